@@ -107,10 +107,9 @@ def _rtn(weight: torch.Tensor, group_size: int) -> QuantizedWeight:
 
 def _hqq(weight: torch.Tensor, group_size: int) -> QuantizedWeight:
     start = _rtn(weight, group_size)
-    n, k = weight.shape
     q, scale, zero = _solve_hqq(weight, group_size)
     # HQQ divides by the group's extent and caps the quotient: groups (nearly) constant keep the exact grid instead.
-    extent = weight.reshape(n, -1, group_size).amax(-1) - weight.reshape(n, -1, group_size).amin(-1)
+    extent = weight.unflatten(1, (-1, group_size)).amax(-1) - weight.unflatten(1, (-1, group_size)).amin(-1)
     usable = (extent > MAX_Q / 2e4) & torch.isfinite(scale) & torch.isfinite(zero)
     q = torch.where(usable.repeat_interleave(group_size, dim=1), q, start.q)
     return QuantizedWeight(
