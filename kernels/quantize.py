@@ -10,7 +10,10 @@ into bytes for a kernel is no concern of this module: see :mod:`river_compile.ke
 
 from __future__ import annotations
 
+import functools
+import logging
 import math
+from collections.abc import Callable
 from dataclasses import dataclass
 
 import torch
@@ -18,6 +21,7 @@ import torch
 MID_POINT = 8
 MAX_Q = 15
 QUANTIZERS = ("hqq", "rtn")
+_SOLVER_ELEMENTS = 32_000
 
 
 @dataclass(frozen=True)
@@ -122,11 +126,30 @@ def _solve_hqq(weight: torch.Tensor, group_size: int) -> tuple[torch.Tensor, tor
 
     Returns q uint8 ``[N, K]`` and scale, zero float32 ``[N, K // group_size]`` of this module's grid.
     """
-    from torchao.quantization.quant_primitives import _choose_qparams_and_quantize_affine_hqq
-
-    q, scale, zero, _ = _choose_qparams_and_quantize_affine_hqq(
-        weight, nbits=4, group_size=group_size, axis=1, compute_dtype=torch.float32, device=weight.device.type
-    )
+    solve = _torchao_hqq()
     n, k = weight.shape
+    # The solver sweeps over its input some 20 times: in pieces that fit a core's cache that is several times faster,
+    # and pieces below the size at which ATen starts threads leave the cores to whoever quantizes other matrices.
+    rows = max(1, _SOLVER_ELEMENTS // k) if weight.device.type == "cpu" else n
+    parts = [
+        solve(piece, nbits=4, group_size=group_size, axis=1, compute_dtype=torch.float32, device=weight.device.type)
+        for piece in weight.split(rows)
+    ]
+    q, scale, zero = (torch.cat([part[i].reshape(-1) for part in parts]) for i in range(3))
     shape = (n, k // group_size)
     return q.reshape(n, k), scale.reshape(shape), zero.reshape(shape)
+
+
+@functools.cache
+def _torchao_hqq() -> Callable[..., tuple]:
+    """Imports torchao's solver; torchao warns of every CUDA extension that it cannot load, which says nothing here."""
+    loggers = [logging.getLogger(name) for name in ("torchao", "torch.utils._pytree")]
+    levels = [logger.level for logger in loggers]
+    for logger in loggers:
+        logger.setLevel(logging.CRITICAL)
+    try:
+        from torchao.quantization.quant_primitives import _choose_qparams_and_quantize_affine_hqq
+    finally:
+        for logger, level in zip(loggers, levels, strict=True):
+            logger.setLevel(level)
+    return _choose_qparams_and_quantize_affine_hqq

@@ -1,0 +1,145 @@
+"""Runs the passes in order: a traced graph in, a RiverProgram or a Refusal out.
+
+pass             from                    to
+decoder_layers   traced graph            DecoderPlan: prologue, blocks, KV slots, head
+segments         DecoderPlan             one segment per part
+exit_checks      block segments          blocks that return an exit score, after each candidate
+river_twins      copies of the blocks    twins with 4-bit matrix products
+"""
+
+from __future__ import annotations
+
+import logging
+import time
+from collections.abc import Callable
+from dataclasses import dataclass
+from typing import TypeVar
+
+from torch import fx
+
+from .decoder_layers import find_decoder
+from .exit_checks import add_exit_check, candidate_depths
+from .river_twins import make_twin
+from .segments import cut, output_values
+from .types import DecoderPlan, KeptLinear, Refusal, RiverProgram, Segment
+
+log = logging.getLogger("river_compile.passes")
+T = TypeVar("T")
+
+
+@dataclass(frozen=True)
+class RewriteOptions:
+    """What the passes need to know.
+
+    Attributes:
+        exits: False where no token of this graph can leave: no checks and no twins are made.
+        checks: False leaves the exit checks out, for a fixed exit depth.
+        first_exit: smallest depth with a check, in blocks executed.
+        exit_every: distance between depths with a check.
+        quantize: False keeps the twins' matrices as they are: each twin computes what its block computes.
+        group_size: requested group size of the 4-bit weights.
+        layout: name of their packing.
+        quantize_head: True makes a second head with a 4-bit matrix.
+    """
+
+    exits: bool
+    checks: bool
+    first_exit: int
+    exit_every: int
+    quantize: bool
+    group_size: int
+    layout: str
+    quantize_head: bool = False
+
+
+def rewrite(
+    graph_module: fx.GraphModule, options_for: Callable[[DecoderPlan], RewriteOptions]
+) -> RiverProgram | Refusal:
+    """Rewrites a decoder's graph; the graph given stays untouched.
+
+    Args:
+        graph_module: what Dynamo traced.
+        options_for: chooses the options once it is known what the graph is.
+    """
+    table = _PassTable(len(graph_module.graph.nodes))
+    plan = table.run("decoder_layers", lambda: find_decoder(graph_module))
+    if isinstance(plan, Refusal):
+        return plan
+    returned = output_values(plan)
+    if isinstance(returned, Refusal):
+        return returned
+    options = options_for(plan)
+    prologue, blocks, head = table.run("segments", lambda: _segments(plan))
+    candidates: tuple[int, ...] = ()
+    if options.exits and options.checks:
+        candidates = candidate_depths(plan.num_blocks, options.first_exit, options.exit_every)
+        blocks = table.run("exit_checks", lambda: _with_checks(plan, blocks, candidates))
+    twins, river_head, kept = table.run("river_twins", lambda: _twins(plan, options))
+    table.log()
+    return RiverProgram(plan, returned, prologue, blocks, twins, head, river_head, candidates, kept)
+
+
+def _segments(plan: DecoderPlan) -> tuple[Segment, tuple[Segment, ...], Segment]:
+    prologue = cut(plan, 0, "prologue")
+    blocks = tuple(cut(plan, depth, f"block_{depth}") for depth in range(1, plan.num_blocks + 1))
+    return prologue, blocks, cut(plan, plan.num_blocks + 1, "head")
+
+
+def _with_checks(plan: DecoderPlan, blocks: tuple[Segment, ...], candidates: tuple[int, ...]) -> tuple[Segment, ...]:
+    return tuple(
+        add_exit_check(segment, block) if depth in candidates else segment
+        for depth, (segment, block) in enumerate(zip(blocks, plan.blocks, strict=True), start=1)
+    )
+
+
+def _twins(
+    plan: DecoderPlan, options: RewriteOptions
+) -> tuple[tuple[Segment, ...], Segment | None, tuple[KeptLinear, ...]]:
+    """Makes the twin of every block and, where asked for, of the head."""
+    if not options.exits:
+        return (), None, ()
+    kept: list[KeptLinear] = []
+
+    def twin(part: int, name: str) -> Segment:
+        segment = cut(plan, part, name)
+        if not options.quantize:
+            return segment
+        segment, left = make_twin(segment, name, options.group_size, options.layout)
+        kept.extend(left)
+        return segment
+
+    twins = tuple(twin(depth, f"twin_{depth}") for depth in range(1, plan.num_blocks + 1))
+    river_head = twin(plan.num_blocks + 1, "river_head") if options.quantize_head else None
+    return twins, river_head, tuple(kept)
+
+
+class _PassTable:
+    """Times the passes and counts the nodes that each left, for one table in the log."""
+
+    def __init__(self, num_nodes: int) -> None:
+        self._rows: list[tuple[str, float, int]] = [("traced graph", 0.0, num_nodes)]
+
+    def run(self, name: str, step: Callable[[], T]) -> T:
+        start = time.perf_counter()
+        result = step()
+        self._rows.append((name, time.perf_counter() - start, _count_nodes(result)))
+        return result
+
+    def log(self) -> None:
+        if not log.isEnabledFor(logging.DEBUG):
+            return
+        lines = [f"{'pass':<16} {'ms':>8} {'ops':>7} {'change':>7}"]
+        before = self._rows[0][2]
+        for name, seconds, ops in self._rows:
+            lines.append(f"{name:<16} {seconds * 1e3:>8.1f} {ops:>7} {ops - before:>+7}")
+            before = ops
+        log.debug("passes\n%s", "\n".join(lines))
+
+
+def _count_nodes(result: object) -> int:
+    """Counts the operations in a plan, a segment or any nesting of segments."""
+    if isinstance(result, DecoderPlan):
+        return len(result.part_of)
+    if isinstance(result, Segment):
+        return sum(n.op not in ("placeholder", "output") for n in result.graph_module.graph.nodes)
+    return sum(map(_count_nodes, result)) if isinstance(result, tuple) else 0

@@ -1,0 +1,173 @@
+"""Makes river twins: a decoder block's graph with 4-bit matrix products in place of its linears.
+
+Everything else of the block is kept, node for node, so that a twin reads and writes exactly what its block does: the
+same hidden state, the same KV slots, the same counters. Linears that share an input become one product whose result is
+split, which halves the number of kernels of a block (q|k|v, gate|up, and the MLP too where it is parallel to attention).
+
+Not handled: weights that are not two-dimensional parameters (stacked experts); they stay in 16 bits and are told.
+"""
+
+from __future__ import annotations
+
+import operator
+from collections.abc import Iterator
+from dataclasses import dataclass, replace
+
+import torch
+from torch import fx
+
+from river_compile.kernels import ops  # noqa: F401  (registers river::w4a16_linear)
+from river_compile.kernels.quantize import fitting_group_size
+
+from .decoder_layers import input_name, is_parameter, module_path, value_of
+from .types import KeptLinear, LinearSite, Segment
+
+MIN_GROUP_SIZE = 32  # the smallest group that the 4-bit kernels know
+
+
+@dataclass(frozen=True)
+class _Linear:
+    """A linear layer in a segment's graph: ``out = x W^T + bias``."""
+
+    node: fx.Node
+    x: fx.Node
+    weight: fx.Node
+    bias: fx.Node | None
+    transposed: bool
+
+    @property
+    def name(self) -> str:
+        return module_path(self.node) or self.weight.name
+
+    @property
+    def in_features(self) -> int:
+        return value_of(self.weight).shape[0 if self.transposed else 1]
+
+    @property
+    def out_features(self) -> int:
+        return value_of(self.weight).shape[1 if self.transposed else 0]
+
+
+def make_twin(block: Segment, name: str, group_size: int, layout: str) -> tuple[Segment, tuple[KeptLinear, ...]]:
+    """Turns a block's segment into its river twin.
+
+    Args:
+        block: a segment of its own (its graph is changed).
+        name: the twin's name.
+        group_size: requested group size; each matrix takes the largest power of two below it that divides its input
+            features.
+        layout: name of the packing that the 4-bit weights will have.
+
+    Returns:
+        The twin and the block's matrices that stay in 16 bits, each with the reason.
+    """
+    graph = block.graph_module.graph
+    placeholders = [n for n in graph.nodes if n.op == "placeholder"]
+    source_of = dict(zip(placeholders, block.inputs, strict=True))
+    sites: list[LinearSite] = []
+    kept: dict[fx.Node, KeptLinear] = {}
+    for linears in _sharing_inputs(graph):
+        fitting = fitting_group_size(linears[0].in_features, group_size)
+        if fitting < MIN_GROUP_SIZE:
+            reason = f"{linears[0].in_features} input features have no group of {MIN_GROUP_SIZE} or more"
+            kept.update({source_of[linear.weight]: KeptLinear(linear.name, reason) for linear in linears})
+            continue
+        site = LinearSite(
+            name="|".join(linear.name for linear in linears),
+            weights=tuple(source_of[linear.weight] for linear in linears),
+            biases=tuple(source_of[linear.bias] if linear.bias else None for linear in linears),
+            in_features=linears[0].in_features,
+            out_features=tuple(linear.out_features for linear in linears),
+            transposed=linears[0].transposed,
+            group_size=fitting,
+            layout=layout,
+        )
+        _replace(graph, linears, site, len(sites))
+        sites.append(site)
+    for node in _unread_matrices(block, sites, kept):
+        reason = f"a weight of shape {tuple(value_of(node).shape)} that no plain linear layer reads"
+        kept[node] = KeptLinear(input_name(node), reason)
+    _drop_unused_weights(graph)
+    inputs = tuple(source_of[n] for n in graph.nodes if n.op == "placeholder" and n in source_of)
+    _relax_views(graph)
+    block.graph_module.recompile()
+    return replace(block, name=name, inputs=inputs, packed=tuple(sites)), tuple(kept.values())
+
+
+def _linears(graph: fx.Graph) -> Iterator[_Linear]:
+    for node in graph.nodes:
+        if node.op != "call_function":
+            continue
+        if node.target is torch.nn.functional.linear:
+            x, weight, bias = (*node.args, None)[:3]
+            linear = _Linear(node, x, weight, node.kwargs.get("bias", bias), transposed=False)
+        elif node.target is torch.addmm and not node.kwargs:
+            bias, x, weight = node.args
+            linear = _Linear(node, x, weight, bias, transposed=True)
+        else:
+            continue
+        if _is_matrix(linear.weight) and (linear.bias is None or _is_vector(linear.bias)):
+            yield linear
+
+
+def _is_matrix(node: object) -> bool:
+    return isinstance(node, fx.Node) and is_parameter(node) and value_of(node).dim() == 2
+
+
+def _is_vector(node: object) -> bool:
+    return isinstance(node, fx.Node) and is_parameter(node) and value_of(node).dim() == 1
+
+
+def _sharing_inputs(graph: fx.Graph) -> list[list[_Linear]]:
+    """Returns the linears in order, those together that read the same value in the same way."""
+    groups: dict[tuple[fx.Node, bool], list[_Linear]] = {}
+    for linear in _linears(graph):
+        groups.setdefault((linear.x, linear.transposed), []).append(linear)
+    return list(groups.values())
+
+
+def _replace(graph: fx.Graph, linears: list[_Linear], site: LinearSite, index: int) -> None:
+    """Puts one ``river::w4a16_linear`` in place of linears that share an input, and splits what it gives."""
+    last_placeholder = [n for n in graph.nodes if n.op == "placeholder"][-1]
+    with graph.inserting_after(last_placeholder):
+        # Each lands right after that placeholder, so the last one made comes first.
+        bias = graph.placeholder(f"river_{index}_bias") if site.has_bias else None
+        scale_zero = graph.placeholder(f"river_{index}_scale_zero")
+        qweight = graph.placeholder(f"river_{index}_qweight")
+    first = linears[0].node
+    with graph.inserting_before(first):
+        merged = graph.call_function(
+            torch.ops.river.w4a16_linear.default,
+            (linears[0].x, qweight, scale_zero, bias, sum(site.out_features), site.group_size, site.layout),
+        )
+        merged.meta = {k: v for k, v in first.meta.items() if k != "example_value"}
+        if len(linears) == 1:
+            first.replace_all_uses_with(merged)
+        else:
+            parts = graph.call_function(torch.split, (merged, list(site.out_features), -1))
+            for i, linear in enumerate(linears):
+                part = graph.call_function(operator.getitem, (parts, i))
+                linear.node.replace_all_uses_with(part)
+    for linear in reversed(linears):
+        graph.erase_node(linear.node)
+
+
+def _unread_matrices(block: Segment, sites: list[LinearSite], kept: dict[fx.Node, KeptLinear]) -> Iterator[fx.Node]:
+    """Yields the block's matrices that no linear of a known form reads: stacked experts, for one."""
+    read = {weight for site in sites for weight in site.weights} | set(kept)
+    for node in block.inputs:
+        if is_parameter(node) and value_of(node).dim() >= 2 and node not in read:
+            yield node
+
+
+def _drop_unused_weights(graph: fx.Graph) -> None:
+    for node in list(graph.nodes):
+        if node.op == "placeholder" and not node.users:
+            graph.erase_node(node)
+
+
+def _relax_views(graph: fx.Graph) -> None:
+    """A slice of a merged product has gaps between its rows; ``reshape`` takes what ``view`` may refuse."""
+    for node in graph.nodes:
+        if node.op == "call_method" and node.target == "view" and not isinstance(node.args[1], torch.dtype):
+            node.target = "reshape"

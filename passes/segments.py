@@ -1,0 +1,125 @@
+"""Cuts a planned decoder into segments and tells which segments are the same function.
+
+A segment copies its part's nodes into a graph of its own: values of other parts become placeholders, values that other
+parts or the caller need become outputs. Blocks that differ only in their weights give segments with equal
+:func:`fingerprint`, so one of them can be compiled and called with the weights of all.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import operator
+import re
+from dataclasses import dataclass
+
+import torch
+from torch import fx
+from torch.fx.experimental.symbolic_shapes import free_symbols
+
+from .decoder_layers import value_of
+from .types import DecoderPlan, Refusal, Segment
+
+_SYMBOL = re.compile(r"\b[su]\d+\b")
+
+
+def cut(plan: DecoderPlan, part: int, name: str) -> Segment:
+    """Returns the segment of one part (0 prologue, 1..L blocks, L + 1 head)."""
+    nodes = [n for n in plan.graph_module.graph.nodes if plan.part_of.get(n) == part]
+    inside = set(nodes)
+    inputs = list(dict.fromkeys(a for n in nodes for a in n.all_input_nodes if a not in inside))
+    sizes = _sizes_of(plan, inputs, nodes)
+    inputs = [n for n in inputs if n not in sizes] + sizes
+    outputs = [n for n in nodes if any(user not in inside for user in n.users)]
+    return Segment(name, _copy(plan.graph_module, nodes, inputs, outputs), tuple(inputs), tuple(outputs))
+
+
+def output_values(plan: DecoderPlan) -> tuple[fx.Node, ...] | Refusal:
+    """Returns the nodes that the traced graph returns, in order."""
+    output = next(n for n in plan.graph_module.graph.nodes if n.op == "output")
+    values = output.args[0]
+    if not isinstance(values, (tuple, list)) or not all(isinstance(v, fx.Node) for v in values):
+        return Refusal("the graph returns something other than a flat tuple of values", output.name)
+    return tuple(values)
+
+
+@dataclass(frozen=True)
+class Fingerprint:
+    """What a segment computes, apart from the values of its inputs.
+
+    Attributes:
+        digest: equal for segments that compute the same function of their inputs.
+        symbols: the names of its dynamic sizes in order of appearance; equal digests use them alike.
+    """
+
+    digest: str
+    symbols: tuple[str, ...]
+
+
+def fingerprint(segment: Segment) -> Fingerprint:
+    """Describes a segment by targets, arguments and the shape, stride, dtype and device of every input.
+
+    Nodes and dynamic sizes are numbered in order of appearance, so that blocks which differ in names alone are equal.
+    """
+    number: dict[fx.Node, str] = {}
+    symbols: dict[str, str] = {}
+
+    def rename(match: re.Match) -> str:
+        return symbols.setdefault(match[0], f"size{len(symbols)}")
+
+    lines = []
+    for i, node in enumerate(segment.graph_module.graph.nodes):
+        args, kwargs = fx.map_arg((node.args, node.kwargs), lambda n: _Name(number[n]))
+        number[node] = f"%{i}"
+        target = "" if node.op in ("placeholder", "output") else _target_name(node)
+        kind = _SYMBOL.sub(rename, _describe(value_of(node))) if node.op == "placeholder" else ""
+        lines.append(f"{node.op} {target} {args!r} {kwargs!r} {kind}")
+    # The packed weights' placeholders carry no value: their shapes follow from the products they belong to.
+    lines.append(repr([(site.in_features, site.out_features, site.group_size) for site in segment.packed]))
+    digest = hashlib.sha256("\n".join(lines).encode()).hexdigest()[:16]
+    return Fingerprint(digest, tuple(symbols))
+
+
+class _Name(str):
+    """A node's number, printed bare so that it cannot be taken for a string argument."""
+
+    def __repr__(self) -> str:
+        return str(self)
+
+
+def _target_name(node: fx.Node) -> str:
+    if node.op == "call_method":
+        return node.target
+    if node.op == "get_attr":
+        return f"{node.target}@{id(operator.attrgetter(node.target)(node.graph.owning_module))}"
+    target = node.target
+    return f"{getattr(target, '__module__', '')}.{getattr(target, '__qualname__', target)}:{target!s}"
+
+
+def _describe(value: object) -> str:
+    if isinstance(value, torch.Tensor):
+        return f"{tuple(value.shape)} {value.stride()} {value.dtype} {value.device} {value.requires_grad}"
+    return repr(value)
+
+
+def _sizes_of(plan: DecoderPlan, inputs: list[fx.Node], nodes: list[fx.Node]) -> list[fx.Node]:
+    """Returns the graph's placeholders for the dynamic sizes that occur in a segment, in order of appearance."""
+    values = [v for n in [*inputs, *nodes] if isinstance(v := value_of(n), (torch.Tensor, torch.SymInt))]
+    symbols = dict.fromkeys(s for v in values for s in sorted(free_symbols(v), key=str))
+    holders = {
+        value_of(n).node.expr: n
+        for n in plan.graph_module.graph.nodes
+        if n.op == "placeholder" and isinstance(value_of(n), torch.SymInt)
+    }
+    return [holders[s] for s in symbols if s in holders]
+
+
+def _copy(root: fx.GraphModule, nodes: list[fx.Node], inputs: list[fx.Node], outputs: list[fx.Node]) -> fx.GraphModule:
+    graph = fx.Graph()
+    new: dict[fx.Node, fx.Node] = {}
+    for node in inputs:
+        new[node] = graph.placeholder(node.name)
+        new[node].meta = node.meta.copy()
+    for node in nodes:
+        new[node] = graph.node_copy(node, lambda n: new[n])
+    graph.output(tuple(new[n] for n in outputs))
+    return fx.GraphModule(root, graph, class_name="Segment")

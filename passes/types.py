@@ -1,0 +1,183 @@
+"""The values that pass between stages: DecoderPlan -> RiverProgram, and a Refusal where a graph cannot be rewritten.
+
+All are frozen. A node in them belongs to the graph that Dynamo handed over, which no pass changes: it stays the record
+of what the model does, and its nodes are the names by which segments exchange values.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, field
+
+import torch
+from torch import fx
+
+
+@dataclass(frozen=True)
+class Refusal:
+    """Why a graph is not rewritten. A value, not an exception: it reaches the report and one warning.
+
+    Attributes:
+        reason: one sentence for the user.
+        where: the node or module the reason is about, empty where it is the whole graph.
+    """
+
+    reason: str
+    where: str = ""
+
+    def __str__(self) -> str:
+        return f"{self.reason} (at {self.where})" if self.where else self.reason
+
+
+@dataclass(frozen=True)
+class KVSlot:
+    """What one block writes for the tokens of a step.
+
+    Attributes:
+        kind: "static" (the cache tensors are written in place) or "dynamic" (longer tensors are returned).
+        writes: the nodes that write or return keys and values.
+        lengths: integer placeholders that the block advances in place, the number of filled slots.
+        capacity: slots of a static cache that is filled from the front, None where no limit applies.
+    """
+
+    kind: str
+    writes: tuple[fx.Node, ...]
+    lengths: tuple[fx.Node, ...] = ()
+    capacity: int | None = None
+
+
+@dataclass(frozen=True)
+class Block:
+    """One decoder block.
+
+    Attributes:
+        index: 0-based position.
+        path: module path, such as ``model.layers.3``.
+        hidden_in: the hidden state ``[B, T, D]`` that enters the block.
+        hidden_out: the hidden state ``[B, T, D]`` that leaves it.
+        kv: the cache entries it writes.
+    """
+
+    index: int
+    path: str
+    hidden_in: fx.Node
+    hidden_out: fx.Node
+    kv: KVSlot
+
+
+@dataclass(frozen=True)
+class DecoderPlan:
+    """A decoder found in a traced graph.
+
+    Attributes:
+        graph_module: the traced graph, untouched.
+        blocks: the L decoder blocks in order.
+        part_of: for each node but placeholders and the output: 0 prologue, 1..L block, L + 1 head.
+        query_length: tokens per row in this graph, an int or a SymInt.
+        batch: rows, an int or a SymInt.
+    """
+
+    graph_module: fx.GraphModule
+    blocks: tuple[Block, ...]
+    part_of: dict[fx.Node, int] = field(repr=False)
+    query_length: int | torch.SymInt
+    batch: int | torch.SymInt
+
+    @property
+    def num_blocks(self) -> int:
+        return len(self.blocks)
+
+    @property
+    def is_decode(self) -> bool:
+        """True for a graph that advances every row by exactly one token."""
+        return isinstance(self.query_length, int) and self.query_length == 1
+
+
+@dataclass(frozen=True)
+class Segment:
+    """A part of the graph that is compiled and called as one function.
+
+    Attributes:
+        name: "prologue", "block_3", "twin_3" or "head".
+        graph_module: its graph; one placeholder per input, a tuple of outputs.
+        inputs: the values it reads, as nodes of the traced graph, in placeholder order.
+        outputs: the values it defines, as nodes of the traced graph, in output order.
+        packed: the twin's linears whose 4-bit weights follow the inputs: qweight, scale_zero and, with a bias, bias.
+        has_score: a float32 exit score follows the outputs.
+    """
+
+    name: str
+    graph_module: fx.GraphModule = field(repr=False)
+    inputs: tuple[fx.Node, ...]
+    outputs: tuple[fx.Node, ...]
+    packed: tuple[LinearSite, ...] = ()
+    has_score: bool = False
+
+
+@dataclass(frozen=True)
+class LinearSite:
+    """One 4-bit matrix product of a twin: a linear layer, or several that share their input, merged along the rows.
+
+    Attributes:
+        name: module paths of the linears, joined by "|".
+        weights: their weight placeholders, each ``[N_i, K]`` (``[K, N_i]`` where transposed).
+        biases: their bias placeholders ``[N_i]``, None where a linear has none.
+        in_features: K.
+        out_features: the N_i.
+        transposed: the weights are stored as ``[K, N_i]``, as GPT-2's Conv1D does.
+        group_size: consecutive input features that share a scale and a zero.
+        layout: name of the packing.
+    """
+
+    name: str
+    weights: tuple[fx.Node, ...]
+    biases: tuple[fx.Node | None, ...]
+    in_features: int
+    out_features: tuple[int, ...]
+    transposed: bool
+    group_size: int
+    layout: str
+
+    @property
+    def has_bias(self) -> bool:
+        return any(bias is not None for bias in self.biases)
+
+
+@dataclass(frozen=True)
+class KeptLinear:
+    """A matrix product of a twin that stays in 16 bits, and why."""
+
+    name: str
+    reason: str
+
+
+@dataclass(frozen=True)
+class RiverProgram:
+    """The rewritten decoder: run blocks until an exit, then the twins of the rest, then the head.
+
+    Attributes:
+        plan: the decoder it was made from.
+        returned: the values that the graph returns, in order.
+        prologue: everything before the first block.
+        blocks: backbone segments, with an exit check after every candidate depth.
+        twins: one river twin per block, with the same inputs and outputs; none where no token can leave.
+        head: everything after the last block.
+        river_head: the head with 4-bit weights for tokens that left early, None where they use `head`.
+        candidates: exit depths (blocks executed) after which a check stands, ascending.
+        kept: matrices of the twins that stay in 16 bits.
+    """
+
+    plan: DecoderPlan
+    returned: tuple[fx.Node, ...]
+    prologue: Segment
+    blocks: tuple[Segment, ...]
+    twins: tuple[Segment, ...]
+    head: Segment
+    river_head: Segment | None
+    candidates: tuple[int, ...]
+    kept: tuple[KeptLinear, ...]
+
+    @property
+    def segments(self) -> tuple[Segment, ...]:
+        """All segments in the order of a run: prologue, blocks, twins, heads."""
+        heads = (self.head,) if self.river_head is None else (self.head, self.river_head)
+        return (self.prologue, *self.blocks, *self.twins, *heads)

@@ -1,0 +1,144 @@
+"""The TorchDynamo backend: a traced graph in, something callable out.
+
+A decoder that runs without gradients is rewritten by the passes, its segments are compiled and a RiverExecutor takes
+the graph's place. Every other graph runs as Inductor runs it, with one warning that names the reason.
+"""
+
+from __future__ import annotations
+
+import logging
+import time
+import warnings
+from collections.abc import Callable, Mapping, Sequence
+
+import torch
+from torch import fx
+from torch._inductor.compile_fx import compile_fx
+from tqdm import tqdm
+
+from river_compile.kernels.aten_int4 import LAYOUT as ATEN_LAYOUT
+from river_compile.passes.decoder_layers import is_parameter
+from river_compile.passes.rewrite import RewriteOptions, rewrite
+from river_compile.passes.types import Refusal, RiverProgram, Segment
+
+from .config import RiverConfig, check_mode
+from .errors import RiverWarning, UnsupportedGraphError
+from .lowering import SegmentCompiler, inductor_settings
+from .models import GraphRecord, ModelState, state_of
+from .runtime import ExitRule, RiverExecutor, Step, registers_of
+
+log = logging.getLogger("river_compile")
+
+
+def river(
+    graph_module: fx.GraphModule,
+    example_inputs: Sequence[object],
+    *,
+    options: Mapping[str, object] | None = None,
+    mode: str | None = None,
+) -> Callable:
+    """The backend behind ``torch.compile(model, backend="river", options=..., mode=...)``.
+
+    Args:
+        graph_module: what Dynamo traced.
+        example_inputs: its inputs, real tensors.
+        options: fields of :class:`RiverConfig`.
+        mode: passed on to Inductor.
+
+    Raises:
+        OptionError: (a ``ValueError``) an unknown option or a bad value.
+        UnsupportedGraphError: the graph cannot be rewritten and ``on_unsupported="raise"``.
+    """
+    config = RiverConfig.from_options(options)
+    mode = check_mode(mode)
+    values = dict(zip((n for n in graph_module.graph.nodes if n.op == "placeholder"), example_inputs, strict=True))
+    state = state_of(value for node, value in values.items() if is_parameter(node))
+    start = time.perf_counter()
+    program = _needs_gradients(example_inputs) or rewrite(graph_module, lambda plan: _rewrite_options(config, plan))
+    record = GraphRecord(config, seconds={"rewriting": time.perf_counter() - start})
+    state.graphs.append(record)
+    if isinstance(program, Refusal):
+        record.refusal = str(program)
+        return _as_inductor(graph_module, example_inputs, program, config, mode)
+    return _build(program, values, config, mode, state, record)
+
+
+def _needs_gradients(example_inputs: Sequence[object]) -> Refusal | None:
+    if torch.is_grad_enabled() and any(isinstance(x, torch.Tensor) and x.requires_grad for x in example_inputs):
+        return Refusal("the graph needs gradients; run generation under torch.no_grad() or torch.inference_mode()")
+    return None
+
+
+def _rewrite_options(config: RiverConfig, plan: DecoderPlan) -> RewriteOptions:
+    config.check_depths(plan.num_blocks)
+    return RewriteOptions(
+        exits=(plan.is_decode or config.prefill == "exit") and config.exit_depth != plan.num_blocks,
+        checks=config.exit_depth is None,
+        first_exit=config.first_exit,
+        exit_every=config.exit_every,
+        quantize=config.quantizer != "none",
+        group_size=config.group_size,
+        layout=ATEN_LAYOUT,
+        quantize_head=config.lm_head == "w4",
+    )
+
+
+def _exit_rule(program: RiverProgram, config: RiverConfig) -> ExitRule:
+    if not program.twins:
+        return ExitRule(None, program.plan.num_blocks)
+    if config.exit_depth is not None:
+        return ExitRule(None, config.exit_depth)
+    return ExitRule(config.threshold, program.plan.num_blocks)
+
+
+def _reachable(program: RiverProgram, rule: ExitRule) -> list[Segment]:
+    """Returns the segments that some token may run through under this rule."""
+    num_blocks = program.plan.num_blocks
+    last = num_blocks if rule.threshold is not None else rule.fixed_depth
+    first = min(program.candidates, default=num_blocks) if rule.threshold is not None else rule.fixed_depth
+    leaves, stays = first < num_blocks, last == num_blocks
+    heads = [program.head] if stays or program.river_head is None else []
+    heads += [program.river_head] if leaves and program.river_head is not None else []
+    return [program.prologue, *program.blocks[:last], *program.twins[first:], *heads]
+
+
+def _build(
+    program: RiverProgram,
+    values: dict[fx.Node, object],
+    config: RiverConfig,
+    mode: str | None,
+    state: ModelState,
+    record: GraphRecord,
+) -> RiverExecutor:
+    """Packs and compiles what the program can reach and returns the executor."""
+    plan = program.plan
+    rule = _exit_rule(program, config)
+    segments = _reachable(program, rule)
+    sites = [site for segment in segments for site in segment.packed]
+    start = time.perf_counter()
+    packed = state.packed.pack(sites, values, config.quantizer)
+    packed_at = time.perf_counter()
+    compiler = SegmentCompiler(inductor_settings(mode))
+    register = registers_of(program)
+    steps = {}
+    with tqdm(segments, desc="river: compiling segments", unit="segment", leave=False, delay=1) as bar:
+        for segment in bar:
+            weights = [tensor for site in segment.packed for tensor in packed[site].tensors]
+            steps[segment.name] = Step(segment, compiler.compile(segment, weights), weights, register)
+    record.seconds |= {"packing": packed_at - start, "compiling": time.perf_counter() - packed_at}
+    record.describe(program, compiler.compiled, packed.values())
+    state.stats.num_blocks = plan.num_blocks
+    return RiverExecutor(program, steps, rule, state.stats)
+
+
+def _as_inductor(
+    graph_module: fx.GraphModule,
+    example_inputs: Sequence[object],
+    refusal: Refusal,
+    config: RiverConfig,
+    mode: str | None,
+) -> Callable:
+    if config.on_unsupported == "raise":
+        raise UnsupportedGraphError(f"backend 'river' cannot rewrite this graph: {refusal}")
+    warnings.warn(f"backend 'river' leaves a graph to Inductor: {refusal}", RiverWarning, stacklevel=2)
+    return compile_fx(graph_module, example_inputs, config_patches=inductor_settings(mode))

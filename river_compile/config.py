@@ -1,0 +1,140 @@
+"""The options of the backend: ``torch.compile(model, backend="river", options={...})``."""
+
+from __future__ import annotations
+
+import dataclasses
+import difflib
+from collections.abc import Mapping
+from dataclasses import dataclass
+from pathlib import Path
+
+from .errors import OptionError
+
+_GROUP_SIZES = (32, 64, 128, 256)
+_CHOICES = {
+    "quantizer": ("hqq", "rtn", "none"),
+    "prefill": ("backbone", "exit"),
+    "lm_head": ("keep", "w4"),
+    "on_unsupported": ("inductor", "raise"),
+}
+MODES = (None, "default", "reduce-overhead", "max-autotune", "max-autotune-no-cudagraphs")
+
+
+@dataclass(frozen=True)
+class RiverConfig:
+    """Options of the backend.
+
+    Attributes:
+        threshold: tau; a token leaves the backbone when the similarity of a block's input and output exceeds it.
+            A number; values of 1 and more never let a token leave.
+        first_exit: smallest exit depth, in backbone blocks executed, at least 1.
+        exit_every: distance between the depths at which a token may leave, at least 1.
+        exit_depth: None, or one depth for every token: 0 (all blocks in 4 bits) to L (never leave).
+        group_size: consecutive input features of a 4-bit matrix that share a scale and a zero: 32, 64, 128 or 256.
+            A matrix that it does not divide takes the largest power of two that does, or stays in 16 bits below 32.
+        quantizer: "hqq", "rtn" (round to nearest) or "none" (twins keep the backbone's weights: for tests).
+        prefill: "backbone" (the prompt runs through all blocks) or "exit" (the whole prompt leaves at the first depth
+            where the least similar of its tokens passes the threshold).
+        lm_head: "keep", or "w4" to put the head into 4 bits for tokens that left the backbone.
+        on_unsupported: "inductor" (a graph that cannot be rewritten runs as Inductor runs it, with one warning) or
+            "raise".
+        dump_dir: a folder that receives every segment, each twin beside its block, and the plan; None for none.
+    """
+
+    threshold: float = 0.7
+    first_exit: int = 2
+    exit_every: int = 1
+    exit_depth: int | None = None
+    group_size: int = 64
+    quantizer: str = "hqq"
+    prefill: str = "backbone"
+    lm_head: str = "keep"
+    on_unsupported: str = "inductor"
+    dump_dir: str | None = None
+
+    def __post_init__(self) -> None:
+        _require(_is_number(self.threshold), "threshold", self.threshold, "a number, such as 0.7")
+        _require(_is_int(self.first_exit, 1), "first_exit", self.first_exit, "an integer of 1 or more")
+        _require(_is_int(self.exit_every, 1), "exit_every", self.exit_every, "an integer of 1 or more")
+        _require(
+            self.exit_depth is None or _is_int(self.exit_depth, 0),
+            "exit_depth",
+            self.exit_depth,
+            "None or an integer from 0 to the number of blocks",
+        )
+        _require(self.group_size in _GROUP_SIZES, "group_size", self.group_size, f"one of {_listed(_GROUP_SIZES)}")
+        _require(
+            self.dump_dir is None or isinstance(self.dump_dir, (str, Path)), "dump_dir", self.dump_dir, "None or a path"
+        )
+        for name, allowed in _CHOICES.items():
+            value = getattr(self, name)
+            if value not in allowed:
+                raise OptionError(
+                    f"{name}={value!r} is not allowed; choose one of {_listed(allowed)}{_closest(value, allowed)}"
+                )
+
+    @classmethod
+    def from_options(cls, options: Mapping[str, object] | None) -> RiverConfig:
+        """Builds a config from the ``options`` of ``torch.compile``.
+
+        Raises:
+            OptionError: (a ``ValueError``) an unknown name or a bad value.
+        """
+        options = dict(options or {})
+        names = [f.name for f in dataclasses.fields(cls)]
+        for name in options:
+            if name not in names:
+                raise OptionError(
+                    f"unknown option {name!r} of backend 'river'; options are {', '.join(names)}{_closest(name, names)}"
+                )
+        return cls(**options)
+
+    def check_depths(self, num_blocks: int) -> None:
+        """Checks the depths against a model with `num_blocks` blocks.
+
+        Raises:
+            OptionError: an exit depth beyond the last block.
+        """
+        if self.exit_depth is not None and self.exit_depth > num_blocks:
+            raise OptionError(
+                f"exit_depth={self.exit_depth} lies beyond the last of {num_blocks} blocks; "
+                f"use 0 to {num_blocks} ({num_blocks} = never leave)"
+            )
+        if self.exit_depth is None and self.first_exit > num_blocks:
+            raise OptionError(
+                f"first_exit={self.first_exit} lies beyond the last of {num_blocks} blocks; use 1 to {num_blocks}"
+            )
+
+
+def check_mode(mode: str | None) -> str | None:
+    """Checks the ``mode`` of ``torch.compile``, which goes to Inductor.
+
+    Raises:
+        OptionError: an unknown mode.
+    """
+    if mode not in MODES:
+        allowed = [m for m in MODES if m]
+        raise OptionError(f"mode={mode!r} is not allowed; choose one of {_listed(allowed)}{_closest(mode, allowed)}")
+    return None if mode == "default" else mode
+
+
+def _require(fine: bool, name: str, value: object, allowed: str) -> None:
+    if not fine:
+        raise OptionError(f"{name}={value!r} is not allowed; it must be {allowed}")
+
+
+def _is_int(value: object, least: int) -> bool:
+    return isinstance(value, int) and not isinstance(value, bool) and value >= least
+
+
+def _is_number(value: object) -> bool:
+    return isinstance(value, (int, float)) and not isinstance(value, bool) and value == value
+
+
+def _listed(values: object) -> str:
+    return ", ".join(map(repr, values))
+
+
+def _closest(value: object, allowed: object) -> str:
+    match = difflib.get_close_matches(str(value), list(allowed), n=1)
+    return f" (did you mean {match[0]!r}?)" if match else ""

@@ -1,0 +1,23 @@
+"""Errors that reach a user.
+
+TorchDynamo wraps what a backend raises into its own exception and prints a page of frames. Errors derived from its
+``ShortenTraceback`` pass through as they are, so a bad option is the ``ValueError`` that a user expects.
+"""
+
+from torch._dynamo.exc import ShortenTraceback
+
+
+class OptionError(ValueError, ShortenTraceback):
+    """An option is unknown or has a bad value; the message names it, what is allowed and the closest match."""
+
+
+class UnsupportedGraphError(ValueError, ShortenTraceback):
+    """A graph cannot be rewritten and ``on_unsupported="raise"`` asks for an error; the message gives the reason."""
+
+
+class CacheFullError(ValueError):
+    """The tokens of this step do not fit into the static KV cache; nothing was written."""
+
+
+class RiverWarning(UserWarning):
+    """Something runs otherwise than asked for; the message says what and why."""

@@ -1,0 +1,97 @@
+"""What is known of each model that the backend has seen: its packed weights, statistics and rewritten graphs.
+
+A model is recognised by its parameters, which are held weakly. This registry is the package's only global state.
+"""
+
+from __future__ import annotations
+
+import itertools
+import threading
+from collections.abc import Iterable
+from dataclasses import dataclass, field
+
+import torch
+from torch import Tensor
+from torch.utils.weak import WeakTensorKeyDictionary
+
+from river_compile.passes.types import KeptLinear, RiverProgram
+
+from .config import RiverConfig
+from .lowering import Compiled
+from .packing import PackedSite, PackedWeights
+from .stats import ExitStats
+
+_ids = itertools.count(1)
+
+
+@dataclass
+class GraphRecord:
+    """What became of one traced graph.
+
+    Attributes:
+        config: the options it was compiled with.
+        refusal: why it was not rewritten, empty where it was.
+        kind: "decode", "prefill", or "other" for a graph that was refused.
+        cache: "static" or "dynamic".
+        num_blocks: decoder blocks found.
+        candidates: exit depths with a check.
+        compiled: the distinct segments.
+        seconds: seconds by stage: rewriting, packing, compiling.
+        kept: matrices of the twins that stay in 16 bits.
+        sites: packed weights that this graph's twins use.
+    """
+
+    config: RiverConfig
+    refusal: str = ""
+    kind: str = "other"
+    cache: str = ""
+    num_blocks: int = 0
+    candidates: tuple[int, ...] = ()
+    compiled: tuple[Compiled, ...] = ()
+    seconds: dict[str, float] = field(default_factory=dict)
+    kept: tuple[KeptLinear, ...] = ()
+    sites: tuple[PackedSite, ...] = ()
+
+    def describe(self, program: RiverProgram, compiled: Iterable[Compiled], sites: Iterable[PackedSite]) -> None:
+        """Fills in what a rewritten graph turned out to be."""
+        plan = program.plan
+        self.kind = "decode" if plan.is_decode else "prefill"
+        self.cache = plan.blocks[0].kv.kind
+        self.num_blocks = plan.num_blocks
+        self.candidates = program.candidates
+        self.compiled = tuple(compiled)
+        self.kept = program.kept
+        self.sites = tuple(sites)
+
+
+class ModelState:
+    """Everything the backend keeps for one model."""
+
+    def __init__(self) -> None:
+        self.id = next(_ids)
+        self.stats = ExitStats(self.id)
+        self.packed = PackedWeights()
+        self.graphs: list[GraphRecord] = []
+
+
+_states: WeakTensorKeyDictionary = WeakTensorKeyDictionary()
+_lock = threading.Lock()
+
+
+def find_state(parameters: Iterable[Tensor]) -> ModelState | None:
+    """Returns the state of the model that owns one of these parameters, None where the backend never saw it."""
+    for parameter in parameters:
+        state = _states.get(parameter)
+        if state is not None:
+            return state
+    return None
+
+
+def state_of(parameters: Iterable[Tensor]) -> ModelState:
+    """Returns the state of the model that owns these parameters, a new one where the backend never saw it."""
+    parameters = [p for p in parameters if isinstance(p, torch.Tensor)]
+    with _lock:
+        state = find_state(parameters) or ModelState()
+        for parameter in parameters:
+            _states[parameter] = state
+        return state

@@ -1,0 +1,153 @@
+"""Runs a RiverProgram: backbone blocks until an exit, twins for the rest, then the head.
+
+Values live in a list of registers, one per input and per value that crosses a segment's border; a step gathers its
+inputs from there, calls compiled code and stores the outputs. The registers of a call belong to that call, so threads
+may run one executor at the same time.
+"""
+
+from __future__ import annotations
+
+import operator
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor, fx
+
+from river_compile.passes.types import DecoderPlan, RiverProgram, Segment
+
+from .errors import CacheFullError
+from .lowering import Callee
+from .stats import ExitStats, record_step
+
+
+class Step:
+    """A segment bound to its registers and weights."""
+
+    __slots__ = ("_callee", "_outputs", "_packed", "_take", "name")
+
+    def __init__(
+        self, segment: Segment, callee: Callee, packed: Sequence[Tensor], register: dict[fx.Node, int]
+    ) -> None:
+        self.name = segment.name
+        self._callee = callee
+        self._packed = list(packed)
+        self._take = _gather([register[node] for node in segment.inputs])
+        self._outputs = [register[node] for node in segment.outputs]
+
+    def __call__(self, registers: list) -> Sequence:
+        """Runs the segment on the registers and returns its outputs (an exit score last, where it has one)."""
+        outputs = self._callee([*self._take(registers), *self._packed])
+        for index, value in zip(self._outputs, outputs):  # noqa: B905  (a score may follow)
+            registers[index] = value
+        return outputs
+
+
+def _gather(indices: list[int]) -> Callable[[list], Sequence]:
+    if len(indices) > 1:
+        return operator.itemgetter(*indices)
+    return lambda registers: [registers[i] for i in indices]
+
+
+@dataclass(frozen=True)
+class ExitRule:
+    """When a token leaves.
+
+    Attributes:
+        threshold: the similarity that a block must exceed, None where checks play no part.
+        fixed_depth: blocks to execute where there is no threshold.
+    """
+
+    threshold: float | None
+    fixed_depth: int
+
+
+@dataclass(frozen=True)
+class CapacityCheck:
+    """Guards a static KV cache: registers of the filled length and of the hidden state, slots in all."""
+
+    length: int
+    hidden: int
+    capacity: int
+
+    def __call__(self, registers: list) -> None:
+        filled, new = int(registers[self.length]), registers[self.hidden].shape[1]
+        if filled + new > self.capacity:
+            raise CacheFullError(
+                f"the static KV cache holds {self.capacity} tokens; {filled} are filled and this step adds {new}. "
+                f"Make it larger (max_cache_len or max_new_tokens, at least {filled + new}) or use a dynamic cache"
+            )
+
+
+def capacity_check(plan: DecoderPlan, register: dict[fx.Node, int]) -> CapacityCheck | None:
+    """Returns the check for the first block whose static cache is filled from the front, None where there is none."""
+    for block in plan.blocks:
+        if block.kv.capacity is not None and block.kv.lengths:
+            return CapacityCheck(register[block.kv.lengths[0]], register[plan.blocks[0].hidden_in], block.kv.capacity)
+    return None
+
+
+class RiverExecutor:
+    """Callable that stands in for a traced graph.
+
+    Args:
+        program: the rewritten graph.
+        steps: the compiled step of each segment that this program can reach, by segment name.
+        rule: when tokens leave.
+        stats: counts exits.
+    """
+
+    def __init__(self, program: RiverProgram, steps: dict[str, Step], rule: ExitRule, stats: ExitStats) -> None:
+        plan = program.plan
+        register = registers_of(program)
+        depths = range(1, plan.num_blocks + 1)
+        self._size = len(register)
+        self._prologue = steps["prologue"]
+        self._blocks = [steps.get(f"block_{d}") for d in depths]
+        self._twins = [steps.get(f"twin_{d}") for d in depths]
+        self._head = steps["head"]
+        self._river_head = steps.get("river_head", self._head)
+        self._has_score = [block.has_score for block in program.blocks]
+        self._return = _gather([register[node] for node in program.returned])
+        self._check_capacity = capacity_check(plan, register)
+        self._rule = rule
+        self._stats = stats
+        self._decode = plan.is_decode
+
+    def __call__(self, *args: object) -> tuple:
+        registers = [*args, *[None] * (self._size - len(args))]
+        with torch._C._DisableAutocast():
+            self._prologue(registers)
+            if self._check_capacity is not None:
+                self._check_capacity(registers)
+            depth, scores = self._run_blocks(registers)
+            for twin in self._twins[depth:]:
+                twin(registers)
+            (self._head if depth == len(self._blocks) else self._river_head)(registers)
+        self._stats.count(depth, self._decode)
+        record_step(self._stats, depth, scores, self._decode)
+        return tuple(self._return(registers))
+
+    def _run_blocks(self, registers: list) -> tuple[int, list[float]]:
+        """Runs backbone blocks until the exit; returns the blocks executed and the similarities seen."""
+        threshold = self._rule.threshold
+        scores: list[float] = []
+        if threshold is None:
+            for block in self._blocks[: self._rule.fixed_depth]:
+                block(registers)
+            return self._rule.fixed_depth, scores
+        for depth, (block, has_score) in enumerate(zip(self._blocks, self._has_score, strict=True), start=1):
+            outputs = block(registers)
+            if has_score:
+                score = outputs[-1].item()
+                scores.append(score)
+                if score > threshold:  # false for NaN: a token whose score is no number stays
+                    return depth, scores
+        return len(self._blocks), scores
+
+
+def registers_of(program: RiverProgram) -> dict[fx.Node, int]:
+    """Numbers the values that a run keeps: first the graph's inputs in order, then what crosses segments' borders."""
+    placeholders = [n for n in program.plan.graph_module.graph.nodes if n.op == "placeholder"]
+    crossing = [n for s in (program.prologue, *program.blocks, program.head) for n in s.outputs]
+    return {node: i for i, node in enumerate([*placeholders, *crossing])}
