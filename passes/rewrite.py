@@ -19,6 +19,7 @@ from torch import fx
 
 from .decoder_layers import find_decoder
 from .exit_checks import add_exit_check, candidate_depths
+from .one_query_attention import simplify_attention
 from .river_twins import make_twin
 from .segments import cut, output_values
 from .types import DecoderPlan, KeptLinear, Refusal, RiverProgram, Segment
@@ -104,6 +105,7 @@ def _twins(
         segment = cut(plan, part, name)
         if not options.quantize:
             return segment
+        simplify_attention(segment.graph_module.graph)
         segment, left = make_twin(segment, name, options.group_size, options.layout)
         kept.extend(left)
         return segment
