@@ -10,7 +10,6 @@ from __future__ import annotations
 from dataclasses import replace
 
 import torch
-
 from river_compile.kernels import ops  # noqa: F401  (registers river::exit_score)
 
 from .types import Block, Segment

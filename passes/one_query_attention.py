@@ -11,9 +11,8 @@ matrix products.
 from __future__ import annotations
 
 import torch
-from torch import fx
-
 from river_compile.kernels.attention import grouped_attention
+from torch import fx
 
 from .decoder_layers import value_of
 

@@ -2,7 +2,7 @@
 
 Everything else of the block is kept, node for node, so that a twin reads and writes exactly what its block does: the
 same hidden state, the same KV slots, the same counters. Linears that share an input become one product whose result is
-split, which halves the number of kernels of a block (q|k|v, gate|up, and the MLP too where it is parallel to attention).
+split, which halves the number of kernels of a block (q|k|v, gate|up, the MLP too where it is parallel to attention).
 
 Not handled: weights that are not two-dimensional parameters (stacked experts); they stay in 16 bits and are told.
 """
@@ -14,10 +14,9 @@ from collections.abc import Iterator
 from dataclasses import dataclass, replace
 
 import torch
-from torch import fx
-
 from river_compile.kernels import ops  # noqa: F401  (registers river::w4a16_linear)
 from river_compile.kernels.quantize import fitting_group_size
+from torch import fx
 
 from .decoder_layers import input_name, is_parameter, module_path, value_of
 from .types import KeptLinear, LinearSite, Segment

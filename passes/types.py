@@ -91,6 +91,10 @@ class DecoderPlan:
         """True for a graph that advances every row by exactly one token."""
         return isinstance(self.query_length, int) and self.query_length == 1
 
+    @property
+    def kind(self) -> str:
+        return "decode" if self.is_decode else "prefill"
+
 
 @dataclass(frozen=True)
 class Segment:

@@ -15,3 +15,34 @@ if not _os.path.isdir(_os.path.join(_here, "passes")) and _os.path.isdir(_os.pat
     __path__.append(_root)
 
 __version__ = "0.1.0"
+
+# Public names and where they live. They load on first use.
+_EXPORTS = {
+    "CacheFullError": "errors",
+    "OptionError": "errors",
+    "Report": "report",
+    "RiverConfig": "config",
+    "RiverWarning": "errors",
+    "Trace": "stats",
+    "UnsupportedGraphError": "errors",
+    "report": "report",
+    "river": "backend",
+    "trace": "stats",
+}
+__all__ = [*sorted(_EXPORTS)]
+
+
+def __getattr__(name: str) -> object:
+    module = _EXPORTS.get(name)
+    if module is None:
+        raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
+    from importlib import import_module
+
+    # Importing the submodule `report` would bind the module itself to that name: set the function over it.
+    value = getattr(import_module(f"{__name__}.{module}"), name)
+    globals()[name] = value
+    return value
+
+
+def __dir__() -> list[str]:
+    return sorted([*globals(), *_EXPORTS])

@@ -19,9 +19,10 @@ from tqdm import tqdm
 from river_compile.kernels.aten_int4 import LAYOUT as ATEN_LAYOUT
 from river_compile.passes.decoder_layers import is_parameter
 from river_compile.passes.rewrite import RewriteOptions, rewrite
-from river_compile.passes.types import Refusal, RiverProgram, Segment
+from river_compile.passes.types import DecoderPlan, Refusal, RiverProgram, Segment
 
 from .config import RiverConfig, check_mode
+from .dump import dump_program
 from .errors import RiverWarning, UnsupportedGraphError
 from .lowering import SegmentCompiler, inductor_settings
 from .models import GraphRecord, ModelState, state_of
@@ -113,6 +114,8 @@ def _build(
     """Packs and compiles what the program can reach and returns the executor."""
     plan = program.plan
     rule = _exit_rule(program, config)
+    if config.dump_dir is not None:
+        log.info("wrote the rewritten graph to %s", dump_program(program, config.dump_dir, plan.kind))
     segments = _reachable(program, rule)
     sites = [site for segment in segments for site in segment.packed]
     start = time.perf_counter()

@@ -7,11 +7,16 @@ TorchDynamo wraps what a backend raises into its own exception and prints a page
 from torch._dynamo.exc import ShortenTraceback
 
 
-class OptionError(ValueError, ShortenTraceback):
+class _UserError(ValueError, ShortenTraceback):
+    def __init__(self, message: str) -> None:
+        ShortenTraceback.__init__(self, message, first_useful_frame=None)
+
+
+class OptionError(_UserError):
     """An option is unknown or has a bad value; the message names it, what is allowed and the closest match."""
 
 
-class UnsupportedGraphError(ValueError, ShortenTraceback):
+class UnsupportedGraphError(_UserError):
     """A graph cannot be rewritten and ``on_unsupported="raise"`` asks for an error; the message gives the reason."""
 
 

@@ -55,7 +55,7 @@ class GraphRecord:
     def describe(self, program: RiverProgram, compiled: Iterable[Compiled], sites: Iterable[PackedSite]) -> None:
         """Fills in what a rewritten graph turned out to be."""
         plan = program.plan
-        self.kind = "decode" if plan.is_decode else "prefill"
+        self.kind = plan.kind
         self.cache = plan.blocks[0].kv.kind
         self.num_blocks = plan.num_blocks
         self.candidates = program.candidates

@@ -97,7 +97,7 @@ _open: tuple[Trace, ...] = ()
 _open_lock = threading.Lock()
 
 
-class trace:  # noqa: N801  (used as a function: `with trace() as t`)
+class trace:
     """Context manager that records every step; see the module's text."""
 
     def __enter__(self) -> Trace:

@@ -1,0 +1,181 @@
+"""What the backend did to a model, for people (``print``) and programs (``to_dict``)."""
+
+from __future__ import annotations
+
+import math
+from collections import Counter
+from dataclasses import dataclass
+
+from torch import nn
+
+from .models import GraphRecord, find_state
+from .packing import PackedSite
+
+_NEVER_RAN = (
+    "never ran: no graph of this model reached the backend. torch.compile(model).generate runs the original model; "
+    'use model.compile(backend="river") or model.forward = torch.compile(model.forward, backend="river"), then generate'
+)
+_BAR = 32
+
+
+@dataclass(frozen=True)
+class Report:
+    """Snapshot of a model's graphs, packed weights and exits; see :func:`report`."""
+
+    model: str
+    graphs: tuple[GraphRecord, ...]
+    packed: tuple[PackedSite, ...]
+    packing_seconds: float
+    decode_depths: dict[int, int]
+    prefill_depths: dict[int, int]
+
+    @property
+    def ran(self) -> bool:
+        return bool(self.graphs)
+
+    @property
+    def recompiles(self) -> int:
+        """Graphs traced again for a kind and cache that had one already, such as a new batch size."""
+        kinds = Counter((g.kind, g.cache) for g in self.graphs if not g.refusal)
+        return sum(n - 1 for n in kinds.values())
+
+    @property
+    def mean_depth(self) -> float:
+        """Mean blocks executed per decode step, NaN before the first."""
+        steps = sum(self.decode_depths.values())
+        return sum(d * n for d, n in self.decode_depths.items()) / steps if steps else math.nan
+
+    def to_dict(self) -> dict[str, object]:
+        """Returns the report as values that ``json.dumps`` takes; numbers that do not exist are None."""
+        return {
+            "model": self.model,
+            "ran": self.ran,
+            "graphs": [_graph_dict(g) for g in self.graphs],
+            "recompiles": self.recompiles,
+            "packed_bytes": sum(p.nbytes for p in self.packed),
+            "packing_seconds": self.packing_seconds,
+            "matrices": [
+                {
+                    "name": p.name,
+                    "shape": list(p.shape),
+                    "group_size": p.group_size,
+                    "sqnr_db": _finite(p.sqnr),
+                    "bytes": p.nbytes,
+                }
+                for p in self.packed
+            ],
+            "exit_depths": dict(self.decode_depths),
+            "prefill_exit_depths": dict(self.prefill_depths),
+            "mean_exit_depth": _finite(self.mean_depth),
+        }
+
+    def __str__(self) -> str:
+        lines = [f"River Compile report for {self.model}"]
+        if not self.ran:
+            return "\n".join([*lines, f"  {_NEVER_RAN}"])
+        for graph in self.graphs:
+            lines += _graph_lines(graph)
+        lines += _packed_lines(self)
+        lines += [f"  recompiles     {self.recompiles}"]
+        lines += _depth_lines(self)
+        return "\n".join(lines)
+
+
+def report(model: nn.Module) -> Report:
+    """Reports what the backend found, rewrote and refused in a model, and where its tokens left.
+
+    Args:
+        model: the module that was compiled, or the wrapper that ``torch.compile`` returned.
+    """
+    model = getattr(model, "_orig_mod", model)
+    state = find_state(model.parameters())
+    name = type(model).__name__
+    if state is None:
+        return Report(name, (), (), 0.0, {}, {})
+    return Report(
+        name,
+        tuple(state.graphs),
+        tuple(sorted(state.packed.all(), key=lambda p: _natural(p.name))),
+        state.packed.seconds,
+        state.stats.depths(decode=True),
+        state.stats.depths(decode=False),
+    )
+
+
+def _graph_dict(graph: GraphRecord) -> dict[str, object]:
+    return {
+        "kind": graph.kind,
+        "cache": graph.cache,
+        "refusal": graph.refusal,
+        "blocks": graph.num_blocks,
+        "candidate_depths": list(graph.candidates),
+        "segments": [
+            {"name": c.name, "uses": c.uses, "compile_seconds": c.seconds, "direct": c.direct} for c in graph.compiled
+        ],
+        "seconds": dict(graph.seconds),
+        "kept_in_16_bits": [{"name": k.name, "reason": k.reason} for k in graph.kept],
+        "other_group_sizes": {s.name: s.group_size for s in _other_groups(graph)},
+    }
+
+
+def _other_groups(graph: GraphRecord) -> list[PackedSite]:
+    return [site for site in graph.sites if site.group_size != graph.config.group_size]
+
+
+def _graph_lines(graph: GraphRecord) -> list[str]:
+    if graph.refusal:
+        return [f"  graph          left to Inductor: {graph.refusal}"]
+    seconds = ", ".join(f"{stage} {s:.1f} s" for stage, s in graph.seconds.items())
+    lines = [f"  {graph.kind:<14} {graph.num_blocks} blocks, {graph.cache} cache; {seconds}"]
+    segments = ", ".join(f"{c.name} x{c.uses}" for c in graph.compiled)
+    lines.append(f"    segments     {segments}")
+    if graph.candidates:
+        lines.append(f"    exits after  {_ranges(graph.candidates)}")
+    for reason, count in Counter(k.reason for k in graph.kept).items():
+        lines.append(f"    in 16 bits   {count} matrices: {reason}")
+    for size, count in Counter(s.group_size for s in _other_groups(graph)).items():
+        lines.append(f"    group size   {size} instead of {graph.config.group_size} in {count} matrices")
+    return lines
+
+
+def _packed_lines(report: Report) -> list[str]:
+    if not report.packed:
+        return []
+    size = sum(p.nbytes for p in report.packed) / 1e6
+    worst = min(report.packed, key=lambda p: p.sqnr)
+    mean = sum(p.sqnr for p in report.packed if math.isfinite(p.sqnr)) / len(report.packed)
+    return [
+        f"  packed         {len(report.packed)} matrices, {size:.1f} MB, in {report.packing_seconds:.1f} s",
+        f"  SQNR           mean {mean:.1f} dB, least {worst.sqnr:.1f} dB ({worst.name})",
+    ]
+
+
+def _depth_lines(report: Report) -> list[str]:
+    if not report.decode_depths:
+        return ["  exits          no token was decoded yet"]
+    total = sum(report.decode_depths.values())
+    lines = [f"  exits          {total} decode steps, mean depth {report.mean_depth:.2f} blocks"]
+    return lines + histogram(report.decode_depths)
+
+
+def histogram(depths: dict[int, int]) -> list[str]:
+    """Returns a bar for each exit depth, as lines of text."""
+    total, most = sum(depths.values()), max(depths.values(), default=1)
+    return [
+        f"    depth {depth:>3}    {'#' * max(1, round(_BAR * n / most)):<{_BAR}} {n:>6} ({100 * n / total:.0f} %)"
+        for depth, n in sorted(depths.items())
+    ]
+
+
+def _ranges(depths: tuple[int, ...]) -> str:
+    step = depths[1] - depths[0] if len(depths) > 1 else 1
+    tail = f", every {step}" if step > 1 else ""
+    return f"blocks {depths[0]} to {depths[-1]}{tail}" if len(depths) > 1 else f"block {depths[0]}"
+
+
+def _finite(value: float) -> float | None:
+    return value if math.isfinite(value) else None
+
+
+def _natural(name: str) -> list[object]:
+    return [(0, int(part), "") if part.isdigit() else (1, 0, part) for part in name.split(".")]
