@@ -1,9 +1,9 @@
 """Tiny randomly initialised causal language models of many families, for tests that need structure but no sense.
 
 Every model has hidden size 64, a vocabulary of 128, and matrix dimensions divisible by 32, so that groups of 32
-exist. Weights are drawn anew from a seed: matrices about keep the scale of their input, biases are not zero, norm weights
-are not one, so a dropped bias or a forgotten norm changes the logits. Sliding windows are 8 tokens long: shorter than
-most prompts in the tests. Generation never ends early (no end-of-sequence token).
+exist. Weights are drawn anew from a seed: matrices about keep the scale of their input, biases are not zero, norm
+weights are not one, so a dropped bias or a forgotten norm changes the logits. Sliding windows are 8 tokens long,
+shorter than most prompts in the tests. Generation never ends early (no end-of-sequence token).
 
 These models say nothing about quality or speed; `examples/models.py` has real ones for that.
 """
