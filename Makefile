@@ -47,7 +47,7 @@ $(FOR_TEST): $(CREATED) pyproject.toml
 	@touch $@ $(FOR_DEMO)
 
 $(CREATED):
-	@$(PYTHON) -V >/dev/null 2>&1 || { echo "PYTHON=$(PYTHON) does not run; name a Python 3.10 or newer: make PYTHON=/path/to/python3"; exit 1; }
+	@$(PYTHON) -V >/dev/null 2>&1 || { echo "PYTHON=$(PYTHON) does not run; name a Python 3.10 or newer: make PYTHON=/path/to/python3" >&2; exit 1; }
 	@$(PYTHON) tools/check_machine.py
 	$(PYTHON) -m venv --clear $(VENV)
 	@touch $@

@@ -119,6 +119,16 @@ def resolve(name: str | Path) -> Path:
     return folder
 
 
+def encode(tokenizer: PreTrainedTokenizerBase, prompt: str) -> torch.Tensor:
+    """Returns the prompt's ids ``[1, length]``, as a user's message where the model has a chat template."""
+    if not tokenizer.chat_template:
+        return tokenizer(prompt, return_tensors="pt")["input_ids"]
+    messages = [{"role": "user", "content": prompt}]
+    return tokenizer.apply_chat_template(messages, add_generation_prompt=True, return_tensors="pt", return_dict=True)[
+        "input_ids"
+    ]
+
+
 def fetch(name: str) -> Path:
     """Returns the folder of the converted model `name`, making it on first use (about 20 seconds)."""
     source = _source(name)
