@@ -21,11 +21,7 @@ from collections.abc import Callable, Mapping, Sequence
 from importlib import metadata
 from pathlib import Path
 
-ROOT = Path(__file__).resolve().parent.parent
 LOG_LINES = 20
-
-if str(ROOT) not in sys.path:  # a benchmark is run as a script; `examples` lies beside it
-    sys.path.insert(0, str(ROOT))
 
 
 class WorkerFailed(RuntimeError):

@@ -27,8 +27,9 @@ import time
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
 
-import common
+sys.path.insert(0, str(Path(__file__).resolve().parent.parent))  # a script finds only its own folder
 
+from benchmarks import common
 from examples import models
 
 PROMPT = "Write a Python function that returns the n-th Fibonacci number."

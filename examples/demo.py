@@ -19,12 +19,15 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-import models
+sys.path.insert(0, str(Path(__file__).resolve().parent.parent))  # a script finds only its own folder
+
+from examples import models
 
 if TYPE_CHECKING:
     import torch
-    from timing import Generation
     from transformers import PreTrainedModel, PreTrainedTokenizerBase
+
+    from examples.timing import Generation
 
 PROMPT = "Write a Python function that returns the n-th Fibonacci number."
 WIDTH = 88
@@ -101,7 +104,7 @@ def histogram(depths: Iterable[int], blocks: int, width: int = BAR) -> str:
 
 
 def _run(model: PreTrainedModel, prompt: torch.Tensor, new_tokens: int) -> Run:
-    from timing import generate
+    from examples.timing import generate
 
     first_call = generate(model, prompt, new_tokens, stop_after=2)
     return Run(first_call, generate(model, prompt, new_tokens, end_early=True))
@@ -111,9 +114,8 @@ def _run_river(
     model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase, prompt: torch.Tensor, options: argparse.Namespace
 ) -> tuple[Run, list[int]]:
     """Compiles `model` in place and draws the picture; returns the run and the exit depth of each decoded token."""
-    from timing import generate
-
     import river_compile
+    from examples.timing import generate
 
     model.compile(backend="river", options={"threshold": options.threshold})
     first_call = generate(model, prompt, options.new_tokens, stop_after=2)
