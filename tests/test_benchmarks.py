@@ -29,7 +29,10 @@ def memory(mebibytes):
     held = b"x" * (mebibytes << 20)
     return {{"before": before, "after": common.peak_rss_bytes()}}
 
-common.serve({{"memory": memory, "echo": lambda text: {{"text": text}}, "fail": fail, "die": die, "environment": environment}})
+def echo(text):
+    return {{"text": text}}
+
+common.serve({{handler.__name__: handler for handler in (echo, fail, die, environment, memory)}})
 """
 
 
