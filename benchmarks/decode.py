@@ -81,8 +81,10 @@ def main(arguments: list[str] | None = None) -> int:
         common.serve({"prepare": bench.prepare, "measure": bench.measure})
         return 0
     try:
-        folder, gguf = _model_files(options)
-        rows, absent = _present_rows(options.rows, gguf)
+        folder = models.resolve(options.model)
+        absent = _absent_rows(options)
+        rows = [name for name in options.rows if name not in absent]
+        gguf = _gguf_file(options) if "llama_cpp" in rows else None
         results = run(rows, folder, gguf, options)
     except (ValueError, models.ModelUnavailable, common.WorkerFailed) as error:
         print(f"error: {error}", file=sys.stderr)
@@ -298,25 +300,24 @@ def _job(name: str, folder: Path, gguf: Path | None, options: argparse.Namespace
     }
 
 
-def _model_files(options: argparse.Namespace) -> tuple[Path, Path | None]:
-    """Returns the model's folder and its GGUF file, if it came from one."""
-    folder = models.resolve(options.model)
-    if options.gguf:
-        if not options.gguf.is_file():
-            raise ValueError(f"--gguf {options.gguf} is no file; name the GGUF file that the model was made of")
-        return folder, options.gguf
-    return folder, models.gguf_path(options.model) if options.model in models.MODELS else None
+def _absent_rows(options: argparse.Namespace) -> dict[str, str]:
+    """Returns the wanted rows that cannot run here, each with the reason."""
+    if "llama_cpp" not in options.rows:
+        return {}
+    if importlib.util.find_spec("llama_cpp") is None:
+        return {"llama_cpp": "llama-cpp-python is not installed (pip install llama-cpp-python)"}
+    if options.gguf is None and options.model not in models.MODELS:
+        return {"llama_cpp": "the model did not come from a GGUF file (name one with --gguf)"}
+    return {}
 
 
-def _present_rows(wanted: list[str], gguf: Path | None) -> tuple[list[str], dict[str, str]]:
-    """Splits the rows into those that can run here and those that cannot, with the reason."""
-    absent = {}
-    if "llama_cpp" in wanted:
-        if importlib.util.find_spec("llama_cpp") is None:
-            absent["llama_cpp"] = "llama-cpp-python is not installed (pip install llama-cpp-python)"
-        elif gguf is None:
-            absent["llama_cpp"] = "the model did not come from a GGUF file (name one with --gguf)"
-    return [name for name in wanted if name not in absent], absent
+def _gguf_file(options: argparse.Namespace) -> Path:
+    """Returns the GGUF file that the model was made of."""
+    if options.gguf is None:
+        return models.gguf_path(options.model)
+    if not options.gguf.is_file():
+        raise ValueError(f"--gguf {options.gguf} is no file; name the GGUF file that the model was made of")
+    return options.gguf
 
 
 def _parse(arguments: list[str] | None) -> argparse.Namespace:

@@ -139,11 +139,21 @@ def test_repeats_take_turns_and_the_median_counts(monkeypatch, tmp_path, capsys)
     assert "river/eager" in capsys.readouterr().out
 
 
-def test_errors_name_the_value(tmp_path, capsys):
-    (tmp_path / "config.json").write_text("{}")
+def test_an_unknown_model_is_named(capsys):
     assert decode.main(["--model", "/no/such/folder"]) == 1
     assert "model='/no/such/folder' is neither one of" in capsys.readouterr().err
-    assert decode.main(["--model", str(tmp_path), "--gguf", "/no/such.gguf"]) == 1
+
+
+def test_llama_cpp_needs_its_package_and_a_gguf_file(tmp_path, monkeypatch, capsys):
+    """The row is absent with its reason, and a GGUF file that does not exist is named."""
+    (tmp_path / "config.json").write_text("{}")
+    arguments = ["--model", str(tmp_path), "--rows", "llama_cpp"]
+    options = decode._parse(arguments)
+    monkeypatch.setattr(decode.importlib.util, "find_spec", lambda name: None)
+    assert "is not installed" in decode._absent_rows(options)["llama_cpp"]
+    monkeypatch.setattr(decode.importlib.util, "find_spec", lambda name: object())
+    assert "did not come from a GGUF file" in decode._absent_rows(options)["llama_cpp"]
+    assert decode.main([*arguments, "--gguf", "/no/such.gguf"]) == 1
     assert "--gguf /no/such.gguf is no file" in capsys.readouterr().err
 
 
