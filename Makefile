@@ -1,0 +1,53 @@
+# make demo    plain model and River side by side          make bench   decode speed of every configuration
+# make test    lint and all tests                          make clean   remove what make built here
+#
+# Variables: PYTHON (3.10 or newer; makes the virtual environment), VENV (its folder), RIVER_CACHE (converted models),
+# ARGS (arguments of the demo or the benchmark, as in `make demo ARGS="--new-tokens 64"`).
+# pip takes its settings from its own configuration and from PIP_* variables.
+
+PYTHON ?= python3
+VENV ?= .venv
+ARGS ?=
+
+# Stamps live in the environment, so that they vanish with it.
+IN_VENV := $(VENV)/bin/python
+CREATED := $(VENV)/.created
+FOR_DEMO := $(VENV)/.installed-demo
+FOR_TEST := $(VENV)/.installed-test
+
+.PHONY: help demo test bench clean
+.DELETE_ON_ERROR:
+
+help:
+	@sed -n '1,/^$$/s/^# \{0,1\}//p' Makefile
+
+demo: $(FOR_DEMO)
+	$(IN_VENV) examples/demo.py $(ARGS)
+
+test: $(FOR_TEST)
+	$(IN_VENV) -m ruff check .
+	$(IN_VENV) -m ruff format --check .
+	$(IN_VENV) examples/models.py smollm2
+	$(IN_VENV) -m pytest
+
+bench: $(FOR_DEMO)
+	$(IN_VENV) benchmarks/decode.py $(ARGS)
+
+clean:
+	rm -rf $(VENV) build dist *.egg-info .pytest_cache .ruff_cache .hypothesis
+	find . -name __pycache__ -type d -prune -exec rm -rf {} +
+	@echo "Converted models stay in $${RIVER_CACHE:-~/.cache/river_compile}; remove that folder by hand if you want."
+
+$(FOR_DEMO): $(CREATED) pyproject.toml
+	$(IN_VENV) -m pip install --disable-pip-version-check --editable ".[demo]"
+	@touch $@
+
+$(FOR_TEST): $(CREATED) pyproject.toml
+	$(IN_VENV) -m pip install --disable-pip-version-check --editable ".[test]"
+	@touch $@ $(FOR_DEMO)
+
+$(CREATED):
+	@$(PYTHON) -V >/dev/null 2>&1 || { echo "PYTHON=$(PYTHON) does not run; name a Python 3.10 or newer: make PYTHON=/path/to/python3" >&2; exit 1; }
+	@$(PYTHON) tools/check_machine.py
+	$(PYTHON) -m venv --clear $(VENV)
+	@touch $@

@@ -1,0 +1,1 @@
+"""Benchmarks of River Compile; every file but `common.py` is a command-line program."""

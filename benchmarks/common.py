@@ -1,0 +1,186 @@
+"""What the benchmarks share: worker processes, tables, machine facts, JSON files.
+
+A configuration is measured in a process of its own, so that its memory, its compiled code and its caches are its own.
+The process stays alive and waits between measurements, so that the repeats of several configurations can take turns:
+a machine that gets slower or faster meanwhile then touches all of them alike.
+
+The parent sends one JSON object per line to the worker's stdin and reads one back; whatever libraries print in the
+worker goes to a log file, whose end is shown when the worker fails.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import json
+import os
+import platform
+import subprocess
+import sys
+import tempfile
+from collections.abc import Callable, Mapping, Sequence
+from importlib import metadata
+from pathlib import Path
+
+LOG_LINES = 20
+
+
+class WorkerFailed(RuntimeError):
+    """A worker raised or died; the message holds what it said."""
+
+
+class Worker:
+    """A process that runs this script with ``--worker`` and answers commands until it is closed.
+
+    Args:
+        script: the benchmark's file; its ``main`` must call :func:`serve` when given ``--worker``.
+        name: of the configuration, for error messages.
+        threads: number of threads of the process.
+    """
+
+    def __init__(self, script: str | Path, name: str, threads: int) -> None:
+        self.name = name
+        self._folder = tempfile.TemporaryDirectory(prefix="river_benchmark_")
+        self._log = Path(self._folder.name) / "log.txt"
+        environment = dict(
+            os.environ,
+            OMP_NUM_THREADS=str(threads),
+            TORCHINDUCTOR_CACHE_DIR=str(Path(self._folder.name) / "inductor"),  # cold, and shared with nobody
+            PYTHONUNBUFFERED="1",
+        )
+        with self._log.open("w") as log:
+            self._process = subprocess.Popen(
+                [sys.executable, str(script), "--worker"],
+                stdin=subprocess.PIPE,
+                stdout=subprocess.PIPE,
+                stderr=log,
+                env=environment,
+                text=True,
+            )
+
+    def ask(self, command: str, **arguments) -> dict:
+        """Sends a command and waits for its answer.
+
+        Raises:
+            WorkerFailed: the worker raised an exception or ended.
+        """
+        with contextlib.suppress(BrokenPipeError):
+            self._process.stdin.write(json.dumps({"command": command, **arguments}) + "\n")
+            self._process.stdin.flush()
+        answer = self._process.stdout.readline()
+        if not answer:
+            raise WorkerFailed(f"{self.name}: the process ended with status {self._process.wait()}\n{self._log_end()}")
+        result = json.loads(answer)
+        if "error" in result:
+            raise WorkerFailed(f"{self.name}: {result['error']}\n{self._log_end()}")
+        return result
+
+    def close(self) -> None:
+        """Ends the process and removes its files."""
+        self._process.stdin.close()  # the worker's loop ends at end of file
+        try:
+            self._process.wait(timeout=20)
+        except subprocess.TimeoutExpired:
+            self._process.kill()
+            self._process.wait()
+        self._process.stdout.close()
+        self._folder.cleanup()
+
+    def _log_end(self) -> str:
+        return "\n".join(self._log.read_text(errors="replace").splitlines()[-LOG_LINES:])
+
+
+def serve(handlers: Mapping[str, Callable[..., dict]]) -> None:
+    """Answers the commands of a :class:`Worker` until its end of the pipe closes.
+
+    Args:
+        handlers: a function per command; it takes the command's arguments and returns what JSON can hold.
+    """
+    replies = os.fdopen(os.dup(1), "w")
+    os.dup2(2, 1)  # what libraries print must not end up among the replies
+    for line in sys.stdin:
+        request = json.loads(line)
+        try:
+            reply = handlers[request.pop("command")](**request)
+        except Exception as error:
+            import traceback
+
+            traceback.print_exc()
+            reply = {"error": f"{type(error).__name__}: {error}"}
+        print(json.dumps(reply), file=replies, flush=True)
+
+
+def peak_rss_bytes() -> int:
+    """Returns the largest resident memory of this process so far, memory-mapped files included."""
+    with contextlib.suppress(OSError), open("/proc/self/status") as status:
+        for line in status:
+            if line.startswith("VmHWM:"):
+                return int(line.split()[1]) * 1024
+    import resource  # may count what the parent used before it started this process, so it is the second choice
+
+    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * (1 if sys.platform == "darwin" else 1024)
+
+
+def machine_facts(threads: int) -> dict:
+    """Returns what a reader needs to judge a number: processor, threads, versions."""
+    return {
+        "cpu": _cpu_model(),
+        "cores": os.cpu_count(),
+        "threads": threads,
+        "system": platform.platform(),
+        "python": platform.python_version(),
+        **{package: _version(package) for package in ("torch", "transformers", "torchao", "llama-cpp-python")},
+    }
+
+
+def print_table(headers: Sequence[str], rows: Sequence[Sequence[object]]) -> None:
+    """Prints rows under headers: text to the left, numbers to the right with two decimals, None as a dash."""
+    cells = [[_cell(value) for value in row] for row in rows]
+    widths = [max(len(line[i]) for line in [list(headers), *cells]) for i in range(len(headers))]
+    numeric = [any(isinstance(row[i], (int, float)) for row in rows) for i in range(len(headers))]
+
+    def lay_out(line: Sequence[str]) -> str:
+        pairs = zip(line, widths, numeric, strict=True)
+        return "  ".join(text.rjust(w) if right else text.ljust(w) for text, w, right in pairs).rstrip()
+
+    print(lay_out(headers))
+    print("  ".join("-" * width for width in widths))
+    for line in cells:
+        print(lay_out(line))
+
+
+def write_json(path: str | Path, content: object) -> None:
+    """Writes a JSON file that appears whole or not at all."""
+    path = Path(path)
+    path.parent.mkdir(parents=True, exist_ok=True)
+    scratch = path.with_name(f".{path.name}.{os.getpid()}")
+    try:
+        scratch.write_text(json.dumps(content, indent=2) + "\n", encoding="utf-8")
+        os.replace(scratch, path)
+    finally:
+        scratch.unlink(missing_ok=True)
+
+
+def ratios(values: Mapping[str, float], pairs: Sequence[tuple[str, str]]) -> dict[str, float]:
+    """Returns ``{"a/b": values[a] / values[b]}`` for the pairs of which both were measured."""
+    return {f"{a}/{b}": values[a] / values[b] for a, b in pairs if a in values and b in values}
+
+
+def _cell(value: object) -> str:
+    if value is None:
+        return "-"
+    return f"{value:.2f}" if isinstance(value, float) else str(value)
+
+
+def _cpu_model() -> str:
+    with contextlib.suppress(OSError), open("/proc/cpuinfo") as info:
+        for line in info:
+            if line.startswith("model name"):
+                return line.partition(":")[2].strip()
+    return platform.processor() or platform.machine()
+
+
+def _version(package: str) -> str | None:
+    try:
+        return metadata.version(package)
+    except metadata.PackageNotFoundError:
+        return None

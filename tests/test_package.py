@@ -1,0 +1,188 @@
+"""The package's shape: which part may import which, what a wheel holds, and that importing it costs nothing.
+
+The rule of imports: ``river_compile -> passes -> kernels``. Kernels know no graph and passes know no backend, so
+``kernels/`` imports nothing of the other two and ``passes/`` imports only ``kernels/``, at module level or inside a
+function. All of them call each other by their installed names (``river_compile.passes``), never by the folder's.
+"""
+
+import ast
+import importlib.util
+import os
+import shutil
+import subprocess
+import sys
+import zipfile
+from collections.abc import Iterator
+from pathlib import Path
+
+import pytest
+
+ROOT = Path(__file__).resolve().parent.parent
+FOLDERS = {"river_compile": "river_compile", "passes": "river_compile.passes", "kernels": "river_compile.kernels"}
+MAY_IMPORT = {
+    "river_compile": {"river_compile", "passes", "kernels"},
+    "passes": {"passes", "kernels"},
+    "kernels": {"kernels"},
+}
+SOURCES = [file for folder in FOLDERS for file in sorted((ROOT / folder).rglob("*.py"))]
+
+
+def layer_of(module: str) -> str | None:
+    """Returns the layer that an absolute module name belongs to, or None for other packages."""
+    parts = module.split(".")
+    if parts[0] in ("passes", "kernels"):
+        return f"top-level {parts[0]}"
+    if parts[0] != "river_compile":
+        return None
+    return parts[1] if len(parts) > 1 and parts[1] in ("passes", "kernels") else "river_compile"
+
+
+def imported_modules(source: str, package: str) -> Iterator[str]:
+    """Yields the absolute name of everything that `source`, a module of `package`, imports anywhere."""
+    for node in ast.walk(ast.parse(source)):
+        if isinstance(node, ast.Import):
+            yield from (alias.name for alias in node.names)
+        elif isinstance(node, ast.ImportFrom):
+            name = "." * node.level + (node.module or "")
+            base = importlib.util.resolve_name(name, package) if node.level else name
+            # `from river_compile import passes` names a subpackage, `from river_compile import trace` does not.
+            yield from (f"{base}.{alias.name}" for alias in node.names)
+        elif isinstance(node, ast.Call) and isinstance(node.func, (ast.Attribute, ast.Name)):
+            called = node.func.attr if isinstance(node.func, ast.Attribute) else node.func.id
+            if called in ("import_module", "__import__") and node.args and isinstance(node.args[0], ast.Constant):
+                yield node.args[0].value
+
+
+def forbidden_imports(source: str, layer: str, package: str) -> list[str]:
+    """Returns the imports of `source`, a module of `layer`, that the rule forbids."""
+    layers = {module: layer_of(module) for module in imported_modules(source, package)}
+    return [module for module, imported in layers.items() if imported and imported not in MAY_IMPORT[layer]]
+
+
+@pytest.mark.parametrize("file", SOURCES, ids=lambda file: str(file.relative_to(ROOT)))
+def test_imports_run_one_way(file):
+    """No module imports against the arrow, nor anything by its folder's name."""
+    folder = file.relative_to(ROOT).parts[0]
+    package = ".".join([FOLDERS[folder], *file.relative_to(ROOT / folder).parent.parts])
+    assert forbidden_imports(file.read_text(encoding="utf-8"), folder, package) == []
+
+
+@pytest.mark.parametrize(
+    ("layer", "source"),
+    [
+        ("kernels", "import river_compile"),
+        ("kernels", "from river_compile.passes import types"),
+        ("kernels", "from .. import passes"),
+        ("kernels", "from ..config import RiverConfig"),
+        ("passes", "def f():\n    from river_compile import report"),
+        ("passes", "def f():\n    import river_compile.backend as b"),
+        ("passes", "import importlib\nimportlib.import_module('river_compile.runtime')"),
+        ("river_compile", "import passes.types"),
+        ("river_compile", "from kernels import pack"),
+    ],
+)
+def test_the_check_sees_forbidden_imports(layer, source):
+    """The test above can fail: it sees lazy, relative, renamed and dynamic imports."""
+    assert forbidden_imports(source, layer, FOLDERS[layer]) != []
+
+
+@pytest.mark.parametrize(
+    ("layer", "source"),
+    [
+        ("kernels", "import torch\nfrom .pack import pack\nfrom . import quantize"),
+        ("passes", "from river_compile.kernels.quantize import quantize\nfrom .types import Refusal"),
+        ("passes", "from river_compile import kernels"),
+        ("river_compile", "from river_compile.passes import rewrite\nfrom .kernels import quantize"),
+    ],
+)
+def test_the_check_lets_allowed_imports_pass(layer, source):
+    assert forbidden_imports(source, layer, FOLDERS[layer]) == []
+
+
+@pytest.fixture(scope="module")
+def wheel(tmp_path_factory):
+    """Builds a wheel from a copy of the sources, so that the checkout stays clean and no stale build leaks in."""
+    copy = tmp_path_factory.mktemp("sources")
+    for folder in FOLDERS:
+        shutil.copytree(ROOT / folder, copy / folder, ignore=shutil.ignore_patterns("__pycache__"))
+    for file in ("pyproject.toml", "README.md", "LICENSE"):
+        shutil.copy(ROOT / file, copy)
+    out = tmp_path_factory.mktemp("wheel")
+    command = [sys.executable, "-m", "build", "--wheel", "--no-isolation", "--outdir", str(out), str(copy)]
+    built = subprocess.run(command, capture_output=True, text=True)
+    assert built.returncode == 0, built.stdout + built.stderr
+    (path,) = out.glob("*.whl")
+    return path
+
+
+@pytest.fixture(scope="module")
+def installed(wheel, tmp_path_factory):
+    """Installs the wheel alone into a folder of its own and returns that folder."""
+    target = tmp_path_factory.mktemp("installed")
+    command = [sys.executable, "-m", "pip", "install", "--quiet", "--no-deps", "--no-index", "--target", str(target)]
+    done = subprocess.run([*command, str(wheel)], capture_output=True, text=True)
+    assert done.returncode == 0, done.stdout + done.stderr
+    return target
+
+
+def run_python(code: str, cwd: Path, path: Path) -> subprocess.CompletedProcess:
+    """Runs code in a fresh interpreter that finds `path` before everything installed."""
+    environment = {**os.environ, "PYTHONPATH": str(path)}
+    done = subprocess.run([sys.executable, "-c", code], cwd=cwd, env=environment, capture_output=True, text=True)
+    assert done.returncode == 0, done.stdout + done.stderr
+    return done
+
+
+def test_a_wheel_holds_every_module_below_river_compile(wheel):
+    """Every source file is in the wheel under its installed name, and no folder `passes` or `kernels` at its top."""
+    names = set(zipfile.ZipFile(wheel).namelist())
+    for file in SOURCES:
+        folder, *rest = file.relative_to(ROOT).parts
+        assert "/".join([FOLDERS[folder].replace(".", "/"), *rest]) in names
+    assert "river_compile/py.typed" in names
+    assert {name.split("/")[0] for name in names if ".dist-info/" not in name} == {"river_compile"}
+
+
+def test_a_wheel_registers_the_backend(wheel):
+    """The wheel's metadata has the entry point by which TorchDynamo finds the backend, and the licence."""
+    with zipfile.ZipFile(wheel) as archive:
+        (entry_points,) = (name for name in archive.namelist() if name.endswith(".dist-info/entry_points.txt"))
+        text = archive.read(entry_points).decode()
+        assert any(name.endswith("/LICENSE") for name in archive.namelist())
+    assert text.split() == ["[torch_dynamo_backends]", "river", "=", "river_compile.backend:river"]
+
+
+def test_an_installed_wheel_is_found_by_torch_without_being_imported(installed, tmp_path):
+    """After `pip install`, "river" is among Dynamo's backends; only looking it up imports the package."""
+    code = """
+import sys, torch._dynamo
+assert "river" in torch._dynamo.list_backends()
+assert "river_compile" not in sys.modules
+river = torch._dynamo.lookup_backend("river")
+import river_compile
+print(river.__module__, river_compile.__file__)
+"""
+    module, file = run_python(code, tmp_path, installed).stdout.split()
+    assert module == "river_compile.backend"
+    assert Path(file).is_relative_to(installed)
+
+
+def test_an_installed_wheel_brings_no_package_of_a_common_name(installed, tmp_path):
+    """The parts import by their installed names from the wheel's folder, which adds no top-level name but one."""
+    code = "import river_compile.passes as p, river_compile.kernels as k; print(p.__file__, k.__file__)"
+    files = run_python(code, tmp_path, installed).stdout.split()
+    assert all(Path(file).is_relative_to(installed / "river_compile") for file in files)
+    assert {entry.name for entry in installed.iterdir() if not entry.name.endswith(".dist-info")} == {"river_compile"}
+
+
+def test_a_bare_checkout_imports_its_parts():
+    """Without any installation the folders at the top import by the same names."""
+    code = "import river_compile.passes as p, river_compile.kernels as k; print(p.__file__, k.__file__)"
+    files = run_python(code, ROOT, ROOT).stdout.split()
+    assert [Path(file) for file in files] == [ROOT / "passes/__init__.py", ROOT / "kernels/__init__.py"]
+
+
+def test_importing_prints_nothing_and_loads_neither_torch_nor_triton(installed, tmp_path):
+    code = "import sys, river_compile; assert not {'torch', 'triton', 'transformers'} & set(sys.modules)"
+    done = run_python(code, tmp_path, installed)
+    assert (done.stdout, done.stderr) == ("", "")
