@@ -215,7 +215,7 @@ def _kv_slot(nodes: list[fx.Node], hidden_out: fx.Node) -> KVSlot | None:
 
 
 def _capacity(writes: list[fx.Node]) -> int | None:
-    """Slots of a cache written by ``index_copy_(dim, position, new)``; caches written otherwise roll, never overflow."""
+    """Slots of a cache written by ``index_copy_(dim, position, new)``; other caches roll and never overflow."""
     for node in writes:
         if node.target == "index_copy_":
             size = value_of(node.args[0]).shape[node.args[1]]
