@@ -174,3 +174,26 @@ def test_the_torch_runner_times_a_tiny_model_without_river():
     assert runner.warm_up() == 2.0
     start = time.perf_counter()
     assert runner.rate() > 3 / (time.perf_counter() - start)
+
+
+def test_the_llama_cpp_runner_takes_no_token_too_many():
+    """Every generation starts from a clean state and pulls exactly the tokens it times."""
+
+    class Llama:
+        pulled, resets = 0, 0
+
+        def reset(self):
+            self.resets += 1
+
+        def generate(self, tokens, **options):
+            assert (tokens, options["temp"]) == ([1, 2], 0.0)
+            while True:
+                self.pulled += 1
+                yield 5
+
+    runner = decode.LlamaCppRunner(Llama(), [1, 2], {"new_tokens": 4})
+    first, second = runner.first_call()
+    assert 0 < first < second
+    assert runner.warm_up() is None
+    assert runner.rate() > 0
+    assert (runner.llama.pulled, runner.llama.resets) == (2 + 4 + 4, 3)
