@@ -93,14 +93,13 @@ def _exit_rule(program: RiverProgram, config: RiverConfig) -> ExitRule:
 
 
 def _reachable(program: RiverProgram, rule: ExitRule) -> list[Segment]:
-    """Returns the segments that some token may run through under this rule."""
+    """Returns the segments that some token may run through: all of them, but where a fixed depth leaves some out."""
     num_blocks = program.plan.num_blocks
-    last = num_blocks if rule.threshold is not None else rule.fixed_depth
-    first = min(program.candidates, default=num_blocks) if rule.threshold is not None else rule.fixed_depth
-    leaves, stays = first < num_blocks, last == num_blocks
-    heads = [program.head] if stays or program.river_head is None else []
-    heads += [program.river_head] if leaves and program.river_head is not None else []
-    return [program.prologue, *program.blocks[:last], *program.twins[first:], *heads]
+    if rule.threshold is not None:
+        return list(program.segments)
+    depth = rule.fixed_depth
+    head = program.river_head if depth < num_blocks and program.river_head is not None else program.head
+    return [program.prologue, *program.blocks[:depth], *program.twins[depth:], head]
 
 
 def _build(
@@ -121,7 +120,7 @@ def _build(
     start = time.perf_counter()
     packed = state.packed.pack(sites, values, config.quantizer)
     packed_at = time.perf_counter()
-    compiler = SegmentCompiler(inductor_settings(mode))
+    compiler = SegmentCompiler(config.lowering, inductor_settings(mode))
     register = registers_of(program)
     steps = {}
     with tqdm(segments, desc="river: compiling segments", unit="segment", leave=False, delay=1) as bar:

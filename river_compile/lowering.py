@@ -62,10 +62,12 @@ class SegmentCompiler:
     """Compiles the segments of one traced graph, each distinct one once.
 
     Attributes:
+        lowering: "inductor", or "eager" to call the segments' graphs as they are.
         config_patches: settings for Inductor.
         compiled: what was compiled.
     """
 
+    lowering: str
     config_patches: dict[str, object]
     compiled: list[Compiled] = field(default_factory=list)
     _known: dict[str, list[Compiled]] = field(default_factory=dict)
@@ -80,7 +82,10 @@ class SegmentCompiler:
                 return known.callee
         start = time.perf_counter()
         guards_before = len(shape_env.guards)
-        callee, direct = _compile(segment, packed, self.config_patches)
+        if self.lowering == "eager":
+            callee, direct = _call_graph(lower_ops(segment.graph_module)), True
+        else:
+            callee, direct = _compile(segment, packed, self.config_patches)
         guards = tuple(guard.expr for guard in shape_env.guards[guards_before:])
         done = Compiled(segment.name, callee, direct, time.perf_counter() - start, mark.symbols, guards)
         log.info("compiled %s in %.1f s%s", segment.name, done.seconds, "" if direct else ", called through wrappers")
@@ -129,6 +134,10 @@ def _compile(segment: Segment, packed: Sequence[Tensor], config_patches: dict[st
     if len(direct) == 1:
         return direct[0], True
     return lambda args: wrapped(*args), False
+
+
+def _call_graph(graph_module: fx.GraphModule) -> Callee:
+    return lambda inputs: graph_module(*inputs)
 
 
 def _needs_no_wrapper(num_inner_inputs: int, num_inputs: int) -> bool:

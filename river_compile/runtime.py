@@ -7,8 +7,10 @@ may run one executor at the same time.
 
 from __future__ import annotations
 
+import contextlib
 import operator
-from collections.abc import Callable, Sequence
+import threading
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 
 import torch
@@ -60,6 +62,24 @@ class ExitRule:
 
     threshold: float | None
     fixed_depth: int
+
+
+_forced = threading.local()
+
+
+@contextlib.contextmanager
+def forced_depth(depth: int) -> Iterator[None]:
+    """Makes every decode step that this thread runs inside leave after `depth` blocks, whatever its exit rule.
+
+    Raises (in the step):
+        ValueError: the program was compiled for one other fixed depth and lacks the segments.
+    """
+    before = getattr(_forced, "depth", None)
+    _forced.depth = depth
+    try:
+        yield
+    finally:
+        _forced.depth = before
 
 
 @dataclass(frozen=True)
@@ -130,12 +150,15 @@ class RiverExecutor:
 
     def _run_blocks(self, registers: list) -> tuple[int, list[float]]:
         """Runs backbone blocks until the exit; returns the blocks executed and the similarities seen."""
-        threshold = self._rule.threshold
+        threshold, fixed_depth = self._rule.threshold, self._rule.fixed_depth
+        forced = getattr(_forced, "depth", None)
+        if forced is not None and self._decode:
+            threshold, fixed_depth = None, self._check_depth(forced)
         scores: list[float] = []
         if threshold is None:
-            for block in self._blocks[: self._rule.fixed_depth]:
+            for block in self._blocks[:fixed_depth]:
                 block(registers)
-            return self._rule.fixed_depth, scores
+            return fixed_depth, scores
         for depth, (block, has_score) in enumerate(zip(self._blocks, self._has_score, strict=True), start=1):
             outputs = block(registers)
             if has_score:
@@ -144,6 +167,15 @@ class RiverExecutor:
                 if score > threshold:  # false for NaN: a token whose score is no number stays
                     return depth, scores
         return len(self._blocks), scores
+
+    def _check_depth(self, depth: int) -> int:
+        """Returns a forced depth after making sure that its segments are there."""
+        if any(step is None for step in (*self._blocks[:depth], *self._twins[depth:])):
+            raise ValueError(
+                f"depth {depth} was asked for, but this model was compiled with exit_depth={self._rule.fixed_depth} "
+                "and has no other segments; compile it without exit_depth"
+            )
+        return depth
 
 
 def registers_of(program: RiverProgram) -> dict[fx.Node, int]:
