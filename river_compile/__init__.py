@@ -25,6 +25,7 @@ _EXPORTS = {
     "RiverWarning": "errors",
     "Trace": "stats",
     "UnsupportedGraphError": "errors",
+    "exact": "exact_mode",
     "report": "report",
     "river": "backend",
     "trace": "stats",

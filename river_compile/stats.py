@@ -56,16 +56,46 @@ class StepRecord:
     model: int
 
 
+@dataclass(frozen=True)
+class CycleRecord:
+    """One cycle of exact mode: a draft, its verification, and what was kept of it.
+
+    Attributes:
+        drafted: where each drafted token came from: "river" or "lookup" (copied from the context).
+        kept: where each kept token came from: as above, or "backbone" for its own token behind the agreeing drafts.
+        width: query length of the verifying pass; ``width - 1 - len(drafted)`` of it was filler.
+        held_back: rows whose next draft held but was dropped, because another row's did not.
+        seconds: wall time of drafting, of verifying, and of choosing and keeping tokens.
+        thread: identifier of the thread it ran in.
+        model: which model ran, an identifier unique in the process.
+    """
+
+    drafted: tuple[str, ...]
+    kept: tuple[str, ...]
+    width: int
+    held_back: int
+    seconds: tuple[float, float, float]
+    thread: int
+    model: int
+
+    @property
+    def accepted(self) -> int:
+        """Drafted tokens that were kept."""
+        return sum(source != "backbone" for source in self.kept)
+
+
 @dataclass
 class Trace:
     """Steps recorded while a ``trace()`` was open, in order.
 
     Attributes:
         steps: every forward pass, prompts included.
+        cycles: every cycle of exact mode; its drafts and verifications are among the steps too.
     """
 
     steps: list[StepRecord] = field(default_factory=list)
     num_blocks: int = 0
+    cycles: list[CycleRecord] = field(default_factory=list)
 
     @property
     def tokens(self) -> list[StepRecord]:
@@ -77,6 +107,18 @@ class Trace:
         """Mean exit depth of the decode steps, NaN where there are none."""
         tokens = self.tokens
         return sum(t.depth for t in tokens) / len(tokens) if tokens else float("nan")
+
+    @property
+    def kept_sources(self) -> dict[str, int]:
+        """Tokens that exact mode kept, by where they came from (a prompt's first token is in no cycle)."""
+        return dict(Counter(source for cycle in self.cycles for source in cycle.kept))
+
+    @property
+    def acceptance_by_position(self) -> list[float]:
+        """Share of the first, second ... drafted tokens that exact mode kept."""
+        longest = max((len(cycle.drafted) for cycle in self.cycles), default=0)
+        reached = [[c.accepted > i for c in self.cycles if len(c.drafted) > i] for i in range(longest)]
+        return [sum(kept) / len(kept) for kept in reached]
 
     def plot(self, path: str | Path, texts: list[str] | None = None) -> Path:
         """Draws every token's exit depth above its text as a PNG; returns the path.
@@ -121,3 +163,9 @@ def record_step(stats: ExitStats, depth: int, scores: list[float], decode: bool)
     for t in _open:
         t.num_blocks = max(t.num_blocks, stats.num_blocks)
         t.steps.append(step)
+
+
+def record_cycle(cycle: CycleRecord) -> None:
+    """Adds a cycle of exact mode to every open trace."""
+    for t in _open:
+        t.cycles.append(cycle)
