@@ -13,7 +13,6 @@ import inspect
 from dataclasses import dataclass, replace
 from types import FrameType
 
-import torch
 from torch import Tensor
 from transformers import GenerationConfig, PreTrainedModel
 from transformers.generation import GenerateDecoderOnlyOutput, LogitsProcessorList, StoppingCriteriaList, logits_process
@@ -24,15 +23,26 @@ from .exact_loop import ExactLoop
 from .two_paths import TwoPaths, verification_widths
 
 # Processors that remember nothing from call to call: drafts, some of which are dropped again, may pass through them.
-_STATELESS = tuple(
-    getattr(logits_process, name)
-    for name in (
-        "TemperatureLogitsWarper TopKLogitsWarper TopPLogitsWarper MinPLogitsWarper TypicalLogitsWarper "
-        "EpsilonLogitsWarper EtaLogitsWarper RepetitionPenaltyLogitsProcessor NoRepeatNGramLogitsProcessor "
-        "MinLengthLogitsProcessor MinNewTokensLengthLogitsProcessor SequenceBiasLogitsProcessor "
-        "NoBadWordsLogitsProcessor SuppressTokensLogitsProcessor SuppressTokensAtBeginLogitsProcessor "
-        "ForcedEOSTokenLogitsProcessor ExponentialDecayLengthPenalty InfNanRemoveLogitsProcessor LogitNormalization"
-    ).split()
+_STATELESS = (
+    logits_process.EpsilonLogitsWarper,
+    logits_process.EtaLogitsWarper,
+    logits_process.ExponentialDecayLengthPenalty,
+    logits_process.ForcedEOSTokenLogitsProcessor,
+    logits_process.InfNanRemoveLogitsProcessor,
+    logits_process.LogitNormalization,
+    logits_process.MinLengthLogitsProcessor,
+    logits_process.MinNewTokensLengthLogitsProcessor,
+    logits_process.MinPLogitsWarper,
+    logits_process.NoBadWordsLogitsProcessor,
+    logits_process.NoRepeatNGramLogitsProcessor,
+    logits_process.RepetitionPenaltyLogitsProcessor,
+    logits_process.SequenceBiasLogitsProcessor,
+    logits_process.SuppressTokensAtBeginLogitsProcessor,
+    logits_process.SuppressTokensLogitsProcessor,
+    logits_process.TemperatureLogitsWarper,
+    logits_process.TopKLogitsWarper,
+    logits_process.TopPLogitsWarper,
+    logits_process.TypicalLogitsWarper,
 )
 
 
