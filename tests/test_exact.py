@@ -1,0 +1,256 @@
+"""Exact mode on real transformers models: the text, the outputs and the cache are those of the plain model.
+
+The tiny models run with the eager lowering in float32, whose backbone gives the plain model's bits. SmolLM2 runs
+through Inductor in float32; set RIVER_EXACT_PROMPTS=50 and RIVER_EXACT_TOKENS=100 for a longer proof.
+"""
+
+import itertools
+import os
+
+import pytest
+import torch
+from transformers import GenerationConfig, StaticCache, StoppingCriteriaList, StopStringCriteria, pipeline
+from transformers.generation import LogitsProcessor, LogitsProcessorList
+from transformers.generation.streamers import BaseStreamer
+
+import river_compile
+from examples import models
+from river_compile.runtime import forced_depth
+from tests.families import FAMILIES, SLIDING_WINDOW, make, prompt
+
+NEW_TOKENS = 24
+SLIDING = ("mistral", "ministral", "gemma2", "gemma3")
+TASKS = (
+    "Explain in a few sentences",
+    "Write a short story about",
+    "List five facts about",
+    "Write a poem about",
+    "Ask a question about",
+)
+TOPICS = ("the sea", "a lost key", "bread", "the moon", "trains", "an old oak", "winter", "honest work", "maps", "bees")
+
+
+@pytest.fixture(autouse=True)
+def fresh_dynamo():
+    torch._dynamo.reset()
+    yield
+    torch._dynamo.reset()
+
+
+def compiled(name="llama", **options):
+    model = make(name)
+    model.compile(backend=river_compile.river, options={"lowering": "eager", "group_size": 32, **options})
+    return model
+
+
+def padded(batch, length=12):
+    """Returns ids and mask; the first rows begin with padding."""
+    ids, mask = prompt(length, batch), torch.ones(batch, length, dtype=torch.long)
+    for row in range(batch - 1):
+        mask[row, : length // 2 - row] = 0
+    return ids.masked_fill(mask == 0, 0), mask
+
+
+def generate(model, ids, mask=None, static=True, **options):
+    mask = torch.ones_like(ids) if mask is None else mask
+    cache = {"cache_implementation": "static"} if static and "cache" not in options else {}
+    options = {"max_new_tokens": NEW_TOKENS, "do_sample": False, "disable_compile": True, **cache, **options}
+    return model.generate(ids, attention_mask=mask, **options)
+
+
+def exactly(model, ids, mask=None, **options):
+    return generate(model, ids, mask, custom_generate=river_compile.exact, **options)
+
+
+@pytest.mark.parametrize("name", [name for name in FAMILIES if name not in SLIDING])
+def test_every_family_generates_the_plain_text_with_a_static_cache(name):
+    """A batch of three with left padding, then one row, with and without prompt lookup."""
+    model = compiled(name)
+    for batch, lookup in ((3, True), (1, False)):
+        ids, mask = padded(batch)
+        with river_compile.trace() as trace:
+            text = exactly(model, ids, mask, prompt_lookup=lookup)
+        assert torch.equal(text, generate(make(name), ids, mask))
+        assert {step.depth for step in trace.tokens} >= {0}
+        assert len(trace.cycles) < NEW_TOKENS - 1 or batch > 1
+
+
+@pytest.mark.parametrize("name", ["llama", "gpt2", *SLIDING])
+@pytest.mark.parametrize("batch", [1, 3])
+def test_growing_caches_and_sliding_windows_give_the_plain_text(name, batch):
+    """The texts are longer than the sliding windows, and windows are rewound across their edge."""
+    ids, mask = padded(batch)
+    expected = generate(make(name), ids, mask, static=False)
+    assert torch.equal(exactly(compiled(name), ids, mask, static=False), expected)
+
+
+@pytest.mark.parametrize("name", SLIDING)
+def test_static_sliding_windows_work_while_they_hold_the_text_and_are_refused_beyond(name):
+    model, ids = compiled(name), prompt(3)
+    short = SLIDING_WINDOW - 3 + 1
+    assert torch.equal(exactly(model, ids, max_new_tokens=short), generate(make(name), ids, max_new_tokens=short))
+    with pytest.raises(ValueError, match="StaticSlidingWindowLayer"):
+        exactly(model, ids, max_new_tokens=short + 1)
+
+
+def test_outputs_and_the_cache_are_the_plain_ones():
+    """Scores and logits per token, and the cache: its length and every filled slot."""
+    ids, mask = padded(3)
+    options = {"return_dict_in_generate": True, "output_scores": True, "output_logits": True}
+    plain = generate(make("llama"), ids, mask, repetition_penalty=1.3, **options)
+    ours = exactly(compiled(), ids, mask, repetition_penalty=1.3, **options)
+    assert torch.equal(ours.sequences, plain.sequences)
+    for name in ("scores", "logits"):
+        assert len(getattr(ours, name)) == NEW_TOKENS
+        torch.testing.assert_close(getattr(ours, name), getattr(plain, name), atol=1e-4, rtol=1e-4)
+    filled = int(plain.cache.get_seq_length())
+    assert filled == ids.shape[1] + NEW_TOKENS - 1
+    for layer, expected in zip(ours.cache.layers, plain.cache.layers, strict=True):
+        assert layer.cumulative_length == expected.cumulative_length
+        torch.testing.assert_close(layer.keys[:, :, :filled], expected.keys[:, :, :filled], atol=1e-4, rtol=1e-4)
+        torch.testing.assert_close(layer.values[:, :, :filled], expected.values[:, :, :filled], atol=1e-4, rtol=1e-4)
+
+
+def test_the_cache_can_go_on_in_plain_generation():
+    model, ids = compiled(), prompt()
+    cache = StaticCache(config=model.config, max_cache_len=60)
+    text = exactly(model, ids, cache=cache)
+    with forced_depth(model.config.num_hidden_layers):
+        more = generate(model, text, cache=cache, max_new_tokens=8)
+    assert torch.equal(more, generate(make("llama"), ids, max_new_tokens=NEW_TOKENS + 8))
+
+
+@pytest.mark.parametrize("batch", [1, 3])
+def test_texts_end_inside_drafts(batch):
+    """For every token of a plain text as the end-of-sequence token: the same text, rows padded behind their ends."""
+    ids, mask = padded(batch)
+    plain, model = make("llama"), compiled()
+    for token in generate(plain, ids, mask)[0, ids.shape[1] :].unique().tolist():
+        expected = generate(plain, ids, mask, eos_token_id=token)
+        assert torch.equal(exactly(model, ids, mask, eos_token_id=token), expected)
+
+
+class Seen(LogitsProcessor, BaseStreamer):
+    """A logits processor with a memory (it forbids what it has seen a third time), and a streamer."""
+
+    def __init__(self):
+        self.lengths, self.put_ids, self.ended = [], [], 0
+
+    def __call__(self, ids, scores):
+        self.lengths.append(ids.shape[1])
+        scores = scores.clone()
+        for token in ids[0].unique():
+            if (ids[0] == token).sum() > 1:
+                scores[0, token] = -torch.inf
+        return scores
+
+    def put(self, value):
+        self.put_ids += value.flatten().tolist()
+
+    def end(self):
+        self.ended += 1
+
+
+def test_processors_and_streamers_see_what_plain_generation_shows_them():
+    ids = prompt()
+    plain, ours = Seen(), Seen()
+    expected = generate(make("llama"), ids, logits_processor=LogitsProcessorList([plain]), streamer=plain)
+    text = exactly(compiled(), ids, logits_processor=LogitsProcessorList([ours]), streamer=ours)
+    assert torch.equal(text, expected)
+    assert (ours.lengths, ours.put_ids, ours.ended) == (plain.lengths, plain.put_ids, 1)
+
+
+@pytest.mark.parametrize("static", [True, False])
+def test_nothing_is_compiled_after_a_warm_up(static):
+    """After two texts, prompts of other lengths, full caches and any draft length run in the same graphs."""
+    model = compiled()
+    model._previous_max_cache_length = 64
+    for length in (9, 14):
+        exactly(model, prompt(length), static=static)
+        exactly(model, prompt(length), static=static, stop_below=0.0, prompt_lookup=False)
+    with torch.compiler.set_stance("fail_on_recompile"):
+        for length, stop_below in itertools.product((8, 11, 23), (0.0, 0.4, 1.0)):
+            exactly(model, prompt(length), static=static, stop_below=stop_below)
+
+
+def test_sampling_repeats_with_its_seed_and_differs_without():
+    model, ids = compiled(), prompt()
+
+    def sample(seed):
+        torch.manual_seed(seed)
+        return exactly(model, ids, do_sample=True, temperature=0.9, top_p=0.9)
+
+    assert torch.equal(sample(0), sample(0))
+    assert not torch.equal(sample(0), sample(1))
+
+
+@pytest.mark.parametrize(
+    ("options", "message"),
+    [
+        ({"num_beams": 2}, "beam_search"),
+        ({"prompt_lookup_num_tokens": 3}, "assisted_generation"),
+        ({"use_cache": False, "static": False}, "use_cache=False"),
+        ({"output_hidden_states": True, "return_dict_in_generate": True}, "output_hidden_states=True"),
+        ({"max_draft": 0}, "max_draft=0"),
+        ({"stop_below": 1.5}, "stop_below=1.5"),
+        ({"prompt_lookup": "yes"}, "prompt_lookup='yes'"),
+    ],
+)
+def test_what_cannot_work_is_refused_by_name(options, message):
+    with pytest.raises(ValueError, match=message):
+        exactly(compiled(), prompt(), **options)
+
+
+def test_models_that_have_no_two_paths_are_refused():
+    with pytest.raises(ValueError, match="never reached"):
+        exactly(make("llama"), prompt())
+    for option, message in (({"prefill": "exit"}, "prefill='exit'"), ({"exit_depth": 4}, "exit_depth=4")):
+        torch._dynamo.reset()
+        with pytest.raises(ValueError, match=message):
+            exactly(compiled(**option), prompt())
+
+
+def test_a_cache_of_the_users_that_is_too_small_is_named():
+    model = compiled()
+    with pytest.raises(river_compile.CacheFullError, match="holds 20 tokens"):
+        exactly(model, prompt(), cache=StaticCache(config=model.config, max_cache_len=20))
+
+
+@pytest.fixture(scope="module")
+def smollm2():
+    torch._dynamo.reset()
+    model, tokenizer = models.load("smollm2", dtype="float32")
+    model.compile(backend=river_compile.river)
+    return model, tokenizer
+
+
+def test_smollm2_in_float32_generates_the_plain_text(smollm2, monkeypatch):
+    """Greedy texts of chat prompts equal those of the same model run eagerly, and of the compiled one's backbone."""
+    model, tokenizer = smollm2
+    count, new_tokens = (int(os.environ.get(f"RIVER_EXACT_{n}", d)) for n, d in (("PROMPTS", 6), ("TOKENS", 48)))
+    chats = [f"{task} {topic}." for topic, task in itertools.product(TOPICS, TASKS)]
+    eager, _ = models.load("smollm2", dtype="float32")
+    model._previous_max_cache_length = 64 + new_tokens
+    with river_compile.trace() as trace:
+        for i in range(count):
+            ids = models.encode(tokenizer, chats[i * len(chats) // count])
+            ours = exactly(model, ids, max_new_tokens=new_tokens)
+            assert torch.equal(ours, generate(eager, ids, max_new_tokens=new_tokens)), chats[i]
+            with forced_depth(model.config.num_hidden_layers):
+                assert torch.equal(ours, generate(model, ids, max_new_tokens=new_tokens))
+    kept = trace.kept_sources
+    assert kept["river"] > kept["backbone"], "drafts were hardly ever right"
+
+
+def test_smollm2_through_a_pipeline_and_with_stop_strings(smollm2):
+    model, tokenizer = smollm2
+    generator = pipeline("text-generation", model=model, tokenizer=tokenizer)
+    config = GenerationConfig(max_new_tokens=40, do_sample=False, eos_token_id=tokenizer.eos_token_id, pad_token_id=0)
+    config.cache_implementation = "static"
+    text = "Once upon a time, there was a"
+    ends = StoppingCriteriaList([StopStringCriteria(tokenizer, [",", "."])])
+    options = {"generation_config": config, "stopping_criteria": ends, "return_full_text": False}
+    ours = generator(text, custom_generate=river_compile.exact, **options)[0]["generated_text"]
+    with forced_depth(model.config.num_hidden_layers):
+        assert generator(text, **options)[0]["generated_text"] == ours
+    assert ours.count(",") + ours.count(".") == 1
