@@ -36,7 +36,12 @@ STORY = (
     "The old lighthouse stood on the cliff above the village. Every evening the keeper climbed the stairs and lit the "
     "lamp. The keeper knew every ship by its sails. One night a storm came, and the keeper saw a small boat far out."
 )
-CODE = "def mean(values):\n    total = 0\n    for value in values:\n        total += value\n    return total / len(values)\n"
+CODE = """def mean(values):
+    total = 0
+    for value in values:
+        total += value
+    return total / len(values)
+"""
 PROMPTS = {
     "chat": (
         "Explain in a few sentences why the sky is blue.",
