@@ -97,8 +97,10 @@ class TwoPaths:
 
     def rewind(self, slots: int) -> None:
         """Frees the last slots of the cache."""
+        if self._static and not slots:
+            return
         self._filled -= slots
-        self.cache.crop(-slots)
+        self.cache.crop(-slots)  # (where nothing is freed, this still trims a sliding window that grows)
         if not self._static:  # a cropped view has other strides than a grown cache: the graphs are compiled for those
             for layer in self.cache.layers:
                 layer.keys, layer.values = layer.keys.contiguous(), layer.values.contiguous()
