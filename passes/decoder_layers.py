@@ -205,8 +205,8 @@ def _comes_from_embedding(node: fx.Node) -> bool:
 
 
 def _kv_slot(nodes: list[fx.Node], hidden_out: fx.Node) -> KVSlot | None:
-    """Finds what a block writes for its tokens: in-place writes to 4-D inputs, or 4-D tensors that it returns."""
-    static = [n for n in nodes for m in mutated_inputs(n) if m.op == "placeholder" and _rank(m) == 4]
+    """Finds what a block writes for its tokens: in-place writes to 4-D tensors, or 4-D tensors that it returns."""
+    static = [n for n in nodes for m in mutated_inputs(n) if _rank(m) == 4]
     if static:
         lengths = [m for n in nodes for m in mutated_inputs(n) if m.op == "placeholder" and _rank(m) == 0]
         return KVSlot("static", tuple(static), tuple(dict.fromkeys(lengths)), _capacity(static))
