@@ -29,3 +29,10 @@ def _fresh_dynamo():
 def smollm2_folder():
     """The folder of SmolLM2-135M-Instruct, converted on first use."""
     return models.fetch("smollm2")
+
+
+@pytest.fixture(scope="session")
+def smollm2_tokenizer(smollm2_folder):
+    from transformers import AutoTokenizer
+
+    return AutoTokenizer.from_pretrained(smollm2_folder)

@@ -158,7 +158,9 @@ def _norm(b: GraphBuilder, shape: Shape, w: dict[str, fx.Node], x: fx.Node) -> f
     if shape.norm == "layer":
         return b.call(torch.nn.functional.layer_norm, x, (WIDTH,), w["norm"])
     mean = b.call("mean", b.call("pow", x, 2), -1, keepdim=True)
-    return b.call(operator.mul, b.call(operator.mul, x, b.call(torch.rsqrt, b.call(operator.add, mean, 1e-6))), w["norm"])
+    return b.call(
+        operator.mul, b.call(operator.mul, x, b.call(torch.rsqrt, b.call(operator.add, mean, 1e-6))), w["norm"]
+    )
 
 
 def _linear(b: GraphBuilder, shape: Shape, w: dict[str, fx.Node], name: str, x: fx.Node) -> fx.Node:
@@ -173,17 +175,13 @@ def _linear(b: GraphBuilder, shape: Shape, w: dict[str, fx.Node], name: str, x: 
     return b.call(torch.nn.functional.linear, x, w[name], bias)
 
 
-def _attention(
-    b: GraphBuilder, shape: Shape, w: dict[str, fx.Node], x: fx.Node
-) -> tuple[fx.Node, list[fx.Node]]:
+def _attention(b: GraphBuilder, shape: Shape, w: dict[str, fx.Node], x: fx.Node) -> tuple[fx.Node, list[fx.Node]]:
     if shape.projections == "fused":
         parts = b.call("chunk", _linear(b, shape, w, "qkv", x), 3, -1)
         q, k, v = (b.call(operator.getitem, parts, i) for i in range(3))
     else:
         q, k, v = (_linear(b, shape, w, name, x) for name in "qkv")
-    q, k, v = (
-        b.call("transpose", b.call("view", y, (shape.batch, 1, HEADS, WIDTH // HEADS)), 1, 2) for y in (q, k, v)
-    )
+    q, k, v = (b.call("transpose", b.call("view", y, (shape.batch, 1, HEADS, WIDTH // HEADS)), 1, 2) for y in (q, k, v))
     keys, values, returned = _fill_cache(b, shape, w, k, v)
     out = b.call(torch.nn.functional.scaled_dot_product_attention, q, keys, values)
     out = b.call("reshape", b.call("transpose", out, 1, 2), (shape.batch, 1, WIDTH))
