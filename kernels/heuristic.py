@@ -27,8 +27,7 @@ from river_compile.kernels.linear import LinearSpec, LinearTile
 from river_compile.kernels.loader import cache_directory
 from river_compile.kernels.spec import next_power_of_two
 
-MAX_REGISTERS = 128
-ROW_BLOCK_K_LIMIT = 8192
+MAX_REGISTERS = 168
 #: Instructions per 4-bit weight (and, read plain) and per activation of a row, counted in the generated code.
 INSTRUCTIONS = {"w4": 4.5, "dense": 2.0, "x": 4.0}
 
@@ -64,8 +63,8 @@ DEVICES = {
 DEFAULT_DEVICE = "sm_90"
 
 _words, _rows, _columns, _length, _threads = (symbol(name) for name in ("W", "BM", "BN", "L", "T"))
-#: Registers of a thread. One row: word, sum and product of every word. `tl.dot`: sums, words, and both operands.
-ROW_REGISTERS = 32 + 3 * _words
+#: Registers of a thread. One row: word, two sums and an operand of each. `tl.dot`: sums, words, and both operands.
+ROW_REGISTERS = 32 + 4 * _words
 DOT_REGISTERS = 48 + (_rows * _columns + 3 * _columns * _length + _rows * _length / sympy.Integer(2)) / _threads
 _row_registers = sympy.lambdify(_words, ROW_REGISTERS)
 _dot_registers = sympy.lambdify((_rows, _columns, _length, _threads), DOT_REGISTERS)
@@ -88,25 +87,36 @@ def is_legal(spec: LinearSpec) -> bool:
 
 def candidates(spec: LinearSpec) -> Iterator[LinearSpec]:
     """Yields `spec` with every legal tile of the search space; its own tile is ignored."""
-    one_row = spec.rows == 1
-    step = spec.group_size or 16
-    widest = max(step, next_power_of_two(spec.in_features))
-    if one_row:
-        spaces = [(1, 2, 4, 8, 16, 32), (1,), (1, 2, 4, 8)]
-        depths = [step << i for i in range(10) if step << i <= min(widest, ROW_BLOCK_K_LIMIT)]
-    else:
-        tall = (16,) if spec.rows else (16, 32, 64)
-        spaces = [(16, 32, 64), tall, (4, 8)]
-        dots = (128, 256, 512) if spec.weights == "w4" else (32, 64, 128)
-        depths = [depth for depth in dots if depth % step == 0 and depth <= max(widest, dots[0])]
-    splits = (1,) if spec.norm != "none" else (1, 2, 4, 8)
-    for block_n, block_m, warps, depth, split_k in itertools.product(*spaces, depths, splits):
-        if split_k > 1 and split_k > math.ceil(spec.in_features / depth):
-            continue
-        tile = LinearTile(block_n, depth, block_m, split_k, warps, 2 if one_row else 3)
-        candidate = dataclasses.replace(spec, tile=tile)
-        if is_legal(candidate):
-            yield candidate
+    for tile in _row_tiles(spec) if spec.rows == 1 else _dot_tiles(spec):
+        if tile.split_k == 1 or tile.split_k <= math.ceil(spec.in_features / tile.block_k):
+            candidate = dataclasses.replace(spec, tile=tile)
+            if is_legal(candidate):
+                yield candidate
+
+
+def _row_tiles(spec: LinearSpec) -> Iterator[LinearTile]:
+    # Lanes lie side by side along K, 16 bytes each (32 weights of 4 bits; two loads of 16 bits), so that a warp reads
+    # whole lines and a lane needs few activations; more rows of W then only repeat the pattern.
+    splits = (1,) if spec.norm != "none" else (1, 2, 4)
+    per_warp = 1024 if spec.weights == "w4" else 512
+    deepest = max(spec.group_size or 32, next_power_of_two(spec.in_features))
+    depths = {min(per_warp * warps, deepest): warps for warps in (8, 4, 2, 1)}
+    for (depth, warps), block_n, split_k in itertools.product(depths.items(), (1, 2, 4, 8, 16, 32), splits):
+        yield LinearTile(block_n, depth, 1, split_k, warps)
+
+
+def _dot_tiles(spec: LinearSpec) -> Iterator[LinearTile]:
+    # What stands in front of the dot is unrolled eight times: deeper steps or a pipeline on top of a norm, two
+    # products or exact float32 run out of registers.
+    heavy = spec.norm != "none" or spec.gated or spec.dtype == "float32"
+    widths = (16,) if spec.dtype == "float32" else (16, 32)
+    heights = (16,) if spec.rows or heavy else (16, 32, 64)
+    depths = (128,) if spec.dtype == "float32" else (128, 256)
+    if spec.weights == "dense":
+        depths = (32, 64)
+    splits = (1,) if spec.norm != "none" else (1, 2, 4)
+    for block_n, block_m, depth, split_k in itertools.product(widths, heights, depths, splits):
+        yield LinearTile(block_n, depth, block_m, split_k, 4, 1 if heavy else 2)
 
 
 def seconds(spec: LinearSpec, device: Device, rows: int | None = None) -> float:
@@ -126,7 +136,7 @@ def seconds(spec: LinearSpec, device: Device, rows: int | None = None) -> float:
     # The memory: what is in flight on one processor, of the about 32 KiB that cover its latency.
     bits = 4 if spec.weights == "w4" else 16
     step_bytes = matrices * tile.block_n * tile.block_k * bits / 8
-    in_flight = min(per_processor, resident) * step_bytes * (1 if tile.block_m == 1 else tile.num_stages - 1)
+    in_flight = min(per_processor, resident) * step_bytes
     memory = _moved(spec, m) / (device.bandwidth * min(1.0, in_flight / 32768))
     memory *= max(1.0, waves / max(per_processor / resident, 1e-9)) if per_processor > resident else 1.0
     if bits == 4 and tile.block_n * tile.block_k / 8 / threads < 8:  # words per lane: narrower than 16-byte loads
@@ -170,6 +180,18 @@ def best_tile(spec: LinearSpec, device: str = DEFAULT_DEVICE, rows: int | None =
 @functools.cache
 def _modelled(spec: LinearSpec, device: Device, rows: int | None) -> LinearSpec:
     return min(candidates(spec), key=lambda candidate: seconds(candidate, device, rows))
+
+
+def attention_splits(heads: int, slots: int, device: Device) -> int:
+    """Returns how many programs share the cache of one head: enough to fill the processors twice, 64 slots each.
+
+    Args:
+        heads: key-value heads of all sequences.
+        slots: of the cache, or of the window if that is smaller.
+        device: where it runs.
+    """
+    wanted = min(2 * device.processors // heads, math.ceil(slots / 64), 32)
+    return 1 << max(0, wanted.bit_length() - 1) if wanted > 1 else 1
 
 
 def untiled(kind: str, rows: int, in_features: int, out_features: int, **fields: object) -> LinearSpec:

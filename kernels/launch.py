@@ -10,7 +10,10 @@ import functools
 from dataclasses import dataclass
 
 import torch
-from river_compile.kernels.heuristic import DEFAULT_DEVICE, best_tile, untiled
+from river_compile.kernels.decode_attention import DecodeAttentionSpec
+from river_compile.kernels.exit_score import ExitScoreSpec
+from river_compile.kernels.heuristic import DEFAULT_DEVICE, DEVICES, Device, attention_splits, best_tile, untiled
+from river_compile.kernels.kv_fill import KvFillSpec
 from river_compile.kernels.loader import load
 from river_compile.kernels.pack import PackedLinear
 
@@ -47,6 +50,11 @@ def device_name(index: int) -> str:
 def device_of(tensor: torch.Tensor) -> str:
     """Names the device that the heuristic tiles for; a CPU tensor gets the default GPU's tiles."""
     return device_name(tensor.device.index or 0) if tensor.is_cuda else DEFAULT_DEVICE
+
+
+def model_of(tensor: torch.Tensor) -> Device:
+    """Returns what the cost model knows of the tensor's device, or of the default one where it knows nothing."""
+    return DEVICES.get(device_of(tensor), DEVICES[DEFAULT_DEVICE])
 
 
 def linear(
@@ -113,3 +121,125 @@ def linear(
         buffers["weight"] = weight
     kernel(rows=x2.shape[0], **{name: buffer for name, buffer in buffers.items() if buffer is not None})
     return y.reshape(*x.shape[:-1], n)
+
+
+def fill_kv(
+    qkv: torch.Tensor,
+    bias: torch.Tensor | None,
+    q_norm: torch.Tensor | None,
+    k_norm: torch.Tensor | None,
+    cos: torch.Tensor | None,
+    sin: torch.Tensor | None,
+    slot: torch.Tensor,
+    k_cache: torch.Tensor,
+    v_cache: torch.Tensor,
+    norm: str,
+    eps: float,
+    interleaved: bool,
+) -> torch.Tensor:
+    """Runs the `kv_fill` kernel; arguments and result as in `ops.kv_fill`.
+
+    Raises:
+        ValueError: caches of another shape or layout than the kernel reads, or cos and sin of neither 1 nor B rows.
+    """
+    b, kv_heads, slots, d = k_cache.shape
+    heads = qkv.shape[-1] // d - 2 * kv_heads
+    if qkv.numel() != b * (heads + 2 * kv_heads) * d or heads < 1:
+        raise ValueError(
+            f"qkv has shape {tuple(qkv.shape)}: not one position of q|k|v for caches of {(b, kv_heads, d)}"
+        )
+    rotary_dim = 0 if cos is None else cos.shape[-1]
+    spec = KvFillSpec(
+        b,
+        heads,
+        kv_heads,
+        d,
+        slots,
+        dtype=dtype_name(qkv.dtype),
+        rotary_dim=rotary_dim,
+        rotary_dtype="bfloat16" if cos is None else dtype_name(cos.dtype),
+        interleaved=interleaved,
+        rotary_rows=1 if cos is None else cos.numel() // rotary_dim,
+        bias=bias is not None,
+        head_norm=norm,
+        eps=eps,
+        cache_strides=_cache_strides(k_cache, v_cache),
+        index_dtype=dtype_name(slot.dtype),
+    )
+    q = torch.empty((b, heads, d), dtype=qkv.dtype, device=qkv.device)
+    buffers = {"qkv": qkv.contiguous(), "bias": bias, "q_norm": q_norm, "k_norm": k_norm}
+    if cos is not None:
+        buffers |= {"cos": cos.contiguous(), "sin": sin.contiguous()}
+    buffers |= {"slot": slot, "k_cache": k_cache, "v_cache": v_cache, "q": q}
+    load(spec, interpret=not qkv.is_cuda)(**{name: buffer for name, buffer in buffers.items() if buffer is not None})
+    return q
+
+
+def run_attention(
+    q: torch.Tensor,
+    k_cache: torch.Tensor,
+    v_cache: torch.Tensor,
+    length: torch.Tensor,
+    mask: torch.Tensor | None,
+    scale: float,
+    window: int,
+    softcap: float,
+) -> torch.Tensor:
+    """Runs the `decode_attention` kernel; arguments and result as in `ops.decode_attention`."""
+    b, heads, d = q.shape
+    kv_heads, slots = k_cache.shape[1], k_cache.shape[2]
+    spec = DecodeAttentionSpec(
+        b,
+        heads,
+        kv_heads,
+        d,
+        slots,
+        scale,
+        dtype=dtype_name(q.dtype),
+        window=window,
+        softcap=softcap,
+        mask=mask is not None,
+        splits=attention_splits(b * kv_heads, min(slots, window or slots), model_of(q)),
+        cache_strides=_cache_strides(k_cache, v_cache),
+        index_dtype=dtype_name(length.dtype),
+    )
+    out = torch.empty((b, heads, d), dtype=q.dtype, device=q.device)
+    buffers = {"q": q.contiguous(), "k_cache": k_cache, "v_cache": v_cache, "length": length, "out": out}
+    if mask is not None:
+        buffers["mask"] = mask.contiguous()
+    load(spec, interpret=not q.is_cuda)(**buffers)
+    return out
+
+
+def residual_score(
+    update: torch.Tensor, residual: torch.Tensor, previous: torch.Tensor, threshold: torch.Tensor
+) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor, torch.Tensor]:
+    """Runs the `exit_score` kernel; arguments and result as in `ops.residual_exit_score`."""
+    d = update.shape[-1]
+    rows = update.numel() // d
+    spec = ExitScoreSpec(rows, d, dtype_name(update.dtype))
+    hidden = torch.empty(update.shape, dtype=update.dtype, device=update.device)
+    similarity = torch.empty(update.shape[:-1], dtype=torch.float32, device=update.device)
+    score = torch.empty((), dtype=torch.float32, device=update.device)
+    flag = torch.empty((), dtype=torch.bool, device=update.device)
+    load(spec, interpret=not update.is_cuda)(
+        update=update.contiguous(),
+        residual=residual.contiguous(),
+        previous=previous.contiguous(),
+        threshold=threshold,
+        hidden=hidden,
+        similarity=similarity,
+        score=score,
+        flag=flag,
+    )
+    return hidden, similarity, score, flag
+
+
+def _cache_strides(k_cache: torch.Tensor, v_cache: torch.Tensor) -> tuple[int, ...]:
+    """Returns the strides of sequence, head and slot that both caches share, empty for contiguous ones."""
+    if k_cache.shape != v_cache.shape or k_cache.stride() != v_cache.stride() or k_cache.stride(-1) != 1:
+        raise ValueError(
+            "the caches must have one shape and stride with contiguous features; these have "
+            f"{tuple(k_cache.shape)}, {k_cache.stride()} and {tuple(v_cache.shape)}, {v_cache.stride()}"
+        )
+    return () if k_cache.is_contiguous() else k_cache.stride()[:3]
