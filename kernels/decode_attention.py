@@ -1,10 +1,10 @@
 """Attention of one query position over a static cache, split over the cache and combined by log-sum-exp.
 
-The cache holds S slots, of which the first `length` count; `length` lies in a device tensor. A sliding window, a soft cap
-on the scores and a mask of slots (left padding) are optional. Grouped queries share one program: their heads are the rows
-of a `tl.dot`, filled up to 16. Each of `splits` programs takes an equal run of the valid slots and writes its sum,
-maximum and denominator; a second launch combines them (online softmax: Milakov and Gimelshein 2018; split over the keys:
-Flash-Decoding, Dao et al. 2023). Slots that do not count are never read, so whatever they hold stays without effect.
+The cache holds S slots, of which the first `length` count; `length` lies in a device tensor. A sliding window, a soft
+cap on the scores and a mask of slots (left padding) are optional. Grouped queries share one program: their heads are
+the rows of a `tl.dot`, filled up to 16. Each of `splits` programs takes an equal run of the valid slots and writes its
+sum, maximum and denominator; a second launch combines them (online softmax: Milakov and Gimelshein 2018; split over the
+keys: Flash-Decoding, Dao et al. 2023). Slots that do not count are never read: what they hold has no effect.
 
 Not handled: more than one query position, additive masks other than 0 and -inf (turn those into the bool mask).
 
@@ -184,11 +184,12 @@ class DecodeAttentionSpec(KernelSpec):
         if self.splits == 1:
             lines.add(f"first = {oldest}", "last = length")
         else:
+            share = self.splits * self.block
             lines.add(
                 "split = tl.program_id(2)",
                 f"oldest = {oldest}",
                 # Every split takes the same number of whole blocks of the slots that count.
-                f"run = (length - oldest + {self.splits * self.block - 1}) // {self.splits * self.block} * {self.block}",
+                f"run = (length - oldest + {share - 1}) // {share} * {self.block}",
                 "first = oldest + split * run",
                 "last = tl.minimum(first + run, length)",
             )

@@ -1,8 +1,8 @@
 """The exit decision in one launch: residual add, two norms and a dot in one pass over the hidden state.
 
-For every row: hidden = residual + update (rounded to the activations' dtype), similarity = hidden . previous / (|hidden|
-|previous|) in float32. The score is the smallest similarity and the flag says whether it exceeds the threshold. A row
-whose similarity is NaN (a zero row, overflow, NaN) makes the score NaN, and NaN never exceeds a threshold.
+For every row: hidden = residual + update, rounded to the activations' dtype, and similarity = hidden . previous /
+(|hidden| |previous|) in float32. The score is the smallest similarity and the flag says whether it exceeds the
+threshold. A row whose similarity is NaN (a zero row, overflow, NaN) makes the score NaN, which exceeds no threshold.
 
 One program visits all rows, since their minimum needs no atomics then: made for decode, where the rows are the batch.
 Not handled: strided rows.

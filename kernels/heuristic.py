@@ -133,11 +133,11 @@ def seconds(spec: LinearSpec, device: Device, rows: int | None = None) -> float:
     resident = max(1, min(32, 2048 // threads, 65536 // (registers(spec) * threads)))
     per_processor = programs / device.processors
     waves = math.ceil(per_processor / resident)
-    # The memory: what is in flight on one processor, of the about 32 KiB that cover its latency.
+    # The memory: what is in flight on one processor, of the about 48 KiB that cover its latency.
     bits = 4 if spec.weights == "w4" else 16
     step_bytes = matrices * tile.block_n * tile.block_k * bits / 8
     in_flight = min(per_processor, resident) * step_bytes
-    memory = _moved(spec, m) / (device.bandwidth * min(1.0, in_flight / 32768))
+    memory = _moved(spec, m) / (device.bandwidth * min(1.0, in_flight / 49152))
     memory *= max(1.0, waves / max(per_processor / resident, 1e-9)) if per_processor > resident else 1.0
     if bits == 4 and tile.block_n * tile.block_k / 8 / threads < 8:  # words per lane: narrower than 16-byte loads
         memory *= 1.5

@@ -1,7 +1,7 @@
 """From a merged projection to the query and a filled cache slot, in one launch at one query position.
 
 Takes q|k|v of one token per sequence and applies, each where the spec asks for it: a bias, the RMSNorm of every query
-and key head (qk-norm), the rotary embedding (Su et al. 2021) of the first features of a head, half-split or interleaved.
+and key head (qk-norm), the rotary embedding (Su et al. 2021) of a head's first features, half-split or interleaved.
 Writes the key and the value into the slot whose index lies in a device tensor, and returns the query. Exactly that slot
 changes; an index outside the cache writes nothing.
 

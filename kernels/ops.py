@@ -9,10 +9,9 @@
     exit_score            smallest cosine of two hidden states, plain torch on any device
     residual_exit_score   the same fused with the residual add and the threshold
 
-Layout "triton" runs the generated kernel: compiled on a GPU, in Triton's interpreter on the CPU (slow, for tests). Every
-other layout, and the layout "dense" on the CPU, is plain torch: norm and epilogue in float32 around the layout's own
-linear. An operator never falls from the one to the other by itself. All outputs are new tensors; what is mutated says its
-schema.
+Layout "triton" runs the generated kernel: compiled on a GPU, in Triton's interpreter on the CPU (slow, for tests).
+Every other layout, and the layout "dense" on the CPU, is plain torch around the layout's own linear. An operator never
+falls from the one to the other by itself. All outputs are new tensors; what is mutated says the schema.
 """
 
 from __future__ import annotations
