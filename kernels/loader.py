@@ -89,6 +89,8 @@ class Kernel:
         Raises:
             ValueError: a buffer is missing, of the wrong dtype, on another device, or of no use to this kernel.
         """
+        import numpy
+
         self._check(buffers)
         device = next(iter(buffers.values())).device
         for workspace in self.spec.workspaces():
@@ -98,7 +100,8 @@ class Kernel:
             values = [buffers[a.name] if a.pointer else rows for a in stage.arguments]
             grid = stage.grid(rows)
             if self.interpret:
-                with _interpreter_turn:
+                # A GPU overflows to infinity in silence; so does the interpreter here.
+                with _interpreter_turn, numpy.errstate(all="ignore"):
                     self.functions[stage.function][grid](*values)
             else:
                 options = {"num_warps": stage.num_warps, "num_stages": stage.num_stages, **fusion_option()}

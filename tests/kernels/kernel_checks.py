@@ -7,7 +7,6 @@ import dataclasses
 
 import torch
 from kernel_harness import TOLERANCE, assert_close, assert_sqnr, poisoned, run_guarded
-
 from river_compile.kernels import reference
 from river_compile.kernels.decode_attention import DecodeAttentionSpec
 from river_compile.kernels.exit_score import ExitScoreSpec

@@ -9,7 +9,6 @@ import math
 
 import torch
 from hypothesis import settings
-
 from river_compile.kernels.loader import load
 
 GUARD = 64
