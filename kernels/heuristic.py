@@ -63,7 +63,7 @@ DEVICES = {
 DEFAULT_DEVICE = "sm_90"
 
 _words, _rows, _columns, _length, _threads = (symbol(name) for name in ("W", "BM", "BN", "L", "T"))
-#: Registers of a thread. One row: word, two sums and an operand of each. `tl.dot`: sums, words, and both operands.
+#: Registers of a thread; L is an eighth of a step. One row: word, two sums and an operand of each; `tl.dot`: the rest.
 ROW_REGISTERS = 32 + 4 * _words
 DOT_REGISTERS = 48 + (_rows * _columns + 3 * _columns * _length + _rows * _length / sympy.Integer(2)) / _threads
 _row_registers = sympy.lambdify(_words, ROW_REGISTERS)
@@ -77,7 +77,7 @@ def registers(spec: LinearSpec) -> int:
     if tile.block_m == 1:
         elements = matrices * tile.block_n * tile.block_k / (8 if spec.weights == "w4" else 2)
         return math.ceil(_row_registers(elements / threads))
-    return math.ceil(_dot_registers(tile.block_m, matrices * tile.block_n, spec.dot_length, threads))
+    return math.ceil(_dot_registers(tile.block_m, matrices * tile.block_n, tile.block_k // 8, threads))
 
 
 def is_legal(spec: LinearSpec) -> bool:
@@ -112,8 +112,8 @@ def _dot_tiles(spec: LinearSpec) -> Iterator[LinearTile]:
     widths = (16,) if spec.dtype == "float32" else (16, 32)
     heights = (16,) if spec.rows or heavy else (16, 32, 64)
     depths = (128,) if spec.dtype == "float32" else (128, 256)
-    if spec.weights == "dense":
-        depths = (32, 64)
+    if spec.weights == "dense" and spec.dtype != "float32":
+        widths, depths = (32, 64), (128,)
     splits = (1,) if spec.norm != "none" else (1, 2, 4)
     for block_n, block_m, depth, split_k in itertools.product(widths, heights, depths, splits):
         yield LinearTile(block_n, depth, block_m, split_k, 4, 1 if heavy else 2)
@@ -153,7 +153,8 @@ def seconds(spec: LinearSpec, device: Device, rows: int | None = None) -> float:
 
 def _moved(spec: LinearSpec, rows: int) -> int:
     # Of a tile only the split changes the bytes: one evaluation of the formula serves all other candidates.
-    depth = 128 if spec.tile.block_m > 1 else spec.group_size or 16
+    dense = spec.weights == "dense"
+    depth = 16 if dense else 128 if spec.tile.block_m > 1 else spec.group_size
     tile = LinearTile(16, depth, spec.tile.block_m, spec.tile.split_k)
     return _cost_bytes(dataclasses.replace(spec, tile=tile), rows)
 

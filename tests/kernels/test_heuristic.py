@@ -1,4 +1,4 @@
-"""Tiles: every shape that the generator accepts gets a legal one, deterministically; tuning files are looked up first."""
+"""Tiles: every shape that the generator accepts gets a legal one; tuning files are looked up first."""
 
 import dataclasses
 import json

@@ -4,7 +4,11 @@ import json
 
 import pytest
 from river_compile.kernels import resources
+from river_compile.kernels.decode_attention import DecodeAttentionSpec
+from river_compile.kernels.exit_score import ExitScoreSpec
 from river_compile.kernels.heuristic import DEVICES, best_tile, untiled
+from river_compile.kernels.kv_fill import KvFillSpec
+from river_compile.kernels.linear import LinearSpec, LinearTile
 from river_compile.kernels.models import MODELS, block_kernels, model_kernels
 from river_compile.kernels.resources import TARGETS, token_cost, usages, weight_load_bytes
 
@@ -86,3 +90,32 @@ def test_command_line(tmp_path, capsys):
     assert figures["tokens"][0]["launches_per_block"] == 7
     with pytest.raises(SystemExit):
         resources.main(["--model", "gpt-5"])
+
+
+def unusual_kernels():
+    """Kernels that no model of the table needs, so that every line the generators can write is compiled once."""
+    shape = {"in_features": 1000, "out_features": 300}
+    yield best_tile(untiled("gated_mlp", 1, **shape, norm="layer", norm_bias=True, gated=True, activation="gelu_tanh"))
+    yield best_tile(untiled("gated_mlp", 5, **shape, norm="layer", gated=True, activation="gelu", bias=True))
+    yield best_tile(
+        untiled("norm_linear", 1, **shape, norm="rms_plus_one", dtype="float16", parameter_dtype="bfloat16")
+    )
+    yield best_tile(untiled("w4a16_linear", 3, **shape, dtype="float32", out_dtype="float32", activation="relu"))
+    yield best_tile(untiled("lm_head", 2, **shape, weights="dense", group_size=0, norm="rms", activation="silu"))
+    yield LinearSpec("w4a16_linear", 1, 1000, 300, LinearTile(2, 512, split_k=2, num_warps=1), group_size=32, bias=True)
+    yield LinearSpec("w4a16_linear", None, 1000, 300, LinearTile(16, 128, 32, split_k=3), group_size=128, gated=True)
+    yield LinearSpec("lm_head", 1, 16384, 262144, LinearTile(1, 512, num_warps=1), weights="dense", group_size=0)
+    yield KvFillSpec(2, 3, 1, 96, 64, rotary_dim=48, interleaved=True, rotary_rows=2, bias=True, head_norm="rms")
+    yield KvFillSpec(1, 3, 1, 80, 64, dtype="float32", head_norm="rms_plus_one", index_dtype="int32")
+    yield DecodeAttentionSpec(2, 6, 2, 96, 500, 0.1, window=100, softcap=30.0, mask=True, splits=3, index_dtype="int32")
+    yield DecodeAttentionSpec(1, 17, 1, 256, 500, 0.1, splits=1, block=16)
+    yield DecodeAttentionSpec(1, 4, 4, 64, 500, 0.1, dtype="float32", splits=1, block=16)
+    yield ExitScoreSpec(4, 5000, "float16")
+
+
+@pytest.mark.parametrize("target", ["sm_90", "gfx942"])
+def test_everything_that_can_be_generated_compiles(target):
+    for spec in unusual_kernels():
+        for usage in usages(spec, spec.family, target):
+            assert usage.registers > 0, usage
+            assert usage.spills == 0, usage
