@@ -82,6 +82,9 @@ def linear(
 
     Returns:
         ``[..., N]`` in x.dtype; `weight` has N rows, or 2 N if gated.
+
+    Raises:
+        ValueError: a buffer of the wrong shape or dtype, or a combination that no kernel of the family has.
     """
     packed = isinstance(weight, PackedLinear)
     rows_out = weight.out_features if packed else weight.shape[0]
@@ -116,10 +119,13 @@ def linear(
     if residual is not None:
         buffers["residual"] = residual.reshape(-1, n).contiguous()
     if packed:
-        buffers |= {"qweight": weight.qweight, "scale_zero": weight.scale_zero.view(torch.int32)}
+        buffers |= {"qweight": weight.qweight, "scale_zero": weight.scale_zero.view(torch.int32).squeeze(-1)}
     else:
         buffers["weight"] = weight
-    kernel(rows=x2.shape[0], **{name: buffer for name, buffer in buffers.items() if buffer is not None})
+    buffers = {name: buffer for name, buffer in buffers.items() if buffer is not None}
+    shapes = spec.shapes(x2.shape[0])
+    _expect(**{name: (buffer, shapes[name]) for name, buffer in buffers.items() if name != "x"})
+    kernel(rows=x2.shape[0], **buffers)
     return y.reshape(*x.shape[:-1], n)
 
 
@@ -149,6 +155,8 @@ def fill_kv(
             f"qkv has shape {tuple(qkv.shape)}: not one position of q|k|v for caches of {(b, kv_heads, d)}"
         )
     rotary_dim = 0 if cos is None else cos.shape[-1]
+    if (cos is None) != (sin is None):
+        raise ValueError("cos and sin go together; one of them is None")
     spec = KvFillSpec(
         b,
         heads,
@@ -167,11 +175,19 @@ def fill_kv(
         index_dtype=dtype_name(slot.dtype),
     )
     q = torch.empty((b, heads, d), dtype=qkv.dtype, device=qkv.device)
-    buffers = {"qkv": qkv.contiguous(), "bias": bias, "q_norm": q_norm, "k_norm": k_norm}
-    if cos is not None:
-        buffers |= {"cos": cos.contiguous(), "sin": sin.contiguous()}
-    buffers |= {"slot": slot, "k_cache": k_cache, "v_cache": v_cache, "q": q}
-    load(spec, interpret=not qkv.is_cuda)(**{name: buffer for name, buffer in buffers.items() if buffer is not None})
+    table = (spec.rotary_rows, rotary_dim)
+    inputs = {
+        "bias": (bias, (spec.all_heads * d,)),
+        "q_norm": (q_norm, (d,)),
+        "k_norm": (k_norm, (d,)),
+        "cos": (cos if cos is None else cos.reshape(table).contiguous(), table),
+        "sin": (sin if sin is None else sin.reshape(table).contiguous(), table),
+        "slot": (slot.reshape(-1), (1,)),
+    }
+    inputs = {name: entry for name, entry in inputs.items() if entry[0] is not None}
+    _expect(**inputs)
+    buffers = {name: tensor for name, (tensor, _) in inputs.items()}
+    load(spec, interpret=not qkv.is_cuda)(qkv=qkv.contiguous(), k_cache=k_cache, v_cache=v_cache, q=q, **buffers)
     return q
 
 
@@ -188,6 +204,9 @@ def run_attention(
     """Runs the `decode_attention` kernel; arguments and result as in `ops.decode_attention`."""
     b, heads, d = q.shape
     kv_heads, slots = k_cache.shape[1], k_cache.shape[2]
+    _expect(length=(length.reshape(-1), (1,)))
+    if k_cache.shape[0] != b or k_cache.shape[-1] != d:
+        raise ValueError(f"q has shape {tuple(q.shape)} and the caches have {tuple(k_cache.shape)}: B or D differs")
     spec = DecodeAttentionSpec(
         b,
         heads,
@@ -207,6 +226,7 @@ def run_attention(
     buffers = {"q": q.contiguous(), "k_cache": k_cache, "v_cache": v_cache, "length": length, "out": out}
     if mask is not None:
         buffers["mask"] = mask.contiguous()
+        _expect(mask=(buffers["mask"], (b, slots)))
     load(spec, interpret=not q.is_cuda)(**buffers)
     return out
 
@@ -215,6 +235,9 @@ def residual_score(
     update: torch.Tensor, residual: torch.Tensor, previous: torch.Tensor, threshold: torch.Tensor
 ) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor, torch.Tensor]:
     """Runs the `exit_score` kernel; arguments and result as in `ops.residual_exit_score`."""
+    if not update.shape == residual.shape == previous.shape:
+        shapes = ", ".join(str(tuple(t.shape)) for t in (update, residual, previous))
+        raise ValueError(f"update, residual and previous have one shape; these have {shapes}")
     d = update.shape[-1]
     rows = update.numel() // d
     spec = ExitScoreSpec(rows, d, dtype_name(update.dtype))
@@ -233,6 +256,15 @@ def residual_score(
         flag=flag,
     )
     return hidden, similarity, score, flag
+
+
+def _expect(**tensors: tuple[torch.Tensor, tuple[int, ...]]) -> None:
+    """Raises a ValueError that names the first tensor whose shape is not the one beside it, or that has gaps."""
+    for name, (tensor, shape) in tensors.items():
+        if tuple(tensor.shape) != shape:
+            raise ValueError(f"{name} has shape {tuple(tensor.shape)}; this call needs {shape}")
+        if not tensor.is_contiguous():
+            raise ValueError(f"{name} has strides {tensor.stride()}; make it contiguous")
 
 
 def _cache_strides(k_cache: torch.Tensor, v_cache: torch.Tensor) -> tuple[int, ...]:

@@ -208,6 +208,25 @@ class LinearSpec(KernelSpec):
         optional = (("bias", self.bias), ("residual", self.residual))
         return (*(Argument(name, self.dtype) for name, used in optional if used), Argument("y", self.out_dtype))
 
+    def shapes(self, rows: int) -> dict[str, tuple[int, ...]]:
+        """Shapes of all buffers that a linear kernel may take, for `rows` rows."""
+        weight_rows = self.out_features * len(self.streams)
+        shapes = {
+            "x": (rows, self.row_stride),
+            "norm_weight": (self.in_features,),
+            "norm_bias": (self.in_features,),
+            "bias": (weight_rows,),
+            "residual": (rows, self.out_features),
+            "y": (rows, self.out_features),
+        }
+        if self.weights == "dense":
+            return {**shapes, "weight": (weight_rows, self.in_features)}
+        return {
+            **shapes,
+            "qweight": (weight_rows, self.groups * self.group_words),
+            "scale_zero": (weight_rows, self.groups),
+        }
+
     def stages(self) -> tuple[Stage, ...]:
         tile, open_rows = self.tile, self.rows is None
         rows_argument = (Argument("rows", "int32", pointer=False),) if open_rows else ()

@@ -52,14 +52,14 @@ def block_kernels(
         rows: sequences.
         context: slots of the cache, all of them valid.
         group_size: of the 4-bit weights.
-        device: whose tiles to use, see `heuristic.DEVICES`.
+        device: whose tiles to use, see `heuristic.best_tile`.
     """
 
     def linear(kind: str, k: int, n: int, **fields: object) -> LinearSpec:
         return best_tile(untiled(kind, rows, k, n, group_size=group_size, **fields), device, rows)
 
     heads = (rows, shape.heads, shape.kv_heads, shape.head_dim, context)
-    splits = attention_splits(rows * shape.kv_heads, context, DEVICES[device])
+    splits = attention_splits(rows * shape.kv_heads, context, DEVICES.get(device, DEVICES[DEFAULT_DEVICE]))
     return {
         "norm + q|k|v": linear("norm_linear", shape.hidden, shape.qkv, norm="rms"),
         "rope + kv write": KvFillSpec(*heads, rotary_dim=shape.head_dim, bias=shape.qkv_bias),

@@ -130,14 +130,35 @@ def test_what_the_operators_refuse():
         river.w4a16_linear(x.double(), p.qweight, p.scale_zero, None, 24, 32, "triton")
     with pytest.raises(ValueError, match="bias has dtype float16"):
         river.w4a16_linear(x, p.qweight, p.scale_zero, random(24).half(), 24, 32, "triton")
+    with pytest.raises(ValueError, match=r"qweight has shape \(24, 8\); this call needs \(25, 8\)"):
+        river.w4a16_linear(x, p.qweight, p.scale_zero, None, 25, 32, "triton")
+    with pytest.raises(ValueError, match="qweight has shape"):
+        river.w4a16_linear(random(1, 96), p.qweight, p.scale_zero, None, 24, 32, "triton")
+    with pytest.raises(ValueError, match="qweight has strides"):
+        river.w4a16_linear(x, p.qweight.T.contiguous().T, p.scale_zero, None, 24, 32, "triton")
+    with pytest.raises(ValueError, match="have one shape"):
+        river.residual_exit_score(x, x, random(2, 64), torch.tensor(0.5))
+
+
+def test_what_the_cache_operators_refuse():
     k_cache, v_cache = caches()
     fill = ("none", 1e-6, False)
+    slot, qkv = torch.tensor([0]), random(2, 1, 64)
+    with pytest.raises(ValueError, match="cos and sin go together"):
+        river.kv_fill(qkv, None, None, None, random(1, 16), None, slot, k_cache, v_cache, *fill)
+    with pytest.raises(ValueError, match=r"bias has shape \(63,\)"):
+        river.kv_fill(qkv, random(63), None, None, None, None, slot, k_cache, v_cache, *fill)
+    with pytest.raises(ValueError, match=r"missing buffers .*k_norm"):
+        river.kv_fill(qkv, None, None, None, None, None, slot, k_cache, v_cache, "rms", 1e-6, False)
+    with pytest.raises(ValueError, match="B or D differs"):
+        river.decode_attention(random(1, 2, 16), k_cache, v_cache, torch.tensor([1]), None, 1.0, 0, 0.0)
+    mask = torch.ones(2, 5, dtype=torch.bool)
+    with pytest.raises(ValueError, match=r"mask has shape \(2, 5\)"):
+        river.decode_attention(random(2, 2, 16), k_cache, v_cache, torch.tensor([1]), mask, 1.0, 0, 0.0)
     with pytest.raises(ValueError, match="qkv has shape"):
-        river.kv_fill(random(2, 2, 64), None, None, None, None, None, torch.tensor([0]), k_cache, v_cache, *fill)
+        river.kv_fill(random(2, 2, 64), None, None, None, None, None, slot, k_cache, v_cache, *fill)
     with pytest.raises(ValueError, match="one shape and stride"):
-        river.kv_fill(
-            random(2, 1, 64), None, None, None, None, None, torch.tensor([0]), k_cache, v_cache[:, :, :5], *fill
-        )
+        river.kv_fill(qkv, None, None, None, None, None, slot, k_cache, v_cache[:, :, :5], *fill)
 
 
 def test_a_graph_with_the_operators_keeps_them_and_their_mutation():
