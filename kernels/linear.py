@@ -11,6 +11,8 @@ One row of activations is a matrix-vector product on ordinary multiply-adds; two
 at least 16 rows. Split-K writes partial sums that a second launch adds in a fixed order: no atomics, so two runs are
 bit-identical. A norm in front needs the whole row and excludes split-K. The source is written by `linear_source`.
 
+Not handled: float16 activations of several rows with weights beyond float16 (`tl.dot` takes both in one dtype).
+
 Legend: M rows, N output features, K input features, G group size, all of one weight matrix of a gated pair.
 """
 

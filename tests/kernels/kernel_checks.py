@@ -17,13 +17,13 @@ from river_compile.kernels.pack import pack_linear
 VALUES = ("normal", "constant", "extreme", "tiny")
 
 
-def weights(n: int, k: int, values: str, generator: torch.Generator) -> torch.Tensor:
-    """A float32 matrix: normal, all equal, with outliers beyond float16, or close to zero."""
+def weights(n: int, k: int, values: str, outlier: float, generator: torch.Generator) -> torch.Tensor:
+    """A float32 matrix: normal, all equal, with outliers, or close to zero."""
     weight = torch.randn(n, k, generator=generator) / k**0.5
     if values == "constant":
         return torch.full_like(weight, 0.37)
     if values == "extreme":
-        weight[:, ::7] *= 2e6
+        weight[:, ::7] *= outlier
     return weight * 1e-6 if values == "tiny" else weight
 
 
@@ -31,7 +31,8 @@ def check_linear(spec: LinearSpec, rows: int = 1, values: str = "normal", seed: 
     """Checks a linear kernel for `rows` rows; the spec's parameter dtype follows the weights."""
     g = torch.Generator().manual_seed(seed)
     dtype, n, k = getattr(torch, spec.dtype), spec.out_features, spec.in_features
-    weight = weights(n * len(spec.streams), k, values, g)
+    # Beyond float16 scale and zero are bfloat16; a float16 `tl.dot` still wants every weight itself within float16.
+    weight = weights(n * len(spec.streams), k, values, 2e3 if spec.dtype == "float16" else 2e6, g)
     if spec.weights == "w4":
         packed = pack_linear(weight, spec.group_size, "triton", "rtn")
         exact = packed.dequantize(torch.float64)
