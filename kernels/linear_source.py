@@ -22,6 +22,9 @@ ROW_STATISTICS_BLOCK = 1024
 
 TRITON_TYPES = {"float32": "tl.float32", "float16": "tl.float16", "bfloat16": "tl.bfloat16"}
 
+#: Weights of one row pass once and must not push the activations, which every program reads, out of the cache.
+STREAMED = ', eviction_policy="evict_first"'
+
 ACTIVATION_CODE = {
     "silu": "{v} / (1.0 + tl.exp(-{v}))",
     "gelu": "0.5 * {v} * (1.0 + tl.erf({v} * 0.7071067811865476))",
@@ -90,7 +93,8 @@ def _write_w4_row(spec: LinearSpec, lines: Lines) -> None:
         # All weight loads stand first: they are what the kernel waits for.
         for stream in spec.streams:
             word = _weight_row(spec, stream) * spec.groups * words + g * words + i
-            lines.add(f"{stream}_word = tl.load(qweight_ptr + {code(word)}{masked(live_n, live_g, other='0')})")
+            load = f"qweight_ptr + {code(word)}{masked(live_n, live_g, other='0')}{STREAMED}"
+            lines.add(f"{stream}_word = tl.load({load})")
         for stream in spec.streams:
             pair = code(_weight_row(spec, stream) * spec.groups + g)
             lines.add(f"{stream}_pair = tl.load(scale_zero_ptr + {pair}{masked(live_n, live_g, other='0')})")
@@ -128,7 +132,8 @@ def _write_dense_row(spec: LinearSpec, lines: Lines) -> None:
         lines.add(f"k = {code(_first_step(spec) * tile.block_k)} + lane_k")
         for stream in spec.streams:
             weight = code(_weight_row(spec, stream) * spec.in_features + k)
-            lines.add(f"{stream}_weight = tl.load(weight_ptr + {weight}{masked(_live_n(spec), _live_k(spec))})")
+            load = f"weight_ptr + {weight}{masked(_live_n(spec), _live_k(spec))}{STREAMED}"
+            lines.add(f"{stream}_weight = tl.load({load})")
         _write_row_features(spec, lines, _live_k(spec))
         for stream in spec.streams:
             lines.add(f"{stream} += {stream}_weight.to(tl.float32) * x")

@@ -200,7 +200,13 @@ def _interpreted(module: types.ModuleType, name: str) -> object:
     function = getattr(module, name).fn
     module.triton_language = triton.language  # the interpreter patches the language modules it finds among the globals
     module.tl = _InterpreterLanguage()
+    module.range = _range
     return InterpretedFunction(function)
+
+
+def _range(*limits: object) -> range:
+    """`range` over Triton scalars: the interpreter's own conversion to int fails in Triton 3.6 with numpy 2.4."""
+    return range(*(limit.handle.data.item() if hasattr(limit, "handle") else limit for limit in limits))
 
 
 class _InterpreterLanguage:

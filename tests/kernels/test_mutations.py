@@ -28,7 +28,7 @@ MUTATIONS = {
     "missing padding": (lambda: check_attention(ATTENTION, 61, 30), "live = live & ", "padding = "),
     "window off by one": (lambda: check_attention(ATTENTION, 61, 30), "length - 40", "length - 41"),
     "float16 accumulation": (lambda: check_linear(ROW), "y += y_scale", "y += y.to(tl.float16) - y + y_scale"),
-    "float16 accumulation, rows": (lambda: check_linear(ROWS, 3), ', input_precision="ieee")', ").to(tl.float16)"),
+    "float16 accumulation, rows": (lambda: check_linear(ROWS, 3), ', input_precision="ieee")', ").to(tl.float16).to(tl.float32)"),
     "scores by position": (lambda: check_attention(ATTENTION, 61, 30), "* 0.125", "* 0.125 + 1e-3 * slot[None, :]"),
     "a NaN that exits": (lambda: check_exit_score(ExitScoreSpec(3, 50), 1.0, 0.9), "lowest + invalid", "lowest + 1e-3"),
 }  # fmt: skip
