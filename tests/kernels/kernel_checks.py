@@ -139,6 +139,20 @@ def check_attention(spec: DecodeAttentionSpec, length: int, padding: int = 0, se
     assert_close(result, expected, v.nan_to_num().double().abs().amax((1, 2, 3))[:, None, None].clamp_min(1.0))
 
 
+def exit_buffers(spec: ExitScoreSpec, update, residual, previous, threshold: float, flag: bool) -> dict:
+    """The buffers of an exit score, outputs poisoned and the flag starting as `flag`."""
+    return {
+        "update": update,
+        "residual": residual,
+        "previous": previous,
+        "threshold": torch.tensor([threshold]),
+        "hidden": poisoned(update.shape, update.dtype),
+        "similarity": poisoned((spec.rows,), torch.float32),
+        "score": poisoned((1,), torch.float32),
+        "flag": torch.tensor([flag]),
+    }
+
+
 def check_exit_score(spec: ExitScoreSpec, nearness: float, threshold: float, seed: int = 0, device="cpu") -> None:
     """Checks hidden state, similarities, their minimum and the flag; `nearness` mixes the hidden into the previous."""
     g = torch.Generator().manual_seed(seed)
@@ -146,20 +160,21 @@ def check_exit_score(spec: ExitScoreSpec, nearness: float, threshold: float, see
     update, residual, noise = (torch.randn(spec.rows, spec.features, generator=g).to(dtype) for _ in range(3))
     hidden = update.double() + residual.double()
     previous = (nearness * hidden + (1 - nearness) * noise.double()).to(dtype)
-    result = run_guarded(
-        spec,
-        device=device,
-        update=update,
-        residual=residual,
-        previous=previous,
-        threshold=torch.tensor([threshold]),
-        hidden=poisoned(update.shape, dtype),
-        similarity=poisoned((spec.rows,), torch.float32),
-        score=poisoned((1,), torch.float32),
-        flag=torch.tensor([nearness <= threshold]),
-    )
+    buffers = exit_buffers(spec, update, residual, previous, threshold, flag=nearness <= threshold)
+    result = run_guarded(spec, device=device, **buffers)
     assert_close(result["hidden"], hidden, update.double().abs() + residual.double().abs())
     expected = reference.row_similarity(result["hidden"], previous)
     assert_close(result["similarity"], expected, 1.0)
     assert result["score"].item() == result["similarity"].min().item()
     assert result["flag"].item() == (result["score"].item() > threshold)
+
+
+def check_nan_never_exits(spec: ExitScoreSpec, row: int, device: str = "cpu") -> None:
+    """Checks that one NaN in `row` makes the score NaN and clears the flag, whatever the threshold."""
+    update, residual = torch.ones(2, spec.rows, spec.features, dtype=getattr(torch, spec.dtype))
+    spoiled = update.clone()
+    spoiled[row, -1] = float("nan")
+    buffers = exit_buffers(spec, spoiled, residual, update, threshold=-2.0, flag=True)
+    result = run_guarded(spec, device=device, **buffers)
+    assert result["score"].isnan().all()
+    assert not result["flag"].item()

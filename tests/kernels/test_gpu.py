@@ -4,7 +4,7 @@ import dataclasses
 
 import pytest
 import torch
-from kernel_checks import check_attention, check_exit_score, check_kv_fill, check_linear
+from kernel_checks import check_attention, check_exit_score, check_kv_fill, check_linear, check_nan_never_exits
 from river_compile.kernels.exit_score import ExitScoreSpec
 from river_compile.kernels.kv_fill import KvFillSpec
 from river_compile.kernels.launch import device_name
@@ -26,7 +26,9 @@ def test_numerics_at_model_shapes(model, rows):
         else:
             check_attention(spec, 700, device="cuda")
             check_attention(dataclasses.replace(spec, mask=True, window=256), 700, padding=500, device="cuda")
-    check_exit_score(ExitScoreSpec(rows, MODELS[model].hidden), 1.0, 0.9, device="cuda")
+    score = ExitScoreSpec(rows, MODELS[model].hidden)
+    check_exit_score(score, 1.0, 0.9, device="cuda")
+    check_nan_never_exits(score, rows - 1, device="cuda")
 
 
 @pytest.mark.parametrize("call", [call for call in sample_calls() if "plain" not in call])
