@@ -112,6 +112,8 @@ def _dot_tiles(spec: LinearSpec) -> Iterator[LinearTile]:
     widths = (16,) if spec.dtype == "float32" else (16, 32)
     heights = (16,) if spec.rows or heavy else (16, 32, 64)
     depths = (128,) if spec.dtype == "float32" else (128, 256)
+    if spec.norm != "none" and spec.gated and spec.dtype != "float32":
+        widths, depths = (32,), (128,)
     if spec.weights == "dense" and spec.dtype != "float32":
         widths, depths = (32, 64), (128,)
     splits = (1,) if spec.norm != "none" else (1, 2, 4)
