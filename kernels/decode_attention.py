@@ -174,7 +174,7 @@ class DecodeAttentionSpec(KernelSpec):
         oldest = f"tl.maximum(length - {self.window}, 0)" if self.window else "0"
         lines.add(
             "kv_head = tl.program_id(0)",
-            "batch = tl.program_id(1)",
+            "batch = tl.program_id(1).to(tl.int64)  # a cache may hold more than 2^31 elements",
             f"row = tl.arange(0, {self.group_block})",
             f"lane = tl.arange(0, {self.dim_block})",
             f"query = q_ptr + {query} + row[:, None] * {self.head_dim} + lane[None, :]",
@@ -205,7 +205,7 @@ class DecodeAttentionSpec(KernelSpec):
         if self.mask:
             lines.add(f"live = live & tl.load(mask_ptr + {code(batch * self.slots)} + slot, mask=live, other=0)")
         base = code(batch * per_batch + kv_head * per_head)
-        cell = f"{base} + slot[:, None]{f'.to(tl.int64) * {per_slot}' if per_slot != 1 else ''} + lane[None, :]"
+        cell = f"{base} + slot[:, None].to(tl.int64) * {per_slot} + lane[None, :]"
         mask = masked("live[:, None]", self._masks()[1])
         precision = ', input_precision="ieee"' if self.dtype == "float32" else ""
         lines.add(f"cell = {cell}", f"k = tl.load(k_cache_ptr + cell{mask})", f"v = tl.load(v_cache_ptr + cell{mask})")

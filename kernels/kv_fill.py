@@ -125,8 +125,8 @@ class KvFillSpec(KernelSpec):
         with lines.indented():
             lines.add(
                 "head = tl.program_id(0)",
-                "batch = tl.program_id(1)",
-                "slot = tl.load(slot_ptr)",
+                "batch = tl.program_id(1).to(tl.int64)  # a cache may hold more than 2^31 elements",
+                "slot = tl.load(slot_ptr).to(tl.int64)",
                 f"inside = (slot >= 0) & (slot < {self.slots})",
             )
             with lines.indented(f"if head < {self.heads}:"):

@@ -20,7 +20,7 @@ MUTATIONS = {
     "group off by one, rows": (lambda: check_linear(ROWS, 3), "scale_zero_ptr + g", "scale_zero_ptr + g + 1"),
     "swapped nibbles": (lambda: check_linear(ROW), "y_word & 0xf)", "y_word_high & 0xf)"),
     "swapped nibbles, rows": (lambda: check_linear(ROWS, 3), "y_word & 0xf)", "y_word_high & 0xf)"),
-    "wrong slot": (lambda: check_kv_fill(FILL, 3), "slot = tl.load(slot_ptr)", "slot = tl.load(slot_ptr) + 1"),
+    "wrong slot": (lambda: check_kv_fill(FILL, 3), "tl.load(slot_ptr)", "(tl.load(slot_ptr) + 1)"),
     "slot past the end": (lambda: check_kv_fill(FILL, 6), "(slot < 6)", "(slot < 7)"),
     "missing mask of rows": (lambda: check_linear(ROW), "tl.float32), mask=n < 21)", "tl.float32))"),
     "missing mask of features": (lambda: check_linear(ROW), ", mask=k < 300, other=0.0", ""),
