@@ -46,7 +46,7 @@ def _pack(weight: QuantizedWeight) -> tuple[Tensor, Tensor]:
 
 
 def _unpack(packed: PackedLinear) -> QuantizedWeight:
-    """Reads the integers back by multiplying with the identity: ATen's order depends on the processor and is private."""
+    """Reads the integers back by multiplying with the identity: ATen's order is private and differs by processor."""
     n, k, group = packed.out_features, packed.in_features, packed.group_size
     unit = torch.zeros_like(packed.scale_zero)
     unit[..., 0] = 1

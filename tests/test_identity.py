@@ -65,7 +65,7 @@ def test_inductor_gives_the_plain_model_within_rounding(name, attention):
 
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
 def test_half_precision_models_keep_their_dtype(dtype):
-    """A 16-bit model whose token leaves through a 4-bit twin gives finite logits of its dtype, close to never leaving."""
+    """A 16-bit model whose token leaves through a 4-bit twin keeps its dtype and stays close to never leaving."""
     model = make("qwen2", dtype=dtype, layers=2)
     model.compile(backend=river, options={"lowering": "eager", "quantizer": "rtn", "group_size": 32})
     never = decode(model, new_cache(model, "static"), [model.config.num_hidden_layers])[-1]

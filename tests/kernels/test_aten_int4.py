@@ -61,7 +61,7 @@ def test_unpack_returns_the_grid_that_was_packed(n, k, group_size):
     seed=st.integers(0, 999),
 )
 def test_grouped_attention_is_attention(batch, kv_heads, repeat, length, dim, mask_kind, dtype, seed):
-    """Against ATen's attention in float64 with the KV heads repeated; masked slots hold huge values and do not count."""
+    """Against ATen's attention in float64 with repeated KV heads; masked slots hold huge values and do not count."""
     generator = torch.Generator().manual_seed(seed)
     q = torch.randn(batch, kv_heads * repeat, 1, dim, generator=generator).to(dtype)
     k, v = (torch.randn(batch, kv_heads, length, dim, generator=generator).to(dtype) for _ in range(2))
