@@ -18,6 +18,11 @@ _ROWS = 16
 _GROUP_SIZES = (32, 64, 128, 256)
 
 
+def has_fast_kernel() -> bool:
+    """Tells whether ATen has a vectorized int4 kernel for this processor; the scalar one is right and slow."""
+    return torch.backends.cpu.get_cpu_capability() in ("AVX2", "AVX512")
+
+
 def linear_aten(
     x: Tensor, qweight: Tensor, scale_zero: Tensor, bias: Tensor | None, out_features: int, group_size: int
 ) -> Tensor:

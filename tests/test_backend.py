@@ -5,9 +5,13 @@ from __future__ import annotations
 import gc
 import json
 import logging
+import os
+import subprocess
+import sys
 import threading
 import warnings
 import weakref
+from pathlib import Path
 
 import pytest
 import torch
@@ -18,6 +22,7 @@ from river_compile.runtime import forced_depth
 from tests.decoding import CAPACITY, decode, new_cache
 from tests.families import make, prompt
 
+ROOT = Path(__file__).parent.parent
 EAGER = {"lowering": "eager", "quantizer": "rtn", "group_size": 32, "first_exit": 1}
 ALWAYS = {**EAGER, "threshold": -1.0}
 
@@ -279,6 +284,32 @@ class TestReport:
         assert path.read_bytes().startswith(b"\x89PNG")
         with pytest.raises(ValueError, match="texts has 1 entries for 39 decode steps"):
             t.plot(path, texts=["a"])
+
+
+SLOW_PROCESSOR = """
+import torch, warnings
+from river_compile import RiverWarning, river
+from tests.decoding import decode, new_cache
+from tests.families import make
+warnings.simplefilter("ignore")
+warnings.simplefilter("always", RiverWarning)
+model = make("llama", layers=2)
+model.compile(backend=river, options={"lowering": "eager", "quantizer": "rtn", "group_size": 32, "exit_depth": 0})
+logits = [decode(model, new_cache(model, "static"), [None], batch=b)[-1] for b in (1, 2)]
+model._compiled_call_impl = None
+plain = decode(model, new_cache(model, "static"), [None], batch=1)[-1]
+print(torch.nn.functional.cosine_similarity(logits[0].flatten(), plain.flatten(), dim=0).item())
+"""
+
+
+def test_a_processor_without_the_fast_kernel_gives_right_answers_and_says_so_once():
+    """ATen told to use no vector instructions: one warning for two graphs, and the logits of a 4-bit model."""
+    environment = {**os.environ, "ATEN_CPU_CAPABILITY": "default"}
+    run = subprocess.run(
+        [sys.executable, "-c", SLOW_PROCESSOR], cwd=ROOT, env=environment, capture_output=True, text=True, check=True
+    )
+    assert run.stderr.count("has no fast int4 kernel") == 1
+    assert float(run.stdout.split()[-1]) > 0.8
 
 
 def run_at(model, depth):
