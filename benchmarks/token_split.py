@@ -4,8 +4,8 @@
     python benchmarks/token_split.py --model DIR --depth 2
 
 Generates once to compile, takes the arguments of the last decode step and repeats its parts alone. Times are the least
-and the median over many repeats: the least is what the code costs, the median what a busy machine makes of it. Parts run
-alone find their weights in the cache more often than a whole token does, so they add up to a little less than it.
+and the median over many repeats: the least is what the code costs, the median what a busy machine makes of it. Parts
+run alone find their weights in the cache more often than a whole token does, so they add up to a little less than it.
 """
 
 from __future__ import annotations
@@ -81,7 +81,7 @@ def _token_seconds(model, tokenizer) -> list[float]:
 def _parts(recorder: Recorder, depth: int, tokens: list[float]) -> dict[str, list[float]]:
     executor, arguments = recorder.executor, recorder.arguments
     steps = recorder.seconds[-len(tokens) :]
-    registers = [*arguments, *[None] * (executor._size - len(arguments))]
+    registers = [*arguments, *[None] * (executor.size - len(arguments))]
     lengths = [a for a in arguments if isinstance(a, torch.Tensor) and a.dim() == 0 and a.dtype == torch.int64]
     filled = [int(length) - 1 for length in lengths]
 
@@ -93,16 +93,18 @@ def _parts(recorder: Recorder, depth: int, tokens: list[float]) -> dict[str, lis
 
         return run
 
-    executor._prologue(registers)
-    block = executor._blocks[depth - 1] if depth else None
-    twin = executor._twins[depth] if depth < len(executor._twins) else None
+    for step in (executor.prologue, *executor.blocks[:depth], *executor.twins[depth:]):
+        step(registers)  # fills the registers that the parts read
+    block = executor.blocks[depth - 1] if depth else None
+    twin = executor.twins[depth] if depth < len(executor.twins) else None
     parts = {"whole token, in generate": tokens, "the executor's call": steps}
     parts["rewinding the counters (in the next two)"] = _repeat(rewound(lambda registers: None))
     if block:
         parts[block.name] = _repeat(rewound(block))
     if twin:
         parts[twin.name] = _repeat(rewound(twin))
-    parts["head"] = _repeat(lambda: executor._head(registers))
+    head = executor.river_head if twin else executor.head
+    parts[head.name] = _repeat(lambda: head(registers))
     return parts
 
 

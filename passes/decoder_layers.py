@@ -57,11 +57,10 @@ def is_parameter(node: fx.Node) -> bool:
 def input_name(node: fx.Node) -> str:
     """Returns how the user's code names a graph input: ``model.layers.0.mlp.experts.gate_up_proj``."""
     source = getattr(node.meta.get("grapharg"), "source", None)
-    return (
-        clean_path(re.sub(r"\._(?:modules|parameters|buffers)\['(\w+)'\]", r".\1", source.name))
-        if source
-        else node.name
-    )
+    if source is None:
+        return node.name
+    name = source.name() if callable(source.name) else source.name  # a method up to torch 2.12
+    return clean_path(re.sub(r"\._(?:modules|parameters|buffers)\['(\w+)'\]", r".\1", name))
 
 
 def mutated_inputs(node: fx.Node) -> list[fx.Node]:

@@ -71,18 +71,8 @@ def make_twin(block: Segment, name: str, group_size: int, layout: str) -> tuple[
             reason = f"{linears[0].in_features} input features have no group of {MIN_GROUP_SIZE} or more"
             kept.update({source_of[linear.weight]: KeptLinear(linear.name, reason) for linear in linears})
             continue
-        site = LinearSite(
-            name="|".join(linear.name for linear in linears),
-            weights=tuple(source_of[linear.weight] for linear in linears),
-            biases=tuple(source_of[linear.bias] if linear.bias else None for linear in linears),
-            in_features=linears[0].in_features,
-            out_features=tuple(linear.out_features for linear in linears),
-            transposed=linears[0].transposed,
-            group_size=fitting,
-            layout=layout,
-        )
-        _replace(graph, linears, site, len(sites))
-        sites.append(site)
+        sites.append(_site(linears, source_of, fitting, layout))
+        _replace(graph, linears, sites[-1], len(sites) - 1)
     for node in _unread_matrices(block, sites, kept):
         reason = f"a weight of shape {tuple(value_of(node).shape)} that no plain linear layer reads"
         kept[node] = KeptLinear(input_name(node), reason)
@@ -91,6 +81,19 @@ def make_twin(block: Segment, name: str, group_size: int, layout: str) -> tuple[
     _relax_views(graph)
     block.graph_module.recompile()
     return replace(block, name=name, inputs=inputs, packed=tuple(sites)), tuple(kept.values())
+
+
+def _site(linears: list[_Linear], source_of: dict[fx.Node, fx.Node], group_size: int, layout: str) -> LinearSite:
+    return LinearSite(
+        name="|".join(linear.name for linear in linears),
+        weights=tuple(source_of[linear.weight] for linear in linears),
+        biases=tuple(source_of[linear.bias] if linear.bias else None for linear in linears),
+        in_features=linears[0].in_features,
+        out_features=tuple(linear.out_features for linear in linears),
+        transposed=linears[0].transposed,
+        group_size=group_size,
+        layout=layout,
+    )
 
 
 def _linears(graph: fx.Graph) -> Iterator[_Linear]:

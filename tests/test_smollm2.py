@@ -74,7 +74,7 @@ def test_default_river_leaves_early_and_stays_sensible(smollm2):
     assert "light" in text
     segments = {g["kind"]: {s["name"]: s["uses"] for s in g["segments"]} for g in report(model).to_dict()["graphs"]}
     assert sorted(segments["prefill"].values()) == [1, 1, 30]
-    assert segments["decode"] == {"prologue": 1, "block_1": 2, "block_2": 28, "twin_1": 30, "head": 1}
+    assert segments["decode"] == {"prologue": 1, "block_1": 2, "block_2": 28, "twin_1": 30, "head": 1, "river_head": 1}
 
 
 @contextlib.contextmanager

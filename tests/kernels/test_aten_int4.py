@@ -7,7 +7,7 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from river_compile.kernels.aten_int4 import LAYOUT, linear_aten
-from river_compile.kernels.attention import grouped_attention
+from river_compile.kernels.one_query import grouped_attention, one_row_linear
 from river_compile.kernels.pack import pack
 from river_compile.kernels.quantize import quantize, sqnr_db
 
@@ -80,3 +80,18 @@ def test_grouped_attention_is_attention(batch, kv_heads, repeat, length, dim, ma
     assert actual.dtype == dtype
     tolerance = {torch.bfloat16: 2e-2, torch.float16: 2e-3, torch.float32: 1e-5}[dtype]
     torch.testing.assert_close(actual.double(), expected, rtol=tolerance, atol=tolerance)
+
+
+@settings(max_examples=30, deadline=None, derandomize=True)
+@given(n=st.integers(1, 300), k=st.integers(1, 200), dtype=DTYPES, bias=st.booleans(), seed=st.integers(0, 999))
+def test_one_row_linear_is_a_linear_layer(n, k, dtype, bias, seed):
+    """Against float64: as close as rounding the exact result to the dtype allows, twice."""
+    generator = torch.Generator().manual_seed(seed)
+    x = torch.randn(1, 1, k, generator=generator).to(dtype)
+    weight = torch.randn(n, k, generator=generator).to(dtype)
+    b = torch.randn(n, generator=generator).to(dtype) if bias else None
+    exact = torch.nn.functional.linear(x.double(), weight.double(), None if b is None else b.double())
+    actual = one_row_linear(x, weight, b)
+    assert actual.dtype == dtype
+    eps = torch.finfo(dtype).eps
+    torch.testing.assert_close(actual.double(), exact, rtol=2 * eps, atol=2 * eps + 1e-4)
