@@ -94,7 +94,7 @@ def _parts(recorder: Recorder, depth: int, tokens: list[float]) -> dict[str, lis
         return run
 
     for step in (executor.prologue, *executor.blocks[:depth], *executor.twins[depth:]):
-        step(registers)  # fills the registers that the parts read
+        rewound(step)()  # fills the registers that the parts read
     block = executor.blocks[depth - 1] if depth else None
     twin = executor.twins[depth] if depth < len(executor.twins) else None
     parts = {"whole token, in generate": tokens, "the executor's call": steps}
