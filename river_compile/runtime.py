@@ -129,7 +129,7 @@ class RiverExecutor:
         self.prologue = steps["prologue"]
         self.blocks = [steps.get(f"block_{d}") for d in depths]
         self.twins = [steps.get(f"twin_{d}") for d in depths]
-        self.head = steps["head"]
+        self.head = steps.get("head")
         self.river_head = steps.get("river_head", self.head)
         self._has_score = [block.has_score for block in program.blocks]
         self._return = _gather([register[node] for node in program.returned])
@@ -174,7 +174,8 @@ class RiverExecutor:
 
     def _check_depth(self, depth: int) -> int:
         """Returns a forced depth after making sure that its segments are there."""
-        if any(step is None for step in (*self.blocks[:depth], *self.twins[depth:])):
+        head = self.head if depth == len(self.blocks) else self.river_head
+        if any(step is None for step in (*self.blocks[:depth], *self.twins[depth:], head)):
             raise ValueError(
                 f"depth {depth} was asked for, but this model was compiled with exit_depth={self._rule.fixed_depth} "
                 "and has no other segments; compile it without exit_depth"

@@ -183,6 +183,18 @@ class TestRuntime:
         with pytest.raises(ValueError, match="compiled with exit_depth=2 and has no other segments"):
             decode(model, new_cache(model, "static"), [0])
 
+    @pytest.mark.parametrize("lm_head", ["keep", "w4"])
+    @pytest.mark.parametrize("depth", [0, 1, 2])
+    def test_one_depth_for_all_needs_no_other_segments(self, depth, lm_head):
+        """A fixed depth compiles what it runs and gives the logits of the same depth chosen by force."""
+        logits = []
+        for fixed in (depth, None):
+            torch._dynamo.reset()
+            model = make("llama", layers=2)
+            model.compile(backend=river, options={**EAGER, "exit_depth": fixed, "lm_head": lm_head})
+            logits.append(decode(model, new_cache(model, "static"), [depth if fixed is None else None], batch=1)[-1])
+        assert torch.equal(*logits)
+
     def test_the_head_in_four_bits_serves_those_who_left(self):
         """lm_head="w4" changes the logits of a token that left and not of one that stayed."""
         model = make("llama", layers=2)
