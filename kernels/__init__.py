@@ -1,1 +1,15 @@
-"""Kernels of River Compile: 4-bit quantization, packing, torch operators and generated Triton. They know no graph."""
+"""Kernels of River Compile: 4-bit quantization, packing, torch operators and generated Triton. They know no graph.
+
+Importing this package imports neither torch nor Triton. The modules, from what a user calls down to what they stand on:
+
+    ops                 the `torch.ops.river` operators
+    launch              tensors -> the spec of a kernel -> its launch
+    heuristic           a spec without a tile -> the tile that the cost model (or a tuning file) prefers
+    linear, kv_fill, decode_attention, exit_score
+                        one family each: spec, cost, Triton source
+    reference           what every family computes, in float64
+    loader              spec -> source file -> compiled or interpreted kernel
+    spec, expressions   what all specs share; index arithmetic and costs in sympy
+    pack, quantize      weights -> 4 bits -> the bytes that a kernel reads
+    resources, tune     command lines: compile for GPUs that are not there; measure on the one that is
+"""

@@ -57,11 +57,10 @@ def is_parameter(node: fx.Node) -> bool:
 def input_name(node: fx.Node) -> str:
     """Returns how the user's code names a graph input: ``model.layers.0.mlp.experts.gate_up_proj``."""
     source = getattr(node.meta.get("grapharg"), "source", None)
-    return (
-        clean_path(re.sub(r"\._(?:modules|parameters|buffers)\['(\w+)'\]", r".\1", source.name))
-        if source
-        else node.name
-    )
+    if source is None:
+        return node.name
+    name = source.name() if callable(source.name) else source.name  # a method up to torch 2.12
+    return clean_path(re.sub(r"\._(?:modules|parameters|buffers)\['(\w+)'\]", r".\1", name))
 
 
 def mutated_inputs(node: fx.Node) -> list[fx.Node]:
@@ -205,8 +204,8 @@ def _comes_from_embedding(node: fx.Node) -> bool:
 
 
 def _kv_slot(nodes: list[fx.Node], hidden_out: fx.Node) -> KVSlot | None:
-    """Finds what a block writes for its tokens: in-place writes to 4-D inputs, or 4-D tensors that it returns."""
-    static = [n for n in nodes for m in mutated_inputs(n) if m.op == "placeholder" and _rank(m) == 4]
+    """Finds what a block writes for its tokens: in-place writes to 4-D tensors, or 4-D tensors that it returns."""
+    static = [n for n in nodes for m in mutated_inputs(n) if _rank(m) == 4]
     if static:
         lengths = [m for n in nodes for m in mutated_inputs(n) if m.op == "placeholder" and _rank(m) == 0]
         return KVSlot("static", tuple(static), tuple(dict.fromkeys(lengths)), _capacity(static))

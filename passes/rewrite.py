@@ -4,7 +4,7 @@ pass             from                    to
 decoder_layers   traced graph            DecoderPlan: prologue, blocks, KV slots, head
 segments         DecoderPlan             one segment per part
 exit_checks      block segments          blocks that return an exit score, after each candidate
-river_twins      copies of the blocks    twins with 4-bit matrix products
+river_twins      copies of the blocks    twins with 4-bit matrix products and one_query's operators
 """
 
 from __future__ import annotations
@@ -19,7 +19,7 @@ from torch import fx
 
 from .decoder_layers import find_decoder
 from .exit_checks import add_exit_check, candidate_depths
-from .one_query_attention import simplify_attention
+from .one_query import simplify_attention, simplify_linears
 from .river_twins import make_twin
 from .segments import cut, output_values
 from .types import DecoderPlan, KeptLinear, Refusal, RiverProgram, Segment
@@ -111,7 +111,12 @@ def _twins(
         return segment
 
     twins = tuple(twin(depth, f"twin_{depth}") for depth in range(1, plan.num_blocks + 1))
-    river_head = twin(plan.num_blocks + 1, "river_head") if options.quantize_head else None
+    river_head = None
+    if options.quantize_head:
+        river_head = twin(plan.num_blocks + 1, "river_head")
+    elif options.quantize:
+        head = cut(plan, plan.num_blocks + 1, "river_head")
+        river_head = head if simplify_linears(head.graph_module.graph) else None
     return twins, river_head, tuple(kept)
 
 

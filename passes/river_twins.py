@@ -71,18 +71,8 @@ def make_twin(block: Segment, name: str, group_size: int, layout: str) -> tuple[
             reason = f"{linears[0].in_features} input features have no group of {MIN_GROUP_SIZE} or more"
             kept.update({source_of[linear.weight]: KeptLinear(linear.name, reason) for linear in linears})
             continue
-        site = LinearSite(
-            name="|".join(linear.name for linear in linears),
-            weights=tuple(source_of[linear.weight] for linear in linears),
-            biases=tuple(source_of[linear.bias] if linear.bias else None for linear in linears),
-            in_features=linears[0].in_features,
-            out_features=tuple(linear.out_features for linear in linears),
-            transposed=linears[0].transposed,
-            group_size=fitting,
-            layout=layout,
-        )
-        _replace(graph, linears, site, len(sites))
-        sites.append(site)
+        sites.append(_site(linears, source_of, fitting, layout))
+        _replace(graph, linears, sites[-1], len(sites) - 1)
     for node in _unread_matrices(block, sites, kept):
         reason = f"a weight of shape {tuple(value_of(node).shape)} that no plain linear layer reads"
         kept[node] = KeptLinear(input_name(node), reason)
@@ -93,20 +83,46 @@ def make_twin(block: Segment, name: str, group_size: int, layout: str) -> tuple[
     return replace(block, name=name, inputs=inputs, packed=tuple(sites)), tuple(kept.values())
 
 
+def _site(linears: list[_Linear], source_of: dict[fx.Node, fx.Node], group_size: int, layout: str) -> LinearSite:
+    return LinearSite(
+        name="|".join(linear.name for linear in linears),
+        weights=tuple(source_of[linear.weight] for linear in linears),
+        biases=tuple(source_of[linear.bias] if linear.bias else None for linear in linears),
+        in_features=linears[0].in_features,
+        out_features=tuple(linear.out_features for linear in linears),
+        transposed=linears[0].transposed,
+        group_size=group_size,
+        layout=layout,
+    )
+
+
 def _linears(graph: fx.Graph) -> Iterator[_Linear]:
+    """Yields the linear layers of a graph: F.linear, GPT-2's addmm and Falcon's ``x @ weight.T``."""
     for node in graph.nodes:
-        if node.op != "call_function":
-            continue
-        if node.target is torch.nn.functional.linear:
-            x, weight, bias = (*node.args, None)[:3]
-            linear = _Linear(node, x, weight, node.kwargs.get("bias", bias), transposed=False)
-        elif node.target is torch.addmm and not node.kwargs:
-            bias, x, weight = node.args
-            linear = _Linear(node, x, weight, bias, transposed=True)
-        else:
-            continue
-        if _is_matrix(linear.weight) and (linear.bias is None or _is_vector(linear.bias)):
+        linear = _as_linear(node)
+        if linear and _is_matrix(linear.weight) and (linear.bias is None or _is_vector(linear.bias)):
             yield linear
+
+
+def _as_linear(node: fx.Node) -> _Linear | None:
+    if node.op != "call_function":
+        return None
+    if node.target is torch.nn.functional.linear:
+        x, weight, bias = (*node.args, None)[:3]
+        return _Linear(node, x, weight, node.kwargs.get("bias", bias), transposed=False)
+    if node.target is torch.addmm and not node.kwargs:
+        bias, x, weight = node.args
+        return _Linear(node, x, weight, bias, transposed=True)
+    if node.target in (operator.matmul, torch.matmul) and _is_transpose(node.args[1]):
+        return _Linear(node, node.args[0], node.args[1].args[0], None, transposed=False)
+    return None
+
+
+def _is_transpose(node: object) -> bool:
+    """True for ``weight.T`` and ``weight.t()``."""
+    if not isinstance(node, fx.Node):
+        return False
+    return (node.target is getattr and node.args[1] == "T") or (node.op == "call_method" and node.target == "t")
 
 
 def _is_matrix(node: object) -> bool:
@@ -160,8 +176,8 @@ def _unread_matrices(block: Segment, sites: list[LinearSite], kept: dict[fx.Node
 
 
 def _drop_unused_weights(graph: fx.Graph) -> None:
-    for node in list(graph.nodes):
-        if node.op == "placeholder" and not node.users:
+    for node in reversed(list(graph.nodes)):
+        if not node.users and (node.op == "placeholder" or _is_transpose(node)):
             graph.erase_node(node)
 
 

@@ -165,7 +165,7 @@ class RiverProgram:
         blocks: backbone segments, with an exit check after every candidate depth.
         twins: one river twin per block, with the same inputs and outputs; none where no token can leave.
         head: everything after the last block.
-        river_head: the head with 4-bit weights for tokens that left early, None where they use `head`.
+        river_head: the head of tokens that left early, None where they use `head`.
         candidates: exit depths (blocks executed) after which a check stands, ascending.
         kept: matrices of the twins that stay in 16 bits.
     """

@@ -6,6 +6,7 @@ the graph's place. Every other graph runs as Inductor runs it, with one warning 
 
 from __future__ import annotations
 
+import functools
 import logging
 import time
 import warnings
@@ -17,6 +18,7 @@ from torch._inductor.compile_fx import compile_fx
 from tqdm import tqdm
 
 from river_compile.kernels.aten_int4 import LAYOUT as ATEN_LAYOUT
+from river_compile.kernels.aten_int4 import has_fast_kernel
 from river_compile.passes.decoder_layers import is_parameter
 from river_compile.passes.rewrite import RewriteOptions, rewrite
 from river_compile.passes.types import DecoderPlan, Refusal, RiverProgram, Segment
@@ -117,6 +119,8 @@ def _build(
         log.info("wrote the rewritten graph to %s", dump_program(program, config.dump_dir, plan.kind))
     segments = _reachable(program, rule)
     sites = [site for segment in segments for site in segment.packed]
+    if sites:
+        _warn_of_slow_kernel()
     start = time.perf_counter()
     packed = state.packed.pack(sites, values, config.quantizer)
     packed_at = time.perf_counter()
@@ -131,6 +135,17 @@ def _build(
     record.describe(program, compiler.compiled, packed.values())
     state.stats.num_blocks = plan.num_blocks
     return RiverExecutor(program, steps, rule, state.stats)
+
+
+@functools.cache
+def _warn_of_slow_kernel() -> None:
+    if not has_fast_kernel():
+        capability = torch.backends.cpu.get_cpu_capability()
+        warnings.warn(
+            f"this processor ({capability}) has no fast int4 kernel in ATen: River's answers are right, but slow",
+            RiverWarning,
+            stacklevel=3,
+        )
 
 
 def _as_inductor(

@@ -173,5 +173,5 @@ def lower_ops(graph_module: fx.GraphModule) -> fx.GraphModule:
                 )
             node.target, node.args = linear_aten, tuple(args)
         elif node.target is torch.ops.river.exit_score.default:
-            node.target = ops.exit_score
+            node.target = ops.smallest_cosine
     return fx.GraphModule(graph_module, graph, class_name="Segment")

@@ -38,7 +38,7 @@ class GraphRecord:
         compiled: the distinct segments.
         seconds: seconds by stage: rewriting, packing, compiling.
         kept: matrices of the twins that stay in 16 bits.
-        sites: packed weights that this graph's twins use.
+        group_sizes: of each 4-bit matrix of the twins, by name.
     """
 
     config: RiverConfig
@@ -50,7 +50,7 @@ class GraphRecord:
     compiled: tuple[Compiled, ...] = ()
     seconds: dict[str, float] = field(default_factory=dict)
     kept: tuple[KeptLinear, ...] = ()
-    sites: tuple[PackedSite, ...] = ()
+    group_sizes: dict[str, int] = field(default_factory=dict)
 
     def describe(self, program: RiverProgram, compiled: Iterable[Compiled], sites: Iterable[PackedSite]) -> None:
         """Fills in what a rewritten graph turned out to be."""
@@ -61,7 +61,7 @@ class GraphRecord:
         self.candidates = program.candidates
         self.compiled = tuple(compiled)
         self.kept = program.kept
-        self.sites = tuple(sites)
+        self.group_sizes = {site.name: site.group_size for site in sites}
 
 
 class ModelState:

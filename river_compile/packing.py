@@ -18,7 +18,7 @@ from torch import Tensor, fx
 from torch.utils.weak import TensorWeakRef, WeakTensorKeyDictionary
 from tqdm import tqdm
 
-from river_compile.kernels.aten_int4 import pack_aten
+from river_compile.kernels.pack import pack
 from river_compile.kernels.quantize import quantize, sqnr_db
 from river_compile.passes.types import LinearSite
 
@@ -126,7 +126,8 @@ def _pack_site(site: LinearSite, values: dict[fx.Node, Tensor], quantizer: str) 
     weights = [values[node].T if site.transposed else values[node] for node in site.weights]
     weight = torch.cat(weights)
     quantized = quantize(weight, site.group_size, quantizer).rounded(torch.bfloat16)
-    tensors = pack_aten(quantized)
+    packed = pack(quantized, site.layout)
+    tensors = (packed.qweight, packed.scale_zero)
     if site.has_bias:
         tensors += (_merged_bias(site, values, weight.dtype),)
     sqnr = sqnr_db(weight, quantized.dequantize())

@@ -114,12 +114,13 @@ def _graph_dict(graph: GraphRecord) -> dict[str, object]:
         ],
         "seconds": dict(graph.seconds),
         "kept_in_16_bits": [{"name": k.name, "reason": k.reason} for k in graph.kept],
-        "other_group_sizes": {s.name: s.group_size for s in _other_groups(graph)},
+        "other_group_sizes": _other_groups(graph),
     }
 
 
-def _other_groups(graph: GraphRecord) -> list[PackedSite]:
-    return [site for site in graph.sites if site.group_size != graph.config.group_size]
+def _other_groups(graph: GraphRecord) -> dict[str, int]:
+    """Returns the matrices, by name, that did not take the group size that was asked for."""
+    return {name: size for name, size in graph.group_sizes.items() if size != graph.config.group_size}
 
 
 def _graph_lines(graph: GraphRecord) -> list[str]:
@@ -133,7 +134,7 @@ def _graph_lines(graph: GraphRecord) -> list[str]:
         lines.append(f"    exits after  {_ranges(graph.candidates)}")
     for reason, count in Counter(k.reason for k in graph.kept).items():
         lines.append(f"    in 16 bits   {count} matrices: {reason}")
-    for size, count in Counter(s.group_size for s in _other_groups(graph)).items():
+    for size, count in Counter(_other_groups(graph).values()).items():
         lines.append(f"    group size   {size} instead of {graph.config.group_size} in {count} matrices")
     return lines
 

@@ -115,18 +115,22 @@ class RiverExecutor:
         steps: the compiled step of each segment that this program can reach, by segment name.
         rule: when tokens leave.
         stats: counts exits.
+
+    Attributes:
+        prologue, blocks, twins, head, river_head: the steps; None stands for a segment that cannot be reached.
+        size: number of registers, the graph's inputs first.
     """
 
     def __init__(self, program: RiverProgram, steps: dict[str, Step], rule: ExitRule, stats: ExitStats) -> None:
         plan = program.plan
         register = registers_of(program)
         depths = range(1, plan.num_blocks + 1)
-        self._size = len(register)
-        self._prologue = steps["prologue"]
-        self._blocks = [steps.get(f"block_{d}") for d in depths]
-        self._twins = [steps.get(f"twin_{d}") for d in depths]
-        self._head = steps["head"]
-        self._river_head = steps.get("river_head", self._head)
+        self.size = len(register)
+        self.prologue = steps["prologue"]
+        self.blocks = [steps.get(f"block_{d}") for d in depths]
+        self.twins = [steps.get(f"twin_{d}") for d in depths]
+        self.head = steps.get("head")
+        self.river_head = steps.get("river_head", self.head)
         self._has_score = [block.has_score for block in program.blocks]
         self._return = _gather([register[node] for node in program.returned])
         self._check_capacity = capacity_check(plan, register)
@@ -135,15 +139,15 @@ class RiverExecutor:
         self._decode = plan.is_decode
 
     def __call__(self, *args: object) -> tuple:
-        registers = [*args, *[None] * (self._size - len(args))]
+        registers = [*args, *[None] * (self.size - len(args))]
         with torch._C._DisableAutocast():
-            self._prologue(registers)
+            self.prologue(registers)
             if self._check_capacity is not None:
                 self._check_capacity(registers)
             depth, scores = self._run_blocks(registers)
-            for twin in self._twins[depth:]:
+            for twin in self.twins[depth:]:
                 twin(registers)
-            (self._head if depth == len(self._blocks) else self._river_head)(registers)
+            (self.head if depth == len(self.blocks) else self.river_head)(registers)
         self._stats.count(depth, self._decode)
         record_step(self._stats, depth, scores, self._decode)
         return tuple(self._return(registers))
@@ -156,21 +160,22 @@ class RiverExecutor:
             threshold, fixed_depth = None, self._check_depth(forced)
         scores: list[float] = []
         if threshold is None:
-            for block in self._blocks[:fixed_depth]:
+            for block in self.blocks[:fixed_depth]:
                 block(registers)
             return fixed_depth, scores
-        for depth, (block, has_score) in enumerate(zip(self._blocks, self._has_score, strict=True), start=1):
+        for depth, (block, has_score) in enumerate(zip(self.blocks, self._has_score, strict=True), start=1):
             outputs = block(registers)
             if has_score:
                 score = outputs[-1].item()
                 scores.append(score)
                 if score > threshold:  # false for NaN: a token whose score is no number stays
                     return depth, scores
-        return len(self._blocks), scores
+        return len(self.blocks), scores
 
     def _check_depth(self, depth: int) -> int:
         """Returns a forced depth after making sure that its segments are there."""
-        if any(step is None for step in (*self._blocks[:depth], *self._twins[depth:])):
+        head = self.head if depth == len(self.blocks) else self.river_head
+        if any(step is None for step in (*self.blocks[:depth], *self.twins[depth:], head)):
             raise ValueError(
                 f"depth {depth} was asked for, but this model was compiled with exit_depth={self._rule.fixed_depth} "
                 "and has no other segments; compile it without exit_depth"

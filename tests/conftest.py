@@ -1,0 +1,38 @@
+"""What all tests share: the device mark, a clean Dynamo, and the converted real model."""
+
+from __future__ import annotations
+
+import pytest
+import torch
+
+from examples import models
+
+
+def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
+    if torch.cuda.is_available():
+        return
+    skip = pytest.mark.skip(reason="needs a GPU (CUDA or ROCm)")
+    for item in items:
+        if "gpu" in item.keywords:
+            item.add_marker(skip)
+
+
+@pytest.fixture(autouse=True)
+def _fresh_dynamo():
+    """No test sees another one's compiled graphs."""
+    torch._dynamo.reset()
+    yield
+    torch._dynamo.reset()
+
+
+@pytest.fixture(scope="session")
+def smollm2_folder():
+    """The folder of SmolLM2-135M-Instruct, converted on first use."""
+    return models.fetch("smollm2")
+
+
+@pytest.fixture(scope="session")
+def smollm2_tokenizer(smollm2_folder):
+    from transformers import AutoTokenizer
+
+    return AutoTokenizer.from_pretrained(smollm2_folder)

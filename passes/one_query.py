@@ -1,8 +1,9 @@
-"""Replaces fused attention by :func:`grouped_attention` where a segment has one query position.
+"""Replaces operators made for many rows where a segment has one query position.
 
-Takes ``scaled_dot_product_attention`` with a query length of 1, and looks through the repetition of KV heads (index
-with a new axis, expand, reshape) that Hugging Face models put in front of it. Applied to twins; the backbone keeps the
-operator that the model called.
+:func:`simplify_attention` takes ``scaled_dot_product_attention`` with a query length of 1, and looks through the
+repetition of KV heads (index with a new axis, expand, reshape) that Hugging Face models put in front of it.
+:func:`simplify_linears` takes linear layers whose input has one row. Applied to twins and to the head of tokens that
+left; the backbone keeps the operators that the model called.
 
 Left alone: causal attention (with one query it would read the first key only), dropout, and attention written out as
 matrix products.
@@ -11,7 +12,7 @@ matrix products.
 from __future__ import annotations
 
 import torch
-from river_compile.kernels.attention import grouped_attention
+from river_compile.kernels.one_query import grouped_attention, one_row_linear
 from torch import fx
 
 from .decoder_layers import value_of
@@ -36,6 +37,24 @@ def simplify_attention(graph: fx.Graph) -> int:
     if replaced:
         _drop_pure_dead_code(graph)
     return replaced
+
+
+def simplify_linears(graph: fx.Graph) -> int:
+    """Rewrites the graph in place; returns the number of linear layers replaced."""
+    replaced = 0
+    for node in list(graph.nodes):
+        if node.target is not torch.nn.functional.linear or not _has_one_row(node.args[0]):
+            continue
+        node.target = one_row_linear
+        node.args = (*node.args, node.kwargs.get("bias"))[:3]
+        node.kwargs = {}
+        replaced += 1
+    return replaced
+
+
+def _has_one_row(node: fx.Node) -> bool:
+    value = value_of(node)
+    return value is not None and all(isinstance(n, int) and n == 1 for n in value.shape[:-1])
 
 
 def _has_one_query(node: fx.Node) -> bool:

@@ -1,0 +1,144 @@
+"""Times every kernel of a model's decode step on the GPU at hand.
+
+    python benchmarks/kernels.py [--model llama-3.1-8b] [--rows 1] [--context 1024] [--group-size 64] [--json PATH]
+
+Per kernel: microseconds, achieved bandwidth (the bytes that `KernelSpec.bytes` counts, over the time), its part of the
+card's measured copy bandwidth, and the speed against what torch offers in bfloat16: `F.linear` for a linear kernel,
+`scaled_dot_product_attention` for attention. GemLite is timed on the same 4-bit shapes where it is installed. All
+timings come from captured graphs over weights that exceed the cache.
+"""
+
+from __future__ import annotations
+
+import argparse
+import functools
+import importlib.util
+import json
+import sys
+from dataclasses import asdict, dataclass
+from pathlib import Path
+
+import torch
+import torch.nn.functional as F
+from river_compile.kernels.decode_attention import DecodeAttentionSpec
+from river_compile.kernels.heuristic import DEFAULT_DEVICE, DEVICES
+from river_compile.kernels.launch import device_name
+from river_compile.kernels.linear import LinearSpec
+from river_compile.kernels.loader import load
+from river_compile.kernels.models import MODELS, model_kernels
+from river_compile.kernels.spec import KernelSpec
+from river_compile.kernels.tune import copies_beyond_cache, measure_on_gpu, time_calls
+
+
+@dataclass(frozen=True)
+class Timing:
+    """One row of the table: seconds of our kernel, of torch in bfloat16 and of GemLite, None where it has none."""
+
+    kernel: str
+    shape: str
+    seconds: float
+    bytes: int
+    torch_seconds: float | None
+    gemlite_seconds: float | None
+
+
+def copy_bandwidth(size: int = 2**30) -> float:
+    """Returns bytes per second of a device-to-device copy, counting the read and the write."""
+    source, target = (torch.empty(size, dtype=torch.uint8, device="cuda") for _ in range(2))
+    return 2 * size / time_calls([lambda: target.copy_(source)] * 3)
+
+
+def torch_linear_seconds(spec: LinearSpec) -> float:
+    """Times `F.linear` in bfloat16 with all rows of the spec's weights, without norm and epilogue."""
+    x = torch.randn(spec.rows or 64, spec.in_features, device="cuda", dtype=torch.bfloat16)
+    shape = (spec.out_features * len(spec.streams), spec.in_features)
+    copies = max(1, copies_beyond_cache(spec) // 3)
+    weights = [torch.randn(shape, device="cuda", dtype=torch.bfloat16) for _ in range(copies)]
+    return time_calls([functools.partial(F.linear, x, weight) for weight in weights])
+
+
+def gemlite_seconds(spec: LinearSpec) -> float | None:
+    """Times GemLite in float16 on the spec's 4-bit shape; None where it is not installed or the weights are dense."""
+    if spec.weights != "w4" or importlib.util.find_spec("gemlite") is None:
+        return None
+    from gemlite.core import DType, GemLiteLinear
+
+    n, k, group = spec.out_features * len(spec.streams), spec.in_features, spec.group_size
+    layers = []
+    for _ in range(copies_beyond_cache(spec)):
+        layer = GemLiteLinear(4, group, k, n, DType.FP16, DType.FP16)
+        q = torch.randint(0, 16, (n, k), device="cuda", dtype=torch.uint8)
+        scale = torch.rand(n * k // group, 1, device="cuda", dtype=torch.float16)
+        layer.pack(q, scale, scale * 8, None)
+        layers.append(layer)
+    x = torch.randn(spec.rows or 64, k, device="cuda", dtype=torch.float16)
+    return time_calls([functools.partial(layer, x) for layer in layers])
+
+
+def attention_timing(label: str, spec: DecodeAttentionSpec) -> Timing:
+    """Times the attention kernel and SDPA over a full cache."""
+    copies = max(1, min(64, 256 * 2**20 // spec.cost().bytes + 1))
+    shape = (spec.batch, spec.kv_heads, spec.slots, spec.head_dim)
+    q = torch.randn(spec.batch, spec.heads, spec.head_dim, device="cuda", dtype=torch.bfloat16)
+    caches = [[torch.randn(shape, device="cuda", dtype=torch.bfloat16) for _ in "kv"] for _ in range(copies)]
+    length = torch.tensor([spec.slots], device="cuda")
+    kernel = load(spec, interpret=False)
+    ours = [
+        functools.partial(kernel, q=q, k_cache=k, v_cache=v, length=length, out=torch.empty_like(q)) for k, v in caches
+    ]
+    theirs = [
+        functools.partial(F.scaled_dot_product_attention, q[:, :, None], k, v, enable_gqa=True) for k, v in caches
+    ]
+    return Timing(label, f"{shape}", time_calls(ours), spec.cost().bytes, time_calls(theirs), None)
+
+
+def timing(label: str, spec: KernelSpec) -> Timing | None:
+    """Times one kernel; None for those whose few bytes make a bandwidth meaningless."""
+    if isinstance(spec, DecodeAttentionSpec):
+        return attention_timing(label, spec)
+    if not isinstance(spec, LinearSpec):
+        return None
+    shape = f"{spec.out_features * len(spec.streams)} x {spec.in_features}"
+    moved = spec.cost(spec.rows or 64).bytes
+    return Timing(label, shape, measure_on_gpu(spec), moved, torch_linear_seconds(spec), gemlite_seconds(spec))
+
+
+def print_table(timings: list[Timing], copy: float) -> None:
+    """Prints the table."""
+    print("| kernel | shape | us | GB/s | of copy | x torch bf16 | x GemLite |")
+    print("|---|---|---:|---:|---:|---:|---:|")
+    for t in timings:
+        against = [f"{other / t.seconds:.2f}" if other else "" for other in (t.torch_seconds, t.gemlite_seconds)]
+        rate = t.bytes / t.seconds
+        cells = [t.kernel.replace("|", "\\|"), t.shape, f"{t.seconds * 1e6:.1f}", f"{rate / 1e9:.0f}"]
+        print("|", " | ".join([*cells, f"{rate / copy:.0%}", *against]), "|")
+
+
+def main(arguments: list[str] | None = None) -> int:
+    """The command line; returns 1 where there is no GPU."""
+    parser = argparse.ArgumentParser(description=__doc__.split("\n")[0])
+    parser.add_argument("--model", choices=MODELS, default="llama-3.1-8b", help="whose shapes (default %(default)s)")
+    parser.add_argument("--rows", type=int, default=1, help="sequences (default %(default)s)")
+    parser.add_argument("--context", type=int, default=1024, help="valid slots of the cache (default %(default)s)")
+    parser.add_argument("--group-size", type=int, default=64, choices=(32, 64, 128), help="default %(default)s")
+    parser.add_argument("--json", metavar="PATH", help="also write the figures there")
+    options = parser.parse_args(arguments)
+    if not torch.cuda.is_available():
+        print("this benchmark measures a GPU and there is none here", file=sys.stderr)
+        return 1
+    name = device_name(torch.cuda.current_device())
+    device = name if name in DEVICES else DEFAULT_DEVICE
+    sizes = {"rows": options.rows, "context": options.context, "group_size": options.group_size}
+    kernels = model_kernels(MODELS[options.model], device=device, **sizes)
+    copy = copy_bandwidth()
+    print(f"{torch.cuda.get_device_name()}: copies at {copy / 1e9:.0f} GB/s; {options.model}, {sizes}\n")
+    timings = [t for label, spec in kernels.items() if (t := timing(label, spec)) is not None]
+    print_table(timings, copy)
+    if options.json:
+        figures = {"device": torch.cuda.get_device_name(), "copy_bandwidth": copy, "model": options.model, **sizes}
+        Path(options.json).write_text(json.dumps({**figures, "kernels": [asdict(t) for t in timings]}, indent=1))
+    return 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())

@@ -1,0 +1,125 @@
+"""What every kernel family computes, in float64 with plain torch operations: the yardstick of the tests.
+
+Every function takes tensors of any floating dtype, computes in float64 and returns float64. Shapes: B sequences,
+K and N features, H query heads, J key-value heads, D features of a head, S cache slots.
+"""
+
+from __future__ import annotations
+
+import math
+
+import torch
+import torch.nn.functional as F
+
+
+def norm(
+    x: torch.Tensor, kind: str, weight: torch.Tensor | None, bias: torch.Tensor | None, eps: float
+) -> torch.Tensor:
+    """Normalises ``[..., K]``: "none", "rms" (Zhang and Sennrich 2019), "rms_plus_one" (Gemma), "layer" (Ba 2016)."""
+    x = x.double()
+    if kind == "none":
+        return x
+    if kind == "layer":
+        centred = x - x.mean(-1, keepdim=True)
+        y = centred * torch.rsqrt(centred.square().mean(-1, keepdim=True) + eps) * weight.double()
+        return y if bias is None else y + bias.double()
+    y = x * torch.rsqrt(x.square().mean(-1, keepdim=True) + eps)
+    return y * (weight.double() + (kind == "rms_plus_one"))
+
+
+def activate(x: torch.Tensor, kind: str) -> torch.Tensor:
+    """Applies "none", "silu", "gelu" (erf), "gelu_tanh" or "relu"."""
+    functions = {
+        "none": lambda v: v,
+        "silu": F.silu,
+        "gelu": F.gelu,
+        "gelu_tanh": lambda v: F.gelu(v, approximate="tanh"),
+        "relu": F.relu,
+    }
+    return functions[kind](x)
+
+
+def linear(
+    x: torch.Tensor,
+    weight: torch.Tensor,
+    *,
+    bias: torch.Tensor | None = None,
+    residual: torch.Tensor | None = None,
+    activation: str = "none",
+    gated: bool = False,
+) -> torch.Tensor:
+    """Returns activation(x W^T + bias) + residual; gated: activation(first half) * second half.
+
+    Args:
+        x: ``[..., K]``, normalised already.
+        weight: ``[N, K]``, dequantized; gated ``[2 N, K]``.
+        bias, residual: ``[N]`` (gated ``[2 N]``) and ``[..., N]``.
+    """
+    y = F.linear(x.double(), weight.double(), None if bias is None else bias.double())
+    if gated:
+        gate, up = y.chunk(2, dim=-1)
+        y = activate(gate, activation) * up
+    else:
+        y = activate(y, activation)
+    return y if residual is None else y + residual.double()
+
+
+def rotate(x: torch.Tensor, cos: torch.Tensor, sin: torch.Tensor, interleaved: bool) -> torch.Tensor:
+    """Rotary embedding (Su et al. 2021) of the first R features of ``[..., D]``.
+
+    Args:
+        x: heads.
+        cos, sin: ``[..., R]`` that broadcast against x; as Hugging Face models give them: the R / 2 angles twice, one
+            copy after the other (half-split) or each beside itself (interleaved).
+        interleaved: whether the pairs are (0, 1), (2, 3), ... instead of (0, R / 2), (1, R / 2 + 1), ...
+    """
+    x, cos, sin = x.double(), cos.double(), sin.double()
+    r = cos.shape[-1]
+    rotated, rest = x[..., :r], x[..., r:]
+    if interleaved:
+        turned = torch.stack([-rotated[..., 1::2], rotated[..., 0::2]], dim=-1).flatten(-2)
+    else:
+        turned = torch.cat([-rotated[..., r // 2 :], rotated[..., : r // 2]], dim=-1)
+    return torch.cat([rotated * cos + turned * sin, rest], dim=-1)
+
+
+def attention(
+    q: torch.Tensor,
+    k: torch.Tensor,
+    v: torch.Tensor,
+    length: int,
+    *,
+    scale: float,
+    window: int = 0,
+    softcap: float = 0.0,
+    mask: torch.Tensor | None = None,
+) -> torch.Tensor:
+    """One query position against a cache.
+
+    Args:
+        q: ``[B, H, D]``.
+        k, v: ``[B, J, S, D]``; query head h reads key-value head h // (H / J).
+        length: valid slots; the query sits at slot length - 1.
+        scale: of the scores.
+        window: slots that the query sees, itself included; 0 for all.
+        softcap: c in c tanh(score / c); 0 for none.
+        mask: bool ``[B, S]``, True for slots that take part; a row without any gives 0.
+    """
+    groups = q.shape[1] // k.shape[1]
+    start = max(0, length - window) if window else 0
+    k, v = (c[:, :, start:length].double().repeat_interleave(groups, dim=1) for c in (k, v))
+    scores = torch.einsum("bhd,bhsd->bhs", q.double(), k) * scale
+    if softcap:
+        scores = softcap * torch.tanh(scores / softcap)
+    if mask is not None:
+        live = mask[:, None, start:length].expand(scores.shape)
+        scores = scores.masked_fill(~live, -math.inf)
+        v = v.masked_fill(~mask[:, None, start:length, None], 0.0)
+    weights = torch.softmax(scores, dim=-1).nan_to_num(0.0) if mask is not None else torch.softmax(scores, dim=-1)
+    return torch.einsum("bhs,bhsd->bhd", weights, v)
+
+
+def row_similarity(hidden: torch.Tensor, previous: torch.Tensor) -> torch.Tensor:
+    """Cosine of ``[..., D]`` against ``[..., D]`` per row; NaN where a row is zero or not finite."""
+    hidden, previous = hidden.double(), previous.double()
+    return (hidden * previous).sum(-1) / (hidden.norm(dim=-1) * previous.norm(dim=-1))

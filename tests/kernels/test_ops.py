@@ -1,0 +1,177 @@
+"""The operators: `opcheck` on each, layouts against each other, shapes, strides, and what they refuse."""
+
+import pytest
+import torch
+from kernel_harness import TOLERANCE
+from river_compile.kernels import ops, reference  # noqa: F401  importing ops registers torch.ops.river
+from river_compile.kernels.pack import merge, pack_linear
+
+river = torch.ops.river
+G = torch.Generator().manual_seed(0)
+
+
+def random(*shape: int, dtype: torch.dtype = torch.float32) -> torch.Tensor:
+    return torch.randn(*shape, generator=G).to(dtype)
+
+
+def packed(n: int, k: int, layout: str, group: int = 32):
+    return pack_linear(random(n, k) / k**0.5, group, layout, "rtn")
+
+
+LAYOUTS = pytest.mark.parametrize("layout", ["triton", "plain"])
+
+
+def caches(dtype=torch.float32):
+    return random(2, 1, 6, 16, dtype=dtype), random(2, 1, 6, 16, dtype=dtype)
+
+
+def sample_calls():
+    """Operator name -> arguments, one sample of each operator (and layout)."""
+    x, w = random(2, 1, 64), {layout: packed(24, 64, layout) for layout in ("triton", "plain")}
+    norm, bias = (random(64), None, "rms", 1e-6), random(24)
+    calls = {}
+    for name, p in w.items():
+        weights = (p.qweight, p.scale_zero, bias)
+        calls[f"w4a16_linear {name}"] = (x, *weights, 24, 32, name, random(2, 1, 24))
+        calls[f"norm_linear {name}"] = (x, *norm, *weights, 24, 32, name)
+        calls[f"gated_mlp {name}"] = (x, *norm, *weights, 12, 32, name, "silu", True)
+        calls[f"lm_head {name}"] = (x, *norm, p.qweight, p.scale_zero, None, 24, 32, name)
+    calls["lm_head dense"] = (x, *norm, random(24, 64), None, None, 24, 0, "dense")
+    k_cache, v_cache = caches()
+    cos, sin = random(1, 1, 16), random(1, 1, 16)
+    slot = torch.tensor([3])
+    calls["kv_fill"] = (random(2, 1, 64), None, None, None, cos, sin, slot, k_cache, v_cache, "none", 1e-6, False)
+    calls["decode_attention"] = (random(2, 2, 16), k_cache, v_cache, torch.tensor([4]), None, 0.25, 0, 0.0)
+    calls["exit_score"] = (random(2, 1, 64), random(2, 1, 64))
+    calls["residual_exit_score"] = (random(2, 1, 64), random(2, 1, 64), random(2, 1, 64), torch.tensor(0.5))
+    return calls
+
+
+@pytest.mark.parametrize("call", sample_calls())
+def test_opcheck(call):
+    torch.library.opcheck(getattr(river, call.split()[0]).default, sample_calls()[call])
+
+
+def test_every_operator_has_a_sample():
+    names = {name.split("::")[1].split(".")[0] for name in torch._C._dispatch_get_all_op_names() if "river::" in name}
+    assert names == {call.split()[0] for call in sample_calls()}
+
+
+def test_mutations_stand_in_the_schema():
+    mutated = {
+        op: [a.name for a in getattr(river, op).default._schema.arguments if a.alias_info and a.alias_info.is_write]
+        for op in ("kv_fill", "decode_attention", "w4a16_linear")
+    }
+    assert mutated == {"kv_fill": ["k_cache", "v_cache"], "decode_attention": [], "w4a16_linear": []}
+
+
+@LAYOUTS
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float16, torch.bfloat16])
+@pytest.mark.parametrize("shape", [(64,), (1, 64), (2, 3, 64), (20, 64), (0, 64)])
+def test_linear_of_any_leading_shape(layout, dtype, shape):
+    p, x = packed(24, 64, layout), random(*shape, dtype=dtype)
+    bias, residual = random(24, dtype=dtype), random(*shape[:-1], 24, dtype=dtype)
+    y = river.w4a16_linear(x, p.qweight, p.scale_zero, bias, 24, 32, layout, residual)
+    assert (y.shape, y.dtype) == ((*shape[:-1], 24), dtype)
+    expected = reference.linear(x, p.dequantize(torch.float64), bias=bias, residual=residual)
+    torch.testing.assert_close(y.double(), expected, atol=4 * TOLERANCE[dtype], rtol=TOLERANCE[dtype])
+
+
+@LAYOUTS
+def test_rows_of_a_wider_tensor_and_transposed_inputs(layout):
+    p, wide = packed(24, 64, layout), random(5, 3, 64)
+    for x in (wide[:, -1], wide[:, ::2], random(64, 5).T):
+        y = river.w4a16_linear(x, p.qweight, p.scale_zero, None, 24, 32, layout)
+        expected = reference.linear(x, p.dequantize(torch.float64))
+        torch.testing.assert_close(y.double(), expected, atol=1e-5, rtol=1e-5)
+
+
+@pytest.mark.parametrize("norm", ["rms", "rms_plus_one", "layer"])
+@pytest.mark.parametrize("rows", [1, 3])
+def test_both_layouts_compute_the_same_mlp_and_projections(norm, rows):
+    gate, up = (random(16, 96) / 10 for _ in range(2))
+    x, weight, bias = random(rows, 96), random(96), random(96) if norm == "layer" else None
+    h = reference.norm(x, norm, weight, bias, 1e-5)
+    for layout in ("triton", "plain"):
+        p = merge([pack_linear(w, 32, layout, "rtn") for w in (gate, up)])
+        exact = p.dequantize(torch.float64)
+        weights = (p.qweight, p.scale_zero, None)
+        y = river.norm_linear(x, weight, bias, norm, 1e-5, *weights, 32, 32, layout)
+        torch.testing.assert_close(y.double(), reference.linear(h, exact), atol=3e-5, rtol=1e-4)
+        for activation in ("silu", "gelu", "gelu_tanh", "relu"):
+            y = river.gated_mlp(x, weight, bias, norm, 1e-5, *weights, 16, 32, layout, activation, True)
+            expected = reference.linear(h, exact, activation=activation, gated=True)
+            torch.testing.assert_close(y.double(), expected, atol=1e-4, rtol=1e-4)
+        y = river.gated_mlp(x, weight, bias, norm, 1e-5, *weights, 32, 32, layout, "gelu", False)
+        expected = reference.linear(h, exact, activation="gelu")
+        torch.testing.assert_close(y.double(), expected, atol=1e-4, rtol=1e-4)
+
+
+def test_filling_and_attending_a_strided_cache_step_by_step():
+    """Three tokens into a cache that is a slice of a larger one, against attention over what they wrote."""
+    storage = random(2, 1, 6, 2, 16)
+    k_cache, v_cache = storage[..., 0, :], storage[..., 1, :]
+    for step in range(3):
+        qkv, slot = random(2, 1, 4 * 16), torch.tensor([step])
+        q = river.kv_fill(qkv, None, None, None, None, None, slot, k_cache, v_cache, "none", 1e-6, False)
+        assert torch.equal(q, qkv.view(2, 4, 16)[:, :2])
+        assert torch.equal(k_cache[:, 0, step], qkv.view(2, 4, 16)[:, 2])
+        assert torch.equal(v_cache[:, 0, step], qkv.view(2, 4, 16)[:, 3])
+        out = river.decode_attention(q, k_cache, v_cache, slot + 1, None, 0.25, 0, 0.0)
+        expected = reference.attention(q, k_cache, v_cache, step + 1, scale=0.25)
+        torch.testing.assert_close(out.double(), expected, atol=1e-6, rtol=1e-5)
+
+
+def test_what_the_operators_refuse():
+    p, x = packed(24, 64, "triton"), random(1, 64)
+    with pytest.raises(ValueError, match="layout='rows' is unknown"):
+        river.w4a16_linear(x, p.qweight, p.scale_zero, None, 24, 32, "rows")
+    with pytest.raises(ValueError, match="dtype='float64'"):
+        river.w4a16_linear(x.double(), p.qweight, p.scale_zero, None, 24, 32, "triton")
+    with pytest.raises(ValueError, match="bias has dtype float16"):
+        river.w4a16_linear(x, p.qweight, p.scale_zero, random(24).half(), 24, 32, "triton")
+    with pytest.raises(ValueError, match=r"qweight has shape \(24, 8\); this call needs \(25, 8\)"):
+        river.w4a16_linear(x, p.qweight, p.scale_zero, None, 25, 32, "triton")
+    with pytest.raises(ValueError, match="qweight has shape"):
+        river.w4a16_linear(random(1, 96), p.qweight, p.scale_zero, None, 24, 32, "triton")
+    with pytest.raises(ValueError, match="qweight has strides"):
+        river.w4a16_linear(x, p.qweight.T.contiguous().T, p.scale_zero, None, 24, 32, "triton")
+    with pytest.raises(ValueError, match="have one shape"):
+        river.residual_exit_score(x, x, random(2, 64), torch.tensor(0.5))
+
+
+def test_what_the_cache_operators_refuse():
+    k_cache, v_cache = caches()
+    fill = ("none", 1e-6, False)
+    slot, qkv = torch.tensor([0]), random(2, 1, 64)
+    with pytest.raises(ValueError, match="cos and sin go together"):
+        river.kv_fill(qkv, None, None, None, random(1, 16), None, slot, k_cache, v_cache, *fill)
+    with pytest.raises(ValueError, match=r"bias has shape \(63,\)"):
+        river.kv_fill(qkv, random(63), None, None, None, None, slot, k_cache, v_cache, *fill)
+    with pytest.raises(ValueError, match=r"missing buffers .*k_norm"):
+        river.kv_fill(qkv, None, None, None, None, None, slot, k_cache, v_cache, "rms", 1e-6, False)
+    with pytest.raises(ValueError, match="B or D differs"):
+        river.decode_attention(random(1, 2, 16), k_cache, v_cache, torch.tensor([1]), None, 1.0, 0, 0.0)
+    mask = torch.ones(2, 5, dtype=torch.bool)
+    with pytest.raises(ValueError, match=r"mask has shape \(2, 5\)"):
+        river.decode_attention(random(2, 2, 16), k_cache, v_cache, torch.tensor([1]), mask, 1.0, 0, 0.0)
+    with pytest.raises(ValueError, match="qkv has shape"):
+        river.kv_fill(random(2, 2, 64), None, None, None, None, None, slot, k_cache, v_cache, *fill)
+    with pytest.raises(ValueError, match="one shape and stride"):
+        river.kv_fill(qkv, None, None, None, None, None, slot, k_cache, v_cache[:, :, :5], *fill)
+
+
+def test_a_graph_with_the_operators_keeps_them_and_their_mutation():
+    k_cache, v_cache = caches()
+
+    def step(qkv, slot, k, v):
+        q = river.kv_fill(qkv, None, None, None, None, None, slot, k, v, "none", 1e-6, False)
+        return river.decode_attention(q, k, v, slot + 1, None, 0.25, 0, 0.0)
+
+    qkv, slot = random(2, 1, 64), torch.tensor([2])
+    expected_caches = k_cache.clone(), v_cache.clone()
+    expected = step(qkv, slot, *expected_caches)
+    compiled = torch.compile(step, backend="aot_eager", fullgraph=True)
+    assert torch.equal(compiled(qkv, slot, k_cache, v_cache), expected)
+    assert torch.equal(k_cache, expected_caches[0])
+    assert torch.equal(v_cache, expected_caches[1])

@@ -1,0 +1,349 @@
+"""The backend as a user meets it: the ways to switch it on, what it refuses, what it reports, and that it lets go."""
+
+from __future__ import annotations
+
+import gc
+import json
+import logging
+import os
+import subprocess
+import sys
+import threading
+import warnings
+import weakref
+from pathlib import Path
+
+import pytest
+import torch
+from transformers import pipeline
+
+from river_compile import CacheFullError, RiverWarning, UnsupportedGraphError, report, river, trace
+from river_compile.runtime import forced_depth
+from tests.decoding import CAPACITY, decode, new_cache
+from tests.families import make, prompt
+
+ROOT = Path(__file__).parent.parent
+EAGER = {"lowering": "eager", "quantizer": "rtn", "group_size": 32, "first_exit": 1}
+ALWAYS = {**EAGER, "threshold": -1.0}
+
+
+def generate(model, batch=1, new_tokens=6, **options):
+    ids = prompt(batch=batch)
+    return model.generate(
+        ids, attention_mask=torch.ones_like(ids), max_new_tokens=new_tokens, do_sample=False, **options
+    )
+
+
+def test_model_compile_and_compiled_forward_go_through_generate():
+    """Both ways give the same text, and the report says that tokens left."""
+    texts = []
+    for switch_on in (
+        lambda m: m.compile(backend=river, options=ALWAYS),
+        lambda m: setattr(m, "forward", torch.compile(m.forward, backend=river, options=ALWAYS)),
+    ):
+        torch._dynamo.reset()
+        model = make("llama", layers=2)
+        switch_on(model)
+        texts.append(generate(model, cache_implementation="static"))
+        assert report(model).decode_depths == {1: 5}
+    assert torch.equal(*texts)
+
+
+def test_wrapper_is_rewritten_when_called_but_its_generate_runs_the_original():
+    """torch.compile(model)(ids) is rewritten; torch.compile(model).generate never is, and the report says so."""
+    model = make("llama", layers=2)
+    compiled = torch.compile(model, backend=river, options=ALWAYS)
+    compiled.generate(prompt(), max_new_tokens=2, do_sample=False)
+    assert not report(compiled).ran
+    assert "never ran" in str(report(compiled))
+    assert "model.compile" in str(report(compiled))
+    with torch.no_grad():
+        compiled(prompt())
+    assert [g.kind for g in report(compiled).graphs] == ["prefill"]
+
+
+def test_a_mode_reaches_inductor():
+    """torch.compile takes a mode or options, not both; a mode alone compiles with the default options."""
+    model = make("llama", layers=2)
+    model.compile(backend=river, mode="max-autotune-no-cudagraphs")
+    generate(model, new_tokens=2)
+    assert report(model).ran
+
+
+@pytest.mark.parametrize("arguments", [{"num_beams": 3}, {"do_sample": True, "top_k": 5}])
+def test_beam_search_and_sampling_run_through_the_river(arguments):
+    model = make("llama", layers=2)
+    model.compile(backend=river, options=ALWAYS)
+    torch.manual_seed(0)
+    out = model.generate(prompt(batch=2), max_new_tokens=5, **arguments)
+    assert out.shape == (2, prompt().shape[1] + 5)
+    assert set(report(model).decode_depths) == {1}
+
+
+def test_pipeline_goes_through_a_compiled_model(smollm2_tokenizer):
+    model = make("llama", layers=2)
+    model.compile(backend=river, options=ALWAYS)
+    model.config.get_text_config().vocab_size = 128
+    pipe = pipeline("text-generation", model=model, tokenizer=smollm2_tokenizer, device="cpu")
+    with torch.no_grad():
+        pipe("a", max_new_tokens=3, do_sample=False)
+    assert sum(report(model).decode_depths.values()) >= 2
+
+
+class TestRefusals:
+    """Graphs that are no decoder run as Inductor runs them, with one warning that names the reason."""
+
+    def test_a_lone_mlp(self):
+        mlp = torch.nn.Sequential(torch.nn.Linear(8, 8), torch.nn.GELU(), torch.nn.Linear(8, 4))
+        compiled = torch.compile(mlp, backend=river)
+        x = torch.randn(3, 8)
+        with torch.no_grad(), pytest.warns(RiverWarning, match="no decoder blocks") as seen:
+            torch.testing.assert_close(compiled(x), mlp(x), rtol=1e-4, atol=1e-5)
+        assert len(seen) == 1
+
+    def test_a_graph_that_needs_gradients(self):
+        model = make("llama", layers=2)
+        model.compile(backend=river)
+        with pytest.warns(RiverWarning, match="needs gradients; run generation under torch.no_grad"):
+            loss = model(prompt(), labels=prompt()).loss
+        loss.backward()
+        assert model.model.layers[0].mlp.up_proj.weight.grad.abs().sum() > 0
+        assert "needs gradients" in str(report(model))
+
+    def test_a_vision_model(self):
+        from transformers import ViTConfig, ViTModel
+
+        config = ViTConfig(
+            hidden_size=32, num_hidden_layers=2, num_attention_heads=2, intermediate_size=64, image_size=32
+        )
+        model = ViTModel(config).eval()
+        pixels = torch.randn(1, 3, 32, 32)
+        compiled = torch.compile(model, backend=river, options={"on_unsupported": "inductor"})
+        with torch.no_grad(), pytest.warns(RiverWarning, match="write no KV cache"):
+            out = compiled(pixels).last_hidden_state
+        with torch.no_grad():
+            torch.testing.assert_close(out, model(pixels).last_hidden_state, rtol=1e-3, atol=1e-3)
+
+    def test_raise_on_request(self):
+        compiled = torch.compile(torch.nn.Linear(4, 4), backend=river, options={"on_unsupported": "raise"})
+        with torch.no_grad(), pytest.raises(UnsupportedGraphError, match="cannot rewrite this graph: no decoder"):
+            compiled(torch.randn(2, 4))
+
+
+class TestRuntime:
+    def test_a_full_cache_is_an_error_before_anything_is_written(self):
+        """The message names slots, fill and fix; cache and counters stay as they were."""
+        model = make("llama", layers=2)
+        model.compile(backend=river, options=EAGER)
+        cache = new_cache(model, "static")
+        decode(model, cache, [2] * (CAPACITY - 9))
+        before = [(layer.keys.clone(), int(layer.get_seq_length())) for layer in cache.layers]
+        with pytest.raises(CacheFullError, match="holds 24 tokens; 24 are filled and this step adds 1"):
+            decode_one(model, cache)
+        for layer, (keys, length) in zip(cache.layers, before, strict=True):
+            assert torch.equal(layer.keys, keys)
+            assert int(layer.get_seq_length()) == length
+
+    def test_a_score_that_is_no_number_never_leaves(self):
+        model = make("llama", layers=3)
+        with torch.no_grad():
+            model.model.layers[1].mlp.down_proj.weight.fill_(torch.nan)
+        model.compile(backend=river, options={**EAGER, "threshold": -1.0, "first_exit": 2, "quantizer": "none"})
+        with trace() as t:
+            decode(model, new_cache(model, "static"), [None])
+        assert t.tokens[0].depth == 3
+        assert t.tokens[0].similarities[0] != t.tokens[0].similarities[0]
+
+    def test_depth_and_similarities_follow_the_threshold(self):
+        """A threshold between two observed similarities makes the token leave at the first that exceeds it."""
+        model = make("llama", layers=4)
+        model.compile(backend=river, options={**EAGER, "threshold": 2.0})
+        with trace() as t:
+            decode(model, new_cache(model, "static"), [None])
+        similarities = t.tokens[0].similarities
+        assert t.tokens[0].depth == 4
+        assert len(similarities) == 3
+        tau = sorted(similarities)[1]
+        expected = next(depth for depth, s in enumerate(similarities, start=1) if s > tau)
+        torch._dynamo.reset()
+        model.compile(backend=river, options={**EAGER, "threshold": tau})
+        with trace() as t:
+            decode(model, new_cache(model, "static"), [None])
+        assert t.tokens[0].depth == expected
+
+    def test_a_prompt_may_leave_as_a_whole(self):
+        model = make("llama", layers=3)
+        model.compile(backend=river, options={**ALWAYS, "prefill": "exit"})
+        generate(model, cache_implementation="static")
+        assert report(model).prefill_depths == {1: 1}
+
+    def test_a_forced_depth_needs_its_segments(self):
+        model = make("llama", layers=2)
+        model.compile(backend=river, options={**EAGER, "exit_depth": 2})
+        with pytest.raises(ValueError, match="compiled with exit_depth=2 and has no other segments"):
+            decode(model, new_cache(model, "static"), [0])
+
+    @pytest.mark.parametrize("lm_head", ["keep", "w4"])
+    @pytest.mark.parametrize("depth", [0, 1, 2])
+    def test_one_depth_for_all_needs_no_other_segments(self, depth, lm_head):
+        """A fixed depth compiles what it runs and gives the logits of the same depth chosen by force."""
+        logits = []
+        for fixed in (depth, None):
+            torch._dynamo.reset()
+            model = make("llama", layers=2)
+            model.compile(backend=river, options={**EAGER, "exit_depth": fixed, "lm_head": lm_head})
+            logits.append(decode(model, new_cache(model, "static"), [depth if fixed is None else None], batch=1)[-1])
+        assert torch.equal(*logits)
+
+    def test_the_head_in_four_bits_serves_those_who_left(self):
+        """lm_head="w4" changes the logits of a token that left and not of one that stayed."""
+        model = make("llama", layers=2)
+        logits = {}
+        for lm_head in ("keep", "w4"):
+            torch._dynamo.reset()
+            model.compile(backend=river, options={**EAGER, "lm_head": lm_head})
+            logits[lm_head] = decode(model, new_cache(model, "static"), [2, 1])
+        assert torch.equal(logits["keep"][1], logits["w4"][1])
+        assert not torch.equal(logits["keep"][2], logits["w4"][2])
+
+    def test_threads_do_not_mix(self):
+        """Two threads on one model and two models, each with its own depth: every text is what it is alone."""
+        models = [make("llama", layers=3, seed=seed) for seed in (0, 0, 1)]
+        models[1] = models[0]
+        for model in {id(m): m for m in models}.values():
+            model.compile(backend=river, options=EAGER)
+        alone = [run_at(model, depth) for model, depth in zip(models, (1, 2, 0), strict=True)]
+        together: list = [None] * 3
+        threads = [
+            threading.Thread(target=lambda i=i, m=m, d=d: together.__setitem__(i, run_at(m, d)))
+            for i, (m, d) in enumerate(zip(models, (1, 2, 0), strict=True))
+        ]
+        for thread in threads:
+            thread.start()
+        for thread in threads:
+            thread.join()
+        for a, b in zip(alone, together, strict=True):
+            assert torch.equal(a, b)
+
+
+class TestReport:
+    def test_report_is_json_and_names_what_was_done(self):
+        model = make("qwen3_moe", layers=2)
+        model.compile(backend=river, options={**ALWAYS, "group_size": 64})
+        generate(model, cache_implementation="static")
+        seen = json.loads(json.dumps(report(model).to_dict()))
+        assert seen["exit_depths"] == {"1": 5}
+        assert seen["packed_bytes"] > 0
+        assert all(m["sqnr_db"] > 10 for m in seen["matrices"])
+        assert any("no plain linear layer reads" in k["reason"] for g in seen["graphs"] for k in g["kept_in_16_bits"])
+        text = str(report(model))
+        assert "exits          5 decode steps, mean depth 1.00 blocks" in text
+        assert "in 16 bits" in text
+        assert max(map(len, text.splitlines())) <= 120
+
+    def test_one_model_packs_once(self):
+        """A second graph of the same model takes the packed weights that are there."""
+        model = make("llama", layers=2)
+        model.compile(backend=river, options=ALWAYS)
+        generate(model, cache_implementation="static")
+        first = {p.name: p.tensors[0].data_ptr() for p in report(model).packed}
+        generate(model, batch=2, cache_implementation="static")
+        assert {p.name: p.tensors[0].data_ptr() for p in report(model).packed} == first
+        assert report(model).recompiles > 0
+
+    def test_changed_weights_are_packed_again(self):
+        model = make("llama", layers=2)
+        model.compile(backend=river, options=ALWAYS)
+        generate(model, cache_implementation="static")
+        before = {p.name: p.tensors[0].clone() for p in report(model).packed}
+        with torch.no_grad():
+            model.model.layers[1].mlp.down_proj.weight.mul_(-1)
+        torch._dynamo.reset()
+        generate(model, cache_implementation="static")
+        changed = [p.name for p in report(model).packed if not torch.equal(p.tensors[0], before[p.name])]
+        assert changed == ["model.layers.1.mlp.down_proj"]
+
+    def test_a_freed_model_leaves_nothing_behind(self):
+        model = make("llama", layers=2)
+        model.compile(backend=river, options=ALWAYS)
+        generate(model, cache_implementation="static")
+        watched = [weakref.ref(p.tensors[0]) for p in report(model).packed] + [weakref.ref(model)]
+        assert len(watched) > 4
+        del model
+        torch._dynamo.reset()
+        gc.collect()
+        assert [w() for w in watched if w() is not None] == []
+
+    def test_the_rewritten_graph_can_be_read(self, tmp_path, caplog):
+        """dump_dir shows checks and twins by name; the log holds the table of passes."""
+        model = make("llama", layers=2)
+        with caplog.at_level(logging.DEBUG, logger="river_compile"):
+            model.compile(backend=river, options={**ALWAYS, "dump_dir": str(tmp_path)})
+            generate(model, cache_implementation="static")
+        folder = tmp_path / "decode_1"
+        assert "torch.ops.river.exit_score" in (folder / "block_1.py").read_text()
+        assert "torch.ops.river.w4a16_linear" in (folder / "twin_2.py").read_text()
+        assert "index_copy_" in (folder / "twin_2.py").read_text()
+        assert "exit checks after blocks: 1" in (folder / "plan.txt").read_text()
+        assert "river_twins" in caplog.text
+
+    def test_the_picture_of_a_trace(self, tmp_path):
+        model = make("llama", layers=2)
+        model.compile(backend=river, options=ALWAYS)
+        with trace() as t:
+            generate(model, new_tokens=40, cache_implementation="static")
+        path = t.plot(tmp_path / "depths.png", texts=["a"] * len(t.tokens))
+        assert path.read_bytes().startswith(b"\x89PNG")
+        with pytest.raises(ValueError, match="texts has 1 entries for 39 decode steps"):
+            t.plot(path, texts=["a"])
+
+
+SLOW_PROCESSOR = """
+import torch, warnings
+from river_compile import RiverWarning, river
+from tests.decoding import decode, new_cache
+from tests.families import make
+warnings.simplefilter("ignore")
+warnings.simplefilter("always", RiverWarning)
+model = make("llama", layers=2)
+model.compile(backend=river, options={"lowering": "eager", "quantizer": "rtn", "group_size": 32, "exit_depth": 0})
+logits = [decode(model, new_cache(model, "static"), [None], batch=b)[-1] for b in (1, 2)]
+model._compiled_call_impl = None
+plain = decode(model, new_cache(model, "static"), [None], batch=1)[-1]
+print(torch.nn.functional.cosine_similarity(logits[0].flatten(), plain.flatten(), dim=0).item())
+"""
+
+
+def test_a_processor_without_the_fast_kernel_gives_right_answers_and_says_so_once():
+    """ATen told to use no vector instructions: one warning for two graphs, and the logits of a 4-bit model."""
+    environment = {**os.environ, "ATEN_CPU_CAPABILITY": "default"}
+    run = subprocess.run(
+        [sys.executable, "-c", SLOW_PROCESSOR], cwd=ROOT, env=environment, capture_output=True, text=True, check=True
+    )
+    assert run.stderr.count("has no fast int4 kernel") == 1
+    assert float(run.stdout.split()[-1]) > 0.8
+
+
+def run_at(model, depth):
+    with forced_depth(depth):
+        return generate(model, new_tokens=12, cache_implementation="static")
+
+
+@torch.no_grad()
+def decode_one(model, cache):
+    from tests.decoding import cache_argument
+
+    ids = prompt(1, 2)
+    mask = torch.ones(2, CAPACITY + 1, dtype=torch.long)
+    return model(
+        input_ids=ids, attention_mask=mask, position_ids=torch.full((2, 1), CAPACITY), use_cache=True,
+        **{cache_argument(model): cache},
+    )  # fmt: skip
+
+
+def test_no_warning_for_a_decoder():
+    with warnings.catch_warnings():
+        warnings.simplefilter("error", RiverWarning)
+        model = make("llama", layers=2)
+        model.compile(backend=river, options=EAGER)
+        generate(model)

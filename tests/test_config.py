@@ -1,0 +1,73 @@
+"""Bad options are ValueErrors that name the value, what is allowed and the closest match, however they arrive."""
+
+from __future__ import annotations
+
+import pytest
+import torch
+
+from river_compile import OptionError, RiverConfig, river
+from river_compile.config import check_mode
+from tests.families import make, prompt
+
+
+@pytest.mark.parametrize(
+    ("options", "words"),
+    [
+        ({"treshold": 0.5}, ["'treshold'", "did you mean 'threshold'?", "first_exit"]),
+        ({"threshold": "high"}, ["threshold='high'", "a number"]),
+        ({"threshold": float("nan")}, ["threshold=nan"]),
+        ({"threshold": True}, ["threshold=True"]),
+        ({"first_exit": 0}, ["first_exit=0", "1 or more"]),
+        ({"exit_every": 1.5}, ["exit_every=1.5", "integer"]),
+        ({"exit_depth": -1}, ["exit_depth=-1", "None or an integer"]),
+        ({"group_size": 48}, ["group_size=48", "32, 64, 128, 256"]),
+        ({"quantizer": "hqqq"}, ["quantizer='hqqq'", "did you mean 'hqq'?"]),
+        ({"prefill": "Exit"}, ["prefill='Exit'", "'backbone', 'exit'"]),
+        ({"lm_head": None}, ["lm_head=None", "'keep', 'w4'"]),
+        ({"lowering": "inductr"}, ["did you mean 'inductor'?"]),
+        ({"on_unsupported": "ignore"}, ["on_unsupported='ignore'", "'inductor', 'raise'"]),
+        ({"dump_dir": 3}, ["dump_dir=3", "path"]),
+    ],
+)
+def test_bad_options_are_named(options, words):
+    with pytest.raises(ValueError) as error:
+        RiverConfig.from_options(options)
+    for word in words:
+        assert word in str(error.value)
+
+
+def test_config_is_frozen_and_its_defaults_are_the_documented_ones():
+    config = RiverConfig.from_options(None)
+    assert (config.threshold, config.first_exit, config.exit_every, config.exit_depth) == (0.7, 2, 1, None)
+    assert (config.group_size, config.quantizer, config.prefill, config.lm_head) == (64, "hqq", "backbone", "keep")
+    with pytest.raises(AttributeError):
+        config.threshold = 0.5
+
+
+def test_bad_options_reach_the_user_of_torch_compile_as_they_are():
+    """Dynamo wraps a backend's errors in its own; an option error arrives as the ValueError it is."""
+    model = make("llama", layers=2)
+    model.compile(backend=river, options={"treshold": 0.5})
+    with pytest.raises(OptionError, match="did you mean 'threshold'"), torch.no_grad():
+        model(prompt())
+
+
+@pytest.mark.parametrize(
+    ("options", "message"),
+    [
+        ({"exit_depth": 3}, "exit_depth=3 lies beyond the last of 2 blocks; use 0 to 2"),
+        ({"first_exit": 5}, "first_exit=5 lies beyond the last of 2 blocks; use 1 to 2"),
+    ],
+)
+def test_depths_are_checked_against_the_model(options, message):
+    model = make("llama", layers=2)
+    model.compile(backend=river, options=options)
+    with pytest.raises(OptionError, match=message), torch.no_grad():
+        model(prompt())
+
+
+def test_modes_of_torch_compile_are_checked():
+    assert check_mode("default") is None
+    assert check_mode("max-autotune") == "max-autotune"
+    with pytest.raises(OptionError, match="did you mean 'max-autotune'"):
+        check_mode("max-autotun")
