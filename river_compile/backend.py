@@ -118,7 +118,7 @@ def _build(
     segments = _reachable(program, rule)
     sites = [site for segment in segments for site in segment.packed]
     start = time.perf_counter()
-    packed = state.packed.pack(sites, values, config.quantizer)
+    packed = state.packed.pack(sites, values, config.quantizer, config.artifact)
     packed_at = time.perf_counter()
     compiler = SegmentCompiler(config.lowering, inductor_settings(mode))
     register = registers_of(program)
