@@ -18,6 +18,7 @@ __version__ = "0.1.0"
 
 # Public names and where they live. They load on first use.
 _EXPORTS = {
+    "ArtifactError": "errors",
     "CacheFullError": "errors",
     "OptionError": "errors",
     "Report": "report",
@@ -28,6 +29,7 @@ _EXPORTS = {
     "exact": "exact_mode",
     "report": "report",
     "river": "backend",
+    "save": "artifact",
     "trace": "stats",
 }
 __all__ = [*sorted(_EXPORTS)]

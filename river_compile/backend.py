@@ -122,7 +122,7 @@ def _build(
     if sites:
         _warn_of_slow_kernel()
     start = time.perf_counter()
-    packed = state.packed.pack(sites, values, config.quantizer)
+    packed = state.packed.pack(sites, values, config.quantizer, config.artifact)
     packed_at = time.perf_counter()
     compiler = SegmentCompiler(config.lowering, inductor_settings(mode))
     register = registers_of(program)

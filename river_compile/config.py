@@ -42,6 +42,7 @@ class RiverConfig:
         on_unsupported: "inductor" (a graph that cannot be rewritten runs as Inductor runs it, with one warning) or
             "raise".
         dump_dir: a folder that receives every segment, each twin beside its block, and the plan; None for none.
+        artifact: a folder that `river_compile.save` wrote, whose twins are used instead of quantizing; None for none.
     """
 
     threshold: float = 0.7
@@ -55,6 +56,7 @@ class RiverConfig:
     lowering: str = "inductor"
     on_unsupported: str = "inductor"
     dump_dir: str | None = None
+    artifact: str | None = None
 
     def __post_init__(self) -> None:
         _require(_is_number(self.threshold), "threshold", self.threshold, "a number, such as 0.7")
@@ -67,15 +69,18 @@ class RiverConfig:
             "None or an integer from 0 to the number of blocks",
         )
         _require(self.group_size in _GROUP_SIZES, "group_size", self.group_size, f"one of {_listed(_GROUP_SIZES)}")
-        _require(
-            self.dump_dir is None or isinstance(self.dump_dir, (str, Path)), "dump_dir", self.dump_dir, "None or a path"
-        )
+        for name in ("dump_dir", "artifact"):
+            value = getattr(self, name)
+            _require(value is None or isinstance(value, (str, Path)), name, value, "None or a path")
         for name, allowed in _CHOICES.items():
             value = getattr(self, name)
             if value not in allowed:
                 raise OptionError(
                     f"{name}={value!r} is not allowed; choose one of {_listed(allowed)}{_closest(value, allowed)}"
                 )
+
+        if self.artifact is not None and self.quantizer == "none":
+            raise OptionError("artifact= holds 4-bit twins, which quantizer='none' does not use; leave one of them out")
 
     @classmethod
     def from_options(cls, options: Mapping[str, object] | None) -> RiverConfig:

@@ -20,6 +20,10 @@ class UnsupportedGraphError(_UserError):
     """A graph cannot be rewritten and ``on_unsupported="raise"`` asks for an error; the message gives the reason."""
 
 
+class ArtifactError(_UserError):
+    """Saved twins cannot be read, written or used for this model; the message names the file and the reason."""
+
+
 class CacheFullError(ValueError):
     """The tokens of this step do not fit into the static KV cache; nothing was written."""
 

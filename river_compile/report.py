@@ -61,6 +61,7 @@ class Report:
                     "group_size": p.group_size,
                     "sqnr_db": _finite(p.sqnr),
                     "bytes": p.nbytes,
+                    "artifact": p.artifact or None,
                 }
                 for p in self.packed
             ],
@@ -145,8 +146,10 @@ def _packed_lines(report: Report) -> list[str]:
     size = sum(p.nbytes for p in report.packed) / 1e6
     worst = min(report.packed, key=lambda p: p.sqnr)
     mean = sum(p.sqnr for p in report.packed if math.isfinite(p.sqnr)) / len(report.packed)
+    origins = Counter(p.artifact for p in report.packed if p.artifact)
     return [
         f"  packed         {len(report.packed)} matrices, {size:.1f} MB, in {report.packing_seconds:.1f} s",
+        *(f"    artifact     {count} matrices read from {folder}" for folder, count in origins.items()),
         f"  SQNR           mean {mean:.1f} dB, least {worst.sqnr:.1f} dB ({worst.name})",
     ]
 
