@@ -61,10 +61,18 @@ def upper_bound(losses: Sequence[float], confidence: float) -> float:
 
 def texts_needed(budget: float, confidence: float) -> int:
     """Returns how many texts it takes to pass a budget (in (0, 1)) when not one of them has any loss."""
-    texts = 1
-    while p_value([0.0] * texts, budget) > 1 - confidence:
-        texts += 1
-    return texts
+
+    def passes(texts: int) -> bool:
+        return p_value([0.0] * texts, budget) <= 1 - confidence
+
+    enough = 1
+    while not passes(enough):
+        enough *= 2
+    too_few = enough // 2
+    while enough - too_few > 1:
+        middle = (too_few + enough) // 2
+        too_few, enough = (too_few, middle) if passes(middle) else (middle, enough)
+    return enough
 
 
 def fixed_sequence(losses: Iterable[Sequence[float]], budget: float, confidence: float) -> int:
