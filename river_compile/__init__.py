@@ -19,13 +19,16 @@ __version__ = "0.1.0"
 # Public names and where they live. They load on first use.
 _EXPORTS = {
     "ArtifactError": "errors",
+    "BudgetError": "errors",
     "CacheFullError": "errors",
+    "Calibration": "calibration",
     "OptionError": "errors",
     "Report": "report",
     "RiverConfig": "config",
     "RiverWarning": "errors",
     "Trace": "stats",
     "UnsupportedGraphError": "errors",
+    "calibrate": "calibrate",
     "exact": "exact_mode",
     "report": "report",
     "river": "backend",

@@ -24,6 +24,10 @@ class ArtifactError(_UserError):
     """Saved twins cannot be read, written or used for this model; the message names the file and the reason."""
 
 
+class BudgetError(ValueError):
+    """Calibration cannot promise a budget; the message says which one it can, or how many texts it takes."""
+
+
 class CacheFullError(ValueError):
     """The tokens of this step do not fit into the static KV cache; nothing was written."""
 

@@ -1,4 +1,4 @@
-"""Pictures of a trace."""
+"""Pictures of a trace and of a calibration."""
 
 from __future__ import annotations
 
@@ -6,6 +6,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 if TYPE_CHECKING:
+    from .calibration import Calibration
     from .stats import Trace
 
 _PER_LINE = 32
@@ -50,3 +51,35 @@ def plot_depths(trace: Trace, path: str | Path, texts: list[str] | None = None) 
 def _label(text: str) -> str:
     shown = text.replace("\n", "⏎").strip(" ") or "␣"
     return shown if len(shown) <= 12 else shown[:11] + "…"
+
+
+def plot_candidates(calibration: Calibration, path: str | Path) -> Path:
+    """Draws every candidate's loss against its cost, with the budget; see :meth:`Calibration.plot`."""
+    from matplotlib.backends.backend_agg import FigureCanvasAgg
+    from matplotlib.figure import Figure
+
+    is_kl = calibration.metric == "kl"
+    limit = calibration.budget if is_kl else 1 - calibration.budget
+    figure = Figure(figsize=(8, 5), layout="constrained")
+    FigureCanvasAgg(figure)
+    axes = figure.subplots()
+    axes.axhline(limit, color="tab:red", linewidth=1, label="budget")
+    for label, passed, colour in (
+        ("passed", True, "tab:green"),
+        ("failed", False, "tab:orange"),
+        ("pilot texts only", None, "lightgray"),
+    ):
+        shown = [c for c in calibration.candidates if c.passed is passed]
+        if shown:
+            axes.scatter([c.cost for c in shown], [c.loss for c in shown], c=colour, label=label, zorder=2)
+    best = calibration.chosen
+    axes.scatter([best.cost], [best.loss], s=160, facecolors="none", edgecolors="black", label="chosen", zorder=3)
+    axes.set_title(f"threshold {best.threshold:.3g}, first exit {best.first_exit}")
+    axes.set_xlabel("time per token, share of never exit")
+    axes.set_ylabel("KL, nats per token, clipped by text" if is_kl else "disagreement, share of tokens")
+    axes.set_ylim(bottom=0)
+    axes.legend(frameon=False)
+    axes.spines[["top", "right"]].set_visible(False)
+    path = Path(path)
+    figure.savefig(path, format="png", dpi=110)
+    return path

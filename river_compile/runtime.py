@@ -82,6 +82,24 @@ def forced_depth(depth: int) -> Iterator[None]:
         _forced.depth = before
 
 
+@contextlib.contextmanager
+def forced_threshold(threshold: float, first_exit: int = 1) -> Iterator[None]:
+    """Makes every decode step that this thread runs inside use another threshold and first exit than were compiled.
+
+    Checks stand where the program was compiled with them: `first_exit` can only be later than the compiled one. Inside
+    :func:`forced_depth` the depth wins.
+
+    Raises (in the step):
+        ValueError: the program was compiled for a fixed depth and has no checks.
+    """
+    before = getattr(_forced, "threshold", None)
+    _forced.threshold = (threshold, first_exit)
+    try:
+        yield
+    finally:
+        _forced.threshold = before
+
+
 @dataclass(frozen=True)
 class CapacityCheck:
     """Guards a static KV cache: registers of the filled length and of the hidden state, slots in all."""
@@ -154,7 +172,10 @@ class RiverExecutor:
 
     def _run_blocks(self, registers: list) -> tuple[int, list[float]]:
         """Runs backbone blocks until the exit; returns the blocks executed and the similarities seen."""
-        threshold, fixed_depth = self._rule.threshold, self._rule.fixed_depth
+        threshold, fixed_depth, first_exit = self._rule.threshold, self._rule.fixed_depth, 1
+        forced_rule = getattr(_forced, "threshold", None)
+        if forced_rule is not None and self._decode:
+            threshold, first_exit = self._check_rule(forced_rule)
         forced = getattr(_forced, "depth", None)
         if forced is not None and self._decode:
             threshold, fixed_depth = None, self._check_depth(forced)
@@ -165,12 +186,21 @@ class RiverExecutor:
             return fixed_depth, scores
         for depth, (block, has_score) in enumerate(zip(self.blocks, self._has_score, strict=True), start=1):
             outputs = block(registers)
-            if has_score:
+            if has_score and depth >= first_exit:
                 score = outputs[-1].item()
                 scores.append(score)
                 if score > threshold:  # false for NaN: a token whose score is no number stays
                     return depth, scores
         return len(self.blocks), scores
+
+    def _check_rule(self, rule: tuple[float, int]) -> tuple[float, int]:
+        """Returns a forced threshold and first exit after making sure that this program has checks."""
+        if self._rule.threshold is None:
+            raise ValueError(
+                f"threshold {rule[0]} was asked for, but this model was compiled with "
+                f"exit_depth={self._rule.fixed_depth} and checks no block; compile it without exit_depth"
+            )
+        return rule
 
     def _check_depth(self, depth: int) -> int:
         """Returns a forced depth after making sure that its segments are there."""

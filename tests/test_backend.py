@@ -18,7 +18,7 @@ import torch
 from transformers import pipeline
 
 from river_compile import CacheFullError, RiverWarning, UnsupportedGraphError, report, river, trace
-from river_compile.runtime import forced_depth
+from river_compile.runtime import forced_depth, forced_threshold
 from tests.decoding import CAPACITY, decode, new_cache
 from tests.families import make, prompt
 
@@ -194,6 +194,20 @@ class TestRuntime:
             model.compile(backend=river, options={**EAGER, "exit_depth": fixed, "lm_head": lm_head})
             logits.append(decode(model, new_cache(model, "static"), [depth if fixed is None else None], batch=1)[-1])
         assert torch.equal(*logits)
+
+    def test_a_forced_threshold_and_first_exit(self):
+        """They hold for decode steps inside the context alone, need checks, and a forced depth goes before them."""
+        model = make("llama", layers=4)
+        model.compile(backend=river, options={**EAGER, "threshold": 2.0})
+        with trace() as t, forced_threshold(-1.0, first_exit=2):
+            decode(model, new_cache(model, "static"), [None, 3])
+        with trace() as after:
+            decode(model, new_cache(model, "static"), [None])
+        assert [step.depth for step in (*t.tokens, *after.tokens)] == [2, 3, 4]
+        torch._dynamo.reset()
+        model.compile(backend=river, options={**EAGER, "exit_depth": 2})
+        with forced_threshold(0.5), pytest.raises(ValueError, match=r"threshold 0\.5 was asked for, but this model"):
+            decode(model, new_cache(model, "static"), [None])
 
     def test_the_head_in_four_bits_serves_those_who_left(self):
         """lm_head="w4" changes the logits of a token that left and not of one that stayed."""

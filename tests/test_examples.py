@@ -3,7 +3,7 @@
 import pytest
 import torch
 
-from examples import demo, models
+from examples import calibrate, demo, models
 from examples.timing import Generation, decode_rate, generate
 from tests.families import make, prompt
 
@@ -64,3 +64,10 @@ def test_too_few_tokens_are_refused(capsys):
     with pytest.raises(SystemExit):
         demo.main(["--new-tokens", "1"])
     assert "1 is too few to measure a rate" in capsys.readouterr().err
+
+
+def test_calibration_has_texts_enough():
+    """The passages that the calibration example uses are many, different and not empty."""
+    passages = calibrate.topics()
+    assert len(passages) == len(set(passages)) >= 60
+    assert all(len(passage) > 100 for passage in passages)

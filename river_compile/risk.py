@@ -1,0 +1,91 @@
+"""Statistics of a promise: from losses measured on some texts to a bound on the mean loss of texts not seen.
+
+The method is "Learn then Test" (Angelopoulos, Bates, Candès, Jordan, Lei 2021, arXiv 2110.01052): each candidate gets
+a p-value for "its mean loss is above the budget"; candidates are tested in an order fixed beforehand, and testing stops
+at the first one that fails. With probability of at least the confidence, no candidate that passed has a mean loss above
+the budget (a risk-controlling prediction set in the words of Bates et al. 2021, arXiv 2101.02703). Nothing is assumed
+of the losses' distribution but that texts are drawn independently from one source and that losses lie in [0, 1].
+
+The p-value is a betting one (Waudby-Smith and Ramdas 2024, arXiv 2010.09686): it is far sharper than
+Hoeffding-Bentkus where losses vary little, as averages over a text do.
+
+Not handled: texts from another source than the measured ones, and losses that depend on each other.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Iterable, Sequence
+
+# Shares of the largest bet that can lose everything; their wealths are averaged, which keeps the test valid.
+_BETS = (0.1, 0.3, 0.5, 0.7, 0.9)
+
+
+def p_value(losses: Sequence[float], budget: float) -> float:
+    """Returns a p-value for "the mean loss is at least `budget`": small where the losses speak against it.
+
+    A gambler who bets a share c of the most he may on every loss being below the budget multiplies his wealth by
+    ``1 + c (budget - loss) / (1 - budget)`` each time. If the mean loss is at least `budget`, his expected wealth is
+    at most 1, so by Markov's inequality a wealth of W has a probability of at most 1 / W.
+
+    Args:
+        losses: independent draws from [0, 1].
+        budget: from 0 to below 1.
+
+    Raises:
+        ValueError: a loss outside [0, 1] or a budget outside [0, 1).
+    """
+    if not 0 <= budget < 1:
+        raise ValueError(f"budget={budget} is not allowed; as a share of the largest loss it must be in [0, 1)")
+    for loss in losses:
+        if not 0 <= loss <= 1:
+            raise ValueError(f"a loss of {loss} lies outside [0, 1]; clip the losses and divide by the clip")
+    edges = [(budget - loss) / (1 - budget) for loss in losses]
+    wealths = [math.fsum(math.log1p(bet * edge) for edge in edges) for bet in _BETS]
+    most = max(wealths)
+    log_wealth = most + math.log(math.fsum(math.exp(w - most) for w in wealths) / len(_BETS))
+    return min(1.0, math.exp(-log_wealth))
+
+
+def upper_bound(losses: Sequence[float], confidence: float) -> float:
+    """Returns the smallest budget, to 1e-6, that these losses pass at this confidence; 1 where they pass none.
+
+    It bounds the mean loss of one candidate that was chosen without looking at `losses`.
+    """
+    low, high = 0.0, 1.0
+    while high - low > 1e-6:
+        middle = (low + high) / 2
+        low, high = (low, middle) if p_value(losses, middle) <= 1 - confidence else (middle, high)
+    return high
+
+
+def texts_needed(budget: float, confidence: float) -> int:
+    """Returns how many texts it takes to pass a budget (in (0, 1)) when not one of them has any loss."""
+
+    def passes(texts: int) -> bool:
+        return p_value([0.0] * texts, budget) <= 1 - confidence
+
+    enough = 1
+    while not passes(enough):
+        enough *= 2
+    too_few = enough // 2
+    while enough - too_few > 1:
+        middle = (too_few + enough) // 2
+        too_few, enough = (too_few, middle) if passes(middle) else (middle, enough)
+    return enough
+
+
+def fixed_sequence(losses: Iterable[Sequence[float]], budget: float, confidence: float) -> int:
+    """Tests candidates in the given order until one fails; returns how many passed.
+
+    Args:
+        losses: each candidate's losses, in an order that must not depend on them; taken only as far as needed.
+        budget: what the mean loss may be.
+        confidence: probability, over the draw of the texts, that no candidate which passes is above the budget.
+    """
+    passed = 0
+    for sample in losses:
+        if p_value(sample, budget) > 1 - confidence:
+            break
+        passed += 1
+    return passed
