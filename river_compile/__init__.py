@@ -16,21 +16,22 @@ if not _os.path.isdir(_os.path.join(_here, "passes")) and _os.path.isdir(_os.pat
 
 __version__ = "0.1.0"
 
-# Public names and where they live. They load on first use.
+# Public names and where they live. They load on first use. No module may share its name with one of them: importing
+# the module would put it in the name's place.
 _EXPORTS = {
     "ArtifactError": "errors",
     "BudgetError": "errors",
     "CacheFullError": "errors",
     "Calibration": "calibration",
     "OptionError": "errors",
-    "Report": "report",
+    "Report": "reporting",
     "RiverConfig": "config",
     "RiverWarning": "errors",
     "Trace": "stats",
     "UnsupportedGraphError": "errors",
-    "calibrate": "calibrate",
+    "calibrate": "calibrator",
     "exact": "exact_mode",
-    "report": "report",
+    "report": "reporting",
     "river": "backend",
     "save": "artifact",
     "trace": "stats",
@@ -44,7 +45,6 @@ def __getattr__(name: str) -> object:
         raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
     from importlib import import_module
 
-    # Importing the submodule `report` would bind the module itself to that name: set the function over it.
     value = getattr(import_module(f"{__name__}.{module}"), name)
     globals()[name] = value
     return value

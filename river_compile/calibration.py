@@ -21,7 +21,7 @@ class Candidate:
         agreement: share of tokens with the same most likely next token.
         loss: what the budget limits: KL or disagreement of a text, clipped.
         mean_depth: backbone blocks executed.
-        cost: time of a decode step as a share of never exit's, see :mod:`river_compile.calibrate`.
+        cost: time of a decode step as a share of never exit's, see :mod:`river_compile.calibrator`.
         texts: how many texts were measured.
         passed: whether it passed the test of the budget, None where it was only looked at on the pilot texts.
     """

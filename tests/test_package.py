@@ -6,6 +6,7 @@ function. All of them call each other by their installed names (``river_compile.
 """
 
 import ast
+import importlib
 import importlib.util
 import os
 import shutil
@@ -186,3 +187,9 @@ def test_importing_prints_nothing_and_loads_neither_torch_nor_triton(installed, 
     code = "import sys, river_compile; assert not {'torch', 'triton', 'transformers'} & set(sys.modules)"
     done = run_python(code, tmp_path, installed)
     assert (done.stdout, done.stderr) == ("", "")
+
+
+def test_no_module_hides_a_public_name():
+    """Importing a submodule binds its name in the package, over a function of that name."""
+    names = {file.stem for file in (ROOT / "river_compile").glob("*.py")}
+    assert not names & set(importlib.import_module("river_compile").__all__)
