@@ -16,7 +16,7 @@ from transformers.generation.streamers import BaseStreamer
 import river_compile
 from examples import models
 from river_compile.runtime import forced_depth
-from tests.families import FAMILIES, SLIDING_WINDOW, make, prompt
+from tests.families import REWRITTEN, SLIDING_WINDOW, make, prompt
 
 NEW_TOKENS = 24
 SLIDING = ("mistral", "ministral", "gemma2", "gemma3")
@@ -62,7 +62,7 @@ def exactly(model, ids, mask=None, **options):
     return generate(model, ids, mask, custom_generate=river_compile.exact, **options)
 
 
-@pytest.mark.parametrize("name", [name for name in FAMILIES if name not in SLIDING])
+@pytest.mark.parametrize("name", [name for name in REWRITTEN if name not in SLIDING])
 def test_every_family_generates_the_plain_text_with_a_static_cache(name):
     """A batch of three with left padding, then one row, with and without prompt lookup."""
     model = compiled(name)

@@ -14,11 +14,8 @@ import torch
 
 from river_compile import report, river
 from tests.decoding import cache_state, decode, new_cache
-from tests.families import FAMILIES, make
+from tests.families import FAMILIES, REFUSED, REWRITTEN, make
 
-# MPT's code breaks the graph inside every block, so no piece of it holds a decoder.
-REFUSED = {"mpt": "no decoder blocks: the graph holds no list of two or more modules of one class"}
-REWRITTEN = [name for name in FAMILIES if name not in REFUSED]
 PAGE = Path(__file__).parent.parent / "docs" / "models.md"
 OPTIONS = {"lowering": "eager", "quantizer": "rtn", "group_size": 32, "first_exit": 1}
 
