@@ -123,7 +123,8 @@ class ExactLoop:
                 return (*sources, "backbone"), 0
             draft.learn(i, agreed.tolist(), was_active.tolist())
             agree = int((agreed & was_active).sum())
-            all_agree = agree == int(was_active.sum())
+            # A row that ended inside the draft holds a drafted token where its text holds padding: draft anew.
+            all_agree = bool(torch.where(was_active, agreed, drafted == tokens).all())
             sources.append(draft.sources[i] if all_agree else "backbone")
             if not all_agree:
                 return tuple(sources), agree
