@@ -11,7 +11,9 @@ import os as _os
 # In a bare checkout `passes/` and `kernels/` lie beside this folder; an installed package has them inside.
 _here = _os.path.dirname(__file__)
 _root = _os.path.dirname(_here)
-if not _os.path.isdir(_os.path.join(_here, "passes")) and _os.path.isdir(_os.path.join(_root, "passes")):
+# Only under its own name: a tool that walks submodules finds this folder again as `river_compile.river_compile`.
+_checkout = not _os.path.isdir(_os.path.join(_here, "passes")) and _os.path.isdir(_os.path.join(_root, "passes"))
+if _checkout and __name__ == "river_compile":
     __path__.append(_root)
 
 __version__ = "0.1.0"

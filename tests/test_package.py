@@ -193,3 +193,13 @@ def test_no_module_hides_a_public_name():
     """Importing a submodule binds its name in the package, over a function of that name."""
     names = {file.stem for file in (ROOT / "river_compile").glob("*.py")}
     assert not names & set(importlib.import_module("river_compile").__all__)
+
+
+def test_torch_logs_takes_the_package_name():
+    """TORCH_LOGS walks all submodules before torch is imported: that ends, and sets the level of our loggers."""
+    code = "import logging, torch; print(logging.getLogger('river_compile.passes').isEnabledFor(logging.DEBUG))"
+    environment = {**os.environ, "TORCH_LOGS": "+river_compile"}
+    run = subprocess.run(
+        [sys.executable, "-c", code], cwd=ROOT, env=environment, capture_output=True, text=True, timeout=120, check=True
+    )
+    assert run.stdout.split()[-1] == "True"
