@@ -101,7 +101,7 @@ def serve(handlers: Mapping[str, Callable[..., dict]]) -> None:
         request = json.loads(line)
         try:
             reply = handlers[request.pop("command")](**request)
-        except Exception as error:
+        except Exception as error:  # whatever it is, the process that asked must hear of it and goes on without us
             import traceback
 
             traceback.print_exc()
