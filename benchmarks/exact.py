@@ -9,6 +9,7 @@ turns, once to warm up and then `--repeats` times. Rows:
     plain            the backbone alone, one token per pass
     exact            the river and copies from the context draft, the backbone verifies
     exact_no_lookup  only the river drafts
+    exact_strict     exact, verified in passes whose rows have the bits of plain decoding
     prompt_lookup    transformers' prompt_lookup_num_tokens=10 on the backbone
     river            everything in 4 bits: fast, but another text
 
@@ -57,8 +58,14 @@ PROMPTS = {
         f"Repeat this code and rename `total` to `amount`:\n{CODE}",
     ),
 }
-ROWS = ("plain", "exact", "exact_no_lookup", "prompt_lookup", "river")
-RATIOS = (("exact", "plain"), ("exact", "prompt_lookup"), ("exact_no_lookup", "plain"), ("river", "plain"))
+ROWS = ("plain", "exact", "exact_no_lookup", "exact_strict", "prompt_lookup", "river")
+RATIOS = (
+    ("exact", "plain"),
+    ("exact", "prompt_lookup"),
+    ("exact_no_lookup", "plain"),
+    ("exact_strict", "plain"),
+    ("river", "plain"),
+)
 
 
 class Clock:
@@ -120,6 +127,7 @@ class Bench:
         special = {
             "exact": {"custom_generate": river_compile.exact},
             "exact_no_lookup": {"custom_generate": river_compile.exact, "prompt_lookup": False},
+            "exact_strict": {"custom_generate": river_compile.exact, "strict": True},
             "prompt_lookup": {"prompt_lookup_num_tokens": 10},
         }.get(row, {})
         depths = {"plain": self.model.config.num_hidden_layers, "river": 0}

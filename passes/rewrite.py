@@ -5,6 +5,7 @@ decoder_layers   traced graph            DecoderPlan: prologue, blocks, KV slots
 segments         DecoderPlan             one segment per part
 exit_checks      block segments          blocks that return an exit score, after each candidate
 river_twins      copies of the blocks    twins with 4-bit matrix products and one_query's operators
+same_rows        all but twins           operators whose rows do not depend on the pass's width (on request)
 """
 
 from __future__ import annotations
@@ -21,6 +22,7 @@ from .decoder_layers import find_decoder
 from .exit_checks import add_exit_check, candidate_depths
 from .one_query import simplify_attention, simplify_linears
 from .river_twins import make_twin
+from .same_rows import keep_rows
 from .segments import cut, output_values
 from .types import DecoderPlan, KeptLinear, Refusal, RiverProgram, Segment
 
@@ -41,6 +43,7 @@ class RewriteOptions:
         group_size: requested group size of the 4-bit weights.
         layout: name of their packing.
         quantize_head: True makes a second head with a 4-bit matrix.
+        same_rows: True gives several tokens at once the bits of one token at a time.
     """
 
     exits: bool
@@ -51,6 +54,7 @@ class RewriteOptions:
     group_size: int
     layout: str
     quantize_head: bool = False
+    same_rows: bool = False
 
 
 def rewrite(
@@ -71,6 +75,10 @@ def rewrite(
         return returned
     options = options_for(plan)
     prologue, blocks, head = table.run("segments", lambda: _segments(plan))
+    if options.same_rows:
+        grown = plan.blocks[0].kv.kind == "dynamic"
+        for segment in (prologue, *blocks, head):
+            keep_rows(segment.graph_module.graph, grown)
     candidates: tuple[int, ...] = ()
     if options.exits and options.checks:
         candidates = candidate_depths(plan.num_blocks, options.first_exit, options.exit_every)

@@ -58,7 +58,7 @@ def river(
     state = state_of(value for node, value in values.items() if is_parameter(node))
     start = time.perf_counter()
     program = _needs_gradients(example_inputs) or rewrite(graph_module, lambda plan: _rewrite_options(config, plan))
-    record = GraphRecord(config, seconds={"rewriting": time.perf_counter() - start})
+    record = GraphRecord(config, mode=mode, seconds={"rewriting": time.perf_counter() - start})
     state.graphs.append(record)
     if isinstance(program, Refusal):
         record.refusal = str(program)
@@ -83,6 +83,7 @@ def _rewrite_options(config: RiverConfig, plan: DecoderPlan) -> RewriteOptions:
         group_size=config.group_size,
         layout=ATEN_LAYOUT,
         quantize_head=config.lm_head == "w4",
+        same_rows=config.same_rows and not plan.is_decode,
     )
 
 

@@ -43,6 +43,8 @@ class RiverConfig:
             "raise".
         dump_dir: a folder that receives every segment, each twin beside its block, and the plan; None for none.
         artifact: a folder that `river_compile.save` wrote, whose twins are used instead of quantizing; None for none.
+        same_rows: True computes every token of a prompt with the bits that it has when tokens come one at a time, which
+            is slower. Exact mode's `strict=True` compiles its verification with it.
     """
 
     threshold: float = 0.7
@@ -57,6 +59,7 @@ class RiverConfig:
     on_unsupported: str = "inductor"
     dump_dir: str | None = None
     artifact: str | None = None
+    same_rows: bool = False
 
     def __post_init__(self) -> None:
         _require(_is_number(self.threshold), "threshold", self.threshold, "a number, such as 0.7")
@@ -79,6 +82,7 @@ class RiverConfig:
                     f"{name}={value!r} is not allowed; choose one of {_listed(allowed)}{_closest(value, allowed)}"
                 )
 
+        _require(isinstance(self.same_rows, bool), "same_rows", self.same_rows, "True or False")
         if self.artifact is not None and self.quantizer == "none":
             raise OptionError("artifact= holds 4-bit twins, which quantizer='none' does not use; leave one of them out")
 

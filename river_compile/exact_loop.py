@@ -25,13 +25,14 @@ from torch import Tensor
 
 from .acceptance import select
 from .drafting import Draft, Drafter
-from .stats import CycleRecord, record_cycle
+from .stats import CycleRecord, ExactStats, record_cycle
 
 
 class Paths(Protocol):
     """What the loop needs of a model; :class:`river_compile.two_paths.TwoPaths` is the real one."""
 
     model_id: int
+    stats: ExactStats
     longest_draft: int
 
     def river(self, ids_BS: Tensor) -> Tensor: ...
@@ -86,6 +87,7 @@ class ExactLoop:
 
     def _cycle(self) -> None:
         start = time.perf_counter()
+        rows = int(self.active.sum())
         most = max(min(self.paths.longest_draft, self.max_length - self.ids.shape[1] - 1), 0)
         draft = self.drafter.draft(self.ids, self.active, most, self._river, self.paths.width_for)
         self.paths.rewind(draft.sources.count("river"))
@@ -105,7 +107,9 @@ class ExactLoop:
                 seconds=(drafted_at - start, verified_at - drafted_at, end - verified_at),
                 thread=threading.get_ident(),
                 model=self.paths.model_id,
-            )
+                rows=rows,
+            ),
+            self.paths.stats,
         )
 
     def _river(self, ids_BS: Tensor) -> Tensor:

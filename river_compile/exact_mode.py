@@ -11,7 +11,6 @@ from __future__ import annotations
 
 import inspect
 from dataclasses import dataclass, replace
-from types import FrameType
 
 from torch import Tensor
 from transformers import GenerationConfig, PreTrainedModel
@@ -20,6 +19,7 @@ from transformers.generation.configuration_utils import GenerationMode
 
 from .drafting import Drafter
 from .exact_loop import ExactLoop
+from .generate_frame import KeepsTokenizer, streamer_of
 from .two_paths import TwoPaths, verification_widths
 
 # Processors that remember nothing from call to call: drafts, some of which are dropped again, may pass through them.
@@ -53,21 +53,27 @@ class ExactMode:
     Every option can also be given to ``generate`` itself, for one call.
 
     Attributes:
-        max_draft: longest draft, in tokens, at least 1. Passes are verified at widths 2, 4, 8 ... max_draft + 1.
+        max_draft: longest draft, in tokens, at least 1. Passes are verified at widths 2, 4, 8 ... max_draft + 1, and at
+            every width up to that where strict.
         prompt_lookup: copy drafts from the context where it repeats itself.
         stop_below: the river ends its draft once the draft's estimated chance of holding in whole is below this, in
             [0, 1]; 0 always drafts `max_draft` tokens.
+        strict: verify with passes whose rows have the very bits of plain decoding, also in bfloat16; slower.
     """
 
     max_draft: int = 15
     prompt_lookup: bool = True
-    stop_below: float = 0.4
+    stop_below: float = 0.5
+    strict: bool = False
+    __signature__ = KeepsTokenizer()
 
     def __post_init__(self) -> None:
         if not isinstance(self.max_draft, int) or isinstance(self.max_draft, bool) or self.max_draft < 1:
             raise ValueError(f"max_draft={self.max_draft!r} is not allowed; it must be an integer of 1 or more")
         if not isinstance(self.prompt_lookup, bool):
             raise ValueError(f"prompt_lookup={self.prompt_lookup!r} is not allowed; it must be True or False")
+        if not isinstance(self.strict, bool):
+            raise ValueError(f"strict={self.strict!r} is not allowed; it must be True or False")
         if not isinstance(self.stop_below, (int, float)) or not 0 <= self.stop_below <= 1:
             raise ValueError(f"stop_below={self.stop_below!r} is not allowed; it must be a number from 0 to 1")
 
@@ -87,6 +93,8 @@ class ExactMode:
         max_draft: int | None = None,
         prompt_lookup: bool | None = None,
         stop_below: float | None = None,
+        strict: bool | None = None,
+        tokenizer: object | None = None,  # of stop_strings; taking it makes generate keep it
         **model_kwargs: object,
     ) -> Tensor | GenerateDecoderOnlyOutput:
         """Called by ``generate`` in place of its own loop, with its arguments.
@@ -95,11 +103,12 @@ class ExactMode:
             ValueError: something that exact mode does not handle, or a bad option.
             CacheFullError: (a ``ValueError``) a static cache of the user's is too small for the text.
         """
-        given = {"max_draft": max_draft, "prompt_lookup": prompt_lookup, "stop_below": stop_below}
+        given = {"max_draft": max_draft, "prompt_lookup": prompt_lookup, "stop_below": stop_below, "strict": strict}
         mode = self.with_options(**{name: value for name, value in given.items() if value is not None})
         _check(model, generation_config, synced_gpus, model_kwargs)
-        streamer = streamer or _streamer_of(inspect.currentframe().f_back)
-        paths = TwoPaths(model, model_kwargs, verification_widths(mode.max_draft))
+        streamer = streamer or streamer_of(inspect.currentframe().f_back)
+        widths = verification_widths(mode.max_draft, mode.strict)
+        paths = TwoPaths(model, model_kwargs, widths, mode.strict)
         first_logits = paths.prefill(input_ids, generation_config)
         loop = _loop(mode, paths, input_ids, logits_processor, stopping_criteria, generation_config, streamer)
         with model._optimize_model_for_decode():
@@ -172,13 +181,3 @@ def _check(model: PreTrainedModel, config: GenerationConfig, synced_gpus: bool, 
         raise ValueError("synced_gpus=True is not available in exact mode: processes would run other numbers of passes")
     if model_kwargs.get("cache") is None:
         raise ValueError("exact mode needs a KV cache; leave out use_cache=False")
-
-
-def _streamer_of(frame: FrameType | None) -> object | None:
-    """Returns the streamer of the generate call that runs in `frame`.
-
-    transformers passes a streamer on to its own loops, but to no callable given as ``custom_generate``.
-    """
-    if frame is None or frame.f_code.co_name != "generate":
-        return None
-    return frame.f_locals.get("streamer")

@@ -9,6 +9,7 @@ import itertools
 import threading
 from collections.abc import Iterable
 from dataclasses import dataclass, field
+from typing import TYPE_CHECKING
 
 import torch
 from torch import Tensor
@@ -21,6 +22,9 @@ from .lowering import Compiled
 from .packing import PackedSite, PackedWeights
 from .stats import ExitStats
 
+if TYPE_CHECKING:
+    from .same_rows import SameRows
+
 _ids = itertools.count(1)
 
 
@@ -30,6 +34,7 @@ class GraphRecord:
 
     Attributes:
         config: the options it was compiled with.
+        mode: the mode it was compiled with.
         refusal: why it was not rewritten, empty where it was.
         kind: "decode", "prefill", or "other" for a graph that was refused.
         cache: "static" or "dynamic".
@@ -42,6 +47,7 @@ class GraphRecord:
     """
 
     config: RiverConfig
+    mode: str | None = None
     refusal: str = ""
     kind: str = "other"
     cache: str = ""
@@ -72,6 +78,7 @@ class ModelState:
         self.stats = ExitStats(self.id)
         self.packed = PackedWeights()
         self.graphs: list[GraphRecord] = []
+        self.same_rows: dict[tuple, SameRows] = {}
 
 
 _states: WeakTensorKeyDictionary = WeakTensorKeyDictionary()

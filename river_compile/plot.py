@@ -40,7 +40,7 @@ def plot_depths(trace: Trace, path: str | Path, texts: list[str] | None = None) 
         axes.set_xlim(-0.6, _PER_LINE - 0.4)
         axes.set_ylim(0, max(trace.num_blocks, 1) * 1.15)
         axes.set_yticks([0, trace.num_blocks])
-        labels = [_label(text) for text in texts[start : start + _PER_LINE]]
+        labels = [label(text) for text in texts[start : start + _PER_LINE]]
         axes.set_xticks(range(len(line)), labels, fontsize=7, rotation=35, ha="right", parse_math=False)
         axes.spines[["top", "right"]].set_visible(False)
     path = Path(path)
@@ -48,7 +48,8 @@ def plot_depths(trace: Trace, path: str | Path, texts: list[str] | None = None) 
     return path
 
 
-def _label(text: str) -> str:
+def label(text: str) -> str:
+    """Returns a token's text as it can stand under an axis."""
     shown = text.replace("\n", "⏎").strip(" ") or "␣"
     return shown if len(shown) <= 12 else shown[:11] + "…"
 

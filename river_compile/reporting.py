@@ -10,6 +10,7 @@ from torch import nn
 
 from .models import GraphRecord, find_state
 from .packing import PackedSite
+from .stats import ExactStats
 
 _NEVER_RAN = (
     "never ran: no graph of this model reached the backend. torch.compile(model).generate runs the original model; "
@@ -28,6 +29,7 @@ class Report:
     packing_seconds: float
     decode_depths: dict[int, int]
     prefill_depths: dict[int, int]
+    exact: ExactStats
 
     @property
     def ran(self) -> bool:
@@ -36,7 +38,7 @@ class Report:
     @property
     def recompiles(self) -> int:
         """Graphs traced again for a kind and cache that had one already, such as a new batch size."""
-        kinds = Counter((g.kind, g.cache) for g in self.graphs if not g.refusal)
+        kinds = Counter((g.kind, g.cache, g.config.same_rows) for g in self.graphs if not g.refusal)
         return sum(n - 1 for n in kinds.values())
 
     @property
@@ -68,6 +70,7 @@ class Report:
             "exit_depths": dict(self.decode_depths),
             "prefill_exit_depths": dict(self.prefill_depths),
             "mean_exit_depth": _finite(self.mean_depth),
+            "exact": _exact_dict(self.exact),
         }
 
     def __str__(self) -> str:
@@ -79,6 +82,7 @@ class Report:
         lines += _packed_lines(self)
         lines += [f"  recompiles     {self.recompiles}"]
         lines += _depth_lines(self)
+        lines += _exact_lines(self.exact)
         return "\n".join(lines)
 
 
@@ -92,7 +96,7 @@ def report(model: nn.Module) -> Report:
     state = find_state(model.parameters())
     name = type(model).__name__
     if state is None:
-        return Report(name, (), (), 0.0, {}, {})
+        return Report(name, (), (), 0.0, {}, {}, ExactStats())
     return Report(
         name,
         tuple(state.graphs),
@@ -100,6 +104,7 @@ def report(model: nn.Module) -> Report:
         state.packed.seconds,
         state.stats.depths(decode=True),
         state.stats.depths(decode=False),
+        state.stats.exact.copy(),
     )
 
 
@@ -128,7 +133,8 @@ def _graph_lines(graph: GraphRecord) -> list[str]:
     if graph.refusal:
         return [f"  graph          left to Inductor: {graph.refusal}"]
     seconds = ", ".join(f"{stage} {s:.1f} s" for stage, s in graph.seconds.items())
-    lines = [f"  {graph.kind:<14} {graph.num_blocks} blocks, {graph.cache} cache; {seconds}"]
+    kind = "strict pass" if graph.config.same_rows and graph.kind == "prefill" else graph.kind
+    lines = [f"  {kind:<14} {graph.num_blocks} blocks, {graph.cache} cache; {seconds}"]
     segments = ", ".join(f"{c.name} x{c.uses}" for c in graph.compiled)
     lines.append(f"    segments     {segments}")
     if graph.candidates:
@@ -160,6 +166,24 @@ def _depth_lines(report: Report) -> list[str]:
     total = sum(report.decode_depths.values())
     lines = [f"  exits          {total} decode steps, mean depth {report.mean_depth:.2f} blocks"]
     return lines + histogram(report.decode_depths)
+
+
+def _exact_dict(stats: ExactStats) -> dict[str, int]:
+    names = ("cycles", "drafted", "accepted", "kept", "row_cycles", "held_back")
+    return {name: getattr(stats, name) for name in names}
+
+
+def _exact_lines(stats: ExactStats) -> list[str]:
+    if not stats.cycles:
+        return []
+    held = f", {100 * stats.accepted / stats.drafted:.0f} % of the drafts held" if stats.drafted else ""
+    lines = [f"  exact mode     {stats.cycles} verifying passes, {stats.kept / stats.cycles:.2f} tokens per pass{held}"]
+    if stats.row_cycles:
+        share = 100 * stats.held_back / stats.row_cycles
+        lines.append(
+            f"    batches      rows dropped a draft that held in {share:.0f} % of their passes: the slowest row decides"
+        )
+    return lines
 
 
 def histogram(depths: dict[int, int]) -> list[str]:

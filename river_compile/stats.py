@@ -13,10 +13,11 @@ from pathlib import Path
 
 
 class ExitStats:
-    """Steps per exit depth of one model; prefill and decode apart."""
+    """Steps per exit depth of one model, prefill and decode apart, and the cycles of exact mode."""
 
     def __init__(self, model_id: int) -> None:
         self.model_id = model_id
+        self.exact = ExactStats()
         self.num_blocks = 0
         self._lock = threading.Lock()
         self._decode: Counter[int] = Counter()
@@ -35,6 +36,7 @@ class ExitStats:
         with self._lock:
             self._decode.clear()
             self._prefill.clear()
+        self.exact.reset()
 
 
 @dataclass(frozen=True)
@@ -68,6 +70,7 @@ class CycleRecord:
         seconds: wall time of drafting, of verifying, and of choosing and keeping tokens.
         thread: identifier of the thread it ran in.
         model: which model ran, an identifier unique in the process.
+        rows: rows that were still being generated.
     """
 
     drafted: tuple[str, ...]
@@ -77,11 +80,52 @@ class CycleRecord:
     seconds: tuple[float, float, float]
     thread: int
     model: int
+    rows: int = 1
 
     @property
     def accepted(self) -> int:
         """Drafted tokens that were kept."""
         return sum(source != "backbone" for source in self.kept)
+
+
+@dataclass
+class ExactStats:
+    """What exact mode did with one model: sums over its cycles.
+
+    Attributes:
+        cycles: verifying passes.
+        drafted, accepted: tokens per row.
+        kept: tokens per row, the backbone's own included.
+        row_cycles: rows that were being generated, summed over the cycles of batches with two and more.
+        held_back: those of them that dropped a draft that held, because another row's did not.
+    """
+
+    cycles: int = 0
+    drafted: int = 0
+    accepted: int = 0
+    kept: int = 0
+    row_cycles: int = 0
+    held_back: int = 0
+    _lock: threading.Lock = field(default_factory=threading.Lock, repr=False, compare=False)
+
+    def count(self, cycle: CycleRecord) -> None:
+        with self._lock:
+            self.cycles += 1
+            self.drafted += len(cycle.drafted)
+            self.accepted += cycle.accepted
+            self.kept += len(cycle.kept)
+            if cycle.rows > 1:
+                self.row_cycles += cycle.rows
+                self.held_back += cycle.held_back
+
+    def copy(self) -> ExactStats:
+        """Returns the sums as they are now."""
+        with self._lock:
+            return ExactStats(self.cycles, self.drafted, self.accepted, self.kept, self.row_cycles, self.held_back)
+
+    def reset(self) -> None:
+        with self._lock:
+            self.cycles = self.drafted = self.accepted = self.kept = self.row_cycles = self.held_back = 0
 
 
 @dataclass
@@ -121,15 +165,23 @@ class Trace:
         return [sum(kept) / len(kept) for kept in reached]
 
     def plot(self, path: str | Path, texts: list[str] | None = None) -> Path:
-        """Draws every token's exit depth above its text as a PNG; returns the path.
+        """Draws the tokens above their texts as a PNG; returns the path.
+
+        Bars are exit depths. Where cycles of exact mode were recorded, they are the tokens' places in their cycles,
+        coloured by where the tokens came from.
 
         Args:
             path: the file to write.
-            texts: the decoded text of each token of :attr:`tokens`; numbers stand in where it is None.
+            texts: the decoded text of each token but a prompt's first: one for each of :attr:`tokens`, in exact mode
+                for each token that the cycles kept. Numbers stand in where it is None.
 
         Raises:
-            ValueError: nothing was recorded, or `texts` has another length than :attr:`tokens`.
+            ValueError: nothing was recorded, or `texts` has another length.
         """
+        if self.cycles:
+            from .plot_cycles import plot_cycles
+
+            return plot_cycles(self, path, texts)
         from .plot import plot_depths
 
         return plot_depths(self, path, texts)
@@ -165,7 +217,8 @@ def record_step(stats: ExitStats, depth: int, scores: list[float], decode: bool)
         t.steps.append(step)
 
 
-def record_cycle(cycle: CycleRecord) -> None:
-    """Adds a cycle of exact mode to every open trace."""
+def record_cycle(cycle: CycleRecord, stats: ExactStats) -> None:
+    """Counts a cycle of exact mode and adds it to every open trace."""
+    stats.count(cycle)
     for t in _open:
         t.cycles.append(cycle)

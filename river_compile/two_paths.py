@@ -3,12 +3,17 @@
 Inputs are prepared by transformers' own methods, so masks and positions are those of plain generation. The cache is
 rewound with `crop`; the class counts its slots itself, because reading a length back from an accelerator would wait.
 
+A strict instance verifies through a graph of its own, whose rows have the bits of one token per pass. Before it uses a
+width for the first time it runs the same tokens one by one and compares logits and cache to the bit; a width that fails
+is told in a warning and not used.
+
 Not handled (refused with the reason): caches that cannot be rewound, encoder-decoder models, models whose forward
 passes the river backend did not rewrite.
 """
 
 from __future__ import annotations
 
+import warnings
 from collections.abc import Sequence
 
 import torch
@@ -16,12 +21,20 @@ from torch import Tensor
 from transformers import GenerationConfig, PreTrainedModel
 from transformers.cache_utils import Cache, StaticLayer
 
+from .errors import RiverWarning
 from .models import ModelState, find_state
 from .runtime import forced_depth
+from .same_rows import entries, same_rows_of
+from .stats import ExactStats
 
 
-def verification_widths(max_draft: int) -> tuple[int, ...]:
-    """Returns the query lengths at which the backbone verifies: powers of two, the last one max_draft + 1."""
+def verification_widths(max_draft: int, strict: bool = False) -> tuple[int, ...]:
+    """Returns the query lengths at which the backbone verifies.
+
+    Powers of two, the last one max_draft + 1; every length up to it for strict verification, where each row costs.
+    """
+    if strict:
+        return tuple(range(1, max_draft + 2))
     widths = [1]
     while widths[-1] < max_draft + 1:
         widths.append(min(2 * widths[-1], max_draft + 1))
@@ -35,12 +48,14 @@ class TwoPaths:
         model: the compiled model.
         model_kwargs: what generate prepared for its forward passes; the cache among them.
         widths: query lengths at which the backbone may verify, ascending from 1.
+        strict: whether verification must give the bits of one token per pass.
     """
 
-    def __init__(self, model: PreTrainedModel, model_kwargs: dict, widths: Sequence[int]) -> None:
+    def __init__(self, model: PreTrainedModel, model_kwargs: dict, widths: Sequence[int], strict: bool = False) -> None:
         self.model = model
         self.model_kwargs = model_kwargs
         self._widths = tuple(widths)
+        self._strict = strict
 
     def prefill(self, ids_BS: Tensor, config: GenerationConfig) -> Tensor:
         """Runs the prompt and returns the logits ``[B, 1, V]`` of its last position.
@@ -54,6 +69,7 @@ class TwoPaths:
         if not self.cache.is_croppable:
             raise ValueError(f"exact mode rewinds the KV cache after every draft, and {_not_croppable(self.cache)}")
         self._state = _rewritten_state(self.model)
+        self._same_rows = same_rows_of(self.model, self._state) if self._strict else None
         self.cache.activate_past_recording()  # sliding windows that grow keep what a rewind brings back
         self._static = all(isinstance(layer, StaticLayer) for layer in self.cache.layers)
         self._filled = int(self.cache.get_seq_length())
@@ -65,16 +81,32 @@ class TwoPaths:
         """Identifies the model in traces."""
         return self._state.id
 
+    @property
+    def stats(self) -> ExactStats:
+        """Counts the model's cycles."""
+        return self._state.stats.exact
+
     def width_for(self, drafted: int) -> int:
         """Returns the smallest verification width for a number of drafted tokens."""
-        return next(w for w in self._widths if w > drafted)
+        return next(w for w in (*self._usable, *self._widths) if w > drafted)
 
     @property
     def longest_draft(self) -> int:
         """How many tokens can be drafted and verified in the slots that the cache has left."""
         capacity = self.cache.get_max_length() if self._static else -1
         free = self._widths[-1] if capacity < 0 else capacity - self._filled
-        return max((w for w in self._widths if w <= free), default=1) - 1
+        return max((w for w in self._usable if w <= free), default=1) - 1
+
+    @property
+    def _usable(self) -> list[int]:
+        """The widths but those that were found to give other bits than strict verification allows."""
+        if self._same_rows is None:
+            return list(self._widths)
+        return [w for w in self._widths if self._same_rows.verdicts.get(self._verdict_key(w), True)]
+
+    def _verdict_key(self, width: int) -> tuple[int, int | None, int]:
+        batch = self.cache.layers[0].keys.shape[0]
+        return batch, self.cache.get_max_length() if self._static else None, width
 
     def river(self, ids_BS: Tensor) -> Tensor:
         """Runs the last id through the whole river, one slot further; returns the next token's logits ``[B, V]``."""
@@ -93,7 +125,27 @@ class TwoPaths:
         if filler:
             ids_BS = torch.cat([ids_BS, ids_BS[:, -1:].expand(-1, filler)], dim=-1)
         with forced_depth(self._state.stats.num_blocks):  # (a pass of width 1 is a decode step)
-            return self._forward(ids_BS, width)[:, : drafted + 1]
+            if self._same_rows is not None and width > 1 and self._verdict_key(width) not in self._same_rows.verdicts:
+                return self._try_out(ids_BS, width)[:, : drafted + 1]
+            return self._forward(ids_BS, width, strict=self._strict)[:, : drafted + 1]
+
+    def _try_out(self, ids_BS: Tensor, width: int) -> Tensor:
+        """Runs the last ids at once and one by one, notes whether the bits agree, and returns the latter's logits."""
+        wide = self._forward(ids_BS, width, strict=True)
+        wide_entries = entries(self.cache)
+        self.rewind(width)
+        ends = range(ids_BS.shape[1] - width + 1, ids_BS.shape[1] + 1)
+        narrow = torch.cat([self._forward(ids_BS[:, :end], 1) for end in ends], dim=1)
+        same = torch.equal(wide, narrow) and all(map(torch.equal, wide_entries, entries(self.cache)))
+        self._same_rows.verdicts[self._verdict_key(width)] = same
+        if not same:
+            warnings.warn(
+                f"strict=True: in {type(self.model).__name__} a pass of {width} tokens rounds differently from one of "
+                "a single token, so no draft is verified at that width; the text stays exact but comes slower",
+                RiverWarning,
+                stacklevel=2,
+            )
+        return narrow
 
     def rewind(self, slots: int) -> None:
         """Frees the last slots of the cache."""
@@ -119,13 +171,16 @@ class TwoPaths:
             return dict(self.model_kwargs)
         return self.model._update_model_kwargs_for_generation({}, dict(self.model_kwargs), num_new_tokens=tokens)
 
-    def _forward(self, ids_BS: Tensor, width: int) -> Tensor:
+    def _forward(self, ids_BS: Tensor, width: int, strict: bool = False) -> Tensor:
         """Runs the last `width` ids, the first of which stands in slot `filled`, and returns their logits."""
         kwargs = self._lengthened(self._filled + width - self._kept)
         if width > 1 and "logits_to_keep" in kwargs:
             kwargs["logits_to_keep"] = 0  # all of them; any other number would be a graph of its own
         inputs = self.model.prepare_inputs_for_generation(ids_BS, next_sequence_length=width, **kwargs)
-        logits = self.model(**inputs, return_dict=True).logits
+        if strict and width > 1:
+            logits = self._same_rows(self.model, **inputs, return_dict=True).logits
+        else:
+            logits = self.model(**inputs, return_dict=True).logits
         self._filled += width
         return logits
 

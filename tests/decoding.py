@@ -15,9 +15,9 @@ from tests.families import prompt
 CAPACITY = 24
 
 
-def new_cache(model: PreTrainedModel, kind: str) -> StaticCache | DynamicCache:
+def new_cache(model: PreTrainedModel, kind: str, capacity: int = CAPACITY) -> StaticCache | DynamicCache:
     config = model.config.get_text_config()
-    return StaticCache(config=config, max_cache_len=CAPACITY) if kind == "static" else DynamicCache(config=config)
+    return StaticCache(config=config, max_cache_len=capacity) if kind == "static" else DynamicCache(config=config)
 
 
 def left_padded(batch: int, length: int = 9) -> tuple[Tensor, Tensor]:

@@ -10,6 +10,8 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
+from river_compile.stats import ExactStats
+
 VOCABULARY = 11
 
 
@@ -36,6 +38,7 @@ class ScriptedPaths:
     model_id = 0
 
     def __init__(self, prompt: Tensor, seed: int, river_right: int, max_draft: int, capacity: int, memory: int) -> None:
+        self.stats = ExactStats()
         self.seed, self.river_right, self.memory = seed, river_right, memory
         self.max_draft, self.capacity = max_draft, capacity
         self.slots: list[tuple[list[int], bool]] = [(prompt[:, i].tolist(), True) for i in range(prompt.shape[1])]

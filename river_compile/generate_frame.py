@@ -1,0 +1,39 @@
+"""Gets what ``generate`` has but does not give to a callable ``custom_generate``: the streamer and the tokenizer.
+
+transformers passes a streamer on to its own loops only, and forgets the tokenizer of ``stop_strings`` where a callable
+takes their place. Both stand in the local variables of frames that are running at that moment, and are read from there.
+The tests of exact mode with streamers and stop strings fail when transformers moves them.
+"""
+
+from __future__ import annotations
+
+import inspect
+from types import FrameType
+
+
+def streamer_of(frame: FrameType | None) -> object | None:
+    """Returns the streamer of the generate call that runs in `frame`, None where it has none."""
+    if frame is None or frame.f_code.co_name != "generate":
+        return None
+    return frame.f_locals.get("streamer")
+
+
+class KeepsTokenizer:
+    """Descriptor for ``__signature__`` of a callable given as ``custom_generate``.
+
+    ``generate`` takes the tokenizer out of its arguments, asks for the callable's signature, and then keeps only those
+    arguments that the signature names. While it asks, the tokenizer is put back among the arguments.
+    """
+
+    def __get__(self, instance: object | None, owner: type) -> inspect.Signature:
+        if instance is None:
+            raise AttributeError("__signature__")  # the class itself has its ordinary signature
+        frame = inspect.currentframe()
+        while frame is not None and frame.f_code.co_name != "_extract_generation_mode_kwargs":
+            frame = frame.f_back
+        if frame is not None:
+            taken, left = (frame.f_locals.get(name) for name in ("generation_mode_kwargs", "kwargs"))
+            if isinstance(taken, dict) and isinstance(left, dict) and "tokenizer" in taken:
+                left["tokenizer"] = taken["tokenizer"]
+        whole = inspect.signature(owner.__call__)
+        return whole.replace(parameters=list(whole.parameters.values())[1:])
