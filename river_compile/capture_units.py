@@ -1,0 +1,147 @@
+"""Cuts a rewritten decoder into units of capture: pieces between exit checks, and one tail per exit depth.
+
+    piece a-b   [prologue,] blocks a+1..b, and the flag of the check after block b
+    last a-L    [prologue,] blocks a+1..L and the head
+    tail d      twins d+1..L and the river's head
+    prologue    the prologue alone, where it cannot be captured (the pieces then start at block 1)
+
+A unit reads and writes registers. Those that other units or the caller need afterwards get buffers; all others live in
+the graph's own memory for the length of one replay.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+from torch import Tensor
+
+from river_compile.passes.capturable import obstacle
+from river_compile.passes.types import Refusal, RiverProgram, Segment
+
+from .runtime import Step
+
+
+@dataclass(frozen=True, eq=False)
+class Unit:
+    """Steps that are captured as one graph.
+
+    Attributes:
+        name: "piece 0-2", "last 3-4", "tail 2" or "prologue".
+        depth: blocks executed at a piece's end, or before a tail.
+        blocks: numbers (from 1) of the backbone blocks in it.
+        steps: what it runs, in order.
+        reads: registers whose values must be there when it starts, ascending.
+        writes: registers that are needed when it has ended, ascending.
+        flag: where its exit score goes in host memory, a float32 scalar; None without a check.
+        obstacle: why it cannot be captured, None where nothing speaks against it.
+    """
+
+    name: str
+    depth: int
+    blocks: tuple[int, ...]
+    steps: tuple[Step, ...]
+    reads: tuple[int, ...]
+    writes: tuple[int, ...]
+    flag: Tensor | None
+    obstacle: Refusal | None
+
+    def run(self, registers: list) -> None:
+        """Runs the steps on the registers and sends the exit score to the host, without waiting for it."""
+        outputs: Sequence = ()
+        for step in self.steps:
+            outputs = step(registers)
+        if self.flag is not None:
+            self.flag.copy_(outputs[-1], non_blocking=True)
+
+    def run_into(self, registers: list, outputs: dict[int, Tensor]) -> None:
+        """Runs the steps on a copy of the registers and copies what is needed afterwards into buffers."""
+        own = list(registers)
+        self.run(own)
+        for index, buffer in outputs.items():
+            buffer.copy_(own[index])
+
+
+class UnitMaker:
+    """Makes the units of one program.
+
+    Args:
+        program: the rewritten decoder.
+        steps: the compiled step of each segment that can be reached, by segment name.
+        register: the number of each value.
+        flags: float32 host memory, one value per depth from 0 to L.
+
+    Attributes:
+        ends: the candidate depths, then L.
+        prologue: the prologue as a unit, where it cannot be part of the first piece.
+    """
+
+    def __init__(self, program: RiverProgram, steps: dict[str, Step], register: dict, flags: Tensor) -> None:
+        self._program = program
+        self._steps = steps
+        self._register = register
+        self._flags = flags
+        self._segments: dict[str, Segment] = {segment.name: segment for segment in program.segments}
+        self._num_blocks = program.plan.num_blocks
+        self.ends = (*program.candidates, self._num_blocks)
+        blocked = obstacle(program.prologue)
+        self.prologue = None
+        if blocked is not None:
+            self.prologue = self._make("prologue", 0, (), ["prologue"], blocked, False)
+        self._made: dict[tuple, Unit] = {}
+
+    def piece(self, start: int, end: int) -> Unit:
+        """Returns the unit of blocks start+1..end, with the prologue where it starts at 0 and the head at the end."""
+        if ("piece", start, end) not in self._made:
+            names = [] if start or self.prologue is not None else ["prologue"]
+            blocks = tuple(range(start + 1, end + 1))
+            names += [f"block_{d}" for d in blocks]
+            last = end == self._num_blocks
+            if last:
+                names.append("head")
+            checked = bool(blocks) and not last and self._segments[f"block_{end}"].has_score
+            unit = self._make(f"{'last' if last else 'piece'} {start}-{end}", end, blocks, names, None, checked)
+            self._made["piece", start, end] = unit
+        return self._made["piece", start, end]
+
+    def tail(self, depth: int) -> Unit:
+        """Returns the unit of twins depth+1..L and the head that they take."""
+        if ("tail", depth) not in self._made:
+            head = "head" if self._program.river_head is None else "river_head"
+            names = [*(f"twin_{d}" for d in range(depth + 1, self._num_blocks + 1)), head]
+            self._made["tail", depth] = self._make(f"tail {depth}", depth, (), names, None, False)
+        return self._made["tail", depth]
+
+    def _make(
+        self, name: str, depth: int, blocks: tuple[int, ...], names: list[str], blocked: Refusal | None, checked: bool
+    ) -> Unit:
+        segments = [self._segments[n] for n in names]
+        for segment in segments:
+            blocked = blocked or obstacle(segment)
+        written = {node for s in segments for node in s.outputs}
+        reads: set[int] = set()
+        before: set = set()
+        for segment in segments:
+            reads |= {self._register[node] for node in segment.inputs if node not in before}
+            before |= set(segment.outputs)
+        later = self._read_later(names, depth)
+        writes = {self._register[node] for node in written if node in later}
+        return Unit(
+            name,
+            depth,
+            blocks,
+            tuple(self._steps[n] for n in names),
+            tuple(sorted(reads)),
+            tuple(sorted(writes)),
+            self._flags[depth] if checked else None,
+            blocked,
+        )
+
+    def _read_later(self, names: list[str], depth: int) -> set:
+        """Returns the values that a unit's followers or the caller read."""
+        follow = [s for s in self._program.segments if s.name not in names and self._may_follow(s.name, depth)]
+        return {node for s in follow for node in s.inputs} | set(self._program.returned)
+
+    def _may_follow(self, name: str, depth: int) -> bool:
+        kind, _, number = name.partition("_")
+        return int(number) > depth if kind in ("block", "twin") else "head" in name
