@@ -23,6 +23,7 @@ from river_compile.passes.decoder_layers import is_parameter
 from river_compile.passes.rewrite import RewriteOptions, rewrite
 from river_compile.passes.types import DecoderPlan, Refusal, RiverProgram, Segment
 
+from .capture_choice import check_device, make_executor
 from .config import RiverConfig, check_mode
 from .dump import dump_program
 from .errors import RiverWarning, UnsupportedGraphError
@@ -74,6 +75,7 @@ def _needs_gradients(example_inputs: Sequence[object]) -> Refusal | None:
 
 def _rewrite_options(config: RiverConfig, plan: DecoderPlan) -> RewriteOptions:
     config.check_depths(plan.num_blocks)
+    check_device(config, plan)
     return RewriteOptions(
         exits=(plan.is_decode or config.prefill == "exit") and config.exit_depth != plan.num_blocks,
         checks=config.exit_depth is None,
@@ -135,7 +137,7 @@ def _build(
     record.seconds |= {"packing": packed_at - start, "compiling": time.perf_counter() - packed_at}
     record.describe(program, compiler.compiled, packed.values())
     state.stats.num_blocks = plan.num_blocks
-    return RiverExecutor(program, steps, rule, state.stats)
+    return make_executor(program, steps, rule, state.stats, config, record.captures)
 
 
 @functools.cache

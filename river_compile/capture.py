@@ -45,6 +45,10 @@ class CaptureDevice(ABC):
         """Runs uncaptured work, in order with the replays."""
 
     @abstractmethod
+    def settle(self) -> None:
+        """Makes sure that plain calls from here on run behind everything launched so far."""
+
+    @abstractmethod
     def capture(self, unit: Unit, registers: list, outputs: dict[int, Tensor]) -> tuple[object, int]:
         """Captures a unit without running it.
 

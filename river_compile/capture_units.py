@@ -139,9 +139,11 @@ class UnitMaker:
 
     def _read_later(self, names: list[str], depth: int) -> set:
         """Returns the values that a unit's followers or the caller read."""
+        if any(name.endswith("head") for name in names):  # nothing follows
+            return set(self._program.returned)
         follow = [s for s in self._program.segments if s.name not in names and self._may_follow(s.name, depth)]
         return {node for s in follow for node in s.inputs} | set(self._program.returned)
 
     def _may_follow(self, name: str, depth: int) -> bool:
         kind, _, number = name.partition("_")
-        return int(number) > depth if kind in ("block", "twin") else "head" in name
+        return int(number) > depth if kind in ("block", "twin") else name.endswith("head")

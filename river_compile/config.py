@@ -45,6 +45,11 @@ class RiverConfig:
         artifact: a folder that `river_compile.save` wrote, whose twins are used instead of quantizing; None for none.
         same_rows: True computes every token of a prompt with the bits that it has when tokens come one at a time, which
             is slower. Exact mode's `strict=True` compiles its verification with it.
+        cudagraphs: whether decode steps on a static cache are captured and replayed. None: on a GPU. "record": by a
+            recorder that needs no GPU and checks the schedule (slow: for tests and `benchmarks/schedule.py`).
+        max_captures: graphs kept at the same time, at least 1; the one that was not used for longest gives way.
+        launch_ahead: whether the blocks behind an exit check start before its result is known. None: where that was
+            measured to help.
     """
 
     threshold: float = 0.7
@@ -60,6 +65,9 @@ class RiverConfig:
     dump_dir: str | None = None
     artifact: str | None = None
     same_rows: bool = False
+    cudagraphs: bool | str | None = None
+    max_captures: int = 128
+    launch_ahead: bool | None = None
 
     def __post_init__(self) -> None:
         _require(_is_number(self.threshold), "threshold", self.threshold, "a number, such as 0.7")
@@ -83,8 +91,16 @@ class RiverConfig:
                 )
 
         _require(isinstance(self.same_rows, bool), "same_rows", self.same_rows, "True or False")
+        self._check_capture()
         if self.artifact is not None and self.quantizer == "none":
             raise OptionError("artifact= holds 4-bit twins, which quantizer='none' does not use; leave one of them out")
+
+    def _check_capture(self) -> None:
+        graphs, ahead = self.cudagraphs, self.launch_ahead
+        allowed = "None (on a GPU), True, False or 'record'"
+        _require(graphs is None or isinstance(graphs, bool) or graphs == "record", "cudagraphs", graphs, allowed)
+        _require(_is_int(self.max_captures, 1), "max_captures", self.max_captures, "an integer of 1 or more")
+        _require(ahead is None or isinstance(ahead, bool), "launch_ahead", ahead, "None, True or False")
 
     @classmethod
     def from_options(cls, options: Mapping[str, object] | None) -> RiverConfig:

@@ -17,6 +17,7 @@ from torch.utils.weak import WeakTensorKeyDictionary
 
 from river_compile.passes.types import KeptLinear, RiverProgram
 
+from .capture import CaptureLog
 from .config import RiverConfig
 from .lowering import Compiled
 from .packing import PackedSite, PackedWeights
@@ -44,6 +45,7 @@ class GraphRecord:
         seconds: seconds by stage: rewriting, packing, compiling.
         kept: matrices of the twins that stay in 16 bits.
         group_sizes: of each 4-bit matrix of the twins, by name.
+        captures: which of its decode steps were captured, and why others were not.
     """
 
     config: RiverConfig
@@ -57,6 +59,7 @@ class GraphRecord:
     seconds: dict[str, float] = field(default_factory=dict)
     kept: tuple[KeptLinear, ...] = ()
     group_sizes: dict[str, int] = field(default_factory=dict)
+    captures: CaptureLog = field(default_factory=CaptureLog)
 
     def describe(self, program: RiverProgram, compiled: Iterable[Compiled], sites: Iterable[PackedSite]) -> None:
         """Fills in what a rewritten graph turned out to be."""

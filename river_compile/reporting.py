@@ -121,6 +121,7 @@ def _graph_dict(graph: GraphRecord) -> dict[str, object]:
         "seconds": dict(graph.seconds),
         "kept_in_16_bits": [{"name": k.name, "reason": k.reason} for k in graph.kept],
         "other_group_sizes": _other_groups(graph),
+        "captures": graph.captures.to_dict(),
     }
 
 
@@ -143,7 +144,7 @@ def _graph_lines(graph: GraphRecord) -> list[str]:
         lines.append(f"    in 16 bits   {count} matrices: {reason}")
     for size, count in Counter(_other_groups(graph).values()).items():
         lines.append(f"    group size   {size} instead of {graph.config.group_size} in {count} matrices")
-    return lines
+    return lines + graph.captures.lines()
 
 
 def _packed_lines(report: Report) -> list[str]:

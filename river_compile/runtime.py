@@ -34,7 +34,7 @@ class Step:
         self.name = segment.name
         self._callee = callee
         self._packed = list(packed)
-        self._take = _gather([register[node] for node in segment.inputs])
+        self._take = gather([register[node] for node in segment.inputs])
         self._outputs = [register[node] for node in segment.outputs]
 
     def __call__(self, registers: list) -> Sequence:
@@ -45,7 +45,8 @@ class Step:
         return outputs
 
 
-def _gather(indices: list[int]) -> Callable[[list], Sequence]:
+def gather(indices: Sequence[int]) -> Callable[[list], Sequence]:
+    """Returns a function that picks these registers."""
     if len(indices) > 1:
         return operator.itemgetter(*indices)
     return lambda registers: [registers[i] for i in indices]
@@ -108,8 +109,10 @@ class CapacityCheck:
     hidden: int
     capacity: int
 
-    def __call__(self, registers: list) -> None:
-        filled, new = int(registers[self.length]), registers[self.hidden].shape[1]
+    def __call__(self, registers: list, new: int | None = None) -> None:
+        """Checks the room for `new` tokens: where it is None, as many as the hidden state has."""
+        filled = int(registers[self.length])
+        new = registers[self.hidden].shape[1] if new is None else new
         if filled + new > self.capacity:
             raise CacheFullError(
                 f"the static KV cache holds {self.capacity} tokens; {filled} are filled and this step adds {new}. "
@@ -150,7 +153,7 @@ class RiverExecutor:
         self.head = steps.get("head")
         self.river_head = steps.get("river_head", self.head)
         self._has_score = [block.has_score for block in program.blocks]
-        self._return = _gather([register[node] for node in program.returned])
+        self._return = gather([register[node] for node in program.returned])
         self._check_capacity = capacity_check(plan, register)
         self._rule = rule
         self._stats = stats
@@ -172,13 +175,7 @@ class RiverExecutor:
 
     def _run_blocks(self, registers: list) -> tuple[int, list[float]]:
         """Runs backbone blocks until the exit; returns the blocks executed and the similarities seen."""
-        threshold, fixed_depth, first_exit = self._rule.threshold, self._rule.fixed_depth, 1
-        forced_rule = getattr(_forced, "threshold", None)
-        if forced_rule is not None and self._decode:
-            threshold, first_exit = self._check_rule(forced_rule)
-        forced = getattr(_forced, "depth", None)
-        if forced is not None and self._decode:
-            threshold, fixed_depth = None, self._check_depth(forced)
+        threshold, fixed_depth, first_exit = self._rule_now()
         scores: list[float] = []
         if threshold is None:
             for block in self.blocks[:fixed_depth]:
@@ -192,6 +189,17 @@ class RiverExecutor:
                 if score > threshold:  # false for NaN: a token whose score is no number stays
                     return depth, scores
         return len(self.blocks), scores
+
+    def _rule_now(self) -> tuple[float | None, int, int]:
+        """Returns what holds for this step: threshold (None: none), depth without one, first exit with one."""
+        threshold, fixed_depth, first_exit = self._rule.threshold, self._rule.fixed_depth, 1
+        forced_rule = getattr(_forced, "threshold", None)
+        if forced_rule is not None and self._decode:
+            threshold, first_exit = self._check_rule(forced_rule)
+        forced = getattr(_forced, "depth", None)
+        if forced is not None and self._decode:
+            threshold, fixed_depth = None, self._check_depth(forced)
+        return threshold, fixed_depth, first_exit
 
     def _check_rule(self, rule: tuple[float, int]) -> tuple[float, int]:
         """Returns a forced threshold and first exit after making sure that this program has checks."""

@@ -1,0 +1,87 @@
+"""Chooses whether a rewritten graph is captured, and by which device."""
+
+from __future__ import annotations
+
+import torch
+
+from river_compile.passes.capturable import source_of
+from river_compile.passes.decoder_layers import is_tensor, value_of
+from river_compile.passes.types import DecoderPlan, RiverProgram
+
+from .capture import CaptureDevice, CaptureLog
+from .captured_executor import CapturedExecutor
+from .config import RiverConfig
+from .errors import OptionError
+from .launch_ahead import LaunchAhead
+from .runtime import ExitRule, RiverExecutor, Step
+from .stats import ExitStats
+
+
+def make_executor(
+    program: RiverProgram,
+    steps: dict[str, Step],
+    rule: ExitRule,
+    stats: ExitStats,
+    config: RiverConfig,
+    captures: CaptureLog,
+) -> RiverExecutor:
+    """Returns the executor of a program: a capturing one where the options and the graph allow it.
+
+    Args:
+        captures: receives why nothing is captured, or what is.
+    """
+    if config.cudagraphs is False:
+        captures.reason = "cudagraphs=False"
+    elif config.cudagraphs is None and _device_of(program.plan).type != "cuda":
+        captures.reason = f"the model lies on {_device_of(program.plan)}; CUDA graphs need a GPU"
+    else:
+        captures.reason = _unsupported(program)
+    if captures.reason:
+        return RiverExecutor(program, steps, rule, stats)
+    device = _make_device(config, program.plan)
+    ahead = LaunchAhead(config.launch_ahead)
+    return CapturedExecutor(program, steps, rule, stats, device, config.max_captures, captures, ahead)
+
+
+def check_device(config: RiverConfig, plan: DecoderPlan) -> None:
+    """Checks that a model for which captures are asked lies on a device that has them.
+
+    Raises:
+        OptionError: it does not.
+    """
+    device = _device_of(plan)
+    if config.cudagraphs is True and device.type != "cuda":
+        raise OptionError(
+            f"cudagraphs=True needs a model on a GPU, and this one lies on {device}; move it there, or leave "
+            "cudagraphs out ('record' checks the schedule without a GPU)"
+        )
+
+
+def _device_of(plan: DecoderPlan) -> torch.device:
+    return value_of(plan.blocks[0].hidden_in).device
+
+
+def _make_device(config: RiverConfig, plan: DecoderPlan) -> CaptureDevice:
+    if config.cudagraphs == "record":
+        from .capture_recorder import Recorder
+
+        return Recorder()
+    from .capture_cuda import CudaGraphs
+
+    return CudaGraphs(_device_of(plan))
+
+
+def _unsupported(program: RiverProgram) -> str:
+    """Returns why no unit of a graph can be captured, naming the node where there is one; empty where some can."""
+    plan = program.plan
+    if not plan.is_decode:
+        return "a prompt's length differs from call to call; decode steps are captured"
+    for block in plan.blocks:
+        if block.kv.kind != "static":
+            where = source_of(block.kv.writes[0])
+            return f'the cache grows with every token; cache_implementation="static" keeps it in place (at {where})'
+    written = {node for block in plan.blocks for node in block.kv.writes}
+    for node in program.returned:
+        if node in written or (node.op == "placeholder" and is_tensor(node)):
+            return f"the graph returns a tensor of the caller's, which must not become a copy (at {source_of(node)})"
+    return ""

@@ -1,0 +1,56 @@
+"""Decides whether the piece behind an exit check starts before the check's result is known.
+
+Waiting for the result leaves the device idle for the length of a round trip. Starting the next piece meanwhile hides
+that, and wastes the piece where the token leaves. With p the chance of leaving, starting early pays where
+
+    (1 - p) * round trip  >  p * seconds of the next piece
+
+p comes from the recent tokens at this depth, the two times from measurements of this run.
+"""
+
+from __future__ import annotations
+
+from collections import defaultdict
+from dataclasses import dataclass, field
+
+_MEMORY = 0.95  # weight that an older observation keeps at each new one: about 20 tokens count
+
+
+@dataclass
+class LaunchAhead:
+    """Learns from every check and answers for the next.
+
+    Attributes:
+        always: True or False to answer the same every time, None to decide by measurement.
+    """
+
+    always: bool | None = None
+    _left: dict[int, float] = field(default_factory=lambda: defaultdict(lambda: 0.5))
+    _round_trip: float | None = None
+    _piece: dict[int, float] = field(default_factory=dict)
+
+    def pays(self, depth: int, next_depth: int) -> bool:
+        """Tells whether to launch the piece that ends at `next_depth` before the check after `depth` is read.
+
+        False until both times are known: a wait that is not hidden is what measures them.
+        """
+        if self.always is not None:
+            return self.always
+        if self._round_trip is None or next_depth not in self._piece:
+            return False
+        left = self._left[depth]
+        return (1 - left) * self._round_trip > left * self._piece[next_depth]
+
+    def saw(self, depth: int, left: bool) -> None:
+        """Notes whether a token left at a depth."""
+        self._left[depth] = _MEMORY * self._left[depth] + (1 - _MEMORY) * left
+
+    def timed(self, depth: int, piece: float, waited: float) -> None:
+        """Notes the device's seconds for the piece that ends at `depth`, and the host's from its launch to the flag."""
+        self._piece[depth] = piece if depth not in self._piece else _mix(self._piece[depth], piece)
+        round_trip = max(waited - piece, 0.0)
+        self._round_trip = round_trip if self._round_trip is None else _mix(self._round_trip, round_trip)
+
+
+def _mix(old: float, new: float) -> float:
+    return _MEMORY * old + (1 - _MEMORY) * new
