@@ -11,10 +11,13 @@ itself finds that out.
 from __future__ import annotations
 
 import re
+from collections.abc import Callable
+from dataclasses import dataclass
 
+import sympy
 import torch
 from torch import fx
-from torch.fx.experimental.symbolic_shapes import free_unbacked_symbols
+from torch.fx.experimental.symbolic_shapes import free_symbols, free_unbacked_symbols
 
 from .decoder_layers import is_parameter, is_tensor, mutated_inputs, value_of
 from .types import Block, DecoderPlan, Refusal, Segment
@@ -60,6 +63,51 @@ def obstacle(segment: Segment) -> Refusal | None:
         if is_tensor(node) and value.device.type != home:
             return Refusal(f"a value lies on {value.device}, the others on {home}", source_of(node))
     return None
+
+
+@dataclass(frozen=True)
+class HostNumber:
+    """A number that a segment hands on and that follows from other numbers, so that the host can compute it.
+
+    Attributes:
+        node: the number.
+        inputs: the numbers it follows from.
+        compute: the function of their values.
+    """
+
+    node: fx.Node
+    inputs: tuple[fx.Node, ...]
+    compute: Callable[..., int]
+
+
+def host_numbers(segment: Segment) -> tuple[HostNumber, ...]:
+    """Returns the numbers among a segment's outputs (sliding-window caches count their tokens in one)."""
+    holders = {value_of(n).node.expr: n for n in segment.inputs if isinstance(value_of(n), torch.SymInt)}
+    numbers = []
+    for node in segment.outputs:
+        value = value_of(node)
+        if isinstance(value, torch.SymInt):
+            symbols = sorted(value.node.expr.free_symbols, key=str)
+            inputs = tuple(holders[s] for s in symbols)
+            numbers.append(HostNumber(node, inputs, sympy.lambdify(symbols, value.node.expr, "math")))
+        elif isinstance(value, int):
+            numbers.append(HostNumber(node, (), lambda value=value: value))
+    return tuple(numbers)
+
+
+def idle_numbers(segment: Segment) -> frozenset[fx.Node]:
+    """Returns the numbers among a segment's inputs that no tensor in it depends on."""
+    nodes = list(segment.graph_module.graph.nodes)
+    tensors = [n for n in nodes if is_tensor(n) or (n.op not in ("placeholder", "output") and value_of(n) is None)]
+    used = {s for n in tensors if is_tensor(n) for s in free_symbols(value_of(n))}
+    feeding = {a for n in tensors for a in n.all_input_nodes}
+    stack = [n for n in feeding if isinstance(value_of(n), torch.SymInt)]
+    for node in stack:  # (grows while it is walked: numbers that numbers are made of)
+        stack.extend(a for a in node.all_input_nodes if a not in stack)
+    used |= {s for n in stack for s in free_symbols(value_of(n))}
+    return frozenset(
+        n for n in segment.inputs if isinstance(value_of(n), torch.SymInt) and not free_symbols(value_of(n)) & used
+    )
 
 
 def counters_of(plan: DecoderPlan, block: Block) -> tuple[tuple[fx.Node, int], ...] | Refusal:

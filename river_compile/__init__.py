@@ -37,6 +37,7 @@ _EXPORTS = {
     "river": "backend",
     "save": "artifact",
     "trace": "stats",
+    "warmup": "warming",
 }
 __all__ = [*sorted(_EXPORTS)]
 

@@ -9,7 +9,7 @@ CUDA graphs (:mod:`river_compile.capture_cuda`) and a recorder that needs no GPU
 from __future__ import annotations
 
 from abc import ABC, abstractmethod
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterable
 from dataclasses import dataclass, field
 from typing import TYPE_CHECKING
 
@@ -37,8 +37,8 @@ class CaptureDevice(ABC):
         """Returns ``[count]`` float32 values in host memory that units may write to."""
 
     @abstractmethod
-    def begin(self, buffers: Sequence[Tensor], flags: Tensor) -> None:
-        """Starts a step: what an earlier step left in the buffers and flags means nothing any more."""
+    def begin(self, buffers: Callable[[], Iterable[Tensor]], flags: Tensor) -> None:
+        """Starts a step: what an earlier one left in the flags and in what `buffers` returns means nothing any more."""
 
     @abstractmethod
     def run(self, work: Callable[[], None]) -> None:

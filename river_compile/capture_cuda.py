@@ -9,7 +9,7 @@ Not handled: several devices in one step; work that the caller starts on other s
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterable
 
 import torch
 from torch import Tensor
@@ -40,7 +40,7 @@ class CudaGraphs(CaptureDevice):
         with torch.inference_mode(False):
             return torch.full((count,), float("nan"), pin_memory=True)
 
-    def begin(self, buffers: Sequence[Tensor], flags: Tensor) -> None:
+    def begin(self, buffers: Callable[[], Iterable[Tensor]], flags: Tensor) -> None:
         # Two threads may decode on two streams: the buffers belong to the step before until it has run.
         if self._last is not None and self._last[0] != self._stream():
             self._stream().wait_event(self._last[1])

@@ -15,7 +15,7 @@ cannot be captured, streams and memory pools are seen by the CUDA device alone.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterable
 from dataclasses import dataclass, field
 
 import torch
@@ -40,8 +40,9 @@ class Recording:
 
 @dataclass(eq=False)
 class Mark:
-    """A place in the queue; `reached` once everything before it has run."""
+    """A place in the queue: behind the launch of unit `after`; `reached` once everything before it has run."""
 
+    after: str
     reached: bool = False
 
 
@@ -50,8 +51,8 @@ class Event:
     """One thing that happened, in order: for tests and for drawing the schedule.
 
     Attributes:
-        what: "copy", "capture", "launch", "run" (work that is not captured), "wait" or "end".
-        name: of the unit or the kind of work.
+        what: "capture", "launch", "run" (a call that is not captured, such as a copy into a buffer), "wait" or "end".
+        name: the unit; for a wait, the unit behind which the awaited mark stands.
     """
 
     what: str
@@ -65,6 +66,7 @@ class Recorder(CaptureDevice):
     events: list[Event] = field(default_factory=list)
     name: str = "recorder"
     _queue: list[Callable[[], None] | Mark] = field(default_factory=list)
+    _latest: str = ""
 
     def buffer(self, like: Tensor) -> Tensor:
         with torch.inference_mode(False):
@@ -74,12 +76,12 @@ class Recorder(CaptureDevice):
         with torch.inference_mode(False):
             return spoil(torch.empty(count))
 
-    def begin(self, buffers: Sequence[Tensor], flags: Tensor) -> None:
-        for tensor in (*buffers, flags):
+    def begin(self, buffers: Callable[[], Iterable[Tensor]], flags: Tensor) -> None:
+        for tensor in (*buffers(), flags):
             spoil(tensor)
 
-    def run(self, work: Callable[[], None], name: str = "copy") -> None:
-        self.events.append(Event("run", name))
+    def run(self, work: Callable[[], None]) -> None:
+        self.events.append(Event("run"))
         self._queue.append(work)
 
     def settle(self) -> None:
@@ -88,25 +90,27 @@ class Recorder(CaptureDevice):
 
     def capture(self, unit: Unit, registers: list, outputs: dict[int, Tensor]) -> tuple[Recording, int]:
         self.events.append(Event("capture", unit.name))
-        addresses = tuple(_address(registers[i]) for i in unit.reads)
+        addresses = tuple(_address(registers[i]) for i in unit.keys)
         return Recording(unit, addresses, dict(outputs)), 0
 
     def launch(self, graph: Recording, registers: list) -> None:
         self.events.append(Event("launch", graph.unit.name))
         own: list = [None] * len(registers)
-        for index, address in zip(graph.unit.reads, graph.addresses, strict=True):
+        for index, address in zip(graph.unit.keys, graph.addresses, strict=True):
             if _address(registers[index]) != address:
                 raise StaleReplay(f"{graph.unit.name}: register {index} has moved since the capture")
+        for index in graph.unit.reads:
             own[index] = registers[index]
+        self._latest = graph.unit.name
         self._queue.append(lambda: _replay(graph, own))
 
     def mark(self) -> Mark:
-        mark = Mark()
+        mark = Mark(self._latest)
         self._queue.append(mark)
         return mark
 
     def wait(self, mark: Mark) -> None:
-        self.events.append(Event("wait"))
+        self.events.append(Event("wait", mark.after))
         while not mark.reached:
             self._advance()
 

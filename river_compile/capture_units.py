@@ -11,12 +11,12 @@ the graph's own memory for the length of one replay.
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 
 from torch import Tensor
 
-from river_compile.passes.capturable import obstacle
+from river_compile.passes.capturable import HostNumber, host_numbers, idle_numbers, obstacle
 from river_compile.passes.types import Refusal, RiverProgram, Segment
 
 from .runtime import Step
@@ -32,7 +32,9 @@ class Unit:
         blocks: numbers (from 1) of the backbone blocks in it.
         steps: what it runs, in order.
         reads: registers whose values must be there when it starts, ascending.
-        writes: registers that are needed when it has ended, ascending.
+        keys: those of them whose address or value a capture depends on.
+        writes: registers of the tensors that are needed when it has ended, ascending.
+        numbers: what it hands on besides, computed by the host: register, function, registers of its arguments.
         flag: where its exit score goes in host memory, a float32 scalar; None without a check.
         obstacle: why it cannot be captured, None where nothing speaks against it.
     """
@@ -42,7 +44,9 @@ class Unit:
     blocks: tuple[int, ...]
     steps: tuple[Step, ...]
     reads: tuple[int, ...]
+    keys: tuple[int, ...]
     writes: tuple[int, ...]
+    numbers: tuple[tuple[int, Callable[..., int], tuple[int, ...]], ...]
     flag: Tensor | None
     obstacle: Refusal | None
 
@@ -53,6 +57,11 @@ class Unit:
             outputs = step(registers)
         if self.flag is not None:
             self.flag.copy_(outputs[-1], non_blocking=True)
+
+    def count(self, registers: list) -> None:
+        """Computes the numbers that it hands on."""
+        for index, compute, arguments in self.numbers:
+            registers[index] = compute(*[registers[i] for i in arguments])
 
     def run_into(self, registers: list, outputs: dict[int, Tensor]) -> None:
         """Runs the steps on a copy of the registers and copies what is needed afterwards into buffers."""
@@ -112,27 +121,42 @@ class UnitMaker:
             self._made["tail", depth] = self._make(f"tail {depth}", depth, (), names, None, False)
         return self._made["tail", depth]
 
+    def inputs(self, name: str) -> list[int]:
+        """Returns the registers that a segment reads, the graph's inputs among them."""
+        return [self._register[node] for node in self._segments[name].inputs]
+
+    def packed(self, name: str) -> list[Tensor]:
+        """Returns the packed weights of a segment's 4-bit products."""
+        return self._steps[name].packed
+
     def _make(
         self, name: str, depth: int, blocks: tuple[int, ...], names: list[str], blocked: Refusal | None, checked: bool
     ) -> Unit:
         segments = [self._segments[n] for n in names]
         for segment in segments:
             blocked = blocked or obstacle(segment)
-        written = {node for s in segments for node in s.outputs}
-        reads: set[int] = set()
-        before: set = set()
+        reads: dict[int, bool] = {}  # register -> whether a capture depends on it
+        written: dict = {}
+        numbers: list[HostNumber] = []
         for segment in segments:
-            reads |= {self._register[node] for node in segment.inputs if node not in before}
-            before |= set(segment.outputs)
+            idle = idle_numbers(segment)
+            for node in segment.inputs:
+                if node not in written:
+                    index = self._register[node]
+                    reads[index] = reads.get(index, False) or node not in idle
+            written |= dict.fromkeys(segment.outputs)
+            numbers += host_numbers(segment)
+        counted = {number.node for number in numbers}
         later = self._read_later(names, depth)
-        writes = {self._register[node] for node in written if node in later}
         return Unit(
             name,
             depth,
             blocks,
             tuple(self._steps[n] for n in names),
             tuple(sorted(reads)),
-            tuple(sorted(writes)),
+            tuple(index for index in sorted(reads) if reads[index]),
+            tuple(sorted(self._register[n] for n in written if n in later and n not in counted)),
+            tuple((self._register[n.node], n.compute, tuple(self._register[i] for i in n.inputs)) for n in numbers),
             self._flags[depth] if checked else None,
             blocked,
         )

@@ -107,8 +107,12 @@ class CapturedExecutor(RiverExecutor):
         record_step(self._stats, depth, scores, self._decode)
         return outputs
 
+    def buffers(self) -> list[tuple[str, Tensor]]:
+        """Returns the buffers at the units' borders, each with the name of its value in the traced graph."""
+        return [(self._nodes[i].name, b) for i, kept in sorted(self._buffers.items()) for b in kept.values()]
+
     def _step(self, args: Sequence) -> tuple[int, list[float], tuple]:
-        self.device.begin([b for kept in self._buffers.values() for b in kept.values()], self.flags)
+        self.device.begin(lambda: [buffer for _, buffer in self.buffers()], self.flags)
         registers = [*args, *[None] * (self.size - len(args))]
         if self._check_capacity is not None:
             self._check_capacity(registers, 1)
@@ -202,12 +206,13 @@ class CapturedExecutor(RiverExecutor):
         self.device.launch(entry.graph, registers)
         for index, buffer in entry.outputs.items():
             registers[index] = buffer
+        unit.count(registers)
         return not is_new
 
     def _signature(self, unit: Unit, registers: list) -> tuple:
         """Returns the unit, the address of every tensor that it reads, and every number."""
         if unit not in self._reads:
-            self._reads[unit] = gather(unit.reads)
+            self._reads[unit] = gather(unit.keys)
         return (unit, *[v.data_ptr() if isinstance(v, Tensor) else v for v in self._reads[unit](registers)])
 
     def _remember(self, unit: Unit, signature: tuple, outputs: dict[int, Tensor]) -> None:
@@ -215,7 +220,7 @@ class CapturedExecutor(RiverExecutor):
         seen = self._seen.setdefault(unit, OrderedDict())
         if len(seen) >= _CHANGES and unit.name not in self.log.uncaptured:
             latest = next(reversed(seen))
-            pairs = zip(unit.reads, latest[1:], signature[1:], strict=True)
+            pairs = zip(unit.keys, latest[1:], signature[1:], strict=True)
             node = self._nodes[next(index for index, before, now in pairs if before != now)]
             name = input_name(node) if node.op == "placeholder" else source_of(node)
             self.log.uncaptured[unit.name] = f"its inputs have not come twice so far; the latest differ at {name}"
@@ -232,9 +237,8 @@ class CapturedExecutor(RiverExecutor):
         unit.run(own)
         outputs = {}
         for index in unit.writes:
-            registers[index] = own[index]
-            if isinstance(own[index], Tensor):
-                registers[index] = outputs[index] = self._copy(index, own[index])
+            registers[index] = outputs[index] = self._copy(index, own[index])
+        unit.count(registers)
         return outputs
 
     def _capture(self, unit: Unit, signature: tuple, registers: list, outputs: dict[int, Tensor]) -> _Entry | None:

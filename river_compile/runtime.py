@@ -26,20 +26,20 @@ from .stats import ExitStats, record_step
 class Step:
     """A segment bound to its registers and weights."""
 
-    __slots__ = ("_callee", "_outputs", "_packed", "_take", "name")
+    __slots__ = ("_callee", "_outputs", "_take", "name", "packed")
 
     def __init__(
         self, segment: Segment, callee: Callee, packed: Sequence[Tensor], register: dict[fx.Node, int]
     ) -> None:
         self.name = segment.name
         self._callee = callee
-        self._packed = list(packed)
+        self.packed = list(packed)
         self._take = gather([register[node] for node in segment.inputs])
         self._outputs = [register[node] for node in segment.outputs]
 
     def __call__(self, registers: list) -> Sequence:
         """Runs the segment on the registers and returns its outputs (an exit score last, where it has one)."""
-        outputs = self._callee([*self._take(registers), *self._packed])
+        outputs = self._callee([*self._take(registers), *self.packed])
         for index, value in zip(self._outputs, outputs):  # noqa: B905  (a score may follow)
             registers[index] = value
         return outputs

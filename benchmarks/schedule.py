@@ -1,0 +1,192 @@
+"""Prints the schedule of captured decode steps as the recorder saw it, depth by depth. Needs no GPU.
+
+    python benchmarks/schedule.py                         # a random Llama of 4 blocks
+    python benchmarks/schedule.py --model smollm2 --every 8
+    python benchmarks/schedule.py --timeline              # and draws the steps, as in docs/cuda.md
+
+The recorder freezes the units, buffers and order of launches that CUDA graphs would get; it cannot tell time.
+In the drawing a backbone block is 6 columns long, a twin 3, the head 2 and a launch 1.
+"""
+
+from __future__ import annotations
+
+import argparse
+import sys
+from collections.abc import Iterable, Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass
+from pathlib import Path
+
+sys.path.insert(0, str(Path(__file__).resolve().parent.parent))  # a script finds only its own folder
+
+import torch
+from transformers import LlamaConfig, LlamaForCausalLM, PreTrainedModel, StaticCache
+
+from benchmarks.common import print_table
+from examples import models
+from river_compile import river, warmup
+from river_compile.capture_recorder import Event
+from river_compile.capture_units import Unit
+from river_compile.captured_executor import CapturedExecutor
+from river_compile.runtime import forced_threshold
+
+_NEVER = float("inf")
+_PROMPT = 4
+_COLUMNS = {"block": 6, "twin": 3, "head": 2, "river": 2, "prologue": 1}
+
+
+@dataclass
+class Watch:
+    """Keeps the executor that ran last and the arguments of its last step."""
+
+    executor: CapturedExecutor | None = None
+    arguments: tuple = ()
+
+
+@contextmanager
+def watching() -> Iterator[Watch]:
+    """Notes every captured step inside."""
+    watch, call = Watch(), CapturedExecutor.__call__
+
+    def noting(executor: CapturedExecutor, *arguments: object) -> tuple:
+        watch.executor, watch.arguments = executor, arguments
+        executor.device.events.clear()
+        return call(executor, *arguments)
+
+    CapturedExecutor.__call__ = noting
+    try:
+        yield watch
+    finally:
+        CapturedExecutor.__call__ = call
+
+
+def main(arguments: list[str] | None = None) -> int:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--model", help="a model's name or folder; a random Llama where it is left out")
+    parser.add_argument("--layers", type=int, default=4, help="blocks of the random Llama (default 4)")
+    parser.add_argument("--every", type=int, default=1, help="exit_every (default 1)")
+    parser.add_argument("--capacity", type=int, default=64, help="tokens in the static cache (default 64)")
+    parser.add_argument("--timeline", action="store_true", help="draw every step")
+    options = parser.parse_args(arguments)
+    torch.set_grad_enabled(False)
+    for ahead in (False, True):
+        print(f"launch_ahead={ahead}\n")
+        show(_model(options), options, ahead)
+    return 0
+
+
+def show(model: PreTrainedModel, options: argparse.Namespace, ahead: bool) -> None:
+    """Warms a model up and prints what one step at every exit depth does."""
+    settings = {"cudagraphs": "record", "launch_ahead": ahead, "exit_every": options.every}
+    model.compile(backend=river, options={**settings, "lowering": "eager", "quantizer": "rtn"})
+    cache = StaticCache(config=model.config, max_cache_len=options.capacity)
+    with watching() as watch:
+        log = warmup(model, cache)
+        depths = [*watch.executor.units.ends]
+        steps = {depth: _step(model, cache, watch, depth) for depth in depths}
+    if not ahead:
+        units = _units(watch.executor)
+        _print_units(watch, units)
+        _print_buffers(watch.executor)
+    rows = []
+    for depth, events in steps.items():
+        launches, waits = ([e for e in events if e.what == what] for what in ("launch", "wait"))
+        calls = sum(e.what == "run" for e in events)
+        order = ", ".join(
+            e.name if e.what == "launch" else f"flag of {e.name}?" for e in events if e.what in "launchwait"
+        )
+        rows.append([depth, len(launches), calls, len(waits), order])
+    print_table(["depth", "launches", "copies", "flags", "order"], rows)
+    print(f"\n{len(log.captures)} captures\n")
+    if options.timeline:
+        for depth, events in steps.items():
+            print("\n".join(timeline(f"depth {depth}", events, _units(watch.executor))), end="\n\n")
+
+
+def _model(options: argparse.Namespace) -> PreTrainedModel:
+    torch._dynamo.reset()
+    if options.model:
+        return models.load(options.model)[0]
+    torch.manual_seed(0)
+    config = LlamaConfig(
+        vocab_size=1024, hidden_size=256, intermediate_size=512, num_hidden_layers=options.layers,
+        num_attention_heads=4, num_key_value_heads=2, eos_token_id=None, pad_token_id=0,
+    )  # fmt: skip
+    return LlamaForCausalLM(config).to(torch.bfloat16).eval()
+
+
+def _step(model: PreTrainedModel, cache: StaticCache, watch: Watch, depth: int) -> list[Event]:
+    """Decodes one token that leaves at a depth; returns what the recorder saw."""
+    cache.reset()
+    ids = torch.ones(1, _PROMPT, dtype=torch.long)
+    last = depth == watch.executor.units.ends[-1]
+    with forced_threshold(_NEVER if last else -_NEVER, 1 if last else depth):
+        model.generate(
+            ids, attention_mask=torch.ones_like(ids), cache=cache, max_new_tokens=2, min_new_tokens=2, do_sample=False
+        )
+    return list(watch.executor.device.events)
+
+
+def _units(executor: CapturedExecutor) -> dict[str, Unit]:
+    ends = executor.units.ends
+    pieces = [executor.units.piece(a, b) for a, b in zip((0, *ends), ends, strict=False)]
+    return {unit.name: unit for unit in (*pieces, *(executor.units.tail(d) for d in ends[:-1]))}
+
+
+def _print_units(watch: Watch, units: dict[str, Unit]) -> None:
+    """Bytes read are those of weights, packed weights and the whole KV cache; of an embedding, one row."""
+    rows = []
+    for unit in units.values():
+        read = sum(_bytes_read(watch, step.name) for step in unit.steps)
+        flag = "yes" if unit.flag is not None else ""
+        rows.append([unit.name, len(unit.steps), flag, read / 1e6, len(unit.keys), len(unit.writes)])
+    print_table(["unit", "segments", "flag", "reads MB", "addresses checked", "buffers written"], rows)
+    print()
+
+
+def _bytes_read(watch: Watch, name: str) -> int:
+    executor = watch.executor
+    values = [watch.arguments[i] for i in executor.units.inputs(name) if i < len(watch.arguments)]
+    tensors = [v for v in values if isinstance(v, torch.Tensor)]
+    if name == "prologue":
+        tensors = [t[:1] if t.dim() == 2 else t for t in tensors]
+    return sum(t.nbytes for t in (*tensors, *executor.units.packed(name)))
+
+
+def _print_buffers(executor: CapturedExecutor) -> None:
+    rows = [
+        [name, "x".join(map(str, buffer.shape)), str(buffer.dtype).removeprefix("torch."), buffer.nbytes]
+        for name, buffer in executor.buffers()
+    ]
+    print_table(["buffer", "shape", "dtype", "bytes"], rows)
+    print()
+
+
+def timeline(title: str, events: Iterable[Event], units: dict[str, Unit]) -> list[str]:
+    """Draws one step as two lines: when the host launches and waits, and when the device runs what."""
+    now, free = 0, 0
+    host, device = {}, {}
+    ends: dict[str, int] = {}
+    for event in events:
+        if event.what == "launch":
+            host[now] = "L"
+            length = sum(_COLUMNS[step.name.partition("_")[0]] for step in units[event.name].steps)
+            start = max(now + 1, free)
+            free = ends[event.name] = start + max(length, len(event.name) + 2)
+            device[start] = f"[{event.name:-^{free - start - 2}}]"
+            now += 1
+        elif event.what == "wait":
+            until = max(ends[event.name], now)
+            host |= dict.fromkeys(range(now, until), ".")
+            host[until] = "?"
+            now = until + 1
+    width = max(free, now)
+    line = "".join(host.get(i, " ") for i in range(width))
+    lower = ""
+    for start, text in sorted(device.items()):
+        lower = lower.ljust(start) + text
+    return [title, f"  host    {line.rstrip()}", f"  device  {lower}"]
+
+
+if __name__ == "__main__":
+    sys.exit(main())
