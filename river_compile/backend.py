@@ -23,7 +23,7 @@ from river_compile.passes.decoder_layers import is_parameter
 from river_compile.passes.rewrite import RewriteOptions, rewrite
 from river_compile.passes.types import DecoderPlan, Refusal, RiverProgram, Segment
 
-from .capture_choice import check_device, make_executor
+from .capture_choice import check_device, choose_device, make_executor
 from .config import RiverConfig, check_mode
 from .dump import dump_program
 from .errors import RiverWarning, UnsupportedGraphError
@@ -127,7 +127,8 @@ def _build(
     start = time.perf_counter()
     packed = state.packed.pack(sites, values, config.quantizer, config.artifact)
     packed_at = time.perf_counter()
-    compiler = SegmentCompiler(config.lowering, inductor_settings(mode))
+    device = choose_device(program, config, record.captures)
+    compiler = SegmentCompiler(config.lowering, inductor_settings(mode, captured=device is not None))
     register = registers_of(program)
     steps = {}
     with tqdm(segments, desc="river: compiling segments", unit="segment", leave=False, delay=1) as bar:
@@ -137,7 +138,7 @@ def _build(
     record.seconds |= {"packing": packed_at - start, "compiling": time.perf_counter() - packed_at}
     record.describe(program, compiler.compiled, packed.values())
     state.stats.num_blocks = plan.num_blocks
-    return make_executor(program, steps, rule, state.stats, config, record.captures)
+    return make_executor(program, steps, rule, state.stats, config, record.captures, device)
 
 
 @functools.cache

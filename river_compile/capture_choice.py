@@ -17,6 +17,17 @@ from .runtime import ExitRule, RiverExecutor, Step
 from .stats import ExitStats
 
 
+def choose_device(program: RiverProgram, config: RiverConfig, captures: CaptureLog) -> CaptureDevice | None:
+    """Returns what captures a program's decode steps; None where nothing is captured, and `captures` says why."""
+    if config.cudagraphs is False:
+        captures.reason = "cudagraphs=False"
+    elif config.cudagraphs is None and _device_of(program.plan).type != "cuda":
+        captures.reason = f"the model lies on {_device_of(program.plan)}; CUDA graphs need a GPU"
+    else:
+        captures.reason = _unsupported(program)
+    return None if captures.reason else _make_device(config, program.plan)
+
+
 def make_executor(
     program: RiverProgram,
     steps: dict[str, Step],
@@ -24,21 +35,11 @@ def make_executor(
     stats: ExitStats,
     config: RiverConfig,
     captures: CaptureLog,
+    device: CaptureDevice | None,
 ) -> RiverExecutor:
-    """Returns the executor of a program: a capturing one where the options and the graph allow it.
-
-    Args:
-        captures: receives why nothing is captured, or what is.
-    """
-    if config.cudagraphs is False:
-        captures.reason = "cudagraphs=False"
-    elif config.cudagraphs is None and _device_of(program.plan).type != "cuda":
-        captures.reason = f"the model lies on {_device_of(program.plan)}; CUDA graphs need a GPU"
-    else:
-        captures.reason = _unsupported(program)
-    if captures.reason:
+    """Returns the executor of a program: one that captures where there is a device for it."""
+    if device is None:
         return RiverExecutor(program, steps, rule, stats)
-    device = _make_device(config, program.plan)
     ahead = LaunchAhead(config.launch_ahead)
     return CapturedExecutor(program, steps, rule, stats, device, config.max_captures, captures, ahead)
 

@@ -125,7 +125,8 @@ class CapturedExecutor(RiverExecutor):
         scores: list[float] = []
         if threshold is None:
             depth = fixed_depth
-            self._launch(self.units.piece(0, depth), registers)
+            if depth or self.units.prologue is None:  # (otherwise there is nothing before the tail)
+                self._launch(self.units.piece(0, depth), registers)
         else:
             depth = self._run_pieces(registers, threshold, first_exit, scores)
         if depth < len(self.blocks):

@@ -110,9 +110,15 @@ def _assumptions_hold(known: Compiled, symbols: tuple[str, ...], shape_env: Shap
     return all(shape_env.evaluate_expr(guard.xreplace(swap)) for guard in known.guards)
 
 
-def inductor_settings(mode: str | None) -> dict[str, object]:
-    """Returns Inductor's settings for a ``mode`` of torch.compile."""
-    return dict(torch._inductor.list_mode_options(mode)) if mode else {}
+def inductor_settings(mode: str | None, captured: bool = False) -> dict[str, object]:
+    """Returns Inductor's settings for a ``mode`` of torch.compile.
+
+    Args:
+        mode: the mode.
+        captured: the code becomes part of larger graphs, so Inductor makes none of its own.
+    """
+    settings = dict(torch._inductor.list_mode_options(mode)) if mode else {}
+    return settings | {"triton.cudagraphs": False} if captured else settings
 
 
 def _compile(segment: Segment, packed: Sequence[Tensor], config_patches: dict[str, object]) -> tuple[Callee, bool]:
