@@ -45,23 +45,24 @@ def fixed_inputs(plan: DecoderPlan) -> frozenset[fx.Node]:
     return frozenset(n for n in fixed if n.op == "placeholder")
 
 
-def obstacle(segment: Segment) -> Refusal | None:
+def obstacle(segment: Segment, home: torch.device) -> Refusal | None:
     """Returns why a segment cannot be captured, naming the node and its source line; None where nothing speaks against.
 
     Captured kernels cannot tell the host a size, and a captured copy from ordinary host memory would repeat the bytes
     that lay there at capture.
+
+    Args:
+        segment: the segment.
+        home: the device of the hidden state.
     """
-    nodes = [n for n in segment.graph_module.graph.nodes if n.op != "output"]
-    devices = [value_of(n).device.type for n in nodes if is_tensor(n) and value_of(n).dim() > 0]
-    home = max(set(devices), key=devices.count) if devices else "cpu"
-    for node in nodes:
+    for node in (n for n in segment.graph_module.graph.nodes if n.op != "output"):
         value = value_of(node)
         if isinstance(value, (torch.Tensor, torch.SymInt)) and free_unbacked_symbols(value):
             return Refusal("the size of a value depends on the data", source_of(node))
         if node.op == "call_method" and node.target in ("item", "tolist", "numpy"):
             return Refusal("a value is read on the host", source_of(node))
-        if is_tensor(node) and value.device.type != home:
-            return Refusal(f"a value lies on {value.device}, the others on {home}", source_of(node))
+        if is_tensor(node) and value.device != home:
+            return Refusal(f"a value lies on {value.device}, the hidden state on {home}", source_of(node))
     return None
 
 

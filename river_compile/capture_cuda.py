@@ -15,7 +15,7 @@ import torch
 from torch import Tensor
 
 from .capture import CaptureDevice, CaptureFailed
-from .capture_units import Unit
+from .capture_units import Unit, buffer_like
 
 
 class CudaGraphs(CaptureDevice):
@@ -33,8 +33,7 @@ class CudaGraphs(CaptureDevice):
         self._last: tuple[torch.cuda.Stream, torch.cuda.Event] | None = None
 
     def buffer(self, like: Tensor) -> Tensor:
-        with torch.inference_mode(False):
-            return torch.empty_like(like, memory_format=torch.contiguous_format, requires_grad=False)
+        return buffer_like(like)
 
     def flags(self, count: int) -> Tensor:
         with torch.inference_mode(False):
@@ -56,6 +55,8 @@ class CudaGraphs(CaptureDevice):
         with torch.cuda.device(self._device):
             torch.cuda.synchronize()
             torch.cuda.empty_cache()
+            # cuBLAS would keep a workspace for the capturing stream in the pool, and with that the pool itself.
+            torch._C._cuda_clearCublasWorkspaces()
             free = torch.cuda.mem_get_info()[0]
             try:
                 # Another thread may allocate or copy meanwhile: only what this one does must be capturable.
@@ -63,6 +64,8 @@ class CudaGraphs(CaptureDevice):
                     unit.run_into(registers, outputs)
             except RuntimeError as error:
                 raise CaptureFailed(str(error).partition("\n")[0]) from error
+            finally:
+                torch._C._cuda_clearCublasWorkspaces()
             return graph, max(free - torch.cuda.mem_get_info()[0], 0)
 
     def launch(self, graph: torch.cuda.CUDAGraph, registers: list) -> None:

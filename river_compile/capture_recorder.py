@@ -22,7 +22,7 @@ import torch
 from torch import Tensor
 
 from .capture import CaptureDevice
-from .capture_units import Unit
+from .capture_units import Unit, buffer_like, copy_into
 
 
 class StaleReplay(RuntimeError):
@@ -69,8 +69,7 @@ class Recorder(CaptureDevice):
     _latest: str = ""
 
     def buffer(self, like: Tensor) -> Tensor:
-        with torch.inference_mode(False):
-            return spoil(torch.empty_like(like, memory_format=torch.contiguous_format, requires_grad=False))
+        return spoil(buffer_like(like))
 
     def flags(self, count: int) -> Tensor:
         with torch.inference_mode(False):
@@ -150,6 +149,6 @@ def _replay(graph: Recording, own: list) -> None:
     graph.unit.run(own)
     made = [t for t in own if isinstance(t, Tensor) and t.untyped_storage().data_ptr() not in before]
     for index, buffer in graph.outputs.items():
-        buffer.copy_(own[index])
+        copy_into(buffer, own[index])
     for tensor in made:
         spoil(tensor)

@@ -14,12 +14,29 @@ from __future__ import annotations
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 
+import torch
 from torch import Tensor
 
 from river_compile.passes.capturable import HostNumber, host_numbers, idle_numbers, obstacle
+from river_compile.passes.decoder_layers import value_of
 from river_compile.passes.types import Refusal, RiverProgram, Segment
 
 from .runtime import Step
+
+
+def buffer_like(value: Tensor) -> Tensor:
+    """Returns an uninitialised tensor of the same shape, strides, dtype and device, which any mode may write to.
+
+    Compiled code relies on strides, those of expanded dimensions (0) too.
+    """
+    with torch.inference_mode(False):
+        return torch.empty_strided(value.shape, value.stride(), dtype=value.dtype, device=value.device)
+
+
+def copy_into(buffer: Tensor, value: Tensor) -> None:
+    """Copies a value into a tensor of the same strides; of an expanded dimension, the one element that is there."""
+    once = tuple(slice(0, 1) if stride == 0 else slice(None) for stride in buffer.stride())
+    buffer[once].copy_(value[once])
 
 
 @dataclass(frozen=True, eq=False)
@@ -68,7 +85,7 @@ class Unit:
         own = list(registers)
         self.run(own)
         for index, buffer in outputs.items():
-            buffer.copy_(own[index])
+            copy_into(buffer, own[index])
 
 
 class UnitMaker:
@@ -93,7 +110,8 @@ class UnitMaker:
         self._segments: dict[str, Segment] = {segment.name: segment for segment in program.segments}
         self._num_blocks = program.plan.num_blocks
         self.ends = (*program.candidates, self._num_blocks)
-        blocked = obstacle(program.prologue)
+        self._home = value_of(program.plan.blocks[0].hidden_in).device
+        blocked = obstacle(program.prologue, self._home)
         self.prologue = None
         if blocked is not None:
             self.prologue = self._make("prologue", 0, (), ["prologue"], blocked, False)
@@ -134,7 +152,7 @@ class UnitMaker:
     ) -> Unit:
         segments = [self._segments[n] for n in names]
         for segment in segments:
-            blocked = blocked or obstacle(segment)
+            blocked = blocked or obstacle(segment, self._home)
         reads: dict[int, bool] = {}  # register -> whether a capture depends on it
         written: dict = {}
         numbers: list[HostNumber] = []

@@ -31,7 +31,7 @@ from river_compile.passes.decoder_layers import input_name, mutated_inputs
 from river_compile.passes.types import Refusal, RiverProgram
 
 from .capture import CaptureDevice, CaptureFailed, CaptureLog, CaptureRecord
-from .capture_units import Unit, UnitMaker
+from .capture_units import Unit, UnitMaker, copy_into
 from .launch_ahead import LaunchAhead
 from .runtime import ExitRule, RiverExecutor, Step, gather, registers_of
 from .stats import ExitStats, record_step
@@ -268,7 +268,7 @@ class CapturedExecutor(RiverExecutor):
     def _copy(self, index: int, value: Tensor) -> Tensor:
         """Copies a value into the buffer of its register and returns the buffer."""
         kept = self._buffers.setdefault(index, OrderedDict())
-        key = (value.shape, value.dtype, value.device)
+        key = (value.shape, value.stride(), value.dtype, value.device)
         buffer = kept.get(key)
         if buffer is None:
             buffer = kept[key] = self.device.buffer(value)
@@ -276,7 +276,7 @@ class CapturedExecutor(RiverExecutor):
                 kept.popitem(last=False)
             self.log.buffer_bytes = sum(b.nbytes for k in self._buffers.values() for b in k.values())
         kept.move_to_end(key)
-        self.device.run(lambda: buffer.copy_(value))
+        self.device.run(lambda: copy_into(buffer, value))
         return buffer
 
     def _take_outputs(self, registers: list) -> tuple:

@@ -169,6 +169,30 @@ class TestSameBits:
         captured = Decoder(device=device, **{**capturing(device), **options})
         assert_same(steps, run(plain, steps), run(captured, steps))
 
+    def test_sizes_that_change_between_caches(self, device):
+        """A second cache of another length makes Dynamo trace with dynamic sizes: captures are told apart by them."""
+
+        def run_all(decoder):
+            caches = [decoder.start(seed, capacity) for seed, capacity in enumerate((40, 24, 32))]
+            return [decoder.step(caches[i % 3], 3 + i, threshold=(2.0, -1.0)[i // 3 % 2]) for i in range(18)], caches
+
+        plain = Decoder(device=device, **OPTIONS, cudagraphs=False)
+        captured = Decoder(device=device, **capturing(device, launch_ahead=True))
+        assert_same([*range(18)], run_all(plain), run_all(captured))
+        assert sum(len(g.captures.captures) for g in report(captured.model).graphs) > 8
+
+    def test_exact_mode(self):
+        """Drafts at depth 0 and single tokens at the last depth are captured; the text stays the plain model's."""
+        ids = prompt()
+        settings = {"attention_mask": torch.ones_like(ids), "max_new_tokens": 16, "do_sample": False}
+        plain, captured = make("llama", layers=LAYERS), make("llama", layers=LAYERS)
+        captured.compile(backend=river, options=capturing("cpu"))
+        cache = StaticCache(config=captured.config, max_cache_len=CAPACITY)
+        actual = captured.generate(ids, **settings, cache=cache, custom_generate=river_compile.exact)
+        assert torch.equal(actual, plain.generate(ids, **settings))
+        units = {c.unit for g in report(captured).graphs for c in g.captures.captures}
+        assert {"piece 0-0", "tail 0"} <= units
+
 
 class TestOrder:
     """What is launched when, as the recorder saw it."""
