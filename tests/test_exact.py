@@ -205,6 +205,7 @@ def test_after_each_cycle_the_cache_holds_what_passes_of_that_width_write(static
     """The plain model runs the same ids in the same widths: the same slots, lengths and bits, cycle by cycle."""
     ids, mask = padded(3)
     plain = make("llama")
+    plain.compile(backend="eager")  # traced, as ours is: transformers groups the heads of one query only where it is not
     cache = new_cache(plain, "static" if static else "dynamic", capacity=ids.shape[1] + NEW_TOKENS - 1)
     plain(ids, attention_mask=mask, position_ids=positions(mask), cache=cache, use_cache=True)
     cycles = []
@@ -235,7 +236,7 @@ def test_after_each_cycle_the_cache_holds_what_passes_of_that_width_write(static
     run_backbone, run_keep = TwoPaths.backbone, TwoPaths.keep
     monkeypatch.setattr(TwoPaths, "backbone", backbone)
     monkeypatch.setattr(TwoPaths, "keep", keep)
-    with torch.no_grad():
+    with torch.no_grad(), torch._dynamo.config.patch(recompile_limit=64):  # (of both models together)
         exactly(compiled(), ids, mask, static=static)
     assert len({width for _, _, width, _ in cycles}) > 1
 
