@@ -22,13 +22,6 @@ NEW_TOKENS = 24
 SLIDING = ("mistral", "ministral", "gemma2", "gemma3")
 
 
-@pytest.fixture(autouse=True)
-def fresh_dynamo():
-    torch._dynamo.reset()
-    yield
-    torch._dynamo.reset()
-
-
 def compiled(name="llama", dtype=torch.float32, **options):
     model = make(name, dtype)
     model.compile(backend=river_compile.river, options={"lowering": "eager", "group_size": 32, **options})

@@ -34,6 +34,11 @@ def load(dtype):
     return model, tokenizer
 
 
+@pytest.fixture(autouse=True)
+def _fresh_dynamo():
+    """In place of the one that all tests share: the tests here share compiled graphs."""
+
+
 @pytest.fixture(scope="module")
 def smollm2():
     """In float32, compiled once for all tests here."""
@@ -98,7 +103,7 @@ def test_a_pipeline_takes_exact_mode(smollm2):
         assert generator(text, **options)[0]["generated_text"] == ours
 
 
-def test_strict_bfloat16_texts_are_the_plain_ones():
+def test_strict_bfloat16_texts_are_the_plain_ones():  # (last: it drops the graphs of the tests before)
     """Where wide passes of the ordinary graph do round differently."""
     model, tokenizer = load("bfloat16")
     for chat in ("Explain in a few sentences why the sky is blue.", "Repeat three times: the cat sat on the mat."):
