@@ -70,7 +70,7 @@ def main(arguments: list[str] | None = None) -> int:
     parser.add_argument("--kl", type=float, default=0.1, help="budget: mean KL in nats per token (default 0.1)")
     parser.add_argument("--criterion", default="doubt", help="exit criterion (default doubt; see docs/criteria.md)")
     parser.add_argument("--texts", type=int, default=60, help="how many texts to use (default 60)")
-    parser.add_argument("--tokens", type=int, default=12, help="tokens measured in each text (default 12)")
+    parser.add_argument("--tokens", type=int, default=8, help="tokens measured in each text (default 8)")
     parser.add_argument("--check", type=int, metavar="N", help="measure other texts, and the speed of N new tokens")
     parser.add_argument("--save", type=Path, metavar="FILE", help="write the calibration as JSON")
     parser.add_argument("--plot", type=Path, metavar="FILE", help="draw the candidates as a PNG")

@@ -33,6 +33,8 @@ from .risk import fixed_sequence, p_value, texts_needed, upper_bound
 
 _CLIP = 5  # largest KL of a text, in budgets
 _PILOT = 0.2
+_EASY = 0.2  # a test is easy where the pilot texts, taken as often, give a p-value that far below what is needed
+_STEP = 0.2  # candidates tested one after another differ by that many budgets on the pilot texts
 _HOPELESS = 1.2  # a candidate above that many budgets on the pilot texts is not worth a test
 
 
@@ -94,7 +96,7 @@ def calibrate(
         meter = Meter(model, rule, samples, context, progress)
         pilot, held_out = range(pilot_size), range(pilot_size, len(samples))
         looked_at = candidate_rules(meter, rule, pilot, config.exit_every)
-        order = _order([_candidate(meter, m, goal) for m in looked_at], goal)
+        order = _order([(_candidate(meter, m, goal), goal.is_easy(m, len(held_out))) for m in looked_at], goal)
         tested: list[Measured] = []
 
         def losses() -> Iterator[list[float]]:
@@ -153,6 +155,12 @@ class _Goal:
         """Returns each text's loss as a share of the clip."""
         return [min(max(loss, 0.0), self.clip) / self.clip for loss in measured.text_losses(self.metric)]
 
+    def is_easy(self, measured: Measured, texts: int) -> bool:
+        """Tells whether that many texts like the measured ones would pass, with room to spare."""
+        shares = self.shares(measured)
+        copies = [shares[i % len(shares)] for i in range(texts)]
+        return p_value(copies, self.limit / self.clip) <= _EASY * (1 - self.confidence)
+
 
 def _goal(budget: Mapping[str, float], confidence: float, clip: float | None) -> _Goal:
     if not isinstance(budget, Mapping) or len(budget) != 1 or not set(budget) <= {"kl", "agreement"}:
@@ -192,18 +200,28 @@ def _candidate(meter: Meter, measured: Measured, goal: _Goal) -> Candidate:
     )
 
 
-def _order(candidates: Sequence[Candidate], goal: _Goal) -> list[Candidate]:
+def _order(candidates: Sequence[tuple[Candidate, bool]], goal: _Goal) -> list[Candidate]:
     """Orders those worth a test from the safest to the cheapest.
 
-    Only those that are cheaper than every one with less loss are worth it. It begins with the cheapest that lost less
-    than half of the budget, so that a test is not spent on what is safer than needed.
+    Only those that are cheaper than every one with less loss are worth it. It begins with the cheapest that should pass
+    with ease, so that a test is not spent on what is safer than needed, and goes on in steps of a share of the budget.
+
+    Args:
+        candidates: as measured on the pilot texts, each with whether it should pass with ease.
+        goal: the budget.
     """
     frontier: list[Candidate] = []
-    for candidate in sorted(candidates, key=lambda c: (c.loss, c.cost)):
+    start = 0
+    for candidate, easy in sorted(candidates, key=lambda c: (c[0].loss, c[0].cost)):
         if not frontier or candidate.cost < frontier[-1].cost:
             frontier.append(candidate)
-    start = max((i for i, c in enumerate(frontier) if c.loss <= goal.limit / 2), default=0)
-    return [c for i, c in enumerate(frontier[start:]) if i == 0 or c.loss <= _HOPELESS * goal.limit]
+            start = len(frontier) - 1 if easy else start
+    order = [frontier[start]]
+    hopeful = [c for c in frontier[start + 1 :] if c.loss <= _HOPELESS * goal.limit]
+    for candidate in hopeful:
+        if candidate is hopeful[-1] or candidate.loss >= order[-1].loss + _STEP * goal.limit:
+            order.append(candidate)
+    return order
 
 
 def _cannot(goal: _Goal, results: Sequence[Candidate], tested: Sequence[Measured]) -> str:

@@ -1,7 +1,8 @@
 """Decodes given texts with exit rules and compares the logits with never exit's, for calibration and benchmarks.
 
 A text is fed, not generated: a prompt of ``context`` tokens, then token by token. Each rule really decodes, so that its
-cache holds what its own earlier exits left there, as in generation.
+cache holds what its own earlier exits left there, as in generation. A text's prompt runs once; afterwards what it left
+behind, in the cache and in the criterion's memory, is put back.
 
 Cost is the time of a decode step as a share of never exit's. Steps of equal kind are timed as they come up, and their
 median counts. A step that left is linear in its depth between the least depth seen and never exit; a doubted one costs
@@ -26,7 +27,8 @@ from tqdm import tqdm
 from transformers import PreTrainedModel, StaticCache
 
 from .backend import river
-from .criteria import Criterion
+from .criteria import Criterion, Memories, Memory
+from .models import find_state
 from .runtime import forced_depth, forced_threshold
 from .stats import StepRecord, trace
 
@@ -108,6 +110,7 @@ class Meter:
         self._cache = StaticCache(config=config, max_cache_len=samples[0].shape[1])
         parameters = inspect.signature(model.forward).parameters
         self._cache_name = "cache" if "cache" in parameters else "past_key_values"
+        self._prompts: dict[int, _AfterPrompt] = {}
         self._seconds: dict[Kind, list[float]] = {}
         for threshold in (criterion.never, criterion.never, criterion.always):  # the first runs pack and compile
             with forced_threshold(threshold, 1):
@@ -176,8 +179,7 @@ class Meter:
     def _decode(self, index: int, depths: Sequence[int] | None = None) -> Run:
         """Runs a text's context as a prompt, then feeds the rest token by token."""
         ids = self._samples[index].to(self._model.device)
-        self._cache.reset()
-        self._step(ids, 0, self._context)
+        self._prompt(index, ids)
         logits, seconds = [], []
         with trace() as seen:
             for position in range(self._context, ids.shape[1]):
@@ -193,6 +195,21 @@ class Meter:
             )
         return Run(torch.cat(logits), tuple(steps), tuple(seconds))
 
+    def _prompt(self, index: int, ids: Tensor) -> None:
+        """Makes cache and memory those behind a text's prompt."""
+        if index in self._prompts:
+            self._prompts[index].restore(self._cache, self._memories())
+            return
+        self._cache.reset()
+        self._step(ids, 0, self._context)
+        self._prompts[index] = _AfterPrompt.of(self._cache, self._memories())
+
+    def _memories(self) -> Memories:
+        state = find_state(self._model.parameters())
+        if state is None:
+            raise RuntimeError("the model never reached the river backend; river_compile.report(model) says why")
+        return state.memories
+
     def _step(self, ids: Tensor, start: int, stop: int) -> Tensor:
         positions = torch.arange(start, stop, device=ids.device)[None]
         held = {self._cache_name: self._cache, "use_cache": True}
@@ -200,6 +217,35 @@ class Meter:
 
     def _bar(self, texts: Sequence[int], title: str) -> tqdm:
         return tqdm(texts, desc=f"river: {title}", unit="text", leave=False, disable=not self._progress)
+
+
+@dataclass(frozen=True)
+class _AfterPrompt:
+    """Copies of a static cache's tensors and lengths, by layer, and the entropy of the prompt's last logits."""
+
+    layers: list[dict[str, Tensor | int]]
+    entropy: Tensor | None
+
+    @classmethod
+    def of(cls, cache: StaticCache, memories: Memories) -> _AfterPrompt:
+        layers = [
+            {
+                name: value.clone() if isinstance(value, Tensor) else value
+                for name, value in vars(layer).items()
+                if isinstance(value, (Tensor, int))
+            }
+            for layer in cache.layers
+        ]
+        return cls(layers, memories.recall(cache.layers[0].keys).entropy)
+
+    def restore(self, cache: StaticCache, memories: Memories) -> None:
+        for layer, saved in zip(cache.layers, self.layers, strict=True):
+            for name, value in saved.items():
+                if isinstance(value, Tensor):
+                    getattr(layer, name).copy_(value)
+                else:
+                    setattr(layer, name, value)
+        memories.keep(cache.layers[0].keys, Memory(self.entropy))
 
 
 def token_kl(reference: Tensor, other: Tensor) -> Tensor:
