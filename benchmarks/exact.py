@@ -58,6 +58,7 @@ PROMPTS = {
         f"Repeat this code and rename `total` to `amount`:\n{CODE}",
     ),
 }
+LOOKUP = 10  # tokens that transformers' prompt lookup drafts, its documentation's value
 ROWS = ("plain", "exact", "exact_no_lookup", "exact_strict", "prompt_lookup", "river")
 RATIOS = (
     ("exact", "plain"),
@@ -102,7 +103,8 @@ class Bench:
         self.model.compile(backend=river_compile.river)
         self.prompts = {kind: [models.encode(tokenizer, p) for p in texts] for kind, texts in PROMPTS.items()}
         longest = max(ids.shape[1] for kind in self.prompts.values() for ids in kind)
-        self.model._previous_max_cache_length = longest + options.new_tokens  # one cache size, so one decode graph
+        # One cache size, so one decode graph; transformers' prompt lookup drafts beyond the end of the text.
+        self.model._previous_max_cache_length = longest + options.new_tokens + LOOKUP + 1
         self.new_tokens = options.new_tokens
 
     def run(self, row: str, kind: str) -> dict:
@@ -128,7 +130,7 @@ class Bench:
             "exact": {"custom_generate": river_compile.exact},
             "exact_no_lookup": {"custom_generate": river_compile.exact, "prompt_lookup": False},
             "exact_strict": {"custom_generate": river_compile.exact, "strict": True},
-            "prompt_lookup": {"prompt_lookup_num_tokens": 10},
+            "prompt_lookup": {"prompt_lookup_num_tokens": LOOKUP},
         }.get(row, {})
         depths = {"plain": self.model.config.num_hidden_layers, "river": 0}
         depths["prompt_lookup"] = depths["plain"]

@@ -28,9 +28,10 @@ from river_compile import river, warmup
 from river_compile.capture_recorder import Event
 from river_compile.capture_units import Unit
 from river_compile.captured_executor import CapturedExecutor
+from river_compile.criteria import CRITERIA
 from river_compile.runtime import forced_threshold
 
-_NEVER = float("inf")
+_RULE = CRITERIA["similarity"]
 _PROMPT = 4
 _COLUMNS = {"block": 6, "twin": 3, "head": 2, "river": 2, "prologue": 1}
 
@@ -120,7 +121,7 @@ def _step(model: PreTrainedModel, cache: StaticCache, watch: Watch, depth: int) 
     cache.reset()
     ids = torch.ones(1, _PROMPT, dtype=torch.long)
     last = depth == watch.executor.units.ends[-1]
-    with forced_threshold(_NEVER if last else -_NEVER, 1 if last else depth):
+    with forced_threshold(_RULE.never if last else _RULE.always, 1 if last else depth):
         model.generate(
             ids, attention_mask=torch.ones_like(ids), cache=cache, max_new_tokens=2, min_new_tokens=2, do_sample=False
         )

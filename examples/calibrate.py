@@ -1,7 +1,8 @@
-"""Chooses threshold and first exit for a promised quality, and generates with them.
+"""Chooses threshold and first exit for a promised quality, and shows what they do to speed.
 
     python examples/calibrate.py
     python examples/calibrate.py --kl 0.1 --model smollm2 --save calibration.json --plot calibration.png
+    python examples/calibrate.py --check 64     # ... and measure unseen texts, and the speed of 64 new tokens
 
 The texts are passages of Python's own documentation of the language, one from each topic, so that nothing is
 downloaded. For a promise about your use, put your own texts in their place.
@@ -10,13 +11,19 @@ downloaded. For a promise about your use, put your own texts in their place.
 from __future__ import annotations
 
 import argparse
+import statistics
 import sys
 import time
 from pathlib import Path
 
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))  # a script finds only its own folder
 
-from examples import models
+import torch
+
+from examples import models, timing
+from river_compile.runtime import forced_depth
+
+PROMPT = "Explain how a refrigerator works."
 
 
 def topics() -> list[str]:
@@ -26,13 +33,45 @@ def topics() -> list[str]:
     return list(dict.fromkeys(text.partition("\n\n")[2] for text in topics.values()))
 
 
+def check(model, tokenizer, found, texts: list[str], new_tokens: int, tokens: int) -> list[str]:
+    """Measures a calibration anew: its quality on other texts, and its speed beside never exit."""
+    from river_compile.criteria import CRITERIA
+    from river_compile.meter import Meter, compiled
+
+    rows = [tokenizer(text)["input_ids"][: 16 + tokens] for text in texts]
+    samples = [torch.tensor([row]) for row in rows if len(row) == 16 + tokens]
+    criterion = CRITERIA[found.base_options["criterion"]]
+    with compiled(model, {**found.options, "first_exit": 1}), torch.inference_mode():
+        meter = Meter(model, criterion, samples, 16, progress=True)
+        unseen = meter.measure((found.chosen.threshold, found.chosen.first_exit), range(len(samples)), "unseen texts")
+    kl = statistics.fmean(unseen.text_losses("kl"))
+    agreement = 1 - statistics.fmean(unseen.text_losses("agreement"))
+    torch._dynamo.reset()
+    model.compile(backend="river", options=found.options)
+    ids = models.encode(tokenizer, PROMPT)
+    speeds: dict[str, list[float]] = {"calibrated": [], "never exit": []}
+    for turn in range(4):  # in turns, and the first compiles
+        for name, depth in (("calibrated", None), ("never exit", found.num_blocks)):
+            with forced_depth(depth):
+                run = timing.generate(model, ids, new_tokens)
+            if turn:
+                speeds[name].append(run.decode_tokens_per_s)
+    ours, never = (statistics.median(speeds[name]) for name in ("calibrated", "never exit"))
+    return [
+        f"  unseen     KL {kl:.4f} nats per token, agreement {agreement:.1%}, on {len(samples)} other texts",
+        f"  generating {ours:.1f} tokens/s, never exit {never:.1f}: {ours / never:.2f} times",
+    ]
+
+
 def main(arguments: list[str] | None = None) -> int:
     """Runs the command line and returns the exit status."""
     parser = argparse.ArgumentParser(description="Finds the exit rule of least cost that keeps a promised quality.")
     parser.add_argument("--model", default="smollm2", help=f"{', '.join(models.MODELS)} or a model folder")
     parser.add_argument("--kl", type=float, default=0.1, help="budget: mean KL in nats per token (default 0.1)")
+    parser.add_argument("--criterion", default="doubt", help="exit criterion (default doubt; see docs/criteria.md)")
     parser.add_argument("--texts", type=int, default=60, help="how many texts to use (default 60)")
-    parser.add_argument("--tokens", type=int, default=12, help="tokens measured in each text (default 12)")
+    parser.add_argument("--tokens", type=int, default=8, help="tokens measured in each text (default 8)")
+    parser.add_argument("--check", type=int, metavar="N", help="measure other texts, and the speed of N new tokens")
     parser.add_argument("--save", type=Path, metavar="FILE", help="write the calibration as JSON")
     parser.add_argument("--plot", type=Path, metavar="FILE", help="draw the candidates as a PNG")
     options = parser.parse_args(arguments)
@@ -43,12 +82,19 @@ def main(arguments: list[str] | None = None) -> int:
         model, tokenizer = models.load(options.model)
         start = time.perf_counter()
         found = river_compile.calibrate(
-            model, tokenizer, topics()[: options.texts], {"kl": options.kl}, tokens=options.tokens
+            model,
+            tokenizer,
+            topics()[: options.texts],
+            kl=options.kl,
+            criterion=options.criterion,
+            tokens=options.tokens,
         )
     except (models.ModelUnavailable, ValueError) as error:
         print(f"error: {error}", file=sys.stderr)
         return 1
     print(f"{found}\n  took       {time.perf_counter() - start:.0f} s")
+    if options.check:
+        print("\n".join(check(model, tokenizer, found, topics()[options.texts :], options.check, options.tokens)))
     print(f'\nmodel.compile(backend="river", options={found.options})')
     if options.save:
         print(f"saved to {found.save(options.save)}")

@@ -111,35 +111,32 @@ def idle_numbers(segment: Segment) -> frozenset[fx.Node]:
     )
 
 
-def counters_of(plan: DecoderPlan, block: Block) -> tuple[tuple[fx.Node, int], ...] | Refusal:
-    """Returns the counters that a block advances and by how much, if taking that back makes a second run as the first.
+def runs_once(plan: DecoderPlan, block: Block) -> Refusal | None:
+    """Returns why a block must not run a second time for the same token; None where it may, its counters taken back.
 
-    That holds where everything the block writes in place is either a counter, advanced once by a constant, or a KV
-    tensor, written by ``index_copy_`` alone at positions that follow from the counters and from inputs that nobody
-    changes, and read only after it was written. With the counters taken back, a second run computes the same positions,
-    so its entries cover those of the first before anything reads them.
-
-    Returns:
-        Pairs (counter placeholder, step), or the reason and the node where one of these conditions does not hold.
+    It may where everything that it writes in place is either a counter, advanced once by one, or a KV tensor, written
+    by ``index_copy_`` alone at positions that follow from the counters and from inputs that nobody changes, and read
+    only after it was written. With the counters taken back, a second run computes the same positions, so its entries
+    cover those of the first before anything reads them.
     """
     nodes = [n for n, part in plan.part_of.items() if part == block.index + 1]
     inside = set(nodes)
-    counters: dict[fx.Node, int] = {}
+    counters: set[fx.Node] = set()
     for node in nodes:
         for written in mutated_inputs(node):
             if _is_counter_step(node, written) and written not in counters:
-                counters[written] = node.args[1]
+                counters.add(written)
             elif node.target != "index_copy_" or written.op != "placeholder":
                 return Refusal("it changes a value otherwise than by writing to a slot or counting", source_of(node))
     for node in nodes:
         if node.target == "index_copy_":
-            early = next((n for n in nodes if n is not node and _reads_before(n, node, nodes)), None)
+            early = next((n for n in nodes if _reads_before(n, node, nodes)), None)
             if early is not None:
                 return Refusal("it reads the KV cache before it writes to it", source_of(early))
             bad = _depends_on_more(node.args[2], inside, counters)
             if bad is not None:
                 return Refusal("the slot that it writes to depends on more than counters and inputs", source_of(bad))
-    return tuple(counters.items())
+    return None
 
 
 def _is_marked(node: fx.Node) -> bool:
@@ -160,6 +157,7 @@ def _is_counter_step(node: fx.Node, written: fx.Node) -> bool:
         and is_tensor(written)
         and value_of(written).dim() == 0
         and len(node.args) == 2
+        and node.args[1] == 1
         and isinstance(node.args[1], int)
         and not node.kwargs
     )
@@ -170,7 +168,7 @@ def _reads_before(node: fx.Node, write: fx.Node, nodes: list[fx.Node]) -> bool:
     return write.args[0] in node.all_input_nodes and nodes.index(node) < nodes.index(write)
 
 
-def _depends_on_more(position: fx.Node, inside: set[fx.Node], counters: dict[fx.Node, int]) -> fx.Node | None:
+def _depends_on_more(position: fx.Node, inside: set[fx.Node], counters: set[fx.Node]) -> fx.Node | None:
     """Returns a node that a slot position is computed from and that another run might find changed."""
     stack, seen = [position], set()
     while stack:

@@ -4,6 +4,7 @@ pass             from                    to
 decoder_layers   traced graph            DecoderPlan: prologue, blocks, KV slots, head
 segments         DecoderPlan             one segment per part
 exit_checks      block segments          blocks that return an exit score, after each candidate
+                 heads                   heads that return the entropy of their logits (on request)
 river_twins      copies of the blocks    twins with 4-bit matrix products and one_query's operators
 same_rows        all but twins           operators whose rows do not depend on the pass's width (on request)
 """
@@ -19,7 +20,7 @@ from typing import TypeVar
 from torch import fx
 
 from .decoder_layers import find_decoder
-from .exit_checks import add_exit_check, candidate_depths
+from .exit_checks import add_entropy, add_exit_check, candidate_depths, logits_of
 from .one_query import simplify_attention, simplify_linears
 from .river_twins import make_twin
 from .same_rows import keep_rows
@@ -44,6 +45,7 @@ class RewriteOptions:
         layout: name of their packing.
         quantize_head: True makes a second head with a 4-bit matrix.
         same_rows: True gives several tokens at once the bits of one token at a time.
+        entropy: True makes the heads return the entropy of their logits; a model that returns none stays without.
     """
 
     exits: bool
@@ -55,6 +57,7 @@ class RewriteOptions:
     layout: str
     quantize_head: bool = False
     same_rows: bool = False
+    entropy: bool = False
 
 
 def rewrite(
@@ -84,6 +87,10 @@ def rewrite(
         candidates = candidate_depths(plan.num_blocks, options.first_exit, options.exit_every)
         blocks = table.run("exit_checks", lambda: _with_checks(plan, blocks, candidates))
     twins, river_head, kept = table.run("river_twins", lambda: _twins(plan, options))
+    logits = logits_of(plan, returned) if options.entropy else None
+    if logits is not None:
+        head = add_entropy(head, logits)
+        river_head = None if river_head is None else add_entropy(river_head, logits)
     table.log()
     return RiverProgram(plan, returned, prologue, blocks, twins, head, river_head, candidates, kept)
 

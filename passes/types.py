@@ -106,7 +106,7 @@ class Segment:
         inputs: the values it reads, as nodes of the traced graph, in placeholder order.
         outputs: the values it defines, as nodes of the traced graph, in output order.
         packed: the twin's linears whose 4-bit weights follow the inputs: qweight, scale_zero and, with a bias, bias.
-        has_score: a float32 exit score follows the outputs.
+        has_score: a float32 number follows the outputs: a block's exit score, or a head's entropy.
     """
 
     name: str

@@ -25,8 +25,9 @@ from river_compile.passes.types import DecoderPlan, Refusal, RiverProgram, Segme
 
 from .capture_choice import check_device, choose_device, make_executor
 from .config import RiverConfig, check_mode
+from .criteria import CRITERIA, Criterion
 from .dump import dump_program
-from .errors import RiverWarning, UnsupportedGraphError
+from .errors import OptionError, RiverWarning, UnsupportedGraphError
 from .lowering import SegmentCompiler, inductor_settings
 from .models import GraphRecord, ModelState, state_of
 from .runtime import ExitRule, RiverExecutor, Step, registers_of
@@ -78,7 +79,7 @@ def _rewrite_options(config: RiverConfig, plan: DecoderPlan) -> RewriteOptions:
     check_device(config, plan)
     return RewriteOptions(
         exits=(plan.is_decode or config.prefill == "exit") and config.exit_depth != plan.num_blocks,
-        checks=config.exit_depth is None,
+        checks=config.exit_depth is None and CRITERIA[config.criterion].scores_blocks,
         first_exit=config.first_exit,
         exit_every=config.exit_every,
         quantize=config.quantizer != "none",
@@ -86,15 +87,31 @@ def _rewrite_options(config: RiverConfig, plan: DecoderPlan) -> RewriteOptions:
         layout=ATEN_LAYOUT,
         quantize_head=config.lm_head == "w4",
         same_rows=config.same_rows and not plan.is_decode,
+        entropy=config.exit_depth is None and _needs_entropy(plan, CRITERIA[config.criterion]),
     )
 
 
+def _needs_entropy(plan: DecoderPlan, criterion: Criterion) -> bool:
+    """Tells whether a graph's heads must return their logits' entropy; a prompt's only for the step after it."""
+    return criterion.reads_logits and (plan.is_decode or criterion.remembers)
+
+
 def _exit_rule(program: RiverProgram, config: RiverConfig) -> ExitRule:
-    if not program.twins:
-        return ExitRule(None, program.plan.num_blocks)
-    if config.exit_depth is not None:
-        return ExitRule(None, config.exit_depth)
-    return ExitRule(config.threshold, program.plan.num_blocks)
+    """Returns the rule of a graph.
+
+    Raises:
+        OptionError: the criterion reads logits and the model returns none.
+    """
+    criterion = CRITERIA[config.criterion]
+    if config.exit_depth is not None:  # no criterion plays a part, so none needs to remember anything
+        return ExitRule(None, config.exit_depth if program.twins else program.plan.num_blocks)
+    if _needs_entropy(program.plan, criterion) and not program.head.has_score:
+        raise OptionError(
+            f"criterion={config.criterion!r} reads the logits, and this model returns none (its output is as wide as "
+            "its hidden state); compile the model with its head, or use criterion='similarity'"
+        )
+    threshold = config.threshold if program.twins else None
+    return ExitRule(threshold, program.plan.num_blocks, criterion, config.first_exit)
 
 
 def _reachable(program: RiverProgram, rule: ExitRule) -> list[Segment]:
@@ -138,7 +155,7 @@ def _build(
     record.seconds |= {"packing": packed_at - start, "compiling": time.perf_counter() - packed_at}
     record.describe(program, compiler.compiled, packed.values())
     state.stats.num_blocks = plan.num_blocks
-    return make_executor(program, steps, rule, state.stats, config, record.captures, device)
+    return make_executor(program, steps, rule, state, config, record.captures, device)
 
 
 @functools.cache

@@ -7,7 +7,7 @@ import json
 from dataclasses import dataclass
 from pathlib import Path
 
-VERSION = 1
+VERSION = 2
 
 
 @dataclass(frozen=True)
@@ -15,15 +15,17 @@ class Candidate:
     """An exit rule and what was measured of it, each number a mean over texts.
 
     Attributes:
-        threshold: the similarity that a block must exceed.
+        threshold: of the criterion.
         first_exit: smallest exit depth.
         kl: KL divergence from the model that never exits, in nats per token, not clipped.
         agreement: share of tokens with the same most likely next token.
         loss: what the budget limits: KL or disagreement of a text, clipped.
-        mean_depth: backbone blocks executed.
-        cost: time of a decode step as a share of never exit's, see :mod:`river_compile.calibrator`.
+        mean_depth: backbone blocks executed; all of them for a token that ran through both paths.
+        doubted: share of the tokens that ran through both paths.
+        cost: time of a decode step as a share of never exit's, see :mod:`river_compile.meter`.
         texts: how many texts were measured.
-        passed: whether it passed the test of the budget, None where it was only looked at on the pilot texts.
+        passed: whether it passed the test of the budget, None where it was only looked at on the pilot texts (for an
+            entropy criterion: worked out from runs in which every token left).
     """
 
     threshold: float
@@ -32,6 +34,7 @@ class Candidate:
     agreement: float
     loss: float
     mean_depth: float
+    doubted: float
     cost: float
     texts: int
     passed: bool | None = None
@@ -47,6 +50,7 @@ class Calibration:
         confidence: probability, over the draw of the texts, that the promise holds for the texts' source.
         clip: largest loss that one text counts with (nats for KL, share of tokens for disagreement).
         num_blocks: blocks of the model.
+        seconds_never: median time of a decode step that never exits, on this machine.
         chosen: the exit rule of least cost that passed, as measured on the texts that tested it.
         candidates: all rules, as measured last.
         base_options: the options that calibration was given.
@@ -57,6 +61,7 @@ class Calibration:
     confidence: float
     clip: float
     num_blocks: int
+    seconds_never: float
     chosen: Candidate
     candidates: tuple[Candidate, ...]
     base_options: dict[str, object]
@@ -70,14 +75,17 @@ class Calibration:
         best = self.chosen
         relation = "at most" if self.metric == "kl" else "at least"
         clipped = f"texts above {self.clip:g} counted as {self.clip:g}" if self.metric == "kl" or self.clip < 1 else ""
+        doubted = f" ({best.doubted:.0%} of the tokens doubted)" if best.doubted else ""
         return "\n".join(
             [
-                f"threshold={best.threshold:.4g}, first_exit={best.first_exit}",
+                f"criterion={self.base_options['criterion']!r}, threshold={best.threshold:.4g}, "
+                f"first_exit={best.first_exit}",
                 f"  promised   mean {self.metric} {relation} {self.budget:g} on unseen text of the same kind, "
                 f"confidence {self.confidence:.0%}{f' ({clipped})' if clipped else ''}",
                 f"  measured   KL {best.kl:.4f} nats per token, agreement {best.agreement:.1%}, on {best.texts} texts",
-                f"  expected   depth {best.mean_depth:.1f} of {self.num_blocks} blocks, "
-                f"{best.cost:.0%} of never exit's time per token",
+                f"  expected   depth {best.mean_depth:.1f} of {self.num_blocks} blocks{doubted}, "
+                f"{best.cost:.0%} of never exit's time per token: {1 / (best.cost * self.seconds_never):.0f} tokens/s "
+                f"instead of {1 / self.seconds_never:.0f}",
             ]
         )
 

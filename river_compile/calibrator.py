@@ -1,50 +1,40 @@
 """Finds the exit rule of least cost that keeps a promised quality on unseen text.
 
-``calibrate(model, tokenizer, texts, budget={"kl": 0.05})`` decodes a stretch of each text token by token, once with
-never exit and once with each candidate rule, the text itself being fed both times. So a candidate's KV cache holds what
-its own earlier exits left there, as in generation. A few *pilot* texts choose candidates and the order in which they
-are tested; the others test them (:mod:`river_compile.risk`), so that the promise does not suffer from the choice.
+``calibrate(model, tokenizer, texts, kl=0.05)`` decodes a stretch of each text token by token, once with never exit and
+once with each candidate rule (:mod:`river_compile.meter`). A few *pilot* texts choose candidates and the order in which
+they are tested; the others test them (:mod:`river_compile.risk`), so that the promise does not suffer from the choice.
 
 The loss of a text is the mean over its tokens. KL has no largest value, and a promise without assumptions needs one: a
 text counts with at most ``clip`` nats. The promise is about that clipped mean; the unclipped one is reported beside it.
 
-Cost is the time of a decode step, linear in the exit depth between two medians: of never exit's steps and of those with
-the least depth seen.
-
-Not handled: criteria other than similarity, thresholds for single blocks, prompts that exit (``prefill="exit"``),
-batches, and texts drawn otherwise than those that the model will see.
+Not handled: thresholds for single blocks, prompts that exit (``prefill="exit"``), batches, and texts drawn otherwise
+than those that the model will see.
 """
 
 from __future__ import annotations
 
-import contextlib
-import inspect
 import math
 import random
 import statistics
-import threading
-import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
 
 import torch
 from torch import Tensor
-from tqdm import tqdm
-from transformers import PreTrainedModel, StaticCache
+from transformers import PreTrainedModel
 
-from .backend import river
 from .calibration import Calibration, Candidate
+from .candidate_rules import candidate_rules
 from .config import RiverConfig
+from .criteria import CRITERIA
 from .errors import BudgetError, OptionError
+from .meter import Measured, Meter, compiled
 from .risk import fixed_sequence, p_value, texts_needed, upper_bound
-from .runtime import forced_threshold
-from .stats import trace
 
-NEVER = 2.0  # no cosine exceeds it
-AT_ONCE = -2.0  # every cosine exceeds it
 _CLIP = 5  # largest KL of a text, in budgets
 _PILOT = 0.2
-_FIRST_EXITS = 5
+_EASY = 0.2  # a test is easy where the pilot texts, taken as often, give a p-value that far below what is needed
+_STEP = 0.2  # candidates tested one after another differ by that many budgets on the pilot texts
 _HOPELESS = 1.2  # a candidate above that many budgets on the pilot texts is not worth a test
 
 
@@ -52,8 +42,11 @@ def calibrate(
     model: PreTrainedModel,
     tokenizer: Callable[[str], Mapping[str, Sequence[int]]],
     texts: Sequence[str],
-    budget: Mapping[str, float],
+    budget: Mapping[str, float] | None = None,
     *,
+    kl: float | None = None,
+    agreement: float | None = None,
+    criterion: str = "doubt",
     confidence: float = 0.9,
     options: Mapping[str, object] | None = None,
     context: int = 16,
@@ -72,6 +65,8 @@ def calibrate(
             `tokens` tokens are left out.
         budget: ``{"kl": 0.05}``, the most nats per token from never exit, or ``{"agreement": 0.98}``, the least share
             of tokens whose most likely successor is never exit's.
+        kl, agreement: the same, shorter: one of the two in place of `budget`.
+        criterion: which exit criterion the rules use, see :mod:`river_compile.criteria`.
         confidence: probability, over the draw of the texts, that the promise holds.
         options: of the backend, all but those that calibration finds.
         context: tokens of a text that run as its prompt.
@@ -84,38 +79,57 @@ def calibrate(
         BudgetError: (a ``ValueError``) the budget cannot be promised; the message says what can.
         OptionError: (a ``ValueError``) a bad budget or option.
     """
-    goal = _goal(budget, confidence, clip)
+    goal = _goal(_budget(budget, kl, agreement), confidence, clip)
     base = dict(options or {})
     for name in ("exit_depth", "threshold", "first_exit"):
         if name in base:
             raise OptionError(f"{name}={base[name]!r} is what calibration finds; leave it out of options=")
+    if "criterion" in base:
+        raise OptionError(f"give criterion={base['criterion']!r} to calibrate itself, not in options=")
+    base["criterion"] = criterion
     config = RiverConfig.from_options(base)
+    rule = CRITERIA[criterion]
     samples = _samples(tokenizer, texts, context + tokens, seed)
     pilot_size = math.ceil(_PILOT * len(samples))
     goal.check_texts(len(samples) - pilot_size)
-    with _compiled(model, {**base, "first_exit": 1, "threshold": NEVER}), torch.inference_mode():
-        meter = _Meter(model, samples, context, goal, progress)
+    with compiled(model, {**base, "first_exit": 1, "threshold": rule.never}), torch.inference_mode():
+        meter = Meter(model, rule, samples, context, progress)
         pilot, held_out = range(pilot_size), range(pilot_size, len(samples))
-        rules = _rules(meter, pilot, config.exit_every)
-        looked_at = [meter.measure(rule, pilot, "pilot texts") for rule in rules]
-        order = _order([meter.candidate(m) for m in looked_at], goal)
-        tested: list[_Measured] = []
+        looked_at = candidate_rules(meter, rule, pilot, config.exit_every)
+        order = _order([(_candidate(meter, m, goal), goal.is_easy(m, len(held_out))) for m in looked_at], goal)
+        tested: list[Measured] = []
 
         def losses() -> Iterator[list[float]]:
             for candidate in order:
-                rule = (candidate.threshold, candidate.first_exit)
-                tested.append(meter.measure(rule, held_out, "testing the budget"))
-                yield tested[-1].shares(goal)
+                chosen_rule = (candidate.threshold, candidate.first_exit)
+                tested.append(meter.measure(chosen_rule, held_out, "testing the budget"))
+                yield goal.shares(tested[-1])
 
         passed = fixed_sequence(losses(), goal.limit / goal.clip, confidence)
-    results = [replace(meter.candidate(m), passed=i < passed) for i, m in enumerate(tested)]
+    results = [replace(_candidate(meter, m, goal), passed=i < passed) for i, m in enumerate(tested)]
     if not passed:
         raise BudgetError(_cannot(goal, results, tested))
-    known = {(c.threshold, c.first_exit): c for c in [*map(meter.candidate, looked_at), *results]}
-    chosen = min(results[:passed], key=lambda c: c.cost)
+    known = {(c.threshold, c.first_exit): c for c in [*(_candidate(meter, m, goal) for m in looked_at), *results]}
     return Calibration(
-        goal.metric, goal.asked, confidence, goal.clip, meter.num_blocks, chosen, tuple(known.values()), base
+        metric=goal.metric,
+        budget=goal.asked,
+        confidence=confidence,
+        clip=goal.clip,
+        num_blocks=meter.num_blocks,
+        seconds_never=meter.seconds_never,
+        chosen=min(results[:passed], key=lambda c: c.cost),
+        candidates=tuple(known.values()),
+        base_options=base,
     )
+
+
+def _budget(budget: Mapping[str, float] | None, kl: float | None, agreement: float | None) -> Mapping[str, float]:
+    """Returns the one budget that was given, in whichever form."""
+    short = {name: value for name, value in (("kl", kl), ("agreement", agreement)) if value is not None}
+    if (budget is not None) + len(short) != 1:
+        given = {**({} if budget is None else {"budget": budget}), **short}
+        raise OptionError(f"one budget is needed, such as kl=0.05 or agreement=0.98; given: {given or 'none'}")
+    return short if budget is None else budget
 
 
 @dataclass(frozen=True)
@@ -136,6 +150,16 @@ class _Goal:
                 f"test (and a quarter of that to choose candidates), even if River made no error; {count} are left for "
                 "the test. Give more texts that are long enough, a lower confidence, or an easier budget"
             )
+
+    def shares(self, measured: Measured) -> list[float]:
+        """Returns each text's loss as a share of the clip."""
+        return [min(max(loss, 0.0), self.clip) / self.clip for loss in measured.text_losses(self.metric)]
+
+    def is_easy(self, measured: Measured, texts: int) -> bool:
+        """Tells whether that many texts like the measured ones would pass, with room to spare."""
+        shares = self.shares(measured)
+        copies = [shares[i % len(shares)] for i in range(texts)]
+        return p_value(copies, self.limit / self.clip) <= _EASY * (1 - self.confidence)
 
 
 def _goal(budget: Mapping[str, float], confidence: float, clip: float | None) -> _Goal:
@@ -162,160 +186,45 @@ def _samples(tokenizer: Callable, texts: Sequence[str], length: int, seed: int) 
     return samples
 
 
-@contextlib.contextmanager
-def _compiled(model: PreTrainedModel, options: dict[str, object]) -> Iterator[None]:
-    before = model._compiled_call_impl
-    model.compile(backend=river, options=options)
-    try:
-        yield
-    finally:
-        model._compiled_call_impl = before
+def _candidate(meter: Meter, measured: Measured, goal: _Goal) -> Candidate:
+    """Returns the means over texts, with the cost by all steps timed so far."""
+    return Candidate(
+        *measured.rule,
+        kl=statistics.fmean(measured.text_losses("kl")),
+        agreement=1 - statistics.fmean(measured.text_losses("agreement")),
+        loss=statistics.fmean(goal.shares(measured)) * goal.clip,
+        mean_depth=measured.mean_depth,
+        doubted=measured.doubted,
+        cost=meter.cost(measured),
+        texts=len(measured.kl),
+    )
 
 
-@dataclass(frozen=True)
-class _Run:
-    """One text decoded with one rule: logits ``[tokens, vocabulary]``, and of each step depth, scores and seconds."""
-
-    logits: Tensor
-    depths: tuple[int, ...]
-    similarities: tuple[tuple[float, ...], ...]
-    seconds: tuple[float, ...]
-
-
-@dataclass(frozen=True)
-class _Measured:
-    """A rule on some texts: mean KL and disagreement of each text, and the depths of all steps."""
-
-    rule: tuple[float, int]
-    kl: list[float]
-    disagreement: list[float]
-    depths: list[int]
-
-    def shares(self, goal: _Goal) -> list[float]:
-        """Returns each text's loss as a share of the clip."""
-        losses = self.kl if goal.metric == "kl" else self.disagreement
-        return [min(max(loss, 0.0), goal.clip) / goal.clip for loss in losses]
-
-
-class _Meter:
-    """Decodes texts with exit rules and compares the logits with never exit's."""
-
-    def __init__(
-        self, model: PreTrainedModel, samples: Sequence[Tensor], context: int, goal: _Goal, progress: bool
-    ) -> None:
-        self._model, self._samples, self._context = model, samples, context
-        self._goal, self._progress = goal, progress
-        config = model.config.get_text_config()
-        self._cache = StaticCache(config=config, max_cache_len=samples[0].shape[1])
-        parameters = inspect.signature(model.forward).parameters
-        self._cache_name = "cache" if "cache" in parameters else "past_key_values"
-        self._seconds: dict[int, list[float]] = {}
-        for threshold in (NEVER, NEVER, AT_ONCE):  # the first runs pack and compile
-            self._decode(samples[0], threshold, 1)
-        self.references = [self._run(i, NEVER, 1) for i in self._bar(range(len(samples)), "never exit")]
-        self.num_blocks = self.references[0].depths[0]
-
-    def measure(self, rule: tuple[float, int], texts: Sequence[int], title: str) -> _Measured:
-        """Decodes texts, given by their index, with (threshold, first exit)."""
-        kl, disagreement, depths = [], [], []
-        for index in self._bar(texts, title):
-            run, reference = self._run(index, *rule), self.references[index]
-            kl.append(_mean_kl(reference.logits, run.logits))
-            disagreement.append((reference.logits.argmax(-1) != run.logits.argmax(-1)).float().mean().item())
-            depths += run.depths
-        return _Measured(rule, kl, disagreement, depths)
-
-    def candidate(self, measured: _Measured) -> Candidate:
-        """Returns the means over texts, with the cost by all steps timed so far."""
-        return Candidate(
-            *measured.rule,
-            kl=statistics.fmean(measured.kl),
-            agreement=1 - statistics.fmean(measured.disagreement),
-            loss=statistics.fmean(measured.shares(self._goal)) * self._goal.clip,
-            mean_depth=statistics.fmean(measured.depths),
-            cost=self._cost(statistics.fmean(measured.depths)),
-            texts=len(measured.kl),
-        )
-
-    def _cost(self, depth: float) -> float:
-        least = min(self._seconds)
-        full = statistics.median(self._seconds[self.num_blocks])
-        if least == self.num_blocks:
-            return 1.0
-        shallow = statistics.median(self._seconds[least])
-        return (shallow + (full - shallow) * (depth - least) / (self.num_blocks - least)) / full
-
-    def _run(self, index: int, threshold: float, first_exit: int) -> _Run:
-        run = self._decode(self._samples[index], threshold, first_exit)
-        for depth, seconds in zip(run.depths, run.seconds, strict=True):
-            self._seconds.setdefault(depth, []).append(seconds)
-        return run
-
-    def _decode(self, ids: Tensor, threshold: float, first_exit: int) -> _Run:
-        """Runs the context as a prompt, then feeds the rest of the text token by token."""
-        ids = ids.to(self._model.device)
-        self._cache.reset()
-        self._step(ids, 0, self._context)
-        logits, seconds = [], []
-        with forced_threshold(threshold, first_exit), trace() as seen:
-            for position in range(self._context, ids.shape[1]):
-                start = time.perf_counter()
-                logits.append(self._step(ids, position, position + 1))
-                seconds.append(time.perf_counter() - start)
-        steps = [step for step in seen.tokens if step.thread == threading.get_ident()]
-        if len(steps) != len(seconds):
-            raise RuntimeError(
-                f"{len(steps)} of {len(seconds)} steps ran through River; river_compile.report(model) says why"
-            )
-        return _Run(
-            torch.cat(logits), tuple(s.depth for s in steps), tuple(s.similarities for s in steps), tuple(seconds)
-        )
-
-    def _step(self, ids: Tensor, start: int, stop: int) -> Tensor:
-        positions = torch.arange(start, stop, device=ids.device)[None]
-        held = {self._cache_name: self._cache, "use_cache": True}
-        return self._model(input_ids=ids[:, start:stop], position_ids=positions, **held).logits[:, -1]
-
-    def _bar(self, texts: Sequence[int], title: str) -> tqdm:
-        return tqdm(texts, desc=f"river: {title}", unit="text", leave=False, disable=not self._progress)
-
-
-def _mean_kl(reference: Tensor, other: Tensor) -> float:
-    """Returns the mean of KL(reference || other) in nats over rows of logits."""
-    p, q = reference.float().log_softmax(-1), other.float().log_softmax(-1)
-    return (p.exp() * (p - q)).sum(-1).mean().item()
-
-
-def _rules(meter: _Meter, texts: Sequence[int], every: int) -> list[tuple[float, int]]:
-    """Returns (threshold, first exit) pairs that spread over the depths.
-
-    For first exits from block 1 to the last but one: leave there at once, and leave there if more similar than most.
-    """
-    depths = range(1, meter.num_blocks, every)
-    picked = {depths[round(i * (len(depths) - 1) / (_FIRST_EXITS - 1))] for i in range(_FIRST_EXITS)}
-    rules = []
-    for first_exit in sorted(picked):
-        column = depths.index(first_exit)
-        scores = [step[column] for i in texts for step in meter.references[i].similarities]
-        rules += [(AT_ONCE, first_exit), (statistics.median(scores), first_exit)]
-    return rules
-
-
-def _order(candidates: Sequence[Candidate], goal: _Goal) -> list[Candidate]:
+def _order(candidates: Sequence[tuple[Candidate, bool]], goal: _Goal) -> list[Candidate]:
     """Orders those worth a test from the safest to the cheapest.
 
-    Only those that are cheaper than every one with less loss are worth it. It begins with the cheapest that lost less
-    than half of the budget, so that a test is not spent on what is safer than needed.
+    Only those that are cheaper than every one with less loss are worth it. It begins with the cheapest that should pass
+    with ease, so that a test is not spent on what is safer than needed, and goes on in steps of a share of the budget.
+
+    Args:
+        candidates: as measured on the pilot texts, each with whether it should pass with ease.
+        goal: the budget.
     """
     frontier: list[Candidate] = []
-    for candidate in sorted(candidates, key=lambda c: (c.loss, c.cost)):
+    start = 0
+    for candidate, easy in sorted(candidates, key=lambda c: (c[0].loss, c[0].cost)):
         if not frontier or candidate.cost < frontier[-1].cost:
             frontier.append(candidate)
-    start = max((i for i, c in enumerate(frontier) if c.loss <= goal.limit / 2), default=0)
-    return [c for i, c in enumerate(frontier[start:]) if i == 0 or c.loss <= _HOPELESS * goal.limit]
+            start = len(frontier) - 1 if easy else start
+    order = [frontier[start]]
+    hopeful = [c for c in frontier[start + 1 :] if c.loss <= _HOPELESS * goal.limit]
+    for candidate in hopeful:
+        if candidate is hopeful[-1] or candidate.loss >= order[-1].loss + _STEP * goal.limit:
+            order.append(candidate)
+    return order
 
 
-def _cannot(goal: _Goal, results: Sequence[Candidate], tested: Sequence[_Measured]) -> str:
+def _cannot(goal: _Goal, results: Sequence[Candidate], tested: Sequence[Measured]) -> str:
     best, can = results[0], _borne_out(goal, tested[0])
     return (
         f"{goal.metric}={goal.asked} cannot be promised with confidence {goal.confidence:.0%}: the safest rule tested "
@@ -325,13 +234,13 @@ def _cannot(goal: _Goal, results: Sequence[Candidate], tested: Sequence[_Measure
     )
 
 
-def _borne_out(goal: _Goal, measured: _Measured) -> float:
+def _borne_out(goal: _Goal, measured: Measured) -> float:
     """Returns the budget, in the goal's metric, that a rule's losses pass; KL's clip grows with it."""
     if goal.metric == "agreement":
-        return 1 - upper_bound(measured.shares(goal), goal.confidence) * goal.clip
+        return 1 - upper_bound(goal.shares(measured), goal.confidence) * goal.clip
 
     def passes(factor: float) -> bool:
-        shares = measured.shares(replace(goal, clip=goal.clip * factor))
+        shares = replace(goal, clip=goal.clip * factor).shares(measured)
         return p_value(shares, goal.limit / goal.clip) <= 1 - goal.confidence
 
     low, high = 1.0, 2.0

@@ -9,12 +9,12 @@ from river_compile.passes.decoder_layers import is_tensor, value_of
 from river_compile.passes.types import DecoderPlan, RiverProgram
 
 from .capture import CaptureDevice, CaptureLog
-from .captured_executor import CapturedExecutor
+from .captured_executor import CapturedExecutor, Capturing
 from .config import RiverConfig
 from .errors import OptionError
 from .launch_ahead import LaunchAhead
+from .models import ModelState
 from .runtime import ExitRule, RiverExecutor, Step
-from .stats import ExitStats
 
 
 def choose_device(program: RiverProgram, config: RiverConfig, captures: CaptureLog) -> CaptureDevice | None:
@@ -32,16 +32,17 @@ def make_executor(
     program: RiverProgram,
     steps: dict[str, Step],
     rule: ExitRule,
-    stats: ExitStats,
+    state: ModelState,
     config: RiverConfig,
     captures: CaptureLog,
     device: CaptureDevice | None,
 ) -> RiverExecutor:
     """Returns the executor of a program: one that captures where there is a device for it."""
     if device is None:
-        return RiverExecutor(program, steps, rule, stats)
+        return RiverExecutor(program, steps, rule, state.stats, state.memories)
     ahead = LaunchAhead(config.launch_ahead)
-    return CapturedExecutor(program, steps, rule, stats, device, config.max_captures, captures, ahead)
+    how = Capturing(device, config.max_captures, captures, ahead)
+    return CapturedExecutor(program, steps, rule, state.stats, state.memories, how)
 
 
 def check_device(config: RiverConfig, plan: DecoderPlan) -> None:

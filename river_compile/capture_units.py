@@ -52,7 +52,8 @@ class Unit:
         keys: those of them whose address or value a capture depends on.
         writes: registers of the tensors that are needed when it has ended, ascending.
         numbers: what it hands on besides, computed by the host: register, function, registers of its arguments.
-        flag: where its exit score goes in host memory, a float32 scalar; None without a check.
+        flag: where its score (of the exit check or the head) goes in host memory, a float32 scalar; None without one.
+        score: the register that keeps the head's score, None without one.
         obstacle: why it cannot be captured, None where nothing speaks against it.
     """
 
@@ -65,6 +66,7 @@ class Unit:
     writes: tuple[int, ...]
     numbers: tuple[tuple[int, Callable[..., int], tuple[int, ...]], ...]
     flag: Tensor | None
+    score: int | None
     obstacle: Refusal | None
 
     def run(self, registers: list) -> None:
@@ -74,6 +76,8 @@ class Unit:
             outputs = step(registers)
         if self.flag is not None:
             self.flag.copy_(outputs[-1], non_blocking=True)
+        if self.score is not None:
+            registers[self.score] = outputs[-1]
 
     def count(self, registers: list) -> None:
         """Computes the numbers that it hands on."""
@@ -95,10 +99,11 @@ class UnitMaker:
         program: the rewritten decoder.
         steps: the compiled step of each segment that can be reached, by segment name.
         register: the number of each value.
-        flags: float32 host memory, one value per depth from 0 to L.
+        flags: float32 host memory, one value per depth from 0 to L; the head's score takes the place of L.
 
     Attributes:
         ends: the candidate depths, then L.
+        score: the register behind all others, which keeps the head's score.
         prologue: the prologue as a unit, where it cannot be part of the first piece.
     """
 
@@ -107,6 +112,7 @@ class UnitMaker:
         self._steps = steps
         self._register = register
         self._flags = flags
+        self.score = len(register)
         self._segments: dict[str, Segment] = {segment.name: segment for segment in program.segments}
         self._num_blocks = program.plan.num_blocks
         self.ends = (*program.candidates, self._num_blocks)
@@ -114,7 +120,7 @@ class UnitMaker:
         blocked = obstacle(program.prologue, self._home)
         self.prologue = None
         if blocked is not None:
-            self.prologue = self._make("prologue", 0, (), ["prologue"], blocked, False)
+            self.prologue = self._make("prologue", 0, (), ["prologue"], blocked)
         self._made: dict[tuple, Unit] = {}
 
     def piece(self, start: int, end: int) -> Unit:
@@ -126,8 +132,7 @@ class UnitMaker:
             last = end == self._num_blocks
             if last:
                 names.append("head")
-            checked = bool(blocks) and not last and self._segments[f"block_{end}"].has_score
-            unit = self._make(f"{'last' if last else 'piece'} {start}-{end}", end, blocks, names, None, checked)
+            unit = self._make(f"{'last' if last else 'piece'} {start}-{end}", end, blocks, names)
             self._made["piece", start, end] = unit
         return self._made["piece", start, end]
 
@@ -136,7 +141,7 @@ class UnitMaker:
         if ("tail", depth) not in self._made:
             head = "head" if self._program.river_head is None else "river_head"
             names = [*(f"twin_{d}" for d in range(depth + 1, self._num_blocks + 1)), head]
-            self._made["tail", depth] = self._make(f"tail {depth}", depth, (), names, None, False)
+            self._made["tail", depth] = self._make(f"tail {depth}", depth, (), names)
         return self._made["tail", depth]
 
     def inputs(self, name: str) -> list[int]:
@@ -148,7 +153,7 @@ class UnitMaker:
         return self._steps[name].packed
 
     def _make(
-        self, name: str, depth: int, blocks: tuple[int, ...], names: list[str], blocked: Refusal | None, checked: bool
+        self, name: str, depth: int, blocks: tuple[int, ...], names: list[str], blocked: Refusal | None = None
     ) -> Unit:
         segments = [self._segments[n] for n in names]
         for segment in segments:
@@ -166,6 +171,11 @@ class UnitMaker:
             numbers += host_numbers(segment)
         counted = {number.node for number in numbers}
         later = self._read_later(names, depth)
+        with_head = names[-1].endswith("head")
+        scored = segments[-1].has_score
+        writes = sorted(self._register[n] for n in written if n in later and n not in counted)
+        if scored and with_head:
+            writes.append(self.score)
         return Unit(
             name,
             depth,
@@ -173,9 +183,10 @@ class UnitMaker:
             tuple(self._steps[n] for n in names),
             tuple(sorted(reads)),
             tuple(index for index in sorted(reads) if reads[index]),
-            tuple(sorted(self._register[n] for n in written if n in later and n not in counted)),
+            tuple(writes),
             tuple((self._register[n.node], n.compute, tuple(self._register[i] for i in n.inputs)) for n in numbers),
-            self._flags[depth] if checked else None,
+            self._flags[self._num_blocks if with_head else depth] if scored else None,
+            self.score if scored and with_head else None,
             blocked,
         )
 

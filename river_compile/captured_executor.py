@@ -20,27 +20,45 @@ import logging
 import threading
 import time
 from collections import OrderedDict
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass
 
 import torch
 from torch import Tensor
 
-from river_compile.passes.capturable import counters_of, fixed_inputs, source_of
-from river_compile.passes.decoder_layers import input_name, mutated_inputs
-from river_compile.passes.types import Refusal, RiverProgram
+from river_compile.passes.capturable import fixed_inputs, runs_once, source_of
+from river_compile.passes.decoder_layers import input_name
+from river_compile.passes.types import DecoderPlan, RiverProgram
 
 from .capture import CaptureDevice, CaptureFailed, CaptureLog, CaptureRecord
 from .capture_units import Unit, UnitMaker, copy_into
+from .criteria import Memories, Memory
 from .launch_ahead import LaunchAhead
 from .runtime import ExitRule, RiverExecutor, Step, gather, registers_of
-from .stats import ExitStats, record_step
+from .stats import ExitStats, Outcome, record_step
 
 log = logging.getLogger("river_compile.capture")
 
 _SEEN = 16  # sets of inputs that are remembered per unit until they come a second time
 _SHAPES = 8  # shapes of one value for which buffers are kept
 _CHANGES = 4  # uses without one repetition before the log calls an input changing
+
+
+@dataclass(frozen=True)
+class Capturing:
+    """How an executor captures.
+
+    Attributes:
+        device: what captures.
+        max_captures: captures kept at the same time.
+        log: where to write down what happens.
+        ahead: when the next piece is launched before the flag is known.
+    """
+
+    device: CaptureDevice
+    max_captures: int
+    log: CaptureLog
+    ahead: LaunchAhead
 
 
 @dataclass(frozen=True)
@@ -53,11 +71,8 @@ class CapturedExecutor(RiverExecutor):
     """A RiverExecutor for decode graphs on a static cache whose units are captured.
 
     Args:
-        program, steps, rule, stats: as for :class:`RiverExecutor`.
-        device: what captures.
-        max_captures: captures kept at the same time.
-        captures: where to write down what happens.
-        ahead: when the next piece is launched before the flag is known.
+        program, steps, rule, stats, memories: as for :class:`RiverExecutor`.
+        how: the device, its limits, and where to tell of it.
     """
 
     def __init__(
@@ -66,26 +81,19 @@ class CapturedExecutor(RiverExecutor):
         steps: dict[str, Step],
         rule: ExitRule,
         stats: ExitStats,
-        device: CaptureDevice,
-        max_captures: int,
-        captures: CaptureLog,
-        ahead: LaunchAhead,
+        memories: Memories,
+        how: Capturing,
     ) -> None:
-        super().__init__(program, steps, rule, stats)
+        super().__init__(program, steps, rule, stats, memories)
         plan = program.plan
         register = registers_of(program)
-        self.device = device
-        self.log = captures
-        self.ahead = ahead
-        self.flags = device.flags(plan.num_blocks + 1)
+        self.device, self.log, self.ahead, self._max_captures = how.device, how.log, how.ahead, how.max_captures
+        self.flags = self.device.flags(plan.num_blocks + 1)
         self.units = UnitMaker(program, steps, register, self.flags)
-        self._max_captures = max_captures
+        self.size = len(register) + 1  # (one more for the head's score)
         self._nodes = list(register)
         fixed = fixed_inputs(plan)
         self._copied = [i for node, i in register.items() if node.op == "placeholder" and node not in fixed]
-        self._cache = register[mutated_inputs(plan.blocks[0].kv.writes[0])[0]]
-        self._counters = [counters_of(plan, block) for block in plan.blocks]
-        self._register = register
         self._returned = [register[node] for node in program.returned]
         self._buffers: dict[int, OrderedDict[tuple, Tensor]] = {}
         self._captures: OrderedDict[tuple, _Entry] = OrderedDict()
@@ -93,52 +101,60 @@ class CapturedExecutor(RiverExecutor):
         self._failed: set[Unit] = set()
         self._reads: dict[Unit, Callable] = {}
         self._lock = threading.Lock()
-        captures.device = device.name
-        self._note_order()
+        self.log.device = self.device.name
+        self._note_order(plan)
 
     def __call__(self, *args: object) -> tuple:
+        rule = self._rule_of_step()
         with self._lock, torch._C._DisableAutocast():
             try:
-                depth, scores, outputs = self._step(args)
+                outcome, outputs = self._step(args, rule)
             except BaseException:
                 self.device.abandon()
                 raise
-        self._stats.count(depth, self._decode)
-        record_step(self._stats, depth, scores, self._decode)
+        self._stats.count(outcome.depth, self._decode, outcome.doubted)
+        record_step(self._stats, self._decode, outcome)
         return outputs
 
     def buffers(self) -> list[tuple[str, Tensor]]:
         """Returns the buffers at the units' borders, each with the name of its value in the traced graph."""
-        return [(self._nodes[i].name, b) for i, kept in sorted(self._buffers.items()) for b in kept.values()]
+        names = [*(node.name for node in self._nodes), "score of the head"]
+        return [(names[i], b) for i, kept in sorted(self._buffers.items()) for b in kept.values()]
 
-    def _step(self, args: Sequence) -> tuple[int, list[float], tuple]:
+    def _step(self, args: Sequence, rule: ExitRule) -> tuple[Outcome, tuple]:
         self.device.begin(lambda: [buffer for _, buffer in self.buffers()], self.flags)
         registers = [*args, *[None] * (self.size - len(args))]
         if self._check_capacity is not None:
             self._check_capacity(registers, 1)
+        memory = self._recall(registers)
         for index in self._copied:
             if isinstance(args[index], Tensor):
                 registers[index] = self._copy(index, args[index])
         if self.units.prologue is not None:
             self._launch(self.units.prologue, registers)
-        threshold, fixed_depth, first_exit = self._rule_now()
-        scores: list[float] = []
-        if threshold is None:
-            depth = fixed_depth
-            if depth or self.units.prologue is None:  # (otherwise there is nothing before the tail)
-                self._launch(self.units.piece(0, depth), registers)
+        outcome = self._run_blocks(registers, rule, memory)
+        if rule.threshold is not None and rule.criterion.may_doubt and outcome.depth < len(self.blocks):
+            outcome = self._finish_or_doubt(registers, outcome, rule)
         else:
-            depth = self._run_pieces(registers, threshold, first_exit, scores)
-        if depth < len(self.blocks):
-            self._launch(self.units.tail(depth), registers)
-        outputs = self._take_outputs(registers)
+            self._keep(registers, memory, self._finish(registers, outcome.depth))
+        outputs = self._fresh(registers[i] for i in self._returned)
         self.device.end()
-        return depth, scores, outputs
+        return outcome, outputs
 
-    def _run_pieces(self, registers: list, threshold: float, first_exit: int, scores: list[float]) -> int:
-        """Launches pieces until a flag says to leave; returns the blocks executed and fills in the scores."""
+    def _run_blocks(self, registers: list, rule: ExitRule, memory: Memory) -> Outcome:
+        """Launches the pieces up to the exit; the last one runs the head too."""
+        depth, entropy = self._depth_before(rule, memory)
+        if depth is None:
+            return self._run_pieces(registers, rule, memory)
+        if depth or self.units.prologue is None:  # (otherwise there is nothing before the tail)
+            self._launch(self.units.piece(0, depth), registers)
+        return Outcome(depth, entropy=entropy)
+
+    def _run_pieces(self, registers: list, rule: ExitRule, memory: Memory) -> Outcome:
+        """Launches pieces until a flag says to leave."""
         ends = self.units.ends
         pieces = [self.units.piece(a, b) for a, b in zip((0, *ends), ends, strict=False)]
+        scores: list[float] = []
         launched = 0
         for place, piece in enumerate(pieces[:-1]):
             alone = launched == place
@@ -146,7 +162,7 @@ class CapturedExecutor(RiverExecutor):
                 started, before = time.perf_counter(), self.device.mark()
                 replayed = self._launch(piece, registers)
                 launched += 1
-            if piece.depth < first_exit:
+            if piece.depth < rule.first_exit:
                 continue
             flag_sent = self.device.mark()
             if self._starts_ahead(piece, pieces[place + 1], registers):
@@ -154,19 +170,19 @@ class CapturedExecutor(RiverExecutor):
                 launched += 1
             self.device.wait(flag_sent)
             scores.append(self.flags[piece.depth].item())
-            leaves = scores[-1] > threshold  # false for NaN: a token whose score is no number stays
+            leaves = rule.criterion.leaves(piece.depth, scores[-1], rule.threshold, memory)
             self.ahead.saw(piece.depth, leaves)
             if alone and replayed and launched == place + 1:
                 seconds = self.device.seconds_between(before, flag_sent)
                 if seconds is not None:
                     self.ahead.timed(piece.depth, seconds, time.perf_counter() - started)
             if leaves:
-                if launched > place + 1:
-                    self._take_back(pieces[place + 1], registers)
-                return piece.depth
+                if launched > place + 1:  # the next piece ran for this token too, and so will its twins
+                    self._take_back(registers, piece.depth, pieces[place + 1].depth)
+                return Outcome(piece.depth, scores)
         if launched < len(pieces):
             self._launch(pieces[-1], registers)
-        return len(self.blocks)
+        return Outcome(len(self.blocks), scores)
 
     def _starts_ahead(self, piece: Unit, following: Unit, registers: list) -> bool:
         return (
@@ -175,13 +191,30 @@ class CapturedExecutor(RiverExecutor):
             and self._signature(following, registers) in self._captures
         )
 
-    def _take_back(self, unit: Unit, registers: list) -> None:
-        """Rewinds the counters that a piece advanced for a token that then left before it."""
-        pairs = [pair for block in unit.blocks for pair in self._counters[block - 1]]
-        tensors = [registers[self._register[node]] for node, _ in pairs]
-        steps = [step for _, step in pairs]
-        if tensors:
-            self.device.run(lambda: torch._foreach_sub_(tensors, steps))
+    def _take_back(self, registers: list, depth: int, end: int, saved: Sequence[tuple[int, Tensor]] = ()) -> None:
+        """Makes blocks depth+1..end ready to run once more for this token."""
+        self.device.run(lambda: self._rewind.back(registers, depth, saved, end))
+
+    def _finish(self, registers: list, depth: int) -> tuple:
+        """Launches the tail, where the head has not run yet; returns a copy of the head's score, where it has one."""
+        if depth < len(self.blocks):
+            self._launch(self.units.tail(depth), registers)
+        score = registers[self.units.score]
+        return () if score is None else self._fresh([score])
+
+    def _finish_or_doubt(self, registers: list, outcome: Outcome, rule: ExitRule) -> Outcome:
+        """Finishes through the river and, where its logits leave doubt, once more through the backbone."""
+        num_blocks = len(self.blocks)
+        self.device.settle()
+        moved = self._rewind.save(registers, outcome.depth)
+        self._launch(self.units.tail(outcome.depth), registers)
+        self.device.wait(self.device.mark())
+        entropy = self.flags[num_blocks].item()
+        if not rule.criterion.doubts(entropy, rule.threshold):
+            return Outcome(outcome.depth, entropy=entropy)
+        self._take_back(registers, outcome.depth, num_blocks, moved)
+        self._launch(self.units.piece(outcome.depth, num_blocks), registers)
+        return Outcome(num_blocks, entropy=entropy, doubted=True, river_from=outcome.depth)
 
     def _launch(self, unit: Unit, registers: list) -> bool:
         """Replays a unit, or runs it where it has no capture, and leaves its results in the registers.
@@ -253,7 +286,7 @@ class CapturedExecutor(RiverExecutor):
             log.warning("%s runs uncaptured: %s", unit.name, error)
             return None
         seconds = time.perf_counter() - start
-        record = CaptureRecord(unit.name, unit.depth, registers[self._cache].shape[0], seconds, size)
+        record = CaptureRecord(unit.name, unit.depth, registers[self._cache_in].shape[0], seconds, size)
         log.info("captured %s: depth %d, batch %d, %.3f s, %d bytes", *vars(record).values())
         while len(self._captures) >= self._max_captures:
             self._captures.popitem(last=False)
@@ -279,18 +312,17 @@ class CapturedExecutor(RiverExecutor):
         self.device.run(lambda: copy_into(buffer, value))
         return buffer
 
-    def _take_outputs(self, registers: list) -> tuple:
-        """Returns copies of what the graph returns, in order with the launches."""
-        outputs = [registers[i] for i in self._returned]
-        fresh = [torch.empty_like(v) if isinstance(v, Tensor) else v for v in outputs]
-        pairs = [(a, b) for a, b in zip(fresh, outputs, strict=True) if isinstance(a, Tensor)]
+    def _fresh(self, values: Iterable[object]) -> tuple:
+        """Returns copies that no later step overwrites, in order with the launches."""
+        values = list(values)
+        fresh = [torch.empty_like(v) if isinstance(v, Tensor) else v for v in values]
+        pairs = [(a, b) for a, b in zip(fresh, values, strict=True) if isinstance(a, Tensor)]
         self.device.run(lambda: [a.copy_(b) for a, b in pairs])
         return tuple(fresh)
 
-    def _note_order(self) -> None:
+    def _note_order(self, plan: DecoderPlan) -> None:
         """Writes down which pieces cannot be launched ahead, and why."""
         for start, end in zip(self.units.ends, self.units.ends[1:], strict=False):
-            unit = self.units.piece(start, end)
-            reasons = [c for c in self._counters[start:end] if isinstance(c, Refusal)]
-            if reasons:
-                self.log.not_ahead[unit.name] = str(reasons[0])
+            reason = next(filter(None, (runs_once(plan, block) for block in plan.blocks[start:end])), None)
+            if reason is not None:
+                self.log.not_ahead[self.units.piece(start, end).name] = str(reason)

@@ -8,10 +8,12 @@ from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
 
+from .criteria import CRITERIA
 from .errors import OptionError
 
 _GROUP_SIZES = (32, 64, 128, 256)
 _CHOICES = {
+    "criterion": tuple(CRITERIA),
     "quantizer": ("hqq", "rtn", "none"),
     "prefill": ("backbone", "exit"),
     "lm_head": ("keep", "w4"),
@@ -26,9 +28,14 @@ class RiverConfig:
     """Options of the backend.
 
     Attributes:
-        threshold: tau; a token leaves the backbone when the similarity of a block's input and output exceeds it.
-            A number; values of 1 and more never let a token leave.
-        first_exit: smallest exit depth, in backbone blocks executed, at least 1.
+        threshold: where the criterion draws the line; None takes the criterion's own default. A similarity that must be
+            exceeded for "similarity" and "history" (1 and more never let a token leave); for "confidence" and "doubt"
+            an entropy in nats that must not be reached, at least 0 (0 never lets a token leave, infinity always does).
+        criterion: which tokens leave: "similarity" (of a block's input and output, the paper's), "history" (that
+            averaged over the last tokens), "confidence" (the previous step's logits were sure) or "doubt" (the token
+            leaves, and the backbone runs it again where the river's logits are not sure).
+        first_exit: smallest exit depth, in backbone blocks executed, at least 1; the only one for "confidence" and
+            "doubt", where 0 is possible too.
         exit_every: distance between the depths at which a token may leave, at least 1.
         exit_depth: None, or one depth for every token: 0 (all blocks in 4 bits) to L (never leave).
         group_size: consecutive input features of a 4-bit matrix that share a scale and a zero: 32, 64, 128 or 256.
@@ -52,7 +59,8 @@ class RiverConfig:
             measured to help.
     """
 
-    threshold: float = 0.7
+    threshold: float | None = None
+    criterion: str = "similarity"
     first_exit: int = 2
     exit_every: int = 1
     exit_depth: int | None = None
@@ -70,8 +78,6 @@ class RiverConfig:
     launch_ahead: bool | None = None
 
     def __post_init__(self) -> None:
-        _require(_is_number(self.threshold), "threshold", self.threshold, "a number, such as 0.7")
-        _require(_is_int(self.first_exit, 1), "first_exit", self.first_exit, "an integer of 1 or more")
         _require(_is_int(self.exit_every, 1), "exit_every", self.exit_every, "an integer of 1 or more")
         _require(
             self.exit_depth is None or _is_int(self.exit_depth, 0),
@@ -90,6 +96,7 @@ class RiverConfig:
                     f"{name}={value!r} is not allowed; choose one of {_listed(allowed)}{_closest(value, allowed)}"
                 )
 
+        self._check_rule()
         _require(isinstance(self.same_rows, bool), "same_rows", self.same_rows, "True or False")
         self._check_capture()
         if self.artifact is not None and self.quantizer == "none":
@@ -101,6 +108,24 @@ class RiverConfig:
         _require(graphs is None or isinstance(graphs, bool) or graphs == "record", "cudagraphs", graphs, allowed)
         _require(_is_int(self.max_captures, 1), "max_captures", self.max_captures, "an integer of 1 or more")
         _require(ahead is None or isinstance(ahead, bool), "launch_ahead", ahead, "None, True or False")
+
+    def _check_rule(self) -> None:
+        """Checks threshold and first exit against the criterion, and fills in its threshold where none was given."""
+        criterion = CRITERIA[self.criterion]
+        if self.threshold is None:
+            object.__setattr__(self, "threshold", criterion.threshold)
+        if criterion.scores_blocks:
+            _require(_is_number(self.threshold), "threshold", self.threshold, "a number, such as 0.7")
+            _require(_is_int(self.first_exit, 1), "first_exit", self.first_exit, "an integer of 1 or more")
+            return
+        allowed = f"an entropy in nats of 0 or more, such as {criterion.threshold}, with criterion={self.criterion!r}"
+        _require(_is_number(self.threshold) and self.threshold >= 0, "threshold", self.threshold, allowed)
+        _require(_is_int(self.first_exit, 0), "first_exit", self.first_exit, "an integer of 0 or more")
+        if self.prefill == "exit":
+            raise OptionError(
+                f"prefill='exit' is not available with criterion={self.criterion!r}, which knows a prompt's entropy "
+                "only afterwards; use prefill='backbone', or criterion='similarity'"
+            )
 
     @classmethod
     def from_options(cls, options: Mapping[str, object] | None) -> RiverConfig:

@@ -19,6 +19,7 @@ from river_compile.passes.types import KeptLinear, RiverProgram
 
 from .capture import CaptureLog
 from .config import RiverConfig
+from .criteria import Memories
 from .lowering import Compiled
 from .packing import PackedSite, PackedWeights
 from .stats import ExitStats
@@ -79,6 +80,7 @@ class ModelState:
     def __init__(self) -> None:
         self.id = next(_ids)
         self.stats = ExitStats(self.id)
+        self.memories = Memories()
         self.packed = PackedWeights()
         self.graphs: list[GraphRecord] = []
         self.same_rows: dict[tuple, SameRows] = {}

@@ -30,11 +30,15 @@ def plot_depths(trace: Trace, path: str | Path, texts: list[str] | None = None) 
     figure = Figure(figsize=(14, 0.9 + 1.15 * len(rows)), layout="constrained")
     FigureCanvasAgg(figure)
     colours = ScalarMappable(Normalize(0, max(trace.num_blocks, 1)), "viridis_r")
-    figure.suptitle(f"Exit depth of {len(tokens)} tokens, mean {trace.mean_depth:.2f} of {trace.num_blocks} blocks")
+    doubted = f"; {trace.doubted} doubted (hatched): river, then backbone" if trace.doubted else ""
+    figure.suptitle(
+        f"Exit depth of {len(tokens)} tokens, mean {trace.mean_depth:.2f} of {trace.num_blocks} blocks{doubted}"
+    )
     for axes, start in zip(figure.subplots(len(rows), squeeze=False)[:, 0], rows, strict=True):
         line = tokens[start : start + _PER_LINE]
         depths = [t.depth for t in line]
-        axes.bar(range(len(line)), depths, color=[colours.to_rgba(d) for d in depths], width=0.9)
+        hatches = ["///" if t.doubted else "" for t in line]
+        axes.bar(range(len(line)), depths, color=[colours.to_rgba(d) for d in depths], width=0.9, hatch=hatches)
         for x, depth in enumerate(depths):
             axes.text(x, depth, str(depth), ha="center", va="bottom", fontsize=7)
         axes.set_xlim(-0.6, _PER_LINE - 0.4)

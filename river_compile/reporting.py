@@ -30,6 +30,7 @@ class Report:
     decode_depths: dict[int, int]
     prefill_depths: dict[int, int]
     exact: ExactStats
+    doubted: int = 0
 
     @property
     def ran(self) -> bool:
@@ -70,6 +71,7 @@ class Report:
             "exit_depths": dict(self.decode_depths),
             "prefill_exit_depths": dict(self.prefill_depths),
             "mean_exit_depth": _finite(self.mean_depth),
+            "doubted": self.doubted,
             "exact": _exact_dict(self.exact),
         }
 
@@ -105,6 +107,7 @@ def report(model: nn.Module) -> Report:
         state.stats.depths(decode=True),
         state.stats.depths(decode=False),
         state.stats.exact.copy(),
+        state.stats.doubted,
     )
 
 
@@ -114,6 +117,7 @@ def _graph_dict(graph: GraphRecord) -> dict[str, object]:
         "cache": graph.cache,
         "refusal": graph.refusal,
         "blocks": graph.num_blocks,
+        "criterion": graph.config.criterion,
         "candidate_depths": list(graph.candidates),
         "segments": [
             {"name": c.name, "uses": c.uses, "compile_seconds": c.seconds, "direct": c.direct} for c in graph.compiled
@@ -138,6 +142,11 @@ def _graph_lines(graph: GraphRecord) -> list[str]:
     lines = [f"  {kind:<14} {graph.num_blocks} blocks, {graph.cache} cache; {seconds}"]
     segments = ", ".join(f"{c.name} x{c.uses}" for c in graph.compiled)
     lines.append(f"    segments     {segments}")
+    if graph.kind == "decode" and graph.config.exit_depth is None:
+        config = graph.config
+        lines.append(f"    criterion    {config.criterion}, threshold {config.threshold:g}")
+        if not graph.candidates:
+            lines.append(f"    exits after  block {config.first_exit}")
     if graph.candidates:
         lines.append(f"    exits after  {_ranges(graph.candidates)}")
     for reason, count in Counter(k.reason for k in graph.kept).items():
@@ -166,6 +175,9 @@ def _depth_lines(report: Report) -> list[str]:
         return ["  exits          no token was decoded yet"]
     total = sum(report.decode_depths.values())
     lines = [f"  exits          {total} decode steps, mean depth {report.mean_depth:.2f} blocks"]
+    if report.doubted:
+        share = 100 * report.doubted / total
+        lines.append(f"    doubted      {report.doubted} ({share:.0f} %) ran through the river and then the backbone")
     return lines + histogram(report.decode_depths)
 
 

@@ -11,16 +11,19 @@ import contextlib
 import operator
 import threading
 from collections.abc import Callable, Iterator, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import torch
 from torch import Tensor, fx
 
+from river_compile.passes.decoder_layers import is_tensor, mutated_inputs, value_of
 from river_compile.passes.types import DecoderPlan, RiverProgram, Segment
 
+from .criteria import CRITERIA, Criterion, Memories, Memory
 from .errors import CacheFullError
 from .lowering import Callee
-from .stats import ExitStats, record_step
+from .rewind import rewind_of
+from .stats import ExitStats, Outcome, record_step
 
 
 class Step:
@@ -57,12 +60,16 @@ class ExitRule:
     """When a token leaves.
 
     Attributes:
-        threshold: the similarity that a block must exceed, None where checks play no part.
+        threshold: of the criterion, None where it plays no part.
         fixed_depth: blocks to execute where there is no threshold.
+        criterion: what the threshold is compared with.
+        first_exit: smallest exit depth.
     """
 
     threshold: float | None
     fixed_depth: int
+    criterion: Criterion = CRITERIA["similarity"]
+    first_exit: int = 1
 
 
 _forced = threading.local()
@@ -136,13 +143,21 @@ class RiverExecutor:
         steps: the compiled step of each segment that this program can reach, by segment name.
         rule: when tokens leave.
         stats: counts exits.
+        memories: what the criterion remembers of the model's sequences; shared by the model's graphs.
 
     Attributes:
         prologue, blocks, twins, head, river_head: the steps; None stands for a segment that cannot be reached.
         size: number of registers, the graph's inputs first.
     """
 
-    def __init__(self, program: RiverProgram, steps: dict[str, Step], rule: ExitRule, stats: ExitStats) -> None:
+    def __init__(
+        self,
+        program: RiverProgram,
+        steps: dict[str, Step],
+        rule: ExitRule,
+        stats: ExitStats,
+        memories: Memories | None = None,
+    ) -> None:
         plan = program.plan
         register = registers_of(program)
         depths = range(1, plan.num_blocks + 1)
@@ -158,57 +173,96 @@ class RiverExecutor:
         self._rule = rule
         self._stats = stats
         self._decode = plan.is_decode
+        self._memories = memories or Memories()
+        self._cache_in, self._cache_out = cache_registers(plan, register)
+        self._rewind = rewind_of(plan, register)
 
     def __call__(self, *args: object) -> tuple:
         registers = [*args, *[None] * (self.size - len(args))]
+        rule = self._rule_of_step()
+        memory = self._recall(registers)
         with torch._C._DisableAutocast():
             self.prologue(registers)
             if self._check_capacity is not None:
                 self._check_capacity(registers)
-            depth, scores = self._run_blocks(registers)
-            for twin in self.twins[depth:]:
-                twin(registers)
-            (self.head if depth == len(self.blocks) else self.river_head)(registers)
-        self._stats.count(depth, self._decode)
-        record_step(self._stats, depth, scores, self._decode)
+            outcome = self._run_blocks(registers, rule, memory)
+            if rule.threshold is not None and rule.criterion.may_doubt and outcome.depth < len(self.blocks):
+                outcome = self._finish_or_doubt(registers, outcome, rule)
+            else:
+                self._keep(registers, memory, self._finish(registers, outcome.depth))
+        self._stats.count(outcome.depth, self._decode, outcome.doubted)
+        record_step(self._stats, self._decode, outcome)
         return tuple(self._return(registers))
 
-    def _run_blocks(self, registers: list) -> tuple[int, list[float]]:
-        """Runs backbone blocks until the exit; returns the blocks executed and the similarities seen."""
-        threshold, fixed_depth, first_exit = self._rule_now()
-        scores: list[float] = []
-        if threshold is None:
-            for block in self.blocks[:fixed_depth]:
+    def _run_blocks(self, registers: list, rule: ExitRule, memory: Memory) -> Outcome:
+        """Runs backbone blocks until the exit."""
+        depth, entropy = self._depth_before(rule, memory)
+        if depth is not None:
+            for block in self.blocks[:depth]:
                 block(registers)
-            return fixed_depth, scores
+            return Outcome(depth, entropy=entropy)
+        scores: list[float] = []
         for depth, (block, has_score) in enumerate(zip(self.blocks, self._has_score, strict=True), start=1):
             outputs = block(registers)
-            if has_score and depth >= first_exit:
-                score = outputs[-1].item()
-                scores.append(score)
-                if score > threshold:  # false for NaN: a token whose score is no number stays
-                    return depth, scores
-        return len(self.blocks), scores
+            if has_score and depth >= rule.first_exit:
+                scores.append(outputs[-1].item())
+                if rule.criterion.leaves(depth, scores[-1], rule.threshold, memory):
+                    return Outcome(depth, scores)
+        return Outcome(len(self.blocks), scores)
 
-    def _rule_now(self) -> tuple[float | None, int, int]:
-        """Returns what holds for this step: threshold (None: none), depth without one, first exit with one."""
-        threshold, fixed_depth, first_exit = self._rule.threshold, self._rule.fixed_depth, 1
-        forced_rule = getattr(_forced, "threshold", None)
-        if forced_rule is not None and self._decode:
-            threshold, first_exit = self._check_rule(forced_rule)
-        forced = getattr(_forced, "depth", None)
-        if forced is not None and self._decode:
-            threshold, fixed_depth = None, self._check_depth(forced)
-        return threshold, fixed_depth, first_exit
+    def _depth_before(self, rule: ExitRule, memory: Memory) -> tuple[int | None, float | None]:
+        """Returns the depth where it is known before the first block, and the entropy that it was told by."""
+        if rule.threshold is None:
+            return rule.fixed_depth, None
+        entropy = memory.read_entropy()
+        return rule.criterion.depth_before(rule.threshold, rule.first_exit, len(self.blocks), entropy), entropy
 
-    def _check_rule(self, rule: tuple[float, int]) -> tuple[float, int]:
-        """Returns a forced threshold and first exit after making sure that this program has checks."""
+    def _finish(self, registers: list, depth: int) -> Sequence:
+        """Runs the twins behind `depth` and the head; returns the head's outputs."""
+        for twin in self.twins[depth:]:
+            twin(registers)
+        return (self.head if depth == len(self.blocks) else self.river_head)(registers)
+
+    def _finish_or_doubt(self, registers: list, outcome: Outcome, rule: ExitRule) -> Outcome:
+        """Finishes through the river and, where its logits leave doubt, once more through the backbone."""
+        moved = self._rewind.save(registers, outcome.depth)
+        entropy = self._finish(registers, outcome.depth)[-1].item()
+        if not rule.criterion.doubts(entropy, rule.threshold):
+            return Outcome(outcome.depth, entropy=entropy)
+        self._rewind.back(registers, outcome.depth, moved)
+        for block in self.blocks[outcome.depth :]:
+            block(registers)
+        self.head(registers)
+        return Outcome(len(self.blocks), entropy=entropy, doubted=True, river_from=outcome.depth)
+
+    def _recall(self, registers: list) -> Memory:
+        """Returns what is remembered of the sequence; nothing for a prompt."""
+        if not self._rule.criterion.remembers or not self._decode or self._cache_in is None:
+            return Memory()
+        return self._memories.recall(registers[self._cache_in])
+
+    def _keep(self, registers: list, memory: Memory, outputs: Sequence) -> None:
+        if self._rule.criterion.remembers and self._cache_out is not None:
+            memory.entropy = outputs[-1] if self._rule.criterion.reads_logits else None
+            self._memories.keep(registers[self._cache_out], memory)
+
+    def _rule_of_step(self) -> ExitRule:
+        """Returns the exit rule with what this thread forces on it."""
+        threshold, depth = getattr(_forced, "threshold", None), getattr(_forced, "depth", None)
+        if self._decode and depth is not None:
+            return replace(self._rule, threshold=None, fixed_depth=self._check_depth(depth))
+        if self._decode and threshold is not None:
+            return replace(self._rule, threshold=self._check_threshold(threshold[0]), first_exit=threshold[1])
+        return self._rule
+
+    def _check_threshold(self, threshold: float) -> float:
+        """Returns a forced threshold after making sure that this program has checks."""
         if self._rule.threshold is None:
             raise ValueError(
-                f"threshold {rule[0]} was asked for, but this model was compiled with "
+                f"threshold {threshold} was asked for, but this model was compiled with "
                 f"exit_depth={self._rule.fixed_depth} and checks no block; compile it without exit_depth"
             )
-        return rule
+        return threshold
 
     def _check_depth(self, depth: int) -> int:
         """Returns a forced depth after making sure that its segments are there."""
@@ -219,6 +273,25 @@ class RiverExecutor:
                 "and has no other segments; compile it without exit_depth"
             )
         return depth
+
+
+def cache_registers(plan: DecoderPlan, register: dict[fx.Node, int]) -> tuple[int | None, int | None]:
+    """Returns the registers of a tensor that tells sequences apart, before a step and after it, None where unknown.
+
+    It is part of the first block's KV cache: the one tensor that is written in place, or the longer one that a step
+    returns, which is what the next step gets.
+    """
+    write = plan.blocks[0].kv.writes[0]
+    if plan.blocks[0].kv.kind == "static":
+        target = mutated_inputs(write)[0]
+        return register.get(target), register.get(target, register.get(write))
+    stack, before = [write], None
+    while stack and before is None:
+        node = stack.pop()
+        if node.op == "placeholder" and is_tensor(node) and value_of(node).dim() == 4:
+            before = node
+        stack += [n for n in node.all_input_nodes if plan.part_of.get(n, 1) == 1]
+    return register.get(before), register.get(write)
 
 
 def registers_of(program: RiverProgram) -> dict[fx.Node, int]:

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import threading
 from collections import Counter
+from collections.abc import Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 
@@ -22,10 +23,18 @@ class ExitStats:
         self._lock = threading.Lock()
         self._decode: Counter[int] = Counter()
         self._prefill: Counter[int] = Counter()
+        self._doubted = 0
 
-    def count(self, depth: int, decode: bool) -> None:
+    def count(self, depth: int, decode: bool, doubted: bool = False) -> None:
         with self._lock:
             (self._decode if decode else self._prefill)[depth] += 1
+            self._doubted += doubted
+
+    @property
+    def doubted(self) -> int:
+        """Decode steps that ran through the river and then through the backbone."""
+        with self._lock:
+            return self._doubted
 
     def depths(self, decode: bool = True) -> dict[int, int]:
         """Returns {exit depth in backbone blocks executed: steps}, ascending."""
@@ -36,7 +45,27 @@ class ExitStats:
         with self._lock:
             self._decode.clear()
             self._prefill.clear()
+            self._doubted = 0
         self.exact.reset()
+
+
+@dataclass(frozen=True)
+class Outcome:
+    """Where the rows of one step left, and why.
+
+    Attributes:
+        depth: backbone blocks executed; all of them for a doubted step.
+        similarities: the exit score after each candidate block that ran.
+        entropy: of the logits that decided, in nats: the previous step's, or the river's; None where none did.
+        doubted: the step ran through the river first, and then again through the backbone.
+        river_from: backbone blocks before the river's part of a doubted step, None for other steps.
+    """
+
+    depth: int
+    similarities: Sequence[float] = ()
+    entropy: float | None = None
+    doubted: bool = False
+    river_from: int | None = None
 
 
 @dataclass(frozen=True)
@@ -44,11 +73,14 @@ class StepRecord:
     """One forward pass.
 
     Attributes:
-        depth: backbone blocks executed before the rows left.
+        depth: backbone blocks executed before the rows left; all of them for a doubted step.
         similarities: the exit score after each candidate block that ran.
         decode: False for a prompt.
         thread: identifier of the thread it ran in.
         model: which model ran, an identifier unique in the process.
+        entropy: of the logits that decided, in nats: the previous step's ("confidence"), or the river's ("doubt").
+        doubted: the step ran through the river first, and then again through the backbone.
+        river_from: backbone blocks before the river's part of a doubted step, None for other steps.
     """
 
     depth: int
@@ -56,6 +88,9 @@ class StepRecord:
     decode: bool
     thread: int
     model: int
+    entropy: float | None = None
+    doubted: bool = False
+    river_from: int | None = None
 
 
 @dataclass(frozen=True)
@@ -153,6 +188,11 @@ class Trace:
         return sum(t.depth for t in tokens) / len(tokens) if tokens else float("nan")
 
     @property
+    def doubted(self) -> int:
+        """Decode steps that ran through both paths."""
+        return sum(t.doubted for t in self.tokens)
+
+    @property
     def kept_sources(self) -> dict[str, int]:
         """Tokens that exact mode kept, by where they came from (a prompt's first token is in no cycle)."""
         return dict(Counter(source for cycle in self.cycles for source in cycle.kept))
@@ -207,11 +247,20 @@ class trace:
             _open = tuple(t for t in _open if t is not self._trace)
 
 
-def record_step(stats: ExitStats, depth: int, scores: list[float], decode: bool) -> None:
+def record_step(stats: ExitStats, decode: bool, outcome: Outcome) -> None:
     """Adds a step to every open trace."""
     if not _open:
         return
-    step = StepRecord(depth, tuple(scores), decode, threading.get_ident(), stats.model_id)
+    step = StepRecord(
+        outcome.depth,
+        tuple(outcome.similarities),
+        decode,
+        threading.get_ident(),
+        stats.model_id,
+        outcome.entropy,
+        outcome.doubted,
+        outcome.river_from,
+    )
     for t in _open:
         t.num_blocks = max(t.num_blocks, stats.num_blocks)
         t.steps.append(step)

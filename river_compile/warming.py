@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import sys
 from collections.abc import Iterable, Iterator
+from contextlib import AbstractContextManager
 
 import torch
 from torch import nn
@@ -10,10 +12,10 @@ from tqdm import tqdm
 from transformers.cache_utils import Cache
 
 from .capture import CaptureLog
+from .criteria import CRITERIA
 from .models import GraphRecord, find_state
 from .runtime import forced_depth, forced_threshold
 
-_NEVER = float("inf")
 _PROMPT = 4  # tokens of a prompt that says nothing
 _STEPS = 2  # decode steps per exit: the first one warms up, the second one captures
 
@@ -63,12 +65,15 @@ def warmup(model: nn.Module, cache: Cache, *, batch_size: int = 1, depths: Itera
     return record.captures
 
 
-def _runs(record: GraphRecord, depths: Iterable[int]) -> Iterator:
-    """Yields a context for every exit that a token can take."""
-    if record.candidates:
-        yield forced_threshold(_NEVER)
-        for depth in record.candidates:
-            yield forced_threshold(-_NEVER, depth)
+def _runs(record: GraphRecord, depths: Iterable[int]) -> Iterator[AbstractContextManager]:
+    """Yields a context for every way that a token can take."""
+    criterion, first = CRITERIA[record.config.criterion], record.config.first_exit
+    if record.config.exit_depth is None:
+        yield forced_threshold(criterion.never, first)
+        for depth in record.candidates or (first,):
+            yield forced_threshold(criterion.always, depth)
+        if criterion.may_doubt:
+            yield forced_threshold(sys.float_info.min, first)  # the river runs and is never believed
     for depth in depths:
         yield forced_depth(depth)
 

@@ -10,6 +10,7 @@ import torch
 from transformers import StaticCache
 
 from river_compile import BudgetError, Calibration, OptionError, calibrate, river, trace
+from river_compile.criteria import CRITERIA
 from tests.decoding import cache_argument
 from tests.families import make, prompt
 
@@ -33,9 +34,9 @@ def model():
     return make("llama", layers=3)
 
 
-@pytest.fixture(scope="module")
-def found(model):
-    return run(model, {"kl": 0.3})
+@pytest.fixture(scope="module", params=list(CRITERIA))
+def found(model, request):
+    return run(model, {"kl": 0.3}, criterion=request.param)
 
 
 def logits_of(model, ids):
@@ -66,6 +67,7 @@ def test_measured_quality_is_what_the_options_give(model, found):
     # The held-out texts are 32 of these 40: their sum is at most that of all, and at least that of the 32 smallest.
     assert sum(sorted(kl)[:32]) - 1e-4 <= rule.kl * 32 <= sum(sorted(kl)[8:]) + 1e-4
     assert abs(rule.mean_depth - seen.mean_depth) < 0.6
+    assert abs(rule.doubted - seen.doubted / len(seen.tokens)) < 0.2
 
 
 def test_the_chosen_rule_passed_and_is_the_cheapest_of_those(found):
@@ -73,7 +75,8 @@ def test_the_chosen_rule_passed_and_is_the_cheapest_of_those(found):
     assert found.chosen in passed
     assert found.chosen.cost == min(c.cost for c in passed)
     assert found.chosen.loss < 0.3
-    assert found.options == {**OPTIONS, "threshold": found.chosen.threshold, "first_exit": found.chosen.first_exit}
+    rule = {"threshold": found.chosen.threshold, "first_exit": found.chosen.first_exit}
+    assert found.options == {**OPTIONS, "criterion": found.base_options["criterion"], **rule}
     assert any(c.kl > 0 for c in found.candidates)
 
 
@@ -86,6 +89,8 @@ def test_it_can_be_read(found):
     assert "promised   mean kl at most 0.3 on unseen text of the same kind, confidence 90%" in text
     assert "texts above 1.5 counted as 1.5" in text
     assert "of 3 blocks" in text
+    assert f"criterion='{found.base_options['criterion']}'" in text
+    assert re.search(r"of never exit's time per token: \d+ tokens/s instead of \d+", text)
 
 
 def test_save_load_and_picture(found, tmp_path):
@@ -115,6 +120,16 @@ def test_a_budget_of_agreement(model):
     assert found.chosen.agreement == pytest.approx(1 - found.chosen.loss)
     assert found.chosen.agreement > 0.6
     assert "mean agreement at least 0.6" in str(found)
+
+
+def test_the_short_form_of_a_budget(model, found):
+    """`kl=0.3` is `budget={"kl": 0.3}`: the same texts, rules and promise, so the same measured quality."""
+    short = run(model, None, kl=0.3, criterion=found.base_options["criterion"])
+    assert (short.metric, short.budget, short.clip) == ("kl", 0.3, found.clip)
+    measured = {(c.threshold, c.first_exit, c.texts): c.kl for c in found.candidates}
+    again = {(c.threshold, c.first_exit, c.texts): c.kl for c in short.candidates}
+    assert all(measured[key] == again[key] for key in measured.keys() & again.keys())
+    assert measured.keys() & again.keys()
 
 
 def test_a_budget_that_cannot_be_met_says_what_can(model):
@@ -148,6 +163,11 @@ def test_short_texts_are_left_out(model):
         ({"kl": 0.1}, {"confidence": 1.0}, r"confidence=1\.0 is not allowed"),
         ({"kl": 0.1}, {"clip": 0.1}, r"clip=0\.1 is not allowed; it must be above the loss that is promised, 0\.1"),
         ({"kl": 0.1}, {"options": {"threshold": 0.5}}, r"threshold=0\.5 is what calibration finds"),
+        ({"kl": 0.1}, {"options": {"criterion": "doubt"}}, r"give criterion='doubt' to calibrate itself"),
+        ({"kl": 0.1}, {"criterion": "trust"}, r"criterion='trust' is not allowed"),
+        ({"kl": 0.1}, {"kl": 0.1}, "one budget is needed, such as kl=0.05 or agreement=0.98; given: {'budget'"),
+        (None, {}, "one budget is needed, .*; given: none"),
+        (None, {"kl": -1.0}, r"budget kl=-1\.0 is not allowed; it must be above 0"),
         ({"kl": 0.1}, {"options": {"quantiser": "rtn"}}, "did you mean 'quantizer'"),
     ],
 )

@@ -152,6 +152,25 @@ class TestSameBits:
         check()
         assert captured.graph.captures.captures
 
+    @pytest.mark.parametrize(
+        ("criterion", "thresholds"),
+        [("history", (2.0, 0.9, -2.0)), ("confidence", (0.0, 3.5, 4.0)), ("doubt", (0.0, 1e-9, 3.5, 4.0, 9.0))],
+    )
+    def test_other_criteria(self, device, criterion, thresholds):
+        """What is remembered between tokens, entropies, and a backbone that runs behind the river."""
+        options = {"criterion": criterion, "first_exit": 2}
+        steps = [(i % 2, None, tau) for tau in thresholds * 2 for i in range(6)]
+        plain = Decoder(device=device, **{**OPTIONS, **options}, cudagraphs=False)
+        captured = Decoder(device=device, **{**capturing(device), **options})
+        with river_compile.trace() as expected:
+            a = run(plain, steps)
+        with river_compile.trace() as actual:
+            b = run(captured, steps)
+        assert_same(steps, a, b)
+        assert [(s.depth, s.similarities) for s in actual.steps] == [(s.depth, s.similarities) for s in expected.steps]
+        assert len({s.depth for s in actual.tokens}) > 1
+        assert {c.unit for c in captured.graph.captures.captures} >= {"tail 2"}
+
     @pytest.mark.parametrize("name", ["gemma2", "mistral", "phi", "gpt2", "falcon_gqa", "mixtral", "olmo2"])
     def test_families(self, name):
         """Sliding windows (before and after they are full), counters in Python, experts, parallel blocks."""

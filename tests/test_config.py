@@ -27,6 +27,7 @@ from tests.families import make, prompt
         ({"lowering": "inductr"}, ["did you mean 'inductor'?"]),
         ({"on_unsupported": "ignore"}, ["on_unsupported='ignore'", "'inductor', 'raise'"]),
         ({"dump_dir": 3}, ["dump_dir=3", "path"]),
+        ({"same_rows": 1}, ["same_rows=1", "True or False"]),
     ],
 )
 def test_bad_options_are_named(options, words):

@@ -1,20 +1,17 @@
 """Exact mode on real transformers models: the text, the outputs and the cache are those of the plain model.
 
-The tiny models run with the eager lowering in float32, whose backbone gives the plain model's bits. SmolLM2 runs
-through Inductor in float32; set RIVER_EXACT_PROMPTS=50 and RIVER_EXACT_TOKENS=100 for a longer proof.
+The models are tiny and run with the eager lowering, whose backbone gives the plain model's bits.
 """
 
 import itertools
-import os
 
 import pytest
 import torch
-from transformers import GenerationConfig, StaticCache, StoppingCriteriaList, StopStringCriteria, pipeline
+from transformers import StaticCache
 from transformers.generation import LogitsProcessor, LogitsProcessorList
 from transformers.generation.streamers import BaseStreamer
 
 import river_compile
-from examples import models
 from river_compile.runtime import forced_depth
 from river_compile.same_rows import SameRows
 from river_compile.two_paths import TwoPaths
@@ -23,21 +20,6 @@ from tests.families import REWRITTEN, SLIDING_WINDOW, make, prompt
 
 NEW_TOKENS = 24
 SLIDING = ("mistral", "ministral", "gemma2", "gemma3")
-TASKS = (
-    "Explain in a few sentences",
-    "Write a short story about",
-    "List five facts about",
-    "Write a poem about",
-    "Ask a question about",
-)
-TOPICS = ("the sea", "a lost key", "bread", "the moon", "trains", "an old oak", "winter", "honest work", "maps", "bees")
-
-
-@pytest.fixture(autouse=True)
-def fresh_dynamo():
-    torch._dynamo.reset()
-    yield
-    torch._dynamo.reset()
 
 
 def compiled(name="llama", dtype=torch.float32, **options):
@@ -205,6 +187,9 @@ def test_after_each_cycle_the_cache_holds_what_passes_of_that_width_write(static
     """The plain model runs the same ids in the same widths: the same slots, lengths and bits, cycle by cycle."""
     ids, mask = padded(3)
     plain = make("llama")
+    plain.compile(
+        backend="eager"
+    )  # traced, as ours is: transformers groups the heads of one query only where it is not
     cache = new_cache(plain, "static" if static else "dynamic", capacity=ids.shape[1] + NEW_TOKENS - 1)
     plain(ids, attention_mask=mask, position_ids=positions(mask), cache=cache, use_cache=True)
     cycles = []
@@ -235,7 +220,7 @@ def test_after_each_cycle_the_cache_holds_what_passes_of_that_width_write(static
     run_backbone, run_keep = TwoPaths.backbone, TwoPaths.keep
     monkeypatch.setattr(TwoPaths, "backbone", backbone)
     monkeypatch.setattr(TwoPaths, "keep", keep)
-    with torch.no_grad():
+    with torch.no_grad(), torch._dynamo.config.patch(recompile_limit=64):  # (of both models together)
         exactly(compiled(), ids, mask, static=static)
     assert len({width for _, _, width, _ in cycles}) > 1
 
@@ -328,69 +313,3 @@ def test_a_cache_of_the_users_that_is_too_small_is_named():
     model = compiled()
     with pytest.raises(river_compile.CacheFullError, match="holds 20 tokens"):
         exactly(model, prompt(), cache=StaticCache(config=model.config, max_cache_len=20))
-
-
-@pytest.fixture(scope="module")
-def smollm2():
-    torch._dynamo.reset()
-    model, tokenizer = models.load("smollm2", dtype="float32")
-    model.compile(backend=river_compile.river)
-    return model, tokenizer
-
-
-def test_smollm2_in_float32_generates_the_plain_text(smollm2, monkeypatch):
-    """Greedy texts of chat prompts equal those of the same model run eagerly, and of the compiled one's backbone."""
-    model, tokenizer = smollm2
-    count, new_tokens = (int(os.environ.get(f"RIVER_EXACT_{n}", d)) for n, d in (("PROMPTS", 6), ("TOKENS", 48)))
-    chats = [f"{task} {topic}." for topic, task in itertools.product(TOPICS, TASKS)]
-    eager, _ = models.load("smollm2", dtype="float32")
-    model._previous_max_cache_length = 64 + new_tokens
-    with river_compile.trace() as trace:
-        for i in range(count):
-            ids = models.encode(tokenizer, chats[i * len(chats) // count])
-            ours = exactly(model, ids, max_new_tokens=new_tokens)
-            assert torch.equal(ours, generate(eager, ids, max_new_tokens=new_tokens)), chats[i]
-            with forced_depth(model.config.num_hidden_layers):
-                assert torch.equal(ours, generate(model, ids, max_new_tokens=new_tokens))
-    kept = trace.kept_sources
-    assert kept["river"] > kept["backbone"], "drafts were hardly ever right"
-
-
-def test_strict_smollm2_in_bfloat16_generates_the_plain_text():
-    """Through Inductor, where wide passes of the ordinary graph do round differently."""
-    torch._dynamo.reset()
-    model, tokenizer = models.load("smollm2", dtype="bfloat16")
-    model.compile(backend=river_compile.river, options={"quantizer": "rtn"})
-    model._previous_max_cache_length = 96
-    for chat in ("Explain in a few sentences why the sky is blue.", "Repeat three times: the cat sat on the mat."):
-        ids = models.encode(tokenizer, chat)
-        with river_compile.trace() as trace:
-            ours = exactly(model, ids, strict=True)
-        with forced_depth(model.config.num_hidden_layers):
-            assert torch.equal(ours, generate(model, ids))
-        assert sum(trace.kept_sources.values()) > len(trace.cycles), "no draft was verified"
-
-
-def test_stop_strings_stop_where_plain_generation_stops(smollm2):
-    """The tokenizer is given to generate, as ever; the string ends inside a draft."""
-    model, tokenizer = smollm2
-    ids = models.encode(tokenizer, "Write a short story about a lost key.")
-    options = {"stop_strings": ["."], "tokenizer": tokenizer, "max_new_tokens": 48}
-    ours = exactly(model, ids, **options)
-    with forced_depth(model.config.num_hidden_layers):
-        assert torch.equal(ours, generate(model, ids, **options))
-    assert tokenizer.decode(ours[0, ids.shape[1] :]).count(".") == 1
-
-
-def test_smollm2_through_a_pipeline_and_with_stop_strings(smollm2):
-    model, tokenizer = smollm2
-    generator = pipeline("text-generation", model=model, tokenizer=tokenizer)
-    config = GenerationConfig(max_new_tokens=40, do_sample=False, eos_token_id=tokenizer.eos_token_id, pad_token_id=0)
-    config.cache_implementation = "static"
-    text = "Once upon a time, there was a"
-    ends = StoppingCriteriaList([StopStringCriteria(tokenizer, [",", "."])])
-    options = {"generation_config": config, "stopping_criteria": ends, "return_full_text": False}
-    ours = generator(text, custom_generate=river_compile.exact, **options)[0]["generated_text"]
-    with forced_depth(model.config.num_hidden_layers):
-        assert generator(text, **options)[0]["generated_text"] == ours
-    assert ours.count(",") + ours.count(".") == 1

@@ -3,8 +3,9 @@
 import pytest
 import torch
 
-from examples import calibrate, demo, models
+from examples import calibrate, demo, exact, models
 from examples.timing import Generation, decode_rate, generate
+from river_compile.stats import CycleRecord
 from tests.families import make, prompt
 
 
@@ -71,3 +72,13 @@ def test_calibration_has_texts_enough():
     passages = calibrate.topics()
     assert len(passages) == len(set(passages)) >= 60
     assert all(len(passage) > 100 for passage in passages)
+
+
+def test_cycles_are_shown_with_the_source_of_every_token():
+    def cycle(drafted, kept, width):
+        return CycleRecord(drafted, kept, width, held_back=0, seconds=(0.002, 0.01, 0.0), thread=0, model=0)
+
+    cycles = [cycle(("river",) * 3, ("river", "backbone"), 4), cycle(("lookup",), ("lookup", "backbone"), 2)]
+    lines = exact.cycle_lines(cycles, [" a", "\n", " b", "."])
+    assert lines[1].split() == ["1", "3", "1", "4", "2.0", "10.0", "a[⏎]"]
+    assert lines[2].endswith("  ( b)[.]")

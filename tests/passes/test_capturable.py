@@ -9,7 +9,7 @@ from collections.abc import Callable
 
 import pytest
 import torch
-from river_compile.passes.capturable import counters_of, fixed_inputs, obstacle, source_of
+from river_compile.passes.capturable import fixed_inputs, obstacle, runs_once, source_of
 from river_compile.passes.types import Block, DecoderPlan, KVSlot, Refusal, Segment
 from torch import fx
 
@@ -71,7 +71,7 @@ def test_a_block_that_writes_a_slot_and_counts_may_run_twice():
     block = BlockGraph()
     plain(block)
     plan = block.plan
-    assert counters_of(plan, plan.blocks[0]) == ((block.counter, 1),)
+    assert runs_once(plan, plan.blocks[0]) is None
     assert fixed_inputs(plan) == {block.keys, block.values, block.counter}
 
 
@@ -82,6 +82,10 @@ def counts_twice(b: BlockGraph) -> None:
 
 def counts_by_a_value(b: BlockGraph) -> None:
     b.count(b.method("size", torch.tensor(1), b.hidden))
+
+
+def counts_by_two(b: BlockGraph) -> None:
+    b.count(2)
 
 
 def shifts_the_cache(b: BlockGraph) -> None:
@@ -117,6 +121,7 @@ def slot_from_the_cache(b: BlockGraph) -> None:
     ("build", "reason"),
     [
         (counts_twice, "it changes a value otherwise than by writing to a slot or counting"),
+        (counts_by_two, "it changes a value otherwise than by writing to a slot or counting"),
         (counts_by_a_value, "it changes a value otherwise than by writing to a slot or counting"),
         (shifts_the_cache, "it changes a value otherwise than by writing to a slot or counting"),
         (writes_through_a_view, "it changes a value otherwise than by writing to a slot or counting"),
@@ -129,7 +134,7 @@ def test_other_blocks_may_not_and_the_reason_names_the_line(build: Callable, rea
     block = BlockGraph()
     build(block)
     plan = block.plan
-    refusal = counters_of(plan, plan.blocks[0])
+    refusal = runs_once(plan, plan.blocks[0])
     assert isinstance(refusal, Refusal)
     assert refusal.reason == reason
     assert refusal.where

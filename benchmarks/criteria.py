@@ -1,0 +1,218 @@
+"""Exit criteria compared at equal cost: how much KL is left at which time per token.
+
+    python benchmarks/criteria.py
+    python benchmarks/criteria.py --model smollm2 --json criteria.json --plots DIR
+
+Texts are fed token by token, under each criterion at thresholds that let more and more tokens leave; a doubted token
+pays for both paths. Two lines stand for comparison, both with exits after the same block: tokens that leave by chance,
+and an oracle that lets those leave which lose least. "At equal time" reads each criterion's frontier, the rules mixed
+by chance where two of them lie around the time that is asked for; never exit belongs to every frontier.
+
+Time is that of a decode step in the model's forward pass, as a share of never exit's in the same run.
+"""
+
+from __future__ import annotations
+
+import argparse
+import random
+import statistics
+import sys
+from collections.abc import Sequence
+from pathlib import Path
+
+sys.path.insert(0, str(Path(__file__).resolve().parent.parent))  # a script finds only its own folder
+
+import torch
+
+from benchmarks import common
+from examples import models
+from examples.calibrate import topics
+from river_compile.criteria import CRITERIA, Criterion
+from river_compile.meter import Measured, Meter, Rule, compiled
+
+SHARES = (0.3, 0.5, 0.7, 0.85)
+FIRST_EXIT = 2
+TIMES = (0.6, 0.7, 0.8, 0.9)
+COLUMNS = ("criterion", "first_exit", "threshold", "left", "doubted", "depth", "time", "kl", "agreement")
+
+
+def main(arguments: list[str] | None = None) -> int:
+    """Runs the command line and returns the exit status."""
+    options = _parse(arguments)
+    torch.set_num_threads(options.threads)
+    models.quiet()
+    results = {}
+    for name in options.model:
+        try:
+            model, tokenizer = models.load(name)
+        except (models.ModelUnavailable, ValueError) as error:
+            print(f"error: {error}", file=sys.stderr)
+            return 1
+        length = options.context + options.tokens
+        ids = [tokenizer(text)["input_ids"][:length] for text in topics()]
+        samples = [torch.tensor([row]) for row in ids if len(row) == length][: options.texts]
+        with torch.inference_mode():
+            results[name] = measure(model, samples, options)
+        show(name, results[name])
+    outcome = {
+        "benchmark": "criteria",
+        "texts": options.texts,
+        "tokens": options.tokens,
+        "machine": common.machine_facts(options.threads),
+        "models": {name: {"rows": rows, "at_equal_time": at_equal_time(rows)} for name, rows in results.items()},
+    }
+    if options.json:
+        common.write_json(options.json, outcome)
+        print(f"\nWritten to {options.json}")
+    if options.plots:
+        print(f"Drawn to {plot(results, options.plots)}")
+    return 0
+
+
+def measure(model: torch.nn.Module, samples: Sequence[torch.Tensor], options: argparse.Namespace) -> list[dict]:
+    """Returns a row for each rule of each criterion, and for chance and oracle."""
+    rows: list[dict] = []
+    for criterion in CRITERIA.values():
+        settings = {"criterion": criterion.name, "threshold": criterion.never, "first_exit": 1}
+        torch._dynamo.reset()
+        with compiled(model, {"group_size": 64, **settings}):
+            meter = Meter(model, criterion, samples, options.context, options.progress)
+            texts = range(len(samples))
+            found = [
+                (criterion.name, meter.measure(rule, texts, f"{criterion.name} {rule}"))
+                for rule in _rules(meter, criterion, texts)
+            ]
+            if criterion.may_doubt:
+                found += _reference_lines(meter, criterion, texts)
+            rows += [_row(name, measured, meter) for name, measured in found]
+    return rows
+
+
+def _rules(meter: Meter, criterion: Criterion, texts: Sequence[int]) -> list[Rule]:
+    """Returns thresholds under which shares of the tokens leave, and some other first exits."""
+    if criterion.scores_blocks:
+        scores = [s.similarities[FIRST_EXIT - 1] for i in texts for s in meter.references[i].steps]
+        later = [round(meter.num_blocks * part) for part in (0.25, 0.5, 0.75)]
+        rules = [(_quantile(scores, 1 - share), FIRST_EXIT) for share in SHARES]
+        return [*rules, *((criterion.always, depth) for depth in (FIRST_EXIT, *later))]
+    rules = []
+    for first_exit in (FIRST_EXIT, 0):
+        runs = [meter.run(i, (criterion.always, first_exit)) for i in texts]
+        entropies = [step.entropy for run in runs for step in run.steps]
+        rules += [(_quantile(entropies, share), first_exit) for share in SHARES]
+        rules.append((criterion.always, first_exit))
+    return rules
+
+
+def _reference_lines(meter: Meter, criterion: Criterion, texts: Sequence[int]) -> list[tuple[str, Measured]]:
+    """Measures tokens that leave by chance, and those that lose least when all leave."""
+    all_left = meter.measure((criterion.always, FIRST_EXIT), texts, "oracle")
+    losses = [loss for text in all_left.kl for loss in text]
+    chance = random.Random(0)
+    draws = [chance.random() for _ in losses]
+    found = []
+    for name, ranks in (("chance", draws), ("oracle", losses)):
+        for share in SHARES:
+            bound = _quantile(ranks, share)
+            flat = iter(FIRST_EXIT if rank < bound else meter.num_blocks for rank in ranks)
+            depths = [[next(flat) for _ in text] for text in all_left.kl]
+            found.append((name, meter.measure_at(depths, texts, name)))
+        found.append((name, all_left))
+    return found
+
+
+def _quantile(values: Sequence[float], share: float) -> float:
+    ordered = sorted(values)
+    return ordered[min(int(share * len(ordered)), len(ordered) - 1)]
+
+
+def _row(name: str, measured: Measured, meter: Meter) -> dict:
+    threshold, first_exit = measured.rule
+    stayed = statistics.fmean(kind.depth == meter.num_blocks for kind in measured.kinds)
+    return {
+        "criterion": name,
+        "first_exit": first_exit if threshold == threshold else FIRST_EXIT,
+        "threshold": threshold if abs(threshold) < float("inf") else None,
+        "left": 1 - stayed,
+        "doubted": measured.doubted,
+        "depth": measured.mean_depth,
+        "time": meter.cost(measured),
+        "kl": statistics.fmean(measured.text_losses("kl")),
+        "agreement": 1 - statistics.fmean(measured.text_losses("agreement")),
+    }
+
+
+def at_equal_time(rows: Sequence[dict]) -> dict[str, list[float | None]]:
+    """Returns each criterion's KL at :data:`TIMES`, None where none of its rules is that quick."""
+    names = dict.fromkeys(row["criterion"] for row in rows)
+    points = {name: [(r["time"], r["kl"]) for r in rows if r["criterion"] == name] for name in names}
+    return {name: [least_kl([*found, (1.0, 0.0)], time) for time in TIMES] for name, found in points.items()}
+
+
+def least_kl(points: Sequence[tuple[float, float]], time: float) -> float | None:
+    """Returns the least KL at a mean time, of rules (time, KL) or of two of them mixed by chance."""
+    quicker = [p for p in points if p[0] <= time]
+    slower = [p for p in points if p[0] > time]
+    mixed = [a[1] + (b[1] - a[1]) * (time - a[0]) / (b[0] - a[0]) for a in quicker for b in slower]
+    return min([*(kl for _, kl in quicker), *mixed], default=None) if quicker else None
+
+
+def show(name: str, rows: Sequence[dict]) -> None:
+    """Prints the rows, and the frontiers at equal time."""
+    print(f"\n{name}")
+    common.print_table(COLUMNS, [[_shown(row[column]) for column in COLUMNS] for row in rows])
+    print("\nKL at equal time per token (share of never exit's)")
+    common.print_table(
+        ("criterion", *(f"{time:.0%}" for time in TIMES)),
+        [(criterion, *map(_shown, values)) for criterion, values in at_equal_time(rows).items()],
+    )
+
+
+def _shown(value: object) -> object:
+    return f"{value:.3f}" if isinstance(value, float) else value
+
+
+def plot(results: dict[str, list[dict]], folder: str | Path) -> Path:
+    """Draws KL against time, a panel for each model; returns the picture's path."""
+    from matplotlib.backends.backend_agg import FigureCanvasAgg
+    from matplotlib.figure import Figure
+
+    figure = Figure(figsize=(6 * len(results), 4.6), layout="constrained")
+    FigureCanvasAgg(figure)
+    for axes, (name, rows) in zip(figure.subplots(1, len(results), squeeze=False)[0], results.items(), strict=True):
+        for criterion in dict.fromkeys(row["criterion"] for row in rows):
+            found = sorted((r["time"], r["kl"]) for r in rows if r["criterion"] == criterion)
+            style = {"chance": "k--", "oracle": "k:"}.get(criterion, "-")
+            times = [found[0][0] + (1 - found[0][0]) * i / 100 for i in range(101)]
+            points = [*found, (1.0, 0.0)]
+            (line,) = axes.plot(times, [least_kl(points, time) for time in times], style, label=criterion)
+            axes.scatter(*zip(*found, strict=True), s=14, color=line.get_color())
+        axes.set_title(name)
+        axes.set_xlabel("time per token, share of never exit")
+        axes.set_ylabel("KL from never exit, nats per token")
+        axes.set_ylim(bottom=0)
+        axes.spines[["top", "right"]].set_visible(False)
+        axes.legend(frameon=False)
+    path = Path(folder) / "criteria.png"
+    path.parent.mkdir(parents=True, exist_ok=True)
+    figure.savefig(path, format="png", dpi=110)
+    return path
+
+
+def _parse(arguments: list[str] | None) -> argparse.Namespace:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--model", action="append", help=f"{', '.join(models.MODELS)} or a folder; may be repeated")
+    parser.add_argument("--texts", type=int, default=16, help="texts to measure (default 16)")
+    parser.add_argument("--context", type=int, default=16, help="tokens of a text's prompt (default 16)")
+    parser.add_argument("--tokens", type=int, default=16, help="tokens measured in each text (default 16)")
+    parser.add_argument("--threads", type=int, default=2)
+    parser.add_argument("--json", type=Path, metavar="FILE", help="write the outcome as JSON")
+    parser.add_argument("--plots", type=Path, metavar="DIR", help="draw the frontiers as criteria.png")
+    parser.add_argument("--no-progress", dest="progress", action="store_false")
+    options = parser.parse_args(arguments)
+    options.model = options.model or ["smollm2", "gemma3-270m"]
+    return options
+
+
+if __name__ == "__main__":
+    sys.exit(main())
