@@ -98,7 +98,7 @@ def show(model: PreTrainedModel, options: argparse.Namespace, ahead: bool) -> No
         )
         rows.append([depth, len(launches), calls, len(waits), order])
     print_table(["depth", "launches", "copies", "flags", "order"], rows)
-    print(f"\n{len(log.captures)} captures\n")
+    print(f"\n{log.made} captures\n")
     if options.timeline:
         for depth, events in steps.items():
             print("\n".join(timeline(f"depth {depth}", events, _units(watch.executor))), end="\n\n")

@@ -9,6 +9,7 @@ CUDA graphs (:mod:`river_compile.capture_cuda`) and a recorder that needs no GPU
 from __future__ import annotations
 
 from abc import ABC, abstractmethod
+from collections import deque
 from collections.abc import Callable, Iterable
 from dataclasses import dataclass, field
 from typing import TYPE_CHECKING
@@ -17,6 +18,9 @@ from torch import Tensor
 
 if TYPE_CHECKING:
     from .capture_units import Unit
+
+
+_RECORDS = 512
 
 
 class CaptureFailed(RuntimeError):
@@ -120,7 +124,8 @@ class CaptureLog:
     Attributes:
         device: the device's name, empty where nothing is captured.
         reason: why nothing is captured, empty where something may be.
-        captures: every capture, those that were dropped since included.
+        captures: the newest captures, at most 512; those that were dropped since included.
+        made: how many there were in all; `seconds` and `bytes` are sums over all of them.
         alive: captures that are kept at the moment.
         dropped: captures that gave way to `max_captures`.
         uncaptured: by unit, why it runs uncaptured.
@@ -130,12 +135,22 @@ class CaptureLog:
 
     device: str = ""
     reason: str = ""
-    captures: list[CaptureRecord] = field(default_factory=list)
+    captures: deque[CaptureRecord] = field(default_factory=lambda: deque(maxlen=_RECORDS))
+    made: int = 0
+    seconds: float = 0.0
+    bytes: int = 0
     alive: int = 0
     dropped: int = 0
     uncaptured: dict[str, str] = field(default_factory=dict)
     not_ahead: dict[str, str] = field(default_factory=dict)
     buffer_bytes: int = 0
+
+    def add(self, record: CaptureRecord) -> None:
+        """Writes down a capture."""
+        self.captures.append(record)
+        self.made += 1
+        self.seconds += record.seconds
+        self.bytes += record.bytes
 
     def to_dict(self) -> dict[str, object]:
         """Returns the log as values that ``json.dumps`` takes."""
@@ -143,6 +158,9 @@ class CaptureLog:
             "device": self.device,
             "not_captured": self.reason or None,
             "captures": [vars(c) for c in self.captures],
+            "made": self.made,
+            "seconds": self.seconds,
+            "bytes": self.bytes,
             "alive": self.alive,
             "dropped": self.dropped,
             "buffer_bytes": self.buffer_bytes,
@@ -156,10 +174,9 @@ class CaptureLog:
             return [f"    not captured {self.reason}"]
         if not self.device:
             return []
-        seconds, size = sum(c.seconds for c in self.captures), sum(c.bytes for c in self.captures)
         dropped = f", {self.dropped} of them dropped (max_captures)" if self.dropped else ""
         lines = [
-            f"    captured     {len(self.captures)} graphs by {self.device} in {seconds:.2f} s, {size / 1e6:.2f} MB, "
+            f"    captured     {self.made} graphs by {self.device} in {self.seconds:.2f} s, {self.bytes / 1e6:.2f} MB, "
             f"{self.buffer_bytes / 1e3:.1f} kB of buffers{dropped}"
         ]
         lines += [f"    uncaptured   {unit}: {reason}" for unit, reason in self.uncaptured.items()]

@@ -293,7 +293,7 @@ class CapturedExecutor(RiverExecutor):
             self.log.dropped += 1
         self._captures[signature] = entry = _Entry(graph, outputs)
         del self._seen[unit][signature]
-        self.log.captures.append(record)
+        self.log.add(record)
         self.log.alive = len(self._captures)
         self.log.uncaptured.pop(unit.name, None)
         return entry

@@ -74,7 +74,7 @@ class RiverConfig:
     artifact: str | None = None
     same_rows: bool = False
     cudagraphs: bool | str | None = None
-    max_captures: int = 128
+    max_captures: int = 256
     launch_ahead: bool | None = None
 
     def __post_init__(self) -> None:
