@@ -14,7 +14,7 @@ import argparse
 import sys
 from collections.abc import Iterable, Iterator
 from contextlib import contextmanager
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))  # a script finds only its own folder
@@ -28,10 +28,8 @@ from river_compile import river, warmup
 from river_compile.capture_recorder import Event
 from river_compile.capture_units import Unit
 from river_compile.captured_executor import CapturedExecutor
-from river_compile.criteria import CRITERIA
-from river_compile.runtime import forced_threshold
+from river_compile.criteria import Memory, Similarity
 
-_RULE = CRITERIA["similarity"]
 _PROMPT = 4
 _COLUMNS = {"block": 6, "twin": 3, "head": 2, "river": 2, "prologue": 1}
 
@@ -42,6 +40,16 @@ class Watch:
 
     executor: CapturedExecutor | None = None
     arguments: tuple = ()
+
+
+class LeavesAt(Similarity):
+    """Reads every flag on the way and leaves at a given depth, whatever the flags say."""
+
+    def __init__(self, exit_depth: int) -> None:
+        self._exit_depth = exit_depth
+
+    def leaves(self, depth: int, score: float, threshold: float, memory: Memory) -> bool:
+        return depth >= self._exit_depth
 
 
 @contextmanager
@@ -65,6 +73,7 @@ def main(arguments: list[str] | None = None) -> int:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--model", help="a model's name or folder; a random Llama where it is left out")
     parser.add_argument("--layers", type=int, default=4, help="blocks of the random Llama (default 4)")
+    parser.add_argument("--first", type=int, default=1, help="first_exit (default 1)")
     parser.add_argument("--every", type=int, default=1, help="exit_every (default 1)")
     parser.add_argument("--capacity", type=int, default=64, help="tokens in the static cache (default 64)")
     parser.add_argument("--timeline", action="store_true", help="draw every step")
@@ -78,7 +87,7 @@ def main(arguments: list[str] | None = None) -> int:
 
 def show(model: PreTrainedModel, options: argparse.Namespace, ahead: bool) -> None:
     """Warms a model up and prints what one step at every exit depth does."""
-    settings = {"cudagraphs": "record", "launch_ahead": ahead, "exit_every": options.every}
+    settings = {"cudagraphs": "record", "launch_ahead": ahead, "exit_every": options.every, "first_exit": options.first}
     model.compile(backend=river, options={**settings, "lowering": "eager", "quantizer": "rtn"})
     cache = StaticCache(config=model.config, max_cache_len=options.capacity)
     with watching() as watch:
@@ -120,11 +129,10 @@ def _step(model: PreTrainedModel, cache: StaticCache, watch: Watch, depth: int) 
     """Decodes one token that leaves at a depth; returns what the recorder saw."""
     cache.reset()
     ids = torch.ones(1, _PROMPT, dtype=torch.long)
-    last = depth == watch.executor.units.ends[-1]
-    with forced_threshold(_RULE.never if last else _RULE.always, 1 if last else depth):
-        model.generate(
-            ids, attention_mask=torch.ones_like(ids), cache=cache, max_new_tokens=2, min_new_tokens=2, do_sample=False
-        )
+    watch.executor._rule = replace(watch.executor._rule, criterion=LeavesAt(depth))
+    model.generate(
+        ids, attention_mask=torch.ones_like(ids), cache=cache, max_new_tokens=2, min_new_tokens=2, do_sample=False
+    )
     return list(watch.executor.device.events)
 
 
