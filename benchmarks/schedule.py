@@ -5,6 +5,7 @@
     python benchmarks/schedule.py --timeline              # and draws the steps, as in docs/cuda.md
 
 The recorder freezes the units, buffers and order of launches that CUDA graphs would get; it cannot tell time.
+Other calls are copies into buffers, of results, and the rewind of counters after a piece that ran for nothing.
 In the drawing a backbone block is 6 columns long, a twin 3, the head 2 and a launch 1.
 """
 
@@ -106,7 +107,7 @@ def show(model: PreTrainedModel, options: argparse.Namespace, ahead: bool) -> No
             e.name if e.what == "launch" else f"flag of {e.name}?" for e in events if e.what in "launchwait"
         )
         rows.append([depth, len(launches), calls, len(waits), order])
-    print_table(["depth", "launches", "copies", "flags", "order"], rows)
+    print_table(["depth", "launches", "other calls", "flags", "order"], rows)
     print(f"\n{log.made} captures\n")
     if options.timeline:
         for depth, events in steps.items():

@@ -47,7 +47,8 @@ def capturing(device: str = "cpu", **options) -> dict[str, object]:
 class Decoder:
     """A tiny compiled model that takes steps on caches it makes.
 
-    The mask covers the whole cache, as generate makes it, so that no input changes its size.
+    The mask covers the whole cache, as generate makes it, so that no input changes its size. Families with sliding
+    windows make their own masks.
 
     Attributes:
         executors: the capturing executors of its graphs.
@@ -82,7 +83,9 @@ class Decoder:
         position = torch.arange(filled, filled + ids.shape[1])
         mask = (slots[None, :] <= position[:, None])[None, None].expand(len(ids), 1, -1, -1)
         held = {"use_cache": True, cache_argument(self.model): cache}
-        tensors = {"input_ids": ids, "attention_mask": mask.contiguous(), "position_ids": position[None]}
+        tensors = {"input_ids": ids, "position_ids": position[None]}
+        if self.model.config.model_type == "llama":
+            tensors["attention_mask"] = mask.contiguous()
         with mock.patch.object(capture_choice, "CapturedExecutor", self._noted):
             return self.model(**{k: v.to(self.device) for k, v in tensors.items()}, **held).logits
 
