@@ -8,7 +8,7 @@ from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
 
-from .criteria import CRITERIA
+from .criteria import CRITERIA, Threshold
 from .errors import OptionError
 
 _GROUP_SIZES = (32, 64, 128, 256)
@@ -29,8 +29,9 @@ class RiverConfig:
 
     Attributes:
         threshold: where the criterion draws the line; None takes the criterion's own default. A similarity that must be
-            exceeded for "similarity" and "history" (1 and more never let a token leave); for "confidence" and "doubt"
-            an entropy in nats that must not be reached, at least 0 (0 never lets a token leave, infinity always does).
+            exceeded for "similarity" and "history" (1 and more never let a token leave), or a sequence of them, one
+            for each depth from 1 on, whose last holds for all greater depths; for "confidence" and "doubt" an entropy
+            in nats that must not be reached, at least 0 (0 never lets a token leave, infinity always does).
         criterion: which tokens leave: "similarity" (of a block's input and output, the paper's), "history" (that
             averaged over the last tokens), "confidence" (the previous step's logits were sure) or "doubt" (the token
             leaves, and the backbone runs it again where the river's logits are not sure).
@@ -59,7 +60,7 @@ class RiverConfig:
             measured to help.
     """
 
-    threshold: float | None = None
+    threshold: Threshold | None = None
     criterion: str = "similarity"
     first_exit: int = 2
     exit_every: int = 1
@@ -115,7 +116,11 @@ class RiverConfig:
         if self.threshold is None:
             object.__setattr__(self, "threshold", criterion.threshold)
         if criterion.scores_blocks:
-            _require(_is_number(self.threshold), "threshold", self.threshold, "a number, such as 0.7")
+            if isinstance(self.threshold, list):
+                object.__setattr__(self, "threshold", tuple(self.threshold))
+            several = self.threshold if isinstance(self.threshold, tuple) else (self.threshold,)
+            allowed = "a number, such as 0.7, or a list with one for each depth from 1 on"
+            _require(several != () and all(map(_is_number, several)), "threshold", self.threshold, allowed)
             _require(_is_int(self.first_exit, 1), "first_exit", self.first_exit, "an integer of 1 or more")
             return
         allowed = f"an entropy in nats of 0 or more, such as {criterion.threshold}, with criterion={self.criterion!r}"

@@ -30,6 +30,8 @@ from torch.utils.weak import WeakTensorKeyDictionary
 
 HISTORY = 4  # tokens over which "history" averages
 
+Threshold = float | tuple[float, ...]  # a tuple has one for each depth, see threshold_after
+
 
 @dataclass
 class Memory:
@@ -75,7 +77,7 @@ class Criterion:
         """
         return None
 
-    def leaves(self, depth: int, score: float, threshold: float, memory: Memory) -> bool:
+    def leaves(self, depth: int, score: float, threshold: Threshold, memory: Memory) -> bool:
         """Tells whether a token leaves after `depth` blocks with this similarity; False for NaN."""
         raise NotImplementedError(f"criterion {self.name!r} asks no block")
 
@@ -95,8 +97,8 @@ class Similarity(Criterion):
     name, threshold, never, always = "similarity", 0.7, 2.0, -2.0
     scores_blocks = True
 
-    def leaves(self, depth: int, score: float, threshold: float, memory: Memory) -> bool:
-        return score > threshold
+    def leaves(self, depth: int, score: float, threshold: Threshold, memory: Memory) -> bool:
+        return score > threshold_after(threshold, depth)
 
 
 class History(Similarity):
@@ -105,12 +107,12 @@ class History(Similarity):
     name = "history"
     remembers = True
 
-    def leaves(self, depth: int, score: float, threshold: float, memory: Memory) -> bool:
+    def leaves(self, depth: int, score: float, threshold: Threshold, memory: Memory) -> bool:
         if score != score:  # NaN: it would stay in the mean for several tokens
             return False
         scores = memory.scores.setdefault(depth, deque(maxlen=HISTORY))
         scores.append(score)
-        return sum(scores) / len(scores) > threshold
+        return sum(scores) / len(scores) > threshold_after(threshold, depth)
 
 
 class Confidence(Criterion):
@@ -134,6 +136,18 @@ class Doubt(Criterion):
 
     def doubts(self, entropy: float, threshold: float) -> bool:
         return not entropy < threshold  # true for NaN
+
+
+def threshold_after(threshold: Threshold, depth: int) -> float:
+    """Returns the threshold after `depth` blocks: of a tuple the depth's own, its last for all greater depths."""
+    return threshold[min(depth, len(threshold)) - 1] if isinstance(threshold, tuple) else threshold
+
+
+def shown(threshold: Threshold) -> str:
+    """Returns a threshold as people read it."""
+    if not isinstance(threshold, tuple):
+        return f"{threshold:.4g}"
+    return f"{min(threshold):.4g} to {max(threshold):.4g} by block"
 
 
 CRITERIA: dict[str, Criterion] = {c.name: c for c in (Similarity(), History(), Confidence(), Doubt())}

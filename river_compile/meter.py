@@ -27,12 +27,12 @@ from tqdm import tqdm
 from transformers import PreTrainedModel, StaticCache
 
 from .backend import river
-from .criteria import Criterion, Memories, Memory
+from .criteria import Criterion, Memories, Memory, Threshold
 from .models import find_state
 from .runtime import forced_depth, forced_threshold
 from .stats import StepRecord, trace
 
-Rule = tuple[float, int]  # threshold, first exit
+Rule = tuple[Threshold, int]  # threshold, first exit
 
 
 @contextlib.contextmanager

@@ -8,6 +8,7 @@ from dataclasses import dataclass
 
 from torch import nn
 
+from .criteria import shown
 from .models import GraphRecord, find_state
 from .packing import PackedSite
 from .stats import ExactStats
@@ -144,7 +145,7 @@ def _graph_lines(graph: GraphRecord) -> list[str]:
     lines.append(f"    segments     {segments}")
     if graph.kind == "decode" and graph.config.exit_depth is None:
         config = graph.config
-        lines.append(f"    criterion    {config.criterion}, threshold {config.threshold:g}")
+        lines.append(f"    criterion    {config.criterion}, threshold {shown(config.threshold)}")
         if not graph.candidates:
             lines.append(f"    exits after  block {config.first_exit}")
     if graph.candidates:

@@ -19,7 +19,7 @@ from torch import Tensor, fx
 from river_compile.passes.decoder_layers import is_tensor, mutated_inputs, value_of
 from river_compile.passes.types import DecoderPlan, RiverProgram, Segment
 
-from .criteria import CRITERIA, Criterion, Memories, Memory
+from .criteria import CRITERIA, Criterion, Memories, Memory, Threshold
 from .errors import CacheFullError
 from .lowering import Callee
 from .rewind import rewind_of
@@ -66,7 +66,7 @@ class ExitRule:
         first_exit: smallest exit depth.
     """
 
-    threshold: float | None
+    threshold: Threshold | None
     fixed_depth: int
     criterion: Criterion = CRITERIA["similarity"]
     first_exit: int = 1
@@ -91,7 +91,7 @@ def forced_depth(depth: int) -> Iterator[None]:
 
 
 @contextlib.contextmanager
-def forced_threshold(threshold: float, first_exit: int = 1) -> Iterator[None]:
+def forced_threshold(threshold: Threshold, first_exit: int = 1) -> Iterator[None]:
     """Makes every decode step that this thread runs inside use another threshold and first exit than were compiled.
 
     Checks stand where the program was compiled with them: `first_exit` can only be later than the compiled one. Inside
@@ -255,7 +255,7 @@ class RiverExecutor:
             return replace(self._rule, threshold=self._check_threshold(threshold[0]), first_exit=threshold[1])
         return self._rule
 
-    def _check_threshold(self, threshold: float) -> float:
+    def _check_threshold(self, threshold: Threshold) -> Threshold:
         """Returns a forced threshold after making sure that this program has checks."""
         if self._rule.threshold is None:
             raise ValueError(
