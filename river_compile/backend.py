@@ -20,8 +20,8 @@ from tqdm import tqdm
 from river_compile.kernels.aten_int4 import LAYOUT as ATEN_LAYOUT
 from river_compile.kernels.aten_int4 import has_fast_kernel
 from river_compile.passes.decoder_layers import is_parameter
-from river_compile.passes.rewrite import RewriteOptions, rewrite
-from river_compile.passes.types import DecoderPlan, Refusal, RiverProgram, Segment
+from river_compile.passes.rewrite import RewriteOptions, keep_linears, rewrite
+from river_compile.passes.types import DecoderPlan, LinearSite, Refusal, RiverProgram, Segment
 
 from .capture_choice import check_device, choose_device, make_executor
 from .config import RiverConfig, check_mode
@@ -31,6 +31,7 @@ from .errors import OptionError, RiverWarning, UnsupportedGraphError
 from .lowering import SegmentCompiler, inductor_settings
 from .models import GraphRecord, ModelState, state_of
 from .runtime import ExitRule, RiverExecutor, Step, registers_of
+from .twin_maker import PackedSite
 
 log = logging.getLogger("river_compile")
 
@@ -59,7 +60,7 @@ def river(
     values = dict(zip((n for n in graph_module.graph.nodes if n.op == "placeholder"), example_inputs, strict=True))
     state = state_of(value for node, value in values.items() if is_parameter(node))
     start = time.perf_counter()
-    program = _needs_gradients(example_inputs) or rewrite(graph_module, lambda plan: _rewrite_options(config, plan))
+    program = _needs_gradients(example_inputs) or rewrite(graph_module, functools.partial(_rewrite_options, config))
     record = GraphRecord(config, mode=mode, seconds={"rewriting": time.perf_counter() - start})
     state.graphs.append(record)
     if isinstance(program, Refusal):
@@ -85,6 +86,7 @@ def _rewrite_options(config: RiverConfig, plan: DecoderPlan) -> RewriteOptions:
         quantize=config.quantizer != "none",
         group_size=config.group_size,
         layout=ATEN_LAYOUT,
+        scale_inputs=config.quantizer == "awq",
         quantize_head=config.lm_head == "w4",
         same_rows=config.same_rows and not plan.is_decode,
         entropy=config.exit_depth is None and _needs_entropy(plan, CRITERIA[config.criterion]),
@@ -135,15 +137,15 @@ def _build(
     """Packs and compiles what the program can reach and returns the executor."""
     plan = program.plan
     rule = _exit_rule(program, config)
+    start = time.perf_counter()
+    packed = _pack(_reachable(program, rule), values, config, state)
+    packed_at = time.perf_counter()
+    low = {site.name: f"SQNR below min_sqnr={config.min_sqnr:g} dB" for site in packed if packed[site].kept}
+    if low:
+        program = keep_linears(program, _rewrite_options(config, plan), low)
     if config.dump_dir is not None:
         log.info("wrote the rewritten graph to %s", dump_program(program, config.dump_dir, plan.kind))
     segments = _reachable(program, rule)
-    sites = [site for segment in segments for site in segment.packed]
-    if sites:
-        _warn_of_slow_kernel()
-    start = time.perf_counter()
-    packed = state.packed.pack(sites, values, config.quantizer, config.artifact)
-    packed_at = time.perf_counter()
     device = choose_device(program, config, record.captures)
     compiler = SegmentCompiler(config.lowering, inductor_settings(mode, captured=device is not None))
     register = registers_of(program)
@@ -156,6 +158,17 @@ def _build(
     record.describe(program, compiler.compiled, packed.values())
     state.stats.num_blocks = plan.num_blocks
     return make_executor(program, steps, rule, state, config, record.captures, device)
+
+
+def _pack(
+    segments: Sequence[Segment], values: dict[fx.Node, object], config: RiverConfig, state: ModelState
+) -> dict[LinearSite, PackedSite]:
+    sites = [site for segment in segments for site in segment.packed]
+    if sites:
+        _warn_of_slow_kernel()
+    return state.packed.pack(
+        sites, values, config.quantizer, config.artifact, config.min_sqnr, observation=state.observation
+    )
 
 
 @functools.cache
