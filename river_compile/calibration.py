@@ -7,7 +7,7 @@ import json
 from dataclasses import dataclass
 from pathlib import Path
 
-from .criteria import Threshold, shown
+from .criteria import Threshold, threshold_text
 
 VERSION = 2
 
@@ -85,7 +85,7 @@ class Calibration:
         doubted = f" ({best.doubted:.0%} of the tokens doubted)" if best.doubted else ""
         return "\n".join(
             [
-                f"criterion={self.base_options['criterion']!r}, threshold={shown(best.threshold)}, "
+                f"criterion={self.base_options['criterion']!r}, threshold={threshold_text(best.threshold)}, "
                 f"first_exit={best.first_exit}",
                 f"  promised   mean {self.metric} {relation} {self.budget:g} on unseen text of the same kind, "
                 f"confidence {self.confidence:.0%}{f' ({clipped})' if clipped else ''}",

@@ -26,7 +26,7 @@ from transformers import PreTrainedModel
 from .calibration import Calibration, Candidate
 from .candidate_rules import candidate_rules
 from .config import RiverConfig
-from .criteria import CRITERIA, shown
+from .criteria import CRITERIA, threshold_text
 from .errors import BudgetError, OptionError
 from .meter import Measured, Meter, compiled
 from .risk import fixed_sequence, p_value, texts_needed, upper_bound
@@ -228,7 +228,7 @@ def _cannot(goal: _Goal, results: Sequence[Candidate], tested: Sequence[Measured
     best, can = results[0], _borne_out(goal, tested[0])
     return (
         f"{goal.metric}={goal.asked} cannot be promised with confidence {goal.confidence:.0%}: the safest rule tested "
-        f"(threshold={shown(best.threshold)}, first_exit={best.first_exit}) has KL {best.kl:.4g} and agreement "
+        f"(threshold={threshold_text(best.threshold)}, first_exit={best.first_exit}) has KL {best.kl:.4g} and agreement "
         f"{best.agreement:.4g} on {best.texts} texts, which bear out {goal.metric}={can:.4g}. Ask for that or give "
         "more texts"
     )

@@ -143,7 +143,7 @@ def threshold_after(threshold: Threshold, depth: int) -> float:
     return threshold[min(depth, len(threshold)) - 1] if isinstance(threshold, tuple) else threshold
 
 
-def shown(threshold: Threshold) -> str:
+def threshold_text(threshold: Threshold) -> str:
     """Returns a threshold as people read it."""
     if not isinstance(threshold, tuple):
         return f"{threshold:.4g}"

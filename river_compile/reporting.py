@@ -8,7 +8,7 @@ from dataclasses import dataclass
 
 from torch import nn
 
-from .criteria import shown
+from .criteria import threshold_text
 from .models import GraphRecord, find_state
 from .stats import ExactStats
 from .twin_maker import PackedSite
@@ -148,7 +148,7 @@ def _graph_lines(graph: GraphRecord) -> list[str]:
     lines.append(f"    segments     {segments}")
     if graph.kind == "decode" and graph.config.exit_depth is None:
         config = graph.config
-        lines.append(f"    criterion    {config.criterion}, threshold {shown(config.threshold)}")
+        lines.append(f"    criterion    {config.criterion}, threshold {threshold_text(config.threshold)}")
         if not graph.candidates:
             lines.append(f"    exits after  block {config.first_exit}")
     if graph.candidates:
