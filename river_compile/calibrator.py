@@ -229,8 +229,8 @@ def _cannot(goal: _Goal, results: Sequence[Candidate], tested: Sequence[Measured
     return (
         f"{goal.metric}={goal.asked} cannot be promised with confidence {goal.confidence:.0%}: the safest rule tested "
         f"(threshold={threshold_text(best.threshold)}, first_exit={best.first_exit}) has KL {best.kl:.4g} and "
-        f"agreement {best.agreement:.4g} on {best.texts} texts, which bear out {goal.metric}={can:.4g}. Ask for that or give "
-        "more texts"
+        f"agreement {best.agreement:.4g} on {best.texts} texts, which bear out {goal.metric}={can:.4g}. Ask for that "
+        "or give more texts"
     )
 
 
