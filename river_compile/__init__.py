@@ -34,6 +34,7 @@ _EXPORTS = {
     "calibrate": "calibrator",
     "exact": "exact_mode",
     "report": "reporting",
+    "restore": "restoring",
     "river": "backend",
     "save": "artifact",
     "trace": "stats",

@@ -21,6 +21,7 @@ from .capture import CaptureLog
 from .config import RiverConfig
 from .criteria import Memories
 from .lowering import Compiled
+from .offloading import OffloadedWeights
 from .packing import PackedSite, PackedWeights
 from .stats import ExitStats
 
@@ -82,6 +83,7 @@ class ModelState:
         self.stats = ExitStats(self.id)
         self.memories = Memories()
         self.packed = PackedWeights()
+        self.offloaded = OffloadedWeights()
         self.graphs: list[GraphRecord] = []
         self.same_rows: dict[tuple, SameRows] = {}
 

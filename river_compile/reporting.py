@@ -9,6 +9,7 @@ from dataclasses import dataclass
 from torch import nn
 
 from .models import GraphRecord, find_state
+from .offloading import OffloadLog
 from .packing import PackedSite
 from .stats import ExactStats
 
@@ -31,6 +32,7 @@ class Report:
     prefill_depths: dict[int, int]
     exact: ExactStats
     doubted: int = 0
+    offloaded: OffloadLog | None = None
 
     @property
     def ran(self) -> bool:
@@ -57,6 +59,7 @@ class Report:
             "recompiles": self.recompiles,
             "packed_bytes": sum(p.nbytes for p in self.packed),
             "packing_seconds": self.packing_seconds,
+            "offloaded": self.offloaded and self.offloaded.to_dict(),
             "matrices": [
                 {
                     "name": p.name,
@@ -82,6 +85,7 @@ class Report:
         for graph in self.graphs:
             lines += _graph_lines(graph)
         lines += _packed_lines(self)
+        lines += self.offloaded.lines() if self.offloaded else []
         lines += [f"  recompiles     {self.recompiles}"]
         lines += _depth_lines(self)
         lines += _exact_lines(self.exact)
@@ -108,6 +112,7 @@ def report(model: nn.Module) -> Report:
         state.stats.depths(decode=False),
         state.stats.exact.copy(),
         state.stats.doubted,
+        state.offloaded.snapshot(),
     )
 
 
@@ -149,6 +154,8 @@ def _graph_lines(graph: GraphRecord) -> list[str]:
             lines.append(f"    exits after  block {config.first_exit}")
     if graph.candidates:
         lines.append(f"    exits after  {_ranges(graph.candidates)}")
+    if graph.config.deepest is not None and graph.kind == "decode":
+        lines.append(f"    at latest    after block {graph.config.deepest} (offload_policy='exit')")
     for reason, count in Counter(k.reason for k in graph.kept).items():
         lines.append(f"    in 16 bits   {count} matrices: {reason}")
     for size, count in Counter(_other_groups(graph).values()).items():
