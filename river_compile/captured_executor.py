@@ -27,7 +27,7 @@ import torch
 from torch import Tensor
 
 from river_compile.passes.capturable import fixed_inputs, runs_once, source_of
-from river_compile.passes.decoder_layers import input_name
+from river_compile.passes.decoder_layers import input_name, is_tensor, value_of
 from river_compile.passes.types import DecoderPlan, RiverProgram
 
 from .capture import CaptureDevice, CaptureFailed, CaptureLog, CaptureRecord
@@ -94,6 +94,9 @@ class CapturedExecutor(RiverExecutor):
         self._nodes = list(register)
         fixed = fixed_inputs(plan)
         self._copied = [i for node, i in register.items() if node.op == "placeholder" and node not in fixed]
+        self._cache = next(
+            i for node, i in register.items() if node in fixed and is_tensor(node) and value_of(node).dim() == 4
+        )
         self._returned = [register[node] for node in program.returned]
         self._buffers: dict[int, OrderedDict[tuple, Tensor]] = {}
         self._captures: OrderedDict[tuple, _Entry] = OrderedDict()
@@ -290,7 +293,7 @@ class CapturedExecutor(RiverExecutor):
             log.warning("%s runs uncaptured: %s", unit.name, error)
             return None
         seconds = time.perf_counter() - start
-        record = CaptureRecord(unit.name, unit.depth, registers[self._cache_in].shape[0], seconds, size)
+        record = CaptureRecord(unit.name, unit.depth, registers[self._cache].shape[0], seconds, size)
         log.info("captured %s: depth %d, batch %d, %.3f s, %d bytes", *vars(record).values())
         while len(self._captures) >= self._max_captures:
             self._captures.popitem(last=False)
