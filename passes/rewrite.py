@@ -13,8 +13,8 @@ from __future__ import annotations
 
 import logging
 import time
-from collections.abc import Callable
-from dataclasses import dataclass
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass, replace
 from typing import TypeVar
 
 from torch import fx
@@ -43,6 +43,7 @@ class RewriteOptions:
         quantize: False keeps the twins' matrices as they are: each twin computes what its block computes.
         group_size: requested group size of the 4-bit weights.
         layout: name of their packing.
+        scale_inputs: True lets the packing scale the inputs of the 4-bit products where that costs nothing.
         quantize_head: True makes a second head with a 4-bit matrix.
         same_rows: True gives several tokens at once the bits of one token at a time.
         entropy: True makes the heads return the entropy of their logits; a model that returns none stays without.
@@ -56,6 +57,7 @@ class RewriteOptions:
     quantize: bool
     group_size: int
     layout: str
+    scale_inputs: bool = False
     quantize_head: bool = False
     same_rows: bool = False
     entropy: bool = False
@@ -89,13 +91,22 @@ def rewrite(
         end = plan.num_blocks if options.deepest is None else options.deepest
         candidates = candidate_depths(end, options.first_exit, options.exit_every)
         blocks = table.run("exit_checks", lambda: _with_checks(plan, blocks, candidates))
-    twins, river_head, kept = table.run("river_twins", lambda: _twins(plan, options))
-    logits = logits_of(plan, returned) if options.entropy else None
-    if logits is not None:
-        head = add_entropy(head, logits)
-        river_head = None if river_head is None else add_entropy(river_head, logits)
+    twins, river_head, kept = table.run("river_twins", lambda: _twins(plan, returned, options, {}))
+    head = _with_entropy(head, plan, returned, options)
     table.log()
     return RiverProgram(plan, returned, prologue, blocks, twins, head, river_head, candidates, kept)
+
+
+def keep_linears(program: RiverProgram, options: RewriteOptions, keep: Mapping[str, str]) -> RiverProgram:
+    """Makes the twins anew, with some of their products in 16 bits.
+
+    Args:
+        program: what `rewrite` returned.
+        options: those that it was made with.
+        keep: names of 4-bit products (`LinearSite.name`), each with the reason.
+    """
+    twins, river_head, kept = _twins(program.plan, program.returned, options, keep)
+    return replace(program, twins=twins, river_head=river_head, kept=kept)
 
 
 def _segments(plan: DecoderPlan) -> tuple[Segment, tuple[Segment, ...], Segment]:
@@ -111,8 +122,13 @@ def _with_checks(plan: DecoderPlan, blocks: tuple[Segment, ...], candidates: tup
     )
 
 
+def _with_entropy(head: Segment, plan: DecoderPlan, returned: tuple[fx.Node, ...], options: RewriteOptions) -> Segment:
+    logits = logits_of(plan, returned) if options.entropy else None
+    return head if logits is None else add_entropy(head, logits)
+
+
 def _twins(
-    plan: DecoderPlan, options: RewriteOptions
+    plan: DecoderPlan, returned: tuple[fx.Node, ...], options: RewriteOptions, keep: Mapping[str, str]
 ) -> tuple[tuple[Segment, ...], Segment | None, tuple[KeptLinear, ...]]:
     """Makes the twin of every block and, where asked for, of the head."""
     if not options.exits:
@@ -124,7 +140,7 @@ def _twins(
         if not options.quantize:
             return segment
         simplify_attention(segment.graph_module.graph)
-        segment, left = make_twin(segment, name, options.group_size, options.layout)
+        segment, left = make_twin(segment, name, options.group_size, options.layout, options.scale_inputs, keep)
         kept.extend(left)
         return segment
 
@@ -135,6 +151,8 @@ def _twins(
     elif options.quantize:
         head = cut(plan, plan.num_blocks + 1, "river_head")
         river_head = head if simplify_linears(head.graph_module.graph) else None
+    if river_head is not None:
+        river_head = _with_entropy(river_head, plan, returned, options)
     return twins, river_head, tuple(kept)
 
 

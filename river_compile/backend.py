@@ -20,8 +20,8 @@ from tqdm import tqdm
 from river_compile.kernels.aten_int4 import LAYOUT as ATEN_LAYOUT
 from river_compile.kernels.aten_int4 import has_fast_kernel
 from river_compile.passes.decoder_layers import is_parameter
-from river_compile.passes.rewrite import RewriteOptions, rewrite
-from river_compile.passes.types import DecoderPlan, Refusal, RiverProgram, Segment
+from river_compile.passes.rewrite import RewriteOptions, keep_linears, rewrite
+from river_compile.passes.types import DecoderPlan, LinearSite, Refusal, RiverProgram, Segment
 
 from .capture_choice import check_device, choose_device, make_executor
 from .config import RiverConfig, check_mode
@@ -32,6 +32,7 @@ from .lowering import SegmentCompiler, inductor_settings
 from .models import GraphRecord, ModelState, state_of
 from .runtime import ExitRule, RiverExecutor, registers_of
 from .streaming import Streamer
+from .twin_maker import PackedSite
 
 log = logging.getLogger("river_compile")
 
@@ -60,7 +61,7 @@ def river(
     values = dict(zip((n for n in graph_module.graph.nodes if n.op == "placeholder"), example_inputs, strict=True))
     state = state_of(value for node, value in values.items() if is_parameter(node))
     start = time.perf_counter()
-    program = _needs_gradients(example_inputs) or rewrite(graph_module, lambda plan: _rewrite_options(config, plan))
+    program = _needs_gradients(example_inputs) or rewrite(graph_module, functools.partial(_rewrite_options, config))
     record = GraphRecord(config, mode=mode, seconds={"rewriting": time.perf_counter() - start})
     state.graphs.append(record)
     if isinstance(program, Refusal):
@@ -86,6 +87,7 @@ def _rewrite_options(config: RiverConfig, plan: DecoderPlan) -> RewriteOptions:
         quantize=config.quantizer != "none",
         group_size=config.group_size,
         layout=ATEN_LAYOUT,
+        scale_inputs=config.quantizer == "awq",
         quantize_head=config.lm_head == "w4",
         same_rows=config.same_rows and not plan.is_decode,
         entropy=config.exit_depth is None and _needs_entropy(plan, CRITERIA[config.criterion]),
@@ -139,17 +141,17 @@ def _build(
     plan = program.plan
     rule = _exit_rule(program, config)
     state.offloaded.check(plan, config)
+    start = time.perf_counter()
+    packed = _pack(_reachable(program, rule), values, config, state)
+    packed_at = time.perf_counter()
+    low = {site.name: f"SQNR below min_sqnr={config.min_sqnr:g} dB" for site in packed if packed[site].kept}
+    if low:
+        program = keep_linears(program, _rewrite_options(config, plan), low)
     if config.dump_dir is not None:
         log.info("wrote the rewritten graph to %s", dump_program(program, config.dump_dir, plan.kind))
     segments = _reachable(program, rule)
-    sites = [site for segment in segments for site in segment.packed]
-    if sites:
-        _warn_of_slow_kernel()
-    start = time.perf_counter()
-    packed = state.packed.pack(sites, values, config.quantizer, config.artifact)
-    packed_at = time.perf_counter()
     if plan.is_decode:
-        state.offloaded.arrange(program, values, config, sum(site.nbytes for site in packed.values()))
+        state.offloaded.arrange(program, values, config, sum(packed[s].nbytes for p in segments for s in p.packed))
     streamer = Streamer(state.offloaded, program, values, config.offload)
     device = choose_device(program, config, record.captures)
     compiler = SegmentCompiler(config.lowering, inductor_settings(mode, captured=device is not None))
@@ -165,6 +167,17 @@ def _build(
     executor = make_executor(program, steps, rule, state, config, record.captures, device)
     executor.streamer = streamer
     return executor
+
+
+def _pack(
+    segments: Sequence[Segment], values: dict[fx.Node, object], config: RiverConfig, state: ModelState
+) -> dict[LinearSite, PackedSite]:
+    sites = [site for segment in segments for site in segment.packed]
+    if sites:
+        _warn_of_slow_kernel()
+    return state.packed.pack(
+        sites, values, config.quantizer, config.artifact, config.min_sqnr, observation=state.observation
+    )
 
 
 @functools.cache

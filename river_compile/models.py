@@ -22,10 +22,12 @@ from .config import RiverConfig
 from .criteria import Memories
 from .lowering import Compiled
 from .offloading import OffloadedWeights
-from .packing import PackedSite, PackedWeights
+from .packing import PackedWeights
 from .stats import ExitStats
+from .twin_maker import PackedSite
 
 if TYPE_CHECKING:
+    from .observation import Observation
     from .same_rows import SameRows
 
 _ids = itertools.count(1)
@@ -84,6 +86,7 @@ class ModelState:
         self.memories = Memories()
         self.packed = PackedWeights()
         self.offloaded = OffloadedWeights()
+        self.observation: Observation | None = None
         self.graphs: list[GraphRecord] = []
         self.same_rows: dict[tuple, SameRows] = {}
 
