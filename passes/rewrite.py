@@ -47,6 +47,7 @@ class RewriteOptions:
         quantize_head: True makes a second head with a 4-bit matrix.
         same_rows: True gives several tokens at once the bits of one token at a time.
         entropy: True makes the heads return the entropy of their logits; a model that returns none stays without.
+        deepest: depth at which every token leaves without being asked; None: the last block.
     """
 
     exits: bool
@@ -60,6 +61,7 @@ class RewriteOptions:
     quantize_head: bool = False
     same_rows: bool = False
     entropy: bool = False
+    deepest: int | None = None
 
 
 def rewrite(
@@ -86,7 +88,8 @@ def rewrite(
             keep_rows(segment.graph_module.graph, grown)
     candidates: tuple[int, ...] = ()
     if options.exits and options.checks:
-        candidates = candidate_depths(plan.num_blocks, options.first_exit, options.exit_every)
+        end = plan.num_blocks if options.deepest is None else options.deepest
+        candidates = candidate_depths(end, options.first_exit, options.exit_every)
         blocks = table.run("exit_checks", lambda: _with_checks(plan, blocks, candidates))
     twins, river_head, kept = table.run("river_twins", lambda: _twins(plan, returned, options, {}))
     head = _with_entropy(head, plan, returned, options)

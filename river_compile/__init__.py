@@ -35,6 +35,7 @@ _EXPORTS = {
     "exact": "exact_mode",
     "observe": "observation",
     "report": "reporting",
+    "restore": "restoring",
     "river": "backend",
     "save": "artifact",
     "trace": "stats",

@@ -19,6 +19,7 @@ _CHOICES = {
     "lm_head": ("keep", "w4"),
     "lowering": ("inductor", "eager"),
     "on_unsupported": ("inductor", "raise"),
+    "offload_policy": ("exit", "fetch"),
 }
 MODES = (None, "default", "reduce-overhead", "max-autotune", "max-autotune-no-cudagraphs")
 
@@ -62,6 +63,10 @@ class RiverConfig:
         max_captures: graphs kept at the same time, at least 1; the one that was not used for longest gives way.
         launch_ahead: whether the blocks behind an exit check start before its result is known. None: where that was
             measured to help.
+        offload: None, or the number of backbone blocks that stay in device memory, 0 to L - 1; the others move out
+            (:mod:`river_compile.offloading`).
+        offload_policy: "exit" (every token leaves by that depth) or "fetch" (tokens that go on bring blocks in).
+        offload_dir: the folder for the offloaded weights of a model on the CPU; None: TMPDIR, or else /var/tmp.
     """
 
     threshold: Threshold | None = None
@@ -82,6 +87,9 @@ class RiverConfig:
     cudagraphs: bool | str | None = None
     max_captures: int = 256
     launch_ahead: bool | None = None
+    offload: int | None = None
+    offload_policy: str = "exit"
+    offload_dir: str | None = None
 
     def __post_init__(self) -> None:
         _require(_is_int(self.exit_every, 1), "exit_every", self.exit_every, "an integer of 1 or more")
@@ -92,7 +100,7 @@ class RiverConfig:
             "None or an integer from 0 to the number of blocks",
         )
         _require(self.group_size in _GROUP_SIZES, "group_size", self.group_size, f"one of {_listed(_GROUP_SIZES)}")
-        for name in ("dump_dir", "artifact"):
+        for name in ("dump_dir", "artifact", "offload_dir"):
             value = getattr(self, name)
             _require(value is None or isinstance(value, (str, Path)), name, value, "None or a path")
         for name, allowed in _CHOICES.items():
@@ -107,6 +115,7 @@ class RiverConfig:
         self._check_rule()
         _require(isinstance(self.same_rows, bool), "same_rows", self.same_rows, "True or False")
         self._check_capture()
+        self._check_offload()
         if self.artifact is not None and self.quantizer == "none":
             raise OptionError("artifact= holds 4-bit twins, which quantizer='none' does not use; leave one of them out")
 
@@ -116,6 +125,40 @@ class RiverConfig:
         _require(graphs is None or isinstance(graphs, bool) or graphs == "record", "cudagraphs", graphs, allowed)
         _require(_is_int(self.max_captures, 1), "max_captures", self.max_captures, "an integer of 1 or more")
         _require(ahead is None or isinstance(ahead, bool), "launch_ahead", ahead, "None, True or False")
+
+    def _check_offload(self) -> None:
+        k = self.offload
+        _require(k is None or _is_int(k, 0), "offload", k, "None or an integer from 0 to the number of blocks - 1")
+        if k is None:
+            if self.offload_policy == "fetch":
+                raise OptionError("offload_policy='fetch' needs offload=, the number of blocks that stay in memory")
+            return
+        if self.quantizer == "none":
+            raise OptionError(
+                f"offload={k} is not available with quantizer='none', whose twins use the backbone's weights; use 'hqq'"
+            )
+        if self.deepest is None:
+            return
+        if self.exit_depth is not None and self.exit_depth > k:
+            raise OptionError(
+                f"exit_depth={self.exit_depth} lies behind offload={k}, where offload_policy='exit' lets no token go; "
+                f"use exit_depth={k}, offload={self.exit_depth} or offload_policy='fetch'"
+            )
+        if self.exit_depth is None and self.first_exit > k:
+            raise OptionError(
+                f"first_exit={self.first_exit} lies behind offload={k}, where offload_policy='exit' lets no token go; "
+                f"use offload={self.first_exit} or more, exit_depth={k} or offload_policy='fetch'"
+            )
+        if CRITERIA[self.criterion].may_doubt and self.exit_depth is None:
+            raise OptionError(
+                f"criterion={self.criterion!r} sends tokens through the whole backbone, where offload_policy='exit' "
+                "lets none go; use offload_policy='fetch'"
+            )
+
+    @property
+    def deepest(self) -> int | None:
+        """Blocks that a token which may leave executes at most; None where that is all of them."""
+        return self.offload if self.offload_policy == "exit" else None
 
     def _check_rule(self) -> None:
         """Checks threshold and first exit against the criterion, and fills in its threshold where none was given."""
@@ -159,8 +202,13 @@ class RiverConfig:
         """Checks the depths against a model with `num_blocks` blocks.
 
         Raises:
-            OptionError: an exit depth beyond the last block.
+            OptionError: an exit depth beyond the last block, or no block that could be offloaded.
         """
+        if self.offload is not None and self.offload >= num_blocks:
+            raise OptionError(
+                f"offload={self.offload} leaves none of {num_blocks} blocks to offload; use 0 to {num_blocks - 1}, or "
+                "leave it out"
+            )
         if self.exit_depth is not None and self.exit_depth > num_blocks:
             raise OptionError(
                 f"exit_depth={self.exit_depth} lies beyond the last of {num_blocks} blocks; "

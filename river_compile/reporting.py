@@ -10,6 +10,7 @@ from torch import nn
 
 from .criteria import threshold_text
 from .models import GraphRecord, find_state
+from .offloading import OffloadLog
 from .stats import ExactStats
 from .twin_maker import PackedSite
 
@@ -32,6 +33,7 @@ class Report:
     prefill_depths: dict[int, int]
     exact: ExactStats
     doubted: int = 0
+    offloaded: OffloadLog | None = None
 
     @property
     def ran(self) -> bool:
@@ -58,6 +60,7 @@ class Report:
             "recompiles": self.recompiles,
             "packed_bytes": sum(p.nbytes for p in self.packed),
             "packing_seconds": self.packing_seconds,
+            "offloaded": self.offloaded and self.offloaded.to_dict(),
             "matrices": [
                 {
                     "name": p.name,
@@ -86,6 +89,7 @@ class Report:
         for graph in self.graphs:
             lines += _graph_lines(graph)
         lines += _packed_lines(self)
+        lines += self.offloaded.lines() if self.offloaded else []
         lines += [f"  recompiles     {self.recompiles}"]
         lines += _depth_lines(self)
         lines += _exact_lines(self.exact)
@@ -112,6 +116,7 @@ def report(model: nn.Module) -> Report:
         state.stats.depths(decode=False),
         state.stats.exact.copy(),
         state.stats.doubted,
+        state.offloaded.snapshot(),
     )
 
 
@@ -153,6 +158,8 @@ def _graph_lines(graph: GraphRecord) -> list[str]:
             lines.append(f"    exits after  block {config.first_exit}")
     if graph.candidates:
         lines.append(f"    exits after  {_ranges(graph.candidates)}")
+    if graph.config.deepest is not None and graph.kind == "decode":
+        lines.append(f"    at latest    after block {graph.config.deepest} (offload_policy='exit')")
     for reason, count in Counter(k.reason for k in graph.kept).items():
         lines.append(f"    in 16 bits   {count} matrices: {reason}")
     for size, count in Counter(_other_groups(graph).values()).items():

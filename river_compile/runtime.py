@@ -12,6 +12,7 @@ import operator
 import threading
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, replace
+from typing import TYPE_CHECKING
 
 import torch
 from torch import Tensor, fx
@@ -25,11 +26,19 @@ from .lowering import Callee
 from .rewind import rewind_of
 from .stats import ExitStats, Outcome, record_step
 
+if TYPE_CHECKING:
+    from .streaming import Streamer
+
 
 class Step:
-    """A segment bound to its registers and weights."""
+    """A segment bound to its registers and weights.
+
+    Attributes:
+        moves: whether it may compute with weights at another address in every run.
+    """
 
     __slots__ = ("_callee", "_outputs", "_take", "name", "packed")
+    moves = False
 
     def __init__(
         self, segment: Segment, callee: Callee, packed: Sequence[Tensor], register: dict[fx.Node, int]
@@ -64,12 +73,14 @@ class ExitRule:
         fixed_depth: blocks to execute where there is no threshold.
         criterion: what the threshold is compared with.
         first_exit: smallest exit depth.
+        deepest: depth at which every token leaves at the latest, None where it may go through all blocks.
     """
 
     threshold: Threshold | None
     fixed_depth: int
     criterion: Criterion = CRITERIA["similarity"]
     first_exit: int = 1
+    deepest: int | None = None
 
 
 _forced = threading.local()
@@ -148,6 +159,7 @@ class RiverExecutor:
     Attributes:
         prologue, blocks, twins, head, river_head: the steps; None stands for a segment that cannot be reached.
         size: number of registers, the graph's inputs first.
+        streamer: brings in the weights of offloaded blocks, None where there is nothing to bring.
     """
 
     def __init__(
@@ -176,6 +188,7 @@ class RiverExecutor:
         self._memories = memories or Memories()
         self._cache_in, self._cache_out = cache_registers(plan, register)
         self._rewind = rewind_of(plan, register)
+        self.streamer: Streamer | None = None
 
     def __call__(self, *args: object) -> tuple:
         registers = [*args, *[None] * (self.size - len(args))]
@@ -190,9 +203,15 @@ class RiverExecutor:
                 outcome = self._finish_or_doubt(registers, outcome, rule)
             else:
                 self._keep(registers, memory, self._finish(registers, outcome.depth))
+        self._close(outcome)
+        return tuple(self._return(registers))
+
+    def _close(self, outcome: Outcome) -> None:
+        """Ends a step."""
         self._stats.count(outcome.depth, self._decode, outcome.doubted)
         record_step(self._stats, self._decode, outcome)
-        return tuple(self._return(registers))
+        if self.streamer is not None:
+            self.streamer.forget()
 
     def _run_blocks(self, registers: list, rule: ExitRule, memory: Memory) -> Outcome:
         """Runs backbone blocks until the exit."""
@@ -202,20 +221,22 @@ class RiverExecutor:
                 block(registers)
             return Outcome(depth, entropy=entropy)
         scores: list[float] = []
-        for depth, (block, has_score) in enumerate(zip(self.blocks, self._has_score, strict=True), start=1):
+        reachable = self.blocks[: rule.deepest]
+        for depth, (block, has_score) in enumerate(zip(reachable, self._has_score, strict=False), start=1):
             outputs = block(registers)
             if has_score and depth >= rule.first_exit:
                 scores.append(outputs[-1].item())
                 if rule.criterion.leaves(depth, scores[-1], rule.threshold, memory):
                     return Outcome(depth, scores)
-        return Outcome(len(self.blocks), scores)
+        return Outcome(len(reachable), scores)
 
     def _depth_before(self, rule: ExitRule, memory: Memory) -> tuple[int | None, float | None]:
         """Returns the depth where it is known before the first block, and the entropy that it was told by."""
         if rule.threshold is None:
             return rule.fixed_depth, None
         entropy = memory.read_entropy()
-        return rule.criterion.depth_before(rule.threshold, rule.first_exit, len(self.blocks), entropy), entropy
+        num_blocks = len(self.blocks[: rule.deepest])
+        return rule.criterion.depth_before(rule.threshold, rule.first_exit, num_blocks, entropy), entropy
 
     def _finish(self, registers: list, depth: int) -> Sequence:
         """Runs the twins behind `depth` and the head; returns the head's outputs."""
@@ -266,6 +287,12 @@ class RiverExecutor:
 
     def _check_depth(self, depth: int) -> int:
         """Returns a forced depth after making sure that its segments are there."""
+        deepest = self._rule.deepest
+        if deepest is not None and depth > deepest:
+            raise ValueError(
+                f"depth {depth} was asked for, but this model was compiled with offload={deepest} and "
+                "offload_policy='exit': no token goes further; compile it with offload_policy='fetch'"
+            )
         head = self.head if depth == len(self.blocks) else self.river_head
         if any(step is None for step in (*self.blocks[:depth], *self.twins[depth:], head)):
             raise ValueError(
