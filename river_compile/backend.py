@@ -21,16 +21,18 @@ from river_compile.kernels.aten_int4 import LAYOUT as ATEN_LAYOUT
 from river_compile.kernels.aten_int4 import has_fast_kernel
 from river_compile.passes.decoder_layers import is_parameter
 from river_compile.passes.rewrite import RewriteOptions, rewrite
-from river_compile.passes.types import DecoderPlan, Refusal, RiverProgram, Segment
+from river_compile.passes.types import DecoderPlan, FillRefusal, Refusal, RiverProgram, Segment
 
 from .capture_choice import check_device, choose_device, make_executor
 from .config import RiverConfig, check_mode
 from .criteria import CRITERIA, Criterion
 from .dump import dump_program
 from .errors import OptionError, RiverWarning, UnsupportedGraphError
+from .fills import FILLS
 from .lowering import SegmentCompiler, inductor_settings
 from .models import GraphRecord, ModelState, state_of
-from .runtime import ExitRule, RiverExecutor, Step, registers_of
+from .registers import registers_of
+from .runtime import ExitRule, RiverExecutor, Step
 
 log = logging.getLogger("river_compile")
 
@@ -62,6 +64,8 @@ def river(
     program = _needs_gradients(example_inputs) or rewrite(graph_module, lambda plan: _rewrite_options(config, plan))
     record = GraphRecord(config, mode=mode, seconds={"rewriting": time.perf_counter() - start})
     state.graphs.append(record)
+    if isinstance(program, FillRefusal):
+        raise OptionError(f"fill={config.fill!r} cannot be used here: {program}; use another one, such as fill='river'")
     if isinstance(program, Refusal):
         record.refusal = str(program)
         return _as_inductor(graph_module, example_inputs, program, config, mode)
@@ -88,6 +92,9 @@ def _rewrite_options(config: RiverConfig, plan: DecoderPlan) -> RewriteOptions:
         quantize_head=config.lm_head == "w4",
         same_rows=config.same_rows and not plan.is_decode,
         entropy=config.exit_depth is None and _needs_entropy(plan, CRITERIA[config.criterion]),
+        tail=FILLS[config.fill].tail,
+        presence=FILLS[config.fill].masks,
+        catch_up=FILLS[config.fill].catches_up,
     )
 
 
