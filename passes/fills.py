@@ -92,8 +92,7 @@ def with_presence(segment: Segment, name: str) -> tuple[Segment, fx.Node] | Fill
     with graph.inserting_after(last):
         placeholder = graph.placeholder(name)
     length = _keys_axis(attention[0])
-    mode = torch._guards.detect_fake_mode([value_of(n) for n in segment.inputs])
-    with mode:
+    with value_of(segment.inputs[0]).fake_mode:
         value = torch.ones(length, dtype=torch.bool, device=value_of(segment.inputs[0]).device)
     present = fx.Graph().placeholder(name)  # (in no graph that anybody runs: a name for the value)
     placeholder.meta["example_value"] = present.meta["example_value"] = value

@@ -17,6 +17,7 @@ sliding windows), blocks that hand on more than a hidden state, sizes that are s
 from __future__ import annotations
 
 import hashlib
+import itertools
 import operator
 from collections.abc import Iterable, Sequence
 
@@ -67,6 +68,20 @@ def write_entries(cache: Tensor, axis: int, positions: Tensor, entries: Tensor) 
     cache.index_copy_(axis, positions.reshape(-1), entries.squeeze(axis + 1).movedim(0, axis))
 
 
+def joined(parts: Sequence[Tensor], dim: int = 0) -> Tensor:
+    """Does what ``torch.cat`` does, whose rule for ``vmap`` would take the number of tokens for a constant."""
+    sizes = [part.shape[dim] for part in parts]
+    if len(set(sizes)) == 1:
+        dim %= parts[0].dim()
+        return torch.stack(tuple(parts), dim).flatten(dim, dim + 1)
+    shape = list(parts[0].shape)
+    shape[dim] = sum(sizes)
+    whole = parts[0].new_empty(shape)
+    for part, end in zip(parts, itertools.accumulate(sizes), strict=True):
+        whole.narrow(dim, end - part.shape[dim], part.shape[dim]).copy_(part)
+    return whole
+
+
 def over_tokens(segment: Segment, block: Block, name: str, scored: bool) -> Segment | FillRefusal:
     """Returns a decode block as a segment for several tokens.
 
@@ -114,7 +129,7 @@ def over_tokens(segment: Segment, block: Block, name: str, scored: bool) -> Segm
     _map(graph, segment, behind, [result], here, shared)
     graph.output(tuple([here[result], *_score(graph, here[result], hidden)] if scored else [here[result]]))
     module = fx.GraphModule(segment.graph_module, graph, class_name="Segment")
-    return Segment(name, module, segment.inputs, segment.outputs, has_score=scored)
+    return Segment(name, module, segment.inputs, segment.outputs, has_score=scored, own_examples=True)
 
 
 def per_token(segment: Segment, block: Block) -> tuple[fx.Node, ...]:
@@ -169,10 +184,11 @@ def _map(
     inner = fx.Graph()
     inside = set(nodes)
     inputs = list(dict.fromkeys(a for n in nodes for a in n.all_input_nodes if a not in inside))
-    # What was written already is read through the cache itself.
     copy = {n: inner.placeholder(f"input_{i}") for i, n in enumerate(inputs)}
     for node in nodes:
         copy[node] = inner.node_copy(node, lambda n: copy[n])
+        if node.target is torch.cat:
+            copy[node].target = joined
     inner.output(tuple(copy[n] for n in results))
     module = fx.GraphModule(segment.graph_module, inner, class_name="OverTokens")
     call = OverTokens(module, [n not in shared for n in inputs])

@@ -111,6 +111,7 @@ class Segment:
         outputs: the values it defines, as nodes of the traced graph, in output order.
         packed: the twin's linears whose 4-bit weights follow the inputs: qweight, scale_zero and, with a bias, bias.
         has_score: a float32 number follows the outputs: a block's exit score, or a head's entropy.
+        own_examples: the placeholders' example values are none that Dynamo made, and live in a mode of their own.
         handed_on: pairs (output, input) of values that pass through as they are; the graph does not return them.
     """
 
@@ -121,6 +122,7 @@ class Segment:
     packed: tuple[LinearSite, ...] = ()
     has_score: bool = False
     handed_on: tuple[tuple[fx.Node, fx.Node], ...] = ()
+    own_examples: bool = False
 
 
 @dataclass(frozen=True)

@@ -19,7 +19,7 @@ import torch
 import torch._functorch.config
 from torch import Tensor, fx
 from torch._inductor.compile_fx import compile_fx, compile_fx_inner
-from torch._subclasses.fake_tensor import FakeTensor, FakeTensorMode
+from torch._subclasses.fake_tensor import FakeTensorMode
 from torch.fx.experimental.symbolic_shapes import ShapeEnv
 
 from river_compile.kernels import ops
@@ -101,7 +101,8 @@ def _examples(segment: Segment) -> list:
 
 
 def _fake_mode(segment: Segment) -> FakeTensorMode:
-    return next(value.fake_mode for value in _examples(segment) if isinstance(value, FakeTensor))
+    values = _examples(segment)
+    return values[0].fake_mode if segment.own_examples else torch._guards.detect_fake_mode(values)
 
 
 def _shape_env(segment: Segment) -> ShapeEnv:
@@ -143,9 +144,7 @@ def _compile(segment: Segment, packed: Sequence[Tensor], config_patches: dict[st
             direct.append(code.current_callable)
         return code
 
-    context = torch._guards.TracingContext.try_get()
-    if context is not None and context.fake_mode is not fake_mode:
-        context = None  # (examples in a mode of their own are nothing that Dynamo traced)
+    context = None if segment.own_examples else torch._guards.TracingContext.try_get()
     # AOTAutograd's own cache would skip `inner_compile` on a hit; Inductor's cache, below it, stays in use.
     with torch._guards.tracing(context), torch._functorch.config.patch(enable_autograd_cache=False):
         wrapped = compile_fx(graph_module, inputs, inner_compile=inner_compile, config_patches=config_patches)
