@@ -15,8 +15,8 @@ from __future__ import annotations
 
 import logging
 import time
-from collections.abc import Callable, Iterable
-from dataclasses import dataclass
+from collections.abc import Callable, Iterable, Mapping
+from dataclasses import dataclass, replace
 from typing import TypeVar
 
 from torch import fx
@@ -47,9 +47,11 @@ class RewriteOptions:
         quantize: False keeps the twins' matrices as they are: each twin computes what its block computes.
         group_size: requested group size of the 4-bit weights.
         layout: name of their packing.
+        scale_inputs: True lets the packing scale the inputs of the 4-bit products where that costs nothing.
         quantize_head: True makes a second head with a 4-bit matrix.
         same_rows: True gives several tokens at once the bits of one token at a time.
         entropy: True makes the heads return the entropy of their logits; a model that returns none stays without.
+        deepest: depth at which every token leaves without being asked; None: the last block.
         tail: what a token that left runs for each block behind its exit: "twins", "entries" (its KV entries from the
             hidden state that left) or "empty" (entries of zeros).
         presence: True masks missing KV entries out of the blocks' attention.
@@ -63,9 +65,11 @@ class RewriteOptions:
     quantize: bool
     group_size: int
     layout: str
+    scale_inputs: bool = False
     quantize_head: bool = False
     same_rows: bool = False
     entropy: bool = False
+    deepest: int | None = None
     tail: str = "twins"
     presence: bool = False
     catch_up: bool = False
@@ -101,23 +105,33 @@ def rewrite(
         blocks, presence = masked
     candidates: tuple[int, ...] = ()
     if options.exits and options.checks:
-        candidates = candidate_depths(plan.num_blocks, options.first_exit, options.exit_every)
+        end = plan.num_blocks if options.deepest is None else options.deepest
+        candidates = candidate_depths(end, options.first_exit, options.exit_every)
         blocks = table.run("exit_checks", lambda: _with_checks(plan, blocks, candidates))
     catch_up: tuple[Segment, ...] = ()
     if options.exits and options.catch_up:
         catch_up = table.run("over_tokens", lambda: _over_tokens(plan, candidates))
         if isinstance(catch_up, Refusal):
             return catch_up
-    tail = table.run(options.tail, lambda: _tail(plan, options))
+    tail = table.run(options.tail, lambda: _tail(plan, returned, options, {}))
     if isinstance(tail, Refusal):
         return tail
     twins, river_head, kept = tail
-    logits = logits_of(plan, returned) if options.entropy else None
-    if logits is not None:
-        head = add_entropy(head, logits)
-        river_head = None if river_head is None else add_entropy(river_head, logits)
+    head = _with_entropy(head, plan, returned, options)
     table.log()
     return RiverProgram(plan, returned, prologue, blocks, twins, head, river_head, candidates, kept, presence, catch_up)
+
+
+def keep_linears(program: RiverProgram, options: RewriteOptions, keep: Mapping[str, str]) -> RiverProgram:
+    """Makes the twins anew, with some of their products in 16 bits.
+
+    Args:
+        program: what `rewrite` returned.
+        options: those that it was made with.
+        keep: names of 4-bit products (`LinearSite.name`), each with the reason.
+    """
+    twins, river_head, kept = _tail(program.plan, program.returned, options, keep)
+    return replace(program, twins=twins, river_head=river_head, kept=kept)
 
 
 def _segments(plan: DecoderPlan) -> tuple[Segment, tuple[Segment, ...], Segment]:
@@ -153,8 +167,13 @@ def _first_refusal(made: Iterable[object]) -> Refusal | None:
     return next((m for m in made if isinstance(m, Refusal)), None)
 
 
+def _with_entropy(head: Segment, plan: DecoderPlan, returned: tuple[fx.Node, ...], options: RewriteOptions) -> Segment:
+    logits = logits_of(plan, returned) if options.entropy else None
+    return head if logits is None else add_entropy(head, logits)
+
+
 def _tail(
-    plan: DecoderPlan, options: RewriteOptions
+    plan: DecoderPlan, returned: tuple[fx.Node, ...], options: RewriteOptions, keep: Mapping[str, str]
 ) -> tuple[tuple[Segment, ...], Segment | None, tuple[KeptLinear, ...]] | Refusal:
     """Makes what tokens that left run: for every block its twin or another fill's piece, and the head."""
     if not options.exits:
@@ -166,7 +185,7 @@ def _tail(
         if not options.quantize:
             return segment
         simplify_attention(segment.graph_module.graph)
-        segment, left = make_twin(segment, name, options.group_size, options.layout)
+        segment, left = make_twin(segment, name, options.group_size, options.layout, options.scale_inputs, keep)
         kept.extend(left)
         return segment
 
@@ -186,6 +205,8 @@ def _tail(
     elif options.quantize:
         head = cut(plan, plan.num_blocks + 1, "river_head")
         river_head = head if simplify_linears(head.graph_module.graph) else None
+    if river_head is not None:
+        river_head = _with_entropy(river_head, plan, returned, options)
     return twins, river_head, tuple(kept)
 
 

@@ -87,7 +87,12 @@ def calibrate(
     if "criterion" in base:
         raise OptionError(f"give criterion={base['criterion']!r} to calibrate itself, not in options=")
     base["criterion"] = criterion
-    config = RiverConfig.from_options(base)
+    config = RiverConfig.from_options({**base, "first_exit": 1})
+    if config.deepest is not None:
+        raise OptionError(
+            f"offload={config.offload} with offload_policy='exit' lets no token through the whole backbone, which "
+            "calibration compares with; use offload_policy='fetch', or leave offload out until it is done"
+        )
     rule = CRITERIA[criterion]
     samples = _samples(tokenizer, texts, context + tokens, seed)
     pilot_size = math.ceil(_PILOT * len(samples))

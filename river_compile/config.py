@@ -16,11 +16,12 @@ _GROUP_SIZES = (32, 64, 128, 256)
 _CHOICES = {
     "criterion": tuple(CRITERIA),
     "fill": tuple(FILLS),
-    "quantizer": ("hqq", "rtn", "none"),
+    "quantizer": ("hqq", "rtn", "awq", "gptq", "none"),
     "prefill": ("backbone", "exit"),
     "lm_head": ("keep", "w4"),
     "lowering": ("inductor", "eager"),
     "on_unsupported": ("inductor", "raise"),
+    "offload_policy": ("exit", "fetch"),
 }
 MODES = (None, "default", "reduce-overhead", "max-autotune", "max-autotune-no-cudagraphs")
 
@@ -42,7 +43,11 @@ class RiverConfig:
         exit_depth: None, or one depth for every token: 0 (all blocks in 4 bits) to L (never leave).
         group_size: consecutive input features of a 4-bit matrix that share a scale and a zero: 32, 64, 128 or 256.
             A matrix that it does not divide takes the largest power of two that does, or stays in 16 bits below 32.
-        quantizer: "hqq", "rtn" (round to nearest) or "none" (twins keep the backbone's weights: for tests).
+        quantizer: how 4-bit weights are found. From the weights alone: "hqq" or "rtn" (round to nearest). From what
+            they read in a text too, which `river_compile.observe` records: "awq" or "gptq". "none" keeps the
+            backbone's weights in the twins (for tests).
+        min_sqnr: dB of signal-to-noise ratio below which a matrix product of a twin stays in 16 bits: of its outputs on
+            the observed text with "awq" and "gptq", of its weights with "hqq" and "rtn". None for no floor.
         prefill: "backbone" (the prompt runs through all blocks) or "exit" (the whole prompt leaves at the first depth
             where the least similar of its tokens passes the threshold).
         lm_head: "keep", or "w4" to put the head into 4 bits for tokens that left the backbone.
@@ -61,6 +66,10 @@ class RiverConfig:
             comparison "propagate", "recompute", "mask" or "monotone" (see :mod:`river_compile.fills`).
         launch_ahead: whether the blocks behind an exit check start before its result is known. None: where that was
             measured to help.
+        offload: None, or the number of backbone blocks that stay in device memory, 0 to L - 1; the others move out
+            (:mod:`river_compile.offloading`).
+        offload_policy: "exit" (every token leaves by that depth) or "fetch" (tokens that go on bring blocks in).
+        offload_dir: the folder for the offloaded weights of a model on the CPU; None: TMPDIR, or else /var/tmp.
     """
 
     threshold: float | None = None
@@ -70,6 +79,7 @@ class RiverConfig:
     exit_depth: int | None = None
     group_size: int = 64
     quantizer: str = "hqq"
+    min_sqnr: float | None = None
     prefill: str = "backbone"
     lm_head: str = "keep"
     lowering: str = "inductor"
@@ -80,6 +90,9 @@ class RiverConfig:
     cudagraphs: bool | str | None = None
     max_captures: int = 256
     launch_ahead: bool | None = None
+    offload: int | None = None
+    offload_policy: str = "exit"
+    offload_dir: str | None = None
     fill: str = "river"
 
     def __post_init__(self) -> None:
@@ -91,7 +104,7 @@ class RiverConfig:
             "None or an integer from 0 to the number of blocks",
         )
         _require(self.group_size in _GROUP_SIZES, "group_size", self.group_size, f"one of {_listed(_GROUP_SIZES)}")
-        for name in ("dump_dir", "artifact"):
+        for name in ("dump_dir", "artifact", "offload_dir"):
             value = getattr(self, name)
             _require(value is None or isinstance(value, (str, Path)), name, value, "None or a path")
         for name, allowed in _CHOICES.items():
@@ -101,9 +114,12 @@ class RiverConfig:
                     f"{name}={value!r} is not allowed; choose one of {_listed(allowed)}{_closest(value, allowed)}"
                 )
 
+        floor = self.min_sqnr
+        _require(floor is None or _is_number(floor), "min_sqnr", floor, "None or a number of decibels, such as 20")
         self._check_rule()
         _require(isinstance(self.same_rows, bool), "same_rows", self.same_rows, "True or False")
         self._check_capture()
+        self._check_offload()
         self._check_fill()
         if self.artifact is not None and self.quantizer == "none":
             raise OptionError("artifact= holds 4-bit twins, which quantizer='none' does not use; leave one of them out")
@@ -124,8 +140,9 @@ class RiverConfig:
             ("criterion", "doubt", "'similarity'"),
             ("cudagraphs", True, "None"),
             ("cudagraphs", "record", "None"),
+            ("offload", self.offload, "None"),
         ):
-            if getattr(self, name) == value:
+            if value is not None and getattr(self, name) == value:
                 raise OptionError(
                     f"{name}={value!r} is not available with fill={self.fill!r}; use {name}={instead}, or fill='river'"
                 )
@@ -133,6 +150,40 @@ class RiverConfig:
             raise OptionError(
                 f"artifact= holds 4-bit twins, which fill={self.fill!r} does not use; leave one of them out"
             )
+
+    def _check_offload(self) -> None:
+        k = self.offload
+        _require(k is None or _is_int(k, 0), "offload", k, "None or an integer from 0 to the number of blocks - 1")
+        if k is None:
+            if self.offload_policy == "fetch":
+                raise OptionError("offload_policy='fetch' needs offload=, the number of blocks that stay in memory")
+            return
+        if self.quantizer == "none":
+            raise OptionError(
+                f"offload={k} is not available with quantizer='none', whose twins use the backbone's weights; use 'hqq'"
+            )
+        if self.deepest is None:
+            return
+        if self.exit_depth is not None and self.exit_depth > k:
+            raise OptionError(
+                f"exit_depth={self.exit_depth} lies behind offload={k}, where offload_policy='exit' lets no token go; "
+                f"use exit_depth={k}, offload={self.exit_depth} or offload_policy='fetch'"
+            )
+        if self.exit_depth is None and self.first_exit > k:
+            raise OptionError(
+                f"first_exit={self.first_exit} lies behind offload={k}, where offload_policy='exit' lets no token go; "
+                f"use offload={self.first_exit} or more, exit_depth={k} or offload_policy='fetch'"
+            )
+        if CRITERIA[self.criterion].may_doubt and self.exit_depth is None:
+            raise OptionError(
+                f"criterion={self.criterion!r} sends tokens through the whole backbone, where offload_policy='exit' "
+                "lets none go; use offload_policy='fetch'"
+            )
+
+    @property
+    def deepest(self) -> int | None:
+        """Blocks that a token which may leave executes at most; None where that is all of them."""
+        return self.offload if self.offload_policy == "exit" else None
 
     def _check_rule(self) -> None:
         """Checks threshold and first exit against the criterion, and fills in its threshold where none was given."""
@@ -172,8 +223,13 @@ class RiverConfig:
         """Checks the depths against a model with `num_blocks` blocks.
 
         Raises:
-            OptionError: an exit depth beyond the last block.
+            OptionError: an exit depth beyond the last block, or no block that could be offloaded.
         """
+        if self.offload is not None and self.offload >= num_blocks:
+            raise OptionError(
+                f"offload={self.offload} leaves none of {num_blocks} blocks to offload; use 0 to {num_blocks - 1}, or "
+                "leave it out"
+            )
         if self.exit_depth is not None and self.exit_depth > num_blocks:
             raise OptionError(
                 f"exit_depth={self.exit_depth} lies beyond the last of {num_blocks} blocks; "

@@ -11,6 +11,7 @@ import contextlib
 import threading
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, replace
+from typing import TYPE_CHECKING
 
 import torch
 from torch import Tensor, fx
@@ -24,11 +25,19 @@ from .registers import cache_registers, capacity_check, gather, registers_of
 from .rewind import rewind_of
 from .stats import ExitStats, Outcome, record_step
 
+if TYPE_CHECKING:
+    from .streaming import Streamer
+
 
 class Step:
-    """A segment bound to its registers and weights."""
+    """A segment bound to its registers and weights.
+
+    Attributes:
+        moves: whether it may compute with weights at another address in every run.
+    """
 
     __slots__ = ("_callee", "_handed_on", "_outputs", "_take", "name", "packed")
+    moves = False
 
     def __init__(
         self, segment: Segment, callee: Callee, packed: Sequence[Tensor], register: dict[fx.Node, int]
@@ -59,12 +68,14 @@ class ExitRule:
         fixed_depth: blocks to execute where there is no threshold.
         criterion: what the threshold is compared with.
         first_exit: smallest exit depth.
+        deepest: depth at which every token leaves at the latest, None where it may go through all blocks.
     """
 
     threshold: float | None
     fixed_depth: int
     criterion: Criterion = CRITERIA["similarity"]
     first_exit: int = 1
+    deepest: int | None = None
 
 
 _forced = threading.local()
@@ -117,6 +128,7 @@ class RiverExecutor:
     Attributes:
         prologue, blocks, twins, head, river_head: the steps; None stands for a segment that cannot be reached.
         size: number of registers, the graph's inputs first, the fill's last.
+        streamer: brings in the weights of offloaded blocks, None where there is nothing to bring.
     """
 
     def __init__(
@@ -150,6 +162,7 @@ class RiverExecutor:
         self._place = place_of(program, register)
         self.blocks = fill.blocks(self.blocks, [steps.get(s.name) for s in program.catch_up], self._place)
         self._remembers = rule.criterion.remembers or fill.remembers
+        self.streamer: Streamer | None = None
 
     def __call__(self, *args: object) -> tuple:
         registers = [*args, *[None] * (self.size - len(args))]
@@ -167,9 +180,15 @@ class RiverExecutor:
                 outputs = self._finish(registers, outcome.depth)
                 self._fill.end(registers, memory, self._place, outcome.depth)
                 self._keep(registers, memory, outputs)
+        self._close(outcome)
+        return tuple(self._return(registers))
+
+    def _close(self, outcome: Outcome) -> None:
+        """Ends a step."""
         self._stats.count(outcome.depth, self._decode, outcome.doubted)
         record_step(self._stats, self._decode, outcome)
-        return tuple(self._return(registers))
+        if self.streamer is not None:
+            self.streamer.forget()
 
     def _run_blocks(self, registers: list, rule: ExitRule, memory: Memory, limit: int) -> Outcome:
         """Runs backbone blocks until the exit, which comes after `limit` of them at the latest."""
@@ -179,20 +198,22 @@ class RiverExecutor:
                 block(registers)
             return Outcome(min(depth, limit), entropy=entropy)
         scores: list[float] = []
-        for depth, block in enumerate(self.blocks[:limit], start=1):
+        reachable = self.blocks[: limit if rule.deepest is None else min(limit, rule.deepest)]
+        for depth, block in enumerate(reachable, start=1):
             outputs = block(registers)
             if self._has_score[depth - 1] and depth >= rule.first_exit:
                 scores.append(outputs[-1].item())
                 if rule.criterion.leaves(depth, scores[-1], rule.threshold, memory):
                     return Outcome(depth, scores)
-        return Outcome(limit, scores)
+        return Outcome(len(reachable), scores)
 
     def _depth_before(self, rule: ExitRule, memory: Memory) -> tuple[int | None, float | None]:
         """Returns the depth where it is known before the first block, and the entropy that it was told by."""
         if rule.threshold is None:
             return rule.fixed_depth, None
         entropy = memory.read_entropy()
-        return rule.criterion.depth_before(rule.threshold, rule.first_exit, len(self.blocks), entropy), entropy
+        num_blocks = len(self.blocks[: rule.deepest])
+        return rule.criterion.depth_before(rule.threshold, rule.first_exit, num_blocks, entropy), entropy
 
     def _finish(self, registers: list, depth: int) -> Sequence:
         """Runs the twins behind `depth` and the head; returns the head's outputs."""
@@ -244,6 +265,12 @@ class RiverExecutor:
 
     def _check_depth(self, depth: int) -> int:
         """Returns a forced depth after making sure that its segments are there."""
+        deepest = self._rule.deepest
+        if deepest is not None and depth > deepest:
+            raise ValueError(
+                f"depth {depth} was asked for, but this model was compiled with offload={deepest} and "
+                "offload_policy='exit': no token goes further; compile it with offload_policy='fetch'"
+            )
         head = self.head if depth == len(self.blocks) else self.river_head
         if any(step is None for step in (*self.blocks[:depth], *self.twins[depth:], head)):
             raise ValueError(

@@ -215,6 +215,11 @@ def _rewritten_state(model: PreTrainedModel) -> ModelState:
             f"exit_depth={latest.config.exit_depth} leaves only one path in the compiled model; exact mode needs the "
             "whole river and the whole backbone: compile it without exit_depth"
         )
+    if latest.config.deepest is not None:
+        raise ValueError(
+            f"offload={latest.config.offload} with offload_policy='exit' makes every token leave by that depth; exact "
+            "mode verifies with the whole backbone: compile the model with offload_policy='fetch'"
+        )
     return state
 
 

@@ -212,7 +212,7 @@ class TestSameBits:
         assert decoder.log.made > before
 
     @pytest.mark.parametrize("name", ["gemma2", "mixtral"])
-    def test_families(self, name):
+    def test_families(self, name, alone):
         """Sliding windows before and after they are full, counters kept in Python, experts."""
         decoder = Decoder(name, launch_ahead=True)
         check(decoder, [(0, None, tau) for tau in (2.0, 2.0, -1.0, -1.0, 0.9, 2.0, 2.0, 0.9, 0.95, -1.0)])

@@ -123,6 +123,7 @@ class TestRefusals:
             ({"fill": "propagate", "criterion": "doubt"}, ["criterion='doubt'", "use criterion='similarity'"]),
             ({"fill": "monotone", "cudagraphs": "record"}, ["cudagraphs='record'", "use cudagraphs=None"]),
             ({"fill": "recompute", "cudagraphs": True}, ["cudagraphs=True", "use cudagraphs=None"]),
+            ({"fill": "mask", "offload": 2}, ["offload=2", "fill='mask'", "use offload=None"]),
             ({"fill": "propagate", "artifact": "twins"}, ["artifact=", "fill='propagate'", "leave one of them out"]),
         ],
     )
