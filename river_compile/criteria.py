@@ -23,10 +23,13 @@ import threading
 from collections import deque
 from collections.abc import Sequence
 from dataclasses import dataclass, field
-from typing import ClassVar
+from typing import TYPE_CHECKING, ClassVar
 
 from torch import Tensor
 from torch.utils.weak import WeakTensorKeyDictionary
+
+if TYPE_CHECKING:
+    from .fill_base import Gaps
 
 HISTORY = 4  # tokens over which "history" averages
 
@@ -40,10 +43,16 @@ class Memory:
     Attributes:
         entropy: of the last step's logits, in nats, a scalar tensor (it is read when it is needed); None before any.
         scores: the last similarities seen at each depth, newest last.
+        gaps: which KV entries its cache lacks, for fills that leave some out.
     """
 
     entropy: Tensor | None = None
     scores: dict[int, deque[float]] = field(default_factory=dict)
+    gaps: Gaps | None = None
+
+    def after_prompt(self) -> Memory:
+        """Returns what is remembered once only the prompt has run, as a memory of its own."""
+        return Memory(self.entropy, gaps=self.gaps and self.gaps.after_prompt())
 
     def read_entropy(self) -> float | None:
         """Returns the entropy as a number (from an accelerator it waits for the last step)."""
