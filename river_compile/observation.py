@@ -78,7 +78,7 @@ def observe(
 def default_texts() -> list[str]:
     """Returns short texts of many kinds that were written for this package.
 
-    They are a start, no match for texts like those that a model will see: docs/twins.md measures the difference.
+    They are a start, no match for texts like those that a model will see.
     """
     content = resources.files("river_compile").joinpath("calibration.txt").read_text(encoding="utf-8")
     return content.rstrip("\n").split("\n%%\n")
