@@ -10,6 +10,7 @@ from torch import nn
 
 from .models import GraphRecord, find_state
 from .stats import ExactStats
+from .twin_errors import BlockErrors
 from .twin_maker import PackedSite
 
 _NEVER_RAN = (
@@ -31,6 +32,7 @@ class Report:
     prefill_depths: dict[int, int]
     exact: ExactStats
     doubted: int = 0
+    block_errors: BlockErrors | None = None
 
     @property
     def ran(self) -> bool:
@@ -71,6 +73,7 @@ class Report:
                 }
                 for p in self.packed
             ],
+            "block_errors": self.block_errors.to_dict() if self.block_errors else None,
             "exit_depths": dict(self.decode_depths),
             "prefill_exit_depths": dict(self.prefill_depths),
             "mean_exit_depth": _finite(self.mean_depth),
@@ -85,6 +88,7 @@ class Report:
         for graph in self.graphs:
             lines += _graph_lines(graph)
         lines += _packed_lines(self)
+        lines += _block_lines(self.block_errors)
         lines += [f"  recompiles     {self.recompiles}"]
         lines += _depth_lines(self)
         lines += _exact_lines(self.exact)
@@ -111,6 +115,7 @@ def report(model: nn.Module) -> Report:
         state.stats.depths(decode=False),
         state.stats.exact.copy(),
         state.stats.doubted,
+        state.block_errors,
     )
 
 
@@ -134,7 +139,7 @@ def _graph_dict(graph: GraphRecord) -> dict[str, object]:
 
 def _other_groups(graph: GraphRecord) -> dict[str, int]:
     """Returns the matrices, by name, that did not take the group size that was asked for."""
-    return {name: size for name, size in graph.group_sizes.items() if size != graph.config.group_size}
+    return {p.name: p.group_size for p in graph.packed if p.group_size != graph.config.group_size}
 
 
 def _graph_lines(graph: GraphRecord) -> list[str]:
@@ -181,6 +186,16 @@ def _sqnr_lines(title: str, decibels: dict[str, float]) -> list[str]:
     mean = sum(finite) / len(finite) if finite else math.inf
     worst = min(decibels, key=decibels.get)
     return [f"    {title}  mean {mean:.1f} dB, least {decibels[worst]:.1f} dB ({worst})"]
+
+
+def _block_lines(errors: BlockErrors | None) -> list[str]:
+    if errors is None:
+        return []
+    worst = errors.worst
+    return [
+        f"  KL by block    mean {errors.mean_kl:.5f}, most {worst.kl:.5f} (block {worst.block}), one twin at a time on "
+        f"{errors.tokens} tokens"
+    ]
 
 
 def _depth_lines(report: Report) -> list[str]:
