@@ -8,7 +8,9 @@ from dataclasses import dataclass
 
 from torch import nn
 
+from .criteria import threshold_text
 from .models import GraphRecord, find_state
+from .offloading import OffloadLog
 from .stats import ExactStats
 from .twin_errors import BlockErrors
 from .twin_maker import PackedSite
@@ -33,6 +35,7 @@ class Report:
     exact: ExactStats
     doubted: int = 0
     block_errors: BlockErrors | None = None
+    offloaded: OffloadLog | None = None
 
     @property
     def ran(self) -> bool:
@@ -59,6 +62,7 @@ class Report:
             "recompiles": self.recompiles,
             "packed_bytes": sum(p.nbytes for p in self.packed),
             "packing_seconds": self.packing_seconds,
+            "offloaded": self.offloaded and self.offloaded.to_dict(),
             "matrices": [
                 {
                     "name": p.name,
@@ -89,6 +93,7 @@ class Report:
             lines += _graph_lines(graph)
         lines += _packed_lines(self)
         lines += _block_lines(self.block_errors)
+        lines += self.offloaded.lines() if self.offloaded else []
         lines += [f"  recompiles     {self.recompiles}"]
         lines += _depth_lines(self)
         lines += _exact_lines(self.exact)
@@ -115,7 +120,8 @@ def report(model: nn.Module) -> Report:
         state.stats.depths(decode=False),
         state.stats.exact.copy(),
         state.stats.doubted,
-        state.block_errors,
+        block_errors=state.block_errors,
+        offloaded=state.offloaded.snapshot(),
     )
 
 
@@ -126,6 +132,7 @@ def _graph_dict(graph: GraphRecord) -> dict[str, object]:
         "refusal": graph.refusal,
         "blocks": graph.num_blocks,
         "criterion": graph.config.criterion,
+        "fill": graph.config.fill,
         "candidate_depths": list(graph.candidates),
         "segments": [
             {"name": c.name, "uses": c.uses, "compile_seconds": c.seconds, "direct": c.direct} for c in graph.compiled
@@ -152,11 +159,15 @@ def _graph_lines(graph: GraphRecord) -> list[str]:
     lines.append(f"    segments     {segments}")
     if graph.kind == "decode" and graph.config.exit_depth is None:
         config = graph.config
-        lines.append(f"    criterion    {config.criterion}, threshold {config.threshold:g}")
+        lines.append(f"    criterion    {config.criterion}, threshold {threshold_text(config.threshold)}")
         if not graph.candidates:
             lines.append(f"    exits after  block {config.first_exit}")
     if graph.candidates:
         lines.append(f"    exits after  {_ranges(graph.candidates)}")
+    if graph.config.deepest is not None and graph.kind == "decode":
+        lines.append(f"    at latest    after block {graph.config.deepest} (offload_policy='exit')")
+    if graph.config.fill != "river":
+        lines.append(f"    fill         {graph.config.fill}: no twins")
     for reason, count in Counter(k.reason for k in graph.kept).items():
         lines.append(f"    in 16 bits   {count} matrices: {reason}")
     for size, count in Counter(_other_groups(graph).values()).items():
