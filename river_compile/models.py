@@ -29,6 +29,7 @@ from .twin_maker import PackedSite
 if TYPE_CHECKING:
     from .observation import Observation
     from .same_rows import SameRows
+    from .twin_errors import BlockErrors
 
 _ids = itertools.count(1)
 
@@ -48,7 +49,8 @@ class GraphRecord:
         compiled: the distinct segments.
         seconds: seconds by stage: rewriting, packing, compiling.
         kept: matrices of the twins that stay in 16 bits.
-        group_sizes: of each 4-bit matrix of the twins, by name.
+        packed: the matrices of the twins.
+        block_paths: module paths of the blocks.
         captures: which of its decode steps were captured, and why others were not.
     """
 
@@ -62,7 +64,8 @@ class GraphRecord:
     compiled: tuple[Compiled, ...] = ()
     seconds: dict[str, float] = field(default_factory=dict)
     kept: tuple[KeptLinear, ...] = ()
-    group_sizes: dict[str, int] = field(default_factory=dict)
+    packed: tuple[PackedSite, ...] = ()
+    block_paths: tuple[str, ...] = ()
     captures: CaptureLog = field(default_factory=CaptureLog)
 
     def describe(self, program: RiverProgram, compiled: Iterable[Compiled], sites: Iterable[PackedSite]) -> None:
@@ -74,7 +77,8 @@ class GraphRecord:
         self.candidates = program.candidates
         self.compiled = tuple(compiled)
         self.kept = program.kept
-        self.group_sizes = {site.name: site.group_size for site in sites}
+        self.packed = tuple(sites)
+        self.block_paths = tuple(block.path for block in plan.blocks)
 
 
 class ModelState:
@@ -87,6 +91,7 @@ class ModelState:
         self.packed = PackedWeights()
         self.offloaded = OffloadedWeights()
         self.observation: Observation | None = None
+        self.block_errors: BlockErrors | None = None
         self.graphs: list[GraphRecord] = []
         self.same_rows: dict[tuple, SameRows] = {}
 
