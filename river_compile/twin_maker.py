@@ -78,6 +78,11 @@ class PackedSite:
         """True for a product that stays in 16 bits, below the floor of the signal-to-noise ratio."""
         return not self.tensors
 
+    @property
+    def quality(self) -> float:
+        """The signal-to-noise ratio that the floor is about: of the outputs where they were observed."""
+        return self.sqnr if self.output_sqnr is None else self.output_sqnr
+
     def unpack(self) -> QuantizedWeight:
         """Returns the grid that its bytes stand for."""
         n, k = self.shape
