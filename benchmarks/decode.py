@@ -325,27 +325,15 @@ def _parse(arguments: list[str] | None) -> argparse.Namespace:
     parser.add_argument("--model", default="smollm2", help="a known model's name or a model folder (%(default)s)")
     parser.add_argument("--gguf", type=Path, help="the GGUF file that the model folder was made of, for llama_cpp")
     parser.add_argument("--dtype", default="bfloat16", choices=DTYPES, help="of all rows that name none (%(default)s)")
-    parser.add_argument("--new-tokens", type=_number(2), default=128, help="tokens per generation (%(default)s)")
-    parser.add_argument("--threads", type=_number(1), default=2, help="threads of every process (%(default)s)")
-    parser.add_argument("--repeats", type=_number(1), default=3, help="measurements per row (%(default)s)")
+    parser.add_argument("--new-tokens", type=common.number(2), default=128, help="tokens per generation (%(default)s)")
+    parser.add_argument("--threads", type=common.number(1), default=2, help="threads of every process (%(default)s)")
+    parser.add_argument("--repeats", type=common.number(1), default=3, help="measurements per row (%(default)s)")
     parser.add_argument(
         "--rows", nargs="+", choices=list(ROWS), default=list(ROWS), metavar="ROW", help=", ".join(ROWS)
     )
     parser.add_argument("--json", type=Path, help="also write the outcome to this file")
     parser.add_argument("--worker", action="store_true", help=argparse.SUPPRESS)
     return parser.parse_args(arguments)
-
-
-def _number(least: int):
-    """Returns a parser of integers of `least` or more."""
-
-    def parse(text: str) -> int:
-        number = int(text)
-        if number < least:
-            raise argparse.ArgumentTypeError(f"{number} is too small; give {least} or more")
-        return number
-
-    return parse
 
 
 if __name__ == "__main__":
