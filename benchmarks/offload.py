@@ -90,9 +90,8 @@ def resident_bytes() -> int:
 def show(outcome: dict) -> None:
     """Prints the table."""
     machine = outcome["machine"]
-    print(
-        f"\n{outcome['model']}, bfloat16, {outcome['new_tokens']} tokens, {machine['threads']} threads, {machine['cpu']}\n"
-    )
+    print(f"\n{outcome['model']}, bfloat16, {outcome['new_tokens']} tokens")
+    print(f"{machine['cpu']}, {machine['threads']} threads\n")
     headers = ["", "weights MB", "resident MB", "share", "process MB", "prompt ms", "decode tokens/s", "mean depth"]
     rows = []
     for name, row in outcome["rows"].items():
