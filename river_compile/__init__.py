@@ -24,6 +24,7 @@ _EXPORTS = {
     "ArtifactError": "errors",
     "BudgetError": "errors",
     "CacheFullError": "errors",
+    "CacheHolesError": "errors",
     "Calibration": "calibration",
     "OptionError": "errors",
     "Report": "reporting",

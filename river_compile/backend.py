@@ -21,16 +21,18 @@ from river_compile.kernels.aten_int4 import LAYOUT as ATEN_LAYOUT
 from river_compile.kernels.aten_int4 import has_fast_kernel
 from river_compile.passes.decoder_layers import is_parameter
 from river_compile.passes.rewrite import RewriteOptions, keep_linears, rewrite
-from river_compile.passes.types import DecoderPlan, LinearSite, Refusal, RiverProgram, Segment
+from river_compile.passes.types import DecoderPlan, FillRefusal, LinearSite, Refusal, RiverProgram, Segment
 
 from .capture_choice import check_device, choose_device, make_executor
 from .config import RiverConfig, check_mode
 from .criteria import CRITERIA, Criterion
 from .dump import dump_program
 from .errors import OptionError, RiverWarning, UnsupportedGraphError
+from .fills import FILLS
 from .lowering import SegmentCompiler, inductor_settings
 from .models import GraphRecord, ModelState, state_of
-from .runtime import ExitRule, RiverExecutor, registers_of
+from .registers import registers_of
+from .runtime import ExitRule, RiverExecutor
 from .streaming import Streamer
 from .twin_maker import PackedSite
 
@@ -64,6 +66,8 @@ def river(
     program = _needs_gradients(example_inputs) or rewrite(graph_module, functools.partial(_rewrite_options, config))
     record = GraphRecord(config, mode=mode, seconds={"rewriting": time.perf_counter() - start})
     state.graphs.append(record)
+    if isinstance(program, FillRefusal):
+        raise OptionError(f"fill={config.fill!r} cannot be used here: {program}; use another one, such as fill='river'")
     if isinstance(program, Refusal):
         record.refusal = str(program)
         return _as_inductor(graph_module, example_inputs, program, config, mode)
@@ -92,6 +96,9 @@ def _rewrite_options(config: RiverConfig, plan: DecoderPlan) -> RewriteOptions:
         same_rows=config.same_rows and not plan.is_decode,
         entropy=config.exit_depth is None and _needs_entropy(plan, CRITERIA[config.criterion]),
         deepest=config.deepest,
+        tail=FILLS[config.fill].tail,
+        presence=FILLS[config.fill].masks,
+        catch_up=FILLS[config.fill].catches_up,
     )
 
 

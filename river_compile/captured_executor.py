@@ -34,7 +34,8 @@ from .capture import CaptureDevice, CaptureFailed, CaptureLog, CaptureRecord
 from .capture_units import Unit, UnitMaker, copy_into
 from .criteria import Memories, Memory
 from .launch_ahead import LaunchAhead
-from .runtime import ExitRule, RiverExecutor, Step, gather, registers_of
+from .registers import gather, registers_of
+from .runtime import ExitRule, RiverExecutor, Step
 from .stats import ExitStats, Outcome
 
 log = logging.getLogger("river_compile.capture")

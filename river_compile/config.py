@@ -8,12 +8,14 @@ from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
 
-from .criteria import CRITERIA
+from .criteria import CRITERIA, Threshold
 from .errors import OptionError
+from .fills import FILLS
 
 _GROUP_SIZES = (32, 64, 128, 256)
 _CHOICES = {
     "criterion": tuple(CRITERIA),
+    "fill": tuple(FILLS),
     "quantizer": ("hqq", "rtn", "awq", "gptq", "none"),
     "prefill": ("backbone", "exit"),
     "lm_head": ("keep", "w4"),
@@ -30,8 +32,9 @@ class RiverConfig:
 
     Attributes:
         threshold: where the criterion draws the line; None takes the criterion's own default. A similarity that must be
-            exceeded for "similarity" and "history" (1 and more never let a token leave); for "confidence" and "doubt"
-            an entropy in nats that must not be reached, at least 0 (0 never lets a token leave, infinity always does).
+            exceeded for "similarity" and "history" (1 and more never let a token leave), or a sequence of them, one
+            for each depth from 1 on, whose last holds for all greater depths; for "confidence" and "doubt" an entropy
+            in nats that must not be reached, at least 0 (0 never lets a token leave, infinity always does).
         criterion: which tokens leave: "similarity" (of a block's input and output, the paper's), "history" (that
             averaged over the last tokens), "confidence" (the previous step's logits were sure) or "doubt" (the token
             leaves, and the backbone runs it again where the river's logits are not sure).
@@ -60,6 +63,8 @@ class RiverConfig:
         cudagraphs: whether decode steps on a static cache are captured and replayed. None: on a GPU. "record": by a
             recorder that needs no GPU and checks the schedule (slow: for tests and `benchmarks/schedule.py`).
         max_captures: graphs kept at the same time, at least 1; the one that was not used for longest gives way.
+        fill: what stands in for the KV entries of skipped blocks: "river" (4-bit twins run, and write them), or for
+            comparison "propagate", "recompute", "mask" or "monotone" (see :mod:`river_compile.fills`).
         launch_ahead: whether the blocks behind an exit check start before its result is known. None: where that was
             measured to help.
         offload: None, or the number of backbone blocks that stay in device memory, 0 to L - 1; the others move out
@@ -68,7 +73,7 @@ class RiverConfig:
         offload_dir: the folder for the offloaded weights of a model on the CPU; None: TMPDIR, or else /var/tmp.
     """
 
-    threshold: float | None = None
+    threshold: Threshold | None = None
     criterion: str = "similarity"
     first_exit: int = 2
     exit_every: int = 1
@@ -89,6 +94,7 @@ class RiverConfig:
     offload: int | None = None
     offload_policy: str = "exit"
     offload_dir: str | None = None
+    fill: str = "river"
 
     def __post_init__(self) -> None:
         _require(_is_int(self.exit_every, 1), "exit_every", self.exit_every, "an integer of 1 or more")
@@ -115,6 +121,7 @@ class RiverConfig:
         _require(isinstance(self.same_rows, bool), "same_rows", self.same_rows, "True or False")
         self._check_capture()
         self._check_offload()
+        self._check_fill()
         if self.artifact is not None and self.quantizer == "none":
             raise OptionError("artifact= holds 4-bit twins, which quantizer='none' does not use; leave one of them out")
 
@@ -124,6 +131,26 @@ class RiverConfig:
         _require(graphs is None or isinstance(graphs, bool) or graphs == "record", "cudagraphs", graphs, allowed)
         _require(_is_int(self.max_captures, 1), "max_captures", self.max_captures, "an integer of 1 or more")
         _require(ahead is None or isinstance(ahead, bool), "launch_ahead", ahead, "None, True or False")
+
+    def _check_fill(self) -> None:
+        """Checks that nothing is asked for that only the river has."""
+        if self.fill == "river":
+            return
+        for name, value, instead in (
+            ("prefill", "exit", "'backbone'"),
+            ("criterion", "doubt", "'similarity'"),
+            ("cudagraphs", True, "None"),
+            ("cudagraphs", "record", "None"),
+            ("offload", self.offload, "None"),
+        ):
+            if value is not None and getattr(self, name) == value:
+                raise OptionError(
+                    f"{name}={value!r} is not available with fill={self.fill!r}; use {name}={instead}, or fill='river'"
+                )
+        if self.artifact is not None:
+            raise OptionError(
+                f"artifact= holds 4-bit twins, which fill={self.fill!r} does not use; leave one of them out"
+            )
 
     def _check_offload(self) -> None:
         k = self.offload
@@ -165,7 +192,11 @@ class RiverConfig:
         if self.threshold is None:
             object.__setattr__(self, "threshold", criterion.threshold)
         if criterion.scores_blocks:
-            _require(_is_number(self.threshold), "threshold", self.threshold, "a number, such as 0.7")
+            if isinstance(self.threshold, list):
+                object.__setattr__(self, "threshold", tuple(self.threshold))
+            several = self.threshold if isinstance(self.threshold, tuple) else (self.threshold,)
+            allowed = "a number, such as 0.7, or a list with one for each depth from 1 on"
+            _require(several != () and all(map(_is_number, several)), "threshold", self.threshold, allowed)
             _require(_is_int(self.first_exit, 1), "first_exit", self.first_exit, "an integer of 1 or more")
             return
         allowed = f"an entropy in nats of 0 or more, such as {criterion.threshold}, with criterion={self.criterion!r}"

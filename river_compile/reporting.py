@@ -8,6 +8,7 @@ from dataclasses import dataclass
 
 from torch import nn
 
+from .criteria import threshold_text
 from .models import GraphRecord, find_state
 from .offloading import OffloadLog
 from .stats import ExactStats
@@ -126,6 +127,7 @@ def _graph_dict(graph: GraphRecord) -> dict[str, object]:
         "refusal": graph.refusal,
         "blocks": graph.num_blocks,
         "criterion": graph.config.criterion,
+        "fill": graph.config.fill,
         "candidate_depths": list(graph.candidates),
         "segments": [
             {"name": c.name, "uses": c.uses, "compile_seconds": c.seconds, "direct": c.direct} for c in graph.compiled
@@ -152,13 +154,15 @@ def _graph_lines(graph: GraphRecord) -> list[str]:
     lines.append(f"    segments     {segments}")
     if graph.kind == "decode" and graph.config.exit_depth is None:
         config = graph.config
-        lines.append(f"    criterion    {config.criterion}, threshold {config.threshold:g}")
+        lines.append(f"    criterion    {config.criterion}, threshold {threshold_text(config.threshold)}")
         if not graph.candidates:
             lines.append(f"    exits after  block {config.first_exit}")
     if graph.candidates:
         lines.append(f"    exits after  {_ranges(graph.candidates)}")
     if graph.config.deepest is not None and graph.kind == "decode":
         lines.append(f"    at latest    after block {graph.config.deepest} (offload_policy='exit')")
+    if graph.config.fill != "river":
+        lines.append(f"    fill         {graph.config.fill}: no twins")
     for reason, count in Counter(k.reason for k in graph.kept).items():
         lines.append(f"    in 16 bits   {count} matrices: {reason}")
     for size, count in Counter(_other_groups(graph).values()).items():

@@ -205,6 +205,11 @@ def _rewritten_state(model: PreTrainedModel) -> ModelState:
             f"prefill={latest.config.prefill!r} lets prompts leave the backbone, so nothing could verify the drafts; "
             'compile the model with prefill="backbone"'
         )
+    if latest.config.fill != "river":
+        raise ValueError(
+            f"exact mode drafts with the river, which fill={latest.config.fill!r} replaces; compile the model with "
+            "fill='river'"
+        )
     if latest.config.exit_depth is not None:
         raise ValueError(
             f"exit_depth={latest.config.exit_depth} leaves only one path in the compiled model; exact mode needs the "
