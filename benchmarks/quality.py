@@ -2,7 +2,8 @@
 
     python benchmarks/quality.py
     python benchmarks/quality.py --json quality.json --plots docs/images
-    python benchmarks/quality.py --quick                            # few tokens, for a look at the output
+    python benchmarks/quality.py --quick               # few tokens, for a look at the output
+    python benchmarks/quality.py --parts fills         # one of: table, fills, entries
 
 Measured on the model's own greedy text and on held-out text, fed token by token (see benchmarks/quality_session.py):
     1. KL, next-token agreement, exact match of greedy text, depth and speed: backbone, everything 4-bit with each
@@ -16,9 +17,11 @@ Groups are of 64 weights. (SmolLM2's were unpacked from groups of 32, which grou
 from __future__ import annotations
 
 import argparse
+import contextlib
 import sys
 import time
 from collections.abc import Callable, Mapping
+from dataclasses import dataclass
 from pathlib import Path
 
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))  # a script finds only its own folder
@@ -28,14 +31,16 @@ from transformers import PreTrainedModel
 
 import river_compile
 from benchmarks import common, quality_entries, quality_fills
-from benchmarks.quality_session import Row, session
-from benchmarks.quality_texts import collect
+from benchmarks.quality_session import Row, Session, session
+from benchmarks.quality_texts import Texts, collect
 from examples import models
 from river_compile.config import RiverConfig
 from river_compile.fills import FILLS
 
 THRESHOLDS = (0.5, 0.7, 0.9, 0.95)
 PAPER = 0.7  # the threshold at which every quantizer is measured
+CALIBRATION_TOKENS = 8  # of each text
+PARTS = ("table", "fills", "entries")
 TIMES = tuple(i / 20 for i in range(6, 20))  # of the frontier, as shares of never exit's
 
 
@@ -84,82 +89,114 @@ def measure(
     """
     texts = None
 
-    def first_texts():
+    def first_texts() -> Texts:
         nonlocal texts
         texts = collect(model, tokenizer, options.texts, options.tokens, options.calibration_texts)
         return texts
 
+    run = _Run(model, tokenizer, options, base)
     main_quantizer = options.quantizers[0]
-    river_options = {**base, "quantizer": main_quantizer}
-    if main_quantizer in ("awq", "gptq"):
-        river_compile.observe(model, tokenizer, progress=options.progress)
-    with session(model, river_options, first_texts, options.progress) as first:
-        blocks = first.num_blocks
-        rows = [first.depth("backbone", blocks), first.depth(f"everything 4-bit, {main_quantizer}", 0)]
-        rows += [first.rule(f"River, threshold {t:g}", (t, 2)) for t in options.thresholds]
-        never = first.own.seconds_never
-        depths = sorted({0, 2, *range(4, blocks, max(1, blocks // 8)), blocks - 1})
-        entries = quality_entries.measure(first.own, [d for d in depths if d < blocks])
-        shares = {*quality_fills.BUDGETS.values(), *quality_fills.FRONTIER}
-        thresholds = {share: quality_fills.threshold_for(first.own, share) for share in shares}
-        fills = {"river": quality_fills.measure(first, thresholds)}
-    found, calibrated = None, None
-    if options.calibration_texts:
-        found, calibrated = _calibrated(model, tokenizer, options, river_options, texts, first)
-        rows += [calibrated] if calibrated else []
-    for fill in options.fills:
-        with session(model, {**base, "fill": fill}, texts, options.progress, first) as other:
-            fills[fill] = quality_fills.measure(other, thresholds)
-    for quantizer in options.quantizers[1:]:
-        if quantizer in ("awq", "gptq"):
-            river_compile.observe(model, tokenizer, progress=options.progress)
-        with session(model, {**base, "quantizer": quantizer}, texts, options.progress, first) as other:
-            rows.append(other.depth(f"everything 4-bit, {quantizer}", 0))
-            rows.append(other.rule(f"River, {quantizer}, threshold {PAPER:g}", (PAPER, 2)))
-    frontier = quality_fills.frontiers(fills, TIMES)
-    return {
-        "tokens": options.tokens,
-        "texts": options.texts,
-        "blocks": blocks,
-        "quantizer": main_quantizer,
-        "ms_never": 1e3 * never,
-        "rows": [row.to_dict() for row in rows],
-        "calibration": found,
-        "fills": fills,
-        "frontier": {"times": list(TIMES), "kl": frontier, "river_leads": quality_fills.river_leads(frontier)},
-        "entries": entries,
-        "entries_from_depth_2": quality_entries.summary(entries, 2),
-    }
+    with run.session({"quantizer": main_quantizer}, first_texts) as first:
+        run.first, run.texts = first, texts
+        outcome = {
+            "tokens": options.tokens,
+            "texts": options.texts,
+            "blocks": first.num_blocks,
+            "quantizer": main_quantizer,
+            "ms_never": 1e3 * first.own.seconds_never,
+        }
+        if "table" in options.parts:
+            rows = [first.depth("backbone", first.num_blocks), first.depth(f"everything 4-bit, {main_quantizer}", 0)]
+            rows += [first.rule(f"River, threshold {t:g}", (t, quality_fills.FIRST_EXIT)) for t in options.thresholds]
+        if "entries" in options.parts:
+            outcome["entries"] = quality_entries.measure(first.own, quality_entries.depths_of(first.num_blocks))
+        if "fills" in options.parts:
+            thresholds = quality_fills.thresholds_of(first.own)
+            fills = {"river": quality_fills.measure(first, thresholds)}
+    if "table" in options.parts:
+        found, calibrated = run.calibrated() if options.calibration_texts else (None, [])
+        rows += [*calibrated, *(row for name in options.quantizers[1:] for row in run.quantizer(name))]
+        outcome |= {"rows": [row.to_dict() for row in rows], "calibration": found}
+    if "fills" in options.parts:
+        for fill in options.fills:
+            with run.session({"fill": fill}) as other:
+                fills[fill] = quality_fills.measure(other, thresholds)
+        frontier = quality_fills.frontiers(fills, TIMES)
+        leads = quality_fills.river_leads(frontier)
+        outcome |= {"fills": fills, "frontier": {"times": list(TIMES), "kl": frontier, "river_leads": leads}}
+    return outcome
 
 
-def _calibrated(
-    model: PreTrainedModel, tokenizer: Callable, options: argparse.Namespace, river_options: dict, texts, first
-) -> tuple[str, Row | None]:
-    """Calibrates on texts of their own and measures the rule on those of the other rows."""
-    torch._dynamo.reset()
-    try:
-        found = river_compile.calibrate(
-            model,
-            tokenizer,
-            texts.calibration,
-            kl=options.kl,
-            options=river_options,
-            tokens=8,
-            progress=options.progress,
-        )
-    except river_compile.BudgetError as error:
-        return str(error), None
-    best = found.chosen
-    with session(
-        model, {**river_options, "criterion": found.base_options["criterion"]}, texts, options.progress, first
-    ) as s:
-        return str(found), s.rule(f"River, calibrated to KL {options.kl:g}", (best.threshold, best.first_exit))
+@dataclass
+class _Run:
+    """What the sessions of one run share.
+
+    Attributes:
+        first: the session whose runs of never exit all others are compared with.
+        texts: what is measured on.
+    """
+
+    model: PreTrainedModel
+    tokenizer: Callable
+    options: argparse.Namespace
+    base: Mapping[str, object]
+    first: Session | None = None
+    texts: Texts | None = None
+
+    def session(
+        self, more: Mapping[str, object], texts: Callable[[], Texts] | None = None
+    ) -> contextlib.AbstractContextManager[Session]:
+        """Returns a session with more options; those quantizers that need it have seen the package's texts."""
+        if more.get("quantizer") in ("awq", "gptq"):
+            river_compile.observe(self.model, self.tokenizer, progress=self.options.progress)
+        return session(self.model, {**self.base, **more}, texts or self.texts, self.options.progress, self.first)
+
+    def quantizer(self, name: str) -> list[Row]:
+        """Measures another quantizer."""
+        with self.session({"quantizer": name}) as other:
+            rule = (PAPER, quality_fills.FIRST_EXIT)
+            return [
+                other.depth(f"everything 4-bit, {name}", 0),
+                other.rule(f"River, {name}, threshold {PAPER:g}", rule),
+            ]
+
+    def calibrated(self) -> tuple[str, list[Row]]:
+        """Calibrates on texts of their own and measures the rule on those of the other rows."""
+        torch._dynamo.reset()
+        options, more = self.options, {"quantizer": self.options.quantizers[0]}
+        try:
+            found = river_compile.calibrate(
+                self.model,
+                self.tokenizer,
+                self.texts.calibration,
+                kl=options.kl,
+                options={**self.base, **more},
+                tokens=CALIBRATION_TOKENS,
+                progress=options.progress,
+            )
+        except river_compile.BudgetError as error:
+            return str(error), []
+        with self.session({**more, "criterion": found.base_options["criterion"]}) as other:
+            rule = (found.chosen.threshold, found.chosen.first_exit)
+            return str(found), [other.rule(f"River, calibrated to KL {options.kl:g}", rule)]
 
 
 def show(outcome: dict) -> None:
-    """Prints the tables."""
-    ms = outcome["ms_never"]
+    """Prints a table for each part that was measured."""
     print(f"\n{outcome['texts']} texts of {outcome['tokens']} tokens of each kind, {outcome['blocks']} blocks")
+    if "rows" in outcome:
+        _show_rows(outcome)
+    if "fills" in outcome:
+        _show_fills(outcome)
+    if "entries" in outcome:
+        near = quality_entries.summary(outcome["entries"], quality_fills.FIRST_EXIT)
+        print(
+            f"\nTwins' entries behind depth {near['depth']}, cosine to the backbone's: values {near['values_mean']:.3f} "
+            f"(least layer {near['values_least']:.3f}), keys {near['keys_mean']:.3f}"
+        )
+
+
+def _show_rows(outcome: dict) -> None:
     headers = (
         "",
         "KL own",
@@ -170,17 +207,21 @@ def show(outcome: dict) -> None:
         "depth",
         "tokens/s",
     )
-    common.print_table(headers, [_shown(row, ms) for row in outcome["rows"]])
+    common.print_table(headers, [_shown(row, outcome["ms_never"]) for row in outcome["rows"]])
     if outcome["calibration"]:
         print(f"\n{outcome['calibration']}")
+
+
+def _show_fills(outcome: dict) -> None:
     print("\nFills at the same thresholds: ms per token (own text)")
-    lines = [
-        (budget, name, *(f"{found['ms'][p]:.2f}" for p in quality_fills.PARTS), f"{sum(found['ms'].values()):.2f}",
-         f"{found['depth']:.1f}", f"{found['kl']:.3f}", f"{found['agreement']:.2f}")
-        for budget in quality_fills.BUDGETS
-        for name, fill in outcome["fills"].items()
-        for found in [fill["budgets"][budget]]
-    ]  # fmt: skip
+    lines = []
+    for budget in quality_fills.BUDGETS:
+        for name, fill in outcome["fills"].items():
+            found = fill["budgets"][budget]
+            times = [f"{ms:.2f}" for ms in (*(found["ms"][p] for p in quality_fills.PARTS), sum(found["ms"].values()))]
+            lines.append(
+                (budget, name, *times, f"{found['depth']:.1f}", f"{found['kl']:.3f}", f"{found['agreement']:.2f}")
+            )
     common.print_table(("budget", "fill", *quality_fills.PARTS, "all", "depth", "KL", "agreement"), lines)
     print("\nLeast KL at equal time per token (share of never exit's; own text)")
     frontier = outcome["frontier"]
@@ -189,11 +230,6 @@ def show(outcome: dict) -> None:
     common.print_table(("fill", *(f"{t:.0%}" for _, t in times)), lines)
     verdict = "lies above all others" if frontier["river_leads"] else "does not lie above all others"
     print(f"River's frontier {verdict} at every common speed.")
-    near = outcome["entries_from_depth_2"]
-    print(
-        f"\nTwins' entries behind depth 2, cosine to the backbone's: values {near['values_mean']:.3f} "
-        f"(least layer {near['values_least']:.3f}), keys {near['keys_mean']:.3f}"
-    )
 
 
 def _shown(row: dict, ms_never: float) -> tuple:
@@ -215,8 +251,9 @@ def _parse(arguments: list[str] | None) -> argparse.Namespace:
     rivals = [name for name in FILLS if name != "river"]
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--model", default="smollm2", help=f"{', '.join(models.MODELS)} or a model folder")
-    parser.add_argument("--texts", type=int, default=6, help="texts of each kind (default 6)")
-    parser.add_argument("--tokens", type=int, default=32, help="tokens measured in each text (default 32)")
+    parser.add_argument("--parts", nargs="+", choices=PARTS, default=PARTS, help="what to measure (default all)")
+    parser.add_argument("--texts", type=int, default=5, help="texts of each kind (default 5)")
+    parser.add_argument("--tokens", type=int, default=24, help="tokens measured in each text (default 24)")
     parser.add_argument("--quantizers", nargs="+", choices=quantizers, default=quantizers, help="the first one in full")
     parser.add_argument("--fills", nargs="*", choices=rivals, default=rivals, help="besides the river")
     parser.add_argument("--thresholds", nargs="+", type=float, default=list(THRESHOLDS))

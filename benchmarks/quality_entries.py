@@ -14,6 +14,12 @@ from torch import Tensor
 from river_compile.meter import Meter
 
 
+def depths_of(num_blocks: int) -> list[int]:
+    """Returns some ten exit depths, those that the summaries need among them."""
+    depths = {0, 1, 2, *range(4, num_blocks, max(1, num_blocks // 8)), num_blocks - 1}
+    return sorted(depth for depth in depths if depth < num_blocks)
+
+
 def measure(meter: Meter, depths: Sequence[int]) -> dict:
     """Returns mean cosines by (exit depth, layer), similarities by layer, and their correlation with the final error.
 

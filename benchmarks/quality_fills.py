@@ -49,6 +49,11 @@ def threshold_for(meter: Meter, share: float) -> float:
     return seen[low]
 
 
+def thresholds_of(meter: Meter) -> dict[float, float]:
+    """Returns the threshold of every share that is measured."""
+    return {share: threshold_for(meter, share) for share in {*BUDGETS.values(), *FRONTIER}}
+
+
 def measure(session: Session, thresholds: dict[float, float]) -> dict:
     """Returns the frontier and the budgets of the fill that a session was compiled with.
 

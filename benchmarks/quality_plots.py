@@ -24,15 +24,18 @@ GRAY = "#666666"
 
 
 def plot(outcome: dict, folder: str | Path) -> list[Path]:
-    """Writes the figures as PNGs; returns their paths."""
+    """Writes the figures of the parts that were measured as PNGs; returns their paths."""
     drawings: dict[str, tuple[Callable, tuple[float, float], int]] = {
         "quality_fills": (_fills, (9, 3.8), 2),
         "quality_frontier": (_frontier, (7, 4.4), 1),
         "quality_entries": (_entries, (9, 3.6), 2),
         "quality_similarity": (_similarity, (9, 3.6), 2),
     }
+    needs = {"quality_fills": "fills", "quality_frontier": "fills"}
     paths = []
     for name, (draw, size, panels) in drawings.items():
+        if needs.get(name, "entries") not in outcome:
+            continue
         figure = Figure(figsize=size, layout="constrained")
         FigureCanvasAgg(figure)
         draw(figure, figure.subplots(1, panels, squeeze=False)[0], outcome)
@@ -61,7 +64,7 @@ def _fills(figure: Figure, axes: list[Axes], outcome: dict) -> None:
         panel.set_title(f"{budget}: {river['depth']:.0f} of {outcome['blocks']} blocks in the mean", fontsize=11)
         _plain(panel)
     axes[0].set_ylabel("ms per token")
-    axes[0].legend(frameon=False, fontsize=9, loc="upper left", bbox_to_anchor=(0, 0.93))
+    figure.legend(frameon=False, fontsize=9, loc="outside lower center", ncols=len(PARTS))
 
 
 def _frontier(figure: Figure, axes: list[Axes], outcome: dict) -> None:
@@ -80,7 +83,7 @@ def _frontier(figure: Figure, axes: list[Axes], outcome: dict) -> None:
     panel.invert_yaxis()
     panel.set_xlabel("tokens/s (forward pass)")
     panel.set_ylabel("KL from never exit, nats per token (up is better)")
-    panel.legend(frameon=False, fontsize=9, loc="lower left")
+    panel.legend(frameon=False, fontsize=9, loc="center right")
     _plain(panel)
 
 

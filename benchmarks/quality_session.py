@@ -8,6 +8,7 @@ sessions touches none of them.
 from __future__ import annotations
 
 import contextlib
+import functools
 import statistics
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import asdict, dataclass
@@ -54,19 +55,25 @@ class Session:
     """The model compiled with some options, and a meter for each kind of text.
 
     Attributes:
-        own, held_out: the meters.
+        own, held_out: the meters; the second one is made when it is first asked for.
+        num_blocks: blocks of the model.
     """
 
     def __init__(
         self, model: PreTrainedModel, criterion: str, texts: Texts, progress: bool, first: Session | None = None
     ) -> None:
-        self.criterion = CRITERIA[criterion]
-        references = (first.own.references, first.held_out.references) if first else (None, None)
-        self.own, self.held_out = (
-            Meter(model, self.criterion, samples, texts.context, progress, known)
-            for samples, known in zip((texts.own, texts.held_out), references, strict=True)
-        )
+        self._model, self._criterion, self._progress = model, CRITERIA[criterion], progress
+        self._texts, self._first = texts, first
+        self.own = self._meter("own")
         self.num_blocks = self.own.references[0].steps[0].depth
+
+    @functools.cached_property
+    def held_out(self) -> Meter:
+        return self._meter("held_out")
+
+    def _meter(self, kind: str) -> Meter:
+        samples, known = getattr(self._texts, kind), self._first and getattr(self._first, kind).references
+        return Meter(self._model, self._criterion, samples, self._texts.context, self._progress, known)
 
     def rule(self, name: str, rule: Rule) -> Row:
         """Measures (threshold, first exit) on both kinds of text."""
