@@ -191,8 +191,8 @@ def show(outcome: dict) -> None:
     if "entries" in outcome:
         near = quality_entries.summary(outcome["entries"], quality_fills.FIRST_EXIT)
         print(
-            f"\nTwins' entries behind depth {near['depth']}, cosine to the backbone's: values {near['values_mean']:.3f} "
-            f"(least layer {near['values_least']:.3f}), keys {near['keys_mean']:.3f}"
+            f"\nTwins' entries behind depth {near['depth']}, cosine to the backbone's: "
+            f"values {near['values_mean']:.3f} (least layer {near['values_least']:.3f}), keys {near['keys_mean']:.3f}"
         )
 
 
