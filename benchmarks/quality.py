@@ -120,7 +120,7 @@ def measure(
     if "fills" in options.parts:
         for fill in options.fills:
             with run.session({"fill": fill}) as other:
-                fills[fill] = quality_fills.measure(other, thresholds)
+                fills[fill] = quality_fills.measure(other, thresholds, first.own.seconds_never)
         frontier = quality_fills.frontiers(fills, TIMES)
         leads = quality_fills.river_leads(frontier)
         outcome |= {"fills": fills, "frontier": {"times": list(TIMES), "kl": frontier, "river_leads": leads}}

@@ -9,6 +9,7 @@ Parts of a token's time:
     tail       the river's twins
     repair     what is done for the sake of missing entries: the projections of "propagate", empty slots, the time
                that "recompute" takes in a block beyond what the block takes for one token, keeping count of holes
+Fills are compiled one after the other; times are shown at the pace of never exit in the first session.
 """
 
 from __future__ import annotations
@@ -54,12 +55,13 @@ def thresholds_of(meter: Meter) -> dict[float, float]:
     return {share: threshold_for(meter, share) for share in {*BUDGETS.values(), *FRONTIER}}
 
 
-def measure(session: Session, thresholds: dict[float, float]) -> dict:
+def measure(session: Session, thresholds: dict[float, float], never: float | None = None) -> dict:
     """Returns the frontier and the budgets of the fill that a session was compiled with.
 
     Args:
         session: compiled with the fill.
         thresholds: of each share of blocks.
+        never: seconds of a step that never exits, in the session whose speed all fills are shown at; None: its own.
     """
     meter, num_blocks = session.own, session.num_blocks
     texts = range(len(meter.references))
@@ -67,7 +69,9 @@ def measure(session: Session, thresholds: dict[float, float]) -> dict:
     for name, share in BUDGETS.items():
         with timed_parts() as parts:
             measured = meter.measure((thresholds[share], FIRST_EXIT), texts, name)
-        budgets[name] = _point(measured, meter) | {"threshold": thresholds[share], "ms": parts(len(measured.kinds))}
+        pace = 1.0 if never is None else never / meter.seconds_never
+        found = {part: ms * pace for part, ms in parts(len(measured.kinds)).items()}
+        budgets[name] = _point(measured, meter) | {"threshold": thresholds[share], "ms": found}
     rules = [(thresholds[share], FIRST_EXIT) for share in FRONTIER]
     points = [meter.measure(rule, texts, "threshold") for rule in rules]
     fixed = sorted({FIRST_EXIT, *(round(num_blocks * share) for share in FRONTIER), num_blocks - 1} - {0, num_blocks})
