@@ -67,7 +67,8 @@ def test_attention_rows_have_the_bits_of_one_query_at_a_time(batch, width, kv_he
 def test_attention_gives_a_library_the_batch_that_a_pass_of_one_token_gives_it(grown, monkeypatch):
     """A library that rounds by the size of its batch: as some do, on some processors."""
     attention = F.scaled_dot_product_attention
-    monkeypatch.setattr(same_rows.F, "scaled_dot_product_attention", lambda q, *a, **kw: attention(q, *a, **kw) * len(q))
+    by_batch = lambda q, *args, **named: attention(q, *args, **named) * len(q)
+    monkeypatch.setattr(same_rows.F, "scaled_dot_product_attention", by_batch)
     q, k, v = (normal(2, 2, n, 16, dtype=torch.float32, seed=n) for n in (3, 7, 7))
     rows = same_rows_attention(q, k, v, None, None, False, grown)
     seen = [5, 6, 7] if grown else [7, 7, 7]
