@@ -67,7 +67,10 @@ def test_attention_rows_have_the_bits_of_one_query_at_a_time(batch, width, kv_he
 def test_attention_gives_a_library_the_batch_that_a_pass_of_one_token_gives_it(grown, monkeypatch):
     """A library that rounds by the size of its batch: as some do, on some processors."""
     attention = F.scaled_dot_product_attention
-    by_batch = lambda q, *args, **named: attention(q, *args, **named) * len(q)
+
+    def by_batch(q, *args, **named):
+        return attention(q, *args, **named) * len(q)
+
     monkeypatch.setattr(same_rows.F, "scaled_dot_product_attention", by_batch)
     q, k, v = (normal(2, 2, n, 16, dtype=torch.float32, seed=n) for n in (3, 7, 7))
     rows = same_rows_attention(q, k, v, None, None, False, grown)
