@@ -79,6 +79,6 @@ def model_kernels(
     head = untiled("lm_head", rows, shape.hidden, shape.vocabulary, weights="dense", group_size=0, norm="rms")
     return {
         **block_kernels(shape, rows=rows, context=context, group_size=group_size, device=device),
-        "exit score": ExitScoreSpec(rows, shape.hidden),
+        "exit score": ExitScoreSpec(rows, shape.hidden, decides=False),
         "norm + head": best_tile(head, device, rows),
     }

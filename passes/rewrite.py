@@ -6,6 +6,7 @@ segments         DecoderPlan             one segment per part
 exit_checks      block segments          blocks that return an exit score, after each candidate
                  heads                   heads that return the entropy of their logits (on request)
 river_twins      copies of the blocks    twins with 4-bit matrix products and one_query's operators
+fused_twins      twins, head, checks     operators of the generated kernels in place of what they compute (on request)
 same_rows        all but twins           operators whose rows do not depend on the pass's width (on request)
 """
 
@@ -21,11 +22,12 @@ from torch import fx
 
 from .decoder_layers import find_decoder
 from .exit_checks import add_entropy, add_exit_check, candidate_depths, logits_of
+from .fused_twins import fuse_check, fuse_head, fuse_twin
 from .one_query import simplify_attention, simplify_linears
 from .river_twins import make_twin
 from .same_rows import keep_rows
 from .segments import cut, output_values
-from .types import DecoderPlan, KeptLinear, Refusal, RiverProgram, Segment
+from .types import DecoderPlan, Fusion, KeptLinear, Refusal, RiverProgram, Segment
 
 log = logging.getLogger("river_compile.passes")
 T = TypeVar("T")
@@ -43,6 +45,7 @@ class RewriteOptions:
         quantize: False keeps the twins' matrices as they are: each twin computes what its block computes.
         group_size: requested group size of the 4-bit weights.
         layout: name of their packing.
+        fuse: True puts the generated kernels' operators into what runs with 4-bit weights.
         quantize_head: True makes a second head with a 4-bit matrix.
         same_rows: True gives several tokens at once the bits of one token at a time.
         entropy: True makes the heads return the entropy of their logits; a model that returns none stays without.
@@ -58,6 +61,7 @@ class RewriteOptions:
     quantize_head: bool = False
     same_rows: bool = False
     entropy: bool = False
+    fuse: bool = False
 
 
 def rewrite(
@@ -87,12 +91,17 @@ def rewrite(
         candidates = candidate_depths(plan.num_blocks, options.first_exit, options.exit_every)
         blocks = table.run("exit_checks", lambda: _with_checks(plan, blocks, candidates))
     twins, river_head, kept = table.run("river_twins", lambda: _twins(plan, options))
+    fusions: tuple[Fusion, ...] = ()
+    if options.fuse and twins:
+        blocks, twins, river_head, fusions = table.run(
+            "fused_twins", lambda: _fused(plan, options, blocks, twins, river_head)
+        )
     logits = logits_of(plan, returned) if options.entropy else None
     if logits is not None:
         head = add_entropy(head, logits)
         river_head = None if river_head is None else add_entropy(river_head, logits)
     table.log()
-    return RiverProgram(plan, returned, prologue, blocks, twins, head, river_head, candidates, kept)
+    return RiverProgram(plan, returned, prologue, blocks, twins, head, river_head, candidates, kept, fusions)
 
 
 def _segments(plan: DecoderPlan) -> tuple[Segment, tuple[Segment, ...], Segment]:
@@ -129,10 +138,36 @@ def _twins(
     river_head = None
     if options.quantize_head:
         river_head = twin(plan.num_blocks + 1, "river_head")
-    elif options.quantize:
+    elif options.quantize and not options.fuse:
         head = cut(plan, plan.num_blocks + 1, "river_head")
         river_head = head if simplify_linears(head.graph_module.graph) else None
     return twins, river_head, tuple(kept)
+
+
+def _fused(
+    plan: DecoderPlan,
+    options: RewriteOptions,
+    blocks: tuple[Segment, ...],
+    twins: tuple[Segment, ...],
+    river_head: Segment | None,
+) -> tuple[tuple[Segment, ...], tuple[Segment, ...], Segment | None, tuple[Fusion, ...]]:
+    """Fuses twins, the head of tokens that left, and the checks of decode steps."""
+    fusions: list[Fusion] = []
+
+    def noted(result: tuple[Segment, tuple[Fusion, ...]]) -> Segment:
+        fusions.extend(result[1])
+        return result[0]
+
+    if options.quantize:
+        twins = tuple(noted(fuse_twin(twin, plan.is_decode)) for twin in twins)
+        if river_head is not None:
+            river_head = noted(fuse_head(river_head))
+        elif plan.is_decode:
+            head = noted(fuse_head(cut(plan, plan.num_blocks + 1, "river_head")))
+            river_head = None if fusions[-1].missed else head
+    if plan.is_decode:
+        blocks = tuple(noted(fuse_check(block)) if block.has_score else block for block in blocks)
+    return blocks, twins, river_head, tuple(fusions)
 
 
 class _PassTable:

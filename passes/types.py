@@ -155,6 +155,23 @@ class KeptLinear:
 
 
 @dataclass(frozen=True)
+class Fusion:
+    """What became of one fusion rule in one segment.
+
+    Attributes:
+        rule: its name.
+        segment: the segment's name.
+        missed: why it did not apply, empty where it did.
+        node: the node that this is about, with its source line; empty where it is the whole segment.
+    """
+
+    rule: str
+    segment: str
+    missed: str = ""
+    node: str = ""
+
+
+@dataclass(frozen=True)
 class RiverProgram:
     """The rewritten decoder: run blocks until an exit, then the twins of the rest, then the head.
 
@@ -168,6 +185,7 @@ class RiverProgram:
         river_head: the head of tokens that left early, None where they use `head`.
         candidates: exit depths (blocks executed) after which a check stands, ascending.
         kept: matrices of the twins that stay in 16 bits.
+        fusions: what became of each fusion rule in each segment that it is for.
     """
 
     plan: DecoderPlan
@@ -179,6 +197,7 @@ class RiverProgram:
     river_head: Segment | None
     candidates: tuple[int, ...]
     kept: tuple[KeptLinear, ...]
+    fusions: tuple[Fusion, ...] = ()
 
     @property
     def segments(self) -> tuple[Segment, ...]:

@@ -6,7 +6,6 @@ the graph's place. Every other graph runs as Inductor runs it, with one warning 
 
 from __future__ import annotations
 
-import functools
 import logging
 import time
 import warnings
@@ -17,9 +16,7 @@ from torch import fx
 from torch._inductor.compile_fx import compile_fx
 from tqdm import tqdm
 
-from river_compile.kernels.aten_int4 import LAYOUT as ATEN_LAYOUT
-from river_compile.kernels.aten_int4 import has_fast_kernel
-from river_compile.passes.decoder_layers import is_parameter
+from river_compile.passes.decoder_layers import is_parameter, value_of
 from river_compile.passes.rewrite import RewriteOptions, rewrite
 from river_compile.passes.types import DecoderPlan, Refusal, RiverProgram, Segment
 
@@ -29,6 +26,7 @@ from .criteria import CRITERIA, Criterion
 from .dump import dump_program
 from .errors import OptionError, RiverWarning, UnsupportedGraphError
 from .lowering import SegmentCompiler, inductor_settings
+from .lowering_choice import choose_lowering, warn_of_slow_lowering
 from .models import GraphRecord, ModelState, state_of
 from .runtime import ExitRule, RiverExecutor, Step, registers_of
 
@@ -77,6 +75,7 @@ def _needs_gradients(example_inputs: Sequence[object]) -> Refusal | None:
 def _rewrite_options(config: RiverConfig, plan: DecoderPlan) -> RewriteOptions:
     config.check_depths(plan.num_blocks)
     check_device(config, plan)
+    lowering = choose_lowering(config, _device_of(plan))
     return RewriteOptions(
         exits=(plan.is_decode or config.prefill == "exit") and config.exit_depth != plan.num_blocks,
         checks=config.exit_depth is None and CRITERIA[config.criterion].scores_blocks,
@@ -84,11 +83,16 @@ def _rewrite_options(config: RiverConfig, plan: DecoderPlan) -> RewriteOptions:
         exit_every=config.exit_every,
         quantize=config.quantizer != "none",
         group_size=config.group_size,
-        layout=ATEN_LAYOUT,
+        layout=lowering.layout,
+        fuse=lowering.fuse,
         quantize_head=config.lm_head == "w4",
         same_rows=config.same_rows and not plan.is_decode,
         entropy=config.exit_depth is None and _needs_entropy(plan, CRITERIA[config.criterion]),
     )
+
+
+def _device_of(plan: DecoderPlan) -> torch.device:
+    return value_of(plan.blocks[0].hidden_in).device
 
 
 def _needs_entropy(plan: DecoderPlan, criterion: Criterion) -> bool:
@@ -139,13 +143,14 @@ def _build(
         log.info("wrote the rewritten graph to %s", dump_program(program, config.dump_dir, plan.kind))
     segments = _reachable(program, rule)
     sites = [site for segment in segments for site in segment.packed]
+    lowering = choose_lowering(config, _device_of(plan))
     if sites:
-        _warn_of_slow_kernel()
+        warn_of_slow_lowering(lowering, _device_of(plan))
     start = time.perf_counter()
     packed = state.packed.pack(sites, values, config.quantizer, config.artifact)
     packed_at = time.perf_counter()
     device = choose_device(program, config, record.captures)
-    compiler = SegmentCompiler(config.lowering, inductor_settings(mode, captured=device is not None))
+    compiler = SegmentCompiler(lowering.compiler, inductor_settings(mode, captured=device is not None))
     register = registers_of(program)
     steps = {}
     with tqdm(segments, desc="river: compiling segments", unit="segment", leave=False, delay=1) as bar:
@@ -156,17 +161,6 @@ def _build(
     record.describe(program, compiler.compiled, packed.values())
     state.stats.num_blocks = plan.num_blocks
     return make_executor(program, steps, rule, state, config, record.captures, device)
-
-
-@functools.cache
-def _warn_of_slow_kernel() -> None:
-    if not has_fast_kernel():
-        capability = torch.backends.cpu.get_cpu_capability()
-        warnings.warn(
-            f"this processor ({capability}) has no fast int4 kernel in ATen: River's answers are right, but slow",
-            RiverWarning,
-            stacklevel=3,
-        )
 
 
 def _as_inductor(

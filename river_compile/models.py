@@ -15,7 +15,7 @@ import torch
 from torch import Tensor
 from torch.utils.weak import WeakTensorKeyDictionary
 
-from river_compile.passes.types import KeptLinear, RiverProgram
+from river_compile.passes.types import Fusion, KeptLinear, RiverProgram
 
 from .capture import CaptureLog
 from .config import RiverConfig
@@ -46,6 +46,7 @@ class GraphRecord:
         seconds: seconds by stage: rewriting, packing, compiling.
         kept: matrices of the twins that stay in 16 bits.
         group_sizes: of each 4-bit matrix of the twins, by name.
+        fusions: what became of each fusion rule in each segment that it is for.
         captures: which of its decode steps were captured, and why others were not.
     """
 
@@ -60,6 +61,7 @@ class GraphRecord:
     seconds: dict[str, float] = field(default_factory=dict)
     kept: tuple[KeptLinear, ...] = ()
     group_sizes: dict[str, int] = field(default_factory=dict)
+    fusions: tuple[Fusion, ...] = ()
     captures: CaptureLog = field(default_factory=CaptureLog)
 
     def describe(self, program: RiverProgram, compiled: Iterable[Compiled], sites: Iterable[PackedSite]) -> None:
@@ -71,6 +73,7 @@ class GraphRecord:
         self.candidates = program.candidates
         self.compiled = tuple(compiled)
         self.kept = program.kept
+        self.fusions = program.fusions
         self.group_sizes = {site.name: site.group_size for site in sites}
 
 

@@ -1,8 +1,9 @@
 """The packed weights of a model's twins: made once, shared by all its graphs, freed with the model.
 
-Each matrix product of a twin (a :class:`LinearSite`) is quantized from the parameters it stands for, packed for the
-CPU's int4 kernel and kept under its first parameter, which is held weakly: when the model goes, so do its twins.
-Where an artifact is named, the quantized grid is read from there, and packed as ever.
+Each matrix product of a twin (a :class:`LinearSite`) is quantized from the parameters it stands for, packed in the
+layout of the kernel that will read it, on the parameters' device, and kept under its first parameter, which is held
+weakly: when the model goes, so do its twins. Where an artifact is named, the quantized grid is read from there, and
+packed as ever.
 """
 
 from __future__ import annotations
@@ -188,7 +189,7 @@ class _Maker:
             grid = quantize(weight, site.group_size, self.quantizer).rounded(torch.bfloat16)
             sqnr = sqnr_db(weight, grid.dequantize())
         else:
-            grid, sqnr = self.artifact.grid(saved), float(saved.sqnr_db)
+            grid, sqnr = self.artifact.grid(saved).to(self.values[site.weights[0]].device), float(saved.sqnr_db)
         packed = pack(grid, site.layout)
         tensors = (packed.qweight, packed.scale_zero)
         if site.has_bias:
@@ -204,9 +205,9 @@ def _sources(site: LinearSite, values: dict[fx.Node, Tensor]) -> list[Tensor]:
 
 
 def _merged_bias(site: LinearSite, values: dict[fx.Node, Tensor]) -> Tensor:
-    dtype = values[site.weights[0]].dtype
+    like = values[site.weights[0]]
     parts = [
-        torch.zeros(n, dtype=dtype) if node is None else values[node].detach()
+        like.new_zeros(n) if node is None else values[node].detach()
         for node, n in zip(site.biases, site.out_features, strict=True)
     ]
     return torch.cat(parts)
