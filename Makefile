@@ -28,7 +28,7 @@ test: $(FOR_TEST)
 	$(IN_VENV) -m ruff check .
 	$(IN_VENV) -m ruff format --check .
 	$(IN_VENV) examples/models.py smollm2
-	$(IN_VENV) -m pytest
+	$(IN_VENV) -m pytest -n 2 --dist loadfile
 
 bench: $(FOR_DEMO)
 	$(IN_VENV) benchmarks/decode.py $(ARGS)

@@ -51,6 +51,7 @@ def generate(
     static_cache: bool = True,
     stop_after: int | None = None,
     end_early: bool = False,
+    **more: object,
 ) -> Generation:
     """Generates greedily and times every token.
 
@@ -61,9 +62,10 @@ def generate(
         static_cache: use a static cache rather than one that grows.
         stop_after: stop after this many tokens, with a cache of the same size as without; for warming up.
         end_early: let the end-of-sequence token end the text after at least two tokens, which a rate needs.
+        more: further arguments of the model's `generate`.
     """
     clock = _Clock()
-    options = {"min_new_tokens": 2 if end_early else new_tokens}
+    options = {"min_new_tokens": 2 if end_early else new_tokens, **more}
     if static_cache:
         options["cache_implementation"] = "static"
     if stop_after is not None:

@@ -1,5 +1,7 @@
 """Group-wise 4-bit quantization of weight matrices: round-to-nearest and HQQ, with their signal-to-noise ratio.
 
+Quantizers that look at a matrix's inputs too are in :mod:`river_compile.kernels.calibrated`.
+
 Every quantizer maps a weight ``[N, K]`` (rows are output features) to a :class:`QuantizedWeight`, whose grid is
 
     w[n, k] = (q[n, k] - 8) * scale[n, k // group_size] + zero[n, k // group_size]
@@ -79,6 +81,16 @@ def quantize(weight: torch.Tensor, group_size: int, quantizer: str = "hqq") -> Q
     """
     if quantizer not in QUANTIZERS:
         raise ValueError(f"quantizer={quantizer!r} is unknown; choose one of {', '.join(map(repr, QUANTIZERS))}")
+    weight = check_matrix(weight, group_size)
+    return (_hqq if quantizer == "hqq" else _rtn)(weight, group_size)
+
+
+def check_matrix(weight: torch.Tensor, group_size: int) -> torch.Tensor:
+    """Returns a matrix in float32.
+
+    Raises:
+        ValueError: it is no finite matrix, or the group size does not divide its columns.
+    """
     if weight.dim() != 2:
         raise ValueError(f"a weight matrix has 2 dimensions, this one has shape {tuple(weight.shape)}")
     if group_size < 1 or weight.shape[1] % group_size:
@@ -86,7 +98,7 @@ def quantize(weight: torch.Tensor, group_size: int, quantizer: str = "hqq") -> Q
     weight = weight.detach().float()
     if not torch.isfinite(weight).all():
         raise ValueError("the weight holds infinite or NaN values and cannot be quantized")
-    return (_hqq if quantizer == "hqq" else _rtn)(weight, group_size)
+    return weight
 
 
 def sqnr_db(weight: torch.Tensor, approximation: torch.Tensor) -> float:

@@ -19,38 +19,40 @@ from .decoder_layers import is_parameter, value_of
 from .fusion_rules import CHECK_RULES, HEAD_RULES, RULES, Rule
 from .graph_edits import Missed, call, drop_unused, same_size
 from .matching import before_views, either_way, is_product, name_of, operands, plain, shape
-from .types import Fusion, Segment
+from .types import Fusion, RiverProgram, Segment
 
 
-def fuse_twin(twin: Segment, one_query: bool) -> tuple[Segment, tuple[Fusion, ...]]:
-    """Applies the rules of a block to a twin (its graph is changed).
+def fuse_twins(program: RiverProgram) -> RiverProgram:
+    """Applies the rules of a block to every twin, and the head's to the head of tokens that left.
 
-    Args:
-        twin: a twin with 4-bit products.
-        one_query: whether every row has one position; the rules around the cache are left out otherwise.
-
-    Returns:
-        The twin, and what became of each rule.
+    Their graphs are changed. The rules around the cache are for decode steps. A head whose rule missed and that has no
+    4-bit matrix is given up for the backbone's.
     """
-    graph = twin.graph_module.graph
-    for node in list(graph.nodes):
-        _absorb_bias(graph, node)
-    for node in list(graph.nodes):
-        _regroup(graph, node)
-    return _apply(twin, [rule for rule in RULES if one_query or not rule.one_query])
+    rules = [rule for rule in RULES if program.plan.is_decode or not rule.one_query]
+    fusions: list[Fusion] = []
+    for twin in (twin for twin in program.twins if twin.packed):
+        graph = twin.graph_module.graph
+        for node in list(graph.nodes):
+            _absorb_bias(graph, node)
+        for node in list(graph.nodes):
+            _regroup(graph, node)
+        fusions += _apply(twin, rules)
+    head = program.river_head
+    if head is not None:
+        fusions += _apply(head, HEAD_RULES)
+        if fusions[-1].missed and not head.packed:
+            head = None
+    return replace(program, river_head=head, fusions=(*program.fusions, *fusions))
 
 
-def fuse_head(head: Segment) -> tuple[Segment, tuple[Fusion, ...]]:
-    """Applies the head's rule to the head of tokens that left (its graph is changed)."""
-    return _apply(head, HEAD_RULES)
+def fuse_checks(program: RiverProgram) -> RiverProgram:
+    """Fuses the exit checks of decode steps with the additions before them (the blocks' graphs are changed)."""
+    checked = [block for block in program.blocks if block.has_score and program.plan.is_decode]
+    fusions = [fusion for block in checked for fusion in _apply(block, CHECK_RULES)]
+    return replace(program, fusions=(*program.fusions, *fusions))
 
 
-def fuse_check(block: Segment) -> tuple[Segment, tuple[Fusion, ...]]:
-    """Fuses the exit check of a backbone block at one position per row (its graph is changed)."""
-    return _apply(block, CHECK_RULES)
-
-
-def _apply(segment: Segment, rules: Sequence[Rule]) -> tuple[Segment, tuple[Fusion, ...]]:
+def _apply(segment: Segment, rules: Sequence[Rule]) -> list[Fusion]:
     graph = segment.graph_module.graph
     placeholders = [n for n in graph.nodes if n.op == "placeholder"]
     view = BlockView(graph, dict(zip(placeholders, segment.inputs)))  # noqa: B905  (packed weights follow)
@@ -64,7 +66,7 @@ def _apply(segment: Segment, rules: Sequence[Rule]) -> tuple[Segment, tuple[Fusi
         where = "" if node is None else source_of(view.origin_of(node))
         fusions.append(Fusion(rule.name, segment.name, missed, where))
     segment.graph_module.recompile()
-    return replace(segment), tuple(fusions)
+    return fusions
 
 
 def _absorb_bias(graph: fx.Graph, node: fx.Node) -> None:

@@ -14,20 +14,20 @@ from __future__ import annotations
 
 import logging
 import time
-from collections.abc import Callable
-from dataclasses import dataclass
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass, replace
 from typing import TypeVar
 
 from torch import fx
 
 from .decoder_layers import find_decoder
 from .exit_checks import add_entropy, add_exit_check, candidate_depths, logits_of
-from .fused_twins import fuse_check, fuse_head, fuse_twin
+from .fused_twins import fuse_checks, fuse_twins
 from .one_query import simplify_attention, simplify_linears
 from .river_twins import make_twin
 from .same_rows import keep_rows
 from .segments import cut, output_values
-from .types import DecoderPlan, Fusion, KeptLinear, Refusal, RiverProgram, Segment
+from .types import DecoderPlan, KeptLinear, Refusal, RiverProgram, Segment
 
 log = logging.getLogger("river_compile.passes")
 T = TypeVar("T")
@@ -46,6 +46,7 @@ class RewriteOptions:
         group_size: requested group size of the 4-bit weights.
         layout: name of their packing.
         fuse: True puts the generated kernels' operators into what runs with 4-bit weights.
+        scale_inputs: True lets the packing scale the inputs of the 4-bit products where that costs nothing.
         quantize_head: True makes a second head with a 4-bit matrix.
         same_rows: True gives several tokens at once the bits of one token at a time.
         entropy: True makes the heads return the entropy of their logits; a model that returns none stays without.
@@ -58,6 +59,7 @@ class RewriteOptions:
     quantize: bool
     group_size: int
     layout: str
+    scale_inputs: bool = False
     quantize_head: bool = False
     same_rows: bool = False
     entropy: bool = False
@@ -90,18 +92,27 @@ def rewrite(
     if options.exits and options.checks:
         candidates = candidate_depths(plan.num_blocks, options.first_exit, options.exit_every)
         blocks = table.run("exit_checks", lambda: _with_checks(plan, blocks, candidates))
-    twins, river_head, kept = table.run("river_twins", lambda: _twins(plan, options))
-    fusions: tuple[Fusion, ...] = ()
+    twins, river_head, kept = table.run("river_twins", lambda: _twins(plan, returned, options, {}))
+    head = _with_entropy(head, plan, returned, options)
+    program = RiverProgram(plan, returned, prologue, blocks, twins, head, river_head, candidates, kept)
     if options.fuse and twins:
-        blocks, twins, river_head, fusions = table.run(
-            "fused_twins", lambda: _fused(plan, options, blocks, twins, river_head)
-        )
-    logits = logits_of(plan, returned) if options.entropy else None
-    if logits is not None:
-        head = add_entropy(head, logits)
-        river_head = None if river_head is None else add_entropy(river_head, logits)
+        program = table.run("fused_twins", lambda: fuse_twins(fuse_checks(program)))
     table.log()
-    return RiverProgram(plan, returned, prologue, blocks, twins, head, river_head, candidates, kept, fusions)
+    return program
+
+
+def keep_linears(program: RiverProgram, options: RewriteOptions, keep: Mapping[str, str]) -> RiverProgram:
+    """Makes the twins anew, with some of their products in 16 bits.
+
+    Args:
+        program: what `rewrite` returned.
+        options: those that it was made with.
+        keep: names of 4-bit products (`LinearSite.name`), each with the reason.
+    """
+    twins, river_head, kept = _twins(program.plan, program.returned, options, keep)
+    checks = tuple(fusion for fusion in program.fusions if fusion.segment.startswith("block"))
+    program = replace(program, twins=twins, river_head=river_head, kept=kept, fusions=checks)
+    return fuse_twins(program) if options.fuse and twins else program
 
 
 def _segments(plan: DecoderPlan) -> tuple[Segment, tuple[Segment, ...], Segment]:
@@ -117,8 +128,13 @@ def _with_checks(plan: DecoderPlan, blocks: tuple[Segment, ...], candidates: tup
     )
 
 
+def _with_entropy(head: Segment, plan: DecoderPlan, returned: tuple[fx.Node, ...], options: RewriteOptions) -> Segment:
+    logits = logits_of(plan, returned) if options.entropy else None
+    return head if logits is None else add_entropy(head, logits)
+
+
 def _twins(
-    plan: DecoderPlan, options: RewriteOptions
+    plan: DecoderPlan, returned: tuple[fx.Node, ...], options: RewriteOptions, keep: Mapping[str, str]
 ) -> tuple[tuple[Segment, ...], Segment | None, tuple[KeptLinear, ...]]:
     """Makes the twin of every block and, where asked for, of the head."""
     if not options.exits:
@@ -130,7 +146,7 @@ def _twins(
         if not options.quantize:
             return segment
         simplify_attention(segment.graph_module.graph)
-        segment, left = make_twin(segment, name, options.group_size, options.layout)
+        segment, left = make_twin(segment, name, options.group_size, options.layout, options.scale_inputs, keep)
         kept.extend(left)
         return segment
 
@@ -138,36 +154,12 @@ def _twins(
     river_head = None
     if options.quantize_head:
         river_head = twin(plan.num_blocks + 1, "river_head")
-    elif options.quantize and not options.fuse:
+    elif options.quantize and (plan.is_decode or not options.fuse):
         head = cut(plan, plan.num_blocks + 1, "river_head")
-        river_head = head if simplify_linears(head.graph_module.graph) else None
+        river_head = head if options.fuse or simplify_linears(head.graph_module.graph) else None
+    if river_head is not None:
+        river_head = _with_entropy(river_head, plan, returned, options)
     return twins, river_head, tuple(kept)
-
-
-def _fused(
-    plan: DecoderPlan,
-    options: RewriteOptions,
-    blocks: tuple[Segment, ...],
-    twins: tuple[Segment, ...],
-    river_head: Segment | None,
-) -> tuple[tuple[Segment, ...], tuple[Segment, ...], Segment | None, tuple[Fusion, ...]]:
-    """Fuses twins, the head of tokens that left, and the checks of decode steps."""
-    fusions: list[Fusion] = []
-
-    def noted(result: tuple[Segment, tuple[Fusion, ...]]) -> Segment:
-        fusions.extend(result[1])
-        return result[0]
-
-    if options.quantize:
-        twins = tuple(noted(fuse_twin(twin, plan.is_decode)) for twin in twins)
-        if river_head is not None:
-            river_head = noted(fuse_head(river_head))
-        elif plan.is_decode:
-            head = noted(fuse_head(cut(plan, plan.num_blocks + 1, "river_head")))
-            river_head = None if fusions[-1].missed else head
-    if plan.is_decode:
-        blocks = tuple(noted(fuse_check(block)) if block.has_score else block for block in blocks)
-    return blocks, twins, river_head, tuple(fusions)
 
 
 class _PassTable:
@@ -197,6 +189,8 @@ def _count_nodes(result: object) -> int:
     """Counts the operations in a plan, a segment or any nesting of segments."""
     if isinstance(result, DecoderPlan):
         return len(result.part_of)
+    if isinstance(result, RiverProgram):
+        result = (*result.blocks, *result.twins, result.river_head)
     if isinstance(result, Segment):
         return sum(n.op not in ("placeholder", "output") for n in result.graph_module.graph.nodes)
     return sum(map(_count_nodes, result)) if isinstance(result, tuple) else 0

@@ -4,13 +4,15 @@ Everything else of the block is kept, node for node, so that a twin reads and wr
 same hidden state, the same KV slots, the same counters. Linears that share an input become one product whose result is
 split, which halves the number of kernels of a block (q|k|v, gate|up, the MLP too where it is parallel to attention).
 
+On request a twin's linears may have their inputs scaled: see :mod:`river_compile.passes.input_scales`.
+
 Not handled: weights that are not two-dimensional parameters (stacked experts); they stay in 16 bits and are told.
 """
 
 from __future__ import annotations
 
 import operator
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from dataclasses import dataclass, replace
 
 import torch
@@ -19,6 +21,7 @@ from river_compile.kernels.quantize import fitting_group_size
 from torch import fx
 
 from .decoder_layers import input_name, is_parameter, module_path, value_of
+from .input_scales import InputScale, find_input_scale, scale_inputs
 from .types import KeptLinear, LinearSite, Segment
 
 MIN_GROUP_SIZE = 32  # the smallest group that the 4-bit kernels know
@@ -47,7 +50,14 @@ class _Linear:
         return value_of(self.weight).shape[1 if self.transposed else 0]
 
 
-def make_twin(block: Segment, name: str, group_size: int, layout: str) -> tuple[Segment, tuple[KeptLinear, ...]]:
+def make_twin(
+    block: Segment,
+    name: str,
+    group_size: int,
+    layout: str,
+    scaled: bool = False,
+    keep: Mapping[str, str] | None = None,
+) -> tuple[Segment, tuple[KeptLinear, ...]]:
     """Turns a block's segment into its river twin.
 
     Args:
@@ -56,6 +66,8 @@ def make_twin(block: Segment, name: str, group_size: int, layout: str) -> tuple[
         group_size: requested group size; each matrix takes the largest power of two below it that divides its input
             features.
         layout: name of the packing that the 4-bit weights will have.
+        scaled: whether inputs are scaled where that costs nothing.
+        keep: names of sites (`LinearSite.name`) that stay in 16 bits, each with the reason.
 
     Returns:
         The twin and the block's matrices that stay in 16 bits, each with the reason.
@@ -67,12 +79,16 @@ def make_twin(block: Segment, name: str, group_size: int, layout: str) -> tuple[
     kept: dict[fx.Node, KeptLinear] = {}
     for linears in _sharing_inputs(graph):
         fitting = fitting_group_size(linears[0].in_features, group_size)
+        reason = (keep or {}).get(_name(linears), "")
         if fitting < MIN_GROUP_SIZE:
             reason = f"{linears[0].in_features} input features have no group of {MIN_GROUP_SIZE} or more"
+        if reason:
             kept.update({source_of[linear.weight]: KeptLinear(linear.name, reason) for linear in linears})
             continue
-        sites.append(_site(linears, source_of, fitting, layout))
-        _replace(graph, linears, sites[-1], len(sites) - 1)
+        nodes = [linear.node for linear in linears]
+        scale = find_input_scale(linears[0].x, nodes, linears[0].in_features) if scaled else None
+        sites.append(_site(linears, source_of, fitting, layout, scale))
+        _replace(graph, linears, sites[-1], len(sites) - 1, scale)
     for node in _unread_matrices(block, sites, kept):
         reason = f"a weight of shape {tuple(value_of(node).shape)} that no plain linear layer reads"
         kept[node] = KeptLinear(input_name(node), reason)
@@ -83,9 +99,19 @@ def make_twin(block: Segment, name: str, group_size: int, layout: str) -> tuple[
     return replace(block, name=name, inputs=inputs, packed=tuple(sites)), tuple(kept.values())
 
 
-def _site(linears: list[_Linear], source_of: dict[fx.Node, fx.Node], group_size: int, layout: str) -> LinearSite:
+def _name(linears: list[_Linear]) -> str:
+    return "|".join(linear.name for linear in linears)
+
+
+def _site(
+    linears: list[_Linear],
+    source_of: dict[fx.Node, fx.Node],
+    group_size: int,
+    layout: str,
+    scale: InputScale | None,
+) -> LinearSite:
     return LinearSite(
-        name="|".join(linear.name for linear in linears),
+        name=_name(linears),
         weights=tuple(source_of[linear.weight] for linear in linears),
         biases=tuple(source_of[linear.bias] if linear.bias else None for linear in linears),
         in_features=linears[0].in_features,
@@ -93,6 +119,8 @@ def _site(linears: list[_Linear], source_of: dict[fx.Node, fx.Node], group_size:
         transposed=linears[0].transposed,
         group_size=group_size,
         layout=layout,
+        scales_inputs=scale is not None,
+        folds=tuple(source_of[parameter] for parameter in scale.parameters) if scale else (),
     )
 
 
@@ -141,19 +169,18 @@ def _sharing_inputs(graph: fx.Graph) -> list[list[_Linear]]:
     return list(groups.values())
 
 
-def _replace(graph: fx.Graph, linears: list[_Linear], site: LinearSite, index: int) -> None:
+def _replace(graph: fx.Graph, linears: list[_Linear], site: LinearSite, index: int, scale: InputScale | None) -> None:
     """Puts one ``river::w4a16_linear`` in place of linears that share an input, and splits what it gives."""
-    last_placeholder = [n for n in graph.nodes if n.op == "placeholder"][-1]
-    with graph.inserting_after(last_placeholder):
-        # Each lands right after that placeholder, so the last one made comes first.
-        bias = graph.placeholder(f"river_{index}_bias") if site.has_bias else None
-        scale_zero = graph.placeholder(f"river_{index}_scale_zero")
-        qweight = graph.placeholder(f"river_{index}_qweight")
+    names = ["qweight", "scale_zero", *(["bias"] if site.has_bias else [])]
+    scaled = [f"scaled_{i}" for i in range(max(1, len(site.folds)))] if scale else []
+    new = _placeholders(graph, [f"river_{index}_{name}" for name in (*names, *scaled)])
+    bias = new[2] if site.has_bias else None
+    x = scale_inputs(graph, linears[0].x, scale, tuple(new[len(names) :])) if scale else linears[0].x
     first = linears[0].node
     with graph.inserting_before(first):
         merged = graph.call_function(
             torch.ops.river.w4a16_linear.default,
-            (linears[0].x, qweight, scale_zero, bias, sum(site.out_features), site.group_size, site.layout),
+            (x, new[0], new[1], bias, sum(site.out_features), site.group_size, site.layout),
         )
         x = value_of(linears[0].x)
         merged.meta = first.meta | {"example_value": x.new_empty((*x.shape[:-1], sum(site.out_features)))}
@@ -168,6 +195,15 @@ def _replace(graph: fx.Graph, linears: list[_Linear], site: LinearSite, index: i
                 linear.node.replace_all_uses_with(part)
     for linear in reversed(linears):
         graph.erase_node(linear.node)
+
+
+def _placeholders(graph: fx.Graph, names: list[str]) -> list[fx.Node]:
+    """Adds placeholders behind those that are there."""
+    found = []
+    for name in names:
+        with graph.inserting_after([n for n in graph.nodes if n.op == "placeholder"][-1]):
+            found.append(graph.placeholder(name))
+    return found
 
 
 def _unread_matrices(block: Segment, sites: list[LinearSite], kept: dict[fx.Node, KeptLinear]) -> Iterator[fx.Node]:

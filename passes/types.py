@@ -105,7 +105,8 @@ class Segment:
         graph_module: its graph; one placeholder per input, a tuple of outputs.
         inputs: the values it reads, as nodes of the traced graph, in placeholder order.
         outputs: the values it defines, as nodes of the traced graph, in output order.
-        packed: the twin's linears whose 4-bit weights follow the inputs: qweight, scale_zero and, with a bias, bias.
+        packed: the twin's linears whose 4-bit weights follow the inputs: qweight, scale_zero, with a bias the bias, and
+            where the inputs are scaled the norm's parameters or the inverse scale.
         has_score: a float32 number follows the outputs: a block's exit score, or a head's entropy.
     """
 
@@ -130,6 +131,9 @@ class LinearSite:
         transposed: the weights are stored as ``[K, N_i]``, as GPT-2's Conv1D does.
         group_size: consecutive input features that share a scale and a zero.
         layout: name of the packing.
+        scales_inputs: the inputs are divided by a scale ``[K]`` that the packing chooses.
+        folds: placeholders of the norm's parameters that take the scale up; where there are none, the inputs are
+            multiplied by its inverse.
     """
 
     name: str
@@ -140,6 +144,8 @@ class LinearSite:
     transposed: bool
     group_size: int
     layout: str
+    scales_inputs: bool = False
+    folds: tuple[fx.Node, ...] = ()
 
     @property
     def has_bias(self) -> bool:

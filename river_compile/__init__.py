@@ -33,6 +33,7 @@ _EXPORTS = {
     "UnsupportedGraphError": "errors",
     "calibrate": "calibrator",
     "exact": "exact_mode",
+    "observe": "observation",
     "report": "reporting",
     "river": "backend",
     "save": "artifact",

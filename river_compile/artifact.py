@@ -5,7 +5,8 @@ An artifact is a folder with two files:
     river.json          what it is: format and version; for each matrix its name, shape, group size, quantizer, the hash
                         of the parameters it was made from; the hash of the other file and of itself
     twins.safetensors   for each matrix ``<key>.q`` uint8 ``[N, K / 2]`` (layout "plain": two nibbles in a byte) and
-                        ``<key>.scale_zero`` ``[N, K / group_size, 2]``, key = name/quantizer/group size
+                        ``<key>.scale_zero`` ``[N, K / group_size, 2]``, key = name/quantizer/group size; for one whose
+                        inputs are scaled ``<key>.input_scale`` float32 ``[K]``; nothing for one that stays in 16 bits
 
 The grid is stored, not the bytes that a kernel reads: those differ by processor and are made again in a moment, while
 the search for the grid takes seconds to hours. Biases are taken from the model, whose hash covers them.
@@ -36,9 +37,10 @@ from river_compile.kernels.quantize import QuantizedWeight
 
 from .errors import ArtifactError
 from .models import find_state
+from .twin_maker import PackedSite
 
 FORMAT = "river-twins"
-VERSION = 1
+VERSION = 2
 MANIFEST = "river.json"
 TENSORS = "twins.safetensors"
 _STORED = "plain"
@@ -55,6 +57,8 @@ class SavedMatrix:
         quantizer: how its grid was found.
         weights_sha256: hash of the parameters it was made from, see :func:`weights_hash`.
         sqnr_db: signal-to-quantization-noise ratio as text, since JSON knows no infinity.
+        output_sqnr_db: that of the outputs on the observed text, None where nothing was observed.
+        stored: False where it stays in 16 bits, below the floor of `min_sqnr`.
     """
 
     name: str
@@ -63,10 +67,17 @@ class SavedMatrix:
     quantizer: str
     weights_sha256: str
     sqnr_db: str
+    output_sqnr_db: str | None = None
+    stored: bool = True
 
     @property
     def key(self) -> str:
         return _key(self.name, self.quantizer, self.group_size)
+
+    @property
+    def quality(self) -> float:
+        """The signal-to-noise ratio that a floor is about: of the outputs where they were observed."""
+        return float(self.sqnr_db if self.output_sqnr_db is None else self.output_sqnr_db)
 
 
 def save(model: nn.Module, folder: str | Path) -> Path:
@@ -99,12 +110,11 @@ def save(model: nn.Module, folder: str | Path) -> Path:
             f"cannot save to {folder}: the weights of {stale[0]} changed after they were packed; "
             "call torch._dynamo.reset() and generate a token first"
         )
-    for site, sources in fresh:
-        matrix = SavedMatrix(
-            site.name, site.shape, site.group_size, site.quantizer, weights_hash(sources), str(site.sqnr)
-        )
+    for site, sources in sorted(fresh, key=lambda pair: not pair[0].kept):  # with 4-bit weights rather than without
+        matrix = _saved_matrix(site, sources)
         matrices[matrix.key] = matrix
-        tensors |= _grid_tensors(matrix.key, site.unpack())
+        if matrix.stored:
+            tensors |= _grid_tensors(matrix.key, site)
     _write(folder, list(matrices.values()), tensors)
     return folder
 
@@ -148,6 +158,18 @@ class Artifact:
         qweight, scale_zero = self._tensors[f"{matrix.key}.q"], self._tensors[f"{matrix.key}.scale_zero"]
         return PackedLinear(_STORED, qweight, scale_zero, matrix.group_size, k, n).unpack()
 
+    def input_scale(self, matrix: SavedMatrix) -> Tensor | None:
+        """Returns what a matrix's inputs are divided by, float32 ``[K]``, None where they stay as they are."""
+        return self._tensors.get(f"{matrix.key}.input_scale")
+
+    def check_stored(self, matrix: SavedMatrix) -> None:
+        """Raises an ArtifactError for a matrix that was left in 16 bits and is to have 4-bit weights."""
+        if not matrix.stored:
+            raise ArtifactError(
+                f"{self.folder / MANIFEST}: {matrix.name} was left in 16 bits at {matrix.quality:.2f} dB, below the "
+                "min_sqnr= of that time; pass the same min_sqnr=, or leave artifact= out and save a new one"
+            )
+
     def _why_missing(self, name: str, quantizer: str, group_size: int) -> str:
         made = sorted({(m.quantizer, m.group_size) for m in self._matrices.values() if m.name == name})
         if not made:
@@ -176,11 +198,26 @@ def _key(name: str, quantizer: str, group_size: int) -> str:
     return f"{name}/{quantizer}/{group_size}"
 
 
-def _grid_tensors(key: str, grid: QuantizedWeight) -> dict[str, Tensor]:
-    packed = pack(grid, _STORED)
+def _saved_matrix(site: PackedSite, sources: Sequence[Tensor]) -> SavedMatrix:
+    return SavedMatrix(
+        site.name,
+        site.shape,
+        site.group_size,
+        site.quantizer,
+        weights_hash(sources),
+        str(site.sqnr),
+        None if site.output_sqnr is None else str(site.output_sqnr),
+        stored=not site.kept,
+    )
+
+
+def _grid_tensors(key: str, site: PackedSite) -> dict[str, Tensor]:
+    packed = pack(site.unpack(), _STORED)
     short = packed.scale_zero.to(torch.bfloat16)
     exact = torch.equal(short.float(), packed.scale_zero)
     stored = {f"{key}.q": packed.qweight, f"{key}.scale_zero": short if exact else packed.scale_zero}
+    if site.input_scale is not None:
+        stored[f"{key}.input_scale"] = site.input_scale
     return {name: tensor.cpu().contiguous() for name, tensor in stored.items()}
 
 

@@ -6,6 +6,7 @@ the graph's place. Every other graph runs as Inductor runs it, with one warning 
 
 from __future__ import annotations
 
+import functools
 import logging
 import time
 import warnings
@@ -17,8 +18,8 @@ from torch._inductor.compile_fx import compile_fx
 from tqdm import tqdm
 
 from river_compile.passes.decoder_layers import is_parameter, value_of
-from river_compile.passes.rewrite import RewriteOptions, rewrite
-from river_compile.passes.types import DecoderPlan, Refusal, RiverProgram, Segment
+from river_compile.passes.rewrite import RewriteOptions, keep_linears, rewrite
+from river_compile.passes.types import DecoderPlan, LinearSite, Refusal, RiverProgram, Segment
 
 from .capture_choice import check_device, choose_device, make_executor
 from .config import RiverConfig, check_mode
@@ -26,9 +27,10 @@ from .criteria import CRITERIA, Criterion
 from .dump import dump_program
 from .errors import OptionError, RiverWarning, UnsupportedGraphError
 from .lowering import SegmentCompiler, inductor_settings
-from .lowering_choice import choose_lowering, warn_of_slow_lowering
+from .lowering_choice import Lowering, choose_lowering, warn_of_slow_lowering
 from .models import GraphRecord, ModelState, state_of
 from .runtime import ExitRule, RiverExecutor, Step, registers_of
+from .twin_maker import PackedSite
 
 log = logging.getLogger("river_compile")
 
@@ -57,7 +59,7 @@ def river(
     values = dict(zip((n for n in graph_module.graph.nodes if n.op == "placeholder"), example_inputs, strict=True))
     state = state_of(value for node, value in values.items() if is_parameter(node))
     start = time.perf_counter()
-    program = _needs_gradients(example_inputs) or rewrite(graph_module, lambda plan: _rewrite_options(config, plan))
+    program = _needs_gradients(example_inputs) or rewrite(graph_module, functools.partial(_rewrite_options, config))
     record = GraphRecord(config, mode=mode, seconds={"rewriting": time.perf_counter() - start})
     state.graphs.append(record)
     if isinstance(program, Refusal):
@@ -75,7 +77,7 @@ def _needs_gradients(example_inputs: Sequence[object]) -> Refusal | None:
 def _rewrite_options(config: RiverConfig, plan: DecoderPlan) -> RewriteOptions:
     config.check_depths(plan.num_blocks)
     check_device(config, plan)
-    lowering = choose_lowering(config, _device_of(plan))
+    lowering = _lowering(config, plan)
     return RewriteOptions(
         exits=(plan.is_decode or config.prefill == "exit") and config.exit_depth != plan.num_blocks,
         checks=config.exit_depth is None and CRITERIA[config.criterion].scores_blocks,
@@ -85,14 +87,15 @@ def _rewrite_options(config: RiverConfig, plan: DecoderPlan) -> RewriteOptions:
         group_size=config.group_size,
         layout=lowering.layout,
         fuse=lowering.fuse,
+        scale_inputs=config.quantizer == "awq",
         quantize_head=config.lm_head == "w4",
         same_rows=config.same_rows and not plan.is_decode,
         entropy=config.exit_depth is None and _needs_entropy(plan, CRITERIA[config.criterion]),
     )
 
 
-def _device_of(plan: DecoderPlan) -> torch.device:
-    return value_of(plan.blocks[0].hidden_in).device
+def _lowering(config: RiverConfig, plan: DecoderPlan) -> Lowering:
+    return choose_lowering(config, value_of(plan.blocks[0].hidden_in).device)
 
 
 def _needs_entropy(plan: DecoderPlan, criterion: Criterion) -> bool:
@@ -139,18 +142,19 @@ def _build(
     """Packs and compiles what the program can reach and returns the executor."""
     plan = program.plan
     rule = _exit_rule(program, config)
+    start = time.perf_counter()
+    packed = _pack(_reachable(program, rule), values, config, state)
+    if packed:
+        warn_of_slow_lowering(_lowering(config, plan), value_of(plan.blocks[0].hidden_in).device)
+    packed_at = time.perf_counter()
+    low = {site.name: f"SQNR below min_sqnr={config.min_sqnr:g} dB" for site in packed if packed[site].kept}
+    if low:
+        program = keep_linears(program, _rewrite_options(config, plan), low)
     if config.dump_dir is not None:
         log.info("wrote the rewritten graph to %s", dump_program(program, config.dump_dir, plan.kind))
     segments = _reachable(program, rule)
-    sites = [site for segment in segments for site in segment.packed]
-    lowering = choose_lowering(config, _device_of(plan))
-    if sites:
-        warn_of_slow_lowering(lowering, _device_of(plan))
-    start = time.perf_counter()
-    packed = state.packed.pack(sites, values, config.quantizer, config.artifact)
-    packed_at = time.perf_counter()
     device = choose_device(program, config, record.captures)
-    compiler = SegmentCompiler(lowering.compiler, inductor_settings(mode, captured=device is not None))
+    compiler = SegmentCompiler(_lowering(config, plan).compiler, inductor_settings(mode, captured=device is not None))
     register = registers_of(program)
     steps = {}
     with tqdm(segments, desc="river: compiling segments", unit="segment", leave=False, delay=1) as bar:
@@ -161,6 +165,15 @@ def _build(
     record.describe(program, compiler.compiled, packed.values())
     state.stats.num_blocks = plan.num_blocks
     return make_executor(program, steps, rule, state, config, record.captures, device)
+
+
+def _pack(
+    segments: Sequence[Segment], values: dict[fx.Node, object], config: RiverConfig, state: ModelState
+) -> dict[LinearSite, PackedSite]:
+    sites = [site for segment in segments for site in segment.packed]
+    return state.packed.pack(
+        sites, values, config.quantizer, config.artifact, config.min_sqnr, observation=state.observation
+    )
 
 
 def _as_inductor(

@@ -14,7 +14,7 @@ from .errors import OptionError
 _GROUP_SIZES = (32, 64, 128, 256)
 _CHOICES = {
     "criterion": tuple(CRITERIA),
-    "quantizer": ("hqq", "rtn", "none"),
+    "quantizer": ("hqq", "rtn", "awq", "gptq", "none"),
     "prefill": ("backbone", "exit"),
     "lm_head": ("keep", "w4"),
     "lowering": ("auto", "inductor", "triton", "eager"),
@@ -40,7 +40,11 @@ class RiverConfig:
         exit_depth: None, or one depth for every token: 0 (all blocks in 4 bits) to L (never leave).
         group_size: consecutive input features of a 4-bit matrix that share a scale and a zero: 32, 64, 128 or 256.
             A matrix that it does not divide takes the largest power of two that does, or stays in 16 bits below 32.
-        quantizer: "hqq", "rtn" (round to nearest) or "none" (twins keep the backbone's weights: for tests).
+        quantizer: how 4-bit weights are found. From the weights alone: "hqq" or "rtn" (round to nearest). From what
+            they read in a text too, which `river_compile.observe` records: "awq" or "gptq". "none" keeps the
+            backbone's weights in the twins (for tests).
+        min_sqnr: dB of signal-to-noise ratio below which a matrix product of a twin stays in 16 bits: of its outputs on
+            the observed text with "awq" and "gptq", of its weights with "hqq" and "rtn". None for no floor.
         prefill: "backbone" (the prompt runs through all blocks) or "exit" (the whole prompt leaves at the first depth
             where the least similar of its tokens passes the threshold).
         lm_head: "keep", or "w4" to put the head into 4 bits for tokens that left the backbone.
@@ -69,6 +73,7 @@ class RiverConfig:
     exit_depth: int | None = None
     group_size: int = 64
     quantizer: str = "hqq"
+    min_sqnr: float | None = None
     prefill: str = "backbone"
     lm_head: str = "keep"
     lowering: str = "auto"
@@ -99,6 +104,8 @@ class RiverConfig:
                     f"{name}={value!r} is not allowed; choose one of {_listed(allowed)}{_closest(value, allowed)}"
                 )
 
+        floor = self.min_sqnr
+        _require(floor is None or _is_number(floor), "min_sqnr", floor, "None or a number of decibels, such as 20")
         self._check_rule()
         _require(isinstance(self.same_rows, bool), "same_rows", self.same_rows, "True or False")
         self._check_capture()

@@ -21,10 +21,12 @@ from .capture import CaptureLog
 from .config import RiverConfig
 from .criteria import Memories
 from .lowering import Compiled
-from .packing import PackedSite, PackedWeights
+from .packing import PackedWeights
 from .stats import ExitStats
+from .twin_maker import PackedSite
 
 if TYPE_CHECKING:
+    from .observation import Observation
     from .same_rows import SameRows
 
 _ids = itertools.count(1)
@@ -85,6 +87,7 @@ class ModelState:
         self.stats = ExitStats(self.id)
         self.memories = Memories()
         self.packed = PackedWeights()
+        self.observation: Observation | None = None
         self.graphs: list[GraphRecord] = []
         self.same_rows: dict[tuple, SameRows] = {}
 

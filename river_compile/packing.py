@@ -8,7 +8,6 @@ packed as ever.
 
 from __future__ import annotations
 
-import logging
 import threading
 import time
 from collections.abc import Sequence
@@ -22,50 +21,13 @@ from torch import Tensor, fx
 from torch.utils.weak import TensorWeakRef, WeakTensorKeyDictionary
 from tqdm import tqdm
 
-from river_compile.kernels.pack import PackedLinear, pack
-from river_compile.kernels.quantize import QuantizedWeight, quantize, sqnr_db
 from river_compile.passes.types import LinearSite
 
+from .twin_maker import Maker, PackedSite
+
 if TYPE_CHECKING:
-    from .artifact import Artifact, SavedMatrix
-
-log = logging.getLogger("river_compile.packing")
-
-
-@dataclass(frozen=True)
-class PackedSite:
-    """The 4-bit weights of one matrix product.
-
-    Attributes:
-        name: module paths of the linears it stands for, joined by "|".
-        tensors: what the twin's graph takes: qweight, scale_zero and, where a linear has one, the bias ``[N]``.
-        shape: (out_features, in_features) of the merged matrix.
-        group_size: consecutive input features that share a scale and a zero.
-        sqnr: signal-to-quantization-noise ratio in dB.
-        seconds: time that quantizing (or reading) and packing took.
-        layout: name of the packing.
-        quantizer: "hqq" or "rtn".
-        artifact: the folder that its grid was read from, empty where it was quantized here.
-    """
-
-    name: str
-    tensors: tuple[Tensor, ...]
-    shape: tuple[int, int]
-    group_size: int
-    sqnr: float
-    seconds: float
-    layout: str
-    quantizer: str
-    artifact: str = ""
-
-    @property
-    def nbytes(self) -> int:
-        return sum(t.numel() * t.element_size() for t in self.tensors)
-
-    def unpack(self) -> QuantizedWeight:
-        """Returns the grid that its bytes stand for."""
-        n, k = self.shape
-        return PackedLinear(self.layout, *self.tensors[:2], self.group_size, k, n).unpack()
+    from .artifact import Artifact
+    from .observation import Observation
 
 
 @dataclass(frozen=True)
@@ -97,22 +59,28 @@ class PackedWeights:
         values: dict[fx.Node, Tensor],
         quantizer: str,
         artifact: str | Path | None = None,
+        min_sqnr: float | None = None,
+        observation: Observation | None = None,
     ) -> dict[LinearSite, PackedSite]:
         """Returns the packed weights of the sites, making those that are missing (with a progress bar when many).
 
         Args:
             sites: matrix products of twins.
             values: the real tensor of each parameter placeholder.
-            quantizer: "hqq" or "rtn".
+            quantizer: "hqq", "rtn", "awq" or "gptq".
             artifact: the folder to read grids from instead of quantizing, see :mod:`river_compile.artifact`.
+            min_sqnr: dB below which a product stays in 16 bits (`PackedSite.kept`), see there; None for no floor.
+            observation: what the matrices read, which "awq" and "gptq" need.
 
         Raises:
             ArtifactError: (a ``ValueError``) the artifact is damaged or not this model's; nothing of it is used.
+            OptionError: (a ``ValueError``) the quantizer needs an observation and has none.
         """
         with self._lock:
             start = time.perf_counter()
-            maker = _Maker(values, quantizer, self._open(artifact))
+            maker = Maker(values, quantizer, min_sqnr, self._open(artifact), observation)
             missing = [site for site in sites if self._find(site, maker) is None]
+            maker.check(missing)
             self._make(missing, maker)
             self.seconds += time.perf_counter() - start
             return {site: self._find(site, maker) for site in sites}
@@ -143,11 +111,11 @@ class PackedWeights:
             self._opened = Artifact(artifact)
         return self._opened
 
-    def _find(self, site: LinearSite, maker: _Maker) -> PackedSite | None:
+    def _find(self, site: LinearSite, maker: Maker) -> PackedSite | None:
         entry = self._entries.get(maker.values[site.weights[0]], {}).get(maker.key(site))
-        return entry.packed if entry and entry.made_from(_sources(site, maker.values)) else None
+        return entry.packed if entry and entry.made_from(maker.sources(site)) else None
 
-    def _make(self, sites: Sequence[LinearSite], maker: _Maker) -> None:
+    def _make(self, sites: Sequence[LinearSite], maker: Maker) -> None:
         with (
             ThreadPoolExecutor(max(1, torch.get_num_threads())) as pool,
             tqdm(total=len(sites), desc="river: packing 4-bit twins", unit="matrix", leave=False, delay=1) as bar,
@@ -155,59 +123,7 @@ class PackedWeights:
             # An artifact fits as a whole or not at all: every matrix is looked up before the first one is packed.
             saved = list(pool.map(maker.find_saved, sites))
             for site, packed in zip(sites, pool.map(maker.make, sites, saved), strict=True):
-                sources = _sources(site, maker.values)
+                sources = maker.sources(site)
                 entry = _Entry(packed, tuple(map(TensorWeakRef, sources)), tuple(t._version for t in sources))
                 self._entries.setdefault(sources[0], {})[maker.key(site)] = entry
                 bar.update()
-
-
-@dataclass(frozen=True)
-class _Maker:
-    """Makes packed sites in one way: from the parameters, or from an artifact that was made from them."""
-
-    values: dict[fx.Node, Tensor]
-    quantizer: str
-    artifact: Artifact | None
-
-    @property
-    def origin(self) -> str:
-        return str(self.artifact.folder) if self.artifact else ""
-
-    def key(self, site: LinearSite) -> tuple:
-        return (site.name, site.group_size, site.layout, self.quantizer, self.origin)
-
-    def find_saved(self, site: LinearSite) -> SavedMatrix | None:
-        if self.artifact is None:
-            return None
-        return self.artifact.find(site.name, self.quantizer, site.group_size, _sources(site, self.values))
-
-    @torch.no_grad()
-    def make(self, site: LinearSite, saved: SavedMatrix | None) -> PackedSite:
-        start = time.perf_counter()
-        if saved is None:
-            weight = torch.cat([self.values[node].T if site.transposed else self.values[node] for node in site.weights])
-            grid = quantize(weight, site.group_size, self.quantizer).rounded(torch.bfloat16)
-            sqnr = sqnr_db(weight, grid.dequantize())
-        else:
-            grid, sqnr = self.artifact.grid(saved).to(self.values[site.weights[0]].device), float(saved.sqnr_db)
-        packed = pack(grid, site.layout)
-        tensors = (packed.qweight, packed.scale_zero)
-        if site.has_bias:
-            tensors += (_merged_bias(site, self.values),)
-        seconds = time.perf_counter() - start
-        return PackedSite(
-            site.name, tensors, grid.shape, site.group_size, sqnr, seconds, site.layout, self.quantizer, self.origin
-        )
-
-
-def _sources(site: LinearSite, values: dict[fx.Node, Tensor]) -> list[Tensor]:
-    return [values[node] for node in (*site.weights, *site.biases) if node is not None]
-
-
-def _merged_bias(site: LinearSite, values: dict[fx.Node, Tensor]) -> Tensor:
-    like = values[site.weights[0]]
-    parts = [
-        like.new_zeros(n) if node is None else values[node].detach()
-        for node, n in zip(site.biases, site.out_features, strict=True)
-    ]
-    return torch.cat(parts)

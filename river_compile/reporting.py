@@ -12,8 +12,8 @@ from torch import nn
 from river_compile.passes.types import Fusion
 
 from .models import GraphRecord, find_state
-from .packing import PackedSite
 from .stats import ExactStats
+from .twin_maker import PackedSite
 
 _NEVER_RAN = (
     "never ran: no graph of this model reached the backend. torch.compile(model).generate runs the original model; "
@@ -65,7 +65,10 @@ class Report:
                     "name": p.name,
                     "shape": list(p.shape),
                     "group_size": p.group_size,
+                    "quantizer": p.quantizer,
                     "sqnr_db": _finite(p.sqnr),
+                    "output_sqnr_db": None if p.output_sqnr is None else _finite(p.output_sqnr),
+                    "in_16_bits": p.kept,
                     "bytes": p.nbytes,
                     "artifact": p.artifact or None,
                 }
@@ -183,15 +186,25 @@ def fusion_lines(fusions: Sequence[Fusion]) -> list[str]:
 def _packed_lines(report: Report) -> list[str]:
     if not report.packed:
         return []
-    size = sum(p.nbytes for p in report.packed) / 1e6
-    worst = min(report.packed, key=lambda p: p.sqnr)
-    mean = sum(p.sqnr for p in report.packed if math.isfinite(p.sqnr)) / len(report.packed)
-    origins = Counter(p.artifact for p in report.packed if p.artifact)
+    packed = [p for p in report.packed if not p.kept]
+    size = sum(p.nbytes for p in packed) / 1e6
+    quantizers = ", ".join(sorted({p.quantizer for p in packed}))
+    origins = Counter(p.artifact for p in packed if p.artifact)
     return [
-        f"  packed         {len(report.packed)} matrices, {size:.1f} MB, in {report.packing_seconds:.1f} s",
+        f"  packed         {len(packed)} matrices ({quantizers}), {size:.1f} MB, in {report.packing_seconds:.1f} s",
         *(f"    artifact     {count} matrices read from {folder}" for folder, count in origins.items()),
-        f"  SQNR           mean {mean:.1f} dB, least {worst.sqnr:.1f} dB ({worst.name})",
+        *_sqnr_lines("SQNR of weights", {p.name: p.sqnr for p in report.packed}),
+        *_sqnr_lines("SQNR of outputs", {p.name: p.output_sqnr for p in report.packed if p.output_sqnr is not None}),
     ]
+
+
+def _sqnr_lines(title: str, decibels: dict[str, float]) -> list[str]:
+    if not decibels:
+        return []
+    finite = [db for db in decibels.values() if math.isfinite(db)]
+    mean = sum(finite) / len(finite) if finite else math.inf
+    worst = min(decibels, key=decibels.get)
+    return [f"    {title}  mean {mean:.1f} dB, least {decibels[worst]:.1f} dB ({worst})"]
 
 
 def _depth_lines(report: Report) -> list[str]:

@@ -8,7 +8,7 @@ import shutil
 import pytest
 import torch
 
-import river_compile.packing
+import river_compile.twin_maker
 from river_compile import ArtifactError, OptionError, report, river, save
 from river_compile.artifact import MANIFEST, TENSORS, Artifact
 from tests.decoding import decode, new_cache
@@ -58,7 +58,7 @@ def test_the_second_start_has_the_same_bits_and_quantizes_nothing(family, quanti
     first = start(family)
     logits = run(first, quantizer=quantizer)
     save(first, tmp_path / "twins")
-    monkeypatch.setattr(river_compile.packing, "quantize", lambda *_: pytest.fail("a matrix was quantized"))
+    monkeypatch.setattr(river_compile.twin_maker, "quantize", lambda *_: pytest.fail("a matrix was quantized"))
     second = start(family)
     assert torch.equal(run(second, quantizer=quantizer, artifact=tmp_path / "twins"), logits)
     before, after = report(first).packed, report(second).packed
@@ -98,8 +98,8 @@ def test_other_ways_to_quantize_are_refused(saved, changed):
 
 
 def test_another_version_is_refused(saved):
-    rewrite_manifest(saved, version=2)
-    with pytest.raises(ArtifactError, match=rf"{MANIFEST}: it has version 2, this release reads 1"):
+    rewrite_manifest(saved, version=1)
+    with pytest.raises(ArtifactError, match=rf"{MANIFEST}: it has version 1, this release reads 2"):
         run(start(), artifact=saved)
 
 

@@ -1,9 +1,14 @@
 """The examples' own logic: the histogram, time stamps per token, prompts with and without a chat template."""
 
+import json
+import re
+import time
+
 import pytest
 import torch
+import transformers
 
-from examples import calibrate, demo, exact, models
+from examples import calibrate, compare_thresholds, demo, exact, humaneval, models
 from examples.timing import Generation, decode_rate, generate
 from river_compile.stats import CycleRecord
 from tests.families import make, prompt
@@ -82,3 +87,76 @@ def test_cycles_are_shown_with_the_source_of_every_token():
     lines = exact.cycle_lines(cycles, [" a", "\n", " b", "."])
     assert lines[1].split() == ["1", "3", "1", "4", "2.0", "10.0", "a[⏎]"]
     assert lines[2].endswith("  ( b)[.]")
+
+
+@pytest.mark.parametrize(
+    ("program", "expected"),
+    [
+        ("assert sum(range(4)) == 6", "passed"),
+        ("assert sum(range(4)) == 7", "AssertionError"),
+        ("def f(:", "SyntaxError: invalid syntax"),
+        ("while True: pass", "timed out"),
+        ("import time; time.sleep(60)", "timed out"),
+        ("held = bytearray(2 << 30)", "MemoryError"),
+        ("open('big', 'wb').write(bytes(64 << 20))", "OSError: [Errno 27] File too large"),
+        ("import sys; sys.exit(3)", "ended with status 3"),
+    ],
+)
+def test_answers_run_within_limits(program, expected):
+    assert humaneval.verdict(program, seconds=1, memory_mb=512) == expected
+
+
+def test_answers_leave_nothing_behind_and_see_nothing_of_ours(tmp_path, monkeypatch):
+    """What an answer starts ends with it; it has neither our environment nor our folder."""
+    monkeypatch.setenv("SECRET", "1")
+    alive = tmp_path / "alive"
+    child = f"import time; time.sleep(2); open({str(alive)!r}, 'w')"
+    program = f"""
+import os, subprocess, sys
+assert "SECRET" not in os.environ and os.listdir() == []
+subprocess.Popen([sys.executable, "-c", {child!r}])
+"""
+    assert humaneval.verdict(program) == "passed"
+    time.sleep(3)
+    assert not alive.exists()
+
+
+def test_answers_are_cut_where_something_new_begins():
+    assert humaneval.cut("    return 1\n\ndef other():\n") == "    return 1\n"
+    assert humaneval.cut("    return 1\n") == "    return 1\n"
+
+
+@pytest.fixture(scope="module")
+def little_model(smollm2_tokenizer, tmp_path_factory):
+    """A folder with four blocks of random weights and a real tokenizer."""
+    config = transformers.LlamaConfig(
+        vocab_size=len(smollm2_tokenizer), hidden_size=64, intermediate_size=128, num_hidden_layers=4,
+        num_attention_heads=4, num_key_value_heads=2, tie_word_embeddings=True, eos_token_id=2,
+    )  # fmt: skip
+    torch.manual_seed(0)
+    folder = tmp_path_factory.mktemp("little")
+    transformers.LlamaForCausalLM(config).to(torch.bfloat16).save_pretrained(folder)
+    smollm2_tokenizer.save_pretrained(folder)
+    return str(folder)
+
+
+def test_human_eval_compares_the_plain_model_with_river(little_model, tmp_path, capsys):
+    """Two problems and a few tokens: both ways answer; the plain model has no exit depths."""
+    target = tmp_path / "answers.json"
+    options = ["--limit", "2", "--new-tokens", "8", "--json", str(target)]
+    assert humaneval.main(["--model", little_model, *options]) == 0
+    printed = capsys.readouterr().out
+    assert re.search(r"^plain +0\.0% +0/2 +\d+\.\d +4\.0$", printed, re.M)
+    assert re.search(r"^river +0\.0% +0/2 +\d+\.\d +[234]\.\d$", printed, re.M)
+    answers = json.loads(target.read_text())
+    assert [answer["task_id"] for answer in answers] == ["HumanEval/0", "HumanEval/1"]
+    assert all(answer["river"]["depths"] and not answer["plain"]["depths"] for answer in answers)
+
+
+def test_thresholds_are_compared_on_one_prompt(little_model, capsys):
+    """The first line never exits, threshold 1 neither, and -1 lets every token leave after two blocks."""
+    assert compare_thresholds.main(["--model", little_model, "--new-tokens", "8", "--thresholds", "1", "-1"]) == 0
+    lines = [line.split() for line in capsys.readouterr().out.splitlines() if re.match(r" *(never exit|-?1 )", line)]
+    assert lines[0][4] == "4.0"
+    assert [line[3] for line in lines[1:]] == ["4.0", "2.0"]
+    assert lines[1][-2:] == ["the", "end"]

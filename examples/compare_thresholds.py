@@ -1,0 +1,75 @@
+"""Shows what a threshold does to one answer: its speed, its depth, and where the text leaves the plain one.
+
+    python examples/compare_thresholds.py
+    python examples/compare_thresholds.py --criterion doubt --thresholds 0.5 1 2 --prompt "Explain rainbows."
+
+The model is compiled once and every threshold is set for a block of code. One prompt says little about quality:
+`examples/calibrate.py` finds a threshold for a promise, `benchmarks/quality.py` measures.
+"""
+
+from __future__ import annotations
+
+import argparse
+import sys
+from itertools import takewhile
+from pathlib import Path
+
+sys.path.insert(0, str(Path(__file__).resolve().parent.parent))  # a script finds only its own folder
+
+from examples import models
+
+PROMPT = "Explain in a few sentences why the sky is blue."
+THRESHOLDS = {
+    "similarity": [0.99, 0.95, 0.9, 0.7],
+    "history": [0.99, 0.95, 0.9, 0.7],
+    "confidence": [0.1, 0.5, 1.0, 2.0],
+    "doubt": [0.1, 0.5, 1.0, 2.0],
+}
+
+
+def main(arguments: list[str] | None = None) -> int:
+    """Runs the command line and returns the exit status."""
+    parser = argparse.ArgumentParser(description="Compares thresholds on one prompt.")
+    parser.add_argument("--model", default="smollm2", help=f"{', '.join(models.MODELS)} or a model folder")
+    parser.add_argument("--prompt", default=PROMPT, help="the question (default: %(default)s)")
+    parser.add_argument("--criterion", default="similarity", choices=sorted(THRESHOLDS))
+    parser.add_argument("--thresholds", type=float, nargs="+", help="from careful to bold (default: four)")
+    parser.add_argument("--new-tokens", type=int, default=64, help="tokens to generate (default: %(default)s)")
+    options = parser.parse_args(arguments)
+    models.quiet()
+    import river_compile
+    from examples.timing import generate
+    from river_compile.runtime import forced_depth, forced_threshold
+
+    try:
+        model, tokenizer = models.load(options.model)
+    except (models.ModelUnavailable, ValueError) as error:
+        print(f"error: {error}", file=sys.stderr)
+        return 1
+    ids = models.encode(tokenizer, options.prompt)
+    model.compile(backend="river", options={"criterion": options.criterion})
+    first_exit = 0 if options.criterion == "doubt" else 2
+    with forced_threshold(THRESHOLDS[options.criterion][-1], first_exit):
+        generate(model, ids, options.new_tokens, stop_after=3)  # packs and compiles
+    with forced_depth(model.config.num_hidden_layers):
+        plain = generate(model, ids, options.new_tokens)
+
+    print(f"{'threshold':>10} {'tokens/s':>9} {'speedup':>8} {'mean depth':>11}  same as plain until")
+    print(f"{'never exit':>10} {plain.decode_tokens_per_s:9.1f} {1:8.2f} {model.config.num_hidden_layers:11.1f}")
+    for threshold in options.thresholds or THRESHOLDS[options.criterion]:
+        with forced_threshold(threshold, first_exit), river_compile.trace() as trace:
+            run = generate(model, ids, options.new_tokens)
+        same = sum(1 for _ in takewhile(lambda pair: pair[0] == pair[1], zip(run.tokens, plain.tokens, strict=True)))
+        until = (
+            "the end" if same == len(plain.tokens) else repr(tokenizer.decode(plain.tokens[max(0, same - 6) : same]))
+        )
+        speedup = run.decode_tokens_per_s / plain.decode_tokens_per_s
+        print(
+            f"{threshold:10g} {run.decode_tokens_per_s:9.1f} {speedup:8.2f} {trace.mean_depth:11.1f}"
+            f"  token {same}: {until}"
+        )
+    return 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())
