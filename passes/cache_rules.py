@@ -12,7 +12,7 @@ import torch
 from torch import fx
 
 from .block_view import BlockView, CacheEntry
-from .decoder_layers import is_tensor, value_of
+from .decoder_layers import is_tensor, mutated_inputs, value_of
 from .graph_edits import Missed, call, drop_unused, has_effects, put, reshaped
 from .matching import Columns, before_views, columns, name_of, shape
 from .recognition import Attention, Normed, Rotation, norm, rotation
@@ -103,14 +103,15 @@ def _check_heads(q: _Heads, k: _Heads, v: _Heads, cache: fx.Node) -> None:
 
 def _users_before(node: fx.Node, last: fx.Node) -> list[fx.Node]:
     """Returns what depends on a value and stands before a node, in order: it must move behind that node."""
-    found: dict[fx.Node, None] = {}
+    changed = {m for n in node.graph.nodes if n < last for m in mutated_inputs(n)}
+    found: set[fx.Node] = set()
     stack = list(node.users)
     while stack:
         user = stack.pop()
         if user < last and user not in found:
-            if has_effects(user):
-                raise Missed("the query is used in place before the cache is written", user)
-            found[user] = None
+            if has_effects(user) or changed & set(user.all_input_nodes):
+                raise Missed("the query meets a value that changes before the cache is written", user)
+            found.add(user)
             stack += user.users
     return sorted(found)
 
@@ -206,7 +207,7 @@ def _check_mask(view: BlockView, found: Attention, node: fx.Node) -> None:
     source = view.origin_of(mask)
     if value_of(mask).dtype != torch.bool and not _is_zero_or_less(source):
         raise Missed("its mask adds more to the scores than 0 or the least number", source)
-    if not _compares_positions(source):
+    if not _compares_positions(view, source):
         raise Missed("its mask does not come from a comparison of positions", source)
 
 
@@ -220,10 +221,11 @@ def _is_zero_or_less(node: fx.Node) -> bool:
     return zero and isinstance(left_out, float) and left_out <= least
 
 
-def _compares_positions(node: fx.Node) -> bool:
+def _compares_positions(view: BlockView, node: fx.Node) -> bool:
+    """True where one of the values that a mask is made of is a comparison, in the segment or in the prologue."""
     stack, seen = [node], set()
     while stack:
-        node = stack.pop()
+        node = view.origin_of(stack.pop())
         if name_of(node) in _COMPARISONS:
             return True
         if node not in seen:

@@ -20,12 +20,12 @@ from .decoder_layers import is_tensor, value_of
 from .types import Block, DecoderPlan, Segment
 
 
-def candidate_depths(num_blocks: int, first_exit: int, exit_every: int) -> tuple[int, ...]:
-    """Returns the depths after which a token may leave: first_exit, then every exit_every blocks, below num_blocks.
+def candidate_depths(end: int, first_exit: int, exit_every: int) -> tuple[int, ...]:
+    """Returns the depths after which a token may leave: first_exit, then every exit_every blocks, below `end`.
 
     Depth 0 (before any block) has nothing to compare and is no candidate.
     """
-    return tuple(range(max(first_exit, 1), num_blocks, exit_every))
+    return tuple(range(max(first_exit, 1), end, exit_every))
 
 
 def add_exit_check(segment: Segment, block: Block) -> Segment:

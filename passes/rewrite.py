@@ -6,6 +6,8 @@ segments         DecoderPlan             one segment per part
 exit_checks      block segments          blocks that return an exit score, after each candidate
                  heads                   heads that return the entropy of their logits (on request)
 river_twins      copies of the blocks    twins with 4-bit matrix products and one_query's operators
+fills            copies of the blocks    what another fill runs in the twins' place; masks in front of attention
+over_tokens      copies of the blocks    blocks for several tokens at once (for a fill that runs skipped blocks later)
 fused_twins      twins, head, checks     operators of the generated kernels in place of what they compute (on request)
 same_rows        all but twins           operators whose rows do not depend on the pass's width (on request)
 """
@@ -14,7 +16,7 @@ from __future__ import annotations
 
 import logging
 import time
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass, replace
 from typing import TypeVar
 
@@ -22,8 +24,10 @@ from torch import fx
 
 from .decoder_layers import find_decoder
 from .exit_checks import add_entropy, add_exit_check, candidate_depths, logits_of
+from .fills import empty_entries, only_entries, with_presence
 from .fused_twins import fuse_checks, fuse_twins
 from .one_query import simplify_attention, simplify_linears
+from .over_tokens import over_tokens
 from .river_twins import make_twin
 from .same_rows import keep_rows
 from .segments import cut, output_values
@@ -50,6 +54,11 @@ class RewriteOptions:
         quantize_head: True makes a second head with a 4-bit matrix.
         same_rows: True gives several tokens at once the bits of one token at a time.
         entropy: True makes the heads return the entropy of their logits; a model that returns none stays without.
+        deepest: depth at which every token leaves without being asked; None: the last block.
+        tail: what a token that left runs for each block behind its exit: "twins", "entries" (its KV entries from the
+            hidden state that left) or "empty" (entries of zeros).
+        presence: True masks missing KV entries out of the blocks' attention.
+        catch_up: True makes blocks for several tokens at once.
     """
 
     exits: bool
@@ -63,6 +72,10 @@ class RewriteOptions:
     quantize_head: bool = False
     same_rows: bool = False
     entropy: bool = False
+    deepest: int | None = None
+    tail: str = "twins"
+    presence: bool = False
+    catch_up: bool = False
     fuse: bool = False
 
 
@@ -88,13 +101,30 @@ def rewrite(
         grown = plan.blocks[0].kv.kind == "dynamic"
         for segment in (prologue, *blocks, head):
             keep_rows(segment.graph_module.graph, grown)
+    presence: tuple[fx.Node, ...] = ()
+    if options.exits and options.presence:
+        masked = table.run("presence", lambda: _with_presence(blocks))
+        if isinstance(masked, Refusal):
+            return masked
+        blocks, presence = masked
     candidates: tuple[int, ...] = ()
     if options.exits and options.checks:
-        candidates = candidate_depths(plan.num_blocks, options.first_exit, options.exit_every)
+        end = plan.num_blocks if options.deepest is None else options.deepest
+        candidates = candidate_depths(end, options.first_exit, options.exit_every)
         blocks = table.run("exit_checks", lambda: _with_checks(plan, blocks, candidates))
-    twins, river_head, kept = table.run("river_twins", lambda: _twins(plan, returned, options, {}))
+    catch_up: tuple[Segment, ...] = ()
+    if options.exits and options.catch_up:
+        catch_up = table.run("over_tokens", lambda: _over_tokens(plan, candidates))
+        if isinstance(catch_up, Refusal):
+            return catch_up
+    tail = table.run(options.tail, lambda: _tail(plan, returned, options, {}))
+    if isinstance(tail, Refusal):
+        return tail
+    twins, river_head, kept = tail
     head = _with_entropy(head, plan, returned, options)
-    program = RiverProgram(plan, returned, prologue, blocks, twins, head, river_head, candidates, kept)
+    program = RiverProgram(
+        plan, returned, prologue, blocks, twins, head, river_head, candidates, kept, presence, catch_up
+    )
     if options.fuse and twins:
         program = table.run("fused_twins", lambda: fuse_twins(fuse_checks(program)))
     table.log()
@@ -109,7 +139,7 @@ def keep_linears(program: RiverProgram, options: RewriteOptions, keep: Mapping[s
         options: those that it was made with.
         keep: names of 4-bit products (`LinearSite.name`), each with the reason.
     """
-    twins, river_head, kept = _twins(program.plan, program.returned, options, keep)
+    twins, river_head, kept = _tail(program.plan, program.returned, options, keep)
     checks = tuple(fusion for fusion in program.fusions if fusion.segment.startswith("block"))
     program = replace(program, twins=twins, river_head=river_head, kept=kept, fusions=checks)
     return fuse_twins(program) if options.fuse and twins else program
@@ -128,15 +158,35 @@ def _with_checks(plan: DecoderPlan, blocks: tuple[Segment, ...], candidates: tup
     )
 
 
+def _with_presence(blocks: tuple[Segment, ...]) -> tuple[tuple[Segment, ...], tuple[fx.Node, ...]] | Refusal:
+    made = [with_presence(segment, f"present_{depth}") for depth, segment in enumerate(blocks, start=1)]
+    refusal = _first_refusal(made)
+    return refusal or (tuple(segment for segment, _ in made), tuple(present for _, present in made))
+
+
+def _over_tokens(plan: DecoderPlan, candidates: tuple[int, ...]) -> tuple[Segment, ...] | Refusal:
+    def make(depth: int) -> Segment | Refusal:
+        segment = cut(plan, depth, f"block_{depth}")
+        simplify_attention(segment.graph_module.graph)  # (the fused operator would run the tokens one by one)
+        return over_tokens(segment, plan.blocks[depth - 1], f"catch_up_{depth}", depth in candidates)
+
+    made = tuple(make(depth) for depth in range(1, plan.num_blocks + 1))
+    return _first_refusal(made) or made
+
+
+def _first_refusal(made: Iterable[object]) -> Refusal | None:
+    return next((m for m in made if isinstance(m, Refusal)), None)
+
+
 def _with_entropy(head: Segment, plan: DecoderPlan, returned: tuple[fx.Node, ...], options: RewriteOptions) -> Segment:
     logits = logits_of(plan, returned) if options.entropy else None
     return head if logits is None else add_entropy(head, logits)
 
 
-def _twins(
+def _tail(
     plan: DecoderPlan, returned: tuple[fx.Node, ...], options: RewriteOptions, keep: Mapping[str, str]
-) -> tuple[tuple[Segment, ...], Segment | None, tuple[KeptLinear, ...]]:
-    """Makes the twin of every block and, where asked for, of the head."""
+) -> tuple[tuple[Segment, ...], Segment | None, tuple[KeptLinear, ...]] | Refusal:
+    """Makes what tokens that left run: for every block its twin or another fill's piece, and the head."""
     if not options.exits:
         return (), None, ()
     kept: list[KeptLinear] = []
@@ -150,7 +200,16 @@ def _twins(
         kept.extend(left)
         return segment
 
-    twins = tuple(twin(depth, f"twin_{depth}") for depth in range(1, plan.num_blocks + 1))
+    def piece(depth: int) -> Segment | Refusal:
+        if options.tail == "twins":
+            return twin(depth, f"twin_{depth}")
+        make, name = {"entries": only_entries, "empty": empty_entries}[options.tail], f"{options.tail}_{depth}"
+        return make(cut(plan, depth, name), plan.blocks[depth - 1], name)
+
+    twins = tuple(piece(depth) for depth in range(1, plan.num_blocks + 1))
+    refusal = _first_refusal(twins)
+    if refusal:
+        return refusal
     river_head = None
     if options.quantize_head:
         river_head = twin(plan.num_blocks + 1, "river_head")

@@ -60,23 +60,31 @@ def fingerprint(segment: Segment) -> Fingerprint:
 
     Nodes and dynamic sizes are numbered in order of appearance, so that blocks which differ in names alone are equal.
     """
-    number: dict[fx.Node, str] = {}
     symbols: dict[str, str] = {}
 
     def rename(match: re.Match) -> str:
         return symbols.setdefault(match[0], f"size{len(symbols)}")
 
-    lines = []
-    for i, node in enumerate(segment.graph_module.graph.nodes):
-        args, kwargs = fx.map_arg((node.args, node.kwargs), lambda n: _Name(number[n]))
-        number[node] = f"%{i}"
-        target = "" if node.op in ("placeholder", "output") else _target_name(node)
-        kind = _SYMBOL.sub(rename, _describe(value_of(node))) if node.op == "placeholder" else ""
-        lines.append(f"{node.op} {target} {args!r} {kwargs!r} {kind}")
+    lines = graph_lines(segment.graph_module.graph)
+    lines += [
+        _SYMBOL.sub(rename, _describe(value_of(n))) for n in segment.graph_module.graph.find_nodes(op="placeholder")
+    ]
     # The packed weights' placeholders carry no value: their shapes follow from the products they belong to.
     lines.append(repr([(site.in_features, site.out_features, site.group_size) for site in segment.packed]))
     digest = hashlib.sha256("\n".join(lines).encode()).hexdigest()[:16]
     return Fingerprint(digest, tuple(symbols))
+
+
+def graph_lines(graph: fx.Graph) -> list[str]:
+    """Describes what a graph computes, a line for each node; nodes are numbered in order."""
+    number: dict[fx.Node, str] = {}
+    lines = []
+    for i, node in enumerate(graph.nodes):
+        args, kwargs = fx.map_arg((node.args, node.kwargs), lambda n: _Name(number[n]))
+        number[node] = f"%{i}"
+        target = "" if node.op in ("placeholder", "output") else _target_name(node)
+        lines.append(f"{node.op} {target} {args!r} {kwargs!r}")
+    return lines
 
 
 class _Name(str):

@@ -28,6 +28,10 @@ class Refusal:
         return f"{self.reason} (at {self.where})" if self.where else self.reason
 
 
+class FillRefusal(Refusal):
+    """Why a decoder cannot be run with the fill that was asked for."""
+
+
 @dataclass(frozen=True)
 class KVSlot:
     """What one block writes for the tokens of a step.
@@ -101,13 +105,15 @@ class Segment:
     """A part of the graph that is compiled and called as one function.
 
     Attributes:
-        name: "prologue", "block_3", "twin_3" or "head".
+        name: "prologue", "block_3", "twin_3" or "head"; other fills have "entries_3", "empty_3", "catch_up_3".
         graph_module: its graph; one placeholder per input, a tuple of outputs.
         inputs: the values it reads, as nodes of the traced graph, in placeholder order.
         outputs: the values it defines, as nodes of the traced graph, in output order.
         packed: the twin's linears whose 4-bit weights follow the inputs: qweight, scale_zero, with a bias the bias, and
             where the inputs are scaled the norm's parameters or the inverse scale.
         has_score: a float32 number follows the outputs: a block's exit score, or a head's entropy.
+        own_examples: the placeholders' example values are none that Dynamo made, and live in a mode of their own.
+        handed_on: pairs (output, input) of values that pass through as they are; the graph does not return them.
     """
 
     name: str
@@ -116,6 +122,8 @@ class Segment:
     outputs: tuple[fx.Node, ...]
     packed: tuple[LinearSite, ...] = ()
     has_score: bool = False
+    handed_on: tuple[tuple[fx.Node, fx.Node], ...] = ()
+    own_examples: bool = False
 
 
 @dataclass(frozen=True)
@@ -186,11 +194,14 @@ class RiverProgram:
         returned: the values that the graph returns, in order.
         prologue: everything before the first block.
         blocks: backbone segments, with an exit check after every candidate depth.
-        twins: one river twin per block, with the same inputs and outputs; none where no token can leave.
+        twins: what a token that left runs for each block, with the block's outputs: its river twin, or the piece that
+            another fill puts there; none where no token can leave.
         head: everything after the last block.
         river_head: the head of tokens that left early, None where they use `head`.
         candidates: exit depths (blocks executed) after which a check stands, ascending.
         kept: matrices of the twins that stay in 16 bits.
+        presence: for each block the input that says which KV entries are there, where missing ones are masked out.
+        catch_up: each block for several tokens at once, where tokens run skipped blocks later.
         fusions: what became of each fusion rule in each segment that it is for.
     """
 
@@ -203,10 +214,12 @@ class RiverProgram:
     river_head: Segment | None
     candidates: tuple[int, ...]
     kept: tuple[KeptLinear, ...]
+    presence: tuple[fx.Node, ...] = ()
+    catch_up: tuple[Segment, ...] = ()
     fusions: tuple[Fusion, ...] = ()
 
     @property
     def segments(self) -> tuple[Segment, ...]:
-        """All segments in the order of a run: prologue, blocks, twins, heads."""
+        """All segments: prologue, blocks, blocks for several tokens, twins, heads."""
         heads = (self.head,) if self.river_head is None else (self.head, self.river_head)
-        return (self.prologue, *self.blocks, *self.twins, *heads)
+        return (self.prologue, *self.blocks, *self.catch_up, *self.twins, *heads)

@@ -19,17 +19,20 @@ from tqdm import tqdm
 
 from river_compile.passes.decoder_layers import is_parameter, value_of
 from river_compile.passes.rewrite import RewriteOptions, keep_linears, rewrite
-from river_compile.passes.types import DecoderPlan, LinearSite, Refusal, RiverProgram, Segment
+from river_compile.passes.types import DecoderPlan, FillRefusal, LinearSite, Refusal, RiverProgram, Segment
 
 from .capture_choice import check_device, choose_device, make_executor
 from .config import RiverConfig, check_mode
 from .criteria import CRITERIA, Criterion
 from .dump import dump_program
 from .errors import OptionError, RiverWarning, UnsupportedGraphError
+from .fills import FILLS
 from .lowering import SegmentCompiler, inductor_settings
 from .lowering_choice import Lowering, choose_lowering, warn_of_slow_lowering
 from .models import GraphRecord, ModelState, state_of
-from .runtime import ExitRule, RiverExecutor, Step, registers_of
+from .registers import registers_of
+from .runtime import ExitRule, RiverExecutor
+from .streaming import Streamer
 from .twin_maker import PackedSite
 
 log = logging.getLogger("river_compile")
@@ -62,6 +65,8 @@ def river(
     program = _needs_gradients(example_inputs) or rewrite(graph_module, functools.partial(_rewrite_options, config))
     record = GraphRecord(config, mode=mode, seconds={"rewriting": time.perf_counter() - start})
     state.graphs.append(record)
+    if isinstance(program, FillRefusal):
+        raise OptionError(f"fill={config.fill!r} cannot be used here: {program}; use another one, such as fill='river'")
     if isinstance(program, Refusal):
         record.refusal = str(program)
         return _as_inductor(graph_module, example_inputs, program, config, mode)
@@ -91,6 +96,10 @@ def _rewrite_options(config: RiverConfig, plan: DecoderPlan) -> RewriteOptions:
         quantize_head=config.lm_head == "w4",
         same_rows=config.same_rows and not plan.is_decode,
         entropy=config.exit_depth is None and _needs_entropy(plan, CRITERIA[config.criterion]),
+        deepest=config.deepest,
+        tail=FILLS[config.fill].tail,
+        presence=FILLS[config.fill].masks,
+        catch_up=FILLS[config.fill].catches_up,
     )
 
 
@@ -111,24 +120,25 @@ def _exit_rule(program: RiverProgram, config: RiverConfig) -> ExitRule:
     """
     criterion = CRITERIA[config.criterion]
     if config.exit_depth is not None:  # no criterion plays a part, so none needs to remember anything
-        return ExitRule(None, config.exit_depth if program.twins else program.plan.num_blocks)
+        deepest = config.deepest if program.twins else None
+        return ExitRule(None, config.exit_depth if program.twins else program.plan.num_blocks, deepest=deepest)
     if _needs_entropy(program.plan, criterion) and not program.head.has_score:
         raise OptionError(
             f"criterion={config.criterion!r} reads the logits, and this model returns none (its output is as wide as "
             "its hidden state); compile the model with its head, or use criterion='similarity'"
         )
     threshold = config.threshold if program.twins else None
-    return ExitRule(threshold, program.plan.num_blocks, criterion, config.first_exit)
+    deepest = config.deepest if program.twins else None
+    return ExitRule(threshold, program.plan.num_blocks, criterion, config.first_exit, deepest)
 
 
 def _reachable(program: RiverProgram, rule: ExitRule) -> list[Segment]:
-    """Returns the segments that some token may run through: all of them, but where a fixed depth leaves some out."""
-    num_blocks = program.plan.num_blocks
-    if rule.threshold is not None:
+    """Returns the segments that some token may run through: all of them, but where depths are fixed or bounded."""
+    if rule.threshold is not None and rule.deepest is None:
         return list(program.segments)
-    depth = rule.fixed_depth
-    head = program.river_head if depth < num_blocks and program.river_head is not None else program.head
-    return [program.prologue, *program.blocks[:depth], *program.twins[depth:], head]
+    first, last = (0, rule.deepest) if rule.threshold is not None else (rule.fixed_depth, rule.fixed_depth)
+    head = program.head if last == program.plan.num_blocks or program.river_head is None else program.river_head
+    return [program.prologue, *program.blocks[:last], *program.twins[first:], head]
 
 
 def _build(
@@ -142,6 +152,7 @@ def _build(
     """Packs and compiles what the program can reach and returns the executor."""
     plan = program.plan
     rule = _exit_rule(program, config)
+    state.offloaded.check(plan, config)
     start = time.perf_counter()
     packed = _pack(_reachable(program, rule), values, config, state)
     if packed:
@@ -153,6 +164,9 @@ def _build(
     if config.dump_dir is not None:
         log.info("wrote the rewritten graph to %s", dump_program(program, config.dump_dir, plan.kind))
     segments = _reachable(program, rule)
+    if plan.is_decode:
+        state.offloaded.arrange(program, values, config, sum(packed[s].nbytes for p in segments for s in p.packed))
+    streamer = Streamer(state.offloaded, program, values, config.offload)
     device = choose_device(program, config, record.captures)
     compiler = SegmentCompiler(_lowering(config, plan).compiler, inductor_settings(mode, captured=device is not None))
     register = registers_of(program)
@@ -160,11 +174,13 @@ def _build(
     with tqdm(segments, desc="river: compiling segments", unit="segment", leave=False, delay=1) as bar:
         for segment in bar:
             weights = [tensor for site in segment.packed for tensor in packed[site].tensors]
-            steps[segment.name] = Step(segment, compiler.compile(segment, weights), weights, register)
+            steps[segment.name] = streamer.step(segment, compiler.compile(segment, weights), weights, register)
     record.seconds |= {"packing": packed_at - start, "compiling": time.perf_counter() - packed_at}
     record.describe(program, compiler.compiled, packed.values())
     state.stats.num_blocks = plan.num_blocks
-    return make_executor(program, steps, rule, state, config, record.captures, device)
+    executor = make_executor(program, steps, rule, state, config, record.captures, device)
+    executor.streamer = streamer
+    return executor
 
 
 def _pack(

@@ -7,6 +7,8 @@ import json
 from dataclasses import dataclass
 from pathlib import Path
 
+from .criteria import Threshold, threshold_text
+
 VERSION = 2
 
 
@@ -15,7 +17,7 @@ class Candidate:
     """An exit rule and what was measured of it, each number a mean over texts.
 
     Attributes:
-        threshold: of the criterion.
+        threshold: of the criterion; a tuple where each depth has its own.
         first_exit: smallest exit depth.
         kl: KL divergence from the model that never exits, in nats per token, not clipped.
         agreement: share of tokens with the same most likely next token.
@@ -28,7 +30,7 @@ class Candidate:
             entropy criterion: worked out from runs in which every token left).
     """
 
-    threshold: float
+    threshold: Threshold
     first_exit: int
     kl: float
     agreement: float
@@ -38,6 +40,11 @@ class Candidate:
     cost: float
     texts: int
     passed: bool | None = None
+
+
+def _candidate(entry: dict) -> Candidate:
+    several = isinstance(entry["threshold"], list)
+    return Candidate(**{**entry, "threshold": tuple(entry["threshold"])} if several else entry)
 
 
 @dataclass(frozen=True)
@@ -78,7 +85,7 @@ class Calibration:
         doubted = f" ({best.doubted:.0%} of the tokens doubted)" if best.doubted else ""
         return "\n".join(
             [
-                f"criterion={self.base_options['criterion']!r}, threshold={best.threshold:.4g}, "
+                f"criterion={self.base_options['criterion']!r}, threshold={threshold_text(best.threshold)}, "
                 f"first_exit={best.first_exit}",
                 f"  promised   mean {self.metric} {relation} {self.budget:g} on unseen text of the same kind, "
                 f"confidence {self.confidence:.0%}{f' ({clipped})' if clipped else ''}",
@@ -107,8 +114,8 @@ class Calibration:
             version = content.pop("version")
             if version != VERSION:
                 raise ValueError(f"it has version {version!r}, this release reads {VERSION}")
-            content["chosen"] = Candidate(**content["chosen"])
-            content["candidates"] = tuple(Candidate(**entry) for entry in content["candidates"])
+            content["chosen"] = _candidate(content["chosen"])
+            content["candidates"] = tuple(map(_candidate, content["candidates"]))
             return cls(**content)
         except (ValueError, KeyError, TypeError, AttributeError) as error:
             raise ValueError(f"{path} is no calibration that can be read ({error}); calibrate again") from error

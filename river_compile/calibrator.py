@@ -7,7 +7,7 @@ they are tested; the others test them (:mod:`river_compile.risk`), so that the p
 The loss of a text is the mean over its tokens. KL has no largest value, and a promise without assumptions needs one: a
 text counts with at most ``clip`` nats. The promise is about that clipped mean; the unclipped one is reported beside it.
 
-Not handled: thresholds for single blocks, prompts that exit (``prefill="exit"``), batches, and texts drawn otherwise
+Not handled: prompts that exit (``prefill="exit"``), batches, and texts drawn otherwise
 than those that the model will see.
 """
 
@@ -26,7 +26,7 @@ from transformers import PreTrainedModel
 from .calibration import Calibration, Candidate
 from .candidate_rules import candidate_rules
 from .config import RiverConfig
-from .criteria import CRITERIA
+from .criteria import CRITERIA, threshold_text
 from .errors import BudgetError, OptionError
 from .meter import Measured, Meter, compiled
 from .risk import fixed_sequence, p_value, texts_needed, upper_bound
@@ -55,7 +55,7 @@ def calibrate(
     seed: int = 0,
     progress: bool = True,
 ) -> Calibration:
-    """Finds threshold and first exit that meet a budget at the least expected cost.
+    """Finds threshold (for some criteria one for each depth) and first exit that meet a budget at the least cost.
 
     Args:
         model: a causal language model in eval mode. It is compiled for the time of the call and left as it was; its
@@ -87,7 +87,12 @@ def calibrate(
     if "criterion" in base:
         raise OptionError(f"give criterion={base['criterion']!r} to calibrate itself, not in options=")
     base["criterion"] = criterion
-    config = RiverConfig.from_options(base)
+    config = RiverConfig.from_options({**base, "first_exit": 1})
+    if config.deepest is not None:
+        raise OptionError(
+            f"offload={config.offload} with offload_policy='exit' lets no token through the whole backbone, which "
+            "calibration compares with; use offload_policy='fetch', or leave offload out until it is done"
+        )
     rule = CRITERIA[criterion]
     samples = _samples(tokenizer, texts, context + tokens, seed)
     pilot_size = math.ceil(_PILOT * len(samples))
@@ -228,9 +233,9 @@ def _cannot(goal: _Goal, results: Sequence[Candidate], tested: Sequence[Measured
     best, can = results[0], _borne_out(goal, tested[0])
     return (
         f"{goal.metric}={goal.asked} cannot be promised with confidence {goal.confidence:.0%}: the safest rule tested "
-        f"(threshold={best.threshold:.4g}, first_exit={best.first_exit}) has KL {best.kl:.4g} and agreement "
-        f"{best.agreement:.4g} on {best.texts} texts, which bear out {goal.metric}={can:.4g}. Ask for that or give "
-        "more texts"
+        f"(threshold={threshold_text(best.threshold)}, first_exit={best.first_exit}) has KL {best.kl:.4g} and "
+        f"agreement {best.agreement:.4g} on {best.texts} texts, which bear out {goal.metric}={can:.4g}. Ask for that "
+        "or give more texts"
     )
 
 

@@ -1,6 +1,7 @@
 """Chooses the exit rules that calibration considers, by what the pilot texts show.
 
-"similarity" and "history" decide block by block, so each rule is decoded. "confidence" and "doubt" have one exit and a
+"similarity" and "history" decide block by block, so each rule is decoded; some have a threshold for each depth, which
+lets the same share of the tokens leave that reach it. "confidence" and "doubt" have one exit and a
 number for each token beforehand: one run in which every token leaves gives, for every threshold at once, which tokens
 would have left and what they lost. That is slightly pessimistic, since there the cache holds no exact entries of tokens
 that a rule would have kept. What is promised is decoded again on other texts in any case.
@@ -32,14 +33,22 @@ def candidate_rules(meter: Meter, criterion: Criterion, texts: Sequence[int], ev
 
 
 def _score_rules(meter: Meter, criterion: Criterion, texts: Sequence[int], every: int) -> list[Rule]:
-    """Returns two rules for first exits up to the last block but one: leave at once, and if more similar than most."""
+    """Returns three rules for first exits up to the last block but one.
+
+    Leave at once; if more similar than most tokens are at the first exit; if more so than most are at the same depth.
+    """
     depths = range(1, meter.num_blocks, every)
     picked = {depths[round(i * (len(depths) - 1) / (_FIRST_EXITS - 1))] for i in range(_FIRST_EXITS)}
-    rules = []
+    steps = [step for i in texts for step in meter.references[i].steps]
+    medians = [statistics.median(step.similarities[column] for step in steps) for column in range(len(depths))]
+    by_depth = [criterion.never] * depths[-1]  # (where no check stands, nothing is compared)
+    for depth, median in zip(depths, medians, strict=True):
+        by_depth[depth - 1] = median
+    rules: list[Rule] = []
     for first_exit in sorted(picked):
-        column = depths.index(first_exit)
-        scores = [step.similarities[column] for i in texts for step in meter.references[i].steps]
-        rules += [(criterion.always, first_exit), (statistics.median(scores), first_exit)]
+        rules += [(criterion.always, first_exit), (medians[depths.index(first_exit)], first_exit)]
+        if first_exit < depths[-1]:
+            rules.append((tuple(by_depth), first_exit))
     return rules
 
 

@@ -12,6 +12,7 @@ from .capture import CaptureDevice, CaptureLog
 from .captured_executor import CapturedExecutor, Capturing
 from .config import RiverConfig
 from .errors import OptionError
+from .fills import FILLS
 from .launch_ahead import LaunchAhead
 from .models import ModelState
 from .runtime import ExitRule, RiverExecutor, Step
@@ -21,6 +22,8 @@ def choose_device(program: RiverProgram, config: RiverConfig, captures: CaptureL
     """Returns what captures a program's decode steps; None where nothing is captured, and `captures` says why."""
     if config.cudagraphs is False:
         captures.reason = "cudagraphs=False"
+    elif config.fill != "river":
+        captures.reason = f"fill={config.fill!r} keeps count of every token on the host"
     elif config.cudagraphs is None and _device_of(program.plan).type != "cuda":
         captures.reason = f"the model lies on {_device_of(program.plan)}; CUDA graphs need a GPU"
     else:
@@ -39,7 +42,7 @@ def make_executor(
 ) -> RiverExecutor:
     """Returns the executor of a program: one that captures where there is a device for it."""
     if device is None:
-        return RiverExecutor(program, steps, rule, state.stats, state.memories)
+        return RiverExecutor(program, steps, rule, state.stats, state.memories, FILLS[config.fill])
     ahead = LaunchAhead(config.launch_ahead)
     how = Capturing(device, config.max_captures, captures, ahead)
     return CapturedExecutor(program, steps, rule, state.stats, state.memories, how)

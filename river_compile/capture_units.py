@@ -23,6 +23,8 @@ from river_compile.passes.types import Refusal, RiverProgram, Segment
 
 from .runtime import Step
 
+_MOVING = "offloaded weights lie elsewhere in every run"
+
 
 def buffer_like(value: Tensor) -> Tensor:
     """Returns an uninitialised tensor of the same shape, strides, dtype and device, which any mode may write to.
@@ -100,14 +102,23 @@ class UnitMaker:
         steps: the compiled step of each segment that can be reached, by segment name.
         register: the number of each value.
         flags: float32 host memory, one value per depth from 0 to L; the head's score takes the place of L.
+        deepest: blocks that a token executes at most, None for L.
 
     Attributes:
-        ends: the candidate depths, then L.
+        ends: the depths at which pieces end: the candidates, the depth before the first block whose weights move from
+            run to run (which is not captured), and the deepest.
         score: the register behind all others, which keeps the head's score.
         prologue: the prologue as a unit, where it cannot be part of the first piece.
     """
 
-    def __init__(self, program: RiverProgram, steps: dict[str, Step], register: dict, flags: Tensor) -> None:
+    def __init__(
+        self,
+        program: RiverProgram,
+        steps: dict[str, Step],
+        register: dict,
+        flags: Tensor,
+        deepest: int | None = None,
+    ) -> None:
         self._program = program
         self._steps = steps
         self._register = register
@@ -115,13 +126,22 @@ class UnitMaker:
         self.score = len(register)
         self._segments: dict[str, Segment] = {segment.name: segment for segment in program.segments}
         self._num_blocks = program.plan.num_blocks
-        self.ends = (*program.candidates, self._num_blocks)
+        moving = [d for d in range(1, self._num_blocks + 1) if f"block_{d}" in steps and steps[f"block_{d}"].moves]
+        self._resident = moving[0] - 1 if moving else self._num_blocks
+        last = self._num_blocks if deepest is None else deepest
+        between = {self._resident} if 0 < self._resident < last else set()
+        self.ends = (*sorted(between | set(program.candidates)), last)
         self._home = value_of(program.plan.blocks[0].hidden_in).device
         blocked = obstacle(program.prologue, self._home)
         self.prologue = None
         if blocked is not None:
             self.prologue = self._make("prologue", 0, (), ["prologue"], blocked)
         self._made: dict[tuple, Unit] = {}
+
+    def pieces(self, start: int, end: int) -> list[Unit]:
+        """Returns the units of blocks start+1..end: two where only the first blocks can be captured."""
+        cut = [self._resident] if start < self._resident < end else []
+        return [self.piece(a, b) for a, b in zip((start, *cut), (*cut, end), strict=True)]
 
     def piece(self, start: int, end: int) -> Unit:
         """Returns the unit of blocks start+1..end, with the prologue where it starts at 0 and the head at the end."""
@@ -132,7 +152,9 @@ class UnitMaker:
             last = end == self._num_blocks
             if last:
                 names.append("head")
-            unit = self._make(f"{'last' if last else 'piece'} {start}-{end}", end, blocks, names)
+            moving = [d for d in blocks if d > self._resident]
+            blocked = Refusal(_MOVING, self._program.plan.blocks[moving[0] - 1].path) if moving else None
+            unit = self._make(f"{'last' if last else 'piece'} {start}-{end}", end, blocks, names, blocked)
             self._made["piece", start, end] = unit
         return self._made["piece", start, end]
 

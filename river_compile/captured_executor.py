@@ -27,15 +27,16 @@ import torch
 from torch import Tensor
 
 from river_compile.passes.capturable import fixed_inputs, runs_once, source_of
-from river_compile.passes.decoder_layers import input_name
+from river_compile.passes.decoder_layers import input_name, is_tensor, value_of
 from river_compile.passes.types import DecoderPlan, RiverProgram
 
 from .capture import CaptureDevice, CaptureFailed, CaptureLog, CaptureRecord
 from .capture_units import Unit, UnitMaker, copy_into
 from .criteria import Memories, Memory
 from .launch_ahead import LaunchAhead
-from .runtime import ExitRule, RiverExecutor, Step, gather, registers_of
-from .stats import ExitStats, Outcome, record_step
+from .registers import gather, registers_of
+from .runtime import ExitRule, RiverExecutor, Step
+from .stats import ExitStats, Outcome
 
 log = logging.getLogger("river_compile.capture")
 
@@ -89,11 +90,14 @@ class CapturedExecutor(RiverExecutor):
         register = registers_of(program)
         self.device, self.log, self.ahead, self._max_captures = how.device, how.log, how.ahead, how.max_captures
         self.flags = self.device.flags(plan.num_blocks + 1)
-        self.units = UnitMaker(program, steps, register, self.flags)
+        self.units = UnitMaker(program, steps, register, self.flags, rule.deepest)
         self.size = len(register) + 1  # (one more for the head's score)
         self._nodes = list(register)
         fixed = fixed_inputs(plan)
         self._copied = [i for node, i in register.items() if node.op == "placeholder" and node not in fixed]
+        self._cache = next(
+            i for node, i in register.items() if node in fixed and is_tensor(node) and value_of(node).dim() == 4
+        )
         self._returned = [register[node] for node in program.returned]
         self._buffers: dict[int, OrderedDict[tuple, Tensor]] = {}
         self._captures: OrderedDict[tuple, _Entry] = OrderedDict()
@@ -112,8 +116,7 @@ class CapturedExecutor(RiverExecutor):
             except BaseException:
                 self.device.abandon()
                 raise
-        self._stats.count(outcome.depth, self._decode, outcome.doubted)
-        record_step(self._stats, self._decode, outcome)
+        self._close(outcome)
         return outputs
 
     def buffers(self) -> list[tuple[str, Tensor]]:
@@ -147,8 +150,13 @@ class CapturedExecutor(RiverExecutor):
         if depth is None:
             return self._run_pieces(registers, rule, memory)
         if depth or self.units.prologue is None:  # (otherwise there is nothing before the tail)
-            self._launch(self.units.piece(0, depth), registers)
+            self._launch_blocks(0, depth, registers)
         return Outcome(depth, entropy=entropy)
+
+    def _launch_blocks(self, start: int, end: int, registers: list) -> None:
+        """Launches blocks start+1..end, whatever their checks say."""
+        for piece in self.units.pieces(start, end):
+            self._launch(piece, registers)
 
     def _run_pieces(self, registers: list, rule: ExitRule, memory: Memory) -> Outcome:
         """Launches pieces until a flag says to leave."""
@@ -162,7 +170,7 @@ class CapturedExecutor(RiverExecutor):
                 started, before = time.perf_counter(), self.device.mark()
                 replayed = self._launch(piece, registers)
                 launched += 1
-            if piece.depth < rule.first_exit:
+            if piece.flag is None or piece.depth < rule.first_exit:
                 continue
             flag_sent = self.device.mark()
             if self._starts_ahead(piece, pieces[place + 1], registers):
@@ -182,7 +190,7 @@ class CapturedExecutor(RiverExecutor):
                 return Outcome(piece.depth, scores)
         if launched < len(pieces):
             self._launch(pieces[-1], registers)
-        return Outcome(len(self.blocks), scores)
+        return Outcome(ends[-1], scores)
 
     def _starts_ahead(self, piece: Unit, following: Unit, registers: list) -> bool:
         return (
@@ -213,7 +221,7 @@ class CapturedExecutor(RiverExecutor):
         if not rule.criterion.doubts(entropy, rule.threshold):
             return Outcome(outcome.depth, entropy=entropy)
         self._take_back(registers, outcome.depth, num_blocks, moved)
-        self._launch(self.units.piece(outcome.depth, num_blocks), registers)
+        self._launch_blocks(outcome.depth, num_blocks, registers)
         return Outcome(num_blocks, entropy=entropy, doubted=True, river_from=outcome.depth)
 
     def _launch(self, unit: Unit, registers: list) -> bool:
@@ -286,7 +294,7 @@ class CapturedExecutor(RiverExecutor):
             log.warning("%s runs uncaptured: %s", unit.name, error)
             return None
         seconds = time.perf_counter() - start
-        record = CaptureRecord(unit.name, unit.depth, registers[self._cache_in].shape[0], seconds, size)
+        record = CaptureRecord(unit.name, unit.depth, registers[self._cache].shape[0], seconds, size)
         log.info("captured %s: depth %d, batch %d, %.3f s, %d bytes", *vars(record).values())
         while len(self._captures) >= self._max_captures:
             self._captures.popitem(last=False)

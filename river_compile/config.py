@@ -8,17 +8,20 @@ from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
 
-from .criteria import CRITERIA
+from .criteria import CRITERIA, Threshold
 from .errors import OptionError
+from .fills import FILLS
 
 _GROUP_SIZES = (32, 64, 128, 256)
 _CHOICES = {
     "criterion": tuple(CRITERIA),
+    "fill": tuple(FILLS),
     "quantizer": ("hqq", "rtn", "awq", "gptq", "none"),
     "prefill": ("backbone", "exit"),
     "lm_head": ("keep", "w4"),
     "lowering": ("auto", "inductor", "triton", "eager"),
     "on_unsupported": ("inductor", "raise"),
+    "offload_policy": ("exit", "fetch"),
 }
 MODES = (None, "default", "reduce-overhead", "max-autotune", "max-autotune-no-cudagraphs")
 
@@ -29,8 +32,9 @@ class RiverConfig:
 
     Attributes:
         threshold: where the criterion draws the line; None takes the criterion's own default. A similarity that must be
-            exceeded for "similarity" and "history" (1 and more never let a token leave); for "confidence" and "doubt"
-            an entropy in nats that must not be reached, at least 0 (0 never lets a token leave, infinity always does).
+            exceeded for "similarity" and "history" (1 and more never let a token leave), or a sequence of them, one
+            for each depth from 1 on, whose last holds for all greater depths; for "confidence" and "doubt" an entropy
+            in nats that must not be reached, at least 0 (0 never lets a token leave, infinity always does).
         criterion: which tokens leave: "similarity" (of a block's input and output, the paper's), "history" (that
             averaged over the last tokens), "confidence" (the previous step's logits were sure) or "doubt" (the token
             leaves, and the backbone runs it again where the river's logits are not sure).
@@ -62,11 +66,17 @@ class RiverConfig:
         cudagraphs: whether decode steps on a static cache are captured and replayed. None: on a GPU. "record": by a
             recorder that needs no GPU and checks the schedule (slow: for tests and `benchmarks/schedule.py`).
         max_captures: graphs kept at the same time, at least 1; the one that was not used for longest gives way.
+        fill: what stands in for the KV entries of skipped blocks: "river" (4-bit twins run, and write them), or for
+            comparison "propagate", "recompute", "mask" or "monotone" (see :mod:`river_compile.fills`).
         launch_ahead: whether the blocks behind an exit check start before its result is known. None: where that was
             measured to help.
+        offload: None, or the number of backbone blocks that stay in device memory, 0 to L - 1; the others move out
+            (:mod:`river_compile.offloading`).
+        offload_policy: "exit" (every token leaves by that depth) or "fetch" (tokens that go on bring blocks in).
+        offload_dir: the folder for the offloaded weights of a model on the CPU; None: TMPDIR, or else /var/tmp.
     """
 
-    threshold: float | None = None
+    threshold: Threshold | None = None
     criterion: str = "similarity"
     first_exit: int = 2
     exit_every: int = 1
@@ -84,6 +94,10 @@ class RiverConfig:
     cudagraphs: bool | str | None = None
     max_captures: int = 256
     launch_ahead: bool | None = None
+    offload: int | None = None
+    offload_policy: str = "exit"
+    offload_dir: str | None = None
+    fill: str = "river"
 
     def __post_init__(self) -> None:
         _require(_is_int(self.exit_every, 1), "exit_every", self.exit_every, "an integer of 1 or more")
@@ -94,7 +108,7 @@ class RiverConfig:
             "None or an integer from 0 to the number of blocks",
         )
         _require(self.group_size in _GROUP_SIZES, "group_size", self.group_size, f"one of {_listed(_GROUP_SIZES)}")
-        for name in ("dump_dir", "artifact"):
+        for name in ("dump_dir", "artifact", "offload_dir"):
             value = getattr(self, name)
             _require(value is None or isinstance(value, (str, Path)), name, value, "None or a path")
         for name, allowed in _CHOICES.items():
@@ -109,6 +123,8 @@ class RiverConfig:
         self._check_rule()
         _require(isinstance(self.same_rows, bool), "same_rows", self.same_rows, "True or False")
         self._check_capture()
+        self._check_offload()
+        self._check_fill()
         if self.artifact is not None and self.quantizer == "none":
             raise OptionError("artifact= holds 4-bit twins, which quantizer='none' does not use; leave one of them out")
 
@@ -119,13 +135,71 @@ class RiverConfig:
         _require(_is_int(self.max_captures, 1), "max_captures", self.max_captures, "an integer of 1 or more")
         _require(ahead is None or isinstance(ahead, bool), "launch_ahead", ahead, "None, True or False")
 
+    def _check_fill(self) -> None:
+        """Checks that nothing is asked for that only the river has."""
+        if self.fill == "river":
+            return
+        for name, value, instead in (
+            ("prefill", "exit", "'backbone'"),
+            ("criterion", "doubt", "'similarity'"),
+            ("cudagraphs", True, "None"),
+            ("cudagraphs", "record", "None"),
+            ("offload", self.offload, "None"),
+        ):
+            if value is not None and getattr(self, name) == value:
+                raise OptionError(
+                    f"{name}={value!r} is not available with fill={self.fill!r}; use {name}={instead}, or fill='river'"
+                )
+        if self.artifact is not None:
+            raise OptionError(
+                f"artifact= holds 4-bit twins, which fill={self.fill!r} does not use; leave one of them out"
+            )
+
+    def _check_offload(self) -> None:
+        k = self.offload
+        _require(k is None or _is_int(k, 0), "offload", k, "None or an integer from 0 to the number of blocks - 1")
+        if k is None:
+            if self.offload_policy == "fetch":
+                raise OptionError("offload_policy='fetch' needs offload=, the number of blocks that stay in memory")
+            return
+        if self.quantizer == "none":
+            raise OptionError(
+                f"offload={k} is not available with quantizer='none', whose twins use the backbone's weights; use 'hqq'"
+            )
+        if self.deepest is None:
+            return
+        if self.exit_depth is not None and self.exit_depth > k:
+            raise OptionError(
+                f"exit_depth={self.exit_depth} lies behind offload={k}, where offload_policy='exit' lets no token go; "
+                f"use exit_depth={k}, offload={self.exit_depth} or offload_policy='fetch'"
+            )
+        if self.exit_depth is None and self.first_exit > k:
+            raise OptionError(
+                f"first_exit={self.first_exit} lies behind offload={k}, where offload_policy='exit' lets no token go; "
+                f"use offload={self.first_exit} or more, exit_depth={k} or offload_policy='fetch'"
+            )
+        if CRITERIA[self.criterion].may_doubt and self.exit_depth is None:
+            raise OptionError(
+                f"criterion={self.criterion!r} sends tokens through the whole backbone, where offload_policy='exit' "
+                "lets none go; use offload_policy='fetch'"
+            )
+
+    @property
+    def deepest(self) -> int | None:
+        """Blocks that a token which may leave executes at most; None where that is all of them."""
+        return self.offload if self.offload_policy == "exit" else None
+
     def _check_rule(self) -> None:
         """Checks threshold and first exit against the criterion, and fills in its threshold where none was given."""
         criterion = CRITERIA[self.criterion]
         if self.threshold is None:
             object.__setattr__(self, "threshold", criterion.threshold)
         if criterion.scores_blocks:
-            _require(_is_number(self.threshold), "threshold", self.threshold, "a number, such as 0.7")
+            if isinstance(self.threshold, list):
+                object.__setattr__(self, "threshold", tuple(self.threshold))
+            several = self.threshold if isinstance(self.threshold, tuple) else (self.threshold,)
+            allowed = "a number, such as 0.7, or a list with one for each depth from 1 on"
+            _require(several != () and all(map(_is_number, several)), "threshold", self.threshold, allowed)
             _require(_is_int(self.first_exit, 1), "first_exit", self.first_exit, "an integer of 1 or more")
             return
         allowed = f"an entropy in nats of 0 or more, such as {criterion.threshold}, with criterion={self.criterion!r}"
@@ -157,8 +231,13 @@ class RiverConfig:
         """Checks the depths against a model with `num_blocks` blocks.
 
         Raises:
-            OptionError: an exit depth beyond the last block.
+            OptionError: an exit depth beyond the last block, or no block that could be offloaded.
         """
+        if self.offload is not None and self.offload >= num_blocks:
+            raise OptionError(
+                f"offload={self.offload} leaves none of {num_blocks} blocks to offload; use 0 to {num_blocks - 1}, or "
+                "leave it out"
+            )
         if self.exit_depth is not None and self.exit_depth > num_blocks:
             raise OptionError(
                 f"exit_depth={self.exit_depth} lies beyond the last of {num_blocks} blocks; "

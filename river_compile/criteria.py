@@ -23,12 +23,17 @@ import threading
 from collections import deque
 from collections.abc import Sequence
 from dataclasses import dataclass, field
-from typing import ClassVar
+from typing import TYPE_CHECKING, ClassVar
 
 from torch import Tensor
 from torch.utils.weak import WeakTensorKeyDictionary
 
+if TYPE_CHECKING:
+    from .fill_base import Gaps
+
 HISTORY = 4  # tokens over which "history" averages
+
+Threshold = float | tuple[float, ...]  # a tuple has one for each depth, see threshold_after
 
 
 @dataclass
@@ -38,10 +43,16 @@ class Memory:
     Attributes:
         entropy: of the last step's logits, in nats, a scalar tensor (it is read when it is needed); None before any.
         scores: the last similarities seen at each depth, newest last.
+        gaps: which KV entries its cache lacks, for fills that leave some out.
     """
 
     entropy: Tensor | None = None
     scores: dict[int, deque[float]] = field(default_factory=dict)
+    gaps: Gaps | None = None
+
+    def after_prompt(self) -> Memory:
+        """Returns what is remembered once only the prompt has run, as a memory of its own."""
+        return Memory(self.entropy, gaps=self.gaps and self.gaps.after_prompt())
 
     def read_entropy(self) -> float | None:
         """Returns the entropy as a number (from an accelerator it waits for the last step)."""
@@ -75,7 +86,7 @@ class Criterion:
         """
         return None
 
-    def leaves(self, depth: int, score: float, threshold: float, memory: Memory) -> bool:
+    def leaves(self, depth: int, score: float, threshold: Threshold, memory: Memory) -> bool:
         """Tells whether a token leaves after `depth` blocks with this similarity; False for NaN."""
         raise NotImplementedError(f"criterion {self.name!r} asks no block")
 
@@ -95,8 +106,8 @@ class Similarity(Criterion):
     name, threshold, never, always = "similarity", 0.7, 2.0, -2.0
     scores_blocks = True
 
-    def leaves(self, depth: int, score: float, threshold: float, memory: Memory) -> bool:
-        return score > threshold
+    def leaves(self, depth: int, score: float, threshold: Threshold, memory: Memory) -> bool:
+        return score > threshold_after(threshold, depth)
 
 
 class History(Similarity):
@@ -105,12 +116,12 @@ class History(Similarity):
     name = "history"
     remembers = True
 
-    def leaves(self, depth: int, score: float, threshold: float, memory: Memory) -> bool:
+    def leaves(self, depth: int, score: float, threshold: Threshold, memory: Memory) -> bool:
         if score != score:  # NaN: it would stay in the mean for several tokens
             return False
         scores = memory.scores.setdefault(depth, deque(maxlen=HISTORY))
         scores.append(score)
-        return sum(scores) / len(scores) > threshold
+        return sum(scores) / len(scores) > threshold_after(threshold, depth)
 
 
 class Confidence(Criterion):
@@ -134,6 +145,18 @@ class Doubt(Criterion):
 
     def doubts(self, entropy: float, threshold: float) -> bool:
         return not entropy < threshold  # true for NaN
+
+
+def threshold_after(threshold: Threshold, depth: int) -> float:
+    """Returns the threshold after `depth` blocks: of a tuple the depth's own, its last for all greater depths."""
+    return threshold[min(depth, len(threshold)) - 1] if isinstance(threshold, tuple) else threshold
+
+
+def threshold_text(threshold: Threshold) -> str:
+    """Returns a threshold as people read it."""
+    if not isinstance(threshold, tuple):
+        return f"{threshold:.4g}"
+    return f"{min(threshold):.4g} to {max(threshold):.4g} by block"
 
 
 CRITERIA: dict[str, Criterion] = {c.name: c for c in (Similarity(), History(), Confidence(), Doubt())}

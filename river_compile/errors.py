@@ -32,5 +32,9 @@ class CacheFullError(ValueError):
     """The tokens of this step do not fit into the static KV cache; nothing was written."""
 
 
+class CacheHolesError(ValueError):
+    """A fill that leaves holes in the KV cache cannot account for this one; nothing was written."""
+
+
 class RiverWarning(UserWarning):
     """Something runs otherwise than asked for; the message says what and why."""

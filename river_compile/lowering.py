@@ -19,6 +19,7 @@ import torch
 import torch._functorch.config
 from torch import Tensor, fx
 from torch._inductor.compile_fx import compile_fx, compile_fx_inner
+from torch._subclasses.fake_tensor import FakeTensorMode
 from torch.fx.experimental.symbolic_shapes import ShapeEnv
 
 from river_compile.kernels import ops
@@ -94,8 +95,18 @@ class SegmentCompiler:
         return callee
 
 
+def _examples(segment: Segment) -> list:
+    """Returns example values of a segment's inputs; the placeholders of packed weights, which come last, have none."""
+    return [value_of(node) for node in segment.graph_module.graph.find_nodes(op="placeholder")][: len(segment.inputs)]
+
+
+def _fake_mode(segment: Segment) -> FakeTensorMode:
+    values = _examples(segment)
+    return values[0].fake_mode if segment.own_examples else torch._guards.detect_fake_mode(values)
+
+
 def _shape_env(segment: Segment) -> ShapeEnv:
-    return torch._guards.detect_fake_mode([value_of(node) for node in segment.inputs]).shape_env
+    return _fake_mode(segment).shape_env
 
 
 def _assumptions_hold(known: Compiled, symbols: tuple[str, ...], shape_env: ShapeEnv) -> bool:
@@ -123,8 +134,7 @@ def inductor_settings(mode: str | None, captured: bool = False) -> dict[str, obj
 
 def _compile(segment: Segment, packed: Sequence[Tensor], config_patches: dict[str, object]) -> tuple[Callee, bool]:
     graph_module = lower_ops(segment.graph_module)
-    fake_mode = torch._guards.detect_fake_mode([value_of(node) for node in segment.inputs])
-    inputs = [value_of(node) for node in segment.inputs]
+    fake_mode, inputs = _fake_mode(segment), _examples(segment)
     inputs += [fake_mode.from_tensor(t, static_shapes=True) for t in packed]
     direct: list[Callee] = []
 
@@ -134,8 +144,9 @@ def _compile(segment: Segment, packed: Sequence[Tensor], config_patches: dict[st
             direct.append(code.current_callable)
         return code
 
+    context = None if segment.own_examples else torch._guards.TracingContext.try_get()
     # AOTAutograd's own cache would skip `inner_compile` on a hit; Inductor's cache, below it, stays in use.
-    with torch._functorch.config.patch(enable_autograd_cache=False):
+    with torch._guards.tracing(context), torch._functorch.config.patch(enable_autograd_cache=False):
         wrapped = compile_fx(graph_module, inputs, inner_compile=inner_compile, config_patches=config_patches)
     if len(direct) == 1:
         return direct[0], True

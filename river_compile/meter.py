@@ -27,12 +27,12 @@ from tqdm import tqdm
 from transformers import PreTrainedModel, StaticCache
 
 from .backend import river
-from .criteria import Criterion, Memories, Memory
+from .criteria import Criterion, Memories, Memory, Threshold
 from .models import find_state
 from .runtime import forced_depth, forced_threshold
 from .stats import StepRecord, trace
 
-Rule = tuple[float, int]  # threshold, first exit
+Rule = tuple[Threshold, int]  # threshold, first exit
 
 
 @contextlib.contextmanager
@@ -221,10 +221,10 @@ class Meter:
 
 @dataclass(frozen=True)
 class _AfterPrompt:
-    """Copies of a static cache's tensors and lengths, by layer, and the entropy of the prompt's last logits."""
+    """Copies of a static cache's tensors and lengths, by layer, and what is remembered of the prompt."""
 
     layers: list[dict[str, Tensor | int]]
-    entropy: Tensor | None
+    memory: Memory
 
     @classmethod
     def of(cls, cache: StaticCache, memories: Memories) -> _AfterPrompt:
@@ -236,7 +236,7 @@ class _AfterPrompt:
             }
             for layer in cache.layers
         ]
-        return cls(layers, memories.recall(cache.layers[0].keys).entropy)
+        return cls(layers, memories.recall(cache.layers[0].keys).after_prompt())
 
     def restore(self, cache: StaticCache, memories: Memories) -> None:
         for layer, saved in zip(cache.layers, self.layers, strict=True):
@@ -245,7 +245,7 @@ class _AfterPrompt:
                     getattr(layer, name).copy_(value)
                 else:
                     setattr(layer, name, value)
-        memories.keep(cache.layers[0].keys, Memory(self.entropy))
+        memories.keep(cache.layers[0].keys, self.memory.after_prompt())
 
 
 def token_kl(reference: Tensor, other: Tensor) -> Tensor:

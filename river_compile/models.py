@@ -21,6 +21,7 @@ from .capture import CaptureLog
 from .config import RiverConfig
 from .criteria import Memories
 from .lowering import Compiled
+from .offloading import OffloadedWeights
 from .packing import PackedWeights
 from .stats import ExitStats
 from .twin_maker import PackedSite
@@ -87,6 +88,7 @@ class ModelState:
         self.stats = ExitStats(self.id)
         self.memories = Memories()
         self.packed = PackedWeights()
+        self.offloaded = OffloadedWeights()
         self.observation: Observation | None = None
         self.graphs: list[GraphRecord] = []
         self.same_rows: dict[tuple, SameRows] = {}

@@ -5,6 +5,8 @@ from __future__ import annotations
 from pathlib import Path
 from typing import TYPE_CHECKING
 
+from .criteria import threshold_text
+
 if TYPE_CHECKING:
     from .calibration import Calibration
     from .stats import Trace
@@ -79,7 +81,7 @@ def plot_candidates(calibration: Calibration, path: str | Path) -> Path:
             axes.scatter([c.cost for c in shown], [c.loss for c in shown], c=colour, label=label, zorder=2)
     best = calibration.chosen
     axes.scatter([best.cost], [best.loss], s=160, facecolors="none", edgecolors="black", label="chosen", zorder=3)
-    axes.set_title(f"threshold {best.threshold:.3g}, first exit {best.first_exit}")
+    axes.set_title(f"threshold {threshold_text(best.threshold)}, first exit {best.first_exit}")
     axes.set_xlabel("time per token, share of never exit")
     axes.set_ylabel("KL, nats per token, clipped by text" if is_kl else "disagreement, share of tokens")
     axes.set_ylim(bottom=0)

@@ -11,7 +11,9 @@ from torch import nn
 
 from river_compile.passes.types import Fusion
 
+from .criteria import threshold_text
 from .models import GraphRecord, find_state
+from .offloading import OffloadLog
 from .stats import ExactStats
 from .twin_maker import PackedSite
 
@@ -34,6 +36,7 @@ class Report:
     prefill_depths: dict[int, int]
     exact: ExactStats
     doubted: int = 0
+    offloaded: OffloadLog | None = None
 
     @property
     def ran(self) -> bool:
@@ -60,6 +63,7 @@ class Report:
             "recompiles": self.recompiles,
             "packed_bytes": sum(p.nbytes for p in self.packed),
             "packing_seconds": self.packing_seconds,
+            "offloaded": self.offloaded and self.offloaded.to_dict(),
             "matrices": [
                 {
                     "name": p.name,
@@ -88,6 +92,7 @@ class Report:
         for graph in self.graphs:
             lines += _graph_lines(graph)
         lines += _packed_lines(self)
+        lines += self.offloaded.lines() if self.offloaded else []
         lines += [f"  recompiles     {self.recompiles}"]
         lines += _depth_lines(self)
         lines += _exact_lines(self.exact)
@@ -114,6 +119,7 @@ def report(model: nn.Module) -> Report:
         state.stats.depths(decode=False),
         state.stats.exact.copy(),
         state.stats.doubted,
+        state.offloaded.snapshot(),
     )
 
 
@@ -124,6 +130,7 @@ def _graph_dict(graph: GraphRecord) -> dict[str, object]:
         "refusal": graph.refusal,
         "blocks": graph.num_blocks,
         "criterion": graph.config.criterion,
+        "fill": graph.config.fill,
         "candidate_depths": list(graph.candidates),
         "segments": [
             {"name": c.name, "uses": c.uses, "compile_seconds": c.seconds, "direct": c.direct} for c in graph.compiled
@@ -156,11 +163,15 @@ def _graph_lines(graph: GraphRecord) -> list[str]:
     lines.append(f"    segments     {segments}")
     if graph.kind == "decode" and graph.config.exit_depth is None:
         config = graph.config
-        lines.append(f"    criterion    {config.criterion}, threshold {config.threshold:g}")
+        lines.append(f"    criterion    {config.criterion}, threshold {threshold_text(config.threshold)}")
         if not graph.candidates:
             lines.append(f"    exits after  block {config.first_exit}")
     if graph.candidates:
         lines.append(f"    exits after  {_ranges(graph.candidates)}")
+    if graph.config.deepest is not None and graph.kind == "decode":
+        lines.append(f"    at latest    after block {graph.config.deepest} (offload_policy='exit')")
+    if graph.config.fill != "river":
+        lines.append(f"    fill         {graph.config.fill}: no twins")
     for reason, count in Counter(k.reason for k in graph.kept).items():
         lines.append(f"    in 16 bits   {count} matrices: {reason}")
     for size, count in Counter(_other_groups(graph).values()).items():

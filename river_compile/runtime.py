@@ -8,28 +8,36 @@ may run one executor at the same time.
 from __future__ import annotations
 
 import contextlib
-import operator
 import threading
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, replace
+from typing import TYPE_CHECKING
 
 import torch
 from torch import Tensor, fx
 
-from river_compile.passes.decoder_layers import is_tensor, mutated_inputs, value_of
-from river_compile.passes.types import DecoderPlan, RiverProgram, Segment
+from river_compile.passes.types import RiverProgram, Segment
 
-from .criteria import CRITERIA, Criterion, Memories, Memory
-from .errors import CacheFullError
+from .criteria import CRITERIA, Criterion, Memories, Memory, Threshold
+from .fill_base import Fill, place_of
 from .lowering import Callee
+from .registers import cache_registers, capacity_check, gather, registers_of
 from .rewind import rewind_of
 from .stats import ExitStats, Outcome, record_step
 
+if TYPE_CHECKING:
+    from .streaming import Streamer
+
 
 class Step:
-    """A segment bound to its registers and weights."""
+    """A segment bound to its registers and weights.
 
-    __slots__ = ("_callee", "_outputs", "_take", "name", "packed")
+    Attributes:
+        moves: whether it may compute with weights at another address in every run.
+    """
+
+    __slots__ = ("_callee", "_handed_on", "_outputs", "_take", "name", "packed")
+    moves = False
 
     def __init__(
         self, segment: Segment, callee: Callee, packed: Sequence[Tensor], register: dict[fx.Node, int]
@@ -39,20 +47,16 @@ class Step:
         self.packed = list(packed)
         self._take = gather([register[node] for node in segment.inputs])
         self._outputs = [register[node] for node in segment.outputs]
+        self._handed_on = [(register[new], register[old]) for new, old in segment.handed_on]
 
     def __call__(self, registers: list) -> Sequence:
         """Runs the segment on the registers and returns its outputs (an exit score last, where it has one)."""
         outputs = self._callee([*self._take(registers), *self.packed])
         for index, value in zip(self._outputs, outputs):  # noqa: B905  (a score may follow)
             registers[index] = value
+        for new, old in self._handed_on:
+            registers[new] = registers[old]
         return outputs
-
-
-def gather(indices: Sequence[int]) -> Callable[[list], Sequence]:
-    """Returns a function that picks these registers."""
-    if len(indices) > 1:
-        return operator.itemgetter(*indices)
-    return lambda registers: [registers[i] for i in indices]
 
 
 @dataclass(frozen=True)
@@ -64,12 +68,14 @@ class ExitRule:
         fixed_depth: blocks to execute where there is no threshold.
         criterion: what the threshold is compared with.
         first_exit: smallest exit depth.
+        deepest: depth at which every token leaves at the latest, None where it may go through all blocks.
     """
 
-    threshold: float | None
+    threshold: Threshold | None
     fixed_depth: int
     criterion: Criterion = CRITERIA["similarity"]
     first_exit: int = 1
+    deepest: int | None = None
 
 
 _forced = threading.local()
@@ -91,7 +97,7 @@ def forced_depth(depth: int) -> Iterator[None]:
 
 
 @contextlib.contextmanager
-def forced_threshold(threshold: float, first_exit: int = 1) -> Iterator[None]:
+def forced_threshold(threshold: Threshold, first_exit: int = 1) -> Iterator[None]:
     """Makes every decode step that this thread runs inside use another threshold and first exit than were compiled.
 
     Checks stand where the program was compiled with them: `first_exit` can only be later than the compiled one. Inside
@@ -108,33 +114,6 @@ def forced_threshold(threshold: float, first_exit: int = 1) -> Iterator[None]:
         _forced.threshold = before
 
 
-@dataclass(frozen=True)
-class CapacityCheck:
-    """Guards a static KV cache: registers of the filled length and of the hidden state, slots in all."""
-
-    length: int
-    hidden: int
-    capacity: int
-
-    def __call__(self, registers: list, new: int | None = None) -> None:
-        """Checks the room for `new` tokens: where it is None, as many as the hidden state has."""
-        filled = int(registers[self.length])
-        new = registers[self.hidden].shape[1] if new is None else new
-        if filled + new > self.capacity:
-            raise CacheFullError(
-                f"the static KV cache holds {self.capacity} tokens; {filled} are filled and this step adds {new}. "
-                f"Make it larger (max_cache_len or max_new_tokens, at least {filled + new}) or use a dynamic cache"
-            )
-
-
-def capacity_check(plan: DecoderPlan, register: dict[fx.Node, int]) -> CapacityCheck | None:
-    """Returns the check for the first block whose static cache is filled from the front, None where there is none."""
-    for block in plan.blocks:
-        if block.kv.capacity is not None and block.kv.lengths:
-            return CapacityCheck(register[block.kv.lengths[0]], register[plan.blocks[0].hidden_in], block.kv.capacity)
-    return None
-
-
 class RiverExecutor:
     """Callable that stands in for a traced graph.
 
@@ -143,11 +122,13 @@ class RiverExecutor:
         steps: the compiled step of each segment that this program can reach, by segment name.
         rule: when tokens leave.
         stats: counts exits.
-        memories: what the criterion remembers of the model's sequences; shared by the model's graphs.
+        memories: what criterion and fill remember of the model's sequences; shared by the model's graphs.
+        fill: what stands in for the entries of skipped blocks.
 
     Attributes:
         prologue, blocks, twins, head, river_head: the steps; None stands for a segment that cannot be reached.
-        size: number of registers, the graph's inputs first.
+        size: number of registers, the graph's inputs first, the fill's last.
+        streamer: brings in the weights of offloaded blocks, None where there is nothing to bring.
     """
 
     def __init__(
@@ -157,14 +138,15 @@ class RiverExecutor:
         rule: ExitRule,
         stats: ExitStats,
         memories: Memories | None = None,
+        fill: Fill | None = None,
     ) -> None:
         plan = program.plan
         register = registers_of(program)
         depths = range(1, plan.num_blocks + 1)
-        self.size = len(register)
+        self.size = len(register) + 1  # (one more for what the fill knows of the sequence)
         self.prologue = steps["prologue"]
         self.blocks = [steps.get(f"block_{d}") for d in depths]
-        self.twins = [steps.get(f"twin_{d}") for d in depths]
+        self.twins = [steps.get(twin.name) for twin in program.twins] or [None for _ in depths]
         self.head = steps.get("head")
         self.river_head = steps.get("river_head", self.head)
         self._has_score = [block.has_score for block in program.blocks]
@@ -176,6 +158,11 @@ class RiverExecutor:
         self._memories = memories or Memories()
         self._cache_in, self._cache_out = cache_registers(plan, register)
         self._rewind = rewind_of(plan, register)
+        self._fill = fill = fill or Fill()
+        self._place = place_of(program, register)
+        self.blocks = fill.blocks(self.blocks, [steps.get(s.name) for s in program.catch_up], self._place)
+        self._remembers = rule.criterion.remembers or fill.remembers
+        self.streamer: Streamer | None = None
 
     def __call__(self, *args: object) -> tuple:
         registers = [*args, *[None] * (self.size - len(args))]
@@ -185,37 +172,48 @@ class RiverExecutor:
             self.prologue(registers)
             if self._check_capacity is not None:
                 self._check_capacity(registers)
-            outcome = self._run_blocks(registers, rule, memory)
+            limit = self._fill.begin(registers, memory, self._place)
+            outcome = self._run_blocks(registers, rule, memory, limit)
             if rule.threshold is not None and rule.criterion.may_doubt and outcome.depth < len(self.blocks):
                 outcome = self._finish_or_doubt(registers, outcome, rule)
             else:
-                self._keep(registers, memory, self._finish(registers, outcome.depth))
-        self._stats.count(outcome.depth, self._decode, outcome.doubted)
-        record_step(self._stats, self._decode, outcome)
+                outputs = self._finish(registers, outcome.depth)
+                self._fill.end(registers, memory, self._place, outcome.depth)
+                self._keep(registers, memory, outputs)
+        self._close(outcome)
         return tuple(self._return(registers))
 
-    def _run_blocks(self, registers: list, rule: ExitRule, memory: Memory) -> Outcome:
-        """Runs backbone blocks until the exit."""
+    def _close(self, outcome: Outcome) -> None:
+        """Ends a step."""
+        self._stats.count(outcome.depth, self._decode, outcome.doubted)
+        record_step(self._stats, self._decode, outcome)
+        if self.streamer is not None:
+            self.streamer.forget()
+
+    def _run_blocks(self, registers: list, rule: ExitRule, memory: Memory, limit: int) -> Outcome:
+        """Runs backbone blocks until the exit, which comes after `limit` of them at the latest."""
         depth, entropy = self._depth_before(rule, memory)
         if depth is not None:
-            for block in self.blocks[:depth]:
+            for block in self.blocks[: min(depth, limit)]:
                 block(registers)
-            return Outcome(depth, entropy=entropy)
+            return Outcome(min(depth, limit), entropy=entropy)
         scores: list[float] = []
-        for depth, (block, has_score) in enumerate(zip(self.blocks, self._has_score, strict=True), start=1):
+        reachable = self.blocks[: limit if rule.deepest is None else min(limit, rule.deepest)]
+        for depth, block in enumerate(reachable, start=1):
             outputs = block(registers)
-            if has_score and depth >= rule.first_exit:
+            if self._has_score[depth - 1] and depth >= rule.first_exit:
                 scores.append(outputs[-1].item())
                 if rule.criterion.leaves(depth, scores[-1], rule.threshold, memory):
                     return Outcome(depth, scores)
-        return Outcome(len(self.blocks), scores)
+        return Outcome(len(reachable), scores)
 
     def _depth_before(self, rule: ExitRule, memory: Memory) -> tuple[int | None, float | None]:
         """Returns the depth where it is known before the first block, and the entropy that it was told by."""
         if rule.threshold is None:
             return rule.fixed_depth, None
         entropy = memory.read_entropy()
-        return rule.criterion.depth_before(rule.threshold, rule.first_exit, len(self.blocks), entropy), entropy
+        num_blocks = len(self.blocks[: rule.deepest])
+        return rule.criterion.depth_before(rule.threshold, rule.first_exit, num_blocks, entropy), entropy
 
     def _finish(self, registers: list, depth: int) -> Sequence:
         """Runs the twins behind `depth` and the head; returns the head's outputs."""
@@ -236,13 +234,14 @@ class RiverExecutor:
         return Outcome(len(self.blocks), entropy=entropy, doubted=True, river_from=outcome.depth)
 
     def _recall(self, registers: list) -> Memory:
-        """Returns what is remembered of the sequence; nothing for a prompt."""
-        if not self._rule.criterion.remembers or not self._decode or self._cache_in is None:
+        """Returns what is remembered of the sequence; for a prompt only what its cache lacks."""
+        if not self._remembers or self._cache_in is None:
             return Memory()
-        return self._memories.recall(registers[self._cache_in])
+        memory = self._memories.recall(registers[self._cache_in])
+        return memory if self._decode else Memory(gaps=memory.gaps)
 
     def _keep(self, registers: list, memory: Memory, outputs: Sequence) -> None:
-        if self._rule.criterion.remembers and self._cache_out is not None:
+        if self._remembers and self._cache_out is not None:
             memory.entropy = outputs[-1] if self._rule.criterion.reads_logits else None
             self._memories.keep(registers[self._cache_out], memory)
 
@@ -255,7 +254,7 @@ class RiverExecutor:
             return replace(self._rule, threshold=self._check_threshold(threshold[0]), first_exit=threshold[1])
         return self._rule
 
-    def _check_threshold(self, threshold: float) -> float:
+    def _check_threshold(self, threshold: Threshold) -> Threshold:
         """Returns a forced threshold after making sure that this program has checks."""
         if self._rule.threshold is None:
             raise ValueError(
@@ -266,6 +265,12 @@ class RiverExecutor:
 
     def _check_depth(self, depth: int) -> int:
         """Returns a forced depth after making sure that its segments are there."""
+        deepest = self._rule.deepest
+        if deepest is not None and depth > deepest:
+            raise ValueError(
+                f"depth {depth} was asked for, but this model was compiled with offload={deepest} and "
+                "offload_policy='exit': no token goes further; compile it with offload_policy='fetch'"
+            )
         head = self.head if depth == len(self.blocks) else self.river_head
         if any(step is None for step in (*self.blocks[:depth], *self.twins[depth:], head)):
             raise ValueError(
@@ -273,29 +278,3 @@ class RiverExecutor:
                 "and has no other segments; compile it without exit_depth"
             )
         return depth
-
-
-def cache_registers(plan: DecoderPlan, register: dict[fx.Node, int]) -> tuple[int | None, int | None]:
-    """Returns the registers of a tensor that tells sequences apart, before a step and after it, None where unknown.
-
-    It is part of the first block's KV cache: the one tensor that is written in place, or the longer one that a step
-    returns, which is what the next step gets.
-    """
-    write = plan.blocks[0].kv.writes[0]
-    if plan.blocks[0].kv.kind == "static":
-        target = mutated_inputs(write)[0]
-        return register.get(target), register.get(target, register.get(write))
-    stack, before = [write], None
-    while stack and before is None:
-        node = stack.pop()
-        if node.op == "placeholder" and is_tensor(node) and value_of(node).dim() == 4:
-            before = node
-        stack += [n for n in node.all_input_nodes if plan.part_of.get(n, 1) == 1]
-    return register.get(before), register.get(write)
-
-
-def registers_of(program: RiverProgram) -> dict[fx.Node, int]:
-    """Numbers the values that a run keeps: first the graph's inputs in order, then what crosses segments' borders."""
-    placeholders = [n for n in program.plan.graph_module.graph.nodes if n.op == "placeholder"]
-    crossing = [n for s in (program.prologue, *program.blocks, program.head) for n in s.outputs]
-    return {node: i for i, node in enumerate([*placeholders, *crossing])}

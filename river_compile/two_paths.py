@@ -205,10 +205,20 @@ def _rewritten_state(model: PreTrainedModel) -> ModelState:
             f"prefill={latest.config.prefill!r} lets prompts leave the backbone, so nothing could verify the drafts; "
             'compile the model with prefill="backbone"'
         )
+    if latest.config.fill != "river":
+        raise ValueError(
+            f"exact mode drafts with the river, which fill={latest.config.fill!r} replaces; compile the model with "
+            "fill='river'"
+        )
     if latest.config.exit_depth is not None:
         raise ValueError(
             f"exit_depth={latest.config.exit_depth} leaves only one path in the compiled model; exact mode needs the "
             "whole river and the whole backbone: compile it without exit_depth"
+        )
+    if latest.config.deepest is not None:
+        raise ValueError(
+            f"offload={latest.config.offload} with offload_policy='exit' makes every token leave by that depth; exact "
+            "mode verifies with the whole backbone: compile the model with offload_policy='fetch'"
         )
     return state
 

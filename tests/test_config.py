@@ -7,6 +7,7 @@ import torch
 
 from river_compile import OptionError, RiverConfig, river
 from river_compile.config import check_mode
+from river_compile.criteria import threshold_after
 from tests.families import make, prompt
 
 
@@ -72,3 +73,15 @@ def test_modes_of_torch_compile_are_checked():
     assert check_mode("max-autotune") == "max-autotune"
     with pytest.raises(OptionError, match="did you mean 'max-autotune'"):
         check_mode("max-autotun")
+
+
+def test_a_threshold_for_each_depth():
+    """A list becomes a tuple; its last entry holds for all greater depths; entropy criteria have one depth."""
+    config = RiverConfig(threshold=[0.9, 0.8])
+    assert [threshold_after(config.threshold, depth) for depth in (1, 2, 3, 30)] == [0.9, 0.8, 0.8, 0.8]
+    assert threshold_after(0.5, 7) == 0.5
+    for bad in ([], [0.5, "high"], [float("nan")]):
+        with pytest.raises(OptionError, match="a list with one for each depth"):
+            RiverConfig(threshold=bad)
+    with pytest.raises(OptionError, match="an entropy in nats"):
+        RiverConfig(criterion="doubt", threshold=[0.5])
