@@ -19,12 +19,12 @@ from .recognition import Attention, attention
 
 @dataclass(frozen=True)
 class CacheEntry:
-    """How keys or values of one position enter a static cache.
+    """How keys or values enter a static cache.
 
     Attributes:
         cache: the placeholder ``[B, J, S, D]``.
-        value: the entry ``[B, J, 1, D]``.
-        slot: a tensor of one element, or the last slot of a cache whose entries all move up by one before.
+        value: the entry ``[B, J, T, D]``.
+        slot: a tensor of one element for each position, or the last slot of a cache whose entries move up by one first.
         writer: the node that writes it, `moved` the one that moves the others (None where nothing moves).
     """
 
@@ -123,7 +123,7 @@ def _entry(node: fx.Node) -> CacheEntry | None:
     name = name_of(node)
     if name == "index_copy_" and _is_cache(node.args[0]) and node.args[1] in (2, -2):
         _, _, slot, value = node.args
-        return CacheEntry(node.args[0], value, slot, node) if shape(slot) == (1,) else None
+        return CacheEntry(node.args[0], value, slot, node)
     if name == "copy_" and _is_cache(node.args[0]) and name_of(node.args[1]) == "roll":
         return _rolled_entry(node)
     return None
@@ -135,7 +135,12 @@ def _rolled_entry(copy: fx.Node) -> CacheEntry | None:
     if new.args != (cache, -1) or new.kwargs not in ({"dims": -2}, {"dims": 2}) or len(new.users) != 2:
         return None
     writer = next((user for user in new.users if user.target is operator.setitem), None)
-    if writer is None or writer.args[1][:2] != (slice(None),) * 2 or not _is_last(writer.args[1][2]):
+    if (
+        writer is None
+        or not isinstance(shape(cache)[2], int)
+        or writer.args[1][:2] != (slice(None),) * 2
+        or not _is_last(writer.args[1][2])
+    ):
         return None
     return CacheEntry(cache, writer.args[2], shape(cache)[2] - 1, writer, moved=copy)
 

@@ -68,7 +68,20 @@ def _entries(view: BlockView) -> tuple[tuple[CacheEntry, CacheEntry], fx.Node, A
     k, v = (view.entry_of(cache) for cache in (found[1].k, found[1].v))
     if k.slot is not v.slot and k.slot != v.slot:
         raise Missed("keys and values go to different slots", v.writer)
+    if isinstance(k.slot, fx.Node) and shape(k.slot) != (1,):
+        raise Missed("more than one slot is written", k.writer)
+    _fix_sizes(k.cache)
+    _fix_sizes(v.cache)
     return (k, v), *found
+
+
+def _fix_sizes(cache: fx.Node) -> None:
+    """Makes heads and features of a cache fixed, where Dynamo traced them as dynamic: a guard of the whole graph.
+
+    They differ from model to model alone. The number of slots differs from cache to cache and stays dynamic.
+    """
+    for dim in (1, 3):
+        int(value_of(cache).shape[dim])
 
 
 def _query(node: fx.Node, k: _Heads) -> _Heads:
@@ -132,7 +145,7 @@ def _write(
     moved: list[fx.Node],
 ) -> fx.Node:
     q, k, v = heads
-    product, (batch, _, _, dim) = k.columns.product, value_of(entries[0].cache).shape
+    product, batch, dim = k.columns.product, value_of(entries[0].cache).shape[0], shape(entries[0].cache)[3]
     query_heads = (k.columns.start - q.columns.start) // dim
     weights = (None, None) if k.norm is None else (q.norm.weight, k.norm.weight)
     tables = (None, None) if k.rotation is None else (k.rotation.cos, k.rotation.sin)
@@ -187,7 +200,7 @@ def fuse_attention(view: BlockView) -> fx.Node:
     _check_mask(view, found, node)
     _check_sizes(node, found)
     with graph.inserting_before(node):
-        query = _view(graph, found.q, (q.shape[0], q.shape[1], q.shape[3]))
+        query = call(graph, torch.squeeze, (found.q, 2), q.squeeze(2), found.q)
         mask = _mask(graph, found)
         arguments = (query, found.k, found.v, _length(graph, entry), mask, found.scale, 0, found.softcap)
     return put(graph, torch.ops.river.decode_attention.default, arguments, value_of(query), node)
@@ -241,20 +254,14 @@ def _mask(graph: fx.Graph, found: Attention) -> fx.Node:
         mask = call(graph, torch.eq, (mask, 0.0), value_of(mask) == 0, mask)
     if shape(mask)[0] != shape(found.k)[0]:
         mask = call(
-            graph, torch.Tensor.expand, (mask, (batch, 1, 1, slots)), value_of(mask).expand(batch, 1, 1, slots), mask
+            graph, torch.Tensor.expand, (mask, batch, -1, -1, -1), value_of(mask).expand(batch, -1, -1, -1), mask
         )
-    return _view(graph, mask, (batch, slots))
-
-
-def _view(graph: fx.Graph, node: fx.Node, size: tuple) -> fx.Node:
-    literal = tuple(n if isinstance(n, int) else -1 for n in size)
-    return call(graph, torch.reshape, (node, literal), value_of(node).new_empty(size), node)
+    return call(graph, torch.flatten, (mask, 1), value_of(mask).new_empty((batch, slots)), mask)
 
 
 def _check_sizes(node: fx.Node, found: Attention) -> None:
-    sizes = (*shape(found.q)[1:], *shape(found.k)[1:])
-    if not all(isinstance(n, int) for n in sizes) or shape(found.q)[2] != 1:
-        raise Missed(f"the heads {shape(found.q)} and the cache {shape(found.k)} are not of fixed sizes", node)
+    if not all(isinstance(n, int) for n in shape(found.q)[1:]) or shape(found.q)[2] != 1:
+        raise Missed(f"the query has shape {shape(found.q)}, not one position of fixed heads", node)
     if shape(found.mask)[0] != shape(found.k)[0] and not isinstance(shape(found.k)[0], int):
         raise Missed("one mask for a dynamic number of sequences", node)
 

@@ -12,7 +12,7 @@ import torch
 from torch import fx
 
 from .decoder_layers import is_tensor, mutated_inputs, value_of
-from .matching import name_of, plain, shape
+from .matching import name_of, plain, shape, sizes_of
 
 _KEPT_META = ("nn_module_stack", "stack_trace")
 
@@ -70,8 +70,7 @@ def reshaped(graph: fx.Graph, node: fx.Node, like: fx.Node) -> fx.Node:
 
 
 def _check_sizes(value: torch.Tensor, old: fx.Node) -> None:
-    before = tuple(n if isinstance(n, int) else str(n) for n in value.shape)
-    if before != shape(old) and sum(isinstance(n, str) for n in shape(old)) > 1:
+    if sizes_of(value) != shape(old) and sum(isinstance(n, str) for n in shape(old)) > 1:
         raise Missed(f"its shape {shape(old)} has several dynamic sizes", old)
 
 

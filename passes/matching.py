@@ -31,7 +31,13 @@ def name_of(node: object) -> str:
 
 def shape(node: fx.Node) -> tuple[int | str, ...]:
     """Returns a tensor's sizes, dynamic ones as text: comparing those adds no guard."""
-    return tuple(n if isinstance(n, int) else str(n) for n in value_of(node).shape)
+    return sizes_of(value_of(node))
+
+
+def sizes_of(value: torch.Tensor) -> tuple[int | str, ...]:
+    """Returns `shape` of a fake tensor."""
+    known = [n if isinstance(n, int) else n.node.maybe_as_int() for n in value.shape]
+    return tuple(str(n) if fixed is None else fixed for n, fixed in zip(value.shape, known, strict=True))
 
 
 def operands(node: object, *names: str) -> tuple[object, object] | None:
@@ -197,8 +203,11 @@ def columns(node: object) -> Columns | None:
     if taken is None or taken.step != 1 or taken.dim == 0:
         return None
     whole, sizes = columns(taken.source), shape(taken.source)
-    before, behind = sizes[1 : taken.dim], sizes[taken.dim + 1 :]
-    if whole is None or any(n != 1 for n in before) or not all(isinstance(n, int) for n in behind):
+    behind = sizes[taken.dim + 1 :]
+    if whole is None or not all(isinstance(n, int) for n in behind):
+        return None
+    as_product = not behind and sizes[:-1] == shape(whole.product)[:-1]
+    if not as_product and any(n != 1 for n in sizes[1 : taken.dim]):
         return None
     each = math.prod(behind)
     start = whole.start + taken.start * each

@@ -14,13 +14,14 @@ from pathlib import Path
 
 import pytest
 import torch
+from torch import Tensor
 
 from examples import models
 from river_compile import OptionError, RiverWarning, lowering_choice, report, river, save
 from river_compile.config import RiverConfig
 from river_compile.lowering_choice import Lowering, choose_lowering
 from river_compile.runtime import forced_depth
-from tests.decoding import cache_argument, cache_state, decode, new_cache
+from tests.decoding import CAPACITY, cache_argument, cache_state, decode, left_padded, new_cache
 from tests.families import FAMILIES, REWRITTEN, make, prompt
 from tests.lowerings import BLOCK_RULES, FUSED, UNFUSED, lowered
 
@@ -46,6 +47,25 @@ class Both:
         return lambda *args: made[self.fused](*args)
 
 
+@torch.no_grad()
+def steps(model, cache, depths=DEPTHS, batch: int = 2) -> list[Tensor]:
+    """Feeds a left-padded prompt to the plain model, and a token for each depth to the compiled one; returns logits.
+
+    The mask spans the cache from the start, so that one decode graph serves all steps.
+    """
+    held = {"use_cache": True, cache_argument(model): cache}
+    ids, mask = (tensor.to(model.device) for tensor in left_padded(batch))
+    logits = [model.forward(input_ids=ids, attention_mask=mask, **held).logits]
+    mask = torch.cat([mask, torch.ones(batch, CAPACITY - mask.shape[1], dtype=mask.dtype, device=mask.device)], 1)
+    tokens = prompt(len(depths), batch, seed=1).to(model.device)
+    for step, depth in enumerate(depths):
+        position = mask[:, : ids.shape[1] + step + 1].sum(-1, keepdim=True) - 1
+        arguments = {"input_ids": tokens[:, step : step + 1], "attention_mask": mask, "position_ids": position}
+        with forced_depth(depth):
+            logits.append(model(**arguments, **held).logits)
+    return logits
+
+
 @functools.cache
 def run(name: str, **options) -> dict[str, object]:
     model = make(name, layers=LAYERS)
@@ -55,7 +75,7 @@ def run(name: str, **options) -> dict[str, object]:
     for fused in (True, False):
         both.fused = fused
         cache = new_cache(model, "static")
-        logits = decode(model, cache, DEPTHS)
+        logits = steps(model, cache)
         results[fused] = logits, cache_state(cache)
     graphs = [g for g in report(model).to_dict()["graphs"] if g["fused"]]
     return {"results": results, "graphs": graphs, "text": str(report(model))}
@@ -79,9 +99,9 @@ def test_fused_twins_compute_what_their_nodes_did(name):
 @pytest.mark.parametrize("name", [name for name in WHOLE if name != "qwen3_moe"])
 def test_these_families_use_every_kernel(name):
     """Llama, Qwen, Mistral and what is shaped like them: each twin takes every rule, no graph misses one."""
-    for graph in run(name)["graphs"]:
-        assert graph["missed"] == []
-        assert graph["fused"] == {rule: LAYERS for rule in BLOCK_RULES} | {"norm + head": 1, "exit score": 1}
+    (graph,) = run(name)["graphs"]
+    assert graph["missed"] == []
+    assert graph["fused"] == {rule: LAYERS for rule in BLOCK_RULES} | {"norm + head": 1, "exit score": 1}
 
 
 def test_the_report_names_rule_segment_node_and_line_of_a_miss():
@@ -132,13 +152,19 @@ def test_through_inductor_and_captured(name):
     expected = run(name)["results"][False]
     model = make(name, layers=LAYERS)
     model.compile(backend=river, options={**OPTIONS, "lowering": "triton", "cudagraphs": "record"})
+    cache = new_cache(model, "static")
     for _ in range(2):  # what ran once is captured the second time
-        cache = new_cache(model, "static")
-        logits = decode(model, cache, DEPTHS)
-        assert_same((logits, cache_state(cache)), expected, rtol=1e-4, atol=1e-4)
-    decode_graph = next(g for g in report(model).to_dict()["graphs"] if g["kind"] == "decode")
-    assert all(s["direct"] for s in decode_graph["segments"])
-    assert decode_graph["captures"]["alive"] > 0
+        cache.reset()
+        assert_same((steps(model, cache), cache_state(cache)), expected, rtol=1e-4, atol=1e-4)
+    (graph,) = report(model).to_dict()["graphs"]
+    assert all(s["direct"] for s in graph["segments"])
+    assert {c["unit"] for c in graph["captures"]["captures"]} == {
+        "prologue",
+        "piece 0-1",
+        "last 1-2",
+        "tail 0",
+        "tail 1",
+    }
 
 
 def test_a_head_of_4_bits_takes_the_heads_kernel():
@@ -157,9 +183,9 @@ def test_two_rows_of_a_prompt_leave_through_fused_twins():
         with lowered(lowering):
             model.compile(backend=river, options={**OPTIONS, "prefill": "exit", "exit_depth": 0})
             cache = new_cache(model, "static")
-            kept += [decode(model, cache, [0]), cache_state(cache)]
+            kept += [decode(model, cache, []), cache_state(cache)]
     assert_same(actual, expected, rtol=1e-4, atol=1e-4)
-    prefill = next(g for g in report(model).to_dict()["graphs"] if g["kind"] == "prefill")
+    prefill = report(model).to_dict()["graphs"][-1]
     rules = [r for r in BLOCK_RULES if r not in ("rope + kv write", "attention")]
     assert prefill["fused"] == {rule: LAYERS for rule in rules}
 
@@ -173,7 +199,7 @@ def test_saved_twins_serve_both_layouts(tmp_path):
         options = {**OPTIONS, "exit_depth": 1, "artifact": tmp_path / source if source else None}
         with lowered(lowering):
             model.compile(backend=river, options=options)
-            decode(model, new_cache(model, "static"), [1])
+            steps(model, new_cache(model, "static"), [1])
         grids[lowering.layout, source] = {p.name: p.dequantize() for p in report(model).packed}
         if source != "aten_cpu":
             save(model, tmp_path / lowering.layout)
@@ -231,10 +257,10 @@ def test_eight_tokens_of_smollm2(smollm2_folder):
     for fused in (True, False):
         both.fused = fused
         cache = new_cache(model, "static", capacity=16)
-        tokens, logits = [prompt(4)], []
-        for depth in (None, *depths):
+        tokens, logits, held = [prompt(4)], [], {"use_cache": True, cache_argument(model): cache}
+        for step, depth in enumerate((None, *depths)):
             with torch.no_grad(), forced_depth(depth):
-                logits.append(model(tokens[-1], use_cache=True, **{cache_argument(model): cache}).logits[:, -1])
+                logits.append((model if step else model.forward)(tokens[-1], **held).logits[:, -1])
             tokens.append(logits[-1].argmax(-1, keepdim=True))
         results[fused] = torch.stack(logits), torch.cat(tokens, 1), cache_state(cache)
     torch.testing.assert_close(results[True][0], results[False][0], rtol=1e-3, atol=1e-3)
@@ -251,14 +277,15 @@ def test_compiled_kernels_on_the_card(name, dtype):
     expected = run(name)
     model = make(name, layers=LAYERS).to("cuda", dtype)
     model.compile(backend=river, options=OPTIONS)
+    cache = new_cache(model, "static")
     for _ in range(2):  # what ran once is captured the second time
-        cache = new_cache(model, "static")
-        logits = [step.cpu().float() for step in decode(model, cache, DEPTHS)]
+        cache.reset()
+        logits = [step.cpu().float() for step in steps(model, cache)]
         state = [(k.cpu().float(), v.cpu().float(), length) for k, v, length in cache_state(cache)]
         if dtype == torch.float32:
             assert_same((logits, state), expected["results"][False], rtol=1e-3, atol=1e-3)
         for a, b in zip(logits, expected["results"][False][0], strict=True):
             assert torch.nn.functional.cosine_similarity(a.flatten(), b.flatten(), dim=0) > 0.99
-    graph = next(g for g in report(model).to_dict()["graphs"] if g["kind"] == "decode")
+    (graph,) = report(model).to_dict()["graphs"]
     assert graph["fused"] == expected["graphs"][0]["fused"]
     assert graph["captures"]["alive"] > 0
