@@ -12,7 +12,7 @@ judge an approximation V of W by the error of its outputs, ``E |W x - V x|^2 = t
                largest inputs first, and each one's error is made up for by the columns that follow
 
 Not handled: errors of earlier layers in the inputs. Moments taken behind 4-bit layers gave the same quality, and
-weights solved to undo the earlier error a worse one (docs/twins.md).
+weights solved to undo the earlier error a worse one.
 """
 
 from __future__ import annotations

@@ -11,7 +11,7 @@ blocks that write no KV cache.
 from __future__ import annotations
 
 import re
-from collections.abc import Iterator
+from collections.abc import Callable, Iterable, Iterator
 
 import torch
 from torch import fx
@@ -72,6 +72,28 @@ def mutated_inputs(node: fx.Node) -> list[fx.Node]:
     mutated = [a for a in node.args[:1] if isinstance(a, fx.Node)] if in_place else []
     out = node.kwargs.get("out")
     return [*mutated, *([out] if isinstance(out, fx.Node) else [])]
+
+
+def rank(node: fx.Node) -> int | None:
+    """Returns how many dimensions a tensor has, None for other values."""
+    return value_of(node).dim() if is_tensor(node) else None
+
+
+def closure(nodes: Iterable[fx.Node], neighbours: Callable[[fx.Node], Iterable[fx.Node]]) -> set[fx.Node]:
+    """Returns the nodes and all that can be reached from them."""
+    found: set[fx.Node] = set()
+    stack = list(nodes)
+    while stack:
+        node = stack.pop()
+        if node not in found:
+            found.add(node)
+            stack.extend(neighbours(node))
+    return found
+
+
+def ancestors(nodes: Iterable[fx.Node]) -> set[fx.Node]:
+    """Returns the nodes and everything that they are computed from."""
+    return closure(nodes, lambda node: node.all_input_nodes)
 
 
 def module_path(node: fx.Node) -> str:
@@ -191,25 +213,17 @@ def _hidden_flows(part_of: dict[fx.Node, int], num_blocks: int) -> tuple[fx.Node
 
 
 def _comes_from_embedding(node: fx.Node) -> bool:
-    stack, seen = [node], set()
-    while stack:
-        current = stack.pop()
-        if current in seen:
-            continue
-        seen.add(current)
-        if current.op == "call_function" and "embedding" in getattr(current.target, "__name__", ""):
-            return True
-        stack.extend(current.all_input_nodes)
-    return False
+    calls = (n for n in ancestors([node]) if n.op == "call_function")
+    return any("embedding" in getattr(n.target, "__name__", "") for n in calls)
 
 
 def _kv_slot(nodes: list[fx.Node], hidden_out: fx.Node) -> KVSlot | None:
     """Finds what a block writes for its tokens: in-place writes to 4-D tensors, or 4-D tensors that it returns."""
-    static = [n for n in nodes for m in mutated_inputs(n) if _rank(m) == 4]
+    static = [n for n in nodes for m in mutated_inputs(n) if rank(m) == 4]
     if static:
-        lengths = [m for n in nodes for m in mutated_inputs(n) if m.op == "placeholder" and _rank(m) == 0]
+        lengths = [m for n in nodes for m in mutated_inputs(n) if m.op == "placeholder" and rank(m) == 0]
         return KVSlot("static", tuple(static), tuple(dict.fromkeys(lengths)), _capacity(static))
-    returned = [n for n in nodes if _rank(n) == 4 and n is not hidden_out and any(u.op == "output" for u in n.users)]
+    returned = [n for n in nodes if rank(n) == 4 and n is not hidden_out and any(u.op == "output" for u in n.users)]
     return KVSlot("dynamic", tuple(returned)) if returned else None
 
 
@@ -220,7 +234,3 @@ def _capacity(writes: list[fx.Node]) -> int | None:
             size = value_of(node.args[0]).shape[node.args[1]]
             return size if isinstance(size, int) else None
     return None
-
-
-def _rank(node: fx.Node) -> int | None:
-    return value_of(node).dim() if is_tensor(node) else None

@@ -20,7 +20,7 @@ from dataclasses import replace
 import torch
 from torch import fx
 
-from .decoder_layers import is_parameter, is_tensor, mutated_inputs, value_of
+from .decoder_layers import closure, is_parameter, is_tensor, mutated_inputs, rank, value_of
 from .types import Block, FillRefusal, Segment
 
 _VIEWS = ("view", "reshape", "transpose", "unsqueeze", "squeeze", "expand", "permute", "narrow", "select", "getitem")
@@ -52,11 +52,11 @@ def empty_entries(segment: Segment, block: Block, name: str) -> Segment | FillRe
     segment = only_entries(segment, block, name)
     graph = segment.graph_module.graph
     hidden = _placeholder(segment, block.hidden_in)
-    cached = _downstream(n for n in graph.nodes if n.op == "placeholder" and _rank(n) == 4 and not is_parameter(n))
+    cached = _downstream(n for n in graph.nodes if n.op == "placeholder" and rank(n) == 4 and not is_parameter(n))
     new = _downstream([hidden]) - cached
     for node in [n for n in graph.nodes if n in cached]:
         for entry in [a for a in node.all_input_nodes if a in new]:
-            if _rank(entry) != 4:
+            if rank(entry) != 4:
                 return FillRefusal("new keys and values are not [batch, heads, tokens, features]", entry.name)
             with graph.inserting_before(node):
                 node.replace_input_with(entry, _zeros_like_entry(graph, hidden, entry))
@@ -109,7 +109,7 @@ def _keys_axis(node: fx.Node) -> int | torch.SymInt | None:
     if node.target is torch.nn.functional.scaled_dot_product_attention:
         return value_of(node.args[1]).shape[2]
     target = node.target if node.op == "call_method" else getattr(node.target, "__name__", "")
-    return value_of(node).shape[-1] if target in _SOFTMAX and _rank(node) == 4 else None
+    return value_of(node).shape[-1] if target in _SOFTMAX and rank(node) == 4 else None
 
 
 def _hide_missing(graph: fx.Graph, node: fx.Node, present: fx.Node) -> None:
@@ -160,14 +160,7 @@ def _shown(node: fx.Node) -> fx.Node:
 
 
 def _downstream(nodes: Iterable[fx.Node]) -> set[fx.Node]:
-    found: set[fx.Node] = set()
-    stack = list(nodes)
-    while stack:
-        node = stack.pop()
-        if node not in found:
-            found.add(node)
-            stack.extend(user for user in node.users if user.op != "output")
-    return found
+    return closure(nodes, lambda node: (user for user in node.users if user.op != "output"))
 
 
 def _placeholder(segment: Segment, value: fx.Node) -> fx.Node:
@@ -177,7 +170,3 @@ def _placeholder(segment: Segment, value: fx.Node) -> fx.Node:
 
 def _output(graph: fx.Graph) -> fx.Node:
     return next(n for n in graph.nodes if n.op == "output")
-
-
-def _rank(node: fx.Node) -> int | None:
-    return value_of(node).dim() if is_tensor(node) else None

@@ -54,7 +54,7 @@ def find_input_scale(x: fx.Node, readers: Collection[fx.Node], features: int) ->
     node = x
     while node.op == "call_method" and node.target in _SAME_VALUES:
         node = node.args[0]
-        if set(node.users) == set() or len(node.users) > 1 or value_of(node).shape[-1] != features:
+        if len(node.users) != 1 or value_of(node).shape[-1] != features:
             return None
     if node.op == "call_function" and node.target in _NORMS:
         found = [node.kwargs.get(name) for name in ("weight", "bias")]

@@ -19,7 +19,7 @@ from __future__ import annotations
 import hashlib
 import itertools
 import operator
-from collections.abc import Iterable, Sequence
+from collections.abc import Sequence
 
 import torch
 from torch import Tensor, fx
@@ -27,7 +27,7 @@ from torch._dynamo.source import ConstantSource
 from torch._subclasses.fake_tensor import FakeTensorMode
 from torch.fx.experimental.symbolic_shapes import DimDynamic, ShapeEnv, StatelessSymbolicContext
 
-from .decoder_layers import is_parameter, is_tensor, mutated_inputs, value_of
+from .decoder_layers import ancestors, is_parameter, is_tensor, mutated_inputs, value_of
 from .segments import graph_lines
 from .types import Block, FillRefusal, Segment
 
@@ -101,7 +101,7 @@ def over_tokens(segment: Segment, block: Block, name: str, scored: bool) -> Segm
     source_of = dict(zip((n for n in nodes if n.op == "placeholder"), segment.inputs, strict=True))
     writes = [n for n in nodes if n.target == "index_copy_"]
     advances = {n for n in nodes for m in mutated_inputs(n) if source_of.get(m) in block.kv.lengths}
-    front = _ancestors([a for write in writes for a in write.args[2:4]])
+    front = ancestors([a for write in writes for a in write.args[2:4]])
     behind = [n for n in nodes if n not in front and n not in writes and n not in advances]
     behind = [n for n in behind if n.op not in ("placeholder", "output")]
     crossing = [n for n in front if n.op != "placeholder" and any(user in behind for user in n.users)]
@@ -159,17 +159,6 @@ def _obstacle(segment: Segment, block: Block, nodes: list[fx.Node]) -> FillRefus
         if target.op == "placeholder" and value_of(target).dim() != 4 and late:
             return FillRefusal("it reads a counter after advancing it", f"{block.path}, {late[0].name}")
     return None
-
-
-def _ancestors(nodes: Iterable[fx.Node]) -> set[fx.Node]:
-    found: set[fx.Node] = set()
-    stack = list(nodes)
-    while stack:
-        node = stack.pop()
-        if node not in found:
-            found.add(node)
-            stack.extend(node.all_input_nodes)
-    return found
 
 
 def _map(

@@ -117,7 +117,8 @@ def rewrite(
         catch_up = table.run("over_tokens", lambda: _over_tokens(plan, candidates))
         if isinstance(catch_up, Refusal):
             return catch_up
-    tail = table.run(options.tail, lambda: _tail(plan, returned, options, {}))
+    name = "river_twins" if options.tail == "twins" else "fills"
+    tail = table.run(name, lambda: _tail(plan, returned, options, {}))
     if isinstance(tail, Refusal):
         return tail
     twins, river_head, kept = tail

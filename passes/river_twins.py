@@ -12,7 +12,7 @@ Not handled: weights that are not two-dimensional parameters (stacked experts); 
 from __future__ import annotations
 
 import operator
-from collections.abc import Iterator, Mapping
+from collections.abc import Collection, Iterator, Mapping
 from dataclasses import dataclass, replace
 
 import torch
@@ -20,7 +20,7 @@ from river_compile.kernels import ops  # noqa: F401  (registers river::w4a16_lin
 from river_compile.kernels.quantize import fitting_group_size
 from torch import fx
 
-from .decoder_layers import input_name, is_parameter, module_path, value_of
+from .decoder_layers import input_name, is_parameter, module_path, mutated_inputs, value_of
 from .input_scales import InputScale, find_input_scale, scale_inputs
 from .types import KeptLinear, LinearSite, Segment
 
@@ -89,7 +89,8 @@ def make_twin(
         scale = find_input_scale(linears[0].x, nodes, linears[0].in_features) if scaled else None
         sites.append(_site(linears, source_of, fitting, layout, scale))
         _replace(graph, linears, sites[-1], len(sites) - 1, scale)
-    for node in _unread_matrices(block, sites, kept):
+    written = {source_of.get(mutated) for node in graph.nodes for mutated in mutated_inputs(node)}
+    for node in _unread_matrices(block, sites, {*kept, *written}):
         reason = f"a weight of shape {tuple(value_of(node).shape)} that no plain linear layer reads"
         kept[node] = KeptLinear(input_name(node), reason)
     _drop_unused_weights(graph)
@@ -206,9 +207,15 @@ def _placeholders(graph: fx.Graph, names: list[str]) -> list[fx.Node]:
     return found
 
 
-def _unread_matrices(block: Segment, sites: list[LinearSite], kept: dict[fx.Node, KeptLinear]) -> Iterator[fx.Node]:
-    """Yields the block's matrices that no linear of a known form reads: stacked experts, for one."""
-    read = {weight for site in sites for weight in site.weights} | set(kept)
+def _unread_matrices(block: Segment, sites: list[LinearSite], known: Collection[fx.Node]) -> Iterator[fx.Node]:
+    """Yields the block's matrices that no linear of a known form reads: stacked experts, for one.
+
+    Args:
+        block: the block.
+        sites: its 4-bit products.
+        known: other matrices to leave out: those that are told already, and KV caches, which Dynamo marks alike.
+    """
+    read = {weight for site in sites for weight in site.weights} | set(known)
     for node in block.inputs:
         if is_parameter(node) and value_of(node).dim() >= 2 and node not in read:
             yield node

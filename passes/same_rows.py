@@ -13,7 +13,7 @@ import torch
 from river_compile.kernels import same_rows  # noqa: F401  (registers the operators)
 from torch import fx
 
-from .decoder_layers import value_of
+from .decoder_layers import rank
 
 
 def keep_rows(graph: fx.Graph, grown: bool) -> int:
@@ -25,7 +25,7 @@ def keep_rows(graph: fx.Graph, grown: bool) -> int:
     """
     replaced = 0
     for node in graph.nodes:
-        if node.target is torch.nn.functional.linear and _rank(node.args[0]) == 3:
+        if node.target is torch.nn.functional.linear and rank(node.args[0]) == 3:
             bias = node.args[2] if len(node.args) > 2 else node.kwargs.get("bias")
             node.target, node.args = torch.ops.river.same_rows_linear.default, (*node.args[:2], bias)
         elif node.target is torch.nn.functional.scaled_dot_product_attention and _can_split(node):
@@ -40,14 +40,10 @@ def keep_rows(graph: fx.Graph, grown: bool) -> int:
     return replaced
 
 
-def _rank(node: fx.Node) -> int:
-    return value_of(node).dim()
-
-
 def _can_split(node: fx.Node) -> bool:
     return (
         len(node.args) in (3, 4)
         and not node.kwargs.get("is_causal")
         and not node.kwargs.get("dropout_p")
-        and _rank(node.args[0]) == 4
+        and rank(node.args[0]) == 4
     )

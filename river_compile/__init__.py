@@ -32,6 +32,7 @@ _EXPORTS = {
     "RiverWarning": "errors",
     "Trace": "stats",
     "UnsupportedGraphError": "errors",
+    "block_errors": "twin_errors",
     "calibrate": "calibrator",
     "exact": "exact_mode",
     "observe": "observation",

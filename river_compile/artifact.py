@@ -18,7 +18,6 @@ cannot be swapped atomically), and files that change while they are read.
 
 from __future__ import annotations
 
-import hashlib
 import json
 import os
 import shutil
@@ -36,6 +35,7 @@ from river_compile.kernels.pack import PackedLinear, pack
 from river_compile.kernels.quantize import QuantizedWeight
 
 from .errors import ArtifactError
+from .hashes import content_hash, file_hash, weights_hash
 from .models import find_state
 from .twin_maker import PackedSite
 
@@ -184,16 +184,6 @@ class Artifact:
         )
 
 
-def weights_hash(tensors: Sequence[Tensor]) -> str:
-    """Returns the SHA-256 of dtypes, shapes and bytes of some tensors."""
-    digest = hashlib.sha256()
-    for tensor in tensors:
-        tensor = tensor.detach().cpu().contiguous()
-        digest.update(f"{tensor.dtype}{tuple(tensor.shape)}".encode())
-        digest.update(tensor.reshape(-1).view(torch.uint8).numpy())
-    return digest.hexdigest()
-
-
 def _key(name: str, quantizer: str, group_size: int) -> str:
     return f"{name}/{quantizer}/{group_size}"
 
@@ -234,10 +224,10 @@ def _write(folder: Path, matrices: list[SavedMatrix], tensors: dict[str, Tensor]
             "format": FORMAT,
             "version": VERSION,
             "layout": _STORED,
-            "tensors_sha256": _file_hash(scratch / TENSORS),
+            "tensors_sha256": file_hash(scratch / TENSORS),
             "matrices": [asdict(matrix) for matrix in matrices],
         }
-        text = json.dumps({**content, "sha256": _content_hash(content)}, indent=1)
+        text = json.dumps({**content, "sha256": content_hash(content)}, indent=1)
         (scratch / MANIFEST).write_text(text, encoding="utf-8")
         _as_umask_allows(scratch)
         os.replace(scratch, folder)
@@ -272,7 +262,7 @@ def _read_manifest(file: Path) -> dict:
         raise ArtifactError(
             f"{file}: it has version {content.get('version')!r}, this release reads {VERSION}; save the artifact again"
         )
-    if content.pop("sha256", None) != _content_hash(content):
+    if content.pop("sha256", None) != content_hash(content):
         raise ArtifactError(f"{file}: it is damaged (its hash differs from the one it states); save the artifact again")
     return content
 
@@ -286,20 +276,8 @@ def _matrices(file: Path, manifest: dict) -> list[SavedMatrix]:
 
 def _read_tensors(file: Path, expected: str | None) -> dict[str, Tensor]:
     try:
-        if _file_hash(file) != expected:
+        if file_hash(file) != expected:
             raise ArtifactError(f"{file}: it is damaged (other bytes than were written); save the artifact again")
         return load_file(file)
     except (OSError, SafetensorError) as error:
         raise ArtifactError(f"{file}: it cannot be read ({error}); save the artifact again") from error
-
-
-def _content_hash(content: dict) -> str:
-    return hashlib.sha256(json.dumps(content, sort_keys=True).encode()).hexdigest()
-
-
-def _file_hash(file: Path) -> str:
-    digest = hashlib.sha256()
-    with file.open("rb") as content:
-        while chunk := content.read(1 << 22):
-            digest.update(chunk)
-    return digest.hexdigest()

@@ -263,9 +263,11 @@ class CapturedExecutor(RiverExecutor):
         if len(seen) >= _CHANGES and unit.name not in self.log.uncaptured:
             latest = next(reversed(seen))
             pairs = zip(unit.keys, latest[1:], signature[1:], strict=True)
-            node = self._nodes[next(index for index, before, now in pairs if before != now)]
-            name = input_name(node) if node.op == "placeholder" else source_of(node)
-            self.log.uncaptured[unit.name] = f"its inputs have not come twice so far; the latest differ at {name}"
+            differing = [self._nodes[index] for index, before, now in pairs if before != now]
+            names = [input_name(node) if node.op == "placeholder" else source_of(node) for node in differing]
+            self.log.uncaptured[unit.name] = (
+                f"its inputs have not come twice so far; the latest differ at {', '.join(dict.fromkeys(names))}"
+            )
         seen[signature] = outputs
         if len(seen) > _SEEN:
             seen.popitem(last=False)

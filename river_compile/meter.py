@@ -108,8 +108,7 @@ class Meter:
         self._samples, self._progress = samples, progress
         config = model.config.get_text_config()
         self._cache = StaticCache(config=config, max_cache_len=samples[0].shape[1])
-        parameters = inspect.signature(model.forward).parameters
-        self._cache_name = "cache" if "cache" in parameters else "past_key_values"
+        self._cache_name = cache_argument(model)
         self._prompts: dict[int, _AfterPrompt] = {}
         self._seconds: dict[Kind, list[float]] = {}
         for threshold in (criterion.never, criterion.never, criterion.always):  # the first runs pack and compile
@@ -246,6 +245,11 @@ class _AfterPrompt:
                 else:
                     setattr(layer, name, value)
         memories.keep(cache.layers[0].keys, self.memory.after_prompt())
+
+
+def cache_argument(model: PreTrainedModel) -> str:
+    """Returns how this release of transformers calls the cache: `cache`, and `past_key_values` before."""
+    return "cache" if "cache" in inspect.signature(model.forward).parameters else "past_key_values"
 
 
 def token_kl(reference: Tensor, other: Tensor) -> Tensor:

@@ -29,6 +29,7 @@ from .twin_maker import PackedSite
 if TYPE_CHECKING:
     from .observation import Observation
     from .same_rows import SameRows
+    from .twin_errors import BlockErrors
 
 _ids = itertools.count(1)
 
@@ -48,8 +49,9 @@ class GraphRecord:
         compiled: the distinct segments.
         seconds: seconds by stage: rewriting, packing, compiling.
         kept: matrices of the twins that stay in 16 bits.
-        group_sizes: of each 4-bit matrix of the twins, by name.
         fusions: what became of each fusion rule in each segment that it is for.
+        packed: the matrices of the twins.
+        block_paths: module paths of the blocks.
         captures: which of its decode steps were captured, and why others were not.
     """
 
@@ -63,8 +65,9 @@ class GraphRecord:
     compiled: tuple[Compiled, ...] = ()
     seconds: dict[str, float] = field(default_factory=dict)
     kept: tuple[KeptLinear, ...] = ()
-    group_sizes: dict[str, int] = field(default_factory=dict)
     fusions: tuple[Fusion, ...] = ()
+    packed: tuple[PackedSite, ...] = ()
+    block_paths: tuple[str, ...] = ()
     captures: CaptureLog = field(default_factory=CaptureLog)
 
     def describe(self, program: RiverProgram, compiled: Iterable[Compiled], sites: Iterable[PackedSite]) -> None:
@@ -77,7 +80,8 @@ class GraphRecord:
         self.compiled = tuple(compiled)
         self.kept = program.kept
         self.fusions = program.fusions
-        self.group_sizes = {site.name: site.group_size for site in sites}
+        self.packed = tuple(sites)
+        self.block_paths = tuple(block.path for block in plan.blocks)
 
 
 class ModelState:
@@ -90,6 +94,7 @@ class ModelState:
         self.packed = PackedWeights()
         self.offloaded = OffloadedWeights()
         self.observation: Observation | None = None
+        self.block_errors: BlockErrors | None = None
         self.graphs: list[GraphRecord] = []
         self.same_rows: dict[tuple, SameRows] = {}
 

@@ -54,16 +54,9 @@ def observe(
     Raises:
         OptionError: (a ``ValueError``) neither or both of tokenizer and inputs, or no token in them.
     """
-    if (tokenizer is None) == (inputs is None):
-        raise OptionError("observe takes a tokenizer (and texts=), or inputs=[ids, ...]: one of the two")
     model = getattr(model, "_orig_mod", model)
-    if inputs is None:
-        inputs = [torch.tensor(tokenizer(text)["input_ids"]) for text in (default_texts() if texts is None else texts)]
-    batches = [torch.atleast_2d(ids) for ids in inputs]
-    windows = [window for ids in batches if ids.numel() for window in ids.split(_WINDOW, dim=1)]
-    if not windows:
-        raise OptionError("observe was given no token; pass texts= of some thousand tokens in all")
-    observation = Observation(sum(map(len, batches)))
+    windows = windows_of(tokenizer, texts, inputs, "observe")
+    observation = Observation()
     parameters = {p.data_ptr(): p for p in model.parameters() if p.dim() == 2}
     bar = tqdm(windows, desc="river: observing", unit="text", leave=False, delay=1, disable=not progress)
     with torch.no_grad(), torch.compiler.set_stance("force_eager"):
@@ -75,10 +68,32 @@ def observe(
     return observation
 
 
+def windows_of(
+    tokenizer: Callable[[str], Mapping[str, Sequence[int]]] | None,
+    texts: Sequence[str] | None,
+    inputs: Iterable[Tensor] | None,
+    caller: str,
+) -> list[Tensor]:
+    """Returns token ids ``[B, T]`` of texts or inputs, cut into pieces that run at once.
+
+    Raises:
+        OptionError: (a ``ValueError``) neither or both of tokenizer and inputs, or no token in them.
+    """
+    if (tokenizer is None) == (inputs is None):
+        raise OptionError(f"{caller} takes a tokenizer (and texts=), or inputs=[ids, ...]: one of the two")
+    if inputs is None:
+        inputs = [torch.tensor(tokenizer(text)["input_ids"]) for text in (default_texts() if texts is None else texts)]
+    batches = [torch.atleast_2d(ids) for ids in inputs]
+    windows = [window for ids in batches if ids.numel() for window in ids.split(_WINDOW, dim=1)]
+    if not windows:
+        raise OptionError(f"{caller} was given no token; pass texts= of some thousand tokens in all")
+    return windows
+
+
 def default_texts() -> list[str]:
     """Returns short texts of many kinds that were written for this package.
 
-    They are a start, no match for texts like those that a model will see: docs/twins.md measures the difference.
+    They are a start, no match for texts like those that a model will see.
     """
     content = resources.files("river_compile").joinpath("calibration.txt").read_text(encoding="utf-8")
     return content.rstrip("\n").split("\n%%\n")
@@ -125,17 +140,15 @@ class Observation:
     """What was seen of a model's inputs so far; see :func:`observe`.
 
     Attributes:
-        texts: number of texts.
         tokens: number of tokens.
         number: distinguishes observations, for what was made with them.
     """
 
     _made = 0
 
-    def __init__(self, texts: int) -> None:
+    def __init__(self) -> None:
         Observation._made += 1
         self.number = Observation._made
-        self.texts = texts
         self.tokens = 0
         self._moments: WeakTensorKeyDictionary = WeakTensorKeyDictionary()
 
@@ -157,10 +170,7 @@ class Observation:
         self._moments.clear()
 
     def __str__(self) -> str:
-        return (
-            f"observed {len(self._moments)} matrices on {self.texts} texts of {self.tokens} tokens "
-            f"({self.nbytes / 1e6:.0f} MB)"
-        )
+        return f"observed {len(self._moments)} matrices on {self.tokens} tokens ({self.nbytes / 1e6:.0f} MB)"
 
 
 class _Recorder(TorchFunctionMode):

@@ -70,7 +70,7 @@ class OffloadLog:
     def to_dict(self) -> dict[str, object]:
         """Returns the log as values that ``json.dumps`` takes."""
         names = ("policy", "where", "moved", "kept", "weights", "resident", "peak_before", "peak_after")
-        return {"blocks": list(self.blocks), **{f"{n}": getattr(self, n) for n in names}}
+        return {"blocks": list(self.blocks), **{n: getattr(self, n) for n in names}}
 
     def lines(self) -> list[str]:
         """Returns the log for people."""

@@ -15,6 +15,7 @@ from .criteria import threshold_text
 from .models import GraphRecord, find_state
 from .offloading import OffloadLog
 from .stats import ExactStats
+from .twin_errors import BlockErrors
 from .twin_maker import PackedSite
 
 _NEVER_RAN = (
@@ -36,6 +37,7 @@ class Report:
     prefill_depths: dict[int, int]
     exact: ExactStats
     doubted: int = 0
+    block_errors: BlockErrors | None = None
     offloaded: OffloadLog | None = None
 
     @property
@@ -78,6 +80,7 @@ class Report:
                 }
                 for p in self.packed
             ],
+            "block_errors": self.block_errors.to_dict() if self.block_errors else None,
             "exit_depths": dict(self.decode_depths),
             "prefill_exit_depths": dict(self.prefill_depths),
             "mean_exit_depth": _finite(self.mean_depth),
@@ -92,6 +95,7 @@ class Report:
         for graph in self.graphs:
             lines += _graph_lines(graph)
         lines += _packed_lines(self)
+        lines += _block_lines(self.block_errors)
         lines += self.offloaded.lines() if self.offloaded else []
         lines += [f"  recompiles     {self.recompiles}"]
         lines += _depth_lines(self)
@@ -119,7 +123,8 @@ def report(model: nn.Module) -> Report:
         state.stats.depths(decode=False),
         state.stats.exact.copy(),
         state.stats.doubted,
-        state.offloaded.snapshot(),
+        block_errors=state.block_errors,
+        offloaded=state.offloaded.snapshot(),
     )
 
 
@@ -150,7 +155,7 @@ def _graph_dict(graph: GraphRecord) -> dict[str, object]:
 
 def _other_groups(graph: GraphRecord) -> dict[str, int]:
     """Returns the matrices, by name, that did not take the group size that was asked for."""
-    return {name: size for name, size in graph.group_sizes.items() if size != graph.config.group_size}
+    return {p.name: p.group_size for p in graph.packed if p.group_size != graph.config.group_size}
 
 
 def _graph_lines(graph: GraphRecord) -> list[str]:
@@ -216,6 +221,16 @@ def _sqnr_lines(title: str, decibels: dict[str, float]) -> list[str]:
     mean = sum(finite) / len(finite) if finite else math.inf
     worst = min(decibels, key=decibels.get)
     return [f"    {title}  mean {mean:.1f} dB, least {decibels[worst]:.1f} dB ({worst})"]
+
+
+def _block_lines(errors: BlockErrors | None) -> list[str]:
+    if errors is None:
+        return []
+    worst = errors.worst
+    return [
+        f"  KL by block    mean {errors.mean_kl:.5f}, most {worst.kl:.5f} (block {worst.block}), one twin at a time on "
+        f"{errors.tokens} tokens"
+    ]
 
 
 def _depth_lines(report: Report) -> list[str]:

@@ -37,7 +37,9 @@ class PackedSite:
         tensors: what the twin's graph takes: qweight, scale_zero, the bias ``[N]`` where a linear has one, and where
             inputs are scaled the norm's parameters divided by the scale, or its inverse. None at all where the
             product stays in 16 bits.
-        shape: (out_features, in_features) of the merged matrix.
+        out_features: of each linear.
+        in_features: of all of them.
+        transposed: the parameters are stored as ``[K, N]``.
         group_size: consecutive input features that share a scale and a zero.
         sqnr: signal-to-quantization-noise ratio of the weights in dB.
         seconds: time that quantizing (or reading) and packing took.
@@ -50,7 +52,9 @@ class PackedSite:
 
     name: str
     tensors: tuple[Tensor, ...]
-    shape: tuple[int, int]
+    out_features: tuple[int, ...]
+    in_features: int
+    transposed: bool
     group_size: int
     sqnr: float
     seconds: float
@@ -59,6 +63,11 @@ class PackedSite:
     artifact: str = ""
     output_sqnr: float | None = None
     input_scale: Tensor | None = None
+
+    @property
+    def shape(self) -> tuple[int, int]:
+        """(out_features, in_features) of the merged matrix."""
+        return sum(self.out_features), self.in_features
 
     @property
     def nbytes(self) -> int:
@@ -153,11 +162,12 @@ class Maker:
         if made.grid is not None and not self._below(made.quality):
             packed = pack(made.grid, site.layout)
             tensors = (packed.qweight, packed.scale_zero, *self._rest(site, made.input_scale))
-        shape = (sum(site.out_features), site.in_features)
         return PackedSite(
             name=site.name,
             tensors=tensors,
-            shape=shape,
+            out_features=site.out_features,
+            in_features=site.in_features,
+            transposed=site.transposed,
             group_size=site.group_size,
             sqnr=made.sqnr,
             seconds=time.perf_counter() - start,
@@ -217,6 +227,7 @@ class _Made:
 
     @property
     def quality(self) -> float:
+        """The signal-to-noise ratio that the floor is about: of the outputs where they were observed."""
         return self.sqnr if self.output_sqnr is None else self.output_sqnr
 
 

@@ -140,7 +140,7 @@ def test_a_wheel_holds_every_module_below_river_compile(wheel):
     for file in SOURCES:
         folder, *rest = file.relative_to(ROOT).parts
         assert "/".join([FOLDERS[folder].replace(".", "/"), *rest]) in names
-    assert "river_compile/py.typed" in names
+    assert {"river_compile/py.typed", "river_compile/calibration.txt"} <= names
     assert {name.split("/")[0] for name in names if ".dist-info/" not in name} == {"river_compile"}
 
 

@@ -1,0 +1,219 @@
+"""Quantizers compared: what twins cost in quality and in packing time, on the model's own greedy text.
+
+    python benchmarks/twins.py
+    python benchmarks/twins.py --model gemma3-270m --quantizer hqq --quantizer gptq --json twins.json
+
+Every row decodes the same answers, token by token through River. "KL" and "agreement" compare the logits with never
+exit's when every token runs through all twins (exit depth 0) behind a prompt that ran through the backbone; "prompt in
+4 bits" is the KL behind a prompt that ran through the twins too. "K" and "V" are cosines of what twins and backbone
+write to the cache when tokens leave after block 2, by layer: the mean and the smallest layer.
+
+"gptq" and "awq" observe the model's answers to other questions, or only the texts that come with the package
+("default text"). SQNR is in dB, a mean over matrices; of outputs on the model's answers to those other questions.
+"""
+
+from __future__ import annotations
+
+import argparse
+import contextlib
+import statistics
+import sys
+import time
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+
+sys.path.insert(0, str(Path(__file__).resolve().parent.parent))  # a script finds only its own folder
+
+import torch
+from river_compile.kernels.calibrated import output_sqnr_db
+from torch import Tensor
+from torch.nn.functional import cosine_similarity
+from transformers import PreTrainedModel, StaticCache
+
+import river_compile
+from benchmarks import common
+from benchmarks.own_text import CALIBRATION, MEASURED, Answer, answers
+from examples import models
+from river_compile.meter import cache_argument, compiled, token_kl
+from river_compile.models import GraphRecord, find_state
+from river_compile.observation import Observation
+from river_compile.runtime import forced_depth
+
+ROWS = ("rtn", "hqq", "awq", "gptq", "gptq, default text")
+EXIT_DEPTH = 2
+HEADERS = (
+    "quantizer", "KL", "agreement", "prompt in 4 bits", "K mean", "K least", "V mean", "V least",
+    "SQNR weights", "SQNR outputs", "packing s", "MB",
+)  # fmt: skip
+
+
+@dataclass(frozen=True)
+class Pass:
+    """One answer decoded once: logits ``[tokens, V]``, and the keys and values of its tokens, by layer."""
+
+    logits: Tensor
+    keys: list[Tensor]
+    values: list[Tensor]
+
+
+class Decoder:
+    """Feeds answers to a compiled model token by token, with a static cache."""
+
+    def __init__(self, model: PreTrainedModel, texts: Sequence[Answer]) -> None:
+        self._model, self._texts = model, texts
+        self._cache_name = cache_argument(model)
+        config = model.config.get_text_config()
+        self._cache = StaticCache(config=config, max_cache_len=max(text.ids.shape[1] for text in texts))
+
+    def run(self, depth: int) -> list[Pass]:
+        """Decodes every answer at one exit depth."""
+        return [self._decode(text, depth) for text in self._texts]
+
+    def _decode(self, text: Answer, depth: int) -> Pass:
+        self._cache.reset()
+        length = text.ids.shape[1]
+        self._step(text.ids, 0, text.prompt)
+        with forced_depth(depth):
+            logits = [self._step(text.ids, at, at + 1) for at in range(text.prompt, length)]
+        part = slice(text.prompt, length)
+        layers = self._cache.layers
+        keys, values = ([getattr(layer, n)[0, :, part].clone() for layer in layers] for n in ("keys", "values"))
+        return Pass(torch.cat(logits), keys, values)
+
+    def _step(self, ids: Tensor, start: int, stop: int) -> Tensor:
+        held = {self._cache_name: self._cache, "use_cache": True}
+        positions = torch.arange(start, stop)[None]
+        return self._model(input_ids=ids[:, start:stop], position_ids=positions, **held).logits[:, -1].clone()
+
+
+def main(arguments: list[str] | None = None) -> int:
+    """Runs the command line and returns the exit status."""
+    options = _parse(arguments)
+    torch.set_num_threads(options.threads)
+    models.quiet()
+    try:
+        model, tokenizer = models.load(options.model)
+    except (models.ModelUnavailable, ValueError) as error:
+        print(f"error: {error}", file=sys.stderr)
+        return 1
+    measured = answers(model, tokenizer, MEASURED[: options.texts], options.tokens)
+    calibration = [text.ids for text in answers(model, tokenizer, CALIBRATION, options.calibration_tokens)]
+    tokens = sum(text.ids.shape[1] - text.prompt for text in measured)
+    print(f"{options.model}, group size {options.group_size}, {len(measured)} answers, {tokens} tokens")
+    rows = measure(model, tokenizer, measured, calibration, options)
+    common.print_table(HEADERS, [[_shown(name, row.get(name)) for name in HEADERS] for row in rows])
+    if options.json:
+        machine = common.machine_facts(options.threads)
+        content = {"benchmark": "twins", "model": options.model, "group_size": options.group_size, "tokens": tokens}
+        common.write_json(options.json, {**content, "machine": machine, "rows": rows})
+        print(f"\nWritten to {options.json}")
+    return 0
+
+
+def measure(
+    model: PreTrainedModel,
+    tokenizer,
+    texts: Sequence[Answer],
+    calibration: Sequence[Tensor],
+    options: argparse.Namespace,
+) -> list[dict]:
+    """Returns a row for each quantizer."""
+    start = time.perf_counter()
+    own = river_compile.observe(model, inputs=calibration)
+    print(f"observing {own.tokens} tokens took {time.perf_counter() - start:.1f} s", flush=True)
+    rows, reference = [], None
+    for name in options.quantizer:
+        print(f"measuring {name} ...", file=sys.stderr, flush=True)
+        find_state(model.parameters()).observation = own
+        if name.endswith("default text"):
+            river_compile.observe(model, tokenizer)
+        state = find_state(model.parameters())
+        graphs_before = len(state.graphs)
+        settings = {"quantizer": name.partition(",")[0], "group_size": options.group_size}
+        with decoding(model, texts, {**settings, "first_exit": 1}) as decoder:
+            num_blocks = len(decoder.run(0)[0].keys)  # compiles
+            reference = reference or decoder.run(num_blocks)
+            row = {"quantizer": name, **quality(decoder, reference, num_blocks)}
+        with decoding(model, texts, {**settings, "exit_depth": 0, "prefill": "exit"}) as decoder:
+            row["prompt in 4 bits"] = _mean_kl(reference, decoder.run(0))
+        rows.append({**row, **packing(model, state.graphs[graphs_before:], own)})
+    return rows
+
+
+@contextlib.contextmanager
+def decoding(model: PreTrainedModel, texts: Sequence[Answer], settings: dict[str, object]) -> Iterator[Decoder]:
+    """Compiles the model for the time of a with statement."""
+    torch._dynamo.reset()
+    with compiled(model, settings), torch.inference_mode():
+        yield Decoder(model, texts)
+
+
+def quality(decoder: Decoder, reference: Sequence[Pass], num_blocks: int) -> dict:
+    """Compares logits at depth 0, and cache entries at depth 2, with never exit's."""
+    river, left = decoder.run(0), decoder.run(EXIT_DEPTH)
+    agreement = [(a.logits.argmax(-1) == b.logits.argmax(-1)).float() for a, b in zip(reference, river, strict=True)]
+    row = {
+        "KL": _mean_kl(reference, river),
+        "agreement": torch.cat(agreement).mean().item(),
+    }
+    for name, part in (("K", "keys"), ("V", "values")):
+        by_layer = [statistics.fmean(_cosines(reference, left, part, layer)) for layer in range(EXIT_DEPTH, num_blocks)]
+        row |= {f"{name} mean": statistics.fmean(by_layer), f"{name} least": min(by_layer)}
+    return row
+
+
+def packing(model: PreTrainedModel, graphs: Sequence[GraphRecord], observation: Observation) -> dict:
+    """Returns signal-to-noise ratios, seconds and bytes of the twins of some graphs."""
+    state = find_state(model.parameters())
+    sites = {id(site) for site in graphs[-1].packed}
+    made = [(site, sources) for site, sources in state.packed.made() if id(site) in sites]
+    outputs = []
+    for site, sources in made:
+        parts = [w.T if site.transposed else w for w in sources[: len(site.out_features)]]
+        moments = observation.moments_of(sources[0]).matrix()
+        outputs.append(output_sqnr_db(torch.cat(parts), site.dequantize(), moments))
+    return {
+        "SQNR weights": statistics.fmean(site.sqnr for site, _ in made),
+        "SQNR outputs": statistics.fmean(outputs),
+        "packing s": sum(graph.seconds["packing"] for graph in graphs),
+        "MB": sum(site.nbytes for site, _ in made) / 1e6,
+    }
+
+
+def _mean_kl(reference: Sequence[Pass], other: Sequence[Pass]) -> float:
+    return torch.cat([token_kl(a.logits, b.logits) for a, b in zip(reference, other, strict=True)]).mean().item()
+
+
+def _cosines(reference: Sequence[Pass], other: Sequence[Pass], part: str, layer: int) -> list[float]:
+    """Returns the cosine of every token's keys or values in a layer, all heads together."""
+    found = []
+    for a, b in zip(reference, other, strict=True):
+        rows = [getattr(run, part)[layer].transpose(0, 1).flatten(1).float() for run in (a, b)]
+        found += cosine_similarity(*rows, dim=-1).tolist()
+    return found
+
+
+def _shown(name: str, value: object) -> object:
+    if not isinstance(value, float):
+        return value
+    return f"{value:.1f}" if name.startswith(("SQNR", "packing", "MB")) else f"{value:.4f}"
+
+
+def _parse(arguments: list[str] | None) -> argparse.Namespace:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--model", default="smollm2", help=f"{', '.join(models.MODELS)} or a model folder")
+    parser.add_argument("--quantizer", action="append", choices=ROWS, help="may be repeated (default: all)")
+    parser.add_argument("--group-size", type=int, default=64, choices=(32, 64, 128, 256))
+    parser.add_argument("--texts", type=int, default=12, help="answers to measure (at most 12, the default)")
+    parser.add_argument("--tokens", type=int, default=48, help="longest answer that is measured (default 48)")
+    parser.add_argument("--calibration-tokens", type=int, default=128, help="longest answer observed (default 128)")
+    parser.add_argument("--threads", type=int, default=2)
+    parser.add_argument("--json", type=Path, metavar="FILE", help="write the outcome as JSON")
+    options = parser.parse_args(arguments)
+    options.quantizer = options.quantizer or list(ROWS)
+    return options
+
+
+if __name__ == "__main__":
+    sys.exit(main())
