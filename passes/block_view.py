@@ -10,6 +10,7 @@ import operator
 from collections.abc import Iterable
 from dataclasses import dataclass, field
 
+import torch
 from torch import fx
 
 from .decoder_layers import is_tensor, value_of
@@ -22,7 +23,7 @@ class CacheEntry:
     """How keys or values enter a static cache.
 
     Attributes:
-        cache: the placeholder ``[B, J, S, D]``.
+        cache: a placeholder, or a new tensor where a prompt's graph makes it, ``[B, J, S, D]``.
         value: the entry ``[B, J, T, D]``.
         slot: a tensor of one element for each position, or the last slot of a cache whose entries move up by one first.
         writer: the node that writes it, `moved` the one that moves the others (None where nothing moves).
@@ -64,11 +65,11 @@ class BlockView:
         for node in self.graph.nodes:
             found: set[fx.Node] = set()
             for source in node.all_input_nodes:
-                found |= {source} if is_product(source) or source.op == "placeholder" else self._reads[source]
+                found |= {source} if is_product(source) or _is_start(source) else self._reads[source]
             self._reads[node] = found
 
     def sources(self, node: fx.Node) -> set[fx.Node]:
-        """Returns the nearest products and the placeholders that a value is computed from."""
+        """Returns the nearest products, the placeholders and the new tensors that a value is computed from."""
         return {node} if is_product(node) else self._reads[node]
 
     def products(self) -> list[fx.Node]:
@@ -149,14 +150,18 @@ def _is_last(index: object) -> bool:
     return index == -1 or (name_of(index) == "tensor" and index.args[0] == [-1])
 
 
+def _is_start(node: fx.Node) -> bool:
+    """True for what is computed from no tensor: inputs, and new tensors such as a cache before its first token."""
+    sizes = all(isinstance(value_of(n), (int, torch.SymInt)) for n in node.all_input_nodes)
+    return node.op == "placeholder" or (is_tensor(node) and sizes)
+
+
 def _is_cache(node: object) -> bool:
-    return isinstance(node, fx.Node) and node.op == "placeholder" and is_tensor(node) and value_of(node).dim() == 4
+    return isinstance(node, fx.Node) and is_tensor(node) and _is_start(node) and value_of(node).dim() == 4
 
 
 def _grows_a_cache(node: fx.Node) -> bool:
-    return (
-        name_of(node) == "cat"
-        and argument(node, 1, "dim") in (2, -2)
-        and len(node.args[0]) == 2
-        and _is_cache(node.args[0][0])
-    )
+    if name_of(node) != "cat" or argument(node, 1, "dim") not in (2, -2) or len(node.args[0]) != 2:
+        return False
+    before, _ = node.args[0]
+    return _is_cache(before) or (_is_start(before) and value_of(node).dim() == 4 and shape(before) == (0,))
