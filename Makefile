@@ -1,5 +1,7 @@
 # make demo    plain model and River side by side          make bench   decode speed of every configuration
 # make test    lint and all tests                          make clean   remove what make built here
+# make gpu     on a machine with a GPU, under ten minutes: the tests that need one, then decode speed against its
+#              targets (gpu.json). Needs no download once the environment is there. Without a GPU, see docs/cuda.md.
 #
 # Variables: PYTHON (3.10 or newer; makes the virtual environment), VENV (its folder), RIVER_CACHE (converted models),
 # ARGS (arguments of the demo or the benchmark, as in `make demo ARGS="--new-tokens 64"`).
@@ -15,7 +17,7 @@ CREATED := $(VENV)/.created
 FOR_DEMO := $(VENV)/.installed-demo
 FOR_TEST := $(VENV)/.installed-test
 
-.PHONY: help demo test bench clean
+.PHONY: help demo test bench gpu clean
 .DELETE_ON_ERROR:
 
 help:
@@ -32,6 +34,11 @@ test: $(FOR_TEST)
 
 bench: $(FOR_DEMO)
 	$(IN_VENV) benchmarks/decode.py $(ARGS)
+
+gpu: $(FOR_TEST)
+	@$(IN_VENV) tools/check_gpu.py
+	$(IN_VENV) -m pytest -m gpu
+	$(IN_VENV) benchmarks/decode.py --device cuda --random llama-3.2-1b llama-3.1-8b --json gpu.json $(ARGS)
 
 clean:
 	rm -rf $(VENV) build dist *.egg-info .pytest_cache .ruff_cache .hypothesis

@@ -10,6 +10,7 @@ worker goes to a log file, whose end is shown when the worker fails.
 
 from __future__ import annotations
 
+import argparse
 import contextlib
 import json
 import os
@@ -146,6 +147,18 @@ def print_table(headers: Sequence[str], rows: Sequence[Sequence[object]]) -> Non
     print("  ".join("-" * width for width in widths))
     for line in cells:
         print(lay_out(line))
+
+
+def number(least: int) -> Callable[[str], int]:
+    """Returns a parser of integers of `least` or more, for command lines."""
+
+    def parse(text: str) -> int:
+        value = int(text)
+        if value < least:
+            raise argparse.ArgumentTypeError(f"{value} is too small; give {least} or more")
+        return value
+
+    return parse
 
 
 def write_json(path: str | Path, content: object) -> None:

@@ -12,6 +12,7 @@ batch 1, once to compile, once to warm up, and then `--repeats` times; the repea
     mean depth        backbone blocks executed per decoded token
     peak RSS, MiB     of the row's process, loading included (mapped weight files count)
 
+`--device cuda` measures random models on a GPU, `--estimate` says what can be said without one (cuda_decode.py).
 All processes stay in memory until the end: choose `--rows` for models of more than about a billion parameters.
 Nothing here looks at the quality of the text.
 """
@@ -29,7 +30,7 @@ from pathlib import Path
 
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))  # a script finds only its own folder
 
-from benchmarks import common
+from benchmarks import common, cuda_decode
 from examples import models
 
 PROMPT = "Write a Python function that returns the n-th Fibonacci number."
@@ -81,6 +82,9 @@ def main(arguments: list[str] | None = None) -> int:
         common.serve({"prepare": bench.prepare, "measure": bench.measure})
         return 0
     try:
+        if cuda_decode.wanted(options):
+            cuda_decode.check(options)
+            return cuda_decode.main(options)
         folder = models.resolve(options.model)
         absent = _absent_rows(options)
         rows = [name for name in options.rows if name not in absent]
@@ -325,27 +329,16 @@ def _parse(arguments: list[str] | None) -> argparse.Namespace:
     parser.add_argument("--model", default="smollm2", help="a known model's name or a model folder (%(default)s)")
     parser.add_argument("--gguf", type=Path, help="the GGUF file that the model folder was made of, for llama_cpp")
     parser.add_argument("--dtype", default="bfloat16", choices=DTYPES, help="of all rows that name none (%(default)s)")
-    parser.add_argument("--new-tokens", type=_number(2), default=128, help="tokens per generation (%(default)s)")
-    parser.add_argument("--threads", type=_number(1), default=2, help="threads of every process (%(default)s)")
-    parser.add_argument("--repeats", type=_number(1), default=3, help="measurements per row (%(default)s)")
+    parser.add_argument("--new-tokens", type=common.number(2), default=128, help="tokens per generation (%(default)s)")
+    parser.add_argument("--threads", type=common.number(1), default=2, help="threads of every process (%(default)s)")
+    parser.add_argument("--repeats", type=common.number(1), default=3, help="measurements per row (%(default)s)")
     parser.add_argument(
         "--rows", nargs="+", choices=list(ROWS), default=list(ROWS), metavar="ROW", help=", ".join(ROWS)
     )
     parser.add_argument("--json", type=Path, help="also write the outcome to this file")
+    cuda_decode.add_arguments(parser)
     parser.add_argument("--worker", action="store_true", help=argparse.SUPPRESS)
     return parser.parse_args(arguments)
-
-
-def _number(least: int):
-    """Returns a parser of integers of `least` or more."""
-
-    def parse(text: str) -> int:
-        number = int(text)
-        if number < least:
-            raise argparse.ArgumentTypeError(f"{number} is too small; give {least} or more")
-        return number
-
-    return parse
 
 
 if __name__ == "__main__":

@@ -94,7 +94,7 @@ def show(model: PreTrainedModel, options: argparse.Namespace, ahead: bool) -> No
     with watching() as watch:
         log = warmup(model, cache)
         depths = [*watch.executor.units.ends]
-        steps = {depth: _step(model, cache, watch, depth) for depth in depths}
+        steps = {depth: step(model, cache, watch, depth) for depth in depths}
     if not ahead:
         units = _units(watch.executor)
         _print_units(watch, units)
@@ -115,18 +115,24 @@ def show(model: PreTrainedModel, options: argparse.Namespace, ahead: bool) -> No
 
 
 def _model(options: argparse.Namespace) -> PreTrainedModel:
-    torch._dynamo.reset()
     if options.model:
+        torch._dynamo.reset()
         return models.load(options.model)[0]
+    return random_llama(options.layers)
+
+
+def random_llama(layers: int) -> PreTrainedModel:
+    """Returns a small Llama with random weights, of which Dynamo knows nothing yet."""
+    torch._dynamo.reset()
     torch.manual_seed(0)
     config = LlamaConfig(
-        vocab_size=1024, hidden_size=256, intermediate_size=512, num_hidden_layers=options.layers,
+        vocab_size=1024, hidden_size=256, intermediate_size=512, num_hidden_layers=layers,
         num_attention_heads=4, num_key_value_heads=2, eos_token_id=None, pad_token_id=0,
     )  # fmt: skip
     return LlamaForCausalLM(config).to(torch.bfloat16).eval()
 
 
-def _step(model: PreTrainedModel, cache: StaticCache, watch: Watch, depth: int) -> list[Event]:
+def step(model: PreTrainedModel, cache: StaticCache, watch: Watch, depth: int) -> list[Event]:
     """Decodes one token that leaves at a depth; returns what the recorder saw."""
     cache.reset()
     ids = torch.ones(1, _PROMPT, dtype=torch.long)
@@ -140,7 +146,8 @@ def _step(model: PreTrainedModel, cache: StaticCache, watch: Watch, depth: int) 
 def _units(executor: CapturedExecutor) -> dict[str, Unit]:
     ends = executor.units.ends
     pieces = [executor.units.piece(a, b) for a, b in zip((0, *ends), ends, strict=False)]
-    return {unit.name: unit for unit in (*pieces, *(executor.units.tail(d) for d in ends[:-1]))}
+    tails = [executor.units.tail(depth) for depth in ends if depth < len(executor.blocks)]
+    return {unit.name: unit for unit in (*pieces, *tails)}
 
 
 def _print_units(watch: Watch, units: dict[str, Unit]) -> None:

@@ -6,13 +6,13 @@ judge an approximation V of W by the error of its outputs, ``E |W x - V x|^2 = t
     fit_grid   scale and zero of every group for weights that count by ``diag(H)``: the extremes are clipped by steps,
                then scale and zero are solved for the integers found (weighted least squares), a few times over
     awq        AWQ (Lin et al. 2023, arXiv 2306.00978): input feature k is scaled by ``s_k = (E x_k^2)^(alpha / 2)``
-               before the fit, so that weights which meet large inputs are rounded less; alpha by search. The caller
-               divides the inputs by s
+               before the fit, so that weights which meet large inputs are rounded less; alpha rises from 0 for as long
+               as that helps. The caller divides the inputs by s
     gptq       GPTQ (Frantar et al. 2022, arXiv 2210.17323): columns are rounded one after another, those with the
                largest inputs first, and each one's error is made up for by the columns that follow
 
-Not handled: errors of earlier layers in the inputs. Moments taken behind 4-bit layers gave the same quality, and
-weights solved to undo the earlier error a worse one.
+Not handled: errors of earlier layers in the inputs. The moments are the backbone's, since a twin runs behind any number
+of twins, or none.
 """
 
 from __future__ import annotations
@@ -144,8 +144,9 @@ def awq(
         grid = round_to_grid(scaled, group_size, squares if scale_K is None else squares / scale_K.square(), dtype)
         stands_for = grid.dequantize() if scale_K is None else grid.dequantize() / scale_K
         noise = _energy(weight - stands_for, moments)
-        if best is None or noise < best[0]:
-            best = (noise, grid, scale_K)
+        if best is not None and noise >= best[0]:
+            break
+        best = (noise, grid, scale_K)
     return best[1], best[2]
 
 

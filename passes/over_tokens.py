@@ -100,11 +100,11 @@ def over_tokens(segment: Segment, block: Block, name: str, scored: bool) -> Segm
         return refusal
     source_of = dict(zip((n for n in nodes if n.op == "placeholder"), segment.inputs, strict=True))
     writes = [n for n in nodes if n.target == "index_copy_"]
-    advances = {n for n in nodes for m in mutated_inputs(n) if source_of.get(m) in block.kv.lengths}
+    advances = [n for n in nodes for m in mutated_inputs(n) if source_of.get(m) in block.kv.lengths]
     front = ancestors([a for write in writes for a in write.args[2:4]])
     behind = [n for n in nodes if n not in front and n not in writes and n not in advances]
     behind = [n for n in behind if n.op not in ("placeholder", "output")]
-    crossing = [n for n in front if n.op != "placeholder" and any(user in behind for user in n.users)]
+    crossing = [n for n in nodes if n in front and n.op != "placeholder" and any(user in behind for user in n.users)]
     shared = {n for n in source_of if not _is_mapped(source_of[n], block)}
 
     graph = fx.Graph()

@@ -211,6 +211,11 @@ class RiverConfig:
                 "only afterwards; use prefill='backbone', or criterion='similarity'"
             )
 
+    @staticmethod
+    def choices(name: str) -> tuple[str, ...]:
+        """Returns the values that an option with a fixed set of them takes: ``choices("quantizer")``."""
+        return _CHOICES[name]
+
     @classmethod
     def from_options(cls, options: Mapping[str, object] | None) -> RiverConfig:
         """Builds a config from the ``options`` of ``torch.compile``.

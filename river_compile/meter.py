@@ -95,26 +95,36 @@ class Meter:
         samples: the texts' ids, each ``[1, tokens]`` and of one length.
         context: ids of a text that run as its prompt.
         progress: whether to show progress bars.
+        references: never exit's run of each text where another meter has them; the first text then runs for its time.
 
     Attributes:
         references: never exit's run of each text.
         num_blocks: blocks of the model.
+        cache: what the text that ran last left behind.
     """
 
     def __init__(
-        self, model: PreTrainedModel, criterion: Criterion, samples: Sequence[Tensor], context: int, progress: bool
+        self,
+        model: PreTrainedModel,
+        criterion: Criterion,
+        samples: Sequence[Tensor],
+        context: int,
+        progress: bool,
+        references: Sequence[Run] | None = None,
     ) -> None:
         self._model, self._criterion, self._context = model, criterion, context
         self._samples, self._progress = samples, progress
         config = model.config.get_text_config()
-        self._cache = StaticCache(config=config, max_cache_len=samples[0].shape[1])
-        self._cache_name = cache_argument(model)
+        self.cache = StaticCache(config=config, max_cache_len=samples[0].shape[1])
+        self._held = {cache_argument(model): self.cache, "use_cache": True}
         self._prompts: dict[int, _AfterPrompt] = {}
         self._seconds: dict[Kind, list[float]] = {}
         for threshold in (criterion.never, criterion.never, criterion.always):  # the first runs pack and compile
             with forced_threshold(threshold, 1):
                 self._decode(0)
-        self.references = [self.run(i, (criterion.never, 1)) for i in self._bar(range(len(samples)), "never exit")]
+        needed = range(len(samples) if references is None else 1)
+        runs = [self.run(i, (criterion.never, 1)) for i in self._bar(needed, "never exit")]
+        self.references = runs if references is None else list(references)
         self.num_blocks = self.references[0].steps[0].depth
 
     def run(self, index: int, rule: Rule) -> Run:
@@ -197,11 +207,11 @@ class Meter:
     def _prompt(self, index: int, ids: Tensor) -> None:
         """Makes cache and memory those behind a text's prompt."""
         if index in self._prompts:
-            self._prompts[index].restore(self._cache, self._memories())
+            self._prompts[index].restore(self.cache, self._memories())
             return
-        self._cache.reset()
+        self.cache.reset()
         self._step(ids, 0, self._context)
-        self._prompts[index] = _AfterPrompt.of(self._cache, self._memories())
+        self._prompts[index] = _AfterPrompt.of(self.cache, self._memories())
 
     def _memories(self) -> Memories:
         state = find_state(self._model.parameters())
@@ -211,8 +221,7 @@ class Meter:
 
     def _step(self, ids: Tensor, start: int, stop: int) -> Tensor:
         positions = torch.arange(start, stop, device=ids.device)[None]
-        held = {self._cache_name: self._cache, "use_cache": True}
-        return self._model(input_ids=ids[:, start:stop], position_ids=positions, **held).logits[:, -1]
+        return self._model(input_ids=ids[:, start:stop], position_ids=positions, **self._held).logits[:, -1]
 
     def _bar(self, texts: Sequence[int], title: str) -> tqdm:
         return tqdm(texts, desc=f"river: {title}", unit="text", leave=False, disable=not self._progress)

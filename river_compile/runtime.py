@@ -128,6 +128,9 @@ class RiverExecutor:
     Attributes:
         prologue, blocks, twins, head, river_head: the steps; None stands for a segment that cannot be reached.
         size: number of registers, the graph's inputs first, the fill's last.
+        fill: what stands in for the entries of skipped blocks.
+        place: where the fill finds its values.
+        decodes: whether the graph is a decode step's.
         streamer: brings in the weights of offloaded blocks, None where there is nothing to bring.
     """
 
@@ -154,13 +157,13 @@ class RiverExecutor:
         self._check_capacity = capacity_check(plan, register)
         self._rule = rule
         self._stats = stats
-        self._decode = plan.is_decode
+        self.decodes = plan.is_decode
         self._memories = memories or Memories()
         self._cache_in, self._cache_out = cache_registers(plan, register)
         self._rewind = rewind_of(plan, register)
-        self._fill = fill = fill or Fill()
-        self._place = place_of(program, register)
-        self.blocks = fill.blocks(self.blocks, [steps.get(s.name) for s in program.catch_up], self._place)
+        self.fill = fill = fill or Fill()
+        self.place = place_of(program, register)
+        self.blocks = fill.blocks(self.blocks, [steps.get(s.name) for s in program.catch_up], self.place)
         self._remembers = rule.criterion.remembers or fill.remembers
         self.streamer: Streamer | None = None
 
@@ -172,21 +175,21 @@ class RiverExecutor:
             self.prologue(registers)
             if self._check_capacity is not None:
                 self._check_capacity(registers)
-            limit = self._fill.begin(registers, memory, self._place)
+            limit = self.fill.begin(registers, memory, self.place)
             outcome = self._run_blocks(registers, rule, memory, limit)
             if rule.threshold is not None and rule.criterion.may_doubt and outcome.depth < len(self.blocks):
                 outcome = self._finish_or_doubt(registers, outcome, rule)
             else:
                 outputs = self._finish(registers, outcome.depth)
-                self._fill.end(registers, memory, self._place, outcome.depth)
+                self.fill.end(registers, memory, self.place, outcome.depth)
                 self._keep(registers, memory, outputs)
         self._close(outcome)
         return tuple(self._return(registers))
 
     def _close(self, outcome: Outcome) -> None:
         """Ends a step."""
-        self._stats.count(outcome.depth, self._decode, outcome.doubted)
-        record_step(self._stats, self._decode, outcome)
+        self._stats.count(outcome.depth, self.decodes, outcome.doubted)
+        record_step(self._stats, self.decodes, outcome)
         if self.streamer is not None:
             self.streamer.forget()
 
@@ -238,7 +241,7 @@ class RiverExecutor:
         if not self._remembers or self._cache_in is None:
             return Memory()
         memory = self._memories.recall(registers[self._cache_in])
-        return memory if self._decode else Memory(gaps=memory.gaps)
+        return memory if self.decodes else Memory(gaps=memory.gaps)
 
     def _keep(self, registers: list, memory: Memory, outputs: Sequence) -> None:
         if self._remembers and self._cache_out is not None:
@@ -248,9 +251,9 @@ class RiverExecutor:
     def _rule_of_step(self) -> ExitRule:
         """Returns the exit rule with what this thread forces on it."""
         threshold, depth = getattr(_forced, "threshold", None), getattr(_forced, "depth", None)
-        if self._decode and depth is not None:
+        if self.decodes and depth is not None:
             return replace(self._rule, threshold=None, fixed_depth=self._check_depth(depth))
-        if self._decode and threshold is not None:
+        if self.decodes and threshold is not None:
             return replace(self._rule, threshold=self._check_threshold(threshold[0]), first_exit=threshold[1])
         return self._rule
 

@@ -2,13 +2,13 @@
 
 from __future__ import annotations
 
-import inspect
 from collections.abc import Sequence
 
 import torch
 from torch import Tensor
 from transformers import DynamicCache, PreTrainedModel, StaticCache
 
+from river_compile.meter import cache_argument
 from river_compile.runtime import forced_depth
 from tests.families import prompt
 
@@ -50,11 +50,6 @@ def decode(model, cache, depths: Sequence[int | None], batch: int = 2, compiled:
         with forced_depth(depth):
             logits.append(run(**arguments, **held).logits)
     return logits
-
-
-def cache_argument(model: PreTrainedModel) -> str:
-    """Returns how this release of transformers calls the cache: `cache`, and `past_key_values` before."""
-    return "cache" if "cache" in inspect.signature(model.forward).parameters else "past_key_values"
 
 
 def cache_state(cache) -> list[tuple[Tensor, Tensor, int]]:

@@ -1,11 +1,14 @@
 """The benchmarks' machinery without a model: worker processes, turns, medians, ratios, tables, files."""
 
+import itertools
 import json
+import math
 import time
 
 import pytest
+import torch
 
-from benchmarks import common, decode
+from benchmarks import common, cuda_decode, cuda_worker, decode, offload, roofline
 
 ROOT = decode.Path(__file__).resolve().parent.parent
 WORKER = f"""
@@ -197,3 +200,157 @@ def test_the_llama_cpp_runner_takes_no_token_too_many():
     assert runner.warm_up() is None
     assert runner.rate() > 0
     assert (runner.llama.pulled, runner.llama.resets) == (2 + 4 + 4, 3)
+
+
+@pytest.fixture
+def tiny(monkeypatch):
+    """A shape that `--random` can build here."""
+    from river_compile.kernels.models import MODELS, ModelShape
+
+    monkeypatch.setitem(MODELS, "llama-tiny", ModelShape("llama-tiny", 4, 64, 4, 2, 16, 128, 96))
+    return "llama-tiny"
+
+
+def test_a_token_costs_what_its_blocks_cost():
+    """Bytes of Llama-3.1-8B by hand: 16-bit weights and the cache for never leaving, 4.5 bits a weight for depth 0."""
+    line = roofline.Roofline("llama-3.1-8b", context=1024, group_size=64)
+    weights = 32 * (4096 * (6144 + 4096 + 3 * 14336) + 2 * 4096)
+    head, cache = 2 * 4096 * 128256, 32 * 2 * 2 * 1024 * 1024
+    assert math.isclose(line.token(None).bytes, 2 * weights + head + cache, rel_tol=0.01)
+    assert math.isclose(line.token(0).bytes, weights * (0.5 + 4 / 64) + head + cache, rel_tol=0.01)
+    assert line.token(32) == roofline.TokenCost(32, line.token(None).launches, line.token(None).bytes)
+    deeper = [line.token(depth).bytes for depth in range(33)]
+    assert len({b - a for a, b in itertools.pairwise(deeper)}) == 1
+    assert line.token(0).launches == 32 * 7 + 1
+
+
+def test_the_estimate_prints_costs_targets_and_the_schedule(tmp_path, capsys, monkeypatch):
+    """Llama-3.1-8B with the schedule of four blocks: what a target needs is its share of the roofline's speed."""
+    out = tmp_path / "out.json"
+    arguments = [
+        "--random",
+        "llama-3.1-8b",
+        "--estimate",
+        "--blocks",
+        "4",
+        "--depths",
+        "never",
+        "0",
+        "3",
+        "--bandwidth",
+    ]
+    assert decode.main([*arguments, "3350", "--json", str(out)]) == 0
+    outcome = json.loads(out.read_text())["models"]["llama-3.1-8b"]
+    never, left, third = outcome["tokens"]
+    assert (never["exit"], left["exit"], third["exit"]) == ("never", "depth 0", "depth 3")
+    assert 215 < never["tokens_per_s"] < 225  # 15.2 GB at 3350 GB/s
+    assert math.isclose(left["needs"], 330 / left["tokens_per_s"])
+    assert math.isclose(1 / 300, third["seconds"] + third["launches"] * third["seconds_per_launch"])
+    steps = {(row["exit"], row["how"]): (row["graphs"], row["flags"]) for row in outcome["schedule"]}
+    assert steps == {
+        ("never", "forced"): (1, 0),
+        ("never", "asked"): (4, 3),
+        ("depth 0", "forced"): (2, 0),
+        ("depth 3", "forced"): (2, 0),
+        ("depth 3", "asked"): (4, 3),
+    }
+    printed = capsys.readouterr().out
+    assert "Nothing was run on a GPU. Bytes at 3350 GB/s" in printed
+    assert "51%" in printed  # what 330 tokens/s need
+
+
+@pytest.mark.parametrize(
+    ("arguments", "words"),
+    [
+        (["--device", "cuda"], "name the models to build: --random llama-3.2-1b llama-3.1-8b"),
+        (["--estimate"], "name the models to build"),
+        (["--random", "llama-9", "--estimate"], "--random llama-9 is no model that can be built"),
+        (["--random", "llama-3.2-1b"], "--random needs --device cuda, or --estimate"),
+        (["--random", "llama-3.2-1b", "--device", "cuda"], "torch sees no GPU here; --estimate prints"),
+        (["--random", "llama-3.2-1b", "--estimate", "--depths", "16"], "--depths 16 lies behind the last exit of 16"),
+    ],
+)
+def test_what_the_gpu_benchmark_cannot_do_is_named(arguments, words, capsys, monkeypatch):
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: False)
+    assert decode.main(arguments) == 1
+    assert words in capsys.readouterr().err
+
+
+@pytest.mark.parametrize("bandwidth", ["0", "-3", "nan"])
+def test_a_bandwidth_is_positive(bandwidth, capsys):
+    with pytest.raises(SystemExit):
+        decode.main(["--random", "llama-3.2-1b", "--estimate", "--bandwidth", bandwidth])
+    assert f"{bandwidth} is no bandwidth" in capsys.readouterr().err
+
+
+def test_a_gpu_run_starts_a_process_for_each_backend(monkeypatch, capsys, tiny):
+    """With stand-ins for the GPU: what the workers are asked, what the table and its last lines say."""
+    asked = []
+
+    def answer(self, command, **job):
+        asked.append((command, job["backend"]))
+        depths = job["depths"] if job["backend"] == "river" else [None]
+        names = [f"river {roofline.depth_name(d)}" for d in depths] if job["backend"] == "river" else [job["backend"]]
+        row = {"backend": job["backend"], "generate_tokens_per_s": 50.0, "bytes": 10**9, "kernels": 9, "graphs": 2}
+        row |= {"capture_s": 0.5, "capture_bytes": 10**6}
+        speeds = {"inductor": 100.0, "river depth 3": 250.0}
+        rows = [row | {"name": n, "depth": d, "tokens_per_s": speeds.get(n, 80.0)} for n, d in zip(names, depths)]  # noqa: B905
+        return {"rows": rows, **({"check": {"seconds": 1e-5, "count": 3}} if job["backend"] == "river" else {})}
+
+    monkeypatch.setattr(FakeWorker, "ask", answer)
+    monkeypatch.setattr(common, "Worker", FakeWorker)
+    options = decode._parse(["--device", "cuda", "--random", tiny])
+    cuda_decode.show(tiny, cuda_decode._measured(tiny, options), bandwidth=1e12)
+    assert asked == [("measure", backend) for backend in ("eager", "inductor", "river")]
+    printed = capsys.readouterr().out
+    assert "One exit check costs 10.00 us; all 3 of them are 0.2% of a token" in printed
+    assert "Depth 3 over Inductor's 16-bit model: 2.50 (2.16 to reach)." in printed
+    assert "25%" in printed  # 250 tokens/s of 1 GB, where copies reach 1000 GB/s
+
+
+@pytest.mark.parametrize(("backend", "names"), [("eager", ["eager"]), ("river", ["river never", "river depth 1"])])
+def test_the_gpu_worker_measures_a_tiny_model_here(backend, names, tiny, monkeypatch):
+    """Apart from the device it is the code of a GPU run: rows, rates, the exit check, and a cache taken back."""
+    compile_model = torch.nn.Module.compile
+
+    def eagerly(model, **settings):  # (Inductor would take longer than all the rest)
+        settings["options"] |= {"lowering": "eager"}
+        return compile_model(model, **settings)
+
+    monkeypatch.setattr(torch.nn.Module, "compile", eagerly)
+    grad = torch.is_grad_enabled()
+    try:
+        job = {"depths": [None, 1], "context": 8, "group_size": 32, "new_tokens": 5, "device": "cpu"}
+        answer = cuda_worker.measure(tiny, backend, **job)
+    finally:
+        torch.set_grad_enabled(grad)
+    assert [row["name"] for row in answer["rows"]] == names
+    assert all(row["tokens_per_s"] > 0 and row["generate_tokens_per_s"] > 0 for row in answer["rows"])
+    assert ("check" in answer) == (backend == "river")
+
+
+def test_rounds_take_back_what_they_decoded(tiny):
+    loop = cuda_worker.Loop(cuda_worker.random_model(tiny, "cpu"), context=8, new_tokens=5, static=True)
+    with torch.no_grad():
+        assert loop.seconds_per_token() > 0
+    assert int(loop._cache.get_seq_length()) == 8
+
+
+def test_offloading_is_compared_with_a_model_in_memory(monkeypatch, tmp_path, capsys):
+    """Which rows are measured, and the share that stays."""
+    asked = []
+
+    def answer(self, command, options, **job):
+        asked.append(options)
+        moved = 6 * 10**6 if "offload" in options else 0
+        speeds = {"prompt_s": 0.1, "decode_tokens_per_s": 50.0, "mean_depth": 2.0}
+        return {"weights_bytes": 10**7, "resident_bytes": 10**7 - moved, "process_bytes": 10**8, **speeds}
+
+    monkeypatch.setattr(FakeWorker, "ask", answer)
+    monkeypatch.setattr(common, "Worker", FakeWorker)
+    (tmp_path / "config.json").write_text("{}")
+    assert offload.main(["--model", str(tmp_path), "--offload", "2"]) == 0
+    tau = {"threshold": 0.7}
+    assert asked == [tau, *({**tau, "offload": 2, "offload_policy": policy} for policy in ("exit", "fetch"))]
+    lines = capsys.readouterr().out.splitlines()
+    assert [line.split()[-5] for line in lines[-3:]] == ["100%", "40%", "40%"]

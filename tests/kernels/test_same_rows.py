@@ -60,8 +60,22 @@ def test_attention_rows_have_the_bits_of_one_query_at_a_time(batch, width, kv_he
         alone.append(
             F.scaled_dot_product_attention(q[:, :, i : i + 1], k[:, :, :seen], v[:, :, :seen], own, enable_gqa=True)
         )
-    rows = same_rows_attention(q, k, v, mask, None, True, grown)
-    # A batch of problems is split among threads by its size, which changes no problem's own sum.
+    assert torch.equal(same_rows_attention(q, k, v, mask, None, True, grown), torch.cat(alone, 2))
+
+
+@pytest.mark.parametrize("grown", [True, False])
+def test_attention_gives_a_library_the_batch_that_a_pass_of_one_token_gives_it(grown, monkeypatch):
+    """A library that rounds by the size of its batch: as some do, on some processors."""
+    attention = F.scaled_dot_product_attention
+
+    def by_batch(q, *args, **named):
+        return attention(q, *args, **named) * len(q)
+
+    monkeypatch.setattr(same_rows.F, "scaled_dot_product_attention", by_batch)
+    q, k, v = (normal(2, 2, n, 16, dtype=torch.float32, seed=n) for n in (3, 7, 7))
+    rows = same_rows_attention(q, k, v, None, None, False, grown)
+    seen = [5, 6, 7] if grown else [7, 7, 7]
+    alone = [2 * attention(q[:, :, i : i + 1], k[:, :, :n], v[:, :, :n]) for i, n in enumerate(seen)]
     assert torch.equal(rows, torch.cat(alone, 2))
 
 

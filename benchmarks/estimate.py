@@ -1,0 +1,125 @@
+"""What stands in for a GPU: launches and bytes per token, roofline times, and the schedule that the recorder saw.
+
+`benchmarks/decode.py --random MODEL ... --estimate` prints it. Nothing here has run on a GPU: the times are what the
+bytes alone cost at a named bandwidth, and no kernel reaches that. Beside the targets stands what they leave room for:
+
+    needs        the share of the bandwidth that meets the target, if launches cost nothing
+    us/launch    the time that is left for each launch at the full bandwidth, if the target is met
+
+The schedule is that of a random Llama with the model's number of blocks and small matrices, captured by the recorder:
+graph launches, flags that the host waits for, and other calls (copies into buffers and of results) per token. "asked"
+reads the check of every block on the way, "forced" none.
+"""
+
+from __future__ import annotations
+
+import argparse
+
+import torch
+from river_compile.kernels.models import MODELS
+from transformers import StaticCache
+
+from benchmarks import common, schedule
+from benchmarks.roofline import BLOCK_LAUNCHES, CHECK_TARGET, SPEEDUP_TARGET, TARGETS, Roofline, depth_name
+from river_compile import river, warmup
+from river_compile.capture_recorder import Event
+from river_compile.runtime import forced_depth
+
+_CAPACITY = 16
+
+
+def main(options: argparse.Namespace) -> int:
+    """Prints the estimate for the models of the command line; returns the exit status."""
+    bandwidth = options.bandwidth * 1e9
+    print(f"Nothing was run on a GPU. Bytes at {options.bandwidth:g} GB/s; batch 1, context {options.context},")
+    print(f"groups of {options.group_size}, 16-bit head. A backbone block launches {BLOCK_LAUNCHES} kernels or more.")
+    outcome = {"benchmark": "estimate", "bandwidth": bandwidth, "context": options.context, "models": {}}
+    for name in options.random:
+        roofline = Roofline(name, options.context, options.group_size)
+        found = {
+            "tokens": [token_row(roofline, depth, bandwidth) for depth in options.depths],
+            "check": check_row(roofline, bandwidth),
+            "schedule": schedule_rows(options.blocks or MODELS[name].layers, options.depths),
+        }
+        show(name, found)
+        outcome["models"][name] = found
+    if options.json:
+        common.write_json(options.json, outcome)
+        print(f"\nWritten to {options.json}")
+    return 0
+
+
+def token_row(roofline: Roofline, depth: int | None, bandwidth: float) -> dict:
+    """Returns what a token at an exit depth costs, and what its target asks for (None where there is none)."""
+    cost = roofline.token(depth)
+    seconds = cost.seconds(bandwidth)
+    target = TARGETS.get((roofline.shape.name, depth))
+    return {
+        "exit": depth_name(depth),
+        "launches": cost.launches,
+        "bytes": cost.bytes,
+        "seconds": seconds,
+        "tokens_per_s": 1 / seconds,
+        "target": target,
+        "needs": target and target * seconds,
+        "seconds_per_launch": target and (1 / target - seconds) / cost.launches,
+        "over_never": roofline.token(None).bytes / cost.bytes,
+    }
+
+
+def check_row(roofline: Roofline, bandwidth: float) -> dict:
+    """Returns what the checks of a token that never leaves cost in bytes, and what their target leaves for each."""
+    checks, token = roofline.shape.layers - 1, roofline.token(None)
+    return {
+        "checks": checks,
+        "share_of_bytes": checks * roofline.check[1] / token.bytes,
+        "seconds_per_check": CHECK_TARGET * token.seconds(bandwidth) / checks,
+    }
+
+
+def schedule_rows(blocks: int, depths: list[int | None]) -> list[dict]:
+    """Returns what the recorder saw of one captured token at every depth, of a random Llama with so many blocks."""
+    model = schedule.random_llama(blocks)
+    settings = {"cudagraphs": "record", "launch_ahead": False, "first_exit": 1}
+    model.compile(backend=river, options={**settings, "lowering": "eager", "quantizer": "rtn"})
+    cache = StaticCache(config=model.config, max_cache_len=_CAPACITY)
+    depths = [depth for depth in depths if depth is None or depth < blocks]
+    whole = [blocks if depth is None else depth for depth in depths]
+    rows = []
+    with torch.no_grad(), schedule.watching() as watch:
+        warmup(model, cache, depths=whole)
+        for depth, name in zip(whole, map(depth_name, depths), strict=True):
+            with forced_depth(depth):
+                rows.append({"exit": name, "how": "forced", **_counts(schedule.step(model, cache, watch, depth))})
+            if depth:
+                rows.append({"exit": name, "how": "asked", **_counts(schedule.step(model, cache, watch, depth))})
+    return rows
+
+
+def _counts(events: list[Event]) -> dict:
+    kinds = [event.what for event in events]
+    return {"graphs": kinds.count("launch"), "flags": kinds.count("wait"), "calls": kinds.count("run")}
+
+
+def show(name: str, found: dict) -> None:
+    """Prints one model's tables."""
+    print(f"\n{name}\n")
+    headers = ["", "launches", "MB", "us", "tokens/s", "x never", "target", "needs", "us/launch"]
+    rows = []
+    for row in found["tokens"]:
+        needs = row["needs"] and f"{row['needs']:.0%}"
+        left = row["seconds_per_launch"] and row["seconds_per_launch"] * 1e6
+        rows.append([row["exit"], row["launches"], row["bytes"] / 1e6, round(row["seconds"] * 1e6)])
+        rows[-1] += [round(row["tokens_per_s"]), row["over_never"], row["target"], needs, left]
+    common.print_table(headers, rows)
+    check = found["check"]
+    print(f"\nExit checks, {check['checks']} of them, are {check['share_of_bytes']:.3%} of the bytes of a token that")
+    print(f"never leaves; {CHECK_TARGET:.0%} of its time leaves {check['seconds_per_check'] * 1e6:.1f} us for each.")
+    depth_3 = next((row["over_never"] for row in found["tokens"] if row["exit"] == "depth 3"), None)
+    if depth_3 is not None:
+        print(f"Depth 3 over the 16-bit model: {depth_3:.2f} by bytes, {SPEEDUP_TARGET} to reach.")
+    print()
+    headers = ["schedule", "", "graph launches", "flags", "other calls"]
+    common.print_table(
+        headers, [[row[k] for k in ("exit", "how", "graphs", "flags", "calls")] for row in found["schedule"]]
+    )

@@ -1,0 +1,138 @@
+"""What backbone offloading saves and costs on this machine: a model in memory, and with blocks offloaded.
+
+    python benchmarks/offload.py                                # SmolLM2, offload=4
+    python benchmarks/offload.py --model DIR --offload 2 8 --json offload.json
+
+Every row is a process of its own. Each generates the same prompt's greedy continuation on a static cache, batch 1,
+twice: once to compile, pack and offload, once to measure. Columns:
+
+    weights MB        the model's parameters and the packed twins
+    resident MB       of them, what stays in memory; and as a share of `weights MB`
+    process MB        resident set after the generations, code and caches of libraries included
+    prompt ms         first token of the measured generation: the prompt streams
+    decode tokens/s   the tokens behind it
+    mean depth        backbone blocks executed per decoded token
+"""
+
+from __future__ import annotations
+
+import argparse
+import sys
+from pathlib import Path
+
+sys.path.insert(0, str(Path(__file__).resolve().parent.parent))  # a script finds only its own folder
+
+from benchmarks import common
+from examples import models
+
+PROMPT = "Write a Python function that returns the n-th Fibonacci number."
+
+
+def main(arguments: list[str] | None = None) -> int:
+    """Runs the command line and returns the exit status."""
+    options = _parse(arguments)
+    if options.worker:
+        common.serve({"measure": measure})
+        return 0
+    try:
+        folder = models.resolve(options.model)
+        rows = {name: _measured(name, fields, folder, options) for name, fields in _rows(options.offload).items()}
+    except (ValueError, models.ModelUnavailable, common.WorkerFailed) as error:
+        print(f"error: {error}", file=sys.stderr)
+        return 1
+    outcome = {
+        "benchmark": "offload",
+        "model": str(options.model),
+        "new_tokens": options.new_tokens,
+        "machine": common.machine_facts(options.threads),
+        "rows": rows,
+    }
+    show(outcome)
+    if options.json:
+        common.write_json(options.json, outcome)
+        print(f"\nWritten to {options.json}")
+    return 0
+
+
+def measure(folder: str, options: dict, new_tokens: int, threads: int) -> dict:
+    """Measures one row, inside its process."""
+    import torch
+
+    import river_compile
+    from examples.timing import generate
+
+    models.quiet()
+    torch.set_num_threads(threads)
+    model, tokenizer = models.load(folder)
+    ids = models.encode(tokenizer, PROMPT)
+    model.compile(backend="river", options=options)
+    generate(model, ids, new_tokens)
+    timed = generate(model, ids, new_tokens)
+    report = river_compile.report(model)
+    moved = report.offloaded.moved if report.offloaded else 0
+    weights = sum(p.nbytes for p in model.parameters()) + sum(p.nbytes for p in report.packed)
+    return {
+        "weights_bytes": weights,
+        "resident_bytes": weights - moved,
+        "process_bytes": resident_bytes(),
+        "prompt_s": timed.first_token_s,
+        "decode_tokens_per_s": timed.decode_tokens_per_s,
+        "mean_depth": report.mean_depth,
+    }
+
+
+def resident_bytes() -> int:
+    """Returns the resident memory of this process."""
+    with open("/proc/self/status") as status:
+        return next(int(line.split()[1]) * 1024 for line in status if line.startswith("VmRSS:"))
+
+
+def show(outcome: dict) -> None:
+    """Prints the table."""
+    machine = outcome["machine"]
+    print(f"\n{outcome['model']}, bfloat16, {outcome['new_tokens']} tokens")
+    print(f"{machine['cpu']}, {machine['threads']} threads\n")
+    headers = ["", "weights MB", "resident MB", "share", "process MB", "prompt ms", "decode tokens/s", "mean depth"]
+    rows = []
+    for name, row in outcome["rows"].items():
+        weights, resident, process = (row[f"{key}_bytes"] / 1e6 for key in ("weights", "resident", "process"))
+        share = f"{resident / weights:.0%}"
+        rows.append([name, round(weights, 1), round(resident, 1), share, round(process), row["prompt_s"] * 1e3])
+        rows[-1] += [row["decode_tokens_per_s"], row["mean_depth"]]
+    common.print_table(headers, rows)
+
+
+def _rows(depths: list[int]) -> dict[str, dict]:
+    """Returns the options of the rows by their names."""
+    rows: dict[str, dict] = {"in memory": {}}
+    for depth in depths:
+        for policy in ("exit", "fetch"):
+            rows[f"offload={depth}, {policy}"] = {"offload": depth, "offload_policy": policy}
+    return rows
+
+
+def _measured(name: str, fields: dict, folder: Path, options: argparse.Namespace) -> dict:
+    worker = common.Worker(__file__, name, options.threads)
+    try:
+        river = {"threshold": options.threshold, **fields}
+        return worker.ask(
+            "measure", folder=str(folder), options=river, new_tokens=options.new_tokens, threads=options.threads
+        )
+    finally:
+        worker.close()
+
+
+def _parse(arguments: list[str] | None) -> argparse.Namespace:
+    parser = argparse.ArgumentParser(description="Measures memory and speed of a model with offloaded blocks.")
+    parser.add_argument("--model", default="smollm2", help="a known model's name or a model folder (%(default)s)")
+    parser.add_argument("--offload", nargs="+", type=common.number(0), default=[4], help="blocks that stay (4)")
+    parser.add_argument("--threshold", type=float, default=0.7, help="of the similarity criterion (%(default)s)")
+    parser.add_argument("--new-tokens", type=common.number(2), default=64, help="tokens per generation (%(default)s)")
+    parser.add_argument("--threads", type=common.number(1), default=2, help="threads of every process (%(default)s)")
+    parser.add_argument("--json", type=Path, help="also write the outcome to this file")
+    parser.add_argument("--worker", action="store_true", help=argparse.SUPPRESS)
+    return parser.parse_args(arguments)
+
+
+if __name__ == "__main__":
+    sys.exit(main())

@@ -1,0 +1,276 @@
+"""What River does to quality, and what other answers to missing KV entries cost: the paper's tables and figures.
+
+    python benchmarks/quality.py
+    python benchmarks/quality.py --json quality.json --plots docs/images
+    python benchmarks/quality.py --quick               # few tokens, for a look at the output
+    python benchmarks/quality.py --parts fills         # one of: table, fills, entries
+
+Measured on the model's own greedy text and on held-out text, fed token by token (see benchmarks/quality_session.py):
+    1. KL, next-token agreement, exact match of greedy text, depth and speed: backbone, everything 4-bit with each
+       quantizer, River at several thresholds and calibrated to a budget
+    2. the five fills at two budgets, ms per token in parts, and their frontier of speed and quality
+    3. cosine of twins' KV entries by exit depth and layer; what the exit score tells of the final value error
+
+Groups are of 64 weights. (SmolLM2's were unpacked from groups of 32, which groups of 32 would reproduce.)
+"""
+
+from __future__ import annotations
+
+import argparse
+import contextlib
+import sys
+import time
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass
+from pathlib import Path
+
+sys.path.insert(0, str(Path(__file__).resolve().parent.parent))  # a script finds only its own folder
+
+import torch
+from transformers import PreTrainedModel
+
+import river_compile
+from benchmarks import common, quality_entries, quality_fills
+from benchmarks.quality_session import Row, Session, session
+from benchmarks.quality_texts import Texts, collect
+from examples import models
+from river_compile.config import RiverConfig
+from river_compile.fills import FILLS
+
+THRESHOLDS = (0.5, 0.7, 0.9, 0.95)
+PAPER = 0.7  # the threshold at which every quantizer is measured
+CALIBRATION_TOKENS = 8  # of each text
+PARTS = ("table", "fills", "entries")
+TIMES = tuple(i / 20 for i in range(6, 20))  # of the frontier, as shares of never exit's
+
+
+def main(arguments: list[str] | None = None) -> int:
+    """Runs the command line and returns the exit status."""
+    options = _parse(arguments)
+    torch.set_num_threads(options.threads)
+    models.quiet()
+    try:
+        model, tokenizer = models.load(options.model)
+    except (models.ModelUnavailable, ValueError) as error:
+        print(f"error: {error}", file=sys.stderr)
+        return 1
+    start = time.perf_counter()
+    outcome = measure(model, tokenizer, options)
+    outcome |= {
+        "benchmark": "quality",
+        "model": str(options.model),
+        "seconds": time.perf_counter() - start,
+        "machine": common.machine_facts(options.threads),
+    }
+    show(outcome)
+    if options.json:
+        common.write_json(options.json, outcome)
+        print(f"\nWritten to {options.json}")
+    if options.plots:
+        from benchmarks.quality_plots import plot
+
+        print("Drawn to " + ", ".join(str(path) for path in plot(outcome, options.plots)))
+    return 0
+
+
+def measure(
+    model: PreTrainedModel,
+    tokenizer: Callable,
+    options: argparse.Namespace,
+    base: Mapping[str, object] = {"group_size": 64},
+) -> dict:
+    """Returns everything that was measured, as values that JSON can hold.
+
+    Args:
+        model: in eval mode; it is compiled again and again.
+        tokenizer: of the model.
+        options: the command line's.
+        base: options of the backend that all sessions share.
+    """
+    texts = None
+
+    def first_texts() -> Texts:
+        nonlocal texts
+        texts = collect(model, tokenizer, options.texts, options.tokens, options.calibration_texts)
+        return texts
+
+    run = _Run(model, tokenizer, options, base)
+    main_quantizer = options.quantizers[0]
+    with run.session({"quantizer": main_quantizer}, first_texts) as first:
+        run.first, run.texts = first, texts
+        outcome = {
+            "tokens": options.tokens,
+            "texts": options.texts,
+            "blocks": first.num_blocks,
+            "quantizer": main_quantizer,
+            "ms_never": 1e3 * first.own.seconds_never,
+        }
+        if "table" in options.parts:
+            rows = [first.depth("backbone", first.num_blocks), first.depth(f"everything 4-bit, {main_quantizer}", 0)]
+            rows += [first.rule(f"River, threshold {t:g}", (t, quality_fills.FIRST_EXIT)) for t in options.thresholds]
+        if "entries" in options.parts:
+            outcome["entries"] = quality_entries.measure(first.own, quality_entries.depths_of(first.num_blocks))
+        if "fills" in options.parts:
+            thresholds = quality_fills.thresholds_of(first.own)
+            fills = {"river": quality_fills.measure(first, thresholds)}
+    if "table" in options.parts:
+        found, calibrated = run.calibrated() if options.calibration_texts else (None, [])
+        rows += [*calibrated, *(row for name in options.quantizers[1:] for row in run.quantizer(name))]
+        outcome |= {"rows": [row.to_dict() for row in rows], "calibration": found}
+    if "fills" in options.parts:
+        for fill in options.fills:
+            with run.session({"fill": fill}) as other:
+                fills[fill] = quality_fills.measure(other, thresholds, first.own.seconds_never)
+        frontier = quality_fills.frontiers(fills, TIMES)
+        leads = quality_fills.river_leads(frontier)
+        outcome |= {"fills": fills, "frontier": {"times": list(TIMES), "kl": frontier, "river_leads": leads}}
+    return outcome
+
+
+@dataclass
+class _Run:
+    """What the sessions of one run share.
+
+    Attributes:
+        first: the session whose runs of never exit all others are compared with.
+        texts: what is measured on.
+    """
+
+    model: PreTrainedModel
+    tokenizer: Callable
+    options: argparse.Namespace
+    base: Mapping[str, object]
+    first: Session | None = None
+    texts: Texts | None = None
+
+    def session(
+        self, more: Mapping[str, object], texts: Callable[[], Texts] | None = None
+    ) -> contextlib.AbstractContextManager[Session]:
+        """Returns a session with more options; those quantizers that need it have seen the package's texts."""
+        if more.get("quantizer") in ("awq", "gptq"):
+            river_compile.observe(self.model, self.tokenizer, progress=self.options.progress)
+        return session(self.model, {**self.base, **more}, texts or self.texts, self.options.progress, self.first)
+
+    def quantizer(self, name: str) -> list[Row]:
+        """Measures another quantizer."""
+        with self.session({"quantizer": name}) as other:
+            rule = (PAPER, quality_fills.FIRST_EXIT)
+            return [
+                other.depth(f"everything 4-bit, {name}", 0),
+                other.rule(f"River, {name}, threshold {PAPER:g}", rule),
+            ]
+
+    def calibrated(self) -> tuple[str, list[Row]]:
+        """Calibrates on texts of their own and measures the rule on those of the other rows."""
+        torch._dynamo.reset()
+        options, more = self.options, {"quantizer": self.options.quantizers[0]}
+        try:
+            found = river_compile.calibrate(
+                self.model,
+                self.tokenizer,
+                self.texts.calibration,
+                kl=options.kl,
+                options={**self.base, **more},
+                tokens=CALIBRATION_TOKENS,
+                progress=options.progress,
+            )
+        except river_compile.BudgetError as error:
+            return str(error), []
+        with self.session({**more, "criterion": found.base_options["criterion"]}) as other:
+            rule = (found.chosen.threshold, found.chosen.first_exit)
+            return str(found), [other.rule(f"River, calibrated to KL {options.kl:g}", rule)]
+
+
+def show(outcome: dict) -> None:
+    """Prints a table for each part that was measured."""
+    print(f"\n{outcome['texts']} texts of {outcome['tokens']} tokens of each kind, {outcome['blocks']} blocks")
+    if "rows" in outcome:
+        _show_rows(outcome)
+    if "fills" in outcome:
+        _show_fills(outcome)
+    if "entries" in outcome:
+        near = quality_entries.summary(outcome["entries"], quality_fills.FIRST_EXIT)
+        print(
+            f"\nTwins' entries behind depth {near['depth']}, cosine to the backbone's: "
+            f"values {near['values_mean']:.3f} (least layer {near['values_least']:.3f}), keys {near['keys_mean']:.3f}"
+        )
+
+
+def _show_rows(outcome: dict) -> None:
+    headers = (
+        "",
+        "KL own",
+        "held-out",
+        "agreement own",
+        "held-out",
+        f"match of {outcome['tokens']}",
+        "depth",
+        "tokens/s",
+    )
+    common.print_table(headers, [_shown(row, outcome["ms_never"]) for row in outcome["rows"]])
+    if outcome["calibration"]:
+        print(f"\n{outcome['calibration']}")
+
+
+def _show_fills(outcome: dict) -> None:
+    print("\nFills at the same thresholds: ms per token (own text)")
+    lines = []
+    for budget in quality_fills.BUDGETS:
+        for name, fill in outcome["fills"].items():
+            found = fill["budgets"][budget]
+            times = [f"{ms:.2f}" for ms in (*(found["ms"][p] for p in quality_fills.PARTS), sum(found["ms"].values()))]
+            lines.append(
+                (budget, name, *times, f"{found['depth']:.1f}", f"{found['kl']:.3f}", f"{found['agreement']:.2f}")
+            )
+    common.print_table(("budget", "fill", *quality_fills.PARTS, "all", "depth", "KL", "agreement"), lines)
+    print("\nLeast KL at equal time per token (share of never exit's; own text)")
+    frontier = outcome["frontier"]
+    times = [(i, t) for i, t in enumerate(frontier["times"]) if round(t * 100) % 10 == 0]
+    lines = [(name, *(_number(kls[i]) for i, _ in times)) for name, kls in frontier["kl"].items()]
+    common.print_table(("fill", *(f"{t:.0%}" for _, t in times)), lines)
+    verdict = "lies above all others" if frontier["river_leads"] else "does not lie above all others"
+    print(f"River's frontier {verdict} at every common speed.")
+
+
+def _shown(row: dict, ms_never: float) -> tuple:
+    own, held_out = row["own"], row["held_out"]
+    kl, agreement = (
+        (f"{own['kl']:.3f}", f"{held_out['kl']:.3f}"),
+        (f"{own['agreement']:.2f}", f"{held_out['agreement']:.2f}"),
+    )
+    speed = 1e3 / (row["time"] * ms_never)
+    return (row["name"], *kl, *agreement, f"{own['match']:.1f}", f"{row['depth']:.1f}", f"{speed:.1f}")
+
+
+def _number(value: float | None) -> str:
+    return "-" if value is None else f"{value:.3f}"
+
+
+def _parse(arguments: list[str] | None) -> argparse.Namespace:
+    quantizers = [name for name in RiverConfig.choices("quantizer") if name != "none"]
+    rivals = [name for name in FILLS if name != "river"]
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--model", default="smollm2", help=f"{', '.join(models.MODELS)} or a model folder")
+    parser.add_argument("--parts", nargs="+", choices=PARTS, default=PARTS, help="what to measure (default all)")
+    parser.add_argument("--texts", type=int, default=5, help="texts of each kind (default 5)")
+    parser.add_argument("--tokens", type=int, default=24, help="tokens measured in each text (default 24)")
+    parser.add_argument("--quantizers", nargs="+", choices=quantizers, default=quantizers, help="the first one in full")
+    parser.add_argument("--fills", nargs="*", choices=rivals, default=rivals, help="besides the river")
+    parser.add_argument("--thresholds", nargs="+", type=float, default=list(THRESHOLDS))
+    parser.add_argument("--kl", type=float, default=0.1, help="budget of the calibrated row (default 0.1 nats)")
+    parser.add_argument(
+        "--calibration-texts", type=int, default=60, help="for calibration; 0 leaves it out (default 60)"
+    )
+    parser.add_argument("--threads", type=int, default=2)
+    parser.add_argument("--quick", action="store_true", help="2 texts, 8 tokens, no calibration")
+    parser.add_argument("--json", type=Path, metavar="FILE", help="write the outcome as JSON")
+    parser.add_argument("--plots", type=Path, metavar="DIR", help="draw the figures")
+    parser.add_argument("--no-progress", dest="progress", action="store_false")
+    options = parser.parse_args(arguments)
+    if options.quick:
+        options.texts, options.tokens, options.calibration_texts, options.thresholds = 2, 8, 0, [PAPER]
+    return options
+
+
+if __name__ == "__main__":
+    sys.exit(main())

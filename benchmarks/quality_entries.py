@@ -1,0 +1,76 @@
+"""How near the twins' KV entries are to the backbone's, and what the exit score tells of it beforehand.
+
+The texts run with one exit depth for every token, so that the entries also read a history of such entries, as they do
+in generation. A cosine is that of one token's keys (or values) of all heads of a layer, twin against backbone.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+import torch
+from torch import Tensor
+
+from river_compile.meter import Meter
+
+
+def depths_of(num_blocks: int) -> list[int]:
+    """Returns some ten exit depths, those that the summaries need among them."""
+    depths = {0, 1, 2, *range(4, num_blocks, max(1, num_blocks // 8)), num_blocks - 1}
+    return sorted(depth for depth in depths if depth < num_blocks)
+
+
+def measure(meter: Meter, depths: Sequence[int]) -> dict:
+    """Returns mean cosines by (exit depth, layer), similarities by layer, and their correlation with the final error.
+
+    Args:
+        meter: of a session whose fill is the river.
+        depths: exit depths, ascending.
+    """
+    blocks, texts = meter.num_blocks, range(len(meter.references))
+    plain = [_entries(meter, i, blocks) for i in texts]
+    cosines = {depth: _cosines(meter, plain, depth) for depth in depths}  # each [keys and values, layers, tokens]
+    similarity = torch.tensor([step.similarities for run in meter.references for step in run.steps])  # [tokens, L - 1]
+    return {
+        "depths": list(depths),
+        "keys": [cosines[d][0].mean(-1).tolist() for d in depths],
+        "values": [cosines[d][1].mean(-1).tolist() for d in depths],
+        "similarity": {
+            "mean": similarity.mean(0).tolist(),
+            "low": similarity.quantile(0.1, dim=0).tolist(),
+            "high": similarity.quantile(0.9, dim=0).tolist(),
+        },
+        "correlation": {
+            "depths": [d for d in depths if d >= 1],
+            "rank": [rank_correlation(similarity[:, d - 1], 1 - cosines[d][1, -1]) for d in depths if d >= 1],
+        },
+    }
+
+
+def summary(entries: dict, depth: int) -> dict[str, float]:
+    """Returns mean and least value cosine of the layers behind an exit depth, and the mean key cosine."""
+    row = entries["depths"].index(depth)
+    values, keys = entries["values"][row][depth:], entries["keys"][row][depth:]
+    mean = sum(values) / len(values)
+    return {"depth": depth, "values_mean": mean, "values_least": min(values), "keys_mean": sum(keys) / len(keys)}
+
+
+def rank_correlation(a: Tensor, b: Tensor) -> float:
+    """Returns Spearman's correlation of two series ``[tokens]``; NaN where one of them is constant."""
+    ranks = torch.stack([x.double().argsort().argsort().double() for x in (a, b)])
+    return torch.corrcoef(ranks)[0, 1].item()
+
+
+def _cosines(meter: Meter, plain: Sequence[Tensor], depth: int) -> Tensor:
+    return torch.cat(
+        [torch.cosine_similarity(_entries(meter, i, depth), known, dim=-1) for i, known in enumerate(plain)], dim=-1
+    )
+
+
+def _entries(meter: Meter, text: int, depth: int) -> Tensor:
+    """Returns keys and values ``[2, layers, tokens, heads x head dim]`` of a text whose tokens left at a depth."""
+    steps = len(meter.references[text].steps)
+    meter.run_at(text, [depth] * steps)
+    pairs = [(layer.keys, layer.values) for layer in meter.cache.layers]
+    flat = [[t[0, :, -steps:].transpose(0, 1).flatten(1).float() for t in pair] for pair in pairs]
+    return torch.stack([torch.stack(kind) for kind in zip(*flat, strict=True)])
