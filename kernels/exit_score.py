@@ -1,8 +1,9 @@
 """The exit decision in one launch: residual add, two norms and a dot in one pass over the hidden state.
 
 For every row: hidden = residual + update, rounded to the activations' dtype, and similarity = hidden . previous /
-(|hidden| |previous|) in float32. The score is the smallest similarity and the flag says whether it exceeds the
-threshold. A row whose similarity is NaN (a zero row, overflow, NaN) makes the score NaN, which exceeds no threshold.
+(|hidden| |previous|) in float32. The score is the smallest similarity; where the kernel decides itself, the flag says
+whether it exceeds the threshold. A row whose similarity is NaN (a zero row, overflow, NaN) makes the score NaN, which
+exceeds no threshold.
 
 One program visits all rows, since their minimum needs no atomics then: made for decode, where the rows are the batch.
 Not handled: strided rows.
@@ -42,6 +43,7 @@ class ExitScoreSpec(KernelSpec):
         rows: M, the batch at decode.
         features: D, the hidden size.
         dtype: of update, residual, previous and hidden.
+        decides: whether the rows' similarities and the flag are written too, or the score alone.
         num_warps: warps of the one program.
     """
 
@@ -50,6 +52,7 @@ class ExitScoreSpec(KernelSpec):
     rows: int
     features: int
     dtype: str = "bfloat16"
+    decides: bool = True
     num_warps: int = 8
 
     def __post_init__(self) -> None:
@@ -66,15 +69,16 @@ class ExitScoreSpec(KernelSpec):
 
     def stages(self) -> tuple[Stage, ...]:
         rows = [Argument(name, self.dtype) for name in ("update", "residual", "previous", "hidden")]
-        scalars = [Argument(name, "float32") for name in ("threshold", "similarity", "score")]
-        arguments = (*rows, *scalars, Argument("flag", "bool"))
+        names = ("threshold", "similarity", "score") if self.decides else ("score",)
+        flag = (Argument("flag", "bool"),) if self.decides else ()
+        arguments = (*rows, *(Argument(name, "float32") for name in names), *flag)
         return (Stage(self.family, arguments, lambda _rows: (1, 1, 1), self.num_warps),)
 
     def values(self) -> Mapping[sympy.Symbol, int]:
         return {M: self.rows, D: self.features}
 
     def bytes(self) -> sympy.Expr:
-        return 4 * M * D * ITEM_BYTES[self.dtype] + 4 * M + 9
+        return 4 * M * D * ITEM_BYTES[self.dtype] + (4 * M + 9 if self.decides else 4)
 
     def flops(self) -> sympy.Expr:
         return 7 * M * D
@@ -90,8 +94,9 @@ class ExitScoreSpec(KernelSpec):
             lines.add(
                 "score = lowest + invalid",
                 "tl.store(score_ptr, score)",
-                "tl.store(flag_ptr, score > tl.load(threshold_ptr))",
             )
+            if self.decides:
+                lines.add("tl.store(flag_ptr, score > tl.load(threshold_ptr))")
 
     def _write_row(self, lines: Lines) -> None:
         row, k, step = (symbol(name) for name in ("row", "k", "step"))
@@ -116,7 +121,7 @@ class ExitScoreSpec(KernelSpec):
         lines.add(
             "norms = tl.sqrt(tl.sum(hidden_square, axis=0)) * tl.sqrt(tl.sum(previous_square, axis=0))",
             "similarity = tl.sum(dot, axis=0) / norms",
-            f"tl.store(similarity_ptr + {code(first_row)}, similarity)",
+            *([f"tl.store(similarity_ptr + {code(first_row)}, similarity)"] if self.decides else []),
             "lowest = tl.minimum(lowest, similarity)",
             "invalid += similarity * 0.0",
         )

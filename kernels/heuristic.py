@@ -185,6 +185,13 @@ def _modelled(spec: LinearSpec, device: Device, rows: int | None) -> LinearSpec:
     return min(candidates(spec), key=lambda candidate: seconds(candidate, device, rows))
 
 
+def interpreter_tile(spec: LinearSpec) -> LinearSpec:
+    """Returns `spec` with a tile for Triton's interpreter, whose time goes by operations and not by their size."""
+    width = max(16, min(512, next_power_of_two(spec.out_features)))
+    depth = max(128, min(2048, next_power_of_two(spec.in_features)))
+    return dataclasses.replace(spec, tile=LinearTile(width, depth, 1 if spec.rows == 1 else 16))
+
+
 def attention_splits(heads: int, slots: int, device: Device) -> int:
     """Returns how many programs share the cache of one head: enough to fill the processors twice, 64 slots each.
 

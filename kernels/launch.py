@@ -1,7 +1,8 @@
 """From tensors to a kernel: describes the call as a spec, picks its tile, loads it and launches it.
 
 CUDA (and ROCm) tensors run compiled kernels, CPU tensors the same kernels in Triton's interpreter, which is exact and
-slow: it is there for tests. Buffers are made contiguous where a kernel wants them so; rows of x may be strided.
+slow: it is there for tests, and gets large tiles, since its time goes by operations. Buffers are made contiguous where
+a kernel wants them so; rows of x may be strided.
 """
 
 from __future__ import annotations
@@ -12,7 +13,15 @@ from dataclasses import dataclass
 import torch
 from river_compile.kernels.decode_attention import DecodeAttentionSpec
 from river_compile.kernels.exit_score import ExitScoreSpec
-from river_compile.kernels.heuristic import DEFAULT_DEVICE, DEVICES, Device, attention_splits, best_tile, untiled
+from river_compile.kernels.heuristic import (
+    DEFAULT_DEVICE,
+    DEVICES,
+    Device,
+    attention_splits,
+    best_tile,
+    interpreter_tile,
+    untiled,
+)
 from river_compile.kernels.kv_fill import KvFillSpec
 from river_compile.kernels.loader import load
 from river_compile.kernels.pack import PackedLinear
@@ -48,7 +57,7 @@ def device_name(index: int) -> str:
 
 
 def device_of(tensor: torch.Tensor) -> str:
-    """Names the device that the heuristic tiles for; a CPU tensor gets the default GPU's tiles."""
+    """Names the device that the heuristic tiles for; a CPU tensor's attention is split as on the default GPU."""
     return device_name(tensor.device.index or 0) if tensor.is_cuda else DEFAULT_DEVICE
 
 
@@ -114,7 +123,8 @@ def linear(
         gated=gated,
         x_stride=x2.stride(0) if x2.shape[0] > 1 and x2.stride(0) != k else 0,
     )
-    kernel = load(best_tile(spec, device_of(x), x2.shape[0]), interpret=not x.is_cuda)
+    tiled = best_tile(spec, device_of(x), x2.shape[0]) if x.is_cuda else interpreter_tile(spec)
+    kernel = load(tiled, interpret=not x.is_cuda)
     buffers = {"x": x2, "norm_weight": norm.weight, "norm_bias": norm.bias, "bias": bias, "y": y}
     if residual is not None:
         buffers["residual"] = residual.reshape(-1, n).contiguous()
@@ -232,30 +242,33 @@ def run_attention(
 
 
 def residual_score(
-    update: torch.Tensor, residual: torch.Tensor, previous: torch.Tensor, threshold: torch.Tensor
-) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor, torch.Tensor]:
-    """Runs the `exit_score` kernel; arguments and result as in `ops.residual_exit_score`."""
+    update: torch.Tensor, residual: torch.Tensor, previous: torch.Tensor, threshold: torch.Tensor | None
+) -> dict[str, torch.Tensor]:
+    """Runs the `exit_score` kernel.
+
+    Args:
+        update, residual, previous, threshold: as in `ops.residual_exit_score`; without a threshold nothing is decided.
+
+    Returns:
+        hidden and score and, where there is a threshold, similarity and flag; as in `ops.residual_exit_score`.
+    """
     if not update.shape == residual.shape == previous.shape:
         shapes = ", ".join(str(tuple(t.shape)) for t in (update, residual, previous))
         raise ValueError(f"update, residual and previous have one shape; these have {shapes}")
     d = update.shape[-1]
-    rows = update.numel() // d
-    spec = ExitScoreSpec(rows, d, dtype_name(update.dtype))
-    hidden = torch.empty(update.shape, dtype=update.dtype, device=update.device)
-    similarity = torch.empty(update.shape[:-1], dtype=torch.float32, device=update.device)
-    score = torch.empty((), dtype=torch.float32, device=update.device)
-    flag = torch.empty((), dtype=torch.bool, device=update.device)
-    load(spec, interpret=not update.is_cuda)(
-        update=update.contiguous(),
-        residual=residual.contiguous(),
-        previous=previous.contiguous(),
-        threshold=threshold,
-        hidden=hidden,
-        similarity=similarity,
-        score=score,
-        flag=flag,
-    )
-    return hidden, similarity, score, flag
+    spec = ExitScoreSpec(update.numel() // d, d, dtype_name(update.dtype), decides=threshold is not None)
+    results = {
+        "hidden": torch.empty(update.shape, dtype=update.dtype, device=update.device),
+        "score": torch.empty((), dtype=torch.float32, device=update.device),
+    }
+    buffers = {"update": update, "residual": residual, "previous": previous}
+    buffers = {name: tensor.contiguous() for name, tensor in buffers.items()}
+    if threshold is not None:
+        results["similarity"] = torch.empty(update.shape[:-1], dtype=torch.float32, device=update.device)
+        results["flag"] = torch.empty((), dtype=torch.bool, device=update.device)
+        buffers["threshold"] = threshold
+    load(spec, interpret=not update.is_cuda)(**buffers, **results)
+    return results
 
 
 def _expect(**tensors: tuple[torch.Tensor, tuple[int, ...]]) -> None:

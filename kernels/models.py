@@ -45,7 +45,7 @@ MODELS = {
 def block_kernels(
     shape: ModelShape, *, rows: int = 1, context: int = 1024, group_size: int = 64, device: str = DEFAULT_DEVICE
 ) -> dict[str, KernelSpec]:
-    """Returns the kernels of one river twin at decode, in launch order.
+    """Returns the kernels of one river twin at decode, in launch order, as the fusion rules put them in.
 
     Args:
         shape: the model.
@@ -56,14 +56,15 @@ def block_kernels(
     """
 
     def linear(kind: str, k: int, n: int, **fields: object) -> LinearSpec:
-        return best_tile(untiled(kind, rows, k, n, group_size=group_size, **fields), device, rows)
+        spec = untiled(kind, rows, k, n, group_size=group_size, parameter_dtype="bfloat16", **fields)
+        return best_tile(spec, device, rows)
 
     heads = (rows, shape.heads, shape.kv_heads, shape.head_dim, context)
     splits = attention_splits(rows * shape.kv_heads, context, DEVICES.get(device, DEVICES[DEFAULT_DEVICE]))
     return {
-        "norm + q|k|v": linear("norm_linear", shape.hidden, shape.qkv, norm="rms"),
-        "rope + kv write": KvFillSpec(*heads, rotary_dim=shape.head_dim, bias=shape.qkv_bias),
-        "attention": DecodeAttentionSpec(*heads, shape.head_dim**-0.5, splits=splits),
+        "norm + q|k|v": linear("norm_linear", shape.hidden, shape.qkv, norm="rms", bias=shape.qkv_bias),
+        "rope + kv write": KvFillSpec(*heads, rotary_dim=shape.head_dim),
+        "attention": DecodeAttentionSpec(*heads, shape.head_dim**-0.5, mask=True, splits=splits),
         "o + residual": linear("w4a16_linear", shape.heads * shape.head_dim, shape.hidden, residual=True),
         "norm + gate|up": linear(
             "gated_mlp", shape.hidden, shape.intermediate, norm="rms", gated=True, activation="silu"
@@ -79,6 +80,6 @@ def model_kernels(
     head = untiled("lm_head", rows, shape.hidden, shape.vocabulary, weights="dense", group_size=0, norm="rms")
     return {
         **block_kernels(shape, rows=rows, context=context, group_size=group_size, device=device),
-        "exit score": ExitScoreSpec(rows, shape.hidden),
+        "exit score": ExitScoreSpec(rows, shape.hidden, decides=False),
         "norm + head": best_tile(head, device, rows),
     }

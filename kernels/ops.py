@@ -7,7 +7,8 @@
     kv_fill               q|k|v -> bias, qk-norm, rotary embedding, cache slot; returns q and mutates the caches
     decode_attention      one query position over a static cache
     exit_score            smallest cosine of two hidden states, plain torch on any device
-    residual_exit_score   the same fused with the residual add and the threshold
+    residual_score        the same fused with the residual add
+    residual_exit_score   the same with the decision: fused with the residual add and the threshold
 
 Layout "triton" runs the generated kernel: compiled on a GPU, in Triton's interpreter on the CPU (slow, for tests).
 Every other layout, and the layout "dense" on the CPU, is plain torch around the layout's own linear. An operator never
@@ -18,8 +19,8 @@ from __future__ import annotations
 
 import torch
 import torch.nn.functional as F
-from river_compile.kernels import pack
-from river_compile.kernels.launch import Norm, fill_kv, linear, residual_score, run_attention
+from river_compile.kernels import launch, pack
+from river_compile.kernels.launch import Norm
 
 _PACKED = "Tensor qweight, Tensor scale_zero, Tensor? bias, int out_features, int group_size, str layout"
 _NORM = "Tensor? norm_weight, Tensor? norm_bias, str norm, float eps"
@@ -157,7 +158,7 @@ def kv_fill(qkv, bias, q_norm, k_norm, cos, sin, slot, k_cache, v_cache, norm, e
     Returns:
         The query ``[B, H, D]`` in qkv.dtype.
     """
-    return fill_kv(qkv, bias, q_norm, k_norm, cos, sin, slot, k_cache, v_cache, norm, eps, interleaved)
+    return launch.fill_kv(qkv, bias, q_norm, k_norm, cos, sin, slot, k_cache, v_cache, norm, eps, interleaved)
 
 
 @kv_fill.register_fake
@@ -187,7 +188,7 @@ def decode_attention(q, k_cache, v_cache, length, mask, scale, window, softcap):
     Returns:
         ``[B, H, D]`` in q.dtype.
     """
-    return run_attention(q, k_cache, v_cache, length, mask, scale, window, softcap)
+    return launch.run_attention(q, k_cache, v_cache, length, mask, scale, window, softcap)
 
 
 @decode_attention.register_fake
@@ -237,7 +238,8 @@ def residual_exit_score(update, residual, previous, threshold):
         hidden = residual + update ``[..., D]``; the similarity of every row to `previous`, float32 ``[...]``; the
         smallest of them, float32 ``[]``; and whether it exceeds the threshold, bool ``[]`` (NaN does not).
     """
-    return residual_score(update, residual, previous, threshold)
+    results = launch.residual_score(update, residual, previous, threshold)
+    return tuple(results[name] for name in ("hidden", "similarity", "score", "flag"))
 
 
 @residual_exit_score.register_fake
@@ -247,10 +249,35 @@ def _(update, residual, previous, threshold):
     return hidden, rows, rows.new_empty(()), rows.new_empty((), dtype=torch.bool)
 
 
+@torch.library.custom_op(
+    "river::residual_score",
+    mutates_args=(),
+    schema="(Tensor update, Tensor residual, Tensor previous) -> (Tensor, Tensor)",
+)
+def residual_score(update, residual, previous):
+    """Adds a residual and measures the exit score, in one launch (on the CPU: in Triton's interpreter).
+
+    Args:
+        update, residual, previous: ``[..., D]`` of one dtype.
+
+    Returns:
+        hidden = residual + update ``[..., D]``, and its smallest similarity to `previous` over all rows, float32
+        ``[]``, NaN where a row has none.
+    """
+    results = launch.residual_score(update, residual, previous, None)
+    return results["hidden"], results["score"]
+
+
+@residual_score.register_fake
+def _(update, residual, previous):
+    hidden = torch.empty_like(update, memory_format=torch.contiguous_format)
+    return hidden, update.new_empty((), dtype=torch.float32)
+
+
 def _run(kind, x, weight, norm, bias, *, residual=None, activation="none", gated=False):
     by_kernel = weight.layout == "triton" if isinstance(weight, pack.PackedLinear) else x.is_cuda
     options = {"bias": bias, "residual": residual, "activation": activation, "gated": gated}
-    return (linear if by_kernel else _portable)(kind, x, weight, norm=norm, **options)
+    return (launch.linear if by_kernel else _portable)(kind, x, weight, norm=norm, **options)
 
 
 def _portable(_kind, x, weight, *, norm, bias, residual, activation, gated):

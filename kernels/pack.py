@@ -194,7 +194,12 @@ def _pairs(weight: QuantizedWeight, dtype: torch.dtype) -> torch.Tensor:
 
 
 def parameter_dtype(weight: QuantizedWeight) -> torch.dtype:
-    """Returns float16 where scales and zeros fit its range without losing precision, bfloat16 otherwise."""
+    """Returns the 16-bit dtype for scales and zeros: bfloat16 where it holds them exactly or float16 has no room.
+
+    Twins round their grids to bfloat16 whatever the layout, so that all layouts stand for the same weights.
+    """
+    if all(torch.equal(t.bfloat16().float(), t) for t in (weight.scale, weight.zero)):
+        return torch.bfloat16
     largest = max(weight.scale.abs().max().item(), weight.zero.abs().max().item())
     smallest = weight.scale.abs().min().item()
     limits = torch.finfo(torch.float16)

@@ -53,6 +53,10 @@ class QuantizedWeight:
         w = (groups - MID_POINT) * self.scale.to(dtype)[..., None] + self.zero.to(dtype)[..., None]
         return w.reshape(n, k)
 
+    def to(self, device: torch.device) -> QuantizedWeight:
+        """Returns the same grid on a device."""
+        return QuantizedWeight(self.q.to(device), self.scale.to(device), self.zero.to(device), self.group_size)
+
     def rounded(self, dtype: torch.dtype) -> QuantizedWeight:
         """Returns the same grid with scale and zero rounded to `dtype`, as a kernel with such parameters sees it."""
         return QuantizedWeight(self.q, self.scale.to(dtype).float(), self.zero.to(dtype).float(), self.group_size)

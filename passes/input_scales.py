@@ -72,7 +72,11 @@ def scale_inputs(graph: fx.Graph, x: fx.Node, scale: InputScale, placeholders: t
     """Puts new placeholders in place of a norm's parameters, or multiplies the inputs by one; returns the inputs."""
     if not scale.parameters:
         with graph.inserting_after(x):
-            return graph.call_function(operator.mul, (x, placeholders[0]))
+            scaled = graph.call_function(operator.mul, (x, placeholders[0]))
+        scaled.meta = x.meta.copy()
+        return scaled
+    for placeholder, parameter in zip(placeholders, scale.parameters, strict=True):
+        placeholder.meta = parameter.meta.copy()
     replacement = dict(zip(scale.parameters, placeholders, strict=True))
     scale.node.args = fx.map_arg(scale.node.args, lambda n: replacement.get(n, n))
     scale.node.kwargs = fx.map_arg(scale.node.kwargs, lambda n: replacement.get(n, n))

@@ -16,6 +16,7 @@ from river_compile.kernels.one_query import grouped_attention, one_row_linear
 from torch import fx
 
 from .decoder_layers import value_of
+from .recognition import before_repeat
 
 
 def simplify_attention(graph: fx.Graph) -> int:
@@ -28,7 +29,7 @@ def simplify_attention(graph: fx.Graph) -> int:
         mask = node.args[3] if len(node.args) > 3 else node.kwargs.get("attn_mask")
         with graph.inserting_before(node):
             new = graph.call_function(
-                grouped_attention, (q, _before_repeat(k), _before_repeat(v), mask, node.kwargs.get("scale"))
+                grouped_attention, (q, before_repeat(k), before_repeat(v), mask, node.kwargs.get("scale"))
             )
         new.meta = node.meta.copy()
         node.replace_all_uses_with(new)
@@ -62,20 +63,6 @@ def _has_one_query(node: fx.Node) -> bool:
         return False
     query = value_of(node.args[0])
     return query is not None and query.dim() == 4 and isinstance(query.shape[2], int) and query.shape[2] == 1
-
-
-def _before_repeat(node: fx.Node) -> fx.Node:
-    """Returns ``[B, H_kv, S, D]`` behind its repetition ``[B, H, S, D]``, the node itself where it is not repeated."""
-    if node.op != "call_method" or node.target != "reshape":
-        return node
-    expand = node.args[0]
-    if expand.op != "call_method" or expand.target != "expand":
-        return node
-    insert = expand.args[0]
-    whole = slice(None, None, None)
-    if getattr(insert.target, "__name__", "") != "getitem" or insert.args[1] != (whole, whole, None, whole, whole):
-        return node
-    return insert.args[0]
 
 
 def _drop_pure_dead_code(graph: fx.Graph) -> None:

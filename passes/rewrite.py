@@ -8,6 +8,7 @@ exit_checks      block segments          blocks that return an exit score, after
 river_twins      copies of the blocks    twins with 4-bit matrix products and one_query's operators
 fills            copies of the blocks    what another fill runs in the twins' place; masks in front of attention
 over_tokens      copies of the blocks    blocks for several tokens at once (for a fill that runs skipped blocks later)
+fused_twins      twins, head, checks     operators of the generated kernels in place of what they compute (on request)
 same_rows        all but twins           operators whose rows do not depend on the pass's width (on request)
 """
 
@@ -24,6 +25,7 @@ from torch import fx
 from .decoder_layers import find_decoder
 from .exit_checks import add_entropy, add_exit_check, candidate_depths, logits_of
 from .fills import empty_entries, only_entries, with_presence
+from .fused_twins import fuse_checks, fuse_twins
 from .one_query import simplify_attention, simplify_linears
 from .over_tokens import over_tokens
 from .river_twins import make_twin
@@ -47,6 +49,7 @@ class RewriteOptions:
         quantize: False keeps the twins' matrices as they are: each twin computes what its block computes.
         group_size: requested group size of the 4-bit weights.
         layout: name of their packing.
+        fuse: True puts the generated kernels' operators into what runs with 4-bit weights.
         scale_inputs: True lets the packing scale the inputs of the 4-bit products where that costs nothing.
         quantize_head: True makes a second head with a 4-bit matrix.
         same_rows: True gives several tokens at once the bits of one token at a time.
@@ -73,6 +76,7 @@ class RewriteOptions:
     tail: str = "twins"
     presence: bool = False
     catch_up: bool = False
+    fuse: bool = False
 
 
 def rewrite(
@@ -119,8 +123,13 @@ def rewrite(
         return tail
     twins, river_head, kept = tail
     head = _with_entropy(head, plan, returned, options)
+    program = RiverProgram(
+        plan, returned, prologue, blocks, twins, head, river_head, candidates, kept, presence, catch_up
+    )
+    if options.fuse and twins:
+        program = table.run("fused_twins", lambda: fuse_twins(fuse_checks(program)))
     table.log()
-    return RiverProgram(plan, returned, prologue, blocks, twins, head, river_head, candidates, kept, presence, catch_up)
+    return program
 
 
 def keep_linears(program: RiverProgram, options: RewriteOptions, keep: Mapping[str, str]) -> RiverProgram:
@@ -132,7 +141,9 @@ def keep_linears(program: RiverProgram, options: RewriteOptions, keep: Mapping[s
         keep: names of 4-bit products (`LinearSite.name`), each with the reason.
     """
     twins, river_head, kept = _tail(program.plan, program.returned, options, keep)
-    return replace(program, twins=twins, river_head=river_head, kept=kept)
+    checks = tuple(fusion for fusion in program.fusions if fusion.segment.startswith("block"))
+    program = replace(program, twins=twins, river_head=river_head, kept=kept, fusions=checks)
+    return fuse_twins(program) if options.fuse and twins else program
 
 
 def _segments(plan: DecoderPlan) -> tuple[Segment, tuple[Segment, ...], Segment]:
@@ -203,9 +214,9 @@ def _tail(
     river_head = None
     if options.quantize_head:
         river_head = twin(plan.num_blocks + 1, "river_head")
-    elif options.quantize:
+    elif options.quantize and (plan.is_decode or not options.fuse):
         head = cut(plan, plan.num_blocks + 1, "river_head")
-        river_head = head if simplify_linears(head.graph_module.graph) else None
+        river_head = head if options.fuse or simplify_linears(head.graph_module.graph) else None
     if river_head is not None:
         river_head = _with_entropy(river_head, plan, returned, options)
     return twins, river_head, tuple(kept)
@@ -238,6 +249,8 @@ def _count_nodes(result: object) -> int:
     """Counts the operations in a plan, a segment or any nesting of segments."""
     if isinstance(result, DecoderPlan):
         return len(result.part_of)
+    if isinstance(result, RiverProgram):
+        result = (*result.blocks, *result.twins, result.river_head)
     if isinstance(result, Segment):
         return sum(n.op not in ("placeholder", "output") for n in result.graph_module.graph.nodes)
     return sum(map(_count_nodes, result)) if isinstance(result, tuple) else 0

@@ -183,13 +183,16 @@ def _replace(graph: fx.Graph, linears: list[_Linear], site: LinearSite, index: i
             torch.ops.river.w4a16_linear.default,
             (x, new[0], new[1], bias, sum(site.out_features), site.group_size, site.layout),
         )
-        merged.meta = {k: v for k, v in first.meta.items() if k != "example_value"}
+        x = value_of(linears[0].x)
+        merged.meta = first.meta | {"example_value": x.new_empty((*x.shape[:-1], sum(site.out_features)))}
         if len(linears) == 1:
             first.replace_all_uses_with(merged)
         else:
             parts = graph.call_function(torch.split, (merged, list(site.out_features), -1))
+            parts.meta["example_value"] = tuple(value_of(linear.node) for linear in linears)
             for i, linear in enumerate(linears):
                 part = graph.call_function(operator.getitem, (parts, i))
+                part.meta["example_value"] = value_of(linear.node)
                 linear.node.replace_all_uses_with(part)
     for linear in reversed(linears):
         graph.erase_node(linear.node)

@@ -169,6 +169,23 @@ class KeptLinear:
 
 
 @dataclass(frozen=True)
+class Fusion:
+    """What became of one fusion rule in one segment.
+
+    Attributes:
+        rule: its name.
+        segment: the segment's name.
+        missed: why it did not apply, empty where it did.
+        node: the node that this is about, with its source line; empty where it is the whole segment.
+    """
+
+    rule: str
+    segment: str
+    missed: str = ""
+    node: str = ""
+
+
+@dataclass(frozen=True)
 class RiverProgram:
     """The rewritten decoder: run blocks until an exit, then the twins of the rest, then the head.
 
@@ -185,6 +202,7 @@ class RiverProgram:
         kept: matrices of the twins that stay in 16 bits.
         presence: for each block the input that says which KV entries are there, where missing ones are masked out.
         catch_up: each block for several tokens at once, where tokens run skipped blocks later.
+        fusions: what became of each fusion rule in each segment that it is for.
     """
 
     plan: DecoderPlan
@@ -198,6 +216,7 @@ class RiverProgram:
     kept: tuple[KeptLinear, ...]
     presence: tuple[fx.Node, ...] = ()
     catch_up: tuple[Segment, ...] = ()
+    fusions: tuple[Fusion, ...] = ()
 
     @property
     def segments(self) -> tuple[Segment, ...]:

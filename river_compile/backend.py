@@ -17,9 +17,7 @@ from torch import fx
 from torch._inductor.compile_fx import compile_fx
 from tqdm import tqdm
 
-from river_compile.kernels.aten_int4 import LAYOUT as ATEN_LAYOUT
-from river_compile.kernels.aten_int4 import has_fast_kernel
-from river_compile.passes.decoder_layers import is_parameter
+from river_compile.passes.decoder_layers import is_parameter, value_of
 from river_compile.passes.rewrite import RewriteOptions, keep_linears, rewrite
 from river_compile.passes.types import DecoderPlan, FillRefusal, LinearSite, Refusal, RiverProgram, Segment
 
@@ -30,6 +28,7 @@ from .dump import dump_program
 from .errors import OptionError, RiverWarning, UnsupportedGraphError
 from .fills import FILLS
 from .lowering import SegmentCompiler, inductor_settings
+from .lowering_choice import Lowering, choose_lowering, warn_of_slow_lowering
 from .models import GraphRecord, ModelState, state_of
 from .registers import registers_of
 from .runtime import ExitRule, RiverExecutor
@@ -83,6 +82,7 @@ def _needs_gradients(example_inputs: Sequence[object]) -> Refusal | None:
 def _rewrite_options(config: RiverConfig, plan: DecoderPlan) -> RewriteOptions:
     config.check_depths(plan.num_blocks)
     check_device(config, plan)
+    lowering = _lowering(config, plan)
     return RewriteOptions(
         exits=(plan.is_decode or config.prefill == "exit") and config.exit_depth != plan.num_blocks,
         checks=config.exit_depth is None and CRITERIA[config.criterion].scores_blocks,
@@ -90,7 +90,8 @@ def _rewrite_options(config: RiverConfig, plan: DecoderPlan) -> RewriteOptions:
         exit_every=config.exit_every,
         quantize=config.quantizer != "none",
         group_size=config.group_size,
-        layout=ATEN_LAYOUT,
+        layout=lowering.layout,
+        fuse=lowering.fuse,
         scale_inputs=config.quantizer == "awq",
         quantize_head=config.lm_head == "w4",
         same_rows=config.same_rows and not plan.is_decode,
@@ -100,6 +101,10 @@ def _rewrite_options(config: RiverConfig, plan: DecoderPlan) -> RewriteOptions:
         presence=FILLS[config.fill].masks,
         catch_up=FILLS[config.fill].catches_up,
     )
+
+
+def _lowering(config: RiverConfig, plan: DecoderPlan) -> Lowering:
+    return choose_lowering(config, value_of(plan.blocks[0].hidden_in).device)
 
 
 def _needs_entropy(plan: DecoderPlan, criterion: Criterion) -> bool:
@@ -150,6 +155,8 @@ def _build(
     state.offloaded.check(plan, config)
     start = time.perf_counter()
     packed = _pack(_reachable(program, rule), values, config, state)
+    if packed:
+        warn_of_slow_lowering(_lowering(config, plan), value_of(plan.blocks[0].hidden_in).device)
     packed_at = time.perf_counter()
     low = {site.name: f"SQNR below min_sqnr={config.min_sqnr:g} dB" for site in packed if packed[site].kept}
     if low:
@@ -161,7 +168,7 @@ def _build(
         state.offloaded.arrange(program, values, config, sum(packed[s].nbytes for p in segments for s in p.packed))
     streamer = Streamer(state.offloaded, program, values, config.offload)
     device = choose_device(program, config, record.captures)
-    compiler = SegmentCompiler(config.lowering, inductor_settings(mode, captured=device is not None))
+    compiler = SegmentCompiler(_lowering(config, plan).compiler, inductor_settings(mode, captured=device is not None))
     register = registers_of(program)
     steps = {}
     with tqdm(segments, desc="river: compiling segments", unit="segment", leave=False, delay=1) as bar:
@@ -180,22 +187,9 @@ def _pack(
     segments: Sequence[Segment], values: dict[fx.Node, object], config: RiverConfig, state: ModelState
 ) -> dict[LinearSite, PackedSite]:
     sites = [site for segment in segments for site in segment.packed]
-    if sites:
-        _warn_of_slow_kernel()
     return state.packed.pack(
         sites, values, config.quantizer, config.artifact, config.min_sqnr, observation=state.observation
     )
-
-
-@functools.cache
-def _warn_of_slow_kernel() -> None:
-    if not has_fast_kernel():
-        capability = torch.backends.cpu.get_cpu_capability()
-        warnings.warn(
-            f"this processor ({capability}) has no fast int4 kernel in ATen: River's answers are right, but slow",
-            RiverWarning,
-            stacklevel=3,
-        )
 
 
 def _as_inductor(

@@ -19,7 +19,7 @@ _CHOICES = {
     "quantizer": ("hqq", "rtn", "awq", "gptq", "none"),
     "prefill": ("backbone", "exit"),
     "lm_head": ("keep", "w4"),
-    "lowering": ("inductor", "eager"),
+    "lowering": ("auto", "inductor", "triton", "eager"),
     "on_unsupported": ("inductor", "raise"),
     "offload_policy": ("exit", "fetch"),
 }
@@ -52,8 +52,11 @@ class RiverConfig:
         prefill: "backbone" (the prompt runs through all blocks) or "exit" (the whole prompt leaves at the first depth
             where the least similar of its tokens passes the threshold).
         lm_head: "keep", or "w4" to put the head into 4 bits for tokens that left the backbone.
-        lowering: "inductor", or "eager" to run the rewritten graph operator by operator (slow: for debugging and tests;
-            its backbone gives the very bits of the model run eagerly).
+        lowering: "auto" ("triton" on a GPU, "inductor" on a CPU), "inductor" (4-bit products as operators of their
+            own, all else through Inductor), "triton" (twins, their head and the exit checks become the generated
+            kernels, on a CPU in Triton's interpreter: very slow, for tests) or "eager" to run the rewritten graph
+            operator by operator (slow: for debugging and tests; its backbone gives the very bits of the model run
+            eagerly).
         on_unsupported: "inductor" (a graph that cannot be rewritten runs as Inductor runs it, with one warning) or
             "raise".
         dump_dir: a folder that receives every segment, each twin beside its block, and the plan; None for none.
@@ -83,7 +86,7 @@ class RiverConfig:
     min_sqnr: float | None = None
     prefill: str = "backbone"
     lm_head: str = "keep"
-    lowering: str = "inductor"
+    lowering: str = "auto"
     on_unsupported: str = "inductor"
     dump_dir: str | None = None
     artifact: str | None = None

@@ -15,7 +15,7 @@ import torch
 from torch import Tensor
 from torch.utils.weak import WeakTensorKeyDictionary
 
-from river_compile.passes.types import KeptLinear, RiverProgram
+from river_compile.passes.types import Fusion, KeptLinear, RiverProgram
 
 from .capture import CaptureLog
 from .config import RiverConfig
@@ -49,6 +49,7 @@ class GraphRecord:
         compiled: the distinct segments.
         seconds: seconds by stage: rewriting, packing, compiling.
         kept: matrices of the twins that stay in 16 bits.
+        fusions: what became of each fusion rule in each segment that it is for.
         packed: the matrices of the twins.
         block_paths: module paths of the blocks.
         captures: which of its decode steps were captured, and why others were not.
@@ -64,6 +65,7 @@ class GraphRecord:
     compiled: tuple[Compiled, ...] = ()
     seconds: dict[str, float] = field(default_factory=dict)
     kept: tuple[KeptLinear, ...] = ()
+    fusions: tuple[Fusion, ...] = ()
     packed: tuple[PackedSite, ...] = ()
     block_paths: tuple[str, ...] = ()
     captures: CaptureLog = field(default_factory=CaptureLog)
@@ -77,6 +79,7 @@ class GraphRecord:
         self.candidates = program.candidates
         self.compiled = tuple(compiled)
         self.kept = program.kept
+        self.fusions = program.fusions
         self.packed = tuple(sites)
         self.block_paths = tuple(block.path for block in plan.blocks)
 

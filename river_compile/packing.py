@@ -1,8 +1,9 @@
 """The packed weights of a model's twins: made once, shared by all its graphs, freed with the model.
 
-Each matrix product of a twin (a :class:`LinearSite`) is quantized from the parameters it stands for, packed for the
-CPU's int4 kernel and kept under its first parameter, which is held weakly: when the model goes, so do its twins.
-Where an artifact is named, the quantized grid is read from there, and packed as ever.
+Each matrix product of a twin (a :class:`LinearSite`) is quantized from the parameters it stands for, packed in the
+layout of the kernel that will read it, on the parameters' device, and kept under its first parameter, which is held
+weakly: when the model goes, so do its twins. Where an artifact is named, the quantized grid is read from there, and
+packed as ever.
 """
 
 from __future__ import annotations

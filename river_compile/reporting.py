@@ -4,9 +4,12 @@ from __future__ import annotations
 
 import math
 from collections import Counter
+from collections.abc import Sequence
 from dataclasses import dataclass
 
 from torch import nn
+
+from river_compile.passes.types import Fusion
 
 from .criteria import threshold_text
 from .models import GraphRecord, find_state
@@ -140,6 +143,12 @@ def _graph_dict(graph: GraphRecord) -> dict[str, object]:
         "seconds": dict(graph.seconds),
         "kept_in_16_bits": [{"name": k.name, "reason": k.reason} for k in graph.kept],
         "other_group_sizes": _other_groups(graph),
+        "fused": dict(Counter(f.rule for f in graph.fusions if not f.missed)),
+        "missed": [
+            {"rule": f.rule, "segment": f.segment, "reason": f.missed, "node": f.node}
+            for f in graph.fusions
+            if f.missed
+        ],
         "captures": graph.captures.to_dict(),
     }
 
@@ -172,7 +181,22 @@ def _graph_lines(graph: GraphRecord) -> list[str]:
         lines.append(f"    in 16 bits   {count} matrices: {reason}")
     for size, count in Counter(_other_groups(graph).values()).items():
         lines.append(f"    group size   {size} instead of {graph.config.group_size} in {count} matrices")
-    return lines + graph.captures.lines()
+    return lines + fusion_lines(graph.fusions) + graph.captures.lines()
+
+
+def fusion_lines(fusions: Sequence[Fusion]) -> list[str]:
+    """Returns which rules put how many kernels in, and each reason for which some did not, with its first node."""
+    applied = Counter(f.rule for f in fusions if not f.missed)
+    lines = [f"    fused        {', '.join(f'{rule} x{n}' for rule, n in applied.items())}"] if applied else []
+    missed: dict[tuple[str, str], list[Fusion]] = {}
+    for fusion in fusions:
+        if fusion.missed:
+            missed.setdefault((fusion.rule, fusion.missed), []).append(fusion)
+    for (rule, reason), found in missed.items():
+        where = f" at {found[0].node}" if found[0].node else ""
+        segments = found[0].segment + (f" and {len(found) - 1} more" if len(found) > 1 else "")
+        lines.append(f"    not fused    {rule} in {segments}: {reason}{where}")
+    return lines
 
 
 def _packed_lines(report: Report) -> list[str]:

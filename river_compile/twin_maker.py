@@ -25,7 +25,7 @@ if TYPE_CHECKING:
     from .artifact import Artifact, SavedMatrix
     from .observation import Observation
 
-_STORED_AS = torch.bfloat16  # scale and zero, in the CPU's kernel
+_STORED_AS = torch.bfloat16  # scale and zero, in the CPU's kernel; others store what is exact for them
 
 
 @dataclass(frozen=True)
@@ -156,7 +156,8 @@ class Maker:
     def make(self, site: LinearSite, saved: SavedMatrix | None) -> PackedSite:
         """Quantizes, or reads, and packs a product."""
         start = time.perf_counter()
-        made = self._quantized(site) if saved is None else self._read(saved)
+        device = self.values[site.weights[0]].device
+        made = self._quantized(site) if saved is None else self._read(saved, device)
         tensors: tuple[Tensor, ...] = ()
         if made.grid is not None and not self._below(made.quality):
             packed = pack(made.grid, site.layout)
@@ -192,12 +193,13 @@ class Maker:
         stands_for = grid.dequantize() if scale is None else grid.dequantize() / scale
         return _Made(grid, sqnr_db(weight, stands_for), output_sqnr_db(weight, stands_for, moments), scale)
 
-    def _read(self, saved: SavedMatrix) -> _Made:
+    def _read(self, saved: SavedMatrix, device: torch.device) -> _Made:
+        scale = self.artifact.input_scale(saved)
         return _Made(
-            self.artifact.grid(saved) if saved.stored else None,
+            self.artifact.grid(saved).to(device) if saved.stored else None,
             float(saved.sqnr_db),
             None if saved.output_sqnr_db is None else float(saved.output_sqnr_db),
-            self.artifact.input_scale(saved),
+            None if scale is None else scale.to(device),
         )
 
     def _rest(self, site: LinearSite, scale: Tensor | None) -> list[Tensor]:
@@ -230,9 +232,9 @@ class _Made:
 
 
 def _merged_bias(site: LinearSite, values: Mapping[fx.Node, Tensor]) -> Tensor:
-    dtype = values[site.weights[0]].dtype
+    like = values[site.weights[0]]
     parts = [
-        torch.zeros(n, dtype=dtype) if node is None else values[node].detach()
+        like.new_zeros(n) if node is None else values[node].detach()
         for node, n in zip(site.biases, site.out_features, strict=True)
     ]
     return torch.cat(parts)

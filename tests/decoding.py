@@ -40,9 +40,9 @@ def decode(model, cache, depths: Sequence[int | None], batch: int = 2, compiled:
     """
     run = model if compiled else model.forward
     held = {"use_cache": True, cache_argument(model): cache}
-    ids, mask = left_padded(batch)
+    ids, mask = (tensor.to(model.device) for tensor in left_padded(batch))
     logits = [run(input_ids=ids, attention_mask=mask, **held).logits]
-    tokens = prompt(len(depths), batch, seed=1)
+    tokens = prompt(len(depths), batch, seed=1).to(model.device)
     for step, depth in enumerate(depths):
         mask = torch.cat([mask, torch.ones_like(mask[:, :1])], 1)
         position = (mask.cumsum(-1) - 1)[:, -1:]

@@ -46,6 +46,9 @@ def test_plain_and_fused_scores_agree():
     plain = torch.ops.river.exit_score(hidden, previous)
     assert (score.shape, plain.shape, plain.dtype, rows.shape) == ((), (), torch.float32, (2, 3))
     torch.testing.assert_close(score, plain, atol=1e-6, rtol=0)
+    undecided = torch.ops.river.residual_score(update, residual, previous)
+    assert torch.equal(undecided[0], hidden)
+    assert torch.equal(undecided[1], score)
 
 
 def test_more_rows_than_positive_is_refused():

@@ -43,6 +43,7 @@ def sample_calls():
     calls["kv_fill"] = (random(2, 1, 64), None, None, None, cos, sin, slot, k_cache, v_cache, "none", 1e-6, False)
     calls["decode_attention"] = (random(2, 2, 16), k_cache, v_cache, torch.tensor([4]), None, 0.25, 0, 0.0)
     calls["exit_score"] = (random(2, 1, 64), random(2, 1, 64))
+    calls["residual_score"] = (random(2, 1, 64), random(2, 1, 64), random(2, 1, 64))
     calls["residual_exit_score"] = (random(2, 1, 64), random(2, 1, 64), random(2, 1, 64), torch.tensor(0.5))
     return calls
 
