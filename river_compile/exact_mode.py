@@ -10,8 +10,10 @@ weights and hidden states as outputs, generation that is synchronized over sever
 from __future__ import annotations
 
 import inspect
+from contextlib import AbstractContextManager
 from dataclasses import dataclass, replace
 
+import torch
 from torch import Tensor
 from transformers import GenerationConfig, PreTrainedModel
 from transformers.generation import GenerateDecoderOnlyOutput, LogitsProcessorList, StoppingCriteriaList, logits_process
@@ -109,10 +111,11 @@ class ExactMode:
         streamer = streamer or streamer_of(inspect.currentframe().f_back)
         widths = verification_widths(mode.max_draft, mode.strict)
         paths = TwoPaths(model, model_kwargs, widths, mode.strict)
-        first_logits = paths.prefill(input_ids, generation_config)
-        loop = _loop(mode, paths, input_ids, logits_processor, stopping_criteria, generation_config, streamer)
-        with model._optimize_model_for_decode():
-            ids = loop.run(first_logits)
+        with _more_graphs(len(widths)):
+            first_logits = paths.prefill(input_ids, generation_config)
+            loop = _loop(mode, paths, input_ids, logits_processor, stopping_criteria, generation_config, streamer)
+            with model._optimize_model_for_decode():
+                ids = loop.run(first_logits)
         if streamer is not None:
             streamer.end()
         if not generation_config.return_dict_in_generate:
@@ -126,6 +129,15 @@ class ExactMode:
 
 
 exact = ExactMode()
+
+
+def _more_graphs(widths: int) -> AbstractContextManager[None]:
+    """Lets Dynamo keep a graph for each width, beside those that it allows one function anyway.
+
+    Beyond its limit it would run what is new without the backend: as exact, and slow.
+    """
+    config = torch._dynamo.config
+    return config.patch(recompile_limit=config.recompile_limit + widths)
 
 
 def _loop(

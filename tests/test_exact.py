@@ -255,6 +255,15 @@ def test_nothing_is_compiled_after_a_warm_up(static):
             exactly(model, prompt(length), static=static, stop_below=stop_below)
 
 
+def test_dynamos_limit_of_graphs_makes_room_for_every_width():
+    """The prompt's and the decode step's graph fill what is allowed; any further one would be an error here."""
+    with torch._dynamo.config.patch(recompile_limit=2, fail_on_recompile_limit_hit=True):
+        model, ids = compiled(), prompt()
+        assert torch.equal(generate(model, ids), generate(make("llama"), ids))
+        for stop_below in (0.0, 1.0):
+            assert torch.equal(exactly(model, ids, stop_below=stop_below), generate(make("llama"), ids))
+
+
 def test_traces_draw_cycles_and_the_report_tells_what_a_batch_cost(tmp_path):
     ids, mask = padded(3)
     model = compiled()
