@@ -1,6 +1,7 @@
 """Exit criteria compared at equal cost: how much KL is left at which time per token.
 
     python benchmarks/criteria.py
+    python benchmarks/criteria.py --own-text                   # what the model itself writes, not documentation
     python benchmarks/criteria.py --model smollm2 --json criteria.json --plots DIR
 
 Texts are fed token by token, under each criterion at thresholds that let more and more tokens leave; a doubted token
@@ -8,7 +9,9 @@ pays for both paths. Two lines stand for comparison, both with exits after the s
 and an oracle that lets those leave which lose least. "At equal time" reads each criterion's frontier, the rules mixed
 by chance where two of them lie around the time that is asked for; never exit belongs to every frontier.
 
-Time is that of a decode step in the model's forward pass, as a share of never exit's in the same run.
+Time is that of a decode step in the model's forward pass, as a share of never exit's. The steps of all criteria are
+priced by one run, in which all kinds of steps took turns: by the blocks that a token ran, and whether through both
+paths. What the comparisons of "similarity" cost, about one percent, is left out.
 """
 
 from __future__ import annotations
@@ -17,14 +20,16 @@ import argparse
 import random
 import statistics
 import sys
-from collections.abc import Sequence
+from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))  # a script finds only its own folder
 
 import torch
+from transformers import PreTrainedModel
 
 from benchmarks import common
+from benchmarks.quality_texts import collect
 from examples import models
 from examples.calibrate import topics
 from river_compile.criteria import CRITERIA, Criterion
@@ -48,15 +53,13 @@ def main(arguments: list[str] | None = None) -> int:
         except (models.ModelUnavailable, ValueError) as error:
             print(f"error: {error}", file=sys.stderr)
             return 1
-        length = options.context + options.tokens
-        ids = [tokenizer(text)["input_ids"][:length] for text in topics()]
-        samples = [torch.tensor([row]) for row in ids if len(row) == length][: options.texts]
         with torch.inference_mode():
-            results[name] = measure(model, samples, options)
+            results[name] = measure(model, *_samples(model, tokenizer, options), options.progress)
         show(name, results[name])
     outcome = {
         "benchmark": "criteria",
         "texts": options.texts,
+        "own_text": options.own_text,
         "tokens": options.tokens,
         "machine": common.machine_facts(options.threads),
         "models": {name: {"rows": rows, "at_equal_time": at_equal_time(rows)} for name, rows in results.items()},
@@ -69,23 +72,40 @@ def main(arguments: list[str] | None = None) -> int:
     return 0
 
 
-def measure(model: torch.nn.Module, samples: Sequence[torch.Tensor], options: argparse.Namespace) -> list[dict]:
-    """Returns a row for each rule of each criterion, and for chance and oracle."""
-    rows: list[dict] = []
+def _samples(
+    model: PreTrainedModel, tokenizer: Callable, options: argparse.Namespace
+) -> tuple[Sequence[torch.Tensor], int]:
+    """Returns texts ``[1, context + tokens]`` and how many tokens of each run as its prompt."""
+    if options.own_text:
+        texts = collect(model, tokenizer, options.texts, options.tokens, calibration=0)
+        return texts.own, texts.context
+    length = options.context + options.tokens
+    ids = [tokenizer(text)["input_ids"][:length] for text in topics()]
+    return [torch.tensor([row]) for row in ids if len(row) == length][: options.texts], options.context
+
+
+def measure(
+    model: PreTrainedModel,
+    samples: Sequence[torch.Tensor],
+    context: int,
+    progress: bool,
+    base: Mapping[str, object] = {"group_size": 64},
+) -> list[dict]:
+    """Returns a row for each rule of each criterion, and for chance and oracle; `base` holds further options."""
+    found: list[tuple[str, Measured]] = []
+    prices = None
     for criterion in CRITERIA.values():
         settings = {"criterion": criterion.name, "threshold": criterion.never, "first_exit": 1}
         torch._dynamo.reset()
-        with compiled(model, {"group_size": 64, **settings}):
-            meter = Meter(model, criterion, samples, options.context, options.progress)
+        with compiled(model, {**base, **settings}):
+            meter = Meter(model, criterion, samples, context, progress)
             texts = range(len(samples))
-            found = [
-                (criterion.name, meter.measure(rule, texts, f"{criterion.name} {rule}"))
-                for rule in _rules(meter, criterion, texts)
-            ]
+            for rule in _rules(meter, criterion, texts):
+                found.append((criterion.name, meter.measure(rule, texts, f"{criterion.name} {rule}")))
             if criterion.may_doubt:
                 found += _reference_lines(meter, criterion, texts)
-            rows += [_row(name, measured, meter) for name, measured in found]
-    return rows
+                prices = meter
+    return [_row(name, measured, prices) for name, measured in found]
 
 
 def _rules(meter: Meter, criterion: Criterion, texts: Sequence[int]) -> list[Rule]:
@@ -202,7 +222,8 @@ def plot(results: dict[str, list[dict]], folder: str | Path) -> Path:
 def _parse(arguments: list[str] | None) -> argparse.Namespace:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--model", action="append", help=f"{', '.join(models.MODELS)} or a folder; may be repeated")
-    parser.add_argument("--texts", type=int, default=16, help="texts to measure (default 16)")
+    parser.add_argument("--own-text", action="store_true", help="measure the model's own greedy answers")
+    parser.add_argument("--texts", type=int, default=16, help="texts to measure (default 16; 8 answers at most)")
     parser.add_argument("--context", type=int, default=16, help="tokens of a text's prompt (default 16)")
     parser.add_argument("--tokens", type=int, default=16, help="tokens measured in each text (default 16)")
     parser.add_argument("--threads", type=int, default=2)

@@ -22,6 +22,7 @@ from transformers import PreTrainedModel
 
 from .errors import OptionError
 from .models import state_of
+from .versions import version_of
 
 _PRODUCTS = (nn.functional.linear, torch.addmm, torch.matmul, torch.Tensor.matmul, torch.Tensor.__matmul__)
 _WINDOW = 512  # tokens that run at once: the logits of a large vocabulary take memory
@@ -203,9 +204,9 @@ class _Recorder(TorchFunctionMode):
             moments = InputMoments(x.shape[-1])
             self._observation.record(weight, moments)
         moments.add(x)
-        self._last = (x, x._version, moments)  # held, so that no other tensor takes its place in memory
+        self._last = (x, version_of(x), moments)  # held, so that no other tensor takes its place in memory
 
 
 def _same(before: Tensor, version: int, now: Tensor) -> bool:
     place = (before.data_ptr(), before.numel(), before.shape[-1], version)
-    return place == (now.data_ptr(), now.numel(), now.shape[-1], now._version)
+    return place == (now.data_ptr(), now.numel(), now.shape[-1], version_of(now))

@@ -24,6 +24,7 @@ from tqdm import tqdm
 from river_compile.passes.types import LinearSite
 
 from .twin_maker import Maker, PackedSite
+from .versions import version_of
 
 if TYPE_CHECKING:
     from .artifact import Artifact
@@ -39,9 +40,8 @@ class _Entry:
     versions: tuple[int, ...]
 
     def made_from(self, tensors: Sequence[Tensor]) -> bool:
-        return all(ref() is t for ref, t in zip(self.sources, tensors, strict=True)) and self.versions == tuple(
-            t._version for t in tensors
-        )
+        same = all(ref() is t for ref, t in zip(self.sources, tensors, strict=True))
+        return same and self.versions == tuple(map(version_of, tensors))
 
 
 class PackedWeights:
@@ -124,6 +124,6 @@ class PackedWeights:
             saved = list(pool.map(maker.find_saved, sites))
             for site, packed in zip(sites, pool.map(maker.make, sites, saved), strict=True):
                 sources = maker.sources(site)
-                entry = _Entry(packed, tuple(map(TensorWeakRef, sources)), tuple(t._version for t in sources))
+                entry = _Entry(packed, tuple(map(TensorWeakRef, sources)), tuple(map(version_of, sources)))
                 self._entries.setdefault(sources[0], {})[maker.key(site)] = entry
                 bar.update()

@@ -23,6 +23,7 @@ from .lowering import Callee
 from .offload_store import Arrival, Stored
 from .offloading import OffloadedWeights
 from .runtime import Step
+from .versions import version_of
 
 
 @dataclass(frozen=True)
@@ -37,7 +38,7 @@ class _Brought:
     def serves(self, weights: Sequence[Tensor]) -> bool:
         """Tells whether these are copies of these weights as they are now."""
         same = [id(w) for w in weights] == [id(w) for w in self.weights]
-        return same and self.versions == tuple(w._version for w in weights)
+        return same and self.versions == tuple(map(version_of, weights))
 
 
 class Streamer:
@@ -92,7 +93,7 @@ class Streamer:
 
     def _start(self, weights: Sequence[Tensor]) -> _Brought:
         stored = tuple(self._offloaded.find(weight) for weight in weights)
-        versions = tuple(weight._version for weight in weights)
+        versions = tuple(map(version_of, weights))
         return _Brought(tuple(weights), versions, stored, self._offloaded.store.start(stored))
 
 

@@ -17,7 +17,7 @@ import pytest
 import torch
 from transformers import pipeline
 
-from river_compile import CacheFullError, RiverWarning, UnsupportedGraphError, report, river, trace
+from river_compile import CacheFullError, RiverWarning, UnsupportedGraphError, observe, report, river, trace
 from river_compile.runtime import forced_depth, forced_threshold
 from tests.decoding import CAPACITY, decode, new_cache
 from tests.families import make, prompt
@@ -88,6 +88,22 @@ def test_pipeline_goes_through_a_compiled_model(smollm2_tokenizer):
     with torch.no_grad():
         pipe("a", max_new_tokens=3, do_sample=False)
     assert sum(report(model).decode_depths.values()) >= 2
+
+
+@torch.inference_mode()
+def test_a_model_made_in_inference_mode_is_observed_packed_and_decoded():
+    """PyTorch counts no changes of its weights."""
+    model, texts = make("llama", layers=2), [prompt(8, seed=seed) for seed in range(2)]
+    assert next(model.parameters()).is_inference()
+    assert observe(model, inputs=texts, progress=False).tokens == 16
+    model.compile(backend=river, options={"lowering": "eager", "group_size": 32, "quantizer": "gptq"})
+    cache = new_cache(model, "static")
+    river_logits = decode(model, cache, [0, 2])
+    plain = make("llama", layers=2)
+    expected = decode(plain, new_cache(plain, "static"), [None, None], compiled=False)
+    assert torch.equal(river_logits[0], expected[0])
+    assert 1e-4 < (river_logits[1] - expected[1]).abs().max() < 1
+    assert len(report(model).packed) > 0
 
 
 class TestRefusals:
