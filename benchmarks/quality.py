@@ -37,7 +37,7 @@ from examples import models
 from river_compile.config import RiverConfig
 from river_compile.fills import FILLS
 
-THRESHOLDS = (0.5, 0.7, 0.9, 0.95)
+THRESHOLDS = (0.7, 0.95, 0.97, 0.98)
 PAPER = 0.7  # the threshold at which every quantizer is measured
 CALIBRATION_TOKENS = 8  # of each text
 PARTS = ("table", "fills", "entries")

@@ -9,7 +9,8 @@ Parts of a token's time:
     tail       the river's twins
     repair     what is done for the sake of missing entries: the projections of "propagate", empty slots, the time
                that "recompute" takes in a block beyond what the block takes for one token, keeping count of holes
-Fills are compiled one after the other; times are shown at the pace of never exit in the first session.
+Calls that do the same count with their median, so that a pause of the machine adds nothing. Fills are compiled one
+after the other; times are shown at the pace of never exit in the first session.
 """
 
 from __future__ import annotations
@@ -135,29 +136,28 @@ class _TimedBlock(_Timed):
 @contextlib.contextmanager
 def timed_parts() -> Iterator[Callable[[int], dict[str, float]]]:
     """Times the parts of all decode steps that run inside; gives a function from their number to ms per token."""
-    seconds: defaultdict[str, list[float]] = defaultdict(list)
+    seconds: dict[str, defaultdict[str, list[float]]] = {part: defaultdict(list) for part in PARTS}
     together: list[float] = []
     run, patched = RiverExecutor.__call__, []
 
     def call(executor: RiverExecutor, *arguments: object) -> tuple:
         if executor.decodes and all(executor is not other for other, _ in patched):
             patched.append((executor, dict(vars(executor))))
-            executor.blocks = [
-                _TimedBlock(b, seconds["blocks"], together, executor.place.state) for b in executor.blocks
-            ]
-            kind = "tail" if executor.fill.name == "river" else "repair"
-            executor.twins = [_Timed(twin, seconds[kind]) for twin in executor.twins]
+            alone, state = seconds["backbone"]["blocks"], executor.place.state
+            executor.blocks = [_TimedBlock(b, alone, together, state) for b in executor.blocks]
+            twins = seconds["tail" if executor.fill.name == "river" else "repair"]["twins"]
+            executor.twins = [_Timed(twin, twins) for twin in executor.twins]
             for name in ("prologue", "head", "river_head"):
-                setattr(executor, name, _Timed(getattr(executor, name), seconds["rest"]))
+                setattr(executor, name, _Timed(getattr(executor, name), seconds["backbone"][name]))
             executor.fill = _TimedFill(executor.fill, seconds["repair"])
         return run(executor, *arguments)
 
     def per_token(tokens: int) -> dict[str, float]:
-        alone = statistics.median(seconds["blocks"])
-        extra = sum(s - alone for s in together)
-        backbone = sum(seconds["blocks"]) + sum(seconds["rest"]) + alone * len(together)
-        parts = (backbone, sum(seconds["tail"]), sum(seconds["repair"]) + extra)
-        return {name: 1e3 * part / tokens for name, part in zip(PARTS, parts, strict=True)}
+        alone = statistics.median(seconds["backbone"]["blocks"])
+        parts = {part: sum(map(_usual, calls.values())) for part, calls in seconds.items()}
+        parts["backbone"] += alone * len(together)
+        parts["repair"] += sum(s - alone for s in together)
+        return {part: 1e3 * total / tokens for part, total in parts.items()}
 
     RiverExecutor.__call__ = call
     try:
@@ -171,6 +171,11 @@ def timed_parts() -> Iterator[Callable[[int], dict[str, float]]]:
 class _TimedFill:
     """A fill whose bookkeeping is timed."""
 
-    def __init__(self, fill: object, seconds: list[float]) -> None:
+    def __init__(self, fill: object, seconds: dict[str, list[float]]) -> None:
         self.name, self.remembers = fill.name, fill.remembers
-        self.begin, self.end = _Timed(fill.begin, seconds), _Timed(fill.end, seconds)
+        self.begin, self.end = _Timed(fill.begin, seconds["begin"]), _Timed(fill.end, seconds["end"])
+
+
+def _usual(seconds: Sequence[float]) -> float:
+    """Returns the sum over calls that do the same, each counted with their median."""
+    return statistics.median(seconds) * len(seconds) if seconds else 0.0
