@@ -46,7 +46,7 @@ def calibrate(
     *,
     kl: float | None = None,
     agreement: float | None = None,
-    criterion: str = "doubt",
+    criterion: str = "confidence",
     confidence: float = 0.9,
     options: Mapping[str, object] | None = None,
     context: int = 16,
