@@ -11,6 +11,7 @@ from transformers import StaticCache
 
 from river_compile import BudgetError, Calibration, OptionError, calibrate, river, trace
 from river_compile.criteria import CRITERIA
+from river_compile.meter import Meter
 from tests.decoding import cache_argument
 from tests.families import make, prompt
 
@@ -94,6 +95,27 @@ def test_it_can_be_read(found):
 
 
 def test_save_load_and_picture(found, tmp_path):
+    assert Calibration.load(found.save(tmp_path / "calibration.json")) == found
+    assert found.plot(tmp_path / "calibration.png").read_bytes().startswith(b"\x89PNG")
+
+
+def test_a_threshold_for_each_depth_is_chosen_where_it_is_cheapest(model, tmp_path, monkeypatch):
+    """Its options decode as it was measured; text, file and picture hold it."""
+    cost = Meter.cost
+    cheaper = 1e-3
+    monkeypatch.setattr(
+        Meter, "cost", lambda meter, rule: cost(meter, rule) * (cheaper if isinstance(rule.rule[0], tuple) else 1)
+    )
+    found = run(model, {"kl": 3.0}, criterion="similarity")
+    assert isinstance(found.chosen.threshold, tuple)
+    assert len(found.chosen.threshold) == 2, "one for each block but the last"
+    model.compile(backend=river, options=found.options)
+    with trace() as seen:
+        for text in TEXTS:
+            logits_of(model, torch.tensor([tokenizer(text)["input_ids"]]))
+    model._compiled_call_impl = None
+    assert abs(found.chosen.mean_depth - seen.mean_depth) < 0.6
+    assert str(found.chosen.threshold[1])[:4] in str(found)
     assert Calibration.load(found.save(tmp_path / "calibration.json")) == found
     assert found.plot(tmp_path / "calibration.png").read_bytes().startswith(b"\x89PNG")
 
