@@ -81,11 +81,11 @@ def attention_timing(label: str, spec: DecodeAttentionSpec) -> Timing:
     shape = (spec.batch, spec.kv_heads, spec.slots, spec.head_dim)
     q = torch.randn(spec.batch, spec.heads, spec.head_dim, device="cuda", dtype=torch.bfloat16)
     caches = [[torch.randn(shape, device="cuda", dtype=torch.bfloat16) for _ in "kv"] for _ in range(copies)]
-    length = torch.tensor([spec.slots], device="cuda")
+    others = {"mask": torch.ones(spec.batch, spec.slots, dtype=torch.bool, device="cuda")} if spec.mask else {}
+    if spec.counted:
+        others["length"] = torch.tensor([spec.slots], device="cuda")
     kernel = load(spec, interpret=False)
-    ours = [
-        functools.partial(kernel, q=q, k_cache=k, v_cache=v, length=length, out=torch.empty_like(q)) for k, v in caches
-    ]
+    ours = [functools.partial(kernel, q=q, k_cache=k, v_cache=v, out=torch.empty_like(q), **others) for k, v in caches]
     theirs = [
         functools.partial(F.scaled_dot_product_attention, q[:, :, None], k, v, enable_gqa=True) for k, v in caches
     ]

@@ -1,12 +1,14 @@
 """Attention of one query position over a static cache, split over the cache and combined by log-sum-exp.
 
-The cache holds S slots, of which the first `length` count; `length` lies in a device tensor. A sliding window, a soft
-cap on the scores and a mask of slots (left padding) are optional. Grouped queries share one program: their heads are
-the rows of a `tl.dot`, filled up to 16. Each of `splits` programs takes an equal run of the valid slots and writes its
+The cache holds S slots, of which the first `length` count; `length` lies in a device tensor, or all count. A sliding
+window, a soft cap on the scores and a mask of slots are optional. A mask says which slots take part (bool), or is added
+to the scores (a floating dtype: 0, what a model likes, or its least number for a slot that takes no part). Grouped
+queries share one program: their heads are the rows of a `tl.dot`, filled up to 16. Each of `splits` programs takes
+every `splits`-th block of slots, which keeps them equally busy wherever the slots that take part lie, and writes its
 sum, maximum and denominator; a second launch combines them (online softmax: Milakov and Gimelshein 2018; split over the
-keys: Flash-Decoding, Dao et al. 2023). Slots that do not count are never read: what they hold has no effect.
+keys: Flash-Decoding, Dao et al. 2023). Keys and values of slots that take no part are never read.
 
-Not handled: more than one query position, additive masks other than 0 and -inf (turn those into the bool mask).
+Not handled: more than one query position, masks that differ between heads.
 
 Legend: B sequences, H query heads, J key-value heads, D features of a head, S slots, L slots that are read, P splits.
 """
@@ -36,6 +38,8 @@ from river_compile.kernels.spec import (
 
 B, H, J, D, L, P = (symbol(name) for name in "BHJDLP")
 LOG2E = 1.4426950408889634
+# Half the least number of each dtype: what a mask adds to the scores below it leaves nothing of a slot.
+LEAST = {"float32": -1.7e38, "bfloat16": -1.69e38, "float16": -32752.0}
 
 batch, kv_head, split, row, lane, position = (
     symbol(name) for name in ("batch", "kv_head", "split", "row", "lane", "position")
@@ -53,7 +57,9 @@ class DecodeAttentionSpec(KernelSpec):
         dtype: of q, the caches and the result.
         window: slots that a query sees, its own included; 0 for all.
         softcap: c in c tanh(score / c); 0 for none.
-        mask: whether a bool mask ``[B, S]`` says which slots take part.
+        mask: whether a mask ``[B, S]`` says which slots take part.
+        mask_dtype: "bool", or that of a mask which is added to the scores.
+        counted: whether a device tensor says how many slots count; False for all S.
         splits: P, programs that share the slots of one head; 1 needs no second launch.
         block: slots of one step.
         cache_strides: elements from one sequence, head and slot to the next; empty for a contiguous cache.
@@ -73,6 +79,8 @@ class DecodeAttentionSpec(KernelSpec):
     window: int = 0
     softcap: float = 0.0
     mask: bool = False
+    mask_dtype: str = "bool"
+    counted: bool = True
     splits: int = 8
     block: int = 32
     cache_strides: tuple[int, ...] = ()
@@ -84,10 +92,13 @@ class DecodeAttentionSpec(KernelSpec):
         check_positive(slots=self.slots, splits=self.splits)
         check_choice("dtype", self.dtype, ACTIVATION_DTYPES)
         check_choice("index_dtype", self.index_dtype, ("int32", "int64"))
+        check_choice("mask_dtype", self.mask_dtype, ("bool", *ACTIVATION_DTYPES))
         if self.heads % self.kv_heads:
             raise ValueError(f"kv_heads={self.kv_heads} does not divide heads={self.heads}")
         if self.window < 0 or self.softcap < 0:
             raise ValueError(f"window={self.window} and softcap={self.softcap} must not be negative; 0 turns them off")
+        if self.window and not self.counted:
+            raise ValueError(f"window={self.window} needs counted=True: it ends at the last slot that counts")
         if not is_power_of_two(self.block) or self.block < 16:
             raise ValueError(f"block={self.block} is not a power of two of at least 16")
         if len(self.cache_strides) not in (0, 3):
@@ -113,9 +124,10 @@ class DecodeAttentionSpec(KernelSpec):
 
     def stages(self) -> tuple[Stage, ...]:
         inputs = [Argument(name, self.dtype) for name in ("q", "k_cache", "v_cache")]
-        inputs.append(Argument("length", self.index_dtype))
+        if self.counted:
+            inputs.append(Argument("length", self.index_dtype))
         if self.mask:
-            inputs.append(Argument("mask", "bool"))
+            inputs.append(Argument("mask", self.mask_dtype))
         out = Argument("out", self.dtype)
 
         def grid(_rows: int) -> tuple[int, int, int]:
@@ -145,8 +157,9 @@ class DecodeAttentionSpec(KernelSpec):
     def bytes(self) -> sympy.Expr:
         item = ITEM_BYTES[self.dtype]
         parts = 2 * 4 * B * H * P * (D + 2) if self.splits > 1 else 0
-        mask = B * L * int(self.mask)
-        return item * (2 * B * J * L * D + 2 * B * H * D) + mask + ITEM_BYTES[self.index_dtype] + parts
+        mask = B * L * ITEM_BYTES[self.mask_dtype] * int(self.mask)
+        length = ITEM_BYTES[self.index_dtype] * int(self.counted)
+        return item * (2 * B * J * L * D + 2 * B * H * D) + mask + length + parts
 
     def flops(self) -> sympy.Expr:
         return 4 * B * H * L * D
@@ -156,7 +169,7 @@ class DecodeAttentionSpec(KernelSpec):
         stages[0].define(lines)
         with lines.indented():
             self._write_start(lines)
-            with lines.indented(f"for start in range(first, last, {self.block}):"):
+            with lines.indented(f"for start in range(first, length, {self.splits * self.block}):"):
                 self._write_step(lines)
             self._write_end(lines)
         if self.splits > 1:
@@ -179,20 +192,14 @@ class DecodeAttentionSpec(KernelSpec):
             f"lane = tl.arange(0, {self.dim_block})",
             f"query = q_ptr + {query} + row[:, None] * {self.head_dim} + lane[None, :]",
             f"q = tl.load(query{masked(*self._masks())})",
-            f"length = tl.minimum(tl.load(length_ptr).to(tl.int32), {self.slots})",
+            f"length = tl.minimum(tl.load(length_ptr).to(tl.int32), {self.slots})"
+            if self.counted
+            else f"length = {self.slots}",
         )
         if self.splits == 1:
-            lines.add(f"first = {oldest}", "last = length")
+            lines.add(f"first = {oldest}")
         else:
-            share = self.splits * self.block
-            lines.add(
-                "split = tl.program_id(2)",
-                f"oldest = {oldest}",
-                # Every split takes the same number of whole blocks of the slots that count.
-                f"run = (length - oldest + {share - 1}) // {share} * {self.block}",
-                "first = oldest + split * run",
-                "last = tl.minimum(first + run, length)",
-            )
+            lines.add("split = tl.program_id(2)", f"first = {oldest} + split * {self.block}")
         lines.add(
             f"total = tl.zeros(({self.group_block}, {self.dim_block}), tl.float32)",
             f'highest = tl.full(({self.group_block},), float("-inf"), tl.float32)',
@@ -201,9 +208,14 @@ class DecodeAttentionSpec(KernelSpec):
 
     def _write_step(self, lines: Lines) -> None:
         per_batch, per_head, per_slot = self.strides
-        lines.add(f"slot = start + tl.arange(0, {self.block})", "live = slot < last")
+        lines.add(f"slot = start + tl.arange(0, {self.block})", "live = slot < length")
+        adds = self.mask and self.mask_dtype != "bool"
         if self.mask:
-            lines.add(f"live = live & tl.load(mask_ptr + {code(batch * self.slots)} + slot, mask=live, other=0)")
+            loaded = f"tl.load(mask_ptr + {code(batch * self.slots)} + slot, mask=live, other=0)"
+            if adds:
+                lines.add(f"bias = {loaded}.to(tl.float32)", f"live = live & (bias > {LEAST[self.mask_dtype]!r})")
+            else:
+                lines.add(f"live = live & {loaded}")
         base = code(batch * per_batch + kv_head * per_head)
         cell = f"{base} + slot[:, None].to(tl.int64) * {per_slot} + lane[None, :]"
         mask = masked("live[:, None]", self._masks()[1])
@@ -214,6 +226,8 @@ class DecodeAttentionSpec(KernelSpec):
         if self.softcap:  # tanh(u) = 1 - 2 / (exp(2 u) + 1)
             cap = self.softcap
             lines.add(f"score = {cap!r} * (1.0 - 2.0 / (tl.exp(score * {2.0 / cap!r}) + 1.0))")
+        if adds:
+            lines.add("score = score + bias[None, :]")
         lines.add(
             'score = tl.where(live[None, :], score, float("-inf"))',
             "new_highest = tl.maximum(highest, tl.max(score, axis=1))",

@@ -205,7 +205,7 @@ def run_attention(
     q: torch.Tensor,
     k_cache: torch.Tensor,
     v_cache: torch.Tensor,
-    length: torch.Tensor,
+    length: torch.Tensor | None,
     mask: torch.Tensor | None,
     scale: float,
     window: int,
@@ -214,7 +214,6 @@ def run_attention(
     """Runs the `decode_attention` kernel; arguments and result as in `ops.decode_attention`."""
     b, heads, d = q.shape
     kv_heads, slots = k_cache.shape[1], k_cache.shape[2]
-    _expect(length=(length.reshape(-1), (1,)))
     if k_cache.shape[0] != b or k_cache.shape[-1] != d:
         raise ValueError(f"q has shape {tuple(q.shape)} and the caches have {tuple(k_cache.shape)}: B or D differs")
     spec = DecodeAttentionSpec(
@@ -228,12 +227,17 @@ def run_attention(
         window=window,
         softcap=softcap,
         mask=mask is not None,
+        mask_dtype="bool" if mask is None else dtype_name(mask.dtype),
+        counted=length is not None,
         splits=attention_splits(b * kv_heads, min(slots, window or slots), model_of(q)),
         cache_strides=_cache_strides(k_cache, v_cache),
-        index_dtype=dtype_name(length.dtype),
+        index_dtype="int64" if length is None else dtype_name(length.dtype),
     )
     out = torch.empty((b, heads, d), dtype=q.dtype, device=q.device)
-    buffers = {"q": q.contiguous(), "k_cache": k_cache, "v_cache": v_cache, "length": length, "out": out}
+    buffers = {"q": q.contiguous(), "k_cache": k_cache, "v_cache": v_cache, "out": out}
+    if length is not None:
+        buffers["length"] = length
+        _expect(length=(length.reshape(-1), (1,)))
     if mask is not None:
         buffers["mask"] = mask.contiguous()
         _expect(mask=(buffers["mask"], (b, slots)))

@@ -64,7 +64,7 @@ def block_kernels(
     return {
         "norm + q|k|v": linear("norm_linear", shape.hidden, shape.qkv, norm="rms", bias=shape.qkv_bias),
         "rope + kv write": KvFillSpec(*heads, rotary_dim=shape.head_dim),
-        "attention": DecodeAttentionSpec(*heads, shape.head_dim**-0.5, mask=True, splits=splits),
+        "attention": DecodeAttentionSpec(*heads, shape.head_dim**-0.5, mask=True, counted=False, splits=splits),
         "o + residual": linear("w4a16_linear", shape.heads * shape.head_dim, shape.hidden, residual=True),
         "norm + gate|up": linear(
             "gated_mlp", shape.hidden, shape.intermediate, norm="rms", gated=True, activation="silu"

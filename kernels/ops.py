@@ -11,8 +11,8 @@
     residual_exit_score   the same with the decision: fused with the residual add and the threshold
 
 Layout "triton" runs the generated kernel: compiled on a GPU, in Triton's interpreter on the CPU (slow, for tests).
-Every other layout, and the layout "dense" on the CPU, is plain torch around the layout's own linear. An operator never
-falls from the one to the other by itself. All outputs are new tensors; what is mutated says the schema.
+Every other layout is plain torch around the layout's own linear. An operator never falls from the one to the other by
+itself. All outputs are new tensors; what is mutated says the schema.
 """
 
 from __future__ import annotations
@@ -118,16 +118,20 @@ def lm_head(x, norm_weight, norm_bias, norm, eps, weight, scale_zero, bias, out_
 
     Args:
         x, norm_weight, norm_bias, norm, eps: as in `norm_linear`.
-        weight: ``[N, K]`` in x.dtype for the layout "dense", else the packed integers.
-        scale_zero: None for "dense".
-        bias, out_features, group_size, layout: as in `w4a16_linear`.
+        weight: ``[N, K]`` in x.dtype where there is no scale_zero, else the packed integers.
+        scale_zero: None for a weight in x.dtype.
+        bias, out_features, group_size: as in `w4a16_linear`.
+        layout: as there; for a weight in x.dtype "triton" (the generated kernel) or "dense" (plain torch).
 
     Returns:
         ``[..., N]`` in x.dtype.
     """
-    if layout != "dense":
+    norms = Norm(norm, norm_weight, norm_bias, eps)
+    if scale_zero is not None:
         weight = pack.PackedLinear(layout, weight, scale_zero, group_size, x.shape[-1], out_features)
-    return _run("lm_head", x, weight, Norm(norm, norm_weight, norm_bias, eps), bias)
+    elif layout not in ("dense", "triton"):
+        raise ValueError(f"layout={layout!r} has a scale_zero; without one it is 'dense' or 'triton'")
+    return _run("lm_head", x, weight, norms, bias, layout=layout)
 
 
 @lm_head.register_fake
@@ -170,19 +174,20 @@ def _(qkv, bias, q_norm, k_norm, cos, sin, slot, k_cache, v_cache, norm, eps, in
 @torch.library.custom_op(
     "river::decode_attention",
     mutates_args=(),
-    schema="(Tensor q, Tensor k_cache, Tensor v_cache, Tensor length, Tensor? mask, float scale, int window, "
+    schema="(Tensor q, Tensor k_cache, Tensor v_cache, Tensor? length, Tensor? mask, float scale, int window, "
     "float softcap) -> Tensor",
 )
 def decode_attention(q, k_cache, v_cache, length, mask, scale, window, softcap):
-    """Attends from one query position to the first `length` slots of a static cache.
+    """Attends from one query position to the slots of a static cache.
 
     Args:
         q: ``[B, H, D]``.
         k_cache, v_cache: ``[B, J, S, D]`` in q.dtype, features contiguous; J divides H.
-        length: int32 or int64, one element: slots that count, the query's own being the last.
-        mask: bool ``[B, S]``, True for slots that take part; None for all. A row without any gives 0.
+        length: int32 or int64, one element: slots that count, the query's own being the last; None for all.
+        mask: ``[B, S]``: bool, True for slots that take part, or floating, added to the scores, where at most half of
+            the dtype's least number leaves a slot out. None for all. A row without any slot gives 0.
         scale: of the scores.
-        window: slots that a query sees, its own included; 0 for all.
+        window: slots that a query sees, its own included; 0 for all. It needs a length.
         softcap: c in c tanh(score / c); 0 for none.
 
     Returns:
@@ -274,10 +279,9 @@ def _(update, residual, previous):
     return hidden, update.new_empty((), dtype=torch.float32)
 
 
-def _run(kind, x, weight, norm, bias, *, residual=None, activation="none", gated=False):
-    by_kernel = weight.layout == "triton" if isinstance(weight, pack.PackedLinear) else x.is_cuda
-    options = {"bias": bias, "residual": residual, "activation": activation, "gated": gated}
-    return (launch.linear if by_kernel else _portable)(kind, x, weight, norm=norm, **options)
+def _run(kind, x, weight, norm, bias, *, layout=None, residual=None, activation="none", gated=False):
+    run = launch.linear if (layout or weight.layout) == "triton" else _portable
+    return run(kind, x, weight, norm=norm, bias=bias, residual=residual, activation=activation, gated=gated)
 
 
 def _portable(_kind, x, weight, *, norm, bias, residual, activation, gated):

@@ -93,6 +93,7 @@ def attention(
     window: int = 0,
     softcap: float = 0.0,
     mask: torch.Tensor | None = None,
+    added: torch.Tensor | None = None,
 ) -> torch.Tensor:
     """One query position against a cache.
 
@@ -104,6 +105,7 @@ def attention(
         window: slots that the query sees, itself included; 0 for all.
         softcap: c in c tanh(score / c); 0 for none.
         mask: bool ``[B, S]``, True for slots that take part; a row without any gives 0.
+        added: ``[B, S]``, added to the scores of every head after the cap.
     """
     groups = q.shape[1] // k.shape[1]
     start = max(0, length - window) if window else 0
@@ -111,6 +113,8 @@ def attention(
     scores = torch.einsum("bhd,bhsd->bhs", q.double(), k) * scale
     if softcap:
         scores = softcap * torch.tanh(scores / softcap)
+    if added is not None:
+        scores = scores + added[:, None, start:length].double()
     if mask is not None:
         live = mask[:, None, start:length].expand(scores.shape)
         scores = scores.masked_fill(~live, -math.inf)

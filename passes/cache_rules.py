@@ -1,6 +1,7 @@
 """The fusion rules around the KV cache: the write of one slot, and attention over a static cache.
 
-Both hold for one position per row. Its slot and the cache's length stay device tensors.
+Both hold for one position per row, whose slot stays a device tensor. The attention kernel reads what the mask lets take
+part, as the plain model does, and no other slot.
 """
 
 from __future__ import annotations
@@ -14,10 +15,10 @@ from torch import fx
 from .block_view import BlockView, CacheEntry
 from .decoder_layers import is_tensor, mutated_inputs, value_of
 from .graph_edits import Missed, call, drop_unused, has_effects, put, reshaped
-from .matching import Columns, before_views, columns, name_of, shape
+from .matching import Columns, before_cast, before_views, columns, shape
 from .recognition import Attention, Normed, Rotation, norm, rotation
 
-_COMPARISONS = ("le", "lt", "ge", "gt")
+_MASKS = (torch.bool, torch.float32, torch.bfloat16, torch.float16)
 
 
 @dataclass(frozen=True)
@@ -35,13 +36,14 @@ def _heads(node: fx.Node) -> _Heads | None:
     turned = rotation(inner)
     inner = inner if turned is None else before_views(turned.x)
     normed = norm(inner)
-    found = columns(inner if normed is None else normed.x)
+    found = columns(before_cast(inner) if normed is None else normed.x)
     return None if found is None else _Heads(node, found, normed, turned)
 
 
 def fuse_kv_fill(view: BlockView) -> fx.Node:
     """rope + kv write."""
-    (k_entry, v_entry), _, attended = _entries(view)
+    _, attended = _attention(view)
+    k_entry, v_entry = _entries(view, attended)
     k, v = (_heads(entry.value) for entry in (k_entry, v_entry))
     if k is None:
         raise Missed("the key is no range of columns with a known qk-norm and rotation", before_views(k_entry.value))
@@ -58,21 +60,26 @@ def fuse_kv_fill(view: BlockView) -> fx.Node:
     return fused
 
 
-def _entries(view: BlockView) -> tuple[tuple[CacheEntry, CacheEntry], fx.Node, Attention]:
-    """Returns how keys and values enter a static cache, and the attention that reads it (its node and parts)."""
+def _attention(view: BlockView) -> tuple[fx.Node, Attention]:
+    """Returns the attention over a static cache: its node and its parts."""
     if view.grown:
         raise Missed("the cache grows with every token", view.grown[0])
     found = view.attention()
     if found is None:
         raise Missed("no attention over a static cache was recognised")
-    k, v = (view.entry_of(cache) for cache in (found[1].k, found[1].v))
+    return found
+
+
+def _entries(view: BlockView, attended: Attention) -> tuple[CacheEntry, CacheEntry]:
+    """Returns how keys and values enter the static cache."""
+    k, v = (view.entry_of(cache) for cache in (attended.k, attended.v))
     if k.slot is not v.slot and k.slot != v.slot:
         raise Missed("keys and values go to different slots", v.writer)
     if isinstance(k.slot, fx.Node) and shape(k.slot) != (1,):
         raise Missed("more than one slot is written", k.writer)
     _fix_sizes(k.cache)
     _fix_sizes(v.cache)
-    return (k, v), *found
+    return k, v
 
 
 def _fix_sizes(cache: fx.Node) -> None:
@@ -189,85 +196,42 @@ def _number(graph: fx.Graph, entry: CacheEntry, number: int) -> fx.Node:
 
 def fuse_attention(view: BlockView) -> fx.Node:
     """attention."""
-    (entry, _), node, found = _entries(view)
+    node, found = _attention(view)
     behind = [n for e in view.entries for n in (e.writer, e.moved) if n is not None and n > node]
     if behind:
         raise Missed("the cache is read before it is written", node)
     q, cache = value_of(found.q), value_of(found.k)
     if q.dtype != cache.dtype or shape(found.v) != shape(found.k):
         raise Missed(f"q is {q.dtype}, the caches are {cache.dtype} {shape(found.k)} and {shape(found.v)}", node)
-    graph = view.graph
-    _check_mask(view, found, node)
     _check_sizes(node, found)
+    graph = view.graph
     with graph.inserting_before(node):
         query = call(graph, torch.squeeze, (found.q, 2), q.squeeze(2), found.q)
-        mask = _mask(graph, found)
-        arguments = (query, found.k, found.v, _length(graph, entry), mask, found.scale, 0, found.softcap)
+        arguments = (query, found.k, found.v, None, _mask(graph, found), found.scale, 0, found.softcap)
     return put(graph, torch.ops.river.decode_attention.default, arguments, value_of(query), node)
-
-
-def _check_mask(view: BlockView, found: Attention, node: fx.Node) -> None:
-    """Makes sure that the mask says which slots take part, and leaves out those that no token has filled.
-
-    The kernel reads the filled slots alone, where the plain model reads all and masks the others.
-    """
-    mask = found.mask
-    if mask is None:
-        raise Missed("without a mask the slots that no token has filled take part", node)
-    batch, _, slots, _ = shape(found.k)
-    if shape(mask) not in ((batch, 1, 1, slots), (1, 1, 1, slots)):
-        raise Missed(f"its mask has shape {shape(mask)}, not one row of slots for each sequence", mask)
-    source = view.origin_of(mask)
-    if value_of(mask).dtype != torch.bool and not _is_zero_or_less(source):
-        raise Missed("its mask adds more to the scores than 0 or the least number", source)
-    if not _compares_positions(view, source):
-        raise Missed("its mask does not come from a comparison of positions", source)
-
-
-def _is_zero_or_less(node: fx.Node) -> bool:
-    """True for ``where(mask, 0, least number)``."""
-    if name_of(node) != "where":
-        return False
-    _, kept, left_out = node.args
-    least = torch.finfo(value_of(node).dtype).min
-    zero = kept in (0, 0.0) or (name_of(kept) == "zeros") or (name_of(kept) == "tensor" and kept.args[0] == 0)
-    return zero and isinstance(left_out, float) and left_out <= least
-
-
-def _compares_positions(view: BlockView, node: fx.Node) -> bool:
-    """True where one of the values that a mask is made of is a comparison, in the segment or in the prologue."""
-    stack, seen = [node], set()
-    while stack:
-        node = view.origin_of(stack.pop())
-        if name_of(node) in _COMPARISONS:
-            return True
-        if node not in seen:
-            seen.add(node)
-            stack += node.all_input_nodes
-    return False
-
-
-def _mask(graph: fx.Graph, found: Attention) -> fx.Node:
-    """Returns the mask as bool ``[B, S]``."""
-    mask, (batch, _, slots, _) = found.mask, value_of(found.k).shape
-    if value_of(mask).dtype != torch.bool:
-        mask = call(graph, torch.eq, (mask, 0.0), value_of(mask) == 0, mask)
-    if shape(mask)[0] != shape(found.k)[0]:
-        mask = call(
-            graph, torch.Tensor.expand, (mask, batch, -1, -1, -1), value_of(mask).expand(batch, -1, -1, -1), mask
-        )
-    return call(graph, torch.flatten, (mask, 1), value_of(mask).new_empty((batch, slots)), mask)
 
 
 def _check_sizes(node: fx.Node, found: Attention) -> None:
     if not all(isinstance(n, int) for n in shape(found.q)[1:]) or shape(found.q)[2] != 1:
         raise Missed(f"the query has shape {shape(found.q)}, not one position of fixed heads", node)
-    if shape(found.mask)[0] != shape(found.k)[0] and not isinstance(shape(found.k)[0], int):
+    if found.mask is None:
+        return
+    batch, _, slots, _ = shape(found.k)
+    if shape(found.mask) not in ((batch, 1, 1, slots), (1, 1, 1, slots)):
+        raise Missed(f"its mask has shape {shape(found.mask)}, not one row of slots for each sequence", found.mask)
+    if value_of(found.mask).dtype not in _MASKS:
+        raise Missed(f"its mask is of dtype {value_of(found.mask).dtype}", found.mask)
+    if shape(found.mask)[0] != batch and not isinstance(batch, int):
         raise Missed("one mask for a dynamic number of sequences", node)
 
 
-def _length(graph: fx.Graph, entry: CacheEntry) -> fx.Node:
-    """Returns how many slots count: those up to the new one."""
-    if isinstance(entry.slot, int):
-        return _number(graph, entry, entry.slot + 1)
-    return call(graph, operator.add, (entry.slot, 1), value_of(entry.slot), entry.slot)
+def _mask(graph: fx.Graph, found: Attention) -> fx.Node | None:
+    """Returns the mask as ``[B, S]``."""
+    mask, (batch, _, slots, _) = found.mask, value_of(found.k).shape
+    if mask is None:
+        return None
+    if shape(mask)[0] != shape(found.k)[0]:
+        mask = call(
+            graph, torch.Tensor.expand, (mask, batch, -1, -1, -1), value_of(mask).expand(batch, -1, -1, -1), mask
+        )
+    return call(graph, torch.flatten, (mask, 1), value_of(mask).new_empty((batch, slots)), mask)

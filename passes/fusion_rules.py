@@ -94,7 +94,7 @@ def fuse_head(view: BlockView) -> fx.Node:
         weight, bias = argument(head, 1, "weight"), argument(head, 2, "bias")
         if not is_parameter(weight) or value_of(weight).dtype != value_of(head.args[0]).dtype:
             raise Missed("its matrix is no parameter of the activations' dtype", head)
-        weights = (weight, None, bias, shape(weight)[0], 0, "dense")
+        weights = (weight, None, bias, shape(weight)[0], 0, "triton")
     found, _ = _norm_before(head)
     arguments = (head.args[0], None, None, "none", 0.0) if found is None else _norm_arguments(found)
     value = value_of(arguments[0]).new_empty((*value_of(arguments[0]).shape[:-1], weights[3]))

@@ -151,7 +151,7 @@ def rotation(node: object) -> Rotation | None:
         turned, rest = _whole_rotation(before_cast(plain(node.args[0][0]))), part(node.args[0][1])
         if turned is None or rest is None or rest.start != turned.features:
             return None
-        first = part(turned.x)
+        first = part(before_cast(turned.x))
         source = turned.x if first is None else first.source
         if plain(rest.source) is not plain(source) or (first is not None and (first.start, first.step) != (0, 1)):
             return None
@@ -165,7 +165,7 @@ def _whole_rotation(node: object) -> Rotation | None:
             for turned, sin in either_way(crossed, "mul"):
                 interleaved = _is_turned(before_cast(plain(turned)), before_cast(plain(x)))
                 if interleaved is not None and _is_table(cos, x) and _is_table(sin, x):
-                    return Rotation(before_cast(plain(x)), cos, sin, value_of(x).shape[-1], interleaved)
+                    return Rotation(plain(x), cos, sin, value_of(x).shape[-1], interleaved)
     return None
 
 
@@ -221,6 +221,8 @@ def attention(node: object) -> Attention | None:
     scores, mask = weights.args[0], None
     if name_of(scores) == "add":
         scores, mask = operands(scores, "add") or (None, None)
+    if isinstance(mask, fx.Node) and not value_of(mask).is_floating_point():
+        return None
     scores, softcap = _capped(scores)
     raw, scale = next(((a, b) for a, b in either_way(scores, "mul") if isinstance(b, float)), (scores, 1.0))
     product = operands(raw, "matmul")

@@ -10,7 +10,8 @@ from river_compile import backend
 from river_compile.lowering_choice import Lowering
 
 FUSED = Lowering("eager", "triton", fuse=True)
-UNFUSED = Lowering("eager", "plain", fuse=False)  # float32 products of the same 4-bit grids
+UNFUSED = Lowering("eager", "plain", fuse=False)  # as on a CPU, with float32 products of the same 4-bit grids
+CPU = Lowering("eager", "aten_cpu", fuse=False)
 BLOCK_RULES = ("norm + q|k|v", "rope + kv write", "attention", "o + residual", "norm + gate|up", "down + residual")
 
 

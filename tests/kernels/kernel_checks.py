@@ -115,7 +115,10 @@ def check_kv_fill(spec: KvFillSpec, slot: int, seed: int = 0, device: str = "cpu
 
 
 def check_attention(spec: DecodeAttentionSpec, length: int, padding: int = 0, seed: int = 0, device="cpu") -> None:
-    """Checks attention over `length` slots, the first `padding` of the last sequence masked; all others hold NaN."""
+    """Checks attention over `length` slots, the first `padding` of the last sequence masked; all others hold NaN.
+
+    A mask that is added to the scores also adds noise to those of the slots that take part.
+    """
     g = torch.Generator().manual_seed(seed)
     dtype = getattr(torch, spec.dtype)
     shape = (spec.batch, spec.kv_heads, spec.slots, spec.head_dim)
@@ -123,18 +126,23 @@ def check_attention(spec: DecodeAttentionSpec, length: int, padding: int = 0, se
     k, v = (torch.randn(shape, generator=g).to(dtype) for _ in range(2))
     mask = torch.ones(spec.batch, spec.slots, dtype=torch.bool)
     buffers = {}
+    added = torch.zeros(spec.batch, spec.slots)
     if spec.mask:
         mask[-1, :padding] = False
         buffers["mask"] = mask
+    if spec.mask and spec.mask_dtype != "bool":
+        mask_dtype = getattr(torch, spec.mask_dtype)
+        added = torch.randn(spec.batch, spec.slots, generator=g).to(mask_dtype)
+        buffers["mask"] = added.masked_fill(~mask, torch.finfo(mask_dtype).min)
     first = max(0, length - spec.window) if spec.window else 0
     unread = ~mask[:, None, :, None].expand(shape)
     unread = unread | (torch.arange(spec.slots) >= length)[:, None] | (torch.arange(spec.slots) < first)[:, None]
     k, v = k.masked_fill(unread, float("nan")), v.masked_fill(unread, float("nan"))
-    index = torch.tensor([length], dtype=getattr(torch, spec.index_dtype))
-    result = run_guarded(
-        spec, device=device, q=q, k_cache=k, v_cache=v, length=index, out=poisoned(q.shape, dtype), **buffers
-    )["out"]
+    if spec.counted:
+        buffers["length"] = torch.tensor([length], dtype=getattr(torch, spec.index_dtype))
+    result = run_guarded(spec, device=device, q=q, k_cache=k, v_cache=v, out=poisoned(q.shape, dtype), **buffers)["out"]
     options = {"scale": spec.scale, "window": spec.window, "softcap": spec.softcap, "mask": mask if spec.mask else None}
+    options["added"] = added
     expected = reference.attention(q, k.nan_to_num(), v.nan_to_num(), length, **options)
     assert_close(result, expected, v.nan_to_num().double().abs().amax((1, 2, 3))[:, None, None].clamp_min(1.0))
 

@@ -12,7 +12,8 @@ from river_compile.kernels.decode_attention import DecodeAttentionSpec
 def attention_cases(draw):
     batch, kv_heads = draw(st.integers(1, 2)), draw(st.integers(1, 3))
     slots = draw(st.integers(1, 150))
-    length = draw(st.integers(1, slots))
+    counted = draw(st.booleans())
+    length = draw(st.integers(1, slots)) if counted else slots
     padded = draw(st.booleans())
     spec = DecodeAttentionSpec(
         batch,
@@ -22,9 +23,11 @@ def attention_cases(draw):
         slots,
         draw(st.sampled_from((0.125, 0.5))),
         dtype=draw(st.sampled_from(("float32", "float16", "bfloat16"))),
-        window=draw(st.sampled_from((0, 1, 20, 200))),
+        window=draw(st.sampled_from((0, 1, 20, 200))) if counted else 0,
         softcap=draw(st.sampled_from((0.0, 2.0, 30.0))),
         mask=padded,
+        mask_dtype=draw(st.sampled_from(("bool", "float32", "float16", "bfloat16"))),
+        counted=counted,
         splits=draw(st.integers(1, 4)),
         block=draw(st.sampled_from((16, 32))),
         index_dtype=draw(st.sampled_from(("int32", "int64"))),
@@ -39,9 +42,10 @@ def test_one_query_position(case):
     check_attention(*case)
 
 
+@pytest.mark.parametrize("mask_dtype", ["bool", "float16"])
 @pytest.mark.parametrize("splits", [1, 3])
-def test_a_row_without_any_slot_gives_zero(splits):
-    spec = DecodeAttentionSpec(2, 2, 1, 64, 40, 0.125, mask=True, splits=splits, block=16)
+def test_a_row_without_any_slot_gives_zero(splits, mask_dtype):
+    spec = DecodeAttentionSpec(2, 2, 1, 64, 40, 0.125, mask=True, mask_dtype=mask_dtype, splits=splits, block=16)
     check_attention(spec, length=20, padding=20)
 
 
@@ -54,6 +58,8 @@ def test_head_dim_256():
     [
         ({"kv_heads": 3}, "kv_heads=3"),
         ({"window": -1}, "window=-1"),
+        ({"window": 4, "counted": False}, "window=4 needs counted=True"),
+        ({"mask_dtype": "int8"}, "mask_dtype='int8'"),
         ({"block": 24}, "block=24"),
         ({"splits": 0}, "splits=0"),
         ({"dtype": "int8"}, "dtype='int8'"),

@@ -27,7 +27,7 @@ MUTATIONS = {
     "slot past the end": (lambda: check_kv_fill(FILL, 6), "(slot < 6)", "(slot < 7)"),
     "missing mask of rows": (lambda: check_linear(ROW), "tl.float32), mask=n < 21)", "tl.float32))"),
     "missing mask of features": (lambda: check_linear(ROW), ", mask=k < 300, other=0.0", ""),
-    "missing mask of slots": (lambda: check_attention(ATTENTION, 61, 30), "live = slot < last", "live = slot >= 0"),
+    "missing mask of slots": (lambda: check_attention(ATTENTION, 61, 30), "live = slot < length", "live = slot >= 0"),
     "missing padding": (lambda: check_attention(ATTENTION, 61, 30), "live = live & ", "padding = "),
     "window off by one": (lambda: check_attention(ATTENTION, 61, 30), "length - 40", "length - 41"),
     "float16 accumulation": (lambda: check_linear(ROW), "y += y_scale", "y += y.to(tl.float16) - y + y_scale"),

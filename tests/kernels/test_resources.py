@@ -117,6 +117,7 @@ def unusual_kernels():
     yield DecodeAttentionSpec(2, 6, 2, 96, 500, 0.1, window=100, softcap=30.0, mask=True, splits=3, index_dtype="int32")
     yield DecodeAttentionSpec(1, 17, 1, 256, 500, 0.1, splits=1, block=16)
     yield DecodeAttentionSpec(1, 4, 4, 64, 500, 0.1, dtype="float32", splits=1, block=16)
+    yield DecodeAttentionSpec(1, 8, 2, 64, 500, 0.1, mask=True, mask_dtype="bfloat16", counted=False, splits=4)
     yield ExitScoreSpec(4, 5000, "float16")
 
 
