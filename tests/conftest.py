@@ -1,11 +1,15 @@
-"""What all tests share: the device mark, a clean Dynamo, and the converted real model."""
+"""What all tests share: the device mark, one set of random examples, a clean Dynamo, and the converted real model."""
 
 from __future__ import annotations
 
 import pytest
 import torch
+from hypothesis import settings
 
 from examples import models
+
+settings.register_profile("deterministic", derandomize=True, deadline=None, database=None)
+settings.load_profile("deterministic")
 
 
 def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:

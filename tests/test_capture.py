@@ -203,7 +203,7 @@ class TestSameBits:
         decoder.executors[-1].ahead = LaunchAhead(ahead)
         before = decoder.log.made
 
-        @settings(max_examples=15, deadline=None, derandomize=True)
+        @settings(max_examples=15)
         @given(st.lists(STEP, min_size=6, max_size=14))
         def try_out(steps):
             check(decoder, steps)

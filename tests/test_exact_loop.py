@@ -63,7 +63,7 @@ def plain(paths, prompt, recorder):
     return ids
 
 
-@settings(max_examples=150, deadline=None, derandomize=True)
+@settings(max_examples=150)
 @given(
     seed=st.integers(0, 10_000),
     batch=st.integers(1, 3),

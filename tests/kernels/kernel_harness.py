@@ -20,7 +20,7 @@ INTEGER_GUARD = {torch.int32: 0x5A5A5A5A, torch.int64: 1 << 40, torch.bool: True
 
 def examples(count: int) -> settings:
     """Hypothesis settings of every property test here: the same examples each time, no clock."""
-    return settings(max_examples=count, derandomize=True, deadline=None, database=None)
+    return settings(max_examples=count)
 
 
 class Guarded:

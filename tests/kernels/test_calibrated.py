@@ -45,7 +45,7 @@ def rounded_by_definition(weight, scale, zero, group_of, moments):
     return (q + 8).to(torch.uint8)
 
 
-@settings(max_examples=15, deadline=None)
+@settings(max_examples=15)
 @given(seeds, st.sampled_from([32, 64, 160]))
 def test_rounding_with_compensation_is_what_its_definition_says(seed, k):
     """Also where columns come in several blocks (more than 128), in float64."""
@@ -60,7 +60,7 @@ def test_rounding_with_compensation_is_what_its_definition_says(seed, k):
 
 
 @given(seeds)
-@settings(max_examples=10, deadline=None)
+@settings(max_examples=10)
 def test_the_factor_is_triangular_and_gives_the_inverse(seed):
     moments = damped_moments(drawn(seed)[2], 0.01)
     factor = inverse_factor(moments)
@@ -69,7 +69,7 @@ def test_the_factor_is_triangular_and_gives_the_inverse(seed):
 
 
 @given(seeds)
-@settings(max_examples=10, deadline=None)
+@settings(max_examples=10)
 def test_scale_and_zero_solve_the_weighted_least_squares(seed):
     """Against the solution of the normal equations in float64, group by group."""
     g = torch.Generator().manual_seed(seed)
@@ -88,7 +88,7 @@ def test_scale_and_zero_solve_the_weighted_least_squares(seed):
 
 
 @given(seeds)
-@settings(max_examples=10, deadline=None)
+@settings(max_examples=10)
 def test_each_step_errs_less_on_the_outputs_than_the_one_before(seed):
     """Rounding to nearest, the weighted fit and AWQ in this order; GPTQ errs less than the fit it starts from."""
     weight, _, moments = drawn(seed, n=32, k=128, tokens=400, dtype=torch.float32)

@@ -28,7 +28,7 @@ SHAPES = st.builds(
 )
 
 
-@settings(max_examples=60, deadline=None, derandomize=True)
+@settings(max_examples=60)
 @given(shape=SHAPES, seed=st.integers(0, 2**16), data=st.data())
 def test_unquantized_river_is_the_same_function(shape, seed, data):
     graph_module, inputs = random_decoder(shape, seed)
@@ -42,7 +42,7 @@ def test_unquantized_river_is_the_same_function(shape, seed, data):
     assert_equal(expected_inputs, actual_inputs)
 
 
-@settings(max_examples=20, deadline=None, derandomize=True)
+@settings(max_examples=20)
 @given(shape=SHAPES, seed=st.integers(0, 2**16), data=st.data())
 def test_quantized_river_fills_the_same_slots(shape, seed, data):
     """Same counters and slots after an exit; what executed blocks wrote is bit-identical, what twins wrote is close."""
