@@ -215,7 +215,7 @@ def plot(results: dict[str, list[dict]], folder: str | Path) -> Path:
         axes.legend(frameon=False)
     path = Path(folder) / "criteria.png"
     path.parent.mkdir(parents=True, exist_ok=True)
-    figure.savefig(path, format="png", dpi=110)
+    figure.savefig(path, format="png", dpi=90)
     return path
 
 
