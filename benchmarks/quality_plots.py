@@ -52,7 +52,7 @@ def _fills(figure: Figure, axes: list[Axes], outcome: dict) -> None:
         for x, fill in enumerate(fills.values()):
             found, bottom = fill["budgets"][budget], 0.0
             for part in PARTS:
-                label = part if x == 0 else None
+                label = part if x == 0 and panel is axes[0] else None
                 panel.bar(x, found["ms"][part], bottom=bottom, width=0.62, color=PART_COLORS[part], label=label)
                 bottom += found["ms"][part]
             panel.text(x, bottom + 0.02 * tallest, f"KL {found['kl']:.2f}", ha="center", fontsize=9, color=GRAY)
