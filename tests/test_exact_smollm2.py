@@ -14,7 +14,7 @@ import river_compile
 from examples import models
 from river_compile.runtime import forced_depth
 
-PROMPTS, NEW_TOKENS = (int(os.environ.get(f"RIVER_EXACT_{n}", d)) for n, d in (("PROMPTS", 3), ("TOKENS", 32)))
+PROMPTS, NEW_TOKENS = (int(os.environ.get(f"RIVER_EXACT_{n}", d)) for n, d in (("PROMPTS", 2), ("TOKENS", 40)))
 TASKS = (
     "Explain in a few sentences",
     "Write a short story about",
