@@ -48,11 +48,7 @@ def main(arguments: list[str] | None = None) -> int:
     models.quiet()
     results = {}
     for name in options.model:
-        try:
-            model, tokenizer = models.load(name)
-        except (models.ModelUnavailable, ValueError) as error:
-            print(f"error: {error}", file=sys.stderr)
-            return 1
+        model, tokenizer = models.load_or_exit(name)
         with torch.inference_mode():
             results[name] = measure(model, *_samples(model, tokenizer, options), options.progress)
         show(name, results[name])

@@ -49,11 +49,7 @@ def main(arguments: list[str] | None = None) -> int:
     options = _parse(arguments)
     torch.set_num_threads(options.threads)
     models.quiet()
-    try:
-        model, tokenizer = models.load(options.model)
-    except (models.ModelUnavailable, ValueError) as error:
-        print(f"error: {error}", file=sys.stderr)
-        return 1
+    model, tokenizer = models.load_or_exit(options.model)
     start = time.perf_counter()
     outcome = measure(model, tokenizer, options)
     outcome |= {

@@ -92,11 +92,7 @@ def main(arguments: list[str] | None = None) -> int:
     options = _parse(arguments)
     torch.set_num_threads(options.threads)
     models.quiet()
-    try:
-        model, tokenizer = models.load(options.model)
-    except (models.ModelUnavailable, ValueError) as error:
-        print(f"error: {error}", file=sys.stderr)
-        return 1
+    model, tokenizer = models.load_or_exit(options.model)
     measured = answers(model, tokenizer, MEASURED[: options.texts], options.tokens)
     calibration = [text.ids for text in answers(model, tokenizer, CALIBRATION, options.calibration_tokens)]
     tokens = sum(text.ids.shape[1] - text.prompt for text in measured)

@@ -41,11 +41,7 @@ def main(arguments: list[str] | None = None) -> int:
     from examples.timing import generate
     from river_compile.runtime import forced_depth, forced_threshold
 
-    try:
-        model, tokenizer = models.load(options.model)
-    except (models.ModelUnavailable, ValueError) as error:
-        print(f"error: {error}", file=sys.stderr)
-        return 1
+    model, tokenizer = models.load_or_exit(options.model)
     ids = models.encode(tokenizer, options.prompt)
     model.compile(backend="river", options={"criterion": options.criterion})
     first_exit = 0 if options.criterion == "doubt" else 2

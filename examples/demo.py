@@ -56,11 +56,7 @@ def main(arguments: list[str] | None = None) -> int:
     if options.threads:
         torch.set_num_threads(options.threads)
     print(f"Loading {options.model} ...", flush=True)
-    try:
-        model, tokenizer = models.load(options.model, dtype=options.dtype)
-    except (models.ModelUnavailable, ValueError) as error:
-        print(f"error: {error}", file=sys.stderr)
-        return 1
+    model, tokenizer = models.load_or_exit(options.model, dtype=options.dtype)
     prompt = models.encode(tokenizer, options.prompt)
     blocks = model.config.num_hidden_layers
 

@@ -42,11 +42,7 @@ def main(arguments: list[str] | None = None) -> int:
     import river_compile
     from river_compile.runtime import forced_depth
 
-    try:
-        model, tokenizer = models.load(options.model, dtype=options.dtype)
-    except (models.ModelUnavailable, ValueError) as error:
-        print(f"error: {error}", file=sys.stderr)
-        return 1
+    model, tokenizer = models.load_or_exit(options.model, dtype=options.dtype)
     ids = models.encode(tokenizer, options.prompt)
     model.compile(backend="river")
     exact = {"custom_generate": river_compile.exact, "strict": options.strict}

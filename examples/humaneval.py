@@ -80,11 +80,7 @@ def main(arguments: list[str] | None = None) -> int:
         return 1
     problems = list(read_problems().values())[: options.limit]
     models.quiet()
-    try:
-        model, tokenizer = models.load(options.model, dtype=options.dtype)
-    except (models.ModelUnavailable, ValueError) as error:
-        print(f"error: {error}", file=sys.stderr)
-        return 1
+    model, tokenizer = models.load_or_exit(options.model, dtype=options.dtype)
     results = {"plain": solve(model, tokenizer, problems, options.new_tokens, "plain")}
     river = {"criterion": options.criterion, "threshold": options.threshold}
     model.compile(backend="river", options={name: value for name, value in river.items() if value is not None})

@@ -104,6 +104,16 @@ def load(name: str | Path, dtype: torch.dtype | str = "bfloat16") -> tuple[PreTr
     return model, AutoTokenizer.from_pretrained(folder)
 
 
+def load_or_exit(
+    name: str | Path, dtype: torch.dtype | str = "bfloat16"
+) -> tuple[PreTrainedModel, PreTrainedTokenizerBase]:
+    """Loads a model as `load` does; where there is none, ends the program with the reason and exit status 1."""
+    try:
+        return load(name, dtype)
+    except (ModelUnavailable, ValueError) as error:
+        sys.exit(f"error: {error}")
+
+
 def resolve(name: str | Path) -> Path:
     """Returns the model folder for a key of `MODELS` or for the path of a folder.
 

@@ -96,3 +96,10 @@ def test_unknown_models_are_named():
         models.fetch("smollm3")
     with pytest.raises(ValueError, match=r"model='/no/such' is neither one of smollm2"):
         models.resolve("/no/such")
+
+
+def test_a_program_without_a_model_ends_with_the_reason():
+    """A message is what `sys.exit` prints to the standard error, with exit status 1."""
+    with pytest.raises(SystemExit) as end:
+        models.load_or_exit("/no/such")
+    assert end.value.code.startswith("error: model='/no/such' is neither one of smollm2")
