@@ -55,7 +55,7 @@ def fuse_checks(program: RiverProgram) -> RiverProgram:
 def _apply(segment: Segment, rules: Sequence[Rule]) -> list[Fusion]:
     graph = segment.graph_module.graph
     placeholders = [n for n in graph.nodes if n.op == "placeholder"]
-    view = BlockView(graph, dict(zip(placeholders, segment.inputs)))  # noqa: B905  (packed weights follow)
+    view = BlockView(graph, dict(zip(placeholders, segment.inputs, strict=False)))  # packed weights follow
     fusions = []
     for rule in rules:
         view.look()

@@ -151,12 +151,13 @@ def _build(
 ) -> RiverExecutor:
     """Packs and compiles what the program can reach and returns the executor."""
     plan = program.plan
+    lowering = _lowering(config, plan)
     rule = _exit_rule(program, config)
     state.offloaded.check(plan, config)
     start = time.perf_counter()
     packed = _pack(_reachable(program, rule), values, config, state)
     if packed:
-        warn_of_slow_lowering(_lowering(config, plan), value_of(plan.blocks[0].hidden_in).device)
+        warn_of_slow_lowering(lowering, value_of(plan.blocks[0].hidden_in).device)
     packed_at = time.perf_counter()
     low = {site.name: f"SQNR below min_sqnr={config.min_sqnr:g} dB" for site in packed if packed[site].kept}
     if low:
@@ -168,7 +169,7 @@ def _build(
         state.offloaded.arrange(program, values, config, sum(packed[s].nbytes for p in segments for s in p.packed))
     streamer = Streamer(state.offloaded, program, values, config.offload)
     device = choose_device(program, config, record.captures)
-    compiler = SegmentCompiler(_lowering(config, plan).compiler, inductor_settings(mode, captured=device is not None))
+    compiler = SegmentCompiler(lowering.compiler, inductor_settings(mode, captured=device is not None))
     register = registers_of(program)
     steps = {}
     with tqdm(segments, desc="river: compiling segments", unit="segment", leave=False, delay=1) as bar:

@@ -294,7 +294,10 @@ def test_a_gpu_run_starts_a_process_for_each_backend(monkeypatch, capsys, tiny):
         row = {"backend": job["backend"], "generate_tokens_per_s": 50.0, "bytes": 10**9, "kernels": 9, "graphs": 2}
         row |= {"capture_s": 0.5, "capture_bytes": 10**6}
         speeds = {"inductor": 100.0, "river depth 3": 250.0}
-        rows = [row | {"name": n, "depth": d, "tokens_per_s": speeds.get(n, 80.0)} for n, d in zip(names, depths)]  # noqa: B905
+        rows = [
+            row | {"name": name, "depth": depth, "tokens_per_s": speeds.get(name, 80.0)}
+            for name, depth in zip(names, depths, strict=True)
+        ]
         return {"rows": rows, **({"check": {"seconds": 1e-5, "count": 3}} if job["backend"] == "river" else {})}
 
     monkeypatch.setattr(FakeWorker, "ask", answer)

@@ -138,6 +138,7 @@ def test_an_unknown_field_is_refused(found, tmp_path):
 def test_a_budget_of_agreement(model):
     """Disagreement is not clipped, and the promise is on the share of tokens."""
     found = run(model, {"agreement": 0.6})
+    assert found.base_options["criterion"] == "confidence", "the default"
     assert found.clip == 1.0
     assert found.chosen.agreement == pytest.approx(1 - found.chosen.loss)
     assert found.chosen.agreement > 0.6
