@@ -29,7 +29,7 @@ demo: $(FOR_DEMO)
 test: $(FOR_TEST)
 	$(IN_VENV) -m ruff check .
 	$(IN_VENV) -m ruff format --check .
-	$(IN_VENV) examples/models.py smollm2
+	$(IN_VENV) -m tools.models smollm2
 	$(IN_VENV) -m pytest -n 2 --dist loadfile
 
 bench: $(FOR_DEMO)

@@ -30,10 +30,10 @@ from transformers import PreTrainedModel
 
 from benchmarks import common
 from benchmarks.quality_texts import collect
-from examples import models
 from examples.calibrate import topics
-from river_compile.criteria import CRITERIA, Criterion
-from river_compile.meter import Measured, Meter, Rule, compiled
+from river_compile.calibration.evaluate import Measured, Meter, Rule, compiled
+from river_compile.exits import CRITERIA, Criterion
+from tools import models
 
 SHARES = (0.3, 0.5, 0.7, 0.85)
 FIRST_EXIT = 2

@@ -11,7 +11,6 @@ from pathlib import Path
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))  # a script finds only its own folder
 
 import torch
-from river_compile.kernels.models import MODELS
 from torch import Tensor
 from torch.autograd import DeviceType
 from torch.profiler import ProfilerActivity, profile
@@ -19,9 +18,10 @@ from transformers import AutoModelForCausalLM, DynamicCache, LlamaConfig, PreTra
 
 from benchmarks import common
 from benchmarks.roofline import Roofline, depth_name
-from examples.timing import generate
 from river_compile import Report, report
-from river_compile.runtime import forced_depth
+from river_compile.kernels.tools.shapes import MODELS
+from river_compile.runtime.executor import forced_depth
+from tools.timing import generate
 
 _WARM_UP = 4  # tokens: the first runs, the second is captured
 _REPEATS = 3
@@ -34,7 +34,7 @@ def measure(
     """Measures a backend; returns its rows and, of River, the seconds that one exit check costs.
 
     Args:
-        name: a Llama of ``river_compile.kernels.models.MODELS``.
+        name: a Llama of ``river_compile.kernels.tools.shapes.MODELS``.
         backend: "eager", "inductor" or "river".
         depths: River's exit depths, None for never leaving.
         context: tokens of the prompt.

@@ -31,7 +31,7 @@ from pathlib import Path
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))  # a script finds only its own folder
 
 from benchmarks import common, cuda_decode
-from examples import models
+from tools import models
 
 PROMPT = "Write a Python function that returns the n-th Fibonacci number."
 DTYPES = ("bfloat16", "float16", "float32")
@@ -231,7 +231,7 @@ class TorchRunner:
         return self._generate().decode_tokens_per_s
 
     def _generate(self, stop_after: int | None = None):
-        from examples.timing import generate
+        from tools.timing import generate
 
         static = self.job["backend"] != "eager"
         return generate(self.model, self.prompt, self.job["new_tokens"], static_cache=static, stop_after=stop_after)
@@ -254,7 +254,7 @@ class LlamaCppRunner:
 
     def rate(self) -> float:
         """Returns the decode tokens/s of one generation."""
-        from examples.timing import decode_rate
+        from tools.timing import decode_rate
 
         return decode_rate(self._generate(self.job["new_tokens"]))
 

@@ -16,14 +16,14 @@ from __future__ import annotations
 import argparse
 
 import torch
-from river_compile.kernels.models import MODELS
 from transformers import StaticCache
 
 from benchmarks import common, schedule
 from benchmarks.roofline import BLOCK_LAUNCHES, CHECK_TARGET, SPEEDUP_TARGET, TARGETS, Roofline, depth_name
 from river_compile import river, warmup
-from river_compile.capture_recorder import Event
-from river_compile.runtime import forced_depth
+from river_compile.cudagraphs.recorder import Event
+from river_compile.kernels.tools.shapes import MODELS
+from river_compile.runtime.executor import forced_depth
 
 _CAPACITY = 16
 

@@ -31,7 +31,7 @@ from pathlib import Path
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))  # a script finds only its own folder
 
 from benchmarks import common
-from examples import models
+from tools import models
 
 STORY = (
     "The old lighthouse stood on the cliff above the village. Every evening the keeper climbed the stairs and lit the "
@@ -124,7 +124,7 @@ class Bench:
         import torch
 
         import river_compile
-        from river_compile.runtime import forced_depth
+        from river_compile.runtime.executor import forced_depth
 
         special = {
             "exact": {"custom_generate": river_compile.exact},

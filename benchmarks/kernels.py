@@ -20,14 +20,15 @@ from pathlib import Path
 
 import torch
 import torch.nn.functional as F
-from river_compile.kernels.decode_attention import DecodeAttentionSpec
-from river_compile.kernels.heuristic import DEFAULT_DEVICE, DEVICES
-from river_compile.kernels.launch import device_name
-from river_compile.kernels.linear import LinearSpec
-from river_compile.kernels.loader import load
-from river_compile.kernels.models import MODELS, model_kernels
-from river_compile.kernels.spec import KernelSpec
-from river_compile.kernels.tune import copies_beyond_cache, measure_on_gpu, time_calls
+
+from river_compile.kernels.tools.shapes import MODELS, model_kernels
+from river_compile.kernels.tools.tune import copies_beyond_cache, measure_on_gpu, time_calls
+from river_compile.kernels.triton.decode_attention import DecodeAttentionSpec
+from river_compile.kernels.triton.heuristic import DEFAULT_DEVICE, DEVICES
+from river_compile.kernels.triton.launch import device_name
+from river_compile.kernels.triton.linear import LinearSpec
+from river_compile.kernels.triton.loader import load
+from river_compile.kernels.triton.spec import KernelSpec
 
 
 @dataclass(frozen=True)

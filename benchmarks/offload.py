@@ -23,7 +23,7 @@ from pathlib import Path
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))  # a script finds only its own folder
 
 from benchmarks import common
-from examples import models
+from tools import models
 
 PROMPT = "Write a Python function that returns the n-th Fibonacci number."
 
@@ -59,7 +59,7 @@ def measure(folder: str, options: dict, new_tokens: int, threads: int) -> dict:
     import torch
 
     import river_compile
-    from examples.timing import generate
+    from tools.timing import generate
 
     models.quiet()
     torch.set_num_threads(threads)

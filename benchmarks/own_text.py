@@ -10,7 +10,7 @@ from torch import Tensor
 from torch.nn import functional
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
-from examples import models
+from tools import models
 
 MEASURED = (
     "Why is the sky blue?",

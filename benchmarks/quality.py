@@ -33,9 +33,9 @@ import river_compile
 from benchmarks import common, quality_entries, quality_fills
 from benchmarks.quality_session import Row, Session, session
 from benchmarks.quality_texts import Texts, collect
-from examples import models
 from river_compile.config import RiverConfig
-from river_compile.fills import FILLS
+from river_compile.fills.rivals import FILLS
+from tools import models
 
 THRESHOLDS = (0.7, 0.95, 0.97, 0.98)
 PAPER = 0.7  # the threshold at which every quantizer is measured

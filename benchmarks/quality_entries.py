@@ -11,7 +11,7 @@ from collections.abc import Sequence
 import torch
 from torch import Tensor
 
-from river_compile.meter import Meter
+from river_compile.calibration.evaluate import Meter
 
 
 def depths_of(num_blocks: int) -> list[int]:

@@ -23,8 +23,8 @@ from collections.abc import Callable, Iterator, Sequence
 
 from benchmarks.criteria import least_kl
 from benchmarks.quality_session import Session, at_depth
-from river_compile.meter import Measured, Meter
-from river_compile.runtime import RiverExecutor
+from river_compile.calibration.evaluate import Measured, Meter
+from river_compile.runtime.executor import RiverExecutor
 
 BUDGETS = {"relaxed": 1 / 6, "strict": 1 / 2}  # blocks executed in the mean, as a share of all
 FRONTIER = (1 / 8, 1 / 4, 1 / 2, 3 / 4, 7 / 8)

@@ -17,8 +17,8 @@ import torch
 from transformers import PreTrainedModel
 
 from benchmarks.quality_texts import Texts, exact_match
-from river_compile.criteria import CRITERIA
-from river_compile.meter import Measured, Meter, Rule, compiled
+from river_compile.calibration.evaluate import Measured, Meter, Rule, compiled
+from river_compile.exits import CRITERIA
 
 
 @dataclass(frozen=True)

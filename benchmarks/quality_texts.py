@@ -14,9 +14,9 @@ import torch
 from torch import Tensor
 from transformers import PreTrainedModel, StaticCache
 
-from examples import models
 from examples.calibrate import topics
-from river_compile.meter import cache_argument
+from river_compile.calibration.evaluate import cache_argument
+from tools import models
 
 PROMPTS = (
     "Explain how a refrigerator works.",

@@ -9,7 +9,7 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 
-from river_compile.kernels.models import MODELS, ModelShape, model_kernels
+from river_compile.kernels.tools.shapes import MODELS, ModelShape, model_kernels
 
 BLOCK_LAUNCHES = 8  # q, k, v, attention, o, gate, up, down
 _DTYPE_BYTES = 2
@@ -48,10 +48,10 @@ class Roofline:
     """The costs of one model.
 
     Args:
-        model: a key of ``river_compile.kernels.models.MODELS``.
+        model: a key of ``river_compile.kernels.tools.shapes.MODELS``.
         context: valid slots of the KV cache.
         group_size: of the 4-bit weights.
-        device: whose tiles the kernels get, see ``river_compile.kernels.heuristic``.
+        device: whose tiles the kernels get, see ``river_compile.kernels.triton.heuristic``.
     """
 
     def __init__(self, model: str, context: int, group_size: int, device: str = "sm_90") -> None:

@@ -24,12 +24,12 @@ import torch
 from transformers import LlamaConfig, LlamaForCausalLM, PreTrainedModel, StaticCache
 
 from benchmarks.common import print_table
-from examples import models
 from river_compile import river, warmup
-from river_compile.capture_recorder import Event
-from river_compile.capture_units import Unit
-from river_compile.captured_executor import CapturedExecutor
-from river_compile.criteria import Memory, Similarity
+from river_compile.cudagraphs.partition import Unit
+from river_compile.cudagraphs.recorder import Event
+from river_compile.cudagraphs.runner import CapturedExecutor
+from river_compile.exits import Memory, Similarity
+from tools import models
 
 _PROMPT = 4
 _COLUMNS = {"block": 6, "twin": 3, "head": 2, "river": 2, "prologue": 1}

@@ -23,9 +23,9 @@ sys.path.insert(0, str(Path(__file__).resolve().parent.parent))  # a script find
 
 import torch
 
-from examples import models, timing
 from river_compile import river
-from river_compile.runtime import RiverExecutor, forced_depth
+from river_compile.runtime.executor import RiverExecutor, forced_depth
+from tools import models, timing
 
 PROMPT = "Explain how a refrigerator works."
 NEW_TOKENS = 48

@@ -26,7 +26,6 @@ from pathlib import Path
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))  # a script finds only its own folder
 
 import torch
-from river_compile.kernels.calibrated import output_sqnr_db
 from torch import Tensor
 from torch.nn.functional import cosine_similarity
 from transformers import PreTrainedModel, StaticCache
@@ -34,11 +33,12 @@ from transformers import PreTrainedModel, StaticCache
 import river_compile
 from benchmarks import common
 from benchmarks.own_text import CALIBRATION, MEASURED, Answer, answers
-from examples import models
-from river_compile.meter import cache_argument, compiled, token_kl
-from river_compile.models import GraphRecord, find_state
-from river_compile.observation import Observation
-from river_compile.runtime import forced_depth
+from river_compile.calibration.evaluate import cache_argument, compiled, token_kl
+from river_compile.kernels.quant.calibrated import output_sqnr_db
+from river_compile.runtime.executor import forced_depth
+from river_compile.state import GraphRecord, find_state
+from river_compile.twins.observe import Observation
+from tools import models
 
 ROWS = ("rtn", "hqq", "awq", "gptq", "gptq, default text")
 EXIT_DEPTH = 2

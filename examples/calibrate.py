@@ -20,8 +20,8 @@ sys.path.insert(0, str(Path(__file__).resolve().parent.parent))  # a script find
 
 import torch
 
-from examples import models, timing
-from river_compile.runtime import forced_depth
+from river_compile.runtime.executor import forced_depth
+from tools import models, timing
 
 PROMPT = "Explain how a refrigerator works."
 
@@ -35,8 +35,8 @@ def topics() -> list[str]:
 
 def check(model, tokenizer, found, texts: list[str], new_tokens: int, tokens: int) -> list[str]:
     """Measures a calibration anew: its quality on other texts, and its speed beside never exit."""
-    from river_compile.criteria import CRITERIA
-    from river_compile.meter import Meter, compiled
+    from river_compile.calibration.evaluate import Meter, compiled
+    from river_compile.exits import CRITERIA
 
     rows = [tokenizer(text)["input_ids"][: 16 + tokens] for text in texts]
     samples = [torch.tensor([row]) for row in rows if len(row) == 16 + tokens]

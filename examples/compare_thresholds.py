@@ -16,7 +16,7 @@ from pathlib import Path
 
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))  # a script finds only its own folder
 
-from examples import models
+from tools import models
 
 PROMPT = "Explain in a few sentences why the sky is blue."
 THRESHOLDS = {
@@ -38,8 +38,8 @@ def main(arguments: list[str] | None = None) -> int:
     options = parser.parse_args(arguments)
     models.quiet()
     import river_compile
-    from examples.timing import generate
-    from river_compile.runtime import forced_depth, forced_threshold
+    from river_compile.runtime.executor import forced_depth, forced_threshold
+    from tools.timing import generate
 
     model, tokenizer = models.load_or_exit(options.model)
     ids = models.encode(tokenizer, options.prompt)

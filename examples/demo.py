@@ -21,13 +21,13 @@ from typing import TYPE_CHECKING
 
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))  # a script finds only its own folder
 
-from examples import models
+from tools import models
 
 if TYPE_CHECKING:
     import torch
     from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
-    from examples.timing import Generation
+    from tools.timing import Generation
 
 PROMPT = "Write a Python function that returns the n-th Fibonacci number."
 WIDTH = 88
@@ -100,7 +100,7 @@ def histogram(depths: Iterable[int], blocks: int, width: int = BAR) -> str:
 
 
 def _run(model: PreTrainedModel, prompt: torch.Tensor, new_tokens: int) -> Run:
-    from examples.timing import generate
+    from tools.timing import generate
 
     first_call = generate(model, prompt, new_tokens, stop_after=2)
     return Run(first_call, generate(model, prompt, new_tokens, end_early=True))
@@ -111,7 +111,7 @@ def _run_river(
 ) -> tuple[Run, list[int]]:
     """Compiles `model` in place and draws the picture; returns the run and the exit depth of each decoded token."""
     import river_compile
-    from examples.timing import generate
+    from tools.timing import generate
 
     model.compile(backend="river", options={"threshold": options.threshold})
     first_call = generate(model, prompt, options.new_tokens, stop_after=2)

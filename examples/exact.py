@@ -17,12 +17,12 @@ from typing import TYPE_CHECKING
 
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))  # a script finds only its own folder
 
-from examples import models
+from tools import models
 
 if TYPE_CHECKING:
     import torch
 
-    from river_compile.stats import CycleRecord
+    from river_compile.runtime.trace import CycleRecord
 
 PROMPT = "Explain in a few sentences why the sky is blue."
 BRACKETS = {"river": "{}", "lookup": "({})", "backbone": "[{}]"}
@@ -40,7 +40,7 @@ def main(arguments: list[str] | None = None) -> int:
     options = parser.parse_args(arguments)
     models.quiet()
     import river_compile
-    from river_compile.runtime import forced_depth
+    from river_compile.runtime.executor import forced_depth
 
     model, tokenizer = models.load_or_exit(options.model, dtype=options.dtype)
     ids = models.encode(tokenizer, options.prompt)

@@ -29,7 +29,7 @@ from typing import TYPE_CHECKING
 
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))  # a script finds only its own folder
 
-from examples import models
+from tools import models
 
 if TYPE_CHECKING:
     from transformers import PreTrainedModel, PreTrainedTokenizerBase
@@ -103,7 +103,7 @@ def solve(
     from tqdm import tqdm
 
     import river_compile
-    from examples.timing import generate
+    from tools.timing import generate
 
     prompts = [tokenizer(problem["prompt"].rstrip("\n"), return_tensors="pt")["input_ids"] for problem in problems]
     room = max(ids.shape[1] for ids in prompts) + new_tokens

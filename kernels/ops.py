@@ -19,8 +19,10 @@ from __future__ import annotations
 
 import torch
 import torch.nn.functional as F
-from river_compile.kernels import launch, pack
-from river_compile.kernels.launch import Norm
+
+from river_compile.kernels.quant import layouts as pack
+from river_compile.kernels.triton import launch
+from river_compile.kernels.triton.launch import Norm
 
 _PACKED = "Tensor qweight, Tensor scale_zero, Tensor? bias, int out_features, int group_size, str layout"
 _NORM = "Tensor? norm_weight, Tensor? norm_bias, str norm, float eps"

@@ -12,12 +12,13 @@ from collections.abc import Callable
 from dataclasses import replace
 
 import torch
-from river_compile.kernels import ops  # noqa: F401  (registers river::exit_score)
-from river_compile.kernels.entropy import largest_entropy
 from torch import fx
 
-from .decoder_layers import is_tensor, value_of
-from .types import Block, DecoderPlan, Segment
+from river_compile.kernels import ops  # noqa: F401  (registers river::exit_score)
+from river_compile.kernels.entropy import largest_entropy
+
+from .decoder import is_tensor, value_of
+from .program import Block, DecoderPlan, Segment
 
 
 def candidate_depths(end: int, first_exit: int, exit_every: int) -> tuple[int, ...]:

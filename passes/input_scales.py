@@ -20,7 +20,7 @@ from dataclasses import dataclass
 import torch
 from torch import fx
 
-from .decoder_layers import is_parameter, is_tensor, value_of
+from .decoder import is_parameter, is_tensor, value_of
 
 _PRODUCTS = (operator.mul, torch.mul, "mul")
 _NORMS = tuple(f for f in (torch.nn.functional.layer_norm, getattr(torch.nn.functional, "rms_norm", None)) if f)

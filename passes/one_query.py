@@ -12,11 +12,12 @@ matrix products.
 from __future__ import annotations
 
 import torch
-from river_compile.kernels.one_query import grouped_attention, one_row_linear
 from torch import fx
 
-from .decoder_layers import value_of
-from .recognition import before_repeat
+from river_compile.kernels.one_query import grouped_attention, one_row_linear
+from river_compile.passes.fusion.recognise import before_repeat
+
+from .decoder import value_of
 
 
 def simplify_attention(graph: fx.Graph) -> int:

@@ -22,16 +22,17 @@ from typing import TypeVar
 
 from torch import fx
 
-from .decoder_layers import find_decoder
+from river_compile.passes.fills.entries import empty_entries, only_entries, with_presence
+from river_compile.passes.fills.over_tokens import over_tokens
+from river_compile.passes.fusion.fuse import fuse_checks, fuse_twins
+
+from .batch_invariant import keep_rows
+from .decoder import find_decoder
 from .exit_checks import add_entropy, add_exit_check, candidate_depths, logits_of
-from .fills import empty_entries, only_entries, with_presence
-from .fused_twins import fuse_checks, fuse_twins
 from .one_query import simplify_attention, simplify_linears
-from .over_tokens import over_tokens
-from .river_twins import make_twin
-from .same_rows import keep_rows
+from .program import DecoderPlan, KeptLinear, Refusal, RiverProgram, Segment
 from .segments import cut, output_values
-from .types import DecoderPlan, KeptLinear, Refusal, RiverProgram, Segment
+from .twins import make_twin
 
 log = logging.getLogger("river_compile.passes")
 T = TypeVar("T")

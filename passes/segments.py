@@ -16,8 +16,8 @@ import torch
 from torch import fx
 from torch.fx.experimental.symbolic_shapes import free_symbols
 
-from .decoder_layers import value_of
-from .types import DecoderPlan, Refusal, Segment
+from .decoder import value_of
+from .program import DecoderPlan, Refusal, Segment
 
 _SYMBOL = re.compile(r"\b[su]\d+\b")
 

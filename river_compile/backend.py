@@ -17,23 +17,23 @@ from torch import fx
 from torch._inductor.compile_fx import compile_fx
 from tqdm import tqdm
 
-from river_compile.passes.decoder_layers import is_parameter, value_of
+from river_compile.cudagraphs.choose import check_device, choose_device, make_executor
+from river_compile.fills.rivals import FILLS
+from river_compile.lowering.choose import Lowering, choose_lowering, warn_of_slow_lowering
+from river_compile.lowering.compile import SegmentCompiler, inductor_settings
+from river_compile.offload.streaming import Streamer
+from river_compile.passes.decoder import is_parameter, value_of
+from river_compile.passes.program import DecoderPlan, FillRefusal, LinearSite, Refusal, RiverProgram, Segment
 from river_compile.passes.rewrite import RewriteOptions, keep_linears, rewrite
-from river_compile.passes.types import DecoderPlan, FillRefusal, LinearSite, Refusal, RiverProgram, Segment
+from river_compile.reporting.dump import dump_program
+from river_compile.runtime.executor import ExitRule, RiverExecutor
+from river_compile.runtime.slots import registers_of
+from river_compile.twins.make import PackedSite
 
-from .capture_choice import check_device, choose_device, make_executor
 from .config import RiverConfig, check_mode
-from .criteria import CRITERIA, Criterion
-from .dump import dump_program
 from .errors import OptionError, RiverWarning, UnsupportedGraphError
-from .fills import FILLS
-from .lowering import SegmentCompiler, inductor_settings
-from .lowering_choice import Lowering, choose_lowering, warn_of_slow_lowering
-from .models import GraphRecord, ModelState, state_of
-from .registers import registers_of
-from .runtime import ExitRule, RiverExecutor
-from .streaming import Streamer
-from .twin_maker import PackedSite
+from .exits import CRITERIA, Criterion
+from .state import GraphRecord, ModelState, state_of
 
 log = logging.getLogger("river_compile")
 

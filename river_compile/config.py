@@ -8,9 +8,10 @@ from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
 
-from .criteria import CRITERIA, Threshold
+from river_compile.fills.rivals import FILLS
+
 from .errors import OptionError
-from .fills import FILLS
+from .exits import CRITERIA, Threshold
 
 _GROUP_SIZES = (32, 64, 128, 256)
 _CHOICES = {
@@ -67,11 +68,11 @@ class RiverConfig:
             recorder that needs no GPU and checks the schedule (slow: for tests and `benchmarks/schedule.py`).
         max_captures: graphs kept at the same time, at least 1; the one that was not used for longest gives way.
         fill: what stands in for the KV entries of skipped blocks: "river" (4-bit twins run, and write them), or for
-            comparison "propagate", "recompute", "mask" or "monotone" (see :mod:`river_compile.fills`).
+            comparison "propagate", "recompute", "mask" or "monotone" (see :mod:`river_compile.fills.rivals`).
         launch_ahead: whether the blocks behind an exit check start before its result is known. None: where that was
             measured to help.
         offload: None, or the number of backbone blocks that stay in device memory, 0 to L - 1; the others move out
-            (:mod:`river_compile.offloading`).
+            (:mod:`river_compile.offload.weights`).
         offload_policy: "exit" (every token leaves by that depth) or "fetch" (tokens that go on bring blocks in).
         offload_dir: the folder for the offloaded weights of a model on the CPU; None: TMPDIR, or else /var/tmp.
     """

@@ -8,7 +8,7 @@ import pytest
 import torch
 from hypothesis import settings
 
-from examples import models
+from tools import models
 
 settings.register_profile("deterministic", derandomize=True, deadline=None, database=None)
 settings.load_profile("deterministic")

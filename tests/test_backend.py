@@ -18,9 +18,9 @@ import torch
 from transformers import pipeline
 
 from river_compile import CacheFullError, RiverWarning, UnsupportedGraphError, observe, report, river, trace
-from river_compile.runtime import forced_depth, forced_threshold
-from tests.decoding import CAPACITY, decode, new_cache
-from tests.families import make, prompt
+from river_compile.runtime.executor import forced_depth, forced_threshold
+from tests.support.decoding import CAPACITY, decode, new_cache
+from tests.support.families import make, prompt
 
 ROOT = Path(__file__).parent.parent
 EAGER = {"lowering": "eager", "quantizer": "rtn", "group_size": 32, "first_exit": 1}
@@ -361,7 +361,7 @@ def run_at(model, depth):
 
 @torch.no_grad()
 def decode_one(model, cache):
-    from tests.decoding import cache_argument
+    from tests.support.decoding import cache_argument
 
     ids = prompt(1, 2)
     mask = torch.ones(2, CAPACITY + 1, dtype=torch.long)

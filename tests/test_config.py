@@ -7,8 +7,8 @@ import torch
 
 from river_compile import OptionError, RiverConfig, river
 from river_compile.config import check_mode
-from river_compile.criteria import threshold_after
-from tests.families import make, prompt
+from river_compile.exits import threshold_after
+from tests.support.families import make, prompt
 
 
 @pytest.mark.parametrize(

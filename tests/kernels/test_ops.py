@@ -2,9 +2,10 @@
 
 import pytest
 import torch
-from kernel_harness import TOLERANCE
-from river_compile.kernels import ops, reference  # noqa: F401  importing ops registers torch.ops.river
-from river_compile.kernels.pack import merge, pack_linear
+
+from river_compile.kernels.quant.layouts import merge, pack_linear
+from tests.kernels import reference
+from tests.kernels.harness import TOLERANCE
 
 river = torch.ops.river
 G = torch.Generator().manual_seed(0)

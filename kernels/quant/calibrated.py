@@ -1,0 +1,268 @@
+"""4-bit grids found with the help of what a matrix reads: activation-weighted fits, AWQ and GPTQ.
+
+All of them know the second moments of the matrix's inputs, ``H = E[x x^T]`` (``[K, K]``, from calibration text), and
+judge an approximation V of W by the error of its outputs, ``E |W x - V x|^2 = tr((W - V) H (W - V)^T)``.
+
+    fit_grid   scale and zero of every group for weights that count by ``diag(H)``: the extremes are clipped by steps,
+               then scale and zero are solved for the integers found (weighted least squares), a few times over
+    awq        AWQ (Lin et al. 2023, arXiv 2306.00978): input feature k is scaled by ``s_k = (E x_k^2)^(alpha / 2)``
+               before the fit, so that weights which meet large inputs are rounded less; alpha rises from 0 for as long
+               as that helps. The caller divides the inputs by s
+    gptq       GPTQ (Frantar et al. 2022, arXiv 2210.17323): columns are rounded one after another, those with the
+               largest inputs first, and each one's error is made up for by the columns that follow
+
+Not handled: errors of earlier layers in the inputs. The moments are the backbone's, since a twin runs behind any number
+of twins, or none.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Sequence
+
+import torch
+from torch import Tensor
+
+from .grid import MAX_Q, MID_POINT, QuantizedWeight, check_matrix
+
+OBSERVING = ("awq", "gptq")
+ALPHAS = (0.0, 0.15, 0.3, 0.45, 0.6)
+DAMPING = 0.05
+_SHRINKS = tuple(1 - 0.04 * i for i in range(13))  # shares of a group's extent, down to about a half
+_REFITS = 2
+_PIECE_ELEMENTS = 32_000
+_BLOCK = 128
+
+
+def quantize_observed(
+    weight: Tensor,
+    group_size: int,
+    quantizer: str,
+    moments: Tensor,
+    dtype: torch.dtype = torch.float32,
+    may_scale: bool = True,
+) -> tuple[QuantizedWeight, Tensor | None]:
+    """Quantizes a matrix to 4 bits by what it reads.
+
+    Args:
+        weight: floating-point ``[N, K]``; must be finite.
+        group_size: a divisor of K.
+        quantizer: ``"awq"`` or ``"gptq"``.
+        moments: ``[K, K]``, mean of x x^T over the calibration text.
+        dtype: of scale and zero as the kernel stores them; integers are chosen for the rounded ones.
+        may_scale: False leaves AWQ's inputs as they are: its grid is then an activation-weighted fit.
+
+    Returns:
+        The grid, and for AWQ the float32 scale s ``[K]`` that the inputs are to be divided by: the grid stands for
+        ``W diag(s)``. None where they stay as they are.
+
+    Raises:
+        ValueError: an unknown quantizer, a bad matrix or group size (see `quantize`), or moments of another shape or
+            that are not finite.
+    """
+    if quantizer not in OBSERVING:
+        raise ValueError(f"quantizer={quantizer!r} is unknown; choose one of {', '.join(map(repr, OBSERVING))}")
+    weight = check_matrix(weight, group_size)
+    features = weight.shape[1]
+    if moments.shape != (features, features) or not torch.isfinite(moments).all():
+        raise ValueError(
+            f"the moments of a matrix with {features} input features are a finite [{features}, {features}] matrix; "
+            f"these have shape {tuple(moments.shape)}"
+        )
+    moments = moments.to(weight.device, torch.float32)
+    if quantizer == "gptq":
+        return gptq(weight, group_size, moments, dtype), None
+    return awq(weight, group_size, moments, dtype, ALPHAS if may_scale else (0.0,))
+
+
+def output_sqnr_db(weight: Tensor, approximation: Tensor, moments: Tensor) -> float:
+    """Returns the signal-to-noise ratio of a matrix's outputs in dB: 10 log10(E |W x|^2 / E |W x - V x|^2)."""
+    weight, moments = weight.detach().float(), moments.float()
+    noise, signal = _energy(weight - approximation.float(), moments), _energy(weight, moments)
+    if noise <= 0:
+        return math.inf
+    return 10 * math.log10(signal / noise) if signal > 0 else -math.inf
+
+
+def fit_grid(
+    weight: Tensor, group_size: int, importance: Tensor, dtype: torch.dtype = torch.float32
+) -> tuple[Tensor, Tensor]:
+    """Fits scale and zero of every group by weighted least squares.
+
+    Args:
+        weight: float32 ``[N, K]``.
+        group_size: G, a divisor of K.
+        importance: ``[K]``, at least 0: how much a squared error counts in each column.
+        dtype: scale and zero are rounded to it.
+
+    Returns:
+        scale and zero, float32 ``[N, K / G]``.
+    """
+    weights_G = importance.reshape(1, -1, group_size)
+    # Groups that no input reaches are fitted as if all columns counted alike.
+    weights_G = torch.where(weights_G.sum(-1, keepdim=True) > 0, weights_G, torch.ones_like(weights_G))
+    weights_G = weights_G / weights_G.sum(-1, keepdim=True)
+    # Some thirty sweeps over the input: in pieces that fit a core's cache, as for HQQ.
+    rows = max(1, _PIECE_ELEMENTS // weight.shape[1]) if weight.device.type == "cpu" else len(weight)
+    fitted = [_fit(piece.unflatten(1, (-1, group_size)), weights_G, dtype) for piece in weight.split(rows)]
+    return torch.cat([scale for scale, _ in fitted]), torch.cat([zero for _, zero in fitted])
+
+
+def gptq(
+    weight: Tensor, group_size: int, moments: Tensor, dtype: torch.dtype = torch.float32, damping: float = DAMPING
+) -> QuantizedWeight:
+    """Rounds a matrix column by column, each error made up for by the columns that are left.
+
+    The grid is fitted once, before any column moves (`fit_grid`), so that the order of columns is free.
+
+    Args:
+        weight: float32 ``[N, K]``.
+        group_size: G, a divisor of K.
+        moments: float32 ``[K, K]``.
+        dtype: of scale and zero.
+        damping: share of the mean squared input that is added to every column's own.
+    """
+    damped = damped_moments(moments, damping)
+    scale, zero = fit_grid(weight, group_size, damped.diagonal(), dtype)
+    order = damped.diagonal().argsort(descending=True)
+    q = round_compensating(weight[:, order], scale, zero, order // group_size, inverse_factor(damped[order][:, order]))
+    return QuantizedWeight(q[:, order.argsort()], scale, zero, group_size)
+
+
+def awq(
+    weight: Tensor,
+    group_size: int,
+    moments: Tensor,
+    dtype: torch.dtype = torch.float32,
+    alphas: Sequence[float] = ALPHAS,
+) -> tuple[QuantizedWeight, Tensor | None]:
+    """Scales the input features so that the outputs err least; see the module's table and `quantize_observed`."""
+    best: tuple[float, QuantizedWeight, Tensor | None] | None = None
+    squares = moments.diagonal()
+    for alpha in alphas:
+        scale_K = _input_scale(squares, alpha) if alpha else None
+        scaled = weight if scale_K is None else weight * scale_K
+        grid = round_to_grid(scaled, group_size, squares if scale_K is None else squares / scale_K.square(), dtype)
+        stands_for = grid.dequantize() if scale_K is None else grid.dequantize() / scale_K
+        noise = _energy(weight - stands_for, moments)
+        if best is not None and noise >= best[0]:
+            break
+        best = (noise, grid, scale_K)
+    return best[1], best[2]
+
+
+def round_to_grid(
+    weight: Tensor, group_size: int, importance: Tensor, dtype: torch.dtype = torch.float32
+) -> QuantizedWeight:
+    """Rounds every weight to the nearest point of the grid that `fit_grid` finds."""
+    scale, zero = fit_grid(weight, group_size, importance, dtype)
+    q = _nearest(weight.unflatten(1, (-1, group_size)), scale[..., None], zero[..., None])
+    return QuantizedWeight((q + MID_POINT).flatten(1).to(torch.uint8), scale, zero, group_size)
+
+
+def damped_moments(moments: Tensor, damping: float) -> Tensor:
+    """Returns H + damping mean(diag(H)) I: positive definite; the identity where no input was ever non-zero."""
+    mean = moments.diagonal().mean()
+    eye = torch.eye(len(moments), dtype=moments.dtype, device=moments.device)
+    return moments + damping * mean * eye if mean > 0 else eye
+
+
+def inverse_factor(moments: Tensor) -> Tensor:
+    """Returns the upper triangular U with ``H^-1 = U^T U``."""
+    # H = R R^T with R upper triangular is the Cholesky factor of H read backwards; U is R's inverse.
+    backwards = torch.linalg.cholesky(moments.flip(0, 1)).flip(0, 1)
+    eye = torch.eye(len(moments), dtype=moments.dtype, device=moments.device)
+    return torch.linalg.solve_triangular(backwards, eye, upper=True)
+
+
+def round_compensating(weight: Tensor, scale: Tensor, zero: Tensor, group_of: Tensor, factor: Tensor) -> Tensor:
+    """Rounds columns in order; what the remaining columns can make up for of an error, they do.
+
+    After columns 0..j the others are moved to where the output error is least: column k by ``-e_j U_jk / U_jj`` with
+    ``H^-1 = U^T U``.
+
+    Args:
+        weight: ``[N, K]``, columns in the order of rounding.
+        scale, zero: ``[N, groups]``.
+        group_of: ``[K]``, the group of each column.
+        factor: U ``[K, K]``, columns in the same order.
+
+    Returns:
+        q uint8 ``[N, K]`` in the given order.
+    """
+    left_KN = weight.T.contiguous()  # a column of the matrix is one run of memory
+    scale_KN, zero_KN = scale.T[group_of].contiguous(), zero.T[group_of].contiguous()
+    q_KN = torch.empty_like(left_KN)
+    for start in range(0, len(left_KN), _BLOCK):
+        block = slice(start, start + _BLOCK)
+        columns, inner = left_KN[block], factor[block, block]
+        errors = torch.empty_like(columns)
+        for i, column in enumerate(columns):
+            k = start + i
+            q_KN[k] = _nearest(column, scale_KN[k], zero_KN[k])
+            errors[i] = (column - (q_KN[k] * scale_KN[k] + zero_KN[k])) / inner[i, i]
+            columns[i + 1 :].addr_(inner[i, i + 1 :], errors[i], alpha=-1)
+        left_KN[start + _BLOCK :].addmm_(factor[block, start + _BLOCK :].T, errors, alpha=-1)
+    return (q_KN.T + MID_POINT).to(torch.uint8)
+
+
+def _fit(groups: Tensor, importance: Tensor, dtype: torch.dtype) -> tuple[Tensor, Tensor]:
+    """Fits groups ``[n, K / G, G]`` with importance ``[1, K / G, G]`` that sums to one in each group."""
+    low, high = groups.amin(-1), groups.amax(-1)
+    best = _rounded((high - low) / MAX_Q, low + MID_POINT * (high - low) / MAX_Q, low, dtype)
+    least = _noise(groups, *best, importance)
+    for shrink in _SHRINKS[1:]:
+        scale = (high - low) * shrink / MAX_Q
+        best, least = _better(groups, best, least, _rounded(scale, (low + high + scale) / 2, low, dtype), importance)
+    for _ in range(_REFITS):
+        solved = _least_squares(groups, *best, importance)
+        best, least = _better(groups, best, least, _rounded(*solved, low, dtype), importance)
+    return best
+
+
+def _better(groups, best, least, other, importance):
+    noise = _noise(groups, *other, importance)
+    improved = noise < least
+    chosen = tuple(torch.where(improved, new, old) for new, old in zip(other, best, strict=True))
+    return chosen, torch.where(improved, noise, least)
+
+
+def _least_squares(groups: Tensor, scale: Tensor, zero: Tensor, importance: Tensor) -> tuple[Tensor, Tensor]:
+    """Solves for the scale and zero that suit the integers of a grid best."""
+    q = _nearest(groups, scale[..., None], zero[..., None])
+    mean_q, mean_w = (q * importance).sum(-1), (groups * importance).sum(-1)
+    spread = q - mean_q[..., None]
+    variance = (spread.square() * importance).sum(-1)
+    slope = (spread * groups * importance).sum(-1) / variance
+    slope = torch.where((variance > 0) & (slope > 0), slope, scale)
+    return slope, mean_w - slope * mean_q
+
+
+def _noise(groups: Tensor, scale: Tensor, zero: Tensor, importance: Tensor) -> Tensor:
+    scale, zero = scale[..., None], zero[..., None]
+    return ((_nearest(groups, scale, zero) * scale + zero - groups).square() * importance).sum(-1)
+
+
+def _nearest(weight: Tensor, scale: Tensor, zero: Tensor) -> Tensor:
+    """Returns q - 8 of the nearest grid points."""
+    return ((weight - zero) / scale).round_().clamp_(-MID_POINT, MAX_Q - MID_POINT)
+
+
+def _rounded(scale: Tensor, zero: Tensor, low: Tensor, dtype: torch.dtype) -> tuple[Tensor, Tensor]:
+    """Rounds a grid to what the kernel stores; a constant group becomes the one point that q = 8 hits."""
+    scale = scale.to(dtype).float()
+    constant = scale < torch.finfo(torch.float32).tiny
+    zero = torch.where(constant, low, zero).to(dtype).float()
+    return torch.where(constant, torch.ones_like(scale), scale), zero
+
+
+def _input_scale(squares: Tensor, alpha: float) -> Tensor:
+    """Returns s_k = (E x_k^2)^(alpha / 2) around 1; inputs that are never anything but zero count as the least one."""
+    smallest = squares[squares > 0].min() if (squares > 0).any() else squares.new_ones(())
+    scale = squares.clamp(min=smallest).pow(alpha / 2)
+    return scale / (scale.max() * scale.min()).sqrt()
+
+
+def _energy(matrix: Tensor, moments: Tensor) -> float:
+    """Returns tr(M H M^T): the mean squared length of M x."""
+    return torch.sum((matrix @ moments) * matrix, dtype=torch.float64).item()

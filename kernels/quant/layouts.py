@@ -1,0 +1,252 @@
+"""4-bit matrices as the bytes that a kernel reads: named layouts, each with pack and unpack.
+
+Layouts (N output features, K input features padded to whole groups of G)
+
+    "triton"  qweight int32 [N, K / 8]: word g * (G / 8) + i of a row holds the features g * G + j * (G / 8) + i for
+              j = 0..7, nibble j in bits 4 j to 4 j + 3. scale_zero float16 or bfloat16 [N, K / G, 2].
+    "plain"   qweight uint8 [N, K / 2]: feature 2 c in the low, 2 c + 1 in the high nibble of byte c.
+              scale_zero float32 [N, K / G, 2].
+
+`scale_zero[..., 0]` is the scale, `[..., 1]` the weight that q = 8 stands for. Other layouts register themselves with
+`register_layout`. Not handled: sharing one scale between rows, groups across rows, less or more than 4 bits.
+"""
+
+from __future__ import annotations
+
+import importlib
+from collections.abc import Callable, Iterator, Mapping
+from dataclasses import dataclass
+
+import torch
+import torch.nn.functional as F
+
+from .grid import QuantizedWeight, quantize, sqnr_db
+
+#: Layouts that live in a module of their own, which registers them when it is imported.
+_ELSEWHERE = {"aten_cpu": "river_compile.kernels.quant.aten_int4"}
+
+
+@dataclass(frozen=True)
+class PackedLinear:
+    """A packed 4-bit matrix.
+
+    Attributes:
+        layout: name of the packing, see the module's table.
+        qweight: the integers, in the layout's dtype and shape.
+        scale_zero: scale and zero of every group, in the layout's dtype and shape.
+        group_size: G.
+        in_features: K, without the padding.
+        out_features: N.
+    """
+
+    layout: str
+    qweight: torch.Tensor
+    scale_zero: torch.Tensor
+    group_size: int
+    in_features: int
+    out_features: int
+
+    @property
+    def nbytes(self) -> int:
+        return self.qweight.nbytes + self.scale_zero.nbytes
+
+    def unpack(self) -> QuantizedWeight:
+        """Returns the grid that the bytes stand for, its padding included."""
+        return layout(self.layout).unpack(self)
+
+    def dequantize(self, dtype: torch.dtype = torch.float32) -> torch.Tensor:
+        """Returns the matrix ``[N, K]`` in `dtype`."""
+        return self.unpack().dequantize(dtype)[:, : self.in_features]
+
+
+@dataclass(frozen=True)
+class Layout:
+    """One way to arrange a 4-bit matrix.
+
+    Attributes:
+        name: as in `PackedLinear.layout`.
+        pack: grid -> (qweight, scale_zero).
+        unpack: packed matrix -> grid.
+        linear: (x [..., K], packed, bias or None) -> x W^T + bias in x.dtype, any device the layout is made for.
+        group_sizes: those it can hold; empty for all.
+    """
+
+    name: str
+    pack: Callable[[QuantizedWeight], tuple[torch.Tensor, torch.Tensor]]
+    unpack: Callable[[PackedLinear], QuantizedWeight]
+    linear: Callable[[torch.Tensor, PackedLinear, torch.Tensor | None], torch.Tensor]
+    group_sizes: tuple[int, ...] = ()
+
+
+_layouts: dict[str, Layout] = {}
+
+
+def register_layout(new: Layout) -> None:
+    """Makes a layout known by its name; raises a ValueError if another one has it."""
+    if _layouts.get(new.name, new) != new:
+        raise ValueError(f"layout {new.name!r} is registered already")
+    _layouts[new.name] = new
+
+
+def layout(name: str) -> Layout:
+    """Returns the layout of that name; raises a ValueError that lists the known ones."""
+    if name not in _layouts and name in _ELSEWHERE:
+        importlib.import_module(_ELSEWHERE[name])
+    if name not in _layouts:
+        raise ValueError(f"layout={name!r} is unknown; choose one of {', '.join(map(repr, sorted(_layouts)))}")
+    return _layouts[name]
+
+
+def pack(weight: QuantizedWeight, layout_name: str, in_features: int | None = None) -> PackedLinear:
+    """Packs a grid.
+
+    Args:
+        weight: the grid ``[N, K]``; K a multiple of its group size.
+        layout_name: see the module's table.
+        in_features: the features that count where the grid's K is padded; None for all.
+
+    Raises:
+        ValueError: an unknown layout, a group size it cannot hold, or `in_features` outside the last group.
+    """
+    chosen = layout(layout_name)
+    n, k = weight.shape
+    in_features = k if in_features is None else in_features
+    if chosen.group_sizes and weight.group_size not in chosen.group_sizes:
+        allowed = ", ".join(map(str, chosen.group_sizes))
+        raise ValueError(f"layout {layout_name!r} holds groups of {allowed}; group_size={weight.group_size}")
+    if not k - weight.group_size < in_features <= k:
+        raise ValueError(f"in_features={in_features} does not end in the last group of {k} columns")
+    qweight, scale_zero = chosen.pack(weight)
+    return PackedLinear(layout_name, qweight, scale_zero, weight.group_size, in_features, n)
+
+
+def pack_linear(weight: torch.Tensor, group_size: int, layout_name: str, quantizer: str = "hqq") -> PackedLinear:
+    """Quantizes and packs a matrix ``[N, K]`` of any K: its last group is filled up with the row's last value.
+
+    Raises:
+        ValueError: as `quantize` and `pack`.
+    """
+    k = weight.shape[-1]
+    missing = -k % group_size
+    if missing:
+        weight = torch.cat([weight, weight[:, -1:].expand(-1, missing)], dim=1)
+    return pack(quantize(weight, group_size, quantizer), layout_name, k)
+
+
+def merge(parts: list[PackedLinear]) -> PackedLinear:
+    """Stacks matrices of one layout and one input on top of each other (q|k|v, gate|up).
+
+    Raises:
+        ValueError: no parts, a layout without rows of its own, or parts of different layout, group size or K.
+    """
+    if not parts:
+        raise ValueError("there is nothing to merge; give at least one packed matrix")
+    keys = {(p.layout, p.group_size, p.in_features, p.qweight.dtype, p.scale_zero.dtype) for p in parts}
+    if len(keys) > 1:
+        raise ValueError(f"matrices that merge share layout, group size, input features and dtypes; these have {keys}")
+    first = parts[0]
+    if first.layout not in ("triton", "plain"):
+        raise ValueError(f"layout {first.layout!r} cannot be merged; use 'triton' or 'plain', or merge before packing")
+    return PackedLinear(
+        first.layout,
+        torch.cat([p.qweight for p in parts]),
+        torch.cat([p.scale_zero for p in parts]),
+        first.group_size,
+        first.in_features,
+        sum(p.out_features for p in parts),
+    )
+
+
+@dataclass(frozen=True)
+class PackedMatrix:
+    """A packed matrix of a model: its name and what its 4 bits cost in accuracy (see `quantize.sqnr_db`)."""
+
+    name: str
+    packed: PackedLinear
+    sqnr_db: float
+
+
+def pack_all(
+    weights: Mapping[str, torch.Tensor],
+    group_size: int,
+    layout_name: str,
+    quantizer: str = "hqq",
+    progress: bool = False,
+) -> Iterator[PackedMatrix]:
+    """Packs the matrices of a model one by one, as they are asked for.
+
+    Args:
+        weights: name -> ``[N, K]``.
+        group_size: G for all of them.
+        layout_name, quantizer: see `pack` and `quantize`.
+        progress: whether to show a progress bar with the current matrix.
+    """
+    from tqdm import tqdm
+
+    bar = tqdm(weights.items(), desc="packing", unit="matrix", disable=not progress)
+    for name, weight in bar:
+        bar.set_postfix_str(name, refresh=False)
+        packed = pack_linear(weight, group_size, layout_name, quantizer)
+        yield PackedMatrix(name, packed, sqnr_db(weight, packed.dequantize()))
+
+
+def _pairs(weight: QuantizedWeight, dtype: torch.dtype) -> torch.Tensor:
+    return torch.stack([weight.scale, weight.zero], dim=-1).to(dtype)
+
+
+def parameter_dtype(weight: QuantizedWeight) -> torch.dtype:
+    """Returns the 16-bit dtype for scales and zeros: bfloat16 where it holds them exactly or float16 has no room.
+
+    Twins round their grids to bfloat16 whatever the layout, so that all layouts stand for the same weights.
+    """
+    if all(torch.equal(t.bfloat16().float(), t) for t in (weight.scale, weight.zero)):
+        return torch.bfloat16
+    largest = max(weight.scale.abs().max().item(), weight.zero.abs().max().item())
+    smallest = weight.scale.abs().min().item()
+    limits = torch.finfo(torch.float16)
+    return torch.float16 if largest <= limits.max and smallest >= limits.tiny else torch.bfloat16
+
+
+def _pack_triton(weight: QuantizedWeight) -> tuple[torch.Tensor, torch.Tensor]:
+    n, k = weight.shape
+    nibbles = weight.q.to(torch.int64).reshape(n, k // weight.group_size, 8, weight.group_size // 8)
+    words = torch.zeros_like(nibbles[:, :, 0])
+    for j in range(8):
+        words |= nibbles[:, :, j] << 4 * j
+    words = torch.where(words >= 2**31, words - 2**32, words)
+    return words.to(torch.int32).reshape(n, k // 8), _pairs(weight, parameter_dtype(weight))
+
+
+def _unpack_triton(packed: PackedLinear) -> QuantizedWeight:
+    n, k = packed.qweight.shape[0], packed.qweight.shape[1] * 8
+    words = packed.qweight.reshape(n, k // packed.group_size, 1, packed.group_size // 8)
+    shifts = torch.arange(0, 32, 4, dtype=torch.int32, device=words.device).reshape(1, 1, 8, 1)
+    return _grid(packed, (words >> shifts & 15).to(torch.uint8).reshape(n, k))
+
+
+def _pack_plain(weight: QuantizedWeight) -> tuple[torch.Tensor, torch.Tensor]:
+    return weight.q[:, 0::2] | weight.q[:, 1::2] << 4, _pairs(weight, torch.float32)
+
+
+def _unpack_plain(packed: PackedLinear) -> QuantizedWeight:
+    q = torch.stack([packed.qweight & 15, packed.qweight >> 4], dim=-1)
+    return _grid(packed, q.reshape(q.shape[0], -1))
+
+
+def _grid(packed: PackedLinear, q: torch.Tensor) -> QuantizedWeight:
+    scale, zero = packed.scale_zero.float().unbind(-1)
+    return QuantizedWeight(q, scale, zero, packed.group_size)
+
+
+def _linear_by_dequantizing(x: torch.Tensor, packed: PackedLinear, bias: torch.Tensor | None) -> torch.Tensor:
+    return F.linear(x, packed.dequantize(x.dtype), bias)
+
+
+def _linear_by_kernel(x: torch.Tensor, packed: PackedLinear, bias: torch.Tensor | None) -> torch.Tensor:
+    from river_compile.kernels.triton.launch import Norm, linear
+
+    return linear("w4a16_linear", x, packed, bias=bias, norm=Norm())
+
+
+register_layout(Layout("triton", _pack_triton, _unpack_triton, _linear_by_kernel, (32, 64, 128)))
+register_layout(Layout("plain", _pack_plain, _unpack_plain, _linear_by_dequantizing))

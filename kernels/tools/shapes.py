@@ -1,0 +1,85 @@
+"""The decode step of known models as kernel specs: what `resources` compiles and `benchmarks/kernels.py` measures."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+from river_compile.kernels.triton.decode_attention import DecodeAttentionSpec
+from river_compile.kernels.triton.exit_score import ExitScoreSpec
+from river_compile.kernels.triton.heuristic import DEFAULT_DEVICE, DEVICES, attention_splits, best_tile, untiled
+from river_compile.kernels.triton.kv_fill import KvFillSpec
+from river_compile.kernels.triton.linear import LinearSpec
+from river_compile.kernels.triton.spec import KernelSpec
+
+
+@dataclass(frozen=True)
+class ModelShape:
+    """The numbers of a decoder (from its published config); all of these use RMSNorm, SiLU and half-split rotation."""
+
+    name: str
+    layers: int
+    hidden: int
+    heads: int
+    kv_heads: int
+    head_dim: int
+    intermediate: int
+    vocabulary: int
+    qkv_bias: bool = False
+
+    @property
+    def qkv(self) -> int:
+        return (self.heads + 2 * self.kv_heads) * self.head_dim
+
+
+MODELS = {
+    shape.name: shape
+    for shape in (
+        ModelShape("smollm2-135m", 30, 576, 9, 3, 64, 1536, 49152),
+        ModelShape("llama-3.2-1b", 16, 2048, 32, 8, 64, 8192, 128256),
+        ModelShape("qwen2.5-1.5b", 28, 1536, 12, 2, 128, 8960, 151936, qkv_bias=True),
+        ModelShape("llama-3.1-8b", 32, 4096, 32, 8, 128, 14336, 128256),
+    )
+}
+
+
+def block_kernels(
+    shape: ModelShape, *, rows: int = 1, context: int = 1024, group_size: int = 64, device: str = DEFAULT_DEVICE
+) -> dict[str, KernelSpec]:
+    """Returns the kernels of one river twin at decode, in launch order, as the fusion rules put them in.
+
+    Args:
+        shape: the model.
+        rows: sequences.
+        context: slots of the cache, all of them valid.
+        group_size: of the 4-bit weights.
+        device: whose tiles to use, see `heuristic.best_tile`.
+    """
+
+    def linear(kind: str, k: int, n: int, **fields: object) -> LinearSpec:
+        spec = untiled(kind, rows, k, n, group_size=group_size, parameter_dtype="bfloat16", **fields)
+        return best_tile(spec, device, rows)
+
+    heads = (rows, shape.heads, shape.kv_heads, shape.head_dim, context)
+    splits = attention_splits(rows * shape.kv_heads, context, DEVICES.get(device, DEVICES[DEFAULT_DEVICE]))
+    return {
+        "norm + q|k|v": linear("norm_linear", shape.hidden, shape.qkv, norm="rms", bias=shape.qkv_bias),
+        "rope + kv write": KvFillSpec(*heads, rotary_dim=shape.head_dim),
+        "attention": DecodeAttentionSpec(*heads, shape.head_dim**-0.5, mask=True, counted=False, splits=splits),
+        "o + residual": linear("w4a16_linear", shape.heads * shape.head_dim, shape.hidden, residual=True),
+        "norm + gate|up": linear(
+            "gated_mlp", shape.hidden, shape.intermediate, norm="rms", gated=True, activation="silu"
+        ),
+        "down + residual": linear("w4a16_linear", shape.intermediate, shape.hidden, residual=True),
+    }
+
+
+def model_kernels(
+    shape: ModelShape, *, rows: int = 1, context: int = 1024, group_size: int = 64, device: str = DEFAULT_DEVICE
+) -> dict[str, KernelSpec]:
+    """Returns `block_kernels` and what else a token needs: the exit score and the 16-bit head with the norm."""
+    head = untiled("lm_head", rows, shape.hidden, shape.vocabulary, weights="dense", group_size=0, norm="rms")
+    return {
+        **block_kernels(shape, rows=rows, context=context, group_size=group_size, device=device),
+        "exit score": ExitScoreSpec(rows, shape.hidden, decides=False),
+        "norm + head": best_tile(head, device, rows),
+    }

@@ -1,0 +1,156 @@
+"""Measures tiles on the GPU at hand and saves the best ones, for the heuristic to look up first.
+
+    python -m river_compile.kernels.tools.tune --model llama-3.1-8b [--rows 1] [--group-size 64] [--budget 60] [--top 8]
+
+For every linear kernel of the model the cost model's best candidates are timed, within a time budget in seconds for all
+of them together. Choices of other devices and shapes in the file are kept; the file is replaced atomically.
+"""
+
+from __future__ import annotations
+
+import argparse
+import dataclasses
+import functools
+import json
+import os
+import sys
+import tempfile
+import time
+from collections.abc import Callable
+from pathlib import Path
+
+import torch
+
+from river_compile.kernels.triton.heuristic import (
+    DEFAULT_DEVICE,
+    DEVICES,
+    candidates,
+    saved_tiles,
+    seconds,
+    tuning_file,
+)
+from river_compile.kernels.triton.heuristic import tuning_key as key_of
+from river_compile.kernels.triton.launch import device_name
+from river_compile.kernels.triton.linear import LinearSpec, LinearTile
+from river_compile.kernels.triton.loader import load
+
+from .shapes import MODELS, model_kernels
+
+
+def shortlist(spec: LinearSpec, device: str, top: int) -> list[LinearSpec]:
+    """Returns the `top` candidates that the cost model likes best, best first."""
+    model = DEVICES.get(device, DEVICES[DEFAULT_DEVICE])
+    return sorted(candidates(spec), key=lambda candidate: seconds(candidate, model))[:top]
+
+
+def tune(
+    specs: list[LinearSpec], device: str, measure: Callable[[LinearSpec], float], *, budget: float, top: int
+) -> dict[str, LinearTile]:
+    """Times candidates of every spec and returns key -> fastest tile.
+
+    Args:
+        specs: the problems.
+        device: for the cost model's order.
+        measure: seconds of one call of a spec.
+        budget: seconds; once they are spent, the specs that are left stay with the cost model.
+        top: candidates of each spec.
+    """
+    end, chosen = time.monotonic() + budget, {}
+    for spec in specs:
+        times = {}
+        for candidate in shortlist(spec, device, top):
+            if time.monotonic() >= end:
+                return chosen
+            times[candidate.tile] = measure(candidate)
+        chosen[key_of(spec)] = min(times, key=times.get)
+    return chosen
+
+
+def save(path: Path, device: str, tiles: dict[str, LinearTile]) -> None:
+    """Adds a device's tiles to a tuning file, replacing it atomically."""
+    merged = {name: dict(known) for name, known in saved_tiles(path).items()}
+    merged.setdefault(device, {}).update(tiles)
+    plain = {name: {key: dataclasses.asdict(t) for key, t in sorted(ts.items())} for name, ts in merged.items()}
+    path.parent.mkdir(parents=True, exist_ok=True)
+    handle, temporary = tempfile.mkstemp(dir=path.parent, suffix=".tmp")
+    with os.fdopen(handle, "w") as file:
+        json.dump(plain, file, indent=1)
+    os.replace(temporary, path)
+
+
+def measure_on_gpu(spec: LinearSpec) -> float:
+    """Returns the seconds of one call of a linear kernel whose weights come from memory, not from a cache.
+
+    Random bits serve as weights: the time does not depend on them.
+    """
+    kernel = load(spec, interpret=False)
+    copies = [random_buffers(spec) for _ in range(copies_beyond_cache(spec))]
+    return time_calls([functools.partial(kernel, rows=spec.rows or 64, **buffers) for buffers in copies])
+
+
+def time_calls(calls: list[Callable[[], object]], repeats: int = 9) -> float:
+    """Returns the mean GPU seconds of one call, the median over replays of a graph that holds all of them.
+
+    A graph keeps the host's launch overhead out of the time; the calls should use different memory.
+    """
+    for call in calls[:2]:  # compiles, and allocates what stays allocated
+        call()
+    graph = torch.cuda.CUDAGraph()
+    with torch.cuda.graph(graph):
+        for call in calls:
+            call()
+    times = []
+    for _ in range(repeats):
+        start, stop = (torch.cuda.Event(enable_timing=True) for _ in range(2))
+        start.record()
+        graph.replay()
+        stop.record()
+        torch.cuda.synchronize()
+        times.append(start.elapsed_time(stop) / 1e3 / len(calls))
+    return sorted(times)[repeats // 2]
+
+
+def copies_beyond_cache(spec: LinearSpec) -> int:
+    """Returns how many copies of the weights exceed 256 MB, so that a cache holds none of them until its turn."""
+    return max(1, min(64, 256 * 2**20 // spec.cost(64).bytes + 1))
+
+
+def random_buffers(spec: LinearSpec) -> dict[str, torch.Tensor]:
+    """Allocates every buffer of a linear spec on the GPU, for `spec.rows` or 64 rows."""
+    shapes = spec.shapes(spec.rows or 64)
+    buffers = {}
+    for argument in (*spec.inputs(), *spec.epilogue_buffers()):
+        dtype = getattr(torch, argument.dtype)
+        if dtype.is_floating_point:
+            buffers[argument.name] = torch.randn(shapes[argument.name], device="cuda", dtype=dtype)
+        else:
+            high = 2**31 - 1 if argument.name == "qweight" else 1  # scales of 0: no overflow, the same time
+            buffers[argument.name] = torch.randint(0, high, shapes[argument.name], device="cuda", dtype=dtype)
+    return buffers
+
+
+def main(arguments: list[str] | None = None) -> int:
+    """The command line; returns 1 where there is no GPU."""
+    parser = argparse.ArgumentParser(
+        prog="python -m river_compile.kernels.tools.tune", description=__doc__.split("\n")[0]
+    )
+    parser.add_argument("--model", choices=MODELS, default="llama-3.1-8b", help="whose shapes (default %(default)s)")
+    parser.add_argument("--rows", type=int, default=1, help="sequences (default %(default)s)")
+    parser.add_argument("--group-size", type=int, default=64, choices=(32, 64, 128), help="default %(default)s")
+    parser.add_argument("--budget", type=float, default=60.0, help="seconds for everything (default %(default)s)")
+    parser.add_argument("--top", type=int, default=8, help="candidates of each kernel (default %(default)s)")
+    options = parser.parse_args(arguments)
+    if not torch.cuda.is_available():
+        print("tuning measures on a GPU and there is none here", file=sys.stderr)
+        return 1
+    device = device_name(torch.cuda.current_device())
+    kernels = model_kernels(MODELS[options.model], rows=options.rows, group_size=options.group_size)
+    specs = [spec for spec in kernels.values() if isinstance(spec, LinearSpec)]
+    tiles = tune(specs, device, measure_on_gpu, budget=options.budget, top=options.top)
+    save(tuning_file(), device, tiles)
+    print(f"{len(tiles)} of {len(specs)} kernels tuned for {device}, saved to {tuning_file()}")
+    return 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())

@@ -1,0 +1,298 @@
+"""Specs of the linear kernels: y = epilogue(norm(x) W^T), with W in 4 bits or in 16.
+
+Four families share one generator, because they differ in what stands before and after the product:
+
+    w4a16_linear   y = x W^T, 4-bit W
+    norm_linear    RMSNorm or LayerNorm in front of one or several merged projections (q|k|v)
+    gated_mlp      gate and up projections of one input, activation of the gate, product; or a plain activation
+    lm_head        a large N, W in 4 or 16 bits, optionally the final norm in front
+
+One row of activations is a matrix-vector product on ordinary multiply-adds; two or more rows use `tl.dot` on tiles of
+at least 16 rows. Split-K writes partial sums that a second launch adds in a fixed order: no atomics, so two runs are
+bit-identical. A norm in front needs the whole row and excludes split-K. The source is written by `linear_source`.
+
+Not handled: float16 activations of several rows with weights beyond float16 (`tl.dot` takes both in one dtype).
+
+Legend: M rows, N output features, K input features, G group size, all of one weight matrix of a gated pair.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Mapping
+from dataclasses import dataclass
+
+import sympy
+
+from .expressions import blocks, symbol
+from .spec import (
+    ACTIVATION_DTYPES,
+    ITEM_BYTES,
+    Argument,
+    KernelSpec,
+    Lines,
+    M,
+    Stage,
+    Workspace,
+    check_choice,
+    check_positive,
+    is_power_of_two,
+)
+
+N, K, G = symbol("N"), symbol("K"), symbol("G")
+
+FAMILIES = ("w4a16_linear", "norm_linear", "gated_mlp", "lm_head")
+GROUP_SIZES = (32, 64, 128)
+NORMS = ("none", "rms", "rms_plus_one", "layer")
+ACTIVATIONS = ("none", "silu", "gelu", "gelu_tanh", "relu")
+WEIGHTS = ("w4", "dense")
+MAX_EXACT_ROWS = 16
+REDUCE_BLOCK = 256
+
+
+@dataclass(frozen=True)
+class LinearTile:
+    """How one program cuts the product; powers of two except `split_k`.
+
+    Attributes:
+        block_n: output features of a program.
+        block_k: input features of a step; a multiple of the group size for 4-bit weights.
+        block_m: rows of a program: 1, or at least 16 for `tl.dot`.
+        split_k: programs that share one output; more than 1 adds a second launch.
+        num_warps: warps of a program.
+        num_stages: depth of the software pipeline over the steps.
+    """
+
+    block_n: int
+    block_k: int
+    block_m: int = 1
+    split_k: int = 1
+    num_warps: int = 4
+    num_stages: int = 2
+
+    def __post_init__(self) -> None:
+        check_positive(split_k=self.split_k, num_stages=self.num_stages)
+        for name in ("block_n", "block_k", "block_m", "num_warps"):
+            if not is_power_of_two(getattr(self, name)):
+                raise ValueError(f"{name}={getattr(self, name)!r} is not a power of two")
+
+
+@dataclass(frozen=True)
+class LinearSpec(KernelSpec):
+    """One linear kernel. See the module's legend and the families there.
+
+    Attributes:
+        kind: the family.
+        rows: M for 1 to 16 rows; None for any number, given at launch.
+        in_features, out_features: K and N; N counts the results, a gated kernel reads 2 N weight rows (gate first).
+        tile: see `LinearTile`.
+        weights: "w4" (layout "triton" of `pack`) or "dense" ([N, K] in `dtype`).
+        group_size: 32, 64 or 128 for "w4"; 0 for "dense".
+        dtype: of the activations, the norm's weight, the bias and the residual.
+        out_dtype: of the result.
+        parameter_dtype: of scale and zero, float16 or bfloat16.
+        norm: "none", "rms" (x / rms(x) * w), "rms_plus_one" (Gemma's (1 + w)) or "layer"; `eps` as in torch.
+        norm_bias, bias, residual: whether the norm has a bias, the product has one, and a residual is added last.
+        activation: after the bias; in a gated kernel it applies to the gate.
+        gated: whether the weight holds a gate and an up projection whose product is the result.
+        x_stride: elements between two rows of x; 0 stands for K.
+    """
+
+    kind: str
+    rows: int | None
+    in_features: int
+    out_features: int
+    tile: LinearTile
+    weights: str = "w4"
+    group_size: int = 64
+    dtype: str = "bfloat16"
+    out_dtype: str = "bfloat16"
+    parameter_dtype: str = "float16"
+    norm: str = "none"
+    eps: float = 1e-6
+    norm_bias: bool = False
+    bias: bool = False
+    residual: bool = False
+    activation: str = "none"
+    gated: bool = False
+    x_stride: int = 0
+
+    def __post_init__(self) -> None:
+        self._check_choices()
+        if self.rows is not None and not 1 <= self.rows <= MAX_EXACT_ROWS:
+            raise ValueError(f"rows={self.rows} is outside 1..{MAX_EXACT_ROWS}; use rows=None for more")
+        if self.weights == "w4" and self.tile.block_k % self.group_size:
+            raise ValueError(f"block_k={self.tile.block_k} is not a multiple of group_size={self.group_size}")
+        if (self.rows == 1) != (self.tile.block_m == 1) or 1 < self.tile.block_m < 16:
+            raise ValueError(f"block_m={self.tile.block_m} does not fit rows={self.rows}: 1 for one row, else >= 16")
+        if self.tile.block_m > 1 and self.dot_length < 16:
+            raise ValueError(f"block_k={self.tile.block_k} leaves {self.dot_length} features to a dot; at least 16")
+        if self.norm != "none" and self.tile.split_k > 1:
+            raise ValueError(f"split_k={self.tile.split_k}: a norm in front needs the whole row; use split_k=1")
+        if self.tile.split_k > self.total_steps:
+            raise ValueError(f"split_k={self.tile.split_k} exceeds the {self.total_steps} steps over K")
+
+    def _check_choices(self) -> None:
+        check_choice("kind", self.kind, FAMILIES)
+        check_choice("weights", self.weights, WEIGHTS)
+        check_choice("dtype", self.dtype, ACTIVATION_DTYPES)
+        check_choice("out_dtype", self.out_dtype, ACTIVATION_DTYPES)
+        check_choice("parameter_dtype", self.parameter_dtype, ("float16", "bfloat16"))
+        check_choice("norm", self.norm, NORMS)
+        check_choice("activation", self.activation, ACTIVATIONS)
+        check_choice("group_size", self.group_size, GROUP_SIZES if self.weights == "w4" else (0,))
+        check_positive(in_features=self.in_features, out_features=self.out_features)
+        if self.norm_bias and self.norm != "layer":
+            raise ValueError(f"norm_bias=True goes with norm='layer', not with norm={self.norm!r}")
+        if self.x_stride and self.x_stride < self.in_features:
+            raise ValueError(f"x_stride={self.x_stride} is smaller than the {self.in_features} features of a row")
+
+    @property
+    def family(self) -> str:
+        return self.kind
+
+    @property
+    def streams(self) -> tuple[str, ...]:
+        """Names of the accumulators, one per weight matrix."""
+        return ("gate", "up") if self.gated else ("y",)
+
+    @property
+    def groups(self) -> int:
+        """Groups of one weight row; the last may reach beyond K."""
+        return math.ceil(self.in_features / self.group_size)
+
+    @property
+    def group_words(self) -> int:
+        """32-bit words of one group."""
+        return self.group_size // 8
+
+    @property
+    def dot_length(self) -> int:
+        """Input features that one `tl.dot` sums."""
+        return self.tile.block_k // 8 if self.weights == "w4" else self.tile.block_k
+
+    @property
+    def total_steps(self) -> int:
+        return math.ceil(self.in_features / self.tile.block_k)
+
+    @property
+    def steps(self) -> int:
+        """Steps of one program."""
+        return math.ceil(self.total_steps / self.tile.split_k)
+
+    @property
+    def row_stride(self) -> int:
+        return self.x_stride or self.in_features
+
+    @property
+    def masks_n(self) -> bool:
+        return self.out_features % self.tile.block_n != 0
+
+    @property
+    def masks_k(self) -> bool:
+        return self.in_features != self.tile.block_k * self.steps * self.tile.split_k
+
+    @property
+    def masks_m(self) -> bool:
+        return self.rows is None or self.rows % self.tile.block_m != 0
+
+    def inputs(self) -> tuple[Argument, ...]:
+        """Buffers of the product, without those of the epilogue."""
+        buffers = [Argument("x", self.dtype)]
+        if self.norm != "none":
+            buffers.append(Argument("norm_weight", self.dtype))
+        if self.norm_bias:
+            buffers.append(Argument("norm_bias", self.dtype))
+        if self.weights == "w4":
+            return (*buffers, Argument("qweight", "int32"), Argument("scale_zero", "int32"))
+        return (*buffers, Argument("weight", self.dtype))
+
+    def epilogue_buffers(self) -> tuple[Argument, ...]:
+        optional = (("bias", self.bias), ("residual", self.residual))
+        return (*(Argument(name, self.dtype) for name, used in optional if used), Argument("y", self.out_dtype))
+
+    def shapes(self, rows: int) -> dict[str, tuple[int, ...]]:
+        """Shapes of all buffers that a linear kernel may take, for `rows` rows."""
+        weight_rows = self.out_features * len(self.streams)
+        shapes = {
+            "x": (rows, self.row_stride),
+            "norm_weight": (self.in_features,),
+            "norm_bias": (self.in_features,),
+            "bias": (weight_rows,),
+            "residual": (rows, self.out_features),
+            "y": (rows, self.out_features),
+        }
+        if self.weights == "dense":
+            return {**shapes, "weight": (weight_rows, self.in_features)}
+        return {
+            **shapes,
+            "qweight": (weight_rows, self.groups * self.group_words),
+            "scale_zero": (weight_rows, self.groups),
+        }
+
+    def stages(self) -> tuple[Stage, ...]:
+        tile, open_rows = self.tile, self.rows is None
+        rows_argument = (Argument("rows", "int32", pointer=False),) if open_rows else ()
+
+        def grid(rows: int) -> tuple[int, int, int]:
+            return _blocks(self.out_features, tile.block_n), _blocks(self.rows or rows, tile.block_m), tile.split_k
+
+        def reduce_grid(rows: int) -> tuple[int, int, int]:
+            return _blocks(self.out_features, REDUCE_BLOCK), self.rows or rows, 1
+
+        if tile.split_k == 1:
+            arguments = (*self.inputs(), *self.epilogue_buffers(), *rows_argument)
+            return (Stage(self.kind, arguments, grid, tile.num_warps, tile.num_stages),)
+        partial = Argument("partial", "float32")
+        product = (*self.inputs(), partial, *rows_argument)
+        return (
+            Stage(f"{self.kind}_partial", product, grid, tile.num_warps, tile.num_stages),
+            Stage(f"{self.kind}_reduce", (partial, *self.epilogue_buffers(), *rows_argument), reduce_grid, 4, 1),
+        )
+
+    def workspaces(self) -> tuple[Workspace, ...]:
+        if self.tile.split_k == 1:
+            return ()
+        matrices = len(self.streams)
+
+        def shape(rows: int) -> tuple[int, ...]:
+            return self.tile.split_k, matrices, self.rows or rows, self.out_features
+
+        return (Workspace("partial", "float32", shape),)
+
+    def values(self) -> Mapping[sympy.Symbol, int]:
+        numbers = {N: self.out_features, K: self.in_features}
+        if self.weights == "w4":
+            numbers[G] = self.group_size
+        return numbers if self.rows is None else {M: self.rows, **numbers}
+
+    def weight_bytes(self) -> sympy.Expr:
+        """Bytes of the weights alone: half a byte each and 4 bytes a group, or `dtype`'s size each."""
+        matrices = len(self.streams)
+        if self.weights == "w4":
+            return matrices * N * blocks(K, G) * (G / sympy.Integer(2) + 4)
+        return matrices * N * K * ITEM_BYTES[self.dtype]
+
+    def bytes(self) -> sympy.Expr:
+        item, matrices = ITEM_BYTES[self.dtype], len(self.streams)
+        activations = M * K * item + M * N * ITEM_BYTES[self.out_dtype]
+        optional = {
+            K: (self.norm != "none") + self.norm_bias,
+            matrices * N: int(self.bias),
+            M * N: int(self.residual),
+        }
+        extras = sum(count * size for size, count in optional.items())
+        partials = 2 * 4 * self.tile.split_k * matrices * M * N if self.tile.split_k > 1 else 0
+        return self.weight_bytes() + activations + item * extras + partials
+
+    def flops(self) -> sympy.Expr:
+        return 2 * len(self.streams) * M * N * K
+
+    def write(self, lines: Lines) -> None:
+        from .linear_source import write_linear
+
+        write_linear(self, lines)
+
+
+def _blocks(size: int, block: int) -> int:
+    return math.ceil(size / block)

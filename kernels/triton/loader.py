@@ -1,0 +1,250 @@
+"""From a spec to a kernel that runs: the source file in the cache directory, its import, and its launch.
+
+`load(spec, interpret=False)` gives functions that Triton compiles for the current GPU at their first launch;
+`load(spec, interpret=True)` the same functions in Triton's interpreter, on CPU tensors. Both kinds live side by side in
+one process: the environment variable TRITON_INTERPRET plays no part. Triton is imported here and nowhere earlier.
+
+Not handled: tuning (see `heuristic` and `tune`), and concurrent interpreted launches (they take turns: the interpreter
+patches `triton.language` while it runs).
+"""
+
+from __future__ import annotations
+
+import functools
+import importlib.util
+import os
+import sys
+import tempfile
+import threading
+import types
+import warnings
+from dataclasses import dataclass
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+from .spec import KernelSpec, render, source_hash
+
+if TYPE_CHECKING:
+    import torch
+
+_interpreter_turn = threading.Lock()
+
+
+def cache_directory() -> Path:
+    """Returns where generated sources lie: $RIVER_COMPILE_CACHE or ~/.cache/river_compile, below it `kernels`."""
+    root = os.environ.get("RIVER_COMPILE_CACHE") or Path.home() / ".cache" / "river_compile"
+    return Path(root) / "kernels"
+
+
+def source_file(spec: KernelSpec) -> Path:
+    """Writes the source of `spec` unless it is there, and returns its path.
+
+    The file's name holds the hash of the text. It is written beside its place and moved there, so that no reader sees
+    half a file; a file whose text is not what the spec renders to is rebuilt with a warning.
+    """
+    source = render(spec)
+    path = cache_directory() / f"{spec.family}_{source_hash(source)}.py"
+    try:
+        if path.read_text() == source:
+            return path
+        warnings.warn(f"the generated kernel {path} was damaged and is rebuilt", stacklevel=2)
+    except UnicodeDecodeError:
+        warnings.warn(f"the generated kernel {path} was damaged and is rebuilt", stacklevel=2)
+    except FileNotFoundError:
+        path.parent.mkdir(parents=True, exist_ok=True)
+    handle, temporary = tempfile.mkstemp(dir=path.parent, prefix=path.stem, suffix=".tmp")
+    try:
+        with os.fdopen(handle, "w") as file:
+            file.write(source)
+        os.replace(temporary, path)
+    except BaseException:
+        os.unlink(temporary)
+        raise
+    return path
+
+
+@dataclass(frozen=True)
+class Kernel:
+    """A loaded spec. Call it with the buffers its stages name, by keyword.
+
+    Attributes:
+        spec: what it was generated from.
+        path: the source file.
+        functions: stage name -> Triton function (compiled or interpreted).
+        interpret: whether the functions run in the interpreter.
+    """
+
+    spec: KernelSpec
+    path: Path
+    functions: dict[str, object]
+    interpret: bool
+
+    def __call__(self, *, rows: int = 1, **buffers: torch.Tensor) -> None:
+        """Launches every stage.
+
+        Args:
+            rows: rows of the activations, for specs that leave them open.
+            buffers: one tensor per pointer that the stages name; workspaces that are missing are allocated.
+
+        Raises:
+            ValueError: a buffer is missing, of the wrong dtype, on another device, or of no use to this kernel.
+        """
+        import numpy
+
+        self._check(buffers)
+        device = next(iter(buffers.values())).device
+        for workspace in self.spec.workspaces():
+            if workspace.name not in buffers:
+                buffers[workspace.name] = _allocate(workspace.shape(rows), workspace.dtype, device)
+        for stage in self.spec.stages():
+            values = [buffers[a.name] if a.pointer else rows for a in stage.arguments]
+            grid = stage.grid(rows)
+            if self.interpret:
+                # A GPU overflows to infinity in silence; so does the interpreter here.
+                with _interpreter_turn, numpy.errstate(all="ignore"):
+                    self.functions[stage.function][grid](*values)
+            else:
+                options = {"num_warps": stage.num_warps, "num_stages": stage.num_stages, **fusion_option()}
+                self.functions[stage.function][grid](*values, **options)
+
+    def _check(self, buffers: dict[str, torch.Tensor]) -> None:
+        workspaces = {workspace.name for workspace in self.spec.workspaces()}
+        wanted = {a.name: a.dtype for stage in self.spec.stages() for a in stage.arguments if a.pointer}
+        missing = sorted(set(wanted) - set(buffers) - workspaces)
+        unknown = sorted(set(buffers) - set(wanted))
+        if missing or unknown:
+            raise ValueError(f"{self.spec.family} kernel: missing buffers {missing}, unknown buffers {unknown}")
+        for name, tensor in buffers.items():
+            dtype = str(tensor.dtype).removeprefix("torch.")
+            if dtype != wanted[name]:
+                raise ValueError(f"{self.spec.family} kernel: {name} has dtype {dtype}, its spec says {wanted[name]}")
+            if tensor.is_cuda == self.interpret:
+                place = "the CPU" if self.interpret else "a GPU"
+                raise ValueError(f"{self.spec.family} kernel: {name} is on {tensor.device}, the kernel runs on {place}")
+
+
+@functools.cache
+def load(spec: KernelSpec, *, interpret: bool) -> Kernel:
+    """Generates, imports and wraps the kernel of `spec`. The same spec and mode give the same object.
+
+    Args:
+        spec: what to generate.
+        interpret: True for Triton's interpreter (CPU tensors), False for a GPU.
+    """
+    path = source_file(spec)
+    module = _import(path, "interpreted" if interpret else "compiled")
+    wrap = _interpreted if interpret else _compiled
+    functions = {stage.function: wrap(module, stage.function) for stage in spec.stages()}
+    return Kernel(spec, path, functions, interpret)
+
+
+def compile_for(spec: KernelSpec, backend: str, arch: int | str) -> list:
+    """Compiles every stage for a GPU that need not be there; returns Triton's compiled kernels, in order.
+
+    Pointers count as 16-byte aligned, as torch allocates them. A GPU's code is kept by Triton's own cache.
+
+    Args:
+        spec: what to generate.
+        backend: ``"cuda"`` with a compute capability such as 90, or ``"hip"`` with a name such as ``"gfx942"``.
+        arch: see `backend`.
+    """
+    import triton
+    from triton.backends.compiler import GPUTarget
+    from triton.compiler import ASTSource
+
+    target = GPUTarget(backend, arch, 32 if backend == "cuda" else 64)
+    kernel = load(spec, interpret=False)
+    compiled = []
+    for stage in spec.stages():
+        function = kernel.functions[stage.function]
+        signature = {name: a.signature for name, a in zip(function.arg_names, stage.arguments, strict=True)}
+        aligned = {(i,): [["tt.divisibility", 16]] for i, a in enumerate(stage.arguments) if a.pointer}
+        source = ASTSource(function, signature, {}, aligned)
+        options = {"num_warps": stage.num_warps, "num_stages": stage.num_stages, **fusion_option()}
+        compiled.append(triton.compile(source, target=target, options=options))
+    return compiled
+
+
+def fusion_option() -> dict[str, bool]:
+    """Asks for fused multiply-adds: Triton 3.9 warns without a choice, and its successor changes the default."""
+    return {"enable_fp_fusion": True}
+
+
+def _allocate(shape: tuple[int, ...], dtype: str, device: torch.device) -> torch.Tensor:
+    import torch
+
+    return torch.empty(shape, dtype=getattr(torch, dtype), device=device)
+
+
+def _import(path: Path, mode: str) -> types.ModuleType:
+    # Triton reads the text of a function through `inspect`, which wants a real file and a module of its own.
+    name = f"river_compile.kernels.generated.{path.stem}_{mode}"
+    module_spec = importlib.util.spec_from_file_location(name, path)
+    module = importlib.util.module_from_spec(module_spec)
+    sys.modules[name] = module
+    module_spec.loader.exec_module(module)
+    return module
+
+
+def _compiled(module: types.ModuleType, name: str) -> object:
+    from triton.runtime.jit import JITFunction
+
+    function = getattr(module, name)
+    return function if isinstance(function, JITFunction) else JITFunction(function.fn)
+
+
+def _interpreted(module: types.ModuleType, name: str) -> object:
+    import triton.language
+    from triton.runtime.interpreter import InterpretedFunction
+
+    function = getattr(module, name).fn
+    module.triton_language = triton.language  # the interpreter patches the language modules it finds among the globals
+    module.tl = _InterpreterLanguage()
+    module.range = _range
+    return InterpretedFunction(function)
+
+
+def _range(*limits: object) -> range:
+    """`range` over Triton scalars: the interpreter's own conversion to int fails in Triton 3.6 with numpy 2.4."""
+    return range(*(limit.handle.data.item() if hasattr(limit, "handle") else limit for limit in limits))
+
+
+class _InterpreterLanguage:
+    """`triton.language` as an interpreted kernel sees it.
+
+    Triton writes a few functions (`tl.sum`, `tl.max`) as kernels of their own, which the interpreter can call only if
+    the whole process was started for it. Here they are plain Python on top of what the interpreter does provide.
+    `dot` multiplies bfloat16 as float32, which holds the products exactly: the interpreter keeps bfloat16 as bit
+    patterns and would multiply those. (Its cast to bfloat16 cuts off where a GPU rounds; tolerances allow for it.)
+    """
+
+    def __getattr__(self, name: str) -> object:
+        import triton.language as tl
+
+        return getattr(tl, name)
+
+    @staticmethod
+    def sum(value, axis):
+        import triton.language as tl
+
+        return tl.reduce(value, axis, tl.standard._sum_combine)
+
+    @staticmethod
+    def max(value, axis):
+        import triton.language as tl
+
+        return tl.reduce(value, axis, tl.standard._elementwise_max)
+
+    @staticmethod
+    def zeros(shape, dtype):
+        import triton.language as tl
+
+        return tl.full(shape, 0, dtype)
+
+    @staticmethod
+    def dot(a, b, acc, **options):
+        import triton.language as tl
+
+        if a.dtype == tl.bfloat16:
+            a, b = a.to(tl.float32), b.to(tl.float32)
+        return tl.dot(a, b, acc, **options)

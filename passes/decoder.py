@@ -1,0 +1,236 @@
+"""Finds the decoder in a traced graph: prologue, repeated blocks, their KV slots, head.
+
+The blocks are the children of one ModuleList: consecutive indices, one class, no name of a model family anywhere. Each
+node belongs to the block whose module it was traced in; nodes outside of every block go to the prologue, to the head
+or, where they stand between two blocks and depend on one, to that block.
+
+Not handled (refused with a reason): a graph that needs gradients, blocks that pass more than one hidden state on,
+blocks that write no KV cache.
+"""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Callable, Iterable, Iterator
+
+import torch
+from torch import fx
+
+from .program import Block, DecoderPlan, KVSlot, Refusal
+
+# `...layers.5`, `...layers[5]` and `getattr(...layers, '5')` all name child 5 of a module list.
+_CHILD = re.compile(r"^(?P<list>.*?)(?:\.|\[|, ')(?P<index>\d+)(?:'\)|\])?$")
+_MIN_BLOCKS = 2
+
+
+def find_decoder(graph_module: fx.GraphModule) -> DecoderPlan | Refusal:
+    """Returns the decoder in a graph traced by Dynamo, or the reason why there is none."""
+    graph = graph_module.graph
+    list_path = _block_list(graph)
+    if list_path is None:
+        return Refusal("no decoder blocks: the graph holds no list of two or more modules of one class")
+    num_blocks = 1 + max(i for node in graph.nodes for i, _ in _children(node, list_path))
+    part_of = _assign_parts(graph, list_path, num_blocks)
+    if isinstance(part_of, Refusal):
+        return part_of
+    blocks = _describe_blocks(part_of, list_path, num_blocks)
+    if isinstance(blocks, Refusal):
+        return blocks
+    batch, query_length = value_of(blocks[0].hidden_in).shape[:2]
+    return DecoderPlan(graph_module, blocks, part_of, query_length, batch)
+
+
+def value_of(node: fx.Node) -> object:
+    """Returns the fake tensor or number that Dynamo recorded for a node, None where it recorded none."""
+    return node.meta.get("example_value")
+
+
+def is_tensor(node: fx.Node) -> bool:
+    return isinstance(value_of(node), torch.Tensor)
+
+
+def is_parameter(node: fx.Node) -> bool:
+    """True for a placeholder that holds a parameter or buffer of a module (Dynamo marks those as static inputs)."""
+    return node.op == "placeholder" and node.meta.get("tensor_dict", {}).get("_dynamo_static_input_type") == "unguarded"
+
+
+def input_name(node: fx.Node) -> str:
+    """Returns how the user's code names a graph input: ``model.layers.0.mlp.experts.gate_up_proj``."""
+    source = getattr(node.meta.get("grapharg"), "source", None)
+    if source is None:
+        return node.name
+    name = source.name() if callable(source.name) else source.name  # a method up to torch 2.12
+    return clean_path(re.sub(r"\._(?:modules|parameters|buffers)\['(\w+)'\]", r".\1", name))
+
+
+def mutated_inputs(node: fx.Node) -> list[fx.Node]:
+    """Returns the arguments that a node writes in place: trailing underscore, ``out=`` and ``x[...] = y``."""
+    name = node.target if node.op == "call_method" else getattr(node.target, "__name__", "")
+    if not isinstance(name, str):
+        return []
+    in_place = (name.endswith("_") and not name.endswith("__")) or name in ("setitem", "copy_")
+    mutated = [a for a in node.args[:1] if isinstance(a, fx.Node)] if in_place else []
+    out = node.kwargs.get("out")
+    return [*mutated, *([out] if isinstance(out, fx.Node) else [])]
+
+
+def rank(node: fx.Node) -> int | None:
+    """Returns how many dimensions a tensor has, None for other values."""
+    return value_of(node).dim() if is_tensor(node) else None
+
+
+def closure(nodes: Iterable[fx.Node], neighbours: Callable[[fx.Node], Iterable[fx.Node]]) -> set[fx.Node]:
+    """Returns the nodes and all that can be reached from them."""
+    found: set[fx.Node] = set()
+    stack = list(nodes)
+    while stack:
+        node = stack.pop()
+        if node not in found:
+            found.add(node)
+            stack.extend(neighbours(node))
+    return found
+
+
+def ancestors(nodes: Iterable[fx.Node]) -> set[fx.Node]:
+    """Returns the nodes and everything that they are computed from."""
+    return closure(nodes, lambda node: node.all_input_nodes)
+
+
+def module_path(node: fx.Node) -> str:
+    """Returns the path of the innermost module that a node was traced in, without Dynamo's name of the root."""
+    stack = node.meta.get("nn_module_stack")
+    return clean_path(list(stack.values())[-1][0]) if stack else ""
+
+
+def clean_path(path: str) -> str:
+    """Strips Dynamo's name of the root module: ``L['self'].model.layers.5`` becomes ``model.layers.5``."""
+    return re.sub(r"^L\[[^\]]*\](\[\d+\])?(\._modules\[[^\]]*\])*\.?", "", path)
+
+
+def _children(node: fx.Node, list_path: str | None = None) -> Iterator[tuple[int, tuple[str, object]]]:
+    """Yields (index, (list path, class)) for each module on a node's stack that is a numbered child."""
+    for path, cls in (node.meta.get("nn_module_stack") or {}).values():
+        match = _CHILD.match(path)
+        if match and (list_path is None or match["list"] == list_path):
+            yield int(match["index"]), (match["list"], cls)
+
+
+def _block_list(graph: fx.Graph) -> str | None:
+    """Returns the path of the outermost module list whose children are of one class and numbered 0..n-1."""
+    seen: dict[str, dict[int, object]] = {}
+    for node in graph.nodes:
+        for index, (path, cls) in _children(node):
+            seen.setdefault(path, {})[index] = cls
+    candidates = [
+        path
+        for path, members in seen.items()
+        if len(members) >= _MIN_BLOCKS
+        and sorted(members) == list(range(len(members)))
+        and len({_class_name(cls) for cls in members.values()}) == 1
+    ]
+    # A mixture of experts keeps a list of experts inside each block: the blocks are the outermost list.
+    outermost = [p for p in candidates if not any(p != q and p.startswith(q) for q in candidates)]
+    return max(outermost, key=lambda path: len(seen[path]), default=None)
+
+
+def _class_name(cls: object) -> str:
+    return cls if isinstance(cls, str) else f"{cls.__module__}.{cls.__qualname__}"
+
+
+def _assign_parts(graph: fx.Graph, list_path: str, num_blocks: int) -> dict[fx.Node, int] | Refusal:
+    """Assigns each node to prologue (0), block (1..L) or head (L + 1); the parts run in that order."""
+    written = {m for node in graph.nodes for m in mutated_inputs(node)}
+    part_of: dict[fx.Node, int] = {}
+    reached = 0
+    for node in graph.nodes:
+        if node.op in ("placeholder", "output"):
+            continue
+        before = max((part_of.get(a, 0) for a in node.all_input_nodes), default=0)
+        indices = [i for i, _ in _children(node, list_path)]
+        if indices:
+            part = indices[0] + 1
+            if part < max(before, reached):
+                return Refusal(
+                    f"the blocks do not run one after the other: block {part - 1} follows block {reached - 1}",
+                    node.name,
+                )
+            reached = part
+        elif before == 0 and not any(a in written for a in node.all_input_nodes) and not mutated_inputs(node):
+            part = 0  # depends on the inputs alone: it may as well run first
+        elif before == num_blocks or (reached == num_blocks and before):
+            part = num_blocks + 1
+        else:
+            part = max(before, reached)
+        part_of[node] = part
+    return part_of
+
+
+def _describe_blocks(part_of: dict[fx.Node, int], list_path: str, num_blocks: int) -> tuple[Block, ...] | Refusal:
+    flows = _hidden_flows(part_of, num_blocks)
+    if isinstance(flows, Refusal):
+        return flows
+    blocks = []
+    for index in range(num_blocks):
+        nodes = [n for n, part in part_of.items() if part == index + 1]
+        path = f"{clean_path(list_path)}.{index}"
+        kv = _kv_slot(nodes, flows[index + 1])
+        if kv is None:
+            return Refusal("the blocks write no KV cache (generation keeps one: use_cache=True)", path)
+        blocks.append(Block(index, path, flows[index], flows[index + 1], kv))
+    return tuple(blocks)
+
+
+def _hidden_flows(part_of: dict[fx.Node, int], num_blocks: int) -> tuple[fx.Node, ...] | Refusal:
+    """Returns the L + 1 hidden states: into block 1, between the blocks, and out of the last one."""
+
+    def crossing(boundary: int) -> list[fx.Node]:
+        return [
+            node
+            for node, part in part_of.items()
+            if part == boundary
+            and is_tensor(node)
+            and value_of(node).dim() == 3
+            and value_of(node).is_floating_point()
+            and any(part_of.get(user, num_blocks + 1) == boundary + 1 for user in node.users)
+        ]
+
+    between = [crossing(boundary) for boundary in range(1, num_blocks + 1)]
+    # The prologue also hands out cosines and sines [B, T, head_dim]; the hidden state has the shape of the later ones.
+    first = crossing(0)
+    if between[0]:
+        first = [n for n in first if value_of(n).shape == value_of(between[0][0]).shape]
+    if len(first) > 1:
+        first = [n for n in first if _comes_from_embedding(n)]
+    for boundary, nodes in enumerate([first, *between]):
+        if len(nodes) != 1:
+            found = ", ".join(n.name for n in nodes) or "none"
+            return Refusal(
+                f"one hidden state must pass from part {boundary} to part {boundary + 1} of {num_blocks} blocks, "
+                f"found {len(nodes)}: {found}",
+                nodes[0].name if nodes else "",
+            )
+    return (first[0], *(nodes[0] for nodes in between))
+
+
+def _comes_from_embedding(node: fx.Node) -> bool:
+    calls = (n for n in ancestors([node]) if n.op == "call_function")
+    return any("embedding" in getattr(n.target, "__name__", "") for n in calls)
+
+
+def _kv_slot(nodes: list[fx.Node], hidden_out: fx.Node) -> KVSlot | None:
+    """Finds what a block writes for its tokens: in-place writes to 4-D tensors, or 4-D tensors that it returns."""
+    static = [n for n in nodes for m in mutated_inputs(n) if rank(m) == 4]
+    if static:
+        lengths = [m for n in nodes for m in mutated_inputs(n) if m.op == "placeholder" and rank(m) == 0]
+        return KVSlot("static", tuple(static), tuple(dict.fromkeys(lengths)), _capacity(static))
+    returned = [n for n in nodes if rank(n) == 4 and n is not hidden_out and any(u.op == "output" for u in n.users)]
+    return KVSlot("dynamic", tuple(returned)) if returned else None
+
+
+def _capacity(writes: list[fx.Node]) -> int | None:
+    """Slots of a cache written by ``index_copy_(dim, position, new)``; other caches roll and never overflow."""
+    for node in writes:
+        if node.target == "index_copy_":
+            size = value_of(node.args[0]).shape[node.args[1]]
+            return size if isinstance(size, int) else None
+    return None

@@ -1,0 +1,172 @@
+"""Cuts what other repairs of missing KV entries run, out of a block: the river's rivals, for comparison.
+
+A token that leaves after block d has no entry in the blocks behind it. A twin writes one that is nearly its block's.
+What other early-exit methods do instead needs less of the block, or more in front of its attention:
+
+piece            is the block                                              writes
+only_entries     without what only its hidden state needs                  keys and values of the hidden state that left
+empty_entries    the same, without norm and projections                    zeros: the slot is taken, counters advance
+with_presence    with one input more, which entries are there              what the block writes
+
+The first two hand their hidden state on as it came. Not handled (a FillRefusal): keys and values of another form than
+``[B, H, T, D]``, and attention that is neither ``scaled_dot_product_attention`` nor a softmax over the keys.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterable
+from dataclasses import replace
+
+import torch
+from torch import fx
+
+from river_compile.passes.decoder import closure, is_parameter, is_tensor, mutated_inputs, rank, value_of
+from river_compile.passes.program import Block, FillRefusal, Segment
+
+_VIEWS = ("view", "reshape", "transpose", "unsqueeze", "squeeze", "expand", "permute", "narrow", "select", "getitem")
+_SOFTMAX = ("softmax", "_softmax")
+
+
+def only_entries(segment: Segment, block: Block, name: str) -> Segment:
+    """Returns the part of a block that writes its KV entries; its hidden state passes through unchanged.
+
+    Args:
+        segment: the block's, of its own (its graph is changed).
+        block: the block.
+        name: of the piece.
+    """
+    graph = segment.graph_module.graph
+    output = _output(graph)
+    kept = [i for i, node in enumerate(segment.outputs) if node is not block.hidden_out]
+    output.args = (tuple(output.args[0][i] for i in kept),)
+    return replace(
+        _without_dead_code(segment),
+        name=name,
+        outputs=tuple(segment.outputs[i] for i in kept),
+        handed_on=((block.hidden_out, block.hidden_in),),
+    )
+
+
+def empty_entries(segment: Segment, block: Block, name: str) -> Segment | FillRefusal:
+    """Returns the part of a block that takes a KV slot and leaves zeros in it; arguments as above."""
+    segment = only_entries(segment, block, name)
+    graph = segment.graph_module.graph
+    hidden = _placeholder(segment, block.hidden_in)
+    cached = _downstream(n for n in graph.nodes if n.op == "placeholder" and rank(n) == 4 and not is_parameter(n))
+    new = _downstream([hidden]) - cached
+    for node in [n for n in graph.nodes if n in cached]:
+        for entry in [a for a in node.all_input_nodes if a in new]:
+            if rank(entry) != 4:
+                return FillRefusal("new keys and values are not [batch, heads, tokens, features]", entry.name)
+            with graph.inserting_before(node):
+                node.replace_input_with(entry, _zeros_like_entry(graph, hidden, entry))
+    return _without_dead_code(segment)
+
+
+def _zeros_like_entry(graph: fx.Graph, hidden: fx.Node, entry: fx.Node) -> fx.Node:
+    """Adds zeros of a key's shape ``[B, H, T, D]``; B and T come from the hidden state, since they may be symbols."""
+    value = value_of(entry)
+    one = graph.call_function(torch.narrow, (hidden, -1, 0, 1))
+    zeros = graph.call_function(torch.zeros_like, (one,), {"dtype": value.dtype})
+    return graph.call_method(
+        "expand", (graph.call_method("unsqueeze", (zeros, 1)), -1, value.shape[1], -1, value.shape[3])
+    )
+
+
+def with_presence(segment: Segment, name: str) -> tuple[Segment, fx.Node] | FillRefusal:
+    """Makes a block's attention look only at entries that are there.
+
+    Args:
+        segment: the block's (its graph is changed).
+        name: of the new input.
+
+    Returns:
+        The segment with one more input, the last one, and the node that stands for it: boolean ``[S]`` over the keys
+        that the attention reads, True for an entry that is there.
+    """
+    graph = segment.graph_module.graph
+    attention = [node for node in graph.nodes if _keys_axis(node) is not None]
+    if not attention:
+        return FillRefusal("no attention whose mask could hide missing entries", segment.name)
+    last = [n for n in graph.nodes if n.op == "placeholder"][-1]
+    with graph.inserting_after(last):
+        placeholder = graph.placeholder(name)
+    length = _keys_axis(attention[0])
+    with value_of(segment.inputs[0]).fake_mode:
+        value = torch.ones(length, dtype=torch.bool, device=value_of(segment.inputs[0]).device)
+    present = fx.Graph().placeholder(name)  # (in no graph that anybody runs: a name for the value)
+    placeholder.meta["example_value"] = present.meta["example_value"] = value
+    for node in attention:
+        _hide_missing(graph, node, placeholder)
+    segment.graph_module.recompile()
+    return replace(segment, inputs=(*segment.inputs, present)), present
+
+
+def _keys_axis(node: fx.Node) -> int | torch.SymInt | None:
+    """Returns how many keys an attention's mask or softmax ranges over, None for other nodes."""
+    if node.op not in ("call_function", "call_method"):
+        return None
+    if node.target is torch.nn.functional.scaled_dot_product_attention:
+        return value_of(node.args[1]).shape[2]
+    target = node.target if node.op == "call_method" else getattr(node.target, "__name__", "")
+    return value_of(node).shape[-1] if target in _SOFTMAX and rank(node) == 4 else None
+
+
+def _hide_missing(graph: fx.Graph, node: fx.Node, present: fx.Node) -> None:
+    if node.target is not torch.nn.functional.scaled_dot_product_attention:
+        with graph.inserting_before(node):  # scores [B, H, T, S]
+            missing = graph.call_function(torch.logical_not, (present,))
+            hidden = graph.call_function(torch.masked_fill, (node.args[0], missing, -torch.inf))
+        node.args = (hidden, *node.args[1:])
+        return
+    position = 3 if len(node.args) > 3 else None
+    mask = node.args[3] if position else node.kwargs.get("attn_mask")
+    with graph.inserting_before(node):
+        if mask is None:
+            new = graph.call_method("expand", (present, 1, 1, 1, -1))
+        elif value_of(mask).dtype == torch.bool:
+            new = graph.call_function(torch.logical_and, (mask, present))
+        else:
+            missing = graph.call_function(torch.logical_not, (present,))
+            new = graph.call_function(torch.masked_fill, (mask, missing, -torch.inf))
+    if position:
+        node.args = (*node.args[:3], new, *node.args[4:])
+    else:
+        node.kwargs = {**node.kwargs, "attn_mask": new}
+
+
+def _without_dead_code(segment: Segment) -> Segment:
+    """Drops what neither an output nor the caller's memory depends on, and the inputs that only this read."""
+    graph = segment.graph_module.graph
+    source_of = dict(zip((n for n in graph.nodes if n.op == "placeholder"), segment.inputs, strict=True))
+    live: set[fx.Node] = set()
+    for node in reversed(list(graph.nodes)):
+        writes = any((shown := _shown(m)).op == "placeholder" or shown in live for m in mutated_inputs(node))
+        if node.op == "output" or node in live or writes:
+            live.update({node, *node.all_input_nodes, *map(_shown, node.all_input_nodes)})
+    for node in reversed(list(graph.nodes)):
+        size = node.op == "placeholder" and not is_tensor(node)  # the shapes of others may need it
+        if node not in live and not size:
+            graph.erase_node(node)
+    segment.graph_module.recompile()
+    return replace(segment, inputs=tuple(source_of[n] for n in graph.nodes if n in source_of))
+
+
+def _shown(node: fx.Node) -> fx.Node:
+    """Follows views back to the tensor whose memory they show."""
+    while (node.target if node.op == "call_method" else getattr(node.target, "__name__", "")) in _VIEWS:
+        node = node.args[0]
+    return node
+
+
+def _downstream(nodes: Iterable[fx.Node]) -> set[fx.Node]:
+    return closure(nodes, lambda node: (user for user in node.users if user.op != "output"))
+
+
+def _placeholder(segment: Segment, value: fx.Node) -> fx.Node:
+    placeholders = [n for n in segment.graph_module.graph.nodes if n.op == "placeholder"]
+    return placeholders[segment.inputs.index(value)]
+
+
+def _output(graph: fx.Graph) -> fx.Node:
+    return next(n for n in graph.nodes if n.op == "output")

@@ -1,0 +1,212 @@
+"""Runs a decode block for several consecutive tokens at once: the block's graph, vectorized over tokens.
+
+A decode block is traced for one token, and sizes of one are written into its graph. So it is not widened but mapped
+(``torch.vmap``): everything in front of the KV write for each token, then one write of all entries, then everything
+behind it for each token, with the mask that the token had in its own step. Weights are read once for all tokens.
+
+    hidden, cosines, mask ... [m, ...]       m tokens, the newest last
+      -> for each token: norm, projections, rotary embedding
+      -> KV write: the m slots that end at the counter, which advances by one
+      -> for each token: attention, MLP
+      -> hidden [m, ...], exit score of the newest token
+
+Not handled (a FillRefusal): caches that are not written by ``index_copy_`` at counted positions (dynamic caches, full
+sliding windows), blocks that hand on more than a hidden state, sizes that are symbols.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import itertools
+import operator
+from collections.abc import Sequence
+
+import torch
+from torch import Tensor, fx
+from torch._dynamo.source import ConstantSource
+from torch._subclasses.fake_tensor import FakeTensorMode
+from torch.fx.experimental.symbolic_shapes import DimDynamic, ShapeEnv, StatelessSymbolicContext
+
+from river_compile.passes.decoder import ancestors, is_parameter, is_tensor, mutated_inputs, value_of
+from river_compile.passes.program import Block, FillRefusal, Segment
+from river_compile.passes.segments import graph_lines
+
+_EXAMPLE = 5  # tokens of the example inputs; their number is a symbol
+
+
+class OverTokens:
+    """A graph as a function of tensors that have one dimension more, in front, for the tokens.
+
+    Args:
+        graph_module: the graph for one token.
+        mapped: of each input, whether it has that dimension; the others are shared.
+    """
+
+    __name__ = __qualname__ = "over_tokens"
+
+    def __init__(self, graph_module: fx.GraphModule, mapped: Sequence[bool]) -> None:
+        self._function = torch.vmap(graph_module, tuple(0 if m else None for m in mapped))
+        lines = [repr(mapped), *graph_lines(graph_module.graph)]
+        self._digest = hashlib.sha256("\n".join(lines).encode()).hexdigest()[:16]
+
+    def __call__(self, *inputs: Tensor) -> tuple[Tensor, ...]:
+        return self._function(*inputs)
+
+    def __repr__(self) -> str:
+        """Equal for graphs that compute the same, so that they are compiled once."""
+        return f"over_tokens({self._digest})"
+
+
+def token_counts(counter: Tensor, hidden: Tensor) -> Tensor:
+    """Returns what the counter of filled slots was for each token ``[m]``, from its value for the newest."""
+    tokens = hidden.shape[0]
+    return counter + torch.arange(1 - tokens, 1, device=counter.device)
+
+
+def write_entries(cache: Tensor, axis: int, positions: Tensor, entries: Tensor) -> None:
+    """Writes the entries ``[m, ...]``, each of length one along the cache's axis, to positions ``[m, 1]``."""
+    cache.index_copy_(axis, positions.reshape(-1), entries.squeeze(axis + 1).movedim(0, axis))
+
+
+def joined(parts: Sequence[Tensor], dim: int = 0) -> Tensor:
+    """Does what ``torch.cat`` does, whose rule for ``vmap`` would take the number of tokens for a constant."""
+    sizes = [part.shape[dim] for part in parts]
+    if len(set(sizes)) == 1:
+        dim %= parts[0].dim()
+        return torch.stack(tuple(parts), dim).flatten(dim, dim + 1)
+    shape = list(parts[0].shape)
+    shape[dim] = sum(sizes)
+    whole = parts[0].new_empty(shape)
+    for part, end in zip(parts, itertools.accumulate(sizes), strict=True):
+        whole.narrow(dim, end - part.shape[dim], part.shape[dim]).copy_(part)
+    return whole
+
+
+def over_tokens(segment: Segment, block: Block, name: str, scored: bool) -> Segment | FillRefusal:
+    """Returns a decode block as a segment for several tokens.
+
+    Args:
+        segment: the block's, without an exit score; its graph stays as it is.
+        block: the block.
+        name: of the new segment.
+        scored: whether the newest token's exit score follows the hidden states.
+
+    Returns:
+        A segment with the block's inputs and outputs. Those of :func:`per_token` have one dimension more, in front.
+    """
+    nodes = list(segment.graph_module.graph.nodes)
+    refusal = _obstacle(segment, block, nodes)
+    if refusal:
+        return refusal
+    source_of = dict(zip((n for n in nodes if n.op == "placeholder"), segment.inputs, strict=True))
+    writes = [n for n in nodes if n.target == "index_copy_"]
+    advances = [n for n in nodes for m in mutated_inputs(n) if source_of.get(m) in block.kv.lengths]
+    front = ancestors([a for write in writes for a in write.args[2:4]])
+    behind = [n for n in nodes if n not in front and n not in writes and n not in advances]
+    behind = [n for n in behind if n.op not in ("placeholder", "output")]
+    crossing = [n for n in nodes if n in front and n.op != "placeholder" and any(user in behind for user in n.users)]
+    shared = {n for n in source_of if not _is_mapped(source_of[n], block)}
+
+    graph = fx.Graph()
+    new = {n: graph.placeholder(n.name) for n in source_of}
+    _set_examples(new, shared, block, source_of)
+    hidden = next(new[n] for n in source_of if source_of[n] is block.hidden_in)
+    here = dict(new)
+    for n in source_of:
+        if source_of[n] in block.kv.lengths:
+            here[n] = graph.call_function(token_counts, (new[n], hidden))
+    results = dict.fromkeys([a for write in writes for a in write.args[2:4]] + crossing)
+    front_nodes = [n for n in nodes if n in front and n.op != "placeholder"]
+    _map(graph, segment, front_nodes, list(results), here, shared)
+    for write in writes:
+        cache, axis, position, entry = write.args
+        graph.call_function(write_entries, (new[cache], axis, here[position], here[entry]))
+        here[write] = new[cache]
+        shared.add(write)
+    for node in advances:
+        graph.call_method("add_", (new[node.args[0]], *node.args[1:]))
+    (result,) = nodes[-1].args[0]
+    _map(graph, segment, behind, [result], here, shared)
+    graph.output(tuple([here[result], *_score(graph, here[result], hidden)] if scored else [here[result]]))
+    module = fx.GraphModule(segment.graph_module, graph, class_name="Segment")
+    return Segment(name, module, segment.inputs, segment.outputs, has_score=scored, own_examples=True)
+
+
+def per_token(segment: Segment, block: Block) -> tuple[fx.Node, ...]:
+    """Returns the inputs of a block's segment that differ from token to token (counters are worked out inside)."""
+    return tuple(n for n in segment.inputs if _is_mapped(n, block) and n not in block.kv.lengths)
+
+
+def _is_mapped(value: fx.Node, block: Block) -> bool:
+    return not is_parameter(value) and value not in {m for write in block.kv.writes for m in mutated_inputs(write)}
+
+
+def _obstacle(segment: Segment, block: Block, nodes: list[fx.Node]) -> FillRefusal | None:
+    if block.kv.capacity is None or any(write.target != "index_copy_" for write in block.kv.writes):
+        return FillRefusal(
+            'its KV cache is not a static one that is filled from the front (cache_implementation="static" gives one)',
+            block.path,
+        )
+    if segment.outputs != (block.hidden_out,):
+        return FillRefusal("it hands on more than its hidden state", block.path)
+    for node in nodes:
+        value = value_of(node)
+        if node.op == "placeholder" and not (is_tensor(node) and all(isinstance(n, int) for n in value.shape)):
+            return FillRefusal("a size is not fixed", f"{block.path}, {node.name}")
+    written = {m: node for node in nodes for m in mutated_inputs(node)}
+    for target, node in written.items():
+        late = [n for n in target.users if nodes.index(n) > nodes.index(node)]
+        if target.op == "placeholder" and value_of(target).dim() != 4 and late:
+            return FillRefusal("it reads a counter after advancing it", f"{block.path}, {late[0].name}")
+    return None
+
+
+def _map(
+    graph: fx.Graph,
+    segment: Segment,
+    nodes: list[fx.Node],
+    results: list[fx.Node],
+    here: dict[fx.Node, fx.Node],
+    shared: set[fx.Node],
+) -> None:
+    """Adds nodes of a block's graph as one call over all tokens, and notes its results in `here`."""
+    inner = fx.Graph()
+    inside = set(nodes)
+    inputs = list(dict.fromkeys(a for n in nodes for a in n.all_input_nodes if a not in inside))
+    copy = {n: inner.placeholder(f"input_{i}") for i, n in enumerate(inputs)}
+    for node in nodes:
+        copy[node] = inner.node_copy(node, lambda n: copy[n])
+        if node.target is torch.cat:
+            copy[node].target = joined
+    inner.output(tuple(copy[n] for n in results))
+    module = fx.GraphModule(segment.graph_module, inner, class_name="OverTokens")
+    call = OverTokens(module, [n not in shared for n in inputs])
+    outputs = graph.call_function(call, tuple(here[n] for n in inputs))
+    for i, node in enumerate(results):
+        here[node] = graph.call_function(operator.getitem, (outputs, i))
+
+
+def _score(graph: fx.Graph, hidden: fx.Node, before: fx.Node) -> list[fx.Node]:
+    newest = [graph.call_function(torch.select, (value, 0, -1)) for value in (hidden, before)]
+    return [graph.call_function(torch.ops.river.exit_score.default, tuple(newest))]
+
+
+def _set_examples(
+    new: dict[fx.Node, fx.Node], shared: set[fx.Node], block: Block, source_of: dict[fx.Node, fx.Node]
+) -> None:
+    """Gives the new placeholders example values in a mode of their own, where the number of tokens is a symbol.
+
+    Their own, because Dynamo could not tell where a symbol of its own comes from that no input of its graph has.
+    """
+    mode = FakeTensorMode(shape_env=ShapeEnv())
+    sizes = StatelessSymbolicContext(dynamic_sizes=[DimDynamic.DYNAMIC])
+    tokens = mode.from_tensor(torch.empty(_EXAMPLE), symbolic_context=sizes, source=ConstantSource("tokens")).shape[0]
+    with mode:
+        for node, placeholder in new.items():
+            value = value_of(node)
+            options = {"dtype": value.dtype, "device": value.device}
+            if node in shared or source_of[node] in block.kv.lengths:
+                example = torch.empty_strided(value.shape, value.stride(), **options)
+            else:
+                example = torch.empty((tokens, *value.shape), **options)
+            placeholder.meta["example_value"] = example

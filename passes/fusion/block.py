@@ -1,0 +1,168 @@
+"""What a fusion rule sees of a segment: its matrix products by role, its cache entries, its attention.
+
+Roles follow from the flow of values alone: the products that feed the KV cache, those that read attention's result,
+those that come before an activation, and those behind it.
+"""
+
+from __future__ import annotations
+
+import operator
+from collections.abc import Iterable
+from dataclasses import dataclass, field
+
+import torch
+from torch import fx
+
+from river_compile.passes.decoder import is_tensor, value_of
+
+from .match import argument, is_product, name_of, shape
+from .recognise import Attention, attention
+
+
+@dataclass(frozen=True)
+class CacheEntry:
+    """How keys or values enter a static cache.
+
+    Attributes:
+        cache: a placeholder, or a new tensor where a prompt's graph makes it, ``[B, J, S, D]``.
+        value: the entry ``[B, J, T, D]``.
+        slot: a tensor of one element for each position, or the last slot of a cache whose entries move up by one first.
+        writer: the node that writes it, `moved` the one that moves the others (None where nothing moves).
+    """
+
+    cache: fx.Node
+    value: fx.Node
+    slot: fx.Node | int
+    writer: fx.Node
+    moved: fx.Node | None = None
+
+
+@dataclass
+class BlockView:
+    """One segment under the rules; :meth:`look` must be called again after a rule has changed the graph.
+
+    Attributes:
+        graph: the segment's graph.
+        origin: the node of the traced graph behind each placeholder.
+        entries: what enters the static cache, keys and values in the order of their writes.
+        grown: the concatenations that make a dynamic cache longer.
+    """
+
+    graph: fx.Graph
+    origin: dict[fx.Node, fx.Node]
+    entries: tuple[CacheEntry, ...] = ()
+    grown: tuple[fx.Node, ...] = ()
+    _reads: dict[fx.Node, set[fx.Node]] = field(default_factory=dict)
+
+    def __post_init__(self) -> None:
+        nodes = list(self.graph.nodes)
+        self.entries = tuple(entry for entry in map(_entry, nodes) if entry is not None)
+        self.grown = tuple(node for node in nodes if _grows_a_cache(node))
+        self.look()
+
+    def look(self) -> None:
+        """Finds out again which products each value depends on directly."""
+        self._reads = {}
+        for node in self.graph.nodes:
+            found: set[fx.Node] = set()
+            for source in node.all_input_nodes:
+                found |= {source} if is_product(source) or _is_start(source) else self._reads[source]
+            self._reads[node] = found
+
+    def sources(self, node: fx.Node) -> set[fx.Node]:
+        """Returns the nearest products, the placeholders and the new tensors that a value is computed from."""
+        return {node} if is_product(node) else self._reads[node]
+
+    def products(self) -> list[fx.Node]:
+        return [node for node in self.graph.nodes if is_product(node)]
+
+    def into_cache(self) -> list[fx.Node]:
+        """Returns the products that keys and values come from."""
+        values = [entry.value for entry in self.entries] or [node.args[0][1] for node in self.grown]
+        return _products(set().union(*map(self.sources, values))) if values else []
+
+    def behind_attention(self) -> list[fx.Node]:
+        """Returns the products that read what attention gives."""
+        caches = {entry.cache for entry in self.entries} | {node.args[0][0] for node in self.grown}
+        return [p for p in self._others() if self._reads[p] & caches]
+
+    def into_mlp(self) -> list[fx.Node]:
+        """Returns the products that read the residual stream and do not feed the cache."""
+        attended = set(self.behind_attention())
+        return [p for p in self._others() if p not in attended and set(_products(self._reads[p])) <= attended]
+
+    def out_of_mlp(self) -> list[fx.Node]:
+        """Returns the products that read another one's activations."""
+        known = {*self.behind_attention(), *self.into_mlp()}
+        return [p for p in self._others() if p not in known]
+
+    def attention(self) -> tuple[fx.Node, Attention] | None:
+        """Returns the attention over the static cache, and its node."""
+        caches = {entry.cache for entry in self.entries}
+        for node in self.graph.nodes:
+            found = attention(node)
+            if found is not None and found.k in caches and found.v in caches:
+                return node, found
+        return None
+
+    def entry_of(self, cache: fx.Node) -> CacheEntry | None:
+        return next((entry for entry in self.entries if entry.cache is cache), None)
+
+    def origin_of(self, node: fx.Node) -> fx.Node:
+        """Returns the traced graph's node behind a value of the segment's own graph, the node itself inside of it."""
+        return self.origin.get(node, node)
+
+    def _others(self) -> list[fx.Node]:
+        first = set(self.into_cache())
+        return [p for p in self.products() if p not in first]
+
+
+def _products(nodes: Iterable[fx.Node]) -> list[fx.Node]:
+    return [node for node in nodes if is_product(node)]
+
+
+def _entry(node: fx.Node) -> CacheEntry | None:
+    name = name_of(node)
+    if name == "index_copy_" and _is_cache(node.args[0]) and node.args[1] in (2, -2):
+        _, _, slot, value = node.args
+        return CacheEntry(node.args[0], value, slot, node)
+    if name == "copy_" and _is_cache(node.args[0]) and name_of(node.args[1]) == "roll":
+        return _rolled_entry(node)
+    return None
+
+
+def _rolled_entry(copy: fx.Node) -> CacheEntry | None:
+    """Recognises a full sliding window: ``new = cache.roll(-1); new[:, :, -1] = value; cache.copy_(new)``."""
+    cache, new = copy.args
+    if new.args != (cache, -1) or new.kwargs not in ({"dims": -2}, {"dims": 2}) or len(new.users) != 2:
+        return None
+    writer = next((user for user in new.users if user.target is operator.setitem), None)
+    if (
+        writer is None
+        or not isinstance(shape(cache)[2], int)
+        or writer.args[1][:2] != (slice(None),) * 2
+        or not _is_last(writer.args[1][2])
+    ):
+        return None
+    return CacheEntry(cache, writer.args[2], shape(cache)[2] - 1, writer, moved=copy)
+
+
+def _is_last(index: object) -> bool:
+    return index == -1 or (name_of(index) == "tensor" and index.args[0] == [-1])
+
+
+def _is_start(node: fx.Node) -> bool:
+    """True for what is computed from no tensor: inputs, and new tensors such as a cache before its first token."""
+    sizes = all(isinstance(value_of(n), (int, torch.SymInt)) for n in node.all_input_nodes)
+    return node.op == "placeholder" or (is_tensor(node) and sizes)
+
+
+def _is_cache(node: object) -> bool:
+    return isinstance(node, fx.Node) and is_tensor(node) and _is_start(node) and value_of(node).dim() == 4
+
+
+def _grows_a_cache(node: fx.Node) -> bool:
+    if name_of(node) != "cat" or argument(node, 1, "dim") not in (2, -2) or len(node.args[0]) != 2:
+        return False
+    before, _ = node.args[0]
+    return _is_cache(before) or (_is_start(before) and value_of(node).dim() == 4 and shape(before) == (0,))

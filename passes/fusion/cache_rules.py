@@ -1,0 +1,238 @@
+"""The fusion rules around the KV cache: the write of one slot, and attention over a static cache.
+
+Both hold for one position per row, whose slot stays a device tensor. The attention kernel reads what the mask lets take
+part, as the plain model does, and no other slot.
+"""
+
+from __future__ import annotations
+
+import operator
+from dataclasses import dataclass, replace
+
+import torch
+from torch import fx
+
+from river_compile.passes.decoder import is_tensor, mutated_inputs, value_of
+
+from .block import BlockView, CacheEntry
+from .edits import Missed, call, drop_unused, has_effects, put, reshaped
+from .match import Columns, before_cast, before_views, columns, shape
+from .recognise import Attention, Normed, Rotation, norm, rotation
+
+_MASKS = (torch.bool, torch.float32, torch.bfloat16, torch.float16)
+
+
+@dataclass(frozen=True)
+class _Heads:
+    """Query, key or value heads: columns of a product, perhaps normalised, perhaps rotated; `node` is the result."""
+
+    node: fx.Node
+    columns: Columns
+    norm: Normed | None
+    rotation: Rotation | None
+
+
+def _heads(node: fx.Node) -> _Heads | None:
+    inner = before_views(node)
+    turned = rotation(inner)
+    inner = inner if turned is None else before_views(turned.x)
+    normed = norm(inner)
+    found = columns(before_cast(inner) if normed is None else normed.x)
+    return None if found is None else _Heads(node, found, normed, turned)
+
+
+def fuse_kv_fill(view: BlockView) -> fx.Node:
+    """rope + kv write."""
+    _, attended = _attention(view)
+    k_entry, v_entry = _entries(view, attended)
+    k, v = (_heads(entry.value) for entry in (k_entry, v_entry))
+    if k is None:
+        raise Missed("the key is no range of columns with a known qk-norm and rotation", before_views(k_entry.value))
+    if v is None or v.norm or v.rotation:
+        raise Missed("the value is no plain range of columns", before_views(v_entry.value))
+    q = _query(attended.q, k)
+    last = max(node for entry in (k_entry, v_entry) for node in (entry.writer, entry.moved) if node is not None)
+    moved = _users_before(q.node, last)
+    _check_heads(q, k, v, k_entry.cache)
+    _check_reads((k_entry, v_entry), last)
+    fused = _write(view.graph, (q, k, v), (k_entry, v_entry), last, moved)
+    product = k.columns.product
+    view.entries = tuple(replace(e, value=product, writer=fused, moved=None) for e in view.entries)
+    return fused
+
+
+def _attention(view: BlockView) -> tuple[fx.Node, Attention]:
+    """Returns the attention over a static cache: its node and its parts."""
+    if view.grown:
+        raise Missed("the cache grows with every token", view.grown[0])
+    found = view.attention()
+    if found is None:
+        raise Missed("no attention over a static cache was recognised")
+    return found
+
+
+def _entries(view: BlockView, attended: Attention) -> tuple[CacheEntry, CacheEntry]:
+    """Returns how keys and values enter the static cache."""
+    k, v = (view.entry_of(cache) for cache in (attended.k, attended.v))
+    if k.slot is not v.slot and k.slot != v.slot:
+        raise Missed("keys and values go to different slots", v.writer)
+    if isinstance(k.slot, fx.Node) and shape(k.slot) != (1,):
+        raise Missed("more than one slot is written", k.writer)
+    _fix_sizes(k.cache)
+    _fix_sizes(v.cache)
+    return k, v
+
+
+def _fix_sizes(cache: fx.Node) -> None:
+    """Makes heads and features of a cache fixed, where Dynamo traced them as dynamic: a guard of the whole graph.
+
+    They differ from model to model alone. The number of slots differs from cache to cache and stays dynamic.
+    """
+    for dim in (1, 3):
+        int(value_of(cache).shape[dim])
+
+
+def _query(node: fx.Node, k: _Heads) -> _Heads:
+    """Returns the query heads: the value nearest to attention that comes from the keys' product in a known way."""
+    start = node
+    while isinstance(node, fx.Node) and node.op != "placeholder" and is_tensor(node):
+        found = _heads(node)
+        if found is not None and found.columns.product is k.columns.product:
+            return found
+        inputs = [n for n in before_views(node).all_input_nodes if is_tensor(n) and value_of(n).dim() >= 3]
+        node = inputs[0] if inputs else None
+    raise Missed("the query does not come from the keys' product in a known way", start)
+
+
+def _check_heads(q: _Heads, k: _Heads, v: _Heads, cache: fx.Node) -> None:
+    _, kv_heads, _, dim = shape(cache)
+    width = k.columns.stop - k.columns.start
+    ranges = [(h.columns.start, h.columns.stop) for h in (q, k, v)]
+    if v.columns.product is not k.columns.product or ranges[0][1] != ranges[1][0] or ranges[1][1] != ranges[2][0]:
+        raise Missed("q, k and v are not columns side by side of one product", k.columns.product)
+    if width != kv_heads * dim or ranges[2][1] - ranges[2][0] != width or (ranges[0][1] - ranges[0][0]) % width:
+        raise Missed(f"the heads do not fit the cache {shape(cache)}", k.columns.product)
+    if value_of(cache).dtype != value_of(k.columns.product).dtype:
+        raise Missed(f"the cache holds {value_of(cache).dtype}, the product {value_of(k.columns.product).dtype}", cache)
+    rotations = [h.rotation and (h.rotation.cos, h.rotation.sin, h.rotation.interleaved) for h in (q, k)]
+    if rotations[0] != rotations[1]:
+        raise Missed("q and k are rotated differently", q.node)
+    norms = [h.norm and (h.norm.kind, h.norm.eps, shape(h.norm.weight)) for h in (q, k)]
+    if norms[0] != norms[1] or (k.norm and (k.norm.kind == "layer" or norms[1][2] != (dim,))):
+        raise Missed("the norms of q and k are not one RMSNorm per head", q.node)
+
+
+def _users_before(node: fx.Node, last: fx.Node) -> list[fx.Node]:
+    """Returns what depends on a value and stands before a node, in order: it must move behind that node."""
+    changed = {m for n in node.graph.nodes if n < last for m in mutated_inputs(n)}
+    found: set[fx.Node] = set()
+    stack = list(node.users)
+    while stack:
+        user = stack.pop()
+        if user < last and user not in found:
+            if has_effects(user) or changed & set(user.all_input_nodes):
+                raise Missed("the query meets a value that changes before the cache is written", user)
+            found.add(user)
+            stack += user.users
+    return sorted(found)
+
+
+def _check_reads(entries: tuple[CacheEntry, CacheEntry], last: fx.Node) -> None:
+    for entry in entries:
+        own = {entry.writer} if entry.moved is None else {entry.moved, *entry.moved.all_input_nodes}
+        early = next((user for user in entry.cache.users if user < last and user not in own), None)
+        if early is not None:
+            raise Missed("the cache is read before it is written", early)
+
+
+def _write(
+    graph: fx.Graph,
+    heads: tuple[_Heads, _Heads, _Heads],
+    entries: tuple[CacheEntry, CacheEntry],
+    last: fx.Node,
+    moved: list[fx.Node],
+) -> fx.Node:
+    q, k, v = heads
+    product, batch, dim = k.columns.product, value_of(entries[0].cache).shape[0], shape(entries[0].cache)[3]
+    query_heads = (k.columns.start - q.columns.start) // dim
+    weights = (None, None) if k.norm is None else (q.norm.weight, k.norm.weight)
+    tables = (None, None) if k.rotation is None else (k.rotation.cos, k.rotation.sin)
+    how = ("none", 0.0) if k.norm is None else (k.norm.kind, k.norm.eps)
+    behind = last.next
+    with graph.inserting_before(behind):
+        qkv = _columns_of(graph, product, q.columns.start, v.columns.stop)
+        caches = [entry.cache for entry in entries]
+        arguments = (qkv, None, *weights, *tables, _slot(graph, entries[0]), *caches, *how)
+        arguments += (k.rotation is not None and k.rotation.interleaved,)
+        value = value_of(product).new_empty((batch, query_heads, dim))
+        fused = call(graph, torch.ops.river.kv_fill.default, arguments, value, product)
+        query = reshaped(graph, fused, q.node)
+    for node in moved:
+        behind.prepend(node)
+    q.node.replace_all_uses_with(query)
+    drop_unused(graph, q.node)
+    for entry in entries:
+        entry.writer.replace_all_uses_with(entry.cache)
+        drop_unused(graph, entry.writer)
+    return fused
+
+
+def _columns_of(graph: fx.Graph, product: fx.Node, start: int, stop: int) -> fx.Node:
+    if (start, stop) == (0, shape(product)[-1]):
+        return product
+    value = value_of(product)[..., start:stop]
+    return call(graph, operator.getitem, (product, (Ellipsis, slice(start, stop))), value, product)
+
+
+def _slot(graph: fx.Graph, entry: CacheEntry) -> fx.Node:
+    return _number(graph, entry, entry.slot) if isinstance(entry.slot, int) else entry.slot
+
+
+def _number(graph: fx.Graph, entry: CacheEntry, number: int) -> fx.Node:
+    """Adds a tensor with one number on the cache's device."""
+    like = value_of(entry.cache)
+    value = like.new_empty((1,), dtype=torch.int64)
+    return call(graph, torch.full, ((1,), number), value, entry.cache, dtype=torch.int64, device=like.device)
+
+
+def fuse_attention(view: BlockView) -> fx.Node:
+    """attention."""
+    node, found = _attention(view)
+    behind = [n for e in view.entries for n in (e.writer, e.moved) if n is not None and n > node]
+    if behind:
+        raise Missed("the cache is read before it is written", node)
+    q, cache = value_of(found.q), value_of(found.k)
+    if q.dtype != cache.dtype or shape(found.v) != shape(found.k):
+        raise Missed(f"q is {q.dtype}, the caches are {cache.dtype} {shape(found.k)} and {shape(found.v)}", node)
+    _check_sizes(node, found)
+    graph = view.graph
+    with graph.inserting_before(node):
+        query = call(graph, torch.squeeze, (found.q, 2), q.squeeze(2), found.q)
+        arguments = (query, found.k, found.v, None, _mask(graph, found), found.scale, 0, found.softcap)
+    return put(graph, torch.ops.river.decode_attention.default, arguments, value_of(query), node)
+
+
+def _check_sizes(node: fx.Node, found: Attention) -> None:
+    if not all(isinstance(n, int) for n in shape(found.q)[1:]) or shape(found.q)[2] != 1:
+        raise Missed(f"the query has shape {shape(found.q)}, not one position of fixed heads", node)
+    if found.mask is None:
+        return
+    batch, _, slots, _ = shape(found.k)
+    if shape(found.mask) not in ((batch, 1, 1, slots), (1, 1, 1, slots)):
+        raise Missed(f"its mask has shape {shape(found.mask)}, not one row of slots for each sequence", found.mask)
+    if value_of(found.mask).dtype not in _MASKS:
+        raise Missed(f"its mask is of dtype {value_of(found.mask).dtype}", found.mask)
+    if shape(found.mask)[0] != batch and not isinstance(batch, int):
+        raise Missed("one mask for a dynamic number of sequences", node)
+
+
+def _mask(graph: fx.Graph, found: Attention) -> fx.Node | None:
+    """Returns the mask as ``[B, S]``."""
+    mask, (batch, _, slots, _) = found.mask, value_of(found.k).shape
+    if mask is None:
+        return None
+    if shape(mask)[0] != shape(found.k)[0]:
+        mask = call(
+            graph, torch.Tensor.expand, (mask, batch, -1, -1, -1), value_of(mask).expand(batch, -1, -1, -1), mask
+        )
+    return call(graph, torch.flatten, (mask, 1), value_of(mask).new_empty((batch, slots)), mask)

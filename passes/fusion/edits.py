@@ -1,0 +1,125 @@
+"""Changes of a segment's graph that the fusion rules share: one operator for many nodes, and what falls away then.
+
+Every node that is put in records its value, as the traced ones do, so that the next rule can look at it.
+"""
+
+from __future__ import annotations
+
+import operator
+from collections.abc import Callable
+
+import torch
+from torch import fx
+
+from river_compile.passes.decoder import is_tensor, mutated_inputs, value_of
+
+from .match import name_of, plain, shape, sizes_of
+
+_KEPT_META = ("nn_module_stack", "stack_trace")
+
+
+class Missed(Exception):
+    """A rule does not apply.
+
+    Attributes:
+        reason: one clause for the user.
+        node: what it is about, None where it is the whole segment.
+    """
+
+    def __init__(self, reason: str, node: fx.Node | None = None) -> None:
+        super().__init__(reason)
+        self.reason = reason
+        self.node = node
+
+
+def put(graph: fx.Graph, target: Callable, arguments: tuple, value: torch.Tensor, old: fx.Node) -> fx.Node:
+    """Puts an operator in a node's place; what only served the old one falls away.
+
+    Args:
+        graph: the graph.
+        target, arguments: the operator; it must not read the old node.
+        value: a fake tensor like the result, which holds as many elements as the old node's.
+        old: the node whose uses get the result, in the old shape.
+
+    Raises:
+        Missed: the old shape cannot be restored, because several of its sizes are dynamic.
+    """
+    _check_sizes(value, old)
+    with graph.inserting_before(old):
+        new = call(graph, target, arguments, value, old)
+        result = reshaped(graph, new, old)
+    old.replace_all_uses_with(result)
+    drop_unused(graph, old)
+    return new
+
+
+def call(
+    graph: fx.Graph, target: Callable, arguments: tuple, value: object, like: fx.Node, **kwargs: object
+) -> fx.Node:
+    """Adds a call that records its value, and says that it comes from where `like` came from."""
+    node = graph.call_function(target, arguments, kwargs)
+    node.meta = {key: like.meta[key] for key in _KEPT_META if key in like.meta} | {"example_value": value}
+    return node
+
+
+def reshaped(graph: fx.Graph, node: fx.Node, like: fx.Node) -> fx.Node:
+    """Returns a node in the shape of another one."""
+    if shape(node) == shape(like):
+        return node
+    size = tuple(-1 if isinstance(n, str) else n for n in shape(like))
+    return call(graph, torch.reshape, (node, size), value_of(like), like)
+
+
+def _check_sizes(value: torch.Tensor, old: fx.Node) -> None:
+    if sizes_of(value) != shape(old) and sum(isinstance(n, str) for n in shape(old)) > 1:
+        raise Missed(f"its shape {shape(old)} has several dynamic sizes", old)
+
+
+def has_effects(node: fx.Node) -> bool:
+    """True for an operation that changes one of its inputs."""
+    in_place = getattr(operator, name_of(node), None) is node.target and name_of(node).startswith("i")
+    in_place = in_place and name_of(node) not in ("invert", "inv", "is_", "is_not", "index", "indexOf", "itemgetter")
+    schema = getattr(node.target, "_schema", None)
+    return bool(mutated_inputs(node)) or in_place or (schema is not None and schema.is_mutable)
+
+
+def drop_unused(graph: fx.Graph, last: fx.Node) -> None:
+    """Erases an unused operation, and what only served it as far as that has no effects of its own."""
+    stack, erased = [last], set()
+    while stack:
+        node = stack.pop()
+        if node in erased or node.users or node.op not in ("call_function", "call_method"):
+            continue
+        if node is last or not has_effects(node):
+            stack += node.all_input_nodes
+            erased.add(node)
+            graph.erase_node(node)
+
+
+def same_size(a: object, b: fx.Node) -> bool:
+    """True for two tensors of one shape and dtype."""
+    tensors = isinstance(a, fx.Node) and is_tensor(a) and is_tensor(b)
+    return tensors and shape(a) == shape(b) and value_of(a).dtype == value_of(b).dtype
+
+
+def only_used_for(node: fx.Node, end: fx.Node) -> bool:
+    """True where every use of a value leads to `end`, through operations without effects."""
+    return bool(node.users) and all(
+        user is end or (user.op != "output" and not has_effects(user) and only_used_for(user, end))
+        for user in node.users
+    )
+
+
+def way_down(node: fx.Node) -> tuple[fx.Node, fx.Node]:
+    """Follows a value through views and what `plain` looks through; returns the last of them and what uses that.
+
+    Raises:
+        Missed: there are several uses.
+    """
+    while True:
+        if len(node.users) != 1:
+            raise Missed("its result is used more than once", node)
+        (user,) = node.users
+        if user.op == "output" or (plain(user) is user and name_of(user) not in ("reshape", "view")):
+            return node, user
+        node = user

@@ -1,0 +1,104 @@
+"""Puts the operators of the generated kernels into twins, heads and exit checks, and tells which rule missed.
+
+Before the rules, two spellings are made alike: a bias that is added behind a product moves into it, and where
+attention and MLP run side by side, their sum is regrouped so that each product has an addition of its own. What no rule
+takes stays as it is and reaches Inductor, 4-bit products as ``river::w4a16_linear``.
+"""
+
+from __future__ import annotations
+
+import operator
+from collections.abc import Sequence
+from dataclasses import replace
+
+from torch import fx
+
+from river_compile.passes.decoder import is_parameter, value_of
+from river_compile.passes.graph_safety import source_of
+from river_compile.passes.program import Fusion, RiverProgram, Segment
+
+from .block import BlockView
+from .edits import Missed, call, drop_unused, same_size
+from .match import before_views, either_way, is_product, name_of, operands, plain, shape
+from .rules import CHECK_RULES, HEAD_RULES, RULES, Rule
+
+
+def fuse_twins(program: RiverProgram) -> RiverProgram:
+    """Applies the rules of a block to every twin, and the head's to the head of tokens that left.
+
+    Their graphs are changed. The rules around the cache are for decode steps. A head whose rule missed and that has no
+    4-bit matrix is given up for the backbone's.
+    """
+    rules = [rule for rule in RULES if program.plan.is_decode or not rule.one_query]
+    fusions: list[Fusion] = []
+    for twin in (twin for twin in program.twins if twin.packed):
+        graph = twin.graph_module.graph
+        for node in list(graph.nodes):
+            _absorb_bias(graph, node)
+        for node in list(graph.nodes):
+            _regroup(graph, node)
+        fusions += _apply(twin, rules)
+    head = program.river_head
+    if head is not None:
+        fusions += _apply(head, HEAD_RULES)
+        if fusions[-1].missed and not head.packed:
+            head = None
+    return replace(program, river_head=head, fusions=(*program.fusions, *fusions))
+
+
+def fuse_checks(program: RiverProgram) -> RiverProgram:
+    """Fuses the exit checks of decode steps with the additions before them (the blocks' graphs are changed)."""
+    checked = [block for block in program.blocks if block.has_score and program.plan.is_decode]
+    fusions = [fusion for block in checked for fusion in _apply(block, CHECK_RULES)]
+    return replace(program, fusions=(*program.fusions, *fusions))
+
+
+def _apply(segment: Segment, rules: Sequence[Rule]) -> list[Fusion]:
+    graph = segment.graph_module.graph
+    placeholders = [n for n in graph.nodes if n.op == "placeholder"]
+    view = BlockView(graph, dict(zip(placeholders, segment.inputs, strict=False)))  # packed weights follow
+    fusions = []
+    for rule in rules:
+        view.look()
+        try:
+            node, missed = rule.apply(view), ""
+        except Missed as miss:
+            node, missed = miss.node, miss.reason
+        where = "" if node is None else source_of(view.origin_of(node))
+        fusions.append(Fusion(rule.name, segment.name, missed, where))
+    segment.graph_module.recompile()
+    return fusions
+
+
+def _absorb_bias(graph: fx.Graph, node: fx.Node) -> None:
+    """Moves ``product + bias`` into the product."""
+    for product, bias in either_way(node, "add"):
+        alone = name_of(product) == "w4a16_linear" and product.args[3] is None and len(product.users) == 1
+        if not alone or not isinstance(bias, fx.Node) or not is_parameter(bias):
+            continue
+        if shape(bias) == shape(product)[-1:] and value_of(bias).dtype == value_of(product).dtype:
+            product.args = (*product.args[:3], bias, *product.args[4:])
+            node.replace_all_uses_with(product)
+            drop_unused(graph, node)
+            return
+
+
+def _regroup(graph: fx.Graph, node: fx.Node) -> None:
+    """Turns ``residual + (attention's product + the MLP's)`` into ``(residual + one) + the other``."""
+    for side, residual in either_way(node, "add"):
+        inner = plain(side)
+        found = operands(inner, "add", "iadd")
+        if found is None or len(inner.users) != 1 or not same_size(residual, node):
+            continue
+        in_place = name_of(inner) == "iadd"
+        if in_place and len(found[0].users) != 1:
+            continue
+        if all(is_product(before_views(n)) and same_size(n, node) for n in found) and found[0] is not found[1]:
+            with graph.inserting_before(node):
+                first = call(graph, operator.add, (residual, found[0]), value_of(node), node)
+                total = call(graph, operator.add, (first, found[1]), value_of(node), node)
+            node.replace_all_uses_with(total)
+            drop_unused(graph, node)
+            if in_place:
+                drop_unused(graph, inner)
+            return

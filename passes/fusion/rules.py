@@ -1,0 +1,193 @@
+"""The rules that put operators of the generated kernels in the place of what a twin's graph computes.
+
+rule               matches                                                        becomes
+norm + q|k|v       a norm in front of the product that feeds the KV cache         river::norm_linear
+rope + kv write    qk-norm, rotary embedding and the write of one cache slot      river::kv_fill
+attention          one query position over a static cache                         river::decode_attention
+o + residual       the product behind attention, and the addition behind it       river::w4a16_linear
+norm + gate|up     norm, product, activation, and their product where gated       river::gated_mlp
+down + residual    the product behind the MLP, and the addition behind it         river::w4a16_linear
+norm + head        the last norm and the head's matrix, in 4 or in 16 bits        river::lm_head
+exit score         a backbone block's last addition and the check behind it       river::residual_score
+
+A rule looks first and changes the graph when everything fits; otherwise it raises :class:`Missed` and has changed
+nothing. No rule knows a model family.
+"""
+
+from __future__ import annotations
+
+import operator
+from collections.abc import Callable
+from dataclasses import dataclass
+
+import torch
+from torch import fx
+
+from river_compile.kernels import ops  # noqa: F401  (registers the operators)
+from river_compile.passes.decoder import is_parameter, is_tensor, value_of
+
+from .block import BlockView
+from .cache_rules import fuse_attention, fuse_kv_fill
+from .edits import Missed, call, drop_unused, only_used_for, put, reshaped, same_size, way_down
+from .match import Columns, argument, before_views, columns, either_way, name_of, operands, shape
+from .recognise import Normed, activation, norm
+
+
+@dataclass(frozen=True)
+class Rule:
+    """A named rule.
+
+    Attributes:
+        name: for the report.
+        apply: changes the segment's graph and returns the new operator, or raises `Missed`.
+        one_query: True for a rule that holds for one position per row only.
+    """
+
+    name: str
+    apply: Callable[[BlockView], fx.Node]
+    one_query: bool = False
+
+
+def fuse_norm_qkv(view: BlockView) -> fx.Node:
+    """norm + q|k|v."""
+    product = _only(view.into_cache(), "feeds the KV cache")
+    found, last = _norm_before(product)
+    if found is None:
+        raise Missed("no norm that the kernel knows, for this product alone, stands in front", last)
+    arguments = (*_norm_arguments(found), *product.args[1:7])
+    value = value_of(found.x).new_empty((*value_of(found.x).shape[:-1], product.args[4]))
+    return put(view.graph, torch.ops.river.norm_linear.default, arguments, value, product)
+
+
+def fuse_gated_mlp(view: BlockView) -> fx.Node:
+    """norm + gate|up."""
+    shared = next((n for p in view.out_of_mlp() for n in view.sources(p.args[0]) if n in view.into_cache()), None)
+    if shared is not None:
+        raise Missed("its product is one with q|k|v", shared)
+    product = _only(view.into_mlp(), "leads into an MLP")
+    out, act, gated = _activated(view.graph, product)
+    if not only_used_for(product, out):
+        raise Missed("its result is used elsewhere too", product)
+    found, _ = _norm_before(product)
+    arguments = (product.args[0], None, None, "none", 0.0) if found is None else _norm_arguments(found)
+    arguments += (*product.args[1:4], shape(out)[-1], *product.args[5:7], act, gated)
+    value = value_of(arguments[0]).new_empty((*value_of(arguments[0]).shape[:-1], shape(out)[-1]))
+    return put(view.graph, torch.ops.river.gated_mlp.default, arguments, value, out)
+
+
+def fuse_o_residual(view: BlockView) -> fx.Node:
+    """o + residual."""
+    return _fuse_residual(view.graph, _only(view.behind_attention(), "reads attention's result"))
+
+
+def fuse_down_residual(view: BlockView) -> fx.Node:
+    """down + residual."""
+    return _fuse_residual(view.graph, _only(view.out_of_mlp(), "reads an MLP's activations"))
+
+
+def fuse_head(view: BlockView) -> fx.Node:
+    """norm + head."""
+    heads = [n for n in view.graph.nodes if name_of(n) in ("w4a16_linear", "linear")]
+    head = _only(heads, "gives logits")
+    if name_of(head) == "w4a16_linear":
+        weights = head.args[1:7]
+    else:
+        weight, bias = argument(head, 1, "weight"), argument(head, 2, "bias")
+        if not is_parameter(weight) or value_of(weight).dtype != value_of(head.args[0]).dtype:
+            raise Missed("its matrix is no parameter of the activations' dtype", head)
+        weights = (weight, None, bias, shape(weight)[0], 0, "triton")
+    found, _ = _norm_before(head)
+    arguments = (head.args[0], None, None, "none", 0.0) if found is None else _norm_arguments(found)
+    value = value_of(arguments[0]).new_empty((*value_of(arguments[0]).shape[:-1], weights[3]))
+    return put(view.graph, torch.ops.river.lm_head.default, (*arguments, *weights), value, head)
+
+
+def fuse_exit_score(view: BlockView) -> fx.Node:
+    """exit score."""
+    graph = view.graph
+    score = next(n for n in graph.nodes if n.target is torch.ops.river.exit_score.default)
+    hidden, previous = score.args
+    total = before_views(hidden)
+    found = operands(total, "add")
+    if found is None or not all(same_size(n, total) for n in found):
+        raise Missed("the block does not end with the addition of two values of one shape and dtype", hidden)
+    similarity = value_of(hidden).new_empty((), dtype=torch.float32)
+    with graph.inserting_before(total):
+        residual, update, before = (reshaped(graph, n, total) for n in (*found, previous))
+        value = (value_of(total), similarity)
+        fused = call(graph, torch.ops.river.residual_score.default, (update, residual, before), value, total)
+        parts = [call(graph, operator.getitem, (fused, i), value[i], total) for i in range(2)]
+    score.replace_all_uses_with(parts[1])
+    graph.erase_node(score)
+    total.replace_all_uses_with(parts[0])
+    drop_unused(graph, total)
+    return fused
+
+
+def _only(products: list[fx.Node], what: str) -> fx.Node:
+    if len(products) != 1:
+        count = "no 4-bit product" if not products else f"more than one product ({len(products)})"
+        raise Missed(f"{count} {what}", products[0] if products else None)
+    return products[0]
+
+
+def _norm_before(product: fx.Node) -> tuple[Normed | None, fx.Node]:
+    """Returns the norm in front of a product (None: there is none, or others read it too), and where it was sought."""
+    last = before_views(product.args[0])
+    found = norm(last)
+    fits = found is not None and shape(last)[-1] == shape(product.args[0])[-1] and only_used_for(last, product)
+    return (found if fits else None), last
+
+
+def _norm_arguments(found: Normed) -> tuple:
+    return found.x, found.weight, found.bias, found.kind, found.eps
+
+
+def _activated(graph: fx.Graph, product: fx.Node) -> tuple[fx.Node, str, bool]:
+    """Returns the value behind the activation of a product, the activation's name, and whether it is gated."""
+    width = shape(product)[-1]
+    single = None
+    for node in graph.nodes:
+        if node < product or not is_tensor(node):
+            continue
+        for turned, other in either_way(node, "mul"):
+            found = activation(turned)
+            gate, up = Columns(product, 0, width // 2), Columns(product, width // 2, width)
+            if found and columns(found[0]) == gate and columns(other) == up:
+                return node, found[1], True
+        found = activation(node)
+        if single is None and found and columns(found[0]) == Columns(product, 0, width):
+            single = node, found[1], False
+    if single is None:
+        raise Missed("no activation that the kernel knows follows, with the gate in front", product)
+    return single
+
+
+def _fuse_residual(graph: fx.Graph, product: fx.Node) -> fx.Node:
+    for node in graph.nodes:
+        between = norm(node) if node > product else None
+        if between is not None and before_views(between.x) is product:
+            raise Missed("a norm stands between it and the addition", node)
+    last, total = way_down(product)
+    found = operands(total, "add", "iadd")
+    if found is None or found[0] is found[1]:
+        raise Missed(f"{name_of(total) or total.op} stands between it and the addition", total)
+    residual = found[1] if found[0] is last else found[0]
+    if not same_size(residual, total) or not same_size(last, total):
+        raise Missed("what is added has another shape or dtype", total)
+    if name_of(total) == "iadd" and found[0] is residual and len(residual.users) > 1:
+        raise Missed("the addition changes a value that is used elsewhere", total)
+    arguments = (*product.args[:7], residual)
+    return put(graph, torch.ops.river.w4a16_linear.default, arguments, value_of(product), total)
+
+
+RULES = (
+    Rule("norm + q|k|v", fuse_norm_qkv),
+    Rule("rope + kv write", fuse_kv_fill, one_query=True),
+    Rule("attention", fuse_attention, one_query=True),
+    Rule("o + residual", fuse_o_residual),
+    Rule("norm + gate|up", fuse_gated_mlp),
+    Rule("down + residual", fuse_down_residual),
+)
+HEAD_RULES = (Rule("norm + head", fuse_head),)
+CHECK_RULES = (Rule("exit score", fuse_exit_score, one_query=True),)

@@ -1,0 +1,79 @@
+"""Chooses the exit rules that calibration considers, by what the pilot texts show.
+
+"similarity" and "history" decide block by block, so each rule is decoded; some have a threshold for each depth, the
+median there. "confidence" and "doubt" have one exit and a number for each token beforehand: one run in which every
+token leaves gives, for every threshold at once, which tokens would have left and what they lost. That is slightly
+pessimistic, since there the cache holds no exact entries of tokens that a rule would have kept. What is promised is
+decoded again on other texts in any case.
+"""
+
+from __future__ import annotations
+
+import statistics
+from collections.abc import Sequence
+
+from river_compile.exits import Criterion
+
+from .evaluate import Kind, Measured, Meter, Rule
+
+_FIRST_EXITS = 5
+_SHARES = (0.3, 0.4, 0.5, 0.6, 0.7, 0.8, 0.9)  # of the tokens that a threshold lets leave
+
+
+def candidate_rules(meter: Meter, criterion: Criterion, texts: Sequence[int], every: int) -> list[Measured]:
+    """Returns rules that spread over costs, each with what it does to the pilot texts."""
+    if not criterion.reads_logits:
+        return [meter.measure(rule, texts, "pilot texts") for rule in _score_rules(meter, criterion, texts, every)]
+    found = []
+    for first_exit in _early_exits(meter.num_blocks):
+        runs = [meter.run(i, (criterion.always, first_exit)) for i in texts]
+        all_left = meter.measured((criterion.always, first_exit), texts, runs)
+        entropies = [step.entropy for run in runs for step in run.steps]
+        found += [all_left, *_at_thresholds(all_left, entropies, criterion, meter.num_blocks)]
+    return found
+
+
+def _score_rules(meter: Meter, criterion: Criterion, texts: Sequence[int], every: int) -> list[Rule]:
+    """Returns three rules for first exits up to the last block but one.
+
+    Leave at once; if more similar than most tokens are at the first exit; if more so than most are at the same depth.
+    """
+    depths = range(1, meter.num_blocks, every)
+    picked = {depths[round(i * (len(depths) - 1) / (_FIRST_EXITS - 1))] for i in range(_FIRST_EXITS)}
+    steps = [step for i in texts for step in meter.references[i].steps]
+    medians = [statistics.median(step.similarities[column] for step in steps) for column in range(len(depths))]
+    by_depth = [criterion.never] * depths[-1]  # (where no check stands, nothing is compared)
+    for depth, median in zip(depths, medians, strict=True):
+        by_depth[depth - 1] = median
+    rules: list[Rule] = []
+    for first_exit in sorted(picked):
+        rules += [(criterion.always, first_exit), (medians[depths.index(first_exit)], first_exit)]
+        if first_exit < depths[-1]:
+            rules.append((tuple(by_depth), first_exit))
+    return rules
+
+
+def _early_exits(num_blocks: int) -> list[int]:
+    """Returns first exits for a criterion with one exit: none, few, and a quarter of the blocks before the river."""
+    return sorted({depth for depth in (0, 2, num_blocks // 4) if depth < num_blocks})
+
+
+def _at_thresholds(
+    all_left: Measured, entropies: Sequence[float], criterion: Criterion, num_blocks: int
+) -> list[Measured]:
+    """Works out from a run in which every token left what rules with lower thresholds would have done."""
+    first_exit = all_left.rule[1]
+    kept = Kind(num_blocks, first_exit) if criterion.may_doubt else Kind(num_blocks)
+    ordered = sorted(entropies)
+    found = []
+    for threshold in dict.fromkeys(ordered[int(share * len(ordered))] for share in _SHARES):
+        leaves = [entropy < threshold for entropy in entropies]
+
+        def masked(losses: list[list[float]], leaves: list[bool] = leaves) -> list[list[float]]:
+            left = iter(leaves)
+            return [[loss if next(left) else 0.0 for loss in text] for text in losses]
+
+        kinds = [Kind(first_exit) if left else kept for left in leaves]
+        rule = (threshold, first_exit)
+        found.append(Measured(rule, masked(all_left.kl), masked(all_left.disagreement), kinds))
+    return found

@@ -1,0 +1,271 @@
+"""Decodes given texts with exit rules and compares the logits with never exit's, for calibration and benchmarks.
+
+A text is fed, not generated: a prompt of ``context`` tokens, then token by token. Each rule really decodes, so that its
+cache holds what its own earlier exits left there, as in generation. A text's prompt runs once; afterwards what it left
+behind, in the cache and in the criterion's memory, is put back.
+
+Cost is the time of a decode step as a share of never exit's. Steps of equal kind are timed as they come up, and their
+median counts. A step that left is linear in its depth between the least depth seen and never exit; a doubted one costs
+its own median, or before any was seen what its two parts cost.
+
+Not handled: prompts that exit (``prefill="exit"``), and batches.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import inspect
+import statistics
+import threading
+import time
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+from tqdm import tqdm
+from transformers import PreTrainedModel, StaticCache
+
+from river_compile.backend import river
+from river_compile.exits import Criterion, Memories, Memory, Threshold
+from river_compile.runtime.executor import forced_depth, forced_threshold
+from river_compile.runtime.trace import StepRecord, trace
+from river_compile.state import find_state
+
+Rule = tuple[Threshold, int]  # threshold, first exit
+
+
+@contextlib.contextmanager
+def compiled(model: PreTrainedModel, options: dict[str, object]) -> Iterator[None]:
+    """Compiles a model for the time of a with statement and leaves it as it was."""
+    before = model._compiled_call_impl
+    model.compile(backend=river, options=options)
+    try:
+        yield
+    finally:
+        model._compiled_call_impl = before
+
+
+@dataclass(frozen=True)
+class Run:
+    """One text decoded once: logits ``[tokens, vocabulary]``, and of each step its record and seconds."""
+
+    logits: Tensor
+    steps: tuple[StepRecord, ...]
+    seconds: tuple[float, ...]
+
+
+@dataclass(frozen=True)
+class Kind:
+    """What a step costs depends on: the backbone blocks it ran, and where the river of a doubted step began."""
+
+    depth: int
+    river_from: int | None = None
+
+
+@dataclass(frozen=True)
+class Measured:
+    """A rule on some texts: KL (nats) and disagreement of each token, by text, and the kind of every step."""
+
+    rule: Rule
+    kl: list[list[float]]
+    disagreement: list[list[float]]
+    kinds: list[Kind]
+
+    def text_losses(self, metric: str) -> list[float]:
+        """Returns each text's mean KL ("kl") or share of other most likely tokens ("agreement")."""
+        return [statistics.fmean(tokens) for tokens in (self.kl if metric == "kl" else self.disagreement)]
+
+    @property
+    def mean_depth(self) -> float:
+        return statistics.fmean(kind.depth for kind in self.kinds)
+
+    @property
+    def doubted(self) -> float:
+        """Share of the tokens that ran through both paths."""
+        return statistics.fmean(kind.river_from is not None for kind in self.kinds)
+
+
+class Meter:
+    """Decodes texts with a compiled model; see the module's text.
+
+    Args:
+        model: compiled with the criterion, with checks from the first depth on.
+        criterion: of the rules.
+        samples: the texts' ids, each ``[1, tokens]`` and of one length.
+        context: ids of a text that run as its prompt.
+        progress: whether to show progress bars.
+        references: never exit's run of each text where another meter has them; the first text then runs for its time.
+
+    Attributes:
+        references: never exit's run of each text.
+        num_blocks: blocks of the model.
+        cache: what the text that ran last left behind.
+    """
+
+    def __init__(
+        self,
+        model: PreTrainedModel,
+        criterion: Criterion,
+        samples: Sequence[Tensor],
+        context: int,
+        progress: bool,
+        references: Sequence[Run] | None = None,
+    ) -> None:
+        self._model, self._criterion, self._context = model, criterion, context
+        self._samples, self._progress = samples, progress
+        config = model.config.get_text_config()
+        self.cache = StaticCache(config=config, max_cache_len=samples[0].shape[1])
+        self._held = {cache_argument(model): self.cache, "use_cache": True}
+        self._prompts: dict[int, _AfterPrompt] = {}
+        self._seconds: dict[Kind, list[float]] = {}
+        for threshold in (criterion.never, criterion.never, criterion.always):  # the first runs pack and compile
+            with forced_threshold(threshold, 1):
+                self._decode(0)
+        needed = range(len(samples) if references is None else 1)
+        runs = [self.run(i, (criterion.never, 1)) for i in self._bar(needed, "never exit")]
+        self.references = runs if references is None else list(references)
+        self.num_blocks = self.references[0].steps[0].depth
+
+    def run(self, index: int, rule: Rule) -> Run:
+        """Decodes one text with (threshold, first exit)."""
+        with forced_threshold(*rule):
+            return self._timed(self._decode(index))
+
+    def run_at(self, index: int, depths: Sequence[int]) -> Run:
+        """Decodes one text with a given exit depth for each token."""
+        return self._timed(self._decode(index, depths))
+
+    def measure(self, rule: Rule, texts: Sequence[int], title: str) -> Measured:
+        """Decodes texts, given by their index, with (threshold, first exit)."""
+        return self.measured(rule, texts, [self.run(i, rule) for i in self._bar(texts, title)])
+
+    def measure_at(self, depths: Sequence[Sequence[int]], texts: Sequence[int], title: str) -> Measured:
+        """Decodes texts with given exit depths, a list for each text."""
+        runs = [self.run_at(i, mine) for i, mine in zip(self._bar(texts, title), depths, strict=True)]
+        return self.measured((float("nan"), 0), texts, runs)
+
+    def measured(self, rule: Rule, texts: Sequence[int], runs: Sequence[Run]) -> Measured:
+        """Compares runs of texts, given by their index, with never exit's."""
+        kl, disagreement = [], []
+        for index, run in zip(texts, runs, strict=True):
+            reference = self.references[index].logits
+            kl.append(token_kl(reference, run.logits).tolist())
+            disagreement.append((reference.argmax(-1) != run.logits.argmax(-1)).float().tolist())
+        return Measured(rule, kl, disagreement, [_kind(step) for run in runs for step in run.steps])
+
+    def cost(self, measured: Measured) -> float:
+        """Returns the mean time of a rule's steps as a share of never exit's, by all steps timed so far."""
+        kinds = {kind: measured.kinds.count(kind) for kind in set(measured.kinds)}
+        total = sum(self._cost_of(kind) * count for kind, count in kinds.items())
+        return total / len(measured.kinds)
+
+    @property
+    def seconds_never(self) -> float:
+        """Median seconds of a step that never exits."""
+        return statistics.median(self._seconds[Kind(self.num_blocks)])
+
+    def _cost_of(self, kind: Kind) -> float:
+        if kind in self._seconds:
+            seen = self._seconds[kind]
+            if kind.river_from is not None or kind.depth in (0, self.num_blocks):
+                return statistics.median(seen) / self.seconds_never
+        if kind.river_from is not None:
+            again = (self.num_blocks - kind.river_from) / self.num_blocks
+            return self._cost_of(Kind(kind.river_from)) + again
+        depths = [seen.depth for seen in self._seconds if seen.river_from is None]
+        least = min(depths)
+        if least == self.num_blocks:
+            return 1.0
+        shallow = statistics.median(self._seconds[Kind(least)]) / self.seconds_never
+        return shallow + (1 - shallow) * (kind.depth - least) / (self.num_blocks - least)
+
+    def _timed(self, run: Run) -> Run:
+        for step, seconds in zip(run.steps, run.seconds, strict=True):
+            self._seconds.setdefault(_kind(step), []).append(seconds)
+        return run
+
+    def _decode(self, index: int, depths: Sequence[int] | None = None) -> Run:
+        """Runs a text's context as a prompt, then feeds the rest token by token."""
+        ids = self._samples[index].to(self._model.device)
+        self._prompt(index, ids)
+        logits, seconds = [], []
+        with trace() as seen:
+            for position in range(self._context, ids.shape[1]):
+                forced = None if depths is None else depths[position - self._context]
+                with forced_depth(forced):
+                    start = time.perf_counter()
+                    logits.append(self._step(ids, position, position + 1))
+                    seconds.append(time.perf_counter() - start)
+        steps = [step for step in seen.tokens if step.thread == threading.get_ident()]
+        if len(steps) != len(seconds):
+            raise RuntimeError(
+                f"{len(steps)} of {len(seconds)} steps ran through River; river_compile.report(model) says why"
+            )
+        return Run(torch.cat(logits), tuple(steps), tuple(seconds))
+
+    def _prompt(self, index: int, ids: Tensor) -> None:
+        """Makes cache and memory those behind a text's prompt."""
+        if index in self._prompts:
+            self._prompts[index].restore(self.cache, self._memories())
+            return
+        self.cache.reset()
+        self._step(ids, 0, self._context)
+        self._prompts[index] = _AfterPrompt.of(self.cache, self._memories())
+
+    def _memories(self) -> Memories:
+        state = find_state(self._model.parameters())
+        if state is None:
+            raise RuntimeError("the model never reached the river backend; river_compile.report(model) says why")
+        return state.memories
+
+    def _step(self, ids: Tensor, start: int, stop: int) -> Tensor:
+        positions = torch.arange(start, stop, device=ids.device)[None]
+        return self._model(input_ids=ids[:, start:stop], position_ids=positions, **self._held).logits[:, -1]
+
+    def _bar(self, texts: Sequence[int], title: str) -> tqdm:
+        return tqdm(texts, desc=f"river: {title}", unit="text", leave=False, disable=not self._progress)
+
+
+@dataclass(frozen=True)
+class _AfterPrompt:
+    """Copies of a static cache's tensors and lengths, by layer, and what is remembered of the prompt."""
+
+    layers: list[dict[str, Tensor | int]]
+    memory: Memory
+
+    @classmethod
+    def of(cls, cache: StaticCache, memories: Memories) -> _AfterPrompt:
+        layers = [
+            {
+                name: value.clone() if isinstance(value, Tensor) else value
+                for name, value in vars(layer).items()
+                if isinstance(value, (Tensor, int))
+            }
+            for layer in cache.layers
+        ]
+        return cls(layers, memories.recall(cache.layers[0].keys).after_prompt())
+
+    def restore(self, cache: StaticCache, memories: Memories) -> None:
+        for layer, saved in zip(cache.layers, self.layers, strict=True):
+            for name, value in saved.items():
+                if isinstance(value, Tensor):
+                    getattr(layer, name).copy_(value)
+                else:
+                    setattr(layer, name, value)
+        memories.keep(cache.layers[0].keys, self.memory.after_prompt())
+
+
+def cache_argument(model: PreTrainedModel) -> str:
+    """Returns how this release of transformers calls the cache: `cache`, and `past_key_values` before."""
+    return "cache" if "cache" in inspect.signature(model.forward).parameters else "past_key_values"
+
+
+def token_kl(reference: Tensor, other: Tensor) -> Tensor:
+    """Returns KL(reference || other) in nats of each row of logits ``[tokens, V]``."""
+    p, q = reference.float().log_softmax(-1), other.float().log_softmax(-1)
+    return (p.exp() * (p - q)).sum(-1)
+
+
+def _kind(step: StepRecord) -> Kind:
+    return Kind(step.depth, step.river_from)

@@ -1,0 +1,127 @@
+"""What a calibration found: the options to pass on, the quality that was measured, and what it was chosen among."""
+
+from __future__ import annotations
+
+import dataclasses
+import json
+from dataclasses import dataclass
+from pathlib import Path
+
+from river_compile.exits import Threshold, threshold_text
+
+VERSION = 2
+
+
+@dataclass(frozen=True)
+class Candidate:
+    """An exit rule and what was measured of it, each number a mean over texts.
+
+    Attributes:
+        threshold: of the criterion; a tuple where each depth has its own.
+        first_exit: smallest exit depth.
+        kl: KL divergence from the model that never exits, in nats per token, not clipped.
+        agreement: share of tokens with the same most likely next token.
+        loss: what the budget limits: KL or disagreement of a text, clipped.
+        mean_depth: backbone blocks executed; all of them for a token that ran through both paths.
+        doubted: share of the tokens that ran through both paths.
+        cost: time of a decode step as a share of never exit's, see :mod:`river_compile.calibration.evaluate`.
+        texts: how many texts were measured.
+        passed: whether it passed the test of the budget, None where it was only looked at on the pilot texts (for an
+            entropy criterion: worked out from runs in which every token left).
+    """
+
+    threshold: Threshold
+    first_exit: int
+    kl: float
+    agreement: float
+    loss: float
+    mean_depth: float
+    doubted: float
+    cost: float
+    texts: int
+    passed: bool | None = None
+
+
+def _candidate(entry: dict) -> Candidate:
+    several = isinstance(entry["threshold"], list)
+    return Candidate(**{**entry, "threshold": tuple(entry["threshold"])} if several else entry)
+
+
+@dataclass(frozen=True)
+class Calibration:
+    """The result of :func:`river_compile.calibrate`.
+
+    Attributes:
+        metric: "kl" or "agreement".
+        budget: as asked for.
+        confidence: probability, over the draw of the texts, that the promise holds for the texts' source.
+        clip: largest loss that one text counts with (nats for KL, share of tokens for disagreement).
+        num_blocks: blocks of the model.
+        seconds_never: median time of a decode step that never exits, on this machine.
+        chosen: the exit rule of least cost that passed, as measured on the texts that tested it.
+        candidates: all rules, as measured last.
+        base_options: the options that calibration was given.
+    """
+
+    metric: str
+    budget: float
+    confidence: float
+    clip: float
+    num_blocks: int
+    seconds_never: float
+    chosen: Candidate
+    candidates: tuple[Candidate, ...]
+    base_options: dict[str, object]
+
+    @property
+    def options(self) -> dict[str, object]:
+        """The options for ``model.compile(backend="river", options=...)``."""
+        return {**self.base_options, "threshold": self.chosen.threshold, "first_exit": self.chosen.first_exit}
+
+    def __str__(self) -> str:
+        best = self.chosen
+        relation = "at most" if self.metric == "kl" else "at least"
+        clipped = f"texts above {self.clip:g} counted as {self.clip:g}" if self.metric == "kl" or self.clip < 1 else ""
+        doubted = f" ({best.doubted:.0%} of the tokens doubted)" if best.doubted else ""
+        return "\n".join(
+            [
+                f"criterion={self.base_options['criterion']!r}, threshold={threshold_text(best.threshold)}, "
+                f"first_exit={best.first_exit}",
+                f"  promised   mean {self.metric} {relation} {self.budget:g} on unseen text of the same kind, "
+                f"confidence {self.confidence:.0%}{f' ({clipped})' if clipped else ''}",
+                f"  measured   KL {best.kl:.4f} nats per token, agreement {best.agreement:.1%}, on {best.texts} texts",
+                f"  expected   depth {best.mean_depth:.1f} of {self.num_blocks} blocks{doubted}, "
+                f"{best.cost:.0%} of never exit's time per token: {1 / (best.cost * self.seconds_never):.0f} tokens/s "
+                f"instead of {1 / self.seconds_never:.0f}",
+            ]
+        )
+
+    def save(self, path: str | Path) -> Path:
+        """Writes the calibration as JSON; returns the path."""
+        path = Path(path)
+        path.write_text(json.dumps({"version": VERSION, **dataclasses.asdict(self)}, indent=1), encoding="utf-8")
+        return path
+
+    @classmethod
+    def load(cls, path: str | Path) -> Calibration:
+        """Reads what :meth:`save` wrote.
+
+        Raises:
+            ValueError: the file is no calibration, or of another version.
+        """
+        try:
+            content = json.loads(Path(path).read_text(encoding="utf-8"))
+            version = content.pop("version")
+            if version != VERSION:
+                raise ValueError(f"it has version {version!r}, this release reads {VERSION}")
+            content["chosen"] = _candidate(content["chosen"])
+            content["candidates"] = tuple(map(_candidate, content["candidates"]))
+            return cls(**content)
+        except (ValueError, KeyError, TypeError, AttributeError) as error:
+            raise ValueError(f"{path} is no calibration that can be read ({error}); calibrate again") from error
+
+    def plot(self, path: str | Path) -> Path:
+        """Draws loss against cost of all candidates as a PNG; returns the path."""
+        from river_compile.reporting.plots import plot_candidates
+
+        return plot_candidates(self, path)

@@ -1,0 +1,92 @@
+"""Captures with CUDA graphs (HIP graphs under ROCm, which torch reaches by the same names).
+
+All graphs of one device object share a memory pool. They may, although they are replayed in another order than
+they were captured in, because no value stays in the pool between two replays: units exchange values through buffers
+outside.
+
+Not handled: several devices in one step; work that the caller starts on other streams during a step.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterable
+
+import torch
+from torch import Tensor
+
+from .device import CaptureDevice, CaptureFailed
+from .partition import Unit, buffer_like
+
+
+class CudaGraphs(CaptureDevice):
+    """The device that replays on the caller's current stream.
+
+    Args:
+        device: the device that the model lies on.
+    """
+
+    name = "CUDA graphs"
+
+    def __init__(self, device: torch.device) -> None:
+        self._device = device
+        self._pool = torch.cuda.graph_pool_handle()
+        self._last: tuple[torch.cuda.Stream, torch.cuda.Event] | None = None
+
+    def buffer(self, like: Tensor) -> Tensor:
+        return buffer_like(like)
+
+    def flags(self, count: int) -> Tensor:
+        with torch.inference_mode(False):
+            return torch.full((count,), float("nan"), pin_memory=True)
+
+    def begin(self, buffers: Callable[[], Iterable[Tensor]], flags: Tensor) -> None:
+        # Two threads may decode on two streams: the buffers belong to the step before until it has run.
+        if self._last is not None and self._last[0] != self._stream():
+            self._stream().wait_event(self._last[1])
+
+    def run(self, work: Callable[[], None]) -> None:
+        work()
+
+    def settle(self) -> None:
+        """Does nothing: plain calls go to the stream that replays go to."""
+
+    def capture(self, unit: Unit, registers: list, outputs: dict[int, Tensor]) -> tuple[torch.cuda.CUDAGraph, int]:
+        graph = torch.cuda.CUDAGraph()
+        with torch.cuda.device(self._device):
+            torch.cuda.synchronize()
+            torch.cuda.empty_cache()
+            # cuBLAS would keep a workspace for the capturing stream in the pool, and with that the pool itself.
+            torch._C._cuda_clearCublasWorkspaces()
+            free = torch.cuda.mem_get_info()[0]
+            try:
+                # Another thread may allocate or copy meanwhile: only what this one does must be capturable.
+                with torch.cuda.graph(graph, pool=self._pool, capture_error_mode="thread_local"):
+                    unit.run_into(registers, outputs)
+            except RuntimeError as error:
+                raise CaptureFailed(str(error).partition("\n")[0]) from error
+            finally:
+                torch._C._cuda_clearCublasWorkspaces()
+            return graph, max(free - torch.cuda.mem_get_info()[0], 0)
+
+    def launch(self, graph: torch.cuda.CUDAGraph, registers: list) -> None:
+        graph.replay()
+
+    def mark(self) -> torch.cuda.Event:
+        event = torch.cuda.Event(enable_timing=True)
+        event.record(self._stream())
+        return event
+
+    def wait(self, mark: torch.cuda.Event) -> None:
+        mark.synchronize()
+
+    def seconds_between(self, first: torch.cuda.Event, second: torch.cuda.Event) -> float:
+        return first.elapsed_time(second) / 1e3
+
+    def end(self) -> None:
+        self._last = (self._stream(), self.mark())
+
+    def abandon(self) -> None:
+        self.end()
+
+    def _stream(self) -> torch.cuda.Stream:
+        return torch.cuda.current_stream(self._device)

@@ -1,0 +1,185 @@
+"""What capturing a decode step means, apart from any device: devices that capture, and the record of what was captured.
+
+A *unit* is what is captured as one graph (:mod:`river_compile.cudagraphs.partition`). A device keeps buffers at the
+units'
+borders, captures a unit once and replays it many times; work given to it runs in the order given. Two devices exist:
+CUDA graphs (:mod:`river_compile.cudagraphs.cuda`) and a recorder that needs no GPU
+(:mod:`river_compile.cudagraphs.recorder`).
+"""
+
+from __future__ import annotations
+
+from abc import ABC, abstractmethod
+from collections import deque
+from collections.abc import Callable, Iterable
+from dataclasses import dataclass, field
+from typing import TYPE_CHECKING
+
+from torch import Tensor
+
+if TYPE_CHECKING:
+    from .partition import Unit
+
+
+_RECORDS = 512
+
+
+class CaptureFailed(RuntimeError):
+    """A unit cannot be captured; the message holds what the device said."""
+
+
+class CaptureDevice(ABC):
+    """Captures units and replays them. All calls of one step come from one thread."""
+
+    name: str
+
+    @abstractmethod
+    def buffer(self, like: Tensor) -> Tensor:
+        """Returns a tensor of the same shape, dtype and device, outside of every graph's own memory."""
+
+    @abstractmethod
+    def flags(self, count: int) -> Tensor:
+        """Returns ``[count]`` float32 values in host memory that units may write to."""
+
+    @abstractmethod
+    def begin(self, buffers: Callable[[], Iterable[Tensor]], flags: Tensor) -> None:
+        """Starts a step: what an earlier one left in the flags and in what `buffers` returns means nothing any more."""
+
+    @abstractmethod
+    def run(self, work: Callable[[], None]) -> None:
+        """Runs uncaptured work, in order with the replays."""
+
+    @abstractmethod
+    def settle(self) -> None:
+        """Makes sure that plain calls from here on run behind everything launched so far."""
+
+    @abstractmethod
+    def capture(self, unit: Unit, registers: list, outputs: dict[int, Tensor]) -> tuple[object, int]:
+        """Captures a unit without running it.
+
+        Args:
+            unit: the unit.
+            registers: the values it reads.
+            outputs: the buffer for each register that it writes.
+
+        Returns:
+            The graph, and the bytes that it holds beyond the buffers.
+
+        Raises:
+            CaptureFailed: the unit does something that cannot be captured.
+        """
+
+    @abstractmethod
+    def launch(self, graph: object, registers: list) -> None:
+        """Replays a graph; returns before it has run.
+
+        Args:
+            graph: what :meth:`capture` returned.
+            registers: the values it reads, at the addresses of the capture.
+        """
+
+    @abstractmethod
+    def mark(self) -> object:
+        """Returns a mark behind everything launched so far."""
+
+    @abstractmethod
+    def wait(self, mark: object) -> None:
+        """Waits until the device has reached a mark."""
+
+    @abstractmethod
+    def seconds_between(self, first: object, second: object) -> float | None:
+        """Returns the device's time between two marks that were reached, None where it keeps no time."""
+
+    @abstractmethod
+    def end(self) -> None:
+        """Ends a step: work that the caller starts from here on runs behind it."""
+
+    @abstractmethod
+    def abandon(self) -> None:
+        """Ends a step that failed."""
+
+
+@dataclass(frozen=True)
+class CaptureRecord:
+    """One capture.
+
+    Attributes:
+        unit: its name, such as "piece 0-2" or "tail 2".
+        depth: the exit depth: of a piece the blocks executed at its end, of a tail those before it.
+        batch: rows.
+        seconds: time that capturing took.
+        bytes: device memory that the graph holds beyond the shared buffers.
+    """
+
+    unit: str
+    depth: int
+    batch: int
+    seconds: float
+    bytes: int
+
+
+@dataclass
+class CaptureLog:
+    """What was captured of one traced graph, what was not, and why. Holds no tensor and no graph.
+
+    Attributes:
+        device: the device's name, empty where nothing is captured.
+        reason: why nothing is captured, empty where something may be.
+        captures: the newest captures, at most 512; those that were dropped since included.
+        made: how many there were in all; `seconds` and `bytes` are sums over all of them.
+        alive: captures that are kept at the moment.
+        dropped: captures that gave way to `max_captures`.
+        uncaptured: by unit, why it runs uncaptured.
+        not_ahead: by unit, why it is never launched ahead of the exit check before it.
+        buffer_bytes: bytes of the buffers at the units' borders.
+    """
+
+    device: str = ""
+    reason: str = ""
+    captures: deque[CaptureRecord] = field(default_factory=lambda: deque(maxlen=_RECORDS))
+    made: int = 0
+    seconds: float = 0.0
+    bytes: int = 0
+    alive: int = 0
+    dropped: int = 0
+    uncaptured: dict[str, str] = field(default_factory=dict)
+    not_ahead: dict[str, str] = field(default_factory=dict)
+    buffer_bytes: int = 0
+
+    def add(self, record: CaptureRecord) -> None:
+        """Writes down a capture."""
+        self.captures.append(record)
+        self.made += 1
+        self.seconds += record.seconds
+        self.bytes += record.bytes
+
+    def to_dict(self) -> dict[str, object]:
+        """Returns the log as values that ``json.dumps`` takes."""
+        return {
+            "device": self.device,
+            "not_captured": self.reason or None,
+            "captures": [vars(c) for c in self.captures],
+            "made": self.made,
+            "seconds": self.seconds,
+            "bytes": self.bytes,
+            "alive": self.alive,
+            "dropped": self.dropped,
+            "buffer_bytes": self.buffer_bytes,
+            "uncaptured_units": dict(self.uncaptured),
+            "never_launched_ahead": dict(self.not_ahead),
+        }
+
+    def lines(self) -> list[str]:
+        """Returns the log for people."""
+        if self.reason:
+            return [f"    not captured {self.reason}"]
+        if not self.device:
+            return []
+        dropped = f", {self.dropped} of them dropped (max_captures)" if self.dropped else ""
+        lines = [
+            f"    captured     {self.made} graphs by {self.device} in {self.seconds:.2f} s, {self.bytes / 1e6:.2f} MB, "
+            f"{self.buffer_bytes / 1e3:.1f} kB of buffers{dropped}"
+        ]
+        lines += [f"    uncaptured   {unit}: {reason}" for unit, reason in self.uncaptured.items()]
+        lines += [f"    in order     {unit} is not launched ahead: {reason}" for unit, reason in self.not_ahead.items()]
+        return lines

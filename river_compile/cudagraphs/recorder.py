@@ -1,0 +1,154 @@
+"""Captures without a GPU: freezes the schedule, owns the buffers, and spoils whatever a real replay would not have.
+
+A captured graph behaves unlike plain code in ways that a test on a CPU would not notice: capturing runs nothing,
+launching returns before anything has run, a value that no replay wrote is what some earlier token left there, and a
+graph's own memory belongs to the next replay. The recorder makes each of these visible:
+
+- a launch is put into a queue, which runs up to a mark when the host waits for it, and to its end when the step ends;
+- buffers and flags are filled with NaN (integers: their least value, booleans: True) when a step begins;
+- what a unit made for itself is filled the same way when its replay has ended;
+- a replay sees no register but those that its unit reads, and raises where one of them lies elsewhere than at capture.
+
+It keeps no tensor but the buffers. It works on any device and proves the schedule, not a GPU's behaviour: kernels that
+cannot be captured, streams and memory pools are seen by the CUDA device alone.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterable
+from dataclasses import dataclass, field
+
+import torch
+from torch import Tensor
+
+from .device import CaptureDevice
+from .partition import Unit, buffer_like, copy_into
+
+
+class StaleReplay(RuntimeError):
+    """A graph was replayed though something it reads has moved since its capture."""
+
+
+@dataclass(frozen=True)
+class Recording:
+    """A captured unit: what it reads, where that lay, and the buffers it writes."""
+
+    unit: Unit
+    addresses: tuple[int, ...]
+    outputs: dict[int, Tensor]
+
+
+@dataclass(eq=False)
+class Mark:
+    """A place in the queue: behind the launch of unit `after`; `reached` once everything before it has run."""
+
+    after: str
+    reached: bool = False
+
+
+@dataclass
+class Event:
+    """One thing that happened, in order: for tests and for drawing the schedule.
+
+    Attributes:
+        what: "capture", "launch", "run" (a call that is not captured, such as a copy into a buffer), "wait" or "end".
+        name: the unit; for a wait, the unit behind which the awaited mark stands.
+    """
+
+    what: str
+    name: str = ""
+
+
+@dataclass
+class Recorder(CaptureDevice):
+    """The device; `events` is what it saw since it was last cleared."""
+
+    events: list[Event] = field(default_factory=list)
+    name: str = "recorder"
+    _queue: list[Callable[[], None] | Mark] = field(default_factory=list)
+    _latest: str = ""
+
+    def buffer(self, like: Tensor) -> Tensor:
+        return spoil(buffer_like(like))
+
+    def flags(self, count: int) -> Tensor:
+        with torch.inference_mode(False):
+            return spoil(torch.empty(count))
+
+    def begin(self, buffers: Callable[[], Iterable[Tensor]], flags: Tensor) -> None:
+        for tensor in (*buffers(), flags):
+            spoil(tensor)
+
+    def run(self, work: Callable[[], None]) -> None:
+        self.events.append(Event("run"))
+        self._queue.append(work)
+
+    def settle(self) -> None:
+        while self._queue:
+            self._advance()
+
+    def capture(self, unit: Unit, registers: list, outputs: dict[int, Tensor]) -> tuple[Recording, int]:
+        self.events.append(Event("capture", unit.name))
+        addresses = tuple(_address(registers[i]) for i in unit.keys)
+        return Recording(unit, addresses, dict(outputs)), 0
+
+    def launch(self, graph: Recording, registers: list) -> None:
+        self.events.append(Event("launch", graph.unit.name))
+        own: list = [None] * len(registers)
+        for index, address in zip(graph.unit.keys, graph.addresses, strict=True):
+            if _address(registers[index]) != address:
+                raise StaleReplay(f"{graph.unit.name}: register {index} has moved since the capture")
+        for index in graph.unit.reads:
+            own[index] = registers[index]
+        self._latest = graph.unit.name
+        self._queue.append(lambda: _replay(graph, own))
+
+    def mark(self) -> Mark:
+        mark = Mark(self._latest)
+        self._queue.append(mark)
+        return mark
+
+    def wait(self, mark: Mark) -> None:
+        self.events.append(Event("wait", mark.after))
+        while not mark.reached:
+            self._advance()
+
+    def seconds_between(self, first: Mark, second: Mark) -> None:
+        return None
+
+    def end(self) -> None:
+        self.settle()
+        self.events.append(Event("end"))
+
+    def abandon(self) -> None:
+        self._queue.clear()
+
+    def _advance(self) -> None:
+        work = self._queue.pop(0)
+        if isinstance(work, Mark):
+            work.reached = True
+        else:
+            work()
+
+
+def spoil(tensor: Tensor) -> Tensor:
+    """Fills a tensor with values that no computation takes for good; returns it."""
+    if tensor.dtype == torch.bool:
+        return tensor.fill_(True)
+    if tensor.dtype.is_floating_point or tensor.dtype.is_complex:
+        return tensor.fill_(float("nan"))
+    return tensor.fill_(torch.iinfo(tensor.dtype).min)
+
+
+def _address(value: object) -> object:
+    return value.data_ptr() if isinstance(value, Tensor) else value
+
+
+def _replay(graph: Recording, own: list) -> None:
+    before = {t.untyped_storage().data_ptr() for t in own if isinstance(t, Tensor)}
+    graph.unit.run(own)
+    made = [t for t in own if isinstance(t, Tensor) and t.untyped_storage().data_ptr() not in before]
+    for index, buffer in graph.outputs.items():
+        copy_into(buffer, own[index])
+    for tensor in made:
+        spoil(tensor)

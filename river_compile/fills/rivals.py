@@ -1,0 +1,44 @@
+"""Fills: what stands in for the KV entries of the blocks that a token skipped.
+
+==========  =================================================  ==================================================
+fill        behind its exit a token runs                       a later token reads
+==========  =================================================  ==================================================
+river       the 4-bit twins                                    the twins' entries
+propagate   the blocks' K and V projections, of the hidden     these entries (CALM, ELLM)
+            state that left
+recompute   nothing; slots stay empty                          the block's own entries: when it needs a block, the
+                                                               skipped tokens run through it with it (EE-LLM)
+mask        nothing                                            what is there; the rest is masked out (D-LLM)
+monotone    nothing                                            what is there: it runs no block that was skipped once
+                                                               (SkipDecode)
+==========  =================================================  ==================================================
+
+"river" is this project's. The others are for comparison and pay as their methods do; see docs/fills.md.
+
+The last three leave holes in the cache and must know where: :class:`Gaps`, part of the sequence's memory. A cache that
+they cannot account for is refused, before anything is written.
+"""
+
+from __future__ import annotations
+
+from .base import Fill, Gaps, Holes
+from .mask import Mask
+from .recompute import Recompute
+
+
+class Propagate(Fill):
+    """The hidden state that left goes through the later blocks' K and V projections."""
+
+    name, tail = "propagate", "entries"
+
+
+class Monotone(Holes):
+    """No token runs deeper than the one before it: what is missing is never read."""
+
+    name = "monotone"
+
+    def limit(self, gaps: Gaps, num_blocks: int) -> int:
+        return gaps.depths[-1] if gaps.depths else num_blocks
+
+
+FILLS: dict[str, Fill] = {f.name: f for f in (Fill(), Propagate(), Recompute(), Mask(), Monotone())}

@@ -1,0 +1,106 @@
+"""Chooses how twins are lowered: for a CPU's int4 kernel, or to the generated Triton kernels.
+
+lowering     on a CPU                                           on a GPU (CUDA, or ROCm, which torch calls cuda too)
+"auto"       as "inductor"                                      as "triton"
+"inductor"   ATen's int4 product, the rest through Inductor     the generated 4-bit product, the rest through Inductor
+"triton"     the generated kernels in Triton's interpreter      the generated kernels, the rest through Inductor
+"eager"      as "inductor", operator by operator                as "inductor", operator by operator
+
+The backbone goes through Inductor in all but the last.
+"""
+
+from __future__ import annotations
+
+import functools
+import importlib.util
+import warnings
+from dataclasses import dataclass
+
+import torch
+
+from river_compile.config import RiverConfig
+from river_compile.errors import OptionError, RiverWarning
+from river_compile.kernels.quant.aten_int4 import LAYOUT as ATEN_LAYOUT
+from river_compile.kernels.quant.aten_int4 import has_fast_kernel
+from river_compile.kernels.triton.linear import GROUP_SIZES
+
+TRITON_LAYOUT = "triton"
+
+
+@dataclass(frozen=True)
+class Lowering:
+    """How the segments of one graph are lowered.
+
+    Attributes:
+        compiler: "inductor", or "eager" to call graphs operator by operator.
+        layout: of the 4-bit weights.
+        fuse: whether the generated kernels take the place of what they compute.
+    """
+
+    compiler: str
+    layout: str
+    fuse: bool
+
+
+def choose_lowering(config: RiverConfig, device: torch.device) -> Lowering:
+    """Returns the lowering of a graph whose hidden state lies on a device.
+
+    Raises:
+        OptionError: the device, or this installation, does not have it.
+    """
+    compiler = "eager" if config.lowering == "eager" else "inductor"
+    if config.quantizer == "none":  # no 4-bit product, hence no layout and nothing to fuse
+        return Lowering(compiler, ATEN_LAYOUT, fuse=False)
+    if device.type not in ("cpu", "cuda"):
+        raise OptionError(
+            f"there are no 4-bit kernels for a model on {device}; move it to a CPU or a GPU, or use quantizer='none'"
+        )
+    on_gpu = device.type == "cuda"
+    fuse = config.lowering == "triton" or (config.lowering == "auto" and on_gpu)
+    if not (fuse or on_gpu):
+        return Lowering(compiler, ATEN_LAYOUT, fuse=False)
+    _check_triton(config)
+    return Lowering(compiler, TRITON_LAYOUT, fuse)
+
+
+def _check_triton(config: RiverConfig) -> None:
+    if config.group_size not in GROUP_SIZES:
+        allowed = ", ".join(map(str, GROUP_SIZES))
+        raise OptionError(
+            f"group_size={config.group_size} has no generated kernel; use one of {allowed}, or lowering='inductor' on "
+            "a CPU"
+        )
+    if importlib.util.find_spec("triton") is None:
+        raise OptionError(
+            f"lowering={config.lowering!r} needs Triton here, which is not installed; pip install triton, or use a "
+            "model on a CPU with lowering='inductor'"
+        )
+
+
+def warn_of_slow_lowering(lowering: Lowering, device: torch.device) -> None:
+    """Says once that what was chosen is slow on this machine, where it is."""
+    if lowering.layout == ATEN_LAYOUT:
+        _warn_of_slow_processor()
+    elif device.type == "cpu":
+        _warn_of_interpreter()
+
+
+@functools.cache
+def _warn_of_interpreter() -> None:
+    warnings.warn(
+        "lowering='triton' on a CPU runs the generated kernels in Triton's interpreter: the answers are a GPU's, up to "
+        "rounding, and take thousands of times longer; use lowering='auto' for anything but a test",
+        RiverWarning,
+        stacklevel=4,
+    )
+
+
+@functools.cache
+def _warn_of_slow_processor() -> None:
+    if not has_fast_kernel():
+        capability = torch.backends.cpu.get_cpu_capability()
+        warnings.warn(
+            f"this processor ({capability}) has no fast int4 kernel in ATen: River's answers are right, but slow",
+            RiverWarning,
+            stacklevel=4,
+        )

@@ -1,0 +1,194 @@
+"""Turns segments into callables through Inductor, each distinct one once.
+
+A compiled segment is called with a list of inputs and returns a sequence of outputs. Between Inductor's generated code
+and its caller AOTAutograd puts wrappers (for aliases, duplicate arguments, autocast, profiling) that cost more than a
+small kernel; where its own analysis says that none is needed, the generated code is called directly.
+
+Not handled: graphs that need gradients (the backend gives those to Inductor whole).
+"""
+
+from __future__ import annotations
+
+import logging
+import time
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass, field
+
+import sympy
+import torch
+import torch._functorch.config
+from torch import Tensor, fx
+from torch._inductor.compile_fx import compile_fx, compile_fx_inner
+from torch._subclasses.fake_tensor import FakeTensorMode
+from torch.fx.experimental.symbolic_shapes import ShapeEnv
+
+from river_compile.kernels import ops
+from river_compile.kernels.quant.aten_int4 import LAYOUT as ATEN_LAYOUT
+from river_compile.kernels.quant.aten_int4 import linear_aten
+from river_compile.passes.decoder import value_of
+from river_compile.passes.program import Segment
+from river_compile.passes.segments import fingerprint
+
+log = logging.getLogger("river_compile.lowering.compile")
+
+# What a compiled segment is: a function of a list (which it may empty) that returns a sequence.
+Callee = Callable[[list], Sequence]
+
+
+@dataclass
+class Compiled:
+    """One distinct segment after compilation.
+
+    Attributes:
+        name: the segment that it was compiled from.
+        callee: the function.
+        direct: True where the caller reaches Inductor's code without AOTAutograd's wrappers.
+        seconds: compile time.
+        symbols: names of its dynamic sizes.
+        guards: what Inductor assumed about them.
+        uses: segments that share it.
+    """
+
+    name: str
+    callee: Callee
+    direct: bool
+    seconds: float
+    symbols: tuple[str, ...]
+    guards: tuple[sympy.Basic, ...]
+    uses: int = 1
+
+
+@dataclass
+class SegmentCompiler:
+    """Compiles the segments of one traced graph, each distinct one once.
+
+    Attributes:
+        lowering: "inductor", or "eager" to call the segments' graphs as they are.
+        config_patches: settings for Inductor.
+        compiled: what was compiled.
+    """
+
+    lowering: str
+    config_patches: dict[str, object]
+    compiled: list[Compiled] = field(default_factory=list)
+    _known: dict[str, list[Compiled]] = field(default_factory=dict)
+
+    def compile(self, segment: Segment, packed: Sequence[Tensor]) -> Callee:
+        """Returns a callable for the segment; `packed` are the real tensors of its 4-bit weights."""
+        mark = fingerprint(segment)
+        shape_env = _shape_env(segment)
+        for known in self._known.get(mark.digest, ()):
+            if _assumptions_hold(known, mark.symbols, shape_env):
+                known.uses += 1
+                return known.callee
+        start = time.perf_counter()
+        guards_before = len(shape_env.guards)
+        if self.lowering == "eager":
+            callee, direct = _call_graph(lower_ops(segment.graph_module)), True
+        else:
+            callee, direct = _compile(segment, packed, self.config_patches)
+        guards = tuple(guard.expr for guard in shape_env.guards[guards_before:])
+        done = Compiled(segment.name, callee, direct, time.perf_counter() - start, mark.symbols, guards)
+        log.info("compiled %s in %.1f s%s", segment.name, done.seconds, "" if direct else ", called through wrappers")
+        self.compiled.append(done)
+        self._known.setdefault(mark.digest, []).append(done)
+        return callee
+
+
+def _examples(segment: Segment) -> list:
+    """Returns example values of a segment's inputs; the placeholders of packed weights, which come last, have none."""
+    return [value_of(node) for node in segment.graph_module.graph.find_nodes(op="placeholder")][: len(segment.inputs)]
+
+
+def _fake_mode(segment: Segment) -> FakeTensorMode:
+    values = _examples(segment)
+    return values[0].fake_mode if segment.own_examples else torch._guards.detect_fake_mode(values)
+
+
+def _shape_env(segment: Segment) -> ShapeEnv:
+    return _fake_mode(segment).shape_env
+
+
+def _assumptions_hold(known: Compiled, symbols: tuple[str, ...], shape_env: ShapeEnv) -> bool:
+    """Asks for the guards of a compiled segment with another segment's dynamic sizes in place of its own.
+
+    What holds becomes a guard of the whole graph, as it did when the first segment was compiled.
+    """
+    if known.symbols == symbols:
+        return True
+    by_name = {str(symbol): symbol for symbol in shape_env.var_to_range}
+    swap = {by_name[a]: by_name[b] for a, b in zip(known.symbols, symbols, strict=True)}
+    return all(shape_env.evaluate_expr(guard.xreplace(swap)) for guard in known.guards)
+
+
+def inductor_settings(mode: str | None, captured: bool = False) -> dict[str, object]:
+    """Returns Inductor's settings for a ``mode`` of torch.compile.
+
+    Args:
+        mode: the mode.
+        captured: the code becomes part of larger graphs, so Inductor makes none of its own.
+    """
+    settings = dict(torch._inductor.list_mode_options(mode)) if mode else {}
+    return settings | {"triton.cudagraphs": False} if captured else settings
+
+
+def _compile(segment: Segment, packed: Sequence[Tensor], config_patches: dict[str, object]) -> tuple[Callee, bool]:
+    graph_module = lower_ops(segment.graph_module)
+    fake_mode, inputs = _fake_mode(segment), _examples(segment)
+    inputs += [fake_mode.from_tensor(t, static_shapes=True) for t in packed]
+    direct: list[Callee] = []
+
+    def inner_compile(graph: fx.GraphModule, example_inputs: Sequence, **kwargs: object) -> Callable:
+        code = compile_fx_inner(graph, example_inputs, **kwargs)
+        if _needs_no_wrapper(len(example_inputs), len(inputs)):
+            direct.append(code.current_callable)
+        return code
+
+    context = None if segment.own_examples else torch._guards.TracingContext.try_get()
+    # AOTAutograd's own cache would skip `inner_compile` on a hit; Inductor's cache, below it, stays in use.
+    with torch._guards.tracing(context), torch._functorch.config.patch(enable_autograd_cache=False):
+        wrapped = compile_fx(graph_module, inputs, inner_compile=inner_compile, config_patches=config_patches)
+    if len(direct) == 1:
+        return direct[0], True
+    return lambda args: wrapped(*args), False
+
+
+def _call_graph(graph_module: fx.GraphModule) -> Callee:
+    return lambda inputs: graph_module(*inputs)
+
+
+def _needs_no_wrapper(num_inner_inputs: int, num_inputs: int) -> bool:
+    """Tells from AOTAutograd's analysis whether the compiled graph maps inputs to outputs one to one.
+
+    False where an output aliases an input or another output, where a mutation is left to the caller, where arguments
+    were merged, or where effects or random state are threaded through.
+    """
+    context = torch._guards.TracingContext.try_get()
+    metadata = context.fw_metadata if context is not None else None
+    return (
+        metadata is not None
+        and num_inner_inputs == num_inputs
+        and not metadata.mutated_inp_runtime_indices
+        and metadata.num_outputs_aliased == 0
+        and metadata.num_intermediate_bases == 0
+        and metadata.grad_enabled_mutation is None
+        and not metadata.tokens
+        and not metadata.is_rng_op_functionalized
+    )
+
+
+def lower_ops(graph_module: fx.GraphModule) -> fx.GraphModule:
+    """Returns a copy of a graph in which the river's operators are functions that trace into ATen ops.
+
+    Operators of the generated kernels stay: they are opaque to Inductor.
+    """
+    graph = fx.Graph()
+    graph.output(graph.graph_copy(graph_module.graph, {}))
+    for node in graph.nodes:
+        if node.target is torch.ops.river.w4a16_linear.default:
+            *args, layout = node.args[:7]
+            if layout == ATEN_LAYOUT:
+                node.target, node.args = linear_aten, tuple(args)
+        elif node.target is torch.ops.river.exit_score.default:
+            node.target = ops.smallest_cosine
+    return fx.GraphModule(graph_module, graph, class_name="Segment")

@@ -1,0 +1,130 @@
+"""Runs blocks whose weights are offloaded: brings them in, and the next block's while this one runs.
+
+What a streamed step does beyond a step, it does only for weights that are elsewhere at that moment. So a graph that was
+compiled before they left, or runs after they came back, needs nothing else. On a GPU the block computes with copies
+at another address every time, which is why it is not captured.
+
+What was brought in for a block that the token does not reach goes at the end of the step. Threads share nothing.
+"""
+
+from __future__ import annotations
+
+import threading
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+from torch import Tensor, fx
+from torch.utils.weak import TensorWeakRef
+
+from river_compile.lowering.compile import Callee
+from river_compile.passes.decoder import is_parameter
+from river_compile.passes.program import RiverProgram, Segment
+from river_compile.runtime.executor import Step
+from river_compile.twins.versions import version_of
+
+from .store import Arrival, Stored
+from .weights import OffloadedWeights
+
+
+@dataclass(frozen=True)
+class _Brought:
+    """Weights that were brought in, or are on their way; the versions tell whether somebody changed them since."""
+
+    weights: tuple[Tensor, ...]
+    versions: tuple[int, ...]
+    stored: tuple[Stored, ...]
+    arrival: Arrival
+
+    def serves(self, weights: Sequence[Tensor]) -> bool:
+        """Tells whether these are copies of these weights as they are now."""
+        same = [id(w) for w in weights] == [id(w) for w in self.weights]
+        return same and self.versions == tuple(map(version_of, weights))
+
+
+class Streamer:
+    """Brings in the weights of one graph's offloaded blocks.
+
+    Args:
+        offloaded: the model's offloaded weights.
+        program: the rewritten graph.
+        values: its inputs, real tensors.
+        offload: the number of blocks that stay, None where all do.
+    """
+
+    def __init__(
+        self, offloaded: OffloadedWeights, program: RiverProgram, values: dict[fx.Node, object], offload: int | None
+    ) -> None:
+        self._offloaded = offloaded
+        behind = () if offload is None else program.blocks[offload:]
+        self._weights = {s.name: [TensorWeakRef(values[n]) for n in s.inputs if is_parameter(n)] for s in behind}
+        self._next = dict(zip(self._weights, list(self._weights)[1:], strict=False))
+        self._ahead = threading.local()
+
+    def step(self, segment: Segment, callee: Callee, packed: Sequence[Tensor], register: dict[fx.Node, int]) -> Step:
+        """Returns the step of a segment: a streamed one for a block that may be offloaded."""
+        if segment.name not in self._weights:
+            return Step(segment, callee, packed, register)
+        return StreamedStep(segment, callee, packed, register, self)
+
+    def is_away(self, weight: Tensor) -> bool:
+        """Tells whether a weight is elsewhere at the moment."""
+        return self._offloaded.find(weight) is not None
+
+    def bring(self, name: str, weights: Sequence[Tensor]) -> _Brought:
+        """Brings weights of the block `name` in, all of which are elsewhere, and begins with the next block's."""
+        ahead = getattr(self._ahead, "brought", None)
+        brought = ahead if ahead is not None and ahead.serves(weights) else self._start(weights)
+        following = [ref() for ref in self._weights.get(self._next.get(name, ""), ())]
+        self._ahead.brought = self._start([w for w in following if w is not None and self.is_away(w)])
+        self._offloaded.store.await_arrival(brought.arrival)
+        self._offloaded.sample()
+        return brought
+
+    def release(self, brought: _Brought) -> None:
+        """Lets go what a block has used."""
+        self._offloaded.store.release(brought.stored)
+
+    def forget(self) -> None:
+        """Drops what was brought in and not used, at the end of a step."""
+        ahead = getattr(self._ahead, "brought", None)
+        if ahead is not None:
+            self._ahead.brought = None
+            self.release(ahead)
+
+    def _start(self, weights: Sequence[Tensor]) -> _Brought:
+        stored = tuple(self._offloaded.find(weight) for weight in weights)
+        versions = tuple(map(version_of, weights))
+        return _Brought(tuple(weights), versions, stored, self._offloaded.store.start(stored))
+
+
+class StreamedStep(Step):
+    """A backbone block that brings its weights in for the time of its run, where they are offloaded."""
+
+    __slots__ = ("_streamer", "_weights")
+    moves = True
+
+    def __init__(
+        self,
+        segment: Segment,
+        callee: Callee,
+        packed: Sequence[Tensor],
+        register: dict[fx.Node, int],
+        streamer: Streamer,
+    ) -> None:
+        super().__init__(segment, callee, packed, register)
+        self._streamer = streamer
+        self._weights = [register[node] for node in segment.inputs if is_parameter(node)]
+
+    def __call__(self, registers: list) -> Sequence:
+        away = {i: registers[i] for i in self._weights if self._streamer.is_away(registers[i])}
+        if not away:
+            return super().__call__(registers)
+        brought = self._streamer.bring(self.name, list(away.values()))
+        for index, tensor in zip(away, brought.arrival.tensors, strict=True):
+            registers[index] = tensor
+        try:
+            return super().__call__(registers)
+        finally:
+            for index, weight in away.items():
+                registers[index] = weight
+            self._streamer.release(brought)

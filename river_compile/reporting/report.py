@@ -1,0 +1,284 @@
+"""What the backend did to a model, for people (``print``) and programs (``to_dict``)."""
+
+from __future__ import annotations
+
+import math
+from collections import Counter
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+from torch import nn
+
+from river_compile.exits import threshold_text
+from river_compile.offload.weights import OffloadLog
+from river_compile.passes.program import Fusion
+from river_compile.runtime.trace import ExactStats
+from river_compile.state import GraphRecord, find_state
+from river_compile.twins.block_errors import BlockErrors
+from river_compile.twins.make import PackedSite
+
+_NEVER_RAN = (
+    "never ran: no graph of this model reached the backend. torch.compile(model).generate runs the original model; "
+    'use model.compile(backend="river") or model.forward = torch.compile(model.forward, backend="river"), then generate'
+)
+_BAR = 32
+
+
+@dataclass(frozen=True)
+class Report:
+    """Snapshot of a model's graphs, packed weights and exits; see :func:`report`."""
+
+    model: str
+    graphs: tuple[GraphRecord, ...]
+    packed: tuple[PackedSite, ...]
+    packing_seconds: float
+    decode_depths: dict[int, int]
+    prefill_depths: dict[int, int]
+    exact: ExactStats
+    doubted: int = 0
+    block_errors: BlockErrors | None = None
+    offloaded: OffloadLog | None = None
+
+    @property
+    def ran(self) -> bool:
+        return bool(self.graphs)
+
+    @property
+    def recompiles(self) -> int:
+        """Graphs traced again for a kind and cache that had one already, such as a new batch size."""
+        kinds = Counter((g.kind, g.cache, g.config.same_rows) for g in self.graphs if not g.refusal)
+        return sum(n - 1 for n in kinds.values())
+
+    @property
+    def mean_depth(self) -> float:
+        """Mean blocks executed per decode step, NaN before the first."""
+        steps = sum(self.decode_depths.values())
+        return sum(d * n for d, n in self.decode_depths.items()) / steps if steps else math.nan
+
+    def to_dict(self) -> dict[str, object]:
+        """Returns the report as values that ``json.dumps`` takes; numbers that do not exist are None."""
+        return {
+            "model": self.model,
+            "ran": self.ran,
+            "graphs": [_graph_dict(g) for g in self.graphs],
+            "recompiles": self.recompiles,
+            "packed_bytes": sum(p.nbytes for p in self.packed),
+            "packing_seconds": self.packing_seconds,
+            "offloaded": self.offloaded and self.offloaded.to_dict(),
+            "matrices": [
+                {
+                    "name": p.name,
+                    "shape": list(p.shape),
+                    "group_size": p.group_size,
+                    "quantizer": p.quantizer,
+                    "sqnr_db": _finite(p.sqnr),
+                    "output_sqnr_db": None if p.output_sqnr is None else _finite(p.output_sqnr),
+                    "in_16_bits": p.kept,
+                    "bytes": p.nbytes,
+                    "artifact": p.artifact or None,
+                }
+                for p in self.packed
+            ],
+            "block_errors": self.block_errors.to_dict() if self.block_errors else None,
+            "exit_depths": dict(self.decode_depths),
+            "prefill_exit_depths": dict(self.prefill_depths),
+            "mean_exit_depth": _finite(self.mean_depth),
+            "doubted": self.doubted,
+            "exact": _exact_dict(self.exact),
+        }
+
+    def __str__(self) -> str:
+        lines = [f"River Compile report for {self.model}"]
+        if not self.ran:
+            return "\n".join([*lines, f"  {_NEVER_RAN}"])
+        for graph in self.graphs:
+            lines += _graph_lines(graph)
+        lines += _packed_lines(self)
+        lines += _block_lines(self.block_errors)
+        lines += self.offloaded.lines() if self.offloaded else []
+        lines += [f"  recompiles     {self.recompiles}"]
+        lines += _depth_lines(self)
+        lines += _exact_lines(self.exact)
+        return "\n".join(lines)
+
+
+def report(model: nn.Module) -> Report:
+    """Reports what the backend found, rewrote and refused in a model, and where its tokens left.
+
+    Args:
+        model: the module that was compiled, or the wrapper that ``torch.compile`` returned.
+    """
+    model = getattr(model, "_orig_mod", model)
+    state = find_state(model.parameters())
+    name = type(model).__name__
+    if state is None:
+        return Report(name, (), (), 0.0, {}, {}, ExactStats())
+    return Report(
+        name,
+        tuple(state.graphs),
+        tuple(sorted(state.packed.all(), key=lambda p: _natural(p.name))),
+        state.packed.seconds,
+        state.stats.depths(decode=True),
+        state.stats.depths(decode=False),
+        state.stats.exact.copy(),
+        state.stats.doubted,
+        block_errors=state.block_errors,
+        offloaded=state.offloaded.snapshot(),
+    )
+
+
+def _graph_dict(graph: GraphRecord) -> dict[str, object]:
+    return {
+        "kind": graph.kind,
+        "cache": graph.cache,
+        "refusal": graph.refusal,
+        "blocks": graph.num_blocks,
+        "criterion": graph.config.criterion,
+        "fill": graph.config.fill,
+        "candidate_depths": list(graph.candidates),
+        "segments": [
+            {"name": c.name, "uses": c.uses, "compile_seconds": c.seconds, "direct": c.direct} for c in graph.compiled
+        ],
+        "seconds": dict(graph.seconds),
+        "kept_in_16_bits": [{"name": k.name, "reason": k.reason} for k in graph.kept],
+        "other_group_sizes": _other_groups(graph),
+        "fused": dict(Counter(f.rule for f in graph.fusions if not f.missed)),
+        "missed": [
+            {"rule": f.rule, "segment": f.segment, "reason": f.missed, "node": f.node}
+            for f in graph.fusions
+            if f.missed
+        ],
+        "captures": graph.captures.to_dict(),
+    }
+
+
+def _other_groups(graph: GraphRecord) -> dict[str, int]:
+    """Returns the matrices, by name, that did not take the group size that was asked for."""
+    return {p.name: p.group_size for p in graph.packed if p.group_size != graph.config.group_size}
+
+
+def _graph_lines(graph: GraphRecord) -> list[str]:
+    if graph.refusal:
+        return [f"  graph          left to Inductor: {graph.refusal}"]
+    seconds = ", ".join(f"{stage} {s:.1f} s" for stage, s in graph.seconds.items())
+    kind = "strict pass" if graph.config.same_rows and graph.kind == "prefill" else graph.kind
+    lines = [f"  {kind:<14} {graph.num_blocks} blocks, {graph.cache} cache; {seconds}"]
+    segments = ", ".join(f"{c.name} x{c.uses}" for c in graph.compiled)
+    lines.append(f"    segments     {segments}")
+    if graph.kind == "decode" and graph.config.exit_depth is None:
+        config = graph.config
+        lines.append(f"    criterion    {config.criterion}, threshold {threshold_text(config.threshold)}")
+        if not graph.candidates:
+            lines.append(f"    exits after  block {config.first_exit}")
+    if graph.candidates:
+        lines.append(f"    exits after  {_ranges(graph.candidates)}")
+    if graph.config.deepest is not None and graph.kind == "decode":
+        lines.append(f"    at latest    after block {graph.config.deepest} (offload_policy='exit')")
+    if graph.config.fill != "river":
+        lines.append(f"    fill         {graph.config.fill}: no twins")
+    for reason, count in Counter(k.reason for k in graph.kept).items():
+        lines.append(f"    in 16 bits   {count} matrices: {reason}")
+    for size, count in Counter(_other_groups(graph).values()).items():
+        lines.append(f"    group size   {size} instead of {graph.config.group_size} in {count} matrices")
+    return lines + fusion_lines(graph.fusions) + graph.captures.lines()
+
+
+def fusion_lines(fusions: Sequence[Fusion]) -> list[str]:
+    """Returns which rules put how many kernels in, and each reason for which some did not, with its first node."""
+    applied = Counter(f.rule for f in fusions if not f.missed)
+    lines = [f"    fused        {', '.join(f'{rule} x{n}' for rule, n in applied.items())}"] if applied else []
+    missed: dict[tuple[str, str], list[Fusion]] = {}
+    for fusion in fusions:
+        if fusion.missed:
+            missed.setdefault((fusion.rule, fusion.missed), []).append(fusion)
+    for (rule, reason), found in missed.items():
+        where = f" at {found[0].node}" if found[0].node else ""
+        segments = found[0].segment + (f" and {len(found) - 1} more" if len(found) > 1 else "")
+        lines.append(f"    not fused    {rule} in {segments}: {reason}{where}")
+    return lines
+
+
+def _packed_lines(report: Report) -> list[str]:
+    if not report.packed:
+        return []
+    packed = [p for p in report.packed if not p.kept]
+    size = sum(p.nbytes for p in packed) / 1e6
+    quantizers = ", ".join(sorted({p.quantizer for p in packed}))
+    origins = Counter(p.artifact for p in packed if p.artifact)
+    return [
+        f"  packed         {len(packed)} matrices ({quantizers}), {size:.1f} MB, in {report.packing_seconds:.1f} s",
+        *(f"    artifact     {count} matrices read from {folder}" for folder, count in origins.items()),
+        *_sqnr_lines("SQNR of weights", {p.name: p.sqnr for p in report.packed}),
+        *_sqnr_lines("SQNR of outputs", {p.name: p.output_sqnr for p in report.packed if p.output_sqnr is not None}),
+    ]
+
+
+def _sqnr_lines(title: str, decibels: dict[str, float]) -> list[str]:
+    if not decibels:
+        return []
+    finite = [db for db in decibels.values() if math.isfinite(db)]
+    mean = sum(finite) / len(finite) if finite else math.inf
+    worst = min(decibels, key=decibels.get)
+    return [f"    {title}  mean {mean:.1f} dB, least {decibels[worst]:.1f} dB ({worst})"]
+
+
+def _block_lines(errors: BlockErrors | None) -> list[str]:
+    if errors is None:
+        return []
+    worst = errors.worst
+    return [
+        f"  KL by block    mean {errors.mean_kl:.5f}, most {worst.kl:.5f} (block {worst.block}), one twin at a time on "
+        f"{errors.tokens} tokens"
+    ]
+
+
+def _depth_lines(report: Report) -> list[str]:
+    if not report.decode_depths:
+        return ["  exits          no token was decoded yet"]
+    total = sum(report.decode_depths.values())
+    lines = [f"  exits          {total} decode steps, mean depth {report.mean_depth:.2f} blocks"]
+    if report.doubted:
+        share = 100 * report.doubted / total
+        lines.append(f"    doubted      {report.doubted} ({share:.0f} %) ran through the river and then the backbone")
+    return lines + histogram(report.decode_depths)
+
+
+def _exact_dict(stats: ExactStats) -> dict[str, int]:
+    names = ("cycles", "drafted", "accepted", "kept", "row_cycles", "held_back")
+    return {name: getattr(stats, name) for name in names}
+
+
+def _exact_lines(stats: ExactStats) -> list[str]:
+    if not stats.cycles:
+        return []
+    held = f", {100 * stats.accepted / stats.drafted:.0f} % of the drafts held" if stats.drafted else ""
+    lines = [f"  exact mode     {stats.cycles} verifying passes, {stats.kept / stats.cycles:.2f} tokens per pass{held}"]
+    if stats.row_cycles:
+        share = 100 * stats.held_back / stats.row_cycles
+        lines.append(
+            f"    batches      rows dropped a draft that held in {share:.0f} % of their passes: the slowest row decides"
+        )
+    return lines
+
+
+def histogram(depths: dict[int, int]) -> list[str]:
+    """Returns a bar for each exit depth, as lines of text."""
+    total, most = sum(depths.values()), max(depths.values(), default=1)
+    return [
+        f"    depth {depth:>3}    {'#' * max(1, round(_BAR * n / most)):<{_BAR}} {n:>6} ({100 * n / total:.0f} %)"
+        for depth, n in sorted(depths.items())
+    ]
+
+
+def _ranges(depths: tuple[int, ...]) -> str:
+    step = depths[1] - depths[0] if len(depths) > 1 else 1
+    tail = f", every {step}" if step > 1 else ""
+    return f"blocks {depths[0]} to {depths[-1]}{tail}" if len(depths) > 1 else f"block {depths[0]}"
+
+
+def _finite(value: float) -> float | None:
+    return value if math.isfinite(value) else None
+
+
+def _natural(name: str) -> list[object]:
+    return [(0, int(part), "") if part.isdigit() else (1, 0, part) for part in name.split(".")]

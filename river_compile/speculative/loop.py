@@ -1,0 +1,158 @@
+"""The generation loop of exact mode: draft, verify, keep what agrees, rewind.
+
+    ids      ... a b        a cached, b kept but not cached
+    draft    ... a b c d e  the river proposes c d e (its cache entries are freed again)
+    verify   ... a b c d e  one backbone pass over b c d e writes exact entries and scores every position
+    keep     ... a b c x    c agrees, d does not: x is the backbone's own token there; the slots of d e are freed
+
+Kept positions go one by one through the user's logits processors, stopping criteria and streamer, in the order and
+with the arguments of plain generation; nothing behind the first disagreement or stop ever reaches them.
+
+Rows of a batch share one cache length, so all advance by what the slowest row keeps. Knows the model only through the
+methods of :class:`Paths`.
+"""
+
+from __future__ import annotations
+
+import threading
+import time
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass, field
+from typing import Protocol
+
+import torch
+from torch import Tensor
+
+from river_compile.runtime.trace import CycleRecord, ExactStats, record_cycle
+
+from .accept import select
+from .draft import Draft, Drafter
+
+
+class Paths(Protocol):
+    """What the loop needs of a model; :class:`river_compile.speculative.paths.TwoPaths` is the real one."""
+
+    model_id: int
+    stats: ExactStats
+    longest_draft: int
+
+    def river(self, ids_BS: Tensor) -> Tensor: ...
+    def backbone(self, ids_BS: Tensor, drafted: int) -> Tensor: ...
+    def rewind(self, slots: int) -> None: ...
+    def keep(self, tokens: int) -> None: ...
+    def width_for(self, drafted: int) -> int: ...
+
+
+@dataclass
+class ExactLoop:
+    """Generates until every row has ended.
+
+    Attributes:
+        paths: runs the model.
+        drafter: proposes tokens.
+        ids: ``[B, S]``, grows.
+        process: the user's logits processors, ``(ids, scores) -> scores``.
+        process_draft: those that may also see drafts.
+        stops: the stopping criteria, ``(ids, scores) -> bool [B]``.
+        do_sample: draw tokens rather than take the best.
+        max_length: ids in all, at most.
+        pad_token: what rows receive that have ended; None where no row can end before the others.
+        put: the streamer's method, None for no streamer.
+        scores: receives each kept token's processed scores ``[B, V]``, None where nobody asks.
+        logits: the same for the raw logits.
+    """
+
+    paths: Paths
+    drafter: Drafter
+    ids: Tensor
+    process: Callable[[Tensor, Tensor], Tensor]
+    process_draft: Callable[[Tensor, Tensor], Tensor]
+    stops: Callable[[Tensor, object], Tensor]
+    do_sample: bool
+    max_length: int
+    pad_token: int | None
+    put: Callable[[Tensor], object] | None = None
+    scores: list[Tensor] | None = None
+    logits: list[Tensor] | None = None
+    active: Tensor = field(init=False)
+
+    def __post_init__(self) -> None:
+        self.active = torch.ones(self.ids.shape[0], dtype=torch.bool, device=self.ids.device)
+
+    def run(self, first_logits: Tensor) -> Tensor:
+        """Generates from the prompt's last logits ``[B, 1, V]`` on; returns all ids ``[B, S]``."""
+        self._settle(first_logits, Draft())
+        while self.active.any():
+            self._cycle()
+        return self.ids
+
+    def _cycle(self) -> None:
+        start = time.perf_counter()
+        rows = int(self.active.sum())
+        most = max(min(self.paths.longest_draft, self.max_length - self.ids.shape[1] - 1), 0)
+        draft = self.drafter.draft(self.ids, self.active, most, self._river, self.paths.width_for)
+        self.paths.rewind(draft.sources.count("river"))
+        drafted_at = time.perf_counter()
+        ids = torch.cat([self.ids, *(tokens[:, None] for tokens in draft.tokens)], dim=-1)
+        logits = self.paths.backbone(ids, len(draft))
+        verified_at = time.perf_counter()
+        sources, held_back = self._settle(logits, draft)
+        self.paths.keep(len(sources))
+        end = time.perf_counter()
+        record_cycle(
+            CycleRecord(
+                drafted=tuple(draft.sources),
+                kept=sources,
+                width=self.paths.width_for(len(draft)),
+                held_back=held_back,
+                seconds=(drafted_at - start, verified_at - drafted_at, end - verified_at),
+                thread=threading.get_ident(),
+                model=self.paths.model_id,
+                rows=rows,
+            ),
+            self.paths.stats,
+        )
+
+    def _river(self, ids_BS: Tensor) -> Tensor:
+        return self.process_draft(ids_BS, self.paths.river(ids_BS).float())
+
+    def _settle(self, logits_BWV: Tensor, draft: Draft) -> tuple[tuple[str, ...], int]:
+        """Keeps tokens up to the first disagreement or the end; returns their sources and the rows held back."""
+        sources: list[str] = []
+        for i in range(logits_BWV.shape[1]):
+            drafted, proposal = (draft.tokens[i], draft.proposals[i]) if i < len(draft) else (None, None)
+            tokens, agreed = self._choose(logits_BWV[:, i], drafted, proposal)
+            was_active = self.active
+            self._append(tokens)
+            if i == len(draft):
+                return (*sources, "backbone"), 0
+            draft.learn(i, agreed.tolist(), was_active.tolist())
+            agree = int((agreed & was_active).sum())
+            # A row that ended inside the draft holds a drafted token where its text holds padding: draft anew.
+            all_agree = bool(torch.where(was_active, agreed, drafted == tokens).all())
+            sources.append(draft.sources[i] if all_agree else "backbone")
+            if not all_agree:
+                return tuple(sources), agree
+            if not self.active.any():
+                break
+        return tuple(sources), 0
+
+    def _choose(self, logits_BV: Tensor, drafted: Tensor | None, proposal: Tensor | None) -> tuple[Tensor, Tensor]:
+        raw = logits_BV.to(copy=True, dtype=torch.float32)
+        scores = self.process(self.ids, raw)
+        if self.scores is not None:
+            self.scores.append(scores)
+        if self.logits is not None:
+            self.logits.append(raw)
+        tokens, agreed = select(scores, drafted, proposal, self.do_sample)
+        if self.pad_token is not None:
+            tokens = torch.where(self.active, tokens, self.pad_token)
+        return tokens, agreed
+
+    def _append(self, tokens: Tensor) -> None:
+        self.ids = torch.cat([self.ids, tokens[:, None]], dim=-1)
+        self.drafter.extend(tokens)
+        scores: Sequence[Tensor] | None = None if self.scores is None else tuple(self.scores)
+        self.active = self.active & ~self.stops(self.ids, scores)
+        if self.put is not None:
+            self.put(tokens.cpu())

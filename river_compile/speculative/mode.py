@@ -1,0 +1,195 @@
+"""Exact mode: ``model.generate(**inputs, custom_generate=river_compile.exact)``.
+
+The river drafts, the backbone verifies, and the text is the plain model's: greedy text token for token, up to how the
+hardware rounds passes of different widths (docs/exact.md), sampled text in distribution.
+
+Not handled (a ValueError that says so): beams and transformers' own assisted modes, encoder-decoder models, attention
+weights and hidden states as outputs, generation that is synchronized over several processes.
+"""
+
+from __future__ import annotations
+
+import inspect
+from contextlib import AbstractContextManager
+from dataclasses import dataclass, replace
+
+import torch
+from torch import Tensor
+from transformers import GenerationConfig, PreTrainedModel
+from transformers.generation import GenerateDecoderOnlyOutput, LogitsProcessorList, StoppingCriteriaList, logits_process
+from transformers.generation.configuration_utils import GenerationMode
+
+from .draft import Drafter
+from .hf_frames import KeepsTokenizer, streamer_of
+from .loop import ExactLoop
+from .paths import TwoPaths, verification_widths
+
+# Processors that remember nothing from call to call: drafts, some of which are dropped again, may pass through them.
+_STATELESS = (
+    logits_process.EpsilonLogitsWarper,
+    logits_process.EtaLogitsWarper,
+    logits_process.ExponentialDecayLengthPenalty,
+    logits_process.ForcedEOSTokenLogitsProcessor,
+    logits_process.InfNanRemoveLogitsProcessor,
+    logits_process.LogitNormalization,
+    logits_process.MinLengthLogitsProcessor,
+    logits_process.MinNewTokensLengthLogitsProcessor,
+    logits_process.MinPLogitsWarper,
+    logits_process.NoBadWordsLogitsProcessor,
+    logits_process.NoRepeatNGramLogitsProcessor,
+    logits_process.RepetitionPenaltyLogitsProcessor,
+    logits_process.SequenceBiasLogitsProcessor,
+    logits_process.SuppressTokensAtBeginLogitsProcessor,
+    logits_process.SuppressTokensLogitsProcessor,
+    logits_process.TemperatureLogitsWarper,
+    logits_process.TopKLogitsWarper,
+    logits_process.TopPLogitsWarper,
+    logits_process.TypicalLogitsWarper,
+)
+
+
+@dataclass(frozen=True)
+class ExactMode:
+    """Generates exactly the plain model's text; a callable for ``generate(custom_generate=...)``.
+
+    Every option can also be given to ``generate`` itself, for one call.
+
+    Attributes:
+        max_draft: longest draft, in tokens, at least 1. Passes are verified at widths 2, 4, 8 ... max_draft + 1, and at
+            every width up to that where strict.
+        prompt_lookup: copy drafts from the context where it repeats itself.
+        stop_below: the river ends its draft once the draft's estimated chance of holding in whole is below this, in
+            [0, 1]; 0 always drafts `max_draft` tokens.
+        strict: verify with passes whose rows have the very bits of plain decoding, also in bfloat16; slower.
+    """
+
+    max_draft: int = 15
+    prompt_lookup: bool = True
+    stop_below: float = 0.5
+    strict: bool = False
+    __signature__ = KeepsTokenizer()
+
+    def __post_init__(self) -> None:
+        if not isinstance(self.max_draft, int) or isinstance(self.max_draft, bool) or self.max_draft < 1:
+            raise ValueError(f"max_draft={self.max_draft!r} is not allowed; it must be an integer of 1 or more")
+        if not isinstance(self.prompt_lookup, bool):
+            raise ValueError(f"prompt_lookup={self.prompt_lookup!r} is not allowed; it must be True or False")
+        if not isinstance(self.strict, bool):
+            raise ValueError(f"strict={self.strict!r} is not allowed; it must be True or False")
+        if not isinstance(self.stop_below, (int, float)) or not 0 <= self.stop_below <= 1:
+            raise ValueError(f"stop_below={self.stop_below!r} is not allowed; it must be a number from 0 to 1")
+
+    def with_options(self, **options: object) -> ExactMode:
+        """Returns the same mode with other options."""
+        return replace(self, **options)
+
+    def __call__(
+        self,
+        model: PreTrainedModel,
+        input_ids: Tensor,
+        logits_processor: LogitsProcessorList,
+        stopping_criteria: StoppingCriteriaList,
+        generation_config: GenerationConfig,
+        synced_gpus: bool = False,
+        streamer: object | None = None,
+        max_draft: int | None = None,
+        prompt_lookup: bool | None = None,
+        stop_below: float | None = None,
+        strict: bool | None = None,
+        tokenizer: object | None = None,  # of stop_strings; taking it makes generate keep it
+        **model_kwargs: object,
+    ) -> Tensor | GenerateDecoderOnlyOutput:
+        """Called by ``generate`` in place of its own loop, with its arguments.
+
+        Raises:
+            ValueError: something that exact mode does not handle, or a bad option.
+            CacheFullError: (a ``ValueError``) a static cache of the user's is too small for the text.
+        """
+        given = {"max_draft": max_draft, "prompt_lookup": prompt_lookup, "stop_below": stop_below, "strict": strict}
+        mode = self.with_options(**{name: value for name, value in given.items() if value is not None})
+        _check(model, generation_config, synced_gpus, model_kwargs)
+        streamer = streamer or streamer_of(inspect.currentframe().f_back)
+        widths = verification_widths(mode.max_draft, mode.strict)
+        paths = TwoPaths(model, model_kwargs, widths, mode.strict)
+        with _more_graphs(len(widths)):
+            first_logits = paths.prefill(input_ids, generation_config)
+            loop = _loop(mode, paths, input_ids, logits_processor, stopping_criteria, generation_config, streamer)
+            with model._optimize_model_for_decode():
+                ids = loop.run(first_logits)
+        if streamer is not None:
+            streamer.end()
+        if not generation_config.return_dict_in_generate:
+            return ids
+        return GenerateDecoderOnlyOutput(
+            sequences=ids,
+            scores=None if loop.scores is None else tuple(loop.scores),
+            logits=None if loop.logits is None else tuple(loop.logits),
+            cache=paths.cache,
+        )
+
+
+exact = ExactMode()
+
+
+def _more_graphs(widths: int) -> AbstractContextManager[None]:
+    """Lets Dynamo keep a graph for each width, beside those that it allows one function anyway.
+
+    Beyond its limit it would run what is new without the backend: as exact, and slow.
+    """
+    config = torch._dynamo.config
+    return config.patch(recompile_limit=config.recompile_limit + widths)
+
+
+def _loop(
+    mode: ExactMode,
+    paths: TwoPaths,
+    input_ids: Tensor,
+    logits_processor: LogitsProcessorList,
+    stopping_criteria: StoppingCriteriaList,
+    config: GenerationConfig,
+    streamer: object | None,
+) -> ExactLoop:
+    ends = any(hasattr(criterion, "eos_token_id") for criterion in stopping_criteria)
+    pad_token = int(config._pad_token_tensor) if ends and config._pad_token_tensor is not None else None
+    drafter = Drafter(
+        input_ids,
+        prompt_lookup=mode.prompt_lookup,
+        do_sample=config.do_sample,
+        stop_below=mode.stop_below,
+        pad_token=pad_token or 0,
+        end_tokens=getattr(config, "_eos_token_tensor", None),
+    )
+    wanted = config.return_dict_in_generate
+    return ExactLoop(
+        paths=paths,
+        drafter=drafter,
+        ids=input_ids,
+        process=logits_processor,
+        process_draft=LogitsProcessorList(p for p in logits_processor if type(p) in _STATELESS),
+        stops=stopping_criteria,
+        do_sample=config.do_sample,
+        max_length=config.max_length,
+        pad_token=pad_token,
+        put=None if streamer is None else streamer.put,
+        scores=[] if wanted and config.output_scores else None,
+        logits=[] if wanted and config.output_logits else None,
+    )
+
+
+def _check(model: PreTrainedModel, config: GenerationConfig, synced_gpus: bool, model_kwargs: dict) -> None:
+    """Raises a ValueError for what exact mode does not handle."""
+    generation_mode = config.get_generation_mode()
+    if generation_mode not in (GenerationMode.GREEDY_SEARCH, GenerationMode.SAMPLE):
+        raise ValueError(
+            f"exact mode replaces greedy search and sampling, but these options ask for {generation_mode.value}; "
+            "leave out num_beams, assistant models and prompt_lookup_num_tokens"
+        )
+    if model.config.is_encoder_decoder:
+        raise ValueError(f"exact mode works with decoders; {type(model).__name__} is an encoder-decoder model")
+    for name in ("output_attentions", "output_hidden_states"):
+        if getattr(config, name) and config.return_dict_in_generate:
+            raise ValueError(f"{name}=True is not available in exact mode; output_scores and output_logits are")
+    if synced_gpus:
+        raise ValueError("synced_gpus=True is not available in exact mode: processes would run other numbers of passes")
+    if model_kwargs.get("cache") is None:
+        raise ValueError("exact mode needs a KV cache; leave out use_cache=False")

@@ -1,0 +1,168 @@
+"""What each twin costs alone: ``block_errors(model, tokenizer, texts)``, the KL of the final logits per block.
+
+One block after another is replaced by its twin, in a pass over the whole text through the model as it is, not compiled;
+the twin's 4-bit matrices are read back from what is packed. A matrix of large error in a block that forgives it costs
+less than its signal-to-noise ratio says, and the other way round.
+
+Not handled: how errors of several twins add up (``benchmarks/twins.py`` measures all of them together), and the head.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from dataclasses import asdict, dataclass
+
+import torch
+from torch import Tensor, nn
+from torch.func import functional_call
+from tqdm import tqdm
+from transformers import PreTrainedModel
+
+from river_compile.calibration.evaluate import token_kl
+from river_compile.state import ModelState, find_state
+
+from .make import PackedSite
+from .observe import windows_of
+
+
+@dataclass(frozen=True)
+class BlockError:
+    """What one twin costs.
+
+    Attributes:
+        block: number of the block, from 1.
+        path: its module path.
+        kl: mean KL divergence from the model with all its blocks, in nats per token.
+        agreement: share of tokens whose most likely successor stays the same.
+        matrix: its 4-bit matrix with the least signal-to-noise ratio, empty where all stay in 16 bits.
+        sqnr: that ratio in dB: of the outputs where they were observed, else of the weights.
+    """
+
+    block: int
+    path: str
+    kl: float
+    agreement: float
+    matrix: str
+    sqnr: float
+
+
+@dataclass(frozen=True)
+class BlockErrors:
+    """What every twin of a model costs, and on how many tokens that was measured."""
+
+    blocks: tuple[BlockError, ...]
+    tokens: int
+
+    @property
+    def worst(self) -> BlockError:
+        return max(self.blocks, key=lambda block: block.kl)
+
+    @property
+    def mean_kl(self) -> float:
+        return sum(block.kl for block in self.blocks) / len(self.blocks)
+
+    def to_dict(self) -> dict[str, object]:
+        """Returns the same as values that ``json.dumps`` takes."""
+        return {"tokens": self.tokens, "blocks": [asdict(block) for block in self.blocks]}
+
+    def __str__(self) -> str:
+        lines = [f"KL of the logits with one block in 4 bits, on {self.tokens} tokens"]
+        lines.append(f"  {'block':>5} {'KL':>9} {'agreement':>10} {'least SQNR':>11}")
+        for b in self.blocks:
+            least = f"{b.sqnr:>8.1f} dB  {b.matrix}" if b.matrix else f"{'16 bits':>11}"
+            lines.append(f"  {b.block:>5} {b.kl:>9.5f} {b.agreement:>10.1%} {least}")
+        return "\n".join(lines)
+
+
+@torch.no_grad()
+def block_errors(
+    model: PreTrainedModel,
+    tokenizer: Callable[[str], Mapping[str, Sequence[int]]] | None = None,
+    texts: Sequence[str] | None = None,
+    *,
+    inputs: Iterable[Tensor] | None = None,
+    progress: bool = True,
+) -> BlockErrors:
+    """Replaces one block at a time by its twin and compares the logits.
+
+    Args:
+        model: a model that has generated with the backend, so that its twins are packed.
+        tokenizer, texts, inputs: the text, as for :func:`river_compile.observe`; other text than was observed.
+        progress: whether to show a progress bar.
+
+    Returns:
+        The errors of all packed twins; ``report(model)`` shows them too.
+
+    Raises:
+        ValueError: no twin is packed, its weights changed since, or there is no text.
+    """
+    model = getattr(model, "_orig_mod", model)
+    windows = windows_of(tokenizer, texts, inputs, "block_errors")
+    state = find_state(model.parameters())
+    sites = list(_sites_by_block(state)) if state else []
+    if not sites:
+        raise ValueError('no twin is packed; generate a token with model.compile(backend="river") first')
+    sums = [[0.0, 0.0] for _ in sites]
+    tokens = sum(ids.numel() for ids in windows)
+    bar = tqdm(desc="river: measuring twins", unit="pass", total=len(windows) * len(sites), leave=False, delay=1)
+    bar.disable = bar.disable or not progress
+    with bar, torch.compiler.set_stance("force_eager"):
+        for ids in windows:
+            reference = _logits(model, {}, ids)
+            for total, (_, _, packed) in zip(sums, sites, strict=True):
+                logits = _logits(model, _twin_weights(model, packed), ids)
+                total[0] += token_kl(reference, logits).sum().item()
+                total[1] += (reference.argmax(-1) == logits.argmax(-1)).sum().item()
+                bar.update()
+    errors = [
+        _error(number, path, [site for site, _ in packed], kl / tokens, agreed / tokens)
+        for (number, path, packed), (kl, agreed) in zip(sites, sums, strict=True)
+    ]
+    state.block_errors = BlockErrors(tuple(errors), tokens)
+    return state.block_errors
+
+
+_Made = list[tuple[PackedSite, list[Tensor]]]
+
+
+def _sites_by_block(state: ModelState) -> Iterator[tuple[int, str, _Made]]:
+    """Yields number, path and 4-bit products of every block whose twin the latest rewritten graph packed."""
+    rewritten = [graph for graph in state.graphs if graph.packed]
+    if not rewritten:
+        return
+    used = {id(site) for site in rewritten[-1].packed}
+    made = [(site, sources) for site, sources in state.packed.made() if id(site) in used]
+    for number, path in enumerate(rewritten[-1].block_paths, start=1):
+        packed = [(site, sources) for site, sources in made if site.name.startswith(f"{path}.")]
+        for site, sources in packed:
+            if sources is None:
+                raise ValueError(
+                    f"the weights of {site.name} changed after they were packed; call torch._dynamo.reset() and "
+                    "generate a token first"
+                )
+        if packed:
+            yield number, path, packed
+
+
+def _twin_weights(model: nn.Module, packed: _Made) -> dict[str, Tensor]:
+    """Returns the weights of a twin by parameter name, in the model's dtype."""
+    name_of = {id(parameter): name for name, parameter in model.named_parameters()}
+    weights = {}
+    for site, sources in packed:
+        if site.kept:
+            continue
+        parts = site.dequantize().split(site.out_features)
+        for source, part in zip(sources, parts, strict=False):  # biases and norms follow the weights
+            weights[name_of[id(source)]] = (part.T if site.transposed else part).to(source.dtype)
+    return weights
+
+
+def _logits(model: nn.Module, weights: Mapping[str, Tensor], ids: Tensor) -> Tensor:
+    arguments = {"input_ids": ids.to(model.device), "use_cache": False}
+    return functional_call(model, dict(weights), (), arguments).logits.flatten(0, 1)
+
+
+def _error(number: int, path: str, sites: Sequence[PackedSite], kl: float, agreement: float) -> BlockError:
+    worst = min((site for site in sites if not site.kept), key=lambda site: site.quality, default=None)
+    name, quality = ("", float("inf")) if worst is None else (worst.name, worst.quality)
+    return BlockError(number, path, kl, agreement, name, quality)

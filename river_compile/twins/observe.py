@@ -1,0 +1,213 @@
+"""What the matrices of a model read: ``observe(model, tokenizer, texts)``, for the quantizers "awq" and "gptq".
+
+Texts run through the model as it is, never through compiled code, one after another. Every product of an input with a
+two-dimensional parameter is seen where it happens (``F.linear``, ``addmm``, ``matmul``: the forms that twins replace),
+and the input's second moments are kept under that parameter, as long as it lives.
+
+Inputs are kept as they are while they take less room than their moments, ``4 K^2`` bytes for K features, and are summed
+up then: some 2 K tokens in 16 bits. Not handled: experts that are stacked in one tensor, which twins keep in 16 bits.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterable, Mapping, Sequence
+from importlib import resources
+
+import torch
+from torch import Tensor, nn
+from torch.overrides import TorchFunctionMode
+from torch.utils.weak import WeakTensorKeyDictionary
+from tqdm import tqdm
+from transformers import PreTrainedModel
+
+from river_compile.errors import OptionError
+from river_compile.state import state_of
+
+from .versions import version_of
+
+_PRODUCTS = (nn.functional.linear, torch.addmm, torch.matmul, torch.Tensor.matmul, torch.Tensor.__matmul__)
+_WINDOW = 512  # tokens that run at once: the logits of a large vocabulary take memory
+
+
+def observe(
+    model: PreTrainedModel,
+    tokenizer: Callable[[str], Mapping[str, Sequence[int]]] | None = None,
+    texts: Sequence[str] | None = None,
+    *,
+    inputs: Iterable[Tensor] | None = None,
+    progress: bool = True,
+) -> Observation:
+    """Records what every matrix of a model reads, for ``options={"quantizer": "gptq"}`` and ``"awq"``.
+
+    Call it before the first generation with such a quantizer, before or after ``model.compile``; twins that are packed
+    already stay as they are. A later call replaces what an earlier one recorded.
+
+    Args:
+        model: a causal language model in eval mode.
+        tokenizer: maps a text to ``{"input_ids": [...]}``.
+        texts: like those that the model will see and write, chat template included; some thousand tokens in all. None
+            takes a few short ones that come with the package: :func:`default_texts`.
+        inputs: token ids ``[T]`` or ``[B, T]`` without padding, in place of tokenizer and texts.
+        progress: whether to show a progress bar.
+
+    Returns:
+        What was recorded; the model keeps it too, until ``observation.clear()``.
+
+    Raises:
+        OptionError: (a ``ValueError``) neither or both of tokenizer and inputs, or no token in them.
+    """
+    model = getattr(model, "_orig_mod", model)
+    windows = windows_of(tokenizer, texts, inputs, "observe")
+    observation = Observation()
+    parameters = {p.data_ptr(): p for p in model.parameters() if p.dim() == 2}
+    bar = tqdm(windows, desc="river: observing", unit="text", leave=False, delay=1, disable=not progress)
+    with torch.no_grad(), torch.compiler.set_stance("force_eager"):
+        for ids in bar:
+            with _Recorder(parameters, observation):
+                model(input_ids=ids.to(model.device), use_cache=False)
+            observation.tokens += ids.numel()
+    state_of(model.parameters()).observation = observation
+    return observation
+
+
+def windows_of(
+    tokenizer: Callable[[str], Mapping[str, Sequence[int]]] | None,
+    texts: Sequence[str] | None,
+    inputs: Iterable[Tensor] | None,
+    caller: str,
+) -> list[Tensor]:
+    """Returns token ids ``[B, T]`` of texts or inputs, cut into pieces that run at once.
+
+    Raises:
+        OptionError: (a ``ValueError``) neither or both of tokenizer and inputs, or no token in them.
+    """
+    if (tokenizer is None) == (inputs is None):
+        raise OptionError(f"{caller} takes a tokenizer (and texts=), or inputs=[ids, ...]: one of the two")
+    if inputs is None:
+        inputs = [torch.tensor(tokenizer(text)["input_ids"]) for text in (default_texts() if texts is None else texts)]
+    batches = [torch.atleast_2d(ids) for ids in inputs]
+    windows = [window for ids in batches if ids.numel() for window in ids.split(_WINDOW, dim=1)]
+    if not windows:
+        raise OptionError(f"{caller} was given no token; pass texts= of some thousand tokens in all")
+    return windows
+
+
+def default_texts() -> list[str]:
+    """Returns short texts of many kinds that were written for this package.
+
+    They are a start, no match for texts like those that a model will see.
+    """
+    content = resources.files("river_compile.twins").joinpath("default_texts.txt").read_text(encoding="utf-8")
+    return content.rstrip("\n").split("\n%%\n")
+
+
+class InputMoments:
+    """Second moments of the inputs of a matrix, ``E[x x^T]``.
+
+    Args:
+        features: K.
+    """
+
+    def __init__(self, features: int) -> None:
+        self.features = features
+        self.tokens = 0
+        self._rows: list[Tensor] = []
+        self._sum: Tensor | None = None
+
+    @property
+    def nbytes(self) -> int:
+        return sum(rows.nbytes for rows in self._rows) + (0 if self._sum is None else self._sum.nbytes)
+
+    def add(self, x: Tensor) -> None:
+        """Adds inputs ``[..., K]``."""
+        rows = x.detach().reshape(-1, self.features).clone()
+        self._rows.append(rows)
+        self.tokens += len(rows)
+        if self._sum is not None or self.nbytes > 4 * self.features**2:
+            self._sum = self._summed()
+            self._rows = []
+
+    def matrix(self) -> Tensor:
+        """Returns the moments, float32 ``[K, K]``."""
+        return self._summed() / self.tokens
+
+    def _summed(self) -> Tensor:
+        rows = torch.cat(self._rows).float() if self._rows else None
+        if rows is None:
+            return self._sum
+        return rows.T @ rows if self._sum is None else self._sum.addmm(rows.T, rows)
+
+
+class Observation:
+    """What was seen of a model's inputs so far; see :func:`observe`.
+
+    Attributes:
+        tokens: number of tokens.
+        number: distinguishes observations, for what was made with them.
+    """
+
+    _made = 0
+
+    def __init__(self) -> None:
+        Observation._made += 1
+        self.number = Observation._made
+        self.tokens = 0
+        self._moments: WeakTensorKeyDictionary = WeakTensorKeyDictionary()
+
+    @property
+    def nbytes(self) -> int:
+        """Bytes of memory that it takes."""
+        return sum(moments.nbytes for moments in set(self._moments.values()))
+
+    def moments_of(self, weight: Tensor) -> InputMoments | None:
+        """Returns the moments of a parameter's inputs, None where no text reached it."""
+        return self._moments.get(weight)
+
+    def record(self, weight: Tensor, moments: InputMoments) -> None:
+        """Keeps the moments of a parameter's inputs; several parameters may share them."""
+        self._moments[weight] = moments
+
+    def clear(self) -> None:
+        """Frees its memory; twins that are packed stay."""
+        self._moments.clear()
+
+    def __str__(self) -> str:
+        return f"observed {len(self._moments)} matrices on {self.tokens} tokens ({self.nbytes / 1e6:.0f} MB)"
+
+
+class _Recorder(TorchFunctionMode):
+    """Hands every input of a product with one of the parameters to that parameter's moments."""
+
+    def __init__(self, parameters: Mapping[int, Tensor], observation: Observation) -> None:
+        super().__init__()
+        self._parameters, self._observation = parameters, observation
+        self._last: tuple[Tensor, int, InputMoments] | None = None
+
+    def __torch_function__(self, func, types, args=(), kwargs=None):
+        if func in _PRODUCTS:
+            tensors = [a for a in (*args, *(kwargs or {}).values()) if isinstance(a, Tensor)]
+            weights = [(i, self._parameters[t.data_ptr()]) for i, t in enumerate(tensors) if self._is_weight(t)]
+            if weights and weights[0][0] > 0:
+                at, weight = weights[0]
+                self._record(tensors[at - 1], weight)
+        return func(*args, **(kwargs or {}))
+
+    def _is_weight(self, tensor: Tensor) -> bool:
+        return tensor.dim() == 2 and tensor.data_ptr() in self._parameters
+
+    def _record(self, x: Tensor, weight: Tensor) -> None:
+        """Adds an input; matrices that read one and the same, as q, k and v do, share its moments."""
+        moments = self._observation.moments_of(weight)
+        if self._last is not None and _same(self._last[0], self._last[1], x) and moments in (None, self._last[2]):
+            self._observation.record(weight, self._last[2])
+            return
+        if moments is None:
+            moments = InputMoments(x.shape[-1])
+            self._observation.record(weight, moments)
+        moments.add(x)
+        self._last = (x, version_of(x), moments)  # held, so that no other tensor takes its place in memory
+
+
+def _same(before: Tensor, version: int, now: Tensor) -> bool:
+    place = (before.data_ptr(), before.numel(), before.shape[-1], version)
+    return place == (now.data_ptr(), now.numel(), now.shape[-1], version_of(now))

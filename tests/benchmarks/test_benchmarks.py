@@ -1,0 +1,359 @@
+"""The benchmarks' machinery without a model: worker processes, turns, medians, ratios, tables, files."""
+
+import itertools
+import json
+import math
+import time
+
+import pytest
+import torch
+
+from benchmarks import common, cuda_decode, cuda_worker, decode, offload, roofline
+
+ROOT = decode.Path(__file__).resolve().parents[2]
+WORKER = f"""
+import os, sys
+sys.path.insert(0, {str(ROOT)!r})
+from benchmarks import common
+
+def fail():
+    raise ValueError("tau is odd")
+
+def die():
+    print("last words", file=sys.stderr, flush=True)
+    os._exit(3)
+
+def environment():
+    print("chatter on standard output")
+    return {{"cache": os.environ["TORCHINDUCTOR_CACHE_DIR"], "threads": os.environ["OMP_NUM_THREADS"]}}
+
+def memory(mebibytes):
+    before = common.peak_rss_bytes()
+    held = b"x" * (mebibytes << 20)
+    return {{"before": before, "after": common.peak_rss_bytes()}}
+
+def echo(text):
+    return {{"text": text}}
+
+common.serve({{handler.__name__: handler for handler in (echo, fail, die, environment, memory)}})
+"""
+
+
+@pytest.fixture
+def start(tmp_path):
+    """Returns a function that starts a worker of `WORKER`; all are closed at the end."""
+    script = tmp_path / "worker.py"
+    script.write_text(WORKER)
+    workers = []
+
+    def start(name):
+        workers.append(common.Worker(script, name, threads=1))
+        return workers[-1]
+
+    yield start
+    for worker in workers:
+        worker.close()
+
+
+def test_a_worker_answers_in_order_and_survives_an_error(start):
+    worker = start("row")
+    assert worker.ask("echo", text="ä\n1") == {"text": "ä\n1"}
+    with pytest.raises(common.WorkerFailed, match="row: ValueError: tau is odd"):
+        worker.ask("fail")
+    assert worker.ask("echo", text="2") == {"text": "2"}
+
+
+def test_a_dead_worker_is_reported_with_its_last_words(start):
+    worker = start("row")
+    with pytest.raises(common.WorkerFailed, match=r"row: the process ended with status 3\nlast words"):
+        worker.ask("die")
+
+
+def test_workers_share_no_cache_and_their_chatter_is_no_answer(start):
+    first, second = start("a").ask("environment"), start("b").ask("environment")
+    assert first["cache"] != second["cache"]
+    assert first["threads"] == "1"
+
+
+def test_json_files_are_whole_and_leave_no_scratch(tmp_path):
+    path = tmp_path / "new" / "out.json"
+    common.write_json(path, {"a": 1})
+    with pytest.raises(TypeError):
+        common.write_json(path, {"a": object()})
+    assert json.loads(path.read_text()) == {"a": 1}
+    assert list(path.parent.iterdir()) == [path]
+
+
+def test_ratios_leave_out_what_was_not_measured():
+    assert common.ratios({"a": 3.0, "b": 2.0}, [("a", "b"), ("a", "c")]) == {"a/b": 1.5}
+
+
+def test_tables_align_numbers_right_and_show_gaps(capsys):
+    common.print_table(["", "tokens/s"], [["eager", 1.0], ["llama_cpp", None]])
+    assert capsys.readouterr().out.splitlines() == [
+        "           tokens/s",
+        "---------  --------",
+        "eager          1.00",
+        "llama_cpp         -",
+    ]
+
+
+def test_peak_memory_grows_with_what_the_process_held(start):
+    memory = start("row").ask("memory", mebibytes=64)
+    assert memory["after"] - memory["before"] > 60 * 2**20
+
+
+class FakeWorker:
+    """Stands in for `common.Worker`: notes who was asked what and answers with growing speeds."""
+
+    log: list = []  # noqa: RUF012  (shared by all on purpose)
+
+    def __init__(self, script, name, threads):
+        self.name, self.rounds = name, 0
+
+    def ask(self, command, **arguments):
+        self.log.append((command, self.name))
+        if command == "prepare":
+            return {"first_token_s": 1.0, "second_token_s": 2.0, "mean_depth": 3.0}
+        self.rounds += 1
+        return {"tokens_per_s": [1.0, 9.0, 4.0][self.rounds - 1], "peak_rss_bytes": 2**20}
+
+    def close(self):
+        self.log.append(("close", self.name))
+
+
+def test_repeats_take_turns_and_the_median_counts(monkeypatch, tmp_path, capsys):
+    """Rows are prepared one by one, measured in rounds, and the JSON holds medians, ratios and absent rows."""
+    monkeypatch.setattr(FakeWorker, "log", [])
+    monkeypatch.setattr(common, "Worker", FakeWorker)
+    (tmp_path / "config.json").write_text("{}")
+    out = tmp_path / "out.json"
+    rows = ["eager", "river", "llama_cpp"]
+    status = decode.main(["--model", str(tmp_path), "--rows", *rows, "--repeats", "3", "--json", str(out)])
+    assert status == 0
+    turn = [("measure", "eager"), ("measure", "river")]
+    assert FakeWorker.log[:2] == [("prepare", "eager"), ("prepare", "river")]
+    assert FakeWorker.log[2:8] == turn * 3
+    assert sorted(FakeWorker.log[8:]) == [("close", "eager"), ("close", "river")]
+    outcome = json.loads(out.read_text())
+    assert outcome["rows"]["river"]["decode_tokens_per_s"] == 4.0
+    assert outcome["ratios"] == {"river/eager": 1.0}
+    assert list(outcome["absent"]) == ["llama_cpp"]
+    assert "river/eager" in capsys.readouterr().out
+
+
+def test_an_unknown_model_is_named(capsys):
+    assert decode.main(["--model", "/no/such/folder"]) == 1
+    assert "model='/no/such/folder' is neither one of" in capsys.readouterr().err
+
+
+def test_llama_cpp_needs_its_package_and_a_gguf_file(tmp_path, monkeypatch, capsys):
+    """The row is absent with its reason, and a GGUF file that does not exist is named."""
+    (tmp_path / "config.json").write_text("{}")
+    arguments = ["--model", str(tmp_path), "--rows", "llama_cpp"]
+    options = decode._parse(arguments)
+    monkeypatch.setattr(decode.importlib.util, "find_spec", lambda name: None)
+    assert "is not installed" in decode._absent_rows(options)["llama_cpp"]
+    monkeypatch.setattr(decode.importlib.util, "find_spec", lambda name: object())
+    assert "did not come from a GGUF file" in decode._absent_rows(options)["llama_cpp"]
+    assert decode.main([*arguments, "--gguf", "/no/such.gguf"]) == 1
+    assert "--gguf /no/such.gguf is no file" in capsys.readouterr().err
+
+
+def test_numbers_too_small_are_refused(capsys):
+    with pytest.raises(SystemExit):
+        decode.main(["--new-tokens", "1"])
+    assert "1 is too small; give 2 or more" in capsys.readouterr().err
+
+
+def test_the_torch_runner_times_a_tiny_model_without_river():
+    """The plain row runs end to end: two stamps for the first call, the full depth, a positive rate."""
+    from tests.support.families import make, prompt
+
+    job = {"backend": "eager", "options": {}, "new_tokens": 4}
+    runner = decode.TorchRunner(make("llama", layers=2), prompt(), job)
+    first, second = runner.first_call()
+    assert 0 < first < second
+    assert runner.warm_up() == 2.0
+    start = time.perf_counter()
+    assert runner.rate() > 3 / (time.perf_counter() - start)
+
+
+def test_the_llama_cpp_runner_takes_no_token_too_many():
+    """Every generation starts from a clean state and pulls exactly the tokens it times."""
+
+    class Llama:
+        pulled, resets = 0, 0
+
+        def reset(self):
+            self.resets += 1
+
+        def generate(self, tokens, **options):
+            assert (tokens, options["temp"]) == ([1, 2], 0.0)
+            while True:
+                self.pulled += 1
+                yield 5
+
+    runner = decode.LlamaCppRunner(Llama(), [1, 2], {"new_tokens": 4})
+    first, second = runner.first_call()
+    assert 0 < first < second
+    assert runner.warm_up() is None
+    assert runner.rate() > 0
+    assert (runner.llama.pulled, runner.llama.resets) == (2 + 4 + 4, 3)
+
+
+@pytest.fixture
+def tiny(monkeypatch):
+    """A shape that `--random` can build here."""
+    from river_compile.kernels.tools.shapes import MODELS, ModelShape
+
+    monkeypatch.setitem(MODELS, "llama-tiny", ModelShape("llama-tiny", 4, 64, 4, 2, 16, 128, 96))
+    return "llama-tiny"
+
+
+def test_a_token_costs_what_its_blocks_cost():
+    """Bytes of Llama-3.1-8B by hand: 16-bit weights and the cache for never leaving, 4.5 bits a weight for depth 0."""
+    line = roofline.Roofline("llama-3.1-8b", context=1024, group_size=64)
+    weights = 32 * (4096 * (6144 + 4096 + 3 * 14336) + 2 * 4096)
+    head, cache = 2 * 4096 * 128256, 32 * 2 * 2 * 1024 * 1024
+    assert math.isclose(line.token(None).bytes, 2 * weights + head + cache, rel_tol=0.01)
+    assert math.isclose(line.token(0).bytes, weights * (0.5 + 4 / 64) + head + cache, rel_tol=0.01)
+    assert line.token(32) == roofline.TokenCost(32, line.token(None).launches, line.token(None).bytes)
+    deeper = [line.token(depth).bytes for depth in range(33)]
+    assert len({b - a for a, b in itertools.pairwise(deeper)}) == 1
+    assert line.token(0).launches == 32 * 7 + 1
+
+
+def test_the_estimate_prints_costs_targets_and_the_schedule(tmp_path, capsys, monkeypatch):
+    """Llama-3.1-8B with the schedule of four blocks: what a target needs is its share of the roofline's speed."""
+    out = tmp_path / "out.json"
+    arguments = [
+        "--random",
+        "llama-3.1-8b",
+        "--estimate",
+        "--blocks",
+        "4",
+        "--depths",
+        "never",
+        "0",
+        "3",
+        "--bandwidth",
+    ]
+    assert decode.main([*arguments, "3350", "--json", str(out)]) == 0
+    outcome = json.loads(out.read_text())["models"]["llama-3.1-8b"]
+    never, left, third = outcome["tokens"]
+    assert (never["exit"], left["exit"], third["exit"]) == ("never", "depth 0", "depth 3")
+    assert 215 < never["tokens_per_s"] < 225  # 15.2 GB at 3350 GB/s
+    assert math.isclose(left["needs"], 330 / left["tokens_per_s"])
+    assert math.isclose(1 / 300, third["seconds"] + third["launches"] * third["seconds_per_launch"])
+    steps = {(row["exit"], row["how"]): (row["graphs"], row["flags"]) for row in outcome["schedule"]}
+    assert steps == {
+        ("never", "forced"): (1, 0),
+        ("never", "asked"): (4, 3),
+        ("depth 0", "forced"): (2, 0),
+        ("depth 3", "forced"): (2, 0),
+        ("depth 3", "asked"): (4, 3),
+    }
+    printed = capsys.readouterr().out
+    assert "Nothing was run on a GPU. Bytes at 3350 GB/s" in printed
+    assert "51%" in printed  # what 330 tokens/s need
+
+
+@pytest.mark.parametrize(
+    ("arguments", "words"),
+    [
+        (["--device", "cuda"], "name the models to build: --random llama-3.2-1b llama-3.1-8b"),
+        (["--estimate"], "name the models to build"),
+        (["--random", "llama-9", "--estimate"], "--random llama-9 is no model that can be built"),
+        (["--random", "llama-3.2-1b"], "--random needs --device cuda, or --estimate"),
+        (["--random", "llama-3.2-1b", "--device", "cuda"], "torch sees no GPU here; --estimate prints"),
+        (["--random", "llama-3.2-1b", "--estimate", "--depths", "16"], "--depths 16 lies behind the last exit of 16"),
+    ],
+)
+def test_what_the_gpu_benchmark_cannot_do_is_named(arguments, words, capsys, monkeypatch):
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: False)
+    assert decode.main(arguments) == 1
+    assert words in capsys.readouterr().err
+
+
+@pytest.mark.parametrize("bandwidth", ["0", "-3", "nan"])
+def test_a_bandwidth_is_positive(bandwidth, capsys):
+    with pytest.raises(SystemExit):
+        decode.main(["--random", "llama-3.2-1b", "--estimate", "--bandwidth", bandwidth])
+    assert f"{bandwidth} is no bandwidth" in capsys.readouterr().err
+
+
+def test_a_gpu_run_starts_a_process_for_each_backend(monkeypatch, capsys, tiny):
+    """With stand-ins for the GPU: what the workers are asked, what the table and its last lines say."""
+    asked = []
+
+    def answer(self, command, **job):
+        asked.append((command, job["backend"]))
+        depths = job["depths"] if job["backend"] == "river" else [None]
+        names = [f"river {roofline.depth_name(d)}" for d in depths] if job["backend"] == "river" else [job["backend"]]
+        row = {"backend": job["backend"], "generate_tokens_per_s": 50.0, "bytes": 10**9, "kernels": 9, "graphs": 2}
+        row |= {"capture_s": 0.5, "capture_bytes": 10**6}
+        speeds = {"inductor": 100.0, "river depth 3": 250.0}
+        rows = [
+            row | {"name": name, "depth": depth, "tokens_per_s": speeds.get(name, 80.0)}
+            for name, depth in zip(names, depths, strict=True)
+        ]
+        return {"rows": rows, **({"check": {"seconds": 1e-5, "count": 3}} if job["backend"] == "river" else {})}
+
+    monkeypatch.setattr(FakeWorker, "ask", answer)
+    monkeypatch.setattr(common, "Worker", FakeWorker)
+    options = decode._parse(["--device", "cuda", "--random", tiny])
+    cuda_decode.show(tiny, cuda_decode._measured(tiny, options), bandwidth=1e12)
+    assert asked == [("measure", backend) for backend in ("eager", "inductor", "river")]
+    printed = capsys.readouterr().out
+    assert "One exit check costs 10.00 us; all 3 of them are 0.2% of a token" in printed
+    assert "Depth 3 over Inductor's 16-bit model: 2.50 (2.16 to reach)." in printed
+    assert "25%" in printed  # 250 tokens/s of 1 GB, where copies reach 1000 GB/s
+
+
+@pytest.mark.parametrize(("backend", "names"), [("eager", ["eager"]), ("river", ["river never", "river depth 1"])])
+def test_the_gpu_worker_measures_a_tiny_model_here(backend, names, tiny, monkeypatch):
+    """Apart from the device it is the code of a GPU run: rows, rates, the exit check, and a cache taken back."""
+    compile_model = torch.nn.Module.compile
+
+    def eagerly(model, **settings):  # (Inductor would take longer than all the rest)
+        settings["options"] |= {"lowering": "eager"}
+        return compile_model(model, **settings)
+
+    monkeypatch.setattr(torch.nn.Module, "compile", eagerly)
+    grad = torch.is_grad_enabled()
+    try:
+        job = {"depths": [None, 1], "context": 8, "group_size": 32, "new_tokens": 5, "device": "cpu"}
+        answer = cuda_worker.measure(tiny, backend, **job)
+    finally:
+        torch.set_grad_enabled(grad)
+    assert [row["name"] for row in answer["rows"]] == names
+    assert all(row["tokens_per_s"] > 0 and row["generate_tokens_per_s"] > 0 for row in answer["rows"])
+    assert ("check" in answer) == (backend == "river")
+
+
+def test_rounds_take_back_what_they_decoded(tiny):
+    loop = cuda_worker.Loop(cuda_worker.random_model(tiny, "cpu"), context=8, new_tokens=5, static=True)
+    with torch.no_grad():
+        assert loop.seconds_per_token() > 0
+    assert int(loop._cache.get_seq_length()) == 8
+
+
+def test_offloading_is_compared_with_a_model_in_memory(monkeypatch, tmp_path, capsys):
+    """Which rows are measured, and the share that stays."""
+    asked = []
+
+    def answer(self, command, options, **job):
+        asked.append(options)
+        moved = 6 * 10**6 if "offload" in options else 0
+        speeds = {"prompt_s": 0.1, "decode_tokens_per_s": 50.0, "mean_depth": 2.0}
+        return {"weights_bytes": 10**7, "resident_bytes": 10**7 - moved, "process_bytes": 10**8, **speeds}
+
+    monkeypatch.setattr(FakeWorker, "ask", answer)
+    monkeypatch.setattr(common, "Worker", FakeWorker)
+    (tmp_path / "config.json").write_text("{}")
+    assert offload.main(["--model", str(tmp_path), "--offload", "2"]) == 0
+    tau = {"threshold": 0.7}
+    assert asked == [tau, *({**tau, "offload": 2, "offload_policy": policy} for policy in ("exit", "fetch"))]
+    lines = capsys.readouterr().out.splitlines()
+    assert [line.split()[-5] for line in lines[-3:]] == ["100%", "40%", "40%"]

@@ -1,0 +1,108 @@
+"""The quality benchmark on a tiny model: every number that it prints comes from a run, and the parts add up."""
+
+from __future__ import annotations
+
+import json
+import math
+
+import pytest
+import torch
+
+from benchmarks import common, quality, quality_entries, quality_fills, quality_texts
+from benchmarks.quality_plots import plot
+from tests.support.families import VOCABULARY, make
+
+BASE = {"lowering": "eager", "group_size": 32}
+FILLS = ["recompute"]
+
+
+class Letters:
+    """A tokenizer with a token for each character."""
+
+    chat_template = None
+
+    def __call__(self, text, return_tensors=None):
+        ids = [1 + ord(character) % (VOCABULARY - 1) for character in text]
+        return {"input_ids": torch.tensor([ids]) if return_tensors else ids}
+
+
+@pytest.fixture(scope="module")
+def outcome():
+    arguments = ["--texts", "2", "--tokens", "5", "--calibration-texts", "0", "--no-progress", "--thresholds", "0.5"]
+    options = quality._parse([*arguments, "--quantizers", "rtn", "--fills", *FILLS])
+    found = quality.measure(make("llama", layers=3), Letters(), options, BASE)
+    return json.loads(json.dumps(found)) | {"seconds": 0.0}
+
+
+def test_never_exit_is_the_model_and_four_bits_are_not(outcome):
+    backbone, four_bits, river = outcome["rows"]
+    for kind in ("own", "held_out"):
+        assert (backbone[kind]["kl"], backbone[kind]["agreement"]) == (0, 1)
+        assert four_bits[kind]["kl"] > 1e-4
+    assert (backbone["match"], backbone["depth"], backbone["time"]) == (5, 3, 1)
+    assert (four_bits["depth"], four_bits["rule"]) == (0, [None, 0])
+    assert 2 <= river["depth"] <= 3
+    assert [row["name"] for row in outcome["rows"]] == ["backbone", "everything 4-bit, rtn", "River, threshold 0.5"]
+
+
+def test_fills_have_the_parts_that_they_pay_for(outcome):
+    """Only the river has a tail, recompute pays for repair, and every part of a token is positive."""
+    for budget in quality_fills.BUDGETS:
+        for name, fill in outcome["fills"].items():
+            parts = fill["budgets"][budget]["ms"]
+            assert parts["backbone"] > 0
+            assert (parts["tail"] > 0) == (name == "river")
+            assert (parts["repair"] > 0) or name == "river"
+    assert list(outcome["fills"]) == ["river", *FILLS]
+    assert set(outcome["frontier"]["kl"]) == {"river", *FILLS}
+
+
+def test_entries_of_executed_blocks_are_the_backbones(outcome):
+    entries = outcome["entries"]
+    for depth, keys, values in zip(entries["depths"], entries["keys"], entries["values"], strict=True):
+        for cosines in (keys, values):
+            assert cosines[:depth] == pytest.approx([1] * depth, abs=1e-6)
+            assert all(0.5 < cosine < 1 - 1e-5 for cosine in cosines[depth:])
+    assert len(entries["similarity"]["mean"]) == 2
+    assert all(-1 <= rank <= 1 for rank in entries["correlation"]["rank"])
+
+
+def test_tables_and_figures(outcome, tmp_path, capsys):
+    """All that was measured is shown; the pictures are small enough for a page."""
+    quality.show(outcome)
+    shown = capsys.readouterr().out
+    assert all(word in shown for word in ("everything 4-bit, rtn", "recompute", "strict", "River's frontier"))
+    paths = plot(outcome, tmp_path)
+    assert len(paths) == 4
+    assert all(1_000 < path.stat().st_size < 120_000 for path in paths)
+
+
+def test_the_exact_match_ends_at_the_first_difference():
+    assert quality_texts.exact_match([[0, 0, 1, 0], [0, 0, 0, 0], [1, 0, 0, 0]]) == 2
+
+
+def test_own_text_is_what_generate_writes():
+    model, ids = make("llama", layers=2), torch.tensor([[5, 9, 2]])
+    expected = model.generate(ids, attention_mask=torch.ones_like(ids), max_new_tokens=6, do_sample=False)
+    assert torch.equal(quality_texts.greedy(model, ids, 9), expected)
+
+
+def test_ranks_correlate_whatever_the_scale():
+    a = torch.tensor([0.1, 0.5, 0.2, 0.9])
+    assert quality_entries.rank_correlation(a, a.exp() * 100) == pytest.approx(1)
+    assert quality_entries.rank_correlation(a, -a) == pytest.approx(-1)
+
+
+def test_a_frontier_is_compared_where_both_reach():
+    leads = {"river": [None, 0.2, 0.1], "mask": [0.05, 0.3, 0.1]}
+    assert quality_fills.river_leads(leads)
+    assert not quality_fills.river_leads({**leads, "propagate": [None, 0.1, 0.1]})
+    mixed = quality_fills.frontiers({"river": {"points": [{"time": 0.5, "kl": 0.4}]}}, [0.4, 0.75])
+    assert mixed["river"] == [None, pytest.approx(0.2)]
+
+
+def test_quick_measures_little():
+    options = quality._parse(["--quick"])
+    assert (options.texts, options.tokens, options.calibration_texts) == (2, 8, 0)
+    assert "none" not in options.quantizers
+    assert not math.isnan(common.peak_rss_bytes())

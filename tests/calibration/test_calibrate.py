@@ -1,0 +1,199 @@
+"""Calibration measures what its options then do, takes the cheapest rule that passed, and says what it cannot keep."""
+
+from __future__ import annotations
+
+import json
+import re
+
+import pytest
+import torch
+from transformers import StaticCache
+
+from river_compile import BudgetError, Calibration, OptionError, calibrate, river, trace
+from river_compile.calibration.evaluate import Meter
+from river_compile.exits import CRITERIA
+from tests.support.decoding import cache_argument
+from tests.support.families import make, prompt
+
+CONTEXT, TOKENS = 4, 4
+OPTIONS = {"lowering": "eager", "group_size": 32, "quantizer": "rtn"}
+TEXTS = [" ".join(map(str, prompt(CONTEXT + TOKENS, seed=seed)[0].tolist())) for seed in range(40)]
+
+
+def tokenizer(text):
+    return {"input_ids": [int(word) for word in text.split()]}
+
+
+def run(model, budget, texts=TEXTS, **arguments):
+    torch._dynamo.reset()
+    arguments = {"options": OPTIONS, "context": CONTEXT, "tokens": TOKENS, "progress": False, **arguments}
+    return calibrate(model, tokenizer, texts, budget, **arguments)
+
+
+@pytest.fixture(scope="module")
+def model():
+    return make("llama", layers=3)
+
+
+@pytest.fixture(scope="module", params=list(CRITERIA))
+def found(model, request):
+    return run(model, {"kl": 0.3}, criterion=request.param)
+
+
+def logits_of(model, ids):
+    """Decodes the end of a text with whatever the model does; returns logits ``[tokens, vocabulary]``."""
+    cache = StaticCache(config=model.config, max_cache_len=CONTEXT + TOKENS)
+    held = {"use_cache": True, cache_argument(model): cache}
+    with torch.inference_mode():
+        model(input_ids=ids[:, :CONTEXT], **held)
+        steps = [
+            model(input_ids=ids[:, i : i + 1], position_ids=torch.tensor([[i]]), **held).logits[:, -1]
+            for i in range(CONTEXT, CONTEXT + TOKENS)
+        ]
+    return torch.cat(steps).double().log_softmax(-1)
+
+
+def test_measured_quality_is_what_the_options_give(model, found):
+    """Every rule's KL and depth on all texts, run again through the options alone, with exits leaving their mark."""
+    rule = found.chosen
+    plain, river_logits = [], []
+    for options, into in (({**OPTIONS, "exit_depth": 3}, plain), (found.options, river_logits)):
+        torch._dynamo.reset()
+        model.compile(backend=river, options=options)
+        with trace() as seen:
+            into += [logits_of(model, torch.tensor([tokenizer(text)["input_ids"]])) for text in TEXTS]
+    model._compiled_call_impl = None
+    kl = [(p.exp() * (p - q)).sum(-1).mean().item() for p, q in zip(plain, river_logits, strict=True)]
+    assert rule.texts == 32
+    # The held-out texts are 32 of these 40: their sum is at most that of all, and at least that of the 32 smallest.
+    assert sum(sorted(kl)[:32]) - 1e-4 <= rule.kl * 32 <= sum(sorted(kl)[8:]) + 1e-4
+    assert abs(rule.mean_depth - seen.mean_depth) < 0.6
+    assert abs(rule.doubted - seen.doubted / len(seen.tokens)) < 0.2
+
+
+def test_the_chosen_rule_passed_and_is_the_cheapest_of_those(found):
+    passed = [c for c in found.candidates if c.passed]
+    assert found.chosen in passed
+    assert found.chosen.cost == min(c.cost for c in passed)
+    assert found.chosen.loss < 0.3
+    rule = {"threshold": found.chosen.threshold, "first_exit": found.chosen.first_exit}
+    assert found.options == {**OPTIONS, "criterion": found.base_options["criterion"], **rule}
+    assert any(c.kl > 0 for c in found.candidates)
+
+
+def test_the_model_is_left_as_it_was(model, found):
+    assert model._compiled_call_impl is None
+
+
+def test_it_can_be_read(found):
+    text = str(found)
+    assert "promised   mean kl at most 0.3 on unseen text of the same kind, confidence 90%" in text
+    assert "texts above 1.5 counted as 1.5" in text
+    assert "of 3 blocks" in text
+    assert f"criterion='{found.base_options['criterion']}'" in text
+    assert re.search(r"of never exit's time per token: \d+ tokens/s instead of \d+", text)
+
+
+def test_save_load_and_picture(found, tmp_path):
+    assert Calibration.load(found.save(tmp_path / "calibration.json")) == found
+    assert found.plot(tmp_path / "calibration.png").read_bytes().startswith(b"\x89PNG")
+
+
+def test_a_threshold_for_each_depth_is_chosen_where_it_is_cheapest(model, tmp_path, monkeypatch):
+    """Its options decode as it was measured; text, file and picture hold it."""
+    cost = Meter.cost
+    cheaper = 1e-3
+    monkeypatch.setattr(
+        Meter, "cost", lambda meter, rule: cost(meter, rule) * (cheaper if isinstance(rule.rule[0], tuple) else 1)
+    )
+    found = run(model, {"kl": 3.0}, criterion="similarity")
+    assert isinstance(found.chosen.threshold, tuple)
+    assert len(found.chosen.threshold) == 2, "one for each block but the last"
+    model.compile(backend=river, options=found.options)
+    with trace() as seen:
+        for text in TEXTS:
+            logits_of(model, torch.tensor([tokenizer(text)["input_ids"]]))
+    model._compiled_call_impl = None
+    assert abs(found.chosen.mean_depth - seen.mean_depth) < 0.6
+    assert str(found.chosen.threshold[1])[:4] in str(found)
+    assert Calibration.load(found.save(tmp_path / "calibration.json")) == found
+    assert found.plot(tmp_path / "calibration.png").read_bytes().startswith(b"\x89PNG")
+
+
+@pytest.mark.parametrize("content", ["", "[]", '{"version": 1}', '{"version": 9}', "{"])
+def test_a_damaged_calibration_is_refused(tmp_path, content):
+    file = tmp_path / "calibration.json"
+    file.write_text(content)
+    with pytest.raises(ValueError, match=r"calibration\.json is no calibration that can be read"):
+        Calibration.load(file)
+
+
+def test_an_unknown_field_is_refused(found, tmp_path):
+    file = found.save(tmp_path / "calibration.json")
+    file.write_text(json.dumps({**json.loads(file.read_text()), "speed": 2}))
+    with pytest.raises(ValueError, match="speed"):
+        Calibration.load(file)
+
+
+def test_a_budget_of_agreement(model):
+    """Disagreement is not clipped, and the promise is on the share of tokens."""
+    found = run(model, {"agreement": 0.6})
+    assert found.base_options["criterion"] == "confidence", "the default"
+    assert found.clip == 1.0
+    assert found.chosen.agreement == pytest.approx(1 - found.chosen.loss)
+    assert found.chosen.agreement > 0.6
+    assert "mean agreement at least 0.6" in str(found)
+
+
+def test_the_short_form_of_a_budget(model, found):
+    """`kl=0.3` is `budget={"kl": 0.3}`: the same texts, rules and promise, so the same measured quality."""
+    short = run(model, None, kl=0.3, criterion=found.base_options["criterion"])
+    assert (short.metric, short.budget, short.clip) == ("kl", 0.3, found.clip)
+    measured = {(c.threshold, c.first_exit, c.texts): c.kl for c in found.candidates}
+    again = {(c.threshold, c.first_exit, c.texts): c.kl for c in short.candidates}
+    assert all(measured[key] == again[key] for key in measured.keys() & again.keys())
+    assert measured.keys() & again.keys()
+
+
+def test_a_budget_that_cannot_be_met_says_what_can(model):
+    """The budget that is offered is one that the same texts bear out, and above the loss that was measured."""
+    with pytest.raises(BudgetError, match=r"kl=1e-09 cannot be promised .* which bear out kl=") as refusal:
+        run(model, {"kl": 1e-9})
+    measured, offered = map(
+        float, re.search(r"has KL (\S+) and .* bear out kl=(\S+)\. Ask", str(refusal.value)).groups()
+    )
+    assert 1e-9 < measured < offered < 100 * measured
+    assert run(model, {"kl": offered * 1.01}).chosen.passed
+
+
+def test_too_few_texts_say_how_many_it_takes(model):
+    with pytest.raises(BudgetError, match=r"takes at least \d+ texts to test .*; 4 are left"):
+        run(model, {"kl": 0.3}, texts=TEXTS[:5])
+
+
+def test_short_texts_are_left_out(model):
+    with pytest.raises(BudgetError, match="0 are left"):
+        run(model, {"kl": 0.3}, texts=["1 2 3"] * 100)
+
+
+@pytest.mark.parametrize(
+    ("budget", "arguments", "message"),
+    [
+        ({}, {}, r"budget={} is not allowed; give {\"kl\": 0\.05}"),
+        ({"kl": 0.1, "agreement": 0.9}, {}, "is not allowed; give"),
+        ({"kl": 0.0}, {}, r"budget kl=0\.0 is not allowed; it must be above 0"),
+        ({"agreement": 1.0}, {}, r"agreement=1\.0 is not allowed; it must be between 0 and 1"),
+        ({"kl": 0.1}, {"confidence": 1.0}, r"confidence=1\.0 is not allowed"),
+        ({"kl": 0.1}, {"clip": 0.1}, r"clip=0\.1 is not allowed; it must be above the loss that is promised, 0\.1"),
+        ({"kl": 0.1}, {"options": {"threshold": 0.5}}, r"threshold=0\.5 is what calibration finds"),
+        ({"kl": 0.1}, {"options": {"criterion": "doubt"}}, r"give criterion='doubt' to calibrate itself"),
+        ({"kl": 0.1}, {"criterion": "trust"}, r"criterion='trust' is not allowed"),
+        ({"kl": 0.1}, {"kl": 0.1}, "one budget is needed, such as kl=0.05 or agreement=0.98; given: {'budget'"),
+        (None, {}, "one budget is needed, .*; given: none"),
+        (None, {"kl": -1.0}, r"budget kl=-1\.0 is not allowed; it must be above 0"),
+        ({"kl": 0.1}, {"options": {"quantiser": "rtn"}}, "did you mean 'quantizer'"),
+    ],
+)
+def test_bad_arguments_are_refused(model, budget, arguments, message):
+    with pytest.raises(OptionError, match=message):
+        run(model, budget, **arguments)

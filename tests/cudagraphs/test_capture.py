@@ -1,0 +1,581 @@
+"""Captured decode steps are the uncaptured ones, to the bit, whatever the order of replays.
+
+The recorder stands in for CUDA graphs: it runs launches late, spoils every value that a real replay would not have
+written, and refuses to replay on inputs that have moved (`river_compile/capture_recorder.py`). On a machine with a GPU
+most tests run with CUDA graphs as well (marked `gpu`), and one looks at the device's memory.
+
+Tracing takes most of the time, so one decoder serves many tests: launching ahead and the bound on captures are set on
+its executor, and what is expected of it comes from the same compiled steps in a plain executor.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import gc
+import logging
+import threading
+import weakref
+from collections.abc import Iterator
+from unittest import mock
+
+import pytest
+import torch
+from hypothesis import given, settings
+from hypothesis import strategies as st
+from transformers import StaticCache
+
+import river_compile
+from river_compile import CacheFullError, OptionError, RiverConfig, report, river
+from river_compile.cudagraphs import choose as capture_choice
+from river_compile.cudagraphs.device import CaptureFailed
+from river_compile.cudagraphs.launch_ahead import LaunchAhead
+from river_compile.cudagraphs.recorder import Recorder, StaleReplay
+from river_compile.cudagraphs.runner import CapturedExecutor
+from river_compile.runtime.executor import RiverExecutor, forced_depth, forced_threshold
+from tests.support.decoding import cache_argument, cache_state, decode, new_cache
+from tests.support.families import make, prompt
+
+LAYERS = 4
+CAPACITY = 40
+OPTIONS = {"lowering": "eager", "quantizer": "rtn", "group_size": 32, "first_exit": 1}
+DEVICES = ["cpu", pytest.param("cuda", marks=pytest.mark.gpu)]
+
+
+def capturing(device: str = "cpu", **options) -> dict[str, object]:
+    return {**OPTIONS, "cudagraphs": "record" if device == "cpu" else True, **options}
+
+
+class Decoder:
+    """A tiny compiled model that takes steps on caches it makes.
+
+    The mask covers the whole cache, as generate makes it, so that no input changes its size. Families with sliding
+    windows make their own masks.
+
+    Attributes:
+        executors: the capturing executors of its graphs.
+    """
+
+    def __init__(self, name: str = "llama", device: str = "cpu", **options) -> None:
+        self.model = make(name, layers=LAYERS).to(device)
+        self.model.compile(backend=river, options=capturing(device, **options))
+        self.device = device
+        self.executors: list[CapturedExecutor] = []
+
+    def start(self, seed: int = 0, capacity: int = CAPACITY, batch: int = 1) -> StaticCache:
+        """Returns a new cache with a prompt of 6 tokens in it."""
+        cache = StaticCache(config=self.model.config, max_cache_len=capacity)
+        self._call(cache, prompt(6, batch, seed), 0)
+        return cache
+
+    def step(self, cache: StaticCache, token: int, depth: int | None = None, threshold: float | None = None):
+        """Feeds a token and returns its logits: at a forced depth, with a forced threshold, or as compiled."""
+        forced = contextlib.nullcontext()
+        if depth is not None:
+            forced = forced_depth(depth)
+        elif threshold is not None:
+            forced = forced_threshold(threshold)
+        ids = torch.full((cache.layers[0].keys.shape[0], 1), token)
+        with forced:
+            return self._call(cache, ids, int(cache.get_seq_length()))
+
+    @torch.no_grad()
+    def _call(self, cache, ids, filled):
+        slots = torch.arange(cache.get_max_length())
+        position = torch.arange(filled, filled + ids.shape[1])
+        mask = (slots[None, :] <= position[:, None])[None, None].expand(len(ids), 1, -1, -1)
+        held = {"use_cache": True, cache_argument(self.model): cache}
+        tensors = {"input_ids": ids, "position_ids": position[None]}
+        if self.model.config.model_type == "llama":
+            tensors["attention_mask"] = mask.contiguous()
+        with mock.patch.object(capture_choice, "CapturedExecutor", self._noted):
+            return self.model(**{k: v.to(self.device) for k, v in tensors.items()}, **held).logits
+
+    def _noted(self, *args) -> CapturedExecutor:
+        self.executors.append(CapturedExecutor(*args))
+        return self.executors[-1]
+
+    @property
+    def log(self):
+        """What the report knows of the captures of the newest decode graph."""
+        return [g for g in report(self.model).graphs if g.kind == "decode"][-1].captures
+
+
+@contextlib.contextmanager
+def uncaptured() -> Iterator[None]:
+    """Inside, capturing executors run their steps as a plain RiverExecutor does."""
+
+    def call(executor: CapturedExecutor, *args: object) -> tuple:
+        plain = RiverExecutor.__new__(RiverExecutor)
+        plain.__dict__.update(executor.__dict__)
+        return plain(*args)
+
+    with mock.patch.object(CapturedExecutor, "__call__", call):
+        yield
+
+
+def run(decoder: Decoder, steps) -> tuple[list, list]:
+    """Takes steps (cache number, depth or None, threshold or None) on two new caches; returns logits and caches."""
+    caches = [decoder.start(seed) for seed in range(2)]
+    logits = [decoder.step(caches[c], 3 + i, depth, tau) for i, (c, depth, tau) in enumerate(steps)]
+    return logits, caches
+
+
+def check(decoder: Decoder, steps) -> None:
+    """Compares captured steps with uncaptured ones to the bit: logits, keys, values and lengths."""
+    with uncaptured():
+        expected = run(decoder, steps)
+    assert_same(steps, expected, run(decoder, steps))
+
+
+def assert_same(steps, expected, actual) -> None:
+    for place, (a, b) in enumerate(zip(expected[0], actual[0], strict=True)):
+        assert torch.equal(a, b), f"logits of step {place}, {steps[place]}"
+    for a, b in zip(expected[1], actual[1], strict=True):
+        for layer, (x, y) in enumerate(zip(cache_state(a), cache_state(b), strict=True)):
+            assert torch.equal(x[0], y[0]), f"keys of layer {layer}"
+            assert torch.equal(x[1], y[1]), f"values of layer {layer}"
+            assert x[2] == y[2], f"length of layer {layer}"
+
+
+STEP = st.tuples(
+    st.integers(0, 1),
+    st.one_of(st.none(), st.integers(0, LAYERS)),
+    st.sampled_from([None, -1.0, 0.5, 0.8, 0.9, 0.95, 2.0]),
+)
+STAY, LEAVE = (0, None, 2.0), (0, None, -1.0)
+
+
+@pytest.fixture(autouse=True, scope="module")
+def _fresh_dynamo():
+    """In place of the fixture that resets Dynamo at every test: the tests of this file share traced models."""
+    torch._dynamo.reset()
+    with torch._dynamo.config.patch(recompile_limit=64):
+        yield
+    torch._dynamo.reset()
+
+
+@pytest.fixture
+def alone():
+    """For tests whose sizes would make Dynamo trace later models with dynamic ones."""
+    torch._dynamo.reset()
+    yield
+    torch._dynamo.reset()
+
+
+@pytest.fixture(scope="module", params=DEVICES)
+def shared(request) -> Decoder:
+    return Decoder(device=request.param)
+
+
+@pytest.fixture(scope="module")
+def recorded() -> Decoder:
+    """A decoder on the recorder, for tests that look into it."""
+    return Decoder()
+
+
+@pytest.fixture
+def decoder(shared) -> Iterator[Decoder]:
+    """A decoder that launches in order unless the test says otherwise."""
+    run(shared, [STAY])
+    yield from _in_order(shared)
+
+
+@pytest.fixture
+def recorder(recorded) -> Iterator[Decoder]:
+    run(recorded, [STAY])
+    yield from _in_order(recorded)
+
+
+def _in_order(decoder: Decoder) -> Iterator[Decoder]:
+    executor = decoder.executors[-1]
+    bound = executor._max_captures
+    executor.ahead = LaunchAhead(False)
+    yield decoder
+    executor._max_captures = bound
+    executor.ahead = LaunchAhead(False)
+
+
+class TestSameBits:
+    """What a captured decoder computes is what the uncaptured one computes."""
+
+    @pytest.mark.parametrize("ahead", [False, True], ids=["in order", "ahead"])
+    def test_any_mix_of_depths_and_caches(self, decoder, ahead):
+        """Two caches in turn, forced depths, thresholds in between: logits, entries and counters."""
+        decoder.executors[-1].ahead = LaunchAhead(ahead)
+        before = decoder.log.made
+
+        @settings(max_examples=15)
+        @given(st.lists(STEP, min_size=6, max_size=14))
+        def try_out(steps):
+            check(decoder, steps)
+
+        try_out()
+        assert decoder.log.made > before
+
+    @pytest.mark.parametrize("name", ["gemma2", "mixtral"])
+    def test_families(self, name, alone):
+        """Sliding windows before and after they are full, counters kept in Python, experts."""
+        decoder = Decoder(name, launch_ahead=True)
+        check(decoder, [(0, None, tau) for tau in (2.0, 2.0, -1.0, -1.0, 0.9, 2.0, 2.0, 0.9, 0.95, -1.0)])
+        assert any(g.captures.made for g in report(decoder.model).graphs)
+
+    @pytest.mark.parametrize(
+        ("criterion", "thresholds"), [("confidence", (0.0, 4.45, 5.0)), ("doubt", (0.0, 1e-9, 3.5, 4.0, 9.0))]
+    )
+    def test_other_criteria(self, criterion, thresholds):
+        """What is remembered between tokens, entropies, and a backbone that runs behind the river."""
+        decoder = Decoder(criterion=criterion, first_exit=2)
+        steps = [(i % 2, None, tau) for tau in thresholds * 2 for i in range(4)]
+        with uncaptured(), river_compile.trace() as expected:
+            a = run(decoder, steps)
+        with river_compile.trace() as actual:
+            b = run(decoder, steps)
+        assert_same(steps, a, b)
+        assert [(s.depth, s.entropy, s.doubted) for s in actual.steps] == [
+            (s.depth, s.entropy, s.doubted) for s in expected.steps
+        ]
+        assert {s.depth for s in actual.tokens} == {1, LAYERS}
+        assert "tail 1" in {c.unit for c in decoder.log.captures}
+
+    def test_inductor(self):
+        """Compiled segments, called without AOTAutograd's wrappers and with strides that they check."""
+        check(Decoder(lowering="inductor", exit_every=2, first_exit=2), [STAY, STAY, LEAVE, LEAVE, STAY, LEAVE])
+
+    def test_exact_mode_and_warmup(self):
+        """Drafts at depth 0 are captured, and after a warm-up nothing more is, whatever the depth."""
+        decoder = Decoder()
+        model, ids = decoder.model, prompt()
+        cache = StaticCache(config=model.config, max_cache_len=CAPACITY)
+        settings = {"attention_mask": torch.ones_like(ids), "max_new_tokens": 12, "do_sample": False}
+        plain = make("llama", layers=LAYERS).generate(ids, **settings)
+        log = river_compile.warmup(model, cache, depths=(0, LAYERS))
+        pieces = ["piece 0-0", "piece 0-1", "piece 1-2", "piece 2-3", "last 3-4", "last 0-4"]
+        assert {c.unit for c in log.captures} >= {*pieces, "tail 0", "tail 1", "tail 2", "tail 3"}
+        assert int(cache.get_seq_length()) == 0
+        made = log.made
+        for tau in (-1.0, 0.9, 2.0):
+            cache.reset()
+            with forced_threshold(tau):
+                model.generate(ids, **settings, cache=cache)
+        assert log.made == made
+        cache.reset()
+        assert torch.equal(model.generate(ids, **settings, cache=cache, custom_generate=river_compile.exact), plain)
+
+    def test_what_a_warmup_cannot_do_is_an_error(self):
+        model = make("llama", layers=2)
+        with pytest.raises(ValueError, match="never reached the river backend"):
+            river_compile.warmup(model, StaticCache(config=model.config, max_cache_len=CAPACITY))
+        with pytest.raises(ValueError, match="a cache of 7 tokens or more, this one holds 6"):
+            river_compile.warmup(model, StaticCache(config=model.config, max_cache_len=6))
+
+
+class TestOrder:
+    """What is launched when, as the recorder saw it."""
+
+    def ready(self, recorder, ahead):
+        recorder.executors[-1].ahead = LaunchAhead(ahead)
+        cache = recorder.start()
+        for tau in (2.0, 2.0, -1.0, -1.0):
+            recorder.step(cache, 4, threshold=tau)
+        return cache
+
+    def events(self, recorder, cache, tau):
+        events = recorder.executors[-1].device.events
+        events.clear()
+        recorder.step(cache, 5, threshold=tau)
+        return [f"{e.what} {e.name}".strip() for e in events if e.what != "run"]
+
+    def test_in_order_every_flag_is_awaited_before_the_next_launch(self, recorder):
+        cache = self.ready(recorder, ahead=False)
+        pieces = ["piece 0-1", "piece 1-2", "piece 2-3"]
+        never = [f"{what} {piece}" for piece in pieces for what in ("launch", "wait")]
+        assert self.events(recorder, cache, 2.0) == [*never, "launch last 3-4", "end"]
+        assert self.events(recorder, cache, -1.0) == [*never[:2], "launch tail 1", "end"]
+
+    def test_ahead_the_next_piece_is_launched_before_the_flag_is_awaited(self, recorder):
+        cache = self.ready(recorder, ahead=True)
+        start = ["launch piece 0-1", "launch piece 1-2", "wait piece 0-1"]
+        assert self.events(recorder, cache, -1.0) == [*start, "launch tail 1", "end"]
+        rest = ["launch piece 2-3", "wait piece 1-2", "launch last 3-4", "wait piece 2-3", "end"]
+        assert self.events(recorder, cache, 2.0) == [*start, *rest]
+
+    def test_a_piece_launched_ahead_gives_its_counters_back(self, recorder, monkeypatch):
+        """Without that the twins would write one slot too far; the comparison of caches sees it."""
+        recorder.executors[-1].ahead = LaunchAhead(True)
+        monkeypatch.setattr(CapturedExecutor, "_take_back", lambda *_: None)
+        with pytest.raises(AssertionError, match="logits of step 2"):
+            check(recorder, [STAY, STAY, LEAVE, LEAVE, LEAVE])
+
+    def test_rolling_caches_are_not_launched_ahead(self):
+        """A full sliding window moves its entries, which cannot be done twice; the report names the line."""
+        decoder = Decoder("mistral", launch_ahead=True)
+        check(decoder, [STAY] * 6 + [LEAVE] * 3)
+        text = str(report(decoder.model))
+        assert "piece 1-2 is not launched ahead: it changes a value otherwise than by writing to a slot" in text
+        assert "cache_utils.py:" in text
+
+
+class TestStaleness:
+    """The recorder can fail: it notices what a GPU would get wrong in silence."""
+
+    @pytest.fixture
+    def cache(self, recorder):
+        cache = recorder.start()
+        for tau in (2.0, 2.0, -1.0, -1.0):
+            recorder.step(cache, 4, threshold=tau)
+        return cache
+
+    def test_a_replay_on_moved_inputs_is_refused(self, recorder, cache):
+        executor = recorder.executors[-1]
+        graph = next(reversed(executor._captures.values())).graph
+        registers = [torch.zeros(1) if i in graph.unit.keys else None for i in range(executor.size)]
+        with pytest.raises(StaleReplay, match="has moved since the capture"):
+            executor.device.launch(graph, registers)
+
+    def test_a_buffer_that_nobody_wrote_in_this_step_is_no_number(self, recorder, cache, monkeypatch):
+        """A tail whose piece was left out reads an earlier token's hidden state: NaN here."""
+        assert recorder.step(cache, 5, threshold=-1.0).isfinite().all()
+        launch = CapturedExecutor._launch
+
+        def leave_out(self, unit, registers):
+            if unit.name != "piece 0-1":
+                return launch(self, unit, registers)
+            for index in unit.writes:
+                registers[index] = next(reversed(self._buffers[index].values()))
+            self.flags[1] = 1.0
+            return True
+
+        monkeypatch.setattr(CapturedExecutor, "_launch", leave_out)
+        assert recorder.step(cache, 5, threshold=-1.0).isnan().all()
+
+    def test_a_flag_read_without_waiting_is_no_number(self, recorder, cache, monkeypatch):
+        """Then no token ever leaves."""
+        monkeypatch.setattr(recorder.executors[-1].device, "wait", lambda mark: None)
+        with river_compile.trace() as seen:
+            recorder.step(cache, 5, threshold=-1.0)
+        assert [step.depth for step in seen.tokens] == [LAYERS]
+
+    def test_results_outlive_the_next_step(self, decoder):
+        cache = decoder.start()
+        for _ in range(3):
+            decoder.step(cache, 4, depth=1)
+        first = decoder.step(cache, 5, depth=1)
+        copy = first.clone()
+        decoder.step(cache, 9, depth=1)
+        assert torch.equal(first, copy)
+
+
+class TestCaches:
+    """A new KV cache means new captures, and nothing of the old one stays."""
+
+    def test_a_replaced_cache_is_captured_anew_and_let_go(self, decoder):
+        caches = [decoder.start(seed) for seed in range(2)]
+        for cache in caches:
+            before = decoder.log.made
+            for _ in range(3):
+                decoder.step(cache, 4, depth=1)
+            assert [c.unit for c in decoder.log.captures][before - decoder.log.made :] == ["piece 0-1", "tail 1"]
+        gone = [weakref.ref(layer.keys) for cache in caches for layer in cache.layers]
+        del caches, cache
+        gc.collect()
+        assert [ref() for ref in gone] == [None] * 2 * LAYERS
+
+    def test_captures_are_bounded_and_the_oldest_gives_way(self, decoder):
+        decoder.executors[-1]._max_captures = 3
+        dropped = decoder.log.dropped
+        check(decoder, [(0, depth, None) for depth in (0, 0, 1, 1, 2, 2, 0, 0, 1, 1)])
+        assert decoder.log.alive == 3
+        assert decoder.log.dropped > dropped
+        assert "dropped (max_captures)" in str(report(decoder.model))
+
+    @pytest.mark.gpu
+    def test_device_memory_returns(self):
+        """After the model and its caches are gone, the memory of graphs, pool and buffers is free again."""
+        gc.collect()
+        torch.cuda.empty_cache()
+        before = torch.cuda.memory_reserved()
+        decoder = Decoder(device="cuda")
+        run(decoder, [(0, depth, None) for depth in (0, 0, 1, 1, 2, 2)])
+        assert decoder.log.made
+        del decoder
+        torch._dynamo.reset()
+        gc.collect()
+        torch.cuda.empty_cache()
+        assert torch.cuda.memory_reserved() <= before + 32 * 2**20  # cuBLAS keeps a workspace
+
+    def test_teardown(self, alone):
+        """With the model its executor, its buffers and its graphs go."""
+        decoder = Decoder()
+        run(decoder, [(0, 1, None)] * 3)
+        executor = weakref.ref(decoder.executors[-1])
+        buffers = [weakref.ref(buffer) for _, buffer in executor().buffers()]
+        assert buffers
+        del decoder
+        torch._dynamo.reset()
+        gc.collect()
+        assert executor() is None
+        assert not any(ref() is not None for ref in buffers)
+
+
+def test_threads_never_mix_their_results(decoder):
+    """Two threads decode on caches of their own at once: each gets the bits that it gets alone."""
+    decoder.executors[-1].ahead = LaunchAhead(True)
+    steps = [2.0, 2.0, -1.0, -1.0, 0.9, 2.0, -1.0, 0.9, 2.0, -1.0]
+
+    def go(cache, seed, out):
+        on_gpu = decoder.device == "cuda"
+        with torch.cuda.stream(torch.cuda.Stream()) if on_gpu else contextlib.nullcontext():
+            out += [decoder.step(cache, 3 + seed + i, threshold=tau) for i, tau in enumerate(steps)]
+            if on_gpu:
+                torch.cuda.synchronize()
+
+    alone: list[list] = [[], []]
+    for seed in range(2):
+        go(decoder.start(seed), seed, alone[seed])
+    together: list[list] = [[], []]
+    caches = [decoder.start(seed) for seed in range(2)]
+    threads = [threading.Thread(target=go, args=(caches[s], s, together[s])) for s in range(2)]
+    for thread in threads:
+        thread.start()
+    for thread in threads:
+        thread.join()
+    for a, b in zip(alone, together, strict=True):
+        assert len(b) == len(steps)
+        assert all(map(torch.equal, a, b))
+
+
+class TestTold:
+    """Captures are logged and reported; what is not captured says why and where."""
+
+    def test_every_capture_is_logged_and_listed(self, decoder, caplog):
+        with caplog.at_level(logging.INFO, logger="river_compile.cudagraphs.device"):
+            run(decoder, [(0, 1, None)] * 3)
+        lines = [r.getMessage() for r in caplog.records if r.getMessage().startswith("captured")]
+        assert len(lines) == 2
+        assert lines[0].startswith("captured piece 0-1: depth 1, batch 1, ")
+        assert lines[1].startswith("captured tail 1: depth 1, batch 1, ")
+        listed = report(decoder.model).to_dict()["graphs"][-1]["captures"]
+        assert [(c["unit"], c["depth"], c["batch"]) for c in listed["captures"][-2:]] == [
+            ("piece 0-1", 1, 1),
+            ("tail 1", 1, 1),
+        ]
+        assert listed["buffer_bytes"] > 0
+        assert f"captured     {decoder.log.made} graphs" in str(report(decoder.model))
+
+    def test_cuda_graphs_on_a_cpu_are_an_error(self):
+        with pytest.raises(OptionError, match="cudagraphs=True needs a model on a GPU, and this one lies on cpu"):
+            Decoder(cudagraphs=True).start()
+
+    @pytest.mark.parametrize(
+        ("name", "value"), [("cudagraphs", "yes"), ("max_captures", 0), ("launch_ahead", 1), ("cudagraphs", 1)]
+    )
+    def test_bad_values(self, name, value):
+        with pytest.raises(OptionError, match=f"{name}={value!r} is not allowed"):
+            RiverConfig.from_options({name: value})
+
+    def test_a_unit_whose_capture_fails_runs_uncaptured_and_says_so(self, recorder, monkeypatch):
+        """The others are captured, and the failed one is not tried again."""
+        capture, tries = Recorder.capture, []
+        executor = recorder.executors[-1]
+
+        def fail(self, unit, registers, outputs):
+            if unit.name == "tail 3":
+                tries.append(unit)
+                raise CaptureFailed("operation not permitted when stream is capturing")
+            return capture(self, unit, registers, outputs)
+
+        monkeypatch.setattr(Recorder, "capture", fail)
+        check(recorder, [(0, 3, None)] * 4)
+        assert recorder.log.uncaptured["tail 3"] == "operation not permitted when stream is capturing"
+        assert len(tries) == 1
+        executor._failed.clear()
+        recorder.log.uncaptured.clear()
+
+    def test_a_full_cache_is_an_error_and_the_executor_goes_on(self, decoder):
+        full, free = decoder.start(0), decoder.start(1)
+        for _ in range(CAPACITY - 6):
+            decoder.step(full, 4, depth=1)
+        with pytest.raises(CacheFullError, match="holds 40 tokens; 40 are filled"):
+            decoder.step(full, 4, depth=1)
+        assert decoder.step(free, 4, depth=1).isfinite().all()
+
+
+@pytest.mark.usefixtures("alone")
+class TestSizes:
+    """Sizes that differ between calls."""
+
+    def test_caches_of_several_lengths_and_batches(self):
+        """A second one makes Dynamo trace with dynamic sizes: captures are told apart by their values."""
+        decoder = Decoder(launch_ahead=True)
+
+        def run_all():
+            sizes = [(40, 1), (24, 2), (32, 3)]
+            caches = [decoder.start(seed, *size) for seed, size in enumerate(sizes)]
+            return [decoder.step(caches[i % 3], 3 + i, threshold=(2.0, -1.0)[i // 3 % 2]) for i in range(12)], caches
+
+        with uncaptured():
+            expected = run_all()
+        assert_same([*range(12)], expected, run_all())
+        assert {c.batch for g in report(decoder.model).graphs for c in g.captures.captures} == {1, 2, 3}
+
+    def test_a_growing_mask_leaves_the_prologue_uncaptured(self, alone):
+        """Hand-fed 2-D masks change their length with every token: later pieces are captured, the first one is not."""
+        model = make("llama", layers=LAYERS)
+        model.compile(backend=river, options=capturing())
+        depths = [2, 2, 2, 2, 2, 2, None, None]
+        caches = [new_cache(model, "static") for _ in range(2)]
+        with uncaptured():
+            expected = decode(model, caches[0], depths)
+        assert_same(["prompt", *depths], (expected, caches[:1]), (decode(model, caches[1], depths), caches[1:]))
+        log = report(model).graphs[-1].captures
+        assert "tail 2" in [c.unit for c in log.captures]
+        assert "attention_mask" in log.uncaptured["piece 0-2"]
+
+    def test_dynamic_caches_and_prompts_are_not_captured(self):
+        model = make("llama", layers=2)
+        model.compile(backend=river, options=capturing())
+        decode(model, new_cache(model, "dynamic"), [None])
+        prefill, step = [g.captures.reason for g in report(model).graphs]
+        assert "a prompt's length differs" in prefill
+        assert "the cache grows with every token" in step
+        assert "cache_utils.py:" in step
+
+    def test_on_a_cpu_nothing_is_captured_by_default(self):
+        model = make("llama", layers=2)
+        model.compile(backend=river, options=OPTIONS)
+        decode(model, new_cache(model, "static"), [None])
+        assert {g.captures.reason for g in report(model).graphs} == {"the model lies on cpu; CUDA graphs need a GPU"}
+
+
+class TestLaunchAhead:
+    """When starting early pays."""
+
+    def test_it_measures_first(self):
+        ahead = LaunchAhead()
+        assert not ahead.pays(1, 2)
+        ahead.timed(1, 100e-6, 130e-6)
+        assert not ahead.pays(1, 2)  # the next piece was never timed
+
+    @pytest.mark.parametrize(("left", "expected"), [(False, True), (True, False)])
+    def test_tokens_that_stay_make_it_pay(self, left, expected):
+        """A piece of 100 us against a round trip of 30 us: worth it where fewer than 3 of 13 tokens leave."""
+        ahead = LaunchAhead()
+        for depth in (1, 2):
+            ahead.timed(depth, 100e-6, 130e-6)
+        for _ in range(60):
+            ahead.saw(1, left)
+        assert ahead.pays(1, 2) is expected
+
+    def test_the_formula(self):
+        """p = 3/13 is where both sides are equal."""
+        ahead = LaunchAhead()
+        for depth in (1, 2):
+            ahead.timed(depth, 100e-6, 130e-6)
+        ahead._left[1] = 3 / 13 - 0.01
+        assert ahead.pays(1, 2)
+        ahead._left[1] = 3 / 13 + 0.01
+        assert not ahead.pays(1, 2)
+
+    @pytest.mark.parametrize("always", [True, False])
+    def test_an_option_decides_instead(self, always):
+        assert LaunchAhead(always).pays(1, 2) is always

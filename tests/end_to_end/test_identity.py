@@ -1,0 +1,75 @@
+"""The rewritten model is the plain model wherever it promises to be, for every family and both caches.
+
+The eager lowering runs the rewritten graph operator by operator, so that an exit can be held to the very bits of never
+leaving: logits, keys, values and lengths. What Inductor makes of it is compared within a tolerance, on fewer families.
+"""
+
+from __future__ import annotations
+
+import pytest
+import torch
+
+from river_compile import river
+from tests.support.decoding import cache_state, decode, new_cache
+from tests.support.families import FAMILIES, make
+
+DYNAMIC = ["llama", "gemma3", "phi", "gpt2", "falcon", "mixtral"]  # every form of block; the cache code is one for all
+EAGER = {"lowering": "eager", "quantizer": "none", "first_exit": 1}
+
+
+@pytest.mark.parametrize(
+    ("name", "kind"), [(name, "static") for name in FAMILIES] + [(name, "dynamic") for name in DYNAMIC]
+)
+def test_any_exit_of_an_unquantized_river_is_the_plain_model(name, kind):
+    """Every depth from 0 to never, one token each, left padding.
+
+    Never leaving gives the plain model's logits and cache up to rounding (it may mask otherwise when it is traced), and
+    leaving anywhere gives the bits of never leaving.
+    """
+    model = make(name, layers=2)
+    layers = model.config.num_hidden_layers
+    plain, never, mixed = (new_cache(model, kind) for _ in range(3))
+    steps = [*range(layers + 1)]
+    plain_logits = decode(model, plain, steps, compiled=False)
+    model.compile(backend=river, options=EAGER)
+    never_logits = decode(model, never, [layers for _ in steps])
+    mixed_logits = decode(model, mixed, steps)
+    assert_same_cache(plain, never, exact=False)
+    assert_same_cache(never, mixed, exact=True)
+    for step in range(len(steps) + 1):
+        torch.testing.assert_close(plain_logits[step], never_logits[step], rtol=1e-4, atol=1e-4)
+        assert torch.equal(never_logits[step], mixed_logits[step]), f"logits of step {step}"
+
+
+def assert_same_cache(expected, actual, exact: bool) -> None:
+    tolerance = {"rtol": 0, "atol": 0} if exact else {"rtol": 1e-4, "atol": 1e-4}
+    for layer, (a, b) in enumerate(zip(cache_state(expected), cache_state(actual), strict=True)):
+        torch.testing.assert_close(a[:2], b[:2], **tolerance, msg=lambda text, layer=layer: f"layer {layer}: {text}")
+        assert a[2] == b[2], f"length of layer {layer}"
+
+
+@pytest.mark.parametrize(("name", "attention"), [("llama", "sdpa"), ("gpt2", "sdpa"), ("gemma2", "eager")])
+def test_inductor_gives_the_plain_model_within_rounding(name, attention):
+    """Never exit, and an unquantized exit, through compiled segments: close logits and caches, equal lengths."""
+    model = make(name, layers=2, attention=attention)
+    layers = model.config.num_hidden_layers
+    depths = [layers, 0, 1, layers]
+    expected_cache, actual_cache = new_cache(model, "static"), new_cache(model, "static")
+    expected = decode(model, expected_cache, depths, compiled=False)
+    model.compile(backend=river, options={"quantizer": "none"})
+    actual = decode(model, actual_cache, depths)
+    for a, b in zip(expected, actual, strict=True):
+        torch.testing.assert_close(a, b, rtol=1e-4, atol=1e-4)
+    assert_same_cache(expected_cache, actual_cache, exact=False)
+
+
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
+def test_half_precision_models_keep_their_dtype(dtype):
+    """A 16-bit model whose token leaves through a 4-bit twin keeps its dtype and stays close to never leaving."""
+    model = make("qwen2", dtype=dtype, layers=2)
+    model.compile(backend=river, options={"lowering": "eager", "quantizer": "rtn", "group_size": 32})
+    never = decode(model, new_cache(model, "static"), [model.config.num_hidden_layers])[-1]
+    left = decode(model, new_cache(model, "static"), [model.config.num_hidden_layers - 1])[-1]
+    assert left.dtype == never.dtype == dtype
+    assert left.isfinite().all()
+    assert torch.nn.functional.cosine_similarity(left.flatten().double(), never.flatten().double(), dim=0) > 0.9

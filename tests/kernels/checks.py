@@ -1,0 +1,189 @@
+"""One check per kernel family: makes inputs, runs the guarded kernel, compares with the float64 reference.
+
+Property tests, mutation tests and GPU tests all call these, so what one of them proves holds for the others.
+"""
+
+import dataclasses
+
+import torch
+
+from river_compile.kernels.quant.layouts import pack_linear
+from river_compile.kernels.triton.decode_attention import DecodeAttentionSpec
+from river_compile.kernels.triton.exit_score import ExitScoreSpec
+from river_compile.kernels.triton.kv_fill import KvFillSpec
+from river_compile.kernels.triton.linear import LinearSpec
+from tests.kernels import reference
+from tests.kernels.harness import TOLERANCE, assert_close, assert_sqnr, poisoned, run_guarded
+
+VALUES = ("normal", "constant", "extreme", "tiny")
+
+
+def weights(n: int, k: int, values: str, outlier: float, generator: torch.Generator) -> torch.Tensor:
+    """A float32 matrix: normal, all equal, with outliers, or close to zero."""
+    weight = torch.randn(n, k, generator=generator) / k**0.5
+    if values == "constant":
+        return torch.full_like(weight, 0.37)
+    if values == "extreme":
+        weight[:, ::7] *= outlier
+    return weight * 1e-6 if values == "tiny" else weight
+
+
+def check_linear(spec: LinearSpec, rows: int = 1, values: str = "normal", seed: int = 0, device: str = "cpu") -> None:
+    """Checks a linear kernel for `rows` rows; the spec's parameter dtype follows the weights."""
+    g = torch.Generator().manual_seed(seed)
+    dtype, n, k = getattr(torch, spec.dtype), spec.out_features, spec.in_features
+    # Beyond float16 scale and zero are bfloat16; a float16 `tl.dot` still wants every weight itself within float16.
+    weight = weights(n * len(spec.streams), k, values, 2e3 if spec.dtype == "float16" else 2e6, g)
+    if spec.weights == "w4":
+        packed = pack_linear(weight, spec.group_size, "triton", "rtn")
+        exact = packed.dequantize(torch.float64)
+        spec = dataclasses.replace(spec, parameter_dtype=str(packed.scale_zero.dtype).removeprefix("torch."))
+        buffers = {"qweight": packed.qweight, "scale_zero": packed.scale_zero.view(torch.int32).squeeze(-1)}
+    else:
+        exact = weight.clamp(-1e4, 1e4).to(dtype)
+        buffers = {"weight": exact}
+    x = torch.full((rows, spec.row_stride), float("nan"), dtype=dtype)
+    # Inputs of extreme weights are small, so that the result stays within float16.
+    x[:, :k] = (torch.randn(rows, k, generator=g) * (1e-4 if values == "extreme" else 1.0)).to(dtype)
+    extras = {
+        "norm_weight": torch.randn(k, generator=g).to(dtype) if spec.norm != "none" else None,
+        "norm_bias": torch.randn(k, generator=g).to(dtype) if spec.norm_bias else None,
+        "bias": torch.randn(len(exact), generator=g).to(dtype) if spec.bias else None,
+        "residual": torch.randn(rows, n, generator=g).to(dtype) if spec.residual else None,
+    }
+    buffers |= {name: tensor for name, tensor in extras.items() if tensor is not None}
+    out_dtype = getattr(torch, spec.out_dtype)
+    result = run_guarded(spec, rows, device, x=x, y=poisoned((rows, n), out_dtype), **buffers)["y"]
+    h = reference.norm(x[:, :k], spec.norm, extras["norm_weight"], extras["norm_bias"], spec.eps)
+    bias, residual = extras["bias"], extras["residual"]
+    options = {"activation": spec.activation, "gated": spec.gated}
+    expected = reference.linear(h, exact, bias=bias, residual=residual, **options)
+    if spec.out_dtype == "float16" and expected.abs().max() > 6e4:
+        return  # a correct result overflows too
+    coarser = max(dtype, out_dtype, key=TOLERANCE.get)
+    assert_close(result, expected, linear_magnitude(spec, h, exact, bias, residual), coarser)
+    if values == "normal" and expected.numel() >= 32:  # of fewer elements one cancellation decides the ratio
+        assert_sqnr(result, expected, coarser)
+
+
+def linear_magnitude(spec: LinearSpec, h, weight, bias, residual) -> torch.Tensor:
+    """The sum of magnitudes behind every element of the result, carried through activation and product."""
+    total = h.abs() @ weight.double().abs().T + (0 if bias is None else bias.double().abs())
+    y = torch.nn.functional.linear(h, weight.double(), None if bias is None else bias.double())
+    if spec.gated:
+        (gate, up), (gate_total, up_total) = y.chunk(2, -1), total.chunk(2, -1)
+        total = 1.2 * gate_total * up.abs() + reference.activate(gate, spec.activation).abs() * up_total
+    return 1.2 * total + (0 if residual is None else residual.double().abs())
+
+
+def check_kv_fill(spec: KvFillSpec, slot: int, seed: int = 0, device: str = "cpu") -> None:
+    """Checks the query, the written slot, and that every other slot keeps its bits."""
+    g = torch.Generator().manual_seed(seed)
+    dtype, d, heads, kv = getattr(torch, spec.dtype), spec.head_dim, spec.heads, spec.kv_heads
+
+    def random(*shape: int) -> torch.Tensor:
+        return torch.randn(*shape, generator=g)
+
+    qkv = random(spec.batch, spec.all_heads, d).to(dtype)
+    buffers = {"qkv": qkv, "slot": torch.tensor([slot], dtype=getattr(torch, spec.index_dtype))}
+    x = qkv.double()
+    if spec.bias:
+        buffers["bias"] = random(spec.all_heads * d).to(dtype)
+        x = x + buffers["bias"].double().view(spec.all_heads, d)
+    q, k, v = x.split([heads, kv, kv], dim=1)
+    if spec.head_norm != "none":
+        buffers |= {"q_norm": random(d).to(dtype), "k_norm": random(d).to(dtype)}
+        q = reference.norm(q, spec.head_norm, buffers["q_norm"], None, spec.eps)
+        k = reference.norm(k, spec.head_norm, buffers["k_norm"], None, spec.eps)
+    magnitude_q, magnitude_k = q.abs().amax(-1, keepdim=True) * 2, k.abs().amax(-1, keepdim=True) * 2
+    if spec.rotary_dim:
+        angle = random(spec.rotary_rows, spec.rotary_dim)
+        tables = {"cos": angle.cos().to(getattr(torch, spec.rotary_dtype))}
+        tables["sin"] = angle.sin().to(tables["cos"].dtype)
+        buffers |= tables
+        q, k = (reference.rotate(t, *(table[:, None] for table in tables.values()), spec.interleaved) for t in (q, k))
+    caches = {name: random(spec.batch, kv, spec.slots, d).to(dtype) for name in ("k_cache", "v_cache")}
+    empty = poisoned((spec.batch, heads, d), dtype)
+    result = run_guarded(spec, device=device, q=empty, **buffers, **caches)
+    assert_close(result["q"], q, magnitude_q)
+    written = torch.zeros(spec.slots, dtype=torch.bool)
+    if 0 <= slot < spec.slots:
+        written[slot] = True
+        assert_close(result["k_cache"][:, :, slot], k, magnitude_k)
+        assert_close(result["v_cache"][:, :, slot], v, v.abs())
+    for name, cache in caches.items():
+        assert torch.equal(result[name][:, :, ~written], cache[:, :, ~written]), f"{name}: another slot changed"
+
+
+def check_attention(spec: DecodeAttentionSpec, length: int, padding: int = 0, seed: int = 0, device="cpu") -> None:
+    """Checks attention over `length` slots, the first `padding` of the last sequence masked; all others hold NaN.
+
+    A mask that is added to the scores also adds noise to those of the slots that take part.
+    """
+    g = torch.Generator().manual_seed(seed)
+    dtype = getattr(torch, spec.dtype)
+    shape = (spec.batch, spec.kv_heads, spec.slots, spec.head_dim)
+    q = torch.randn(spec.batch, spec.heads, spec.head_dim, generator=g).to(dtype)
+    k, v = (torch.randn(shape, generator=g).to(dtype) for _ in range(2))
+    mask = torch.ones(spec.batch, spec.slots, dtype=torch.bool)
+    buffers = {}
+    added = torch.zeros(spec.batch, spec.slots)
+    if spec.mask:
+        mask[-1, :padding] = False
+        buffers["mask"] = mask
+    if spec.mask and spec.mask_dtype != "bool":
+        mask_dtype = getattr(torch, spec.mask_dtype)
+        added = torch.randn(spec.batch, spec.slots, generator=g).to(mask_dtype)
+        buffers["mask"] = added.masked_fill(~mask, torch.finfo(mask_dtype).min)
+    first = max(0, length - spec.window) if spec.window else 0
+    unread = ~mask[:, None, :, None].expand(shape)
+    unread = unread | (torch.arange(spec.slots) >= length)[:, None] | (torch.arange(spec.slots) < first)[:, None]
+    k, v = k.masked_fill(unread, float("nan")), v.masked_fill(unread, float("nan"))
+    if spec.counted:
+        buffers["length"] = torch.tensor([length], dtype=getattr(torch, spec.index_dtype))
+    result = run_guarded(spec, device=device, q=q, k_cache=k, v_cache=v, out=poisoned(q.shape, dtype), **buffers)["out"]
+    options = {"scale": spec.scale, "window": spec.window, "softcap": spec.softcap, "mask": mask if spec.mask else None}
+    options["added"] = added
+    expected = reference.attention(q, k.nan_to_num(), v.nan_to_num(), length, **options)
+    assert_close(result, expected, v.nan_to_num().double().abs().amax((1, 2, 3))[:, None, None].clamp_min(1.0))
+
+
+def exit_buffers(spec: ExitScoreSpec, update, residual, previous, threshold: float, flag: bool) -> dict:
+    """The buffers of an exit score, outputs poisoned and the flag starting as `flag`."""
+    return {
+        "update": update,
+        "residual": residual,
+        "previous": previous,
+        "threshold": torch.tensor([threshold]),
+        "hidden": poisoned(update.shape, update.dtype),
+        "similarity": poisoned((spec.rows,), torch.float32),
+        "score": poisoned((1,), torch.float32),
+        "flag": torch.tensor([flag]),
+    }
+
+
+def check_exit_score(spec: ExitScoreSpec, nearness: float, threshold: float, seed: int = 0, device="cpu") -> None:
+    """Checks hidden state, similarities, their minimum and the flag; `nearness` mixes the hidden into the previous."""
+    g = torch.Generator().manual_seed(seed)
+    dtype = getattr(torch, spec.dtype)
+    update, residual, noise = (torch.randn(spec.rows, spec.features, generator=g).to(dtype) for _ in range(3))
+    hidden = update.double() + residual.double()
+    previous = (nearness * hidden + (1 - nearness) * noise.double()).to(dtype)
+    buffers = exit_buffers(spec, update, residual, previous, threshold, flag=nearness <= threshold)
+    result = run_guarded(spec, device=device, **buffers)
+    assert_close(result["hidden"], hidden, update.double().abs() + residual.double().abs())
+    expected = reference.row_similarity(result["hidden"], previous)
+    assert_close(result["similarity"], expected, 1.0)
+    assert result["score"].item() == result["similarity"].min().item()
+    assert result["flag"].item() == (result["score"].item() > threshold)
+
+
+def check_nan_never_exits(spec: ExitScoreSpec, row: int, device: str = "cpu") -> None:
+    """Checks that one NaN in `row` makes the score NaN and clears the flag, whatever the threshold."""
+    update, residual = torch.ones(2, spec.rows, spec.features, dtype=getattr(torch, spec.dtype))
+    spoiled = update.clone()
+    spoiled[row, -1] = float("nan")
+    buffers = exit_buffers(spec, spoiled, residual, update, threshold=-2.0, flag=True)
+    result = run_guarded(spec, device=device, **buffers)
+    assert result["score"].isnan().all()
+    assert not result["flag"].item()

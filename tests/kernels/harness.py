@@ -1,0 +1,98 @@
+"""Buffers between guard zones, poisoned outputs, and one way to run a kernel twice.
+
+A kernel under test sees tensors that lie in the middle of larger ones. The floating guards hold NaN, so a read outside
+shows in the result; after the run every guard must be what it was, so a write outside shows too. Outputs and workspaces
+start as NaN, so an element that was never written shows.
+"""
+
+import math
+
+import torch
+from hypothesis import settings
+
+from river_compile.kernels.triton.loader import load
+
+GUARD = 64
+#: Relative to the magnitudes that a result was added up from. The interpreter cuts bfloat16 off instead of rounding it.
+TOLERANCE = {torch.float32: 2e-5, torch.float16: 2e-3, torch.bfloat16: 1.6e-2}
+SQNR_FLOOR = {torch.float32: 90.0, torch.float16: 50.0, torch.bfloat16: 30.0}
+INTEGER_GUARD = {torch.int32: 0x5A5A5A5A, torch.int64: 1 << 40, torch.bool: True}
+
+
+def examples(count: int) -> settings:
+    """Hypothesis settings of every property test here: the same examples each time, no clock."""
+    return settings(max_examples=count)
+
+
+class Guarded:
+    """A tensor with the values of `tensor` in the middle of a larger storage on `device`."""
+
+    def __init__(self, tensor: torch.Tensor, device: str = "cpu"):
+        fill = math.nan if tensor.dtype.is_floating_point else INTEGER_GUARD[tensor.dtype]
+        self.storage = torch.full((tensor.numel() + 2 * GUARD,), fill, dtype=tensor.dtype, device=device)
+        self.tensor = self.storage[GUARD : GUARD + tensor.numel()].view(tensor.shape)
+        self.tensor.copy_(tensor)
+        self._expected = self._guards()
+
+    def _guards(self) -> torch.Tensor:
+        return torch.cat([self.storage[:GUARD], self.storage[-GUARD:]]).view(torch.uint8).clone()
+
+    def check(self, name: str) -> None:
+        assert torch.equal(self._guards(), self._expected), f"{name}: written outside of the buffer"
+
+
+def poisoned(shape, dtype: torch.dtype) -> torch.Tensor:
+    """A tensor that nobody has written yet: NaN, or the integer guard's value."""
+    fill = math.nan if dtype.is_floating_point else INTEGER_GUARD[dtype]
+    return torch.full(tuple(shape), fill, dtype=dtype)
+
+
+def run_guarded(spec, rows: int = 1, device: str = "cpu", **buffers: torch.Tensor) -> dict[str, torch.Tensor]:
+    """Runs the kernel of `spec` twice from equal buffers, on the CPU in the interpreter, on "cuda" compiled.
+
+    Checks every guard and that both runs are bit-identical. Returns the buffers as a run left them, on the CPU.
+    """
+    kernel = load(spec, interpret=device == "cpu")
+    for workspace in spec.workspaces():
+        buffers[workspace.name] = poisoned(workspace.shape(rows), getattr(torch, workspace.dtype))
+    results = []
+    for _ in range(2):
+        guarded = {name: Guarded(tensor, device) for name, tensor in buffers.items()}
+        kernel(rows=rows, **{name: g.tensor for name, g in guarded.items()})
+        for name, g in guarded.items():
+            g.check(name)
+        results.append({name: g.tensor.cpu() for name, g in guarded.items()})
+    for name, tensor in results[0].items():
+        again = results[1][name]
+        assert torch.equal(tensor.reshape(-1).view(torch.uint8), again.reshape(-1).view(torch.uint8)), (
+            f"{name}: two runs differ"
+        )
+    return results[0]
+
+
+def assert_close(
+    actual: torch.Tensor,
+    expected: torch.Tensor,
+    magnitude: torch.Tensor | float = 0.0,
+    dtype: torch.dtype | None = None,
+) -> None:
+    """Compares a kernel's result with the float64 reference, by the tolerance of `dtype` (the result's own if None).
+
+    The tolerance is relative to the sum of magnitudes that the result was added up from (`magnitude`, at least the
+    result's own), the only honest scale where terms cancel.
+    """
+    assert not actual.isnan().any(), f"{int(actual.isnan().sum())} elements are NaN: unwritten, or read from outside"
+    error = (actual.double() - expected).abs()
+    scale = torch.maximum(expected.abs(), torch.as_tensor(magnitude, dtype=torch.float64).expand(expected.shape))
+    # Below the smallest normal number of the dtype the relative error of a rounding has no bound.
+    worst = (error / scale.clamp_min(torch.finfo(actual.dtype).tiny)).max().item()
+    limit = TOLERANCE[dtype or actual.dtype]
+    assert worst <= limit, f"relative error {worst:.3g} exceeds {limit}"
+
+
+def assert_sqnr(actual: torch.Tensor, expected: torch.Tensor, dtype: torch.dtype) -> None:
+    """Checks the signal-to-noise ratio of a result as a whole against the floor of `dtype`."""
+    noise = (actual.double() - expected).square().sum()
+    signal = expected.square().sum()
+    limit = signal * 10 ** (-SQNR_FLOOR[dtype] / 10)
+    assert noise <= limit, f"SQNR {10 * torch.log10(signal / noise):.1f} dB is below {SQNR_FLOOR[dtype]}"

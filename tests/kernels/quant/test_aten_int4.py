@@ -1,0 +1,98 @@
+"""ATen's int4 kernel through its layout, against float64, and one-query attention against its definition."""
+
+from __future__ import annotations
+
+import pytest
+import torch
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+from river_compile.kernels.one_query import grouped_attention, one_row_linear
+from river_compile.kernels.quant.aten_int4 import LAYOUT, linear_aten
+from river_compile.kernels.quant.grid import quantize, sqnr_db
+from river_compile.kernels.quant.layouts import pack
+
+DTYPES = st.sampled_from([torch.bfloat16, torch.float16, torch.float32])
+
+
+@settings(max_examples=40)
+@given(
+    n=st.integers(1, 70),
+    groups=st.integers(1, 5),
+    group_size=st.sampled_from([32, 64, 128]),
+    rows=st.integers(1, 9),
+    dtype=DTYPES,
+    bias=st.booleans(),
+    seed=st.integers(0, 999),
+)
+def test_linear_matches_float64(n, groups, group_size, rows, dtype, bias, seed):
+    """Any row count of the matrix (padded to 16), any batch: 35 dB or better against the dequantized matrix."""
+    generator = torch.Generator().manual_seed(seed)
+    k = groups * group_size
+    grid = quantize(torch.randn(n, k, generator=generator), group_size, "rtn").rounded(torch.bfloat16)
+    x = torch.randn(rows, k, generator=generator).to(torch.bfloat16).to(dtype)
+    b = torch.randn(n, generator=generator).to(dtype) if bias else None
+    packed = pack(grid, LAYOUT)
+    y = linear_aten(x, packed.qweight, packed.scale_zero, b, n, group_size)
+    expected = x.double() @ grid.dequantize(torch.float64).T + (0 if b is None else b.double())
+    assert y.shape == (rows, n)
+    assert y.dtype == dtype
+    assert sqnr_db(expected, y) > 35
+
+
+@pytest.mark.parametrize(("n", "k", "group_size"), [(16, 64, 64), (17, 96, 32), (48, 512, 256)])
+def test_unpack_returns_the_grid_that_was_packed(n, k, group_size):
+    grid = quantize(torch.randn(n, k, generator=torch.Generator().manual_seed(n)), group_size, "rtn")
+    grid = grid.rounded(torch.bfloat16)
+    back = pack(grid, LAYOUT).unpack()
+    assert torch.equal(back.q, grid.q)
+    assert torch.equal(back.scale, grid.scale)
+    assert torch.equal(back.zero, grid.zero)
+
+
+@settings(max_examples=40)
+@given(
+    batch=st.integers(1, 3),
+    kv_heads=st.integers(1, 3),
+    repeat=st.integers(1, 4),
+    length=st.integers(1, 40),
+    dim=st.sampled_from([8, 24, 64]),
+    mask_kind=st.sampled_from(["none", "bool", "float"]),
+    dtype=DTYPES,
+    seed=st.integers(0, 999),
+)
+def test_grouped_attention_is_attention(batch, kv_heads, repeat, length, dim, mask_kind, dtype, seed):
+    """Against ATen's attention in float64 with repeated KV heads; masked slots hold huge values and do not count."""
+    generator = torch.Generator().manual_seed(seed)
+    q = torch.randn(batch, kv_heads * repeat, 1, dim, generator=generator).to(dtype)
+    k, v = (torch.randn(batch, kv_heads, length, dim, generator=generator).to(dtype) for _ in range(2))
+    visible = torch.rand(batch, 1, 1, length, generator=generator) < 0.7
+    visible[..., -1] = True
+    mask = None
+    if mask_kind != "none":
+        hidden = ~visible[:, 0, 0]
+        k.masked_fill_(hidden[:, None, :, None], 1e4)
+        v.masked_fill_(hidden[:, None, :, None], 1e4)
+        mask = visible if mask_kind == "bool" else torch.where(visible, 0.0, torch.finfo(dtype).min).to(dtype)
+    repeated = [t.repeat_interleave(repeat, dim=1).double() for t in (k, v)]
+    exact = mask if mask is None or mask.dtype == torch.bool else mask.double()
+    expected = torch.nn.functional.scaled_dot_product_attention(q.double(), *repeated, attn_mask=exact, scale=0.2)
+    actual = grouped_attention(q, k, v, mask, 0.2)
+    assert actual.dtype == dtype
+    tolerance = {torch.bfloat16: 2e-2, torch.float16: 2e-3, torch.float32: 1e-5}[dtype]
+    torch.testing.assert_close(actual.double(), expected, rtol=tolerance, atol=tolerance)
+
+
+@settings(max_examples=30)
+@given(n=st.integers(1, 300), k=st.integers(1, 200), dtype=DTYPES, bias=st.booleans(), seed=st.integers(0, 999))
+def test_one_row_linear_is_a_linear_layer(n, k, dtype, bias, seed):
+    """Against float64: as close as rounding the exact result to the dtype allows, twice."""
+    generator = torch.Generator().manual_seed(seed)
+    x = torch.randn(1, 1, k, generator=generator).to(dtype)
+    weight = torch.randn(n, k, generator=generator).to(dtype)
+    b = torch.randn(n, generator=generator).to(dtype) if bias else None
+    exact = torch.nn.functional.linear(x.double(), weight.double(), None if b is None else b.double())
+    actual = one_row_linear(x, weight, b)
+    assert actual.dtype == dtype
+    eps = torch.finfo(dtype).eps
+    torch.testing.assert_close(actual.double(), exact, rtol=2 * eps, atol=2 * eps + 1e-4)

@@ -1,0 +1,179 @@
+"""Grids that know the inputs: each step against its definition in float64, and what each quantizer gains."""
+
+import math
+
+import pytest
+import torch
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+from river_compile.kernels.quant import calibrated
+from river_compile.kernels.quant.calibrated import (
+    awq,
+    damped_moments,
+    fit_grid,
+    gptq,
+    inverse_factor,
+    output_sqnr_db,
+    quantize_observed,
+    round_compensating,
+    round_to_grid,
+)
+from river_compile.kernels.quant.grid import quantize
+
+seeds = st.integers(0, 2**31)
+
+
+def drawn(seed: int, n: int = 8, k: int = 64, tokens: int = 96, dtype=torch.float64):
+    """Returns a matrix, inputs whose features differ in size and depend on each other, and their moments."""
+    g = torch.Generator().manual_seed(seed)
+    weight = torch.randn(n, k, generator=g, dtype=dtype)
+    mixing = torch.randn(k, k, generator=g, dtype=dtype) / k**0.5 + torch.eye(k, dtype=dtype)
+    sizes = torch.randn(k, generator=g, dtype=dtype).exp()
+    x = torch.randn(tokens, k, generator=g, dtype=dtype) @ mixing * sizes
+    return weight, x, x.T @ x / tokens
+
+
+def rounded_by_definition(weight, scale, zero, group_of, moments):
+    """Optimal brain surgeon, one column at a time: the inverse over the columns that are left is computed anew."""
+    weight, q = weight.clone(), torch.empty_like(weight)
+    for j in range(weight.shape[1]):
+        s, z = scale[:, group_of[j]], zero[:, group_of[j]]
+        q[:, j] = ((weight[:, j] - z) / s).round().clamp(-8, 7)
+        error = weight[:, j] - (q[:, j] * s + z)
+        inverse = torch.linalg.inv(moments[j:, j:])
+        weight[:, j:] -= error[:, None] * inverse[0] / inverse[0, 0]
+    return (q + 8).to(torch.uint8)
+
+
+@settings(max_examples=15)
+@given(seeds, st.sampled_from([32, 64, 160]))
+def test_rounding_with_compensation_is_what_its_definition_says(seed, k):
+    """Also where columns come in several blocks (more than 128), in float64."""
+    weight, _, moments = drawn(seed, n=3, k=k)
+    moments = damped_moments(moments, 0.05)
+    scale, zero = fit_grid(weight.float(), 32, moments.diagonal().float())
+    scale, zero = scale.double(), zero.double()
+    order = torch.randperm(k, generator=torch.Generator().manual_seed(seed))
+    weight, moments, group_of = weight[:, order], moments[order][:, order], order // 32
+    found = round_compensating(weight, scale, zero, group_of, inverse_factor(moments))
+    assert torch.equal(found, rounded_by_definition(weight, scale, zero, group_of, moments))
+
+
+@given(seeds)
+@settings(max_examples=10)
+def test_the_factor_is_triangular_and_gives_the_inverse(seed):
+    moments = damped_moments(drawn(seed)[2], 0.01)
+    factor = inverse_factor(moments)
+    assert torch.equal(factor, factor.triu())
+    torch.testing.assert_close(factor.T @ factor @ moments, torch.eye(64, dtype=torch.float64), rtol=0, atol=1e-8)
+
+
+@given(seeds)
+@settings(max_examples=10)
+def test_scale_and_zero_solve_the_weighted_least_squares(seed):
+    """Against the solution of the normal equations in float64, group by group."""
+    g = torch.Generator().manual_seed(seed)
+    groups = torch.randn(2, 3, 32, generator=g, dtype=torch.float64)
+    importance = torch.rand(1, 3, 32, generator=g, dtype=torch.float64)
+    importance = importance / importance.sum(-1, keepdim=True)
+    scale, zero = torch.full((2, 3), 0.4, dtype=torch.float64), torch.full((2, 3), 0.1, dtype=torch.float64)
+    solved = calibrated._least_squares(groups, scale, zero, importance)
+    q = ((groups - 0.1) / 0.4).round().clamp(-8, 7)
+    for n in range(2):
+        for i in range(3):
+            root = importance[0, i].sqrt()
+            design = torch.stack([q[n, i], torch.ones(32, dtype=torch.float64)], 1) * root[:, None]
+            expected = torch.linalg.lstsq(design, (groups[n, i] * root)[:, None]).solution[:, 0]
+            torch.testing.assert_close(torch.stack([solved[0][n, i], solved[1][n, i]]), expected)
+
+
+@given(seeds)
+@settings(max_examples=10)
+def test_each_step_errs_less_on_the_outputs_than_the_one_before(seed):
+    """Rounding to nearest, the weighted fit and AWQ in this order; GPTQ errs less than the fit it starts from."""
+    weight, _, moments = drawn(seed, n=32, k=128, tokens=400, dtype=torch.float32)
+    fitted = round_to_grid(weight, 64, moments.diagonal()).dequantize()
+    grid, scale = awq(weight, 64, moments)
+    scaled = grid.dequantize() if scale is None else grid.dequantize() / scale
+    compensated = gptq(weight, 64, moments).dequantize()
+    ratios = [
+        output_sqnr_db(weight, approximation, moments)
+        for approximation in (quantize(weight, 64, "rtn").dequantize(), fitted, scaled)
+    ]
+    assert ratios == sorted(ratios)
+    assert output_sqnr_db(weight, compensated, moments) > ratios[1]
+
+
+def test_awq_scales_where_few_inputs_are_large():
+    """Eight features carry nearly all of the signal: their weights are rounded less when they are scaled up."""
+    weight = torch.randn(64, 128, generator=torch.Generator().manual_seed(1))
+    squares = torch.ones(128)
+    squares[::16] = 400.0
+    moments = squares.diag()
+    grid, scale = awq(weight, 64, moments)
+    assert scale is not None
+    assert (scale[::16] > scale[1]).all()
+    unscaled = round_to_grid(weight, 64, squares).dequantize()
+    gained = output_sqnr_db(weight, grid.dequantize() / scale, moments) - output_sqnr_db(weight, unscaled, moments)
+    assert gained > 1
+
+
+def test_gptq_of_independent_inputs_rounds_to_nearest():
+    """Nothing can make up for an error where no other input knows of it."""
+    weight = drawn(0, dtype=torch.float32)[0]
+    squares = torch.linspace(0.5, 2, 64)
+    damped = squares + calibrated.DAMPING * squares.mean()
+    assert torch.equal(gptq(weight, 32, squares.diag()).q, round_to_grid(weight, 32, damped).q)
+
+
+@pytest.mark.parametrize("quantizer", ["awq", "gptq"])
+class TestAnyQuantizer:
+    def test_the_grid_is_one_that_a_kernel_stores(self, quantizer):
+        """Integers are chosen for the rounded scale and zero, so that storing them in bfloat16 changes nothing."""
+        weight, _, moments = drawn(3, n=16, k=128, dtype=torch.float32)
+        grid, _ = quantize_observed(weight, 32, quantizer, moments, torch.bfloat16)
+        assert torch.equal(grid.rounded(torch.bfloat16).dequantize(), grid.dequantize())
+        assert (grid.q.dtype, grid.shape, grid.scale.shape) == (torch.uint8, weight.shape, (16, 4))
+        assert 0 <= int(grid.q.min()) < int(grid.q.max()) <= 15
+
+    @pytest.mark.parametrize("value", [0.0, 1.0, -0.25])
+    def test_a_constant_group_is_exact(self, quantizer, value):
+        weight, _, moments = drawn(4, n=4, k=64, dtype=torch.float32)
+        weight[1, :32] = value
+        grid, scale = quantize_observed(weight, 32, quantizer, moments.diagonal().diag(), may_scale=False)
+        assert scale is None
+        assert torch.equal(grid.dequantize()[1, :32], weight[1, :32])
+
+    def test_inputs_that_are_never_anything_but_zero(self, quantizer):
+        """A dead feature, a dead group, and no living one at all."""
+        weight, _, moments = drawn(5, n=4, k=64, dtype=torch.float32)
+        for dead in (slice(3, 4), slice(0, 32), slice(0, 64)):
+            some = moments.clone()
+            some[dead], some[:, dead] = 0, 0
+            grid, scale = quantize_observed(weight, 32, quantizer, some)
+            stands_for = grid.dequantize() if scale is None else grid.dequantize() / scale
+            assert (weight - stands_for).abs().max() < 1
+
+    def test_moments_that_do_not_fit_are_refused(self, quantizer):
+        with pytest.raises(ValueError, match=r"finite \[64, 64\] matrix; these have shape \(32, 32\)"):
+            quantize_observed(torch.zeros(4, 64), 32, quantizer, torch.eye(32))
+        with pytest.raises(ValueError, match="finite"):
+            quantize_observed(torch.zeros(4, 64), 32, quantizer, torch.full((64, 64), math.nan))
+        with pytest.raises(ValueError, match="group_size=48"):
+            quantize_observed(torch.zeros(4, 64), 48, quantizer, torch.eye(64))
+
+
+def test_an_unknown_quantizer_is_refused():
+    with pytest.raises(ValueError, match="quantizer='hqq' is unknown; choose one of 'awq', 'gptq'"):
+        quantize_observed(torch.zeros(4, 64), 32, "hqq", torch.eye(64))
+
+
+def test_the_ratio_of_outputs_is_that_of_the_outputs():
+    weight, x, moments = drawn(6)
+    approximation = quantize(weight, 32, "rtn").dequantize(torch.float64)
+    outputs, wrong = x @ weight.T, x @ approximation.T
+    expected = 10 * math.log10(outputs.square().sum() / (outputs - wrong).square().sum())
+    assert output_sqnr_db(weight, approximation, moments) == pytest.approx(expected, abs=1e-3)
+    assert output_sqnr_db(weight, weight, moments) == math.inf
+    assert output_sqnr_db(torch.zeros(2, 64), torch.ones(2, 64), moments) == -math.inf

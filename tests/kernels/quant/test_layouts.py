@@ -1,0 +1,108 @@
+"""Layouts: packing and unpacking are inverse, each byte means what the table says, padding and merging."""
+
+import pytest
+import torch
+from hypothesis import given
+from hypothesis import strategies as st
+
+from river_compile.kernels.quant import layouts as pack
+from river_compile.kernels.quant.grid import QuantizedWeight, sqnr_db
+from tests.kernels.harness import examples
+
+
+def grid(n: int, k: int, group: int, seed: int = 0) -> QuantizedWeight:
+    g = torch.Generator().manual_seed(seed)
+    q = torch.randint(0, 16, (n, k), generator=g, dtype=torch.uint8)
+    scale, zero = (torch.randn(n, k // group, generator=g).half().float() for _ in range(2))
+    return QuantizedWeight(q, scale.abs() + 0.01, zero, group)
+
+
+@given(st.sampled_from(("triton", "plain")), st.integers(1, 9), st.integers(1, 5), st.sampled_from((32, 64, 128)))
+@examples(40)
+def test_unpacking_inverts_packing(layout, n, groups, group):
+    weight = grid(n, groups * group, group, seed=n)
+    weight = weight.rounded(pack.parameter_dtype(weight)) if layout == "triton" else weight
+    packed = pack.pack(weight, layout)
+    again = packed.unpack()
+    assert torch.equal(again.q, weight.q)
+    assert torch.equal(again.scale, weight.scale)
+    assert torch.equal(again.zero, weight.zero)
+    assert torch.equal(packed.dequantize(torch.float64), weight.dequantize(torch.float64))
+
+
+def test_a_grid_of_bfloat16_parameters_is_kept_to_the_bit():
+    weight = grid(4, 128, 32).rounded(torch.bfloat16)
+    weight.zero[0, 0] = 2.0**-30  # below float16
+    again = pack.pack(weight, "triton").unpack()
+    assert torch.equal(again.dequantize(torch.float64), weight.dequantize(torch.float64))
+
+
+def test_where_a_nibble_lies_in_the_triton_layout():
+    weight = grid(1, 128, 64)
+    packed = pack.pack(weight, "triton")
+    assert (packed.qweight.dtype, packed.qweight.shape) == (torch.int32, (1, 16))
+    for g, i, j in ((0, 0, 0), (0, 7, 3), (1, 2, 7)):
+        word = packed.qweight[0, g * 8 + i].item() & 0xFFFFFFFF
+        assert word >> 4 * j & 15 == weight.q[0, g * 64 + j * 8 + i].item()
+
+
+def test_where_a_nibble_lies_in_the_plain_layout():
+    weight = grid(1, 64, 64)
+    packed = pack.pack(weight, "plain")
+    assert packed.scale_zero.shape == (1, 1, 2)
+    assert packed.qweight[0, 5].item() == weight.q[0, 10].item() + 16 * weight.q[0, 11].item()
+
+
+@pytest.mark.parametrize("layout", ["triton", "plain"])
+@pytest.mark.parametrize("k", [1, 63, 64, 101])
+def test_any_number_of_input_features(layout, k):
+    weight = torch.randn(5, k, generator=torch.Generator().manual_seed(k))
+    packed = pack.pack_linear(weight, 64, layout, "rtn")
+    assert (packed.in_features, packed.out_features) == (k, 5)
+    assert packed.dequantize().shape == (5, k)
+    assert sqnr_db(weight, packed.dequantize()) > 18
+
+
+def test_merged_matrices_stand_on_top_of_each_other():
+    parts = [pack.pack(grid(n, 128, 64, n), "triton") for n in (3, 5)]
+    merged = pack.merge(parts)
+    assert merged.out_features == 8
+    assert torch.equal(merged.dequantize(), torch.cat([p.dequantize() for p in parts]))
+
+
+def test_what_cannot_be_merged():
+    with pytest.raises(ValueError, match="nothing to merge"):
+        pack.merge([])
+    with pytest.raises(ValueError, match="share layout"):
+        pack.merge([pack.pack(grid(1, 64, 64), "triton"), pack.pack(grid(1, 64, 32), "triton")])
+
+
+def test_parameters_beyond_float16_are_kept_in_bfloat16():
+    weight = grid(2, 64, 64)
+    assert pack.pack(weight, "triton").scale_zero.dtype == torch.float16
+    for factor in (1e6, 1e-7):
+        other = QuantizedWeight(weight.q, weight.scale * factor, weight.zero, 64)
+        assert pack.pack(other, "triton").scale_zero.dtype == torch.bfloat16
+
+
+def test_every_layout_and_size_that_is_refused():
+    with pytest.raises(ValueError, match="layout='rows' is unknown"):
+        pack.layout("rows")
+    with pytest.raises(ValueError, match="group_size=16"):
+        pack.pack(grid(1, 64, 16), "triton")
+    with pytest.raises(ValueError, match="in_features=64"):
+        pack.pack(grid(1, 128, 64), "triton", in_features=64)
+    taken = pack.layout("plain")
+    with pytest.raises(ValueError, match="registered already"):
+        pack.register_layout(pack.Layout("plain", taken.pack, taken.unpack, lambda x, p, b: x))
+
+
+def test_packing_a_model_reports_every_matrix(capsys):
+    g = torch.Generator().manual_seed(0)
+    weights = {name: torch.randn(4, 64, generator=g) for name in ("first", "second")}
+    packed = list(pack.pack_all(weights, 64, "plain", "rtn", progress=True))
+    assert [p.name for p in packed] == ["first", "second"]
+    for p in packed:
+        assert p.sqnr_db == pytest.approx(sqnr_db(weights[p.name], p.packed.dequantize()))
+    assert "packing" in capsys.readouterr().err
+    assert packed[0].packed.nbytes == 4 * 32 + 4 * 8

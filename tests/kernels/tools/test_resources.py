@@ -1,0 +1,130 @@
+"""What the compiled kernels use, for GPUs that are not here: no spills, wide loads, few bytes, few launches."""
+
+import importlib.metadata
+import json
+
+import pytest
+
+from river_compile.kernels.tools import resources
+from river_compile.kernels.tools.resources import TARGETS, token_cost, usages, weight_load_bytes
+from river_compile.kernels.tools.shapes import MODELS, block_kernels, model_kernels
+from river_compile.kernels.triton.decode_attention import DecodeAttentionSpec
+from river_compile.kernels.triton.exit_score import ExitScoreSpec
+from river_compile.kernels.triton.heuristic import DEVICES, best_tile, untiled
+from river_compile.kernels.triton.kv_fill import KvFillSpec
+from river_compile.kernels.triton.linear import LinearSpec, LinearTile
+
+
+def triton_version() -> tuple[int, ...]:
+    return tuple(map(int, importlib.metadata.version("triton").split(".")[:2]))
+
+
+@pytest.mark.parametrize("target", TARGETS)
+@pytest.mark.parametrize("model", ["smollm2-135m", "llama-3.2-1b"])
+def test_kernels_of_a_model(model, target):
+    for label, spec in model_kernels(MODELS[model], device=target).items():
+        found = list(usages(spec, label, target))
+        assert len(found) == len(spec.stages())
+        for usage in found:
+            assert usage.spills == 0, usage
+            assert usage.occupancy > 0.1, usage
+            reads_weights = "linear" in usage.stage or usage.stage in ("gated_mlp", "lm_head")
+            # Older compilers for AMD name the line that first uses a load instead of the load's own.
+            unnamed = target == "gfx942" and usage.weight_load is None and triton_version() < (3, 9)
+            assert usage.weight_load == (16 if reads_weights and not unnamed else None), usage
+            assert (usage.matrix_instructions > 0) == (usage.stage == "decode_attention_split"), usage
+
+
+@pytest.mark.parametrize("target", ["sm_90", "gfx942"])
+def test_rows_use_matrix_instructions_and_do_not_spill(target):
+    for spec in (
+        untiled("gated_mlp", 4, 576, 1536, norm="rms", gated=True, activation="silu"),
+        untiled("w4a16_linear", 64, 2048, 2048, residual=True),
+        untiled("lm_head", 4, 576, 49152, weights="dense", group_size=0),
+    ):
+        first, *rest = usages(best_tile(spec, target), spec.family, target)
+        assert first.matrix_instructions > 0
+        assert {u.spills for u in (first, *rest)} == {0}
+
+
+@pytest.mark.parametrize("target", TARGETS)
+@pytest.mark.parametrize("model", MODELS)
+def test_launches_and_bytes_of_a_token(model, target):
+    bandwidth = DEVICES[target].bandwidth
+    cost = token_cost(MODELS[model], context=1024, group_size=64, device=target, bandwidth=bandwidth)
+    assert cost.launches_per_block <= 7
+    assert cost.launches == MODELS[model].layers * cost.launches_per_block + 1
+    assert 0 < cost.overhead <= 0.05
+    assert cost.microseconds == pytest.approx(cost.bytes / bandwidth * 1e6)
+
+
+def test_the_floor_of_a_token_counted_by_hand():
+    shape = MODELS["llama-3.1-8b"]
+    cost = token_cost(shape, context=1024, group_size=64, device="sm_90", bandwidth=1e12)
+    per_block = 4096 * 6144 + 4096 * 4096 + 3 * 4096 * 14336
+    weights = shape.layers * per_block * (0.5 + 4 / 64) + 128256 * 4096 * 2
+    cache = shape.layers * 2 * 8 * 128 * 2 * (1024 + 1)
+    assert cost.floor == weights + cache
+
+
+def test_the_narrowest_load_of_a_weight_line_counts():
+    source = ["w = tl.load(qweight_ptr + n)", "s = tl.load(scale_zero_ptr + n)"]
+    ptx = "\n".join(
+        (
+            "\t.loc\t1 1 5",
+            "\t// begin inline asm",
+            "\t.loc\t1 2 5",
+            "\tld.global.v4.b32 { %r1, %r2, %r3, %r4 }, [ %rd1 + 0 ];",
+            "\t// end inline asm",
+            "\t.loc\t1 2 5",
+            "\tld.global.b16 { %r5 }, [ %rd2 + 0 ];",
+        )
+    )
+    assert weight_load_bytes(ptx, source, nvidia=True) == 16
+    narrow = ptx + "\n\t.loc\t1 1 9\n\tcp.async.ca.shared.global [ %r1 + 0 ], [ %rd1 + 0 ], 0x8, 0x8;"
+    assert weight_load_bytes(narrow, source, nvidia=True) == 8
+    assert weight_load_bytes("\t.loc\t1 1 5\n\tglobal_load_dwordx2 v[0:1], v2, s[0:1]", source, nvidia=False) == 8
+    assert weight_load_bytes("", source, nvidia=True) is None
+
+
+def test_command_line(tmp_path, capsys):
+    path = tmp_path / "figures.json"
+    assert resources.main(["--target", "sm_90", "--model", "smollm2-135m", "--json", str(path)]) == 0
+    shown = capsys.readouterr().out
+    assert "| sm_90 | norm + gate\\|up | gated_mlp |" in shown
+    figures = json.loads(path.read_text())
+    launches = sum(len(s.stages()) for s in block_kernels(MODELS["smollm2-135m"]).values()) + 2
+    assert len(figures["kernels"]) == launches
+    assert figures["tokens"][0]["launches_per_block"] == 7
+    with pytest.raises(SystemExit):
+        resources.main(["--model", "gpt-5"])
+
+
+def unusual_kernels():
+    """Kernels that no model of the table needs, so that every line the generators can write is compiled once."""
+    shape = {"in_features": 1000, "out_features": 300}
+    yield best_tile(untiled("gated_mlp", 1, **shape, norm="layer", norm_bias=True, gated=True, activation="gelu_tanh"))
+    yield best_tile(untiled("gated_mlp", 5, **shape, norm="layer", gated=True, activation="gelu", bias=True))
+    yield best_tile(
+        untiled("norm_linear", 1, **shape, norm="rms_plus_one", dtype="float16", parameter_dtype="bfloat16")
+    )
+    yield best_tile(untiled("w4a16_linear", 3, **shape, dtype="float32", out_dtype="float32", activation="relu"))
+    yield best_tile(untiled("lm_head", 2, **shape, weights="dense", group_size=0, norm="rms", activation="silu"))
+    yield LinearSpec("w4a16_linear", 1, 1000, 300, LinearTile(2, 512, split_k=2, num_warps=1), group_size=32, bias=True)
+    yield LinearSpec("w4a16_linear", None, 1000, 300, LinearTile(16, 128, 32, split_k=3), group_size=128, gated=True)
+    yield LinearSpec("lm_head", 1, 16384, 262144, LinearTile(1, 512, num_warps=1), weights="dense", group_size=0)
+    yield KvFillSpec(2, 3, 1, 96, 64, rotary_dim=48, interleaved=True, rotary_rows=2, bias=True, head_norm="rms")
+    yield KvFillSpec(1, 3, 1, 80, 64, dtype="float32", head_norm="rms_plus_one", index_dtype="int32")
+    yield DecodeAttentionSpec(2, 6, 2, 96, 500, 0.1, window=100, softcap=30.0, mask=True, splits=3, index_dtype="int32")
+    yield DecodeAttentionSpec(1, 17, 1, 256, 500, 0.1, splits=1, block=16)
+    yield DecodeAttentionSpec(1, 4, 4, 64, 500, 0.1, dtype="float32", splits=1, block=16)
+    yield DecodeAttentionSpec(1, 8, 2, 64, 500, 0.1, mask=True, mask_dtype="bfloat16", counted=False, splits=4)
+    yield ExitScoreSpec(4, 5000, "float16")
+
+
+@pytest.mark.parametrize("target", ["sm_90", "gfx942"])
+def test_everything_that_can_be_generated_compiles(target):
+    for spec in unusual_kernels():
+        for usage in usages(spec, spec.family, target):
+            assert usage.registers > 0, usage
+            assert usage.spills == 0 or triton_version() < (3, 7), usage  # the oldest compiler spills 8 bytes of one

@@ -1,0 +1,59 @@
+"""Tuning without a GPU: the order of candidates, the choice, the budget, and what the file keeps."""
+
+import json
+
+import pytest
+import torch
+
+from river_compile.kernels.tools import tune
+from river_compile.kernels.triton.heuristic import DEVICES, best_tile, saved_tiles, seconds, tuning_key, untiled
+from river_compile.kernels.triton.linear import LinearTile
+
+SPECS = [untiled("w4a16_linear", 1, 512, n) for n in (256, 512)]
+
+
+def test_the_shortlist_begins_with_the_models_choice():
+    short = tune.shortlist(SPECS[0], "sm_90", 4)
+    assert len(short) == 4
+    assert short[0] == best_tile(SPECS[0], "sm_90")
+    times = [seconds(spec, DEVICES["sm_90"]) for spec in short]
+    assert times == sorted(times)
+
+
+def test_the_fastest_candidate_is_chosen():
+    slowest_wins = {spec.tile: -i for s in SPECS for i, spec in enumerate(tune.shortlist(s, "sm_90", 5))}
+    chosen = tune.tune(SPECS, "sm_90", lambda spec: slowest_wins[spec.tile], budget=60, top=5)
+    for spec in SPECS:
+        assert chosen[tuning_key(spec)] == min(
+            (s.tile for s in tune.shortlist(spec, "sm_90", 5)), key=lambda tile: slowest_wins[tile]
+        )
+
+
+def test_a_spent_budget_chooses_nothing():
+    assert tune.tune(SPECS, "sm_90", lambda spec: 1.0, budget=0, top=5) == {}
+
+
+def test_saving_keeps_other_devices_and_shapes(tmp_path, monkeypatch):
+    path = tmp_path / "sub" / "tuning.json"
+    monkeypatch.setenv("RIVER_COMPILE_TUNING", str(path))
+    first, second = LinearTile(2, 128, num_warps=1), LinearTile(4, 64, num_warps=2)
+    tune.save(path, "sm_90", {"a": first})
+    tune.save(path, "gfx942", {"a": second})
+    tune.save(path, "sm_90", {tuning_key(SPECS[0]): second})
+    assert saved_tiles(path) == {"sm_90": {"a": first, tuning_key(SPECS[0]): second}, "gfx942": {"a": second}}
+    assert best_tile(SPECS[0], "sm_90").tile == second
+    assert [p.name for p in path.parent.iterdir()] == ["tuning.json"]
+    assert json.loads(path.read_text())["gfx942"]["a"]["block_n"] == 4
+
+
+def test_weights_of_a_measurement_exceed_the_cache():
+    spec = best_tile(SPECS[0])
+    assert tune.copies_beyond_cache(spec) == 64
+    large = best_tile(untiled("w4a16_linear", 1, 4096, 14336))
+    assert tune.copies_beyond_cache(large) * large.cost().bytes > 200e6
+
+
+@pytest.mark.skipif(torch.cuda.is_available(), reason="this machine has a GPU to tune on")
+def test_without_a_gpu_the_command_says_so(capsys):
+    assert tune.main([]) == 1
+    assert "there is none here" in capsys.readouterr().err

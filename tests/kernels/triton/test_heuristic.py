@@ -1,0 +1,105 @@
+"""Tiles: every shape that the generator accepts gets a legal one; tuning files are looked up first."""
+
+import dataclasses
+import json
+
+import pytest
+from hypothesis import given
+from hypothesis import strategies as st
+
+from river_compile.kernels.tools.shapes import MODELS, model_kernels
+from river_compile.kernels.triton import heuristic
+from river_compile.kernels.triton.heuristic import (
+    DEVICES,
+    attention_splits,
+    best_tile,
+    candidates,
+    is_legal,
+    seconds,
+    untiled,
+)
+from river_compile.kernels.triton.linear import NORMS, LinearTile
+from river_compile.kernels.triton.spec import Cost, render
+from tests.kernels.harness import examples
+
+
+@st.composite
+def problems(draw):
+    dense = draw(st.booleans())
+    return untiled(
+        draw(st.sampled_from(("gated_mlp", "lm_head"))),
+        draw(st.integers(1, 40)),
+        draw(st.one_of(st.integers(1, 600), st.sampled_from((576, 4096, 14336, 28672)))),
+        draw(st.one_of(st.integers(1, 600), st.sampled_from((4096, 151936)))),
+        weights="dense" if dense else "w4",
+        group_size=0 if dense else draw(st.sampled_from((32, 64, 128))),
+        dtype=draw(st.sampled_from(("float32", "float16", "bfloat16"))),
+        norm=draw(st.sampled_from(NORMS)),
+        gated=draw(st.booleans()),
+    )
+
+
+@given(problems(), st.sampled_from(sorted(DEVICES)))
+@examples(150)
+def test_every_accepted_shape_has_a_legal_tile(problem, device):
+    chosen = best_tile(problem, device)
+    assert is_legal(chosen)
+    assert dataclasses.replace(chosen, tile=problem.tile) == problem
+    assert chosen.tile.block_k * chosen.steps * chosen.tile.split_k >= chosen.in_features
+    compile(render(chosen), "generated", "exec")
+
+
+def test_the_choice_is_the_cheapest_and_does_not_depend_on_the_given_tile():
+    problem = untiled("w4a16_linear", 1, 4096, 4096)
+    other = dataclasses.replace(problem, tile=LinearTile(8, 64))
+    chosen = best_tile(problem)
+    assert chosen == best_tile(other)
+    times = [seconds(candidate, DEVICES["sm_90"]) for candidate in candidates(problem)]
+    assert len(times) > 5
+    assert seconds(chosen, DEVICES["sm_90"]) == min(times)
+
+
+def test_illegal_tiles_exist_and_are_seen():
+    problem = untiled("gated_mlp", 1, 4096, 4096, gated=True)
+    assert not is_legal(dataclasses.replace(problem, tile=LinearTile(32, 4096, num_warps=1)))
+
+
+@pytest.mark.parametrize("model", MODELS)
+def test_estimates_are_above_the_roofline_and_not_far_from_it(model):
+    for label, spec in model_kernels(MODELS[model]).items():
+        if hasattr(spec, "tile"):
+            device = DEVICES["sm_90"]
+            floor = spec.cost().seconds(device.bandwidth, device.dot_flops)
+            assert floor <= seconds(spec, device) <= 2.5 * floor + 5e-6, label
+
+
+def test_the_roofline_is_the_longer_time():
+    assert Cost(100, 10).seconds(10.0, 10.0) == 10.0
+    assert Cost(10, 100).seconds(10.0, 10.0) == 10.0
+
+
+@pytest.mark.parametrize(
+    ("heads", "slots", "splits"), [(8, 1024, 16), (1, 8192, 32), (8, 64, 1), (8, 65, 2), (1000, 4096, 1), (3, 1024, 16)]
+)
+def test_splits_of_attention(heads, slots, splits):
+    assert attention_splits(heads, slots, DEVICES["sm_90"]) == splits
+
+
+def test_a_saved_tile_goes_before_the_model(tmp_path, monkeypatch):
+    problem, tile = untiled("w4a16_linear", 1, 256, 256), LinearTile(2, 128, 1, 2, 1, 1)
+    path = tmp_path / "tuning.json"
+    monkeypatch.setenv("RIVER_COMPILE_TUNING", str(path))
+    modelled = best_tile(problem).tile
+    assert modelled != tile
+    path.write_text(json.dumps({"sm_90": {heuristic.tuning_key(problem): dataclasses.asdict(tile)}}))
+    assert best_tile(problem).tile == tile
+    assert best_tile(problem, "sm_80").tile != tile
+
+
+@pytest.mark.parametrize("damage", ["", "[1]", '{"sm_90": {"key": {"block_n": 3, "block_k": 64}}}'])
+def test_a_damaged_tuning_file_is_ignored_with_a_warning(tmp_path, monkeypatch, damage):
+    path = tmp_path / "tuning.json"
+    path.write_text(damage)
+    monkeypatch.setenv("RIVER_COMPILE_TUNING", str(path))
+    with pytest.warns(UserWarning, match="cannot be read and is ignored"):
+        assert is_legal(best_tile(untiled("w4a16_linear", 1, 256, 256)))

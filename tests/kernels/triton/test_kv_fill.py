@@ -1,0 +1,59 @@
+"""kv_fill in Triton's interpreter against float64: exactly one slot changes, rotation, bias, qk-norm, odd sizes."""
+
+import pytest
+from hypothesis import given
+from hypothesis import strategies as st
+
+from river_compile.kernels.triton.kv_fill import HEAD_NORMS, KvFillSpec
+from tests.kernels.checks import check_kv_fill
+from tests.kernels.harness import examples
+
+
+@st.composite
+def kv_cases(draw):
+    batch, d = draw(st.integers(1, 3)), draw(st.sampled_from((16, 24, 64, 80, 96, 128, 256)))
+    slots = draw(st.integers(1, 9))
+    spec = KvFillSpec(
+        batch,
+        draw(st.integers(1, 5)),
+        draw(st.integers(1, 3)),
+        d,
+        slots,
+        dtype=draw(st.sampled_from(("float32", "float16", "bfloat16"))),
+        rotary_dim=draw(st.sampled_from((0, d // 4 * 2, d))),
+        rotary_dtype=draw(st.sampled_from(("float32", "bfloat16"))),
+        interleaved=draw(st.booleans()),
+        rotary_rows=draw(st.sampled_from((1, batch))),
+        bias=draw(st.booleans()),
+        head_norm=draw(st.sampled_from(HEAD_NORMS)),
+        index_dtype=draw(st.sampled_from(("int32", "int64"))),
+    )
+    return spec, draw(st.integers(0, slots - 1)), draw(st.integers(0, 2**20))
+
+
+@given(kv_cases())
+@examples(80)
+def test_query_and_slot(case):
+    check_kv_fill(*case)
+
+
+@pytest.mark.parametrize("slot", [-1, 4, 1000])
+def test_a_slot_outside_of_the_cache_writes_nothing(slot):
+    check_kv_fill(KvFillSpec(2, 3, 1, 64, 4, rotary_dim=64, bias=True), slot)
+
+
+@pytest.mark.parametrize(
+    ("changes", "message"),
+    [
+        ({"rotary_dim": 7}, "rotary_dim=7"),
+        ({"rotary_dim": 66}, "rotary_dim=66"),
+        ({"rotary_rows": 3}, "rotary_rows=3"),
+        ({"head_norm": "layer"}, "head_norm='layer'"),
+        ({"cache_strides": (1, 2)}, "cache_strides"),
+        ({"slots": 0}, "slots=0"),
+    ],
+)
+def test_what_a_spec_refuses(changes, message):
+    fields = {"batch": 2, "heads": 2, "kv_heads": 1, "head_dim": 64, "slots": 4}
+    with pytest.raises(ValueError, match=message):
+        KvFillSpec(**{**fields, **changes})

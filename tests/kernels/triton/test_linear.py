@@ -1,0 +1,125 @@
+"""The linear kernels in Triton's interpreter against float64: shapes, dtypes, tiles, epilogues, extreme values."""
+
+import pytest
+from hypothesis import given
+from hypothesis import strategies as st
+
+from river_compile.kernels.triton.linear import ACTIVATIONS, NORMS, LinearSpec, LinearTile
+from tests.kernels.checks import VALUES, check_linear
+from tests.kernels.harness import examples
+
+DTYPES = ("float32", "float16", "bfloat16")
+
+
+@st.composite
+def linear_cases(draw, rows, weights, norms):
+    """A spec with a tile that need not fit the shape well, and the rows of the call."""
+    m = draw(rows)
+    dense = weights == "dense"
+    group = 0 if dense else draw(st.sampled_from((32, 64, 128)))
+    k, n = draw(st.integers(1, 300)), draw(st.integers(1, 70))
+    if m == 1:
+        depth = draw(st.sampled_from((32, 64, 256))) if dense else group * draw(st.sampled_from((1, 2, 4)))
+        tile = {"block_n": draw(st.sampled_from((1, 4, 16, 64))), "block_k": depth}
+    else:
+        depth = draw(st.sampled_from((16, 64))) if dense else draw(st.sampled_from((128, 256)))
+        tile = {
+            "block_n": draw(st.sampled_from((16, 32))),
+            "block_k": depth,
+            "block_m": draw(st.sampled_from((16, 32))),
+        }
+    norm = draw(st.sampled_from(norms))
+    steps = -(-k // depth)
+    split = draw(st.integers(1, min(3, steps))) if norm == "none" else 1
+    gated = draw(st.booleans())
+    spec = LinearSpec(
+        "gated_mlp",
+        m if m <= 16 else None,
+        k,
+        n,
+        LinearTile(**tile, split_k=split),
+        weights=weights,
+        group_size=group,
+        dtype=draw(st.sampled_from(DTYPES)),
+        out_dtype="float32" if draw(st.booleans()) else "bfloat16",
+        norm=norm,
+        norm_bias=norm == "layer" and draw(st.booleans()),
+        bias=draw(st.booleans()),
+        residual=draw(st.booleans()),
+        activation=draw(st.sampled_from(ACTIVATIONS)),
+        gated=gated,
+        x_stride=k + draw(st.sampled_from((0, 5))),
+    )
+    return spec, m, draw(st.sampled_from(VALUES)), draw(st.integers(0, 2**20))
+
+
+@given(linear_cases(st.just(1), "w4", NORMS))
+@examples(40)
+def test_one_row_of_4_bit_weights(case):
+    check_linear(*case)
+
+
+@given(linear_cases(st.integers(2, 33), "w4", NORMS))
+@examples(60)
+def test_rows_of_4_bit_weights(case):
+    check_linear(*case)
+
+
+@given(linear_cases(st.integers(1, 20), "dense", ("none", "rms")))
+@examples(40)
+def test_dense_weights(case):
+    check_linear(*case)
+
+
+@pytest.mark.parametrize("dtype", DTYPES)
+@pytest.mark.parametrize("rows", [1, 7])
+def test_results_in_the_activations_dtype_and_several_steps(dtype, rows):
+    tile = LinearTile(16, 128, 1 if rows == 1 else 16, split_k=2)
+    spec = LinearSpec("w4a16_linear", rows, 640, 48, tile, dtype=dtype, out_dtype=dtype, bias=True, residual=True)
+    check_linear(spec, rows)
+
+
+@pytest.mark.parametrize("norm", ["rms", "layer"])
+def test_a_row_longer_than_a_block_of_statistics(norm):
+    tile = LinearTile(16, 512, 16)
+    check_linear(LinearSpec("norm_linear", 3, 1100, 16, tile, dtype="float32", out_dtype="float32", norm=norm), 3)
+
+
+def test_hidden_size_576_has_groups_of_64_and_no_masks_where_the_tile_fits():
+    spec = LinearSpec("w4a16_linear", 1, 576, 64, LinearTile(8, 64), dtype="float32", out_dtype="float32")
+    assert (spec.masks_k, spec.masks_n, spec.masks_m) == (False, False, False)
+    check_linear(spec)
+
+
+@pytest.mark.parametrize(
+    ("changes", "message"),
+    [
+        ({"rows": 17}, "rows=17"),
+        ({"rows": 0}, "rows=0"),
+        ({"in_features": 0}, "in_features=0"),
+        ({"group_size": 48}, "group_size=48"),
+        ({"dtype": "float64"}, "dtype='float64'"),
+        ({"norm": "batch"}, "norm='batch'"),
+        ({"activation": "swish"}, "activation='swish'"),
+        ({"norm_bias": True}, "norm_bias=True"),
+        ({"x_stride": 63}, "x_stride=63"),
+        ({"tile": LinearTile(8, 32)}, "block_k=32"),
+        ({"tile": LinearTile(8, 64, 16)}, "block_m=16"),
+        ({"tile": LinearTile(8, 64, split_k=2)}, "split_k=2"),
+        ({"rows": 2, "tile": LinearTile(16, 64, 16)}, "block_k=64"),
+    ],
+)
+def test_what_a_spec_refuses(changes, message):
+    fields = {"kind": "w4a16_linear", "rows": 1, "in_features": 64, "out_features": 8, "tile": LinearTile(8, 64)}
+    with pytest.raises(ValueError, match=message):
+        LinearSpec(**{**fields, **changes})
+
+
+def test_split_k_does_not_go_with_a_norm():
+    with pytest.raises(ValueError, match="split_k=2"):
+        LinearSpec("norm_linear", 1, 256, 8, LinearTile(8, 64, split_k=2), norm="rms")
+
+
+def test_tile_sizes_are_powers_of_two():
+    with pytest.raises(ValueError, match="block_n=3"):
+        LinearTile(3, 64)

@@ -1,0 +1,154 @@
+"""Sources: one spec, one text, one file; damage, races, and the choice between interpreter and compiler per load."""
+
+import dataclasses
+import subprocess
+import sys
+import warnings
+from concurrent.futures import ThreadPoolExecutor
+from pathlib import Path
+
+import pytest
+import torch
+
+from river_compile.kernels.triton import loader
+from river_compile.kernels.triton.decode_attention import DecodeAttentionSpec
+from river_compile.kernels.triton.exit_score import ExitScoreSpec
+from river_compile.kernels.triton.kv_fill import KvFillSpec
+from river_compile.kernels.triton.linear import LinearSpec, LinearTile
+from river_compile.kernels.triton.spec import Lines, check_positive, render
+
+SPEC = ExitScoreSpec(2, 48, "float32")
+
+#: Sources to look at. After an intended change, write `render(spec)` to the file and read the difference.
+PINNED = {
+    "gated_mlp": LinearSpec(
+        "gated_mlp", 1, 576, 1536, LinearTile(4, 1024, num_warps=1), norm="rms", gated=True, activation="silu"
+    ),
+    "kv_fill": KvFillSpec(2, 14, 2, 64, 256, rotary_dim=64, bias=True),
+    "decode_attention": DecodeAttentionSpec(1, 8, 1, 96, 1000, 0.125, window=512, mask=True, splits=4),
+}
+
+
+@pytest.fixture
+def empty_cache(tmp_path, monkeypatch):
+    monkeypatch.setenv("RIVER_COMPILE_CACHE", str(tmp_path))
+    loader.load.cache_clear()
+    yield tmp_path / "kernels"
+    loader.load.cache_clear()
+
+
+@pytest.mark.parametrize("name", PINNED)
+def test_pinned_source(name):
+    expected = (Path(__file__).parents[1] / "pinned" / f"{name}.txt").read_text()
+    assert render(PINNED[name]) == expected, f"pinned/{name}.txt no longer is what the generator writes"
+
+
+def test_one_spec_is_one_text_in_any_process():
+    twin = dataclasses.replace(SPEC)
+    assert render(twin) == render(SPEC)
+    assert hash(twin) == hash(SPEC)
+    program = (
+        "from river_compile.kernels.exit_score import ExitScoreSpec\n"
+        "from river_compile.kernels.spec import render\n"
+        "print(render(ExitScoreSpec(2, 48, 'float32')), end='')"
+    )
+    root = Path(__file__).parents[3]
+    shown = subprocess.run([sys.executable, "-c", program], cwd=root, capture_output=True, text=True, check=True).stdout
+    assert shown == render(SPEC)
+
+
+def test_every_field_of_the_spec_stands_in_the_header():
+    header = render(SPEC).split('"""')[1]
+    for field in dataclasses.fields(SPEC):
+        assert f"    {field.name} = {getattr(SPEC, field.name)!r}\n" in header
+
+
+def test_the_file_is_written_once_and_leaves_nothing_beside_it(empty_cache):
+    with ThreadPoolExecutor(8) as pool:
+        paths = set(pool.map(lambda _: loader.source_file(SPEC), range(32)))
+    assert paths == set(empty_cache.iterdir())
+    written = paths.pop().stat().st_mtime_ns
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        assert loader.source_file(SPEC).stat().st_mtime_ns == written
+
+
+@pytest.mark.parametrize("damage", [b"", b"import triton\n", b"\xff\xfe\x00"])
+def test_a_damaged_file_is_rebuilt_with_a_warning(empty_cache, damage):
+    path = loader.source_file(SPEC)
+    path.write_bytes(damage)
+    with pytest.warns(UserWarning, match="damaged and is rebuilt"):
+        loader.source_file(SPEC)
+    assert path.read_text() == render(SPEC)
+
+
+def test_interpreter_and_compiler_are_chosen_per_load():
+    from triton.runtime.interpreter import InterpretedFunction
+    from triton.runtime.jit import JITFunction
+
+    interpreted, compiled = (loader.load(SPEC, interpret=mode) for mode in (True, False))
+    assert isinstance(interpreted.functions["exit_score"], InterpretedFunction)
+    assert isinstance(compiled.functions["exit_score"], JITFunction)
+    assert loader.load(dataclasses.replace(SPEC), interpret=True) is interpreted
+
+
+def test_compiling_works_after_interpreting():
+    """Triton's interpreter patches the language while it runs; nothing of that may stay behind."""
+    buffers = {name: torch.ones(2, 48) for name in ("update", "residual", "previous", "hidden")}
+    scalars = {name: torch.zeros(2) for name in ("threshold", "similarity", "score")}
+    loader.load(SPEC, interpret=True)(**buffers, **scalars, flag=torch.tensor([True]))
+    (compiled,) = loader.compile_for(SPEC, "cuda", 90)
+    assert "cubin" in compiled.asm
+
+
+def test_buffers_are_checked_before_a_launch():
+    kernel = loader.load(SPEC, interpret=True)
+    with pytest.raises(ValueError, match=r"missing buffers .*'hidden'.* unknown buffers \['other'\]"):
+        kernel(other=torch.zeros(1))
+    names = [argument.name for argument in SPEC.stages()[0].arguments]
+    buffers = {name: torch.zeros(2, 48) for name in names}
+    with pytest.raises(ValueError, match="flag has dtype float32, its spec says bool"):
+        kernel(**buffers)
+    compiled = loader.load(SPEC, interpret=False)
+    with pytest.raises(ValueError, match="is on cpu, the kernel runs on a GPU"):
+        compiled(**{**buffers, "flag": torch.tensor([True])})
+
+
+def test_a_single_step_opens_no_loop():
+    lines = Lines()
+    with lines.loop("step", 1):
+        lines.add("a")
+    with lines.loop("step", 2):
+        lines.add("b")
+    assert lines.text() == "a\nfor step in range(2):\n    b\n"
+
+
+def test_costs_of_open_rows_ask_for_the_rows():
+    spec = LinearSpec("w4a16_linear", None, 256, 64, LinearTile(16, 128, 16))
+    with pytest.raises(ValueError, match="any number of rows"):
+        spec.cost()
+    # 64 x 256 weights: half a byte each and 4 bytes per group of 64; x and y in 16 bits.
+    assert spec.cost(20).bytes == 64 * 256 // 2 + 64 * 4 * 4 + 20 * (256 + 64) * 2
+    assert spec.cost(20).flops == 2 * 20 * 64 * 256
+
+
+def test_positive_means_a_positive_integer():
+    for value in (0, -1, 1.5, True):
+        with pytest.raises(ValueError, match="size="):
+            check_positive(size=value)
+
+
+def test_importing_the_package_and_the_operators_needs_no_triton():
+    program = (
+        "import sys\n"
+        "sys.modules['triton'] = None\n"
+        "import river_compile.kernels\n"
+        "assert 'torch' not in sys.modules and 'sympy' not in sys.modules\n"
+        "import river_compile.kernels.ops, torch\n"
+        "x = torch.empty(1, 64, device='meta')\n"
+        "w, s = torch.empty(8, 8, dtype=torch.int32, device='meta'), torch.empty(8, 1, 2, device='meta')\n"
+        "print(torch.ops.river.w4a16_linear(x, w, s, None, 8, 64, 'triton').shape)"
+    )
+    root = Path(__file__).parents[3]
+    done = subprocess.run([sys.executable, "-c", program], cwd=root, capture_output=True, text=True)
+    assert (done.returncode, done.stdout.strip(), done.stderr) == (0, "torch.Size([1, 8])", "")

@@ -1,0 +1,369 @@
+"""The lowering to the generated kernels, run in Triton's interpreter on CPU tensors.
+
+Every family decodes at every depth with fused twins and, from the same traced graphs and the same 4-bit grids, with
+unfused ones in float32: logits, cache entries, slots and lengths agree. The same runs give the table of
+`docs/lowering.md`; RIVER_UPDATE_DOCS=1 writes it anew. A few models go the whole way through Inductor, captured too.
+"""
+
+from __future__ import annotations
+
+import functools
+import os
+import warnings
+from pathlib import Path
+
+import pytest
+import torch
+from torch import Tensor
+
+from river_compile import OptionError, RiverWarning, report, river, save, trace
+from river_compile.config import RiverConfig
+from river_compile.lowering import choose as lowering_choice
+from river_compile.lowering.choose import Lowering, choose_lowering
+from river_compile.runtime.executor import forced_depth
+from tests.support.decoding import CAPACITY, cache_argument, cache_state, decode, left_padded, new_cache
+from tests.support.families import FAMILIES, REWRITTEN, make, prompt
+from tests.support.lowerings import BLOCK_RULES, CPU, FUSED, UNFUSED, lowered
+from tools import models
+
+PAGE = Path(__file__).parents[2] / "docs" / "lowering.md"
+LAYERS = 2
+DEPTHS = [0, 1, LAYERS]
+OPTIONS = {"quantizer": "rtn", "group_size": 32, "first_exit": 1}
+WHOLE = [*(f for f in REWRITTEN if f.startswith(("llama", "qwen2", "qwen3", "mistral", "ministral"))), "smollm3"]
+
+
+class Both:
+    """A backend that lowers each traced graph in two ways, or more; `fused` says which one runs."""
+
+    def __init__(self, *others: Lowering, **options) -> None:
+        self.fused: bool | Lowering = True
+        self.ways = {True: FUSED, False: UNFUSED} | {other: other for other in others}
+        self.options = {**OPTIONS, **options}
+
+    def __call__(self, graph_module, inputs):
+        made = {}
+        for way, lowering in self.ways.items():
+            with lowered(lowering):
+                made[way] = river(graph_module, inputs, options=self.options)
+        return lambda *args: made[self.fused](*args)
+
+
+@torch.no_grad()
+def steps(model, cache, depths=DEPTHS, batch: int = 2) -> list[Tensor]:
+    """Feeds a left-padded prompt to the plain model, and a token for each depth to the compiled one; returns logits.
+
+    The mask spans the cache from the start, so that one decode graph serves all steps.
+    """
+    held = {"use_cache": True, cache_argument(model): cache}
+    ids, mask = (tensor.to(model.device) for tensor in left_padded(batch))
+    logits = [model.forward(input_ids=ids, attention_mask=mask, **held).logits]
+    mask = torch.cat([mask, torch.ones(batch, CAPACITY - mask.shape[1], dtype=mask.dtype, device=mask.device)], 1)
+    tokens = prompt(len(DEPTHS), batch, seed=1).to(model.device)
+    for step, depth in enumerate(depths):
+        position = mask[:, : ids.shape[1] + step + 1].sum(-1, keepdim=True) - 1
+        arguments = {"input_ids": tokens[:, step : step + 1], "attention_mask": mask, "position_ids": position}
+        with forced_depth(depth):
+            logits.append(model(**arguments, **held).logits)
+    return logits
+
+
+@functools.cache
+def run(name: str, **options) -> dict[str, object]:
+    model = make(name, layers=LAYERS)
+    both = Both(**options)
+    model.compile(backend=both)
+    results = {}
+    for fused in (True, False):
+        both.fused = fused
+        cache = new_cache(model, "static")
+        logits = steps(model, cache)
+        results[fused] = logits, cache_state(cache)
+    graphs = [g for g in report(model).to_dict()["graphs"] if g["fused"]]
+    return {"results": results, "graphs": graphs, "text": str(report(model))}
+
+
+def assert_same(first, second, **tolerance: float) -> None:
+    """Compares the logits of every step, and keys, values and lengths of every layer."""
+    for a, b in zip(first[0], second[0], strict=True):
+        torch.testing.assert_close(a, b, **tolerance)
+    for a, b in zip(first[1], second[1], strict=True):
+        torch.testing.assert_close(a[:2], b[:2], **tolerance)
+        assert a[2] == b[2]
+
+
+@pytest.mark.parametrize("name", REWRITTEN)
+def test_fused_twins_compute_what_their_nodes_did(name):
+    results = run(name)["results"]
+    assert_same(results[True], results[False], rtol=1e-4, atol=1e-4)
+
+
+@pytest.mark.parametrize("name", [name for name in WHOLE if name != "qwen3_moe"])
+def test_these_families_use_every_kernel(name):
+    """Llama, Qwen, Mistral and what is shaped like them: each twin takes every rule, no graph misses one.
+
+    A sliding window has a graph before it is full and one afterwards.
+    """
+    graphs = run(name)["graphs"]
+    assert len(graphs) in (1, 2)
+    for graph in graphs:
+        assert graph["missed"] == []
+        assert graph["fused"] == {rule: LAYERS for rule in BLOCK_RULES} | {"norm + head": 1, "exit score": 1}
+
+
+@pytest.mark.parametrize(("name", "batches"), [("qwen3", (1, 2)), ("mistral", (2,)), ("gemma3", (2,))])
+def test_generate_reaches_the_kernels_in_16_bits(name, batches):
+    """`generate` computes masks outside of the graph; its second batch size makes the graph's sizes dynamic."""
+    model = make(name, layers=LAYERS, dtype=torch.float16)
+    both = Both(exit_depth=0)
+    model.compile(backend=both)
+    how = {"do_sample": False, "return_dict_in_generate": True, "output_logits": True}
+    for batch in batches:
+        ids, mask = left_padded(batch)
+        found = {}
+        for both.fused in (True, False):
+            out = model.generate(ids, attention_mask=mask, max_new_tokens=2, cache_implementation="static", **how)
+            found[both.fused] = out.logits[-1].double()
+        error = (found[True] - found[False]).norm() / found[False].norm()
+        assert error < 0.004
+    graphs = [g for g in report(model).to_dict()["graphs"] if g["fused"]]
+    assert len(graphs) == len(batches)
+    expected = {rule for rule in BLOCK_RULES if name != "gemma3" or "residual" not in rule}
+    for graph in graphs:
+        assert {rule for rule in BLOCK_RULES if graph["fused"].get(rule) == LAYERS} == expected
+
+
+def test_fused_checks_measure_what_the_others_do():
+    model = make("qwen2", layers=3)
+    both = Both(threshold=2.0)  # nothing leaves, every check is asked
+    model.compile(backend=both)
+    scores = {}
+    for both.fused in (True, False):
+        with trace() as t:
+            steps(model, new_cache(model, "static"), [None, None])
+        scores[both.fused] = torch.tensor([token.similarities for token in t.tokens])
+    assert scores[True].shape == (2, 2)
+    torch.testing.assert_close(scores[True], scores[False], rtol=1e-5, atol=1e-6)
+
+
+def test_the_report_names_rule_segment_node_and_line_of_a_miss():
+    found = run("gemma2")
+    missed = found["graphs"][0]["missed"]
+    assert {m["rule"] for m in missed} == {"o + residual", "down + residual"}
+    assert {m["segment"] for m in missed} == {"twin_1", "twin_2"}
+    assert all(m["reason"] == "a norm stands between it and the addition" for m in missed)
+    assert all("modeling_gemma2.py:" in m["node"] for m in missed)
+    assert (
+        "not fused    o + residual in twin_1 and 1 more: a norm stands between it and the addition at" in found["text"]
+    )
+    assert "fused        exit score x1, norm + q|k|v x2" in found["text"]
+
+
+def table() -> list[str]:
+    """Returns the lines of the page's table of families."""
+    lines = ["| family | kernels of a twin | missed |", "|---|---:|---|"]
+    for name in FAMILIES:
+        if name not in REWRITTEN:
+            lines.append(f"| {name} | | not rewritten |")
+            continue
+        graph = run(name)["graphs"][0]
+        twin = [m for m in graph["missed"] if m["segment"] == "twin_1"]
+        missed = "; ".join(f"{m['rule']}: {m['reason']}".replace("|", "\\|") for m in twin)
+        lines.append(f"| {name} | {len(BLOCK_RULES) - len(twin)} of {len(BLOCK_RULES)} | {missed or 'nothing'} |")
+    return lines
+
+
+def test_the_page_lists_what_the_rules_make_of_each_family():
+    """RIVER_UPDATE_DOCS=1 replaces the table between the page's marks."""
+    text = PAGE.read_text()
+    before, rest = text.split("<!-- families -->\n")
+    old, after = rest.split("<!-- end -->\n")
+    new = "\n".join(table()) + "\n"
+    if os.environ.get("RIVER_UPDATE_DOCS"):
+        PAGE.write_text(f"{before}<!-- families -->\n{new}<!-- end -->\n{after}")
+    else:
+        assert old == new
+
+
+@pytest.mark.parametrize("name", ["llama", "olmo2"])
+def test_through_inductor_and_captured(name):
+    """The kernels as opaque operators among Inductor's code, and in recorded units, give what the graphs give alone.
+
+    Four rules miss in OLMo 2: their nodes become Inductor's code, their products the kernel with nothing around it. The
+    caches are written in place: Inductor's code is called without wrappers, and clones no cache.
+    """
+    expected = run(name)["results"][False]
+    model = make(name, layers=LAYERS)
+    model.compile(backend=river, options={**OPTIONS, "lowering": "triton", "cudagraphs": "record"})
+    cache = new_cache(model, "static")
+    for _ in range(2):  # what ran once is captured the second time
+        cache.reset()
+        assert_same((steps(model, cache), cache_state(cache)), expected, rtol=1e-4, atol=1e-4)
+    (graph,) = report(model).to_dict()["graphs"]
+    assert all(s["direct"] for s in graph["segments"])
+    assert {c["unit"] for c in graph["captures"]["captures"]} == {
+        "piece 0-0",
+        "piece 0-1",
+        "last 0-2",
+        "tail 0",
+        "tail 1",
+    }
+
+
+def test_generated_products_alone():
+    """A GPU's lowering="inductor": no rule is asked, each 4-bit product is a kernel, all else Inductor's code."""
+    model = make("llama", layers=LAYERS)
+    with lowered(Lowering("inductor", "triton", fuse=False)):
+        model.compile(backend=river, options={**OPTIONS, "exit_depth": 0})
+        cache = new_cache(model, "static")
+        logits = steps(model, cache, [0])
+    for a, b in zip(logits, run("llama")["results"][False][0], strict=False):
+        torch.testing.assert_close(a, b, rtol=1e-4, atol=1e-4)
+    (graph,) = report(model).to_dict()["graphs"]
+    assert graph["fused"] == {}
+    assert graph["missed"] == []
+
+
+@pytest.mark.parametrize(("policy", "depths"), [("exit", DEPTHS[:2]), ("fetch", DEPTHS)])
+def test_offloaded_blocks_beside_fused_twins(policy, depths, tmp_path):
+    model = make("llama", layers=LAYERS)
+    options = {**OPTIONS, "offload": 1, "offload_policy": policy, "offload_dir": tmp_path, "cudagraphs": "record"}
+    with lowered(FUSED):
+        model.compile(backend=river, options=options)
+        cache = new_cache(model, "static")
+        for _ in range(2):  # what ran once is captured the second time
+            cache.reset()
+            for a, b in zip(steps(model, cache, depths), run("llama")["results"][False][0], strict=False):
+                torch.testing.assert_close(a, b, rtol=1e-4, atol=1e-4)
+    assert report(model).offloaded.moved > 0
+    (graph,) = report(model).to_dict()["graphs"]
+    expected = run("llama")["graphs"][0]["fused"]
+    if policy == "exit":  # every token leaves after block 1 at the latest, so nothing is asked there
+        expected = {rule: count for rule, count in expected.items() if rule != "exit score"}
+    assert graph["fused"] == expected
+    assert {"tail 0", "tail 1"} <= {c["unit"] for c in graph["captures"]["captures"]}
+
+
+def test_a_head_of_4_bits_takes_the_heads_kernel():
+    found = run("llama", lm_head="w4")
+    assert_same(found["results"][True], found["results"][False], rtol=1e-4, atol=1e-4)
+    assert not torch.allclose(found["results"][True][0][1], run("llama")["results"][True][0][1])
+    assert found["graphs"][0]["fused"]["norm + head"] == 1
+
+
+def test_two_rows_of_a_prompt_leave_through_fused_twins():
+    """prefill="exit": the rules around the cache stay out, the others hold for many positions, whatever the cache."""
+    model, results = make("llama", layers=LAYERS), {}
+    both = Both(prefill="exit", exit_depth=0)
+    model.compile(backend=both)
+    for kind in ("static", "dynamic"):
+        for both.fused in (True, False):
+            cache = new_cache(model, kind)
+            results[both.fused] = decode(model, cache, []), cache_state(cache)
+        assert_same(results[True], results[False], rtol=1e-4, atol=1e-4)
+    graphs = [g for g in report(model).to_dict()["graphs"] if g["fused"]]
+    assert [(g["kind"], g["cache"]) for g in graphs] == [("prefill", "static"), ("prefill", "dynamic")]
+    rules = [r for r in BLOCK_RULES if r not in ("rope + kv write", "attention")]
+    assert all(g["fused"] == {rule: LAYERS for rule in rules} and not g["missed"] for g in graphs)
+
+
+def test_saved_twins_serve_both_layouts(tmp_path):
+    """An artifact holds grids: whichever lowering saved it, the other one packs the same weights from it."""
+    grids = {}
+    for lowering, source in ((FUSED, None), (CPU, "triton"), (FUSED, "aten_cpu")):
+        torch._dynamo.reset()
+        model = make("qwen2", layers=LAYERS)
+        options = {**OPTIONS, "exit_depth": 1, "artifact": tmp_path / source if source else None}
+        with lowered(lowering):
+            model.compile(backend=river, options=options)
+            steps(model, new_cache(model, "static"), [1])
+        grids[lowering.layout, source] = {p.name: p.dequantize() for p in report(model).packed}
+        if source != "aten_cpu":
+            save(model, tmp_path / lowering.layout)
+    first, *others = grids.values()
+    for other in others:
+        assert all(torch.equal(first[name], other[name]) for name in first)
+        assert len(first) == len(other) > 0
+
+
+def test_which_lowering_is_chosen(monkeypatch):
+    """By option and device; HIP devices are torch's "cuda" and need no word of their own."""
+    cpu, gpu = torch.device("cpu"), torch.device("cuda", 0)
+    chosen = {
+        (option, device.type): choose_lowering(RiverConfig(lowering=option), device)
+        for option in ("auto", "inductor", "triton", "eager")
+        for device in (cpu, gpu)
+    }
+    assert chosen == {
+        ("auto", "cpu"): Lowering("inductor", "aten_cpu", False),
+        ("auto", "cuda"): Lowering("inductor", "triton", True),
+        ("inductor", "cpu"): Lowering("inductor", "aten_cpu", False),
+        ("inductor", "cuda"): Lowering("inductor", "triton", False),
+        ("triton", "cpu"): Lowering("inductor", "triton", True),
+        ("triton", "cuda"): Lowering("inductor", "triton", True),
+        ("eager", "cpu"): Lowering("eager", "aten_cpu", False),
+        ("eager", "cuda"): Lowering("eager", "triton", False),
+    }
+    assert not choose_lowering(RiverConfig(lowering="triton", quantizer="none"), cpu).fuse
+    with pytest.raises(OptionError, match="no 4-bit kernels for a model on xpu"):
+        choose_lowering(RiverConfig(), torch.device("xpu"))
+    with pytest.raises(OptionError, match="group_size=256 has no generated kernel; use one of 32, 64, 128"):
+        choose_lowering(RiverConfig(group_size=256), gpu)
+    monkeypatch.setattr(lowering_choice.importlib.util, "find_spec", lambda name: None)
+    with pytest.raises(OptionError, match="lowering='triton' needs Triton here, which is not installed"):
+        choose_lowering(RiverConfig(lowering="triton"), cpu)
+
+
+def test_the_interpreter_is_announced_once():
+    lowering_choice._warn_of_interpreter.cache_clear()
+    with pytest.warns(RiverWarning, match="Triton's interpreter"):
+        lowering_choice.warn_of_slow_lowering(FUSED, torch.device("cpu"))
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        lowering_choice.warn_of_slow_lowering(FUSED, torch.device("cpu"))
+        lowering_choice.warn_of_slow_lowering(FUSED, torch.device("cuda"))
+
+
+def test_eight_tokens_of_smollm2(smollm2_folder):
+    """Greedy tokens that leave early and late: fused twins choose those of the CPU's lowering.
+
+    Its int4 products round their inputs to bfloat16; with float32 products in their place logits and caches agree too.
+    """
+    model, _ = models.load("smollm2", dtype=torch.float32)
+    both = Both(CPU, group_size=64)
+    model.compile(backend=both)
+    depths = [0, 29, 28, 30, 29, 30, 30, 29]
+    results = {}
+    for both.fused in (True, False, CPU):
+        cache = new_cache(model, "static", capacity=16)
+        tokens, logits, held = [prompt(4)], [], {"use_cache": True, cache_argument(model): cache}
+        for step, depth in enumerate((None, *depths)):
+            with torch.no_grad(), forced_depth(depth):
+                logits.append((model if step else model.forward)(tokens[-1], **held).logits[:, -1])
+            tokens.append(logits[-1].argmax(-1, keepdim=True))
+        results[both.fused] = logits, cache_state(cache), torch.cat(tokens, 1)
+    assert_same(results[True][:2], results[False][:2], rtol=1e-3, atol=1e-3)
+    assert torch.equal(results[True][2], results[False][2])
+    assert torch.equal(results[True][2], results[CPU][2])
+
+
+@pytest.mark.gpu
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+@pytest.mark.parametrize("name", ["llama", "qwen3", "mistral", "gemma2", "gpt_neox", "mixtral"])
+def test_compiled_kernels_on_the_card(name, dtype):
+    """lowering="auto", captured: logits and caches of every depth are the CPU's; the report lists the same kernels."""
+    expected = run(name)
+    model = make(name, layers=LAYERS).to("cuda", dtype)
+    model.compile(backend=river, options=OPTIONS)
+    cache = new_cache(model, "static")
+    for _ in range(2):  # what ran once is captured the second time
+        cache.reset()
+        logits = [step.cpu().float() for step in steps(model, cache)]
+        state = [(k.cpu().float(), v.cpu().float(), length) for k, v, length in cache_state(cache)]
+        if dtype == torch.float32:
+            assert_same((logits, state), expected["results"][False], rtol=1e-3, atol=1e-3)
+        for a, b in zip(logits, expected["results"][False][0], strict=True):
+            assert torch.nn.functional.cosine_similarity(a.flatten(), b.flatten(), dim=0) > 0.99
+    graphs = report(model).to_dict()["graphs"]
+    assert [g["fused"] for g in graphs] == [g["fused"] for g in expected["graphs"]]
+    assert any(g["captures"]["alive"] > 0 for g in graphs)

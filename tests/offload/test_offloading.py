@@ -1,0 +1,454 @@
+"""Backbone offloading: the same bits with less memory, on files here and on pinned memory where there is a GPU.
+
+A store of the tests' own stands for a GPU: its weights cannot be computed with where they lie (NaN), arrive only when
+they are waited for, and are spoilt once they were used.
+"""
+
+from __future__ import annotations
+
+import copy
+import errno
+import gc
+import json
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+import torch
+
+from river_compile import OptionError, RiverConfig, RiverWarning, exact, report, restore, river
+from river_compile.offload import disk as offload_file
+from river_compile.offload.disk import MappedFiles
+from river_compile.offload.store import Arrival, Stored, WeightStore
+from river_compile.offload.weights import OffloadedWeights
+from river_compile.runtime.executor import forced_depth
+from river_compile.runtime.trace import trace
+from tests.support.decoding import cache_state, decode, new_cache
+from tests.support.families import make, prompt
+
+LAYERS = 3
+DEPTHS = [LAYERS, 0, 1, 2, LAYERS]
+OPTIONS = {"lowering": "eager", "quantizer": "rtn", "group_size": 32, "first_exit": 1}
+FETCH = {"offload": 1, "offload_policy": "fetch"}
+DEVICES = ["cpu", pytest.param("cuda", marks=pytest.mark.gpu)]
+
+
+class Elsewhere(WeightStore):
+    """Weights that can only be computed with in the time between their arrival and their release."""
+
+    where = "a test"
+
+    def __init__(self) -> None:
+        self.started: list[int] = []  # bytes of what was sent for
+        self.brought: list[int] = []  # and of what was waited for
+        self.copies: list[torch.Tensor] = []  # that were not released yet
+
+    def check_room(self, nbytes):
+        pass
+
+    def put(self, tensor):
+        return Stored(torch.full_like(tensor, float("nan")), tensor.clone())
+
+    def take_back(self, stored):
+        return stored.source.clone()
+
+    def discard(self, tensor):
+        tensor.fill_(float("nan"))
+
+    def settle(self):
+        pass
+
+    def start(self, weights):
+        self.started.append(sum(w.source.nbytes for w in weights))
+        return Arrival(tuple(torch.full_like(w.source, float("nan")) for w in weights), weights)
+
+    def await_arrival(self, arrival):
+        self.brought.append(sum(t.nbytes for t in arrival.tensors))
+        self.copies.append(arrival.tensors)
+        for tensor, stored in zip(arrival.tensors, arrival.event, strict=True):
+            tensor.copy_(stored.source)
+
+    def release(self, weights):
+        for tensors in self.copies:
+            for tensor in tensors:
+                tensor.fill_(float("nan"))
+        self.copies.clear()
+
+    def memory(self):
+        return 7
+
+    def peak(self):
+        return 11
+
+
+@pytest.fixture
+def elsewhere(monkeypatch) -> Elsewhere:
+    """Models that are offloaded inside the test go there."""
+    store = Elsewhere()
+    monkeypatch.setattr("river_compile.offload.weights.make_store", lambda config, plan: store)
+    return store
+
+
+def compiled(options: dict, device: str = "cpu", name: str = "llama", **fields):
+    model = make(name, layers=LAYERS, **fields).to(device)
+    model.compile(backend=river, options={**OPTIONS, **options})
+    return model
+
+
+def weights_of(model) -> dict[str, torch.Tensor]:
+    return {name: tensor.cpu().clone() for name, tensor in model.state_dict().items()}
+
+
+def assert_same_weights(expected: dict, actual: dict) -> None:
+    assert list(expected) == list(actual)
+    for name, tensor in expected.items():
+        assert torch.equal(tensor, actual[name].cpu()), name
+
+
+@pytest.fixture(scope="module")
+def reference():
+    """What a model in memory decodes with forced depths, by kind of cache and depths: logits and cache."""
+    model = compiled({})
+
+    def run(kind: str, depths: list[int]):
+        cache = new_cache(model, kind)
+        return decode(model, cache, depths), cache
+
+    wanted = [("static", DEPTHS), ("static", [2, 2, 2]), ("dynamic", DEPTHS)]
+    return {(kind, tuple(depths)): run(kind, depths) for kind, depths in wanted}
+
+
+def assert_same(expected, actual) -> None:
+    for step, (a, b) in enumerate(zip(expected[0], actual[0], strict=True)):
+        assert torch.equal(a, b), f"logits of step {step}"
+    for layer, (a, b) in enumerate(zip(cache_state(expected[1]), cache_state(actual[1]), strict=True)):
+        assert torch.equal(a[0], b[0]), f"keys of layer {layer}"
+        assert torch.equal(a[1], b[1]), f"values of layer {layer}"
+        assert a[2] == b[2], f"length of layer {layer}"
+
+
+@pytest.mark.parametrize("kind", ["static", "dynamic"])
+def test_fetching_gives_the_bits_of_a_model_in_memory(elsewhere, reference, kind):
+    """Every depth, prompt included. A block is sent for once: where a token needs it, or may need it next."""
+    model = compiled(FETCH)
+    decode(model, new_cache(model, kind), [0])  # a first decode step offloads: from here on prompts have to stream
+    elsewhere.started.clear()
+    cache = new_cache(model, kind)
+    assert_same(reference[kind, tuple(DEPTHS)], (decode(model, cache, DEPTHS), cache))
+    block = report(model).offloaded.moved // (LAYERS - 1)
+    through, to_the_second = [block, block, 0], [block, block]  # (0: there is nothing behind the last block)
+    assert elsewhere.started == [*through, *through, *to_the_second, *through]
+    assert elsewhere.brought == [block] * (2 + 2 + 1 + 2)
+
+
+def test_changed_weights_are_brought_in_anew(elsewhere):
+    """Whoever loads other weights into an offloaded model gets their logits, not those of a copy made before."""
+    offloaded = OffloadedWeights()
+    weight = torch.nn.Parameter(torch.ones(64, 64), requires_grad=False)
+    offloaded.store = elsewhere
+    offloaded._put([weight])
+    assert offloaded.find(weight) is not None
+    weight.data = torch.zeros(64, 64)  # replaced: it lies in memory again
+    assert offloaded.find(weight) is None
+
+
+@pytest.mark.parametrize("device", DEVICES)
+def test_parameters_stay_usable(device, tmp_path):
+    """Bits, state_dict, save_pretrained, a copy and the plain model, while offloaded and after restore."""
+    model = make("llama", layers=LAYERS, dtype=torch.bfloat16).to(device)
+    before = weights_of(model)
+    ids = prompt().to(device)
+    with torch.no_grad():
+        plain = model.forward(ids).logits
+    model.compile(backend=river, options={**OPTIONS, **FETCH})
+    model.generate(ids, max_new_tokens=3, do_sample=False)
+    moved = report(model).offloaded.moved
+    assert moved > 0
+    assert_same_weights(before, model.state_dict())
+    model.save_pretrained(tmp_path)
+    assert_same_weights(before, type(model).from_pretrained(tmp_path, dtype=torch.bfloat16).state_dict())
+    assert_same_weights(before, copy.deepcopy(model).state_dict())
+    with torch.no_grad():
+        assert torch.equal(plain, model.forward(ids).logits)
+    assert restore(model) == moved
+    assert restore(model) == 0
+    assert report(model).offloaded is None
+    assert_same_weights(before, model.state_dict())
+    model._compiled_call_impl = None
+    with torch.no_grad():
+        assert torch.equal(plain, model(ids).logits)
+
+
+def test_weights_can_be_loaded_into_an_offloaded_model():
+    model, other = compiled(FETCH), make("llama", layers=LAYERS, seed=1)
+    decode(model, new_cache(model, "static"), [LAYERS])
+    model.load_state_dict(other.state_dict())
+    other.compile(backend=river, options={**OPTIONS, "exit_depth": LAYERS})
+    expected = decode(other, new_cache(other, "static"), [LAYERS])
+    actual = decode(model, new_cache(model, "static"), [LAYERS])
+    assert all(map(torch.equal, expected, actual))
+
+
+@pytest.mark.parametrize(
+    "options",
+    [{"threshold": 2.0}, {"criterion": "confidence", "threshold": 0, "cudagraphs": "record"}],
+    ids=["similarity", "confidence, captured"],
+)
+def test_exit_makes_every_token_leave_in_time(elsewhere, reference, options):
+    """The rule never lets a token leave: it leaves at depth 2, with the bits of a forced depth 2 in memory."""
+    model = compiled({**options, "offload": 2})
+    cache = new_cache(model, "static")
+    with trace() as seen:
+        logits = decode(model, cache, [None] * 3)
+    assert [step.depth for step in seen.tokens] == [2, 2, 2]
+    assert_same(reference["static", (2, 2, 2)], (logits, cache))
+    assert set(report(model).graphs[-1].candidates) <= {1}
+    with pytest.raises(ValueError, match=r"depth 3 was asked for.*offload=2.*with offload_policy='fetch'"):
+        decode(model, new_cache(model, "static"), [3])
+
+
+def test_a_prompt_that_may_exit_does_so_in_time(elsewhere):
+    model = compiled({"threshold": 2.0, "offload": 2, "prefill": "exit"})
+    decode(model, new_cache(model, "static"), [None])
+    assert report(model).prefill_depths == {2: 1}
+
+
+def test_blocks_that_move_are_not_captured(elsewhere):
+    """Pieces end before the first offloaded block; what is behind it runs uncaptured, and the report says why."""
+    options = {"max_new_tokens": 6, "do_sample": False, "cache_implementation": "static", "output_logits": True}
+    options |= {"return_dict_in_generate": True}
+    logits = {}
+    for graphs in (False, "record"):
+        torch._dynamo.reset()
+        model = compiled({**FETCH, "offload": 2, "threshold": 2.0, "exit_every": 2, "cudagraphs": graphs})
+        logits[graphs] = [*model.generate(prompt(), **options).logits]
+        for depth in (LAYERS, 2):
+            with forced_depth(depth):
+                logits[graphs] += model.generate(prompt(), **options).logits
+    assert all(map(torch.equal, logits[False], logits["record"]))
+    captures = report(model).graphs[-1].captures
+    assert set(captures.uncaptured) == {"last 2-3"}
+    assert "offloaded weights lie elsewhere in every run (at model.layers.2)" in captures.uncaptured["last 2-3"]
+    assert {c.unit for c in captures.captures} == {"piece 0-1", "piece 1-2", "piece 0-2", "tail 2"}
+
+
+def test_shared_weights_stay(elsewhere):
+    """A matrix that a resident block reads too, two views of one memory, and the tied embedding are not moved."""
+    model = make("llama", layers=LAYERS)
+    layers = model.model.layers
+    layers[1].mlp.up_proj.weight = layers[0].mlp.up_proj.weight
+    whole = torch.cat([layers[2].self_attn.k_proj.weight.data, layers[2].self_attn.v_proj.weight.data])
+    layers[2].self_attn.k_proj.weight.data, layers[2].self_attn.v_proj.weight.data = whole.chunk(2)
+    model.compile(backend=river, options={**OPTIONS, **FETCH})
+    decode(model, new_cache(model, "static"), [LAYERS])
+    away = {name for name, p in model.named_parameters() if p.isnan().any()}
+    assert {name.split(".")[2] for name in away} == {"1", "2"}
+    matrices = {name for name, p in model.named_parameters() if "layers." in name and p.dim() == 2}
+    stay = {"layers.1.mlp.up_proj", "layers.2.self_attn.k_proj", "layers.2.self_attn.v_proj"}
+    expected = {n for n in matrices if ".layers.0." not in n and not any(s in n for s in stay)}
+    assert away == expected
+    assert report(model).offloaded.kept > 0
+
+
+def test_other_options_move_weights_back(elsewhere):
+    model = compiled({"offload": 1, "offload_policy": "fetch"})
+    decode(model, new_cache(model, "static"), [1])
+    far = report(model).offloaded.moved
+    torch._dynamo.reset()
+    model.compile(backend=river, options={**OPTIONS, "offload": 2})
+    decode(model, new_cache(model, "static"), [1])
+    assert report(model).offloaded.moved == far // 2
+    torch._dynamo.reset()
+    model.compile(backend=river, options=OPTIONS)
+    decode(model, new_cache(model, "static"), [1])
+    assert report(model).offloaded is None
+    assert not any(p.isnan().any() for p in model.parameters())
+
+
+def test_exact_mode_streams_or_is_refused():
+    model = make("llama", layers=LAYERS)
+    ids = prompt(8)
+    plain = model.generate(ids, max_new_tokens=12, do_sample=False)
+    model.compile(backend=river, options={**OPTIONS, **FETCH})
+    assert torch.equal(model.generate(ids, max_new_tokens=12, do_sample=False, custom_generate=exact), plain)
+    torch._dynamo.reset()
+    model.compile(backend=river, options={**OPTIONS, "offload": 1})
+    with pytest.raises(ValueError, match=r"offload=1.*compile the model with offload_policy='fetch'"):
+        model.generate(ids, max_new_tokens=12, do_sample=False, custom_generate=exact)
+
+
+@pytest.mark.parametrize(
+    ("options", "words"),
+    [
+        ({"offload": -1}, ["offload=-1", "from 0 to"]),
+        ({"offload": True}, ["offload=True"]),
+        ({"offload": 2, "offload_policy": "drop"}, ["offload_policy='drop'", "'exit', 'fetch'"]),
+        ({"offload_policy": "fetch"}, ["offload_policy='fetch' needs offload="]),
+        ({"offload": 2, "offload_dir": 3}, ["offload_dir=3", "a path"]),
+        ({"offload": 2, "quantizer": "none"}, ["offload=2", "quantizer='none'", "use 'hqq'"]),
+        ({"offload": 2, "exit_depth": 3}, ["exit_depth=3", "offload=2", "offload=3 or offload_policy='fetch'"]),
+        ({"offload": 2, "first_exit": 3}, ["first_exit=3", "offload=2", "offload=3 or more, exit_depth=2"]),
+        ({"offload": 2, "criterion": "doubt"}, ["criterion='doubt'", "use offload_policy='fetch'"]),
+    ],
+)
+def test_bad_options_are_named(options, words):
+    with pytest.raises(OptionError) as error:
+        RiverConfig.from_options(options)
+    for word in words:
+        assert word in str(error.value)
+
+
+def test_depths_and_folders_are_checked_before_anything_is_packed(tmp_path, monkeypatch):
+    def message(**options) -> str:
+        torch._dynamo.reset()
+        model = compiled(options)
+        with pytest.raises(OptionError) as error, torch.no_grad():
+            model(prompt())
+        assert not report(model).packed
+        return str(error.value)
+
+    assert "offload=3 leaves none of 3 blocks" in message(offload=3)
+    absent = tmp_path / "absent"
+    assert f"offload_dir='{absent}' takes no files" in message(offload=2, offload_dir=absent)
+    monkeypatch.setattr(offload_file.shutil, "disk_usage", lambda path: type("Usage", (), {"free": 1000}))
+    assert "has 0.0 MB free, and the weights take 0.1 MB" in message(offload=2, offload_dir=tmp_path)
+
+
+def test_a_disk_that_fills_up_moves_nothing(monkeypatch, tmp_path):
+    """Another process takes the room between the check and the last matrix."""
+    reserve, calls = offload_file.os.posix_fallocate, []
+
+    def fallocate(*arguments):
+        calls.append(arguments)
+        if len(calls) == 3:
+            raise OSError(errno.ENOSPC, "No space left on device")
+        return reserve(*arguments)
+
+    model = compiled({"offload": 2, "offload_dir": tmp_path})
+    before = [p.data_ptr() for p in model.parameters()]
+    monkeypatch.setattr(offload_file.os, "posix_fallocate", fallocate)
+    with pytest.raises(OptionError, match="make room, or name another folder"):
+        decode(model, new_cache(model, "static"), [1])
+    assert [p.data_ptr() for p in model.parameters()] == before
+    assert report(model).offloaded is None
+
+
+def test_a_folder_in_memory_is_told(monkeypatch, tmp_path):
+    assert offload_file.file_system(Path("/proc")) == "proc"
+    monkeypatch.setattr(offload_file, "file_system", lambda folder: "tmpfs")
+    with pytest.warns(RiverWarning, match="lies in memory itself"):
+        MappedFiles(tmp_path).check_room(0)
+
+
+def test_the_report_tells_what_left(tmp_path):
+    model = compiled({"offload": 1, "offload_dir": tmp_path})
+    decode(model, new_cache(model, "static"), [1])
+    told = report(model)
+    log = told.offloaded
+    matrices = sum(p.nbytes for n, p in model.named_parameters() if p.dim() == 2 and "layers" in n)
+    everything = sum(p.nbytes for p in {*model.parameters()}) + sum(p.nbytes for p in told.packed)
+    assert log.moved == matrices * 2 // 3
+    assert abs(log.weights - everything) < 1000  # (the rotary embedding's frequencies count too)
+    assert log.peak_before > log.moved
+    assert log.peak_after > 0
+    assert f"blocks 2 to 3, {log.moved / 1e6:.1f} MB in memory-mapped files in {tmp_path}; 'exit'" in str(told)
+    assert "at latest    after block 1" in str(told)
+    assert json.loads(json.dumps(told.to_dict()))["offloaded"]["resident"] == log.resident
+
+
+def test_nothing_of_a_freed_model_stays():
+    def mapped() -> int:
+        return sum("(deleted)" in line for line in Path("/proc/self/maps").read_text().splitlines())
+
+    gc.collect()
+    before = mapped()
+    model = compiled(FETCH)
+    decode(model, new_cache(model, "static"), [LAYERS, 2])
+    assert mapped() > before
+    del model
+    torch._dynamo.reset()
+    gc.collect()
+    assert mapped() == before
+
+
+RESIDENT = """
+import sys, torch
+from transformers import LlamaConfig, LlamaForCausalLM
+from river_compile import report, river
+
+def resident():
+    with open("/proc/self/status") as status:
+        return next(int(line.split()[1]) for line in status if line.startswith("VmRSS:")) * 1024
+
+torch.manual_seed(0)
+config = LlamaConfig(vocab_size=64, hidden_size=512, intermediate_size=2048, num_hidden_layers=8, num_attention_heads=8,
+                     num_key_value_heads=8, eos_token_id=None, pad_token_id=0)
+model = LlamaForCausalLM(config).eval()
+options = {"lowering": "eager", "quantizer": "rtn", "first_exit": 1}
+model.compile(backend=river, options={**options, **eval(sys.argv[1])})
+ids = torch.ones(1, 4, dtype=torch.long)
+for _ in range(2):
+    model.generate(ids, attention_mask=torch.ones_like(ids), max_new_tokens=3, cache_implementation="static")
+log = report(model).offloaded
+print(resident(), log.moved if log else 0, log.peak_after if log else 0)
+"""
+
+
+@pytest.mark.slow
+def test_a_process_shrinks_by_what_left():
+    """Two processes differ in one option; after two prompts, the second of which streamed, so do their sizes."""
+
+    def run(options: dict) -> list[int]:
+        root = str(Path(__file__).resolve().parents[2])
+        done = subprocess.run([sys.executable, "-c", RESIDENT, repr(options)], capture_output=True, text=True, cwd=root)
+        assert done.returncode == 0, done.stderr
+        return [int(word) for word in done.stdout.split()]
+
+    (whole, _, _), (rest, moved, peak) = run({}), run({"offload": 2})
+    assert moved == 6 * 4 * (4 * 512 * 512 + 3 * 512 * 2048)  # 100 MB
+    assert whole - rest > 0.8 * moved
+    assert peak < whole - 0.5 * moved  # while a prompt streams, two blocks are there
+
+
+@pytest.mark.gpu
+def test_device_memory_shrinks_by_what_left():
+    from transformers import LlamaConfig, LlamaForCausalLM
+
+    torch.manual_seed(0)
+    config = LlamaConfig(
+        vocab_size=64, hidden_size=1024, intermediate_size=4096, num_hidden_layers=8, num_attention_heads=8,
+        num_key_value_heads=8, eos_token_id=None, pad_token_id=0,
+    )  # fmt: skip
+    model = LlamaForCausalLM(config).to(torch.bfloat16).eval()
+    block = sum(p.nbytes for p in model.model.layers[0].parameters())
+    model = model.cuda()
+    before = torch.cuda.memory_allocated()
+    model.compile(backend=river, options={"quantizer": "rtn", "offload": 2})
+    ids = torch.ones(1, 16, dtype=torch.long, device="cuda")
+    settings = {"max_new_tokens": 4, "do_sample": False, "cache_implementation": "static"}
+    model.generate(ids, attention_mask=torch.ones_like(ids), **settings)
+    log = report(model).offloaded
+    packed = sum(p.nbytes for p in report(model).packed)
+    torch.cuda.synchronize()
+    assert log.moved > 5.9 * block
+    assert torch.cuda.memory_allocated() < before + packed - 0.9 * log.moved
+    torch.cuda.reset_peak_memory_stats()
+    model.generate(ids, attention_mask=torch.ones_like(ids), **settings)
+    assert torch.cuda.max_memory_allocated() < before + packed - 0.9 * log.moved + 3.5 * block  # two or three stream
+    with forced_depth(2):
+        assert model.generate(ids, attention_mask=torch.ones_like(ids), **settings).shape == (1, 20)
+
+
+@pytest.mark.gpu
+@pytest.mark.parametrize("graphs", [False, True])
+def test_streams_give_the_bits_of_a_model_in_memory(graphs):
+    """Through the side stream and its events, with and without captured pieces in front."""
+
+    def run(options: dict):
+        torch._dynamo.reset()
+        model = compiled({**options, "threshold": 2.0, "cudagraphs": graphs}, "cuda")
+        settings = {"max_new_tokens": 9, "do_sample": False, "cache_implementation": "static"}
+        return [model.generate(prompt().cuda(), **settings) for _ in range(2)]
+
+    assert all(map(torch.equal, run({}), run(FETCH)))

@@ -1,0 +1,332 @@
+"""Exact mode on real transformers models: the text, the outputs and the cache are those of the plain model.
+
+The models are tiny and run with the eager lowering, whose backbone gives the plain model's bits. Every width of a pass
+is a graph to trace, which is nearly all of the time, so models have two blocks and drafts at most three tokens.
+"""
+
+import itertools
+
+import pytest
+import torch
+from transformers import StaticCache
+from transformers.generation import LogitsProcessor, LogitsProcessorList
+from transformers.generation.streamers import BaseStreamer
+
+import river_compile
+from river_compile.runtime.executor import forced_depth
+from river_compile.speculative.batch_invariant import SameRows
+from river_compile.speculative.paths import TwoPaths
+from tests.support.decoding import new_cache
+from tests.support.families import REWRITTEN, SLIDING_WINDOW, prompt
+from tests.support.families import make as make_family
+
+NEW_TOKENS = 24
+LAYERS = 2
+MAX_DRAFT = 3
+SLIDING = ("mistral", "ministral", "gemma2", "gemma3")
+
+
+def make(name, dtype=torch.float32):
+    return make_family(name, dtype, layers=LAYERS)
+
+
+def compiled(name="llama", dtype=torch.float32, **options):
+    model = make(name, dtype)
+    model.compile(backend=river_compile.river, options={"lowering": "eager", "group_size": 32, **options})
+    return model
+
+
+def padded(batch, length=12):
+    """Returns ids and mask; the first rows begin with padding."""
+    ids, mask = prompt(length, batch), torch.ones(batch, length, dtype=torch.long)
+    for row in range(batch - 1):
+        mask[row, : length // 2 - row] = 0
+    return ids.masked_fill(mask == 0, 0), mask
+
+
+def positions(mask):
+    """Returns position ids as transformers numbers left-padded rows."""
+    return (mask.cumsum(-1) - 1).clamp(min=0)
+
+
+def generate(model, ids, mask=None, static=True, **options):
+    mask = torch.ones_like(ids) if mask is None else mask
+    cache = {"cache_implementation": "static"} if static and "cache" not in options else {}
+    options = {"max_new_tokens": NEW_TOKENS, "do_sample": False, "disable_compile": True, **cache, **options}
+    return model.generate(ids, attention_mask=mask, **options)
+
+
+def exactly(model, ids, mask=None, **options):
+    return generate(model, ids, mask, custom_generate=river_compile.exact, **{"max_draft": MAX_DRAFT, **options})
+
+
+@pytest.mark.parametrize("name", [name for name in REWRITTEN if name not in SLIDING])
+def test_every_family_generates_the_plain_text_with_a_static_cache(name):
+    """A batch of three with left padding, then one row, with and without prompt lookup."""
+    model = compiled(name)
+    for batch, lookup in ((3, True), (1, False)):
+        ids, mask = padded(batch)
+        with river_compile.trace() as trace:
+            text = exactly(model, ids, mask, prompt_lookup=lookup)
+        assert torch.equal(text, generate(make(name), ids, mask))
+        assert {step.depth for step in trace.tokens} >= {0}
+        assert len(trace.cycles) < NEW_TOKENS - 1 or batch > 1
+
+
+@pytest.mark.parametrize("name", ["llama", "gpt2", *SLIDING])
+@pytest.mark.parametrize("batch", [1, 3])
+def test_growing_caches_and_sliding_windows_give_the_plain_text(name, batch):
+    """The texts are longer than the sliding windows, and windows are rewound across their edge."""
+    ids, mask = padded(batch)
+    expected = generate(make(name), ids, mask, static=False)
+    assert torch.equal(exactly(compiled(name), ids, mask, static=False), expected)
+
+
+@pytest.mark.parametrize("name", SLIDING)
+def test_static_sliding_windows_work_while_they_hold_the_text_and_are_refused_beyond(name):
+    model, ids = compiled(name), prompt(3)
+    short = SLIDING_WINDOW - 3 + 1
+    assert torch.equal(exactly(model, ids, max_new_tokens=short), generate(make(name), ids, max_new_tokens=short))
+    with pytest.raises(ValueError, match="StaticSlidingWindowLayer"):
+        exactly(model, ids, max_new_tokens=short + 1)
+
+
+def test_outputs_and_the_cache_are_the_plain_ones():
+    """Scores and logits per token, and the cache: its length and every filled slot."""
+    ids, mask = padded(3)
+    options = {"return_dict_in_generate": True, "output_scores": True, "output_logits": True}
+    plain = generate(make("llama"), ids, mask, repetition_penalty=1.3, **options)
+    ours = exactly(compiled(), ids, mask, repetition_penalty=1.3, **options)
+    assert torch.equal(ours.sequences, plain.sequences)
+    for name in ("scores", "logits"):
+        assert len(getattr(ours, name)) == NEW_TOKENS
+        torch.testing.assert_close(getattr(ours, name), getattr(plain, name), atol=1e-4, rtol=1e-4)
+    filled = int(plain.cache.get_seq_length())
+    assert filled == ids.shape[1] + NEW_TOKENS - 1
+    for layer, expected in zip(ours.cache.layers, plain.cache.layers, strict=True):
+        assert layer.cumulative_length == expected.cumulative_length
+        torch.testing.assert_close(layer.keys[:, :, :filled], expected.keys[:, :, :filled], atol=1e-4, rtol=1e-4)
+        torch.testing.assert_close(layer.values[:, :, :filled], expected.values[:, :, :filled], atol=1e-4, rtol=1e-4)
+
+
+def test_the_cache_can_go_on_in_plain_generation():
+    model, ids = compiled(), prompt()
+    cache = StaticCache(config=model.config, max_cache_len=60)
+    text = exactly(model, ids, cache=cache)
+    with forced_depth(model.config.num_hidden_layers):
+        more = generate(model, text, cache=cache, max_new_tokens=8)
+    assert torch.equal(more, generate(make("llama"), ids, max_new_tokens=NEW_TOKENS + 8))
+
+
+@pytest.mark.parametrize("batch", [1, 3])
+def test_texts_end_inside_drafts(batch):
+    """For every token of a plain text as the end-of-sequence token: the same text, rows padded behind their ends."""
+    ids, mask = padded(batch)
+    plain, model = make("llama"), compiled()
+    for token in generate(plain, ids, mask)[0, ids.shape[1] :].unique().tolist():
+        expected = generate(plain, ids, mask, eos_token_id=token)
+        assert torch.equal(exactly(model, ids, mask, eos_token_id=token), expected)
+
+
+class Seen(LogitsProcessor, BaseStreamer):
+    """A logits processor with a memory (it forbids what it has seen a third time), and a streamer."""
+
+    def __init__(self):
+        self.lengths, self.put_ids, self.ended = [], [], 0
+
+    def __call__(self, ids, scores):
+        self.lengths.append(ids.shape[1])
+        scores = scores.clone()
+        for token in ids[0].unique():
+            if (ids[0] == token).sum() > 1:
+                scores[0, token] = -torch.inf
+        return scores
+
+    def put(self, value):
+        self.put_ids += value.flatten().tolist()
+
+    def end(self):
+        self.ended += 1
+
+
+@pytest.mark.parametrize(
+    ("name", "static"),
+    [*((name, True) for name in ("llama", "phi", "gpt2", "mixtral")), ("llama", False), ("gemma3", False)],
+)
+def test_strict_text_in_bfloat16_has_the_bits_of_plain_decoding(name, static, recwarn):
+    """Text and cache; where the library sums wide passes in another order the widths are left out with a warning."""
+    ids, mask = padded(2, length=7)
+    model = compiled(name, dtype=torch.bfloat16)
+    options = {"static": static, "max_new_tokens": 16, "return_dict_in_generate": True}
+    with river_compile.trace() as trace:
+        ours = exactly(model, ids, mask, strict=True, **options)
+    with forced_depth(model.config.num_hidden_layers):
+        plain = generate(model, ids, mask, **options)
+    assert torch.equal(ours.sequences, plain.sequences)
+    for layer, expected in zip(ours.cache.layers, plain.cache.layers, strict=True):
+        filled = expected.get_seq_length()
+        assert torch.equal(layer.keys[:, :, :filled], expected.keys[:, :, :filled])
+        assert torch.equal(layer.values[:, :, :filled], expected.values[:, :, :filled])
+    warned = any("rounds differently" in str(w.message) for w in recwarn)
+    assert warned or any(cycle.width > 1 for cycle in trace.cycles)
+    if name == "llama":
+        assert not warned
+
+
+class RoundsDifferently(SameRows):
+    def __call__(self, model, **inputs):
+        outputs = super().__call__(model, **inputs)
+        outputs.logits = outputs.logits * (1 + 2**-7)
+        return outputs
+
+
+def test_strict_mode_notices_passes_that_round_differently(monkeypatch):
+    """It warns, verifies nothing at such a width, and keeps the text."""
+    monkeypatch.setattr(river_compile.same_rows, "SameRows", RoundsDifferently)
+    ids, model = prompt(), compiled(dtype=torch.bfloat16)
+    with pytest.warns(river_compile.RiverWarning, match="a pass of . tokens rounds differently"):
+        ours = exactly(model, ids, strict=True)
+    with forced_depth(model.config.num_hidden_layers):
+        assert torch.equal(ours, generate(model, ids))
+
+
+@pytest.mark.parametrize("static", [True, False])
+def test_after_each_cycle_the_cache_holds_what_passes_of_that_width_write(static, monkeypatch):
+    """The plain model runs the same ids in the same widths: the same slots, lengths and bits, cycle by cycle."""
+    ids, mask = padded(3)
+    plain = make("llama")
+    plain.compile(
+        backend="eager"
+    )  # traced, as ours is: transformers groups the heads of one query only where it is not
+    cache = new_cache(plain, "static" if static else "dynamic", capacity=ids.shape[1] + NEW_TOKENS - 1)
+    plain(ids, attention_mask=mask, position_ids=positions(mask), cache=cache, use_cache=True)
+    cycles = []
+
+    def backbone(paths, ids_BS, drafted):
+        logits = run_backbone(paths, ids_BS, drafted)
+        cycles.append((ids_BS, drafted, paths.width_for(drafted), logits))
+        return logits
+
+    def keep(paths, tokens):
+        run_keep(paths, tokens)
+        text, drafted, width, logits = cycles[-1]
+        filler = text[:, -1:].expand(-1, width - drafted - 1)
+        text = torch.cat([text, filler], 1)
+        start = text.shape[1] - width
+        whole = torch.cat([mask, torch.ones(3, text.shape[1] - mask.shape[1], dtype=torch.long)], 1)
+        expected = plain(
+            text[:, start:], attention_mask=whole, position_ids=positions(whole)[:, start:], cache=cache, use_cache=True
+        )
+        assert torch.equal(logits, expected.logits[:, : drafted + 1])
+        cache.crop(tokens - width)
+        for layer, ours in zip(cache.layers, paths.cache.layers, strict=True):
+            filled = int(layer.get_seq_length())
+            assert filled == int(ours.get_seq_length()) == start + tokens
+            assert torch.equal(layer.keys[:, :, :filled], ours.keys[:, :, :filled])
+            assert torch.equal(layer.values[:, :, :filled], ours.values[:, :, :filled])
+
+    run_backbone, run_keep = TwoPaths.backbone, TwoPaths.keep
+    monkeypatch.setattr(TwoPaths, "backbone", backbone)
+    monkeypatch.setattr(TwoPaths, "keep", keep)
+    with torch.no_grad(), torch._dynamo.config.patch(recompile_limit=64):  # (of both models together)
+        exactly(compiled(), ids, mask, static=static, max_draft=5, stop_below=0.2)
+    assert len({width for _, _, width, _ in cycles}) > 1
+
+
+def test_processors_and_streamers_see_what_plain_generation_shows_them():
+    ids = prompt()
+    plain, ours = Seen(), Seen()
+    expected = generate(make("llama"), ids, logits_processor=LogitsProcessorList([plain]), streamer=plain)
+    text = exactly(compiled(), ids, logits_processor=LogitsProcessorList([ours]), streamer=ours)
+    assert torch.equal(text, expected)
+    assert (ours.lengths, ours.put_ids, ours.ended) == (plain.lengths, plain.put_ids, 1)
+
+
+@pytest.mark.parametrize("static", [True, False])
+def test_nothing_is_compiled_after_a_warm_up(static):
+    """After two texts, prompts of other lengths, full caches and any draft length run in the same graphs."""
+    model = compiled()
+    model._previous_max_cache_length = 64
+    for length in (9, 14):
+        exactly(model, prompt(length), static=static)
+        exactly(model, prompt(length), static=static, stop_below=0.0, prompt_lookup=False)
+    with torch.compiler.set_stance("fail_on_recompile"):
+        for length, stop_below in itertools.product((8, 11, 23), (0.0, 0.4, 1.0)):
+            exactly(model, prompt(length), static=static, stop_below=stop_below)
+
+
+def test_dynamos_limit_of_graphs_makes_room_for_every_width():
+    """The prompt's and the decode step's graph fill what is allowed; any further one would be an error here."""
+    with torch._dynamo.config.patch(recompile_limit=2, fail_on_recompile_limit_hit=True):
+        model, ids = compiled(), prompt()
+        assert torch.equal(generate(model, ids), generate(make("llama"), ids))
+        for stop_below in (0.0, 1.0):
+            assert torch.equal(exactly(model, ids, stop_below=stop_below), generate(make("llama"), ids))
+
+
+def test_traces_draw_cycles_and_the_report_tells_what_a_batch_cost(tmp_path):
+    ids, mask = padded(3)
+    model = compiled()
+    with river_compile.trace() as trace:
+        exactly(model, ids, mask)
+    texts = [str(i) for i in range(sum(len(cycle.kept) for cycle in trace.cycles))]
+    assert len(texts) == NEW_TOKENS - 1
+    assert trace.plot(tmp_path / "cycles.png", texts).read_bytes().startswith(b"\x89PNG")
+    with pytest.raises(ValueError, match="texts has 1 entries for 23 tokens"):
+        trace.plot(tmp_path / "cycles.png", ["a"])
+    report = river_compile.report(model)
+    held_back = sum(cycle.held_back for cycle in trace.cycles)
+    assert held_back > 0
+    assert report.to_dict()["exact"] == {
+        "cycles": len(trace.cycles),
+        "drafted": sum(len(cycle.drafted) for cycle in trace.cycles),
+        "accepted": sum(cycle.accepted for cycle in trace.cycles),
+        "kept": NEW_TOKENS - 1,
+        "row_cycles": 3 * len(trace.cycles),
+        "held_back": held_back,
+    }
+    assert f"{len(trace.cycles)} verifying passes" in str(report)
+    assert "the slowest row decides" in str(report)
+
+
+def test_sampling_repeats_with_its_seed_and_differs_without():
+    model, ids = compiled(), prompt()
+
+    def sample(seed):
+        torch.manual_seed(seed)
+        return exactly(model, ids, do_sample=True, temperature=0.9, top_p=0.9)
+
+    assert torch.equal(sample(0), sample(0))
+    assert not torch.equal(sample(0), sample(1))
+
+
+@pytest.mark.parametrize(
+    ("options", "message"),
+    [
+        ({"num_beams": 2}, "beam_search"),
+        ({"prompt_lookup_num_tokens": 3}, "assisted_generation"),
+        ({"use_cache": False, "static": False}, "use_cache=False"),
+        ({"output_hidden_states": True, "return_dict_in_generate": True}, "output_hidden_states=True"),
+        ({"max_draft": 0}, "max_draft=0"),
+        ({"stop_below": 1.5}, "stop_below=1.5"),
+        ({"prompt_lookup": "yes"}, "prompt_lookup='yes'"),
+    ],
+)
+def test_what_cannot_work_is_refused_by_name(options, message):
+    with pytest.raises(ValueError, match=message):
+        exactly(compiled(), prompt(), **options)
+
+
+def test_models_that_have_no_two_paths_are_refused():
+    with pytest.raises(ValueError, match="never reached"):
+        exactly(make("llama"), prompt())
+    for option, message in (({"prefill": "exit"}, "prefill='exit'"), ({"exit_depth": 1}, "exit_depth=1")):
+        torch._dynamo.reset()
+        with pytest.raises(ValueError, match=message):
+            exactly(compiled(**option), prompt())
+
+
+def test_a_cache_of_the_users_that_is_too_small_is_named():
+    model = compiled()
+    with pytest.raises(river_compile.CacheFullError, match="holds 20 tokens"):
+        exactly(model, prompt(), cache=StaticCache(config=model.config, max_cache_len=20))

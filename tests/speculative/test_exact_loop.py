@@ -1,0 +1,190 @@
+"""The loop of exact mode on a scripted model: it keeps plain generation's text, calls and cache, whatever the drafts.
+
+Also proved here: sampled text has the plain model's distribution, and the parts of a drafter do what they say.
+"""
+
+import pytest
+import torch
+from hypothesis import given, settings
+from hypothesis import strategies as st
+from transformers.generation import (
+    LogitsProcessorList,
+    RepetitionPenaltyLogitsProcessor,
+    TemperatureLogitsWarper,
+    TopPLogitsWarper,
+)
+
+import river_compile
+from river_compile.speculative.accept import select
+from river_compile.speculative.draft import Acceptance, Drafter, NgramIndex
+from river_compile.speculative.loop import ExactLoop
+from tests.support.scripted import VOCABULARY, ScriptedPaths
+
+PAD = 0
+SAMPLES = 20_000
+
+
+class Recorder:
+    """Stopping criteria and a streamer that note what they are given; rows end at `eos` or at `max_length` ids."""
+
+    def __init__(self, eos, max_length):
+        self.eos, self.max_length = eos, max_length
+        self.seen, self.streamed = [], []
+
+    def stops(self, ids, scores):
+        self.seen.append(ids.tolist())
+        return (ids[:, -1] == self.eos) | (ids.shape[1] >= self.max_length)
+
+    def put(self, tokens):
+        self.streamed.append(tokens.tolist())
+
+
+def loop_on(paths, prompt, recorder, lookup=True, stop_below=0.3, process=None, do_sample=False):
+    process = process or LogitsProcessorList()
+    drafter = Drafter(prompt, lookup, do_sample, stop_below, PAD, None)
+    return ExactLoop(
+        paths, drafter, prompt, process, process, recorder.stops, do_sample, recorder.max_length, PAD, recorder.put
+    )  # fmt: skip
+
+
+def first_logits(paths, prompt):
+    return torch.stack([paths.logits(row) for row in prompt.tolist()])[:, None]
+
+
+def plain(paths, prompt, recorder):
+    """Plain greedy generation, as transformers does it."""
+    ids, active = prompt, torch.ones(len(prompt), dtype=torch.bool)
+    while active.any():
+        tokens = first_logits(paths, ids)[:, 0].argmax(-1)
+        tokens = torch.where(active, tokens, PAD)
+        ids = torch.cat([ids, tokens[:, None]], dim=-1)
+        active = active & ~recorder.stops(ids, None)
+        recorder.put(tokens)
+    return ids
+
+
+@settings(max_examples=150)
+@given(
+    seed=st.integers(0, 10_000),
+    batch=st.integers(1, 3),
+    river_right=st.integers(0, 10),
+    max_draft=st.sampled_from([1, 3, 7, 15]),
+    new_tokens=st.integers(1, 40),
+    spare_slots=st.integers(-1, 8),
+    eos=st.integers(-1, VOCABULARY - 1),
+    memory=st.integers(1, 6),
+    lookup=st.booleans(),
+    stop_below=st.sampled_from([0.0, 0.3, 0.9, 1.0]),
+)
+def test_text_calls_and_cache_are_those_of_plain_generation(
+    seed, batch, river_right, max_draft, new_tokens, spare_slots, eos, memory, lookup, stop_below
+):
+    """Whatever agrees, wherever the text ends and however few slots are left: ids, criteria, streamer, cache match."""
+    prompt = torch.randint(1, VOCABULARY, (batch, 5), generator=torch.Generator().manual_seed(seed))
+    max_length = 5 + new_tokens
+    expected_calls, calls = Recorder(eos, max_length), Recorder(eos, max_length)
+    paths = ScriptedPaths(prompt, seed, river_right, max_draft, max_length + spare_slots, memory)
+    expected = plain(paths, prompt, expected_calls)
+    ids = loop_on(paths, prompt, calls, lookup, stop_below).run(first_logits(paths, prompt))
+    assert ids.tolist() == expected.tolist()
+    assert calls.seen == expected_calls.seen
+    assert calls.streamed == expected_calls.streamed
+    assert paths.slots == [(column, True) for column in expected.T.tolist()[:-1]]
+
+
+@pytest.mark.parametrize("free", range(1, 10))
+def test_a_nearly_full_cache_is_filled_to_its_last_slot(free):
+    prompt = torch.tensor([[1, 2, 3]])
+    recorder = Recorder(-1, 3 + free + 1)
+    paths = ScriptedPaths(prompt, 3, 10, 15, capacity=3 + free, memory=6)
+    ids = loop_on(paths, prompt, recorder).run(first_logits(paths, prompt))
+    assert ids.shape[1] == 3 + free + 1
+    assert len(paths.slots) == 3 + free
+
+
+def test_good_drafts_save_passes_and_the_trace_tells_where_tokens_came_from():
+    prompt = torch.tensor([[1, 2, 3]])
+    paths = ScriptedPaths(prompt, 5, 10, 7, capacity=100, memory=6)
+    with river_compile.trace() as trace:
+        loop_on(paths, prompt, Recorder(-1, 43), lookup=False, stop_below=0.0).run(first_logits(paths, prompt))
+    kept = trace.kept_sources
+    assert sum(kept.values()) == 39  # the first of 40 tokens comes from the prompt's own pass
+    assert kept == {"river": 34, "backbone": 5}  # four cycles of 7 + 1, and one of 6 + 1 at the end
+    assert trace.acceptance_by_position == [1.0] * 7
+    assert all(cycle.width == 8 for cycle in trace.cycles)
+
+
+def test_rows_held_back_by_another_row_are_counted():
+    prompt = torch.tensor([[1, 2, 3], [4, 5, 6]])
+    paths = ScriptedPaths(prompt, 11, 5, 3, capacity=100, memory=6)
+    with river_compile.trace() as trace:
+        loop_on(paths, prompt, Recorder(-1, 40), lookup=False, stop_below=0.0).run(first_logits(paths, prompt))
+    assert sum(cycle.held_back for cycle in trace.cycles) > 0
+
+
+def chi_square(counts, expected):
+    return (((counts - expected) ** 2) / expected).sum().item()
+
+
+@pytest.mark.parametrize("drafted_by", ["proposal", "copy"])
+def test_selected_tokens_have_the_backbones_distribution(drafted_by):
+    """20,000 drafts from another distribution, or one fixed token: what is kept is distributed as the backbone says."""
+    torch.manual_seed(0)
+    scores, others = torch.randn(2, 8)
+    rows = scores.expand(SAMPLES, -1)
+    proposal = others.softmax(-1).expand(SAMPLES, -1)
+    drafts = torch.multinomial(proposal, 1)[:, 0] if drafted_by == "proposal" else torch.full((SAMPLES,), 3)
+    tokens, agreed = select(rows, drafts, proposal if drafted_by == "proposal" else None, do_sample=True)
+    counts = tokens.bincount(minlength=8).float()
+    assert chi_square(counts, SAMPLES * scores.softmax(-1)) < 24.3  # 7 degrees of freedom, p = 0.001
+    assert torch.equal(tokens[agreed], drafts[agreed])
+    overlap = (
+        torch.minimum(scores.softmax(-1), proposal[0]).sum() if drafted_by == "proposal" else scores.softmax(-1)[3]
+    )
+    assert abs(agreed.float().mean() - overlap) < 0.02
+
+
+@pytest.mark.parametrize("lookup", [False, True])
+def test_sampled_texts_have_the_plain_models_distribution(lookup):
+    """Pairs of tokens, with temperature, top-p and a repetition penalty; ten rows share each run's draft lengths."""
+    torch.manual_seed(1)
+    process = LogitsProcessorList(
+        [RepetitionPenaltyLogitsProcessor(1.3), TemperatureLogitsWarper(0.8), TopPLogitsWarper(0.9)]
+    )
+    prompt = torch.tensor([[1, 2, 1, 2, 1]])
+    script = ScriptedPaths(prompt, 4, 3, 3, capacity=100, memory=2)
+    expected = torch.zeros(VOCABULARY, VOCABULARY)
+    first = process(prompt, first_logits(script, prompt)[:, 0]).softmax(-1)[0]
+    for token in range(VOCABULARY):
+        ids = torch.cat([prompt, torch.tensor([[token]])], dim=1)
+        expected[token] = first[token] * process(ids, first_logits(script, ids)[:, 0]).softmax(-1)[0]
+    rows = 10
+    batch = prompt.expand(rows, -1)
+    counts = torch.zeros(VOCABULARY * VOCABULARY)
+    for _ in range(SAMPLES // rows):
+        paths = ScriptedPaths(batch, 4, 8, 3, capacity=100, memory=2)
+        loop = loop_on(paths, batch, Recorder(-1, 8), lookup, 0.0, process, do_sample=True)
+        ids = loop.run(first_logits(paths, batch))
+        counts += (ids[:, 5] * VOCABULARY + ids[:, 6]).bincount(minlength=VOCABULARY**2)
+    likely = expected.flatten() * SAMPLES >= 5
+    assert counts[expected.flatten() == 0].sum() == 0  # top-p leaves no such text
+    degrees = int(likely.sum()) - 1
+    assert degrees > 10
+    assert chi_square(counts[likely], expected.flatten()[likely] * SAMPLES) < degrees + 4 * (2 * degrees) ** 0.5
+
+
+def test_a_repeated_ngram_is_continued_and_the_longest_wins():
+    index = NgramIndex([1, 2, 3, 4, 9, 2, 3, 7, 7, 1, 2, 3])
+    assert index.continuation(3) == ([4, 9, 2], 3)  # 1 2 3 occurred first; 2 3 alone was last followed by 7
+    assert index.continuation(2, ahead=[7]) == ([7, 1], 3)
+    assert NgramIndex([1, 2, 3]).continuation(3) == ([], 0)
+    assert NgramIndex([5, 6, 5, 6]).continuation(5) == ([5, 6, 5, 6, 5], 2)
+
+
+def test_acceptance_is_learned_per_bin():
+    estimate = Acceptance([1.0], [0.5, 0.5])
+    for _ in range(1000):
+        estimate.learn(0.5, True)
+        estimate.learn(2.0, False)
+    assert estimate.chance(0.1) > 0.98
+    assert estimate.chance(5.0) < 0.02

@@ -1,0 +1,114 @@
+"""Exact mode on SmolLM2, compiled through Inductor: the text is the plain model's.
+
+Set RIVER_EXACT_PROMPTS=50 and RIVER_EXACT_TOKENS=100 for a longer proof in float32.
+"""
+
+import itertools
+import os
+
+import pytest
+import torch
+from transformers import GenerationConfig, pipeline
+
+import river_compile
+from river_compile.runtime.executor import forced_depth
+from tools import models
+
+PROMPTS, NEW_TOKENS = (int(os.environ.get(f"RIVER_EXACT_{n}", d)) for n, d in (("PROMPTS", 2), ("TOKENS", 40)))
+TASKS = (
+    "Explain in a few sentences",
+    "Write a short story about",
+    "List five facts about",
+    "Write a poem about",
+    "Ask a question about",
+)
+TOPICS = ("the sea", "a lost key", "bread", "the moon", "trains", "an old oak", "winter", "honest work", "maps", "bees")
+
+
+def load(dtype):
+    """Returns SmolLM2 compiled, and its tokenizer; the static cache has one size for all texts, so one decode graph."""
+    torch._dynamo.reset()
+    model, tokenizer = models.load("smollm2", dtype=dtype)
+    model.compile(backend=river_compile.river, options={"quantizer": "rtn"})
+    model._previous_max_cache_length = 64 + NEW_TOKENS
+    return model, tokenizer
+
+
+@pytest.fixture(autouse=True)
+def _fresh_dynamo():
+    """In place of the one that all tests share: the tests here share compiled graphs."""
+
+
+@pytest.fixture(scope="module")
+def smollm2():
+    """In float32, compiled once for all tests here."""
+    yield load("float32")
+    torch._dynamo.reset()
+
+
+def generate(model, ids, new_tokens=NEW_TOKENS, **options):
+    options = {"max_new_tokens": new_tokens, "do_sample": False, "disable_compile": True, **options}
+    return model.generate(ids, attention_mask=torch.ones_like(ids), cache_implementation="static", **options)
+
+
+def exactly(model, ids, **options):
+    return generate(model, ids, custom_generate=river_compile.exact, **options)
+
+
+def plainly(model, ids, **options):
+    """Generates with the compiled model's backbone."""
+    with forced_depth(model.config.num_hidden_layers):
+        return generate(model, ids, **options)
+
+
+def test_float32_texts_are_the_plain_ones(smollm2):
+    """Greedy texts of chat prompts equal those of the same model run eagerly, and of the compiled one's backbone."""
+    model, tokenizer = smollm2
+    eager, _ = models.load("smollm2", dtype="float32")
+    chats = [f"{task} {topic}." for topic, task in itertools.product(TOPICS, TASKS)]
+    with river_compile.trace() as trace:
+        for i in range(PROMPTS):
+            chat = chats[i * len(chats) // PROMPTS]
+            ids = models.encode(tokenizer, chat)
+            ours = exactly(model, ids)
+            assert torch.equal(ours, generate(eager, ids)), chat
+            assert torch.equal(ours, plainly(model, ids)), chat
+    kept = trace.kept_sources
+    assert kept["river"] > kept["backbone"], "drafts were hardly ever right"
+
+
+def test_stop_strings_stop_where_plain_generation_stops(smollm2):
+    """The tokenizer is given to generate, as ever; the string ends inside a draft."""
+    model, tokenizer = smollm2
+    ids = models.encode(tokenizer, "Write a short story about a lost key.")
+    options = {"stop_strings": ["."], "tokenizer": tokenizer}
+    with river_compile.trace() as trace:
+        ours = exactly(model, ids, **options)
+    assert torch.equal(ours, plainly(model, ids, **options))
+    assert tokenizer.decode(ours[0, ids.shape[1] :]).count(".") == 1
+    last = trace.cycles[-1]
+    assert len(last.kept) <= len(last.drafted), "the text ended behind its draft"
+
+
+def test_a_pipeline_takes_exact_mode(smollm2):
+    model, tokenizer = smollm2
+    generator = pipeline("text-generation", model=model, tokenizer=tokenizer)
+    config = GenerationConfig(max_new_tokens=20, do_sample=False, pad_token_id=0, cache_implementation="static")
+    options = {"generation_config": config, "return_full_text": False}
+    text = "Once upon a time, there was a"
+    with river_compile.trace() as trace:
+        ours = generator(text, custom_generate=river_compile.exact, **options)[0]["generated_text"]
+    assert trace.cycles
+    with forced_depth(model.config.num_hidden_layers):
+        assert generator(text, **options)[0]["generated_text"] == ours
+
+
+def test_strict_bfloat16_texts_are_the_plain_ones():  # (last: it drops the graphs of the tests before)
+    """Where wide passes of the ordinary graph do round differently."""
+    model, tokenizer = load("bfloat16")
+    for chat in ("Explain in a few sentences why the sky is blue.", "Repeat three times: the cat sat on the mat."):
+        ids = models.encode(tokenizer, chat)
+        with river_compile.trace() as trace:
+            ours = exactly(model, ids, strict=True)
+        assert torch.equal(ours, plainly(model, ids))
+        assert sum(trace.kept_sources.values()) > len(trace.cycles), "no draft was verified"

@@ -1,0 +1,57 @@
+"""Steps a model by hand, so that tests choose each token's exit depth and look into the cache afterwards."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+import torch
+from torch import Tensor
+from transformers import DynamicCache, PreTrainedModel, StaticCache
+
+from river_compile.calibration.evaluate import cache_argument
+from river_compile.runtime.executor import forced_depth
+from tests.support.families import prompt
+
+CAPACITY = 24
+
+
+def new_cache(model: PreTrainedModel, kind: str, capacity: int = CAPACITY) -> StaticCache | DynamicCache:
+    config = model.config.get_text_config()
+    return StaticCache(config=config, max_cache_len=capacity) if kind == "static" else DynamicCache(config=config)
+
+
+def left_padded(batch: int, length: int = 9) -> tuple[Tensor, Tensor]:
+    """Returns ids and mask ``[batch, length]``; row i starts with i padding tokens."""
+    ids = prompt(length, batch)
+    mask = torch.ones_like(ids)
+    for row in range(batch):
+        ids[row, :row] = 0
+        mask[row, :row] = 0
+    return ids, mask
+
+
+@torch.no_grad()
+def decode(model, cache, depths: Sequence[int | None], batch: int = 2, compiled: bool = True) -> list[Tensor]:
+    """Feeds a left-padded prompt and then fixed tokens, one step for each depth; returns every step's logits.
+
+    Args:
+        depths: exit depth of each step; None leaves the choice to the model's exit rule.
+        compiled: False runs the model as it is (``model.compile`` changes calls, not ``forward``).
+    """
+    run = model if compiled else model.forward
+    held = {"use_cache": True, cache_argument(model): cache}
+    ids, mask = (tensor.to(model.device) for tensor in left_padded(batch))
+    logits = [run(input_ids=ids, attention_mask=mask, **held).logits]
+    tokens = prompt(len(depths), batch, seed=1).to(model.device)
+    for step, depth in enumerate(depths):
+        mask = torch.cat([mask, torch.ones_like(mask[:, :1])], 1)
+        position = (mask.cumsum(-1) - 1)[:, -1:]
+        arguments = {"input_ids": tokens[:, step : step + 1], "attention_mask": mask, "position_ids": position}
+        with forced_depth(depth):
+            logits.append(run(**arguments, **held).logits)
+    return logits
+
+
+def cache_state(cache) -> list[tuple[Tensor, Tensor, int]]:
+    """Returns keys, values and length of every layer."""
+    return [(layer.keys, layer.values, int(layer.get_seq_length())) for layer in cache.layers]

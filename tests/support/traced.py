@@ -1,0 +1,69 @@
+"""A decode step traced once and rewritten many times, without Dynamo in between: a tenth of a second each."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+
+import torch
+from torch import Tensor
+
+from river_compile import river
+from river_compile.runtime.executor import forced_depth
+from tests.support.decoding import cache_argument, new_cache
+from tests.support.families import VOCABULARY, make, prompt
+
+
+class TracedStep:
+    """One token behind a prompt of nine, on a static cache that every run finds as the prompt left it.
+
+    Args:
+        family: see `tests.families`.
+        seed: of the weights.
+        layers: number of decoder blocks.
+    """
+
+    def __init__(self, family: str = "llama", seed: int = 0, layers: int = 2) -> None:
+        self.model = make(family, layers=layers, seed=seed)
+        self._parameters = {p.data_ptr(): p for p in self.model.parameters()}
+        cache = new_cache(self.model, "static")
+        held = {"use_cache": True, cache_argument(self.model): cache}
+        torch._dynamo.reset()
+        with torch.no_grad():
+            self.model(input_ids=prompt(9), position_ids=torch.arange(9)[None], **held)
+            step = torch.compile(self.model.forward, backend=self._keep)
+            step(input_ids=prompt(1, seed=1), position_ids=torch.tensor([[9]]), **held)
+
+    @torch.no_grad()
+    def run(self, depth: int = 0, **options) -> Tensor:
+        """Rewrites the step with these options, leaves after `depth` blocks and returns the logits ``[1, 1, V]``."""
+        settings = {"lowering": "eager", "group_size": 32, "first_exit": 1, "threshold": -1.0}
+        inputs = self._fresh({})
+        executor = river(self._graph, inputs, options={**settings, **options})
+        with forced_depth(depth):
+            return _logits(executor(*inputs))
+
+    @torch.no_grad()
+    def reference(self, weights: Mapping[str, Tensor]) -> Tensor:
+        """Runs the step as it was traced, with some parameters replaced by name."""
+        named = dict(self.model.named_parameters())
+        return _logits(self._graph(*self._fresh({named[name].data_ptr(): new for name, new in weights.items()})))
+
+    def _keep(self, graph_module, example_inputs):
+        self._graph, self._inputs = graph_module, list(example_inputs)
+        self._inputs = self._fresh({})
+        return graph_module.forward
+
+    def _fresh(self, replaced: Mapping[int, Tensor]) -> list:
+        """Returns inputs of which those that a step writes to are copies."""
+
+        def copy(value):
+            if not isinstance(value, Tensor):
+                return value
+            place = value.data_ptr()
+            return replaced.get(place, value) if place in self._parameters else value.clone()
+
+        return [copy(value) for value in self._inputs]
+
+
+def _logits(outputs) -> Tensor:
+    return next(x for x in outputs if isinstance(x, Tensor) and x.dim() == 3 and x.shape[-1] == VOCABULARY)

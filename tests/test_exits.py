@@ -1,0 +1,317 @@
+"""Exit criteria: what each one looks at, what a doubted token leaves behind, and what the report tells of it.
+
+A doubted token runs twice, so the strongest test is that of its traces: after any mix of doubted and believed tokens
+the logits and the cache are, to the bit, those of a run that was told each token's depth beforehand.
+"""
+
+from __future__ import annotations
+
+import math
+import statistics
+from collections import deque
+
+import pytest
+import torch
+import transformers
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+from river_compile import OptionError, RiverConfig, exact, report, river, trace
+from river_compile.exits import CRITERIA, HISTORY, Doubt, Memories, Memory, mean_scores
+from river_compile.kernels.entropy import largest_entropy
+from river_compile.runtime.executor import forced_depth, forced_threshold
+from tests.support.decoding import cache_argument, cache_state, decode, new_cache
+from tests.support.families import COMMON, SLIDING_WINDOW, make, prompt
+
+LAYERS = 3
+OPTIONS = {"lowering": "eager", "quantizer": "rtn", "group_size": 32, "first_exit": 1}
+STEPS = 6
+
+
+def compiled(name="llama", **options):
+    torch._dynamo.reset()
+    model = make(name, layers=LAYERS)
+    model.compile(backend=river, options={**OPTIONS, **options})
+    return model
+
+
+def entropy(logits):
+    """The entropy of the last position's distribution in float64, largest over rows, by its definition."""
+    p = logits[:, -1].double().softmax(-1)
+    return torch.special.entr(p).sum(-1).max().item()
+
+
+class TestOptions:
+    @pytest.mark.parametrize("name", list(CRITERIA))
+    def test_no_threshold_means_the_criterions_own(self, name):
+        config = RiverConfig(criterion=name)
+        assert config.threshold == CRITERIA[name].threshold
+        assert RiverConfig(criterion=name, threshold=0.25).threshold == 0.25
+
+    @pytest.mark.parametrize(
+        ("options", "words"),
+        [
+            ({"criterion": "doubts"}, ["criterion='doubts'", "did you mean 'doubt'?"]),
+            ({"criterion": "doubt", "threshold": -0.1}, ["threshold=-0.1", "nats of 0 or more", "'doubt'"]),
+            ({"criterion": "confidence", "threshold": math.nan}, ["threshold=nan", "nats"]),
+            ({"criterion": "history", "first_exit": 0}, ["first_exit=0", "1 or more"]),
+            ({"criterion": "confidence", "first_exit": -1}, ["first_exit=-1", "0 or more"]),
+            ({"criterion": "doubt", "prefill": "exit"}, ["prefill='exit'", "'doubt'"]),
+        ],
+    )
+    def test_bad_values_are_named(self, options, words):
+        with pytest.raises(OptionError) as error:
+            RiverConfig.from_options(options)
+        assert all(word in str(error.value) for word in words)
+
+    def test_the_extremes_are_allowed(self):
+        assert RiverConfig(criterion="doubt", threshold=math.inf, first_exit=0).first_exit == 0
+        assert RiverConfig(criterion="confidence", threshold=0).threshold == 0
+
+    @pytest.mark.parametrize("name", ["confidence", "doubt"])
+    def test_a_model_without_logits_is_refused(self, name):
+        """The base model returns hidden states, whose entropy would mean nothing."""
+        model = transformers.LlamaModel(transformers.LlamaConfig(**COMMON, num_hidden_layers=2)).eval()
+        model.compile(backend=river, options={**OPTIONS, "criterion": name})
+        with pytest.raises(OptionError, match=f"criterion='{name}' reads the logits, and this model returns none"):
+            decode_by_hand(model, "dynamic", 1)
+
+
+@torch.no_grad()
+def decode_by_hand(model, kind, steps, ids=None, cache=None):
+    """Runs a prompt and `steps` fixed tokens with one row; returns the last position's logits of each pass."""
+    cache = cache or new_cache(model, kind)
+    held = {"use_cache": True, cache_argument(model): cache}
+    ids = prompt(5) if ids is None else ids
+    passes = [model(input_ids=ids, **held)]
+    for i in range(steps):
+        passes.append(model(input_ids=prompt(steps, seed=3)[:, i : i + 1], **held))
+    return [out.logits for out in passes]
+
+
+class TestEntropy:
+    @given(
+        st.lists(st.lists(st.floats(-60, 60), min_size=5, max_size=5), min_size=1, max_size=3),
+        st.integers(0, 4),
+    )
+    @settings(max_examples=50)
+    def test_is_that_of_the_least_sure_row(self, rows, impossible):
+        """Compared with the definition in float64; a token that cannot come (-inf) adds nothing."""
+        logits = torch.tensor(rows)[:, None]
+        logits[:, :, :impossible] = -torch.inf
+        p = logits[:, -1].double().softmax(-1)
+        expected = torch.special.entr(p).sum(-1).max()
+        assert largest_entropy(logits).item() == pytest.approx(expected.item(), abs=1e-4)
+
+    def test_looks_at_the_last_position_alone(self):
+        logits = torch.zeros(1, 2, 8)
+        logits[0, 1, 3] = 50.0
+        assert largest_entropy(logits).item() == pytest.approx(0, abs=1e-6)
+        assert largest_entropy(logits.flip(1)).item() == pytest.approx(math.log(8), abs=1e-6)
+
+    def test_nan_leaves_nothing_to_trust(self):
+        logits = torch.zeros(2, 1, 8)
+        logits[1, 0, 0] = torch.nan
+        assert math.isnan(largest_entropy(logits).item())
+        assert Doubt().doubts(math.nan, math.inf)
+        assert CRITERIA["confidence"].depth_before(math.inf, 1, LAYERS, math.nan) == LAYERS
+
+
+class ScriptedDoubt(Doubt):
+    """Takes each token's first exit and verdict from a list."""
+
+    def __init__(self):
+        self.script = []
+        self.seen = []
+
+    def depth_before(self, threshold, first_exit, num_blocks, entropy):
+        return self.script[len(self.seen)][0]
+
+    def doubts(self, entropy, threshold):
+        self.seen.append(entropy)
+        return self.script[len(self.seen) - 1][1]
+
+
+verdicts = st.lists(st.tuples(st.integers(0, LAYERS - 1), st.booleans()), min_size=STEPS, max_size=STEPS)
+
+
+@pytest.mark.parametrize("kind", ["static", "dynamic"])
+@pytest.mark.parametrize("name", ["llama", "gemma3", "gpt2"])
+def test_after_any_mix_of_doubts_the_cache_is_the_one_of_the_depths_that_count(name, kind, monkeypatch):
+    """Logits, entries and lengths equal, to the bit, those of a run with every token's final depth forced.
+
+    Gemma's static window is full from the prompt on, so its slots move with every token.
+    """
+    scripted = ScriptedDoubt()
+    monkeypatch.setitem(CRITERIA, "doubt", scripted)
+    model = compiled(name, criterion="doubt", first_exit=0)
+
+    @given(verdicts)
+    @settings(max_examples=12)
+    def check(script):
+        scripted.script, scripted.seen = script, []
+        cache, expected_cache = new_cache(model, kind), new_cache(model, kind)
+        actual = decode(model, cache, [None] * STEPS)
+        assert len(scripted.seen) == STEPS
+        expected = decode(model, expected_cache, [LAYERS if doubted else depth for depth, doubted in script])
+        assert all(map(torch.equal, actual, expected))
+        for ours, theirs in zip(cache_state(cache), cache_state(expected_cache), strict=True):
+            assert torch.equal(ours[0], theirs[0])
+            assert torch.equal(ours[1], theirs[1])
+            assert ours[2] == theirs[2] == 9 + STEPS
+
+    assert SLIDING_WINDOW < 9  # (the prompt is longer than the window)
+    check()
+
+
+class TestDoubt:
+    @pytest.mark.parametrize("kind", ["static", "dynamic"])
+    def test_the_backbone_answers_where_the_river_is_unsure(self, kind):
+        """Entropies are those of the river's logits; above the bound the backbone answers."""
+        model = compiled(criterion="doubt", threshold=math.inf)
+        with trace() as believed:
+            rivers = decode_by_hand(model, kind, STEPS)[1:]
+        assert [t.depth for t in believed.tokens] == [1] * STEPS
+        assert [t.entropy for t in believed.tokens] == pytest.approx([entropy(x) for x in rivers], abs=1e-4)
+        bound = sorted(t.entropy for t in believed.tokens)[STEPS // 2]
+        with trace() as seen, forced_threshold(bound, first_exit=1):
+            actual = decode_by_hand(model, kind, STEPS)[1:]
+        assert 0 < seen.doubted < STEPS
+        for step, logits in zip(seen.tokens, actual, strict=True):
+            assert step.doubted == (step.entropy >= bound)
+            assert (step.depth, step.river_from) == ((LAYERS, 1) if step.doubted else (1, None))
+            if not step.doubted:
+                assert entropy(logits) == pytest.approx(step.entropy, abs=1e-4)
+
+    def test_a_bound_of_zero_is_the_plain_model_and_runs_no_river(self):
+        model = compiled(criterion="doubt", threshold=0)
+        with trace() as seen:
+            actual = decode_by_hand(model, "static", STEPS)
+        assert {(t.depth, t.doubted) for t in seen.tokens} == {(LAYERS, False)}
+        model._compiled_call_impl = None
+        for ours, plain in zip(actual, decode_by_hand(model, "static", STEPS), strict=True):
+            torch.testing.assert_close(ours, plain)
+
+    def test_report_picture_and_trace_tell_of_doubted_tokens(self, tmp_path):
+        model = compiled(criterion="doubt", threshold=1e-9)
+        with trace() as seen:
+            decode_by_hand(model, "static", STEPS)
+        assert seen.doubted == STEPS
+        found = report(model)
+        assert found.to_dict()["doubted"] == found.doubted == STEPS
+        assert f"doubted      {STEPS} (100 %) ran through the river and then the backbone" in str(found)
+        assert "criterion    doubt, threshold 1e-09" in str(found)
+        assert seen.plot(tmp_path / "depths.png").read_bytes().startswith(b"\x89PNG")
+
+    def test_compiled_segments_run_twice_as_well(self):
+        """Inductor's code, which may write into what it was given, leaves the inputs of the second run intact."""
+        model = compiled(criterion="doubt", threshold=1e-9, lowering="inductor")
+        for kind in ("static", "dynamic"):
+            twice, once = new_cache(model, kind), new_cache(model, kind)
+            actual = decode_by_hand(model, kind, 2, cache=twice)
+            with forced_depth(LAYERS):
+                expected = decode_by_hand(model, kind, 2, cache=once)
+            assert all(map(torch.equal, actual, expected))
+            for ours, theirs in zip(cache_state(twice), cache_state(once), strict=True):
+                assert torch.equal(ours[0], theirs[0])
+                assert ours[2] == theirs[2]
+
+
+class TestConfidence:
+    @pytest.mark.parametrize("kind", ["static", "dynamic"])
+    def test_the_previous_logits_decide(self, kind):
+        """A token leaves where the entropy of the logits before it is below the bound, the prompt's included."""
+        model = compiled(criterion="confidence", threshold=math.inf)
+        with trace() as seen:
+            before = decode_by_hand(model, kind, STEPS)[:-1]
+        assert [t.entropy for t in seen.tokens] == pytest.approx([entropy(x) for x in before], abs=1e-4)
+        bound = sorted(t.entropy for t in seen.tokens)[STEPS // 2]
+        with trace() as seen, forced_threshold(bound, first_exit=1):
+            decode_by_hand(model, kind, STEPS)
+        assert {t.depth for t in seen.tokens} == {1, LAYERS}
+        assert all((t.depth == 1) == (t.entropy < bound) for t in seen.tokens)
+
+    @pytest.mark.parametrize("kind", ["static", "dynamic"])
+    def test_sequences_do_not_mix(self, kind):
+        """Two sequences decoded in turns see the entropies that each sees alone, and a new prompt starts anew."""
+        model = compiled(criterion="confidence", threshold=math.inf)
+        prompts = [prompt(5), prompt(7, seed=9)]
+
+        def alone(ids):
+            with trace() as seen:
+                decode_by_hand(model, kind, 3, ids)
+            return [t.entropy for t in seen.tokens]
+
+        expected = [alone(ids) for ids in prompts]
+        held = [{"use_cache": True, cache_argument(model): new_cache(model, kind)} for _ in prompts]
+        with trace() as seen, torch.no_grad():
+            for ids, mine in zip(prompts, held, strict=True):
+                model(input_ids=ids, **mine)
+            for i in range(3):
+                for mine in held:
+                    model(input_ids=prompt(3, seed=3)[:, i : i + 1], **mine)
+        together = [t.entropy for t in seen.tokens]
+        assert [together[0::2], together[1::2]] == expected
+        assert expected[0] != expected[1]
+
+
+class TestHistory:
+    def test_the_mean_of_the_last_tokens_decides(self):
+        """Depths equal those of a plain reference that is given the recorded similarities; a prompt clears them."""
+        model = compiled(criterion="history", threshold=2.0)
+        steps = 3 * HISTORY
+        with trace() as seen:
+            decode_by_hand(model, "static", steps)
+        bound = statistics.median(mean_scores([t.similarities[1] for t in seen.tokens]))  # half leave there
+        with trace() as seen, forced_threshold(bound, first_exit=1):
+            decode_by_hand(model, "static", steps)
+            decode_by_hand(model, "static", steps)
+        assert len({t.depth for t in seen.tokens}) > 1
+        assert [t.depth for t in seen.tokens[:steps]] == [t.depth for t in seen.tokens[steps:]]
+        last = {depth: deque(maxlen=HISTORY) for depth in range(1, LAYERS)}
+        for step in seen.tokens[:steps]:
+            expected = LAYERS
+            for depth, score in enumerate(step.similarities, start=1):
+                last[depth].append(score)
+                if sum(last[depth]) / len(last[depth]) > bound:
+                    expected = depth
+                    break
+            assert step.depth == expected
+
+    def test_no_number_never_leaves_and_is_forgotten(self):
+        memory = Memory()
+        history = CRITERIA["history"]
+        assert not history.leaves(1, math.nan, -2.0, memory)
+        assert history.leaves(1, 0.5, 0.4, memory)
+
+
+def test_memories_die_with_the_cache():
+    memories, cache = Memories(), torch.zeros(1)
+    memories.keep(cache, memory := Memory())
+    assert memories.recall(cache) is memory
+    assert memories.recall(torch.zeros(1)) is not memory
+    del cache
+    assert len(memories._by_cache) == 0
+
+
+@pytest.mark.parametrize("name", list(CRITERIA))
+def test_exact_mode_works_with_every_criterion(name):
+    """Drafts and verifications force their depths, so the text stays the plain model's, whatever decides elsewhere."""
+    model = compiled(criterion=name)
+    model.generation_config.eos_token_id = None
+    ids = prompt(6)
+    arguments = {"max_new_tokens": 8, "do_sample": False, "attention_mask": torch.ones_like(ids)}
+    ours = model.generate(ids, custom_generate=exact, cache_implementation="static", **arguments)
+    model._compiled_call_impl = None
+    assert torch.equal(ours, model.generate(ids, **arguments))
+
+
+@pytest.mark.parametrize("name", list(CRITERIA))
+def test_generate_works_with_every_criterion(name):
+    """Two rows with left padding through generate, at the default threshold: as many steps as tokens."""
+    model = compiled(name="llama", criterion=name)
+    ids = prompt(6, batch=2)
+    with trace() as seen:
+        model.generate(ids, attention_mask=torch.ones_like(ids), max_new_tokens=5, cache_implementation="static")
+    assert len(seen.tokens) == 4
+    assert report(model).to_dict()["graphs"][-1]["criterion"] == name

@@ -1,0 +1,146 @@
+"""What `observe` records: the second moments of every matrix's inputs, however the model writes the product."""
+
+from __future__ import annotations
+
+import gc
+import weakref
+
+import pytest
+import torch
+from torch import nn
+
+from river_compile import OptionError, observe, river
+from river_compile.state import find_state
+from river_compile.twins.observe import InputMoments, default_texts
+from tests.support.families import make, prompt
+
+
+def inputs_by_hook(model, ids):
+    """Returns the inputs ``[tokens, K]`` of every module that holds a matrix, seen from outside."""
+    seen = {}
+
+    def note(module, arguments):
+        seen.setdefault(module, []).append(arguments[0].detach().flatten(0, -2))
+
+    modules = [m for m in model.modules() if getattr(m, "weight", None) is not None and m.weight.dim() == 2]
+    hooks = [m.register_forward_pre_hook(note) for m in modules if not isinstance(m, nn.Embedding)]
+    with torch.no_grad():
+        for row in ids:
+            model(input_ids=row, use_cache=False)
+    for hook in hooks:
+        hook.remove()
+    return {module: torch.cat(parts) for module, parts in seen.items()}
+
+
+@pytest.mark.parametrize("family", ["llama", "gpt2", "falcon", "phi"])
+def test_moments_are_those_of_the_inputs(family):
+    """F.linear, Conv1D's addmm and Falcon's ``x @ weight.T``, alone and side by side on one input."""
+    model = make(family, layers=2)
+    ids = [prompt(20, 2, seed=i) for i in range(3)]
+    observed = observe(model, inputs=ids, progress=False)
+    assert observed.tokens == 120
+    expected = inputs_by_hook(model, ids)
+    assert len(expected) >= 7
+    for module, x in expected.items():
+        moments = observed.moments_of(module.weight)
+        assert moments.tokens == len(x) == 120
+        torch.testing.assert_close(moments.matrix(), x.T @ x / len(x))
+
+
+def test_matrices_that_read_one_value_share_its_moments():
+    model = make("llama", layers=2)
+    observed = observe(model, inputs=[prompt(20), prompt(20, seed=1)], progress=False)
+    attention, mlp = model.model.layers[1].self_attn, model.model.layers[1].mlp
+    q, k, v, o, gate, up = (
+        observed.moments_of(m.weight)
+        for m in (attention.q_proj, attention.k_proj, attention.v_proj, attention.o_proj, mlp.gate_proj, mlp.up_proj)
+    )
+    assert q is k is v
+    assert gate is up
+    assert len({id(m) for m in (q, o, gate)}) == 3
+
+
+def test_a_compiled_model_is_observed_as_it_is():
+    """No graph reaches the backend meanwhile, and the numbers are those of the model before it was compiled."""
+    model = make("llama", layers=2)
+    before = observe(model, inputs=[prompt(20)], progress=False)
+    for compile_it in (
+        lambda: model.compile(backend=river),
+        lambda: setattr(model, "forward", torch.compile(model.forward, backend=river)),
+    ):
+        compile_it()
+        after = observe(model, inputs=[prompt(20)], progress=False)
+        weight = model.model.layers[0].mlp.down_proj.weight
+        assert torch.equal(before.moments_of(weight).matrix(), after.moments_of(weight).matrix())
+    state = find_state(model.parameters())
+    assert state.graphs == []
+    assert state.observation is after
+
+
+def test_inputs_are_summed_up_when_they_take_more_room_than_moments():
+    x = torch.randn(5, 40, 16, generator=torch.Generator().manual_seed(0))
+    moments = InputMoments(16)
+    rooms = []
+    for part in x:
+        moments.add(part)
+        rooms.append(moments.nbytes)
+    assert max(rooms) == 4 * 16 * 16  # 40 rows of 16 float32 numbers would be more
+    rows = x.reshape(-1, 16)
+    torch.testing.assert_close(moments.matrix(), rows.T @ rows / 200)
+    few = InputMoments(16)
+    few.add(x[0, :3])
+    few.add(x[0, 3:5])
+    assert few.nbytes == 5 * 16 * 4
+    torch.testing.assert_close(few.matrix(), rows[:5].T @ rows[:5] / 5)
+
+
+def test_texts_run_through_a_tokenizer():
+    model = make("llama", layers=2)
+
+    def tokenizer(text):
+        return {"input_ids": [ord(c) % 127 + 1 for c in text]}
+
+    assert observe(model, tokenizer, ["first", "second text"], progress=False).tokens == 16
+    long = observe(model, tokenizer, ["x" * 1100], progress=False)
+    assert long.tokens == 1100  # in several windows
+    assert "observed 15 matrices on 1100 tokens" in str(long)
+
+
+def test_texts_that_come_with_the_package():
+    texts = default_texts()
+    assert len(texts) > 10
+    assert all(200 < len(text) < 1500 for text in texts)
+
+
+def test_a_later_call_replaces_the_earlier_one_and_clear_frees():
+    model = make("llama", layers=2)
+    first, second = (observe(model, inputs=[prompt(20, seed=i)], progress=False) for i in range(2))
+    assert find_state(model.parameters()).observation is second
+    assert first.number != second.number
+    assert second.nbytes > 0
+    second.clear()
+    assert second.nbytes == 0
+
+
+def test_nothing_of_a_freed_model_stays():
+    model = make("llama", layers=2)
+    observed = observe(model, inputs=[prompt(20)], progress=False)
+    moments = weakref.ref(observed.moments_of(model.model.layers[0].mlp.down_proj.weight))
+    assert moments() is not None
+    del model
+    gc.collect()
+    assert moments() is None
+
+
+@pytest.mark.parametrize(
+    ("arguments", "message"),
+    [
+        ({}, "observe takes a tokenizer"),
+        ({"tokenizer": dict, "inputs": [prompt()]}, "one of the two"),
+        ({"inputs": []}, "observe was given no token"),
+        ({"inputs": [torch.empty(1, 0, dtype=torch.long)]}, "observe was given no token"),
+    ],
+)
+def test_what_is_refused(arguments, message):
+    with pytest.raises(OptionError, match=message):
+        observe(make("llama", layers=2), **arguments)

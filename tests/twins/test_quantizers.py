@@ -1,0 +1,265 @@
+"""Twins of quantizers that know their inputs: folded scales, the floor of quality, artifacts, errors by block."""
+
+from __future__ import annotations
+
+import json
+
+import pytest
+import torch
+
+import river_compile.twins.make
+from river_compile import ArtifactError, OptionError, block_errors, observe, report, river, save
+from river_compile.kernels.quant import calibrated
+from river_compile.twins.artifact import MANIFEST
+from tests.support.decoding import decode, new_cache
+from tests.support.families import make, prompt
+from tests.support.traced import TracedStep
+
+TEXTS = [prompt(40, 2, seed=i) for i in range(3)]
+
+
+def observed(family="llama"):
+    """Returns a traced step of a model whose inputs were observed."""
+    step = TracedStep(family)
+    observe(step.model, inputs=TEXTS, progress=False)
+    return step
+
+
+def twins_of(step):
+    """Returns the 4-bit products, by name, of the step's latest twins."""
+    return {site.name: site for site in report(step.model).graphs[-1].packed}
+
+
+def in_place(model, sites):
+    """Returns what twins multiply by, in place of the weights, by parameter name."""
+    modules = dict(model.named_modules())
+    weights = {}
+    for site in sites:
+        for part, name in zip(site.dequantize().split(site.out_features), site.name.split("|"), strict=True):
+            weights[f"{name}.weight"] = (part.T if site.transposed else part).to(modules[name].weight.dtype)
+    return weights
+
+
+@pytest.mark.parametrize(
+    ("family", "folded", "multiplied"),
+    [
+        ("llama", 2, 1),  # both norms; the gated product
+        ("gpt2", 2, 1),  # layer norms with weight and bias; GELU ends in a product
+        ("gemma3", 0, 3),  # norms that multiply by 1 + weight; the gated product
+        ("phi", 1, 1),  # one layer norm in front of attention and MLP; GELU
+        ("olmo2", 0, 1),  # no norm in front of the linears
+    ],
+)
+def test_folding_a_scale_changes_nothing(family, folded, multiplied, monkeypatch):
+    """With scales that are powers of two, 4-bit products of scaled inputs have the bits of unscaled ones."""
+    step = observed(family)
+    monkeypatch.setattr(calibrated, "ALPHAS", (0.0,))
+    unscaled = step.run(quantizer="awq")
+    assert all(site.input_scale is None for site in twins_of(step).values())
+
+    def two_and_half(squares, alpha):
+        return torch.where(torch.arange(len(squares)) // 32 % 2 == 0, 2.0, 0.5)
+
+    monkeypatch.setattr(calibrated, "ALPHAS", (1.0,))
+    monkeypatch.setattr(calibrated, "_input_scale", two_and_half)
+    observe(step.model, inputs=TEXTS, progress=False)
+    assert torch.equal(step.run(quantizer="awq"), unscaled)
+
+    scaled = [site for site in twins_of(step).values() if ".0." in site.name and site.input_scale is not None]
+    modules = dict(step.model.named_modules())
+    biased = [any(getattr(modules[n], "bias", None) is not None for n in site.name.split("|")) for site in scaled]
+    extra = [len(site.tensors) - 2 - has_bias for site, has_bias in zip(scaled, biased, strict=True)]
+    per_norm = 2 if family in ("gpt2", "phi") else 1  # a layer norm has a bias too
+    assert sorted(extra) == sorted([per_norm] * folded + [1] * multiplied)
+
+
+@pytest.mark.parametrize("family", ["llama", "gpt2", "gemma3"])
+def test_twins_multiply_by_what_they_say(family, monkeypatch):
+    """A token in 4 bits has the logits of the model with dequantized weights, within bfloat16's rounding."""
+    monkeypatch.setattr(calibrated, "ALPHAS", (0.5,))
+    step = observed(family)
+    logits = step.run(quantizer="awq")
+    expected = step.reference(in_place(step.model, twins_of(step).values()))
+    assert (logits - expected).norm() < 0.02 * expected.norm()
+    backbone = step.reference({})
+    assert (logits - backbone).norm() > 0.05 * backbone.norm()
+
+
+@pytest.mark.parametrize("quantizer", ["awq", "gptq"])
+def test_what_was_not_observed_is_a_value_error(quantizer):
+    model = make("llama", layers=2)
+    model.compile(backend=river, options={"lowering": "eager", "quantizer": quantizer, "group_size": 32})
+    with pytest.raises(ValueError, match=rf"quantizer='{quantizer}' needs .* call river_compile.observe\(model"):
+        decode(model, new_cache(model, "static"), [None])
+    assert report(model).packed == ()
+
+
+def test_a_matrix_that_no_text_reached_is_named():
+    step = TracedStep()
+    observe(step.model, inputs=TEXTS, progress=False).clear()
+    with pytest.raises(OptionError, match=r"no text reached model.layers.0.self_attn.q_proj"):
+        step.run(quantizer="gptq")
+
+
+def test_other_texts_make_other_twins():
+    step = observed()
+    first = step.run(quantizer="gptq")
+    assert torch.equal(step.run(quantizer="gptq"), first)
+    observe(step.model, inputs=[prompt(60, seed=9)], progress=False)
+    assert not torch.equal(step.run(quantizer="gptq"), first)
+
+
+class TestFloor:
+    """`min_sqnr`: matrices below it stay in 16 bits, and the report says so."""
+
+    @pytest.mark.parametrize("quantizer", ["rtn", "gptq"])
+    def test_what_lies_below_stays_in_16_bits(self, quantizer):
+        step = observed()
+        step.run(quantizer=quantizer)
+        before = twins_of(step)
+        (low, worst), (_, second) = sorted(((name, s.quality) for name, s in before.items()), key=lambda x: x[1])[:2]
+        floor = (worst + second) / 2
+        logits = step.run(quantizer=quantizer, min_sqnr=floor)
+        graph = report(step.model).graphs[-1]
+        assert [kept.name for kept in graph.kept] == low.split("|")
+        assert {kept.reason for kept in graph.kept} == {f"SQNR below min_sqnr={floor:g} dB"}
+        assert [site.name for site in graph.packed if site.kept] == [low]
+        others = [site for site in graph.packed if not site.kept]
+        expected = step.reference(in_place(step.model, others))
+        assert (logits - expected).norm() < 0.02 * expected.norm()
+        assert f"SQNR below min_sqnr={floor:g} dB" in str(report(step.model))
+        entry = next(m for m in report(step.model).to_dict()["matrices"] if m["in_16_bits"])
+        assert (entry["name"], entry["bytes"]) == (low, 0)
+
+    def test_a_floor_that_nothing_passes_gives_the_plain_model(self):
+        step = TracedStep()
+        torch.testing.assert_close(step.run(min_sqnr=1000), step.reference({}), rtol=1e-4, atol=1e-4)
+        assert len(report(step.model).graphs[-1].kept) == 14
+
+    def test_a_floor_that_all_pass_changes_nothing(self):
+        step = TracedStep()
+        assert torch.equal(step.run(min_sqnr=-100), step.run())
+
+    def test_a_head_may_stay_in_16_bits(self):
+        step = TracedStep()
+        head = step.run(depth=2, lm_head="w4", min_sqnr=1000)
+        torch.testing.assert_close(head, step.reference({}), rtol=1e-4, atol=1e-4)
+        assert "lm_head" in {kept.name for kept in report(step.model).graphs[-1].kept}
+
+    @pytest.mark.parametrize("floor", ["20", True, float("nan")])
+    def test_what_is_no_number_is_refused(self, floor):
+        with pytest.raises(OptionError, match=r"min_sqnr=.* is not allowed; it must be None or a number of decibels"):
+            river_compile.RiverConfig(min_sqnr=floor)
+
+
+class TestArtifacts:
+    @pytest.mark.parametrize("quantizer", ["awq", "gptq"])
+    def test_the_second_start_needs_no_text(self, quantizer, tmp_path, monkeypatch):
+        """Equal bytes, ratios and logits without an observation; scales are folded into the norms again."""
+        monkeypatch.setattr(calibrated, "ALPHAS", (0.3,))
+        first = observed("gpt2")
+        logits = first.run(quantizer=quantizer)
+        save(first.model, tmp_path / "twins")
+        monkeypatch.setattr(river_compile.twins.make, "quantize_observed", lambda *_, **__: pytest.fail("quantized"))
+        second = TracedStep("gpt2")
+        assert torch.equal(second.run(quantizer=quantizer, artifact=tmp_path / "twins"), logits)
+        after = twins_of(second)
+        for name, a in twins_of(first).items():
+            b = after[name]
+            assert (a.sqnr, a.output_sqnr) == (b.sqnr, b.output_sqnr)
+            assert all(torch.equal(x, y) for x, y in zip(a.tensors, b.tensors, strict=True))
+            assert (a.input_scale is None) == (b.input_scale is None)
+        assert any(site.input_scale is not None for site in after.values()) == (quantizer == "awq")
+
+    def test_a_changed_norm_is_another_model(self, tmp_path):
+        """Scales were folded into it, so it belongs to what the twins were made from."""
+        first = observed()
+        first.run(quantizer="awq")
+        save(first.model, tmp_path / "twins")
+        second = TracedStep()
+        with torch.no_grad():
+            second.model.model.layers[1].input_layernorm.weight[3] += 1
+        with pytest.raises(ArtifactError, match=r"layers.1.self_attn.q_proj.* was made from other weights"):
+            second.run(quantizer="awq", artifact=tmp_path / "twins")
+
+    def test_decisions_of_the_floor_are_kept(self, tmp_path):
+        first = observed()
+        first.run(quantizer="gptq")
+        ratios = sorted(site.quality for site in twins_of(first).values())
+        floor = (ratios[2] + ratios[3]) / 2
+        first = observed()
+        logits = first.run(quantizer="gptq", min_sqnr=floor)
+        save(first.model, tmp_path / "twins")
+        stored = [m["stored"] for m in json.loads((tmp_path / "twins" / MANIFEST).read_text())["matrices"]]
+        assert (len(stored), sum(stored)) == (len(ratios), len(ratios) - 3)
+        second, saved = TracedStep(), {"quantizer": "gptq", "artifact": tmp_path / "twins"}
+        assert torch.equal(second.run(min_sqnr=floor, **saved), logits)
+        assert report(second.model).graphs[-1].kept == report(first.model).graphs[-1].kept
+        with pytest.raises(ArtifactError, match=r"was left in 16 bits at .* dB, below the min_sqnr= of that time"):
+            second.run(**saved)
+        second.run(min_sqnr=(ratios[3] + ratios[4]) / 2, **saved)  # a higher floor needs nothing that is not there
+        assert sum(site.kept for site in twins_of(second).values()) == 4
+
+
+class TestBlockErrors:
+    def test_each_block_alone_against_a_reference(self):
+        """KL with one block's weights replaced by hand; nothing of the model is changed afterwards."""
+        step = TracedStep()
+        step.run(quantizer="rtn")
+        before = {name: p.clone() for name, p in step.model.state_dict().items()}
+        ids = [prompt(30, 2, seed=20), prompt(15, seed=21)]
+        errors = block_errors(step.model, inputs=ids, progress=False)
+        assert (errors.tokens, [b.block for b in errors.blocks]) == (75, [1, 2])
+        assert all(torch.equal(before[name], p) for name, p in step.model.state_dict().items())
+        for b in errors.blocks:
+            assert b.path == f"model.layers.{b.block - 1}"
+            inside = [site for name, site in twins_of(step).items() if name.startswith(f"{b.path}.")]
+            other = make("llama", layers=2)
+            other.load_state_dict(in_place(other, inside), strict=False)
+            total = 0.0
+            with torch.no_grad():
+                for row in ids:
+                    p, q = (m(input_ids=row).logits.double().log_softmax(-1) for m in (step.model, other))
+                    total += (p.exp() * (p - q)).sum().item()
+            assert b.kl == pytest.approx(total / 75, rel=1e-3)
+            assert b.kl > 0
+            assert (b.sqnr, b.matrix) == min((site.sqnr, site.name) for site in inside)
+
+    def test_transposed_matrices_and_the_report(self):
+        step = observed("gpt2")
+        step.run(quantizer="gptq")
+        errors = block_errors(step.model, inputs=TEXTS[:1], progress=False)
+        assert 0 < errors.mean_kl <= errors.worst.kl < 1
+        assert f"KL by block    mean {errors.mean_kl:.5f}, most {errors.worst.kl:.5f}" in str(report(step.model))
+        assert json.loads(json.dumps(report(step.model).to_dict()))["block_errors"] == errors.to_dict()
+        assert f"{errors.worst.kl:.5f}" in str(errors)
+
+    def test_a_block_that_stays_in_16_bits_costs_nothing(self):
+        step = TracedStep()
+        step.run(min_sqnr=1000)
+        errors = block_errors(step.model, inputs=TEXTS[:1], progress=False)
+        assert [b.kl for b in errors.blocks] == [0, 0]
+        assert "16 bits" in str(errors)
+
+    def test_weights_that_changed_since_are_refused(self):
+        step = TracedStep()
+        step.run()
+        with torch.no_grad():
+            step.model.model.layers[1].mlp.down_proj.weight.mul_(2)
+        with pytest.raises(ValueError, match=r"the weights of model.layers.1.mlp.down_proj changed after they were"):
+            block_errors(step.model, inputs=TEXTS)
+
+    def test_a_model_without_twins_is_refused(self):
+        with pytest.raises(ValueError, match="no twin is packed; generate a token"):
+            block_errors(make("llama", layers=2), inputs=TEXTS)
+
+
+def test_the_report_names_quantizer_and_both_ratios():
+    step = observed()
+    step.run(quantizer="gptq")
+    text, entries = str(report(step.model)), report(step.model).to_dict()["matrices"]
+    assert "packed         8 matrices (gptq)" in text
+    assert "SQNR of weights" in text
+    assert "SQNR of outputs" in text
+    assert all(e["quantizer"] == "gptq" and e["output_sqnr_db"] > e["sqnr_db"] > 10 for e in entries)
+    json.dumps(entries)

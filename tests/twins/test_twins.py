@@ -1,0 +1,91 @@
+"""Quantized twins of every family: the same slots and counters, executed blocks untouched, and what is told of them.
+
+The same runs give the table of `docs/models.md`; RIVER_UPDATE_DOCS=1 writes it anew.
+"""
+
+from __future__ import annotations
+
+import functools
+import os
+from pathlib import Path
+
+import pytest
+import torch
+
+from river_compile import report, river
+from tests.support.decoding import cache_state, decode, new_cache
+from tests.support.families import FAMILIES, REFUSED, REWRITTEN, make
+
+PAGE = Path(__file__).parents[2] / "docs" / "models.md"
+OPTIONS = {"lowering": "eager", "quantizer": "rtn", "group_size": 32, "first_exit": 1}
+
+
+@functools.cache
+def twin_run(name: str) -> dict[str, object]:
+    """Decodes one token that leaves after the first block, with 4-bit twins, beside one that never leaves."""
+    model = make(name, layers=2)
+    plain, river_cache = new_cache(model, "static"), new_cache(model, "static")
+    model.compile(backend=river, options=OPTIONS)
+    expected = decode(model, plain, [model.config.num_hidden_layers])
+    actual = decode(model, river_cache, [1])
+    return {
+        "logits": (expected[-1], actual[-1]),
+        "caches": (cache_state(plain), cache_state(river_cache)),
+        "report": report(model).to_dict(),
+    }
+
+
+@pytest.mark.parametrize("name", REWRITTEN)
+def test_an_exit_fills_the_same_slots(name):
+    """Lengths and written slots are the plain model's; the executed block's entries are its very bits."""
+    run = twin_run(name)
+    for layer, (plain, twin) in enumerate(zip(*run["caches"], strict=True)):
+        assert plain[2] == twin[2]
+        for a, b in zip(plain[:2], twin[:2], strict=True):
+            written = [(t != 0).any(-1).any(1) for t in (a, b)]
+            assert torch.equal(*written), f"slots of layer {layer}"
+            if layer < 1:
+                assert torch.equal(a, b), f"entries of layer {layer}"
+
+
+@pytest.mark.parametrize("name", REWRITTEN)
+def test_four_bit_twins_are_close_to_their_blocks(name):
+    """The logits after a quantized exit point the way of the plain model's, but are not its bits."""
+    expected, actual = (logits.flatten().double() for logits in twin_run(name)["logits"])
+    assert not torch.equal(expected, actual)
+    assert torch.nn.functional.cosine_similarity(expected, actual, dim=0) > 0.9
+
+
+@pytest.mark.parametrize("name", REFUSED)
+def test_other_families_are_refused_with_a_reason(name):
+    """What is not rewritten says why, and runs as the plain model."""
+    run = twin_run(name)
+    assert {g["refusal"] for g in run["report"]["graphs"]} == {REFUSED[name]}
+    assert torch.equal(*run["logits"])
+
+
+def models_page() -> str:
+    lines = [
+        "# Models",
+        "",
+        "What the passes make of each family, from tiny random models of it, with a static cache.",
+        "`RIVER_UPDATE_DOCS=1 python -m pytest tests/test_twins.py` writes this page anew.",
+        "",
+        "| family | rewritten | 4-bit products per block | stays in 16 bits |",
+        "|---|---|---|---|",
+    ]
+    for name in FAMILIES:
+        decode_graph = twin_run(name)["report"]["graphs"][-1]
+        matrices = twin_run(name)["report"]["matrices"]
+        rewritten = f"no: {decode_graph['refusal']}" if decode_graph["refusal"] else "yes"
+        kept = sorted({k["reason"] for k in decode_graph["kept_in_16_bits"]})
+        per_block = len(matrices) / decode_graph["blocks"] if decode_graph["blocks"] else 0
+        lines.append(f"| {name} | {rewritten} | {per_block:g} | {'; '.join(kept) or 'nothing'} |")
+    return "\n".join(lines) + "\n"
+
+
+def test_the_models_page_says_what_the_passes_do():
+    page = models_page()
+    if os.environ.get("RIVER_UPDATE_DOCS"):
+        PAGE.write_text(page)
+    assert PAGE.read_text() == page

