@@ -24,7 +24,7 @@ help:
 	@sed -n '1,/^$$/s/^# \{0,1\}//p' Makefile
 
 demo: $(FOR_DEMO)
-	$(IN_VENV) examples/demo.py $(ARGS)
+	$(IN_VENV) -m examples.demo $(ARGS)
 
 test: $(FOR_TEST)
 	$(IN_VENV) -m ruff check .
@@ -33,12 +33,12 @@ test: $(FOR_TEST)
 	$(IN_VENV) -m pytest -n 2 --dist loadfile
 
 bench: $(FOR_DEMO)
-	$(IN_VENV) benchmarks/decode.py $(ARGS)
+	$(IN_VENV) -m benchmarks.decode $(ARGS)
 
 gpu: $(FOR_TEST)
 	@$(IN_VENV) tools/check_gpu.py
 	$(IN_VENV) -m pytest -m gpu
-	$(IN_VENV) benchmarks/decode.py --device cuda --random llama-3.2-1b llama-3.1-8b --json gpu.json $(ARGS)
+	$(IN_VENV) -m benchmarks.decode --device cuda --random llama-3.2-1b llama-3.1-8b --json gpu.json $(ARGS)
 
 clean:
 	rm -rf $(VENV) build dist *.egg-info .pytest_cache .ruff_cache .hypothesis

@@ -22,6 +22,7 @@ from collections.abc import Callable, Mapping, Sequence
 from importlib import metadata
 from pathlib import Path
 
+ROOT = Path(__file__).parents[1]  # where `benchmarks` and what it measures are found
 LOG_LINES = 20
 
 
@@ -30,15 +31,15 @@ class WorkerFailed(RuntimeError):
 
 
 class Worker:
-    """A process that runs this script with ``--worker`` and answers commands until it is closed.
+    """A process that runs a module with ``--worker`` and answers commands until it is closed.
 
     Args:
-        script: the benchmark's file; its ``main`` must call :func:`serve` when given ``--worker``.
+        module: the benchmark's full name; its ``main`` must call :func:`serve` when given ``--worker``.
         name: of the configuration, for error messages.
         threads: number of threads of the process.
     """
 
-    def __init__(self, script: str | Path, name: str, threads: int) -> None:
+    def __init__(self, module: str, name: str, threads: int) -> None:
         self.name = name
         self._folder = tempfile.TemporaryDirectory(prefix="river_benchmark_")
         self._log = Path(self._folder.name) / "log.txt"
@@ -47,10 +48,11 @@ class Worker:
             OMP_NUM_THREADS=str(threads),
             TORCHINDUCTOR_CACHE_DIR=str(Path(self._folder.name) / "inductor"),  # cold, and shared with nobody
             PYTHONUNBUFFERED="1",
+            PYTHONPATH=os.pathsep.join(filter(None, [str(ROOT), os.environ.get("PYTHONPATH")])),
         )
         with self._log.open("w") as log:
             self._process = subprocess.Popen(
-                [sys.executable, str(script), "--worker"],
+                [sys.executable, "-m", module, "--worker"],
                 stdin=subprocess.PIPE,
                 stdout=subprocess.PIPE,
                 stderr=log,

@@ -1,8 +1,8 @@
 """Exit criteria compared at equal cost: how much KL is left at which time per token.
 
-    python benchmarks/criteria.py
-    python benchmarks/criteria.py --own-text                   # what the model itself writes, not documentation
-    python benchmarks/criteria.py --model smollm2 --json criteria.json --plots DIR
+    python -m benchmarks.criteria
+    python -m benchmarks.criteria --own-text                   # what the model itself writes, not documentation
+    python -m benchmarks.criteria --model smollm2 --json criteria.json --plots DIR
 
 Texts are fed token by token, under each criterion at thresholds that let more and more tokens leave; a doubted token
 pays for both paths. Two lines stand for comparison, both with exits after the same block: tokens that leave by chance,
@@ -23,17 +23,15 @@ import sys
 from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 
-sys.path.insert(0, str(Path(__file__).resolve().parent.parent))  # a script finds only its own folder
-
 import torch
 from transformers import PreTrainedModel
 
 from benchmarks import common
-from benchmarks.quality_texts import collect
-from examples.calibrate import topics
+from benchmarks.texts import collect
 from river_compile.calibration.evaluate import Measured, Meter, Rule, compiled
 from river_compile.exits import CRITERIA, Criterion
 from tools import models
+from tools.texts import topics
 
 SHARES = (0.3, 0.5, 0.7, 0.85)
 FIRST_EXIT = 2

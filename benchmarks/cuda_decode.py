@@ -1,7 +1,7 @@
 """Decode speed on a GPU with random weights, at forced exit depths, against the plain and the compiled 16-bit model.
 
-    python benchmarks/decode.py --device cuda --random llama-3.2-1b llama-3.1-8b       # with a GPU; `make gpu` runs it
-    python benchmarks/decode.py --random llama-3.2-1b llama-3.1-8b --estimate          # what can be said without one
+    python -m benchmarks.decode --device cuda --random llama-3.2-1b llama-3.1-8b       # with a GPU; `make gpu` runs it
+    python -m benchmarks.decode --random llama-3.2-1b llama-3.1-8b --estimate          # what can be said without one
 
 Models are built on the device from their configurations; nothing is downloaded. Rows, each with batch 1 and bfloat16:
 
@@ -13,7 +13,7 @@ Timed is a loop of forward passes and argmax behind a prompt of `--context` toke
 (`torch.compiler.set_stance(skip_guard_eval_unsafe=True)`), the median of three. Columns:
 
     tokens/s       of that loop; "in generate": of `model.generate`, guards and sampling loop included
-    MB             bytes per token by the kernels' own counts (benchmarks/roofline.py)
+    MB             bytes per token by the kernels' own counts (`benchmarks.roofline`)
     of copy        bytes per second, as a share of what a device-to-device copy reaches here
     kernels        per token, counted by the profiler; "graphs": launches of captured graphs
     capture s, MB  time and device memory of River's captures
@@ -22,7 +22,6 @@ Timed is a loop of forward passes and argmax behind a prompt of `--context` toke
 from __future__ import annotations
 
 import argparse
-from pathlib import Path
 
 from benchmarks import common
 
@@ -30,7 +29,7 @@ NEVER = "never"
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
-    """Adds the options of this benchmark to those of `benchmarks/decode.py`."""
+    """Adds the options of this benchmark to those of `benchmarks.decode`."""
     gpu = parser.add_argument_group("on a GPU, with random weights")
     gpu.add_argument("--device", choices=("cpu", "cuda"), default="cpu", help="where to measure (%(default)s)")
     gpu.add_argument("--random", nargs="+", metavar="MODEL", help="llama-3.2-1b, llama-3.1-8b: built, not loaded")
@@ -110,7 +109,7 @@ def _measured(name: str, options: argparse.Namespace) -> dict:
     rows: list[dict] = []
     check = None
     for backend in ("eager", "inductor", "river"):
-        worker = common.Worker(Path(__file__).with_name("cuda_worker.py"), f"{name} {backend}", options.threads)
+        worker = common.Worker("benchmarks.cuda_worker", f"{name} {backend}", options.threads)
         try:
             job = {"depths": options.depths, "context": options.context, "group_size": options.group_size}
             answer = worker.ask("measure", name=name, backend=backend, new_tokens=options.new_tokens, **job)

@@ -1,14 +1,10 @@
-"""Measures one backend of `benchmarks/decode.py --device cuda` inside its process; see benchmarks/cuda_decode.py."""
+"""Measures one backend of `benchmarks.decode --device cuda` inside its process; see `benchmarks.cuda_decode`."""
 
 from __future__ import annotations
 
 import inspect
 import statistics
-import sys
 import time
-from pathlib import Path
-
-sys.path.insert(0, str(Path(__file__).resolve().parent.parent))  # a script finds only its own folder
 
 import torch
 from torch import Tensor

@@ -1,7 +1,7 @@
 """Decode speed of the plain model, Inductor, River and llama.cpp, side by side.
 
-    python benchmarks/decode.py
-    python benchmarks/decode.py --model DIR --gguf FILE --rows eager river llama_cpp --json decode.json
+    python -m benchmarks.decode
+    python -m benchmarks.decode --model DIR --gguf FILE --rows eager river llama_cpp --json decode.json
 
 Every row is a process of its own with an empty Inductor cache. Each generates the same prompt's greedy continuation,
 batch 1, once to compile, once to warm up, and then `--repeats` times; the repeats of all rows take turns. Columns:
@@ -27,8 +27,6 @@ import sys
 import time
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
-
-sys.path.insert(0, str(Path(__file__).resolve().parent.parent))  # a script finds only its own folder
 
 from benchmarks import common, cuda_decode
 from tools import models
@@ -111,7 +109,7 @@ def run(rows: list[str], folder: Path, gguf: Path | None, options: argparse.Name
         workers = {}
         for name in rows:
             bar.set_postfix_str(f"preparing {name}")
-            workers[name] = common.Worker(__file__, name, options.threads)
+            workers[name] = common.Worker("benchmarks.decode", name, options.threads)
             stack.callback(workers[name].close)
             results[name] = workers[name].ask("prepare", **_job(name, folder, gguf, options))
             results[name]["tokens_per_s"] = []

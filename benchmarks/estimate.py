@@ -1,6 +1,6 @@
 """What stands in for a GPU: launches and bytes per token, roofline times, and the schedule that the recorder saw.
 
-`benchmarks/decode.py --random MODEL ... --estimate` prints it. Nothing here has run on a GPU: the times are what the
+`benchmarks.decode --random MODEL ... --estimate` prints it. Nothing here has run on a GPU: the times are what the
 bytes alone cost at a named bandwidth, and no kernel reaches that. Beside the targets stands what they leave room for:
 
     needs        the share of the bandwidth that meets the target, if launches cost nothing

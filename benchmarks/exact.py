@@ -1,7 +1,7 @@
 """Speed of exact mode beside plain generation, transformers' own prompt lookup and the whole river.
 
-    python benchmarks/exact.py
-    python benchmarks/exact.py --model gemma3-270m --new-tokens 64 --repeats 2 --json exact.json
+    python -m benchmarks.exact
+    python -m benchmarks.exact --model gemma3-270m --new-tokens 64 --repeats 2 --json exact.json
 
 One compiled model in one process runs every row on every prompt, batch 1, greedy, with a static cache; the rows take
 turns, once to warm up and then `--repeats` times. Rows:
@@ -27,8 +27,6 @@ import statistics
 import sys
 import time
 from pathlib import Path
-
-sys.path.insert(0, str(Path(__file__).resolve().parent.parent))  # a script finds only its own folder
 
 from benchmarks import common
 from tools import models

@@ -1,6 +1,6 @@
 """Times every kernel of a model's decode step on the GPU at hand.
 
-    python benchmarks/kernels.py [--model llama-3.1-8b] [--rows 1] [--context 1024] [--group-size 64] [--json PATH]
+    python -m benchmarks.kernels [--model llama-3.1-8b] [--rows 1] [--context 1024] [--group-size 64] [--json PATH]
 
 Per kernel: microseconds, achieved bandwidth (the bytes that `KernelSpec.bytes` counts, over the time), its part of the
 card's measured copy bandwidth, and the speed against what torch offers in bfloat16: `F.linear` for a linear kernel,

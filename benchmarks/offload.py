@@ -1,7 +1,7 @@
 """What backbone offloading saves and costs on this machine: a model in memory, and with blocks offloaded.
 
-    python benchmarks/offload.py                                # SmolLM2, offload=4
-    python benchmarks/offload.py --model DIR --offload 2 8 --json offload.json
+    python -m benchmarks.offload                                # SmolLM2, offload=4
+    python -m benchmarks.offload --model DIR --offload 2 8 --json offload.json
 
 Every row is a process of its own. Each generates the same prompt's greedy continuation on a static cache, batch 1,
 twice: once to compile, pack and offload, once to measure. Columns:
@@ -19,8 +19,6 @@ from __future__ import annotations
 import argparse
 import sys
 from pathlib import Path
-
-sys.path.insert(0, str(Path(__file__).resolve().parent.parent))  # a script finds only its own folder
 
 from benchmarks import common
 from tools import models
@@ -112,7 +110,7 @@ def _rows(depths: list[int]) -> dict[str, dict]:
 
 
 def _measured(name: str, fields: dict, folder: Path, options: argparse.Namespace) -> dict:
-    worker = common.Worker(__file__, name, options.threads)
+    worker = common.Worker("benchmarks.offload", name, options.threads)
     try:
         river = {"threshold": options.threshold, **fields}
         return worker.ask(

@@ -1,8 +1,8 @@
 """Prints the schedule of captured decode steps as the recorder saw it, depth by depth. Needs no GPU.
 
-    python benchmarks/schedule.py                         # a random Llama of 4 blocks
-    python benchmarks/schedule.py --model smollm2 --every 8
-    python benchmarks/schedule.py --timeline              # and draws the steps, as in docs/cuda.md
+    python -m benchmarks.schedule                         # a random Llama of 4 blocks
+    python -m benchmarks.schedule --model smollm2 --every 8
+    python -m benchmarks.schedule --timeline              # and draws the steps, as in docs/cuda.md
 
 The recorder freezes the units, buffers and order of launches that CUDA graphs would get; it cannot tell time.
 Other calls are copies into buffers, of results, and the rewind of counters after a piece that ran for nothing.
@@ -16,9 +16,6 @@ import sys
 from collections.abc import Iterable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass, replace
-from pathlib import Path
-
-sys.path.insert(0, str(Path(__file__).resolve().parent.parent))  # a script finds only its own folder
 
 import torch
 from transformers import LlamaConfig, LlamaForCausalLM, PreTrainedModel, StaticCache

@@ -1,7 +1,7 @@
 """Where the time of one decoded token goes on a CPU: kernels, glue, guards, the sampling loop.
 
-    python benchmarks/token_split.py
-    python benchmarks/token_split.py --model DIR --depth 2
+    python -m benchmarks.token_split
+    python -m benchmarks.token_split --model DIR --depth 2
 
 Generates once to compile, takes the arguments of the last decode step and repeats its parts alone. Times are the least
 and the median over many repeats: the least is what the code costs, the median what a busy machine makes of it. Parts
@@ -17,9 +17,6 @@ import sys
 import time
 from collections.abc import Callable
 from dataclasses import dataclass, field
-from pathlib import Path
-
-sys.path.insert(0, str(Path(__file__).resolve().parent.parent))  # a script finds only its own folder
 
 import torch
 

@@ -1,7 +1,7 @@
 """Quantizers compared: what twins cost in quality and in packing time, on the model's own greedy text.
 
-    python benchmarks/twins.py
-    python benchmarks/twins.py --model gemma3-270m --quantizer hqq --quantizer gptq --json twins.json
+    python -m benchmarks.twins
+    python -m benchmarks.twins --model gemma3-270m --quantizer hqq --quantizer gptq --json twins.json
 
 Every row decodes the same answers, token by token through River. "KL" and "agreement" compare the logits with never
 exit's when every token runs through all twins (exit depth 0) behind a prompt that ran through the backbone; "prompt in
@@ -22,8 +22,6 @@ import time
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-
-sys.path.insert(0, str(Path(__file__).resolve().parent.parent))  # a script finds only its own folder
 
 import torch
 from torch import Tensor

@@ -1,8 +1,8 @@
 """Chooses threshold and first exit for a promised quality, and shows what they do to speed.
 
-    python examples/calibrate.py
-    python examples/calibrate.py --kl 0.1 --model smollm2 --save calibration.json --plot calibration.png
-    python examples/calibrate.py --check 64     # ... and measure unseen texts, and the speed of 64 new tokens
+    python -m examples.calibrate
+    python -m examples.calibrate --kl 0.1 --model smollm2 --save calibration.json --plot calibration.png
+    python -m examples.calibrate --check 64     # ... and measure unseen texts, and the speed of 64 new tokens
 
 The texts are passages of Python's own documentation of the language, one from each topic, so that nothing is
 downloaded. For a promise about your use, put your own texts in their place.
@@ -16,21 +16,13 @@ import sys
 import time
 from pathlib import Path
 
-sys.path.insert(0, str(Path(__file__).resolve().parent.parent))  # a script finds only its own folder
-
 import torch
 
 from river_compile.runtime.executor import forced_depth
 from tools import models, timing
+from tools.texts import topics
 
 PROMPT = "Explain how a refrigerator works."
-
-
-def topics() -> list[str]:
-    """Returns a passage of each topic that Python's `help()` knows, without its heading; two topics may share one."""
-    from pydoc_data.topics import topics
-
-    return list(dict.fromkeys(text.partition("\n\n")[2] for text in topics.values()))
 
 
 def check(model, tokenizer, found, texts: list[str], new_tokens: int, tokens: int) -> list[str]:

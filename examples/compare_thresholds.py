@@ -1,10 +1,10 @@
 """Shows what a threshold does to one answer: its speed, its depth, and where the text leaves the plain one.
 
-    python examples/compare_thresholds.py
-    python examples/compare_thresholds.py --criterion doubt --thresholds 0.5 1 2 --prompt "Explain rainbows."
+    python -m examples.compare_thresholds
+    python -m examples.compare_thresholds --criterion doubt --thresholds 0.5 1 2 --prompt "Explain rainbows."
 
 The model is compiled once and every threshold is set for a block of code. One prompt says little about quality:
-`examples/calibrate.py` finds a threshold for a promise, `benchmarks/quality.py` measures.
+`examples.calibrate` finds a threshold for a promise, `benchmarks.quality` measures.
 """
 
 from __future__ import annotations
@@ -12,9 +12,6 @@ from __future__ import annotations
 import argparse
 import sys
 from itertools import takewhile
-from pathlib import Path
-
-sys.path.insert(0, str(Path(__file__).resolve().parent.parent))  # a script finds only its own folder
 
 from tools import models
 

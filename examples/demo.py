@@ -1,10 +1,10 @@
 """Generates one answer with the plain model and with River, and shows what River did to each token.
 
-    python examples/demo.py
-    python examples/demo.py --prompt "Why is the sky blue?" --threshold 0.9
+    python -m examples.demo
+    python -m examples.demo --prompt "Why is the sky blue?" --threshold 0.9
 
 Prints both texts, the speed of both, and the depths at which tokens left the backbone; writes a picture with each
-token's exit depth above its text. One prompt, greedy, on the CPU. A demo is no measurement: `benchmarks/decode.py` is.
+token's exit depth above its text. One prompt, greedy, on the CPU. A demo is no measurement: `benchmarks.decode` is.
 """
 
 from __future__ import annotations
@@ -18,8 +18,6 @@ from collections.abc import Iterable
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING
-
-sys.path.insert(0, str(Path(__file__).resolve().parent.parent))  # a script finds only its own folder
 
 from tools import models
 

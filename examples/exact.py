@@ -1,7 +1,7 @@
 """Generates one answer plainly and in exact mode, and shows the cycles that made it.
 
-    python examples/exact.py
-    python examples/exact.py --prompt "Write a haiku about rivers." --strict --plot cycles.png
+    python -m examples.exact
+    python -m examples.exact --prompt "Write a haiku about rivers." --strict --plot cycles.png
 
 Prints each cycle: the tokens it kept, how many were drafted and held, and its milliseconds. Tokens of the river stand
 as they are, tokens copied from the context in (round) and the backbone's own in [square] brackets.
@@ -14,8 +14,6 @@ import sys
 from collections.abc import Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING
-
-sys.path.insert(0, str(Path(__file__).resolve().parent.parent))  # a script finds only its own folder
 
 from tools import models
 

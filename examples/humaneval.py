@@ -1,8 +1,8 @@
 """Solves HumanEval with the plain model and with River, and compares pass@1, speed and exit depth.
 
     pip install ".[demo,humaneval]"
-    python examples/humaneval.py                      # all 164 problems: an hour or more on a laptop
-    python examples/humaneval.py --limit 20 --threshold 0.9 --json humaneval.json
+    python -m examples.humaneval                      # all 164 problems: an hour or more on a laptop
+    python -m examples.humaneval --limit 20 --threshold 0.9 --json humaneval.json
 
 One greedy answer for each problem, so pass@1 is the share of problems solved. The model goes on where the problem's
 text ends, until a line that begins something new. Tokens per second are those of decoding, over all problems.
@@ -26,8 +26,6 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING
-
-sys.path.insert(0, str(Path(__file__).resolve().parent.parent))  # a script finds only its own folder
 
 from tools import models
 

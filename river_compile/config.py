@@ -65,7 +65,7 @@ class RiverConfig:
         same_rows: True computes every token of a prompt with the bits that it has when tokens come one at a time, which
             is slower. Exact mode's `strict=True` compiles its verification with it.
         cudagraphs: whether decode steps on a static cache are captured and replayed. None: on a GPU. "record": by a
-            recorder that needs no GPU and checks the schedule (slow: for tests and `benchmarks/schedule.py`).
+            recorder that needs no GPU and checks the schedule (slow: for tests and `benchmarks.schedule`).
         max_captures: graphs kept at the same time, at least 1; the one that was not used for longest gives way.
         fill: what stands in for the KV entries of skipped blocks: "river" (4-bit twins run, and write them), or for
             comparison "propagate", "recompute", "mask" or "monotone" (see :mod:`river_compile.fills.rivals`).

@@ -1,4 +1,4 @@
-"""The decode step of known models as kernel specs: what `resources` compiles and `benchmarks/kernels.py` measures."""
+"""The decode step of known models as kernel specs: what `resources` compiles and `benchmarks.kernels` measures."""
 
 from __future__ import annotations
 

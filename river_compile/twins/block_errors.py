@@ -4,7 +4,7 @@ One block after another is replaced by its twin, in a pass over the whole text t
 the twin's 4-bit matrices are read back from what is packed. A matrix of large error in a block that forgives it costs
 less than its signal-to-noise ratio says, and the other way round.
 
-Not handled: how errors of several twins add up (``benchmarks/twins.py`` measures all of them together), and the head.
+Not handled: how errors of several twins add up (``benchmarks.twins`` measures all of them together), and the head.
 """
 
 from __future__ import annotations

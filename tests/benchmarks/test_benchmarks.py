@@ -10,10 +10,8 @@ import torch
 
 from benchmarks import common, cuda_decode, cuda_worker, decode, offload, roofline
 
-ROOT = decode.Path(__file__).resolve().parents[2]
-WORKER = f"""
+WORKER = """
 import os, sys
-sys.path.insert(0, {str(ROOT)!r})
 from benchmarks import common
 
 def fail():
@@ -25,29 +23,29 @@ def die():
 
 def environment():
     print("chatter on standard output")
-    return {{"cache": os.environ["TORCHINDUCTOR_CACHE_DIR"], "threads": os.environ["OMP_NUM_THREADS"]}}
+    return {"cache": os.environ["TORCHINDUCTOR_CACHE_DIR"], "threads": os.environ["OMP_NUM_THREADS"]}
 
 def memory(mebibytes):
     before = common.peak_rss_bytes()
     held = b"x" * (mebibytes << 20)
-    return {{"before": before, "after": common.peak_rss_bytes()}}
+    return {"before": before, "after": common.peak_rss_bytes()}
 
 def echo(text):
-    return {{"text": text}}
+    return {"text": text}
 
-common.serve({{handler.__name__: handler for handler in (echo, fail, die, environment, memory)}})
+common.serve({handler.__name__: handler for handler in (echo, fail, die, environment, memory)})
 """
 
 
 @pytest.fixture
-def start(tmp_path):
+def start(tmp_path, monkeypatch):
     """Returns a function that starts a worker of `WORKER`; all are closed at the end."""
-    script = tmp_path / "worker.py"
-    script.write_text(WORKER)
+    (tmp_path / "worker_of_a_test.py").write_text(WORKER)
+    monkeypatch.setenv("PYTHONPATH", str(tmp_path))
     workers = []
 
     def start(name):
-        workers.append(common.Worker(script, name, threads=1))
+        workers.append(common.Worker("worker_of_a_test", name, threads=1))
         return workers[-1]
 
     yield start
@@ -108,7 +106,7 @@ class FakeWorker:
 
     log: list = []  # noqa: RUF012  (shared by all on purpose)
 
-    def __init__(self, script, name, threads):
+    def __init__(self, module, name, threads):
         self.name, self.rounds = name, 0
 
     def ask(self, command, **arguments):

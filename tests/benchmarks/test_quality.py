@@ -8,8 +8,9 @@ import math
 import pytest
 import torch
 
-from benchmarks import common, quality, quality_entries, quality_fills, quality_texts
-from benchmarks.quality_plots import plot
+from benchmarks import common, texts
+from benchmarks.quality import entries, fills, run
+from benchmarks.quality.plots import plot
 from tests.support.families import VOCABULARY, make
 
 BASE = {"lowering": "eager", "group_size": 32}
@@ -29,8 +30,8 @@ class Letters:
 @pytest.fixture(scope="module")
 def outcome():
     arguments = ["--texts", "2", "--tokens", "5", "--calibration-texts", "0", "--no-progress", "--thresholds", "0.5"]
-    options = quality._parse([*arguments, "--quantizers", "rtn", "--fills", *FILLS])
-    found = quality.measure(make("llama", layers=3), Letters(), options, BASE)
+    options = run._parse([*arguments, "--quantizers", "rtn", "--fills", *FILLS])
+    found = run.measure(make("llama", layers=3), Letters(), options, BASE)
     return json.loads(json.dumps(found)) | {"seconds": 0.0}
 
 
@@ -47,7 +48,7 @@ def test_never_exit_is_the_model_and_four_bits_are_not(outcome):
 
 def test_fills_have_the_parts_that_they_pay_for(outcome):
     """Only the river has a tail, recompute pays for repair, and every part of a token is positive."""
-    for budget in quality_fills.BUDGETS:
+    for budget in fills.BUDGETS:
         for name, fill in outcome["fills"].items():
             parts = fill["budgets"][budget]["ms"]
             assert parts["backbone"] > 0
@@ -58,18 +59,18 @@ def test_fills_have_the_parts_that_they_pay_for(outcome):
 
 
 def test_entries_of_executed_blocks_are_the_backbones(outcome):
-    entries = outcome["entries"]
-    for depth, keys, values in zip(entries["depths"], entries["keys"], entries["values"], strict=True):
+    found = outcome["entries"]
+    for depth, keys, values in zip(found["depths"], found["keys"], found["values"], strict=True):
         for cosines in (keys, values):
             assert cosines[:depth] == pytest.approx([1] * depth, abs=1e-6)
             assert all(0.5 < cosine < 1 - 1e-5 for cosine in cosines[depth:])
-    assert len(entries["similarity"]["mean"]) == 2
-    assert all(-1 <= rank <= 1 for rank in entries["correlation"]["rank"])
+    assert len(found["similarity"]["mean"]) == 2
+    assert all(-1 <= rank <= 1 for rank in found["correlation"]["rank"])
 
 
 def test_tables_and_figures(outcome, tmp_path, capsys):
     """All that was measured is shown; the pictures are small enough for a page."""
-    quality.show(outcome)
+    run.show(outcome)
     shown = capsys.readouterr().out
     assert all(word in shown for word in ("everything 4-bit, rtn", "recompute", "strict", "River's frontier"))
     paths = plot(outcome, tmp_path)
@@ -78,31 +79,31 @@ def test_tables_and_figures(outcome, tmp_path, capsys):
 
 
 def test_the_exact_match_ends_at_the_first_difference():
-    assert quality_texts.exact_match([[0, 0, 1, 0], [0, 0, 0, 0], [1, 0, 0, 0]]) == 2
+    assert texts.exact_match([[0, 0, 1, 0], [0, 0, 0, 0], [1, 0, 0, 0]]) == 2
 
 
 def test_own_text_is_what_generate_writes():
     model, ids = make("llama", layers=2), torch.tensor([[5, 9, 2]])
     expected = model.generate(ids, attention_mask=torch.ones_like(ids), max_new_tokens=6, do_sample=False)
-    assert torch.equal(quality_texts.greedy(model, ids, 9), expected)
+    assert torch.equal(texts.greedy(model, ids, 9), expected)
 
 
 def test_ranks_correlate_whatever_the_scale():
     a = torch.tensor([0.1, 0.5, 0.2, 0.9])
-    assert quality_entries.rank_correlation(a, a.exp() * 100) == pytest.approx(1)
-    assert quality_entries.rank_correlation(a, -a) == pytest.approx(-1)
+    assert entries.rank_correlation(a, a.exp() * 100) == pytest.approx(1)
+    assert entries.rank_correlation(a, -a) == pytest.approx(-1)
 
 
 def test_a_frontier_is_compared_where_both_reach():
     leads = {"river": [None, 0.2, 0.1], "mask": [0.05, 0.3, 0.1]}
-    assert quality_fills.river_leads(leads)
-    assert not quality_fills.river_leads({**leads, "propagate": [None, 0.1, 0.1]})
-    mixed = quality_fills.frontiers({"river": {"points": [{"time": 0.5, "kl": 0.4}]}}, [0.4, 0.75])
+    assert fills.river_leads(leads)
+    assert not fills.river_leads({**leads, "propagate": [None, 0.1, 0.1]})
+    mixed = fills.frontiers({"river": {"points": [{"time": 0.5, "kl": 0.4}]}}, [0.4, 0.75])
     assert mixed["river"] == [None, pytest.approx(0.2)]
 
 
 def test_quick_measures_little():
-    options = quality._parse(["--quick"])
+    options = run._parse(["--quick"])
     assert (options.texts, options.tokens, options.calibration_texts) == (2, 8, 0)
     assert "none" not in options.quantizers
     assert not math.isnan(common.peak_rss_bytes())

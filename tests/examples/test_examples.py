@@ -8,10 +8,11 @@ import pytest
 import torch
 import transformers
 
-from examples import calibrate, compare_thresholds, demo, exact, humaneval
+from examples import compare_thresholds, demo, exact, humaneval
 from river_compile.runtime.trace import CycleRecord
 from tests.support.families import make, prompt
 from tools import models
+from tools.texts import topics
 from tools.timing import Generation, decode_rate, generate
 
 
@@ -75,7 +76,7 @@ def test_too_few_tokens_are_refused(capsys):
 
 def test_calibration_has_texts_enough():
     """The passages that the calibration example uses are many, different and not empty."""
-    passages = calibrate.topics()
+    passages = topics()
     assert len(passages) == len(set(passages)) >= 60
     assert all(len(passage) > 100 for passage in passages)
 

@@ -14,9 +14,9 @@ import torch
 from torch import Tensor
 from transformers import PreTrainedModel, StaticCache
 
-from examples.calibrate import topics
 from river_compile.calibration.evaluate import cache_argument
 from tools import models
+from tools.texts import topics
 
 PROMPTS = (
     "Explain how a refrigerator works.",

@@ -22,7 +22,7 @@ from collections import defaultdict
 from collections.abc import Callable, Iterator, Sequence
 
 from benchmarks.criteria import least_kl
-from benchmarks.quality_session import Session, at_depth
+from benchmarks.quality.session import Session, at_depth
 from river_compile.calibration.evaluate import Measured, Meter
 from river_compile.runtime.executor import RiverExecutor
 

@@ -1,11 +1,11 @@
 """What River does to quality, and what other answers to missing KV entries cost: the paper's tables and figures.
 
-    python benchmarks/quality.py
-    python benchmarks/quality.py --json quality.json --plots docs/images
-    python benchmarks/quality.py --quick               # few tokens, for a look at the output
-    python benchmarks/quality.py --parts fills         # one of: table, fills, entries
+    python -m benchmarks.quality
+    python -m benchmarks.quality --json quality.json --plots docs/images
+    python -m benchmarks.quality --quick               # few tokens, for a look at the output
+    python -m benchmarks.quality --parts fills         # one of: table, fills, entries
 
-Measured on the model's own greedy text and on held-out text, fed token by token (see benchmarks/quality_session.py):
+Measured on the model's own greedy text and on held-out text, fed token by token (see benchmarks/quality/session.py):
     1. KL, next-token agreement, exact match of greedy text, depth and speed: backbone, everything 4-bit with each
        quantizer, River at several thresholds and calibrated to a budget
     2. the five fills at two budgets, ms per token in parts, and their frontier of speed and quality
@@ -24,15 +24,14 @@ from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 
-sys.path.insert(0, str(Path(__file__).resolve().parent.parent))  # a script finds only its own folder
-
 import torch
 from transformers import PreTrainedModel
 
 import river_compile
-from benchmarks import common, quality_entries, quality_fills
-from benchmarks.quality_session import Row, Session, session
-from benchmarks.quality_texts import Texts, collect
+from benchmarks import common
+from benchmarks.quality import entries, fills
+from benchmarks.quality.session import Row, Session, session
+from benchmarks.texts import Texts, collect
 from river_compile.config import RiverConfig
 from river_compile.fills.rivals import FILLS
 from tools import models
@@ -63,7 +62,7 @@ def main(arguments: list[str] | None = None) -> int:
         common.write_json(options.json, outcome)
         print(f"\nWritten to {options.json}")
     if options.plots:
-        from benchmarks.quality_plots import plot
+        from benchmarks.quality.plots import plot
 
         print("Drawn to " + ", ".join(str(path) for path in plot(outcome, options.plots)))
     return 0
@@ -103,12 +102,12 @@ def measure(
         }
         if "table" in options.parts:
             rows = [first.depth("backbone", first.num_blocks), first.depth(f"everything 4-bit, {main_quantizer}", 0)]
-            rows += [first.rule(f"River, threshold {t:g}", (t, quality_fills.FIRST_EXIT)) for t in options.thresholds]
+            rows += [first.rule(f"River, threshold {t:g}", (t, fills.FIRST_EXIT)) for t in options.thresholds]
         if "entries" in options.parts:
-            outcome["entries"] = quality_entries.measure(first.own, quality_entries.depths_of(first.num_blocks))
+            outcome["entries"] = entries.measure(first.own, entries.depths_of(first.num_blocks))
         if "fills" in options.parts:
-            thresholds = quality_fills.thresholds_of(first.own)
-            fills = {"river": quality_fills.measure(first, thresholds)}
+            thresholds = fills.thresholds_of(first.own)
+            measured = {"river": fills.measure(first, thresholds)}
     if "table" in options.parts:
         found, calibrated = run.calibrated() if options.calibration_texts else (None, [])
         rows += [*calibrated, *(row for name in options.quantizers[1:] for row in run.quantizer(name))]
@@ -116,10 +115,10 @@ def measure(
     if "fills" in options.parts:
         for fill in options.fills:
             with run.session({"fill": fill}) as other:
-                fills[fill] = quality_fills.measure(other, thresholds, first.own.seconds_never)
-        frontier = quality_fills.frontiers(fills, TIMES)
-        leads = quality_fills.river_leads(frontier)
-        outcome |= {"fills": fills, "frontier": {"times": list(TIMES), "kl": frontier, "river_leads": leads}}
+                measured[fill] = fills.measure(other, thresholds, first.own.seconds_never)
+        frontier = fills.frontiers(measured, TIMES)
+        leads = fills.river_leads(frontier)
+        outcome |= {"fills": measured, "frontier": {"times": list(TIMES), "kl": frontier, "river_leads": leads}}
     return outcome
 
 
@@ -150,7 +149,7 @@ class _Run:
     def quantizer(self, name: str) -> list[Row]:
         """Measures another quantizer."""
         with self.session({"quantizer": name}) as other:
-            rule = (PAPER, quality_fills.FIRST_EXIT)
+            rule = (PAPER, fills.FIRST_EXIT)
             return [
                 other.depth(f"everything 4-bit, {name}", 0),
                 other.rule(f"River, {name}, threshold {PAPER:g}", rule),
@@ -185,7 +184,7 @@ def show(outcome: dict) -> None:
     if "fills" in outcome:
         _show_fills(outcome)
     if "entries" in outcome:
-        near = quality_entries.summary(outcome["entries"], quality_fills.FIRST_EXIT)
+        near = entries.summary(outcome["entries"], fills.FIRST_EXIT)
         print(
             f"\nTwins' entries behind depth {near['depth']}, cosine to the backbone's: "
             f"values {near['values_mean']:.3f} (least layer {near['values_least']:.3f}), keys {near['keys_mean']:.3f}"
@@ -211,14 +210,14 @@ def _show_rows(outcome: dict) -> None:
 def _show_fills(outcome: dict) -> None:
     print("\nFills at the same thresholds: ms per token (own text)")
     lines = []
-    for budget in quality_fills.BUDGETS:
+    for budget in fills.BUDGETS:
         for name, fill in outcome["fills"].items():
             found = fill["budgets"][budget]
-            times = [f"{ms:.2f}" for ms in (*(found["ms"][p] for p in quality_fills.PARTS), sum(found["ms"].values()))]
+            times = [f"{ms:.2f}" for ms in (*(found["ms"][p] for p in fills.PARTS), sum(found["ms"].values()))]
             lines.append(
                 (budget, name, *times, f"{found['depth']:.1f}", f"{found['kl']:.3f}", f"{found['agreement']:.2f}")
             )
-    common.print_table(("budget", "fill", *quality_fills.PARTS, "all", "depth", "KL", "agreement"), lines)
+    common.print_table(("budget", "fill", *fills.PARTS, "all", "depth", "KL", "agreement"), lines)
     print("\nLeast KL at equal time per token (share of never exit's; own text)")
     frontier = outcome["frontier"]
     times = [(i, t) for i, t in enumerate(frontier["times"]) if round(t * 100) % 10 == 0]

@@ -1,4 +1,4 @@
-"""Draws what benchmarks/quality.py measured: fills in parts, frontier, KV entries, exit score."""
+"""Draws what `benchmarks.quality` measured: fills in parts, frontier, KV entries, exit score."""
 
 from __future__ import annotations
 
@@ -10,7 +10,7 @@ from matplotlib.axes import Axes
 from matplotlib.backends.backend_agg import FigureCanvasAgg
 from matplotlib.figure import Figure
 
-from benchmarks.quality_fills import BUDGETS, PARTS
+from benchmarks.quality.fills import BUDGETS, PARTS
 
 PART_COLORS = {"backbone": "#4c6a92", "tail": "#6fb1a0", "repair": "#d98b5f"}
 FILL_COLORS = {

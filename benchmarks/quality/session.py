@@ -16,7 +16,7 @@ from dataclasses import asdict, dataclass
 import torch
 from transformers import PreTrainedModel
 
-from benchmarks.quality_texts import Texts, exact_match
+from benchmarks.texts import Texts, exact_match
 from river_compile.calibration.evaluate import Measured, Meter, Rule, compiled
 from river_compile.exits import CRITERIA
 
