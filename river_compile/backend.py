@@ -159,7 +159,7 @@ def _build(
     if packed:
         warn_of_slow_lowering(lowering, value_of(plan.blocks[0].hidden_in).device)
     packed_at = time.perf_counter()
-    low = {site.name: f"SQNR below min_sqnr={config.min_sqnr:g} dB" for site in packed if packed[site].kept}
+    low = {site.name: packed[site].reason for site in packed if packed[site].reason}
     if low:
         program = keep_linears(program, _rewrite_options(config, plan), low)
     if config.dump_dir is not None:

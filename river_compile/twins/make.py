@@ -36,6 +36,7 @@ class PackedSite:
         tensors: what the twin's graph takes: qweight, scale_zero, the bias ``[N]`` where a linear has one, and where
             inputs are scaled the norm's parameters divided by the scale, or its inverse. None at all where the
             product stays in 16 bits.
+        reason: why it stays in 16 bits, empty where it has 4-bit weights.
         out_features: of each linear.
         in_features: of all of them.
         transposed: the parameters are stored as ``[K, N]``.
@@ -62,6 +63,7 @@ class PackedSite:
     artifact: str = ""
     output_sqnr: float | None = None
     input_scale: Tensor | None = None
+    reason: str = ""
 
     @property
     def shape(self) -> tuple[int, int]:
@@ -75,7 +77,7 @@ class PackedSite:
     @property
     def kept(self) -> bool:
         """True for a product that stays in 16 bits, below the floor of the signal-to-noise ratio."""
-        return not self.tensors
+        return bool(self.reason)
 
     @property
     def quality(self) -> float:
@@ -134,7 +136,7 @@ class Maker:
         if self.artifact is None:
             return None
         saved = self.artifact.find(site.name, self.quantizer, site.group_size, self.sources(site))
-        if not self._below(saved.quality):
+        if not self._why_not(saved.quality):
             self.artifact.check_stored(saved)
         return saved
 
@@ -158,7 +160,8 @@ class Maker:
         device = self.values[site.weights[0]].device
         made = self._quantized(site) if saved is None else self._read(saved, device)
         tensors: tuple[Tensor, ...] = ()
-        if made.grid is not None and not self._below(made.quality):
+        reason = self._why_not(made.quality)
+        if made.grid is not None and not reason:
             packed = pack(made.grid, site.layout)
             tensors = (packed.qweight, packed.scale_zero, *self._rest(site, made.input_scale))
         return PackedSite(
@@ -175,10 +178,13 @@ class Maker:
             artifact=self.origin,
             output_sqnr=made.output_sqnr,
             input_scale=made.input_scale if tensors else None,
+            reason=reason,
         )
 
-    def _below(self, sqnr: float) -> bool:
-        return self.min_sqnr is not None and sqnr < self.min_sqnr
+    def _why_not(self, quality: float) -> str:
+        """Returns why a product of this signal-to-noise ratio stays in 16 bits, empty where it does not."""
+        low = self.min_sqnr is not None and quality < self.min_sqnr
+        return f"SQNR below min_sqnr={self.min_sqnr:g} dB" if low else ""
 
     def _quantized(self, site: LinearSite) -> _Made:
         weight = torch.cat([self.values[node].T if site.transposed else self.values[node] for node in site.weights])
