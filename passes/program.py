@@ -6,6 +6,7 @@ of what the model does, and its nodes are the names by which segments exchange v
 
 from __future__ import annotations
 
+import functools
 from dataclasses import dataclass, field
 
 import torch
@@ -100,12 +101,13 @@ class DecoderPlan:
         return "decode" if self.is_decode else "prefill"
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, eq=False)
 class Segment:
-    """A part of the graph that is compiled and called as one function.
+    """A part of the graph that is compiled and called as one function. Two segments are equal only if they are one.
 
     Attributes:
-        name: "prologue", "block_3", "twin_3" or "head"; other fills have "entries_3", "empty_3", "catch_up_3".
+        kind: "prologue", "block", "twin", "head" or "river_head"; other fills have kinds of their own.
+        depth: the block that it is, or stands for, from 1; 0 for the prologue, L + 1 for the heads.
         graph_module: its graph; one placeholder per input, a tuple of outputs.
         inputs: the values it reads, as nodes of the traced graph, in placeholder order.
         outputs: the values it defines, as nodes of the traced graph, in output order.
@@ -116,7 +118,8 @@ class Segment:
         handed_on: pairs (output, input) of values that pass through as they are; the graph does not return them.
     """
 
-    name: str
+    kind: str
+    depth: int
     graph_module: fx.GraphModule = field(repr=False)
     inputs: tuple[fx.Node, ...]
     outputs: tuple[fx.Node, ...]
@@ -124,6 +127,11 @@ class Segment:
     has_score: bool = False
     handed_on: tuple[tuple[fx.Node, fx.Node], ...] = ()
     own_examples: bool = False
+
+    @property
+    def name(self) -> str:
+        """The kind, with the number of the block where there are several: "block_3"."""
+        return self.kind if self.kind in ("prologue", "head", "river_head") else f"{self.kind}_{self.depth}"
 
 
 @dataclass(frozen=True)
@@ -217,6 +225,13 @@ class RiverProgram:
     presence: tuple[fx.Node, ...] = ()
     catch_up: tuple[Segment, ...] = ()
     fusions: tuple[Fusion, ...] = ()
+
+    @functools.cached_property
+    def slots(self) -> dict[fx.Node, int]:
+        """Numbers the values that a run keeps: the graph's inputs in order, then what crosses segments' borders."""
+        placeholders = self.plan.graph_module.graph.find_nodes(op="placeholder")
+        crossing = [n for s in (self.prologue, *self.blocks, self.head) for n in s.outputs]
+        return {node: i for i, node in enumerate([*placeholders, *crossing, *self.presence])}
 
     @property
     def segments(self) -> tuple[Segment, ...]:

@@ -149,7 +149,7 @@ def keep_linears(program: RiverProgram, options: RewriteOptions, keep: Mapping[s
 
 def _segments(plan: DecoderPlan) -> tuple[Segment, tuple[Segment, ...], Segment]:
     prologue = cut(plan, 0, "prologue")
-    blocks = tuple(cut(plan, depth, f"block_{depth}") for depth in range(1, plan.num_blocks + 1))
+    blocks = tuple(cut(plan, depth, "block") for depth in range(1, plan.num_blocks + 1))
     return prologue, blocks, cut(plan, plan.num_blocks + 1, "head")
 
 
@@ -168,9 +168,9 @@ def _with_presence(blocks: tuple[Segment, ...]) -> tuple[tuple[Segment, ...], tu
 
 def _over_tokens(plan: DecoderPlan, candidates: tuple[int, ...]) -> tuple[Segment, ...] | Refusal:
     def make(depth: int) -> Segment | Refusal:
-        segment = cut(plan, depth, f"block_{depth}")
+        segment = cut(plan, depth, "block")
         simplify_attention(segment.graph_module.graph)  # (the fused operator would run the tokens one by one)
-        return over_tokens(segment, plan.blocks[depth - 1], f"catch_up_{depth}", depth in candidates)
+        return over_tokens(segment, plan.blocks[depth - 1], depth in candidates)
 
     made = tuple(make(depth) for depth in range(1, plan.num_blocks + 1))
     return _first_refusal(made) or made
@@ -193,20 +193,20 @@ def _tail(
         return (), None, ()
     kept: list[KeptLinear] = []
 
-    def twin(part: int, name: str) -> Segment:
-        segment = cut(plan, part, name)
+    def twin(part: int, kind: str) -> Segment:
+        segment = cut(plan, part, kind)
         if not options.quantize:
             return segment
         simplify_attention(segment.graph_module.graph)
-        segment, left = make_twin(segment, name, options.group_size, options.layout, options.scale_inputs, keep)
+        segment, left = make_twin(segment, options.group_size, options.layout, options.scale_inputs, keep)
         kept.extend(left)
         return segment
 
     def piece(depth: int) -> Segment | Refusal:
         if options.tail == "twins":
-            return twin(depth, f"twin_{depth}")
-        make, name = {"entries": only_entries, "empty": empty_entries}[options.tail], f"{options.tail}_{depth}"
-        return make(cut(plan, depth, name), plan.blocks[depth - 1], name)
+            return twin(depth, "twin")
+        make = {"entries": only_entries, "empty": empty_entries}[options.tail]
+        return make(cut(plan, depth, options.tail), plan.blocks[depth - 1])
 
     twins = tuple(piece(depth) for depth in range(1, plan.num_blocks + 1))
     refusal = _first_refusal(twins)

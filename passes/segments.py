@@ -22,15 +22,15 @@ from .program import DecoderPlan, Refusal, Segment
 _SYMBOL = re.compile(r"\b[su]\d+\b")
 
 
-def cut(plan: DecoderPlan, part: int, name: str) -> Segment:
-    """Returns the segment of one part (0 prologue, 1..L blocks, L + 1 head)."""
+def cut(plan: DecoderPlan, part: int, kind: str) -> Segment:
+    """Returns a segment of one part (0 prologue, 1..L blocks, L + 1 head)."""
     nodes = [n for n in plan.graph_module.graph.nodes if plan.part_of.get(n) == part]
     inside = set(nodes)
     inputs = list(dict.fromkeys(a for n in nodes for a in n.all_input_nodes if a not in inside))
     sizes = _sizes_of(plan, inputs, nodes)
     inputs = [n for n in inputs if n not in sizes] + sizes
     outputs = [n for n in nodes if any(user not in inside for user in n.users)]
-    return Segment(name, _copy(plan.graph_module, nodes, inputs, outputs), tuple(inputs), tuple(outputs))
+    return Segment(kind, part, _copy(plan.graph_module, nodes, inputs, outputs), tuple(inputs), tuple(outputs))
 
 
 def output_values(plan: DecoderPlan) -> tuple[fx.Node, ...] | Refusal:

@@ -53,7 +53,6 @@ class _Linear:
 
 def make_twin(
     block: Segment,
-    name: str,
     group_size: int,
     layout: str,
     scaled: bool = False,
@@ -63,7 +62,6 @@ def make_twin(
 
     Args:
         block: a segment of its own (its graph is changed).
-        name: the twin's name.
         group_size: requested group size; each matrix takes the largest power of two below it that divides its input
             features.
         layout: name of the packing that the 4-bit weights will have.
@@ -98,7 +96,7 @@ def make_twin(
     inputs = tuple(source_of[n] for n in graph.nodes if n.op == "placeholder" and n in source_of)
     _relax_views(graph)
     block.graph_module.recompile()
-    return replace(block, name=name, inputs=inputs, packed=tuple(sites)), tuple(kept.values())
+    return replace(block, inputs=inputs, packed=tuple(sites)), tuple(kept.values())
 
 
 def _name(linears: list[_Linear]) -> str:

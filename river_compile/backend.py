@@ -27,7 +27,6 @@ from river_compile.passes.program import DecoderPlan, FillRefusal, LinearSite, R
 from river_compile.passes.rewrite import RewriteOptions, keep_linears, rewrite
 from river_compile.reporting.dump import dump_program
 from river_compile.runtime.executor import ExitRule, RiverExecutor
-from river_compile.runtime.slots import registers_of
 from river_compile.twins.make import PackedSite
 
 from .config import RiverConfig, check_mode
@@ -170,12 +169,11 @@ def _build(
     streamer = Streamer(state.offloaded, program, values, config.offload)
     device = choose_device(program, config, record.captures)
     compiler = SegmentCompiler(lowering.compiler, inductor_settings(mode, captured=device is not None))
-    register = registers_of(program)
     steps = {}
     with tqdm(segments, desc="river: compiling segments", unit="segment", leave=False, delay=1) as bar:
         for segment in bar:
             weights = [tensor for site in segment.packed for tensor in packed[site].tensors]
-            steps[segment.name] = streamer.step(segment, compiler.compile(segment, weights), weights, register)
+            steps[segment] = streamer.step(segment, compiler.compile(segment, weights), weights, program.slots)
     record.seconds |= {"packing": packed_at - start, "compiling": time.perf_counter() - packed_at}
     record.describe(program, compiler.compiled, packed.values())
     state.stats.num_blocks = plan.num_blocks

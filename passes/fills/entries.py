@@ -27,13 +27,12 @@ _VIEWS = ("view", "reshape", "transpose", "unsqueeze", "squeeze", "expand", "per
 _SOFTMAX = ("softmax", "_softmax")
 
 
-def only_entries(segment: Segment, block: Block, name: str) -> Segment:
+def only_entries(segment: Segment, block: Block) -> Segment:
     """Returns the part of a block that writes its KV entries; its hidden state passes through unchanged.
 
     Args:
         segment: the block's, of its own (its graph is changed).
         block: the block.
-        name: of the piece.
     """
     graph = segment.graph_module.graph
     output = _output(graph)
@@ -41,15 +40,14 @@ def only_entries(segment: Segment, block: Block, name: str) -> Segment:
     output.args = (tuple(output.args[0][i] for i in kept),)
     return replace(
         _without_dead_code(segment),
-        name=name,
         outputs=tuple(segment.outputs[i] for i in kept),
         handed_on=((block.hidden_out, block.hidden_in),),
     )
 
 
-def empty_entries(segment: Segment, block: Block, name: str) -> Segment | FillRefusal:
+def empty_entries(segment: Segment, block: Block) -> Segment | FillRefusal:
     """Returns the part of a block that takes a KV slot and leaves zeros in it; arguments as above."""
-    segment = only_entries(segment, block, name)
+    segment = only_entries(segment, block)
     graph = segment.graph_module.graph
     hidden = _placeholder(segment, block.hidden_in)
     cached = _downstream(n for n in graph.nodes if n.op == "placeholder" and rank(n) == 4 and not is_parameter(n))

@@ -82,13 +82,12 @@ def joined(parts: Sequence[Tensor], dim: int = 0) -> Tensor:
     return whole
 
 
-def over_tokens(segment: Segment, block: Block, name: str, scored: bool) -> Segment | FillRefusal:
+def over_tokens(segment: Segment, block: Block, scored: bool) -> Segment | FillRefusal:
     """Returns a decode block as a segment for several tokens.
 
     Args:
         segment: the block's, without an exit score; its graph stays as it is.
         block: the block.
-        name: of the new segment.
         scored: whether the newest token's exit score follows the hidden states.
 
     Returns:
@@ -129,7 +128,8 @@ def over_tokens(segment: Segment, block: Block, name: str, scored: bool) -> Segm
     _map(graph, segment, behind, [result], here, shared)
     graph.output(tuple([here[result], *_score(graph, here[result], hidden)] if scored else [here[result]]))
     module = fx.GraphModule(segment.graph_module, graph, class_name="Segment")
-    return Segment(name, module, segment.inputs, segment.outputs, has_score=scored, own_examples=True)
+    inputs, outputs = segment.inputs, segment.outputs
+    return Segment("catch_up", segment.depth, module, inputs, outputs, has_score=scored, own_examples=True)
 
 
 def per_token(segment: Segment, block: Block) -> tuple[fx.Node, ...]:

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping
+
 import torch
 
 from river_compile.config import RiverConfig
@@ -9,7 +11,7 @@ from river_compile.errors import OptionError
 from river_compile.fills.rivals import FILLS
 from river_compile.passes.decoder import is_tensor, value_of
 from river_compile.passes.graph_safety import source_of
-from river_compile.passes.program import DecoderPlan, RiverProgram
+from river_compile.passes.program import DecoderPlan, RiverProgram, Segment
 from river_compile.runtime.executor import ExitRule, RiverExecutor, Step
 from river_compile.state import ModelState
 
@@ -33,7 +35,7 @@ def choose_device(program: RiverProgram, config: RiverConfig, captures: CaptureL
 
 def make_executor(
     program: RiverProgram,
-    steps: dict[str, Step],
+    steps: Mapping[Segment, Step],
     rule: ExitRule,
     state: ModelState,
     config: RiverConfig,

@@ -11,7 +11,7 @@ the graph's own memory for the length of one replay.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 
 import torch
@@ -38,6 +38,9 @@ def copy_into(buffer: Tensor, value: Tensor) -> None:
     """Copies a value into a tensor of the same strides; of an expanded dimension, the one element that is there."""
     once = tuple(slice(0, 1) if stride == 0 else slice(None) for stride in buffer.stride())
     buffer[once].copy_(value[once])
+
+
+_HEADS = ("head", "river_head")
 
 
 @dataclass(frozen=True, eq=False)
@@ -98,8 +101,7 @@ class UnitMaker:
 
     Args:
         program: the rewritten decoder.
-        steps: the compiled step of each segment that can be reached, by segment name.
-        register: the number of each value.
+        steps: the compiled step of each segment that can be reached.
         flags: float32 host memory, one value per depth from 0 to L; the head's score takes the place of L.
         deepest: blocks that a token executes at most, None for L.
 
@@ -113,19 +115,17 @@ class UnitMaker:
     def __init__(
         self,
         program: RiverProgram,
-        steps: dict[str, Step],
-        register: dict,
+        steps: Mapping[Segment, Step],
         flags: Tensor,
         deepest: int | None = None,
     ) -> None:
         self._program = program
         self._steps = steps
-        self._register = register
+        self._register = program.slots
         self._flags = flags
-        self.score = len(register)
-        self._segments: dict[str, Segment] = {segment.name: segment for segment in program.segments}
+        self.score = len(program.slots)
         self._num_blocks = program.plan.num_blocks
-        moving = [d for d in range(1, self._num_blocks + 1) if f"block_{d}" in steps and steps[f"block_{d}"].moves]
+        moving = [block.depth for block in program.blocks if block in steps and steps[block].moves]
         self._resident = moving[0] - 1 if moving else self._num_blocks
         last = self._num_blocks if deepest is None else deepest
         between = {self._resident} if 0 < self._resident < last else set()
@@ -134,7 +134,7 @@ class UnitMaker:
         blocked = obstacle(program.prologue, self._home)
         self.prologue = None
         if blocked is not None:
-            self.prologue = self._make("prologue", 0, (), ["prologue"], blocked)
+            self.prologue = self._make("prologue", 0, (), [program.prologue], blocked)
         self._made: dict[tuple, Unit] = {}
 
     def pieces(self, start: int, end: int) -> list[Unit]:
@@ -145,38 +145,36 @@ class UnitMaker:
     def piece(self, start: int, end: int) -> Unit:
         """Returns the unit of blocks start+1..end, with the prologue where it starts at 0 and the head at the end."""
         if ("piece", start, end) not in self._made:
-            names = [] if start or self.prologue is not None else ["prologue"]
+            segments = [] if start or self.prologue is not None else [self._program.prologue]
             blocks = tuple(range(start + 1, end + 1))
-            names += [f"block_{d}" for d in blocks]
+            segments += self._program.blocks[start:end]
             last = end == self._num_blocks
             if last:
-                names.append("head")
+                segments.append(self._program.head)
             moving = [d for d in blocks if d > self._resident]
             blocked = Refusal(_MOVING, self._program.plan.blocks[moving[0] - 1].path) if moving else None
-            unit = self._make(f"{'last' if last else 'piece'} {start}-{end}", end, blocks, names, blocked)
+            unit = self._make(f"{'last' if last else 'piece'} {start}-{end}", end, blocks, segments, blocked)
             self._made["piece", start, end] = unit
         return self._made["piece", start, end]
 
     def tail(self, depth: int) -> Unit:
         """Returns the unit of twins depth+1..L and the head that they take."""
         if ("tail", depth) not in self._made:
-            head = "head" if self._program.river_head is None else "river_head"
-            names = [*(f"twin_{d}" for d in range(depth + 1, self._num_blocks + 1)), head]
-            self._made["tail", depth] = self._make(f"tail {depth}", depth, (), names)
+            segments = [*self._program.twins[depth:], self._program.river_head or self._program.head]
+            self._made["tail", depth] = self._make(f"tail {depth}", depth, (), segments)
         return self._made["tail", depth]
 
     def inputs(self, name: str) -> list[int]:
         """Returns the registers that a segment reads, the graph's inputs among them."""
-        return [self._register[node] for node in self._segments[name].inputs]
+        return [self._register[node] for s in self._program.segments if s.name == name for node in s.inputs]
 
     def packed(self, name: str) -> list[Tensor]:
         """Returns the packed weights of a segment's 4-bit products."""
-        return self._steps[name].packed
+        return [tensor for segment, step in self._steps.items() if segment.name == name for tensor in step.packed]
 
     def _make(
-        self, name: str, depth: int, blocks: tuple[int, ...], names: list[str], blocked: Refusal | None = None
+        self, name: str, depth: int, blocks: tuple[int, ...], segments: list[Segment], blocked: Refusal | None = None
     ) -> Unit:
-        segments = [self._segments[n] for n in names]
         for segment in segments:
             blocked = blocked or obstacle(segment, self._home)
         reads: dict[int, bool] = {}  # register -> whether a capture depends on it
@@ -191,8 +189,8 @@ class UnitMaker:
             written |= dict.fromkeys(segment.outputs)
             numbers += host_numbers(segment)
         counted = {number.node for number in numbers}
-        later = self._read_later(names, depth)
-        with_head = names[-1].endswith("head")
+        later = self._read_later(segments, depth)
+        with_head = segments[-1].kind in _HEADS
         scored = segments[-1].has_score
         writes = sorted(self._register[n] for n in written if n in later and n not in counted)
         if scored and with_head:
@@ -201,7 +199,7 @@ class UnitMaker:
             name,
             depth,
             blocks,
-            tuple(self._steps[n] for n in names),
+            tuple(self._steps[segment] for segment in segments),
             tuple(sorted(reads)),
             tuple(index for index in sorted(reads) if reads[index]),
             tuple(writes),
@@ -211,13 +209,10 @@ class UnitMaker:
             blocked,
         )
 
-    def _read_later(self, names: list[str], depth: int) -> set:
+    def _read_later(self, segments: list[Segment], depth: int) -> set:
         """Returns the values that a unit's followers or the caller read."""
-        if any(name.endswith("head") for name in names):  # nothing follows
+        if segments[-1].kind in _HEADS:  # nothing follows
             return set(self._program.returned)
-        follow = [s for s in self._program.segments if s.name not in names and self._may_follow(s.name, depth)]
-        return {node for s in follow for node in s.inputs} | set(self._program.returned)
-
-    def _may_follow(self, name: str, depth: int) -> bool:
-        kind, _, number = name.partition("_")
-        return int(number) > depth if kind in ("block", "twin") else name.endswith("head")
+        program = self._program
+        follow = [*program.blocks[depth:], *program.twins[depth:], program.head, program.river_head]
+        return {node for s in follow if s is not None for node in s.inputs} | set(program.returned)

@@ -20,7 +20,7 @@ import logging
 import threading
 import time
 from collections import OrderedDict
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass
 
 import torch
@@ -29,9 +29,9 @@ from torch import Tensor
 from river_compile.exits import Memories, Memory
 from river_compile.passes.decoder import input_name, is_tensor, value_of
 from river_compile.passes.graph_safety import fixed_inputs, runs_once, source_of
-from river_compile.passes.program import DecoderPlan, RiverProgram
+from river_compile.passes.program import DecoderPlan, RiverProgram, Segment
 from river_compile.runtime.executor import ExitRule, RiverExecutor, Step
-from river_compile.runtime.slots import gather, registers_of
+from river_compile.runtime.slots import gather
 from river_compile.runtime.trace import ExitStats, Outcome
 
 from .device import CaptureDevice, CaptureFailed, CaptureLog, CaptureRecord
@@ -79,7 +79,7 @@ class CapturedExecutor(RiverExecutor):
     def __init__(
         self,
         program: RiverProgram,
-        steps: dict[str, Step],
+        steps: Mapping[Segment, Step],
         rule: ExitRule,
         stats: ExitStats,
         memories: Memories,
@@ -87,10 +87,10 @@ class CapturedExecutor(RiverExecutor):
     ) -> None:
         super().__init__(program, steps, rule, stats, memories)
         plan = program.plan
-        register = registers_of(program)
+        register = program.slots
         self.device, self.log, self.ahead, self._max_captures = how.device, how.log, how.ahead, how.max_captures
         self.flags = self.device.flags(plan.num_blocks + 1)
-        self.units = UnitMaker(program, steps, register, self.flags, rule.deepest)
+        self.units = UnitMaker(program, steps, self.flags, rule.deepest)
         self.size = len(register) + 1  # (one more for the head's score)
         self._nodes = list(register)
         fixed = fixed_inputs(plan)

@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import contextlib
 import threading
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
 from typing import TYPE_CHECKING
 
@@ -22,7 +22,7 @@ from river_compile.lowering.compile import Callee
 from river_compile.passes.program import RiverProgram, Segment
 
 from .rewind import rewind_of
-from .slots import cache_registers, capacity_check, gather, registers_of
+from .slots import cache_registers, capacity_check, gather
 from .trace import ExitStats, Outcome, record_step
 
 if TYPE_CHECKING:
@@ -119,7 +119,7 @@ class RiverExecutor:
 
     Args:
         program: the rewritten graph.
-        steps: the compiled step of each segment that this program can reach, by segment name.
+        steps: the compiled step of each segment that this program can reach.
         rule: when tokens leave.
         stats: counts exits.
         memories: what criterion and fill remember of the model's sequences; shared by the model's graphs.
@@ -137,21 +137,20 @@ class RiverExecutor:
     def __init__(
         self,
         program: RiverProgram,
-        steps: dict[str, Step],
+        steps: Mapping[Segment, Step],
         rule: ExitRule,
         stats: ExitStats,
         memories: Memories | None = None,
         fill: Fill | None = None,
     ) -> None:
         plan = program.plan
-        register = registers_of(program)
-        depths = range(1, plan.num_blocks + 1)
+        register = program.slots
         self.size = len(register) + 1  # (one more for what the fill knows of the sequence)
-        self.prologue = steps["prologue"]
-        self.blocks = [steps.get(f"block_{d}") for d in depths]
-        self.twins = [steps.get(twin.name) for twin in program.twins] or [None for _ in depths]
-        self.head = steps.get("head")
-        self.river_head = steps.get("river_head", self.head)
+        self.prologue = steps[program.prologue]
+        self.blocks = [steps.get(block) for block in program.blocks]
+        self.twins = [steps.get(twin) for twin in program.twins] or [None for _ in program.blocks]
+        self.head = steps.get(program.head)
+        self.river_head = self.head if program.river_head is None else steps.get(program.river_head, self.head)
         self._has_score = [block.has_score for block in program.blocks]
         self._return = gather([register[node] for node in program.returned])
         self._check_capacity = capacity_check(plan, register)
@@ -163,7 +162,7 @@ class RiverExecutor:
         self._rewind = rewind_of(plan, register)
         self.fill = fill = fill or Fill()
         self.place = place_of(program, register)
-        self.blocks = fill.blocks(self.blocks, [steps.get(s.name) for s in program.catch_up], self.place)
+        self.blocks = fill.blocks(self.blocks, [steps.get(segment) for segment in program.catch_up], self.place)
         self._remembers = rule.criterion.remembers or fill.remembers
         self.streamer: Streamer | None = None
 

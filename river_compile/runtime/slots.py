@@ -10,14 +10,7 @@ from torch import fx
 
 from river_compile.errors import CacheFullError
 from river_compile.passes.decoder import is_tensor, mutated_inputs, value_of
-from river_compile.passes.program import DecoderPlan, RiverProgram
-
-
-def registers_of(program: RiverProgram) -> dict[fx.Node, int]:
-    """Numbers the values that a run keeps: first the graph's inputs in order, then what crosses segments' borders."""
-    placeholders = [n for n in program.plan.graph_module.graph.nodes if n.op == "placeholder"]
-    crossing = [n for s in (program.prologue, *program.blocks, program.head) for n in s.outputs]
-    return {node: i for i, node in enumerate([*placeholders, *crossing, *program.presence])}
+from river_compile.passes.program import DecoderPlan
 
 
 def gather(indices: Sequence[int]) -> Callable[[list], Sequence]:
