@@ -1,9 +1,6 @@
 """The operators ``torch.ops.river.*``. Importing this module registers them; it needs no Triton and no GPU.
 
-    w4a16_linear          x W^T + bias + residual, W in 4 bits
-    norm_linear           a norm in front of one or several merged projections
-    gated_mlp             norm, gate and up projection, activation and product
-    lm_head               a large 4-bit or dense projection, optionally the final norm in front
+    linear                x W^T with W in 4 or 16 bits; a norm before it, bias, activation, gate and residual after it
     kv_fill               q|k|v -> bias, qk-norm, rotary embedding, cache slot; returns q and mutates the caches
     decode_attention      one query position over a static cache
     exit_score            smallest cosine of two hidden states, plain torch on any device
@@ -19,126 +16,83 @@ from __future__ import annotations
 
 import torch
 import torch.nn.functional as F
+from torch import Tensor
 
-from river_compile.kernels.quant import layouts as pack
+from river_compile.kernels.quant import layouts
 from river_compile.kernels.triton import launch
 from river_compile.kernels.triton.launch import Norm
 
-_PACKED = "Tensor qweight, Tensor scale_zero, Tensor? bias, int out_features, int group_size, str layout"
-_NORM = "Tensor? norm_weight, Tensor? norm_bias, str norm, float eps"
 
+@torch.library.custom_op("river::linear", mutates_args=())
+def linear(
+    x: Tensor,
+    weight: Tensor,
+    scale_zero: Tensor | None,
+    bias: Tensor | None,
+    out_features: int,
+    group_size: int,
+    layout: str,
+    residual: Tensor | None = None,
+    norm: str = "none",
+    norm_weight: Tensor | None = None,
+    norm_bias: Tensor | None = None,
+    eps: float = 1e-6,
+    activation: str = "none",
+    gated: bool = False,
+) -> Tensor:
+    """Returns ``activation(h W^T + bias) + residual``, or gated ``activation(gate) * up + residual``, with h = norm(x).
 
-@torch.library.custom_op(
-    "river::w4a16_linear", mutates_args=(), schema=f"(Tensor x, {_PACKED}, Tensor? residual=None) -> Tensor"
-)
-def w4a16_linear(x, qweight, scale_zero, bias, out_features, group_size, layout, residual=None):
-    """Returns x W^T + bias + residual.
-
-    Args:
-        x: ``[..., K]``.
-        qweight, scale_zero: as the layout packs them, see `pack`.
-        bias: ``[N]`` or None.
-        out_features: N.
-        group_size: G.
-        layout: name of the packing.
-        residual: ``[..., N]`` or None.
-
-    Returns:
-        ``[..., N]`` in x.dtype, accumulated in float32.
-    """
-    packed = pack.PackedLinear(layout, qweight, scale_zero, group_size, x.shape[-1], out_features)
-    return _run("w4a16_linear", x, packed, Norm(), bias, residual=residual)
-
-
-@w4a16_linear.register_fake
-def _(x, qweight, scale_zero, bias, out_features, group_size, layout, residual=None):
-    return x.new_empty((*x.shape[:-1], out_features))
-
-
-@torch.library.custom_op("river::norm_linear", mutates_args=(), schema=f"(Tensor x, {_NORM}, {_PACKED}) -> Tensor")
-def norm_linear(x, norm_weight, norm_bias, norm, eps, qweight, scale_zero, bias, out_features, group_size, layout):
-    """Returns norm(x) W^T + bias; W holds one projection or several merged ones (`pack.merge`).
+    Gated, the first half of ``h W^T + bias`` is the gate and the second half is up.
 
     Args:
         x: ``[..., K]``.
-        norm_weight, norm_bias: ``[K]`` in x.dtype; the bias for "layer" alone.
+        weight: the integers as the layout packs them (see `layouts`); without a `scale_zero` ``[N, K]`` in x.dtype.
+        scale_zero: scales and zeros as the layout packs them, None for a weight in x.dtype.
+        bias: ``[N]`` in x.dtype or None.
+        out_features: N, the rows of W.
+        group_size: G; 0 for a weight in x.dtype.
+        layout: name of the packing; for a weight in x.dtype "triton" (the generated kernel) or "dense" (plain torch).
+        residual: ``[..., N]`` (gated ``[..., N / 2]``) in x.dtype or None.
         norm: "rms", "rms_plus_one" (Gemma), "layer" or "none".
+        norm_weight, norm_bias: ``[K]`` in x.dtype; the bias for "layer" alone.
         eps: of the norm.
-        qweight, scale_zero, bias, out_features, group_size, layout: as in `w4a16_linear`.
-
-    Returns:
-        ``[..., N]`` in x.dtype.
-    """
-    packed = pack.PackedLinear(layout, qweight, scale_zero, group_size, x.shape[-1], out_features)
-    return _run("norm_linear", x, packed, Norm(norm, norm_weight, norm_bias, eps), bias)
-
-
-@norm_linear.register_fake
-def _(x, norm_weight, norm_bias, norm, eps, qweight, scale_zero, bias, out_features, group_size, layout):
-    return x.new_empty((*x.shape[:-1], out_features))
-
-
-@torch.library.custom_op(
-    "river::gated_mlp", mutates_args=(), schema=f"(Tensor x, {_NORM}, {_PACKED}, str activation, bool gated) -> Tensor"
-)
-def gated_mlp(
-    x, norm_weight, norm_bias, norm, eps, qweight, scale_zero, bias, out_features, group_size, layout, activation, gated
-):
-    """Returns activation(h Wg^T + bg) * (h Wu^T + bu) with h = norm(x), or activation(h W^T + b) if not gated.
-
-    Args:
-        x, norm_weight, norm_bias, norm, eps: as in `norm_linear`.
-        qweight, scale_zero: N gate rows, then N up rows; N rows if not gated.
-        bias: ``[2 N]``, or ``[N]`` if not gated, or None.
-        out_features: N.
         activation: "silu", "gelu" (erf), "gelu_tanh", "relu" or "none".
+        gated: whether W holds a gate and an up projection.
 
     Returns:
-        ``[..., N]`` in x.dtype.
+        ``[..., N]`` (gated ``[..., N / 2]``) in x.dtype, accumulated in float32.
+
+    Raises:
+        ValueError: an unknown layout, norm or activation, or a tensor of another shape or dtype than these.
     """
-    rows = out_features * (2 if gated else 1)
-    packed = pack.PackedLinear(layout, qweight, scale_zero, group_size, x.shape[-1], rows)
-    norms = Norm(norm, norm_weight, norm_bias, eps)
-    return _run("gated_mlp", x, packed, norms, bias, activation=activation, gated=gated)
-
-
-@gated_mlp.register_fake
-def _(
-    x, norm_weight, norm_bias, norm, eps, qweight, scale_zero, bias, out_features, group_size, layout, activation, gated
-):
-    return x.new_empty((*x.shape[:-1], out_features))
-
-
-@torch.library.custom_op(
-    "river::lm_head",
-    mutates_args=(),
-    schema=f"(Tensor x, {_NORM}, Tensor weight, Tensor? scale_zero, Tensor? bias, int out_features, int group_size, "
-    "str layout) -> Tensor",
-)
-def lm_head(x, norm_weight, norm_bias, norm, eps, weight, scale_zero, bias, out_features, group_size, layout):
-    """Returns norm(x) W^T + bias for a large N.
-
-    Args:
-        x, norm_weight, norm_bias, norm, eps: as in `norm_linear`.
-        weight: ``[N, K]`` in x.dtype where there is no scale_zero, else the packed integers.
-        scale_zero: None for a weight in x.dtype.
-        bias, out_features, group_size: as in `w4a16_linear`.
-        layout: as there; for a weight in x.dtype "triton" (the generated kernel) or "dense" (plain torch).
-
-    Returns:
-        ``[..., N]`` in x.dtype.
-    """
-    norms = Norm(norm, norm_weight, norm_bias, eps)
+    matrix: Tensor | layouts.PackedLinear = weight
     if scale_zero is not None:
-        weight = pack.PackedLinear(layout, weight, scale_zero, group_size, x.shape[-1], out_features)
+        matrix = layouts.PackedLinear(layout, weight, scale_zero, group_size, x.shape[-1], out_features)
     elif layout not in ("dense", "triton"):
         raise ValueError(f"layout={layout!r} has a scale_zero; without one it is 'dense' or 'triton'")
-    return _run("lm_head", x, weight, norms, bias, layout=layout)
+    norms = Norm(norm, norm_weight, norm_bias, eps)
+    run = launch.linear if layout == "triton" else _portable
+    return run(x, matrix, norm=norms, bias=bias, residual=residual, activation=activation, gated=gated)
 
 
-@lm_head.register_fake
-def _(x, norm_weight, norm_bias, norm, eps, weight, scale_zero, bias, out_features, group_size, layout):
-    return x.new_empty((*x.shape[:-1], out_features))
+@linear.register_fake
+def _(
+    x: Tensor,
+    weight: Tensor,
+    scale_zero: Tensor | None,
+    bias: Tensor | None,
+    out_features: int,
+    group_size: int,
+    layout: str,
+    residual: Tensor | None = None,
+    norm: str = "none",
+    norm_weight: Tensor | None = None,
+    norm_bias: Tensor | None = None,
+    eps: float = 1e-6,
+    activation: str = "none",
+    gated: bool = False,
+) -> Tensor:
+    return x.new_empty((*x.shape[:-1], out_features // 2 if gated else out_features))
 
 
 @torch.library.custom_op(
@@ -281,16 +235,20 @@ def _(update, residual, previous):
     return hidden, update.new_empty((), dtype=torch.float32)
 
 
-def _run(kind, x, weight, norm, bias, *, layout=None, residual=None, activation="none", gated=False):
-    run = launch.linear if (layout or weight.layout) == "triton" else _portable
-    return run(kind, x, weight, norm=norm, bias=bias, residual=residual, activation=activation, gated=gated)
-
-
-def _portable(_kind, x, weight, *, norm, bias, residual, activation, gated):
+def _portable(
+    x: Tensor,
+    weight: Tensor | layouts.PackedLinear,
+    *,
+    norm: Norm,
+    bias: Tensor | None,
+    residual: Tensor | None,
+    activation: str,
+    gated: bool,
+) -> Tensor:
     """The same in plain torch, for layouts that have a linear of their own."""
     h = _normalise(x, norm)
-    if isinstance(weight, pack.PackedLinear):
-        y = pack.layout(weight.layout).linear(h, weight, bias)
+    if isinstance(weight, layouts.PackedLinear):
+        y = layouts.layout(weight.layout).linear(h, weight, bias)
     else:
         y = F.linear(h, weight, bias)
     gate, up = y.chunk(2, dim=-1) if gated else (y, None)
@@ -299,8 +257,8 @@ def _portable(_kind, x, weight, *, norm, bias, residual, activation, gated):
     return y if residual is None else y + residual
 
 
-def _normalise(x, norm):
-    if norm.kind == "none":
+def _normalise(x: Tensor, norm: Norm) -> Tensor:
+    if norm.weight is None:
         return x
     h, weight = x.float(), norm.weight.float()
     if norm.kind == "layer":

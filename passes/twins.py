@@ -18,7 +18,7 @@ from dataclasses import dataclass, replace
 import torch
 from torch import fx
 
-from river_compile.kernels import ops  # noqa: F401  (registers river::w4a16_linear)
+from river_compile.kernels import ops  # noqa: F401  (registers river::linear)
 from river_compile.kernels.quant.grid import fitting_group_size
 
 from .decoder import input_name, is_parameter, module_path, mutated_inputs, value_of
@@ -170,7 +170,7 @@ def _sharing_inputs(graph: fx.Graph) -> list[list[_Linear]]:
 
 
 def _replace(graph: fx.Graph, linears: list[_Linear], site: LinearSite, index: int, scale: InputScale | None) -> None:
-    """Puts one ``river::w4a16_linear`` in place of linears that share an input, and splits what it gives."""
+    """Puts one ``river::linear`` in place of linears that share an input, and splits what it gives."""
     names = ["qweight", "scale_zero", *(["bias"] if site.has_bias else [])]
     scaled = [f"scaled_{i}" for i in range(max(1, len(site.folds)))] if scale else []
     new = _placeholders(graph, [f"river_{index}_{name}" for name in (*names, *scaled)])
@@ -179,7 +179,7 @@ def _replace(graph: fx.Graph, linears: list[_Linear], site: LinearSite, index: i
     first = linears[0].node
     with graph.inserting_before(first):
         merged = graph.call_function(
-            torch.ops.river.w4a16_linear.default,
+            torch.ops.river.linear.default,
             (x, new[0], new[1], bias, sum(site.out_features), site.group_size, site.layout),
         )
         x = value_of(linears[0].x)

@@ -312,7 +312,7 @@ class TestReport:
             generate(model, cache_implementation="static")
         folder = tmp_path / "decode_1"
         assert "torch.ops.river.exit_score" in (folder / "block_1.py").read_text()
-        assert "torch.ops.river.w4a16_linear" in (folder / "twin_2.py").read_text()
+        assert "torch.ops.river.linear" in (folder / "twin_2.py").read_text()
         assert "index_copy_" in (folder / "twin_2.py").read_text()
         assert "exit checks after blocks: 1" in (folder / "plan.txt").read_text()
         assert "river_twins" in caplog.text

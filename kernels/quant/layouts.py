@@ -245,7 +245,7 @@ def _linear_by_dequantizing(x: torch.Tensor, packed: PackedLinear, bias: torch.T
 def _linear_by_kernel(x: torch.Tensor, packed: PackedLinear, bias: torch.Tensor | None) -> torch.Tensor:
     from river_compile.kernels.triton.launch import Norm, linear
 
-    return linear("w4a16_linear", x, packed, bias=bias, norm=Norm())
+    return linear(x, packed, bias=bias, norm=Norm())
 
 
 register_layout(Layout("triton", _pack_triton, _unpack_triton, _linear_by_kernel, (32, 64, 128)))

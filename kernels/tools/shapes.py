@@ -55,21 +55,19 @@ def block_kernels(
         device: whose tiles to use, see `heuristic.best_tile`.
     """
 
-    def linear(kind: str, k: int, n: int, **fields: object) -> LinearSpec:
-        spec = untiled(kind, rows, k, n, group_size=group_size, parameter_dtype="bfloat16", **fields)
+    def linear(k: int, n: int, **fields: object) -> LinearSpec:
+        spec = untiled(rows, k, n, group_size=group_size, parameter_dtype="bfloat16", **fields)
         return best_tile(spec, device, rows)
 
     heads = (rows, shape.heads, shape.kv_heads, shape.head_dim, context)
     splits = attention_splits(rows * shape.kv_heads, context, DEVICES.get(device, DEVICES[DEFAULT_DEVICE]))
     return {
-        "norm + q|k|v": linear("norm_linear", shape.hidden, shape.qkv, norm="rms", bias=shape.qkv_bias),
+        "norm + q|k|v": linear(shape.hidden, shape.qkv, norm="rms", bias=shape.qkv_bias),
         "rope + kv write": KvFillSpec(*heads, rotary_dim=shape.head_dim),
         "attention": DecodeAttentionSpec(*heads, shape.head_dim**-0.5, mask=True, counted=False, splits=splits),
-        "o + residual": linear("w4a16_linear", shape.heads * shape.head_dim, shape.hidden, residual=True),
-        "norm + gate|up": linear(
-            "gated_mlp", shape.hidden, shape.intermediate, norm="rms", gated=True, activation="silu"
-        ),
-        "down + residual": linear("w4a16_linear", shape.intermediate, shape.hidden, residual=True),
+        "o + residual": linear(shape.heads * shape.head_dim, shape.hidden, residual=True),
+        "norm + gate|up": linear(shape.hidden, shape.intermediate, norm="rms", gated=True, activation="silu"),
+        "down + residual": linear(shape.intermediate, shape.hidden, residual=True),
     }
 
 
@@ -77,7 +75,7 @@ def model_kernels(
     shape: ModelShape, *, rows: int = 1, context: int = 1024, group_size: int = 64, device: str = DEFAULT_DEVICE
 ) -> dict[str, KernelSpec]:
     """Returns `block_kernels` and what else a token needs: the exit score and the 16-bit head with the norm."""
-    head = untiled("lm_head", rows, shape.hidden, shape.vocabulary, weights="dense", group_size=0, norm="rms")
+    head = untiled(rows, shape.hidden, shape.vocabulary, weights="dense", group_size=0, norm="rms")
     return {
         **block_kernels(shape, rows=rows, context=context, group_size=group_size, device=device),
         "exit score": ExitScoreSpec(rows, shape.hidden, decides=False),

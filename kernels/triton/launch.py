@@ -61,7 +61,6 @@ def model_of(tensor: torch.Tensor) -> Device:
 
 
 def linear(
-    kind: str,
     x: torch.Tensor,
     weight: PackedLinear | torch.Tensor,
     *,
@@ -71,10 +70,9 @@ def linear(
     activation: str = "none",
     gated: bool = False,
 ) -> torch.Tensor:
-    """Runs a linear kernel (see `linear` for the families and the order of the epilogue).
+    """Runs a linear kernel.
 
     Args:
-        kind: the family.
         x: ``[..., K]``.
         weight: packed in the layout "triton", or dense ``[N, K]`` in x.dtype; a gated one has gate rows, then up rows.
         norm: in front.
@@ -87,7 +85,7 @@ def linear(
         ``[..., N]`` in x.dtype; `weight` has N rows, or 2 N if gated.
 
     Raises:
-        ValueError: a buffer of the wrong shape or dtype, or a combination that no kernel of the family has.
+        ValueError: a buffer of the wrong shape or dtype, or a combination that no kernel has.
     """
     packed = isinstance(weight, PackedLinear)
     rows_out = weight.out_features if packed else weight.shape[0]
@@ -99,7 +97,6 @@ def linear(
     if x2.shape[0] == 0:
         return y.reshape(*x.shape[:-1], n)
     spec = untiled(
-        kind,
         x2.shape[0],
         k,
         n,

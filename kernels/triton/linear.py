@@ -1,12 +1,5 @@
 """Specs of the linear kernels: y = epilogue(norm(x) W^T), with W in 4 bits or in 16.
 
-Four families share one generator, because they differ in what stands before and after the product:
-
-    w4a16_linear   y = x W^T, 4-bit W
-    norm_linear    RMSNorm or LayerNorm in front of one or several merged projections (q|k|v)
-    gated_mlp      gate and up projections of one input, activation of the gate, product; or a plain activation
-    lm_head        a large N, W in 4 or 16 bits, optionally the final norm in front
-
 One row of activations is a matrix-vector product on ordinary multiply-adds; two or more rows use `tl.dot` on tiles of
 at least 16 rows. Split-K writes partial sums that a second launch adds in a fixed order: no atomics, so two runs are
 bit-identical. A norm in front needs the whole row and excludes split-K. The source is written by `linear_source`.
@@ -21,6 +14,7 @@ from __future__ import annotations
 import math
 from collections.abc import Mapping
 from dataclasses import dataclass
+from typing import ClassVar
 
 import sympy
 
@@ -41,7 +35,6 @@ from .spec import (
 
 N, K, G = symbol("N"), symbol("K"), symbol("G")
 
-FAMILIES = ("w4a16_linear", "norm_linear", "gated_mlp", "lm_head")
 GROUP_SIZES = (32, 64, 128)
 NORMS = ("none", "rms", "rms_plus_one", "layer")
 ACTIVATIONS = ("none", "silu", "gelu", "gelu_tanh", "relu")
@@ -79,10 +72,9 @@ class LinearTile:
 
 @dataclass(frozen=True)
 class LinearSpec(KernelSpec):
-    """One linear kernel. See the module's legend and the families there.
+    """One linear kernel. See the module's legend.
 
     Attributes:
-        kind: the family.
         rows: M for 1 to 16 rows; None for any number, given at launch.
         in_features, out_features: K and N; N counts the results, a gated kernel reads 2 N weight rows (gate first).
         tile: see `LinearTile`.
@@ -98,7 +90,8 @@ class LinearSpec(KernelSpec):
         x_stride: elements between two rows of x; 0 stands for K.
     """
 
-    kind: str
+    family: ClassVar[str] = "linear"
+
     rows: int | None
     in_features: int
     out_features: int
@@ -133,7 +126,6 @@ class LinearSpec(KernelSpec):
             raise ValueError(f"split_k={self.tile.split_k} exceeds the {self.total_steps} steps over K")
 
     def _check_choices(self) -> None:
-        check_choice("kind", self.kind, FAMILIES)
         check_choice("weights", self.weights, WEIGHTS)
         check_choice("dtype", self.dtype, ACTIVATION_DTYPES)
         check_choice("out_dtype", self.out_dtype, ACTIVATION_DTYPES)
@@ -146,10 +138,6 @@ class LinearSpec(KernelSpec):
             raise ValueError(f"norm_bias=True goes with norm='layer', not with norm={self.norm!r}")
         if self.x_stride and self.x_stride < self.in_features:
             raise ValueError(f"x_stride={self.x_stride} is smaller than the {self.in_features} features of a row")
-
-    @property
-    def family(self) -> str:
-        return self.kind
 
     @property
     def streams(self) -> tuple[str, ...]:
@@ -242,12 +230,12 @@ class LinearSpec(KernelSpec):
 
         if tile.split_k == 1:
             arguments = (*self.inputs(), *self.epilogue_buffers(), *rows_argument)
-            return (Stage(self.kind, arguments, grid, tile.num_warps, tile.num_stages),)
+            return (Stage(self.family, arguments, grid, tile.num_warps, tile.num_stages),)
         partial = Argument("partial", "float32")
         product = (*self.inputs(), partial, *rows_argument)
         return (
-            Stage(f"{self.kind}_partial", product, grid, tile.num_warps, tile.num_stages),
-            Stage(f"{self.kind}_reduce", (partial, *self.epilogue_buffers(), *rows_argument), reduce_grid, 4, 1),
+            Stage(f"{self.family}_partial", product, grid, tile.num_warps, tile.num_stages),
+            Stage(f"{self.family}_reduce", (partial, *self.epilogue_buffers(), *rows_argument), reduce_grid, 4, 1),
         )
 
     def workspaces(self) -> tuple[Workspace, ...]:

@@ -32,12 +32,14 @@ class Missed(Exception):
         self.node = node
 
 
-def put(graph: fx.Graph, target: Callable, arguments: tuple, value: torch.Tensor, old: fx.Node) -> fx.Node:
+def put(
+    graph: fx.Graph, target: Callable, arguments: tuple, value: torch.Tensor, old: fx.Node, **kwargs: object
+) -> fx.Node:
     """Puts an operator in a node's place; what only served the old one falls away.
 
     Args:
         graph: the graph.
-        target, arguments: the operator; it must not read the old node.
+        target, arguments, kwargs: the operator; it must not read the old node.
         value: a fake tensor like the result, which holds as many elements as the old node's.
         old: the node whose uses get the result, in the old shape.
 
@@ -46,7 +48,7 @@ def put(graph: fx.Graph, target: Callable, arguments: tuple, value: torch.Tensor
     """
     _check_sizes(value, old)
     with graph.inserting_before(old):
-        new = call(graph, target, arguments, value, old)
+        new = call(graph, target, arguments, value, old, **kwargs)
         result = reshaped(graph, new, old)
     old.replace_all_uses_with(result)
     drop_unused(graph, old)

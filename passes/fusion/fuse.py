@@ -2,7 +2,7 @@
 
 Before the rules, two spellings are made alike: a bias that is added behind a product moves into it, and where
 attention and MLP run side by side, their sum is regrouped so that each product has an addition of its own. What no rule
-takes stays as it is and reaches Inductor, 4-bit products as ``river::w4a16_linear``.
+takes stays as it is and reaches Inductor, 4-bit products as ``river::linear``.
 """
 
 from __future__ import annotations
@@ -73,7 +73,7 @@ def _apply(segment: Segment, rules: Sequence[Rule]) -> list[Fusion]:
 def _absorb_bias(graph: fx.Graph, node: fx.Node) -> None:
     """Moves ``product + bias`` into the product."""
     for product, bias in either_way(node, "add"):
-        alone = name_of(product) == "w4a16_linear" and product.args[3] is None and len(product.users) == 1
+        alone = is_product(product) and product.args[3] is None and len(product.users) == 1
         if not alone or not isinstance(bias, fx.Node) or not is_parameter(bias):
             continue
         if shape(bias) == shape(product)[-1:] and value_of(bias).dtype == value_of(product).dtype:

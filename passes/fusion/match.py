@@ -15,7 +15,6 @@ from torch import fx
 
 from river_compile.passes.decoder import is_tensor, value_of
 
-PRODUCTS = ("w4a16_linear", "norm_linear", "gated_mlp")
 _CASTS = ("to", "float", "half", "bfloat16", "type_as", "type")
 VIEWS = ("reshape", "view", "flatten", "unsqueeze", "squeeze", "contiguous")
 WHOLE = slice(None, None, None)
@@ -185,8 +184,8 @@ class Columns:
 
 
 def is_product(node: object) -> bool:
-    """True for a 4-bit matrix product, with or without a norm in front."""
-    return name_of(node) in PRODUCTS
+    """True for a ``river::linear``, whatever its norm and epilogue."""
+    return isinstance(node, fx.Node) and node.target is torch.ops.river.linear.default
 
 
 def columns(node: object) -> Columns | None:

@@ -1,13 +1,13 @@
 """The rules that put operators of the generated kernels in the place of what a twin's graph computes.
 
 rule               matches                                                        becomes
-norm + q|k|v       a norm in front of the product that feeds the KV cache         river::norm_linear
+norm + q|k|v       a norm in front of the product that feeds the KV cache         river::linear
 rope + kv write    qk-norm, rotary embedding and the write of one cache slot      river::kv_fill
 attention          one query position over a static cache                         river::decode_attention
-o + residual       the product behind attention, and the addition behind it       river::w4a16_linear
-norm + gate|up     norm, product, activation, and their product where gated       river::gated_mlp
-down + residual    the product behind the MLP, and the addition behind it         river::w4a16_linear
-norm + head        the last norm and the head's matrix, in 4 or in 16 bits        river::lm_head
+o + residual       the product behind attention, and the addition behind it       river::linear
+norm + gate|up     norm, product, activation, and their product where gated       river::linear
+down + residual    the product behind the MLP, and the addition behind it         river::linear
+norm + head        the last norm and the head's matrix, in 4 or in 16 bits        river::linear
 exit score         a backbone block's last addition and the check behind it       river::residual_score
 
 A rule looks first and changes the graph when everything fits; otherwise it raises :class:`Missed` and has changed
@@ -29,7 +29,7 @@ from river_compile.passes.decoder import is_parameter, is_tensor, value_of
 from .block import BlockView
 from .cache_rules import fuse_attention, fuse_kv_fill
 from .edits import Missed, call, drop_unused, only_used_for, put, reshaped, same_size, way_down
-from .match import Columns, argument, before_views, columns, either_way, name_of, operands, shape
+from .match import Columns, argument, before_views, columns, either_way, is_product, name_of, operands, shape
 from .recognise import Normed, activation, norm
 
 
@@ -54,9 +54,7 @@ def fuse_norm_qkv(view: BlockView) -> fx.Node:
     found, last = _norm_before(product)
     if found is None:
         raise Missed("no norm that the kernel knows, for this product alone, stands in front", last)
-    arguments = (*_norm_arguments(found), *product.args[1:7])
-    value = value_of(found.x).new_empty((*value_of(found.x).shape[:-1], product.args[4]))
-    return put(view.graph, torch.ops.river.norm_linear.default, arguments, value, product)
+    return _put_linear(view.graph, product.args, found, product)
 
 
 def fuse_gated_mlp(view: BlockView) -> fx.Node:
@@ -69,10 +67,7 @@ def fuse_gated_mlp(view: BlockView) -> fx.Node:
     if not only_used_for(product, out):
         raise Missed("its result is used elsewhere too", product)
     found, _ = _norm_before(product)
-    arguments = (product.args[0], None, None, "none", 0.0) if found is None else _norm_arguments(found)
-    arguments += (*product.args[1:4], shape(out)[-1], *product.args[5:7], act, gated)
-    value = value_of(arguments[0]).new_empty((*value_of(arguments[0]).shape[:-1], shape(out)[-1]))
-    return put(view.graph, torch.ops.river.gated_mlp.default, arguments, value, out)
+    return _put_linear(view.graph, product.args, found, out, activation=act, gated=gated)
 
 
 def fuse_o_residual(view: BlockView) -> fx.Node:
@@ -87,19 +82,14 @@ def fuse_down_residual(view: BlockView) -> fx.Node:
 
 def fuse_head(view: BlockView) -> fx.Node:
     """norm + head."""
-    heads = [n for n in view.graph.nodes if name_of(n) in ("w4a16_linear", "linear")]
-    head = _only(heads, "gives logits")
-    if name_of(head) == "w4a16_linear":
-        weights = head.args[1:7]
-    else:
-        weight, bias = argument(head, 1, "weight"), argument(head, 2, "bias")
-        if not is_parameter(weight) or value_of(weight).dtype != value_of(head.args[0]).dtype:
-            raise Missed("its matrix is no parameter of the activations' dtype", head)
-        weights = (weight, None, bias, shape(weight)[0], 0, "triton")
+    head = _only([n for n in view.graph.nodes if is_product(n) or name_of(n) == "linear"], "gives logits")
     found, _ = _norm_before(head)
-    arguments = (head.args[0], None, None, "none", 0.0) if found is None else _norm_arguments(found)
-    value = value_of(arguments[0]).new_empty((*value_of(arguments[0]).shape[:-1], weights[3]))
-    return put(view.graph, torch.ops.river.lm_head.default, (*arguments, *weights), value, head)
+    if is_product(head):
+        return _put_linear(view.graph, head.args, found, head)
+    weight, bias = argument(head, 1, "weight"), argument(head, 2, "bias")
+    if not is_parameter(weight) or value_of(weight).dtype != value_of(head.args[0]).dtype:
+        raise Missed("its matrix is no parameter of the activations' dtype", head)
+    return _put_linear(view.graph, (head.args[0], weight, None, bias, shape(weight)[0], 0, "triton"), found, head)
 
 
 def fuse_exit_score(view: BlockView) -> fx.Node:
@@ -139,8 +129,23 @@ def _norm_before(product: fx.Node) -> tuple[Normed | None, fx.Node]:
     return (found if fits else None), last
 
 
-def _norm_arguments(found: Normed) -> tuple:
-    return found.x, found.weight, found.bias, found.kind, found.eps
+def _put_linear(
+    graph: fx.Graph,
+    arguments: tuple,
+    found: Normed | None,
+    old: fx.Node,
+    activation: str = "none",
+    gated: bool = False,
+) -> fx.Node:
+    """Puts a ``river::linear`` in a node's place: a plain one's `arguments`, and the norm that was found before it."""
+    x, *weights = arguments
+    norm = {}
+    if found is not None:
+        x = found.x
+        norm = {"norm": found.kind, "norm_weight": found.weight, "norm_bias": found.bias, "eps": found.eps}
+    value = value_of(x).new_empty((*value_of(x).shape[:-1], weights[3] // 2 if gated else weights[3]))
+    linear = torch.ops.river.linear.default
+    return put(graph, linear, (x, *weights), value, old, **norm, activation=activation, gated=gated)
 
 
 def _activated(graph: fx.Graph, product: fx.Node) -> tuple[fx.Node, str, bool]:
@@ -177,8 +182,8 @@ def _fuse_residual(graph: fx.Graph, product: fx.Node) -> fx.Node:
         raise Missed("what is added has another shape or dtype", total)
     if name_of(total) == "iadd" and found[0] is residual and len(residual.users) > 1:
         raise Missed("the addition changes a value that is used elsewhere", total)
-    arguments = (*product.args[:7], residual)
-    return put(graph, torch.ops.river.w4a16_linear.default, arguments, value_of(product), total)
+    parts = {**product.kwargs, "residual": residual}
+    return put(graph, torch.ops.river.linear.default, product.args, value_of(product), total, **parts)
 
 
 RULES = (

@@ -185,9 +185,9 @@ def lower_ops(graph_module: fx.GraphModule) -> fx.GraphModule:
     graph = fx.Graph()
     graph.output(graph.graph_copy(graph_module.graph, {}))
     for node in graph.nodes:
-        if node.target is torch.ops.river.w4a16_linear.default:
-            *args, layout = node.args[:7]
-            if layout == ATEN_LAYOUT:
+        if node.target is torch.ops.river.linear.default:
+            *args, layout = node.args
+            if layout == ATEN_LAYOUT and not node.kwargs:
                 node.target, node.args = linear_aten, tuple(args)
         elif node.target is torch.ops.river.exit_score.default:
             node.target = ops.smallest_cosine

@@ -28,17 +28,17 @@ def caches(dtype=torch.float32):
 
 def sample_calls():
     """Operator name -> arguments, one sample of each operator (and layout)."""
-    x, w = random(2, 1, 64), {layout: packed(24, 64, layout) for layout in ("triton", "plain")}
-    norm, bias = (random(64), None, "rms", 1e-6), random(24)
+    x, w = random(2, 1, 64), {layout: packed(24, 64, layout) for layout in ("triton", "plain", "aten_cpu")}
+    norm, bias = ("rms", random(64), None, 1e-6), random(24)
     calls = {}
     for name, p in w.items():
-        weights = (p.qweight, p.scale_zero, bias)
-        calls[f"w4a16_linear {name}"] = (x, *weights, 24, 32, name, random(2, 1, 24))
-        calls[f"norm_linear {name}"] = (x, *norm, *weights, 24, 32, name)
-        calls[f"gated_mlp {name}"] = (x, *norm, *weights, 12, 32, name, "silu", True)
-        calls[f"lm_head {name}"] = (x, *norm, p.qweight, p.scale_zero, None, 24, 32, name)
+        weights = (p.qweight, p.scale_zero, bias, 24, 32, name)
+        calls[f"linear {name}"] = (x, *weights)
+        calls[f"linear with residual {name}"] = (x, *weights, random(2, 1, 24))
+        calls[f"linear after a norm {name}"] = (x, *weights, None, *norm)
+        calls[f"linear gated {name}"] = (x, *weights, random(2, 1, 12), *norm, "silu", True)
     for layout in ("dense", "triton"):
-        calls[f"lm_head 16 bits {layout}"] = (x, *norm, random(24, 64), None, None, 24, 0, layout)
+        calls[f"linear 16 bits {layout}"] = (x, random(24, 64), None, None, 24, 0, layout, None, *norm)
     k_cache, v_cache = caches()
     cos, sin = random(1, 1, 16), random(1, 1, 16)
     slot = torch.tensor([3])
@@ -66,9 +66,9 @@ def test_every_operator_has_a_sample():
 def test_mutations_stand_in_the_schema():
     mutated = {
         op: [a.name for a in getattr(river, op).default._schema.arguments if a.alias_info and a.alias_info.is_write]
-        for op in ("kv_fill", "decode_attention", "w4a16_linear")
+        for op in ("kv_fill", "decode_attention", "linear")
     }
-    assert mutated == {"kv_fill": ["k_cache", "v_cache"], "decode_attention": [], "w4a16_linear": []}
+    assert mutated == {"kv_fill": ["k_cache", "v_cache"], "decode_attention": [], "linear": []}
 
 
 @LAYOUTS
@@ -77,7 +77,7 @@ def test_mutations_stand_in_the_schema():
 def test_linear_of_any_leading_shape(layout, dtype, shape):
     p, x = packed(24, 64, layout), random(*shape, dtype=dtype)
     bias, residual = random(24, dtype=dtype), random(*shape[:-1], 24, dtype=dtype)
-    y = river.w4a16_linear(x, p.qweight, p.scale_zero, bias, 24, 32, layout, residual)
+    y = river.linear(x, p.qweight, p.scale_zero, bias, 24, 32, layout, residual)
     assert (y.shape, y.dtype) == ((*shape[:-1], 24), dtype)
     expected = reference.linear(x, p.dequantize(torch.float64), bias=bias, residual=residual)
     torch.testing.assert_close(y.double(), expected, atol=4 * TOLERANCE[dtype], rtol=TOLERANCE[dtype])
@@ -87,7 +87,7 @@ def test_linear_of_any_leading_shape(layout, dtype, shape):
 def test_rows_of_a_wider_tensor_and_transposed_inputs(layout):
     p, wide = packed(24, 64, layout), random(5, 3, 64)
     for x in (wide[:, -1], wide[:, ::2], random(64, 5).T):
-        y = river.w4a16_linear(x, p.qweight, p.scale_zero, None, 24, 32, layout)
+        y = river.linear(x, p.qweight, p.scale_zero, None, 24, 32, layout)
         expected = reference.linear(x, p.dequantize(torch.float64))
         torch.testing.assert_close(y.double(), expected, atol=1e-5, rtol=1e-5)
 
@@ -101,14 +101,14 @@ def test_both_layouts_compute_the_same_mlp_and_projections(norm, rows):
     for layout in ("triton", "plain"):
         p = merge([pack_linear(w, 32, layout, "rtn") for w in (gate, up)])
         exact = p.dequantize(torch.float64)
-        weights = (p.qweight, p.scale_zero, None)
-        y = river.norm_linear(x, weight, bias, norm, 1e-5, *weights, 32, 32, layout)
+        weights, norms = (p.qweight, p.scale_zero, None, 32, 32, layout), (norm, weight, bias, 1e-5)
+        y = river.linear(x, *weights, None, *norms)
         torch.testing.assert_close(y.double(), reference.linear(h, exact), atol=3e-5, rtol=1e-4)
         for activation in ("silu", "gelu", "gelu_tanh", "relu"):
-            y = river.gated_mlp(x, weight, bias, norm, 1e-5, *weights, 16, 32, layout, activation, True)
+            y = river.linear(x, *weights, None, *norms, activation, True)
             expected = reference.linear(h, exact, activation=activation, gated=True)
             torch.testing.assert_close(y.double(), expected, atol=1e-4, rtol=1e-4)
-        y = river.gated_mlp(x, weight, bias, norm, 1e-5, *weights, 32, 32, layout, "gelu", False)
+        y = river.linear(x, *weights, None, *norms, "gelu")
         expected = reference.linear(h, exact, activation="gelu")
         torch.testing.assert_close(y.double(), expected, atol=1e-4, rtol=1e-4)
 
@@ -131,17 +131,17 @@ def test_filling_and_attending_a_strided_cache_step_by_step():
 def test_what_the_operators_refuse():
     p, x = packed(24, 64, "triton"), random(1, 64)
     with pytest.raises(ValueError, match="layout='rows' is unknown"):
-        river.w4a16_linear(x, p.qweight, p.scale_zero, None, 24, 32, "rows")
+        river.linear(x, p.qweight, p.scale_zero, None, 24, 32, "rows")
     with pytest.raises(ValueError, match="dtype='float64'"):
-        river.w4a16_linear(x.double(), p.qweight, p.scale_zero, None, 24, 32, "triton")
+        river.linear(x.double(), p.qweight, p.scale_zero, None, 24, 32, "triton")
     with pytest.raises(ValueError, match="bias has dtype float16"):
-        river.w4a16_linear(x, p.qweight, p.scale_zero, random(24).half(), 24, 32, "triton")
+        river.linear(x, p.qweight, p.scale_zero, random(24).half(), 24, 32, "triton")
     with pytest.raises(ValueError, match=r"qweight has shape \(24, 8\); this call needs \(25, 8\)"):
-        river.w4a16_linear(x, p.qweight, p.scale_zero, None, 25, 32, "triton")
+        river.linear(x, p.qweight, p.scale_zero, None, 25, 32, "triton")
     with pytest.raises(ValueError, match="qweight has shape"):
-        river.w4a16_linear(random(1, 96), p.qweight, p.scale_zero, None, 24, 32, "triton")
+        river.linear(random(1, 96), p.qweight, p.scale_zero, None, 24, 32, "triton")
     with pytest.raises(ValueError, match="qweight has strides"):
-        river.w4a16_linear(x, p.qweight.T.contiguous().T, p.scale_zero, None, 24, 32, "triton")
+        river.linear(x, p.qweight.T.contiguous().T, p.scale_zero, None, 24, 32, "triton")
     with pytest.raises(ValueError, match="have one shape"):
         river.residual_exit_score(x, x, random(2, 64), torch.tensor(0.5))
 

@@ -9,7 +9,7 @@ from river_compile.kernels.tools import tune
 from river_compile.kernels.triton.heuristic import DEVICES, best_tile, saved_tiles, seconds, tuning_key, untiled
 from river_compile.kernels.triton.linear import LinearTile
 
-SPECS = [untiled("w4a16_linear", 1, 512, n) for n in (256, 512)]
+SPECS = [untiled(1, 512, n) for n in (256, 512)]
 
 
 def test_the_shortlist_begins_with_the_models_choice():
@@ -49,7 +49,7 @@ def test_saving_keeps_other_devices_and_shapes(tmp_path, monkeypatch):
 def test_weights_of_a_measurement_exceed_the_cache():
     spec = best_tile(SPECS[0])
     assert tune.copies_beyond_cache(spec) == 64
-    large = best_tile(untiled("w4a16_linear", 1, 4096, 14336))
+    large = best_tile(untiled(1, 4096, 14336))
     assert tune.copies_beyond_cache(large) * large.cost().bytes > 200e6
 
 

@@ -27,7 +27,6 @@ from tests.kernels.harness import examples
 def problems(draw):
     dense = draw(st.booleans())
     return untiled(
-        draw(st.sampled_from(("gated_mlp", "lm_head"))),
         draw(st.integers(1, 40)),
         draw(st.one_of(st.integers(1, 600), st.sampled_from((576, 4096, 14336, 28672)))),
         draw(st.one_of(st.integers(1, 600), st.sampled_from((4096, 151936)))),
@@ -50,7 +49,7 @@ def test_every_accepted_shape_has_a_legal_tile(problem, device):
 
 
 def test_the_choice_is_the_cheapest_and_does_not_depend_on_the_given_tile():
-    problem = untiled("w4a16_linear", 1, 4096, 4096)
+    problem = untiled(1, 4096, 4096)
     other = dataclasses.replace(problem, tile=LinearTile(8, 64))
     chosen = best_tile(problem)
     assert chosen == best_tile(other)
@@ -60,7 +59,7 @@ def test_the_choice_is_the_cheapest_and_does_not_depend_on_the_given_tile():
 
 
 def test_illegal_tiles_exist_and_are_seen():
-    problem = untiled("gated_mlp", 1, 4096, 4096, gated=True)
+    problem = untiled(1, 4096, 4096, gated=True)
     assert not is_legal(dataclasses.replace(problem, tile=LinearTile(32, 4096, num_warps=1)))
 
 
@@ -86,7 +85,7 @@ def test_splits_of_attention(heads, slots, splits):
 
 
 def test_a_saved_tile_goes_before_the_model(tmp_path, monkeypatch):
-    problem, tile = untiled("w4a16_linear", 1, 256, 256), LinearTile(2, 128, 1, 2, 1, 1)
+    problem, tile = untiled(1, 256, 256), LinearTile(2, 128, 1, 2, 1, 1)
     path = tmp_path / "tuning.json"
     monkeypatch.setenv("RIVER_COMPILE_TUNING", str(path))
     modelled = best_tile(problem).tile
@@ -102,4 +101,4 @@ def test_a_damaged_tuning_file_is_ignored_with_a_warning(tmp_path, monkeypatch, 
     path.write_text(damage)
     monkeypatch.setenv("RIVER_COMPILE_TUNING", str(path))
     with pytest.warns(UserWarning, match="cannot be read and is ignored"):
-        assert is_legal(best_tile(untiled("w4a16_linear", 1, 256, 256)))
+        assert is_legal(best_tile(untiled(1, 256, 256)))

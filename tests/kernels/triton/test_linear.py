@@ -33,7 +33,6 @@ def linear_cases(draw, rows, weights, norms):
     split = draw(st.integers(1, min(3, steps))) if norm == "none" else 1
     gated = draw(st.booleans())
     spec = LinearSpec(
-        "gated_mlp",
         m if m <= 16 else None,
         k,
         n,
@@ -75,18 +74,18 @@ def test_dense_weights(case):
 @pytest.mark.parametrize("rows", [1, 7])
 def test_results_in_the_activations_dtype_and_several_steps(dtype, rows):
     tile = LinearTile(16, 128, 1 if rows == 1 else 16, split_k=2)
-    spec = LinearSpec("w4a16_linear", rows, 640, 48, tile, dtype=dtype, out_dtype=dtype, bias=True, residual=True)
+    spec = LinearSpec(rows, 640, 48, tile, dtype=dtype, out_dtype=dtype, bias=True, residual=True)
     check_linear(spec, rows)
 
 
 @pytest.mark.parametrize("norm", ["rms", "layer"])
 def test_a_row_longer_than_a_block_of_statistics(norm):
     tile = LinearTile(16, 512, 16)
-    check_linear(LinearSpec("norm_linear", 3, 1100, 16, tile, dtype="float32", out_dtype="float32", norm=norm), 3)
+    check_linear(LinearSpec(3, 1100, 16, tile, dtype="float32", out_dtype="float32", norm=norm), 3)
 
 
 def test_hidden_size_576_has_groups_of_64_and_no_masks_where_the_tile_fits():
-    spec = LinearSpec("w4a16_linear", 1, 576, 64, LinearTile(8, 64), dtype="float32", out_dtype="float32")
+    spec = LinearSpec(1, 576, 64, LinearTile(8, 64), dtype="float32", out_dtype="float32")
     assert (spec.masks_k, spec.masks_n, spec.masks_m) == (False, False, False)
     check_linear(spec)
 
@@ -110,14 +109,14 @@ def test_hidden_size_576_has_groups_of_64_and_no_masks_where_the_tile_fits():
     ],
 )
 def test_what_a_spec_refuses(changes, message):
-    fields = {"kind": "w4a16_linear", "rows": 1, "in_features": 64, "out_features": 8, "tile": LinearTile(8, 64)}
+    fields = {"rows": 1, "in_features": 64, "out_features": 8, "tile": LinearTile(8, 64)}
     with pytest.raises(ValueError, match=message):
         LinearSpec(**{**fields, **changes})
 
 
 def test_split_k_does_not_go_with_a_norm():
     with pytest.raises(ValueError, match="split_k=2"):
-        LinearSpec("norm_linear", 1, 256, 8, LinearTile(8, 64, split_k=2), norm="rms")
+        LinearSpec(1, 256, 8, LinearTile(8, 64, split_k=2), norm="rms")
 
 
 def test_tile_sizes_are_powers_of_two():

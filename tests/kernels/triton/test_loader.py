@@ -21,9 +21,7 @@ SPEC = ExitScoreSpec(2, 48, "float32")
 
 #: Sources to look at. After an intended change, write `render(spec)` to the file and read the difference.
 PINNED = {
-    "gated_mlp": LinearSpec(
-        "gated_mlp", 1, 576, 1536, LinearTile(4, 1024, num_warps=1), norm="rms", gated=True, activation="silu"
-    ),
+    "linear": LinearSpec(1, 576, 1536, LinearTile(4, 1024, num_warps=1), norm="rms", gated=True, activation="silu"),
     "kv_fill": KvFillSpec(2, 14, 2, 64, 256, rotary_dim=64, bias=True),
     "decode_attention": DecodeAttentionSpec(1, 8, 1, 96, 1000, 0.125, window=512, mask=True, splits=4),
 }
@@ -48,8 +46,8 @@ def test_one_spec_is_one_text_in_any_process():
     assert render(twin) == render(SPEC)
     assert hash(twin) == hash(SPEC)
     program = (
-        "from river_compile.kernels.exit_score import ExitScoreSpec\n"
-        "from river_compile.kernels.spec import render\n"
+        "from river_compile.kernels.triton.exit_score import ExitScoreSpec\n"
+        "from river_compile.kernels.triton.spec import render\n"
         "print(render(ExitScoreSpec(2, 48, 'float32')), end='')"
     )
     root = Path(__file__).parents[3]
@@ -124,7 +122,7 @@ def test_a_single_step_opens_no_loop():
 
 
 def test_costs_of_open_rows_ask_for_the_rows():
-    spec = LinearSpec("w4a16_linear", None, 256, 64, LinearTile(16, 128, 16))
+    spec = LinearSpec(None, 256, 64, LinearTile(16, 128, 16))
     with pytest.raises(ValueError, match="any number of rows"):
         spec.cost()
     # 64 x 256 weights: half a byte each and 4 bytes per group of 64; x and y in 16 bits.
@@ -147,7 +145,7 @@ def test_importing_the_package_and_the_operators_needs_no_triton():
         "import river_compile.kernels.ops, torch\n"
         "x = torch.empty(1, 64, device='meta')\n"
         "w, s = torch.empty(8, 8, dtype=torch.int32, device='meta'), torch.empty(8, 1, 2, device='meta')\n"
-        "print(torch.ops.river.w4a16_linear(x, w, s, None, 8, 64, 'triton').shape)"
+        "print(torch.ops.river.linear(x, w, s, None, 8, 64, 'triton').shape)"
     )
     root = Path(__file__).parents[3]
     done = subprocess.run([sys.executable, "-c", program], cwd=root, capture_output=True, text=True)

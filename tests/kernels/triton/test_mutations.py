@@ -10,8 +10,8 @@ from river_compile.kernels.triton.linear import LinearSpec, LinearTile
 from tests.kernels.checks import check_attention, check_kv_fill, check_linear, check_nan_never_exits
 
 FLOAT32 = {"dtype": "float32", "out_dtype": "float32"}
-ROW = LinearSpec("w4a16_linear", 1, 300, 21, LinearTile(8, 128), **FLOAT32)
-ROWS = LinearSpec("w4a16_linear", 3, 300, 21, LinearTile(16, 128, 16), **FLOAT32)
+ROW = LinearSpec(1, 300, 21, LinearTile(8, 128), **FLOAT32)
+ROWS = LinearSpec(3, 300, 21, LinearTile(16, 128, 16), **FLOAT32)
 FILL = KvFillSpec(2, 2, 1, 48, 6, dtype="float32", rotary_dim=48, rotary_dtype="float32")
 ATTENTION = DecodeAttentionSpec(2, 4, 2, 64, 70, 0.125, dtype="float32", window=40, mask=True, splits=2, block=16)
 
