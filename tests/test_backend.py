@@ -331,8 +331,8 @@ class TestReport:
 SLOW_PROCESSOR = """
 import torch, warnings
 from river_compile import RiverWarning, river
-from tests.decoding import decode, new_cache
-from tests.families import make
+from tests.support.decoding import decode, new_cache
+from tests.support.families import make
 warnings.simplefilter("ignore")
 warnings.simplefilter("always", RiverWarning)
 model = make("llama", layers=2)
