@@ -15,6 +15,7 @@ from transformers import AutoModelForCausalLM, DynamicCache, LlamaConfig, PreTra
 from benchmarks import common
 from benchmarks.roofline import Roofline, depth_name
 from river_compile import Report, report
+from river_compile.cudagraphs.device import CaptureLog
 from river_compile.kernels.tools.shapes import MODELS
 from river_compile.runtime.executor import forced_depth
 from tools.timing import generate
@@ -83,7 +84,7 @@ def _row(loop: Loop, name: str, backend: str, depth: int | None, roofline: Roofl
 
 def _captured(found: Report) -> tuple[float, int]:
     """Returns seconds and bytes of the captures so far."""
-    logs = [graph.captures for graph in found.graphs]
+    logs = [graph.of(CaptureLog) for graph in found.graphs]
     return sum(log.seconds for log in logs), sum(log.bytes for log in logs)
 
 

@@ -36,6 +36,7 @@ from river_compile.kernels.quant.calibrated import output_sqnr_db
 from river_compile.runtime.executor import forced_depth
 from river_compile.state import GraphRecord, find_state
 from river_compile.twins.observe import Observation
+from river_compile.twins.pack import GraphTwins, PackedWeights
 from tools import models
 
 ROWS = ("rtn", "hqq", "awq", "gptq", "gptq, default text")
@@ -119,10 +120,10 @@ def measure(
     rows, reference = [], None
     for name in options.quantizer:
         print(f"measuring {name} ...", file=sys.stderr, flush=True)
-        find_state(model.parameters()).observation = own
+        find_state(model).put(own)
         if name.endswith("default text"):
             river_compile.observe(model, tokenizer)
-        state = find_state(model.parameters())
+        state = find_state(model)
         graphs_before = len(state.graphs)
         settings = {"quantizer": name.partition(",")[0], "group_size": options.group_size}
         with decoding(model, texts, {**settings, "first_exit": 1}) as decoder:
@@ -159,9 +160,9 @@ def quality(decoder: Decoder, reference: Sequence[Pass], num_blocks: int) -> dic
 
 def packing(model: PreTrainedModel, graphs: Sequence[GraphRecord], observation: Observation) -> dict:
     """Returns signal-to-noise ratios, seconds and bytes of the twins of some graphs."""
-    state = find_state(model.parameters())
-    sites = {id(site) for site in graphs[-1].packed}
-    made = [(site, sources) for site, sources in state.packed.made() if id(site) in sites]
+    state = find_state(model)
+    sites = {id(site) for site in graphs[-1].of(GraphTwins)}
+    made = [(site, sources) for site, sources in state.of(PackedWeights).made() if id(site) in sites]
     outputs = []
     for site, sources in made:
         parts = [w.T if site.transposed else w for w in sources[: len(site.out_features)]]

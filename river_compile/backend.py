@@ -18,20 +18,25 @@ from torch._inductor.compile_fx import compile_fx
 from tqdm import tqdm
 
 from river_compile.cudagraphs.choose import check_device, choose_device, make_executor
+from river_compile.cudagraphs.device import CaptureLog
 from river_compile.fills.rivals import FILLS
 from river_compile.lowering.choose import Lowering, choose_lowering, warn_of_slow_lowering
 from river_compile.lowering.compile import SegmentCompiler, inductor_settings
 from river_compile.offload.streaming import Streamer
+from river_compile.offload.weights import OffloadedWeights
 from river_compile.passes.decoder import is_parameter, value_of
 from river_compile.passes.program import DecoderPlan, FillRefusal, LinearSite, Refusal, RiverProgram, Segment
 from river_compile.passes.rewrite import RewriteOptions, keep_linears, rewrite
 from river_compile.reporting.dump import dump_program
 from river_compile.runtime.executor import ExitRule, RiverExecutor
+from river_compile.runtime.trace import ExitStats
 from river_compile.twins.make import PackedSite
+from river_compile.twins.observe import Observation
+from river_compile.twins.pack import GraphTwins, PackedWeights
 
 from .config import RiverConfig, check_mode
 from .errors import OptionError, RiverWarning, UnsupportedGraphError
-from .exits import CRITERIA, Criterion
+from .exits import CRITERIA, Criterion, Memories
 from .state import GraphRecord, ModelState, state_of
 
 log = logging.getLogger("river_compile")
@@ -152,7 +157,8 @@ def _build(
     plan = program.plan
     lowering = _lowering(config, plan)
     rule = _exit_rule(program, config)
-    state.offloaded.check(plan, config)
+    offloaded, stats, captures = state.of(OffloadedWeights), state.of(ExitStats), record.of(CaptureLog)
+    offloaded.check(plan, config)
     start = time.perf_counter()
     packed = _pack(_reachable(program, rule), values, config, state)
     if packed:
@@ -165,9 +171,9 @@ def _build(
         log.info("wrote the rewritten graph to %s", dump_program(program, config.dump_dir, plan.kind))
     segments = _reachable(program, rule)
     if plan.is_decode:
-        state.offloaded.arrange(program, values, config, sum(packed[s].nbytes for p in segments for s in p.packed))
-    streamer = Streamer(state.offloaded, program, values, config.offload)
-    device = choose_device(program, config, record.captures)
+        offloaded.arrange(program, values, config, sum(packed[s].nbytes for p in segments for s in p.packed))
+    streamer = Streamer(offloaded, program, values, config.offload)
+    device = choose_device(program, config, captures)
     compiler = SegmentCompiler(lowering.compiler, inductor_settings(mode, captured=device is not None))
     steps = {}
     with tqdm(segments, desc="river: compiling segments", unit="segment", leave=False, delay=1) as bar:
@@ -175,9 +181,10 @@ def _build(
             weights = [tensor for site in segment.packed for tensor in packed[site].tensors]
             steps[segment] = streamer.step(segment, compiler.compile(segment, weights), weights, program.slots)
     record.seconds |= {"packing": packed_at - start, "compiling": time.perf_counter() - packed_at}
-    record.describe(program, compiler.compiled, packed.values())
-    state.stats.num_blocks = plan.num_blocks
-    executor = make_executor(program, steps, rule, state, config, record.captures, device)
+    record.describe(program, compiler.compiled)
+    record.put(GraphTwins(packed.values()))
+    stats.num_blocks = plan.num_blocks
+    executor = make_executor(program, steps, rule, stats, state.of(Memories), config, captures, device)
     executor.streamer = streamer
     return executor
 
@@ -186,8 +193,9 @@ def _pack(
     segments: Sequence[Segment], values: dict[fx.Node, object], config: RiverConfig, state: ModelState
 ) -> dict[LinearSite, PackedSite]:
     sites = [site for segment in segments for site in segment.packed]
-    return state.packed.pack(
-        sites, values, config.quantizer, config.artifact, config.min_sqnr, observation=state.observation
+    observation = state.find(Observation)
+    return state.of(PackedWeights).pack(
+        sites, values, config.quantizer, config.artifact, config.min_sqnr, observation=observation
     )
 
 

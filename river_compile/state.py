@@ -1,41 +1,54 @@
-"""What is known of each model that the backend has seen: its packed weights, statistics and rewritten graphs.
+"""What is known of each model that the backend has seen.
 
-A model is recognised by its parameters, which are held weakly. This registry is the package's only global state.
+A model is recognised by its parameters, which are held weakly. This registry is the package's only global state. It
+names no feature: each keeps what it knows of a model, or of one traced graph, under a class of its own
+(``state.of(PackedWeights)``).
 """
 
 from __future__ import annotations
 
-import itertools
 import threading
 from collections.abc import Iterable
 from dataclasses import dataclass, field
-from typing import TYPE_CHECKING
+from typing import TypeVar
 
-import torch
-from torch import Tensor
+from torch import Tensor, nn
 from torch.utils.weak import WeakTensorKeyDictionary
 
-from river_compile.cudagraphs.device import CaptureLog
 from river_compile.lowering.compile import Compiled
-from river_compile.offload.weights import OffloadedWeights
 from river_compile.passes.program import Fusion, KeptLinear, RiverProgram
-from river_compile.runtime.trace import ExitStats
-from river_compile.twins.make import PackedSite
-from river_compile.twins.pack import PackedWeights
 
 from .config import RiverConfig
-from .exits import Memories
 
-if TYPE_CHECKING:
-    from river_compile.speculative.batch_invariant import SameRows
-    from river_compile.twins.block_errors import BlockErrors
-    from river_compile.twins.observe import Observation
+T = TypeVar("T")
 
-_ids = itertools.count(1)
+
+class Entries:
+    """Holds at most one object of each class, under that class."""
+
+    def __init__(self) -> None:
+        self._entries: dict[type, object] = {}
+        self._lock = threading.Lock()
+
+    def find(self, kind: type[T]) -> T | None:
+        """Returns the object of this class, None where there is none."""
+        return self._entries.get(kind)
+
+    def of(self, kind: type[T]) -> T:
+        """Returns the object of this class, made without arguments where there is none."""
+        with self._lock:
+            if kind not in self._entries:
+                self._entries[kind] = kind()
+            return self._entries[kind]
+
+    def put(self, entry: object) -> None:
+        """Keeps an object under its class, in the place of an earlier one."""
+        with self._lock:
+            self._entries[type(entry)] = entry
 
 
 @dataclass
-class GraphRecord:
+class GraphRecord(Entries):
     """What became of one traced graph.
 
     Attributes:
@@ -50,9 +63,7 @@ class GraphRecord:
         seconds: seconds by stage: rewriting, packing, compiling.
         kept: matrices of the twins that stay in 16 bits.
         fusions: what became of each fusion rule in each segment that it is for.
-        packed: the matrices of the twins.
         block_paths: module paths of the blocks.
-        captures: which of its decode steps were captured, and why others were not.
     """
 
     config: RiverConfig
@@ -66,11 +77,12 @@ class GraphRecord:
     seconds: dict[str, float] = field(default_factory=dict)
     kept: tuple[KeptLinear, ...] = ()
     fusions: tuple[Fusion, ...] = ()
-    packed: tuple[PackedSite, ...] = ()
     block_paths: tuple[str, ...] = ()
-    captures: CaptureLog = field(default_factory=CaptureLog)
 
-    def describe(self, program: RiverProgram, compiled: Iterable[Compiled], sites: Iterable[PackedSite]) -> None:
+    def __post_init__(self) -> None:
+        super().__init__()
+
+    def describe(self, program: RiverProgram, compiled: Iterable[Compiled]) -> None:
         """Fills in what a rewritten graph turned out to be."""
         plan = program.plan
         self.kind = plan.kind
@@ -80,43 +92,55 @@ class GraphRecord:
         self.compiled = tuple(compiled)
         self.kept = program.kept
         self.fusions = program.fusions
-        self.packed = tuple(sites)
         self.block_paths = tuple(block.path for block in plan.blocks)
 
 
-class ModelState:
-    """Everything the backend keeps for one model."""
+class ModelState(Entries):
+    """What is known of one model: its traced graphs, in the order of their compilation, and the features' entries."""
 
     def __init__(self) -> None:
-        self.id = next(_ids)
-        self.stats = ExitStats(self.id)
-        self.memories = Memories()
-        self.packed = PackedWeights()
-        self.offloaded = OffloadedWeights()
-        self.observation: Observation | None = None
-        self.block_errors: BlockErrors | None = None
+        super().__init__()
         self.graphs: list[GraphRecord] = []
-        self.same_rows: dict[tuple, SameRows] = {}
 
 
 _states: WeakTensorKeyDictionary = WeakTensorKeyDictionary()
 _lock = threading.Lock()
 
 
-def find_state(parameters: Iterable[Tensor]) -> ModelState | None:
-    """Returns the state of the model that owns one of these parameters, None where the backend never saw it."""
-    for parameter in parameters:
-        state = _states.get(parameter)
-        if state is not None:
-            return state
-    return None
-
-
-def state_of(parameters: Iterable[Tensor]) -> ModelState:
-    """Returns the state of the model that owns these parameters, a new one where the backend never saw it."""
-    parameters = [p for p in parameters if isinstance(p, torch.Tensor)]
+def state_of(parameters: Iterable[object]) -> ModelState:
+    """Returns the state of the model that owns these parameters, a new one where there is none yet."""
+    tensors = [p for p in parameters if isinstance(p, Tensor)]
     with _lock:
-        state = find_state(parameters) or ModelState()
-        for parameter in parameters:
-            _states[parameter] = state
+        state = _find(tensors) or ModelState()
+        for tensor in tensors:
+            _states[tensor] = state
         return state
+
+
+def find_state(model: nn.Module) -> ModelState | None:
+    """Returns the state of a model, or of the one in torch.compile's wrapper; None where the backend never saw it."""
+    return _find([*model.parameters(), *model.buffers()])
+
+
+def state_of_model(model: nn.Module, purpose: str) -> ModelState:
+    """Returns the state of a model that has run.
+
+    Raises:
+        ValueError: none of its graphs reached the backend; the message begins with what the state is wanted for.
+    """
+    state = find_state(model)
+    if state is None or not state.graphs:
+        raise ValueError(
+            f"{purpose}: this model never reached the river backend; "
+            'call model.compile(backend="river") and generate a token first'
+        )
+    return state
+
+
+def unwrap(model: nn.Module) -> nn.Module:
+    """Returns the module in the wrapper that ``torch.compile(model)`` returns, any other module as it is."""
+    return getattr(model, "_orig_mod", model)
+
+
+def _find(tensors: Iterable[Tensor]) -> ModelState | None:
+    return next((state for state in map(_states.get, tensors) if state is not None), None)

@@ -30,7 +30,7 @@ from river_compile.backend import river
 from river_compile.exits import Criterion, Memories, Memory, Threshold
 from river_compile.runtime.executor import forced_depth, forced_threshold
 from river_compile.runtime.trace import StepRecord, trace
-from river_compile.state import find_state
+from river_compile.state import state_of_model
 
 Rule = tuple[Threshold, int]  # threshold, first exit
 
@@ -214,10 +214,7 @@ class Meter:
         self._prompts[index] = _AfterPrompt.of(self.cache, self._memories())
 
     def _memories(self) -> Memories:
-        state = find_state(self._model.parameters())
-        if state is None:
-            raise RuntimeError("the model never reached the river backend; river_compile.report(model) says why")
-        return state.memories
+        return state_of_model(self._model, "calibration").of(Memories)
 
     def _step(self, ids: Tensor, start: int, stop: int) -> Tensor:
         positions = torch.arange(start, stop, device=ids.device)[None]

@@ -8,12 +8,13 @@ import torch
 
 from river_compile.config import RiverConfig
 from river_compile.errors import OptionError
+from river_compile.exits import Memories
 from river_compile.fills.rivals import FILLS
 from river_compile.passes.decoder import is_tensor, value_of
 from river_compile.passes.graph_safety import source_of
 from river_compile.passes.program import DecoderPlan, RiverProgram, Segment
 from river_compile.runtime.executor import ExitRule, RiverExecutor, Step
-from river_compile.state import ModelState
+from river_compile.runtime.trace import ExitStats
 
 from .device import CaptureDevice, CaptureLog
 from .launch_ahead import LaunchAhead
@@ -37,17 +38,18 @@ def make_executor(
     program: RiverProgram,
     steps: Mapping[Segment, Step],
     rule: ExitRule,
-    state: ModelState,
+    stats: ExitStats,
+    memories: Memories,
     config: RiverConfig,
     captures: CaptureLog,
     device: CaptureDevice | None,
 ) -> RiverExecutor:
     """Returns the executor of a program: one that captures where there is a device for it."""
     if device is None:
-        return RiverExecutor(program, steps, rule, state.stats, state.memories, FILLS[config.fill])
+        return RiverExecutor(program, steps, rule, stats, memories, FILLS[config.fill])
     ahead = LaunchAhead(config.launch_ahead)
     how = Capturing(device, config.max_captures, captures, ahead)
-    return CapturedExecutor(program, steps, rule, state.stats, state.memories, how)
+    return CapturedExecutor(program, steps, rule, stats, memories, how)
 
 
 def check_device(config: RiverConfig, plan: DecoderPlan) -> None:

@@ -13,7 +13,7 @@ from transformers.cache_utils import Cache
 
 from river_compile.exits import CRITERIA
 from river_compile.runtime.executor import forced_depth, forced_threshold
-from river_compile.state import GraphRecord, find_state
+from river_compile.state import GraphRecord, state_of_model
 
 from .device import CaptureLog
 
@@ -63,7 +63,7 @@ def warmup(model: nn.Module, cache: Cache, *, batch_size: int = 1, depths: Itera
                 generate()
             bar.update()
     cache.reset()
-    return record.captures
+    return record.of(CaptureLog)
 
 
 def _runs(record: GraphRecord, depths: Iterable[int]) -> Iterator[AbstractContextManager]:
@@ -80,14 +80,8 @@ def _runs(record: GraphRecord, depths: Iterable[int]) -> Iterator[AbstractContex
 
 
 def _decode_record(model: nn.Module) -> GraphRecord:
-    model = getattr(model, "_orig_mod", model)
-    state = find_state(model.parameters())
-    graphs = [g for g in state.graphs if g.kind == "decode"] if state is not None else []
-    if not graphs:
-        refused = [g.refusal for g in state.graphs if g.refusal] if state is not None else []
-        raise ValueError(
-            f"nothing to capture: {refused[-1]}"
-            if refused
-            else 'the model never reached the river backend: call model.compile(backend="river") first'
-        )
-    return graphs[-1]
+    graphs = state_of_model(model, "warmup").graphs
+    decode = [g for g in graphs if g.kind == "decode"]
+    if not decode:
+        raise ValueError(f"nothing to capture: {graphs[-1].refusal or 'generation ran no decode step'}")
+    return decode[-1]

@@ -6,6 +6,8 @@ from torch import nn
 
 from river_compile.state import find_state
 
+from .weights import OffloadedWeights
+
 
 def restore(model: nn.Module) -> int:
     """Brings a model's offloaded weights back into device memory, bit for bit.
@@ -20,7 +22,5 @@ def restore(model: nn.Module) -> int:
     Returns:
         The bytes that came back, 0 where nothing was offloaded.
     """
-    model = getattr(model, "_orig_mod", model)
-    weights = [*model.parameters(), *model.buffers()]
-    state = find_state(weights)
-    return 0 if state is None else state.offloaded.restore(weights)
+    state = find_state(model)
+    return 0 if state is None else state.of(OffloadedWeights).restore([*model.parameters(), *model.buffers()])

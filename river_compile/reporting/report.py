@@ -9,13 +9,15 @@ from dataclasses import dataclass
 
 from torch import nn
 
+from river_compile.cudagraphs.device import CaptureLog
 from river_compile.exits import threshold_text
-from river_compile.offload.weights import OffloadLog
+from river_compile.offload.weights import OffloadedWeights, OffloadLog
 from river_compile.passes.program import Fusion
-from river_compile.runtime.trace import ExactStats
-from river_compile.state import GraphRecord, find_state
+from river_compile.runtime.trace import ExactStats, ExitStats
+from river_compile.state import GraphRecord, find_state, unwrap
 from river_compile.twins.block_errors import BlockErrors
 from river_compile.twins.make import PackedSite
+from river_compile.twins.pack import GraphTwins, PackedWeights
 
 _NEVER_RAN = (
     "never ran: no graph of this model reached the backend. torch.compile(model).generate runs the original model; "
@@ -108,22 +110,22 @@ def report(model: nn.Module) -> Report:
     Args:
         model: the module that was compiled, or the wrapper that ``torch.compile`` returned.
     """
-    model = getattr(model, "_orig_mod", model)
-    state = find_state(model.parameters())
-    name = type(model).__name__
+    state = find_state(model)
+    name = type(unwrap(model)).__name__
     if state is None:
         return Report(name, (), (), 0.0, {}, {}, ExactStats())
+    stats, packed = state.of(ExitStats), state.of(PackedWeights)
     return Report(
         name,
         tuple(state.graphs),
-        tuple(sorted(state.packed.all(), key=lambda p: _natural(p.name))),
-        state.packed.seconds,
-        state.stats.depths(decode=True),
-        state.stats.depths(decode=False),
-        state.stats.exact.copy(),
-        state.stats.doubted,
-        block_errors=state.block_errors,
-        offloaded=state.offloaded.snapshot(),
+        tuple(sorted(packed.all(), key=lambda p: _natural(p.name))),
+        packed.seconds,
+        stats.depths(decode=True),
+        stats.depths(decode=False),
+        stats.exact.copy(),
+        stats.doubted,
+        block_errors=state.find(BlockErrors),
+        offloaded=state.of(OffloadedWeights).snapshot(),
     )
 
 
@@ -148,13 +150,13 @@ def _graph_dict(graph: GraphRecord) -> dict[str, object]:
             for f in graph.fusions
             if f.missed
         ],
-        "captures": graph.captures.to_dict(),
+        "captures": graph.of(CaptureLog).to_dict(),
     }
 
 
 def _other_groups(graph: GraphRecord) -> dict[str, int]:
     """Returns the matrices, by name, that did not take the group size that was asked for."""
-    return {p.name: p.group_size for p in graph.packed if p.group_size != graph.config.group_size}
+    return {p.name: p.group_size for p in graph.of(GraphTwins) if p.group_size != graph.config.group_size}
 
 
 def _graph_lines(graph: GraphRecord) -> list[str]:
@@ -180,7 +182,7 @@ def _graph_lines(graph: GraphRecord) -> list[str]:
         lines.append(f"    in 16 bits   {count} matrices: {reason}")
     for size, count in Counter(_other_groups(graph).values()).items():
         lines.append(f"    group size   {size} instead of {graph.config.group_size} in {count} matrices")
-    return lines + fusion_lines(graph.fusions) + graph.captures.lines()
+    return lines + fusion_lines(graph.fusions) + graph.of(CaptureLog).lines()
 
 
 def fusion_lines(fusions: Sequence[Fusion]) -> list[str]:

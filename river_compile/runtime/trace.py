@@ -6,18 +6,25 @@ in, so that generation in a worker thread (as streamers use it) is seen too.
 
 from __future__ import annotations
 
+import itertools
 import threading
 from collections import Counter
 from collections.abc import Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 
+_model_ids = itertools.count(1)
+
 
 class ExitStats:
-    """Steps per exit depth of one model, prefill and decode apart, and the cycles of exact mode."""
+    """Steps per exit depth of one model, prefill and decode apart, and the cycles of exact mode.
 
-    def __init__(self, model_id: int) -> None:
-        self.model_id = model_id
+    Attributes:
+        model_id: identifies the model in traces, unique in the process.
+    """
+
+    def __init__(self) -> None:
+        self.model_id = next(_model_ids)
         self.exact = ExactStats()
         self.num_blocks = 0
         self._lock = threading.Lock()

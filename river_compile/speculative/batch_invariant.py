@@ -44,12 +44,17 @@ class SameRows:
         return self._forward(model, **inputs)
 
 
+class _Known(dict[tuple, SameRows]):
+    """The strict passes of one model by the options and the mode that they were compiled with."""
+
+
 def same_rows_of(model: PreTrainedModel, state: ModelState) -> SameRows:
     """Returns the strict passes for a model as it is compiled now, the same object for the same options."""
+    known = state.of(_Known)
     key = (dataclasses.replace(state.graphs[-1].config, same_rows=True), state.graphs[-1].mode)
-    if key not in state.same_rows:
-        state.same_rows[key] = SameRows(model, state)
-    return state.same_rows[key]
+    if key not in known:
+        known[key] = SameRows(model, state)
+    return known[key]
 
 
 def entries(cache: Cache) -> list[torch.Tensor]:

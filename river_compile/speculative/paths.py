@@ -23,8 +23,8 @@ from transformers.cache_utils import Cache, StaticLayer
 
 from river_compile.errors import RiverWarning
 from river_compile.runtime.executor import forced_depth
-from river_compile.runtime.trace import ExactStats
-from river_compile.state import ModelState, find_state
+from river_compile.runtime.trace import ExactStats, ExitStats
+from river_compile.state import ModelState, state_of_model
 
 from .batch_invariant import entries, same_rows_of
 
@@ -80,12 +80,12 @@ class TwoPaths:
     @property
     def model_id(self) -> int:
         """Identifies the model in traces."""
-        return self._state.id
+        return self._state.of(ExitStats).model_id
 
     @property
     def stats(self) -> ExactStats:
         """Counts the model's cycles."""
-        return self._state.stats.exact
+        return self._state.of(ExitStats).exact
 
     def width_for(self, drafted: int) -> int:
         """Returns the smallest verification width for a number of drafted tokens."""
@@ -125,7 +125,7 @@ class TwoPaths:
         filler = width - drafted - 1
         if filler:
             ids_BS = torch.cat([ids_BS, ids_BS[:, -1:].expand(-1, filler)], dim=-1)
-        with forced_depth(self._state.stats.num_blocks):  # (a pass of width 1 is a decode step)
+        with forced_depth(self._state.of(ExitStats).num_blocks):  # (a pass of width 1 is a decode step)
             if self._same_rows is not None and width > 1 and self._verdict_key(width) not in self._same_rows.verdicts:
                 return self._try_out(ids_BS, width)[:, : drafted + 1]
             return self._forward(ids_BS, width, strict=self._strict)[:, : drafted + 1]
@@ -192,12 +192,7 @@ def _rewritten_state(model: PreTrainedModel) -> ModelState:
     Raises:
         ValueError: the model never reached the backend, or was compiled so that exact mode cannot work.
     """
-    state = find_state(model.parameters())
-    if state is None:
-        raise ValueError(
-            "exact mode needs a model compiled with the river backend, and this one never reached it: "
-            'call model.compile(backend="river") first'
-        )
+    state = state_of_model(model, "exact mode")
     latest = state.graphs[-1]
     if latest.refusal:
         raise ValueError(f"exact mode needs a model that the river backend can rewrite; it refused: {latest.refusal}")

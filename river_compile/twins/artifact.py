@@ -38,6 +38,7 @@ from river_compile.state import find_state
 
 from .hashes import content_hash, file_hash, weights_hash
 from .make import PackedSite
+from .pack import PackedWeights
 
 FORMAT = "river-twins"
 VERSION = 2
@@ -94,8 +95,8 @@ def save(model: nn.Module, folder: str | Path) -> Path:
         ArtifactError: (a ``ValueError``) nothing is packed, the weights changed since, or the folder cannot be written.
     """
     folder = Path(folder)
-    state = find_state(getattr(model, "_orig_mod", model).parameters())
-    made = state.packed.made() if state else []
+    state = find_state(model)
+    made = state.of(PackedWeights).made() if state else []
     if not made:
         raise ArtifactError(
             f"cannot save to {folder}: no twin of this model is packed; generate a token with "

@@ -19,10 +19,11 @@ from tqdm import tqdm
 from transformers import PreTrainedModel
 
 from river_compile.calibration.evaluate import token_kl
-from river_compile.state import ModelState, find_state
+from river_compile.state import ModelState, state_of_model, unwrap
 
 from .make import PackedSite
 from .observe import windows_of
+from .pack import GraphTwins, PackedWeights
 
 
 @dataclass(frozen=True)
@@ -96,12 +97,12 @@ def block_errors(
     Raises:
         ValueError: no twin is packed, its weights changed since, or there is no text.
     """
-    model = getattr(model, "_orig_mod", model)
+    model = unwrap(model)
     windows = windows_of(tokenizer, texts, inputs, "block_errors")
-    state = find_state(model.parameters())
-    sites = list(_sites_by_block(state)) if state else []
+    state = state_of_model(model, "block_errors")
+    sites = list(_sites_by_block(state))
     if not sites:
-        raise ValueError('no twin is packed; generate a token with model.compile(backend="river") first')
+        raise ValueError("no twin of this model is packed; generate a token with another quantizer than 'none' first")
     sums = [[0.0, 0.0] for _ in sites]
     tokens = sum(ids.numel() for ids in windows)
     bar = tqdm(desc="river: measuring twins", unit="pass", total=len(windows) * len(sites), leave=False, delay=1)
@@ -118,8 +119,9 @@ def block_errors(
         _error(number, path, [site for site, _ in packed], kl / tokens, agreed / tokens)
         for (number, path, packed), (kl, agreed) in zip(sites, sums, strict=True)
     ]
-    state.block_errors = BlockErrors(tuple(errors), tokens)
-    return state.block_errors
+    found = BlockErrors(tuple(errors), tokens)
+    state.put(found)
+    return found
 
 
 _Made = list[tuple[PackedSite, list[Tensor]]]
@@ -127,11 +129,11 @@ _Made = list[tuple[PackedSite, list[Tensor]]]
 
 def _sites_by_block(state: ModelState) -> Iterator[tuple[int, str, _Made]]:
     """Yields number, path and 4-bit products of every block whose twin the latest rewritten graph packed."""
-    rewritten = [graph for graph in state.graphs if graph.packed]
+    rewritten = [graph for graph in state.graphs if graph.of(GraphTwins)]
     if not rewritten:
         return
-    used = {id(site) for site in rewritten[-1].packed}
-    made = [(site, sources) for site, sources in state.packed.made() if id(site) in used]
+    used = {id(site) for site in rewritten[-1].of(GraphTwins)}
+    made = [(site, sources) for site, sources in state.of(PackedWeights).made() if id(site) in used]
     for number, path in enumerate(rewritten[-1].block_paths, start=1):
         packed = [(site, sources) for site, sources in made if site.name.startswith(f"{path}.")]
         for site, sources in packed:

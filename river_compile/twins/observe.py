@@ -21,7 +21,7 @@ from tqdm import tqdm
 from transformers import PreTrainedModel
 
 from river_compile.errors import OptionError
-from river_compile.state import state_of
+from river_compile.state import state_of, unwrap
 
 from .versions import version_of
 
@@ -56,7 +56,7 @@ def observe(
     Raises:
         OptionError: (a ``ValueError``) neither or both of tokenizer and inputs, or no token in them.
     """
-    model = getattr(model, "_orig_mod", model)
+    model = unwrap(model)
     windows = windows_of(tokenizer, texts, inputs, "observe")
     observation = Observation()
     parameters = {p.data_ptr(): p for p in model.parameters() if p.dim() == 2}
@@ -66,7 +66,7 @@ def observe(
             with _Recorder(parameters, observation):
                 model(input_ids=ids.to(model.device), use_cache=False)
             observation.tokens += ids.numel()
-    state_of(model.parameters()).observation = observation
+    state_of(model.parameters()).put(observation)
     return observation
 
 

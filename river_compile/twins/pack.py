@@ -44,6 +44,10 @@ class _Entry:
         return same and self.versions == tuple(map(version_of, tensors))
 
 
+class GraphTwins(tuple[PackedSite, ...]):
+    """The packed matrices of one traced graph's twins."""
+
+
 class PackedWeights:
     """All packed weights of one model."""
 

@@ -27,7 +27,7 @@ from transformers import StaticCache
 import river_compile
 from river_compile import CacheFullError, OptionError, RiverConfig, report, river
 from river_compile.cudagraphs import choose as capture_choice
-from river_compile.cudagraphs.device import CaptureFailed
+from river_compile.cudagraphs.device import CaptureFailed, CaptureLog
 from river_compile.cudagraphs.launch_ahead import LaunchAhead
 from river_compile.cudagraphs.recorder import Recorder, StaleReplay
 from river_compile.cudagraphs.runner import CapturedExecutor
@@ -97,7 +97,7 @@ class Decoder:
     @property
     def log(self):
         """What the report knows of the captures of the newest decode graph."""
-        return [g for g in report(self.model).graphs if g.kind == "decode"][-1].captures
+        return [g for g in report(self.model).graphs if g.kind == "decode"][-1].of(CaptureLog)
 
 
 @contextlib.contextmanager
@@ -217,7 +217,7 @@ class TestSameBits:
         """Sliding windows before and after they are full, counters kept in Python, experts."""
         decoder = Decoder(name, launch_ahead=True)
         check(decoder, [(0, None, tau) for tau in (2.0, 2.0, -1.0, -1.0, 0.9, 2.0, 2.0, 0.9, 0.95, -1.0)])
-        assert any(g.captures.made for g in report(decoder.model).graphs)
+        assert any(g.of(CaptureLog).made for g in report(decoder.model).graphs)
 
     @pytest.mark.parametrize(
         ("criterion", "thresholds"), [("confidence", (0.0, 4.45, 5.0)), ("doubt", (0.0, 1e-9, 3.5, 4.0, 9.0))]
@@ -516,7 +516,7 @@ class TestSizes:
         with uncaptured():
             expected = run_all()
         assert_same([*range(12)], expected, run_all())
-        assert {c.batch for g in report(decoder.model).graphs for c in g.captures.captures} == {1, 2, 3}
+        assert {c.batch for g in report(decoder.model).graphs for c in g.of(CaptureLog).captures} == {1, 2, 3}
 
     def test_a_growing_mask_leaves_the_prologue_uncaptured(self, alone):
         """Hand-fed 2-D masks change their length with every token: later pieces are captured, the first one is not."""
@@ -527,7 +527,7 @@ class TestSizes:
         with uncaptured():
             expected = decode(model, caches[0], depths)
         assert_same(["prompt", *depths], (expected, caches[:1]), (decode(model, caches[1], depths), caches[1:]))
-        log = report(model).graphs[-1].captures
+        log = report(model).graphs[-1].of(CaptureLog)
         assert "tail 2" in [c.unit for c in log.captures]
         assert "attention_mask" in log.uncaptured["piece 0-2"]
 
@@ -535,7 +535,7 @@ class TestSizes:
         model = make("llama", layers=2)
         model.compile(backend=river, options=capturing())
         decode(model, new_cache(model, "dynamic"), [None])
-        prefill, step = [g.captures.reason for g in report(model).graphs]
+        prefill, step = [g.of(CaptureLog).reason for g in report(model).graphs]
         assert "a prompt's length differs" in prefill
         assert "the cache grows with every token" in step
         assert "cache_utils.py:" in step
@@ -544,7 +544,9 @@ class TestSizes:
         model = make("llama", layers=2)
         model.compile(backend=river, options=OPTIONS)
         decode(model, new_cache(model, "static"), [None])
-        assert {g.captures.reason for g in report(model).graphs} == {"the model lies on cpu; CUDA graphs need a GPU"}
+        assert {g.of(CaptureLog).reason for g in report(model).graphs} == {
+            "the model lies on cpu; CUDA graphs need a GPU"
+        }
 
 
 class TestLaunchAhead:

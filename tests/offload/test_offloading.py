@@ -18,6 +18,7 @@ import pytest
 import torch
 
 from river_compile import OptionError, RiverConfig, RiverWarning, exact, report, restore, river
+from river_compile.cudagraphs.device import CaptureLog
 from river_compile.offload import disk as offload_file
 from river_compile.offload.disk import MappedFiles
 from river_compile.offload.store import Arrival, Stored, WeightStore
@@ -227,7 +228,7 @@ def test_blocks_that_move_are_not_captured(elsewhere):
             with forced_depth(depth):
                 logits[graphs] += model.generate(prompt(), **options).logits
     assert all(map(torch.equal, logits[False], logits["record"]))
-    captures = report(model).graphs[-1].captures
+    captures = report(model).graphs[-1].of(CaptureLog)
     assert set(captures.uncaptured) == {"last 2-3"}
     assert "offloaded weights lie elsewhere in every run (at model.layers.2)" in captures.uncaptured["last 2-3"]
     assert {c.unit for c in captures.captures} == {"piece 0-1", "piece 1-2", "piece 0-2", "tail 2"}

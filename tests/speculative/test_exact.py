@@ -182,7 +182,7 @@ class RoundsDifferently(SameRows):
 
 def test_strict_mode_notices_passes_that_round_differently(monkeypatch):
     """It warns, verifies nothing at such a width, and keeps the text."""
-    monkeypatch.setattr(river_compile.same_rows, "SameRows", RoundsDifferently)
+    monkeypatch.setattr("river_compile.speculative.batch_invariant.SameRows", RoundsDifferently)
     ids, model = prompt(), compiled(dtype=torch.bfloat16)
     with pytest.warns(river_compile.RiverWarning, match="a pass of . tokens rounds differently"):
         ours = exactly(model, ids, strict=True)

@@ -11,7 +11,7 @@ from torch import nn
 
 from river_compile import OptionError, observe, river
 from river_compile.state import find_state
-from river_compile.twins.observe import InputMoments, default_texts
+from river_compile.twins.observe import InputMoments, Observation, default_texts
 from tests.support.families import make, prompt
 
 
@@ -72,9 +72,9 @@ def test_a_compiled_model_is_observed_as_it_is():
         after = observe(model, inputs=[prompt(20)], progress=False)
         weight = model.model.layers[0].mlp.down_proj.weight
         assert torch.equal(before.moments_of(weight).matrix(), after.moments_of(weight).matrix())
-    state = find_state(model.parameters())
+    state = find_state(model)
     assert state.graphs == []
-    assert state.observation is after
+    assert state.find(Observation) is after
 
 
 def test_inputs_are_summed_up_when_they_take_more_room_than_moments():
@@ -115,7 +115,7 @@ def test_texts_that_come_with_the_package():
 def test_a_later_call_replaces_the_earlier_one_and_clear_frees():
     model = make("llama", layers=2)
     first, second = (observe(model, inputs=[prompt(20, seed=i)], progress=False) for i in range(2))
-    assert find_state(model.parameters()).observation is second
+    assert find_state(model).find(Observation) is second
     assert first.number != second.number
     assert second.nbytes > 0
     second.clear()

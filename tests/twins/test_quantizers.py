@@ -11,6 +11,7 @@ import river_compile.twins.make
 from river_compile import ArtifactError, OptionError, block_errors, observe, report, river, save
 from river_compile.kernels.quant import calibrated
 from river_compile.twins.artifact import MANIFEST
+from river_compile.twins.pack import GraphTwins
 from tests.support.decoding import decode, new_cache
 from tests.support.families import make, prompt
 from tests.support.traced import TracedStep
@@ -27,7 +28,7 @@ def observed(family="llama"):
 
 def twins_of(step):
     """Returns the 4-bit products, by name, of the step's latest twins."""
-    return {site.name: site for site in report(step.model).graphs[-1].packed}
+    return {site.name: site for site in report(step.model).graphs[-1].of(GraphTwins)}
 
 
 def in_place(model, sites):
@@ -123,8 +124,8 @@ class TestFloor:
         graph = report(step.model).graphs[-1]
         assert [kept.name for kept in graph.kept] == low.split("|")
         assert {kept.reason for kept in graph.kept} == {f"SQNR below min_sqnr={floor:g} dB"}
-        assert [site.name for site in graph.packed if site.kept] == [low]
-        others = [site for site in graph.packed if not site.kept]
+        assert [site.name for site in graph.of(GraphTwins) if site.kept] == [low]
+        others = [site for site in graph.of(GraphTwins) if not site.kept]
         expected = step.reference(in_place(step.model, others))
         assert (logits - expected).norm() < 0.02 * expected.norm()
         assert f"SQNR below min_sqnr={floor:g} dB" in str(report(step.model))
@@ -250,7 +251,7 @@ class TestBlockErrors:
             block_errors(step.model, inputs=TEXTS)
 
     def test_a_model_without_twins_is_refused(self):
-        with pytest.raises(ValueError, match="no twin is packed; generate a token"):
+        with pytest.raises(ValueError, match="block_errors: this model never reached the river backend"):
             block_errors(make("llama", layers=2), inputs=TEXTS)
 
 
