@@ -11,11 +11,12 @@ blocks that write no KV cache.
 from __future__ import annotations
 
 import re
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Iterator
 
 import torch
 from torch import fx
 
+from .nodes import ancestors, clean_path, is_tensor, memory_of, mutated_inputs, rank, value_of
 from .program import Block, DecoderPlan, KVSlot, Refusal
 
 # `...layers.5`, `...layers[5]` and `getattr(...layers, '5')` all name child 5 of a module list.
@@ -38,73 +39,6 @@ def find_decoder(graph_module: fx.GraphModule) -> DecoderPlan | Refusal:
         return blocks
     batch, query_length = value_of(blocks[0].hidden_in).shape[:2]
     return DecoderPlan(graph_module, blocks, part_of, query_length, batch)
-
-
-def value_of(node: fx.Node) -> object:
-    """Returns the fake tensor or number that Dynamo recorded for a node, None where it recorded none."""
-    return node.meta.get("example_value")
-
-
-def is_tensor(node: fx.Node) -> bool:
-    return isinstance(value_of(node), torch.Tensor)
-
-
-def is_parameter(node: fx.Node) -> bool:
-    """True for a placeholder that holds a parameter or buffer of a module (Dynamo marks those as static inputs)."""
-    return node.op == "placeholder" and node.meta.get("tensor_dict", {}).get("_dynamo_static_input_type") == "unguarded"
-
-
-def input_name(node: fx.Node) -> str:
-    """Returns how the user's code names a graph input: ``model.layers.0.mlp.experts.gate_up_proj``."""
-    source = getattr(node.meta.get("grapharg"), "source", None)
-    if source is None:
-        return node.name
-    name = source.name() if callable(source.name) else source.name  # a method up to torch 2.12
-    return clean_path(re.sub(r"\._(?:modules|parameters|buffers)\['(\w+)'\]", r".\1", name))
-
-
-def mutated_inputs(node: fx.Node) -> list[fx.Node]:
-    """Returns the arguments that a node writes in place: trailing underscore, ``out=`` and ``x[...] = y``."""
-    name = node.target if node.op == "call_method" else getattr(node.target, "__name__", "")
-    if not isinstance(name, str):
-        return []
-    in_place = (name.endswith("_") and not name.endswith("__")) or name in ("setitem", "copy_")
-    mutated = [a for a in node.args[:1] if isinstance(a, fx.Node)] if in_place else []
-    out = node.kwargs.get("out")
-    return [*mutated, *([out] if isinstance(out, fx.Node) else [])]
-
-
-def rank(node: fx.Node) -> int | None:
-    """Returns how many dimensions a tensor has, None for other values."""
-    return value_of(node).dim() if is_tensor(node) else None
-
-
-def closure(nodes: Iterable[fx.Node], neighbours: Callable[[fx.Node], Iterable[fx.Node]]) -> set[fx.Node]:
-    """Returns the nodes and all that can be reached from them."""
-    found: set[fx.Node] = set()
-    stack = list(nodes)
-    while stack:
-        node = stack.pop()
-        if node not in found:
-            found.add(node)
-            stack.extend(neighbours(node))
-    return found
-
-
-def ancestors(nodes: Iterable[fx.Node]) -> set[fx.Node]:
-    """Returns the nodes and everything that they are computed from."""
-    return closure(nodes, lambda node: node.all_input_nodes)
-
-
-def module_path(node: fx.Node) -> str:
-    """Returns the path of the innermost module that a node was traced in, without Dynamo's name of the root."""
-    stack = node.meta.get("nn_module_stack")
-    return clean_path(list(stack.values())[-1][0]) if stack else ""
-
-
-def clean_path(path: str) -> str:
-    """Strips Dynamo's name of the root module: ``L['self'].model.layers.5`` becomes ``model.layers.5``."""
-    return re.sub(r"^L\[[^\]]*\](\[\d+\])?(\._modules\[[^\]]*\])*\.?", "", path)
 
 
 def _children(node: fx.Node, list_path: str | None = None) -> Iterator[tuple[int, tuple[str, object]]]:
@@ -219,7 +153,7 @@ def _comes_from_embedding(node: fx.Node) -> bool:
 
 def _kv_slot(nodes: list[fx.Node], hidden_out: fx.Node) -> KVSlot | None:
     """Finds what a block writes for its tokens: in-place writes to 4-D tensors, or 4-D tensors that it returns."""
-    static = [n for n in nodes for m in mutated_inputs(n) if rank(m) == 4]
+    static = [n for n in nodes for m in mutated_inputs(n) if rank(m) == 4 and _outlives(memory_of(m), nodes)]
     if static:
         lengths = [m for n in nodes for m in mutated_inputs(n) if m.op == "placeholder" and rank(m) == 0]
         return KVSlot("static", tuple(static), tuple(dict.fromkeys(lengths)), _capacity(static))
@@ -227,10 +161,15 @@ def _kv_slot(nodes: list[fx.Node], hidden_out: fx.Node) -> KVSlot | None:
     return KVSlot("dynamic", tuple(returned)) if returned else None
 
 
+def _outlives(memory: fx.Node, nodes: list[fx.Node]) -> bool:
+    """True for memory of the caller: an input, or a tensor that the graph makes and returns (a prompt's new cache)."""
+    return memory not in nodes or any(user.op == "output" for user in memory.users)
+
+
 def _capacity(writes: list[fx.Node]) -> int | None:
     """Slots of a cache written by ``index_copy_(dim, position, new)``; other caches roll and never overflow."""
     for node in writes:
-        if node.target == "index_copy_":
+        if node.target is torch.Tensor.index_copy_:
             size = value_of(node.args[0]).shape[node.args[1]]
             return size if isinstance(size, int) else None
     return None

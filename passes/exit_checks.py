@@ -17,7 +17,7 @@ from torch import fx
 from river_compile.kernels import ops  # noqa: F401  (registers river::exit_score)
 from river_compile.kernels.entropy import largest_entropy
 
-from .decoder import is_tensor, value_of
+from .nodes import is_tensor, value_of
 from .program import Block, DecoderPlan, Segment
 
 

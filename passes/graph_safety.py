@@ -10,7 +10,6 @@ itself finds that out.
 
 from __future__ import annotations
 
-import re
 from collections.abc import Callable
 from dataclasses import dataclass
 
@@ -19,19 +18,8 @@ import torch
 from torch import fx
 from torch.fx.experimental.symbolic_shapes import free_symbols, free_unbacked_symbols
 
-from .decoder import is_parameter, is_tensor, mutated_inputs, value_of
+from .nodes import is_parameter, is_tensor, memory_of, mutated_inputs, source_of, value_of
 from .program import Block, DecoderPlan, Refusal, Segment
-
-_FRAME = re.compile(r'File "(?P<file>[^"]+)", line (?P<line>\d+)')
-
-
-def source_of(node: fx.Node) -> str:
-    """Returns a node's name and the line of the user's code it was traced from: ``add_ (cache_utils.py:483)``."""
-    frames = _FRAME.findall(node.meta.get("stack_trace") or "")
-    if not frames:
-        return node.name
-    file, line = frames[-1]
-    return f"{node.name}, {file.rpartition('/')[2]}:{line}"
 
 
 def fixed_inputs(plan: DecoderPlan) -> frozenset[fx.Node]:
@@ -41,7 +29,7 @@ def fixed_inputs(plan: DecoderPlan) -> frozenset[fx.Node]:
     """
     graph = plan.graph_module.graph
     fixed = {n for n in graph.nodes if n.op == "placeholder" and (is_parameter(n) or _is_marked(n))}
-    fixed |= {_base(m) for node in graph.nodes for m in mutated_inputs(node)}
+    fixed |= {memory_of(m) for node in graph.nodes for m in mutated_inputs(node)}
     return frozenset(n for n in fixed if n.op == "placeholder")
 
 
@@ -59,7 +47,7 @@ def obstacle(segment: Segment, home: torch.device) -> Refusal | None:
         value = value_of(node)
         if isinstance(value, (torch.Tensor, torch.SymInt)) and free_unbacked_symbols(value):
             return Refusal("the size of a value depends on the data", source_of(node))
-        if node.op == "call_method" and node.target in ("item", "tolist", "numpy"):
+        if node.target in (torch.Tensor.item, torch.Tensor.tolist, torch.Tensor.numpy):
             return Refusal("a value is read on the host", source_of(node))
         if is_tensor(node) and value.device != home:
             return Refusal(f"a value lies on {value.device}, the hidden state on {home}", source_of(node))
@@ -126,10 +114,10 @@ def runs_once(plan: DecoderPlan, block: Block) -> Refusal | None:
         for written in mutated_inputs(node):
             if _is_counter_step(node, written) and written not in counters:
                 counters.add(written)
-            elif node.target != "index_copy_" or written.op != "placeholder":
+            elif memory_of(written) not in inside and not _writes_slot(node):
                 return Refusal("it changes a value otherwise than by writing to a slot or counting", source_of(node))
     for node in nodes:
-        if node.target == "index_copy_":
+        if _writes_slot(node):
             early = next((n for n in nodes if _reads_before(n, node, nodes)), None)
             if early is not None:
                 return Refusal("it reads the KV cache before it writes to it", source_of(early))
@@ -143,16 +131,13 @@ def _is_marked(node: fx.Node) -> bool:
     return "_dynamo_static_input_type" in node.meta.get("tensor_dict", {})
 
 
-def _base(node: fx.Node) -> fx.Node:
-    """Follows views back to what they show: the first argument, as long as there is one."""
-    while node.op != "placeholder" and node.args and isinstance(node.args[0], fx.Node):
-        node = node.args[0]
-    return node
+def _writes_slot(node: fx.Node) -> bool:
+    return node.target is torch.Tensor.index_copy_ and node.args[0].op == "placeholder"
 
 
 def _is_counter_step(node: fx.Node, written: fx.Node) -> bool:
     return (
-        node.target == "add_"
+        node.target is torch.Tensor.add_
         and written.op == "placeholder"
         and is_tensor(written)
         and value_of(written).dim() == 0

@@ -20,12 +20,10 @@ from dataclasses import dataclass
 import torch
 from torch import fx
 
-from .decoder import is_parameter, is_tensor, value_of
+from .nodes import is_parameter, is_tensor, value_of
 
-_PRODUCTS = (operator.mul, torch.mul, "mul")
-_NORMS = tuple(f for f in (torch.nn.functional.layer_norm, getattr(torch.nn.functional, "rms_norm", None)) if f)
-_SAME_VALUES = ("view", "reshape", "contiguous", "to", "type_as", "float")
-_NORM_PARAMETERS = (2, 3)  # positions of layer_norm's weight and bias; rms_norm's third argument is eps
+_NORMS = (torch.nn.functional.layer_norm, torch.nn.functional.rms_norm)
+_SAME_VALUES = (torch.Tensor.view, torch.reshape, torch.Tensor.contiguous, torch.Tensor.to)
 
 
 @dataclass(frozen=True)
@@ -52,17 +50,15 @@ def find_input_scale(x: fx.Node, readers: Collection[fx.Node], features: int) ->
     if set(x.users) != set(readers):
         return None
     node = x
-    while node.op == "call_method" and node.target in _SAME_VALUES:
+    while node.target in _SAME_VALUES:
         node = node.args[0]
         if len(node.users) != 1 or value_of(node).shape[-1] != features:
             return None
-    if node.op == "call_function" and node.target in _NORMS:
-        found = [node.kwargs.get(name) for name in ("weight", "bias")]
-        found += [node.args[i] for i in _NORM_PARAMETERS if i < len(node.args)]
-        parameters = tuple(p for p in found if isinstance(p, fx.Node) and is_tensor(p))
+    if node.target in _NORMS:
+        parameters = tuple(p for p in node.args[2:4] if isinstance(p, fx.Node) and is_tensor(p))
         foldable = parameters and all(_is_norm_parameter(p, features) for p in parameters)
         return InputScale(node, parameters) if foldable else None
-    if node.op in ("call_function", "call_method") and node.target in _PRODUCTS:
+    if node.target is operator.mul:
         factors = [n for n in node.args if isinstance(n, fx.Node) and _is_norm_parameter(n, features)]
         return InputScale(node, tuple(factors[:1])) if is_tensor(node) else None
     return None
@@ -79,7 +75,6 @@ def scale_inputs(graph: fx.Graph, x: fx.Node, scale: InputScale, placeholders: t
         placeholder.meta = parameter.meta.copy()
     replacement = dict(zip(scale.parameters, placeholders, strict=True))
     scale.node.args = fx.map_arg(scale.node.args, lambda n: replacement.get(n, n))
-    scale.node.kwargs = fx.map_arg(scale.node.kwargs, lambda n: replacement.get(n, n))
     return x
 
 

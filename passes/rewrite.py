@@ -5,11 +5,11 @@ decoder_layers   traced graph            DecoderPlan: prologue, blocks, KV slots
 segments         DecoderPlan             one segment per part
 exit_checks      block segments          blocks that return an exit score, after each candidate
                  heads                   heads that return the entropy of their logits (on request)
-river_twins      copies of the blocks    twins with 4-bit matrix products and one_query's operators
+river_twins      copies of the blocks    twins with 4-bit matrix products and swap_ops' operators
 fills            copies of the blocks    what another fill runs in the twins' place; masks in front of attention
 over_tokens      copies of the blocks    blocks for several tokens at once (for a fill that runs skipped blocks later)
 fused_twins      twins, head, checks     operators of the generated kernels in place of what they compute (on request)
-same_rows        all but twins           operators whose rows do not depend on the pass's width (on request)
+swap_ops         all but twins           operators whose rows do not depend on the pass's width (on request)
 """
 
 from __future__ import annotations
@@ -26,12 +26,11 @@ from river_compile.passes.fills.entries import empty_entries, only_entries, with
 from river_compile.passes.fills.over_tokens import over_tokens
 from river_compile.passes.fusion.fuse import fuse_checks, fuse_twins
 
-from .batch_invariant import keep_rows
 from .decoder import find_decoder
 from .exit_checks import add_entropy, add_exit_check, candidate_depths, logits_of
-from .one_query import simplify_attention, simplify_linears
 from .program import DecoderPlan, KeptLinear, Refusal, RiverProgram, Segment
 from .segments import cut, output_values
+from .swap_ops import keep_rows, simplify_attention, simplify_linears
 from .twins import make_twin
 
 log = logging.getLogger("river_compile.passes")

@@ -16,7 +16,7 @@ import torch
 from torch import fx
 from torch.fx.experimental.symbolic_shapes import free_symbols
 
-from .decoder import value_of
+from .nodes import value_of
 from .program import DecoderPlan, Refusal, Segment
 
 _SYMBOL = re.compile(r"\b[su]\d+\b")

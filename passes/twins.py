@@ -13,7 +13,7 @@ from __future__ import annotations
 
 import operator
 from collections.abc import Collection, Iterator, Mapping
-from dataclasses import dataclass, replace
+from dataclasses import replace
 
 import torch
 from torch import fx
@@ -21,34 +21,11 @@ from torch import fx
 from river_compile.kernels import ops  # noqa: F401  (registers river::linear)
 from river_compile.kernels.quant.grid import fitting_group_size
 
-from .decoder import input_name, is_parameter, module_path, mutated_inputs, value_of
 from .input_scales import InputScale, find_input_scale, scale_inputs
+from .nodes import Linear, as_linear, input_name, is_parameter, mutated_inputs, value_of
 from .program import KeptLinear, LinearSite, Segment
 
 MIN_GROUP_SIZE = 32  # the smallest group that the 4-bit kernels know
-
-
-@dataclass(frozen=True)
-class _Linear:
-    """A linear layer in a segment's graph: ``out = x W^T + bias``."""
-
-    node: fx.Node
-    x: fx.Node
-    weight: fx.Node
-    bias: fx.Node | None
-    transposed: bool
-
-    @property
-    def name(self) -> str:
-        return module_path(self.node) or self.weight.name
-
-    @property
-    def in_features(self) -> int:
-        return value_of(self.weight).shape[0 if self.transposed else 1]
-
-    @property
-    def out_features(self) -> int:
-        return value_of(self.weight).shape[1 if self.transposed else 0]
 
 
 def make_twin(
@@ -99,12 +76,12 @@ def make_twin(
     return replace(block, inputs=inputs, packed=tuple(sites)), tuple(kept.values())
 
 
-def _name(linears: list[_Linear]) -> str:
+def _name(linears: list[Linear]) -> str:
     return "|".join(linear.name for linear in linears)
 
 
 def _site(
-    linears: list[_Linear],
+    linears: list[Linear],
     source_of: dict[fx.Node, fx.Node],
     group_size: int,
     layout: str,
@@ -124,52 +101,15 @@ def _site(
     )
 
 
-def _linears(graph: fx.Graph) -> Iterator[_Linear]:
-    """Yields the linear layers of a graph: F.linear, GPT-2's addmm and Falcon's ``x @ weight.T``."""
-    for node in graph.nodes:
-        linear = _as_linear(node)
-        if linear and _is_matrix(linear.weight) and (linear.bias is None or _is_vector(linear.bias)):
-            yield linear
-
-
-def _as_linear(node: fx.Node) -> _Linear | None:
-    if node.op != "call_function":
-        return None
-    if node.target is torch.nn.functional.linear:
-        x, weight, bias = (*node.args, None)[:3]
-        return _Linear(node, x, weight, node.kwargs.get("bias", bias), transposed=False)
-    if node.target is torch.addmm and not node.kwargs:
-        bias, x, weight = node.args
-        return _Linear(node, x, weight, bias, transposed=True)
-    if node.target in (operator.matmul, torch.matmul) and _is_transpose(node.args[1]):
-        return _Linear(node, node.args[0], node.args[1].args[0], None, transposed=False)
-    return None
-
-
-def _is_transpose(node: object) -> bool:
-    """True for ``weight.T`` and ``weight.t()``."""
-    if not isinstance(node, fx.Node):
-        return False
-    return (node.target is getattr and node.args[1] == "T") or (node.op == "call_method" and node.target == "t")
-
-
-def _is_matrix(node: object) -> bool:
-    return isinstance(node, fx.Node) and is_parameter(node) and value_of(node).dim() == 2
-
-
-def _is_vector(node: object) -> bool:
-    return isinstance(node, fx.Node) and is_parameter(node) and value_of(node).dim() == 1
-
-
-def _sharing_inputs(graph: fx.Graph) -> list[list[_Linear]]:
+def _sharing_inputs(graph: fx.Graph) -> list[list[Linear]]:
     """Returns the linears in order, those together that read the same value in the same way."""
-    groups: dict[tuple[fx.Node, bool], list[_Linear]] = {}
-    for linear in _linears(graph):
+    groups: dict[tuple[fx.Node, bool], list[Linear]] = {}
+    for linear in filter(None, map(as_linear, graph.nodes)):
         groups.setdefault((linear.x, linear.transposed), []).append(linear)
     return list(groups.values())
 
 
-def _replace(graph: fx.Graph, linears: list[_Linear], site: LinearSite, index: int, scale: InputScale | None) -> None:
+def _replace(graph: fx.Graph, linears: list[Linear], site: LinearSite, index: int, scale: InputScale | None) -> None:
     """Puts one ``river::linear`` in place of linears that share an input, and splits what it gives."""
     names = ["qweight", "scale_zero", *(["bias"] if site.has_bias else [])]
     scaled = [f"scaled_{i}" for i in range(max(1, len(site.folds)))] if scale else []
@@ -222,12 +162,12 @@ def _unread_matrices(block: Segment, sites: list[LinearSite], known: Collection[
 
 def _drop_unused_weights(graph: fx.Graph) -> None:
     for node in reversed(list(graph.nodes)):
-        if not node.users and (node.op == "placeholder" or _is_transpose(node)):
+        if not node.users and (node.op == "placeholder" or node.target is torch.t):
             graph.erase_node(node)
 
 
 def _relax_views(graph: fx.Graph) -> None:
     """A slice of a merged product has gaps between its rows; ``reshape`` takes what ``view`` may refuse."""
     for node in graph.nodes:
-        if node.op == "call_method" and node.target == "view" and not isinstance(node.args[1], torch.dtype):
-            node.target = "reshape"
+        if node.target is torch.Tensor.view and isinstance(node.args[1], tuple):
+            node.target = torch.reshape

@@ -24,7 +24,8 @@ from river_compile.lowering.choose import Lowering, choose_lowering, warn_of_slo
 from river_compile.lowering.compile import SegmentCompiler, inductor_settings
 from river_compile.offload.streaming import Streamer
 from river_compile.offload.weights import OffloadedWeights
-from river_compile.passes.decoder import is_parameter, value_of
+from river_compile.passes.nodes import is_parameter, value_of
+from river_compile.passes.normalize import normalized
 from river_compile.passes.program import DecoderPlan, FillRefusal, LinearSite, Refusal, RiverProgram, Segment
 from river_compile.passes.rewrite import RewriteOptions, keep_linears, rewrite
 from river_compile.reporting.dump import dump_program
@@ -63,10 +64,11 @@ def river(
     """
     config = RiverConfig.from_options(options)
     mode = check_mode(mode)
-    values = dict(zip((n for n in graph_module.graph.nodes if n.op == "placeholder"), example_inputs, strict=True))
+    traced = normalized(graph_module)
+    values = dict(zip(traced.graph.find_nodes(op="placeholder"), example_inputs, strict=True))
     state = state_of(value for node, value in values.items() if is_parameter(node))
     start = time.perf_counter()
-    program = _needs_gradients(example_inputs) or rewrite(graph_module, functools.partial(_rewrite_options, config))
+    program = _needs_gradients(example_inputs) or rewrite(traced, functools.partial(_rewrite_options, config))
     record = GraphRecord(config, mode=mode, seconds={"rewriting": time.perf_counter() - start})
     state.graphs.append(record)
     if isinstance(program, FillRefusal):

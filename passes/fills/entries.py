@@ -20,11 +20,8 @@ from dataclasses import replace
 import torch
 from torch import fx
 
-from river_compile.passes.decoder import closure, is_parameter, is_tensor, mutated_inputs, rank, value_of
+from river_compile.passes.nodes import closure, is_parameter, is_tensor, memory_of, mutated_inputs, rank, value_of
 from river_compile.passes.program import Block, FillRefusal, Segment
-
-_VIEWS = ("view", "reshape", "transpose", "unsqueeze", "squeeze", "expand", "permute", "narrow", "select", "getitem")
-_SOFTMAX = ("softmax", "_softmax")
 
 
 def only_entries(segment: Segment, block: Block) -> Segment:
@@ -66,9 +63,8 @@ def _zeros_like_entry(graph: fx.Graph, hidden: fx.Node, entry: fx.Node) -> fx.No
     value = value_of(entry)
     one = graph.call_function(torch.narrow, (hidden, -1, 0, 1))
     zeros = graph.call_function(torch.zeros_like, (one,), {"dtype": value.dtype})
-    return graph.call_method(
-        "expand", (graph.call_method("unsqueeze", (zeros, 1)), -1, value.shape[1], -1, value.shape[3])
-    )
+    heads = graph.call_function(torch.unsqueeze, (zeros, 1))
+    return graph.call_function(torch.Tensor.expand, (heads, (-1, value.shape[1], -1, value.shape[3])))
 
 
 def with_presence(segment: Segment, name: str) -> tuple[Segment, fx.Node] | FillRefusal:
@@ -102,12 +98,9 @@ def with_presence(segment: Segment, name: str) -> tuple[Segment, fx.Node] | Fill
 
 def _keys_axis(node: fx.Node) -> int | torch.SymInt | None:
     """Returns how many keys an attention's mask or softmax ranges over, None for other nodes."""
-    if node.op not in ("call_function", "call_method"):
-        return None
     if node.target is torch.nn.functional.scaled_dot_product_attention:
         return value_of(node.args[1]).shape[2]
-    target = node.target if node.op == "call_method" else getattr(node.target, "__name__", "")
-    return value_of(node).shape[-1] if target in _SOFTMAX and rank(node) == 4 else None
+    return value_of(node).shape[-1] if node.target is torch.softmax and rank(node) == 4 else None
 
 
 def _hide_missing(graph: fx.Graph, node: fx.Node, present: fx.Node) -> None:
@@ -117,20 +110,16 @@ def _hide_missing(graph: fx.Graph, node: fx.Node, present: fx.Node) -> None:
             hidden = graph.call_function(torch.masked_fill, (node.args[0], missing, -torch.inf))
         node.args = (hidden, *node.args[1:])
         return
-    position = 3 if len(node.args) > 3 else None
-    mask = node.args[3] if position else node.kwargs.get("attn_mask")
+    q, k, v, mask, *rest = node.args
     with graph.inserting_before(node):
         if mask is None:
-            new = graph.call_method("expand", (present, 1, 1, 1, -1))
+            new = graph.call_function(torch.Tensor.expand, (present, (1, 1, 1, -1)))
         elif value_of(mask).dtype == torch.bool:
             new = graph.call_function(torch.logical_and, (mask, present))
         else:
             missing = graph.call_function(torch.logical_not, (present,))
             new = graph.call_function(torch.masked_fill, (mask, missing, -torch.inf))
-    if position:
-        node.args = (*node.args[:3], new, *node.args[4:])
-    else:
-        node.kwargs = {**node.kwargs, "attn_mask": new}
+    node.args = (q, k, v, new, *rest)
 
 
 def _without_dead_code(segment: Segment) -> Segment:
@@ -139,22 +128,15 @@ def _without_dead_code(segment: Segment) -> Segment:
     source_of = dict(zip((n for n in graph.nodes if n.op == "placeholder"), segment.inputs, strict=True))
     live: set[fx.Node] = set()
     for node in reversed(list(graph.nodes)):
-        writes = any((shown := _shown(m)).op == "placeholder" or shown in live for m in mutated_inputs(node))
+        writes = any((memory := memory_of(m)).op == "placeholder" or memory in live for m in mutated_inputs(node))
         if node.op == "output" or node in live or writes:
-            live.update({node, *node.all_input_nodes, *map(_shown, node.all_input_nodes)})
+            live.update({node, *node.all_input_nodes, *map(memory_of, node.all_input_nodes)})
     for node in reversed(list(graph.nodes)):
         size = node.op == "placeholder" and not is_tensor(node)  # the shapes of others may need it
         if node not in live and not size:
             graph.erase_node(node)
     segment.graph_module.recompile()
     return replace(segment, inputs=tuple(source_of[n] for n in graph.nodes if n in source_of))
-
-
-def _shown(node: fx.Node) -> fx.Node:
-    """Follows views back to the tensor whose memory they show."""
-    while (node.target if node.op == "call_method" else getattr(node.target, "__name__", "")) in _VIEWS:
-        node = node.args[0]
-    return node
 
 
 def _downstream(nodes: Iterable[fx.Node]) -> set[fx.Node]:

@@ -27,7 +27,7 @@ from torch._dynamo.source import ConstantSource
 from torch._subclasses.fake_tensor import FakeTensorMode
 from torch.fx.experimental.symbolic_shapes import DimDynamic, ShapeEnv, StatelessSymbolicContext
 
-from river_compile.passes.decoder import ancestors, is_parameter, is_tensor, mutated_inputs, value_of
+from river_compile.passes.nodes import ancestors, is_parameter, is_tensor, mutated_inputs, value_of
 from river_compile.passes.program import Block, FillRefusal, Segment
 from river_compile.passes.segments import graph_lines
 
@@ -98,7 +98,7 @@ def over_tokens(segment: Segment, block: Block, scored: bool) -> Segment | FillR
     if refusal:
         return refusal
     source_of = dict(zip((n for n in nodes if n.op == "placeholder"), segment.inputs, strict=True))
-    writes = [n for n in nodes if n.target == "index_copy_"]
+    writes = [n for n in nodes if n.target is Tensor.index_copy_]
     advances = [n for n in nodes for m in mutated_inputs(n) if source_of.get(m) in block.kv.lengths]
     front = ancestors([a for write in writes for a in write.args[2:4]])
     behind = [n for n in nodes if n not in front and n not in writes and n not in advances]
@@ -123,7 +123,7 @@ def over_tokens(segment: Segment, block: Block, scored: bool) -> Segment | FillR
         here[write] = new[cache]
         shared.add(write)
     for node in advances:
-        graph.call_method("add_", (new[node.args[0]], *node.args[1:]))
+        graph.call_function(Tensor.add_, (new[node.args[0]], *node.args[1:]))
     (result,) = nodes[-1].args[0]
     _map(graph, segment, behind, [result], here, shared)
     graph.output(tuple([here[result], *_score(graph, here[result], hidden)] if scored else [here[result]]))
@@ -142,7 +142,7 @@ def _is_mapped(value: fx.Node, block: Block) -> bool:
 
 
 def _obstacle(segment: Segment, block: Block, nodes: list[fx.Node]) -> FillRefusal | None:
-    if block.kv.capacity is None or any(write.target != "index_copy_" for write in block.kv.writes):
+    if block.kv.capacity is None or any(write.target is not Tensor.index_copy_ for write in block.kv.writes):
         return FillRefusal(
             'its KV cache is not a static one that is filled from the front (cache_implementation="static" gives one)',
             block.path,

@@ -13,9 +13,9 @@ from dataclasses import dataclass, field
 import torch
 from torch import fx
 
-from river_compile.passes.decoder import is_tensor, value_of
+from river_compile.passes.nodes import is_tensor, shape, value_of
 
-from .match import argument, is_product, name_of, shape
+from .match import argument, is_product, name_of
 from .recognise import Attention, attention
 
 
@@ -134,7 +134,7 @@ def _entry(node: fx.Node) -> CacheEntry | None:
 def _rolled_entry(copy: fx.Node) -> CacheEntry | None:
     """Recognises a full sliding window: ``new = cache.roll(-1); new[:, :, -1] = value; cache.copy_(new)``."""
     cache, new = copy.args
-    if new.args != (cache, -1) or new.kwargs not in ({"dims": -2}, {"dims": 2}) or len(new.users) != 2:
+    if new.args not in ((cache, -1, -2), (cache, -1, 2)) or len(new.users) != 2:
         return None
     writer = next((user for user in new.users if user.target is operator.setitem), None)
     if (

@@ -12,11 +12,11 @@ from dataclasses import dataclass, replace
 import torch
 from torch import fx
 
-from river_compile.passes.decoder import is_tensor, mutated_inputs, value_of
+from river_compile.passes.nodes import is_tensor, mutated_inputs, shape, value_of
 
 from .block import BlockView, CacheEntry
-from .edits import Missed, call, drop_unused, has_effects, put, reshaped
-from .match import Columns, before_cast, before_views, columns, shape
+from .edits import Missed, call, drop_unused, put, reshaped
+from .match import Columns, before_cast, before_views, columns
 from .recognise import Attention, Normed, Rotation, norm, rotation
 
 _MASKS = (torch.bool, torch.float32, torch.bfloat16, torch.float16)
@@ -130,7 +130,7 @@ def _users_before(node: fx.Node, last: fx.Node) -> list[fx.Node]:
     while stack:
         user = stack.pop()
         if user < last and user not in found:
-            if has_effects(user) or changed & set(user.all_input_nodes):
+            if mutated_inputs(user) or changed & set(user.all_input_nodes):
                 raise Missed("the query meets a value that changes before the cache is written", user)
             found.add(user)
             stack += user.users
@@ -233,6 +233,6 @@ def _mask(graph: fx.Graph, found: Attention) -> fx.Node | None:
         return None
     if shape(mask)[0] != shape(found.k)[0]:
         mask = call(
-            graph, torch.Tensor.expand, (mask, batch, -1, -1, -1), value_of(mask).expand(batch, -1, -1, -1), mask
+            graph, torch.Tensor.expand, (mask, (batch, -1, -1, -1)), value_of(mask).expand(batch, -1, -1, -1), mask
         )
     return call(graph, torch.flatten, (mask, 1), value_of(mask).new_empty((batch, slots)), mask)

@@ -5,15 +5,14 @@ Every node that is put in records its value, as the traced ones do, so that the 
 
 from __future__ import annotations
 
-import operator
 from collections.abc import Callable
 
 import torch
 from torch import fx
 
-from river_compile.passes.decoder import is_tensor, mutated_inputs, value_of
+from river_compile.passes.nodes import is_tensor, mutated_inputs, shape, sizes_of, value_of
 
-from .match import name_of, plain, shape, sizes_of
+from .match import name_of, plain
 
 _KEPT_META = ("nn_module_stack", "stack_trace")
 
@@ -77,14 +76,6 @@ def _check_sizes(value: torch.Tensor, old: fx.Node) -> None:
         raise Missed(f"its shape {shape(old)} has several dynamic sizes", old)
 
 
-def has_effects(node: fx.Node) -> bool:
-    """True for an operation that changes one of its inputs."""
-    in_place = getattr(operator, name_of(node), None) is node.target and name_of(node).startswith("i")
-    in_place = in_place and name_of(node) not in ("invert", "inv", "is_", "is_not", "index", "indexOf", "itemgetter")
-    schema = getattr(node.target, "_schema", None)
-    return bool(mutated_inputs(node)) or in_place or (schema is not None and schema.is_mutable)
-
-
 def drop_unused(graph: fx.Graph, last: fx.Node) -> None:
     """Erases an unused operation, and what only served it as far as that has no effects of its own."""
     stack, erased = [last], set()
@@ -92,7 +83,7 @@ def drop_unused(graph: fx.Graph, last: fx.Node) -> None:
         node = stack.pop()
         if node in erased or node.users or node.op not in ("call_function", "call_method"):
             continue
-        if node is last or not has_effects(node):
+        if node is last or not mutated_inputs(node):
             stack += node.all_input_nodes
             erased.add(node)
             graph.erase_node(node)
@@ -107,7 +98,7 @@ def same_size(a: object, b: fx.Node) -> bool:
 def only_used_for(node: fx.Node, end: fx.Node) -> bool:
     """True where every use of a value leads to `end`, through operations without effects."""
     return bool(node.users) and all(
-        user is end or (user.op != "output" and not has_effects(user) and only_used_for(user, end))
+        user is end or (user.op != "output" and not mutated_inputs(user) and only_used_for(user, end))
         for user in node.users
     )
 

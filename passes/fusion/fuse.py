@@ -13,13 +13,12 @@ from dataclasses import replace
 
 from torch import fx
 
-from river_compile.passes.decoder import is_parameter, value_of
-from river_compile.passes.graph_safety import source_of
+from river_compile.passes.nodes import is_parameter, shape, source_of, value_of
 from river_compile.passes.program import Fusion, RiverProgram, Segment
 
 from .block import BlockView
 from .edits import Missed, call, drop_unused, same_size
-from .match import before_views, either_way, is_product, name_of, operands, plain, shape
+from .match import before_views, either_way, is_product, name_of, operands, plain
 from .rules import CHECK_RULES, HEAD_RULES, RULES, Rule
 
 
@@ -87,10 +86,10 @@ def _regroup(graph: fx.Graph, node: fx.Node) -> None:
     """Turns ``residual + (attention's product + the MLP's)`` into ``(residual + one) + the other``."""
     for side, residual in either_way(node, "add"):
         inner = plain(side)
-        found = operands(inner, "add", "iadd")
+        found = operands(inner, "add", "add_")
         if found is None or len(inner.users) != 1 or not same_size(residual, node):
             continue
-        in_place = name_of(inner) == "iadd"
+        in_place = name_of(inner) == "add_"
         if in_place and len(found[0].users) != 1:
             continue
         if all(is_product(before_views(n)) and same_size(n, node) for n in found) and found[0] is not found[1]:

@@ -13,9 +13,9 @@ from dataclasses import dataclass
 import torch
 from torch import fx
 
-from river_compile.passes.decoder import is_tensor, value_of
+from river_compile.passes.nodes import is_tensor, shape, value_of
 
-_CASTS = ("to", "float", "half", "bfloat16", "type_as", "type")
+_CASTS = ("to",)
 VIEWS = ("reshape", "view", "flatten", "unsqueeze", "squeeze", "contiguous")
 WHOLE = slice(None, None, None)
 
@@ -26,17 +26,6 @@ def name_of(node: object) -> str:
         return ""
     name = node.target if isinstance(node.target, str) else getattr(node.target, "__name__", "")
     return name.partition(".")[0]
-
-
-def shape(node: fx.Node) -> tuple[int | str, ...]:
-    """Returns a tensor's sizes, dynamic ones as text: comparing those adds no guard."""
-    return sizes_of(value_of(node))
-
-
-def sizes_of(value: torch.Tensor) -> tuple[int | str, ...]:
-    """Returns `shape` of a fake tensor."""
-    known = [n if isinstance(n, int) else n.node.maybe_as_int() for n in value.shape]
-    return tuple(str(n) if fixed is None else fixed for n, fixed in zip(value.shape, known, strict=True))
 
 
 def operands(node: object, *names: str) -> tuple[object, object] | None:
@@ -66,8 +55,6 @@ def before_cast(node: object) -> object:
 
 
 def _is_cast(node: fx.Node) -> bool:
-    if node.op != "call_method":
-        return False
     values = [value_of(node), value_of(node.args[0])]
     return all(isinstance(v, torch.Tensor) and v.is_floating_point() for v in values) and (
         values[0].device == values[1].device
@@ -120,8 +107,7 @@ def _keeps_order(node: object) -> bool:
         a, b = (argument(node, place, key) for place, key in ((1, "dim0"), (2, "dim1")))
         order[a], order[b] = order[b], order[a]
     elif name == "permute":
-        given = node.args[1] if isinstance(node.args[1], (tuple, list)) else node.args[1:]
-        order = [d % dims for d in given]
+        order = [d % dims for d in node.args[1]]
     else:
         return False
     sizes = shape(node.args[0])

@@ -12,9 +12,9 @@ from dataclasses import dataclass
 
 from torch import fx
 
-from river_compile.passes.decoder import is_parameter, is_tensor, value_of
+from river_compile.passes.nodes import is_parameter, is_tensor, shape, value_of
 
-from .match import VIEWS, WHOLE, argument, before_cast, either_way, name_of, operands, part, plain, same_dtype, shape
+from .match import VIEWS, WHOLE, argument, before_cast, either_way, name_of, operands, part, plain, same_dtype
 
 _TANH_GELU = (math.sqrt(2 / math.pi), 0.044715)
 

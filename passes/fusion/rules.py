@@ -24,12 +24,12 @@ import torch
 from torch import fx
 
 from river_compile.kernels import ops  # noqa: F401  (registers the operators)
-from river_compile.passes.decoder import is_parameter, is_tensor, value_of
+from river_compile.passes.nodes import is_parameter, is_tensor, shape, value_of
 
 from .block import BlockView
 from .cache_rules import fuse_attention, fuse_kv_fill
 from .edits import Missed, call, drop_unused, only_used_for, put, reshaped, same_size, way_down
-from .match import Columns, argument, before_views, columns, either_way, is_product, name_of, operands, shape
+from .match import Columns, argument, before_views, columns, either_way, is_product, name_of, operands
 from .recognise import Normed, activation, norm
 
 
@@ -174,13 +174,13 @@ def _fuse_residual(graph: fx.Graph, product: fx.Node) -> fx.Node:
         if between is not None and before_views(between.x) is product:
             raise Missed("a norm stands between it and the addition", node)
     last, total = way_down(product)
-    found = operands(total, "add", "iadd")
+    found = operands(total, "add", "add_")
     if found is None or found[0] is found[1]:
         raise Missed(f"{name_of(total) or total.op} stands between it and the addition", total)
     residual = found[1] if found[0] is last else found[0]
     if not same_size(residual, total) or not same_size(last, total):
         raise Missed("what is added has another shape or dtype", total)
-    if name_of(total) == "iadd" and found[0] is residual and len(residual.users) > 1:
+    if name_of(total) == "add_" and found[0] is residual and len(residual.users) > 1:
         raise Missed("the addition changes a value that is used elsewhere", total)
     parts = {**product.kwargs, "residual": residual}
     return put(graph, torch.ops.river.linear.default, product.args, value_of(product), total, **parts)

@@ -10,8 +10,7 @@ from river_compile.config import RiverConfig
 from river_compile.errors import OptionError
 from river_compile.exits import Memories
 from river_compile.fills.rivals import FILLS
-from river_compile.passes.decoder import is_tensor, value_of
-from river_compile.passes.graph_safety import source_of
+from river_compile.passes.nodes import is_tensor, source_of, value_of
 from river_compile.passes.program import DecoderPlan, RiverProgram, Segment
 from river_compile.runtime.executor import ExitRule, RiverExecutor, Step
 from river_compile.runtime.trace import ExitStats

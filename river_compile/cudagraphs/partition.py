@@ -17,8 +17,8 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from river_compile.passes.decoder import value_of
 from river_compile.passes.graph_safety import HostNumber, host_numbers, idle_numbers, obstacle
+from river_compile.passes.nodes import value_of
 from river_compile.passes.program import Refusal, RiverProgram, Segment
 from river_compile.runtime.executor import Step
 

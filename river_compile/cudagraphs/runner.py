@@ -27,8 +27,8 @@ import torch
 from torch import Tensor
 
 from river_compile.exits import Memories, Memory
-from river_compile.passes.decoder import input_name, is_tensor, value_of
-from river_compile.passes.graph_safety import fixed_inputs, runs_once, source_of
+from river_compile.passes.graph_safety import fixed_inputs, runs_once
+from river_compile.passes.nodes import input_name, is_tensor, source_of, value_of
 from river_compile.passes.program import DecoderPlan, RiverProgram, Segment
 from river_compile.runtime.executor import ExitRule, RiverExecutor, Step
 from river_compile.runtime.slots import gather

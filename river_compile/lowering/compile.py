@@ -25,7 +25,7 @@ from torch.fx.experimental.symbolic_shapes import ShapeEnv
 from river_compile.kernels import ops
 from river_compile.kernels.quant.aten_int4 import LAYOUT as ATEN_LAYOUT
 from river_compile.kernels.quant.aten_int4 import linear_aten
-from river_compile.passes.decoder import value_of
+from river_compile.passes.nodes import value_of
 from river_compile.passes.program import Segment
 from river_compile.passes.segments import fingerprint
 

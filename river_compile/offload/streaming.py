@@ -17,7 +17,7 @@ from torch import Tensor, fx
 from torch.utils.weak import TensorWeakRef
 
 from river_compile.lowering.compile import Callee
-from river_compile.passes.decoder import is_parameter
+from river_compile.passes.nodes import is_parameter
 from river_compile.passes.program import RiverProgram, Segment
 from river_compile.runtime.executor import Step
 from river_compile.twins.versions import version_of

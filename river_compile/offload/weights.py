@@ -28,7 +28,7 @@ from torch.utils.weak import WeakTensorKeyDictionary
 from tqdm import tqdm
 
 from river_compile.config import RiverConfig
-from river_compile.passes.decoder import is_parameter, value_of
+from river_compile.passes.nodes import is_parameter, value_of
 from river_compile.passes.program import DecoderPlan, RiverProgram
 
 from .store import Stored, WeightStore

@@ -16,7 +16,7 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor, fx
 
-from river_compile.passes.decoder import mutated_inputs, value_of
+from river_compile.passes.nodes import mutated_inputs, value_of
 from river_compile.passes.program import DecoderPlan
 
 
@@ -52,7 +52,7 @@ def rewind_of(plan: DecoderPlan, register: dict[fx.Node, int]) -> Rewind:
     counters: list[dict[int, None]] = [{} for _ in plan.blocks]
     moved: list[dict[int, None]] = [{} for _ in plan.blocks]
     for node, part in plan.part_of.items():
-        if not 1 <= part <= plan.num_blocks or node.target == "index_copy_":
+        if not 1 <= part <= plan.num_blocks or node.target is Tensor.index_copy_:
             continue
         for target in mutated_inputs(node):
             if target in register and plan.part_of.get(target) != part:

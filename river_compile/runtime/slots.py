@@ -9,7 +9,7 @@ from dataclasses import dataclass
 from torch import fx
 
 from river_compile.errors import CacheFullError
-from river_compile.passes.decoder import is_tensor, mutated_inputs, value_of
+from river_compile.passes.nodes import is_tensor, mutated_inputs, value_of
 from river_compile.passes.program import DecoderPlan
 
 

@@ -11,7 +11,8 @@ import pytest
 import torch
 from torch import fx
 
-from river_compile.passes.graph_safety import fixed_inputs, obstacle, runs_once, source_of
+from river_compile.passes.graph_safety import fixed_inputs, obstacle, runs_once
+from river_compile.passes.nodes import source_of
 from river_compile.passes.program import Block, DecoderPlan, KVSlot, Refusal, Segment
 
 KV = torch.zeros(1, 2, 8, 4)
@@ -34,7 +35,7 @@ class BlockGraph:
         return node
 
     def method(self, name: str, value: object, *args: object) -> fx.Node:
-        node = self.graph.call_method(name, args)
+        node = self.graph.call_function(getattr(torch.Tensor, name), args)
         node.meta["example_value"] = value
         node.meta["stack_trace"] = '  File "/site/cache_utils.py", line 483, in update\n    self.keys.something()'
         self.steps.append(node)

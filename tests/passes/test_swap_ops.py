@@ -7,7 +7,8 @@ import torch
 import torch.nn.functional as F
 from torch import fx
 
-from river_compile.passes.batch_invariant import keep_rows
+from river_compile.passes.normalize import normalized
+from river_compile.passes.swap_ops import keep_rows
 
 
 class Block(torch.nn.Module):
@@ -35,7 +36,7 @@ def traced(causal: bool) -> tuple[fx.GraphModule, list[torch.Tensor]]:
             node.meta["example_value"] = next(values)
         elif node.target is torch.nn.functional.rms_norm:
             node.meta["example_value"] = inputs[0]
-    return graph_module, inputs
+    return normalized(graph_module), inputs
 
 
 @pytest.mark.parametrize("causal", [False, True])

@@ -1,0 +1,217 @@
+"""Questions about the nodes of a graph that is in the normal form of :mod:`river_compile.passes.normalize`.
+
+All passes ask here: what a node's value is, where the user's code made it, which memory it changes. Nothing here
+changes a graph or adds a guard.
+
+Not handled: graphs as Dynamo hands them over, in which one operation has many spellings.
+"""
+
+from __future__ import annotations
+
+import functools
+import operator
+import re
+from collections.abc import Callable, Iterable
+from dataclasses import dataclass
+
+import torch
+from torch import fx
+
+_FRAME = re.compile(r'File "(?P<file>[^"]+)", line (?P<line>\d+)')
+_IN_PLACE_OPERATORS = (
+    *(operator.iadd, operator.isub, operator.imul, operator.imatmul, operator.itruediv, operator.ifloordiv),
+    *(operator.imod, operator.ipow, operator.iand, operator.ior, operator.ixor, operator.ilshift, operator.irshift),
+)
+
+
+def value_of(node: fx.Node) -> object:
+    """Returns the fake tensor or number that Dynamo recorded for a node, None where it recorded none."""
+    return node.meta.get("example_value")
+
+
+def is_tensor(node: fx.Node) -> bool:
+    return isinstance(value_of(node), torch.Tensor)
+
+
+def is_parameter(node: fx.Node) -> bool:
+    """True for a placeholder that holds a parameter or buffer of a module (Dynamo marks those as static inputs)."""
+    return node.op == "placeholder" and node.meta.get("tensor_dict", {}).get("_dynamo_static_input_type") == "unguarded"
+
+
+def input_name(node: fx.Node) -> str:
+    """Returns how the user's code names a graph input: ``model.layers.0.mlp.experts.gate_up_proj``."""
+    source = getattr(node.meta.get("grapharg"), "source", None)
+    if source is None:
+        return node.name
+    name = source.name() if callable(source.name) else source.name  # a method up to torch 2.12
+    return clean_path(re.sub(r"\._(?:modules|parameters|buffers)\['(\w+)'\]", r".\1", name))
+
+
+def mutated_inputs(node: fx.Node) -> list[fx.Node]:
+    """Returns the arguments that a node writes in place.
+
+    That are those which an operator's schema says, the first one of a function with a trailing underscore, of
+    ``x[...] = y``, of ``x += y`` for tensors and of ``inplace=True``, and what ``out=`` names.
+    """
+    if node.op not in ("call_function", "call_method"):
+        return []
+    if isinstance(node.target, torch._ops.OpOverload):
+        arguments = node.target._schema.arguments
+        given = {argument.name: value for argument, value in zip(arguments, node.args, strict=False)} | node.kwargs
+        written = [given.get(a.name) for a in arguments if a.alias_info is not None and a.alias_info.is_write]
+    else:
+        written = [*(node.args[:1] if _writes_first(node) else ()), node.kwargs.get("out")]
+    return [n for value in written for n in (value if isinstance(value, (tuple, list)) else (value,)) if _is_node(n)]
+
+
+def _writes_first(node: fx.Node) -> bool:
+    name = node.target if isinstance(node.target, str) else getattr(node.target, "__name__", "")
+    if node.target in _IN_PLACE_OPERATORS:  # (numbers are replaced, not written)
+        return isinstance(node.args[0], fx.Node) and not isinstance(value_of(node.args[0]), (int, float, torch.SymInt))
+    trailing = name.endswith("_") and not name.endswith("__")
+    return trailing or node.target is operator.setitem or node.kwargs.get("inplace") is True
+
+
+def _is_node(value: object) -> bool:
+    return isinstance(value, fx.Node)
+
+
+def memory_of(node: fx.Node) -> fx.Node:
+    """Follows views and in-place writes back to the value whose memory a node shows, or may show."""
+    while node.op == "call_function" and node.args and _is_node(node.args[0]) and _shows_first(node.target):
+        node = node.args[0]
+    return node
+
+
+@functools.cache
+def _shows_first(function: Callable) -> bool:
+    """True for a function whose result may share memory with its first argument: so say the schemas of its name."""
+    if function in (operator.getitem, getattr, torch.nn.functional.dropout, *_IN_PLACE_OPERATORS):
+        return True
+    if isinstance(function, torch._ops.OpOverload):
+        return _shows(function._schema)
+    packet = getattr(torch.ops.aten, getattr(function, "__name__", ""), None)
+    return packet is not None and any(_shows(getattr(packet, name)._schema) for name in packet.overloads())
+
+
+def _shows(schema: torch.FunctionSchema) -> bool:
+    if not schema.arguments or schema.arguments[0].alias_info is None:
+        return False
+    memory = schema.arguments[0].alias_info.before_set
+    return any(result.alias_info is not None and result.alias_info.after_set & memory for result in schema.returns)
+
+
+def rank(node: fx.Node) -> int | None:
+    """Returns how many dimensions a tensor has, None for other values."""
+    return value_of(node).dim() if is_tensor(node) else None
+
+
+def shape(node: fx.Node) -> tuple[int | str, ...]:
+    """Returns a tensor's sizes, dynamic ones as text: comparing those adds no guard."""
+    return sizes_of(value_of(node))
+
+
+def sizes_of(value: torch.Tensor) -> tuple[int | str, ...]:
+    """Returns `shape` of a fake tensor."""
+    known = [n if isinstance(n, int) else n.node.maybe_as_int() for n in value.shape]
+    return tuple(str(n) if fixed is None else fixed for n, fixed in zip(value.shape, known, strict=True))
+
+
+def closure(nodes: Iterable[fx.Node], neighbours: Callable[[fx.Node], Iterable[fx.Node]]) -> set[fx.Node]:
+    """Returns the nodes and all that can be reached from them."""
+    found: set[fx.Node] = set()
+    stack = list(nodes)
+    while stack:
+        node = stack.pop()
+        if node not in found:
+            found.add(node)
+            stack.extend(neighbours(node))
+    return found
+
+
+def ancestors(nodes: Iterable[fx.Node]) -> set[fx.Node]:
+    """Returns the nodes and everything that they are computed from."""
+    return closure(nodes, lambda node: node.all_input_nodes)
+
+
+def module_path(node: fx.Node) -> str:
+    """Returns the path of the innermost module that a node was traced in, without Dynamo's name of the root."""
+    stack = node.meta.get("nn_module_stack")
+    return clean_path(list(stack.values())[-1][0]) if stack else ""
+
+
+def clean_path(path: str) -> str:
+    """Strips Dynamo's name of the root module: ``L['self'].model.layers.5`` becomes ``model.layers.5``."""
+    return re.sub(r"^L\[[^\]]*\](\[\d+\])?(\._modules\[[^\]]*\])*\.?", "", path)
+
+
+def source_of(node: fx.Node) -> str:
+    """Returns a node's name and the line of the user's code it was traced from: ``add_ (cache_utils.py:483)``."""
+    frames = _FRAME.findall(node.meta.get("stack_trace") or "")
+    if not frames:
+        return node.name
+    file, line = frames[-1]
+    return f"{node.name}, {file.rpartition('/')[2]}:{line}"
+
+
+@dataclass(frozen=True)
+class Linear:
+    """A linear layer: ``x W^T + bias``; a transposed weight is stored as ``[K, N]`` (GPT-2's Conv1D)."""
+
+    node: fx.Node
+    x: fx.Node
+    weight: fx.Node
+    bias: fx.Node | None
+    transposed: bool
+
+    @property
+    def name(self) -> str:
+        return module_path(self.node) or self.weight.name
+
+    @property
+    def in_features(self) -> int:
+        return value_of(self.weight).shape[0 if self.transposed else 1]
+
+    @property
+    def out_features(self) -> int:
+        return value_of(self.weight).shape[1 if self.transposed else 0]
+
+
+def as_linear(node: fx.Node) -> Linear | None:
+    """Recognises a linear layer of parameters: ``F.linear``, ``addmm``, and ``x @ weight.T`` (Falcon's)."""
+    if node.target is torch.nn.functional.linear and len(node.args) == 3:
+        found = Linear(node, *node.args, transposed=False)
+    elif node.target is torch.addmm and len(node.args) == 3 and not node.kwargs:
+        bias, x, weight = node.args
+        found = Linear(node, x, weight, bias, transposed=True)
+    elif node.target is operator.matmul and _is_node(node.args[1]) and node.args[1].target is torch.t:
+        found = Linear(node, node.args[0], node.args[1].args[0], None, transposed=False)
+    else:
+        return None
+    bias_fits = found.bias is None or _is_parameter_of_rank(found.bias, 1)
+    return found if bias_fits and _is_parameter_of_rank(found.weight, 2) else None
+
+
+def _is_parameter_of_rank(node: object, dims: int) -> bool:
+    return _is_node(node) and is_parameter(node) and rank(node) == dims
+
+
+@dataclass(frozen=True)
+class Sdpa:
+    """The arguments of a ``scaled_dot_product_attention``."""
+
+    q: fx.Node
+    k: fx.Node
+    v: fx.Node
+    mask: fx.Node | None
+    dropout: float
+    causal: bool
+    scale: float | None
+    enable_gqa: bool
+
+
+def as_sdpa(node: fx.Node) -> Sdpa | None:
+    """Returns the arguments of ``scaled_dot_product_attention``, None for other nodes."""
+    if node.target is not torch.nn.functional.scaled_dot_product_attention or len(node.args) != 6:
+        return None
+    return Sdpa(*node.args, **node.kwargs)

@@ -1,0 +1,209 @@
+"""Brings a traced graph into one dialect, so that every pass can ask about an operation in one way.
+
+spelling in the traced graph                      normal form
+``x.add(y)``, ``torch.add(x, y)``                 ``operator.add(x, y)``; likewise sub, mul, truediv, matmul, pow, neg
+``x += y`` of tensors                             ``torch.Tensor.add_(x, y)``
+``x.split(n, dim=-1)``                            ``torch.split(x, n, -1)``: positional arguments, defaults filled in
+``x.view(2, -1)``, ``x.expand(2, 3)``             ``torch.Tensor.view(x, (2, -1))``: sizes as one tuple
+``x.float()``, ``x.type_as(y)``                   ``torch.Tensor.to(x, torch.float32)``, ``torch.Tensor.to(x, y)``
+``weight.T`` of a matrix                          ``torch.t(weight)``
+``inplace=False``                                 left out; ``inplace=True`` is always a keyword
+any other method                                  the function ``torch.Tensor.method``
+
+`_TABLE` says which functions these are. Each pair of spellings reaches the same operator with the same values, so the
+graph computes the same bits. A call that the table does not describe (``alpha=``, ``out=``, ``memory_format=``) keeps
+its arguments; it is still a call of a function where it was one of a tensor's method.
+
+Not handled: methods of other objects than tensors, which stay as they are.
+"""
+
+from __future__ import annotations
+
+import functools
+import inspect
+import operator
+from collections.abc import Callable, Mapping
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, fx
+
+from .nodes import is_tensor, rank, value_of
+
+Arguments = tuple[tuple, Mapping[str, object]]
+Form = Callable[[tuple, Mapping[str, object]], Arguments | None]
+
+
+def normalized(graph_module: fx.GraphModule) -> fx.GraphModule:
+    """Returns a copy of a traced graph in the normal form: same nodes, names and metas. The original is untouched."""
+    graph = fx.Graph()
+    new: dict[fx.Node, fx.Node] = {}
+    for node in graph_module.graph.nodes:
+        new[node] = graph.node_copy(node, lambda n: new[n])
+        _normalize(new[node])
+    return fx.GraphModule(graph_module, graph)
+
+
+def _normalize(node: fx.Node) -> None:
+    function = _function(node)
+    if function is None:
+        return
+    args = node.args[:1] if function is Tensor.t else node.args  # (without the name of an attribute)
+    args, kwargs = _inplace_as_keyword(function, args, node.kwargs)
+    normal, form = _NORMAL.get(function, (function, None))
+    found = None if form is None else form(args, kwargs)
+    if found is None or not _is_tensor_or_list(found[0][0]):  # (numbers have operators, but not these functions)
+        normal, found = function, (args, kwargs)
+    node.op, node.target = "call_function", normal
+    node.args, node.kwargs = found
+
+
+def _function(node: fx.Node) -> Callable | None:
+    """Returns what a node calls: a function, or the function behind a tensor's method; None for everything else."""
+    if node.op == "call_method" and is_tensor(node.args[0]):
+        return getattr(Tensor, node.target, None)
+    if node.op != "call_function":
+        return None
+    if node.target is getattr and node.args[1:] == ("T",) and rank(node.args[0]) == 2:
+        return Tensor.t
+    return node.target
+
+
+def _is_tensor_or_list(value: object) -> bool:
+    return isinstance(value, (tuple, list)) or (isinstance(value, fx.Node) and is_tensor(value))
+
+
+def _inplace_as_keyword(function: Callable, args: tuple, kwargs: Mapping[str, object]) -> Arguments:
+    """Leaves ``inplace=False`` out and makes ``inplace=True`` a keyword."""
+    place = _place_of_inplace(function)
+    if place is None:
+        return args, kwargs
+    others = {name: value for name, value in kwargs.items() if name != "inplace"}
+    inplace = args[place] if len(args) > place else kwargs.get("inplace", False)
+    return args[:place], {**others, "inplace": True} if inplace else others
+
+
+@functools.cache
+def _place_of_inplace(function: Callable) -> int | None:
+    """Returns at which place a function of `torch.nn.functional` takes ``inplace`` (always its last), None: nowhere."""
+    if not inspect.isfunction(function) or function.__module__ != F.__name__:
+        return None
+    names = list(inspect.signature(function).parameters)
+    return names.index("inplace") if "inplace" in names else None
+
+
+def _like(example: Callable) -> Form:
+    """Returns the form of calls that have the parameters of `example`; all of its defaults are filled in."""
+    signature = inspect.signature(example)
+
+    def form(args: tuple, kwargs: Mapping[str, object]) -> Arguments | None:
+        try:
+            bound = signature.bind(*args, **kwargs)
+        except TypeError:
+            return None
+        bound.apply_defaults()
+        return bound.args, bound.kwargs
+
+    return form
+
+
+def _sizes(args: tuple, kwargs: Mapping[str, object]) -> Arguments | None:
+    """Joins sizes or dimensions that are given one by one. (A view as another dtype has none.)"""
+    x, *sizes = (*args, *kwargs.values())
+    if len(sizes) == 1 and isinstance(sizes[0], (tuple, list)):
+        return (x, tuple(sizes[0])), {}
+    numbers = all(isinstance(value_of(n) if isinstance(n, fx.Node) else n, (int, torch.SymInt)) for n in sizes)
+    return ((x, tuple(sizes)), {}) if sizes and numbers else None
+
+
+def _to(args: tuple, kwargs: Mapping[str, object]) -> Arguments | None:
+    """Makes device and dtype positional, where nothing else is given."""
+    named = [value for name in ("device", "dtype") if (value := kwargs.get(name)) is not None]
+    together = len(args) == 1 if "device" in kwargs else len(args) <= 2
+    fits = set(kwargs) <= {"device", "dtype"} and (together or not kwargs) and len(args) + len(named) > 1
+    return ((*args, *named), {}) if fits else None
+
+
+def _to_dtype(dtype: torch.dtype) -> Form:
+    return lambda args, kwargs: ((*args, dtype), {}) if len(args) == 1 and not kwargs else None
+
+
+def _type(args: tuple, kwargs: Mapping[str, object]) -> Arguments | None:
+    return (args, {}) if len(args) == 2 and isinstance(args[1], torch.dtype) and not kwargs else None
+
+
+def _square(args: tuple, kwargs: Mapping[str, object]) -> Arguments | None:
+    return ((*args, 2), {}) if len(args) == 1 and not kwargs else None
+
+
+def _any(args: tuple, kwargs: Mapping[str, object]) -> Arguments | None:
+    return (args, kwargs) if args else None
+
+
+_unary = _like(lambda input: input)
+_binary = _like(lambda input, other: input)
+
+# normal form, the form of its arguments, other spellings
+_TABLE: tuple[tuple, ...] = (
+    (operator.add, _binary, torch.add, Tensor.add),
+    (operator.sub, _binary, torch.sub, Tensor.sub),
+    (operator.mul, _binary, torch.mul, torch.multiply, Tensor.mul, Tensor.multiply),
+    (operator.truediv, _binary, torch.div, torch.true_divide, Tensor.div, Tensor.true_divide),
+    (operator.matmul, _binary, torch.matmul, Tensor.matmul),
+    (operator.pow, _binary, torch.pow, Tensor.pow),
+    (operator.pow, _square, torch.square, Tensor.square),
+    (operator.neg, _unary, torch.neg, torch.negative, Tensor.neg, Tensor.negative),
+    (Tensor.add_, _binary, operator.iadd),
+    (Tensor.sub_, _binary, operator.isub),
+    (Tensor.mul_, _binary, operator.imul),
+    (Tensor.div_, _binary, operator.itruediv),
+    (Tensor.index_copy_, _like(lambda input, dim, index, source: input)),
+    (torch.rsqrt, _unary, Tensor.rsqrt),
+    (torch.tanh, _unary, Tensor.tanh),
+    (F.silu, _unary),
+    (F.relu, _unary, torch.relu, Tensor.relu),
+    (F.gelu, _like(lambda input, *, approximate="none": input)),
+    (F.dropout, _like(lambda input, p=0.5, training=True: input)),
+    (F.linear, _like(lambda input, weight, bias=None: input)),
+    (torch.addmm, _like(lambda input, mat1, mat2: input), Tensor.addmm),
+    (F.layer_norm, _like(lambda input, normalized_shape, weight=None, bias=None, eps=1e-5: input)),
+    (F.rms_norm, _like(lambda input, normalized_shape, weight=None, eps=None: input), torch.rms_norm),
+    (torch.softmax, _like(lambda input, dim, *, dtype=None: input), F.softmax, Tensor.softmax),
+    (
+        F.scaled_dot_product_attention,
+        _like(
+            lambda query, key, value, attn_mask=None, dropout_p=0.0, is_causal=False, *, scale=None, enable_gqa=False: 0
+        ),
+    ),
+    (torch.mean, _like(lambda input, dim, keepdim=False, *, dtype=None: input), Tensor.mean),
+    (torch.cat, _like(lambda tensors, dim=0: tensors), torch.concat, torch.concatenate),
+    (torch.stack, _like(lambda tensors, dim=0: tensors)),
+    (torch.split, _like(lambda input, split_size, dim=0: input), Tensor.split),
+    (torch.chunk, _like(lambda input, chunks, dim=0: input), Tensor.chunk),
+    (torch.roll, _like(lambda input, shifts, dims=(): input), Tensor.roll),
+    (Tensor.view, _sizes),
+    (torch.reshape, _sizes, Tensor.reshape),
+    (Tensor.expand, _sizes),
+    (torch.permute, _sizes, Tensor.permute),
+    (torch.transpose, _like(lambda input, dim0, dim1: input), Tensor.transpose, torch.swapaxes, Tensor.swapaxes),
+    (torch.t, _unary, Tensor.t),
+    (torch.flatten, _like(lambda input, start_dim=0, end_dim=-1: input), Tensor.flatten),
+    (torch.unsqueeze, _like(lambda input, dim: input), Tensor.unsqueeze),
+    (torch.squeeze, _any, Tensor.squeeze),
+    (torch.narrow, _like(lambda input, dim, start, length: input), Tensor.narrow),
+    (torch.select, _like(lambda input, dim, index: input), Tensor.select),
+    (Tensor.to, _to),
+    (Tensor.to, _binary, Tensor.type_as),
+    (Tensor.to, _type, Tensor.type),
+    (Tensor.to, _to_dtype(torch.float32), Tensor.float),
+    (Tensor.to, _to_dtype(torch.float16), Tensor.half),
+    (Tensor.to, _to_dtype(torch.bfloat16), Tensor.bfloat16),
+)
+
+
+def _by_spelling() -> dict[Callable, tuple[Callable, Form]]:
+    normal = {spelling: (target, form) for target, form, *spellings in _TABLE for spelling in spellings}
+    return {target: (target, form) for target, form, *_ in reversed(_TABLE)} | normal
+
+
+_NORMAL = _by_spelling()

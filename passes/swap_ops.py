@@ -1,0 +1,88 @@
+"""Puts other operators in the place of a segment's linear layers and attention, one for one.
+
+pass                  for                                      puts there
+simplify_attention    one query position                       `one_query.grouped_attention`, without repeated KV heads
+simplify_linears      inputs of one row                        `one_query.one_row_linear`
+keep_rows             several tokens that must have the bits   batch-invariant linear layers and attention
+                      of one token at a time
+
+The first two are for twins and the heads of tokens that left; the backbone keeps what the model called. Norms, rotary
+embeddings and activations work on each row by itself already, so :func:`keep_rows` needs to change nothing else.
+
+Left alone: causal attention (with one query it would read the first key only; otherwise only prompts use it), dropout,
+and matrix products that are no linear layer (attention written out, experts; Conv1D for :func:`keep_rows`).
+"""
+
+from __future__ import annotations
+
+import operator
+
+import torch
+from torch import fx
+
+from river_compile.kernels import batch_invariant  # noqa: F401  (registers the operators)
+from river_compile.kernels.one_query import grouped_attention, one_row_linear
+from river_compile.passes.fusion.recognise import before_repeat
+
+from .nodes import Sdpa, as_sdpa, rank, shape, value_of
+
+_REPEATING = (operator.getitem, torch.Tensor.expand, torch.reshape)
+
+
+def simplify_attention(graph: fx.Graph) -> int:
+    """Rewrites the graph in place; returns the number of attention operators replaced."""
+    replaced = 0
+    for node in list(graph.nodes):
+        found = _plain_attention(node)
+        if found is None or shape(found.q)[2] != 1:
+            continue
+        with graph.inserting_before(node):
+            arguments = (found.q, before_repeat(found.k), before_repeat(found.v), found.mask, found.scale)
+            new = graph.call_function(grouped_attention, arguments)
+        new.meta = node.meta.copy()
+        node.replace_all_uses_with(new)
+        graph.erase_node(node)
+        replaced += 1
+    if replaced:
+        graph.eliminate_dead_code(lambda node: node.target not in _REPEATING)
+    return replaced
+
+
+def simplify_linears(graph: fx.Graph) -> int:
+    """Rewrites the graph in place; returns the number of linear layers replaced."""
+    linears = graph.find_nodes(op="call_function", target=torch.nn.functional.linear)
+    one_row = [n for n in linears if value_of(n.args[0]) is not None and set(shape(n.args[0])[:-1]) == {1}]
+    for node in one_row:
+        node.target = one_row_linear
+    return len(one_row)
+
+
+def keep_rows(graph: fx.Graph, grown: bool) -> int:
+    """Makes a segment's rows independent of the width of the pass, for verification that gives plain decoding's bits.
+
+    Args:
+        graph: a segment's, rewritten in place.
+        grown: True where the KV cache grows with every token, False where its tensors are static.
+
+    Returns:
+        The number of operators replaced.
+    """
+    replaced = 0
+    for node in graph.nodes:
+        found = _plain_attention(node)
+        if node.target is torch.nn.functional.linear and rank(node.args[0]) == 3:
+            node.target = torch.ops.river.same_rows_linear.default
+        elif found is not None:
+            node.target = torch.ops.river.same_rows_attention.default
+            node.args = (found.q, found.k, found.v, found.mask, found.scale, found.enable_gqa, grown)
+            node.kwargs = {}
+        else:
+            continue
+        replaced += 1
+    return replaced
+
+
+def _plain_attention(node: fx.Node) -> Sdpa | None:
+    """Returns attention over heads ``[B, H, T, D]`` that is neither causal nor drops anything."""
+    found = as_sdpa(node)
+    return found if found and not found.causal and not found.dropout and rank(found.q) == 4 else None

@@ -1,0 +1,187 @@
+"""The normal form computes the same bits as the traced graph, for random decoders and for every family of models."""
+
+from __future__ import annotations
+
+import operator
+
+import pytest
+import torch
+import torch.nn.functional as F
+from hypothesis import given, settings
+from hypothesis import strategies as st
+from torch import Tensor, fx
+
+from river_compile.passes.nodes import is_tensor
+from river_compile.passes.normalize import normalized
+from tests.passes.graphs import GraphBuilder, random_decoder
+from tests.passes.test_random_graphs import SHAPES, assert_equal, clones
+from tests.support.families import FAMILIES, prompt
+
+
+def described(graph: fx.Graph) -> list[tuple]:
+    """Returns what of a graph stays untouched: names, targets, arguments as text."""
+    return [(n.name, n.op, n.target, str(n.args), str(n.kwargs)) for n in graph.nodes]
+
+
+def assert_normal(graph_module: fx.GraphModule) -> fx.GraphModule:
+    """Normalizes a graph and checks all that does not need running it."""
+    before = described(graph_module.graph)
+    normal = normalized(graph_module)
+    assert described(graph_module.graph) == before
+    assert [n.name for n in normal.graph.nodes] == [n.name for n in graph_module.graph.nodes]
+    for ours, traced in zip(normal.graph.nodes, graph_module.graph.nodes, strict=True):
+        assert ours.meta == traced.meta
+        assert ours.op != "call_method" or not is_tensor(ours.args[0])
+    assert described(normalized(normal).graph) == described(normal.graph)
+    normal.graph.lint()
+    return normal
+
+
+@settings(max_examples=60)
+@given(shape=SHAPES, seed=st.integers(0, 2**16))
+def test_random_decoders_keep_their_bits(shape, seed):
+    graph_module, inputs = random_decoder(shape, seed)
+    normal = assert_normal(graph_module)
+    expected, actual = clones(inputs), clones(inputs)
+    assert_equal(graph_module(*expected), normal(*actual))
+    assert_equal(expected, actual)
+
+
+@pytest.mark.parametrize("cache", ["dynamic", "static"])
+@pytest.mark.parametrize("family", FAMILIES)
+def test_families_keep_their_bits(family, cache):
+    """Every graph that Dynamo makes of a prompt and of decode steps runs both ways on copies of the same inputs."""
+    seen = []
+
+    def backend(graph_module: fx.GraphModule, example_inputs: list) -> object:
+        normal = assert_normal(graph_module)
+
+        def run(*inputs: object) -> object:
+            copies = [x.clone() if isinstance(x, Tensor) else x for x in inputs]
+            with torch.no_grad():
+                actual = normal(*copies)
+                expected = graph_module(*inputs)
+            for a, b in zip((*expected, *inputs), (*actual, *copies), strict=True):
+                assert torch.equal(a, b) if isinstance(a, Tensor) else a == b
+            seen.append(normal)
+            return expected
+
+        return run
+
+    torch._dynamo.reset()
+    model = FAMILIES[family]()
+    options = {} if cache == "dynamic" else {"cache_implementation": "static"}
+    model.forward = torch.compile(model.forward, backend=backend)
+    with torch.no_grad():
+        model.generate(prompt(), max_new_tokens=3, do_sample=False, disable_compile=True, **options)
+    assert seen
+
+
+def call(target, *args, **kwargs) -> fx.Node:
+    """Returns the normal form of one call on tensors; a tuple of sizes stands for a new tensor."""
+    b = GraphBuilder(0)
+    inputs = {}
+
+    def tensor(value):
+        if isinstance(value, Tensor):
+            return inputs.setdefault(id(value), b.placeholder(f"x{len(inputs)}", value))
+        return value
+
+    args, kwargs = fx.node.map_aggregate((args, kwargs), tensor)
+    node = b.call(target, *args, **kwargs)
+    graph_module = b.finish([node])
+    normal = assert_normal(graph_module)
+    expected, actual = clones(b.values), clones(b.values)
+    assert_equal(graph_module(*expected), normal(*actual))
+    assert_equal(expected, actual)
+    return normal.graph.output_node().args[0][0]
+
+
+X, Y = torch.randn(2, 4), torch.randn(2, 4)
+Q = torch.randn(1, 2, 3, 4)
+WEIGHT, SHIFT = torch.randn(4), torch.randn(4)
+
+CASES = {
+    "torch.add": ((torch.add, X, Y), {}, operator.add, (Y,), {}),
+    "x.add": (("add", X, Y), {}, operator.add, (Y,), {}),
+    "x.add with alpha": (("add", X, Y), {"alpha": 2}, Tensor.add, (Y,), {"alpha": 2}),
+    "x += y": ((operator.iadd, X, Y), {}, Tensor.add_, (Y,), {}),
+    "x /= y": ((operator.itruediv, X, Y), {}, Tensor.div_, (Y,), {}),
+    "x.mul_": (("mul_", X, Y), {}, Tensor.mul_, (Y,), {}),
+    "torch.div, rounded": ((torch.div, X, Y), {"rounding_mode": "floor"}, torch.div, (Y,), {"rounding_mode": "floor"}),
+    "1 - x": ((operator.sub, 1, X), {}, operator.sub, (X,), {}),
+    "x.square": (("square", X), {}, operator.pow, (2,), {}),
+    "x.T": ((getattr, X, "T"), {}, torch.t, (), {}),
+    "x.T, not of a matrix": ((getattr, Q, "mT"), {}, getattr, ("mT",), {}),
+    "view": (("view", X, 4, -1), {}, Tensor.view, ((4, -1),), {}),
+    "view of a tuple": (("view", X, [8]), {}, Tensor.view, ((8,),), {}),
+    "view as a dtype": (("view", X, torch.int32), {}, Tensor.view, (torch.int32,), {}),
+    "expand": (("expand", X, 3, -1, -1), {}, Tensor.expand, ((3, -1, -1),), {}),
+    "permute": (("permute", X, 1, 0), {}, torch.permute, ((1, 0),), {}),
+    "permute(dims=)": (("permute", X), {"dims": (1, 0)}, torch.permute, ((1, 0),), {}),
+    "to(dtype)": (("to", X, torch.float64), {}, Tensor.to, (torch.float64,), {}),
+    "to(dtype=)": (("to", X), {"dtype": torch.float64}, Tensor.to, (torch.float64,), {}),
+    "to(device=, dtype=)": (
+        ("to", X),
+        {"dtype": torch.float64, "device": "cpu"},
+        Tensor.to,
+        ("cpu", torch.float64),
+        {},
+    ),
+    "to(copy=)": (("to", X, torch.float32), {"copy": True}, Tensor.to, (torch.float32,), {"copy": True}),
+    "half": (("half", X), {}, Tensor.to, (torch.float16,), {}),
+    "type": (("type", X, torch.float64), {}, Tensor.to, (torch.float64,), {}),
+    "type_as": (("type_as", X, Q), {}, Tensor.to, (Q,), {}),
+    "split": (("split", X, [1, 3]), {"dim": -1}, torch.split, ([1, 3], -1), {}),
+    "chunk": ((torch.chunk, X, 2), {}, torch.chunk, (2, 0), {}),
+    "mean": (("mean", X, -1), {"keepdim": True}, torch.mean, (-1, True), {"dtype": None}),
+    "mean of all": (("mean", X), {}, Tensor.mean, (), {}),
+    "softmax": ((F.softmax, X), {"dim": -1}, torch.softmax, (-1,), {"dtype": None}),
+    "linear": ((F.linear, X, Y), {}, F.linear, (Y, None), {}),
+    "layer norm": (
+        (F.layer_norm, X, (4,)),
+        {"bias": SHIFT, "weight": WEIGHT},
+        F.layer_norm,
+        ((4,), WEIGHT, SHIFT, 1e-5),
+        {},
+    ),
+    "rms norm": ((F.rms_norm, X, (4,)), {"eps": 1e-6}, F.rms_norm, ((4,), None, 1e-6), {}),
+    "attention": (
+        (F.scaled_dot_product_attention, Q, Q, Q),
+        {"is_causal": True, "scale": 0.5},
+        F.scaled_dot_product_attention,
+        (Q, Q, None, 0.0, True),
+        {"scale": 0.5, "enable_gqa": False},
+    ),
+    "gelu": ((F.gelu, X), {}, F.gelu, (), {"approximate": "none"}),
+    "relu": ((torch.relu, X), {}, F.relu, (), {}),
+    "relu(inplace=False)": ((F.relu, X, False), {}, F.relu, (), {}),
+    "relu(inplace=True)": ((F.relu, X, True), {}, F.relu, (), {"inplace": True}),
+    "dropout": ((F.dropout, X), {"training": False, "p": 0.1}, F.dropout, (0.1, False), {}),
+    "leaky relu": ((F.leaky_relu, X, 0.1, True), {}, F.leaky_relu, (0.1,), {"inplace": True}),
+    "roll": (("roll", X, -1), {"dims": -2}, torch.roll, (-1, -2), {}),
+    "any other method": (("cumsum", X), {"dim": 0}, Tensor.cumsum, (), {"dim": 0}),
+}
+
+
+@pytest.mark.parametrize("case", CASES)
+def test_spellings(case):
+    (target, *args), kwargs, normal, expected, expected_kwargs = CASES[case]
+    node = call(target, *args, **kwargs)
+    assert node.target is normal
+    assert len(node.args) == 1 + len(expected)
+    for ours, theirs in zip(node.args[1:], expected, strict=True):
+        assert ours.op == "placeholder" if isinstance(theirs, Tensor) else ours == theirs
+    assert dict(node.kwargs) == expected_kwargs
+
+
+def test_numbers_stay_numbers():
+    """Arithmetic of sizes is not that of tensors."""
+    graph = fx.Graph()
+    size = graph.placeholder("size")
+    size.meta["example_value"] = 3
+    total = graph.call_function(operator.iadd, (size, 1))
+    graph.output((total,))
+    normal = normalized(fx.GraphModule({}, graph))
+    assert [n.target for n in normal.graph.nodes][1] is operator.iadd
+    assert normal(3) == (4,)
