@@ -1,221 +1,273 @@
-"""The options of the backend: ``torch.compile(model, backend="river", options={...})``."""
+"""The options of the backend: ``torch.compile(model, backend="river", options={...})``.
+
+Each option stands once, in :class:`RiverConfig`: its default, what is allowed, one sentence, and who it is for. README's
+tables are made from there (``python -m tools.options README.md``).
+"""
 
 from __future__ import annotations
 
 import dataclasses
-import difflib
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 from river_compile.fills.rivals import FILLS
+from river_compile.kernels.checks import FLAG, PATH, Check, closest, integer, number, one_of, optional
+from river_compile.kernels.quant.calibrated import OBSERVING
+from river_compile.kernels.quant.grid import GROUP_SIZES, QUANTIZERS
 
 from .errors import OptionError
 from .exits import CRITERIA, Threshold
 
-_GROUP_SIZES = (32, 64, 128, 256)
-_CHOICES = {
-    "criterion": tuple(CRITERIA),
-    "fill": tuple(FILLS),
-    "quantizer": ("hqq", "rtn", "awq", "gptq", "none"),
-    "prefill": ("backbone", "exit"),
-    "lm_head": ("keep", "w4"),
-    "lowering": ("auto", "inductor", "triton", "eager"),
-    "on_unsupported": ("inductor", "raise"),
-    "offload_policy": ("exit", "fetch"),
-}
-MODES = (None, "default", "reduce-overhead", "max-autotune", "max-autotune-no-cudagraphs")
+USER, EXPERT = "user", "expert"
+_A_SCORE = number("it must be a number, such as 0.7, or a list with one for each depth from 1 on")
+_MODE = optional(one_of("default", "reduce-overhead", "max-autotune", "max-autotune-no-cudagraphs"))
 
 
 @dataclass(frozen=True)
-class RiverConfig:
-    """Options of the backend.
+class Option:
+    """What is known of an option beside its name, type and default.
 
     Attributes:
-        threshold: where the criterion draws the line; None takes the criterion's own default. A similarity that must be
-            exceeded for "similarity" and "history" (1 and more never let a token leave), or a sequence of them, one
-            for each depth from 1 on, whose last holds for all greater depths; for "confidence" and "doubt" an entropy
-            in nats that must not be reached, at least 0 (0 never lets a token leave, infinity always does).
-        criterion: which tokens leave: "similarity" (of a block's input and output, the paper's), "history" (that
-            averaged over the last tokens), "confidence" (the previous step's logits were sure) or "doubt" (the token
-            leaves, and the backbone runs it again where the river's logits are not sure).
-        first_exit: smallest exit depth, in backbone blocks executed, at least 1; the only one for "confidence" and
-            "doubt", where 0 is possible too.
-        exit_every: distance between the depths at which a token may leave, at least 1.
-        exit_depth: None, or one depth for every token: 0 (all blocks in 4 bits) to L (never leave).
-        group_size: consecutive input features of a 4-bit matrix that share a scale and a zero: 32, 64, 128 or 256.
-            A matrix that it does not divide takes the largest power of two that does, or stays in 16 bits below 32.
-        quantizer: how 4-bit weights are found. From the weights alone: "hqq" or "rtn" (round to nearest). From what
-            they read in a text too, which `river_compile.observe` records: "awq" or "gptq". "none" keeps the
-            backbone's weights in the twins (for tests).
-        min_sqnr: dB of signal-to-noise ratio below which a matrix product of a twin stays in 16 bits: of its outputs on
-            the observed text with "awq" and "gptq", of its weights with "hqq" and "rtn". None for no floor.
-        prefill: "backbone" (the prompt runs through all blocks) or "exit" (the whole prompt leaves at the first depth
-            where the least similar of its tokens passes the threshold).
-        lm_head: "keep", or "w4" to put the head into 4 bits for tokens that left the backbone.
-        lowering: "auto" ("triton" on a GPU, "inductor" on a CPU), "inductor" (4-bit products as operators of their
-            own, all else through Inductor), "triton" (twins, their head and the exit checks become the generated
-            kernels, on a CPU in Triton's interpreter: very slow, for tests) or "eager" to run the rewritten graph
-            operator by operator (slow: for debugging and tests; its backbone gives the very bits of the model run
-            eagerly).
-        on_unsupported: "inductor" (a graph that cannot be rewritten runs as Inductor runs it, with one warning) or
-            "raise".
-        dump_dir: a folder that receives every segment, each twin beside its block, and the plan; None for none.
-        artifact: a folder that `river_compile.save` wrote, whose twins are used instead of quantizing; None for none.
-        same_rows: True computes every token of a prompt with the bits that it has when tokens come one at a time, which
-            is slower. Exact mode's `strict=True` compiles its verification with it.
-        cudagraphs: whether decode steps on a static cache are captured and replayed. None: on a GPU. "record": by a
-            recorder that needs no GPU and checks the schedule (slow: for tests and `benchmarks.schedule`).
-        max_captures: graphs kept at the same time, at least 1; the one that was not used for longest gives way.
-        fill: what stands in for the KV entries of skipped blocks: "river" (4-bit twins run, and write them), or for
-            comparison "propagate", "recompute", "mask" or "monotone" (see :mod:`river_compile.fills.rivals`).
-        launch_ahead: whether the blocks behind an exit check start before its result is known. None: where that was
-            measured to help.
-        offload: None, or the number of backbone blocks that stay in device memory, 0 to L - 1; the others move out
-            (:mod:`river_compile.offload.weights`).
-        offload_policy: "exit" (every token leaves by that depth) or "fetch" (tokens that go on bring blocks in).
-        offload_dir: the folder for the offloaded weights of a model on the CPU; None: TMPDIR, or else /var/tmp.
+        check: what it may be, whatever the other options are.
+        text: what it does, in Markdown.
+        audience: "user", or "expert" for what few will need.
+        for_tests: a value that is for tests and debugging, and what it does; messages do not list it.
     """
 
-    threshold: Threshold | None = None
-    criterion: str = "similarity"
-    first_exit: int = 2
-    exit_every: int = 1
-    exit_depth: int | None = None
-    group_size: int = 64
-    quantizer: str = "hqq"
-    min_sqnr: float | None = None
-    prefill: str = "backbone"
-    lm_head: str = "keep"
-    lowering: str = "auto"
-    on_unsupported: str = "inductor"
-    dump_dir: str | None = None
-    artifact: str | None = None
-    same_rows: bool = False
-    cudagraphs: bool | str | None = None
-    max_captures: int = 256
-    launch_ahead: bool | None = None
-    offload: int | None = None
-    offload_policy: str = "exit"
-    offload_dir: str | None = None
-    fill: str = "river"
+    check: Check
+    text: str
+    audience: str = USER
+    for_tests: tuple[str, str] | None = None
+
+
+def _option(
+    default: object, check: Check, text: str, audience: str = USER, for_tests: tuple[str, str] | None = None
+) -> Any:
+    allowed = check
+    if for_tests is not None:
+        allowed = dataclasses.replace(check, fits=lambda value: value == for_tests[0] or check.fits(value))
+    return dataclasses.field(default=default, metadata={"option": Option(allowed, text, audience, for_tests)})
+
+
+def _one_or_several(value: object) -> bool:
+    return bool(value) and all(map(_A_SCORE.fits, value)) if isinstance(value, tuple) else _A_SCORE.fits(value)
+
+
+@dataclass(frozen=True, kw_only=True)
+class RiverConfig:
+    """Options of the backend, checked; ``RiverConfig.options()`` says what each one does.
+
+    Raises:
+        OptionError: (a ``ValueError``) a value that is not allowed, or does not go with another one.
+    """
+
+    criterion: str = _option(
+        "similarity",
+        one_of(*CRITERIA),
+        'which tokens leave: `"similarity"` (of a block\'s output to its input), `"history"` (the same, averaged over the '
+        'last tokens), `"confidence"` (the previous step\'s logits were sure), `"doubt"` (all; the backbone runs those '
+        "again whose logits are not sure) ([docs/criteria.md](docs/criteria.md))",
+    )
+    threshold: Threshold | None = _option(
+        None,
+        optional(Check(_A_SCORE.wanted, _one_or_several)),
+        "0.7 for similarity and history: a cosine to exceed (1 never leaves), or a list with one for each depth from 1 on; "
+        "0.5 for confidence and 1.0 for doubt: nats of entropy to stay below (0 never leaves)",
+    )
+    first_exit: int = _option(
+        2, integer(0), "smallest exit depth, in backbone blocks executed; may be 0 for confidence and doubt"
+    )
+    exit_depth: int | None = _option(
+        None,
+        optional(integer(0, "it must be an integer from 0 to the number of blocks")),
+        "one depth for every token: 0 (all blocks in 4 bits) to L (never leave)",
+    )
+    quantizer: str = _option(
+        "hqq",
+        one_of(*QUANTIZERS, *OBSERVING),
+        'how 4-bit weights are found: from the weights alone `"hqq"` or `"rtn"`; better, after `river_compile.observe`, '
+        '`"gptq"` or `"awq"` ([docs/twins.md](docs/twins.md))',
+        for_tests=("none", "twins keep the backbone's 16-bit weights"),
+    )
+    prefill: str = _option(
+        "backbone",
+        one_of("backbone", "exit"),
+        '`"exit"`: the whole prompt leaves at the first depth where its least similar token passes the threshold',
+    )
+    lm_head: str = _option("keep", one_of("keep", "w4"), '`"w4"`: tokens that left use a 4-bit head')
+    artifact: str | Path | None = _option(
+        None, optional(PATH), "a folder written by `river_compile.save`: its packed twins are read instead of made"
+    )
+    offload: int | None = _option(
+        None,
+        optional(integer(0, "it must be an integer from 0 to the number of blocks - 1")),
+        "backbone blocks that stay in device memory; the weights of those after them leave it "
+        "([docs/offloading.md](docs/offloading.md))",
+    )
+    offload_policy: str = _option(
+        "exit",
+        one_of("exit", "fetch"),
+        'every token leaves by that depth; `"fetch"`: blocks are streamed in for tokens that go on',
+    )
+    on_unsupported: str = _option(
+        "inductor",
+        one_of("inductor", "raise"),
+        'a graph that cannot be rewritten runs as Inductor runs it, with a warning; `"raise"`: it is an error',
+    )
+    group_size: int = _option(
+        64,
+        one_of(*GROUP_SIZES),
+        "weights of a row that share a scale and a zero: 32, 64, 128 or 256; a matrix that it does not divide takes the "
+        "largest power of two that does, or stays in 16 bits below 32",
+        EXPERT,
+    )
+    min_sqnr: float | None = _option(
+        None,
+        optional(number("it must be a number of decibels, such as 20")),
+        "dB of signal-to-noise ratio below which a twin's matrix stays in 16 bits: of its outputs on the observed text "
+        "with gptq and awq, else of its weights",
+        EXPERT,
+    )
+    exit_every: int = _option(1, integer(1), "distance between depths with a check", EXPERT)
+    lowering: str = _option(
+        "auto",
+        one_of("auto", "inductor", "triton"),
+        '`"triton"`: twins become generated kernels, the default on a GPU (on a CPU in Triton\'s interpreter, very slow); '
+        '`"inductor"`: 4-bit products are operators of their own, the default on a CPU '
+        "([docs/lowering.md](docs/lowering.md))",
+        EXPERT,
+        for_tests=("eager", "the rewritten graph runs operator by operator, with the bits of the model run eagerly"),
+    )
+    cudagraphs: bool | str | None = _option(
+        None,
+        one_of(None, True, False),
+        "whether decode steps on a static cache are captured and replayed; `None`: on a GPU ([docs/cuda.md](docs/cuda.md))",
+        EXPERT,
+        for_tests=("record", "a recorder that needs no GPU captures, and checks the schedule of replays"),
+    )
+    max_captures: int = _option(
+        256, integer(1), "CUDA graphs kept at the same time; the one not used for longest gives way", EXPERT
+    )
+    launch_ahead: bool | None = _option(
+        None,
+        one_of(None, True, False),
+        "whether the next blocks start before an exit check is known; `None`: where that was measured to help",
+        EXPERT,
+    )
+    offload_dir: str | Path | None = _option(
+        None,
+        optional(PATH),
+        "the folder for the offloaded weights of a model on the CPU; `None`: `TMPDIR`, else `/var/tmp`",
+        EXPERT,
+    )
+    fill: str = _option(
+        "river",
+        one_of(*FILLS),
+        "what skipped blocks leave in the KV cache: the twins' entries, or for comparison "
+        '`"propagate"`, `"recompute"`, `"mask"`, `"monotone"` ([docs/fills.md](docs/fills.md))',
+        EXPERT,
+    )
+    same_rows: bool = _option(
+        False,
+        FLAG,
+        "batch-invariant: a prompt's tokens get the bits that they have one at a time, slower; exact mode's `strict=True` "
+        "compiles its verification with it",
+        EXPERT,
+    )
+    dump_dir: str | Path | None = _option(
+        None, optional(PATH), "a folder that receives every segment, each twin beside its block, and the plan", EXPERT
+    )
 
     def __post_init__(self) -> None:
-        _require(_is_int(self.exit_every, 1), "exit_every", self.exit_every, "an integer of 1 or more")
-        _require(
-            self.exit_depth is None or _is_int(self.exit_depth, 0),
-            "exit_depth",
-            self.exit_depth,
-            "None or an integer from 0 to the number of blocks",
-        )
-        _require(self.group_size in _GROUP_SIZES, "group_size", self.group_size, f"one of {_listed(_GROUP_SIZES)}")
-        for name in ("dump_dir", "artifact", "offload_dir"):
-            value = getattr(self, name)
-            _require(value is None or isinstance(value, (str, Path)), name, value, "None or a path")
-        for name, allowed in _CHOICES.items():
-            value = getattr(self, name)
-            if value not in allowed:
-                raise OptionError(
-                    f"{name}={value!r} is not allowed; choose one of {_listed(allowed)}{_closest(value, allowed)}"
-                )
+        for name, option in self.options().items():
+            self._set(name, option.check)
+        criterion = CRITERIA[self.criterion]
+        if self.threshold is None:
+            object.__setattr__(self, "threshold", criterion.threshold)
+        if criterion.scores_blocks:
+            self._set("first_exit", integer(1))
+        else:
+            wanted = (
+                f"an entropy in nats of 0 or more, such as {criterion.threshold}, with criterion={criterion.name!r}"
+            )
+            self._set("threshold", number(f"it must be {wanted}", least=0))
+        for contradiction in (*self._contradictions(), *self._unreachable(), *self._only_the_river_has()):
+            raise OptionError(contradiction)
 
-        floor = self.min_sqnr
-        _require(floor is None or _is_number(floor), "min_sqnr", floor, "None or a number of decibels, such as 20")
-        self._check_rule()
-        _require(isinstance(self.same_rows, bool), "same_rows", self.same_rows, "True or False")
-        self._check_capture()
-        self._check_offload()
-        self._check_fill()
+    def _set(self, name: str, check: Check) -> None:
+        object.__setattr__(self, name, check(name, getattr(self, name), OptionError))
+
+    def _contradictions(self) -> Iterator[str]:
+        if self.prefill == "exit" and not CRITERIA[self.criterion].scores_blocks:
+            yield (
+                f"prefill='exit' is not available with criterion={self.criterion!r}, which knows a prompt's entropy "
+                "only afterwards; use prefill='backbone', or criterion='similarity'"
+            )
         if self.artifact is not None and self.quantizer == "none":
-            raise OptionError("artifact= holds 4-bit twins, which quantizer='none' does not use; leave one of them out")
-
-    def _check_capture(self) -> None:
-        graphs, ahead = self.cudagraphs, self.launch_ahead
-        allowed = "None (on a GPU), True, False or 'record'"
-        _require(graphs is None or isinstance(graphs, bool) or graphs == "record", "cudagraphs", graphs, allowed)
-        _require(_is_int(self.max_captures, 1), "max_captures", self.max_captures, "an integer of 1 or more")
-        _require(ahead is None or isinstance(ahead, bool), "launch_ahead", ahead, "None, True or False")
-
-    def _check_fill(self) -> None:
-        """Checks that nothing is asked for that only the river has."""
-        if self.fill == "river":
-            return
-        for name, value, instead in (
-            ("prefill", "exit", "'backbone'"),
-            ("criterion", "doubt", "'similarity'"),
-            ("cudagraphs", True, "None"),
-            ("cudagraphs", "record", "None"),
-            ("offload", self.offload, "None"),
-        ):
-            if value is not None and getattr(self, name) == value:
-                raise OptionError(
-                    f"{name}={value!r} is not available with fill={self.fill!r}; use {name}={instead}, or fill='river'"
-                )
-        if self.artifact is not None:
-            raise OptionError(
-                f"artifact= holds 4-bit twins, which fill={self.fill!r} does not use; leave one of them out"
+            yield "artifact= holds 4-bit twins, which quantizer='none' does not use; leave one of them out"
+        if self.offload is None and self.offload_policy == "fetch":
+            yield "offload_policy='fetch' needs offload=, the number of blocks that stay in memory"
+        if self.offload is not None and self.quantizer == "none":
+            yield (
+                f"offload={self.offload} is not available with quantizer='none', whose twins use the backbone's weights; "
+                "use 'hqq'"
             )
 
-    def _check_offload(self) -> None:
-        k = self.offload
-        _require(k is None or _is_int(k, 0), "offload", k, "None or an integer from 0 to the number of blocks - 1")
+    def _unreachable(self) -> Iterator[str]:
+        """Yields what asks for blocks that no token may reach."""
+        k = self.deepest
         if k is None:
-            if self.offload_policy == "fetch":
-                raise OptionError("offload_policy='fetch' needs offload=, the number of blocks that stay in memory")
             return
-        if self.quantizer == "none":
-            raise OptionError(
-                f"offload={k} is not available with quantizer='none', whose twins use the backbone's weights; use 'hqq'"
-            )
-        if self.deepest is None:
-            return
+        nowhere = f"offload={k}, after which offload_policy='exit' lets no token go"
         if self.exit_depth is not None and self.exit_depth > k:
-            raise OptionError(
-                f"exit_depth={self.exit_depth} lies behind offload={k}, where offload_policy='exit' lets no token go; "
+            yield (
+                f"exit_depth={self.exit_depth} lies beyond {nowhere}; "
                 f"use exit_depth={k}, offload={self.exit_depth} or offload_policy='fetch'"
             )
         if self.exit_depth is None and self.first_exit > k:
-            raise OptionError(
-                f"first_exit={self.first_exit} lies behind offload={k}, where offload_policy='exit' lets no token go; "
+            yield (
+                f"first_exit={self.first_exit} lies beyond {nowhere}; "
                 f"use offload={self.first_exit} or more, exit_depth={k} or offload_policy='fetch'"
             )
-        if CRITERIA[self.criterion].may_doubt and self.exit_depth is None:
-            raise OptionError(
+        if self.exit_depth is None and CRITERIA[self.criterion].may_doubt:
+            yield (
                 f"criterion={self.criterion!r} sends tokens through the whole backbone, where offload_policy='exit' "
                 "lets none go; use offload_policy='fetch'"
             )
+
+    def _only_the_river_has(self) -> Iterator[str]:
+        if self.fill == "river":
+            return
+        for name, wrong, instead in (
+            ("prefill", self.prefill == "exit", "'backbone'"),
+            ("criterion", CRITERIA[self.criterion].may_doubt, "'similarity'"),
+            ("cudagraphs", bool(self.cudagraphs), "None"),
+            ("offload", self.offload is not None, "None"),
+        ):
+            if wrong:
+                yield (
+                    f"{name}={getattr(self, name)!r} is not available with fill={self.fill!r}; use {name}={instead}, or "
+                    "fill='river'"
+                )
+        if self.artifact is not None:
+            yield f"artifact= holds 4-bit twins, which fill={self.fill!r} does not use; leave one of them out"
 
     @property
     def deepest(self) -> int | None:
         """Blocks that a token which may leave executes at most; None where that is all of them."""
         return self.offload if self.offload_policy == "exit" else None
 
-    def _check_rule(self) -> None:
-        """Checks threshold and first exit against the criterion, and fills in its threshold where none was given."""
-        criterion = CRITERIA[self.criterion]
-        if self.threshold is None:
-            object.__setattr__(self, "threshold", criterion.threshold)
-        if criterion.scores_blocks:
-            if isinstance(self.threshold, list):
-                object.__setattr__(self, "threshold", tuple(self.threshold))
-            several = self.threshold if isinstance(self.threshold, tuple) else (self.threshold,)
-            allowed = "a number, such as 0.7, or a list with one for each depth from 1 on"
-            _require(several != () and all(map(_is_number, several)), "threshold", self.threshold, allowed)
-            _require(_is_int(self.first_exit, 1), "first_exit", self.first_exit, "an integer of 1 or more")
-            return
-        allowed = f"an entropy in nats of 0 or more, such as {criterion.threshold}, with criterion={self.criterion!r}"
-        _require(_is_number(self.threshold) and self.threshold >= 0, "threshold", self.threshold, allowed)
-        _require(_is_int(self.first_exit, 0), "first_exit", self.first_exit, "an integer of 0 or more")
-        if self.prefill == "exit":
-            raise OptionError(
-                f"prefill='exit' is not available with criterion={self.criterion!r}, which knows a prompt's entropy "
-                "only afterwards; use prefill='backbone', or criterion='similarity'"
-            )
+    @classmethod
+    def options(cls) -> dict[str, Option]:
+        """Returns what is known of each option, by name."""
+        return {field.name: field.metadata["option"] for field in dataclasses.fields(cls)}
 
-    @staticmethod
-    def choices(name: str) -> tuple[str, ...]:
-        """Returns the values that an option with a fixed set of them takes: ``choices("quantizer")``."""
-        return _CHOICES[name]
+    @classmethod
+    def choices(cls, name: str) -> tuple[Any, ...]:
+        """Returns the values that an option with a fixed set of them takes, but those for tests."""
+        return cls.options()[name].check.choices
 
     @classmethod
     def from_options(cls, options: Mapping[str, object] | None) -> RiverConfig:
@@ -224,14 +276,13 @@ class RiverConfig:
         Raises:
             OptionError: (a ``ValueError``) an unknown name or a bad value.
         """
-        options = dict(options or {})
-        names = [f.name for f in dataclasses.fields(cls)]
-        for name in options:
+        names = list(cls.options())
+        for name in options or {}:
             if name not in names:
                 raise OptionError(
-                    f"unknown option {name!r} of backend 'river'; options are {', '.join(names)}{_closest(name, names)}"
+                    f"unknown option {name!r} of backend 'river'; options are {', '.join(names)}{closest(name, names)}"
                 )
-        return cls(**options)
+        return cls(**(options or {}))
 
     def check_depths(self, num_blocks: int) -> None:
         """Checks the depths against a model with `num_blocks` blocks.
@@ -244,46 +295,19 @@ class RiverConfig:
                 f"offload={self.offload} leaves none of {num_blocks} blocks to offload; use 0 to {num_blocks - 1}, or "
                 "leave it out"
             )
-        if self.exit_depth is not None and self.exit_depth > num_blocks:
+        name, least, never = ("first_exit", 1, "") if self.exit_depth is None else ("exit_depth", 0, " (= never leave)")
+        if getattr(self, name) > num_blocks:
             raise OptionError(
-                f"exit_depth={self.exit_depth} lies beyond the last of {num_blocks} blocks; "
-                f"use 0 to {num_blocks} ({num_blocks} = never leave)"
-            )
-        if self.exit_depth is None and self.first_exit > num_blocks:
-            raise OptionError(
-                f"first_exit={self.first_exit} lies beyond the last of {num_blocks} blocks; use 1 to {num_blocks}"
+                f"{name}={getattr(self, name)} lies beyond the last of {num_blocks} blocks; "
+                f"use {least} to {num_blocks}{never}"
             )
 
 
 def check_mode(mode: str | None) -> str | None:
-    """Checks the ``mode`` of ``torch.compile``, which goes to Inductor.
+    """Returns the ``mode`` of ``torch.compile`` as Inductor takes it, None for the default one.
 
     Raises:
         OptionError: an unknown mode.
     """
-    if mode not in MODES:
-        allowed = [m for m in MODES if m]
-        raise OptionError(f"mode={mode!r} is not allowed; choose one of {_listed(allowed)}{_closest(mode, allowed)}")
+    mode = _MODE("mode", mode, OptionError)
     return None if mode == "default" else mode
-
-
-def _require(fine: bool, name: str, value: object, allowed: str) -> None:
-    if not fine:
-        raise OptionError(f"{name}={value!r} is not allowed; it must be {allowed}")
-
-
-def _is_int(value: object, least: int) -> bool:
-    return isinstance(value, int) and not isinstance(value, bool) and value >= least
-
-
-def _is_number(value: object) -> bool:
-    return isinstance(value, (int, float)) and not isinstance(value, bool) and value == value
-
-
-def _listed(values: object) -> str:
-    return ", ".join(map(repr, values))
-
-
-def _closest(value: object, allowed: object) -> str:
-    match = difflib.get_close_matches(str(value), list(allowed), n=1)
-    return f" (did you mean {match[0]!r}?)" if match else ""

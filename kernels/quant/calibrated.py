@@ -25,7 +25,7 @@ from torch import Tensor
 
 from .grid import MAX_Q, MID_POINT, QuantizedWeight, check_matrix
 
-OBSERVING = ("awq", "gptq")
+OBSERVING = ("gptq", "awq")
 ALPHAS = (0.0, 0.15, 0.3, 0.45, 0.6)
 DAMPING = 0.05
 _SHRINKS = tuple(1 - 0.04 * i for i in range(13))  # shares of a group's extent, down to about a half

@@ -23,6 +23,7 @@ import torch
 MID_POINT = 8
 MAX_Q = 15
 QUANTIZERS = ("hqq", "rtn")
+GROUP_SIZES = (32, 64, 128, 256)
 _SOLVER_ELEMENTS = 32_000
 
 

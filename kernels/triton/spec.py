@@ -26,19 +26,6 @@ ACTIVATION_DTYPES = ("bfloat16", "float16", "float32")
 M = symbol("M")
 
 
-def check_choice(name: str, value: object, choices: tuple) -> None:
-    """Raises a ValueError that names `value` and what it could be, unless it is one of `choices`."""
-    if value not in choices:
-        raise ValueError(f"{name}={value!r} is not supported; choose one of {', '.join(map(repr, choices))}")
-
-
-def check_positive(**values: int) -> None:
-    """Raises a ValueError for a value that is not a positive integer."""
-    for name, value in values.items():
-        if not isinstance(value, int) or isinstance(value, bool) or value < 1:
-            raise ValueError(f"{name}={value!r} is not a positive integer")
-
-
 def is_power_of_two(value: int) -> bool:
     return value > 0 and value & (value - 1) == 0
 

@@ -19,6 +19,9 @@ from transformers import GenerationConfig, PreTrainedModel
 from transformers.generation import GenerateDecoderOnlyOutput, LogitsProcessorList, StoppingCriteriaList, logits_process
 from transformers.generation.configuration_utils import GenerationMode
 
+from river_compile.errors import OptionError
+from river_compile.kernels.checks import FLAG, integer, number
+
 from .draft import Drafter
 from .hf_frames import KeepsTokenizer, streamer_of
 from .loop import ExactLoop
@@ -48,6 +51,14 @@ _STATELESS = (
 )
 
 
+_CHECKS = {
+    "max_draft": integer(1),
+    "prompt_lookup": FLAG,
+    "stop_below": number("it must be a number from 0 to 1", least=0, most=1),
+    "strict": FLAG,
+}
+
+
 @dataclass(frozen=True)
 class ExactMode:
     """Generates exactly the plain model's text; a callable for ``generate(custom_generate=...)``.
@@ -70,14 +81,8 @@ class ExactMode:
     __signature__ = KeepsTokenizer()
 
     def __post_init__(self) -> None:
-        if not isinstance(self.max_draft, int) or isinstance(self.max_draft, bool) or self.max_draft < 1:
-            raise ValueError(f"max_draft={self.max_draft!r} is not allowed; it must be an integer of 1 or more")
-        if not isinstance(self.prompt_lookup, bool):
-            raise ValueError(f"prompt_lookup={self.prompt_lookup!r} is not allowed; it must be True or False")
-        if not isinstance(self.strict, bool):
-            raise ValueError(f"strict={self.strict!r} is not allowed; it must be True or False")
-        if not isinstance(self.stop_below, (int, float)) or not 0 <= self.stop_below <= 1:
-            raise ValueError(f"stop_below={self.stop_below!r} is not allowed; it must be a number from 0 to 1")
+        for name, check in _CHECKS.items():
+            object.__setattr__(self, name, check(name, getattr(self, name), OptionError))
 
     def with_options(self, **options: object) -> ExactMode:
         """Returns the same mode with other options."""
