@@ -36,11 +36,15 @@ class Check:
         Raises:
             ValueError: (of the class `error`) it is not allowed.
         """
-        plain = value.tolist() if hasattr(value, "tolist") else value
-        plain = tuple(plain) if isinstance(plain, list) else plain
+        plain = _plain(value)
         if not self.fits(plain):
             raise error(f"{name}={value!r} is not allowed; {self.wanted}{closest(value, self.choices)}")
         return plain
+
+
+def _plain(value: object) -> object:
+    value = value.tolist() if hasattr(value, "tolist") else value
+    return tuple(map(_plain, value)) if isinstance(value, (list, tuple)) else value
 
 
 def closest(value: object, choices: Iterable[object]) -> str:

@@ -1,7 +1,7 @@
 """The options of the backend: ``torch.compile(model, backend="river", options={...})``.
 
-Each option stands once, in :class:`RiverConfig`: its default, what is allowed, one sentence, and who it is for. README's
-tables are made from there (``python -m tools.options README.md``).
+Each option stands once, in :class:`RiverConfig`: its default, what is allowed, one sentence, and who it is for.
+README's tables are made from there (``python -m tools.options README.md``).
 """
 
 from __future__ import annotations
@@ -21,7 +21,7 @@ from .errors import OptionError
 from .exits import CRITERIA, Threshold
 
 USER, EXPERT = "user", "expert"
-_A_SCORE = number("it must be a number, such as 0.7, or a list with one for each depth from 1 on")
+_A_SCORE = number("it must be a number, such as 0.7, a list with one for each depth from 1 on, or nats of entropy")
 _MODE = optional(one_of("default", "reduce-overhead", "max-autotune", "max-autotune-no-cudagraphs"))
 
 
@@ -66,15 +66,15 @@ class RiverConfig:
     criterion: str = _option(
         "similarity",
         one_of(*CRITERIA),
-        'which tokens leave: `"similarity"` (of a block\'s output to its input), `"history"` (the same, averaged over the '
-        'last tokens), `"confidence"` (the previous step\'s logits were sure), `"doubt"` (all; the backbone runs those '
-        "again whose logits are not sure) ([docs/criteria.md](docs/criteria.md))",
+        'which tokens leave: `"similarity"` (of a block\'s output to its input), `"history"` (the same, averaged over '
+        'the last tokens), `"confidence"` (the previous step\'s logits were sure), `"doubt"` (all; the backbone runs '
+        "those again whose logits are not sure) ([docs/criteria.md](docs/criteria.md))",
     )
     threshold: Threshold | None = _option(
         None,
         optional(Check(_A_SCORE.wanted, _one_or_several)),
-        "0.7 for similarity and history: a cosine to exceed (1 never leaves), or a list with one for each depth from 1 on; "
-        "0.5 for confidence and 1.0 for doubt: nats of entropy to stay below (0 never leaves)",
+        "0.7 for similarity and history: a cosine to exceed (1 never leaves), or a list with one for each depth from 1 "
+        "on; 0.5 for confidence and 1.0 for doubt: nats of entropy to stay below (0 never leaves)",
     )
     first_exit: int = _option(
         2, integer(0), "smallest exit depth, in backbone blocks executed; may be 0 for confidence and doubt"
@@ -87,8 +87,8 @@ class RiverConfig:
     quantizer: str = _option(
         "hqq",
         one_of(*QUANTIZERS, *OBSERVING),
-        'how 4-bit weights are found: from the weights alone `"hqq"` or `"rtn"`; better, after `river_compile.observe`, '
-        '`"gptq"` or `"awq"` ([docs/twins.md](docs/twins.md))',
+        'how 4-bit weights are found: from the weights alone `"hqq"` or `"rtn"`; better, after '
+        '`river_compile.observe`, `"gptq"` or `"awq"` ([docs/twins.md](docs/twins.md))',
         for_tests=("none", "twins keep the backbone's 16-bit weights"),
     )
     prefill: str = _option(
@@ -119,8 +119,8 @@ class RiverConfig:
     group_size: int = _option(
         64,
         one_of(*GROUP_SIZES),
-        "weights of a row that share a scale and a zero: 32, 64, 128 or 256; a matrix that it does not divide takes the "
-        "largest power of two that does, or stays in 16 bits below 32",
+        "weights of a row that share a scale and a zero: 32, 64, 128 or 256; a matrix that it does not divide takes "
+        "the largest power of two that does, or stays in 16 bits below 32",
         EXPERT,
     )
     min_sqnr: float | None = _option(
@@ -134,8 +134,8 @@ class RiverConfig:
     lowering: str = _option(
         "auto",
         one_of("auto", "inductor", "triton"),
-        '`"triton"`: twins become generated kernels, the default on a GPU (on a CPU in Triton\'s interpreter, very slow); '
-        '`"inductor"`: 4-bit products are operators of their own, the default on a CPU '
+        '`"triton"`: twins become generated kernels, the default on a GPU (on a CPU in Triton\'s interpreter, very '
+        'slow); `"inductor"`: 4-bit products are operators of their own, the default on a CPU '
         "([docs/lowering.md](docs/lowering.md))",
         EXPERT,
         for_tests=("eager", "the rewritten graph runs operator by operator, with the bits of the model run eagerly"),
@@ -143,7 +143,8 @@ class RiverConfig:
     cudagraphs: bool | str | None = _option(
         None,
         one_of(None, True, False),
-        "whether decode steps on a static cache are captured and replayed; `None`: on a GPU ([docs/cuda.md](docs/cuda.md))",
+        "whether decode steps on a static cache are captured and replayed; `None`: on a GPU "
+        "([docs/cuda.md](docs/cuda.md))",
         EXPERT,
         for_tests=("record", "a recorder that needs no GPU captures, and checks the schedule of replays"),
     )
@@ -172,8 +173,8 @@ class RiverConfig:
     same_rows: bool = _option(
         False,
         FLAG,
-        "batch-invariant: a prompt's tokens get the bits that they have one at a time, slower; exact mode's `strict=True` "
-        "compiles its verification with it",
+        "batch-invariant: a prompt's tokens get the bits that they have one at a time, slower; exact mode's "
+        "`strict=True` compiles its verification with it",
         EXPERT,
     )
     dump_dir: str | Path | None = _option(
@@ -211,8 +212,8 @@ class RiverConfig:
             yield "offload_policy='fetch' needs offload=, the number of blocks that stay in memory"
         if self.offload is not None and self.quantizer == "none":
             yield (
-                f"offload={self.offload} is not available with quantizer='none', whose twins use the backbone's weights; "
-                "use 'hqq'"
+                f"offload={self.offload} is not available with quantizer='none', whose twins use the backbone's "
+                "weights; use 'hqq'"
             )
 
     def _unreachable(self) -> Iterator[str]:
@@ -248,8 +249,8 @@ class RiverConfig:
         ):
             if wrong:
                 yield (
-                    f"{name}={getattr(self, name)!r} is not available with fill={self.fill!r}; use {name}={instead}, or "
-                    "fill='river'"
+                    f"{name}={getattr(self, name)!r} is not available with fill={self.fill!r}; use {name}={instead}, "
+                    "or fill='river'"
                 )
         if self.artifact is not None:
             yield f"artifact= holds 4-bit twins, which fill={self.fill!r} does not use; leave one of them out"

@@ -2,13 +2,21 @@
 
 from __future__ import annotations
 
+from pathlib import Path
+
+import numpy as np
 import pytest
 import torch
 
 from river_compile import OptionError, RiverConfig, river
 from river_compile.config import check_mode
 from river_compile.exits import threshold_after
+from river_compile.kernels.triton.exit_score import ExitScoreSpec
+from river_compile.speculative.mode import ExactMode
 from tests.support.families import make, prompt
+from tools import options
+
+README = Path(__file__).parent.parent / "README.md"
 
 
 @pytest.mark.parametrize(
@@ -54,6 +62,14 @@ def test_bad_options_reach_the_user_of_torch_compile_as_they_are():
         model(prompt())
 
 
+def test_a_dump_dir_that_takes_no_files_is_named(tmp_path):
+    (tmp_path / "file").write_text("")
+    model = make("llama", layers=2)
+    model.compile(backend=river, options={"lowering": "eager", "group_size": 32, "dump_dir": tmp_path / "file"})
+    with pytest.raises(OptionError, match=r"dump_dir='.*file' takes no files \(Not a directory\)"), torch.no_grad():
+        model(prompt())
+
+
 @pytest.mark.parametrize(
     ("options", "message"),
     [
@@ -85,3 +101,73 @@ def test_a_threshold_for_each_depth():
             RiverConfig(threshold=bad)
     with pytest.raises(OptionError, match="an entropy in nats"):
         RiverConfig(criterion="doubt", threshold=[0.5])
+
+
+class TestNumbersOfOtherLibraries:
+    """Scalars and arrays of numpy and torch are taken as the Python numbers that they are."""
+
+    @pytest.mark.parametrize(
+        ("name", "value", "kept"),
+        [
+            ("threshold", np.float32(0.5), 0.5),
+            ("threshold", torch.tensor(0.25), 0.25),
+            ("threshold", np.array([0.5, 0.25]), (0.5, 0.25)),
+            ("threshold", [np.float64(0.5), torch.tensor(0.25)], (0.5, 0.25)),
+            ("first_exit", np.int64(3), 3),
+            ("exit_depth", torch.tensor(1), 1),
+            ("group_size", np.int32(32), 32),
+            ("min_sqnr", np.float16(20), 20.0),
+            ("same_rows", np.True_, True),
+        ],
+    )
+    def test_numbers_are_kept_as_pythons(self, name, value, kept):
+        got = getattr(RiverConfig(**{name: value}), name)
+        assert got == kept
+        assert type(got) is type(kept)
+
+    @pytest.mark.parametrize(
+        ("name", "value"),
+        [
+            ("group_size", 64.0),
+            ("group_size", "64"),
+            ("first_exit", np.float32(2)),
+            ("exit_every", np.True_),
+            ("min_sqnr", torch.tensor([20.0])),
+            ("threshold", np.array([])),
+            ("threshold", np.float32("nan")),
+            ("cudagraphs", 0),
+            ("dump_dir", b"folder"),
+            ("dump_dir", ""),
+            ("artifact", "a\0b"),
+            ("quantizer", ["hqq"]),
+        ],
+    )
+    def test_what_is_none_is_named(self, name, value):
+        with pytest.raises(OptionError, match=f"^{name}=.* is not allowed; (it must be|choose one of)"):
+            RiverConfig(**{name: value})
+
+
+def test_exact_modes_settings_and_kernel_specs_are_refused_in_the_same_words():
+    with pytest.raises(OptionError, match="max_draft=0 is not allowed; it must be an integer of 1 or more"):
+        ExactMode(max_draft=0)
+    assert type(ExactMode(stop_below=np.float32(0.5)).stop_below) is float
+    with pytest.raises(
+        ValueError, match="dtype='float64' is not allowed; choose one of 'bfloat16', 'float16', 'float32'"
+    ):
+        ExitScoreSpec(rows=1, features=64, dtype="float64")
+
+
+class TestTable:
+    def test_the_readme_has_the_options_of_the_code(self):
+        """``python -m tools.options README.md`` changes nothing."""
+        text = README.read_text(encoding="utf-8")
+        assert options.replaced(text) == text
+
+    def test_every_option_is_told_by_audience_and_values_for_tests_are_marked(self):
+        user, expert, tests = options.markdown().split("\nFor ")
+        named = {name: (f"| `{name}` |" in user, f"| `{name}` |" in expert) for name in RiverConfig.options()}
+        assert all(in_user != in_expert for in_user, in_expert in named.values())
+        for name, value in [("quantizer", "none"), ("lowering", "eager"), ("cudagraphs", "record")]:
+            assert f'`{name}="{value}"`' in tests
+            assert value not in RiverConfig.choices(name)
+            assert getattr(RiverConfig(**{name: value}), name) == value

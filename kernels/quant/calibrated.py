@@ -23,6 +23,8 @@ from collections.abc import Sequence
 import torch
 from torch import Tensor
 
+from river_compile.kernels.checks import check_choice
+
 from .grid import MAX_Q, MID_POINT, QuantizedWeight, check_matrix
 
 OBSERVING = ("gptq", "awq")
@@ -60,8 +62,7 @@ def quantize_observed(
         ValueError: an unknown quantizer, a bad matrix or group size (see `quantize`), or moments of another shape or
             that are not finite.
     """
-    if quantizer not in OBSERVING:
-        raise ValueError(f"quantizer={quantizer!r} is unknown; choose one of {', '.join(map(repr, OBSERVING))}")
+    check_choice("quantizer", quantizer, OBSERVING)
     weight = check_matrix(weight, group_size)
     features = weight.shape[1]
     if moments.shape != (features, features) or not torch.isfinite(moments).all():

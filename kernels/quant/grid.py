@@ -20,6 +20,8 @@ from dataclasses import dataclass
 
 import torch
 
+from river_compile.kernels.checks import check_choice
+
 MID_POINT = 8
 MAX_Q = 15
 QUANTIZERS = ("hqq", "rtn")
@@ -80,8 +82,7 @@ def quantize(weight: torch.Tensor, group_size: int, quantizer: str = "hqq") -> Q
     Raises:
         ValueError: an unknown quantizer, a group size that does not divide K, or weights that are not finite.
     """
-    if quantizer not in QUANTIZERS:
-        raise ValueError(f"quantizer={quantizer!r} is unknown; choose one of {', '.join(map(repr, QUANTIZERS))}")
+    check_choice("quantizer", quantizer, QUANTIZERS)
     weight = check_matrix(weight, group_size)
     return (_hqq if quantizer == "hqq" else _rtn)(weight, group_size)
 

@@ -21,6 +21,8 @@ from typing import ClassVar
 
 import sympy
 
+from river_compile.kernels.checks import check_choice, check_positive
+
 from .expressions import code, symbol
 from .linear_source import TRITON_TYPES, masked
 from .spec import (
@@ -31,8 +33,6 @@ from .spec import (
     Lines,
     Stage,
     Workspace,
-    check_choice,
-    check_positive,
     is_power_of_two,
     next_power_of_two,
 )

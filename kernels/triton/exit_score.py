@@ -17,6 +17,8 @@ from typing import ClassVar
 
 import sympy
 
+from river_compile.kernels.checks import check_choice, check_positive
+
 from .expressions import code, symbol
 from .linear_source import TRITON_TYPES, masked
 from .spec import (
@@ -27,8 +29,6 @@ from .spec import (
     Lines,
     M,
     Stage,
-    check_choice,
-    check_positive,
     next_power_of_two,
 )
 

@@ -18,6 +18,8 @@ from typing import ClassVar
 
 import sympy
 
+from river_compile.kernels.checks import check_choice, check_positive
+
 from .expressions import Expression, code, symbol
 from .linear_source import TRITON_TYPES, masked
 from .spec import (
@@ -27,8 +29,6 @@ from .spec import (
     KernelSpec,
     Lines,
     Stage,
-    check_choice,
-    check_positive,
     next_power_of_two,
 )
 

@@ -18,6 +18,8 @@ from typing import ClassVar
 
 import sympy
 
+from river_compile.kernels.checks import check_choice, check_positive
+
 from .expressions import blocks, symbol
 from .spec import (
     ACTIVATION_DTYPES,
@@ -28,8 +30,6 @@ from .spec import (
     M,
     Stage,
     Workspace,
-    check_choice,
-    check_positive,
     is_power_of_two,
 )
 

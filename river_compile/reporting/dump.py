@@ -4,15 +4,23 @@ from __future__ import annotations
 
 from pathlib import Path
 
+from river_compile.errors import OptionError
 from river_compile.passes.program import RiverProgram, Segment
 from river_compile.passes.segments import fingerprint
 
 
 def dump_program(program: RiverProgram, folder: str | Path, kind: str) -> Path:
-    """Writes the program below ``folder/kind_N``, N the first number that is free; returns that folder."""
+    """Writes the program below ``folder/kind_N``, N the first number that is free; returns that folder.
+
+    Raises:
+        OptionError: (a ``ValueError``) the folder takes no files.
+    """
     root = Path(folder)
-    target = next(path for n in range(1, 10**6) if not (path := root / f"{kind}_{n}").exists())
-    target.mkdir(parents=True)
+    try:
+        target = next(path for n in range(1, 10**6) if not (path := root / f"{kind}_{n}").exists())
+        target.mkdir(parents=True)
+    except OSError as error:
+        raise OptionError(f"dump_dir={str(folder)!r} takes no files ({error.strerror}); name another folder") from error
     (target / "plan.txt").write_text(_plan_text(program))
     for segment in program.segments:
         (target / f"{segment.name}.py").write_text(_segment_text(segment))

@@ -165,7 +165,7 @@ class TestAnyQuantizer:
 
 
 def test_an_unknown_quantizer_is_refused():
-    with pytest.raises(ValueError, match="quantizer='hqq' is unknown; choose one of 'awq', 'gptq'"):
+    with pytest.raises(ValueError, match="quantizer='hqq' is not allowed; choose one of 'gptq', 'awq'"):
         quantize_observed(torch.zeros(4, 64), 32, "hqq", torch.eye(64))
 
 

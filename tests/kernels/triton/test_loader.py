@@ -10,12 +10,13 @@ from pathlib import Path
 import pytest
 import torch
 
+from river_compile.kernels.checks import check_positive
 from river_compile.kernels.triton import loader
 from river_compile.kernels.triton.decode_attention import DecodeAttentionSpec
 from river_compile.kernels.triton.exit_score import ExitScoreSpec
 from river_compile.kernels.triton.kv_fill import KvFillSpec
 from river_compile.kernels.triton.linear import LinearSpec, LinearTile
-from river_compile.kernels.triton.spec import Lines, check_positive, render
+from river_compile.kernels.triton.spec import Lines, render
 
 SPEC = ExitScoreSpec(2, 48, "float32")
 
