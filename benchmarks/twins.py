@@ -31,7 +31,8 @@ from transformers import PreTrainedModel, StaticCache
 import river_compile
 from benchmarks import common
 from benchmarks.own_text import CALIBRATION, MEASURED, Answer, answers
-from river_compile.calibration.evaluate import cache_argument, compiled, token_kl
+from river_compile.calibration.evaluate import cache_argument, compiled
+from river_compile.kernels.entropy import token_kl
 from river_compile.kernels.quant.calibrated import output_sqnr_db
 from river_compile.runtime.executor import forced_depth
 from river_compile.state import GraphRecord, find_state

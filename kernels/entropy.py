@@ -1,6 +1,6 @@
-"""How sure a model is of the next token: the entropy of its logits, as plain tensor arithmetic.
+"""How sure a model is of the next token, and how far another one is from it, by their logits, in plain torch.
 
-The compiler fuses it into the end of the head, where the logits are still in the processor's cache.
+The compiler fuses the entropy into the end of the head, where the logits are still in the processor's cache.
 
 Not handled: temperatures and other processing that generation applies to the logits afterwards.
 """
@@ -27,3 +27,9 @@ def largest_entropy(logits: Tensor) -> Tensor:
     # (0 * -inf would be NaN: a token that cannot come counts with a finite number times zero)
     spread = (weights * shifted.clamp(min=-1e4)).sum(-1)
     return (total.log() - spread / total).amax()
+
+
+def token_kl(reference: Tensor, other: Tensor) -> Tensor:
+    """Returns KL(reference || other) in nats of each row of logits ``[tokens, V]``."""
+    p, q = reference.float().log_softmax(-1), other.float().log_softmax(-1)
+    return (p.exp() * (p - q)).sum(-1)

@@ -3,17 +3,20 @@
 The rule of imports: ``river_compile -> passes -> kernels``. Kernels know no graph and passes know no backend, so
 ``kernels/`` imports nothing of the other two and ``passes/`` imports only ``kernels/``, at module level or inside a
 function. All of them call each other by their installed names (``river_compile.passes``), never by the folder's.
+Neither files nor folders import each other in a circle, wherever in a file an import stands.
 """
 
 import ast
+import graphlib
 import importlib
 import importlib.util
+import itertools
 import os
 import shutil
 import subprocess
 import sys
 import zipfile
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from pathlib import Path
 
 import pytest
@@ -24,6 +27,18 @@ MAY_IMPORT = {
     "river_compile": {"river_compile", "passes", "kernels"},
     "passes": {"passes", "kernels"},
     "kernels": {"kernels"},
+}
+# Imports that still run in a circle.
+STILL_THERE = {
+    ("river_compile.exits", "river_compile.fills.base"),
+    ("river_compile.fills.base", "river_compile.fills.recompute"),
+    ("river_compile.fills.base", "river_compile.runtime.slots"),
+    ("river_compile.fills.recompute", "river_compile.runtime.executor"),
+    ("river_compile.kernels.quant.layouts", "river_compile.kernels.triton.launch"),
+    ("river_compile.kernels.triton.linear_source", "river_compile.kernels.triton.linear"),
+    ("river_compile.runtime.executor", "river_compile.offload.streaming"),
+    ("river_compile.twins.make", "river_compile.twins.artifact"),
+    ("river_compile.twins.pack", "river_compile.twins.artifact"),
 }
 SOURCES = [file for folder in FOLDERS for file in sorted((ROOT / folder).rglob("*.py"))]
 
@@ -98,6 +113,122 @@ def test_the_check_sees_forbidden_imports(layer, source):
 )
 def test_the_check_lets_allowed_imports_pass(layer, source):
     assert forbidden_imports(source, layer, FOLDERS[layer]) == []
+
+
+def module_of(file: Path) -> str:
+    """Returns the installed name of a product file."""
+    folder, *rest = file.relative_to(ROOT).with_suffix("").parts
+    return ".".join([FOLDERS[folder], *rest]).removesuffix(".__init__")
+
+
+def part_of(module: str) -> str:
+    """Returns the folder's subfolder that a module lies in, or the module itself where it lies in none."""
+    root = max((name for name in FOLDERS.values() if f"{module}.".startswith(f"{name}.")), key=len)
+    return ".".join(module.split(".")[: root.count(".") + 2])
+
+
+def import_graph(sources: Mapping[str, tuple[str, str]]) -> dict[str, set[str]]:
+    """Returns which modules each one imports anywhere, of {module: (its package, its source)}."""
+    graph: dict[str, set[str]] = {}
+    for module, (package, source) in sources.items():
+        found = set()
+        for name in imported_modules(source, package):
+            while name and name not in sources:
+                name = name.rpartition(".")[0]
+            found.add(name)
+        graph[module] = found - {module, ""}
+    return graph
+
+
+def parts_graph(graph: Mapping[str, set[str]]) -> dict[str, set[str]]:
+    """Returns the same between subfolders; modules outside of any stand for themselves."""
+    parts: dict[str, set[str]] = {}
+    for module, imported in graph.items():
+        parts.setdefault(part_of(module), set()).update(map(part_of, imported))
+    return {part: imported - {part} for part, imported in parts.items()}
+
+
+def circle(graph: Mapping[str, set[str]]) -> str:
+    """Returns a circle of imports, "a -> b -> a", empty where there is none."""
+    try:
+        graphlib.TopologicalSorter(graph).prepare()
+    except graphlib.CycleError as error:
+        return " -> ".join(reversed(error.args[1]))
+    return ""
+
+
+def product_graph() -> dict[str, set[str]]:
+    sources = {}
+    for file in SOURCES:
+        module = module_of(file)
+        package = module if file.name == "__init__.py" else module.rpartition(".")[0]
+        sources[module] = (package, file.read_text(encoding="utf-8"))
+    graph = import_graph(sources)
+    return {module: {name for name in graph[module] if (module, name) not in STILL_THERE} for module in graph}
+
+
+def test_no_files_import_each_other_in_a_circle():
+    """Imports inside functions and those for type checkers count too."""
+    found = circle(product_graph())
+    assert not found, f"files import each other in a circle: {found}"
+
+
+def test_no_folders_import_each_other_in_a_circle():
+    """The subfolders form a layered whole: each can be understood with those below it."""
+    graph = product_graph()
+    found = circle(parts_graph(graph))
+    hops = set(itertools.pairwise(found.split(" -> ")))
+    files = [f"{a} imports {b}" for a in graph for b in graph[a] if (part_of(a), part_of(b)) in hops]
+    assert not found, "\n".join([f"folders import each other in a circle: {found}", *files])
+
+
+@pytest.mark.parametrize(
+    "imports",
+    [
+        {"runtime.a": "from . import b", "runtime.b": "def f():\n    from .a import g"},
+        {"runtime.a": "from ..exits import x", "exits": "if TYPE_CHECKING:\n    import river_compile.runtime.a"},
+        {
+            "runtime.a": "import river_compile.fills.b",
+            "fills.b": "from ..exits import x",
+            "exits": "from .runtime import a",
+        },
+    ],
+)
+def test_the_check_sees_circles_of_files(imports):
+    """The tests above can fail: on lazy imports, on those for type checkers, and on longer circles."""
+    modules = {f"river_compile.{name}": source for name, source in imports.items()}
+    graph = import_graph({name: (name.rpartition(".")[0], source) for name, source in modules.items()})
+    found = circle(graph).split(" -> ")
+    assert found[0] == found[-1]
+    assert set(found) == set(modules)
+
+
+def test_the_check_sees_circles_of_folders():
+    """No two of these files import each other, but their folders do."""
+    sources = {
+        "river_compile.runtime.a": "from river_compile.fills import b",
+        "river_compile.runtime.c": "",
+        "river_compile.fills.b": "",
+        "river_compile.fills.d": "import river_compile.runtime.c",
+    }
+    graph = import_graph({name: (name.rpartition(".")[0], source) for name, source in sources.items()})
+    assert circle(graph) == ""
+    assert set(circle(parts_graph(graph)).split(" -> ")) == {"river_compile.runtime", "river_compile.fills"}
+
+
+@pytest.mark.parametrize(
+    ("module", "part"),
+    [
+        ("river_compile", "river_compile"),
+        ("river_compile.config", "river_compile.config"),
+        ("river_compile.runtime.slots", "river_compile.runtime"),
+        ("river_compile.passes", "river_compile.passes"),
+        ("river_compile.passes.nodes", "river_compile.passes.nodes"),
+        ("river_compile.kernels.quant.grid", "river_compile.kernels.quant"),
+    ],
+)
+def test_a_module_belongs_to_its_subfolder(module, part):
+    assert part_of(module) == part
 
 
 @pytest.fixture(scope="module")

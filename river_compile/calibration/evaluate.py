@@ -28,6 +28,7 @@ from transformers import PreTrainedModel, StaticCache
 
 from river_compile.backend import river
 from river_compile.exits import Criterion, Memories, Memory, Threshold
+from river_compile.kernels.entropy import token_kl
 from river_compile.runtime.executor import forced_depth, forced_threshold
 from river_compile.runtime.trace import StepRecord, trace
 from river_compile.state import state_of_model
@@ -256,12 +257,6 @@ class _AfterPrompt:
 def cache_argument(model: PreTrainedModel) -> str:
     """Returns how this release of transformers calls the cache: `cache`, and `past_key_values` before."""
     return "cache" if "cache" in inspect.signature(model.forward).parameters else "past_key_values"
-
-
-def token_kl(reference: Tensor, other: Tensor) -> Tensor:
-    """Returns KL(reference || other) in nats of each row of logits ``[tokens, V]``."""
-    p, q = reference.float().log_softmax(-1), other.float().log_softmax(-1)
-    return (p.exp() * (p - q)).sum(-1)
 
 
 def _kind(step: StepRecord) -> Kind:

@@ -13,6 +13,8 @@ from collections.abc import Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 
+from .plots import plot_cycles, plot_depths
+
 _model_ids = itertools.count(1)
 
 
@@ -226,12 +228,9 @@ class Trace:
             ValueError: nothing was recorded, or `texts` has another length.
         """
         if self.cycles:
-            from river_compile.reporting.plot_cycles import plot_cycles
-
-            return plot_cycles(self, path, texts)
-        from river_compile.reporting.plots import plot_depths
-
-        return plot_depths(self, path, texts)
+            return plot_cycles(path, texts, [(cycle.drafted, cycle.kept) for cycle in self.cycles])
+        tokens = self.tokens
+        return plot_depths(path, texts, [t.depth for t in tokens], [t.doubted for t in tokens], self.num_blocks)
 
 
 _open: tuple[Trace, ...] = ()

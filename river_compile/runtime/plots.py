@@ -1,0 +1,123 @@
+"""Draws rows of bars above tokens' texts, for :meth:`river_compile.Trace.plot`, and makes and saves figures.
+
+Takes plain values, so that what is drawn need not be known here. matplotlib is imported when something is drawn.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+if TYPE_CHECKING:
+    from matplotlib.axes import Axes
+    from matplotlib.figure import Figure
+
+_PER_LINE = 32
+_SOURCES = {  # of a token in exact mode: colour and meaning
+    "river": ("#2a78b5", "drafted by the river"),
+    "lookup": ("#3a9a5c", "copied from the context"),
+    "backbone": ("#d98324", "the backbone's own"),
+}
+
+
+def new_figure(width: float, height: float) -> Figure:
+    """Returns an empty figure of a size in inches that no window will show."""
+    from matplotlib.backends.backend_agg import FigureCanvasAgg
+    from matplotlib.figure import Figure
+
+    figure = Figure(figsize=(width, height), layout="constrained")
+    FigureCanvasAgg(figure)
+    return figure
+
+
+def save_figure(figure: Figure, path: str | Path) -> Path:
+    """Writes a figure as a PNG without the frames' upper and right edges; returns the path."""
+    for axes in figure.axes:
+        axes.spines[["top", "right"]].set_visible(False)
+    figure.savefig(Path(path), format="png", dpi=110)
+    return Path(path)
+
+
+def plot_depths(
+    path: str | Path, texts: Sequence[str] | None, depths: Sequence[int], doubted: Sequence[bool], num_blocks: int
+) -> Path:
+    """Draws each decode step's exit depth, hatched for doubted steps, above the text of its token."""
+    from matplotlib.cm import ScalarMappable
+    from matplotlib.colors import Normalize
+
+    if not depths:
+        raise ValueError("nothing to draw: the trace holds no decode step (generate inside `with trace() as t:`)")
+    names = _names(texts, len(depths), "decode steps", first=1)
+    mean = sum(depths) / len(depths)
+    title = f"Exit depth of {len(depths)} tokens, mean {mean:.2f} of {num_blocks} blocks"
+    if any(doubted):
+        title += f"; {sum(doubted)} doubted (hatched): river, then backbone"
+    highest = max(num_blocks, 1)
+    colours = ScalarMappable(Normalize(0, highest), "viridis_r")
+    figure = _lines_of_tokens(names, highest, room=1.15)
+    figure.suptitle(title)
+    for i, (depth, hatched) in enumerate(zip(depths, doubted, strict=True)):
+        axes, x = figure.axes[i // _PER_LINE], i % _PER_LINE
+        axes.bar(x, depth, color=colours.to_rgba(depth), width=0.9, hatch="///" if hatched else "")
+        axes.text(x, depth, str(depth), ha="center", va="bottom", fontsize=7)
+    return save_figure(figure, path)
+
+
+def plot_cycles(
+    path: str | Path, texts: Sequence[str] | None, cycles: Sequence[tuple[Sequence[str], Sequence[str]]]
+) -> Path:
+    """Draws each token that exact mode kept as high as its place in its cycle, coloured by where it came from.
+
+    A cycle climbs like a staircase. Grey outlines on its last step are drafted tokens that did not hold.
+
+    Args:
+        path: the file to write.
+        texts: one for each kept token.
+        cycles: of each cycle the sources of its drafted and of its kept tokens.
+    """
+    from matplotlib.patches import Patch
+
+    kept = sum(len(sources) for _, sources in cycles)
+    names = _names(texts, kept, "tokens kept in cycles", first=2)
+    dropped = [len(drafted) - sum(source != "backbone" for source in sources) for drafted, sources in cycles]
+    highest = max(len(sources) + more for (_, sources), more in zip(cycles, dropped, strict=True))
+    figure = _lines_of_tokens(names, highest, room=1.05)
+    figure.suptitle(f"{kept} tokens in {len(cycles)} verifying passes, {kept / len(cycles):.2f} tokens per pass")
+    bars = iter(range(kept))
+    for (_, sources), more in zip(cycles, dropped, strict=True):
+        for height, source in enumerate(sources, start=1):
+            i = next(bars)
+            axes, x = figure.axes[i // _PER_LINE], i % _PER_LINE
+            axes.bar(x, height, color=_SOURCES[source][0], width=0.9)
+            if height == 1 and x:
+                axes.axvline(x - 0.5, color="0.85", linewidth=0.8, zorder=0)
+        if more:
+            axes.bar(x, more, bottom=height, facecolor="none", edgecolor="0.6", linewidth=0.8, width=0.9)
+    handles = [Patch(color=colour, label=meaning) for colour, meaning in _SOURCES.values()]
+    handles.append(Patch(facecolor="none", edgecolor="0.6", label="drafted, did not hold"))
+    figure.legend(handles=handles, loc="outside lower center", ncols=4, frameon=False, fontsize=8)
+    return save_figure(figure, path)
+
+
+def _names(texts: Sequence[str] | None, count: int, what: str, first: int) -> list[str]:
+    """Returns what stands under each bar: its token's text, cut to a dozen characters, or its number."""
+    if texts is None:
+        return [str(first + i) for i in range(count)]
+    if len(texts) != count:
+        raise ValueError(f"texts has {len(texts)} entries for {count} {what}; give one for each")
+    shown = [text.replace("\n", "⏎").strip(" ") or "␣" for text in texts]
+    return [text if len(text) <= 12 else text[:11] + "…" for text in shown]
+
+
+def _lines_of_tokens(names: Sequence[str], highest: int, room: float) -> Figure:
+    """Returns a figure with lines of 32 tokens, their names below, for bars up to `highest`."""
+    lines = [names[start : start + _PER_LINE] for start in range(0, len(names), _PER_LINE)]
+    figure = new_figure(14, 1 + 1.2 * len(lines))
+    all_axes: Sequence[Axes] = figure.subplots(len(lines), squeeze=False)[:, 0]
+    for axes, line in zip(all_axes, lines, strict=True):
+        axes.set_xticks(range(len(line)), line, fontsize=7, rotation=35, ha="right", parse_math=False)
+        axes.set_xlim(-0.6, _PER_LINE - 0.4)
+        axes.set_ylim(0, highest * room)
+        axes.set_yticks([0, highest])
+    return figure
