@@ -18,34 +18,55 @@ from river_compile.kernels import ops  # noqa: F401  (registers river::exit_scor
 from river_compile.kernels.entropy import largest_entropy
 
 from .nodes import is_tensor, value_of
-from .program import Block, DecoderPlan, Segment
+from .pipeline import Pass
+from .program import Block, RiverProgram, Segment
 
 
 def candidate_depths(end: int, first_exit: int, exit_every: int) -> tuple[int, ...]:
     """Returns the depths after which a token may leave: first_exit, then every exit_every blocks, below `end`.
 
-    Depth 0 (before any block) has nothing to compare and is no candidate.
+    Depth 0 (before any block) has nothing to compare and is not a candidate.
     """
     return tuple(range(max(first_exit, 1), end, exit_every))
 
 
-def add_exit_check(segment: Segment, block: Block) -> Segment:
-    """Returns the block's segment with a float32 score behind its outputs (its graph is changed)."""
-    placeholders = [n for n in segment.graph_module.graph.nodes if n.op == "placeholder"]
-    previous = placeholders[segment.inputs.index(block.hidden_in)]
-    hidden = _output(segment, block.hidden_out)
-    return _with_score(segment, torch.ops.river.exit_score.default, (hidden, previous))
+def exit_checks(candidates: tuple[int, ...]) -> Pass:
+    """Makes the pass after which the blocks of these depths return a float32 exit score."""
+
+    def exit_checks(program: RiverProgram) -> RiverProgram:
+        """Blocks return their similarity after each candidate depth."""
+        blocks = tuple(
+            _with_check(segment, block) if segment.depth in candidates else segment
+            for segment, block in zip(program.blocks, program.plan.blocks, strict=True)
+        )
+        return replace(program, blocks=blocks, candidates=candidates)
+
+    return exit_checks
 
 
-def logits_of(plan: DecoderPlan, returned: tuple[fx.Node, ...]) -> fx.Node | None:
+def logits_entropy(program: RiverProgram) -> RiverProgram:
+    """Heads return the entropy of their logits; those of a model that returns no logits stay as they are."""
+    logits = logits_of(program)
+    if logits is None:
+        return program
+    river_head = program.river_head and _with_score(program.river_head, largest_entropy, logits)
+    return replace(program, head=_with_score(program.head, largest_entropy, logits), river_head=river_head)
+
+
+def _with_check(segment: Segment, block: Block) -> Segment:
+    return _with_score(segment, torch.ops.river.exit_score.default, block.hidden_out, block.hidden_in)
+
+
+def logits_of(program: RiverProgram) -> fx.Node | None:
     """Returns the logits ``[B, T, V]`` among the values that the graph returns, None for a model without a head.
 
-    They are the last three-dimensional output behind the blocks that is not as wide as the hidden state.
+    They are the last three-dimensional output after the blocks that is not as wide as the hidden state.
     """
+    plan = program.plan
     width = value_of(plan.blocks[-1].hidden_out).shape[-1]
     found = [
         node
-        for node in returned
+        for node in program.returned
         if plan.part_of.get(node) == plan.num_blocks + 1
         and is_tensor(node)
         and value_of(node).dim() == 3
@@ -55,22 +76,11 @@ def logits_of(plan: DecoderPlan, returned: tuple[fx.Node, ...]) -> fx.Node | Non
     return found[-1] if found else None
 
 
-def add_entropy(head: Segment, logits: fx.Node) -> Segment:
-    """Returns a head's segment with the entropy of its logits behind its outputs (its graph is changed)."""
-    return _with_score(head, largest_entropy, (_output(head, logits),))
-
-
-def _output(segment: Segment, value: fx.Node) -> fx.Node:
-    """Returns the node of the segment's own graph that computes one of its outputs."""
-    output = next(n for n in segment.graph_module.graph.nodes if n.op == "output")
-    return output.args[0][segment.outputs.index(value)]
-
-
-def _with_score(segment: Segment, function: Callable, arguments: tuple[fx.Node, ...]) -> Segment:
-    graph = segment.graph_module.graph
-    output = next(n for n in graph.nodes if n.op == "output")
-    with graph.inserting_before(output):
-        score = graph.call_function(function, arguments)
+def _with_score(segment: Segment, function: Callable, *values: fx.Node) -> Segment:
+    """Returns the segment with one output more: the function of some of its inputs and outputs."""
+    scored = segment.copy(has_score=True)
+    output = scored.graph.output_node()
+    with scored.graph.inserting_before(output):
+        score = scored.graph.call_function(function, tuple(map(scored.node_of, values)))
     output.args = ((*output.args[0], score),)
-    segment.graph_module.recompile()
-    return replace(segment, has_score=True)
+    return scored

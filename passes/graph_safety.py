@@ -43,7 +43,7 @@ def obstacle(segment: Segment, home: torch.device) -> Refusal | None:
         segment: the segment.
         home: the device of the hidden state.
     """
-    for node in (n for n in segment.graph_module.graph.nodes if n.op != "output"):
+    for node in (n for n in segment.graph.nodes if n.op != "output"):
         value = value_of(node)
         if isinstance(value, (torch.Tensor, torch.SymInt)) and free_unbacked_symbols(value):
             return Refusal("the size of a value depends on the data", source_of(node))
@@ -86,7 +86,7 @@ def host_numbers(segment: Segment) -> tuple[HostNumber, ...]:
 
 def idle_numbers(segment: Segment) -> frozenset[fx.Node]:
     """Returns the numbers among a segment's inputs that no tensor in it depends on."""
-    nodes = list(segment.graph_module.graph.nodes)
+    nodes = list(segment.graph.nodes)
     tensors = [n for n in nodes if is_tensor(n) or (n.op not in ("placeholder", "output") and value_of(n) is None)]
     used = {s for n in tensors if is_tensor(n) for s in free_symbols(value_of(n))}
     feeding = {a for n in tensors for a in n.all_input_nodes}

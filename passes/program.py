@@ -7,7 +7,7 @@ of what the model does, and its nodes are the names by which segments exchange v
 from __future__ import annotations
 
 import functools
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 
 import torch
 from torch import fx
@@ -92,6 +92,11 @@ class DecoderPlan:
         return len(self.blocks)
 
     @property
+    def device(self) -> torch.device:
+        """Where the hidden state lies."""
+        return self.blocks[0].hidden_in.meta["example_value"].device
+
+    @property
     def is_decode(self) -> bool:
         """True for a graph that advances every row by exactly one token."""
         return isinstance(self.query_length, int) and self.query_length == 1
@@ -108,7 +113,7 @@ class Segment:
     Attributes:
         kind: "prologue", "block", "twin", "head" or "river_head"; other fills have kinds of their own.
         depth: the block that it is, or stands for, from 1; 0 for the prologue, L + 1 for the heads.
-        graph_module: its graph; one placeholder per input, a tuple of outputs.
+        graph: its own graph; one placeholder per input, a tuple of outputs.
         inputs: the values it reads, as nodes of the traced graph, in placeholder order.
         outputs: the values it defines, as nodes of the traced graph, in output order.
         packed: the twin's linears whose 4-bit weights follow the inputs: qweight, scale_zero, with a bias the bias, and
@@ -120,7 +125,7 @@ class Segment:
 
     kind: str
     depth: int
-    graph_module: fx.GraphModule = field(repr=False)
+    graph: fx.Graph = field(repr=False)
     inputs: tuple[fx.Node, ...]
     outputs: tuple[fx.Node, ...]
     packed: tuple[LinearSite, ...] = ()
@@ -132,6 +137,23 @@ class Segment:
     def name(self) -> str:
         """The kind, with the number of the block where there are several: "block_3"."""
         return self.kind if self.kind in ("prologue", "head", "river_head") else f"{self.kind}_{self.depth}"
+
+    @property
+    def origins(self) -> dict[fx.Node, fx.Node]:
+        """The value of the traced graph that each placeholder stands for (those of packed weights stand for none)."""
+        return dict(zip(self.graph.find_nodes(op="placeholder"), self.inputs, strict=False))
+
+    def node_of(self, value: fx.Node) -> fx.Node:
+        """Returns the node of the segment's own graph that holds one of its inputs or outputs."""
+        if value in self.outputs:
+            return self.graph.output_node().args[0][self.outputs.index(value)]
+        return self.graph.find_nodes(op="placeholder")[self.inputs.index(value)]
+
+    def copy(self, **changes: object) -> Segment:
+        """Returns the segment with a graph of its own, which a pass may change, and with other fields replaced."""
+        graph = fx.Graph(owning_module=self.graph.owning_module)
+        graph.output(graph.graph_copy(self.graph, {}))
+        return replace(self, graph=graph, **changes)
 
 
 @dataclass(frozen=True)
@@ -197,14 +219,16 @@ class Fusion:
 class RiverProgram:
     """The rewritten decoder: run blocks until an exit, then the twins of the rest, then the head.
 
+    A value: a pass returns another program and leaves this one, with all its graphs, as it is.
+
     Attributes:
         plan: the decoder it was made from.
         returned: the values that the graph returns, in order.
         prologue: everything before the first block.
         blocks: backbone segments, with an exit check after every candidate depth.
+        head: everything after the last block.
         twins: what a token that left runs for each block, with the block's outputs: its river twin, or the piece that
             another fill puts there; none where no token can leave.
-        head: everything after the last block.
         river_head: the head of tokens that left early, None where they use `head`.
         candidates: exit depths (blocks executed) after which a check stands, ascending.
         kept: matrices of the twins that stay in 16 bits.
@@ -217,11 +241,11 @@ class RiverProgram:
     returned: tuple[fx.Node, ...]
     prologue: Segment
     blocks: tuple[Segment, ...]
-    twins: tuple[Segment, ...]
     head: Segment
-    river_head: Segment | None
-    candidates: tuple[int, ...]
-    kept: tuple[KeptLinear, ...]
+    twins: tuple[Segment, ...] = ()
+    river_head: Segment | None = None
+    candidates: tuple[int, ...] = ()
+    kept: tuple[KeptLinear, ...] = ()
     presence: tuple[fx.Node, ...] = ()
     catch_up: tuple[Segment, ...] = ()
     fusions: tuple[Fusion, ...] = ()

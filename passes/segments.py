@@ -1,4 +1,4 @@
-"""Cuts a planned decoder into segments and tells which segments are the same function.
+"""Cuts a planned decoder into segments, and recognises segments that are the same function.
 
 A segment copies its part's nodes into a graph of its own: values of other parts become placeholders, values that other
 parts or the caller need become outputs. Blocks that differ only in their weights give segments with equal
@@ -17,13 +17,23 @@ from torch import fx
 from torch.fx.experimental.symbolic_shapes import free_symbols
 
 from .nodes import value_of
-from .program import DecoderPlan, Refusal, Segment
+from .program import DecoderPlan, Refusal, RiverProgram, Segment
 
 _SYMBOL = re.compile(r"\b[su]\d+\b")
 
 
-def cut(plan: DecoderPlan, part: int, kind: str) -> Segment:
-    """Returns a segment of one part (0 prologue, 1..L blocks, L + 1 head)."""
+def segmented(plan: DecoderPlan) -> RiverProgram | Refusal:
+    """Returns the decoder as it is, cut into prologue, blocks and head: what the passes start from."""
+    returned = plan.graph_module.graph.output_node().args[0]
+    if not isinstance(returned, (tuple, list)) or not all(isinstance(value, fx.Node) for value in returned):
+        return Refusal("the graph returns something other than a flat tuple of values", "output")
+    last = plan.num_blocks + 1
+    blocks = tuple(_cut(plan, depth, "block") for depth in range(1, last))
+    return RiverProgram(plan, tuple(returned), _cut(plan, 0, "prologue"), blocks, _cut(plan, last, "head"))
+
+
+def _cut(plan: DecoderPlan, part: int, kind: str) -> Segment:
+    """Returns the segment of one part (0 prologue, 1..L blocks, L + 1 head)."""
     nodes = [n for n in plan.graph_module.graph.nodes if plan.part_of.get(n) == part]
     inside = set(nodes)
     inputs = list(dict.fromkeys(a for n in nodes for a in n.all_input_nodes if a not in inside))
@@ -31,15 +41,6 @@ def cut(plan: DecoderPlan, part: int, kind: str) -> Segment:
     inputs = [n for n in inputs if n not in sizes] + sizes
     outputs = [n for n in nodes if any(user not in inside for user in n.users)]
     return Segment(kind, part, _copy(plan.graph_module, nodes, inputs, outputs), tuple(inputs), tuple(outputs))
-
-
-def output_values(plan: DecoderPlan) -> tuple[fx.Node, ...] | Refusal:
-    """Returns the nodes that the traced graph returns, in order."""
-    output = next(n for n in plan.graph_module.graph.nodes if n.op == "output")
-    values = output.args[0]
-    if not isinstance(values, (tuple, list)) or not all(isinstance(v, fx.Node) for v in values):
-        return Refusal("the graph returns something other than a flat tuple of values", output.name)
-    return tuple(values)
 
 
 @dataclass(frozen=True)
@@ -65,10 +66,8 @@ def fingerprint(segment: Segment) -> Fingerprint:
     def rename(match: re.Match) -> str:
         return symbols.setdefault(match[0], f"size{len(symbols)}")
 
-    lines = graph_lines(segment.graph_module.graph)
-    lines += [
-        _SYMBOL.sub(rename, _describe(value_of(n))) for n in segment.graph_module.graph.find_nodes(op="placeholder")
-    ]
+    lines = graph_lines(segment.graph)
+    lines += [_SYMBOL.sub(rename, _describe(value_of(n))) for n in segment.graph.find_nodes(op="placeholder")]
     # The packed weights' placeholders carry no value: their shapes follow from the products they belong to.
     lines.append(repr([(site.in_features, site.out_features, site.group_size) for site in segment.packed]))
     digest = hashlib.sha256("\n".join(lines).encode()).hexdigest()[:16]
@@ -121,8 +120,8 @@ def _sizes_of(plan: DecoderPlan, inputs: list[fx.Node], nodes: list[fx.Node]) ->
     return [holders[s] for s in symbols if s in holders]
 
 
-def _copy(root: fx.GraphModule, nodes: list[fx.Node], inputs: list[fx.Node], outputs: list[fx.Node]) -> fx.GraphModule:
-    graph = fx.Graph()
+def _copy(root: fx.GraphModule, nodes: list[fx.Node], inputs: list[fx.Node], outputs: list[fx.Node]) -> fx.Graph:
+    graph = fx.Graph(owning_module=root)
     new: dict[fx.Node, fx.Node] = {}
     for node in inputs:
         new[node] = graph.placeholder(node.name)
@@ -130,4 +129,4 @@ def _copy(root: fx.GraphModule, nodes: list[fx.Node], inputs: list[fx.Node], out
     for node in nodes:
         new[node] = graph.node_copy(node, lambda n: new[n])
     graph.output(tuple(new[n] for n in outputs))
-    return fx.GraphModule(root, graph, class_name="Segment")
+    return graph

@@ -16,15 +16,17 @@ and matrix products that are no linear layer (attention written out, experts; Co
 from __future__ import annotations
 
 import operator
+from dataclasses import replace
 
 import torch
 from torch import fx
 
-from river_compile.kernels import batch_invariant  # noqa: F401  (registers the operators)
+from river_compile.kernels import batch_invariant as operators  # noqa: F401  (registers them)
 from river_compile.kernels.one_query import grouped_attention, one_row_linear
 from river_compile.passes.fusion.recognise import before_repeat
 
 from .nodes import Sdpa, as_sdpa, rank, shape, value_of
+from .program import RiverProgram
 
 _REPEATING = (operator.getitem, torch.Tensor.expand, torch.reshape)
 
@@ -55,6 +57,15 @@ def simplify_linears(graph: fx.Graph) -> int:
     for node in one_row:
         node.target = one_row_linear
     return len(one_row)
+
+
+def batch_invariant(program: RiverProgram) -> RiverProgram:
+    """Each row of the backbone has the bits that it has in a pass of one token."""
+    grown = program.plan.blocks[0].kv.kind == "dynamic"
+    prologue, *blocks, head = (s.copy() for s in (program.prologue, *program.blocks, program.head))
+    for segment in (prologue, *blocks, head):
+        keep_rows(segment.graph, grown)
+    return replace(program, prologue=prologue, blocks=tuple(blocks), head=head)
 
 
 def keep_rows(graph: fx.Graph, grown: bool) -> int:

@@ -13,7 +13,7 @@ from __future__ import annotations
 
 import operator
 from collections.abc import Collection, Iterator, Mapping
-from dataclasses import replace
+from dataclasses import dataclass, replace
 
 import torch
 from torch import fx
@@ -23,48 +23,111 @@ from river_compile.kernels.quant.grid import fitting_group_size
 
 from .input_scales import InputScale, find_input_scale, scale_inputs
 from .nodes import Linear, as_linear, input_name, is_parameter, mutated_inputs, value_of
-from .program import KeptLinear, LinearSite, Segment
+from .pipeline import Pass
+from .program import KeptLinear, LinearSite, RiverProgram, Segment
+from .swap_ops import simplify_attention, simplify_linears
 
 MIN_GROUP_SIZE = 32  # the smallest group that the 4-bit kernels know
 
 
-def make_twin(
-    block: Segment,
-    group_size: int,
-    layout: str,
-    scaled: bool = False,
-    keep: Mapping[str, str] | None = None,
-) -> tuple[Segment, tuple[KeptLinear, ...]]:
-    """Turns a block's segment into its river twin.
+@dataclass(frozen=True)
+class Twinning:
+    """How twins are made.
 
-    Args:
-        block: a segment of its own (its graph is changed).
-        group_size: requested group size; each matrix takes the largest power of two below it that divides its input
+    Attributes:
+        group_size: requested group size; each matrix takes the largest power of two up to it that divides its input
             features.
         layout: name of the packing that the 4-bit weights will have.
-        scaled: whether inputs are scaled where that costs nothing.
-        keep: names of sites (`LinearSite.name`) that stay in 16 bits, each with the reason.
-
-    Returns:
-        The twin and the block's matrices that stay in 16 bits, each with the reason.
+        scale_inputs: whether inputs are scaled where that costs nothing.
     """
-    graph = block.graph_module.graph
-    placeholders = [n for n in graph.nodes if n.op == "placeholder"]
-    source_of = dict(zip(placeholders, block.inputs, strict=True))
+
+    group_size: int
+    layout: str
+    scale_inputs: bool = False
+
+
+@dataclass(frozen=True)
+class _Product:
+    """Linears of a segment that share their input, and what they become.
+
+    Attributes:
+        linears: in order.
+        scale: how their inputs can be scaled, None where they stay as they are.
+        site: the 4-bit product, None where no group size fits.
+    """
+
+    linears: tuple[Linear, ...]
+    scale: InputScale | None
+    site: LinearSite | None
+
+
+def twin_sites(segment: Segment, how: Twinning) -> list[LinearSite]:
+    """Returns the 4-bit products that the twin of a segment can have."""
+    return [product.site for product in _products(segment, how) if product.site is not None]
+
+
+def river_twins(how: Twinning | None, keep: Mapping[str, str] | None = None) -> Pass:
+    """Makes the pass that gives every block its river twin.
+
+    Args:
+        how: how; None leaves every matrix in 16 bits: each twin computes what its block computes.
+        keep: names of sites (`LinearSite.name`) that stay in 16 bits, each with the reason.
+    """
+
+    def river_twins(program: RiverProgram) -> RiverProgram:
+        """Every block gets a twin with 4-bit matrix products, which a token that left runs."""
+        if how is None:
+            return replace(program, twins=tuple(block.copy(kind="twin") for block in program.blocks))
+        made = [_twin(block, "twin", how, keep or {}) for block in program.blocks]
+        kept = tuple(linear for _, left in made for linear in left)
+        return replace(program, twins=tuple(twin for twin, _ in made), kept=(*program.kept, *kept))
+
+    return river_twins
+
+
+def river_head(how: Twinning, keep: Mapping[str, str] | None = None) -> Pass:
+    """Makes the pass that gives the head a 4-bit twin; arguments as for `river_twins`."""
+
+    def river_head(program: RiverProgram) -> RiverProgram:
+        """Tokens that left use a head with a 4-bit matrix."""
+        head, kept = _twin(program.head, "river_head", how, keep or {})
+        return replace(program, river_head=head, kept=(*program.kept, *kept))
+
+    return river_head
+
+
+def one_row_head(fuse: bool) -> Pass:
+    """Makes the pass that gives tokens that left a head of their own in 16 bits.
+
+    Args:
+        fuse: whether the fusion rules will replace its product; otherwise it becomes the operator for one row here.
+    """
+
+    def one_row_head(program: RiverProgram) -> RiverProgram:
+        """Tokens that left use a head whose matrix product is made for one row."""
+        head = program.head.copy(kind="river_head")
+        return replace(program, river_head=head) if fuse or simplify_linears(head.graph) else program
+
+    return one_row_head
+
+
+def _twin(block: Segment, kind: str, how: Twinning, keep: Mapping[str, str]) -> tuple[Segment, list[KeptLinear]]:
+    """Returns a segment's twin, and the matrices of it that stay in 16 bits, each with the reason."""
+    twin = block.copy(kind=kind)
+    graph, source_of = twin.graph, twin.origins
+    simplify_attention(graph)
     sites: list[LinearSite] = []
     kept: dict[fx.Node, KeptLinear] = {}
-    for linears in _sharing_inputs(graph):
-        fitting = fitting_group_size(linears[0].in_features, group_size)
-        reason = (keep or {}).get(_name(linears), "")
-        if fitting < MIN_GROUP_SIZE:
-            reason = f"{linears[0].in_features} input features have no group of {MIN_GROUP_SIZE} or more"
+    for product in _products(twin, how):
+        if product.site is None:
+            reason = f"{product.linears[0].in_features} input features have no group of {MIN_GROUP_SIZE} or more"
+        else:
+            reason = keep.get(product.site.name, "")
         if reason:
-            kept.update({source_of[linear.weight]: KeptLinear(linear.name, reason) for linear in linears})
-            continue
-        nodes = [linear.node for linear in linears]
-        scale = find_input_scale(linears[0].x, nodes, linears[0].in_features) if scaled else None
-        sites.append(_site(linears, source_of, fitting, layout, scale))
-        _replace(graph, linears, sites[-1], len(sites) - 1, scale)
+            kept |= {source_of[linear.weight]: KeptLinear(linear.name, reason) for linear in product.linears}
+        else:
+            _replace(graph, product, len(sites))
+            sites.append(product.site)
     written = {source_of.get(mutated) for node in graph.nodes for mutated in mutated_inputs(node)}
     for node in _unread_matrices(block, sites, {*kept, *written}):
         reason = f"a weight of shape {tuple(value_of(node).shape)} that no plain linear layer reads"
@@ -72,57 +135,56 @@ def make_twin(
     _drop_unused_weights(graph)
     inputs = tuple(source_of[n] for n in graph.nodes if n.op == "placeholder" and n in source_of)
     _relax_views(graph)
-    block.graph_module.recompile()
-    return replace(block, inputs=inputs, packed=tuple(sites)), tuple(kept.values())
+    return replace(twin, inputs=inputs, packed=tuple(sites)), list(kept.values())
 
 
-def _name(linears: list[Linear]) -> str:
-    return "|".join(linear.name for linear in linears)
+def _products(segment: Segment, how: Twinning) -> list[_Product]:
+    """Returns the linears of a segment in order, those together that read the same value in the same way."""
+    groups: dict[tuple[fx.Node, bool], list[Linear]] = {}
+    for linear in filter(None, map(as_linear, segment.graph.nodes)):
+        groups.setdefault((linear.x, linear.transposed), []).append(linear)
+    source_of = segment.origins
+    return [_product(tuple(linears), source_of, how) for linears in groups.values()]
 
 
-def _site(
-    linears: list[Linear],
-    source_of: dict[fx.Node, fx.Node],
-    group_size: int,
-    layout: str,
-    scale: InputScale | None,
-) -> LinearSite:
-    return LinearSite(
-        name=_name(linears),
+def _product(linears: tuple[Linear, ...], source_of: Mapping[fx.Node, fx.Node], how: Twinning) -> _Product:
+    first = linears[0]
+    group_size = fitting_group_size(first.in_features, how.group_size)
+    if group_size < MIN_GROUP_SIZE:
+        return _Product(linears, None, None)
+    nodes = [linear.node for linear in linears]
+    scale = find_input_scale(first.x, nodes, first.in_features) if how.scale_inputs else None
+    site = LinearSite(
+        name="|".join(linear.name for linear in linears),
         weights=tuple(source_of[linear.weight] for linear in linears),
         biases=tuple(source_of[linear.bias] if linear.bias else None for linear in linears),
-        in_features=linears[0].in_features,
+        in_features=first.in_features,
         out_features=tuple(linear.out_features for linear in linears),
-        transposed=linears[0].transposed,
+        transposed=first.transposed,
         group_size=group_size,
-        layout=layout,
+        layout=how.layout,
         scales_inputs=scale is not None,
         folds=tuple(source_of[parameter] for parameter in scale.parameters) if scale else (),
     )
+    return _Product(linears, scale, site)
 
 
-def _sharing_inputs(graph: fx.Graph) -> list[list[Linear]]:
-    """Returns the linears in order, those together that read the same value in the same way."""
-    groups: dict[tuple[fx.Node, bool], list[Linear]] = {}
-    for linear in filter(None, map(as_linear, graph.nodes)):
-        groups.setdefault((linear.x, linear.transposed), []).append(linear)
-    return list(groups.values())
-
-
-def _replace(graph: fx.Graph, linears: list[Linear], site: LinearSite, index: int, scale: InputScale | None) -> None:
+def _replace(graph: fx.Graph, product: _Product, index: int) -> None:
     """Puts one ``river::linear`` in place of linears that share an input, and splits what it gives."""
+    linears, site, scale = product.linears, product.site, product.scale
     names = ["qweight", "scale_zero", *(["bias"] if site.has_bias else [])]
     scaled = [f"scaled_{i}" for i in range(max(1, len(site.folds)))] if scale else []
     new = _placeholders(graph, [f"river_{index}_{name}" for name in (*names, *scaled)])
     bias = new[2] if site.has_bias else None
-    x = scale_inputs(graph, linears[0].x, scale, tuple(new[len(names) :])) if scale else linears[0].x
     first = linears[0].node
+    before = as_linear(first).x  # (not as it was listed: that may have been replaced meanwhile)
+    x = scale_inputs(graph, before, scale, tuple(new[len(names) :])) if scale else before
     with graph.inserting_before(first):
         merged = graph.call_function(
             torch.ops.river.linear.default,
             (x, new[0], new[1], bias, sum(site.out_features), site.group_size, site.layout),
         )
-        x = value_of(linears[0].x)
+        x = value_of(before)
         merged.meta = first.meta | {"example_value": x.new_empty((*x.shape[:-1], sum(site.out_features)))}
         if len(linears) == 1:
             first.replace_all_uses_with(merged)

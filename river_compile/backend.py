@@ -6,9 +6,7 @@ the graph's place. Every other graph runs as Inductor runs it, with one warning 
 
 from __future__ import annotations
 
-import functools
 import logging
-import time
 import warnings
 from collections.abc import Callable, Mapping, Sequence
 
@@ -24,11 +22,17 @@ from river_compile.lowering.choose import Lowering, choose_lowering, warn_of_slo
 from river_compile.lowering.compile import SegmentCompiler, inductor_settings
 from river_compile.offload.streaming import Streamer
 from river_compile.offload.weights import OffloadedWeights
-from river_compile.passes.nodes import is_parameter, value_of
+from river_compile.passes.decoder import find_decoder
+from river_compile.passes.exit_checks import candidate_depths, exit_checks, logits_entropy, logits_of
+from river_compile.passes.fusion.fuse import fuse_checks, fuse_twins
+from river_compile.passes.nodes import is_parameter
 from river_compile.passes.normalize import normalized
-from river_compile.passes.program import DecoderPlan, FillRefusal, LinearSite, Refusal, RiverProgram, Segment
-from river_compile.passes.rewrite import RewriteOptions, keep_linears, rewrite
-from river_compile.reporting.dump import dump_program
+from river_compile.passes.pipeline import Pass, run_passes
+from river_compile.passes.program import DecoderPlan, LinearSite, Refusal, RiverProgram, Segment
+from river_compile.passes.segments import segmented
+from river_compile.passes.swap_ops import batch_invariant
+from river_compile.passes.twins import Twinning, one_row_head, river_head, river_twins, twin_sites
+from river_compile.reporting.dump import PassDump
 from river_compile.runtime.executor import ExitRule, RiverExecutor
 from river_compile.runtime.trace import ExitStats
 from river_compile.twins.make import PackedSite
@@ -67,12 +71,11 @@ def river(
     traced = normalized(graph_module)
     values = dict(zip(traced.graph.find_nodes(op="placeholder"), example_inputs, strict=True))
     state = state_of(value for node, value in values.items() if is_parameter(node))
-    start = time.perf_counter()
-    program = _needs_gradients(example_inputs) or rewrite(traced, functools.partial(_rewrite_options, config))
-    record = GraphRecord(config, mode=mode, seconds={"rewriting": time.perf_counter() - start})
+    record = GraphRecord(config, mode=mode)
     state.graphs.append(record)
-    if isinstance(program, FillRefusal):
-        raise OptionError(f"fill={config.fill!r} cannot be used here: {program}; use another one, such as fill='river'")
+    with record.stage("rewriting"):
+        plan = _needs_gradients(example_inputs) or find_decoder(traced)
+        program = plan if isinstance(plan, Refusal) else segmented(plan)
     if isinstance(program, Refusal):
         record.refusal = str(program)
         return _as_inductor(graph_module, example_inputs, program, config, mode)
@@ -85,60 +88,77 @@ def _needs_gradients(example_inputs: Sequence[object]) -> Refusal | None:
     return None
 
 
-def _rewrite_options(config: RiverConfig, plan: DecoderPlan) -> RewriteOptions:
-    config.check_depths(plan.num_blocks)
-    check_device(config, plan)
-    lowering = _lowering(config, plan)
-    return RewriteOptions(
-        exits=(plan.is_decode or config.prefill == "exit") and config.exit_depth != plan.num_blocks,
-        checks=config.exit_depth is None and CRITERIA[config.criterion].scores_blocks,
-        first_exit=config.first_exit,
-        exit_every=config.exit_every,
-        quantize=config.quantizer != "none",
-        group_size=config.group_size,
-        layout=lowering.layout,
-        fuse=lowering.fuse,
-        scale_inputs=config.quantizer == "awq",
-        quantize_head=config.lm_head == "w4",
-        same_rows=config.same_rows and not plan.is_decode,
-        entropy=config.exit_depth is None and _needs_entropy(plan, CRITERIA[config.criterion]),
-        deepest=config.deepest,
-        tail=FILLS[config.fill].tail,
-        presence=FILLS[config.fill].masks,
-        catch_up=FILLS[config.fill].catches_up,
-    )
+def passes_for(config: RiverConfig, plan: DecoderPlan, lowering: Lowering, keep: Mapping[str, str]) -> list[Pass]:
+    """Returns the passes, in order, that turn a decoder into what the options ask for.
+
+    Args:
+        config: the options.
+        plan: the decoder.
+        lowering: how its segments will be lowered.
+        keep: the twins' matrices that stay in 16 bits (`LinearSite.name`), each with the reason.
+    """
+    criterion = CRITERIA[config.criterion]
+    how = twinning(config, lowering)
+    leaves = may_leave(config, plan)
+    passes: list[Pass] = []
+    candidates: tuple[int, ...] = ()
+    if leaves and config.exit_depth is None and criterion.scores_blocks:
+        end = plan.num_blocks if config.deepest is None else config.deepest
+        candidates = candidate_depths(end, config.first_exit, config.exit_every)
+    if leaves:
+        passes += FILLS[config.fill].passes(candidates) or [river_twins(how, keep)]
+        if how is not None and config.lm_head == "w4":
+            passes.append(river_head(how, keep))
+        elif how is not None and (plan.is_decode or not lowering.fuse):
+            passes.append(one_row_head(lowering.fuse))
+    if config.same_rows and not plan.is_decode:
+        passes.append(batch_invariant)
+    if candidates:
+        passes.append(exit_checks(candidates))
+    if config.exit_depth is None and needs_entropy(plan, criterion):
+        passes.append(logits_entropy)
+    if lowering.fuse and leaves:
+        passes += [fuse_checks, fuse_twins]
+    return passes
 
 
-def _lowering(config: RiverConfig, plan: DecoderPlan) -> Lowering:
-    return choose_lowering(config, value_of(plan.blocks[0].hidden_in).device)
+def may_leave(config: RiverConfig, plan: DecoderPlan) -> bool:
+    """True for a graph whose tokens may leave before the last block."""
+    return (plan.is_decode or config.prefill == "exit") and config.exit_depth != plan.num_blocks
 
 
-def _needs_entropy(plan: DecoderPlan, criterion: Criterion) -> bool:
+def twinning(config: RiverConfig, lowering: Lowering) -> Twinning | None:
+    """Returns how twins are made, None where they keep the backbone's weights."""
+    if config.quantizer == "none":
+        return None
+    return Twinning(config.group_size, lowering.layout, scale_inputs=config.quantizer == "awq")
+
+
+def needs_entropy(plan: DecoderPlan, criterion: Criterion) -> bool:
     """Tells whether a graph's heads must return their logits' entropy; a prompt's only for the step after it."""
     return criterion.reads_logits and (plan.is_decode or criterion.remembers)
 
 
-def _exit_rule(program: RiverProgram, config: RiverConfig) -> ExitRule:
+def exit_rule(config: RiverConfig, program: RiverProgram) -> ExitRule:
     """Returns the rule of a graph.
 
     Raises:
         OptionError: the criterion reads logits and the model returns none.
     """
-    criterion = CRITERIA[config.criterion]
+    plan, criterion = program.plan, CRITERIA[config.criterion]
+    leaves = may_leave(config, plan)
+    deepest = config.deepest if leaves else None
     if config.exit_depth is not None:  # no criterion plays a part, so none needs to remember anything
-        deepest = config.deepest if program.twins else None
-        return ExitRule(None, config.exit_depth if program.twins else program.plan.num_blocks, deepest=deepest)
-    if _needs_entropy(program.plan, criterion) and not program.head.has_score:
+        return ExitRule(None, config.exit_depth if leaves else plan.num_blocks, deepest=deepest)
+    if needs_entropy(plan, criterion) and logits_of(program) is None:
         raise OptionError(
             f"criterion={config.criterion!r} reads the logits, and this model returns none (its output is as wide as "
             "its hidden state); compile the model with its head, or use criterion='similarity'"
         )
-    threshold = config.threshold if program.twins else None
-    deepest = config.deepest if program.twins else None
-    return ExitRule(threshold, program.plan.num_blocks, criterion, config.first_exit, deepest)
+    return ExitRule(config.threshold if leaves else None, plan.num_blocks, criterion, config.first_exit, deepest)
 
 
-def _reachable(program: RiverProgram, rule: ExitRule) -> list[Segment]:
+def reachable(program: RiverProgram, rule: ExitRule) -> list[Segment]:
     """Returns the segments that some token may run through: all of them, but where depths are fixed or bounded."""
     if rule.threshold is not None and rule.deepest is None:
         return list(program.segments)
@@ -149,40 +169,54 @@ def _reachable(program: RiverProgram, rule: ExitRule) -> list[Segment]:
 
 def _build(
     program: RiverProgram,
-    values: dict[fx.Node, object],
+    values: Mapping[fx.Node, object],
     config: RiverConfig,
     mode: str | None,
     state: ModelState,
     record: GraphRecord,
 ) -> RiverExecutor:
-    """Packs and compiles what the program can reach and returns the executor."""
+    """Packs the twins' weights, rewrites, compiles what tokens can reach, and returns the executor.
+
+    Raises:
+        OptionError: the options do not fit the model.
+    """
     plan = program.plan
-    lowering = _lowering(config, plan)
-    rule = _exit_rule(program, config)
     offloaded, stats, captures = state.of(OffloadedWeights), state.of(ExitStats), record.of(CaptureLog)
+    config.check_depths(plan.num_blocks)
+    check_device(config, plan)
     offloaded.check(plan, config)
-    start = time.perf_counter()
-    packed = _pack(_reachable(program, rule), values, config, state)
+    rule = exit_rule(config, program)
+    lowering = choose_lowering(config, plan.device)
+    with record.stage("packing"):
+        packed = _pack(program, values, config, lowering, state)
     if packed:
-        warn_of_slow_lowering(lowering, value_of(plan.blocks[0].hidden_in).device)
-    packed_at = time.perf_counter()
-    low = {site.name: packed[site].reason for site in packed if packed[site].reason}
-    if low:
-        program = keep_linears(program, _rewrite_options(config, plan), low)
-    if config.dump_dir is not None:
-        log.info("wrote the rewritten graph to %s", dump_program(program, config.dump_dir, plan.kind))
-    segments = _reachable(program, rule)
+        warn_of_slow_lowering(lowering, plan.device)
+    keep = {site.name: made.reason for site, made in packed.items() if made.reason}
+    dump = PassDump(config.dump_dir, plan.kind)
+    with record.stage("rewriting"):
+        rewritten = run_passes(program, passes_for(config, plan, lowering, keep), dump.after_pass)
+    if isinstance(rewritten, Refusal):  # the river's own passes refuse nothing
+        raise OptionError(
+            f"fill={config.fill!r} cannot be used here: {rewritten}; use another one, such as fill='river'"
+        )
+    program = rewritten
+    dump.program(program)
+    if dump.folder is not None:
+        log.info("wrote the rewritten graph to %s", dump.folder)
+    segments = reachable(program, rule)
     if plan.is_decode:
         offloaded.arrange(program, values, config, sum(packed[s].nbytes for p in segments for s in p.packed))
     streamer = Streamer(offloaded, program, values, config.offload)
     device = choose_device(program, config, captures)
     compiler = SegmentCompiler(lowering.compiler, inductor_settings(mode, captured=device is not None))
     steps = {}
-    with tqdm(segments, desc="river: compiling segments", unit="segment", leave=False, delay=1) as bar:
+    with (
+        record.stage("compiling"),
+        tqdm(segments, desc="river: compiling segments", unit="segment", leave=False, delay=1) as bar,
+    ):
         for segment in bar:
             weights = [tensor for site in segment.packed for tensor in packed[site].tensors]
             steps[segment] = streamer.step(segment, compiler.compile(segment, weights), weights, program.slots)
-    record.seconds |= {"packing": packed_at - start, "compiling": time.perf_counter() - packed_at}
     record.describe(program, compiler.compiled)
     record.put(GraphTwins(packed.values()))
     stats.num_blocks = plan.num_blocks
@@ -192,9 +226,19 @@ def _build(
 
 
 def _pack(
-    segments: Sequence[Segment], values: dict[fx.Node, object], config: RiverConfig, state: ModelState
+    program: RiverProgram,
+    values: Mapping[fx.Node, object],
+    config: RiverConfig,
+    lowering: Lowering,
+    state: ModelState,
 ) -> dict[LinearSite, PackedSite]:
-    sites = [site for segment in segments for site in segment.packed]
+    """Returns the packed weights of the twins that tokens can reach."""
+    how = twinning(config, lowering)
+    if how is None or not may_leave(config, program.plan):
+        return {}
+    segments = list(program.blocks[config.exit_depth or 0 :]) if config.fill == "river" else []
+    segments += [program.head] if config.lm_head == "w4" else []
+    sites = [site for segment in segments for site in twin_sites(segment, how)]
     observation = state.find(Observation)
     return state.of(PackedWeights).pack(
         sites, values, config.quantizer, config.artifact, config.min_sqnr, observation=observation

@@ -7,8 +7,10 @@ names no feature: each keeps what it knows of a model, or of one traced graph, u
 
 from __future__ import annotations
 
+import contextlib
 import threading
-from collections.abc import Iterable
+import time
+from collections.abc import Iterable, Iterator
 from dataclasses import dataclass, field
 from typing import TypeVar
 
@@ -81,6 +83,13 @@ class GraphRecord(Entries):
 
     def __post_init__(self) -> None:
         super().__init__()
+
+    @contextlib.contextmanager
+    def stage(self, name: str) -> Iterator[None]:
+        """Adds the seconds that its body takes to a stage."""
+        start = time.perf_counter()
+        yield
+        self.seconds[name] = self.seconds.get(name, 0.0) + time.perf_counter() - start
 
     def describe(self, program: RiverProgram, compiled: Iterable[Compiled]) -> None:
         """Fills in what a rewritten graph turned out to be."""

@@ -316,6 +316,25 @@ class TestReport:
         assert "index_copy_" in (folder / "twin_2.py").read_text()
         assert "exit checks after blocks: 1" in (folder / "plan.txt").read_text()
         assert "river_twins" in caplog.text
+        checks = next((folder / "passes").glob("*_exit_checks"))
+        assert "exit_score" in (checks / "block_1.after.py").read_text()
+        assert "exit_score" not in (checks / "block_1.before.py").read_text()
+
+    def test_the_structured_trace_shows_the_passes(self, tmp_path):
+        """TORCH_TRACE receives the plan and what each pass changed, for tlparse."""
+        code = """
+import torch
+from tests.support.families import make
+from tests.test_backend import ALWAYS, generate
+model = make("llama", layers=2)
+model.compile(backend="river", options=ALWAYS)
+generate(model, cache_implementation="static")
+"""
+        environment = {**os.environ, "TORCH_TRACE": str(tmp_path), "PYTHONPATH": str(ROOT)}
+        subprocess.run([sys.executable, "-c", code], cwd=ROOT, env=environment, check=True, timeout=300)
+        text = "".join(file.read_text(errors="replace") for file in tmp_path.rglob("*.log"))
+        for name in ("river_decode_1_river_twins", "river_decode_3_exit_checks", "river_decode_plan"):
+            assert f'"name": "{name}"' in text, name
 
     def test_the_picture_of_a_trace(self, tmp_path):
         model = make("llama", layers=2)

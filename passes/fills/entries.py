@@ -21,7 +21,30 @@ import torch
 from torch import fx
 
 from river_compile.passes.nodes import closure, is_parameter, is_tensor, memory_of, mutated_inputs, rank, value_of
-from river_compile.passes.program import Block, FillRefusal, Segment
+from river_compile.passes.pipeline import Pass
+from river_compile.passes.program import Block, FillRefusal, RiverProgram, Segment
+
+
+def kv_entries(empty: bool) -> Pass:
+    """Makes the pass that puts the part of each block which writes its KV entries in its twin's place."""
+
+    def kv_entries(program: RiverProgram) -> RiverProgram | FillRefusal:
+        """A token that left fills the KV cache and runs nothing else of the later blocks."""
+        make = empty_entries if empty else only_entries
+        made = [make(s.copy(kind="entries"), b) for s, b in zip(program.blocks, program.plan.blocks, strict=True)]
+        refusal = next((m for m in made if isinstance(m, FillRefusal)), None)
+        return refusal or replace(program, twins=tuple(made))
+
+    return kv_entries
+
+
+def presence_masks(program: RiverProgram) -> RiverProgram | FillRefusal:
+    """Blocks attend only to KV entries that are there."""
+    made = [with_presence(segment.copy(), f"present_{segment.depth}") for segment in program.blocks]
+    refusal = next((m for m in made if isinstance(m, FillRefusal)), None)
+    if refusal is not None:
+        return refusal
+    return replace(program, blocks=tuple(s for s, _ in made), presence=tuple(present for _, present in made))
 
 
 def only_entries(segment: Segment, block: Block) -> Segment:
@@ -31,8 +54,7 @@ def only_entries(segment: Segment, block: Block) -> Segment:
         segment: the block's, of its own (its graph is changed).
         block: the block.
     """
-    graph = segment.graph_module.graph
-    output = _output(graph)
+    output = segment.graph.output_node()
     kept = [i for i, node in enumerate(segment.outputs) if node is not block.hidden_out]
     output.args = (tuple(output.args[0][i] for i in kept),)
     return replace(
@@ -45,8 +67,8 @@ def only_entries(segment: Segment, block: Block) -> Segment:
 def empty_entries(segment: Segment, block: Block) -> Segment | FillRefusal:
     """Returns the part of a block that takes a KV slot and leaves zeros in it; arguments as above."""
     segment = only_entries(segment, block)
-    graph = segment.graph_module.graph
-    hidden = _placeholder(segment, block.hidden_in)
+    graph = segment.graph
+    hidden = segment.node_of(block.hidden_in)
     cached = _downstream(n for n in graph.nodes if n.op == "placeholder" and rank(n) == 4 and not is_parameter(n))
     new = _downstream([hidden]) - cached
     for node in [n for n in graph.nodes if n in cached]:
@@ -78,7 +100,7 @@ def with_presence(segment: Segment, name: str) -> tuple[Segment, fx.Node] | Fill
         The segment with one more input, the last one, and the node that stands for it: boolean ``[S]`` over the keys
         that the attention reads, True for an entry that is there.
     """
-    graph = segment.graph_module.graph
+    graph = segment.graph
     attention = [node for node in graph.nodes if _keys_axis(node) is not None]
     if not attention:
         return FillRefusal("no attention whose mask could hide missing entries", segment.name)
@@ -92,7 +114,6 @@ def with_presence(segment: Segment, name: str) -> tuple[Segment, fx.Node] | Fill
     placeholder.meta["example_value"] = present.meta["example_value"] = value
     for node in attention:
         _hide_missing(graph, node, placeholder)
-    segment.graph_module.recompile()
     return replace(segment, inputs=(*segment.inputs, present)), present
 
 
@@ -124,8 +145,8 @@ def _hide_missing(graph: fx.Graph, node: fx.Node, present: fx.Node) -> None:
 
 def _without_dead_code(segment: Segment) -> Segment:
     """Drops what neither an output nor the caller's memory depends on, and the inputs that only this read."""
-    graph = segment.graph_module.graph
-    source_of = dict(zip((n for n in graph.nodes if n.op == "placeholder"), segment.inputs, strict=True))
+    graph = segment.graph
+    source_of = segment.origins
     live: set[fx.Node] = set()
     for node in reversed(list(graph.nodes)):
         writes = any((memory := memory_of(m)).op == "placeholder" or memory in live for m in mutated_inputs(node))
@@ -135,18 +156,8 @@ def _without_dead_code(segment: Segment) -> Segment:
         size = node.op == "placeholder" and not is_tensor(node)  # the shapes of others may need it
         if node not in live and not size:
             graph.erase_node(node)
-    segment.graph_module.recompile()
     return replace(segment, inputs=tuple(source_of[n] for n in graph.nodes if n in source_of))
 
 
 def _downstream(nodes: Iterable[fx.Node]) -> set[fx.Node]:
     return closure(nodes, lambda node: (user for user in node.users if user.op != "output"))
-
-
-def _placeholder(segment: Segment, value: fx.Node) -> fx.Node:
-    placeholders = [n for n in segment.graph_module.graph.nodes if n.op == "placeholder"]
-    return placeholders[segment.inputs.index(value)]
-
-
-def _output(graph: fx.Graph) -> fx.Node:
-    return next(n for n in graph.nodes if n.op == "output")

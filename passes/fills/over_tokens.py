@@ -20,6 +20,7 @@ import hashlib
 import itertools
 import operator
 from collections.abc import Sequence
+from dataclasses import replace
 
 import torch
 from torch import Tensor, fx
@@ -28,8 +29,10 @@ from torch._subclasses.fake_tensor import FakeTensorMode
 from torch.fx.experimental.symbolic_shapes import DimDynamic, ShapeEnv, StatelessSymbolicContext
 
 from river_compile.passes.nodes import ancestors, is_parameter, is_tensor, mutated_inputs, value_of
-from river_compile.passes.program import Block, FillRefusal, Segment
+from river_compile.passes.pipeline import Pass
+from river_compile.passes.program import Block, FillRefusal, RiverProgram, Segment
 from river_compile.passes.segments import graph_lines
+from river_compile.passes.swap_ops import simplify_attention
 
 _EXAMPLE = 5  # tokens of the example inputs; their number is a symbol
 
@@ -82,6 +85,22 @@ def joined(parts: Sequence[Tensor], dim: int = 0) -> Tensor:
     return whole
 
 
+def catch_up(candidates: tuple[int, ...]) -> Pass:
+    """Makes the pass that adds each block for several tokens at once, with an exit score at the candidate depths."""
+
+    def catch_up(program: RiverProgram) -> RiverProgram | FillRefusal:
+        """Each block comes a second time, for several tokens at once."""
+        made = []
+        for segment, block in zip(program.blocks, program.plan.blocks, strict=True):
+            one = segment.copy()
+            simplify_attention(one.graph)  # (the fused operator would run the tokens one by one)
+            made.append(over_tokens(one, block, segment.depth in candidates))
+        refusal = next((m for m in made if isinstance(m, FillRefusal)), None)
+        return refusal or replace(program, catch_up=tuple(made))
+
+    return catch_up
+
+
 def over_tokens(segment: Segment, block: Block, scored: bool) -> Segment | FillRefusal:
     """Returns a decode block as a segment for several tokens.
 
@@ -93,11 +112,11 @@ def over_tokens(segment: Segment, block: Block, scored: bool) -> Segment | FillR
     Returns:
         A segment with the block's inputs and outputs. Those of :func:`per_token` have one dimension more, in front.
     """
-    nodes = list(segment.graph_module.graph.nodes)
+    nodes = list(segment.graph.nodes)
     refusal = _obstacle(segment, block, nodes)
     if refusal:
         return refusal
-    source_of = dict(zip((n for n in nodes if n.op == "placeholder"), segment.inputs, strict=True))
+    source_of = segment.origins
     writes = [n for n in nodes if n.target is Tensor.index_copy_]
     advances = [n for n in nodes for m in mutated_inputs(n) if source_of.get(m) in block.kv.lengths]
     front = ancestors([a for write in writes for a in write.args[2:4]])
@@ -106,7 +125,7 @@ def over_tokens(segment: Segment, block: Block, scored: bool) -> Segment | FillR
     crossing = [n for n in nodes if n in front and n.op != "placeholder" and any(user in behind for user in n.users)]
     shared = {n for n in source_of if not _is_mapped(source_of[n], block)}
 
-    graph = fx.Graph()
+    graph = fx.Graph(owning_module=segment.graph.owning_module)
     new = {n: graph.placeholder(n.name) for n in source_of}
     _set_examples(new, shared, block, source_of)
     hidden = next(new[n] for n in source_of if source_of[n] is block.hidden_in)
@@ -127,9 +146,7 @@ def over_tokens(segment: Segment, block: Block, scored: bool) -> Segment | FillR
     (result,) = nodes[-1].args[0]
     _map(graph, segment, behind, [result], here, shared)
     graph.output(tuple([here[result], *_score(graph, here[result], hidden)] if scored else [here[result]]))
-    module = fx.GraphModule(segment.graph_module, graph, class_name="Segment")
-    inputs, outputs = segment.inputs, segment.outputs
-    return Segment("catch_up", segment.depth, module, inputs, outputs, has_score=scored, own_examples=True)
+    return replace(segment, kind="catch_up", graph=graph, has_score=scored, own_examples=True)
 
 
 def per_token(segment: Segment, block: Block) -> tuple[fx.Node, ...]:
@@ -179,7 +196,7 @@ def _map(
         if node.target is torch.cat:
             copy[node].target = joined
     inner.output(tuple(copy[n] for n in results))
-    module = fx.GraphModule(segment.graph_module, inner, class_name="OverTokens")
+    module = fx.GraphModule(segment.graph.owning_module, inner, class_name="OverTokens")
     call = OverTokens(module, [n not in shared for n in inputs])
     outputs = graph.call_function(call, tuple(here[n] for n in inputs))
     for i, node in enumerate(results):

@@ -25,37 +25,36 @@ from .rules import CHECK_RULES, HEAD_RULES, RULES, Rule
 def fuse_twins(program: RiverProgram) -> RiverProgram:
     """Applies the rules of a block to every twin, and the head's to the head of tokens that left.
 
-    Their graphs are changed. The rules around the cache are for decode steps. A head whose rule missed and that has no
-    4-bit matrix is given up for the backbone's.
+    The rules around the cache are for decode steps. A head whose rule missed and that has no 4-bit matrix is given up
+    for the backbone's.
     """
     rules = [rule for rule in RULES if program.plan.is_decode or not rule.one_query]
     fusions: list[Fusion] = []
-    for twin in (twin for twin in program.twins if twin.packed):
-        graph = twin.graph_module.graph
-        for node in list(graph.nodes):
-            _absorb_bias(graph, node)
-        for node in list(graph.nodes):
-            _regroup(graph, node)
+    twins = tuple(twin.copy() if twin.packed else twin for twin in program.twins)
+    for twin in (twin for twin in twins if twin.packed):
+        for rewrite in (_absorb_bias, _regroup):
+            for node in list(twin.graph.nodes):
+                rewrite(twin.graph, node)
         fusions += _apply(twin, rules)
-    head = program.river_head
+    head = program.river_head and program.river_head.copy()
     if head is not None:
         fusions += _apply(head, HEAD_RULES)
         if fusions[-1].missed and not head.packed:
             head = None
-    return replace(program, river_head=head, fusions=(*program.fusions, *fusions))
+    return replace(program, twins=twins, river_head=head, fusions=(*program.fusions, *fusions))
 
 
 def fuse_checks(program: RiverProgram) -> RiverProgram:
-    """Fuses the exit checks of decode steps with the additions before them (the blocks' graphs are changed)."""
-    checked = [block for block in program.blocks if block.has_score and program.plan.is_decode]
-    fusions = [fusion for block in checked for fusion in _apply(block, CHECK_RULES)]
-    return replace(program, fusions=(*program.fusions, *fusions))
+    """Fuses the exit checks of decode steps with the additions before them."""
+    if not program.plan.is_decode:
+        return program
+    blocks = tuple(block.copy() if block.has_score else block for block in program.blocks)
+    fusions = [fusion for block in blocks if block.has_score for fusion in _apply(block, CHECK_RULES)]
+    return replace(program, blocks=blocks, fusions=(*program.fusions, *fusions))
 
 
 def _apply(segment: Segment, rules: Sequence[Rule]) -> list[Fusion]:
-    graph = segment.graph_module.graph
-    placeholders = [n for n in graph.nodes if n.op == "placeholder"]
-    view = BlockView(graph, dict(zip(placeholders, segment.inputs, strict=False)))  # packed weights follow
+    view = BlockView(segment.graph, segment.origins)
     fusions = []
     for rule in rules:
         view.look()
@@ -65,7 +64,6 @@ def _apply(segment: Segment, rules: Sequence[Rule]) -> list[Fusion]:
             node, missed = miss.node, miss.reason
         where = "" if node is None else source_of(view.origin_of(node))
         fusions.append(Fusion(rule.name, segment.name, missed, where))
-    segment.graph_module.recompile()
     return fusions
 
 

@@ -10,7 +10,7 @@ from river_compile.config import RiverConfig
 from river_compile.errors import OptionError
 from river_compile.exits import Memories
 from river_compile.fills.rivals import FILLS
-from river_compile.passes.nodes import is_tensor, source_of, value_of
+from river_compile.passes.nodes import is_tensor, source_of
 from river_compile.passes.program import DecoderPlan, RiverProgram, Segment
 from river_compile.runtime.executor import ExitRule, RiverExecutor, Step
 from river_compile.runtime.trace import ExitStats
@@ -66,7 +66,7 @@ def check_device(config: RiverConfig, plan: DecoderPlan) -> None:
 
 
 def _device_of(plan: DecoderPlan) -> torch.device:
-    return value_of(plan.blocks[0].hidden_in).device
+    return plan.device
 
 
 def _make_device(config: RiverConfig, plan: DecoderPlan) -> CaptureDevice:

@@ -9,7 +9,9 @@ from typing import TYPE_CHECKING, ClassVar
 from torch import Tensor, fx
 
 from river_compile.errors import CacheHolesError
+from river_compile.passes.fills.entries import kv_entries
 from river_compile.passes.fills.over_tokens import per_token
+from river_compile.passes.pipeline import Pass
 from river_compile.passes.program import RiverProgram
 from river_compile.runtime.slots import cache_registers
 
@@ -82,17 +84,15 @@ class Fill:
 
     Attributes:
         name: how the option ``fill=`` calls it.
-        tail: what the passes put in the skipped blocks' place (see :mod:`river_compile.passes.fills.entries`).
-        masks: blocks read which entries are there.
-        catches_up: blocks come for several tokens at once, too.
         remembers: it keeps :class:`Gaps` in the memory of the sequence.
     """
 
     name: ClassVar[str] = "river"
-    tail: ClassVar[str] = "twins"
-    masks: ClassVar[bool] = False
-    catches_up: ClassVar[bool] = False
     remembers: ClassVar[bool] = False
+
+    def passes(self, candidates: tuple[int, ...]) -> list[Pass]:
+        """Returns the passes that make, in the twins' place, what a token that left runs."""
+        return []
 
     def begin(self, registers: list, memory: Memory, place: Place) -> int:
         """Prepares a step, nothing of which is written yet; returns how many blocks it may run."""
@@ -109,8 +109,10 @@ class Fill:
 class Holes(Fill):
     """Skipped blocks take a slot and leave it empty."""
 
-    tail = "empty"
     remembers = True
+
+    def passes(self, candidates: tuple[int, ...]) -> list[Pass]:
+        return [kv_entries(empty=True)]
 
     def begin(self, registers: list, memory: Memory, place: Place) -> int:
         length = None if place.length is None else int(registers[place.length])

@@ -6,6 +6,9 @@ from typing import TYPE_CHECKING
 
 import torch
 
+from river_compile.passes.fills.entries import presence_masks
+from river_compile.passes.pipeline import Pass
+
 from .base import Gaps, Holes, Place
 
 if TYPE_CHECKING:
@@ -16,7 +19,9 @@ class Mask(Holes):
     """Missing entries are masked out of attention, block by block."""
 
     name = "mask"
-    masks = True
+
+    def passes(self, candidates: tuple[int, ...]) -> list[Pass]:
+        return [*super().passes(candidates), presence_masks]
 
     def begin(self, registers: list, memory: Memory, place: Place) -> int:
         limit = super().begin(registers, memory, place)

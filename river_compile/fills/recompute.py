@@ -14,6 +14,9 @@ from typing import TYPE_CHECKING
 import torch
 from torch import Tensor
 
+from river_compile.passes.fills.over_tokens import catch_up
+from river_compile.passes.pipeline import Pass
+
 from .base import Holes, Place
 
 if TYPE_CHECKING:
@@ -63,7 +66,9 @@ class Recompute(Holes):
     """Skipped blocks run later, for all tokens that are missing there."""
 
     name = "recompute"
-    catches_up = True
+
+    def passes(self, candidates: tuple[int, ...]) -> list[Pass]:
+        return [*super().passes(candidates), catch_up(candidates)]
 
     def begin(self, registers: list, memory: Memory, place: Place) -> int:
         limit = super().begin(registers, memory, place)

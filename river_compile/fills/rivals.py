@@ -21,6 +21,9 @@ they cannot account for is refused, before anything is written.
 
 from __future__ import annotations
 
+from river_compile.passes.fills.entries import kv_entries
+from river_compile.passes.pipeline import Pass
+
 from .base import Fill, Gaps, Holes
 from .mask import Mask
 from .recompute import Recompute
@@ -29,7 +32,10 @@ from .recompute import Recompute
 class Propagate(Fill):
     """The hidden state that left goes through the later blocks' K and V projections."""
 
-    name, tail = "propagate", "entries"
+    name = "propagate"
+
+    def passes(self, candidates: tuple[int, ...]) -> list[Pass]:
+        return [kv_entries(empty=False)]
 
 
 class Monotone(Holes):

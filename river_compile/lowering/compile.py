@@ -84,7 +84,7 @@ class SegmentCompiler:
         start = time.perf_counter()
         guards_before = len(shape_env.guards)
         if self.lowering == "eager":
-            callee, direct = _call_graph(lower_ops(segment.graph_module)), True
+            callee, direct = _call_graph(lower_ops(segment.graph)), True
         else:
             callee, direct = _compile(segment, packed, self.config_patches)
         guards = tuple(guard.expr for guard in shape_env.guards[guards_before:])
@@ -97,7 +97,7 @@ class SegmentCompiler:
 
 def _examples(segment: Segment) -> list:
     """Returns example values of a segment's inputs; the placeholders of packed weights, which come last, have none."""
-    return [value_of(node) for node in segment.graph_module.graph.find_nodes(op="placeholder")][: len(segment.inputs)]
+    return [value_of(node) for node in segment.graph.find_nodes(op="placeholder")][: len(segment.inputs)]
 
 
 def _fake_mode(segment: Segment) -> FakeTensorMode:
@@ -133,7 +133,7 @@ def inductor_settings(mode: str | None, captured: bool = False) -> dict[str, obj
 
 
 def _compile(segment: Segment, packed: Sequence[Tensor], config_patches: dict[str, object]) -> tuple[Callee, bool]:
-    graph_module = lower_ops(segment.graph_module)
+    graph_module = lower_ops(segment.graph)
     fake_mode, inputs = _fake_mode(segment), _examples(segment)
     inputs += [fake_mode.from_tensor(t, static_shapes=True) for t in packed]
     direct: list[Callee] = []
@@ -177,13 +177,13 @@ def _needs_no_wrapper(num_inner_inputs: int, num_inputs: int) -> bool:
     )
 
 
-def lower_ops(graph_module: fx.GraphModule) -> fx.GraphModule:
+def lower_ops(traced: fx.Graph) -> fx.GraphModule:
     """Returns a copy of a graph in which the river's operators are functions that trace into ATen ops.
 
     Operators of the generated kernels stay: they are opaque to Inductor.
     """
     graph = fx.Graph()
-    graph.output(graph.graph_copy(graph_module.graph, {}))
+    graph.output(graph.graph_copy(traced, {}))
     for node in graph.nodes:
         if node.target is torch.ops.river.linear.default:
             *args, layout = node.args
@@ -191,4 +191,4 @@ def lower_ops(graph_module: fx.GraphModule) -> fx.GraphModule:
                 node.target, node.args = linear_aten, tuple(args)
         elif node.target is torch.ops.river.exit_score.default:
             node.target = ops.smallest_cosine
-    return fx.GraphModule(graph_module, graph, class_name="Segment")
+    return fx.GraphModule(traced.owning_module, graph, class_name="Segment")

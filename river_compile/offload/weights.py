@@ -236,7 +236,7 @@ def make_store(config: RiverConfig, plan: DecoderPlan) -> WeightStore:
     Raises:
         OptionError: (a ``ValueError``) the folder takes no files.
     """
-    device = value_of(plan.blocks[0].hidden_in).device
+    device = plan.device
     if device.type == "cpu":
         from .disk import MappedFiles
 

@@ -1,33 +1,78 @@
-"""Writes a rewritten graph to a folder for reading: every segment as code, each twin beside its block, and the plan."""
+"""Writes a graph on its way through the passes, for reading: to a folder, and to torch's structured trace.
+
+    <kind>_<N>/plan.txt                           the decoder that was found, and its segments
+    <kind>_<N>/<segment>.py                       every segment as the backend compiles it
+    <kind>_<N>/passes/<n>_<pass>/<segment>.*.py   what each pass changed: `before` (a new segment has none) and `after`
+
+The structured trace (``TORCH_TRACE=folder``, which tlparse shows) receives the plan and what each pass changed.
+"""
 
 from __future__ import annotations
 
+import itertools
+from collections.abc import Callable, Iterator
 from pathlib import Path
 
+from torch import fx
+from torch._logging import trace_structured
+
 from river_compile.errors import OptionError
+from river_compile.passes.pipeline import PassRecord
 from river_compile.passes.program import RiverProgram, Segment
 from river_compile.passes.segments import fingerprint
 
 
-def dump_program(program: RiverProgram, folder: str | Path, kind: str) -> Path:
-    """Writes the program below ``folder/kind_N``, N the first number that is free; returns that folder.
+class PassDump:
+    """Writes one traced graph.
+
+    Args:
+        folder: below which a new folder is made; None to write to the structured trace alone.
+        kind: "decode" or "prefill".
 
     Raises:
         OptionError: (a ``ValueError``) the folder takes no files.
     """
-    root = Path(folder)
-    try:
-        target = next(path for n in range(1, 10**6) if not (path := root / f"{kind}_{n}").exists())
-        target.mkdir(parents=True)
-    except OSError as error:
-        raise OptionError(f"dump_dir={str(folder)!r} takes no files ({error.strerror}); name another folder") from error
-    (target / "plan.txt").write_text(_plan_text(program))
-    for segment in program.segments:
-        (target / f"{segment.name}.py").write_text(_segment_text(segment))
-    return target
+
+    def __init__(self, folder: str | Path | None, kind: str) -> None:
+        self._kind = kind
+        self._passes = 0
+        self.folder: Path | None = None
+        if folder is not None:
+            root = Path(folder)
+            try:
+                self.folder = next(path for n in itertools.count(1) if not (path := root / f"{kind}_{n}").exists())
+                self.folder.mkdir(parents=True)
+            except OSError as error:
+                why = f"takes no files ({error.strerror}); name another folder"
+                raise OptionError(f"dump_dir={str(folder)!r} {why}") from error
+
+    def after_pass(self, record: PassRecord) -> None:
+        """Writes what a pass changed."""
+        self._passes += 1
+        name = f"{self._passes}_{record.name}"
+        trace_artifact(f"river_{self._kind}_{name}", lambda: "\n".join(text for _, text in _changes(record)))
+        if self.folder is not None:
+            target = self.folder / "passes" / name
+            target.mkdir(parents=True)
+            for file, text in _changes(record):
+                (target / file).write_text(text)
+
+    def program(self, program: RiverProgram) -> None:
+        """Writes the plan, and every segment as it will be compiled."""
+        trace_artifact(f"river_{self._kind}_plan", lambda: plan_text(program))
+        if self.folder is not None:
+            (self.folder / "plan.txt").write_text(plan_text(program))
+            for segment in program.segments:
+                (self.folder / f"{segment.name}.py").write_text(segment_text(segment))
 
 
-def _plan_text(program: RiverProgram) -> str:
+def trace_artifact(name: str, text: Callable[[], str]) -> None:
+    """Adds a text to torch's structured trace; it is only made where one is written."""
+    trace_structured("artifact", lambda: {"name": name, "encoding": "string"}, payload_fn=text)
+
+
+def plan_text(program: RiverProgram) -> str:
+    """Returns the decoder's blocks with their KV caches, its segments, and what stays in 16 bits."""
     plan = program.plan
     lines = [
         f"{plan.num_blocks} blocks, batch {plan.batch}, {plan.query_length} tokens per row",
@@ -49,9 +94,22 @@ def _plan_text(program: RiverProgram) -> str:
     return "\n".join(lines) + "\n"
 
 
-def _segment_text(segment: Segment) -> str:
+def segment_text(segment: Segment) -> str:
+    """Returns a segment's graph as Python code, its 4-bit products named above it."""
     head = [f"# {segment.name}"]
     head += [
         f"#   4-bit product {i}: {site.name}, groups of {site.group_size}" for i, site in enumerate(segment.packed)
     ]
-    return "\n".join(head) + "\n" + segment.graph_module.print_readable(print_output=False) + "\n"
+    module = fx.GraphModule(segment.graph.owning_module, segment.copy().graph, class_name="Segment")
+    return "\n".join(head) + "\n" + module.print_readable(print_output=False) + "\n"
+
+
+def _changes(record: PassRecord) -> Iterator[tuple[str, str]]:
+    """Yields a file name and its text for every segment that a pass changed or made."""
+    before = {segment.name: segment for segment in record.before.segments}
+    for segment in record.after.segments:
+        old = before.get(segment.name)
+        if old is not segment:
+            if old is not None:
+                yield f"{segment.name}.before.py", segment_text(old)
+            yield f"{segment.name}.after.py", segment_text(segment)

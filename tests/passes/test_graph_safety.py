@@ -157,7 +157,7 @@ def test_a_write_through_a_view_keeps_its_input_in_place():
 
 class TestObstacles:
     def segment(self, block: BlockGraph) -> Segment:
-        return Segment("block", 1, block.plan.graph_module, (), ())
+        return Segment("block", 1, block.plan.graph_module.graph, (), ())
 
     def test_none(self):
         block = BlockGraph()

@@ -1,0 +1,77 @@
+"""A list of passes, and how it is run: each turns a program into another one, or says why it cannot.
+
+A pass is a plain function of a :class:`RiverProgram`; a factory makes it where it needs settings. The first line of its
+docstring says what the program is like afterwards. No pass changes a graph of the program that it is given.
+"""
+
+from __future__ import annotations
+
+import logging
+import time
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+
+from .program import Refusal, RiverProgram
+
+log = logging.getLogger("river_compile.passes")
+
+Pass = Callable[[RiverProgram], RiverProgram | Refusal]
+
+
+@dataclass(frozen=True)
+class PassRecord:
+    """One pass that ran.
+
+    Attributes:
+        name: of the pass.
+        text: what it says that it does.
+        seconds: time that it took.
+        before, after: the programs.
+    """
+
+    name: str
+    text: str
+    seconds: float
+    before: RiverProgram
+    after: RiverProgram
+
+
+def run_passes(
+    program: RiverProgram, passes: Sequence[Pass], observe: Callable[[PassRecord], None] | None = None
+) -> RiverProgram | Refusal:
+    """Runs the passes in order and returns the last one's program, or the first refusal.
+
+    Args:
+        program: where to start; it and its graphs stay as they are.
+        passes: the list.
+        observe: called after each pass that did not refuse.
+    """
+    records = []
+    for step in passes:
+        start = time.perf_counter()
+        result = step(program)
+        if isinstance(result, Refusal):
+            return result
+        text = (step.__doc__ or "").partition("\n")[0]
+        records.append(PassRecord(step.__name__, text, time.perf_counter() - start, program, result))
+        if observe is not None:
+            observe(records[-1])
+        program = result
+    if log.isEnabledFor(logging.DEBUG):
+        log.debug("passes\n%s", table(records))
+    return program
+
+
+def table(records: Sequence[PassRecord]) -> str:
+    """Returns what ran as a table: milliseconds, operations afterwards, their change, and what each pass does."""
+    lines = [f"{'pass':<18} {'ms':>8} {'ops':>7} {'change':>7}  what it does"]
+    for record in records:
+        ops = num_ops(record.after)
+        change = ops - num_ops(record.before)
+        lines.append(f"{record.name:<18} {record.seconds * 1e3:>8.1f} {ops:>7} {change:>+7}  {record.text}")
+    return "\n".join(lines)
+
+
+def num_ops(program: RiverProgram) -> int:
+    """Counts the operations of all segments."""
+    return sum(n.op not in ("placeholder", "output") for s in program.segments for n in s.graph.nodes)

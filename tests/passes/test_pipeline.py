@@ -1,0 +1,107 @@
+"""Lists of passes: programs are values, a refusal ends the list, and the table says what ran."""
+
+import logging
+from dataclasses import replace
+
+import pytest
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+from river_compile.backend import passes_for
+from river_compile.config import RiverConfig
+from river_compile.lowering.choose import Lowering
+from river_compile.passes.decoder import find_decoder
+from river_compile.passes.normalize import normalized
+from river_compile.passes.pipeline import PassRecord, run_passes, table
+from river_compile.passes.program import Refusal, RiverProgram
+from river_compile.passes.segments import graph_lines, segmented
+from tests.passes.graphs import Shape, random_decoder
+
+SHAPE = Shape(3, 1, "rms", False, "separate", False, True, False, False)
+FUSED, UNFUSED = Lowering("eager", "triton", fuse=True), Lowering("eager", "plain", fuse=False)
+OPTIONS = (
+    {"first_exit": 1},
+    {"first_exit": 1, "quantizer": "awq", "lm_head": "w4"},
+    {"criterion": "doubt"},
+    {"quantizer": "none"},
+    {"fill": "propagate"},
+    {"fill": "mask", "first_exit": 1},
+    {"fill": "recompute", "first_exit": 1},
+)
+
+
+def planned(shape: Shape = SHAPE, seed: int = 0) -> RiverProgram:
+    graph_module, _ = random_decoder(shape, seed)
+    return segmented(find_decoder(normalized(graph_module)))
+
+
+def texts(program: RiverProgram) -> dict[str, list[str]]:
+    return {segment.name: graph_lines(segment.graph) for segment in program.segments}
+
+
+@settings(max_examples=30)
+@given(
+    options=st.sampled_from(OPTIONS),
+    lowering=st.sampled_from([FUSED, UNFUSED]),
+    norm=st.sampled_from(["rms", "layer"]),
+    parallel=st.booleans(),
+    bias=st.booleans(),
+)
+def test_a_pass_leaves_the_program_it_was_given(options, lowering, norm, parallel, bias):
+    """No pass changes a graph, or the inputs and outputs, of an earlier program: each returns another one."""
+    program = planned(replace(SHAPE, norm=norm, parallel=parallel, bias=bias))
+    seen: list[tuple[RiverProgram, dict[str, list[str]]]] = [(program, texts(program))]
+    passes = passes_for(RiverConfig(**options), program.plan, lowering, {})
+    assert passes
+    result = run_passes(program, passes, lambda record: seen.append((record.after, texts(record.after))))
+    assert isinstance(result, RiverProgram)
+    for earlier, expected in seen:
+        assert texts(earlier) == expected
+        for segment in earlier.segments:
+            segment.graph.lint()
+            assert len(segment.graph.output_node().args[0]) == len(segment.outputs) + segment.has_score
+
+
+def test_the_options_decide_which_passes_run():
+    names = {}
+    for label, options, lowering in (
+        ("default", {"first_exit": 1}, UNFUSED),
+        ("fused", {"first_exit": 1, "lm_head": "w4"}, FUSED),
+        ("confidence", {"criterion": "confidence"}, UNFUSED),
+        ("never", {"exit_depth": 3}, FUSED),
+        ("fixed", {"exit_depth": 1}, UNFUSED),
+    ):
+        passes = passes_for(RiverConfig(**options), planned().plan, lowering, {})
+        names[label] = [step.__name__ for step in passes]
+    assert names == {
+        "default": ["river_twins", "one_row_head", "exit_checks"],
+        "fused": ["river_twins", "river_head", "exit_checks", "fuse_checks", "fuse_twins"],
+        "confidence": ["river_twins", "one_row_head", "logits_entropy"],
+        "never": [],
+        "fixed": ["river_twins", "one_row_head"],
+    }
+
+
+def test_a_refusal_ends_the_list():
+    def refuses(program: RiverProgram) -> Refusal:
+        return Refusal("not today", "block 1")
+
+    def never(program: RiverProgram) -> RiverProgram:
+        pytest.fail("a pass ran after a refusal")
+
+    assert run_passes(planned(), [refuses, never]) == Refusal("not today", "block 1")
+
+
+def test_the_table_says_what_ran(caplog):
+    """One line for each pass: its name, the operations that it added, and the first line of its docstring."""
+    program = planned()
+    records: list[PassRecord] = []
+    with caplog.at_level(logging.DEBUG, logger="river_compile.passes"):
+        run_passes(program, passes_for(RiverConfig(first_exit=1), program.plan, UNFUSED, {}), records.append)
+    lines = table(records).splitlines()
+    assert [line.split()[0] for line in lines] == ["pass", "river_twins", "one_row_head", "exit_checks"]
+    assert lines[3].split()[3] == "+2"  # a check after each of the candidates 1 and 2
+    assert all(
+        record.text.endswith(".") and record.text in line for record, line in zip(records, lines[1:], strict=True)
+    )
+    assert lines[1] in caplog.text
