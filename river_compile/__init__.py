@@ -39,7 +39,7 @@ _EXPORTS = {
     "report": "reporting.report",
     "restore": "offload.restore",
     "river": "backend",
-    "save": "twins.artifact",
+    "save": "twins.pack",
     "trace": "runtime.trace",
     "warmup": "cudagraphs.warmup",
 }

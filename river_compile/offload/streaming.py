@@ -20,7 +20,7 @@ from river_compile.lowering.compile import Callee
 from river_compile.passes.nodes import is_parameter
 from river_compile.passes.program import RiverProgram, Segment
 from river_compile.runtime.executor import Step
-from river_compile.twins.versions import version_of
+from river_compile.twins.make import version_of
 
 from .store import Arrival, Stored
 from .weights import OffloadedWeights

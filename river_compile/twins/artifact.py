@@ -1,54 +1,51 @@
-"""Packed twins on disk: ``save(model, folder)`` once, ``options={"artifact": folder}`` at every later start.
+"""Packed twins on disk: a folder with one file, ``twins.safetensors``.
 
-An artifact is a folder with two files:
-
-    river.json          what it is: format and version; for each matrix its name, shape, group size, quantizer, the hash
-                        of the parameters it was made from; the hash of the other file and of itself
-    twins.safetensors   for each matrix ``<key>.q`` uint8 ``[N, K / 2]`` (layout "plain": two nibbles in a byte) and
-                        ``<key>.scale_zero`` ``[N, K / group_size, 2]``, key = name/quantizer/group size; for one whose
-                        inputs are scaled ``<key>.input_scale`` float32 ``[K]``; nothing for one that stays in 16 bits
+    <key>.q             uint8 ``[N, K / 2]``, two nibbles in a byte; key = name/quantizer/group size
+    <key>.scale_zero    bfloat16 or float32 ``[N, K / group_size, 2]``
+    <key>.input_scale   float32 ``[K]``, for a matrix whose inputs are scaled
+    metadata            "format", "version", "matrices" (JSON: the fields of :class:`SavedMatrix`; one that stays in 16
+                        bits has no tensors) and "sha256", the hash of the file with this hash taken as zeros
 
 The grid is stored, not the bytes that a kernel reads: those differ by processor and are made again in a moment, while
 the search for the grid takes seconds to hours. Biases are taken from the model, whose hash covers them.
 
-Everything is checked before anything is used: an artifact of another version, of other weights, or with one byte
-changed is refused with an :class:`ArtifactError`. Not handled: replacing an artifact in place (folders
-cannot be swapped atomically), and files that change while they are read.
+Everything is checked before anything is used: an artifact of another version, of other weights, with one byte changed,
+or with other tensors than its matrices have is refused with an :class:`ArtifactError`. Not handled: replacing an
+artifact in place (folders cannot be swapped atomically), and files that change while they are read.
 """
 
 from __future__ import annotations
 
+import hashlib
 import json
-import os
-import shutil
-import tempfile
 from collections.abc import Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
 
 import torch
-from safetensors import SafetensorError
+from safetensors import SafetensorError, safe_open
 from safetensors.torch import load_file, save_file
-from torch import Tensor, nn
+from torch import Tensor
 
 from river_compile.errors import ArtifactError
-from river_compile.kernels.quant.grid import QuantizedWeight
+from river_compile.kernels.files import appearing, as_umask_allows
+from river_compile.kernels.quant.grid import GROUP_SIZES
 from river_compile.kernels.quant.layouts import PackedLinear, pack
-from river_compile.state import find_state
+from river_compile.passes.program import LinearSite
 
-from .hashes import content_hash, file_hash, weights_hash
-from .make import PackedSite
-from .pack import PackedWeights
+from .make import Grid, PackedSite, Ratios
 
 FORMAT = "river-twins"
-VERSION = 2
-MANIFEST = "river.json"
-TENSORS = "twins.safetensors"
-_STORED = "plain"
+VERSION = 3
+FILE = "twins.safetensors"
+_MANIFEST_2 = "river.json"  # of version 2, which had a file for it
+_LAYOUT = "plain"
+_NO_HASH = "0" * 64
+_AGAIN = "save the artifact again"
 
 
-@dataclass(frozen=True)
-class SavedMatrix:
+@dataclass(frozen=True, kw_only=True)
+class SavedMatrix(Ratios):
     """One matrix of an artifact.
 
     Attributes:
@@ -57,8 +54,6 @@ class SavedMatrix:
         group_size: consecutive input features that share a scale and a zero.
         quantizer: how its grid was found.
         weights_sha256: hash of the parameters it was made from, see :func:`weights_hash`.
-        sqnr_db: signal-to-quantization-noise ratio as text, since JSON knows no infinity.
-        output_sqnr_db: that of the outputs on the observed text, None where nothing was observed.
         stored: False where it stays in 16 bits, below the floor of `min_sqnr`.
     """
 
@@ -67,57 +62,80 @@ class SavedMatrix:
     group_size: int
     quantizer: str
     weights_sha256: str
-    sqnr_db: str
-    output_sqnr_db: str | None = None
-    stored: bool = True
+    stored: bool
 
     @property
     def key(self) -> str:
-        return _key(self.name, self.quantizer, self.group_size)
+        return f"{self.name}/{self.quantizer}/{self.group_size}"
 
-    @property
-    def quality(self) -> float:
-        """The signal-to-noise ratio that a floor is about: of the outputs where they were observed."""
-        return float(self.sqnr_db if self.output_sqnr_db is None else self.output_sqnr_db)
+    @classmethod
+    def of(cls, site: PackedSite, sources: Sequence[Tensor]) -> SavedMatrix:
+        """Returns the entry of a product that was made from these parameters."""
+        return cls(
+            name=site.name,
+            shape=site.shape,
+            group_size=site.group_size,
+            quantizer=site.quantizer,
+            weights_sha256=weights_hash(sources),
+            stored=not site.kept,
+            sqnr=site.sqnr,
+            output_sqnr=site.output_sqnr,
+        )
+
+    @classmethod
+    def from_json(cls, entry: dict) -> SavedMatrix:
+        """Returns a matrix from what `to_json` gave; raises a TypeError, KeyError or ValueError for anything else."""
+        ratio = entry["output_sqnr"]
+        ratios = {"sqnr": float(entry["sqnr"]), "output_sqnr": None if ratio is None else float(ratio)}
+        matrix = cls(**{**entry, "shape": tuple(entry["shape"]), **ratios})
+        n, k = matrix.shape
+        if min(n, k) < 1 or matrix.group_size not in GROUP_SIZES or k % matrix.group_size:
+            raise ValueError(f"{matrix.name} has shape {matrix.shape} in groups of {matrix.group_size}")
+        return matrix
+
+    def to_json(self) -> dict[str, object]:
+        """Returns the fields; ratios as text, since JSON knows no infinity."""
+        ratio = self.output_sqnr
+        return asdict(self) | {"sqnr": str(self.sqnr), "output_sqnr": None if ratio is None else str(ratio)}
+
+    def tensors(self) -> dict[str, tuple[tuple[int, ...], tuple[torch.dtype, ...], bool]]:
+        """Returns shape, possible dtypes and whether it must be there of each tensor that the file may hold for it."""
+        (n, k), g = self.shape, self.group_size
+        return {
+            f"{self.key}.q": ((n, k // 2), (torch.uint8,), True),
+            f"{self.key}.scale_zero": ((n, k // g, 2), (torch.bfloat16, torch.float32), True),
+            f"{self.key}.input_scale": ((k,), (torch.float32,), False),
+        }
 
 
-def save(model: nn.Module, folder: str | Path) -> Path:
-    """Writes the packed twins of a model; ``options={"artifact": folder}`` reads them at the next start.
-
-    Args:
-        model: a model that has generated with the backend, so that its twins are packed.
-        folder: where to; must not exist or be empty. It appears complete or not at all.
-
-    Returns:
-        The folder.
+def write_artifact(folder: Path, made: Sequence[tuple[PackedSite, Sequence[Tensor]]]) -> None:
+    """Writes products, each with the parameters it was made from; the folder appears complete or not at all.
 
     Raises:
-        ArtifactError: (a ``ValueError``) nothing is packed, the weights changed since, or the folder cannot be written.
+        ArtifactError: the folder is not empty or cannot be written.
     """
-    folder = Path(folder)
-    state = find_state(model)
-    made = state.of(PackedWeights).made() if state else []
-    if not made:
-        raise ArtifactError(
-            f"cannot save to {folder}: no twin of this model is packed; generate a token with "
-            'model.compile(backend="river") first'
-        )
+    if folder.exists() and (not folder.is_dir() or any(folder.iterdir())):
+        raise ArtifactError(f"cannot save to {folder}: it exists and is not an empty folder; name another or remove it")
     matrices: dict[str, SavedMatrix] = {}
     tensors: dict[str, Tensor] = {}
-    fresh = [(site, sources) for site, sources in made if sources is not None]
-    stale = sorted({site.name for site, _ in made} - {site.name for site, _ in fresh})
-    if stale:
-        raise ArtifactError(
-            f"cannot save to {folder}: the weights of {stale[0]} changed after they were packed; "
-            "call torch._dynamo.reset() and generate a token first"
-        )
-    for site, sources in sorted(fresh, key=lambda pair: not pair[0].kept):  # with 4-bit weights rather than without
-        matrix = _saved_matrix(site, sources)
+    for site, sources in sorted(made, key=lambda pair: not pair[0].kept):  # with 4-bit weights rather than without
+        matrix = SavedMatrix.of(site, sources)
         matrices[matrix.key] = matrix
-        if matrix.stored:
-            tensors |= _grid_tensors(matrix.key, site)
-    _write(folder, list(matrices.values()), tensors)
-    return folder
+        tensors |= _grid_tensors(matrix.key, site)
+    metadata = {
+        "format": FORMAT,
+        "version": str(VERSION),
+        "matrices": json.dumps([matrix.to_json() for matrix in matrices.values()]),
+        "sha256": _NO_HASH,
+    }
+    try:
+        with appearing(folder) as scratch:
+            scratch.mkdir()
+            save_file(tensors, scratch / FILE, metadata)
+            as_umask_allows(scratch / FILE)  # safetensors writes files that only their owner can read
+            _state_hash(scratch / FILE)
+    except (OSError, SafetensorError) as error:
+        raise ArtifactError(f"cannot save to {folder}: {error}") from error
 
 
 class Artifact:
@@ -127,83 +145,132 @@ class Artifact:
         folder: where it lies.
 
     Raises:
-        ArtifactError: a file is missing or damaged, or of another version.
+        ArtifactError: the file is missing or damaged, of another version, or holds other tensors than it says.
     """
 
     def __init__(self, folder: str | Path) -> None:
         self.folder = Path(folder)
-        manifest = _read_manifest(self.folder / MANIFEST)
-        self._matrices = {matrix.key: matrix for matrix in _matrices(self.folder / MANIFEST, manifest)}
-        self._tensors = _read_tensors(self.folder / TENSORS, manifest.get("tensors_sha256"))
+        self._file = self.folder / FILE
+        try:
+            self._matrices = self._read_matrices()
+            self._tensors = load_file(self._file)
+        except FileNotFoundError as error:
+            hint = "artifact= takes a folder that river_compile.save wrote"
+            raise ArtifactError(f"{self._file}: No such file; {hint}") from error
+        except (OSError, SafetensorError) as error:
+            raise ArtifactError(f"{self._file}: it is damaged or cannot be read ({error}); {_AGAIN}") from error
+        self._check_tensors()
 
-    def find(self, name: str, quantizer: str, group_size: int, sources: Sequence[Tensor]) -> SavedMatrix:
-        """Returns the matrix that was made in this way from these very parameters.
+    def find(self, site: LinearSite, quantizer: str, sources: Sequence[Tensor]) -> SavedMatrix:
+        """Returns the matrix of a product that was made in this way from these very parameters.
 
         Raises:
             ArtifactError: there is none.
         """
-        file = self.folder / MANIFEST
-        matrix = self._matrices.get(_key(name, quantizer, group_size))
-        if matrix is None:
-            raise ArtifactError(f"{file}: {self._why_missing(name, quantizer, group_size)}")
-        if matrix.weights_sha256 != weights_hash(sources):
+        matrices = [matrix for matrix in self._matrices if matrix.name == site.name]
+        for matrix in matrices:
+            if (matrix.quantizer, matrix.group_size) == (quantizer, site.group_size):
+                break
+        else:
+            raise ArtifactError(f"{self._file}: {_why_missing(matrices, site, quantizer)}")
+        if matrix.weights_sha256 != weights_hash(sources) or matrix.shape != (sum(site.out_features), site.in_features):
             raise ArtifactError(
-                f"{file}: {name} was made from other weights than this model's; name the artifact of this model, or "
-                "leave artifact= out and save a new one"
+                f"{self._file}: {site.name} was made from other weights than this model's; name the artifact of this "
+                "model, or leave artifact= out and save a new one"
             )
+        if f"{matrix.key}.input_scale" in self._tensors and not site.scales_inputs:
+            raise ArtifactError(f"{self._file}: {site.name} has an input_scale that its twin does not apply; {_AGAIN}")
         return matrix
 
-    def grid(self, matrix: SavedMatrix) -> QuantizedWeight:
+    def grid(self, matrix: SavedMatrix, device: torch.device) -> Grid:
         """Returns a matrix before packing."""
         n, k = matrix.shape
         qweight, scale_zero = self._tensors[f"{matrix.key}.q"], self._tensors[f"{matrix.key}.scale_zero"]
-        return PackedLinear(_STORED, qweight, scale_zero, matrix.group_size, k, n).unpack()
-
-    def input_scale(self, matrix: SavedMatrix) -> Tensor | None:
-        """Returns what a matrix's inputs are divided by, float32 ``[K]``, None where they stay as they are."""
-        return self._tensors.get(f"{matrix.key}.input_scale")
+        weight = PackedLinear(_LAYOUT, qweight, scale_zero, matrix.group_size, k, n).unpack().to(device)
+        scale = self._tensors.get(f"{matrix.key}.input_scale")
+        scale = None if scale is None else scale.to(device)
+        return Grid(weight=weight, input_scale=scale, sqnr=matrix.sqnr, output_sqnr=matrix.output_sqnr)
 
     def check_stored(self, matrix: SavedMatrix) -> None:
         """Raises an ArtifactError for a matrix that was left in 16 bits and is to have 4-bit weights."""
         if not matrix.stored:
             raise ArtifactError(
-                f"{self.folder / MANIFEST}: {matrix.name} was left in 16 bits at {matrix.quality:.2f} dB, below the "
-                "min_sqnr= of that time; pass the same min_sqnr=, or leave artifact= out and save a new one"
+                f"{self._file}: {matrix.name} was left in 16 bits at {matrix.quality:.2f} dB, below the min_sqnr= of "
+                "that time; pass the same min_sqnr=, or leave artifact= out and save a new one"
             )
 
-    def _why_missing(self, name: str, quantizer: str, group_size: int) -> str:
-        made = sorted({(m.quantizer, m.group_size) for m in self._matrices.values() if m.name == name})
-        if not made:
-            return (
-                f"it holds no matrix {name}; it is another model's or was saved with an exit_depth that leaves this "
-                "one out. Leave artifact= out and save a new one"
+    def _read_matrices(self) -> list[SavedMatrix]:
+        """Reads the header, and checks format, version and hash in this order."""
+        if (self.folder / _MANIFEST_2).exists():
+            raise ArtifactError(
+                f"{self.folder / _MANIFEST_2}: it has version 2, this release reads {VERSION}; {_AGAIN}"
             )
-        found = ", ".join(f"quantizer={q!r} group_size={g}" for q, g in made)
-        return (
-            f"{name} was made with {found}, and quantizer={quantizer!r} group_size={group_size} is asked for; "
-            "pass the options it was made with, or leave artifact= out and save a new one"
-        )
+        with safe_open(self._file, "pt") as opened:
+            metadata = opened.metadata() or {}
+        if metadata.get("format") != FORMAT:
+            raise ArtifactError(f"{self._file}: it holds no saved twins; artifact= takes what river_compile.save wrote")
+        if metadata.get("version") != str(VERSION):
+            version = metadata.get("version")
+            raise ArtifactError(f"{self._file}: it has version {version}, this release reads {VERSION}; {_AGAIN}")
+        if metadata.get("sha256") != _file_hash(self._file, metadata.get("sha256", "")):
+            raise ArtifactError(f"{self._file}: it is damaged (its hash differs from the one it states); {_AGAIN}")
+        try:
+            return [SavedMatrix.from_json(entry) for entry in json.loads(metadata["matrices"])]
+        except (KeyError, TypeError, ValueError) as error:
+            raise ArtifactError(f"{self._file}: its list of matrices is wrong ({error}); {_AGAIN}") from error
+
+    def _check_tensors(self) -> None:
+        """Refuses tensors that are not those of the matrices: a kernel would read beyond them, or in vain."""
+        left = dict(self._tensors)
+        for matrix in self._matrices:
+            for name, (shape, dtypes, needed) in matrix.tensors().items() if matrix.stored else ():
+                tensor = left.pop(name, None)
+                if tensor is None and needed:
+                    raise ArtifactError(f"{self._file}: {name} is missing; {_AGAIN}")
+                if tensor is not None and (tensor.shape != shape or tensor.dtype not in dtypes):
+                    raise ArtifactError(
+                        f"{self._file}: {name} is {tensor.dtype} {tuple(tensor.shape)}, and a matrix of shape "
+                        f"{matrix.shape} has {dtypes[0]} {shape} there; {_AGAIN}"
+                    )
+        if left:
+            raise ArtifactError(f"{self._file}: {next(iter(left))} belongs to no matrix; {_AGAIN}")
 
 
-def _key(name: str, quantizer: str, group_size: int) -> str:
-    return f"{name}/{quantizer}/{group_size}"
+def weights_hash(tensors: Sequence[Tensor]) -> str:
+    """Returns the SHA-256 of dtypes, shapes and bytes of some tensors."""
+    digest = hashlib.sha256()
+    for tensor in tensors:
+        tensor = tensor.detach().cpu().contiguous()
+        digest.update(f"{tensor.dtype}{tuple(tensor.shape)}".encode())
+        digest.update(tensor.reshape(-1).view(torch.uint8).numpy())
+    return digest.hexdigest()
 
 
-def _saved_matrix(site: PackedSite, sources: Sequence[Tensor]) -> SavedMatrix:
-    return SavedMatrix(
-        site.name,
-        site.shape,
-        site.group_size,
-        site.quantizer,
-        weights_hash(sources),
-        str(site.sqnr),
-        None if site.output_sqnr is None else str(site.output_sqnr),
-        stored=not site.kept,
-    )
+def _file_hash(file: Path, stated: str) -> str:
+    """Returns the SHA-256 of a file's bytes, with the hash that its header states taken as zeros."""
+    with file.open("rb") as content:
+        length = content.read(8)
+        header = content.read(int.from_bytes(length, "little"))
+        zeros = header.replace(f'"sha256":"{stated}"'.encode(), f'"sha256":"{_NO_HASH}"'.encode())
+        digest = hashlib.sha256(length + zeros)
+        while chunk := content.read(1 << 22):
+            digest.update(chunk)
+    return digest.hexdigest()
+
+
+def _state_hash(file: Path) -> None:
+    """Puts a file's hash into its header, in the place of zeros."""
+    digest = _file_hash(file, _NO_HASH)
+    with file.open("r+b") as content:
+        header = content.read(int.from_bytes(content.read(8), "little"))
+        content.seek(8 + header.index(f'"sha256":"{_NO_HASH}"'.encode()))
+        content.write(f'"sha256":"{digest}"'.encode())
 
 
 def _grid_tensors(key: str, site: PackedSite) -> dict[str, Tensor]:
-    packed = pack(site.unpack(), _STORED)
+    if site.weight is None:
+        return {}
+    packed = pack(site.weight.unpack(), _LAYOUT)
     short = packed.scale_zero.to(torch.bfloat16)
     exact = torch.equal(short.float(), packed.scale_zero)
     stored = {f"{key}.q": packed.qweight, f"{key}.scale_zero": short if exact else packed.scale_zero}
@@ -212,73 +279,15 @@ def _grid_tensors(key: str, site: PackedSite) -> dict[str, Tensor]:
     return {name: tensor.cpu().contiguous() for name, tensor in stored.items()}
 
 
-def _write(folder: Path, matrices: list[SavedMatrix], tensors: dict[str, Tensor]) -> None:
-    """Writes both files to a folder beside `folder` and renames it."""
-    if folder.exists() and (not folder.is_dir() or any(folder.iterdir())):
-        raise ArtifactError(f"cannot save to {folder}: it exists and is no empty folder; name another or remove it")
-    scratch = None
-    try:
-        folder.parent.mkdir(parents=True, exist_ok=True)
-        scratch = Path(tempfile.mkdtemp(dir=folder.parent, prefix=f".{folder.name}."))
-        save_file(tensors, scratch / TENSORS)
-        content = {
-            "format": FORMAT,
-            "version": VERSION,
-            "layout": _STORED,
-            "tensors_sha256": file_hash(scratch / TENSORS),
-            "matrices": [asdict(matrix) for matrix in matrices],
-        }
-        text = json.dumps({**content, "sha256": content_hash(content)}, indent=1)
-        (scratch / MANIFEST).write_text(text, encoding="utf-8")
-        _as_umask_allows(scratch)
-        os.replace(scratch, folder)
-    except (OSError, SafetensorError) as error:
-        raise ArtifactError(f"cannot save to {folder}: {error}") from error
-    finally:
-        if scratch is not None:
-            shutil.rmtree(scratch, ignore_errors=True)
-
-
-def _as_umask_allows(folder: Path) -> None:
-    """Gives a folder and its files the usual permissions: temporary folders and safetensors' files are private."""
-    umask = os.umask(0)
-    os.umask(umask)
-    folder.chmod(0o777 & ~umask)
-    for file in folder.iterdir():
-        file.chmod(0o666 & ~umask)
-
-
-def _read_manifest(file: Path) -> dict:
-    try:
-        content = json.loads(file.read_text(encoding="utf-8"))
-    except OSError as error:
-        raise ArtifactError(
-            f"{file}: {error.strerror}; artifact= takes a folder that river_compile.save wrote"
-        ) from error
-    except ValueError as error:
-        raise ArtifactError(f"{file}: it is damaged ({error}); save the artifact again") from error
-    if not isinstance(content, dict) or content.get("format") != FORMAT:
-        raise ArtifactError(f"{file}: it is no manifest of saved twins; artifact= takes what river_compile.save wrote")
-    if content.get("version") != VERSION:
-        raise ArtifactError(
-            f"{file}: it has version {content.get('version')!r}, this release reads {VERSION}; save the artifact again"
+def _why_missing(matrices: Sequence[SavedMatrix], site: LinearSite, quantizer: str) -> str:
+    if not matrices:
+        return (
+            f"it holds no matrix {site.name}; it is another model's or was saved with an exit_depth that leaves this "
+            "one out. Leave artifact= out and save a new one"
         )
-    if content.pop("sha256", None) != content_hash(content):
-        raise ArtifactError(f"{file}: it is damaged (its hash differs from the one it states); save the artifact again")
-    return content
-
-
-def _matrices(file: Path, manifest: dict) -> list[SavedMatrix]:
-    try:
-        return [SavedMatrix(**{**entry, "shape": tuple(entry["shape"])}) for entry in manifest["matrices"]]
-    except (KeyError, TypeError) as error:
-        raise ArtifactError(f"{file}: its list of matrices is wrong ({error}); save the artifact again") from error
-
-
-def _read_tensors(file: Path, expected: str | None) -> dict[str, Tensor]:
-    try:
-        if file_hash(file) != expected:
-            raise ArtifactError(f"{file}: it is damaged (other bytes than were written); save the artifact again")
-        return load_file(file)
-    except (OSError, SafetensorError) as error:
-        raise ArtifactError(f"{file}: it cannot be read ({error}); save the artifact again") from error
+    ways = sorted({(matrix.quantizer, matrix.group_size) for matrix in matrices})
+    found = ", ".join(f"quantizer={name!r} group_size={size}" for name, size in ways)
+    return (
+        f"{site.name} was made with {found}, and quantizer={quantizer!r} group_size={site.group_size} is asked for; "
+        "pass the options it was made with, or leave artifact= out and save a new one"
+    )

@@ -23,7 +23,7 @@ from river_compile.state import ModelState, state_of_model, unwrap
 
 from .make import PackedSite
 from .observe import windows_of
-from .pack import GraphTwins, PackedWeights
+from .pack import GraphTwins, PackedWeights, changed_since
 
 
 @dataclass(frozen=True)
@@ -138,10 +138,7 @@ def _sites_by_block(state: ModelState) -> Iterator[tuple[int, str, _Made]]:
         packed = [(site, sources) for site, sources in made if site.name.startswith(f"{path}.")]
         for site, sources in packed:
             if sources is None:
-                raise ValueError(
-                    f"the weights of {site.name} changed after they were packed; call torch._dynamo.reset() and "
-                    "generate a token first"
-                )
+                raise ValueError(changed_since(site.name))
         if packed:
             yield number, path, packed
 

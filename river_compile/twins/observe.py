@@ -23,7 +23,7 @@ from transformers import PreTrainedModel
 from river_compile.errors import OptionError
 from river_compile.state import state_of, unwrap
 
-from .versions import version_of
+from .make import version_of
 
 _PRODUCTS = (nn.functional.linear, torch.addmm, torch.matmul, torch.Tensor.matmul, torch.Tensor.__matmul__)
 _WINDOW = 512  # tokens that run at once: the logits of a large vocabulary take memory

@@ -1,47 +1,69 @@
-"""The packed weights of a model's twins: made once, shared by all its graphs, freed with the model.
+"""The packed weights of a model's twins: made once, shared by all its graphs, freed with the model, saved on request.
 
-Each matrix product of a twin (a :class:`LinearSite`) is quantized from the parameters it stands for, packed in the
-layout of the kernel that will read it, on the parameters' device, and kept under its first parameter, which is held
-weakly: when the model goes, so do its twins. Where an artifact is named, the quantized grid is read from there, and
-packed as ever.
+Each matrix product of a twin (a :class:`LinearSite`) is quantized from the parameters it stands for, or its grid is
+read from an artifact; packed in the layout of the kernel that will read it, on the parameters' device; and kept under
+its first parameter, which is held weakly: when the model goes, so do its twins.
 """
 
 from __future__ import annotations
 
 import threading
 import time
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from pathlib import Path
-from typing import TYPE_CHECKING
 
 import torch
-from torch import Tensor, fx
+from torch import Tensor, fx, nn
 from torch.utils.weak import TensorWeakRef, WeakTensorKeyDictionary
 from tqdm import tqdm
 
+from river_compile.errors import ArtifactError, OptionError
+from river_compile.kernels.quant.calibrated import OBSERVING
+from river_compile.kernels.quant.layouts import pack
 from river_compile.passes.program import LinearSite
+from river_compile.state import find_state
 
-from .make import Maker, PackedSite
-from .versions import version_of
-
-if TYPE_CHECKING:
-    from .artifact import Artifact
-    from .observe import Observation
+from .artifact import Artifact, SavedMatrix, write_artifact
+from .make import Grid, PackedSite, Ratios, extras_of, quantize_site, version_of
+from .observe import InputMoments, Observation
 
 
-@dataclass(frozen=True)
-class _Entry:
-    """A packed site and what it was made from: it holds as long as these parameters live and keep their version."""
+def save(model: nn.Module, folder: str | Path) -> Path:
+    """Writes the packed twins of a model; ``options={"artifact": folder}`` reads them at the next start.
 
-    packed: PackedSite
-    sources: tuple[TensorWeakRef, ...]
-    versions: tuple[int, ...]
+    Args:
+        model: a model that has generated with the backend, so that its twins are packed.
+        folder: where to; must not exist or be empty. It appears complete or not at all.
 
-    def made_from(self, tensors: Sequence[Tensor]) -> bool:
-        same = all(ref() is t for ref, t in zip(self.sources, tensors, strict=True))
-        return same and self.versions == tuple(map(version_of, tensors))
+    Returns:
+        The folder.
+
+    Raises:
+        ArtifactError: (a ``ValueError``) nothing is packed, the weights changed since, or the folder cannot be written.
+    """
+    folder = Path(folder)
+    state = find_state(model)
+    made = state.of(PackedWeights).made() if state else []
+    if not made:
+        raise ArtifactError(
+            f"cannot save to {folder}: no twin of this model is packed; generate a token with "
+            'model.compile(backend="river") first'
+        )
+    fresh = [(site, sources) for site, sources in made if sources is not None]
+    stale = sorted({site.name for site, _ in made} - {site.name for site, _ in fresh})
+    if stale:
+        raise ArtifactError(f"cannot save to {folder}: {changed_since(stale[0])}")
+    write_artifact(folder, fresh)
+    return folder
+
+
+def changed_since(name: str) -> str:
+    """Returns what to tell about a product whose parameters are not those that it was made from."""
+    return (
+        f"the weights of {name} changed after they were packed; call torch._dynamo.reset() and generate a token first"
+    )
 
 
 class GraphTwins(tuple[PackedSite, ...]):
@@ -60,7 +82,7 @@ class PackedWeights:
     def pack(
         self,
         sites: Sequence[LinearSite],
-        values: dict[fx.Node, Tensor],
+        values: Mapping[fx.Node, Tensor],
         quantizer: str,
         artifact: str | Path | None = None,
         min_sqnr: float | None = None,
@@ -73,7 +95,7 @@ class PackedWeights:
             values: the real tensor of each parameter placeholder.
             quantizer: "hqq", "rtn", "awq" or "gptq".
             artifact: the folder to read grids from instead of quantizing, see :mod:`river_compile.twins.artifact`.
-            min_sqnr: dB below which a product stays in 16 bits (`PackedSite.kept`), see there; None for no floor.
+            min_sqnr: dB below which a product stays in 16 bits (`PackedSite.reason`); None for no floor.
             observation: what the matrices read, which "awq" and "gptq" need.
 
         Raises:
@@ -82,7 +104,7 @@ class PackedWeights:
         """
         with self._lock:
             start = time.perf_counter()
-            maker = Maker(values, quantizer, min_sqnr, self._open(artifact), observation)
+            maker = _Maker(values, quantizer, min_sqnr, self._open(artifact), observation)
             missing = [site for site in sites if self._find(site, maker) is None]
             maker.check(missing)
             self._make(missing, maker)
@@ -91,43 +113,142 @@ class PackedWeights:
 
     def all(self) -> list[PackedSite]:
         """Returns what is packed at the moment."""
-        return [entry.packed for entry in self._all_entries()]
+        return [site for site, _ in self.made()]
 
     def made(self) -> list[tuple[PackedSite, list[Tensor] | None]]:
         """Returns what is packed, each with the parameters it was made from: None where those changed since."""
-        pairs = []
-        for entry in self._all_entries():
-            sources = [ref() for ref in entry.sources]
-            alive = all(source is not None for source in sources)
-            pairs.append((entry.packed, sources if alive and entry.made_from(sources) else None))
-        return pairs
-
-    def _all_entries(self) -> list[_Entry]:
-        return [entry for entries in self._entries.values() for entry in entries.values()]
+        return [(entry.site, entry.sources()) for entries in self._entries.values() for entry in entries.values()]
 
     def _open(self, artifact: str | Path | None) -> Artifact | None:
         """Reads an artifact unless it is the one that was read last."""
         if artifact is None:
             return None
         if self._opened is None or self._opened.folder != Path(artifact):
-            from .artifact import Artifact
-
             self._opened = Artifact(artifact)
         return self._opened
 
-    def _find(self, site: LinearSite, maker: Maker) -> PackedSite | None:
+    def _find(self, site: LinearSite, maker: _Maker) -> PackedSite | None:
         entry = self._entries.get(maker.values[site.weights[0]], {}).get(maker.key(site))
-        return entry.packed if entry and entry.made_from(maker.sources(site)) else None
+        sources = entry.sources() if entry else None
+        same = sources is not None and all(a is b for a, b in zip(sources, maker.sources(site), strict=True))
+        return entry.site if same else None
 
-    def _make(self, sites: Sequence[LinearSite], maker: Maker) -> None:
+    def _make(self, sites: Sequence[LinearSite], maker: _Maker) -> None:
         with (
             ThreadPoolExecutor(max(1, torch.get_num_threads())) as pool,
             tqdm(total=len(sites), desc="river: packing 4-bit twins", unit="matrix", leave=False, delay=1) as bar,
         ):
             # An artifact fits as a whole or not at all: every matrix is looked up before the first one is packed.
             saved = list(pool.map(maker.find_saved, sites))
-            for site, packed in zip(sites, pool.map(maker.make, sites, saved), strict=True):
+            for site, made in zip(sites, pool.map(maker.make, sites, saved), strict=True):
                 sources = maker.sources(site)
-                entry = _Entry(packed, tuple(map(TensorWeakRef, sources)), tuple(map(version_of, sources)))
+                entry = _Entry(made, tuple(map(TensorWeakRef, sources)), tuple(map(version_of, sources)))
                 self._entries.setdefault(sources[0], {})[maker.key(site)] = entry
                 bar.update()
+
+
+@dataclass(frozen=True)
+class _Entry:
+    """A packed site and what it was made from: it holds as long as these parameters live and keep their version."""
+
+    site: PackedSite
+    made_from: tuple[TensorWeakRef, ...]
+    versions: tuple[int, ...]
+
+    def sources(self) -> list[Tensor] | None:
+        """Returns the parameters it was made from, None where one of them changed or is gone."""
+        tensors = [ref() for ref in self.made_from]
+        alive = all(tensor is not None for tensor in tensors)
+        return tensors if alive and self.versions == tuple(map(version_of, tensors)) else None
+
+
+@dataclass(frozen=True)
+class _Maker:
+    """Makes packed products in one way; see `PackedWeights.pack` for the fields."""
+
+    values: Mapping[fx.Node, Tensor]
+    quantizer: str
+    min_sqnr: float | None
+    artifact: Artifact | None
+    observation: Observation | None
+
+    @property
+    def observes(self) -> bool:
+        return self.quantizer in OBSERVING and self.artifact is None
+
+    @property
+    def origin(self) -> str:
+        return str(self.artifact.folder) if self.artifact else ""
+
+    def key(self, site: LinearSite) -> tuple[object, ...]:
+        """Returns what, beside the parameters, decides how a product is packed."""
+        observed = self.observation.number if self.observes and self.observation is not None else 0
+        return (site.name, site.group_size, site.layout, self.quantizer, self.min_sqnr, self.origin, observed)
+
+    def sources(self, site: LinearSite) -> list[Tensor]:
+        """Returns the parameters that a product is made from."""
+        return [self.values[node] for node in (*site.weights, *site.biases, *site.folds) if node is not None]
+
+    def check(self, sites: Sequence[LinearSite]) -> None:
+        """Raises an OptionError (a ``ValueError``) where the quantizer lacks what it must know of a product."""
+        for site in sites if self.observes else ():
+            if self._moments(site) is None:
+                why = "was not observed" if self.observation is None else f"was not: no text reached {site.name}"
+                raise OptionError(
+                    f"quantizer={self.quantizer!r} needs to know what the model's matrices read, and this model {why}; "
+                    "call river_compile.observe(model, tokenizer, texts) before the first generation, name an "
+                    "artifact=, or use quantizer='hqq'"
+                )
+
+    def find_saved(self, site: LinearSite) -> SavedMatrix | None:
+        """Returns a product's entry in the artifact, None without one.
+
+        Raises:
+            ArtifactError: (a ``ValueError``) it has none that fits.
+        """
+        if self.artifact is None:
+            return None
+        saved = self.artifact.find(site, self.quantizer, self.sources(site))
+        if not self._too_low(saved):
+            self.artifact.check_stored(saved)
+        return saved
+
+    @torch.no_grad()
+    def make(self, site: LinearSite, saved: SavedMatrix | None) -> PackedSite:
+        """Quantizes, or reads, and packs a product; below the floor there is nothing to pack."""
+        start = time.perf_counter()
+        ratios: Ratios = saved or self._quantized(site)
+        reason, weight, extras, scale = self._too_low(ratios), None, (), None
+        if not reason:
+            device = self.values[site.weights[0]].device
+            grid = ratios if isinstance(ratios, Grid) else self.artifact.grid(saved, device)
+            weight, scale = pack(grid.weight, site.layout), grid.input_scale
+            extras = extras_of(site, self.values, scale)
+        return PackedSite(
+            name=site.name,
+            out_features=site.out_features,
+            in_features=site.in_features,
+            transposed=site.transposed,
+            group_size=site.group_size,
+            quantizer=self.quantizer,
+            weight=weight,
+            extras=extras,
+            input_scale=scale,
+            reason=reason,
+            sqnr=ratios.sqnr,
+            output_sqnr=ratios.output_sqnr,
+            artifact=self.origin,
+            seconds=time.perf_counter() - start,
+        )
+
+    def _quantized(self, site: LinearSite) -> Grid:
+        moments = self._moments(site) if self.observes else None
+        return quantize_site(site, self.values, self.quantizer, None if moments is None else moments.matrix())
+
+    def _moments(self, site: LinearSite) -> InputMoments | None:
+        return None if self.observation is None else self.observation.moments_of(self.values[site.weights[0]])
+
+    def _too_low(self, ratios: Ratios) -> str:
+        """Returns why a product of these ratios stays in 16 bits, empty where it does not."""
+        low = self.min_sqnr is not None and ratios.quality < self.min_sqnr
+        return f"SQNR below min_sqnr={self.min_sqnr:g} dB" if low else ""

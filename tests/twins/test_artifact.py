@@ -7,10 +7,12 @@ import shutil
 
 import pytest
 import torch
+from safetensors import safe_open
+from safetensors.torch import load_file, save_file
 
 import river_compile.twins.make
 from river_compile import ArtifactError, OptionError, report, river, save
-from river_compile.twins.artifact import MANIFEST, TENSORS, Artifact
+from river_compile.twins.artifact import FILE, Artifact, _state_hash
 from tests.support.decoding import decode, new_cache
 from tests.support.families import make
 
@@ -47,9 +49,19 @@ def saved(whole, tmp_path):
     return shutil.copytree(whole, tmp_path / "twins")
 
 
-def rewrite_manifest(folder, **changes):
-    file = folder / MANIFEST
-    file.write_text(json.dumps({**json.loads(file.read_text()), **changes}))
+def contents(folder):
+    """Returns tensors, metadata and matrices of an artifact, to change and write back."""
+    with safe_open(folder / FILE, "pt") as file:
+        metadata = file.metadata()
+    return load_file(folder / FILE), metadata, json.loads(metadata["matrices"])
+
+
+def write_back(folder, tensors, metadata, matrices=None, **changes):
+    """Writes an artifact by hand, with a hash that is right."""
+    if matrices is not None:
+        changes["matrices"] = json.dumps(matrices)
+    save_file(tensors, folder / FILE, {**metadata, **changes, "sha256": "0" * 64})
+    _state_hash(folder / FILE)
 
 
 @pytest.mark.parametrize(("family", "quantizer"), [("llama", "hqq"), ("gpt2", "rtn"), ("qwen2", "hqq")])
@@ -72,8 +84,9 @@ def test_the_second_start_has_the_same_bits_and_quantizes_nothing(family, quanti
 
 def test_what_is_stored_is_no_longer_than_the_grid(saved):
     """Half a byte for each weight and two bfloat16 numbers for each group, plus the file's header."""
-    weights = sum(n * k for n, k in (m["shape"] for m in json.loads((saved / MANIFEST).read_text())["matrices"]))
-    assert (saved / TENSORS).stat().st_size < weights / 2 + weights / 32 * 4 + 10_000
+    assert [file.name for file in saved.iterdir()] == [FILE]
+    weights = sum(n * k for n, k in (matrix["shape"] for matrix in contents(saved)[2]))
+    assert (saved / FILE).stat().st_size < weights / 2 + weights / 32 * 4 + 10_000
 
 
 def test_other_weights_are_refused(saved):
@@ -81,7 +94,7 @@ def test_other_weights_are_refused(saved):
     other = start()
     with torch.no_grad():
         other.model.layers[1].mlp.down_proj.weight[3, 5] += 1
-    with pytest.raises(ArtifactError, match=rf"{MANIFEST}: model.layers.1.mlp.down_proj was made from other weights"):
+    with pytest.raises(ArtifactError, match=rf"{FILE}: model.layers.1.mlp.down_proj was made from other weights"):
         run(other, artifact=saved)
     assert report(other).packed == ()
 
@@ -98,48 +111,124 @@ def test_other_ways_to_quantize_are_refused(saved, changed):
 
 
 def test_another_version_is_refused(saved):
-    rewrite_manifest(saved, version=1)
-    with pytest.raises(ArtifactError, match=rf"{MANIFEST}: it has version 1, this release reads 2"):
+    tensors, metadata, _ = contents(saved)
+    write_back(saved, tensors, metadata, version="4")
+    with pytest.raises(ArtifactError, match=rf"{FILE}: it has version 4, this release reads 3; save"):
         run(start(), artifact=saved)
 
 
-def test_a_manifest_that_was_edited_is_refused(saved):
-    rewrite_manifest(saved, matrices=[])
-    with pytest.raises(ArtifactError, match=rf"{MANIFEST}: it is damaged \(its hash differs"):
+def test_version_2_with_its_two_files_is_refused(saved):
+    save_file(load_file(saved / FILE), saved / FILE)
+    (saved / "river.json").write_text(json.dumps({"format": "river-twins", "version": 2}))
+    with pytest.raises(ArtifactError, match=r"river.json: it has version 2, this release reads 3; save"):
         Artifact(saved)
 
 
 @pytest.mark.parametrize("keep", [0, 1, 200, -2])
-def test_a_truncated_manifest_is_refused(saved, keep):
-    file = saved / MANIFEST
-    file.write_text(file.read_text()[:keep])
-    with pytest.raises(ArtifactError, match=rf"{MANIFEST}: it is damaged"):
+def test_a_truncated_file_is_refused(saved, keep):
+    file = saved / FILE
+    file.write_bytes(file.read_bytes()[:keep])
+    with pytest.raises(ArtifactError, match=rf"{FILE}: it is damaged .*save the artifact again"):
         Artifact(saved)
 
 
-@pytest.mark.parametrize("position", [0, 40, -1])
-def test_one_changed_bit_of_the_tensors_is_refused(saved, position):
-    file = saved / TENSORS
-    content = bytearray(file.read_bytes())
-    content[position] ^= 1
+def test_one_changed_bit_is_refused_wherever_it_is(saved):
+    """In the header's length, the header (the hash that it states included) and the tensors."""
+    file = saved / FILE
+    content = file.read_bytes()
+    header = 8 + int.from_bytes(content[:8], "little")
+    stated = content.index(b'"sha256":"') + 12
+    for position in (0, 7, 8, 40, stated, *range(100, header, 97), header - 1, header, len(content) // 2, -1):
+        changed = bytearray(content)
+        changed[position] ^= 1
+        file.write_bytes(changed)
+        with pytest.raises(ArtifactError, match=rf"{FILE}: it (is damaged|holds no saved twins|has version)"):
+            Artifact(saved)
     file.write_bytes(content)
+    assert Artifact(saved).folder == saved
+
+
+def test_nothing_of_a_damaged_artifact_is_used(saved):
+    content = bytearray((saved / FILE).read_bytes())
+    content[-1] ^= 1
+    (saved / FILE).write_bytes(content)
     other = start()
-    with pytest.raises(ArtifactError, match=rf"{TENSORS}: it is damaged \(other bytes"):
+    with pytest.raises(ArtifactError, match=rf"{FILE}: it is damaged \(its hash differs"):
         run(other, artifact=saved)
     assert report(other).packed == ()
 
 
-@pytest.mark.parametrize("name", [MANIFEST, TENSORS])
-def test_a_missing_file_is_named(saved, name):
-    (saved / name).unlink()
-    with pytest.raises(ArtifactError, match=rf"{name}: .*No such file"):
+def test_a_missing_file_is_named(saved):
+    (saved / FILE).unlink()
+    with pytest.raises(ArtifactError, match=rf"{FILE}: No such file; artifact= takes a folder that river_compile.save"):
         Artifact(saved)
 
 
-def test_json_of_something_else_is_refused(saved):
-    (saved / MANIFEST).write_text('{"weight_map": {}}')
-    with pytest.raises(ArtifactError, match="it is no manifest of saved twins"):
+def test_safetensors_of_something_else_are_refused(saved):
+    save_file({"weight": torch.zeros(2)}, saved / FILE, {"format": "pt"})
+    with pytest.raises(ArtifactError, match=rf"{FILE}: it holds no saved twins"):
         Artifact(saved)
+
+
+class TestEdited:
+    """A file that was edited, its hash made right again, is refused by name before a kernel reads it."""
+
+    KEY = "model.layers.0.mlp.down_proj/hqq/32"
+
+    @pytest.mark.parametrize(
+        ("part", "change", "words"),
+        [
+            ("q", lambda t: t[:-1], r"down_proj/hqq/32.q is torch.uint8 \(.*\), and a matrix of shape"),
+            ("q", lambda t: t.to(torch.int32), r"down_proj/hqq/32.q is torch.int32"),
+            ("scale_zero", lambda t: t[:, :-1].contiguous(), r"down_proj/hqq/32.scale_zero is torch.bfloat16"),
+            ("scale_zero", lambda t: t.half(), r"down_proj/hqq/32.scale_zero is torch.float16"),
+            ("scale_zero", lambda t: None, r"down_proj/hqq/32.scale_zero is missing"),
+            ("input_scale", lambda t: torch.ones(3), r"down_proj/hqq/32.input_scale is torch.float32 \(3,\)"),
+            ("zero", lambda t: torch.ones(3), r"down_proj/hqq/32.zero belongs to no matrix"),
+        ],
+    )
+    def test_tensors(self, saved, part, change, words):
+        tensors, metadata, _ = contents(saved)
+        name = f"{self.KEY}.{part}"
+        tensors[name] = change(tensors.get(name))
+        write_back(saved, {name: t for name, t in tensors.items() if t is not None}, metadata)
+        with pytest.raises(ArtifactError, match=rf"{FILE}: .*{words}.*save the artifact again"):
+            run(start(), artifact=saved)
+
+    @pytest.mark.parametrize(
+        "changes",
+        [
+            {"shape": [64]},
+            {"shape": [0, 64]},
+            {"group_size": 48},
+            {"group_size": "32"},
+            {"sqnr": None},
+            {"sqnr": "good"},
+            {"colour": "red"},
+        ],
+    )
+    def test_matrices(self, saved, changes):
+        tensors, metadata, matrices = contents(saved)
+        write_back(saved, tensors, metadata, [matrices[0] | changes, *matrices[1:]])
+        with pytest.raises(ArtifactError, match=rf"{FILE}: its list of matrices is wrong"):
+            Artifact(saved)
+
+    def test_a_matrix_of_another_shape_with_tensors_to_fit(self, saved):
+        tensors, metadata, matrices = contents(saved)
+        (matrix,) = (m for m in matrices if f"{m['name']}/hqq/32" == self.KEY)
+        matrix["shape"][0] -= 16
+        tensors |= {name: t[:-16].contiguous() for name, t in tensors.items() if name.startswith(self.KEY)}
+        write_back(saved, tensors, metadata, matrices)
+        with pytest.raises(ArtifactError, match=r"down_proj was made from other weights"):
+            run(start(), artifact=saved)
+
+    def test_an_input_scale_that_no_twin_applies(self, saved):
+        tensors, metadata, matrices = contents(saved)
+        (matrix,) = (m for m in matrices if f"{m['name']}/hqq/32" == self.KEY)
+        tensors[f"{self.KEY}.input_scale"] = torch.ones(matrix["shape"][1])
+        write_back(saved, tensors, metadata)
+        with pytest.raises(ArtifactError, match=r"down_proj has an input_scale that its twin does not apply"):
+            run(start(), artifact=saved)
 
 
 def test_a_model_without_twins_cannot_be_saved(tmp_path):
@@ -165,7 +254,7 @@ class TestFolder:
 
     def test_an_existing_folder_stays_as_it_is(self, packed, tmp_path):
         (tmp_path / "notes.txt").write_text("mine")
-        with pytest.raises(ArtifactError, match="it exists and is no empty folder"):
+        with pytest.raises(ArtifactError, match="it exists and is not an empty folder"):
             save(packed, tmp_path)
         assert [file.name for file in tmp_path.iterdir()] == ["notes.txt"]
 
@@ -181,7 +270,7 @@ class TestFolder:
             save(packed, tmp_path / "file" / "twins")
 
     def test_a_disk_that_fills_up_leaves_nothing(self, packed, tmp_path, monkeypatch):
-        def full(tensors, file):
+        def full(tensors, file, metadata):
             file.write_bytes(b"half")
             raise OSError(28, "No space left on device")
 

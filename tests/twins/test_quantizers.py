@@ -6,11 +6,12 @@ import json
 
 import pytest
 import torch
+from safetensors import safe_open
 
 import river_compile.twins.make
 from river_compile import ArtifactError, OptionError, block_errors, observe, report, river, save
 from river_compile.kernels.quant import calibrated
-from river_compile.twins.artifact import MANIFEST
+from river_compile.twins.artifact import FILE
 from river_compile.twins.pack import GraphTwins
 from tests.support.decoding import decode, new_cache
 from tests.support.families import make, prompt
@@ -191,7 +192,8 @@ class TestArtifacts:
         first = observed()
         logits = first.run(quantizer="gptq", min_sqnr=floor)
         save(first.model, tmp_path / "twins")
-        stored = [m["stored"] for m in json.loads((tmp_path / "twins" / MANIFEST).read_text())["matrices"]]
+        with safe_open(tmp_path / "twins" / FILE, "pt") as file:
+            stored = [matrix["stored"] for matrix in json.loads(file.metadata()["matrices"])]
         assert (len(stored), sum(stored)) == (len(ratios), len(ratios) - 3)
         second, saved = TracedStep(), {"quantizer": "gptq", "artifact": tmp_path / "twins"}
         assert torch.equal(second.run(min_sqnr=floor, **saved), logits)

@@ -1,0 +1,37 @@
+"""Files and folders that appear complete or not at all, and the folder for what can be made again."""
+
+from __future__ import annotations
+
+import os
+import shutil
+import tempfile
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
+
+
+def cache_folder() -> Path:
+    """Returns ``$RIVER_COMPILE_CACHE`` or ~/.cache/river_compile (not created here)."""
+    return Path(os.environ.get("RIVER_COMPILE_CACHE") or "~/.cache/river_compile").expanduser()
+
+
+@contextmanager
+def appearing(target: Path) -> Iterator[Path]:
+    """Gives a path on the same disk; the file or folder written there takes the target's place at the end.
+
+    After an error nothing is left behind. A folder takes the place of an empty one at most.
+    """
+    target.parent.mkdir(parents=True, exist_ok=True)
+    scratch = Path(tempfile.mkdtemp(dir=target.parent, prefix=f".{target.name}."))
+    try:
+        yield scratch / target.name
+        os.replace(scratch / target.name, target)
+    finally:
+        shutil.rmtree(scratch, ignore_errors=True)
+
+
+def as_umask_allows(file: Path) -> None:
+    """Gives a private file the permissions that a new one gets."""
+    umask = os.umask(0)
+    os.umask(umask)
+    file.chmod(0o666 & ~umask)
