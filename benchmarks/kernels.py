@@ -24,8 +24,7 @@ import torch.nn.functional as F
 from river_compile.kernels.tools.shapes import MODELS, model_kernels
 from river_compile.kernels.tools.tune import copies_beyond_cache, measure_on_gpu, time_calls
 from river_compile.kernels.triton.decode_attention import DecodeAttentionSpec
-from river_compile.kernels.triton.heuristic import DEFAULT_DEVICE, DEVICES
-from river_compile.kernels.triton.launch import device_name
+from river_compile.kernels.triton.devices import device_name, known
 from river_compile.kernels.triton.linear import LinearSpec
 from river_compile.kernels.triton.loader import load
 from river_compile.kernels.triton.spec import KernelSpec
@@ -83,8 +82,6 @@ def attention_timing(label: str, spec: DecodeAttentionSpec) -> Timing:
     q = torch.randn(spec.batch, spec.heads, spec.head_dim, device="cuda", dtype=torch.bfloat16)
     caches = [[torch.randn(shape, device="cuda", dtype=torch.bfloat16) for _ in "kv"] for _ in range(copies)]
     others = {"mask": torch.ones(spec.batch, spec.slots, dtype=torch.bool, device="cuda")} if spec.mask else {}
-    if spec.counted:
-        others["length"] = torch.tensor([spec.slots], device="cuda")
     kernel = load(spec, interpret=False)
     ours = [functools.partial(kernel, q=q, k_cache=k, v_cache=v, out=torch.empty_like(q), **others) for k, v in caches]
     theirs = [
@@ -127,8 +124,7 @@ def main(arguments: list[str] | None = None) -> int:
     if not torch.cuda.is_available():
         print("this benchmark measures a GPU and there is none here", file=sys.stderr)
         return 1
-    name = device_name(torch.cuda.current_device())
-    device = name if name in DEVICES else DEFAULT_DEVICE
+    device = known(device_name(torch.cuda.current_device())).name
     sizes = {"rows": options.rows, "context": options.context, "group_size": options.group_size}
     kernels = model_kernels(MODELS[options.model], device=device, **sizes)
     copy = copy_bandwidth()

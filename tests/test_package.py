@@ -34,8 +34,6 @@ STILL_THERE = {
     ("river_compile.fills.base", "river_compile.fills.recompute"),
     ("river_compile.fills.base", "river_compile.runtime.slots"),
     ("river_compile.fills.recompute", "river_compile.runtime.executor"),
-    ("river_compile.kernels.quant.layouts", "river_compile.kernels.triton.launch"),
-    ("river_compile.kernels.triton.linear_source", "river_compile.kernels.triton.linear"),
     ("river_compile.runtime.executor", "river_compile.offload.streaming"),
     ("river_compile.twins.make", "river_compile.twins.artifact"),
     ("river_compile.twins.pack", "river_compile.twins.artifact"),
@@ -272,6 +270,9 @@ def test_a_wheel_holds_every_module_below_river_compile(wheel):
         folder, *rest = file.relative_to(ROOT).parts
         assert "/".join([FOLDERS[folder].replace(".", "/"), *rest]) in names
     assert {"river_compile/py.typed", "river_compile/twins/default_texts.txt"} <= names
+    templates = {path.name for path in ROOT.glob("kernels/triton/templates/*")}
+    assert templates
+    assert {f"river_compile/kernels/triton/templates/{name}" for name in templates} <= names
     assert {name.split("/")[0] for name in names if ".dist-info/" not in name} == {"river_compile"}
 
 

@@ -14,13 +14,13 @@ Layouts (N output features, K input features padded to whole groups of G)
 from __future__ import annotations
 
 import importlib
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable
 from dataclasses import dataclass
 
 import torch
 import torch.nn.functional as F
 
-from .grid import QuantizedWeight, quantize, sqnr_db
+from .grid import QuantizedWeight, quantize
 
 #: Layouts that live in a module of their own, which registers them when it is imported.
 _ELSEWHERE = {"aten_cpu": "river_compile.kernels.quant.aten_int4"}
@@ -59,6 +59,11 @@ class PackedLinear:
         return self.unpack().dequantize(dtype)[:, : self.in_features]
 
 
+def linear_by_dequantizing(x: torch.Tensor, packed: PackedLinear, bias: torch.Tensor | None) -> torch.Tensor:
+    """Returns x W^T + bias in plain torch, for layouts without a product of their own."""
+    return F.linear(x, packed.dequantize(x.dtype), bias)
+
+
 @dataclass(frozen=True)
 class Layout:
     """One way to arrange a 4-bit matrix.
@@ -74,7 +79,7 @@ class Layout:
     name: str
     pack: Callable[[QuantizedWeight], tuple[torch.Tensor, torch.Tensor]]
     unpack: Callable[[PackedLinear], QuantizedWeight]
-    linear: Callable[[torch.Tensor, PackedLinear, torch.Tensor | None], torch.Tensor]
+    linear: Callable[[torch.Tensor, PackedLinear, torch.Tensor | None], torch.Tensor] = linear_by_dequantizing
     group_sizes: tuple[int, ...] = ()
 
 
@@ -133,63 +138,6 @@ def pack_linear(weight: torch.Tensor, group_size: int, layout_name: str, quantiz
     return pack(quantize(weight, group_size, quantizer), layout_name, k)
 
 
-def merge(parts: list[PackedLinear]) -> PackedLinear:
-    """Stacks matrices of one layout and one input on top of each other (q|k|v, gate|up).
-
-    Raises:
-        ValueError: no parts, a layout without rows of its own, or parts of different layout, group size or K.
-    """
-    if not parts:
-        raise ValueError("there is nothing to merge; give at least one packed matrix")
-    keys = {(p.layout, p.group_size, p.in_features, p.qweight.dtype, p.scale_zero.dtype) for p in parts}
-    if len(keys) > 1:
-        raise ValueError(f"matrices that merge share layout, group size, input features and dtypes; these have {keys}")
-    first = parts[0]
-    if first.layout not in ("triton", "plain"):
-        raise ValueError(f"layout {first.layout!r} cannot be merged; use 'triton' or 'plain', or merge before packing")
-    return PackedLinear(
-        first.layout,
-        torch.cat([p.qweight for p in parts]),
-        torch.cat([p.scale_zero for p in parts]),
-        first.group_size,
-        first.in_features,
-        sum(p.out_features for p in parts),
-    )
-
-
-@dataclass(frozen=True)
-class PackedMatrix:
-    """A packed matrix of a model: its name and what its 4 bits cost in accuracy (see `quantize.sqnr_db`)."""
-
-    name: str
-    packed: PackedLinear
-    sqnr_db: float
-
-
-def pack_all(
-    weights: Mapping[str, torch.Tensor],
-    group_size: int,
-    layout_name: str,
-    quantizer: str = "hqq",
-    progress: bool = False,
-) -> Iterator[PackedMatrix]:
-    """Packs the matrices of a model one by one, as they are asked for.
-
-    Args:
-        weights: name -> ``[N, K]``.
-        group_size: G for all of them.
-        layout_name, quantizer: see `pack` and `quantize`.
-        progress: whether to show a progress bar with the current matrix.
-    """
-    from tqdm import tqdm
-
-    bar = tqdm(weights.items(), desc="packing", unit="matrix", disable=not progress)
-    for name, weight in bar:
-        bar.set_postfix_str(name, refresh=False)
-        packed = pack_linear(weight, group_size, layout_name, quantizer)
-        yield PackedMatrix(name, packed, sqnr_db(weight, packed.dequantize()))
-
-
 def _pairs(weight: QuantizedWeight, dtype: torch.dtype) -> torch.Tensor:
     return torch.stack([weight.scale, weight.zero], dim=-1).to(dtype)
 
@@ -238,15 +186,5 @@ def _grid(packed: PackedLinear, q: torch.Tensor) -> QuantizedWeight:
     return QuantizedWeight(q, scale, zero, packed.group_size)
 
 
-def _linear_by_dequantizing(x: torch.Tensor, packed: PackedLinear, bias: torch.Tensor | None) -> torch.Tensor:
-    return F.linear(x, packed.dequantize(x.dtype), bias)
-
-
-def _linear_by_kernel(x: torch.Tensor, packed: PackedLinear, bias: torch.Tensor | None) -> torch.Tensor:
-    from river_compile.kernels.triton.launch import Norm, linear
-
-    return linear(x, packed, bias=bias, norm=Norm())
-
-
-register_layout(Layout("triton", _pack_triton, _unpack_triton, _linear_by_kernel, (32, 64, 128)))
-register_layout(Layout("plain", _pack_plain, _unpack_plain, _linear_by_dequantizing))
+register_layout(Layout("triton", _pack_triton, _unpack_triton, group_sizes=(32, 64, 128)))
+register_layout(Layout("plain", _pack_plain, _unpack_plain))

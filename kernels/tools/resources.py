@@ -20,22 +20,13 @@ from dataclasses import asdict, dataclass
 from pathlib import Path
 
 from river_compile.kernels.triton.decode_attention import DecodeAttentionSpec
-from river_compile.kernels.triton.heuristic import DEVICES
+from river_compile.kernels.triton.devices import DEVICES, Device
 from river_compile.kernels.triton.linear import LinearSpec
 from river_compile.kernels.triton.loader import compile_for, source_file
 from river_compile.kernels.triton.spec import ITEM_BYTES, KernelSpec
 
 from .shapes import MODELS, ModelShape, block_kernels, model_kernels
 
-TARGETS = {"sm_80": ("cuda", 80), "sm_90": ("cuda", 90), "sm_100": ("cuda", 100), "gfx942": ("hip", "gfx942")}
-
-#: Per processor: registers, warps (waves), bytes of shared memory. AMD counts registers per lane of each of four SIMDs.
-LIMITS = {
-    "sm_80": (65536, 64, 164 * 1024),
-    "sm_90": (65536, 64, 228 * 1024),
-    "sm_100": (65536, 64, 228 * 1024),
-    "gfx942": (4 * 512 * 64, 32, 64 * 1024),
-}
 _MATRIX = re.compile(r"\b(mma\.sync|wgmma\.mma_async|tcgen05\.mma|v_mfma)")
 _PTX_LOAD = re.compile(
     r"ld\.global(?:\.(?!v\d|b\d)[\w:]+)*(?:\.v(\d))?\.b(\d+)|cp\.async\.c[ag]\.shared\.global\s+\[[^]]*\],\s*\[[^]]*\],\s*(\w+)"
@@ -70,10 +61,11 @@ class Usage:
 
 
 def usages(spec: KernelSpec, label: str, target: str) -> Iterator[Usage]:
-    """Compiles a spec for a target of `TARGETS` and yields one usage per launch."""
+    """Compiles a spec for a GPU of `devices.DEVICES` and yields one usage per launch."""
+    device = DEVICES[target]
     source = source_file(spec).read_text().splitlines()
-    for stage, compiled in zip(spec.stages(), compile_for(spec, *TARGETS[target]), strict=True):
-        nvidia = target.startswith("sm_")
+    for stage, compiled in zip(spec.stages(), compile_for(spec, device.backend, device.arch), strict=True):
+        nvidia = device.backend == "cuda"
         text = compiled.asm["ptx" if nvidia else "amdgcn"]
         registers, spills = _nvidia_registers(compiled.asm["cubin"]) if nvidia else _amd_registers(text)
         shared = compiled.metadata.shared
@@ -84,7 +76,7 @@ def usages(spec: KernelSpec, label: str, target: str) -> Iterator[Usage]:
             registers,
             spills,
             shared,
-            _occupancy(target, registers, stage.num_warps, shared),
+            _occupancy(device, registers, stage.num_warps, shared),
             weight_load_bytes(text, source, nvidia),
             len(_MATRIX.findall(text)),
         )
@@ -129,12 +121,11 @@ def _amd_registers(text: str) -> tuple[int, int]:
     return tuple(int(re.search(rf"\.vgpr_{name}:\s+(\d+)", text)[1]) for name in ("count", "spill_count"))
 
 
-def _occupancy(target: str, registers: int, warps: int, shared: int) -> float:
-    all_registers, all_warps, all_shared = LIMITS[target]
-    lanes, unit = (32, 8) if target.startswith("sm_") else (64, 8)
-    by_registers = all_registers // (math.ceil(max(registers, 1) / unit) * unit * lanes) // warps
-    by_shared = all_shared // shared if shared else all_warps
-    return min(by_registers, by_shared, all_warps // warps) * warps / all_warps
+def _occupancy(device: Device, registers: int, warps: int, shared: int) -> float:
+    allocated = math.ceil(max(registers, 1) / 8) * 8 * device.warp  # registers are given out by eights
+    by_registers = device.registers // allocated // warps
+    by_shared = device.shared // shared if shared else device.warps
+    return min(by_registers, by_shared, device.warps // warps) * warps / device.warps
 
 
 @dataclass(frozen=True)
@@ -182,7 +173,7 @@ def token_cost(shape: ModelShape, *, context: int, group_size: int, device: str,
 
 def _floor(spec: KernelSpec) -> int:
     if isinstance(spec, LinearSpec):
-        return int(spec.weight_bytes().subs(spec.values()))
+        return spec.weight_bytes
     if isinstance(spec, DecodeAttentionSpec):
         # All valid slots but the newest, which is written by the same token, are read from memory.
         return 2 * spec.batch * spec.kv_heads * spec.slots * spec.head_dim * ITEM_BYTES[spec.dtype]
@@ -226,7 +217,7 @@ def _parser() -> argparse.ArgumentParser:
     parser = argparse.ArgumentParser(
         prog="python -m river_compile.kernels.tools.resources", description=__doc__.split("\n")[0]
     )
-    parser.add_argument("--target", nargs="+", choices=TARGETS, default=list(TARGETS), help="GPUs to compile for")
+    parser.add_argument("--target", nargs="+", choices=DEVICES, default=list(DEVICES), help="GPUs to compile for")
     parser.add_argument("--model", choices=MODELS, default="llama-3.2-1b", help="whose shapes (default %(default)s)")
     parser.add_argument("--context", type=int, default=1024, help="valid slots of the cache (default %(default)s)")
     parser.add_argument("--group-size", type=int, default=64, choices=(32, 64, 128), help="default %(default)s")

@@ -5,8 +5,9 @@ from __future__ import annotations
 from dataclasses import dataclass
 
 from river_compile.kernels.triton.decode_attention import DecodeAttentionSpec
+from river_compile.kernels.triton.devices import DEFAULT_DEVICE, known
 from river_compile.kernels.triton.exit_score import ExitScoreSpec
-from river_compile.kernels.triton.heuristic import DEFAULT_DEVICE, DEVICES, attention_splits, best_tile, untiled
+from river_compile.kernels.triton.heuristic import attention_splits, best_tile, untiled
 from river_compile.kernels.triton.kv_fill import KvFillSpec
 from river_compile.kernels.triton.linear import LinearSpec
 from river_compile.kernels.triton.spec import KernelSpec
@@ -60,11 +61,11 @@ def block_kernels(
         return best_tile(spec, device, rows)
 
     heads = (rows, shape.heads, shape.kv_heads, shape.head_dim, context)
-    splits = attention_splits(rows * shape.kv_heads, context, DEVICES.get(device, DEVICES[DEFAULT_DEVICE]))
+    splits = attention_splits(rows * shape.kv_heads, context, known(device))
     return {
         "norm + q|k|v": linear(shape.hidden, shape.qkv, norm="rms", bias=shape.qkv_bias),
         "rope + kv write": KvFillSpec(*heads, rotary_dim=shape.head_dim),
-        "attention": DecodeAttentionSpec(*heads, shape.head_dim**-0.5, mask=True, counted=False, splits=splits),
+        "attention": DecodeAttentionSpec(*heads, shape.head_dim**-0.5, mask=True, splits=splits),
         "o + residual": linear(shape.heads * shape.head_dim, shape.hidden, residual=True),
         "norm + gate|up": linear(shape.hidden, shape.intermediate, norm="rms", gated=True, activation="silu"),
         "down + residual": linear(shape.intermediate, shape.hidden, residual=True),
@@ -78,6 +79,6 @@ def model_kernels(
     head = untiled(rows, shape.hidden, shape.vocabulary, weights="dense", group_size=0, norm="rms")
     return {
         **block_kernels(shape, rows=rows, context=context, group_size=group_size, device=device),
-        "exit score": ExitScoreSpec(rows, shape.hidden, decides=False),
+        "exit score": ExitScoreSpec(rows, shape.hidden),
         "norm + head": best_tile(head, device, rows),
     }

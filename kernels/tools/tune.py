@@ -21,16 +21,9 @@ from pathlib import Path
 
 import torch
 
-from river_compile.kernels.triton.heuristic import (
-    DEFAULT_DEVICE,
-    DEVICES,
-    candidates,
-    saved_tiles,
-    seconds,
-    tuning_file,
-)
+from river_compile.kernels.triton.devices import device_name, known
+from river_compile.kernels.triton.heuristic import candidates, saved_tiles, seconds, tuning_file
 from river_compile.kernels.triton.heuristic import tuning_key as key_of
-from river_compile.kernels.triton.launch import device_name
 from river_compile.kernels.triton.linear import LinearSpec, LinearTile
 from river_compile.kernels.triton.loader import load
 
@@ -39,8 +32,7 @@ from .shapes import MODELS, model_kernels
 
 def shortlist(spec: LinearSpec, device: str, top: int) -> list[LinearSpec]:
     """Returns the `top` candidates that the cost model likes best, best first."""
-    model = DEVICES.get(device, DEVICES[DEFAULT_DEVICE])
-    return sorted(candidates(spec), key=lambda candidate: seconds(candidate, model))[:top]
+    return sorted(candidates(spec), key=lambda candidate: seconds(candidate, known(device)))[:top]
 
 
 def tune(

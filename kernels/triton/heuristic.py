@@ -18,12 +18,9 @@ import math
 import os
 import warnings
 from collections.abc import Iterator
-from dataclasses import dataclass
 from pathlib import Path
 
-import sympy
-
-from .expressions import symbol
+from .devices import DEFAULT_DEVICE, Device, known
 from .linear import LinearSpec, LinearTile
 from .loader import cache_directory
 from .spec import next_power_of_two
@@ -33,52 +30,15 @@ MAX_REGISTERS = 168
 INSTRUCTIONS = {"w4": 4.5, "dense": 2.0, "x": 4.0}
 
 
-@dataclass(frozen=True)
-class Device:
-    """What the cost model knows of a GPU.
-
-    Attributes:
-        name: as in a tuning file.
-        processors: streaming multiprocessors or compute units.
-        bandwidth: bytes per second of its memory.
-        dot_flops: 16-bit matrix operations per second.
-        clock: cycles per second.
-        lanes: instructions that a processor finishes per cycle.
-    """
-
-    name: str
-    processors: int
-    bandwidth: float
-    dot_flops: float
-    clock: float = 1.7e9
-    lanes: int = 128
-
-
-#: Data sheets: NVIDIA A100 SXM 80 GB, H100 SXM, B200, AMD MI300X.
-DEVICES = {
-    "sm_80": Device("sm_80", 108, 2.0e12, 312e12, 1.4e9, 64),
-    "sm_90": Device("sm_90", 132, 3.35e12, 990e12),
-    "sm_100": Device("sm_100", 148, 8.0e12, 2250e12),
-    "gfx942": Device("gfx942", 304, 5.3e12, 1300e12, 2.1e9, 64),
-}
-DEFAULT_DEVICE = "sm_90"
-
-_words, _rows, _columns, _length, _threads = (symbol(name) for name in ("W", "BM", "BN", "L", "T"))
-#: Registers of a thread; L is an eighth of a step. One row: word, two sums and an operand of each; `tl.dot`: the rest.
-ROW_REGISTERS = 32 + 4 * _words
-DOT_REGISTERS = 48 + (_rows * _columns + 3 * _columns * _length + _rows * _length / sympy.Integer(2)) / _threads
-_row_registers = sympy.lambdify(_words, ROW_REGISTERS)
-_dot_registers = sympy.lambdify((_rows, _columns, _length, _threads), DOT_REGISTERS)
-
-
 def registers(spec: LinearSpec) -> int:
     """Estimates the registers that a thread of the kernel needs."""
     tile, matrices = spec.tile, len(spec.streams)
     threads = 32 * tile.num_warps
-    if tile.block_m == 1:
-        elements = matrices * tile.block_n * tile.block_k / (8 if spec.weights == "w4" else 2)
-        return math.ceil(_row_registers(elements / threads))
-    return math.ceil(_dot_registers(tile.block_m, matrices * tile.block_n, tile.block_k // 8, threads))
+    columns = matrices * tile.block_n
+    if tile.block_m == 1:  # a word (or two weights), two sums and an operand of each
+        return math.ceil(32 + 4 * columns * tile.block_k / (8 if spec.weights == "w4" else 2) / threads)
+    length = tile.block_k // 8
+    return math.ceil(48 + (tile.block_m * columns + 3 * columns * length + tile.block_m * length / 2) / threads)
 
 
 def is_legal(spec: LinearSpec) -> bool:
@@ -140,7 +100,7 @@ def seconds(spec: LinearSpec, device: Device, rows: int | None = None) -> float:
     bits = 4 if spec.weights == "w4" else 16
     step_bytes = matrices * tile.block_n * tile.block_k * bits / 8
     in_flight = min(per_processor, resident) * step_bytes
-    memory = _moved(spec, m) / (device.bandwidth * min(1.0, in_flight / 49152))
+    memory = spec.cost(m).bytes / (device.bandwidth * min(1.0, in_flight / 49152))
     memory *= max(1.0, waves / max(per_processor / resident, 1e-9)) if per_processor > resident else 1.0
     if bits == 4 and tile.block_n * tile.block_k / 8 / threads < 8:  # words per lane: narrower than 16-byte loads
         memory *= 1.5
@@ -154,31 +114,18 @@ def seconds(spec: LinearSpec, device: Device, rows: int | None = None) -> float:
     return max(memory, instructions + dots) + waves * spec.steps * 0.3e-6 + launches
 
 
-def _moved(spec: LinearSpec, rows: int) -> int:
-    # Of a tile only the split changes the bytes: one evaluation of the formula serves all other candidates.
-    dense = spec.weights == "dense"
-    depth = 16 if dense else 128 if spec.tile.block_m > 1 else spec.group_size
-    tile = LinearTile(16, depth, spec.tile.block_m, spec.tile.split_k)
-    return _cost_bytes(dataclasses.replace(spec, tile=tile), rows)
-
-
-@functools.cache
-def _cost_bytes(spec: LinearSpec, rows: int) -> int:
-    return spec.cost(rows).bytes
-
-
 def best_tile(spec: LinearSpec, device: str = DEFAULT_DEVICE, rows: int | None = None) -> LinearSpec:
     """Returns `spec` with the saved tile of the device where there is one, else the cost model's.
 
     Args:
         spec: the kernel; its tile is ignored.
-        device: a name in `DEVICES`, or one that a tuning file holds (then the model assumes the default device).
+        device: a name in `devices.DEVICES`, or one that a tuning file holds (the model then assumes the default).
         rows: M, for a spec that leaves it open.
     """
     saved = saved_tiles(tuning_file()).get(device, {}).get(tuning_key(spec))
     if saved is not None:
         return dataclasses.replace(spec, tile=saved)
-    return _modelled(spec, DEVICES.get(device, DEVICES[DEFAULT_DEVICE]), rows)
+    return _modelled(spec, known(device), rows)
 
 
 @functools.cache

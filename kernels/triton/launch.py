@@ -7,34 +7,16 @@ a kernel wants them so; rows of x may be strided.
 
 from __future__ import annotations
 
-import functools
-from dataclasses import dataclass
-
 import torch
 
 from river_compile.kernels.quant.layouts import PackedLinear
 
 from .decode_attention import DecodeAttentionSpec
+from .devices import device_of, known
 from .exit_score import ExitScoreSpec
-from .heuristic import DEFAULT_DEVICE, DEVICES, Device, attention_splits, best_tile, interpreter_tile, untiled
+from .heuristic import attention_splits, best_tile, interpreter_tile, untiled
 from .kv_fill import KvFillSpec
 from .loader import load
-
-
-@dataclass(frozen=True)
-class Norm:
-    """The normalisation in front of a linear kernel.
-
-    Attributes:
-        kind: "none", "rms", "rms_plus_one" or "layer".
-        weight, bias: ``[K]`` in the activations' dtype; the bias for "layer" alone.
-        eps: added to the variance.
-    """
-
-    kind: str = "none"
-    weight: torch.Tensor | None = None
-    bias: torch.Tensor | None = None
-    eps: float = 1e-6
 
 
 def dtype_name(dtype: torch.dtype) -> str:
@@ -42,47 +24,19 @@ def dtype_name(dtype: torch.dtype) -> str:
     return str(dtype).removeprefix("torch.")
 
 
-@functools.cache
-def device_name(index: int) -> str:
-    """Names a GPU for the heuristic: "sm_90", "gfx942"."""
-    properties = torch.cuda.get_device_properties(index)
-    architecture = getattr(properties, "gcnArchName", "") if torch.version.hip else ""
-    return architecture.split(":")[0] or f"sm_{properties.major}{properties.minor}"
-
-
-def device_of(tensor: torch.Tensor) -> str:
-    """Names the device that the heuristic tiles for; a CPU tensor's attention is split as on the default GPU."""
-    return device_name(tensor.device.index or 0) if tensor.is_cuda else DEFAULT_DEVICE
-
-
-def model_of(tensor: torch.Tensor) -> Device:
-    """Returns what the cost model knows of the tensor's device, or of the default one where it knows nothing."""
-    return DEVICES.get(device_of(tensor), DEVICES[DEFAULT_DEVICE])
-
-
 def linear(
     x: torch.Tensor,
     weight: PackedLinear | torch.Tensor,
-    *,
-    norm: Norm,
-    bias: torch.Tensor | None = None,
-    residual: torch.Tensor | None = None,
-    activation: str = "none",
-    gated: bool = False,
+    bias: torch.Tensor | None,
+    residual: torch.Tensor | None,
+    norm: str,
+    norm_weight: torch.Tensor | None,
+    norm_bias: torch.Tensor | None,
+    eps: float,
+    activation: str,
+    gated: bool,
 ) -> torch.Tensor:
-    """Runs a linear kernel.
-
-    Args:
-        x: ``[..., K]``.
-        weight: packed in the layout "triton", or dense ``[N, K]`` in x.dtype; a gated one has gate rows, then up rows.
-        norm: in front.
-        bias: ``[N]`` (``[2 N]`` gated) in x.dtype.
-        residual: ``[..., N]`` in x.dtype, added last.
-        activation: after the bias.
-        gated: whether `weight` holds a gate and an up projection.
-
-    Returns:
-        ``[..., N]`` in x.dtype; `weight` has N rows, or 2 N if gated.
+    """Runs a linear kernel; `weight` is packed in the layout "triton" or dense, the rest as in `ops.linear`.
 
     Raises:
         ValueError: a buffer of the wrong shape or dtype, or a combination that no kernel has.
@@ -103,11 +57,10 @@ def linear(
         weights="w4" if packed else "dense",
         group_size=weight.group_size if packed else 0,
         dtype=dtype_name(x.dtype),
-        out_dtype=dtype_name(x.dtype),
         parameter_dtype=dtype_name(weight.scale_zero.dtype) if packed else "float16",
-        norm=norm.kind,
-        eps=norm.eps,
-        norm_bias=norm.bias is not None,
+        norm=norm,
+        eps=eps,
+        norm_bias=norm_bias is not None,
         bias=bias is not None,
         residual=residual is not None,
         activation=activation,
@@ -116,7 +69,7 @@ def linear(
     )
     tiled = best_tile(spec, device_of(x), x2.shape[0]) if x.is_cuda else interpreter_tile(spec)
     kernel = load(tiled, interpret=not x.is_cuda)
-    buffers = {"x": x2, "norm_weight": norm.weight, "norm_bias": norm.bias, "bias": bias, "y": y}
+    buffers = {"x": x2, "norm_weight": norm_weight, "norm_bias": norm_bias, "bias": bias, "y": y}
     if residual is not None:
         buffers["residual"] = residual.reshape(-1, n).contiguous()
     if packed:
@@ -130,9 +83,8 @@ def linear(
     return y.reshape(*x.shape[:-1], n)
 
 
-def fill_kv(
+def kv_fill(
     qkv: torch.Tensor,
-    bias: torch.Tensor | None,
     q_norm: torch.Tensor | None,
     k_norm: torch.Tensor | None,
     cos: torch.Tensor | None,
@@ -169,7 +121,6 @@ def fill_kv(
         rotary_dtype="bfloat16" if cos is None else dtype_name(cos.dtype),
         interleaved=interleaved,
         rotary_rows=1 if cos is None else cos.numel() // rotary_dim,
-        bias=bias is not None,
         head_norm=norm,
         eps=eps,
         cache_strides=_cache_strides(k_cache, v_cache),
@@ -178,7 +129,6 @@ def fill_kv(
     q = torch.empty((b, heads, d), dtype=qkv.dtype, device=qkv.device)
     table = (spec.rotary_rows, rotary_dim)
     inputs = {
-        "bias": (bias, (spec.all_heads * d,)),
         "q_norm": (q_norm, (d,)),
         "k_norm": (k_norm, (d,)),
         "cos": (cos if cos is None else cos.reshape(table).contiguous(), table),
@@ -192,20 +142,22 @@ def fill_kv(
     return q
 
 
-def run_attention(
+def decode_attention(
     q: torch.Tensor,
     k_cache: torch.Tensor,
     v_cache: torch.Tensor,
-    length: torch.Tensor | None,
     mask: torch.Tensor | None,
     scale: float,
-    window: int,
     softcap: float,
 ) -> torch.Tensor:
-    """Runs the `decode_attention` kernel; arguments and result as in `ops.decode_attention`."""
+    """Runs the `decode_attention` kernel; arguments and result as in `ops.decode_attention`.
+
+    Raises:
+        ValueError: caches of another shape or layout than the kernel reads, or a mask of another shape.
+    """
     b, heads, d = q.shape
-    kv_heads, slots = k_cache.shape[1], k_cache.shape[2]
-    if k_cache.shape[0] != b or k_cache.shape[-1] != d:
+    kv_heads, slots = k_cache.shape[1:3]
+    if k_cache.shape[0] != b or k_cache.shape[3] != d:
         raise ValueError(f"q has shape {tuple(q.shape)} and the caches have {tuple(k_cache.shape)}: B or D differs")
     spec = DecodeAttentionSpec(
         b,
@@ -215,20 +167,14 @@ def run_attention(
         slots,
         scale,
         dtype=dtype_name(q.dtype),
-        window=window,
         softcap=softcap,
         mask=mask is not None,
         mask_dtype="bool" if mask is None else dtype_name(mask.dtype),
-        counted=length is not None,
-        splits=attention_splits(b * kv_heads, min(slots, window or slots), model_of(q)),
+        splits=attention_splits(b * kv_heads, slots, known(device_of(q))),
         cache_strides=_cache_strides(k_cache, v_cache),
-        index_dtype="int64" if length is None else dtype_name(length.dtype),
     )
     out = torch.empty((b, heads, d), dtype=q.dtype, device=q.device)
     buffers = {"q": q.contiguous(), "k_cache": k_cache, "v_cache": v_cache, "out": out}
-    if length is not None:
-        buffers["length"] = length
-        _expect(length=(length.reshape(-1), (1,)))
     if mask is not None:
         buffers["mask"] = mask.contiguous()
         _expect(mask=(buffers["mask"], (b, slots)))
@@ -237,33 +183,24 @@ def run_attention(
 
 
 def residual_score(
-    update: torch.Tensor, residual: torch.Tensor, previous: torch.Tensor, threshold: torch.Tensor | None
-) -> dict[str, torch.Tensor]:
-    """Runs the `exit_score` kernel.
+    update: torch.Tensor, residual: torch.Tensor, previous: torch.Tensor
+) -> tuple[torch.Tensor, torch.Tensor]:
+    """Runs the `exit_score` kernel; arguments and result as in `ops.residual_score`.
 
-    Args:
-        update, residual, previous, threshold: as in `ops.residual_exit_score`; without a threshold nothing is decided.
-
-    Returns:
-        hidden and score and, where there is a threshold, similarity and flag; as in `ops.residual_exit_score`.
+    Raises:
+        ValueError: tensors of different shapes.
     """
     if not update.shape == residual.shape == previous.shape:
         shapes = ", ".join(str(tuple(t.shape)) for t in (update, residual, previous))
         raise ValueError(f"update, residual and previous have one shape; these have {shapes}")
     d = update.shape[-1]
-    spec = ExitScoreSpec(update.numel() // d, d, dtype_name(update.dtype), decides=threshold is not None)
-    results = {
-        "hidden": torch.empty(update.shape, dtype=update.dtype, device=update.device),
-        "score": torch.empty((), dtype=torch.float32, device=update.device),
-    }
+    hidden = torch.empty(update.shape, dtype=update.dtype, device=update.device)
+    score = torch.empty((), dtype=torch.float32, device=update.device)
     buffers = {"update": update, "residual": residual, "previous": previous}
     buffers = {name: tensor.contiguous() for name, tensor in buffers.items()}
-    if threshold is not None:
-        results["similarity"] = torch.empty(update.shape[:-1], dtype=torch.float32, device=update.device)
-        results["flag"] = torch.empty((), dtype=torch.bool, device=update.device)
-        buffers["threshold"] = threshold
-    load(spec, interpret=not update.is_cuda)(**buffers, **results)
-    return results
+    spec = ExitScoreSpec(update.numel() // d, d, dtype_name(update.dtype))
+    load(spec, interpret=not update.is_cuda)(**buffers, hidden=hidden, score=score)
+    return hidden, score
 
 
 def _expect(**tensors: tuple[torch.Tensor, tuple[int, ...]]) -> None:

@@ -2,7 +2,7 @@
 
 One row of activations is a matrix-vector product on ordinary multiply-adds; two or more rows use `tl.dot` on tiles of
 at least 16 rows. Split-K writes partial sums that a second launch adds in a fixed order: no atomics, so two runs are
-bit-identical. A norm in front needs the whole row and excludes split-K. The source is written by `linear_source`.
+bit-identical. A norm in front needs the whole row and excludes split-K.
 
 Not handled: float16 activations of several rows with weights beyond float16 (`tl.dot` takes both in one dtype).
 
@@ -12,35 +12,28 @@ Legend: M rows, N output features, K input features, G group size, all of one we
 from __future__ import annotations
 
 import math
-from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import ClassVar
 
-import sympy
-
 from river_compile.kernels.checks import check_choice, check_positive
 
-from .expressions import blocks, symbol
 from .spec import (
     ACTIVATION_DTYPES,
     ITEM_BYTES,
     Argument,
+    Cost,
     KernelSpec,
-    Lines,
-    M,
     Stage,
     Workspace,
     is_power_of_two,
+    next_power_of_two,
 )
-
-N, K, G = symbol("N"), symbol("K"), symbol("G")
 
 GROUP_SIZES = (32, 64, 128)
 NORMS = ("none", "rms", "rms_plus_one", "layer")
 ACTIVATIONS = ("none", "silu", "gelu", "gelu_tanh", "relu")
 WEIGHTS = ("w4", "dense")
 MAX_EXACT_ROWS = 16
-REDUCE_BLOCK = 256
 
 
 @dataclass(frozen=True)
@@ -80,8 +73,7 @@ class LinearSpec(KernelSpec):
         tile: see `LinearTile`.
         weights: "w4" (layout "triton" of `pack`) or "dense" ([N, K] in `dtype`).
         group_size: 32, 64 or 128 for "w4"; 0 for "dense".
-        dtype: of the activations, the norm's weight, the bias and the residual.
-        out_dtype: of the result.
+        dtype: of the activations, the norm's weight, the bias, the residual and the result.
         parameter_dtype: of scale and zero, float16 or bfloat16.
         norm: "none", "rms" (x / rms(x) * w), "rms_plus_one" (Gemma's (1 + w)) or "layer"; `eps` as in torch.
         norm_bias, bias, residual: whether the norm has a bias, the product has one, and a residual is added last.
@@ -91,6 +83,7 @@ class LinearSpec(KernelSpec):
     """
 
     family: ClassVar[str] = "linear"
+    reduce_block: ClassVar[int] = 256
 
     rows: int | None
     in_features: int
@@ -99,7 +92,6 @@ class LinearSpec(KernelSpec):
     weights: str = "w4"
     group_size: int = 64
     dtype: str = "bfloat16"
-    out_dtype: str = "bfloat16"
     parameter_dtype: str = "float16"
     norm: str = "none"
     eps: float = 1e-6
@@ -128,7 +120,6 @@ class LinearSpec(KernelSpec):
     def _check_choices(self) -> None:
         check_choice("weights", self.weights, WEIGHTS)
         check_choice("dtype", self.dtype, ACTIVATION_DTYPES)
-        check_choice("out_dtype", self.out_dtype, ACTIVATION_DTYPES)
         check_choice("parameter_dtype", self.parameter_dtype, ("float16", "bfloat16"))
         check_choice("norm", self.norm, NORMS)
         check_choice("activation", self.activation, ACTIVATIONS)
@@ -153,6 +144,11 @@ class LinearSpec(KernelSpec):
     def group_words(self) -> int:
         """32-bit words of one group."""
         return self.group_size // 8
+
+    @property
+    def row_words(self) -> int:
+        """32-bit words of one weight row."""
+        return self.groups * self.group_words
 
     @property
     def dot_length(self) -> int:
@@ -184,6 +180,21 @@ class LinearSpec(KernelSpec):
     def masks_m(self) -> bool:
         return self.rows is None or self.rows % self.tile.block_m != 0
 
+    @property
+    def wide(self) -> bool:
+        """Whether a weight's address needs 64 bits."""
+        row = self.row_words if self.weights == "w4" else self.in_features
+        return len(self.streams) * self.out_features * row >= 2**31
+
+    @property
+    def statistics_block(self) -> int:
+        """Features of a row that one step of its mean and variance reads."""
+        return min(next_power_of_two(self.in_features), 1024)
+
+    @property
+    def statistics_steps(self) -> int:
+        return _blocks(self.in_features, self.statistics_block)
+
     def inputs(self) -> tuple[Argument, ...]:
         """Buffers of the product, without those of the epilogue."""
         buffers = [Argument("x", self.dtype)]
@@ -197,7 +208,7 @@ class LinearSpec(KernelSpec):
 
     def epilogue_buffers(self) -> tuple[Argument, ...]:
         optional = (("bias", self.bias), ("residual", self.residual))
-        return (*(Argument(name, self.dtype) for name, used in optional if used), Argument("y", self.out_dtype))
+        return (*(Argument(name, self.dtype) for name, used in optional if used), Argument("y", self.dtype))
 
     def shapes(self, rows: int) -> dict[str, tuple[int, ...]]:
         """Shapes of all buffers that a linear kernel may take, for `rows` rows."""
@@ -214,7 +225,7 @@ class LinearSpec(KernelSpec):
             return {**shapes, "weight": (weight_rows, self.in_features)}
         return {
             **shapes,
-            "qweight": (weight_rows, self.groups * self.group_words),
+            "qweight": (weight_rows, self.row_words),
             "scale_zero": (weight_rows, self.groups),
         }
 
@@ -226,7 +237,7 @@ class LinearSpec(KernelSpec):
             return _blocks(self.out_features, tile.block_n), _blocks(self.rows or rows, tile.block_m), tile.split_k
 
         def reduce_grid(rows: int) -> tuple[int, int, int]:
-            return _blocks(self.out_features, REDUCE_BLOCK), self.rows or rows, 1
+            return _blocks(self.out_features, self.reduce_block), self.rows or rows, 1
 
         if tile.split_k == 1:
             arguments = (*self.inputs(), *self.epilogue_buffers(), *rows_argument)
@@ -248,38 +259,25 @@ class LinearSpec(KernelSpec):
 
         return (Workspace("partial", "float32", shape),)
 
-    def values(self) -> Mapping[sympy.Symbol, int]:
-        numbers = {N: self.out_features, K: self.in_features}
-        if self.weights == "w4":
-            numbers[G] = self.group_size
-        return numbers if self.rows is None else {M: self.rows, **numbers}
-
-    def weight_bytes(self) -> sympy.Expr:
+    @property
+    def weight_bytes(self) -> int:
         """Bytes of the weights alone: half a byte each and 4 bytes a group, or `dtype`'s size each."""
-        matrices = len(self.streams)
-        if self.weights == "w4":
-            return matrices * N * blocks(K, G) * (G / sympy.Integer(2) + 4)
-        return matrices * N * K * ITEM_BYTES[self.dtype]
+        row = self.groups * (self.group_size // 2 + 4) if self.weights == "w4" else self.in_features * self.item
+        return len(self.streams) * self.out_features * row
 
-    def bytes(self) -> sympy.Expr:
-        item, matrices = ITEM_BYTES[self.dtype], len(self.streams)
-        activations = M * K * item + M * N * ITEM_BYTES[self.out_dtype]
-        optional = {
-            K: (self.norm != "none") + self.norm_bias,
-            matrices * N: int(self.bias),
-            M * N: int(self.residual),
-        }
-        extras = sum(count * size for size, count in optional.items())
-        partials = 2 * 4 * self.tile.split_k * matrices * M * N if self.tile.split_k > 1 else 0
-        return self.weight_bytes() + activations + item * extras + partials
+    @property
+    def item(self) -> int:
+        """Bytes of an activation."""
+        return ITEM_BYTES[self.dtype]
 
-    def flops(self) -> sympy.Expr:
-        return 2 * len(self.streams) * M * N * K
-
-    def write(self, lines: Lines) -> None:
-        from .linear_source import write_linear
-
-        write_linear(self, lines)
+    def cost(self, rows: int | None = None) -> Cost:
+        m, n, k, matrices = self.rows or rows, self.out_features, self.in_features, len(self.streams)
+        if m is None:
+            raise ValueError(f"this {self.family} kernel takes any number of rows; say for how many the cost is asked")
+        elements = m * (k + n) + k * ((self.norm != "none") + self.norm_bias)
+        elements += matrices * n * self.bias + m * n * self.residual
+        partials = 2 * 4 * self.tile.split_k * matrices * m * n if self.tile.split_k > 1 else 0
+        return Cost(self.weight_bytes + elements * self.item + partials, 2 * matrices * m * n * k)
 
 
 def _blocks(size: int, block: int) -> int:

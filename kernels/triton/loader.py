@@ -69,13 +69,11 @@ class Kernel:
 
     Attributes:
         spec: what it was generated from.
-        path: the source file.
         functions: stage name -> Triton function (compiled or interpreted).
         interpret: whether the functions run in the interpreter.
     """
 
     spec: KernelSpec
-    path: Path
     functions: dict[str, object]
     interpret: bool
 
@@ -131,11 +129,10 @@ def load(spec: KernelSpec, *, interpret: bool) -> Kernel:
         spec: what to generate.
         interpret: True for Triton's interpreter (CPU tensors), False for a GPU.
     """
-    path = source_file(spec)
-    module = _import(path, "interpreted" if interpret else "compiled")
+    module = _import(source_file(spec), "interpreted" if interpret else "compiled")
     wrap = _interpreted if interpret else _compiled
     functions = {stage.function: wrap(module, stage.function) for stage in spec.stages()}
-    return Kernel(spec, path, functions, interpret)
+    return Kernel(spec, functions, interpret)
 
 
 def compile_for(spec: KernelSpec, backend: str, arch: int | str) -> list:

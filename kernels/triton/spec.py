@@ -1,29 +1,27 @@
-"""What all kernel specs share: identity, header, launch stages, costs.
+"""What all kernel specs share: identity, launches, costs, and the way from a spec to source text.
 
-A spec is a frozen dataclass that holds every number a kernel is specialised for. `render` turns it into Triton source;
-equal specs give equal text and equal hashes. A spec knows no tensors and no device; nothing here imports Triton.
+A spec is a frozen dataclass that holds every number a kernel is specialised for. `render` fills the family's template,
+``templates/<family>.py.jinja``, with it: the template reads like the kernel, and what a spec does not need is not in
+the text. A spec knows no tensors and no device; nothing here imports Triton.
 """
 
 from __future__ import annotations
 
 import dataclasses
+import functools
 import hashlib
-from collections.abc import Callable, Iterator, Mapping
-from contextlib import contextmanager
+import re
+from collections.abc import Callable
 from dataclasses import dataclass
+from pathlib import Path
 from typing import ClassVar
 
-import sympy
+import jinja2
 
-from .expressions import symbol
-
-#: torch dtype name -> Triton's name of it in a signature, and its bytes.
+#: torch dtype name -> Triton's name of it in a signature, its name in a kernel, and its bytes.
 DTYPES = {"float32": "fp32", "float16": "fp16", "bfloat16": "bf16", "int32": "i32", "int64": "i64", "bool": "i1"}
 ITEM_BYTES = {"float32": 4, "float16": 2, "bfloat16": 2, "int32": 4, "int64": 8, "bool": 1}
 ACTIVATION_DTYPES = ("bfloat16", "float16", "float32")
-
-#: Rows of the activations in a cost formula; a number in a spec for at most 16 rows, given at launch otherwise.
-M = symbol("M")
 
 
 def is_power_of_two(value: int) -> bool:
@@ -60,11 +58,10 @@ class Stage:
     num_warps: int = 4
     num_stages: int = 2
 
-    def define(self, lines: Lines) -> None:
-        """Writes the decorator and the def line."""
-        lines.add("", "", "@triton.jit")
-        names = [f"{argument.name}_ptr" if argument.pointer else argument.name for argument in self.arguments]
-        lines.add(f"def {self.function}({', '.join(names)}):")
+    @property
+    def parameters(self) -> str:
+        """The function's parameters as source text."""
+        return ", ".join(f"{a.name}_ptr" if a.pointer else a.name for a in self.arguments)
 
 
 @dataclass(frozen=True)
@@ -76,41 +73,24 @@ class Workspace:
     shape: Callable[[int], tuple[int, ...]]
 
 
-class Lines:
-    """Source text under construction, with the current indentation."""
+@dataclass(frozen=True)
+class Cost:
+    """Bytes that one call moves to and from memory, each buffer once, and its floating-point operations.
 
-    def __init__(self) -> None:
-        self._lines: list[str] = []
-        self._depth = 0
+    A multiply-add counts two operations.
+    """
 
-    def add(self, *lines: str) -> None:
-        self._lines += ["    " * self._depth + line if line else "" for line in lines]
+    bytes: int
+    flops: int
 
-    @contextmanager
-    def indented(self, opening: str = "") -> Iterator[None]:
-        """Indents what follows below the line `opening`; an empty one opens nothing (as in a function body)."""
-        if opening:
-            self.add(opening)
-        self._depth += 1
-        yield
-        self._depth -= 1
-
-    @contextmanager
-    def loop(self, variable: str, steps: int) -> Iterator[None]:
-        """Opens `for variable in range(steps)`, or nothing where there is a single step."""
-        if steps == 1:
-            yield
-        else:
-            with self.indented(f"for {variable} in range({steps}):"):
-                yield
-
-    def text(self) -> str:
-        return "\n".join(self._lines) + "\n"
+    def seconds(self, bandwidth: float, flops_per_second: float) -> float:
+        """The roofline: the longer of the two times, at bytes/s and operations/s."""
+        return max(self.bytes / bandwidth, self.flops / flops_per_second)
 
 
 @dataclass(frozen=True)
 class KernelSpec:
-    """Base of the specs. A family defines the five methods below; everything else follows from them."""
+    """Base of the specs. A family names its template and defines the methods below."""
 
     family: ClassVar[str]
 
@@ -122,45 +102,37 @@ class KernelSpec:
         """Buffers that the stages pass between them."""
         return ()
 
-    def bytes(self) -> sympy.Expr:
-        """Bytes that the kernel moves to and from memory, each buffer once, as a formula of the family's symbols."""
-        raise NotImplementedError
-
-    def flops(self) -> sympy.Expr:
-        """Floating-point operations, a multiply-add counting two, as a formula of the family's symbols."""
-        raise NotImplementedError
-
-    def values(self) -> Mapping[sympy.Symbol, int]:
-        """The numbers that this spec gives to the symbols of its formulas."""
-        raise NotImplementedError
-
-    def write(self, lines: Lines) -> None:
-        """Writes the kernel functions."""
-        raise NotImplementedError
-
     def cost(self, rows: int | None = None) -> Cost:
-        """Evaluates the formulas; `rows` is needed where the spec leaves the number of rows open."""
-        values = {M: rows, **self.values()} if rows is not None else self.values()
-        moved, operations = self.bytes().subs(values), self.flops().subs(values)
-        if moved.free_symbols | operations.free_symbols:
-            raise ValueError(f"this {self.family} kernel takes any number of rows; say for how many the cost is asked")
-        return Cost(int(moved), int(operations))
-
-    def fields(self) -> dict[str, object]:
-        """The spec as nested plain values, in the order of its fields."""
-        return dataclasses.asdict(self)
+        """Returns what a call costs; `rows` is needed where the spec leaves the number of rows open."""
+        raise NotImplementedError
 
 
-@dataclass(frozen=True)
-class Cost:
-    """Bytes moved and floating-point operations of one call."""
+@functools.cache
+def _templates() -> jinja2.Environment:
+    environment = jinja2.Environment(
+        loader=jinja2.FileSystemLoader(Path(__file__).parent / "templates"),
+        undefined=jinja2.StrictUndefined,
+        trim_blocks=True,
+        lstrip_blocks=True,
+        keep_trailing_newline=True,
+        autoescape=False,  # what comes out is a program and no page
+    )
+    environment.globals["masked"] = masked
+    environment.filters["repr"] = repr
+    return environment
 
-    bytes: int
-    flops: int
 
-    def seconds(self, bandwidth: float, flops_per_second: float) -> float:
-        """The roofline: the longer of the two times, at bytes/s and operations/s."""
-        return max(self.bytes / bandwidth, self.flops / flops_per_second)
+def masked(*conditions: str | None, other: str | None = "0.0") -> str:
+    """Returns the mask arguments of a load or (`other` None) of a store, for the conditions that are there.
+
+    A condition that always holds is None. Without any there is no mask, since Triton does not find out by itself that
+    one is always true.
+    """
+    used = [f"({condition})" for condition in conditions if condition]
+    if not used:
+        return ""
+    text = used[0][1:-1] if len(used) == 1 else " & ".join(used)
+    return f", mask={text}" + (f", other={other}" if other is not None else "")
 
 
 def render(spec: KernelSpec) -> str:
@@ -168,13 +140,10 @@ def render(spec: KernelSpec) -> str:
 
     Equal specs give equal text.
     """
-    lines = Lines()
-    lines.add(f'"""Generated by River Compile for one {spec.family} spec; changes here are overwritten.', "")
-    for name, value in spec.fields().items():
-        lines.add(f"    {name} = {value!r}")
-    lines.add('"""', "", "import triton", "import triton.language as tl")
-    spec.write(lines)
-    return lines.text()
+    template = _templates().get_template(f"{spec.family}.py.jinja")
+    text = template.render(spec=spec, stages=spec.stages(), fields=dataclasses.asdict(spec))
+    text = re.sub(r"\n\s*\n(?= )", "\n", text)  # a macro leaves an empty line where it was called,
+    return re.sub(r"\n{4,}", "\n\n\n", text).rstrip() + "\n"  # and many where it was defined
 
 
 def source_hash(source: str) -> str:

@@ -162,7 +162,7 @@ def _write(
     with graph.inserting_before(behind):
         qkv = _columns_of(graph, product, q.columns.start, v.columns.stop)
         caches = [entry.cache for entry in entries]
-        arguments = (qkv, None, *weights, *tables, _slot(graph, entries[0]), *caches, *how)
+        arguments = (qkv, *weights, *tables, _slot(graph, entries[0]), *caches, *how)
         arguments += (k.rotation is not None and k.rotation.interleaved,)
         value = value_of(product).new_empty((batch, query_heads, dim))
         fused = call(graph, torch.ops.river.kv_fill.default, arguments, value, product)
@@ -208,7 +208,7 @@ def fuse_attention(view: BlockView) -> fx.Node:
     graph = view.graph
     with graph.inserting_before(node):
         query = call(graph, torch.squeeze, (found.q, 2), q.squeeze(2), found.q)
-        arguments = (query, found.k, found.v, None, _mask(graph, found), found.scale, 0, found.softcap)
+        arguments = (query, found.k, found.v, _mask(graph, found), found.scale, found.softcap)
     return put(graph, torch.ops.river.decode_attention.default, arguments, value_of(query), node)
 
 

@@ -87,10 +87,8 @@ def attention(
     q: torch.Tensor,
     k: torch.Tensor,
     v: torch.Tensor,
-    length: int,
     *,
     scale: float,
-    window: int = 0,
     softcap: float = 0.0,
     mask: torch.Tensor | None = None,
     added: torch.Tensor | None = None,
@@ -100,25 +98,22 @@ def attention(
     Args:
         q: ``[B, H, D]``.
         k, v: ``[B, J, S, D]``; query head h reads key-value head h // (H / J).
-        length: valid slots; the query sits at slot length - 1.
         scale: of the scores.
-        window: slots that the query sees, itself included; 0 for all.
         softcap: c in c tanh(score / c); 0 for none.
         mask: bool ``[B, S]``, True for slots that take part; a row without any gives 0.
         added: ``[B, S]``, added to the scores of every head after the cap.
     """
     groups = q.shape[1] // k.shape[1]
-    start = max(0, length - window) if window else 0
-    k, v = (c[:, :, start:length].double().repeat_interleave(groups, dim=1) for c in (k, v))
+    k, v = (c.double().repeat_interleave(groups, dim=1) for c in (k, v))
     scores = torch.einsum("bhd,bhsd->bhs", q.double(), k) * scale
     if softcap:
         scores = softcap * torch.tanh(scores / softcap)
     if added is not None:
-        scores = scores + added[:, None, start:length].double()
+        scores = scores + added[:, None].double()
     if mask is not None:
-        live = mask[:, None, start:length].expand(scores.shape)
+        live = mask[:, None].expand(scores.shape)
         scores = scores.masked_fill(~live, -math.inf)
-        v = v.masked_fill(~mask[:, None, start:length, None], 0.0)
+        v = v.masked_fill(~mask[:, None, :, None], 0.0)
     weights = torch.softmax(scores, dim=-1).nan_to_num(0.0) if mask is not None else torch.softmax(scores, dim=-1)
     return torch.einsum("bhs,bhsd->bhd", weights, v)
 

@@ -3,7 +3,7 @@
 import pytest
 import torch
 
-from river_compile.kernels.quant.layouts import merge, pack_linear
+from river_compile.kernels.quant.layouts import pack_linear
 from tests.kernels import reference
 from tests.kernels.harness import TOLERANCE
 
@@ -42,13 +42,12 @@ def sample_calls():
     k_cache, v_cache = caches()
     cos, sin = random(1, 1, 16), random(1, 1, 16)
     slot = torch.tensor([3])
-    calls["kv_fill"] = (random(2, 1, 64), None, None, None, cos, sin, slot, k_cache, v_cache, "none", 1e-6, False)
-    calls["decode_attention"] = (random(2, 2, 16), k_cache, v_cache, torch.tensor([4]), None, 0.25, 0, 0.0)
+    calls["kv_fill"] = (random(2, 1, 64), None, None, cos, sin, slot, k_cache, v_cache, "none", 1e-6, False)
+    calls["decode_attention"] = (random(2, 2, 16), k_cache, v_cache, None, 0.25, 0.0)
     mask = random(2, 6)
-    calls["decode_attention masked"] = (random(2, 2, 16), k_cache, v_cache, None, mask, 0.25, 0, 0.0)
+    calls["decode_attention masked"] = (random(2, 2, 16), k_cache, v_cache, mask, 0.25, 0.0)
     calls["exit_score"] = (random(2, 1, 64), random(2, 1, 64))
     calls["residual_score"] = (random(2, 1, 64), random(2, 1, 64), random(2, 1, 64))
-    calls["residual_exit_score"] = (random(2, 1, 64), random(2, 1, 64), random(2, 1, 64), torch.tensor(0.5))
     return calls
 
 
@@ -95,11 +94,11 @@ def test_rows_of_a_wider_tensor_and_transposed_inputs(layout):
 @pytest.mark.parametrize("norm", ["rms", "rms_plus_one", "layer"])
 @pytest.mark.parametrize("rows", [1, 3])
 def test_both_layouts_compute_the_same_mlp_and_projections(norm, rows):
-    gate, up = (random(16, 96) / 10 for _ in range(2))
+    matrix = random(32, 96) / 10  # gate rows, then up rows
     x, weight, bias = random(rows, 96), random(96), random(96) if norm == "layer" else None
     h = reference.norm(x, norm, weight, bias, 1e-5)
     for layout in ("triton", "plain"):
-        p = merge([pack_linear(w, 32, layout, "rtn") for w in (gate, up)])
+        p = pack_linear(matrix, 32, layout, "rtn")
         exact = p.dequantize(torch.float64)
         weights, norms = (p.qweight, p.scale_zero, None, 32, 32, layout), (norm, weight, bias, 1e-5)
         y = river.linear(x, *weights, None, *norms)
@@ -119,12 +118,13 @@ def test_filling_and_attending_a_strided_cache_step_by_step():
     k_cache, v_cache = storage[..., 0, :], storage[..., 1, :]
     for step in range(3):
         qkv, slot = random(2, 1, 4 * 16), torch.tensor([step])
-        q = river.kv_fill(qkv, None, None, None, None, None, slot, k_cache, v_cache, "none", 1e-6, False)
+        q = river.kv_fill(qkv, None, None, None, None, slot, k_cache, v_cache, "none", 1e-6, False)
         assert torch.equal(q, qkv.view(2, 4, 16)[:, :2])
         assert torch.equal(k_cache[:, 0, step], qkv.view(2, 4, 16)[:, 2])
         assert torch.equal(v_cache[:, 0, step], qkv.view(2, 4, 16)[:, 3])
-        out = river.decode_attention(q, k_cache, v_cache, slot + 1, None, 0.25, 0, 0.0)
-        expected = reference.attention(q, k_cache, v_cache, step + 1, scale=0.25)
+        written = (torch.arange(6) <= step).expand(2, 6)
+        out = river.decode_attention(q, k_cache, v_cache, written, 0.25, 0.0)
+        expected = reference.attention(q, k_cache, v_cache, scale=0.25, mask=written)
         torch.testing.assert_close(out.double(), expected, atol=1e-6, rtol=1e-5)
 
 
@@ -143,7 +143,7 @@ def test_what_the_operators_refuse():
     with pytest.raises(ValueError, match="qweight has strides"):
         river.linear(x, p.qweight.T.contiguous().T, p.scale_zero, None, 24, 32, "triton")
     with pytest.raises(ValueError, match="have one shape"):
-        river.residual_exit_score(x, x, random(2, 64), torch.tensor(0.5))
+        river.residual_score(x, x, random(2, 64))
 
 
 def test_what_the_cache_operators_refuse():
@@ -151,28 +151,28 @@ def test_what_the_cache_operators_refuse():
     fill = ("none", 1e-6, False)
     slot, qkv = torch.tensor([0]), random(2, 1, 64)
     with pytest.raises(ValueError, match="cos and sin go together"):
-        river.kv_fill(qkv, None, None, None, random(1, 16), None, slot, k_cache, v_cache, *fill)
-    with pytest.raises(ValueError, match=r"bias has shape \(63,\)"):
-        river.kv_fill(qkv, random(63), None, None, None, None, slot, k_cache, v_cache, *fill)
+        river.kv_fill(qkv, None, None, random(1, 16), None, slot, k_cache, v_cache, *fill)
+    with pytest.raises(ValueError, match=r"q_norm has shape \(15,\)"):
+        river.kv_fill(qkv, random(15), random(16), None, None, slot, k_cache, v_cache, "rms", 1e-6, False)
     with pytest.raises(ValueError, match=r"missing buffers .*k_norm"):
-        river.kv_fill(qkv, None, None, None, None, None, slot, k_cache, v_cache, "rms", 1e-6, False)
+        river.kv_fill(qkv, None, None, None, None, slot, k_cache, v_cache, "rms", 1e-6, False)
     with pytest.raises(ValueError, match="B or D differs"):
-        river.decode_attention(random(1, 2, 16), k_cache, v_cache, torch.tensor([1]), None, 1.0, 0, 0.0)
+        river.decode_attention(random(1, 2, 16), k_cache, v_cache, None, 1.0, 0.0)
     mask = torch.ones(2, 5, dtype=torch.bool)
     with pytest.raises(ValueError, match=r"mask has shape \(2, 5\)"):
-        river.decode_attention(random(2, 2, 16), k_cache, v_cache, torch.tensor([1]), mask, 1.0, 0, 0.0)
+        river.decode_attention(random(2, 2, 16), k_cache, v_cache, mask, 1.0, 0.0)
     with pytest.raises(ValueError, match="qkv has shape"):
-        river.kv_fill(random(2, 2, 64), None, None, None, None, None, slot, k_cache, v_cache, *fill)
+        river.kv_fill(random(2, 2, 64), None, None, None, None, slot, k_cache, v_cache, *fill)
     with pytest.raises(ValueError, match="one shape and stride"):
-        river.kv_fill(qkv, None, None, None, None, None, slot, k_cache, v_cache[:, :, :5], *fill)
+        river.kv_fill(qkv, None, None, None, None, slot, k_cache, v_cache[:, :, :5], *fill)
 
 
 def test_a_graph_with_the_operators_keeps_them_and_their_mutation():
     k_cache, v_cache = caches()
 
     def step(qkv, slot, k, v):
-        q = river.kv_fill(qkv, None, None, None, None, None, slot, k, v, "none", 1e-6, False)
-        return river.decode_attention(q, k, v, slot + 1, None, 0.25, 0, 0.0)
+        q = river.kv_fill(qkv, None, None, None, None, slot, k, v, "none", 1e-6, False)
+        return river.decode_attention(q, k, v, torch.arange(6)[None] <= slot.expand(2, 1), 0.25, 0.0)
 
     qkv, slot = random(2, 1, 64), torch.tensor([2])
     expected_caches = k_cache.clone(), v_cache.clone()

@@ -1,4 +1,4 @@
-"""Layouts: packing and unpacking are inverse, each byte means what the table says, padding and merging."""
+"""Layouts: packing and unpacking are inverse, each byte means what the table says, padding."""
 
 import pytest
 import torch
@@ -63,20 +63,6 @@ def test_any_number_of_input_features(layout, k):
     assert sqnr_db(weight, packed.dequantize()) > 18
 
 
-def test_merged_matrices_stand_on_top_of_each_other():
-    parts = [pack.pack(grid(n, 128, 64, n), "triton") for n in (3, 5)]
-    merged = pack.merge(parts)
-    assert merged.out_features == 8
-    assert torch.equal(merged.dequantize(), torch.cat([p.dequantize() for p in parts]))
-
-
-def test_what_cannot_be_merged():
-    with pytest.raises(ValueError, match="nothing to merge"):
-        pack.merge([])
-    with pytest.raises(ValueError, match="share layout"):
-        pack.merge([pack.pack(grid(1, 64, 64), "triton"), pack.pack(grid(1, 64, 32), "triton")])
-
-
 def test_parameters_beyond_float16_are_kept_in_bfloat16():
     weight = grid(2, 64, 64)
     assert pack.pack(weight, "triton").scale_zero.dtype == torch.float16
@@ -95,14 +81,3 @@ def test_every_layout_and_size_that_is_refused():
     taken = pack.layout("plain")
     with pytest.raises(ValueError, match="registered already"):
         pack.register_layout(pack.Layout("plain", taken.pack, taken.unpack, lambda x, p, b: x))
-
-
-def test_packing_a_model_reports_every_matrix(capsys):
-    g = torch.Generator().manual_seed(0)
-    weights = {name: torch.randn(4, 64, generator=g) for name in ("first", "second")}
-    packed = list(pack.pack_all(weights, 64, "plain", "rtn", progress=True))
-    assert [p.name for p in packed] == ["first", "second"]
-    for p in packed:
-        assert p.sqnr_db == pytest.approx(sqnr_db(weights[p.name], p.packed.dequantize()))
-    assert "packing" in capsys.readouterr().err
-    assert packed[0].packed.nbytes == 4 * 32 + 4 * 8

@@ -2,24 +2,27 @@
 
 import importlib.metadata
 import json
+import re
 
 import pytest
 
 from river_compile.kernels.tools import resources
-from river_compile.kernels.tools.resources import TARGETS, token_cost, usages, weight_load_bytes
+from river_compile.kernels.tools.resources import token_cost, usages, weight_load_bytes
 from river_compile.kernels.tools.shapes import MODELS, block_kernels, model_kernels
 from river_compile.kernels.triton.decode_attention import DecodeAttentionSpec
+from river_compile.kernels.triton.devices import DEVICES
 from river_compile.kernels.triton.exit_score import ExitScoreSpec
-from river_compile.kernels.triton.heuristic import DEVICES, best_tile, untiled
+from river_compile.kernels.triton.heuristic import best_tile, untiled
 from river_compile.kernels.triton.kv_fill import KvFillSpec
 from river_compile.kernels.triton.linear import LinearSpec, LinearTile
+from river_compile.kernels.triton.loader import compile_for
 
 
 def triton_version() -> tuple[int, ...]:
     return tuple(map(int, importlib.metadata.version("triton").split(".")[:2]))
 
 
-@pytest.mark.parametrize("target", TARGETS)
+@pytest.mark.parametrize("target", DEVICES)
 @pytest.mark.parametrize("model", ["smollm2-135m", "llama-3.2-1b"])
 def test_kernels_of_a_model(model, target):
     for label, spec in model_kernels(MODELS[model], device=target).items():
@@ -47,7 +50,20 @@ def test_rows_use_matrix_instructions_and_do_not_spill(target):
         assert {u.spills for u in (first, *rest)} == {0}
 
 
-@pytest.mark.parametrize("target", TARGETS)
+@pytest.mark.parametrize("gated", [False, True])
+def test_four_bits_become_floats_without_a_conversion_and_each_costs_one_multiply_add(gated):
+    """The instructions of one row on sm_90: bits are OR-ed into a float's mantissa, weights go through `fma`."""
+    spec = best_tile(untiled(1, 2048, 2048, gated=gated), "sm_90")
+    (compiled,) = compile_for(spec, "cuda", 90)
+    text = compiled.asm["ptx"]
+    tile = spec.tile
+    weights = len(spec.streams) * tile.block_n * tile.block_k // (32 * tile.num_warps)  # of a thread in a step
+    assert not re.search(r"cvt\.\w+\.f32\.[su]\d", text)
+    assert text.count("or.b32") >= weights
+    assert text.count("fma.rn.f32") >= weights * 7 // 8  # a word's first product needs no addition
+
+
+@pytest.mark.parametrize("target", DEVICES)
 @pytest.mark.parametrize("model", MODELS)
 def test_launches_and_bytes_of_a_token(model, target):
     bandwidth = DEVICES[target].bandwidth
@@ -106,17 +122,17 @@ def unusual_kernels():
     yield best_tile(untiled(1, **shape, norm="layer", norm_bias=True, gated=True, activation="gelu_tanh"))
     yield best_tile(untiled(5, **shape, norm="layer", gated=True, activation="gelu", bias=True))
     yield best_tile(untiled(1, **shape, norm="rms_plus_one", dtype="float16", parameter_dtype="bfloat16"))
-    yield best_tile(untiled(3, **shape, dtype="float32", out_dtype="float32", activation="relu"))
+    yield best_tile(untiled(3, **shape, dtype="float32", activation="relu"))
     yield best_tile(untiled(2, **shape, weights="dense", group_size=0, norm="rms", activation="silu"))
     yield LinearSpec(1, 1000, 300, LinearTile(2, 512, split_k=2, num_warps=1), group_size=32, bias=True)
     yield LinearSpec(None, 1000, 300, LinearTile(16, 128, 32, split_k=3), group_size=128, gated=True)
     yield LinearSpec(1, 16384, 262144, LinearTile(1, 512, num_warps=1), weights="dense", group_size=0)
-    yield KvFillSpec(2, 3, 1, 96, 64, rotary_dim=48, interleaved=True, rotary_rows=2, bias=True, head_norm="rms")
+    yield KvFillSpec(2, 3, 1, 96, 64, rotary_dim=48, interleaved=True, rotary_rows=2, head_norm="rms")
     yield KvFillSpec(1, 3, 1, 80, 64, dtype="float32", head_norm="rms_plus_one", index_dtype="int32")
-    yield DecodeAttentionSpec(2, 6, 2, 96, 500, 0.1, window=100, softcap=30.0, mask=True, splits=3, index_dtype="int32")
+    yield DecodeAttentionSpec(2, 6, 2, 96, 500, 0.1, softcap=30.0, mask=True, splits=3)
     yield DecodeAttentionSpec(1, 17, 1, 256, 500, 0.1, splits=1, block=16)
     yield DecodeAttentionSpec(1, 4, 4, 64, 500, 0.1, dtype="float32", splits=1, block=16)
-    yield DecodeAttentionSpec(1, 8, 2, 64, 500, 0.1, mask=True, mask_dtype="bfloat16", counted=False, splits=4)
+    yield DecodeAttentionSpec(1, 8, 2, 64, 500, 0.1, mask=True, mask_dtype="bfloat16", splits=4)
     yield ExitScoreSpec(4, 5000, "float16")
 
 

@@ -6,7 +6,8 @@ import pytest
 import torch
 
 from river_compile.kernels.tools import tune
-from river_compile.kernels.triton.heuristic import DEVICES, best_tile, saved_tiles, seconds, tuning_key, untiled
+from river_compile.kernels.triton.devices import DEVICES
+from river_compile.kernels.triton.heuristic import best_tile, saved_tiles, seconds, tuning_key, untiled
 from river_compile.kernels.triton.linear import LinearTile
 
 SPECS = [untiled(1, 512, n) for n in (256, 512)]

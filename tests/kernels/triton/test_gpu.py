@@ -6,9 +6,9 @@ import pytest
 import torch
 
 from river_compile.kernels.tools.shapes import MODELS, block_kernels
+from river_compile.kernels.triton.devices import device_name
 from river_compile.kernels.triton.exit_score import ExitScoreSpec
 from river_compile.kernels.triton.kv_fill import KvFillSpec
-from river_compile.kernels.triton.launch import device_name
 from river_compile.kernels.triton.linear import LinearSpec
 from tests.kernels.checks import check_attention, check_exit_score, check_kv_fill, check_linear, check_nan_never_exits
 from tests.kernels.test_ops import sample_calls
@@ -25,10 +25,10 @@ def test_numerics_at_model_shapes(model, rows):
         elif isinstance(spec, KvFillSpec):
             check_kv_fill(spec, 700, device="cuda")
         else:
-            check_attention(spec, 700, device="cuda")
-            check_attention(dataclasses.replace(spec, mask=True, window=256), 700, padding=500, device="cuda")
+            check_attention(dataclasses.replace(spec, mask=False), device="cuda")
+            check_attention(spec, padding=500, device="cuda")
     score = ExitScoreSpec(rows, MODELS[model].hidden)
-    check_exit_score(score, 1.0, 0.9, device="cuda")
+    check_exit_score(score, 1.0, device="cuda")
     check_nan_never_exits(score, rows - 1, device="cuda")
 
 

@@ -9,8 +9,8 @@ from hypothesis import strategies as st
 
 from river_compile.kernels.tools.shapes import MODELS, model_kernels
 from river_compile.kernels.triton import heuristic
+from river_compile.kernels.triton.devices import DEVICES
 from river_compile.kernels.triton.heuristic import (
-    DEVICES,
     attention_splits,
     best_tile,
     candidates,

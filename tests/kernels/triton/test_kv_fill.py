@@ -1,4 +1,4 @@
-"""kv_fill in Triton's interpreter against float64: exactly one slot changes, rotation, bias, qk-norm, odd sizes."""
+"""kv_fill in Triton's interpreter against float64: exactly one slot changes, rotation, qk-norm, odd sizes."""
 
 import pytest
 from hypothesis import given
@@ -24,7 +24,6 @@ def kv_cases(draw):
         rotary_dtype=draw(st.sampled_from(("float32", "bfloat16"))),
         interleaved=draw(st.booleans()),
         rotary_rows=draw(st.sampled_from((1, batch))),
-        bias=draw(st.booleans()),
         head_norm=draw(st.sampled_from(HEAD_NORMS)),
         index_dtype=draw(st.sampled_from(("int32", "int64"))),
     )
@@ -39,7 +38,7 @@ def test_query_and_slot(case):
 
 @pytest.mark.parametrize("slot", [-1, 4, 1000])
 def test_a_slot_outside_of_the_cache_writes_nothing(slot):
-    check_kv_fill(KvFillSpec(2, 3, 1, 64, 4, rotary_dim=64, bias=True), slot)
+    check_kv_fill(KvFillSpec(2, 3, 1, 64, 4, rotary_dim=64), slot)
 
 
 @pytest.mark.parametrize(

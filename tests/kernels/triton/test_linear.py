@@ -40,7 +40,6 @@ def linear_cases(draw, rows, weights, norms):
         weights=weights,
         group_size=group,
         dtype=draw(st.sampled_from(DTYPES)),
-        out_dtype="float32" if draw(st.booleans()) else "bfloat16",
         norm=norm,
         norm_bias=norm == "layer" and draw(st.booleans()),
         bias=draw(st.booleans()),
@@ -74,18 +73,18 @@ def test_dense_weights(case):
 @pytest.mark.parametrize("rows", [1, 7])
 def test_results_in_the_activations_dtype_and_several_steps(dtype, rows):
     tile = LinearTile(16, 128, 1 if rows == 1 else 16, split_k=2)
-    spec = LinearSpec(rows, 640, 48, tile, dtype=dtype, out_dtype=dtype, bias=True, residual=True)
+    spec = LinearSpec(rows, 640, 48, tile, dtype=dtype, bias=True, residual=True)
     check_linear(spec, rows)
 
 
 @pytest.mark.parametrize("norm", ["rms", "layer"])
 def test_a_row_longer_than_a_block_of_statistics(norm):
     tile = LinearTile(16, 512, 16)
-    check_linear(LinearSpec(3, 1100, 16, tile, dtype="float32", out_dtype="float32", norm=norm), 3)
+    check_linear(LinearSpec(3, 1100, 16, tile, dtype="float32", norm=norm), 3)
 
 
 def test_hidden_size_576_has_groups_of_64_and_no_masks_where_the_tile_fits():
-    spec = LinearSpec(1, 576, 64, LinearTile(8, 64), dtype="float32", out_dtype="float32")
+    spec = LinearSpec(1, 576, 64, LinearTile(8, 64), dtype="float32")
     assert (spec.masks_k, spec.masks_n, spec.masks_m) == (False, False, False)
     check_linear(spec)
 

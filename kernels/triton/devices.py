@@ -1,0 +1,74 @@
+"""The GPUs that kernels are tiled and compiled for: what the cost model and the compiler must know of each.
+
+Not handled: measuring a card (see `kernels.tools.tune`); a GPU that is not in the table counts as the default one.
+"""
+
+from __future__ import annotations
+
+import functools
+from dataclasses import dataclass
+
+import torch
+
+
+@dataclass(frozen=True)
+class Device:
+    """One GPU.
+
+    Attributes:
+        name: as in a tuning file.
+        backend, arch: Triton's names of the target.
+        processors: streaming multiprocessors or compute units.
+        bandwidth: bytes per second of its memory.
+        dot_flops: 16-bit matrix operations per second.
+        shared: bytes of shared memory of a processor.
+        clock: cycles per second.
+        lanes: instructions that a processor finishes per cycle.
+        warp: threads of a warp (wave).
+        registers: of a processor; AMD counts them per lane of each of its four SIMDs.
+        warps: that a processor can hold.
+    """
+
+    name: str
+    backend: str
+    arch: int | str
+    processors: int
+    bandwidth: float
+    dot_flops: float
+    shared: int
+    clock: float = 1.7e9
+    lanes: int = 128
+    warp: int = 32
+    registers: int = 65536
+    warps: int = 64
+
+
+#: Data sheets: NVIDIA A100 SXM 80 GB, H100 SXM, B200, AMD MI300X.
+DEVICES = {
+    device.name: device
+    for device in (
+        Device("sm_80", "cuda", 80, 108, 2.0e12, 312e12, 164 * 1024, clock=1.4e9, lanes=64),
+        Device("sm_90", "cuda", 90, 132, 3.35e12, 990e12, 228 * 1024),
+        Device("sm_100", "cuda", 100, 148, 8.0e12, 2250e12, 228 * 1024),
+        Device("gfx942", "hip", "gfx942", 304, 5.3e12, 1300e12, 64 * 1024, 2.1e9, 64, 64, 4 * 512 * 64, 32),
+    )
+}
+DEFAULT_DEVICE = "sm_90"
+
+
+def known(name: str) -> Device:
+    """Returns the device of that name, the default one where the table has none."""
+    return DEVICES.get(name, DEVICES[DEFAULT_DEVICE])
+
+
+@functools.cache
+def device_name(index: int) -> str:
+    """Names a GPU of this machine: "sm_90", "gfx942"."""
+    properties = torch.cuda.get_device_properties(index)
+    architecture = getattr(properties, "gcnArchName", "") if torch.version.hip else ""
+    return architecture.split(":")[0] or f"sm_{properties.major}{properties.minor}"
+
+
+def device_of(tensor: torch.Tensor) -> str:
+    """Names the device that the heuristic tiles for; a CPU tensor's attention is split as on the default GPU."""
+    return device_name(tensor.device.index or 0) if tensor.is_cuda else DEFAULT_DEVICE
