@@ -1,11 +1,11 @@
-"""Which token follows, given the backbone's scores and a drafted token: the rule that keeps exact mode exact.
+"""Accepts a drafted token or chooses another, by the backbone's scores: the rule that keeps exact mode exact.
 
 Greedy: the backbone's best token; the draft agrees where it is that token. Sampling: speculative rejection sampling
 (Leviathan, Kalman, Matias, "Fast Inference from Transformers via Speculative Decoding", arXiv 2211.17192; Chen et al.,
 "Accelerating Large Language Model Decoding with Speculative Sampling", arXiv 2302.01318), whose tokens have exactly the
 distribution of the backbone's scores, whatever proposed them.
 
-Pure functions of tensors. They know no model and no cache. Shapes: B rows, V vocabulary entries.
+Shapes: B rows, V vocabulary entries. Not handled: drafts of several tokens at once, which the loop accepts one by one.
 """
 
 from __future__ import annotations
@@ -28,9 +28,9 @@ def select(scores_BV: Tensor, drafted_B: Tensor | None, proposal_BV: Tensor | No
 
     Args:
         scores_BV: the backbone's processed scores, as plain generation would use them.
-        drafted_B: the drafted tokens, None behind the last one (then no row agrees).
-        proposal_BV: the probabilities that `drafted_B` was drawn from; None where the draft was no draw at all
-            (a copied token), which is the same as a proposal with all its mass on that token.
+        drafted_B: the drafted tokens, None after the last one (then no row agrees).
+        proposal_BV: the probabilities that `drafted_B` was drawn from; None where it was not drawn (a copied
+            token), which is the same as a proposal with all its mass on that token.
         do_sample: draw from the scores' softmax instead of taking their maximum.
     """
     if not do_sample:

@@ -3,9 +3,9 @@
 A copied continuation costs nothing and comes first (prompt lookup; Saxena, "Prompt Lookup Decoding", 2023). Otherwise
 the river drafts token after token and stops when the whole draft has become too unlikely to hold. How likely a token
 is to hold is learned while generating: from the entropy of the river's distribution, or from the length of the repeated
-n-gram. Behind the river's last token a copied continuation may follow, which fills the verification pass.
+n-gram. After the river's last token a copied continuation may follow, which fills the verification pass.
 
-Works for several rows that share one cache length: a draft is as long for every row. Knows no transformers class.
+Rows share one cache length, so a draft is as long for every row. Not handled: rows that draft for themselves.
 """
 
 from __future__ import annotations
@@ -13,19 +13,19 @@ from __future__ import annotations
 import math
 from bisect import bisect
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 
 import torch
 from torch import Tensor
 
-# Upper edges of the bins in which acceptance is learned: nats of entropy, and tokens of the repeated n-gram.
+# Upper edges of the bins in which acceptance rates are learned: nats of entropy, and tokens of the repeated n-gram.
 ENTROPY_EDGES = (0.02, 0.05, 0.1, 0.2, 0.4, 0.7, 1.0, 1.5, 2.0, 3.0)
 NGRAM_SIZES = (2, 3, 4, 6, 9)
 _PRIOR_WEIGHT = 4.0
 _MEMORY = 200.0  # judged tokens per bin after which older ones fade
 
 
-class Acceptance:
+class AcceptanceRate:
     """A running estimate of how often drafted tokens hold, in bins of some evidence.
 
     Args:
@@ -52,15 +52,15 @@ class Acceptance:
         self._judged[i] += 1
 
 
-def entropy_acceptance() -> Acceptance:
+def rate_by_entropy() -> AcceptanceRate:
     """Starts from exp(-entropy / 2), about what a 4-bit twin shows."""
     middles = [(a + b) / 2 for a, b in zip((0.0, *ENTROPY_EDGES), (*ENTROPY_EDGES, 4.0), strict=True)]
-    return Acceptance(ENTROPY_EDGES, [math.exp(-m / 2) for m in middles])
+    return AcceptanceRate(ENTROPY_EDGES, [math.exp(-m / 2) for m in middles])
 
 
-def ngram_acceptance() -> Acceptance:
+def rate_by_ngram() -> AcceptanceRate:
     """Starts from the guess that longer repetitions go on more often."""
-    return Acceptance([n + 0.5 for n in NGRAM_SIZES], [0.3, 0.5, 0.7, 0.85, 0.95, 0.97])
+    return AcceptanceRate([n + 0.5 for n in NGRAM_SIZES], [0.3, 0.5, 0.7, 0.85, 0.95, 0.97])
 
 
 class NgramIndex:
@@ -84,7 +84,7 @@ class NgramIndex:
 
         Args:
             count: tokens wanted. A repetition that reaches the end of the text goes on in itself.
-            ahead: tokens that stand behind the text but are not part of it yet.
+            ahead: tokens that follow the text but are not part of it yet.
         """
         text = [*self._tokens[-NGRAM_SIZES[-1] :], *ahead]
         for n in reversed(NGRAM_SIZES):
@@ -97,43 +97,32 @@ class NgramIndex:
         return [], 0
 
 
-@dataclass
-class Draft:
-    """Drafted tokens, in order.
+@dataclass(frozen=True)
+class Drafted:
+    """One position of a draft.
 
     Attributes:
-        tokens: the token of each row ``[B]``, per position.
-        proposals: the probabilities ``[B, V]`` a position was drawn from; None for copied and for greedy tokens.
-        sources: "river" or "lookup", per position.
-        evidence: what a position's chance was read from: the estimate, and a value per row.
+        tokens: the token of each row ``[B]``.
+        proposal: the probabilities ``[B, V]`` it was drawn from; None for copied and for greedy tokens.
+        source: "river" or "lookup".
+        rate: what its chance was read from, by `evidence`, a value per row.
     """
 
-    tokens: list[Tensor] = field(default_factory=list)
-    proposals: list[Tensor | None] = field(default_factory=list)
-    sources: list[str] = field(default_factory=list)
-    evidence: list[tuple[Acceptance, list[float]]] = field(default_factory=list)
+    tokens: Tensor
+    proposal: Tensor | None
+    source: str
+    rate: AcceptanceRate
+    evidence: list[float]
 
-    def __len__(self) -> int:
-        return len(self.tokens)
-
-    def add(
-        self, tokens: Tensor, proposal: Tensor | None, source: str, estimate: Acceptance, values: list[float]
-    ) -> None:
-        self.tokens.append(tokens)
-        self.proposals.append(proposal)
-        self.sources.append(source)
-        self.evidence.append((estimate, values))
-
-    def learn(self, position: int, agreed: Sequence[bool], active: Sequence[bool]) -> None:
-        """Takes in the verdict on one position, for the rows that are still being generated."""
-        estimate, values = self.evidence[position]
-        for value, held, counts in zip(values, agreed, active, strict=True):
+    def learn(self, agreed: Sequence[bool], active: Sequence[bool]) -> None:
+        """Takes in the verdict, for the rows that are still being generated."""
+        for value, held, counts in zip(self.evidence, agreed, active, strict=True):
             if counts:
-                estimate.learn(value, held)
+                self.rate.learn(value, held)
 
 
 # (ids so far [B, S]) -> the river's scores for the next token [B, V]
-RiverStep = Callable[[Tensor], Tensor]
+DraftStep = Callable[[Tensor], Tensor]
 
 
 class Drafter:
@@ -145,7 +134,7 @@ class Drafter:
         do_sample: the river draws its tokens instead of taking the best.
         stop_below: a river draft ends once its chance of holding in whole falls below this.
         pad_token: what rows that have ended receive.
-        end_tokens: a draft ends behind any of these, None for none.
+        end_tokens: a draft ends after any of these, None for none.
     """
 
     def __init__(
@@ -162,8 +151,8 @@ class Drafter:
         self._stop_below = stop_below
         self._pad = pad_token
         self._end_tokens = end_tokens
-        self._entropy = entropy_acceptance()
-        self._ngram = ngram_acceptance()
+        self._by_entropy = rate_by_entropy()
+        self._by_ngram = rate_by_ngram()
 
     def extend(self, tokens_B: Tensor) -> None:
         """Takes in a token that every row received."""
@@ -171,51 +160,51 @@ class Drafter:
             row.extend([token])
 
     def draft(
-        self, ids_BS: Tensor, active_B: Tensor, most: int, river: RiverStep, width: Callable[[int], int]
-    ) -> Draft:
+        self, ids_BS: Tensor, active_B: Tensor, most: int, step: DraftStep, width: Callable[[int], int]
+    ) -> list[Drafted]:
         """Proposes up to `most` tokens.
 
         Args:
             ids_BS: the ids so far.
             active_B: rows that are still being generated.
             most: the longest draft that can be verified and used.
-            river: runs the river over the ids it is given, one token further per call.
+            step: runs the river over the ids it is given, one token further per call.
             width: the verification width for a number of drafted tokens.
         """
-        draft = Draft()
+        draft: list[Drafted] = []
         self._copy(draft, ids_BS, active_B, most, at_least=self._stop_below)
         if not draft:
-            self._ask_river(draft, ids_BS, active_B, most, river)
+            self._ask_river(draft, ids_BS, active_B, most, step)
             self._copy(draft, ids_BS, active_B, min(most, width(len(draft)) - 1), at_least=0.0)
         return draft
 
-    def _ask_river(self, draft: Draft, ids_BS: Tensor, active_B: Tensor, most: int, river: RiverStep) -> None:
+    def _ask_river(self, draft: list[Drafted], ids_BS: Tensor, active_B: Tensor, most: int, step: DraftStep) -> None:
         reach, active = 1.0, active_B.tolist()
         while len(draft) < most and reach >= self._stop_below:
-            scores_BV = river(ids_BS).float()
+            scores_BV = step(ids_BS).float()
             chances_BV = scores_BV.softmax(-1)
             proposal = chances_BV if self._do_sample else None
             tokens_B = torch.multinomial(chances_BV, 1)[:, 0] if self._do_sample else scores_BV.argmax(-1)
             tokens_B = torch.where(active_B, tokens_B, self._pad)
             entropies = torch.special.entr(chances_BV).sum(-1).tolist()
-            draft.add(tokens_B, proposal, "river", self._entropy, entropies)
+            draft.append(Drafted(tokens_B, proposal, "river", self._by_entropy, entropies))
             ids_BS = torch.cat([ids_BS, tokens_B[:, None]], dim=-1)
-            reach *= math.prod(self._entropy.chance(h) for h, on in zip(entropies, active, strict=True) if on)
+            reach *= math.prod(self._by_entropy.chance(h) for h, on in zip(entropies, active, strict=True) if on)
             if self._end_tokens is not None and torch.isin(tokens_B[active_B], self._end_tokens).all():
                 return
 
-    def _copy(self, draft: Draft, ids_BS: Tensor, active_B: Tensor, most: int, at_least: float) -> None:
+    def _copy(self, draft: list[Drafted], ids_BS: Tensor, active_B: Tensor, most: int, at_least: float) -> None:
         """Appends continuations found in the context, where every row that still runs has one."""
         count, active = most - len(draft), active_B.tolist()
         if count <= 0 or not self._rows:
             return
-        ahead = torch.stack(draft.tokens, dim=1).tolist() if draft else [[] for _ in active]
+        ahead = torch.stack([d.tokens for d in draft], dim=1).tolist() if draft else [[] for _ in active]
         found = [
             row.continuation(count, before) if on else ([self._pad] * count, 0)
             for row, before, on in zip(self._rows, ahead, active, strict=True)
         ]
         lengths = [float(n) for _, n in found]
-        chance = math.prod(self._ngram.chance(n) if n else 0.0 for n, on in zip(lengths, active, strict=True) if on)
+        chance = math.prod(self._by_ngram.chance(n) if n else 0.0 for n, on in zip(lengths, active, strict=True) if on)
         if chance > at_least:
             for tokens in zip(*(tokens for tokens, _ in found), strict=True):
-                draft.add(ids_BS.new_tensor(tokens), None, "lookup", self._ngram, lengths)
+                draft.append(Drafted(ids_BS.new_tensor(tokens), None, "lookup", self._by_ngram, lengths))

@@ -1,8 +1,8 @@
-"""Gets what ``generate`` has but does not give to a callable ``custom_generate``: the streamer and the tokenizer.
+"""Gets what ``generate`` has but does not give to a callable ``custom_generate``.
 
-transformers passes a streamer on to its own loops only, and forgets the tokenizer of ``stop_strings`` where a callable
-takes their place. Both stand in the local variables of frames that are running at that moment, and are read from there.
-The tests of exact mode with streamers and stop strings fail when transformers moves them.
+transformers passes a streamer and an assistant model on to its own loops only, and forgets the tokenizer of
+``stop_strings`` where a callable takes their place. They stand in the local variables of frames that are running at
+that moment, and are read from there. The tests of exact mode with each of them fail when transformers moves them.
 """
 
 from __future__ import annotations
@@ -11,11 +11,11 @@ import inspect
 from types import FrameType
 
 
-def streamer_of(frame: FrameType | None) -> object | None:
-    """Returns the streamer of the generate call that runs in `frame`, None where it has none."""
+def argument_of(frame: FrameType | None, name: str) -> object | None:
+    """Returns an argument of the generate call that runs in `frame`, None where it has none."""
     if frame is None or frame.f_code.co_name != "generate":
         return None
-    return frame.f_locals.get("streamer")
+    return frame.f_locals.get(name)
 
 
 class KeepsTokenizer:

@@ -1,4 +1,4 @@
-"""The generation loop of exact mode: draft, verify, keep what agrees, rewind.
+"""The loop of exact mode (self-speculative decoding): draft, verify, keep what agrees, rewind.
 
     ids      ... a b        a cached, b kept but not cached
     draft    ... a b c d e  the river proposes c d e (its cache entries are freed again)
@@ -6,10 +6,9 @@
     keep     ... a b c x    c agrees, d does not: x is the backbone's own token there; the slots of d e are freed
 
 Kept positions go one by one through the user's logits processors, stopping criteria and streamer, in the order and
-with the arguments of plain generation; nothing behind the first disagreement or stop ever reaches them.
+with the arguments of plain generation; nothing after the first disagreement or stop ever reaches them.
 
-Rows of a batch share one cache length, so all advance by what the slowest row keeps. Knows the model only through the
-methods of :class:`Paths`.
+Rows of a batch share one cache length, so all advance by what the slowest row keeps.
 """
 
 from __future__ import annotations
@@ -23,21 +22,21 @@ from typing import Protocol
 import torch
 from torch import Tensor
 
-from river_compile.runtime.trace import CycleRecord, ExactStats, record_cycle
+from river_compile.runtime.trace import CycleRecord, ExitStats, record_cycle
 
 from .accept import select
-from .draft import Draft, Drafter
+from .draft import Drafted, Drafter
 
 
-class Paths(Protocol):
-    """What the loop needs of a model; :class:`river_compile.speculative.paths.TwoPaths` is the real one."""
+class Runner(Protocol):
+    """What the loop needs of a model; see :class:`river_compile.speculative.runner.DraftVerifyRunner`."""
 
-    model_id: int
-    stats: ExactStats
-    longest_draft: int
+    stats: ExitStats
 
-    def river(self, ids_BS: Tensor) -> Tensor: ...
-    def backbone(self, ids_BS: Tensor, drafted: int) -> Tensor: ...
+    @property
+    def longest_draft(self) -> int: ...
+    def draft_step(self, ids_BS: Tensor) -> Tensor: ...
+    def verify(self, ids_BS: Tensor, drafted: int) -> Tensor: ...
     def rewind(self, slots: int) -> None: ...
     def keep(self, tokens: int) -> None: ...
     def width_for(self, drafted: int) -> int: ...
@@ -48,7 +47,7 @@ class ExactLoop:
     """Generates until every row has ended.
 
     Attributes:
-        paths: runs the model.
+        runner: runs the model.
         drafter: proposes tokens.
         ids: ``[B, S]``, grows.
         process: the user's logits processors, ``(ids, scores) -> scores``.
@@ -62,7 +61,7 @@ class ExactLoop:
         logits: the same for the raw logits.
     """
 
-    paths: Paths
+    runner: Runner
     drafter: Drafter
     ids: Tensor
     process: Callable[[Tensor, Tensor], Tensor]
@@ -81,7 +80,7 @@ class ExactLoop:
 
     def run(self, first_logits: Tensor) -> Tensor:
         """Generates from the prompt's last logits ``[B, 1, V]`` on; returns all ids ``[B, S]``."""
-        self._settle(first_logits, Draft())
+        self._settle(first_logits, [])
         while self.active.any():
             self._cycle()
         return self.ids
@@ -89,62 +88,64 @@ class ExactLoop:
     def _cycle(self) -> None:
         start = time.perf_counter()
         rows = int(self.active.sum())
-        most = max(min(self.paths.longest_draft, self.max_length - self.ids.shape[1] - 1), 0)
-        draft = self.drafter.draft(self.ids, self.active, most, self._river, self.paths.width_for)
-        self.paths.rewind(draft.sources.count("river"))
+        most = max(min(self.runner.longest_draft, self.max_length - self.ids.shape[1] - 1), 0)
+        draft = self.drafter.draft(self.ids, self.active, most, self._draft_step, self.runner.width_for)
+        drafted = tuple(d.source for d in draft)
+        self.runner.rewind(drafted.count("river"))
         drafted_at = time.perf_counter()
-        ids = torch.cat([self.ids, *(tokens[:, None] for tokens in draft.tokens)], dim=-1)
-        logits = self.paths.backbone(ids, len(draft))
+        ids = torch.cat([self.ids, *(d.tokens[:, None] for d in draft)], dim=-1)
+        logits = self.runner.verify(ids, len(draft))
         verified_at = time.perf_counter()
         sources, held_back = self._settle(logits, draft)
-        self.paths.keep(len(sources))
+        self.runner.keep(len(sources))
         end = time.perf_counter()
         record_cycle(
             CycleRecord(
-                drafted=tuple(draft.sources),
+                drafted=drafted,
                 kept=sources,
-                width=self.paths.width_for(len(draft)),
+                width=self.runner.width_for(len(draft)),
                 held_back=held_back,
                 seconds=(drafted_at - start, verified_at - drafted_at, end - verified_at),
                 thread=threading.get_ident(),
-                model=self.paths.model_id,
+                model=self.runner.stats.model_id,
                 rows=rows,
             ),
-            self.paths.stats,
+            self.runner.stats.exact,
         )
 
-    def _river(self, ids_BS: Tensor) -> Tensor:
-        return self.process_draft(ids_BS, self.paths.river(ids_BS).float())
+    def _draft_step(self, ids_BS: Tensor) -> Tensor:
+        return self.process_draft(ids_BS, self.runner.draft_step(ids_BS).float())
 
-    def _settle(self, logits_BWV: Tensor, draft: Draft) -> tuple[tuple[str, ...], int]:
+    def _settle(self, logits_BWV: Tensor, draft: Sequence[Drafted]) -> tuple[tuple[str, ...], int]:
         """Keeps tokens up to the first disagreement or the end; returns their sources and the rows held back."""
         sources: list[str] = []
         for i in range(logits_BWV.shape[1]):
-            drafted, proposal = (draft.tokens[i], draft.proposals[i]) if i < len(draft) else (None, None)
-            tokens, agreed = self._choose(logits_BWV[:, i], drafted, proposal)
+            drafted = draft[i] if i < len(draft) else None
+            tokens, agreed = self._choose(logits_BWV[:, i], drafted)
             was_active = self.active
             self._append(tokens)
-            if i == len(draft):
+            if drafted is None:
                 return (*sources, "backbone"), 0
-            draft.learn(i, agreed.tolist(), was_active.tolist())
+            drafted.learn(agreed.tolist(), was_active.tolist())
             agree = int((agreed & was_active).sum())
             # A row that ended inside the draft holds a drafted token where its text holds padding: draft anew.
-            all_agree = bool(torch.where(was_active, agreed, drafted == tokens).all())
-            sources.append(draft.sources[i] if all_agree else "backbone")
+            all_agree = bool(torch.where(was_active, agreed, drafted.tokens == tokens).all())
+            sources.append(drafted.source if all_agree else "backbone")
             if not all_agree:
                 return tuple(sources), agree
             if not self.active.any():
                 break
         return tuple(sources), 0
 
-    def _choose(self, logits_BV: Tensor, drafted: Tensor | None, proposal: Tensor | None) -> tuple[Tensor, Tensor]:
+    def _choose(self, logits_BV: Tensor, drafted: Drafted | None) -> tuple[Tensor, Tensor]:
         raw = logits_BV.to(copy=True, dtype=torch.float32)
         scores = self.process(self.ids, raw)
         if self.scores is not None:
             self.scores.append(scores)
         if self.logits is not None:
             self.logits.append(raw)
-        tokens, agreed = select(scores, drafted, proposal, self.do_sample)
+        drafted_B, proposal_BV = (None, None) if drafted is None else (drafted.tokens, drafted.proposal)
+        tokens, agreed = select(scores, drafted_B, proposal_BV, self.do_sample)
         if self.pad_token is not None:
             tokens = torch.where(self.active, tokens, self.pad_token)
         return tokens, agreed

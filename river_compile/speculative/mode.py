@@ -1,4 +1,4 @@
-"""Exact mode: ``model.generate(**inputs, custom_generate=river_compile.exact)``.
+"""Exact mode, self-speculative decoding: ``model.generate(**inputs, custom_generate=river_compile.exact)``.
 
 The river drafts, the backbone verifies, and the text is the plain model's: greedy text token for token, up to how the
 hardware rounds passes of different widths (docs/exact.md), sampled text in distribution.
@@ -23,9 +23,9 @@ from river_compile.errors import OptionError
 from river_compile.kernels.checks import FLAG, integer, number
 
 from .draft import Drafter
-from .hf_frames import KeepsTokenizer, streamer_of
+from .hf_frames import KeepsTokenizer, argument_of
 from .loop import ExactLoop
-from .paths import TwoPaths, verification_widths
+from .runner import DraftVerifyRunner
 
 # Processors that remember nothing from call to call: drafts, some of which are dropped again, may pass through them.
 _STATELESS = (
@@ -112,13 +112,13 @@ class ExactMode:
         """
         given = {"max_draft": max_draft, "prompt_lookup": prompt_lookup, "stop_below": stop_below, "strict": strict}
         mode = self.with_options(**{name: value for name, value in given.items() if value is not None})
-        _check(model, generation_config, synced_gpus, model_kwargs)
-        streamer = streamer or streamer_of(inspect.currentframe().f_back)
-        widths = verification_widths(mode.max_draft, mode.strict)
-        paths = TwoPaths(model, model_kwargs, widths, mode.strict)
-        with _more_graphs(len(widths)):
-            first_logits = paths.prefill(input_ids, generation_config)
-            loop = _loop(mode, paths, input_ids, logits_processor, stopping_criteria, generation_config, streamer)
+        caller = inspect.currentframe().f_back
+        _check(model, generation_config, synced_gpus, argument_of(caller, "assistant_model"), model_kwargs)
+        streamer = streamer or argument_of(caller, "streamer")
+        runner = DraftVerifyRunner(model, model_kwargs, mode.max_draft, mode.strict)
+        with _more_graphs(len(runner.widths)):
+            first_logits = runner.prefill(input_ids, generation_config)
+            loop = _loop(mode, runner, input_ids, logits_processor, stopping_criteria, generation_config, streamer)
             with model._optimize_model_for_decode():
                 ids = loop.run(first_logits)
         if streamer is not None:
@@ -129,7 +129,7 @@ class ExactMode:
             sequences=ids,
             scores=None if loop.scores is None else tuple(loop.scores),
             logits=None if loop.logits is None else tuple(loop.logits),
-            cache=paths.cache,
+            cache=runner.cache,
         )
 
 
@@ -147,7 +147,7 @@ def _more_graphs(widths: int) -> AbstractContextManager[None]:
 
 def _loop(
     mode: ExactMode,
-    paths: TwoPaths,
+    runner: DraftVerifyRunner,
     input_ids: Tensor,
     logits_processor: LogitsProcessorList,
     stopping_criteria: StoppingCriteriaList,
@@ -166,7 +166,7 @@ def _loop(
     )
     wanted = config.return_dict_in_generate
     return ExactLoop(
-        paths=paths,
+        runner=runner,
         drafter=drafter,
         ids=input_ids,
         process=logits_processor,
@@ -181,13 +181,20 @@ def _loop(
     )
 
 
-def _check(model: PreTrainedModel, config: GenerationConfig, synced_gpus: bool, model_kwargs: dict) -> None:
+def _check(
+    model: PreTrainedModel, config: GenerationConfig, synced_gpus: bool, assistant_model: object, model_kwargs: dict
+) -> None:
     """Raises a ValueError for what exact mode does not handle."""
+    if assistant_model is not None:
+        raise ValueError(
+            f"assistant_model={type(assistant_model).__name__} is not available in exact mode, where the model's own "
+            "river drafts; leave assistant_model out, or custom_generate"
+        )
     generation_mode = config.get_generation_mode()
     if generation_mode not in (GenerationMode.GREEDY_SEARCH, GenerationMode.SAMPLE):
         raise ValueError(
             f"exact mode replaces greedy search and sampling, but these options ask for {generation_mode.value}; "
-            "leave out num_beams, assistant models and prompt_lookup_num_tokens"
+            "leave out num_beams and prompt_lookup_num_tokens"
         )
     if model.config.is_encoder_decoder:
         raise ValueError(f"exact mode works with decoders; {type(model).__name__} is an encoder-decoder model")

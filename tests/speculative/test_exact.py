@@ -14,8 +14,7 @@ from transformers.generation.streamers import BaseStreamer
 
 import river_compile
 from river_compile.runtime.executor import forced_depth
-from river_compile.speculative.batch_invariant import SameRows
-from river_compile.speculative.paths import TwoPaths
+from river_compile.speculative.runner import BatchInvariantGraph, DraftVerifyRunner
 from tests.support.decoding import new_cache
 from tests.support.families import REWRITTEN, SLIDING_WINDOW, prompt
 from tests.support.families import make as make_family
@@ -173,7 +172,7 @@ def test_strict_text_in_bfloat16_has_the_bits_of_plain_decoding(name, static, re
         assert not warned
 
 
-class RoundsDifferently(SameRows):
+class RoundsDifferently(BatchInvariantGraph):
     def __call__(self, model, **inputs):
         outputs = super().__call__(model, **inputs)
         outputs.logits = outputs.logits * (1 + 2**-7)
@@ -182,7 +181,7 @@ class RoundsDifferently(SameRows):
 
 def test_strict_mode_notices_passes_that_round_differently(monkeypatch):
     """It warns, verifies nothing at such a width, and keeps the text."""
-    monkeypatch.setattr("river_compile.speculative.batch_invariant.SameRows", RoundsDifferently)
+    monkeypatch.setattr("river_compile.speculative.runner.BatchInvariantGraph", RoundsDifferently)
     ids, model = prompt(), compiled(dtype=torch.bfloat16)
     with pytest.warns(river_compile.RiverWarning, match="a pass of . tokens rounds differently"):
         ours = exactly(model, ids, strict=True)
@@ -202,13 +201,13 @@ def test_after_each_cycle_the_cache_holds_what_passes_of_that_width_write(static
     plain(ids, attention_mask=mask, position_ids=positions(mask), cache=cache, use_cache=True)
     cycles = []
 
-    def backbone(paths, ids_BS, drafted):
-        logits = run_backbone(paths, ids_BS, drafted)
-        cycles.append((ids_BS, drafted, paths.width_for(drafted), logits))
+    def verify(runner, ids_BS, drafted):
+        logits = run_verify(runner, ids_BS, drafted)
+        cycles.append((ids_BS, drafted, runner.width_for(drafted), logits))
         return logits
 
-    def keep(paths, tokens):
-        run_keep(paths, tokens)
+    def keep(runner, tokens):
+        run_keep(runner, tokens)
         text, drafted, width, logits = cycles[-1]
         filler = text[:, -1:].expand(-1, width - drafted - 1)
         text = torch.cat([text, filler], 1)
@@ -219,15 +218,15 @@ def test_after_each_cycle_the_cache_holds_what_passes_of_that_width_write(static
         )
         assert torch.equal(logits, expected.logits[:, : drafted + 1])
         cache.crop(tokens - width)
-        for layer, ours in zip(cache.layers, paths.cache.layers, strict=True):
+        for layer, ours in zip(cache.layers, runner.cache.layers, strict=True):
             filled = int(layer.get_seq_length())
             assert filled == int(ours.get_seq_length()) == start + tokens
             assert torch.equal(layer.keys[:, :, :filled], ours.keys[:, :, :filled])
             assert torch.equal(layer.values[:, :, :filled], ours.values[:, :, :filled])
 
-    run_backbone, run_keep = TwoPaths.backbone, TwoPaths.keep
-    monkeypatch.setattr(TwoPaths, "backbone", backbone)
-    monkeypatch.setattr(TwoPaths, "keep", keep)
+    run_verify, run_keep = DraftVerifyRunner.verify, DraftVerifyRunner.keep
+    monkeypatch.setattr(DraftVerifyRunner, "verify", verify)
+    monkeypatch.setattr(DraftVerifyRunner, "keep", keep)
     with torch.no_grad(), torch._dynamo.config.patch(recompile_limit=64):  # (of both models together)
         exactly(compiled(), ids, mask, static=static, max_draft=5, stop_below=0.2)
     assert len({width for _, _, width, _ in cycles}) > 1
@@ -315,6 +314,12 @@ def test_sampling_repeats_with_its_seed_and_differs_without():
 def test_what_cannot_work_is_refused_by_name(options, message):
     with pytest.raises(ValueError, match=message):
         exactly(compiled(), prompt(), **options)
+
+
+def test_an_assistant_model_is_refused_by_name():
+    """transformers gives a callable custom_generate no assistant, so it would be ignored without a word."""
+    with pytest.raises(ValueError, match="assistant_model=LlamaForCausalLM is not available in exact mode"):
+        exactly(compiled(), prompt(), assistant_model=make("llama"))
 
 
 def test_models_that_have_no_two_paths_are_refused():

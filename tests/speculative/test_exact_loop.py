@@ -16,9 +16,9 @@ from transformers.generation import (
 
 import river_compile
 from river_compile.speculative.accept import select
-from river_compile.speculative.draft import Acceptance, Drafter, NgramIndex
+from river_compile.speculative.draft import AcceptanceRate, Drafter, NgramIndex
 from river_compile.speculative.loop import ExactLoop
-from tests.support.scripted import VOCABULARY, ScriptedPaths
+from tests.support.scripted import VOCABULARY, ScriptedRunner
 
 PAD = 0
 SAMPLES = 20_000
@@ -39,23 +39,23 @@ class Recorder:
         self.streamed.append(tokens.tolist())
 
 
-def loop_on(paths, prompt, recorder, lookup=True, stop_below=0.3, process=None, do_sample=False):
+def loop_on(runner, prompt, recorder, lookup=True, stop_below=0.3, process=None, do_sample=False):
     process = process or LogitsProcessorList()
     drafter = Drafter(prompt, lookup, do_sample, stop_below, PAD, None)
     return ExactLoop(
-        paths, drafter, prompt, process, process, recorder.stops, do_sample, recorder.max_length, PAD, recorder.put
+        runner, drafter, prompt, process, process, recorder.stops, do_sample, recorder.max_length, PAD, recorder.put
     )  # fmt: skip
 
 
-def first_logits(paths, prompt):
-    return torch.stack([paths.logits(row) for row in prompt.tolist()])[:, None]
+def first_logits(runner, prompt):
+    return torch.stack([runner.logits(row) for row in prompt.tolist()])[:, None]
 
 
-def plain(paths, prompt, recorder):
+def plain(runner, prompt, recorder):
     """Plain greedy generation, as transformers does it."""
     ids, active = prompt, torch.ones(len(prompt), dtype=torch.bool)
     while active.any():
-        tokens = first_logits(paths, ids)[:, 0].argmax(-1)
+        tokens = first_logits(runner, ids)[:, 0].argmax(-1)
         tokens = torch.where(active, tokens, PAD)
         ids = torch.cat([ids, tokens[:, None]], dim=-1)
         active = active & ~recorder.stops(ids, None)
@@ -83,30 +83,30 @@ def test_text_calls_and_cache_are_those_of_plain_generation(
     prompt = torch.randint(1, VOCABULARY, (batch, 5), generator=torch.Generator().manual_seed(seed))
     max_length = 5 + new_tokens
     expected_calls, calls = Recorder(eos, max_length), Recorder(eos, max_length)
-    paths = ScriptedPaths(prompt, seed, river_right, max_draft, max_length + spare_slots, memory)
-    expected = plain(paths, prompt, expected_calls)
-    ids = loop_on(paths, prompt, calls, lookup, stop_below).run(first_logits(paths, prompt))
+    runner = ScriptedRunner(prompt, seed, river_right, max_draft, max_length + spare_slots, memory)
+    expected = plain(runner, prompt, expected_calls)
+    ids = loop_on(runner, prompt, calls, lookup, stop_below).run(first_logits(runner, prompt))
     assert ids.tolist() == expected.tolist()
     assert calls.seen == expected_calls.seen
     assert calls.streamed == expected_calls.streamed
-    assert paths.slots == [(column, True) for column in expected.T.tolist()[:-1]]
+    assert runner.slots == [(column, True) for column in expected.T.tolist()[:-1]]
 
 
 @pytest.mark.parametrize("free", range(1, 10))
 def test_a_nearly_full_cache_is_filled_to_its_last_slot(free):
     prompt = torch.tensor([[1, 2, 3]])
     recorder = Recorder(-1, 3 + free + 1)
-    paths = ScriptedPaths(prompt, 3, 10, 15, capacity=3 + free, memory=6)
-    ids = loop_on(paths, prompt, recorder).run(first_logits(paths, prompt))
+    runner = ScriptedRunner(prompt, 3, 10, 15, capacity=3 + free, memory=6)
+    ids = loop_on(runner, prompt, recorder).run(first_logits(runner, prompt))
     assert ids.shape[1] == 3 + free + 1
-    assert len(paths.slots) == 3 + free
+    assert len(runner.slots) == 3 + free
 
 
 def test_good_drafts_save_passes_and_the_trace_tells_where_tokens_came_from():
     prompt = torch.tensor([[1, 2, 3]])
-    paths = ScriptedPaths(prompt, 5, 10, 7, capacity=100, memory=6)
+    runner = ScriptedRunner(prompt, 5, 10, 7, capacity=100, memory=6)
     with river_compile.trace() as trace:
-        loop_on(paths, prompt, Recorder(-1, 43), lookup=False, stop_below=0.0).run(first_logits(paths, prompt))
+        loop_on(runner, prompt, Recorder(-1, 43), lookup=False, stop_below=0.0).run(first_logits(runner, prompt))
     kept = trace.kept_sources
     assert sum(kept.values()) == 39  # the first of 40 tokens comes from the prompt's own pass
     assert kept == {"river": 34, "backbone": 5}  # four cycles of 7 + 1, and one of 6 + 1 at the end
@@ -116,9 +116,9 @@ def test_good_drafts_save_passes_and_the_trace_tells_where_tokens_came_from():
 
 def test_rows_held_back_by_another_row_are_counted():
     prompt = torch.tensor([[1, 2, 3], [4, 5, 6]])
-    paths = ScriptedPaths(prompt, 11, 5, 3, capacity=100, memory=6)
+    runner = ScriptedRunner(prompt, 11, 5, 3, capacity=100, memory=6)
     with river_compile.trace() as trace:
-        loop_on(paths, prompt, Recorder(-1, 40), lookup=False, stop_below=0.0).run(first_logits(paths, prompt))
+        loop_on(runner, prompt, Recorder(-1, 40), lookup=False, stop_below=0.0).run(first_logits(runner, prompt))
     assert sum(cycle.held_back for cycle in trace.cycles) > 0
 
 
@@ -152,7 +152,7 @@ def test_sampled_texts_have_the_plain_models_distribution(lookup):
         [RepetitionPenaltyLogitsProcessor(1.3), TemperatureLogitsWarper(0.8), TopPLogitsWarper(0.9)]
     )
     prompt = torch.tensor([[1, 2, 1, 2, 1]])
-    script = ScriptedPaths(prompt, 4, 3, 3, capacity=100, memory=2)
+    script = ScriptedRunner(prompt, 4, 3, 3, capacity=100, memory=2)
     expected = torch.zeros(VOCABULARY, VOCABULARY)
     first = process(prompt, first_logits(script, prompt)[:, 0]).softmax(-1)[0]
     for token in range(VOCABULARY):
@@ -162,9 +162,9 @@ def test_sampled_texts_have_the_plain_models_distribution(lookup):
     batch = prompt.expand(rows, -1)
     counts = torch.zeros(VOCABULARY * VOCABULARY)
     for _ in range(SAMPLES // rows):
-        paths = ScriptedPaths(batch, 4, 8, 3, capacity=100, memory=2)
-        loop = loop_on(paths, batch, Recorder(-1, 8), lookup, 0.0, process, do_sample=True)
-        ids = loop.run(first_logits(paths, batch))
+        runner = ScriptedRunner(batch, 4, 8, 3, capacity=100, memory=2)
+        loop = loop_on(runner, batch, Recorder(-1, 8), lookup, 0.0, process, do_sample=True)
+        ids = loop.run(first_logits(runner, batch))
         counts += (ids[:, 5] * VOCABULARY + ids[:, 6]).bincount(minlength=VOCABULARY**2)
     likely = expected.flatten() * SAMPLES >= 5
     assert counts[expected.flatten() == 0].sum() == 0  # top-p leaves no such text
@@ -182,7 +182,7 @@ def test_a_repeated_ngram_is_continued_and_the_longest_wins():
 
 
 def test_acceptance_is_learned_per_bin():
-    estimate = Acceptance([1.0], [0.5, 0.5])
+    estimate = AcceptanceRate([1.0], [0.5, 0.5])
     for _ in range(1000):
         estimate.learn(0.5, True)
         estimate.learn(2.0, False)

@@ -10,7 +10,7 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-from river_compile.runtime.trace import ExactStats
+from river_compile.runtime.trace import ExitStats
 
 VOCABULARY = 11
 
@@ -23,7 +23,7 @@ def mix(*numbers: int) -> int:
     return state >> 8
 
 
-class ScriptedPaths:
+class ScriptedRunner:
     """What the loop needs of a model, scripted.
 
     Args:
@@ -35,10 +35,8 @@ class ScriptedPaths:
         memory: how many of the last ids a next token depends on; few make the text repeat itself.
     """
 
-    model_id = 0
-
     def __init__(self, prompt: Tensor, seed: int, river_right: int, max_draft: int, capacity: int, memory: int) -> None:
-        self.stats = ExactStats()
+        self.stats = ExitStats()
         self.seed, self.river_right, self.memory = seed, river_right, memory
         self.max_draft, self.capacity = max_draft, capacity
         self.slots: list[tuple[list[int], bool]] = [(prompt[:, i].tolist(), True) for i in range(prompt.shape[1])]
@@ -52,11 +50,11 @@ class ScriptedPaths:
         return next(w for w in (1, 2, 4, 8, 16, 32) if w > drafted)
 
     def logits(self, row: list[int]) -> Tensor:
-        """Returns the backbone's logits behind one row's ids ``[V]``."""
+        """Returns the backbone's logits after one row's ids ``[V]``."""
         recent = row[-self.memory :]
         return torch.tensor([mix(self.seed, token, *recent) % 1000 / 250 for token in range(VOCABULARY)])
 
-    def river(self, ids_BS: Tensor) -> Tensor:
+    def draft_step(self, ids_BS: Tensor) -> Tensor:
         self._write(ids_BS, 1, exact=False)
         out = []
         for row in ids_BS.tolist():
@@ -64,7 +62,7 @@ class ScriptedPaths:
             out.append(logits if mix(self.seed + 1, *row) % 10 < self.river_right else logits.roll(1))
         return torch.stack(out)
 
-    def backbone(self, ids_BS: Tensor, drafted: int) -> Tensor:
+    def verify(self, ids_BS: Tensor, drafted: int) -> Tensor:
         self._write(ids_BS, drafted + 1, exact=True)
         first = ids_BS.shape[1] - drafted
         return torch.stack(
@@ -82,7 +80,7 @@ class ScriptedPaths:
     def _write(self, ids_BS: Tensor, width: int, exact: bool) -> None:
         columns = ids_BS.T.tolist()
         start = len(columns) - width
-        assert start == len(self.slots), "a pass must start behind the last filled slot"
+        assert start == len(self.slots), "a pass must start after the last filled slot"
         assert [ids for ids, _ in self.slots] == columns[:start], "the cache holds other ids than the text"
         self.slots += [(ids, exact) for ids in columns[start:]]
         assert len(self.slots) <= self.capacity, "the cache overflows"

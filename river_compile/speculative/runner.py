@@ -1,0 +1,265 @@
+"""Runs a compiled model's draft steps and verifications on one KV cache.
+
+Inputs are prepared by transformers' own methods, so masks and positions are those of plain generation. The cache is
+rewound with `crop`; its filled slots are counted here, because reading a length back from an accelerator would wait.
+
+A strict runner verifies through a batch-invariant copy of the graph, compiled with the option ``same_rows``, in which a
+token has the same bits at every width of the pass. The first time that it uses a width it runs the same tokens one by
+one too and compares logits and cache to the bit; a width that fails is reported in a warning and not used.
+
+Not handled (refused with the reason): caches that cannot be rewound, encoder-decoder models, and models whose forward
+passes the river backend did not rewrite. Hooks on the model itself are not called by strict verification.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import warnings
+
+import torch
+from torch import Tensor
+from transformers import GenerationConfig, PreTrainedModel
+from transformers.cache_utils import Cache, StaticLayer
+from transformers.modeling_outputs import CausalLMOutputWithPast
+
+from river_compile.backend import river
+from river_compile.errors import RiverWarning
+from river_compile.runtime.executor import forced_depth
+from river_compile.runtime.trace import ExitStats
+from river_compile.state import GraphRecord, state_of_model
+
+
+def verification_widths(max_draft: int, strict: bool = False) -> tuple[int, ...]:
+    """Returns the query lengths at which the backbone verifies.
+
+    Powers of two, the last one max_draft + 1; every length up to it for strict verification, where each row costs.
+    """
+    if strict:
+        return tuple(range(1, max_draft + 2))
+    return (*(2**i for i in range(max_draft.bit_length())), max_draft + 1)
+
+
+class BatchInvariantGraph:
+    """A model's forward pass in a graph in which a token's bits do not depend on the width of the pass.
+
+    Args:
+        latest: what became of the model's latest graph, whose options are used.
+
+    Attributes:
+        verdicts: whether a pass of (batch, slots of a static cache or None, width) was found to have those bits.
+    """
+
+    def __init__(self, model: PreTrainedModel, latest: GraphRecord) -> None:
+        options = {f.name: getattr(latest.config, f.name) for f in dataclasses.fields(latest.config)}
+        # The class's function, not the model's method: a compiled method would keep the model alive.
+        self._forward = torch.compile(
+            type(model).forward, backend=river, options={**options, "same_rows": True}, mode=latest.mode
+        )
+        self.verdicts: dict[tuple[int, int | None, int], bool] = {}
+
+    def __call__(self, model: PreTrainedModel, **inputs: object) -> CausalLMOutputWithPast:
+        return self._forward(model, **inputs)
+
+
+class _BatchInvariantGraphs(dict[tuple, BatchInvariantGraph]):
+    """Those of one model, by the options and the mode that they were compiled with."""
+
+
+class DraftVerifyRunner:
+    """The forward passes of one call of generate.
+
+    Args:
+        model: the compiled model.
+        model_kwargs: what generate prepared for its forward passes; the cache among them.
+        max_draft: longest draft.
+        strict: whether verification must give the bits of one token per pass.
+
+    Attributes:
+        widths: query lengths at which the backbone may verify, ascending from 1.
+        cache: the KV cache, from :meth:`prefill` on.
+        stats: counts the model's cycles, from :meth:`prefill` on.
+    """
+
+    cache: Cache
+    stats: ExitStats
+
+    def __init__(self, model: PreTrainedModel, model_kwargs: dict, max_draft: int, strict: bool = False) -> None:
+        self.model = model
+        self.model_kwargs = model_kwargs
+        self.widths = verification_widths(max_draft, strict)
+        self._strict = strict
+        self._invariant: BatchInvariantGraph | None = None
+
+    def prefill(self, ids_BS: Tensor, config: GenerationConfig) -> Tensor:
+        """Runs the prompt and returns the logits ``[B, 1, V]`` of its last position.
+
+        Raises:
+            ValueError: the cache cannot be rewound, or the river backend did not rewrite the model.
+        """
+        outputs = self.model._prefill(ids_BS, config, self.model_kwargs, not config.is_assistant)
+        self.model_kwargs = self.model._update_model_kwargs_for_generation(outputs, self.model_kwargs)
+        self.cache = self.model_kwargs["cache"]
+        if not self.cache.is_croppable:
+            raise ValueError(f"exact mode rewinds the KV cache after every draft, and {_not_croppable(self.cache)}")
+        state = state_of_model(self.model, "exact mode")
+        latest = state.graphs[-1]
+        _check_paths(latest)
+        self.stats = state.of(ExitStats)
+        if self._strict:
+            graphs = state.of(_BatchInvariantGraphs)
+            key = (dataclasses.replace(latest.config, same_rows=True), latest.mode)
+            if key not in graphs:
+                graphs[key] = BatchInvariantGraph(self.model, latest)
+            self._invariant = graphs[key]
+        self.cache.activate_past_recording()  # sliding windows that grow keep what a rewind brings back
+        self._static = all(isinstance(layer, StaticLayer) for layer in self.cache.layers)
+        self._filled = int(self.cache.get_seq_length())
+        self._kept = self._filled + 1
+        return outputs.logits[:, -1:]
+
+    def width_for(self, drafted: int) -> int:
+        """Returns the smallest verification width for a number of drafted tokens."""
+        return next(w for w in (*self._usable, *self.widths) if w > drafted)
+
+    @property
+    def longest_draft(self) -> int:
+        """How many tokens can be drafted and verified in the slots that the cache has left."""
+        capacity = self.cache.get_max_length() if self._static else -1
+        free = self.widths[-1] if capacity < 0 else capacity - self._filled
+        return max((w for w in self._usable if w <= free), default=1) - 1
+
+    @property
+    def _usable(self) -> list[int]:
+        """The widths without those that were found to give other bits than strict verification allows."""
+        if self._invariant is None:
+            return list(self.widths)
+        return [w for w in self.widths if self._invariant.verdicts.get(self._verdict_key(w), True)]
+
+    def _verdict_key(self, width: int) -> tuple[int, int | None, int]:
+        batch = self.cache.layers[0].keys.shape[0]
+        return batch, self.cache.get_max_length() if self._static else None, width
+
+    def draft_step(self, ids_BS: Tensor) -> Tensor:
+        """Runs the last id through the whole river, one slot further; returns the next token's logits ``[B, V]``."""
+        with forced_depth(0):
+            return self._forward(ids_BS, 1)[:, -1]
+
+    def verify(self, ids_BS: Tensor, drafted: int) -> Tensor:
+        """Runs the last verified id and the `drafted` ids after it through the backbone.
+
+        Returns:
+            The logits ``[B, drafted + 1, V]``. The pass is as wide as one of the fixed widths: copies of the last id
+            fill it up, whose logits are dropped and whose slots the next rewind frees.
+        """
+        width = self.width_for(drafted)
+        filler = width - drafted - 1
+        if filler:
+            ids_BS = torch.cat([ids_BS, ids_BS[:, -1:].expand(-1, filler)], dim=-1)
+        with forced_depth(self.stats.num_blocks):  # (a pass of width 1 is a decode step)
+            if self._invariant is not None and width > 1 and self._verdict_key(width) not in self._invariant.verdicts:
+                return self._try_out(self._invariant, ids_BS, width)[:, : drafted + 1]
+            return self._forward(ids_BS, width, self._invariant)[:, : drafted + 1]
+
+    def _try_out(self, graph: BatchInvariantGraph, ids_BS: Tensor, width: int) -> Tensor:
+        """Runs the last ids at once and one by one, notes whether the bits agree, and returns the latter's logits."""
+        wide = self._forward(ids_BS, width, graph)
+        wide_entries = self._entries()
+        self.rewind(width)
+        ends = range(ids_BS.shape[1] - width + 1, ids_BS.shape[1] + 1)
+        narrow = torch.cat([self._forward(ids_BS[:, :end], 1) for end in ends], dim=1)
+        same = torch.equal(wide, narrow) and all(map(torch.equal, wide_entries, self._entries()))
+        graph.verdicts[self._verdict_key(width)] = same
+        if not same:
+            warnings.warn(
+                f"strict=True: in {type(self.model).__name__} a pass of {width} tokens rounds differently from one of "
+                "a single token, so no draft is verified at that width; the text stays exact but comes slower",
+                RiverWarning,
+                stacklevel=2,
+            )
+        return narrow
+
+    def _entries(self) -> list[Tensor]:
+        """Returns copies of every layer's keys and values."""
+        return [tensor.clone() for layer in self.cache.layers for tensor in (layer.keys, layer.values)]
+
+    def rewind(self, slots: int) -> None:
+        """Frees the last slots of the cache."""
+        if self._static and not slots:
+            return
+        self._filled -= slots
+        self.cache.crop(-slots)  # (where nothing is freed, this still trims a sliding window that grows)
+        if not self._static:  # a cropped view has other strides than a grown cache: the graphs are compiled for those
+            for layer in self.cache.layers:
+                layer.keys, layer.values = layer.keys.contiguous(), layer.values.contiguous()
+
+    def keep(self, tokens: int) -> None:
+        """Ends a cycle that kept this many tokens: masks and positions grow, all slots but the kept ones are freed.
+
+        The last kept token has no slot yet, as in plain generation.
+        """
+        self.model_kwargs = self._lengthened(tokens)
+        self._kept += tokens
+        self.rewind(self._filled - (self._kept - 1))
+
+    def _lengthened(self, tokens: int) -> dict:
+        if not tokens:
+            return dict(self.model_kwargs)
+        return self.model._update_model_kwargs_for_generation({}, dict(self.model_kwargs), num_new_tokens=tokens)
+
+    def _forward(self, ids_BS: Tensor, width: int, graph: BatchInvariantGraph | None = None) -> Tensor:
+        """Runs the last `width` ids, the first of which stands in slot `filled`, and returns their logits.
+
+        Wider passes than one token's run through `graph` where it is given.
+        """
+        kwargs = self._lengthened(self._filled + width - self._kept)
+        if width > 1 and "logits_to_keep" in kwargs:
+            kwargs["logits_to_keep"] = 0  # all of them; any other number would be a graph of its own
+        inputs = self.model.prepare_inputs_for_generation(ids_BS, next_sequence_length=width, **kwargs)
+        if graph is not None and width > 1:
+            logits = graph(self.model, **inputs, return_dict=True).logits
+        else:
+            logits = self.model(**inputs, return_dict=True).logits
+        self._filled += width
+        return logits
+
+
+def _check_paths(latest: GraphRecord) -> None:
+    """Raises a ValueError where a model was compiled without its whole river or its whole backbone."""
+    config = latest.config
+    reasons = (
+        (
+            latest.refusal,
+            f"exact mode needs a model that the river backend can rewrite; it refused: {latest.refusal}",
+        ),
+        (
+            config.prefill != "backbone",
+            f"prefill={config.prefill!r} lets prompts leave the backbone, so nothing could verify the drafts; compile "
+            'the model with prefill="backbone"',
+        ),
+        (
+            config.fill != "river",
+            f"exact mode drafts with the river, which fill={config.fill!r} replaces; compile the model with "
+            "fill='river'",
+        ),
+        (
+            config.exit_depth is not None,
+            f"exit_depth={config.exit_depth} leaves only one path in the compiled model; exact mode needs the whole "
+            "river and the whole backbone: compile it without exit_depth",
+        ),
+        (
+            config.deepest is not None,
+            f"offload={config.offload} with offload_policy='exit' makes every token leave by that depth; exact mode "
+            "verifies with the whole backbone: compile the model with offload_policy='fetch'",
+        ),
+    )
+    for applies, reason in reasons:
+        if applies:
+            raise ValueError(reason)
+
+
+def _not_croppable(cache: Cache) -> str:
+    kinds = ", ".join(sorted({type(layer).__name__ for layer in cache.layers if not layer.is_croppable}))
+    return (
+        f"this cache cannot give entries back ({kinds}). A static sliding window must be at least as long as the whole "
+        "text (fewer new tokens); a dynamic cache always works with attention layers"
+    )
