@@ -15,12 +15,14 @@ from pathlib import Path
 
 import pytest
 import torch
+from torch._inductor import config as inductor
 from transformers import pipeline
 
 from river_compile import CacheFullError, RiverWarning, UnsupportedGraphError, observe, report, river, trace
 from river_compile.runtime.executor import forced_depth, forced_threshold
 from tests.support.decoding import CAPACITY, decode, new_cache
 from tests.support.families import make, prompt
+from tests.support.traced import TracedStep
 
 ROOT = Path(__file__).parent.parent
 EAGER = {"lowering": "eager", "quantizer": "rtn", "group_size": 32, "first_exit": 1}
@@ -63,20 +65,31 @@ def test_wrapper_is_rewritten_when_called_but_its_generate_runs_the_original():
 
 
 def test_a_mode_reaches_inductor():
-    """torch.compile takes a mode or options, not both; a mode alone compiles with the default options."""
-    model = make("llama", layers=2)
-    model.compile(backend=river, mode="max-autotune-no-cudagraphs")
-    generate(model, new_tokens=2)
-    assert report(model).ran
+    """torch.compile takes a mode or options, not both; Inductor compiles every segment with the mode's settings."""
+    step, seen = TracedStep(), []
+
+    def note(graph: torch.fx.Graph) -> None:
+        seen.append((inductor.max_autotune, inductor.coordinate_descent_tuning))
+
+    with inductor.patch(post_grad_custom_post_pass=note, force_disable_caches=True):
+        step.rewrite(mode="max-autotune-no-cudagraphs")
+    (graph,) = report(step.model).to_dict()["graphs"]
+    assert seen == [(True, True)] * len(graph["segments"])
+    assert len(seen) > 2
 
 
 @pytest.mark.parametrize("arguments", [{"num_beams": 3}, {"do_sample": True, "top_k": 5}])
 def test_beam_search_and_sampling_run_through_the_river(arguments):
-    model = make("llama", layers=2)
-    model.compile(backend=river, options=ALWAYS)
-    torch.manual_seed(0)
-    out = model.generate(prompt(batch=2), max_new_tokens=5, **arguments)
-    assert out.shape == (2, prompt().shape[1] + 5)
+    """Twins that hold the weights as they are give the plain model's text, whose beams and draws change the cache."""
+    model, ids = make("llama", layers=2), prompt(batch=2)
+
+    def text() -> torch.Tensor:
+        torch.manual_seed(0)
+        return model.generate(ids, attention_mask=torch.ones_like(ids), max_new_tokens=12, **arguments)
+
+    plain = text()
+    model.compile(backend=river, options={**ALWAYS, "quantizer": "none"})
+    assert torch.equal(text(), plain)
     assert set(report(model).decode_depths) == {1}
 
 

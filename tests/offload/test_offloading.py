@@ -12,6 +12,7 @@ import gc
 import json
 import subprocess
 import sys
+from collections.abc import Callable
 from pathlib import Path
 
 import pytest
@@ -22,7 +23,6 @@ from river_compile.cudagraphs.device import CaptureLog
 from river_compile.offload import disk as offload_file
 from river_compile.offload.disk import MappedFiles
 from river_compile.offload.store import Arrival, Stored, WeightStore
-from river_compile.offload.weights import OffloadedWeights
 from river_compile.runtime.executor import forced_depth
 from river_compile.runtime.trace import trace
 from tests.support.decoding import cache_state, decode, new_cache
@@ -44,6 +44,7 @@ class Elsewhere(WeightStore):
         self.started: list[int] = []  # bytes of what was sent for
         self.brought: list[int] = []  # and of what was waited for
         self.copies: list[torch.Tensor] = []  # that were not released yet
+        self.meanwhile: list[Callable[[], None]] = []  # to be called at the next arrival, one at each
 
     def check_room(self, nbytes):
         pass
@@ -62,13 +63,16 @@ class Elsewhere(WeightStore):
 
     def start(self, weights):
         self.started.append(sum(w.source.nbytes for w in weights))
-        return Arrival(tuple(torch.full_like(w.source, float("nan")) for w in weights), weights)
+        sent = tuple(torch.where(w.tensor.isnan(), w.source, w.tensor) for w in weights)  # (the caller may write there)
+        return Arrival(tuple(torch.full_like(s, float("nan")) for s in sent), sent)
 
     def await_arrival(self, arrival):
+        if self.meanwhile:
+            self.meanwhile.pop()()
         self.brought.append(sum(t.nbytes for t in arrival.tensors))
         self.copies.append(arrival.tensors)
-        for tensor, stored in zip(arrival.tensors, arrival.event, strict=True):
-            tensor.copy_(stored.source)
+        for tensor, sent in zip(arrival.tensors, arrival.event, strict=True):
+            tensor.copy_(sent)
 
     def release(self, weights):
         for tensors in self.copies:
@@ -143,15 +147,32 @@ def test_fetching_gives_the_bits_of_a_model_in_memory(elsewhere, reference, kind
     assert elsewhere.brought == [block] * (2 + 2 + 1 + 2)
 
 
-def test_changed_weights_are_brought_in_anew(elsewhere):
+@pytest.mark.parametrize("when", ["before a prompt", "while they are on their way"])
+@pytest.mark.parametrize("how", ["in place", "replaced"])
+def test_changed_weights_are_brought_in_anew(elsewhere, when, how):
     """Whoever loads other weights into an offloaded model gets their logits, not those of a copy made before."""
-    offloaded = OffloadedWeights()
-    weight = torch.nn.Parameter(torch.ones(64, 64), requires_grad=False)
-    offloaded.store = elsewhere
-    offloaded._put([weight])
-    assert offloaded.find(weight) is not None
-    weight.data = torch.zeros(64, 64)  # replaced: it lies in memory again
-    assert offloaded.find(weight) is None
+
+    def change(block: torch.nn.Module) -> None:
+        for parameter in (p for p in block.parameters() if p.dim() == 2):
+            other = torch.full_like(parameter, 0.01)
+            if how == "in place":
+                parameter.copy_(other)
+            else:
+                parameter.data = other
+
+    model, changed = compiled(FETCH), make("llama", layers=LAYERS)
+    decode(model, new_cache(model, "static"), [0])  # a first decode step offloads
+    with torch.no_grad():
+        change(changed.model.layers[-1])
+        if when == "before a prompt":
+            change(model.model.layers[-1])
+        else:
+            elsewhere.meanwhile.append(lambda: change(model.model.layers[-1]))  # as block 2 arrives
+    changed.compile(backend=river, options=OPTIONS)
+    expected = decode(changed, new_cache(changed, "static"), [LAYERS])
+    actual = decode(model, new_cache(model, "static"), [LAYERS])
+    assert all(map(torch.equal, expected, actual))
+    assert not elsewhere.meanwhile
 
 
 @pytest.mark.parametrize("device", DEVICES)

@@ -53,14 +53,31 @@ def test_quantized_river_fills_the_same_slots(shape, seed, data):
     rewritten = river(graph_module, inputs, options=options)
     with torch.no_grad(), forced_depth(depth):
         actual = rewritten(*actual_inputs)
-    assert [t.shape for t in expected] == [t.shape for t in actual]
     names = [n.name for n in graph_module.graph.nodes if n.op == "placeholder"]
     for name, before, a, b in zip(names, inputs, expected_inputs, actual_inputs, strict=True):
-        if name.endswith("_length") or int(name[1]) < depth if name.startswith("b") else True:
+        if written_by_a_twin(name, depth):
+            written = a != before
+            assert torch.equal(written.any(-1), (b != before).any(-1)), f"slots of {name}"
+            assert_close(a[written], b[written], name)
+        else:
             assert torch.equal(a, b), name
-        changed = (b != before).flatten(0, -2).any(-1) if b.dim() > 1 else None
-        if changed is not None:
-            assert torch.equal(changed, (a != before).flatten(0, -2).any(-1)), name
+    for i, (a, b) in enumerate(zip(expected, actual, strict=True)):
+        assert a.shape == b.shape
+        if a.dim() == 4:  # a cache that grew by this token's slot
+            assert torch.equal(a[:, :, :-1], b[:, :, :-1])
+            a, b = a[:, :, -1], b[:, :, -1]
+        assert_close(a, b, f"output {i}")
+
+
+def written_by_a_twin(name: str, depth: int) -> bool:
+    """Tells whether an input is keys or values (named ``b<block, from 0>_keys``) of a block behind the exit."""
+    block, _, kind = name.partition("_")
+    return kind in ("keys", "values") and int(block[1:]) >= depth
+
+
+def assert_close(expected, actual, what: str) -> None:
+    """Allows what 4 bits lose in up to five blocks (up to 24 % was seen); unrelated values differ by 100 % or more."""
+    assert (actual - expected).norm() <= 0.4 * expected.norm(), what
 
 
 def clones(tensors):

@@ -43,6 +43,11 @@ class TracedStep:
             return _logits(executor(*inputs))
 
     @torch.no_grad()
+    def rewrite(self, mode: str) -> None:
+        """Rewrites the step as ``torch.compile(mode=...)`` has it done, with the default options."""
+        river(self._graph, self._fresh({}), mode=mode)
+
+    @torch.no_grad()
     def reference(self, weights: Mapping[str, Tensor]) -> Tensor:
         """Runs the step as it was traced, with some parameters replaced by name."""
         named = dict(self.model.named_parameters())
