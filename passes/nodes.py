@@ -11,13 +11,15 @@ from __future__ import annotations
 import functools
 import operator
 import re
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Iterator
 from dataclasses import dataclass
 
 import torch
-from torch import fx
+import torch.nn.functional as F
+from torch import Tensor, fx
 
 _FRAME = re.compile(r'File "(?P<file>[^"]+)", line (?P<line>\d+)')
+_RESHAPES = (torch.reshape, Tensor.view, torch.flatten, torch.unsqueeze, torch.squeeze)
 _IN_PLACE_OPERATORS = (
     *(operator.iadd, operator.isub, operator.imul, operator.imatmul, operator.itruediv, operator.ifloordiv),
     *(operator.imod, operator.ipow, operator.iand, operator.ior, operator.ixor, operator.ilshift, operator.irshift),
@@ -86,7 +88,7 @@ def memory_of(node: fx.Node) -> fx.Node:
 @functools.cache
 def _shows_first(function: Callable) -> bool:
     """True for a function whose result may share memory with its first argument: so say the schemas of its name."""
-    if function in (operator.getitem, getattr, torch.nn.functional.dropout, *_IN_PLACE_OPERATORS):
+    if function in (operator.getitem, getattr, F.dropout, *_IN_PLACE_OPERATORS):
         return True
     if isinstance(function, torch._ops.OpOverload):
         return _shows(function._schema)
@@ -154,6 +156,93 @@ def source_of(node: fx.Node) -> str:
     return f"{node.name}, {file.rpartition('/')[2]}:{line}"
 
 
+def called(node: object, *functions: Callable) -> bool:
+    """True for a call of one of these functions."""
+    return isinstance(node, fx.Node) and node.op == "call_function" and node.target in functions
+
+
+def operands(node: object, *functions: Callable) -> tuple[object, object] | None:
+    """Returns both operands of a binary operation."""
+    return node.args if called(node, *functions) and len(node.args) == 2 and not node.kwargs else None
+
+
+def either_way(node: object, function: Callable) -> Iterator[tuple[object, object]]:
+    """Yields the operands of a commutative operation in both orders."""
+    found = operands(node, function)
+    if found:
+        yield found
+        yield found[::-1]
+
+
+def beside(node: object, function: Callable, number: float) -> object:
+    """Returns the other operand of a commutative operation with a number, None for other nodes."""
+    return next((other for value, other in either_way(node, function) if value == number), None)
+
+
+def before_cast(node: object) -> object:
+    """Looks through changes of the floating dtype."""
+    while _is_cast(node):
+        node = node.args[0]
+    return node
+
+
+def _is_cast(node: object) -> bool:
+    if not called(node, Tensor.to) or not is_tensor(node):
+        return False
+    new, old = value_of(node), value_of(node.args[0])
+    return new.is_floating_point() and old.is_floating_point() and new.device == old.device
+
+
+def plain(node: object) -> object:
+    """Looks through what changes no value: dropout at inference, casts to the same dtype, ``contiguous``, ``x[:]``."""
+    while (
+        called(node, Tensor.contiguous)
+        or (called(node, F.dropout) and node.args[2] is False)
+        or (_is_cast(node) and same_dtype(node, node.args[0]))
+        or (called(node, operator.getitem) and _takes_all(node))
+    ):
+        node = node.args[0]
+    return node
+
+
+def same_dtype(a: fx.Node, b: fx.Node) -> bool:
+    return is_tensor(a) and is_tensor(b) and value_of(a).dtype == value_of(b).dtype
+
+
+def _takes_all(node: fx.Node) -> bool:
+    source, index = node.args
+    index = index if isinstance(index, tuple) else (index,)
+    slices = all(isinstance(i, slice) or i is Ellipsis for i in index)
+    return slices and is_tensor(source) and is_tensor(node) and shape(node) == shape(source)
+
+
+def before_views(node: object) -> object:
+    """Looks through `plain` and through views that keep the order of the elements."""
+    while True:
+        node = plain(node)
+        if not _keeps_order(node):
+            return node
+        node = node.args[0]
+
+
+def is_reshape(node: object) -> bool:
+    """True for a change of shape that keeps every element in its place (and is no view as another dtype)."""
+    return called(node, *_RESHAPES) and same_dtype(node, node.args[0])
+
+
+def _keeps_order(node: object) -> bool:
+    if not called(node, torch.transpose, torch.permute):
+        return is_reshape(node)
+    x, *moves = node.args
+    order = list(range(rank(x)))
+    if node.target is torch.transpose:
+        order[moves[0]], order[moves[1]] = order[moves[1]], order[moves[0]]
+    else:
+        order = [d % rank(x) for d in moves[0]]
+    moved = [d for d in order if shape(x)[d] != 1]
+    return moved == sorted(moved)
+
+
 @dataclass(frozen=True)
 class Linear:
     """A linear layer: ``x W^T + bias``; a transposed weight is stored as ``[K, N]`` (GPT-2's Conv1D)."""
@@ -179,7 +268,7 @@ class Linear:
 
 def as_linear(node: fx.Node) -> Linear | None:
     """Recognises a linear layer of parameters: ``F.linear``, ``addmm``, and ``x @ weight.T`` (Falcon's)."""
-    if node.target is torch.nn.functional.linear and len(node.args) == 3:
+    if node.target is F.linear and len(node.args) == 3:
         found = Linear(node, *node.args, transposed=False)
     elif node.target is torch.addmm and len(node.args) == 3 and not node.kwargs:
         bias, x, weight = node.args
@@ -212,6 +301,6 @@ class Sdpa:
 
 def as_sdpa(node: fx.Node) -> Sdpa | None:
     """Returns the arguments of ``scaled_dot_product_attention``, None for other nodes."""
-    if node.target is not torch.nn.functional.scaled_dot_product_attention or len(node.args) != 6:
+    if node.target is not F.scaled_dot_product_attention or len(node.args) != 6:
         return None
     return Sdpa(*node.args, **node.kwargs)

@@ -13,9 +13,9 @@ from dataclasses import dataclass, field
 import torch
 from torch import fx
 
-from river_compile.passes.nodes import is_tensor, shape, value_of
+from river_compile.passes.nodes import called, is_tensor, rank, shape, value_of
 
-from .match import argument, is_product, name_of
+from .match import is_product
 from .recognise import Attention, attention
 
 
@@ -122,33 +122,30 @@ def _products(nodes: Iterable[fx.Node]) -> list[fx.Node]:
 
 
 def _entry(node: fx.Node) -> CacheEntry | None:
-    name = name_of(node)
-    if name == "index_copy_" and _is_cache(node.args[0]) and node.args[1] in (2, -2):
-        _, _, slot, value = node.args
-        return CacheEntry(node.args[0], value, slot, node)
-    if name == "copy_" and _is_cache(node.args[0]) and name_of(node.args[1]) == "roll":
+    if called(node, torch.Tensor.index_copy_) and _is_cache(node.args[0]) and node.args[1] in (2, -2):
+        cache, _, slot, value = node.args
+        return CacheEntry(cache, value, slot, node)
+    if called(node, torch.Tensor.copy_) and _is_cache(node.args[0]) and called(node.args[1], torch.roll):
         return _rolled_entry(node)
     return None
 
 
 def _rolled_entry(copy: fx.Node) -> CacheEntry | None:
     """Recognises a full sliding window: ``new = cache.roll(-1); new[:, :, -1] = value; cache.copy_(new)``."""
-    cache, new = copy.args
+    cache, new = copy.args[:2]
     if new.args not in ((cache, -1, -2), (cache, -1, 2)) or len(new.users) != 2:
         return None
-    writer = next((user for user in new.users if user.target is operator.setitem), None)
-    if (
-        writer is None
-        or not isinstance(shape(cache)[2], int)
-        or writer.args[1][:2] != (slice(None),) * 2
-        or not _is_last(writer.args[1][2])
-    ):
+    writer = next((user for user in new.users if called(user, operator.setitem)), None)
+    slots = shape(cache)[2]
+    if writer is None or not isinstance(slots, int):
         return None
-    return CacheEntry(cache, writer.args[2], shape(cache)[2] - 1, writer, moved=copy)
+    _, index, value = writer.args
+    last = index[:2] == (slice(None),) * 2 and _is_last(index[2])
+    return CacheEntry(cache, value, slots - 1, writer, moved=copy) if last else None
 
 
 def _is_last(index: object) -> bool:
-    return index == -1 or (name_of(index) == "tensor" and index.args[0] == [-1])
+    return index == -1 or (called(index, torch.tensor) and index.args[0] == [-1])
 
 
 def _is_start(node: fx.Node) -> bool:
@@ -158,11 +155,11 @@ def _is_start(node: fx.Node) -> bool:
 
 
 def _is_cache(node: object) -> bool:
-    return isinstance(node, fx.Node) and is_tensor(node) and _is_start(node) and value_of(node).dim() == 4
+    return isinstance(node, fx.Node) and rank(node) == 4 and _is_start(node)
 
 
 def _grows_a_cache(node: fx.Node) -> bool:
-    if name_of(node) != "cat" or argument(node, 1, "dim") not in (2, -2) or len(node.args[0]) != 2:
+    if not called(node, torch.cat) or node.args[1] not in (2, -2) or len(node.args[0]) != 2:
         return False
     before, _ = node.args[0]
-    return _is_cache(before) or (_is_start(before) and value_of(node).dim() == 4 and shape(before) == (0,))
+    return _is_cache(before) or (_is_start(before) and rank(node) == 4 and shape(before) == (0,))

@@ -12,11 +12,11 @@ from dataclasses import dataclass, replace
 import torch
 from torch import fx
 
-from river_compile.passes.nodes import is_tensor, mutated_inputs, shape, value_of
+from river_compile.passes.nodes import before_cast, before_views, is_tensor, mutated_inputs, shape, value_of
 
 from .block import BlockView, CacheEntry
 from .edits import Missed, call, drop_unused, put, reshaped
-from .match import Columns, before_cast, before_views, columns
+from .match import Columns, columns
 from .recognise import Attention, Normed, Rotation, norm, rotation
 
 _MASKS = (torch.bool, torch.float32, torch.bfloat16, torch.float16)

@@ -10,9 +10,7 @@ from collections.abc import Callable
 import torch
 from torch import fx
 
-from river_compile.passes.nodes import is_tensor, mutated_inputs, shape, sizes_of, value_of
-
-from .match import name_of, plain
+from river_compile.passes.nodes import is_reshape, mutated_inputs, plain, same_dtype, shape, sizes_of, value_of
 
 _KEPT_META = ("nn_module_stack", "stack_trace")
 
@@ -81,7 +79,7 @@ def drop_unused(graph: fx.Graph, last: fx.Node) -> None:
     stack, erased = [last], set()
     while stack:
         node = stack.pop()
-        if node in erased or node.users or node.op not in ("call_function", "call_method"):
+        if node in erased or node.users or node.op != "call_function":
             continue
         if node is last or not mutated_inputs(node):
             stack += node.all_input_nodes
@@ -91,8 +89,7 @@ def drop_unused(graph: fx.Graph, last: fx.Node) -> None:
 
 def same_size(a: object, b: fx.Node) -> bool:
     """True for two tensors of one shape and dtype."""
-    tensors = isinstance(a, fx.Node) and is_tensor(a) and is_tensor(b)
-    return tensors and shape(a) == shape(b) and value_of(a).dtype == value_of(b).dtype
+    return isinstance(a, fx.Node) and same_dtype(a, b) and shape(a) == shape(b)
 
 
 def only_used_for(node: fx.Node, end: fx.Node) -> bool:
@@ -113,6 +110,6 @@ def way_down(node: fx.Node) -> tuple[fx.Node, fx.Node]:
         if len(node.users) != 1:
             raise Missed("its result is used more than once", node)
         (user,) = node.users
-        if user.op == "output" or (plain(user) is user and name_of(user) not in ("reshape", "view")):
+        if user.op == "output" or (plain(user) is user and not is_reshape(user)):
             return node, user
         node = user

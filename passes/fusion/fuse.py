@@ -11,14 +11,24 @@ import operator
 from collections.abc import Sequence
 from dataclasses import replace
 
-from torch import fx
+from torch import Tensor, fx
 
-from river_compile.passes.nodes import is_parameter, shape, source_of, value_of
+from river_compile.passes.nodes import (
+    before_views,
+    either_way,
+    is_parameter,
+    operands,
+    plain,
+    same_dtype,
+    shape,
+    source_of,
+    value_of,
+)
 from river_compile.passes.program import Fusion, RiverProgram, Segment
 
 from .block import BlockView
 from .edits import Missed, call, drop_unused, same_size
-from .match import before_views, either_way, is_product, name_of, operands, plain
+from .match import is_product
 from .rules import CHECK_RULES, HEAD_RULES, RULES, Rule
 
 
@@ -69,11 +79,11 @@ def _apply(segment: Segment, rules: Sequence[Rule]) -> list[Fusion]:
 
 def _absorb_bias(graph: fx.Graph, node: fx.Node) -> None:
     """Moves ``product + bias`` into the product."""
-    for product, bias in either_way(node, "add"):
+    for product, bias in either_way(node, operator.add):
         alone = is_product(product) and product.args[3] is None and len(product.users) == 1
         if not alone or not isinstance(bias, fx.Node) or not is_parameter(bias):
             continue
-        if shape(bias) == shape(product)[-1:] and value_of(bias).dtype == value_of(product).dtype:
+        if shape(bias) == shape(product)[-1:] and same_dtype(bias, product):
             product.args = (*product.args[:3], bias, *product.args[4:])
             node.replace_all_uses_with(product)
             drop_unused(graph, node)
@@ -82,12 +92,12 @@ def _absorb_bias(graph: fx.Graph, node: fx.Node) -> None:
 
 def _regroup(graph: fx.Graph, node: fx.Node) -> None:
     """Turns ``residual + (attention's product + the MLP's)`` into ``(residual + one) + the other``."""
-    for side, residual in either_way(node, "add"):
+    for side, residual in either_way(node, operator.add):
         inner = plain(side)
-        found = operands(inner, "add", "add_")
+        found = operands(inner, operator.add, Tensor.add_)
         if found is None or len(inner.users) != 1 or not same_size(residual, node):
             continue
-        in_place = name_of(inner) == "add_"
+        in_place = inner.target is Tensor.add_
         if in_place and len(found[0].users) != 1:
             continue
         if all(is_product(before_views(n)) and same_size(n, node) for n in found) and found[0] is not found[1]:

@@ -8,13 +8,32 @@ Not handled: norms without a weight, rotations whose tables hold each angle once
 from __future__ import annotations
 
 import math
-from dataclasses import dataclass
+import operator
+from collections.abc import Callable
+from dataclasses import dataclass, replace
 
-from torch import fx
+import torch
+import torch.nn.functional as F
+from torch import Tensor, fx
 
-from river_compile.passes.nodes import is_parameter, is_tensor, shape, value_of
+from river_compile.kernels.one_query import grouped_attention
+from river_compile.passes.nodes import (
+    before_cast,
+    beside,
+    called,
+    either_way,
+    is_parameter,
+    is_reshape,
+    is_tensor,
+    operands,
+    plain,
+    rank,
+    same_dtype,
+    shape,
+    value_of,
+)
 
-from .match import VIEWS, WHOLE, argument, before_cast, either_way, name_of, operands, part, plain, same_dtype
+from .match import WHOLE, Part, part
 
 _TANH_GELU = (math.sqrt(2 / math.pi), 0.044715)
 
@@ -36,58 +55,56 @@ def norm(node: object) -> Normed | None:
     Their result has the input's dtype, and their parameters have it too.
     """
     node = plain(node)
-    inner = before_cast(node)
-    found = _called_norm(inner) or _written_rms(inner)
-    if found is None or not _fits(found.x, node, found.weight, found.bias):
-        return None
-    return found
+    found = _called_norm(before_cast(node)) or _written_rms(before_cast(node))
+    return found if found is not None and _fits(found, node) else None
 
 
-def _fits(x: fx.Node, result: fx.Node, weight: object, bias: object) -> bool:
-    features = (value_of(x).shape[-1],)
-    parameters = [p for p in (weight, bias) if p is not None]
-    return same_dtype(x, result) and all(
-        isinstance(p, fx.Node) and is_parameter(p) and shape(p) == features and same_dtype(p, x) for p in parameters
+def _fits(found: Normed, result: fx.Node) -> bool:
+    features = (value_of(found.x).shape[-1],)
+    parameters = [found.weight] if found.bias is None else [found.weight, found.bias]
+    return same_dtype(found.x, result) and all(
+        isinstance(p, fx.Node) and is_parameter(p) and shape(p) == features and same_dtype(p, found.x)
+        for p in parameters
     )
 
 
 def _called_norm(node: object) -> Normed | None:
-    name = name_of(node)
-    if name not in ("layer_norm", "rms_norm"):
+    if called(node, F.layer_norm):
+        x, features, weight, bias, eps = node.args
+        kind = "layer"
+    elif called(node, F.rms_norm):
+        x, features, weight, eps = node.args
+        bias, kind = None, "rms"
+    else:
         return None
-    weight = argument(node, 2, "weight")
-    bias, eps = (argument(node, 3, "bias"), argument(node, 4, "eps", 1e-5)) if name == "layer_norm" else (None, None)
-    eps = argument(node, 3, "eps") if name == "rms_norm" else eps
-    x, features = before_cast(node.args[0]), argument(node, 1, "normalized_shape")
     if weight is None or eps is None or len(features) != 1:
         return None
-    return Normed(x, weight, bias, "layer" if name == "layer_norm" else "rms", eps)
+    return Normed(before_cast(x), weight, bias, kind, eps)
 
 
 def _written_rms(node: object) -> Normed | None:
-    for scaled, weight in either_way(node, "mul"):
-        for x, rstd in either_way(before_cast(scaled), "mul"):
-            eps = _reciprocal_root(rstd, before_cast(x))
+    for scaled, weight in either_way(node, operator.mul):
+        for x, rstd in either_way(before_cast(scaled), operator.mul):
+            x, weight = before_cast(x), before_cast(weight)
+            eps = _reciprocal_root(rstd, x)
             if eps is None:
                 continue
-            weight = before_cast(weight)
-            plus_one = next((w for one, w in either_way(weight, "add") if one in (1, 1.0)), None)
-            kind = "rms" if plus_one is None else "rms_plus_one"
-            return Normed(before_cast(x), weight if plus_one is None else before_cast(plus_one), None, kind, eps)
+            plus_one = beside(weight, operator.add, 1)
+            if plus_one is None:
+                return Normed(x, weight, None, "rms", eps)
+            return Normed(x, before_cast(plus_one), None, "rms_plus_one", eps)
     return None
 
 
 def _reciprocal_root(node: object, x: object) -> float | None:
     """Returns eps where a node is ``rsqrt(mean(x ** 2, -1, keepdim=True) + eps)``."""
-    if name_of(node) != "rsqrt":
+    if not called(node, torch.rsqrt):
         return None
-    for mean, eps in either_way(node.args[0], "add"):
-        if name_of(mean) == "mean" and isinstance(eps, float) and argument(mean, 2, "keepdim") is True:
-            square = mean.args[0]
-            squared = square.args[0] if name_of(square) == "square" else (operands(square, "pow") or (None,))[0]
-            power = 2 if name_of(square) == "square" else (operands(square, "pow") or (0, 0))[1]
-            dim = argument(mean, 1, "dim")
-            if power == 2 and dim in (-1, (-1,), [-1]) and before_cast(squared) is x:
+    for mean, eps in either_way(node.args[0], operator.add):
+        if called(mean, torch.mean) and isinstance(eps, float):
+            square, dim, keepdim = mean.args
+            squared, power = operands(square, operator.pow) or (None, None)
+            if power == 2 and dim in (-1, (-1,), [-1]) and keepdim and before_cast(squared) is x:
                 return eps
     return None
 
@@ -95,16 +112,13 @@ def _reciprocal_root(node: object, x: object) -> float | None:
 def activation(node: object) -> tuple[fx.Node, str] | None:
     """Returns the input and the operators' name of SiLU, GELU (exact or tanh, called or written out) or ReLU."""
     node = plain(node)
-    name = name_of(node)
-    if name in ("silu", "relu"):
-        return plain(node.args[0]), name
-    if name == "gelu":
-        approximate = argument(node, 1, "approximate", "none")
-        return plain(node.args[0]), {"none": "gelu", "tanh": "gelu_tanh"}[approximate]
-    for half, one_plus in either_way(node, "mul"):
-        x = next((x for n, x in either_way(half, "mul") if n == 0.5), None)
-        inner = next((t for n, t in either_way(one_plus, "add") if n == 1.0), None)
-        if x is not None and name_of(inner) == "tanh" and _is_gelu_argument(inner.args[0], x):
+    if called(node, F.silu, F.relu):
+        return plain(node.args[0]), node.target.__name__
+    if called(node, F.gelu):
+        return plain(node.args[0]), {"none": "gelu", "tanh": "gelu_tanh"}[node.kwargs["approximate"]]
+    for half, one_plus in either_way(node, operator.mul):
+        x, turned = beside(half, operator.mul, 0.5), beside(one_plus, operator.add, 1.0)
+        if x is not None and called(turned, torch.tanh) and _is_gelu_argument(turned.args[0], x):
             return plain(x), "gelu_tanh"
     return None
 
@@ -112,14 +126,14 @@ def activation(node: object) -> tuple[fx.Node, str] | None:
 def _is_gelu_argument(node: object, x: object) -> bool:
     """True for ``sqrt(2 / pi) * (x + 0.044715 * x ** 3)``."""
     scale, cubic = _TANH_GELU
-    for factor, total in either_way(node, "mul"):
-        if not isinstance(factor, float) or not math.isclose(factor, scale, rel_tol=1e-6):
-            continue
-        for first, second in either_way(total, "add"):
-            cube = next((c for n, c in either_way(second, "mul") if n == cubic), None)
-            if first is x and operands(cube, "pow") == (x, 3.0):
-                return True
-    return False
+    return any(
+        isinstance(factor, float)
+        and math.isclose(factor, scale, rel_tol=1e-6)
+        and first is x
+        and operands(beside(second, operator.mul, cubic), operator.pow) == (x, 3.0)
+        for factor, total in either_way(node, operator.mul)
+        for first, second in either_way(total, operator.add)
+    )
 
 
 @dataclass(frozen=True)
@@ -136,54 +150,56 @@ class Rotation:
 def rotation(node: object) -> Rotation | None:
     """Recognises ``x * cos + turned(x) * sin``, of whole heads or of their first features."""
     node = before_cast(plain(node))
-    if name_of(node) == "cat" and argument(node, 1, "dim") == -1 and len(node.args[0]) == 2:
-        turned, rest = _whole_rotation(before_cast(plain(node.args[0][0]))), part(node.args[0][1])
-        if turned is None or rest is None or rest.start != turned.features:
-            return None
-        first = part(before_cast(turned.x))
-        source = turned.x if first is None else first.source
-        if plain(rest.source) is not plain(source) or (first is not None and (first.start, first.step) != (0, 1)):
-            return None
-        return Rotation(source, turned.cos, turned.sin, turned.features, turned.interleaved)
-    return _whole_rotation(node)
+    joined = _pair(node, torch.cat)
+    if joined is None:
+        return _whole_rotation(node)
+    turned, rest = _whole_rotation(before_cast(plain(joined[0]))), part(joined[1])
+    if turned is None or rest is None or rest.start != turned.features:
+        return None
+    first = part(before_cast(turned.x))
+    if first is not None and (first.start, first.step) != (0, 1):
+        return None
+    source = turned.x if first is None else first.source
+    return replace(turned, x=source) if plain(rest.source) is plain(source) else None
+
+
+def _pair(node: object, function: Callable) -> tuple[fx.Node, fx.Node] | None:
+    """Returns the two tensors that ``cat`` or ``stack`` joins in the last dimension."""
+    return tuple(node.args[0]) if called(node, function) and node.args[1] == -1 and len(node.args[0]) == 2 else None
 
 
 def _whole_rotation(node: object) -> Rotation | None:
-    for straight, crossed in either_way(node, "add"):
-        for x, cos in either_way(straight, "mul"):
-            for turned, sin in either_way(crossed, "mul"):
+    for straight, crossed in either_way(node, operator.add):
+        for x, cos in either_way(straight, operator.mul):
+            for turned, sin in either_way(crossed, operator.mul):
                 interleaved = _is_turned(before_cast(plain(turned)), before_cast(plain(x)))
                 if interleaved is not None and _is_table(cos, x) and _is_table(sin, x):
                     return Rotation(plain(x), cos, sin, value_of(x).shape[-1], interleaved)
     return None
 
 
-def _is_table(node: object, x: object) -> bool:
-    if not isinstance(node, fx.Node) or not is_tensor(node) or value_of(node).dim() != 4:
+def _is_table(node: object, x: fx.Node) -> bool:
+    if not isinstance(node, fx.Node) or rank(node) != 4:
         return False
     rows, *middle, features = shape(node)
     return rows in (1, shape(x)[0]) and middle == [1, 1] and features == shape(x)[-1]
 
 
 def _is_turned(node: object, x: object) -> bool | None:
-    """Tells how pairs lie where a node holds them turned by 90 degrees: False half-split, True interleaved."""
-    half = shape(x)[-1] // 2 if isinstance(x, fx.Node) and is_tensor(x) else 0
-    if name_of(node) == "cat" and argument(node, 1, "dim") == -1 and len(node.args[0]) == 2:
-        expected, interleaved = ((half, 1), (0, 1)), False
-        pair = node.args[0]
-    elif name_of(node) in VIEWS and name_of(node.args[0]) == "stack" and argument(node.args[0], 1, "dim") == -1:
-        expected, interleaved = ((1, 2), (0, 2)), True
-        pair = node.args[0].args[0]
-    else:
+    """Whether pairs lie interleaved, where a node holds those of x turned by 90 degrees; None where it does not."""
+    if not isinstance(x, fx.Node) or not is_tensor(x):
         return None
-    if name_of(pair[0]) != "neg":
+    dim, half = rank(x) - 1, shape(x)[-1] // 2
+    joined, interleaved = _pair(node, torch.cat), False
+    if joined is None and is_reshape(node):
+        joined, interleaved = _pair(node.args[0], torch.stack), True
+    if joined is None or not called(joined[0], operator.neg):
         return None
-    found = [part(pair[0].args[0]), part(pair[1])]
-    fits = all(
-        p is not None and before_cast(plain(p.source)) is x and p.dim == value_of(x).dim() - 1 and p.length == half
-        for p in found
-    )
-    return interleaved if fits and tuple((p.start, p.step) for p in found) == expected else None
+    expected = [Part(x, dim, 1, half, 2), Part(x, dim, 0, half, 2)]
+    if not interleaved:
+        expected = [Part(x, dim, half, half), Part(x, dim, 0, half)]
+    found = [part(joined[0].args[0]), part(joined[1])]
+    return interleaved if [p and replace(p, source=before_cast(plain(p.source))) for p in found] == expected else None
 
 
 @dataclass(frozen=True)
@@ -200,41 +216,37 @@ class Attention:
 
 def attention(node: object) -> Attention | None:
     """Recognises `one_query.grouped_attention`, and attention written out as products around a softmax."""
-    if name_of(node) == "grouped_attention":
+    if called(node, grouped_attention):
         q, k, v, mask, scale = node.args
         return Attention(q, k, v, mask, value_of(q).shape[-1] ** -0.5 if scale is None else scale, 0.0)
-    found = operands(node, "matmul")
-    weights = before_cast(plain(found[0])) if found else None
-    if name_of(weights) != "softmax" or argument(weights, 1, "dim") != -1:
+    weights, values = operands(node, operator.matmul) or (None, None)
+    weights = before_cast(plain(weights))
+    if not called(weights, torch.softmax) or weights.args[1] != -1:
         return None
-    scores, mask = weights.args[0], None
-    if name_of(scores) == "add":
-        scores, mask = operands(scores, "add") or (None, None)
-    if isinstance(mask, fx.Node) and not value_of(mask).is_floating_point():
+    scores, mask = operands(weights.args[0], operator.add) or (weights.args[0], None)
+    if mask is not None and not (isinstance(mask, fx.Node) and value_of(mask).is_floating_point()):
         return None
     scores, softcap = _capped(scores)
-    raw, scale = next(((a, b) for a, b in either_way(scores, "mul") if isinstance(b, float)), (scores, 1.0))
-    product = operands(raw, "matmul")
-    if product is None or name_of(product[1]) != "transpose" or set(product[1].args[1:]) not in ({2, 3}, {-1, -2}):
+    raw, scale = next(((a, b) for a, b in either_way(scores, operator.mul) if isinstance(b, float)), (scores, 1.0))
+    q, keys = operands(raw, operator.matmul) or (None, None)
+    if not called(keys, torch.transpose) or set(keys.args[1:]) not in ({2, 3}, {-1, -2}):
         return None
-    return Attention(product[0], before_repeat(product[1].args[0]), before_repeat(found[1]), mask, scale, softcap)
+    return Attention(q, before_repeat(keys.args[0]), before_repeat(values), mask, scale, softcap)
 
 
 def _capped(node: object) -> tuple[object, float]:
     """Returns x and c of ``c tanh(x / c)``, the node itself and 0 where it is none."""
-    for turned, cap in either_way(node, "mul"):
-        if name_of(turned) == "tanh" and isinstance(cap, float):
-            inner = operands(turned.args[0], "truediv", "div")
-            if inner and inner[1] == cap:
-                return inner[0], cap
+    for turned, cap in either_way(node, operator.mul):
+        if called(turned, torch.tanh) and isinstance(cap, float):
+            x, divisor = operands(turned.args[0], operator.truediv) or (None, None)
+            if divisor == cap:
+                return x, cap
     return node, 0.0
 
 
 def before_repeat(node: fx.Node) -> fx.Node:
-    """Returns ``[B, H_kv, S, D]`` behind its repetition ``[B, H, S, D]``, the node itself where it is not repeated."""
-    if name_of(node) != "reshape" or name_of(node.args[0]) != "expand":
+    """Returns ``[B, H_kv, S, D]`` before its repetition ``[B, H, S, D]``, the node itself where it is not repeated."""
+    if not called(node, torch.reshape) or not called(node.args[0], Tensor.expand):
         return node
-    insert = node.args[0].args[0]
-    if name_of(insert) != "getitem" or insert.args[1] != (WHOLE, WHOLE, None, WHOLE, WHOLE):
-        return node
-    return insert.args[0]
+    cache, index = operands(node.args[0].args[0], operator.getitem) or (node, None)
+    return cache if index == (WHOLE, WHOLE, None, WHOLE, WHOLE) else node

@@ -21,15 +21,26 @@ from collections.abc import Callable
 from dataclasses import dataclass
 
 import torch
-from torch import fx
+import torch.nn.functional as F
+from torch import Tensor, fx
 
 from river_compile.kernels import ops  # noqa: F401  (registers the operators)
-from river_compile.passes.nodes import is_parameter, is_tensor, shape, value_of
+from river_compile.passes.nodes import (
+    before_views,
+    called,
+    either_way,
+    is_parameter,
+    is_tensor,
+    operands,
+    same_dtype,
+    shape,
+    value_of,
+)
 
 from .block import BlockView
 from .cache_rules import fuse_attention, fuse_kv_fill
 from .edits import Missed, call, drop_unused, only_used_for, put, reshaped, same_size, way_down
-from .match import Columns, argument, before_views, columns, either_way, is_product, name_of, operands
+from .match import Columns, columns, is_product
 from .recognise import Normed, activation, norm
 
 
@@ -82,14 +93,14 @@ def fuse_down_residual(view: BlockView) -> fx.Node:
 
 def fuse_head(view: BlockView) -> fx.Node:
     """norm + head."""
-    head = _only([n for n in view.graph.nodes if is_product(n) or name_of(n) == "linear"], "gives logits")
+    head = _only([n for n in view.graph.nodes if is_product(n) or called(n, F.linear)], "gives logits")
     found, _ = _norm_before(head)
     if is_product(head):
         return _put_linear(view.graph, head.args, found, head)
-    weight, bias = argument(head, 1, "weight"), argument(head, 2, "bias")
-    if not is_parameter(weight) or value_of(weight).dtype != value_of(head.args[0]).dtype:
+    x, weight, bias = head.args
+    if not is_parameter(weight) or not same_dtype(weight, x):
         raise Missed("its matrix is no parameter of the activations' dtype", head)
-    return _put_linear(view.graph, (head.args[0], weight, None, bias, shape(weight)[0], 0, "triton"), found, head)
+    return _put_linear(view.graph, (x, weight, None, bias, shape(weight)[0], 0, "triton"), found, head)
 
 
 def fuse_exit_score(view: BlockView) -> fx.Node:
@@ -98,7 +109,7 @@ def fuse_exit_score(view: BlockView) -> fx.Node:
     score = next(n for n in graph.nodes if n.target is torch.ops.river.exit_score.default)
     hidden, previous = score.args
     total = before_views(hidden)
-    found = operands(total, "add")
+    found = operands(total, operator.add)
     if found is None or not all(same_size(n, total) for n in found):
         raise Missed("the block does not end with the addition of two values of one shape and dtype", hidden)
     similarity = value_of(hidden).new_empty((), dtype=torch.float32)
@@ -155,7 +166,7 @@ def _activated(graph: fx.Graph, product: fx.Node) -> tuple[fx.Node, str, bool]:
     for node in graph.nodes:
         if node < product or not is_tensor(node):
             continue
-        for turned, other in either_way(node, "mul"):
+        for turned, other in either_way(node, operator.mul):
             found = activation(turned)
             gate, up = Columns(product, 0, width // 2), Columns(product, width // 2, width)
             if found and columns(found[0]) == gate and columns(other) == up:
@@ -174,13 +185,13 @@ def _fuse_residual(graph: fx.Graph, product: fx.Node) -> fx.Node:
         if between is not None and before_views(between.x) is product:
             raise Missed("a norm stands between it and the addition", node)
     last, total = way_down(product)
-    found = operands(total, "add", "add_")
+    found = operands(total, operator.add, Tensor.add_)
     if found is None or found[0] is found[1]:
-        raise Missed(f"{name_of(total) or total.op} stands between it and the addition", total)
+        raise Missed(f"{getattr(total.target, '__name__', total.op)} stands between it and the addition", total)
     residual = found[1] if found[0] is last else found[0]
     if not same_size(residual, total) or not same_size(last, total):
         raise Missed("what is added has another shape or dtype", total)
-    if name_of(total) == "add_" and found[0] is residual and len(residual.users) > 1:
+    if total.target is Tensor.add_ and found[0] is residual and len(residual.users) > 1:
         raise Missed("the addition changes a value that is used elsewhere", total)
     parts = {**product.kwargs, "residual": residual}
     return put(graph, torch.ops.river.linear.default, product.args, value_of(product), total, **parts)
