@@ -73,7 +73,7 @@ def _class_name(cls: object) -> str:
 
 def _assign_parts(graph: fx.Graph, list_path: str, num_blocks: int) -> dict[fx.Node, int] | Refusal:
     """Assigns each node to prologue (0), block (1..L) or head (L + 1); the parts run in that order."""
-    written = {m for node in graph.nodes for m in mutated_inputs(node)}
+    written = {memory_of(m) for node in graph.nodes for m in mutated_inputs(node)}
     part_of: dict[fx.Node, int] = {}
     reached = 0
     for node in graph.nodes:
@@ -89,7 +89,9 @@ def _assign_parts(graph: fx.Graph, list_path: str, num_blocks: int) -> dict[fx.N
                     node.name,
                 )
             reached = part
-        elif before == 0 and not any(a in written for a in node.all_input_nodes) and not mutated_inputs(node):
+        elif (
+            before == 0 and not any(memory_of(a) in written for a in node.all_input_nodes) and not mutated_inputs(node)
+        ):
             part = 0  # depends on the inputs alone: it may as well run first
         elif before == num_blocks or (reached == num_blocks and before):
             part = num_blocks + 1

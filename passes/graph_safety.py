@@ -1,11 +1,10 @@
-"""Tells what a captured step may take for granted, from the graph alone.
+"""Finds out from the graph alone what a step that is captured as a CUDA graph may take for granted.
 
 A captured graph replays the same kernels on the same addresses. So three things are asked of the traced graph: which
 inputs keep their address from token to token, which operations cannot be captured, and whether a block may run a second
 time for the same token (a block that was launched ahead of its exit check runs again as a twin).
 
-Not seen here: what only shows when the code runs, such as an operator that waits for the device inside. The capture
-itself finds that out.
+Not seen here: what only shows when the code runs, such as an operator that waits for the device inside.
 """
 
 from __future__ import annotations
@@ -18,7 +17,7 @@ import torch
 from torch import fx
 from torch.fx.experimental.symbolic_shapes import free_symbols, free_unbacked_symbols
 
-from .nodes import is_parameter, is_tensor, memory_of, mutated_inputs, source_of, value_of
+from .nodes import ancestors, called, closure, is_tensor, memory_of, mutated_inputs, rank, source_of, value_of
 from .program import Block, DecoderPlan, Refusal, Segment
 
 
@@ -28,9 +27,8 @@ def fixed_inputs(plan: DecoderPlan) -> frozenset[fx.Node]:
     All others may be copied into a buffer, because nobody looks at them after the step.
     """
     graph = plan.graph_module.graph
-    fixed = {n for n in graph.nodes if n.op == "placeholder" and (is_parameter(n) or _is_marked(n))}
-    fixed |= {memory_of(m) for node in graph.nodes for m in mutated_inputs(node)}
-    return frozenset(n for n in fixed if n.op == "placeholder")
+    written = {memory_of(m) for node in graph.nodes for m in mutated_inputs(node)}
+    return frozenset(n for n in graph.find_nodes(op="placeholder") if _is_marked(n) or n in written)
 
 
 def obstacle(segment: Segment, home: torch.device) -> Refusal | None:
@@ -47,7 +45,7 @@ def obstacle(segment: Segment, home: torch.device) -> Refusal | None:
         value = value_of(node)
         if isinstance(value, (torch.Tensor, torch.SymInt)) and free_unbacked_symbols(value):
             return Refusal("the size of a value depends on the data", source_of(node))
-        if node.target in (torch.Tensor.item, torch.Tensor.tolist, torch.Tensor.numpy):
+        if called(node, torch.Tensor.item, torch.Tensor.tolist, torch.Tensor.numpy):
             return Refusal("a value is read on the host", source_of(node))
         if is_tensor(node) and value.device != home:
             return Refusal(f"a value lies on {value.device}, the hidden state on {home}", source_of(node))
@@ -86,17 +84,16 @@ def host_numbers(segment: Segment) -> tuple[HostNumber, ...]:
 
 def idle_numbers(segment: Segment) -> frozenset[fx.Node]:
     """Returns the numbers among a segment's inputs that no tensor in it depends on."""
-    nodes = list(segment.graph.nodes)
-    tensors = [n for n in nodes if is_tensor(n) or (n.op not in ("placeholder", "output") and value_of(n) is None)]
-    used = {s for n in tensors if is_tensor(n) for s in free_symbols(value_of(n))}
-    feeding = {a for n in tensors for a in n.all_input_nodes}
-    stack = [n for n in feeding if isinstance(value_of(n), torch.SymInt)]
-    for node in stack:  # (grows while it is walked: numbers that numbers are made of)
-        stack.extend(a for a in node.all_input_nodes if a not in stack)
-    used |= {s for n in stack for s in free_symbols(value_of(n))}
-    return frozenset(
-        n for n in segment.inputs if isinstance(value_of(n), torch.SymInt) and not free_symbols(value_of(n)) & used
-    )
+    operations = [n for n in segment.graph.nodes if n.op not in ("placeholder", "output")]
+    tensors = [n for n in segment.graph.nodes if is_tensor(n)]
+    readers = {*tensors, *(n for n in operations if value_of(n) is None)}
+    feeding = ancestors(a for n in readers for a in n.all_input_nodes if _is_number(a))
+    used = {s for n in (*tensors, *filter(_is_number, feeding)) for s in free_symbols(value_of(n))}
+    return frozenset(n for n in segment.inputs if _is_number(n) and not free_symbols(value_of(n)) & used)
+
+
+def _is_number(node: fx.Node) -> bool:
+    return isinstance(value_of(node), torch.SymInt)
 
 
 def runs_once(plan: DecoderPlan, block: Block) -> Refusal | None:
@@ -107,23 +104,25 @@ def runs_once(plan: DecoderPlan, block: Block) -> Refusal | None:
     only after it was written. With the counters taken back, a second run computes the same positions, so its entries
     cover those of the first before anything reads them.
     """
-    nodes = [n for n, part in plan.part_of.items() if part == block.index + 1]
-    inside = set(nodes)
+    nodes = {n: i for i, n in enumerate(n for n, part in plan.part_of.items() if part == block.index + 1)}
     counters: set[fx.Node] = set()
     for node in nodes:
         for written in mutated_inputs(node):
             if _is_counter_step(node, written) and written not in counters:
                 counters.add(written)
-            elif memory_of(written) not in inside and not _writes_slot(node):
+            elif memory_of(written) not in nodes and not _writes_slot(node):
                 return Refusal("it changes a value otherwise than by writing to a slot or counting", source_of(node))
-    for node in nodes:
-        if _writes_slot(node):
-            early = next((n for n in nodes if _reads_before(n, node, nodes)), None)
-            if early is not None:
-                return Refusal("it reads the KV cache before it writes to it", source_of(early))
-            bad = _depends_on_more(node.args[2], inside, counters)
-            if bad is not None:
-                return Refusal("the slot that it writes to depends on more than counters and inputs", source_of(bad))
+    for write, place in nodes.items():
+        if not _writes_slot(write):
+            continue
+        cache, _, position, _ = write.args
+        early = next((user for user in cache.users if nodes.get(user, place) < place), None)
+        if early is not None:
+            return Refusal("it reads the KV cache before it writes to it", source_of(early))
+        sources = closure([position], lambda n: n.all_input_nodes if n in nodes else ())
+        bad = min((n for n in sources if n not in nodes and n not in counters and _may_change(n)), default=None)
+        if bad is not None:
+            return Refusal("the slot that it writes to depends on more than counters and inputs", source_of(bad))
     return None
 
 
@@ -132,39 +131,16 @@ def _is_marked(node: fx.Node) -> bool:
 
 
 def _writes_slot(node: fx.Node) -> bool:
-    return node.target is torch.Tensor.index_copy_ and node.args[0].op == "placeholder"
+    return called(node, torch.Tensor.index_copy_) and node.args[0].op == "placeholder"
 
 
 def _is_counter_step(node: fx.Node, written: fx.Node) -> bool:
-    return (
-        node.target is torch.Tensor.add_
-        and written.op == "placeholder"
-        and is_tensor(written)
-        and value_of(written).dim() == 0
-        and len(node.args) == 2
-        and node.args[1] == 1
-        and isinstance(node.args[1], int)
-        and not node.kwargs
-    )
+    by_one = called(node, torch.Tensor.add_) and node.args[1:] == (1,) and isinstance(node.args[1], int)
+    return by_one and not node.kwargs and written.op == "placeholder" and rank(written) == 0
 
 
-def _reads_before(node: fx.Node, write: fx.Node, nodes: list[fx.Node]) -> bool:
-    """True where a node reads the tensor that `write` fills, and stands before it (another write to it does too)."""
-    return write.args[0] in node.all_input_nodes and nodes.index(node) < nodes.index(write)
-
-
-def _depends_on_more(position: fx.Node, inside: set[fx.Node], counters: set[fx.Node]) -> fx.Node | None:
-    """Returns a node that a slot position is computed from and that another run might find changed."""
-    stack, seen = [position], set()
-    while stack:
-        node = stack.pop()
-        if node in seen or not isinstance(node, fx.Node):
-            continue
-        seen.add(node)
-        if node in inside:
-            stack.extend(node.all_input_nodes)
-        elif node not in counters and node.op == "placeholder" and is_tensor(node) and value_of(node).dim() == 4:
-            return node  # a KV tensor
-        elif node.op != "placeholder" and is_tensor(node) and value_of(node).is_floating_point():
-            return node  # a hidden state
-    return None
+def _may_change(node: fx.Node) -> bool:
+    """True for a value from outside of a block that another run might find changed: a KV tensor, a hidden state."""
+    if node.op == "placeholder":
+        return rank(node) == 4
+    return is_tensor(node) and value_of(node).is_floating_point()

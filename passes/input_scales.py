@@ -17,13 +17,10 @@ import operator
 from collections.abc import Collection
 from dataclasses import dataclass
 
-import torch
-from torch import fx
+import torch.nn.functional as F
+from torch import Tensor, fx
 
-from .nodes import is_parameter, is_tensor, value_of
-
-_NORMS = (torch.nn.functional.layer_norm, torch.nn.functional.rms_norm)
-_SAME_VALUES = (torch.Tensor.view, torch.reshape, torch.Tensor.contiguous, torch.Tensor.to)
+from .nodes import called, is_parameter, is_reshape, is_tensor, shape
 
 
 @dataclass(frozen=True)
@@ -50,17 +47,16 @@ def find_input_scale(x: fx.Node, readers: Collection[fx.Node], features: int) ->
     if set(x.users) != set(readers):
         return None
     node = x
-    while node.target in _SAME_VALUES:
+    while is_reshape(node) or called(node, Tensor.to, Tensor.contiguous):
         node = node.args[0]
-        if len(node.users) != 1 or value_of(node).shape[-1] != features:
+        if len(node.users) != 1 or shape(node)[-1] != features:
             return None
-    if node.target in _NORMS:
-        parameters = tuple(p for p in node.args[2:4] if isinstance(p, fx.Node) and is_tensor(p))
-        foldable = parameters and all(_is_norm_parameter(p, features) for p in parameters)
+    if called(node, F.layer_norm, F.rms_norm):
+        parameters = tuple(n for n in node.args[2:4] if isinstance(n, fx.Node))
+        foldable = parameters and all(_is_norm_parameter(n, features) for n in parameters)
         return InputScale(node, parameters) if foldable else None
-    if node.target is operator.mul:
-        factors = [n for n in node.args if isinstance(n, fx.Node) and _is_norm_parameter(n, features)]
-        return InputScale(node, tuple(factors[:1])) if is_tensor(node) else None
+    if called(node, operator.mul) and is_tensor(node):
+        return InputScale(node, tuple(n for n in node.args if _is_norm_parameter(n, features))[:1])
     return None
 
 
@@ -78,5 +74,5 @@ def scale_inputs(graph: fx.Graph, x: fx.Node, scale: InputScale, placeholders: t
     return x
 
 
-def _is_norm_parameter(node: fx.Node, features: int) -> bool:
-    return is_parameter(node) and value_of(node).dim() == 1 and value_of(node).shape[0] == features
+def _is_norm_parameter(node: object, features: int) -> bool:
+    return isinstance(node, fx.Node) and is_parameter(node) and shape(node) == (features,)

@@ -9,6 +9,7 @@ Not handled: graphs as Dynamo hands them over, in which one operation has many s
 from __future__ import annotations
 
 import functools
+import inspect
 import operator
 import re
 from collections.abc import Callable, Iterable, Iterator
@@ -20,6 +21,10 @@ from torch import Tensor, fx
 
 _FRAME = re.compile(r'File "(?P<file>[^"]+)", line (?P<line>\d+)')
 _RESHAPES = (torch.reshape, Tensor.view, torch.flatten, torch.unsqueeze, torch.squeeze)
+# Functions that can work in place. In the normal form the last argument says whether they do.
+WITH_INPLACE = tuple(
+    f for f in vars(F).values() if inspect.isfunction(f) and "inplace" in inspect.signature(f).parameters
+)
 _IN_PLACE_OPERATORS = (
     *(operator.iadd, operator.isub, operator.imul, operator.imatmul, operator.itruediv, operator.ifloordiv),
     *(operator.imod, operator.ipow, operator.iand, operator.ior, operator.ixor, operator.ilshift, operator.irshift),
@@ -53,7 +58,7 @@ def mutated_inputs(node: fx.Node) -> list[fx.Node]:
     """Returns the arguments that a node writes in place.
 
     That are those which an operator's schema says, the first one of a function with a trailing underscore, of
-    ``x[...] = y``, of ``x += y`` for tensors and of ``inplace=True``, and what ``out=`` names.
+    ``x[...] = y``, of ``x += y`` for tensors and of a function of `WITH_INPLACE`, and what ``out=`` names.
     """
     if node.op not in ("call_function", "call_method"):
         return []
@@ -71,7 +76,7 @@ def _writes_first(node: fx.Node) -> bool:
     if node.target in _IN_PLACE_OPERATORS:  # (numbers are replaced, not written)
         return isinstance(node.args[0], fx.Node) and not isinstance(value_of(node.args[0]), (int, float, torch.SymInt))
     trailing = name.endswith("_") and not name.endswith("__")
-    return trailing or node.target is operator.setitem or node.kwargs.get("inplace") is True
+    return trailing or node.target is operator.setitem or (node.target in WITH_INPLACE and node.args[-1] is True)
 
 
 def _is_node(value: object) -> bool:

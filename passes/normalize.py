@@ -7,7 +7,7 @@ spelling in the traced graph                      normal form
 ``x.view(2, -1)``, ``x.expand(2, 3)``             ``torch.Tensor.view(x, (2, -1))``: sizes as one tuple
 ``x.float()``, ``x.type_as(y)``                   ``torch.Tensor.to(x, torch.float32)``, ``torch.Tensor.to(x, y)``
 ``weight.T`` of a matrix                          ``torch.t(weight)``
-``inplace=False``                                 left out; ``inplace=True`` is always a keyword
+``F.relu(x)``, ``torch.relu(x)``                  ``F.relu(x, False)``: whether in place, for all functions that can be
 any other method                                  the function ``torch.Tensor.method``
 
 `_TABLE` says which functions these are. Each pair of spellings reaches the same operator with the same values, so the
@@ -19,7 +19,6 @@ Not handled: methods of other objects than tensors, which stay as they are.
 
 from __future__ import annotations
 
-import functools
 import inspect
 import operator
 from collections.abc import Callable, Mapping
@@ -28,7 +27,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, fx
 
-from .nodes import is_tensor, rank, value_of
+from .nodes import WITH_INPLACE, is_tensor, rank, value_of
 
 Arguments = tuple[tuple, Mapping[str, object]]
 Form = Callable[[tuple, Mapping[str, object]], Arguments | None]
@@ -49,11 +48,10 @@ def _normalize(node: fx.Node) -> None:
     if function is None:
         return
     args = node.args[:1] if function is Tensor.t else node.args  # (without the name of an attribute)
-    args, kwargs = _inplace_as_keyword(function, args, node.kwargs)
     normal, form = _NORMAL.get(function, (function, None))
-    found = None if form is None else form(args, kwargs)
+    found = None if form is None else form(args, node.kwargs)
     if found is None or not _is_tensor_or_list(found[0][0]):  # (numbers have operators, but not these functions)
-        normal, found = function, (args, kwargs)
+        normal, found = function, (args, node.kwargs)
     node.op, node.target = "call_function", normal
     node.args, node.kwargs = found
 
@@ -71,25 +69,6 @@ def _function(node: fx.Node) -> Callable | None:
 
 def _is_tensor_or_list(value: object) -> bool:
     return isinstance(value, (tuple, list)) or (isinstance(value, fx.Node) and is_tensor(value))
-
-
-def _inplace_as_keyword(function: Callable, args: tuple, kwargs: Mapping[str, object]) -> Arguments:
-    """Leaves ``inplace=False`` out and makes ``inplace=True`` a keyword."""
-    place = _place_of_inplace(function)
-    if place is None:
-        return args, kwargs
-    others = {name: value for name, value in kwargs.items() if name != "inplace"}
-    inplace = args[place] if len(args) > place else kwargs.get("inplace", False)
-    return args[:place], {**others, "inplace": True} if inplace else others
-
-
-@functools.cache
-def _place_of_inplace(function: Callable) -> int | None:
-    """Returns at which place a function of `torch.nn.functional` takes ``inplace`` (always its last), None: nowhere."""
-    if not inspect.isfunction(function) or function.__module__ != F.__name__:
-        return None
-    names = list(inspect.signature(function).parameters)
-    return names.index("inplace") if "inplace" in names else None
 
 
 def _like(example: Callable) -> Form:
@@ -124,20 +103,13 @@ def _to(args: tuple, kwargs: Mapping[str, object]) -> Arguments | None:
     return ((*args, *named), {}) if fits else None
 
 
-def _to_dtype(dtype: torch.dtype) -> Form:
-    return lambda args, kwargs: ((*args, dtype), {}) if len(args) == 1 and not kwargs else None
+def _with(value: object) -> Form:
+    """Adds an argument to a call that has one."""
+    return lambda args, kwargs: ((*args, value), {}) if len(args) == 1 and not kwargs else None
 
 
-def _type(args: tuple, kwargs: Mapping[str, object]) -> Arguments | None:
-    return (args, {}) if len(args) == 2 and isinstance(args[1], torch.dtype) and not kwargs else None
-
-
-def _square(args: tuple, kwargs: Mapping[str, object]) -> Arguments | None:
-    return ((*args, 2), {}) if len(args) == 1 and not kwargs else None
-
-
-def _any(args: tuple, kwargs: Mapping[str, object]) -> Arguments | None:
-    return (args, kwargs) if args else None
+def _attention(query, key, value, attn_mask=None, dropout_p=0.0, is_causal=False, *, scale=None, enable_gqa=False):
+    """Stands for the signature of ``scaled_dot_product_attention``, which torch does not tell."""
 
 
 _unary = _like(lambda input: input)
@@ -151,7 +123,7 @@ _TABLE: tuple[tuple, ...] = (
     (operator.truediv, _binary, torch.div, torch.true_divide, Tensor.div, Tensor.true_divide),
     (operator.matmul, _binary, torch.matmul, Tensor.matmul),
     (operator.pow, _binary, torch.pow, Tensor.pow),
-    (operator.pow, _square, torch.square, Tensor.square),
+    (operator.pow, _with(2), torch.square, Tensor.square),
     (operator.neg, _unary, torch.neg, torch.negative, Tensor.neg, Tensor.negative),
     (Tensor.add_, _binary, operator.iadd),
     (Tensor.sub_, _binary, operator.isub),
@@ -160,21 +132,15 @@ _TABLE: tuple[tuple, ...] = (
     (Tensor.index_copy_, _like(lambda input, dim, index, source: input)),
     (torch.rsqrt, _unary, Tensor.rsqrt),
     (torch.tanh, _unary, Tensor.tanh),
-    (F.silu, _unary),
-    (F.relu, _unary, torch.relu, Tensor.relu),
+    *((function, _like(function)) for function in WITH_INPLACE),
+    (F.relu, _like(F.relu), torch.relu, Tensor.relu),
     (F.gelu, _like(lambda input, *, approximate="none": input)),
-    (F.dropout, _like(lambda input, p=0.5, training=True: input)),
     (F.linear, _like(lambda input, weight, bias=None: input)),
     (torch.addmm, _like(lambda input, mat1, mat2: input), Tensor.addmm),
     (F.layer_norm, _like(lambda input, normalized_shape, weight=None, bias=None, eps=1e-5: input)),
     (F.rms_norm, _like(lambda input, normalized_shape, weight=None, eps=None: input), torch.rms_norm),
     (torch.softmax, _like(lambda input, dim, *, dtype=None: input), F.softmax, Tensor.softmax),
-    (
-        F.scaled_dot_product_attention,
-        _like(
-            lambda query, key, value, attn_mask=None, dropout_p=0.0, is_causal=False, *, scale=None, enable_gqa=False: 0
-        ),
-    ),
+    (F.scaled_dot_product_attention, _like(_attention)),
     (torch.mean, _like(lambda input, dim, keepdim=False, *, dtype=None: input), Tensor.mean),
     (torch.cat, _like(lambda tensors, dim=0: tensors), torch.concat, torch.concatenate),
     (torch.stack, _like(lambda tensors, dim=0: tensors)),
@@ -189,15 +155,14 @@ _TABLE: tuple[tuple, ...] = (
     (torch.t, _unary, Tensor.t),
     (torch.flatten, _like(lambda input, start_dim=0, end_dim=-1: input), Tensor.flatten),
     (torch.unsqueeze, _like(lambda input, dim: input), Tensor.unsqueeze),
-    (torch.squeeze, _any, Tensor.squeeze),
+    (torch.squeeze, _like(lambda input, *dim: input), Tensor.squeeze),
     (torch.narrow, _like(lambda input, dim, start, length: input), Tensor.narrow),
     (torch.select, _like(lambda input, dim, index: input), Tensor.select),
     (Tensor.to, _to),
     (Tensor.to, _binary, Tensor.type_as),
-    (Tensor.to, _type, Tensor.type),
-    (Tensor.to, _to_dtype(torch.float32), Tensor.float),
-    (Tensor.to, _to_dtype(torch.float16), Tensor.half),
-    (Tensor.to, _to_dtype(torch.bfloat16), Tensor.bfloat16),
+    (Tensor.to, _with(torch.float32), Tensor.float),
+    (Tensor.to, _with(torch.float16), Tensor.half),
+    (Tensor.to, _with(torch.bfloat16), Tensor.bfloat16),
 )
 
 

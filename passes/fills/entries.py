@@ -20,7 +20,17 @@ from dataclasses import replace
 import torch
 from torch import fx
 
-from river_compile.passes.nodes import closure, is_parameter, is_tensor, memory_of, mutated_inputs, rank, value_of
+from river_compile.passes.nodes import (
+    as_sdpa,
+    called,
+    closure,
+    is_parameter,
+    is_tensor,
+    memory_of,
+    mutated_inputs,
+    rank,
+    value_of,
+)
 from river_compile.passes.pipeline import Pass
 from river_compile.passes.program import Block, FillRefusal, RiverProgram, Segment
 
@@ -69,7 +79,8 @@ def empty_entries(segment: Segment, block: Block) -> Segment | FillRefusal:
     segment = only_entries(segment, block)
     graph = segment.graph
     hidden = segment.node_of(block.hidden_in)
-    cached = _downstream(n for n in graph.nodes if n.op == "placeholder" and rank(n) == 4 and not is_parameter(n))
+    placeholders = graph.find_nodes(op="placeholder")
+    cached = _downstream(n for n in placeholders if rank(n) == 4 and not is_parameter(n))
     new = _downstream([hidden]) - cached
     for node in [n for n in graph.nodes if n in cached]:
         for entry in [a for a in node.all_input_nodes if a in new]:
@@ -104,8 +115,7 @@ def with_presence(segment: Segment, name: str) -> tuple[Segment, fx.Node] | Fill
     attention = [node for node in graph.nodes if _keys_axis(node) is not None]
     if not attention:
         return FillRefusal("no attention whose mask could hide missing entries", segment.name)
-    last = [n for n in graph.nodes if n.op == "placeholder"][-1]
-    with graph.inserting_after(last):
+    with graph.inserting_after(graph.find_nodes(op="placeholder")[-1]):
         placeholder = graph.placeholder(name)
     length = _keys_axis(attention[0])
     with value_of(segment.inputs[0]).fake_mode:
@@ -119,28 +129,25 @@ def with_presence(segment: Segment, name: str) -> tuple[Segment, fx.Node] | Fill
 
 def _keys_axis(node: fx.Node) -> int | torch.SymInt | None:
     """Returns how many keys an attention's mask or softmax ranges over, None for other nodes."""
-    if node.target is torch.nn.functional.scaled_dot_product_attention:
-        return value_of(node.args[1]).shape[2]
-    return value_of(node).shape[-1] if node.target is torch.softmax and rank(node) == 4 else None
+    attention = as_sdpa(node)
+    if attention is not None:
+        return value_of(attention.k).shape[2]
+    return value_of(node).shape[-1] if called(node, torch.softmax) and rank(node) == 4 else None
 
 
 def _hide_missing(graph: fx.Graph, node: fx.Node, present: fx.Node) -> None:
-    if node.target is not torch.nn.functional.scaled_dot_product_attention:
-        with graph.inserting_before(node):  # scores [B, H, T, S]
-            missing = graph.call_function(torch.logical_not, (present,))
-            hidden = graph.call_function(torch.masked_fill, (node.args[0], missing, -torch.inf))
-        node.args = (hidden, *node.args[1:])
-        return
-    q, k, v, mask, *rest = node.args
+    """Adds `present` to an attention's mask, or puts -inf into the scores ``[B, H, T, S]`` that a softmax reads."""
+    place = 0 if called(node, torch.softmax) else 3
+    scores = node.args[place]
     with graph.inserting_before(node):
-        if mask is None:
+        if scores is None:
             new = graph.call_function(torch.Tensor.expand, (present, (1, 1, 1, -1)))
-        elif value_of(mask).dtype == torch.bool:
-            new = graph.call_function(torch.logical_and, (mask, present))
+        elif value_of(scores).dtype == torch.bool:
+            new = graph.call_function(torch.logical_and, (scores, present))
         else:
             missing = graph.call_function(torch.logical_not, (present,))
-            new = graph.call_function(torch.masked_fill, (mask, missing, -torch.inf))
-    node.args = (q, k, v, new, *rest)
+            new = graph.call_function(torch.masked_fill, (scores, missing, -torch.inf))
+    node.update_arg(place, new)
 
 
 def _without_dead_code(segment: Segment) -> Segment:

@@ -28,7 +28,7 @@ from torch._dynamo.source import ConstantSource
 from torch._subclasses.fake_tensor import FakeTensorMode
 from torch.fx.experimental.symbolic_shapes import DimDynamic, ShapeEnv, StatelessSymbolicContext
 
-from river_compile.passes.nodes import ancestors, is_parameter, is_tensor, mutated_inputs, value_of
+from river_compile.passes.nodes import ancestors, called, is_parameter, is_tensor, mutated_inputs, value_of
 from river_compile.passes.pipeline import Pass
 from river_compile.passes.program import Block, FillRefusal, RiverProgram, Segment
 from river_compile.passes.segments import graph_lines
@@ -116,36 +116,23 @@ def over_tokens(segment: Segment, block: Block, scored: bool) -> Segment | FillR
     refusal = _obstacle(segment, block, nodes)
     if refusal:
         return refusal
-    source_of = segment.origins
-    writes = [n for n in nodes if n.target is Tensor.index_copy_]
-    advances = [n for n in nodes for m in mutated_inputs(n) if source_of.get(m) in block.kv.lengths]
-    front = ancestors([a for write in writes for a in write.args[2:4]])
-    behind = [n for n in nodes if n not in front and n not in writes and n not in advances]
-    behind = [n for n in behind if n.op not in ("placeholder", "output")]
-    crossing = [n for n in nodes if n in front and n.op != "placeholder" and any(user in behind for user in n.users)]
-    shared = {n for n in source_of if not _is_mapped(source_of[n], block)}
+    builder = _Builder(segment, block)
+    operations = [n for n in nodes if n.op not in ("placeholder", "output")]
+    writes = [n for n in operations if called(n, Tensor.index_copy_)]
+    advances = [n for n in operations if not builder.counters.isdisjoint(mutated_inputs(n))]
+    slots = [a for write in writes for a in write.args[2:4]]  # of each write the position and the entry
+    before = ancestors(slots)
+    after = [n for n in operations if n not in before and n not in writes and n not in advances]
+    crossing = [n for n in operations if n in before and not set(after).isdisjoint(n.users)]
+    result = segment.graph.output_node().args[0][0]
 
-    graph = fx.Graph(owning_module=segment.graph.owning_module)
-    new = {n: graph.placeholder(n.name) for n in source_of}
-    _set_examples(new, shared, block, source_of)
-    hidden = next(new[n] for n in source_of if source_of[n] is block.hidden_in)
-    here = dict(new)
-    for n in source_of:
-        if source_of[n] in block.kv.lengths:
-            here[n] = graph.call_function(token_counts, (new[n], hidden))
-    results = dict.fromkeys([a for write in writes for a in write.args[2:4]] + crossing)
-    front_nodes = [n for n in nodes if n in front and n.op != "placeholder"]
-    _map(graph, segment, front_nodes, list(results), here, shared)
+    builder.map([n for n in operations if n in before], list(dict.fromkeys([*slots, *crossing])))
     for write in writes:
-        cache, axis, position, entry = write.args
-        graph.call_function(write_entries, (new[cache], axis, here[position], here[entry]))
-        here[write] = new[cache]
-        shared.add(write)
+        builder.write(write)
     for node in advances:
-        graph.call_function(Tensor.add_, (new[node.args[0]], *node.args[1:]))
-    (result,) = nodes[-1].args[0]
-    _map(graph, segment, behind, [result], here, shared)
-    graph.output(tuple([here[result], *_score(graph, here[result], hidden)] if scored else [here[result]]))
+        builder.advance(node)
+    builder.map(after, [result])
+    graph = builder.finish(result, scored)
     return replace(segment, kind="catch_up", graph=graph, has_score=scored, own_examples=True)
 
 
@@ -159,7 +146,7 @@ def _is_mapped(value: fx.Node, block: Block) -> bool:
 
 
 def _obstacle(segment: Segment, block: Block, nodes: list[fx.Node]) -> FillRefusal | None:
-    if block.kv.capacity is None or any(write.target is not Tensor.index_copy_ for write in block.kv.writes):
+    if block.kv.capacity is None or any(not called(write, Tensor.index_copy_) for write in block.kv.writes):
         return FillRefusal(
             'its KV cache is not a static one that is filled from the front (cache_implementation="static" gives one)',
             block.path,
@@ -178,39 +165,70 @@ def _obstacle(segment: Segment, block: Block, nodes: list[fx.Node]) -> FillRefus
     return None
 
 
-def _map(
-    graph: fx.Graph,
-    segment: Segment,
-    nodes: list[fx.Node],
-    results: list[fx.Node],
-    here: dict[fx.Node, fx.Node],
-    shared: set[fx.Node],
-) -> None:
-    """Adds nodes of a block's graph as one call over all tokens, and notes its results in `here`."""
-    inner = fx.Graph()
-    inside = set(nodes)
-    inputs = list(dict.fromkeys(a for n in nodes for a in n.all_input_nodes if a not in inside))
-    copy = {n: inner.placeholder(f"input_{i}") for i, n in enumerate(inputs)}
-    for node in nodes:
-        copy[node] = inner.node_copy(node, lambda n: copy[n])
-        if node.target is torch.cat:
-            copy[node].target = joined
-    inner.output(tuple(copy[n] for n in results))
-    module = fx.GraphModule(segment.graph.owning_module, inner, class_name="OverTokens")
-    call = OverTokens(module, [n not in shared for n in inputs])
-    outputs = graph.call_function(call, tuple(here[n] for n in inputs))
-    for i, node in enumerate(results):
-        here[node] = graph.call_function(operator.getitem, (outputs, i))
+class _Builder:
+    """Builds the graph over tokens out of the nodes of a block's graph.
+
+    Attributes:
+        inputs: for each placeholder of the block's graph the one of the new graph.
+        here: for each node of the block's graph what stands for it in the new graph.
+        shared: those among them that are the same for all tokens.
+        counters: the placeholders that count filled slots.
+    """
+
+    def __init__(self, segment: Segment, block: Block) -> None:
+        self._root = segment.graph.owning_module
+        self._graph = fx.Graph(owning_module=self._root)
+        source_of = segment.origins
+        self.inputs = {n: self._graph.placeholder(n.name) for n in source_of}
+        self.here = dict(self.inputs)
+        self.shared = {n for n, source in source_of.items() if not _is_mapped(source, block)}
+        self._hidden = next(self.inputs[n] for n, source in source_of.items() if source is block.hidden_in)
+        self.counters = {n for n, source in source_of.items() if source in block.kv.lengths}
+        for node in self.counters:
+            self.here[node] = self._graph.call_function(token_counts, (self.inputs[node], self._hidden))
+        _set_examples(self.inputs, self.shared | self.counters)
+
+    def map(self, nodes: list[fx.Node], results: list[fx.Node]) -> None:
+        """Adds nodes as one call over all tokens that returns these results."""
+        inner = fx.Graph()
+        inside = set(nodes)
+        inputs = list(dict.fromkeys(a for n in nodes for a in n.all_input_nodes if a not in inside))
+        copy = {n: inner.placeholder(f"input_{i}") for i, n in enumerate(inputs)}
+        for node in nodes:
+            copy[node] = inner.node_copy(node, lambda n: copy[n])
+            if called(node, torch.cat):
+                copy[node].target = joined
+        inner.output(tuple(copy[n] for n in results))
+        module = fx.GraphModule(self._root, inner, class_name="OverTokens")
+        function = OverTokens(module, [n not in self.shared for n in inputs])
+        outputs = self._graph.call_function(function, tuple(self.here[n] for n in inputs))
+        for i, node in enumerate(results):
+            self.here[node] = self._graph.call_function(operator.getitem, (outputs, i))
+
+    def write(self, node: fx.Node) -> None:
+        """Adds one write of all tokens' entries."""
+        cache, axis, position, entry = node.args
+        arguments = (self.inputs[cache], axis, self.here[position], self.here[entry])
+        self._graph.call_function(write_entries, arguments)
+        self.here[node] = self.inputs[cache]
+        self.shared.add(node)
+
+    def advance(self, node: fx.Node) -> None:
+        """Adds a counter's step, which is one step for all tokens together."""
+        counter, *step = node.args
+        self._graph.call_function(Tensor.add_, (self.inputs[counter], *step))
+
+    def finish(self, result: fx.Node, scored: bool) -> fx.Graph:
+        """Returns the graph, with the newest token's exit score after the result on request."""
+        outputs = [self.here[result]]
+        if scored:
+            newest = [self._graph.call_function(torch.select, (n, 0, -1)) for n in (self.here[result], self._hidden)]
+            outputs.append(self._graph.call_function(torch.ops.river.exit_score.default, tuple(newest)))
+        self._graph.output(tuple(outputs))
+        return self._graph
 
 
-def _score(graph: fx.Graph, hidden: fx.Node, before: fx.Node) -> list[fx.Node]:
-    newest = [graph.call_function(torch.select, (value, 0, -1)) for value in (hidden, before)]
-    return [graph.call_function(torch.ops.river.exit_score.default, tuple(newest))]
-
-
-def _set_examples(
-    new: dict[fx.Node, fx.Node], shared: set[fx.Node], block: Block, source_of: dict[fx.Node, fx.Node]
-) -> None:
+def _set_examples(new: dict[fx.Node, fx.Node], fixed: set[fx.Node]) -> None:
     """Gives the new placeholders example values in a mode of their own, where the number of tokens is a symbol.
 
     Their own, because Dynamo could not tell where a symbol of its own comes from that no input of its graph has.
@@ -222,7 +240,7 @@ def _set_examples(
         for node, placeholder in new.items():
             value = value_of(node)
             options = {"dtype": value.dtype, "device": value.device}
-            if node in shared or source_of[node] in block.kv.lengths:
+            if node in fixed:
                 example = torch.empty_strided(value.shape, value.stride(), **options)
             else:
                 example = torch.empty((tokens, *value.shape), **options)

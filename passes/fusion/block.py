@@ -1,19 +1,19 @@
 """What a fusion rule sees of a segment: its matrix products by role, its cache entries, its attention.
 
 Roles follow from the flow of values alone: the products that feed the KV cache, those that read attention's result,
-those that come before an activation, and those behind it.
+those that come before an activation, and those after it.
 """
 
 from __future__ import annotations
 
 import operator
 from collections.abc import Iterable
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 
 import torch
 from torch import fx
 
-from river_compile.passes.nodes import called, is_tensor, rank, shape, value_of
+from river_compile.passes.nodes import called, closure, is_tensor, rank, shape, value_of
 
 from .match import is_product
 from .recognise import Attention, attention
@@ -37,41 +37,19 @@ class CacheEntry:
     moved: fx.Node | None = None
 
 
-@dataclass
 class BlockView:
-    """One segment under the rules; :meth:`look` must be called again after a rule has changed the graph.
+    """One segment under the rules.
 
     Attributes:
         graph: the segment's graph.
-        origin: the node of the traced graph behind each placeholder.
         entries: what enters the static cache, keys and values in the order of their writes.
         grown: the concatenations that make a dynamic cache longer.
     """
 
-    graph: fx.Graph
-    origin: dict[fx.Node, fx.Node]
-    entries: tuple[CacheEntry, ...] = ()
-    grown: tuple[fx.Node, ...] = ()
-    _reads: dict[fx.Node, set[fx.Node]] = field(default_factory=dict)
-
-    def __post_init__(self) -> None:
-        nodes = list(self.graph.nodes)
-        self.entries = tuple(entry for entry in map(_entry, nodes) if entry is not None)
-        self.grown = tuple(node for node in nodes if _grows_a_cache(node))
-        self.look()
-
-    def look(self) -> None:
-        """Finds out again which products each value depends on directly."""
-        self._reads = {}
-        for node in self.graph.nodes:
-            found: set[fx.Node] = set()
-            for source in node.all_input_nodes:
-                found |= {source} if is_product(source) or _is_start(source) else self._reads[source]
-            self._reads[node] = found
-
-    def sources(self, node: fx.Node) -> set[fx.Node]:
-        """Returns the nearest products, the placeholders and the new tensors that a value is computed from."""
-        return {node} if is_product(node) else self._reads[node]
+    def __init__(self, graph: fx.Graph) -> None:
+        self.graph = graph
+        self.entries = tuple(entry for entry in map(_entry, graph.nodes) if entry is not None)
+        self.grown = tuple(node for node in graph.nodes if _grows_a_cache(node))
 
     def products(self) -> list[fx.Node]:
         return [node for node in self.graph.nodes if is_product(node)]
@@ -79,21 +57,23 @@ class BlockView:
     def into_cache(self) -> list[fx.Node]:
         """Returns the products that keys and values come from."""
         values = [entry.value for entry in self.entries] or [node.args[0][1] for node in self.grown]
-        return _products(set().union(*map(self.sources, values))) if values else []
+        return list(filter(is_product, sources(values)))
 
-    def behind_attention(self) -> list[fx.Node]:
+    def after_attention(self) -> list[fx.Node]:
         """Returns the products that read what attention gives."""
         caches = {entry.cache for entry in self.entries} | {node.args[0][0] for node in self.grown}
-        return [p for p in self._others() if self._reads[p] & caches]
+        return [p for p in self._others() if sources([p.args[0]]) & caches]
 
     def into_mlp(self) -> list[fx.Node]:
         """Returns the products that read the residual stream and do not feed the cache."""
-        attended = set(self.behind_attention())
-        return [p for p in self._others() if p not in attended and set(_products(self._reads[p])) <= attended]
+        attended = set(self.after_attention())
+        return [
+            p for p in self._others() if p not in attended and set(filter(is_product, sources([p.args[0]]))) <= attended
+        ]
 
     def out_of_mlp(self) -> list[fx.Node]:
         """Returns the products that read another one's activations."""
-        known = {*self.behind_attention(), *self.into_mlp()}
+        known = {*self.after_attention(), *self.into_mlp()}
         return [p for p in self._others() if p not in known]
 
     def attention(self) -> tuple[fx.Node, Attention] | None:
@@ -108,17 +88,15 @@ class BlockView:
     def entry_of(self, cache: fx.Node) -> CacheEntry | None:
         return next((entry for entry in self.entries if entry.cache is cache), None)
 
-    def origin_of(self, node: fx.Node) -> fx.Node:
-        """Returns the traced graph's node behind a value of the segment's own graph, the node itself inside of it."""
-        return self.origin.get(node, node)
-
     def _others(self) -> list[fx.Node]:
         first = set(self.into_cache())
         return [p for p in self.products() if p not in first]
 
 
-def _products(nodes: Iterable[fx.Node]) -> list[fx.Node]:
-    return [node for node in nodes if is_product(node)]
+def sources(nodes: Iterable[fx.Node]) -> set[fx.Node]:
+    """Returns the nearest products, the placeholders and the new tensors that values are computed from."""
+    reached = closure(nodes, lambda n: () if is_product(n) or _is_start(n) else n.all_input_nodes)
+    return {n for n in reached if is_product(n) or _is_start(n)}
 
 
 def _entry(node: fx.Node) -> CacheEntry | None:

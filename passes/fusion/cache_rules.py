@@ -12,7 +12,7 @@ from dataclasses import dataclass, replace
 import torch
 from torch import fx
 
-from river_compile.passes.nodes import before_cast, before_views, is_tensor, mutated_inputs, shape, value_of
+from river_compile.passes.nodes import before_cast, before_views, closure, is_tensor, mutated_inputs, shape, value_of
 
 from .block import BlockView, CacheEntry
 from .edits import Missed, call, drop_unused, put, reshaped
@@ -106,12 +106,13 @@ def _query(node: fx.Node, k: _Heads) -> _Heads:
 
 def _check_heads(q: _Heads, k: _Heads, v: _Heads, cache: fx.Node) -> None:
     _, kv_heads, _, dim = shape(cache)
-    width = k.columns.stop - k.columns.start
-    ranges = [(h.columns.start, h.columns.stop) for h in (q, k, v)]
-    if v.columns.product is not k.columns.product or ranges[0][1] != ranges[1][0] or ranges[1][1] != ranges[2][0]:
-        raise Missed("q, k and v are not columns side by side of one product", k.columns.product)
-    if width != kv_heads * dim or ranges[2][1] - ranges[2][0] != width or (ranges[0][1] - ranges[0][0]) % width:
-        raise Missed(f"the heads do not fit the cache {shape(cache)}", k.columns.product)
+    product, width = k.columns.product, kv_heads * dim
+    expected = (q.columns.start, *(q.columns.stop + n for n in (0, 0, width, width, 2 * width)))
+    found = tuple(n for heads in (q, k, v) for n in (heads.columns.start, heads.columns.stop))
+    if v.columns.product is not product or found != expected or (found[1] - found[0]) % width:
+        raise Missed(
+            f"q, k and v are not columns side by side of one product, heads of a cache {shape(cache)}", product
+        )
     if value_of(cache).dtype != value_of(k.columns.product).dtype:
         raise Missed(f"the cache holds {value_of(cache).dtype}, the product {value_of(k.columns.product).dtype}", cache)
     rotations = [h.rotation and (h.rotation.cos, h.rotation.sin, h.rotation.interleaved) for h in (q, k)]
@@ -125,16 +126,11 @@ def _check_heads(q: _Heads, k: _Heads, v: _Heads, cache: fx.Node) -> None:
 def _users_before(node: fx.Node, last: fx.Node) -> list[fx.Node]:
     """Returns what depends on a value and stands before a node, in order: it must move behind that node."""
     changed = {m for n in node.graph.nodes if n < last for m in mutated_inputs(n)}
-    found: set[fx.Node] = set()
-    stack = list(node.users)
-    while stack:
-        user = stack.pop()
-        if user < last and user not in found:
-            if mutated_inputs(user) or changed & set(user.all_input_nodes):
-                raise Missed("the query meets a value that changes before the cache is written", user)
-            found.add(user)
-            stack += user.users
-    return sorted(found)
+    early = sorted(closure([node], lambda n: (user for user in n.users if user < last)) - {node})
+    bad = next((user for user in early if mutated_inputs(user) or changed & set(user.all_input_nodes)), None)
+    if bad is not None:
+        raise Missed("the query meets a value that changes before the cache is written", bad)
+    return early
 
 
 def _check_reads(entries: tuple[CacheEntry, CacheEntry], last: fx.Node) -> None:
@@ -185,14 +181,12 @@ def _columns_of(graph: fx.Graph, product: fx.Node, start: int, stop: int) -> fx.
 
 
 def _slot(graph: fx.Graph, entry: CacheEntry) -> fx.Node:
-    return _number(graph, entry, entry.slot) if isinstance(entry.slot, int) else entry.slot
-
-
-def _number(graph: fx.Graph, entry: CacheEntry, number: int) -> fx.Node:
-    """Adds a tensor with one number on the cache's device."""
+    """Returns the slot that is written, as a tensor of one number on the cache's device."""
+    if isinstance(entry.slot, fx.Node):
+        return entry.slot
     like = value_of(entry.cache)
     value = like.new_empty((1,), dtype=torch.int64)
-    return call(graph, torch.full, ((1,), number), value, entry.cache, dtype=torch.int64, device=like.device)
+    return call(graph, torch.full, ((1,), entry.slot), value, entry.cache, dtype=torch.int64, device=like.device)
 
 
 def fuse_attention(view: BlockView) -> fx.Node:

@@ -1,6 +1,6 @@
-"""Puts the operators of the generated kernels into twins, heads and exit checks, and tells which rule missed.
+"""Puts the operators of the generated kernels into twins, heads and exit checks, and records which rule missed.
 
-Before the rules, two spellings are made alike: a bias that is added behind a product moves into it, and where
+Before the rules, two spellings are made alike: a bias that is added after a product moves into it, and where
 attention and MLP run side by side, their sum is regrouped so that each product has an addition of its own. What no rule
 takes stays as it is and reaches Inductor, 4-bit products as ``river::linear``.
 """
@@ -64,15 +64,14 @@ def fuse_checks(program: RiverProgram) -> RiverProgram:
 
 
 def _apply(segment: Segment, rules: Sequence[Rule]) -> list[Fusion]:
-    view = BlockView(segment.graph, segment.origins)
+    view, origin = BlockView(segment.graph), segment.origins
     fusions = []
     for rule in rules:
-        view.look()
         try:
             node, missed = rule.apply(view), ""
         except Missed as miss:
             node, missed = miss.node, miss.reason
-        where = "" if node is None else source_of(view.origin_of(node))
+        where = "" if node is None else source_of(origin.get(node, node))
         fusions.append(Fusion(rule.name, segment.name, missed, where))
     return fusions
 

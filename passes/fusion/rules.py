@@ -37,7 +37,7 @@ from river_compile.passes.nodes import (
     value_of,
 )
 
-from .block import BlockView
+from .block import BlockView, sources
 from .cache_rules import fuse_attention, fuse_kv_fill
 from .edits import Missed, call, drop_unused, only_used_for, put, reshaped, same_size, way_down
 from .match import Columns, columns, is_product
@@ -70,7 +70,7 @@ def fuse_norm_qkv(view: BlockView) -> fx.Node:
 
 def fuse_gated_mlp(view: BlockView) -> fx.Node:
     """norm + gate|up."""
-    shared = next((n for p in view.out_of_mlp() for n in view.sources(p.args[0]) if n in view.into_cache()), None)
+    shared = next((n for p in view.out_of_mlp() for n in sources([p.args[0]]) if n in view.into_cache()), None)
     if shared is not None:
         raise Missed("its product is one with q|k|v", shared)
     product = _only(view.into_mlp(), "leads into an MLP")
@@ -83,7 +83,7 @@ def fuse_gated_mlp(view: BlockView) -> fx.Node:
 
 def fuse_o_residual(view: BlockView) -> fx.Node:
     """o + residual."""
-    return _fuse_residual(view.graph, _only(view.behind_attention(), "reads attention's result"))
+    return _fuse_residual(view.graph, _only(view.after_attention(), "reads attention's result"))
 
 
 def fuse_down_residual(view: BlockView) -> fx.Node:
