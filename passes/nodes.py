@@ -104,8 +104,11 @@ def _shows_first(function: Callable) -> bool:
 def _shows(schema: torch.FunctionSchema) -> bool:
     if not schema.arguments or schema.arguments[0].alias_info is None:
         return False
-    memory = schema.arguments[0].alias_info.before_set
-    return any(result.alias_info is not None and result.alias_info.after_set & memory for result in schema.returns)
+    memory = schema.arguments[0].alias_info
+    pieces = "*" in memory.after_set  # (what split and its like return shows the memory in pieces)
+    return pieces or any(
+        r.alias_info is not None and r.alias_info.after_set & memory.before_set for r in schema.returns
+    )
 
 
 def rank(node: fx.Node) -> int | None:

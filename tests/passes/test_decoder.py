@@ -1,0 +1,110 @@
+"""The decoder that is found in a graph: parts, hidden states, KV slots, and the reasons where there is none."""
+
+from __future__ import annotations
+
+import dataclasses
+import operator
+
+import pytest
+import torch
+from hypothesis import given, settings
+from hypothesis import strategies as st
+from torch import fx
+
+from river_compile.passes.decoder import find_decoder
+from river_compile.passes.nodes import shape
+from river_compile.passes.normalize import normalized
+from river_compile.passes.program import DecoderPlan, Refusal
+from tests.passes.graphs import HEADS, SLOTS, WIDTH, GraphBuilder, Shape, random_decoder
+from tests.passes.test_random_graphs import SHAPES
+
+PLAIN = Shape(3, 2, "rms", False, "separate", False, True, False, False)
+
+
+def plan_of(shape: Shape, seed: int = 0) -> DecoderPlan | Refusal:
+    return find_decoder(normalized(random_decoder(shape, seed)[0]))
+
+
+@settings(max_examples=30)
+@given(shape_=SHAPES, seed=st.integers(0, 2**16))
+def test_every_node_has_a_part_and_parts_run_in_order(shape_, seed):
+    plan = plan_of(shape_, seed)
+    assert isinstance(plan, DecoderPlan)
+    assert [block.path for block in plan.blocks] == [f"model.stages.{i}" for i in range(shape_.blocks)]
+    assert set(plan.part_of.values()) == set(range(shape_.blocks + 2))
+    for node, part in plan.part_of.items():
+        assert all(plan.part_of.get(n, 0) <= part for n in node.all_input_nodes)
+    assert (plan.batch, plan.query_length, plan.kind) == (shape_.batch, 1, "decode")
+    for before, after in zip(plan.blocks, plan.blocks[1:], strict=False):
+        assert before.hidden_out is after.hidden_in
+    assert all(shape(block.hidden_out) == (shape_.batch, 1, WIDTH) for block in plan.blocks)
+
+
+def test_a_static_cache_has_slots_and_counters():
+    kv = plan_of(PLAIN).blocks[1].kv
+    assert (kv.kind, kv.capacity) == ("static", SLOTS)
+    assert [n.name for n in kv.lengths] == ["b1_length"]
+    assert [n.args[0].name for n in kv.writes] == ["b1_keys", "b1_values"]
+
+
+def test_a_growing_cache_is_returned():
+    kv = plan_of(dataclasses.replace(PLAIN, static_cache=False)).blocks[0].kv
+    assert (kv.kind, kv.capacity, kv.lengths) == ("dynamic", None, ())
+    assert [shape(n) for n in kv.writes] == [(2, HEADS, 4, WIDTH // HEADS)] * 2
+
+
+class Blocks:
+    """Two blocks by hand, each of which adds a change of its input and writes a cache ``[1, 2, 8, 4]``."""
+
+    def __init__(self) -> None:
+        self.b = GraphBuilder(0)
+        self.hidden = self.b.placeholder("hidden", torch.zeros(1, 1, 8))
+        self.caches = [self.b.placeholder(f"cache_{i}", torch.zeros(1, 2, 8, 4)) for i in range(2)]
+        self.slot = self.b.placeholder("slot", torch.tensor([3]))
+
+    def block(self, i: int, hidden: fx.Node, write: bool = True) -> fx.Node:
+        with self.b.module(f"L['self'].layers.{i}"):
+            entry = self.b.call("view", hidden, 1, 2, 1, 4)
+            if write:
+                self.b.call("index_copy_", self.caches[i], 2, self.slot, entry)
+            scores = self.b.call("mul", self.caches[i], 0.5)
+            self.b.call(operator.iadd, scores, self.caches[i])
+            total = self.b.call("sum", scores, (1, 2, 3), True)
+            return self.b.call(operator.add, hidden, self.b.call("view", total, 1, 1, 1))
+
+    def found(self, *outputs: fx.Node) -> DecoderPlan | Refusal:
+        return find_decoder(normalized(self.b.finish(list(outputs))))
+
+
+def test_scores_that_are_changed_in_place_are_no_cache():
+    """``scores += mask`` writes four dimensions too, but nobody sees them after the block."""
+    blocks = Blocks()
+    hidden = blocks.b.call(operator.add, blocks.hidden, 1)
+    plan = blocks.found(blocks.block(1, blocks.block(0, hidden)))
+    assert [n.target for block in plan.blocks for n in block.kv.writes] == [torch.Tensor.index_copy_] * 2
+
+
+def test_what_reads_a_view_of_a_changed_cache_stays_in_its_place():
+    blocks = Blocks()
+    view = blocks.b.call("narrow", blocks.caches[0], 2, 0, 1)
+    hidden = blocks.block(0, blocks.b.call(operator.add, blocks.hidden, 1))
+    late = blocks.b.call("mul", view, 2)
+    plan = blocks.found(blocks.block(1, hidden), late)
+    parts = {n.name: part for n, part in plan.part_of.items()}
+    assert parts[late.name] >= 1
+
+
+@pytest.mark.parametrize(
+    ("build", "reason"),
+    [
+        (lambda s: s.block(0, s.b.call("neg", s.hidden)), "no decoder blocks"),
+        (lambda s: s.block(0, s.block(1, s.b.call("neg", s.hidden))), "do not run one after the other"),
+        (lambda s: s.block(1, s.block(0, s.b.call("neg", s.hidden), write=False), write=False), "write no KV cache"),
+        (lambda s: s.block(1, s.block(0, s.hidden)), "one hidden state must pass from part 0 to part 1"),
+    ],
+)
+def test_other_graphs_are_refused_with_a_reason(build, reason):
+    blocks = Blocks()
+    refusal = blocks.found(build(blocks))
+    assert isinstance(refusal, Refusal)
+    assert reason in refusal.reason
