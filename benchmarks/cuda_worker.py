@@ -16,8 +16,8 @@ from benchmarks import common
 from benchmarks.roofline import Roofline, depth_name
 from river_compile import Report, report
 from river_compile.cudagraphs.device import CaptureLog
+from river_compile.exits import forced_depth
 from river_compile.kernels.tools.shapes import MODELS
-from river_compile.runtime.executor import forced_depth
 from tools.timing import generate
 
 _WARM_UP = 4  # tokens: the first runs, the second is captured

@@ -22,8 +22,8 @@ from benchmarks import common, schedule
 from benchmarks.roofline import BLOCK_LAUNCHES, CHECK_TARGET, SPEEDUP_TARGET, TARGETS, Roofline, depth_name
 from river_compile import river, warmup
 from river_compile.cudagraphs.recorder import Event
+from river_compile.exits import forced_depth
 from river_compile.kernels.tools.shapes import MODELS
-from river_compile.runtime.executor import forced_depth
 
 _CAPACITY = 16
 

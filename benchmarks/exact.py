@@ -122,7 +122,7 @@ class Bench:
         import torch
 
         import river_compile
-        from river_compile.runtime.executor import forced_depth
+        from river_compile.exits import forced_depth
 
         special = {
             "exact": {"custom_generate": river_compile.exact},

@@ -5,17 +5,18 @@
     python -m benchmarks.schedule --timeline              # and draws the steps, as in docs/cuda.md
 
 The recorder freezes the units, buffers and order of launches that CUDA graphs would get; it cannot tell time.
-Other calls are copies into buffers, of results, and the rewind of counters after a piece that ran for nothing.
+Other calls are copies into buffers, of results, and the rewind of counters after a span that ran for nothing.
 In the drawing a backbone block is 6 columns long, a twin 3, the head 2 and a launch 1.
 """
 
 from __future__ import annotations
 
 import argparse
+import itertools
 import sys
 from collections.abc import Iterable, Iterator
 from contextlib import contextmanager
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, field, replace
 
 import torch
 from transformers import LlamaConfig, LlamaForCausalLM, PreTrainedModel, StaticCache
@@ -24,20 +25,25 @@ from benchmarks.common import print_table
 from river_compile import river, warmup
 from river_compile.cudagraphs.partition import Unit
 from river_compile.cudagraphs.recorder import Event
-from river_compile.cudagraphs.runner import CapturedExecutor
+from river_compile.cudagraphs.runner import CapturedRunner
 from river_compile.exits import Memory, Similarity
+from river_compile.runtime.executor import RiverExecutor, on_step
+from river_compile.runtime.runner import Step
+from river_compile.runtime.stats import StepRecord
 from tools import models
 
 _PROMPT = 4
-_COLUMNS = {"block": 6, "twin": 3, "head": 2, "river": 2, "prologue": 1}
+_COLUMNS = {"block": 6, "twin": 3, "head": 2, "river_head": 2, "prologue": 1}
 
 
 @dataclass
 class Watch:
-    """Keeps the executor that ran last and the arguments of its last step."""
+    """Keeps the captured executor that ran last, its runner, and arguments and events of its last step."""
 
-    executor: CapturedExecutor | None = None
+    executor: RiverExecutor | None = None
+    runner: CapturedRunner | None = None
     arguments: tuple = ()
+    events: list[Event] = field(default_factory=list)
 
 
 class LeavesAt(Similarity):
@@ -52,19 +58,18 @@ class LeavesAt(Similarity):
 
 @contextmanager
 def watching() -> Iterator[Watch]:
-    """Notes every captured step inside."""
-    watch, call = Watch(), CapturedExecutor.__call__
+    """Notes every captured step inside, and what the recorder saw of it."""
+    watch = Watch()
 
-    def noting(executor: CapturedExecutor, *arguments: object) -> tuple:
-        watch.executor, watch.arguments = executor, arguments
-        executor.device.events.clear()
-        return call(executor, *arguments)
+    def note(executor: RiverExecutor, arguments: tuple, _: StepRecord) -> None:
+        if isinstance(executor.runner, CapturedRunner):
+            watch.executor, watch.runner, watch.arguments = executor, executor.runner, arguments
+            events = executor.runner.device.events
+            watch.events = list(events)
+            events.clear()
 
-    CapturedExecutor.__call__ = noting
-    try:
+    with on_step(note):
         yield watch
-    finally:
-        CapturedExecutor.__call__ = call
 
 
 def main(arguments: list[str] | None = None) -> int:
@@ -90,12 +95,12 @@ def show(model: PreTrainedModel, options: argparse.Namespace, ahead: bool) -> No
     cache = StaticCache(config=model.config, max_cache_len=options.capacity)
     with watching() as watch:
         log = warmup(model, cache)
-        depths = [*watch.executor.units.ends]
+        depths = [*watch.runner.units.ends]
         steps = {depth: step(model, cache, watch, depth) for depth in depths}
     if not ahead:
-        units = _units(watch.executor)
+        units = _units(watch.runner)
         _print_units(watch, units)
-        _print_buffers(watch.executor)
+        _print_buffers(watch.runner)
     rows = []
     for depth, events in steps.items():
         launches, waits = ([e for e in events if e.what == what] for what in ("launch", "wait"))
@@ -108,7 +113,7 @@ def show(model: PreTrainedModel, options: argparse.Namespace, ahead: bool) -> No
     print(f"\n{log.made} captures\n")
     if options.timeline:
         for depth, events in steps.items():
-            print("\n".join(timeline(f"depth {depth}", events, _units(watch.executor))), end="\n\n")
+            print("\n".join(timeline(f"depth {depth}", events, _units(watch.runner))), end="\n\n")
 
 
 def _model(options: argparse.Namespace) -> PreTrainedModel:
@@ -133,44 +138,44 @@ def step(model: PreTrainedModel, cache: StaticCache, watch: Watch, depth: int) -
     """Decodes one token that leaves at a depth; returns what the recorder saw."""
     cache.reset()
     ids = torch.ones(1, _PROMPT, dtype=torch.long)
-    watch.executor._rule = replace(watch.executor._rule, criterion=LeavesAt(depth))
+    watch.executor.policy = replace(watch.executor.policy, criterion=LeavesAt(depth))
     model.generate(
         ids, attention_mask=torch.ones_like(ids), cache=cache, max_new_tokens=2, min_new_tokens=2, do_sample=False
     )
-    return list(watch.executor.device.events)
+    return watch.events
 
 
-def _units(executor: CapturedExecutor) -> dict[str, Unit]:
-    ends = executor.units.ends
-    pieces = [executor.units.piece(a, b) for a, b in zip((0, *ends), ends, strict=False)]
-    tails = [executor.units.tail(depth) for depth in ends if depth < len(executor.blocks)]
-    return {unit.name: unit for unit in (*pieces, *tails)}
+def _units(runner: CapturedRunner) -> dict[str, Unit]:
+    units, num_blocks = runner.units, len(runner.flags) - 1
+    spans = [unit for a, b in itertools.pairwise((0, *units.ends)) for unit in units.spans(a, b)]
+    tails = [units.tail(depth) for depth in units.ends if depth < num_blocks]
+    return {unit.name: unit for unit in (*spans, *tails)}
 
 
 def _print_units(watch: Watch, units: dict[str, Unit]) -> None:
     """Bytes read are those of weights, packed weights and the whole KV cache; of an embedding, one row."""
     rows = []
     for unit in units.values():
-        read = sum(_bytes_read(watch, step.name) for step in unit.steps)
+        read = sum(_bytes_read(watch, step) for step in unit.steps)
         flag = "yes" if unit.flag is not None else ""
         rows.append([unit.name, len(unit.steps), flag, read / 1e6, len(unit.keys), len(unit.writes)])
     print_table(["unit", "segments", "flag", "reads MB", "addresses checked", "buffers written"], rows)
     print()
 
 
-def _bytes_read(watch: Watch, name: str) -> int:
-    executor = watch.executor
-    values = [watch.arguments[i] for i in executor.units.inputs(name) if i < len(watch.arguments)]
+def _bytes_read(watch: Watch, step: Step) -> int:
+    slots = [watch.executor.program.slots[node] for node in step.segment.inputs]
+    values = [watch.arguments[i] for i in slots if i < len(watch.arguments)]
     tensors = [v for v in values if isinstance(v, torch.Tensor)]
-    if name == "prologue":
+    if step.segment.kind == "prologue":
         tensors = [t[:1] if t.dim() == 2 else t for t in tensors]
-    return sum(t.nbytes for t in (*tensors, *executor.units.packed(name)))
+    return sum(t.nbytes for t in (*tensors, *step.packed))
 
 
-def _print_buffers(executor: CapturedExecutor) -> None:
+def _print_buffers(runner: CapturedRunner) -> None:
     rows = [
         [name, "x".join(map(str, buffer.shape)), str(buffer.dtype).removeprefix("torch."), buffer.nbytes]
-        for name, buffer in executor.buffers()
+        for name, buffer in runner.launcher.buffers()
     ]
     print_table(["buffer", "shape", "dtype", "bytes"], rows)
     print()
@@ -184,7 +189,7 @@ def timeline(title: str, events: Iterable[Event], units: dict[str, Unit]) -> lis
     for event in events:
         if event.what == "launch":
             host[now] = "L"
-            length = sum(_COLUMNS[step.name.partition("_")[0]] for step in units[event.name].steps)
+            length = sum(_COLUMNS[step.segment.kind] for step in units[event.name].steps)
             start = max(now + 1, free)
             free = ends[event.name] = start + max(length, len(event.name) + 2)
             device[start] = f"[{event.name:-^{free - start - 2}}]"

@@ -20,8 +20,10 @@ from dataclasses import dataclass, field
 
 import torch
 
-from river_compile import river
-from river_compile.runtime.executor import RiverExecutor, forced_depth
+from river_compile import forced_depth, river
+from river_compile.passes.program import Segment
+from river_compile.runtime.executor import RiverExecutor, on_step
+from river_compile.runtime.stats import StepRecord
 from tools import models, timing
 
 PROMPT = "Explain how a refrigerator works."
@@ -29,24 +31,17 @@ NEW_TOKENS = 48
 
 
 @dataclass
-class Recorder:
-    """Wraps an executor's call: keeps the last decode step's executor and arguments, and every step's seconds."""
+class Watch:
+    """Keeps the last decode step's executor and arguments, and every step's seconds."""
 
     executor: RiverExecutor | None = None
     arguments: tuple = ()
     seconds: list[float] = field(default_factory=list)
 
-    def install(self) -> None:
-        run = RiverExecutor.__call__
-
-        def call(executor: RiverExecutor, *arguments: object) -> tuple:
-            start = time.perf_counter()
-            result = run(executor, *arguments)
-            self.executor, self.arguments = executor, arguments
-            self.seconds.append(time.perf_counter() - start)
-            return result
-
-        RiverExecutor.__call__ = call
+    def note(self, executor: RiverExecutor, arguments: tuple, step: StepRecord) -> None:
+        """Notes a step."""
+        self.executor, self.arguments = executor, arguments
+        self.seconds.append(step.seconds)
 
 
 def main(arguments: list[str] | None = None) -> int:
@@ -57,12 +52,11 @@ def main(arguments: list[str] | None = None) -> int:
     options = parser.parse_args(arguments)
     torch.set_num_threads(options.threads)
     model, tokenizer = models.load(options.model or "smollm2")
-    recorder = Recorder()
-    recorder.install()
+    watch = Watch()
     model.compile(backend=river)
-    with torch.no_grad(), forced_depth(options.depth):
+    with torch.no_grad(), forced_depth(options.depth), on_step(watch.note):
         tokens = _token_seconds(model, tokenizer)
-        for name, seconds in _parts(recorder, options.depth, tokens).items():
+        for name, seconds in _parts(watch, options.depth, tokens).items():
             low, median = min(seconds) * 1e6, statistics.median(seconds) * 1e6
             print(f"{name:<44} {low:>9.1f} us   median {median:>9.1f} us")
     return 0
@@ -75,33 +69,35 @@ def _token_seconds(model, tokenizer) -> list[float]:
     return [b - a for run in runs[1:] for a, b in itertools.pairwise(run.times)]
 
 
-def _parts(recorder: Recorder, depth: int, tokens: list[float]) -> dict[str, list[float]]:
-    executor, arguments = recorder.executor, recorder.arguments
-    steps = recorder.seconds[-len(tokens) :]
-    registers = [*arguments, *[None] * (executor.size - len(arguments))]
+def _parts(watch: Watch, depth: int, tokens: list[float]) -> dict[str, list[float]]:
+    executor, arguments = watch.executor, watch.arguments
+    program, steps = executor.program, executor.runner.steps
     lengths = [a for a in arguments if isinstance(a, torch.Tensor) and a.dim() == 0 and a.dtype == torch.int64]
     filled = [int(length) - 1 for length in lengths]
 
-    def rewound(step: Callable) -> Callable:
+    def rewind() -> None:
+        for length, value in zip(lengths, filled, strict=True):
+            length.fill_(value)
+
+    def rewound(segment: Segment) -> Callable[[], None]:
         def run() -> None:
-            for length, value in zip(lengths, filled, strict=True):
-                length.fill_(value)
-            step(registers)
+            rewind()
+            steps[segment](slots)
 
         return run
 
-    for step in (executor.prologue, *executor.blocks[:depth], *executor.twins[depth:]):
-        rewound(step)()  # fills the registers that the parts read
-    block = executor.blocks[depth - 1] if depth else None
-    twin = executor.twins[depth] if depth < len(executor.twins) else None
-    parts = {"whole token, in generate": tokens, "the executor's call": steps}
-    parts["rewinding the counters (in the next two)"] = _repeat(rewound(lambda registers: None))
-    if block:
-        parts[block.name] = _repeat(rewound(block))
-    if twin:
-        parts[twin.name] = _repeat(rewound(twin))
-    head = executor.river_head if twin else executor.head
-    parts[head.name] = _repeat(lambda: head(registers))
+    rewind()
+    slots = executor.runner.begin(arguments)
+    block = program.blocks[depth - 1] if depth else None
+    twin = program.twins[depth] if depth < len(program.twins) else None
+    head = program.head if twin is None or program.river_head is None else program.river_head
+    for segment in (*program.blocks[:depth], *program.twins[depth:]):
+        rewound(segment)()  # fills the slots that the parts read
+    parts = {"whole token, in generate": tokens, "the executor's call": watch.seconds[-len(tokens) :]}
+    parts["rewinding the counters (in the next two)"] = _repeat(rewind)
+    for segment in filter(None, (block, twin)):
+        parts[segment.name] = _repeat(rewound(segment))
+    parts[head.name] = _repeat(lambda: steps[head](slots))
     return parts
 
 

@@ -18,7 +18,7 @@ from pathlib import Path
 
 import torch
 
-from river_compile.runtime.executor import forced_depth
+from river_compile.exits import forced_depth
 from tools import models, timing
 from tools.texts import topics
 

@@ -35,7 +35,7 @@ def main(arguments: list[str] | None = None) -> int:
     options = parser.parse_args(arguments)
     models.quiet()
     import river_compile
-    from river_compile.runtime.executor import forced_depth, forced_threshold
+    from river_compile.exits import forced_depth, forced_threshold
     from tools.timing import generate
 
     model, tokenizer = models.load_or_exit(options.model)

@@ -20,7 +20,7 @@ from tools import models
 if TYPE_CHECKING:
     import torch
 
-    from river_compile.runtime.trace import CycleRecord
+    from river_compile.runtime.stats import CycleRecord
 
 PROMPT = "Explain in a few sentences why the sky is blue."
 BRACKETS = {"river": "{}", "lookup": "({})", "backbone": "[{}]"}
@@ -38,7 +38,7 @@ def main(arguments: list[str] | None = None) -> int:
     options = parser.parse_args(arguments)
     models.quiet()
     import river_compile
-    from river_compile.runtime.executor import forced_depth
+    from river_compile.exits import forced_depth
 
     model, tokenizer = models.load_or_exit(options.model, dtype=options.dtype)
     ids = models.encode(tokenizer, options.prompt)

@@ -22,14 +22,6 @@ from .pipeline import Pass
 from .program import Block, RiverProgram, Segment
 
 
-def candidate_depths(end: int, first_exit: int, exit_every: int) -> tuple[int, ...]:
-    """Returns the depths after which a token may leave: first_exit, then every exit_every blocks, below `end`.
-
-    Depth 0 (before any block) has nothing to compare and is not a candidate.
-    """
-    return tuple(range(max(first_exit, 1), end, exit_every))
-
-
 def exit_checks(candidates: tuple[int, ...]) -> Pass:
     """Makes the pass after which the blocks of these depths return a float32 exit score."""
 

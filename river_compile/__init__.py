@@ -35,6 +35,8 @@ _EXPORTS = {
     "block_errors": "twins.block_errors",
     "calibrate": "calibration.calibrate",
     "exact": "speculative.mode",
+    "forced_depth": "exits",
+    "forced_threshold": "exits",
     "observe": "twins.observe",
     "report": "reporting.report",
     "restore": "offload.restore",

@@ -11,38 +11,39 @@ import warnings
 from collections.abc import Callable, Mapping, Sequence
 
 import torch
-from torch import fx
+from torch import fx, nn
 from torch._inductor.compile_fx import compile_fx
 from tqdm import tqdm
 
-from river_compile.cudagraphs.choose import check_device, choose_device, make_executor
 from river_compile.cudagraphs.device import CaptureLog
+from river_compile.cudagraphs.runner import captured_runner, check_device, choose_device
 from river_compile.fills.rivals import FILLS
 from river_compile.lowering.choose import Lowering, choose_lowering, warn_of_slow_lowering
 from river_compile.lowering.compile import SegmentCompiler, inductor_settings
 from river_compile.offload.streaming import Streamer
 from river_compile.offload.weights import OffloadedWeights
 from river_compile.passes.decoder import find_decoder
-from river_compile.passes.exit_checks import candidate_depths, exit_checks, logits_entropy, logits_of
+from river_compile.passes.exit_checks import exit_checks, logits_entropy
 from river_compile.passes.fusion.fuse import fuse_checks, fuse_twins
 from river_compile.passes.nodes import is_parameter
 from river_compile.passes.normalize import normalized
 from river_compile.passes.pipeline import Pass, run_passes
-from river_compile.passes.program import DecoderPlan, LinearSite, Refusal, RiverProgram, Segment
+from river_compile.passes.program import DecoderPlan, LinearSite, Refusal, RiverProgram
 from river_compile.passes.segments import segmented
 from river_compile.passes.swap_ops import batch_invariant
 from river_compile.passes.twins import Twinning, one_row_head, river_head, river_twins, twin_sites
 from river_compile.reporting.dump import PassDump
-from river_compile.runtime.executor import ExitRule, RiverExecutor
-from river_compile.runtime.trace import ExitStats
+from river_compile.runtime.executor import Executors, RiverExecutor
+from river_compile.runtime.runner import PlainRunner
+from river_compile.runtime.stats import ExitStats
 from river_compile.twins.make import PackedSite
 from river_compile.twins.observe import Observation
 from river_compile.twins.pack import GraphTwins, PackedWeights
 
 from .config import RiverConfig, check_mode
 from .errors import OptionError, RiverWarning, UnsupportedGraphError
-from .exits import CRITERIA, Criterion, Memories
-from .state import GraphRecord, ModelState, state_of
+from .exits import Memories, candidate_depths, may_leave, needs_entropy, policy_for
+from .state import GraphRecord, ModelState, find_state, state_of
 
 log = logging.getLogger("river_compile")
 
@@ -82,6 +83,12 @@ def river(
     return _build(program, values, config, mode, state, record)
 
 
+def executors_of(model: nn.Module) -> list[RiverExecutor]:
+    """Returns the executors of a model's rewritten graphs that are alive, in the order of their compilation."""
+    state = find_state(model)
+    return [] if state is None else list(state.of(Executors))
+
+
 def _needs_gradients(example_inputs: Sequence[object]) -> Refusal | None:
     if torch.is_grad_enabled() and any(isinstance(x, torch.Tensor) and x.requires_grad for x in example_inputs):
         return Refusal("the graph needs gradients; run generation under torch.no_grad() or torch.inference_mode()")
@@ -97,14 +104,10 @@ def passes_for(config: RiverConfig, plan: DecoderPlan, lowering: Lowering, keep:
         lowering: how its segments will be lowered.
         keep: the twins' matrices that stay in 16 bits (`LinearSite.name`), each with the reason.
     """
-    criterion = CRITERIA[config.criterion]
     how = twinning(config, lowering)
     leaves = may_leave(config, plan)
+    candidates = candidate_depths(config, plan)
     passes: list[Pass] = []
-    candidates: tuple[int, ...] = ()
-    if leaves and config.exit_depth is None and criterion.scores_blocks:
-        end = plan.num_blocks if config.deepest is None else config.deepest
-        candidates = candidate_depths(end, config.first_exit, config.exit_every)
     if leaves:
         passes += FILLS[config.fill].passes(candidates) or [river_twins(how, keep)]
         if how is not None and config.lm_head == "w4":
@@ -115,16 +118,11 @@ def passes_for(config: RiverConfig, plan: DecoderPlan, lowering: Lowering, keep:
         passes.append(batch_invariant)
     if candidates:
         passes.append(exit_checks(candidates))
-    if config.exit_depth is None and needs_entropy(plan, criterion):
+    if needs_entropy(config, plan):
         passes.append(logits_entropy)
     if lowering.fuse and leaves:
         passes += [fuse_checks, fuse_twins]
     return passes
-
-
-def may_leave(config: RiverConfig, plan: DecoderPlan) -> bool:
-    """True for a graph whose tokens may leave before the last block."""
-    return (plan.is_decode or config.prefill == "exit") and config.exit_depth != plan.num_blocks
 
 
 def twinning(config: RiverConfig, lowering: Lowering) -> Twinning | None:
@@ -132,39 +130,6 @@ def twinning(config: RiverConfig, lowering: Lowering) -> Twinning | None:
     if config.quantizer == "none":
         return None
     return Twinning(config.group_size, lowering.layout, scale_inputs=config.quantizer == "awq")
-
-
-def needs_entropy(plan: DecoderPlan, criterion: Criterion) -> bool:
-    """Tells whether a graph's heads must return their logits' entropy; a prompt's only for the step after it."""
-    return criterion.reads_logits and (plan.is_decode or criterion.remembers)
-
-
-def exit_rule(config: RiverConfig, program: RiverProgram) -> ExitRule:
-    """Returns the rule of a graph.
-
-    Raises:
-        OptionError: the criterion reads logits and the model returns none.
-    """
-    plan, criterion = program.plan, CRITERIA[config.criterion]
-    leaves = may_leave(config, plan)
-    deepest = config.deepest if leaves else None
-    if config.exit_depth is not None:  # no criterion plays a part, so none needs to remember anything
-        return ExitRule(None, config.exit_depth if leaves else plan.num_blocks, deepest=deepest)
-    if needs_entropy(plan, criterion) and logits_of(program) is None:
-        raise OptionError(
-            f"criterion={config.criterion!r} reads the logits, and this model returns none (its output is as wide as "
-            "its hidden state); compile the model with its head, or use criterion='similarity'"
-        )
-    return ExitRule(config.threshold if leaves else None, plan.num_blocks, criterion, config.first_exit, deepest)
-
-
-def reachable(program: RiverProgram, rule: ExitRule) -> list[Segment]:
-    """Returns the segments that some token may run through: all of them, but where depths are fixed or bounded."""
-    if rule.threshold is not None and rule.deepest is None:
-        return list(program.segments)
-    first, last = (0, rule.deepest) if rule.threshold is not None else (rule.fixed_depth, rule.fixed_depth)
-    head = program.head if last == program.plan.num_blocks or program.river_head is None else program.river_head
-    return [program.prologue, *program.blocks[:last], *program.twins[first:], head]
 
 
 def _build(
@@ -185,7 +150,7 @@ def _build(
     config.check_depths(plan.num_blocks)
     check_device(config, plan)
     offloaded.check(plan, config)
-    rule = exit_rule(config, program)
+    policy = policy_for(config, program)
     lowering = choose_lowering(config, plan.device)
     with record.stage("packing"):
         packed = _pack(program, values, config, lowering, state)
@@ -203,7 +168,7 @@ def _build(
     dump.program(program)
     if dump.folder is not None:
         log.info("wrote the rewritten graph to %s", dump.folder)
-    segments = reachable(program, rule)
+    segments = policy.reachable(program)
     if plan.is_decode:
         offloaded.arrange(program, values, config, sum(packed[s].nbytes for p in segments for s in p.packed))
     streamer = Streamer(offloaded, program, values, config.offload)
@@ -220,8 +185,13 @@ def _build(
     record.describe(program, compiler.compiled)
     record.put(GraphTwins(packed.values()))
     stats.num_blocks = plan.num_blocks
-    executor = make_executor(program, steps, rule, stats, state.of(Memories), config, captures, device)
-    executor.streamer = streamer
+    fill = FILLS[config.fill](program)
+    if device is None:
+        runner = PlainRunner(program, steps, fill)
+    else:
+        runner = captured_runner(program, steps, policy.deepest, config, device, captures)
+    executor = RiverExecutor(program, runner, policy, stats, state.of(Memories), fill, streamer.forget)
+    state.of(Executors).add(executor)
     return executor
 
 

@@ -19,7 +19,7 @@ from torch._inductor import config as inductor
 from transformers import pipeline
 
 from river_compile import CacheFullError, RiverWarning, UnsupportedGraphError, observe, report, river, trace
-from river_compile.runtime.executor import forced_depth, forced_threshold
+from river_compile.exits import forced_depth, forced_threshold
 from tests.support.decoding import CAPACITY, decode, new_cache
 from tests.support.families import make, prompt
 from tests.support.traced import TracedStep

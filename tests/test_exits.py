@@ -17,9 +17,8 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from river_compile import OptionError, RiverConfig, exact, report, river, trace
-from river_compile.exits import CRITERIA, HISTORY, Doubt, Memories, Memory, mean_scores
+from river_compile.exits import CRITERIA, HISTORY, Doubt, Memories, Memory, forced_depth, forced_threshold
 from river_compile.kernels.entropy import largest_entropy
-from river_compile.runtime.executor import forced_depth, forced_threshold
 from tests.support.decoding import cache_argument, cache_state, decode, new_cache
 from tests.support.families import COMMON, SLIDING_WINDOW, make, prompt
 
@@ -262,7 +261,9 @@ class TestHistory:
         steps = 3 * HISTORY
         with trace() as seen:
             decode_by_hand(model, "static", steps)
-        bound = statistics.median(mean_scores([t.similarities[1] for t in seen.tokens]))  # half leave there
+        scores = [t.similarities[1] for t in seen.tokens]
+        means = [statistics.fmean(scores[max(0, i + 1 - HISTORY) : i + 1]) for i in range(len(scores))]
+        bound = statistics.median(means)  # half leave there
         with trace() as seen, forced_threshold(bound, first_exit=1):
             decode_by_hand(model, "static", steps)
             decode_by_hand(model, "static", steps)

@@ -30,11 +30,6 @@ MAY_IMPORT = {
 }
 # Imports that still run in a circle.
 STILL_THERE = {
-    ("river_compile.exits", "river_compile.fills.base"),
-    ("river_compile.fills.base", "river_compile.fills.recompute"),
-    ("river_compile.fills.base", "river_compile.runtime.slots"),
-    ("river_compile.fills.recompute", "river_compile.runtime.executor"),
-    ("river_compile.runtime.executor", "river_compile.offload.streaming"),
     ("river_compile.twins.make", "river_compile.twins.artifact"),
     ("river_compile.twins.pack", "river_compile.twins.artifact"),
 }

@@ -19,12 +19,18 @@ import contextlib
 import statistics
 import time
 from collections import defaultdict
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
+
+from torch import nn
 
 from benchmarks.criteria import least_kl
 from benchmarks.quality.session import Session, at_depth
+from river_compile.backend import executors_of
 from river_compile.calibration.evaluate import Measured, Meter
-from river_compile.runtime.executor import RiverExecutor
+from river_compile.passes.program import Segment
+from river_compile.runtime.fill import Call, Fill
+from river_compile.runtime.runner import PlainRunner
+from river_compile.runtime.slots import FILL
 
 BUDGETS = {"relaxed": 1 / 6, "strict": 1 / 2}  # blocks executed in the mean, as a share of all
 FRONTIER = (1 / 8, 1 / 4, 1 / 2, 3 / 4, 7 / 8)
@@ -68,7 +74,7 @@ def measure(session: Session, thresholds: dict[float, float], never: float | Non
     texts = range(len(meter.references))
     budgets = {}
     for name, share in BUDGETS.items():
-        with timed_parts() as parts:
+        with timed_parts(session.model) as parts:
             measured = meter.measure((thresholds[share], FIRST_EXIT), texts, name)
         pace = 1.0 if never is None else never / meter.seconds_never
         found = {part: ms * pace for part, ms in parts(len(measured.kinds)).items()}
@@ -122,58 +128,58 @@ class _Timed:
 class _TimedBlock(_Timed):
     """A block, whose runs with skipped tokens go to a list of their own."""
 
-    def __init__(self, step: Callable, alone: list[float], together: list[float], state: int) -> None:
+    def __init__(self, step: Callable, alone: list[float], together: list[float]) -> None:
         super().__init__(step, alone)
-        self._together, self._state = together, state
+        self._together = together
 
-    def __call__(self, registers: list) -> object:
-        result = super().__call__(registers)
-        if getattr(registers[self._state], "batch", None) is not None:
+    def __call__(self, slots: list) -> None:
+        super().__call__(slots)
+        if getattr(slots[FILL], "batch", None) is not None:
             self._together.append(self._seconds.pop())
-        return result
+
+
+class _TimedFill(Fill):
+    """A fill whose bookkeeping is timed, and whose blocks are."""
+
+    def __init__(self, fill: Fill, seconds: dict[str, list[float]], alone: list[float], together: list[float]) -> None:
+        super().__init__(fill.program)
+        self._fill, self._alone, self._together = fill, alone, together
+        self.begin, self.end = _Timed(fill.begin, seconds["begin"]), _Timed(fill.end, seconds["end"])
+
+    def blocks(self, blocks: Sequence[Call], steps: Mapping[Segment, Call]) -> list[Call]:
+        return [_TimedBlock(block, self._alone, self._together) for block in self._fill.blocks(blocks, steps)]
 
 
 @contextlib.contextmanager
-def timed_parts() -> Iterator[Callable[[int], dict[str, float]]]:
+def timed_parts(model: nn.Module) -> Iterator[Callable[[int], dict[str, float]]]:
     """Times the parts of all decode steps that run inside; gives a function from their number to ms per token."""
     seconds: dict[str, defaultdict[str, list[float]]] = {part: defaultdict(list) for part in PARTS}
     together: list[float] = []
-    run, patched = RiverExecutor.__call__, []
-
-    def call(executor: RiverExecutor, *arguments: object) -> tuple:
-        if executor.decodes and all(executor is not other for other, _ in patched):
-            patched.append((executor, dict(vars(executor))))
-            alone, state = seconds["backbone"]["blocks"], executor.place.state
-            executor.blocks = [_TimedBlock(b, alone, together, state) for b in executor.blocks]
-            twins = seconds["tail" if executor.fill.name == "river" else "repair"]["twins"]
-            executor.twins = [_Timed(twin, twins) for twin in executor.twins]
-            for name in ("prologue", "head", "river_head"):
-                setattr(executor, name, _Timed(getattr(executor, name), seconds["backbone"][name]))
-            executor.fill = _TimedFill(executor.fill, seconds["repair"])
-        return run(executor, *arguments)
+    alone = seconds["backbone"]["block"]
+    before = [(executor, executor.runner, executor.fill) for executor in executors_of(model) if executor.decodes]
+    for executor, runner, fill in before:
+        program, tail = executor.program, seconds["tail" if fill.name == "river" else "repair"]
+        steps = dict(runner.steps)
+        for segments, part in (
+            ((program.prologue, program.head, program.river_head), seconds["backbone"]),
+            (program.twins, tail),
+        ):
+            steps |= {s: _Timed(steps[s], part[s.kind]) for s in segments if s in steps}
+        executor.fill = _TimedFill(fill, seconds["repair"], alone, together)
+        executor.runner = PlainRunner(program, steps, executor.fill)
 
     def per_token(tokens: int) -> dict[str, float]:
-        alone = statistics.median(seconds["backbone"]["blocks"])
+        typical = statistics.median(alone)
         parts = {part: sum(map(_usual, calls.values())) for part, calls in seconds.items()}
-        parts["backbone"] += alone * len(together)
-        parts["repair"] += sum(s - alone for s in together)
+        parts["backbone"] += typical * len(together)
+        parts["repair"] += sum(s - typical for s in together)
         return {part: 1e3 * total / tokens for part, total in parts.items()}
 
-    RiverExecutor.__call__ = call
     try:
         yield per_token
     finally:
-        RiverExecutor.__call__ = run
-        for executor, before in patched:
-            vars(executor).update(before)
-
-
-class _TimedFill:
-    """A fill whose bookkeeping is timed."""
-
-    def __init__(self, fill: object, seconds: dict[str, list[float]]) -> None:
-        self.name, self.remembers = fill.name, fill.remembers
-        self.begin, self.end = _Timed(fill.begin, seconds["begin"]), _Timed(fill.end, seconds["end"])
+        for executor, runner, fill in before:
+            executor.runner, executor.fill = runner, fill
 
 
 def _usual(seconds: Sequence[float]) -> float:

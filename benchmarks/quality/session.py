@@ -55,6 +55,7 @@ class Session:
     """The model compiled with some options, and a meter for each kind of text.
 
     Attributes:
+        model: the model.
         own, held_out: the meters; the second one is made when it is first asked for.
         num_blocks: blocks of the model.
     """
@@ -62,7 +63,7 @@ class Session:
     def __init__(
         self, model: PreTrainedModel, criterion: str, texts: Texts, progress: bool, first: Session | None = None
     ) -> None:
-        self._model, self._criterion, self._progress = model, CRITERIA[criterion], progress
+        self.model, self._criterion, self._progress = model, CRITERIA[criterion], progress
         self._texts, self._first = texts, first
         self.own = self._meter("own")
         self.num_blocks = self.own.references[0].steps[0].depth
@@ -73,7 +74,7 @@ class Session:
 
     def _meter(self, kind: str) -> Meter:
         samples, known = getattr(self._texts, kind), self._first and getattr(self._first, kind).references
-        return Meter(self._model, self._criterion, samples, self._texts.context, self._progress, known)
+        return Meter(self.model, self._criterion, samples, self._texts.context, self._progress, known)
 
     def rule(self, name: str, rule: Rule) -> Row:
         """Measures (threshold, first exit) on both kinds of text."""

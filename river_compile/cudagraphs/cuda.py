@@ -50,7 +50,7 @@ class CudaGraphs(CaptureDevice):
     def settle(self) -> None:
         """Does nothing: plain calls go to the stream that replays go to."""
 
-    def capture(self, unit: Unit, registers: list, outputs: dict[int, Tensor]) -> tuple[torch.cuda.CUDAGraph, int]:
+    def capture(self, unit: Unit, slots: list, outputs: dict[int, Tensor]) -> tuple[torch.cuda.CUDAGraph, int]:
         graph = torch.cuda.CUDAGraph()
         with torch.cuda.device(self._device):
             torch.cuda.synchronize()
@@ -61,14 +61,14 @@ class CudaGraphs(CaptureDevice):
             try:
                 # Another thread may allocate or copy meanwhile: only what this one does must be capturable.
                 with torch.cuda.graph(graph, pool=self._pool, capture_error_mode="thread_local"):
-                    unit.run_into(registers, outputs)
+                    unit.run_into(slots, outputs)
             except RuntimeError as error:
                 raise CaptureFailed(str(error).partition("\n")[0]) from error
             finally:
                 torch._C._cuda_clearCublasWorkspaces()
             return graph, max(free - torch.cuda.mem_get_info()[0], 0)
 
-    def launch(self, graph: torch.cuda.CUDAGraph, registers: list) -> None:
+    def launch(self, graph: torch.cuda.CUDAGraph, slots: list) -> None:
         graph.replay()
 
     def mark(self) -> torch.cuda.Event:

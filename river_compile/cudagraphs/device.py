@@ -1,9 +1,8 @@
 """What capturing a decode step means, apart from any device: devices that capture, and the record of what was captured.
 
 A *unit* is what is captured as one graph (:mod:`river_compile.cudagraphs.partition`). A device keeps buffers at the
-units'
-borders, captures a unit once and replays it many times; work given to it runs in the order given. Two devices exist:
-CUDA graphs (:mod:`river_compile.cudagraphs.cuda`) and a recorder that needs no GPU
+units' borders, captures a unit once and replays it many times; work given to it runs in the order given. Two devices
+exist: CUDA graphs (:mod:`river_compile.cudagraphs.cuda`) and a recorder that needs no GPU
 (:mod:`river_compile.cudagraphs.recorder`).
 """
 
@@ -13,13 +12,10 @@ from abc import ABC, abstractmethod
 from collections import deque
 from collections.abc import Callable, Iterable
 from dataclasses import dataclass, field
-from typing import TYPE_CHECKING
 
 from torch import Tensor
 
-if TYPE_CHECKING:
-    from .partition import Unit
-
+from .partition import Unit
 
 _RECORDS = 512
 
@@ -51,16 +47,16 @@ class CaptureDevice(ABC):
 
     @abstractmethod
     def settle(self) -> None:
-        """Makes sure that plain calls from here on run behind everything launched so far."""
+        """Makes sure that plain calls from here on run after everything launched so far."""
 
     @abstractmethod
-    def capture(self, unit: Unit, registers: list, outputs: dict[int, Tensor]) -> tuple[object, int]:
+    def capture(self, unit: Unit, slots: list, outputs: dict[int, Tensor]) -> tuple[object, int]:
         """Captures a unit without running it.
 
         Args:
             unit: the unit.
-            registers: the values it reads.
-            outputs: the buffer for each register that it writes.
+            slots: the values it reads.
+            outputs: the buffer for each slot that it writes.
 
         Returns:
             The graph, and the bytes that it holds beyond the buffers.
@@ -70,17 +66,17 @@ class CaptureDevice(ABC):
         """
 
     @abstractmethod
-    def launch(self, graph: object, registers: list) -> None:
+    def launch(self, graph: object, slots: list) -> None:
         """Replays a graph; returns before it has run.
 
         Args:
             graph: what :meth:`capture` returned.
-            registers: the values it reads, at the addresses of the capture.
+            slots: the values it reads, at the addresses of the capture.
         """
 
     @abstractmethod
     def mark(self) -> object:
-        """Returns a mark behind everything launched so far."""
+        """Returns a mark after everything launched so far."""
 
     @abstractmethod
     def wait(self, mark: object) -> None:
@@ -92,7 +88,7 @@ class CaptureDevice(ABC):
 
     @abstractmethod
     def end(self) -> None:
-        """Ends a step: work that the caller starts from here on runs behind it."""
+        """Ends a step: work that the caller starts from here on runs after it."""
 
     @abstractmethod
     def abandon(self) -> None:
@@ -104,8 +100,8 @@ class CaptureRecord:
     """One capture.
 
     Attributes:
-        unit: its name, such as "piece 0-2" or "tail 2".
-        depth: the exit depth: of a piece the blocks executed at its end, of a tail those before it.
+        unit: its name, such as "span 0-2" or "tail 2".
+        depth: the exit depth: of a span the blocks executed at its end, of a tail those before it.
         batch: rows.
         seconds: time that capturing took.
         bytes: device memory that the graph holds beyond the shared buffers.

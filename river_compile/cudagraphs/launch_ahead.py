@@ -1,9 +1,9 @@
-"""Decides whether the piece behind an exit check starts before the check's result is known.
+"""Decides whether the span after an exit check starts before the check's result is known.
 
-Waiting for the result leaves the device idle for the length of a round trip. Starting the next piece meanwhile hides
-that, and wastes the piece where the token leaves. With p the chance of leaving, starting early pays where
+Waiting for the result leaves the device idle for the length of a round trip. Starting the next span meanwhile hides
+that, and wastes the span where the token leaves. With p the chance of leaving, starting early pays where
 
-    (1 - p) * round trip  >  p * seconds of the next piece
+    (1 - p) * round trip  >  p * seconds of the next span
 
 p comes from the recent tokens at this depth, the two times from measurements of this run.
 """
@@ -27,28 +27,28 @@ class LaunchAhead:
     always: bool | None = None
     _left: dict[int, float] = field(default_factory=lambda: defaultdict(lambda: 0.5))
     _round_trip: float | None = None
-    _piece: dict[int, float] = field(default_factory=dict)
+    _span: dict[int, float] = field(default_factory=dict)
 
     def pays(self, depth: int, next_depth: int) -> bool:
-        """Tells whether to launch the piece that ends at `next_depth` before the check after `depth` is read.
+        """Tells whether to launch the span that ends at `next_depth` before the check after `depth` is read.
 
         False until both times are known: a wait that is not hidden is what measures them.
         """
         if self.always is not None:
             return self.always
-        if self._round_trip is None or next_depth not in self._piece:
+        if self._round_trip is None or next_depth not in self._span:
             return False
         left = self._left[depth]
-        return (1 - left) * self._round_trip > left * self._piece[next_depth]
+        return (1 - left) * self._round_trip > left * self._span[next_depth]
 
     def saw(self, depth: int, left: bool) -> None:
         """Notes whether a token left at a depth."""
         self._left[depth] = _MEMORY * self._left[depth] + (1 - _MEMORY) * left
 
-    def timed(self, depth: int, piece: float, waited: float) -> None:
-        """Notes the device's seconds for the piece that ends at `depth`, and the host's from its launch to the flag."""
-        self._piece[depth] = piece if depth not in self._piece else _mix(self._piece[depth], piece)
-        round_trip = max(waited - piece, 0.0)
+    def timed(self, depth: int, span: float, waited: float) -> None:
+        """Notes the device's seconds for the span that ends at `depth`, and the host's from its launch to the flag."""
+        self._span[depth] = span if depth not in self._span else _mix(self._span[depth], span)
+        round_trip = max(waited - span, 0.0)
         self._round_trip = round_trip if self._round_trip is None else _mix(self._round_trip, round_trip)
 
 

@@ -1,26 +1,28 @@
-"""Cuts a rewritten decoder into units of capture: pieces between exit checks, and one tail per exit depth.
+"""Cuts a rewritten decoder into units of capture: spans of blocks between exit checks, and one tail per exit depth.
 
-    piece a-b   [prologue,] blocks a+1..b, and the flag of the check after block b
+    span a-b    [prologue,] blocks a+1..b, and the flag of the check after block b
     last a-L    [prologue,] blocks a+1..L and the head
     tail d      twins d+1..L and the river's head
-    prologue    the prologue alone, where it cannot be captured (the pieces then start at block 1)
+    prologue    the prologue alone, where it cannot be captured (the spans then start at block 1)
 
-A unit reads and writes registers. Those that other units or the caller need afterwards get buffers; all others live in
-the graph's own memory for the length of one replay.
+A unit reads and writes slots. Those that other units or the caller need afterwards get buffers; all others live in the
+graph's own memory for the length of one replay.
 """
 
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
+from typing import Literal
 
 import torch
-from torch import Tensor
+from torch import Tensor, fx
 
 from river_compile.passes.graph_safety import HostNumber, host_numbers, idle_numbers, obstacle
 from river_compile.passes.nodes import value_of
 from river_compile.passes.program import Refusal, RiverProgram, Segment
-from river_compile.runtime.executor import Step
+from river_compile.runtime.runner import Step
+from river_compile.runtime.slots import SCORE
 
 _MOVING = "offloaded weights lie elsewhere in every run"
 
@@ -40,64 +42,63 @@ def copy_into(buffer: Tensor, value: Tensor) -> None:
     buffer[once].copy_(value[once])
 
 
-_HEADS = ("head", "river_head")
-
-
 @dataclass(frozen=True, eq=False)
 class Unit:
     """Steps that are captured as one graph.
 
     Attributes:
-        name: "piece 0-2", "last 3-4", "tail 2" or "prologue".
-        depth: blocks executed at a piece's end, or before a tail.
-        blocks: numbers (from 1) of the backbone blocks in it.
+        kind: see the module's text.
+        start: blocks executed before it.
+        end: of a span the blocks executed at its end, otherwise `start`.
         steps: what it runs, in order.
-        reads: registers whose values must be there when it starts, ascending.
+        reads: slots whose values must be there when it starts, ascending.
         keys: those of them whose address or value a capture depends on.
-        writes: registers of the tensors that are needed when it has ended, ascending.
-        numbers: what it hands on besides, computed by the host: register, function, registers of its arguments.
+        writes: slots of the tensors that are needed when it has ended.
+        numbers: what it hands on besides, computed by the host: slot, function, slots of its arguments.
         flag: where its score (of the exit check or the head) goes in host memory, a float32 scalar; None without one.
-        score: the register that keeps the head's score, None without one.
         obstacle: why it cannot be captured, None where nothing speaks against it.
     """
 
-    name: str
-    depth: int
-    blocks: tuple[int, ...]
+    kind: Literal["prologue", "span", "last", "tail"]
+    start: int
+    end: int
     steps: tuple[Step, ...]
     reads: tuple[int, ...]
     keys: tuple[int, ...]
     writes: tuple[int, ...]
     numbers: tuple[tuple[int, Callable[..., int], tuple[int, ...]], ...]
     flag: Tensor | None
-    score: int | None
     obstacle: Refusal | None
 
-    def run(self, registers: list) -> None:
-        """Runs the steps on the registers and sends the exit score to the host, without waiting for it."""
-        outputs: Sequence = ()
-        for step in self.steps:
-            outputs = step(registers)
-        if self.flag is not None:
-            self.flag.copy_(outputs[-1], non_blocking=True)
-        if self.score is not None:
-            registers[self.score] = outputs[-1]
+    @property
+    def name(self) -> str:
+        """How logs and reports call it: "span 0-2", "last 3-4", "tail 2" or "prologue"."""
+        if self.kind == "prologue":
+            return self.kind
+        return f"tail {self.start}" if self.kind == "tail" else f"{self.kind} {self.start}-{self.end}"
 
-    def count(self, registers: list) -> None:
+    def run(self, slots: list) -> None:
+        """Runs the steps on the slots and sends the score to the host, without waiting for it."""
+        for step in self.steps:
+            step(slots)
+        if self.flag is not None:
+            self.flag.copy_(slots[SCORE], non_blocking=True)
+
+    def count(self, slots: list) -> None:
         """Computes the numbers that it hands on."""
         for index, compute, arguments in self.numbers:
-            registers[index] = compute(*[registers[i] for i in arguments])
+            slots[index] = compute(*[slots[i] for i in arguments])
 
-    def run_into(self, registers: list, outputs: dict[int, Tensor]) -> None:
-        """Runs the steps on a copy of the registers and copies what is needed afterwards into buffers."""
-        own = list(registers)
+    def run_into(self, slots: list, outputs: dict[int, Tensor]) -> None:
+        """Runs the steps on a copy of the slots and copies what is needed afterwards into buffers."""
+        own = list(slots)
         self.run(own)
         for index, buffer in outputs.items():
             copy_into(buffer, own[index])
 
 
-class UnitMaker:
-    """Makes the units of one program.
+class Partition:
+    """The units of one program, each made when it is asked for.
 
     Args:
         program: the rewritten decoder.
@@ -106,24 +107,15 @@ class UnitMaker:
         deepest: blocks that a token executes at most, None for L.
 
     Attributes:
-        ends: the depths at which pieces end: the candidates, the depth before the first block whose weights move from
+        ends: the depths at which spans end: the candidates, the depth before the first block whose weights move from
             run to run (which is not captured), and the deepest.
-        score: the register behind all others, which keeps the head's score.
-        prologue: the prologue as a unit, where it cannot be part of the first piece.
+        prologue: the prologue as a unit, where it cannot be part of the first span.
     """
 
     def __init__(
-        self,
-        program: RiverProgram,
-        steps: Mapping[Segment, Step],
-        flags: Tensor,
-        deepest: int | None = None,
+        self, program: RiverProgram, steps: Mapping[Segment, Step], flags: Tensor, deepest: int | None = None
     ) -> None:
-        self._program = program
-        self._steps = steps
-        self._register = program.slots
-        self._flags = flags
-        self.score = len(program.slots)
+        self._program, self._steps, self._flags = program, steps, flags
         self._num_blocks = program.plan.num_blocks
         moving = [block.depth for block in program.blocks if block in steps and steps[block].moves]
         self._resident = moving[0] - 1 if moving else self._num_blocks
@@ -131,88 +123,85 @@ class UnitMaker:
         between = {self._resident} if 0 < self._resident < last else set()
         self.ends = (*sorted(between | set(program.candidates)), last)
         self._home = value_of(program.plan.blocks[0].hidden_in).device
+        self._spans: dict[tuple[int, int], Unit] = {}
+        self._tails: dict[int, Unit] = {}
         blocked = obstacle(program.prologue, self._home)
-        self.prologue = None
-        if blocked is not None:
-            self.prologue = self._make("prologue", 0, (), [program.prologue], blocked)
-        self._made: dict[tuple, Unit] = {}
+        self.prologue = None if blocked is None else self._make("prologue", 0, 0, [program.prologue], blocked)
 
-    def pieces(self, start: int, end: int) -> list[Unit]:
+    def spans(self, start: int, end: int) -> list[Unit]:
         """Returns the units of blocks start+1..end: two where only the first blocks can be captured."""
+        if start == end and (start or self.prologue is not None):
+            return []
         cut = [self._resident] if start < self._resident < end else []
-        return [self.piece(a, b) for a, b in zip((start, *cut), (*cut, end), strict=True)]
+        return [self._span(a, b) for a, b in zip((start, *cut), (*cut, end), strict=True)]
 
-    def piece(self, start: int, end: int) -> Unit:
-        """Returns the unit of blocks start+1..end, with the prologue where it starts at 0 and the head at the end."""
-        if ("piece", start, end) not in self._made:
-            segments = [] if start or self.prologue is not None else [self._program.prologue]
-            blocks = tuple(range(start + 1, end + 1))
-            segments += self._program.blocks[start:end]
-            last = end == self._num_blocks
-            if last:
-                segments.append(self._program.head)
-            moving = [d for d in blocks if d > self._resident]
-            blocked = Refusal(_MOVING, self._program.plan.blocks[moving[0] - 1].path) if moving else None
-            unit = self._make(f"{'last' if last else 'piece'} {start}-{end}", end, blocks, segments, blocked)
-            self._made["piece", start, end] = unit
-        return self._made["piece", start, end]
+    def after(self, depth: int) -> Unit:
+        """Returns the unit that runs after the check at a depth, where the token stays."""
+        return self._span(depth, self.ends[self.ends.index(depth) + 1])
 
     def tail(self, depth: int) -> Unit:
         """Returns the unit of twins depth+1..L and the head that they take."""
-        if ("tail", depth) not in self._made:
+        if depth not in self._tails:
             segments = [*self._program.twins[depth:], self._program.river_head or self._program.head]
-            self._made["tail", depth] = self._make(f"tail {depth}", depth, (), segments)
-        return self._made["tail", depth]
+            self._tails[depth] = self._make("tail", depth, depth, segments)
+        return self._tails[depth]
 
-    def inputs(self, name: str) -> list[int]:
-        """Returns the registers that a segment reads, the graph's inputs among them."""
-        return [self._register[node] for s in self._program.segments if s.name == name for node in s.inputs]
-
-    def packed(self, name: str) -> list[Tensor]:
-        """Returns the packed weights of a segment's 4-bit products."""
-        return [tensor for segment, step in self._steps.items() if segment.name == name for tensor in step.packed]
+    def _span(self, start: int, end: int) -> Unit:
+        if (start, end) not in self._spans:
+            program = self._program
+            is_last = end == self._num_blocks
+            segments = [] if start or self.prologue is not None else [program.prologue]
+            segments += program.blocks[start:end]
+            segments += [program.head] if is_last else []
+            blocked = None
+            if end > self._resident:
+                blocked = Refusal(_MOVING, program.plan.blocks[max(start, self._resident)].path)
+            self._spans[start, end] = self._make("last" if is_last else "span", start, end, segments, blocked)
+        return self._spans[start, end]
 
     def _make(
-        self, name: str, depth: int, blocks: tuple[int, ...], segments: list[Segment], blocked: Refusal | None = None
+        self,
+        kind: Literal["prologue", "span", "last", "tail"],
+        start: int,
+        end: int,
+        segments: Sequence[Segment],
+        blocked: Refusal | None = None,
     ) -> Unit:
+        slots, is_end = self._program.slots, kind in ("last", "tail")
         for segment in segments:
             blocked = blocked or obstacle(segment, self._home)
-        reads: dict[int, bool] = {}  # register -> whether a capture depends on it
-        written: dict = {}
+        reads: dict[int, bool] = {}  # slot -> whether a capture depends on it
+        written: dict[fx.Node, None] = {}
         numbers: list[HostNumber] = []
         for segment in segments:
             idle = idle_numbers(segment)
             for node in segment.inputs:
                 if node not in written:
-                    index = self._register[node]
-                    reads[index] = reads.get(index, False) or node not in idle
+                    reads[slots[node]] = reads.get(slots[node], False) or node not in idle
             written |= dict.fromkeys(segment.outputs)
             numbers += host_numbers(segment)
         counted = {number.node for number in numbers}
-        later = self._read_later(segments, depth)
-        with_head = segments[-1].kind in _HEADS
-        scored = segments[-1].has_score
-        writes = sorted(self._register[n] for n in written if n in later and n not in counted)
-        if scored and with_head:
-            writes.append(self.score)
+        needed = set(self._program.returned)
+        if not is_end:
+            needed |= {node for s in self._followers(kind, end) for node in s.inputs}
+        writes = sorted(slots[n] for n in written if n in needed and n not in counted)
+        flag = None
+        if segments[-1].has_score:
+            flag = self._flags[self._num_blocks if is_end else end]
+            writes += [SCORE] if is_end else []
         return Unit(
-            name,
-            depth,
-            blocks,
-            tuple(self._steps[segment] for segment in segments),
-            tuple(sorted(reads)),
-            tuple(index for index in sorted(reads) if reads[index]),
-            tuple(writes),
-            tuple((self._register[n.node], n.compute, tuple(self._register[i] for i in n.inputs)) for n in numbers),
-            self._flags[self._num_blocks if with_head else depth] if scored else None,
-            self.score if scored and with_head else None,
-            blocked,
+            kind=kind,
+            start=start,
+            end=end,
+            steps=tuple(self._steps[segment] for segment in segments),
+            reads=tuple(sorted(reads)),
+            keys=tuple(index for index in sorted(reads) if reads[index]),
+            writes=tuple(writes),
+            numbers=tuple((slots[n.node], n.compute, tuple(slots[i] for i in n.inputs)) for n in numbers),
+            flag=flag,
+            obstacle=blocked,
         )
 
-    def _read_later(self, segments: list[Segment], depth: int) -> set:
-        """Returns the values that a unit's followers or the caller read."""
-        if segments[-1].kind in _HEADS:  # nothing follows
-            return set(self._program.returned)
-        program = self._program
-        follow = [*program.blocks[depth:], *program.twins[depth:], program.head, program.river_head]
-        return {node for s in follow if s is not None for node in s.inputs} | set(program.returned)
+    def _followers(self, kind: str, end: int) -> list[Segment]:
+        """Returns the segments that may run after a prologue or a span that ends at a depth."""
+        return [s for s in self._program.segments if s.depth > end and (kind == "prologue" or s.kind != "prologue")]

@@ -7,7 +7,7 @@ graph's own memory belongs to the next replay. The recorder makes each of these 
 - a launch is put into a queue, which runs up to a mark when the host waits for it, and to its end when the step ends;
 - buffers and flags are filled with NaN (integers: their least value, booleans: True) when a step begins;
 - what a unit made for itself is filled the same way when its replay has ended;
-- a replay sees no register but those that its unit reads, and raises where one of them lies elsewhere than at capture.
+- a replay sees no slot but those that its unit reads, and raises where one of them lies elsewhere than at capture.
 
 It keeps no tensor but the buffers. It works on any device and proves the schedule, not a GPU's behaviour: kernels that
 cannot be captured, streams and memory pools are seen by the CUDA device alone.
@@ -87,19 +87,19 @@ class Recorder(CaptureDevice):
         while self._queue:
             self._advance()
 
-    def capture(self, unit: Unit, registers: list, outputs: dict[int, Tensor]) -> tuple[Recording, int]:
+    def capture(self, unit: Unit, slots: list, outputs: dict[int, Tensor]) -> tuple[Recording, int]:
         self.events.append(Event("capture", unit.name))
-        addresses = tuple(_address(registers[i]) for i in unit.keys)
+        addresses = tuple(_address(slots[i]) for i in unit.keys)
         return Recording(unit, addresses, dict(outputs)), 0
 
-    def launch(self, graph: Recording, registers: list) -> None:
+    def launch(self, graph: Recording, slots: list) -> None:
         self.events.append(Event("launch", graph.unit.name))
-        own: list = [None] * len(registers)
+        own: list = [None] * len(slots)
         for index, address in zip(graph.unit.keys, graph.addresses, strict=True):
-            if _address(registers[index]) != address:
-                raise StaleReplay(f"{graph.unit.name}: register {index} has moved since the capture")
+            if _address(slots[index]) != address:
+                raise StaleReplay(f"{graph.unit.name}: slot {index} has moved since the capture")
         for index in graph.unit.reads:
-            own[index] = registers[index]
+            own[index] = slots[index]
         self._latest = graph.unit.name
         self._queue.append(lambda: _replay(graph, own))
 

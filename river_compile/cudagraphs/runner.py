@@ -1,338 +1,263 @@
 """Runs a decode graph as captured units: launches instead of calls, one launch for many kernels.
 
-The first time that a unit meets its inputs' addresses it runs uncaptured, which is also the warm-up that a capture
-needs. The second time it is captured, and from then on replayed. A unit whose inputs never repeat (a mask that grows
-with every token) therefore stays uncaptured, and the log says on which input's account.
+Steps of one runner run one after the other: a second thread waits for the first one's step to be launched, and what the
+caller gets are copies, so nobody's result is overwritten by the next step.
 
-A capture is found by the addresses of what it reads and by the sizes among its inputs. A new KV cache elsewhere
-leads to new captures; the executor holds no cache and no parameter, so the old ones are free to go. The oldest capture
-gives way when there are `max_captures`.
+Three things happen at an exit check, each in a method of its own: the span before it is launched, the one after it
+perhaps launched ahead (:mod:`river_compile.cudagraphs.launch_ahead`), and the times that this depends on are measured.
 
-Steps of one executor run one after the other: a second thread waits for the first one's step to be launched, and what
-the caller gets are copies, so nobody's result is overwritten by the next step.
-
-Not handled (told in the log, and run uncaptured): dynamic caches, prompts, operations that read sizes from the device.
+Not handled (the log says so, and it runs uncaptured): dynamic caches, prompts, operations that read sizes from the
+device.
 """
 
 from __future__ import annotations
 
-import logging
 import threading
 import time
-from collections import OrderedDict
-from collections.abc import Callable, Iterable, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
+from types import TracebackType
 
 import torch
 from torch import Tensor
 
-from river_compile.exits import Memories, Memory
+from river_compile.config import RiverConfig
+from river_compile.errors import OptionError
 from river_compile.passes.graph_safety import fixed_inputs, runs_once
-from river_compile.passes.nodes import input_name, is_tensor, source_of, value_of
+from river_compile.passes.nodes import is_tensor, source_of
 from river_compile.passes.program import DecoderPlan, RiverProgram, Segment
-from river_compile.runtime.executor import ExitRule, RiverExecutor, Step
-from river_compile.runtime.slots import gather
-from river_compile.runtime.trace import ExitStats, Outcome
+from river_compile.runtime.rewind import Saved
+from river_compile.runtime.runner import Runner, Step
+from river_compile.runtime.slots import SCORE, new_slots, size_of
 
-from .device import CaptureDevice, CaptureFailed, CaptureLog, CaptureRecord
+from .cuda import CudaGraphs
+from .device import CaptureDevice, CaptureLog
 from .launch_ahead import LaunchAhead
-from .partition import Unit, UnitMaker, copy_into
-
-log = logging.getLogger("river_compile.cudagraphs.device")
-
-_SEEN = 16  # sets of inputs that are remembered per unit until they come a second time
-_SHAPES = 8  # shapes of one value for which buffers are kept
-_CHANGES = 4  # uses without one repetition before the log calls an input changing
+from .launcher import Launcher
+from .partition import Partition, Unit
+from .recorder import Recorder
 
 
 @dataclass(frozen=True)
-class Capturing:
-    """How an executor captures.
+class _Clock:
+    """When a replay was launched, on the host and on the device."""
 
-    Attributes:
-        device: what captures.
-        max_captures: captures kept at the same time.
-        log: where to write down what happens.
-        ahead: when the next piece is launched before the flag is known.
-    """
-
-    device: CaptureDevice
-    max_captures: int
-    log: CaptureLog
-    ahead: LaunchAhead
+    host: float
+    device: object
 
 
-@dataclass(frozen=True)
-class _Entry:
-    graph: object
-    outputs: dict[int, Tensor]
-
-
-class CapturedExecutor(RiverExecutor):
-    """A RiverExecutor for decode graphs on a static cache whose units are captured.
+class CapturedRunner(Runner):
+    """Launches the units of a decode graph on a static cache.
 
     Args:
-        program, steps, rule, stats, memories: as for :class:`RiverExecutor`.
-        how: the device, its limits, and where to tell of it.
+        program: the program.
+        steps: the compiled step of each segment that can be reached.
+        launcher: launches units.
+        ahead: when the next span is launched before the flag is known.
+        deepest: blocks that a token executes at most, None for all.
+
+    Attributes:
+        units: the program's units of capture.
+        launcher, ahead: as above; another `ahead` may take its place between two steps.
+        device: the launcher's.
+        flags: ``[L + 1]`` float32 values in host memory, where the scores of checks and heads arrive.
     """
 
     def __init__(
         self,
         program: RiverProgram,
         steps: Mapping[Segment, Step],
-        rule: ExitRule,
-        stats: ExitStats,
-        memories: Memories,
-        how: Capturing,
+        launcher: Launcher,
+        ahead: LaunchAhead,
+        deepest: int | None = None,
     ) -> None:
-        super().__init__(program, steps, rule, stats, memories)
-        plan = program.plan
-        register = program.slots
-        self.device, self.log, self.ahead, self._max_captures = how.device, how.log, how.ahead, how.max_captures
+        super().__init__(program, steps)
+        plan, slots = program.plan, program.slots
+        self.launcher, self.device, self.ahead = launcher, launcher.device, ahead
         self.flags = self.device.flags(plan.num_blocks + 1)
-        self.units = UnitMaker(program, steps, self.flags, rule.deepest)
-        self.size = len(register) + 1  # (one more for the head's score)
-        self._nodes = list(register)
+        self.units = Partition(program, steps, self.flags, deepest)
+        self._size = size_of(program)
         fixed = fixed_inputs(plan)
-        self._copied = [i for node, i in register.items() if node.op == "placeholder" and node not in fixed]
-        self._cache = next(
-            i for node, i in register.items() if node in fixed and is_tensor(node) and value_of(node).dim() == 4
-        )
-        self._returned = [register[node] for node in program.returned]
-        self._buffers: dict[int, OrderedDict[tuple, Tensor]] = {}
-        self._captures: OrderedDict[tuple, _Entry] = OrderedDict()
-        self._seen: dict[Unit, OrderedDict[tuple, dict[int, Tensor]]] = {}
-        self._failed: set[Unit] = set()
-        self._reads: dict[Unit, Callable] = {}
+        self._copied = [i for node, i in slots.items() if node.op == "placeholder" and node not in fixed]
+        self._returned = [slots[node] for node in program.returned]
         self._lock = threading.Lock()
-        self.log.device = self.device.name
+        # Of the step that runs: the check that was read last, and the unit after it that was launched ahead.
+        self._checked: int | None = None
+        self._launched_ahead: Unit | None = None
+        launcher.log.device = self.device.name
         self._note_order(plan)
 
-    def __call__(self, *args: object) -> tuple:
-        rule = self._rule_of_step()
-        with self._lock, torch._C._DisableAutocast():
-            try:
-                outcome, outputs = self._step(args, rule)
-            except BaseException:
+    def __enter__(self) -> None:
+        self._lock.acquire()
+        self._checked = self._launched_ahead = None
+
+    def __exit__(self, kind: type[BaseException] | None, error: object, traceback: TracebackType | None) -> None:
+        try:
+            if kind is None:
+                self.device.end()
+            else:
                 self.device.abandon()
-                raise
-        self._close(outcome)
-        return outputs
+        finally:
+            self._lock.release()
 
-    def buffers(self) -> list[tuple[str, Tensor]]:
-        """Returns the buffers at the units' borders, each with the name of its value in the traced graph."""
-        names = [*(node.name for node in self._nodes), "score of the head"]
-        return [(names[i], b) for i, kept in sorted(self._buffers.items()) for b in kept.values()]
-
-    def _step(self, args: Sequence, rule: ExitRule) -> tuple[Outcome, tuple]:
-        self.device.begin(lambda: [buffer for _, buffer in self.buffers()], self.flags)
-        registers = [*args, *[None] * (self.size - len(args))]
-        if self._check_capacity is not None:
-            self._check_capacity(registers, 1)
-        memory = self._recall(registers)
+    def begin(self, args: Sequence) -> list:
+        self.device.begin(lambda: [buffer for _, buffer in self.launcher.buffers()], self.flags)
+        slots = new_slots(args, self._size)
         for index in self._copied:
             if isinstance(args[index], Tensor):
-                registers[index] = self._copy(index, args[index])
+                slots[index] = self.launcher.copy(index, args[index])
         if self.units.prologue is not None:
-            self._launch(self.units.prologue, registers)
-        outcome = self._run_blocks(registers, rule, memory)
-        if rule.threshold is not None and rule.criterion.may_doubt and outcome.depth < len(self.blocks):
-            outcome = self._finish_or_doubt(registers, outcome, rule)
-        else:
-            self._keep(registers, memory, self._finish(registers, outcome.depth))
-        outputs = self._fresh(registers[i] for i in self._returned)
-        self.device.end()
-        return outcome, outputs
+            self.launcher.launch(self.units.prologue, slots)
+        return slots
 
-    def _run_blocks(self, registers: list, rule: ExitRule, memory: Memory) -> Outcome:
-        """Launches the pieces up to the exit; the last one runs the head too."""
-        depth, entropy = self._depth_before(rule, memory)
-        if depth is None:
-            return self._run_pieces(registers, rule, memory)
-        if depth or self.units.prologue is None:  # (otherwise there is nothing before the tail)
-            self._launch_blocks(0, depth, registers)
-        return Outcome(depth, entropy=entropy)
+    def blocks(self, slots: list, start: int, end: int) -> None:
+        self._note_verdict(left=False)
+        for unit in self.units.spans(start, end):
+            self._launch_once(unit, slots)
 
-    def _launch_blocks(self, start: int, end: int, registers: list) -> None:
-        """Launches blocks start+1..end, whatever their checks say."""
-        for piece in self.units.pieces(start, end):
-            self._launch(piece, registers)
+    def score(self, slots: list, start: int, end: int) -> float:
+        self._note_verdict(left=False)
+        *before, unit = self.units.spans(start, end)
+        for other in before:
+            self._launch_once(other, slots)
+        clock = self._launch_timed(unit, slots)
+        sent = self.device.mark()
+        self._launch_ahead(end, slots)
+        self.device.wait(sent)
+        if clock is not None and self._launched_ahead is None:
+            self._measure(end, clock, sent)
+        self._checked = end
+        return self.flags[end].item()
 
-    def _run_pieces(self, registers: list, rule: ExitRule, memory: Memory) -> Outcome:
-        """Launches pieces until a flag says to leave."""
-        ends = self.units.ends
-        pieces = [self.units.piece(a, b) for a, b in zip((0, *ends), ends, strict=False)]
-        scores: list[float] = []
-        launched = 0
-        for place, piece in enumerate(pieces[:-1]):
-            alone = launched == place
-            if alone:
-                started, before = time.perf_counter(), self.device.mark()
-                replayed = self._launch(piece, registers)
-                launched += 1
-            if piece.flag is None or piece.depth < rule.first_exit:
-                continue
-            flag_sent = self.device.mark()
-            if self._starts_ahead(piece, pieces[place + 1], registers):
-                self._launch(pieces[place + 1], registers)
-                launched += 1
-            self.device.wait(flag_sent)
-            scores.append(self.flags[piece.depth].item())
-            leaves = rule.criterion.leaves(piece.depth, scores[-1], rule.threshold, memory)
-            self.ahead.saw(piece.depth, leaves)
-            if alone and replayed and launched == place + 1:
-                seconds = self.device.seconds_between(before, flag_sent)
-                if seconds is not None:
-                    self.ahead.timed(piece.depth, seconds, time.perf_counter() - started)
-            if leaves:
-                if launched > place + 1:  # the next piece ran for this token too, and so will its twins
-                    self._take_back(registers, piece.depth, pieces[place + 1].depth)
-                return Outcome(piece.depth, scores)
-        if launched < len(pieces):
-            self._launch(pieces[-1], registers)
-        return Outcome(ends[-1], scores)
+    def tail(self, slots: list, depth: int) -> None:
+        self._note_verdict(left=True)
+        ahead, self._launched_ahead = self._launched_ahead, None
+        if ahead is not None:  # it ran for this token too, and so will its twins
+            self.rewind(slots, ahead.start, ahead.end)
+        self.launcher.launch(self.units.tail(depth), slots)
 
-    def _starts_ahead(self, piece: Unit, following: Unit, registers: list) -> bool:
-        return (
-            following.name not in self.log.not_ahead
-            and self.ahead.pays(piece.depth, following.depth)
-            and self._signature(following, registers) in self._captures
-        )
-
-    def _take_back(self, registers: list, depth: int, end: int, saved: Sequence[tuple[int, Tensor]] = ()) -> None:
-        """Makes blocks depth+1..end ready to run once more for this token."""
-        self.device.run(lambda: self._rewind.back(registers, depth, saved, end))
-
-    def _finish(self, registers: list, depth: int) -> tuple:
-        """Launches the tail, where the head has not run yet; returns a copy of the head's score, where it has one."""
-        if depth < len(self.blocks):
-            self._launch(self.units.tail(depth), registers)
-        score = registers[self.units.score]
-        return () if score is None else self._fresh([score])
-
-    def _finish_or_doubt(self, registers: list, outcome: Outcome, rule: ExitRule) -> Outcome:
-        """Finishes through the river and, where its logits leave doubt, once more through the backbone."""
-        num_blocks = len(self.blocks)
-        self.device.settle()
-        moved = self._rewind.save(registers, outcome.depth)
-        self._launch(self.units.tail(outcome.depth), registers)
+    def read_head(self, slots: list) -> float:
         self.device.wait(self.device.mark())
-        entropy = self.flags[num_blocks].item()
-        if not rule.criterion.doubts(entropy, rule.threshold):
-            return Outcome(outcome.depth, entropy=entropy)
-        self._take_back(registers, outcome.depth, num_blocks, moved)
-        self._launch_blocks(outcome.depth, num_blocks, registers)
-        return Outcome(num_blocks, entropy=entropy, doubted=True, river_from=outcome.depth)
+        return self.flags[-1].item()
 
-    def _launch(self, unit: Unit, registers: list) -> bool:
-        """Replays a unit, or runs it where it has no capture, and leaves its results in the registers.
+    def head_score(self, slots: list) -> Tensor:
+        return self.launcher.fresh([slots[SCORE]])[0]
 
-        Returns:
-            True where an existing capture was replayed.
-        """
-        if unit.obstacle is not None or unit in self._failed:
-            if unit.obstacle is not None:
-                self.log.uncaptured.setdefault(unit.name, str(unit.obstacle))
-            self._run_uncaptured(unit, registers)
-            return False
-        signature = self._signature(unit, registers)
-        entry = self._captures.get(signature)
-        is_new = entry is None
-        if is_new:
-            outputs = self._seen.get(unit, {}).get(signature)
-            entry = self._capture(unit, signature, registers, outputs) if outputs is not None else None
-        if entry is None:
-            self._remember(unit, signature, self._run_uncaptured(unit, registers))
-            return False
-        self._captures.move_to_end(signature)
-        self.device.launch(entry.graph, registers)
-        for index, buffer in entry.outputs.items():
-            registers[index] = buffer
-        unit.count(registers)
-        return not is_new
-
-    def _signature(self, unit: Unit, registers: list) -> tuple:
-        """Returns the unit, the address of every tensor that it reads, and every number."""
-        if unit not in self._reads:
-            self._reads[unit] = gather(unit.keys)
-        return (unit, *[v.data_ptr() if isinstance(v, Tensor) else v for v in self._reads[unit](registers)])
-
-    def _remember(self, unit: Unit, signature: tuple, outputs: dict[int, Tensor]) -> None:
-        """Notes the inputs that a unit ran on and the buffers of its results, so that it is captured the next time."""
-        seen = self._seen.setdefault(unit, OrderedDict())
-        if len(seen) >= _CHANGES and unit.name not in self.log.uncaptured:
-            latest = next(reversed(seen))
-            pairs = zip(unit.keys, latest[1:], signature[1:], strict=True)
-            differing = [self._nodes[index] for index, before, now in pairs if before != now]
-            names = [input_name(node) if node.op == "placeholder" else source_of(node) for node in differing]
-            self.log.uncaptured[unit.name] = (
-                f"its inputs have not come twice so far; the latest differ at {', '.join(dict.fromkeys(names))}"
-            )
-        seen[signature] = outputs
-        if len(seen) > _SEEN:
-            seen.popitem(last=False)
-
-    def _run_uncaptured(self, unit: Unit, registers: list) -> dict[int, Tensor]:
-        """Runs a unit as plain code; returns the buffers that its results were copied to."""
-        own = [None] * self.size
-        for index in unit.reads:
-            own[index] = registers[index]
+    def save(self, slots: list, depth: int) -> Saved:
         self.device.settle()
-        unit.run(own)
-        outputs = {}
-        for index in unit.writes:
-            registers[index] = outputs[index] = self._copy(index, own[index])
-        unit.count(registers)
-        return outputs
+        return super().save(slots, depth)
 
-    def _capture(self, unit: Unit, signature: tuple, registers: list, outputs: dict[int, Tensor]) -> _Entry | None:
-        """Captures a unit; None where that failed, which the log then says."""
-        start = time.perf_counter()
-        try:
-            graph, size = self.device.capture(unit, registers, outputs)
-        except CaptureFailed as error:
-            self._failed.add(unit)
-            self.log.uncaptured[unit.name] = str(error)
-            log.warning("%s runs uncaptured: %s", unit.name, error)
+    def rewind(self, slots: list, start: int, end: int, saved: Saved = ()) -> None:
+        self.device.run(lambda: self._rewind.back(slots, start, end, saved))
+
+    def finish(self, slots: list) -> tuple:
+        return self.launcher.fresh(slots[i] for i in self._returned)
+
+    def _note_verdict(self, left: bool) -> None:
+        """Notes, at what the executor does after a check, what it decided there."""
+        if self._checked is not None:
+            self.ahead.saw(self._checked, left)
+            self._checked = None
+
+    def _launch_once(self, unit: Unit, slots: list) -> None:
+        """Launches a unit that was not launched ahead."""
+        if self._launched_ahead is None:
+            self.launcher.launch(unit, slots)
+        assert self._launched_ahead in (None, unit)
+        self._launched_ahead = None
+
+    def _launch_timed(self, unit: Unit, slots: list) -> _Clock | None:
+        """Launches a unit as above; returns when, where it was launched just now and was no capture or plain run."""
+        if unit is self._launched_ahead:
+            self._launched_ahead = None
             return None
-        seconds = time.perf_counter() - start
-        record = CaptureRecord(unit.name, unit.depth, registers[self._cache].shape[0], seconds, size)
-        log.info("captured %s: depth %d, batch %d, %.3f s, %d bytes", *vars(record).values())
-        while len(self._captures) >= self._max_captures:
-            self._captures.popitem(last=False)
-            self.log.dropped += 1
-        self._captures[signature] = entry = _Entry(graph, outputs)
-        del self._seen[unit][signature]
-        self.log.add(record)
-        self.log.alive = len(self._captures)
-        self.log.uncaptured.pop(unit.name, None)
-        return entry
+        clock = _Clock(time.perf_counter(), self.device.mark())
+        return clock if self.launcher.launch(unit, slots) else None
 
-    def _copy(self, index: int, value: Tensor) -> Tensor:
-        """Copies a value into the buffer of its register and returns the buffer."""
-        kept = self._buffers.setdefault(index, OrderedDict())
-        key = (value.shape, value.stride(), value.dtype, value.device)
-        buffer = kept.get(key)
-        if buffer is None:
-            buffer = kept[key] = self.device.buffer(value)
-            if len(kept) > _SHAPES:
-                kept.popitem(last=False)
-            self.log.buffer_bytes = sum(b.nbytes for k in self._buffers.values() for b in k.values())
-        kept.move_to_end(key)
-        self.device.run(lambda: copy_into(buffer, value))
-        return buffer
+    def _launch_ahead(self, depth: int, slots: list) -> None:
+        """Launches the unit after the check at a depth before the check's result is known, where that pays."""
+        unit = self.units.after(depth)
+        if (
+            unit.name not in self.launcher.log.not_ahead
+            and self.ahead.pays(depth, unit.end)
+            and self.launcher.is_captured(unit, slots)
+        ):
+            self.launcher.launch(unit, slots)
+            self._launched_ahead = unit
 
-    def _fresh(self, values: Iterable[object]) -> tuple:
-        """Returns copies that no later step overwrites, in order with the launches."""
-        values = list(values)
-        fresh = [torch.empty_like(v) if isinstance(v, Tensor) else v for v in values]
-        pairs = [(a, b) for a, b in zip(fresh, values, strict=True) if isinstance(a, Tensor)]
-        self.device.run(lambda: [a.copy_(b) for a, b in pairs])
-        return tuple(fresh)
+    def _measure(self, depth: int, clock: _Clock, sent: object) -> None:
+        """Notes how long a span took on the device, and how long its score took to arrive."""
+        seconds = self.device.seconds_between(clock.device, sent)
+        if seconds is not None:
+            self.ahead.timed(depth, seconds, time.perf_counter() - clock.host)
 
     def _note_order(self, plan: DecoderPlan) -> None:
-        """Writes down which pieces cannot be launched ahead, and why."""
+        """Writes down which spans cannot be launched ahead, and why."""
         for start, end in zip(self.units.ends, self.units.ends[1:], strict=False):
             reason = next(filter(None, (runs_once(plan, block) for block in plan.blocks[start:end])), None)
             if reason is not None:
-                self.log.not_ahead[self.units.piece(start, end).name] = str(reason)
+                self.launcher.log.not_ahead[self.units.after(start).name] = str(reason)
+
+
+def choose_device(program: RiverProgram, config: RiverConfig, captures: CaptureLog) -> CaptureDevice | None:
+    """Returns what captures a program's decode steps; None where nothing is captured, and `captures` says why."""
+    if config.cudagraphs is False:
+        captures.reason = "cudagraphs=False"
+    elif config.fill != "river":
+        captures.reason = f"fill={config.fill!r} keeps count of every token on the host"
+    elif config.cudagraphs is None and _device_of(program.plan).type != "cuda":
+        captures.reason = f"the model lies on {_device_of(program.plan)}; CUDA graphs need a GPU"
+    else:
+        captures.reason = _unsupported(program)
+    return None if captures.reason else _make_device(config, program.plan)
+
+
+def captured_runner(
+    program: RiverProgram,
+    steps: Mapping[Segment, Step],
+    deepest: int | None,
+    config: RiverConfig,
+    device: CaptureDevice,
+    captures: CaptureLog,
+) -> CapturedRunner:
+    """Returns the runner of a program that a device captures."""
+    launcher = Launcher(program, device, captures, config.max_captures)
+    return CapturedRunner(program, steps, launcher, LaunchAhead(config.launch_ahead), deepest)
+
+
+def check_device(config: RiverConfig, plan: DecoderPlan) -> None:
+    """Checks that a model for which captures are asked lies on a device that has them.
+
+    Raises:
+        OptionError: it does not.
+    """
+    device = _device_of(plan)
+    if config.cudagraphs is True and device.type != "cuda":
+        raise OptionError(
+            f"cudagraphs=True needs a model on a GPU, and this one lies on {device}; move it there, or leave "
+            "cudagraphs out ('record' checks the schedule without a GPU)"
+        )
+
+
+def _device_of(plan: DecoderPlan) -> torch.device:
+    return plan.device
+
+
+def _make_device(config: RiverConfig, plan: DecoderPlan) -> CaptureDevice:
+    return Recorder() if config.cudagraphs == "record" else CudaGraphs(_device_of(plan))
+
+
+def _unsupported(program: RiverProgram) -> str:
+    """Returns why no unit of a graph can be captured, naming the node where there is one; empty where some can."""
+    plan = program.plan
+    if not plan.is_decode:
+        return "a prompt's length differs from call to call; decode steps are captured"
+    for block in plan.blocks:
+        if block.kv.kind != "static":
+            where = source_of(block.kv.writes[0])
+            return f'the cache grows with every token; cache_implementation="static" keeps it in place (at {where})'
+    written = {node for block in plan.blocks for node in block.kv.writes}
+    for node in program.returned:
+        if node in written or (node.op == "placeholder" and is_tensor(node)):
+            return f"the graph returns a tensor of the caller's, which must not become a copy (at {source_of(node)})"
+    return ""

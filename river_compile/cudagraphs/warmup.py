@@ -11,8 +11,7 @@ from torch import nn
 from tqdm import tqdm
 from transformers.cache_utils import Cache
 
-from river_compile.exits import CRITERIA
-from river_compile.runtime.executor import forced_depth, forced_threshold
+from river_compile.exits import CRITERIA, forced_depth, forced_threshold
 from river_compile.state import GraphRecord, state_of_model
 
 from .device import CaptureLog

@@ -2,17 +2,37 @@
 
 from __future__ import annotations
 
-from typing import TYPE_CHECKING
+from dataclasses import dataclass, field
 
 import torch
+from torch import Tensor
 
+from river_compile.exits import Memory
 from river_compile.passes.fills.entries import presence_masks
 from river_compile.passes.pipeline import Pass
+from river_compile.passes.program import RiverProgram
+from river_compile.runtime.slots import cache_slots
 
-from .base import Gaps, Holes, Place
+from .base import Gaps, Holes
 
-if TYPE_CHECKING:
-    from river_compile.exits import Memory
+
+@dataclass
+class Presence:
+    """Which entries of one sequence are there.
+
+    Attributes:
+        present: boolean ``[blocks, tokens and more]``, False for an entry that is missing.
+        spans: of each block, the tokens (first, last + 1) that its keys belonged to in the last step.
+        views: the parts of `present` about these.
+    """
+
+    present: Tensor | None = None
+    spans: list[tuple[int, int]] = field(default_factory=list)
+    views: list[Tensor] = field(default_factory=list)
+
+    def after_prompt(self) -> Presence:
+        """Returns that of a prompt, of which nothing is missing."""
+        return Presence()
 
 
 class Mask(Holes):
@@ -20,45 +40,50 @@ class Mask(Holes):
 
     name = "mask"
 
-    def passes(self, candidates: tuple[int, ...]) -> list[Pass]:
+    @classmethod
+    def passes(cls, candidates: tuple[int, ...]) -> list[Pass]:
         return [*super().passes(candidates), presence_masks]
 
-    def begin(self, registers: list, memory: Memory, place: Place) -> int:
-        limit = super().begin(registers, memory, place)
-        if place.decode and place.presence:
-            self._show(registers, memory.gaps, place)
+    def __init__(self, program: RiverProgram) -> None:
+        super().__init__(program)
+        self._presence = [program.slots[node] for node in program.presence]
+        self._keys = [cache_slots(program, block)[0] for block in range(self.num_blocks)]
+        self._grows = program.plan.blocks[0].kv.kind == "dynamic"  # by the step's token
+
+    def begin(self, slots: list, memory: Memory) -> int:
+        limit = super().begin(slots, memory)
+        if self._presence and self.program.plan.is_decode:
+            self._show(slots, memory)
         return limit
 
-    def end(self, registers: list, memory: Memory, place: Place, depth: int) -> None:
-        if depth < place.num_blocks:
-            memory.gaps.present[depth:, memory.gaps.filled] = False
-        super().end(registers, memory, place, depth)
+    def end(self, slots: list, memory: Memory, depth: int) -> None:
+        if depth < self.num_blocks:
+            memory.entries[Presence].present[depth:, memory.entries[Gaps].filled] = False
+        super().end(slots, memory, depth)
 
-    def _show(self, registers: list, gaps: Gaps, place: Place) -> None:
-        """Puts the part of `present` that each block's attention reads into the block's register.
+    def _show(self, slots: list, memory: Memory) -> None:
+        """Puts the part of `present` that each block's attention reads into the block's slot.
 
-        The keys of a block are the last tokens in order, then (in a static cache) slots not filled yet: so the first
+        The keys of a block are the last tokens in order, then (in a static cache) entries not filled yet: so the first
         one belongs to token ``filled - keys``, or to token 0 where there are fewer tokens than keys.
         """
-        filled = gaps.filled + 1  # this token's entry is written before it is read
-        lengths = [registers[keys].shape[2] + place.grows for keys in place.keys]
+        seen: Presence = memory.entries.setdefault(Presence, Presence())
+        filled = memory.entries[Gaps].filled + 1  # this token's entry is written before it is read
+        lengths = [slots[keys].shape[2] + self._grows for keys in self._keys]
         spans = [(first := max(0, filled - length), first + length) for length in lengths]
-        if spans == gaps.spans:
-            views = gaps.views
-        else:
-            _grow(gaps, max(last for _, last in spans), place.num_blocks, registers[place.hidden[0]].device)
-            views = [gaps.present[block, first:last] for block, (first, last) in enumerate(spans)]
-            gaps.spans, gaps.views = spans, views
-        for register, view in zip(place.presence, views, strict=True):
-            registers[register] = view
+        if spans != seen.spans:
+            present = self._grown(seen.present, max(last for _, last in spans), slots[self.hidden[0]].device)
+            seen.views = [present[block, first:last] for block, (first, last) in enumerate(spans)]
+            seen.spans, seen.present = spans, present
+        for slot, view in zip(self._presence, seen.views, strict=True):
+            slots[slot] = view
 
-
-def _grow(gaps: Gaps, tokens: int, num_blocks: int, device: torch.device) -> None:
-    """Makes `present` hold at least so many tokens."""
-    before = gaps.present
-    if before is not None and before.shape[1] >= tokens:
-        return
-    with torch.inference_mode(False):  # (so that any mode may write to it)
-        gaps.present = torch.ones(num_blocks, 2 * tokens, dtype=torch.bool, device=device)
-        if before is not None:
-            gaps.present[:, : before.shape[1]] = before
+    def _grown(self, before: Tensor | None, tokens: int, device: torch.device) -> Tensor:
+        """Returns `present` with room for at least so many tokens."""
+        if before is not None and before.shape[1] >= tokens:
+            return before
+        with torch.inference_mode(False):  # (so that any mode may write to it)
+            present = torch.ones(self.num_blocks, 2 * tokens, dtype=torch.bool, device=device)
+            if before is not None:
+                present[:, : before.shape[1]] = before
+        return present

@@ -7,21 +7,20 @@ continues from the hidden state with which it left, which stays at hand until th
 
 from __future__ import annotations
 
-from collections.abc import Sequence
-from dataclasses import dataclass
-from typing import TYPE_CHECKING
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field
 
 import torch
 from torch import Tensor
 
-from river_compile.passes.fills.over_tokens import catch_up
+from river_compile.exits import Memory
+from river_compile.passes.fills.over_tokens import catch_up, per_token
 from river_compile.passes.pipeline import Pass
+from river_compile.passes.program import RiverProgram, Segment
+from river_compile.runtime.fill import Call
+from river_compile.runtime.slots import FILL, SCORE
 
-from .base import Holes, Place
-
-if TYPE_CHECKING:
-    from river_compile.exits import Memory
-    from river_compile.runtime.executor import Step
+from .base import Holes
 
 
 @dataclass
@@ -30,13 +29,24 @@ class Skipped:
 
     Attributes:
         depth: blocks that it ran so far.
-        hidden: its hidden state behind them, ``[B, 1, D]``.
-        inputs: what else blocks read about it (cosines, sines, mask), in the order of ``Place.per_token``.
+        hidden: its hidden state after them, ``[B, 1, D]``.
+        inputs: what else blocks read about it (cosines, sines, mask), in the order of `Recompute.per_token`.
     """
 
     depth: int
     hidden: Tensor
     inputs: tuple[Tensor, ...]
+
+
+@dataclass
+class Left:
+    """The tokens of one sequence that have not run through all blocks, oldest first."""
+
+    tokens: list[Skipped] = field(default_factory=list)
+
+    def after_prompt(self) -> Left:
+        """Returns that of a prompt: there are none."""
+        return Left()
 
 
 @dataclass
@@ -63,74 +73,88 @@ class Turn:
 
 
 class Recompute(Holes):
-    """Skipped blocks run later, for all tokens that are missing there."""
+    """Skipped blocks run later, for all tokens that are missing there.
+
+    Attributes:
+        per_token: slots of what blocks read about a token, its hidden state left out, in the order in which they read
+            it (which all graphs of a model share; the numbers differ from graph to graph).
+    """
 
     name = "recompute"
 
-    def passes(self, candidates: tuple[int, ...]) -> list[Pass]:
+    @classmethod
+    def passes(cls, candidates: tuple[int, ...]) -> list[Pass]:
         return [*super().passes(candidates), catch_up(candidates)]
 
-    def begin(self, registers: list, memory: Memory, place: Place) -> int:
-        limit = super().begin(registers, memory, place)
-        registers[place.state] = Turn(memory.gaps.skipped)
+    def __init__(self, program: RiverProgram) -> None:
+        super().__init__(program)
+        pairs = zip(program.catch_up, program.plan.blocks, strict=False)  # (there are none, or one for each block)
+        read = [node for several, block in pairs for node in per_token(several, block) if node is not block.hidden_in]
+        self.per_token = [program.slots[node] for node in dict.fromkeys(read)]
+
+    def blocks(self, blocks: Sequence[Call], steps: Mapping[Segment, Call]) -> list[Call]:
+        several = [steps[segment] for segment in self.program.catch_up if segment in steps]
+        if not several:
+            return list(blocks)
+        pairs = zip(blocks, several, strict=True)
+        return [CatchUpBlock(self, one, more, depth) for depth, (one, more) in enumerate(pairs, start=1)]
+
+    def begin(self, slots: list, memory: Memory) -> int:
+        limit = super().begin(slots, memory)
+        slots[FILL] = Turn(memory.entries.setdefault(Left, Left()).tokens)
         return limit
 
-    def blocks(self, blocks: Sequence, catch_up: Sequence, place: Place) -> list:
-        if not catch_up:
-            return list(blocks)
-        pairs = enumerate(zip(blocks, catch_up, strict=True), start=1)
-        return [CatchUpBlock(one, several, depth, place) for depth, (one, several) in pairs]
-
-    def end(self, registers: list, memory: Memory, place: Place, depth: int) -> None:
-        super().end(registers, memory, place, depth)
-        gaps, batch = memory.gaps, registers[place.state].batch
+    def end(self, slots: list, memory: Memory, depth: int) -> None:
+        super().end(slots, memory, depth)
+        left: Left = memory.entries[Left]
+        batch = slots[FILL].batch
         if batch is not None:
             for token, hidden in zip(batch.skipped, batch.hidden, strict=False):  # (the newest is the last one)
                 token.hidden = hidden
-            gaps.skipped = [token for token in gaps.skipped if token.depth < place.num_blocks]
-        if depth < place.num_blocks:
-            inputs = tuple(registers[register].clone() for register in place.per_token)
-            gaps.skipped.append(Skipped(depth, registers[place.hidden[depth]], inputs))
+            left.tokens = [token for token in left.tokens if token.depth < self.num_blocks]
+        if depth < self.num_blocks:
+            inputs = tuple(slots[slot].clone() for slot in self.per_token)
+            left.tokens.append(Skipped(depth, slots[self.hidden[depth]], inputs))
 
 
 class CatchUpBlock:
     """A backbone block that takes along the tokens that skipped it.
 
     Args:
+        fill: knows where the values are.
         one: the block's step for one token.
         several: its step for several.
         depth: the block's number, from 1.
-        place: where the registers are.
     """
 
-    def __init__(self, one: Step, several: Step, depth: int, place: Place) -> None:
-        self.name = one.name
-        self._one, self._several, self._depth, self._place = one, several, depth, place
+    def __init__(self, fill: Recompute, one: Call, several: Call, depth: int) -> None:
+        self._one, self._several, self._depth = one, several, depth
+        self._before, self._after = fill.hidden[depth - 1 : depth + 1]
+        self._per_token = fill.per_token
 
-    def __call__(self, registers: list) -> Sequence:
-        turn = registers[self._place.state]
+    def __call__(self, slots: list) -> None:
+        turn: Turn = slots[FILL]
         behind = [token for token in turn.skipped if token.depth < self._depth]
         if not behind:
-            return self._one(registers)
-        before, after = self._place.hidden[self._depth - 1 : self._depth + 1]
-        batch = turn.batch = self._join(turn.batch, behind, registers, registers[before])
-        several = registers.copy()
-        several[before] = batch.hidden
-        for register, stack in zip(self._place.per_token, batch.inputs, strict=True):
-            several[register] = stack
-        outputs = self._several(several)
-        batch.hidden = several[after]
+            self._one(slots)
+            return
+        batch = turn.batch = self._join(turn.batch, behind, slots)
+        several = slots.copy()
+        several[self._before] = batch.hidden
+        for slot, stack in zip(self._per_token, batch.inputs, strict=True):
+            several[slot] = stack
+        self._several(several)
+        batch.hidden = several[self._after]
         for token in behind:
             token.depth = self._depth
-        registers[after] = batch.hidden[-1]
-        return outputs
+        slots[self._after], slots[SCORE] = batch.hidden[-1], several[SCORE]
 
-    def _join(self, batch: Batch | None, behind: list[Skipped], registers: list, newest: Tensor) -> Batch:
+    def _join(self, batch: Batch | None, behind: list[Skipped], slots: list) -> Batch:
         """Returns the batch with the tokens that are behind now: those that join it are older than those in it."""
         joining = behind[: len(behind) - (len(batch.skipped) if batch else 0)]
-        if not joining:
+        if batch is not None and not joining:
             return batch
-        hidden = torch.cat([torch.stack([t.hidden for t in joining]), batch.hidden if batch else newest[None]])
-        columns = zip(*(t.inputs for t in behind), [registers[r] for r in self._place.per_token], strict=True)
-        inputs = tuple(torch.stack(column) for column in columns)
-        return Batch(behind, hidden, inputs)
+        newest = batch.hidden if batch is not None else slots[self._before][None]
+        hidden = torch.cat([torch.stack([t.hidden for t in joining]), newest])
+        columns = zip(*(t.inputs for t in behind), [slots[slot] for slot in self._per_token], strict=True)
+        return Batch(behind, hidden, tuple(torch.stack(column) for column in columns))

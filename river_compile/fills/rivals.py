@@ -1,7 +1,7 @@
 """Fills: what stands in for the KV entries of the blocks that a token skipped.
 
 ==========  =================================================  ==================================================
-fill        behind its exit a token runs                       a later token reads
+fill        after its exit a token runs                        a later token reads
 ==========  =================================================  ==================================================
 river       the 4-bit twins                                    the twins' entries
 propagate   the blocks' K and V projections, of the hidden     these entries (CALM, ELLM)
@@ -15,16 +15,17 @@ monotone    nothing                                            what is there: it
 
 "river" is this project's. The others are for comparison and pay as their methods do; see docs/fills.md.
 
-The last three leave holes in the cache and must know where: :class:`Gaps`, part of the sequence's memory. A cache that
-they cannot account for is refused, before anything is written.
+The last three leave holes in the cache and must know where (:mod:`river_compile.fills.base`). A cache that they cannot
+account for is refused, before anything is written.
 """
 
 from __future__ import annotations
 
 from river_compile.passes.fills.entries import kv_entries
 from river_compile.passes.pipeline import Pass
+from river_compile.runtime.fill import Fill
 
-from .base import Fill, Gaps, Holes
+from .base import Gaps, Holes
 from .mask import Mask
 from .recompute import Recompute
 
@@ -34,7 +35,8 @@ class Propagate(Fill):
 
     name = "propagate"
 
-    def passes(self, candidates: tuple[int, ...]) -> list[Pass]:
+    @classmethod
+    def passes(cls, candidates: tuple[int, ...]) -> list[Pass]:
         return [kv_entries(empty=False)]
 
 
@@ -43,8 +45,8 @@ class Monotone(Holes):
 
     name = "monotone"
 
-    def limit(self, gaps: Gaps, num_blocks: int) -> int:
-        return gaps.depths[-1] if gaps.depths else num_blocks
+    def limit(self, gaps: Gaps) -> int:
+        return gaps.depths[-1] if gaps.depths else self.num_blocks
 
 
-FILLS: dict[str, Fill] = {f.name: f for f in (Fill(), Propagate(), Recompute(), Mask(), Monotone())}
+FILLS: dict[str, type[Fill]] = {fill.name: fill for fill in (Fill, Propagate, Recompute, Mask, Monotone)}

@@ -28,11 +28,9 @@ from river_compile.kernels.quant.aten_int4 import linear_aten
 from river_compile.passes.nodes import value_of
 from river_compile.passes.program import Segment
 from river_compile.passes.segments import fingerprint
+from river_compile.runtime.runner import Callee
 
 log = logging.getLogger("river_compile.lowering.compile")
-
-# What a compiled segment is: a function of a list (which it may empty) that returns a sequence.
-Callee = Callable[[list], Sequence]
 
 
 @dataclass

@@ -9,17 +9,17 @@ What was brought in for a block that the token does not reach goes at the end of
 
 from __future__ import annotations
 
+import itertools
 import threading
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 
 from torch import Tensor, fx
 from torch.utils.weak import TensorWeakRef
 
-from river_compile.lowering.compile import Callee
 from river_compile.passes.nodes import is_parameter
 from river_compile.passes.program import RiverProgram, Segment
-from river_compile.runtime.executor import Step
+from river_compile.runtime.runner import Callee, Step
 from river_compile.twins.make import version_of
 
 from .store import Arrival, Stored
@@ -55,26 +55,26 @@ class Streamer:
         self, offloaded: OffloadedWeights, program: RiverProgram, values: dict[fx.Node, object], offload: int | None
     ) -> None:
         self._offloaded = offloaded
-        behind = () if offload is None else program.blocks[offload:]
-        self._weights = {s.name: [TensorWeakRef(values[n]) for n in s.inputs if is_parameter(n)] for s in behind}
-        self._next = dict(zip(self._weights, list(self._weights)[1:], strict=False))
+        blocks = () if offload is None else program.blocks[offload:]
+        self._weights = {s: [TensorWeakRef(values[n]) for n in s.inputs if is_parameter(n)] for s in blocks}
+        self._next = dict(itertools.pairwise(blocks))
         self._ahead = threading.local()
 
-    def step(self, segment: Segment, callee: Callee, packed: Sequence[Tensor], register: dict[fx.Node, int]) -> Step:
+    def step(self, segment: Segment, callee: Callee, packed: Sequence[Tensor], slots: Mapping[fx.Node, int]) -> Step:
         """Returns the step of a segment: a streamed one for a block that may be offloaded."""
-        if segment.name not in self._weights:
-            return Step(segment, callee, packed, register)
-        return StreamedStep(segment, callee, packed, register, self)
+        if segment not in self._weights:
+            return Step(segment, callee, packed, slots)
+        return StreamedStep(segment, callee, packed, slots, self)
 
     def is_away(self, weight: Tensor) -> bool:
         """Tells whether a weight is elsewhere at the moment."""
         return self._offloaded.find(weight) is not None
 
-    def bring(self, name: str, weights: Sequence[Tensor]) -> _Brought:
-        """Brings weights of the block `name` in, all of which are elsewhere, and begins with the next block's."""
+    def bring(self, block: Segment, weights: Sequence[Tensor]) -> _Brought:
+        """Brings weights of a block in, all of which are elsewhere, and begins with the next block's."""
         ahead = getattr(self._ahead, "brought", None)
         brought = ahead if ahead is not None and ahead.serves(weights) else self._start(weights)
-        following = [ref() for ref in self._weights.get(self._next.get(name, ""), ())]
+        following = [ref() for ref in self._weights[self._next[block]]] if block in self._next else []
         self._ahead.brought = self._start([w for w in following if w is not None and self.is_away(w)])
         self._offloaded.store.await_arrival(brought.arrival)
         self._offloaded.sample()
@@ -108,23 +108,24 @@ class StreamedStep(Step):
         segment: Segment,
         callee: Callee,
         packed: Sequence[Tensor],
-        register: dict[fx.Node, int],
+        slots: Mapping[fx.Node, int],
         streamer: Streamer,
     ) -> None:
-        super().__init__(segment, callee, packed, register)
+        super().__init__(segment, callee, packed, slots)
         self._streamer = streamer
-        self._weights = [register[node] for node in segment.inputs if is_parameter(node)]
+        self._weights = [slots[node] for node in segment.inputs if is_parameter(node)]
 
-    def __call__(self, registers: list) -> Sequence:
-        away = {i: registers[i] for i in self._weights if self._streamer.is_away(registers[i])}
+    def __call__(self, slots: list) -> None:
+        away = {i: slots[i] for i in self._weights if self._streamer.is_away(slots[i])}
         if not away:
-            return super().__call__(registers)
-        brought = self._streamer.bring(self.name, list(away.values()))
+            super().__call__(slots)
+            return
+        brought = self._streamer.bring(self.segment, list(away.values()))
         for index, tensor in zip(away, brought.arrival.tensors, strict=True):
-            registers[index] = tensor
+            slots[index] = tensor
         try:
-            return super().__call__(registers)
+            super().__call__(slots)
         finally:
             for index, weight in away.items():
-                registers[index] = weight
+                slots[index] = weight
             self._streamer.release(brought)

@@ -13,7 +13,7 @@ from river_compile.cudagraphs.device import CaptureLog
 from river_compile.exits import threshold_text
 from river_compile.offload.weights import OffloadedWeights, OffloadLog
 from river_compile.passes.program import Fusion
-from river_compile.runtime.trace import ExactStats, ExitStats
+from river_compile.runtime.stats import ExactStats, ExitStats
 from river_compile.state import GraphRecord, find_state, unwrap
 from river_compile.twins.block_errors import BlockErrors
 from river_compile.twins.make import PackedSite

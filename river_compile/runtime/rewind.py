@@ -1,8 +1,8 @@
 """Makes a decode step's blocks ready to run again after their twins ran, as if the twins had not.
 
-What a block writes in place falls into three kinds. Slots written at a counted position (``index_copy_``) are
+What a block writes in place falls into three kinds. Entries written at a counted position (``index_copy_``) are
 overwritten by the second run. The counters, integer scalars, are set back by the one token that they advanced. Whatever
-else is written (a static sliding window that is full moves all its slots) is saved before the twins run and put back.
+else is written (a static sliding window that is full moves all its entries) is saved before the twins run and put back.
 A dynamic cache needs nothing of this: its blocks return longer tensors and leave their inputs alone.
 
 Not handled: writes through a view of a cache, which :mod:`river_compile.passes.decoder` takes for no KV cache.
@@ -17,47 +17,49 @@ import torch
 from torch import Tensor, fx
 
 from river_compile.passes.nodes import mutated_inputs, value_of
-from river_compile.passes.program import DecoderPlan
+from river_compile.passes.program import RiverProgram
+
+# Copies of values, each with its slot.
+Saved = Sequence[tuple[int, Tensor]]
 
 
 @dataclass(frozen=True)
 class Rewind:
-    """The registers that blocks write in place, by block.
+    """The slots that blocks write in place, by block.
 
     Attributes:
         counters: of each block: integer scalars that it advances.
-        moved: of each block: what it writes in another way than slot by slot.
+        moved: of each block: what it writes in another way than entry by entry.
     """
 
     counters: tuple[tuple[int, ...], ...]
     moved: tuple[tuple[int, ...], ...]
 
-    def save(self, registers: list, depth: int) -> list[tuple[int, Tensor]]:
-        """Copies what only a copy can bring back, of the blocks behind `depth`."""
-        return [(i, registers[i].clone()) for block in self.moved[depth:] for i in block if registers[i] is not None]
+    def save(self, slots: list, depth: int) -> Saved:
+        """Copies what only a copy can bring back, of the blocks after `depth`."""
+        return [(i, slots[i].clone()) for block in self.moved[depth:] for i in block if slots[i] is not None]
 
-    def back(
-        self, registers: list, depth: int, saved: Sequence[tuple[int, Tensor]] = (), end: int | None = None
-    ) -> None:
-        """Undoes one token's writes of the blocks behind `depth`, up to block `end` (None: the last)."""
+    def back(self, slots: list, start: int, end: int, saved: Saved = ()) -> None:
+        """Undoes one token's writes of blocks start+1..end."""
         for index, value in saved:
-            registers[index].copy_(value)
+            slots[index].copy_(value)
         # (blocks may share a counter: each of them advanced it)
-        for counter in (registers[i] for block in self.counters[depth:end] for i in block):
+        for counter in (slots[i] for block in self.counters[start:end] for i in block):
             counter.sub_(1)
 
 
-def rewind_of(plan: DecoderPlan, register: dict[fx.Node, int]) -> Rewind:
+def rewind_of(program: RiverProgram) -> Rewind:
     """Finds what the blocks of a decode graph write in place."""
+    plan, slots = program.plan, program.slots
     counters: list[dict[int, None]] = [{} for _ in plan.blocks]
     moved: list[dict[int, None]] = [{} for _ in plan.blocks]
     for node, part in plan.part_of.items():
         if not 1 <= part <= plan.num_blocks or node.target is Tensor.index_copy_:
             continue
         for target in mutated_inputs(node):
-            if target in register and plan.part_of.get(target) != part:
+            if target in slots and plan.part_of.get(target) != part:
                 kind = counters if _is_counter(target) else moved
-                kind[part - 1][register[target]] = None
+                kind[part - 1][slots[target]] = None
     return Rewind(tuple(map(tuple, counters)), tuple(map(tuple, moved)))
 
 

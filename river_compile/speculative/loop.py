@@ -22,7 +22,7 @@ from typing import Protocol
 import torch
 from torch import Tensor
 
-from river_compile.runtime.trace import CycleRecord, ExitStats, record_cycle
+from river_compile.runtime.stats import CycleRecord, ExitStats, record_cycle
 
 from .accept import select
 from .draft import Drafted, Drafter

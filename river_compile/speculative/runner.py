@@ -24,8 +24,8 @@ from transformers.modeling_outputs import CausalLMOutputWithPast
 
 from river_compile.backend import river
 from river_compile.errors import RiverWarning
-from river_compile.runtime.executor import forced_depth
-from river_compile.runtime.trace import ExitStats
+from river_compile.exits import forced_depth
+from river_compile.runtime.stats import ExitStats
 from river_compile.state import GraphRecord, state_of_model
 
 

@@ -14,7 +14,7 @@ import torch
 from transformers import LogitsProcessor, LogitsProcessorList
 
 from river_compile import report, river, trace
-from river_compile.runtime.executor import forced_depth
+from river_compile.exits import forced_depth
 from tools import models
 
 NEW_TOKENS = 64

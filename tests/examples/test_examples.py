@@ -9,7 +9,7 @@ import torch
 import transformers
 
 from examples import compare_thresholds, demo, exact, humaneval
-from river_compile.runtime.trace import CycleRecord
+from river_compile.runtime.stats import CycleRecord
 from tests.support.families import make, prompt
 from tools import models
 from tools.texts import topics

@@ -19,9 +19,9 @@ from torch import Tensor
 
 from river_compile import OptionError, RiverWarning, report, river, save, trace
 from river_compile.config import RiverConfig
+from river_compile.exits import forced_depth
 from river_compile.lowering import choose as lowering_choice
 from river_compile.lowering.choose import Lowering, choose_lowering
-from river_compile.runtime.executor import forced_depth
 from tests.support.decoding import CAPACITY, cache_argument, cache_state, decode, left_padded, new_cache
 from tests.support.families import FAMILIES, REWRITTEN, make, prompt
 from tests.support.lowerings import BLOCK_RULES, CPU, FUSED, UNFUSED, lowered
@@ -203,8 +203,8 @@ def test_through_inductor_and_captured(name):
     (graph,) = report(model).to_dict()["graphs"]
     assert all(s["direct"] for s in graph["segments"])
     assert {c["unit"] for c in graph["captures"]["captures"]} == {
-        "piece 0-0",
-        "piece 0-1",
+        "span 0-0",
+        "span 0-1",
         "last 0-2",
         "tail 0",
         "tail 1",

@@ -20,10 +20,10 @@ import torch
 
 from river_compile import OptionError, RiverConfig, RiverWarning, exact, report, restore, river
 from river_compile.cudagraphs.device import CaptureLog
+from river_compile.exits import forced_depth
 from river_compile.offload import disk as offload_file
 from river_compile.offload.disk import MappedFiles
 from river_compile.offload.store import Arrival, Stored, WeightStore
-from river_compile.runtime.executor import forced_depth
 from river_compile.runtime.trace import trace
 from tests.support.decoding import cache_state, decode, new_cache
 from tests.support.families import make, prompt
@@ -252,7 +252,7 @@ def test_blocks_that_move_are_not_captured(elsewhere):
     captures = report(model).graphs[-1].of(CaptureLog)
     assert set(captures.uncaptured) == {"last 2-3"}
     assert "offloaded weights lie elsewhere in every run (at model.layers.2)" in captures.uncaptured["last 2-3"]
-    assert {c.unit for c in captures.captures} == {"piece 0-1", "piece 1-2", "piece 0-2", "tail 2"}
+    assert {c.unit for c in captures.captures} == {"span 0-1", "span 1-2", "span 0-2", "tail 2"}
 
 
 def test_shared_weights_stay(elsewhere):

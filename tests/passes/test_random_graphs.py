@@ -10,7 +10,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from river_compile.backend import river
-from river_compile.runtime.executor import forced_depth
+from river_compile.exits import forced_depth
 from tests.passes.graphs import Shape, random_decoder
 
 SHAPES = st.builds(

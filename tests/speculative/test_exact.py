@@ -13,7 +13,7 @@ from transformers.generation import LogitsProcessor, LogitsProcessorList
 from transformers.generation.streamers import BaseStreamer
 
 import river_compile
-from river_compile.runtime.executor import forced_depth
+from river_compile.exits import forced_depth
 from river_compile.speculative.runner import BatchInvariantGraph, DraftVerifyRunner
 from tests.support.decoding import new_cache
 from tests.support.families import REWRITTEN, SLIDING_WINDOW, prompt

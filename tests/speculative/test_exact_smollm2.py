@@ -11,7 +11,7 @@ import torch
 from transformers import GenerationConfig, pipeline
 
 import river_compile
-from river_compile.runtime.executor import forced_depth
+from river_compile.exits import forced_depth
 from tools import models
 
 PROMPTS, NEW_TOKENS = (int(os.environ.get(f"RIVER_EXACT_{n}", d)) for n, d in (("PROMPTS", 2), ("TOKENS", 40)))

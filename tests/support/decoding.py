@@ -9,7 +9,7 @@ from torch import Tensor
 from transformers import DynamicCache, PreTrainedModel, StaticCache
 
 from river_compile.calibration.evaluate import cache_argument
-from river_compile.runtime.executor import forced_depth
+from river_compile.exits import forced_depth
 from tests.support.families import prompt
 
 CAPACITY = 24

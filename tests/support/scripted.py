@@ -10,7 +10,7 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-from river_compile.runtime.trace import ExitStats
+from river_compile.runtime.stats import ExitStats
 
 VOCABULARY = 11
 

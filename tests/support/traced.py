@@ -8,7 +8,7 @@ import torch
 from torch import Tensor
 
 from river_compile import river
-from river_compile.runtime.executor import forced_depth
+from river_compile.exits import forced_depth
 from tests.support.decoding import cache_argument, new_cache
 from tests.support.families import VOCABULARY, make, prompt
 

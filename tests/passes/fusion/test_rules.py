@@ -12,7 +12,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from river_compile.backend import river
-from river_compile.runtime.executor import forced_depth
+from river_compile.exits import forced_depth
 from river_compile.state import state_of
 from tests.passes.fusion.fusion_graphs import Spelling, block_decoder
 from tests.passes.graphs import Shape, random_decoder

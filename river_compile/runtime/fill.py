@@ -1,0 +1,58 @@
+"""What stands in for the KV entries of the blocks that a token skipped: the interface, and the river's own answer.
+
+Other fills live in :mod:`river_compile.fills`.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping, Sequence
+from typing import ClassVar
+
+from river_compile.exits import Memory
+from river_compile.passes.pipeline import Pass
+from river_compile.passes.program import RiverProgram, Segment
+
+# Something that runs on a step's slots.
+Call = Callable[[list], None]
+
+
+class Fill:
+    """The river's fill, and the interface: asked before the blocks of a step and after its head.
+
+    There is one object for each program. What it remembers of a sequence it keeps in the sequence's memory, under a key
+    of its own (:attr:`Memory.entries`).
+
+    Args:
+        program: the program that it is for.
+
+    Attributes:
+        name: how the option ``fill=`` calls it.
+        remembers: it keeps an entry in the memory of the sequence.
+    """
+
+    name: ClassVar[str] = "river"
+    remembers: ClassVar[bool] = False
+
+    def __init__(self, program: RiverProgram) -> None:
+        self.program = program
+        self.num_blocks = program.plan.num_blocks
+
+    @classmethod
+    def passes(cls, candidates: tuple[int, ...]) -> list[Pass]:
+        """Returns the passes that make, in the twins' place, what a token that left runs.
+
+        Args:
+            candidates: the depths after which a check will stand.
+        """
+        return []
+
+    def blocks(self, blocks: Sequence[Call], steps: Mapping[Segment, Call]) -> list[Call]:
+        """Returns what runs as the backbone's blocks, given their steps and those of all segments."""
+        return list(blocks)
+
+    def begin(self, slots: list, memory: Memory) -> int:
+        """Prepares a step, nothing of which is written yet; returns how many blocks it may run."""
+        return self.num_blocks
+
+    def end(self, slots: list, memory: Memory, depth: int) -> None:
+        """Notes a step that left after `depth` blocks."""

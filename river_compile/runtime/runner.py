@@ -1,0 +1,177 @@
+"""Runs spans of a program's segments on a step's slots. The executor decides which spans; a runner knows how.
+
+Two runners exist: :class:`PlainRunner` calls compiled code segment by segment, and
+:class:`river_compile.cudagraphs.runner.CapturedRunner` launches graphs of many segments. A runner decides nothing about
+exits: it is not told thresholds, and it keeps no memory of a sequence.
+"""
+
+from __future__ import annotations
+
+from abc import ABC, abstractmethod
+from collections.abc import Callable, Mapping, Sequence
+from types import TracebackType
+
+from torch import Tensor, fx
+
+from river_compile.passes.program import RiverProgram, Segment
+
+from .fill import Fill
+from .rewind import Saved, rewind_of
+from .slots import SCORE, gather, new_slots, size_of
+
+# What a compiled segment is: a function of a list (which it may empty) that returns a sequence.
+Callee = Callable[[list], Sequence]
+
+
+class Step:
+    """A segment bound to its slots and packed weights.
+
+    Attributes:
+        segment: the segment.
+        packed: the tensors of its 4-bit products.
+        moves: whether it may compute with weights at another address in every run.
+    """
+
+    __slots__ = ("_callee", "_handed_on", "_outputs", "_take", "packed", "segment")
+    moves = False
+
+    def __init__(
+        self, segment: Segment, callee: Callee, packed: Sequence[Tensor], slots: Mapping[fx.Node, int]
+    ) -> None:
+        self.segment = segment
+        self.packed = list(packed)
+        self._callee = callee
+        self._take = gather([slots[node] for node in segment.inputs])
+        self._outputs = [slots[node] for node in segment.outputs] + [SCORE] * segment.has_score
+        self._handed_on = [(slots[new], slots[old]) for new, old in segment.handed_on]
+
+    def __call__(self, slots: list) -> None:
+        """Runs the segment: reads its inputs from the slots and puts its outputs there, its score in `SCORE`."""
+        outputs = self._callee([*self._take(slots), *self.packed])
+        for index, value in zip(self._outputs, outputs, strict=True):
+            slots[index] = value
+        for new, old in self._handed_on:
+            slots[new] = slots[old]
+
+
+class Runner(ABC):
+    """Runs one program. A step is :meth:`begin`, then blocks and scores in order, perhaps a tail, then :meth:`finish`.
+
+    It is entered (``with runner:``) for the length of a step. L is the number of blocks; the head runs with block L,
+    and with the tail of a token that left before.
+
+    Attributes:
+        steps: the compiled step of each segment that can be reached.
+    """
+
+    def __init__(self, program: RiverProgram, steps: Mapping[Segment, Step]) -> None:
+        self.steps = steps
+        self._rewind = rewind_of(program)
+
+    @abstractmethod
+    def __enter__(self) -> None:
+        """Begins a step, before anything runs."""
+
+    @abstractmethod
+    def __exit__(self, kind: type[BaseException] | None, error: object, traceback: TracebackType | None) -> None:
+        """Ends a step that ran, or failed."""
+
+    @abstractmethod
+    def begin(self, args: Sequence) -> list:
+        """Returns the step's slots, given the graph's inputs, and runs what comes before the first block.
+
+        Nothing of the caller's has been written when this returns.
+        """
+
+    @abstractmethod
+    def blocks(self, slots: list, start: int, end: int) -> None:
+        """Runs blocks start+1..end, whatever their checks say, and the head where `end` is L."""
+
+    @abstractmethod
+    def score(self, slots: list, start: int, end: int) -> float:
+        """Runs blocks start+1..end and returns the exit score after the last of them, for which it waits."""
+
+    @abstractmethod
+    def tail(self, slots: list, depth: int) -> None:
+        """Runs what a token runs that leaves after `depth` blocks: the twins of the others and the head."""
+
+    @abstractmethod
+    def read_head(self, slots: list) -> float:
+        """Returns the score of the head that ran last, for which it waits."""
+
+    @abstractmethod
+    def head_score(self, slots: list) -> Tensor:
+        """Returns the score of the head that ran last as a scalar tensor, which no later step overwrites."""
+
+    def save(self, slots: list, depth: int) -> Saved:
+        """Copies what a tail after `depth` blocks would destroy, for :meth:`rewind`."""
+        return self._rewind.save(slots, depth)
+
+    def rewind(self, slots: list, start: int, end: int, saved: Saved = ()) -> None:
+        """Makes blocks start+1..end ready to run once more for this token."""
+        self._rewind.back(slots, start, end, saved)
+
+    @abstractmethod
+    def finish(self, slots: list) -> tuple:
+        """Returns what the graph returns, which no later step overwrites."""
+
+
+class PlainRunner(Runner):
+    """Calls the steps, one after the other. Holds nothing of a step, so threads may use it at the same time.
+
+    Args:
+        program: the program.
+        steps: the compiled step of each segment that can be reached.
+        fill: may run something else as the blocks.
+    """
+
+    def __init__(self, program: RiverProgram, steps: Mapping[Segment, Step], fill: Fill | None = None) -> None:
+        super().__init__(program, steps)
+        self._size = size_of(program)
+        self._num_blocks = program.plan.num_blocks
+        self._return = gather([program.slots[node] for node in program.returned])
+        self._prologue = steps[program.prologue]
+        blocks = [steps.get(block, _missing) for block in program.blocks]
+        self._blocks = blocks if fill is None else fill.blocks(blocks, steps)
+        self._twins = [steps.get(twin, _missing) for twin in program.twins]
+        self._head = steps.get(program.head, _missing)
+        self._river_head = steps.get(program.river_head or program.head, _missing)
+
+    def __enter__(self) -> None:
+        pass
+
+    def __exit__(self, kind: object, error: object, traceback: object) -> None:
+        pass
+
+    def begin(self, args: Sequence) -> list:
+        slots = new_slots(args, self._size)
+        self._prologue(slots)
+        return slots
+
+    def blocks(self, slots: list, start: int, end: int) -> None:
+        for block in self._blocks[start:end]:
+            block(slots)
+        if end == self._num_blocks:
+            self._head(slots)
+
+    def score(self, slots: list, start: int, end: int) -> float:
+        self.blocks(slots, start, end)
+        return slots[SCORE].item()
+
+    def tail(self, slots: list, depth: int) -> None:
+        for twin in self._twins[depth:]:
+            twin(slots)
+        self._river_head(slots)
+
+    def read_head(self, slots: list) -> float:
+        return slots[SCORE].item()
+
+    def head_score(self, slots: list) -> Tensor:
+        return slots[SCORE]
+
+    def finish(self, slots: list) -> tuple:
+        return tuple(self._return(slots))
+
+
+def _missing(slots: list) -> None:
+    raise AssertionError("a token took a way that its exit policy does not allow")
