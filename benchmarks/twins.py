@@ -33,7 +33,7 @@ from benchmarks import common
 from benchmarks.own_text import CALIBRATION, MEASURED, Answer, answers
 from river_compile.calibration.evaluate import cache_argument, compiled
 from river_compile.exits import forced_depth
-from river_compile.kernels.entropy import token_kl
+from river_compile.kernels.portable import token_kl
 from river_compile.kernels.quant.calibrated import output_sqnr_db
 from river_compile.state import GraphRecord, find_state
 from river_compile.twins.observe import Observation

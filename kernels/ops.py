@@ -13,6 +13,8 @@ itself. All outputs are new tensors; the schema says what is mutated.
 
 from __future__ import annotations
 
+from collections.abc import Callable
+
 import torch
 import torch.nn.functional as F
 from torch import Tensor
@@ -185,7 +187,8 @@ def smallest_cosine(hidden: Tensor, previous: Tensor) -> Tensor:
     """
     hidden, previous = hidden.float(), previous.float()
     norms = hidden.norm(dim=-1) * previous.norm(dim=-1)
-    return ((hidden * previous).sum(-1) / norms).amin()
+    cosines: Tensor = (hidden * previous).sum(-1) / norms
+    return cosines.amin()
 
 
 @torch.library.custom_op("river::exit_score", mutates_args=())
@@ -255,7 +258,7 @@ def _normalise(x: Tensor, norm: str, weight: Tensor, bias: Tensor | None, eps: f
     return F.rms_norm(h, h.shape[-1:], weight + (norm == "rms_plus_one"), eps).to(x.dtype)
 
 
-_ACTIVATIONS = {
+_ACTIVATIONS: dict[str, Callable[[Tensor], Tensor]] = {
     "none": lambda y: y,
     "silu": F.silu,
     "gelu": F.gelu,

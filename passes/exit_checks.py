@@ -15,7 +15,7 @@ import torch
 from torch import fx
 
 from river_compile.kernels import ops  # noqa: F401  (registers river::exit_score)
-from river_compile.kernels.entropy import largest_entropy
+from river_compile.kernels.portable import largest_entropy
 
 from .nodes import is_tensor, value_of
 from .pipeline import Pass

@@ -1,8 +1,8 @@
 """Puts other operators in the place of a segment's linear layers and attention, one for one.
 
 pass                  for                                      puts there
-simplify_attention    one query position                       `one_query.grouped_attention`, without repeated KV heads
-simplify_linears      inputs of one row                        `one_query.one_row_linear`
+simplify_attention    one query position                       `portable.grouped_attention`, without repeated KV heads
+simplify_linears      inputs of one row                        `portable.one_row_linear`
 keep_rows             several tokens that must have the bits   batch-invariant linear layers and attention
                       of one token at a time
 
@@ -21,8 +21,7 @@ from dataclasses import replace
 import torch
 from torch import fx
 
-from river_compile.kernels import batch_invariant as operators  # noqa: F401  (registers them)
-from river_compile.kernels.one_query import grouped_attention, one_row_linear
+from river_compile.kernels.portable import grouped_attention, one_row_linear
 from river_compile.passes.fusion.recognise import before_repeat
 
 from .nodes import Sdpa, as_sdpa, rank, shape, value_of
@@ -82,9 +81,9 @@ def keep_rows(graph: fx.Graph, grown: bool) -> int:
     for node in graph.nodes:
         found = _plain_attention(node)
         if node.target is torch.nn.functional.linear and rank(node.args[0]) == 3:
-            node.target = torch.ops.river.same_rows_linear.default
+            node.target = torch.ops.river.batch_invariant_linear.default
         elif found is not None:
-            node.target = torch.ops.river.same_rows_attention.default
+            node.target = torch.ops.river.batch_invariant_attention.default
             node.args = (found.q, found.k, found.v, found.mask, found.scale, found.enable_gqa, grown)
             node.kwargs = {}
         else:

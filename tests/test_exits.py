@@ -18,7 +18,7 @@ from hypothesis import strategies as st
 
 from river_compile import OptionError, RiverConfig, exact, report, river, trace
 from river_compile.exits import CRITERIA, HISTORY, Doubt, Memories, Memory, forced_depth, forced_threshold
-from river_compile.kernels.entropy import largest_entropy
+from river_compile.kernels.portable import largest_entropy
 from tests.support.decoding import cache_argument, cache_state, decode, new_cache
 from tests.support.families import COMMON, SLIDING_WINDOW, make, prompt
 

@@ -12,15 +12,14 @@ import argparse
 import dataclasses
 import functools
 import json
-import os
 import sys
-import tempfile
 import time
 from collections.abc import Callable
 from pathlib import Path
 
 import torch
 
+from river_compile.kernels.files import appearing
 from river_compile.kernels.triton.devices import device_name, known
 from river_compile.kernels.triton.heuristic import candidates, saved_tiles, seconds, tuning_file
 from river_compile.kernels.triton.heuristic import tuning_key as key_of
@@ -63,11 +62,8 @@ def save(path: Path, device: str, tiles: dict[str, LinearTile]) -> None:
     merged = {name: dict(known) for name, known in saved_tiles(path).items()}
     merged.setdefault(device, {}).update(tiles)
     plain = {name: {key: dataclasses.asdict(t) for key, t in sorted(ts.items())} for name, ts in merged.items()}
-    path.parent.mkdir(parents=True, exist_ok=True)
-    handle, temporary = tempfile.mkstemp(dir=path.parent, suffix=".tmp")
-    with os.fdopen(handle, "w") as file:
-        json.dump(plain, file, indent=1)
-    os.replace(temporary, path)
+    with appearing(path) as scratch:
+        scratch.write_text(json.dumps(plain, indent=1))
 
 
 def measure_on_gpu(spec: LinearSpec) -> float:

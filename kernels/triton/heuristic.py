@@ -20,9 +20,10 @@ import warnings
 from collections.abc import Iterator
 from pathlib import Path
 
+from river_compile.kernels.files import cache_folder
+
 from .devices import DEFAULT_DEVICE, Device, known
 from .linear import LinearSpec, LinearTile
-from .loader import cache_directory
 from .spec import next_power_of_two
 
 MAX_REGISTERS = 168
@@ -161,7 +162,7 @@ def untiled(rows: int, in_features: int, out_features: int, **fields: object) ->
 
 def tuning_file() -> Path:
     """Returns where tuned tiles are saved."""
-    return Path(os.environ.get("RIVER_COMPILE_TUNING") or cache_directory().parent / "tuning.json")
+    return Path(os.environ.get("RIVER_COMPILE_TUNING") or cache_folder() / "tuning.json")
 
 
 def tuning_key(spec: LinearSpec) -> str:

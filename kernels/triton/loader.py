@@ -12,15 +12,15 @@ from __future__ import annotations
 
 import functools
 import importlib.util
-import os
 import sys
-import tempfile
 import threading
 import types
 import warnings
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING
+
+from river_compile.kernels.files import appearing, cache_folder
 
 from .spec import KernelSpec, render, source_hash
 
@@ -30,36 +30,20 @@ if TYPE_CHECKING:
 _interpreter_turn = threading.Lock()
 
 
-def cache_directory() -> Path:
-    """Returns where generated sources lie: $RIVER_COMPILE_CACHE or ~/.cache/river_compile, below it `kernels`."""
-    root = os.environ.get("RIVER_COMPILE_CACHE") or Path.home() / ".cache" / "river_compile"
-    return Path(root) / "kernels"
-
-
 def source_file(spec: KernelSpec) -> Path:
     """Writes the source of `spec` unless it is there, and returns its path.
 
-    The file's name holds the hash of the text. It is written beside its place and moved there, so that no reader sees
-    half a file; a file whose text is not what the spec renders to is rebuilt with a warning.
+    The file's name holds the hash of the text. No reader sees half a file; a file whose text is not what the spec
+    renders to is rebuilt with a warning.
     """
     source = render(spec)
-    path = cache_directory() / f"{spec.family}_{source_hash(source)}.py"
-    try:
-        if path.read_text() == source:
+    path = cache_folder() / "kernels" / f"{spec.family}_{source_hash(source)}.py"
+    if path.exists():
+        if path.read_bytes() == source.encode():
             return path
         warnings.warn(f"the generated kernel {path} was damaged and is rebuilt", stacklevel=2)
-    except UnicodeDecodeError:
-        warnings.warn(f"the generated kernel {path} was damaged and is rebuilt", stacklevel=2)
-    except FileNotFoundError:
-        path.parent.mkdir(parents=True, exist_ok=True)
-    handle, temporary = tempfile.mkstemp(dir=path.parent, prefix=path.stem, suffix=".tmp")
-    try:
-        with os.fdopen(handle, "w") as file:
-            file.write(source)
-        os.replace(temporary, path)
-    except BaseException:
-        os.unlink(temporary)
-        raise
+    with appearing(path) as scratch:
+        scratch.write_text(source)
     return path
 
 

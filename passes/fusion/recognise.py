@@ -16,7 +16,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, fx
 
-from river_compile.kernels.one_query import grouped_attention
+from river_compile.kernels.portable import grouped_attention
 from river_compile.passes.nodes import (
     before_cast,
     beside,
@@ -215,7 +215,7 @@ class Attention:
 
 
 def attention(node: object) -> Attention | None:
-    """Recognises `one_query.grouped_attention`, and attention written out as products around a softmax."""
+    """Recognises `portable.grouped_attention`, and attention written out as products around a softmax."""
     if called(node, grouped_attention):
         q, k, v, mask, scale = node.args
         return Attention(q, k, v, mask, value_of(q).shape[-1] ** -0.5 if scale is None else scale, 0.0)

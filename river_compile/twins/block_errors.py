@@ -18,7 +18,7 @@ from torch.func import functional_call
 from tqdm import tqdm
 from transformers import PreTrainedModel
 
-from river_compile.kernels.entropy import token_kl
+from river_compile.kernels.portable import token_kl
 from river_compile.state import ModelState, state_of_model, unwrap
 
 from .make import PackedSite

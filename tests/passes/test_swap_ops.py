@@ -48,7 +48,7 @@ def test_linears_and_masked_attention_are_replaced_and_the_function_stays(causal
     graph_module.graph.lint()
     graph_module.recompile()
     targets = {node.target for node in graph_module.graph.nodes}
-    assert torch.ops.river.same_rows_linear.default in targets
-    assert (torch.ops.river.same_rows_attention.default in targets) is not causal
+    assert torch.ops.river.batch_invariant_linear.default in targets
+    assert (torch.ops.river.batch_invariant_attention.default in targets) is not causal
     for ours, plain in zip(graph_module(*inputs), expected, strict=True):
         torch.testing.assert_close(ours, plain, atol=1e-5, rtol=1e-5)

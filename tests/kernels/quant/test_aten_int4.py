@@ -7,7 +7,7 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from river_compile.kernels.one_query import grouped_attention, one_row_linear
+from river_compile.kernels.portable import grouped_attention, one_row_linear
 from river_compile.kernels.quant.aten_int4 import LAYOUT, linear_aten
 from river_compile.kernels.quant.grid import quantize, sqnr_db
 from river_compile.kernels.quant.layouts import pack

@@ -8,8 +8,8 @@ import torch.nn.functional as F
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from river_compile.kernels import batch_invariant as same_rows
-from river_compile.kernels.batch_invariant import same_rows_attention, same_rows_linear
+from river_compile.kernels import portable
+from river_compile.kernels.portable import batch_invariant_attention, batch_invariant_linear
 
 DTYPES = st.sampled_from([torch.float32, torch.bfloat16, torch.float16])
 
@@ -32,7 +32,7 @@ def test_linear_rows_have_the_bits_of_one_position_at_a_time(batch, width, k, n,
     x, weight = normal(batch, width, k, dtype=dtype, seed=seed), normal(n, k, dtype=dtype, seed=seed + 1)
     b = normal(n, dtype=dtype, seed=seed + 2) if bias else None
     alone = [F.linear(x[:, i : i + 1], weight, b) for i in range(width)]
-    assert torch.equal(same_rows_linear(x, weight, b), torch.cat(alone, 1))
+    assert torch.equal(batch_invariant_linear(x, weight, b), torch.cat(alone, 1))
 
 
 @settings(max_examples=30)
@@ -61,7 +61,7 @@ def test_attention_rows_have_the_bits_of_one_query_at_a_time(batch, width, kv_he
             keys, values = torch.cat([keys, key], 2), torch.cat([values, value], 2)
         own = None if mask is None else mask[:, :, i : i + 1, : keys.shape[2]]
         alone.append(F.scaled_dot_product_attention(q[:, :, i : i + 1], keys, values, own, enable_gqa=True))
-    assert torch.equal(same_rows_attention(q, k, v, mask, None, True, grown), torch.cat(alone, 2))
+    assert torch.equal(batch_invariant_attention(q, k, v, mask, None, True, grown), torch.cat(alone, 2))
 
 
 @pytest.mark.parametrize("grown", [True, False])
@@ -72,9 +72,9 @@ def test_attention_gives_a_library_the_batch_that_a_pass_of_one_token_gives_it(g
     def by_batch(q, *args, **named):
         return attention(q, *args, **named) * len(q)
 
-    monkeypatch.setattr(same_rows.F, "scaled_dot_product_attention", by_batch)
+    monkeypatch.setattr(portable.F, "scaled_dot_product_attention", by_batch)
     q, k, v = (normal(2, 2, n, 16, dtype=torch.float32, seed=n) for n in (3, 7, 7))
-    rows = same_rows_attention(q, k, v, None, None, False, grown)
+    rows = batch_invariant_attention(q, k, v, None, None, False, grown)
     seen = [5, 6, 7] if grown else [7, 7, 7]
     alone = [2 * attention(q[:, :, i : i + 1], k[:, :, :n], v[:, :, :n]) for i, n in enumerate(seen)]
     assert torch.equal(rows, torch.cat(alone, 2))
@@ -90,14 +90,14 @@ def test_a_library_that_sums_wide_products_otherwise_is_called_row_by_row(alike,
         out = torch.einsum("bwk,nk->bwn", x.double(), weight.double())
         return (out if alike or x.shape[1] == 1 else out * (1 + 2**-7)).to(x.dtype)
 
-    monkeypatch.setattr(same_rows, "_probed", {})
-    monkeypatch.setattr(same_rows.F, "linear", linear)
+    monkeypatch.setattr(portable, "_probed", {})
+    monkeypatch.setattr(portable.F, "linear", linear)
     x, weight = normal(1, 4, 32, dtype=torch.bfloat16, seed=0), normal(16, 32, dtype=torch.bfloat16, seed=1)
-    rows = same_rows_linear(x, weight, None)
+    rows = batch_invariant_linear(x, weight, None)
     assert widths[-1] == (4 if alike else 1)
     assert torch.equal(rows, torch.cat([linear(x[:, i : i + 1], weight, None) for i in range(4)], 1))
     before = len(widths)
-    same_rows_linear(x, weight, None)
+    batch_invariant_linear(x, weight, None)
     assert len(widths) - before == (1 if alike else 4), "the verdict is kept for the shape"
 
 
@@ -108,6 +108,6 @@ def test_the_compiler_sees_the_shapes_that_the_operators_return(width, grown):
     q = normal(2, 4, width, 8, dtype=torch.float32, seed=2)
     k = normal(2, 2, width + 3, 8, dtype=torch.float32, seed=3)
     checks = ("test_schema", "test_faketensor")
-    torch.library.opcheck(torch.ops.river.same_rows_linear.default, (x, weight, None), test_utils=checks)
+    torch.library.opcheck(torch.ops.river.batch_invariant_linear.default, (x, weight, None), test_utils=checks)
     arguments = (q, k, k.clone(), None, None, True, grown)
-    torch.library.opcheck(torch.ops.river.same_rows_attention.default, arguments, test_utils=checks)
+    torch.library.opcheck(torch.ops.river.batch_invariant_attention.default, arguments, test_utils=checks)
