@@ -19,7 +19,7 @@ from __future__ import annotations
 import hashlib
 import itertools
 import operator
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import replace
 
 import torch
@@ -116,24 +116,31 @@ def over_tokens(segment: Segment, block: Block, scored: bool) -> Segment | FillR
     refusal = _obstacle(segment, block, nodes)
     if refusal:
         return refusal
-    builder = _Builder(segment, block)
+    tokens = _Tokens(segment, block)
     operations = [n for n in nodes if n.op not in ("placeholder", "output")]
     writes = [n for n in operations if called(n, Tensor.index_copy_)]
-    advances = [n for n in operations if not builder.counters.isdisjoint(mutated_inputs(n))]
+    advances = [n for n in operations if not tokens.counters.isdisjoint(mutated_inputs(n))]
     slots = [a for write in writes for a in write.args[2:4]]  # of each write the position and the entry
     before = ancestors(slots)
     after = [n for n in operations if n not in before and n not in writes and n not in advances]
     crossing = [n for n in operations if n in before and not set(after).isdisjoint(n.users)]
-    result = segment.graph.output_node().args[0][0]
 
-    builder.map([n for n in operations if n in before], list(dict.fromkeys([*slots, *crossing])))
+    tokens.map([n for n in operations if n in before], list(dict.fromkeys([*slots, *crossing])))
     for write in writes:
-        builder.write(write)
-    for node in advances:
-        builder.advance(node)
-    builder.map(after, [result])
-    graph = builder.finish(result, scored)
-    return replace(segment, kind="catch_up", graph=graph, has_score=scored, own_examples=True)
+        cache, axis, position, entry = write.args
+        tokens.call(write_entries, tokens.inputs[cache], axis, tokens.here[position], tokens.here[entry])
+        tokens.here[write] = tokens.inputs[cache]
+        tokens.shared.add(write)
+    for node in advances:  # (once for all tokens)
+        tokens.call(Tensor.add_, tokens.inputs[node.args[0]], *node.args[1:])
+    result = segment.node_of(block.hidden_out)
+    tokens.map(after, [result])
+    outputs = [tokens.here[result]]
+    if scored:
+        newest = [tokens.call(torch.select, n, 0, -1) for n in (tokens.here[result], tokens.hidden)]
+        outputs.append(tokens.call(torch.ops.river.exit_score.default, *newest))
+    tokens.graph.output(tuple(outputs))
+    return replace(segment, kind="catch_up", graph=tokens.graph, has_score=scored, own_examples=True)
 
 
 def per_token(segment: Segment, block: Block) -> tuple[fx.Node, ...]:
@@ -165,28 +172,31 @@ def _obstacle(segment: Segment, block: Block, nodes: list[fx.Node]) -> FillRefus
     return None
 
 
-class _Builder:
-    """Builds the graph over tokens out of the nodes of a block's graph.
+class _Tokens:
+    """The graph over tokens while it is built out of the nodes of a block's graph.
 
     Attributes:
-        inputs: for each placeholder of the block's graph the one of the new graph.
+        graph: the new graph.
+        inputs: for each placeholder of the block's graph the one of the new graph; `hidden` is the hidden state's.
         here: for each node of the block's graph what stands for it in the new graph.
         shared: those among them that are the same for all tokens.
         counters: the placeholders that count filled slots.
     """
 
     def __init__(self, segment: Segment, block: Block) -> None:
-        self._root = segment.graph.owning_module
-        self._graph = fx.Graph(owning_module=self._root)
-        source_of = segment.origins
-        self.inputs = {n: self._graph.placeholder(n.name) for n in source_of}
+        self.graph = fx.Graph(owning_module=segment.graph.owning_module)
+        origins = segment.origins
+        self.inputs = {n: self.graph.placeholder(n.name) for n in origins}
+        self.hidden = self.inputs[segment.node_of(block.hidden_in)]
         self.here = dict(self.inputs)
-        self.shared = {n for n, source in source_of.items() if not _is_mapped(source, block)}
-        self._hidden = next(self.inputs[n] for n, source in source_of.items() if source is block.hidden_in)
-        self.counters = {n for n, source in source_of.items() if source in block.kv.lengths}
+        self.shared = {n for n, value in origins.items() if not _is_mapped(value, block)}
+        self.counters = {n for n, value in origins.items() if value in block.kv.lengths}
         for node in self.counters:
-            self.here[node] = self._graph.call_function(token_counts, (self.inputs[node], self._hidden))
+            self.here[node] = self.call(token_counts, self.inputs[node], self.hidden)
         _set_examples(self.inputs, self.shared | self.counters)
+
+    def call(self, function: Callable, *arguments: object) -> fx.Node:
+        return self.graph.call_function(function, arguments)
 
     def map(self, nodes: list[fx.Node], results: list[fx.Node]) -> None:
         """Adds nodes as one call over all tokens that returns these results."""
@@ -199,33 +209,10 @@ class _Builder:
             if called(node, torch.cat):
                 copy[node].target = joined
         inner.output(tuple(copy[n] for n in results))
-        module = fx.GraphModule(self._root, inner, class_name="OverTokens")
-        function = OverTokens(module, [n not in self.shared for n in inputs])
-        outputs = self._graph.call_function(function, tuple(self.here[n] for n in inputs))
+        module = fx.GraphModule(self.graph.owning_module, inner, class_name="OverTokens")
+        outputs = self.call(OverTokens(module, [n not in self.shared for n in inputs]), *(self.here[n] for n in inputs))
         for i, node in enumerate(results):
-            self.here[node] = self._graph.call_function(operator.getitem, (outputs, i))
-
-    def write(self, node: fx.Node) -> None:
-        """Adds one write of all tokens' entries."""
-        cache, axis, position, entry = node.args
-        arguments = (self.inputs[cache], axis, self.here[position], self.here[entry])
-        self._graph.call_function(write_entries, arguments)
-        self.here[node] = self.inputs[cache]
-        self.shared.add(node)
-
-    def advance(self, node: fx.Node) -> None:
-        """Adds a counter's step, which is one step for all tokens together."""
-        counter, *step = node.args
-        self._graph.call_function(Tensor.add_, (self.inputs[counter], *step))
-
-    def finish(self, result: fx.Node, scored: bool) -> fx.Graph:
-        """Returns the graph, with the newest token's exit score after the result on request."""
-        outputs = [self.here[result]]
-        if scored:
-            newest = [self._graph.call_function(torch.select, (n, 0, -1)) for n in (self.here[result], self._hidden)]
-            outputs.append(self._graph.call_function(torch.ops.river.exit_score.default, tuple(newest)))
-        self._graph.output(tuple(outputs))
-        return self._graph
+            self.here[node] = self.call(operator.getitem, outputs, i)
 
 
 def _set_examples(new: dict[fx.Node, fx.Node], fixed: set[fx.Node]) -> None:

@@ -1,7 +1,6 @@
 """What a fusion rule sees of a segment: its matrix products by role, its cache entries, its attention.
 
-Roles follow from the flow of values alone: the products that feed the KV cache, those that read attention's result,
-those that come before an activation, and those after it.
+Roles follow from the flow of values alone.
 """
 
 from __future__ import annotations
@@ -51,30 +50,26 @@ class BlockView:
         self.entries = tuple(entry for entry in map(_entry, graph.nodes) if entry is not None)
         self.grown = tuple(node for node in graph.nodes if _grows_a_cache(node))
 
-    def products(self) -> list[fx.Node]:
-        return [node for node in self.graph.nodes if is_product(node)]
+    def products(self, role: str) -> list[fx.Node]:
+        """Returns the matrix products of a role.
 
-    def into_cache(self) -> list[fx.Node]:
-        """Returns the products that keys and values come from."""
+        "cache" feeds the KV cache, "attention" reads what attention gives, "up" reads the residual stream for an MLP,
+        and "down" reads another product's activations.
+        """
         values = [entry.value for entry in self.entries] or [node.args[0][1] for node in self.grown]
-        return list(filter(is_product, sources(values)))
-
-    def after_attention(self) -> list[fx.Node]:
-        """Returns the products that read what attention gives."""
         caches = {entry.cache for entry in self.entries} | {node.args[0][0] for node in self.grown}
-        return [p for p in self._others() if sources([p.args[0]]) & caches]
-
-    def into_mlp(self) -> list[fx.Node]:
-        """Returns the products that read the residual stream and do not feed the cache."""
-        attended = set(self.after_attention())
-        return [
-            p for p in self._others() if p not in attended and set(filter(is_product, sources([p.args[0]]))) <= attended
-        ]
-
-    def out_of_mlp(self) -> list[fx.Node]:
-        """Returns the products that read another one's activations."""
-        known = {*self.after_attention(), *self.into_mlp()}
-        return [p for p in self._others() if p not in known]
+        into_cache = sources(values)
+        roles: dict[fx.Node, str] = {}
+        for product in filter(is_product, self.graph.nodes):
+            reads = sources([product.args[0]])
+            if product in into_cache:
+                roles[product] = "cache"
+            elif reads & caches:
+                roles[product] = "attention"
+            else:
+                direct = all(roles[n] == "attention" for n in filter(is_product, reads))
+                roles[product] = "up" if direct else "down"
+        return [product for product, found in roles.items() if found == role]
 
     def attention(self) -> tuple[fx.Node, Attention] | None:
         """Returns the attention over the static cache, and its node."""
@@ -87,10 +82,6 @@ class BlockView:
 
     def entry_of(self, cache: fx.Node) -> CacheEntry | None:
         return next((entry for entry in self.entries if entry.cache is cache), None)
-
-    def _others(self) -> list[fx.Node]:
-        first = set(self.into_cache())
-        return [p for p in self.products() if p not in first]
 
 
 def sources(nodes: Iterable[fx.Node]) -> set[fx.Node]:

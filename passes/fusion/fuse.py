@@ -29,7 +29,7 @@ from river_compile.passes.program import Fusion, RiverProgram, Segment
 from .block import BlockView
 from .edits import Missed, call, drop_unused, same_size
 from .match import is_product
-from .rules import CHECK_RULES, HEAD_RULES, RULES, Rule
+from .rules import ONE_QUERY_RULES, RULES, Rule, fuse_exit_score, fuse_head
 
 
 def fuse_twins(program: RiverProgram) -> RiverProgram:
@@ -38,7 +38,7 @@ def fuse_twins(program: RiverProgram) -> RiverProgram:
     The rules around the cache are for decode steps. A head whose rule missed and that has no 4-bit matrix is given up
     for the backbone's.
     """
-    rules = [rule for rule in RULES if program.plan.is_decode or not rule.one_query]
+    rules = [rule for rule in RULES if program.plan.is_decode or rule not in ONE_QUERY_RULES]
     fusions: list[Fusion] = []
     twins = tuple(twin.copy() if twin.packed else twin for twin in program.twins)
     for twin in (twin for twin in twins if twin.packed):
@@ -48,7 +48,7 @@ def fuse_twins(program: RiverProgram) -> RiverProgram:
         fusions += _apply(twin, rules)
     head = program.river_head and program.river_head.copy()
     if head is not None:
-        fusions += _apply(head, HEAD_RULES)
+        fusions += _apply(head, [fuse_head])
         if fusions[-1].missed and not head.packed:
             head = None
     return replace(program, twins=twins, river_head=head, fusions=(*program.fusions, *fusions))
@@ -59,7 +59,7 @@ def fuse_checks(program: RiverProgram) -> RiverProgram:
     if not program.plan.is_decode:
         return program
     blocks = tuple(block.copy() if block.has_score else block for block in program.blocks)
-    fusions = [fusion for block in blocks if block.has_score for fusion in _apply(block, CHECK_RULES)]
+    fusions = [fusion for block in blocks if block.has_score for fusion in _apply(block, [fuse_exit_score])]
     return replace(program, blocks=blocks, fusions=(*program.fusions, *fusions))
 
 
@@ -68,11 +68,11 @@ def _apply(segment: Segment, rules: Sequence[Rule]) -> list[Fusion]:
     fusions = []
     for rule in rules:
         try:
-            node, missed = rule.apply(view), ""
+            node, missed = rule(view), ""
         except Missed as miss:
             node, missed = miss.node, miss.reason
         where = "" if node is None else source_of(origin.get(node, node))
-        fusions.append(Fusion(rule.name, segment.name, missed, where))
+        fusions.append(Fusion(rule.__doc__.rstrip("."), segment.name, missed, where))
     return fusions
 
 

@@ -4,11 +4,11 @@ rule               matches                                                      
 norm + q|k|v       a norm in front of the product that feeds the KV cache         river::linear
 rope + kv write    qk-norm, rotary embedding and the write of one cache slot      river::kv_fill
 attention          one query position over a static cache                         river::decode_attention
-o + residual       the product behind attention, and the addition behind it       river::linear
+o + residual       the product after attention, and the addition after it         river::linear
 norm + gate|up     norm, product, activation, and their product where gated       river::linear
-down + residual    the product behind the MLP, and the addition behind it         river::linear
+down + residual    the product after the MLP, and the addition after it           river::linear
 norm + head        the last norm and the head's matrix, in 4 or in 16 bits        river::linear
-exit score         a backbone block's last addition and the check behind it       river::residual_score
+exit score         a backbone block's last addition and the check after it        river::residual_score
 
 A rule looks first and changes the graph when everything fits; otherwise it raises :class:`Missed` and has changed
 nothing. No rule knows a model family.
@@ -18,7 +18,6 @@ from __future__ import annotations
 
 import operator
 from collections.abc import Callable
-from dataclasses import dataclass
 
 import torch
 import torch.nn.functional as F
@@ -44,24 +43,9 @@ from .match import Columns, columns, is_product
 from .recognise import Normed, activation, norm
 
 
-@dataclass(frozen=True)
-class Rule:
-    """A named rule.
-
-    Attributes:
-        name: for the report.
-        apply: changes the segment's graph and returns the new operator, or raises `Missed`.
-        one_query: True for a rule that holds for one position per row only.
-    """
-
-    name: str
-    apply: Callable[[BlockView], fx.Node]
-    one_query: bool = False
-
-
 def fuse_norm_qkv(view: BlockView) -> fx.Node:
     """norm + q|k|v."""
-    product = _only(view.into_cache(), "feeds the KV cache")
+    product = _only(view.products("cache"), "feeds the KV cache")
     found, last = _norm_before(product)
     if found is None:
         raise Missed("no norm that the kernel knows, for this product alone, stands in front", last)
@@ -70,10 +54,11 @@ def fuse_norm_qkv(view: BlockView) -> fx.Node:
 
 def fuse_gated_mlp(view: BlockView) -> fx.Node:
     """norm + gate|up."""
-    shared = next((n for p in view.out_of_mlp() for n in sources([p.args[0]]) if n in view.into_cache()), None)
+    feeding = view.products("cache")
+    shared = next((n for p in view.products("down") for n in sources([p.args[0]]) if n in feeding), None)
     if shared is not None:
         raise Missed("its product is one with q|k|v", shared)
-    product = _only(view.into_mlp(), "leads into an MLP")
+    product = _only(view.products("up"), "leads into an MLP")
     out, act, gated = _activated(view.graph, product)
     if not only_used_for(product, out):
         raise Missed("its result is used elsewhere too", product)
@@ -83,12 +68,12 @@ def fuse_gated_mlp(view: BlockView) -> fx.Node:
 
 def fuse_o_residual(view: BlockView) -> fx.Node:
     """o + residual."""
-    return _fuse_residual(view.graph, _only(view.after_attention(), "reads attention's result"))
+    return _fuse_residual(view.graph, _only(view.products("attention"), "reads attention's result"))
 
 
 def fuse_down_residual(view: BlockView) -> fx.Node:
     """down + residual."""
-    return _fuse_residual(view.graph, _only(view.out_of_mlp(), "reads an MLP's activations"))
+    return _fuse_residual(view.graph, _only(view.products("down"), "reads an MLP's activations"))
 
 
 def fuse_head(view: BlockView) -> fx.Node:
@@ -160,7 +145,7 @@ def _put_linear(
 
 
 def _activated(graph: fx.Graph, product: fx.Node) -> tuple[fx.Node, str, bool]:
-    """Returns the value behind the activation of a product, the activation's name, and whether it is gated."""
+    """Returns the value after the activation of a product, the activation's name, and whether it is gated."""
     width = shape(product)[-1]
     single = None
     for node in graph.nodes:
@@ -197,13 +182,10 @@ def _fuse_residual(graph: fx.Graph, product: fx.Node) -> fx.Node:
     return put(graph, torch.ops.river.linear.default, product.args, value_of(product), total, **parts)
 
 
-RULES = (
-    Rule("norm + q|k|v", fuse_norm_qkv),
-    Rule("rope + kv write", fuse_kv_fill, one_query=True),
-    Rule("attention", fuse_attention, one_query=True),
-    Rule("o + residual", fuse_o_residual),
-    Rule("norm + gate|up", fuse_gated_mlp),
-    Rule("down + residual", fuse_down_residual),
+# A rule's name, for the report, is its docstring. Those around the cache hold for one position per row only.
+Rule = Callable[[BlockView], fx.Node]
+RULES: tuple[Rule, ...] = (
+    *(fuse_norm_qkv, fuse_kv_fill, fuse_attention),
+    *(fuse_o_residual, fuse_gated_mlp, fuse_down_residual),
 )
-HEAD_RULES = (Rule("norm + head", fuse_head),)
-CHECK_RULES = (Rule("exit score", fuse_exit_score, one_query=True),)
+ONE_QUERY_RULES: tuple[Rule, ...] = (fuse_kv_fill, fuse_attention)
