@@ -57,7 +57,7 @@ def _normalize(node: fx.Node) -> None:
 
 
 def _function(node: fx.Node) -> Callable | None:
-    """Returns what a node calls: a function, or the function behind a tensor's method; None for everything else."""
+    """Returns what a node calls: a function, or the function of a tensor's method; None for everything else."""
     if node.op == "call_method" and is_tensor(node.args[0]):
         return getattr(Tensor, node.target, None)
     if node.op != "call_function":

@@ -6,7 +6,7 @@ split, which halves the number of kernels of a block (q|k|v, gate|up, the MLP to
 
 On request a twin's linears may have their inputs scaled: see :mod:`river_compile.passes.input_scales`.
 
-Not handled: weights that are not two-dimensional parameters (stacked experts); they stay in 16 bits and are told.
+Not handled: weights that are not two-dimensional parameters (stacked experts); they stay in 16 bits and are reported.
 """
 
 from __future__ import annotations
@@ -200,7 +200,7 @@ def _replace(graph: fx.Graph, product: _Product, index: int) -> None:
 
 
 def _placeholders(graph: fx.Graph, names: list[str]) -> list[fx.Node]:
-    """Adds placeholders behind those that are there."""
+    """Adds placeholders after those that are there."""
     found = []
     for name in names:
         with graph.inserting_after([n for n in graph.nodes if n.op == "placeholder"][-1]):
@@ -214,7 +214,7 @@ def _unread_matrices(block: Segment, sites: list[LinearSite], known: Collection[
     Args:
         block: the block.
         sites: its 4-bit products.
-        known: other matrices to leave out: those that are told already, and KV caches, which Dynamo marks alike.
+        known: other matrices to leave out: those that are reported already, and KV caches, which Dynamo marks alike.
     """
     read = {weight for site in sites for weight in site.weights} | set(known)
     for node in block.inputs:

@@ -1,6 +1,6 @@
 """Cuts what other repairs of missing KV entries run, out of a block: the river's rivals, for comparison.
 
-A token that leaves after block d has no entry in the blocks behind it. A twin writes one that is nearly its block's.
+A token that leaves after block d has no entry in the later blocks. A twin writes one that is nearly its block's.
 What other early-exit methods do instead needs less of the block, or more in front of its attention:
 
 piece            is the block                                              writes

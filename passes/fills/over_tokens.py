@@ -1,8 +1,8 @@
 """Runs a decode block for several consecutive tokens at once: the block's graph, vectorized over tokens.
 
 A decode block is traced for one token, and sizes of one are written into its graph. So it is not widened but mapped
-(``torch.vmap``): everything in front of the KV write for each token, then one write of all entries, then everything
-behind it for each token, with the mask that the token had in its own step. Weights are read once for all tokens.
+(``torch.vmap``): everything before the KV write for each token, then one write of all entries, then everything
+after it for each token, with the mask that the token had in its own step. Weights are read once for all tokens.
 
     hidden, cosines, mask ... [m, ...]       m tokens, the newest last
       -> for each token: norm, projections, rotary embedding

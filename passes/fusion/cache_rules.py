@@ -124,7 +124,7 @@ def _check_heads(q: _Heads, k: _Heads, v: _Heads, cache: fx.Node) -> None:
 
 
 def _users_before(node: fx.Node, last: fx.Node) -> list[fx.Node]:
-    """Returns what depends on a value and stands before a node, in order: it must move behind that node."""
+    """Returns what depends on a value and stands before a node, in order: it must move after that node."""
     changed = {m for n in node.graph.nodes if n < last for m in mutated_inputs(n)}
     early = sorted(closure([node], lambda n: (user for user in n.users if user < last)) - {node})
     bad = next((user for user in early if mutated_inputs(user) or changed & set(user.all_input_nodes)), None)
@@ -154,8 +154,8 @@ def _write(
     weights = (None, None) if k.norm is None else (q.norm.weight, k.norm.weight)
     tables = (None, None) if k.rotation is None else (k.rotation.cos, k.rotation.sin)
     how = ("none", 0.0) if k.norm is None else (k.norm.kind, k.norm.eps)
-    behind = last.next
-    with graph.inserting_before(behind):
+    following = last.next
+    with graph.inserting_before(following):
         qkv = _columns_of(graph, product, q.columns.start, v.columns.stop)
         caches = [entry.cache for entry in entries]
         arguments = (qkv, *weights, *tables, _slot(graph, entries[0]), *caches, *how)
@@ -164,7 +164,7 @@ def _write(
         fused = call(graph, torch.ops.river.kv_fill.default, arguments, value, product)
         query = reshaped(graph, fused, q.node)
     for node in moved:
-        behind.prepend(node)
+        following.prepend(node)
     q.node.replace_all_uses_with(query)
     drop_unused(graph, q.node)
     for entry in entries:
@@ -192,8 +192,7 @@ def _slot(graph: fx.Graph, entry: CacheEntry) -> fx.Node:
 def fuse_attention(view: BlockView) -> fx.Node:
     """attention."""
     node, found = _attention(view)
-    behind = [n for e in view.entries for n in (e.writer, e.moved) if n is not None and n > node]
-    if behind:
+    if any(n is not None and n > node for e in view.entries for n in (e.writer, e.moved)):
         raise Missed("the cache is read before it is written", node)
     q, cache = value_of(found.q), value_of(found.k)
     if q.dtype != cache.dtype or shape(found.v) != shape(found.k):

@@ -90,12 +90,12 @@ def columns(node: object) -> Columns | None:
     if taken is None or taken.step != 1 or taken.dim == 0:
         return None
     whole, sizes = columns(taken.source), shape(taken.source)
-    behind = sizes[taken.dim + 1 :]
-    if whole is None or not all(isinstance(n, int) for n in behind):
+    after = sizes[taken.dim + 1 :]
+    if whole is None or not all(isinstance(n, int) for n in after):
         return None
-    as_product = not behind and sizes[:-1] == shape(whole.product)[:-1]
+    as_product = not after and sizes[:-1] == shape(whole.product)[:-1]
     if not as_product and any(n != 1 for n in sizes[1 : taken.dim]):
         return None
-    each = math.prod(behind)
+    each = math.prod(after)
     start = whole.start + taken.start * each
     return Columns(whole.product, start, start + taken.length * each)
