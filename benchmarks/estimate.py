@@ -72,7 +72,7 @@ def check_row(roofline: Roofline, bandwidth: float) -> dict:
     checks, token = roofline.shape.layers - 1, roofline.token(None)
     return {
         "checks": checks,
-        "share_of_bytes": checks * roofline.check[1] / token.bytes,
+        "share_of_bytes": checks * roofline.check.bytes / token.bytes,
         "seconds_per_check": CHECK_TARGET * token.seconds(bandwidth) / checks,
     }
 

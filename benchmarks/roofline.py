@@ -7,9 +7,7 @@ attention, because only Inductor on the GPU at hand knows how many more there ar
 
 from __future__ import annotations
 
-from dataclasses import dataclass
-
-from river_compile.kernels.tools.shapes import MODELS, ModelShape, model_kernels
+from river_compile.kernels.tools.shapes import MODELS, ModelShape, TokenCost, cost_of, model_kernels
 
 BLOCK_LAUNCHES = 8  # q, k, v, attention, o, gate, up, down
 _DTYPE_BYTES = 2
@@ -25,25 +23,6 @@ CHECK_TARGET = 0.02  # share of a token that all its exit checks may take
 SPEEDUP_TARGET = 2.16  # of depth 3 over Inductor's 16-bit model on the same card
 
 
-@dataclass(frozen=True)
-class TokenCost:
-    """What one token costs.
-
-    Attributes:
-        depth: backbone blocks executed, None for all of them and no twin.
-        launches: kernels, at least.
-        bytes: read and written.
-    """
-
-    depth: int | None
-    launches: int
-    bytes: int
-
-    def seconds(self, bandwidth: float) -> float:
-        """Returns the time that the bytes take at `bandwidth` bytes per second."""
-        return self.bytes / bandwidth
-
-
 class Roofline:
     """The costs of one model.
 
@@ -57,22 +36,16 @@ class Roofline:
     def __init__(self, model: str, context: int, group_size: int, device: str = "sm_90") -> None:
         self.shape = MODELS[model]
         kernels = model_kernels(self.shape, context=context, group_size=group_size, device=device)
-        costs = {name: (len(spec.stages()), spec.cost().bytes) for name, spec in kernels.items()}
-        self.check = costs.pop("exit score")
-        self._head = costs.pop("norm + head")
-        self._twin = tuple(map(sum, zip(*costs.values(), strict=True)))
-        cache = costs["attention"][1] + costs["rope + kv write"][1]
-        self._block = (BLOCK_LAUNCHES, _DTYPE_BYTES * block_weights(self.shape) + cache)
+        self.check = cost_of(kernels.pop("exit score"))
+        self._head = cost_of(kernels.pop("norm + head"))
+        self._twin = cost_of(*kernels.values())
+        cache = cost_of(kernels["attention"], kernels["rope + kv write"])
+        self._block = TokenCost(BLOCK_LAUNCHES, _DTYPE_BYTES * block_weights(self.shape) + cache.bytes)
 
     def token(self, depth: int | None) -> TokenCost:
-        """Returns the cost of a token that leaves after `depth` blocks without a check on the way."""
+        """Returns the cost of a token that leaves after `depth` blocks (None: all) without a check on the way."""
         blocks = self.shape.layers if depth is None else depth
-        twins = self.shape.layers - blocks
-        launches, size = (
-            blocks * block + twins * twin + head
-            for block, twin, head in zip(self._block, self._twin, self._head, strict=True)
-        )
-        return TokenCost(depth, launches, size)
+        return blocks * self._block + (self.shape.layers - blocks) * self._twin + self._head
 
 
 def block_weights(shape: ModelShape) -> int:

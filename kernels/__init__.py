@@ -2,14 +2,13 @@
 
 Importing this package imports neither torch nor Triton. The modules, from what a user calls down to what they stand on:
 
-    ops                 the `torch.ops.river` operators
-    launch              tensors -> the spec of a kernel -> its launch
-    heuristic           a spec without a tile -> the tile that the cost model (or a tuning file) prefers
-    linear, kv_fill, decode_attention, exit_score
-                        one family each: spec, cost, Triton source
-    reference           what every family computes, in float64
-    loader              spec -> source file -> compiled or interpreted kernel
-    spec, expressions   what all specs share; index arithmetic and costs in sympy
-    pack, quantize      weights -> 4 bits -> the bytes that a kernel reads
-    resources, tune     command lines: compile for GPUs that are not there; measure on the one that is
+    ops         the `torch.ops.river` operators
+    portable    plain torch: one query position, batch-invariant operators, scores of logits
+    quant       weights -> 4 bits -> the bytes that a kernel reads
+    triton      launch: tensors -> the spec of a kernel -> its launch
+                heuristic: a spec without a tile -> the tile that the cost model (or a tuning file) prefers
+                linear, kv_fill, decode_attention, exit_score: one family each, its spec and cost
+                templates: the Triton source of each family
+                loader: spec -> source file -> compiled or interpreted kernel
+    tools       command lines: compile for GPUs that are not there; measure on the one that is
 """

@@ -221,10 +221,12 @@ def _fit(groups: Tensor, importance: Tensor, dtype: torch.dtype) -> tuple[Tensor
     return best
 
 
-def _better(groups, best, least, other, importance):
+def _better(
+    groups: Tensor, best: tuple[Tensor, Tensor], least: Tensor, other: tuple[Tensor, Tensor], importance: Tensor
+) -> tuple[tuple[Tensor, Tensor], Tensor]:
     noise = _noise(groups, *other, importance)
     improved = noise < least
-    chosen = tuple(torch.where(improved, new, old) for new, old in zip(other, best, strict=True))
+    chosen = torch.where(improved, other[0], best[0]), torch.where(improved, other[1], best[1])
     return chosen, torch.where(improved, noise, least)
 
 

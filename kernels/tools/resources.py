@@ -19,13 +19,12 @@ from collections.abc import Iterator
 from dataclasses import asdict, dataclass
 from pathlib import Path
 
-from river_compile.kernels.triton.decode_attention import DecodeAttentionSpec
 from river_compile.kernels.triton.devices import DEVICES, Device
 from river_compile.kernels.triton.linear import LinearSpec
 from river_compile.kernels.triton.loader import compile_for, source_file
-from river_compile.kernels.triton.spec import ITEM_BYTES, KernelSpec
+from river_compile.kernels.triton.spec import KernelSpec
 
-from .shapes import MODELS, ModelShape, block_kernels, model_kernels
+from .shapes import MODELS, ModelShape, TokenCost, cost_of, model_kernels
 
 _MATRIX = re.compile(r"\b(mma\.sync|wgmma\.mma_async|tcgen05\.mma|v_mfma)")
 _PTX_LOAD = re.compile(
@@ -102,7 +101,7 @@ def weight_load_bytes(text: str, source: list[str], nvidia: bool) -> int | None:
     return narrowest
 
 
-def _ptx_width(found: re.Match) -> int:
+def _ptx_width(found: re.Match[str]) -> int:
     return int(found[3], 0) if found[3] else int(found[1] or 1) * int(found[2]) // 8
 
 
@@ -114,11 +113,18 @@ def _nvidia_registers(cubin: bytes) -> tuple[int, int]:
         file.flush()
         command = [knobs.nvidia.cuobjdump.path, "-res-usage", file.name]
         text = subprocess.run(command, capture_output=True, text=True, check=True).stdout
-    return tuple(int(re.search(rf"{name}:(\d+)", text)[1]) for name in ("REG", "STACK"))
+    return _number(r"REG:(\d+)", text), _number(r"STACK:(\d+)", text)
 
 
 def _amd_registers(text: str) -> tuple[int, int]:
-    return tuple(int(re.search(rf"\.vgpr_{name}:\s+(\d+)", text)[1]) for name in ("count", "spill_count"))
+    return _number(r"\.vgpr_count:\s+(\d+)", text), _number(r"\.vgpr_spill_count:\s+(\d+)", text)
+
+
+def _number(pattern: str, text: str) -> int:
+    found = re.search(pattern, text)
+    if found is None:
+        raise ValueError(f"the compiler's report has nothing like {pattern}")
+    return int(found[1])
 
 
 def _occupancy(device: Device, registers: int, warps: int, shared: int) -> float:
@@ -128,56 +134,19 @@ def _occupancy(device: Device, registers: int, warps: int, shared: int) -> float
     return min(by_registers, by_shared, device.warps // warps) * warps / device.warps
 
 
-@dataclass(frozen=True)
-class TokenCost:
-    """What one token costs when every block runs as a twin.
-
-    Attributes:
-        model, context, group_size: of which model, with how many valid slots, in which groups.
-        launches_per_block, launches: of one twin block, and of the whole token.
-        bytes: what the kernels move, every buffer of every launch once.
-        floor: weights, scales and zeros, head, and the cache read and written: what no kernel can avoid.
-        microseconds: bytes at the bandwidth.
-    """
-
-    model: str
-    context: int
-    group_size: int
-    launches_per_block: int
-    launches: int
-    bytes: int
-    floor: int
-    bandwidth: float
-
-    @property
-    def overhead(self) -> float:
-        """Part of the bytes beyond the floor."""
-        return self.bytes / self.floor - 1
-
-    @property
-    def microseconds(self) -> float:
-        return self.bytes / self.bandwidth * 1e6
+def token_cost(shape: ModelShape, kernels: dict[str, KernelSpec]) -> tuple[TokenCost, TokenCost]:
+    """Returns the costs of one block as a twin and of a whole token: every block as a twin, then the head."""
+    block = cost_of(*(spec for label, spec in kernels.items() if label not in ("exit score", "norm + head")))
+    return block, shape.layers * block + cost_of(kernels["norm + head"])
 
 
-def token_cost(shape: ModelShape, *, context: int, group_size: int, device: str, bandwidth: float) -> TokenCost:
-    """Adds up the kernels of one token: every block as a twin, then the head."""
-    options = {"context": context, "group_size": group_size, "device": device}
-    block = block_kernels(shape, **options)
-    head = model_kernels(shape, **options)["norm + head"]
-    launches = sum(len(spec.stages()) for spec in block.values())
-    moved = shape.layers * sum(spec.cost().bytes for spec in block.values()) + head.cost().bytes
-    floor = shape.layers * sum(_floor(spec) for spec in block.values()) + _floor(head)
-    total = shape.layers * launches + len(head.stages())
-    return TokenCost(shape.name, context, group_size, launches, total, moved, floor, bandwidth)
-
-
-def _floor(spec: KernelSpec) -> int:
-    if isinstance(spec, LinearSpec):
-        return spec.weight_bytes
-    if isinstance(spec, DecodeAttentionSpec):
-        # All valid slots but the newest, which is written by the same token, are read from memory.
-        return 2 * spec.batch * spec.kv_heads * spec.slots * spec.head_dim * ITEM_BYTES[spec.dtype]
-    return 2 * spec.batch * spec.kv_heads * spec.head_dim * ITEM_BYTES[spec.dtype]
+def token_floor(shape: ModelShape, kernels: dict[str, KernelSpec], context: int) -> int:
+    """Returns the bytes that no kernel can avoid: weights, scales and zeros, head, and the cache read and written."""
+    weights = {label: spec.weight_bytes for label, spec in kernels.items() if isinstance(spec, LinearSpec)}
+    head = weights.pop("norm + head")
+    # All slots but the newest, which the same token writes, are read from memory, keys and values in 16 bits.
+    cache = 2 * 2 * shape.kv_heads * shape.head_dim * (context + 1)
+    return shape.layers * (sum(weights.values()) + cache) + head
 
 
 def main(arguments: list[str] | None = None) -> int:
@@ -200,14 +169,17 @@ def main(arguments: list[str] | None = None) -> int:
     costs = []
     print("\n| target | launches per block | per token | MB per token | floor MB | above | us per token |")
     print("|---|---:|---:|---:|---:|---:|---:|")
+    sizes = {"context": options.context, "group_size": options.group_size}
     for target in options.target:
         bandwidth = options.bandwidth * 1e9 if options.bandwidth else DEVICES[target].bandwidth
-        cost = token_cost(
-            shape, context=options.context, group_size=options.group_size, device=target, bandwidth=bandwidth
-        )
-        costs.append({"target": target, **asdict(cost)})
-        megabytes = f"{cost.bytes / 1e6:.1f} | {cost.floor / 1e6:.1f} | {cost.overhead:.1%}"
-        print(f"| {target} | {cost.launches_per_block} | {cost.launches} | {megabytes} | {cost.microseconds:.0f} |")
+        kernels = model_kernels(shape, device=target, **sizes)
+        block, token = token_cost(shape, kernels)
+        floor = token_floor(shape, kernels, options.context)
+        row = {"target": target, "model": shape.name, **sizes, "launches_per_block": block.launches}
+        costs.append({**row, **asdict(token), "floor": floor, "bandwidth": bandwidth})
+        megabytes = f"{token.bytes / 1e6:.1f} | {floor / 1e6:.1f} | {token.bytes / floor - 1:.1%}"
+        microseconds = token.seconds(bandwidth) * 1e6
+        print(f"| {target} | {block.launches} | {token.launches} | {megabytes} | {microseconds:.0f} |")
     if options.json:
         Path(options.json).write_text(json.dumps({"kernels": [asdict(u) for u in table], "tokens": costs}, indent=1))
     return int(any(usage.spills for usage in table))

@@ -1,4 +1,4 @@
-"""The decode step of known models as kernel specs: what `resources` compiles and `benchmarks.kernels` measures."""
+"""The decode step of known models as kernel specs, and its costs: what `resources` compiles and benchmarks measure."""
 
 from __future__ import annotations
 
@@ -41,6 +41,29 @@ MODELS = {
         ModelShape("llama-3.1-8b", 32, 4096, 32, 8, 128, 14336, 128256),
     )
 }
+
+
+@dataclass(frozen=True)
+class TokenCost:
+    """What a token costs, or a part of one: kernel launches, and bytes read and written."""
+
+    launches: int
+    bytes: int
+
+    def __add__(self, other: TokenCost) -> TokenCost:
+        return TokenCost(self.launches + other.launches, self.bytes + other.bytes)
+
+    def __rmul__(self, times: int) -> TokenCost:
+        return TokenCost(times * self.launches, times * self.bytes)
+
+    def seconds(self, bandwidth: float) -> float:
+        """Returns the time that the bytes take at `bandwidth` bytes per second."""
+        return self.bytes / bandwidth
+
+
+def cost_of(*specs: KernelSpec) -> TokenCost:
+    """Adds up kernels, every buffer of every launch once."""
+    return TokenCost(sum(len(spec.stages()) for spec in specs), sum(spec.cost().bytes for spec in specs))
 
 
 def block_kernels(

@@ -46,14 +46,15 @@ def tune(
         budget: seconds; once they are spent, the specs that are left stay with the cost model.
         top: candidates of each spec.
     """
-    end, chosen = time.monotonic() + budget, {}
+    end = time.monotonic() + budget
+    chosen: dict[str, LinearTile] = {}
     for spec in specs:
         times = {}
         for candidate in shortlist(spec, device, top):
             if time.monotonic() >= end:
                 return chosen
             times[candidate.tile] = measure(candidate)
-        chosen[key_of(spec)] = min(times, key=times.get)
+        chosen[key_of(spec)] = min(times, key=lambda tile: times[tile])
     return chosen
 
 

@@ -19,6 +19,7 @@ import os
 import warnings
 from collections.abc import Iterator
 from pathlib import Path
+from typing import Any
 
 from river_compile.kernels.files import cache_folder
 
@@ -153,7 +154,7 @@ def attention_splits(heads: int, slots: int, device: Device) -> int:
     return 1 << max(0, wanted.bit_length() - 1) if wanted > 1 else 1
 
 
-def untiled(rows: int, in_features: int, out_features: int, **fields: object) -> LinearSpec:
+def untiled(rows: int, in_features: int, out_features: int, **fields: Any) -> LinearSpec:
     """Returns a spec for `rows` rows with a placeholder tile, the input of `best_tile`; more than 16 rows stay open."""
     step = max(128, fields.get("group_size", 64))
     tile = LinearTile(16, step, 1 if rows == 1 else 16)

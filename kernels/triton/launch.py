@@ -41,23 +41,29 @@ def linear(
     Raises:
         ValueError: a buffer of the wrong shape or dtype, or a combination that no kernel has.
     """
-    packed = isinstance(weight, PackedLinear)
-    rows_out = weight.out_features if packed else weight.shape[0]
-    n, k = rows_out // (2 if gated else 1), x.shape[-1]
+    buffers: dict[str, torch.Tensor | None]
+    if isinstance(weight, PackedLinear):
+        pairs = weight.scale_zero.view(torch.int32).squeeze(-1)
+        buffers = {"qweight": weight.qweight, "scale_zero": pairs}
+        matrix = {"group_size": weight.group_size, "parameter_dtype": dtype_name(weight.scale_zero.dtype)}
+        weight_rows = weight.out_features
+    else:
+        buffers, matrix = {"weight": weight}, {"weights": "dense", "group_size": 0}
+        weight_rows = weight.shape[0]
+    n, k = weight_rows // (2 if gated else 1), x.shape[-1]
     x2 = x.reshape(-1, k)
-    if x2.shape[0] > 1 and (x2.stride(1) != 1 or x2.stride(0) < k):
+    rows = x2.shape[0]
+    if rows > 1 and (x2.stride(1) != 1 or x2.stride(0) < k):
         x2 = x2.contiguous()
-    y = torch.empty((x2.shape[0], n), dtype=x.dtype, device=x.device)
-    if x2.shape[0] == 0:
+    y = torch.empty((rows, n), dtype=x.dtype, device=x.device)
+    if rows == 0:
         return y.reshape(*x.shape[:-1], n)
     spec = untiled(
-        x2.shape[0],
+        rows,
         k,
         n,
-        weights="w4" if packed else "dense",
-        group_size=weight.group_size if packed else 0,
+        **matrix,
         dtype=dtype_name(x.dtype),
-        parameter_dtype=dtype_name(weight.scale_zero.dtype) if packed else "float16",
         norm=norm,
         eps=eps,
         norm_bias=norm_bias is not None,
@@ -65,21 +71,14 @@ def linear(
         residual=residual is not None,
         activation=activation,
         gated=gated,
-        x_stride=x2.stride(0) if x2.shape[0] > 1 and x2.stride(0) != k else 0,
+        x_stride=x2.stride(0) if rows > 1 and x2.stride(0) != k else 0,
     )
-    tiled = best_tile(spec, device_of(x), x2.shape[0]) if x.is_cuda else interpreter_tile(spec)
-    kernel = load(tiled, interpret=not x.is_cuda)
-    buffers = {"x": x2, "norm_weight": norm_weight, "norm_bias": norm_bias, "bias": bias, "y": y}
-    if residual is not None:
-        buffers["residual"] = residual.reshape(-1, n).contiguous()
-    if packed:
-        buffers |= {"qweight": weight.qweight, "scale_zero": weight.scale_zero.view(torch.int32).squeeze(-1)}
-    else:
-        buffers["weight"] = weight
-    buffers = {name: buffer for name, buffer in buffers.items() if buffer is not None}
-    shapes = spec.shapes(x2.shape[0])
-    _expect(**{name: (buffer, shapes[name]) for name, buffer in buffers.items() if name != "x"})
-    kernel(rows=x2.shape[0], **buffers)
+    spec = best_tile(spec, device_of(x), rows) if x.is_cuda else interpreter_tile(spec)
+    buffers |= {"norm_weight": norm_weight, "norm_bias": norm_bias, "bias": bias, "y": y}
+    buffers["residual"] = None if residual is None else residual.reshape(-1, n).contiguous()
+    shapes = spec.shapes(rows)
+    given = _checked({name: (tensor, shapes[name]) for name, tensor in buffers.items()})
+    load(spec, interpret=not x.is_cuda)(rows=rows, x=x2, **given)
     return y.reshape(*x.shape[:-1], n)
 
 
@@ -128,17 +127,17 @@ def kv_fill(
     )
     q = torch.empty((b, heads, d), dtype=qkv.dtype, device=qkv.device)
     table = (spec.rotary_rows, rotary_dim)
-    inputs = {
-        "q_norm": (q_norm, (d,)),
-        "k_norm": (k_norm, (d,)),
-        "cos": (cos if cos is None else cos.reshape(table).contiguous(), table),
-        "sin": (sin if sin is None else sin.reshape(table).contiguous(), table),
-        "slot": (slot.reshape(-1), (1,)),
-    }
-    inputs = {name: entry for name, entry in inputs.items() if entry[0] is not None}
-    _expect(**inputs)
-    buffers = {name: tensor for name, (tensor, _) in inputs.items()}
-    load(spec, interpret=not qkv.is_cuda)(qkv=qkv.contiguous(), k_cache=k_cache, v_cache=v_cache, q=q, **buffers)
+    inputs = _checked(
+        {
+            "q_norm": (q_norm, (d,)),
+            "k_norm": (k_norm, (d,)),
+            "cos": (cos if cos is None else cos.reshape(table).contiguous(), table),
+            "sin": (sin if sin is None else sin.reshape(table).contiguous(), table),
+            "slot": (slot.reshape(-1), (1,)),
+        }
+    )
+    kernel = load(spec, interpret=not qkv.is_cuda)
+    kernel(rows=1, qkv=qkv.contiguous(), k_cache=k_cache, v_cache=v_cache, q=q, **inputs)
     return q
 
 
@@ -174,11 +173,8 @@ def decode_attention(
         cache_strides=_cache_strides(k_cache, v_cache),
     )
     out = torch.empty((b, heads, d), dtype=q.dtype, device=q.device)
-    buffers = {"q": q.contiguous(), "k_cache": k_cache, "v_cache": v_cache, "out": out}
-    if mask is not None:
-        buffers["mask"] = mask.contiguous()
-        _expect(mask=(buffers["mask"], (b, slots)))
-    load(spec, interpret=not q.is_cuda)(**buffers)
+    given = _checked({"mask": (mask if mask is None else mask.contiguous(), (b, slots))})
+    load(spec, interpret=not q.is_cuda)(rows=1, q=q.contiguous(), k_cache=k_cache, v_cache=v_cache, out=out, **given)
     return out
 
 
@@ -196,20 +192,24 @@ def residual_score(
     d = update.shape[-1]
     hidden = torch.empty(update.shape, dtype=update.dtype, device=update.device)
     score = torch.empty((), dtype=torch.float32, device=update.device)
-    buffers = {"update": update, "residual": residual, "previous": previous}
-    buffers = {name: tensor.contiguous() for name, tensor in buffers.items()}
+    inputs = {"update": update.contiguous(), "residual": residual.contiguous(), "previous": previous.contiguous()}
     spec = ExitScoreSpec(update.numel() // d, d, dtype_name(update.dtype))
-    load(spec, interpret=not update.is_cuda)(**buffers, hidden=hidden, score=score)
+    load(spec, interpret=not update.is_cuda)(rows=1, hidden=hidden, score=score, **inputs)
     return hidden, score
 
 
-def _expect(**tensors: tuple[torch.Tensor, tuple[int, ...]]) -> None:
-    """Raises a ValueError that names the first tensor whose shape is not the one beside it, or that has gaps."""
+def _checked(tensors: dict[str, tuple[torch.Tensor | None, tuple[int, ...]]]) -> dict[str, torch.Tensor]:
+    """Returns the tensors that are there; raises a ValueError for one that has gaps or not the shape beside it."""
+    given = {}
     for name, (tensor, shape) in tensors.items():
+        if tensor is None:
+            continue
         if tuple(tensor.shape) != shape:
             raise ValueError(f"{name} has shape {tuple(tensor.shape)}; this call needs {shape}")
         if not tensor.is_contiguous():
             raise ValueError(f"{name} has strides {tensor.stride()}; make it contiguous")
+        given[name] = tensor
+    return given
 
 
 def _cache_strides(k_cache: torch.Tensor, v_cache: torch.Tensor) -> tuple[int, ...]:

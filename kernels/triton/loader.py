@@ -18,7 +18,7 @@ import types
 import warnings
 from dataclasses import dataclass
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 from river_compile.kernels.files import appearing, cache_folder
 
@@ -58,7 +58,7 @@ class Kernel:
     """
 
     spec: KernelSpec
-    functions: dict[str, object]
+    functions: dict[str, Any]  # Triton's functions have no common type
     interpret: bool
 
     def __call__(self, *, rows: int = 1, **buffers: torch.Tensor) -> None:
@@ -119,7 +119,7 @@ def load(spec: KernelSpec, *, interpret: bool) -> Kernel:
     return Kernel(spec, functions, interpret)
 
 
-def compile_for(spec: KernelSpec, backend: str, arch: int | str) -> list:
+def compile_for(spec: KernelSpec, backend: str, arch: int | str) -> list[Any]:
     """Compiles every stage for a GPU that need not be there; returns Triton's compiled kernels, in order.
 
     Pointers count as 16-byte aligned, as torch allocates them. A GPU's code is kept by Triton's own cache.
@@ -161,20 +161,22 @@ def _import(path: Path, mode: str) -> types.ModuleType:
     # Triton reads the text of a function through `inspect`, which wants a real file and a module of its own.
     name = f"river_compile.kernels.generated.{path.stem}_{mode}"
     module_spec = importlib.util.spec_from_file_location(name, path)
+    assert module_spec is not None
+    assert module_spec.loader is not None
     module = importlib.util.module_from_spec(module_spec)
     sys.modules[name] = module
     module_spec.loader.exec_module(module)
     return module
 
 
-def _compiled(module: types.ModuleType, name: str) -> object:
+def _compiled(module: Any, name: str) -> object:
     from triton.runtime.jit import JITFunction
 
     function = getattr(module, name)
     return function if isinstance(function, JITFunction) else JITFunction(function.fn)
 
 
-def _interpreted(module: types.ModuleType, name: str) -> object:
+def _interpreted(module: Any, name: str) -> object:
     import triton.language
     from triton.runtime.interpreter import InterpretedFunction
 
@@ -185,7 +187,7 @@ def _interpreted(module: types.ModuleType, name: str) -> object:
     return InterpretedFunction(function)
 
 
-def _range(*limits: object) -> range:
+def _range(*limits: Any) -> range:
     """`range` over Triton scalars: the interpreter's own conversion to int fails in Triton 3.6 with numpy 2.4."""
     return range(*(limit.handle.data.item() if hasattr(limit, "handle") else limit for limit in limits))
 
@@ -205,25 +207,25 @@ class _InterpreterLanguage:
         return getattr(tl, name)
 
     @staticmethod
-    def sum(value, axis):
+    def sum(value: Any, axis: int) -> Any:
         import triton.language as tl
 
         return tl.reduce(value, axis, tl.standard._sum_combine)
 
     @staticmethod
-    def max(value, axis):
+    def max(value: Any, axis: int) -> Any:
         import triton.language as tl
 
         return tl.reduce(value, axis, tl.standard._elementwise_max)
 
     @staticmethod
-    def zeros(shape, dtype):
+    def zeros(shape: tuple[int, ...], dtype: Any) -> Any:
         import triton.language as tl
 
         return tl.full(shape, 0, dtype)
 
     @staticmethod
-    def dot(a, b, acc, **options):
+    def dot(a: Any, b: Any, acc: Any, **options: Any) -> Any:
         import triton.language as tl
 
         if a.dtype == tl.bfloat16:

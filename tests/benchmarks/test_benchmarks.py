@@ -216,7 +216,7 @@ def test_a_token_costs_what_its_blocks_cost():
     head, cache = 2 * 4096 * 128256, 32 * 2 * 2 * 1024 * 1024
     assert math.isclose(line.token(None).bytes, 2 * weights + head + cache, rel_tol=0.01)
     assert math.isclose(line.token(0).bytes, weights * (0.5 + 4 / 64) + head + cache, rel_tol=0.01)
-    assert line.token(32) == roofline.TokenCost(32, line.token(None).launches, line.token(None).bytes)
+    assert line.token(32) == line.token(None)
     deeper = [line.token(depth).bytes for depth in range(33)]
     assert len({b - a for a, b in itertools.pairwise(deeper)}) == 1
     assert line.token(0).launches == 32 * 7 + 1

@@ -7,7 +7,7 @@ import re
 import pytest
 
 from river_compile.kernels.tools import resources
-from river_compile.kernels.tools.resources import token_cost, usages, weight_load_bytes
+from river_compile.kernels.tools.resources import token_cost, token_floor, usages, weight_load_bytes
 from river_compile.kernels.tools.shapes import MODELS, block_kernels, model_kernels
 from river_compile.kernels.triton.decode_attention import DecodeAttentionSpec
 from river_compile.kernels.triton.devices import DEVICES
@@ -66,21 +66,21 @@ def test_four_bits_become_floats_without_a_conversion_and_each_costs_one_multipl
 @pytest.mark.parametrize("target", DEVICES)
 @pytest.mark.parametrize("model", MODELS)
 def test_launches_and_bytes_of_a_token(model, target):
-    bandwidth = DEVICES[target].bandwidth
-    cost = token_cost(MODELS[model], context=1024, group_size=64, device=target, bandwidth=bandwidth)
-    assert cost.launches_per_block <= 7
-    assert cost.launches == MODELS[model].layers * cost.launches_per_block + 1
-    assert 0 < cost.overhead <= 0.05
-    assert cost.microseconds == pytest.approx(cost.bytes / bandwidth * 1e6)
+    shape, kernels = MODELS[model], model_kernels(MODELS[model], context=1024, group_size=64, device=target)
+    block, token = token_cost(shape, kernels)
+    assert block.launches <= 7
+    assert token.launches == shape.layers * block.launches + 1
+    assert 1 < token.bytes / token_floor(shape, kernels, 1024) <= 1.05
+    assert token.seconds(DEVICES[target].bandwidth) == pytest.approx(token.bytes / DEVICES[target].bandwidth)
 
 
 def test_the_floor_of_a_token_counted_by_hand():
     shape = MODELS["llama-3.1-8b"]
-    cost = token_cost(shape, context=1024, group_size=64, device="sm_90", bandwidth=1e12)
+    kernels = model_kernels(shape, context=1024, group_size=64, device="sm_90")
     per_block = 4096 * 6144 + 4096 * 4096 + 3 * 4096 * 14336
     weights = shape.layers * per_block * (0.5 + 4 / 64) + 128256 * 4096 * 2
     cache = shape.layers * 2 * 8 * 128 * 2 * (1024 + 1)
-    assert cost.floor == weights + cache
+    assert token_floor(shape, kernels, 1024) == weights + cache
 
 
 def test_the_narrowest_load_of_a_weight_line_counts():
