@@ -1,4 +1,4 @@
-"""What the benchmarks share: worker processes, tables, machine facts, JSON files.
+"""What the benchmarks share: command lines, worker processes, tables, machine facts, JSON files.
 
 A configuration is measured in a process of its own, so that its memory, its compiled code and its caches are its own.
 The process stays alive and waits between measurements, so that the repeats of several configurations can take turns:
@@ -24,6 +24,7 @@ from pathlib import Path
 
 ROOT = Path(__file__).parents[1]  # where `benchmarks` and what it measures are found
 LOG_LINES = 20
+DTYPES = ("bfloat16", "float16", "float32")
 
 
 class WorkerFailed(RuntimeError):
@@ -151,6 +152,34 @@ def print_table(headers: Sequence[str], rows: Sequence[Sequence[object]]) -> Non
         print(lay_out(line))
 
 
+def command_line(doc: str, *names: str, **defaults: object) -> argparse.ArgumentParser:
+    """Returns a parser with some of the options that several benchmarks have.
+
+    Args:
+        doc: text of the help, such as the module's own; its command, in the third line, names the program.
+        names: of the options, without dashes in front.
+        defaults: other defaults than usual.
+    """
+    shared: dict[str, dict] = {
+        "model": {"default": "smollm2", "help": "a known model's name or a model folder (%(default)s)"},
+        "dtype": {"default": "bfloat16", "choices": DTYPES, "help": "of the weights (%(default)s)"},
+        "new-tokens": {"type": number(2), "default": 128, "help": "tokens per generation (%(default)s)"},
+        "repeats": {"type": number(1), "default": 3, "help": "measurements of each row (%(default)s)"},
+        "threads": {"type": number(1), "default": 2, "help": "threads of every process (%(default)s)"},
+        "no-progress": {"dest": "progress", "action": "store_false", "help": "show no progress bars"},
+        "json": {"type": Path, "metavar": "FILE", "help": "also write the outcome to this file"},
+        "worker": {"action": "store_true", "help": argparse.SUPPRESS},
+    }
+    command = next((line.split("#")[0].split() for line in doc.splitlines() if line.startswith("    python -m ")), [])
+    parser = argparse.ArgumentParser(
+        prog=" ".join(command[:3]) or None, description=doc, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
+    for name in names:
+        parser.add_argument(f"--{name}", **shared[name])
+    parser.set_defaults(**defaults)
+    return parser
+
+
 def number(least: int) -> Callable[[str], int]:
     """Returns a parser of integers of `least` or more, for command lines."""
 
@@ -161,6 +190,27 @@ def number(least: int) -> Callable[[str], int]:
         return value
 
     return parse
+
+
+def setting(benchmark: str, options: argparse.Namespace) -> dict:
+    """Returns what an outcome begins with: the benchmark, what was measured and on which machine."""
+    fields = {name: getattr(options, name) for name in ("model", "dtype", "new_tokens", "repeats") if name in options}
+    machine = machine_facts(options.threads)
+    return {"benchmark": benchmark, **fields, "model": str(options.model), "machine": machine}
+
+
+def print_setting(outcome: dict) -> None:
+    """Prints what :func:`setting` returned."""
+    machine = outcome["machine"]
+    print(f"\n{outcome['model']}, {outcome['dtype']}, {outcome['new_tokens']} tokens, {machine['threads']} threads")
+    print(f"{machine['cpu']}, torch {machine['torch']}, transformers {machine['transformers']}")
+
+
+def write_outcome(outcome: object, path: Path | None) -> None:
+    """Writes an outcome as JSON where a file was named."""
+    if path:
+        write_json(path, outcome)
+        print(f"\nWritten to {path}")
 
 
 def write_json(path: str | Path, content: object) -> None:

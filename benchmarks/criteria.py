@@ -58,9 +58,7 @@ def main(arguments: list[str] | None = None) -> int:
         "machine": common.machine_facts(options.threads),
         "models": {name: {"rows": rows, "at_equal_time": at_equal_time(rows)} for name, rows in results.items()},
     }
-    if options.json:
-        common.write_json(options.json, outcome)
-        print(f"\nWritten to {options.json}")
+    common.write_outcome(outcome, options.json)
     if options.plots:
         print(f"Drawn to {plot(results, options.plots)}")
     return 0
@@ -214,16 +212,13 @@ def plot(results: dict[str, list[dict]], folder: str | Path) -> Path:
 
 
 def _parse(arguments: list[str] | None) -> argparse.Namespace:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser = common.command_line(__doc__, "threads", "no-progress", "json")
     parser.add_argument("--model", action="append", help=f"{', '.join(models.MODELS)} or a folder; may be repeated")
     parser.add_argument("--own-text", action="store_true", help="measure the model's own greedy answers")
     parser.add_argument("--texts", type=int, default=16, help="texts to measure (default 16; 8 answers at most)")
     parser.add_argument("--context", type=int, default=16, help="tokens of a text's prompt (default 16)")
     parser.add_argument("--tokens", type=int, default=16, help="tokens measured in each text (default 16)")
-    parser.add_argument("--threads", type=int, default=2)
-    parser.add_argument("--json", type=Path, metavar="FILE", help="write the outcome as JSON")
     parser.add_argument("--plots", type=Path, metavar="DIR", help="draw the frontiers as criteria.png")
-    parser.add_argument("--no-progress", dest="progress", action="store_false")
     options = parser.parse_args(arguments)
     options.model = options.model or ["smollm2", "gemma3-270m"]
     return options

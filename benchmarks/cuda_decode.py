@@ -22,6 +22,7 @@ Timed is a loop of forward passes and argmax behind a prompt of `--context` toke
 from __future__ import annotations
 
 import argparse
+from contextlib import closing
 
 from benchmarks import common
 
@@ -98,9 +99,7 @@ def main(options: argparse.Namespace) -> int:
     for name in options.random:
         outcome["models"][name] = found = _measured(name, options)
         show(name, found, outcome["copy_bandwidth"])
-    if options.json:
-        common.write_json(options.json, outcome)
-        print(f"\nWritten to {options.json}")
+    common.write_outcome(outcome, options.json)
     return 0
 
 
@@ -109,12 +108,9 @@ def _measured(name: str, options: argparse.Namespace) -> dict:
     rows: list[dict] = []
     check = None
     for backend in ("eager", "inductor", "river"):
-        worker = common.Worker("benchmarks.cuda_worker", f"{name} {backend}", options.threads)
-        try:
+        with closing(common.Worker("benchmarks.cuda_worker", f"{name} {backend}", options.threads)) as worker:
             job = {"depths": options.depths, "context": options.context, "group_size": options.group_size}
             answer = worker.ask("measure", name=name, backend=backend, new_tokens=options.new_tokens, **job)
-        finally:
-            worker.close()
         rows += answer["rows"]
         check = answer.get("check", check)
     return {"rows": rows, "check": check}

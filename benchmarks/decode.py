@@ -20,11 +20,11 @@ Nothing here looks at the quality of the text.
 from __future__ import annotations
 
 import argparse
-import contextlib
 import importlib.util
 import statistics
 import sys
 import time
+from contextlib import ExitStack, closing
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
 
@@ -32,7 +32,6 @@ from benchmarks import common, cuda_decode
 from tools import models
 
 PROMPT = "Write a Python function that returns the n-th Fibonacci number."
-DTYPES = ("bfloat16", "float16", "float32")
 NEVER = "never"  # stands for an exit depth of all blocks, whose number only the worker knows
 
 
@@ -93,9 +92,7 @@ def main(arguments: list[str] | None = None) -> int:
         return 1
     outcome = summarize(results, options, absent)
     show(outcome)
-    if options.json:
-        common.write_json(options.json, outcome)
-        print(f"\nWritten to {options.json}")
+    common.write_outcome(outcome, options.json)
     return 0
 
 
@@ -104,13 +101,12 @@ def run(rows: list[str], folder: Path, gguf: Path | None, options: argparse.Name
     from tqdm import tqdm
 
     results: dict[str, dict] = {}
-    with contextlib.ExitStack() as stack:
+    with ExitStack() as stack:
         bar = stack.enter_context(tqdm(total=len(rows) * (1 + options.repeats), unit="run", desc="decode"))
         workers = {}
         for name in rows:
             bar.set_postfix_str(f"preparing {name}")
-            workers[name] = common.Worker("benchmarks.decode", name, options.threads)
-            stack.callback(workers[name].close)
+            workers[name] = stack.enter_context(closing(common.Worker("benchmarks.decode", name, options.threads)))
             results[name] = workers[name].ask("prepare", **_job(name, folder, gguf, options))
             results[name]["tokens_per_s"] = []
             bar.update()
@@ -134,12 +130,7 @@ def summarize(results: dict[str, dict], options: argparse.Namespace, absent: dic
     first = {name: row["first_token_s"] for name, row in rows.items()}
     second = {name: row["second_token_s"] for name, row in rows.items()}
     return {
-        "benchmark": "decode",
-        "model": str(options.model),
-        "dtype": options.dtype,
-        "new_tokens": options.new_tokens,
-        "repeats": options.repeats,
-        "machine": common.machine_facts(options.threads),
+        **common.setting("decode", options),
         "rows": rows,
         "absent": absent,
         "ratios": common.ratios(speeds, SPEED_RATIOS),
@@ -150,9 +141,8 @@ def summarize(results: dict[str, dict], options: argparse.Namespace, absent: dic
 
 def show(outcome: dict) -> None:
     """Prints the table, why rows are absent, and the ratios."""
-    machine = outcome["machine"]
-    print(f"\n{outcome['model']}, {outcome['dtype']}, {outcome['new_tokens']} tokens, {machine['threads']} threads")
-    print(f"{machine['cpu']}, torch {machine['torch']}, transformers {machine['transformers']}\n")
+    common.print_setting(outcome)
+    print()
     common.print_table(
         ["", "decode tokens/s", "first token, s", "second token, s", "mean depth", "peak RSS, MiB"],
         [
@@ -323,19 +313,13 @@ def _gguf_file(options: argparse.Namespace) -> Path:
 
 
 def _parse(arguments: list[str] | None) -> argparse.Namespace:
-    parser = argparse.ArgumentParser(description="Measures the decode speed of several configurations.")
-    parser.add_argument("--model", default="smollm2", help="a known model's name or a model folder (%(default)s)")
+    shared = ("model", "dtype", "new-tokens", "threads", "repeats", "json", "worker")
+    parser = common.command_line(__doc__, *shared)
     parser.add_argument("--gguf", type=Path, help="the GGUF file that the model folder was made of, for llama_cpp")
-    parser.add_argument("--dtype", default="bfloat16", choices=DTYPES, help="of all rows that name none (%(default)s)")
-    parser.add_argument("--new-tokens", type=common.number(2), default=128, help="tokens per generation (%(default)s)")
-    parser.add_argument("--threads", type=common.number(1), default=2, help="threads of every process (%(default)s)")
-    parser.add_argument("--repeats", type=common.number(1), default=3, help="measurements per row (%(default)s)")
     parser.add_argument(
         "--rows", nargs="+", choices=list(ROWS), default=list(ROWS), metavar="ROW", help=", ".join(ROWS)
     )
-    parser.add_argument("--json", type=Path, help="also write the outcome to this file")
     cuda_decode.add_arguments(parser)
-    parser.add_argument("--worker", action="store_true", help=argparse.SUPPRESS)
     return parser.parse_args(arguments)
 
 

@@ -43,9 +43,7 @@ def main(options: argparse.Namespace) -> int:
         }
         show(name, found)
         outcome["models"][name] = found
-    if options.json:
-        common.write_json(options.json, outcome)
-        print(f"\nWritten to {options.json}")
+    common.write_outcome(outcome, options.json)
     return 0
 
 

@@ -26,7 +26,6 @@ import contextlib
 import statistics
 import sys
 import time
-from pathlib import Path
 
 from benchmarks import common
 from tools import models
@@ -158,9 +157,7 @@ def main(arguments: list[str] | None = None) -> int:
         return 1
     outcome = summarize(measure(bench, options), options)
     show(outcome)
-    if options.json:
-        common.write_json(options.json, outcome)
-        print(f"\nWritten to {options.json}")
+    common.write_outcome(outcome, options.json)
     return 0
 
 
@@ -189,12 +186,7 @@ def summarize(results: dict[tuple[str, str], list[dict]], options: argparse.Name
         speeds = {row: values["tokens_per_s"] for row, values in rows.items()}
         kinds[kind] = {"rows": rows, "ratios": common.ratios(speeds, RATIOS)}
     return {
-        "benchmark": "exact",
-        "model": str(options.model),
-        "dtype": options.dtype,
-        "new_tokens": options.new_tokens,
-        "repeats": options.repeats,
-        "machine": common.machine_facts(options.threads),
+        **common.setting("exact", options),
         "kinds": kinds,
     }
 
@@ -222,9 +214,7 @@ def _first_difference(a: list[int], b: list[int]) -> int | None:
 
 def show(outcome: dict) -> None:
     """Prints a table and the ratios for each kind of prompt."""
-    machine = outcome["machine"]
-    print(f"\n{outcome['model']}, {outcome['dtype']}, {outcome['new_tokens']} tokens, {machine['threads']} threads")
-    print(f"{machine['cpu']}, torch {machine['torch']}, transformers {machine['transformers']}")
+    common.print_setting(outcome)
     for kind, result in outcome["kinds"].items():
         print(f"\n{kind} prompts")
         common.print_table(
@@ -246,18 +236,9 @@ def show(outcome: dict) -> None:
 
 
 def _parse(arguments: list[str] | None) -> argparse.Namespace:
-    parser = argparse.ArgumentParser(description="Measures exact mode against plain generation and other drafts.")
-    parser.add_argument("--model", default="smollm2", help="a known model's name or a model folder (%(default)s)")
-    parser.add_argument("--dtype", default="bfloat16", choices=("bfloat16", "float16", "float32"), help="(%(default)s)")
-    parser.add_argument("--new-tokens", type=int, default=96, help="tokens per text, at least 16 (%(default)s)")
-    parser.add_argument("--threads", type=int, default=2, help="(%(default)s)")
-    parser.add_argument("--repeats", type=int, default=3, help="measured rounds (%(default)s)")
-    parser.add_argument("--json", type=Path, help="also write the outcome to this file")
-    options = parser.parse_args(arguments)
-    for name, least in (("new_tokens", 16), ("threads", 1), ("repeats", 1)):
-        if getattr(options, name) < least:
-            parser.error(f"--{name.replace('_', '-')} {getattr(options, name)} is too small; give {least} or more")
-    return options
+    parser = common.command_line(__doc__, "model", "dtype", "threads", "repeats", "json")
+    parser.add_argument("--new-tokens", type=common.number(16), default=96, help="tokens per text (%(default)s)")
+    return parser.parse_args(arguments)
 
 
 if __name__ == "__main__":

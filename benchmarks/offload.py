@@ -18,6 +18,7 @@ from __future__ import annotations
 
 import argparse
 import sys
+from contextlib import closing
 from pathlib import Path
 
 from benchmarks import common
@@ -39,16 +40,11 @@ def main(arguments: list[str] | None = None) -> int:
         print(f"error: {error}", file=sys.stderr)
         return 1
     outcome = {
-        "benchmark": "offload",
-        "model": str(options.model),
-        "new_tokens": options.new_tokens,
-        "machine": common.machine_facts(options.threads),
+        **common.setting("offload", options),
         "rows": rows,
     }
     show(outcome)
-    if options.json:
-        common.write_json(options.json, outcome)
-        print(f"\nWritten to {options.json}")
+    common.write_outcome(outcome, options.json)
     return 0
 
 
@@ -110,25 +106,15 @@ def _rows(depths: list[int]) -> dict[str, dict]:
 
 
 def _measured(name: str, fields: dict, folder: Path, options: argparse.Namespace) -> dict:
-    worker = common.Worker("benchmarks.offload", name, options.threads)
-    try:
-        river = {"threshold": options.threshold, **fields}
-        return worker.ask(
-            "measure", folder=str(folder), options=river, new_tokens=options.new_tokens, threads=options.threads
-        )
-    finally:
-        worker.close()
+    job = {"folder": str(folder), "new_tokens": options.new_tokens, "threads": options.threads}
+    with closing(common.Worker("benchmarks.offload", name, options.threads)) as worker:
+        return worker.ask("measure", options={"threshold": options.threshold, **fields}, **job)
 
 
 def _parse(arguments: list[str] | None) -> argparse.Namespace:
-    parser = argparse.ArgumentParser(description="Measures memory and speed of a model with offloaded blocks.")
-    parser.add_argument("--model", default="smollm2", help="a known model's name or a model folder (%(default)s)")
+    parser = common.command_line(__doc__, "model", "new-tokens", "threads", "json", "worker", new_tokens=64)
     parser.add_argument("--offload", nargs="+", type=common.number(0), default=[4], help="blocks that stay (4)")
     parser.add_argument("--threshold", type=float, default=0.7, help="of the similarity criterion (%(default)s)")
-    parser.add_argument("--new-tokens", type=common.number(2), default=64, help="tokens per generation (%(default)s)")
-    parser.add_argument("--threads", type=common.number(1), default=2, help="threads of every process (%(default)s)")
-    parser.add_argument("--json", type=Path, help="also write the outcome to this file")
-    parser.add_argument("--worker", action="store_true", help=argparse.SUPPRESS)
     return parser.parse_args(arguments)
 
 

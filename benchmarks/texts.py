@@ -1,8 +1,8 @@
-"""Texts for the quality benchmark: what the model itself writes, and passages that it was not asked for.
+"""Texts that benchmarks measure on: what the model itself writes, and passages that it was not asked for.
 
-All samples of a run have one length, so that one cache and one compilation serve them all: `context` tokens that run as
-a prompt, then the tokens that are measured. Prompts are of different length, so a sample of the model's own text may
-hold some of its answer in the context.
+:func:`collect` gives both kinds in samples of one length, so that one cache and one compilation serve them all:
+`context` tokens that run as a prompt, then those that are measured. Prompts are of different length, so a sample of
+the model's own text may hold some of its answer in the context. :func:`answers` gives whole answers of any length.
 """
 
 from __future__ import annotations
@@ -12,7 +12,8 @@ from dataclasses import dataclass
 
 import torch
 from torch import Tensor
-from transformers import PreTrainedModel, StaticCache
+from torch.nn import functional
+from transformers import PreTrainedModel, PreTrainedTokenizerBase, StaticCache
 
 from river_compile.calibration.evaluate import cache_argument
 from tools import models
@@ -27,6 +28,54 @@ PROMPTS = (
     "What is the difference between a list and a tuple in Python?",
     "Write a polite email that moves a meeting to Friday.",
     "How do vaccines work?",
+)
+MEASURED = (
+    "Why is the sky blue?",
+    "Explain how a refrigerator works.",
+    "Write a Python function that returns the n-th Fibonacci number.",
+    "Tell me a short story about a lighthouse keeper.",
+    "What are three good habits for learning a language?",
+    "How do plants turn sunlight into food?",
+    "Summarize the causes of the First World War.",
+    "Give me a recipe for vegetable soup.",
+    "What is the difference between a list and a tuple in Python?",
+    "Describe the water cycle.",
+    "Write a polite email asking for a day off.",
+    "A train travels 60 km in 45 minutes. What is its average speed?",
+)
+CALIBRATION = (
+    "How does a bicycle stay upright?",
+    "Write a poem about the sea.",
+    "Explain recursion to a child.",
+    "List five uses of a paper clip.",
+    "What causes earthquakes?",
+    "Write a Python function that reverses a string.",
+    "How is bread made?",
+    "Who was Marie Curie?",
+    "What is the capital of France and what is it known for?",
+    "Give advice for a job interview.",
+    "Explain the rules of chess.",
+    "What is inflation in economics?",
+    "Describe a walk in a forest in autumn.",
+    "How do vaccines work?",
+    "Write a short dialogue between a teacher and a student.",
+    "What is 17 times 23? Show your steps.",
+    "Explain the difference between weather and climate.",
+    "How can I sleep better?",
+    "Tell me about the planet Mars.",
+    "Write a SQL query that counts orders per customer.",
+    "What is a black hole?",
+    "Describe how to change a car tire.",
+    "What are the benefits of exercise?",
+    "Tell a joke about computers.",
+    "How do birds navigate?",
+    "Summarize the story of Romeo and Juliet.",
+    "What is machine learning?",
+    "Plan a weekend trip to the mountains.",
+    "Why do we have leap years?",
+    "Explain what a bank does.",
+    "How is paper recycled?",
+    "What is photosynthesis?",
 )
 
 
@@ -45,6 +94,19 @@ class Texts:
     held_out: tuple[Tensor, ...]
     calibration: tuple[str, ...]
     context: int
+
+
+@dataclass(frozen=True)
+class Answer:
+    """A prompt with its answer.
+
+    Attributes:
+        ids: ``[1, T]``, both.
+        prompt: tokens of the prompt.
+    """
+
+    ids: Tensor
+    prompt: int
 
 
 def collect(model: PreTrainedModel, tokenizer: Callable, count: int, tokens: int, calibration: int) -> Texts:
@@ -86,3 +148,25 @@ def exact_match(disagreement: Sequence[Sequence[float]]) -> float:
     """
     lengths = [next((i for i, other in enumerate(text) if other), len(text)) for text in disagreement]
     return sum(lengths) / len(lengths)
+
+
+def answers(
+    model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase, questions: Sequence[str], new_tokens: int
+) -> list[Answer]:
+    """Answers questions greedily, as one batch and without compiled code; an answer may end early."""
+    prompts = [models.encode(tokenizer, question)[0] for question in questions]
+    length = max(map(len, prompts))
+    padding = [length - len(prompt) for prompt in prompts]
+    pad = tokenizer.pad_token_id or 0
+    ids = torch.stack([functional.pad(p, (n, 0), value=pad) for p, n in zip(prompts, padding, strict=True)])
+    mask = torch.stack([functional.pad(torch.ones_like(p), (n, 0)) for p, n in zip(prompts, padding, strict=True)])
+    with torch.inference_mode():
+        out = model.generate(ids, attention_mask=mask, max_new_tokens=new_tokens, do_sample=False, disable_compile=True)
+    ends = model.generation_config.eos_token_id
+    ends = torch.tensor(ends if isinstance(ends, list) else [ends])
+    found = []
+    for row, n in zip(out, padding, strict=True):
+        ended = torch.isin(row[length:], ends).nonzero()
+        stop = length + int(ended[0]) + 1 if len(ended) else len(row)
+        found.append(Answer(row[None, n:stop].clone(), length - n))
+    return found

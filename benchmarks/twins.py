@@ -21,7 +21,6 @@ import sys
 import time
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
-from pathlib import Path
 
 import torch
 from torch import Tensor
@@ -30,7 +29,8 @@ from transformers import PreTrainedModel, StaticCache
 
 import river_compile
 from benchmarks import common
-from benchmarks.own_text import CALIBRATION, MEASURED, Answer, answers
+from benchmarks.quality.entries import of_cache
+from benchmarks.texts import CALIBRATION, MEASURED, Answer, answers
 from river_compile.calibration.evaluate import cache_argument, compiled
 from river_compile.exits import forced_depth
 from river_compile.kernels.portable import token_kl
@@ -50,11 +50,10 @@ HEADERS = (
 
 @dataclass(frozen=True)
 class Pass:
-    """One answer decoded once: logits ``[tokens, V]``, and the keys and values of its tokens, by layer."""
+    """One answer decoded once: logits ``[tokens, V]``, and its tokens' entries as `quality.entries` has them."""
 
     logits: Tensor
-    keys: list[Tensor]
-    values: list[Tensor]
+    entries: Tensor
 
 
 class Decoder:
@@ -76,10 +75,7 @@ class Decoder:
         self._step(text.ids, 0, text.prompt)
         with forced_depth(depth):
             logits = [self._step(text.ids, at, at + 1) for at in range(text.prompt, length)]
-        part = slice(text.prompt, length)
-        layers = self._cache.layers
-        keys, values = ([getattr(layer, n)[0, :, part].clone() for layer in layers] for n in ("keys", "values"))
-        return Pass(torch.cat(logits), keys, values)
+        return Pass(torch.cat(logits), of_cache(self._cache, slice(text.prompt, length)))
 
     def _step(self, ids: Tensor, start: int, stop: int) -> Tensor:
         held = {self._cache_name: self._cache, "use_cache": True}
@@ -99,11 +95,8 @@ def main(arguments: list[str] | None = None) -> int:
     print(f"{options.model}, group size {options.group_size}, {len(measured)} answers, {tokens} tokens")
     rows = measure(model, tokenizer, measured, calibration, options)
     common.print_table(HEADERS, [[_shown(name, row.get(name)) for name in HEADERS] for row in rows])
-    if options.json:
-        machine = common.machine_facts(options.threads)
-        content = {"benchmark": "twins", "model": options.model, "group_size": options.group_size, "tokens": tokens}
-        common.write_json(options.json, {**content, "machine": machine, "rows": rows})
-        print(f"\nWritten to {options.json}")
+    content = {**common.setting("twins", options), "group_size": options.group_size, "tokens": tokens, "rows": rows}
+    common.write_outcome(content, options.json)
     return 0
 
 
@@ -128,9 +121,9 @@ def measure(
         graphs_before = len(state.graphs)
         settings = {"quantizer": name.partition(",")[0], "group_size": options.group_size}
         with decoding(model, texts, {**settings, "first_exit": 1}) as decoder:
-            num_blocks = len(decoder.run(0)[0].keys)  # compiles
+            num_blocks = decoder.run(0)[0].entries.shape[1]  # compiles
             reference = reference or decoder.run(num_blocks)
-            row = {"quantizer": name, **quality(decoder, reference, num_blocks)}
+            row = {"quantizer": name, **quality(decoder, reference)}
         with decoding(model, texts, {**settings, "exit_depth": 0, "prefill": "exit"}) as decoder:
             row["prompt in 4 bits"] = _mean_kl(reference, decoder.run(0))
         rows.append({**row, **packing(model, state.graphs[graphs_before:], own)})
@@ -145,7 +138,7 @@ def decoding(model: PreTrainedModel, texts: Sequence[Answer], settings: dict[str
         yield Decoder(model, texts)
 
 
-def quality(decoder: Decoder, reference: Sequence[Pass], num_blocks: int) -> dict:
+def quality(decoder: Decoder, reference: Sequence[Pass]) -> dict:
     """Compares logits at depth 0, and cache entries at depth 2, with never exit's."""
     river, left = decoder.run(0), decoder.run(EXIT_DEPTH)
     agreement = [(a.logits.argmax(-1) == b.logits.argmax(-1)).float() for a, b in zip(reference, river, strict=True)]
@@ -153,9 +146,10 @@ def quality(decoder: Decoder, reference: Sequence[Pass], num_blocks: int) -> dic
         "KL": _mean_kl(reference, river),
         "agreement": torch.cat(agreement).mean().item(),
     }
-    for name, part in (("K", "keys"), ("V", "values")):
-        by_layer = [statistics.fmean(_cosines(reference, left, part, layer)) for layer in range(EXIT_DEPTH, num_blocks)]
-        row |= {f"{name} mean": statistics.fmean(by_layer), f"{name} least": min(by_layer)}
+    pairs = [(a.entries, b.entries) for a, b in zip(reference, left, strict=True)]
+    cosines = torch.cat([cosine_similarity(a, b, dim=-1) for a, b in pairs], dim=-1).mean(-1)  # [2, layers]
+    for name, by_layer in zip("KV", cosines[:, EXIT_DEPTH:], strict=True):
+        row |= {f"{name} mean": by_layer.mean().item(), f"{name} least": by_layer.min().item()}
     return row
 
 
@@ -181,15 +175,6 @@ def _mean_kl(reference: Sequence[Pass], other: Sequence[Pass]) -> float:
     return torch.cat([token_kl(a.logits, b.logits) for a, b in zip(reference, other, strict=True)]).mean().item()
 
 
-def _cosines(reference: Sequence[Pass], other: Sequence[Pass], part: str, layer: int) -> list[float]:
-    """Returns the cosine of every token's keys or values in a layer, all heads together."""
-    found = []
-    for a, b in zip(reference, other, strict=True):
-        rows = [getattr(run, part)[layer].transpose(0, 1).flatten(1).float() for run in (a, b)]
-        found += cosine_similarity(*rows, dim=-1).tolist()
-    return found
-
-
 def _shown(name: str, value: object) -> object:
     if not isinstance(value, float):
         return value
@@ -197,15 +182,12 @@ def _shown(name: str, value: object) -> object:
 
 
 def _parse(arguments: list[str] | None) -> argparse.Namespace:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--model", default="smollm2", help=f"{', '.join(models.MODELS)} or a model folder")
+    parser = common.command_line(__doc__, "model", "threads", "json")
     parser.add_argument("--quantizer", action="append", choices=ROWS, help="may be repeated (default: all)")
     parser.add_argument("--group-size", type=int, default=64, choices=(32, 64, 128, 256))
     parser.add_argument("--texts", type=int, default=12, help="answers to measure (at most 12, the default)")
     parser.add_argument("--tokens", type=int, default=48, help="longest answer that is measured (default 48)")
     parser.add_argument("--calibration-tokens", type=int, default=128, help="longest answer observed (default 128)")
-    parser.add_argument("--threads", type=int, default=2)
-    parser.add_argument("--json", type=Path, metavar="FILE", help="write the outcome as JSON")
     options = parser.parse_args(arguments)
     options.quantizer = options.quantizer or list(ROWS)
     return options

@@ -10,6 +10,7 @@ from collections.abc import Sequence
 
 import torch
 from torch import Tensor
+from transformers import StaticCache
 
 from river_compile.calibration.evaluate import Meter
 
@@ -71,6 +72,11 @@ def _entries(meter: Meter, text: int, depth: int) -> Tensor:
     """Returns keys and values ``[2, layers, tokens, heads x head dim]`` of a text whose tokens left at a depth."""
     steps = len(meter.references[text].steps)
     meter.run_at(text, [depth] * steps)
-    pairs = [(layer.keys, layer.values) for layer in meter.cache.layers]
-    flat = [[t[0, :, -steps:].transpose(0, 1).flatten(1).float() for t in pair] for pair in pairs]
+    return of_cache(meter.cache, slice(-steps, None))
+
+
+def of_cache(cache: StaticCache, slots: slice) -> Tensor:
+    """Returns keys and values ``[2, layers, tokens, heads x head dim]`` of a batch of one in some slots of a cache."""
+    pairs = [(layer.keys, layer.values) for layer in cache.layers]
+    flat = [[t[0, :, slots].transpose(0, 1).flatten(1).float() for t in pair] for pair in pairs]
     return torch.stack([torch.stack(kind) for kind in zip(*flat, strict=True)])

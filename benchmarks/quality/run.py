@@ -51,16 +51,9 @@ def main(arguments: list[str] | None = None) -> int:
     model, tokenizer = models.load_or_exit(options.model)
     start = time.perf_counter()
     outcome = measure(model, tokenizer, options)
-    outcome |= {
-        "benchmark": "quality",
-        "model": str(options.model),
-        "seconds": time.perf_counter() - start,
-        "machine": common.machine_facts(options.threads),
-    }
+    outcome |= {"seconds": time.perf_counter() - start, **common.setting("quality", options)}
     show(outcome)
-    if options.json:
-        common.write_json(options.json, outcome)
-        print(f"\nWritten to {options.json}")
+    common.write_outcome(outcome, options.json)
     if options.plots:
         from benchmarks.quality.plots import plot
 
@@ -244,8 +237,7 @@ def _number(value: float | None) -> str:
 def _parse(arguments: list[str] | None) -> argparse.Namespace:
     quantizers = [name for name in RiverConfig.choices("quantizer") if name != "none"]
     rivals = [name for name in FILLS if name != "river"]
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--model", default="smollm2", help=f"{', '.join(models.MODELS)} or a model folder")
+    parser = common.command_line(__doc__, "model", "threads", "no-progress", "json")
     parser.add_argument("--parts", nargs="+", choices=PARTS, default=PARTS, help="what to measure (default all)")
     parser.add_argument("--texts", type=int, default=5, help="texts of each kind (default 5)")
     parser.add_argument("--tokens", type=int, default=24, help="tokens measured in each text (default 24)")
@@ -256,11 +248,8 @@ def _parse(arguments: list[str] | None) -> argparse.Namespace:
     parser.add_argument(
         "--calibration-texts", type=int, default=60, help="for calibration; 0 leaves it out (default 60)"
     )
-    parser.add_argument("--threads", type=int, default=2)
     parser.add_argument("--quick", action="store_true", help="2 texts, 8 tokens, no calibration")
-    parser.add_argument("--json", type=Path, metavar="FILE", help="write the outcome as JSON")
     parser.add_argument("--plots", type=Path, metavar="DIR", help="draw the figures")
-    parser.add_argument("--no-progress", dest="progress", action="store_false")
     options = parser.parse_args(arguments)
     if options.quick:
         options.texts, options.tokens, options.calibration_texts, options.thresholds = 2, 8, 0, [PAPER]
