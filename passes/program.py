@@ -232,8 +232,8 @@ class RiverProgram:
         river_head: the head of tokens that left early, None where they use `head`.
         candidates: exit depths (blocks executed) after which a check stands, ascending.
         kept: matrices of the twins that stay in 16 bits.
-        presence: for each block the input that says which KV entries are there, where missing ones are masked out.
-        catch_up: each block for several tokens at once, where tokens run skipped blocks later.
+        added_inputs: what blocks read besides the traced graph's values; a fill provides it in every step.
+        extra: further segments, which a fill runs.
         fusions: what became of each fusion rule in each segment that it is for.
     """
 
@@ -246,8 +246,8 @@ class RiverProgram:
     river_head: Segment | None = None
     candidates: tuple[int, ...] = ()
     kept: tuple[KeptLinear, ...] = ()
-    presence: tuple[fx.Node, ...] = ()
-    catch_up: tuple[Segment, ...] = ()
+    added_inputs: tuple[fx.Node, ...] = ()
+    extra: tuple[Segment, ...] = ()
     fusions: tuple[Fusion, ...] = ()
 
     @functools.cached_property
@@ -255,10 +255,10 @@ class RiverProgram:
         """Numbers the values that a run keeps: the graph's inputs in order, then what crosses segments' borders."""
         placeholders = self.plan.graph_module.graph.find_nodes(op="placeholder")
         crossing = [n for s in (self.prologue, *self.blocks, self.head) for n in s.outputs]
-        return {node: i for i, node in enumerate([*placeholders, *crossing, *self.presence])}
+        return {node: i for i, node in enumerate([*placeholders, *crossing, *self.added_inputs])}
 
     @property
     def segments(self) -> tuple[Segment, ...]:
-        """All segments: prologue, blocks, blocks for several tokens, twins, heads."""
+        """All segments: prologue, blocks, a fill's, twins, heads."""
         heads = (self.head,) if self.river_head is None else (self.head, self.river_head)
-        return (self.prologue, *self.blocks, *self.catch_up, *self.twins, *heads)
+        return (self.prologue, *self.blocks, *self.extra, *self.twins, *heads)

@@ -54,6 +54,7 @@ def river(
     *,
     options: Mapping[str, object] | None = None,
     mode: str | None = None,
+    lowering: Lowering | None = None,
 ) -> Callable:
     """The backend behind ``torch.compile(model, backend="river", options=..., mode=...)``.
 
@@ -62,6 +63,7 @@ def river(
         example_inputs: its inputs, real tensors.
         options: fields of :class:`RiverConfig`.
         mode: passed on to Inductor.
+        lowering: how segments are lowered; None: as options and device say. (`functools.partial` sets it for a model.)
 
     Raises:
         OptionError: (a ``ValueError``) an unknown option or a bad value.
@@ -80,7 +82,7 @@ def river(
     if isinstance(program, Refusal):
         record.refusal = str(program)
         return _as_inductor(graph_module, example_inputs, program, config, mode)
-    return _build(program, values, config, mode, state, record)
+    return _build(program, values, config, mode, lowering, state, record)
 
 
 def executors_of(model: nn.Module) -> list[RiverExecutor]:
@@ -137,6 +139,7 @@ def _build(
     values: Mapping[fx.Node, object],
     config: RiverConfig,
     mode: str | None,
+    lowering: Lowering | None,
     state: ModelState,
     record: GraphRecord,
 ) -> RiverExecutor:
@@ -151,7 +154,7 @@ def _build(
     check_device(config, plan)
     offloaded.check(plan, config)
     policy = policy_for(config, program)
-    lowering = choose_lowering(config, plan.device)
+    lowering = lowering or choose_lowering(config, plan.device)
     with record.stage("packing"):
         packed = _pack(program, values, config, lowering, state)
     if packed:

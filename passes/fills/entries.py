@@ -54,7 +54,7 @@ def presence_masks(program: RiverProgram) -> RiverProgram | FillRefusal:
     refusal = next((m for m in made if isinstance(m, FillRefusal)), None)
     if refusal is not None:
         return refusal
-    return replace(program, blocks=tuple(s for s, _ in made), presence=tuple(present for _, present in made))
+    return replace(program, blocks=tuple(s for s, _ in made), added_inputs=tuple(present for _, present in made))
 
 
 def only_entries(segment: Segment, block: Block) -> Segment:

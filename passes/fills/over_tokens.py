@@ -96,7 +96,7 @@ def catch_up(candidates: tuple[int, ...]) -> Pass:
             simplify_attention(one.graph)  # (the fused operator would run the tokens one by one)
             made.append(over_tokens(one, block, segment.depth in candidates))
         refusal = next((m for m in made if isinstance(m, FillRefusal)), None)
-        return refusal or replace(program, catch_up=tuple(made))
+        return refusal or replace(program, extra=tuple(made))
 
     return catch_up
 

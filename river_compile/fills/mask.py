@@ -46,7 +46,7 @@ class Mask(Holes):
 
     def __init__(self, program: RiverProgram) -> None:
         super().__init__(program)
-        self._presence = [program.slots[node] for node in program.presence]
+        self._presence = [program.slots[node] for node in program.added_inputs]
         self._keys = [cache_slots(program, block)[0] for block in range(self.num_blocks)]
         self._grows = program.plan.blocks[0].kv.kind == "dynamic"  # by the step's token
 

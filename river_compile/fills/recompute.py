@@ -88,12 +88,12 @@ class Recompute(Holes):
 
     def __init__(self, program: RiverProgram) -> None:
         super().__init__(program)
-        pairs = zip(program.catch_up, program.plan.blocks, strict=False)  # (there are none, or one for each block)
+        pairs = zip(program.extra, program.plan.blocks, strict=False)  # (there are none, or one for each block)
         read = [node for several, block in pairs for node in per_token(several, block) if node is not block.hidden_in]
         self.per_token = [program.slots[node] for node in dict.fromkeys(read)]
 
     def blocks(self, blocks: Sequence[Call], steps: Mapping[Segment, Call]) -> list[Call]:
-        several = [steps[segment] for segment in self.program.catch_up if segment in steps]
+        several = [steps[segment] for segment in self.program.extra if segment in steps]
         if not several:
             return list(blocks)
         pairs = zip(blocks, several, strict=True)

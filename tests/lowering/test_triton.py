@@ -45,8 +45,7 @@ class Both:
     def __call__(self, graph_module, inputs):
         made = {}
         for way, lowering in self.ways.items():
-            with lowered(lowering):
-                made[way] = river(graph_module, inputs, options=self.options)
+            made[way] = lowered(lowering)(graph_module, inputs, options=self.options)
         return lambda *args: made[self.fused](*args)
 
 
@@ -214,10 +213,10 @@ def test_through_inductor_and_captured(name):
 def test_generated_products_alone():
     """A GPU's lowering="inductor": no rule is asked, each 4-bit product is a kernel, all else Inductor's code."""
     model = make("llama", layers=LAYERS)
-    with lowered(Lowering("inductor", "triton", fuse=False)):
-        model.compile(backend=river, options={**OPTIONS, "exit_depth": 0})
-        cache = new_cache(model, "static")
-        logits = steps(model, cache, [0])
+    backend = lowered(Lowering("inductor", "triton", fuse=False))
+    model.compile(backend=backend, options={**OPTIONS, "exit_depth": 0})
+    cache = new_cache(model, "static")
+    logits = steps(model, cache, [0])
     for a, b in zip(logits, run("llama")["results"][False][0], strict=False):
         torch.testing.assert_close(a, b, rtol=1e-4, atol=1e-4)
     (graph,) = report(model).to_dict()["graphs"]
@@ -229,13 +228,12 @@ def test_generated_products_alone():
 def test_offloaded_blocks_beside_fused_twins(policy, depths, tmp_path):
     model = make("llama", layers=LAYERS)
     options = {**OPTIONS, "offload": 1, "offload_policy": policy, "offload_dir": tmp_path, "cudagraphs": "record"}
-    with lowered(FUSED):
-        model.compile(backend=river, options=options)
-        cache = new_cache(model, "static")
-        for _ in range(2):  # what ran once is captured the second time
-            cache.reset()
-            for a, b in zip(steps(model, cache, depths), run("llama")["results"][False][0], strict=False):
-                torch.testing.assert_close(a, b, rtol=1e-4, atol=1e-4)
+    model.compile(backend=lowered(FUSED), options=options)
+    cache = new_cache(model, "static")
+    for _ in range(2):  # what ran once is captured the second time
+        cache.reset()
+        for a, b in zip(steps(model, cache, depths), run("llama")["results"][False][0], strict=False):
+            torch.testing.assert_close(a, b, rtol=1e-4, atol=1e-4)
     assert report(model).offloaded.moved > 0
     (graph,) = report(model).to_dict()["graphs"]
     expected = run("llama")["graphs"][0]["fused"]
@@ -275,9 +273,8 @@ def test_saved_twins_serve_both_layouts(tmp_path):
         torch._dynamo.reset()
         model = make("qwen2", layers=LAYERS)
         options = {**OPTIONS, "exit_depth": 1, "artifact": tmp_path / source if source else None}
-        with lowered(lowering):
-            model.compile(backend=river, options=options)
-            steps(model, new_cache(model, "static"), [1])
+        model.compile(backend=lowered(lowering), options=options)
+        steps(model, new_cache(model, "static"), [1])
         grids[lowering.layout, source] = {p.name: p.dequantize() for p in report(model).packed}
         if source != "aten_cpu":
             save(model, tmp_path / lowering.layout)

@@ -2,11 +2,10 @@
 
 from __future__ import annotations
 
-import contextlib
-from collections.abc import Iterator
-from unittest import mock
+import functools
+from collections.abc import Callable
 
-from river_compile import backend
+from river_compile import river
 from river_compile.lowering.choose import Lowering
 
 FUSED = Lowering("eager", "triton", fuse=True)
@@ -15,8 +14,6 @@ CPU = Lowering("eager", "aten_cpu", fuse=False)
 BLOCK_RULES = ("norm + q|k|v", "rope + kv write", "attention", "o + residual", "norm + gate|up", "down + residual")
 
 
-@contextlib.contextmanager
-def lowered(lowering: Lowering) -> Iterator[None]:
-    """Makes the backend use a lowering."""
-    with mock.patch.object(backend, "choose_lowering", return_value=lowering):
-        yield
+def lowered(lowering: Lowering) -> Callable:
+    """Returns the backend with a lowering."""
+    return functools.partial(river, lowering=lowering)

@@ -11,7 +11,6 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from river_compile.backend import river
 from river_compile.exits import forced_depth
 from river_compile.state import state_of
 from tests.passes.fusion.fusion_graphs import Spelling, block_decoder
@@ -64,8 +63,7 @@ CASES = {
 def run(graph_module, inputs, lowering, depth: int = 0):
     """Runs one decode step; returns what it returns, the inputs afterwards, and the fusions."""
     clones = [t.clone() for t in inputs]
-    with lowered(lowering):
-        executor = river(graph_module, inputs, options=OPTIONS)
+    executor = lowered(lowering)(graph_module, inputs, options=OPTIONS)
     with torch.no_grad(), forced_depth(depth):
         outputs = executor(*clones)
     return outputs, clones, state_of(inputs).graphs[-1].fusions
