@@ -17,7 +17,6 @@ from tqdm import tqdm
 
 from river_compile.cudagraphs.device import CaptureLog
 from river_compile.cudagraphs.runner import captured_runner, check_device, choose_device
-from river_compile.fills.rivals import FILLS
 from river_compile.lowering.choose import Lowering, choose_lowering, warn_of_slow_lowering
 from river_compile.lowering.compile import SegmentCompiler, inductor_settings
 from river_compile.offload.streaming import Streamer
@@ -111,7 +110,7 @@ def passes_for(config: RiverConfig, plan: DecoderPlan, lowering: Lowering, keep:
     candidates = candidate_depths(config, plan)
     passes: list[Pass] = []
     if leaves:
-        passes += FILLS[config.fill].passes(candidates) or [river_twins(how, keep)]
+        passes += config.filling.passes(candidates) or [river_twins(how, keep)]
         if how is not None and config.lm_head == "w4":
             passes.append(river_head(how, keep))
         elif how is not None and (plan.is_decode or not lowering.fuse):
@@ -188,7 +187,7 @@ def _build(
     record.describe(program, compiler.compiled)
     record.put(GraphTwins(packed.values()))
     stats.num_blocks = plan.num_blocks
-    fill = FILLS[config.fill](program)
+    fill = config.filling(program)
     if device is None:
         runner = PlainRunner(program, steps, fill)
     else:

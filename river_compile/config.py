@@ -16,6 +16,7 @@ from river_compile.fills.rivals import FILLS
 from river_compile.kernels.checks import FLAG, PATH, Check, closest, integer, number, one_of, optional
 from river_compile.kernels.quant.calibrated import OBSERVING
 from river_compile.kernels.quant.grid import GROUP_SIZES, QUANTIZERS
+from river_compile.runtime.fill import Fill
 
 from .errors import OptionError
 from .exits import CRITERIA, Threshold
@@ -259,6 +260,11 @@ class RiverConfig:
     def deepest(self) -> int | None:
         """Blocks that a token which may leave executes at most; None where that is all of them."""
         return self.offload if self.offload_policy == "exit" else None
+
+    @property
+    def filling(self) -> type[Fill]:
+        """What stands in for the KV entries of skipped blocks."""
+        return FILLS[self.fill]
 
     @classmethod
     def options(cls) -> dict[str, Option]:

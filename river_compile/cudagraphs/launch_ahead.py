@@ -22,10 +22,11 @@ class LaunchAhead:
 
     Attributes:
         always: True or False to answer the same every time, None to decide by measurement.
+        left: by depth, the share of recent tokens that left there.
     """
 
     always: bool | None = None
-    _left: dict[int, float] = field(default_factory=lambda: defaultdict(lambda: 0.5))
+    left: dict[int, float] = field(default_factory=lambda: defaultdict(lambda: 0.5))
     _round_trip: float | None = None
     _span: dict[int, float] = field(default_factory=dict)
 
@@ -38,12 +39,12 @@ class LaunchAhead:
             return self.always
         if self._round_trip is None or next_depth not in self._span:
             return False
-        left = self._left[depth]
+        left = self.left[depth]
         return (1 - left) * self._round_trip > left * self._span[next_depth]
 
     def saw(self, depth: int, left: bool) -> None:
         """Notes whether a token left at a depth."""
-        self._left[depth] = _MEMORY * self._left[depth] + (1 - _MEMORY) * left
+        self.left[depth] = _MEMORY * self.left[depth] + (1 - _MEMORY) * left
 
     def timed(self, depth: int, span: float, waited: float) -> None:
         """Notes the device's seconds for the span that ends at `depth`, and the host's from its launch to the flag."""

@@ -23,6 +23,7 @@ from __future__ import annotations
 
 from river_compile.passes.fills.entries import kv_entries
 from river_compile.passes.pipeline import Pass
+from river_compile.runtime.fill import FILLS as RIVERS
 from river_compile.runtime.fill import Fill
 
 from .base import Gaps, Holes
@@ -49,4 +50,4 @@ class Monotone(Holes):
         return gaps.depths[-1] if gaps.depths else self.num_blocks
 
 
-FILLS: dict[str, type[Fill]] = {fill.name: fill for fill in (Fill, Propagate, Recompute, Mask, Monotone)}
+FILLS = RIVERS | {fill.name: fill for fill in (Propagate, Recompute, Mask, Monotone)}

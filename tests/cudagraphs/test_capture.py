@@ -577,9 +577,9 @@ class TestLaunchAhead:
         ahead = LaunchAhead()
         for depth in (1, 2):
             ahead.timed(depth, 100e-6, 130e-6)
-        ahead._left[1] = 3 / 13 - 0.01
+        ahead.left[1] = 3 / 13 - 0.01
         assert ahead.pays(1, 2)
-        ahead._left[1] = 3 / 13 + 0.01
+        ahead.left[1] = 3 / 13 + 0.01
         assert not ahead.pays(1, 2)
 
     @pytest.mark.parametrize("always", [True, False])

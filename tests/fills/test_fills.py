@@ -7,11 +7,14 @@ hooks: a hook that returns a block's input as its output is propagation.
 from __future__ import annotations
 
 import contextlib
+import re
+from pathlib import Path
 
 import pytest
 import torch
 from transformers import DynamicCache
 
+import river_compile
 from river_compile import CacheHolesError, OptionError, RiverConfig, exact, report, river, trace
 from river_compile.fills.rivals import FILLS
 from tests.support.decoding import cache_argument, cache_state, decode, left_padded, new_cache
@@ -175,6 +178,20 @@ class TestRefusals:
         model = compiled("llama", "monotone", exit_depth=1)
         with pytest.raises(CacheHolesError, match="beam search"):
             model.generate(prompt(), max_new_tokens=4, num_beams=2)
+
+
+def test_the_core_knows_the_rivals_by_one_line():
+    """Outside the two folders of fills nothing names them but the options, whose choices they are."""
+    root = Path(river_compile.__file__).parent.parent
+    files = [file for folder in ("river_compile", "passes", "kernels") for file in (root / folder).rglob("*.py")]
+    lines = [
+        (file.relative_to(root).as_posix(), line)
+        for file in files
+        if "fills" not in file.relative_to(root).parts
+        for line in file.read_text().splitlines()
+        if "import" in line and re.search(r"\bfills\b", line)
+    ]
+    assert lines == [("river_compile/config.py", "from river_compile.fills.rivals import FILLS")]
 
 
 @torch.no_grad()
