@@ -43,7 +43,8 @@ def put(
     Raises:
         Missed: the old shape cannot be restored, because several of its sizes are dynamic.
     """
-    _check_sizes(value, old)
+    if sizes_of(value) != shape(old) and sum(isinstance(n, str) for n in shape(old)) > 1:
+        raise Missed(f"its shape {shape(old)} has several dynamic sizes", old)
     with graph.inserting_before(old):
         new = call(graph, target, arguments, value, old, **kwargs)
         result = reshaped(graph, new, old)
@@ -67,11 +68,6 @@ def reshaped(graph: fx.Graph, node: fx.Node, like: fx.Node) -> fx.Node:
         return node
     size = tuple(-1 if isinstance(n, str) else n for n in shape(like))
     return call(graph, torch.reshape, (node, size), value_of(like), like)
-
-
-def _check_sizes(value: torch.Tensor, old: fx.Node) -> None:
-    if sizes_of(value) != shape(old) and sum(isinstance(n, str) for n in shape(old)) > 1:
-        raise Missed(f"its shape {shape(old)} has several dynamic sizes", old)
 
 
 def drop_unused(graph: fx.Graph, last: fx.Node) -> None:

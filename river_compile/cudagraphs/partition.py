@@ -19,7 +19,6 @@ import torch
 from torch import Tensor, fx
 
 from river_compile.passes.graph_safety import HostNumber, host_numbers, idle_numbers, obstacle
-from river_compile.passes.nodes import value_of
 from river_compile.passes.program import Refusal, RiverProgram, Segment
 from river_compile.runtime.runner import Step
 from river_compile.runtime.slots import SCORE
@@ -122,7 +121,7 @@ class Partition:
         last = self._num_blocks if deepest is None else deepest
         between = {self._resident} if 0 < self._resident < last else set()
         self.ends = (*sorted(between | set(program.candidates)), last)
-        self._home = value_of(program.plan.blocks[0].hidden_in).device
+        self._home = program.plan.device
         self._spans: dict[tuple[int, int], Unit] = {}
         self._tails: dict[int, Unit] = {}
         blocked = obstacle(program.prologue, self._home)
