@@ -3,8 +3,9 @@
 # make gpu     on a machine with a GPU, under ten minutes: the tests that need one, then decode speed against its
 #              targets (gpu.json). Needs no download once the environment is there. Without a GPU, see docs/cuda.md.
 #
-# Variables: PYTHON (3.10 or newer; makes the virtual environment), VENV (its folder), RIVER_CACHE (converted models),
-# ARGS (arguments of the demo or the benchmark, as in `make demo ARGS="--new-tokens 64"`).
+# Variables: PYTHON (3.10 or newer; makes the virtual environment), VENV (its folder), RIVER_COMPILE_CACHE (the folder
+# of converted models and generated kernels), ARGS (arguments of the demo or the benchmark, as in
+# `make demo ARGS="--new-tokens 64"`).
 # pip takes its settings from its own configuration and from PIP_* variables.
 
 PYTHON ?= python3
@@ -43,7 +44,7 @@ gpu: $(FOR_TEST)
 clean:
 	rm -rf $(VENV) build dist *.egg-info .pytest_cache .ruff_cache .hypothesis
 	find . -name __pycache__ -type d -prune -exec rm -rf {} +
-	@echo "Converted models stay in $${RIVER_CACHE:-~/.cache/river_compile}; remove that folder by hand if you want."
+	@echo "Converted models and generated kernels stay in $${RIVER_COMPILE_CACHE:-~/.cache/river_compile}; remove that folder by hand if you want."
 
 $(FOR_DEMO): $(CREATED) pyproject.toml
 	$(IN_VENV) -m pip install --disable-pip-version-check --editable ".[demo]"

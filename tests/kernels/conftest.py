@@ -5,7 +5,7 @@ import os
 import pytest
 
 
-@pytest.fixture(scope="session", autouse=True)
+@pytest.fixture(scope="package", autouse=True)
 def _own_cache(tmp_path_factory):
     before = {name: os.environ.get(name) for name in ("RIVER_COMPILE_CACHE", "RIVER_COMPILE_TUNING")}
     os.environ["RIVER_COMPILE_CACHE"] = str(tmp_path_factory.mktemp("river_compile"))

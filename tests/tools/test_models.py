@@ -20,7 +20,7 @@ def conversions(tmp_path, monkeypatch):
         (folder / "config.json").write_text("{}")
         (folder / "model.safetensors").write_bytes(bytes(1000))
 
-    monkeypatch.setenv("RIVER_CACHE", str(tmp_path))
+    monkeypatch.setenv("RIVER_COMPILE_CACHE", str(tmp_path))
     monkeypatch.setattr(models, "gguf_path", lambda name: tmp_path / "unused.gguf")
     monkeypatch.setattr(models, "_convert", convert)
     return runs
