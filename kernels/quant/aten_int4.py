@@ -11,11 +11,9 @@ import torch
 from torch import Tensor
 
 from .grid import MID_POINT, QuantizedWeight
-from .layouts import Layout, PackedLinear, register_layout
 
 LAYOUT = "aten_cpu"
 _ROWS = 16
-_GROUP_SIZES = (32, 64, 128, 256)
 
 
 def has_fast_kernel() -> bool:
@@ -42,7 +40,8 @@ def linear_aten(
     return y if bias is None else y + bias
 
 
-def _pack(weight: QuantizedWeight) -> tuple[Tensor, Tensor]:
+def pack(weight: QuantizedWeight) -> tuple[Tensor, Tensor]:
+    """Returns qweight and scale_zero of a grid, as `linear_aten` takes them."""
     pad = -weight.shape[0] % _ROWS
     q = torch.nn.functional.pad(weight.q.to(torch.int32), (0, 0, 0, pad))
     scale_zero = torch.stack([weight.scale, weight.zero], -1)
@@ -50,18 +49,13 @@ def _pack(weight: QuantizedWeight) -> tuple[Tensor, Tensor]:
     return torch.ops.aten._convert_weight_to_int4pack_for_cpu(q, 1), scale_zero.to(torch.bfloat16)
 
 
-def _unpack(packed: PackedLinear) -> QuantizedWeight:
+def unpack(
+    qweight: Tensor, scale_zero: Tensor, out_features: int, in_features: int, group_size: int
+) -> QuantizedWeight:
     """Reads the integers back by multiplying with the identity: ATen's order is private and differs by processor."""
-    n, k, group = packed.out_features, packed.in_features, packed.group_size
-    unit = torch.zeros_like(packed.scale_zero)
+    unit = torch.zeros_like(scale_zero)
     unit[..., 0] = 1
-    q = torch.ops.aten._weight_int4pack_mm_for_cpu(torch.eye(k, dtype=torch.bfloat16), packed.qweight, group, unit)
-    scale, zero = packed.scale_zero[:, :n].float().permute(2, 1, 0).contiguous()
-    return QuantizedWeight((q.T[:n] + MID_POINT).to(torch.uint8), scale, zero, group)
-
-
-def _linear(x: Tensor, packed: PackedLinear, bias: Tensor | None) -> Tensor:
-    return linear_aten(x, packed.qweight, packed.scale_zero, bias, packed.out_features, packed.group_size)
-
-
-register_layout(Layout(LAYOUT, _pack, _unpack, _linear, _GROUP_SIZES))
+    eye = torch.eye(in_features, dtype=torch.bfloat16)
+    q = torch.ops.aten._weight_int4pack_mm_for_cpu(eye, qweight, group_size, unit)
+    scale, zero = scale_zero[:, :out_features].float().permute(2, 1, 0).contiguous()
+    return QuantizedWeight((q.T[:out_features] + MID_POINT).to(torch.uint8), scale, zero, group_size)

@@ -2,28 +2,28 @@
 
 Layouts (N output features, K input features padded to whole groups of G)
 
-    "triton"  qweight int32 [N, K / 8]: word g * (G / 8) + i of a row holds the features g * G + j * (G / 8) + i for
-              j = 0..7, nibble j in bits 4 j to 4 j + 3. scale_zero float16 or bfloat16 [N, K / G, 2].
-    "plain"   qweight uint8 [N, K / 2]: feature 2 c in the low, 2 c + 1 in the high nibble of byte c.
-              scale_zero float32 [N, K / G, 2].
+    "triton"    qweight int32 [N, K / 8]: word g * (G / 8) + i of a row holds the features g * G + j * (G / 8) + i for
+                j = 0..7, nibble j in bits 4 j to 4 j + 3. scale_zero float16 or bfloat16 [N, K / G, 2].
+    "plain"     qweight uint8 [N, K / 2]: feature 2 c in the low, 2 c + 1 in the high nibble of byte c.
+                scale_zero float32 [N, K / G, 2].
+    "aten_cpu"  as ATen's kernel for this processor wants it, see `aten_int4`.
 
-`scale_zero[..., 0]` is the scale, `[..., 1]` the weight that q = 8 stands for. Other layouts register themselves with
-`register_layout`. Not handled: sharing one scale between rows, groups across rows, less or more than 4 bits.
+`scale_zero[..., 0]` is the scale, `[..., 1]` the weight that q = 8 stands for. A new layout is an entry of `LAYOUTS`.
+Not handled: sharing one scale between rows, groups across rows, less or more than 4 bits.
 """
 
 from __future__ import annotations
 
-import importlib
 from collections.abc import Callable
 from dataclasses import dataclass
 
 import torch
 import torch.nn.functional as F
 
-from .grid import QuantizedWeight, quantize
+from river_compile.kernels.checks import check_choice
 
-#: Layouts that live in a module of their own, which registers them when it is imported.
-_ELSEWHERE = {"aten_cpu": "river_compile.kernels.quant.aten_int4"}
+from . import aten_int4
+from .grid import GROUP_SIZES, QuantizedWeight, quantize
 
 
 @dataclass(frozen=True)
@@ -69,37 +69,22 @@ class Layout:
     """One way to arrange a 4-bit matrix.
 
     Attributes:
-        name: as in `PackedLinear.layout`.
         pack: grid -> (qweight, scale_zero).
         unpack: packed matrix -> grid.
         linear: (x [..., K], packed, bias or None) -> x W^T + bias in x.dtype, any device the layout is made for.
-        group_sizes: those it can hold; empty for all.
+        group_sizes: those it can hold.
     """
 
-    name: str
     pack: Callable[[QuantizedWeight], tuple[torch.Tensor, torch.Tensor]]
     unpack: Callable[[PackedLinear], QuantizedWeight]
     linear: Callable[[torch.Tensor, PackedLinear, torch.Tensor | None], torch.Tensor] = linear_by_dequantizing
-    group_sizes: tuple[int, ...] = ()
-
-
-_layouts: dict[str, Layout] = {}
-
-
-def register_layout(new: Layout) -> None:
-    """Makes a layout known by its name; raises a ValueError if another one has it."""
-    if _layouts.get(new.name, new) != new:
-        raise ValueError(f"layout {new.name!r} is registered already")
-    _layouts[new.name] = new
+    group_sizes: tuple[int, ...] = GROUP_SIZES
 
 
 def layout(name: str) -> Layout:
     """Returns the layout of that name; raises a ValueError that lists the known ones."""
-    if name not in _layouts and name in _ELSEWHERE:
-        importlib.import_module(_ELSEWHERE[name])
-    if name not in _layouts:
-        raise ValueError(f"layout={name!r} is unknown; choose one of {', '.join(map(repr, sorted(_layouts)))}")
-    return _layouts[name]
+    check_choice("layout", name, tuple(LAYOUTS))
+    return LAYOUTS[name]
 
 
 def pack(weight: QuantizedWeight, layout_name: str, in_features: int | None = None) -> PackedLinear:
@@ -116,9 +101,7 @@ def pack(weight: QuantizedWeight, layout_name: str, in_features: int | None = No
     chosen = layout(layout_name)
     n, k = weight.shape
     in_features = k if in_features is None else in_features
-    if chosen.group_sizes and weight.group_size not in chosen.group_sizes:
-        allowed = ", ".join(map(str, chosen.group_sizes))
-        raise ValueError(f"layout {layout_name!r} holds groups of {allowed}; group_size={weight.group_size}")
+    check_choice("group_size", weight.group_size, chosen.group_sizes)
     if not k - weight.group_size < in_features <= k:
         raise ValueError(f"in_features={in_features} does not end in the last group of {k} columns")
     qweight, scale_zero = chosen.pack(weight)
@@ -186,5 +169,18 @@ def _grid(packed: PackedLinear, q: torch.Tensor) -> QuantizedWeight:
     return QuantizedWeight(q, scale, zero, packed.group_size)
 
 
-register_layout(Layout("triton", _pack_triton, _unpack_triton, group_sizes=(32, 64, 128)))
-register_layout(Layout("plain", _pack_plain, _unpack_plain))
+def _unpack_aten(packed: PackedLinear) -> QuantizedWeight:
+    return aten_int4.unpack(
+        packed.qweight, packed.scale_zero, packed.out_features, packed.in_features, packed.group_size
+    )
+
+
+def _linear_aten(x: torch.Tensor, packed: PackedLinear, bias: torch.Tensor | None) -> torch.Tensor:
+    return aten_int4.linear_aten(x, packed.qweight, packed.scale_zero, bias, packed.out_features, packed.group_size)
+
+
+LAYOUTS = {
+    "triton": Layout(_pack_triton, _unpack_triton, group_sizes=GROUP_SIZES[:3]),
+    "plain": Layout(_pack_plain, _unpack_plain),
+    aten_int4.LAYOUT: Layout(aten_int4.pack, _unpack_aten, _linear_aten),
+}

@@ -3,6 +3,7 @@
 import pytest
 import torch
 
+from river_compile.kernels import ops  # noqa: F401  (registers torch.ops.river)
 from river_compile.kernels.quant.layouts import pack_linear
 from tests.kernels import reference
 from tests.kernels.harness import TOLERANCE
@@ -130,7 +131,7 @@ def test_filling_and_attending_a_strided_cache_step_by_step():
 
 def test_what_the_operators_refuse():
     p, x = packed(24, 64, "triton"), random(1, 64)
-    with pytest.raises(ValueError, match="layout='rows' is unknown"):
+    with pytest.raises(ValueError, match="layout='rows' is not allowed; choose one of 'triton', 'plain'"):
         river.linear(x, p.qweight, p.scale_zero, None, 24, 32, "rows")
     with pytest.raises(ValueError, match="dtype='float64'"):
         river.linear(x.double(), p.qweight, p.scale_zero, None, 24, 32, "triton")
