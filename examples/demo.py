@@ -14,7 +14,6 @@ import statistics
 import sys
 import textwrap
 from collections import Counter
-from collections.abc import Iterable
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING
@@ -30,7 +29,6 @@ if TYPE_CHECKING:
 
 PROMPT = "Write a Python function that returns the n-th Fibonacci number."
 WIDTH = 88
-BAR = 40
 
 
 @dataclass(frozen=True)
@@ -77,27 +75,6 @@ def main(arguments: list[str] | None = None) -> int:
     return 0
 
 
-def histogram(depths: Iterable[int], blocks: int, width: int = BAR) -> str:
-    """Returns a bar per exit depth that occurs, the longest `width` characters long.
-
-    Args:
-        depths: backbone blocks executed for each token.
-        blocks: number of blocks of the model; a token of that depth never left.
-        width: length of the longest bar.
-    """
-    counts = Counter(depths)
-    if not counts:
-        return "(no token was decoded)"
-    most, total = max(counts.values()), sum(counts.values())
-    lines = []
-    for depth in sorted(counts):
-        bar = "█" * max(1, round(width * counts[depth] / most))
-        share = f"{counts[depth]:4} ({counts[depth] / total:.0%})"
-        note = "  never left" if depth == blocks else ""
-        lines.append(f"  after block {depth:3} {bar} {share}{note}")
-    return "\n".join(lines)
-
-
 def _run(model: PreTrainedModel, prompt: torch.Tensor, new_tokens: int) -> Run:
     from tools.timing import generate
 
@@ -138,9 +115,11 @@ def _print_speeds(runs: dict[str, Run]) -> None:
 
 
 def _print_depths(depths: list[int], blocks: int) -> None:
+    from river_compile.reporting.report import histogram
+
     mean = statistics.mean(depths) if depths else float("nan")
     print(f"Where tokens left (of {blocks} blocks; mean exit depth {mean:.1f}):")
-    print(histogram(depths, blocks))
+    print("\n".join(histogram(Counter(depths), blocks)) or "(no token was decoded)")
     print()
 
 

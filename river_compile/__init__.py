@@ -39,7 +39,7 @@ _EXPORTS = {
     "forced_threshold": "exits",
     "observe": "twins.observe",
     "report": "reporting.report",
-    "restore": "offload.restore",
+    "restore": "offload.weights",
     "river": "backend",
     "save": "twins.pack",
     "trace": "runtime.trace",

@@ -17,6 +17,7 @@ from __future__ import annotations
 import math
 import random
 import statistics
+from bisect import bisect_left
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
 
@@ -37,6 +38,7 @@ _CLIP = 5  # largest KL of a text, in budgets
 _PILOT = 0.2
 _EASY = 0.2  # a test is easy where the pilot texts, taken as often, give a p-value that far below what is needed
 _STEP = 0.2  # candidates tested one after another differ by that many budgets on the pilot texts
+_FINE, _POWERS = 1.001, 30_000  # budgets that a rule could pass are tried in steps of a thousandth, up to 10^13 times
 _HOPELESS = 1.2  # a candidate above that many budgets on the pilot texts is not worth a test
 
 
@@ -246,14 +248,8 @@ def _borne_out(goal: _Goal, measured: Measured) -> float:
     if goal.metric == "agreement":
         return 1 - upper_bound(goal.shares(measured), goal.confidence) * goal.clip
 
-    def passes(factor: float) -> bool:
-        shares = replace(goal, clip=goal.clip * factor).shares(measured)
+    def passes(power: int) -> bool:
+        shares = replace(goal, clip=goal.clip * _FINE**power).shares(measured)
         return p_value(shares, goal.limit / goal.clip) <= 1 - goal.confidence
 
-    low, high = 1.0, 2.0
-    while not passes(high):
-        low, high = high, high * 2
-    while high / low > 1.001:
-        middle = math.sqrt(low * high)
-        low, high = (low, middle) if passes(middle) else (middle, high)
-    return goal.limit * high
+    return goal.limit * _FINE ** bisect_left(range(_POWERS), True, key=passes)

@@ -1,8 +1,8 @@
 """Decodes given texts with exit rules and compares the logits with never exit's, for calibration and benchmarks.
 
 A text is fed, not generated: a prompt of ``context`` tokens, then token by token. Each rule really decodes, so that its
-cache holds what its own earlier exits left there, as in generation. A text's prompt runs once; afterwards what it left
-behind, in the cache and in the criterion's memory, is put back.
+cache holds what its own earlier exits wrote, as in generation. A text's prompt runs once; afterwards the cache and the
+criterion's memory are set back to where it ended.
 
 Cost is the time of a decode step as a share of never exit's. Steps of equal kind are timed as they come up, and their
 median counts. A step that left is linear in its depth between the least depth seen and never exit; a doubted one costs
@@ -101,7 +101,7 @@ class Meter:
     Attributes:
         references: never exit's run of each text.
         num_blocks: blocks of the model.
-        cache: what the text that ran last left behind.
+        cache: the KV cache of the text that ran last.
     """
 
     def __init__(
@@ -167,15 +167,12 @@ class Meter:
         return statistics.median(self._seconds[Kind(self.num_blocks)])
 
     def _cost_of(self, kind: Kind) -> float:
-        if kind in self._seconds:
-            seen = self._seconds[kind]
-            if kind.river_from is not None or kind.depth in (0, self.num_blocks):
-                return statistics.median(seen) / self.seconds_never
+        if kind in self._seconds and (kind.river_from is not None or kind.depth in (0, self.num_blocks)):
+            return statistics.median(self._seconds[kind]) / self.seconds_never
         if kind.river_from is not None:
             again = (self.num_blocks - kind.river_from) / self.num_blocks
             return self._cost_of(Kind(kind.river_from)) + again
-        depths = [seen.depth for seen in self._seconds if seen.river_from is None]
-        least = min(depths)
+        least = min(seen.depth for seen in self._seconds if seen.river_from is None)
         if least == self.num_blocks:
             return 1.0
         shallow = statistics.median(self._seconds[Kind(least)]) / self.seconds_never
@@ -206,16 +203,16 @@ class Meter:
         return Run(torch.cat(logits), tuple(steps), tuple(seconds))
 
     def _prompt(self, index: int, ids: Tensor) -> None:
-        """Makes cache and memory those behind a text's prompt."""
-        if index in self._prompts:
-            self._prompts[index].restore(self.cache, self._memories())
-            return
-        self.cache.reset()
-        self._step(ids, 0, self._context)
-        self._prompts[index] = _AfterPrompt.of(self.cache, self._memories())
-
-    def _memories(self) -> Memories:
-        return state_of_model(self._model, "calibration").of(Memories)
+        """Brings cache and memory to the end of a text's prompt."""
+        after = self._prompts.get(index)
+        if after is None:
+            self.cache.reset()
+            self._step(ids, 0, self._context)
+        memories = state_of_model(self._model, "calibration").of(Memories)
+        if after is None:
+            self._prompts[index] = _AfterPrompt.of(self.cache, memories)
+        else:
+            after.restore(self.cache, memories)
 
     def _step(self, ids: Tensor, start: int, stop: int) -> Tensor:
         positions = torch.arange(start, stop, device=ids.device)[None]

@@ -15,6 +15,7 @@ Not handled: texts from another source than the measured ones, and losses that d
 from __future__ import annotations
 
 import math
+from bisect import bisect_left
 from collections.abc import Iterable, Sequence
 
 # Shares of the largest bet that can lose everything; their wealths are averaged, which keeps the test valid.
@@ -52,11 +53,8 @@ def upper_bound(losses: Sequence[float], confidence: float) -> float:
 
     It bounds the mean loss of one candidate that was chosen without looking at `losses`.
     """
-    low, high = 0.0, 1.0
-    while high - low > 1e-6:
-        middle = (low + high) / 2
-        low, high = (low, middle) if p_value(losses, middle) <= 1 - confidence else (middle, high)
-    return high
+    steps = 10**6
+    return bisect_left(range(steps), True, key=lambda i: p_value(losses, i / steps) <= 1 - confidence) / steps
 
 
 def texts_needed(budget: float, confidence: float) -> int:
@@ -68,11 +66,7 @@ def texts_needed(budget: float, confidence: float) -> int:
     enough = 1
     while not passes(enough):
         enough *= 2
-    too_few = enough // 2
-    while enough - too_few > 1:
-        middle = (too_few + enough) // 2
-        too_few, enough = (too_few, middle) if passes(middle) else (middle, enough)
-    return enough
+    return 1 + bisect_left(range(1, enough), True, key=passes)
 
 
 def fixed_sequence(losses: Iterable[Sequence[float]], budget: float, confidence: float) -> int:

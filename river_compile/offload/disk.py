@@ -31,23 +31,19 @@ _PAGEOUT = 21  # MADV_PAGEOUT of Linux 5.4; changes no content, unlike MADV_DONT
 _TMPFS = {"tmpfs", "ramfs"}
 
 
-def default_folder() -> Path:
-    """Returns TMPDIR where it is set, or else /var/tmp, which lies on a disk where /tmp may not."""
-    return Path(os.environ.get("TMPDIR") or "/var/tmp")
-
-
 class MappedFiles(WeightStore):
     """The store of a model on the CPU.
 
     Args:
-        folder: where the files lie; None for :func:`default_folder`.
+        folder: where the files lie; None for TMPDIR where it is set, or else /var/tmp, which lies on a disk where /tmp
+            may not.
 
     Raises:
         OptionError: (a ``ValueError``) the folder does not exist or takes no files.
     """
 
     def __init__(self, folder: str | Path | None) -> None:
-        self._folder = default_folder() if folder is None else Path(folder)
+        self._folder = Path(folder or os.environ.get("TMPDIR") or "/var/tmp")
         try:
             with tempfile.TemporaryFile(dir=self._folder):
                 pass
@@ -105,17 +101,14 @@ class MappedFiles(WeightStore):
         _advise(tensor.untyped_storage(), _PAGEOUT, inside=True)
 
     def settle(self) -> None:
-        trim = getattr(_libc(), "malloc_trim", None)  # glibc
+        trim = getattr(ctypes.CDLL(None), "malloc_trim", None)  # glibc
         if trim is not None:
             trim(0)
 
     def start(self, weights: Sequence[Stored]) -> Arrival:
         for stored in weights:
             _advise(stored.tensor.untyped_storage(), mmap.MADV_WILLNEED)
-        return Arrival(tuple(stored.tensor for stored in weights))
-
-    def await_arrival(self, arrival: Arrival) -> None:
-        """Does nothing: a page that is not there yet is waited for where it is read."""
+        return Arrival(tuple(stored.tensor for stored in weights))  # a page that is missing is waited for when read
 
     def release(self, weights: Sequence[Stored]) -> None:
         for stored in weights:  # the mapping is shared: its content is in the file, or on its way there
@@ -129,7 +122,7 @@ class MappedFiles(WeightStore):
 
 
 def file_system(folder: Path) -> str:
-    """Returns the type of the file system that a folder lies on, empty where the system does not tell."""
+    """Returns the type of the file system that a folder lies on, empty where the system does not report it."""
     try:
         mounts = Path("/proc/self/mounts").read_text().splitlines()
     except OSError:
@@ -146,10 +139,6 @@ def _status(name: str) -> int:
         return next(int(line.split()[1]) * 1024 for line in status if line.startswith(name))
 
 
-def _libc() -> ctypes.CDLL:
-    return ctypes.CDLL(None, use_errno=True)
-
-
 def _advise(storage: torch.UntypedStorage, advice: int, inside: bool = False) -> None:
     """Advises the kernel about the pages of a storage: those wholly inside of it, or all (it begins with one then).
 
@@ -160,4 +149,4 @@ def _advise(storage: torch.UntypedStorage, advice: int, inside: bool = False) ->
     if inside:
         start, end = -(-start // page) * page, end // page * page
     if end > start:
-        _libc().madvise(ctypes.c_void_p(start), ctypes.c_size_t(end - start), advice)
+        ctypes.CDLL(None).madvise(ctypes.c_void_p(start), ctypes.c_size_t(end - start), advice)

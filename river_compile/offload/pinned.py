@@ -1,9 +1,8 @@
 """Offloaded weights of a model on a GPU: pinned host memory, which the device can address.
 
-A weight's tensor stays one of the device (compiled code, guards, ``state_dict`` and the plain model see no difference),
-but its memory is the host's: with unified addressing a kernel may read pinned memory over the bus. That is what makes
-everything else right; for speed, a block that River runs gets copies in device memory. They are made on a stream of
-their own, so that the next block's copies run beside this block's kernels.
+A weight's tensor stays one of the device, but its memory is the host's: with unified addressing a kernel may read it
+over the bus, so that compiled code, guards, ``state_dict`` and the plain model see no difference. For speed, a block
+that River runs gets copies in device memory, made on a stream of their own beside the block before.
 
 PyTorch's allocator rounds pinned memory up to a power of two. Not handled: a device that cannot address pinned memory
 (an error says so), and more than one device.
@@ -48,9 +47,6 @@ class PinnedMemory(WeightStore):
         self._device = device
         self._stream = torch.cuda.Stream(device)
 
-    def check_room(self, nbytes: int) -> None:
-        """Does nothing: what can be pinned only shows when it is."""
-
     def put(self, tensor: Tensor) -> Stored:
         host = _pinned(tensor.nbytes)
         values = host.view(tensor.dtype).as_strided(tensor.shape, tensor.stride())
@@ -64,9 +60,6 @@ class PinnedMemory(WeightStore):
 
     def take_back(self, stored: Stored) -> Tensor:
         return stored.source.to(self._device)
-
-    def discard(self, tensor: Tensor) -> None:
-        """Does nothing: the allocator frees a tensor that is gone."""
 
     def settle(self) -> None:
         torch.cuda.empty_cache()
@@ -89,9 +82,6 @@ class PinnedMemory(WeightStore):
 
     def await_arrival(self, arrival: Arrival) -> None:
         torch.cuda.current_stream(self._device).wait_event(arrival.event)
-
-    def release(self, weights: Sequence[Stored]) -> None:
-        """Does nothing: the copies go when nobody holds them any more."""
 
     def memory(self) -> int:
         return torch.cuda.memory_allocated(self._device)

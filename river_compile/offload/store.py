@@ -1,4 +1,7 @@
-"""Where offloaded weights lie, apart from any device: the interface that a file and pinned host memory share."""
+"""Where offloaded weights lie, apart from any device: the interface that a file and pinned host memory share.
+
+Not handled: which weights leave, and when (:mod:`river_compile.offload.weights`).
+"""
 
 from __future__ import annotations
 
@@ -37,17 +40,13 @@ class Arrival:
 
 
 class WeightStore(ABC):
-    """Keeps weights outside of device memory and brings them in for the time of a block."""
+    """Keeps weights outside of device memory and brings them in for the time of a block.
 
-    where: str  # for people
+    Attributes:
+        where: the place, for people.
+    """
 
-    @abstractmethod
-    def check_room(self, nbytes: int) -> None:
-        """Makes sure that so many bytes will fit, as far as it can be known.
-
-        Raises:
-            OptionError: (a ``ValueError``) they will not.
-        """
+    where: str
 
     @abstractmethod
     def put(self, tensor: Tensor) -> Stored:
@@ -62,24 +61,8 @@ class WeightStore(ABC):
         """Returns a copy in ordinary device memory."""
 
     @abstractmethod
-    def discard(self, tensor: Tensor) -> None:
-        """Frees the memory of an original that was put here and that nobody uses any more, as far as it can be told."""
-
-    @abstractmethod
-    def settle(self) -> None:
-        """Gives freed memory back to the system."""
-
-    @abstractmethod
     def start(self, weights: Sequence[Stored]) -> Arrival:
         """Begins to bring weights in; returns before they have arrived."""
-
-    @abstractmethod
-    def await_arrival(self, arrival: Arrival) -> None:
-        """Makes what is called from here on run behind the arrival."""
-
-    @abstractmethod
-    def release(self, weights: Sequence[Stored]) -> None:
-        """Lets weights go that were brought in and have been used."""
 
     @abstractmethod
     def memory(self) -> int:
@@ -88,3 +71,24 @@ class WeightStore(ABC):
     @abstractmethod
     def peak(self) -> int:
         """Returns the largest value that :meth:`memory` had so far."""
+
+    # What only some stores must do: by default nothing.
+
+    def check_room(self, nbytes: int) -> None:  # noqa: B027  (optional)
+        """Makes sure that so many bytes will fit, as far as it can be known.
+
+        Raises:
+            OptionError: (a ``ValueError``) they will not.
+        """
+
+    def discard(self, tensor: Tensor) -> None:  # noqa: B027  (optional)
+        """Frees the memory of an original that was put here and that nobody uses any more."""
+
+    def settle(self) -> None:  # noqa: B027  (optional)
+        """Gives freed memory back to the system."""
+
+    def await_arrival(self, arrival: Arrival) -> None:  # noqa: B027  (optional)
+        """Makes what is called from here on run after the arrival."""
+
+    def release(self, weights: Sequence[Stored]) -> None:  # noqa: B027  (optional)
+        """Lets weights go that were brought in and have been used."""

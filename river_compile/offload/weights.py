@@ -1,12 +1,12 @@
 """Backbone offloading: blocks deeper than ``offload=k`` leave device memory, their twins stay.
 
-    offload_policy="exit"    every token leaves by depth k; only prompts run the blocks behind it
+    offload_policy="exit"    every token leaves by depth k; only prompts run the blocks after it
     offload_policy="fetch"   a token that goes on brings a block in, and the next one while that block runs
 
 The weights move when the decode graph is compiled, which is when their twins have been packed. A module's parameters
 stay what they are: their memory is elsewhere, a mapped file on the CPU (:mod:`river_compile.offload.disk`), pinned host
-memory on a GPU (:mod:`river_compile.offload.pinned`), and everybody can read them there. ``state_dict``,
-``save_pretrained`` and the plain model need no help; :func:`river_compile.restore` brings the weights back.
+memory on a GPU (:mod:`river_compile.offload.pinned`), and everybody can read them there: ``state_dict``,
+``save_pretrained`` and the plain model work as before. :func:`restore` brings the weights back.
 
 What stays: weights that the resident parts read too (prologue, blocks up to k, twins, heads), weights that share their
 memory with others, and those smaller than a page.
@@ -20,17 +20,20 @@ import logging
 import threading
 from collections import Counter
 from collections.abc import Iterable, Sequence
-from dataclasses import dataclass, replace
+from dataclasses import asdict, dataclass, replace
 
 import torch
-from torch import Tensor, fx
+from torch import Tensor, fx, nn
 from torch.utils.weak import WeakTensorKeyDictionary
 from tqdm import tqdm
 
 from river_compile.config import RiverConfig
 from river_compile.passes.nodes import is_parameter, value_of
 from river_compile.passes.program import DecoderPlan, RiverProgram
+from river_compile.state import find_state
 
+from .disk import MappedFiles
+from .pinned import PinnedMemory
 from .store import Stored, WeightStore
 
 log = logging.getLogger("river_compile.offload.weights")
@@ -69,8 +72,7 @@ class OffloadLog:
 
     def to_dict(self) -> dict[str, object]:
         """Returns the log as values that ``json.dumps`` takes."""
-        names = ("policy", "where", "moved", "kept", "weights", "resident", "peak_before", "peak_after")
-        return {"blocks": list(self.blocks), **{n: getattr(self, n) for n in names}}
+        return {**asdict(self), "blocks": list(self.blocks), "resident": self.resident}
 
     def lines(self) -> list[str]:
         """Returns the log for people."""
@@ -111,8 +113,8 @@ class OffloadedWeights:
         if config.offload is None or self.log is not None:
             return
         self.store = self.store or make_store(config, plan)
-        behind = [node for node, part in plan.part_of.items() if config.offload < part <= plan.num_blocks]
-        weights = {weight for node in behind for weight in node.all_input_nodes if is_parameter(weight)}
+        deeper = [node for node, part in plan.part_of.items() if config.offload < part <= plan.num_blocks]
+        weights = {weight for node in deeper for weight in node.all_input_nodes if is_parameter(weight)}
         self.store.check_room(sum(value_of(weight).nbytes for weight in weights))
 
     def arrange(
@@ -139,20 +141,17 @@ class OffloadedWeights:
                 return
             peak = self.store.peak()
             self._put([weight for weight in away if self.find(weight) is None])
-            before, self.log = (
-                self.log,
-                OffloadLog(
-                    blocks=(config.offload + 1, program.plan.num_blocks),
-                    policy=config.offload_policy,
-                    where=self.store.where,
-                    moved=_bytes(away),
-                    kept=_bytes(kept),
-                    weights=_bytes(weights) + packed_bytes,
-                    peak_before=peak,
-                ),
+            before = self.log  # (of another graph of the same model)
+            self.log = OffloadLog(
+                blocks=(config.offload + 1, program.plan.num_blocks),
+                policy=config.offload_policy,
+                where=self.store.where,
+                moved=_bytes(away),
+                kept=_bytes(kept),
+                weights=_bytes(weights) + packed_bytes,
+                peak_before=peak if before is None else before.peak_before,
+                peak_after=0 if before is None else before.peak_after,
             )
-            if before is not None:  # (another graph of the same model)
-                self.log.peak_before, self.log.peak_after = before.peak_before, before.peak_after
             self.sample()
             log.info("%s", "\n".join(line.strip() for line in self.log.lines()))
 
@@ -196,10 +195,26 @@ class OffloadedWeights:
         return size
 
 
+def restore(model: nn.Module) -> int:
+    """Brings a model's offloaded weights back into device memory, bit for bit.
+
+    The model, compiled or not, computes the same before and after. With ``offload_policy="exit"`` tokens still leave by
+    that depth. The next decode graph that is compiled with ``offload=`` offloads again.
+
+    Args:
+        model: the module that was compiled, or the wrapper that ``torch.compile`` returned.
+
+    Returns:
+        The bytes that came back, 0 where nothing was offloaded.
+    """
+    state = find_state(model)
+    return 0 if state is None else state.of(OffloadedWeights).restore([*model.parameters(), *model.buffers()])
+
+
 def _movable(
     program: RiverProgram, values: dict[fx.Node, object], offload: int | None
 ) -> tuple[list[Tensor], list[Tensor]]:
-    """Returns the weights of the blocks behind `offload` that can leave, and those of them that stay."""
+    """Returns the weights of the blocks after `offload` that can leave, and those of them that stay."""
     if offload is None:
         return [], []
     blocks = program.blocks[offload:]
@@ -237,10 +252,4 @@ def make_store(config: RiverConfig, plan: DecoderPlan) -> WeightStore:
         OptionError: (a ``ValueError``) the folder takes no files.
     """
     device = plan.device
-    if device.type == "cpu":
-        from .disk import MappedFiles
-
-        return MappedFiles(config.offload_dir)
-    from .pinned import PinnedMemory
-
-    return PinnedMemory(device)
+    return MappedFiles(config.offload_dir) if device.type == "cpu" else PinnedMemory(device)

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import math
 from collections import Counter
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 
 from torch import nn
@@ -14,7 +14,7 @@ from river_compile.exits import threshold_text
 from river_compile.offload.weights import OffloadedWeights, OffloadLog
 from river_compile.passes.program import Fusion
 from river_compile.runtime.stats import ExactStats, ExitStats
-from river_compile.state import GraphRecord, find_state, unwrap
+from river_compile.state import GraphRecord, ModelState, find_state, unwrap
 from river_compile.twins.block_errors import BlockErrors
 from river_compile.twins.make import PackedSite
 from river_compile.twins.pack import GraphTwins, PackedWeights
@@ -74,7 +74,7 @@ class Report:
                     "group_size": p.group_size,
                     "quantizer": p.quantizer,
                     "sqnr_db": _finite(p.sqnr),
-                    "output_sqnr_db": None if p.output_sqnr is None else _finite(p.output_sqnr),
+                    "output_sqnr_db": _finite(p.output_sqnr),
                     "in_16_bits": p.kept,
                     "bytes": p.nbytes,
                     "artifact": p.artifact or None,
@@ -90,18 +90,21 @@ class Report:
         }
 
     def __str__(self) -> str:
-        lines = [f"River Compile report for {self.model}"]
+        title = f"River Compile report for {self.model}"
         if not self.ran:
-            return "\n".join([*lines, f"  {_NEVER_RAN}"])
-        for graph in self.graphs:
-            lines += _graph_lines(graph)
-        lines += _packed_lines(self)
-        lines += _block_lines(self.block_errors)
-        lines += self.offloaded.lines() if self.offloaded else []
-        lines += [f"  recompiles     {self.recompiles}"]
-        lines += _depth_lines(self)
-        lines += _exact_lines(self.exact)
-        return "\n".join(lines)
+            return f"{title}\n  {_NEVER_RAN}"
+        return "\n".join(
+            [
+                title,
+                *(line for graph in self.graphs for line in _graph_lines(graph)),
+                *_packed_lines(self),
+                *_block_lines(self.block_errors),
+                *(self.offloaded.lines() if self.offloaded else []),
+                f"  recompiles     {self.recompiles}",
+                *_depth_lines(self),
+                *_exact_lines(self.exact),
+            ]
+        )
 
 
 def report(model: nn.Module) -> Report:
@@ -110,20 +113,17 @@ def report(model: nn.Module) -> Report:
     Args:
         model: the module that was compiled, or the wrapper that ``torch.compile`` returned.
     """
-    state = find_state(model)
-    name = type(unwrap(model)).__name__
-    if state is None:
-        return Report(name, (), (), 0.0, {}, {}, ExactStats())
+    state = find_state(model) or ModelState()
     stats, packed = state.of(ExitStats), state.of(PackedWeights)
     return Report(
-        name,
-        tuple(state.graphs),
-        tuple(sorted(packed.all(), key=lambda p: _natural(p.name))),
-        packed.seconds,
-        stats.depths(decode=True),
-        stats.depths(decode=False),
-        stats.exact.copy(),
-        stats.doubted,
+        model=type(unwrap(model)).__name__,
+        graphs=tuple(state.graphs),
+        packed=tuple(sorted(packed.all(), key=lambda p: _natural(p.name))),
+        packing_seconds=packed.seconds,
+        decode_depths=stats.depths(decode=True),
+        prefill_depths=stats.depths(decode=False),
+        exact=stats.exact.copy(),
+        doubted=stats.doubted,
         block_errors=state.find(BlockErrors),
         offloaded=state.of(OffloadedWeights).snapshot(),
     )
@@ -263,11 +263,12 @@ def _exact_lines(stats: ExactStats) -> list[str]:
     return lines
 
 
-def histogram(depths: dict[int, int]) -> list[str]:
-    """Returns a bar for each exit depth, as lines of text."""
+def histogram(depths: Mapping[int, int], num_blocks: int | None = None) -> list[str]:
+    """Returns a bar for each exit depth, as lines of text; `num_blocks` is that of tokens which never left."""
     total, most = sum(depths.values()), max(depths.values(), default=1)
     return [
         f"    depth {depth:>3}    {'#' * max(1, round(_BAR * n / most)):<{_BAR}} {n:>6} ({100 * n / total:.0f} %)"
+        + ("  never left" if depth == num_blocks else "")
         for depth, n in sorted(depths.items())
     ]
 
@@ -278,8 +279,8 @@ def _ranges(depths: tuple[int, ...]) -> str:
     return f"blocks {depths[0]} to {depths[-1]}{tail}" if len(depths) > 1 else f"block {depths[0]}"
 
 
-def _finite(value: float) -> float | None:
-    return value if math.isfinite(value) else None
+def _finite(value: float | None) -> float | None:
+    return value if value is not None and math.isfinite(value) else None
 
 
 def _natural(name: str) -> list[object]:

@@ -9,6 +9,7 @@ import torch
 import transformers
 
 from examples import compare_thresholds, demo, exact, humaneval
+from river_compile.reporting.report import histogram
 from river_compile.runtime.stats import CycleRecord
 from tests.support.families import make, prompt
 from tools import models
@@ -17,14 +18,16 @@ from tools.timing import Generation, decode_rate, generate
 
 
 def test_histogram_bars_are_in_proportion_and_name_tokens_that_never_left():
-    lines = demo.histogram([2] * 8 + [30] * 2, blocks=30, width=8).splitlines()
-    assert [line.count("█") for line in lines] == [8, 2]
-    assert "8 (80%)" in lines[0]
+    lines = histogram({30: 2, 2: 8}, num_blocks=30)
+    assert [line.count("#") for line in lines] == [32, 8]
+    assert "8 (80 %)" in lines[0]
+    assert not lines[0].endswith("never left")
     assert lines[1].endswith("never left")
 
 
-def test_histogram_of_nothing_says_so():
-    assert demo.histogram([], blocks=4) == "(no token was decoded)"
+def test_a_demo_without_a_decoded_token_says_so(capsys):
+    demo._print_depths([], blocks=4)
+    assert "(no token was decoded)" in capsys.readouterr().out
 
 
 @pytest.mark.parametrize("static", [False, True])
