@@ -84,19 +84,8 @@ def calibrate(
         OptionError: (a ``ValueError``) a bad budget or option.
     """
     goal = _goal(_budget(budget, kl, agreement), confidence, clip)
-    base = dict(options or {})
-    for name in ("exit_depth", "threshold", "first_exit"):
-        if name in base:
-            raise OptionError(f"{name}={base[name]!r} is what calibration finds; leave it out of options=")
-    if "criterion" in base:
-        raise OptionError(f"give criterion={base['criterion']!r} to calibrate itself, not in options=")
-    base["criterion"] = criterion
-    config = RiverConfig.from_options({**base, "first_exit": 1})
-    if config.deepest is not None:
-        raise OptionError(
-            f"offload={config.offload} with offload_policy='exit' lets no token through the whole backbone, which "
-            "calibration compares with; use offload_policy='fetch', or leave offload out until it is done"
-        )
+    base = {**(options or {}), "criterion": criterion}
+    config = _checked(options or {}, {**base, "first_exit": 1})
     rule = CRITERIA[criterion]
     samples = _samples(tokenizer, texts, context + tokens, seed)
     pilot_size = math.ceil(_PILOT * len(samples))
@@ -130,6 +119,22 @@ def calibrate(
         candidates=tuple(known.values()),
         base_options=base,
     )
+
+
+def _checked(given: Mapping[str, object], options: Mapping[str, object]) -> RiverConfig:
+    """Returns the options that calibration compiles with, after a look at those that were given."""
+    for name in ("exit_depth", "threshold", "first_exit"):
+        if name in given:
+            raise OptionError(f"{name}={given[name]!r} is what calibration finds; leave it out of options=")
+    if "criterion" in given:
+        raise OptionError(f"give criterion={given['criterion']!r} to calibrate itself, not in options=")
+    config = RiverConfig.from_options(options)
+    if config.deepest is not None:
+        raise OptionError(
+            f"offload={config.offload} with offload_policy='exit' lets no token through the whole backbone, which "
+            "calibration compares with; use offload_policy='fetch', or leave offload out until it is done"
+        )
+    return config
 
 
 def _budget(budget: Mapping[str, float] | None, kl: float | None, agreement: float | None) -> Mapping[str, float]:

@@ -5,7 +5,7 @@ from __future__ import annotations
 import math
 from collections import Counter
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, fields
 
 from torch import nn
 
@@ -86,7 +86,7 @@ class Report:
             "prefill_exit_depths": dict(self.prefill_depths),
             "mean_exit_depth": _finite(self.mean_depth),
             "doubted": self.doubted,
-            "exact": _exact_dict(self.exact),
+            "exact": {f.name: getattr(self.exact, f.name) for f in fields(self.exact) if f.compare},
         }
 
     def __str__(self) -> str:
@@ -98,7 +98,7 @@ class Report:
                 title,
                 *(line for graph in self.graphs for line in _graph_lines(graph)),
                 *_packed_lines(self),
-                *_block_lines(self.block_errors),
+                *(_block_lines(self.block_errors) if self.block_errors else []),
                 *(self.offloaded.lines() if self.offloaded else []),
                 f"  recompiles     {self.recompiles}",
                 *_depth_lines(self),
@@ -224,14 +224,9 @@ def _sqnr_lines(title: str, decibels: dict[str, float]) -> list[str]:
     return [f"    {title}  mean {mean:.1f} dB, least {decibels[worst]:.1f} dB ({worst})"]
 
 
-def _block_lines(errors: BlockErrors | None) -> list[str]:
-    if errors is None:
-        return []
-    worst = errors.worst
-    return [
-        f"  KL by block    mean {errors.mean_kl:.5f}, most {worst.kl:.5f} (block {worst.block}), one twin at a time on "
-        f"{errors.tokens} tokens"
-    ]
+def _block_lines(errors: BlockErrors) -> list[str]:
+    worst = f"{errors.worst.kl:.5f} (block {errors.worst.block})"
+    return [f"  KL by block    mean {errors.mean_kl:.5f}, most {worst}, one twin at a time on {errors.tokens} tokens"]
 
 
 def _depth_lines(report: Report) -> list[str]:
@@ -243,11 +238,6 @@ def _depth_lines(report: Report) -> list[str]:
         share = 100 * report.doubted / total
         lines.append(f"    doubted      {report.doubted} ({share:.0f} %) ran through the river and then the backbone")
     return lines + histogram(report.decode_depths)
-
-
-def _exact_dict(stats: ExactStats) -> dict[str, int]:
-    names = ("cycles", "drafted", "accepted", "kept", "row_cycles", "held_back")
-    return {name: getattr(stats, name) for name in names}
 
 
 def _exact_lines(stats: ExactStats) -> list[str]:

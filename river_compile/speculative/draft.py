@@ -13,7 +13,7 @@ from __future__ import annotations
 import math
 from bisect import bisect
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass
+from dataclasses import InitVar, dataclass
 
 import torch
 from torch import Tensor
@@ -125,6 +125,7 @@ class Drafted:
 DraftStep = Callable[[Tensor], Tensor]
 
 
+@dataclass
 class Drafter:
     """Drafts for one call of generate; learns from verdict to verdict.
 
@@ -137,20 +138,15 @@ class Drafter:
         end_tokens: a draft ends after any of these, None for none.
     """
 
-    def __init__(
-        self,
-        prompt_ids: Tensor,
-        prompt_lookup: bool,
-        do_sample: bool,
-        stop_below: float,
-        pad_token: int,
-        end_tokens: Tensor | None,
-    ) -> None:
+    prompt_ids: InitVar[Tensor]
+    prompt_lookup: InitVar[bool]
+    do_sample: bool
+    stop_below: float
+    pad_token: int
+    end_tokens: Tensor | None
+
+    def __post_init__(self, prompt_ids: Tensor, prompt_lookup: bool) -> None:
         self._rows = [NgramIndex(row) for row in prompt_ids.tolist()] if prompt_lookup else []
-        self._do_sample = do_sample
-        self._stop_below = stop_below
-        self._pad = pad_token
-        self._end_tokens = end_tokens
         self._by_entropy = rate_by_entropy()
         self._by_ngram = rate_by_ngram()
 
@@ -172,7 +168,7 @@ class Drafter:
             width: the verification width for a number of drafted tokens.
         """
         draft: list[Drafted] = []
-        self._copy(draft, ids_BS, active_B, most, at_least=self._stop_below)
+        self._copy(draft, ids_BS, active_B, most, at_least=self.stop_below)
         if not draft:
             self._ask_river(draft, ids_BS, active_B, most, step)
             self._copy(draft, ids_BS, active_B, min(most, width(len(draft)) - 1), at_least=0.0)
@@ -180,17 +176,17 @@ class Drafter:
 
     def _ask_river(self, draft: list[Drafted], ids_BS: Tensor, active_B: Tensor, most: int, step: DraftStep) -> None:
         reach, active = 1.0, active_B.tolist()
-        while len(draft) < most and reach >= self._stop_below:
+        while len(draft) < most and reach >= self.stop_below:
             scores_BV = step(ids_BS).float()
             chances_BV = scores_BV.softmax(-1)
-            proposal = chances_BV if self._do_sample else None
-            tokens_B = torch.multinomial(chances_BV, 1)[:, 0] if self._do_sample else scores_BV.argmax(-1)
-            tokens_B = torch.where(active_B, tokens_B, self._pad)
+            proposal = chances_BV if self.do_sample else None
+            tokens_B = torch.multinomial(chances_BV, 1)[:, 0] if self.do_sample else scores_BV.argmax(-1)
+            tokens_B = torch.where(active_B, tokens_B, self.pad_token)
             entropies = torch.special.entr(chances_BV).sum(-1).tolist()
             draft.append(Drafted(tokens_B, proposal, "river", self._by_entropy, entropies))
             ids_BS = torch.cat([ids_BS, tokens_B[:, None]], dim=-1)
             reach *= math.prod(self._by_entropy.chance(h) for h, on in zip(entropies, active, strict=True) if on)
-            if self._end_tokens is not None and torch.isin(tokens_B[active_B], self._end_tokens).all():
+            if self.end_tokens is not None and torch.isin(tokens_B[active_B], self.end_tokens).all():
                 return
 
     def _copy(self, draft: list[Drafted], ids_BS: Tensor, active_B: Tensor, most: int, at_least: float) -> None:
@@ -200,7 +196,7 @@ class Drafter:
             return
         ahead = torch.stack([d.tokens for d in draft], dim=1).tolist() if draft else [[] for _ in active]
         found = [
-            row.continuation(count, before) if on else ([self._pad] * count, 0)
+            row.continuation(count, before) if on else ([self.pad_token] * count, 0)
             for row, before, on in zip(self._rows, ahead, active, strict=True)
         ]
         lengths = [float(n) for _, n in found]
