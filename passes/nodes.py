@@ -14,6 +14,7 @@ import operator
 import re
 from collections.abc import Callable, Iterable, Iterator
 from dataclasses import dataclass
+from typing import Any
 
 import torch
 import torch.nn.functional as F
@@ -31,7 +32,7 @@ _IN_PLACE_OPERATORS = (
 )
 
 
-def value_of(node: fx.Node) -> object:
+def value_of(node: fx.Node) -> Any:
     """Returns the fake tensor or number that Dynamo recorded for a node, None where it recorded none."""
     return node.meta.get("example_value")
 
