@@ -22,6 +22,7 @@ import statistics
 import sys
 from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
+from typing import TYPE_CHECKING
 
 import torch
 from transformers import PreTrainedModel
@@ -32,6 +33,9 @@ from river_compile.calibration.evaluate import Measured, Meter, Rule, compiled
 from river_compile.exits import CRITERIA, Criterion
 from tools import models
 from tools.texts import topics
+
+if TYPE_CHECKING:
+    from matplotlib.figure import Figure
 
 SHARES = (0.3, 0.5, 0.7, 0.85)
 FIRST_EXIT = 2
@@ -185,13 +189,18 @@ def _shown(value: object) -> object:
 
 
 def plot(results: dict[str, list[dict]], folder: str | Path) -> Path:
-    """Draws KL against time, a panel for each model; returns the picture's path."""
-    from matplotlib.backends.backend_agg import FigureCanvasAgg
-    from matplotlib.figure import Figure
+    """Draws :func:`draw`'s figure to criteria.png; returns its path."""
+    from benchmarks import figures
 
-    figure = Figure(figsize=(6 * len(results), 4.6), layout="constrained")
-    FigureCanvasAgg(figure)
-    for axes, (name, rows) in zip(figure.subplots(1, len(results), squeeze=False)[0], results.items(), strict=True):
+    return figures.save(draw(results), Path(folder) / "criteria.png", dpi=90)
+
+
+def draw(results: dict[str, list[dict]]) -> Figure:
+    """Returns KL against time, a panel for each model: a criterion's rules as points, its frontier as a line."""
+    from benchmarks import figures
+
+    figure, panels = figures.panels((6 * len(results), 4.6), len(results))
+    for axes, (name, rows) in zip(panels, results.items(), strict=True):
         for criterion in dict.fromkeys(row["criterion"] for row in rows):
             found = sorted((r["time"], r["kl"]) for r in rows if r["criterion"] == criterion)
             style = {"chance": "k--", "oracle": "k:"}.get(criterion, "-")
@@ -203,12 +212,9 @@ def plot(results: dict[str, list[dict]], folder: str | Path) -> Path:
         axes.set_xlabel("time per token, share of never exit")
         axes.set_ylabel("KL from never exit, nats per token")
         axes.set_ylim(bottom=0)
-        axes.spines[["top", "right"]].set_visible(False)
+        figures.plain(axes)
         axes.legend(frameon=False)
-    path = Path(folder) / "criteria.png"
-    path.parent.mkdir(parents=True, exist_ok=True)
-    figure.savefig(path, format="png", dpi=90)
-    return path
+    return figure
 
 
 def _parse(arguments: list[str] | None) -> argparse.Namespace:

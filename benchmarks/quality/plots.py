@@ -7,9 +7,9 @@ from collections.abc import Callable
 from pathlib import Path
 
 from matplotlib.axes import Axes
-from matplotlib.backends.backend_agg import FigureCanvasAgg
 from matplotlib.figure import Figure
 
+from benchmarks import figures
 from benchmarks.quality.fills import BUDGETS, PARTS
 
 PART_COLORS = {"backbone": "#4c6a92", "tail": "#6fb1a0", "repair": "#d98b5f"}
@@ -25,24 +25,23 @@ GRAY = "#666666"
 
 def plot(outcome: dict, folder: str | Path) -> list[Path]:
     """Writes the figures of the parts that were measured as PNGs; returns their paths."""
-    drawings: dict[str, tuple[Callable, tuple[float, float], int]] = {
-        "quality_fills": (_fills, (9, 3.8), 2),
-        "quality_frontier": (_frontier, (7, 4.4), 1),
-        "quality_entries": (_entries, (9, 3.6), 2),
-        "quality_similarity": (_similarity, (9, 3.6), 2),
+    return [figures.save(f, Path(folder) / f"quality_{name}.png", dpi=100) for name, f in draw(outcome).items()]
+
+
+def draw(outcome: dict) -> dict[str, Figure]:
+    """Returns the figures of the parts that were measured by their names."""
+    drawings: dict[str, tuple[Callable, str, tuple[float, float], int]] = {
+        "fills": (_fills, "fills", (9, 3.8), 2),
+        "frontier": (_frontier, "fills", (7, 4.4), 1),
+        "entries": (_entries, "entries", (9, 3.6), 2),
+        "similarity": (_similarity, "entries", (9, 3.6), 2),
     }
-    needs = {"quality_fills": "fills", "quality_frontier": "fills"}
-    paths = []
-    for name, (draw, size, panels) in drawings.items():
-        if needs.get(name, "entries") not in outcome:
-            continue
-        figure = Figure(figsize=size, layout="constrained")
-        FigureCanvasAgg(figure)
-        draw(figure, figure.subplots(1, panels, squeeze=False)[0], outcome)
-        paths.append(Path(folder) / f"{name}.png")
-        paths[-1].parent.mkdir(parents=True, exist_ok=True)
-        figure.savefig(paths[-1], format="png", dpi=100)
-    return paths
+    drawn = {}
+    for name, (fill, part, size, count) in drawings.items():
+        if part in outcome:
+            drawn[name], axes = figures.panels(size, count)
+            fill(drawn[name], axes, outcome)
+    return drawn
 
 
 def _fills(figure: Figure, axes: list[Axes], outcome: dict) -> None:
@@ -126,5 +125,5 @@ def _similarity(figure: Figure, axes: list[Axes], outcome: dict) -> None:
 
 
 def _plain(panel: Axes) -> None:
-    panel.spines[["top", "right"]].set_visible(False)
+    figures.plain(panel)
     panel.tick_params(labelsize=9)

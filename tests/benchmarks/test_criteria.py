@@ -72,4 +72,17 @@ def test_frontiers_mix_rules_and_never_exit(rows, tmp_path, capsys):
     assert criteria.least_kl([(0.8, 0.1)], 0.7) is None
     criteria.show("tiny", rows)
     assert "KL at equal time" in capsys.readouterr().out
-    assert 1_000 < criteria.plot({"tiny": rows}, tmp_path).stat().st_size < 120_000
+    assert criteria.plot({"tiny": rows}, tmp_path).read_bytes().startswith(b"\x89PNG")
+
+
+def test_the_picture_shows_every_rule_and_never_exit(rows):
+    (axes,) = criteria.draw({"tiny": rows}).axes
+    names = [line.get_label() for line in axes.get_lines()]
+    assert sorted(names) == sorted({*NAMES, "chance", "oracle"})
+    for name, line, dots in zip(names, axes.get_lines(), axes.collections, strict=True):
+        mine = sorted((row["time"], row["kl"]) for row in of(rows, name))
+        assert dots.get_offsets().tolist() == [pytest.approx(point) for point in mine]
+        times, losses = line.get_data()
+        assert all(loss <= kl + 1e-9 for at, loss in zip(times, losses, strict=True) for t, kl in mine if t <= at)
+        assert times[-1] == pytest.approx(1)
+        assert losses[-1] <= 1e-9, "never exit belongs to every frontier"

@@ -8,9 +8,9 @@ import math
 import pytest
 import torch
 
-from benchmarks import common, texts
+from benchmarks import texts
 from benchmarks.quality import entries, fills, run
-from benchmarks.quality.plots import plot
+from benchmarks.quality.plots import draw, plot
 from tests.support.families import VOCABULARY, make
 
 BASE = {"lowering": "eager", "group_size": 32}
@@ -68,14 +68,40 @@ def test_entries_of_executed_blocks_are_the_backbones(outcome):
     assert all(-1 <= rank <= 1 for rank in found["correlation"]["rank"])
 
 
-def test_tables_and_figures(outcome, tmp_path, capsys):
-    """All that was measured is shown; the pictures are small enough for a page."""
+def test_all_that_was_measured_is_shown(outcome, capsys):
     run.show(outcome)
     shown = capsys.readouterr().out
     assert all(word in shown for word in ("everything 4-bit, rtn", "recompute", "strict", "River's frontier"))
-    paths = plot(outcome, tmp_path)
-    assert len(paths) == 4
-    assert all(1_000 < path.stat().st_size < 120_000 for path in paths)
+
+
+def test_each_part_has_its_pictures(outcome, tmp_path):
+    names = {"fills": ("fills", "frontier"), "entries": ("entries", "similarity")}
+    for part, expected in names.items():
+        alone = {name: value for name, value in outcome.items() if name not in names or name == part}
+        assert [path.name for path in plot(alone, tmp_path)] == [f"quality_{name}.png" for name in expected]
+    assert len(list(tmp_path.iterdir())) == 4
+    assert all(path.read_bytes().startswith(b"\x89PNG") for path in tmp_path.iterdir())
+
+
+def test_the_pictures_hold_what_was_measured(outcome):
+    """Bars are as high as the parts of a token, frontiers and similarities are as measured; run blocks are left out."""
+    drawn, found = draw(outcome), outcome["entries"]
+    for panel, budget in zip(drawn["fills"].axes, fills.BUDGETS, strict=True):
+        heights = [bar.get_height() for bar in panel.patches]
+        expected = [fill["budgets"][budget]["ms"][part] for fill in outcome["fills"].values() for part in fills.PARTS]
+        assert heights == pytest.approx(expected)
+    lines = {line.get_label(): line for line in drawn["frontier"].axes[0].get_lines()}
+    assert {*outcome["fills"]} <= {*lines}
+    for name, losses in outcome["frontier"]["kl"].items():
+        reached = [kl for kl in losses if kl is not None]
+        assert list(lines[name].get_ydata()) == [*reached, 0.0]
+    for panel, kind in zip(drawn["entries"].axes[:2], ("keys", "values"), strict=True):
+        (image,) = panel.get_images()
+        for row, depth, cosines in zip(image.get_array(), found["depths"], found[kind], strict=True):
+            assert row.mask[:depth].all() or torch.tensor(row.filled(math.nan)[:depth]).isnan().all()
+            assert list(row[depth:]) == pytest.approx(cosines[depth:])
+    means = drawn["similarity"].axes[0].get_lines()[0].get_ydata()
+    assert list(means) == found["similarity"]["mean"]
 
 
 def test_the_exact_match_ends_at_the_first_difference():
@@ -106,4 +132,3 @@ def test_quick_measures_little():
     options = run._parse(["--quick"])
     assert (options.texts, options.tokens, options.calibration_texts) == (2, 8, 0)
     assert "none" not in options.quantizers
-    assert not math.isnan(common.peak_rss_bytes())
