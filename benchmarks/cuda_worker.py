@@ -10,14 +10,14 @@ import torch
 from torch import Tensor
 from torch.autograd import DeviceType
 from torch.profiler import ProfilerActivity, profile
-from transformers import AutoModelForCausalLM, DynamicCache, LlamaConfig, PreTrainedModel, StaticCache
+from transformers import DynamicCache, PreTrainedModel, StaticCache
 
 from benchmarks import common
+from benchmarks.random_llama import random_llama
 from benchmarks.roofline import Roofline, depth_name
 from river_compile import Report, report
 from river_compile.cudagraphs.device import CaptureLog
 from river_compile.exits import forced_depth
-from river_compile.kernels.tools.shapes import MODELS
 from tools.timing import generate
 
 _WARM_UP = 4  # tokens: the first runs, the second is captured
@@ -41,7 +41,7 @@ def measure(
     """
     torch.set_grad_enabled(False)
     roofline = Roofline(name, context, group_size)
-    model = random_model(name, device)
+    model = random_llama(roofline.shape, device)
     loop = Loop(model, context, new_tokens, static=backend != "eager")
     if backend == "inductor":
         model.compile(mode="reduce-overhead")
@@ -86,28 +86,6 @@ def _captured(found: Report) -> tuple[float, int]:
     """Returns seconds and bytes of the captures so far."""
     logs = [graph.of(CaptureLog) for graph in found.graphs]
     return sum(log.seconds for log in logs), sum(log.bytes for log in logs)
-
-
-def random_model(name: str, device: str) -> PreTrainedModel:
-    """Builds a model on the device from its configuration, with random weights in bfloat16."""
-    shape = MODELS[name]
-    config = LlamaConfig(
-        vocab_size=shape.vocabulary,
-        hidden_size=shape.hidden,
-        intermediate_size=shape.intermediate,
-        num_hidden_layers=shape.layers,
-        num_attention_heads=shape.heads,
-        num_key_value_heads=shape.kv_heads,
-        head_dim=shape.head_dim,
-        tie_word_embeddings=name == "llama-3.2-1b",
-        eos_token_id=None,
-        pad_token_id=0,
-    )
-    torch.manual_seed(0)
-    with torch.device(device):
-        model = AutoModelForCausalLM.from_config(config, dtype=torch.bfloat16).eval()
-    model.generation_config.eos_token_id = None
-    return model
 
 
 class Loop:

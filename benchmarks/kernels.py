@@ -13,14 +13,13 @@ from __future__ import annotations
 import argparse
 import functools
 import importlib.util
-import json
 import sys
 from dataclasses import asdict, dataclass
-from pathlib import Path
 
 import torch
 import torch.nn.functional as F
 
+from benchmarks import common
 from river_compile.kernels.tools.shapes import MODELS, model_kernels
 from river_compile.kernels.tools.tune import copies_beyond_cache, measure_on_gpu, time_calls
 from river_compile.kernels.triton.decode_attention import DecodeAttentionSpec
@@ -133,7 +132,7 @@ def main(arguments: list[str] | None = None) -> int:
     print_table(timings, copy)
     if options.json:
         figures = {"device": torch.cuda.get_device_name(), "copy_bandwidth": copy, "model": options.model, **sizes}
-        Path(options.json).write_text(json.dumps({**figures, "kernels": [asdict(t) for t in timings]}, indent=1))
+        common.write_json(options.json, {**figures, "kernels": [asdict(t) for t in timings]})
     return 0
 
 

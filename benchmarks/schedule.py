@@ -19,14 +19,16 @@ from contextlib import contextmanager
 from dataclasses import dataclass, field, replace
 
 import torch
-from transformers import LlamaConfig, LlamaForCausalLM, PreTrainedModel, StaticCache
+from transformers import PreTrainedModel, StaticCache
 
-from benchmarks.common import print_table
+from benchmarks.common import command_line, print_table
+from benchmarks.random_llama import random_llama
 from river_compile import river, warmup
 from river_compile.cudagraphs.partition import Unit
 from river_compile.cudagraphs.recorder import Event
 from river_compile.cudagraphs.runner import CapturedRunner
 from river_compile.exits import Memory, Similarity
+from river_compile.kernels.tools.shapes import ModelShape
 from river_compile.runtime.executor import RiverExecutor, on_step
 from river_compile.runtime.runner import Step
 from river_compile.runtime.stats import StepRecord
@@ -73,7 +75,7 @@ def watching() -> Iterator[Watch]:
 
 
 def main(arguments: list[str] | None = None) -> int:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser = command_line(__doc__)
     parser.add_argument("--model", help="a model's name or folder; a random Llama where it is left out")
     parser.add_argument("--layers", type=int, default=4, help="blocks of the random Llama (default 4)")
     parser.add_argument("--first", type=int, default=1, help="first_exit (default 1)")
@@ -120,18 +122,13 @@ def _model(options: argparse.Namespace) -> PreTrainedModel:
     if options.model:
         torch._dynamo.reset()
         return models.load(options.model)[0]
-    return random_llama(options.layers)
+    return small_llama(options.layers)
 
 
-def random_llama(layers: int) -> PreTrainedModel:
+def small_llama(layers: int) -> PreTrainedModel:
     """Returns a small Llama with random weights, of which Dynamo knows nothing yet."""
     torch._dynamo.reset()
-    torch.manual_seed(0)
-    config = LlamaConfig(
-        vocab_size=1024, hidden_size=256, intermediate_size=512, num_hidden_layers=layers,
-        num_attention_heads=4, num_key_value_heads=2, eos_token_id=None, pad_token_id=0,
-    )  # fmt: skip
-    return LlamaForCausalLM(config).to(torch.bfloat16).eval()
+    return random_llama(ModelShape("small", layers, 256, 4, 2, 64, 512, 1024))
 
 
 def step(model: PreTrainedModel, cache: StaticCache, watch: Watch, depth: int) -> list[Event]:

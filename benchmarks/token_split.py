@@ -10,7 +10,6 @@ run alone find their weights in the cache more often than a whole token does, so
 
 from __future__ import annotations
 
-import argparse
 import itertools
 import statistics
 import sys
@@ -20,6 +19,7 @@ from dataclasses import dataclass, field
 
 import torch
 
+from benchmarks.common import command_line
 from river_compile import forced_depth, river
 from river_compile.passes.program import Segment
 from river_compile.runtime.executor import RiverExecutor, on_step
@@ -45,13 +45,11 @@ class Watch:
 
 
 def main(arguments: list[str] | None = None) -> int:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--model", help="a model folder; SmolLM2-135M-Instruct where it is left out")
+    parser = command_line(__doc__, "model", "threads")
     parser.add_argument("--depth", type=int, default=0, help="exit depth of every token (default 0: all twins)")
-    parser.add_argument("--threads", type=int, default=2)
     options = parser.parse_args(arguments)
     torch.set_num_threads(options.threads)
-    model, tokenizer = models.load(options.model or "smollm2")
+    model, tokenizer = models.load(options.model)
     watch = Watch()
     model.compile(backend=river)
     with torch.no_grad(), forced_depth(options.depth), on_step(watch.note):

@@ -9,6 +9,8 @@ import pytest
 import torch
 
 from benchmarks import common, cuda_decode, cuda_worker, decode, offload, roofline
+from benchmarks.random_llama import random_llama
+from river_compile.kernels.tools.shapes import MODELS, ModelShape
 
 WORKER = """
 import os, sys
@@ -203,8 +205,6 @@ def test_the_llama_cpp_runner_takes_no_token_too_many():
 @pytest.fixture
 def tiny(monkeypatch):
     """A shape that `--random` can build here."""
-    from river_compile.kernels.tools.shapes import MODELS, ModelShape
-
     monkeypatch.setitem(MODELS, "llama-tiny", ModelShape("llama-tiny", 4, 64, 4, 2, 16, 128, 96))
     return "llama-tiny"
 
@@ -331,7 +331,7 @@ def test_the_gpu_worker_measures_a_tiny_model_here(backend, names, tiny, monkeyp
 
 
 def test_rounds_take_back_what_they_decoded(tiny):
-    loop = cuda_worker.Loop(cuda_worker.random_model(tiny, "cpu"), context=8, new_tokens=5, static=True)
+    loop = cuda_worker.Loop(random_llama(MODELS[tiny]), context=8, new_tokens=5, static=True)
     with torch.no_grad():
         assert loop.seconds_per_token() > 0
     assert int(loop._cache.get_seq_length()) == 8
