@@ -12,7 +12,7 @@ import threading
 import time
 from collections.abc import Iterable, Iterator
 from dataclasses import dataclass, field
-from typing import TypeVar
+from typing import TypeVar, cast
 
 from torch import Tensor, nn
 from torch.utils.weak import WeakTensorKeyDictionary
@@ -34,14 +34,14 @@ class Entries:
 
     def find(self, kind: type[T]) -> T | None:
         """Returns the object of this class, None where there is none."""
-        return self._entries.get(kind)
+        return cast("T | None", self._entries.get(kind))
 
     def of(self, kind: type[T]) -> T:
         """Returns the object of this class, made without arguments where there is none."""
         with self._lock:
             if kind not in self._entries:
                 self._entries[kind] = kind()
-            return self._entries[kind]
+            return cast(T, self._entries[kind])
 
     def put(self, entry: object) -> None:
         """Keeps an object under its class, in the place of an earlier one."""

@@ -19,8 +19,9 @@ from __future__ import annotations
 import logging
 import threading
 from collections import Counter
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import asdict, dataclass, replace
+from typing import Any
 
 import torch
 from torch import Tensor, fx, nn
@@ -118,7 +119,7 @@ class OffloadedWeights:
         self.store.check_room(sum(value_of(weight).nbytes for weight in weights))
 
     def arrange(
-        self, program: RiverProgram, values: dict[fx.Node, object], config: RiverConfig, packed_bytes: int
+        self, program: RiverProgram, values: Mapping[fx.Node, Any], config: RiverConfig, packed_bytes: int
     ) -> None:
         """Puts the weights of a decode graph where the options want them: away or back.
 
@@ -212,7 +213,7 @@ def restore(model: nn.Module) -> int:
 
 
 def _movable(
-    program: RiverProgram, values: dict[fx.Node, object], offload: int | None
+    program: RiverProgram, values: Mapping[fx.Node, Any], offload: int | None
 ) -> tuple[list[Tensor], list[Tensor]]:
     """Returns the weights of the blocks after `offload` that can leave, and those of them that stay."""
     if offload is None:
@@ -222,7 +223,8 @@ def _movable(
     stay = {node for segment in resident for node in segment.inputs}
     users = Counter(_memory(value) for node, value in values.items() if is_parameter(node))
     nodes = dict.fromkeys(node for segment in blocks for node in segment.inputs if is_parameter(node))
-    away, kept = [], []
+    away: list[Tensor] = []
+    kept: list[Tensor] = []
     for node in nodes:
         weight = values[node]
         alone = node not in stay and users[_memory(weight)] == 1

@@ -12,6 +12,7 @@ from __future__ import annotations
 import inspect
 from contextlib import AbstractContextManager
 from dataclasses import dataclass, replace
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -84,7 +85,7 @@ class ExactMode:
         for name, check in _CHECKS.items():
             object.__setattr__(self, name, check(name, getattr(self, name), OptionError))
 
-    def with_options(self, **options: object) -> ExactMode:
+    def with_options(self, **options: Any) -> ExactMode:
         """Returns the same mode with other options."""
         return replace(self, **options)
 
@@ -96,7 +97,7 @@ class ExactMode:
         stopping_criteria: StoppingCriteriaList,
         generation_config: GenerationConfig,
         synced_gpus: bool = False,
-        streamer: object | None = None,
+        streamer: Any | None = None,
         max_draft: int | None = None,
         prompt_lookup: bool | None = None,
         stop_below: float | None = None,
@@ -152,7 +153,7 @@ def _loop(
     logits_processor: LogitsProcessorList,
     stopping_criteria: StoppingCriteriaList,
     config: GenerationConfig,
-    streamer: object | None,
+    streamer: Any | None,
 ) -> ExactLoop:
     ends = any(hasattr(criterion, "eos_token_id") for criterion in stopping_criteria)
     pad_token = int(config._pad_token_tensor) if ends and config._pad_token_tensor is not None else None
