@@ -9,6 +9,7 @@ from __future__ import annotations
 import logging
 import warnings
 from collections.abc import Callable, Mapping, Sequence
+from typing import Any
 
 import torch
 from torch import fx, nn
@@ -27,13 +28,14 @@ from river_compile.passes.fusion.fuse import fuse_checks, fuse_twins
 from river_compile.passes.nodes import is_parameter
 from river_compile.passes.normalize import normalized
 from river_compile.passes.pipeline import Pass, run_passes
-from river_compile.passes.program import DecoderPlan, LinearSite, Refusal, RiverProgram
+from river_compile.passes.program import DecoderPlan, LinearSite, Refusal, RiverProgram, Segment
 from river_compile.passes.segments import segmented
 from river_compile.passes.swap_ops import batch_invariant
 from river_compile.passes.twins import Twinning, one_row_head, river_head, river_twins, twin_sites
-from river_compile.reporting.dump import PassDump
+from river_compile.reporting.dump import PassDump, trace_artifact
+from river_compile.reporting.report import graph_lines
 from river_compile.runtime.executor import Executors, RiverExecutor
-from river_compile.runtime.runner import PlainRunner
+from river_compile.runtime.runner import PlainRunner, Runner, Step
 from river_compile.runtime.stats import ExitStats
 from river_compile.twins.make import PackedSite
 from river_compile.twins.observe import Observation
@@ -49,12 +51,12 @@ log = logging.getLogger("river_compile")
 
 def river(
     graph_module: fx.GraphModule,
-    example_inputs: Sequence[object],
+    example_inputs: Sequence[Any],
     *,
     options: Mapping[str, object] | None = None,
     mode: str | None = None,
     lowering: Lowering | None = None,
-) -> Callable:
+) -> Callable[..., Any]:
     """The backend behind ``torch.compile(model, backend="river", options=..., mode=...)``.
 
     Args:
@@ -90,7 +92,7 @@ def executors_of(model: nn.Module) -> list[RiverExecutor]:
     return [] if state is None else list(state.of(Executors))
 
 
-def _needs_gradients(example_inputs: Sequence[object]) -> Refusal | None:
+def _needs_gradients(example_inputs: Sequence[Any]) -> Refusal | None:
     if torch.is_grad_enabled() and any(isinstance(x, torch.Tensor) and x.requires_grad for x in example_inputs):
         return Refusal("the graph needs gradients; run generation under torch.no_grad() or torch.inference_mode()")
     return None
@@ -135,7 +137,7 @@ def twinning(config: RiverConfig, lowering: Lowering) -> Twinning | None:
 
 def _build(
     program: RiverProgram,
-    values: Mapping[fx.Node, object],
+    values: Mapping[fx.Node, Any],
     config: RiverConfig,
     mode: str | None,
     lowering: Lowering | None,
@@ -148,7 +150,7 @@ def _build(
         OptionError: the options do not fit the model.
     """
     plan = program.plan
-    offloaded, stats, captures = state.of(OffloadedWeights), state.of(ExitStats), record.of(CaptureLog)
+    offloaded, captures = state.of(OffloadedWeights), record.of(CaptureLog)
     config.check_depths(plan.num_blocks)
     check_device(config, plan)
     offloaded.check(plan, config)
@@ -158,48 +160,49 @@ def _build(
         packed = _pack(program, values, config, lowering, state)
     if packed:
         warn_of_slow_lowering(lowering, plan.device)
-    keep = {site.name: made.reason for site, made in packed.items() if made.reason}
-    dump = PassDump(config.dump_dir, plan.kind)
     with record.stage("rewriting"):
-        rewritten = run_passes(program, passes_for(config, plan, lowering, keep), dump.after_pass)
-    if isinstance(rewritten, Refusal):  # the river's own passes refuse nothing
-        raise OptionError(
-            f"fill={config.fill!r} cannot be used here: {rewritten}; use another one, such as fill='river'"
-        )
-    program = rewritten
-    dump.program(program)
-    if dump.folder is not None:
-        log.info("wrote the rewritten graph to %s", dump.folder)
+        keep = {site.name: made.reason for site, made in packed.items() if made.reason}
+        program = _rewritten(program, config, passes_for(config, plan, lowering, keep))
     segments = policy.reachable(program)
     if plan.is_decode:
         offloaded.arrange(program, values, config, sum(packed[s].nbytes for p in segments for s in p.packed))
     streamer = Streamer(offloaded, program, values, config.offload)
     device = choose_device(program, config, captures)
     compiler = SegmentCompiler(lowering.compiler, inductor_settings(mode, captured=device is not None))
-    steps = {}
-    with (
-        record.stage("compiling"),
-        tqdm(segments, desc="river: compiling segments", unit="segment", leave=False, delay=1) as bar,
-    ):
-        for segment in bar:
+    steps: dict[Segment, Step] = {}
+    with record.stage("compiling"):
+        for segment in tqdm(segments, desc="river: compiling segments", unit="segment", leave=False, delay=1):
             weights = [tensor for site in segment.packed for tensor in packed[site].tensors]
             steps[segment] = streamer.step(segment, compiler.compile(segment, weights), weights, program.slots)
     record.describe(program, compiler.compiled)
     record.put(GraphTwins(packed.values()))
+    trace_artifact(f"river_{plan.kind}_report", lambda: "\n".join(graph_lines(record)))
+    stats = state.of(ExitStats)
     stats.num_blocks = plan.num_blocks
     fill = config.filling(program)
-    if device is None:
-        runner = PlainRunner(program, steps, fill)
-    else:
+    runner: Runner = PlainRunner(program, steps, fill)
+    if device is not None:
         runner = captured_runner(program, steps, policy.deepest, config, device, captures)
     executor = RiverExecutor(program, runner, policy, stats, state.of(Memories), fill, streamer.forget)
     state.of(Executors).add(executor)
     return executor
 
 
+def _rewritten(program: RiverProgram, config: RiverConfig, passes: Sequence[Pass]) -> RiverProgram:
+    """Runs the passes, and writes what they did where that was asked for."""
+    dump = PassDump(config.dump_dir, program.plan.kind)
+    result = run_passes(program, passes, dump.after_pass)
+    if isinstance(result, Refusal):  # the river's own passes refuse nothing
+        raise OptionError(f"fill={config.fill!r} cannot be used here: {result}; use another one, such as fill='river'")
+    dump.program(result)
+    if dump.folder is not None:
+        log.info("wrote the rewritten graph to %s", dump.folder)
+    return result
+
+
 def _pack(
     program: RiverProgram,
-    values: Mapping[fx.Node, object],
+    values: Mapping[fx.Node, Any],
     config: RiverConfig,
     lowering: Lowering,
     state: ModelState,
@@ -219,12 +222,13 @@ def _pack(
 
 def _as_inductor(
     graph_module: fx.GraphModule,
-    example_inputs: Sequence[object],
+    example_inputs: Sequence[Any],
     refusal: Refusal,
     config: RiverConfig,
     mode: str | None,
-) -> Callable:
+) -> Callable[..., Any]:
     if config.on_unsupported == "raise":
         raise UnsupportedGraphError(f"backend 'river' cannot rewrite this graph: {refusal}")
     warnings.warn(f"backend 'river' leaves a graph to Inductor: {refusal}", RiverWarning, stacklevel=2)
-    return compile_fx(graph_module, example_inputs, config_patches=inductor_settings(mode))
+    compiled: Any = compile_fx(graph_module, example_inputs, config_patches=inductor_settings(mode))
+    return compiled

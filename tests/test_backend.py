@@ -346,7 +346,12 @@ generate(model, cache_implementation="static")
         environment = {**os.environ, "TORCH_TRACE": str(tmp_path), "PYTHONPATH": str(ROOT)}
         subprocess.run([sys.executable, "-c", code], cwd=ROOT, env=environment, check=True, timeout=300)
         text = "".join(file.read_text(errors="replace") for file in tmp_path.rglob("*.log"))
-        for name in ("river_decode_1_river_twins", "river_decode_3_exit_checks", "river_decode_plan"):
+        for name in (
+            "river_decode_1_river_twins",
+            "river_decode_3_exit_checks",
+            "river_decode_plan",
+            "river_decode_report",
+        ):
             assert f'"name": "{name}"' in text, name
 
     def test_the_picture_of_a_trace(self, tmp_path):

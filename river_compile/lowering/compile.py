@@ -11,8 +11,9 @@ from __future__ import annotations
 
 import logging
 import time
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass, field
+from typing import Any
 
 import sympy
 import torch
@@ -82,7 +83,8 @@ class SegmentCompiler:
         start = time.perf_counter()
         guards_before = len(shape_env.guards)
         if self.lowering == "eager":
-            callee, direct = _call_graph(lower_ops(segment.graph)), True
+            graph_module = lower_ops(segment.graph)
+            callee, direct = lambda inputs: graph_module(*inputs), True
         else:
             callee, direct = _compile(segment, packed, self.config_patches)
         guards = tuple(guard.expr for guard in shape_env.guards[guards_before:])
@@ -93,18 +95,22 @@ class SegmentCompiler:
         return callee
 
 
-def _examples(segment: Segment) -> list:
+def _examples(segment: Segment) -> list[Any]:
     """Returns example values of a segment's inputs; the placeholders of packed weights, which come last, have none."""
     return [value_of(node) for node in segment.graph.find_nodes(op="placeholder")][: len(segment.inputs)]
 
 
 def _fake_mode(segment: Segment) -> FakeTensorMode:
     values = _examples(segment)
-    return values[0].fake_mode if segment.own_examples else torch._guards.detect_fake_mode(values)
+    mode = values[0].fake_mode if segment.own_examples else torch._guards.detect_fake_mode(values)
+    assert isinstance(mode, FakeTensorMode), "Dynamo hands over graphs whose values are fake tensors"
+    return mode
 
 
 def _shape_env(segment: Segment) -> ShapeEnv:
-    return _fake_mode(segment).shape_env
+    shape_env = _fake_mode(segment).shape_env
+    assert shape_env is not None, "Dynamo's fake tensors know their dynamic sizes"
+    return shape_env
 
 
 def _assumptions_hold(known: Compiled, symbols: tuple[str, ...], shape_env: ShapeEnv) -> bool:
@@ -136,8 +142,8 @@ def _compile(segment: Segment, packed: Sequence[Tensor], config_patches: dict[st
     inputs += [fake_mode.from_tensor(t, static_shapes=True) for t in packed]
     direct: list[Callee] = []
 
-    def inner_compile(graph: fx.GraphModule, example_inputs: Sequence, **kwargs: object) -> Callable:
-        code = compile_fx_inner(graph, example_inputs, **kwargs)
+    def inner_compile(graph: fx.GraphModule, example_inputs: Sequence[Any], **kwargs: Any) -> Any:
+        code: Any = compile_fx_inner(graph, example_inputs, **kwargs)
         if _needs_no_wrapper(len(example_inputs), len(inputs)):
             direct.append(code.current_callable)
         return code
@@ -145,14 +151,10 @@ def _compile(segment: Segment, packed: Sequence[Tensor], config_patches: dict[st
     context = None if segment.own_examples else torch._guards.TracingContext.try_get()
     # AOTAutograd's own cache would skip `inner_compile` on a hit; Inductor's cache, below it, stays in use.
     with torch._guards.tracing(context), torch._functorch.config.patch(enable_autograd_cache=False):
-        wrapped = compile_fx(graph_module, inputs, inner_compile=inner_compile, config_patches=config_patches)
+        wrapped: Any = compile_fx(graph_module, inputs, inner_compile=inner_compile, config_patches=config_patches)
     if len(direct) == 1:
         return direct[0], True
     return lambda args: wrapped(*args), False
-
-
-def _call_graph(graph_module: fx.GraphModule) -> Callee:
-    return lambda inputs: graph_module(*inputs)
 
 
 def _needs_no_wrapper(num_inner_inputs: int, num_inputs: int) -> bool:

@@ -13,6 +13,7 @@ import itertools
 import threading
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
+from typing import Any
 
 from torch import Tensor, fx
 from torch.utils.weak import TensorWeakRef
@@ -52,7 +53,7 @@ class Streamer:
     """
 
     def __init__(
-        self, offloaded: OffloadedWeights, program: RiverProgram, values: dict[fx.Node, object], offload: int | None
+        self, offloaded: OffloadedWeights, program: RiverProgram, values: Mapping[fx.Node, Any], offload: int | None
     ) -> None:
         self._offloaded = offloaded
         blocks = () if offload is None else program.blocks[offload:]

@@ -96,7 +96,7 @@ class Report:
         return "\n".join(
             [
                 title,
-                *(line for graph in self.graphs for line in _graph_lines(graph)),
+                *(line for graph in self.graphs for line in graph_lines(graph)),
                 *_packed_lines(self),
                 *(_block_lines(self.block_errors) if self.block_errors else []),
                 *(self.offloaded.lines() if self.offloaded else []),
@@ -159,7 +159,8 @@ def _other_groups(graph: GraphRecord) -> dict[str, int]:
     return {p.name: p.group_size for p in graph.of(GraphTwins) if p.group_size != graph.config.group_size}
 
 
-def _graph_lines(graph: GraphRecord) -> list[str]:
+def graph_lines(graph: GraphRecord) -> list[str]:
+    """Returns what became of one traced graph, for people."""
     if graph.refusal:
         return [f"  graph          left to Inductor: {graph.refusal}"]
     seconds = ", ".join(f"{stage} {s:.1f} s" for stage, s in graph.seconds.items())
