@@ -12,6 +12,7 @@ from collections.abc import Callable
 from dataclasses import dataclass
 
 import torch
+from hypothesis import strategies as st
 from torch import Tensor, fx
 from torch._subclasses import FakeTensorMode
 from torch.fx.experimental.symbolic_shapes import ShapeEnv
@@ -91,6 +92,22 @@ class Shape:
     static_cache: bool
     between: bool
     return_hidden: bool
+
+
+def shapes(most_blocks: int = 5) -> st.SearchStrategy[Shape]:
+    """Returns a strategy that draws every structure, with two blocks or more."""
+    return st.builds(
+        Shape,
+        blocks=st.integers(2, most_blocks),
+        batch=st.integers(1, 3),
+        norm=st.sampled_from(["rms", "layer", "none"]),
+        parallel=st.booleans(),
+        projections=st.sampled_from(["separate", "fused", "conv1d", "matmul"]),
+        bias=st.booleans(),
+        static_cache=st.booleans(),
+        between=st.booleans(),
+        return_hidden=st.booleans(),
+    )
 
 
 def random_decoder(shape: Shape, seed: int) -> tuple[fx.GraphModule, list[Tensor]]:

@@ -5,56 +5,36 @@ Outputs, caches and counters are compared bit for bit with the graph run as it i
 
 from __future__ import annotations
 
+from collections.abc import Sequence
+
 import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
+from torch import Tensor
 
 from river_compile.backend import river
 from river_compile.exits import forced_depth
-from tests.passes.graphs import Shape, random_decoder
-
-SHAPES = st.builds(
-    Shape,
-    blocks=st.integers(2, 5),
-    batch=st.integers(1, 3),
-    norm=st.sampled_from(["rms", "layer", "none"]),
-    parallel=st.booleans(),
-    projections=st.sampled_from(["separate", "fused", "conv1d", "matmul"]),
-    bias=st.booleans(),
-    static_cache=st.booleans(),
-    between=st.booleans(),
-    return_hidden=st.booleans(),
-)
+from tests.passes.graphs import Shape, random_decoder, shapes
 
 
 @settings(max_examples=60)
-@given(shape=SHAPES, seed=st.integers(0, 2**16), data=st.data())
+@given(shape=shapes(), seed=st.integers(0, 2**16), data=st.data())
 def test_unquantized_river_is_the_same_function(shape, seed, data):
-    graph_module, inputs = random_decoder(shape, seed)
     depth = data.draw(st.integers(0, shape.blocks))
-    expected_inputs, actual_inputs = clones(inputs), clones(inputs)
-    expected = graph_module(*expected_inputs)
-    rewritten = river(graph_module, inputs, options={"quantizer": "none", "lowering": "eager", "first_exit": 1})
-    with torch.no_grad(), forced_depth(depth):
-        actual = rewritten(*actual_inputs)
-    assert_equal(expected, actual)
-    assert_equal(expected_inputs, actual_inputs)
+    _, expected, actual = run_both(shape, seed, depth, quantizer="none")
+    for ours, theirs in zip(actual, expected, strict=True):
+        assert_equal(theirs, ours)
 
 
 @settings(max_examples=20)
-@given(shape=SHAPES, seed=st.integers(0, 2**16), data=st.data())
+@given(shape=shapes(), seed=st.integers(0, 2**16), data=st.data())
 def test_quantized_river_fills_the_same_slots(shape, seed, data):
     """Same counters and slots after an exit; what executed blocks wrote is bit-identical, what twins wrote is close."""
-    graph_module, inputs = random_decoder(shape, seed)
     depth = data.draw(st.integers(0, shape.blocks))
-    expected_inputs, actual_inputs = clones(inputs), clones(inputs)
-    expected = graph_module(*expected_inputs)
-    options = {"quantizer": "rtn", "group_size": 32, "lowering": "eager", "first_exit": 1}
-    rewritten = river(graph_module, inputs, options=options)
-    with torch.no_grad(), forced_depth(depth):
-        actual = rewritten(*actual_inputs)
-    names = [n.name for n in graph_module.graph.nodes if n.op == "placeholder"]
-    for name, before, a, b in zip(names, inputs, expected_inputs, actual_inputs, strict=True):
+    inputs, (expected, expected_inputs), (actual, actual_inputs) = run_both(
+        shape, seed, depth, quantizer="rtn", group_size=32
+    )
+    for (name, before), a, b in zip(inputs.items(), expected_inputs, actual_inputs, strict=True):
         if written_by_a_twin(name, depth):
             written = a != before
             assert torch.equal(written.any(-1), (b != before).any(-1)), f"slots of {name}"
@@ -67,6 +47,24 @@ def test_quantized_river_fills_the_same_slots(shape, seed, data):
             assert torch.equal(a[:, :, :-1], b[:, :, :-1])
             a, b = a[:, :, -1], b[:, :, -1]
         assert_close(a, b, f"output {i}")
+
+
+def run_both(
+    shape: Shape, seed: int, depth: int, **options: object
+) -> tuple[dict[str, Tensor], tuple[Sequence[Tensor], list[Tensor]], tuple[Sequence[Tensor], list[Tensor]]]:
+    """Runs a random decoder as it is, and rewritten with an exit at a depth.
+
+    Returns:
+        The inputs by name; and of each run, its outputs and the inputs as it left them.
+    """
+    graph_module, inputs = random_decoder(shape, seed)
+    names = [node.name for node in graph_module.graph.find_nodes(op="placeholder")]
+    plain, rewritten = clones(inputs), clones(inputs)
+    expected = graph_module(*plain)
+    executor = river(graph_module, inputs, options={"lowering": "eager", "first_exit": 1, **options})
+    with torch.no_grad(), forced_depth(depth):
+        actual = executor(*rewritten)
+    return dict(zip(names, inputs, strict=True)), (expected, plain), (actual, rewritten)
 
 
 def written_by_a_twin(name: str, depth: int) -> bool:

@@ -14,7 +14,7 @@ from hypothesis import strategies as st
 from river_compile.exits import forced_depth
 from river_compile.state import state_of
 from tests.passes.fusion.fusion_graphs import Spelling, block_decoder
-from tests.passes.graphs import Shape, random_decoder
+from tests.passes.graphs import random_decoder, shapes
 from tests.support.lowerings import BLOCK_RULES, FUSED, UNFUSED, lowered
 
 OPTIONS = {"quantizer": "rtn", "group_size": 32, "first_exit": 1}
@@ -89,22 +89,8 @@ def test_rules_match_or_say_why_not(case):
     assert applied >= {(twin, r) for twin in ("twin_1", "twin_2") for r in BLOCK_RULES if r not in missed}
 
 
-SHAPES = st.builds(
-    Shape,
-    blocks=st.just(2),
-    batch=st.integers(1, 3),
-    norm=st.sampled_from(["rms", "layer", "none"]),
-    parallel=st.booleans(),
-    projections=st.sampled_from(["separate", "fused", "conv1d", "matmul"]),
-    bias=st.booleans(),
-    static_cache=st.booleans(),
-    between=st.booleans(),
-    return_hidden=st.booleans(),
-)
-
-
 @settings(max_examples=25)
-@given(shape=SHAPES, seed=st.integers(0, 2**16), depth=st.integers(0, 2))
+@given(shape=shapes(most_blocks=2), seed=st.integers(0, 2**16), depth=st.integers(0, 2))
 def test_fusion_keeps_the_function_of_any_graph(shape, seed, depth):
     graph_module, inputs = random_decoder(shape, seed)
     assert_same(run(graph_module, inputs, FUSED, depth), run(graph_module, inputs, UNFUSED, depth))
