@@ -19,8 +19,10 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+from river_compile.kernels.checks import check_choice
 from river_compile.kernels.quant import layouts
 from river_compile.kernels.triton import launch
+from river_compile.kernels.triton.linear import ACTIVATIONS, NORMS
 
 
 @torch.library.custom_op("river::linear", mutates_args=())
@@ -65,6 +67,10 @@ def linear(
     Raises:
         ValueError: an unknown layout, norm or activation, or a tensor of another shape or dtype than these.
     """
+    check_choice("norm", norm, NORMS)
+    check_choice("activation", activation, ACTIVATIONS)
+    if (norm == "none") != (norm_weight is None):
+        raise ValueError(f"norm={norm!r} and norm_weight go together; give both or neither")
     matrix: Tensor | layouts.PackedLinear = weight
     if scale_zero is not None:
         matrix = layouts.PackedLinear(layout, weight, scale_zero, group_size, x.shape[-1], out_features)

@@ -106,15 +106,14 @@ def copies_beyond_cache(spec: LinearSpec) -> int:
 
 def random_buffers(spec: LinearSpec) -> dict[str, torch.Tensor]:
     """Allocates every buffer of a linear spec on the GPU, for `spec.rows` or 64 rows."""
-    shapes = spec.shapes(spec.rows or 64)
     buffers = {}
-    for argument in (*spec.inputs(), *spec.epilogue_buffers()):
-        dtype = getattr(torch, argument.dtype)
+    for name, (dtype_name, shape) in spec.buffers(spec.rows or 64).items():
+        dtype = getattr(torch, dtype_name)
         if dtype.is_floating_point:
-            buffers[argument.name] = torch.randn(shapes[argument.name], device="cuda", dtype=dtype)
+            buffers[name] = torch.randn(shape, device="cuda", dtype=dtype)
         else:
-            high = 2**31 - 1 if argument.name == "qweight" else 1  # scales of 0: no overflow, the same time
-            buffers[argument.name] = torch.randint(0, high, shapes[argument.name], device="cuda", dtype=dtype)
+            high = 2**31 - 1 if name == "qweight" else 1  # scales of 0: no overflow, the same time
+            buffers[name] = torch.randint(0, high, shape, device="cuda", dtype=dtype)
     return buffers
 
 

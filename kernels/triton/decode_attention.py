@@ -31,9 +31,6 @@ from .spec import (
     next_power_of_two,
 )
 
-# Half the least number of each dtype: what a mask adds to the scores below it leaves nothing of a slot.
-LEAST = {"float32": -1.7e38, "bfloat16": -1.69e38, "float16": -32752.0}
-
 
 @dataclass(frozen=True)
 class DecodeAttentionSpec(KernelSpec):
@@ -105,11 +102,6 @@ class DecodeAttentionSpec(KernelSpec):
     @property
     def split_block(self) -> int:
         return next_power_of_two(self.splits)
-
-    @property
-    def least(self) -> float:
-        """What a mask adds to the score of a slot that takes no part, or less."""
-        return LEAST[self.mask_dtype]
 
     def stages(self) -> tuple[Stage, ...]:
         inputs = [Argument(name, self.dtype) for name in ("q", "k_cache", "v_cache")]

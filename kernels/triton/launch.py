@@ -76,8 +76,8 @@ def linear(
     spec = best_tile(spec, device_of(x), rows) if x.is_cuda else interpreter_tile(spec)
     buffers |= {"norm_weight": norm_weight, "norm_bias": norm_bias, "bias": bias, "y": y}
     buffers["residual"] = None if residual is None else residual.reshape(-1, n).contiguous()
-    shapes = spec.shapes(rows)
-    given = _checked({name: (tensor, shapes[name]) for name, tensor in buffers.items()})
+    wanted = spec.buffers(rows)
+    given = _checked({name: (buffers[name], shape) for name, (_, shape) in wanted.items() if name != "x"})
     load(spec, interpret=not x.is_cuda)(rows=rows, x=x2, **given)
     return y.reshape(*x.shape[:-1], n)
 

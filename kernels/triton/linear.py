@@ -34,6 +34,7 @@ NORMS = ("none", "rms", "rms_plus_one", "layer")
 ACTIVATIONS = ("none", "silu", "gelu", "gelu_tanh", "relu")
 WEIGHTS = ("w4", "dense")
 MAX_EXACT_ROWS = 16
+_EPILOGUE = ("bias", "residual", "y")
 
 
 @dataclass(frozen=True)
@@ -195,39 +196,24 @@ class LinearSpec(KernelSpec):
     def statistics_steps(self) -> int:
         return _blocks(self.in_features, self.statistics_block)
 
-    def inputs(self) -> tuple[Argument, ...]:
-        """Buffers of the product, without those of the epilogue."""
-        buffers = [Argument("x", self.dtype)]
-        if self.norm != "none":
-            buffers.append(Argument("norm_weight", self.dtype))
-        if self.norm_bias:
-            buffers.append(Argument("norm_bias", self.dtype))
-        if self.weights == "w4":
-            return (*buffers, Argument("qweight", "int32"), Argument("scale_zero", "int32"))
-        return (*buffers, Argument("weight", self.dtype))
-
-    def epilogue_buffers(self) -> tuple[Argument, ...]:
-        optional = (("bias", self.bias), ("residual", self.residual))
-        return (*(Argument(name, self.dtype) for name, used in optional if used), Argument("y", self.dtype))
-
-    def shapes(self, rows: int) -> dict[str, tuple[int, ...]]:
-        """Shapes of all buffers that a linear kernel may take, for `rows` rows."""
+    def buffers(self, rows: int) -> dict[str, tuple[str, tuple[int, ...]]]:
+        """Returns dtype and shape of every buffer of a call of `rows` rows, in the order of the parameters."""
         weight_rows = self.out_features * len(self.streams)
-        shapes = {
-            "x": (rows, self.row_stride),
-            "norm_weight": (self.in_features,),
-            "norm_bias": (self.in_features,),
-            "bias": (weight_rows,),
-            "residual": (rows, self.out_features),
-            "y": (rows, self.out_features),
-        }
-        if self.weights == "dense":
-            return {**shapes, "weight": (weight_rows, self.in_features)}
-        return {
-            **shapes,
-            "qweight": (weight_rows, self.row_words),
-            "scale_zero": (weight_rows, self.groups),
-        }
+        found: dict[str, tuple[str, tuple[int, ...]]] = {"x": (self.dtype, (rows, self.row_stride))}
+        if self.norm != "none":
+            found["norm_weight"] = (self.dtype, (self.in_features,))
+        if self.norm_bias:
+            found["norm_bias"] = (self.dtype, (self.in_features,))
+        if self.weights == "w4":
+            found["qweight"] = ("int32", (weight_rows, self.row_words))
+            found["scale_zero"] = ("int32", (weight_rows, self.groups))
+        else:
+            found["weight"] = (self.dtype, (weight_rows, self.in_features))
+        if self.bias:
+            found["bias"] = (self.dtype, (weight_rows,))
+        if self.residual:
+            found["residual"] = (self.dtype, (rows, self.out_features))
+        return {**found, "y": (self.dtype, (rows, self.out_features))}
 
     def stages(self) -> tuple[Stage, ...]:
         tile, open_rows = self.tile, self.rows is None
@@ -239,14 +225,16 @@ class LinearSpec(KernelSpec):
         def reduce_grid(rows: int) -> tuple[int, int, int]:
             return _blocks(self.out_features, self.reduce_block), self.rows or rows, 1
 
+        arguments = [Argument(name, dtype) for name, (dtype, _) in self.buffers(1).items()]
         if tile.split_k == 1:
-            arguments = (*self.inputs(), *self.epilogue_buffers(), *rows_argument)
-            return (Stage(self.family, arguments, grid, tile.num_warps, tile.num_stages),)
+            return (Stage(self.family, (*arguments, *rows_argument), grid, tile.num_warps, tile.num_stages),)
         partial = Argument("partial", "float32")
-        product = (*self.inputs(), partial, *rows_argument)
+        product = [a for a in arguments if a.name not in _EPILOGUE]
+        epilogue = [a for a in arguments if a.name in _EPILOGUE]
+        first = (*product, partial, *rows_argument)
         return (
-            Stage(f"{self.family}_partial", product, grid, tile.num_warps, tile.num_stages),
-            Stage(f"{self.family}_reduce", (partial, *self.epilogue_buffers(), *rows_argument), reduce_grid, 4, 1),
+            Stage(f"{self.family}_partial", first, grid, tile.num_warps, tile.num_stages),
+            Stage(f"{self.family}_reduce", (partial, *epilogue, *rows_argument), reduce_grid, 4, 1),
         )
 
     def workspaces(self) -> tuple[Workspace, ...]:

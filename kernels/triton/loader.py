@@ -11,6 +11,7 @@ patches `triton.language` while it runs).
 from __future__ import annotations
 
 import functools
+import hashlib
 import importlib.util
 import sys
 import threading
@@ -22,7 +23,7 @@ from typing import TYPE_CHECKING, Any
 
 from river_compile.kernels.files import appearing, cache_folder
 
-from .spec import KernelSpec, render, source_hash
+from .spec import KernelSpec, render
 
 if TYPE_CHECKING:
     import torch
@@ -37,7 +38,7 @@ def source_file(spec: KernelSpec) -> Path:
     renders to is rebuilt with a warning.
     """
     source = render(spec)
-    path = cache_folder() / "kernels" / f"{spec.family}_{source_hash(source)}.py"
+    path = cache_folder() / "kernels" / f"{spec.family}_{hashlib.sha256(source.encode()).hexdigest()[:16]}.py"
     if path.exists():
         if path.read_bytes() == source.encode():
             return path
@@ -72,12 +73,13 @@ class Kernel:
             ValueError: a buffer is missing, of the wrong dtype, on another device, or of no use to this kernel.
         """
         import numpy
+        import torch
 
         self._check(buffers)
-        device = next(iter(buffers.values())).device
         for workspace in self.spec.workspaces():
             if workspace.name not in buffers:
-                buffers[workspace.name] = _allocate(workspace.shape(rows), workspace.dtype, device)
+                like = next(iter(buffers.values()))
+                buffers[workspace.name] = like.new_empty(workspace.shape(rows), dtype=getattr(torch, workspace.dtype))
         for stage in self.spec.stages():
             values = [buffers[a.name] if a.pointer else rows for a in stage.arguments]
             grid = stage.grid(rows)
@@ -149,12 +151,6 @@ def compile_for(spec: KernelSpec, backend: str, arch: int | str) -> list[Any]:
 def fusion_option() -> dict[str, bool]:
     """Asks for fused multiply-adds: Triton 3.9 warns without a choice, and its successor changes the default."""
     return {"enable_fp_fusion": True}
-
-
-def _allocate(shape: tuple[int, ...], dtype: str, device: torch.device) -> torch.Tensor:
-    import torch
-
-    return torch.empty(shape, dtype=getattr(torch, dtype), device=device)
 
 
 def _import(path: Path, mode: str) -> types.ModuleType:

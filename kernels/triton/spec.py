@@ -9,7 +9,6 @@ from __future__ import annotations
 
 import dataclasses
 import functools
-import hashlib
 import re
 from collections.abc import Callable
 from dataclasses import dataclass
@@ -144,8 +143,3 @@ def render(spec: KernelSpec) -> str:
     text = template.render(spec=spec, stages=spec.stages(), fields=dataclasses.asdict(spec))
     text = re.sub(r"\n\s*\n(?= )", "\n", text)  # a macro leaves an empty line where it was called,
     return re.sub(r"\n{4,}", "\n\n\n", text).rstrip() + "\n"  # and many where it was defined
-
-
-def source_hash(source: str) -> str:
-    """Returns the 16 hexadecimal digits that name a source file."""
-    return hashlib.sha256(source.encode()).hexdigest()[:16]

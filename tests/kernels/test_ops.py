@@ -133,6 +133,10 @@ def test_what_the_operators_refuse():
     p, x = packed(24, 64, "triton"), random(1, 64)
     with pytest.raises(ValueError, match="layout='rows' is not allowed; choose one of 'triton', 'plain'"):
         river.linear(x, p.qweight, p.scale_zero, None, 24, 32, "rows")
+    with pytest.raises(ValueError, match="norm='rms' and norm_weight go together"):
+        river.linear(x, p.qweight, p.scale_zero, None, 24, 32, "triton", norm="rms")
+    with pytest.raises(ValueError, match="activation='swish'"):
+        river.linear(x, p.qweight, p.scale_zero, None, 24, 32, "plain", activation="swish")
     with pytest.raises(ValueError, match="dtype='float64'"):
         river.linear(x.double(), p.qweight, p.scale_zero, None, 24, 32, "triton")
     with pytest.raises(ValueError, match="bias has dtype float16"):
