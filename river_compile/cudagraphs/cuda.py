@@ -44,7 +44,7 @@ class CudaGraphs(CaptureDevice):
         if self._last is not None and self._last[0] != self._stream():
             self._stream().wait_event(self._last[1])
 
-    def run(self, work: Callable[[], None]) -> None:
+    def run(self, work: Callable[[], object]) -> None:
         work()
 
     def settle(self) -> None:

@@ -12,6 +12,7 @@ from abc import ABC, abstractmethod
 from collections import deque
 from collections.abc import Callable, Iterable
 from dataclasses import dataclass, field
+from typing import Any
 
 from torch import Tensor
 
@@ -42,7 +43,7 @@ class CaptureDevice(ABC):
         """Starts a step: what an earlier one left in the flags and in what `buffers` returns means nothing any more."""
 
     @abstractmethod
-    def run(self, work: Callable[[], None]) -> None:
+    def run(self, work: Callable[[], object]) -> None:
         """Runs uncaptured work, in order with the replays."""
 
     @abstractmethod
@@ -66,7 +67,7 @@ class CaptureDevice(ABC):
         """
 
     @abstractmethod
-    def launch(self, graph: object, slots: list) -> None:
+    def launch(self, graph: Any, slots: list) -> None:
         """Replays a graph; returns before it has run.
 
         Args:
@@ -79,11 +80,11 @@ class CaptureDevice(ABC):
         """Returns a mark after everything launched so far."""
 
     @abstractmethod
-    def wait(self, mark: object) -> None:
+    def wait(self, mark: Any) -> None:
         """Waits until the device has reached a mark."""
 
     @abstractmethod
-    def seconds_between(self, first: object, second: object) -> float | None:
+    def seconds_between(self, first: Any, second: Any) -> float | None:
         """Returns the device's time between two marks that were reached, None where it keeps no time."""
 
     @abstractmethod

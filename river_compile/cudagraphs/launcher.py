@@ -95,7 +95,7 @@ class Launcher:
         entry = self._captures.get(signature)
         is_new = entry is None
         if is_new:
-            outputs = self._seen.get(unit, {}).get(signature)
+            outputs = self._seen[unit].get(signature) if unit in self._seen else None
             entry = self._capture(unit, signature, slots, outputs) if outputs is not None else None
         if entry is None:
             self._remember(unit, signature, self._run_uncaptured(unit, slots))
@@ -182,6 +182,7 @@ class Launcher:
         """Returns copies that no later step overwrites, in order with the launches."""
         values = list(values)
         fresh = [torch.empty_like(v) if isinstance(v, Tensor) else v for v in values]
-        pairs = [(a, b) for a, b in zip(fresh, values, strict=True) if isinstance(a, Tensor)]
+        both = zip(fresh, values, strict=True)
+        pairs = [(a, b) for a, b in both if isinstance(a, Tensor) and isinstance(b, Tensor)]
         self.device.run(lambda: [a.copy_(b) for a, b in pairs])
         return tuple(fresh)

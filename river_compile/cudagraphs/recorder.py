@@ -34,7 +34,7 @@ class Recording:
     """A captured unit: what it reads, where that lay, and the buffers it writes."""
 
     unit: Unit
-    addresses: tuple[int, ...]
+    addresses: tuple[object, ...]
     outputs: dict[int, Tensor]
 
 
@@ -65,7 +65,7 @@ class Recorder(CaptureDevice):
 
     events: list[Event] = field(default_factory=list)
     name: str = "recorder"
-    _queue: list[Callable[[], None] | Mark] = field(default_factory=list)
+    _queue: list[Callable[[], object] | Mark] = field(default_factory=list)
     _latest: str = ""
 
     def buffer(self, like: Tensor) -> Tensor:
@@ -79,7 +79,7 @@ class Recorder(CaptureDevice):
         for tensor in (*buffers(), flags):
             spoil(tensor)
 
-    def run(self, work: Callable[[], None]) -> None:
+    def run(self, work: Callable[[], object]) -> None:
         self.events.append(Event("run"))
         self._queue.append(work)
 

@@ -20,7 +20,9 @@ _PROMPT = 4  # tokens of a prompt that says nothing
 _STEPS = 2  # decode steps per exit: the first one warms up, the second one captures
 
 
-def warmup(model: nn.Module, cache: Cache, *, batch_size: int = 1, depths: Iterable[int] = (), **options) -> CaptureLog:
+def warmup(
+    model: nn.Module, cache: Cache, *, batch_size: int = 1, depths: Iterable[int] = (), **options: object
+) -> CaptureLog:
     """Generates a few tokens at every exit depth, so that all graphs which decoding on a cache needs are captured.
 
     A capture belongs to the KV cache whose memory it writes: generate with the same cache afterwards. It is emptied
@@ -65,7 +67,7 @@ def warmup(model: nn.Module, cache: Cache, *, batch_size: int = 1, depths: Itera
     return record.of(CaptureLog)
 
 
-def _runs(record: GraphRecord, depths: Iterable[int]) -> Iterator[AbstractContextManager]:
+def _runs(record: GraphRecord, depths: Iterable[int]) -> Iterator[AbstractContextManager[None]]:
     """Yields a context for every way that a token can take."""
     criterion, first = CRITERIA[record.config.criterion], record.config.first_exit
     if record.config.exit_depth is None:

@@ -77,7 +77,7 @@ class Trace:
         tokens = self.tokens
         return plot_depths(path, texts, [t.depth for t in tokens], [t.doubted for t in tokens], self.num_blocks)
 
-    def add_step(self, executor: RiverExecutor, args: tuple, step: StepRecord) -> None:
+    def add_step(self, executor: RiverExecutor, args: tuple[object, ...], step: StepRecord) -> None:
         """Adds a step that an executor took."""
         self.num_blocks = max(self.num_blocks, executor.num_blocks)
         self.steps.append(step)
