@@ -15,8 +15,7 @@ from river_compile.passes.decoder import find_decoder
 from river_compile.passes.nodes import shape
 from river_compile.passes.normalize import normalized
 from river_compile.passes.program import DecoderPlan, Refusal
-from tests.passes.graphs import HEADS, SLOTS, WIDTH, GraphBuilder, Shape, random_decoder
-from tests.passes.test_random_graphs import SHAPES
+from tests.passes.graphs import HEADS, SLOTS, WIDTH, GraphBuilder, Shape, random_decoder, shapes
 
 PLAIN = Shape(3, 2, "rms", False, "separate", False, True, False, False)
 
@@ -26,7 +25,7 @@ def plan_of(shape: Shape, seed: int = 0) -> DecoderPlan | Refusal:
 
 
 @settings(max_examples=30)
-@given(shape_=SHAPES, seed=st.integers(0, 2**16))
+@given(shape_=shapes(), seed=st.integers(0, 2**16))
 def test_every_node_has_a_part_and_parts_run_in_order(shape_, seed):
     plan = plan_of(shape_, seed)
     assert isinstance(plan, DecoderPlan)

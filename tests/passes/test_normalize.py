@@ -14,8 +14,8 @@ from torch.utils._pytree import tree_leaves
 
 from river_compile.passes.nodes import is_tensor
 from river_compile.passes.normalize import normalized
-from tests.passes.graphs import GraphBuilder, random_decoder
-from tests.passes.test_random_graphs import SHAPES, assert_equal, clones
+from tests.passes.graphs import GraphBuilder, random_decoder, shapes
+from tests.passes.test_random_graphs import assert_equal, clones
 from tests.support.families import FAMILIES, make, prompt
 
 
@@ -39,7 +39,7 @@ def assert_normal(graph_module: fx.GraphModule) -> fx.GraphModule:
 
 
 @settings(max_examples=60)
-@given(shape=SHAPES, seed=st.integers(0, 2**16))
+@given(shape=shapes(), seed=st.integers(0, 2**16))
 def test_random_decoders_keep_their_bits(shape, seed):
     graph_module, inputs = random_decoder(shape, seed)
     normal = assert_normal(graph_module)
