@@ -11,7 +11,7 @@ judge an approximation V of W by the error of its outputs, ``E |W x - V x|^2 = t
     gptq       GPTQ (Frantar et al. 2022, arXiv 2210.17323): columns are rounded one after another, those with the
                largest inputs first, and each one's error is made up for by the columns that follow
 
-Not handled: errors of earlier layers in the inputs. The moments are the backbone's, since a twin runs behind any number
+Not handled: errors of earlier layers in the inputs. The moments are the backbone's, since a twin runs after any number
 of twins, or none.
 """
 

@@ -1,4 +1,4 @@
-"""What the matrices of a model read: ``observe(model, tokenizer, texts)``, for the quantizers "awq" and "gptq".
+"""Calibration statistics for "awq" and "gptq": ``observe(model, tokenizer, texts)`` records what each matrix reads.
 
 Texts run through the model as it is, never through compiled code, one after another. Every product of an input with a
 two-dimensional parameter is seen where it happens (``F.linear``, ``addmm``, ``matmul``: the forms that twins replace),
@@ -95,7 +95,7 @@ def windows_of(
 def default_texts() -> list[str]:
     """Returns short texts of many kinds that were written for this package.
 
-    They are a start, no match for texts like those that a model will see.
+    Texts like those that a model will see serve it better.
     """
     content = resources.files("river_compile.twins").joinpath("default_texts.txt").read_text(encoding="utf-8")
     return content.rstrip("\n").split("\n%%\n")
@@ -139,7 +139,7 @@ class InputMoments:
 
 
 class Observation:
-    """What was seen of a model's inputs so far; see :func:`observe`.
+    """Calibration statistics of a model: the second moments of what its matrices read; see :func:`observe`.
 
     Attributes:
         tokens: number of tokens.

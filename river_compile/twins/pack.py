@@ -60,7 +60,7 @@ def save(model: nn.Module, folder: str | Path) -> Path:
 
 
 def changed_since(name: str) -> str:
-    """Returns what to tell about a product whose parameters are not those that it was made from."""
+    """Returns the message about a product whose parameters are not those that it was made from."""
     return (
         f"the weights of {name} changed after they were packed; call torch._dynamo.reset() and generate a token first"
     )
