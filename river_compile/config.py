@@ -284,12 +284,13 @@ class RiverConfig:
             OptionError: (a ``ValueError``) an unknown name or a bad value.
         """
         names = list(cls.options())
-        for name in options or {}:
+        given: dict[str, Any] = dict(options or {})
+        for name in given:
             if name not in names:
                 raise OptionError(
                     f"unknown option {name!r} of backend 'river'; options are {', '.join(names)}{closest(name, names)}"
                 )
-        return cls(**(options or {}))
+        return cls(**given)
 
     def check_depths(self, num_blocks: int) -> None:
         """Checks the depths against a model with `num_blocks` blocks.

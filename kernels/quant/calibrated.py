@@ -138,7 +138,8 @@ def awq(
     alphas: Sequence[float] = ALPHAS,
 ) -> tuple[QuantizedWeight, Tensor | None]:
     """Scales the input features so that the outputs err least; see the module's table and `quantize_observed`."""
-    best: tuple[float, QuantizedWeight, Tensor | None] | None = None
+    least = math.inf
+    found: list[tuple[QuantizedWeight, Tensor | None]] = []
     squares = moments.diagonal()
     for alpha in alphas:
         scale_K = _input_scale(squares, alpha) if alpha else None
@@ -146,10 +147,10 @@ def awq(
         grid = round_to_grid(scaled, group_size, squares if scale_K is None else squares / scale_K.square(), dtype)
         stands_for = grid.dequantize() if scale_K is None else grid.dequantize() / scale_K
         noise = _energy(weight - stands_for, moments)
-        if best is not None and noise >= best[0]:
+        if found and noise >= least:
             break
-        best = (noise, grid, scale_K)
-    return best[1], best[2]
+        least, found = noise, [(grid, scale_K)]
+    return found[0]
 
 
 def round_to_grid(

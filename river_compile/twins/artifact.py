@@ -21,6 +21,7 @@ import json
 from collections.abc import Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
+from typing import Any
 
 import torch
 from safetensors import SafetensorError, safe_open
@@ -83,7 +84,7 @@ class SavedMatrix(Ratios):
         )
 
     @classmethod
-    def from_json(cls, entry: dict) -> SavedMatrix:
+    def from_json(cls, entry: dict[str, Any]) -> SavedMatrix:
         """Returns a matrix from what `to_json` gave; raises a TypeError, KeyError or ValueError for anything else."""
         ratio = entry["output_sqnr"]
         ratios = {"sqnr": float(entry["sqnr"]), "output_sqnr": None if ratio is None else float(ratio)}
@@ -242,7 +243,7 @@ def weights_hash(tensors: Sequence[Tensor]) -> str:
     for tensor in tensors:
         tensor = tensor.detach().cpu().contiguous()
         digest.update(f"{tensor.dtype}{tuple(tensor.shape)}".encode())
-        digest.update(tensor.reshape(-1).view(torch.uint8).numpy())
+        digest.update(tensor.reshape(-1).view(torch.uint8).numpy().data)
     return digest.hexdigest()
 
 

@@ -135,10 +135,12 @@ def _sites_by_block(state: ModelState) -> Iterator[tuple[int, str, _Made]]:
     used = {id(site) for site in rewritten[-1].of(GraphTwins)}
     made = [(site, sources) for site, sources in state.of(PackedWeights).made() if id(site) in used]
     for number, path in enumerate(rewritten[-1].block_paths, start=1):
-        packed = [(site, sources) for site, sources in made if site.name.startswith(f"{path}.")]
-        for site, sources in packed:
-            if sources is None:
-                raise ValueError(changed_since(site.name))
+        packed: _Made = []
+        for site, sources in made:
+            if site.name.startswith(f"{path}."):
+                if sources is None:
+                    raise ValueError(changed_since(site.name))
+                packed.append((site, sources))
         if packed:
             yield number, path, packed
 
@@ -157,7 +159,7 @@ def _twin_weights(model: nn.Module, packed: _Made) -> dict[str, Tensor]:
 
 
 def _logits(model: nn.Module, weights: Mapping[str, Tensor], ids: Tensor) -> Tensor:
-    arguments = {"input_ids": ids.to(model.device), "use_cache": False}
+    arguments = {"input_ids": ids.to(next(model.parameters()).device), "use_cache": False}
     return functional_call(model, dict(weights), (), arguments).logits.flatten(0, 1)
 
 

@@ -83,9 +83,9 @@ def windows_of(
     """
     if (tokenizer is None) == (inputs is None):
         raise OptionError(f"{caller} takes a tokenizer (and texts=), or inputs=[ids, ...]: one of the two")
-    if inputs is None:
+    if tokenizer is not None:
         inputs = [torch.tensor(tokenizer(text)["input_ids"]) for text in (default_texts() if texts is None else texts)]
-    batches = [torch.atleast_2d(ids) for ids in inputs]
+    batches = [torch.atleast_2d(ids) for ids in inputs or ()]
     windows = [window for ids in batches if ids.numel() for window in ids.split(_WINDOW, dim=1)]
     if not windows:
         raise OptionError(f"{caller} was given no token; pass texts= of some thousand tokens in all")
@@ -132,9 +132,10 @@ class InputMoments:
         return self._summed() / self.tokens
 
     def _summed(self) -> Tensor:
-        rows = torch.cat(self._rows).float() if self._rows else None
-        if rows is None:
+        if not self._rows:
+            assert self._sum is not None, "no input was added"
             return self._sum
+        rows = torch.cat(self._rows).float()
         return rows.T @ rows if self._sum is None else self._sum.addmm(rows.T, rows)
 
 
@@ -183,7 +184,13 @@ class _Recorder(TorchFunctionMode):
         self._parameters, self._observation = parameters, observation
         self._last: tuple[Tensor, int, InputMoments] | None = None
 
-    def __torch_function__(self, func, types, args=(), kwargs=None):
+    def __torch_function__(
+        self,
+        func: Callable[..., object],
+        types: Sequence[type],
+        args: tuple[object, ...] = (),
+        kwargs: Mapping[str, object] | None = None,
+    ) -> object:
         if func in _PRODUCTS:
             tensors = [a for a in (*args, *(kwargs or {}).values()) if isinstance(a, Tensor)]
             weights = [(i, self._parameters[t.data_ptr()]) for i, t in enumerate(tensors) if self._is_weight(t)]

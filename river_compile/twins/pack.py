@@ -109,7 +109,8 @@ class PackedWeights:
             maker.check(missing)
             self._make(missing, maker)
             self.seconds += time.perf_counter() - start
-            return {site: self._find(site, maker) for site in sites}
+            found = {site: self._find(site, maker) for site in sites}
+            return {site: made for site, made in found.items() if made is not None}  # (none is missing now)
 
     def all(self) -> list[PackedSite]:
         """Returns what is packed at the moment."""
@@ -217,12 +218,14 @@ class _Maker:
     def make(self, site: LinearSite, saved: SavedMatrix | None) -> PackedSite:
         """Quantizes, or reads, and packs a product; below the floor there is nothing to pack."""
         start = time.perf_counter()
-        ratios: Ratios = saved or self._quantized(site)
-        reason, weight, extras, scale = self._too_low(ratios), None, (), None
+        found: Grid | SavedMatrix = self._quantized(site) if saved is None else saved
+        reason, weight, scale = self._too_low(found), None, None
+        extras: tuple[Tensor, ...] = ()
         if not reason:
-            device = self.values[site.weights[0]].device
-            grid = ratios if isinstance(ratios, Grid) else self.artifact.grid(saved, device)
-            weight, scale = pack(grid.weight, site.layout), grid.input_scale
+            if isinstance(found, SavedMatrix):
+                assert self.artifact is not None
+                found = self.artifact.grid(found, self.values[site.weights[0]].device)
+            weight, scale = pack(found.weight, site.layout), found.input_scale
             extras = extras_of(site, self.values, scale)
         return PackedSite(
             name=site.name,
@@ -235,8 +238,8 @@ class _Maker:
             extras=extras,
             input_scale=scale,
             reason=reason,
-            sqnr=ratios.sqnr,
-            output_sqnr=ratios.output_sqnr,
+            sqnr=found.sqnr,
+            output_sqnr=found.output_sqnr,
             artifact=self.origin,
             seconds=time.perf_counter() - start,
         )
