@@ -10,13 +10,14 @@ blocks that write no KV cache.
 
 from __future__ import annotations
 
+import itertools
 import re
 from collections.abc import Iterator
 
 import torch
 from torch import fx
 
-from .nodes import ancestors, clean_path, is_tensor, memory_of, mutated_inputs, rank, value_of
+from .nodes import ancestors, clean_path, is_hidden, memory_of, mutated_inputs, rank, value_of
 from .program import Block, DecoderPlan, KVSlot, Refusal
 
 # `...layers.5`, `...layers[5]` and `getattr(...layers, '5')` all name child 5 of a module list.
@@ -34,11 +35,18 @@ def find_decoder(graph_module: fx.GraphModule) -> DecoderPlan | Refusal:
     part_of = _assign_parts(graph, list_path, num_blocks)
     if isinstance(part_of, Refusal):
         return part_of
-    blocks = _describe_blocks(part_of, list_path, num_blocks)
-    if isinstance(blocks, Refusal):
-        return blocks
-    batch, query_length = value_of(blocks[0].hidden_in).shape[:2]
-    return DecoderPlan(graph_module, blocks, part_of, query_length, batch)
+    flows = _hidden_flows(part_of, num_blocks)
+    if isinstance(flows, Refusal):
+        return flows
+    blocks = []
+    for index, (before, after) in enumerate(itertools.pairwise(flows)):
+        path = f"{clean_path(list_path)}.{index}"
+        kv = _kv_slot([n for n, part in part_of.items() if part == index + 1], after)
+        if kv is None:
+            return Refusal("the blocks write no KV cache (generation keeps one: use_cache=True)", path)
+        blocks.append(Block(index, path, before, after, kv))
+    batch, query_length = value_of(flows[0]).shape[:2]
+    return DecoderPlan(graph_module, tuple(blocks), part_of, query_length, batch)
 
 
 def _children(node: fx.Node, list_path: str | None = None) -> Iterator[tuple[int, tuple[str, object]]]:
@@ -68,7 +76,7 @@ def _block_list(graph: fx.Graph) -> str | None:
 
 
 def _class_name(cls: object) -> str:
-    return cls if isinstance(cls, str) else f"{cls.__module__}.{cls.__qualname__}"
+    return f"{cls.__module__}.{cls.__qualname__}" if isinstance(cls, type) else str(cls)
 
 
 def _assign_parts(graph: fx.Graph, list_path: str, num_blocks: int) -> dict[fx.Node, int] | Refusal:
@@ -89,9 +97,7 @@ def _assign_parts(graph: fx.Graph, list_path: str, num_blocks: int) -> dict[fx.N
                     node.name,
                 )
             reached = part
-        elif (
-            before == 0 and not any(memory_of(a) in written for a in node.all_input_nodes) and not mutated_inputs(node)
-        ):
+        elif before == 0 and written.isdisjoint(map(memory_of, node.all_input_nodes)):
             part = 0  # depends on the inputs alone: it may as well run first
         elif before == num_blocks or (reached == num_blocks and before):
             part = num_blocks + 1
@@ -99,21 +105,6 @@ def _assign_parts(graph: fx.Graph, list_path: str, num_blocks: int) -> dict[fx.N
             part = max(before, reached)
         part_of[node] = part
     return part_of
-
-
-def _describe_blocks(part_of: dict[fx.Node, int], list_path: str, num_blocks: int) -> tuple[Block, ...] | Refusal:
-    flows = _hidden_flows(part_of, num_blocks)
-    if isinstance(flows, Refusal):
-        return flows
-    blocks = []
-    for index in range(num_blocks):
-        nodes = [n for n, part in part_of.items() if part == index + 1]
-        path = f"{clean_path(list_path)}.{index}"
-        kv = _kv_slot(nodes, flows[index + 1])
-        if kv is None:
-            return Refusal("the blocks write no KV cache (generation keeps one: use_cache=True)", path)
-        blocks.append(Block(index, path, flows[index], flows[index + 1], kv))
-    return tuple(blocks)
 
 
 def _hidden_flows(part_of: dict[fx.Node, int], num_blocks: int) -> tuple[fx.Node, ...] | Refusal:
@@ -124,9 +115,7 @@ def _hidden_flows(part_of: dict[fx.Node, int], num_blocks: int) -> tuple[fx.Node
             node
             for node, part in part_of.items()
             if part == boundary
-            and is_tensor(node)
-            and value_of(node).dim() == 3
-            and value_of(node).is_floating_point()
+            and is_hidden(node)
             and any(part_of.get(user, num_blocks + 1) == boundary + 1 for user in node.users)
         ]
 
@@ -170,8 +159,6 @@ def _outlives(memory: fx.Node, nodes: list[fx.Node]) -> bool:
 
 def _capacity(writes: list[fx.Node]) -> int | None:
     """Slots of a cache written by ``index_copy_(dim, position, new)``; other caches roll and never overflow."""
-    for node in writes:
-        if node.target is torch.Tensor.index_copy_:
-            size = value_of(node.args[0]).shape[node.args[1]]
-            return size if isinstance(size, int) else None
-    return None
+    sizes = (value_of(n.args[0]).shape[n.args[1]] for n in writes if n.target is torch.Tensor.index_copy_)
+    size = next(sizes, None)
+    return size if isinstance(size, int) else None

@@ -1,9 +1,8 @@
-"""Adds numbers that decide exits to segments: a block's similarity, and the entropy of a head's logits.
+"""Adds the numbers that decide exits to segments, each after the segment's other outputs.
 
-A block's check is the node ``river::exit_score``: the cosine between the block's input and output on the residual
-stream ("state transition similarity", Shen and Zou, River-LLM, arXiv 2604.18396), least over rows and tokens. A head's
-is the entropy of the next token's distribution, largest over rows. A segment returns its number after its other
-outputs; whoever runs the program compares it with the threshold.
+A block's is the cosine between its input and output on the residual stream ("state transition similarity", Shen and
+Zou, River-LLM, arXiv 2604.18396), least over rows and tokens. A head's is the entropy of the next token's distribution,
+largest over rows. Not handled here: thresholds, which whoever runs the program compares with.
 """
 
 from __future__ import annotations
@@ -17,9 +16,9 @@ from torch import fx
 from river_compile.kernels import ops  # noqa: F401  (registers river::exit_score)
 from river_compile.kernels.portable import largest_entropy
 
-from .nodes import is_tensor, value_of
+from .nodes import is_hidden, value_of
 from .pipeline import Pass
-from .program import Block, RiverProgram, Segment
+from .program import RiverProgram, Segment
 
 
 def exit_checks(candidates: tuple[int, ...]) -> Pass:
@@ -27,8 +26,11 @@ def exit_checks(candidates: tuple[int, ...]) -> Pass:
 
     def exit_checks(program: RiverProgram) -> RiverProgram:
         """Blocks return their similarity after each candidate depth."""
+        exit_score = torch.ops.river.exit_score.default
         blocks = tuple(
-            _with_check(segment, block) if segment.depth in candidates else segment
+            _with_score(segment, exit_score, block.hidden_out, block.hidden_in)
+            if segment.depth in candidates
+            else segment
             for segment, block in zip(program.blocks, program.plan.blocks, strict=True)
         )
         return replace(program, blocks=blocks, candidates=candidates)
@@ -45,10 +47,6 @@ def logits_entropy(program: RiverProgram) -> RiverProgram:
     return replace(program, head=_with_score(program.head, largest_entropy, logits), river_head=river_head)
 
 
-def _with_check(segment: Segment, block: Block) -> Segment:
-    return _with_score(segment, torch.ops.river.exit_score.default, block.hidden_out, block.hidden_in)
-
-
 def logits_of(program: RiverProgram) -> fx.Node | None:
     """Returns the logits ``[B, T, V]`` among the values that the graph returns, None for a model without a head.
 
@@ -59,18 +57,14 @@ def logits_of(program: RiverProgram) -> fx.Node | None:
     found = [
         node
         for node in program.returned
-        if plan.part_of.get(node) == plan.num_blocks + 1
-        and is_tensor(node)
-        and value_of(node).dim() == 3
-        and value_of(node).is_floating_point()
-        and value_of(node).shape[-1] != width
+        if plan.part_of.get(node) == plan.num_blocks + 1 and is_hidden(node) and value_of(node).shape[-1] != width
     ]
     return found[-1] if found else None
 
 
 def _with_score(segment: Segment, function: Callable, *values: fx.Node) -> Segment:
     """Returns the segment with one output more: the function of some of its inputs and outputs."""
-    scored = segment.copy(has_score=True)
+    scored = replace(segment.copy(), has_score=True)
     output = scored.graph.output_node()
     with scored.graph.inserting_before(output):
         score = scored.graph.call_function(function, tuple(map(scored.node_of, values)))

@@ -1,10 +1,9 @@
 """Finds out from the graph alone what a step that is captured as a CUDA graph may take for granted.
 
-A captured graph replays the same kernels on the same addresses. So three things are asked of the traced graph: which
-inputs keep their address from token to token, which operations cannot be captured, and whether a block may run a second
-time for the same token (a block that was launched ahead of its exit check runs again as a twin).
+These are which inputs keep their address from token to token, which operations cannot be captured, and whether a block
+may run a second time for the same token (a block that was launched ahead of its exit check runs again as a twin).
 
-Not seen here: what only shows when the code runs, such as an operator that waits for the device inside.
+Not handled: what only shows when the code runs, such as an operator that waits for the device inside.
 """
 
 from __future__ import annotations
@@ -17,7 +16,18 @@ import torch
 from torch import fx
 from torch.fx.experimental.symbolic_shapes import free_symbols, free_unbacked_symbols
 
-from .nodes import ancestors, called, closure, is_tensor, memory_of, mutated_inputs, rank, source_of, value_of
+from .nodes import (
+    ancestors,
+    called,
+    closure,
+    is_tensor,
+    memory_of,
+    mutated_inputs,
+    number_inputs,
+    rank,
+    source_of,
+    value_of,
+)
 from .program import Block, DecoderPlan, Refusal, Segment
 
 
@@ -28,18 +38,16 @@ def fixed_inputs(plan: DecoderPlan) -> frozenset[fx.Node]:
     """
     graph = plan.graph_module.graph
     written = {memory_of(m) for node in graph.nodes for m in mutated_inputs(node)}
-    return frozenset(n for n in graph.find_nodes(op="placeholder") if _is_marked(n) or n in written)
+    marked = "_dynamo_static_input_type"
+    placeholders = graph.find_nodes(op="placeholder")
+    return frozenset(n for n in placeholders if n in written or marked in n.meta.get("tensor_dict", {}))
 
 
 def obstacle(segment: Segment, home: torch.device) -> Refusal | None:
-    """Returns why a segment cannot be captured, naming the node and its source line; None where nothing speaks against.
+    """Returns why a segment cannot be captured, naming the node and its source line; None where it can.
 
-    Captured kernels cannot tell the host a size, and a captured copy from ordinary host memory would repeat the bytes
-    that lay there at capture.
-
-    Args:
-        segment: the segment.
-        home: the device of the hidden state.
+    Captured kernels cannot report a size to the host, and a captured copy from ordinary host memory would repeat the
+    bytes that lay there at capture. `home` is the device of the hidden state.
     """
     for node in (n for n in segment.graph.nodes if n.op != "output"):
         value = value_of(node)
@@ -54,13 +62,7 @@ def obstacle(segment: Segment, home: torch.device) -> Refusal | None:
 
 @dataclass(frozen=True)
 class HostNumber:
-    """A number that a segment hands on and that follows from other numbers, so that the host can compute it.
-
-    Attributes:
-        node: the number.
-        inputs: the numbers it follows from.
-        compute: the function of their values.
-    """
+    """A number that a segment hands on, which the host can compute from the values of other numbers, its inputs."""
 
     node: fx.Node
     inputs: tuple[fx.Node, ...]
@@ -69,8 +71,8 @@ class HostNumber:
 
 def host_numbers(segment: Segment) -> tuple[HostNumber, ...]:
     """Returns the numbers among a segment's outputs (sliding-window caches count their tokens in one)."""
-    holders = {value_of(n).node.expr: n for n in segment.inputs if isinstance(value_of(n), torch.SymInt)}
-    numbers = []
+    holders = number_inputs(segment.inputs)
+    numbers: list[HostNumber] = []
     for node in segment.outputs:
         value = value_of(node)
         if isinstance(value, torch.SymInt):
@@ -101,8 +103,7 @@ def runs_once(plan: DecoderPlan, block: Block) -> Refusal | None:
 
     It may where everything that it writes in place is either a counter, advanced once by one, or a KV tensor, written
     by ``index_copy_`` alone at positions that follow from the counters and from inputs that nobody changes, and read
-    only after it was written. With the counters taken back, a second run computes the same positions, so its entries
-    cover those of the first before anything reads them.
+    only after it was written: then a second run's entries cover those of the first before anything reads them.
     """
     nodes = {n: i for i, n in enumerate(n for n, part in plan.part_of.items() if part == block.index + 1)}
     counters: set[fx.Node] = set()
@@ -124,10 +125,6 @@ def runs_once(plan: DecoderPlan, block: Block) -> Refusal | None:
         if bad is not None:
             return Refusal("the slot that it writes to depends on more than counters and inputs", source_of(bad))
     return None
-
-
-def _is_marked(node: fx.Node) -> bool:
-    return "_dynamo_static_input_type" in node.meta.get("tensor_dict", {})
 
 
 def _writes_slot(node: fx.Node) -> bool:

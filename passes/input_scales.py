@@ -1,49 +1,35 @@
-"""Where a twin's linears may have their inputs divided by a scale, and how the division is made free.
+"""Where a twin's linears may have their inputs divided by a scale, as AWQ asks, and how the division is made free.
 
-A quantizer such as AWQ multiplies the columns of a matrix by a scale ``[K]`` and asks that the inputs be divided by it.
+what feeds these linears alone                        what becomes of it
+a norm whose last step is a product with its weight   the twin's copies of its parameters are divided by the scale
+another product (an MLP's gate, Gemma's norm)         it is multiplied by the inverse, in the same kernel
 
-    a norm whose last step is a product with its weight (RMS norm), or a layer norm, that feeds these linears alone:
-        the twin takes copies of the norm's parameters that are divided by the scale
-    another product that feeds these linears alone (the gate of an MLP, Gemma's norm): the inputs are multiplied by the
-        inverse, in the kernel that makes that product
-    anything else (attention, the residual stream): the inputs stay as they are
-
-Not handled: activations between two linears without a gate.
+Not handled: anything else (attention, the residual stream, activations without a gate); it stays as it is.
 """
 
 from __future__ import annotations
 
 import operator
-from collections.abc import Collection
+from collections.abc import Collection, Sequence
 from dataclasses import dataclass
 
 import torch.nn.functional as F
 from torch import Tensor, fx
 
-from .nodes import called, is_parameter, is_reshape, is_tensor, shape
+from .edits import call
+from .nodes import called, is_parameter, is_reshape, is_tensor, shape, value_of
 
 
 @dataclass(frozen=True)
 class InputScale:
-    """How inputs can be scaled.
-
-    Attributes:
-        node: what makes them: the norm, or the product.
-        parameters: the norm's parameters, to be divided by the scale; none where the inputs are multiplied.
-    """
+    """What makes the inputs, and the norm's parameters that take the scale up; none where the inputs are multiplied."""
 
     node: fx.Node
     parameters: tuple[fx.Node, ...]
 
 
 def find_input_scale(x: fx.Node, readers: Collection[fx.Node], features: int) -> InputScale | None:
-    """Returns how the inputs of some linears can be scaled, None where they cannot.
-
-    Args:
-        x: the inputs.
-        readers: the linears that read them.
-        features: K.
-    """
+    """Returns how the inputs `x` ``[..., features]`` of some linears can be scaled, None where they cannot."""
     if set(x.users) != set(readers):
         return None
     node = x
@@ -60,13 +46,11 @@ def find_input_scale(x: fx.Node, readers: Collection[fx.Node], features: int) ->
     return None
 
 
-def scale_inputs(graph: fx.Graph, x: fx.Node, scale: InputScale, placeholders: tuple[fx.Node, ...]) -> fx.Node:
+def scale_inputs(graph: fx.Graph, x: fx.Node, scale: InputScale, placeholders: Sequence[fx.Node]) -> fx.Node:
     """Puts new placeholders in place of a norm's parameters, or multiplies the inputs by one; returns the inputs."""
     if not scale.parameters:
         with graph.inserting_after(x):
-            scaled = graph.call_function(operator.mul, (x, placeholders[0]))
-        scaled.meta = x.meta.copy()
-        return scaled
+            return call(graph, operator.mul, (x, placeholders[0]), value_of(x), x)
     for placeholder, parameter in zip(placeholders, scale.parameters, strict=True):
         placeholder.meta = parameter.meta.copy()
     replacement = dict(zip(scale.parameters, placeholders, strict=True))
@@ -75,4 +59,4 @@ def scale_inputs(graph: fx.Graph, x: fx.Node, scale: InputScale, placeholders: t
 
 
 def _is_norm_parameter(node: object, features: int) -> bool:
-    return isinstance(node, fx.Node) and is_parameter(node) and shape(node) == (features,)
+    return is_parameter(node) and shape(node) == (features,)

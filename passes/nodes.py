@@ -1,9 +1,7 @@
 """Questions about the nodes of a graph that is in the normal form of :mod:`river_compile.passes.normalize`.
 
-All passes ask here: what a node's value is, where the user's code made it, which memory it changes. Nothing here
-changes a graph or adds a guard.
-
-Not handled: graphs as Dynamo hands them over, in which one operation has many spellings.
+Nothing here changes a graph or adds a guard. Not handled: graphs as Dynamo hands them over, in which one operation has
+many spellings.
 """
 
 from __future__ import annotations
@@ -14,11 +12,12 @@ import operator
 import re
 from collections.abc import Callable, Iterable, Iterator
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, TypeGuard
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor, fx
+from torch.fx.node import Argument
 
 _FRAME = re.compile(r'File "(?P<file>[^"]+)", line (?P<line>\d+)')
 _RESHAPES = (torch.reshape, Tensor.view, torch.flatten, torch.unsqueeze, torch.squeeze)
@@ -37,13 +36,24 @@ def value_of(node: fx.Node) -> Any:
     return node.meta.get("example_value")
 
 
-def is_tensor(node: fx.Node) -> bool:
-    return isinstance(value_of(node), torch.Tensor)
+def is_tensor(node: object) -> TypeGuard[fx.Node]:
+    return isinstance(node, fx.Node) and isinstance(value_of(node), Tensor)
 
 
-def is_parameter(node: fx.Node) -> bool:
-    """True for a placeholder that holds a parameter or buffer of a module (Dynamo marks those as static inputs)."""
-    return node.op == "placeholder" and node.meta.get("tensor_dict", {}).get("_dynamo_static_input_type") == "unguarded"
+def is_hidden(node: fx.Node) -> bool:
+    """True for floating values ``[B, T, D]``: what a hidden state looks like."""
+    return rank(node) == 3 and value_of(node).is_floating_point()
+
+
+def is_parameter(node: object, dims: int | None = None) -> TypeGuard[fx.Node]:
+    """True for a placeholder that holds a module's parameter or buffer (of `dims` dimensions).
+
+    Dynamo marks those as static inputs.
+    """
+    if not isinstance(node, fx.Node) or node.op != "placeholder":
+        return False
+    marked = node.meta.get("tensor_dict", {}).get("_dynamo_static_input_type") == "unguarded"
+    return marked and dims in (None, rank(node))
 
 
 def input_name(node: fx.Node) -> str:
@@ -69,7 +79,8 @@ def mutated_inputs(node: fx.Node) -> list[fx.Node]:
         written = [given.get(a.name) for a in arguments if a.alias_info is not None and a.alias_info.is_write]
     else:
         written = [*(node.args[:1] if _writes_first(node) else ()), node.kwargs.get("out")]
-    return [n for value in written for n in (value if isinstance(value, (tuple, list)) else (value,)) if _is_node(n)]
+    values = (n for value in written for n in (value if isinstance(value, (tuple, list)) else (value,)))
+    return [n for n in values if isinstance(n, fx.Node)]
 
 
 def _writes_first(node: fx.Node) -> bool:
@@ -80,13 +91,9 @@ def _writes_first(node: fx.Node) -> bool:
     return trailing or node.target is operator.setitem or (node.target in WITH_INPLACE and node.args[-1] is True)
 
 
-def _is_node(value: object) -> bool:
-    return isinstance(value, fx.Node)
-
-
 def memory_of(node: fx.Node) -> fx.Node:
     """Follows views and in-place writes back to the value whose memory a node shows, or may show."""
-    while node.op == "call_function" and node.args and _is_node(node.args[0]) and _shows_first(node.target):
+    while node.op == "call_function" and node.args and isinstance(node.args[0], fx.Node) and _shows_first(node.target):
         node = node.args[0]
     return node
 
@@ -112,7 +119,7 @@ def _shows(schema: torch.FunctionSchema) -> bool:
     )
 
 
-def rank(node: fx.Node) -> int | None:
+def rank(node: object) -> int | None:
     """Returns how many dimensions a tensor has, None for other values."""
     return value_of(node).dim() if is_tensor(node) else None
 
@@ -122,10 +129,15 @@ def shape(node: fx.Node) -> tuple[int | str, ...]:
     return sizes_of(value_of(node))
 
 
-def sizes_of(value: torch.Tensor) -> tuple[int | str, ...]:
+def sizes_of(value: Tensor) -> tuple[int | str, ...]:
     """Returns `shape` of a fake tensor."""
     known = [n if isinstance(n, int) else n.node.maybe_as_int() for n in value.shape]
     return tuple(str(n) if fixed is None else fixed for n, fixed in zip(value.shape, known, strict=True))
+
+
+def number_inputs(nodes: Iterable[fx.Node]) -> dict[Any, fx.Node]:
+    """Returns, of some inputs, those that are dynamic numbers, by their symbols."""
+    return {value_of(n).node.expr: n for n in nodes if isinstance(value_of(n), torch.SymInt)}
 
 
 def closure(nodes: Iterable[fx.Node], neighbours: Callable[[fx.Node], Iterable[fx.Node]]) -> set[fx.Node]:
@@ -165,17 +177,17 @@ def source_of(node: fx.Node) -> str:
     return f"{node.name}, {file.rpartition('/')[2]}:{line}"
 
 
-def called(node: object, *functions: Callable) -> bool:
+def called(node: Argument, *functions: Callable) -> TypeGuard[fx.Node]:
     """True for a call of one of these functions."""
     return isinstance(node, fx.Node) and node.op == "call_function" and node.target in functions
 
 
-def operands(node: object, *functions: Callable) -> tuple[object, object] | None:
+def operands(node: Argument, *functions: Callable) -> tuple[Argument, Argument] | None:
     """Returns both operands of a binary operation."""
     return node.args if called(node, *functions) and len(node.args) == 2 and not node.kwargs else None
 
 
-def either_way(node: object, function: Callable) -> Iterator[tuple[object, object]]:
+def either_way(node: Argument, function: Callable) -> Iterator[tuple[Argument, Argument]]:
     """Yields the operands of a commutative operation in both orders."""
     found = operands(node, function)
     if found:
@@ -183,26 +195,26 @@ def either_way(node: object, function: Callable) -> Iterator[tuple[object, objec
         yield found[::-1]
 
 
-def beside(node: object, function: Callable, number: float) -> object:
+def beside(node: Argument, function: Callable, number: float) -> Argument | None:
     """Returns the other operand of a commutative operation with a number, None for other nodes."""
     return next((other for value, other in either_way(node, function) if value == number), None)
 
 
-def before_cast(node: object) -> object:
+def before_cast(node: Argument) -> Argument:
     """Looks through changes of the floating dtype."""
     while _is_cast(node):
         node = node.args[0]
     return node
 
 
-def _is_cast(node: object) -> bool:
+def _is_cast(node: Argument) -> TypeGuard[fx.Node]:
     if not called(node, Tensor.to) or not is_tensor(node):
         return False
     new, old = value_of(node), value_of(node.args[0])
     return new.is_floating_point() and old.is_floating_point() and new.device == old.device
 
 
-def plain(node: object) -> object:
+def plain(node: Argument) -> Argument:
     """Looks through what changes no value: dropout at inference, casts to the same dtype, ``contiguous``, ``x[:]``."""
     while (
         called(node, Tensor.contiguous)
@@ -214,7 +226,7 @@ def plain(node: object) -> object:
     return node
 
 
-def same_dtype(a: fx.Node, b: fx.Node) -> bool:
+def same_dtype(a: Argument, b: Argument) -> bool:
     return is_tensor(a) and is_tensor(b) and value_of(a).dtype == value_of(b).dtype
 
 
@@ -225,29 +237,27 @@ def _takes_all(node: fx.Node) -> bool:
     return slices and is_tensor(source) and is_tensor(node) and shape(node) == shape(source)
 
 
-def before_views(node: object) -> object:
+def before_views(node: Argument) -> Argument:
     """Looks through `plain` and through views that keep the order of the elements."""
-    while True:
-        node = plain(node)
-        if not _keeps_order(node):
-            return node
+    while _keeps_order(node := plain(node)):
         node = node.args[0]
+    return node
 
 
-def is_reshape(node: object) -> bool:
+def is_reshape(node: Argument) -> TypeGuard[fx.Node]:
     """True for a change of shape that keeps every element in its place (and is no view as another dtype)."""
     return called(node, *_RESHAPES) and same_dtype(node, node.args[0])
 
 
-def _keeps_order(node: object) -> bool:
+def _keeps_order(node: Argument) -> TypeGuard[fx.Node]:
     if not called(node, torch.transpose, torch.permute):
         return is_reshape(node)
     x, *moves = node.args
-    order = list(range(rank(x)))
+    order = list(range(value_of(x).dim()))
     if node.target is torch.transpose:
         order[moves[0]], order[moves[1]] = order[moves[1]], order[moves[0]]
     else:
-        order = [d % rank(x) for d in moves[0]]
+        order = [order[d] for d in moves[0]]
     moved = [d for d in order if shape(x)[d] != 1]
     return moved == sorted(moved)
 
@@ -277,21 +287,17 @@ class Linear:
 
 def as_linear(node: fx.Node) -> Linear | None:
     """Recognises a linear layer of parameters: ``F.linear``, ``addmm``, and ``x @ weight.T`` (Falcon's)."""
-    if node.target is F.linear and len(node.args) == 3:
-        found = Linear(node, *node.args, transposed=False)
-    elif node.target is torch.addmm and len(node.args) == 3 and not node.kwargs:
+    bias = None
+    if called(node, F.linear) and len(node.args) == 3:
+        x, weight, bias = node.args
+    elif called(node, torch.addmm) and len(node.args) == 3 and not node.kwargs:
         bias, x, weight = node.args
-        found = Linear(node, x, weight, bias, transposed=True)
-    elif node.target is operator.matmul and _is_node(node.args[1]) and node.args[1].target is torch.t:
-        found = Linear(node, node.args[0], node.args[1].args[0], None, transposed=False)
+    elif called(node, operator.matmul) and called(node.args[1], torch.t):
+        x, weight = node.args[0], node.args[1].args[0]
     else:
         return None
-    bias_fits = found.bias is None or _is_parameter_of_rank(found.bias, 1)
-    return found if bias_fits and _is_parameter_of_rank(found.weight, 2) else None
-
-
-def _is_parameter_of_rank(node: object, dims: int) -> bool:
-    return _is_node(node) and is_parameter(node) and rank(node) == dims
+    fits = is_parameter(weight, dims=2) and (bias is None or is_parameter(bias, dims=1))
+    return Linear(node, x, weight, bias, transposed=node.target is torch.addmm) if fits else None
 
 
 @dataclass(frozen=True)

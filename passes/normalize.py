@@ -1,20 +1,11 @@
 """Brings a traced graph into one dialect, so that every pass can ask about an operation in one way.
 
-spelling in the traced graph                      normal form
-``x.add(y)``, ``torch.add(x, y)``                 ``operator.add(x, y)``; likewise sub, mul, truediv, matmul, pow, neg
-``x += y`` of tensors                             ``torch.Tensor.add_(x, y)``
-``x.split(n, dim=-1)``                            ``torch.split(x, n, -1)``: positional arguments, defaults filled in
-``x.view(2, -1)``, ``x.expand(2, 3)``             ``torch.Tensor.view(x, (2, -1))``: sizes as one tuple
-``x.float()``, ``x.type_as(y)``                   ``torch.Tensor.to(x, torch.float32)``, ``torch.Tensor.to(x, y)``
-``weight.T`` of a matrix                          ``torch.t(weight)``
-``F.relu(x)``, ``torch.relu(x)``                  ``F.relu(x, False)``: whether in place, for all functions that can be
-any other method                                  the function ``torch.Tensor.method``
+``x.add(y)`` and ``torch.add(x, y)`` become ``operator.add(x, y)``, any other method of a tensor the function
+``torch.Tensor.method``; arguments become positional with defaults filled in, sizes one tuple. `_TABLE` has all of it.
+Each pair of spellings reaches the same operator with the same values, so the graph computes the same bits.
 
-`_TABLE` says which functions these are. Each pair of spellings reaches the same operator with the same values, so the
-graph computes the same bits. A call that the table does not describe (``alpha=``, ``out=``, ``memory_format=``) keeps
-its arguments; it is still a call of a function where it was one of a tensor's method.
-
-Not handled: methods of other objects than tensors, which stay as they are.
+Not handled: calls that the table does not describe (``alpha=``, ``out=``, ``memory_format=``) keep their arguments, and
+methods of other objects than tensors stay as they are.
 """
 
 from __future__ import annotations
@@ -48,12 +39,13 @@ def _normalize(node: fx.Node) -> None:
     if function is None:
         return
     args = node.args[:1] if function is Tensor.t else node.args  # (without the name of an attribute)
-    normal, form = _NORMAL.get(function, (function, None))
-    found = None if form is None else form(args, node.kwargs)
-    if found is None or not _is_tensor_or_list(found[0][0]):  # (numbers have operators, but not these functions)
-        normal, found = function, (args, node.kwargs)
-    node.op, node.target = "call_function", normal
-    node.args, node.kwargs = found
+    node.op, node.target, node.args = "call_function", function, args
+    if function in _NORMAL:
+        normal, form = _NORMAL[function]
+        found = form(args, node.kwargs)
+        if found is not None and _is_tensor_or_list(found[0][0]):  # (numbers have operators, but not these functions)
+            node.target = normal
+            node.args, node.kwargs = found
 
 
 def _function(node: fx.Node) -> Callable | None:
@@ -68,7 +60,7 @@ def _function(node: fx.Node) -> Callable | None:
 
 
 def _is_tensor_or_list(value: object) -> bool:
-    return isinstance(value, (tuple, list)) or (isinstance(value, fx.Node) and is_tensor(value))
+    return isinstance(value, (tuple, list)) or is_tensor(value)
 
 
 def _like(example: Callable) -> Form:
@@ -88,7 +80,8 @@ def _like(example: Callable) -> Form:
 
 def _sizes(args: tuple, kwargs: Mapping[str, object]) -> Arguments | None:
     """Joins sizes or dimensions that are given one by one. (A view as another dtype has none.)"""
-    x, *sizes = (*args, *kwargs.values())
+    given: list[object] = [*args, *kwargs.values()]
+    x, *sizes = given
     if len(sizes) == 1 and isinstance(sizes[0], (tuple, list)):
         return (x, tuple(sizes[0])), {}
     numbers = all(isinstance(value_of(n) if isinstance(n, fx.Node) else n, (int, torch.SymInt)) for n in sizes)
@@ -109,7 +102,7 @@ def _with(value: object) -> Form:
 
 
 def _attention(query, key, value, attn_mask=None, dropout_p=0.0, is_causal=False, *, scale=None, enable_gqa=False):
-    """Stands for the signature of ``scaled_dot_product_attention``, which torch does not tell."""
+    """Stands for the signature of ``scaled_dot_product_attention``, which torch does not declare."""
 
 
 _unary = _like(lambda input: input)
@@ -166,9 +159,7 @@ _TABLE: tuple[tuple, ...] = (
 )
 
 
-def _by_spelling() -> dict[Callable, tuple[Callable, Form]]:
-    normal = {spelling: (target, form) for target, form, *spellings in _TABLE for spelling in spellings}
-    return {target: (target, form) for target, form, *_ in reversed(_TABLE)} | normal
-
-
-_NORMAL = _by_spelling()
+_NORMAL: dict[Callable, tuple[Callable, Form]] = {
+    **{target: (target, form) for target, form, *_ in reversed(_TABLE)},
+    **{spelling: (target, form) for target, form, *spellings in _TABLE for spelling in spellings},
+}

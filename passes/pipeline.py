@@ -11,7 +11,7 @@ import time
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 
-from .program import Refusal, RiverProgram
+from .program import Block, Refusal, RiverProgram, Segment
 
 log = logging.getLogger("river_compile.passes")
 
@@ -20,14 +20,7 @@ Pass = Callable[[RiverProgram], RiverProgram | Refusal]
 
 @dataclass(frozen=True)
 class PassRecord:
-    """One pass that ran.
-
-    Attributes:
-        name: of the pass.
-        text: what it says that it does.
-        seconds: time that it took.
-        before, after: the programs.
-    """
+    """One pass that ran: its name, what it says that it does, its time, and the programs before and after it."""
 
     name: str
     text: str
@@ -41,10 +34,7 @@ def run_passes(
 ) -> RiverProgram | Refusal:
     """Runs the passes in order and returns the last one's program, or the first refusal.
 
-    Args:
-        program: where to start; it and its graphs stay as they are.
-        passes: the list.
-        observe: called after each pass that did not refuse.
+    `observe` is called after each pass that did not refuse.
     """
     records = []
     for step in passes:
@@ -62,16 +52,28 @@ def run_passes(
     return program
 
 
+def each_block(
+    program: RiverProgram, change: Callable[[Segment, Block], Segment | Refusal]
+) -> tuple[Segment, ...] | Refusal:
+    """Returns what a function makes of each block's segment, given as a copy that it may change, or its refusal."""
+    made = []
+    for segment, block in zip(program.blocks, program.plan.blocks, strict=True):
+        result = change(segment.copy(), block)
+        if isinstance(result, Refusal):
+            return result
+        made.append(result)
+    return tuple(made)
+
+
 def table(records: Sequence[PassRecord]) -> str:
     """Returns what ran as a table: milliseconds, operations afterwards, their change, and what each pass does."""
     lines = [f"{'pass':<18} {'ms':>8} {'ops':>7} {'change':>7}  what it does"]
     for record in records:
-        ops = num_ops(record.after)
-        change = ops - num_ops(record.before)
+        ops = _num_ops(record.after)
+        change = ops - _num_ops(record.before)
         lines.append(f"{record.name:<18} {record.seconds * 1e3:>8.1f} {ops:>7} {change:>+7}  {record.text}")
     return "\n".join(lines)
 
 
-def num_ops(program: RiverProgram) -> int:
-    """Counts the operations of all segments."""
+def _num_ops(program: RiverProgram) -> int:
     return sum(n.op not in ("placeholder", "output") for s in program.segments for n in s.graph.nodes)

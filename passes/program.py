@@ -1,7 +1,7 @@
 """The values that pass between stages: DecoderPlan -> RiverProgram, and a Refusal where a graph cannot be rewritten.
 
-All are frozen. A node in them belongs to the graph that Dynamo handed over, which no pass changes: it stays the record
-of what the model does, and its nodes are the names by which segments exchange values.
+All are frozen. A node in them belongs to the traced graph, which no pass changes: its nodes are the names by which
+segments exchange values.
 """
 
 from __future__ import annotations
@@ -15,22 +15,13 @@ from torch import fx
 
 @dataclass(frozen=True)
 class Refusal:
-    """Why a graph is not rewritten. A value, not an exception: it reaches the report and one warning.
-
-    Attributes:
-        reason: one sentence for the user.
-        where: the node or module the reason is about, empty where it is the whole graph.
-    """
+    """Why a graph is not rewritten, for the user, and the node or module that this is about (the whole graph: "")."""
 
     reason: str
     where: str = ""
 
     def __str__(self) -> str:
         return f"{self.reason} (at {self.where})" if self.where else self.reason
-
-
-class FillRefusal(Refusal):
-    """Why a decoder cannot be run with the fill that was asked for."""
 
 
 @dataclass(frozen=True)
@@ -52,15 +43,7 @@ class KVSlot:
 
 @dataclass(frozen=True)
 class Block:
-    """One decoder block.
-
-    Attributes:
-        index: 0-based position.
-        path: module path, such as ``model.layers.3``.
-        hidden_in: the hidden state ``[B, T, D]`` that enters the block.
-        hidden_out: the hidden state ``[B, T, D]`` that leaves it.
-        kv: the cache entries it writes.
-    """
+    """One decoder block: its 0-based index, its module path, and the hidden states ``[B, T, D]`` in and out of it."""
 
     index: int
     path: str
@@ -74,11 +57,9 @@ class DecoderPlan:
     """A decoder found in a traced graph.
 
     Attributes:
-        graph_module: the traced graph, untouched.
-        blocks: the L decoder blocks in order.
         part_of: for each node but placeholders and the output: 0 prologue, 1..L block, L + 1 head.
-        query_length: tokens per row in this graph, an int or a SymInt.
-        batch: rows, an int or a SymInt.
+        query_length: tokens per row.
+        batch: rows.
     """
 
     graph_module: fx.GraphModule
@@ -114,13 +95,12 @@ class Segment:
         kind: "prologue", "block", "twin", "head" or "river_head"; other fills have kinds of their own.
         depth: the block that it is, or stands for, from 1; 0 for the prologue, L + 1 for the heads.
         graph: its own graph; one placeholder per input, a tuple of outputs.
-        inputs: the values it reads, as nodes of the traced graph, in placeholder order.
-        outputs: the values it defines, as nodes of the traced graph, in output order.
+        inputs, outputs: nodes of the traced graph, in the order of the placeholders and of the outputs.
         packed: the twin's linears whose 4-bit weights follow the inputs: qweight, scale_zero, with a bias the bias, and
             where the inputs are scaled the norm's parameters or the inverse scale.
         has_score: a float32 number follows the outputs: a block's exit score, or a head's entropy.
-        own_examples: the placeholders' example values are none that Dynamo made, and live in a mode of their own.
         handed_on: pairs (output, input) of values that pass through as they are; the graph does not return them.
+        own_examples: the placeholders' example values live in a mode of their own, not in Dynamo's.
     """
 
     kind: str
@@ -149,11 +129,11 @@ class Segment:
             return self.graph.output_node().args[0][self.outputs.index(value)]
         return self.graph.find_nodes(op="placeholder")[self.inputs.index(value)]
 
-    def copy(self, **changes: object) -> Segment:
-        """Returns the segment with a graph of its own, which a pass may change, and with other fields replaced."""
+    def copy(self, kind: str | None = None) -> Segment:
+        """Returns the segment with a graph of its own, which a pass may change."""
         graph = fx.Graph(owning_module=self.graph.owning_module)
         graph.output(graph.graph_copy(self.graph, {}))
-        return replace(self, graph=graph, **changes)
+        return replace(self, graph=graph, kind=kind or self.kind)
 
 
 @dataclass(frozen=True)
@@ -162,16 +142,15 @@ class LinearSite:
 
     Attributes:
         name: module paths of the linears, joined by "|".
-        weights: their weight placeholders, each ``[N_i, K]`` (``[K, N_i]`` where transposed).
-        biases: their bias placeholders ``[N_i]``, None where a linear has none.
+        weights: their weights, each ``[N_i, K]`` (``[K, N_i]`` where transposed, as GPT-2's Conv1D stores them).
+        biases: their biases ``[N_i]``, None where a linear has none.
         in_features: K.
         out_features: the N_i.
-        transposed: the weights are stored as ``[K, N_i]``, as GPT-2's Conv1D does.
         group_size: consecutive input features that share a scale and a zero.
         layout: name of the packing.
         scales_inputs: the inputs are divided by a scale ``[K]`` that the packing chooses.
-        folds: placeholders of the norm's parameters that take the scale up; where there are none, the inputs are
-            multiplied by its inverse.
+        folds: the norm's parameters that take the scale up; where there are none, the inputs are multiplied by its
+            inverse.
     """
 
     name: str
@@ -200,14 +179,7 @@ class KeptLinear:
 
 @dataclass(frozen=True)
 class Fusion:
-    """What became of one fusion rule in one segment.
-
-    Attributes:
-        rule: its name.
-        segment: the segment's name.
-        missed: why it did not apply, empty where it did.
-        node: the node that this is about, with its source line; empty where it is the whole segment.
-    """
+    """What became of a fusion rule in a segment: why it missed ("" where it applied), at which node and source line."""
 
     rule: str
     segment: str
@@ -222,11 +194,7 @@ class RiverProgram:
     A value: a pass returns another program and leaves this one, with all its graphs, as it is.
 
     Attributes:
-        plan: the decoder it was made from.
         returned: the values that the graph returns, in order.
-        prologue: everything before the first block.
-        blocks: backbone segments, with an exit check after every candidate depth.
-        head: everything after the last block.
         twins: what a token that left runs for each block, with the block's outputs: its river twin, or the piece that
             another fill puts there; none where no token can leave.
         river_head: the head of tokens that left early, None where they use `head`.
@@ -234,7 +202,6 @@ class RiverProgram:
         kept: matrices of the twins that stay in 16 bits.
         added_inputs: what blocks read besides the traced graph's values; a fill provides it in every step.
         extra: further segments, which a fill runs.
-        fusions: what became of each fusion rule in each segment that it is for.
     """
 
     plan: DecoderPlan

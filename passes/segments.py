@@ -16,7 +16,7 @@ import torch
 from torch import fx
 from torch.fx.experimental.symbolic_shapes import free_symbols
 
-from .nodes import value_of
+from .nodes import number_inputs, value_of
 from .program import DecoderPlan, Refusal, RiverProgram, Segment
 
 _SYMBOL = re.compile(r"\b[su]\d+\b")
@@ -33,7 +33,6 @@ def segmented(plan: DecoderPlan) -> RiverProgram | Refusal:
 
 
 def _cut(plan: DecoderPlan, part: int, kind: str) -> Segment:
-    """Returns the segment of one part (0 prologue, 1..L blocks, L + 1 head)."""
     nodes = [n for n in plan.graph_module.graph.nodes if plan.part_of.get(n) == part]
     inside = set(nodes)
     inputs = list(dict.fromkeys(a for n in nodes for a in n.all_input_nodes if a not in inside))
@@ -45,11 +44,9 @@ def _cut(plan: DecoderPlan, part: int, kind: str) -> Segment:
 
 @dataclass(frozen=True)
 class Fingerprint:
-    """What a segment computes, apart from the values of its inputs.
+    """A digest that is equal for segments which compute the same function of their inputs.
 
-    Attributes:
-        digest: equal for segments that compute the same function of their inputs.
-        symbols: the names of its dynamic sizes in order of appearance; equal digests use them alike.
+    `symbols` are the names of the dynamic sizes in order of appearance; equal digests use them alike.
     """
 
     digest: str
@@ -81,8 +78,7 @@ def graph_lines(graph: fx.Graph) -> list[str]:
     for i, node in enumerate(graph.nodes):
         args, kwargs = fx.map_arg((node.args, node.kwargs), lambda n: _Name(number[n]))
         number[node] = f"%{i}"
-        target = "" if node.op in ("placeholder", "output") else _target_name(node)
-        lines.append(f"{node.op} {target} {args!r} {kwargs!r}")
+        lines.append(f"{node.op} {_target_name(node)} {args!r} {kwargs!r}")
     return lines
 
 
@@ -94,6 +90,8 @@ class _Name(str):
 
 
 def _target_name(node: fx.Node) -> str:
+    if node.op in ("placeholder", "output"):
+        return ""
     if node.op == "call_method":
         return node.target
     if node.op == "get_attr":
@@ -112,11 +110,7 @@ def _sizes_of(plan: DecoderPlan, inputs: list[fx.Node], nodes: list[fx.Node]) ->
     """Returns the graph's placeholders for the dynamic sizes that occur in a segment, in order of appearance."""
     values = [v for n in [*inputs, *nodes] if isinstance(v := value_of(n), (torch.Tensor, torch.SymInt))]
     symbols = dict.fromkeys(s for v in values for s in sorted(free_symbols(v), key=str))
-    holders = {
-        value_of(n).node.expr: n
-        for n in plan.graph_module.graph.nodes
-        if n.op == "placeholder" and isinstance(value_of(n), torch.SymInt)
-    }
+    holders = number_inputs(plan.graph_module.graph.find_nodes(op="placeholder"))
     return [holders[s] for s in symbols if s in holders]
 
 

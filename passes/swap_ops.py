@@ -15,7 +15,6 @@ and matrix products that are no linear layer (attention written out, experts; Co
 
 from __future__ import annotations
 
-import operator
 from dataclasses import replace
 
 import torch
@@ -24,29 +23,21 @@ from torch import fx
 from river_compile.kernels.portable import grouped_attention, one_row_linear
 from river_compile.passes.fusion.recognise import before_repeat
 
+from .edits import drop_unused
 from .nodes import Sdpa, as_sdpa, rank, shape, value_of
 from .program import RiverProgram
 
-_REPEATING = (operator.getitem, torch.Tensor.expand, torch.reshape)
 
-
-def simplify_attention(graph: fx.Graph) -> int:
-    """Rewrites the graph in place; returns the number of attention operators replaced."""
-    replaced = 0
+def simplify_attention(graph: fx.Graph) -> None:
+    """Rewrites the graph in place."""
     for node in list(graph.nodes):
         found = _plain_attention(node)
-        if found is None or shape(found.q)[2] != 1:
-            continue
-        with graph.inserting_before(node):
-            arguments = (found.q, before_repeat(found.k), before_repeat(found.v), found.mask, found.scale)
-            new = graph.call_function(grouped_attention, arguments)
-        new.meta = node.meta.copy()
-        node.replace_all_uses_with(new)
-        graph.erase_node(node)
-        replaced += 1
-    if replaced:
-        graph.eliminate_dead_code(lambda node: node.target not in _REPEATING)
-    return replaced
+        if found is not None and shape(found.q)[2] == 1:
+            node.target = grouped_attention
+            node.args = (found.q, before_repeat(found.k), before_repeat(found.v), found.mask, found.scale)
+            node.kwargs = {}
+            for repeated in (found.k, found.v):
+                drop_unused(graph, repeated)
 
 
 def simplify_linears(graph: fx.Graph) -> int:

@@ -1,10 +1,8 @@
 """Makes river twins: a decoder block's graph with 4-bit matrix products in place of its linears.
 
-Everything else of the block is kept, node for node, so that a twin reads and writes exactly what its block does: the
-same hidden state, the same KV slots, the same counters. Linears that share an input become one product whose result is
-split, which halves the number of kernels of a block (q|k|v, gate|up, the MLP too where it is parallel to attention).
-
-On request a twin's linears may have their inputs scaled: see :mod:`river_compile.passes.input_scales`.
+Everything else of the block is kept, node for node, so that a twin reads and writes exactly what its block does.
+Linears that share an input become one product whose result is split (q|k|v, gate|up, the MLP too where it is parallel
+to attention).
 
 Not handled: weights that are not two-dimensional parameters (stacked experts); they stay in 16 bits and are reported.
 """
@@ -12,7 +10,7 @@ Not handled: weights that are not two-dimensional parameters (stacked experts); 
 from __future__ import annotations
 
 import operator
-from collections.abc import Collection, Iterator, Mapping
+from collections.abc import Mapping
 from dataclasses import dataclass, replace
 
 import torch
@@ -21,6 +19,7 @@ from torch import fx
 from river_compile.kernels import ops  # noqa: F401  (registers river::linear)
 from river_compile.kernels.quant.grid import fitting_group_size
 
+from .edits import add_placeholders, call
 from .input_scales import InputScale, find_input_scale, scale_inputs
 from .nodes import Linear, as_linear, input_name, is_parameter, mutated_inputs, value_of
 from .pipeline import Pass
@@ -35,8 +34,7 @@ class Twinning:
     """How twins are made.
 
     Attributes:
-        group_size: requested group size; each matrix takes the largest power of two up to it that divides its input
-            features.
+        group_size: each matrix takes the largest power of two up to it that divides its input features.
         layout: name of the packing that the 4-bit weights will have.
         scale_inputs: whether inputs are scaled where that costs nothing.
     """
@@ -48,36 +46,33 @@ class Twinning:
 
 @dataclass(frozen=True)
 class _Product:
-    """Linears of a segment that share their input, and what they become.
+    """Linears of a segment that share their input, in order, how that can be scaled, and the 4-bit product they become.
 
-    Attributes:
-        linears: in order.
-        scale: how their inputs can be scaled, None where they stay as they are.
-        site: the 4-bit product, None where no group size fits.
+    A product whose group size is below `MIN_GROUP_SIZE` cannot be made.
     """
 
     linears: tuple[Linear, ...]
     scale: InputScale | None
-    site: LinearSite | None
+    site: LinearSite
 
 
 def twin_sites(segment: Segment, how: Twinning) -> list[LinearSite]:
     """Returns the 4-bit products that the twin of a segment can have."""
-    return [product.site for product in _products(segment, how) if product.site is not None]
+    return [p.site for p in _products(segment, how) if p.site.group_size >= MIN_GROUP_SIZE]
 
 
 def river_twins(how: Twinning | None, keep: Mapping[str, str] | None = None) -> Pass:
     """Makes the pass that gives every block its river twin.
 
     Args:
-        how: how; None leaves every matrix in 16 bits: each twin computes what its block computes.
+        how: None leaves every matrix in 16 bits: each twin computes what its block computes.
         keep: names of sites (`LinearSite.name`) that stay in 16 bits, each with the reason.
     """
 
     def river_twins(program: RiverProgram) -> RiverProgram:
         """Every block gets a twin with 4-bit matrix products, which a token that left runs."""
         if how is None:
-            return replace(program, twins=tuple(block.copy(kind="twin") for block in program.blocks))
+            return replace(program, twins=tuple(block.copy("twin") for block in program.blocks))
         made = [_twin(block, "twin", how, keep or {}) for block in program.blocks]
         kept = tuple(linear for _, left in made for linear in left)
         return replace(program, twins=tuple(twin for twin, _ in made), kept=(*program.kept, *kept))
@@ -105,7 +100,7 @@ def one_row_head(fuse: bool) -> Pass:
 
     def one_row_head(program: RiverProgram) -> RiverProgram:
         """Tokens that left use a head whose matrix product is made for one row."""
-        head = program.head.copy(kind="river_head")
+        head = program.head.copy("river_head")
         return replace(program, river_head=head) if fuse or simplify_linears(head.graph) else program
 
     return one_row_head
@@ -113,26 +108,29 @@ def one_row_head(fuse: bool) -> Pass:
 
 def _twin(block: Segment, kind: str, how: Twinning, keep: Mapping[str, str]) -> tuple[Segment, list[KeptLinear]]:
     """Returns a segment's twin, and the matrices of it that stay in 16 bits, each with the reason."""
-    twin = block.copy(kind=kind)
+    twin = block.copy(kind)
     graph, source_of = twin.graph, twin.origins
     simplify_attention(graph)
     sites: list[LinearSite] = []
     kept: dict[fx.Node, KeptLinear] = {}
     for product in _products(twin, how):
-        if product.site is None:
-            reason = f"{product.linears[0].in_features} input features have no group of {MIN_GROUP_SIZE} or more"
-        else:
-            reason = keep.get(product.site.name, "")
+        site, reason = product.site, keep.get(product.site.name, "")
+        if site.group_size < MIN_GROUP_SIZE:
+            reason = f"{site.in_features} input features have no group of {MIN_GROUP_SIZE} or more"
         if reason:
             kept |= {source_of[linear.weight]: KeptLinear(linear.name, reason) for linear in product.linears}
         else:
             _replace(graph, product, len(sites))
-            sites.append(product.site)
+            sites.append(site)
     written = {source_of.get(mutated) for node in graph.nodes for mutated in mutated_inputs(node)}
-    for node in _unread_matrices(block, sites, {*kept, *written}):
-        reason = f"a weight of shape {tuple(value_of(node).shape)} that no plain linear layer reads"
-        kept[node] = KeptLinear(input_name(node), reason)
-    _drop_unused_weights(graph)
+    known = {*kept, *written, *(weight for site in sites for weight in site.weights)}
+    for node in block.inputs:  # (Dynamo marks KV caches as parameters too; those are written)
+        if is_parameter(node) and value_of(node).dim() >= 2 and node not in known:
+            reason = f"a weight of shape {tuple(value_of(node).shape)} that no plain linear layer reads"
+            kept[node] = KeptLinear(input_name(node), reason)
+    for node in reversed(list(graph.nodes)):
+        if not node.users and (node.op == "placeholder" or node.target is torch.t):
+            graph.erase_node(node)
     inputs = tuple(source_of[n] for n in graph.nodes if n.op == "placeholder" and n in source_of)
     _relax_views(graph)
     return replace(twin, inputs=inputs, packed=tuple(sites)), list(kept.values())
@@ -149,9 +147,6 @@ def _products(segment: Segment, how: Twinning) -> list[_Product]:
 
 def _product(linears: tuple[Linear, ...], source_of: Mapping[fx.Node, fx.Node], how: Twinning) -> _Product:
     first = linears[0]
-    group_size = fitting_group_size(first.in_features, how.group_size)
-    if group_size < MIN_GROUP_SIZE:
-        return _Product(linears, None, None)
     nodes = [linear.node for linear in linears]
     scale = find_input_scale(first.x, nodes, first.in_features) if how.scale_inputs else None
     site = LinearSite(
@@ -161,7 +156,7 @@ def _product(linears: tuple[Linear, ...], source_of: Mapping[fx.Node, fx.Node], 
         in_features=first.in_features,
         out_features=tuple(linear.out_features for linear in linears),
         transposed=first.transposed,
-        group_size=group_size,
+        group_size=fitting_group_size(first.in_features, how.group_size),
         layout=how.layout,
         scales_inputs=scale is not None,
         folds=tuple(source_of[parameter] for parameter in scale.parameters) if scale else (),
@@ -174,58 +169,25 @@ def _replace(graph: fx.Graph, product: _Product, index: int) -> None:
     linears, site, scale = product.linears, product.site, product.scale
     names = ["qweight", "scale_zero", *(["bias"] if site.has_bias else [])]
     scaled = [f"scaled_{i}" for i in range(max(1, len(site.folds)))] if scale else []
-    new = _placeholders(graph, [f"river_{index}_{name}" for name in (*names, *scaled)])
+    new = add_placeholders(graph, [f"river_{index}_{name}" for name in (*names, *scaled)])
     bias = new[2] if site.has_bias else None
-    first = linears[0].node
-    before = as_linear(first).x  # (not as it was listed: that may have been replaced meanwhile)
-    x = scale_inputs(graph, before, scale, tuple(new[len(names) :])) if scale else before
+    first, features = linears[0].node, sum(site.out_features)
+    current = as_linear(first)
+    assert current is not None  # (the input may be another one than when it was listed)
+    before = current.x
+    x = scale_inputs(graph, before, scale, new[len(names) :]) if scale else before
     with graph.inserting_before(first):
-        merged = graph.call_function(
-            torch.ops.river.linear.default,
-            (x, new[0], new[1], bias, sum(site.out_features), site.group_size, site.layout),
-        )
-        x = value_of(before)
-        merged.meta = first.meta | {"example_value": x.new_empty((*x.shape[:-1], sum(site.out_features)))}
-        if len(linears) == 1:
-            first.replace_all_uses_with(merged)
-        else:
-            parts = graph.call_function(torch.split, (merged, list(site.out_features), -1))
-            parts.meta["example_value"] = tuple(value_of(linear.node) for linear in linears)
-            for i, linear in enumerate(linears):
-                part = graph.call_function(operator.getitem, (parts, i))
-                part.meta["example_value"] = value_of(linear.node)
-                linear.node.replace_all_uses_with(part)
-    for linear in reversed(linears):
+        arguments = (x, new[0], new[1], bias, features, site.group_size, site.layout)
+        value = value_of(before).new_empty((*value_of(before).shape[:-1], features))
+        merged = call(graph, torch.ops.river.linear.default, arguments, value, first)
+        results = [merged]
+        if len(linears) > 1:
+            values = tuple(value_of(linear.node) for linear in linears)
+            parts = call(graph, torch.split, (merged, list(site.out_features), -1), values, first)
+            results = [call(graph, operator.getitem, (parts, i), value, first) for i, value in enumerate(values)]
+    for linear, result in zip(linears, results, strict=True):
+        linear.node.replace_all_uses_with(result)
         graph.erase_node(linear.node)
-
-
-def _placeholders(graph: fx.Graph, names: list[str]) -> list[fx.Node]:
-    """Adds placeholders after those that are there."""
-    found = []
-    for name in names:
-        with graph.inserting_after([n for n in graph.nodes if n.op == "placeholder"][-1]):
-            found.append(graph.placeholder(name))
-    return found
-
-
-def _unread_matrices(block: Segment, sites: list[LinearSite], known: Collection[fx.Node]) -> Iterator[fx.Node]:
-    """Yields the block's matrices that no linear of a known form reads: stacked experts, for one.
-
-    Args:
-        block: the block.
-        sites: its 4-bit products.
-        known: other matrices to leave out: those that are reported already, and KV caches, which Dynamo marks alike.
-    """
-    read = {weight for site in sites for weight in site.weights} | set(known)
-    for node in block.inputs:
-        if is_parameter(node) and value_of(node).dim() >= 2 and node not in read:
-            yield node
-
-
-def _drop_unused_weights(graph: fx.Graph) -> None:
-    for node in reversed(list(graph.nodes)):
-        if not node.users and (node.op == "placeholder" or node.target is torch.t):
-            graph.erase_node(node)
 
 
 def _relax_views(graph: fx.Graph) -> None:

@@ -1,14 +1,11 @@
 """Cuts what other repairs of missing KV entries run, out of a block: the river's rivals, for comparison.
 
-A token that leaves after block d has no entry in the later blocks. A twin writes one that is nearly its block's.
-What other early-exit methods do instead needs less of the block, or more in front of its attention:
+piece             is the block                                         writes
+_only_entries     without what only its hidden state needs             keys and values of the hidden state that left
+_empty_entries    the same, without norm and projections               zeros: the slot is taken, counters advance
+_with_presence    with one input more, which entries are there         what the block writes
 
-piece            is the block                                              writes
-only_entries     without what only its hidden state needs                  keys and values of the hidden state that left
-empty_entries    the same, without norm and projections                    zeros: the slot is taken, counters advance
-with_presence    with one input more, which entries are there              what the block writes
-
-The first two hand their hidden state on as it came. Not handled (a FillRefusal): keys and values of another form than
+The first two hand their hidden state on as it came. Not handled (a Refusal): keys and values of another form than
 ``[B, H, T, D]``, and attention that is neither ``scaled_dot_product_attention`` nor a softmax over the keys.
 """
 
@@ -16,10 +13,12 @@ from __future__ import annotations
 
 from collections.abc import Iterable
 from dataclasses import replace
+from typing import Any
 
 import torch
 from torch import fx
 
+from river_compile.passes.edits import add_placeholders
 from river_compile.passes.nodes import (
     as_sdpa,
     called,
@@ -31,52 +30,45 @@ from river_compile.passes.nodes import (
     rank,
     value_of,
 )
-from river_compile.passes.pipeline import Pass
-from river_compile.passes.program import Block, FillRefusal, RiverProgram, Segment
+from river_compile.passes.pipeline import Pass, each_block
+from river_compile.passes.program import Block, Refusal, RiverProgram, Segment
 
 
 def kv_entries(empty: bool) -> Pass:
     """Makes the pass that puts the part of each block which writes its KV entries in its twin's place."""
 
-    def kv_entries(program: RiverProgram) -> RiverProgram | FillRefusal:
+    def kv_entries(program: RiverProgram) -> RiverProgram | Refusal:
         """A token that left fills the KV cache and runs nothing else of the later blocks."""
-        make = empty_entries if empty else only_entries
-        made = [make(s.copy(kind="entries"), b) for s, b in zip(program.blocks, program.plan.blocks, strict=True)]
-        refusal = next((m for m in made if isinstance(m, FillRefusal)), None)
-        return refusal or replace(program, twins=tuple(made))
+        twins = each_block(program, _empty_entries if empty else _only_entries)
+        return twins if isinstance(twins, Refusal) else replace(program, twins=twins)
 
     return kv_entries
 
 
-def presence_masks(program: RiverProgram) -> RiverProgram | FillRefusal:
+def presence_masks(program: RiverProgram) -> RiverProgram | Refusal:
     """Blocks attend only to KV entries that are there."""
-    made = [with_presence(segment.copy(), f"present_{segment.depth}") for segment in program.blocks]
-    refusal = next((m for m in made if isinstance(m, FillRefusal)), None)
-    if refusal is not None:
-        return refusal
-    return replace(program, blocks=tuple(s for s, _ in made), added_inputs=tuple(present for _, present in made))
+    blocks = each_block(program, _with_presence)
+    if isinstance(blocks, Refusal):
+        return blocks
+    return replace(program, blocks=blocks, added_inputs=tuple(block.inputs[-1] for block in blocks))
 
 
-def only_entries(segment: Segment, block: Block) -> Segment:
-    """Returns the part of a block that writes its KV entries; its hidden state passes through unchanged.
-
-    Args:
-        segment: the block's, of its own (its graph is changed).
-        block: the block.
-    """
+def _only_entries(segment: Segment, block: Block) -> Segment:
+    """Returns the part of a block that writes its KV entries; its hidden state passes through unchanged."""
     output = segment.graph.output_node()
     kept = [i for i, node in enumerate(segment.outputs) if node is not block.hidden_out]
     output.args = (tuple(output.args[0][i] for i in kept),)
     return replace(
         _without_dead_code(segment),
+        kind="entries",
         outputs=tuple(segment.outputs[i] for i in kept),
         handed_on=((block.hidden_out, block.hidden_in),),
     )
 
 
-def empty_entries(segment: Segment, block: Block) -> Segment | FillRefusal:
-    """Returns the part of a block that takes a KV slot and leaves zeros in it; arguments as above."""
-    segment = only_entries(segment, block)
+def _empty_entries(segment: Segment, block: Block) -> Segment | Refusal:
+    """Returns the part of a block that takes a KV slot and leaves zeros in it."""
+    segment = _only_entries(segment, block)
     graph = segment.graph
     hidden = segment.node_of(block.hidden_in)
     placeholders = graph.find_nodes(op="placeholder")
@@ -85,7 +77,7 @@ def empty_entries(segment: Segment, block: Block) -> Segment | FillRefusal:
     for node in [n for n in graph.nodes if n in cached]:
         for entry in [a for a in node.all_input_nodes if a in new]:
             if rank(entry) != 4:
-                return FillRefusal("new keys and values are not [batch, heads, tokens, features]", entry.name)
+                return Refusal("new keys and values are not [batch, heads, tokens, features]", entry.name)
             with graph.inserting_before(node):
                 node.replace_input_with(entry, _zeros_like_entry(graph, hidden, entry))
     return _without_dead_code(segment)
@@ -100,35 +92,30 @@ def _zeros_like_entry(graph: fx.Graph, hidden: fx.Node, entry: fx.Node) -> fx.No
     return graph.call_function(torch.Tensor.expand, (heads, (-1, value.shape[1], -1, value.shape[3])))
 
 
-def with_presence(segment: Segment, name: str) -> tuple[Segment, fx.Node] | FillRefusal:
+def _with_presence(segment: Segment, block: Block) -> Segment | Refusal:
     """Makes a block's attention look only at entries that are there.
 
-    Args:
-        segment: the block's (its graph is changed).
-        name: of the new input.
-
-    Returns:
-        The segment with one more input, the last one, and the node that stands for it: boolean ``[S]`` over the keys
-        that the attention reads, True for an entry that is there.
+    The segment gets one more input, the last one: boolean ``[S]`` over the keys that the attention reads, True for an
+    entry that is there.
     """
     graph = segment.graph
-    attention = [node for node in graph.nodes if _keys_axis(node) is not None]
+    attention = [node for node in graph.nodes if _num_keys(node) is not None]
     if not attention:
-        return FillRefusal("no attention whose mask could hide missing entries", segment.name)
-    with graph.inserting_after(graph.find_nodes(op="placeholder")[-1]):
-        placeholder = graph.placeholder(name)
-    length = _keys_axis(attention[0])
-    with value_of(segment.inputs[0]).fake_mode:
-        value = torch.ones(length, dtype=torch.bool, device=value_of(segment.inputs[0]).device)
+        return Refusal("no attention whose mask could hide missing entries", segment.name)
+    name = f"present_{segment.depth}"
+    (placeholder,) = add_placeholders(graph, [name])
+    like = value_of(block.hidden_in)
+    with like.fake_mode:
+        value = torch.ones(_num_keys(attention[0]), dtype=torch.bool, device=like.device)
     present = fx.Graph().placeholder(name)  # (in no graph that anybody runs: a name for the value)
     placeholder.meta["example_value"] = present.meta["example_value"] = value
     for node in attention:
         _hide_missing(graph, node, placeholder)
-    return replace(segment, inputs=(*segment.inputs, present)), present
+    return replace(segment, inputs=(*segment.inputs, present))
 
 
-def _keys_axis(node: fx.Node) -> int | torch.SymInt | None:
-    """Returns how many keys an attention's mask or softmax ranges over, None for other nodes."""
+def _num_keys(node: fx.Node) -> Any:
+    """Returns how many keys (an int or a SymInt) an attention or a softmax ranges over, None for other nodes."""
     attention = as_sdpa(node)
     if attention is not None:
         return value_of(attention.k).shape[2]

@@ -1,8 +1,7 @@
 """Runs a decode block for several consecutive tokens at once: the block's graph, vectorized over tokens.
 
 A decode block is traced for one token, and sizes of one are written into its graph. So it is not widened but mapped
-(``torch.vmap``): everything before the KV write for each token, then one write of all entries, then everything
-after it for each token, with the mask that the token had in its own step. Weights are read once for all tokens.
+(``torch.vmap``), with the mask that each token had in its own step. Weights are read once for all tokens.
 
     hidden, cosines, mask ... [m, ...]       m tokens, the newest last
       -> for each token: norm, projections, rotary embedding
@@ -10,7 +9,7 @@ after it for each token, with the mask that the token had in its own step. Weigh
       -> for each token: attention, MLP
       -> hidden [m, ...], exit score of the newest token
 
-Not handled (a FillRefusal): caches that are not written by ``index_copy_`` at counted positions (dynamic caches, full
+Not handled (a Refusal): caches that are not written by ``index_copy_`` at counted positions (dynamic caches, full
 sliding windows), blocks that hand on more than a hidden state, sizes that are symbols.
 """
 
@@ -28,9 +27,9 @@ from torch._dynamo.source import ConstantSource
 from torch._subclasses.fake_tensor import FakeTensorMode
 from torch.fx.experimental.symbolic_shapes import DimDynamic, ShapeEnv, StatelessSymbolicContext
 
-from river_compile.passes.nodes import ancestors, called, is_parameter, is_tensor, mutated_inputs, value_of
-from river_compile.passes.pipeline import Pass
-from river_compile.passes.program import Block, FillRefusal, RiverProgram, Segment
+from river_compile.passes.nodes import ancestors, called, is_parameter, is_tensor, mutated_inputs, rank, value_of
+from river_compile.passes.pipeline import Pass, each_block
+from river_compile.passes.program import Block, Refusal, RiverProgram, Segment
 from river_compile.passes.segments import graph_lines
 from river_compile.passes.swap_ops import simplify_attention
 
@@ -88,36 +87,25 @@ def joined(parts: Sequence[Tensor], dim: int = 0) -> Tensor:
 def catch_up(candidates: tuple[int, ...]) -> Pass:
     """Makes the pass that adds each block for several tokens at once, with an exit score at the candidate depths."""
 
-    def catch_up(program: RiverProgram) -> RiverProgram | FillRefusal:
+    def catch_up(program: RiverProgram) -> RiverProgram | Refusal:
         """Each block comes a second time, for several tokens at once."""
-        made = []
-        for segment, block in zip(program.blocks, program.plan.blocks, strict=True):
-            one = segment.copy()
-            simplify_attention(one.graph)  # (the fused operator would run the tokens one by one)
-            made.append(over_tokens(one, block, segment.depth in candidates))
-        refusal = next((m for m in made if isinstance(m, FillRefusal)), None)
-        return refusal or replace(program, extra=tuple(made))
+        extra = each_block(program, lambda s, block: _over_tokens(s, block, s.depth in candidates))
+        return extra if isinstance(extra, Refusal) else replace(program, extra=extra)
 
     return catch_up
 
 
-def over_tokens(segment: Segment, block: Block, scored: bool) -> Segment | FillRefusal:
-    """Returns a decode block as a segment for several tokens.
+def _over_tokens(segment: Segment, block: Block, scored: bool) -> Segment | Refusal:
+    """Returns a decode block as a segment with the block's inputs and outputs, for several tokens.
 
-    Args:
-        segment: the block's, without an exit score; its graph stays as it is.
-        block: the block.
-        scored: whether the newest token's exit score follows the hidden states.
-
-    Returns:
-        A segment with the block's inputs and outputs. Those of :func:`per_token` have one dimension more, in front.
+    Those of :func:`per_token` have one dimension more, in front. `scored`: the newest token's exit score follows.
     """
-    nodes = list(segment.graph.nodes)
-    refusal = _obstacle(segment, block, nodes)
-    if refusal:
+    simplify_attention(segment.graph)  # (the fused operator would run the tokens one by one)
+    refusal = _obstacle(segment, block)
+    if refusal is not None:
         return refusal
     tokens = _Tokens(segment, block)
-    operations = [n for n in nodes if n.op not in ("placeholder", "output")]
+    operations = [n for n in segment.graph.nodes if n.op not in ("placeholder", "output")]
     writes = [n for n in operations if called(n, Tensor.index_copy_)]
     advances = [n for n in operations if not tokens.counters.isdisjoint(mutated_inputs(n))]
     slots = [a for write in writes for a in write.args[2:4]]  # of each write the position and the entry
@@ -144,7 +132,7 @@ def over_tokens(segment: Segment, block: Block, scored: bool) -> Segment | FillR
 
 
 def per_token(segment: Segment, block: Block) -> tuple[fx.Node, ...]:
-    """Returns the inputs of a block's segment that differ from token to token (counters are worked out inside)."""
+    """Returns the inputs of a block's segment that differ from token to token (counters are computed inside)."""
     return tuple(n for n in segment.inputs if _is_mapped(n, block) and n not in block.kv.lengths)
 
 
@@ -152,23 +140,22 @@ def _is_mapped(value: fx.Node, block: Block) -> bool:
     return not is_parameter(value) and value not in {m for write in block.kv.writes for m in mutated_inputs(write)}
 
 
-def _obstacle(segment: Segment, block: Block, nodes: list[fx.Node]) -> FillRefusal | None:
+def _obstacle(segment: Segment, block: Block) -> Refusal | None:
     if block.kv.capacity is None or any(not called(write, Tensor.index_copy_) for write in block.kv.writes):
-        return FillRefusal(
+        return Refusal(
             'its KV cache is not a static one that is filled from the front (cache_implementation="static" gives one)',
             block.path,
         )
     if segment.outputs != (block.hidden_out,):
-        return FillRefusal("it hands on more than its hidden state", block.path)
-    for node in nodes:
-        value = value_of(node)
-        if node.op == "placeholder" and not (is_tensor(node) and all(isinstance(n, int) for n in value.shape)):
-            return FillRefusal("a size is not fixed", f"{block.path}, {node.name}")
-    written = {m: node for node in nodes for m in mutated_inputs(node)}
+        return Refusal("it hands on more than its hidden state", block.path)
+    for node in segment.origins:
+        if not is_tensor(node) or not all(isinstance(n, int) for n in value_of(node).shape):
+            return Refusal("a size is not fixed", f"{block.path}, {node.name}")
+    written = {m: node for node in segment.graph.nodes for m in mutated_inputs(node)}
     for target, node in written.items():
-        late = [n for n in target.users if nodes.index(n) > nodes.index(node)]
-        if target.op == "placeholder" and value_of(target).dim() != 4 and late:
-            return FillRefusal("it reads a counter after advancing it", f"{block.path}, {late[0].name}")
+        late = [n for n in target.users if n > node]
+        if target.op == "placeholder" and rank(target) != 4 and late:
+            return Refusal("it reads a counter after advancing it", f"{block.path}, {late[0].name}")
     return None
 
 
@@ -176,11 +163,10 @@ class _Tokens:
     """The graph over tokens while it is built out of the nodes of a block's graph.
 
     Attributes:
-        graph: the new graph.
         inputs: for each placeholder of the block's graph the one of the new graph; `hidden` is the hidden state's.
         here: for each node of the block's graph what stands for it in the new graph.
-        shared: those among them that are the same for all tokens.
-        counters: the placeholders that count filled slots.
+        shared: nodes of the block's graph that are the same for all tokens.
+        counters: its placeholders that count filled slots.
     """
 
     def __init__(self, segment: Segment, block: Block) -> None:
@@ -218,7 +204,7 @@ class _Tokens:
 def _set_examples(new: dict[fx.Node, fx.Node], fixed: set[fx.Node]) -> None:
     """Gives the new placeholders example values in a mode of their own, where the number of tokens is a symbol.
 
-    Their own, because Dynamo could not tell where a symbol of its own comes from that no input of its graph has.
+    In Dynamo's mode a symbol must come from an input of Dynamo's graph.
     """
     mode = FakeTensorMode(shape_env=ShapeEnv())
     sizes = StatelessSymbolicContext(dynamic_sizes=[DimDynamic.DYNAMIC])
@@ -226,9 +212,8 @@ def _set_examples(new: dict[fx.Node, fx.Node], fixed: set[fx.Node]) -> None:
     with mode:
         for node, placeholder in new.items():
             value = value_of(node)
-            options = {"dtype": value.dtype, "device": value.device}
             if node in fixed:
-                example = torch.empty_strided(value.shape, value.stride(), **options)
+                example = torch.empty_strided(value.shape, value.stride(), dtype=value.dtype, device=value.device)
             else:
-                example = torch.empty((tokens, *value.shape), **options)
+                example = torch.empty((tokens, *value.shape), dtype=value.dtype, device=value.device)
             placeholder.meta["example_value"] = example

@@ -1,6 +1,6 @@
 """What a fusion rule sees of a segment: its matrix products by role, its cache entries, its attention.
 
-Roles follow from the flow of values alone.
+Roles follow from the flow of values alone. Not handled: cache entries at other places than a slot or the end.
 """
 
 from __future__ import annotations
@@ -11,22 +11,22 @@ from dataclasses import dataclass
 
 import torch
 from torch import fx
+from torch.fx.node import Argument
 
 from river_compile.passes.nodes import called, closure, is_tensor, rank, shape, value_of
 
-from .match import is_product
+from .match import WHOLE, is_product
 from .recognise import Attention, attention
 
 
 @dataclass(frozen=True)
 class CacheEntry:
-    """How keys or values enter a static cache.
+    """How keys or values ``[B, J, T, D]`` enter a static cache ``[B, J, S, D]``.
 
     Attributes:
-        cache: a placeholder, or a new tensor where a prompt's graph makes it, ``[B, J, S, D]``.
-        value: the entry ``[B, J, T, D]``.
         slot: a tensor of one element for each position, or the last slot of a cache whose entries move up by one first.
-        writer: the node that writes it, `moved` the one that moves the others (None where nothing moves).
+        writer: the node that writes it.
+        moved: the node that moves the other entries, None where nothing moves.
     """
 
     cache: fx.Node
@@ -40,14 +40,13 @@ class BlockView:
     """One segment under the rules.
 
     Attributes:
-        graph: the segment's graph.
-        entries: what enters the static cache, keys and values in the order of their writes.
+        entries: what enters the static cache, by cache, in the order of the writes.
         grown: the concatenations that make a dynamic cache longer.
     """
 
     def __init__(self, graph: fx.Graph) -> None:
         self.graph = graph
-        self.entries = tuple(entry for entry in map(_entry, graph.nodes) if entry is not None)
+        self.entries = {entry.cache: entry for entry in map(_entry, graph.nodes) if entry is not None}
         self.grown = tuple(node for node in graph.nodes if _grows_a_cache(node))
 
     def products(self, role: str) -> list[fx.Node]:
@@ -56,8 +55,8 @@ class BlockView:
         "cache" feeds the KV cache, "attention" reads what attention gives, "up" reads the residual stream for an MLP,
         and "down" reads another product's activations.
         """
-        values = [entry.value for entry in self.entries] or [node.args[0][1] for node in self.grown]
-        caches = {entry.cache for entry in self.entries} | {node.args[0][0] for node in self.grown}
+        values = [entry.value for entry in self.entries.values()] or [node.args[0][1] for node in self.grown]
+        caches = {*self.entries, *(node.args[0][0] for node in self.grown)}
         into_cache = sources(values)
         roles: dict[fx.Node, str] = {}
         for product in filter(is_product, self.graph.nodes):
@@ -73,15 +72,11 @@ class BlockView:
 
     def attention(self) -> tuple[fx.Node, Attention] | None:
         """Returns the attention over the static cache, and its node."""
-        caches = {entry.cache for entry in self.entries}
         for node in self.graph.nodes:
             found = attention(node)
-            if found is not None and found.k in caches and found.v in caches:
+            if found is not None and found.k in self.entries and found.v in self.entries:
                 return node, found
         return None
-
-    def entry_of(self, cache: fx.Node) -> CacheEntry | None:
-        return next((entry for entry in self.entries if entry.cache is cache), None)
 
 
 def sources(nodes: Iterable[fx.Node]) -> set[fx.Node]:
@@ -109,12 +104,9 @@ def _rolled_entry(copy: fx.Node) -> CacheEntry | None:
     if writer is None or not isinstance(slots, int):
         return None
     _, index, value = writer.args
-    last = index[:2] == (slice(None),) * 2 and _is_last(index[2])
-    return CacheEntry(cache, value, slots - 1, writer, moved=copy) if last else None
-
-
-def _is_last(index: object) -> bool:
-    return index == -1 or (called(index, torch.tensor) and index.args[0] == [-1])
+    *others, slot = index
+    last = slot == -1 or (called(slot, torch.tensor) and slot.args[0] == [-1])
+    return CacheEntry(cache, value, slots - 1, writer, moved=copy) if last and others == [WHOLE, WHOLE] else None
 
 
 def _is_start(node: fx.Node) -> bool:
@@ -123,8 +115,8 @@ def _is_start(node: fx.Node) -> bool:
     return node.op == "placeholder" or (is_tensor(node) and sizes)
 
 
-def _is_cache(node: object) -> bool:
-    return isinstance(node, fx.Node) and rank(node) == 4 and _is_start(node)
+def _is_cache(node: Argument) -> bool:
+    return rank(node) == 4 and _is_start(node)
 
 
 def _grows_a_cache(node: fx.Node) -> bool:

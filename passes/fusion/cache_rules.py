@@ -1,7 +1,6 @@
 """The fusion rules around the KV cache: the write of one slot, and attention over a static cache.
 
-Both hold for one position per row, whose slot stays a device tensor. The attention kernel reads what the mask lets take
-part, as the plain model does, and no other slot.
+The slot stays a device tensor. Not handled: several positions per row, caches that grow with every token.
 """
 
 from __future__ import annotations
@@ -12,10 +11,19 @@ from dataclasses import dataclass, replace
 import torch
 from torch import fx
 
-from river_compile.passes.nodes import before_cast, before_views, closure, is_tensor, mutated_inputs, shape, value_of
+from river_compile.passes.edits import Missed, call, drop_unused, put, reshaped
+from river_compile.passes.nodes import (
+    before_cast,
+    before_views,
+    closure,
+    is_tensor,
+    mutated_inputs,
+    same_dtype,
+    shape,
+    value_of,
+)
 
 from .block import BlockView, CacheEntry
-from .edits import Missed, call, drop_unused, put, reshaped
 from .match import Columns, columns
 from .recognise import Attention, Normed, Rotation, norm, rotation
 
@@ -24,7 +32,7 @@ _MASKS = (torch.bool, torch.float32, torch.bfloat16, torch.float16)
 
 @dataclass(frozen=True)
 class _Heads:
-    """Query, key or value heads: columns of a product, perhaps normalised, perhaps rotated; `node` is the result."""
+    """Query, key or value heads `node`: columns of a product, perhaps normalised, perhaps rotated."""
 
     node: fx.Node
     columns: Columns
@@ -56,13 +64,12 @@ def fuse_kv_fill(view: BlockView) -> fx.Node:
     _check_heads(q, k, v, k_entry.cache)
     _check_reads((k_entry, v_entry), last)
     fused = _write(view.graph, (q, k, v), (k_entry, v_entry), last, moved)
-    product = k.columns.product
-    view.entries = tuple(replace(e, value=product, writer=fused, moved=None) for e in view.entries)
+    for entry in (k_entry, v_entry):
+        view.entries[entry.cache] = replace(entry, value=k.columns.product, writer=fused, moved=None)
     return fused
 
 
 def _attention(view: BlockView) -> tuple[fx.Node, Attention]:
-    """Returns the attention over a static cache: its node and its parts."""
     if view.grown:
         raise Missed("the cache grows with every token", view.grown[0])
     found = view.attention()
@@ -72,54 +79,51 @@ def _attention(view: BlockView) -> tuple[fx.Node, Attention]:
 
 
 def _entries(view: BlockView, attended: Attention) -> tuple[CacheEntry, CacheEntry]:
-    """Returns how keys and values enter the static cache."""
-    k, v = (view.entry_of(cache) for cache in (attended.k, attended.v))
-    if k.slot is not v.slot and k.slot != v.slot:
+    k, v = view.entries[attended.k], view.entries[attended.v]
+    if k.slot != v.slot:
         raise Missed("keys and values go to different slots", v.writer)
     if isinstance(k.slot, fx.Node) and shape(k.slot) != (1,):
         raise Missed("more than one slot is written", k.writer)
-    _fix_sizes(k.cache)
-    _fix_sizes(v.cache)
+    for entry in (k, v):
+        _fixed_sizes(entry.cache)
     return k, v
 
 
-def _fix_sizes(cache: fx.Node) -> None:
-    """Makes heads and features of a cache fixed, where Dynamo traced them as dynamic: a guard of the whole graph.
+def _fixed_sizes(cache: fx.Node) -> tuple[int, int]:
+    """Returns a cache's heads and features; where Dynamo traced them as dynamic, a guard of the whole graph fixes them.
 
     They differ from model to model alone. The number of slots differs from cache to cache and stays dynamic.
     """
-    for dim in (1, 3):
-        int(value_of(cache).shape[dim])
+    _, heads, _, features = value_of(cache).shape
+    return int(heads), int(features)
 
 
 def _query(node: fx.Node, k: _Heads) -> _Heads:
     """Returns the query heads: the value nearest to attention that comes from the keys' product in a known way."""
-    start = node
-    while isinstance(node, fx.Node) and node.op != "placeholder" and is_tensor(node):
-        found = _heads(node)
+    inputs = [node]
+    while inputs and inputs[0].op != "placeholder":
+        found = _heads(inputs[0])
         if found is not None and found.columns.product is k.columns.product:
             return found
-        inputs = [n for n in before_views(node).all_input_nodes if is_tensor(n) and value_of(n).dim() >= 3]
-        node = inputs[0] if inputs else None
-    raise Missed("the query does not come from the keys' product in a known way", start)
+        inputs = [n for n in before_views(inputs[0]).all_input_nodes if is_tensor(n) and value_of(n).dim() >= 3]
+    raise Missed("the query does not come from the keys' product in a known way", node)
 
 
 def _check_heads(q: _Heads, k: _Heads, v: _Heads, cache: fx.Node) -> None:
-    _, kv_heads, _, dim = shape(cache)
+    kv_heads, dim = _fixed_sizes(cache)
     product, width = k.columns.product, kv_heads * dim
     expected = (q.columns.start, *(q.columns.stop + n for n in (0, 0, width, width, 2 * width)))
     found = tuple(n for heads in (q, k, v) for n in (heads.columns.start, heads.columns.stop))
     if v.columns.product is not product or found != expected or (found[1] - found[0]) % width:
-        raise Missed(
-            f"q, k and v are not columns side by side of one product, heads of a cache {shape(cache)}", product
-        )
-    if value_of(cache).dtype != value_of(k.columns.product).dtype:
-        raise Missed(f"the cache holds {value_of(cache).dtype}, the product {value_of(k.columns.product).dtype}", cache)
+        sizes = shape(cache)
+        raise Missed(f"q, k and v are not columns side by side of one product, heads of a cache {sizes}", product)
+    if not same_dtype(cache, product):
+        raise Missed(f"the cache holds {value_of(cache).dtype}, the product {value_of(product).dtype}", cache)
     rotations = [h.rotation and (h.rotation.cos, h.rotation.sin, h.rotation.interleaved) for h in (q, k)]
     if rotations[0] != rotations[1]:
         raise Missed("q and k are rotated differently", q.node)
     norms = [h.norm and (h.norm.kind, h.norm.eps, shape(h.norm.weight)) for h in (q, k)]
-    if norms[0] != norms[1] or (k.norm and (k.norm.kind == "layer" or norms[1][2] != (dim,))):
+    if norms[0] != norms[1] or (k.norm and (k.norm.kind == "layer" or shape(k.norm.weight) != (dim,))):
         raise Missed("the norms of q and k are not one RMSNorm per head", q.node)
 
 
@@ -149,14 +153,18 @@ def _write(
     moved: list[fx.Node],
 ) -> fx.Node:
     q, k, v = heads
-    product, batch, dim = k.columns.product, value_of(entries[0].cache).shape[0], shape(entries[0].cache)[3]
+    product, batch, (_, dim) = k.columns.product, value_of(entries[0].cache).shape[0], _fixed_sizes(entries[0].cache)
     query_heads = (k.columns.start - q.columns.start) // dim
-    weights = (None, None) if k.norm is None else (q.norm.weight, k.norm.weight)
+    weights = (q.norm and q.norm.weight, k.norm and k.norm.weight)
     tables = (None, None) if k.rotation is None else (k.rotation.cos, k.rotation.sin)
     how = ("none", 0.0) if k.norm is None else (k.norm.kind, k.norm.eps)
     following = last.next
     with graph.inserting_before(following):
-        qkv = _columns_of(graph, product, q.columns.start, v.columns.stop)
+        start, stop = q.columns.start, v.columns.stop
+        qkv = product
+        if (start, stop) != (0, shape(product)[-1]):
+            qkv_value = value_of(product)[..., start:stop]
+            qkv = call(graph, operator.getitem, (product, (Ellipsis, slice(start, stop))), qkv_value, product)
         caches = [entry.cache for entry in entries]
         arguments = (qkv, *weights, *tables, _slot(graph, entries[0]), *caches, *how)
         arguments += (k.rotation is not None and k.rotation.interleaved,)
@@ -173,13 +181,6 @@ def _write(
     return fused
 
 
-def _columns_of(graph: fx.Graph, product: fx.Node, start: int, stop: int) -> fx.Node:
-    if (start, stop) == (0, shape(product)[-1]):
-        return product
-    value = value_of(product)[..., start:stop]
-    return call(graph, operator.getitem, (product, (Ellipsis, slice(start, stop))), value, product)
-
-
 def _slot(graph: fx.Graph, entry: CacheEntry) -> fx.Node:
     """Returns the slot that is written, as a tensor of one number on the cache's device."""
     if isinstance(entry.slot, fx.Node):
@@ -192,7 +193,7 @@ def _slot(graph: fx.Graph, entry: CacheEntry) -> fx.Node:
 def fuse_attention(view: BlockView) -> fx.Node:
     """attention."""
     node, found = _attention(view)
-    if any(n is not None and n > node for e in view.entries for n in (e.writer, e.moved)):
+    if any(n is not None and n > node for e in view.entries.values() for n in (e.writer, e.moved)):
         raise Missed("the cache is read before it is written", node)
     q, cache = value_of(found.q), value_of(found.k)
     if q.dtype != cache.dtype or shape(found.v) != shape(found.k):
@@ -225,7 +226,6 @@ def _mask(graph: fx.Graph, found: Attention) -> fx.Node | None:
     if mask is None:
         return None
     if shape(mask)[0] != shape(found.k)[0]:
-        mask = call(
-            graph, torch.Tensor.expand, (mask, (batch, -1, -1, -1)), value_of(mask).expand(batch, -1, -1, -1), mask
-        )
+        sizes = (batch, -1, -1, -1)
+        mask = call(graph, torch.Tensor.expand, (mask, sizes), value_of(mask).expand(sizes), mask)
     return call(graph, torch.flatten, (mask, 1), value_of(mask).new_empty((batch, slots)), mask)

@@ -1,8 +1,6 @@
 """Puts the operators of the generated kernels into twins, heads and exit checks, and records which rule missed.
 
-Before the rules, two spellings are made alike: a bias that is added after a product moves into it, and where
-attention and MLP run side by side, their sum is regrouped so that each product has an addition of its own. What no rule
-takes stays as it is and reaches Inductor, 4-bit products as ``river::linear``.
+Not handled: what no rule takes stays as it is and reaches Inductor, 4-bit products as ``river::linear``.
 """
 
 from __future__ import annotations
@@ -13,6 +11,7 @@ from dataclasses import replace
 
 from torch import Tensor, fx
 
+from river_compile.passes.edits import Missed, call, drop_unused, same_size
 from river_compile.passes.nodes import (
     before_views,
     either_way,
@@ -27,7 +26,6 @@ from river_compile.passes.nodes import (
 from river_compile.passes.program import Fusion, RiverProgram, Segment
 
 from .block import BlockView
-from .edits import Missed, call, drop_unused, same_size
 from .match import is_product
 from .rules import ONE_QUERY_RULES, RULES, Rule, fuse_exit_score, fuse_head
 
@@ -72,7 +70,7 @@ def _apply(segment: Segment, rules: Sequence[Rule]) -> list[Fusion]:
         except Missed as miss:
             node, missed = miss.node, miss.reason
         where = "" if node is None else source_of(origin.get(node, node))
-        fusions.append(Fusion(rule.__doc__.rstrip("."), segment.name, missed, where))
+        fusions.append(Fusion((rule.__doc__ or "").rstrip("."), segment.name, missed, where))
     return fusions
 
 
@@ -80,9 +78,7 @@ def _absorb_bias(graph: fx.Graph, node: fx.Node) -> None:
     """Moves ``product + bias`` into the product."""
     for product, bias in either_way(node, operator.add):
         alone = is_product(product) and product.args[3] is None and len(product.users) == 1
-        if not alone or not isinstance(bias, fx.Node) or not is_parameter(bias):
-            continue
-        if shape(bias) == shape(product)[-1:] and same_dtype(bias, product):
+        if alone and is_parameter(bias) and shape(bias) == shape(product)[-1:] and same_dtype(bias, product):
             product.args = (*product.args[:3], bias, *product.args[4:])
             node.replace_all_uses_with(product)
             drop_unused(graph, node)
@@ -90,7 +86,10 @@ def _absorb_bias(graph: fx.Graph, node: fx.Node) -> None:
 
 
 def _regroup(graph: fx.Graph, node: fx.Node) -> None:
-    """Turns ``residual + (attention's product + the MLP's)`` into ``(residual + one) + the other``."""
+    """Turns ``residual + (attention's product + the MLP's)`` into ``(residual + one) + the other``.
+
+    So each product has an addition of its own where attention and MLP run side by side.
+    """
     for side, residual in either_way(node, operator.add):
         inner = plain(side)
         found = operands(inner, operator.add, Tensor.add_)

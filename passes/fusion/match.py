@@ -1,6 +1,6 @@
 """Which part of a matrix product a value consists of: ranges of one dimension, and columns.
 
-Nothing here changes a graph or adds a guard: dynamic sizes are compared as text.
+Nothing here changes a graph or adds a guard. Not handled: ranges of several dimensions at once.
 """
 
 from __future__ import annotations
@@ -8,9 +8,11 @@ from __future__ import annotations
 import math
 import operator
 from dataclasses import dataclass
+from typing import TypeGuard
 
 import torch
 from torch import fx
+from torch.fx.node import Argument
 
 from river_compile.passes.nodes import before_views, called, is_tensor, shape, value_of
 
@@ -28,7 +30,7 @@ class Part:
     step: int = 1
 
 
-def part(node: object) -> Part | None:
+def part(node: Argument) -> Part | None:
     """Returns the range that ``x[..., a:b:c]``, ``x.split(...)[i]`` or ``x.chunk(...)[i]`` takes."""
     if not called(node, operator.getitem):
         return None
@@ -38,9 +40,7 @@ def part(node: object) -> Part | None:
         dim = source.args[2] % pieces[0].dim()
         lengths = [piece.shape[dim] for piece in pieces]
         return Part(source.args[0], dim, sum(lengths[:index]), lengths[index])
-    if not isinstance(source, fx.Node) or not is_tensor(source) or not isinstance(index, tuple):
-        return None
-    return _slice(source, index)
+    return _slice(source, index) if is_tensor(source) and isinstance(index, tuple) else None
 
 
 def _slice(source: fx.Node, index: tuple) -> Part | None:
@@ -52,13 +52,14 @@ def _slice(source: fx.Node, index: tuple) -> Part | None:
     if len(index) > len(sizes) or len(taken) != 1:
         return None
     ((dim, i),) = taken
-    if not isinstance(sizes[dim], int):
+    size = sizes[dim]
+    if not isinstance(size, int):
         return None
     if isinstance(i, slice) and all(isinstance(n, (int, type(None))) for n in (i.start, i.stop, i.step)):
-        entries = range(*i.indices(sizes[dim]))
+        entries = range(*i.indices(size))
         return Part(source, dim, entries.start, len(entries), entries.step)
     if isinstance(i, (list, tuple)) and len(i) == 1 and isinstance(i[0], int):
-        return Part(source, dim, i[0] % sizes[dim], 1)
+        return Part(source, dim, i[0] % size, 1)
     return None
 
 
@@ -71,27 +72,24 @@ class Columns:
     stop: int
 
 
-def is_product(node: object) -> bool:
+def is_product(node: Argument) -> TypeGuard[fx.Node]:
     """True for a ``river::linear``, whatever its norm and epilogue."""
     return called(node, torch.ops.river.linear.default)
 
 
-def columns(node: object) -> Columns | None:
+def columns(node: Argument) -> Columns | None:
     """Returns the columns of a matrix product that a value consists of, in any view with the rows in front."""
-    if not isinstance(node, fx.Node) or not is_tensor(node):
+    inner = before_views(node)
+    if not is_tensor(node) or not is_tensor(inner) or shape(inner)[0] != shape(node)[0]:
         return None
-    rows = shape(node)[0]
-    node = before_views(node)
-    if not isinstance(node, fx.Node) or not is_tensor(node) or shape(node)[0] != rows:
-        return None
-    if is_product(node):
-        return Columns(node, 0, shape(node)[-1])
-    taken = part(node)
+    if is_product(inner):
+        return Columns(inner, 0, value_of(inner).shape[-1])
+    taken = part(inner)
     if taken is None or taken.step != 1 or taken.dim == 0:
         return None
     whole, sizes = columns(taken.source), shape(taken.source)
-    after = sizes[taken.dim + 1 :]
-    if whole is None or not all(isinstance(n, int) for n in after):
+    after = [n for n in sizes[taken.dim + 1 :] if isinstance(n, int)]
+    if whole is None or len(after) < len(sizes) - taken.dim - 1:
         return None
     as_product = not after and sizes[:-1] == shape(whole.product)[:-1]
     if not as_product and any(n != 1 for n in sizes[1 : taken.dim]):

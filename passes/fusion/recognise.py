@@ -15,6 +15,7 @@ from dataclasses import dataclass, replace
 import torch
 import torch.nn.functional as F
 from torch import Tensor, fx
+from torch.fx.node import Argument
 
 from river_compile.kernels.portable import grouped_attention
 from river_compile.passes.nodes import (
@@ -27,7 +28,6 @@ from river_compile.passes.nodes import (
     is_tensor,
     operands,
     plain,
-    rank,
     same_dtype,
     shape,
     value_of,
@@ -49,11 +49,8 @@ class Normed:
     eps: float
 
 
-def norm(node: object) -> Normed | None:
-    """Recognises RMSNorm (Gemma's with 1 + weight too) and LayerNorm, called or written out.
-
-    Their result has the input's dtype, and their parameters have it too.
-    """
+def norm(node: Argument) -> Normed | None:
+    """Recognises RMSNorm (Gemma's with 1 + weight too) and LayerNorm, called or written out, all of one dtype."""
     node = plain(node)
     found = _called_norm(before_cast(node)) or _written_rms(before_cast(node))
     return found if found is not None and _fits(found, node) else None
@@ -62,13 +59,11 @@ def norm(node: object) -> Normed | None:
 def _fits(found: Normed, result: fx.Node) -> bool:
     features = (value_of(found.x).shape[-1],)
     parameters = [found.weight] if found.bias is None else [found.weight, found.bias]
-    return same_dtype(found.x, result) and all(
-        isinstance(p, fx.Node) and is_parameter(p) and shape(p) == features and same_dtype(p, found.x)
-        for p in parameters
-    )
+    fit = (is_parameter(p) and shape(p) == features and same_dtype(p, found.x) for p in parameters)
+    return same_dtype(found.x, result) and all(fit)
 
 
-def _called_norm(node: object) -> Normed | None:
+def _called_norm(node: Argument) -> Normed | None:
     if called(node, F.layer_norm):
         x, features, weight, bias, eps = node.args
         kind = "layer"
@@ -82,21 +77,19 @@ def _called_norm(node: object) -> Normed | None:
     return Normed(before_cast(x), weight, bias, kind, eps)
 
 
-def _written_rms(node: object) -> Normed | None:
+def _written_rms(node: Argument) -> Normed | None:
     for scaled, weight in either_way(node, operator.mul):
         for x, rstd in either_way(before_cast(scaled), operator.mul):
             x, weight = before_cast(x), before_cast(weight)
             eps = _reciprocal_root(rstd, x)
-            if eps is None:
-                continue
-            plus_one = beside(weight, operator.add, 1)
-            if plus_one is None:
-                return Normed(x, weight, None, "rms", eps)
-            return Normed(x, before_cast(plus_one), None, "rms_plus_one", eps)
+            if eps is not None:
+                plus_one = beside(weight, operator.add, 1)
+                kind = "rms" if plus_one is None else "rms_plus_one"
+                return Normed(x, weight if plus_one is None else before_cast(plus_one), None, kind, eps)
     return None
 
 
-def _reciprocal_root(node: object, x: object) -> float | None:
+def _reciprocal_root(node: Argument, x: Argument) -> float | None:
     """Returns eps where a node is ``rsqrt(mean(x ** 2, -1, keepdim=True) + eps)``."""
     if not called(node, torch.rsqrt):
         return None
@@ -109,7 +102,7 @@ def _reciprocal_root(node: object, x: object) -> float | None:
     return None
 
 
-def activation(node: object) -> tuple[fx.Node, str] | None:
+def activation(node: Argument) -> tuple[fx.Node, str] | None:
     """Returns the input and the operators' name of SiLU, GELU (exact or tanh, called or written out) or ReLU."""
     node = plain(node)
     if called(node, F.silu, F.relu):
@@ -123,7 +116,7 @@ def activation(node: object) -> tuple[fx.Node, str] | None:
     return None
 
 
-def _is_gelu_argument(node: object, x: object) -> bool:
+def _is_gelu_argument(node: Argument, x: Argument) -> bool:
     """True for ``sqrt(2 / pi) * (x + 0.044715 * x ** 3)``."""
     scale, cubic = _TANH_GELU
     return any(
@@ -147,7 +140,7 @@ class Rotation:
     interleaved: bool
 
 
-def rotation(node: object) -> Rotation | None:
+def rotation(node: Argument) -> Rotation | None:
     """Recognises ``x * cos + turned(x) * sin``, of whole heads or of their first features."""
     node = before_cast(plain(node))
     joined = _pair(node, torch.cat)
@@ -163,12 +156,12 @@ def rotation(node: object) -> Rotation | None:
     return replace(turned, x=source) if plain(rest.source) is plain(source) else None
 
 
-def _pair(node: object, function: Callable) -> tuple[fx.Node, fx.Node] | None:
+def _pair(node: Argument, function: Callable) -> tuple[fx.Node, fx.Node] | None:
     """Returns the two tensors that ``cat`` or ``stack`` joins in the last dimension."""
     return tuple(node.args[0]) if called(node, function) and node.args[1] == -1 and len(node.args[0]) == 2 else None
 
 
-def _whole_rotation(node: object) -> Rotation | None:
+def _whole_rotation(node: Argument) -> Rotation | None:
     for straight, crossed in either_way(node, operator.add):
         for x, cos in either_way(straight, operator.mul):
             for turned, sin in either_way(crossed, operator.mul):
@@ -178,18 +171,18 @@ def _whole_rotation(node: object) -> Rotation | None:
     return None
 
 
-def _is_table(node: object, x: fx.Node) -> bool:
-    if not isinstance(node, fx.Node) or rank(node) != 4:
-        return False
-    rows, *middle, features = shape(node)
-    return rows in (1, shape(x)[0]) and middle == [1, 1] and features == shape(x)[-1]
+def _is_table(node: Argument, x: fx.Node) -> bool:
+    return is_tensor(node) and shape(node) in [(rows, 1, 1, shape(x)[-1]) for rows in (1, shape(x)[0])]
 
 
-def _is_turned(node: object, x: object) -> bool | None:
+def _is_turned(node: Argument, x: Argument) -> bool | None:
     """Whether pairs lie interleaved, where a node holds those of x turned by 90 degrees; None where it does not."""
-    if not isinstance(x, fx.Node) or not is_tensor(x):
+    if not is_tensor(x):
         return None
-    dim, half = rank(x) - 1, shape(x)[-1] // 2
+    *others, features = shape(x)
+    if not isinstance(features, int):
+        return None
+    dim, half = len(others), features // 2
     joined, interleaved = _pair(node, torch.cat), False
     if joined is None and is_reshape(node):
         joined, interleaved = _pair(node.args[0], torch.stack), True
@@ -214,7 +207,7 @@ class Attention:
     softcap: float
 
 
-def attention(node: object) -> Attention | None:
+def attention(node: Argument) -> Attention | None:
     """Recognises `portable.grouped_attention`, and attention written out as products around a softmax."""
     if called(node, grouped_attention):
         q, k, v, mask, scale = node.args
@@ -224,7 +217,7 @@ def attention(node: object) -> Attention | None:
     if not called(weights, torch.softmax) or weights.args[1] != -1:
         return None
     scores, mask = operands(weights.args[0], operator.add) or (weights.args[0], None)
-    if mask is not None and not (isinstance(mask, fx.Node) and value_of(mask).is_floating_point()):
+    if mask is not None and not (is_tensor(mask) and value_of(mask).is_floating_point()):
         return None
     scores, softcap = _capped(scores)
     raw, scale = next(((a, b) for a, b in either_way(scores, operator.mul) if isinstance(b, float)), (scores, 1.0))
@@ -234,7 +227,7 @@ def attention(node: object) -> Attention | None:
     return Attention(q, before_repeat(keys.args[0]), before_repeat(values), mask, scale, softcap)
 
 
-def _capped(node: object) -> tuple[object, float]:
+def _capped(node: Argument) -> tuple[Argument, float]:
     """Returns x and c of ``c tanh(x / c)``, the node itself and 0 where it is none."""
     for turned, cap in either_way(node, operator.mul):
         if called(turned, torch.tanh) and isinstance(cap, float):

@@ -24,6 +24,7 @@ import torch.nn.functional as F
 from torch import Tensor, fx
 
 from river_compile.kernels import ops  # noqa: F401  (registers the operators)
+from river_compile.passes.edits import Missed, call, drop_unused, only_used_for, put, reshaped, same_size, way_down
 from river_compile.passes.nodes import (
     before_views,
     called,
@@ -38,7 +39,6 @@ from river_compile.passes.nodes import (
 
 from .block import BlockView, sources
 from .cache_rules import fuse_attention, fuse_kv_fill
-from .edits import Missed, call, drop_unused, only_used_for, put, reshaped, same_size, way_down
 from .match import Columns, columns, is_product
 from .recognise import Normed, activation, norm
 
@@ -146,7 +146,7 @@ def _put_linear(
 
 def _activated(graph: fx.Graph, product: fx.Node) -> tuple[fx.Node, str, bool]:
     """Returns the value after the activation of a product, the activation's name, and whether it is gated."""
-    width = shape(product)[-1]
+    width = value_of(product).shape[-1]
     single = None
     for node in graph.nodes:
         if node < product or not is_tensor(node):

@@ -1,32 +1,36 @@
-"""Changes of a segment's graph that the fusion rules share: one operator for many nodes, and what falls away then.
+"""Changes of a segment's graph that passes share: one operator for many nodes, and what falls away then.
 
-Every node that is put in records its value, as the traced ones do, so that the next rule can look at it.
+Every operation that is put in records its value, as the traced ones do, so that the next pass can look at it.
 """
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Iterable
 
 import torch
 from torch import fx
 
-from river_compile.passes.nodes import is_reshape, mutated_inputs, plain, same_dtype, shape, sizes_of, value_of
+from .nodes import is_reshape, mutated_inputs, plain, same_dtype, shape, sizes_of, value_of
 
 _KEPT_META = ("nn_module_stack", "stack_trace")
 
 
 class Missed(Exception):
-    """A rule does not apply.
-
-    Attributes:
-        reason: one clause for the user.
-        node: what it is about, None where it is the whole segment.
-    """
+    """A fusion rule does not apply: a reason for the user, and the node that it is about (the whole segment: None)."""
 
     def __init__(self, reason: str, node: fx.Node | None = None) -> None:
         super().__init__(reason)
         self.reason = reason
         self.node = node
+
+
+def add_placeholders(graph: fx.Graph, names: Iterable[str]) -> list[fx.Node]:
+    """Adds placeholders after those that are there."""
+    added = []
+    for name in names:
+        with graph.inserting_after(graph.find_nodes(op="placeholder")[-1]):
+            added.append(graph.placeholder(name))
+    return added
 
 
 def put(
@@ -72,7 +76,8 @@ def reshaped(graph: fx.Graph, node: fx.Node, like: fx.Node) -> fx.Node:
 
 def drop_unused(graph: fx.Graph, last: fx.Node) -> None:
     """Erases an unused operation, and what only served it as far as that has no effects of its own."""
-    stack, erased = [last], set()
+    stack = [last]
+    erased: set[fx.Node] = set()
     while stack:
         node = stack.pop()
         if node in erased or node.users or node.op != "call_function":
@@ -85,7 +90,7 @@ def drop_unused(graph: fx.Graph, last: fx.Node) -> None:
 
 def same_size(a: object, b: fx.Node) -> bool:
     """True for two tensors of one shape and dtype."""
-    return isinstance(a, fx.Node) and same_dtype(a, b) and shape(a) == shape(b)
+    return same_dtype(a, b) and shape(a) == shape(b)
 
 
 def only_used_for(node: fx.Node, end: fx.Node) -> bool:
