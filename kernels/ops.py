@@ -8,12 +8,14 @@
 
 Layout "triton" runs the generated kernel: compiled on a GPU, in Triton's interpreter on the CPU (slow, for tests).
 Every other layout is plain torch around the layout's own linear. An operator never falls from the one to the other by
-itself. All outputs are new tensors; the schema says what is mutated.
+itself. All outputs are new tensors; the schema says what is mutated. The arguments of `kv_fill`, `decode_attention` and
+`residual_score` are those of their functions in `triton.launch`.
 """
 
 from __future__ import annotations
 
 from collections.abc import Callable
+from typing import Any
 
 import torch
 import torch.nn.functional as F
@@ -71,13 +73,24 @@ def linear(
     check_choice("activation", activation, ACTIVATIONS)
     if (norm == "none") != (norm_weight is None):
         raise ValueError(f"norm={norm!r} and norm_weight go together; give both or neither")
+    if scale_zero is None and layout not in ("dense", "triton"):
+        raise ValueError(f"layout={layout!r} has a scale_zero; without one it is 'dense' or 'triton'")
     matrix: Tensor | layouts.PackedLinear = weight
     if scale_zero is not None:
         matrix = layouts.PackedLinear(layout, weight, scale_zero, group_size, x.shape[-1], out_features)
-    elif layout not in ("dense", "triton"):
-        raise ValueError(f"layout={layout!r} has a scale_zero; without one it is 'dense' or 'triton'")
-    run = launch.linear if layout == "triton" else _portable
-    return run(x, matrix, bias, residual, norm, norm_weight, norm_bias, eps, activation, gated)
+    if layout == "triton":
+        return launch.linear(x, matrix, bias, residual, norm, norm_weight, norm_bias, eps, activation, gated)
+    h = x if norm_weight is None else _normalise(x, norm, norm_weight, norm_bias, eps)
+    if isinstance(matrix, Tensor):
+        y = F.linear(h, matrix, bias)
+    else:
+        y = layouts.layout(layout).linear(h, matrix, bias)
+    if gated:
+        gate, up = y.chunk(2, dim=-1)
+        y = _ACTIVATIONS[activation](gate) * up
+    else:
+        y = _ACTIVATIONS[activation](y)
+    return y if residual is None else y + residual
 
 
 @linear.register_fake
@@ -100,80 +113,15 @@ def _(
     return x.new_empty((*x.shape[:-1], out_features // 2 if gated else out_features))
 
 
-@torch.library.custom_op("river::kv_fill", mutates_args=("k_cache", "v_cache"))
-def kv_fill(
-    qkv: Tensor,
-    q_norm: Tensor | None,
-    k_norm: Tensor | None,
-    cos: Tensor | None,
-    sin: Tensor | None,
-    slot: Tensor,
-    k_cache: Tensor,
-    v_cache: Tensor,
-    norm: str,
-    eps: float,
-    interleaved: bool,
-) -> Tensor:
-    """Splits q|k|v of one position, transforms the heads, writes one slot of the caches and returns the query.
-
-    Args:
-        qkv: ``[B, (H + 2 J) D]``, or any leading shape of B elements.
-        q_norm, k_norm: ``[D]`` weights of the heads' norm, or None.
-        cos, sin: ``[..., R]`` with 1 or B rows, as Hugging Face models give them; None for no rotary embedding.
-        slot: int32 or int64, one element: the slot to write. Outside of 0..S - 1 nothing is written.
-        k_cache, v_cache: ``[B, J, S, D]`` in qkv.dtype, features contiguous. Mutated.
-        norm: "rms" or "rms_plus_one" where q_norm and k_norm are given, else "none".
-        eps: of the norm.
-        interleaved: whether rotated pairs are neighbours instead of R / 2 apart.
-
-    Returns:
-        The query ``[B, H, D]`` in qkv.dtype.
-
-    Raises:
-        ValueError: tensors whose shapes or dtypes do not fit together.
-    """
-    return launch.kv_fill(qkv, q_norm, k_norm, cos, sin, slot, k_cache, v_cache, norm, eps, interleaved)
+kv_fill = torch.library.custom_op("river::kv_fill", launch.kv_fill, mutates_args=("k_cache", "v_cache"))
+decode_attention = torch.library.custom_op("river::decode_attention", launch.decode_attention, mutates_args=())
+residual_score = torch.library.custom_op("river::residual_score", launch.residual_score, mutates_args=())
 
 
 @kv_fill.register_fake
-def _(
-    qkv: Tensor,
-    q_norm: Tensor | None,
-    k_norm: Tensor | None,
-    cos: Tensor | None,
-    sin: Tensor | None,
-    slot: Tensor,
-    k_cache: Tensor,
-    v_cache: Tensor,
-    norm: str,
-    eps: float,
-    interleaved: bool,
-) -> Tensor:
+def _(qkv: Tensor, q_norm: Any, k_norm: Any, cos: Any, sin: Any, slot: Any, k_cache: Tensor, *_others: Any) -> Tensor:
     b, kv_heads, _, d = k_cache.shape
     return qkv.new_empty((b, qkv.shape[-1] // d - 2 * kv_heads, d))
-
-
-@torch.library.custom_op("river::decode_attention", mutates_args=())
-def decode_attention(
-    q: Tensor, k_cache: Tensor, v_cache: Tensor, mask: Tensor | None, scale: float, softcap: float
-) -> Tensor:
-    """Attends from one query position to the slots of a static cache.
-
-    Args:
-        q: ``[B, H, D]``.
-        k_cache, v_cache: ``[B, J, S, D]`` in q.dtype, features contiguous; J divides H.
-        mask: ``[B, S]``: bool, True for slots that take part, or floating, added to the scores, where at most half of
-            the dtype's least number leaves a slot out. None for all. A row without any slot gives 0.
-        scale: of the scores.
-        softcap: c in c tanh(score / c); 0 for none.
-
-    Returns:
-        ``[B, H, D]`` in q.dtype.
-
-    Raises:
-        ValueError: tensors whose shapes or dtypes do not fit together.
-    """
-    return launch.decode_attention(q, k_cache, v_cache, mask, scale, softcap)
 
 
 @decode_attention.register_fake
@@ -208,53 +156,10 @@ def _(hidden: Tensor, previous: Tensor) -> Tensor:
     return hidden.new_empty((), dtype=torch.float32)
 
 
-@torch.library.custom_op("river::residual_score", mutates_args=())
-def residual_score(update: Tensor, residual: Tensor, previous: Tensor) -> tuple[Tensor, Tensor]:
-    """Adds a residual and measures the exit score, in one launch (on the CPU: in Triton's interpreter).
-
-    Args:
-        update, residual, previous: ``[..., D]`` of one shape and dtype.
-
-    Returns:
-        hidden = residual + update ``[..., D]``, and its smallest similarity to `previous` over all rows, float32
-        ``[]``, NaN where a row has none.
-
-    Raises:
-        ValueError: tensors of different shapes.
-    """
-    return launch.residual_score(update, residual, previous)
-
-
 @residual_score.register_fake
 def _(update: Tensor, residual: Tensor, previous: Tensor) -> tuple[Tensor, Tensor]:
     hidden = torch.empty_like(update, memory_format=torch.contiguous_format)
     return hidden, update.new_empty((), dtype=torch.float32)
-
-
-def _portable(
-    x: Tensor,
-    weight: layouts.PackedLinear | Tensor,
-    bias: Tensor | None,
-    residual: Tensor | None,
-    norm: str,
-    norm_weight: Tensor | None,
-    norm_bias: Tensor | None,
-    eps: float,
-    activation: str,
-    gated: bool,
-) -> Tensor:
-    """Runs `linear` in plain torch."""
-    h = x if norm_weight is None else _normalise(x, norm, norm_weight, norm_bias, eps)
-    if isinstance(weight, layouts.PackedLinear):
-        y = layouts.layout(weight.layout).linear(h, weight, bias)
-    else:
-        y = F.linear(h, weight, bias)
-    if gated:
-        gate, up = y.chunk(2, dim=-1)
-        y = _ACTIVATIONS[activation](gate) * up
-    else:
-        y = _ACTIVATIONS[activation](y)
-    return y if residual is None else y + residual
 
 
 def _normalise(x: Tensor, norm: str, weight: Tensor, bias: Tensor | None, eps: float) -> Tensor:

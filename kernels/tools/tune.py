@@ -107,8 +107,8 @@ def copies_beyond_cache(spec: LinearSpec) -> int:
 def random_buffers(spec: LinearSpec) -> dict[str, torch.Tensor]:
     """Allocates every buffer of a linear spec on the GPU, for `spec.rows` or 64 rows."""
     buffers = {}
-    for name, (dtype_name, shape) in spec.buffers(spec.rows or 64).items():
-        dtype = getattr(torch, dtype_name)
+    for name, buffer in spec.buffers(64).items():
+        dtype, shape = getattr(torch, buffer.dtype), buffer.shape
         if dtype.is_floating_point:
             buffers[name] = torch.randn(shape, device="cuda", dtype=dtype)
         else:

@@ -17,17 +17,7 @@ from typing import ClassVar
 
 from river_compile.kernels.checks import check_choice, check_positive
 
-from .spec import (
-    ACTIVATION_DTYPES,
-    ITEM_BYTES,
-    Argument,
-    Cost,
-    KernelSpec,
-    Stage,
-    next_power_of_two,
-)
-
-MAX_BLOCK = 4096
+from .spec import ACTIVATION_DTYPES, Buffer, KernelSpec, Stage
 
 
 @dataclass(frozen=True)
@@ -52,20 +42,13 @@ class ExitScoreSpec(KernelSpec):
         check_positive(rows=self.rows, features=self.features)
         check_choice("dtype", self.dtype, ACTIVATION_DTYPES)
 
-    @property
-    def block(self) -> int:
-        """Features of one step."""
-        return min(next_power_of_two(self.features), MAX_BLOCK)
-
-    @property
-    def steps(self) -> int:
-        return -(-self.features // self.block)
+    def buffers(self, rows: int | None = None) -> dict[str, Buffer]:
+        states = Buffer(self.dtype, (self.rows, self.features))
+        score = Buffer("float32", (1,))
+        return {"update": states, "residual": states, "previous": states, "hidden": states, "score": score}
 
     def stages(self) -> tuple[Stage, ...]:
-        buffers = (Argument(name, self.dtype) for name in ("update", "residual", "previous", "hidden"))
-        arguments = (*buffers, Argument("score", "float32"))
-        return (Stage(self.family, arguments, lambda _rows: (1, 1, 1), self.num_warps),)
+        return (Stage(self.family, tuple(self.buffers()), lambda _rows: (1, 1, 1), self.num_warps),)
 
-    def cost(self, rows: int | None = None) -> Cost:
-        elements = self.rows * self.features
-        return Cost(4 * elements * ITEM_BYTES[self.dtype] + 4, 7 * elements)
+    def flops(self, rows: int | None = None) -> int:
+        return 7 * self.rows * self.features

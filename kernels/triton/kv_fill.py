@@ -15,17 +15,9 @@ from __future__ import annotations
 from dataclasses import dataclass
 from typing import ClassVar
 
-from river_compile.kernels.checks import check_choice, check_positive
+from river_compile.kernels.checks import check_choice
 
-from .spec import (
-    ACTIVATION_DTYPES,
-    ITEM_BYTES,
-    Argument,
-    Cost,
-    KernelSpec,
-    Stage,
-    next_power_of_two,
-)
+from .spec import ACTIVATION_DTYPES, Buffer, CacheSpec, Cost, Stage, next_power_of_two
 
 HEAD_NORMS = ("none", "rms", "rms_plus_one")
 
@@ -50,56 +42,36 @@ class Part:
 
 
 @dataclass(frozen=True)
-class KvFillSpec(KernelSpec):
+class KvFillSpec(CacheSpec):
     """One shape of the q|k|v step.
 
     Attributes:
-        batch, heads, kv_heads, head_dim: B, H, J, D.
-        slots: S, of the cache ``[B, J, S, D]``.
-        dtype: of all floating tensors but cos and sin.
         rotary_dim: R, an even number up to D; 0 for no rotary embedding.
         rotary_dtype: of cos and sin.
         interleaved: whether pairs are neighbours instead of R / 2 apart.
         rotary_rows: rows of cos and sin: B, or 1 where all sequences share a position.
         head_norm: "none", "rms" or "rms_plus_one" for queries and keys; `eps` as in torch.
-        cache_strides: elements from one sequence, head and slot to the next; empty for a contiguous cache.
         index_dtype: of the slot index.
     """
 
     family: ClassVar[str] = "kv_fill"
 
-    batch: int
-    heads: int
-    kv_heads: int
-    head_dim: int
-    slots: int
-    dtype: str = "bfloat16"
     rotary_dim: int = 0
     rotary_dtype: str = "bfloat16"
     interleaved: bool = False
     rotary_rows: int = 1
     head_norm: str = "none"
     eps: float = 1e-6
-    cache_strides: tuple[int, ...] = ()
     index_dtype: str = "int64"
 
     def __post_init__(self) -> None:
-        check_positive(batch=self.batch, heads=self.heads, kv_heads=self.kv_heads, slots=self.slots)
-        check_positive(head_dim=self.head_dim)
-        check_choice("dtype", self.dtype, ACTIVATION_DTYPES)
+        super().__post_init__()
         check_choice("rotary_dtype", self.rotary_dtype, ACTIVATION_DTYPES)
         check_choice("head_norm", self.head_norm, HEAD_NORMS)
         check_choice("rotary_rows", self.rotary_rows, (1, self.batch))
         check_choice("index_dtype", self.index_dtype, ("int32", "int64"))
         if self.rotary_dim % 2 or not 0 <= self.rotary_dim <= self.head_dim:
             raise ValueError(f"rotary_dim={self.rotary_dim} is not an even number up to head_dim={self.head_dim}")
-        if len(self.cache_strides) not in (0, 3):
-            raise ValueError(f"cache_strides={self.cache_strides} are not those of sequence, head and slot")
-
-    @property
-    def strides(self) -> tuple[int, ...]:
-        row = self.slots * self.head_dim
-        return self.cache_strides or (self.kv_heads * row, row, self.head_dim)
 
     @property
     def all_heads(self) -> int:
@@ -114,20 +86,24 @@ class KvFillSpec(KernelSpec):
         parts = Part(f"{head}_first", 0, half, step), Part(f"{head}_second", start, half, step)
         return (*parts, Part(f"{head}_rest", self.rotary_dim, rest)) if rest else parts
 
-    def stages(self) -> tuple[Stage, ...]:
-        buffers = [Argument("qkv", self.dtype)]
+    def buffers(self, rows: int | None = None) -> dict[str, Buffer]:
+        found = {"qkv": Buffer(self.dtype, (self.batch, self.all_heads, self.head_dim))}
         if self.head_norm != "none":
-            buffers += [Argument("q_norm", self.dtype), Argument("k_norm", self.dtype)]
+            found["q_norm"] = found["k_norm"] = Buffer(self.dtype, (self.head_dim,))
         if self.rotary_dim:
-            buffers += [Argument("cos", self.rotary_dtype), Argument("sin", self.rotary_dtype)]
-        caches = [Argument("slot", self.index_dtype), Argument("k_cache", self.dtype), Argument("v_cache", self.dtype)]
-        arguments = (*buffers, *caches, Argument("q", self.dtype))
-        return (Stage(self.family, arguments, lambda _rows: (self.all_heads, self.batch, 1), 1),)
+            found["cos"] = found["sin"] = Buffer(self.rotary_dtype, (self.rotary_rows, self.rotary_dim))
+        found["slot"] = Buffer(self.index_dtype, (1,))
+        found["k_cache"] = found["v_cache"] = self.cache
+        return {**found, "q": Buffer(self.dtype, (self.batch, self.heads, self.head_dim))}
+
+    def stages(self) -> tuple[Stage, ...]:
+        return (Stage(self.family, tuple(self.buffers()), lambda _rows: (self.all_heads, self.batch, 1), 1),)
+
+    def flops(self, rows: int | None = None) -> int:
+        per_head = 3 * self.rotary_dim + 4 * self.head_dim * (self.head_norm != "none")
+        return self.batch * (self.heads + self.kv_heads) * per_head
 
     def cost(self, rows: int | None = None) -> Cost:
-        normed = self.head_norm != "none"
-        elements = 2 * self.batch * self.all_heads * self.head_dim + 2 * self.head_dim * normed
-        tables = 2 * self.rotary_rows * self.rotary_dim * ITEM_BYTES[self.rotary_dtype]
-        moved = elements * ITEM_BYTES[self.dtype] + tables + ITEM_BYTES[self.index_dtype]
-        per_head = 3 * self.rotary_dim + 4 * self.head_dim * normed
-        return Cost(moved, self.batch * (self.heads + self.kv_heads) * per_head)
+        """Returns what a call costs: of the caches it writes one slot."""
+        untouched = 2 * self.cache.bytes // self.slots * (self.slots - 1)
+        return Cost(super().cost().bytes - untouched, self.flops())

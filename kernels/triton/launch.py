@@ -2,12 +2,15 @@
 
 CUDA (and ROCm) tensors run compiled kernels, CPU tensors the same kernels in Triton's interpreter, which is exact and
 slow: it is there for tests, and gets large tiles, since its time goes by operations. Buffers are made contiguous where
-a kernel wants them so; rows of x may be strided.
+a kernel wants them so; rows of x may be strided. `ops` registers all of these but `linear` as operators as they are.
 """
 
 from __future__ import annotations
 
+from typing import Any
+
 import torch
+from torch import Tensor
 
 from river_compile.kernels.quant.layouts import PackedLinear
 
@@ -16,54 +19,49 @@ from .devices import device_of, known
 from .exit_score import ExitScoreSpec
 from .heuristic import attention_splits, best_tile, interpreter_tile, untiled
 from .kv_fill import KvFillSpec
-from .loader import load
-
-
-def dtype_name(dtype: torch.dtype) -> str:
-    """Returns "bfloat16" for torch.bfloat16 and so on."""
-    return str(dtype).removeprefix("torch.")
+from .loader import dtype_name, load
 
 
 def linear(
-    x: torch.Tensor,
-    weight: PackedLinear | torch.Tensor,
-    bias: torch.Tensor | None,
-    residual: torch.Tensor | None,
+    x: Tensor,
+    weight: PackedLinear | Tensor,
+    bias: Tensor | None,
+    residual: Tensor | None,
     norm: str,
-    norm_weight: torch.Tensor | None,
-    norm_bias: torch.Tensor | None,
+    norm_weight: Tensor | None,
+    norm_bias: Tensor | None,
     eps: float,
     activation: str,
     gated: bool,
-) -> torch.Tensor:
+) -> Tensor:
     """Runs a linear kernel; `weight` is packed in the layout "triton" or dense, the rest as in `ops.linear`.
 
     Raises:
         ValueError: a buffer of the wrong shape or dtype, or a combination that no kernel has.
     """
-    buffers: dict[str, torch.Tensor | None]
+    fields: dict[str, Any]
     if isinstance(weight, PackedLinear):
         pairs = weight.scale_zero.view(torch.int32).squeeze(-1)
-        buffers = {"qweight": weight.qweight, "scale_zero": pairs}
-        matrix = {"group_size": weight.group_size, "parameter_dtype": dtype_name(weight.scale_zero.dtype)}
+        matrix = {"qweight": weight.qweight, "scale_zero": pairs}
+        fields = {"group_size": weight.group_size, "parameter_dtype": dtype_name(weight.scale_zero)}
         weight_rows = weight.out_features
     else:
-        buffers, matrix = {"weight": weight}, {"weights": "dense", "group_size": 0}
+        matrix, fields = {"weight": weight}, {"weights": "dense", "group_size": 0}
         weight_rows = weight.shape[0]
     n, k = weight_rows // (2 if gated else 1), x.shape[-1]
     x2 = x.reshape(-1, k)
     rows = x2.shape[0]
     if rows > 1 and (x2.stride(1) != 1 or x2.stride(0) < k):
         x2 = x2.contiguous()
-    y = torch.empty((rows, n), dtype=x.dtype, device=x.device)
+    y = x.new_empty((rows, n))
     if rows == 0:
         return y.reshape(*x.shape[:-1], n)
     spec = untiled(
         rows,
         k,
         n,
-        **matrix,
-        dtype=dtype_name(x.dtype),
+        **fields,
+        dtype=dtype_name(x),
         norm=norm,
         eps=eps,
         norm_bias=norm_bias is not None,
@@ -74,31 +72,43 @@ def linear(
         x_stride=x2.stride(0) if rows > 1 and x2.stride(0) != k else 0,
     )
     spec = best_tile(spec, device_of(x), rows) if x.is_cuda else interpreter_tile(spec)
-    buffers |= {"norm_weight": norm_weight, "norm_bias": norm_bias, "bias": bias, "y": y}
-    buffers["residual"] = None if residual is None else residual.reshape(-1, n).contiguous()
-    wanted = spec.buffers(rows)
-    given = _checked({name: (buffers[name], shape) for name, (_, shape) in wanted.items() if name != "x"})
-    load(spec, interpret=not x.is_cuda)(rows=rows, x=x2, **given)
+    if residual is not None:
+        residual = residual.reshape(-1, n).contiguous()
+    vectors = {"norm_weight": norm_weight, "norm_bias": norm_bias, "bias": bias}
+    load(spec, interpret=not x.is_cuda)(rows=rows, x=x2, **matrix, **vectors, residual=residual, y=y)
     return y.reshape(*x.shape[:-1], n)
 
 
 def kv_fill(
-    qkv: torch.Tensor,
-    q_norm: torch.Tensor | None,
-    k_norm: torch.Tensor | None,
-    cos: torch.Tensor | None,
-    sin: torch.Tensor | None,
-    slot: torch.Tensor,
-    k_cache: torch.Tensor,
-    v_cache: torch.Tensor,
+    qkv: Tensor,
+    q_norm: Tensor | None,
+    k_norm: Tensor | None,
+    cos: Tensor | None,
+    sin: Tensor | None,
+    slot: Tensor,
+    k_cache: Tensor,
+    v_cache: Tensor,
     norm: str,
     eps: float,
     interleaved: bool,
-) -> torch.Tensor:
-    """Runs the `kv_fill` kernel; arguments and result as in `ops.kv_fill`.
+) -> Tensor:
+    """Splits q|k|v of one position, transforms the heads, writes one slot of the caches and returns the query.
+
+    Args:
+        qkv: ``[B, (H + 2 J) D]``, or any leading shape of B elements.
+        q_norm, k_norm: ``[D]`` weights of the heads' norm, or None.
+        cos, sin: ``[..., R]`` with 1 or B rows, as Hugging Face models give them; None for no rotary embedding.
+        slot: int32 or int64, one element: the slot to write. Outside of 0..S - 1 nothing is written.
+        k_cache, v_cache: ``[B, J, S, D]`` in qkv.dtype, features contiguous. Mutated.
+        norm: "rms" or "rms_plus_one" where q_norm and k_norm are given, else "none".
+        eps: of the norm.
+        interleaved: whether rotated pairs are neighbours instead of R / 2 apart.
+
+    Returns:
+        The query ``[B, H, D]`` in qkv.dtype.
 
     Raises:
-        ValueError: caches of another shape or layout than the kernel reads, or cos and sin of neither 1 nor B rows.
+        ValueError: tensors whose shapes, strides or dtypes do not fit together.
     """
     b, kv_heads, slots, d = k_cache.shape
     heads = qkv.shape[-1] // d - 2 * kv_heads
@@ -106,53 +116,57 @@ def kv_fill(
         raise ValueError(
             f"qkv has shape {tuple(qkv.shape)}: not one position of q|k|v for caches of {(b, kv_heads, d)}"
         )
-    rotary_dim = 0 if cos is None else cos.shape[-1]
     if (cos is None) != (sin is None):
         raise ValueError("cos and sin go together; one of them is None")
+    rotary: dict[str, Any] = {}
+    tables: dict[str, Tensor] = {}
+    if cos is not None and sin is not None:
+        tables = {
+            "cos": cos.reshape(-1, cos.shape[-1]).contiguous(),
+            "sin": sin.reshape(-1, sin.shape[-1]).contiguous(),
+        }
+        rotary_rows, rotary_dim = tables["cos"].shape
+        rotary = {"rotary_dim": rotary_dim, "rotary_dtype": dtype_name(cos), "rotary_rows": rotary_rows}
     spec = KvFillSpec(
         b,
         heads,
         kv_heads,
         d,
         slots,
-        dtype=dtype_name(qkv.dtype),
-        rotary_dim=rotary_dim,
-        rotary_dtype="bfloat16" if cos is None else dtype_name(cos.dtype),
+        **rotary,
+        dtype=dtype_name(qkv),
         interleaved=interleaved,
-        rotary_rows=1 if cos is None else cos.numel() // rotary_dim,
         head_norm=norm,
         eps=eps,
         cache_strides=_cache_strides(k_cache, v_cache),
-        index_dtype=dtype_name(slot.dtype),
+        index_dtype=dtype_name(slot),
     )
-    q = torch.empty((b, heads, d), dtype=qkv.dtype, device=qkv.device)
-    table = (spec.rotary_rows, rotary_dim)
-    inputs = _checked(
-        {
-            "q_norm": (q_norm, (d,)),
-            "k_norm": (k_norm, (d,)),
-            "cos": (cos if cos is None else cos.reshape(table).contiguous(), table),
-            "sin": (sin if sin is None else sin.reshape(table).contiguous(), table),
-            "slot": (slot.reshape(-1), (1,)),
-        }
-    )
+    q = qkv.new_empty((b, heads, d))
+    heads_first = qkv.reshape(b, -1, d).contiguous()
+    norms, caches = {"q_norm": q_norm, "k_norm": k_norm}, {"k_cache": k_cache, "v_cache": v_cache}
     kernel = load(spec, interpret=not qkv.is_cuda)
-    kernel(rows=1, qkv=qkv.contiguous(), k_cache=k_cache, v_cache=v_cache, q=q, **inputs)
+    kernel(rows=1, qkv=heads_first, slot=slot.reshape(-1), q=q, **norms, **tables, **caches)
     return q
 
 
 def decode_attention(
-    q: torch.Tensor,
-    k_cache: torch.Tensor,
-    v_cache: torch.Tensor,
-    mask: torch.Tensor | None,
-    scale: float,
-    softcap: float,
-) -> torch.Tensor:
-    """Runs the `decode_attention` kernel; arguments and result as in `ops.decode_attention`.
+    q: Tensor, k_cache: Tensor, v_cache: Tensor, mask: Tensor | None, scale: float, softcap: float
+) -> Tensor:
+    """Attends from one query position to the slots of a static cache.
+
+    Args:
+        q: ``[B, H, D]``.
+        k_cache, v_cache: ``[B, J, S, D]`` in q.dtype, features contiguous; J divides H.
+        mask: ``[B, S]``: bool, True for slots that take part, or floating, added to the scores, where at most half of
+            the dtype's least number leaves a slot out. None for all. A row without any slot gives 0.
+        scale: of the scores.
+        softcap: c in c tanh(score / c); 0 for none.
+
+    Returns:
+        ``[B, H, D]`` in q.dtype.
 
     Raises:
-        ValueError: caches of another shape or layout than the kernel reads, or a mask of another shape.
+        ValueError: tensors whose shapes, strides or dtypes do not fit together.
     """
     b, heads, d = q.shape
     kv_heads, slots = k_cache.shape[1:3]
@@ -165,54 +179,45 @@ def decode_attention(
         d,
         slots,
         scale,
-        dtype=dtype_name(q.dtype),
+        dtype=dtype_name(q),
         softcap=softcap,
         mask=mask is not None,
-        mask_dtype="bool" if mask is None else dtype_name(mask.dtype),
+        mask_dtype="bool" if mask is None else dtype_name(mask),
         splits=attention_splits(b * kv_heads, slots, known(device_of(q))),
         cache_strides=_cache_strides(k_cache, v_cache),
     )
-    out = torch.empty((b, heads, d), dtype=q.dtype, device=q.device)
-    given = _checked({"mask": (mask if mask is None else mask.contiguous(), (b, slots))})
-    load(spec, interpret=not q.is_cuda)(rows=1, q=q.contiguous(), k_cache=k_cache, v_cache=v_cache, out=out, **given)
+    out = q.new_empty((b, heads, d))
+    mask = None if mask is None else mask.contiguous()
+    load(spec, interpret=not q.is_cuda)(q=q.contiguous(), k_cache=k_cache, v_cache=v_cache, mask=mask, out=out)
     return out
 
 
-def residual_score(
-    update: torch.Tensor, residual: torch.Tensor, previous: torch.Tensor
-) -> tuple[torch.Tensor, torch.Tensor]:
-    """Runs the `exit_score` kernel; arguments and result as in `ops.residual_score`.
+def residual_score(update: Tensor, residual: Tensor, previous: Tensor) -> tuple[Tensor, Tensor]:
+    """Adds a residual and measures the exit score, in one launch (on the CPU: in Triton's interpreter).
+
+    Args:
+        update, residual, previous: ``[..., D]`` of one shape and dtype.
+
+    Returns:
+        hidden = residual + update ``[..., D]``, and its smallest similarity to `previous` over all rows, float32
+        ``[]``, NaN where a row has none.
 
     Raises:
-        ValueError: tensors of different shapes.
+        ValueError: tensors of different shapes or dtypes.
     """
     if not update.shape == residual.shape == previous.shape:
         shapes = ", ".join(str(tuple(t.shape)) for t in (update, residual, previous))
         raise ValueError(f"update, residual and previous have one shape; these have {shapes}")
-    d = update.shape[-1]
-    hidden = torch.empty(update.shape, dtype=update.dtype, device=update.device)
-    score = torch.empty((), dtype=torch.float32, device=update.device)
-    inputs = {"update": update.contiguous(), "residual": residual.contiguous(), "previous": previous.contiguous()}
-    spec = ExitScoreSpec(update.numel() // d, d, dtype_name(update.dtype))
-    load(spec, interpret=not update.is_cuda)(rows=1, hidden=hidden, score=score, **inputs)
-    return hidden, score
+    inputs = {"update": update, "residual": residual, "previous": previous}
+    rows = {name: tensor.reshape(-1, update.shape[-1]).contiguous() for name, tensor in inputs.items()}
+    hidden = torch.empty_like(rows["update"])
+    score = update.new_empty(1, dtype=torch.float32)
+    spec = ExitScoreSpec(hidden.shape[0], hidden.shape[1], dtype_name(update))
+    load(spec, interpret=not update.is_cuda)(rows=1, hidden=hidden, score=score, **rows)
+    return hidden.view(update.shape), score.view(())
 
 
-def _checked(tensors: dict[str, tuple[torch.Tensor | None, tuple[int, ...]]]) -> dict[str, torch.Tensor]:
-    """Returns the tensors that are there; raises a ValueError for one that has gaps or not the shape beside it."""
-    given = {}
-    for name, (tensor, shape) in tensors.items():
-        if tensor is None:
-            continue
-        if tuple(tensor.shape) != shape:
-            raise ValueError(f"{name} has shape {tuple(tensor.shape)}; this call needs {shape}")
-        if not tensor.is_contiguous():
-            raise ValueError(f"{name} has strides {tensor.stride()}; make it contiguous")
-        given[name] = tensor
-    return given
-
-
-def _cache_strides(k_cache: torch.Tensor, v_cache: torch.Tensor) -> tuple[int, ...]:
+def _cache_strides(k_cache: Tensor, v_cache: Tensor) -> tuple[int, ...]:
     """Returns the strides of sequence, head and slot that both caches share, empty for contiguous ones."""
     if k_cache.shape != v_cache.shape or k_cache.stride() != v_cache.stride() or k_cache.stride(-1) != 1:
         raise ValueError(

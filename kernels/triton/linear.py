@@ -17,24 +17,13 @@ from typing import ClassVar
 
 from river_compile.kernels.checks import check_choice, check_positive
 
-from .spec import (
-    ACTIVATION_DTYPES,
-    ITEM_BYTES,
-    Argument,
-    Cost,
-    KernelSpec,
-    Stage,
-    Workspace,
-    is_power_of_two,
-    next_power_of_two,
-)
+from .spec import ACTIVATION_DTYPES, Buffer, KernelSpec, Stage, is_power_of_two
 
 GROUP_SIZES = (32, 64, 128)
 NORMS = ("none", "rms", "rms_plus_one", "layer")
 ACTIVATIONS = ("none", "silu", "gelu", "gelu_tanh", "relu")
 WEIGHTS = ("w4", "dense")
 MAX_EXACT_ROWS = 16
-_EPILOGUE = ("bias", "residual", "y")
 
 
 @dataclass(frozen=True)
@@ -142,14 +131,9 @@ class LinearSpec(KernelSpec):
         return math.ceil(self.in_features / self.group_size)
 
     @property
-    def group_words(self) -> int:
-        """32-bit words of one group."""
-        return self.group_size // 8
-
-    @property
     def row_words(self) -> int:
-        """32-bit words of one weight row."""
-        return self.groups * self.group_words
+        """32-bit words of one weight row, 8 weights each."""
+        return self.groups * self.group_size // 8
 
     @property
     def dot_length(self) -> int:
@@ -165,108 +149,55 @@ class LinearSpec(KernelSpec):
         """Steps of one program."""
         return math.ceil(self.total_steps / self.tile.split_k)
 
-    @property
-    def row_stride(self) -> int:
-        return self.x_stride or self.in_features
+    def rows_of(self, rows: int | None) -> int:
+        """Returns M: the spec's, else the one given."""
+        found = self.rows or rows
+        if found is None:
+            raise ValueError(f"this {self.family} kernel takes any number of rows; say for how many")
+        return found
 
-    @property
-    def masks_n(self) -> bool:
-        return self.out_features % self.tile.block_n != 0
-
-    @property
-    def masks_k(self) -> bool:
-        return self.in_features != self.tile.block_k * self.steps * self.tile.split_k
-
-    @property
-    def masks_m(self) -> bool:
-        return self.rows is None or self.rows % self.tile.block_m != 0
-
-    @property
-    def wide(self) -> bool:
-        """Whether a weight's address needs 64 bits."""
-        row = self.row_words if self.weights == "w4" else self.in_features
-        return len(self.streams) * self.out_features * row >= 2**31
-
-    @property
-    def statistics_block(self) -> int:
-        """Features of a row that one step of its mean and variance reads."""
-        return min(next_power_of_two(self.in_features), 1024)
-
-    @property
-    def statistics_steps(self) -> int:
-        return _blocks(self.in_features, self.statistics_block)
-
-    def buffers(self, rows: int) -> dict[str, tuple[str, tuple[int, ...]]]:
-        """Returns dtype and shape of every buffer of a call of `rows` rows, in the order of the parameters."""
-        weight_rows = self.out_features * len(self.streams)
-        found: dict[str, tuple[str, tuple[int, ...]]] = {"x": (self.dtype, (rows, self.row_stride))}
+    def buffers(self, rows: int | None = None) -> dict[str, Buffer]:
+        m, k, n = self.rows_of(rows), self.in_features, self.out_features
+        found = {"x": Buffer(self.dtype, (m, k), strided=True)}
         if self.norm != "none":
-            found["norm_weight"] = (self.dtype, (self.in_features,))
+            found["norm_weight"] = Buffer(self.dtype, (k,))
         if self.norm_bias:
-            found["norm_bias"] = (self.dtype, (self.in_features,))
-        if self.weights == "w4":
-            found["qweight"] = ("int32", (weight_rows, self.row_words))
-            found["scale_zero"] = ("int32", (weight_rows, self.groups))
-        else:
-            found["weight"] = (self.dtype, (weight_rows, self.in_features))
+            found["norm_bias"] = Buffer(self.dtype, (k,))
+        found |= self.weight_buffers
+        if self.tile.split_k > 1:
+            shape = (self.tile.split_k, len(self.streams), m, n)
+            found["partial"] = Buffer("float32", shape, workspace=True)
         if self.bias:
-            found["bias"] = (self.dtype, (weight_rows,))
+            found["bias"] = Buffer(self.dtype, (n * len(self.streams),))
         if self.residual:
-            found["residual"] = (self.dtype, (rows, self.out_features))
-        return {**found, "y": (self.dtype, (rows, self.out_features))}
+            found["residual"] = Buffer(self.dtype, (m, n))
+        return {**found, "y": Buffer(self.dtype, (m, n))}
+
+    @property
+    def weight_buffers(self) -> dict[str, Buffer]:
+        rows = self.out_features * len(self.streams)
+        if self.weights == "dense":
+            return {"weight": Buffer(self.dtype, (rows, self.in_features))}
+        return {"qweight": Buffer("int32", (rows, self.row_words)), "scale_zero": Buffer("int32", (rows, self.groups))}
 
     def stages(self) -> tuple[Stage, ...]:
-        tile, open_rows = self.tile, self.rows is None
-        rows_argument = (Argument("rows", "int32", pointer=False),) if open_rows else ()
+        tile, n = self.tile, self.out_features
+        names, scalars = list(self.buffers(1)), () if self.rows else ("rows",)
 
         def grid(rows: int) -> tuple[int, int, int]:
-            return _blocks(self.out_features, tile.block_n), _blocks(self.rows or rows, tile.block_m), tile.split_k
+            return math.ceil(n / tile.block_n), math.ceil((self.rows or rows) / tile.block_m), tile.split_k
 
         def reduce_grid(rows: int) -> tuple[int, int, int]:
-            return _blocks(self.out_features, self.reduce_block), self.rows or rows, 1
+            return math.ceil(n / self.reduce_block), self.rows or rows, 1
 
-        arguments = [Argument(name, dtype) for name, (dtype, _) in self.buffers(1).items()]
         if tile.split_k == 1:
-            return (Stage(self.family, (*arguments, *rows_argument), grid, tile.num_warps, tile.num_stages),)
-        partial = Argument("partial", "float32")
-        product = [a for a in arguments if a.name not in _EPILOGUE]
-        epilogue = [a for a in arguments if a.name in _EPILOGUE]
-        first = (*product, partial, *rows_argument)
+            return (Stage(self.family, (*names, *scalars), grid, tile.num_warps, tile.num_stages),)
+        partial = names.index("partial")  # what stands before it makes the product, and what comes after it the result
+        product, epilogue = names[: partial + 1], names[partial:]
         return (
-            Stage(f"{self.family}_partial", first, grid, tile.num_warps, tile.num_stages),
-            Stage(f"{self.family}_reduce", (partial, *epilogue, *rows_argument), reduce_grid, 4, 1),
+            Stage(f"{self.family}_partial", (*product, *scalars), grid, tile.num_warps, tile.num_stages),
+            Stage(f"{self.family}_reduce", (*epilogue, *scalars), reduce_grid, 4, 1),
         )
 
-    def workspaces(self) -> tuple[Workspace, ...]:
-        if self.tile.split_k == 1:
-            return ()
-        matrices = len(self.streams)
-
-        def shape(rows: int) -> tuple[int, ...]:
-            return self.tile.split_k, matrices, self.rows or rows, self.out_features
-
-        return (Workspace("partial", "float32", shape),)
-
-    @property
-    def weight_bytes(self) -> int:
-        """Bytes of the weights alone: half a byte each and 4 bytes a group, or `dtype`'s size each."""
-        row = self.groups * (self.group_size // 2 + 4) if self.weights == "w4" else self.in_features * self.item
-        return len(self.streams) * self.out_features * row
-
-    @property
-    def item(self) -> int:
-        """Bytes of an activation."""
-        return ITEM_BYTES[self.dtype]
-
-    def cost(self, rows: int | None = None) -> Cost:
-        m, n, k, matrices = self.rows or rows, self.out_features, self.in_features, len(self.streams)
-        if m is None:
-            raise ValueError(f"this {self.family} kernel takes any number of rows; say for how many the cost is asked")
-        elements = m * (k + n) + k * ((self.norm != "none") + self.norm_bias)
-        elements += matrices * n * self.bias + m * n * self.residual
-        partials = 2 * 4 * self.tile.split_k * matrices * m * n if self.tile.split_k > 1 else 0
-        return Cost(self.weight_bytes + elements * self.item + partials, 2 * matrices * m * n * k)
-
-
-def _blocks(size: int, block: int) -> int:
-    return math.ceil(size / block)
+    def flops(self, rows: int | None = None) -> int:
+        return 2 * len(self.streams) * self.rows_of(rows) * self.out_features * self.in_features

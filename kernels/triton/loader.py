@@ -23,10 +23,10 @@ from typing import TYPE_CHECKING, Any
 
 from river_compile.kernels.files import appearing, cache_folder
 
-from .spec import KernelSpec, render
+from .spec import DTYPES, Buffer, KernelSpec, Stage, render
 
 if TYPE_CHECKING:
-    import torch
+    from torch import Tensor
 
 _interpreter_turn = threading.Lock()
 
@@ -50,61 +50,73 @@ def source_file(spec: KernelSpec) -> Path:
 
 @dataclass(frozen=True)
 class Kernel:
-    """A loaded spec. Call it with the buffers its stages name, by keyword.
+    """A loaded spec. Call it with the buffers of the spec, by keyword.
 
     Attributes:
         spec: what it was generated from.
+        stages: the spec's launches.
         functions: stage name -> Triton function (compiled or interpreted).
         interpret: whether the functions run in the interpreter.
     """
 
     spec: KernelSpec
+    stages: tuple[Stage, ...]
     functions: dict[str, Any]  # Triton's functions have no common type
     interpret: bool
 
-    def __call__(self, *, rows: int = 1, **buffers: torch.Tensor) -> None:
+    def __call__(self, *, rows: int = 1, **tensors: Tensor | None) -> None:
         """Launches every stage.
 
         Args:
             rows: rows of the activations, for specs that leave them open.
-            buffers: one tensor per pointer that the stages name; workspaces that are missing are allocated.
+            tensors: one per buffer of the spec, None for what it does not have; missing workspaces are allocated.
 
         Raises:
-            ValueError: a buffer is missing, of the wrong dtype, on another device, or of no use to this kernel.
+            ValueError: a buffer is missing, of the wrong dtype or shape, with gaps, on another device, or of no use to
+                this kernel.
         """
         import numpy
         import torch
 
-        self._check(buffers)
-        for workspace in self.spec.workspaces():
-            if workspace.name not in buffers:
-                like = next(iter(buffers.values()))
-                buffers[workspace.name] = like.new_empty(workspace.shape(rows), dtype=getattr(torch, workspace.dtype))
-        for stage in self.spec.stages():
-            values = [buffers[a.name] if a.pointer else rows for a in stage.arguments]
-            grid = stage.grid(rows)
+        given = {name: tensor for name, tensor in tensors.items() if tensor is not None}
+        buffers = self.spec.buffers(rows)
+        self._check(given, buffers)
+        like = next(iter(given.values()))
+        for name, buffer in buffers.items():
+            if name not in given:
+                given[name] = like.new_empty(buffer.shape, dtype=getattr(torch, buffer.dtype))
+        for stage in self.stages:
+            values = [rows if name == "rows" else given[name] for name in stage.arguments]
+            launch = self.functions[stage.function][stage.grid(rows)]
             if self.interpret:
                 # A GPU overflows to infinity in silence; so does the interpreter here.
                 with _interpreter_turn, numpy.errstate(all="ignore"):
-                    self.functions[stage.function][grid](*values)
+                    launch(*values)
             else:
-                options = {"num_warps": stage.num_warps, "num_stages": stage.num_stages, **fusion_option()}
-                self.functions[stage.function][grid](*values, **options)
+                launch(*values, **_options(stage))
 
-    def _check(self, buffers: dict[str, torch.Tensor]) -> None:
-        workspaces = {workspace.name for workspace in self.spec.workspaces()}
-        wanted = {a.name: a.dtype for stage in self.spec.stages() for a in stage.arguments if a.pointer}
-        missing = sorted(set(wanted) - set(buffers) - workspaces)
-        unknown = sorted(set(buffers) - set(wanted))
+    def _check(self, given: dict[str, Tensor], buffers: dict[str, Buffer]) -> None:
+        kernel = f"{self.spec.family} kernel"
+        missing = sorted(name for name, buffer in buffers.items() if name not in given and not buffer.workspace)
+        unknown = sorted(set(given) - set(buffers))
         if missing or unknown:
-            raise ValueError(f"{self.spec.family} kernel: missing buffers {missing}, unknown buffers {unknown}")
-        for name, tensor in buffers.items():
-            dtype = str(tensor.dtype).removeprefix("torch.")
-            if dtype != wanted[name]:
-                raise ValueError(f"{self.spec.family} kernel: {name} has dtype {dtype}, its spec says {wanted[name]}")
+            raise ValueError(f"{kernel}: missing buffers {missing}, unknown buffers {unknown}")
+        for name, tensor in given.items():
+            wanted, dtype, shape = buffers[name], dtype_name(tensor), tuple(tensor.shape)
+            if dtype != wanted.dtype:
+                raise ValueError(f"{kernel}: {name} has dtype {dtype}, its spec says {wanted.dtype}")
             if tensor.is_cuda == self.interpret:
                 place = "the CPU" if self.interpret else "a GPU"
-                raise ValueError(f"{self.spec.family} kernel: {name} is on {tensor.device}, the kernel runs on {place}")
+                raise ValueError(f"{kernel}: {name} is on {tensor.device}, the kernel runs on {place}")
+            if shape != wanted.shape and not wanted.strided:
+                raise ValueError(f"{kernel}: {name} has shape {shape}; this call needs {wanted.shape}")
+            if not (wanted.strided or tensor.is_contiguous()):
+                raise ValueError(f"{kernel}: {name} has strides {tensor.stride()}; make it contiguous")
+
+
+def dtype_name(tensor: Tensor) -> str:
+    """Returns "bfloat16" for a tensor of torch.bfloat16 and so on."""
+    return str(tensor.dtype).removeprefix("torch.")
 
 
 @functools.cache
@@ -117,8 +129,8 @@ def load(spec: KernelSpec, *, interpret: bool) -> Kernel:
     """
     module = _import(source_file(spec), "interpreted" if interpret else "compiled")
     wrap = _interpreted if interpret else _compiled
-    functions = {stage.function: wrap(module, stage.function) for stage in spec.stages()}
-    return Kernel(spec, functions, interpret)
+    stages = spec.stages()
+    return Kernel(spec, stages, {stage.function: wrap(module, stage.function) for stage in stages}, interpret)
 
 
 def compile_for(spec: KernelSpec, backend: str, arch: int | str) -> list[Any]:
@@ -137,20 +149,20 @@ def compile_for(spec: KernelSpec, backend: str, arch: int | str) -> list[Any]:
 
     target = GPUTarget(backend, arch, 32 if backend == "cuda" else 64)
     kernel = load(spec, interpret=False)
+    pointers = {name: f"*{DTYPES[buffer.dtype][0]}" for name, buffer in spec.buffers(1).items()}
     compiled = []
-    for stage in spec.stages():
+    for stage in kernel.stages:
         function = kernel.functions[stage.function]
-        signature = {name: a.signature for name, a in zip(function.arg_names, stage.arguments, strict=True)}
-        aligned = {(i,): [["tt.divisibility", 16]] for i, a in enumerate(stage.arguments) if a.pointer}
-        source = ASTSource(function, signature, {}, aligned)
-        options = {"num_warps": stage.num_warps, "num_stages": stage.num_stages, **fusion_option()}
-        compiled.append(triton.compile(source, target=target, options=options))
+        types = [pointers.get(name, "i32") for name in stage.arguments]
+        aligned = {(i,): [["tt.divisibility", 16]] for i, name in enumerate(stage.arguments) if name in pointers}
+        source = ASTSource(function, dict(zip(function.arg_names, types, strict=True)), {}, aligned)
+        compiled.append(triton.compile(source, target=target, options=_options(stage)))
     return compiled
 
 
-def fusion_option() -> dict[str, bool]:
-    """Asks for fused multiply-adds: Triton 3.9 warns without a choice, and its successor changes the default."""
-    return {"enable_fp_fusion": True}
+def _options(stage: Stage) -> dict[str, int]:
+    # Fused multiply-adds are asked for: Triton 3.9 warns without a choice, and its successor changes the default.
+    return {"num_warps": stage.num_warps, "num_stages": stage.num_stages, "enable_fp_fusion": True}
 
 
 def _import(path: Path, mode: str) -> types.ModuleType:
@@ -178,7 +190,7 @@ def _interpreted(module: Any, name: str) -> object:
 
     function = getattr(module, name).fn
     module.triton_language = triton.language  # the interpreter patches the language modules it finds among the globals
-    module.tl = _InterpreterLanguage()
+    module.tl = _interpreter_language()
     module.range = _range
     return InterpretedFunction(function)
 
@@ -188,42 +200,37 @@ def _range(*limits: Any) -> range:
     return range(*(limit.handle.data.item() if hasattr(limit, "handle") else limit for limit in limits))
 
 
-class _InterpreterLanguage:
-    """`triton.language` as an interpreted kernel sees it.
+@functools.cache
+def _interpreter_language() -> object:
+    """Returns `triton.language` as an interpreted kernel sees it.
 
     Triton writes a few functions (`tl.sum`, `tl.max`) as kernels of their own, which the interpreter can call only if
     the whole process was started for it. Here they are plain Python on top of what the interpreter does provide.
     `dot` multiplies bfloat16 as float32, which holds the products exactly: the interpreter keeps bfloat16 as bit
     patterns and would multiply those. (Its cast to bfloat16 cuts off where a GPU rounds; tolerances allow for it.)
     """
+    import triton.language as tl
 
-    def __getattr__(self, name: str) -> object:
-        import triton.language as tl
+    class Language:
+        def __getattr__(self, name: str) -> object:
+            return getattr(tl, name)  # at every use: the interpreter replaces functions of `tl` while it runs
 
-        return getattr(tl, name)
+        @staticmethod
+        def sum(value: Any, axis: int) -> Any:
+            return tl.reduce(value, axis, tl.standard._sum_combine)
 
-    @staticmethod
-    def sum(value: Any, axis: int) -> Any:
-        import triton.language as tl
+        @staticmethod
+        def max(value: Any, axis: int) -> Any:
+            return tl.reduce(value, axis, tl.standard._elementwise_max)
 
-        return tl.reduce(value, axis, tl.standard._sum_combine)
+        @staticmethod
+        def zeros(shape: tuple[int, ...], dtype: Any) -> Any:
+            return tl.full(shape, 0, dtype)
 
-    @staticmethod
-    def max(value: Any, axis: int) -> Any:
-        import triton.language as tl
+        @staticmethod
+        def dot(a: Any, b: Any, acc: Any, **options: Any) -> Any:
+            if a.dtype == tl.bfloat16:
+                a, b = a.to(tl.float32), b.to(tl.float32)
+            return tl.dot(a, b, acc, **options)
 
-        return tl.reduce(value, axis, tl.standard._elementwise_max)
-
-    @staticmethod
-    def zeros(shape: tuple[int, ...], dtype: Any) -> Any:
-        import triton.language as tl
-
-        return tl.full(shape, 0, dtype)
-
-    @staticmethod
-    def dot(a: Any, b: Any, acc: Any, **options: Any) -> Any:
-        import triton.language as tl
-
-        if a.dtype == tl.bfloat16:
-            a, b = a.to(tl.float32), b.to(tl.float32)
-        return tl.dot(a, b, acc, **options)
+    return Language()

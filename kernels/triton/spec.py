@@ -1,4 +1,4 @@
-"""What all kernel specs share: identity, launches, costs, and the way from a spec to source text.
+"""What all kernel specs share: identity, buffers, launches, costs, and the way from a spec to source text.
 
 A spec is a frozen dataclass that holds every number a kernel is specialised for. `render` fills the family's template,
 ``templates/<family>.py.jinja``, with it: the template reads like the kernel, and what a spec does not need is not in
@@ -9,17 +9,26 @@ from __future__ import annotations
 
 import dataclasses
 import functools
+import math
 import re
 from collections.abc import Callable
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import ClassVar
 
 import jinja2
 
-#: torch dtype name -> Triton's name of it in a signature, its name in a kernel, and its bytes.
-DTYPES = {"float32": "fp32", "float16": "fp16", "bfloat16": "bf16", "int32": "i32", "int64": "i64", "bool": "i1"}
-ITEM_BYTES = {"float32": 4, "float16": 2, "bfloat16": 2, "int32": 4, "int64": 8, "bool": 1}
+from river_compile.kernels.checks import check_choice, check_positive
+
+#: torch dtype name -> its name in a signature of Triton, and its bytes.
+DTYPES = {
+    "float32": ("fp32", 4),
+    "float16": ("fp16", 2),
+    "bfloat16": ("bf16", 2),
+    "int32": ("i32", 4),
+    "int64": ("i64", 8),
+    "bool": ("i1", 1),
+}
 ACTIVATION_DTYPES = ("bfloat16", "float16", "float32")
 
 
@@ -32,27 +41,36 @@ def next_power_of_two(value: int) -> int:
 
 
 @dataclass(frozen=True)
-class Argument:
-    """One parameter of a kernel function: a pointer to elements of `dtype`, or an int32 scalar."""
+class Buffer:
+    """One tensor of a call.
 
-    name: str
+    Attributes:
+        dtype: its torch name.
+        shape: of a contiguous tensor.
+        strided: whether the spec's strides say how it lies in memory; then shape and strides are the caller's care.
+        workspace: whether the stages of the kernel pass it between them; the launch allocates it.
+    """
+
     dtype: str
-    pointer: bool = True
+    shape: tuple[int, ...]
+    strided: bool = False
+    workspace: bool = False
 
     @property
-    def signature(self) -> str:
-        return ("*" if self.pointer else "") + DTYPES[self.dtype]
+    def bytes(self) -> int:
+        return math.prod(self.shape) * DTYPES[self.dtype][1]
 
 
 @dataclass(frozen=True)
 class Stage:
     """One launch of a kernel: the function, its parameters in order, its grid and options.
 
-    `grid` maps the number of rows (ignored by kernels of fixed rows) to the three grid dimensions.
+    A parameter is the name of a buffer, whose pointer it is, or "rows", an int32. `grid` maps the number of rows
+    (ignored by kernels of fixed rows) to the three grid dimensions.
     """
 
     function: str
-    arguments: tuple[Argument, ...]
+    arguments: tuple[str, ...]
     grid: Callable[[int], tuple[int, int, int]]
     num_warps: int = 4
     num_stages: int = 2
@@ -60,16 +78,7 @@ class Stage:
     @property
     def parameters(self) -> str:
         """The function's parameters as source text."""
-        return ", ".join(f"{a.name}_ptr" if a.pointer else a.name for a in self.arguments)
-
-
-@dataclass(frozen=True)
-class Workspace:
-    """A buffer that the stages of one kernel share: name, dtype, and shape as a function of the number of rows."""
-
-    name: str
-    dtype: str
-    shape: Callable[[int], tuple[int, ...]]
+        return ", ".join(name if name == "rows" else f"{name}_ptr" for name in self.arguments)
 
 
 @dataclass(frozen=True)
@@ -89,21 +98,64 @@ class Cost:
 
 @dataclass(frozen=True)
 class KernelSpec:
-    """Base of the specs. A family names its template and defines the methods below."""
+    """Base of the specs. A family names its template and defines `buffers`, `stages` and `flops`.
+
+    Their `rows` is needed where the spec leaves the number of rows open, and ignored where it does not.
+    """
 
     family: ClassVar[str]
+
+    def buffers(self, rows: int | None = None) -> dict[str, Buffer]:
+        """Returns every buffer of a call, in the order of the parameters."""
+        raise NotImplementedError
 
     def stages(self) -> tuple[Stage, ...]:
         """The launches, in order."""
         raise NotImplementedError
 
-    def workspaces(self) -> tuple[Workspace, ...]:
-        """Buffers that the stages pass between them."""
-        return ()
+    def flops(self, rows: int | None = None) -> int:
+        raise NotImplementedError
 
     def cost(self, rows: int | None = None) -> Cost:
-        """Returns what a call costs; `rows` is needed where the spec leaves the number of rows open."""
-        raise NotImplementedError
+        """Returns what a call costs; a workspace is written and read."""
+        moved = sum((2 if buffer.workspace else 1) * buffer.bytes for buffer in self.buffers(rows).values())
+        return Cost(moved, self.flops(rows))
+
+
+@dataclass(frozen=True)
+class CacheSpec(KernelSpec):
+    """Base of the kernels of one query position over a static cache ``[B, J, S, D]``.
+
+    Attributes:
+        batch, heads, kv_heads, head_dim, slots: B, H, J, D, S.
+        dtype: of queries, keys, values and heads' norms.
+        cache_strides: elements from one sequence, head and slot to the next; empty for a contiguous cache.
+    """
+
+    batch: int
+    heads: int
+    kv_heads: int
+    head_dim: int
+    slots: int
+    dtype: str = field(default="bfloat16", kw_only=True)
+    cache_strides: tuple[int, ...] = field(default=(), kw_only=True)
+
+    def __post_init__(self) -> None:
+        check_positive(batch=self.batch, heads=self.heads, kv_heads=self.kv_heads, head_dim=self.head_dim)
+        check_positive(slots=self.slots)
+        check_choice("dtype", self.dtype, ACTIVATION_DTYPES)
+        if len(self.cache_strides) not in (0, 3):
+            raise ValueError(f"cache_strides={self.cache_strides} are not those of sequence, head and slot")
+
+    @property
+    def strides(self) -> tuple[int, ...]:
+        line = self.slots * self.head_dim
+        return self.cache_strides or (self.kv_heads * line, line, self.head_dim)
+
+    @property
+    def cache(self) -> Buffer:
+        """The keys, and the values."""
+        return Buffer(self.dtype, (self.batch, self.kv_heads, self.slots, self.head_dim), strided=True)
 
 
 @functools.cache
@@ -114,9 +166,9 @@ def _templates() -> jinja2.Environment:
         trim_blocks=True,
         lstrip_blocks=True,
         keep_trailing_newline=True,
-        autoescape=False,  # what comes out is a program and no page
+        autoescape=False,  # what comes out is a program, not a page
     )
-    environment.globals["masked"] = masked
+    environment.globals |= {"masked": masked, "next_power_of_two": next_power_of_two}
     environment.filters["repr"] = repr
     return environment
 

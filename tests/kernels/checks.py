@@ -42,7 +42,7 @@ def check_linear(spec: LinearSpec, rows: int = 1, values: str = "normal", seed: 
     else:
         exact = weight.clamp(-1e4, 1e4).to(dtype)
         buffers = {"weight": exact}
-    x = torch.full((rows, spec.row_stride), float("nan"), dtype=dtype)
+    x = torch.full((rows, spec.x_stride or k), float("nan"), dtype=dtype)
     # Inputs of extreme weights are small, so that the result stays within float16.
     x[:, :k] = (torch.randn(rows, k, generator=g) * (1e-4 if values == "extreme" else 1.0)).to(dtype)
     extras = {

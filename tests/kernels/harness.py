@@ -53,8 +53,9 @@ def run_guarded(spec, rows: int = 1, device: str = "cpu", **buffers: torch.Tenso
     Checks every guard and that both runs are bit-identical. Returns the buffers as a run left them, on the CPU.
     """
     kernel = load(spec, interpret=device == "cpu")
-    for workspace in spec.workspaces():
-        buffers[workspace.name] = poisoned(workspace.shape(rows), getattr(torch, workspace.dtype))
+    for name, buffer in spec.buffers(rows).items():
+        if buffer.workspace:
+            buffers[name] = poisoned(buffer.shape, getattr(torch, buffer.dtype))
     results = []
     for _ in range(2):
         guarded = {name: Guarded(tensor, device) for name, tensor in buffers.items()}

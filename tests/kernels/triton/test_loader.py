@@ -89,8 +89,7 @@ def test_buffers_are_checked_before_a_launch():
     kernel = loader.load(SPEC, interpret=True)
     with pytest.raises(ValueError, match=r"missing buffers .*'hidden'.* unknown buffers \['other'\]"):
         kernel(other=torch.zeros(1))
-    names = [argument.name for argument in SPEC.stages()[0].arguments]
-    buffers = {name: torch.zeros(2, 48) for name in names}
+    buffers = {name: torch.zeros(2, 48) for name in SPEC.stages()[0].arguments}
     with pytest.raises(ValueError, match="score has dtype bfloat16, its spec says float32"):
         kernel(**{**buffers, "score": torch.zeros(1, dtype=torch.bfloat16)})
     compiled = loader.load(SPEC, interpret=False)
