@@ -9,7 +9,7 @@ Models are built on the device from their configurations; nothing is downloaded.
     inductor     torch.compile(mode="reduce-overhead"), static cache
     river        never leaving, and leaving at each of `--depths`; static cache, captured
 
-Timed is a loop of forward passes and argmax behind a prompt of `--context` tokens, guards switched off in all rows
+Timed is a loop of forward passes and argmax after a prompt of `--context` tokens, guards switched off in all rows
 (`torch.compiler.set_stance(skip_guard_eval_unsafe=True)`), the median of three. Columns:
 
     tokens/s       of that loop; "in generate": of `model.generate`, guards and sampling loop included
@@ -60,11 +60,11 @@ def check(options: argparse.Namespace) -> None:
         raise ValueError(f"name the models to build: --random {' '.join(known)}")
     for name in options.random:
         if name not in known:
-            raise ValueError(f"--random {name} is no model that can be built; choose from {', '.join(known)}")
+            raise ValueError(f"--random {name} is not a model that can be built; choose from {', '.join(known)}")
     for depth in options.depths:
         least = min(MODELS[name].layers for name in options.random)
         if depth is not None and depth >= least:
-            raise ValueError(f"--depths {depth} lies behind the last exit of {least} blocks; give never, or less")
+            raise ValueError(f"--depths {depth} lies after the last exit of {least} blocks; give never, or less")
     if options.estimate:
         return
     import torch
@@ -149,5 +149,5 @@ def _depth(text: str) -> int | None:
 def _positive(text: str) -> float:
     value = float(text)
     if not value > 0:
-        raise argparse.ArgumentTypeError(f"{text} is no bandwidth; give GB/s above 0, such as 3350")
+        raise argparse.ArgumentTypeError(f"{text} is not a bandwidth; give GB/s above 0, such as 3350")
     return value

@@ -89,7 +89,7 @@ def _captured(found: Report) -> tuple[float, int]:
 
 
 class Loop:
-    """Decodes greedily behind one prompt, again and again on one cache.
+    """Decodes greedily after one prompt, again and again on one cache.
 
     Args:
         model: whatever ``model(...)`` runs is timed.
@@ -133,7 +133,7 @@ class Loop:
         return round(kernels / tokens), round(graphs / tokens)
 
     def generate_rate(self) -> float:
-        """Returns the decode tokens/s of `model.generate` behind the same prompt, the second time."""
+        """Returns the decode tokens/s of `model.generate` after the same prompt, the second time."""
         generate(self.model, self._prompt, self.new_tokens, static_cache=self._static)
         return generate(self.model, self._prompt, self.new_tokens, static_cache=self._static).decode_tokens_per_s
 

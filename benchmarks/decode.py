@@ -308,7 +308,7 @@ def _gguf_file(options: argparse.Namespace) -> Path:
     if options.gguf is None:
         return models.gguf_path(options.model)
     if not options.gguf.is_file():
-        raise ValueError(f"--gguf {options.gguf} is no file; name the GGUF file that the model was made of")
+        raise ValueError(f"--gguf {options.gguf} is not a file; name the GGUF file that the model was made of")
     return options.gguf
 
 

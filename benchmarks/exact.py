@@ -82,7 +82,7 @@ class Clock:
 
     @property
     def decoded(self) -> tuple[int, float]:
-        """Tokens behind the first new one, and the seconds from it to the last."""
+        """Tokens after the first new one, and the seconds from it to the last."""
         return sum(self.counts[2:]), self.times[-1] - self.times[1]
 
 

@@ -10,7 +10,7 @@ twice: once to compile, pack and offload, once to measure. Columns:
     resident MB       of them, what stays in memory; and as a share of `weights MB`
     process MB        resident set after the generations, code and caches of libraries included
     prompt ms         first token of the measured generation: the prompt streams
-    decode tokens/s   the tokens behind it
+    decode tokens/s   the tokens after it
     mean depth        backbone blocks executed per decoded token
 """
 

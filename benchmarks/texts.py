@@ -130,7 +130,7 @@ def collect(model: PreTrainedModel, tokenizer: Callable, count: int, tokens: int
 
 @torch.inference_mode()
 def greedy(model: PreTrainedModel, prompt: Tensor, length: int) -> Tensor:
-    """Returns the prompt with the model's greedy text behind it, ``[1, length]`` in all, whatever it ends with."""
+    """Returns the prompt with the model's greedy text after it, ``[1, length]`` in all, whatever it ends with."""
     cache = StaticCache(config=model.config.get_text_config(), max_cache_len=length)
     held = {cache_argument(model): cache, "use_cache": True}
     ids, step = prompt, prompt

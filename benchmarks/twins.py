@@ -4,8 +4,8 @@
     python -m benchmarks.twins --model gemma3-270m --quantizer hqq --quantizer gptq --json twins.json
 
 Every row decodes the same answers, token by token through River. "KL" and "agreement" compare the logits with never
-exit's when every token runs through all twins (exit depth 0) behind a prompt that ran through the backbone; "prompt in
-4 bits" is the KL behind a prompt that ran through the twins too. "K" and "V" are cosines of what twins and backbone
+exit's when every token runs through all twins (exit depth 0) after a prompt that ran through the backbone; "prompt in
+4 bits" is the KL after a prompt that ran through the twins too. "K" and "V" are cosines of what twins and backbone
 write to the cache when tokens leave after block 2, by layer: the mean and the smallest layer.
 
 "gptq" and "awq" observe the model's answers to other questions, or only the texts that come with the package

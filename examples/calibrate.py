@@ -18,7 +18,7 @@ from pathlib import Path
 
 import torch
 
-from river_compile.exits import forced_depth
+import river_compile
 from tools import models, timing
 from tools.texts import topics
 
@@ -44,7 +44,7 @@ def check(model, tokenizer, found, texts: list[str], new_tokens: int, tokens: in
     speeds: dict[str, list[float]] = {"calibrated": [], "never exit": []}
     for turn in range(4):  # in turns, and the first compiles
         for name, depth in (("calibrated", None), ("never exit", found.num_blocks)):
-            with forced_depth(depth):
+            with river_compile.forced_depth(depth):
                 run = timing.generate(model, ids, new_tokens)
             if turn:
                 speeds[name].append(run.decode_tokens_per_s)
@@ -70,7 +70,6 @@ def main(arguments: list[str] | None = None) -> int:
     parser.add_argument("--plot", type=Path, metavar="FILE", help="draw the candidates as a PNG")
     options = parser.parse_args(arguments)
     models.quiet()
-    import river_compile
 
     try:
         model, tokenizer = models.load(options.model)

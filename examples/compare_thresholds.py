@@ -35,22 +35,21 @@ def main(arguments: list[str] | None = None) -> int:
     options = parser.parse_args(arguments)
     models.quiet()
     import river_compile
-    from river_compile.exits import forced_depth, forced_threshold
     from tools.timing import generate
 
     model, tokenizer = models.load_or_exit(options.model)
     ids = models.encode(tokenizer, options.prompt)
     model.compile(backend="river", options={"criterion": options.criterion})
     first_exit = 0 if options.criterion == "doubt" else 2
-    with forced_threshold(THRESHOLDS[options.criterion][-1], first_exit):
+    with river_compile.forced_threshold(THRESHOLDS[options.criterion][-1], first_exit):
         generate(model, ids, options.new_tokens, stop_after=3)  # packs and compiles
-    with forced_depth(model.config.num_hidden_layers):
+    with river_compile.forced_depth(model.config.num_hidden_layers):
         plain = generate(model, ids, options.new_tokens)
 
     print(f"{'threshold':>10} {'tokens/s':>9} {'speedup':>8} {'mean depth':>11}  same as plain until")
     print(f"{'never exit':>10} {plain.decode_tokens_per_s:9.1f} {1:8.2f} {model.config.num_hidden_layers:11.1f}")
     for threshold in options.thresholds or THRESHOLDS[options.criterion]:
-        with forced_threshold(threshold, first_exit), river_compile.trace() as trace:
+        with river_compile.forced_threshold(threshold, first_exit), river_compile.trace() as trace:
             run = generate(model, ids, options.new_tokens)
         same = sum(1 for _ in takewhile(lambda pair: pair[0] == pair[1], zip(run.tokens, plain.tokens, strict=True)))
         until = (

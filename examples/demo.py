@@ -4,7 +4,7 @@
     python -m examples.demo --prompt "Why is the sky blue?" --threshold 0.9
 
 Prints both texts, the speed of both, and the depths at which tokens left the backbone; writes a picture with each
-token's exit depth above its text. One prompt, greedy, on the CPU. A demo is no measurement: `benchmarks.decode` is.
+token's exit depth above its text. One prompt, greedy, on the CPU. A demo is not a measurement: `benchmarks.decode` is.
 """
 
 from __future__ import annotations

@@ -38,7 +38,6 @@ def main(arguments: list[str] | None = None) -> int:
     options = parser.parse_args(arguments)
     models.quiet()
     import river_compile
-    from river_compile.exits import forced_depth
 
     model, tokenizer = models.load_or_exit(options.model, dtype=options.dtype)
     ids = models.encode(tokenizer, options.prompt)
@@ -47,7 +46,7 @@ def main(arguments: list[str] | None = None) -> int:
     _generate(model, ids, options.new_tokens, **exact)  # packs and compiles, so that the cycles below do not
     with river_compile.trace() as trace:
         ours = _generate(model, ids, options.new_tokens, **exact)
-    with forced_depth(model.config.num_hidden_layers):
+    with river_compile.forced_depth(model.config.num_hidden_layers):
         plain = _generate(model, ids, options.new_tokens)
 
     print(f"{tokenizer.decode(ours[0, ids.shape[1] :], skip_special_tokens=True)}\n")

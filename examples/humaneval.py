@@ -8,7 +8,7 @@ One greedy answer for each problem, so pass@1 is the share of problems solved. T
 text ends, until a line that begins something new. Tokens per second are those of decoding, over all problems.
 
 The answers are programs that a model wrote, and they are run. Each runs in an interpreter of its own, in an empty
-folder, with limits on seconds, memory and file sizes. That stops accidents; it is no sandbox against malice.
+folder, with limits on seconds, memory and file sizes. That stops accidents; it is not a sandbox against malice.
 """
 
 from __future__ import annotations

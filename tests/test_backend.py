@@ -382,7 +382,7 @@ print(torch.nn.functional.cosine_similarity(logits[0].flatten(), plain.flatten()
 
 
 def test_a_processor_without_the_fast_kernel_gives_right_answers_and_says_so_once():
-    """ATen told to use no vector instructions: one warning for two graphs, and the logits of a 4-bit model."""
+    """ATen made to use no vector instructions: one warning for two graphs, and the logits of a 4-bit model."""
     environment = {**os.environ, "ATEN_CPU_CAPABILITY": "default"}
     run = subprocess.run(
         [sys.executable, "-c", SLOW_PROCESSOR], cwd=ROOT, env=environment, capture_output=True, text=True, check=True

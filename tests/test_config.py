@@ -163,7 +163,7 @@ class TestTable:
         text = README.read_text(encoding="utf-8")
         assert options.replaced(text) == text
 
-    def test_every_option_is_told_by_audience_and_values_for_tests_are_marked(self):
+    def test_every_option_names_its_audience_and_values_for_tests_are_marked(self):
         user, expert, tests = options.markdown().split("\nFor ")
         named = {name: (f"| `{name}` |" in user, f"| `{name}` |" in expert) for name in RiverConfig.options()}
         assert all(in_user != in_expert for in_user, in_expert in named.values())

@@ -1,7 +1,7 @@
-"""Exit criteria: what each one looks at, what a doubted token leaves behind, and what the report tells of it.
+"""Exit criteria: what each one looks at, what a doubted token leaves in the cache, and what the report says of it.
 
 A doubted token runs twice, so the strongest test is that of its traces: after any mix of doubted and believed tokens
-the logits and the cache are, to the bit, those of a run that was told each token's depth beforehand.
+the logits and the cache are, to the bit, those of a run that was given each token's depth beforehand.
 """
 
 from __future__ import annotations

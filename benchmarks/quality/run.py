@@ -179,7 +179,7 @@ def show(outcome: dict) -> None:
     if "entries" in outcome:
         near = entries.summary(outcome["entries"], fills.FIRST_EXIT)
         print(
-            f"\nTwins' entries behind depth {near['depth']}, cosine to the backbone's: "
+            f"\nTwins' entries after depth {near['depth']}, cosine to the backbone's: "
             f"values {near['values_mean']:.3f} (least layer {near['values_least']:.3f}), keys {near['keys_mean']:.3f}"
         )
 

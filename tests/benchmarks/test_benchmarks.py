@@ -157,7 +157,7 @@ def test_llama_cpp_needs_its_package_and_a_gguf_file(tmp_path, monkeypatch, caps
     monkeypatch.setattr(decode.importlib.util, "find_spec", lambda name: object())
     assert "did not come from a GGUF file" in decode._absent_rows(options)["llama_cpp"]
     assert decode.main([*arguments, "--gguf", "/no/such.gguf"]) == 1
-    assert "--gguf /no/such.gguf is no file" in capsys.readouterr().err
+    assert "--gguf /no/such.gguf is not a file" in capsys.readouterr().err
 
 
 def test_numbers_too_small_are_refused(capsys):
@@ -262,10 +262,10 @@ def test_the_estimate_prints_costs_targets_and_the_schedule(tmp_path, capsys, mo
     [
         (["--device", "cuda"], "name the models to build: --random llama-3.2-1b llama-3.1-8b"),
         (["--estimate"], "name the models to build"),
-        (["--random", "llama-9", "--estimate"], "--random llama-9 is no model that can be built"),
+        (["--random", "llama-9", "--estimate"], "--random llama-9 is not a model that can be built"),
         (["--random", "llama-3.2-1b"], "--random needs --device cuda, or --estimate"),
         (["--random", "llama-3.2-1b", "--device", "cuda"], "torch sees no GPU here; --estimate prints"),
-        (["--random", "llama-3.2-1b", "--estimate", "--depths", "16"], "--depths 16 lies behind the last exit of 16"),
+        (["--random", "llama-3.2-1b", "--estimate", "--depths", "16"], "--depths 16 lies after the last exit of 16"),
     ],
 )
 def test_what_the_gpu_benchmark_cannot_do_is_named(arguments, words, capsys, monkeypatch):
@@ -278,7 +278,7 @@ def test_what_the_gpu_benchmark_cannot_do_is_named(arguments, words, capsys, mon
 def test_a_bandwidth_is_positive(bandwidth, capsys):
     with pytest.raises(SystemExit):
         decode.main(["--random", "llama-3.2-1b", "--estimate", "--bandwidth", bandwidth])
-    assert f"{bandwidth} is no bandwidth" in capsys.readouterr().err
+    assert f"{bandwidth} is not a bandwidth" in capsys.readouterr().err
 
 
 def test_a_gpu_run_starts_a_process_for_each_backend(monkeypatch, capsys, tiny):

@@ -226,7 +226,7 @@ class TestSameBits:
         ("criterion", "thresholds"), [("confidence", (0.0, 4.45, 5.0)), ("doubt", (0.0, 1e-9, 3.5, 4.0, 9.0))]
     )
     def test_other_criteria(self, criterion, thresholds):
-        """What is remembered between tokens, entropies, and a backbone that runs behind the river."""
+        """What is remembered between tokens, entropies, and a backbone that runs after the river."""
         decoder = Decoder(criterion=criterion, first_exit=2)
         steps = [(i % 2, None, tau) for tau in thresholds * 2 for i in range(4)]
         with river_compile.trace() as actual:
@@ -445,7 +445,7 @@ def test_threads_never_mix_their_results(decoder):
         assert all(map(torch.equal, a, b))
 
 
-class TestTold:
+class TestReported:
     """Captures are logged and reported; what is not captured says why and where."""
 
     def test_every_capture_is_logged_and_listed(self, decoder, caplog):
@@ -507,7 +507,7 @@ class TestSizes:
     """Sizes that differ between calls."""
 
     def test_caches_of_several_lengths_and_batches(self):
-        """A second one makes Dynamo trace with dynamic sizes: captures are told apart by their values."""
+        """A second one makes Dynamo trace with dynamic sizes: captures are distinguished by their values."""
         decoder = Decoder(launch_ahead=True)
 
         def run_all():

@@ -1,7 +1,7 @@
 """The other repairs of missing KV entries do what their methods say: logits and every cache entry, in float32.
 
-The references are :mod:`tests.fill_references` for Llama, and for other families the model's own eager forward with
-hooks: a hook that returns a block's input as its output is propagation.
+The references are :mod:`tests.support.fill_references` for Llama, and for other families the model's own eager forward
+with hooks: a hook that returns a block's input as its output is propagation.
 """
 
 from __future__ import annotations
@@ -195,12 +195,12 @@ def test_the_core_knows_the_rivals_by_one_line():
 
 
 @torch.no_grad()
-def test_depths_of_a_monotone_sequence_fall_and_are_told():
+def test_depths_of_a_monotone_sequence_fall_and_are_reported():
     """The steps' records have the depth that really ran, and the report names the fill and no packed matrix."""
     model = compiled("llama", "monotone")
     with trace() as seen:
         decode(model, new_cache(model, "static"), [3, 2, 3, 1, 2], batch=1)
     assert [step.depth for step in seen.tokens] == [3, 2, 2, 1, 1]
-    told = report(model)
-    assert "fill         monotone" in str(told)
-    assert (told.to_dict()["graphs"][-1]["fill"], told.packed) == ("monotone", ())
+    reported = report(model)
+    assert "fill         monotone" in str(reported)
+    assert (reported.to_dict()["graphs"][-1]["fill"], reported.packed) == ("monotone", ())

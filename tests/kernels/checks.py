@@ -65,7 +65,7 @@ def check_linear(spec: LinearSpec, rows: int = 1, values: str = "normal", seed: 
 
 
 def linear_magnitude(spec: LinearSpec, h, weight, bias, residual) -> torch.Tensor:
-    """The sum of magnitudes behind every element of the result, carried through activation and product."""
+    """The sum of the magnitudes that make up every element of the result, carried through activation and product."""
     total = h.abs() @ weight.double().abs().T + (0 if bias is None else bias.double().abs())
     y = torch.nn.functional.linear(h, weight.double(), None if bias is None else bias.double())
     if spec.gated:

@@ -47,7 +47,7 @@ def test_linear_rows_have_the_bits_of_one_position_at_a_time(batch, width, k, n,
     seed=st.integers(0, 2**16),
 )
 def test_attention_rows_have_the_bits_of_one_query_at_a_time(batch, width, kv_heads, group, grown, masked, dtype, seed):
-    """A static cache keeps its slots and masks those behind the query; a growing one ends with the query's own slot."""
+    """A static cache keeps its slots and masks those after the query; a growing one ends with the query's own slot."""
     slots = width + 11
     q = normal(batch, kv_heads * group, width, 16, dtype=dtype, seed=seed)
     k, v = (normal(batch, kv_heads, slots, 16, dtype=dtype, seed=seed + i) for i in (1, 2))

@@ -142,7 +142,7 @@ def test_fetching_gives_the_bits_of_a_model_in_memory(elsewhere, reference, kind
     cache = new_cache(model, kind)
     assert_same(reference[kind, tuple(DEPTHS)], (decode(model, cache, DEPTHS), cache))
     block = report(model).offloaded.moved // (LAYERS - 1)
-    through, to_the_second = [block, block, 0], [block, block]  # (0: there is nothing behind the last block)
+    through, to_the_second = [block, block, 0], [block, block]  # (0: nothing comes after the last block)
     assert elsewhere.started == [*through, *through, *to_the_second, *through]
     assert elsewhere.brought == [block] * (2 + 2 + 1 + 2)
 
@@ -237,7 +237,7 @@ def test_a_prompt_that_may_exit_does_so_in_time(elsewhere):
 
 
 def test_blocks_that_move_are_not_captured(elsewhere):
-    """Pieces end before the first offloaded block; what is behind it runs uncaptured, and the report says why."""
+    """Pieces end before the first offloaded block; what comes after it runs uncaptured, and the report says why."""
     options = {"max_new_tokens": 6, "do_sample": False, "cache_implementation": "static", "output_logits": True}
     options |= {"return_dict_in_generate": True}
     logits = {}
@@ -356,7 +356,7 @@ def test_a_disk_that_fills_up_moves_nothing(monkeypatch, tmp_path):
     assert report(model).offloaded is None
 
 
-def test_a_folder_in_memory_is_told(monkeypatch, tmp_path):
+def test_a_folder_in_memory_is_reported(monkeypatch, tmp_path):
     assert offload_file.file_system(Path("/proc")) == "proc"
     monkeypatch.setattr(offload_file, "file_system", lambda folder: "tmpfs")
     with pytest.warns(RiverWarning, match="lies in memory itself"):
@@ -366,17 +366,17 @@ def test_a_folder_in_memory_is_told(monkeypatch, tmp_path):
 def test_the_report_tells_what_left(tmp_path):
     model = compiled({"offload": 1, "offload_dir": tmp_path})
     decode(model, new_cache(model, "static"), [1])
-    told = report(model)
-    log = told.offloaded
+    reported = report(model)
+    log = reported.offloaded
     matrices = sum(p.nbytes for n, p in model.named_parameters() if p.dim() == 2 and "layers" in n)
-    everything = sum(p.nbytes for p in {*model.parameters()}) + sum(p.nbytes for p in told.packed)
+    everything = sum(p.nbytes for p in {*model.parameters()}) + sum(p.nbytes for p in reported.packed)
     assert log.moved == matrices * 2 // 3
     assert abs(log.weights - everything) < 1000  # (the rotary embedding's frequencies count too)
     assert log.peak_before > log.moved
     assert log.peak_after > 0
-    assert f"blocks 2 to 3, {log.moved / 1e6:.1f} MB in memory-mapped files in {tmp_path}; 'exit'" in str(told)
-    assert "at latest    after block 1" in str(told)
-    assert json.loads(json.dumps(told.to_dict()))["offloaded"]["resident"] == log.resident
+    assert f"blocks 2 to 3, {log.moved / 1e6:.1f} MB in memory-mapped files in {tmp_path}; 'exit'" in str(reported)
+    assert "at latest    after block 1" in str(reported)
+    assert json.loads(json.dumps(reported.to_dict()))["offloaded"]["resident"] == log.resident
 
 
 def test_nothing_of_a_freed_model_stays():

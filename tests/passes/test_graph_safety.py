@@ -1,4 +1,4 @@
-"""What may be captured and what may run twice, told from hand-made graphs of one block.
+"""What may be captured and what may run twice, decided on hand-made graphs of one block.
 
 Every case changes one thing of a block that may run twice, so that each condition is seen to matter.
 """

@@ -68,7 +68,7 @@ def run_both(
 
 
 def written_by_a_twin(name: str, depth: int) -> bool:
-    """Tells whether an input is keys or values (named ``b<block, from 0>_keys``) of a block behind the exit."""
+    """Tells whether an input is keys or values (named ``b<block, from 0>_keys``) of a block after the exit."""
     block, _, kind = name.partition("_")
     return kind in ("keys", "values") and int(block[1:]) >= depth
 

@@ -119,7 +119,7 @@ def test_the_cache_can_go_on_in_plain_generation():
 
 @pytest.mark.parametrize("batch", [1, 3])
 def test_texts_end_inside_drafts(batch):
-    """For every token of a plain text as the end-of-sequence token: the same text, rows padded behind their ends."""
+    """For every token of a plain text as the end-of-sequence token: the same text, rows padded after their ends."""
     ids, mask = padded(batch)
     plain, model = make("llama"), compiled()
     for token in generate(plain, ids, mask)[0, ids.shape[1] :].unique().tolist():

@@ -87,7 +87,7 @@ def test_stop_strings_stop_where_plain_generation_stops(smollm2):
     assert torch.equal(ours, plainly(model, ids, **options))
     assert tokenizer.decode(ours[0, ids.shape[1] :]).count(".") == 1
     last = trace.cycles[-1]
-    assert len(last.kept) <= len(last.drafted), "the text ended behind its draft"
+    assert len(last.kept) <= len(last.drafted), "the text ended after its draft"
 
 
 def test_a_pipeline_takes_exact_mode(smollm2):

@@ -14,10 +14,10 @@ from tests.support.families import VOCABULARY, make, prompt
 
 
 class TracedStep:
-    """One token behind a prompt of nine, on a static cache that every run finds as the prompt left it.
+    """One token after a prompt of nine, on a static cache that every run finds as the prompt left it.
 
     Args:
-        family: see `tests.families`.
+        family: see `tests.support.families`.
         seed: of the weights.
         layers: number of decoder blocks.
     """

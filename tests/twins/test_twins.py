@@ -1,4 +1,4 @@
-"""Quantized twins of every family: the same slots and counters, executed blocks untouched, and what is told of them.
+"""Quantized twins of every family: the same slots and counters, executed blocks untouched, and what is reported.
 
 The same runs give the table of `docs/models.md`; RIVER_UPDATE_DOCS=1 writes it anew.
 """
@@ -69,7 +69,7 @@ def models_page() -> str:
         "# Models",
         "",
         "What the passes make of each family, from tiny random models of it, with a static cache.",
-        "`RIVER_UPDATE_DOCS=1 python -m pytest tests/test_twins.py` writes this page anew.",
+        "`RIVER_UPDATE_DOCS=1 python -m pytest tests/twins/test_twins.py` writes this page anew.",
         "",
         "| family | rewritten | 4-bit products per block | stays in 16 bits |",
         "|---|---|---|---|",

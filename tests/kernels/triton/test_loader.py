@@ -78,7 +78,7 @@ def test_interpreter_and_compiler_are_chosen_per_load():
 
 
 def test_compiling_works_after_interpreting():
-    """Triton's interpreter patches the language while it runs; nothing of that may stay behind."""
+    """Triton's interpreter patches the language while it runs; none of that may remain afterwards."""
     buffers = {name: torch.ones(2, 48) for name in ("update", "residual", "previous", "hidden")}
     loader.load(SPEC, interpret=True)(**buffers, score=torch.zeros(1))
     (compiled,) = loader.compile_for(SPEC, "cuda", 90)

@@ -26,7 +26,7 @@ class Spelling:
     Attributes:
         batch: rows.
         norm: "rms", "rms_plus_one", "layer", "rms_called" or "none", in front of attention and MLP.
-        sandwich: another norm behind attention and MLP, in front of the additions.
+        sandwich: another norm after attention and MLP, before the additions.
         parallel: attention and MLP read the same input.
         fused: q|k|v and gate|up are one matrix each.
         bias: q, k and v have biases.
@@ -37,7 +37,7 @@ class Spelling:
         mask: "bool", "where", "row" (one row for all sequences), "bias" (any numbers), "heads" or "none".
         attention: "sdpa" or "written", with a soft cap.
         activation: "silu", "gelu", "gelu_tanh", "gelu_written", "relu" or "tanh".
-        gated: the MLP has a gate; `up_first`: its matrix stands behind the other one.
+        gated: the MLP has a gate; `up_first`: its matrix comes after the other one.
         residual: factor in front of the additions.
     """
 

@@ -55,7 +55,7 @@ CASES = {
     "no mask": (Spelling(mask="none"), {}),
     "bias on the scores": (Spelling(mask="bias", attention="written"), {}),
     "a mask for every head": (Spelling(mask="heads"), {"attention": "not one row of slots"}),
-    "gate behind": (Spelling(fused=True, up_first=True), {"norm + gate|up": "with the gate in front"}),
+    "gate last": (Spelling(fused=True, up_first=True), {"norm + gate|up": "with the gate in front"}),
     "unknown activation": (Spelling(activation="tanh"), {"norm + gate|up": "no activation that the kernel knows"}),
 }
 
