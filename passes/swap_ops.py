@@ -53,12 +53,8 @@ def batch_invariant(program: RiverProgram) -> RiverProgram:
     return replace(program, prologue=prologue, blocks=tuple(blocks), head=head)
 
 
-def keep_rows(graph: fx.Graph, grown: bool) -> int:
-    """Makes a segment's rows independent of the width of the pass; returns the number of operators replaced.
-
-    `grown`: the KV cache grows with every token, and is no static one.
-    """
-    replaced = 0
+def keep_rows(graph: fx.Graph, grown: bool) -> None:
+    """Makes a segment's rows independent of the width of the pass; `grown`: the KV cache is a dynamic one."""
     for node in graph.nodes:
         found = _plain_attention(node)
         if node.target is torch.nn.functional.linear and rank(node.args[0]) == 3:
@@ -67,10 +63,6 @@ def keep_rows(graph: fx.Graph, grown: bool) -> int:
             node.target = torch.ops.river.batch_invariant_attention.default
             node.args = (found.q, found.k, found.v, found.mask, found.scale, found.enable_gqa, grown)
             node.kwargs = {}
-        else:
-            continue
-        replaced += 1
-    return replaced
 
 
 def _plain_attention(node: fx.Node) -> Sdpa | None:

@@ -137,8 +137,7 @@ def _products(segment: Segment, how: Twinning) -> list[_Product]:
     groups: dict[tuple[fx.Node, bool], list[Linear]] = {}
     for linear in filter(None, map(as_linear, segment.graph.nodes)):
         groups.setdefault((linear.x, linear.transposed), []).append(linear)
-    source_of = segment.origins
-    return [_product(tuple(linears), source_of, how) for linears in groups.values()]
+    return [_product(tuple(linears), segment.origins, how) for linears in groups.values()]
 
 
 def _product(linears: tuple[Linear, ...], source_of: Mapping[fx.Node, fx.Node], how: Twinning) -> _Product:
