@@ -31,7 +31,7 @@ def find_decoder(graph_module: fx.GraphModule) -> DecoderPlan | Refusal:
     list_path = _block_list(graph)
     if list_path is None:
         return Refusal("no decoder blocks: the graph holds no list of two or more modules of one class")
-    num_blocks = 1 + max(i for node in graph.nodes for i, _ in _children(node, list_path))
+    num_blocks = 1 + max(i for node in graph.nodes for i, *_ in _children(node, list_path))
     part_of = _assign_parts(graph, list_path, num_blocks)
     if isinstance(part_of, Refusal):
         return part_of
@@ -49,34 +49,31 @@ def find_decoder(graph_module: fx.GraphModule) -> DecoderPlan | Refusal:
     return DecoderPlan(graph_module, tuple(blocks), part_of, query_length, batch)
 
 
-def _children(node: fx.Node, list_path: str | None = None) -> Iterator[tuple[int, tuple[str, object]]]:
-    """Yields (index, (list path, class)) for each module on a node's stack that is a numbered child."""
+def _children(node: fx.Node, list_path: str | None = None) -> Iterator[tuple[int, str, str]]:
+    """Yields index, list path and class for each module on a node's stack that is a numbered child."""
     for path, cls in (node.meta.get("nn_module_stack") or {}).values():
         match = _CHILD.match(path)
         if match and (list_path is None or match["list"] == list_path):
-            yield int(match["index"]), (match["list"], cls)
+            name = f"{cls.__module__}.{cls.__qualname__}" if isinstance(cls, type) else cls
+            yield int(match["index"]), match["list"], name
 
 
 def _block_list(graph: fx.Graph) -> str | None:
     """Returns the path of the outermost module list whose children are of one class and numbered 0..n-1."""
-    seen: dict[str, dict[int, object]] = {}
+    seen: dict[str, dict[int, str]] = {}
     for node in graph.nodes:
-        for index, (path, cls) in _children(node):
-            seen.setdefault(path, {})[index] = cls
+        for index, path, name in _children(node):
+            seen.setdefault(path, {})[index] = name
     candidates = [
         path
         for path, members in seen.items()
         if len(members) >= _MIN_BLOCKS
         and sorted(members) == list(range(len(members)))
-        and len({_class_name(cls) for cls in members.values()}) == 1
+        and len(set(members.values())) == 1
     ]
     # A mixture of experts keeps a list of experts inside each block: the blocks are the outermost list.
     outermost = [p for p in candidates if not any(p != q and p.startswith(q) for q in candidates)]
     return max(outermost, key=lambda path: len(seen[path]), default=None)
-
-
-def _class_name(cls: object) -> str:
-    return f"{cls.__module__}.{cls.__qualname__}" if isinstance(cls, type) else str(cls)
 
 
 def _assign_parts(graph: fx.Graph, list_path: str, num_blocks: int) -> dict[fx.Node, int] | Refusal:
@@ -88,9 +85,9 @@ def _assign_parts(graph: fx.Graph, list_path: str, num_blocks: int) -> dict[fx.N
         if node.op in ("placeholder", "output"):
             continue
         before = max((part_of.get(a, 0) for a in node.all_input_nodes), default=0)
-        indices = [i for i, _ in _children(node, list_path)]
-        if indices:
-            part = indices[0] + 1
+        child = next(_children(node, list_path), None)
+        if child is not None:
+            part = child[0] + 1
             if part < max(before, reached):
                 return Refusal(
                     f"the blocks do not run one after the other: block {part - 1} follows block {reached - 1}",
@@ -125,7 +122,7 @@ def _hidden_flows(part_of: dict[fx.Node, int], num_blocks: int) -> tuple[fx.Node
     if between[0]:
         first = [n for n in first if value_of(n).shape == value_of(between[0][0]).shape]
     if len(first) > 1:
-        first = [n for n in first if _comes_from_embedding(n)]
+        first = [n for n in first if any("embedding" in getattr(a.target, "__name__", "") for a in ancestors([n]))]
     for boundary, nodes in enumerate([first, *between]):
         if len(nodes) != 1:
             found = ", ".join(n.name for n in nodes) or "none"
@@ -137,17 +134,16 @@ def _hidden_flows(part_of: dict[fx.Node, int], num_blocks: int) -> tuple[fx.Node
     return (first[0], *(nodes[0] for nodes in between))
 
 
-def _comes_from_embedding(node: fx.Node) -> bool:
-    calls = (n for n in ancestors([node]) if n.op == "call_function")
-    return any("embedding" in getattr(n.target, "__name__", "") for n in calls)
-
-
 def _kv_slot(nodes: list[fx.Node], hidden_out: fx.Node) -> KVSlot | None:
     """Finds what a block writes for its tokens: in-place writes to 4-D tensors, or 4-D tensors that it returns."""
     static = [n for n in nodes for m in mutated_inputs(n) if rank(m) == 4 and _outlives(memory_of(m), nodes)]
     if static:
         lengths = [m for n in nodes for m in mutated_inputs(n) if m.op == "placeholder" and rank(m) == 0]
-        return KVSlot("static", tuple(static), tuple(dict.fromkeys(lengths)), _capacity(static))
+        # (Other caches than those written by `index_copy_(dim, position, new)` roll and never overflow.)
+        sizes = (value_of(n.args[0]).shape[n.args[1]] for n in static if n.target is torch.Tensor.index_copy_)
+        size = next(sizes, None)
+        capacity = size if isinstance(size, int) else None
+        return KVSlot("static", tuple(static), tuple(dict.fromkeys(lengths)), capacity)
     returned = [n for n in nodes if rank(n) == 4 and n is not hidden_out and any(u.op == "output" for u in n.users)]
     return KVSlot("dynamic", tuple(returned)) if returned else None
 
@@ -155,10 +151,3 @@ def _kv_slot(nodes: list[fx.Node], hidden_out: fx.Node) -> KVSlot | None:
 def _outlives(memory: fx.Node, nodes: list[fx.Node]) -> bool:
     """True for memory of the caller: an input, or a tensor that the graph makes and returns (a prompt's new cache)."""
     return memory not in nodes or any(user.op == "output" for user in memory.users)
-
-
-def _capacity(writes: list[fx.Node]) -> int | None:
-    """Slots of a cache written by ``index_copy_(dim, position, new)``; other caches roll and never overflow."""
-    sizes = (value_of(n.args[0]).shape[n.args[1]] for n in writes if n.target is torch.Tensor.index_copy_)
-    size = next(sizes, None)
-    return size if isinstance(size, int) else None

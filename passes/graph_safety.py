@@ -16,19 +16,9 @@ import torch
 from torch import fx
 from torch.fx.experimental.symbolic_shapes import free_symbols, free_unbacked_symbols
 
-from .nodes import (
-    ancestors,
-    called,
-    closure,
-    is_tensor,
-    memory_of,
-    mutated_inputs,
-    number_inputs,
-    rank,
-    source_of,
-    value_of,
-)
+from .nodes import ancestors, called, closure, is_tensor, memory_of, mutated_inputs, rank, source_of, value_of
 from .program import Block, DecoderPlan, Refusal, Segment
+from .segments import number_inputs
 
 
 def fixed_inputs(plan: DecoderPlan) -> frozenset[fx.Node]:
@@ -36,9 +26,8 @@ def fixed_inputs(plan: DecoderPlan) -> frozenset[fx.Node]:
 
     All others may be copied into a buffer, because nobody looks at them after the step.
     """
-    graph = plan.graph_module.graph
+    graph, marked = plan.graph_module.graph, "_dynamo_static_input_type"
     written = {memory_of(m) for node in graph.nodes for m in mutated_inputs(node)}
-    marked = "_dynamo_static_input_type"
     placeholders = graph.find_nodes(op="placeholder")
     return frozenset(n for n in placeholders if n in written or marked in n.meta.get("tensor_dict", {}))
 

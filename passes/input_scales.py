@@ -46,11 +46,11 @@ def find_input_scale(x: fx.Node, readers: Collection[fx.Node], features: int) ->
     return None
 
 
-def scale_inputs(graph: fx.Graph, x: fx.Node, scale: InputScale, placeholders: Sequence[fx.Node]) -> fx.Node:
+def scale_inputs(x: fx.Node, scale: InputScale, placeholders: Sequence[fx.Node]) -> fx.Node:
     """Puts new placeholders in place of a norm's parameters, or multiplies the inputs by one; returns the inputs."""
     if not scale.parameters:
-        with graph.inserting_after(x):
-            return call(graph, operator.mul, (x, placeholders[0]), value_of(x), x)
+        with x.graph.inserting_after(x):
+            return call(operator.mul, (x, placeholders[0]), value_of(x), x)
     for placeholder, parameter in zip(placeholders, scale.parameters, strict=True):
         placeholder.meta = parameter.meta.copy()
     replacement = dict(zip(scale.parameters, placeholders, strict=True))

@@ -135,11 +135,6 @@ def sizes_of(value: Tensor) -> tuple[int | str, ...]:
     return tuple(str(n) if fixed is None else fixed for n, fixed in zip(value.shape, known, strict=True))
 
 
-def number_inputs(nodes: Iterable[fx.Node]) -> dict[Any, fx.Node]:
-    """Returns, of some inputs, those that are dynamic numbers, by their symbols."""
-    return {value_of(n).node.expr: n for n in nodes if isinstance(value_of(n), torch.SymInt)}
-
-
 def closure(nodes: Iterable[fx.Node], neighbours: Callable[[fx.Node], Iterable[fx.Node]]) -> set[fx.Node]:
     """Returns the nodes and all that can be reached from them."""
     found: set[fx.Node] = set()
@@ -228,6 +223,19 @@ def plain(node: Argument) -> Argument:
 
 def same_dtype(a: Argument, b: Argument) -> bool:
     return is_tensor(a) and is_tensor(b) and value_of(a).dtype == value_of(b).dtype
+
+
+def same_size(a: Argument, b: Argument) -> bool:
+    """True for two tensors of one shape and dtype."""
+    return same_dtype(a, b) and shape(a) == shape(b)
+
+
+def only_used_for(node: fx.Node, end: fx.Node) -> bool:
+    """True where every use of a value leads to `end`, through operations without effects."""
+    return bool(node.users) and all(
+        user is end or (user.op != "output" and not mutated_inputs(user) and only_used_for(user, end))
+        for user in node.users
+    )
 
 
 def _takes_all(node: fx.Node) -> bool:

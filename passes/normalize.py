@@ -43,7 +43,8 @@ def _normalize(node: fx.Node) -> None:
     if function in _NORMAL:
         normal, form = _NORMAL[function]
         found = form(args, node.kwargs)
-        if found is not None and _is_tensor_or_list(found[0][0]):  # (numbers have operators, but not these functions)
+        # Numbers have operators, but not these functions.
+        if found is not None and (isinstance(found[0][0], (tuple, list)) or is_tensor(found[0][0])):
             node.target = normal
             node.args, node.kwargs = found
 
@@ -59,12 +60,8 @@ def _function(node: fx.Node) -> Callable | None:
     return node.target
 
 
-def _is_tensor_or_list(value: object) -> bool:
-    return isinstance(value, (tuple, list)) or is_tensor(value)
-
-
 def _like(example: Callable) -> Form:
-    """Returns the form of calls that have the parameters of `example`; all of its defaults are filled in."""
+    """Returns the form of calls that have the parameters and defaults of `example`."""
     signature = inspect.signature(example)
 
     def form(args: tuple, kwargs: Mapping[str, object]) -> Arguments | None:

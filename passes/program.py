@@ -26,10 +26,9 @@ class Refusal:
 
 @dataclass(frozen=True)
 class KVSlot:
-    """What one block writes for the tokens of a step.
+    """What one block writes for the tokens of a step: in place ("static" cache), or as longer tensors ("dynamic").
 
     Attributes:
-        kind: "static" (the cache tensors are written in place) or "dynamic" (longer tensors are returned).
         writes: the nodes that write or return keys and values.
         lengths: integer placeholders that the block advances in place, the number of filled slots.
         capacity: slots of a static cache that is filled from the front, None where no limit applies.
@@ -54,12 +53,9 @@ class Block:
 
 @dataclass(frozen=True)
 class DecoderPlan:
-    """A decoder found in a traced graph.
+    """A decoder found in a traced graph, for `batch` rows of `query_length` tokens.
 
-    Attributes:
-        part_of: for each node but placeholders and the output: 0 prologue, 1..L block, L + 1 head.
-        query_length: tokens per row.
-        batch: rows.
+    `part_of` has, for each node but placeholders and the output: 0 prologue, 1..L block, L + 1 head.
     """
 
     graph_module: fx.GraphModule
@@ -74,7 +70,6 @@ class DecoderPlan:
 
     @property
     def device(self) -> torch.device:
-        """Where the hidden state lies."""
         return self.blocks[0].hidden_in.meta["example_value"].device
 
     @property
@@ -94,8 +89,7 @@ class Segment:
     Attributes:
         kind: "prologue", "block", "twin", "head" or "river_head"; other fills have kinds of their own.
         depth: the block that it is, or stands for, from 1; 0 for the prologue, L + 1 for the heads.
-        graph: its own graph; one placeholder per input, a tuple of outputs.
-        inputs, outputs: nodes of the traced graph, in the order of the placeholders and of the outputs.
+        inputs, outputs: nodes of the traced graph, in the order of the placeholders and outputs of the segment's own.
         packed: the twin's linears whose 4-bit weights follow the inputs: qweight, scale_zero, with a bias the bias, and
             where the inputs are scaled the norm's parameters or the inverse scale.
         has_score: a float32 number follows the outputs: a block's exit score, or a head's entropy.
@@ -142,12 +136,9 @@ class LinearSite:
 
     Attributes:
         name: module paths of the linears, joined by "|".
-        weights: their weights, each ``[N_i, K]`` (``[K, N_i]`` where transposed, as GPT-2's Conv1D stores them).
-        biases: their biases ``[N_i]``, None where a linear has none.
-        in_features: K.
-        out_features: the N_i.
+        weights: each ``[N_i, K]`` (``[K, N_i]`` where transposed, as GPT-2's Conv1D stores them).
+        biases: each ``[N_i]``, None where a linear has none.
         group_size: consecutive input features that share a scale and a zero.
-        layout: name of the packing.
         scales_inputs: the inputs are divided by a scale ``[K]`` that the packing chooses.
         folds: the norm's parameters that take the scale up; where there are none, the inputs are multiplied by its
             inverse.
@@ -194,12 +185,10 @@ class RiverProgram:
     A value: a pass returns another program and leaves this one, with all its graphs, as it is.
 
     Attributes:
-        returned: the values that the graph returns, in order.
         twins: what a token that left runs for each block, with the block's outputs: its river twin, or the piece that
             another fill puts there; none where no token can leave.
         river_head: the head of tokens that left early, None where they use `head`.
         candidates: exit depths (blocks executed) after which a check stands, ascending.
-        kept: matrices of the twins that stay in 16 bits.
         added_inputs: what blocks read besides the traced graph's values; a fill provides it in every step.
         extra: further segments, which a fill runs.
     """

@@ -10,13 +10,15 @@ from __future__ import annotations
 import hashlib
 import operator
 import re
+from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 
+import sympy
 import torch
 from torch import fx
 from torch.fx.experimental.symbolic_shapes import free_symbols
 
-from .nodes import number_inputs, value_of
+from .nodes import value_of
 from .program import DecoderPlan, Refusal, RiverProgram, Segment
 
 _SYMBOL = re.compile(r"\b[su]\d+\b")
@@ -34,12 +36,33 @@ def segmented(plan: DecoderPlan) -> RiverProgram | Refusal:
 
 def _cut(plan: DecoderPlan, part: int, kind: str) -> Segment:
     nodes = [n for n in plan.graph_module.graph.nodes if plan.part_of.get(n) == part]
-    inside = set(nodes)
-    inputs = list(dict.fromkeys(a for n in nodes for a in n.all_input_nodes if a not in inside))
+    inputs = read_by(nodes)
     sizes = _sizes_of(plan, inputs, nodes)
     inputs = [n for n in inputs if n not in sizes] + sizes
-    outputs = [n for n in nodes if any(user not in inside for user in n.users)]
-    return Segment(kind, part, _copy(plan.graph_module, nodes, inputs, outputs), tuple(inputs), tuple(outputs))
+    inside = set(nodes)
+    outputs = [n for n in nodes if not inside.issuperset(n.users)]
+    return Segment(kind, part, subgraph(plan.graph_module, nodes, inputs, outputs), tuple(inputs), tuple(outputs))
+
+
+def read_by(nodes: Sequence[fx.Node]) -> list[fx.Node]:
+    """Returns what nodes read of others, in order of appearance."""
+    inside = set(nodes)
+    return list(dict.fromkeys(a for n in nodes for a in n.all_input_nodes if a not in inside))
+
+
+def subgraph(
+    root: fx.GraphModule, nodes: Sequence[fx.Node], inputs: Sequence[fx.Node], outputs: Sequence[fx.Node]
+) -> fx.Graph:
+    """Returns a graph of copies of nodes, with a placeholder for each input."""
+    graph = fx.Graph(owning_module=root)
+    new: dict[fx.Node, fx.Node] = {}
+    for node in inputs:
+        new[node] = graph.placeholder(node.name)
+        new[node].meta = node.meta.copy()
+    for node in nodes:
+        new[node] = graph.node_copy(node, lambda n: new[n])
+    graph.output(tuple(new[n] for n in outputs))
+    return graph
 
 
 @dataclass(frozen=True)
@@ -106,21 +129,14 @@ def _describe(value: object) -> str:
     return repr(value)
 
 
+def number_inputs(nodes: Iterable[fx.Node]) -> dict[sympy.Expr, fx.Node]:
+    """Returns, of some inputs, those that are dynamic numbers, by their symbols."""
+    return {value_of(n).node.expr: n for n in nodes if isinstance(value_of(n), torch.SymInt)}
+
+
 def _sizes_of(plan: DecoderPlan, inputs: list[fx.Node], nodes: list[fx.Node]) -> list[fx.Node]:
     """Returns the graph's placeholders for the dynamic sizes that occur in a segment, in order of appearance."""
     values = [v for n in [*inputs, *nodes] if isinstance(v := value_of(n), (torch.Tensor, torch.SymInt))]
     symbols = dict.fromkeys(s for v in values for s in sorted(free_symbols(v), key=str))
     holders = number_inputs(plan.graph_module.graph.find_nodes(op="placeholder"))
     return [holders[s] for s in symbols if s in holders]
-
-
-def _copy(root: fx.GraphModule, nodes: list[fx.Node], inputs: list[fx.Node], outputs: list[fx.Node]) -> fx.Graph:
-    graph = fx.Graph(owning_module=root)
-    new: dict[fx.Node, fx.Node] = {}
-    for node in inputs:
-        new[node] = graph.placeholder(node.name)
-        new[node].meta = node.meta.copy()
-    for node in nodes:
-        new[node] = graph.node_copy(node, lambda n: new[n])
-    graph.output(tuple(new[n] for n in outputs))
-    return graph

@@ -1,15 +1,10 @@
 """Puts other operators in the place of a segment's linear layers and attention, one for one.
 
-pass                  for                                      puts there
-simplify_attention    one query position                       `portable.grouped_attention`, without repeated KV heads
-simplify_linears      inputs of one row                        `portable.one_row_linear`
-keep_rows             several tokens that must have the bits   batch-invariant linear layers and attention
-                      of one token at a time
+Twins and the heads of tokens that left get attention without repeated KV heads, and linear layers for one row. A
+backbone that must give the bits of one token at a time gets batch-invariant ones; norms, rotary embeddings and
+activations work on each row by itself already.
 
-The first two are for twins and the heads of tokens that left; the backbone keeps what the model called. Norms, rotary
-embeddings and activations work on each row by itself already, so :func:`keep_rows` needs to change nothing else.
-
-Left alone: causal attention (with one query it would read the first key only; otherwise only prompts use it), dropout,
+Not handled: causal attention (with one query it would read the first key only; otherwise only prompts use it), dropout,
 and matrix products that are no linear layer (attention written out, experts; Conv1D for :func:`keep_rows`).
 """
 
@@ -29,7 +24,7 @@ from .program import RiverProgram
 
 
 def simplify_attention(graph: fx.Graph) -> None:
-    """Rewrites the graph in place."""
+    """Puts attention without repeated KV heads in place of attention for one query position."""
     for node in list(graph.nodes):
         found = _plain_attention(node)
         if found is not None and shape(found.q)[2] == 1:
@@ -37,11 +32,11 @@ def simplify_attention(graph: fx.Graph) -> None:
             node.args = (found.q, before_repeat(found.k), before_repeat(found.v), found.mask, found.scale)
             node.kwargs = {}
             for repeated in (found.k, found.v):
-                drop_unused(graph, repeated)
+                drop_unused(repeated)
 
 
 def simplify_linears(graph: fx.Graph) -> int:
-    """Rewrites the graph in place; returns the number of linear layers replaced."""
+    """Makes linear layers whose inputs are one row ones for one row; returns the number replaced."""
     linears = graph.find_nodes(op="call_function", target=torch.nn.functional.linear)
     one_row = [n for n in linears if value_of(n.args[0]) is not None and set(shape(n.args[0])[:-1]) == {1}]
     for node in one_row:
@@ -58,17 +53,8 @@ def batch_invariant(program: RiverProgram) -> RiverProgram:
     return replace(program, prologue=prologue, blocks=tuple(blocks), head=head)
 
 
-def keep_rows(graph: fx.Graph, grown: bool) -> int:
-    """Makes a segment's rows independent of the width of the pass, for verification that gives plain decoding's bits.
-
-    Args:
-        graph: a segment's, rewritten in place.
-        grown: True where the KV cache grows with every token, False where its tensors are static.
-
-    Returns:
-        The number of operators replaced.
-    """
-    replaced = 0
+def keep_rows(graph: fx.Graph, grown: bool) -> None:
+    """Makes a segment's rows independent of the width of the pass; `grown`: the KV cache is a dynamic one."""
     for node in graph.nodes:
         found = _plain_attention(node)
         if node.target is torch.nn.functional.linear and rank(node.args[0]) == 3:
@@ -77,10 +63,6 @@ def keep_rows(graph: fx.Graph, grown: bool) -> int:
             node.target = torch.ops.river.batch_invariant_attention.default
             node.args = (found.q, found.k, found.v, found.mask, found.scale, found.enable_gqa, grown)
             node.kwargs = {}
-        else:
-            continue
-        replaced += 1
-    return replaced
 
 
 def _plain_attention(node: fx.Node) -> Sdpa | None:

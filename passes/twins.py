@@ -31,12 +31,9 @@ MIN_GROUP_SIZE = 32  # the smallest group that the 4-bit kernels know
 
 @dataclass(frozen=True)
 class Twinning:
-    """How twins are made.
+    """How twins are made: the packing's name, and whether inputs are scaled where that costs nothing.
 
-    Attributes:
-        group_size: each matrix takes the largest power of two up to it that divides its input features.
-        layout: name of the packing that the 4-bit weights will have.
-        scale_inputs: whether inputs are scaled where that costs nothing.
+    Each matrix takes the largest power of two up to `group_size` that divides its input features.
     """
 
     group_size: int
@@ -62,11 +59,9 @@ def twin_sites(segment: Segment, how: Twinning) -> list[LinearSite]:
 
 
 def river_twins(how: Twinning | None, keep: Mapping[str, str] | None = None) -> Pass:
-    """Makes the pass that gives every block its river twin.
+    """Makes the pass that gives every block its river twin; without `how`, every matrix stays in 16 bits.
 
-    Args:
-        how: None leaves every matrix in 16 bits: each twin computes what its block computes.
-        keep: names of sites (`LinearSite.name`) that stay in 16 bits, each with the reason.
+    `keep` has the names of sites (`LinearSite.name`) that stay in 16 bits, each with the reason.
     """
 
     def river_twins(program: RiverProgram) -> RiverProgram:
@@ -94,8 +89,7 @@ def river_head(how: Twinning, keep: Mapping[str, str] | None = None) -> Pass:
 def one_row_head(fuse: bool) -> Pass:
     """Makes the pass that gives tokens that left a head of their own in 16 bits.
 
-    Args:
-        fuse: whether the fusion rules will replace its product; otherwise it becomes the operator for one row here.
+    Its product becomes the operator for one row here, except where the fusion rules will replace it (`fuse`).
     """
 
     def one_row_head(program: RiverProgram) -> RiverProgram:
@@ -131,8 +125,10 @@ def _twin(block: Segment, kind: str, how: Twinning, keep: Mapping[str, str]) -> 
     for node in reversed(list(graph.nodes)):
         if not node.users and (node.op == "placeholder" or node.target is torch.t):
             graph.erase_node(node)
-    inputs = tuple(source_of[n] for n in graph.nodes if n.op == "placeholder" and n in source_of)
-    _relax_views(graph)
+    for node in graph.find_nodes(op="call_function", target=torch.Tensor.view):
+        if isinstance(node.args[1], tuple):  # (`view` may refuse a slice of a merged product: its rows have gaps)
+            node.target = torch.reshape
+    inputs = tuple(source_of[n] for n in graph.nodes if n in source_of)
     return replace(twin, inputs=inputs, packed=tuple(sites)), list(kept.values())
 
 
@@ -141,8 +137,7 @@ def _products(segment: Segment, how: Twinning) -> list[_Product]:
     groups: dict[tuple[fx.Node, bool], list[Linear]] = {}
     for linear in filter(None, map(as_linear, segment.graph.nodes)):
         groups.setdefault((linear.x, linear.transposed), []).append(linear)
-    source_of = segment.origins
-    return [_product(tuple(linears), source_of, how) for linears in groups.values()]
+    return [_product(tuple(linears), segment.origins, how) for linears in groups.values()]
 
 
 def _product(linears: tuple[Linear, ...], source_of: Mapping[fx.Node, fx.Node], how: Twinning) -> _Product:
@@ -175,23 +170,16 @@ def _replace(graph: fx.Graph, product: _Product, index: int) -> None:
     current = as_linear(first)
     assert current is not None  # (the input may be another one than when it was listed)
     before = current.x
-    x = scale_inputs(graph, before, scale, new[len(names) :]) if scale else before
+    x = scale_inputs(before, scale, new[len(names) :]) if scale else before
     with graph.inserting_before(first):
         arguments = (x, new[0], new[1], bias, features, site.group_size, site.layout)
         value = value_of(before).new_empty((*value_of(before).shape[:-1], features))
-        merged = call(graph, torch.ops.river.linear.default, arguments, value, first)
+        merged = call(torch.ops.river.linear.default, arguments, value, first)
         results = [merged]
         if len(linears) > 1:
             values = tuple(value_of(linear.node) for linear in linears)
-            parts = call(graph, torch.split, (merged, list(site.out_features), -1), values, first)
-            results = [call(graph, operator.getitem, (parts, i), value, first) for i, value in enumerate(values)]
+            parts = call(torch.split, (merged, list(site.out_features), -1), values, first)
+            results = [call(operator.getitem, (parts, i), value, first) for i, value in enumerate(values)]
     for linear, result in zip(linears, results, strict=True):
         linear.node.replace_all_uses_with(result)
         graph.erase_node(linear.node)
-
-
-def _relax_views(graph: fx.Graph) -> None:
-    """A slice of a merged product has gaps between its rows; ``reshape`` takes what ``view`` may refuse."""
-    for node in graph.nodes:
-        if node.target is torch.Tensor.view and isinstance(node.args[1], tuple):
-            node.target = torch.reshape

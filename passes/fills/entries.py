@@ -19,17 +19,7 @@ import torch
 from torch import fx
 
 from river_compile.passes.edits import add_placeholders
-from river_compile.passes.nodes import (
-    as_sdpa,
-    called,
-    closure,
-    is_parameter,
-    is_tensor,
-    memory_of,
-    mutated_inputs,
-    rank,
-    value_of,
-)
+from river_compile.passes.nodes import as_sdpa, called, closure, is_parameter, memory_of, mutated_inputs, rank, value_of
 from river_compile.passes.pipeline import Pass, each_block
 from river_compile.passes.program import Block, Refusal, RiverProgram, Segment
 
@@ -147,7 +137,7 @@ def _without_dead_code(segment: Segment) -> Segment:
         if node.op == "output" or node in live or writes:
             live.update({node, *node.all_input_nodes, *map(memory_of, node.all_input_nodes)})
     for node in reversed(list(graph.nodes)):
-        size = node.op == "placeholder" and not is_tensor(node)  # the shapes of others may need it
+        size = node.op == "placeholder" and rank(node) is None  # the shapes of others may need it
         if node not in live and not size:
             graph.erase_node(node)
     return replace(segment, inputs=tuple(source_of[n] for n in graph.nodes if n in source_of))

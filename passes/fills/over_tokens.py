@@ -30,32 +30,27 @@ from torch.fx.experimental.symbolic_shapes import DimDynamic, ShapeEnv, Stateles
 from river_compile.passes.nodes import ancestors, called, is_parameter, is_tensor, mutated_inputs, rank, value_of
 from river_compile.passes.pipeline import Pass, each_block
 from river_compile.passes.program import Block, Refusal, RiverProgram, Segment
-from river_compile.passes.segments import graph_lines
+from river_compile.passes.segments import graph_lines, read_by, subgraph
 from river_compile.passes.swap_ops import simplify_attention
 
 _EXAMPLE = 5  # tokens of the example inputs; their number is a symbol
 
 
 class OverTokens:
-    """A graph as a function of tensors that have one dimension more, in front, for the tokens.
-
-    Args:
-        graph_module: the graph for one token.
-        mapped: of each input, whether it has that dimension; the others are shared.
-    """
+    """The graph of one token as a function of tensors that have one dimension more in front, where `mapped` says so."""
 
     __name__ = __qualname__ = "over_tokens"
 
     def __init__(self, graph_module: fx.GraphModule, mapped: Sequence[bool]) -> None:
         self._function = torch.vmap(graph_module, tuple(0 if m else None for m in mapped))
         lines = [repr(mapped), *graph_lines(graph_module.graph)]
+        # Equal for graphs that compute the same, so that they are compiled once.
         self._digest = hashlib.sha256("\n".join(lines).encode()).hexdigest()[:16]
 
     def __call__(self, *inputs: Tensor) -> tuple[Tensor, ...]:
         return self._function(*inputs)
 
     def __repr__(self) -> str:
-        """Equal for graphs that compute the same, so that they are compiled once."""
         return f"over_tokens({self._digest})"
 
 
@@ -162,11 +157,8 @@ def _obstacle(segment: Segment, block: Block) -> Refusal | None:
 class _Tokens:
     """The graph over tokens while it is built out of the nodes of a block's graph.
 
-    Attributes:
-        inputs: for each placeholder of the block's graph the one of the new graph; `hidden` is the hidden state's.
-        here: for each node of the block's graph what stands for it in the new graph.
-        shared: nodes of the block's graph that are the same for all tokens.
-        counters: its placeholders that count filled slots.
+    `inputs` (placeholders alone) and `here` (all nodes) give for a node of the block's graph what stands for it in the
+    new one. `shared` are its nodes that are the same for all tokens, `counters` the placeholders that count slots.
     """
 
     def __init__(self, segment: Segment, block: Block) -> None:
@@ -186,15 +178,10 @@ class _Tokens:
 
     def map(self, nodes: list[fx.Node], results: list[fx.Node]) -> None:
         """Adds nodes as one call over all tokens that returns these results."""
-        inner = fx.Graph()
-        inside = set(nodes)
-        inputs = list(dict.fromkeys(a for n in nodes for a in n.all_input_nodes if a not in inside))
-        copy = {n: inner.placeholder(f"input_{i}") for i, n in enumerate(inputs)}
-        for node in nodes:
-            copy[node] = inner.node_copy(node, lambda n: copy[n])
-            if called(node, torch.cat):
-                copy[node].target = joined
-        inner.output(tuple(copy[n] for n in results))
+        inputs = read_by(nodes)
+        inner = subgraph(self.graph.owning_module, nodes, inputs, results)
+        for node in inner.find_nodes(op="call_function", target=torch.cat):
+            node.target = joined
         module = fx.GraphModule(self.graph.owning_module, inner, class_name="OverTokens")
         outputs = self.call(OverTokens(module, [n not in self.shared for n in inputs]), *(self.here[n] for n in inputs))
         for i, node in enumerate(results):
@@ -202,10 +189,7 @@ class _Tokens:
 
 
 def _set_examples(new: dict[fx.Node, fx.Node], fixed: set[fx.Node]) -> None:
-    """Gives the new placeholders example values in a mode of their own, where the number of tokens is a symbol.
-
-    In Dynamo's mode a symbol must come from an input of Dynamo's graph.
-    """
+    """Gives the new placeholders example values whose number of tokens is a symbol (so not in Dynamo's mode)."""
     mode = FakeTensorMode(shape_env=ShapeEnv())
     sizes = StatelessSymbolicContext(dynamic_sizes=[DimDynamic.DYNAMIC])
     tokens = mode.from_tensor(torch.empty(_EXAMPLE), symbolic_context=sizes, source=ConstantSource("tokens")).shape[0]

@@ -13,6 +13,7 @@ import torch
 from torch import fx
 from torch.fx.node import Argument
 
+from river_compile.passes.edits import Missed
 from river_compile.passes.nodes import called, closure, is_tensor, rank, shape, value_of
 
 from .match import WHOLE, is_product
@@ -23,10 +24,7 @@ from .recognise import Attention, attention
 class CacheEntry:
     """How keys or values ``[B, J, T, D]`` enter a static cache ``[B, J, S, D]``.
 
-    Attributes:
-        slot: a tensor of one element for each position, or the last slot of a cache whose entries move up by one first.
-        writer: the node that writes it.
-        moved: the node that moves the other entries, None where nothing moves.
+    `slot` is a tensor of one element for each position, or the last slot of a cache whose entries `moved` up by one.
     """
 
     cache: fx.Node
@@ -37,12 +35,7 @@ class CacheEntry:
 
 
 class BlockView:
-    """One segment under the rules.
-
-    Attributes:
-        entries: what enters the static cache, by cache, in the order of the writes.
-        grown: the concatenations that make a dynamic cache longer.
-    """
+    """One segment under the rules: what enters each static cache, and the concatenations that grow a dynamic one."""
 
     def __init__(self, graph: fx.Graph) -> None:
         self.graph = graph
@@ -70,13 +63,15 @@ class BlockView:
                 roles[product] = "up" if direct else "down"
         return [product for product, found in roles.items() if found == role]
 
-    def attention(self) -> tuple[fx.Node, Attention] | None:
-        """Returns the attention over the static cache, and its node."""
+    def attention(self) -> tuple[fx.Node, Attention]:
+        """Returns the attention over the static cache, and its node; raises `Missed` where there is none."""
+        if self.grown:
+            raise Missed("the cache grows with every token", self.grown[0])
         for node in self.graph.nodes:
             found = attention(node)
             if found is not None and found.k in self.entries and found.v in self.entries:
                 return node, found
-        return None
+        raise Missed("no attention over a static cache was recognised")
 
 
 def sources(nodes: Iterable[fx.Node]) -> set[fx.Node]:
@@ -101,7 +96,7 @@ def _rolled_entry(copy: fx.Node) -> CacheEntry | None:
         return None
     writer = next((user for user in new.users if called(user, operator.setitem)), None)
     slots = shape(cache)[2]
-    if writer is None or not isinstance(slots, int):
+    if writer is None or not isinstance(writer.args[1], tuple) or not isinstance(slots, int):
         return None
     _, index, value = writer.args
     *others, slot = index

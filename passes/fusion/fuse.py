@@ -11,7 +11,7 @@ from dataclasses import replace
 
 from torch import Tensor, fx
 
-from river_compile.passes.edits import Missed, call, drop_unused, same_size
+from river_compile.passes.edits import Missed, call, drop_unused, put
 from river_compile.passes.nodes import (
     before_views,
     either_way,
@@ -19,6 +19,7 @@ from river_compile.passes.nodes import (
     operands,
     plain,
     same_dtype,
+    same_size,
     shape,
     source_of,
     value_of,
@@ -42,7 +43,7 @@ def fuse_twins(program: RiverProgram) -> RiverProgram:
     for twin in (twin for twin in twins if twin.packed):
         for rewrite in (_absorb_bias, _regroup):
             for node in list(twin.graph.nodes):
-                rewrite(twin.graph, node)
+                rewrite(node)
         fusions += _apply(twin, rules)
     head = program.river_head and program.river_head.copy()
     if head is not None:
@@ -74,18 +75,18 @@ def _apply(segment: Segment, rules: Sequence[Rule]) -> list[Fusion]:
     return fusions
 
 
-def _absorb_bias(graph: fx.Graph, node: fx.Node) -> None:
+def _absorb_bias(node: fx.Node) -> None:
     """Moves ``product + bias`` into the product."""
     for product, bias in either_way(node, operator.add):
         alone = is_product(product) and product.args[3] is None and len(product.users) == 1
         if alone and is_parameter(bias) and shape(bias) == shape(product)[-1:] and same_dtype(bias, product):
             product.args = (*product.args[:3], bias, *product.args[4:])
             node.replace_all_uses_with(product)
-            drop_unused(graph, node)
+            drop_unused(node)
             return
 
 
-def _regroup(graph: fx.Graph, node: fx.Node) -> None:
+def _regroup(node: fx.Node) -> None:
     """Turns ``residual + (attention's product + the MLP's)`` into ``(residual + one) + the other``.
 
     So each product has an addition of its own where attention and MLP run side by side.
@@ -99,11 +100,9 @@ def _regroup(graph: fx.Graph, node: fx.Node) -> None:
         if in_place and len(found[0].users) != 1:
             continue
         if all(is_product(before_views(n)) and same_size(n, node) for n in found) and found[0] is not found[1]:
-            with graph.inserting_before(node):
-                first = call(graph, operator.add, (residual, found[0]), value_of(node), node)
-                total = call(graph, operator.add, (first, found[1]), value_of(node), node)
-            node.replace_all_uses_with(total)
-            drop_unused(graph, node)
+            with node.graph.inserting_before(node):
+                first = call(operator.add, (residual, found[0]), value_of(node), node)
+            put(operator.add, (first, found[1]), value_of(node), node)
             if in_place:
-                drop_unused(graph, inner)
+                drop_unused(inner)
             return

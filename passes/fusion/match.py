@@ -40,10 +40,8 @@ def part(node: Argument) -> Part | None:
         dim = source.args[2] % pieces[0].dim()
         lengths = [piece.shape[dim] for piece in pieces]
         return Part(source.args[0], dim, sum(lengths[:index]), lengths[index])
-    return _slice(source, index) if is_tensor(source) and isinstance(index, tuple) else None
-
-
-def _slice(source: fx.Node, index: tuple) -> Part | None:
+    if not is_tensor(source) or not isinstance(index, tuple):
+        return None
     sizes = shape(source)
     if Ellipsis in index:
         place = index.index(Ellipsis)

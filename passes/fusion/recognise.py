@@ -35,8 +35,6 @@ from river_compile.passes.nodes import (
 
 from .match import WHOLE, Part, part
 
-_TANH_GELU = (math.sqrt(2 / math.pi), 0.044715)
-
 
 @dataclass(frozen=True)
 class Normed:
@@ -53,27 +51,20 @@ def norm(node: Argument) -> Normed | None:
     """Recognises RMSNorm (Gemma's with 1 + weight too) and LayerNorm, called or written out, all of one dtype."""
     node = plain(node)
     found = _called_norm(before_cast(node)) or _written_rms(before_cast(node))
-    return found if found is not None and _fits(found, node) else None
-
-
-def _fits(found: Normed, result: fx.Node) -> bool:
-    features = (value_of(found.x).shape[-1],)
+    if found is None or not same_dtype(found.x, node):
+        return None
     parameters = [found.weight] if found.bias is None else [found.weight, found.bias]
-    fit = (is_parameter(p) and shape(p) == features and same_dtype(p, found.x) for p in parameters)
-    return same_dtype(found.x, result) and all(fit)
+    fit = (is_parameter(p) and shape(p) == shape(found.x)[-1:] and same_dtype(p, node) for p in parameters)
+    return found if all(fit) else None
 
 
 def _called_norm(node: Argument) -> Normed | None:
-    if called(node, F.layer_norm):
-        x, features, weight, bias, eps = node.args
-        kind = "layer"
-    elif called(node, F.rms_norm):
-        x, features, weight, eps = node.args
-        bias, kind = None, "rms"
-    else:
+    if not called(node, F.layer_norm, F.rms_norm):
         return None
+    x, features, weight, *biases, eps = node.args
     if weight is None or eps is None or len(features) != 1:
         return None
+    bias, kind = (biases[0], "layer") if biases else (None, "rms")
     return Normed(before_cast(x), weight, bias, kind, eps)
 
 
@@ -118,15 +109,11 @@ def activation(node: Argument) -> tuple[fx.Node, str] | None:
 
 def _is_gelu_argument(node: Argument, x: Argument) -> bool:
     """True for ``sqrt(2 / pi) * (x + 0.044715 * x ** 3)``."""
-    scale, cubic = _TANH_GELU
-    return any(
-        isinstance(factor, float)
-        and math.isclose(factor, scale, rel_tol=1e-6)
-        and first is x
-        and operands(beside(second, operator.mul, cubic), operator.pow) == (x, 3.0)
-        for factor, total in either_way(node, operator.mul)
-        for first, second in either_way(total, operator.add)
-    )
+    for factor, total in either_way(node, operator.mul):
+        if isinstance(factor, float) and math.isclose(factor, math.sqrt(2 / math.pi), rel_tol=1e-6):
+            cubes = [beside(b, operator.mul, 0.044715) for a, b in either_way(total, operator.add) if a is x]
+            return any(operands(cube, operator.pow) == (x, 3.0) for cube in cubes)
+    return False
 
 
 @dataclass(frozen=True)

@@ -1,17 +1,7 @@
 """The rules that put operators of the generated kernels in the place of what a twin's graph computes.
 
-rule               matches                                                        becomes
-norm + q|k|v       a norm in front of the product that feeds the KV cache         river::linear
-rope + kv write    qk-norm, rotary embedding and the write of one cache slot      river::kv_fill
-attention          one query position over a static cache                         river::decode_attention
-o + residual       the product after attention, and the addition after it         river::linear
-norm + gate|up     norm, product, activation, and their product where gated       river::linear
-down + residual    the product after the MLP, and the addition after it           river::linear
-norm + head        the last norm and the head's matrix, in 4 or in 16 bits        river::linear
-exit score         a backbone block's last addition and the check after it        river::residual_score
-
 A rule looks first and changes the graph when everything fits; otherwise it raises :class:`Missed` and has changed
-nothing. No rule knows a model family.
+nothing. docs/lowering.md lists what each one matches. Not handled: names of model families, which no rule knows.
 """
 
 from __future__ import annotations
@@ -24,15 +14,16 @@ import torch.nn.functional as F
 from torch import Tensor, fx
 
 from river_compile.kernels import ops  # noqa: F401  (registers the operators)
-from river_compile.passes.edits import Missed, call, drop_unused, only_used_for, put, reshaped, same_size, way_down
+from river_compile.passes.edits import Missed, call, drop_unused, put, require, reshaped, way_down
 from river_compile.passes.nodes import (
     before_views,
     called,
     either_way,
     is_parameter,
-    is_tensor,
+    only_used_for,
     operands,
     same_dtype,
+    same_size,
     shape,
     value_of,
 )
@@ -49,31 +40,29 @@ def fuse_norm_qkv(view: BlockView) -> fx.Node:
     found, last = _norm_before(product)
     if found is None:
         raise Missed("no norm that the kernel knows, for this product alone, stands in front", last)
-    return _put_linear(view.graph, product.args, found, product)
+    return _put_linear(product.args, found, product)
 
 
 def fuse_gated_mlp(view: BlockView) -> fx.Node:
     """norm + gate|up."""
     feeding = view.products("cache")
     shared = next((n for p in view.products("down") for n in sources([p.args[0]]) if n in feeding), None)
-    if shared is not None:
-        raise Missed("its product is one with q|k|v", shared)
+    require(shared is None, "its product is one with q|k|v", shared)
     product = _only(view.products("up"), "leads into an MLP")
-    out, act, gated = _activated(view.graph, product)
-    if not only_used_for(product, out):
-        raise Missed("its result is used elsewhere too", product)
+    out, act, gated = _activated(product)
+    require(only_used_for(product, out), "its result is used elsewhere too", product)
     found, _ = _norm_before(product)
-    return _put_linear(view.graph, product.args, found, out, activation=act, gated=gated)
+    return _put_linear(product.args, found, out, activation=act, gated=gated)
 
 
 def fuse_o_residual(view: BlockView) -> fx.Node:
     """o + residual."""
-    return _fuse_residual(view.graph, _only(view.products("attention"), "reads attention's result"))
+    return _fuse_residual(_only(view.products("attention"), "reads attention's result"))
 
 
 def fuse_down_residual(view: BlockView) -> fx.Node:
     """down + residual."""
-    return _fuse_residual(view.graph, _only(view.products("down"), "reads an MLP's activations"))
+    return _fuse_residual(_only(view.products("down"), "reads an MLP's activations"))
 
 
 def fuse_head(view: BlockView) -> fx.Node:
@@ -81,11 +70,11 @@ def fuse_head(view: BlockView) -> fx.Node:
     head = _only([n for n in view.graph.nodes if is_product(n) or called(n, F.linear)], "gives logits")
     found, _ = _norm_before(head)
     if is_product(head):
-        return _put_linear(view.graph, head.args, found, head)
+        return _put_linear(head.args, found, head)
     x, weight, bias = head.args
-    if not is_parameter(weight) or not same_dtype(weight, x):
-        raise Missed("its matrix is no parameter of the activations' dtype", head)
-    return _put_linear(view.graph, (x, weight, None, bias, shape(weight)[0], 0, "triton"), found, head)
+    fits = is_parameter(weight) and same_dtype(weight, x)
+    require(fits, "its matrix is not a parameter of the activations' dtype", head)
+    return _put_linear((x, weight, None, bias, shape(weight)[0], 0, "triton"), found, head)
 
 
 def fuse_exit_score(view: BlockView) -> fx.Node:
@@ -99,21 +88,20 @@ def fuse_exit_score(view: BlockView) -> fx.Node:
         raise Missed("the block does not end with the addition of two values of one shape and dtype", hidden)
     similarity = value_of(hidden).new_empty((), dtype=torch.float32)
     with graph.inserting_before(total):
-        residual, update, before = (reshaped(graph, n, total) for n in (*found, previous))
+        residual, update, before = (reshaped(n, total) for n in (*found, previous))
         value = (value_of(total), similarity)
-        fused = call(graph, torch.ops.river.residual_score.default, (update, residual, before), value, total)
-        parts = [call(graph, operator.getitem, (fused, i), value[i], total) for i in range(2)]
+        fused = call(torch.ops.river.residual_score.default, (update, residual, before), value, total)
+        parts = [call(operator.getitem, (fused, i), value[i], total) for i in range(2)]
     score.replace_all_uses_with(parts[1])
     graph.erase_node(score)
     total.replace_all_uses_with(parts[0])
-    drop_unused(graph, total)
+    drop_unused(total)
     return fused
 
 
 def _only(products: list[fx.Node], what: str) -> fx.Node:
-    if len(products) != 1:
-        count = "no 4-bit product" if not products else f"more than one product ({len(products)})"
-        raise Missed(f"{count} {what}", products[0] if products else None)
+    count = "no 4-bit product" if not products else f"more than one product ({len(products)})"
+    require(len(products) == 1, f"{count} {what}", products[0] if products else None)
     return products[0]
 
 
@@ -126,12 +114,7 @@ def _norm_before(product: fx.Node) -> tuple[Normed | None, fx.Node]:
 
 
 def _put_linear(
-    graph: fx.Graph,
-    arguments: tuple,
-    found: Normed | None,
-    old: fx.Node,
-    activation: str = "none",
-    gated: bool = False,
+    arguments: tuple, found: Normed | None, old: fx.Node, activation: str = "none", gated: bool = False
 ) -> fx.Node:
     """Puts a ``river::linear`` in a node's place: a plain one's `arguments`, and the norm that was found before it."""
     x, *weights = arguments
@@ -141,15 +124,15 @@ def _put_linear(
         norm = {"norm": found.kind, "norm_weight": found.weight, "norm_bias": found.bias, "eps": found.eps}
     value = value_of(x).new_empty((*value_of(x).shape[:-1], weights[3] // 2 if gated else weights[3]))
     linear = torch.ops.river.linear.default
-    return put(graph, linear, (x, *weights), value, old, **norm, activation=activation, gated=gated)
+    return put(linear, (x, *weights), value, old, **norm, activation=activation, gated=gated)
 
 
-def _activated(graph: fx.Graph, product: fx.Node) -> tuple[fx.Node, str, bool]:
+def _activated(product: fx.Node) -> tuple[fx.Node, str, bool]:
     """Returns the value after the activation of a product, the activation's name, and whether it is gated."""
     width = value_of(product).shape[-1]
     single = None
-    for node in graph.nodes:
-        if node < product or not is_tensor(node):
+    for node in product.graph.nodes:
+        if node < product:
             continue
         for turned, other in either_way(node, operator.mul):
             found = activation(turned)
@@ -164,28 +147,25 @@ def _activated(graph: fx.Graph, product: fx.Node) -> tuple[fx.Node, str, bool]:
     return single
 
 
-def _fuse_residual(graph: fx.Graph, product: fx.Node) -> fx.Node:
-    for node in graph.nodes:
+def _fuse_residual(product: fx.Node) -> fx.Node:
+    for node in product.graph.nodes:
         between = norm(node) if node > product else None
-        if between is not None and before_views(between.x) is product:
-            raise Missed("a norm stands between it and the addition", node)
+        apart = between is None or before_views(between.x) is not product
+        require(apart, "a norm stands between it and the addition", node)
     last, total = way_down(product)
     found = operands(total, operator.add, Tensor.add_)
     if found is None or found[0] is found[1]:
         raise Missed(f"{getattr(total.target, '__name__', total.op)} stands between it and the addition", total)
     residual = found[1] if found[0] is last else found[0]
-    if not same_size(residual, total) or not same_size(last, total):
-        raise Missed("what is added has another shape or dtype", total)
-    if total.target is Tensor.add_ and found[0] is residual and len(residual.users) > 1:
-        raise Missed("the addition changes a value that is used elsewhere", total)
+    fits = same_size(residual, total) and same_size(last, total)
+    require(fits, "what is added has another shape or dtype", total)
+    changed = total.target is Tensor.add_ and found[0] is residual and len(residual.users) > 1
+    require(not changed, "the addition changes a value that is used elsewhere", total)
     parts = {**product.kwargs, "residual": residual}
-    return put(graph, torch.ops.river.linear.default, product.args, value_of(product), total, **parts)
+    return put(torch.ops.river.linear.default, product.args, value_of(product), total, **parts)
 
 
 # A rule's name, for the report, is its docstring. Those around the cache hold for one position per row only.
 Rule = Callable[[BlockView], fx.Node]
-RULES: tuple[Rule, ...] = (
-    *(fuse_norm_qkv, fuse_kv_fill, fuse_attention),
-    *(fuse_o_residual, fuse_gated_mlp, fuse_down_residual),
-)
 ONE_QUERY_RULES: tuple[Rule, ...] = (fuse_kv_fill, fuse_attention)
+RULES: tuple[Rule, ...] = (fuse_norm_qkv, *ONE_QUERY_RULES, fuse_o_residual, fuse_gated_mlp, fuse_down_residual)

@@ -63,7 +63,7 @@ def test_a_scale_goes_into_the_norm_or_into_a_product(make, folds):
     for i in range(max(1, len(folds))):
         with graph.inserting_after(graph.find_nodes(op="placeholder")[-1]):
             new.append(graph.placeholder(f"scaled_{i}"))
-    x = scale_inputs(graph, layers[0].args[0], found, tuple(new))
+    x = scale_inputs(layers[0].args[0], found, tuple(new))
     for layer in layers:
         layer.replace_input_with(layer.args[0], x)
     scene.graph_module.recompile()

@@ -44,11 +44,11 @@ def test_linears_and_masked_attention_are_replaced_and_the_function_stays(causal
     """Causal attention, which only a prompt has, is left alone; keyword arguments reach the operators."""
     graph_module, inputs = traced(causal)
     expected = graph_module(*inputs)
-    assert keep_rows(graph_module.graph, grown=False) == (1 if causal else 2)
+    keep_rows(graph_module.graph, grown=False)
     graph_module.graph.lint()
     graph_module.recompile()
-    targets = {node.target for node in graph_module.graph.nodes}
-    assert torch.ops.river.batch_invariant_linear.default in targets
-    assert (torch.ops.river.batch_invariant_attention.default in targets) is not causal
+    targets = [node.target for node in graph_module.graph.nodes]
+    assert targets.count(torch.ops.river.batch_invariant_linear.default) == 1
+    assert targets.count(torch.ops.river.batch_invariant_attention.default) == (0 if causal else 1)
     for ours, plain in zip(graph_module(*inputs), expected, strict=True):
         torch.testing.assert_close(ours, plain, atol=1e-5, rtol=1e-5)
