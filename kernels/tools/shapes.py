@@ -71,12 +71,7 @@ def block_kernels(
 ) -> dict[str, KernelSpec]:
     """Returns the kernels of one river twin at decode, in launch order, as the fusion rules put them in.
 
-    Args:
-        shape: the model.
-        rows: sequences.
-        context: slots of the cache, all of them valid.
-        group_size: of the 4-bit weights.
-        device: whose tiles to use, see `heuristic.best_tile`.
+    They are for `rows` sequences and `context` valid slots of the cache, with the tiles of `device`.
     """
 
     def linear(k: int, n: int, **fields: object) -> LinearSpec:

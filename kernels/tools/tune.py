@@ -21,8 +21,7 @@ import torch
 
 from river_compile.kernels.files import appearing
 from river_compile.kernels.triton.devices import device_name, known
-from river_compile.kernels.triton.heuristic import candidates, saved_tiles, seconds, tuning_file
-from river_compile.kernels.triton.heuristic import tuning_key as key_of
+from river_compile.kernels.triton.heuristic import candidates, saved_tiles, seconds, tuning_file, tuning_key
 from river_compile.kernels.triton.linear import LinearSpec, LinearTile
 from river_compile.kernels.triton.loader import load
 
@@ -37,14 +36,9 @@ def shortlist(spec: LinearSpec, device: str, top: int) -> list[LinearSpec]:
 def tune(
     specs: list[LinearSpec], device: str, measure: Callable[[LinearSpec], float], *, budget: float, top: int
 ) -> dict[str, LinearTile]:
-    """Times candidates of every spec and returns key -> fastest tile.
+    """Times the `top` candidates of every spec by `measure`, in seconds, and returns key -> fastest tile.
 
-    Args:
-        specs: the problems.
-        device: for the cost model's order.
-        measure: seconds of one call of a spec.
-        budget: seconds; once they are spent, the specs that are left stay with the cost model.
-        top: candidates of each spec.
+    Once `budget` seconds are spent, the specs that are left stay with the cost model.
     """
     end = time.monotonic() + budget
     chosen: dict[str, LinearTile] = {}
@@ -54,7 +48,7 @@ def tune(
             if time.monotonic() >= end:
                 return chosen
             times[candidate.tile] = measure(candidate)
-        chosen[key_of(spec)] = min(times, key=lambda tile: times[tile])
+        chosen[tuning_key(spec)] = min(times, key=lambda tile: times[tile])
     return chosen
 
 

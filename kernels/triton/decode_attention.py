@@ -24,26 +24,16 @@ from .spec import ACTIVATION_DTYPES, Buffer, CacheSpec, Stage, is_power_of_two
 
 @dataclass(frozen=True)
 class DecodeAttentionSpec(CacheSpec):
-    """One shape of decode attention; J divides H.
-
-    Attributes:
-        scale: of the scores.
-        softcap: c in c tanh(score / c); 0 for none.
-        mask: whether a mask ``[B, S]`` says which slots take part.
-        mask_dtype: "bool", or that of a mask which is added to the scores.
-        splits: P, programs that share the slots of one head; 1 needs no second launch.
-        block: slots of one step.
-        num_warps: warps of a program.
-    """
+    """One shape of decode attention; J divides H."""
 
     family: ClassVar[str] = "decode_attention"
 
-    scale: float
-    softcap: float = 0.0
-    mask: bool = False
-    mask_dtype: str = "bool"
-    splits: int = 8
-    block: int = 32
+    scale: float  # of the scores
+    softcap: float = 0.0  # c in c tanh(score / c); 0 for none
+    mask: bool = False  # whether a mask [B, S] says which slots take part
+    mask_dtype: str = "bool"  # or that of a mask which is added to the scores
+    splits: int = 8  # P, programs that share the slots of one head; 1 needs no second launch
+    block: int = 32  # slots of one step
     num_warps: int = 4
 
     def __post_init__(self) -> None:

@@ -6,8 +6,6 @@ overflow, NaN) makes the score NaN, which exceeds no threshold.
 
 One program visits all rows, since their minimum needs no atomics then: made for decode, where the rows are the batch.
 Not handled: strided rows.
-
-Legend: M rows, D features.
 """
 
 from __future__ import annotations
@@ -22,20 +20,13 @@ from .spec import ACTIVATION_DTYPES, Buffer, KernelSpec, Stage
 
 @dataclass(frozen=True)
 class ExitScoreSpec(KernelSpec):
-    """The exit score of `rows` rows of `features` features in `dtype`.
-
-    Attributes:
-        rows: M, the batch at decode.
-        features: D, the hidden size.
-        dtype: of update, residual, previous and hidden.
-        num_warps: warps of the one program.
-    """
+    """One shape of the exit score."""
 
     family: ClassVar[str] = "exit_score"
 
-    rows: int
-    features: int
-    dtype: str = "bfloat16"
+    rows: int  # the batch at decode
+    features: int  # the hidden size
+    dtype: str = "bfloat16"  # of update, residual, previous and hidden
     num_warps: int = 8
 
     def __post_init__(self) -> None:
