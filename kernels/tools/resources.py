@@ -60,17 +60,9 @@ def usages(spec: KernelSpec, label: str, target: str) -> Iterator[Usage]:
         names = (r"REG:", r"STACK:") if nvidia else (r"\.vgpr_count:\s+", r"\.vgpr_spill_count:\s+")
         registers, spills = (_number(name, report) for name in names)
         shared = compiled.metadata.shared
-        yield Usage(
-            target,
-            label,
-            stage.function,
-            registers,
-            spills,
-            shared,
-            _occupancy(device, registers, stage.num_warps, shared),
-            weight_load_bytes(text, source, nvidia),
-            len(_MATRIX.findall(text)),
-        )
+        occupancy = _occupancy(device, registers, stage.num_warps, shared)
+        load, matrix = weight_load_bytes(text, source, nvidia), len(_MATRIX.findall(text))
+        yield Usage(target, label, stage.function, registers, spills, shared, occupancy, load, matrix)
 
 
 def weight_load_bytes(text: str, source: list[str], nvidia: bool) -> int | None:

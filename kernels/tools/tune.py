@@ -2,8 +2,8 @@
 
     python -m river_compile.kernels.tools.tune --model llama-3.1-8b [--rows 1] [--group-size 64] [--budget 60] [--top 8]
 
-For every linear kernel of the model the cost model's best candidates are timed, within a time budget in seconds for all
-of them together. Choices of other devices and shapes in the file are kept; the file is replaced atomically.
+For every linear kernel of the model the cost model's best candidates are timed, within one budget in seconds. Choices
+of other devices and shapes in the file are kept; the file is replaced atomically.
 """
 
 from __future__ import annotations
@@ -94,7 +94,7 @@ def time_calls(calls: list[Callable[[], object]], repeats: int = 9) -> float:
 
 
 def copies_beyond_cache(spec: LinearSpec) -> int:
-    """Returns how many copies of the weights exceed 256 MB, so that a cache holds none of them until its turn."""
+    """Returns how many copies of the weights exceed 256 MB, so that a cache keeps none of them until its turn."""
     return max(1, min(64, 256 * 2**20 // spec.cost(64).bytes + 1))
 
 

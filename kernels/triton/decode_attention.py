@@ -1,11 +1,10 @@
 """Attention of one query position over a static cache, split over the cache and combined by log-sum-exp.
 
-A mask of slots and a soft cap on the scores are optional. A mask says which of the cache's S slots take part (bool), or
-is added to the scores (a floating dtype: 0, what a model likes, or its least number for a slot that takes no part).
-Grouped queries share one program: their heads are the rows of a `tl.dot`, filled up to 16. Each of `splits` programs
-takes every `splits`-th block of slots, which keeps them equally busy wherever the slots that take part lie, and writes
-its sum, maximum and denominator; a second launch combines them (online softmax: Milakov and Gimelshein 2018; split over
-the keys: Flash-Decoding, Dao et al. 2023). Keys and values of slots that take no part are never read.
+A mask of slots, boolean or added to the scores, and a soft cap on the scores are optional. Grouped queries share one
+program: their heads are the rows of a `tl.dot`, filled up to 16. Each of `splits` programs takes every `splits`-th
+block of slots, which keeps them equally busy wherever the slots that take part lie, and writes its sum, maximum and
+denominator; a second launch combines them (online softmax: Milakov and Gimelshein 2018; split over the keys:
+Flash-Decoding, Dao et al. 2023). Keys and values of slots that take no part are never read.
 
 Not handled: more than one query position, masks that differ between heads, windows and lengths (a mask says the same).
 

@@ -4,8 +4,7 @@ For every row: hidden = residual + update, rounded to the activations' dtype, an
 (|hidden| |previous|) in float32. The score is the smallest similarity. A row whose similarity is NaN (a zero row,
 overflow, NaN) makes the score NaN, which exceeds no threshold.
 
-One program visits all rows, since their minimum needs no atomics then: made for decode, where the rows are the batch.
-Not handled: strided rows.
+One program visits all rows, the batch at decode, so their minimum needs no atomics. Not handled: strided rows.
 """
 
 from __future__ import annotations

@@ -129,10 +129,7 @@ def interpreter_tile(spec: LinearSpec) -> LinearSpec:
 
 
 def attention_splits(heads: int, slots: int, device: Device) -> int:
-    """Returns how many programs share the cache of one head: enough to fill the processors twice, 64 slots each.
-
-    `heads` counts the key-value heads of all sequences.
-    """
+    """Returns how many programs share the cache of one of all `heads` KV heads, to fill the processors twice."""
     wanted = min(2 * device.processors // heads, math.ceil(slots / 64), 32)
     return 1 << max(0, wanted.bit_length() - 1) if wanted > 1 else 1
 

@@ -1,9 +1,8 @@
 """From a merged projection to the query and a filled cache slot, in one launch at one query position.
 
 Takes q|k|v of one token per sequence and applies, each where the spec asks for it: the RMSNorm of every query and key
-head (qk-norm) and the rotary embedding (Su et al. 2021) of a head's first features, half-split or interleaved. Writes
-the key and the value into the slot whose index lies in a device tensor, and returns the query. Exactly that slot
-changes; an index outside the cache writes nothing.
+head (qk-norm) and the rotary embedding (Su et al. 2021) of a head's first features, half-split or interleaved. Of the
+caches exactly the slot changes whose index lies in a device tensor; an index outside writes nothing.
 
 One program handles one head of one sequence. Not handled: more than one position, a norm over all heads together.
 

@@ -4,8 +4,7 @@
 `load(spec, interpret=True)` the same functions in Triton's interpreter, on CPU tensors. Both kinds live side by side in
 one process: the environment variable TRITON_INTERPRET plays no part. Triton is imported here and nowhere earlier.
 
-Not handled: tuning (see `heuristic` and `tune`), and concurrent interpreted launches (they take turns: the interpreter
-patches `triton.language` while it runs).
+Not handled: concurrent interpreted launches. They take turns, since the interpreter patches `triton.language`.
 """
 
 from __future__ import annotations
@@ -34,8 +33,7 @@ _interpreter_turn = threading.Lock()
 def source_file(spec: KernelSpec) -> Path:
     """Writes the source of `spec` unless it is there, and returns its path.
 
-    The file's name holds the hash of the text. No reader sees half a file; a file whose text is not what the spec
-    renders to is rebuilt with a warning.
+    The file's name holds the hash of its text; a damaged file is rebuilt with a warning.
     """
     source = render(spec)
     path = cache_folder() / "kernels" / f"{spec.family}_{hashlib.sha256(source.encode()).hexdigest()[:16]}.py"

@@ -72,10 +72,7 @@ class Stage:
 
 @dataclass(frozen=True)
 class Cost:
-    """Bytes that one call moves to and from memory, each buffer once, and its floating-point operations.
-
-    A multiply-add counts two operations.
-    """
+    """Bytes that a call moves to and from memory, each buffer once, and its operations (a multiply-add is two)."""
 
     bytes: int
     flops: int
