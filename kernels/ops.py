@@ -81,10 +81,7 @@ def linear(
     if layout == "triton":
         return launch.linear(x, matrix, bias, residual, norm, norm_weight, norm_bias, eps, activation, gated)
     h = x if norm_weight is None else _normalise(x, norm, norm_weight, norm_bias, eps)
-    if isinstance(matrix, Tensor):
-        y = F.linear(h, matrix, bias)
-    else:
-        y = layouts.layout(layout).linear(h, matrix, bias)
+    y = F.linear(h, matrix, bias) if isinstance(matrix, Tensor) else layouts.layout(layout).linear(h, matrix, bias)
     if gated:
         gate, up = y.chunk(2, dim=-1)
         y = _ACTIVATIONS[activation](gate) * up

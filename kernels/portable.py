@@ -1,18 +1,15 @@
 """Plain torch for what no generated kernel computes: one query position, batch-invariant operators, scores of logits.
 
-One query position. Operators made for many rows do badly with one. A fused attention kernel splits its work over query
-blocks: ATen's takes four to ten times as long on a CPU as `grouped_attention`, and wants the KV heads repeated for
-grouped queries. A bfloat16 matrix product with one row reads a large matrix at two thirds of the speed of a plain sum
-of products. Written as multiply-and-sum, Inductor fuses them into loops over the cache or the weights, with float32 in
-between; it fuses `largest_entropy` into the end of the head, whose logits are still in the processor's cache.
+One query position. Operators made for many rows do badly with one: a fused attention kernel splits its work over query
+blocks, and a matrix product reads a large matrix slower than a plain sum of products. Written as multiply-and-sum,
+Inductor fuses them into loops over the cache or the weights, with float32 in between.
 
-Batch-invariant: the result for a token does not depend on how many tokens share the pass. A matrix library sums in
-another order for eight rows than for one, and an attention kernel for eight queries than for one, so in bfloat16 a pass
-over several tokens gives other bits than one pass per token. ``river::batch_invariant_linear`` gives the bits of one
-token per pass in a single product where the library is found to sum all rows as it sums one (asked once for a shape,
-by comparing many random products to the bit), else by one product per token position.
-``river::batch_invariant_attention`` makes one call per query position: batching them saves 2 to 5 % of their time, and
-on some processors a library rounds a batch of problems otherwise than one.
+Batch-invariant: the result for a token does not depend on how many tokens share the pass. A library sums in another
+order for eight rows than for one, so in bfloat16 a pass over several tokens gives other bits than one pass per token.
+``river::batch_invariant_linear`` gives the bits of one token per pass in a single product where the library is found to
+sum all rows as it sums one (asked once for a shape, by comparing many random products to the bit), else by one product
+per token position. ``river::batch_invariant_attention`` makes one call per query position: batching them saves 2 to 5 %
+of their time, and on some processors a library rounds a batch of problems otherwise than one.
 
 Not handled: dropout, soft caps, causal flags (a mask says the same), matrix products other than linear layers, and
 temperatures or other processing that generation applies to the logits afterwards.
@@ -20,7 +17,6 @@ temperatures or other processing that generation applies to the logits afterward
 
 from __future__ import annotations
 
-import functools
 import math
 import threading
 
@@ -136,13 +132,13 @@ def batch_invariant_attention(
     Returns:
         ``[B, H, W, D]`` in q.dtype.
     """
-    attend = functools.partial(F.scaled_dot_product_attention, scale=scale, enable_gqa=enable_gqa)
     width, slots = q.shape[2], k.shape[2]
     columns = []
     for i in range(width):
         seen = slots - width + 1 + i if grown else slots
         own = None if mask is None else mask[:, :, i : i + 1, :seen]
-        columns.append(attend(q[:, :, i : i + 1], k[:, :, :seen], v[:, :, :seen], own))
+        query, keys, values = q[:, :, i : i + 1], k[:, :, :seen], v[:, :, :seen]
+        columns.append(F.scaled_dot_product_attention(query, keys, values, own, scale=scale, enable_gqa=enable_gqa))
     return torch.cat(columns, dim=2)
 
 

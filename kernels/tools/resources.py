@@ -36,27 +36,17 @@ _AMD_BYTES = {"ubyte": 1, "sbyte": 1, "ushort": 2, "dword": 4, "dwordx2": 8, "dw
 
 @dataclass(frozen=True)
 class Usage:
-    """What one launch uses on one target.
-
-    Attributes:
-        target, kernel, stage: where and what.
-        registers: per thread (vector registers on AMD).
-        spills: bytes of stack per thread, or spilled registers on AMD; 0 is the aim.
-        shared: bytes of shared memory per program.
-        occupancy: part of the processor's warps that can be resident.
-        weight_load: bytes of the narrowest load of weights, None for kernels without.
-        matrix_instructions: tensor-core (matrix-core) instructions in the code.
-    """
+    """What one launch uses on one target."""
 
     target: str
     kernel: str
     stage: str
-    registers: int
-    spills: int
-    shared: int
-    occupancy: float
-    weight_load: int | None
-    matrix_instructions: int
+    registers: int  # per thread (vector registers on AMD)
+    spills: int  # bytes of stack per thread, or spilled registers on AMD; 0 is the aim
+    shared: int  # bytes of shared memory per program
+    occupancy: float  # part of the processor's warps that can be resident
+    weight_load: int | None  # bytes of the narrowest load of weights, None for kernels without
+    matrix_instructions: int  # of tensor cores (matrix cores) in the code
 
 
 def usages(spec: KernelSpec, label: str, target: str) -> Iterator[Usage]:
@@ -66,19 +56,13 @@ def usages(spec: KernelSpec, label: str, target: str) -> Iterator[Usage]:
     for stage, compiled in zip(spec.stages(), compile_for(spec, device.backend, device.arch), strict=True):
         nvidia = device.backend == "cuda"
         text = compiled.asm["ptx" if nvidia else "amdgcn"]
-        registers, spills = _nvidia_registers(compiled.asm["cubin"]) if nvidia else _amd_registers(text)
+        report = _nvidia_report(compiled.asm["cubin"]) if nvidia else text
+        names = (r"REG:", r"STACK:") if nvidia else (r"\.vgpr_count:\s+", r"\.vgpr_spill_count:\s+")
+        registers, spills = (_number(name, report) for name in names)
         shared = compiled.metadata.shared
-        yield Usage(
-            target,
-            label,
-            stage.function,
-            registers,
-            spills,
-            shared,
-            _occupancy(device, registers, stage.num_warps, shared),
-            weight_load_bytes(text, source, nvidia),
-            len(_MATRIX.findall(text)),
-        )
+        occupancy = _occupancy(device, registers, stage.num_warps, shared)
+        load, matrix = weight_load_bytes(text, source, nvidia), len(_MATRIX.findall(text))
+        yield Usage(target, label, stage.function, registers, spills, shared, occupancy, load, matrix)
 
 
 def weight_load_bytes(text: str, source: list[str], nvidia: bool) -> int | None:
@@ -96,34 +80,30 @@ def weight_load_bytes(text: str, source: list[str], nvidia: bool) -> int | None:
             line = int(location[1])
         found = (_PTX_LOAD if nvidia else _AMD_LOAD).search(row)
         if found and 0 < line <= len(source) and re.search(r"load\((q?weight)_ptr", source[line - 1]):
-            width = _ptx_width(found) if nvidia else _AMD_BYTES.get(found[1], 2)
+            if not nvidia:
+                width = _AMD_BYTES.get(found[1], 2)
+            elif found[3]:  # an asynchronous copy names its bytes
+                width = int(found[3], 0)
+            else:
+                width = int(found[1] or 1) * int(found[2]) // 8
             narrowest = width if narrowest is None else min(narrowest, width)
     return narrowest
 
 
-def _ptx_width(found: re.Match[str]) -> int:
-    return int(found[3], 0) if found[3] else int(found[1] or 1) * int(found[2]) // 8
-
-
-def _nvidia_registers(cubin: bytes) -> tuple[int, int]:
+def _nvidia_report(cubin: bytes) -> str:
     from triton import knobs
 
     with tempfile.NamedTemporaryFile(suffix=".cubin") as file:
         file.write(cubin)
         file.flush()
         command = [knobs.nvidia.cuobjdump.path, "-res-usage", file.name]
-        text = subprocess.run(command, capture_output=True, text=True, check=True).stdout
-    return _number(r"REG:(\d+)", text), _number(r"STACK:(\d+)", text)
+        return subprocess.run(command, capture_output=True, text=True, check=True).stdout
 
 
-def _amd_registers(text: str) -> tuple[int, int]:
-    return _number(r"\.vgpr_count:\s+(\d+)", text), _number(r"\.vgpr_spill_count:\s+(\d+)", text)
-
-
-def _number(pattern: str, text: str) -> int:
-    found = re.search(pattern, text)
+def _number(name: str, report: str) -> int:
+    found = re.search(name + r"(\d+)", report)
     if found is None:
-        raise ValueError(f"the compiler's report has nothing like {pattern}")
+        raise ValueError(f"the compiler's report has nothing like {name}")
     return int(found[1])
 
 
@@ -154,23 +134,21 @@ def main(arguments: list[str] | None = None) -> int:
     """The command line; returns 1 if a kernel spills."""
     options = _parser().parse_args(arguments)
     shape = MODELS[options.model]
+    sizes = {"context": options.context, "group_size": options.group_size}
     table: list[Usage] = []
+    costs = []
     print(f"{options.model}, one row, context {options.context}, groups of {options.group_size}\n")
     print("| target | kernel | launch | registers | spills | shared | occupancy | weight load | matrix instructions |")
     print("|---|---|---|---:|---:|---:|---:|---:|---:|")
     for target in options.target:
-        kernels = model_kernels(shape, context=options.context, group_size=options.group_size, device=target)
-        for label, spec in kernels.items():
+        for label, spec in model_kernels(shape, device=target, **sizes).items():
             for usage in usages(spec, label, target):
                 table.append(usage)
                 load = f"{usage.weight_load} B" if usage.weight_load else ""
                 cells = (target, label.replace("|", "\\|"), usage.stage, usage.registers, usage.spills, usage.shared)
-                print("|", *(f"{cell} |" for cell in cells), f"{usage.occupancy:.0%} | {load} |", end=" ")
-                print(usage.matrix_instructions, "|", flush=True)
-    costs = []
+                _print_row(*cells, f"{usage.occupancy:.0%}", load, usage.matrix_instructions)
     print("\n| target | launches per block | per token | MB per token | floor MB | above | us per token |")
     print("|---|---:|---:|---:|---:|---:|---:|")
-    sizes = {"context": options.context, "group_size": options.group_size}
     for target in options.target:
         bandwidth = options.bandwidth * 1e9 if options.bandwidth else DEVICES[target].bandwidth
         kernels = model_kernels(shape, device=target, **sizes)
@@ -178,12 +156,15 @@ def main(arguments: list[str] | None = None) -> int:
         floor = token_floor(shape, kernels, options.context)
         row = {"target": target, "model": shape.name, **sizes, "launches_per_block": block.launches}
         costs.append({**row, **asdict(token), "floor": floor, "bandwidth": bandwidth})
-        megabytes = f"{token.bytes / 1e6:.1f} | {floor / 1e6:.1f} | {token.bytes / floor - 1:.1%}"
-        microseconds = token.seconds(bandwidth) * 1e6
-        print(f"| {target} | {block.launches} | {token.launches} | {megabytes} | {microseconds:.0f} |")
+        bytes_ = (f"{token.bytes / 1e6:.1f}", f"{floor / 1e6:.1f}", f"{token.bytes / floor - 1:.1%}")
+        _print_row(target, block.launches, token.launches, *bytes_, f"{token.seconds(bandwidth) * 1e6:.0f}")
     if options.json:
         Path(options.json).write_text(json.dumps({"kernels": [asdict(u) for u in table], "tokens": costs}, indent=1))
     return int(any(usage.spills for usage in table))
+
+
+def _print_row(*cells: object) -> None:
+    print("|", " | ".join(map(str, cells)), "|", flush=True)
 
 
 def _parser() -> argparse.ArgumentParser:

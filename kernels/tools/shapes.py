@@ -66,17 +66,13 @@ def cost_of(*specs: KernelSpec) -> TokenCost:
     return TokenCost(sum(len(spec.stages()) for spec in specs), sum(spec.cost().bytes for spec in specs))
 
 
-def block_kernels(
+def model_kernels(
     shape: ModelShape, *, rows: int = 1, context: int = 1024, group_size: int = 64, device: str = DEFAULT_DEVICE
 ) -> dict[str, KernelSpec]:
-    """Returns the kernels of one river twin at decode, in launch order, as the fusion rules put them in.
+    """Returns the kernels of a decode step: those of one river twin, the exit score, and the 16-bit head with the norm.
 
-    Args:
-        shape: the model.
-        rows: sequences.
-        context: slots of the cache, all of them valid.
-        group_size: of the 4-bit weights.
-        device: whose tiles to use, see `heuristic.best_tile`.
+    The twin's come first, in launch order, as the fusion rules put them in. They are for `rows` sequences and `context`
+    valid slots of the cache, with the tiles of `device`.
     """
 
     def linear(k: int, n: int, **fields: object) -> LinearSpec:
@@ -84,6 +80,7 @@ def block_kernels(
         return best_tile(spec, device, rows)
 
     heads = (rows, shape.heads, shape.kv_heads, shape.head_dim, context)
+    head = untiled(rows, shape.hidden, shape.vocabulary, weights="dense", group_size=0, norm="rms")
     splits = attention_splits(rows * shape.kv_heads, context, known(device))
     return {
         "norm + q|k|v": linear(shape.hidden, shape.qkv, norm="rms", bias=shape.qkv_bias),
@@ -92,16 +89,6 @@ def block_kernels(
         "o + residual": linear(shape.heads * shape.head_dim, shape.hidden, residual=True),
         "norm + gate|up": linear(shape.hidden, shape.intermediate, norm="rms", gated=True, activation="silu"),
         "down + residual": linear(shape.intermediate, shape.hidden, residual=True),
-    }
-
-
-def model_kernels(
-    shape: ModelShape, *, rows: int = 1, context: int = 1024, group_size: int = 64, device: str = DEFAULT_DEVICE
-) -> dict[str, KernelSpec]:
-    """Returns `block_kernels` and what else a token needs: the exit score and the 16-bit head with the norm."""
-    head = untiled(rows, shape.hidden, shape.vocabulary, weights="dense", group_size=0, norm="rms")
-    return {
-        **block_kernels(shape, rows=rows, context=context, group_size=group_size, device=device),
         "exit score": ExitScoreSpec(rows, shape.hidden),
         "norm + head": best_tile(head, device, rows),
     }

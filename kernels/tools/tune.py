@@ -2,8 +2,8 @@
 
     python -m river_compile.kernels.tools.tune --model llama-3.1-8b [--rows 1] [--group-size 64] [--budget 60] [--top 8]
 
-For every linear kernel of the model the cost model's best candidates are timed, within a time budget in seconds for all
-of them together. Choices of other devices and shapes in the file are kept; the file is replaced atomically.
+For every linear kernel of the model the cost model's best candidates are timed, within one budget in seconds. Choices
+of other devices and shapes in the file are kept; the file is replaced atomically.
 """
 
 from __future__ import annotations
@@ -21,8 +21,7 @@ import torch
 
 from river_compile.kernels.files import appearing
 from river_compile.kernels.triton.devices import device_name, known
-from river_compile.kernels.triton.heuristic import candidates, saved_tiles, seconds, tuning_file
-from river_compile.kernels.triton.heuristic import tuning_key as key_of
+from river_compile.kernels.triton.heuristic import candidates, saved_tiles, seconds, tuning_file, tuning_key
 from river_compile.kernels.triton.linear import LinearSpec, LinearTile
 from river_compile.kernels.triton.loader import load
 
@@ -37,14 +36,9 @@ def shortlist(spec: LinearSpec, device: str, top: int) -> list[LinearSpec]:
 def tune(
     specs: list[LinearSpec], device: str, measure: Callable[[LinearSpec], float], *, budget: float, top: int
 ) -> dict[str, LinearTile]:
-    """Times candidates of every spec and returns key -> fastest tile.
+    """Times the `top` candidates of every spec by `measure`, in seconds, and returns key -> fastest tile.
 
-    Args:
-        specs: the problems.
-        device: for the cost model's order.
-        measure: seconds of one call of a spec.
-        budget: seconds; once they are spent, the specs that are left stay with the cost model.
-        top: candidates of each spec.
+    Once `budget` seconds are spent, the specs that are left stay with the cost model.
     """
     end = time.monotonic() + budget
     chosen: dict[str, LinearTile] = {}
@@ -54,7 +48,7 @@ def tune(
             if time.monotonic() >= end:
                 return chosen
             times[candidate.tile] = measure(candidate)
-        chosen[key_of(spec)] = min(times, key=lambda tile: times[tile])
+        chosen[tuning_key(spec)] = min(times, key=lambda tile: times[tile])
     return chosen
 
 
@@ -100,7 +94,7 @@ def time_calls(calls: list[Callable[[], object]], repeats: int = 9) -> float:
 
 
 def copies_beyond_cache(spec: LinearSpec) -> int:
-    """Returns how many copies of the weights exceed 256 MB, so that a cache holds none of them until its turn."""
+    """Returns how many copies of the weights exceed 256 MB, so that a cache keeps none of them until its turn."""
     return max(1, min(64, 256 * 2**20 // spec.cost(64).bytes + 1))
 
 

@@ -1,11 +1,10 @@
 """Attention of one query position over a static cache, split over the cache and combined by log-sum-exp.
 
-A mask of slots and a soft cap on the scores are optional. A mask says which of the cache's S slots take part (bool), or
-is added to the scores (a floating dtype: 0, what a model likes, or its least number for a slot that takes no part).
-Grouped queries share one program: their heads are the rows of a `tl.dot`, filled up to 16. Each of `splits` programs
-takes every `splits`-th block of slots, which keeps them equally busy wherever the slots that take part lie, and writes
-its sum, maximum and denominator; a second launch combines them (online softmax: Milakov and Gimelshein 2018; split over
-the keys: Flash-Decoding, Dao et al. 2023). Keys and values of slots that take no part are never read.
+A mask of slots, boolean or added to the scores, and a soft cap on the scores are optional. Grouped queries share one
+program: their heads are the rows of a `tl.dot`, filled up to 16. Each of `splits` programs takes every `splits`-th
+block of slots, which keeps them equally busy wherever the slots that take part lie, and writes its sum, maximum and
+denominator; a second launch combines them (online softmax: Milakov and Gimelshein 2018; split over the keys:
+Flash-Decoding, Dao et al. 2023). Keys and values of slots that take no part are never read.
 
 Not handled: more than one query position, masks that differ between heads, windows and lengths (a mask says the same).
 
@@ -24,26 +23,16 @@ from .spec import ACTIVATION_DTYPES, Buffer, CacheSpec, Stage, is_power_of_two
 
 @dataclass(frozen=True)
 class DecodeAttentionSpec(CacheSpec):
-    """One shape of decode attention; J divides H.
-
-    Attributes:
-        scale: of the scores.
-        softcap: c in c tanh(score / c); 0 for none.
-        mask: whether a mask ``[B, S]`` says which slots take part.
-        mask_dtype: "bool", or that of a mask which is added to the scores.
-        splits: P, programs that share the slots of one head; 1 needs no second launch.
-        block: slots of one step.
-        num_warps: warps of a program.
-    """
+    """One shape of decode attention; J divides H."""
 
     family: ClassVar[str] = "decode_attention"
 
-    scale: float
-    softcap: float = 0.0
-    mask: bool = False
-    mask_dtype: str = "bool"
-    splits: int = 8
-    block: int = 32
+    scale: float  # of the scores
+    softcap: float = 0.0  # c in c tanh(score / c); 0 for none
+    mask: bool = False  # whether a mask [B, S] says which slots take part
+    mask_dtype: str = "bool"  # or that of a mask which is added to the scores
+    splits: int = 8  # P, programs that share the slots of one head; 1 needs no second launch
+    block: int = 32  # slots of one step
     num_warps: int = 4
 
     def __post_init__(self) -> None:

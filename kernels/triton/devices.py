@@ -13,34 +13,18 @@ import torch
 
 @dataclass(frozen=True)
 class Device:
-    """One GPU.
-
-    Attributes:
-        name: as in a tuning file.
-        backend, arch: Triton's names of the target.
-        processors: streaming multiprocessors or compute units.
-        bandwidth: bytes per second of its memory.
-        dot_flops: 16-bit matrix operations per second.
-        shared: bytes of shared memory of a processor.
-        clock: cycles per second.
-        lanes: instructions that a processor finishes per cycle.
-        warp: threads of a warp (wave).
-        registers: of a processor; AMD counts them per lane of each of its four SIMDs.
-        warps: that a processor can hold.
-    """
-
-    name: str
-    backend: str
+    name: str  # as in a tuning file
+    backend: str  # "cuda" or "hip": with `arch` Triton's name of the target
     arch: int | str
-    processors: int
-    bandwidth: float
-    dot_flops: float
-    shared: int
-    clock: float = 1.7e9
-    lanes: int = 128
-    warp: int = 32
-    registers: int = 65536
-    warps: int = 64
+    processors: int  # streaming multiprocessors or compute units
+    bandwidth: float  # bytes per second of its memory
+    dot_flops: float  # 16-bit matrix operations per second
+    shared: int  # bytes of shared memory of a processor
+    clock: float = 1.7e9  # cycles per second
+    lanes: int = 128  # instructions that a processor finishes per cycle
+    warp: int = 32  # threads of a warp (wave)
+    registers: int = 65536  # of a processor; AMD counts them per lane of each of its four SIMDs
+    warps: int = 64  # that a processor can hold
 
 
 #: Data sheets: NVIDIA A100 SXM 80 GB, H100 SXM, B200, AMD MI300X.

@@ -4,10 +4,7 @@ For every row: hidden = residual + update, rounded to the activations' dtype, an
 (|hidden| |previous|) in float32. The score is the smallest similarity. A row whose similarity is NaN (a zero row,
 overflow, NaN) makes the score NaN, which exceeds no threshold.
 
-One program visits all rows, since their minimum needs no atomics then: made for decode, where the rows are the batch.
-Not handled: strided rows.
-
-Legend: M rows, D features.
+One program visits all rows, the batch at decode, so their minimum needs no atomics. Not handled: strided rows.
 """
 
 from __future__ import annotations
@@ -22,20 +19,13 @@ from .spec import ACTIVATION_DTYPES, Buffer, KernelSpec, Stage
 
 @dataclass(frozen=True)
 class ExitScoreSpec(KernelSpec):
-    """The exit score of `rows` rows of `features` features in `dtype`.
-
-    Attributes:
-        rows: M, the batch at decode.
-        features: D, the hidden size.
-        dtype: of update, residual, previous and hidden.
-        num_warps: warps of the one program.
-    """
+    """One shape of the exit score."""
 
     family: ClassVar[str] = "exit_score"
 
-    rows: int
-    features: int
-    dtype: str = "bfloat16"
+    rows: int  # the batch at decode
+    features: int  # the hidden size
+    dtype: str = "bfloat16"  # of update, residual, previous and hidden
     num_warps: int = 8
 
     def __post_init__(self) -> None:

@@ -24,7 +24,7 @@ from typing import Any
 from river_compile.kernels.files import cache_folder
 
 from .devices import DEFAULT_DEVICE, Device, known
-from .linear import LinearSpec, LinearTile
+from .linear import MAX_EXACT_ROWS, LinearSpec, LinearTile
 from .spec import next_power_of_two
 
 MAX_REGISTERS = 168
@@ -33,7 +33,7 @@ INSTRUCTIONS = {"w4": 4.5, "dense": 2.0, "x": 4.0}
 
 
 def registers(spec: LinearSpec) -> int:
-    """Estimates the registers that a thread of the kernel needs."""
+    """Estimates the registers that a thread of the kernel needs; beyond `MAX_REGISTERS` some would spill."""
     tile, matrices = spec.tile, len(spec.streams)
     threads = 32 * tile.num_warps
     columns = matrices * tile.block_n
@@ -43,17 +43,12 @@ def registers(spec: LinearSpec) -> int:
     return math.ceil(48 + (tile.block_m * columns + 3 * columns * length + tile.block_m * length / 2) / threads)
 
 
-def is_legal(spec: LinearSpec) -> bool:
-    """Whether the tile keeps within the registers of a thread, so that nothing spills."""
-    return registers(spec) <= MAX_REGISTERS
-
-
 def candidates(spec: LinearSpec) -> Iterator[LinearSpec]:
     """Yields `spec` with every legal tile of the search space; its own tile is ignored."""
     for tile in _row_tiles(spec) if spec.rows == 1 else _dot_tiles(spec):
-        if tile.split_k == 1 or tile.split_k <= math.ceil(spec.in_features / tile.block_k):
+        if tile.split_k <= math.ceil(spec.in_features / tile.block_k):
             candidate = dataclasses.replace(spec, tile=tile)
-            if is_legal(candidate):
+            if registers(candidate) <= MAX_REGISTERS:
                 yield candidate
 
 
@@ -85,13 +80,7 @@ def _dot_tiles(spec: LinearSpec) -> Iterator[LinearTile]:
 
 
 def seconds(spec: LinearSpec, device: Device, rows: int | None = None) -> float:
-    """Estimates the time of a kernel.
-
-    Args:
-        spec: the kernel, with its tile.
-        device: where it runs.
-        rows: M, for a spec that leaves it open.
-    """
+    """Estimates the time of a kernel in seconds; `rows` (64 if None) counts where the spec leaves M open."""
     tile, m = spec.tile, spec.rows or rows or 64
     threads, matrices = 32 * tile.num_warps, len(spec.streams)
     programs = math.ceil(spec.out_features / tile.block_n) * math.ceil(m / tile.block_m) * tile.split_k
@@ -117,12 +106,9 @@ def seconds(spec: LinearSpec, device: Device, rows: int | None = None) -> float:
 
 
 def best_tile(spec: LinearSpec, device: str = DEFAULT_DEVICE, rows: int | None = None) -> LinearSpec:
-    """Returns `spec` with the saved tile of the device where there is one, else the cost model's.
+    """Returns `spec` with the saved tile of the device where there is one, else the cost model's; its own is ignored.
 
-    Args:
-        spec: the kernel; its tile is ignored.
-        device: a name in `devices.DEVICES`, or one that a tuning file holds (the model then assumes the default).
-        rows: M, for a spec that leaves it open.
+    A device that only a tuning file names counts as the default one in the model. `rows` as in `seconds`.
     """
     saved = saved_tiles(tuning_file()).get(device, {}).get(tuning_key(spec))
     if saved is not None:
@@ -143,22 +129,16 @@ def interpreter_tile(spec: LinearSpec) -> LinearSpec:
 
 
 def attention_splits(heads: int, slots: int, device: Device) -> int:
-    """Returns how many programs share the cache of one head: enough to fill the processors twice, 64 slots each.
-
-    Args:
-        heads: key-value heads of all sequences.
-        slots: of the cache, or of the window if that is smaller.
-        device: where it runs.
-    """
+    """Returns how many programs share the cache of one of all `heads` KV heads, to fill the processors twice."""
     wanted = min(2 * device.processors // heads, math.ceil(slots / 64), 32)
     return 1 << max(0, wanted.bit_length() - 1) if wanted > 1 else 1
 
 
 def untiled(rows: int, in_features: int, out_features: int, **fields: Any) -> LinearSpec:
-    """Returns a spec for `rows` rows with a placeholder tile, the input of `best_tile`; more than 16 rows stay open."""
+    """Returns a spec for `rows` rows with a placeholder tile, the input of `best_tile`; many rows stay open."""
     step = max(128, fields.get("group_size", 64))
     tile = LinearTile(16, step, 1 if rows == 1 else 16)
-    return LinearSpec(rows if rows <= 16 else None, in_features, out_features, tile, **fields)
+    return LinearSpec(rows if rows <= MAX_EXACT_ROWS else None, in_features, out_features, tile, **fields)
 
 
 def tuning_file() -> Path:

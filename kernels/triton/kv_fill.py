@@ -1,9 +1,8 @@
 """From a merged projection to the query and a filled cache slot, in one launch at one query position.
 
 Takes q|k|v of one token per sequence and applies, each where the spec asks for it: the RMSNorm of every query and key
-head (qk-norm) and the rotary embedding (Su et al. 2021) of a head's first features, half-split or interleaved. Writes
-the key and the value into the slot whose index lies in a device tensor, and returns the query. Exactly that slot
-changes; an index outside the cache writes nothing.
+head (qk-norm) and the rotary embedding (Su et al. 2021) of a head's first features, half-split or interleaved. Of the
+caches exactly the slot changes whose index lies in a device tensor; an index outside writes nothing.
 
 One program handles one head of one sequence. Not handled: more than one position, a norm over all heads together.
 
@@ -17,52 +16,34 @@ from typing import ClassVar
 
 from river_compile.kernels.checks import check_choice
 
-from .spec import ACTIVATION_DTYPES, Buffer, CacheSpec, Cost, Stage, next_power_of_two
+from .spec import ACTIVATION_DTYPES, Buffer, CacheSpec, Cost, Stage
 
 HEAD_NORMS = ("none", "rms", "rms_plus_one")
 
 
 @dataclass(frozen=True)
 class Part:
-    """Features start, start + step, ... below `stop` of a head, `size` of them, as one vector of the kernel."""
+    """Features start, start + step, ... of a head, `size` of them, as one vector of the kernel."""
 
     name: str
     start: int
     size: int
     step: int = 1
 
-    @property
-    def lanes(self) -> int:
-        return next_power_of_two(self.size)
-
-    @property
-    def live(self) -> str | None:
-        """The condition for the lanes that hold a feature, None where all do."""
-        return None if self.size == self.lanes else f"{self.name}_at < {self.start + self.step * self.size}"
-
 
 @dataclass(frozen=True)
 class KvFillSpec(CacheSpec):
-    """One shape of the q|k|v step.
-
-    Attributes:
-        rotary_dim: R, an even number up to D; 0 for no rotary embedding.
-        rotary_dtype: of cos and sin.
-        interleaved: whether pairs are neighbours instead of R / 2 apart.
-        rotary_rows: rows of cos and sin: B, or 1 where all sequences share a position.
-        head_norm: "none", "rms" or "rms_plus_one" for queries and keys; `eps` as in torch.
-        index_dtype: of the slot index.
-    """
+    """One shape of the q|k|v step."""
 
     family: ClassVar[str] = "kv_fill"
 
-    rotary_dim: int = 0
-    rotary_dtype: str = "bfloat16"
-    interleaved: bool = False
-    rotary_rows: int = 1
-    head_norm: str = "none"
-    eps: float = 1e-6
-    index_dtype: str = "int64"
+    rotary_dim: int = 0  # R, an even number up to D; 0 for no rotary embedding
+    rotary_dtype: str = "bfloat16"  # of cos and sin
+    interleaved: bool = False  # whether rotated pairs are neighbours instead of R / 2 apart
+    rotary_rows: int = 1  # rows of cos and sin: B, or 1 where all sequences share a position
+    head_norm: str = "none"  # "rms" or "rms_plus_one" for queries and keys
+    eps: float = 1e-6  # as in torch
+    index_dtype: str = "int64"  # of the slot index
 
     def __post_init__(self) -> None:
         super().__post_init__()

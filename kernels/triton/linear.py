@@ -22,29 +22,19 @@ from .spec import ACTIVATION_DTYPES, Buffer, KernelSpec, Stage, is_power_of_two
 GROUP_SIZES = (32, 64, 128)
 NORMS = ("none", "rms", "rms_plus_one", "layer")
 ACTIVATIONS = ("none", "silu", "gelu", "gelu_tanh", "relu")
-WEIGHTS = ("w4", "dense")
 MAX_EXACT_ROWS = 16
 
 
 @dataclass(frozen=True)
 class LinearTile:
-    """How one program cuts the product; powers of two except `split_k`.
+    """How one program cuts the product; powers of two except `split_k`."""
 
-    Attributes:
-        block_n: output features of a program.
-        block_k: input features of a step; a multiple of the group size for 4-bit weights.
-        block_m: rows of a program: 1, or at least 16 for `tl.dot`.
-        split_k: programs that share one output; more than 1 adds a second launch.
-        num_warps: warps of a program.
-        num_stages: depth of the software pipeline over the steps.
-    """
-
-    block_n: int
-    block_k: int
-    block_m: int = 1
-    split_k: int = 1
+    block_n: int  # output features of a program
+    block_k: int  # input features of a step; a multiple of the group size for 4-bit weights
+    block_m: int = 1  # rows of a program: 1, or at least 16 for `tl.dot`
+    split_k: int = 1  # programs that share one output; more than 1 adds a second launch
     num_warps: int = 4
-    num_stages: int = 2
+    num_stages: int = 2  # depth of the software pipeline over the steps
 
     def __post_init__(self) -> None:
         check_positive(split_k=self.split_k, num_stages=self.num_stages)
@@ -55,42 +45,27 @@ class LinearTile:
 
 @dataclass(frozen=True)
 class LinearSpec(KernelSpec):
-    """One linear kernel. See the module's legend.
-
-    Attributes:
-        rows: M for 1 to 16 rows; None for any number, given at launch.
-        in_features, out_features: K and N; N counts the results, a gated kernel reads 2 N weight rows (gate first).
-        tile: see `LinearTile`.
-        weights: "w4" (layout "triton" of `pack`) or "dense" ([N, K] in `dtype`).
-        group_size: 32, 64 or 128 for "w4"; 0 for "dense".
-        dtype: of the activations, the norm's weight, the bias, the residual and the result.
-        parameter_dtype: of scale and zero, float16 or bfloat16.
-        norm: "none", "rms" (x / rms(x) * w), "rms_plus_one" (Gemma's (1 + w)) or "layer"; `eps` as in torch.
-        norm_bias, bias, residual: whether the norm has a bias, the product has one, and a residual is added last.
-        activation: after the bias; in a gated kernel it applies to the gate.
-        gated: whether the weight holds a gate and an up projection whose product is the result.
-        x_stride: elements between two rows of x; 0 stands for K.
-    """
+    """One linear kernel. See the module's legend."""
 
     family: ClassVar[str] = "linear"
     reduce_block: ClassVar[int] = 256
 
-    rows: int | None
+    rows: int | None  # M for 1 to 16 rows; None for any number, given at launch
     in_features: int
-    out_features: int
+    out_features: int  # of the result; a gated kernel reads 2 N weight rows, the gate's first
     tile: LinearTile
-    weights: str = "w4"
-    group_size: int = 64
-    dtype: str = "bfloat16"
-    parameter_dtype: str = "float16"
-    norm: str = "none"
-    eps: float = 1e-6
+    weights: str = "w4"  # the layout "triton" of `quant.layouts`; or "dense", [N, K] in `dtype`
+    group_size: int = 64  # 32, 64 or 128; 0 for dense weights
+    dtype: str = "bfloat16"  # of the activations, the norm's weight, the bias, the residual and the result
+    parameter_dtype: str = "float16"  # of scale and zero: float16 or bfloat16
+    norm: str = "none"  # "rms": x / rms(x) * w; "rms_plus_one": Gemma's (1 + w); "layer"
+    eps: float = 1e-6  # as in torch
     norm_bias: bool = False
     bias: bool = False
-    residual: bool = False
-    activation: str = "none"
-    gated: bool = False
-    x_stride: int = 0
+    residual: bool = False  # added last
+    activation: str = "none"  # after the bias; in a gated kernel of the gate alone
+    gated: bool = False  # the weight holds a gate and an up projection, whose product is the result
+    x_stride: int = 0  # elements between two rows of x; 0 stands for K
 
     def __post_init__(self) -> None:
         self._check_choices()
@@ -104,11 +79,12 @@ class LinearSpec(KernelSpec):
             raise ValueError(f"block_k={self.tile.block_k} leaves {self.dot_length} features to a dot; at least 16")
         if self.norm != "none" and self.tile.split_k > 1:
             raise ValueError(f"split_k={self.tile.split_k}: a norm in front needs the whole row; use split_k=1")
-        if self.tile.split_k > self.total_steps:
-            raise ValueError(f"split_k={self.tile.split_k} exceeds the {self.total_steps} steps over K")
+        steps = math.ceil(self.in_features / self.tile.block_k)
+        if self.tile.split_k > steps:
+            raise ValueError(f"split_k={self.tile.split_k} exceeds the {steps} steps over K")
 
     def _check_choices(self) -> None:
-        check_choice("weights", self.weights, WEIGHTS)
+        check_choice("weights", self.weights, ("w4", "dense"))
         check_choice("dtype", self.dtype, ACTIVATION_DTYPES)
         check_choice("parameter_dtype", self.parameter_dtype, ("float16", "bfloat16"))
         check_choice("norm", self.norm, NORMS)
@@ -141,23 +117,14 @@ class LinearSpec(KernelSpec):
         return self.tile.block_k // 8 if self.weights == "w4" else self.tile.block_k
 
     @property
-    def total_steps(self) -> int:
-        return math.ceil(self.in_features / self.tile.block_k)
-
-    @property
     def steps(self) -> int:
-        """Steps of one program."""
-        return math.ceil(self.total_steps / self.tile.split_k)
-
-    def rows_of(self, rows: int | None) -> int:
-        """Returns M: the spec's, else the one given."""
-        found = self.rows or rows
-        if found is None:
-            raise ValueError(f"this {self.family} kernel takes any number of rows; say for how many")
-        return found
+        """Steps of one program over its part of K."""
+        return math.ceil(math.ceil(self.in_features / self.tile.block_k) / self.tile.split_k)
 
     def buffers(self, rows: int | None = None) -> dict[str, Buffer]:
-        m, k, n = self.rows_of(rows), self.in_features, self.out_features
+        m, k, n = self.rows or rows, self.in_features, self.out_features
+        if m is None:
+            raise ValueError(f"this {self.family} kernel takes any number of rows; say how many")
         found = {"x": Buffer(self.dtype, (m, k), strided=True)}
         if self.norm != "none":
             found["norm_weight"] = Buffer(self.dtype, (k,))
@@ -200,4 +167,5 @@ class LinearSpec(KernelSpec):
         )
 
     def flops(self, rows: int | None = None) -> int:
-        return 2 * len(self.streams) * self.rows_of(rows) * self.out_features * self.in_features
+        m, n = self.buffers(rows)["y"].shape
+        return 2 * m * n * self.in_features * len(self.streams)

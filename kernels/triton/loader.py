@@ -4,15 +4,14 @@
 `load(spec, interpret=True)` the same functions in Triton's interpreter, on CPU tensors. Both kinds live side by side in
 one process: the environment variable TRITON_INTERPRET plays no part. Triton is imported here and nowhere earlier.
 
-Not handled: tuning (see `heuristic` and `tune`), and concurrent interpreted launches (they take turns: the interpreter
-patches `triton.language` while it runs).
+Not handled: concurrent interpreted launches. They take turns, since the interpreter patches `triton.language`.
 """
 
 from __future__ import annotations
 
 import functools
 import hashlib
-import importlib.util
+import importlib.machinery
 import sys
 import threading
 import types
@@ -34,8 +33,7 @@ _interpreter_turn = threading.Lock()
 def source_file(spec: KernelSpec) -> Path:
     """Writes the source of `spec` unless it is there, and returns its path.
 
-    The file's name holds the hash of the text. No reader sees half a file; a file whose text is not what the spec
-    renders to is rebuilt with a warning.
+    The file's name holds the hash of its text; a damaged file is rebuilt with a warning.
     """
     source = render(spec)
     path = cache_folder() / "kernels" / f"{spec.family}_{hashlib.sha256(source.encode()).hexdigest()[:16]}.py"
@@ -50,26 +48,17 @@ def source_file(spec: KernelSpec) -> Path:
 
 @dataclass(frozen=True)
 class Kernel:
-    """A loaded spec. Call it with the buffers of the spec, by keyword.
-
-    Attributes:
-        spec: what it was generated from.
-        stages: the spec's launches.
-        functions: stage name -> Triton function (compiled or interpreted).
-        interpret: whether the functions run in the interpreter.
-    """
+    """A loaded spec. Call it with the buffers of the spec, by keyword."""
 
     spec: KernelSpec
     stages: tuple[Stage, ...]
-    functions: dict[str, Any]  # Triton's functions have no common type
+    functions: dict[str, Any]  # of the stages by name, compiled or interpreted: Triton has no common type for them
     interpret: bool
 
     def __call__(self, *, rows: int = 1, **tensors: Tensor | None) -> None:
-        """Launches every stage.
+        """Launches every stage; `rows` counts for specs that leave it open. None is a tensor that is not there.
 
-        Args:
-            rows: rows of the activations, for specs that leave them open.
-            tensors: one per buffer of the spec, None for what it does not have; missing workspaces are allocated.
+        Workspaces that are not given are allocated.
 
         Raises:
             ValueError: a buffer is missing, of the wrong dtype or shape, with gaps, on another device, or of no use to
@@ -121,12 +110,7 @@ def dtype_name(tensor: Tensor) -> str:
 
 @functools.cache
 def load(spec: KernelSpec, *, interpret: bool) -> Kernel:
-    """Generates, imports and wraps the kernel of `spec`. The same spec and mode give the same object.
-
-    Args:
-        spec: what to generate.
-        interpret: True for Triton's interpreter (CPU tensors), False for a GPU.
-    """
+    """Generates, imports and wraps the kernel of `spec`. The same spec and mode give the same object."""
     module = _import(source_file(spec), "interpreted" if interpret else "compiled")
     wrap = _interpreted if interpret else _compiled
     stages = spec.stages()
@@ -136,12 +120,8 @@ def load(spec: KernelSpec, *, interpret: bool) -> Kernel:
 def compile_for(spec: KernelSpec, backend: str, arch: int | str) -> list[Any]:
     """Compiles every stage for a GPU that need not be there; returns Triton's compiled kernels, in order.
 
-    Pointers count as 16-byte aligned, as torch allocates them. A GPU's code is kept by Triton's own cache.
-
-    Args:
-        spec: what to generate.
-        backend: ``"cuda"`` with a compute capability such as 90, or ``"hip"`` with a name such as ``"gfx942"``.
-        arch: see `backend`.
+    Pointers count as 16-byte aligned, as torch allocates them. A GPU's code is kept by Triton's own cache. A target is
+    "cuda" with a compute capability such as 90, or "hip" with a name such as "gfx942".
     """
     import triton
     from triton.backends.compiler import GPUTarget
@@ -167,21 +147,16 @@ def _options(stage: Stage) -> dict[str, int]:
 
 def _import(path: Path, mode: str) -> types.ModuleType:
     # Triton reads the text of a function through `inspect`, which wants a real file and a module of its own.
-    name = f"river_compile.kernels.generated.{path.stem}_{mode}"
-    module_spec = importlib.util.spec_from_file_location(name, path)
-    assert module_spec is not None
-    assert module_spec.loader is not None
-    module = importlib.util.module_from_spec(module_spec)
-    sys.modules[name] = module
-    module_spec.loader.exec_module(module)
+    module = types.ModuleType(f"river_compile.kernels.generated.{path.stem}_{mode}")
+    sys.modules[module.__name__] = module
+    importlib.machinery.SourceFileLoader(module.__name__, str(path)).exec_module(module)
     return module
 
 
 def _compiled(module: Any, name: str) -> object:
     from triton.runtime.jit import JITFunction
 
-    function = getattr(module, name)
-    return function if isinstance(function, JITFunction) else JITFunction(function.fn)
+    return JITFunction(getattr(module, name).fn)  # the decorator makes an interpreted one under TRITON_INTERPRET
 
 
 def _interpreted(module: Any, name: str) -> object:

@@ -42,19 +42,12 @@ def next_power_of_two(value: int) -> int:
 
 @dataclass(frozen=True)
 class Buffer:
-    """One tensor of a call.
+    """One tensor of a call, contiguous unless the spec's strides say how it lies in memory."""
 
-    Attributes:
-        dtype: its torch name.
-        shape: of a contiguous tensor.
-        strided: whether the spec's strides say how it lies in memory; then shape and strides are the caller's care.
-        workspace: whether the stages of the kernel pass it between them; the launch allocates it.
-    """
-
-    dtype: str
+    dtype: str  # its torch name
     shape: tuple[int, ...]
-    strided: bool = False
-    workspace: bool = False
+    strided: bool = False  # then shape and strides are for the caller to check
+    workspace: bool = False  # passed between the stages of the kernel, allocated at the launch
 
     @property
     def bytes(self) -> int:
@@ -63,15 +56,11 @@ class Buffer:
 
 @dataclass(frozen=True)
 class Stage:
-    """One launch of a kernel: the function, its parameters in order, its grid and options.
-
-    A parameter is the name of a buffer, whose pointer it is, or "rows", an int32. `grid` maps the number of rows
-    (ignored by kernels of fixed rows) to the three grid dimensions.
-    """
+    """One launch of a kernel."""
 
     function: str
-    arguments: tuple[str, ...]
-    grid: Callable[[int], tuple[int, int, int]]
+    arguments: tuple[str, ...]  # names of buffers, whose pointers the function takes, and "rows", an int32
+    grid: Callable[[int], tuple[int, int, int]]  # of the number of rows, which kernels of fixed rows ignore
     num_warps: int = 4
     num_stages: int = 2
 
@@ -83,10 +72,7 @@ class Stage:
 
 @dataclass(frozen=True)
 class Cost:
-    """Bytes that one call moves to and from memory, each buffer once, and its floating-point operations.
-
-    A multiply-add counts two operations.
-    """
+    """Bytes that a call moves to and from memory, each buffer once, and its operations (a multiply-add is two)."""
 
     bytes: int
     flops: int
@@ -124,20 +110,15 @@ class KernelSpec:
 
 @dataclass(frozen=True)
 class CacheSpec(KernelSpec):
-    """Base of the kernels of one query position over a static cache ``[B, J, S, D]``.
-
-    Attributes:
-        batch, heads, kv_heads, head_dim, slots: B, H, J, D, S.
-        dtype: of queries, keys, values and heads' norms.
-        cache_strides: elements from one sequence, head and slot to the next; empty for a contiguous cache.
-    """
+    """Base of the kernels of one query position over a static cache ``[B, J, S, D]``."""
 
     batch: int
     heads: int
     kv_heads: int
     head_dim: int
     slots: int
-    dtype: str = field(default="bfloat16", kw_only=True)
+    dtype: str = field(default="bfloat16", kw_only=True)  # of queries, keys, values and heads' norms
+    # Elements from one sequence, head and slot to the next; empty for a contiguous cache.
     cache_strides: tuple[int, ...] = field(default=(), kw_only=True)
 
     def __post_init__(self) -> None:

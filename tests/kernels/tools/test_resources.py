@@ -8,7 +8,7 @@ import pytest
 
 from river_compile.kernels.tools import resources
 from river_compile.kernels.tools.resources import token_cost, token_floor, usages, weight_load_bytes
-from river_compile.kernels.tools.shapes import MODELS, block_kernels, model_kernels
+from river_compile.kernels.tools.shapes import MODELS, model_kernels
 from river_compile.kernels.triton.decode_attention import DecodeAttentionSpec
 from river_compile.kernels.triton.devices import DEVICES
 from river_compile.kernels.triton.exit_score import ExitScoreSpec
@@ -109,7 +109,7 @@ def test_command_line(tmp_path, capsys):
     shown = capsys.readouterr().out
     assert "| sm_90 | norm + gate\\|up | linear |" in shown
     figures = json.loads(path.read_text())
-    launches = sum(len(s.stages()) for s in block_kernels(MODELS["smollm2-135m"]).values()) + 2
+    launches = sum(len(s.stages()) for s in model_kernels(MODELS["smollm2-135m"]).values())
     assert len(figures["kernels"]) == launches
     assert figures["tokens"][0]["launches_per_block"] == 7
     with pytest.raises(SystemExit):

@@ -5,9 +5,8 @@ import dataclasses
 import pytest
 import torch
 
-from river_compile.kernels.tools.shapes import MODELS, block_kernels
+from river_compile.kernels.tools.shapes import MODELS, model_kernels
 from river_compile.kernels.triton.devices import device_name
-from river_compile.kernels.triton.exit_score import ExitScoreSpec
 from river_compile.kernels.triton.kv_fill import KvFillSpec
 from river_compile.kernels.triton.linear import LinearSpec
 from tests.kernels.checks import check_attention, check_exit_score, check_kv_fill, check_linear, check_nan_never_exits
@@ -19,7 +18,10 @@ pytestmark = [pytest.mark.gpu, pytest.mark.skipif(not torch.cuda.is_available(),
 @pytest.mark.parametrize("rows", [1, 4, 16])
 @pytest.mark.parametrize("model", ["smollm2-135m", "llama-3.2-1b", "llama-3.1-8b"])
 def test_numerics_at_model_shapes(model, rows):
-    for spec in block_kernels(MODELS[model], rows=rows, device=device_name(0)).values():
+    kernels = model_kernels(MODELS[model], rows=rows, device=device_name(0))
+    score = kernels.pop("exit score")
+    del kernels["norm + head"]
+    for spec in kernels.values():
         if isinstance(spec, LinearSpec):
             check_linear(spec, rows, device="cuda")
         elif isinstance(spec, KvFillSpec):
@@ -27,7 +29,6 @@ def test_numerics_at_model_shapes(model, rows):
         else:
             check_attention(dataclasses.replace(spec, mask=False), device="cuda")
             check_attention(spec, padding=500, device="cuda")
-    score = ExitScoreSpec(rows, MODELS[model].hidden)
     check_exit_score(score, 1.0, device="cuda")
     check_nan_never_exits(score, rows - 1, device="cuda")
 
