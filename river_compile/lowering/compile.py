@@ -39,13 +39,12 @@ class Compiled:
     """One distinct segment after compilation.
 
     Attributes:
-        name: the segment that it was compiled from.
-        callee: the function.
+        name: of the segment that it was compiled from.
         direct: True where the caller reaches Inductor's code without AOTAutograd's wrappers.
         seconds: compile time.
         symbols: names of its dynamic sizes.
         guards: what Inductor assumed about them.
-        uses: segments that share it.
+        uses: number of segments that share it.
     """
 
     name: str
@@ -64,7 +63,6 @@ class SegmentCompiler:
     Attributes:
         lowering: "inductor", or "eager" to call the segments' graphs as they are.
         config_patches: settings for Inductor.
-        compiled: what was compiled.
     """
 
     lowering: str
@@ -75,7 +73,8 @@ class SegmentCompiler:
     def compile(self, segment: Segment, packed: Sequence[Tensor]) -> Callee:
         """Returns a callable for the segment; `packed` are the real tensors of its 4-bit weights."""
         mark = fingerprint(segment)
-        shape_env = _shape_env(segment)
+        shape_env = _fake_mode(segment).shape_env
+        assert shape_env is not None, "Dynamo's fake tensors know their dynamic sizes"
         for known in self._known.get(mark.digest, ()):
             if _assumptions_hold(known, mark.symbols, shape_env):
                 known.uses += 1
@@ -107,12 +106,6 @@ def _fake_mode(segment: Segment) -> FakeTensorMode:
     return mode
 
 
-def _shape_env(segment: Segment) -> ShapeEnv:
-    shape_env = _fake_mode(segment).shape_env
-    assert shape_env is not None, "Dynamo's fake tensors know their dynamic sizes"
-    return shape_env
-
-
 def _assumptions_hold(known: Compiled, symbols: tuple[str, ...], shape_env: ShapeEnv) -> bool:
     """Asks for the guards of a compiled segment with another segment's dynamic sizes in place of its own.
 
@@ -126,12 +119,7 @@ def _assumptions_hold(known: Compiled, symbols: tuple[str, ...], shape_env: Shap
 
 
 def inductor_settings(mode: str | None, captured: bool = False) -> dict[str, object]:
-    """Returns Inductor's settings for a ``mode`` of torch.compile.
-
-    Args:
-        mode: the mode.
-        captured: the code becomes part of larger graphs, so Inductor makes none of its own.
-    """
+    """Returns Inductor's settings for a ``mode`` of torch.compile; captured code gets no CUDA graphs of Inductor's."""
     settings = dict(torch._inductor.list_mode_options(mode)) if mode else {}
     return settings | {"triton.cudagraphs": False} if captured else settings
 

@@ -26,7 +26,7 @@ from river_compile.passes.program import LinearSite
 from river_compile.state import find_state
 
 from .artifact import Artifact, SavedMatrix, write_artifact
-from .make import Grid, PackedSite, Ratios, extras_of, quantize_site, version_of
+from .make import Grid, PackedSite, extras_of, quantize_site, version_of
 from .observe import InputMoments, Observation
 
 
@@ -53,7 +53,7 @@ def save(model: nn.Module, folder: str | Path) -> Path:
         )
     fresh = [(site, sources) for site, sources in made if sources is not None]
     stale = sorted({site.name for site, _ in made} - {site.name for site, _ in fresh})
-    if stale:
+    if stale:  # and not packed again
         raise ArtifactError(f"cannot save to {folder}: {changed_since(stale[0])}")
     write_artifact(folder, fresh)
     return folder
@@ -61,9 +61,8 @@ def save(model: nn.Module, folder: str | Path) -> Path:
 
 def changed_since(name: str) -> str:
     """Returns the message about a product whose parameters are not those that it was made from."""
-    return (
-        f"the weights of {name} changed after they were packed; call torch._dynamo.reset() and generate a token first"
-    )
+    fix = "call torch._dynamo.reset() and generate a token first"
+    return f"the weights of {name} changed after they were packed; {fix}"
 
 
 class GraphTwins(tuple[PackedSite, ...]):
@@ -71,7 +70,7 @@ class GraphTwins(tuple[PackedSite, ...]):
 
 
 class PackedWeights:
-    """All packed weights of one model."""
+    """All packed weights of one model; `seconds` is the time that making them took."""
 
     def __init__(self) -> None:
         self._entries: WeakTensorKeyDictionary = WeakTensorKeyDictionary()
@@ -93,9 +92,7 @@ class PackedWeights:
         Args:
             sites: matrix products of twins.
             values: the real tensor of each parameter placeholder.
-            quantizer: "hqq", "rtn", "awq" or "gptq".
-            artifact: the folder to read grids from instead of quantizing, see :mod:`river_compile.twins.artifact`.
-            min_sqnr: dB below which a product stays in 16 bits (`PackedSite.reason`); None for no floor.
+            quantizer, artifact, min_sqnr: as the options of these names.
             observation: what the matrices read, which "awq" and "gptq" need.
 
         Raises:
@@ -105,12 +102,12 @@ class PackedWeights:
         with self._lock:
             start = time.perf_counter()
             maker = _Maker(values, quantizer, min_sqnr, self._open(artifact), observation)
-            missing = [site for site in sites if self._find(site, maker) is None]
+            found = {site: made for site in sites if (made := self._find(site, maker)) is not None}
+            missing = [site for site in sites if site not in found]
             maker.check(missing)
-            self._make(missing, maker)
+            found |= self._make(missing, maker)
             self.seconds += time.perf_counter() - start
-            found = {site: self._find(site, maker) for site in sites}
-            return {site: made for site, made in found.items() if made is not None}  # (none is missing now)
+            return found
 
     def all(self) -> list[PackedSite]:
         """Returns what is packed at the moment."""
@@ -134,7 +131,8 @@ class PackedWeights:
         same = sources is not None and all(a is b for a, b in zip(sources, maker.sources(site), strict=True))
         return entry.site if same else None
 
-    def _make(self, sites: Sequence[LinearSite], maker: _Maker) -> None:
+    def _make(self, sites: Sequence[LinearSite], maker: _Maker) -> dict[LinearSite, PackedSite]:
+        found = {}
         with (
             ThreadPoolExecutor(max(1, torch.get_num_threads())) as pool,
             tqdm(total=len(sites), desc="river: packing 4-bit twins", unit="matrix", leave=False, delay=1) as bar,
@@ -145,7 +143,9 @@ class PackedWeights:
                 sources = maker.sources(site)
                 entry = _Entry(made, tuple(map(TensorWeakRef, sources)), tuple(map(version_of, sources)))
                 self._entries.setdefault(sources[0], {})[maker.key(site)] = entry
+                found[site] = made
                 bar.update()
+        return found
 
 
 @dataclass(frozen=True)
@@ -202,24 +202,23 @@ class _Maker:
                 )
 
     def find_saved(self, site: LinearSite) -> SavedMatrix | None:
-        """Returns a product's entry in the artifact, None without one.
+        """Returns a product's entry in the artifact, None without an artifact.
 
         Raises:
-            ArtifactError: (a ``ValueError``) it has none that fits.
+            ArtifactError: (a ``ValueError``) the artifact has none that fits.
         """
         if self.artifact is None:
             return None
-        saved = self.artifact.find(site, self.quantizer, self.sources(site))
-        if not self._too_low(saved):
-            self.artifact.check_stored(saved)
-        return saved
+        return self.artifact.find(site, self.quantizer, self.sources(site), self.min_sqnr)
 
     @torch.no_grad()
     def make(self, site: LinearSite, saved: SavedMatrix | None) -> PackedSite:
         """Quantizes, or reads, and packs a product; below the floor there is nothing to pack."""
-        start = time.perf_counter()
-        found: Grid | SavedMatrix = self._quantized(site) if saved is None else saved
-        reason, weight, scale = self._too_low(found), None, None
+        moments = self._moments(site)
+        found: Grid | SavedMatrix = saved or quantize_site(
+            site, self.values, self.quantizer, None if moments is None else moments.matrix()
+        )
+        reason, weight, scale = found.below(self.min_sqnr), None, None
         extras: tuple[Tensor, ...] = ()
         if not reason:
             if isinstance(found, SavedMatrix):
@@ -241,17 +240,9 @@ class _Maker:
             sqnr=found.sqnr,
             output_sqnr=found.output_sqnr,
             artifact=self.origin,
-            seconds=time.perf_counter() - start,
         )
 
-    def _quantized(self, site: LinearSite) -> Grid:
-        moments = self._moments(site) if self.observes else None
-        return quantize_site(site, self.values, self.quantizer, None if moments is None else moments.matrix())
-
     def _moments(self, site: LinearSite) -> InputMoments | None:
-        return None if self.observation is None else self.observation.moments_of(self.values[site.weights[0]])
-
-    def _too_low(self, ratios: Ratios) -> str:
-        """Returns why a product of these ratios stays in 16 bits, empty where it does not."""
-        low = self.min_sqnr is not None and ratios.quality < self.min_sqnr
-        return f"SQNR below min_sqnr={self.min_sqnr:g} dB" if low else ""
+        """Returns what a product was observed to read, None where nothing was or its quantizer does not ask."""
+        observed = self.observation if self.observes else None
+        return None if observed is None else observed.moments_of(self.values[site.weights[0]])
