@@ -81,7 +81,7 @@ def river(
         plan = _needs_gradients(example_inputs) or find_decoder(traced)
         program = plan if isinstance(plan, Refusal) else segmented(plan)
     if not isinstance(program, Refusal):
-        return _build(program, values, config, lowering, state, record)
+        return _build(program, values, lowering, state, record)
     record.refusal = str(program)
     if config.on_unsupported == "raise":
         raise UnsupportedGraphError(f"backend 'river' cannot rewrite this graph: {program}")
@@ -138,7 +138,6 @@ def twinning(config: RiverConfig, lowering: Lowering) -> Twinning | None:
 def _build(
     program: RiverProgram,
     values: Mapping[fx.Node, Any],
-    config: RiverConfig,
     lowering: Lowering | None,
     state: ModelState,
     record: GraphRecord,
@@ -148,7 +147,7 @@ def _build(
     Raises:
         OptionError: the options do not fit the model.
     """
-    plan = program.plan
+    plan, config = program.plan, record.config
     offloaded, captures = state.of(OffloadedWeights), record.of(CaptureLog)
     config.check_depths(plan.num_blocks)
     check_device(config, plan)
@@ -213,6 +212,4 @@ def _pack(
     segments = list(program.blocks[config.exit_depth or 0 :]) if config.fill == "river" else []
     segments += [program.head] if config.lm_head == "w4" else []
     sites = [site for segment in segments for site in twin_sites(segment, how)]
-    return state.of(PackedWeights).pack(
-        sites, values, config.quantizer, config.artifact, config.min_sqnr, state.find(Observation)
-    )
+    return state.of(PackedWeights).pack(sites, values, config, state.find(Observation))

@@ -133,7 +133,7 @@ def awq(
     found: tuple[QuantizedWeight, Tensor | None] | None = None
     squares = moments.diagonal()
     for alpha in ALPHAS if may_scale else (0.0,):
-        scale_K = _input_scale(squares, alpha)
+        scale_K = _input_scale(squares, alpha) if alpha else torch.ones_like(squares)
         grid = round_to_grid(weight * scale_K, group_size, squares / scale_K.square(), dtype)
         noise = _energy(weight - grid.dequantize() / scale_K, moments)
         if found is not None and noise >= least:

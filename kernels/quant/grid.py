@@ -183,12 +183,10 @@ def _hqq(weight: Tensor, group_size: int) -> QuantizedWeight:
 @functools.cache
 def _torchao_hqq() -> Callable[..., tuple]:
     """Imports torchao's solver; torchao warns of every CUDA extension that it cannot load, which says nothing here."""
-    levels = {logging.getLogger(name): logging.getLogger(name).level for name in ("torchao", "torch.utils._pytree")}
-    for logger in levels:
-        logger.setLevel(logging.CRITICAL)
+    disabled = logging.root.manager.disable
+    logging.disable(logging.CRITICAL)
     try:
         from torchao.quantization.quant_primitives import _choose_qparams_and_quantize_affine_hqq
     finally:
-        for logger, level in levels.items():
-            logger.setLevel(level)
+        logging.disable(disabled)
     return _choose_qparams_and_quantize_affine_hqq

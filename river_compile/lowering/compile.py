@@ -28,7 +28,7 @@ from river_compile.kernels.quant.aten_int4 import LAYOUT as ATEN_LAYOUT
 from river_compile.kernels.quant.aten_int4 import linear_aten
 from river_compile.passes.nodes import value_of
 from river_compile.passes.program import Segment
-from river_compile.passes.segments import fingerprint
+from river_compile.passes.segments import Fingerprint, fingerprint
 from river_compile.runtime.runner import Callee
 
 log = logging.getLogger("river_compile.lowering.compile")
@@ -42,8 +42,8 @@ class Compiled:
         name: of the segment that it was compiled from.
         direct: True where the caller reaches Inductor's code without AOTAutograd's wrappers.
         seconds: compile time.
-        symbols: names of its dynamic sizes.
-        guards: what Inductor assumed about them.
+        mark: what it computes, and the names of its dynamic sizes.
+        guards: what Inductor assumed about those.
         uses: number of segments that share it.
     """
 
@@ -51,7 +51,7 @@ class Compiled:
     callee: Callee
     direct: bool
     seconds: float
-    symbols: tuple[str, ...]
+    mark: Fingerprint
     guards: tuple[sympy.Basic, ...]
     uses: int = 1
 
@@ -68,15 +68,14 @@ class SegmentCompiler:
     lowering: str
     config_patches: dict[str, object]
     compiled: list[Compiled] = field(default_factory=list)
-    _known: dict[str, list[Compiled]] = field(default_factory=dict)
 
     def compile(self, segment: Segment, packed: Sequence[Tensor]) -> Callee:
         """Returns a callable for the segment; `packed` are the real tensors of its 4-bit weights."""
         mark = fingerprint(segment)
         shape_env = _fake_mode(segment).shape_env
         assert shape_env is not None, "Dynamo's fake tensors know their dynamic sizes"
-        for known in self._known.get(mark.digest, ()):
-            if _assumptions_hold(known, mark.symbols, shape_env):
+        for known in self.compiled:
+            if known.mark.digest == mark.digest and _assumptions_hold(known, mark.symbols, shape_env):
                 known.uses += 1
                 return known.callee
         start = time.perf_counter()
@@ -87,10 +86,9 @@ class SegmentCompiler:
         else:
             callee, direct = _compile(segment, packed, self.config_patches)
         guards = tuple(guard.expr for guard in shape_env.guards[guards_before:])
-        done = Compiled(segment.name, callee, direct, time.perf_counter() - start, mark.symbols, guards)
+        done = Compiled(segment.name, callee, direct, time.perf_counter() - start, mark, guards)
         log.info("compiled %s in %.1f s%s", segment.name, done.seconds, "" if direct else ", called through wrappers")
         self.compiled.append(done)
-        self._known.setdefault(mark.digest, []).append(done)
         return callee
 
 
@@ -111,10 +109,10 @@ def _assumptions_hold(known: Compiled, symbols: tuple[str, ...], shape_env: Shap
 
     What holds becomes a guard of the whole graph, as it did when the first segment was compiled.
     """
-    if known.symbols == symbols:
+    if known.mark.symbols == symbols:
         return True
     by_name = {str(symbol): symbol for symbol in shape_env.var_to_range}
-    swap = {by_name[a]: by_name[b] for a, b in zip(known.symbols, symbols, strict=True)}
+    swap = {by_name[a]: by_name[b] for a, b in zip(known.mark.symbols, symbols, strict=True)}
     return all(shape_env.evaluate_expr(guard.xreplace(swap)) for guard in known.guards)
 
 

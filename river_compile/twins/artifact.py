@@ -3,7 +3,7 @@
     <key>.q             uint8 ``[N, K / 2]``, two nibbles in a byte; key = name/quantizer/group size
     <key>.scale_zero    bfloat16 or float32 ``[N, K / group_size, 2]``
     <key>.input_scale   float32 ``[K]``, for a matrix whose inputs are scaled
-    metadata            "format", "version", "matrices" (JSON: the fields of :class:`SavedMatrix`, ratios as text, since
+    metadata            "format", "version", "matrices" (JSON: the fields of `_SavedMatrix`, ratios as text, since
                         JSON knows no infinity; one that stays in 16 bits has no tensors) and "sha256", the hash of the
                         file with this hash taken as zeros
 
@@ -43,10 +43,11 @@ FILE = "twins.safetensors"
 _MANIFEST_2 = "river.json"  # of version 2, which had a file for it
 _LAYOUT = "plain"
 _NO_HASH = "0" * 64
+_NEW = "leave artifact= out and save a new one"
 
 
 @dataclass(frozen=True, kw_only=True)
-class SavedMatrix(Ratios):
+class _SavedMatrix(Ratios):
     """One matrix of an artifact.
 
     Attributes:
@@ -63,7 +64,7 @@ class SavedMatrix(Ratios):
     stored: bool
 
     @classmethod
-    def from_json(cls, entry: dict[str, Any]) -> SavedMatrix:
+    def from_json(cls, entry: dict[str, Any]) -> _SavedMatrix:
         """Returns a matrix from its fields; raises a TypeError, KeyError or ValueError for anything else."""
         ratio = entry["output_sqnr"]
         ratios = {"sqnr": float(entry["sqnr"]), "output_sqnr": None if ratio is None else float(ratio)}
@@ -131,10 +132,8 @@ class Artifact:
             raise self._refusal(f"it is damaged or cannot be read ({error})") from error
         self._check_tensors()
 
-    def find(
-        self, site: LinearSite, quantizer: str, sources: Sequence[Tensor], min_sqnr: float | None = None
-    ) -> SavedMatrix:
-        """Returns the matrix of a product that was made in this way from these very parameters.
+    def find(self, site: LinearSite, quantizer: str, sources: Sequence[Tensor], min_sqnr: float | None) -> Grid:
+        """Returns what is saved of a product that was made in this way from these very parameters.
 
         Raises:
             ArtifactError: there is none, or it was left in 16 bits and is to have 4-bit weights.
@@ -153,37 +152,29 @@ class Artifact:
             raise self._refusal(
                 f"{site.name} was made with {found}, and quantizer={quantizer!r} group_size={site.group_size} is asked "
                 "for",
-                "pass the options it was made with, or leave artifact= out and save a new one",
+                f"pass the options it was made with, or {_NEW}",
             )
         if matrix.weights_sha256 != weights_hash(sources) or matrix.shape != (sum(site.out_features), site.in_features):
             raise self._refusal(
                 f"{site.name} was made from other weights than this model's",
-                "name the artifact of this model, or leave artifact= out and save a new one",
+                f"name the artifact of this model, or {_NEW}",
             )
-        if f"{_key(matrix)}.input_scale" in self._tensors and not site.scales_inputs:
+        input_scale = self._tensors.get(f"{_key(matrix)}.input_scale")
+        if input_scale is not None and not site.scales_inputs:
             raise self._refusal(f"{site.name} has an input_scale that its twin does not apply")
         if not matrix.stored and not matrix.below(min_sqnr):
             raise self._refusal(
                 f"{site.name} was left in 16 bits at {matrix.quality:.2f} dB, below the min_sqnr= of that time",
-                "pass the same min_sqnr=, or leave artifact= out and save a new one",
+                f"pass the same min_sqnr=, or {_NEW}",
             )
-        return matrix
+        weight = None
+        if matrix.stored:
+            n, k = matrix.shape
+            q, scale_zero = (self._tensors[f"{_key(matrix)}.{part}"] for part in ("q", "scale_zero"))
+            weight = PackedLinear(_LAYOUT, q, scale_zero, matrix.group_size, k, n)
+        return Grid(weight=weight, input_scale=input_scale, sqnr=matrix.sqnr, output_sqnr=matrix.output_sqnr)
 
-    def grid(self, matrix: SavedMatrix, device: torch.device) -> Grid:
-        """Returns a matrix before packing."""
-        (n, k), key = matrix.shape, _key(matrix)
-        stored = PackedLinear(
-            _LAYOUT, self._tensors[f"{key}.q"], self._tensors[f"{key}.scale_zero"], matrix.group_size, k, n
-        )
-        scale = self._tensors.get(f"{key}.input_scale")
-        return Grid(
-            weight=stored.unpack().to(device),
-            input_scale=None if scale is None else scale.to(device),
-            sqnr=matrix.sqnr,
-            output_sqnr=matrix.output_sqnr,
-        )
-
-    def _read_matrices(self) -> list[SavedMatrix]:
+    def _read_matrices(self) -> list[_SavedMatrix]:
         """Reads the header, and checks format, version and hash in this order."""
         if (self.folder / _MANIFEST_2).exists():
             self._file = self.folder / _MANIFEST_2
@@ -197,7 +188,7 @@ class Artifact:
         if metadata.get("sha256") != _file_hash(self._file, metadata.get("sha256", "")):
             raise self._refusal("it is damaged (its hash differs from the one it states)")
         try:
-            return [SavedMatrix.from_json(entry) for entry in json.loads(metadata["matrices"])]
+            return [_SavedMatrix.from_json(entry) for entry in json.loads(metadata["matrices"])]
         except (KeyError, TypeError, ValueError) as error:
             raise self._refusal(f"its list of matrices is wrong ({error})") from error
 
@@ -232,7 +223,7 @@ def _other_version(version: str | None) -> str:
     return f"it has version {version}, this release reads {VERSION}"
 
 
-def _key(matrix: SavedMatrix | PackedSite) -> str:
+def _key(matrix: _SavedMatrix | PackedSite) -> str:
     return f"{matrix.name}/{matrix.quantizer}/{matrix.group_size}"
 
 

@@ -38,14 +38,17 @@ class Ratios:
 
     def below(self, floor: float | None) -> str:
         """Returns why a matrix stays in 16 bits with this floor in dB (None: no floor), empty where it does not."""
-        return "" if floor is None or self.quality >= floor else f"SQNR below min_sqnr={floor:g} dB"
+        return f"SQNR below min_sqnr={floor:g} dB" if floor is not None and self.quality < floor else ""
 
 
 @dataclass(frozen=True, kw_only=True)
 class Grid(Ratios):
-    """A 4-bit matrix before packing, and what its inputs are divided by (float32 ``[K]``, None: by nothing)."""
+    """A 4-bit matrix that was just found, or as an artifact holds it (None where it was left in 16 bits).
 
-    weight: QuantizedWeight
+    `input_scale` is what its inputs are divided by, float32 ``[K]``, None: by nothing.
+    """
+
+    weight: QuantizedWeight | PackedLinear | None
     input_scale: Tensor | None = None
 
 

@@ -19,13 +19,14 @@ from torch import Tensor, fx, nn
 from torch.utils.weak import TensorWeakRef, WeakTensorKeyDictionary
 from tqdm import tqdm
 
+from river_compile.config import RiverConfig
 from river_compile.errors import ArtifactError, OptionError
 from river_compile.kernels.quant.calibrated import OBSERVING
-from river_compile.kernels.quant.layouts import pack
+from river_compile.kernels.quant.layouts import PackedLinear, pack
 from river_compile.passes.program import LinearSite
 from river_compile.state import find_state
 
-from .artifact import Artifact, SavedMatrix, write_artifact
+from .artifact import Artifact, write_artifact
 from .make import Grid, PackedSite, extras_of, quantize_site, version_of
 from .observe import InputMoments, Observation
 
@@ -82,9 +83,7 @@ class PackedWeights:
         self,
         sites: Sequence[LinearSite],
         values: Mapping[fx.Node, Tensor],
-        quantizer: str,
-        artifact: str | Path | None = None,
-        min_sqnr: float | None = None,
+        config: RiverConfig,
         observation: Observation | None = None,
     ) -> dict[LinearSite, PackedSite]:
         """Returns the packed weights of the sites, making those that are missing (with a progress bar when many).
@@ -92,7 +91,7 @@ class PackedWeights:
         Args:
             sites: matrix products of twins.
             values: the real tensor of each parameter placeholder.
-            quantizer, artifact, min_sqnr: as the options of these names.
+            config: its `quantizer`, `min_sqnr` and `artifact` say how.
             observation: what the matrices read, which "awq" and "gptq" need.
 
         Raises:
@@ -101,7 +100,9 @@ class PackedWeights:
         """
         with self._lock:
             start = time.perf_counter()
-            maker = _Maker(values, quantizer, min_sqnr, self._open(artifact), observation)
+            if config.artifact is not None and (self._opened is None or self._opened.folder != Path(config.artifact)):
+                self._opened = Artifact(config.artifact)
+            maker = _Maker(values, config, None if config.artifact is None else self._opened, observation)
             found = {site: made for site in sites if (made := self._find(site, maker)) is not None}
             missing = [site for site in sites if site not in found]
             maker.check(missing)
@@ -116,14 +117,6 @@ class PackedWeights:
     def made(self) -> list[tuple[PackedSite, list[Tensor] | None]]:
         """Returns what is packed, each with the parameters it was made from: None where those changed since."""
         return [(entry.site, entry.sources()) for entries in self._entries.values() for entry in entries.values()]
-
-    def _open(self, artifact: str | Path | None) -> Artifact | None:
-        """Reads an artifact unless it is the one that was read last."""
-        if artifact is None:
-            return None
-        if self._opened is None or self._opened.folder != Path(artifact):
-            self._opened = Artifact(artifact)
-        return self._opened
 
     def _find(self, site: LinearSite, maker: _Maker) -> PackedSite | None:
         entry = self._entries.get(maker.values[site.weights[0]], {}).get(maker.key(site))
@@ -168,14 +161,13 @@ class _Maker:
     """Makes packed products in one way; see `PackedWeights.pack` for the fields."""
 
     values: Mapping[fx.Node, Tensor]
-    quantizer: str
-    min_sqnr: float | None
+    config: RiverConfig
     artifact: Artifact | None
     observation: Observation | None
 
     @property
     def observes(self) -> bool:
-        return self.quantizer in OBSERVING and self.artifact is None
+        return self.config.quantizer in OBSERVING and self.artifact is None
 
     @property
     def origin(self) -> str:
@@ -184,7 +176,8 @@ class _Maker:
     def key(self, site: LinearSite) -> tuple[object, ...]:
         """Returns what, beside the parameters, decides how a product is packed."""
         observed = self.observation.number if self.observes and self.observation is not None else 0
-        return (site.name, site.group_size, site.layout, self.quantizer, self.min_sqnr, self.origin, observed)
+        how = (self.config.quantizer, self.config.min_sqnr, self.origin, observed)
+        return (site.name, site.group_size, site.layout, *how)
 
     def sources(self, site: LinearSite) -> list[Tensor]:
         """Returns the parameters that a product is made from."""
@@ -196,43 +189,39 @@ class _Maker:
             if self._moments(site) is None:
                 why = "was not observed" if self.observation is None else f"was not: no text reached {site.name}"
                 raise OptionError(
-                    f"quantizer={self.quantizer!r} needs to know what the model's matrices read, and this model {why}; "
-                    "call river_compile.observe(model, tokenizer, texts) before the first generation, name an "
+                    f"quantizer={self.config.quantizer!r} needs to know what the model's matrices read, and this model "
+                    f"{why}; call river_compile.observe(model, tokenizer, texts) before the first generation, name an "
                     "artifact=, or use quantizer='hqq'"
                 )
 
-    def find_saved(self, site: LinearSite) -> SavedMatrix | None:
-        """Returns a product's entry in the artifact, None without an artifact.
-
-        Raises:
-            ArtifactError: (a ``ValueError``) the artifact has none that fits.
-        """
+    def find_saved(self, site: LinearSite) -> Grid | None:
+        """Returns what the artifact holds of a product, None without an artifact; raises an ArtifactError."""
         if self.artifact is None:
             return None
-        return self.artifact.find(site, self.quantizer, self.sources(site), self.min_sqnr)
+        return self.artifact.find(site, self.config.quantizer, self.sources(site), self.config.min_sqnr)
 
     @torch.no_grad()
-    def make(self, site: LinearSite, saved: SavedMatrix | None) -> PackedSite:
+    def make(self, site: LinearSite, saved: Grid | None) -> PackedSite:
         """Quantizes, or reads, and packs a product; below the floor there is nothing to pack."""
         moments = self._moments(site)
-        found: Grid | SavedMatrix = saved or quantize_site(
-            site, self.values, self.quantizer, None if moments is None else moments.matrix()
+        found = saved or quantize_site(
+            site, self.values, self.config.quantizer, None if moments is None else moments.matrix()
         )
-        reason, weight, scale = found.below(self.min_sqnr), None, None
+        reason, weight, scale = found.below(self.config.min_sqnr), None, None
         extras: tuple[Tensor, ...] = ()
         if not reason:
-            if isinstance(found, SavedMatrix):
-                assert self.artifact is not None
-                found = self.artifact.grid(found, self.values[site.weights[0]].device)
-            weight, scale = pack(found.weight, site.layout), found.input_scale
-            extras = extras_of(site, self.values, scale)
+            device = self.values[site.weights[0]].device
+            grid = found.weight.unpack() if isinstance(found.weight, PackedLinear) else found.weight
+            assert grid is not None, "an artifact refuses what it does not hold"
+            scale = None if found.input_scale is None else found.input_scale.to(device)
+            weight, extras = pack(grid.to(device), site.layout), extras_of(site, self.values, scale)
         return PackedSite(
             name=site.name,
             out_features=site.out_features,
             in_features=site.in_features,
             transposed=site.transposed,
             group_size=site.group_size,
-            quantizer=self.quantizer,
+            quantizer=self.config.quantizer,
             weight=weight,
             extras=extras,
             input_scale=scale,
