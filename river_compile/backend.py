@@ -199,11 +199,7 @@ def _rewritten(program: RiverProgram, config: RiverConfig, passes: Sequence[Pass
 
 
 def _pack(
-    program: RiverProgram,
-    values: Mapping[fx.Node, Any],
-    config: RiverConfig,
-    lowering: Lowering,
-    state: ModelState,
+    program: RiverProgram, values: Mapping[fx.Node, Any], config: RiverConfig, lowering: Lowering, state: ModelState
 ) -> dict[LinearSite, PackedSite]:
     """Returns the packed weights of the twins that tokens can reach."""
     how = twinning(config, lowering)

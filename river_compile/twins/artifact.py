@@ -75,8 +75,8 @@ class _SavedMatrix(Ratios):
         return matrix
 
 
-def write_artifact(folder: Path, made: Sequence[tuple[PackedSite, Sequence[Tensor]]]) -> None:
-    """Writes products, each with the parameters it was made from; the folder appears complete or not at all.
+def write_artifact(folder: Path, sites: Sequence[PackedSite]) -> None:
+    """Writes products whose parameters did not change since; the folder appears complete or not at all.
 
     Raises:
         ArtifactError: the folder is not empty or cannot be written.
@@ -85,13 +85,13 @@ def write_artifact(folder: Path, made: Sequence[tuple[PackedSite, Sequence[Tenso
         raise ArtifactError(f"cannot save to {folder}: it exists and is not an empty folder; name another or remove it")
     matrices: dict[str, dict[str, object]] = {}
     tensors: dict[str, Tensor] = {}
-    for site, sources in sorted(made, key=lambda pair: not pair[0].kept):  # with 4-bit weights rather than without
+    for site in sorted(sites, key=lambda site: not site.kept):  # with 4-bit weights rather than without
         matrices[_key(site)] = {
             "name": site.name,
             "shape": site.shape,
             "group_size": site.group_size,
             "quantizer": site.quantizer,
-            "weights_sha256": weights_hash(sources),
+            "weights_sha256": weights_hash(site.sources() or ()),
             "stored": not site.kept,
             "sqnr": str(site.sqnr),
             "output_sqnr": None if site.output_sqnr is None else str(site.output_sqnr),

@@ -22,7 +22,7 @@ from river_compile.state import ModelState, state_of_model, unwrap
 
 from .make import PackedSite
 from .observe import Tokenizer, windows_of
-from .pack import GraphTwins, PackedWeights, changed_since
+from .pack import GraphTwins, changed_since
 
 
 @dataclass(frozen=True)
@@ -118,7 +118,7 @@ def block_errors(
                 bar.update()
     blocks = []
     for (number, path, packed), (kl, agreed) in zip(sites, sums, strict=True):
-        worst = min((site for site, _ in packed if not site.kept), key=lambda site: site.quality, default=None)
+        worst = min((site for site in packed if not site.kept), key=lambda site: site.quality, default=None)
         name, quality = ("", float("inf")) if worst is None else (worst.name, worst.quality)
         blocks.append(BlockError(number, path, kl / tokens, agreed / tokens, name, quality))
     found = BlockErrors(tuple(blocks), tokens)
@@ -126,32 +126,25 @@ def block_errors(
     return found
 
 
-_Made = list[tuple[PackedSite, list[Tensor]]]
-
-
-def _sites_by_block(state: ModelState) -> Iterator[tuple[int, str, _Made]]:
+def _sites_by_block(state: ModelState) -> Iterator[tuple[int, str, list[PackedSite]]]:
     """Yields number, path and 4-bit products of every block whose twin the latest rewritten graph packed."""
     graph = next((graph for graph in reversed(state.graphs) if graph.of(GraphTwins)), None)
     if graph is None:
         return
-    used = {id(site) for site in graph.of(GraphTwins)}
-    made = [(site, sources) for site, sources in state.of(PackedWeights).made() if id(site) in used]
     for number, path in enumerate(graph.block_paths, start=1):
-        packed: _Made = []
-        for site, sources in made:
-            if site.name.startswith(f"{path}."):
-                if sources is None:
-                    raise ValueError(changed_since(site.name))
-                packed.append((site, sources))
+        packed = [site for site in graph.of(GraphTwins) if site.name.startswith(f"{path}.")]
         if packed:
             yield number, path, packed
 
 
-def _twin_weights(model: nn.Module, packed: _Made) -> dict[str, Tensor]:
+def _twin_weights(model: nn.Module, packed: Sequence[PackedSite]) -> dict[str, Tensor]:
     """Returns the weights of a twin by parameter name, in the model's dtype."""
     name_of = {id(parameter): name for name, parameter in model.named_parameters()}
     weights = {}
-    for site, sources in packed:
+    for site in packed:
+        sources = site.sources()
+        if sources is None:
+            raise ValueError(changed_since(site.name))
         if site.kept:
             continue
         parts = site.dequantize().split(site.out_features)

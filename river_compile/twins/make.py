@@ -10,6 +10,7 @@ from dataclasses import dataclass
 
 import torch
 from torch import Tensor, fx
+from torch.utils.weak import TensorWeakRef
 
 from river_compile.kernels.quant.calibrated import output_sqnr_db, quantize_observed
 from river_compile.kernels.quant.grid import QuantizedWeight, quantize, sqnr_db
@@ -65,6 +66,7 @@ class PackedSite(Ratios):
         input_scale: float32 ``[K]``, what "awq" divides the inputs by, None where they stay as they are.
         reason: why the product stays in 16 bits, empty where it does not.
         artifact: the folder that its grid was read from, empty where it was quantized here.
+        made_from: the parameters it stands for, each with its version of that time.
     """
 
     name: str
@@ -73,6 +75,7 @@ class PackedSite(Ratios):
     transposed: bool
     group_size: int
     quantizer: str
+    made_from: tuple[tuple[TensorWeakRef, int], ...]
     weight: PackedLinear | None = None
     extras: tuple[Tensor, ...] = ()
     input_scale: Tensor | None = None
@@ -97,6 +100,12 @@ class PackedSite(Ratios):
     def kept(self) -> bool:
         """True for a product that stays in 16 bits."""
         return self.weight is None
+
+    def sources(self) -> list[Tensor] | None:
+        """Returns the parameters it was made from, None where one of them changed since or is gone."""
+        tensors = [ref() for ref, _ in self.made_from]
+        fresh = all(t is not None and version_of(t) == v for t, (_, v) in zip(tensors, self.made_from, strict=True))
+        return tensors if fresh else None
 
     def dequantize(self) -> Tensor:
         """Returns the matrix ``[N, K]`` that the twin multiplies its block's inputs by, float32."""

@@ -72,10 +72,7 @@ def observe(
 
 
 def windows_of(
-    tokenizer: Tokenizer | None,
-    texts: Sequence[str] | None,
-    inputs: Iterable[Tensor] | None,
-    caller: str,
+    tokenizer: Tokenizer | None, texts: Sequence[str] | None, inputs: Iterable[Tensor] | None, caller: str
 ) -> list[Tensor]:
     """Returns token ids ``[B, T]`` of texts or inputs, cut into pieces that run at once; raises as `observe`."""
     if (tokenizer is None) == (inputs is None):

@@ -46,15 +46,15 @@ def save(model: nn.Module, folder: str | Path) -> Path:
     """
     folder = Path(folder)
     state = find_state(model)
-    made = state.of(PackedWeights).made() if state else []
+    made = state.of(PackedWeights).all() if state else []
     if not made:
         raise ArtifactError(
             f"cannot save to {folder}: no twin of this model is packed; generate a token with "
             'model.compile(backend="river") first'
         )
-    fresh = [(site, sources) for site, sources in made if sources is not None]
-    stale = sorted({site.name for site, _ in made} - {site.name for site, _ in fresh})
-    if stale:  # and not packed again
+    fresh = [site for site in made if site.sources() is not None]
+    stale = sorted({site.name for site in made} - {site.name for site in fresh})
+    if stale:
         raise ArtifactError(f"cannot save to {folder}: {changed_since(stale[0])}")
     write_artifact(folder, fresh)
     return folder
@@ -74,7 +74,7 @@ class PackedWeights:
     """All packed weights of one model; `seconds` is the time that making them took."""
 
     def __init__(self) -> None:
-        self._entries: WeakTensorKeyDictionary = WeakTensorKeyDictionary()
+        self._packed: WeakTensorKeyDictionary = WeakTensorKeyDictionary()  # by first parameter, then by how
         self._lock = threading.Lock()
         self._opened: Artifact | None = None
         self.seconds = 0.0
@@ -105,24 +105,19 @@ class PackedWeights:
             maker = _Maker(values, config, None if config.artifact is None else self._opened, observation)
             found = {site: made for site in sites if (made := self._find(site, maker)) is not None}
             missing = [site for site in sites if site not in found]
-            maker.check(missing)
             found |= self._make(missing, maker)
             self.seconds += time.perf_counter() - start
             return found
 
     def all(self) -> list[PackedSite]:
         """Returns what is packed at the moment."""
-        return [site for site, _ in self.made()]
-
-    def made(self) -> list[tuple[PackedSite, list[Tensor] | None]]:
-        """Returns what is packed, each with the parameters it was made from: None where those changed since."""
-        return [(entry.site, entry.sources()) for entries in self._entries.values() for entry in entries.values()]
+        return [site for sites in self._packed.values() for site in sites.values()]
 
     def _find(self, site: LinearSite, maker: _Maker) -> PackedSite | None:
-        entry = self._entries.get(maker.values[site.weights[0]], {}).get(maker.key(site))
-        sources = entry.sources() if entry else None
+        made = self._packed.get(maker.values[site.weights[0]], {}).get(maker.key(site))
+        sources = made.sources() if made else None
         same = sources is not None and all(a is b for a, b in zip(sources, maker.sources(site), strict=True))
-        return entry.site if same else None
+        return made if same else None
 
     def _make(self, sites: Sequence[LinearSite], maker: _Maker) -> dict[LinearSite, PackedSite]:
         found = {}
@@ -131,29 +126,12 @@ class PackedWeights:
             tqdm(total=len(sites), desc="river: packing 4-bit twins", unit="matrix", leave=False, delay=1) as bar,
         ):
             # An artifact fits as a whole or not at all: every matrix is looked up before the first one is packed.
-            saved = list(pool.map(maker.find_saved, sites))
-            for site, made in zip(sites, pool.map(maker.make, sites, saved), strict=True):
-                sources = maker.sources(site)
-                entry = _Entry(made, tuple(map(TensorWeakRef, sources)), tuple(map(version_of, sources)))
-                self._entries.setdefault(sources[0], {})[maker.key(site)] = entry
+            known = list(pool.map(maker.look_up, sites))
+            for site, made in zip(sites, pool.map(maker.make, sites, known), strict=True):
+                self._packed.setdefault(maker.values[site.weights[0]], {})[maker.key(site)] = made
                 found[site] = made
                 bar.update()
         return found
-
-
-@dataclass(frozen=True)
-class _Entry:
-    """A packed site and what it was made from: it holds as long as these parameters live and keep their version."""
-
-    site: PackedSite
-    made_from: tuple[TensorWeakRef, ...]
-    versions: tuple[int, ...]
-
-    def sources(self) -> list[Tensor] | None:
-        """Returns the parameters it was made from, None where one of them changed or is gone."""
-        tensors = [ref() for ref in self.made_from]
-        alive = all(tensor is not None for tensor in tensors)
-        return tensors if alive and self.versions == tuple(map(version_of, tensors)) else None
 
 
 @dataclass(frozen=True)
@@ -166,47 +144,59 @@ class _Maker:
     observation: Observation | None
 
     @property
-    def observes(self) -> bool:
-        return self.config.quantizer in OBSERVING and self.artifact is None
-
-    @property
     def origin(self) -> str:
         return str(self.artifact.folder) if self.artifact else ""
 
     def key(self, site: LinearSite) -> tuple[object, ...]:
         """Returns what, beside the parameters, decides how a product is packed."""
-        observed = self.observation.number if self.observes and self.observation is not None else 0
-        how = (self.config.quantizer, self.config.min_sqnr, self.origin, observed)
-        return (site.name, site.group_size, site.layout, *how)
+        observed = self.observation if self.config.quantizer in OBSERVING and self.artifact is None else None
+        number = observed.number if observed is not None else 0
+        return (
+            site.name,
+            site.group_size,
+            site.layout,
+            self.config.quantizer,
+            self.config.min_sqnr,
+            self.origin,
+            number,
+        )
 
     def sources(self, site: LinearSite) -> list[Tensor]:
         """Returns the parameters that a product is made from."""
         return [self.values[node] for node in (*site.weights, *site.biases, *site.folds) if node is not None]
 
-    def check(self, sites: Sequence[LinearSite]) -> None:
-        """Raises an OptionError (a ``ValueError``) where the quantizer lacks what it must know of a product."""
-        for site in sites if self.observes else ():
-            if self._moments(site) is None:
-                why = "was not observed" if self.observation is None else f"was not: no text reached {site.name}"
-                raise OptionError(
-                    f"quantizer={self.config.quantizer!r} needs to know what the model's matrices read, and this model "
-                    f"{why}; call river_compile.observe(model, tokenizer, texts) before the first generation, name an "
-                    "artifact=, or use quantizer='hqq'"
-                )
+    def look_up(self, site: LinearSite) -> Grid | InputMoments | None:
+        """Returns what the artifact holds of a product, or what was observed where the quantizer asks for that.
 
-    def find_saved(self, site: LinearSite) -> Grid | None:
-        """Returns what the artifact holds of a product, None without an artifact; raises an ArtifactError."""
-        if self.artifact is None:
+        Raises:
+            ArtifactError: (a ``ValueError``) the artifact holds nothing that fits.
+            OptionError: (a ``ValueError``) the quantizer lacks what it must know of the product.
+        """
+        quantizer = self.config.quantizer
+        if self.artifact is not None:
+            return self.artifact.find(site, quantizer, self.sources(site), self.config.min_sqnr)
+        if quantizer not in OBSERVING:
             return None
-        return self.artifact.find(site, self.config.quantizer, self.sources(site), self.config.min_sqnr)
+        weight = self.values[site.weights[0]]
+        moments = None if self.observation is None else self.observation.moments_of(weight)
+        if moments is None:
+            why = "was not observed" if self.observation is None else f"was not: no text reached {site.name}"
+            raise OptionError(
+                f"quantizer={quantizer!r} needs to know what the model's matrices read, and this model {why}; call "
+                "river_compile.observe(model, tokenizer, texts) before the first generation, name an artifact=, or use "
+                "quantizer='hqq'"
+            )
+        return moments
 
     @torch.no_grad()
-    def make(self, site: LinearSite, saved: Grid | None) -> PackedSite:
+    def make(self, site: LinearSite, known: Grid | InputMoments | None) -> PackedSite:
         """Quantizes, or reads, and packs a product; below the floor there is nothing to pack."""
-        moments = self._moments(site)
-        found = saved or quantize_site(
-            site, self.values, self.config.quantizer, None if moments is None else moments.matrix()
-        )
+        made_from = tuple((TensorWeakRef(tensor), version_of(tensor)) for tensor in self.sources(site))
+        if isinstance(known, Grid):
+            found = known
+        else:
+            moments = None if known is None else known.matrix()
+            found = quantize_site(site, self.values, self.config.quantizer, moments)
         reason, weight, scale = found.below(self.config.min_sqnr), None, None
         extras: tuple[Tensor, ...] = ()
         if not reason:
@@ -222,6 +212,7 @@ class _Maker:
             transposed=site.transposed,
             group_size=site.group_size,
             quantizer=self.config.quantizer,
+            made_from=made_from,
             weight=weight,
             extras=extras,
             input_scale=scale,
@@ -230,8 +221,3 @@ class _Maker:
             output_sqnr=found.output_sqnr,
             artifact=self.origin,
         )
-
-    def _moments(self, site: LinearSite) -> InputMoments | None:
-        """Returns what a product was observed to read, None where nothing was or its quantizer does not ask."""
-        observed = self.observation if self.observes else None
-        return None if observed is None else observed.moments_of(self.values[site.weights[0]])
