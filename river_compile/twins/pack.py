@@ -150,16 +150,9 @@ class _Maker:
     def key(self, site: LinearSite) -> tuple[object, ...]:
         """Returns what, beside the parameters, decides how a product is packed."""
         observed = self.observation if self.config.quantizer in OBSERVING and self.artifact is None else None
-        number = observed.number if observed is not None else 0
-        return (
-            site.name,
-            site.group_size,
-            site.layout,
-            self.config.quantizer,
-            self.config.min_sqnr,
-            self.origin,
-            number,
-        )
+        number = 0 if observed is None else observed.number
+        how = (self.config.quantizer, self.config.min_sqnr, self.origin, number)
+        return (site.name, site.group_size, site.layout, *how)
 
     def sources(self, site: LinearSite) -> list[Tensor]:
         """Returns the parameters that a product is made from."""
