@@ -57,7 +57,7 @@ def river(
     mode: str | None = None,
     lowering: Lowering | None = None,
 ) -> Callable[..., Any]:
-    """The backend behind ``torch.compile(model, backend="river", options=..., mode=...)``.
+    """The backend of ``torch.compile(model, backend="river", options=..., mode=...)``.
 
     Args:
         graph_module: what Dynamo traced.
@@ -142,11 +142,7 @@ def _build(
     state: ModelState,
     record: GraphRecord,
 ) -> RiverExecutor:
-    """Packs the twins' weights, rewrites, compiles what tokens can reach, and returns the executor.
-
-    Raises:
-        OptionError: the options do not fit the model.
-    """
+    """Packs the twins' weights, rewrites, and compiles what tokens can reach; raises an OptionError."""
     plan, config = program.plan, record.config
     offloaded, captures = state.of(OffloadedWeights), record.of(CaptureLog)
     config.check_depths(plan.num_blocks)

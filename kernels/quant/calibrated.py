@@ -94,16 +94,13 @@ def output_sqnr_db(weight: Tensor, approximation: Tensor, moments: Tensor) -> fl
 def fit_grid(
     weight: Tensor, group_size: int, importance: Tensor, dtype: torch.dtype = torch.float32
 ) -> tuple[Tensor, Tensor]:
-    """Fits scale and zero of every group by weighted least squares.
+    """Fits scale and zero, float32 ``[N, K / group_size]`` and rounded to `dtype`, by weighted least squares.
 
     Args:
         weight: float32 ``[N, K]``.
-        group_size: G, a divisor of K.
+        group_size: a divisor of K.
         importance: ``[K]``, at least 0: how much a squared error counts in each column.
-        dtype: scale and zero are rounded to it.
-
-    Returns:
-        scale and zero, float32 ``[N, K / G]``.
+        dtype: of scale and zero as the kernel stores them.
     """
     weights_G = importance.reshape(1, -1, group_size)
     # Groups that no input reaches are fitted as if all columns counted alike.
@@ -171,13 +168,10 @@ def round_compensating(weight: Tensor, scale: Tensor, zero: Tensor, group_of: Te
     After columns 0..j the others are moved to where the output error is least: column k by ``-e_j U_jk / U_jj``.
 
     Args:
-        weight: ``[N, K]``, columns in the order of rounding.
+        weight: ``[N, K]``, columns in the order of rounding; the result, q uint8 ``[N, K]``, has the same order.
         scale, zero: ``[N, groups]``.
         group_of: ``[K]``, the group of each column.
         factor: U ``[K, K]`` with ``H^-1 = U^T U``, rows and columns in the same order.
-
-    Returns:
-        q uint8 ``[N, K]`` in the given order.
     """
     left_KN = weight.T.contiguous()  # a column of the matrix is one run of memory
     scale_KN, zero_KN = scale.T[group_of].contiguous(), zero.T[group_of].contiguous()

@@ -31,10 +31,8 @@ TRITON_LAYOUT = "triton"
 class Lowering:
     """How the segments of one graph are lowered.
 
-    Attributes:
-        compiler: "inductor", or "eager" to call graphs operator by operator.
-        layout: of the 4-bit weights.
-        fuse: whether the generated kernels take the place of what they compute.
+    `compiler` is "inductor", or "eager" to call graphs operator by operator; `layout` is that of the 4-bit weights;
+    `fuse` says whether the generated kernels take the place of what they compute.
     """
 
     compiler: str

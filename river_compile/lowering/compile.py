@@ -36,15 +36,10 @@ log = logging.getLogger("river_compile.lowering.compile")
 
 @dataclass
 class Compiled:
-    """One distinct segment after compilation.
+    """One distinct segment after compilation, which `uses` segments share.
 
-    Attributes:
-        name: of the segment that it was compiled from.
-        direct: True where the caller reaches Inductor's code without AOTAutograd's wrappers.
-        seconds: compile time.
-        mark: what it computes, and the names of its dynamic sizes.
-        guards: what Inductor assumed about those.
-        uses: number of segments that share it.
+    It is `direct` where the caller reaches Inductor's code without AOTAutograd's wrappers; `guards` are what Inductor
+    assumed about the dynamic sizes in `mark`.
     """
 
     name: str
@@ -60,9 +55,7 @@ class Compiled:
 class SegmentCompiler:
     """Compiles the segments of one traced graph, each distinct one once.
 
-    Attributes:
-        lowering: "inductor", or "eager" to call the segments' graphs as they are.
-        config_patches: settings for Inductor.
+    `lowering` is "inductor", or "eager" to call the segments' graphs as they are; `config_patches` are for Inductor.
     """
 
     lowering: str

@@ -23,11 +23,7 @@ from river_compile.passes.segments import fingerprint
 
 
 class PassDump:
-    """Writes one traced graph.
-
-    Args:
-        folder: below which a new folder is made; None to write to the structured trace alone.
-        kind: "decode" or "prefill".
+    """Writes one traced graph, of kind "decode" or "prefill"; without a folder to the structured trace alone.
 
     Raises:
         OptionError: (a ``ValueError``) the folder takes no files.

@@ -159,12 +159,7 @@ class _Maker:
         return [self.values[node] for node in (*site.weights, *site.biases, *site.folds) if node is not None]
 
     def look_up(self, site: LinearSite) -> Grid | InputMoments | None:
-        """Returns what the artifact holds of a product, or what was observed where the quantizer asks for that.
-
-        Raises:
-            ArtifactError: (a ``ValueError``) the artifact holds nothing that fits.
-            OptionError: (a ``ValueError``) the quantizer lacks what it must know of the product.
-        """
+        """Returns what the artifact holds of a product, or what was observed where the quantizer asks for that."""
         quantizer = self.config.quantizer
         if self.artifact is not None:
             return self.artifact.find(site, quantizer, self.sources(site), self.config.min_sqnr)
