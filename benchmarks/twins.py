@@ -37,7 +37,7 @@ from river_compile.kernels.portable import token_kl
 from river_compile.kernels.quant.calibrated import output_sqnr_db
 from river_compile.state import GraphRecord, find_state
 from river_compile.twins.observe import Observation
-from river_compile.twins.pack import GraphTwins, PackedWeights
+from river_compile.twins.pack import GraphTwins
 from tools import models
 
 ROWS = ("rtn", "hqq", "awq", "gptq", "gptq, default text")
@@ -126,7 +126,7 @@ def measure(
             row = {"quantizer": name, **quality(decoder, reference)}
         with decoding(model, texts, {**settings, "exit_depth": 0, "prefill": "exit"}) as decoder:
             row["prompt in 4 bits"] = _mean_kl(reference, decoder.run(0))
-        rows.append({**row, **packing(model, state.graphs[graphs_before:], own)})
+        rows.append({**row, **packing(state.graphs[graphs_before:], own)})
     return rows
 
 
@@ -153,21 +153,20 @@ def quality(decoder: Decoder, reference: Sequence[Pass]) -> dict:
     return row
 
 
-def packing(model: PreTrainedModel, graphs: Sequence[GraphRecord], observation: Observation) -> dict:
+def packing(graphs: Sequence[GraphRecord], observation: Observation) -> dict:
     """Returns signal-to-noise ratios, seconds and bytes of the twins of some graphs."""
-    state = find_state(model)
-    sites = {id(site) for site in graphs[-1].of(GraphTwins)}
-    made = [(site, sources) for site, sources in state.of(PackedWeights).made() if id(site) in sites]
+    sites = graphs[-1].of(GraphTwins)
     outputs = []
-    for site, sources in made:
+    for site in sites:
+        sources = site.sources()
         parts = [w.T if site.transposed else w for w in sources[: len(site.out_features)]]
         moments = observation.moments_of(sources[0]).matrix()
         outputs.append(output_sqnr_db(torch.cat(parts), site.dequantize(), moments))
     return {
-        "SQNR weights": statistics.fmean(site.sqnr for site, _ in made),
+        "SQNR weights": statistics.fmean(site.sqnr for site in sites),
         "SQNR outputs": statistics.fmean(outputs),
         "packing s": sum(graph.seconds["packing"] for graph in graphs),
-        "MB": sum(site.nbytes for site, _ in made) / 1e6,
+        "MB": sum(site.nbytes for site in sites) / 1e6,
     }
 
 

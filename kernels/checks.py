@@ -20,10 +20,8 @@ from typing import Any
 class Check:
     """A check of one value, called with the setting's name.
 
-    Attributes:
-        wanted: the end of the message, such as "it must be True or False".
-        fits: whether a plain value is allowed.
-        choices: the allowed values where they are few, for the closest match.
+    `wanted` ends its message, such as "it must be True or False"; `fits` says whether a plain value is allowed;
+    `choices` are the allowed values where they are few, for the closest match.
     """
 
     wanted: str

@@ -17,7 +17,7 @@ import torch
 from torch import fx
 
 from river_compile.kernels import ops  # noqa: F401  (registers river::linear)
-from river_compile.kernels.quant.grid import fitting_group_size
+from river_compile.kernels.quant.grid import GROUP_SIZES, fitting_group_size
 
 from .edits import add_placeholders, call
 from .input_scales import InputScale, find_input_scale, scale_inputs
@@ -26,7 +26,7 @@ from .pipeline import Pass
 from .program import KeptLinear, LinearSite, RiverProgram, Segment
 from .swap_ops import simplify_attention, simplify_linears
 
-MIN_GROUP_SIZE = 32  # the smallest group that the 4-bit kernels know
+MIN_GROUP_SIZE = min(GROUP_SIZES)
 
 
 @dataclass(frozen=True)

@@ -12,7 +12,7 @@ from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
 import torch
-from torch import fx, nn
+from torch import Tensor, fx, nn
 from torch._inductor.compile_fx import compile_fx
 from tqdm import tqdm
 
@@ -57,7 +57,7 @@ def river(
     mode: str | None = None,
     lowering: Lowering | None = None,
 ) -> Callable[..., Any]:
-    """The backend behind ``torch.compile(model, backend="river", options=..., mode=...)``.
+    """The backend of ``torch.compile(model, backend="river", options=..., mode=...)``.
 
     Args:
         graph_module: what Dynamo traced.
@@ -80,10 +80,14 @@ def river(
     with record.stage("rewriting"):
         plan = _needs_gradients(example_inputs) or find_decoder(traced)
         program = plan if isinstance(plan, Refusal) else segmented(plan)
-    if isinstance(program, Refusal):
-        record.refusal = str(program)
-        return _as_inductor(graph_module, example_inputs, program, config, mode)
-    return _build(program, values, config, mode, lowering, state, record)
+    if not isinstance(program, Refusal):
+        return _build(program, values, lowering, state, record)
+    record.refusal = str(program)
+    if config.on_unsupported == "raise":
+        raise UnsupportedGraphError(f"backend 'river' cannot rewrite this graph: {program}")
+    warnings.warn(f"backend 'river' leaves a graph to Inductor: {program}", RiverWarning, stacklevel=1)
+    compiled: Any = compile_fx(graph_module, example_inputs, config_patches=inductor_settings(mode))
+    return compiled
 
 
 def executors_of(model: nn.Module) -> list[RiverExecutor]:
@@ -93,7 +97,7 @@ def executors_of(model: nn.Module) -> list[RiverExecutor]:
 
 
 def _needs_gradients(example_inputs: Sequence[Any]) -> Refusal | None:
-    if torch.is_grad_enabled() and any(isinstance(x, torch.Tensor) and x.requires_grad for x in example_inputs):
+    if torch.is_grad_enabled() and any(isinstance(x, Tensor) and x.requires_grad for x in example_inputs):
         return Refusal("the graph needs gradients; run generation under torch.no_grad() or torch.inference_mode()")
     return None
 
@@ -101,11 +105,7 @@ def _needs_gradients(example_inputs: Sequence[Any]) -> Refusal | None:
 def passes_for(config: RiverConfig, plan: DecoderPlan, lowering: Lowering, keep: Mapping[str, str]) -> list[Pass]:
     """Returns the passes, in order, that turn a decoder into what the options ask for.
 
-    Args:
-        config: the options.
-        plan: the decoder.
-        lowering: how its segments will be lowered.
-        keep: the twins' matrices that stay in 16 bits (`LinearSite.name`), each with the reason.
+    `keep` names the twins' matrices that stay in 16 bits (`LinearSite.name`), each with the reason.
     """
     how = twinning(config, lowering)
     leaves = may_leave(config, plan)
@@ -138,18 +138,12 @@ def twinning(config: RiverConfig, lowering: Lowering) -> Twinning | None:
 def _build(
     program: RiverProgram,
     values: Mapping[fx.Node, Any],
-    config: RiverConfig,
-    mode: str | None,
     lowering: Lowering | None,
     state: ModelState,
     record: GraphRecord,
 ) -> RiverExecutor:
-    """Packs the twins' weights, rewrites, compiles what tokens can reach, and returns the executor.
-
-    Raises:
-        OptionError: the options do not fit the model.
-    """
-    plan = program.plan
+    """Packs the twins' weights, rewrites, and compiles what tokens can reach; raises an OptionError."""
+    plan, config = program.plan, record.config
     offloaded, captures = state.of(OffloadedWeights), record.of(CaptureLog)
     config.check_depths(plan.num_blocks)
     check_device(config, plan)
@@ -168,7 +162,7 @@ def _build(
         offloaded.arrange(program, values, config, sum(packed[s].nbytes for p in segments for s in p.packed))
     streamer = Streamer(offloaded, program, values, config.offload)
     device = choose_device(program, config, captures)
-    compiler = SegmentCompiler(lowering.compiler, inductor_settings(mode, captured=device is not None))
+    compiler = SegmentCompiler(lowering.compiler, inductor_settings(record.mode, captured=device is not None))
     steps: dict[Segment, Step] = {}
     with record.stage("compiling"):
         for segment in tqdm(segments, desc="river: compiling segments", unit="segment", leave=False, delay=1):
@@ -201,11 +195,7 @@ def _rewritten(program: RiverProgram, config: RiverConfig, passes: Sequence[Pass
 
 
 def _pack(
-    program: RiverProgram,
-    values: Mapping[fx.Node, Any],
-    config: RiverConfig,
-    lowering: Lowering,
-    state: ModelState,
+    program: RiverProgram, values: Mapping[fx.Node, Any], config: RiverConfig, lowering: Lowering, state: ModelState
 ) -> dict[LinearSite, PackedSite]:
     """Returns the packed weights of the twins that tokens can reach."""
     how = twinning(config, lowering)
@@ -214,21 +204,4 @@ def _pack(
     segments = list(program.blocks[config.exit_depth or 0 :]) if config.fill == "river" else []
     segments += [program.head] if config.lm_head == "w4" else []
     sites = [site for segment in segments for site in twin_sites(segment, how)]
-    observation = state.find(Observation)
-    return state.of(PackedWeights).pack(
-        sites, values, config.quantizer, config.artifact, config.min_sqnr, observation=observation
-    )
-
-
-def _as_inductor(
-    graph_module: fx.GraphModule,
-    example_inputs: Sequence[Any],
-    refusal: Refusal,
-    config: RiverConfig,
-    mode: str | None,
-) -> Callable[..., Any]:
-    if config.on_unsupported == "raise":
-        raise UnsupportedGraphError(f"backend 'river' cannot rewrite this graph: {refusal}")
-    warnings.warn(f"backend 'river' leaves a graph to Inductor: {refusal}", RiverWarning, stacklevel=2)
-    compiled: Any = compile_fx(graph_module, example_inputs, config_patches=inductor_settings(mode))
-    return compiled
+    return state.of(PackedWeights).pack(sites, values, config, state.find(Observation))

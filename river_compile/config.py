@@ -34,7 +34,7 @@ class Option:
         check: what it may be, whatever the other options are.
         text: what it does, in Markdown.
         audience: "user", or "expert" for what few will need.
-        for_tests: a value that is for tests and debugging, and what it does; messages do not list it.
+        for_tests: another value that is for tests and debugging, and what it does; messages do not list it.
     """
 
     check: Check
@@ -46,10 +46,7 @@ class Option:
 def _option(
     default: object, check: Check, text: str, audience: str = USER, for_tests: tuple[str, str] | None = None
 ) -> Any:
-    allowed = check
-    if for_tests is not None:
-        allowed = dataclasses.replace(check, fits=lambda value: value == for_tests[0] or check.fits(value))
-    return dataclasses.field(default=default, metadata={"option": Option(allowed, text, audience, for_tests)})
+    return dataclasses.field(default=default, metadata={"option": Option(check, text, audience, for_tests)})
 
 
 def _one_or_several(value: object) -> bool:
@@ -184,18 +181,17 @@ class RiverConfig:
 
     def __post_init__(self) -> None:
         for name, option in self.options().items():
-            self._set(name, option.check)
+            if option.for_tests is None or getattr(self, name) != option.for_tests[0]:
+                self._set(name, option.check)
         criterion = CRITERIA[self.criterion]
         if self.threshold is None:
             object.__setattr__(self, "threshold", criterion.threshold)
         if criterion.scores_blocks:
             self._set("first_exit", integer(1))
         else:
-            wanted = (
-                f"an entropy in nats of 0 or more, such as {criterion.threshold}, with criterion={criterion.name!r}"
-            )
-            self._set("threshold", number(f"it must be {wanted}", least=0))
-        for contradiction in (*self._contradictions(), *self._unreachable(), *self._only_the_river_has()):
+            wanted = f"an entropy in nats of 0 or more, such as {criterion.threshold}"
+            self._set("threshold", number(f"it must be {wanted}, with criterion={criterion.name!r}", least=0))
+        for contradiction in (*self._contradictions(), *self._unreachable()):
             raise OptionError(contradiction)
 
     def _set(self, name: str, check: Check) -> None:
@@ -207,8 +203,6 @@ class RiverConfig:
                 f"prefill='exit' is not available with criterion={self.criterion!r}, which knows a prompt's entropy "
                 "only afterwards; use prefill='backbone', or criterion='similarity'"
             )
-        if self.artifact is not None and self.quantizer == "none":
-            yield "artifact= holds 4-bit twins, which quantizer='none' does not use; leave one of them out"
         if self.offload is None and self.offload_policy == "fetch":
             yield "offload_policy='fetch' needs offload=, the number of blocks that stay in memory"
         if self.offload is not None and self.quantizer == "none":
@@ -216,6 +210,22 @@ class RiverConfig:
                 f"offload={self.offload} is not available with quantizer='none', whose twins use the backbone's "
                 "weights; use 'hqq'"
             )
+        if self.artifact is not None and self.quantizer == "none":
+            yield "artifact= holds 4-bit twins, which quantizer='none' does not use; leave one of them out"
+        if self.artifact is not None and self.fill != "river":
+            yield f"artifact= holds 4-bit twins, which fill={self.fill!r} does not use; leave one of them out"
+        if self.fill != "river":
+            for name, given, instead in (
+                ("prefill", self.prefill == "exit", "'backbone'"),
+                ("criterion", CRITERIA[self.criterion].may_doubt, "'similarity'"),
+                ("cudagraphs", bool(self.cudagraphs), "None"),
+                ("offload", self.offload is not None, "None"),
+            ):
+                if given:
+                    yield (
+                        f"{name}={getattr(self, name)!r} is not available with fill={self.fill!r}; use "
+                        f"{name}={instead}, or fill='river'"
+                    )
 
     def _unreachable(self) -> Iterator[str]:
         """Yields what asks for blocks that no token may reach."""
@@ -223,38 +233,22 @@ class RiverConfig:
         if k is None:
             return
         nowhere = f"offload={k}, after which offload_policy='exit' lets no token go"
-        if self.exit_depth is not None and self.exit_depth > k:
-            yield (
-                f"exit_depth={self.exit_depth} lies beyond {nowhere}; "
-                f"use exit_depth={k}, offload={self.exit_depth} or offload_policy='fetch'"
-            )
-        if self.exit_depth is None and self.first_exit > k:
+        if self.exit_depth is not None:
+            if self.exit_depth > k:
+                yield (
+                    f"exit_depth={self.exit_depth} lies beyond {nowhere}; "
+                    f"use exit_depth={k}, offload={self.exit_depth} or offload_policy='fetch'"
+                )
+        elif self.first_exit > k:
             yield (
                 f"first_exit={self.first_exit} lies beyond {nowhere}; "
                 f"use offload={self.first_exit} or more, exit_depth={k} or offload_policy='fetch'"
             )
-        if self.exit_depth is None and CRITERIA[self.criterion].may_doubt:
+        elif CRITERIA[self.criterion].may_doubt:
             yield (
                 f"criterion={self.criterion!r} sends tokens through the whole backbone, where offload_policy='exit' "
                 "lets none go; use offload_policy='fetch'"
             )
-
-    def _only_the_river_has(self) -> Iterator[str]:
-        if self.fill == "river":
-            return
-        for name, wrong, instead in (
-            ("prefill", self.prefill == "exit", "'backbone'"),
-            ("criterion", CRITERIA[self.criterion].may_doubt, "'similarity'"),
-            ("cudagraphs", bool(self.cudagraphs), "None"),
-            ("offload", self.offload is not None, "None"),
-        ):
-            if wrong:
-                yield (
-                    f"{name}={getattr(self, name)!r} is not available with fill={self.fill!r}; use {name}={instead}, "
-                    "or fill='river'"
-                )
-        if self.artifact is not None:
-            yield f"artifact= holds 4-bit twins, which fill={self.fill!r} does not use; leave one of them out"
 
     @property
     def deepest(self) -> int | None:
@@ -285,11 +279,12 @@ class RiverConfig:
         """
         names = list(cls.options())
         given: dict[str, Any] = dict(options or {})
-        for name in given:
-            if name not in names:
-                raise OptionError(
-                    f"unknown option {name!r} of backend 'river'; options are {', '.join(names)}{closest(name, names)}"
-                )
+        unknown = next((name for name in given if name not in names), None)
+        if unknown is not None:
+            raise OptionError(
+                f"unknown option {unknown!r} of backend 'river'; options are {', '.join(names)}"
+                f"{closest(unknown, names)}"
+            )
         return cls(**given)
 
     def check_depths(self, num_blocks: int) -> None:

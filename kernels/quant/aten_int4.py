@@ -2,7 +2,8 @@
 
 ATen's kernel computes ``y[M, N] = x[M, K] W^T`` with ``W = (q - 8) * scale + zero``, a bfloat16 scale and zero for
 each group of 32, 64, 128 or 256 input features. It is fast for bfloat16 activations alone, so other dtypes are cast
-around it, and it needs N to be a multiple of 16, so rows are padded when packing and cut off after the product.
+around it, and it needs N to be a multiple of 16, so rows are padded when packing (see `layouts`) and cut off after the
+product.
 """
 
 from __future__ import annotations
@@ -10,10 +11,8 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-from .grid import MID_POINT, QuantizedWeight
-
 LAYOUT = "aten_cpu"
-_ROWS = 16
+ROWS = 16
 
 
 def has_fast_kernel() -> bool:
@@ -38,24 +37,3 @@ def linear_aten(
     y = torch.ops.aten._weight_int4pack_mm_for_cpu(flat, qweight, group_size, scale_zero)
     y = y[:, :out_features].reshape(*x.shape[:-1], out_features).to(x.dtype)
     return y if bias is None else y + bias
-
-
-def pack(weight: QuantizedWeight) -> tuple[Tensor, Tensor]:
-    """Returns qweight and scale_zero of a grid, as `linear_aten` takes them."""
-    pad = -weight.shape[0] % _ROWS
-    q = torch.nn.functional.pad(weight.q.to(torch.int32), (0, 0, 0, pad))
-    scale_zero = torch.stack([weight.scale, weight.zero], -1)
-    scale_zero = torch.nn.functional.pad(scale_zero, (0, 0, 0, 0, 0, pad)).transpose(0, 1).contiguous()
-    return torch.ops.aten._convert_weight_to_int4pack_for_cpu(q, 1), scale_zero.to(torch.bfloat16)
-
-
-def unpack(
-    qweight: Tensor, scale_zero: Tensor, out_features: int, in_features: int, group_size: int
-) -> QuantizedWeight:
-    """Reads the integers back by multiplying with the identity: ATen's order is private and differs by processor."""
-    unit = torch.zeros_like(scale_zero)
-    unit[..., 0] = 1
-    eye = torch.eye(in_features, dtype=torch.bfloat16)
-    q = torch.ops.aten._weight_int4pack_mm_for_cpu(eye, qweight, group_size, unit)
-    scale, zero = scale_zero[:, :out_features].float().permute(2, 1, 0).contiguous()
-    return QuantizedWeight((q.T[:out_features] + MID_POINT).to(torch.uint8), scale, zero, group_size)

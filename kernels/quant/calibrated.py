@@ -18,21 +18,30 @@ of twins, or none.
 from __future__ import annotations
 
 import math
-from collections.abc import Sequence
 
 import torch
 from torch import Tensor
 
 from river_compile.kernels.checks import check_choice
 
-from .grid import MAX_Q, MID_POINT, QuantizedWeight, check_matrix
+from .grid import (
+    MAX_Q,
+    MID_POINT,
+    QuantizedWeight,
+    check_matrix,
+    decibels,
+    nearest,
+    pieces,
+    rounded_to,
+    spanning_grid,
+    storable_grid,
+)
 
 OBSERVING = ("gptq", "awq")
 ALPHAS = (0.0, 0.15, 0.3, 0.45, 0.6)
-DAMPING = 0.05
-_SHRINKS = tuple(1 - 0.04 * i for i in range(13))  # shares of a group's extent, down to about a half
+DAMPING = 0.05  # share of the mean squared input that is added to every column's own
+_SHRINKS = tuple(1 - 0.04 * i for i in range(1, 13))  # shares of a group's extent, down to about a half
 _REFITS = 2
-_PIECE_ELEMENTS = 32_000
 _BLOCK = 128
 
 
@@ -73,57 +82,40 @@ def quantize_observed(
     moments = moments.to(weight.device, torch.float32)
     if quantizer == "gptq":
         return gptq(weight, group_size, moments, dtype), None
-    return awq(weight, group_size, moments, dtype, ALPHAS if may_scale else (0.0,))
+    return awq(weight, group_size, moments, dtype, may_scale)
 
 
 def output_sqnr_db(weight: Tensor, approximation: Tensor, moments: Tensor) -> float:
     """Returns the signal-to-noise ratio of a matrix's outputs in dB: 10 log10(E |W x|^2 / E |W x - V x|^2)."""
     weight, moments = weight.detach().float(), moments.float()
-    noise, signal = _energy(weight - approximation.float(), moments), _energy(weight, moments)
-    if noise <= 0:
-        return math.inf
-    return 10 * math.log10(signal / noise) if signal > 0 else -math.inf
+    return decibels(_energy(weight, moments), _energy(weight - approximation.float(), moments))
 
 
 def fit_grid(
     weight: Tensor, group_size: int, importance: Tensor, dtype: torch.dtype = torch.float32
 ) -> tuple[Tensor, Tensor]:
-    """Fits scale and zero of every group by weighted least squares.
+    """Fits scale and zero, float32 ``[N, K / group_size]`` and rounded to `dtype`, by weighted least squares.
 
     Args:
         weight: float32 ``[N, K]``.
-        group_size: G, a divisor of K.
+        group_size: a divisor of K.
         importance: ``[K]``, at least 0: how much a squared error counts in each column.
-        dtype: scale and zero are rounded to it.
-
-    Returns:
-        scale and zero, float32 ``[N, K / G]``.
+        dtype: of scale and zero as the kernel stores them.
     """
     weights_G = importance.reshape(1, -1, group_size)
     # Groups that no input reaches are fitted as if all columns counted alike.
     weights_G = torch.where(weights_G.sum(-1, keepdim=True) > 0, weights_G, torch.ones_like(weights_G))
     weights_G = weights_G / weights_G.sum(-1, keepdim=True)
-    # Some thirty sweeps over the input: in pieces that fit a core's cache, as for HQQ.
-    rows = max(1, _PIECE_ELEMENTS // weight.shape[1]) if weight.device.type == "cpu" else len(weight)
-    fitted = [_fit(piece.unflatten(1, (-1, group_size)), weights_G, dtype) for piece in weight.split(rows)]
+    fitted = [_fit(piece.unflatten(1, (-1, group_size)), weights_G, dtype) for piece in pieces(weight)]
     return torch.cat([scale for scale, _ in fitted]), torch.cat([zero for _, zero in fitted])
 
 
-def gptq(
-    weight: Tensor, group_size: int, moments: Tensor, dtype: torch.dtype = torch.float32, damping: float = DAMPING
-) -> QuantizedWeight:
-    """Rounds a matrix column by column, each error made up for by the columns that are left.
+def gptq(weight: Tensor, group_size: int, moments: Tensor, dtype: torch.dtype = torch.float32) -> QuantizedWeight:
+    """Rounds a float32 matrix column by column, each error made up for by the columns that are left.
 
     The grid is fitted once, before any column moves (`fit_grid`), so that the order of columns is free.
-
-    Args:
-        weight: float32 ``[N, K]``.
-        group_size: G, a divisor of K.
-        moments: float32 ``[K, K]``.
-        dtype: of scale and zero.
-        damping: share of the mean squared input that is added to every column's own.
     """
-    damped = damped_moments(moments, damping)
+    damped = damped_moments(moments, DAMPING)
     scale, zero = fit_grid(weight, group_size, damped.diagonal(), dtype)
     order = damped.diagonal().argsort(descending=True)
     q = round_compensating(weight[:, order], scale, zero, order // group_size, inverse_factor(damped[order][:, order]))
@@ -131,35 +123,28 @@ def gptq(
 
 
 def awq(
-    weight: Tensor,
-    group_size: int,
-    moments: Tensor,
-    dtype: torch.dtype = torch.float32,
-    alphas: Sequence[float] = ALPHAS,
+    weight: Tensor, group_size: int, moments: Tensor, dtype: torch.dtype = torch.float32, may_scale: bool = True
 ) -> tuple[QuantizedWeight, Tensor | None]:
-    """Scales the input features so that the outputs err least; see the module's table and `quantize_observed`."""
+    """Scales the input features of a float32 matrix so that its outputs err least; see `quantize_observed`."""
     least = math.inf
-    found: list[tuple[QuantizedWeight, Tensor | None]] = []
+    found: tuple[QuantizedWeight, Tensor | None] | None = None
     squares = moments.diagonal()
-    for alpha in alphas:
-        scale_K = _input_scale(squares, alpha) if alpha else None
-        scaled = weight if scale_K is None else weight * scale_K
-        grid = round_to_grid(scaled, group_size, squares if scale_K is None else squares / scale_K.square(), dtype)
-        stands_for = grid.dequantize() if scale_K is None else grid.dequantize() / scale_K
-        noise = _energy(weight - stands_for, moments)
-        if found and noise >= least:
+    for alpha in ALPHAS if may_scale else (0.0,):
+        scale_K = _input_scale(squares, alpha) if alpha else torch.ones_like(squares)
+        grid = round_to_grid(weight * scale_K, group_size, squares / scale_K.square(), dtype)
+        noise = _energy(weight - grid.dequantize() / scale_K, moments)
+        if found is not None and noise >= least:
             break
-        least, found = noise, [(grid, scale_K)]
-    return found[0]
+        least, found = noise, (grid, scale_K if alpha else None)
+    assert found is not None
+    return found
 
 
 def round_to_grid(
     weight: Tensor, group_size: int, importance: Tensor, dtype: torch.dtype = torch.float32
 ) -> QuantizedWeight:
     """Rounds every weight to the nearest point of the grid that `fit_grid` finds."""
-    scale, zero = fit_grid(weight, group_size, importance, dtype)
-    q = _nearest(weight.unflatten(1, (-1, group_size)), scale[..., None], zero[..., None])
-    return QuantizedWeight((q + MID_POINT).flatten(1).to(torch.uint8), scale, zero, group_size)
+    return rounded_to(weight, *fit_grid(weight, group_size, importance, dtype), group_size)
 
 
 def damped_moments(moments: Tensor, damping: float) -> Tensor:
@@ -180,17 +165,13 @@ def inverse_factor(moments: Tensor) -> Tensor:
 def round_compensating(weight: Tensor, scale: Tensor, zero: Tensor, group_of: Tensor, factor: Tensor) -> Tensor:
     """Rounds columns in order; what the remaining columns can make up for of an error, they do.
 
-    After columns 0..j the others are moved to where the output error is least: column k by ``-e_j U_jk / U_jj`` with
-    ``H^-1 = U^T U``.
+    After columns 0..j the others are moved to where the output error is least: column k by ``-e_j U_jk / U_jj``.
 
     Args:
-        weight: ``[N, K]``, columns in the order of rounding.
+        weight: ``[N, K]``, columns in the order of rounding; the result, q uint8 ``[N, K]``, has the same order.
         scale, zero: ``[N, groups]``.
         group_of: ``[K]``, the group of each column.
-        factor: U ``[K, K]``, columns in the same order.
-
-    Returns:
-        q uint8 ``[N, K]`` in the given order.
+        factor: U ``[K, K]`` with ``H^-1 = U^T U``, rows and columns in the same order.
     """
     left_KN = weight.T.contiguous()  # a column of the matrix is one run of memory
     scale_KN, zero_KN = scale.T[group_of].contiguous(), zero.T[group_of].contiguous()
@@ -201,7 +182,7 @@ def round_compensating(weight: Tensor, scale: Tensor, zero: Tensor, group_of: Te
         errors = torch.empty_like(columns)
         for i, column in enumerate(columns):
             k = start + i
-            q_KN[k] = _nearest(column, scale_KN[k], zero_KN[k])
+            q_KN[k] = nearest(column, scale_KN[k], zero_KN[k])
             errors[i] = (column - (q_KN[k] * scale_KN[k] + zero_KN[k])) / inner[i, i]
             columns[i + 1 :].addr_(inner[i, i + 1 :], errors[i], alpha=-1)
         left_KN[start + _BLOCK :].addmm_(factor[block, start + _BLOCK :].T, errors, alpha=-1)
@@ -211,29 +192,25 @@ def round_compensating(weight: Tensor, scale: Tensor, zero: Tensor, group_of: Te
 def _fit(groups: Tensor, importance: Tensor, dtype: torch.dtype) -> tuple[Tensor, Tensor]:
     """Fits groups ``[n, K / G, G]`` with importance ``[1, K / G, G]`` that sums to one in each group."""
     low, high = groups.amin(-1), groups.amax(-1)
-    best = _rounded((high - low) / MAX_Q, low + MID_POINT * (high - low) / MAX_Q, low, dtype)
+    best = spanning_grid(groups, dtype)
     least = _noise(groups, *best, importance)
-    for shrink in _SHRINKS[1:]:
-        scale = (high - low) * shrink / MAX_Q
-        best, least = _better(groups, best, least, _rounded(scale, (low + high + scale) / 2, low, dtype), importance)
-    for _ in range(_REFITS):
-        solved = _least_squares(groups, *best, importance)
-        best, least = _better(groups, best, least, _rounded(*solved, low, dtype), importance)
+    for step in range(len(_SHRINKS) + _REFITS):
+        if step < len(_SHRINKS):
+            scale = (high - low) * _SHRINKS[step] / MAX_Q
+            zero = (low + high + scale) / 2
+        else:
+            scale, zero = _least_squares(groups, *best, importance)
+        other = storable_grid(scale, zero, low, dtype)
+        noise = _noise(groups, *other, importance)
+        improved = noise < least
+        best = torch.where(improved, other[0], best[0]), torch.where(improved, other[1], best[1])
+        least = torch.where(improved, noise, least)
     return best
 
 
-def _better(
-    groups: Tensor, best: tuple[Tensor, Tensor], least: Tensor, other: tuple[Tensor, Tensor], importance: Tensor
-) -> tuple[tuple[Tensor, Tensor], Tensor]:
-    noise = _noise(groups, *other, importance)
-    improved = noise < least
-    chosen = torch.where(improved, other[0], best[0]), torch.where(improved, other[1], best[1])
-    return chosen, torch.where(improved, noise, least)
-
-
 def _least_squares(groups: Tensor, scale: Tensor, zero: Tensor, importance: Tensor) -> tuple[Tensor, Tensor]:
-    """Solves for the scale and zero that suit the integers of a grid best."""
-    q = _nearest(groups, scale[..., None], zero[..., None])
+    """Solves for the scale and zero that suit the integers of a grid best, by weighted least squares."""
+    q = nearest(groups, scale[..., None], zero[..., None])
     mean_q, mean_w = (q * importance).sum(-1), (groups * importance).sum(-1)
     spread = q - mean_q[..., None]
     variance = (spread.square() * importance).sum(-1)
@@ -244,20 +221,7 @@ def _least_squares(groups: Tensor, scale: Tensor, zero: Tensor, importance: Tens
 
 def _noise(groups: Tensor, scale: Tensor, zero: Tensor, importance: Tensor) -> Tensor:
     scale, zero = scale[..., None], zero[..., None]
-    return ((_nearest(groups, scale, zero) * scale + zero - groups).square() * importance).sum(-1)
-
-
-def _nearest(weight: Tensor, scale: Tensor, zero: Tensor) -> Tensor:
-    """Returns q - 8 of the nearest grid points."""
-    return ((weight - zero) / scale).round_().clamp_(-MID_POINT, MAX_Q - MID_POINT)
-
-
-def _rounded(scale: Tensor, zero: Tensor, low: Tensor, dtype: torch.dtype) -> tuple[Tensor, Tensor]:
-    """Rounds a grid to what the kernel stores; a constant group becomes the one point that q = 8 hits."""
-    scale = scale.to(dtype).float()
-    constant = scale < torch.finfo(torch.float32).tiny
-    zero = torch.where(constant, low, zero).to(dtype).float()
-    return torch.where(constant, torch.ones_like(scale), scale), zero
+    return ((nearest(groups, scale, zero) * scale + zero - groups).square() * importance).sum(-1)
 
 
 def _input_scale(squares: Tensor, alpha: float) -> Tensor:

@@ -7,7 +7,7 @@ Every quantizer maps a weight ``[N, K]`` (rows are output features) to a :class:
     w[n, k] = (q[n, k] - 8) * scale[n, k // group_size] + zero[n, k // group_size]
 
 with ``q`` in 0..15 and a floating-point ``zero`` (the value of the grid's middle point). How the integers are packed
-into bytes for a kernel is no concern of this module: see :mod:`river_compile.kernels.quant.layouts`.
+into bytes for a kernel is a layout's matter: see :mod:`river_compile.kernels.quant.layouts`.
 """
 
 from __future__ import annotations
@@ -15,10 +15,11 @@ from __future__ import annotations
 import functools
 import logging
 import math
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 
 import torch
+from torch import Tensor
 
 from river_compile.kernels.checks import check_choice
 
@@ -26,7 +27,7 @@ MID_POINT = 8
 MAX_Q = 15
 QUANTIZERS = ("hqq", "rtn")
 GROUP_SIZES = (32, 64, 128, 256)
-_SOLVER_ELEMENTS = 32_000
+_PIECE_ELEMENTS = 32_000
 
 
 @dataclass(frozen=True)
@@ -35,21 +36,20 @@ class QuantizedWeight:
 
     Attributes:
         q: uint8 ``[N, K]``, values 0..15.
-        scale: float32 ``[N, K // group_size]``.
-        zero: float32 ``[N, K // group_size]``, the weight that ``q == 8`` stands for.
-        group_size: number of consecutive input features that share a scale and a zero.
+        scale, zero: float32 ``[N, K // group_size]``; zero is the weight that ``q == 8`` stands for.
+        group_size: consecutive input features that share a scale and a zero.
     """
 
-    q: torch.Tensor
-    scale: torch.Tensor
-    zero: torch.Tensor
+    q: Tensor
+    scale: Tensor
+    zero: Tensor
     group_size: int
 
     @property
     def shape(self) -> tuple[int, int]:
         return self.q.shape[0], self.q.shape[1]
 
-    def dequantize(self, dtype: torch.dtype = torch.float32) -> torch.Tensor:
+    def dequantize(self, dtype: torch.dtype = torch.float32) -> Tensor:
         """Returns the matrix ``[N, K]`` that the 4-bit weights stand for, computed in `dtype`."""
         n, k = self.shape
         groups = self.q.to(dtype).reshape(n, k // self.group_size, self.group_size)
@@ -70,7 +70,7 @@ def fitting_group_size(in_features: int, requested: int) -> int:
     return math.gcd(in_features, 1 << (requested.bit_length() - 1))
 
 
-def quantize(weight: torch.Tensor, group_size: int, quantizer: str = "hqq") -> QuantizedWeight:
+def quantize(weight: Tensor, group_size: int, quantizer: str = "hqq") -> QuantizedWeight:
     """Quantizes a matrix to 4 bits.
 
     Args:
@@ -87,11 +87,11 @@ def quantize(weight: torch.Tensor, group_size: int, quantizer: str = "hqq") -> Q
     return (_hqq if quantizer == "hqq" else _rtn)(weight, group_size)
 
 
-def check_matrix(weight: torch.Tensor, group_size: int) -> torch.Tensor:
+def check_matrix(weight: Tensor, group_size: int) -> Tensor:
     """Returns a matrix in float32.
 
     Raises:
-        ValueError: it is no finite matrix, or the group size does not divide its columns.
+        ValueError: it is not a finite matrix, or the group size does not divide its columns.
     """
     if weight.dim() != 2:
         raise ValueError(f"a weight matrix has 2 dimensions, this one has shape {tuple(weight.shape)}")
@@ -103,71 +103,90 @@ def check_matrix(weight: torch.Tensor, group_size: int) -> torch.Tensor:
     return weight
 
 
-def sqnr_db(weight: torch.Tensor, approximation: torch.Tensor) -> float:
+def sqnr_db(weight: Tensor, approximation: Tensor) -> float:
     """Returns the signal-to-quantization-noise ratio in decibels: 10 log10(sum w^2 / sum (w - approximation)^2)."""
     weight, approximation = weight.detach().double(), approximation.detach().double()
     noise = (weight - approximation).square().sum().item()
-    signal = weight.square().sum().item()
-    if noise == 0:
+    return decibels(weight.square().sum().item(), noise)
+
+
+def decibels(signal: float, noise: float) -> float:
+    """Returns 10 log10(signal / noise), infinite without noise."""
+    if noise <= 0:
         return math.inf
-    return 10 * math.log10(signal / noise) if signal else -math.inf
+    return 10 * math.log10(signal / noise) if signal > 0 else -math.inf
 
 
-def _rtn(weight: torch.Tensor, group_size: int) -> QuantizedWeight:
-    n, k = weight.shape
-    groups = weight.reshape(n, k // group_size, group_size)
+def spanning_grid(groups: Tensor, dtype: torch.dtype) -> tuple[Tensor, Tensor]:
+    """Returns scale and zero of the grid from the least to the largest weight of each group ``[..., G]``."""
     low, high = groups.amin(-1), groups.amax(-1)
     scale = (high - low) / MAX_Q
-    # A constant group has no extent: its grid is one point, the zero, which q == 8 hits exactly.
+    return storable_grid(scale, low + MID_POINT * scale, low, dtype)
+
+
+def storable_grid(scale: Tensor, zero: Tensor, low: Tensor, dtype: torch.dtype) -> tuple[Tensor, Tensor]:
+    """Rounds a grid to `dtype`; a constant group, of weights `low`, becomes the one point that q = 8 hits."""
+    scale = scale.to(dtype).float()
     constant = scale < torch.finfo(torch.float32).tiny
-    scale = torch.where(constant, torch.ones_like(scale), scale)
-    q = ((groups - low[..., None]) / scale[..., None]).round().clamp(0, MAX_Q)
-    q = torch.where(constant[..., None], torch.full_like(q, MID_POINT), q)
-    zero = torch.where(constant, low, low + MID_POINT * scale)
-    return QuantizedWeight(q.to(torch.uint8).reshape(n, k), scale, zero, group_size)
+    zero = torch.where(constant, low, zero).to(dtype).float()
+    return torch.where(constant, torch.ones_like(scale), scale), zero
 
 
-def _hqq(weight: torch.Tensor, group_size: int) -> QuantizedWeight:
-    start = _rtn(weight, group_size)
-    q, scale, zero = _solve_hqq(weight, group_size)
-    # HQQ divides by the group's extent and caps the quotient: groups (nearly) constant keep the exact grid instead.
-    extent = weight.unflatten(1, (-1, group_size)).amax(-1) - weight.unflatten(1, (-1, group_size)).amin(-1)
-    usable = (extent > MAX_Q / 2e4) & torch.isfinite(scale) & torch.isfinite(zero)
-    q = torch.where(usable.repeat_interleave(group_size, dim=1), q, start.q)
-    return QuantizedWeight(
-        q, torch.where(usable, scale, start.scale), torch.where(usable, zero, start.zero), group_size
-    )
+def nearest(weight: Tensor, scale: Tensor, zero: Tensor) -> Tensor:
+    """Returns q - 8 of the nearest grid points, in the weight's dtype."""
+    return ((weight - zero) / scale).round_().clamp_(-MID_POINT, MAX_Q - MID_POINT)
 
 
-def _solve_hqq(weight: torch.Tensor, group_size: int) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
-    """Runs torchao's HQQ solver; the only place that touches its private function (a contract test pins it).
+def rounded_to(weight: Tensor, scale: Tensor, zero: Tensor, group_size: int) -> QuantizedWeight:
+    """Rounds every weight of a matrix to the nearest point of its group's grid."""
+    q = nearest(weight.unflatten(1, (-1, group_size)), scale[..., None], zero[..., None])
+    return QuantizedWeight((q + MID_POINT).flatten(1).to(torch.uint8), scale, zero, group_size)
 
-    Returns q uint8 ``[N, K]`` and scale, zero float32 ``[N, K // group_size]`` of this module's grid.
+
+def pieces(weight: Tensor) -> Sequence[Tensor]:
+    """Cuts a matrix into runs of rows for solvers that sweep over their input dozens of times.
+
+    In pieces that fit a core's cache that is several times faster on a CPU, and pieces below the size at which ATen
+    starts threads leave the cores to whoever quantizes other matrices.
     """
-    solve = _torchao_hqq()
-    n, k = weight.shape
-    # The solver sweeps over its input some 20 times: in pieces that fit a core's cache that is several times faster,
-    # and pieces below the size at which ATen starts threads leave the cores to whoever quantizes other matrices.
-    rows = max(1, _SOLVER_ELEMENTS // k) if weight.device.type == "cpu" else n
+    rows = max(1, _PIECE_ELEMENTS // weight.shape[1]) if weight.device.type == "cpu" else len(weight)
+    return weight.split(rows)
+
+
+def _rtn(weight: Tensor, group_size: int) -> QuantizedWeight:
+    return rounded_to(weight, *spanning_grid(weight.unflatten(1, (-1, group_size)), torch.float32), group_size)
+
+
+def _hqq(weight: Tensor, group_size: int) -> QuantizedWeight:
+    """Runs torchao's solver piece by piece; a contract test pins its private function."""
+    solve, device = _torchao_hqq(), weight.device.type
     parts = [
-        solve(piece, nbits=4, group_size=group_size, axis=1, compute_dtype=torch.float32, device=weight.device.type)
-        for piece in weight.split(rows)
+        solve(piece, nbits=4, group_size=group_size, axis=1, compute_dtype=torch.float32, device=device)
+        for piece in pieces(weight)
     ]
-    q, scale, zero = (torch.cat([part[i].reshape(-1) for part in parts]) for i in range(3))
-    shape = (n, k // group_size)
-    return q.reshape(n, k), scale.reshape(shape), zero.reshape(shape)
+    start = _rtn(weight, group_size)
+    q, scale, zero = (
+        torch.cat([part[i].reshape(-1) for part in parts]).reshape(like.shape)
+        for i, like in enumerate((start.q, start.scale, start.zero))
+    )
+    # HQQ divides by the group's extent and caps the quotient: groups (nearly) constant keep the exact grid instead.
+    groups = weight.unflatten(1, (-1, group_size))
+    usable = (groups.amax(-1) - groups.amin(-1) > MAX_Q / 2e4) & torch.isfinite(scale) & torch.isfinite(zero)
+    return QuantizedWeight(
+        torch.where(usable.repeat_interleave(group_size, dim=1), q, start.q),
+        torch.where(usable, scale, start.scale),
+        torch.where(usable, zero, start.zero),
+        group_size,
+    )
 
 
 @functools.cache
 def _torchao_hqq() -> Callable[..., tuple]:
     """Imports torchao's solver; torchao warns of every CUDA extension that it cannot load, which says nothing here."""
-    loggers = [logging.getLogger(name) for name in ("torchao", "torch.utils._pytree")]
-    levels = [logger.level for logger in loggers]
-    for logger in loggers:
-        logger.setLevel(logging.CRITICAL)
+    disabled = logging.root.manager.disable
+    logging.disable(logging.CRITICAL)
     try:
         from torchao.quantization.quant_primitives import _choose_qparams_and_quantize_affine_hqq
     finally:
-        for logger, level in zip(loggers, levels, strict=True):
-            logger.setLevel(level)
+        logging.disable(disabled)
     return _choose_qparams_and_quantize_affine_hqq

@@ -19,11 +19,12 @@ from dataclasses import dataclass
 
 import torch
 import torch.nn.functional as F
+from torch import Tensor
 
 from river_compile.kernels.checks import check_choice
 
 from . import aten_int4
-from .grid import GROUP_SIZES, QuantizedWeight, quantize
+from .grid import GROUP_SIZES, MID_POINT, QuantizedWeight, quantize
 
 
 @dataclass(frozen=True)
@@ -31,35 +32,28 @@ class PackedLinear:
     """A packed 4-bit matrix.
 
     Attributes:
-        layout: name of the packing, see the module's table.
-        qweight: the integers, in the layout's dtype and shape.
-        scale_zero: scale and zero of every group, in the layout's dtype and shape.
-        group_size: G.
+        layout: name of the packing; the module's table has dtype and shape of `qweight` and `scale_zero` in it.
         in_features: K, without the padding.
         out_features: N.
     """
 
     layout: str
-    qweight: torch.Tensor
-    scale_zero: torch.Tensor
+    qweight: Tensor
+    scale_zero: Tensor
     group_size: int
     in_features: int
     out_features: int
-
-    @property
-    def nbytes(self) -> int:
-        return self.qweight.nbytes + self.scale_zero.nbytes
 
     def unpack(self) -> QuantizedWeight:
         """Returns the grid that the bytes stand for, its padding included."""
         return layout(self.layout).unpack(self)
 
-    def dequantize(self, dtype: torch.dtype = torch.float32) -> torch.Tensor:
+    def dequantize(self, dtype: torch.dtype = torch.float32) -> Tensor:
         """Returns the matrix ``[N, K]`` in `dtype`."""
         return self.unpack().dequantize(dtype)[:, : self.in_features]
 
 
-def linear_by_dequantizing(x: torch.Tensor, packed: PackedLinear, bias: torch.Tensor | None) -> torch.Tensor:
+def linear_by_dequantizing(x: Tensor, packed: PackedLinear, bias: Tensor | None) -> Tensor:
     """Returns x W^T + bias in plain torch, for layouts without a product of their own."""
     return F.linear(x, packed.dequantize(x.dtype), bias)
 
@@ -72,12 +66,11 @@ class Layout:
         pack: grid -> (qweight, scale_zero).
         unpack: packed matrix -> grid.
         linear: (x [..., K], packed, bias or None) -> x W^T + bias in x.dtype, any device the layout is made for.
-        group_sizes: those it can hold.
     """
 
-    pack: Callable[[QuantizedWeight], tuple[torch.Tensor, torch.Tensor]]
+    pack: Callable[[QuantizedWeight], tuple[Tensor, Tensor]]
     unpack: Callable[[PackedLinear], QuantizedWeight]
-    linear: Callable[[torch.Tensor, PackedLinear, torch.Tensor | None], torch.Tensor] = linear_by_dequantizing
+    linear: Callable[[Tensor, PackedLinear, Tensor | None], Tensor] = linear_by_dequantizing
     group_sizes: tuple[int, ...] = GROUP_SIZES
 
 
@@ -108,7 +101,7 @@ def pack(weight: QuantizedWeight, layout_name: str, in_features: int | None = No
     return PackedLinear(layout_name, qweight, scale_zero, weight.group_size, in_features, n)
 
 
-def pack_linear(weight: torch.Tensor, group_size: int, layout_name: str, quantizer: str = "hqq") -> PackedLinear:
+def pack_linear(weight: Tensor, group_size: int, layout_name: str, quantizer: str = "hqq") -> PackedLinear:
     """Quantizes and packs a matrix ``[N, K]`` of any K: its last group is filled up with the row's last value.
 
     Raises:
@@ -121,7 +114,7 @@ def pack_linear(weight: torch.Tensor, group_size: int, layout_name: str, quantiz
     return pack(quantize(weight, group_size, quantizer), layout_name, k)
 
 
-def _pairs(weight: QuantizedWeight, dtype: torch.dtype) -> torch.Tensor:
+def _pairs(weight: QuantizedWeight, dtype: torch.dtype) -> Tensor:
     return torch.stack([weight.scale, weight.zero], dim=-1).to(dtype)
 
 
@@ -138,7 +131,7 @@ def parameter_dtype(weight: QuantizedWeight) -> torch.dtype:
     return torch.float16 if largest <= limits.max and smallest >= limits.tiny else torch.bfloat16
 
 
-def _pack_triton(weight: QuantizedWeight) -> tuple[torch.Tensor, torch.Tensor]:
+def _pack_triton(weight: QuantizedWeight) -> tuple[Tensor, Tensor]:
     n, k = weight.shape
     nibbles = weight.q.to(torch.int64).reshape(n, k // weight.group_size, 8, weight.group_size // 8)
     words = torch.zeros_like(nibbles[:, :, 0])
@@ -155,7 +148,7 @@ def _unpack_triton(packed: PackedLinear) -> QuantizedWeight:
     return _grid(packed, (words >> shifts & 15).to(torch.uint8).reshape(n, k))
 
 
-def _pack_plain(weight: QuantizedWeight) -> tuple[torch.Tensor, torch.Tensor]:
+def _pack_plain(weight: QuantizedWeight) -> tuple[Tensor, Tensor]:
     return weight.q[:, 0::2] | weight.q[:, 1::2] << 4, _pairs(weight, torch.float32)
 
 
@@ -164,23 +157,35 @@ def _unpack_plain(packed: PackedLinear) -> QuantizedWeight:
     return _grid(packed, q.reshape(q.shape[0], -1))
 
 
-def _grid(packed: PackedLinear, q: torch.Tensor) -> QuantizedWeight:
+def _grid(packed: PackedLinear, q: Tensor) -> QuantizedWeight:
     scale, zero = packed.scale_zero.float().unbind(-1)
     return QuantizedWeight(q, scale, zero, packed.group_size)
 
 
+def _pack_aten(weight: QuantizedWeight) -> tuple[Tensor, Tensor]:
+    pad = -weight.shape[0] % aten_int4.ROWS
+    q = F.pad(weight.q.to(torch.int32), (0, 0, 0, pad))
+    scale_zero = F.pad(_pairs(weight, torch.bfloat16), (0, 0, 0, 0, 0, pad)).transpose(0, 1).contiguous()
+    return torch.ops.aten._convert_weight_to_int4pack_for_cpu(q, 1), scale_zero
+
+
 def _unpack_aten(packed: PackedLinear) -> QuantizedWeight:
-    return aten_int4.unpack(
-        packed.qweight, packed.scale_zero, packed.out_features, packed.in_features, packed.group_size
-    )
+    """Reads the integers back by multiplying with the identity: ATen's order is private and differs by processor."""
+    unit = torch.zeros_like(packed.scale_zero)
+    unit[..., 0] = 1
+    eye = torch.eye(packed.in_features, dtype=torch.bfloat16)
+    q = torch.ops.aten._weight_int4pack_mm_for_cpu(eye, packed.qweight, packed.group_size, unit)
+    q = (q.T[: packed.out_features] + MID_POINT).to(torch.uint8)
+    scale, zero = packed.scale_zero[:, : packed.out_features].float().permute(2, 1, 0).contiguous()
+    return QuantizedWeight(q, scale, zero, packed.group_size)
 
 
-def _linear_aten(x: torch.Tensor, packed: PackedLinear, bias: torch.Tensor | None) -> torch.Tensor:
+def _linear_aten(x: Tensor, packed: PackedLinear, bias: Tensor | None) -> Tensor:
     return aten_int4.linear_aten(x, packed.qweight, packed.scale_zero, bias, packed.out_features, packed.group_size)
 
 
 LAYOUTS = {
     "triton": Layout(_pack_triton, _unpack_triton, group_sizes=GROUP_SIZES[:3]),
     "plain": Layout(_pack_plain, _unpack_plain),
-    aten_int4.LAYOUT: Layout(aten_int4.pack, _unpack_aten, _linear_aten),
+    aten_int4.LAYOUT: Layout(_pack_aten, _unpack_aten, _linear_aten),
 }

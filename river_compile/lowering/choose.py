@@ -22,7 +22,7 @@ from river_compile.config import RiverConfig
 from river_compile.errors import OptionError, RiverWarning
 from river_compile.kernels.quant.aten_int4 import LAYOUT as ATEN_LAYOUT
 from river_compile.kernels.quant.aten_int4 import has_fast_kernel
-from river_compile.kernels.triton.linear import GROUP_SIZES
+from river_compile.kernels.quant.layouts import LAYOUTS
 
 TRITON_LAYOUT = "triton"
 
@@ -31,10 +31,8 @@ TRITON_LAYOUT = "triton"
 class Lowering:
     """How the segments of one graph are lowered.
 
-    Attributes:
-        compiler: "inductor", or "eager" to call graphs operator by operator.
-        layout: of the 4-bit weights.
-        fuse: whether the generated kernels take the place of what they compute.
+    `compiler` is "inductor", or "eager" to call graphs operator by operator; `layout` is that of the 4-bit weights;
+    `fuse` says whether the generated kernels take the place of what they compute.
     """
 
     compiler: str
@@ -59,48 +57,32 @@ def choose_lowering(config: RiverConfig, device: torch.device) -> Lowering:
     fuse = config.lowering == "triton" or (config.lowering == "auto" and on_gpu)
     if not (fuse or on_gpu):
         return Lowering(compiler, ATEN_LAYOUT, fuse=False)
-    _check_triton(config)
-    return Lowering(compiler, TRITON_LAYOUT, fuse)
-
-
-def _check_triton(config: RiverConfig) -> None:
-    if config.group_size not in GROUP_SIZES:
-        allowed = ", ".join(map(str, GROUP_SIZES))
+    sizes = LAYOUTS[TRITON_LAYOUT].group_sizes
+    if config.group_size not in sizes:
         raise OptionError(
-            f"group_size={config.group_size} has no generated kernel; use one of {allowed}, or lowering='inductor' on "
-            "a CPU"
+            f"group_size={config.group_size} has no generated kernel; use one of {', '.join(map(str, sizes))}, or "
+            "lowering='inductor' on a CPU"
         )
     if importlib.util.find_spec("triton") is None:
         raise OptionError(
             f"lowering={config.lowering!r} needs Triton here, which is not installed; pip install triton, or use a "
             "model on a CPU with lowering='inductor'"
         )
+    return Lowering(compiler, TRITON_LAYOUT, fuse)
 
 
 def warn_of_slow_lowering(lowering: Lowering, device: torch.device) -> None:
     """Says once that what was chosen is slow on this machine, where it is."""
-    if lowering.layout == ATEN_LAYOUT:
-        _warn_of_slow_processor()
-    elif device.type == "cpu":
-        _warn_of_interpreter()
-
-
-@functools.cache
-def _warn_of_interpreter() -> None:
-    warnings.warn(
-        "lowering='triton' on a CPU runs the generated kernels in Triton's interpreter: the answers are a GPU's, up to "
-        "rounding, and take thousands of times longer; use lowering='auto' for anything but a test",
-        RiverWarning,
-        stacklevel=4,
-    )
-
-
-@functools.cache
-def _warn_of_slow_processor() -> None:
-    if not has_fast_kernel():
+    if lowering.layout == ATEN_LAYOUT and not has_fast_kernel():
         capability = torch.backends.cpu.get_cpu_capability()
-        warnings.warn(
-            f"this processor ({capability}) has no fast int4 kernel in ATen: River's answers are right, but slow",
-            RiverWarning,
-            stacklevel=4,
+        warn_once(f"this processor ({capability}) has no fast int4 kernel in ATen: River's answers are right, but slow")
+    elif lowering.layout != ATEN_LAYOUT and device.type == "cpu":
+        warn_once(
+            "lowering='triton' on a CPU runs the generated kernels in Triton's interpreter: the answers are a GPU's, "
+            "up to rounding, and take thousands of times longer; use lowering='auto' for anything but a test"
         )
+
+
+@functools.cache
+def warn_once(message: str) -> None:
+    warnings.warn(message, RiverWarning, stacklevel=4)

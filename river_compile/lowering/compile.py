@@ -28,7 +28,7 @@ from river_compile.kernels.quant.aten_int4 import LAYOUT as ATEN_LAYOUT
 from river_compile.kernels.quant.aten_int4 import linear_aten
 from river_compile.passes.nodes import value_of
 from river_compile.passes.program import Segment
-from river_compile.passes.segments import fingerprint
+from river_compile.passes.segments import Fingerprint, fingerprint
 from river_compile.runtime.runner import Callee
 
 log = logging.getLogger("river_compile.lowering.compile")
@@ -36,23 +36,17 @@ log = logging.getLogger("river_compile.lowering.compile")
 
 @dataclass
 class Compiled:
-    """One distinct segment after compilation.
+    """One distinct segment after compilation, which `uses` segments share.
 
-    Attributes:
-        name: the segment that it was compiled from.
-        callee: the function.
-        direct: True where the caller reaches Inductor's code without AOTAutograd's wrappers.
-        seconds: compile time.
-        symbols: names of its dynamic sizes.
-        guards: what Inductor assumed about them.
-        uses: segments that share it.
+    It is `direct` where the caller reaches Inductor's code without AOTAutograd's wrappers; `guards` are what Inductor
+    assumed about the dynamic sizes in `mark`.
     """
 
     name: str
     callee: Callee
     direct: bool
     seconds: float
-    symbols: tuple[str, ...]
+    mark: Fingerprint
     guards: tuple[sympy.Basic, ...]
     uses: int = 1
 
@@ -61,23 +55,20 @@ class Compiled:
 class SegmentCompiler:
     """Compiles the segments of one traced graph, each distinct one once.
 
-    Attributes:
-        lowering: "inductor", or "eager" to call the segments' graphs as they are.
-        config_patches: settings for Inductor.
-        compiled: what was compiled.
+    `lowering` is "inductor", or "eager" to call the segments' graphs as they are; `config_patches` are for Inductor.
     """
 
     lowering: str
     config_patches: dict[str, object]
     compiled: list[Compiled] = field(default_factory=list)
-    _known: dict[str, list[Compiled]] = field(default_factory=dict)
 
     def compile(self, segment: Segment, packed: Sequence[Tensor]) -> Callee:
         """Returns a callable for the segment; `packed` are the real tensors of its 4-bit weights."""
         mark = fingerprint(segment)
-        shape_env = _shape_env(segment)
-        for known in self._known.get(mark.digest, ()):
-            if _assumptions_hold(known, mark.symbols, shape_env):
+        shape_env = _fake_mode(segment).shape_env
+        assert shape_env is not None, "Dynamo's fake tensors know their dynamic sizes"
+        for known in self.compiled:
+            if known.mark.digest == mark.digest and _assumptions_hold(known, mark.symbols, shape_env):
                 known.uses += 1
                 return known.callee
         start = time.perf_counter()
@@ -88,10 +79,9 @@ class SegmentCompiler:
         else:
             callee, direct = _compile(segment, packed, self.config_patches)
         guards = tuple(guard.expr for guard in shape_env.guards[guards_before:])
-        done = Compiled(segment.name, callee, direct, time.perf_counter() - start, mark.symbols, guards)
+        done = Compiled(segment.name, callee, direct, time.perf_counter() - start, mark, guards)
         log.info("compiled %s in %.1f s%s", segment.name, done.seconds, "" if direct else ", called through wrappers")
         self.compiled.append(done)
-        self._known.setdefault(mark.digest, []).append(done)
         return callee
 
 
@@ -107,31 +97,20 @@ def _fake_mode(segment: Segment) -> FakeTensorMode:
     return mode
 
 
-def _shape_env(segment: Segment) -> ShapeEnv:
-    shape_env = _fake_mode(segment).shape_env
-    assert shape_env is not None, "Dynamo's fake tensors know their dynamic sizes"
-    return shape_env
-
-
 def _assumptions_hold(known: Compiled, symbols: tuple[str, ...], shape_env: ShapeEnv) -> bool:
     """Asks for the guards of a compiled segment with another segment's dynamic sizes in place of its own.
 
     What holds becomes a guard of the whole graph, as it did when the first segment was compiled.
     """
-    if known.symbols == symbols:
+    if known.mark.symbols == symbols:
         return True
     by_name = {str(symbol): symbol for symbol in shape_env.var_to_range}
-    swap = {by_name[a]: by_name[b] for a, b in zip(known.symbols, symbols, strict=True)}
+    swap = {by_name[a]: by_name[b] for a, b in zip(known.mark.symbols, symbols, strict=True)}
     return all(shape_env.evaluate_expr(guard.xreplace(swap)) for guard in known.guards)
 
 
 def inductor_settings(mode: str | None, captured: bool = False) -> dict[str, object]:
-    """Returns Inductor's settings for a ``mode`` of torch.compile.
-
-    Args:
-        mode: the mode.
-        captured: the code becomes part of larger graphs, so Inductor makes none of its own.
-    """
+    """Returns Inductor's settings for a ``mode`` of torch.compile; captured code gets no CUDA graphs of Inductor's."""
     settings = dict(torch._inductor.list_mode_options(mode)) if mode else {}
     return settings | {"triton.cudagraphs": False} if captured else settings
 

@@ -23,11 +23,7 @@ from river_compile.passes.segments import fingerprint
 
 
 class PassDump:
-    """Writes one traced graph.
-
-    Args:
-        folder: below which a new folder is made; None to write to the structured trace alone.
-        kind: "decode" or "prefill".
+    """Writes one traced graph, of kind "decode" or "prefill"; without a folder to the structured trace alone.
 
     Raises:
         OptionError: (a ``ValueError``) the folder takes no files.
@@ -36,15 +32,7 @@ class PassDump:
     def __init__(self, folder: str | Path | None, kind: str) -> None:
         self._kind = kind
         self._passes = 0
-        self.folder: Path | None = None
-        if folder is not None:
-            root = Path(folder)
-            try:
-                self.folder = next(path for n in itertools.count(1) if not (path := root / f"{kind}_{n}").exists())
-                self.folder.mkdir(parents=True)
-            except OSError as error:
-                why = f"takes no files ({error.strerror}); name another folder"
-                raise OptionError(f"dump_dir={str(folder)!r} {why}") from error
+        self.folder = None if folder is None else _new_folder(Path(folder), kind)
 
     def after_pass(self, record: PassRecord) -> None:
         """Writes what a pass changed."""
@@ -64,6 +52,16 @@ class PassDump:
             (self.folder / "plan.txt").write_text(plan_text(program))
             for segment in program.segments:
                 (self.folder / f"{segment.name}.py").write_text(segment_text(segment))
+
+
+def _new_folder(root: Path, kind: str) -> Path:
+    try:
+        folder = next(path for n in itertools.count(1) if not (path := root / f"{kind}_{n}").exists())
+        folder.mkdir(parents=True)
+    except OSError as error:
+        why = f"takes no files ({error.strerror}); name another folder"
+        raise OptionError(f"dump_dir={str(root)!r} {why}") from error
+    return folder
 
 
 def trace_artifact(name: str, text: Callable[[], str]) -> None:
@@ -96,12 +94,9 @@ def plan_text(program: RiverProgram) -> str:
 
 def segment_text(segment: Segment) -> str:
     """Returns a segment's graph as Python code, its 4-bit products named above it."""
-    head = [f"# {segment.name}"]
-    head += [
-        f"#   4-bit product {i}: {site.name}, groups of {site.group_size}" for i, site in enumerate(segment.packed)
-    ]
+    sites = [f"#   4-bit product {i}: {s.name}, groups of {s.group_size}" for i, s in enumerate(segment.packed)]
     module = fx.GraphModule(segment.graph.owning_module, segment.copy().graph, class_name="Segment")
-    return "\n".join(head) + "\n" + module.print_readable(print_output=False) + "\n"
+    return "\n".join([f"# {segment.name}", *sites, module.print_readable(print_output=False), ""])
 
 
 def _changes(record: PassRecord) -> Iterator[tuple[str, str]]:
@@ -109,7 +104,7 @@ def _changes(record: PassRecord) -> Iterator[tuple[str, str]]:
     before = {segment.name: segment for segment in record.before.segments}
     for segment in record.after.segments:
         old = before.get(segment.name)
+        if old is not None and old is not segment:
+            yield f"{segment.name}.before.py", segment_text(old)
         if old is not segment:
-            if old is not None:
-                yield f"{segment.name}.before.py", segment_text(old)
             yield f"{segment.name}.after.py", segment_text(segment)

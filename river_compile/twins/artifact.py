@@ -3,8 +3,9 @@
     <key>.q             uint8 ``[N, K / 2]``, two nibbles in a byte; key = name/quantizer/group size
     <key>.scale_zero    bfloat16 or float32 ``[N, K / group_size, 2]``
     <key>.input_scale   float32 ``[K]``, for a matrix whose inputs are scaled
-    metadata            "format", "version", "matrices" (JSON: the fields of :class:`SavedMatrix`; one that stays in 16
-                        bits has no tensors) and "sha256", the hash of the file with this hash taken as zeros
+    metadata            "format", "version", "matrices" (JSON: the fields of `_SavedMatrix`, ratios as text, since
+                        JSON knows no infinity; one that stays in 16 bits has no tensors) and "sha256", the hash of the
+                        file with this hash taken as zeros
 
 The grid is stored, not the bytes that a kernel reads: those differ by processor and are made again in a moment, while
 the search for the grid takes seconds to hours. Biases are taken from the model, whose hash covers them.
@@ -19,7 +20,7 @@ from __future__ import annotations
 import hashlib
 import json
 from collections.abc import Sequence
-from dataclasses import asdict, dataclass
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -42,18 +43,15 @@ FILE = "twins.safetensors"
 _MANIFEST_2 = "river.json"  # of version 2, which had a file for it
 _LAYOUT = "plain"
 _NO_HASH = "0" * 64
-_AGAIN = "save the artifact again"
+_NEW = "leave artifact= out and save a new one"
 
 
 @dataclass(frozen=True, kw_only=True)
-class SavedMatrix(Ratios):
+class _SavedMatrix(Ratios):
     """One matrix of an artifact.
 
     Attributes:
-        name: module paths of the linears it stands for, joined by "|".
-        shape: (out_features, in_features).
-        group_size: consecutive input features that share a scale and a zero.
-        quantizer: how its grid was found.
+        name, shape, group_size, quantizer: as in its :class:`PackedSite`.
         weights_sha256: hash of the parameters it was made from, see :func:`weights_hash`.
         stored: False where it stays in 16 bits, below the floor of `min_sqnr`.
     """
@@ -65,27 +63,9 @@ class SavedMatrix(Ratios):
     weights_sha256: str
     stored: bool
 
-    @property
-    def key(self) -> str:
-        return f"{self.name}/{self.quantizer}/{self.group_size}"
-
     @classmethod
-    def of(cls, site: PackedSite, sources: Sequence[Tensor]) -> SavedMatrix:
-        """Returns the entry of a product that was made from these parameters."""
-        return cls(
-            name=site.name,
-            shape=site.shape,
-            group_size=site.group_size,
-            quantizer=site.quantizer,
-            weights_sha256=weights_hash(sources),
-            stored=not site.kept,
-            sqnr=site.sqnr,
-            output_sqnr=site.output_sqnr,
-        )
-
-    @classmethod
-    def from_json(cls, entry: dict[str, Any]) -> SavedMatrix:
-        """Returns a matrix from what `to_json` gave; raises a TypeError, KeyError or ValueError for anything else."""
+    def from_json(cls, entry: dict[str, Any]) -> _SavedMatrix:
+        """Returns a matrix from its fields; raises a TypeError, KeyError or ValueError for anything else."""
         ratio = entry["output_sqnr"]
         ratios = {"sqnr": float(entry["sqnr"]), "output_sqnr": None if ratio is None else float(ratio)}
         matrix = cls(**{**entry, "shape": tuple(entry["shape"]), **ratios})
@@ -94,39 +74,33 @@ class SavedMatrix(Ratios):
             raise ValueError(f"{matrix.name} has shape {matrix.shape} in groups of {matrix.group_size}")
         return matrix
 
-    def to_json(self) -> dict[str, object]:
-        """Returns the fields; ratios as text, since JSON knows no infinity."""
-        ratio = self.output_sqnr
-        return asdict(self) | {"sqnr": str(self.sqnr), "output_sqnr": None if ratio is None else str(ratio)}
 
-    def tensors(self) -> dict[str, tuple[tuple[int, ...], tuple[torch.dtype, ...], bool]]:
-        """Returns shape, possible dtypes and whether it must be there of each tensor that the file may hold for it."""
-        (n, k), g = self.shape, self.group_size
-        return {
-            f"{self.key}.q": ((n, k // 2), (torch.uint8,), True),
-            f"{self.key}.scale_zero": ((n, k // g, 2), (torch.bfloat16, torch.float32), True),
-            f"{self.key}.input_scale": ((k,), (torch.float32,), False),
-        }
-
-
-def write_artifact(folder: Path, made: Sequence[tuple[PackedSite, Sequence[Tensor]]]) -> None:
-    """Writes products, each with the parameters it was made from; the folder appears complete or not at all.
+def write_artifact(folder: Path, sites: Sequence[PackedSite]) -> None:
+    """Writes products whose parameters did not change since; the folder appears complete or not at all.
 
     Raises:
         ArtifactError: the folder is not empty or cannot be written.
     """
     if folder.exists() and (not folder.is_dir() or any(folder.iterdir())):
         raise ArtifactError(f"cannot save to {folder}: it exists and is not an empty folder; name another or remove it")
-    matrices: dict[str, SavedMatrix] = {}
+    matrices: dict[str, dict[str, object]] = {}
     tensors: dict[str, Tensor] = {}
-    for site, sources in sorted(made, key=lambda pair: not pair[0].kept):  # with 4-bit weights rather than without
-        matrix = SavedMatrix.of(site, sources)
-        matrices[matrix.key] = matrix
-        tensors |= _grid_tensors(matrix.key, site)
+    for site in sorted(sites, key=lambda site: not site.kept):  # with 4-bit weights rather than without
+        matrices[_key(site)] = {
+            "name": site.name,
+            "shape": site.shape,
+            "group_size": site.group_size,
+            "quantizer": site.quantizer,
+            "weights_sha256": weights_hash(site.sources() or ()),
+            "stored": not site.kept,
+            "sqnr": str(site.sqnr),
+            "output_sqnr": None if site.output_sqnr is None else str(site.output_sqnr),
+        }
+        tensors |= _grid_tensors(site)
     metadata = {
         "format": FORMAT,
         "version": str(VERSION),
-        "matrices": json.dumps([matrix.to_json() for matrix in matrices.values()]),
+        "matrices": json.dumps(list(matrices.values())),
         "sha256": _NO_HASH,
     }
     try:
@@ -142,9 +116,6 @@ def write_artifact(folder: Path, made: Sequence[tuple[PackedSite, Sequence[Tenso
 class Artifact:
     """An artifact that was read and found whole.
 
-    Args:
-        folder: where it lies.
-
     Raises:
         ArtifactError: the file is missing or damaged, of another version, or holds other tensors than it says.
     """
@@ -156,85 +127,104 @@ class Artifact:
             self._matrices = self._read_matrices()
             self._tensors = load_file(self._file)
         except FileNotFoundError as error:
-            hint = "artifact= takes a folder that river_compile.save wrote"
-            raise ArtifactError(f"{self._file}: No such file; {hint}") from error
+            raise self._refusal("No such file", "artifact= takes a folder that river_compile.save wrote") from error
         except (OSError, SafetensorError) as error:
-            raise ArtifactError(f"{self._file}: it is damaged or cannot be read ({error}); {_AGAIN}") from error
+            raise self._refusal(f"it is damaged or cannot be read ({error})") from error
         self._check_tensors()
 
-    def find(self, site: LinearSite, quantizer: str, sources: Sequence[Tensor]) -> SavedMatrix:
-        """Returns the matrix of a product that was made in this way from these very parameters.
+    def find(self, site: LinearSite, quantizer: str, sources: Sequence[Tensor], min_sqnr: float | None) -> Grid:
+        """Returns what is saved of a product that was made in this way from these very parameters.
 
         Raises:
-            ArtifactError: there is none.
+            ArtifactError: there is none, or it was left in 16 bits and is to have 4-bit weights.
         """
         matrices = [matrix for matrix in self._matrices if matrix.name == site.name]
-        for matrix in matrices:
-            if (matrix.quantizer, matrix.group_size) == (quantizer, site.group_size):
-                break
-        else:
-            raise ArtifactError(f"{self._file}: {_why_missing(matrices, site, quantizer)}")
+        if not matrices:
+            raise self._refusal(
+                f"it holds no matrix {site.name}",
+                "it is another model's or was saved with an exit_depth that leaves this one out. Leave artifact= out "
+                "and save a new one",
+            )
+        ways = {(matrix.quantizer, matrix.group_size): matrix for matrix in matrices}
+        matrix = ways.get((quantizer, site.group_size))
+        if matrix is None:
+            found = ", ".join(f"quantizer={name!r} group_size={size}" for name, size in sorted(ways))
+            raise self._refusal(
+                f"{site.name} was made with {found}, and quantizer={quantizer!r} group_size={site.group_size} is asked "
+                "for",
+                f"pass the options it was made with, or {_NEW}",
+            )
         if matrix.weights_sha256 != weights_hash(sources) or matrix.shape != (sum(site.out_features), site.in_features):
-            raise ArtifactError(
-                f"{self._file}: {site.name} was made from other weights than this model's; name the artifact of this "
-                "model, or leave artifact= out and save a new one"
+            raise self._refusal(
+                f"{site.name} was made from other weights than this model's",
+                f"name the artifact of this model, or {_NEW}",
             )
-        if f"{matrix.key}.input_scale" in self._tensors and not site.scales_inputs:
-            raise ArtifactError(f"{self._file}: {site.name} has an input_scale that its twin does not apply; {_AGAIN}")
-        return matrix
-
-    def grid(self, matrix: SavedMatrix, device: torch.device) -> Grid:
-        """Returns a matrix before packing."""
-        n, k = matrix.shape
-        qweight, scale_zero = self._tensors[f"{matrix.key}.q"], self._tensors[f"{matrix.key}.scale_zero"]
-        weight = PackedLinear(_LAYOUT, qweight, scale_zero, matrix.group_size, k, n).unpack().to(device)
-        scale = self._tensors.get(f"{matrix.key}.input_scale")
-        scale = None if scale is None else scale.to(device)
-        return Grid(weight=weight, input_scale=scale, sqnr=matrix.sqnr, output_sqnr=matrix.output_sqnr)
-
-    def check_stored(self, matrix: SavedMatrix) -> None:
-        """Raises an ArtifactError for a matrix that was left in 16 bits and is to have 4-bit weights."""
-        if not matrix.stored:
-            raise ArtifactError(
-                f"{self._file}: {matrix.name} was left in 16 bits at {matrix.quality:.2f} dB, below the min_sqnr= of "
-                "that time; pass the same min_sqnr=, or leave artifact= out and save a new one"
+        input_scale = self._tensors.get(f"{_key(matrix)}.input_scale")
+        if input_scale is not None and not site.scales_inputs:
+            raise self._refusal(f"{site.name} has an input_scale that its twin does not apply")
+        if not matrix.stored and not matrix.below(min_sqnr):
+            raise self._refusal(
+                f"{site.name} was left in 16 bits at {matrix.quality:.2f} dB, below the min_sqnr= of that time",
+                f"pass the same min_sqnr=, or {_NEW}",
             )
+        weight = None
+        if matrix.stored:
+            n, k = matrix.shape
+            q, scale_zero = (self._tensors[f"{_key(matrix)}.{part}"] for part in ("q", "scale_zero"))
+            weight = PackedLinear(_LAYOUT, q, scale_zero, matrix.group_size, k, n)
+        return Grid(weight=weight, input_scale=input_scale, sqnr=matrix.sqnr, output_sqnr=matrix.output_sqnr)
 
-    def _read_matrices(self) -> list[SavedMatrix]:
+    def _read_matrices(self) -> list[_SavedMatrix]:
         """Reads the header, and checks format, version and hash in this order."""
         if (self.folder / _MANIFEST_2).exists():
-            raise ArtifactError(
-                f"{self.folder / _MANIFEST_2}: it has version 2, this release reads {VERSION}; {_AGAIN}"
-            )
+            self._file = self.folder / _MANIFEST_2
+            raise self._refusal(_other_version("2"))
         with safe_open(self._file, "pt") as opened:
             metadata = opened.metadata() or {}
         if metadata.get("format") != FORMAT:
-            raise ArtifactError(f"{self._file}: it holds no saved twins; artifact= takes what river_compile.save wrote")
+            raise self._refusal("it holds no saved twins", "artifact= takes what river_compile.save wrote")
         if metadata.get("version") != str(VERSION):
-            version = metadata.get("version")
-            raise ArtifactError(f"{self._file}: it has version {version}, this release reads {VERSION}; {_AGAIN}")
+            raise self._refusal(_other_version(metadata.get("version")))
         if metadata.get("sha256") != _file_hash(self._file, metadata.get("sha256", "")):
-            raise ArtifactError(f"{self._file}: it is damaged (its hash differs from the one it states); {_AGAIN}")
+            raise self._refusal("it is damaged (its hash differs from the one it states)")
         try:
-            return [SavedMatrix.from_json(entry) for entry in json.loads(metadata["matrices"])]
+            return [_SavedMatrix.from_json(entry) for entry in json.loads(metadata["matrices"])]
         except (KeyError, TypeError, ValueError) as error:
-            raise ArtifactError(f"{self._file}: its list of matrices is wrong ({error}); {_AGAIN}") from error
+            raise self._refusal(f"its list of matrices is wrong ({error})") from error
 
     def _check_tensors(self) -> None:
         """Refuses tensors that are not those of the matrices: a kernel would read beyond them, or in vain."""
         left = dict(self._tensors)
         for matrix in self._matrices:
-            for name, (shape, dtypes, needed) in matrix.tensors().items() if matrix.stored else ():
+            (n, k), group = matrix.shape, matrix.group_size
+            wanted = {
+                "q": ((n, k // 2), (torch.uint8,)),
+                "scale_zero": ((n, k // group, 2), (torch.bfloat16, torch.float32)),
+                "input_scale": ((k,), (torch.float32,)),
+            }
+            for part, (shape, dtypes) in wanted.items() if matrix.stored else ():
+                name = f"{_key(matrix)}.{part}"
                 tensor = left.pop(name, None)
-                if tensor is None and needed:
-                    raise ArtifactError(f"{self._file}: {name} is missing; {_AGAIN}")
+                if tensor is None and part != "input_scale":
+                    raise self._refusal(f"{name} is missing")
                 if tensor is not None and (tensor.shape != shape or tensor.dtype not in dtypes):
-                    raise ArtifactError(
-                        f"{self._file}: {name} is {tensor.dtype} {tuple(tensor.shape)}, and a matrix of shape "
-                        f"{matrix.shape} has {dtypes[0]} {shape} there; {_AGAIN}"
+                    raise self._refusal(
+                        f"{name} is {tensor.dtype} {tuple(tensor.shape)}, and a matrix of shape {matrix.shape} has "
+                        f"{dtypes[0]} {shape} there"
                     )
         if left:
-            raise ArtifactError(f"{self._file}: {next(iter(left))} belongs to no matrix; {_AGAIN}")
+            raise self._refusal(f"{next(iter(left))} belongs to no matrix")
+
+    def _refusal(self, why: str, fix: str = "save the artifact again") -> ArtifactError:
+        return ArtifactError(f"{self._file}: {why}; {fix}")
+
+
+def _other_version(version: str | None) -> str:
+    return f"it has version {version}, this release reads {VERSION}"
+
+
+def _key(matrix: _SavedMatrix | PackedSite) -> str:
+    return f"{matrix.name}/{matrix.quantizer}/{matrix.group_size}"
 
 
 def weights_hash(tensors: Sequence[Tensor]) -> str:
@@ -268,9 +258,10 @@ def _state_hash(file: Path) -> None:
         content.write(f'"sha256":"{digest}"'.encode())
 
 
-def _grid_tensors(key: str, site: PackedSite) -> dict[str, Tensor]:
+def _grid_tensors(site: PackedSite) -> dict[str, Tensor]:
     if site.weight is None:
         return {}
+    key = _key(site)
     packed = pack(site.weight.unpack(), _LAYOUT)
     short = packed.scale_zero.to(torch.bfloat16)
     exact = torch.equal(short.float(), packed.scale_zero)
@@ -278,17 +269,3 @@ def _grid_tensors(key: str, site: PackedSite) -> dict[str, Tensor]:
     if site.input_scale is not None:
         stored[f"{key}.input_scale"] = site.input_scale
     return {name: tensor.cpu().contiguous() for name, tensor in stored.items()}
-
-
-def _why_missing(matrices: Sequence[SavedMatrix], site: LinearSite, quantizer: str) -> str:
-    if not matrices:
-        return (
-            f"it holds no matrix {site.name}; it is another model's or was saved with an exit_depth that leaves this "
-            "one out. Leave artifact= out and save a new one"
-        )
-    ways = sorted({(matrix.quantizer, matrix.group_size) for matrix in matrices})
-    found = ", ".join(f"quantizer={name!r} group_size={size}" for name, size in ways)
-    return (
-        f"{site.name} was made with {found}, and quantizer={quantizer!r} group_size={site.group_size} is asked for; "
-        "pass the options it was made with, or leave artifact= out and save a new one"
-    )

@@ -1,15 +1,14 @@
 """What each twin costs alone: ``block_errors(model, tokenizer, texts)``, the KL of the final logits per block.
 
 One block after another is replaced by its twin, in a pass over the whole text through the model as it is, not compiled;
-the twin's 4-bit matrices are read back from what is packed. A matrix of large error in a block that forgives it costs
-less than its signal-to-noise ratio says, and the other way round.
+the twin's 4-bit matrices are read back from what is packed.
 
 Not handled: how errors of several twins add up (``benchmarks.twins`` measures all of them together), and the head.
 """
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import asdict, dataclass
 
 import torch
@@ -22,8 +21,8 @@ from river_compile.kernels.portable import token_kl
 from river_compile.state import ModelState, state_of_model, unwrap
 
 from .make import PackedSite
-from .observe import windows_of
-from .pack import GraphTwins, PackedWeights, changed_since
+from .observe import Tokenizer, windows_of
+from .pack import GraphTwins, changed_since
 
 
 @dataclass(frozen=True)
@@ -67,8 +66,10 @@ class BlockErrors:
         return {"tokens": self.tokens, "blocks": [asdict(block) for block in self.blocks]}
 
     def __str__(self) -> str:
-        lines = [f"KL of the logits with one block in 4 bits, on {self.tokens} tokens"]
-        lines.append(f"  {'block':>5} {'KL':>9} {'agreement':>10} {'least SQNR':>11}")
+        lines = [
+            f"KL of the logits with one block in 4 bits, on {self.tokens} tokens",
+            f"  {'block':>5} {'KL':>9} {'agreement':>10} {'least SQNR':>11}",
+        ]
         for b in self.blocks:
             least = f"{b.sqnr:>8.1f} dB  {b.matrix}" if b.matrix else f"{'16 bits':>11}"
             lines.append(f"  {b.block:>5} {b.kl:>9.5f} {b.agreement:>10.1%} {least}")
@@ -78,7 +79,7 @@ class BlockErrors:
 @torch.no_grad()
 def block_errors(
     model: PreTrainedModel,
-    tokenizer: Callable[[str], Mapping[str, Sequence[int]]] | None = None,
+    tokenizer: Tokenizer | None = None,
     texts: Sequence[str] | None = None,
     *,
     inputs: Iterable[Tensor] | None = None,
@@ -115,41 +116,35 @@ def block_errors(
                 total[0] += token_kl(reference, logits).sum().item()
                 total[1] += (reference.argmax(-1) == logits.argmax(-1)).sum().item()
                 bar.update()
-    errors = [
-        _error(number, path, [site for site, _ in packed], kl / tokens, agreed / tokens)
-        for (number, path, packed), (kl, agreed) in zip(sites, sums, strict=True)
-    ]
-    found = BlockErrors(tuple(errors), tokens)
+    blocks = []
+    for (number, path, packed), (kl, agreed) in zip(sites, sums, strict=True):
+        worst = min((site for site in packed if not site.kept), key=lambda site: site.quality, default=None)
+        name, quality = ("", float("inf")) if worst is None else (worst.name, worst.quality)
+        blocks.append(BlockError(number, path, kl / tokens, agreed / tokens, name, quality))
+    found = BlockErrors(tuple(blocks), tokens)
     state.put(found)
     return found
 
 
-_Made = list[tuple[PackedSite, list[Tensor]]]
-
-
-def _sites_by_block(state: ModelState) -> Iterator[tuple[int, str, _Made]]:
+def _sites_by_block(state: ModelState) -> Iterator[tuple[int, str, list[PackedSite]]]:
     """Yields number, path and 4-bit products of every block whose twin the latest rewritten graph packed."""
-    rewritten = [graph for graph in state.graphs if graph.of(GraphTwins)]
-    if not rewritten:
+    graph = next((graph for graph in reversed(state.graphs) if graph.of(GraphTwins)), None)
+    if graph is None:
         return
-    used = {id(site) for site in rewritten[-1].of(GraphTwins)}
-    made = [(site, sources) for site, sources in state.of(PackedWeights).made() if id(site) in used]
-    for number, path in enumerate(rewritten[-1].block_paths, start=1):
-        packed: _Made = []
-        for site, sources in made:
-            if site.name.startswith(f"{path}."):
-                if sources is None:
-                    raise ValueError(changed_since(site.name))
-                packed.append((site, sources))
+    for number, path in enumerate(graph.block_paths, start=1):
+        packed = [site for site in graph.of(GraphTwins) if site.name.startswith(f"{path}.")]
         if packed:
             yield number, path, packed
 
 
-def _twin_weights(model: nn.Module, packed: _Made) -> dict[str, Tensor]:
+def _twin_weights(model: nn.Module, packed: Sequence[PackedSite]) -> dict[str, Tensor]:
     """Returns the weights of a twin by parameter name, in the model's dtype."""
     name_of = {id(parameter): name for name, parameter in model.named_parameters()}
     weights = {}
-    for site, sources in packed:
+    for site in packed:
+        sources = site.sources()
+        if sources is None:
+            raise ValueError(changed_since(site.name))
         if site.kept:
             continue
         parts = site.dequantize().split(site.out_features)
@@ -161,9 +156,3 @@ def _twin_weights(model: nn.Module, packed: _Made) -> dict[str, Tensor]:
 def _logits(model: nn.Module, weights: Mapping[str, Tensor], ids: Tensor) -> Tensor:
     arguments = {"input_ids": ids.to(next(model.parameters()).device), "use_cache": False}
     return functional_call(model, dict(weights), (), arguments).logits.flatten(0, 1)
-
-
-def _error(number: int, path: str, sites: Sequence[PackedSite], kl: float, agreement: float) -> BlockError:
-    worst = min((site for site in sites if not site.kept), key=lambda site: site.quality, default=None)
-    name, quality = ("", float("inf")) if worst is None else (worst.name, worst.quality)
-    return BlockError(number, path, kl, agreement, name, quality)

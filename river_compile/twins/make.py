@@ -10,6 +10,7 @@ from dataclasses import dataclass
 
 import torch
 from torch import Tensor, fx
+from torch.utils.weak import TensorWeakRef
 
 from river_compile.kernels.quant.calibrated import output_sqnr_db, quantize_observed
 from river_compile.kernels.quant.grid import QuantizedWeight, quantize, sqnr_db
@@ -36,12 +37,19 @@ class Ratios:
         """The ratio that a floor is about: of the outputs where they were observed."""
         return self.sqnr if self.output_sqnr is None else self.output_sqnr
 
+    def below(self, floor: float | None) -> str:
+        """Returns why a matrix stays in 16 bits with this floor in dB (None: no floor), empty where it does not."""
+        return f"SQNR below min_sqnr={floor:g} dB" if floor is not None and self.quality < floor else ""
+
 
 @dataclass(frozen=True, kw_only=True)
 class Grid(Ratios):
-    """A 4-bit matrix before packing, and what its inputs are divided by (float32 ``[K]``, None: by nothing)."""
+    """A 4-bit matrix that was just found, or as an artifact holds it (None where it was left in 16 bits).
 
-    weight: QuantizedWeight
+    `input_scale` is what its inputs are divided by, float32 ``[K]``, None: by nothing.
+    """
+
+    weight: QuantizedWeight | PackedLinear | None
     input_scale: Tensor | None = None
 
 
@@ -50,11 +58,7 @@ class PackedSite(Ratios):
     """One matrix product of a twin as its kernel reads it, or why it stays in 16 bits.
 
     Attributes:
-        name: module paths of the linears it stands for, joined by "|".
-        out_features: of each linear.
-        in_features: of all of them.
-        transposed: the parameters are stored as ``[K, N]``.
-        group_size: consecutive input features that share a scale and a zero.
+        name, out_features, in_features, transposed, group_size: as in its :class:`LinearSite`.
         quantizer: "hqq", "rtn", "awq" or "gptq".
         weight: the packed matrix, None where the product stays in 16 bits.
         extras: what the twin's graph takes after it: the bias ``[N]`` where a linear has one, and where inputs are
@@ -62,7 +66,7 @@ class PackedSite(Ratios):
         input_scale: float32 ``[K]``, what "awq" divides the inputs by, None where they stay as they are.
         reason: why the product stays in 16 bits, empty where it does not.
         artifact: the folder that its grid was read from, empty where it was quantized here.
-        seconds: time that quantizing (or reading) and packing took.
+        made_from: the parameters it stands for, each with its version of that time.
     """
 
     name: str
@@ -71,12 +75,12 @@ class PackedSite(Ratios):
     transposed: bool
     group_size: int
     quantizer: str
+    made_from: tuple[tuple[TensorWeakRef, int], ...]
     weight: PackedLinear | None = None
     extras: tuple[Tensor, ...] = ()
     input_scale: Tensor | None = None
     reason: str = ""
     artifact: str = ""
-    seconds: float = 0.0
 
     @property
     def tensors(self) -> tuple[Tensor, ...]:
@@ -97,6 +101,12 @@ class PackedSite(Ratios):
         """True for a product that stays in 16 bits."""
         return self.weight is None
 
+    def sources(self) -> list[Tensor] | None:
+        """Returns the parameters it was made from, None where one of them changed since or is gone."""
+        tensors = [ref() for ref, _ in self.made_from]
+        fresh = all(t is not None and version_of(t) == v for t, (_, v) in zip(tensors, self.made_from, strict=True))
+        return tensors if fresh else None
+
     def dequantize(self) -> Tensor:
         """Returns the matrix ``[N, K]`` that the twin multiplies its block's inputs by, float32."""
         assert self.weight is not None, f"{self.name} stays in 16 bits"
@@ -107,13 +117,9 @@ class PackedSite(Ratios):
 def quantize_site(
     site: LinearSite, values: Mapping[fx.Node, Tensor], quantizer: str, moments: Tensor | None = None
 ) -> Grid:
-    """Finds the grid of a product.
+    """Finds the grid of a product; "awq" and "gptq" need the second moments ``[K, K]`` of its inputs.
 
-    Args:
-        site: the product.
-        values: the real tensor of each parameter placeholder.
-        quantizer: "hqq", "rtn", "awq" or "gptq".
-        moments: ``[K, K]``, the second moments of its inputs, for "awq" and "gptq".
+    `values` are the real tensors of parameter placeholders.
     """
     weight = torch.cat([values[node].T if site.transposed else values[node] for node in site.weights])
     if moments is None:
@@ -123,25 +129,26 @@ def quantize_site(
         weight, site.group_size, quantizer, moments, _STORED_AS, may_scale=site.scales_inputs
     )
     stands_for = grid.dequantize() if scale is None else grid.dequantize() / scale
-    output_sqnr = output_sqnr_db(weight, stands_for, moments)
-    return Grid(weight=grid, input_scale=scale, sqnr=sqnr_db(weight, stands_for), output_sqnr=output_sqnr)
+    return Grid(
+        weight=grid,
+        input_scale=scale,
+        sqnr=sqnr_db(weight, stands_for),
+        output_sqnr=output_sqnr_db(weight, stands_for, moments),
+    )
 
 
 def extras_of(site: LinearSite, values: Mapping[fx.Node, Tensor], scale: Tensor | None) -> tuple[Tensor, ...]:
     """Returns what a twin's graph takes beside the packed matrix (see `PackedSite`)."""
     like = values[site.weights[0]]
-    extras = []
+    extras: list[Tensor] = []
     if site.has_bias:
         biases = zip(site.biases, site.out_features, strict=True)
-        extras = [torch.cat([like.new_zeros(n) if node is None else values[node].detach() for node, n in biases])]
-    if not site.scales_inputs:
-        return tuple(extras)
-    if scale is None:
-        scale = torch.ones(site.in_features, device=like.device)
-    if not site.folds:
-        return (*extras, scale.reciprocal().to(like.dtype))
-    norms = [values[node].detach() for node in site.folds]
-    return (*extras, *((norm.float() / scale).to(norm.dtype) for norm in norms))
+        extras.append(torch.cat([like.new_zeros(n) if node is None else values[node].detach() for node, n in biases]))
+    if site.scales_inputs:
+        scale = torch.ones(site.in_features, device=like.device) if scale is None else scale
+        norms = [values[node].detach() for node in site.folds]
+        extras += [(norm.float() / scale).to(norm.dtype) for norm in norms] or [scale.reciprocal().to(like.dtype)]
+    return tuple(extras)
 
 
 def version_of(tensor: Tensor) -> int:

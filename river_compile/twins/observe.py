@@ -26,12 +26,13 @@ from river_compile.state import state_of, unwrap
 from .make import version_of
 
 _PRODUCTS = (nn.functional.linear, torch.addmm, torch.matmul, torch.Tensor.matmul, torch.Tensor.__matmul__)
+Tokenizer = Callable[[str], Mapping[str, Sequence[int]]]
 _WINDOW = 512  # tokens that run at once: the logits of a large vocabulary take memory
 
 
 def observe(
     model: PreTrainedModel,
-    tokenizer: Callable[[str], Mapping[str, Sequence[int]]] | None = None,
+    tokenizer: Tokenizer | None = None,
     texts: Sequence[str] | None = None,
     *,
     inputs: Iterable[Tensor] | None = None,
@@ -71,16 +72,9 @@ def observe(
 
 
 def windows_of(
-    tokenizer: Callable[[str], Mapping[str, Sequence[int]]] | None,
-    texts: Sequence[str] | None,
-    inputs: Iterable[Tensor] | None,
-    caller: str,
+    tokenizer: Tokenizer | None, texts: Sequence[str] | None, inputs: Iterable[Tensor] | None, caller: str
 ) -> list[Tensor]:
-    """Returns token ids ``[B, T]`` of texts or inputs, cut into pieces that run at once.
-
-    Raises:
-        OptionError: (a ``ValueError``) neither or both of tokenizer and inputs, or no token in them.
-    """
+    """Returns token ids ``[B, T]`` of texts or inputs, cut into pieces that run at once; raises as `observe`."""
     if (tokenizer is None) == (inputs is None):
         raise OptionError(f"{caller} takes a tokenizer (and texts=), or inputs=[ids, ...]: one of the two")
     if tokenizer is not None:
@@ -102,11 +96,7 @@ def default_texts() -> list[str]:
 
 
 class InputMoments:
-    """Second moments of the inputs of a matrix, ``E[x x^T]``.
-
-    Args:
-        features: K.
-    """
+    """Second moments of the inputs of a matrix, ``E[x x^T]``, for K `features`."""
 
     def __init__(self, features: int) -> None:
         self.features = features
@@ -142,9 +132,7 @@ class InputMoments:
 class Observation:
     """Calibration statistics of a model: the second moments of what its matrices read; see :func:`observe`.
 
-    Attributes:
-        tokens: number of tokens.
-        number: distinguishes observations, for what was made with them.
+    `number` distinguishes observations, for what was made with them.
     """
 
     _made = 0
@@ -153,31 +141,26 @@ class Observation:
         Observation._made += 1
         self.number = Observation._made
         self.tokens = 0
-        self._moments: WeakTensorKeyDictionary = WeakTensorKeyDictionary()
+        self.moments: WeakTensorKeyDictionary = WeakTensorKeyDictionary()
 
     @property
     def nbytes(self) -> int:
-        """Bytes of memory that it takes."""
-        return sum(moments.nbytes for moments in set(self._moments.values()))
+        return sum(moments.nbytes for moments in set(self.moments.values()))
 
     def moments_of(self, weight: Tensor) -> InputMoments | None:
         """Returns the moments of a parameter's inputs, None where no text reached it."""
-        return self._moments.get(weight)
-
-    def record(self, weight: Tensor, moments: InputMoments) -> None:
-        """Keeps the moments of a parameter's inputs; several parameters may share them."""
-        self._moments[weight] = moments
+        return self.moments.get(weight)
 
     def clear(self) -> None:
         """Frees its memory; twins that are packed stay."""
-        self._moments.clear()
+        self.moments.clear()
 
     def __str__(self) -> str:
-        return f"observed {len(self._moments)} matrices on {self.tokens} tokens ({self.nbytes / 1e6:.0f} MB)"
+        return f"observed {len(self.moments)} matrices on {self.tokens} tokens ({self.nbytes / 1e6:.0f} MB)"
 
 
 class _Recorder(TorchFunctionMode):
-    """Hands every input of a product with one of the parameters to that parameter's moments."""
+    """Adds every input of a product with one of the parameters to that parameter's moments."""
 
     def __init__(self, parameters: Mapping[int, Tensor], observation: Observation) -> None:
         super().__init__()
@@ -191,30 +174,25 @@ class _Recorder(TorchFunctionMode):
         args: tuple[object, ...] = (),
         kwargs: Mapping[str, object] | None = None,
     ) -> object:
+        kwargs = kwargs or {}
         if func in _PRODUCTS:
-            tensors = [a for a in (*args, *(kwargs or {}).values()) if isinstance(a, Tensor)]
-            weights = [(i, self._parameters[t.data_ptr()]) for i, t in enumerate(tensors) if self._is_weight(t)]
-            if weights and weights[0][0] > 0:
-                at, weight = weights[0]
+            tensors = [value for value in (*args, *kwargs.values()) if isinstance(value, Tensor)]
+            known = [self._parameters.get(t.data_ptr()) if t.dim() == 2 else None for t in tensors]
+            at = next((i for i, weight in enumerate(known) if weight is not None), 0)
+            weight = known[at] if at > 0 else None  # (the first argument is an input or a bias)
+            if weight is not None:
                 self._record(tensors[at - 1], weight)
-        return func(*args, **(kwargs or {}))
-
-    def _is_weight(self, tensor: Tensor) -> bool:
-        return tensor.dim() == 2 and tensor.data_ptr() in self._parameters
+        return func(*args, **kwargs)
 
     def _record(self, x: Tensor, weight: Tensor) -> None:
         """Adds an input; matrices that read one and the same, as q, k and v do, share its moments."""
         moments = self._observation.moments_of(weight)
-        if self._last is not None and _same(self._last[0], self._last[1], x) and moments in (None, self._last[2]):
-            self._observation.record(weight, self._last[2])
-            return
+        if self._last is not None and moments in (None, self._last[2]):
+            before, version, shared = self._last
+            if before is x and version == version_of(x):
+                self._observation.moments[weight] = shared
+                return
         if moments is None:
-            moments = InputMoments(x.shape[-1])
-            self._observation.record(weight, moments)
+            moments = self._observation.moments[weight] = InputMoments(x.shape[-1])
         moments.add(x)
-        self._last = (x, version_of(x), moments)  # held, so that no other tensor takes its place in memory
-
-
-def _same(before: Tensor, version: int, now: Tensor) -> bool:
-    place = (before.data_ptr(), before.numel(), before.shape[-1], version)
-    return place == (now.data_ptr(), now.numel(), now.shape[-1], version_of(now))
+        self._last = (x, version_of(x), moments)

@@ -19,14 +19,15 @@ from torch import Tensor, fx, nn
 from torch.utils.weak import TensorWeakRef, WeakTensorKeyDictionary
 from tqdm import tqdm
 
+from river_compile.config import RiverConfig
 from river_compile.errors import ArtifactError, OptionError
 from river_compile.kernels.quant.calibrated import OBSERVING
-from river_compile.kernels.quant.layouts import pack
+from river_compile.kernels.quant.layouts import PackedLinear, pack
 from river_compile.passes.program import LinearSite
 from river_compile.state import find_state
 
-from .artifact import Artifact, SavedMatrix, write_artifact
-from .make import Grid, PackedSite, Ratios, extras_of, quantize_site, version_of
+from .artifact import Artifact, write_artifact
+from .make import Grid, PackedSite, extras_of, quantize_site, version_of
 from .observe import InputMoments, Observation
 
 
@@ -45,14 +46,14 @@ def save(model: nn.Module, folder: str | Path) -> Path:
     """
     folder = Path(folder)
     state = find_state(model)
-    made = state.of(PackedWeights).made() if state else []
+    made = state.of(PackedWeights).all() if state else []
     if not made:
         raise ArtifactError(
             f"cannot save to {folder}: no twin of this model is packed; generate a token with "
             'model.compile(backend="river") first'
         )
-    fresh = [(site, sources) for site, sources in made if sources is not None]
-    stale = sorted({site.name for site, _ in made} - {site.name for site, _ in fresh})
+    fresh = [site for site in made if site.sources() is not None]
+    stale = sorted({site.name for site in made} - {site.name for site in fresh})
     if stale:
         raise ArtifactError(f"cannot save to {folder}: {changed_since(stale[0])}")
     write_artifact(folder, fresh)
@@ -61,9 +62,8 @@ def save(model: nn.Module, folder: str | Path) -> Path:
 
 def changed_since(name: str) -> str:
     """Returns the message about a product whose parameters are not those that it was made from."""
-    return (
-        f"the weights of {name} changed after they were packed; call torch._dynamo.reset() and generate a token first"
-    )
+    fix = "call torch._dynamo.reset() and generate a token first"
+    return f"the weights of {name} changed after they were packed; {fix}"
 
 
 class GraphTwins(tuple[PackedSite, ...]):
@@ -71,10 +71,10 @@ class GraphTwins(tuple[PackedSite, ...]):
 
 
 class PackedWeights:
-    """All packed weights of one model."""
+    """All packed weights of one model; `seconds` is the time that making them took."""
 
     def __init__(self) -> None:
-        self._entries: WeakTensorKeyDictionary = WeakTensorKeyDictionary()
+        self._packed: WeakTensorKeyDictionary = WeakTensorKeyDictionary()  # by first parameter, then by how
         self._lock = threading.Lock()
         self._opened: Artifact | None = None
         self.seconds = 0.0
@@ -83,9 +83,7 @@ class PackedWeights:
         self,
         sites: Sequence[LinearSite],
         values: Mapping[fx.Node, Tensor],
-        quantizer: str,
-        artifact: str | Path | None = None,
-        min_sqnr: float | None = None,
+        config: RiverConfig,
         observation: Observation | None = None,
     ) -> dict[LinearSite, PackedSite]:
         """Returns the packed weights of the sites, making those that are missing (with a progress bar when many).
@@ -93,9 +91,7 @@ class PackedWeights:
         Args:
             sites: matrix products of twins.
             values: the real tensor of each parameter placeholder.
-            quantizer: "hqq", "rtn", "awq" or "gptq".
-            artifact: the folder to read grids from instead of quantizing, see :mod:`river_compile.twins.artifact`.
-            min_sqnr: dB below which a product stays in 16 bits (`PackedSite.reason`); None for no floor.
+            config: its `quantizer`, `min_sqnr` and `artifact` say how.
             observation: what the matrices read, which "awq" and "gptq" need.
 
         Raises:
@@ -104,63 +100,38 @@ class PackedWeights:
         """
         with self._lock:
             start = time.perf_counter()
-            maker = _Maker(values, quantizer, min_sqnr, self._open(artifact), observation)
-            missing = [site for site in sites if self._find(site, maker) is None]
-            maker.check(missing)
-            self._make(missing, maker)
+            if config.artifact is not None and (self._opened is None or self._opened.folder != Path(config.artifact)):
+                self._opened = Artifact(config.artifact)
+            maker = _Maker(values, config, None if config.artifact is None else self._opened, observation)
+            found = {site: made for site in sites if (made := self._find(site, maker)) is not None}
+            missing = [site for site in sites if site not in found]
+            found |= self._make(missing, maker)
             self.seconds += time.perf_counter() - start
-            found = {site: self._find(site, maker) for site in sites}
-            return {site: made for site, made in found.items() if made is not None}  # (none is missing now)
+            return found
 
     def all(self) -> list[PackedSite]:
         """Returns what is packed at the moment."""
-        return [site for site, _ in self.made()]
-
-    def made(self) -> list[tuple[PackedSite, list[Tensor] | None]]:
-        """Returns what is packed, each with the parameters it was made from: None where those changed since."""
-        return [(entry.site, entry.sources()) for entries in self._entries.values() for entry in entries.values()]
-
-    def _open(self, artifact: str | Path | None) -> Artifact | None:
-        """Reads an artifact unless it is the one that was read last."""
-        if artifact is None:
-            return None
-        if self._opened is None or self._opened.folder != Path(artifact):
-            self._opened = Artifact(artifact)
-        return self._opened
+        return [site for sites in self._packed.values() for site in sites.values()]
 
     def _find(self, site: LinearSite, maker: _Maker) -> PackedSite | None:
-        entry = self._entries.get(maker.values[site.weights[0]], {}).get(maker.key(site))
-        sources = entry.sources() if entry else None
+        made = self._packed.get(maker.values[site.weights[0]], {}).get(maker.key(site))
+        sources = made.sources() if made else None
         same = sources is not None and all(a is b for a, b in zip(sources, maker.sources(site), strict=True))
-        return entry.site if same else None
+        return made if same else None
 
-    def _make(self, sites: Sequence[LinearSite], maker: _Maker) -> None:
+    def _make(self, sites: Sequence[LinearSite], maker: _Maker) -> dict[LinearSite, PackedSite]:
+        found = {}
         with (
             ThreadPoolExecutor(max(1, torch.get_num_threads())) as pool,
             tqdm(total=len(sites), desc="river: packing 4-bit twins", unit="matrix", leave=False, delay=1) as bar,
         ):
             # An artifact fits as a whole or not at all: every matrix is looked up before the first one is packed.
-            saved = list(pool.map(maker.find_saved, sites))
-            for site, made in zip(sites, pool.map(maker.make, sites, saved), strict=True):
-                sources = maker.sources(site)
-                entry = _Entry(made, tuple(map(TensorWeakRef, sources)), tuple(map(version_of, sources)))
-                self._entries.setdefault(sources[0], {})[maker.key(site)] = entry
+            known = list(pool.map(maker.look_up, sites))
+            for site, made in zip(sites, pool.map(maker.make, sites, known), strict=True):
+                self._packed.setdefault(maker.values[site.weights[0]], {})[maker.key(site)] = made
+                found[site] = made
                 bar.update()
-
-
-@dataclass(frozen=True)
-class _Entry:
-    """A packed site and what it was made from: it holds as long as these parameters live and keep their version."""
-
-    site: PackedSite
-    made_from: tuple[TensorWeakRef, ...]
-    versions: tuple[int, ...]
-
-    def sources(self) -> list[Tensor] | None:
-        """Returns the parameters it was made from, None where one of them changed or is gone."""
-        tensors = [ref() for ref in self.made_from]
-        alive = all(tensor is not None for tensor in tensors)
-        return tensors if alive and self.versions == tuple(map(version_of, tensors)) else None
+        return found
 
 
 @dataclass(frozen=True)
@@ -168,14 +139,9 @@ class _Maker:
     """Makes packed products in one way; see `PackedWeights.pack` for the fields."""
 
     values: Mapping[fx.Node, Tensor]
-    quantizer: str
-    min_sqnr: float | None
+    config: RiverConfig
     artifact: Artifact | None
     observation: Observation | None
-
-    @property
-    def observes(self) -> bool:
-        return self.quantizer in OBSERVING and self.artifact is None
 
     @property
     def origin(self) -> str:
@@ -183,57 +149,58 @@ class _Maker:
 
     def key(self, site: LinearSite) -> tuple[object, ...]:
         """Returns what, beside the parameters, decides how a product is packed."""
-        observed = self.observation.number if self.observes and self.observation is not None else 0
-        return (site.name, site.group_size, site.layout, self.quantizer, self.min_sqnr, self.origin, observed)
+        observed = self.observation if self.config.quantizer in OBSERVING and self.artifact is None else None
+        number = 0 if observed is None else observed.number
+        how = (self.config.quantizer, self.config.min_sqnr, self.origin, number)
+        return (site.name, site.group_size, site.layout, *how)
 
     def sources(self, site: LinearSite) -> list[Tensor]:
         """Returns the parameters that a product is made from."""
         return [self.values[node] for node in (*site.weights, *site.biases, *site.folds) if node is not None]
 
-    def check(self, sites: Sequence[LinearSite]) -> None:
-        """Raises an OptionError (a ``ValueError``) where the quantizer lacks what it must know of a product."""
-        for site in sites if self.observes else ():
-            if self._moments(site) is None:
-                why = "was not observed" if self.observation is None else f"was not: no text reached {site.name}"
-                raise OptionError(
-                    f"quantizer={self.quantizer!r} needs to know what the model's matrices read, and this model {why}; "
-                    "call river_compile.observe(model, tokenizer, texts) before the first generation, name an "
-                    "artifact=, or use quantizer='hqq'"
-                )
-
-    def find_saved(self, site: LinearSite) -> SavedMatrix | None:
-        """Returns a product's entry in the artifact, None without one.
-
-        Raises:
-            ArtifactError: (a ``ValueError``) it has none that fits.
-        """
-        if self.artifact is None:
+    def look_up(self, site: LinearSite) -> Grid | InputMoments | None:
+        """Returns what the artifact holds of a product, or what was observed where the quantizer asks for that."""
+        quantizer = self.config.quantizer
+        if self.artifact is not None:
+            return self.artifact.find(site, quantizer, self.sources(site), self.config.min_sqnr)
+        if quantizer not in OBSERVING:
             return None
-        saved = self.artifact.find(site, self.quantizer, self.sources(site))
-        if not self._too_low(saved):
-            self.artifact.check_stored(saved)
-        return saved
+        weight = self.values[site.weights[0]]
+        moments = None if self.observation is None else self.observation.moments_of(weight)
+        if moments is None:
+            why = "was not observed" if self.observation is None else f"was not: no text reached {site.name}"
+            raise OptionError(
+                f"quantizer={quantizer!r} needs to know what the model's matrices read, and this model {why}; call "
+                "river_compile.observe(model, tokenizer, texts) before the first generation, name an artifact=, or use "
+                "quantizer='hqq'"
+            )
+        return moments
 
     @torch.no_grad()
-    def make(self, site: LinearSite, saved: SavedMatrix | None) -> PackedSite:
+    def make(self, site: LinearSite, known: Grid | InputMoments | None) -> PackedSite:
         """Quantizes, or reads, and packs a product; below the floor there is nothing to pack."""
-        start = time.perf_counter()
-        found: Grid | SavedMatrix = self._quantized(site) if saved is None else saved
-        reason, weight, scale = self._too_low(found), None, None
+        made_from = tuple((TensorWeakRef(tensor), version_of(tensor)) for tensor in self.sources(site))
+        if isinstance(known, Grid):
+            found = known
+        else:
+            moments = None if known is None else known.matrix()
+            found = quantize_site(site, self.values, self.config.quantizer, moments)
+        reason, weight, scale = found.below(self.config.min_sqnr), None, None
         extras: tuple[Tensor, ...] = ()
         if not reason:
-            if isinstance(found, SavedMatrix):
-                assert self.artifact is not None
-                found = self.artifact.grid(found, self.values[site.weights[0]].device)
-            weight, scale = pack(found.weight, site.layout), found.input_scale
-            extras = extras_of(site, self.values, scale)
+            device = self.values[site.weights[0]].device
+            grid = found.weight.unpack() if isinstance(found.weight, PackedLinear) else found.weight
+            assert grid is not None, "an artifact refuses what it does not hold"
+            scale = None if found.input_scale is None else found.input_scale.to(device)
+            weight, extras = pack(grid.to(device), site.layout), extras_of(site, self.values, scale)
         return PackedSite(
             name=site.name,
             out_features=site.out_features,
             in_features=site.in_features,
             transposed=site.transposed,
             group_size=site.group_size,
-            quantizer=self.quantizer,
+            quantizer=self.config.quantizer,
+            made_from=made_from,
             weight=weight,
             extras=extras,
             input_scale=scale,
@@ -241,17 +208,4 @@ class _Maker:
             sqnr=found.sqnr,
             output_sqnr=found.output_sqnr,
             artifact=self.origin,
-            seconds=time.perf_counter() - start,
         )
-
-    def _quantized(self, site: LinearSite) -> Grid:
-        moments = self._moments(site) if self.observes else None
-        return quantize_site(site, self.values, self.quantizer, None if moments is None else moments.matrix())
-
-    def _moments(self, site: LinearSite) -> InputMoments | None:
-        return None if self.observation is None else self.observation.moments_of(self.values[site.weights[0]])
-
-    def _too_low(self, ratios: Ratios) -> str:
-        """Returns why a product of these ratios stays in 16 bits, empty where it does not."""
-        low = self.min_sqnr is not None and ratios.quality < self.min_sqnr
-        return f"SQNR below min_sqnr={self.min_sqnr:g} dB" if low else ""

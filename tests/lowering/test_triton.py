@@ -313,7 +313,7 @@ def test_which_lowering_is_chosen(monkeypatch):
 
 
 def test_the_interpreter_is_announced_once():
-    lowering_choice._warn_of_interpreter.cache_clear()
+    lowering_choice.warn_once.cache_clear()
     with pytest.warns(RiverWarning, match="Triton's interpreter"):
         lowering_choice.warn_of_slow_lowering(FUSED, torch.device("cpu"))
     with warnings.catch_warnings():
