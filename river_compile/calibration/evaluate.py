@@ -18,6 +18,7 @@ import inspect
 import statistics
 import threading
 import time
+from collections import Counter, defaultdict
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 
@@ -119,10 +120,10 @@ class Meter:
         self.cache = StaticCache(config=config, max_cache_len=samples[0].shape[1])
         self._held = {cache_argument(model): self.cache, "use_cache": True}
         self._prompts: dict[int, _AfterPrompt] = {}
-        self._seconds: dict[Kind, list[float]] = {}
-        for threshold in (criterion.never, criterion.never, criterion.always):  # the first runs pack and compile
-            with forced_threshold(threshold, 1):
-                self._decode(0)
+        self._seconds: defaultdict[Kind, list[float]] = defaultdict(list)
+        for threshold in (criterion.never, criterion.never, criterion.always):  # these runs pack and compile
+            self.run(0, (threshold, 1))
+        self._seconds.clear()
         needed = range(len(samples) if references is None else 1)
         runs = [self.run(i, (criterion.never, 1)) for i in self._bar(needed, "never exit")]
         self.references = runs if references is None else list(references)
@@ -131,11 +132,11 @@ class Meter:
     def run(self, index: int, rule: Rule) -> Run:
         """Decodes one text with (threshold, first exit)."""
         with forced_threshold(*rule):
-            return self._timed(self._decode(index))
+            return self._decode(index)
 
     def run_at(self, index: int, depths: Sequence[int]) -> Run:
         """Decodes one text with a given exit depth for each token."""
-        return self._timed(self._decode(index, depths))
+        return self._decode(index, depths)
 
     def measure(self, rule: Rule, texts: Sequence[int], title: str) -> Measured:
         """Decodes texts, given by their index, with (threshold, first exit)."""
@@ -157,8 +158,7 @@ class Meter:
 
     def cost(self, measured: Measured) -> float:
         """Returns the mean time of a rule's steps as a share of never exit's, by all steps timed so far."""
-        kinds = {kind: measured.kinds.count(kind) for kind in set(measured.kinds)}
-        total = sum(self._cost_of(kind) * count for kind, count in kinds.items())
+        total = sum(self._cost_of(kind) * count for kind, count in Counter(measured.kinds).items())
         return total / len(measured.kinds)
 
     @property
@@ -178,11 +178,6 @@ class Meter:
         shallow = statistics.median(self._seconds[Kind(least)]) / self.seconds_never
         return shallow + (1 - shallow) * (kind.depth - least) / (self.num_blocks - least)
 
-    def _timed(self, run: Run) -> Run:
-        for step, seconds in zip(run.steps, run.seconds, strict=True):
-            self._seconds.setdefault(_kind(step), []).append(seconds)
-        return run
-
     def _decode(self, index: int, depths: Sequence[int] | None = None) -> Run:
         """Runs a text's context as a prompt, then feeds the rest token by token."""
         ids = self._samples[index].to(self._model.device)
@@ -200,19 +195,28 @@ class Meter:
             raise RuntimeError(
                 f"{len(steps)} of {len(seconds)} steps ran through River; river_compile.report(model) says why"
             )
+        for step, spent in zip(steps, seconds, strict=True):
+            self._seconds[_kind(step)].append(spent)
         return Run(torch.cat(logits), tuple(steps), tuple(seconds))
 
     def _prompt(self, index: int, ids: Tensor) -> None:
         """Brings cache and memory to the end of a text's prompt."""
-        after = self._prompts.get(index)
-        if after is None:
+        layers, known = self.cache.layers, self._prompts.get(index)
+        if known is None:
             self.cache.reset()
             self._step(ids, 0, self._context)
         memories = state_of_model(self._model, "calibration").of(Memories)
-        if after is None:
-            self._prompts[index] = _AfterPrompt.of(self.cache, memories)
-        else:
-            after.restore(self.cache, memories)
+        if known is None:
+            memory = memories.recall(layers[0].keys).after_prompt()
+            self._prompts[index] = _AfterPrompt([_contents(layer) for layer in layers], memory)
+            return
+        for layer, saved in zip(layers, known.layers, strict=True):
+            for name, value in saved.items():
+                if isinstance(value, Tensor):
+                    getattr(layer, name).copy_(value)
+                else:
+                    setattr(layer, name, value)
+        memories.keep(layers[0].keys, known.memory.after_prompt())
 
     def _step(self, ids: Tensor, start: int, stop: int) -> Tensor:
         positions = torch.arange(start, stop, device=ids.device)[None]
@@ -224,31 +228,16 @@ class Meter:
 
 @dataclass(frozen=True)
 class _AfterPrompt:
-    """Copies of a static cache's tensors and lengths, by layer, and what is remembered of the prompt."""
+    """What each layer of a static cache holds, and what is remembered of the prompt."""
 
     layers: list[dict[str, Tensor | int]]
     memory: Memory
 
-    @classmethod
-    def of(cls, cache: StaticCache, memories: Memories) -> _AfterPrompt:
-        layers = [
-            {
-                name: value.clone() if isinstance(value, Tensor) else value
-                for name, value in vars(layer).items()
-                if isinstance(value, (Tensor, int))
-            }
-            for layer in cache.layers
-        ]
-        return cls(layers, memories.recall(cache.layers[0].keys).after_prompt())
 
-    def restore(self, cache: StaticCache, memories: Memories) -> None:
-        for layer, saved in zip(cache.layers, self.layers, strict=True):
-            for name, value in saved.items():
-                if isinstance(value, Tensor):
-                    getattr(layer, name).copy_(value)
-                else:
-                    setattr(layer, name, value)
-        memories.keep(cache.layers[0].keys, self.memory.after_prompt())
+def _contents(layer: object) -> dict[str, Tensor | int]:
+    """Returns copies of a cache layer's tensors and lengths."""
+    held = {name: value for name, value in vars(layer).items() if isinstance(value, (Tensor, int))}
+    return {name: value.clone() if isinstance(value, Tensor) else value for name, value in held.items()}
 
 
 def cache_argument(model: PreTrainedModel) -> str:

@@ -1,8 +1,8 @@
 """Offloaded weights of a model on a GPU: pinned host memory, which the device can address.
 
-A weight's tensor stays one of the device, but its memory is the host's: with unified addressing a kernel may read it
-over the bus, so that compiled code, guards, ``state_dict`` and the plain model see no difference. For speed, a block
-that River runs gets copies in device memory, made on a stream of their own beside the block before.
+A weight's tensor stays one of the device, but its memory is the host's, which a kernel may read over the bus (unified
+addressing): compiled code, guards, ``state_dict`` and the plain model see no difference. For speed, a block that River
+runs gets copies in device memory, made on a stream of their own beside the block before.
 
 PyTorch's allocator rounds pinned memory up to a power of two. Not handled: a device that cannot address pinned memory
 (an error says so), and more than one device.
@@ -35,11 +35,7 @@ class _DevicePointer:
 
 
 class PinnedMemory(WeightStore):
-    """The store of a model on a GPU.
-
-    Args:
-        device: the device, with its index.
-    """
+    """The store of a model on a GPU."""
 
     where = "pinned host memory"
 

@@ -1,10 +1,10 @@
 """Runs blocks whose weights are offloaded: brings them in, and the next block's while this one runs.
 
-What a streamed step does beyond a step, it does only for weights that are elsewhere at that moment. So a graph that was
-compiled before they left, or runs after they came back, needs nothing else. On a GPU the block computes with copies
-at another address every time, which is why it is not captured.
+A streamed step brings in only weights that are elsewhere at that moment, so a graph that was compiled before they left,
+or runs after they came back, needs nothing else. What was brought in for a block that the token does not reach goes at
+the end of the step. Threads share nothing.
 
-What was brought in for a block that the token does not reach goes at the end of the step. Threads share nothing.
+Not handled: capture. On a GPU the block computes with copies at another address every time.
 """
 
 from __future__ import annotations
@@ -42,15 +42,14 @@ class _Brought:
         return same and self.versions == tuple(map(version_of, weights))
 
 
-class Streamer:
-    """Brings in the weights of one graph's offloaded blocks.
+class _Ahead(threading.local):
+    """What a thread began to bring in for the next block."""
 
-    Args:
-        offloaded: the model's offloaded weights.
-        program: the rewritten graph.
-        values: its inputs, real tensors.
-        offload: the number of blocks that stay, None where all do.
-    """
+    brought: _Brought | None = None
+
+
+class Streamer:
+    """Brings in the weights of one graph's offloaded blocks: those after the first `offload`, none for None."""
 
     def __init__(
         self, offloaded: OffloadedWeights, program: RiverProgram, values: Mapping[fx.Node, Any], offload: int | None
@@ -59,7 +58,7 @@ class Streamer:
         blocks = () if offload is None else program.blocks[offload:]
         self._weights = {s: [TensorWeakRef(values[n]) for n in s.inputs if is_parameter(n)] for s in blocks}
         self._next = dict(itertools.pairwise(blocks))
-        self._ahead = threading.local()
+        self._ahead = _Ahead()
 
     def step(self, segment: Segment, callee: Callee, packed: Sequence[Tensor], slots: Mapping[fx.Node, int]) -> Step:
         """Returns the step of a segment: a streamed one for a block that may be offloaded."""
@@ -73,7 +72,7 @@ class Streamer:
 
     def bring(self, block: Segment, weights: Sequence[Tensor]) -> _Brought:
         """Brings weights of a block in, all of which are elsewhere, and begins with the next block's."""
-        ahead = getattr(self._ahead, "brought", None)
+        ahead = self._ahead.brought
         brought = ahead if ahead is not None and ahead.serves(weights) else self._start(weights)
         following = [ref() for ref in self._weights[self._next[block]]] if block in self._next else []
         self._ahead.brought = self._start([w for w in following if w is not None and self.is_away(w)])
@@ -87,13 +86,12 @@ class Streamer:
 
     def forget(self) -> None:
         """Drops what was brought in and not used, at the end of a step."""
-        ahead = getattr(self._ahead, "brought", None)
+        ahead, self._ahead.brought = self._ahead.brought, None
         if ahead is not None:
-            self._ahead.brought = None
             self.release(ahead)
 
     def _start(self, weights: Sequence[Tensor]) -> _Brought:
-        stored = tuple(self._offloaded.find(weight) for weight in weights)
+        stored = tuple(found for found in map(self._offloaded.find, weights) if found is not None)
         versions = tuple(map(version_of, weights))
         return _Brought(tuple(weights), versions, stored, self._offloaded.store.start(stored))
 

@@ -3,9 +3,9 @@
 from __future__ import annotations
 
 import math
-from collections import Counter
+from collections import Counter, defaultdict
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass, fields
+from dataclasses import dataclass
 
 from torch import nn
 
@@ -86,7 +86,7 @@ class Report:
             "prefill_exit_depths": dict(self.prefill_depths),
             "mean_exit_depth": _finite(self.mean_depth),
             "doubted": self.doubted,
-            "exact": {f.name: getattr(self.exact, f.name) for f in fields(self.exact) if f.compare},
+            "exact": self.exact._asdict(),
         }
 
     def __str__(self) -> str:
@@ -98,7 +98,7 @@ class Report:
                 title,
                 *(line for graph in self.graphs for line in graph_lines(graph)),
                 *_packed_lines(self),
-                *(_block_lines(self.block_errors) if self.block_errors else []),
+                *_block_lines(self.block_errors),
                 *(self.offloaded.lines() if self.offloaded else []),
                 f"  recompiles     {self.recompiles}",
                 *_depth_lines(self),
@@ -120,9 +120,9 @@ def report(model: nn.Module) -> Report:
         graphs=tuple(state.graphs),
         packed=tuple(sorted(packed.all(), key=lambda p: _natural(p.name))),
         packing_seconds=packed.seconds,
-        decode_depths=stats.depths(decode=True),
-        prefill_depths=stats.depths(decode=False),
-        exact=stats.exact.copy(),
+        decode_depths=dict(sorted(stats.decode.items())),
+        prefill_depths=dict(sorted(stats.prefill.items())),
+        exact=stats.exact,
         doubted=stats.doubted,
         block_errors=state.find(BlockErrors),
         offloaded=state.of(OffloadedWeights).snapshot(),
@@ -163,37 +163,35 @@ def graph_lines(graph: GraphRecord) -> list[str]:
     """Returns what became of one traced graph, for people."""
     if graph.refusal:
         return [f"  graph          left to Inductor: {graph.refusal}"]
+    config = graph.config
+    decides = graph.kind == "decode" and config.exit_depth is None
     seconds = ", ".join(f"{stage} {s:.1f} s" for stage, s in graph.seconds.items())
-    kind = "strict pass" if graph.config.same_rows and graph.kind == "prefill" else graph.kind
+    kind = "strict pass" if config.same_rows and graph.kind == "prefill" else graph.kind
     lines = [f"  {kind:<14} {graph.num_blocks} blocks, {graph.cache} cache; {seconds}"]
-    segments = ", ".join(f"{c.name} x{c.uses}" for c in graph.compiled)
-    lines.append(f"    segments     {segments}")
-    if graph.kind == "decode" and graph.config.exit_depth is None:
-        config = graph.config
+    lines.append(f"    segments     {', '.join(f'{c.name} x{c.uses}' for c in graph.compiled)}")
+    if decides and config.threshold is not None:
         lines.append(f"    criterion    {config.criterion}, threshold {threshold_text(config.threshold)}")
-        if not graph.candidates:
-            lines.append(f"    exits after  block {config.first_exit}")
-    if graph.candidates:
-        lines.append(f"    exits after  {_ranges(graph.candidates)}")
-    if graph.config.deepest is not None and graph.kind == "decode":
-        lines.append(f"    at latest    after block {graph.config.deepest} (offload_policy='exit')")
-    if graph.config.fill != "river":
-        lines.append(f"    fill         {graph.config.fill}: no twins")
+    if decides or graph.candidates:
+        lines.append(f"    exits after  {_ranges(graph.candidates or (config.first_exit,))}")
+    if graph.kind == "decode" and config.deepest is not None:
+        lines.append(f"    at latest    after block {config.deepest} (offload_policy='exit')")
+    if config.fill != "river":
+        lines.append(f"    fill         {config.fill}: no twins")
     for reason, count in Counter(k.reason for k in graph.kept).items():
         lines.append(f"    in 16 bits   {count} matrices: {reason}")
     for size, count in Counter(_other_groups(graph).values()).items():
-        lines.append(f"    group size   {size} instead of {graph.config.group_size} in {count} matrices")
-    return lines + fusion_lines(graph.fusions) + graph.of(CaptureLog).lines()
+        lines.append(f"    group size   {size} instead of {config.group_size} in {count} matrices")
+    return lines + _fusion_lines(graph.fusions) + graph.of(CaptureLog).lines()
 
 
-def fusion_lines(fusions: Sequence[Fusion]) -> list[str]:
+def _fusion_lines(fusions: Sequence[Fusion]) -> list[str]:
     """Returns which rules put how many kernels in, and each reason for which some did not, with its first node."""
     applied = Counter(f.rule for f in fusions if not f.missed)
     lines = [f"    fused        {', '.join(f'{rule} x{n}' for rule, n in applied.items())}"] if applied else []
-    missed: dict[tuple[str, str], list[Fusion]] = {}
+    missed = defaultdict(list)
     for fusion in fusions:
         if fusion.missed:
-            missed.setdefault((fusion.rule, fusion.missed), []).append(fusion)
+            missed[fusion.rule, fusion.missed].append(fusion)
     for (rule, reason), found in missed.items():
         where = f" at {found[0].node}" if found[0].node else ""
         segments = found[0].segment + (f" and {len(found) - 1} more" if len(found) > 1 else "")
@@ -221,11 +219,13 @@ def _sqnr_lines(title: str, decibels: dict[str, float]) -> list[str]:
         return []
     finite = [db for db in decibels.values() if math.isfinite(db)]
     mean = sum(finite) / len(finite) if finite else math.inf
-    worst = min(decibels, key=decibels.get)
-    return [f"    {title}  mean {mean:.1f} dB, least {decibels[worst]:.1f} dB ({worst})"]
+    name, least = min(decibels.items(), key=lambda item: item[1])
+    return [f"    {title}  mean {mean:.1f} dB, least {least:.1f} dB ({name})"]
 
 
-def _block_lines(errors: BlockErrors) -> list[str]:
+def _block_lines(errors: BlockErrors | None) -> list[str]:
+    if errors is None:
+        return []
     worst = f"{errors.worst.kl:.5f} (block {errors.worst.block})"
     return [f"  KL by block    mean {errors.mean_kl:.5f}, most {worst}, one twin at a time on {errors.tokens} tokens"]
 
@@ -248,9 +248,8 @@ def _exact_lines(stats: ExactStats) -> list[str]:
     lines = [f"  exact mode     {stats.cycles} verifying passes, {stats.kept / stats.cycles:.2f} tokens per pass{held}"]
     if stats.row_cycles:
         share = 100 * stats.held_back / stats.row_cycles
-        lines.append(
-            f"    batches      rows dropped a draft that held in {share:.0f} % of their passes: the slowest row decides"
-        )
+        dropped = f"rows dropped a draft that held in {share:.0f} % of their passes"
+        lines.append(f"    batches      {dropped}: the slowest row decides")
     return lines
 
 
@@ -265,9 +264,10 @@ def histogram(depths: Mapping[int, int], num_blocks: int | None = None) -> list[
 
 
 def _ranges(depths: tuple[int, ...]) -> str:
-    step = depths[1] - depths[0] if len(depths) > 1 else 1
-    tail = f", every {step}" if step > 1 else ""
-    return f"blocks {depths[0]} to {depths[-1]}{tail}" if len(depths) > 1 else f"block {depths[0]}"
+    if len(depths) == 1:
+        return f"block {depths[0]}"
+    step = depths[1] - depths[0]
+    return f"blocks {depths[0]} to {depths[-1]}" + (f", every {step}" if step > 1 else "")
 
 
 def _finite(value: float | None) -> float | None:

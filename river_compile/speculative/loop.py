@@ -22,7 +22,7 @@ from typing import Protocol
 import torch
 from torch import Tensor
 
-from river_compile.runtime.stats import CycleRecord, ExitStats, record_cycle
+from river_compile.runtime.stats import CycleRecord, ExitStats
 
 from .accept import select
 from .draft import Drafted, Drafter
@@ -99,19 +99,17 @@ class ExactLoop:
         sources, held_back = self._settle(logits, draft)
         self.runner.keep(len(sources))
         end = time.perf_counter()
-        record_cycle(
-            CycleRecord(
-                drafted=drafted,
-                kept=sources,
-                width=self.runner.width_for(len(draft)),
-                held_back=held_back,
-                seconds=(drafted_at - start, verified_at - drafted_at, end - verified_at),
-                thread=threading.get_ident(),
-                model=self.runner.stats.model_id,
-                rows=rows,
-            ),
-            self.runner.stats.exact,
+        cycle = CycleRecord(
+            drafted=drafted,
+            kept=sources,
+            width=self.runner.width_for(len(draft)),
+            held_back=held_back,
+            seconds=(drafted_at - start, verified_at - drafted_at, end - verified_at),
+            thread=threading.get_ident(),
+            model=self.runner.stats.model_id,
+            rows=rows,
         )
+        self.runner.stats.count_cycle(cycle)
 
     def _draft_step(self, ids_BS: Tensor) -> Tensor:
         return self.process_draft(ids_BS, self.runner.draft_step(ids_BS).float())
@@ -153,7 +151,7 @@ class ExactLoop:
     def _append(self, tokens: Tensor) -> None:
         self.ids = torch.cat([self.ids, tokens[:, None]], dim=-1)
         self.drafter.extend(tokens)
-        scores: Sequence[Tensor] | None = None if self.scores is None else tuple(self.scores)
+        scores = None if self.scores is None else tuple(self.scores)
         self.active = self.active & ~self.stops(self.ids, scores)
         if self.put is not None:
             self.put(tokens.cpu())

@@ -23,6 +23,7 @@ from transformers.cache_utils import Cache, StaticLayer
 from transformers.modeling_outputs import CausalLMOutputWithPast
 
 from river_compile.backend import river
+from river_compile.config import RiverConfig
 from river_compile.errors import RiverWarning
 from river_compile.exits import forced_depth
 from river_compile.runtime.stats import ExitStats
@@ -46,7 +47,7 @@ class BatchInvariantGraph:
         latest: what became of the model's latest graph, whose options are used.
 
     Attributes:
-        verdicts: whether a pass of (batch, slots of a static cache or None, width) was found to have those bits.
+        verdicts: by (batch, slots of a static cache or None) and width, whether a pass was found to have those bits.
     """
 
     def __init__(self, model: PreTrainedModel, latest: GraphRecord) -> None:
@@ -55,13 +56,13 @@ class BatchInvariantGraph:
         self._forward = torch.compile(
             type(model).forward, backend=river, options={**options, "same_rows": True}, mode=latest.mode
         )
-        self.verdicts: dict[tuple[int, int | None, int], bool] = {}
+        self.verdicts: dict[tuple[int, int | None], dict[int, bool]] = {}
 
     def __call__(self, model: PreTrainedModel, **inputs: object) -> CausalLMOutputWithPast:
         return self._forward(model, **inputs)
 
 
-class _BatchInvariantGraphs(dict[tuple, BatchInvariantGraph]):
+class _BatchInvariantGraphs(dict[tuple[RiverConfig, str | None], BatchInvariantGraph]):
     """Those of one model, by the options and the mode that they were compiled with."""
 
 
@@ -89,6 +90,7 @@ class DraftVerifyRunner:
         self.widths = verification_widths(max_draft, strict)
         self._strict = strict
         self._invariant: BatchInvariantGraph | None = None
+        self._verdicts: dict[int, bool] = {}
 
     def prefill(self, ids_BS: Tensor, config: GenerationConfig) -> Tensor:
         """Runs the prompt and returns the logits ``[B, 1, V]`` of its last position.
@@ -105,14 +107,16 @@ class DraftVerifyRunner:
         latest = state.graphs[-1]
         _check_paths(latest)
         self.stats = state.of(ExitStats)
+        self.cache.activate_past_recording()  # sliding windows that grow keep what a rewind brings back
+        self._static = all(isinstance(layer, StaticLayer) for layer in self.cache.layers)
+        self._capacity = self.cache.get_max_length() if self._static else None
         if self._strict:
             graphs = state.of(_BatchInvariantGraphs)
             key = (dataclasses.replace(latest.config, same_rows=True), latest.mode)
             if key not in graphs:
                 graphs[key] = BatchInvariantGraph(self.model, latest)
             self._invariant = graphs[key]
-        self.cache.activate_past_recording()  # sliding windows that grow keep what a rewind brings back
-        self._static = all(isinstance(layer, StaticLayer) for layer in self.cache.layers)
+            self._verdicts = self._invariant.verdicts.setdefault((ids_BS.shape[0], self._capacity), {})
         self._filled = int(self.cache.get_seq_length())
         self._kept = self._filled + 1
         return outputs.logits[:, -1:]
@@ -124,20 +128,13 @@ class DraftVerifyRunner:
     @property
     def longest_draft(self) -> int:
         """How many tokens can be drafted and verified in the slots that the cache has left."""
-        capacity = self.cache.get_max_length() if self._static else -1
-        free = self.widths[-1] if capacity < 0 else capacity - self._filled
+        free = self.widths[-1] if self._capacity is None else self._capacity - self._filled
         return max((w for w in self._usable if w <= free), default=1) - 1
 
     @property
     def _usable(self) -> list[int]:
         """The widths without those that were found to give other bits than strict verification allows."""
-        if self._invariant is None:
-            return list(self.widths)
-        return [w for w in self.widths if self._invariant.verdicts.get(self._verdict_key(w), True)]
-
-    def _verdict_key(self, width: int) -> tuple[int, int | None, int]:
-        batch = self.cache.layers[0].keys.shape[0]
-        return batch, self.cache.get_max_length() if self._static else None, width
+        return [w for w in self.widths if self._verdicts.get(w, True)]
 
     def draft_step(self, ids_BS: Tensor) -> Tensor:
         """Runs the last id through the whole river, one slot further; returns the next token's logits ``[B, V]``."""
@@ -156,7 +153,7 @@ class DraftVerifyRunner:
         if filler:
             ids_BS = torch.cat([ids_BS, ids_BS[:, -1:].expand(-1, filler)], dim=-1)
         with forced_depth(self.stats.num_blocks):  # (a pass of width 1 is a decode step)
-            if self._invariant is not None and width > 1 and self._verdict_key(width) not in self._invariant.verdicts:
+            if self._invariant is not None and width > 1 and width not in self._verdicts:
                 return self._try_out(self._invariant, ids_BS, width)[:, : drafted + 1]
             return self._forward(ids_BS, width, self._invariant)[:, : drafted + 1]
 
@@ -168,7 +165,7 @@ class DraftVerifyRunner:
         ends = range(ids_BS.shape[1] - width + 1, ids_BS.shape[1] + 1)
         narrow = torch.cat([self._forward(ids_BS[:, :end], 1) for end in ends], dim=1)
         same = torch.equal(wide, narrow) and all(map(torch.equal, wide_entries, self._entries()))
-        graph.verdicts[self._verdict_key(width)] = same
+        self._verdicts[width] = same
         if not same:
             warnings.warn(
                 f"strict=True: in {type(self.model).__name__} a pass of {width} tokens rounds differently from one of "
@@ -226,35 +223,28 @@ class DraftVerifyRunner:
 def _check_paths(latest: GraphRecord) -> None:
     """Raises a ValueError where a model was compiled without its whole river or its whole backbone."""
     config = latest.config
-    reasons = (
-        (
-            latest.refusal,
-            f"exact mode needs a model that the river backend can rewrite; it refused: {latest.refusal}",
-        ),
-        (
-            config.prefill != "backbone",
+    if latest.refusal:
+        raise ValueError(f"exact mode needs a model that the river backend can rewrite; it refused: {latest.refusal}")
+    if config.prefill != "backbone":
+        raise ValueError(
             f"prefill={config.prefill!r} lets prompts leave the backbone, so nothing could verify the drafts; compile "
-            'the model with prefill="backbone"',
-        ),
-        (
-            config.fill != "river",
+            'the model with prefill="backbone"'
+        )
+    if config.fill != "river":
+        raise ValueError(
             f"exact mode drafts with the river, which fill={config.fill!r} replaces; compile the model with "
-            "fill='river'",
-        ),
-        (
-            config.exit_depth is not None,
+            "fill='river'"
+        )
+    if config.exit_depth is not None:
+        raise ValueError(
             f"exit_depth={config.exit_depth} leaves only one path in the compiled model; exact mode needs the whole "
-            "river and the whole backbone: compile it without exit_depth",
-        ),
-        (
-            config.deepest is not None,
+            "river and the whole backbone: compile it without exit_depth"
+        )
+    if config.deepest is not None:
+        raise ValueError(
             f"offload={config.offload} with offload_policy='exit' makes every token leave by that depth; exact mode "
-            "verifies with the whole backbone: compile the model with offload_policy='fetch'",
-        ),
-    )
-    for applies, reason in reasons:
-        if applies:
-            raise ValueError(reason)
+            "verifies with the whole backbone: compile the model with offload_policy='fetch'"
+        )
 
 
 def _not_croppable(cache: Cache) -> str:
