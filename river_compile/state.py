@@ -1,8 +1,7 @@
 """What is known of each model that the backend has seen.
 
-A model is recognised by its parameters, which are held weakly. This registry is the package's only global state. It
-names no feature: each keeps what it knows of a model, or of one traced graph, under a class of its own
-(``state.of(PackedWeights)``).
+A model is recognised by its parameters, which are held weakly. This registry is the package's only global state. Each
+feature keeps what it knows of a model, or of one traced graph, under a class of its own (``state.of(PackedWeights)``).
 """
 
 from __future__ import annotations

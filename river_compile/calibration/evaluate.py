@@ -1,8 +1,7 @@
 """Decodes given texts with exit rules and compares the logits with never exit's, for calibration and benchmarks.
 
 A text is fed, not generated: a prompt of ``context`` tokens, then token by token. Each rule really decodes, so that its
-cache holds what its own earlier exits wrote, as in generation. A text's prompt runs once; afterwards the cache and the
-criterion's memory are set back to where it ended.
+cache holds what its own earlier exits wrote, as in generation.
 
 Cost is the time of a decode step as a share of never exit's. Steps of equal kind are timed as they come up, and their
 median counts. A step that left is linear in its depth between the least depth seen and never exit; a doubted one costs
@@ -50,11 +49,10 @@ def compiled(model: PreTrainedModel, options: dict[str, object]) -> Iterator[Non
 
 @dataclass(frozen=True)
 class Run:
-    """One text decoded once: logits ``[tokens, vocabulary]``, and of each step its record and seconds."""
+    """One text decoded once: logits ``[tokens, vocabulary]``, and the record of each step."""
 
     logits: Tensor
     steps: tuple[StepRecord, ...]
-    seconds: tuple[float, ...]
 
 
 @dataclass(frozen=True)
@@ -100,8 +98,6 @@ class Meter:
         references: never exit's run of each text where another meter has them; the first text then runs for its time.
 
     Attributes:
-        references: never exit's run of each text.
-        num_blocks: blocks of the model.
         cache: the KV cache of the text that ran last.
     """
 
@@ -197,7 +193,7 @@ class Meter:
             )
         for step, spent in zip(steps, seconds, strict=True):
             self._seconds[_kind(step)].append(spent)
-        return Run(torch.cat(logits), tuple(steps), tuple(seconds))
+        return Run(torch.cat(logits), tuple(steps))
 
     def _prompt(self, index: int, ids: Tensor) -> None:
         """Brings cache and memory to the end of a text's prompt."""

@@ -30,11 +30,7 @@ _TMPFS = {"tmpfs", "ramfs"}
 
 
 class MappedFiles(WeightStore):
-    """The store of a model on the CPU.
-
-    Args:
-        folder: where the files lie; None for TMPDIR where it is set, or else /var/tmp, which lies on a disk where /tmp
-            may not.
+    """The store of a model on the CPU. The default folder is TMPDIR, or /var/tmp: /tmp may lie in memory.
 
     Raises:
         OptionError: (a ``ValueError``) the folder does not exist or takes no files.

@@ -44,7 +44,13 @@ class PinnedMemory(WeightStore):
         self._stream = torch.cuda.Stream(device)
 
     def put(self, tensor: Tensor) -> Stored:
-        host = _pinned(tensor.nbytes)
+        try:
+            host = torch.empty(tensor.nbytes, dtype=torch.uint8, pin_memory=True)
+        except RuntimeError as error:
+            raise OptionError(
+                f"offload= found no {tensor.nbytes / 1e6:.1f} MB of pinned host memory; offload fewer blocks "
+                f"({str(error).splitlines()[0]})"
+            ) from error
         values = host.view(tensor.dtype).as_strided(tensor.shape, tensor.stride())
         values.copy_(tensor)
         seen = torch.as_tensor(_DevicePointer(host), device=self._device)
@@ -53,9 +59,6 @@ class PinnedMemory(WeightStore):
                 f"offload= needs a device that can address pinned host memory, and {self._device} cannot; leave it out"
             )
         return Stored(seen.view(tensor.dtype).as_strided(tensor.shape, tensor.stride()), values)
-
-    def take_back(self, stored: Stored) -> Tensor:
-        return stored.source.to(self._device)
 
     def settle(self) -> None:
         torch.cuda.empty_cache()
@@ -84,13 +87,3 @@ class PinnedMemory(WeightStore):
 
     def peak(self) -> int:
         return torch.cuda.max_memory_allocated(self._device)
-
-
-def _pinned(nbytes: int) -> Tensor:
-    try:
-        return torch.empty(nbytes, dtype=torch.uint8, pin_memory=True)
-    except RuntimeError as error:
-        raise OptionError(
-            f"offload= found no {nbytes / 1e6:.1f} MB of pinned host memory; offload fewer blocks "
-            f"({str(error).splitlines()[0]})"
-        ) from error

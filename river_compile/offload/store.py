@@ -9,6 +9,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any
 
+import torch
 from torch import Tensor
 
 
@@ -67,7 +68,7 @@ class WeightStore:
 
     def take_back(self, stored: Stored) -> Tensor:
         """Returns a copy in ordinary device memory."""
-        return stored.tensor.clone()
+        return torch.empty_like(stored.tensor).copy_(stored.source)
 
     def discard(self, tensor: Tensor) -> None:
         """Frees the memory of an original that was put here and that nobody uses any more."""

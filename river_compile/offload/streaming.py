@@ -9,6 +9,7 @@ Not handled: capture. On a GPU the block computes with copies at another address
 
 from __future__ import annotations
 
+import functools
 import itertools
 import threading
 from collections.abc import Mapping, Sequence
@@ -64,67 +65,48 @@ class Streamer:
         """Returns the step of a segment: a streamed one for a block that may be offloaded."""
         if segment not in self._weights:
             return Step(segment, callee, packed, slots)
-        return StreamedStep(segment, callee, packed, slots, self)
-
-    def is_away(self, weight: Tensor) -> bool:
-        """Tells whether a weight is elsewhere at the moment."""
-        return self._offloaded.find(weight) is not None
-
-    def bring(self, block: Segment, weights: Sequence[Tensor]) -> _Brought:
-        """Brings weights of a block in, all of which are elsewhere, and begins with the next block's."""
-        ahead = self._ahead.brought
-        brought = ahead if ahead is not None and ahead.serves(weights) else self._start(weights)
-        following = [ref() for ref in self._weights[self._next[block]]] if block in self._next else []
-        self._ahead.brought = self._start([w for w in following if w is not None and self.is_away(w)])
-        self._offloaded.store.await_arrival(brought.arrival)
-        self._offloaded.sample()
-        return brought
-
-    def release(self, brought: _Brought) -> None:
-        """Lets go what a block has used."""
-        self._offloaded.store.release(brought.stored)
+        parameters = [i for i, node in enumerate(segment.inputs) if is_parameter(node)]
+        return StreamedStep(segment, functools.partial(self._run, segment, parameters, callee), packed, slots)
 
     def forget(self) -> None:
         """Drops what was brought in and not used, at the end of a step."""
         ahead, self._ahead.brought = self._ahead.brought, None
         if ahead is not None:
-            self.release(ahead)
+            self._offloaded.store.release(ahead.stored)
+
+    def _run(self, block: Segment, parameters: Sequence[int], callee: Callee, args: list[Any]) -> Sequence[Any]:
+        """Runs a block with its weights brought in, where they are elsewhere."""
+        away = [i for i in parameters if self._offloaded.find(args[i]) is not None]
+        if not away:
+            return callee(args)
+        brought = self._bring(block, [args[i] for i in away])
+        for i, tensor in zip(away, brought.arrival.tensors, strict=True):
+            args[i] = tensor
+        try:
+            return callee(args)
+        finally:
+            self._offloaded.store.release(brought.stored)
+
+    def _bring(self, block: Segment, weights: Sequence[Tensor]) -> _Brought:
+        """Brings weights of a block in, all of which are elsewhere, and begins with the next block's."""
+        ahead = self._ahead.brought
+        brought = ahead if ahead is not None and ahead.serves(weights) else self._start(weights)
+        following = [ref() for ref in self._weights[self._next[block]]] if block in self._next else []
+        self._ahead.brought = self._start([w for w in following if w is not None])
+        self._offloaded.store.await_arrival(brought.arrival)
+        self._offloaded.sample()
+        return brought
 
     def _start(self, weights: Sequence[Tensor]) -> _Brought:
-        stored = tuple(found for found in map(self._offloaded.find, weights) if found is not None)
-        versions = tuple(map(version_of, weights))
-        return _Brought(tuple(weights), versions, stored, self._offloaded.store.start(stored))
+        """Begins to bring in those of the weights that are elsewhere."""
+        found = [(weight, self._offloaded.find(weight)) for weight in weights]
+        away = {weight: stored for weight, stored in found if stored is not None}
+        arrival = self._offloaded.store.start(tuple(away.values()))
+        return _Brought(tuple(away), tuple(map(version_of, away)), tuple(away.values()), arrival)
 
 
 class StreamedStep(Step):
-    """A backbone block that brings its weights in for the time of its run, where they are offloaded."""
+    """A step that computes with weights at another address in every run."""
 
-    __slots__ = ("_streamer", "_weights")
+    __slots__ = ()
     moves = True
-
-    def __init__(
-        self,
-        segment: Segment,
-        callee: Callee,
-        packed: Sequence[Tensor],
-        slots: Mapping[fx.Node, int],
-        streamer: Streamer,
-    ) -> None:
-        super().__init__(segment, callee, packed, slots)
-        self._streamer = streamer
-        self._weights = [slots[node] for node in segment.inputs if is_parameter(node)]
-
-    def __call__(self, slots: list) -> None:
-        away = {i: slots[i] for i in self._weights if self._streamer.is_away(slots[i])}
-        if not away:
-            super().__call__(slots)
-            return
-        brought = self._streamer.bring(self.segment, list(away.values()))
-        for index, tensor in zip(away, brought.arrival.tensors, strict=True):
-            slots[index] = tensor
-        try:
-            super().__call__(slots)
-        finally:
-            for index, weight in away.items():
-                slots[index] = weight
-            self._streamer.release(brought)

@@ -47,8 +47,6 @@ class OffloadLog:
 
     Attributes:
         blocks: depths (from 1) of the first and the last offloaded block.
-        policy: "exit" or "fetch".
-        where: where the weights lie, for people.
         moved: of the weights that left.
         kept: of weights of these blocks that stay, because something resident reads them.
         weights: of the model's parameters and of the packed twins, before anything left.
@@ -136,8 +134,8 @@ class OffloadedWeights:
             weights = [value for node, value in values.items() if is_parameter(node)]
             resident = program.plan.num_blocks if config.offload is None else config.offload
             away, kept = _movable(program, values, resident)
-            names = {id(weight) for weight in away}
-            self._bring_back(weight for weight in weights if id(weight) not in names)
+            leave = set(map(id, away))
+            self._bring_back(weight for weight in weights if id(weight) not in leave)
             if not away:
                 self.log = None
                 return

@@ -1,7 +1,7 @@
 """Records every step on request.
 
-``with trace() as t:`` records all steps that run anywhere in the process while it is open, each with the thread it ran
-in, so that generation in a worker thread (as streamers use it) is seen too.
+``with trace() as t:`` records all steps that run anywhere in the process while it is open, so that generation in a
+worker thread (as streamers use it) is seen too.
 """
 
 from __future__ import annotations

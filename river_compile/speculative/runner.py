@@ -1,7 +1,6 @@
 """Runs a compiled model's draft steps and verifications on one KV cache.
 
-Inputs are prepared by transformers' own methods, so masks and positions are those of plain generation. The cache is
-rewound with `crop`; its filled slots are counted here, because reading a length back from an accelerator would wait.
+Inputs are prepared by transformers' own methods, so masks and positions are those of plain generation.
 
 A strict runner verifies through a batch-invariant copy of the graph, compiled with the option ``same_rows``, in which a
 token has the same bits at every width of the pass. The first time that it uses a width it runs the same tokens one by
@@ -43,8 +42,7 @@ def verification_widths(max_draft: int, strict: bool = False) -> tuple[int, ...]
 class BatchInvariantGraph:
     """A model's forward pass in a graph in which a token's bits do not depend on the width of the pass.
 
-    Args:
-        latest: what became of the model's latest graph, whose options are used.
+    It is compiled with the options of `latest`, the model's latest graph.
 
     Attributes:
         verdicts: by (batch, slots of a static cache or None) and width, whether a pass was found to have those bits.
@@ -77,8 +75,7 @@ class DraftVerifyRunner:
 
     Attributes:
         widths: query lengths at which the backbone may verify, ascending from 1.
-        cache: the KV cache, from :meth:`prefill` on.
-        stats: counts the model's cycles, from :meth:`prefill` on.
+        cache, stats: the KV cache and what counts the model's cycles, from :meth:`prefill` on.
     """
 
     cache: Cache
@@ -90,7 +87,7 @@ class DraftVerifyRunner:
         self.widths = verification_widths(max_draft, strict)
         self._strict = strict
         self._invariant: BatchInvariantGraph | None = None
-        self._verdicts: dict[int, bool] = {}
+        self._verdicts: dict[int, bool] = {}  # of the invariant graph, for this batch and cache
 
     def prefill(self, ids_BS: Tensor, config: GenerationConfig) -> Tensor:
         """Runs the prompt and returns the logits ``[B, 1, V]`` of its last position.
@@ -101,15 +98,20 @@ class DraftVerifyRunner:
         outputs = self.model._prefill(ids_BS, config, self.model_kwargs, not config.is_assistant)
         self.model_kwargs = self.model._update_model_kwargs_for_generation(outputs, self.model_kwargs)
         self.cache = self.model_kwargs["cache"]
-        if not self.cache.is_croppable:
-            raise ValueError(f"exact mode rewinds the KV cache after every draft, and {_not_croppable(self.cache)}")
+        lasting = sorted({type(layer).__name__ for layer in self.cache.layers if not layer.is_croppable})
+        if lasting:
+            raise ValueError(
+                "exact mode rewinds the KV cache after every draft, and this cache cannot give entries back "
+                f"({', '.join(lasting)}). A static sliding window must be at least as long as the whole text (fewer "
+                "new tokens); a dynamic cache always works with attention layers"
+            )
         state = state_of_model(self.model, "exact mode")
         latest = state.graphs[-1]
         _check_paths(latest)
         self.stats = state.of(ExitStats)
         self.cache.activate_past_recording()  # sliding windows that grow keep what a rewind brings back
-        self._static = all(isinstance(layer, StaticLayer) for layer in self.cache.layers)
-        self._capacity = self.cache.get_max_length() if self._static else None
+        static = all(isinstance(layer, StaticLayer) for layer in self.cache.layers)
+        self._capacity = self.cache.get_max_length() if static else None
         if self._strict:
             graphs = state.of(_BatchInvariantGraphs)
             key = (dataclasses.replace(latest.config, same_rows=True), latest.mode)
@@ -117,7 +119,7 @@ class DraftVerifyRunner:
                 graphs[key] = BatchInvariantGraph(self.model, latest)
             self._invariant = graphs[key]
             self._verdicts = self._invariant.verdicts.setdefault((ids_BS.shape[0], self._capacity), {})
-        self._filled = int(self.cache.get_seq_length())
+        self._filled = int(self.cache.get_seq_length())  # counted from here on: reading it back would wait
         self._kept = self._filled + 1
         return outputs.logits[:, -1:]
 
@@ -159,8 +161,7 @@ class DraftVerifyRunner:
 
     def _try_out(self, graph: BatchInvariantGraph, ids_BS: Tensor, width: int) -> Tensor:
         """Runs the last ids at once and one by one, notes whether the bits agree, and returns the latter's logits."""
-        wide = self._forward(ids_BS, width, graph)
-        wide_entries = self._entries()
+        wide, wide_entries = self._forward(ids_BS, width, graph), self._entries()
         self.rewind(width)
         ends = range(ids_BS.shape[1] - width + 1, ids_BS.shape[1] + 1)
         narrow = torch.cat([self._forward(ids_BS[:, :end], 1) for end in ends], dim=1)
@@ -181,11 +182,11 @@ class DraftVerifyRunner:
 
     def rewind(self, slots: int) -> None:
         """Frees the last slots of the cache."""
-        if self._static and not slots:
+        if self._capacity is not None and not slots:
             return
         self._filled -= slots
         self.cache.crop(-slots)  # (where nothing is freed, this still trims a sliding window that grows)
-        if not self._static:  # a cropped view has other strides than a grown cache: the graphs are compiled for those
+        if self._capacity is None:  # a cropped view has other strides than a grown cache, and graphs depend on them
             for layer in self.cache.layers:
                 layer.keys, layer.values = layer.keys.contiguous(), layer.values.contiguous()
 
@@ -245,11 +246,3 @@ def _check_paths(latest: GraphRecord) -> None:
             f"offload={config.offload} with offload_policy='exit' makes every token leave by that depth; exact mode "
             "verifies with the whole backbone: compile the model with offload_policy='fetch'"
         )
-
-
-def _not_croppable(cache: Cache) -> str:
-    kinds = ", ".join(sorted({type(layer).__name__ for layer in cache.layers if not layer.is_croppable}))
-    return (
-        f"this cache cannot give entries back ({kinds}). A static sliding window must be at least as long as the whole "
-        "text (fewer new tokens); a dynamic cache always works with attention layers"
-    )
