@@ -14,11 +14,12 @@ from __future__ import annotations
 
 import contextlib
 import inspect
+import itertools
 import statistics
 import threading
 import time
 from collections import Counter, defaultdict
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass
 
 import torch
@@ -110,12 +111,11 @@ class Meter:
         progress: bool,
         references: Sequence[Run] | None = None,
     ) -> None:
-        self._model, self._criterion, self._context = model, criterion, context
-        self._samples, self._progress = samples, progress
+        self._model, self._samples, self._context, self._progress = model, samples, context, progress
         config = model.config.get_text_config()
         self.cache = StaticCache(config=config, max_cache_len=samples[0].shape[1])
         self._held = {cache_argument(model): self.cache, "use_cache": True}
-        self._prompts: dict[int, _AfterPrompt] = {}
+        self._prompts: dict[int, tuple[list[dict[str, Tensor | int]], Memory]] = {}
         self._seconds: defaultdict[Kind, list[float]] = defaultdict(list)
         for threshold in (criterion.never, criterion.never, criterion.always):  # these runs pack and compile
             self.run(0, (threshold, 1))
@@ -128,11 +128,27 @@ class Meter:
     def run(self, index: int, rule: Rule) -> Run:
         """Decodes one text with (threshold, first exit)."""
         with forced_threshold(*rule):
-            return self._decode(index)
+            return self.run_at(index, itertools.repeat(None))
 
-    def run_at(self, index: int, depths: Sequence[int]) -> Run:
-        """Decodes one text with a given exit depth for each token."""
-        return self._decode(index, depths)
+    def run_at(self, index: int, depths: Iterable[int | None]) -> Run:
+        """Decodes one text with a given exit depth for each token, None where the rule decides."""
+        ids = self._samples[index].to(self._model.device)
+        self._prompt(index, ids)
+        logits, seconds = [], []
+        with trace() as seen:
+            for position, depth in zip(range(self._context, ids.shape[1]), depths, strict=False):
+                with forced_depth(depth):
+                    start = time.perf_counter()
+                    logits.append(self._step(ids, position, position + 1))
+                    seconds.append(time.perf_counter() - start)
+        steps = [step for step in seen.tokens if step.thread == threading.get_ident()]
+        if len(steps) != len(seconds):
+            raise RuntimeError(
+                f"{len(steps)} of {len(seconds)} steps ran through River; river_compile.report(model) says why"
+            )
+        for step, spent in zip(steps, seconds, strict=True):
+            self._seconds[_kind(step)].append(spent)
+        return Run(torch.cat(logits), tuple(steps))
 
     def measure(self, rule: Rule, texts: Sequence[int], title: str) -> Measured:
         """Decodes texts, given by their index, with (threshold, first exit)."""
@@ -174,27 +190,6 @@ class Meter:
         shallow = statistics.median(self._seconds[Kind(least)]) / self.seconds_never
         return shallow + (1 - shallow) * (kind.depth - least) / (self.num_blocks - least)
 
-    def _decode(self, index: int, depths: Sequence[int] | None = None) -> Run:
-        """Runs a text's context as a prompt, then feeds the rest token by token."""
-        ids = self._samples[index].to(self._model.device)
-        self._prompt(index, ids)
-        logits, seconds = [], []
-        with trace() as seen:
-            for position in range(self._context, ids.shape[1]):
-                forced = None if depths is None else depths[position - self._context]
-                with forced_depth(forced):
-                    start = time.perf_counter()
-                    logits.append(self._step(ids, position, position + 1))
-                    seconds.append(time.perf_counter() - start)
-        steps = [step for step in seen.tokens if step.thread == threading.get_ident()]
-        if len(steps) != len(seconds):
-            raise RuntimeError(
-                f"{len(steps)} of {len(seconds)} steps ran through River; river_compile.report(model) says why"
-            )
-        for step, spent in zip(steps, seconds, strict=True):
-            self._seconds[_kind(step)].append(spent)
-        return Run(torch.cat(logits), tuple(steps))
-
     def _prompt(self, index: int, ids: Tensor) -> None:
         """Brings cache and memory to the end of a text's prompt."""
         layers, known = self.cache.layers, self._prompts.get(index)
@@ -204,15 +199,16 @@ class Meter:
         memories = state_of_model(self._model, "calibration").of(Memories)
         if known is None:
             memory = memories.recall(layers[0].keys).after_prompt()
-            self._prompts[index] = _AfterPrompt([_contents(layer) for layer in layers], memory)
+            self._prompts[index] = [_contents(layer) for layer in layers], memory
             return
-        for layer, saved in zip(layers, known.layers, strict=True):
-            for name, value in saved.items():
+        saved, memory = known
+        for layer, held in zip(layers, saved, strict=True):
+            for name, value in held.items():
                 if isinstance(value, Tensor):
                     getattr(layer, name).copy_(value)
                 else:
                     setattr(layer, name, value)
-        memories.keep(layers[0].keys, known.memory.after_prompt())
+        memories.keep(layers[0].keys, memory.after_prompt())
 
     def _step(self, ids: Tensor, start: int, stop: int) -> Tensor:
         positions = torch.arange(start, stop, device=ids.device)[None]
@@ -220,14 +216,6 @@ class Meter:
 
     def _bar(self, texts: Sequence[int], title: str) -> tqdm:
         return tqdm(texts, desc=f"river: {title}", unit="text", leave=False, disable=not self._progress)
-
-
-@dataclass(frozen=True)
-class _AfterPrompt:
-    """What each layer of a static cache holds, and what is remembered of the prompt."""
-
-    layers: list[dict[str, Tensor | int]]
-    memory: Memory
 
 
 def _contents(layer: object) -> dict[str, Tensor | int]:
