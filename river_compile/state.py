@@ -1,8 +1,7 @@
 """What is known of each model that the backend has seen.
 
-A model is recognised by its parameters, which are held weakly. This registry is the package's only global state. It
-names no feature: each keeps what it knows of a model, or of one traced graph, under a class of its own
-(``state.of(PackedWeights)``).
+A model is recognised by its parameters, which are held weakly. This registry is the package's only global state. Each
+feature keeps what it knows of a model, or of one traced graph, under a class of its own (``state.of(PackedWeights)``).
 """
 
 from __future__ import annotations
@@ -54,15 +53,13 @@ class GraphRecord(Entries):
     """What became of one traced graph.
 
     Attributes:
-        config: the options it was compiled with.
-        mode: the mode it was compiled with.
+        config, mode: what it was compiled with.
         refusal: why it was not rewritten, empty where it was.
         kind: "decode", "prefill", or "other" for a graph that was refused.
         cache: "static" or "dynamic".
-        num_blocks: decoder blocks found.
         candidates: exit depths with a check.
         compiled: the distinct segments.
-        seconds: seconds by stage: rewriting, packing, compiling.
+        seconds: by stage: rewriting, packing, compiling.
         kept: matrices of the twins that stay in 16 bits.
         fusions: what became of each fusion rule in each segment that it is for.
         block_paths: module paths of the blocks.

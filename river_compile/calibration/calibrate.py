@@ -8,8 +8,7 @@ not suffer from the choice.
 The loss of a text is the mean over its tokens. KL has no largest value, and a promise without assumptions needs one: a
 text counts with at most ``clip`` nats. The promise is about that clipped mean; the unclipped one is reported beside it.
 
-Not handled: prompts that exit (``prefill="exit"``), batches, and texts drawn otherwise
-than those that the model will see.
+Not handled: prompts that exit (``prefill="exit"``), batches, and texts from another source than the model will see.
 """
 
 from __future__ import annotations
@@ -34,6 +33,8 @@ from .evaluate import Measured, Meter, compiled
 from .result import Calibration, Candidate
 from .risk import fixed_sequence, p_value, texts_needed, upper_bound
 
+Tokenizer = Callable[[str], Mapping[str, Sequence[int]]]
+
 _CLIP = 5  # largest KL of a text, in budgets
 _PILOT = 0.2
 _EASY = 0.2  # a test is easy where the pilot texts, taken as often, give a p-value that far below what is needed
@@ -44,7 +45,7 @@ _HOPELESS = 1.2  # a candidate above that many budgets on the pilot texts is not
 
 def calibrate(
     model: PreTrainedModel,
-    tokenizer: Callable[[str], Mapping[str, Sequence[int]]],
+    tokenizer: Tokenizer,
     texts: Sequence[str],
     budget: Mapping[str, float] | None = None,
     *,
@@ -83,7 +84,7 @@ def calibrate(
         BudgetError: (a ``ValueError``) the budget cannot be promised; the message says what can.
         OptionError: (a ``ValueError``) a bad budget or option.
     """
-    goal = _goal(_budget(budget, kl, agreement), confidence, clip)
+    goal = _goal(budget, kl, agreement, confidence, clip)
     base = {**(options or {}), "criterion": criterion}
     config = _checked(options or {}, {**base, "first_exit": 1})
     rule = CRITERIA[criterion]
@@ -99,15 +100,14 @@ def calibrate(
 
         def losses() -> Iterator[list[float]]:
             for candidate in order:
-                chosen_rule = (candidate.threshold, candidate.first_exit)
-                tested.append(meter.measure(chosen_rule, held_out, "testing the budget"))
+                tested.append(meter.measure(candidate.rule, held_out, "testing the budget"))
                 yield goal.shares(tested[-1])
 
         passed = fixed_sequence(losses(), goal.limit / goal.clip, confidence)
     results = [replace(_candidate(meter, m, goal), passed=i < passed) for i, m in enumerate(tested)]
     if not passed:
         raise BudgetError(_cannot(goal, results, tested))
-    known = {(c.threshold, c.first_exit): c for c in [*(_candidate(meter, m, goal) for m in looked_at), *results]}
+    known = {c.rule: c for c in [*(_candidate(meter, m, goal) for m in looked_at), *results]}
     return Calibration(
         metric=goal.metric,
         budget=goal.asked,
@@ -135,15 +135,6 @@ def _checked(given: Mapping[str, object], options: Mapping[str, object]) -> Rive
             "calibration compares with; use offload_policy='fetch', or leave offload out until it is done"
         )
     return config
-
-
-def _budget(budget: Mapping[str, float] | None, kl: float | None, agreement: float | None) -> Mapping[str, float]:
-    """Returns the one budget that was given, in whichever form."""
-    short = {name: value for name, value in (("kl", kl), ("agreement", agreement)) if value is not None}
-    if (budget is not None) + len(short) != 1:
-        given = {**({} if budget is None else {"budget": budget}), **short}
-        raise OptionError(f"one budget is needed, such as kl=0.05 or agreement=0.98; given: {given or 'none'}")
-    return short if budget is None else budget
 
 
 @dataclass(frozen=True)
@@ -176,7 +167,19 @@ class _Goal:
         return p_value(copies, self.limit / self.clip) <= _EASY * (1 - self.confidence)
 
 
-def _goal(budget: Mapping[str, float], confidence: float, clip: float | None) -> _Goal:
+def _goal(
+    budget: Mapping[str, float] | None,
+    kl: float | None,
+    agreement: float | None,
+    confidence: float,
+    clip: float | None,
+) -> _Goal:
+    """Returns the one budget that was given, in whichever form."""
+    short = {name: value for name, value in (("kl", kl), ("agreement", agreement)) if value is not None}
+    if (budget is not None) + len(short) != 1:
+        given = short if budget is None else {"budget": budget, **short}
+        raise OptionError(f"one budget is needed, such as kl=0.05 or agreement=0.98; given: {given or 'none'}")
+    budget = short if budget is None else budget
     if not isinstance(budget, Mapping) or len(budget) != 1 or not set(budget) <= {"kl", "agreement"}:
         raise OptionError(f'budget={budget!r} is not allowed; give {{"kl": 0.05}} or {{"agreement": 0.98}}')
     if not 0 < confidence < 1:
@@ -192,7 +195,7 @@ def _goal(budget: Mapping[str, float], confidence: float, clip: float | None) ->
     return _Goal(metric, asked, limit, clip, confidence)
 
 
-def _samples(tokenizer: Callable, texts: Sequence[str], length: int, seed: int) -> list[Tensor]:
+def _samples(tokenizer: Tokenizer, texts: Sequence[str], length: int, seed: int) -> list[Tensor]:
     """Returns the first `length` ids ``[1, length]`` of every text that has as many, in a shuffled order."""
     ids = [list(tokenizer(text)["input_ids"])[:length] for text in texts]
     samples = [torch.tensor([row]) for row in ids if len(row) == length]

@@ -1,10 +1,9 @@
 """Chooses the exit rules that calibration considers, by what the pilot texts show.
 
-"similarity" and "history" decide block by block, so each rule is decoded; some have a threshold for each depth, the
-median there. "confidence" and "doubt" have one exit and a number for each token beforehand: one run in which every
-token leaves gives, for every threshold at once, which tokens would have left and what they lost. That is slightly
-pessimistic, since there the cache holds no exact entries of tokens that a rule would have kept. What is promised is
-decoded again on other texts in any case.
+"similarity" and "history" decide block by block, so each rule is decoded. "confidence" and "doubt" have one exit and a
+number for each token beforehand: one run in which every token leaves gives, for every threshold at once, which tokens
+would have left and what they lost (slightly too much: the cache holds no exact entries of tokens that a rule would have
+kept). What is promised is decoded again on other texts in any case.
 """
 
 from __future__ import annotations
@@ -25,10 +24,11 @@ def candidate_rules(meter: Meter, criterion: Criterion, texts: Sequence[int], ev
     if not criterion.reads_logits:
         return [meter.measure(rule, texts, "pilot texts") for rule in _score_rules(meter, criterion, texts, every)]
     found = []
-    for first_exit in _early_exits(meter.num_blocks):
+    # With one exit there are none, few, or a quarter of the blocks before the river.
+    for first_exit in sorted(depth for depth in {0, 2, meter.num_blocks // 4} if depth < meter.num_blocks):
         runs = [meter.run(i, (criterion.always, first_exit)) for i in texts]
         all_left = meter.measured((criterion.always, first_exit), texts, runs)
-        entropies = [step.entropy for run in runs for step in run.steps]
+        entropies = [[step.entropy for step in run.steps if step.entropy is not None] for run in runs]
         found += [all_left, *_at_thresholds(all_left, entropies, criterion, meter.num_blocks)]
     return found
 
@@ -53,27 +53,24 @@ def _score_rules(meter: Meter, criterion: Criterion, texts: Sequence[int], every
     return rules
 
 
-def _early_exits(num_blocks: int) -> list[int]:
-    """Returns first exits for a criterion with one exit: none, few, and a quarter of the blocks before the river."""
-    return sorted({depth for depth in (0, 2, num_blocks // 4) if depth < num_blocks})
-
-
 def _at_thresholds(
-    all_left: Measured, entropies: Sequence[float], criterion: Criterion, num_blocks: int
+    all_left: Measured, entropies: Sequence[Sequence[float]], criterion: Criterion, num_blocks: int
 ) -> list[Measured]:
     """Works out from a run in which every token left what rules with lower thresholds would have done."""
     first_exit = all_left.rule[1]
     kept = Kind(num_blocks, first_exit) if criterion.may_doubt else Kind(num_blocks)
-    ordered = sorted(entropies)
+    ordered = sorted(entropy for text in entropies for entropy in text)
     found = []
     for threshold in dict.fromkeys(ordered[int(share * len(ordered))] for share in _SHARES):
-        leaves = [entropy < threshold for entropy in entropies]
-
-        def masked(losses: list[list[float]], leaves: list[bool] = leaves) -> list[list[float]]:
-            left = iter(leaves)
-            return [[loss if next(left) else 0.0 for loss in text] for text in losses]
-
-        kinds = [Kind(first_exit) if left else kept for left in leaves]
-        rule = (threshold, first_exit)
-        found.append(Measured(rule, masked(all_left.kl), masked(all_left.disagreement), kinds))
+        leaves = [[entropy < threshold for entropy in text] for text in entropies]
+        kl, disagreement = _where(leaves, all_left.kl), _where(leaves, all_left.disagreement)
+        kinds = [Kind(first_exit) if left else kept for text in leaves for left in text]
+        found.append(Measured((threshold, first_exit), kl, disagreement, kinds))
     return found
+
+
+def _where(leaves: Sequence[Sequence[bool]], losses: Sequence[Sequence[float]]) -> list[list[float]]:
+    """Returns the losses, by text and token, 0 for tokens that stay."""
+    return [
+        [loss if left else 0.0 for left, loss in zip(*text, strict=True)] for text in zip(leaves, losses, strict=True)
+    ]

@@ -1,8 +1,7 @@
 """Decodes given texts with exit rules and compares the logits with never exit's, for calibration and benchmarks.
 
 A text is fed, not generated: a prompt of ``context`` tokens, then token by token. Each rule really decodes, so that its
-cache holds what its own earlier exits wrote, as in generation. A text's prompt runs once; afterwards the cache and the
-criterion's memory are set back to where it ended.
+cache holds what its own earlier exits wrote, as in generation.
 
 Cost is the time of a decode step as a share of never exit's. Steps of equal kind are timed as they come up, and their
 median counts. A step that left is linear in its depth between the least depth seen and never exit; a doubted one costs
@@ -15,10 +14,12 @@ from __future__ import annotations
 
 import contextlib
 import inspect
+import itertools
 import statistics
 import threading
 import time
-from collections.abc import Iterator, Sequence
+from collections import Counter, defaultdict
+from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass
 
 import torch
@@ -49,11 +50,10 @@ def compiled(model: PreTrainedModel, options: dict[str, object]) -> Iterator[Non
 
 @dataclass(frozen=True)
 class Run:
-    """One text decoded once: logits ``[tokens, vocabulary]``, and of each step its record and seconds."""
+    """One text decoded once: logits ``[tokens, vocabulary]``, and the record of each step."""
 
     logits: Tensor
     steps: tuple[StepRecord, ...]
-    seconds: tuple[float, ...]
 
 
 @dataclass(frozen=True)
@@ -99,8 +99,6 @@ class Meter:
         references: never exit's run of each text where another meter has them; the first text then runs for its time.
 
     Attributes:
-        references: never exit's run of each text.
-        num_blocks: blocks of the model.
         cache: the KV cache of the text that ran last.
     """
 
@@ -113,16 +111,15 @@ class Meter:
         progress: bool,
         references: Sequence[Run] | None = None,
     ) -> None:
-        self._model, self._criterion, self._context = model, criterion, context
-        self._samples, self._progress = samples, progress
+        self._model, self._samples, self._context, self._progress = model, samples, context, progress
         config = model.config.get_text_config()
         self.cache = StaticCache(config=config, max_cache_len=samples[0].shape[1])
         self._held = {cache_argument(model): self.cache, "use_cache": True}
-        self._prompts: dict[int, _AfterPrompt] = {}
-        self._seconds: dict[Kind, list[float]] = {}
-        for threshold in (criterion.never, criterion.never, criterion.always):  # the first runs pack and compile
-            with forced_threshold(threshold, 1):
-                self._decode(0)
+        self._prompts: dict[int, tuple[list[dict[str, Tensor | int]], Memory]] = {}
+        self._seconds: defaultdict[Kind, list[float]] = defaultdict(list)
+        for threshold in (criterion.never, criterion.never, criterion.always):  # these runs pack and compile
+            self.run(0, (threshold, 1))
+        self._seconds.clear()
         needed = range(len(samples) if references is None else 1)
         runs = [self.run(i, (criterion.never, 1)) for i in self._bar(needed, "never exit")]
         self.references = runs if references is None else list(references)
@@ -131,11 +128,27 @@ class Meter:
     def run(self, index: int, rule: Rule) -> Run:
         """Decodes one text with (threshold, first exit)."""
         with forced_threshold(*rule):
-            return self._timed(self._decode(index))
+            return self.run_at(index, itertools.repeat(None))
 
-    def run_at(self, index: int, depths: Sequence[int]) -> Run:
-        """Decodes one text with a given exit depth for each token."""
-        return self._timed(self._decode(index, depths))
+    def run_at(self, index: int, depths: Iterable[int | None]) -> Run:
+        """Decodes one text with a given exit depth for each token, None where the rule decides."""
+        ids = self._samples[index].to(self._model.device)
+        self._prompt(index, ids)
+        logits, seconds = [], []
+        with trace() as seen:
+            for position, depth in zip(range(self._context, ids.shape[1]), depths, strict=False):
+                with forced_depth(depth):
+                    start = time.perf_counter()
+                    logits.append(self._step(ids, position, position + 1))
+                    seconds.append(time.perf_counter() - start)
+        steps = [step for step in seen.tokens if step.thread == threading.get_ident()]
+        if len(steps) != len(seconds):
+            raise RuntimeError(
+                f"{len(steps)} of {len(seconds)} steps ran through River; river_compile.report(model) says why"
+            )
+        for step, spent in zip(steps, seconds, strict=True):
+            self._seconds[_kind(step)].append(spent)
+        return Run(torch.cat(logits), tuple(steps))
 
     def measure(self, rule: Rule, texts: Sequence[int], title: str) -> Measured:
         """Decodes texts, given by their index, with (threshold, first exit)."""
@@ -157,8 +170,7 @@ class Meter:
 
     def cost(self, measured: Measured) -> float:
         """Returns the mean time of a rule's steps as a share of never exit's, by all steps timed so far."""
-        kinds = {kind: measured.kinds.count(kind) for kind in set(measured.kinds)}
-        total = sum(self._cost_of(kind) * count for kind, count in kinds.items())
+        total = sum(self._cost_of(kind) * count for kind, count in Counter(measured.kinds).items())
         return total / len(measured.kinds)
 
     @property
@@ -178,41 +190,25 @@ class Meter:
         shallow = statistics.median(self._seconds[Kind(least)]) / self.seconds_never
         return shallow + (1 - shallow) * (kind.depth - least) / (self.num_blocks - least)
 
-    def _timed(self, run: Run) -> Run:
-        for step, seconds in zip(run.steps, run.seconds, strict=True):
-            self._seconds.setdefault(_kind(step), []).append(seconds)
-        return run
-
-    def _decode(self, index: int, depths: Sequence[int] | None = None) -> Run:
-        """Runs a text's context as a prompt, then feeds the rest token by token."""
-        ids = self._samples[index].to(self._model.device)
-        self._prompt(index, ids)
-        logits, seconds = [], []
-        with trace() as seen:
-            for position in range(self._context, ids.shape[1]):
-                forced = None if depths is None else depths[position - self._context]
-                with forced_depth(forced):
-                    start = time.perf_counter()
-                    logits.append(self._step(ids, position, position + 1))
-                    seconds.append(time.perf_counter() - start)
-        steps = [step for step in seen.tokens if step.thread == threading.get_ident()]
-        if len(steps) != len(seconds):
-            raise RuntimeError(
-                f"{len(steps)} of {len(seconds)} steps ran through River; river_compile.report(model) says why"
-            )
-        return Run(torch.cat(logits), tuple(steps), tuple(seconds))
-
     def _prompt(self, index: int, ids: Tensor) -> None:
         """Brings cache and memory to the end of a text's prompt."""
-        after = self._prompts.get(index)
-        if after is None:
+        layers, known = self.cache.layers, self._prompts.get(index)
+        if known is None:
             self.cache.reset()
             self._step(ids, 0, self._context)
         memories = state_of_model(self._model, "calibration").of(Memories)
-        if after is None:
-            self._prompts[index] = _AfterPrompt.of(self.cache, memories)
-        else:
-            after.restore(self.cache, memories)
+        if known is None:
+            memory = memories.recall(layers[0].keys).after_prompt()
+            self._prompts[index] = [_contents(layer) for layer in layers], memory
+            return
+        saved, memory = known
+        for layer, held in zip(layers, saved, strict=True):
+            for name, value in held.items():
+                if isinstance(value, Tensor):
+                    getattr(layer, name).copy_(value)
+                else:
+                    setattr(layer, name, value)
+        memories.keep(layers[0].keys, memory.after_prompt())
 
     def _step(self, ids: Tensor, start: int, stop: int) -> Tensor:
         positions = torch.arange(start, stop, device=ids.device)[None]
@@ -222,33 +218,10 @@ class Meter:
         return tqdm(texts, desc=f"river: {title}", unit="text", leave=False, disable=not self._progress)
 
 
-@dataclass(frozen=True)
-class _AfterPrompt:
-    """Copies of a static cache's tensors and lengths, by layer, and what is remembered of the prompt."""
-
-    layers: list[dict[str, Tensor | int]]
-    memory: Memory
-
-    @classmethod
-    def of(cls, cache: StaticCache, memories: Memories) -> _AfterPrompt:
-        layers = [
-            {
-                name: value.clone() if isinstance(value, Tensor) else value
-                for name, value in vars(layer).items()
-                if isinstance(value, (Tensor, int))
-            }
-            for layer in cache.layers
-        ]
-        return cls(layers, memories.recall(cache.layers[0].keys).after_prompt())
-
-    def restore(self, cache: StaticCache, memories: Memories) -> None:
-        for layer, saved in zip(cache.layers, self.layers, strict=True):
-            for name, value in saved.items():
-                if isinstance(value, Tensor):
-                    getattr(layer, name).copy_(value)
-                else:
-                    setattr(layer, name, value)
-        memories.keep(cache.layers[0].keys, self.memory.after_prompt())
+def _contents(layer: object) -> dict[str, Tensor | int]:
+    """Returns copies of a cache layer's tensors and lengths."""
+    held = {name: value for name, value in vars(layer).items() if isinstance(value, (Tensor, int))}
+    return {name: value.clone() if isinstance(value, Tensor) else value for name, value in held.items()}
 
 
 def cache_argument(model: PreTrainedModel) -> str:

@@ -6,6 +6,7 @@ import dataclasses
 import json
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 from river_compile.exits import Threshold, threshold_text
 from river_compile.runtime.plots import new_figure, save_figure
@@ -43,8 +44,13 @@ class Candidate:
     texts: int
     passed: bool | None = None
 
+    @property
+    def rule(self) -> tuple[Threshold, int]:
+        """(threshold, first exit)."""
+        return self.threshold, self.first_exit
 
-def _candidate(entry: dict) -> Candidate:
+
+def _candidate(entry: dict[str, Any]) -> Candidate:
     several = isinstance(entry["threshold"], list)
     return Candidate(**{**entry, "threshold": tuple(entry["threshold"])} if several else entry)
 

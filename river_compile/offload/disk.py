@@ -1,11 +1,9 @@
 """Offloaded weights of a model on the CPU: files that are mapped into memory.
 
-Each weight gets a file of its own, which has no name (its space is free again as soon as the tensor is gone, or the
-process), and the tensor lies in the mapping: whoever reads it reads the file, through the page cache. Bringing in and
-letting go are advice to the kernel: read ahead, and take the pages out of the process.
+Each weight gets a file without a name, whose space is free again with the tensor or the process. Whoever reads the
+tensor reads the file, through the page cache. Bringing in and letting go are advice to the kernel.
 
-Not handled: a folder in memory (tmpfs), where files take the memory that they should free; a warning says so. What the
-page cache keeps counts as free memory, though not in every container.
+Not handled: a folder in memory (tmpfs), where files take the memory that they should free; a warning says so.
 """
 
 from __future__ import annotations
@@ -32,11 +30,7 @@ _TMPFS = {"tmpfs", "ramfs"}
 
 
 class MappedFiles(WeightStore):
-    """The store of a model on the CPU.
-
-    Args:
-        folder: where the files lie; None for TMPDIR where it is set, or else /var/tmp, which lies on a disk where /tmp
-            may not.
+    """The store of a model on the CPU. The default folder is TMPDIR, or /var/tmp: /tmp may lie in memory.
 
     Raises:
         OptionError: (a ``ValueError``) the folder does not exist or takes no files.
@@ -54,11 +48,7 @@ class MappedFiles(WeightStore):
         self.where = f"memory-mapped files in {self._folder}"
 
     def check_room(self, nbytes: int) -> None:
-        """Makes sure that the folder can hold so many bytes, and warns where it lies in memory.
-
-        Raises:
-            OptionError: (a ``ValueError``) it cannot.
-        """
+        """Makes sure that the folder can hold so many bytes, and warns where it lies in memory."""
         free = shutil.disk_usage(self._folder).free
         if nbytes > free:
             raise self._no_room(nbytes, free)
@@ -93,9 +83,6 @@ class MappedFiles(WeightStore):
         self.release([done])
         return done
 
-    def take_back(self, stored: Stored) -> Tensor:
-        return stored.tensor.clone()
-
     def discard(self, tensor: Tensor) -> None:
         """Takes the pages of an original out of memory that is itself a mapped file, as after ``from_pretrained``."""
         _advise(tensor.untyped_storage(), _PAGEOUT, inside=True)
@@ -108,7 +95,7 @@ class MappedFiles(WeightStore):
     def start(self, weights: Sequence[Stored]) -> Arrival:
         for stored in weights:
             _advise(stored.tensor.untyped_storage(), mmap.MADV_WILLNEED)
-        return Arrival(tuple(stored.tensor for stored in weights))  # a page that is missing is waited for when read
+        return super().start(weights)  # a page that is missing is waited for when read
 
     def release(self, weights: Sequence[Stored]) -> None:
         for stored in weights:  # the mapping is shared: its content is in the file, or on its way there

@@ -1,8 +1,8 @@
 """Offloaded weights of a model on a GPU: pinned host memory, which the device can address.
 
-A weight's tensor stays one of the device, but its memory is the host's: with unified addressing a kernel may read it
-over the bus, so that compiled code, guards, ``state_dict`` and the plain model see no difference. For speed, a block
-that River runs gets copies in device memory, made on a stream of their own beside the block before.
+A weight's tensor stays one of the device, but its memory is the host's, which a kernel may read over the bus (unified
+addressing): compiled code, guards, ``state_dict`` and the plain model see no difference. For speed, a block that River
+runs gets copies in device memory, made on a stream of their own beside the block before.
 
 PyTorch's allocator rounds pinned memory up to a power of two. Not handled: a device that cannot address pinned memory
 (an error says so), and more than one device.
@@ -35,11 +35,7 @@ class _DevicePointer:
 
 
 class PinnedMemory(WeightStore):
-    """The store of a model on a GPU.
-
-    Args:
-        device: the device, with its index.
-    """
+    """The store of a model on a GPU."""
 
     where = "pinned host memory"
 
@@ -48,7 +44,13 @@ class PinnedMemory(WeightStore):
         self._stream = torch.cuda.Stream(device)
 
     def put(self, tensor: Tensor) -> Stored:
-        host = _pinned(tensor.nbytes)
+        try:
+            host = torch.empty(tensor.nbytes, dtype=torch.uint8, pin_memory=True)
+        except RuntimeError as error:
+            raise OptionError(
+                f"offload= found no {tensor.nbytes / 1e6:.1f} MB of pinned host memory; offload fewer blocks "
+                f"({str(error).splitlines()[0]})"
+            ) from error
         values = host.view(tensor.dtype).as_strided(tensor.shape, tensor.stride())
         values.copy_(tensor)
         seen = torch.as_tensor(_DevicePointer(host), device=self._device)
@@ -57,9 +59,6 @@ class PinnedMemory(WeightStore):
                 f"offload= needs a device that can address pinned host memory, and {self._device} cannot; leave it out"
             )
         return Stored(seen.view(tensor.dtype).as_strided(tensor.shape, tensor.stride()), values)
-
-    def take_back(self, stored: Stored) -> Tensor:
-        return stored.source.to(self._device)
 
     def settle(self) -> None:
         torch.cuda.empty_cache()
@@ -88,13 +87,3 @@ class PinnedMemory(WeightStore):
 
     def peak(self) -> int:
         return torch.cuda.max_memory_allocated(self._device)
-
-
-def _pinned(nbytes: int) -> Tensor:
-    try:
-        return torch.empty(nbytes, dtype=torch.uint8, pin_memory=True)
-    except RuntimeError as error:
-        raise OptionError(
-            f"offload= found no {nbytes / 1e6:.1f} MB of pinned host memory; offload fewer blocks "
-            f"({str(error).splitlines()[0]})"
-        ) from error

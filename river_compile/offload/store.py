@@ -1,14 +1,15 @@
-"""Where offloaded weights lie, apart from any device: the interface that a file and pinned host memory share.
+"""Where offloaded weights lie: the interface that a file and pinned host memory share.
 
 Not handled: which weights leave, and when (:mod:`river_compile.offload.weights`).
 """
 
 from __future__ import annotations
 
-from abc import ABC, abstractmethod
 from collections.abc import Sequence
 from dataclasses import dataclass
+from typing import Any
 
+import torch
 from torch import Tensor
 
 
@@ -36,59 +37,59 @@ class Arrival:
     """
 
     tensors: tuple[Tensor, ...]
-    event: object = None
+    event: Any = None
 
 
-class WeightStore(ABC):
+class WeightStore:
     """Keeps weights outside of device memory and brings them in for the time of a block.
+
+    This one is device memory itself: whatever is put there stays where it is.
 
     Attributes:
         where: the place, for people.
     """
 
-    where: str
+    where = "device memory"
 
-    @abstractmethod
-    def put(self, tensor: Tensor) -> Stored:
-        """Copies a tensor here; the original may go afterwards.
-
-        Raises:
-            OptionError: (a ``ValueError``) there is no room.
-        """
-
-    @abstractmethod
-    def take_back(self, stored: Stored) -> Tensor:
-        """Returns a copy in ordinary device memory."""
-
-    @abstractmethod
-    def start(self, weights: Sequence[Stored]) -> Arrival:
-        """Begins to bring weights in; returns before they have arrived."""
-
-    @abstractmethod
-    def memory(self) -> int:
-        """Returns the bytes in use, of the process (CPU) or on the device."""
-
-    @abstractmethod
-    def peak(self) -> int:
-        """Returns the largest value that :meth:`memory` had so far."""
-
-    # What only some stores must do: by default nothing.
-
-    def check_room(self, nbytes: int) -> None:  # noqa: B027  (optional)
+    def check_room(self, nbytes: int) -> None:
         """Makes sure that so many bytes will fit, as far as it can be known.
 
         Raises:
             OptionError: (a ``ValueError``) they will not.
         """
 
-    def discard(self, tensor: Tensor) -> None:  # noqa: B027  (optional)
+    def put(self, tensor: Tensor) -> Stored:
+        """Copies a tensor here; the original may go afterwards.
+
+        Raises:
+            OptionError: (a ``ValueError``) there is no room.
+        """
+        return Stored(tensor, tensor)
+
+    def take_back(self, stored: Stored) -> Tensor:
+        """Returns a copy in ordinary device memory."""
+        return torch.empty_like(stored.tensor).copy_(stored.source)
+
+    def discard(self, tensor: Tensor) -> None:
         """Frees the memory of an original that was put here and that nobody uses any more."""
 
-    def settle(self) -> None:  # noqa: B027  (optional)
+    def settle(self) -> None:
         """Gives freed memory back to the system."""
 
-    def await_arrival(self, arrival: Arrival) -> None:  # noqa: B027  (optional)
+    def start(self, weights: Sequence[Stored]) -> Arrival:
+        """Begins to bring weights in; returns before they have arrived."""
+        return Arrival(tuple(stored.tensor for stored in weights))
+
+    def await_arrival(self, arrival: Arrival) -> None:
         """Makes what is called from here on run after the arrival."""
 
-    def release(self, weights: Sequence[Stored]) -> None:  # noqa: B027  (optional)
+    def release(self, weights: Sequence[Stored]) -> None:
         """Lets weights go that were brought in and have been used."""
+
+    def memory(self) -> int:
+        """Returns the bytes in use, of the process (CPU) or on the device."""
+        return 0
+
+    def peak(self) -> int:
+        """Returns the largest value that :meth:`memory` had so far."""
+        return 0

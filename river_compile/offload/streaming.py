@@ -1,14 +1,15 @@
 """Runs blocks whose weights are offloaded: brings them in, and the next block's while this one runs.
 
-What a streamed step does beyond a step, it does only for weights that are elsewhere at that moment. So a graph that was
-compiled before they left, or runs after they came back, needs nothing else. On a GPU the block computes with copies
-at another address every time, which is why it is not captured.
+A streamed step brings in only weights that are elsewhere at that moment, so a graph that was compiled before they left,
+or runs after they came back, needs nothing else. What was brought in for a block that the token does not reach goes at
+the end of the step. Threads share nothing.
 
-What was brought in for a block that the token does not reach goes at the end of the step. Threads share nothing.
+Not handled: capture. On a GPU the block computes with copies at another address every time.
 """
 
 from __future__ import annotations
 
+import functools
 import itertools
 import threading
 from collections.abc import Mapping, Sequence
@@ -42,15 +43,14 @@ class _Brought:
         return same and self.versions == tuple(map(version_of, weights))
 
 
-class Streamer:
-    """Brings in the weights of one graph's offloaded blocks.
+class _Ahead(threading.local):
+    """What a thread began to bring in for the next block."""
 
-    Args:
-        offloaded: the model's offloaded weights.
-        program: the rewritten graph.
-        values: its inputs, real tensors.
-        offload: the number of blocks that stay, None where all do.
-    """
+    brought: _Brought | None = None
+
+
+class Streamer:
+    """Brings in the weights of one graph's offloaded blocks: those after the first `offload`, none for None."""
 
     def __init__(
         self, offloaded: OffloadedWeights, program: RiverProgram, values: Mapping[fx.Node, Any], offload: int | None
@@ -59,74 +59,54 @@ class Streamer:
         blocks = () if offload is None else program.blocks[offload:]
         self._weights = {s: [TensorWeakRef(values[n]) for n in s.inputs if is_parameter(n)] for s in blocks}
         self._next = dict(itertools.pairwise(blocks))
-        self._ahead = threading.local()
+        self._ahead = _Ahead()
 
     def step(self, segment: Segment, callee: Callee, packed: Sequence[Tensor], slots: Mapping[fx.Node, int]) -> Step:
         """Returns the step of a segment: a streamed one for a block that may be offloaded."""
         if segment not in self._weights:
             return Step(segment, callee, packed, slots)
-        return StreamedStep(segment, callee, packed, slots, self)
+        parameters = [i for i, node in enumerate(segment.inputs) if is_parameter(node)]
+        return StreamedStep(segment, functools.partial(self._run, segment, parameters, callee), packed, slots)
 
-    def is_away(self, weight: Tensor) -> bool:
-        """Tells whether a weight is elsewhere at the moment."""
-        return self._offloaded.find(weight) is not None
+    def forget(self) -> None:
+        """Drops what was brought in and not used, at the end of a step."""
+        ahead, self._ahead.brought = self._ahead.brought, None
+        if ahead is not None:
+            self._offloaded.store.release(ahead.stored)
 
-    def bring(self, block: Segment, weights: Sequence[Tensor]) -> _Brought:
+    def _run(self, block: Segment, parameters: Sequence[int], callee: Callee, args: list[Any]) -> Sequence[Any]:
+        """Runs a block with its weights brought in, where they are elsewhere."""
+        away = [i for i in parameters if self._offloaded.find(args[i]) is not None]
+        if not away:
+            return callee(args)
+        brought = self._bring(block, [args[i] for i in away])
+        for i, tensor in zip(away, brought.arrival.tensors, strict=True):
+            args[i] = tensor
+        try:
+            return callee(args)
+        finally:
+            self._offloaded.store.release(brought.stored)
+
+    def _bring(self, block: Segment, weights: Sequence[Tensor]) -> _Brought:
         """Brings weights of a block in, all of which are elsewhere, and begins with the next block's."""
-        ahead = getattr(self._ahead, "brought", None)
+        ahead = self._ahead.brought
         brought = ahead if ahead is not None and ahead.serves(weights) else self._start(weights)
         following = [ref() for ref in self._weights[self._next[block]]] if block in self._next else []
-        self._ahead.brought = self._start([w for w in following if w is not None and self.is_away(w)])
+        self._ahead.brought = self._start([w for w in following if w is not None])
         self._offloaded.store.await_arrival(brought.arrival)
         self._offloaded.sample()
         return brought
 
-    def release(self, brought: _Brought) -> None:
-        """Lets go what a block has used."""
-        self._offloaded.store.release(brought.stored)
-
-    def forget(self) -> None:
-        """Drops what was brought in and not used, at the end of a step."""
-        ahead = getattr(self._ahead, "brought", None)
-        if ahead is not None:
-            self._ahead.brought = None
-            self.release(ahead)
-
     def _start(self, weights: Sequence[Tensor]) -> _Brought:
-        stored = tuple(self._offloaded.find(weight) for weight in weights)
-        versions = tuple(map(version_of, weights))
-        return _Brought(tuple(weights), versions, stored, self._offloaded.store.start(stored))
+        """Begins to bring in those of the weights that are elsewhere."""
+        found = [(weight, self._offloaded.find(weight)) for weight in weights]
+        away = {weight: stored for weight, stored in found if stored is not None}
+        arrival = self._offloaded.store.start(tuple(away.values()))
+        return _Brought(tuple(away), tuple(map(version_of, away)), tuple(away.values()), arrival)
 
 
 class StreamedStep(Step):
-    """A backbone block that brings its weights in for the time of its run, where they are offloaded."""
+    """A step that computes with weights at another address in every run."""
 
-    __slots__ = ("_streamer", "_weights")
+    __slots__ = ()
     moves = True
-
-    def __init__(
-        self,
-        segment: Segment,
-        callee: Callee,
-        packed: Sequence[Tensor],
-        slots: Mapping[fx.Node, int],
-        streamer: Streamer,
-    ) -> None:
-        super().__init__(segment, callee, packed, slots)
-        self._streamer = streamer
-        self._weights = [slots[node] for node in segment.inputs if is_parameter(node)]
-
-    def __call__(self, slots: list) -> None:
-        away = {i: slots[i] for i in self._weights if self._streamer.is_away(slots[i])}
-        if not away:
-            super().__call__(slots)
-            return
-        brought = self._streamer.bring(self.segment, list(away.values()))
-        for index, tensor in zip(away, brought.arrival.tensors, strict=True):
-            slots[index] = tensor
-        try:
-            super().__call__(slots)
-        finally:
-            for index, weight in away.items():
-                slots[index] = weight
-            self._streamer.release(brought)

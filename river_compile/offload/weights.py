@@ -4,9 +4,8 @@
     offload_policy="fetch"   a token that goes on brings a block in, and the next one while that block runs
 
 The weights move when the decode graph is compiled, which is when their twins have been packed. A module's parameters
-stay what they are: their memory is elsewhere, a mapped file on the CPU (:mod:`river_compile.offload.disk`), pinned host
-memory on a GPU (:mod:`river_compile.offload.pinned`), and everybody can read them there: ``state_dict``,
-``save_pretrained`` and the plain model work as before. :func:`restore` brings the weights back.
+stay what they are, but their memory is elsewhere (a mapped file on the CPU, pinned host memory on a GPU), where
+everybody can read them: ``state_dict``, ``save_pretrained`` and the plain model work as before.
 
 What stays: weights that the resident parts read too (prologue, blocks up to k, twins, heads), weights that share their
 memory with others, and those smaller than a page.
@@ -48,8 +47,6 @@ class OffloadLog:
 
     Attributes:
         blocks: depths (from 1) of the first and the last offloaded block.
-        policy: "exit" or "fetch".
-        where: where the weights lie, for people.
         moved: of the weights that left.
         kept: of weights of these blocks that stay, because something resident reads them.
         weights: of the model's parameters and of the packed twins, before anything left.
@@ -91,13 +88,14 @@ class OffloadedWeights:
     """The offloaded weights of one model, each held as long as its parameter lives.
 
     Attributes:
+        store: where they lie.
         log: what left, None where everything is in device memory.
     """
 
     def __init__(self) -> None:
         self._stored: WeakTensorKeyDictionary = WeakTensorKeyDictionary()
         self._lock = threading.Lock()
-        self.store: WeightStore | None = None
+        self.store = WeightStore()
         self.log: OffloadLog | None = None
 
     def find(self, weight: Tensor) -> Stored | None:
@@ -113,7 +111,7 @@ class OffloadedWeights:
         """
         if config.offload is None or self.log is not None:
             return
-        self.store = self.store or make_store(config, plan)
+        self.store = make_store(config, plan)
         deeper = [node for node, part in plan.part_of.items() if config.offload < part <= plan.num_blocks]
         weights = {weight for node in deeper for weight in node.all_input_nodes if is_parameter(weight)}
         self.store.check_room(sum(value_of(weight).nbytes for weight in weights))
@@ -134,9 +132,10 @@ class OffloadedWeights:
         """
         with self._lock, torch.inference_mode(False), torch.no_grad():
             weights = [value for node, value in values.items() if is_parameter(node)]
-            away, kept = _movable(program, values, config.offload)
-            names = {id(weight) for weight in away}
-            self._bring_back(weight for weight in weights if id(weight) not in names)
+            resident = program.plan.num_blocks if config.offload is None else config.offload
+            away, kept = _movable(program, values, resident)
+            leave = set(map(id, away))
+            self._bring_back(weight for weight in weights if id(weight) not in leave)
             if not away:
                 self.log = None
                 return
@@ -144,7 +143,7 @@ class OffloadedWeights:
             self._put([weight for weight in away if self.find(weight) is None])
             before = self.log  # (of another graph of the same model)
             self.log = OffloadLog(
-                blocks=(config.offload + 1, program.plan.num_blocks),
+                blocks=(resident + 1, program.plan.num_blocks),
                 policy=config.offload_policy,
                 where=self.store.where,
                 moved=_bytes(away),
@@ -173,8 +172,6 @@ class OffloadedWeights:
         return None if self.log is None else replace(self.log)
 
     def _put(self, weights: Sequence[Tensor]) -> None:
-        if not weights:
-            return
         with tqdm(weights, desc="river: offloading", unit="matrix", leave=False, delay=1) as bar:
             stored = [self.store.put(weight) for weight in bar]
         for weight, new in zip(weights, stored, strict=True):
@@ -182,7 +179,7 @@ class OffloadedWeights:
             weight.data = new.tensor
             self._stored[weight] = new
             self.store.discard(original)
-        del original
+            del original
         self.store.settle()
 
     def _bring_back(self, weights: Iterable[Tensor]) -> int:
@@ -212,15 +209,10 @@ def restore(model: nn.Module) -> int:
     return 0 if state is None else state.of(OffloadedWeights).restore([*model.parameters(), *model.buffers()])
 
 
-def _movable(
-    program: RiverProgram, values: Mapping[fx.Node, Any], offload: int | None
-) -> tuple[list[Tensor], list[Tensor]]:
-    """Returns the weights of the blocks after `offload` that can leave, and those of them that stay."""
-    if offload is None:
-        return [], []
-    blocks = program.blocks[offload:]
-    resident = [s for s in program.segments if s not in blocks]
-    stay = {node for segment in resident for node in segment.inputs}
+def _movable(program: RiverProgram, values: Mapping[fx.Node, Any], resident: int) -> tuple[list[Tensor], list[Tensor]]:
+    """Returns the weights of the blocks after the first `resident` that can leave, and those of them that stay."""
+    blocks = program.blocks[resident:]
+    stay = {node for segment in program.segments if segment not in blocks for node in segment.inputs}
     users = Counter(_memory(value) for node, value in values.items() if is_parameter(node))
     nodes = dict.fromkeys(node for segment in blocks for node in segment.inputs if is_parameter(node))
     away: list[Tensor] = []
@@ -248,10 +240,5 @@ def _bytes(weights: Iterable[Tensor]) -> int:
 
 
 def make_store(config: RiverConfig, plan: DecoderPlan) -> WeightStore:
-    """Returns the store for the device of a model.
-
-    Raises:
-        OptionError: (a ``ValueError``) the folder takes no files.
-    """
-    device = plan.device
-    return MappedFiles(config.offload_dir) if device.type == "cpu" else PinnedMemory(device)
+    """Returns the store for the device of a model."""
+    return MappedFiles(config.offload_dir) if plan.device.type == "cpu" else PinnedMemory(plan.device)

@@ -3,9 +3,9 @@
 from __future__ import annotations
 
 import math
-from collections import Counter
-from collections.abc import Mapping, Sequence
-from dataclasses import dataclass, fields
+from collections import Counter, defaultdict
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import dataclass
 
 from torch import nn
 
@@ -86,25 +86,29 @@ class Report:
             "prefill_exit_depths": dict(self.prefill_depths),
             "mean_exit_depth": _finite(self.mean_depth),
             "doubted": self.doubted,
-            "exact": {f.name: getattr(self.exact, f.name) for f in fields(self.exact) if f.compare},
+            "exact": self.exact._asdict(),
         }
 
     def __str__(self) -> str:
-        title = f"River Compile report for {self.model}"
+        return "\n".join(self._lines())
+
+    def _lines(self) -> Iterator[str]:
+        yield f"River Compile report for {self.model}"
         if not self.ran:
-            return f"{title}\n  {_NEVER_RAN}"
-        return "\n".join(
-            [
-                title,
-                *(line for graph in self.graphs for line in graph_lines(graph)),
-                *_packed_lines(self),
-                *(_block_lines(self.block_errors) if self.block_errors else []),
-                *(self.offloaded.lines() if self.offloaded else []),
-                f"  recompiles     {self.recompiles}",
-                *_depth_lines(self),
-                *_exact_lines(self.exact),
-            ]
-        )
+            yield f"  {_NEVER_RAN}"
+            return
+        for graph in self.graphs:
+            yield from graph_lines(graph)
+        if self.packed:
+            yield from _packed_lines(self)
+        if self.block_errors:
+            worst = f"{self.block_errors.worst.kl:.5f} (block {self.block_errors.worst.block})"
+            mean, tokens = self.block_errors.mean_kl, self.block_errors.tokens
+            yield f"  KL by block    mean {mean:.5f}, most {worst}, one twin at a time on {tokens} tokens"
+        if self.offloaded:
+            yield from self.offloaded.lines()
+        yield f"  recompiles     {self.recompiles}"
+        yield from _token_lines(self)
 
 
 def report(model: nn.Module) -> Report:
@@ -120,9 +124,9 @@ def report(model: nn.Module) -> Report:
         graphs=tuple(state.graphs),
         packed=tuple(sorted(packed.all(), key=lambda p: _natural(p.name))),
         packing_seconds=packed.seconds,
-        decode_depths=stats.depths(decode=True),
-        prefill_depths=stats.depths(decode=False),
-        exact=stats.exact.copy(),
+        decode_depths=dict(sorted(stats.decode.items())),
+        prefill_depths=dict(sorted(stats.prefill.items())),
+        exact=stats.exact,
         doubted=stats.doubted,
         block_errors=state.find(BlockErrors),
         offloaded=state.of(OffloadedWeights).snapshot(),
@@ -159,99 +163,84 @@ def _other_groups(graph: GraphRecord) -> dict[str, int]:
     return {p.name: p.group_size for p in graph.of(GraphTwins) if p.group_size != graph.config.group_size}
 
 
-def graph_lines(graph: GraphRecord) -> list[str]:
-    """Returns what became of one traced graph, for people."""
+def graph_lines(graph: GraphRecord) -> Iterator[str]:
+    """Yields what became of one traced graph, for people."""
     if graph.refusal:
-        return [f"  graph          left to Inductor: {graph.refusal}"]
+        yield f"  graph          left to Inductor: {graph.refusal}"
+        return
+    config = graph.config
+    decides = graph.kind == "decode" and config.exit_depth is None
     seconds = ", ".join(f"{stage} {s:.1f} s" for stage, s in graph.seconds.items())
-    kind = "strict pass" if graph.config.same_rows and graph.kind == "prefill" else graph.kind
-    lines = [f"  {kind:<14} {graph.num_blocks} blocks, {graph.cache} cache; {seconds}"]
-    segments = ", ".join(f"{c.name} x{c.uses}" for c in graph.compiled)
-    lines.append(f"    segments     {segments}")
-    if graph.kind == "decode" and graph.config.exit_depth is None:
-        config = graph.config
-        lines.append(f"    criterion    {config.criterion}, threshold {threshold_text(config.threshold)}")
-        if not graph.candidates:
-            lines.append(f"    exits after  block {config.first_exit}")
-    if graph.candidates:
-        lines.append(f"    exits after  {_ranges(graph.candidates)}")
-    if graph.config.deepest is not None and graph.kind == "decode":
-        lines.append(f"    at latest    after block {graph.config.deepest} (offload_policy='exit')")
-    if graph.config.fill != "river":
-        lines.append(f"    fill         {graph.config.fill}: no twins")
+    kind = "strict pass" if config.same_rows and graph.kind == "prefill" else graph.kind
+    yield f"  {kind:<14} {graph.num_blocks} blocks, {graph.cache} cache; {seconds}"
+    yield f"    segments     {', '.join(f'{c.name} x{c.uses}' for c in graph.compiled)}"
+    if decides and config.threshold is not None:
+        yield f"    criterion    {config.criterion}, threshold {threshold_text(config.threshold)}"
+    if decides or graph.candidates:
+        yield f"    exits after  {_ranges(graph.candidates or (config.first_exit,))}"
+    if graph.kind == "decode" and config.deepest is not None:
+        yield f"    at latest    after block {config.deepest} (offload_policy='exit')"
+    if config.fill != "river":
+        yield f"    fill         {config.fill}: no twins"
     for reason, count in Counter(k.reason for k in graph.kept).items():
-        lines.append(f"    in 16 bits   {count} matrices: {reason}")
+        yield f"    in 16 bits   {count} matrices: {reason}"
     for size, count in Counter(_other_groups(graph).values()).items():
-        lines.append(f"    group size   {size} instead of {graph.config.group_size} in {count} matrices")
-    return lines + fusion_lines(graph.fusions) + graph.of(CaptureLog).lines()
+        yield f"    group size   {size} instead of {config.group_size} in {count} matrices"
+    yield from _fusion_lines(graph.fusions)
+    yield from graph.of(CaptureLog).lines()
 
 
-def fusion_lines(fusions: Sequence[Fusion]) -> list[str]:
-    """Returns which rules put how many kernels in, and each reason for which some did not, with its first node."""
+def _fusion_lines(fusions: Sequence[Fusion]) -> Iterator[str]:
+    """Yields which rules put how many kernels in, and each reason for which some did not, with its first node."""
     applied = Counter(f.rule for f in fusions if not f.missed)
-    lines = [f"    fused        {', '.join(f'{rule} x{n}' for rule, n in applied.items())}"] if applied else []
-    missed: dict[tuple[str, str], list[Fusion]] = {}
+    if applied:
+        yield f"    fused        {', '.join(f'{rule} x{n}' for rule, n in applied.items())}"
+    missed = defaultdict(list)
     for fusion in fusions:
         if fusion.missed:
-            missed.setdefault((fusion.rule, fusion.missed), []).append(fusion)
+            missed[fusion.rule, fusion.missed].append(fusion)
     for (rule, reason), found in missed.items():
         where = f" at {found[0].node}" if found[0].node else ""
         segments = found[0].segment + (f" and {len(found) - 1} more" if len(found) > 1 else "")
-        lines.append(f"    not fused    {rule} in {segments}: {reason}{where}")
-    return lines
+        yield f"    not fused    {rule} in {segments}: {reason}{where}"
 
 
-def _packed_lines(report: Report) -> list[str]:
-    if not report.packed:
-        return []
+def _packed_lines(report: Report) -> Iterator[str]:
     packed = [p for p in report.packed if not p.kept]
     size = sum(p.nbytes for p in packed) / 1e6
     quantizers = ", ".join(sorted({p.quantizer for p in packed}))
-    origins = Counter(p.artifact for p in packed if p.artifact)
-    return [
-        f"  packed         {len(packed)} matrices ({quantizers}), {size:.1f} MB, in {report.packing_seconds:.1f} s",
-        *(f"    artifact     {count} matrices read from {folder}" for folder, count in origins.items()),
-        *_sqnr_lines("SQNR of weights", {p.name: p.sqnr for p in report.packed}),
-        *_sqnr_lines("SQNR of outputs", {p.name: p.output_sqnr for p in report.packed if p.output_sqnr is not None}),
-    ]
+    yield f"  packed         {len(packed)} matrices ({quantizers}), {size:.1f} MB, in {report.packing_seconds:.1f} s"
+    for folder, count in Counter(p.artifact for p in packed if p.artifact).items():
+        yield f"    artifact     {count} matrices read from {folder}"
+    yield _sqnr_line("SQNR of weights", {p.name: p.sqnr for p in report.packed})
+    observed = {p.name: p.output_sqnr for p in report.packed if p.output_sqnr is not None}
+    if observed:
+        yield _sqnr_line("SQNR of outputs", observed)
 
 
-def _sqnr_lines(title: str, decibels: dict[str, float]) -> list[str]:
-    if not decibels:
-        return []
+def _sqnr_line(title: str, decibels: Mapping[str, float]) -> str:
     finite = [db for db in decibels.values() if math.isfinite(db)]
     mean = sum(finite) / len(finite) if finite else math.inf
-    worst = min(decibels, key=decibels.get)
-    return [f"    {title}  mean {mean:.1f} dB, least {decibels[worst]:.1f} dB ({worst})"]
+    name, least = min(decibels.items(), key=lambda item: item[1])
+    return f"    {title}  mean {mean:.1f} dB, least {least:.1f} dB ({name})"
 
 
-def _block_lines(errors: BlockErrors) -> list[str]:
-    worst = f"{errors.worst.kl:.5f} (block {errors.worst.block})"
-    return [f"  KL by block    mean {errors.mean_kl:.5f}, most {worst}, one twin at a time on {errors.tokens} tokens"]
-
-
-def _depth_lines(report: Report) -> list[str]:
-    if not report.decode_depths:
-        return ["  exits          no token was decoded yet"]
-    total = sum(report.decode_depths.values())
-    lines = [f"  exits          {total} decode steps, mean depth {report.mean_depth:.2f} blocks"]
+def _token_lines(report: Report) -> Iterator[str]:
+    total, exact = sum(report.decode_depths.values()), report.exact
+    if not total:
+        yield "  exits          no token was decoded yet"
+    else:
+        yield f"  exits          {total} decode steps, mean depth {report.mean_depth:.2f} blocks"
     if report.doubted:
         share = 100 * report.doubted / total
-        lines.append(f"    doubted      {report.doubted} ({share:.0f} %) ran through the river and then the backbone")
-    return lines + histogram(report.decode_depths)
-
-
-def _exact_lines(stats: ExactStats) -> list[str]:
-    if not stats.cycles:
-        return []
-    held = f", {100 * stats.accepted / stats.drafted:.0f} % of the drafts held" if stats.drafted else ""
-    lines = [f"  exact mode     {stats.cycles} verifying passes, {stats.kept / stats.cycles:.2f} tokens per pass{held}"]
-    if stats.row_cycles:
-        share = 100 * stats.held_back / stats.row_cycles
-        lines.append(
-            f"    batches      rows dropped a draft that held in {share:.0f} % of their passes: the slowest row decides"
-        )
-    return lines
+        yield f"    doubted      {report.doubted} ({share:.0f} %) ran through the river and then the backbone"
+    yield from histogram(report.decode_depths)
+    if exact.cycles:
+        held = f", {100 * exact.accepted / exact.drafted:.0f} % of the drafts held" if exact.drafted else ""
+        yield f"  exact mode     {exact.cycles} verifying passes, {exact.kept / exact.cycles:.2f} tokens per pass{held}"
+    if exact.row_cycles:
+        held = f"{100 * exact.held_back / exact.row_cycles:.0f} % of their passes"
+        yield f"    batches      rows dropped a draft that held in {held}: the slowest row decides"
 
 
 def histogram(depths: Mapping[int, int], num_blocks: int | None = None) -> list[str]:
@@ -265,9 +254,10 @@ def histogram(depths: Mapping[int, int], num_blocks: int | None = None) -> list[
 
 
 def _ranges(depths: tuple[int, ...]) -> str:
-    step = depths[1] - depths[0] if len(depths) > 1 else 1
-    tail = f", every {step}" if step > 1 else ""
-    return f"blocks {depths[0]} to {depths[-1]}{tail}" if len(depths) > 1 else f"block {depths[0]}"
+    if len(depths) == 1:
+        return f"block {depths[0]}"
+    step = depths[1] - depths[0]
+    return f"blocks {depths[0]} to {depths[-1]}" + (f", every {step}" if step > 1 else "")
 
 
 def _finite(value: float | None) -> float | None:

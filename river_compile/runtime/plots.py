@@ -1,6 +1,6 @@
 """Draws rows of bars above tokens' texts, for :meth:`river_compile.Trace.plot`, and makes and saves figures.
 
-Takes plain values, so that what is drawn need not be known here. matplotlib is imported when something is drawn.
+matplotlib is imported when something is drawn.
 """
 
 from __future__ import annotations
@@ -9,8 +9,9 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING
 
+from .stats import CycleRecord, StepRecord
+
 if TYPE_CHECKING:
-    from matplotlib.axes import Axes
     from matplotlib.figure import Figure
 
 _PER_LINE = 32
@@ -39,54 +40,45 @@ def save_figure(figure: Figure, path: str | Path) -> Path:
     return Path(path)
 
 
-def plot_depths(
-    path: str | Path, texts: Sequence[str] | None, depths: Sequence[int], doubted: Sequence[bool], num_blocks: int
-) -> Path:
+def plot_depths(path: str | Path, texts: Sequence[str] | None, steps: Sequence[StepRecord], num_blocks: int) -> Path:
     """Draws each decode step's exit depth, hatched for doubted steps, above the text of its token."""
-    from matplotlib.cm import ScalarMappable
-    from matplotlib.colors import Normalize
+    from matplotlib import colormaps
 
-    if not depths:
+    if not steps:
         raise ValueError("nothing to draw: the trace holds no decode step (generate inside `with trace() as t:`)")
-    names = _names(texts, len(depths), "decode steps", first=1)
-    mean = sum(depths) / len(depths)
-    title = f"Exit depth of {len(depths)} tokens, mean {mean:.2f} of {num_blocks} blocks"
-    if any(doubted):
-        title += f"; {sum(doubted)} doubted (hatched): river, then backbone"
+    names = _names(texts, len(steps), "decode steps", first=1)
+    mean = sum(step.depth for step in steps) / len(steps)
+    title = f"Exit depth of {len(steps)} tokens, mean {mean:.2f} of {num_blocks} blocks"
+    doubted = sum(step.doubted for step in steps)
+    if doubted:
+        title += f"; {doubted} doubted (hatched): river, then backbone"
     highest = max(num_blocks, 1)
-    colours = ScalarMappable(Normalize(0, highest), "viridis_r")
+    colours = colormaps["viridis_r"]
     figure = _lines_of_tokens(names, highest, room=1.15)
     figure.suptitle(title)
-    for i, (depth, hatched) in enumerate(zip(depths, doubted, strict=True)):
+    for i, step in enumerate(steps):
         axes, x = figure.axes[i // _PER_LINE], i % _PER_LINE
-        axes.bar(x, depth, color=colours.to_rgba(depth), width=0.9, hatch="///" if hatched else "")
-        axes.text(x, depth, str(depth), ha="center", va="bottom", fontsize=7)
+        axes.bar(x, step.depth, color=colours(step.depth / highest), width=0.9, hatch="///" if step.doubted else "")
+        axes.text(x, step.depth, str(step.depth), ha="center", va="bottom", fontsize=7)
     return save_figure(figure, path)
 
 
-def plot_cycles(
-    path: str | Path, texts: Sequence[str] | None, cycles: Sequence[tuple[Sequence[str], Sequence[str]]]
-) -> Path:
+def plot_cycles(path: str | Path, texts: Sequence[str] | None, cycles: Sequence[CycleRecord]) -> Path:
     """Draws each token that exact mode kept as high as its place in its cycle, coloured by where it came from.
 
     A cycle climbs like a staircase. Grey outlines on its last step are drafted tokens that did not hold.
-
-    Args:
-        path: the file to write.
-        texts: one for each kept token.
-        cycles: of each cycle the sources of its drafted and of its kept tokens.
     """
     from matplotlib.patches import Patch
 
-    kept = sum(len(sources) for _, sources in cycles)
+    kept = sum(len(cycle.kept) for cycle in cycles)
     names = _names(texts, kept, "tokens kept in cycles", first=2)
-    dropped = [len(drafted) - sum(source != "backbone" for source in sources) for drafted, sources in cycles]
-    highest = max(len(sources) + more for (_, sources), more in zip(cycles, dropped, strict=True))
+    dropped = [len(cycle.drafted) - cycle.accepted for cycle in cycles]
+    highest = max(len(cycle.kept) + more for cycle, more in zip(cycles, dropped, strict=True))
     figure = _lines_of_tokens(names, highest, room=1.05)
     figure.suptitle(f"{kept} tokens in {len(cycles)} verifying passes, {kept / len(cycles):.2f} tokens per pass")
     bars = iter(range(kept))
-    for (_, sources), more in zip(cycles, dropped, strict=True):
-        for height, source in enumerate(sources, start=1):
+    for cycle, more in zip(cycles, dropped, strict=True):
+        for height, source in enumerate(cycle.kept, start=1):
             i = next(bars)
             axes, x = figure.axes[i // _PER_LINE], i % _PER_LINE
             axes.bar(x, height, color=_SOURCES[source][0], width=0.9)
@@ -114,8 +106,7 @@ def _lines_of_tokens(names: Sequence[str], highest: int, room: float) -> Figure:
     """Returns a figure with lines of 32 tokens, their names below, for bars up to `highest`."""
     lines = [names[start : start + _PER_LINE] for start in range(0, len(names), _PER_LINE)]
     figure = new_figure(14, 1 + 1.2 * len(lines))
-    all_axes: Sequence[Axes] = figure.subplots(len(lines), squeeze=False)[:, 0]
-    for axes, line in zip(all_axes, lines, strict=True):
+    for axes, line in zip(figure.subplots(len(lines), squeeze=False)[:, 0], lines, strict=True):
         axes.set_xticks(range(len(line)), line, fontsize=7, rotation=35, ha="right", parse_math=False)
         axes.set_xlim(-0.6, _PER_LINE - 0.4)
         axes.set_ylim(0, highest * room)

@@ -1,4 +1,4 @@
-"""What is counted and recorded of a model's steps and of exact mode's cycles, and who is told of each.
+"""What is counted and recorded of a model's steps and of exact mode's cycles, and who else sees each of them.
 
 Not handled: what to do with it; :mod:`river_compile.runtime.trace` keeps it, the report shows the sums.
 """
@@ -10,7 +10,6 @@ import itertools
 import threading
 from collections import Counter
 from collections.abc import Callable, Iterator
-from dataclasses import dataclass, field
 from typing import Generic, NamedTuple, ParamSpec
 
 P = ParamSpec("P")
@@ -42,40 +41,6 @@ class Observers(Generic[P]):
                 self._functions = tuple(f for f in self._functions if f is not function)
 
 
-class ExitStats:
-    """Steps per exit depth of one model, prefill and decode apart, and the cycles of exact mode.
-
-    Attributes:
-        model_id: identifies the model in traces, unique in the process.
-    """
-
-    def __init__(self) -> None:
-        self.model_id = next(_model_ids)
-        self.exact = ExactStats()
-        self.num_blocks = 0
-        self._lock = threading.Lock()
-        self._decode: Counter[int] = Counter()
-        self._prefill: Counter[int] = Counter()
-        self._doubted = 0
-
-    def count(self, step: StepRecord) -> None:
-        """Counts a step."""
-        with self._lock:
-            (self._decode if step.decode else self._prefill)[step.depth] += 1
-            self._doubted += step.doubted
-
-    @property
-    def doubted(self) -> int:
-        """Decode steps that ran through the river and then through the backbone."""
-        with self._lock:
-            return self._doubted
-
-    def depths(self, decode: bool = True) -> dict[int, int]:
-        """Returns {exit depth in backbone blocks executed: steps}, ascending."""
-        with self._lock:
-            return dict(sorted((self._decode if decode else self._prefill).items()))
-
-
 class StepRecord(NamedTuple):
     """One forward pass.
 
@@ -105,13 +70,12 @@ class StepRecord(NamedTuple):
         return self.river_from is not None
 
 
-@dataclass(frozen=True)
-class CycleRecord:
+class CycleRecord(NamedTuple):
     """One cycle of exact mode: a draft, its verification, and what was kept of it.
 
     Attributes:
         drafted: where each drafted token came from: "river" or "lookup" (copied from the context).
-        kept: where each kept token came from: as above, or "backbone" for its own token behind the agreeing drafts.
+        kept: where each kept token came from: as above, or "backbone" for its own token after the agreeing drafts.
         width: query length of the verifying pass; ``width - 1 - len(drafted)`` of it was filler.
         held_back: rows whose next draft held but was dropped, because another row's did not.
         seconds: wall time of drafting, of verifying, and of choosing and keeping tokens.
@@ -135,8 +99,7 @@ class CycleRecord:
         return sum(source != "backbone" for source in self.kept)
 
 
-@dataclass
-class ExactStats:
+class ExactStats(NamedTuple):
     """What exact mode did with one model: sums over its cycles.
 
     Attributes:
@@ -153,28 +116,42 @@ class ExactStats:
     kept: int = 0
     row_cycles: int = 0
     held_back: int = 0
-    _lock: threading.Lock = field(default_factory=threading.Lock, repr=False, compare=False)
 
-    def count(self, cycle: CycleRecord) -> None:
-        with self._lock:
-            self.cycles += 1
-            self.drafted += len(cycle.drafted)
-            self.accepted += cycle.accepted
-            self.kept += len(cycle.kept)
-            if cycle.rows > 1:
-                self.row_cycles += cycle.rows
-                self.held_back += cycle.held_back
+    def plus(self, cycle: CycleRecord) -> ExactStats:
+        """Returns the sums with one more cycle."""
+        rows, held_back = (cycle.rows, cycle.held_back) if cycle.rows > 1 else (0, 0)
+        more = (1, len(cycle.drafted), cycle.accepted, len(cycle.kept), rows, held_back)
+        return ExactStats(*map(sum, zip(self, more, strict=True)))
 
-    def copy(self) -> ExactStats:
-        """Returns the sums as they are now."""
+
+class ExitStats:
+    """Steps per exit depth (backbone blocks executed) of one model, and the cycles of exact mode.
+
+    Attributes:
+        model_id: identifies the model in traces, unique in the process.
+        doubted: decode steps that ran through the river and then through the backbone.
+    """
+
+    def __init__(self) -> None:
+        self.model_id = next(_model_ids)
+        self.num_blocks = 0
+        self.decode: Counter[int] = Counter()
+        self.prefill: Counter[int] = Counter()
+        self.doubted = 0
+        self.exact = ExactStats()
+        self._lock = threading.Lock()
+
+    def count(self, step: StepRecord) -> None:
+        """Counts a step."""
         with self._lock:
-            return ExactStats(self.cycles, self.drafted, self.accepted, self.kept, self.row_cycles, self.held_back)
+            (self.decode if step.decode else self.prefill)[step.depth] += 1
+            self.doubted += step.doubted
+
+    def count_cycle(self, cycle: CycleRecord) -> None:
+        """Counts a cycle of exact mode and shows it to those who observe cycles."""
+        with self._lock:
+            self.exact = self.exact.plus(cycle)
+        cycles(cycle)
 
 
 cycles: Observers[[CycleRecord]] = Observers()
-
-
-def record_cycle(cycle: CycleRecord, stats: ExactStats) -> None:
-    """Counts a cycle of exact mode and tells those who observe cycles."""
-    stats.count(cycle)
-    cycles(cycle)

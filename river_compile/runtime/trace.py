@@ -1,7 +1,7 @@
 """Records every step on request.
 
-``with trace() as t:`` records all steps that run anywhere in the process while it is open, each with the thread it ran
-in, so that generation in a worker thread (as streamers use it) is seen too.
+``with trace() as t:`` records all steps that run anywhere in the process while it is open, so that generation in a
+worker thread (as streamers use it) is seen too.
 """
 
 from __future__ import annotations
@@ -23,6 +23,7 @@ class Trace:
 
     Attributes:
         steps: every forward pass, prompts included.
+        num_blocks: of the largest model that ran.
         cycles: every cycle of exact mode; its drafts and verifications are among the steps too.
     """
 
@@ -73,9 +74,8 @@ class Trace:
             ValueError: nothing was recorded, or `texts` has another length.
         """
         if self.cycles:
-            return plot_cycles(path, texts, [(cycle.drafted, cycle.kept) for cycle in self.cycles])
-        tokens = self.tokens
-        return plot_depths(path, texts, [t.depth for t in tokens], [t.doubted for t in tokens], self.num_blocks)
+            return plot_cycles(path, texts, self.cycles)
+        return plot_depths(path, texts, self.tokens, self.num_blocks)
 
     def add_step(self, executor: RiverExecutor, args: tuple[object, ...], step: StepRecord) -> None:
         """Adds a step that an executor took."""

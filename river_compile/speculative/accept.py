@@ -33,14 +33,11 @@ def select(scores_BV: Tensor, drafted_B: Tensor | None, proposal_BV: Tensor | No
             token), which is the same as a proposal with all its mass on that token.
         do_sample: draw from the scores' softmax instead of taking their maximum.
     """
-    if not do_sample:
-        tokens = scores_BV.argmax(-1)
-        return Selection(tokens, _nowhere(tokens) if drafted_B is None else tokens == drafted_B)
-    target_BV = scores_BV.softmax(-1)
-    if drafted_B is None:
-        tokens = _draw(target_BV)
-        return Selection(tokens, _nowhere(tokens))
-    return _accept_or_redraw(target_BV, drafted_B, proposal_BV)
+    if do_sample and drafted_B is not None:
+        return _accept_or_redraw(scores_BV.softmax(-1), drafted_B, proposal_BV)
+    tokens = _draw(scores_BV.softmax(-1)) if do_sample else scores_BV.argmax(-1)
+    agreed = torch.zeros_like(tokens, dtype=torch.bool) if drafted_B is None else tokens == drafted_B
+    return Selection(tokens, agreed)
 
 
 def _accept_or_redraw(target_BV: Tensor, drafted_B: Tensor, proposal_BV: Tensor | None) -> Selection:
@@ -58,7 +55,3 @@ def _accept_or_redraw(target_BV: Tensor, drafted_B: Tensor, proposal_BV: Tensor 
 
 def _draw(weights_BV: Tensor) -> Tensor:
     return torch.multinomial(weights_BV, num_samples=1)[:, 0]
-
-
-def _nowhere(tokens_B: Tensor) -> Tensor:
-    return torch.zeros_like(tokens_B, dtype=torch.bool)

@@ -1,9 +1,9 @@
 """Proposes tokens for the backbone to verify: copied from the context where it repeats itself, else by the river.
 
 A copied continuation costs nothing and comes first (prompt lookup; Saxena, "Prompt Lookup Decoding", 2023). Otherwise
-the river drafts token after token and stops when the whole draft has become too unlikely to hold. How likely a token
-is to hold is learned while generating: from the entropy of the river's distribution, or from the length of the repeated
-n-gram. After the river's last token a copied continuation may follow, which fills the verification pass.
+the river drafts token after token and stops when the whole draft has become too unlikely to hold; a copied continuation
+then fills the verification pass. How likely a token is to hold is learned while generating: from the entropy of the
+river's distribution, or from the length of the repeated n-gram.
 
 Rows share one cache length, so a draft is as long for every row. Not handled: rows that draft for themselves.
 """
@@ -21,6 +21,10 @@ from torch import Tensor
 # Upper edges of the bins in which acceptance rates are learned: nats of entropy, and tokens of the repeated n-gram.
 ENTROPY_EDGES = (0.02, 0.05, 0.1, 0.2, 0.4, 0.7, 1.0, 1.5, 2.0, 3.0)
 NGRAM_SIZES = (2, 3, 4, 6, 9)
+# What they are before anything was judged: exp(-entropy / 2), about what a 4-bit twin shows; longer repetitions go on
+# more often.
+_BY_ENTROPY = [math.exp(-(a + b) / 4) for a, b in zip((0.0, *ENTROPY_EDGES), (*ENTROPY_EDGES, 4.0), strict=True)]
+_BY_NGRAM = [0.3, 0.5, 0.7, 0.85, 0.95, 0.97]
 _PRIOR_WEIGHT = 4.0
 _MEMORY = 200.0  # judged tokens per bin after which older ones fade
 
@@ -50,17 +54,6 @@ class AcceptanceRate:
             self._kept[i], self._judged[i] = self._kept[i] / 2, self._judged[i] / 2
         self._kept[i] += held
         self._judged[i] += 1
-
-
-def rate_by_entropy() -> AcceptanceRate:
-    """Starts from exp(-entropy / 2), about what a 4-bit twin shows."""
-    middles = [(a + b) / 2 for a, b in zip((0.0, *ENTROPY_EDGES), (*ENTROPY_EDGES, 4.0), strict=True)]
-    return AcceptanceRate(ENTROPY_EDGES, [math.exp(-m / 2) for m in middles])
-
-
-def rate_by_ngram() -> AcceptanceRate:
-    """Starts from the guess that longer repetitions go on more often."""
-    return AcceptanceRate([n + 0.5 for n in NGRAM_SIZES], [0.3, 0.5, 0.7, 0.85, 0.95, 0.97])
 
 
 class NgramIndex:
@@ -99,12 +92,10 @@ class NgramIndex:
 
 @dataclass(frozen=True)
 class Drafted:
-    """One position of a draft.
+    """One position of a draft: a token of each row ``[B]``, from the "river" or a "lookup".
 
     Attributes:
-        tokens: the token of each row ``[B]``.
         proposal: the probabilities ``[B, V]`` it was drawn from; None for copied and for greedy tokens.
-        source: "river" or "lookup".
         rate: what its chance was read from, by `evidence`, a value per row.
     """
 
@@ -147,8 +138,8 @@ class Drafter:
 
     def __post_init__(self, prompt_ids: Tensor, prompt_lookup: bool) -> None:
         self._rows = [NgramIndex(row) for row in prompt_ids.tolist()] if prompt_lookup else []
-        self._by_entropy = rate_by_entropy()
-        self._by_ngram = rate_by_ngram()
+        self._by_entropy = AcceptanceRate(ENTROPY_EDGES, _BY_ENTROPY)
+        self._by_ngram = AcceptanceRate([n + 0.5 for n in NGRAM_SIZES], _BY_NGRAM)
 
     def extend(self, tokens_B: Tensor) -> None:
         """Takes in a token that every row received."""
@@ -158,23 +149,23 @@ class Drafter:
     def draft(
         self, ids_BS: Tensor, active_B: Tensor, most: int, step: DraftStep, width: Callable[[int], int]
     ) -> list[Drafted]:
-        """Proposes up to `most` tokens.
+        """Proposes up to `most` tokens, which is as many as can be verified and used.
 
         Args:
             ids_BS: the ids so far.
             active_B: rows that are still being generated.
-            most: the longest draft that can be verified and used.
+            most: the longest draft.
             step: runs the river over the ids it is given, one token further per call.
             width: the verification width for a number of drafted tokens.
         """
-        draft: list[Drafted] = []
-        self._copy(draft, ids_BS, active_B, most, at_least=self.stop_below)
-        if not draft:
-            self._ask_river(draft, ids_BS, active_B, most, step)
-            self._copy(draft, ids_BS, active_B, min(most, width(len(draft)) - 1), at_least=0.0)
-        return draft
+        draft = self._copied([], ids_BS, active_B, most, at_least=self.stop_below)
+        if draft:
+            return draft
+        draft = self._ask_river(ids_BS, active_B, most, step)
+        return draft + self._copied(draft, ids_BS, active_B, min(most, width(len(draft)) - 1), at_least=0.0)
 
-    def _ask_river(self, draft: list[Drafted], ids_BS: Tensor, active_B: Tensor, most: int, step: DraftStep) -> None:
+    def _ask_river(self, ids_BS: Tensor, active_B: Tensor, most: int, step: DraftStep) -> list[Drafted]:
+        draft: list[Drafted] = []
         reach, active = 1.0, active_B.tolist()
         while len(draft) < most and reach >= self.stop_below:
             scores_BV = step(ids_BS).float()
@@ -187,13 +178,16 @@ class Drafter:
             ids_BS = torch.cat([ids_BS, tokens_B[:, None]], dim=-1)
             reach *= math.prod(self._by_entropy.chance(h) for h, on in zip(entropies, active, strict=True) if on)
             if self.end_tokens is not None and torch.isin(tokens_B[active_B], self.end_tokens).all():
-                return
+                break
+        return draft
 
-    def _copy(self, draft: list[Drafted], ids_BS: Tensor, active_B: Tensor, most: int, at_least: float) -> None:
-        """Appends continuations found in the context, where every row that still runs has one."""
+    def _copied(
+        self, draft: Sequence[Drafted], ids_BS: Tensor, active_B: Tensor, most: int, at_least: float
+    ) -> list[Drafted]:
+        """Returns continuations of a draft found in the context, where every row that still runs has one."""
         count, active = most - len(draft), active_B.tolist()
         if count <= 0 or not self._rows:
-            return
+            return []
         ahead = torch.stack([d.tokens for d in draft], dim=1).tolist() if draft else [[] for _ in active]
         found = [
             row.continuation(count, before) if on else ([self.pad_token] * count, 0)
@@ -201,6 +195,7 @@ class Drafter:
         ]
         lengths = [float(n) for _, n in found]
         chance = math.prod(self._by_ngram.chance(n) if n else 0.0 for n, on in zip(lengths, active, strict=True) if on)
-        if chance > at_least:
-            for tokens in zip(*(tokens for tokens, _ in found), strict=True):
-                draft.append(Drafted(ids_BS.new_tensor(tokens), None, "lookup", self._by_ngram, lengths))
+        if chance <= at_least:
+            return []
+        columns = zip(*(tokens for tokens, _ in found), strict=True)
+        return [Drafted(ids_BS.new_tensor(tokens), None, "lookup", self._by_ngram, lengths) for tokens in columns]

@@ -9,13 +9,21 @@ from __future__ import annotations
 
 import inspect
 from types import FrameType
+from typing import Any
 
 
-def argument_of(frame: FrameType | None, name: str) -> object | None:
-    """Returns an argument of the generate call that runs in `frame`, None where it has none."""
-    if frame is None or frame.f_code.co_name != "generate":
-        return None
-    return frame.f_locals.get(name)
+def argument_of_generate(name: str) -> Any:
+    """Returns an argument of the generate call that is running, None where it has none."""
+    frame = _running("generate")
+    return None if frame is None else frame.f_locals.get(name)
+
+
+def _running(function: str) -> FrameType | None:
+    """Returns the innermost frame of a function of that name."""
+    frame = inspect.currentframe()
+    while frame is not None and frame.f_code.co_name != function:
+        frame = frame.f_back
+    return frame
 
 
 class KeepsTokenizer:
@@ -28,9 +36,7 @@ class KeepsTokenizer:
     def __get__(self, instance: object | None, owner: type) -> inspect.Signature:
         if instance is None:
             raise AttributeError("__signature__")  # the class itself has its ordinary signature
-        frame = inspect.currentframe()
-        while frame is not None and frame.f_code.co_name != "_extract_generation_mode_kwargs":
-            frame = frame.f_back
+        frame = _running("_extract_generation_mode_kwargs")
         if frame is not None:
             taken, left = (frame.f_locals.get(name) for name in ("generation_mode_kwargs", "kwargs"))
             if isinstance(taken, dict) and isinstance(left, dict) and "tokenizer" in taken:

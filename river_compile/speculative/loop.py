@@ -8,7 +8,7 @@
 Kept positions go one by one through the user's logits processors, stopping criteria and streamer, in the order and
 with the arguments of plain generation; nothing after the first disagreement or stop ever reaches them.
 
-Rows of a batch share one cache length, so all advance by what the slowest row keeps.
+Not handled: rows that advance for themselves. They share one cache length, so the slowest row decides.
 """
 
 from __future__ import annotations
@@ -17,29 +17,15 @@ import threading
 import time
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
-from typing import Protocol
 
 import torch
 from torch import Tensor
 
-from river_compile.runtime.stats import CycleRecord, ExitStats, record_cycle
+from river_compile.runtime.stats import CycleRecord
 
 from .accept import select
 from .draft import Drafted, Drafter
-
-
-class Runner(Protocol):
-    """What the loop needs of a model; see :class:`river_compile.speculative.runner.DraftVerifyRunner`."""
-
-    stats: ExitStats
-
-    @property
-    def longest_draft(self) -> int: ...
-    def draft_step(self, ids_BS: Tensor) -> Tensor: ...
-    def verify(self, ids_BS: Tensor, drafted: int) -> Tensor: ...
-    def rewind(self, slots: int) -> None: ...
-    def keep(self, tokens: int) -> None: ...
-    def width_for(self, drafted: int) -> int: ...
+from .runner import DraftVerifyRunner
 
 
 @dataclass
@@ -47,21 +33,18 @@ class ExactLoop:
     """Generates until every row has ended.
 
     Attributes:
-        runner: runs the model.
-        drafter: proposes tokens.
         ids: ``[B, S]``, grows.
         process: the user's logits processors, ``(ids, scores) -> scores``.
         process_draft: those that may also see drafts.
         stops: the stopping criteria, ``(ids, scores) -> bool [B]``.
-        do_sample: draw tokens rather than take the best.
         max_length: ids in all, at most.
         pad_token: what rows receive that have ended; None where no row can end before the others.
         put: the streamer's method, None for no streamer.
-        scores: receives each kept token's processed scores ``[B, V]``, None where nobody asks.
-        logits: the same for the raw logits.
+        scores, logits: receive each kept token's processed scores and raw logits ``[B, V]``, None where nobody asks.
+        active: the rows that have not ended ``[B]``.
     """
 
-    runner: Runner
+    runner: DraftVerifyRunner
     drafter: Drafter
     ids: Tensor
     process: Callable[[Tensor, Tensor], Tensor]
@@ -75,11 +58,9 @@ class ExactLoop:
     logits: list[Tensor] | None = None
     active: Tensor = field(init=False)
 
-    def __post_init__(self) -> None:
-        self.active = torch.ones(self.ids.shape[0], dtype=torch.bool, device=self.ids.device)
-
     def run(self, first_logits: Tensor) -> Tensor:
         """Generates from the prompt's last logits ``[B, 1, V]`` on; returns all ids ``[B, S]``."""
+        self.active = torch.ones_like(self.ids[:, 0], dtype=torch.bool)
         self._settle(first_logits, [])
         while self.active.any():
             self._cycle()
@@ -99,19 +80,17 @@ class ExactLoop:
         sources, held_back = self._settle(logits, draft)
         self.runner.keep(len(sources))
         end = time.perf_counter()
-        record_cycle(
-            CycleRecord(
-                drafted=drafted,
-                kept=sources,
-                width=self.runner.width_for(len(draft)),
-                held_back=held_back,
-                seconds=(drafted_at - start, verified_at - drafted_at, end - verified_at),
-                thread=threading.get_ident(),
-                model=self.runner.stats.model_id,
-                rows=rows,
-            ),
-            self.runner.stats.exact,
+        cycle = CycleRecord(
+            drafted=drafted,
+            kept=sources,
+            width=self.runner.width_for(len(draft)),
+            held_back=held_back,
+            seconds=(drafted_at - start, verified_at - drafted_at, end - verified_at),
+            thread=threading.get_ident(),
+            model=self.runner.stats.model_id,
+            rows=rows,
         )
+        self.runner.stats.count_cycle(cycle)
 
     def _draft_step(self, ids_BS: Tensor) -> Tensor:
         return self.process_draft(ids_BS, self.runner.draft_step(ids_BS).float())
@@ -121,9 +100,8 @@ class ExactLoop:
         sources: list[str] = []
         for i in range(logits_BWV.shape[1]):
             drafted = draft[i] if i < len(draft) else None
-            tokens, agreed = self._choose(logits_BWV[:, i], drafted)
             was_active = self.active
-            self._append(tokens)
+            tokens, agreed = self._keep_next(logits_BWV[:, i], drafted)
             if drafted is None:
                 return (*sources, "backbone"), 0
             drafted.learn(agreed.tolist(), was_active.tolist())
@@ -137,7 +115,8 @@ class ExactLoop:
                 break
         return tuple(sources), 0
 
-    def _choose(self, logits_BV: Tensor, drafted: Drafted | None) -> tuple[Tensor, Tensor]:
+    def _keep_next(self, logits_BV: Tensor, drafted: Drafted | None) -> tuple[Tensor, Tensor]:
+        """Keeps one more token of each row ``[B]``; returns them, and where the drafted ones agreed."""
         raw = logits_BV.to(copy=True, dtype=torch.float32)
         scores = self.process(self.ids, raw)
         if self.scores is not None:
@@ -148,12 +127,10 @@ class ExactLoop:
         tokens, agreed = select(scores, drafted_B, proposal_BV, self.do_sample)
         if self.pad_token is not None:
             tokens = torch.where(self.active, tokens, self.pad_token)
-        return tokens, agreed
-
-    def _append(self, tokens: Tensor) -> None:
         self.ids = torch.cat([self.ids, tokens[:, None]], dim=-1)
         self.drafter.extend(tokens)
-        scores: Sequence[Tensor] | None = None if self.scores is None else tuple(self.scores)
-        self.active = self.active & ~self.stops(self.ids, scores)
+        seen = None if self.scores is None else tuple(self.scores)
+        self.active = self.active & ~self.stops(self.ids, seen)
         if self.put is not None:
             self.put(tokens.cpu())
+        return tokens, agreed

@@ -9,8 +9,7 @@ weights and hidden states as outputs, generation that is synchronized over sever
 
 from __future__ import annotations
 
-import inspect
-from contextlib import AbstractContextManager
+from collections.abc import Mapping
 from dataclasses import dataclass, replace
 from typing import Any
 
@@ -24,7 +23,7 @@ from river_compile.errors import OptionError
 from river_compile.kernels.checks import FLAG, integer, number
 
 from .draft import Drafter
-from .hf_frames import KeepsTokenizer, argument_of
+from .hf_frames import KeepsTokenizer, argument_of_generate
 from .loop import ExactLoop
 from .runner import DraftVerifyRunner
 
@@ -50,7 +49,6 @@ _STATELESS = (
     logits_process.TopPLogitsWarper,
     logits_process.TypicalLogitsWarper,
 )
-
 
 _CHECKS = {
     "max_draft": integer(1),
@@ -113,18 +111,44 @@ class ExactMode:
         """
         given = {"max_draft": max_draft, "prompt_lookup": prompt_lookup, "stop_below": stop_below, "strict": strict}
         mode = self.with_options(**{name: value for name, value in given.items() if value is not None})
-        caller = inspect.currentframe().f_back
-        _check(model, generation_config, synced_gpus, argument_of(caller, "assistant_model"), model_kwargs)
-        streamer = streamer or argument_of(caller, "streamer")
+        config = generation_config
+        _check(model, config, synced_gpus, argument_of_generate("assistant_model"), model_kwargs)
+        streamer = streamer or argument_of_generate("streamer")
         runner = DraftVerifyRunner(model, model_kwargs, mode.max_draft, mode.strict)
-        with _more_graphs(len(runner.widths)):
-            first_logits = runner.prefill(input_ids, generation_config)
-            loop = _loop(mode, runner, input_ids, logits_processor, stopping_criteria, generation_config, streamer)
+        ends = any(hasattr(criterion, "eos_token_id") for criterion in stopping_criteria)
+        pad_token = int(config._pad_token_tensor) if ends and config._pad_token_tensor is not None else None
+        drafter = Drafter(
+            input_ids,
+            prompt_lookup=mode.prompt_lookup,
+            do_sample=config.do_sample,
+            stop_below=mode.stop_below,
+            pad_token=pad_token or 0,
+            end_tokens=getattr(config, "_eos_token_tensor", None),
+        )
+        wanted = config.return_dict_in_generate
+        loop = ExactLoop(
+            runner=runner,
+            drafter=drafter,
+            ids=input_ids,
+            process=logits_processor,
+            process_draft=LogitsProcessorList(p for p in logits_processor if type(p) in _STATELESS),
+            stops=stopping_criteria,
+            do_sample=config.do_sample,
+            max_length=config.max_length,
+            pad_token=pad_token,
+            put=None if streamer is None else streamer.put,
+            scores=[] if wanted and config.output_scores else None,
+            logits=[] if wanted and config.output_logits else None,
+        )
+        # Beyond its limit of graphs for one function Dynamo would run what is new without the backend: exact, and slow.
+        dynamo = torch._dynamo.config
+        with dynamo.patch(recompile_limit=dynamo.recompile_limit + len(runner.widths)):
+            first_logits = runner.prefill(input_ids, config)
             with model._optimize_model_for_decode():
                 ids = loop.run(first_logits)
         if streamer is not None:
             streamer.end()
-        if not generation_config.return_dict_in_generate:
+        if not wanted:
             return ids
         return GenerateDecoderOnlyOutput(
             sequences=ids,
@@ -137,53 +161,12 @@ class ExactMode:
 exact = ExactMode()
 
 
-def _more_graphs(widths: int) -> AbstractContextManager[None]:
-    """Lets Dynamo keep a graph for each width, beside those that it allows one function anyway.
-
-    Beyond its limit it would run what is new without the backend: as exact, and slow.
-    """
-    config = torch._dynamo.config
-    return config.patch(recompile_limit=config.recompile_limit + widths)
-
-
-def _loop(
-    mode: ExactMode,
-    runner: DraftVerifyRunner,
-    input_ids: Tensor,
-    logits_processor: LogitsProcessorList,
-    stopping_criteria: StoppingCriteriaList,
-    config: GenerationConfig,
-    streamer: Any | None,
-) -> ExactLoop:
-    ends = any(hasattr(criterion, "eos_token_id") for criterion in stopping_criteria)
-    pad_token = int(config._pad_token_tensor) if ends and config._pad_token_tensor is not None else None
-    drafter = Drafter(
-        input_ids,
-        prompt_lookup=mode.prompt_lookup,
-        do_sample=config.do_sample,
-        stop_below=mode.stop_below,
-        pad_token=pad_token or 0,
-        end_tokens=getattr(config, "_eos_token_tensor", None),
-    )
-    wanted = config.return_dict_in_generate
-    return ExactLoop(
-        runner=runner,
-        drafter=drafter,
-        ids=input_ids,
-        process=logits_processor,
-        process_draft=LogitsProcessorList(p for p in logits_processor if type(p) in _STATELESS),
-        stops=stopping_criteria,
-        do_sample=config.do_sample,
-        max_length=config.max_length,
-        pad_token=pad_token,
-        put=None if streamer is None else streamer.put,
-        scores=[] if wanted and config.output_scores else None,
-        logits=[] if wanted and config.output_logits else None,
-    )
-
-
 def _check(
-    model: PreTrainedModel, config: GenerationConfig, synced_gpus: bool, assistant_model: object, model_kwargs: dict
+    model: PreTrainedModel,
+    config: GenerationConfig,
+    synced_gpus: bool,
+    assistant_model: object,
+    model_kwargs: Mapping[str, object],
 ) -> None:
     """Raises a ValueError for what exact mode does not handle."""
     if assistant_model is not None:

@@ -1,7 +1,6 @@
 """Runs a compiled model's draft steps and verifications on one KV cache.
 
-Inputs are prepared by transformers' own methods, so masks and positions are those of plain generation. The cache is
-rewound with `crop`; its filled slots are counted here, because reading a length back from an accelerator would wait.
+Inputs are prepared by transformers' own methods, so masks and positions are those of plain generation.
 
 A strict runner verifies through a batch-invariant copy of the graph, compiled with the option ``same_rows``, in which a
 token has the same bits at every width of the pass. The first time that it uses a width it runs the same tokens one by
@@ -23,6 +22,7 @@ from transformers.cache_utils import Cache, StaticLayer
 from transformers.modeling_outputs import CausalLMOutputWithPast
 
 from river_compile.backend import river
+from river_compile.config import RiverConfig
 from river_compile.errors import RiverWarning
 from river_compile.exits import forced_depth
 from river_compile.runtime.stats import ExitStats
@@ -42,11 +42,10 @@ def verification_widths(max_draft: int, strict: bool = False) -> tuple[int, ...]
 class BatchInvariantGraph:
     """A model's forward pass in a graph in which a token's bits do not depend on the width of the pass.
 
-    Args:
-        latest: what became of the model's latest graph, whose options are used.
+    It is compiled with the options of `latest`, the model's latest graph.
 
     Attributes:
-        verdicts: whether a pass of (batch, slots of a static cache or None, width) was found to have those bits.
+        verdicts: by (batch, slots of a static cache or None) and width, whether a pass was found to have those bits.
     """
 
     def __init__(self, model: PreTrainedModel, latest: GraphRecord) -> None:
@@ -55,13 +54,13 @@ class BatchInvariantGraph:
         self._forward = torch.compile(
             type(model).forward, backend=river, options={**options, "same_rows": True}, mode=latest.mode
         )
-        self.verdicts: dict[tuple[int, int | None, int], bool] = {}
+        self.verdicts: dict[tuple[int, int | None], dict[int, bool]] = {}
 
     def __call__(self, model: PreTrainedModel, **inputs: object) -> CausalLMOutputWithPast:
         return self._forward(model, **inputs)
 
 
-class _BatchInvariantGraphs(dict[tuple, BatchInvariantGraph]):
+class _BatchInvariantGraphs(dict[tuple[RiverConfig, str | None], BatchInvariantGraph]):
     """Those of one model, by the options and the mode that they were compiled with."""
 
 
@@ -76,8 +75,7 @@ class DraftVerifyRunner:
 
     Attributes:
         widths: query lengths at which the backbone may verify, ascending from 1.
-        cache: the KV cache, from :meth:`prefill` on.
-        stats: counts the model's cycles, from :meth:`prefill` on.
+        cache, stats: the KV cache and what counts the model's cycles, from :meth:`prefill` on.
     """
 
     cache: Cache
@@ -89,6 +87,7 @@ class DraftVerifyRunner:
         self.widths = verification_widths(max_draft, strict)
         self._strict = strict
         self._invariant: BatchInvariantGraph | None = None
+        self._verdicts: dict[int, bool] = {}  # of the invariant graph, for this batch and cache
 
     def prefill(self, ids_BS: Tensor, config: GenerationConfig) -> Tensor:
         """Runs the prompt and returns the logits ``[B, 1, V]`` of its last position.
@@ -99,21 +98,28 @@ class DraftVerifyRunner:
         outputs = self.model._prefill(ids_BS, config, self.model_kwargs, not config.is_assistant)
         self.model_kwargs = self.model._update_model_kwargs_for_generation(outputs, self.model_kwargs)
         self.cache = self.model_kwargs["cache"]
-        if not self.cache.is_croppable:
-            raise ValueError(f"exact mode rewinds the KV cache after every draft, and {_not_croppable(self.cache)}")
+        lasting = sorted({type(layer).__name__ for layer in self.cache.layers if not layer.is_croppable})
+        if lasting:
+            raise ValueError(
+                "exact mode rewinds the KV cache after every draft, and this cache cannot give entries back "
+                f"({', '.join(lasting)}). A static sliding window must be at least as long as the whole text (fewer "
+                "new tokens); a dynamic cache always works with attention layers"
+            )
         state = state_of_model(self.model, "exact mode")
         latest = state.graphs[-1]
         _check_paths(latest)
         self.stats = state.of(ExitStats)
+        self.cache.activate_past_recording()  # sliding windows that grow keep what a rewind brings back
+        static = all(isinstance(layer, StaticLayer) for layer in self.cache.layers)
+        self._capacity = self.cache.get_max_length() if static else None
         if self._strict:
             graphs = state.of(_BatchInvariantGraphs)
             key = (dataclasses.replace(latest.config, same_rows=True), latest.mode)
             if key not in graphs:
                 graphs[key] = BatchInvariantGraph(self.model, latest)
             self._invariant = graphs[key]
-        self.cache.activate_past_recording()  # sliding windows that grow keep what a rewind brings back
-        self._static = all(isinstance(layer, StaticLayer) for layer in self.cache.layers)
-        self._filled = int(self.cache.get_seq_length())
+            self._verdicts = self._invariant.verdicts.setdefault((ids_BS.shape[0], self._capacity), {})
+        self._filled = int(self.cache.get_seq_length())  # counted from here on: reading it back would wait
         self._kept = self._filled + 1
         return outputs.logits[:, -1:]
 
@@ -124,20 +130,13 @@ class DraftVerifyRunner:
     @property
     def longest_draft(self) -> int:
         """How many tokens can be drafted and verified in the slots that the cache has left."""
-        capacity = self.cache.get_max_length() if self._static else -1
-        free = self.widths[-1] if capacity < 0 else capacity - self._filled
+        free = self.widths[-1] if self._capacity is None else self._capacity - self._filled
         return max((w for w in self._usable if w <= free), default=1) - 1
 
     @property
     def _usable(self) -> list[int]:
         """The widths without those that were found to give other bits than strict verification allows."""
-        if self._invariant is None:
-            return list(self.widths)
-        return [w for w in self.widths if self._invariant.verdicts.get(self._verdict_key(w), True)]
-
-    def _verdict_key(self, width: int) -> tuple[int, int | None, int]:
-        batch = self.cache.layers[0].keys.shape[0]
-        return batch, self.cache.get_max_length() if self._static else None, width
+        return [w for w in self.widths if self._verdicts.get(w, True)]
 
     def draft_step(self, ids_BS: Tensor) -> Tensor:
         """Runs the last id through the whole river, one slot further; returns the next token's logits ``[B, V]``."""
@@ -156,19 +155,18 @@ class DraftVerifyRunner:
         if filler:
             ids_BS = torch.cat([ids_BS, ids_BS[:, -1:].expand(-1, filler)], dim=-1)
         with forced_depth(self.stats.num_blocks):  # (a pass of width 1 is a decode step)
-            if self._invariant is not None and width > 1 and self._verdict_key(width) not in self._invariant.verdicts:
+            if self._invariant is not None and width > 1 and width not in self._verdicts:
                 return self._try_out(self._invariant, ids_BS, width)[:, : drafted + 1]
             return self._forward(ids_BS, width, self._invariant)[:, : drafted + 1]
 
     def _try_out(self, graph: BatchInvariantGraph, ids_BS: Tensor, width: int) -> Tensor:
         """Runs the last ids at once and one by one, notes whether the bits agree, and returns the latter's logits."""
-        wide = self._forward(ids_BS, width, graph)
-        wide_entries = self._entries()
+        wide, wide_entries = self._forward(ids_BS, width, graph), self._entries()
         self.rewind(width)
         ends = range(ids_BS.shape[1] - width + 1, ids_BS.shape[1] + 1)
         narrow = torch.cat([self._forward(ids_BS[:, :end], 1) for end in ends], dim=1)
         same = torch.equal(wide, narrow) and all(map(torch.equal, wide_entries, self._entries()))
-        graph.verdicts[self._verdict_key(width)] = same
+        self._verdicts[width] = same
         if not same:
             warnings.warn(
                 f"strict=True: in {type(self.model).__name__} a pass of {width} tokens rounds differently from one of "
@@ -184,11 +182,11 @@ class DraftVerifyRunner:
 
     def rewind(self, slots: int) -> None:
         """Frees the last slots of the cache."""
-        if self._static and not slots:
+        if self._capacity is not None and not slots:
             return
         self._filled -= slots
         self.cache.crop(-slots)  # (where nothing is freed, this still trims a sliding window that grows)
-        if not self._static:  # a cropped view has other strides than a grown cache: the graphs are compiled for those
+        if self._capacity is None:  # a cropped view has other strides than a grown cache, and graphs depend on them
             for layer in self.cache.layers:
                 layer.keys, layer.values = layer.keys.contiguous(), layer.values.contiguous()
 
@@ -226,40 +224,25 @@ class DraftVerifyRunner:
 def _check_paths(latest: GraphRecord) -> None:
     """Raises a ValueError where a model was compiled without its whole river or its whole backbone."""
     config = latest.config
-    reasons = (
-        (
-            latest.refusal,
-            f"exact mode needs a model that the river backend can rewrite; it refused: {latest.refusal}",
-        ),
-        (
-            config.prefill != "backbone",
+    if latest.refusal:
+        raise ValueError(f"exact mode needs a model that the river backend can rewrite; it refused: {latest.refusal}")
+    if config.prefill != "backbone":
+        raise ValueError(
             f"prefill={config.prefill!r} lets prompts leave the backbone, so nothing could verify the drafts; compile "
-            'the model with prefill="backbone"',
-        ),
-        (
-            config.fill != "river",
+            'the model with prefill="backbone"'
+        )
+    if config.fill != "river":
+        raise ValueError(
             f"exact mode drafts with the river, which fill={config.fill!r} replaces; compile the model with "
-            "fill='river'",
-        ),
-        (
-            config.exit_depth is not None,
+            "fill='river'"
+        )
+    if config.exit_depth is not None:
+        raise ValueError(
             f"exit_depth={config.exit_depth} leaves only one path in the compiled model; exact mode needs the whole "
-            "river and the whole backbone: compile it without exit_depth",
-        ),
-        (
-            config.deepest is not None,
+            "river and the whole backbone: compile it without exit_depth"
+        )
+    if config.deepest is not None:
+        raise ValueError(
             f"offload={config.offload} with offload_policy='exit' makes every token leave by that depth; exact mode "
-            "verifies with the whole backbone: compile the model with offload_policy='fetch'",
-        ),
-    )
-    for applies, reason in reasons:
-        if applies:
-            raise ValueError(reason)
-
-
-def _not_croppable(cache: Cache) -> str:
-    kinds = ", ".join(sorted({type(layer).__name__ for layer in cache.layers if not layer.is_croppable}))
-    return (
-        f"this cache cannot give entries back ({kinds}). A static sliding window must be at least as long as the whole "
-        "text (fewer new tokens); a dynamic cache always works with attention layers"
-    )
+            "verifies with the whole backbone: compile the model with offload_policy='fetch'"
+        )
