@@ -14,6 +14,7 @@ Not handled: prompts that exit (``prefill="exit"``), and batches.
 from __future__ import annotations
 
 import contextlib
+import copy
 import inspect
 import statistics
 import threading
@@ -239,7 +240,7 @@ class _AfterPrompt:
             }
             for layer in cache.layers
         ]
-        return cls(layers, memories.recall(cache.layers[0].keys).after_prompt())
+        return cls(layers, copy.deepcopy(memories.recall(cache.layers[0].keys)))
 
     def restore(self, cache: StaticCache, memories: Memories) -> None:
         for layer, saved in zip(cache.layers, self.layers, strict=True):
@@ -248,7 +249,7 @@ class _AfterPrompt:
                     getattr(layer, name).copy_(value)
                 else:
                     setattr(layer, name, value)
-        memories.keep(cache.layers[0].keys, self.memory.after_prompt())
+        memories.keep(cache.layers[0].keys, copy.deepcopy(self.memory))
 
 
 def cache_argument(model: PreTrainedModel) -> str:

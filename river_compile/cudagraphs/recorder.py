@@ -22,7 +22,7 @@ import torch
 from torch import Tensor
 
 from .device import CaptureDevice
-from .partition import Unit, buffer_like, copy_into
+from .partition import Unit, copy_into
 
 
 class StaleReplay(RuntimeError):
@@ -40,7 +40,7 @@ class Recording:
 
 @dataclass(eq=False)
 class Mark:
-    """A place in the queue: behind the launch of unit `after`; `reached` once everything before it has run."""
+    """A place in the queue, after the launch of unit `after`; `reached` once everything before it has run."""
 
     after: str
     reached: bool = False
@@ -52,7 +52,7 @@ class Event:
 
     Attributes:
         what: "capture", "launch", "run" (a call that is not captured, such as a copy into a buffer), "wait" or "end".
-        name: the unit; for a wait, the unit behind which the awaited mark stands.
+        name: the unit; for a wait, the unit after which the awaited mark stands.
     """
 
     what: str
@@ -67,9 +67,6 @@ class Recorder(CaptureDevice):
     name: str = "recorder"
     _queue: list[Callable[[], object] | Mark] = field(default_factory=list)
     _latest: str = ""
-
-    def buffer(self, like: Tensor) -> Tensor:
-        return spoil(buffer_like(like))
 
     def flags(self, count: int) -> Tensor:
         with torch.inference_mode(False):

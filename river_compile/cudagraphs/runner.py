@@ -18,7 +18,6 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from types import TracebackType
 
-import torch
 from torch import Tensor
 
 from river_compile.config import RiverConfig
@@ -178,7 +177,7 @@ class CapturedRunner(Runner):
         """Launches the unit after the check at a depth before the check's result is known, where that pays."""
         unit = self.units.after(depth)
         if (
-            unit.name not in self.launcher.log.not_ahead
+            unit.name not in self.launcher.log.never_launched_ahead
             and self.ahead.pays(depth, unit.end)
             and self.launcher.is_captured(unit, slots)
         ):
@@ -196,59 +195,38 @@ class CapturedRunner(Runner):
         for start, end in zip(self.units.ends, self.units.ends[1:], strict=False):
             reason = next(filter(None, (runs_once(plan, block) for block in plan.blocks[start:end])), None)
             if reason is not None:
-                self.launcher.log.not_ahead[self.units.after(start).name] = str(reason)
+                self.launcher.log.never_launched_ahead[self.units.after(start).name] = str(reason)
 
 
 def choose_device(program: RiverProgram, config: RiverConfig, captures: CaptureLog) -> CaptureDevice | None:
-    """Returns what captures a program's decode steps; None where nothing is captured, and `captures` says why."""
-    if config.cudagraphs is False:
-        captures.reason = "cudagraphs=False"
-    elif config.fill != "river":
-        captures.reason = f"fill={config.fill!r} keeps count of every token on the host"
-    elif config.cudagraphs is None and _device_of(program.plan).type != "cuda":
-        captures.reason = f"the model lies on {_device_of(program.plan)}; CUDA graphs need a GPU"
-    else:
-        captures.reason = _unsupported(program)
-    return None if captures.reason else _make_device(config, program.plan)
+    """Returns what captures a program's decode steps; None where nothing is captured, and `captures` says why.
 
-
-def captured_runner(
-    program: RiverProgram,
-    steps: Mapping[Segment, Step],
-    deepest: int | None,
-    config: RiverConfig,
-    device: CaptureDevice,
-    captures: CaptureLog,
-) -> CapturedRunner:
-    """Returns the runner of a program that a device captures."""
-    launcher = Launcher(program, device, captures, config.max_captures)
-    return CapturedRunner(program, steps, launcher, LaunchAhead(config.launch_ahead), deepest)
-
-
-def check_device(config: RiverConfig, plan: DecoderPlan) -> None:
-    """Checks that a model for which captures are asked lies on a device that has them.
+    No pass needs to have run.
 
     Raises:
-        OptionError: it does not.
+        OptionError: captures are asked for, and the model does not lie on a device that has them.
     """
-    device = _device_of(plan)
+    device = program.plan.device
     if config.cudagraphs is True and device.type != "cuda":
         raise OptionError(
             f"cudagraphs=True needs a model on a GPU, and this one lies on {device}; move it there, or leave "
             "cudagraphs out ('record' checks the schedule without a GPU)"
         )
+    if config.cudagraphs is False:
+        captures.not_captured = "cudagraphs=False"
+    elif config.fill != "river":
+        captures.not_captured = f"fill={config.fill!r} keeps count of every token on the host"
+    elif config.cudagraphs is None and device.type != "cuda":
+        captures.not_captured = f"the model lies on {device}; CUDA graphs need a GPU"
+    else:
+        captures.not_captured = _unsupported(program)
+    if captures.not_captured:
+        return None
+    return Recorder() if config.cudagraphs == "record" else CudaGraphs(device)
 
 
-def _device_of(plan: DecoderPlan) -> torch.device:
-    return plan.device
-
-
-def _make_device(config: RiverConfig, plan: DecoderPlan) -> CaptureDevice:
-    return Recorder() if config.cudagraphs == "record" else CudaGraphs(_device_of(plan))
-
-
-def _unsupported(program: RiverProgram) -> str:
-    """Returns why no unit of a graph can be captured, naming the node where there is one; empty where some can."""
+def _unsupported(program: RiverProgram) -> str | None:
+    """Returns why no unit of a graph can be captured, naming the node where there is one; None where some can."""
     plan = program.plan
     if not plan.is_decode:
         return "a prompt's length differs from call to call; decode steps are captured"
@@ -260,4 +238,4 @@ def _unsupported(program: RiverProgram) -> str:
     for node in program.returned:
         if node in written or (node.op == "placeholder" and is_tensor(node)):
             return f"the graph returns a tensor of the caller's, which must not become a copy (at {source_of(node)})"
-    return ""
+    return None

@@ -7,7 +7,6 @@ from __future__ import annotations
 
 import operator
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass
 
 from river_compile.errors import CacheFullError
 from river_compile.passes.nodes import is_tensor, mutated_inputs, value_of
@@ -56,36 +55,23 @@ def cache_slots(program: RiverProgram, block: int = 0) -> tuple[int | None, int 
     return slots.get(before), slots.get(write)
 
 
-@dataclass(frozen=True)
-class CapacityCheck:
-    """Guards a static KV cache.
+def capacity_check(program: RiverProgram) -> Callable[[list], None] | None:
+    """Returns the check of a step's slots that its tokens have room in a static cache filled from the front.
 
-    Attributes:
-        length: slot of the number of filled entries.
-        hidden: slot of the hidden state ``[B, T, D]``, None where a step adds one token.
-        capacity: entries in all.
+    It looks at the first block with such a cache, and raises a CacheFullError. None where there is no such block.
     """
+    plan = program.plan
+    kv = next((block.kv for block in plan.blocks if block.kv.capacity is not None and block.kv.lengths), None)
+    if kv is None or kv.capacity is None:
+        return None
+    length, hidden, capacity = program.slots[kv.lengths[0]], program.slots[plan.blocks[0].hidden_in], kv.capacity
 
-    length: int
-    hidden: int | None
-    capacity: int
-
-    def __call__(self, slots: list) -> None:
-        """Raises a CacheFullError where the tokens of this step have no room."""
-        filled = int(slots[self.length])
-        new = 1 if self.hidden is None else slots[self.hidden].shape[1]
-        if filled + new > self.capacity:
+    def check(slots: list) -> None:
+        filled, new = int(slots[length]), 1 if plan.is_decode else slots[hidden].shape[1]
+        if filled + new > capacity:
             raise CacheFullError(
-                f"the static KV cache holds {self.capacity} tokens; {filled} are filled and this step adds {new}. "
+                f"the static KV cache holds {capacity} tokens; {filled} are filled and this step adds {new}. "
                 f"Make it larger (max_cache_len or max_new_tokens, at least {filled + new}) or use a dynamic cache"
             )
 
-
-def capacity_check(program: RiverProgram) -> CapacityCheck | None:
-    """Returns the check for the first block whose static cache is filled from the front, None where there is none."""
-    plan, slots = program.plan, program.slots
-    hidden = None if plan.is_decode else slots[plan.blocks[0].hidden_in]
-    for block in plan.blocks:
-        if block.kv.capacity is not None and block.kv.lengths:
-            return CapacityCheck(slots[block.kv.lengths[0]], hidden, block.kv.capacity)
-    return None
+    return check
