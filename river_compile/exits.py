@@ -1,4 +1,4 @@
-"""When a token leaves the backbone: the criteria, the rule of one graph, and what is remembered of a sequence.
+"""When a token leaves the backbone: the criteria, the policy of one graph, and what is remembered of a sequence.
 
 =============  ============================================  =========================  ===========================
 criterion      looks at                                      when it is known           a token leaves when it is
@@ -9,9 +9,8 @@ confidence     entropy of the previous step's logits         before the first bl
 doubt          entropy of the logits that the river gives    after the river's head     below the threshold (nats)
 =============  ============================================  =========================  ===========================
 
-A criterion is stateless. An :class:`ExitPolicy` is a criterion with the settings of one graph; :func:`forced_depth` and
-:func:`forced_threshold` replace them for a while. What is remembered of a sequence is a :class:`Memory`, found again by
-the tensor that holds the sequence's KV cache (:class:`Memories`). A prompt begins a new memory.
+A criterion is stateless; what is remembered of a sequence is a :class:`Memory`, found again by the tensor that holds
+the sequence's KV cache. A prompt begins a new memory.
 
 Not handled: rows that decide for themselves. A batch leaves when its least sure row may. Beam search puts other tensors
 in the cache's place at every step, which look like a new sequence: "confidence" then never leaves, and "history" sees
@@ -285,13 +284,12 @@ def forced_depth(depth: int | None) -> Iterator[None]:
 def forced_threshold(threshold: Threshold, first_exit: int = 1) -> Iterator[None]:
     """Makes every decode step that this thread runs inside use another threshold and first exit than were compiled.
 
-    Checks stand where the program was compiled with them: `first_exit` can only be later than the compiled one. Inside
-    :func:`forced_depth` the depth wins.
+    Checks stay where they were compiled. Inside :func:`forced_depth` the depth wins.
 
     Args:
         threshold: of the compiled criterion: a cosine or, for "confidence" and "doubt", an entropy in nats; a tuple has
             one for each depth from 1 on.
-        first_exit: smallest exit depth.
+        first_exit: smallest exit depth, no less than the compiled one.
 
     Raises (from the decode step):
         ValueError: the program was compiled for a fixed depth and has no checks.

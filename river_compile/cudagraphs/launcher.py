@@ -1,8 +1,8 @@
 """Launches units: replays their captures, makes these where inputs come back, and keeps the buffers between units.
 
 The first time that a unit meets its inputs' addresses it runs uncaptured, which is also the warm-up that a capture
-needs. The second time it is captured, and from then on replayed. A unit whose inputs never repeat (a mask that grows
-with every token) therefore stays uncaptured, and the log names the input that changes.
+needs. The second time it is captured, and from then on replayed. A unit whose inputs never repeat (a mask that grows)
+stays uncaptured, and the log names the input that changes.
 
 A capture is found by the addresses of what it reads and by the sizes among its inputs; shapes and strides follow from
 those. A new KV cache leads to new captures, or takes over those of a freed one whose addresses it got. No cache and no
@@ -17,7 +17,6 @@ import logging
 import time
 from collections import OrderedDict
 from collections.abc import Iterable
-from dataclasses import dataclass
 
 import torch
 from torch import Tensor, fx
@@ -35,12 +34,6 @@ log = logging.getLogger("river_compile.cudagraphs.device")
 _SEEN = 16  # sets of inputs that are remembered per unit until they come a second time
 _SHAPES = 8  # shapes of one value for which buffers are kept
 _CHANGES = 4  # uses without one repetition before the log calls an input changing
-
-
-@dataclass(frozen=True)
-class _Entry:
-    graph: object
-    outputs: dict[int, Tensor]
 
 
 class Launcher:
@@ -62,7 +55,8 @@ class Launcher:
             i for i, node in enumerate(self._nodes) if node in fixed and is_tensor(node) and value_of(node).dim() == 4
         )
         self._buffers: dict[int, OrderedDict[tuple, Tensor]] = {}
-        self._captures: OrderedDict[tuple, _Entry] = OrderedDict()
+        # By what was read: the graph and the buffers of its results; and these where a unit was not captured so far.
+        self._captures: OrderedDict[tuple, tuple[object, dict[int, Tensor]]] = OrderedDict()
         self._seen: dict[Unit, OrderedDict[tuple, dict[int, Tensor]]] = {}
         self._failed: set[Unit] = set()
 
@@ -73,7 +67,7 @@ class Launcher:
 
     def graphs(self) -> list[object]:
         """Returns the device's graphs of all captures, that of the latest launch last."""
-        return [entry.graph for entry in self._captures.values()]
+        return [graph for graph, _ in self._captures.values()]
 
     def is_captured(self, unit: Unit, slots: list) -> bool:
         """Tells whether a launch would replay."""
@@ -95,10 +89,10 @@ class Launcher:
         if is_new and not self._capture(unit, signature, slots):
             self._remember(unit, signature, self._run_uncaptured(unit, slots))
             return False
-        entry = self._captures[signature]
+        graph, outputs = self._captures[signature]
         self._captures.move_to_end(signature)
-        self.device.launch(entry.graph, slots)
-        for index, buffer in entry.outputs.items():
+        self.device.launch(graph, slots)
+        for index, buffer in outputs.items():
             slots[index] = buffer
         unit.count(slots)
         return not is_new
@@ -156,7 +150,7 @@ class Launcher:
         while len(self._captures) >= self.max_captures:
             self._captures.popitem(last=False)
             self.log.dropped += 1
-        self._captures[signature] = _Entry(graph, outputs)
+        self._captures[signature] = graph, outputs
         del seen[signature]
         self.log.add(record)
         self.log.alive = len(self._captures)

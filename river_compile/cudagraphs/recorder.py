@@ -1,16 +1,14 @@
 """Captures without a GPU: freezes the schedule, owns the buffers, and spoils whatever a real replay would not have.
 
-A captured graph behaves unlike plain code in ways that a test on a CPU would not notice: capturing runs nothing,
-launching returns before anything has run, a value that no replay wrote is what some earlier token left there, and a
-graph's own memory belongs to the next replay. The recorder makes each of these visible:
+A captured graph behaves unlike plain code in ways that a test on a CPU would not notice. The recorder shows them:
 
 - a launch is put into a queue, which runs up to a mark when the host waits for it, and to its end when the step ends;
 - buffers and flags are filled with NaN (integers: their least value, booleans: True) when a step begins;
 - what a unit made for itself is filled the same way when its replay has ended;
 - a replay sees no slot but those that its unit reads, and raises where one of them lies elsewhere than at capture.
 
-It keeps no tensor but the buffers. It works on any device and proves the schedule, not a GPU's behaviour: kernels that
-cannot be captured, streams and memory pools are seen by the CUDA device alone.
+Not handled: a GPU's behaviour. Kernels that cannot be captured, streams and memory pools are seen by the CUDA device
+alone.
 """
 
 from __future__ import annotations
@@ -48,7 +46,7 @@ class Mark:
 
 @dataclass
 class Event:
-    """One thing that happened, in order: for tests and for drawing the schedule.
+    """One thing that happened, for tests and for drawing the schedule.
 
     Attributes:
         what: "capture", "launch", "run" (a call that is not captured, such as a copy into a buffer), "wait" or "end".

@@ -3,9 +3,6 @@
 Steps of one runner run one after the other: a second thread waits for the first one's step to be launched, and what the
 caller gets are copies, so nobody's result is overwritten by the next step.
 
-Three things happen at an exit check, each in a method of its own: the span before it is launched, the one after it
-perhaps launched ahead (:mod:`river_compile.cudagraphs.launch_ahead`), and the times that this depends on are measured.
-
 Not handled (the log says so, and it runs uncaptured): dynamic caches, prompts, operations that read sizes from the
 device.
 """
@@ -15,7 +12,6 @@ from __future__ import annotations
 import threading
 import time
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
 from types import TracebackType
 
 from torch import Tensor
@@ -25,8 +21,7 @@ from river_compile.errors import OptionError
 from river_compile.passes.graph_safety import fixed_inputs, runs_once
 from river_compile.passes.nodes import is_tensor, source_of
 from river_compile.passes.program import DecoderPlan, RiverProgram, Segment
-from river_compile.runtime.rewind import Saved
-from river_compile.runtime.runner import Runner, Step
+from river_compile.runtime.runner import Runner, Saved, Step
 from river_compile.runtime.slots import SCORE, new_slots, size_of
 
 from .cuda import CudaGraphs
@@ -37,14 +32,6 @@ from .partition import Partition, Unit
 from .recorder import Recorder
 
 
-@dataclass(frozen=True)
-class _Clock:
-    """When a replay was launched, on the host and on the device."""
-
-    host: float
-    device: object
-
-
 class CapturedRunner(Runner):
     """Launches the units of a decode graph on a static cache.
 
@@ -52,13 +39,10 @@ class CapturedRunner(Runner):
         program: the program.
         steps: the compiled step of each segment that can be reached.
         launcher: launches units.
-        ahead: when the next span is launched before the flag is known.
+        ahead: says when the next span is launched before the flag is known; may be replaced between two steps.
         deepest: blocks that a token executes at most, None for all.
 
     Attributes:
-        units: the program's units of capture.
-        launcher, ahead: as above; another `ahead` may take its place between two steps.
-        device: the launcher's.
         flags: ``[L + 1]`` float32 values in host memory, where the scores of checks and heads arrive.
     """
 
@@ -119,12 +103,19 @@ class CapturedRunner(Runner):
         *before, unit = self.units.spans(start, end)
         for other in before:
             self._launch_once(other, slots)
-        clock = self._launch_timed(unit, slots)
+        started: tuple[float, object] | None = None  # by the clocks of host and device, where a replay starts now
+        if unit is self._launched_ahead:
+            self._launched_ahead = None
+        else:
+            now = (time.perf_counter(), self.device.mark())
+            started = now if self.launcher.launch(unit, slots) else None
         sent = self.device.mark()
         self._launch_ahead(end, slots)
         self.device.wait(sent)
-        if clock is not None and self._launched_ahead is None:
-            self._measure(end, clock, sent)
+        if started is not None and self._launched_ahead is None:  # a wait that nothing hid
+            seconds = self.device.seconds_between(started[1], sent)
+            if seconds is not None:
+                self.ahead.timed(end, seconds, time.perf_counter() - started[0])
         self._checked = end
         return self.flags[end].item()
 
@@ -147,13 +138,14 @@ class CapturedRunner(Runner):
         return super().save(slots, depth)
 
     def rewind(self, slots: list, start: int, end: int, saved: Saved = ()) -> None:
-        self.device.run(lambda: self._rewind.back(slots, start, end, saved))
+        rewind = super().rewind
+        self.device.run(lambda: rewind(slots, start, end, saved))
 
     def finish(self, slots: list) -> tuple:
         return self.launcher.fresh(slots[i] for i in self._returned)
 
     def _note_verdict(self, left: bool) -> None:
-        """Notes, at what the executor does after a check, what it decided there."""
+        """Notes what the executor decided at the check that was read last."""
         if self._checked is not None:
             self.ahead.saw(self._checked, left)
             self._checked = None
@@ -165,14 +157,6 @@ class CapturedRunner(Runner):
         assert self._launched_ahead in (None, unit)
         self._launched_ahead = None
 
-    def _launch_timed(self, unit: Unit, slots: list) -> _Clock | None:
-        """Launches a unit as above; returns when, where it was launched just now and was no capture or plain run."""
-        if unit is self._launched_ahead:
-            self._launched_ahead = None
-            return None
-        clock = _Clock(time.perf_counter(), self.device.mark())
-        return clock if self.launcher.launch(unit, slots) else None
-
     def _launch_ahead(self, depth: int, slots: list) -> None:
         """Launches the unit after the check at a depth before the check's result is known, where that pays."""
         unit = self.units.after(depth)
@@ -183,12 +167,6 @@ class CapturedRunner(Runner):
         ):
             self.launcher.launch(unit, slots)
             self._launched_ahead = unit
-
-    def _measure(self, depth: int, clock: _Clock, sent: object) -> None:
-        """Notes how long a span took on the device, and how long its score took to arrive."""
-        seconds = self.device.seconds_between(clock.device, sent)
-        if seconds is not None:
-            self.ahead.timed(depth, seconds, time.perf_counter() - clock.host)
 
     def _note_order(self, plan: DecoderPlan) -> None:
         """Writes down which spans cannot be launched ahead, and why."""

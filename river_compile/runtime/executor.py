@@ -30,18 +30,12 @@ class RiverExecutor:
 
     Args:
         program: the rewritten graph.
-        runner: runs its segments.
-        policy: when tokens leave.
+        runner: runs its segments; may be replaced between two steps.
+        policy: when tokens leave; may be replaced between two steps.
         stats: counts exits.
         memories: what policy and fill remember of the model's sequences; shared by the model's graphs.
         fill: what stands in for the entries of skipped blocks.
         on_close: called after each step.
-
-    Attributes:
-        program, runner, policy, fill: as above. Another runner of the same program may take the place of `runner`
-            between two steps, and another policy that of `policy`.
-        num_blocks: L, the number of backbone blocks.
-        decodes: whether the graph is a decode step's.
     """
 
     def __init__(

@@ -1,12 +1,15 @@
 """Where a run's values lie: in a list of slots, one for each value that crosses a segment's border, and two more.
 
-Not handled: what a slot holds. A list belongs to one call, so threads may run one program at the same time.
+A list belongs to one call, so threads may run one program at the same time. Not handled: writes through a view of a
+cache, which :mod:`river_compile.passes.decoder` does not take for a KV cache.
 """
 
 from __future__ import annotations
 
 import operator
 from collections.abc import Callable, Sequence
+
+from torch import Tensor, fx
 
 from river_compile.errors import CacheFullError
 from river_compile.passes.nodes import is_tensor, mutated_inputs, value_of
@@ -75,3 +78,31 @@ def capacity_check(program: RiverProgram) -> Callable[[list], None] | None:
             )
 
     return check
+
+
+def written_in_place(program: RiverProgram) -> tuple[list[list[int]], list[list[int]]]:
+    """Returns what must be undone where a decode step's blocks run again after their twins, as if those had not run.
+
+    A dynamic cache needs nothing of this, nor do entries written at a counted position (``index_copy_``): the second
+    run overwrites them.
+
+    Returns:
+        By block, the slots of the integer scalars that it advances by one token; and by block, those of whatever else
+        it writes in place (a static sliding window that is full moves all its entries).
+    """
+    plan, slots = program.plan, program.slots
+    counters: list[dict[int, None]] = [{} for _ in plan.blocks]
+    moved: list[dict[int, None]] = [{} for _ in plan.blocks]
+    for node, part in plan.part_of.items():
+        if not 1 <= part <= plan.num_blocks or node.target is Tensor.index_copy_:
+            continue
+        for target in mutated_inputs(node):
+            if target in slots and plan.part_of.get(target) != part:
+                kind = counters if _is_counter(target) else moved
+                kind[part - 1][slots[target]] = None
+    return list(map(list, counters)), list(map(list, moved))
+
+
+def _is_counter(node: fx.Node) -> bool:
+    value = value_of(node)
+    return isinstance(value, Tensor) and value.dim() == 0 and not value.is_floating_point()
