@@ -19,11 +19,7 @@ from .partition import Unit
 
 
 class CudaGraphs(CaptureDevice):
-    """The device that replays on the caller's current stream.
-
-    Args:
-        device: the device that the model lies on.
-    """
+    """The device that replays on the caller's current stream of the model's device."""
 
     name = "CUDA graphs"
 

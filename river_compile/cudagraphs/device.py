@@ -1,9 +1,7 @@
 """What capturing a decode step means, apart from any device: devices that capture, and the record of what was captured.
 
-A *unit* is what is captured as one graph (:mod:`river_compile.cudagraphs.partition`). A device keeps buffers at the
-units' borders, captures a unit once and replays it many times; work given to it runs in the order given. Two devices
-exist: CUDA graphs (:mod:`river_compile.cudagraphs.cuda`) and a recorder that needs no GPU
-(:mod:`river_compile.cudagraphs.recorder`).
+A *unit* is what is captured as one graph (:mod:`river_compile.cudagraphs.partition`). Two devices exist: CUDA graphs
+(:mod:`river_compile.cudagraphs.cuda`) and a recorder that needs no GPU (:mod:`river_compile.cudagraphs.recorder`).
 """
 
 from __future__ import annotations
@@ -24,7 +22,7 @@ class CaptureFailed(RuntimeError):
 
 
 class CaptureDevice(ABC):
-    """Captures units and replays them. All calls of one step come from one thread."""
+    """Captures units and replays them, in the order given. All calls of one step come from one thread."""
 
     name: str
 
@@ -46,12 +44,7 @@ class CaptureDevice(ABC):
 
     @abstractmethod
     def capture(self, unit: Unit, slots: list, outputs: dict[int, Tensor]) -> tuple[object, int]:
-        """Captures a unit without running it.
-
-        Args:
-            unit: the unit.
-            slots: the values it reads.
-            outputs: the buffer for each slot that it writes.
+        """Captures a unit that reads `slots` and writes to a buffer for each slot in `outputs`, without running it.
 
         Returns:
             The graph, and the bytes that it holds beyond the buffers, which lie outside of every graph's memory.
@@ -87,12 +80,10 @@ class CaptureDevice(ABC):
 
 @dataclass(frozen=True)
 class CaptureRecord:
-    """One capture.
+    """One capture of the unit with that name, for so many rows.
 
     Attributes:
-        unit: its name, such as "span 0-2" or "tail 2".
         depth: the exit depth: of a span the blocks executed at its end, of a tail those before it.
-        batch: rows.
         seconds: time that capturing took.
         bytes: device memory that the graph holds beyond the buffers.
     """
@@ -112,7 +103,7 @@ class CaptureLog:
         device: the device's name, empty where nothing is captured.
         not_captured: why nothing is captured, None where something may be.
         captures: the newest captures, at most 512; those that were dropped since included.
-        made: how many there were in all; `seconds` and `bytes` are sums over all of them.
+        made, seconds, bytes: number and sums of all captures.
         alive: captures that are kept at the moment.
         dropped: captures that gave way to `max_captures`.
         buffer_bytes: bytes of the buffers at the units' borders.

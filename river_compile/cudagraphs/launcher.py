@@ -24,7 +24,7 @@ from torch import Tensor, fx
 from river_compile.passes.graph_safety import fixed_inputs
 from river_compile.passes.nodes import input_name, is_tensor, source_of, value_of
 from river_compile.passes.program import RiverProgram
-from river_compile.runtime.slots import SCORE, size_of
+from river_compile.runtime.slots import SCORE, new_slots
 
 from .device import CaptureDevice, CaptureFailed, CaptureLog, CaptureRecord
 from .partition import Unit, buffer_like, copy_into
@@ -37,18 +37,11 @@ _CHANGES = 4  # uses without one repetition before the log calls an input changi
 
 
 class Launcher:
-    """The captures and buffers of one program.
-
-    Args:
-        program: the program.
-        device: what captures.
-        log: where to write down what happens.
-        max_captures: captures kept at the same time; may be changed between two steps.
-    """
+    """The captures and buffers of one program. `max_captures` may be changed between two steps."""
 
     def __init__(self, program: RiverProgram, device: CaptureDevice, log: CaptureLog, max_captures: int) -> None:
         self.device, self.log, self.max_captures = device, log, max_captures
-        self._size = size_of(program)
+        self._program = program
         self._nodes: list[fx.Node] = list(program.slots)
         fixed = fixed_inputs(program.plan)
         self._batch_of = next(
@@ -70,7 +63,7 @@ class Launcher:
         return [graph for graph, _ in self._captures.values()]
 
     def is_captured(self, unit: Unit, slots: list) -> bool:
-        """Tells whether a launch would replay."""
+        """Says whether a launch would replay."""
         return self._signature(unit, slots) in self._captures
 
     def launch(self, unit: Unit, slots: list) -> bool:
@@ -119,7 +112,7 @@ class Launcher:
 
     def _run_uncaptured(self, unit: Unit, slots: list) -> dict[int, Tensor]:
         """Runs a unit as plain code; returns the buffers that its results were copied to."""
-        own: list = [None] * self._size
+        own = new_slots(self._program)
         for index in unit.reads:
             own[index] = slots[index]
         self.device.settle()

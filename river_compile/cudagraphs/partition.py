@@ -46,16 +46,14 @@ class Unit:
     """Steps that are captured as one graph.
 
     Attributes:
-        kind: see the module's text.
         start: blocks executed before it.
         end: of a span the blocks executed at its end, otherwise `start`.
-        steps: what it runs, in order.
         reads: slots whose values must be there when it starts, ascending.
         keys: those of them whose address or value a capture depends on.
         writes: slots of the tensors that are needed when it has ended.
         numbers: what it hands on besides, computed by the host: slot, function, slots of its arguments.
         flag: where its score (of the exit check or the head) goes in host memory, a float32 scalar; None without one.
-        obstacle: why it cannot be captured, None where nothing speaks against it.
+        obstacle: why it cannot be captured, if it cannot.
     """
 
     kind: Kind
@@ -100,8 +98,6 @@ class Partition:
     """The units of one program, each made when it is asked for.
 
     Args:
-        program: the rewritten decoder.
-        steps: the compiled step of each segment that can be reached.
         flags: float32 host memory, one value per depth from 0 to L; the head's score takes the place of L.
         deepest: blocks that a token executes at most, None for L.
 
@@ -181,7 +177,7 @@ class Partition:
         counted = {number.node for number in numbers}
         needed = set(self._program.returned)
         if not is_end:
-            needed |= {node for s in self._followers(kind, end) for node in s.inputs}
+            needed |= {node for s in self._program.segments if s.depth > end for node in s.inputs}
         writes = sorted(slots[n] for n in written if n in needed and n not in counted)
         flag = None
         if segments[-1].has_score:
@@ -199,7 +195,3 @@ class Partition:
             flag=flag,
             obstacle=next(filter(None, map(self._obstacle, segments)), None),
         )
-
-    def _followers(self, kind: Kind, end: int) -> list[Segment]:
-        """Returns the segments that may run after a prologue or a span that ends at a depth."""
-        return [s for s in self._program.segments if s.depth > end and (kind == "prologue" or s.kind != "prologue")]

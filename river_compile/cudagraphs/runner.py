@@ -22,7 +22,7 @@ from river_compile.passes.graph_safety import fixed_inputs, runs_once
 from river_compile.passes.nodes import is_tensor, source_of
 from river_compile.passes.program import DecoderPlan, RiverProgram, Segment
 from river_compile.runtime.runner import Runner, Saved, Step
-from river_compile.runtime.slots import SCORE, new_slots, size_of
+from river_compile.runtime.slots import SCORE, new_slots
 
 from .cuda import CudaGraphs
 from .device import CaptureDevice, CaptureLog
@@ -36,9 +36,6 @@ class CapturedRunner(Runner):
     """Launches the units of a decode graph on a static cache.
 
     Args:
-        program: the program.
-        steps: the compiled step of each segment that can be reached.
-        launcher: launches units.
         ahead: says when the next span is launched before the flag is known; may be replaced between two steps.
         deepest: blocks that a token executes at most, None for all.
 
@@ -59,7 +56,6 @@ class CapturedRunner(Runner):
         self.launcher, self.device, self.ahead = launcher, launcher.device, ahead
         self.flags = self.device.flags(plan.num_blocks + 1)
         self.units = Partition(program, steps, self.flags, deepest)
-        self._size = size_of(program)
         fixed = fixed_inputs(plan)
         self._copied = [i for node, i in slots.items() if node.op == "placeholder" and node not in fixed]
         self._returned = [slots[node] for node in program.returned]
@@ -85,7 +81,7 @@ class CapturedRunner(Runner):
 
     def begin(self, args: Sequence) -> list:
         self.device.begin(lambda: [buffer for _, buffer in self.launcher.buffers()], self.flags)
-        slots = new_slots(args, self._size)
+        slots = new_slots(self._program, args)
         for index in self._copied:
             if isinstance(args[index], Tensor):
                 slots[index] = self.launcher.copy(index, args[index])

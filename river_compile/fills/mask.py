@@ -80,7 +80,5 @@ class Mask(Holes):
         if before is not None and before.shape[1] >= tokens:
             return before
         with torch.inference_mode(False):  # (so that any mode may write to it)
-            present = torch.ones(self.num_blocks, 2 * tokens, dtype=torch.bool, device=device)
-            if before is not None:
-                present[:, : before.shape[1]] = before
-        return present
+            more = torch.ones(self.num_blocks, 2 * tokens, dtype=torch.bool, device=device)
+            return more if before is None else torch.cat([before, more], dim=1)

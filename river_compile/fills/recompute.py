@@ -40,12 +40,9 @@ class Skipped:
 
 @dataclass
 class Batch:
-    """The tokens that run together in one step, the newest, whose step it is, last.
+    """The tokens that run together in one step: those that `skipped` blocks, then the one whose step it is.
 
-    Attributes:
-        skipped: the others.
-        hidden: the hidden states ``[tokens, B, 1, D]`` of all.
-        inputs: what else blocks read about them, stacked in the same way.
+    `hidden` has their hidden states ``[tokens, B, 1, D]``; `inputs`, what else blocks read, is stacked in the same way.
     """
 
     skipped: list[Skipped]
@@ -108,13 +105,9 @@ class Recompute(Holes):
 
 
 class CatchUpBlock:
-    """A backbone block that takes along the tokens that skipped it.
+    """Backbone block number `depth`, from 1, that takes along the tokens that skipped it.
 
-    Args:
-        fill: knows where the values are.
-        one: the block's step for one token.
-        several: its step for several.
-        depth: the block's number, from 1.
+    `one` is its step for one token, `several` that for several.
     """
 
     def __init__(self, fill: Recompute, one: Call, several: Call, depth: int) -> None:

@@ -16,7 +16,7 @@ from torch import Tensor, fx
 from river_compile.passes.program import RiverProgram, Segment
 
 from .fill import Fill
-from .slots import SCORE, gather, new_slots, size_of, written_in_place
+from .slots import SCORE, gather, new_slots, written_in_place
 
 # What a compiled segment is: a function of a list (which it may empty) that returns a sequence.
 Callee = Callable[[list], Sequence]
@@ -61,7 +61,7 @@ class Runner(ABC):
     """
 
     def __init__(self, program: RiverProgram, steps: Mapping[Segment, Step]) -> None:
-        self.steps = steps
+        self.steps, self._program = steps, program
         self._counters, self._moved = written_in_place(program)
 
     @abstractmethod
@@ -125,7 +125,6 @@ class PlainRunner(Runner):
 
     def __init__(self, program: RiverProgram, steps: Mapping[Segment, Step], fill: Fill | None = None) -> None:
         super().__init__(program, steps)
-        self._size = size_of(program)
         self._num_blocks = program.plan.num_blocks
         self._return = gather([program.slots[node] for node in program.returned])
         self._prologue = steps[program.prologue]
@@ -142,7 +141,7 @@ class PlainRunner(Runner):
         pass
 
     def begin(self, args: Sequence) -> list:
-        slots = new_slots(args, self._size)
+        slots = new_slots(self._program, args)
         self._prologue(slots)
         return slots
 

@@ -20,14 +20,9 @@ from river_compile.passes.program import RiverProgram
 SCORE, FILL = -2, -1
 
 
-def size_of(program: RiverProgram) -> int:
-    """Returns how many slots a run has."""
-    return len(program.slots) + 2
-
-
-def new_slots(args: Sequence, size: int) -> list:
+def new_slots(program: RiverProgram, args: Sequence = ()) -> list:
     """Returns the slots of a run, the graph's inputs in theirs."""
-    return [*args, *[None] * (size - len(args))]
+    return [*args, *[None] * (len(program.slots) + 2 - len(args))]
 
 
 def gather(indices: Sequence[int]) -> Callable[[list], Sequence]:
