@@ -13,17 +13,21 @@ from typing import Any
 
 import torch
 from torch import Tensor, fx, nn
+from torch._dynamo.guards import GuardBuilder
+from torch._guards import TracingContext
 from torch._inductor.compile_fx import compile_fx
 from tqdm import tqdm
 
 from river_compile.cudagraphs.device import CaptureLog
-from river_compile.cudagraphs.runner import captured_runner, check_device, choose_device
+from river_compile.cudagraphs.launch_ahead import LaunchAhead
+from river_compile.cudagraphs.launcher import Launcher
+from river_compile.cudagraphs.runner import CapturedRunner, choose_device
 from river_compile.lowering.choose import Lowering, choose_lowering, warn_of_slow_lowering
 from river_compile.lowering.compile import SegmentCompiler, inductor_settings
 from river_compile.offload.streaming import Streamer
 from river_compile.offload.weights import OffloadedWeights
 from river_compile.passes.decoder import find_decoder
-from river_compile.passes.exit_checks import exit_checks, logits_entropy
+from river_compile.passes.exit_checks import exit_checks, logits_entropy, logits_of
 from river_compile.passes.fusion.fuse import fuse_checks, fuse_twins
 from river_compile.passes.nodes import is_parameter
 from river_compile.passes.normalize import normalized
@@ -43,7 +47,7 @@ from river_compile.twins.pack import GraphTwins, PackedWeights
 
 from .config import RiverConfig, check_mode
 from .errors import OptionError, RiverWarning, UnsupportedGraphError
-from .exits import Memories, candidate_depths, may_leave, needs_entropy, policy_for
+from .exits import ExitPolicy, Memories
 from .state import GraphRecord, ModelState, find_state, state_of
 
 log = logging.getLogger("river_compile")
@@ -74,7 +78,10 @@ def river(
     mode = check_mode(mode)
     traced = normalized(graph_module)
     values = dict(zip(traced.graph.find_nodes(op="placeholder"), example_inputs, strict=True))
-    state = state_of(value for node, value in values.items() if is_parameter(node))
+    parameters = [node for node in values if is_parameter(node)]
+    state = state_of(values[node] for node in parameters)
+    for parameter in parameters[:1]:
+        _guard_model(parameter)
     record = GraphRecord(config, mode=mode)
     state.graphs.append(record)
     with record.stage("rewriting"):
@@ -88,6 +95,17 @@ def river(
     warnings.warn(f"backend 'river' leaves a graph to Inductor: {program}", RiverWarning, stacklevel=1)
     compiled: Any = compile_fx(graph_module, example_inputs, config_patches=inductor_settings(mode))
     return compiled
+
+
+def _guard_model(parameter: fx.Node) -> None:
+    """Makes Dynamo trace every model anew: another one of this class would run this graph, with this one's twins.
+
+    Outside of Dynamo there is nothing to guard.
+    """
+    context = TracingContext.try_get()
+    if context is not None:
+        guard = parameter.meta["grapharg"].source.make_guard(GuardBuilder.ID_MATCH)
+        context.guards_context.dynamo_guards.add(guard)
 
 
 def executors_of(model: nn.Module) -> list[RiverExecutor]:
@@ -108,8 +126,8 @@ def passes_for(config: RiverConfig, plan: DecoderPlan, lowering: Lowering, keep:
     `keep` names the twins' matrices that stay in 16 bits (`LinearSite.name`), each with the reason.
     """
     how = twinning(config, lowering)
-    leaves = may_leave(config, plan)
-    candidates = candidate_depths(config, plan)
+    policy = config.exit_policy(plan)
+    leaves, candidates = policy.may_leave(plan), policy.candidates(plan)
     passes: list[Pass] = []
     if leaves:
         passes += config.filling.passes(candidates) or [river_twins(how, keep)]
@@ -121,7 +139,7 @@ def passes_for(config: RiverConfig, plan: DecoderPlan, lowering: Lowering, keep:
         passes.append(batch_invariant)
     if candidates:
         passes.append(exit_checks(candidates))
-    if needs_entropy(config, plan):
+    if policy.needs_entropy(plan):
         passes.append(logits_entropy)
     if lowering.fuse and leaves:
         passes += [fuse_checks, fuse_twins]
@@ -146,9 +164,9 @@ def _build(
     plan, config = program.plan, record.config
     offloaded, captures = state.of(OffloadedWeights), record.of(CaptureLog)
     config.check_depths(plan.num_blocks)
-    check_device(config, plan)
+    device = choose_device(program, config, captures)
     offloaded.check(plan, config)
-    policy = policy_for(config, program)
+    policy = _exit_policy(program, config)
     lowering = lowering or choose_lowering(config, plan.device)
     with record.stage("packing"):
         packed = _pack(program, values, config, lowering, state)
@@ -161,7 +179,6 @@ def _build(
     if plan.is_decode:
         offloaded.arrange(program, values, config, sum(packed[s].nbytes for p in segments for s in p.packed))
     streamer = Streamer(offloaded, program, values, config.offload)
-    device = choose_device(program, config, captures)
     compiler = SegmentCompiler(lowering.compiler, inductor_settings(record.mode, captured=device is not None))
     steps: dict[Segment, Step] = {}
     with record.stage("compiling"):
@@ -176,10 +193,26 @@ def _build(
     fill = config.filling(program)
     runner: Runner = PlainRunner(program, steps, fill)
     if device is not None:
-        runner = captured_runner(program, steps, policy.deepest, config, device, captures)
+        launcher = Launcher(program, device, captures, config.max_captures)
+        runner = CapturedRunner(program, steps, launcher, LaunchAhead(config.launch_ahead), policy.deepest)
     executor = RiverExecutor(program, runner, policy, stats, state.of(Memories), fill, streamer.forget)
     state.of(Executors).add(executor)
     return executor
+
+
+def _exit_policy(program: RiverProgram, config: RiverConfig) -> ExitPolicy:
+    """Returns when a graph's tokens leave. No pass needs to have run.
+
+    Raises:
+        OptionError: the criterion reads logits and the model returns none.
+    """
+    policy = config.exit_policy(program.plan)
+    if policy.needs_entropy(program.plan) and logits_of(program) is None:
+        raise OptionError(
+            f"criterion={config.criterion!r} reads the logits, and this model returns none (its output is as wide as "
+            "its hidden state); compile the model with its head, or use criterion='similarity'"
+        )
+    return policy
 
 
 def _rewritten(program: RiverProgram, config: RiverConfig, passes: Sequence[Pass]) -> RiverProgram:
@@ -199,7 +232,7 @@ def _pack(
 ) -> dict[LinearSite, PackedSite]:
     """Returns the packed weights of the twins that tokens can reach."""
     how = twinning(config, lowering)
-    if how is None or not may_leave(config, program.plan):
+    if how is None or not config.exit_policy(program.plan).may_leave(program.plan):
         return {}
     segments = list(program.blocks[config.exit_depth or 0 :]) if config.fill == "river" else []
     segments += [program.head] if config.lm_head == "w4" else []

@@ -16,10 +16,11 @@ from river_compile.fills.rivals import FILLS
 from river_compile.kernels.checks import FLAG, PATH, Check, closest, integer, number, one_of, optional
 from river_compile.kernels.quant.calibrated import OBSERVING
 from river_compile.kernels.quant.grid import GROUP_SIZES, QUANTIZERS
+from river_compile.passes.program import DecoderPlan
 from river_compile.runtime.fill import Fill
 
 from .errors import OptionError
-from .exits import CRITERIA, Threshold
+from .exits import CRITERIA, ExitPolicy, Threshold
 
 USER, EXPERT = "user", "expert"
 _A_SCORE = number("it must be a number, such as 0.7, a list with one for each depth from 1 on, or nats of entropy")
@@ -254,6 +255,19 @@ class RiverConfig:
     def deepest(self) -> int | None:
         """Blocks that a token which may leave executes at most; None where that is all of them."""
         return self.offload if self.offload_policy == "exit" else None
+
+    def exit_policy(self, plan: DecoderPlan) -> ExitPolicy:
+        """Returns when the tokens of a graph leave. With a fixed depth no criterion plays a part."""
+        assert self.threshold is not None, "checking an option without a value sets the criterion's own"
+        leaves = plan.is_decode or self.prefill == "exit"
+        return ExitPolicy(
+            criterion=CRITERIA[self.criterion if self.exit_depth is None else "similarity"],
+            threshold=self.threshold,
+            first_exit=self.first_exit,
+            exit_every=self.exit_every,
+            fixed_depth=self.exit_depth if leaves else plan.num_blocks,
+            deepest=self.deepest if leaves and self.exit_depth != plan.num_blocks else None,
+        )
 
     @property
     def filling(self) -> type[Fill]:

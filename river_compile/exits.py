@@ -1,4 +1,4 @@
-"""When a token leaves the backbone: the criteria, the rule of one graph, and what is remembered of a sequence.
+"""When a token leaves the backbone: the criteria, the policy of one graph, and what is remembered of a sequence.
 
 =============  ============================================  =========================  ===========================
 criterion      looks at                                      when it is known           a token leaves when it is
@@ -9,9 +9,8 @@ confidence     entropy of the previous step's logits         before the first bl
 doubt          entropy of the logits that the river gives    after the river's head     below the threshold (nats)
 =============  ============================================  =========================  ===========================
 
-A criterion is stateless. An :class:`ExitPolicy` is a criterion with the settings of one graph; :func:`forced_depth` and
-:func:`forced_threshold` replace them for a while. What is remembered of a sequence is a :class:`Memory`, found again by
-the tensor that holds the sequence's KV cache (:class:`Memories`). A prompt begins a new memory.
+A criterion is stateless; what is remembered of a sequence is a :class:`Memory`, found again by the tensor that holds
+the sequence's KV cache. A prompt begins a new memory.
 
 Not handled: rows that decide for themselves. A batch leaves when its least sure row may. Beam search puts other tensors
 in the cache's place at every step, which look like a new sequence: "confidence" then never leaves, and "history" sees
@@ -25,26 +24,16 @@ import threading
 from collections import deque
 from collections.abc import Iterator
 from dataclasses import dataclass, field, replace
-from typing import Any, ClassVar, Protocol
+from typing import Any, ClassVar
 
 from torch import Tensor
 from torch.utils.weak import WeakTensorKeyDictionary
 
-from river_compile.passes.exit_checks import logits_of
 from river_compile.passes.program import DecoderPlan, RiverProgram, Segment
-
-from .errors import OptionError
 
 HISTORY = 4  # tokens over which "history" averages
 
 Threshold = float | tuple[float, ...]  # a tuple has one for each depth, see threshold_after
-
-
-class Entry(Protocol):
-    """What a fill remembers of one sequence."""
-
-    def after_prompt(self) -> Entry:
-        """Returns what it was when only the prompt had run, as an entry of its own."""
 
 
 @dataclass
@@ -52,7 +41,7 @@ class Memory:
     """What is remembered of one sequence.
 
     Attributes:
-        entropy: of the last step's logits, in nats, a scalar tensor (it is read when it is needed); None before any.
+        entropy: of the last step's logits, in nats, a scalar tensor; None before any.
         scores: the last similarities seen at each depth, newest last.
         entries: what fills remember, each under its own class.
     """
@@ -60,18 +49,6 @@ class Memory:
     entropy: Tensor | None = None
     scores: dict[int, deque[float]] = field(default_factory=dict)
     entries: dict[type, Any] = field(default_factory=dict)
-
-    def put(self, entry: Entry) -> None:
-        """Remembers a fill's entry, in the place of an earlier one of its class."""
-        self.entries[type(entry)] = entry
-
-    def after_prompt(self) -> Memory:
-        """Returns what is remembered once only the prompt has run, as a memory of its own."""
-        return Memory(self.entropy, entries={key: entry.after_prompt() for key, entry in self.entries.items()})
-
-    def read_entropy(self) -> float | None:
-        """Returns the entropy as a number (from an accelerator it waits for the last step)."""
-        return None if self.entropy is None else self.entropy.item()
 
 
 class Criterion:
@@ -84,6 +61,7 @@ class Criterion:
         scores_blocks: candidate blocks return their similarity.
         reads_logits: heads return the entropy of their logits.
         remembers: it uses the memory of the sequence.
+        may_doubt: tokens may run through both paths.
     """
 
     name: ClassVar[str]
@@ -93,6 +71,7 @@ class Criterion:
     scores_blocks: ClassVar[bool] = False
     reads_logits: ClassVar[bool] = False
     remembers: ClassVar[bool] = False
+    may_doubt: ClassVar[bool] = False
 
     def depth_before(self, threshold: float, first_exit: int, num_blocks: int, entropy: float | None) -> int | None:
         """Returns the depth where it is known before the first block, None where the blocks' scores decide.
@@ -101,18 +80,13 @@ class Criterion:
         """
         return None
 
-    def leaves(self, depth: int, score: float, threshold: Threshold, memory: Memory) -> bool:
-        """Tells whether a token leaves after `depth` blocks with this similarity; False for NaN."""
+    def leaves(self, depth: int, score: float, threshold: float, memory: Memory) -> bool:
+        """Says whether a token leaves after `depth` blocks with this similarity; False for NaN."""
         raise NotImplementedError(f"criterion {self.name!r} asks no block")
 
     def doubts(self, entropy: float, threshold: float) -> bool:
-        """Tells whether the backbone must run a token again that the river gave logits of this entropy for."""
+        """Says whether the backbone must run a token again for which the river gave logits of this entropy."""
         return False
-
-    @property
-    def may_doubt(self) -> bool:
-        """Whether tokens may run through both paths."""
-        return type(self).doubts is not Criterion.doubts
 
 
 class Similarity(Criterion):
@@ -121,8 +95,8 @@ class Similarity(Criterion):
     name, threshold, never, always = "similarity", 0.7, 2.0, -2.0
     scores_blocks = True
 
-    def leaves(self, depth: int, score: float, threshold: Threshold, memory: Memory) -> bool:
-        return score > threshold_after(threshold, depth)
+    def leaves(self, depth: int, score: float, threshold: float, memory: Memory) -> bool:
+        return score > threshold
 
 
 class History(Similarity):
@@ -131,12 +105,12 @@ class History(Similarity):
     name = "history"
     remembers = True
 
-    def leaves(self, depth: int, score: float, threshold: Threshold, memory: Memory) -> bool:
+    def leaves(self, depth: int, score: float, threshold: float, memory: Memory) -> bool:
         if score != score:  # NaN: it would stay in the mean for several tokens
             return False
         scores = memory.scores.setdefault(depth, deque(maxlen=HISTORY))
         scores.append(score)
-        return sum(scores) / len(scores) > threshold_after(threshold, depth)
+        return sum(scores) / len(scores) > threshold
 
 
 class Confidence(Criterion):
@@ -145,7 +119,7 @@ class Confidence(Criterion):
     name, threshold, never, always = "confidence", 0.5, 0.0, float("inf")
     reads_logits = remembers = True
 
-    def depth_before(self, threshold: float, first_exit: int, num_blocks: int, entropy: float | None) -> int | None:
+    def depth_before(self, threshold: float, first_exit: int, num_blocks: int, entropy: float | None) -> int:
         return first_exit if entropy is not None and entropy < threshold else num_blocks
 
 
@@ -153,9 +127,9 @@ class Doubt(Criterion):
     """Leave at the first exit; where the river is not sure of its answer, the backbone answers instead."""
 
     name, threshold, never, always = "doubt", 1.0, 0.0, float("inf")
-    reads_logits = True
+    reads_logits = may_doubt = True
 
-    def depth_before(self, threshold: float, first_exit: int, num_blocks: int, entropy: float | None) -> int | None:
+    def depth_before(self, threshold: float, first_exit: int, num_blocks: int, entropy: float | None) -> int:
         return first_exit if threshold > 0 else num_blocks  # a river that is never believed need not run
 
     def doubts(self, entropy: float, threshold: float) -> bool:
@@ -177,70 +151,45 @@ def threshold_text(threshold: Threshold) -> str:
 CRITERIA: dict[str, Criterion] = {c.name: c for c in (Similarity(), History(), Confidence(), Doubt())}
 
 
-class ExitOptions(Protocol):
-    """The options that decide when a token leaves: fields of `RiverConfig`."""
-
-    @property
-    def criterion(self) -> str: ...
-    @property
-    def threshold(self) -> Threshold | None: ...
-    @property
-    def first_exit(self) -> int: ...
-    @property
-    def exit_every(self) -> int: ...
-    @property
-    def exit_depth(self) -> int | None: ...
-    @property
-    def deepest(self) -> int | None: ...
-    @property
-    def prefill(self) -> str: ...
-
-
-def may_leave(options: ExitOptions, plan: DecoderPlan) -> bool:
-    """Tells whether tokens of a graph may leave before the last block."""
-    return (plan.is_decode or options.prefill == "exit") and options.exit_depth != plan.num_blocks
-
-
-def candidate_depths(options: ExitOptions, plan: DecoderPlan) -> tuple[int, ...]:
-    """Returns the depths after which a check stands: first_exit, then every exit_every blocks, below the deepest.
-
-    Depth 0 (before any block) has nothing to compare and is not a candidate.
-    """
-    if not may_leave(options, plan) or options.exit_depth is not None or not CRITERIA[options.criterion].scores_blocks:
-        return ()
-    end = plan.num_blocks if options.deepest is None else options.deepest
-    return tuple(range(max(options.first_exit, 1), end, options.exit_every))
-
-
-def needs_entropy(options: ExitOptions, plan: DecoderPlan) -> bool:
-    """Tells whether a graph's heads must return their logits' entropy; a prompt's only for the step after it."""
-    criterion = CRITERIA[options.criterion]
-    return options.exit_depth is None and criterion.reads_logits and (plan.is_decode or criterion.remembers)
-
-
 @dataclass(frozen=True)
 class ExitPolicy:
     """When the tokens of one graph leave.
 
     Attributes:
-        threshold: of the criterion, None where it plays no part.
-        fixed_depth: blocks to execute where there is no threshold.
-        criterion: what the threshold is compared with.
+        criterion: decides, where no depth is fixed.
+        threshold: of the criterion.
         first_exit: smallest exit depth.
+        exit_every: distance between depths with a check.
+        fixed_depth: blocks that every token executes, None where the criterion decides.
         deepest: depth at which every token leaves at the latest, None where it may go through all blocks.
     """
 
-    threshold: Threshold | None
-    fixed_depth: int
-    criterion: Criterion = CRITERIA["similarity"]
-    first_exit: int = 1
-    deepest: int | None = None
+    criterion: Criterion
+    threshold: Threshold
+    first_exit: int
+    exit_every: int
+    fixed_depth: int | None
+    deepest: int | None
+
+    def may_leave(self, plan: DecoderPlan) -> bool:
+        """Says whether tokens of a graph may leave before the last block."""
+        return self.fixed_depth != plan.num_blocks
+
+    def candidates(self, plan: DecoderPlan) -> tuple[int, ...]:
+        """Returns the depths after which a check stands. Depth 0 has nothing to compare and is not one of them."""
+        if self.fixed_depth is not None or not self.criterion.scores_blocks:
+            return ()
+        return tuple(range(max(self.first_exit, 1), self.last(plan.num_blocks), self.exit_every))
+
+    def needs_entropy(self, plan: DecoderPlan) -> bool:
+        """Says whether a graph's heads must return their logits' entropy; a prompt's only for the step after it."""
+        return self.criterion.reads_logits and (plan.is_decode or self.criterion.remembers)
 
     def reachable(self, program: RiverProgram) -> list[Segment]:
         """Returns the segments that some token may run through: all of them, but where depths are fixed or bounded."""
-        if self.threshold is not None and self.deepest is None:
+        if self.fixed_depth is None and self.deepest is None:
             return list(program.segments)
-        first, last = (0, self.deepest) if self.threshold is not None else (self.fixed_depth, self.fixed_depth)
+        first, last = (0, self.deepest) if self.fixed_depth is None else (self.fixed_depth, self.fixed_depth)
         head = program.head if last == program.plan.num_blocks or program.river_head is None else program.river_head
         return [program.prologue, *program.blocks[:last], *program.twins[first:], head]
 
@@ -249,24 +198,28 @@ class ExitPolicy:
         return num_blocks if self.deepest is None else min(num_blocks, self.deepest)
 
     def depth_before(self, memory: Memory, num_blocks: int) -> tuple[int | None, float | None]:
-        """Returns the depth where it is known before the first block, and the entropy that decided it."""
-        if self.threshold is None:
+        """Returns the depth where it is known before the first block, and the entropy that decided it.
+
+        Where the criterion remembers an entropy that lies on an accelerator, this waits for the step before.
+        """
+        if self.fixed_depth is not None:
             return self.fixed_depth, None
-        entropy = memory.read_entropy()
-        return self.criterion.depth_before(self.threshold, self.first_exit, self.last(num_blocks), entropy), entropy
+        entropy = None if memory.entropy is None else memory.entropy.item()
+        threshold = threshold_after(self.threshold, self.first_exit)
+        return self.criterion.depth_before(threshold, self.first_exit, self.last(num_blocks), entropy), entropy
 
     def leaves(self, depth: int, score: float, memory: Memory) -> bool:
-        """Tells whether a token leaves after `depth` blocks with this similarity."""
-        return self.criterion.leaves(depth, score, self.threshold, memory)
+        """Says whether a token leaves after `depth` blocks with this similarity."""
+        return self.criterion.leaves(depth, score, threshold_after(self.threshold, depth), memory)
 
     @property
     def may_doubt(self) -> bool:
         """Whether a token that left may have to run through the backbone as well."""
-        return self.threshold is not None and self.criterion.may_doubt
+        return self.fixed_depth is None and self.criterion.may_doubt
 
     def doubts(self, entropy: float) -> bool:
-        """Tells whether the backbone must run a token again that the river gave logits of this entropy for."""
-        return self.criterion.doubts(entropy, self.threshold)
+        """Says whether the backbone must run a token again for which the river gave logits of this entropy."""
+        return self.criterion.doubts(entropy, threshold_after(self.threshold, self.first_exit))
 
     def in_this_thread(self) -> ExitPolicy:
         """Returns the policy with what this thread forces on it.
@@ -275,51 +228,29 @@ class ExitPolicy:
             ValueError: the program lacks the segments or the checks for that.
         """
         if _forced.depth is not None:
-            return replace(self, threshold=None, fixed_depth=self._check_depth(_forced.depth))
-        if _forced.rule is not None:
-            threshold, first_exit = _forced.rule
-            return replace(self, threshold=self._check_threshold(threshold), first_exit=first_exit)
-        return self
-
-    def _check_threshold(self, threshold: Threshold) -> Threshold:
-        if self.threshold is None:
+            self._check_depth(_forced.depth)
+            return replace(self, fixed_depth=_forced.depth)
+        if _forced.rule is None:
+            return self
+        threshold, first_exit = _forced.rule
+        if self.fixed_depth is not None:
             raise ValueError(
                 f"threshold {threshold} was asked for, but this model was compiled with "
                 f"exit_depth={self.fixed_depth} and checks no block; compile it without exit_depth"
             )
-        return threshold
+        return replace(self, threshold=threshold, first_exit=first_exit)
 
-    def _check_depth(self, depth: int) -> int:
+    def _check_depth(self, depth: int) -> None:
         if self.deepest is not None and depth > self.deepest:
             raise ValueError(
                 f"depth {depth} was asked for, but this model was compiled with offload={self.deepest} and "
                 "offload_policy='exit': no token goes further; compile it with offload_policy='fetch'"
             )
-        if self.threshold is None and depth != self.fixed_depth:
+        if self.fixed_depth not in (None, depth):
             raise ValueError(
                 f"depth {depth} was asked for, but this model was compiled with exit_depth={self.fixed_depth} "
                 "and has no other segments; compile it without exit_depth"
             )
-        return depth
-
-
-def policy_for(options: ExitOptions, program: RiverProgram) -> ExitPolicy:
-    """Returns the policy of a graph, of which no pass needs to have run.
-
-    Raises:
-        OptionError: the criterion reads logits and the model returns none.
-    """
-    plan, leaves = program.plan, may_leave(options, program.plan)
-    deepest = options.deepest if leaves else None
-    if options.exit_depth is not None:  # no criterion plays a part, so none needs to remember anything
-        return ExitPolicy(None, options.exit_depth if leaves else plan.num_blocks, deepest=deepest)
-    if needs_entropy(options, plan) and logits_of(program) is None:
-        raise OptionError(
-            f"criterion={options.criterion!r} reads the logits, and this model returns none (its output is as wide as "
-            "its hidden state); compile the model with its head, or use criterion='similarity'"
-        )
-    threshold = options.threshold if leaves else None
-    return ExitPolicy(threshold, plan.num_blocks, CRITERIA[options.criterion], options.first_exit, deepest)
 
 
 class _Forced(threading.local):
@@ -353,13 +284,12 @@ def forced_depth(depth: int | None) -> Iterator[None]:
 def forced_threshold(threshold: Threshold, first_exit: int = 1) -> Iterator[None]:
     """Makes every decode step that this thread runs inside use another threshold and first exit than were compiled.
 
-    Checks stand where the program was compiled with them: `first_exit` can only be later than the compiled one. Inside
-    :func:`forced_depth` the depth wins.
+    Checks stay where they were compiled. Inside :func:`forced_depth` the depth wins.
 
     Args:
         threshold: of the compiled criterion: a cosine or, for "confidence" and "doubt", an entropy in nats; a tuple has
             one for each depth from 1 on.
-        first_exit: smallest exit depth.
+        first_exit: smallest exit depth, no less than the compiled one.
 
     Raises (from the decode step):
         ValueError: the program was compiled for a fixed depth and has no checks.

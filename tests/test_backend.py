@@ -19,6 +19,7 @@ from torch._inductor import config as inductor
 from transformers import pipeline
 
 from river_compile import CacheFullError, RiverWarning, UnsupportedGraphError, observe, report, river, trace
+from river_compile.backend import executors_of
 from river_compile.exits import forced_depth, forced_threshold
 from tests.support.decoding import CAPACITY, decode, new_cache
 from tests.support.families import make, prompt
@@ -267,6 +268,17 @@ class TestRuntime:
             thread.join()
         for a, b in zip(alone, together, strict=True):
             assert torch.equal(a, b)
+
+    def test_models_of_one_class_have_twins_of_their_own(self):
+        """Dynamo would run the second model with the first one's graph; only the parameters would be its own."""
+        models = [make("llama", layers=2, seed=seed) for seed in (0, 1)]
+        for model in models:
+            model.compile(backend=river, options=EAGER)
+        together = [run_at(model, 0) for model in models]
+        assert all(executors_of(model) for model in models)
+        for model, ids in zip(models, together, strict=True):
+            torch._dynamo.reset()
+            assert torch.equal(run_at(model, 0), ids)
 
 
 class TestReport:

@@ -13,6 +13,7 @@ Not handled: prompts that exit (``prefill="exit"``), and batches.
 from __future__ import annotations
 
 import contextlib
+import copy
 import inspect
 import itertools
 import statistics
@@ -198,7 +199,7 @@ class Meter:
             self._step(ids, 0, self._context)
         memories = state_of_model(self._model, "calibration").of(Memories)
         if known is None:
-            memory = memories.recall(layers[0].keys).after_prompt()
+            memory = copy.deepcopy(memories.recall(layers[0].keys))
             self._prompts[index] = [_contents(layer) for layer in layers], memory
             return
         saved, memory = known
@@ -208,7 +209,7 @@ class Meter:
                     getattr(layer, name).copy_(value)
                 else:
                     setattr(layer, name, value)
-        memories.keep(layers[0].keys, memory.after_prompt())
+        memories.keep(layers[0].keys, copy.deepcopy(memory))
 
     def _step(self, ids: Tensor, start: int, stop: int) -> Tensor:
         positions = torch.arange(start, stop, device=ids.device)[None]

@@ -15,15 +15,11 @@ import torch
 from torch import Tensor
 
 from .device import CaptureDevice, CaptureFailed
-from .partition import Unit, buffer_like
+from .partition import Unit
 
 
 class CudaGraphs(CaptureDevice):
-    """The device that replays on the caller's current stream.
-
-    Args:
-        device: the device that the model lies on.
-    """
+    """The device that replays on the caller's current stream of the model's device."""
 
     name = "CUDA graphs"
 
@@ -31,9 +27,6 @@ class CudaGraphs(CaptureDevice):
         self._device = device
         self._pool = torch.cuda.graph_pool_handle()
         self._last: tuple[torch.cuda.Stream, torch.cuda.Event] | None = None
-
-    def buffer(self, like: Tensor) -> Tensor:
-        return buffer_like(like)
 
     def flags(self, count: int) -> Tensor:
         with torch.inference_mode(False):
@@ -84,9 +77,6 @@ class CudaGraphs(CaptureDevice):
 
     def end(self) -> None:
         self._last = (self._stream(), self.mark())
-
-    def abandon(self) -> None:
-        self.end()
 
     def _stream(self) -> torch.cuda.Stream:
         return torch.cuda.current_stream(self._device)

@@ -1,9 +1,7 @@
 """What capturing a decode step means, apart from any device: devices that capture, and the record of what was captured.
 
-A *unit* is what is captured as one graph (:mod:`river_compile.cudagraphs.partition`). A device keeps buffers at the
-units' borders, captures a unit once and replays it many times; work given to it runs in the order given. Two devices
-exist: CUDA graphs (:mod:`river_compile.cudagraphs.cuda`) and a recorder that needs no GPU
-(:mod:`river_compile.cudagraphs.recorder`).
+A *unit* is what is captured as one graph (:mod:`river_compile.cudagraphs.partition`). Two devices exist: CUDA graphs
+(:mod:`river_compile.cudagraphs.cuda`) and a recorder that needs no GPU (:mod:`river_compile.cudagraphs.recorder`).
 """
 
 from __future__ import annotations
@@ -18,21 +16,15 @@ from torch import Tensor
 
 from .partition import Unit
 
-_RECORDS = 512
-
 
 class CaptureFailed(RuntimeError):
     """A unit cannot be captured; the message holds what the device said."""
 
 
 class CaptureDevice(ABC):
-    """Captures units and replays them. All calls of one step come from one thread."""
+    """Captures units and replays them, in the order given. All calls of one step come from one thread."""
 
     name: str
-
-    @abstractmethod
-    def buffer(self, like: Tensor) -> Tensor:
-        """Returns a tensor of the same shape, dtype and device, outside of every graph's own memory."""
 
     @abstractmethod
     def flags(self, count: int) -> Tensor:
@@ -52,15 +44,10 @@ class CaptureDevice(ABC):
 
     @abstractmethod
     def capture(self, unit: Unit, slots: list, outputs: dict[int, Tensor]) -> tuple[object, int]:
-        """Captures a unit without running it.
-
-        Args:
-            unit: the unit.
-            slots: the values it reads.
-            outputs: the buffer for each slot that it writes.
+        """Captures a unit that reads `slots` and writes to a buffer for each slot in `outputs`, without running it.
 
         Returns:
-            The graph, and the bytes that it holds beyond the buffers.
+            The graph, and the bytes that it holds beyond the buffers, which lie outside of every graph's memory.
 
         Raises:
             CaptureFailed: the unit does something that cannot be captured.
@@ -68,12 +55,7 @@ class CaptureDevice(ABC):
 
     @abstractmethod
     def launch(self, graph: Any, slots: list) -> None:
-        """Replays a graph; returns before it has run.
-
-        Args:
-            graph: what :meth:`capture` returned.
-            slots: the values it reads, at the addresses of the capture.
-        """
+        """Replays what :meth:`capture` returned on slots at the same addresses; returns before it has run."""
 
     @abstractmethod
     def mark(self) -> object:
@@ -91,21 +73,19 @@ class CaptureDevice(ABC):
     def end(self) -> None:
         """Ends a step: work that the caller starts from here on runs after it."""
 
-    @abstractmethod
     def abandon(self) -> None:
         """Ends a step that failed."""
+        self.end()
 
 
 @dataclass(frozen=True)
 class CaptureRecord:
-    """One capture.
+    """One capture of the unit with that name, for so many rows.
 
     Attributes:
-        unit: its name, such as "span 0-2" or "tail 2".
         depth: the exit depth: of a span the blocks executed at its end, of a tail those before it.
-        batch: rows.
         seconds: time that capturing took.
-        bytes: device memory that the graph holds beyond the shared buffers.
+        bytes: device memory that the graph holds beyond the buffers.
     """
 
     unit: str
@@ -121,27 +101,27 @@ class CaptureLog:
 
     Attributes:
         device: the device's name, empty where nothing is captured.
-        reason: why nothing is captured, empty where something may be.
+        not_captured: why nothing is captured, None where something may be.
         captures: the newest captures, at most 512; those that were dropped since included.
-        made: how many there were in all; `seconds` and `bytes` are sums over all of them.
+        made, seconds, bytes: number and sums of all captures.
         alive: captures that are kept at the moment.
         dropped: captures that gave way to `max_captures`.
-        uncaptured: by unit, why it runs uncaptured.
-        not_ahead: by unit, why it is never launched ahead of the exit check before it.
         buffer_bytes: bytes of the buffers at the units' borders.
+        uncaptured_units: by name, why they run uncaptured.
+        never_launched_ahead: by name, why units are not launched ahead of the exit check before them.
     """
 
     device: str = ""
-    reason: str = ""
-    captures: deque[CaptureRecord] = field(default_factory=lambda: deque(maxlen=_RECORDS))
+    not_captured: str | None = None
+    captures: deque[CaptureRecord] = field(default_factory=lambda: deque(maxlen=512))
     made: int = 0
     seconds: float = 0.0
     bytes: int = 0
     alive: int = 0
     dropped: int = 0
-    uncaptured: dict[str, str] = field(default_factory=dict)
-    not_ahead: dict[str, str] = field(default_factory=dict)
     buffer_bytes: int = 0
+    uncaptured_units: dict[str, str] = field(default_factory=dict)
+    never_launched_ahead: dict[str, str] = field(default_factory=dict)
 
     def add(self, record: CaptureRecord) -> None:
         """Writes down a capture."""
@@ -152,24 +132,12 @@ class CaptureLog:
 
     def to_dict(self) -> dict[str, object]:
         """Returns the log as values that ``json.dumps`` takes."""
-        return {
-            "device": self.device,
-            "not_captured": self.reason or None,
-            "captures": [vars(c) for c in self.captures],
-            "made": self.made,
-            "seconds": self.seconds,
-            "bytes": self.bytes,
-            "alive": self.alive,
-            "dropped": self.dropped,
-            "buffer_bytes": self.buffer_bytes,
-            "uncaptured_units": dict(self.uncaptured),
-            "never_launched_ahead": dict(self.not_ahead),
-        }
+        return vars(self) | {"captures": [vars(capture) for capture in self.captures]}
 
     def lines(self) -> list[str]:
         """Returns the log for people."""
-        if self.reason:
-            return [f"    not captured {self.reason}"]
+        if self.not_captured:
+            return [f"    not captured {self.not_captured}"]
         if not self.device:
             return []
         dropped = f", {self.dropped} of them dropped (max_captures)" if self.dropped else ""
@@ -177,6 +145,8 @@ class CaptureLog:
             f"    captured     {self.made} graphs by {self.device} in {self.seconds:.2f} s, {self.bytes / 1e6:.2f} MB, "
             f"{self.buffer_bytes / 1e3:.1f} kB of buffers{dropped}"
         ]
-        lines += [f"    uncaptured   {unit}: {reason}" for unit, reason in self.uncaptured.items()]
-        lines += [f"    in order     {unit} is not launched ahead: {reason}" for unit, reason in self.not_ahead.items()]
-        return lines
+        lines += [f"    uncaptured   {unit}: {reason}" for unit, reason in self.uncaptured_units.items()]
+        return lines + [
+            f"    in order     {unit} is not launched ahead: {reason}"
+            for unit, reason in self.never_launched_ahead.items()
+        ]

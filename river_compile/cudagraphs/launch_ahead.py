@@ -31,7 +31,7 @@ class LaunchAhead:
     _span: dict[int, float] = field(default_factory=dict)
 
     def pays(self, depth: int, next_depth: int) -> bool:
-        """Tells whether to launch the span that ends at `next_depth` before the check after `depth` is read.
+        """Says whether to launch the span that ends at `next_depth` before the check after `depth` is read.
 
         False until both times are known: a wait that is not hidden is what measures them.
         """
@@ -44,14 +44,13 @@ class LaunchAhead:
 
     def saw(self, depth: int, left: bool) -> None:
         """Notes whether a token left at a depth."""
-        self.left[depth] = _MEMORY * self.left[depth] + (1 - _MEMORY) * left
+        self.left[depth] = _mix(self.left[depth], left)
 
     def timed(self, depth: int, span: float, waited: float) -> None:
         """Notes the device's seconds for the span that ends at `depth`, and the host's from its launch to the flag."""
-        self._span[depth] = span if depth not in self._span else _mix(self._span[depth], span)
-        round_trip = max(waited - span, 0.0)
-        self._round_trip = round_trip if self._round_trip is None else _mix(self._round_trip, round_trip)
+        self._span[depth] = _mix(self._span.get(depth), span)
+        self._round_trip = _mix(self._round_trip, max(waited - span, 0.0))
 
 
-def _mix(old: float, new: float) -> float:
-    return _MEMORY * old + (1 - _MEMORY) * new
+def _mix(old: float | None, new: float) -> float:
+    return new if old is None else _MEMORY * old + (1 - _MEMORY) * new

@@ -1,12 +1,12 @@
 """Launches units: replays their captures, makes these where inputs come back, and keeps the buffers between units.
 
 The first time that a unit meets its inputs' addresses it runs uncaptured, which is also the warm-up that a capture
-needs. The second time it is captured, and from then on replayed. A unit whose inputs never repeat (a mask that grows
-with every token) therefore stays uncaptured, and the log names the input that changes.
+needs. The second time it is captured, and from then on replayed. A unit whose inputs never repeat (a mask that grows)
+stays uncaptured, and the log names the input that changes.
 
-A capture is found by the addresses of what it reads and by the sizes among its inputs. A new KV cache elsewhere
-leads to new captures; no cache and no parameter is held here, so the old ones are free to go. The oldest capture gives
-way when there are `max_captures`.
+A capture is found by the addresses of what it reads and by the sizes among its inputs; shapes and strides follow from
+those. A new KV cache leads to new captures, or takes over those of a freed one whose addresses it got. No cache and no
+parameter is held here. The oldest capture gives way when there are `max_captures`.
 
 Not handled: when what is launched, which :mod:`river_compile.cudagraphs.runner` says; two steps at a time.
 """
@@ -16,8 +16,7 @@ from __future__ import annotations
 import logging
 import time
 from collections import OrderedDict
-from collections.abc import Callable, Iterable, Sequence
-from dataclasses import dataclass
+from collections.abc import Iterable
 
 import torch
 from torch import Tensor, fx
@@ -25,10 +24,10 @@ from torch import Tensor, fx
 from river_compile.passes.graph_safety import fixed_inputs
 from river_compile.passes.nodes import input_name, is_tensor, source_of, value_of
 from river_compile.passes.program import RiverProgram
-from river_compile.runtime.slots import SCORE, gather, size_of
+from river_compile.runtime.slots import SCORE, new_slots
 
 from .device import CaptureDevice, CaptureFailed, CaptureLog, CaptureRecord
-from .partition import Unit, copy_into
+from .partition import Unit, buffer_like, copy_into
 
 log = logging.getLogger("river_compile.cudagraphs.device")
 
@@ -37,35 +36,22 @@ _SHAPES = 8  # shapes of one value for which buffers are kept
 _CHANGES = 4  # uses without one repetition before the log calls an input changing
 
 
-@dataclass(frozen=True)
-class _Entry:
-    graph: object
-    outputs: dict[int, Tensor]
-
-
 class Launcher:
-    """The captures and buffers of one program.
-
-    Args:
-        program: the program.
-        device: what captures.
-        log: where to write down what happens.
-        max_captures: captures kept at the same time; may be changed between two steps.
-    """
+    """The captures and buffers of one program. `max_captures` may be changed between two steps."""
 
     def __init__(self, program: RiverProgram, device: CaptureDevice, log: CaptureLog, max_captures: int) -> None:
         self.device, self.log, self.max_captures = device, log, max_captures
-        self._size = size_of(program)
+        self._program = program
         self._nodes: list[fx.Node] = list(program.slots)
         fixed = fixed_inputs(program.plan)
         self._batch_of = next(
             i for i, node in enumerate(self._nodes) if node in fixed and is_tensor(node) and value_of(node).dim() == 4
         )
         self._buffers: dict[int, OrderedDict[tuple, Tensor]] = {}
-        self._captures: OrderedDict[tuple, _Entry] = OrderedDict()
+        # By what was read: the graph and the buffers of its results; and these where a unit was not captured so far.
+        self._captures: OrderedDict[tuple, tuple[object, dict[int, Tensor]]] = OrderedDict()
         self._seen: dict[Unit, OrderedDict[tuple, dict[int, Tensor]]] = {}
         self._failed: set[Unit] = set()
-        self._reads: dict[Unit, Callable[[list], Sequence]] = {}
 
     def buffers(self) -> list[tuple[str, Tensor]]:
         """Returns the buffers at the units' borders, each with the name of its value in the traced graph."""
@@ -74,10 +60,10 @@ class Launcher:
 
     def graphs(self) -> list[object]:
         """Returns the device's graphs of all captures, that of the latest launch last."""
-        return [entry.graph for entry in self._captures.values()]
+        return [graph for graph, _ in self._captures.values()]
 
     def is_captured(self, unit: Unit, slots: list) -> bool:
-        """Tells whether a launch would replay."""
+        """Says whether a launch would replay."""
         return self._signature(unit, slots) in self._captures
 
     def launch(self, unit: Unit, slots: list) -> bool:
@@ -86,42 +72,38 @@ class Launcher:
         Returns:
             True where an existing capture was replayed.
         """
+        if unit.obstacle is not None:
+            self.log.uncaptured_units.setdefault(unit.name, str(unit.obstacle))
         if unit.obstacle is not None or unit in self._failed:
-            if unit.obstacle is not None:
-                self.log.uncaptured.setdefault(unit.name, str(unit.obstacle))
             self._run_uncaptured(unit, slots)
             return False
         signature = self._signature(unit, slots)
-        entry = self._captures.get(signature)
-        is_new = entry is None
-        if is_new:
-            outputs = self._seen[unit].get(signature) if unit in self._seen else None
-            entry = self._capture(unit, signature, slots, outputs) if outputs is not None else None
-        if entry is None:
+        is_new = signature not in self._captures
+        if is_new and not self._capture(unit, signature, slots):
             self._remember(unit, signature, self._run_uncaptured(unit, slots))
             return False
+        graph, outputs = self._captures[signature]
         self._captures.move_to_end(signature)
-        self.device.launch(entry.graph, slots)
-        for index, buffer in entry.outputs.items():
+        self.device.launch(graph, slots)
+        for index, buffer in outputs.items():
             slots[index] = buffer
         unit.count(slots)
         return not is_new
 
     def _signature(self, unit: Unit, slots: list) -> tuple:
         """Returns the unit, the address of every tensor that it reads, and every number."""
-        if unit not in self._reads:
-            self._reads[unit] = gather(unit.keys)
-        return (unit, *[v.data_ptr() if isinstance(v, Tensor) else v for v in self._reads[unit](slots)])
+        values = [slots[index] for index in unit.keys]
+        return (unit, *[v.data_ptr() if isinstance(v, Tensor) else v for v in values])
 
     def _remember(self, unit: Unit, signature: tuple, outputs: dict[int, Tensor]) -> None:
         """Notes the inputs that a unit ran on and the buffers of its results, so that it is captured the next time."""
         seen = self._seen.setdefault(unit, OrderedDict())
-        if len(seen) >= _CHANGES and unit.name not in self.log.uncaptured:
+        if len(seen) >= _CHANGES and unit.name not in self.log.uncaptured_units:
             latest = next(reversed(seen))
             pairs = zip(unit.keys, latest[1:], signature[1:], strict=True)
             differing = [self._nodes[index] for index, before, now in pairs if before != now]
             names = [input_name(node) if node.op == "placeholder" else source_of(node) for node in differing]
-            self.log.uncaptured[unit.name] = (
+            self.log.uncaptured_units[unit.name] = (
                 f"its inputs have not come twice so far; the latest differ at {', '.join(dict.fromkeys(names))}"
             )
         seen[signature] = outputs
@@ -130,7 +112,7 @@ class Launcher:
 
     def _run_uncaptured(self, unit: Unit, slots: list) -> dict[int, Tensor]:
         """Runs a unit as plain code; returns the buffers that its results were copied to."""
-        own: list = [None] * self._size
+        own = new_slots(self._program)
         for index in unit.reads:
             own[index] = slots[index]
         self.device.settle()
@@ -141,28 +123,32 @@ class Launcher:
         unit.count(slots)
         return outputs
 
-    def _capture(self, unit: Unit, signature: tuple, slots: list, outputs: dict[int, Tensor]) -> _Entry | None:
-        """Captures a unit; None where that failed, which the log then says."""
+    def _capture(self, unit: Unit, signature: tuple, slots: list) -> bool:
+        """Captures a unit whose inputs come back; returns False where they are new, or it failed (the log says why)."""
+        seen = self._seen.get(unit)
+        if seen is None or signature not in seen:
+            return False
+        outputs = seen[signature]
         start = time.perf_counter()
         try:
             graph, size = self.device.capture(unit, slots, outputs)
         except CaptureFailed as error:
             self._failed.add(unit)
-            self.log.uncaptured[unit.name] = str(error)
+            self.log.uncaptured_units[unit.name] = str(error)
             log.warning("%s runs uncaptured: %s", unit.name, error)
-            return None
+            return False
         seconds = time.perf_counter() - start
         record = CaptureRecord(unit.name, unit.end, slots[self._batch_of].shape[0], seconds, size)
         log.info("captured %s: depth %d, batch %d, %.3f s, %d bytes", *vars(record).values())
         while len(self._captures) >= self.max_captures:
             self._captures.popitem(last=False)
             self.log.dropped += 1
-        self._captures[signature] = entry = _Entry(graph, outputs)
-        del self._seen[unit][signature]
+        self._captures[signature] = graph, outputs
+        del seen[signature]
         self.log.add(record)
         self.log.alive = len(self._captures)
-        self.log.uncaptured.pop(unit.name, None)
-        return entry
+        self.log.uncaptured_units.pop(unit.name, None)
+        return True
 
     def copy(self, index: int, value: Tensor) -> Tensor:
         """Copies a value into the buffer of its slot and returns the buffer."""
@@ -170,7 +156,7 @@ class Launcher:
         key = (value.shape, value.stride(), value.dtype, value.device)
         buffer = kept.get(key)
         if buffer is None:
-            buffer = kept[key] = self.device.buffer(value)
+            buffer = kept[key] = buffer_like(value)
             if len(kept) > _SHAPES:
                 kept.popitem(last=False)
             self.log.buffer_bytes = sum(b.nbytes for k in self._buffers.values() for b in k.values())

@@ -11,7 +11,7 @@ graph's own memory for the length of one replay.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from typing import Literal
 
@@ -23,7 +23,7 @@ from river_compile.passes.program import Refusal, RiverProgram, Segment
 from river_compile.runtime.runner import Step
 from river_compile.runtime.slots import SCORE
 
-_MOVING = "offloaded weights lie elsewhere in every run"
+Kind = Literal["prologue", "span", "last", "tail"]
 
 
 def buffer_like(value: Tensor) -> Tensor:
@@ -46,19 +46,17 @@ class Unit:
     """Steps that are captured as one graph.
 
     Attributes:
-        kind: see the module's text.
         start: blocks executed before it.
         end: of a span the blocks executed at its end, otherwise `start`.
-        steps: what it runs, in order.
         reads: slots whose values must be there when it starts, ascending.
         keys: those of them whose address or value a capture depends on.
         writes: slots of the tensors that are needed when it has ended.
         numbers: what it hands on besides, computed by the host: slot, function, slots of its arguments.
         flag: where its score (of the exit check or the head) goes in host memory, a float32 scalar; None without one.
-        obstacle: why it cannot be captured, None where nothing speaks against it.
+        obstacle: why it cannot be captured, if it cannot.
     """
 
-    kind: Literal["prologue", "span", "last", "tail"]
+    kind: Kind
     start: int
     end: int
     steps: tuple[Step, ...]
@@ -100,15 +98,13 @@ class Partition:
     """The units of one program, each made when it is asked for.
 
     Args:
-        program: the rewritten decoder.
-        steps: the compiled step of each segment that can be reached.
         flags: float32 host memory, one value per depth from 0 to L; the head's score takes the place of L.
         deepest: blocks that a token executes at most, None for L.
 
     Attributes:
         ends: the depths at which spans end: the candidates, the depth before the first block whose weights move from
             run to run (which is not captured), and the deepest.
-        prologue: the prologue as a unit, where it cannot be part of the first span.
+        prologue: the prologue as a unit, None where it is part of the first span.
     """
 
     def __init__(
@@ -121,11 +117,10 @@ class Partition:
         last = self._num_blocks if deepest is None else deepest
         between = {self._resident} if 0 < self._resident < last else set()
         self.ends = (*sorted(between | set(program.candidates)), last)
-        self._home = program.plan.device
-        self._spans: dict[tuple[int, int], Unit] = {}
-        self._tails: dict[int, Unit] = {}
-        blocked = obstacle(program.prologue, self._home)
-        self.prologue = None if blocked is None else self._make("prologue", 0, 0, [program.prologue], blocked)
+        self._units: dict[tuple[Kind, int, int], Unit] = {}
+        self.prologue: Unit | None = None
+        if self._obstacle(program.prologue) is not None:
+            self.prologue = self._unit("prologue", 0, 0)
 
     def spans(self, start: int, end: int) -> list[Unit]:
         """Returns the units of blocks start+1..end: two where only the first blocks can be captured."""
@@ -140,35 +135,35 @@ class Partition:
 
     def tail(self, depth: int) -> Unit:
         """Returns the unit of twins depth+1..L and the head that they take."""
-        if depth not in self._tails:
-            segments = [*self._program.twins[depth:], self._program.river_head or self._program.head]
-            self._tails[depth] = self._make("tail", depth, depth, segments)
-        return self._tails[depth]
+        return self._unit("tail", depth, depth)
 
     def _span(self, start: int, end: int) -> Unit:
-        if (start, end) not in self._spans:
-            program = self._program
-            is_last = end == self._num_blocks
-            segments = [] if start or self.prologue is not None else [program.prologue]
-            segments += program.blocks[start:end]
-            segments += [program.head] if is_last else []
-            blocked = None
-            if end > self._resident:
-                blocked = Refusal(_MOVING, program.plan.blocks[max(start, self._resident)].path)
-            self._spans[start, end] = self._make("last" if is_last else "span", start, end, segments, blocked)
-        return self._spans[start, end]
+        return self._unit("last" if end == self._num_blocks else "span", start, end)
 
-    def _make(
-        self,
-        kind: Literal["prologue", "span", "last", "tail"],
-        start: int,
-        end: int,
-        segments: Sequence[Segment],
-        blocked: Refusal | None = None,
-    ) -> Unit:
+    def _unit(self, kind: Kind, start: int, end: int) -> Unit:
+        if (kind, start, end) not in self._units:
+            self._units[kind, start, end] = self._make(kind, start, end)
+        return self._units[kind, start, end]
+
+    def _obstacle(self, segment: Segment) -> Refusal | None:
+        if self._steps[segment].moves:
+            path = self._program.plan.blocks[segment.depth - 1].path
+            return Refusal("offloaded weights lie elsewhere in every run", path)
+        return obstacle(segment, self._program.plan.device)
+
+    def _segments(self, kind: Kind, start: int, end: int) -> list[Segment]:
+        program = self._program
+        if kind == "prologue":
+            return [program.prologue]
+        if kind == "tail":
+            return [*program.twins[start:], program.river_head or program.head]
+        segments = [] if start or self.prologue is not None else [program.prologue]
+        segments += program.blocks[start:end]
+        return [*segments, program.head] if kind == "last" else segments
+
+    def _make(self, kind: Kind, start: int, end: int) -> Unit:
         slots, is_end = self._program.slots, kind in ("last", "tail")
-        for segment in segments:
-            blocked = blocked or obstacle(segment, self._home)
+        segments = self._segments(kind, start, end)
         reads: dict[int, bool] = {}  # slot -> whether a capture depends on it
         written: dict[fx.Node, None] = {}
         numbers: list[HostNumber] = []
@@ -182,7 +177,7 @@ class Partition:
         counted = {number.node for number in numbers}
         needed = set(self._program.returned)
         if not is_end:
-            needed |= {node for s in self._followers(kind, end) for node in s.inputs}
+            needed |= {node for s in self._program.segments if s.depth > end for node in s.inputs}
         writes = sorted(slots[n] for n in written if n in needed and n not in counted)
         flag = None
         if segments[-1].has_score:
@@ -198,9 +193,5 @@ class Partition:
             writes=tuple(writes),
             numbers=tuple((slots[n.node], n.compute, tuple(slots[i] for i in n.inputs)) for n in numbers),
             flag=flag,
-            obstacle=blocked,
+            obstacle=next(filter(None, map(self._obstacle, segments)), None),
         )
-
-    def _followers(self, kind: str, end: int) -> list[Segment]:
-        """Returns the segments that may run after a prologue or a span that ends at a depth."""
-        return [s for s in self._program.segments if s.depth > end and (kind == "prologue" or s.kind != "prologue")]

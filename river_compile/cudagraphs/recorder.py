@@ -1,16 +1,14 @@
 """Captures without a GPU: freezes the schedule, owns the buffers, and spoils whatever a real replay would not have.
 
-A captured graph behaves unlike plain code in ways that a test on a CPU would not notice: capturing runs nothing,
-launching returns before anything has run, a value that no replay wrote is what some earlier token left there, and a
-graph's own memory belongs to the next replay. The recorder makes each of these visible:
+A captured graph behaves unlike plain code in ways that a test on a CPU would not notice. The recorder shows them:
 
 - a launch is put into a queue, which runs up to a mark when the host waits for it, and to its end when the step ends;
 - buffers and flags are filled with NaN (integers: their least value, booleans: True) when a step begins;
 - what a unit made for itself is filled the same way when its replay has ended;
 - a replay sees no slot but those that its unit reads, and raises where one of them lies elsewhere than at capture.
 
-It keeps no tensor but the buffers. It works on any device and proves the schedule, not a GPU's behaviour: kernels that
-cannot be captured, streams and memory pools are seen by the CUDA device alone.
+Not handled: a GPU's behaviour. Kernels that cannot be captured, streams and memory pools are seen by the CUDA device
+alone.
 """
 
 from __future__ import annotations
@@ -22,7 +20,7 @@ import torch
 from torch import Tensor
 
 from .device import CaptureDevice
-from .partition import Unit, buffer_like, copy_into
+from .partition import Unit, copy_into
 
 
 class StaleReplay(RuntimeError):
@@ -40,7 +38,7 @@ class Recording:
 
 @dataclass(eq=False)
 class Mark:
-    """A place in the queue: behind the launch of unit `after`; `reached` once everything before it has run."""
+    """A place in the queue, after the launch of unit `after`; `reached` once everything before it has run."""
 
     after: str
     reached: bool = False
@@ -48,11 +46,11 @@ class Mark:
 
 @dataclass
 class Event:
-    """One thing that happened, in order: for tests and for drawing the schedule.
+    """One thing that happened, for tests and for drawing the schedule.
 
     Attributes:
         what: "capture", "launch", "run" (a call that is not captured, such as a copy into a buffer), "wait" or "end".
-        name: the unit; for a wait, the unit behind which the awaited mark stands.
+        name: the unit; for a wait, the unit after which the awaited mark stands.
     """
 
     what: str
@@ -67,9 +65,6 @@ class Recorder(CaptureDevice):
     name: str = "recorder"
     _queue: list[Callable[[], object] | Mark] = field(default_factory=list)
     _latest: str = ""
-
-    def buffer(self, like: Tensor) -> Tensor:
-        return spoil(buffer_like(like))
 
     def flags(self, count: int) -> Tensor:
         with torch.inference_mode(False):

@@ -3,9 +3,6 @@
 Steps of one runner run one after the other: a second thread waits for the first one's step to be launched, and what the
 caller gets are copies, so nobody's result is overwritten by the next step.
 
-Three things happen at an exit check, each in a method of its own: the span before it is launched, the one after it
-perhaps launched ahead (:mod:`river_compile.cudagraphs.launch_ahead`), and the times that this depends on are measured.
-
 Not handled (the log says so, and it runs uncaptured): dynamic caches, prompts, operations that read sizes from the
 device.
 """
@@ -15,10 +12,8 @@ from __future__ import annotations
 import threading
 import time
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
 from types import TracebackType
 
-import torch
 from torch import Tensor
 
 from river_compile.config import RiverConfig
@@ -26,9 +21,8 @@ from river_compile.errors import OptionError
 from river_compile.passes.graph_safety import fixed_inputs, runs_once
 from river_compile.passes.nodes import is_tensor, source_of
 from river_compile.passes.program import DecoderPlan, RiverProgram, Segment
-from river_compile.runtime.rewind import Saved
-from river_compile.runtime.runner import Runner, Step
-from river_compile.runtime.slots import SCORE, new_slots, size_of
+from river_compile.runtime.runner import Runner, Saved, Step
+from river_compile.runtime.slots import SCORE, new_slots
 
 from .cuda import CudaGraphs
 from .device import CaptureDevice, CaptureLog
@@ -38,28 +32,14 @@ from .partition import Partition, Unit
 from .recorder import Recorder
 
 
-@dataclass(frozen=True)
-class _Clock:
-    """When a replay was launched, on the host and on the device."""
-
-    host: float
-    device: object
-
-
 class CapturedRunner(Runner):
     """Launches the units of a decode graph on a static cache.
 
     Args:
-        program: the program.
-        steps: the compiled step of each segment that can be reached.
-        launcher: launches units.
-        ahead: when the next span is launched before the flag is known.
+        ahead: says when the next span is launched before the flag is known; may be replaced between two steps.
         deepest: blocks that a token executes at most, None for all.
 
     Attributes:
-        units: the program's units of capture.
-        launcher, ahead: as above; another `ahead` may take its place between two steps.
-        device: the launcher's.
         flags: ``[L + 1]`` float32 values in host memory, where the scores of checks and heads arrive.
     """
 
@@ -76,7 +56,6 @@ class CapturedRunner(Runner):
         self.launcher, self.device, self.ahead = launcher, launcher.device, ahead
         self.flags = self.device.flags(plan.num_blocks + 1)
         self.units = Partition(program, steps, self.flags, deepest)
-        self._size = size_of(program)
         fixed = fixed_inputs(plan)
         self._copied = [i for node, i in slots.items() if node.op == "placeholder" and node not in fixed]
         self._returned = [slots[node] for node in program.returned]
@@ -102,7 +81,7 @@ class CapturedRunner(Runner):
 
     def begin(self, args: Sequence) -> list:
         self.device.begin(lambda: [buffer for _, buffer in self.launcher.buffers()], self.flags)
-        slots = new_slots(args, self._size)
+        slots = new_slots(self._program, args)
         for index in self._copied:
             if isinstance(args[index], Tensor):
                 slots[index] = self.launcher.copy(index, args[index])
@@ -120,12 +99,19 @@ class CapturedRunner(Runner):
         *before, unit = self.units.spans(start, end)
         for other in before:
             self._launch_once(other, slots)
-        clock = self._launch_timed(unit, slots)
+        started: tuple[float, object] | None = None  # by the clocks of host and device, where a replay starts now
+        if unit is self._launched_ahead:
+            self._launched_ahead = None
+        else:
+            now = (time.perf_counter(), self.device.mark())
+            started = now if self.launcher.launch(unit, slots) else None
         sent = self.device.mark()
         self._launch_ahead(end, slots)
         self.device.wait(sent)
-        if clock is not None and self._launched_ahead is None:
-            self._measure(end, clock, sent)
+        if started is not None and self._launched_ahead is None:  # a wait that nothing hid
+            seconds = self.device.seconds_between(started[1], sent)
+            if seconds is not None:
+                self.ahead.timed(end, seconds, time.perf_counter() - started[0])
         self._checked = end
         return self.flags[end].item()
 
@@ -148,13 +134,14 @@ class CapturedRunner(Runner):
         return super().save(slots, depth)
 
     def rewind(self, slots: list, start: int, end: int, saved: Saved = ()) -> None:
-        self.device.run(lambda: self._rewind.back(slots, start, end, saved))
+        rewind = super().rewind
+        self.device.run(lambda: rewind(slots, start, end, saved))
 
     def finish(self, slots: list) -> tuple:
         return self.launcher.fresh(slots[i] for i in self._returned)
 
     def _note_verdict(self, left: bool) -> None:
-        """Notes, at what the executor does after a check, what it decided there."""
+        """Notes what the executor decided at the check that was read last."""
         if self._checked is not None:
             self.ahead.saw(self._checked, left)
             self._checked = None
@@ -166,89 +153,54 @@ class CapturedRunner(Runner):
         assert self._launched_ahead in (None, unit)
         self._launched_ahead = None
 
-    def _launch_timed(self, unit: Unit, slots: list) -> _Clock | None:
-        """Launches a unit as above; returns when, where it was launched just now and was no capture or plain run."""
-        if unit is self._launched_ahead:
-            self._launched_ahead = None
-            return None
-        clock = _Clock(time.perf_counter(), self.device.mark())
-        return clock if self.launcher.launch(unit, slots) else None
-
     def _launch_ahead(self, depth: int, slots: list) -> None:
         """Launches the unit after the check at a depth before the check's result is known, where that pays."""
         unit = self.units.after(depth)
         if (
-            unit.name not in self.launcher.log.not_ahead
+            unit.name not in self.launcher.log.never_launched_ahead
             and self.ahead.pays(depth, unit.end)
             and self.launcher.is_captured(unit, slots)
         ):
             self.launcher.launch(unit, slots)
             self._launched_ahead = unit
 
-    def _measure(self, depth: int, clock: _Clock, sent: object) -> None:
-        """Notes how long a span took on the device, and how long its score took to arrive."""
-        seconds = self.device.seconds_between(clock.device, sent)
-        if seconds is not None:
-            self.ahead.timed(depth, seconds, time.perf_counter() - clock.host)
-
     def _note_order(self, plan: DecoderPlan) -> None:
         """Writes down which spans cannot be launched ahead, and why."""
         for start, end in zip(self.units.ends, self.units.ends[1:], strict=False):
             reason = next(filter(None, (runs_once(plan, block) for block in plan.blocks[start:end])), None)
             if reason is not None:
-                self.launcher.log.not_ahead[self.units.after(start).name] = str(reason)
+                self.launcher.log.never_launched_ahead[self.units.after(start).name] = str(reason)
 
 
 def choose_device(program: RiverProgram, config: RiverConfig, captures: CaptureLog) -> CaptureDevice | None:
-    """Returns what captures a program's decode steps; None where nothing is captured, and `captures` says why."""
-    if config.cudagraphs is False:
-        captures.reason = "cudagraphs=False"
-    elif config.fill != "river":
-        captures.reason = f"fill={config.fill!r} keeps count of every token on the host"
-    elif config.cudagraphs is None and _device_of(program.plan).type != "cuda":
-        captures.reason = f"the model lies on {_device_of(program.plan)}; CUDA graphs need a GPU"
-    else:
-        captures.reason = _unsupported(program)
-    return None if captures.reason else _make_device(config, program.plan)
+    """Returns what captures a program's decode steps; None where nothing is captured, and `captures` says why.
 
-
-def captured_runner(
-    program: RiverProgram,
-    steps: Mapping[Segment, Step],
-    deepest: int | None,
-    config: RiverConfig,
-    device: CaptureDevice,
-    captures: CaptureLog,
-) -> CapturedRunner:
-    """Returns the runner of a program that a device captures."""
-    launcher = Launcher(program, device, captures, config.max_captures)
-    return CapturedRunner(program, steps, launcher, LaunchAhead(config.launch_ahead), deepest)
-
-
-def check_device(config: RiverConfig, plan: DecoderPlan) -> None:
-    """Checks that a model for which captures are asked lies on a device that has them.
+    No pass needs to have run.
 
     Raises:
-        OptionError: it does not.
+        OptionError: captures are asked for, and the model does not lie on a device that has them.
     """
-    device = _device_of(plan)
+    device = program.plan.device
     if config.cudagraphs is True and device.type != "cuda":
         raise OptionError(
             f"cudagraphs=True needs a model on a GPU, and this one lies on {device}; move it there, or leave "
             "cudagraphs out ('record' checks the schedule without a GPU)"
         )
+    if config.cudagraphs is False:
+        captures.not_captured = "cudagraphs=False"
+    elif config.fill != "river":
+        captures.not_captured = f"fill={config.fill!r} keeps count of every token on the host"
+    elif config.cudagraphs is None and device.type != "cuda":
+        captures.not_captured = f"the model lies on {device}; CUDA graphs need a GPU"
+    else:
+        captures.not_captured = _unsupported(program)
+    if captures.not_captured:
+        return None
+    return Recorder() if config.cudagraphs == "record" else CudaGraphs(device)
 
 
-def _device_of(plan: DecoderPlan) -> torch.device:
-    return plan.device
-
-
-def _make_device(config: RiverConfig, plan: DecoderPlan) -> CaptureDevice:
-    return Recorder() if config.cudagraphs == "record" else CudaGraphs(_device_of(plan))
-
-
-def _unsupported(program: RiverProgram) -> str:
-    """Returns why no unit of a graph can be captured, naming the node where there is one; empty where some can."""
+def _unsupported(program: RiverProgram) -> str | None:
+    """Returns why no unit of a graph can be captured, naming the node where there is one; None where some can."""
     plan = program.plan
     if not plan.is_decode:
         return "a prompt's length differs from call to call; decode steps are captured"
@@ -260,4 +212,4 @@ def _unsupported(program: RiverProgram) -> str:
     for node in program.returned:
         if node in written or (node.op == "placeholder" and is_tensor(node)):
             return f"the graph returns a tensor of the caller's, which must not become a copy (at {source_of(node)})"
-    return ""
+    return None

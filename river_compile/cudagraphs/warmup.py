@@ -5,6 +5,7 @@ from __future__ import annotations
 import sys
 from collections.abc import Iterable, Iterator
 from contextlib import AbstractContextManager
+from typing import Any
 
 import torch
 from torch import nn
@@ -49,19 +50,21 @@ def warmup(
     settings = {"attention_mask": torch.ones_like(ids), "do_sample": False, "max_new_tokens": _STEPS + 1, **options}
     settings |= {"min_new_tokens": _STEPS + 1, "cache": cache}
 
-    def generate() -> None:
+    generate: Any = model.generate
+
+    def run_once() -> None:
         cache.reset()
-        model.generate(ids, **settings)
+        generate(ids, **settings)
 
     with tqdm(desc="river: capturing", unit="exit") as bar:
-        generate()  # compiles, and takes the exit that the compiled rule takes
+        run_once()  # compiles, and takes the exit that the compiled rule takes
         bar.update()
         record = _decode_record(model)
         runs = list(_runs(record, depths))
         bar.total = 1 + len(runs)
         for run in runs:
             with run:
-                generate()
+                run_once()
             bar.update()
     cache.reset()
     return record.of(CaptureLog)

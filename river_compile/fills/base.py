@@ -24,10 +24,6 @@ class Gaps:
     prompt: int
     depths: list[int] = field(default_factory=list)
 
-    def after_prompt(self) -> Gaps:
-        """Returns the gaps as they were after the prompt: there were none."""
-        return Gaps(self.prompt)
-
     @property
     def filled(self) -> int:
         """Tokens in the cache."""
@@ -73,7 +69,7 @@ class Holes(Fill):
             )
         before = gaps.filled if gaps is not None and not empty else 0
         memory.entries.clear()
-        memory.put(Gaps(before + slots[self.hidden[0]].shape[1]))
+        memory.entries[Gaps] = Gaps(before + slots[self.hidden[0]].shape[1])
         return self.num_blocks
 
     def end(self, slots: list, memory: Memory, depth: int) -> None:

@@ -30,10 +30,6 @@ class Presence:
     spans: list[tuple[int, int]] = field(default_factory=list)
     views: list[Tensor] = field(default_factory=list)
 
-    def after_prompt(self) -> Presence:
-        """Returns that of a prompt, of which nothing is missing."""
-        return Presence()
-
 
 class Mask(Holes):
     """Missing entries are masked out of attention, block by block."""
@@ -47,7 +43,8 @@ class Mask(Holes):
     def __init__(self, program: RiverProgram) -> None:
         super().__init__(program)
         self._presence = [program.slots[node] for node in program.added_inputs]
-        self._keys = [cache_slots(program, block)[0] for block in range(self.num_blocks)]
+        keys = [cache_slots(program, block)[0] for block in range(self.num_blocks)]
+        self._keys = [slot for slot in keys if slot is not None]  # (a static or dynamic cache always has one)
         self._grows = program.plan.blocks[0].kv.kind == "dynamic"  # by the step's token
 
     def begin(self, slots: list, memory: Memory) -> int:
@@ -83,7 +80,5 @@ class Mask(Holes):
         if before is not None and before.shape[1] >= tokens:
             return before
         with torch.inference_mode(False):  # (so that any mode may write to it)
-            present = torch.ones(self.num_blocks, 2 * tokens, dtype=torch.bool, device=device)
-            if before is not None:
-                present[:, : before.shape[1]] = before
-        return present
+            more = torch.ones(self.num_blocks, 2 * tokens, dtype=torch.bool, device=device)
+            return more if before is None else torch.cat([before, more], dim=1)

@@ -39,24 +39,10 @@ class Skipped:
 
 
 @dataclass
-class Left:
-    """The tokens of one sequence that have not run through all blocks, oldest first."""
-
-    tokens: list[Skipped] = field(default_factory=list)
-
-    def after_prompt(self) -> Left:
-        """Returns that of a prompt: there are none."""
-        return Left()
-
-
-@dataclass
 class Batch:
-    """The tokens that run together in one step, the newest, whose step it is, last.
+    """The tokens that run together in one step: those that `skipped` blocks, then the one whose step it is.
 
-    Attributes:
-        skipped: the others.
-        hidden: the hidden states ``[tokens, B, 1, D]`` of all.
-        inputs: what else blocks read about them, stacked in the same way.
+    `hidden` has their hidden states ``[tokens, B, 1, D]``; `inputs`, what else blocks read, is stacked in the same way.
     """
 
     skipped: list[Skipped]
@@ -65,10 +51,10 @@ class Batch:
 
 
 @dataclass
-class Turn:
-    """What a step's blocks share: the sequence's skipped tokens, and those that run with it by now."""
+class Left:
+    """The tokens of one sequence that have not run through all blocks, oldest first, and the batch of this step."""
 
-    skipped: list[Skipped]
+    tokens: list[Skipped] = field(default_factory=list)
     batch: Batch | None = None
 
 
@@ -101,15 +87,16 @@ class Recompute(Holes):
 
     def begin(self, slots: list, memory: Memory) -> int:
         limit = super().begin(slots, memory)
-        slots[FILL] = Turn(memory.entries.setdefault(Left, Left()).tokens)
+        slots[FILL] = left = memory.entries.setdefault(Left, Left())
+        left.batch = None
         return limit
 
     def end(self, slots: list, memory: Memory, depth: int) -> None:
         super().end(slots, memory, depth)
-        left: Left = memory.entries[Left]
-        batch = slots[FILL].batch
-        if batch is not None:
-            for token, hidden in zip(batch.skipped, batch.hidden, strict=False):  # (the newest is the last one)
+        left: Left = slots[FILL]
+        if left.batch is not None:
+            pairs = zip(left.batch.skipped, left.batch.hidden, strict=False)  # (the newest is the last one)
+            for token, hidden in pairs:
                 token.hidden = hidden
             left.tokens = [token for token in left.tokens if token.depth < self.num_blocks]
         if depth < self.num_blocks:
@@ -118,13 +105,9 @@ class Recompute(Holes):
 
 
 class CatchUpBlock:
-    """A backbone block that takes along the tokens that skipped it.
+    """Backbone block number `depth`, from 1, that takes along the tokens that skipped it.
 
-    Args:
-        fill: knows where the values are.
-        one: the block's step for one token.
-        several: its step for several.
-        depth: the block's number, from 1.
+    `one` is its step for one token, `several` that for several.
     """
 
     def __init__(self, fill: Recompute, one: Call, several: Call, depth: int) -> None:
@@ -133,28 +116,28 @@ class CatchUpBlock:
         self._per_token = fill.per_token
 
     def __call__(self, slots: list) -> None:
-        turn: Turn = slots[FILL]
-        behind = [token for token in turn.skipped if token.depth < self._depth]
-        if not behind:
+        left: Left = slots[FILL]
+        missing = [token for token in left.tokens if token.depth < self._depth]
+        if not missing:
             self._one(slots)
             return
-        batch = turn.batch = self._join(turn.batch, behind, slots)
+        batch = left.batch = self._join(left.batch, missing, slots)
         several = slots.copy()
         several[self._before] = batch.hidden
         for slot, stack in zip(self._per_token, batch.inputs, strict=True):
             several[slot] = stack
         self._several(several)
         batch.hidden = several[self._after]
-        for token in behind:
+        for token in missing:
             token.depth = self._depth
         slots[self._after], slots[SCORE] = batch.hidden[-1], several[SCORE]
 
-    def _join(self, batch: Batch | None, behind: list[Skipped], slots: list) -> Batch:
-        """Returns the batch with the tokens that are behind now: those that join it are older than those in it."""
-        joining = behind[: len(behind) - (len(batch.skipped) if batch else 0)]
+    def _join(self, batch: Batch | None, missing: list[Skipped], slots: list) -> Batch:
+        """Returns the batch of all tokens that miss the block: those that join it are older than those in it."""
+        joining = missing[: len(missing) - (len(batch.skipped) if batch else 0)]
         if batch is not None and not joining:
             return batch
         newest = batch.hidden if batch is not None else slots[self._before][None]
         hidden = torch.cat([torch.stack([t.hidden for t in joining]), newest])
-        columns = zip(*(t.inputs for t in behind), [slots[slot] for slot in self._per_token], strict=True)
-        return Batch(behind, hidden, tuple(torch.stack(column) for column in columns))
+        columns = zip(*(t.inputs for t in missing), [slots[slot] for slot in self._per_token], strict=True)
+        return Batch(missing, hidden, tuple(torch.stack(column) for column in columns))

@@ -13,17 +13,14 @@ monotone    nothing                                            what is there: it
                                                                (SkipDecode)
 ==========  =================================================  ==================================================
 
-"river" is this project's. The others are for comparison and pay as their methods do; see docs/fills.md.
-
-The last three leave holes in the cache and must know where (:mod:`river_compile.fills.base`). A cache that they cannot
-account for is refused, before anything is written.
+"river" is this project's. The others are for comparison and pay as their methods do; the last three leave holes in the
+cache and must know where (:mod:`river_compile.fills.base`).
 """
 
 from __future__ import annotations
 
 from river_compile.passes.fills.entries import kv_entries
 from river_compile.passes.pipeline import Pass
-from river_compile.runtime.fill import FILLS as RIVERS
 from river_compile.runtime.fill import Fill
 
 from .base import Gaps, Holes
@@ -50,4 +47,4 @@ class Monotone(Holes):
         return gaps.depths[-1] if gaps.depths else self.num_blocks
 
 
-FILLS = RIVERS | {fill.name: fill for fill in (Propagate, Recompute, Mask, Monotone)}
+FILLS: dict[str, type[Fill]] = {fill.name: fill for fill in (Fill, Propagate, Recompute, Mask, Monotone)}

@@ -1,7 +1,6 @@
 """Decides for every step of a RiverProgram what runs: backbone blocks until an exit, twins for the rest, then the head.
 
-How it runs is a runner's matter (:mod:`river_compile.runtime.runner`), when a token leaves an exit policy's
-(:mod:`river_compile.exits`).
+Not handled: how it runs (:mod:`river_compile.runtime.runner`) and when a token leaves (:mod:`river_compile.exits`).
 """
 
 from __future__ import annotations
@@ -30,18 +29,12 @@ class RiverExecutor:
 
     Args:
         program: the rewritten graph.
-        runner: runs its segments.
-        policy: when tokens leave.
+        runner: runs its segments; may be replaced between two steps.
+        policy: when tokens leave; may be replaced between two steps.
         stats: counts exits.
         memories: what policy and fill remember of the model's sequences; shared by the model's graphs.
         fill: what stands in for the entries of skipped blocks.
         on_close: called after each step.
-
-    Attributes:
-        program, runner, policy, fill: as above. Another runner of the same program may take the place of `runner`
-            between two steps, and another policy that of `policy`.
-        num_blocks: L, the number of backbone blocks.
-        decodes: whether the graph is a decode step's.
     """
 
     def __init__(
@@ -50,20 +43,17 @@ class RiverExecutor:
         runner: Runner,
         policy: ExitPolicy,
         stats: ExitStats,
-        memories: Memories | None = None,
-        fill: Fill | None = None,
-        on_close: Callable[[], None] | None = None,
+        memories: Memories,
+        fill: Fill,
+        on_close: Callable[[], None],
     ) -> None:
-        self.program, self.runner, self.policy = program, runner, policy
-        self.fill = fill or Fill(program)
+        self.program, self.runner, self.policy, self.fill = program, runner, policy, fill
         self.num_blocks = program.plan.num_blocks
         self.decodes = program.plan.is_decode
-        self._stats = stats
-        self._memories = memories or Memories()
-        self._on_close = on_close
+        self._stats, self._memories, self._on_close = stats, memories, on_close
         self._check_capacity = capacity_check(program)
         self._cache_in, self._cache_out = cache_slots(program)
-        self._remembers = policy.criterion.remembers or self.fill.remembers
+        self._remembers = policy.criterion.remembers or fill.remembers
 
     def __call__(self, *args: object) -> tuple:
         started = time.perf_counter()
@@ -92,8 +82,7 @@ class RiverExecutor:
         step = StepRecord(depth, tuple(scores), self.decodes, thread, model, entropy, river_from, seconds)
         self._stats.count(step)
         _steps(self, args, step)
-        if self._on_close is not None:
-            self._on_close()
+        self._on_close()
         return outputs
 
     def _run_blocks(
@@ -154,11 +143,7 @@ class RiverExecutor:
 
 
 def on_step(observer: Callable[[RiverExecutor, tuple, StepRecord], object]) -> AbstractContextManager[None]:
-    """Inside, calls `observer(executor, args, record)` after every step that runs anywhere in the process.
-
-    Args:
-        observer: gets the executor, the inputs of its graph as they are after the step, and the record of the step.
-    """
+    """Inside, calls `observer(executor, args, record)` after every step in the process, with its graph's inputs."""
     return _steps.added(observer)
 
 

@@ -1,7 +1,6 @@
 """What stands in for the KV entries of the blocks that a token skipped: the interface, and the river's own answer.
 
-Other fills live in :mod:`river_compile.fills`. One line knows them: :mod:`river_compile.config` takes `FILLS` from
-there. Without that folder it would take the `FILLS` that stands here.
+Other fills live in :mod:`river_compile.fills`, which :mod:`river_compile.config` alone imports.
 """
 
 from __future__ import annotations
@@ -23,9 +22,6 @@ class Fill:
     There is one object for each program. What it remembers of a sequence it keeps in the sequence's memory, under a key
     of its own (:attr:`Memory.entries`).
 
-    Args:
-        program: the program that it is for.
-
     Attributes:
         name: how the option ``fill=`` calls it.
         remembers: it keeps an entry in the memory of the sequence.
@@ -40,11 +36,7 @@ class Fill:
 
     @classmethod
     def passes(cls, candidates: tuple[int, ...]) -> list[Pass]:
-        """Returns the passes that make, in the twins' place, what a token that left runs.
-
-        Args:
-            candidates: the depths after which a check will stand.
-        """
+        """Returns the passes that make, in the twins' place, what a token runs that left after one of `candidates`."""
         return []
 
     def blocks(self, blocks: Sequence[Call], steps: Mapping[Segment, Call]) -> list[Call]:
@@ -57,6 +49,3 @@ class Fill:
 
     def end(self, slots: list, memory: Memory, depth: int) -> None:
         """Notes a step that left after `depth` blocks."""
-
-
-FILLS: dict[str, type[Fill]] = {Fill.name: Fill}

@@ -2,7 +2,7 @@
 
 Two runners exist: :class:`PlainRunner` calls compiled code segment by segment, and
 :class:`river_compile.cudagraphs.runner.CapturedRunner` launches graphs of many segments. A runner decides nothing about
-exits: it is not told thresholds, and it keeps no memory of a sequence.
+exits: it knows no thresholds and keeps no memory of a sequence.
 """
 
 from __future__ import annotations
@@ -16,19 +16,18 @@ from torch import Tensor, fx
 from river_compile.passes.program import RiverProgram, Segment
 
 from .fill import Fill
-from .rewind import Saved, rewind_of
-from .slots import SCORE, gather, new_slots, size_of
+from .slots import SCORE, gather, new_slots, written_in_place
 
 # What a compiled segment is: a function of a list (which it may empty) that returns a sequence.
 Callee = Callable[[list], Sequence]
+# Copies of values, each with its slot.
+Saved = Sequence[tuple[int, Tensor]]
 
 
 class Step:
-    """A segment bound to its slots and packed weights.
+    """A segment bound to its slots and to the tensors of its 4-bit products, `packed`.
 
     Attributes:
-        segment: the segment.
-        packed: the tensors of its 4-bit products.
         moves: whether it may compute with weights at another address in every run.
     """
 
@@ -58,15 +57,12 @@ class Runner(ABC):
     """Runs one program. A step is :meth:`begin`, then blocks and scores in order, perhaps a tail, then :meth:`finish`.
 
     It is entered (``with runner:``) for the length of a step. L is the number of blocks; the head runs with block L,
-    and with the tail of a token that left before.
-
-    Attributes:
-        steps: the compiled step of each segment that can be reached.
+    and with the tail of a token that left before. `steps` has the compiled step of each segment that can be reached.
     """
 
     def __init__(self, program: RiverProgram, steps: Mapping[Segment, Step]) -> None:
-        self.steps = steps
-        self._rewind = rewind_of(program)
+        self.steps, self._program = steps, program
+        self._counters, self._moved = written_in_place(program)
 
     @abstractmethod
     def __enter__(self) -> None:
@@ -87,9 +83,10 @@ class Runner(ABC):
     def blocks(self, slots: list, start: int, end: int) -> None:
         """Runs blocks start+1..end, whatever their checks say, and the head where `end` is L."""
 
-    @abstractmethod
     def score(self, slots: list, start: int, end: int) -> float:
         """Runs blocks start+1..end and returns the exit score after the last of them, for which it waits."""
+        self.blocks(slots, start, end)
+        return self.read_head(slots)
 
     @abstractmethod
     def tail(self, slots: list, depth: int) -> None:
@@ -105,11 +102,15 @@ class Runner(ABC):
 
     def save(self, slots: list, depth: int) -> Saved:
         """Copies what a tail after `depth` blocks would destroy, for :meth:`rewind`."""
-        return self._rewind.save(slots, depth)
+        return [(i, slots[i].clone()) for block in self._moved[depth:] for i in block if slots[i] is not None]
 
     def rewind(self, slots: list, start: int, end: int, saved: Saved = ()) -> None:
         """Makes blocks start+1..end ready to run once more for this token."""
-        self._rewind.back(slots, start, end, saved)
+        for index, value in saved:
+            slots[index].copy_(value)
+        for block in self._counters[start:end]:  # (blocks may share a counter: each of them advanced it)
+            for index in block:
+                slots[index].sub_(1)
 
     @abstractmethod
     def finish(self, slots: list) -> tuple:
@@ -119,15 +120,11 @@ class Runner(ABC):
 class PlainRunner(Runner):
     """Calls the steps, one after the other. Holds nothing of a step, so threads may use it at the same time.
 
-    Args:
-        program: the program.
-        steps: the compiled step of each segment that can be reached.
-        fill: may run something else as the blocks.
+    A fill may run something else as the blocks.
     """
 
     def __init__(self, program: RiverProgram, steps: Mapping[Segment, Step], fill: Fill | None = None) -> None:
         super().__init__(program, steps)
-        self._size = size_of(program)
         self._num_blocks = program.plan.num_blocks
         self._return = gather([program.slots[node] for node in program.returned])
         self._prologue = steps[program.prologue]
@@ -144,7 +141,7 @@ class PlainRunner(Runner):
         pass
 
     def begin(self, args: Sequence) -> list:
-        slots = new_slots(args, self._size)
+        slots = new_slots(self._program, args)
         self._prologue(slots)
         return slots
 
@@ -153,10 +150,6 @@ class PlainRunner(Runner):
             block(slots)
         if end == self._num_blocks:
             self._head(slots)
-
-    def score(self, slots: list, start: int, end: int) -> float:
-        self.blocks(slots, start, end)
-        return slots[SCORE].item()
 
     def tail(self, slots: list, depth: int) -> None:
         for twin in self._twins[depth:]:

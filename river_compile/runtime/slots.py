@@ -1,13 +1,15 @@
 """Where a run's values lie: in a list of slots, one for each value that crosses a segment's border, and two more.
 
-Not handled: what a slot holds. A list belongs to one call, so threads may run one program at the same time.
+A list belongs to one call, so threads may run one program at the same time. Not handled: writes through a view of a
+cache, which :mod:`river_compile.passes.decoder` does not take for a KV cache.
 """
 
 from __future__ import annotations
 
 import operator
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass
+
+from torch import Tensor, fx
 
 from river_compile.errors import CacheFullError
 from river_compile.passes.nodes import is_tensor, mutated_inputs, value_of
@@ -18,14 +20,9 @@ from river_compile.passes.program import RiverProgram
 SCORE, FILL = -2, -1
 
 
-def size_of(program: RiverProgram) -> int:
-    """Returns how many slots a run has."""
-    return len(program.slots) + 2
-
-
-def new_slots(args: Sequence, size: int) -> list:
+def new_slots(program: RiverProgram, args: Sequence = ()) -> list:
     """Returns the slots of a run, the graph's inputs in theirs."""
-    return [*args, *[None] * (size - len(args))]
+    return [*args, *[None] * (len(program.slots) + 2 - len(args))]
 
 
 def gather(indices: Sequence[int]) -> Callable[[list], Sequence]:
@@ -56,36 +53,51 @@ def cache_slots(program: RiverProgram, block: int = 0) -> tuple[int | None, int 
     return slots.get(before), slots.get(write)
 
 
-@dataclass(frozen=True)
-class CapacityCheck:
-    """Guards a static KV cache.
+def capacity_check(program: RiverProgram) -> Callable[[list], None] | None:
+    """Returns the check of a step's slots that its tokens have room in a static cache filled from the front.
 
-    Attributes:
-        length: slot of the number of filled entries.
-        hidden: slot of the hidden state ``[B, T, D]``, None where a step adds one token.
-        capacity: entries in all.
+    It looks at the first block with such a cache, and raises a CacheFullError. None where there is no such block.
     """
+    plan = program.plan
+    kv = next((block.kv for block in plan.blocks if block.kv.capacity is not None and block.kv.lengths), None)
+    if kv is None or kv.capacity is None:
+        return None
+    length, hidden, capacity = program.slots[kv.lengths[0]], program.slots[plan.blocks[0].hidden_in], kv.capacity
 
-    length: int
-    hidden: int | None
-    capacity: int
-
-    def __call__(self, slots: list) -> None:
-        """Raises a CacheFullError where the tokens of this step have no room."""
-        filled = int(slots[self.length])
-        new = 1 if self.hidden is None else slots[self.hidden].shape[1]
-        if filled + new > self.capacity:
+    def check(slots: list) -> None:
+        filled, new = int(slots[length]), 1 if plan.is_decode else slots[hidden].shape[1]
+        if filled + new > capacity:
             raise CacheFullError(
-                f"the static KV cache holds {self.capacity} tokens; {filled} are filled and this step adds {new}. "
+                f"the static KV cache holds {capacity} tokens; {filled} are filled and this step adds {new}. "
                 f"Make it larger (max_cache_len or max_new_tokens, at least {filled + new}) or use a dynamic cache"
             )
 
+    return check
 
-def capacity_check(program: RiverProgram) -> CapacityCheck | None:
-    """Returns the check for the first block whose static cache is filled from the front, None where there is none."""
+
+def written_in_place(program: RiverProgram) -> tuple[list[list[int]], list[list[int]]]:
+    """Returns what must be undone where a decode step's blocks run again after their twins, as if those had not run.
+
+    A dynamic cache needs nothing of this, nor do entries written at a counted position (``index_copy_``): the second
+    run overwrites them.
+
+    Returns:
+        By block, the slots of the integer scalars that it advances by one token; and by block, those of whatever else
+        it writes in place (a static sliding window that is full moves all its entries).
+    """
     plan, slots = program.plan, program.slots
-    hidden = None if plan.is_decode else slots[plan.blocks[0].hidden_in]
-    for block in plan.blocks:
-        if block.kv.capacity is not None and block.kv.lengths:
-            return CapacityCheck(slots[block.kv.lengths[0]], hidden, block.kv.capacity)
-    return None
+    counters: list[dict[int, None]] = [{} for _ in plan.blocks]
+    moved: list[dict[int, None]] = [{} for _ in plan.blocks]
+    for node, part in plan.part_of.items():
+        if not 1 <= part <= plan.num_blocks or node.target is Tensor.index_copy_:
+            continue
+        for target in mutated_inputs(node):
+            if target in slots and plan.part_of.get(target) != part:
+                kind = counters if _is_counter(target) else moved
+                kind[part - 1][slots[target]] = None
+    return list(map(list, counters)), list(map(list, moved))
+
+
+def _is_counter(node: fx.Node) -> bool:
+    value = value_of(node)
+    return isinstance(value, Tensor) and value.dim() == 0 and not value.is_floating_point()
