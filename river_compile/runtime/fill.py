@@ -1,6 +1,6 @@
 """What stands in for the KV entries of the blocks that a token skipped: the interface, and the river's own answer.
 
-Other fills live in :mod:`river_compile.fills`, which :mod:`river_compile.config` alone imports.
+Other fills live in :mod:`river_compile.fills`; nothing but the options knows them.
 """
 
 from __future__ import annotations
