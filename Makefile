@@ -1,5 +1,5 @@
 # make demo    plain model and River side by side          make bench   decode speed of every configuration
-# make test    lint and all tests                          make clean   remove what make built here
+# make test    lint, type check and all tests              make clean   remove what make built here
 # make gpu     on a machine with a GPU, under ten minutes: the tests that need one, then decode speed against its
 #              targets (gpu.json). Needs no download once the environment is there. Without a GPU, see docs/cuda.md.
 #
@@ -30,6 +30,7 @@ demo: $(FOR_DEMO)
 test: $(FOR_TEST)
 	$(IN_VENV) -m ruff check .
 	$(IN_VENV) -m ruff format --check .
+	$(IN_VENV) -m tools.typecheck
 	$(IN_VENV) -m tools.models smollm2
 	$(IN_VENV) -m pytest -n 2 --dist loadfile
 
@@ -42,7 +43,7 @@ gpu: $(FOR_TEST)
 	$(IN_VENV) -m benchmarks.decode --device cuda --random llama-3.2-1b llama-3.1-8b --json gpu.json $(ARGS)
 
 clean:
-	rm -rf $(VENV) build dist *.egg-info .pytest_cache .ruff_cache .hypothesis
+	rm -rf $(VENV) build dist *.egg-info .pytest_cache .ruff_cache .mypy_cache .hypothesis
 	find . -name __pycache__ -type d -prune -exec rm -rf {} +
 	@echo "Converted models and generated kernels stay in $${RIVER_COMPILE_CACHE:-~/.cache/river_compile}; remove that folder by hand if you want."
 
