@@ -87,7 +87,7 @@ def test_copies_go_only_into_new_or_empty_folders(conversions, tmp_path):
     folder = models.fetch("smollm2")
     models.copy_to(folder, tmp_path / "copy")
     assert sorted(path.name for path in (tmp_path / "copy").iterdir()) == ["config.json", "model.safetensors"]
-    with pytest.raises(ValueError, match="no empty folder"):
+    with pytest.raises(ValueError, match="not an empty folder"):
         models.copy_to(folder, tmp_path / "copy")
 
 
