@@ -1,4 +1,4 @@
-"""Kernels of River Compile: 4-bit quantization, packing, torch operators and generated Triton. They know no graph.
+"""Kernels of River Compile: 4-bit quantization, packing, torch operators, generated Triton and C++. They know no graph.
 
 Importing this package imports neither torch nor Triton. The modules, from what a user calls down to what they stand on:
 
@@ -10,5 +10,6 @@ Importing this package imports neither torch nor Triton. The modules, from what 
                 linear, kv_fill, decode_attention, exit_score: one family each, its spec and cost
                 templates: the Triton source of each family
                 loader: spec -> source file -> compiled or interpreted kernel
+    native      load: C++ sources -> libraries of this processor -> the `torch.ops.river_native` operators
     tools       command lines: compile for GPUs that are not there; measure on the one that is
 """

@@ -11,6 +11,7 @@ from hypothesis import settings
 from tools import models
 
 settings.register_profile("deterministic", derandomize=True, deadline=None, database=None)
+settings.register_profile("long", max_examples=20_000, deadline=None, database=None)
 settings.load_profile("deterministic")
 
 # Processes that test side by side share the cores: threads of two that wait for each other cost more than they bring.

@@ -259,9 +259,10 @@ def test_a_wheel_holds_every_module_below_river_compile(wheel):
         folder, *rest = file.relative_to(ROOT).parts
         assert "/".join([FOLDERS[folder].replace(".", "/"), *rest]) in names
     assert {"river_compile/py.typed", "river_compile/twins/default_texts.txt"} <= names
-    templates = {path.name for path in ROOT.glob("kernels/triton/templates/*")}
-    assert templates
-    assert {f"river_compile/kernels/triton/templates/{name}" for name in templates} <= names
+    for folder in ("triton/templates", "native/sources"):
+        texts = {path.name for path in ROOT.glob(f"kernels/{folder}/*")}
+        assert texts
+        assert {f"river_compile/kernels/{folder}/{name}" for name in texts} <= names
     assert {name.split("/")[0] for name in names if ".dist-info/" not in name} == {"river_compile"}
 
 

@@ -7,6 +7,9 @@ Layouts (N output features, K input features padded to whole groups of G)
     "plain"     qweight uint8 [N, K / 2]: feature 2 c in the low, 2 c + 1 in the high nibble of byte c.
                 scale_zero float32 [N, K / G, 2].
     "aten_cpu"  as ATen's kernel for this processor wants it, see `aten_int4`.
+    "native"    for the C++ kernels, with N' = N rounded up to a multiple of 16: qweight uint8 [N' / 16, K / G, G / 8, 64],
+                where byte 4 n + j of a line of 64 holds, for output feature n of its 16, the line's input feature j in
+                the low and 4 + j in the high nibble. scale_zero bfloat16 [N' / 16, K / G, 16, 2].
 
 `scale_zero[..., 0]` is the scale, `[..., 1]` the weight that q = 8 stands for. A new layout is an entry of `LAYOUTS`.
 Not handled: sharing one scale between rows, groups across rows, less or more than 4 bits.
@@ -180,6 +183,21 @@ def _unpack_aten(packed: PackedLinear) -> QuantizedWeight:
     return QuantizedWeight(q, scale, zero, packed.group_size)
 
 
+def _pack_native(weight: QuantizedWeight) -> tuple[Tensor, Tensor]:
+    pad = (0, 0, 0, -weight.shape[0] % 16)
+    q = F.pad(weight.q, pad).unflatten(1, (-1, weight.group_size // 8, 2, 4)).unflatten(0, (-1, 16))
+    low, high = q.permute(4, 0, 2, 3, 1, 5)
+    pairs = F.pad(_pairs(weight, torch.bfloat16), (0, 0, *pad)).unflatten(0, (-1, 16))
+    return (low | high << 4).flatten(-2).contiguous(), pairs.transpose(1, 2).contiguous()
+
+
+def _unpack_native(packed: PackedLinear) -> QuantizedWeight:
+    lines = packed.qweight.unflatten(-1, (16, 4))
+    q = torch.stack([lines & 15, lines >> 4], dim=-2).permute(0, 3, 1, 2, 4, 5)
+    scale, zero = packed.scale_zero.float().transpose(1, 2).flatten(0, 1)[: packed.out_features].unbind(-1)
+    return QuantizedWeight(q.flatten(2).flatten(0, 1)[: packed.out_features], scale, zero, packed.group_size)
+
+
 def _linear_aten(x: Tensor, packed: PackedLinear, bias: Tensor | None) -> Tensor:
     return aten_int4.linear_aten(x, packed.qweight, packed.scale_zero, bias, packed.out_features, packed.group_size)
 
@@ -188,4 +206,5 @@ LAYOUTS = {
     "triton": Layout(_pack_triton, _unpack_triton, group_sizes=GROUP_SIZES[:3]),
     "plain": Layout(_pack_plain, _unpack_plain),
     aten_int4.LAYOUT: Layout(_pack_aten, _unpack_aten, _linear_aten),
+    "native": Layout(_pack_native, _unpack_native, group_sizes=GROUP_SIZES[:3]),
 }

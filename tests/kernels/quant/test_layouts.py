@@ -17,11 +17,14 @@ def grid(n: int, k: int, group: int, seed: int = 0) -> QuantizedWeight:
     return QuantizedWeight(q, scale.abs() + 0.01, zero, group)
 
 
-@given(st.sampled_from(("triton", "plain")), st.integers(1, 9), st.integers(1, 5), st.sampled_from((32, 64, 128)))
+@given(
+    st.sampled_from(("triton", "plain", "native")), st.integers(1, 9), st.integers(1, 5), st.sampled_from((32, 64, 128))
+)
 @examples(40)
 def test_unpacking_inverts_packing(layout, n, groups, group):
     weight = grid(n, groups * group, group, seed=n)
-    weight = weight.rounded(pack.parameter_dtype(weight)) if layout == "triton" else weight
+    if layout != "plain":
+        weight = weight.rounded(torch.bfloat16 if layout == "native" else pack.parameter_dtype(weight))
     packed = pack.pack(weight, layout)
     again = packed.unpack()
     assert torch.equal(again.q, weight.q)
@@ -53,7 +56,17 @@ def test_where_a_nibble_lies_in_the_plain_layout():
     assert packed.qweight[0, 5].item() == weight.q[0, 10].item() + 16 * weight.q[0, 11].item()
 
 
-@pytest.mark.parametrize("layout", ["triton", "plain"])
+def test_where_a_nibble_lies_in_the_native_layout():
+    weight = grid(20, 128, 64)
+    packed = pack.pack(weight, "native")
+    assert (packed.qweight.shape, packed.scale_zero.shape) == ((2, 2, 8, 64), (2, 2, 16, 2))
+    for n, g, i, j in ((0, 0, 0, 0), (7, 0, 7, 3), (18, 1, 2, 1)):
+        byte = packed.qweight[n // 16, g, i, 4 * (n % 16) + j].item()
+        at = g * 64 + i * 8 + j
+        assert byte == weight.q[n, at].item() + 16 * weight.q[n, at + 4].item()
+
+
+@pytest.mark.parametrize("layout", ["triton", "plain", "native"])
 @pytest.mark.parametrize("k", [1, 63, 64, 101])
 def test_any_number_of_input_features(layout, k):
     weight = torch.randn(5, k, generator=torch.Generator().manual_seed(k))

@@ -1,0 +1,97 @@
+"""From C++ sources to a shared library in the cache folder, with the compiler that Inductor finds.
+
+A library's name holds the hash of everything that it is made from: sources, flags, compiler and version of torch. The
+library ends with the hash of its own bytes, which loading it ignores; one that does not match is built again.
+Processes that build the same library at once each put a complete one in place.
+
+Not handled: compilers other than GCC and Clang, and Windows.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import logging
+import os
+import subprocess
+import sys
+import time
+import warnings
+from collections.abc import Sequence
+from pathlib import Path
+
+import torch
+
+from river_compile.kernels.files import appearing, cache_folder
+
+log = logging.getLogger("river_compile.kernels.native.build")
+
+SOURCES = Path(__file__).parent / "sources"
+_FLAGS = ("-O3", "-std=c++20", "-fPIC", "-shared", "-fvisibility=hidden", "-ffp-contract=off", "-pthread", "-w")
+_DIGEST = hashlib.sha256().digest_size
+
+
+class CannotBuild(Exception):
+    """There is no compiler, or it refuses the sources; the message says which."""
+
+
+def build(source: str, name: str, flags: Sequence[str]) -> Path:
+    """Returns the library that `source` is compiled to, compiling it where the cache has none that is whole.
+
+    Args:
+        source: file name within `SOURCES`, whose headers lie beside it.
+        name: how the library's own name begins.
+        flags: beyond those that every library gets.
+
+    Raises:
+        CannotBuild: see there.
+    """
+    compiler, version = _compiler()
+    command = [compiler, *_FLAGS, source, *flags]
+    made_from = [*command, version, torch.__version__, sys.platform]
+    texts = [file.read_bytes() for file in sorted(SOURCES.iterdir()) if file.is_file()]
+    digest = hashlib.sha256(b"\0".join([*map(str.encode, made_from), *texts])).hexdigest()[:16]
+    library = cache_folder() / "native" / f"{name}_{digest}.so"
+    if library.exists():
+        if _is_whole(library):
+            return library
+        warnings.warn(f"the compiled kernels {library} were damaged and are rebuilt", stacklevel=2)
+    start = time.perf_counter()
+    with appearing(library) as scratch:
+        _run([*command, "-o", str(scratch)])
+        with scratch.open("ab") as file:
+            file.write(hashlib.sha256(scratch.read_bytes()).digest())
+    log.info("compiled %s in %.1f s", library.name, time.perf_counter() - start)
+    return library
+
+
+def torch_flags() -> list[str]:
+    """Returns flags for a source that includes torch's headers and calls its library."""
+    folder = Path(torch.__file__).parent
+    return [f"-I{folder / 'include'}", f"-L{folder / 'lib'}", "-ltorch_cpu"]
+
+
+def _is_whole(library: Path) -> bool:
+    content = library.read_bytes()
+    return hashlib.sha256(content[:-_DIGEST]).digest() == content[-_DIGEST:]
+
+
+def _compiler() -> tuple[str, str]:
+    from torch._inductor.cpp_builder import get_compiler_version_info, get_cpp_compiler
+
+    if os.name == "nt":
+        raise CannotBuild("the C++ kernels are made for GCC and Clang, not for compilers on Windows")
+    try:
+        compiler = get_cpp_compiler()
+    except Exception as error:  # Inductor has no public class for it
+        raise CannotBuild(f"no C++ compiler was found ({type(error).__name__}); install g++ or set CXX") from error
+    return compiler, get_compiler_version_info(compiler)
+
+
+def _run(command: list[str]) -> None:
+    try:
+        done = subprocess.run(command, cwd=SOURCES, capture_output=True, text=True)
+    except OSError as error:
+        raise CannotBuild(f"the C++ compiler {command[0]} does not start: {error}") from error
+    if done.returncode:
+        last = "\n".join(done.stderr.strip().splitlines()[-20:])
+        raise CannotBuild(f"{' '.join(command)} failed:\n{last}")

@@ -1,0 +1,164 @@
+// Products with 4-bit weights: y = x W^T + bias.
+//
+// A block of 16 output features reads its weights once, line by line; up to kRows rows of activations share what was
+// unpacked. Every output is summed in one order, whatever the number of rows, threads or parts: group by group, a group's
+// products first (exactly, in integers, where activations are int8), then times its scale, then its zero times the sum of
+// the activations. Not handled: many rows at the speed of a matrix product (no tiles beyond one block of weights).
+#pragma once
+
+#include <algorithm>
+
+#include "phases.h"
+#include "scalars.h"
+#include "vectors.h"
+
+namespace river {
+
+constexpr int kRows = 8;
+constexpr int kLine = 64;
+
+// Asks for the weights that this thread reads some 300 ns later: the processor's own prefetching stops at every page.
+RIVER_INLINE void fetch(const uint8_t* weight) { __builtin_prefetch(weight + 4096, 0, 2); }
+
+// One row of prepared activations.
+struct Row {
+  const void* values;
+  const float* scale;
+  const float* sum;
+  const int32_t* start;
+};
+
+RIVER_INLINE Row row_of(const Activations& x, int64_t row, int64_t groups, int64_t group_size) {
+  static constexpr int64_t kBytes[] = {1, 2, 4};
+  const auto* values = static_cast<const char*>(x.values) + row * groups * group_size * kBytes[x.format];
+  return {values, x.scale + row * groups, x.sum + row * groups, x.start + row * groups};
+}
+
+// Each `group_*` returns, for R rows and one vector of output features, the sum of (q - 8) x over one group.
+template <int R>
+RIVER_INLINE void group_int8(const uint8_t* w, const Row* x, int64_t g, int lines, Floats* out) {
+  Dots low[R], high[R];
+  for (int r = 0; r < R; ++r) low[r].begin(x[r].start[g]), high[r].begin(0);
+  for (int i = 0; i < lines; i += 4) {
+#pragma GCC unroll 4
+    for (int j = 0; j < 4; ++j) {
+      const Ints line = load(w + (i + j) * kLine);
+      fetch(w + (i + j) * kLine);
+      const Ints first = low_nibbles(line), second = high_nibbles(line);
+#pragma GCC unroll 8
+      for (int r = 0; r < R; ++r) {
+        const int8_t* values = static_cast<const int8_t*>(x[r].values) + (g * lines + i + j) * 8;
+        low[r].add(first, values);
+        (R == 1 ? high[r] : low[r]).add(second, values + 4);
+      }
+    }
+    for (int r = 0; r < R; ++r) low[r].widen(), high[r].widen();
+  }
+  for (int r = 0; r < R; ++r) {
+    const Ints total = R == 1 ? add(low[r].sum, high[r].sum) : low[r].sum;
+    out[r] = mul(to_floats(total), every(x[r].scale[g]));
+  }
+}
+
+template <int R>
+RIVER_INLINE void group_single(const uint8_t* w, const Row* x, int64_t g, int lines, Floats* out) {
+  for (int r = 0; r < R; ++r) out[r] = every(kSingleOffset * x[r].sum[g]);
+  for (int i = 0; i < lines; ++i) {
+    const Ints line = load(w + i * kLine);
+    fetch(w + i * kLine);
+#pragma GCC unroll 8
+    for (int j = 0; j < 8; ++j) {
+      const Floats weights = weights_of(line, j);
+#pragma GCC unroll 8
+      for (int r = 0; r < R; ++r) {
+        const float* values = static_cast<const float*>(x[r].values) + (g * lines + i) * 8;
+        out[r] = fma(weights, every(values[j]), out[r]);
+      }
+    }
+  }
+}
+
+template <int R>
+RIVER_INLINE void group_pairs(const uint8_t* w, const Row* x, int64_t g, int lines, Floats* out) {
+#if defined(RIVER_PAIRS)
+  for (int r = 0; r < R; ++r) out[r] = zeros();
+  for (int i = 0; i < lines; ++i) {
+    const Ints line = load(w + i * kLine);
+    fetch(w + i * kLine);
+#pragma GCC unroll 4
+    for (int j = 0; j < 4; ++j) {
+#pragma GCC unroll 8
+      for (int r = 0; r < R; ++r) {
+        const uint16_t* values = static_cast<const uint16_t*>(x[r].values) + (g * lines + i) * 8;
+        out[r] = add_pairs(out[r], line, j, values + 2 * j);
+      }
+    }
+  }
+#endif
+}
+
+// One block of output features for `rows` <= R rows; the last row stands in for those that are not there.
+template <int R, int F>
+void block(const LinearArgs& a, int64_t n, int row, int rows) {
+  const int lines = a.group_size / 8;
+  const int64_t groups = (a.in_features + a.group_size - 1) / a.group_size;
+  Row x[R];
+  for (int r = 0; r < R; ++r) x[r] = row_of(a.x, row + std::min(r, rows - 1), groups, a.group_size);
+  const uint8_t* weight = a.weight + n * groups * lines * kLine;
+  const auto* parameters = reinterpret_cast<const uint8_t*>(a.scale_zero) + n * groups * kLine;
+  float y[R][kBlock];
+  Floats sums[kHalves][R], products[R];
+  for (auto& half : sums)
+    for (Floats& sum : half) sum = zeros();
+  for (int64_t g = 0; g < groups; ++g, weight += lines * kLine, parameters += kLine) {
+    for (int h = 0; h < kHalves; ++h) {
+      if constexpr (F == kInt8) group_int8<R>(weight + h * 4 * kLanes, x, g, lines, products);
+      if constexpr (F == kPairs) group_pairs<R>(weight + h * 4 * kLanes, x, g, lines, products);
+      if constexpr (F == kSingle) group_single<R>(weight + h * 4 * kLanes, x, g, lines, products);
+      const Ints pair = load(parameters + h * 4 * kLanes);
+      const Floats scale = low_bfloat16(pair), zero = high_bfloat16(pair);
+      for (int r = 0; r < R; ++r)
+        sums[h][r] = fma(zero, every(x[r].sum[g]), fma(products[r], scale, sums[h][r]));
+    }
+  }
+  for (int r = 0; r < R; ++r)
+    for (int h = 0; h < kHalves; ++h) store(y[r] + h * kLanes, sums[h][r]);
+  const int64_t first = n * kBlock, count = std::min<int64_t>(kBlock, a.out_features - first);
+  for (int r = 0; r < rows; ++r)
+    for (int64_t i = 0; i < count; ++i) {
+      const float bias = a.bias ? load_scalar(a.bias, first + i, a.dtype) : 0.0f;
+      store_scalar(a.y, (row + r) * a.y_stride + first + i, a.dtype, y[r][i] + bias);
+    }
+}
+
+template <int F>
+void linear_of(const LinearArgs& a, int part, int parts) {
+  const int64_t blocks = (a.out_features + kBlock - 1) / kBlock;
+  for (int64_t n = blocks * part / parts; n < blocks * (part + 1) / parts; ++n)
+    for (int row = 0; row < a.rows; row += kRows) {
+      const int rows = std::min(kRows, a.rows - row);
+      if (rows == 1)
+        block<1, F>(a, n, row, rows);
+      else if (rows == 2)
+        block<2, F>(a, n, row, rows);
+      else if (rows <= 4)
+        block<4, F>(a, n, row, rows);
+      else if (rows <= 6)
+        block<6, F>(a, n, row, rows);
+      else
+        block<8, F>(a, n, row, rows);
+    }
+}
+
+inline void linear(const void* args, int part, int parts) {
+  const auto& a = *static_cast<const LinearArgs*>(args);
+  switch (a.x.format) {
+    case kInt8: return linear_of<kInt8>(a, part, parts);
+    case kSingle: return linear_of<kSingle>(a, part, parts);
+#if defined(RIVER_PAIRS)
+    case kPairs: return linear_of<kPairs>(a, part, parts);
+#endif
+  }
+}
+
+}  // namespace river

@@ -1,0 +1,134 @@
+// Runs phases, each split into parts that threads take one after the other, with a barrier between phases.
+//
+// The caller works too, and a phase ends when its last part is done: a helper that the system gave no core is not waited
+// for, since others take its parts. Waiting spins for a moment, then yields; helpers without work sleep.
+// Not handled: two callers at a time (the second one runs its phases alone), nested calls, pinning to cores.
+#pragma once
+
+#include <pthread.h>
+
+#include <atomic>
+#include <condition_variable>
+#include <cstdint>
+#include <mutex>
+#include <new>
+#include <thread>
+#include <vector>
+
+#include "phases.h"
+
+#if defined(__x86_64__)
+#include <immintrin.h>
+#endif
+
+namespace river {
+
+inline void relax() {
+#if defined(__x86_64__)
+  _mm_pause();
+#elif defined(__aarch64__)
+  __asm__ __volatile__("yield");
+#endif
+}
+
+class Runner {
+ public:
+  static Runner& instance() {
+    static Runner* const runner = make();  // never destroyed: its threads may outlive static objects
+    return *runner;
+  }
+
+  // Runs `count` phases on at most `threads` threads.
+  void run(const Phase* phases, int count, int threads) {
+    std::unique_lock<std::mutex> turn(turn_, std::try_to_lock);
+    if (threads <= 1 || !turn.owns_lock()) {
+      for (int i = 0; i < count; ++i)
+        for (int part = 0; part < phases[i].parts; ++part) phases[i].run(phases[i].args, part, phases[i].parts);
+      return;
+    }
+    ensure(threads - 1);
+    for (int i = 0; i < count; ++i) publish(phases[i]);
+  }
+
+ private:
+  // A cursor is the number of a phase, its parts, and the next part that nobody took: 32, 16 and 16 bits.
+  static uint64_t cursor_of(uint64_t epoch, uint64_t parts) { return epoch << 32 | parts << 16; }
+  static int parts_of(uint64_t cursor) { return int(cursor >> 16 & 0xffff); }
+  static int next_of(uint64_t cursor) { return int(cursor & 0xffff); }
+  static bool has_work(uint64_t cursor) { return next_of(cursor) < parts_of(cursor); }
+
+  static Runner* make() {
+    // The child of a fork has none of the threads: it starts with a runner that knows of none.
+    pthread_atfork(nullptr, nullptr, [] { new (&instance()) Runner; });
+    return new Runner;
+  }
+
+  void publish(const Phase& phase) {
+    if (phase.parts == 1) return phase.run(phase.args, 0, 1);
+    phase_ = phase;
+    done_.store(0, std::memory_order_relaxed);
+    cursor_.store(cursor_of(++epoch_, uint64_t(phase.parts)));
+    if (sleeping_.load()) {
+      { std::lock_guard<std::mutex> lock(sleep_); }
+      wake_.notify_all();
+    }
+    work();
+    for (int spins = 0; done_.load(std::memory_order_acquire) < phase.parts; ++spins) {
+      if (spins < kSpins)
+        relax();
+      else
+        std::this_thread::yield();
+    }
+  }
+
+  // Takes parts of the present phase until none is left. A part that was taken keeps the phase from ending.
+  void work() {
+    uint64_t cursor = cursor_.load(std::memory_order_acquire);
+    while (has_work(cursor)) {
+      if (!cursor_.compare_exchange_weak(cursor, cursor + 1, std::memory_order_acq_rel)) continue;
+      const int parts = parts_of(cursor);
+      phase_.run(phase_.args, next_of(cursor), parts);
+      done_.fetch_add(1, std::memory_order_acq_rel);
+      cursor = cursor_.load(std::memory_order_acquire);
+    }
+  }
+
+  void help(int number) {
+    int spins = 0;
+    for (;;) {
+      if (number < helpers_.load(std::memory_order_relaxed) && has_work(cursor_.load(std::memory_order_acquire))) {
+        work();
+        spins = 0;
+      } else if (++spins < kSpins) {
+        relax();
+      } else {
+        sleep(number);
+        spins = 0;
+      }
+    }
+  }
+
+  void sleep(int number) {
+    std::unique_lock<std::mutex> lock(sleep_);
+    sleeping_.fetch_add(1);
+    wake_.wait(lock, [&] { return number < helpers_.load() && has_work(cursor_.load()); });
+    sleeping_.fetch_sub(1);
+  }
+
+  void ensure(int helpers) {
+    helpers_.store(helpers, std::memory_order_relaxed);
+    for (; started_ < helpers; ++started_) std::thread(&Runner::help, this, started_).detach();
+  }
+
+  static constexpr int kSpins = 1000;  // pauses of 20 to 60 ns
+
+  std::mutex turn_, sleep_;
+  std::condition_variable wake_;
+  std::atomic<uint64_t> cursor_{0};
+  std::atomic<int> done_{0}, sleeping_{0}, helpers_{0};
+  uint64_t epoch_ = 0;
+  int started_ = 0;
+  Phase phase_{};
+};
+
+}  // namespace river

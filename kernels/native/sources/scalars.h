@@ -1,0 +1,61 @@
+// Single values of the dtypes that tensors come in, read as float32 and written rounded to nearest, ties to even.
+#pragma once
+
+#include <cstdint>
+#include <cstring>
+
+#include "phases.h"
+
+namespace river {
+
+inline float bits_to_float(uint32_t bits) {
+  float value;
+  std::memcpy(&value, &bits, 4);
+  return value;
+}
+
+inline uint32_t float_to_bits(float value) {
+  uint32_t bits;
+  std::memcpy(&bits, &value, 4);
+  return bits;
+}
+
+inline float from_bfloat16(uint16_t x) { return bits_to_float(uint32_t(x) << 16); }
+
+inline uint16_t to_bfloat16(float x) {
+  const uint32_t bits = float_to_bits(x);
+  const uint32_t rounded = (bits + 0x7fff + (bits >> 16 & 1)) >> 16;
+  return uint16_t((bits & 0x7fffffff) > 0x7f800000 ? bits >> 16 | 0x40 : rounded);
+}
+
+inline float from_float16(uint16_t x) {
+  const uint32_t magnitude = uint32_t(x & 0x7fff) << 13, sign = uint32_t(x & 0x8000) << 16;
+  const bool finite = (x & 0x7c00) != 0x7c00;
+  const float scaled = bits_to_float(magnitude) * 0x1p112f;  // exact for subnormal values too
+  return bits_to_float((finite ? float_to_bits(scaled) : magnitude | 0x7f800000) | sign);
+}
+
+inline uint16_t to_float16(float x) {
+  const uint32_t bits = float_to_bits(x), sign = bits >> 16 & 0x8000, magnitude = bits & 0x7fffffff;
+  if (magnitude > 0x7f800000) return uint16_t(sign | 0x7e00);
+  if (magnitude >= 0x477ff000) return uint16_t(sign | 0x7c00);
+  if (magnitude < 0x38800000) {  // subnormal: adding 0.5 leaves the rounded value in the lowest bits
+    return uint16_t(sign | (float_to_bits(bits_to_float(magnitude) + 0.5f) - 0x3f000000));
+  }
+  return uint16_t(sign | ((magnitude - 0x38000000 + 0xfff + (magnitude >> 13 & 1)) >> 13));
+}
+
+inline float load_scalar(const void* p, int64_t i, int32_t dtype) {
+  if (dtype == kFloat32) return static_cast<const float*>(p)[i];
+  const uint16_t x = static_cast<const uint16_t*>(p)[i];
+  return dtype == kBFloat16 ? from_bfloat16(x) : from_float16(x);
+}
+
+inline void store_scalar(void* p, int64_t i, int32_t dtype, float x) {
+  if (dtype == kFloat32)
+    static_cast<float*>(p)[i] = x;
+  else
+    static_cast<uint16_t*>(p)[i] = dtype == kBFloat16 ? to_bfloat16(x) : to_float16(x);
+}
+
+}  // namespace river

@@ -1,0 +1,180 @@
+// The vectors of one instruction set, chosen by RIVER_ISA_*: float32 and int32 lanes, and three ways to multiply a line of
+// packed weights with prepared activations. A line is 64 bytes, 16 output features by 8 input features; `kHalves` vectors
+// make up a line, and a vector holds 16 / kHalves output features.
+#pragma once
+
+#include <cstdint>
+#include <cstring>
+
+#if defined(RIVER_ISA_AVX512) || defined(RIVER_ISA_AVX512_VNNI) || defined(RIVER_ISA_AVX512_BF16)
+#define RIVER_AVX512
+#elif defined(RIVER_ISA_AVX2) || defined(RIVER_ISA_AVX_VNNI)
+#define RIVER_AVX2
+#endif
+#if defined(RIVER_AVX512) || defined(RIVER_AVX2)
+#include <immintrin.h>
+#endif
+
+#define RIVER_INLINE inline __attribute__((always_inline))
+
+namespace river {
+
+RIVER_INLINE int32_t four_bytes(const int8_t* x) {
+  int32_t value;
+  std::memcpy(&value, x, 4);
+  return value;
+}
+
+#if defined(RIVER_AVX512)
+
+constexpr int kHalves = 1;
+using Floats = __m512;
+using Ints = __m512i;
+
+RIVER_INLINE Floats zeros() { return _mm512_setzero_ps(); }
+RIVER_INLINE Floats every(float x) { return _mm512_set1_ps(x); }
+RIVER_INLINE Ints every(int32_t x) { return _mm512_set1_epi32(x); }
+RIVER_INLINE Floats fma(Floats a, Floats b, Floats c) { return _mm512_fmadd_ps(a, b, c); }
+RIVER_INLINE Floats mul(Floats a, Floats b) { return _mm512_mul_ps(a, b); }
+RIVER_INLINE Ints add(Ints a, Ints b) { return _mm512_add_epi32(a, b); }
+RIVER_INLINE Floats to_floats(Ints x) { return _mm512_cvtepi32_ps(x); }
+RIVER_INLINE Ints load(const uint8_t* p) { return _mm512_loadu_si512(p); }
+RIVER_INLINE void store(float* p, Floats x) { _mm512_storeu_ps(p, x); }
+RIVER_INLINE Floats low_bfloat16(Ints x) { return _mm512_castsi512_ps(_mm512_slli_epi32(x, 16)); }
+RIVER_INLINE Floats high_bfloat16(Ints x) {
+  return _mm512_castsi512_ps(_mm512_and_si512(x, _mm512_set1_epi32(int32_t(0xffff0000))));
+}
+RIVER_INLINE Ints low_nibbles(Ints x) { return _mm512_and_si512(x, _mm512_set1_epi8(15)); }
+RIVER_INLINE Ints high_nibbles(Ints x) { return low_nibbles(_mm512_srli_epi32(x, 4)); }
+
+// Sums of products of unsigned and signed bytes, by fours.
+struct Dots {
+  Ints sum;
+  RIVER_INLINE void begin(int32_t start) { sum = every(start); }
+  RIVER_INLINE void add(Ints w, const int8_t* x) {
+    const Ints factors = every(four_bytes(x));
+#if defined(RIVER_ISA_AVX512)
+    const Ints pairs = _mm512_maddubs_epi16(w, factors);
+    sum = _mm512_add_epi32(sum, _mm512_madd_epi16(pairs, _mm512_set1_epi16(1)));
+#else
+    sum = _mm512_dpbusd_epi32(sum, w, factors);
+#endif
+  }
+  RIVER_INLINE void widen() {}
+};
+
+// The nibbles of number j in each 32-bit lane, as q - 8. The permutation looks at four bits alone.
+RIVER_INLINE Floats weights_of(Ints x, int j) {
+  const Floats table = _mm512_setr_ps(-8, -7, -6, -5, -4, -3, -2, -1, 0, 1, 2, 3, 4, 5, 6, 7);
+  return _mm512_permutexvar_ps(j ? _mm512_srli_epi32(x, 4 * j) : x, table);
+}
+constexpr float kSingleOffset = 0;
+
+#if defined(RIVER_ISA_AVX512_BF16)
+#define RIVER_PAIRS
+// Adds the products of the nibbles j and j + 4 of each lane with two bfloat16 activations.
+RIVER_INLINE Floats add_pairs(Floats sum, Ints w, int j, const uint16_t* x) {
+  alignas(64) static const uint16_t table[32] = {
+      0xc100, 0xc0e0, 0xc0c0, 0xc0a0, 0xc080, 0xc040, 0xc000, 0xbf80, 0x0000, 0x3f80, 0x4000,
+      0x4040, 0x4080, 0x40a0, 0x40c0, 0x40e0, 0xc100, 0xc0e0, 0xc0c0, 0xc0a0, 0xc080, 0xc040,
+      0xc000, 0xbf80, 0x0000, 0x3f80, 0x4000, 0x4040, 0x4080, 0x40a0, 0x40c0, 0x40e0};
+  const Ints nibbles = j ? _mm512_srli_epi32(w, 4 * j) : w;
+  const Ints weights = _mm512_permutexvar_epi16(nibbles, _mm512_load_si512(table));
+  const Ints factors = every(four_bytes(reinterpret_cast<const int8_t*>(x)));
+  return _mm512_dpbf16_ps(sum, reinterpret_cast<__m512bh>(weights), reinterpret_cast<__m512bh>(factors));
+}
+#endif
+
+#elif defined(RIVER_AVX2)
+
+constexpr int kHalves = 2;
+using Floats = __m256;
+using Ints = __m256i;
+
+RIVER_INLINE Floats zeros() { return _mm256_setzero_ps(); }
+RIVER_INLINE Floats every(float x) { return _mm256_set1_ps(x); }
+RIVER_INLINE Ints every(int32_t x) { return _mm256_set1_epi32(x); }
+RIVER_INLINE Floats fma(Floats a, Floats b, Floats c) { return _mm256_fmadd_ps(a, b, c); }
+RIVER_INLINE Floats mul(Floats a, Floats b) { return _mm256_mul_ps(a, b); }
+RIVER_INLINE Ints add(Ints a, Ints b) { return _mm256_add_epi32(a, b); }
+RIVER_INLINE Floats to_floats(Ints x) { return _mm256_cvtepi32_ps(x); }
+RIVER_INLINE Ints load(const uint8_t* p) { return _mm256_loadu_si256(reinterpret_cast<const __m256i*>(p)); }
+RIVER_INLINE void store(float* p, Floats x) { _mm256_storeu_ps(p, x); }
+RIVER_INLINE Floats low_bfloat16(Ints x) { return _mm256_castsi256_ps(_mm256_slli_epi32(x, 16)); }
+RIVER_INLINE Floats high_bfloat16(Ints x) {
+  return _mm256_castsi256_ps(_mm256_and_si256(x, _mm256_set1_epi32(int32_t(0xffff0000))));
+}
+RIVER_INLINE Ints low_nibbles(Ints x) { return _mm256_and_si256(x, _mm256_set1_epi8(15)); }
+RIVER_INLINE Ints high_nibbles(Ints x) { return low_nibbles(_mm256_srli_epi32(x, 4)); }
+
+struct Dots {
+  Ints sum;
+#if defined(RIVER_ISA_AVX_VNNI)
+  RIVER_INLINE void begin(int32_t start) { sum = every(start); }
+  RIVER_INLINE void add(Ints w, const int8_t* x) { sum = _mm256_dpbusd_avx_epi32(sum, w, every(four_bytes(x))); }
+  RIVER_INLINE void widen() {}
+#else
+  // Sums of 16 bits hold eight products of 15 and 127, by twos: the caller widens after every four lines.
+  Ints narrow;
+  RIVER_INLINE void begin(int32_t start) {
+    sum = every(start);
+    narrow = _mm256_setzero_si256();
+  }
+  RIVER_INLINE void add(Ints w, const int8_t* x) {
+    narrow = _mm256_add_epi16(narrow, _mm256_maddubs_epi16(w, every(four_bytes(x))));
+  }
+  RIVER_INLINE void widen() {
+    sum = _mm256_add_epi32(sum, _mm256_madd_epi16(narrow, _mm256_set1_epi16(1)));
+    narrow = _mm256_setzero_si256();
+  }
+#endif
+};
+
+RIVER_INLINE Floats weights_of(Ints x, int j) {
+  const Ints shifted = j ? _mm256_srli_epi32(x, 4 * j) : x;
+  return _mm256_cvtepi32_ps(_mm256_and_si256(shifted, _mm256_set1_epi32(15)));
+}
+constexpr float kSingleOffset = -8;
+
+#else
+
+constexpr int kHalves = 4;
+typedef float Floats __attribute__((vector_size(16)));
+typedef int32_t Ints __attribute__((vector_size(16)));
+typedef uint32_t Words __attribute__((vector_size(16)));
+
+RIVER_INLINE Floats every(float x) { return Floats{x, x, x, x}; }
+RIVER_INLINE Ints every(int32_t x) { return Ints{x, x, x, x}; }
+RIVER_INLINE Floats zeros() { return every(0.0f); }
+RIVER_INLINE Floats fma(Floats a, Floats b, Floats c) { return a * b + c; }
+RIVER_INLINE Floats mul(Floats a, Floats b) { return a * b; }
+RIVER_INLINE Ints add(Ints a, Ints b) { return a + b; }
+RIVER_INLINE Floats to_floats(Ints x) { return __builtin_convertvector(x, Floats); }
+RIVER_INLINE Ints load(const uint8_t* p) {
+  Ints value;
+  std::memcpy(&value, p, sizeof value);
+  return value;
+}
+RIVER_INLINE void store(float* p, Floats x) { std::memcpy(p, &x, sizeof x); }
+RIVER_INLINE Floats low_bfloat16(Ints x) { return (Floats)((Words)x << 16); }
+RIVER_INLINE Floats high_bfloat16(Ints x) { return (Floats)((Words)x & 0xffff0000u); }
+RIVER_INLINE Ints low_nibbles(Ints x) { return x & 0x0f0f0f0f; }
+RIVER_INLINE Ints high_nibbles(Ints x) { return (Ints)((Words)x >> 4) & 0x0f0f0f0f; }
+
+struct Dots {
+  Ints sum;
+  RIVER_INLINE void begin(int32_t start) { sum = every(start); }
+  RIVER_INLINE void add(Ints w, const int8_t* x) {
+    for (int j = 0; j < 4; ++j) sum += ((w >> (8 * j)) & 15) * every(int32_t(x[j]));
+  }
+  RIVER_INLINE void widen() {}
+};
+
+RIVER_INLINE Floats weights_of(Ints x, int j) { return to_floats((Ints)((Words)x >> (4 * j)) & 15); }
+constexpr float kSingleOffset = -8;
+
+#endif
+
+constexpr int kLanes = 16 / kHalves;
+
+}  // namespace river

@@ -1,0 +1,123 @@
+"""Building and loading: what is cached, what is built again, and what is said where nothing can be built."""
+
+import ctypes
+import subprocess
+import sys
+from concurrent.futures import ThreadPoolExecutor
+
+import pytest
+import torch
+import torch._inductor.config as inductor
+
+from river_compile.kernels.native import build, isa, load
+
+
+@pytest.fixture
+def sources(tmp_path, monkeypatch):
+    """A folder of sources that compile in no time, and an empty cache."""
+    folder = tmp_path / "sources"
+    folder.mkdir()
+    (folder / "answer.h").write_text("#define ANSWER 42\n")
+    (folder / "answer.cpp").write_text(
+        '#include "answer.h"\nextern "C" __attribute__((visibility("default"))) int answer() { return ANSWER; }\n'
+    )
+    monkeypatch.setattr(build, "SOURCES", folder)
+    monkeypatch.setenv("RIVER_COMPILE_CACHE", str(tmp_path / "cache"))
+    return folder
+
+
+def answer(library):
+    return ctypes.CDLL(str(library)).answer()
+
+
+@pytest.mark.usefixtures("sources")
+def test_a_library_is_built_once():
+    library = build.build("answer.cpp", "answer", ())
+    built = library.stat().st_mtime_ns
+    assert build.build("answer.cpp", "answer", ()) == library
+    assert library.stat().st_mtime_ns == built
+    assert answer(library) == 42
+    assert [file.name for file in library.parent.iterdir()] == [library.name], "no scratch files stay"
+
+
+def test_whatever_a_library_is_made_from_is_in_its_name(sources, monkeypatch):
+    names = {build.build("answer.cpp", "answer", flags).name for flags in ((), ("-DMORE",))}
+    (sources / "answer.h").write_text("#define ANSWER 43\n")
+    changed = build.build("answer.cpp", "answer", ())
+    assert answer(changed) == 43
+    names.add(changed.name)
+    monkeypatch.setattr(torch, "__version__", "0.0")
+    names.add(build.build("answer.cpp", "answer", ()).name)
+    compiler, version = build._compiler()
+    monkeypatch.setattr(build, "_compiler", lambda: (compiler, version + " patched"))
+    names.add(build.build("answer.cpp", "answer", ()).name)
+    assert len(names) == 5
+
+
+@pytest.mark.usefixtures("sources")
+@pytest.mark.parametrize("damage", [lambda data: b"", lambda data: data[:100], lambda data: data[:-40] + b"x" * 40])
+def test_a_damaged_library_is_built_again(damage):
+    library = build.build("answer.cpp", "answer", ())
+    library.write_bytes(damage(library.read_bytes()))
+    with pytest.warns(UserWarning, match="were damaged and are rebuilt"):
+        assert build.build("answer.cpp", "answer", ()) == library
+    assert answer(library) == 42
+
+
+@pytest.mark.usefixtures("sources")
+def test_builds_at_the_same_time_all_give_a_whole_library():
+    with ThreadPoolExecutor(4) as pool:
+        libraries = set(pool.map(lambda _: build.build("answer.cpp", "answer", ()), range(4)))
+    assert len(libraries) == 1
+    assert answer(libraries.pop()) == 42
+
+
+@pytest.mark.usefixtures("sources")
+def test_without_a_compiler_the_message_says_so():
+    with inductor.patch({"cpp.cxx": (None, "no-such-compiler")}), pytest.raises(build.CannotBuild, match="install g"):
+        build.build("answer.cpp", "answer", ())
+
+
+def test_a_compiler_that_refuses_is_quoted(sources):
+    (sources / "answer.cpp").write_text("#error this machine is not supported\n")
+    with pytest.raises(build.CannotBuild, match="this machine is not supported"):
+        build.build("answer.cpp", "answer", ())
+    assert list((sources.parent / "cache/native").iterdir()) == []
+
+
+def test_the_instruction_set_is_chosen_by_the_environment(monkeypatch):
+    monkeypatch.delenv("RIVER_COMPILE_ISA", raising=False)
+    assert isa.chosen() == isa.runnable()[0]
+    monkeypatch.setenv("RIVER_COMPILE_ISA", "portable")
+    assert isa.chosen().name == "portable"
+    monkeypatch.setenv("RIVER_COMPILE_ISA", "avx1024")
+    with pytest.raises(ValueError, match="RIVER_COMPILE_ISA='avx1024' is not allowed; choose one of"):
+        isa.chosen()
+
+
+def test_a_machine_runs_what_its_capabilities_allow(monkeypatch):
+    isa.runnable.cache_clear()
+    needs = {"avx2", "fma3", "avx_vnni"}
+    monkeypatch.setattr(isa, "_capabilities", lambda: needs)
+    try:
+        assert [one.name for one in isa.runnable()] == ["avx_vnni", "avx2", "portable"]
+    finally:
+        isa.runnable.cache_clear()
+
+
+def test_operators_that_nobody_loaded_name_the_fix():
+    """In a process of its own: loading is for good."""
+    code = """
+import torch
+from river_compile.kernels.native import build, load
+torch.ops.load_library(str(build.build("bindings.cpp", "operators", build.torch_flags())))
+x = torch.ones(1, 32)
+try:
+    torch.ops.river_native.linear(x, torch.zeros(1, 1, 4, 64, dtype=torch.uint8), torch.zeros(1, 1, 16, 2).bfloat16(),
+                                  None, 16, 32, True)
+except RuntimeError as error:
+    print("load()" in str(error))
+"""
+    load.load()  # the operators are in the cache then
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True)
+    assert done.stdout.strip() == "True", done.stderr

@@ -1,0 +1,231 @@
+"""The C++ linear kernels against float64, on every instruction set that this machine runs.
+
+The 20,000 examples of a long run, for each test: ``pytest tests/kernels/native --hypothesis-profile=long``.
+"""
+
+import math
+import os
+import threading
+
+import pytest
+import torch
+from hypothesis import given
+from hypothesis import strategies as st
+
+from river_compile.kernels.native import load
+from river_compile.kernels.native.isa import runnable
+from river_compile.kernels.quant.layouts import PackedLinear, pack_linear
+from tests.kernels import reference
+from tests.kernels.checks import VALUES, weights
+from tests.kernels.harness import Guarded, assert_close, examples, poisoned
+
+DTYPES = (torch.float32, torch.bfloat16, torch.float16)
+ISAS = pytest.mark.parametrize("isa", runnable(), ids=lambda isa: isa.name)
+
+
+@pytest.fixture(autouse=True)
+def _threads():
+    """Leaves the number of threads, and the instruction set, as they were."""
+    before = torch.get_num_threads()
+    yield
+    torch.set_num_threads(before)
+    load.load()
+
+
+def rounded(x: torch.Tensor, group: int) -> torch.Tensor:
+    """What 8 bits with one scale for each group of each row make of activations ``[M, K]``, in float64."""
+    k = x.shape[1]
+    groups = torch.nn.functional.pad(x.float(), (0, -k % group)).unflatten(1, (-1, group))
+    largest = groups.abs().amax(-1, keepdim=True)
+    q = torch.where(largest > 1e-36, groups * (127 / largest), 0).round().nan_to_num(0.0)
+    return (q.double() * (largest / 127).double()).flatten(1)[:, :k]
+
+
+def expected(x: torch.Tensor, packed: PackedLinear, bias: torch.Tensor | None, int8: bool):
+    """The result in float64, and the sum of magnitudes that it is added up from."""
+    grid, k = packed.unpack(), packed.in_features
+    zero = grid.zero.double().repeat_interleave(grid.group_size, 1)[:, :k]
+    steps = packed.dequantize(torch.float64) - zero
+    read = rounded(x, grid.group_size) if int8 else x.double()
+    y = reference.linear(read, steps, bias=bias) + x.double() @ zero.T
+    magnitude = x.double().abs() @ (steps.abs() + zero.abs()).T
+    return y, magnitude if bias is None else magnitude + bias.double().abs()
+
+
+def run(x, packed, bias, int8, rows_apart=0):
+    """Runs the kernel between guard zones into poisoned memory; returns ``[M, N]``."""
+    m, n = x.shape[0], packed.out_features
+    y = Guarded(poisoned((m, n + rows_apart), x.dtype))
+    given = [Guarded(t) for t in (packed.qweight, packed.scale_zero)]
+    given_bias = None if bias is None else Guarded(bias)
+    out = y.tensor[:, :n]
+    torch.ops.river_native.linear_out(
+        x, *(g.tensor for g in given), given_bias and given_bias.tensor, n, packed.group_size, int8, out
+    )
+    for name, buffer in (("y", y), ("weight", given[0]), ("scale_zero", given[1])):
+        buffer.check(name)
+    assert y.tensor[:, n:].isnan().all(), "written beyond a row"
+    return out
+
+
+def inputs(m, n, k, group, dtype, values, seed, with_bias=True, gap=0):
+    g = torch.Generator().manual_seed(seed)
+    weight = weights(n, k, values, 2e3 if dtype == torch.float16 else 2e6, g)
+    x = torch.full((m, k + gap), math.nan, dtype=dtype)
+    x[:, :k] = torch.randn(m, k, generator=g) * (1e-4 if values == "extreme" else 1.0)
+    bias = torch.randn(n, generator=g).to(dtype) if with_bias else None
+    return x[:, :k], pack_linear(weight, group, "native", "rtn"), bias
+
+
+@st.composite
+def cases(draw):
+    sizes = draw(st.integers(1, 18)), draw(st.integers(1, 70)), draw(st.integers(1, 300))
+    group, dtype = draw(st.sampled_from((32, 64, 128))), draw(st.sampled_from(DTYPES))
+    values, seed = draw(st.sampled_from(VALUES)), draw(st.integers(0, 2**20))
+    made = inputs(*sizes, group, dtype, values, seed, draw(st.booleans()), draw(st.sampled_from((0, 5))))
+    return *made, draw(st.booleans()), draw(st.sampled_from((0, 3)))
+
+
+@ISAS
+@given(case=cases(), threads=st.integers(1, 4))
+@examples(60)
+def test_any_shape(isa, case, threads):
+    """Shapes, groups, ragged ends, dtypes, extreme weights, strided rows; nothing is read or written outside."""
+    load.load(isa)
+    torch.set_num_threads(threads)
+    x, packed, bias, int8, rows_apart = case
+    y, magnitude = expected(x, packed, bias, int8)
+    assert_close(run(x, packed, bias, int8, rows_apart), y, magnitude)
+
+
+@ISAS
+@given(
+    st.integers(1, 20), st.integers(200, 900), st.integers(500, 1500), st.sampled_from(DTYPES), st.integers(0, 2**20)
+)
+@examples(8)
+def test_a_rows_bits_depend_on_neither_rows_nor_threads(isa, m, n, k, dtype, seed):
+    """Products large enough to be split: all numbers of threads, and each row alone, give the same bits."""
+    load.load(isa)
+    x, packed, bias = inputs(m, n, k, 64, dtype, "normal", seed)
+    for int8 in (True, False):
+        torch.set_num_threads(1)
+        alone = torch.cat([run(row[None], packed, bias, int8) for row in x])
+        y, magnitude = expected(x, packed, bias, int8)
+        assert_close(alone, y, magnitude)
+        for threads in (1, 2, 3, 4):
+            torch.set_num_threads(threads)
+            assert torch.equal(run(x, packed, bias, int8), alone)
+
+
+@ISAS
+def test_activations_that_are_zero_or_not_finite(isa):
+    load.load(isa)
+    x, packed, _ = inputs(4, 20, 100, 32, torch.float32, "normal", 0)
+    x = x.clone()
+    x[0], x[1, 40], x[2, 99] = 0, math.nan, math.inf
+    for int8 in (True, False):
+        y = run(x, packed, None, int8)
+        assert (y[0] == 0).all()
+        assert not y[1:3].isfinite().any()
+        assert torch.equal(y[3], run(x[3:], packed, None, int8)[0])
+
+
+def test_int8_activations_cost_half_a_step_at_most():
+    """The distance to the product of the unrounded activations, from the definition of rounding."""
+    load.load()
+    x, packed, _ = inputs(3, 64, 256, 64, torch.float32, "normal", 1)
+    exact = x.double() @ packed.dequantize(torch.float64).T
+    grid = packed.unpack()
+    steps = packed.dequantize(torch.float64) - grid.zero.double().repeat_interleave(64, 1)
+    half = (x.unflatten(1, (-1, 64)).abs().amax(-1) / 254).double().repeat_interleave(64, 1)
+    error = (run(x, packed, None, True).double() - exact).abs()
+    assert (error <= half @ steps.abs().T * 1.001).all()
+    assert error.max() > 0
+
+
+@pytest.mark.parametrize("shape", [(100,), (2, 3, 100), (1, 1, 100), (0, 100)])
+def test_any_number_of_dimensions(shape):
+    load.load()
+    _, packed, bias = inputs(1, 20, 100, 32, torch.float32, "normal", 0)
+    x = torch.randn(shape, generator=torch.Generator().manual_seed(0))
+    y = torch.ops.river_native.linear(x, packed.qweight, packed.scale_zero, bias, 20, 32, False)
+    assert y.shape == (*shape[:-1], 20)
+    torch.testing.assert_close(y, torch.nn.functional.linear(x, packed.dequantize(), bias), atol=1e-4, rtol=1e-4)
+    if x.dim() == 3:
+        turned = x.transpose(0, 1)
+        again = torch.ops.river_native.linear(turned, packed.qweight, packed.scale_zero, bias, 20, 32, False)
+        assert torch.equal(again, y.transpose(0, 1))
+
+
+def test_callers_at_the_same_time():
+    """A second caller does not wait for the threads of the first, and both are right."""
+    load.load()
+    torch.set_num_threads(3)
+    x, packed, bias = inputs(2, 900, 900, 64, torch.bfloat16, "normal", 0)
+    first, wrong = run(x, packed, bias, True), []
+
+    def call():
+        torch.set_num_threads(3)
+        wrong.extend(i for i in range(30) if not torch.equal(run(x, packed, bias, True), first))
+
+    callers = [threading.Thread(target=call) for _ in range(3)]
+    for caller in callers:
+        caller.start()
+    for caller in callers:
+        caller.join()
+    assert wrong == []
+
+
+@pytest.mark.skipif(not hasattr(os, "fork"), reason="needs fork")
+@pytest.mark.filterwarnings("ignore:This process .* is multi-threaded")
+def test_a_forked_process_starts_threads_of_its_own():
+    load.load()
+    torch.set_num_threads(2)
+    x, packed, bias = inputs(2, 900, 900, 64, torch.bfloat16, "normal", 0)
+    first = run(x, packed, bias, True)
+    child = os.fork()
+    if child == 0:
+        same = torch.equal(
+            torch.ops.river_native.linear(x, packed.qweight, packed.scale_zero, bias, packed.out_features, 64, True),
+            first,
+        )
+        os._exit(0 if same else 1)
+    assert os.waitpid(child, 0)[1] == 0
+
+
+def test_the_fake_operator_gives_the_real_ones_shape_and_dtype():
+    load.load()
+    x, packed, bias = inputs(2, 20, 100, 32, torch.bfloat16, "normal", 0)
+    arguments = (x.clone(), packed.qweight, packed.scale_zero, bias, 20, 32, True)
+    torch.library.opcheck(
+        torch.ops.river_native.linear.default, arguments, test_utils=("test_schema", "test_faketensor")
+    )
+
+
+@pytest.mark.parametrize(
+    ("change", "message"),
+    [
+        ({"x": torch.ones(1, 64, dtype=torch.float64)}, "float32, bfloat16 or float16"),
+        ({"x": torch.ones(1, 96)}, "weight is not packed"),
+        ({"group_size": 48}, "group_size"),
+        ({"out_features": 17}, "weight is not packed"),
+        ({"bias": torch.ones(15)}, "bias must be"),
+        ({"bias": torch.ones(16).bfloat16()}, "bias must be"),
+        ({"weight": torch.ones(1, 2, 4, 64)}, "weight is not packed"),
+        ({"scale_zero": torch.ones(1, 2, 16, 2)}, "scale_zero is not packed"),
+    ],
+)
+def test_what_is_refused(change, message):
+    load.load()
+    _, packed, _ = inputs(1, 16, 64, 32, torch.float32, "normal", 0)
+    arguments = {
+        "x": torch.ones(1, 64),
+        "weight": packed.qweight,
+        "scale_zero": packed.scale_zero,
+        "bias": None,
+        "out_features": 16,
+        "group_size": 32,
+        "int8_activations": True,
+    }
+    with pytest.raises(RuntimeError, match=message):
+        torch.ops.river_native.linear(**{**arguments, **change})
