@@ -7,9 +7,9 @@ Layouts (N output features, K input features padded to whole groups of G)
     "plain"     qweight uint8 [N, K / 2]: feature 2 c in the low, 2 c + 1 in the high nibble of byte c.
                 scale_zero float32 [N, K / G, 2].
     "aten_cpu"  as ATen's kernel for this processor wants it, see `aten_int4`.
-    "native"    for the C++ kernels, with N' = N rounded up to a multiple of 16: qweight uint8 [N' / 16, K / G, G / 8, 64],
-                where byte 4 n + j of a line of 64 holds, for output feature n of its 16, the line's input feature j in
-                the low and 4 + j in the high nibble. scale_zero bfloat16 [N' / 16, K / G, 16, 2].
+    "native"    for the C++ kernels, N' = N rounded up to a multiple of 16: qweight uint8 [N' / 16, K / G, G / 8, 64]:
+                byte 4 n + j of a line of 64 holds, for output feature n of its 16, the line's input feature j in the
+                low and 4 + j in the high nibble. scale_zero bfloat16 [N' / 16, K / G, 16, 2].
 
 `scale_zero[..., 0]` is the scale, `[..., 1]` the weight that q = 8 stands for. A new layout is an entry of `LAYOUTS`.
 Not handled: sharing one scale between rows, groups across rows, less or more than 4 bits.

@@ -101,7 +101,8 @@ struct LinearCall {
   }
 
  private:
-  // Four parts for each thread even out what the threads' cores are given; smaller ones than `least` cost more than that.
+  // Four parts for each thread even out what the threads' cores are given; smaller ones than `least` cost more than
+  // that.
   static int parts(int64_t work, int64_t least, int threads) {
     return int(std::max<int64_t>(1, std::min<int64_t>(work / least, 4 * threads)));
   }
@@ -178,7 +179,8 @@ Tensor linear(const Tensor& x, const Tensor& weight, const Tensor& scale_zero, c
   int32_t dtype;
   AtenTensorHandle made;
   STABLE_TORCH_ERROR_CODE_CHECK(aoti_torch_get_dtype(x.get(), &dtype));
-  STABLE_TORCH_ERROR_CODE_CHECK(aoti_torch_empty_strided(dims, sizes, strides, dtype, aoti_torch_device_type_cpu(), -1, &made));
+  STABLE_TORCH_ERROR_CODE_CHECK(
+      aoti_torch_empty_strided(dims, sizes, strides, dtype, aoti_torch_device_type_cpu(), -1, &made));
   Tensor y(made);
   linear_out(x, weight, scale_zero, bias, out_features, group_size, int8_activations, y);
   return y;

@@ -1,9 +1,10 @@
 // Products with 4-bit weights: y = x W^T + bias.
 //
 // A block of 16 output features reads its weights once, line by line; up to kRows rows of activations share what was
-// unpacked. Every output is summed in one order, whatever the number of rows, threads or parts: group by group, a group's
-// products first (exactly, in integers, where activations are int8), then times its scale, then its zero times the sum of
-// the activations. Not handled: many rows at the speed of a matrix product (no tiles beyond one block of weights).
+// unpacked. Every output is summed in one order, whatever the number of rows, threads or parts: group by group, a
+// group's products first (exactly, in integers, where activations are int8), then times its scale, then its zero times
+// the sum of the activations. Not handled: many rows at the speed of a matrix product (no tiles beyond one block of
+// weights).
 #pragma once
 
 #include <algorithm>

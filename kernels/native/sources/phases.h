@@ -1,8 +1,9 @@
 // What a phase is, the arguments of every phase, and the table through which one library offers them to the other.
 //
 // A phase is a function that computes part `part` of `parts` of something: it splits its own work, parts may run on any
-// thread, in any order and at the same time, and a phase starts when all parts of the one before it are done. It works on
-// raw pointers, allocates nothing and knows no tensor. Shapes: M rows, N output features, K input features, G group size.
+// thread, in any order and at the same time, and a phase starts when all parts of the one before it are done. It works
+// on raw pointers, allocates nothing and knows no tensor. Shapes: M rows, N output features, K input features, G group
+// size.
 #pragma once
 
 #include <cstdint>

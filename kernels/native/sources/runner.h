@@ -1,8 +1,8 @@
 // Runs phases, each split into parts that threads take one after the other, with a barrier between phases.
 //
-// The caller works too, and a phase ends when its last part is done: a helper that the system gave no core is not waited
-// for, since others take its parts. Waiting spins for a moment, then yields; helpers without work sleep.
-// Not handled: two callers at a time (the second one runs its phases alone), nested calls, pinning to cores.
+// The caller works too, and a phase ends when its last part is done: a helper that the system gave no core is not
+// waited for, since others take its parts. Waiting spins for a moment, then yields; helpers without work sleep. Not
+// handled: two callers at a time (the second one runs its phases alone), nested calls, pinning to cores.
 #pragma once
 
 #include <pthread.h>

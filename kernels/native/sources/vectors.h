@@ -1,6 +1,6 @@
-// The vectors of one instruction set, chosen by RIVER_ISA_*: float32 and int32 lanes, and three ways to multiply a line of
-// packed weights with prepared activations. A line is 64 bytes, 16 output features by 8 input features; `kHalves` vectors
-// make up a line, and a vector holds 16 / kHalves output features.
+// The vectors of one instruction set, chosen by RIVER_ISA_*: float32 and int32 lanes, and three ways to multiply a line
+// of packed weights with prepared activations. A line is 64 bytes, 16 output features by 8 input features; `kHalves`
+// vectors make up a line, and a vector holds 16 / kHalves output features.
 #pragma once
 
 #include <cstdint>
