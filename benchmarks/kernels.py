@@ -1,11 +1,12 @@
-"""Times every kernel of a model's decode step on the GPU at hand.
+"""Times every kernel of a model's decode step on the GPU at hand, or 4-bit products on the CPU.
 
     python -m benchmarks.kernels [--model llama-3.1-8b] [--rows 1] [--context 1024] [--group-size 64] [--json PATH]
+    python -m benchmarks.kernels --device cpu [--threads 1 2] [--repeats 60] [--group-size 64] [--json PATH]
 
-Per kernel: microseconds, achieved bandwidth (the bytes that `KernelSpec.bytes` counts, over the time), its part of the
-card's measured copy bandwidth, and the speed against what torch offers in bfloat16: `F.linear` for a linear kernel,
-`scaled_dot_product_attention` for attention. GemLite is timed on the same 4-bit shapes where it is installed. All
-timings come from captured graphs over weights that exceed the cache.
+On a CPU, see `benchmarks.cpu_kernels`. On a GPU, per kernel: microseconds, achieved bandwidth (the bytes that
+`KernelSpec.bytes` counts, over the time), its part of the card's measured copy bandwidth, and the speed against what
+torch offers in bfloat16: `F.linear` for a linear kernel, `scaled_dot_product_attention` for attention. GemLite is timed
+on the same 4-bit shapes where it is installed. All timings come from captured graphs over weights beyond the cache.
 """
 
 from __future__ import annotations
@@ -19,7 +20,7 @@ from dataclasses import asdict, dataclass
 import torch
 import torch.nn.functional as F
 
-from benchmarks import common
+from benchmarks import common, cpu_kernels
 from river_compile.kernels.tools.shapes import MODELS, model_kernels
 from river_compile.kernels.tools.tune import copies_beyond_cache, measure_on_gpu, time_calls
 from river_compile.kernels.triton.decode_attention import DecodeAttentionSpec
@@ -119,7 +120,16 @@ def main(arguments: list[str] | None = None) -> int:
     parser.add_argument("--context", type=int, default=1024, help="valid slots of the cache (default %(default)s)")
     parser.add_argument("--group-size", type=int, default=64, choices=(32, 64, 128), help="default %(default)s")
     parser.add_argument("--json", metavar="PATH", help="also write the figures there")
+    parser.add_argument("--device", choices=("cuda", "cpu"), default="cuda", help="default %(default)s")
+    parser.add_argument("--threads", type=int, nargs="+", default=(1, 2), help="on a CPU (default 1 2)")
+    parser.add_argument("--repeats", type=int, default=60, help="of each product on a CPU (default %(default)s)")
     options = parser.parse_args(arguments)
+    if options.device == "cpu":
+        found = cpu_kernels.measure(options.group_size, options.threads, options.repeats)
+        cpu_kernels.print_table(found)
+        if options.json:
+            common.write_json(options.json, {"group_size": options.group_size, "kernels": [asdict(t) for t in found]})
+        return 0
     if not torch.cuda.is_available():
         print("this benchmark measures a GPU and there is none here", file=sys.stderr)
         return 1

@@ -30,7 +30,6 @@ class Isa:
 
 
 ISAS = (
-    Isa("avx512_bf16", (*_AVX512, "-mavx512vnni", "-mavx512bf16"), (*_AVX512_NEEDS, "avx512_vnni", "avx512_bf16")),
     Isa("avx512_vnni", (*_AVX512, "-mavx512vnni"), (*_AVX512_NEEDS, "avx512_vnni")),
     Isa("avx512", _AVX512, _AVX512_NEEDS),
     Isa("avx_vnni", (*_AVX2, "-mavxvnni"), ("avx2", "fma3", "avx_vnni")),

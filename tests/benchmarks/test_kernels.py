@@ -1,9 +1,11 @@
 """The benchmark script where there is no GPU: its message, and the arithmetic of its table."""
 
+import json
+
 import pytest
 import torch
 
-from benchmarks import kernels
+from benchmarks import cpu_kernels, kernels
 
 
 def test_table(capsys):
@@ -16,3 +18,27 @@ def test_table(capsys):
 def test_without_a_gpu_it_says_so(capsys):
     assert kernels.main([]) == 1
     assert "there is none here" in capsys.readouterr().err
+
+
+def test_the_cpu_table_is_printed_from_given_timings(capsys):
+    """Rate from the bytes and the least time, the part of the plain sum's rate, and four rows against one."""
+    one = {"kernel": "native W4A8", "out_features": 64, "in_features": 32, "threads": 2, "bytes": 2_000_000}
+    seconds = {1: 100e-6, 4: 110e-6, 8: 200e-6, 16: 400e-6}
+    cpu_kernels.print_table(
+        [cpu_kernels.CpuTiming(**one, rows=m, seconds=s, sum_seconds=90e-6) for m, s in seconds.items()]
+    )
+    line = capsys.readouterr().out.splitlines()[-1]
+    assert line == "| native W4A8 | 64 x 32 | 2 | 100 | 110 | 200 | 400 | 20.0 | 90% | 1.10 |"
+
+
+def test_products_are_timed_on_a_cpu(monkeypatch, tmp_path):
+    """The whole command, on one tiny shape: every kernel at every number of rows, each with its bytes."""
+    monkeypatch.setattr(cpu_kernels, "SHAPES", ((32, 64),))
+    monkeypatch.setattr(cpu_kernels, "BYTES", 3 * (32 * 32 + 32 * 4))
+    monkeypatch.setattr(cpu_kernels, "RUN_BYTES", 0)
+    file = tmp_path / "figures.json"
+    assert kernels.main(["--device", "cpu", "--repeats", "2", "--threads", "1", "--json", str(file)]) == 0
+    found = json.loads(file.read_text())["kernels"]
+    assert len(found) == 3 * len(cpu_kernels.ROWS)
+    assert {row["bytes"] for row in found} == {32 * 32 + 32 * 4}
+    assert all(row["seconds"] > 0 and row["sum_seconds"] > 0 for row in found)

@@ -106,7 +106,7 @@ struct LinearCall {
   static int parts(int64_t work, int64_t least, int threads) {
     return int(std::max<int64_t>(1, std::min<int64_t>(work / least, 4 * threads)));
   }
-  size_t element_size() const { return linear.x.format == kInt8 ? 1 : linear.x.format == kPairs ? 2 : 4; }
+  size_t element_size() const { return linear.x.format == kInt8 ? 1 : 4; }
   size_t groups_of_rows() const {
     return size_t(linear.rows) * ((linear.in_features + linear.group_size - 1) / linear.group_size);
   }
@@ -143,9 +143,8 @@ void linear_out(const Tensor& x, const Tensor& weight, const Tensor& scale_zero,
   const Tensor held = as_it_is ? x : torch::stable::contiguous(x);
 
   LinearCall call;
-  const bool pairs = dtype == kBFloat16 && kernels().has_pairs;
   LinearArgs& a = call.linear;
-  a.x.format = int8_activations ? kInt8 : pairs ? kPairs : kSingle;
+  a.x.format = int8_activations ? kInt8 : kSingle;
   a.weight = static_cast<const uint8_t*>(weight.data_ptr());
   a.scale_zero = static_cast<const uint16_t*>(scale_zero.data_ptr());
   a.bias = bias ? bias->data_ptr() : nullptr;

@@ -7,11 +7,6 @@
 #define RIVER_QUOTE(x) #x
 
 extern "C" __attribute__((visibility("default"))) const river::Kernels* river_kernels() {
-#if defined(RIVER_PAIRS)
-  constexpr int has_pairs = 1;
-#else
-  constexpr int has_pairs = 0;
-#endif
-  static const river::Kernels kernels = {RIVER_NAME(RIVER_ISA), has_pairs, river::prepare, river::linear};
+  static const river::Kernels kernels = {RIVER_NAME(RIVER_ISA), river::prepare, river::linear};
   return &kernels;
 }

@@ -30,8 +30,8 @@ struct Row {
 };
 
 RIVER_INLINE Row row_of(const Activations& x, int64_t row, int64_t groups, int64_t group_size) {
-  static constexpr int64_t kBytes[] = {1, 2, 4};
-  const auto* values = static_cast<const char*>(x.values) + row * groups * group_size * kBytes[x.format];
+  const int64_t bytes = x.format == kInt8 ? 1 : 4;
+  const auto* values = static_cast<const char*>(x.values) + row * groups * group_size * bytes;
   return {values, x.scale + row * groups, x.sum + row * groups, x.start + row * groups};
 }
 
@@ -79,25 +79,6 @@ RIVER_INLINE void group_single(const uint8_t* w, const Row* x, int64_t g, int li
   }
 }
 
-template <int R>
-RIVER_INLINE void group_pairs(const uint8_t* w, const Row* x, int64_t g, int lines, Floats* out) {
-#if defined(RIVER_PAIRS)
-  for (int r = 0; r < R; ++r) out[r] = zeros();
-  for (int i = 0; i < lines; ++i) {
-    const Ints line = load(w + i * kLine);
-    fetch(w + i * kLine);
-#pragma GCC unroll 4
-    for (int j = 0; j < 4; ++j) {
-#pragma GCC unroll 8
-      for (int r = 0; r < R; ++r) {
-        const uint16_t* values = static_cast<const uint16_t*>(x[r].values) + (g * lines + i) * 8;
-        out[r] = add_pairs(out[r], line, j, values + 2 * j);
-      }
-    }
-  }
-#endif
-}
-
 // One block of output features for `rows` <= R rows; the last row stands in for those that are not there.
 template <int R, int F>
 void block(const LinearArgs& a, int64_t n, int row, int rows) {
@@ -114,7 +95,6 @@ void block(const LinearArgs& a, int64_t n, int row, int rows) {
   for (int64_t g = 0; g < groups; ++g, weight += lines * kLine, parameters += kLine) {
     for (int h = 0; h < kHalves; ++h) {
       if constexpr (F == kInt8) group_int8<R>(weight + h * 4 * kLanes, x, g, lines, products);
-      if constexpr (F == kPairs) group_pairs<R>(weight + h * 4 * kLanes, x, g, lines, products);
       if constexpr (F == kSingle) group_single<R>(weight + h * 4 * kLanes, x, g, lines, products);
       const Ints pair = load(parameters + h * 4 * kLanes);
       const Floats scale = low_bfloat16(pair), zero = high_bfloat16(pair);
@@ -153,13 +133,7 @@ void linear_of(const LinearArgs& a, int part, int parts) {
 
 inline void linear(const void* args, int part, int parts) {
   const auto& a = *static_cast<const LinearArgs*>(args);
-  switch (a.x.format) {
-    case kInt8: return linear_of<kInt8>(a, part, parts);
-    case kSingle: return linear_of<kSingle>(a, part, parts);
-#if defined(RIVER_PAIRS)
-    case kPairs: return linear_of<kPairs>(a, part, parts);
-#endif
-  }
+  a.x.format == kInt8 ? linear_of<kInt8>(a, part, parts) : linear_of<kSingle>(a, part, parts);
 }
 
 }  // namespace river

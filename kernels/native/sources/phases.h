@@ -14,12 +14,12 @@ constexpr int kBlock = 16;  // output features that lie side by side in the pack
 
 enum Dtype : int32_t { kFloat32 = 0, kBFloat16 = 1, kFloat16 = 2 };
 
-// How prepared activations lie in memory: one byte, one bfloat16 or one float32 for each feature.
-enum Format : int32_t { kInt8 = 0, kPairs = 1, kSingle = 2 };
+// How prepared activations lie in memory: one byte or one float32 for each feature.
+enum Format : int32_t { kInt8 = 0, kSingle = 1 };
 
 // Activations that a product reads: K rounded up to whole groups, the padding zero.
 struct Activations {
-  void* values;    // [M, K'] int8_t, bfloat16 or float by `format`; the latter two in the order of the packed nibbles
+  void* values;    // [M, K'] int8_t or float by `format`; the latter in the order of the packed nibbles
   float* scale;    // [M, K' / G] of the int8 values, unused otherwise
   float* sum;      // [M, K' / G] sums of the activations before they were rounded
   int32_t* start;  // [M, K' / G] -8 times the sum of the int8 values, unused otherwise
@@ -57,9 +57,8 @@ struct Phase {
 // The phases of one instruction set. A new phase is a new entry at the end.
 struct Kernels {
   const char* isa;
-  int32_t has_pairs;  // whether products of bfloat16 pairs are an instruction, which makes kPairs worthwhile
-  Run prepare;        // PrepareArgs
-  Run linear;         // LinearArgs
+  Run prepare;  // PrepareArgs
+  Run linear;   // LinearArgs
 };
 
 }  // namespace river

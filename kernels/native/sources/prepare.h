@@ -67,15 +67,9 @@ inline void prepare(const void* args, int part, int parts) {
     a.out.sum[i] = sum_of(values, size);
     if (a.out.format == kInt8) {
       round_group(values, size, static_cast<int8_t*>(a.out.values) + i * size, a.out.scale + i, a.out.start + i);
-    } else if (a.out.format == kSingle) {
+    } else {
       float* out = static_cast<float*>(a.out.values) + i * size;
       for (int64_t k = 0; k < size; ++k) out[k] = values[k / 8 * 8 + kNibbleOrder[k % 8]];
-    } else {  // the nibbles j and j + 4 make a pair
-      uint16_t* out = static_cast<uint16_t*>(a.out.values) + i * size;
-      for (int64_t k = 0; k < size; ++k) {
-        const int nibble = int(k % 8) / 2 + 4 * int(k % 2);
-        out[k] = to_bfloat16(values[k / 8 * 8 + kNibbleOrder[nibble]]);
-      }
     }
   }
 }

@@ -1,4 +1,4 @@
-// The vectors of one instruction set, chosen by RIVER_ISA_*: float32 and int32 lanes, and three ways to multiply a line
+// The vectors of one instruction set, chosen by RIVER_ISA_*: float32 and int32 lanes, and two ways to multiply a line
 // of packed weights with prepared activations. A line is 64 bytes, 16 output features by 8 input features; `kHalves`
 // vectors make up a line, and a vector holds 16 / kHalves output features.
 #pragma once
@@ -6,7 +6,7 @@
 #include <cstdint>
 #include <cstring>
 
-#if defined(RIVER_ISA_AVX512) || defined(RIVER_ISA_AVX512_VNNI) || defined(RIVER_ISA_AVX512_BF16)
+#if defined(RIVER_ISA_AVX512) || defined(RIVER_ISA_AVX512_VNNI)
 #define RIVER_AVX512
 #elif defined(RIVER_ISA_AVX2) || defined(RIVER_ISA_AVX_VNNI)
 #define RIVER_AVX2
@@ -69,21 +69,6 @@ RIVER_INLINE Floats weights_of(Ints x, int j) {
   return _mm512_permutexvar_ps(j ? _mm512_srli_epi32(x, 4 * j) : x, table);
 }
 constexpr float kSingleOffset = 0;
-
-#if defined(RIVER_ISA_AVX512_BF16)
-#define RIVER_PAIRS
-// Adds the products of the nibbles j and j + 4 of each lane with two bfloat16 activations.
-RIVER_INLINE Floats add_pairs(Floats sum, Ints w, int j, const uint16_t* x) {
-  alignas(64) static const uint16_t table[32] = {
-      0xc100, 0xc0e0, 0xc0c0, 0xc0a0, 0xc080, 0xc040, 0xc000, 0xbf80, 0x0000, 0x3f80, 0x4000,
-      0x4040, 0x4080, 0x40a0, 0x40c0, 0x40e0, 0xc100, 0xc0e0, 0xc0c0, 0xc0a0, 0xc080, 0xc040,
-      0xc000, 0xbf80, 0x0000, 0x3f80, 0x4000, 0x4040, 0x4080, 0x40a0, 0x40c0, 0x40e0};
-  const Ints nibbles = j ? _mm512_srli_epi32(w, 4 * j) : w;
-  const Ints weights = _mm512_permutexvar_epi16(nibbles, _mm512_load_si512(table));
-  const Ints factors = every(four_bytes(reinterpret_cast<const int8_t*>(x)));
-  return _mm512_dpbf16_ps(sum, reinterpret_cast<__m512bh>(weights), reinterpret_cast<__m512bh>(factors));
-}
-#endif
 
 #elif defined(RIVER_AVX2)
 
