@@ -49,8 +49,10 @@ from .config import RiverConfig, check_mode
 from .errors import OptionError, RiverWarning, UnsupportedGraphError
 from .exits import ExitPolicy, Memories
 from .state import GraphRecord, ModelState, find_state, state_of
+from .versions import warn_of_untested
 
 log = logging.getLogger("river_compile")
+warn_of_untested()
 
 
 def river(

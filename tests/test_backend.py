@@ -79,6 +79,7 @@ def test_a_mode_reaches_inductor():
     assert len(seen) > 2
 
 
+@pytest.mark.core
 @pytest.mark.parametrize("arguments", [{"num_beams": 3}, {"do_sample": True, "top_k": 5}])
 def test_beam_search_and_sampling_run_through_the_river(arguments):
     """Twins that hold the weights as they are give the plain model's text, whose beams and draws change the cache."""

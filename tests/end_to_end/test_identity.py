@@ -48,6 +48,7 @@ def assert_same_cache(expected, actual, exact: bool) -> None:
         assert a[2] == b[2], f"length of layer {layer}"
 
 
+@pytest.mark.core
 @pytest.mark.parametrize(("name", "attention"), [("llama", "sdpa"), ("gpt2", "sdpa"), ("gemma2", "eager")])
 def test_inductor_gives_the_plain_model_within_rounding(name, attention):
     """Never exit, and an unquantized exit, through compiled segments: close logits and caches, equal lengths."""
@@ -63,6 +64,7 @@ def test_inductor_gives_the_plain_model_within_rounding(name, attention):
     assert_same_cache(expected_cache, actual_cache, exact=False)
 
 
+@pytest.mark.core
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
 def test_half_precision_models_keep_their_dtype(dtype):
     """A 16-bit model whose token leaves through a 4-bit twin keeps its dtype and stays close to never leaving."""
