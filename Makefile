@@ -4,6 +4,7 @@
 #              targets (gpu.json). Needs no download once the environment is there. Without a GPU, see docs/cuda.md.
 # make compat  a short core of the tests with the oldest and newest versions of Python, torch and transformers, each in a
 #              fresh environment (5 GB of disk while it runs; "not available here" where a Python is missing)
+# make soak    random cases for an hour: calls against the plain model, damaged files, kills, threads, memory
 #
 # Variables: PYTHON (3.10 or newer; makes the virtual environment), VENV (its folder), RIVER_COMPILE_CACHE (the folder
 # of converted models and generated kernels), ARGS (arguments of the demo or the benchmark, as in
@@ -20,7 +21,7 @@ CREATED := $(VENV)/.created
 FOR_DEMO := $(VENV)/.installed-demo
 FOR_TEST := $(VENV)/.installed-test
 
-.PHONY: help demo test bench gpu compat clean
+.PHONY: help demo test bench gpu compat soak clean
 .DELETE_ON_ERROR:
 
 help:
@@ -43,6 +44,9 @@ gpu: $(FOR_TEST)
 	@$(IN_VENV) tools/check_gpu.py
 	$(IN_VENV) -m pytest -m gpu
 	$(IN_VENV) -m benchmarks.decode --device cuda --random llama-3.2-1b llama-3.1-8b --json gpu.json $(ARGS)
+
+soak: $(FOR_TEST)
+	$(IN_VENV) -m tools.soak $(ARGS)
 
 compat:
 	$(PYTHON) -m tools.compat $(ARGS)
