@@ -119,8 +119,9 @@ def _twin(block: Segment, kind: str, how: Twinning, keep: Mapping[str, str]) -> 
     written = {source_of.get(mutated) for node in graph.nodes for mutated in mutated_inputs(node)}
     known = {*kept, *written, *(weight for site in sites for weight in site.weights)}
     for node in block.inputs:  # (Dynamo marks KV caches as parameters too; those are written)
-        if is_parameter(node) and value_of(node).dim() >= 2 and node not in known:
-            reason = f"a weight of shape {tuple(value_of(node).shape)} that no plain linear layer reads"
+        value = value_of(node)
+        if is_parameter(node) and value.dim() >= 2 and value.is_floating_point() and node not in known:
+            reason = f"a weight of shape {tuple(value.shape)} that no plain linear layer reads"
             kept[node] = KeptLinear(input_name(node), reason)
     for node in reversed(list(graph.nodes)):
         if not node.users and (node.op == "placeholder" or node.target is torch.t):

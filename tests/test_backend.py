@@ -132,6 +132,19 @@ class TestRefusals:
             torch.testing.assert_close(compiled(x), mlp(x), rtol=1e-4, atol=1e-5)
         assert len(seen) == 1
 
+    def test_a_graph_that_dynamo_broke_says_where(self):
+        """A piece of a model holds no decoder because the model's code broke the graph: the warning names the line."""
+
+        def broken(x):
+            y = x + 1
+            return y * y.sum().item()
+
+        with (
+            torch.no_grad(),
+            pytest.warns(RiverWarning, match=r"Dynamo broke the graph here: .*\(test_backend.py:\d+\)"),
+        ):
+            torch.compile(broken, backend=river, options=EAGER)(torch.ones(3))
+
     def test_a_graph_that_needs_gradients(self):
         model = make("llama", layers=2)
         model.compile(backend=river)

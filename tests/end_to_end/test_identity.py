@@ -13,7 +13,15 @@ from river_compile import river
 from tests.support.decoding import cache_state, decode, new_cache
 from tests.support.families import FAMILIES, make
 
-DYNAMIC = ["llama", "gemma3", "phi", "gpt2", "falcon", "mixtral"]  # every form of block; the cache code is one for all
+DYNAMIC = [
+    "llama",
+    "gemma3",
+    "phi",
+    "gpt2",
+    "falcon",
+    "mixtral",
+    "mpt",
+]  # every form of block; the cache code is one for all
 EAGER = {"lowering": "eager", "quantizer": "none", "first_exit": 1}
 
 
