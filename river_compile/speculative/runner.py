@@ -24,7 +24,7 @@ from transformers.modeling_outputs import CausalLMOutputWithPast
 from river_compile.backend import river
 from river_compile.config import RiverConfig
 from river_compile.errors import RiverWarning
-from river_compile.exits import forced_depth
+from river_compile.exits import WHOLE, forced_depth
 from river_compile.hf_cache import cache_of, cannot_crop, crop, remember_past
 from river_compile.runtime.stats import ExitStats
 from river_compile.state import GraphRecord, state_of_model
@@ -96,7 +96,8 @@ class DraftVerifyRunner:
         Raises:
             ValueError: the cache cannot be rewound, or the river backend did not rewrite the model.
         """
-        outputs = self.model._prefill(ids_BS, config, self.model_kwargs, not config.is_assistant)
+        with forced_depth(WHOLE):  # (a prompt of one token, or the rest of one, is a decode step)
+            outputs = self.model._prefill(ids_BS, config, self.model_kwargs, not config.is_assistant)
         self.model_kwargs = self.model._update_model_kwargs_for_generation(outputs, self.model_kwargs)
         cache = cache_of(self.model_kwargs)
         assert cache is not None, "exact mode refuses a generation without a cache"
@@ -157,7 +158,7 @@ class DraftVerifyRunner:
         filler = width - drafted - 1
         if filler:
             ids_BS = torch.cat([ids_BS, ids_BS[:, -1:].expand(-1, filler)], dim=-1)
-        with forced_depth(self.stats.num_blocks):  # (a pass of width 1 is a decode step)
+        with forced_depth(WHOLE):  # (a pass of width 1 is a decode step)
             if self._invariant is not None and width > 1 and width not in self._verdicts:
                 return self._try_out(self._invariant, ids_BS, width)[:, : drafted + 1]
             return self._forward(ids_BS, width, self._invariant)[:, : drafted + 1]

@@ -83,6 +83,15 @@ def test_growing_caches_and_sliding_windows_give_the_plain_text(name, batch):
     assert torch.equal(exactly(compiled(name), ids, mask, static=False), expected)
 
 
+@pytest.mark.parametrize("static", [True, False])
+def test_prompts_of_one_token_run_through_the_backbone(static):
+    """Their graph is a decode step's, and tokens that may leave would leave at once."""
+    model, ids = compiled(threshold=-1.0, first_exit=1), prompt(1, 3)
+    with river_compile.trace() as trace:
+        assert torch.equal(exactly(model, ids, static=static), generate(make("llama"), ids, static=static))
+    assert trace.tokens[0].depth == LAYERS
+
+
 @pytest.mark.core
 @pytest.mark.parametrize("name", SLIDING)
 def test_static_sliding_windows_work_while_they_hold_the_text_and_are_refused_beyond(name):
@@ -178,6 +187,14 @@ def test_strict_text_in_bfloat16_has_the_bits_of_plain_decoding(name, static, re
     assert warned or any(cycle.width > 1 for cycle in trace.cycles)
     if name == "llama":
         assert not warned
+
+
+def test_strict_text_under_autocast_is_the_plain_text():
+    ids, mask = padded(2, length=7)
+    model = compiled()
+    with torch.autocast("cpu", dtype=torch.bfloat16):
+        ours = exactly(model, ids, mask, strict=True)
+        assert torch.equal(ours, generate(make("llama"), ids, mask))
 
 
 class RoundsDifferently(BatchInvariantGraph):
@@ -334,6 +351,8 @@ def test_an_assistant_model_is_refused_by_name():
 def test_models_that_have_no_two_paths_are_refused():
     with pytest.raises(ValueError, match="never reached"):
         exactly(make("llama"), prompt())
+    with pytest.raises(ValueError, match=r"the whole backbone was asked for, .* exit_depth=1"):
+        exactly(compiled(exit_depth=1), prompt(1))
     for option, message in (({"prefill": "exit"}, "prefill='exit'"), ({"exit_depth": 1}, "exit_depth=1")):
         torch._dynamo.reset()
         with pytest.raises(ValueError, match=message):
