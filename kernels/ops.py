@@ -1,6 +1,7 @@
 """The operators ``torch.ops.river.*``. Importing this module registers them; it needs no Triton and no GPU.
 
     linear                x W^T with W in 4 or 16 bits; a norm before it, bias, activation, gate and residual after it
+    experts               each row's product with the one that it chose of several stacked matrices in 4 bits
     kv_fill               q|k|v -> qk-norm, rotary embedding, cache slot; returns q and mutates the caches
     decode_attention      one query position over a static cache
     exit_score            smallest cosine of two hidden states, plain torch on any device
@@ -108,6 +109,50 @@ def _(
     gated: bool = False,
 ) -> Tensor:
     return x.new_empty((*x.shape[:-1], out_features // 2 if gated else out_features))
+
+
+@torch.library.custom_op("river::experts", mutates_args=())
+def experts(
+    x: Tensor, qweight: Tensor, scale_zero: Tensor, expert: Tensor, out_features: int, group_size: int, layout: str
+) -> Tensor:
+    """Returns ``x[m] W[expert[m]]^T`` for every row m. Matrices that no row chose are not read.
+
+    Args:
+        x: ``[M, K]``.
+        qweight, scale_zero: of E stacked matrices, as `layouts.pack_stack` packs them.
+        expert: integer ``[M]``; a row whose number is none of 0 to E - 1 gets zeros.
+        out_features: N, the rows of each W.
+        group_size: G.
+        layout: name of the packing.
+
+    Returns:
+        ``[M, N]`` in x.dtype, accumulated in float32.
+
+    Raises:
+        ValueError: an unknown layout, or a tensor of another shape or dtype than these.
+    """
+    if x.dim() != 2 or expert.shape != x.shape[:1] or qweight.dim() < 3:
+        shapes = f"x {tuple(x.shape)}, expert {tuple(expert.shape)} and qweight {tuple(qweight.shape)}"
+        raise ValueError(f"experts takes x [M, K], expert [M] and stacked matrices; it was given {shapes}")
+    stack = layouts.PackedLinear(layout, qweight, scale_zero, group_size, x.shape[1], out_features, len(qweight))
+    if layout == "triton":
+        return launch.experts(x, stack, expert)
+    linear = layouts.layout(layout).linear
+    rows_of: dict[int, list[int]] = {}
+    for row, chosen in enumerate(expert.tolist()):
+        rows_of.setdefault(chosen, []).append(row)
+    y = x.new_zeros((x.shape[0], out_features))
+    for chosen, rows in rows_of.items():
+        if 0 <= chosen < stack.experts:
+            y[rows] = linear(x[rows], stack.matrix(chosen), None)
+    return y
+
+
+@experts.register_fake
+def _(
+    x: Tensor, qweight: Tensor, scale_zero: Tensor, expert: Tensor, out_features: int, group_size: int, layout: str
+) -> Tensor:
+    return x.new_empty((x.shape[0], out_features))
 
 
 kv_fill = torch.library.custom_op("river::kv_fill", launch.kv_fill, mutates_args=("k_cache", "v_cache"))

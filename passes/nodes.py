@@ -10,7 +10,7 @@ import functools
 import inspect
 import operator
 import re
-from collections.abc import Callable, Iterable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator
 from dataclasses import dataclass
 from typing import Any, TypeGuard
 
@@ -19,7 +19,6 @@ import torch.nn.functional as F
 from torch import Tensor, fx
 from torch.fx.node import Argument
 
-ENTER_AUTOCAST, EXIT_AUTOCAST = torch.amp.autocast_mode._enter_autocast, torch.amp.autocast_mode._exit_autocast
 _FRAME = re.compile(r'File "(?P<file>[^"]+)", line (?P<line>\d+)')
 _RESHAPES = (torch.reshape, Tensor.view, torch.flatten, torch.unsqueeze, torch.squeeze)
 # Functions that can work in place. In the normal form the last argument says whether they do.
@@ -60,8 +59,8 @@ def is_parameter(node: object, dims: int | None = None) -> TypeGuard[fx.Node]:
 def input_name(node: fx.Node) -> str:
     """Returns how the user's code names a graph input: ``model.layers.0.mlp.experts.gate_up_proj``."""
     source = getattr(node.meta.get("grapharg"), "source", None)
-    if source is None:
-        return node.name
+    if source is None:  # (Dynamo keeps it until its graph is compiled)
+        return re.sub(r"_(?:modules|parameters|buffers)_", ".", node.name.strip("_")).removeprefix("l_self.")
     name = source.name() if callable(source.name) else source.name  # a method up to torch 2.12
     return clean_path(re.sub(r"\._(?:modules|parameters|buffers)\['(\w+)'\]", r".\1", name))
 
@@ -151,12 +150,6 @@ def closure(nodes: Iterable[fx.Node], neighbours: Callable[[fx.Node], Iterable[f
 def ancestors(nodes: Iterable[fx.Node]) -> set[fx.Node]:
     """Returns the nodes and everything that they are computed from."""
     return closure(nodes, lambda node: node.all_input_nodes)
-
-
-def read_by(nodes: Sequence[fx.Node]) -> list[fx.Node]:
-    """Returns what nodes read of others, in order of appearance."""
-    inside = set(nodes)
-    return list(dict.fromkeys(a for n in nodes for a in n.all_input_nodes if a not in inside))
 
 
 def module_path(node: fx.Node) -> str:

@@ -112,6 +112,7 @@ _TABLE: tuple[tuple, ...] = (
     (operator.mul, _binary, torch.mul, torch.multiply, Tensor.mul, Tensor.multiply),
     (operator.truediv, _binary, torch.div, torch.true_divide, Tensor.div, Tensor.true_divide),
     (operator.matmul, _binary, torch.matmul, Tensor.matmul),
+    (torch.bmm, _like(lambda input, mat2: input), Tensor.bmm),
     (operator.pow, _binary, torch.pow, Tensor.pow),
     (operator.pow, _with(2), torch.square, Tensor.square),
     (operator.neg, _unary, torch.neg, torch.negative, Tensor.neg, Tensor.negative),

@@ -132,16 +132,20 @@ class Segment:
 
 @dataclass(frozen=True)
 class LinearSite:
-    """One 4-bit matrix product of a twin: a linear layer, or several that share their input, merged along the rows.
+    """One 4-bit matrix product of a twin: a linear layer, several that share their input, or a stack of experts.
+
+    Linears are merged along the rows, and so are, to quantize them, the matrices of a stack.
 
     Attributes:
-        name: module paths of the linears, joined by "|".
-        weights: each ``[N_i, K]`` (``[K, N_i]`` where transposed, as GPT-2's Conv1D stores them).
+        name: module paths of the linears, joined by "|"; the path of a stack's parameter.
+        weights: each ``[N_i, K]`` (``[K, N_i]`` where transposed, as GPT-2's Conv1D stores them); a stack's one
+            ``[E, N, K]`` (``[E, K, N]``).
         biases: each ``[N_i]``, None where a linear has none.
         group_size: consecutive input features that share a scale and a zero.
         scales_inputs: the inputs are divided by a scale ``[K]`` that the packing chooses.
         folds: the norm's parameters that take the scale up; where there are none, the inputs are multiplied by its
             inverse.
+        experts: E, the matrices of a stack; 0 for linears.
     """
 
     name: str
@@ -154,6 +158,7 @@ class LinearSite:
     layout: str
     scales_inputs: bool = False
     folds: tuple[fx.Node, ...] = ()
+    experts: int = 0
 
     @property
     def has_bias(self) -> bool:

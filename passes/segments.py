@@ -18,7 +18,7 @@ import torch
 from torch import fx
 from torch.fx.experimental.symbolic_shapes import free_symbols
 
-from .nodes import read_by, value_of
+from .nodes import value_of
 from .program import DecoderPlan, Refusal, RiverProgram, Segment
 
 _SYMBOL = re.compile(r"\b[su]\d+\b")
@@ -42,6 +42,12 @@ def _cut(plan: DecoderPlan, part: int, kind: str) -> Segment:
     inside = set(nodes)
     outputs = [n for n in nodes if not inside.issuperset(n.users)]
     return Segment(kind, part, subgraph(plan.graph_module, nodes, inputs, outputs), tuple(inputs), tuple(outputs))
+
+
+def read_by(nodes: Sequence[fx.Node]) -> list[fx.Node]:
+    """Returns what nodes read of others, in order of appearance."""
+    inside = set(nodes)
+    return list(dict.fromkeys(a for n in nodes for a in n.all_input_nodes if a not in inside))
 
 
 def subgraph(
@@ -83,7 +89,9 @@ def fingerprint(segment: Segment) -> Fingerprint:
     lines = graph_lines(segment.graph)
     lines += [_SYMBOL.sub(rename, _describe(value_of(n))) for n in segment.graph.find_nodes(op="placeholder")]
     # The packed weights' placeholders carry no value: their shapes follow from the products they belong to.
-    lines.append(repr([(site.in_features, site.out_features, site.group_size) for site in segment.packed]))
+    lines.append(
+        repr([(site.in_features, site.out_features, site.experts, site.group_size) for site in segment.packed])
+    )
     digest = hashlib.sha256("\n".join(lines).encode()).hexdigest()[:16]
     return Fingerprint(digest, tuple(symbols))
 

@@ -2,9 +2,9 @@
 
 Everything else of the block is kept, node for node, so that a twin reads and writes exactly what its block does.
 Linears that share an input become one product whose result is split (q|k|v, gate|up, the MLP too where it is parallel
-to attention).
+to attention). Products with stacked experts become one each (:mod:`river_compile.passes.experts`).
 
-Not handled: weights that are not two-dimensional parameters (stacked experts); they stay in 16 bits and are reported.
+Not handled: parameters that are read in another way; they stay in 16 bits and are reported.
 """
 
 from __future__ import annotations
@@ -19,9 +19,10 @@ from torch import fx
 from river_compile.kernels import ops  # noqa: F401  (registers river::linear)
 from river_compile.kernels.quant.grid import GROUP_SIZES, fitting_group_size
 
-from .edits import add_placeholders, call, in_dtype_of
+from .edits import add_placeholders, call
+from .experts import ExpertProduct, as_expert_product, replace_expert_product
 from .input_scales import InputScale, find_input_scale, scale_inputs
-from .nodes import Linear, as_linear, input_name, is_parameter, mutated_inputs, value_of
+from .nodes import Linear, as_linear, called, input_name, is_parameter, is_tensor, mutated_inputs, rank, value_of
 from .pipeline import Pass
 from .program import KeptLinear, LinearSite, RiverProgram, Segment
 from .swap_ops import simplify_attention, simplify_linears
@@ -51,6 +52,20 @@ class _Product:
     linears: tuple[Linear, ...]
     scale: InputScale | None
     site: LinearSite
+
+    def replace(self, graph: fx.Graph, index: int) -> None:
+        _replace(graph, self, index)
+
+
+@dataclass(frozen=True)
+class _Stack:
+    """A product with stacked experts, and the 4-bit product it becomes."""
+
+    product: ExpertProduct
+    site: LinearSite
+
+    def replace(self, graph: fx.Graph, index: int) -> None:
+        replace_expert_product(graph, self.product, self.site, index)
 
 
 def twin_sites(segment: Segment, how: Twinning) -> list[LinearSite]:
@@ -112,16 +127,16 @@ def _twin(block: Segment, kind: str, how: Twinning, keep: Mapping[str, str]) -> 
         if site.group_size < MIN_GROUP_SIZE:
             reason = f"{site.in_features} input features have no group of {MIN_GROUP_SIZE} or more"
         if reason:
-            kept |= {source_of[linear.weight]: KeptLinear(linear.name, reason) for linear in product.linears}
+            named = zip(site.weights, site.name.split("|"), strict=True)
+            kept |= {weight: KeptLinear(name, reason) for weight, name in named}
         else:
-            _replace(graph, product, len(sites))
+            product.replace(graph, len(sites))
             sites.append(site)
     written = {source_of.get(mutated) for node in graph.nodes for mutated in mutated_inputs(node)}
     known = {*kept, *written, *(weight for site in sites for weight in site.weights)}
     for node in block.inputs:  # (Dynamo marks KV caches as parameters too; those are written)
-        value = value_of(node)
-        if is_parameter(node) and value.dim() >= 2 and value.is_floating_point() and node not in known:
-            reason = f"a weight of shape {tuple(value.shape)} that no plain linear layer reads"
+        if is_parameter(node) and value_of(node).dim() >= 2 and node not in known and not _is_table(node):
+            reason = f"a weight of shape {tuple(value_of(node).shape)} that no plain linear layer reads"
             kept[node] = KeptLinear(input_name(node), reason)
     for node in reversed(list(graph.nodes)):
         if not node.users and (node.op == "placeholder" or node.target is torch.t):
@@ -133,12 +148,21 @@ def _twin(block: Segment, kind: str, how: Twinning, keep: Mapping[str, str]) -> 
     return replace(twin, inputs=inputs, packed=tuple(sites)), list(kept.values())
 
 
-def _products(segment: Segment, how: Twinning) -> list[_Product]:
-    """Returns the linears of a segment in order, those together that read the same value in the same way."""
+def _is_table(node: fx.Node) -> bool:
+    """True for vectors of which some are looked up, such as the biases of experts."""
+    return rank(node) == 2 and all(called(user, operator.getitem) and is_tensor(user.args[1]) for user in node.users)
+
+
+def _products(segment: Segment, how: Twinning) -> list[_Product | _Stack]:
+    """Returns a segment's linears, those together that read the same value in the same way, and then its experts."""
     groups: dict[tuple[fx.Node, bool], list[Linear]] = {}
     for linear in filter(None, map(as_linear, segment.graph.nodes)):
         groups.setdefault((linear.x, linear.transposed), []).append(linear)
-    return [_product(tuple(linears), segment.origins, how) for linears in groups.values()]
+    stacks = filter(None, map(as_expert_product, segment.graph.nodes))
+    return [
+        *(_product(tuple(linears), segment.origins, how) for linears in groups.values()),
+        *(_Stack(stack, stack.site(segment.origins, how.group_size, how.layout)) for stack in stacks),
+    ]
 
 
 def _product(linears: tuple[Linear, ...], source_of: Mapping[fx.Node, fx.Node], how: Twinning) -> _Product:
@@ -166,19 +190,15 @@ def _replace(graph: fx.Graph, product: _Product, index: int) -> None:
     names = ["qweight", "scale_zero", *(["bias"] if site.has_bias else [])]
     scaled = [f"scaled_{i}" for i in range(max(1, len(site.folds)))] if scale else []
     new = add_placeholders(graph, [f"river_{index}_{name}" for name in (*names, *scaled)])
+    bias = new[2] if site.has_bias else None
     first, features = linears[0].node, sum(site.out_features)
     current = as_linear(first)
     assert current is not None  # (the input may be another one than when it was listed)
     before = current.x
     x = scale_inputs(before, scale, new[len(names) :]) if scale else before
-    bias = next((linear.bias for linear in linears if linear.bias), None)
     with graph.inserting_before(first):
-        x = in_dtype_of(first, x)
-        if bias is not None:
-            new[2].meta["example_value"] = value_of(bias).new_empty((features,))
-            bias = in_dtype_of(first, new[2])
         arguments = (x, new[0], new[1], bias, features, site.group_size, site.layout)
-        value = value_of(first).new_empty((*value_of(first).shape[:-1], features))
+        value = value_of(before).new_empty((*value_of(before).shape[:-1], features))
         merged = call(torch.ops.river.linear.default, arguments, value, first)
         results = [merged]
         if len(linears) > 1:

@@ -88,7 +88,7 @@ def quantize_observed(
 def output_sqnr_db(weight: Tensor, approximation: Tensor, moments: Tensor) -> float:
     """Returns the signal-to-noise ratio of a matrix's outputs in dB: 10 log10(E |W x|^2 / E |W x - V x|^2)."""
     weight, moments = weight.detach().float(), moments.float()
-    return decibels(_energy(weight, moments), _energy(weight - approximation.float(), moments))
+    return decibels(output_energy(weight, moments), output_energy(weight - approximation.float(), moments))
 
 
 def fit_grid(
@@ -132,7 +132,7 @@ def awq(
     for alpha in ALPHAS if may_scale else (0.0,):
         scale_K = _input_scale(squares, alpha) if alpha else torch.ones_like(squares)
         grid = round_to_grid(weight * scale_K, group_size, squares / scale_K.square(), dtype)
-        noise = _energy(weight - grid.dequantize() / scale_K, moments)
+        noise = output_energy(weight - grid.dequantize() / scale_K, moments)
         if found is not None and noise >= least:
             break
         least, found = noise, (grid, scale_K if alpha else None)
@@ -231,6 +231,6 @@ def _input_scale(squares: Tensor, alpha: float) -> Tensor:
     return scale / (scale.max() * scale.min()).sqrt()
 
 
-def _energy(matrix: Tensor, moments: Tensor) -> float:
+def output_energy(matrix: Tensor, moments: Tensor) -> float:
     """Returns tr(M H M^T): the mean squared length of M x."""
     return torch.sum((matrix @ moments) * matrix, dtype=torch.float64).item()

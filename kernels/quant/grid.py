@@ -60,6 +60,19 @@ class QuantizedWeight:
         """Returns the same grid on a device."""
         return QuantizedWeight(self.q.to(device), self.scale.to(device), self.zero.to(device), self.group_size)
 
+    def split(self, matrices: int) -> list[QuantizedWeight]:
+        """Cuts a stack of equal matrices, one below the other, into these."""
+        parts = (tensor.chunk(matrices) for tensor in (self.q, self.scale, self.zero))
+        return [QuantizedWeight(q, scale, zero, self.group_size) for q, scale, zero in zip(*parts, strict=True)]
+
+    @staticmethod
+    def stacked(grids: Sequence[QuantizedWeight]) -> QuantizedWeight:
+        """Puts grids with equal columns one below the other."""
+        if len(grids) == 1:
+            return grids[0]
+        q, scale, zero = (torch.cat([getattr(grid, part) for grid in grids]) for part in ("q", "scale", "zero"))
+        return QuantizedWeight(q, scale, zero, grids[0].group_size)
+
     def rounded(self, dtype: torch.dtype) -> QuantizedWeight:
         """Returns the same grid with scale and zero rounded to `dtype`, as a kernel with such parameters sees it."""
         return QuantizedWeight(self.q, self.scale.to(dtype).float(), self.zero.to(dtype).float(), self.group_size)

@@ -11,6 +11,8 @@ Layouts (N output features, K input features padded to whole groups of G)
                 byte 4 n + j of a line of 64 holds, for output feature n of its 16, the line's input feature j in the
                 low and 4 + j in the high nibble. scale_zero bfloat16 [N' / 16, K / G, 16, 2].
 
+Experts' matrices of one shape are stacked: their tensors have a dimension more in front.
+
 `scale_zero[..., 0]` is the scale, `[..., 1]` the weight that q = 8 stands for. A new layout is an entry of `LAYOUTS`.
 Not handled: sharing one scale between rows, groups across rows, less or more than 4 bits.
 """
@@ -18,7 +20,7 @@ Not handled: sharing one scale between rows, groups across rows, less or more th
 from __future__ import annotations
 
 from collections.abc import Callable
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import torch
 import torch.nn.functional as F
@@ -32,12 +34,13 @@ from .grid import GROUP_SIZES, MID_POINT, QuantizedWeight, quantize
 
 @dataclass(frozen=True)
 class PackedLinear:
-    """A packed 4-bit matrix.
+    """A packed 4-bit matrix, or a stack of such.
 
     Attributes:
         layout: name of the packing; the module's table has dtype and shape of `qweight` and `scale_zero` in it.
         in_features: K, without the padding.
-        out_features: N.
+        out_features: N, of each matrix of a stack.
+        experts: E, the matrices of a stack; 0 for a single one.
     """
 
     layout: str
@@ -46,13 +49,20 @@ class PackedLinear:
     group_size: int
     in_features: int
     out_features: int
+    experts: int = 0
 
     def unpack(self) -> QuantizedWeight:
-        """Returns the grid that the bytes stand for, its padding included."""
-        return layout(self.layout).unpack(self)
+        """Returns the grid that the bytes stand for, its padding included; matrices of a stack one below the other."""
+        if not self.experts:
+            return layout(self.layout).unpack(self)
+        return QuantizedWeight.stacked([self.matrix(i).unpack() for i in range(self.experts)])
+
+    def matrix(self, index: int) -> PackedLinear:
+        """Returns one matrix of a stack."""
+        return replace(self, qweight=self.qweight[index], scale_zero=self.scale_zero[index], experts=0)
 
     def dequantize(self, dtype: torch.dtype = torch.float32) -> Tensor:
-        """Returns the matrix ``[N, K]`` in `dtype`."""
+        """Returns the matrix ``[N, K]`` in `dtype`, of E stacked ones ``[E N, K]``."""
         return self.unpack().dequantize(dtype)[:, : self.in_features]
 
 
@@ -102,6 +112,15 @@ def pack(weight: QuantizedWeight, layout_name: str, in_features: int | None = No
         raise ValueError(f"in_features={in_features} does not end in the last group of {k} columns")
     qweight, scale_zero = chosen.pack(weight)
     return PackedLinear(layout_name, qweight, scale_zero, weight.group_size, in_features, n)
+
+
+def pack_stack(weight: QuantizedWeight, layout_name: str, experts: int) -> PackedLinear:
+    """Packs a grid of E matrices ``[N, K]`` one below the other as a stack of E; raises a ValueError as `pack`."""
+    packed = [pack(matrix, layout_name) for matrix in weight.split(experts)]
+    if len({matrix.scale_zero.dtype for matrix in packed}) > 1:  # (float16 has room for some of them alone)
+        return pack_stack(weight.rounded(torch.bfloat16), layout_name, experts)
+    qweight, scale_zero = (torch.stack([getattr(m, part) for m in packed]) for part in ("qweight", "scale_zero"))
+    return replace(packed[0], qweight=qweight, scale_zero=scale_zero, experts=experts)
 
 
 def pack_linear(weight: Tensor, group_size: int, layout_name: str, quantizer: str = "hqq") -> PackedLinear:

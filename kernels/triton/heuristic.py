@@ -45,7 +45,7 @@ def registers(spec: LinearSpec) -> int:
 
 def candidates(spec: LinearSpec) -> Iterator[LinearSpec]:
     """Yields `spec` with every legal tile of the search space; its own tile is ignored."""
-    for tile in _row_tiles(spec) if spec.rows == 1 else _dot_tiles(spec):
+    for tile in _row_tiles(spec) if spec.row_by_row else _dot_tiles(spec):
         if tile.split_k <= math.ceil(spec.in_features / tile.block_k):
             candidate = dataclasses.replace(spec, tile=tile)
             if registers(candidate) <= MAX_REGISTERS:
@@ -83,7 +83,7 @@ def seconds(spec: LinearSpec, device: Device, rows: int | None = None) -> float:
     """Estimates the time of a kernel in seconds; `rows` (64 if None) counts where the spec leaves M open."""
     tile, m = spec.tile, spec.rows or rows or 64
     threads, matrices = 32 * tile.num_warps, len(spec.streams)
-    programs = math.ceil(spec.out_features / tile.block_n) * math.ceil(m / tile.block_m) * tile.split_k
+    programs = math.ceil(spec.out_features / tile.block_n) * spec.blocks(m) * tile.split_k
     resident = max(1, min(32, 2048 // threads, 65536 // (registers(spec) * threads)))
     per_processor = programs / device.processors
     waves = math.ceil(per_processor / resident)
@@ -125,7 +125,7 @@ def interpreter_tile(spec: LinearSpec) -> LinearSpec:
     """Returns `spec` with a tile for Triton's interpreter, whose time goes by operations and not by their size."""
     width = max(16, min(512, next_power_of_two(spec.out_features)))
     depth = max(128, min(2048, next_power_of_two(spec.in_features)))
-    return dataclasses.replace(spec, tile=LinearTile(width, depth, 1 if spec.rows == 1 else 16))
+    return dataclasses.replace(spec, tile=LinearTile(width, depth, 1 if spec.row_by_row else 16))
 
 
 def attention_splits(heads: int, slots: int, device: Device) -> int:
@@ -137,8 +137,9 @@ def attention_splits(heads: int, slots: int, device: Device) -> int:
 def untiled(rows: int, in_features: int, out_features: int, **fields: Any) -> LinearSpec:
     """Returns a spec for `rows` rows with a placeholder tile, the input of `best_tile`; many rows stay open."""
     step = max(128, fields.get("group_size", 64))
-    tile = LinearTile(16, step, 1 if rows == 1 else 16)
-    return LinearSpec(rows if rows <= MAX_EXACT_ROWS else None, in_features, out_features, tile, **fields)
+    exact = rows if rows <= MAX_EXACT_ROWS else None
+    tile = LinearTile(16, step, 1 if rows == 1 or (exact and fields.get("experts")) else 16)
+    return LinearSpec(exact, in_features, out_features, tile, **fields)
 
 
 def tuning_file() -> Path:
@@ -149,15 +150,13 @@ def tuning_file() -> Path:
 def tuning_key(spec: LinearSpec) -> str:
     """Names what a tuned tile is for: the fields of the spec that move bytes or instructions."""
     parts = [spec.weights, spec.group_size, spec.dtype, spec.rows, spec.in_features, spec.out_features, spec.norm]
-    return "-".join(map(str, [*parts, "gated" if spec.gated else "single"]))
+    stack = [f"of{spec.experts}"] if spec.experts else []
+    return "-".join(map(str, [*parts, "gated" if spec.gated else "single", *stack]))
 
 
 def saved_tiles(path: Path) -> dict[str, dict[str, LinearTile]]:
     """Reads a tuning file; a missing one is empty, a damaged one is empty with a warning."""
-    try:
-        return _read_tiles(path, path.stat().st_mtime_ns)
-    except FileNotFoundError:
-        return {}
+    return _read_tiles(path, path.stat().st_mtime_ns) if path.exists() else {}
 
 
 @functools.cache
@@ -165,6 +164,6 @@ def _read_tiles(path: Path, _modified: int) -> dict[str, dict[str, LinearTile]]:
     try:
         devices = json.loads(path.read_text())
         return {d: {key: LinearTile(**tile) for key, tile in tiles.items()} for d, tiles in devices.items()}
-    except (ValueError, TypeError, AttributeError, RecursionError) as error:
+    except (ValueError, TypeError, AttributeError) as error:
         warnings.warn(f"the tuning file {path} cannot be read and is ignored: {error}", stacklevel=3)
         return {}

@@ -79,6 +79,57 @@ def linear(
     return y.reshape(*x.shape[:-1], n)
 
 
+def experts(x: Tensor, weight: PackedLinear, expert: Tensor) -> Tensor:
+    """Runs a linear kernel of stacked matrices; arguments as in `ops.experts`, `weight` in the layout "triton".
+
+    Raises:
+        ValueError: a buffer of the wrong shape or dtype.
+    """
+    (rows, k), n, stack = x.shape, weight.out_features, weight.experts
+    y = x.new_empty((rows, n))
+    if rows == 0:
+        return y
+    fields = {"group_size": weight.group_size, "parameter_dtype": dtype_name(weight.scale_zero)}
+    spec = untiled(rows, k, n, **fields, dtype=dtype_name(x), experts=stack)
+    spec = best_tile(spec, device_of(x), rows) if x.is_cuda else interpreter_tile(spec)
+    matrices = {
+        "qweight": weight.qweight.flatten(0, 1),
+        "scale_zero": weight.scale_zero.view(torch.int32).squeeze(-1).flatten(0, 1),
+    }
+    chosen = {"expert": expert.long().contiguous()}
+    if not spec.row_by_row:
+        chosen = rows_by_expert(chosen["expert"], stack, spec.blocks(rows), spec.tile.block_m)
+    load(spec, interpret=not x.is_cuda)(rows=rows, x=x.contiguous(), **chosen, **matrices, y=y)
+    return y
+
+
+def rows_by_expert(expert: Tensor, experts: int, blocks: int, block_m: int) -> dict[str, Tensor]:
+    """Sorts rows into blocks of one expert's rows each, without a number that the host would have to wait for.
+
+    Args:
+        expert: int64 ``[M]``, the expert of each row; a row with no expert's number goes to blocks of E.
+        experts: E.
+        blocks: how many are made; enough for whatever the rows chose (`LinearSpec.blocks`).
+        block_m: rows of a block.
+
+    Returns:
+        "row": int64 ``[blocks * block_m]``, M where a block has a gap; "expert": int64 ``[blocks]``, E for a block
+        without rows.
+    """
+    rows = len(expert)
+    expert = torch.where((expert >= 0) & (expert < experts), expert, experts)
+    found, order = expert.sort(stable=True)
+    counts = torch.zeros(experts + 1, dtype=torch.int64, device=expert.device)
+    counts.scatter_add_(0, expert, torch.ones_like(expert))
+    ends = ((counts + block_m - 1) // block_m).cumsum(0)  # of each expert's blocks
+    before = counts.cumsum(0) - counts  # rows of earlier experts
+    starts = ends * block_m - (counts + block_m - 1) // block_m * block_m
+    place = starts[found] + torch.arange(rows, device=expert.device) - before[found]
+    row = torch.full((blocks * block_m,), rows, dtype=torch.int64, device=expert.device)
+    owner = torch.searchsorted(ends, torch.arange(blocks, device=expert.device), right=True)
+    return {"row": row.scatter_(0, place, order), "expert": owner}
+
+
 def kv_fill(
     qkv: Tensor,
     q_norm: Tensor | None,

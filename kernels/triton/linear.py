@@ -4,6 +4,10 @@ One row of activations is a matrix-vector product on ordinary multiply-adds; two
 at least 16 rows. Split-K writes partial sums that a second launch adds in a fixed order: no atomics, so two runs are
 bit-identical. A norm in front needs the whole row and excludes split-K.
 
+With `experts` the weight is a stack of matrices and each row of x names the one it meets: x has the rows that a router
+made, one for each token and expert. Up to 16 rows are as many matrix-vector products, so that only matrices that were
+chosen are read; more rows are sorted by expert, in tiles of rows of one expert.
+
 Not handled: float16 activations of several rows with weights beyond float16 (`tl.dot` takes both in one dtype).
 
 Legend: M rows, N output features, K input features, G group size, all of one weight matrix of a gated pair.
@@ -17,7 +21,7 @@ from typing import ClassVar
 
 from river_compile.kernels.checks import check_choice, check_positive
 
-from .spec import ACTIVATION_DTYPES, Buffer, KernelSpec, Stage, is_power_of_two
+from .spec import ACTIVATION_DTYPES, Buffer, Cost, KernelSpec, Stage, is_power_of_two
 
 GROUP_SIZES = (32, 64, 128)
 NORMS = ("none", "rms", "rms_plus_one", "layer")
@@ -66,6 +70,7 @@ class LinearSpec(KernelSpec):
     activation: str = "none"  # after the bias; in a gated kernel of the gate alone
     gated: bool = False  # the weight holds a gate and an up projection, whose product is the result
     x_stride: int = 0  # elements between two rows of x; 0 stands for K
+    experts: int = 0  # matrices of a stack, all 4-bit and of this shape; 0 for a single one
 
     def __post_init__(self) -> None:
         self._check_choices()
@@ -73,7 +78,7 @@ class LinearSpec(KernelSpec):
             raise ValueError(f"rows={self.rows} is outside 1..{MAX_EXACT_ROWS}; use rows=None for more")
         if self.weights == "w4" and self.tile.block_k % self.group_size:
             raise ValueError(f"block_k={self.tile.block_k} is not a multiple of group_size={self.group_size}")
-        if (self.rows == 1) != (self.tile.block_m == 1) or 1 < self.tile.block_m < 16:
+        if self.row_by_row != (self.tile.block_m == 1) or 1 < self.tile.block_m < 16:
             raise ValueError(f"block_m={self.tile.block_m} does not fit rows={self.rows}: 1 for one row, else >= 16")
         if self.tile.block_m > 1 and self.dot_length < 16:
             raise ValueError(f"block_k={self.tile.block_k} leaves {self.dot_length} features to a dot; at least 16")
@@ -91,6 +96,8 @@ class LinearSpec(KernelSpec):
         check_choice("activation", self.activation, ACTIVATIONS)
         check_choice("group_size", self.group_size, GROUP_SIZES if self.weights == "w4" else (0,))
         check_positive(in_features=self.in_features, out_features=self.out_features)
+        if self.experts and (self.weights != "w4" or self.norm != "none" or self.bias or self.residual):
+            raise ValueError(f"experts={self.experts} goes with 4-bit weights, without norm, bias and residual")
         if self.norm_bias and self.norm != "layer":
             raise ValueError(f"norm_bias=True goes with norm='layer', not with norm={self.norm!r}")
         if self.x_stride and self.x_stride < self.in_features:
@@ -100,6 +107,11 @@ class LinearSpec(KernelSpec):
     def streams(self) -> tuple[str, ...]:
         """Names of the accumulators, one per weight matrix."""
         return ("gate", "up") if self.gated else ("y",)
+
+    @property
+    def row_by_row(self) -> bool:
+        """Whether a program makes one row, by ordinary multiply-adds."""
+        return self.rows == 1 or (self.experts > 0 and self.rows is not None)
 
     @property
     def groups(self) -> int:
@@ -126,6 +138,11 @@ class LinearSpec(KernelSpec):
         if m is None:
             raise ValueError(f"this {self.family} kernel takes any number of rows; say how many")
         found = {"x": Buffer(self.dtype, (m, k), strided=True)}
+        if self.experts and self.row_by_row:
+            found["expert"] = Buffer("int64", (m,))  # of each row; no matrix's number: the row becomes zeros
+        elif self.experts:
+            blocks = self.blocks(m)  # of rows of one expert; M in `row` and E in `expert` stand for none
+            found |= {"row": Buffer("int64", (blocks * self.tile.block_m,)), "expert": Buffer("int64", (blocks,))}
         if self.norm != "none":
             found["norm_weight"] = Buffer(self.dtype, (k,))
         if self.norm_bias:
@@ -140,9 +157,24 @@ class LinearSpec(KernelSpec):
             found["residual"] = Buffer(self.dtype, (m, n))
         return {**found, "y": Buffer(self.dtype, (m, n))}
 
+    def blocks(self, rows: int) -> int:
+        """Returns how many tiles of rows a launch has; experts' last tiles may have gaps."""
+        m = self.rows or rows
+        gaps = min(self.experts + 1, m) if self.experts and not self.row_by_row else 0
+        return m // self.tile.block_m + gaps if gaps else math.ceil(m / self.tile.block_m)
+
+    def cost(self, rows: int | None = None) -> Cost:
+        """Returns what a call costs, where every row has an expert of its own as long as there are any."""
+        whole = super().cost(rows)
+        if not self.experts:
+            return whole
+        unread = max(0, self.experts - self.buffers(rows)["y"].shape[0])
+        stack = sum(buffer.bytes for buffer in self.weight_buffers.values())
+        return Cost(whole.bytes - stack // self.experts * unread, whole.flops)
+
     @property
     def weight_buffers(self) -> dict[str, Buffer]:
-        rows = self.out_features * len(self.streams)
+        rows = self.out_features * len(self.streams) * max(1, self.experts)
         if self.weights == "dense":
             return {"weight": Buffer(self.dtype, (rows, self.in_features))}
         return {"qweight": Buffer("int32", (rows, self.row_words)), "scale_zero": Buffer("int32", (rows, self.groups))}
@@ -152,7 +184,7 @@ class LinearSpec(KernelSpec):
         names, scalars = list(self.buffers(1)), () if self.rows else ("rows",)
 
         def grid(rows: int) -> tuple[int, int, int]:
-            return math.ceil(n / tile.block_n), math.ceil((self.rows or rows) / tile.block_m), tile.split_k
+            return math.ceil(n / tile.block_n), self.blocks(rows), tile.split_k
 
         def reduce_grid(rows: int) -> tuple[int, int, int]:
             return math.ceil(n / self.reduce_block), self.rows or rows, 1

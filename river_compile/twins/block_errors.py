@@ -149,7 +149,8 @@ def _twin_weights(model: nn.Module, packed: Sequence[PackedSite]) -> dict[str, T
             continue
         parts = site.dequantize().split(site.out_features)
         for source, part in zip(sources, parts, strict=False):  # biases and norms follow the weights
-            weights[name_of[id(source)]] = (part.T if site.transposed else part).to(source.dtype)
+            part = part.unflatten(0, (site.experts, -1)) if site.experts else part
+            weights[name_of[id(source)]] = (part.mT if site.transposed else part).to(source.dtype)
     return weights
 
 

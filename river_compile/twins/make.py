@@ -5,15 +5,15 @@ Not handled: which products are made, and from what; see :mod:`river_compile.twi
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 
 import torch
 from torch import Tensor, fx
 from torch.utils.weak import TensorWeakRef
 
-from river_compile.kernels.quant.calibrated import output_sqnr_db, quantize_observed
-from river_compile.kernels.quant.grid import QuantizedWeight, quantize, sqnr_db
+from river_compile.kernels.quant.calibrated import output_energy, output_sqnr_db, quantize_observed
+from river_compile.kernels.quant.grid import QuantizedWeight, decibels, quantize, sqnr_db
 from river_compile.kernels.quant.layouts import PackedLinear
 from river_compile.passes.program import LinearSite
 
@@ -58,7 +58,7 @@ class PackedSite(Ratios):
     """One matrix product of a twin as its kernel reads it, or why it stays in 16 bits.
 
     Attributes:
-        name, out_features, in_features, transposed, group_size: as in its :class:`LinearSite`.
+        name, out_features, in_features, transposed, group_size, experts: as in its :class:`LinearSite`.
         quantizer: "hqq", "rtn", "awq" or "gptq".
         weight: the packed matrix, None where the product stays in 16 bits.
         extras: what the twin's graph takes after it: the bias ``[N]`` where a linear has one, and where inputs are
@@ -81,6 +81,7 @@ class PackedSite(Ratios):
     input_scale: Tensor | None = None
     reason: str = ""
     artifact: str = ""
+    experts: int = 0
 
     @property
     def tensors(self) -> tuple[Tensor, ...]:
@@ -89,7 +90,7 @@ class PackedSite(Ratios):
 
     @property
     def shape(self) -> tuple[int, int]:
-        """(out_features, in_features) of the merged matrix."""
+        """(out_features, in_features) of the merged matrix; the experts of a stack lie one below the other."""
         return sum(self.out_features), self.in_features
 
     @property
@@ -135,6 +136,31 @@ def quantize_site(
         sqnr=sqnr_db(weight, stands_for),
         output_sqnr=output_sqnr_db(weight, stands_for, moments),
     )
+
+
+def quantize_stack(
+    site: LinearSite, stack: Tensor, quantizer: str, moments: Callable[[int], tuple[Tensor, int]] | None = None
+) -> Grid:
+    """Finds the grids of experts, one after another, so that only one of them is held in float32.
+
+    `moments` gives the second moments ``[K, K]`` of an expert's inputs and over how many tokens.
+    """
+    grids, signal, noise = [], [0.0, 0.0], [0.0, 0.0]  # of weights, of outputs
+    for expert, weight in enumerate(stack.detach().mT if site.transposed else stack.detach()):
+        matrix = weight.float()
+        if moments is None:
+            grid = quantize(matrix, site.group_size, quantizer).rounded(_STORED_AS)
+        else:
+            inputs, tokens = moments(expert)
+            grid, _ = quantize_observed(matrix, site.group_size, quantizer, inputs, _STORED_AS, may_scale=False)
+            signal[1] += tokens * output_energy(matrix, inputs)
+            noise[1] += tokens * output_energy(matrix - grid.dequantize(), inputs)
+        signal[0] += matrix.square().sum(dtype=torch.float64).item()
+        noise[0] += (matrix - grid.dequantize()).square().sum(dtype=torch.float64).item()
+        grids.append(grid)
+    of_weights, of_outputs = map(decibels, signal, noise)
+    output_sqnr = None if moments is None else of_outputs
+    return Grid(weight=QuantizedWeight.stacked(grids), sqnr=of_weights, output_sqnr=output_sqnr)
 
 
 def extras_of(site: LinearSite, values: Mapping[fx.Node, Tensor], scale: Tensor | None) -> tuple[Tensor, ...]:

@@ -5,12 +5,15 @@ two-dimensional parameter is seen where it happens (``F.linear``, ``addmm``, ``m
 and the input's second moments are kept under that parameter, as long as it lives.
 
 Inputs are kept as they are while they take less room than their moments, ``4 K^2`` bytes for K features, and are summed
-up then: some 2 K tokens in 16 bits. Not handled: experts that are stacked in one tensor, which twins keep in 16 bits.
+up then: some 2 K tokens in 16 bits. Experts that are stacked in one parameter run one after another meanwhile, and each
+has moments of its own. Not handled: other ways to read such a stack than one expert, or all of them, at a time.
 """
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable, Mapping, Sequence
+import contextlib
+import functools
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from importlib import resources
 
 import torch
@@ -60,15 +63,29 @@ def observe(
     model = unwrap(model)
     windows = windows_of(tokenizer, texts, inputs, "observe")
     observation = Observation()
-    parameters = {p.data_ptr(): p for p in model.parameters() if p.dim() == 2}
+    recorder = _Recorder(model.parameters(), observation)
     bar = tqdm(windows, desc="river: observing", unit="text", leave=False, delay=1, disable=not progress)
-    with torch.no_grad(), torch.compiler.set_stance("force_eager"):
+    with torch.no_grad(), torch.compiler.set_stance("force_eager"), _one_expert_at_a_time(model):
         for ids in bar:
-            with _Recorder(parameters, observation):
+            with recorder:
                 model(input_ids=ids.to(model.device), use_cache=False)
             observation.tokens += ids.numel()
     state_of(model.parameters()).put(observation)
     return observation
+
+
+@contextlib.contextmanager
+def _one_expert_at_a_time(model: PreTrainedModel) -> Iterator[None]:
+    """Has transformers multiply by one expert of a stack after another."""
+    if all(p.dim() != 3 for p in model.parameters()):
+        yield
+        return
+    before = model.get_experts_implementation()
+    model.set_experts_implementation("eager")
+    try:
+        yield
+    finally:
+        model.set_experts_implementation(before)
 
 
 def windows_of(
@@ -129,6 +146,32 @@ class InputMoments:
         return rows.T @ rows if self._sum is None else self._sum.addmm(rows.T, rows)
 
 
+class ExpertMoments:
+    """Second moments of what each of E stacked matrices with K `features` reads."""
+
+    def __init__(self, experts: int, features: int) -> None:
+        self._each = [InputMoments(features) for _ in range(experts)]
+
+    @property
+    def nbytes(self) -> int:
+        return sum(moments.nbytes for moments in self._each)
+
+    def add(self, expert: int, x: Tensor) -> None:
+        """Adds inputs ``[..., K]`` of one of them."""
+        self._each[expert].add(x)
+
+    def of(self, expert: int) -> tuple[Tensor, int]:
+        """Returns an expert's moments and tokens; one that no token reached has the moments of all."""
+        own = self._each[expert]
+        return (own.matrix(), own.tokens) if own.tokens else (self._together, 0)
+
+    @functools.cached_property
+    def _together(self) -> Tensor:
+        reached = [moments for moments in self._each if moments.tokens]
+        total = sum(moments.tokens for moments in reached)
+        return torch.stack([moments.matrix() * (moments.tokens / total) for moments in reached]).sum(0)
+
+
 class Observation:
     """Calibration statistics of a model: the second moments of what its matrices read; see :func:`observe`.
 
@@ -142,29 +185,44 @@ class Observation:
         self.number = Observation._made
         self.tokens = 0
         self.moments: WeakTensorKeyDictionary = WeakTensorKeyDictionary()
+        self.stacks: WeakTensorKeyDictionary = WeakTensorKeyDictionary()
 
     @property
     def nbytes(self) -> int:
-        return sum(moments.nbytes for moments in set(self.moments.values()))
+        return sum(moments.nbytes for moments in {*self.moments.values(), *self.stacks.values()})
 
     def moments_of(self, weight: Tensor) -> InputMoments | None:
         """Returns the moments of a parameter's inputs, None where no text reached it."""
         return self.moments.get(weight)
 
+    def moments_of_stack(self, weight: Tensor) -> ExpertMoments | None:
+        """Returns the moments of stacked experts' inputs, None where no text reached any of them."""
+        return self.stacks.get(weight)
+
     def clear(self) -> None:
         """Frees its memory; twins that are packed stay."""
         self.moments.clear()
+        self.stacks.clear()
 
     def __str__(self) -> str:
-        return f"observed {len(self.moments)} matrices on {self.tokens} tokens ({self.nbytes / 1e6:.0f} MB)"
+        matrices = len(self.moments) + len(self.stacks)
+        return f"observed {matrices} matrices on {self.tokens} tokens ({self.nbytes / 1e6:.0f} MB)"
 
 
 class _Recorder(TorchFunctionMode):
     """Adds every input of a product with one of the parameters to that parameter's moments."""
 
-    def __init__(self, parameters: Mapping[int, Tensor], observation: Observation) -> None:
+    def __init__(self, parameters: Iterable[Tensor], observation: Observation) -> None:
         super().__init__()
-        self._parameters, self._observation = parameters, observation
+        self._observation = observation
+        self._matrices: dict[int, tuple[Tensor, int]] = {}  # by address: the parameter, and which one of its stack
+        self._stacks: dict[int, Tensor] = {}
+        for parameter in parameters:
+            if parameter.dim() == 2:
+                self._matrices[parameter.data_ptr()] = parameter, 0
+            elif parameter.dim() == 3:
+                self._stacks[parameter.data_ptr()] = parameter
+                self._matrices |= {matrix.data_ptr(): (parameter, i) for i, matrix in enumerate(parameter.detach())}
         self._last: tuple[Tensor, int, InputMoments] | None = None
 
     def __torch_function__(
@@ -175,14 +233,27 @@ class _Recorder(TorchFunctionMode):
         kwargs: Mapping[str, object] | None = None,
     ) -> object:
         kwargs = kwargs or {}
+        tensors = [value for value in (*args, *kwargs.values()) if isinstance(value, Tensor)]
         if func in _PRODUCTS:
-            tensors = [value for value in (*args, *kwargs.values()) if isinstance(value, Tensor)]
-            known = [self._parameters.get(t.data_ptr()) if t.dim() == 2 else None for t in tensors]
-            at = next((i for i, weight in enumerate(known) if weight is not None), 0)
-            weight = known[at] if at > 0 else None  # (the first argument is an input or a bias)
-            if weight is not None:
-                self._record(tensors[at - 1], weight)
+            known = [self._matrices.get(t.data_ptr()) if t.dim() == 2 else None for t in tensors]
+            at = next((i for i, found in enumerate(known) if found is not None), 0)
+            found = known[at] if at > 0 else None  # (the first argument is an input or a bias)
+            if found is not None and found[0].dim() == 2:
+                self._record(tensors[at - 1], found[0])
+            elif found is not None:
+                self._record_expert(tensors[at - 1], *found)
+        elif func is torch.bmm and (stack := self._stacks.get(tensors[1].data_ptr())) is not None:
+            for expert, x in enumerate(tensors[0]):  # (rows that it was not chosen for are zero)
+                self._record_expert(x[(x != 0).any(-1)], stack, expert)
         return func(*args, **kwargs)
+
+    def _record_expert(self, x: Tensor, stack: Tensor, expert: int) -> None:
+        if not x.numel():
+            return
+        moments = self._observation.moments_of_stack(stack)
+        if moments is None:
+            moments = self._observation.stacks[stack] = ExpertMoments(len(stack), x.shape[-1])
+        moments.add(expert, x)
 
     def _record(self, x: Tensor, weight: Tensor) -> None:
         """Adds an input; matrices that read one and the same, as q, k and v do, share its moments."""

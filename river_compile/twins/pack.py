@@ -22,13 +22,13 @@ from tqdm import tqdm
 from river_compile.config import RiverConfig
 from river_compile.errors import ArtifactError, OptionError
 from river_compile.kernels.quant.calibrated import OBSERVING
-from river_compile.kernels.quant.layouts import PackedLinear, pack
+from river_compile.kernels.quant.layouts import PackedLinear, pack, pack_stack
 from river_compile.passes.program import LinearSite
 from river_compile.state import find_state
 
 from .artifact import Artifact, write_artifact
-from .make import Grid, PackedSite, extras_of, quantize_site, version_of
-from .observe import InputMoments, Observation
+from .make import Grid, PackedSite, extras_of, quantize_site, quantize_stack, version_of
+from .observe import ExpertMoments, InputMoments, Observation
 
 
 def save(model: nn.Module, folder: str | Path) -> Path:
@@ -158,7 +158,7 @@ class _Maker:
         """Returns the parameters that a product is made from."""
         return [self.values[node] for node in (*site.weights, *site.biases, *site.folds) if node is not None]
 
-    def look_up(self, site: LinearSite) -> Grid | InputMoments | None:
+    def look_up(self, site: LinearSite) -> Grid | InputMoments | ExpertMoments | None:
         """Returns what the artifact holds of a product, or what was observed where the quantizer asks for that."""
         quantizer = self.config.quantizer
         if self.artifact is not None:
@@ -166,7 +166,10 @@ class _Maker:
         if quantizer not in OBSERVING:
             return None
         weight = self.values[site.weights[0]]
-        moments = None if self.observation is None else self.observation.moments_of(weight)
+        moments: InputMoments | ExpertMoments | None = None
+        if self.observation is not None:
+            observed = self.observation
+            moments = observed.moments_of_stack(weight) if site.experts else observed.moments_of(weight)
         if moments is None:
             why = "was not observed" if self.observation is None else f"was not: no text reached {site.name}"
             raise OptionError(
@@ -177,13 +180,16 @@ class _Maker:
         return moments
 
     @torch.no_grad()
-    def make(self, site: LinearSite, known: Grid | InputMoments | None) -> PackedSite:
+    def make(self, site: LinearSite, known: Grid | InputMoments | ExpertMoments | None) -> PackedSite:
         """Quantizes, or reads, and packs a product; below the floor there is nothing to pack."""
         made_from = tuple((TensorWeakRef(tensor), version_of(tensor)) for tensor in self.sources(site))
         if isinstance(known, Grid):
             found = known
+        elif site.experts:
+            each = known.of if isinstance(known, ExpertMoments) else None
+            found = quantize_stack(site, self.values[site.weights[0]], self.config.quantizer, each)
         else:
-            moments = None if known is None else known.matrix()
+            moments = known.matrix() if isinstance(known, InputMoments) else None
             found = quantize_site(site, self.values, self.config.quantizer, moments)
         reason, weight, scale = found.below(self.config.min_sqnr), None, None
         extras: tuple[Tensor, ...] = ()
@@ -192,7 +198,8 @@ class _Maker:
             grid = found.weight.unpack() if isinstance(found.weight, PackedLinear) else found.weight
             assert grid is not None, "an artifact refuses what it does not hold"
             scale = None if found.input_scale is None else found.input_scale.to(device)
-            weight, extras = pack(grid.to(device), site.layout), extras_of(site, self.values, scale)
+            grid, extras = grid.to(device), extras_of(site, self.values, scale)
+            weight = pack_stack(grid, site.layout, site.experts) if site.experts else pack(grid, site.layout)
         return PackedSite(
             name=site.name,
             out_features=site.out_features,
@@ -208,4 +215,5 @@ class _Maker:
             sqnr=found.sqnr,
             output_sqnr=found.output_sqnr,
             artifact=self.origin,
+            experts=site.experts,
         )

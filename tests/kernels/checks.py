@@ -11,6 +11,7 @@ from river_compile.kernels.quant.layouts import pack_linear
 from river_compile.kernels.triton.decode_attention import DecodeAttentionSpec
 from river_compile.kernels.triton.exit_score import ExitScoreSpec
 from river_compile.kernels.triton.kv_fill import KvFillSpec
+from river_compile.kernels.triton.launch import rows_by_expert
 from river_compile.kernels.triton.linear import LinearSpec
 from tests.kernels import reference
 from tests.kernels.harness import assert_close, assert_sqnr, poisoned, run_guarded
@@ -62,6 +63,34 @@ def check_linear(spec: LinearSpec, rows: int = 1, values: str = "normal", seed: 
     assert_close(result, expected, linear_magnitude(spec, h, exact, bias, residual))
     if values == "normal" and expected.numel() >= 32:  # of fewer elements one cancellation decides the ratio
         assert_sqnr(result, expected, dtype)
+
+
+def check_experts(
+    spec: LinearSpec, expert: list[int], values: str = "normal", seed: int = 0, device: str = "cpu"
+) -> None:
+    """Checks a kernel of stacked matrices, of which row m of x meets number expert[m]; the others hold NaN."""
+    g = torch.Generator().manual_seed(seed)
+    dtype, n, k, experts = getattr(torch, spec.dtype), spec.out_features, spec.in_features, spec.experts
+    stack = weights(experts * n * len(spec.streams), k, values, 2e3, g)
+    packed = pack_linear(stack, spec.group_size, "triton", "rtn")
+    exact = packed.dequantize(torch.float64).unflatten(0, (experts, -1))
+    spec = dataclasses.replace(spec, parameter_dtype=str(packed.scale_zero.dtype).removeprefix("torch."))
+    unread = torch.tensor([e not in expert for e in range(experts)])
+    packed.scale_zero.unflatten(0, (experts, -1))[unread] = float("nan")
+    x = (torch.randn(len(expert), k, generator=g) * (1e-4 if values == "extreme" else 1.0)).to(dtype)
+    chosen = {"expert": torch.tensor(expert)}
+    if not spec.row_by_row:
+        chosen = rows_by_expert(chosen["expert"], experts, spec.blocks(len(expert)), spec.tile.block_m)
+    pairs = packed.scale_zero.view(torch.int32).squeeze(-1)
+    buffers = {"x": x, "qweight": packed.qweight, "scale_zero": pairs, "y": poisoned((len(expert), n), dtype)}
+    result = run_guarded(spec, len(expert), device, **buffers, **chosen)["y"]
+    for row, e in enumerate(expert):
+        if not 0 <= e < experts:
+            assert not result[row].any(), "a row without an expert"
+            continue
+        h = x[row : row + 1].double()
+        expected = reference.linear(h, exact[e], activation=spec.activation, gated=spec.gated)
+        assert_close(result[row : row + 1], expected, linear_magnitude(spec, h, exact[e], None, None))
 
 
 def linear_magnitude(spec: LinearSpec, h, weight, bias, residual) -> torch.Tensor:

@@ -2,11 +2,14 @@
 
 import pytest
 import torch
+from hypothesis import given
+from hypothesis import strategies as st
 
 from river_compile.kernels import ops  # noqa: F401  (registers torch.ops.river)
-from river_compile.kernels.quant.layouts import pack_linear
+from river_compile.kernels.quant.grid import quantize
+from river_compile.kernels.quant.layouts import pack_linear, pack_stack
 from tests.kernels import reference
-from tests.kernels.harness import TOLERANCE
+from tests.kernels.harness import TOLERANCE, examples
 
 river = torch.ops.river
 G = torch.Generator().manual_seed(0)
@@ -18,6 +21,11 @@ def random(*shape: int, dtype: torch.dtype = torch.float32) -> torch.Tensor:
 
 def packed(n: int, k: int, layout: str, group: int = 32):
     return pack_linear(random(n, k) / k**0.5, group, layout, "rtn")
+
+
+def stacked(experts: int, n: int, k: int, layout: str, group: int = 32):
+    grid = quantize(random(experts * n, k) / k**0.5, group, "rtn").rounded(torch.bfloat16)
+    return pack_stack(grid, layout, experts)
 
 
 LAYOUTS = pytest.mark.parametrize("layout", ["triton", "plain"])
@@ -40,6 +48,8 @@ def sample_calls():
         calls[f"linear gated {name}"] = (x, *weights, random(2, 1, 12), *norm, "silu", True)
     for layout in ("dense", "triton"):
         calls[f"linear 16 bits {layout}"] = (x, random(24, 64), None, None, 24, 0, layout, None, *norm)
+        stack, chosen = stacked(3, 16, 64, name), torch.tensor([2, 0, 2, -1])
+        calls[f"experts {name}"] = (random(4, 64), stack.qweight, stack.scale_zero, chosen, 16, 32, name)
     k_cache, v_cache = caches()
     cos, sin = random(1, 1, 16), random(1, 1, 16)
     slot = torch.tensor([3])
@@ -129,7 +139,37 @@ def test_filling_and_attending_a_strided_cache_step_by_step():
         torch.testing.assert_close(out.double(), expected, atol=1e-6, rtol=1e-5)
 
 
+@pytest.mark.parametrize("layout", ["triton", "plain", "aten_cpu"])
+@pytest.mark.parametrize("rows", [0, 1, 5, 40])
+def test_each_row_meets_its_expert(rows, layout):
+    """Rows of one expert in any place, experts that no row chose (which hold NaN), and rows without an expert."""
+    stack, x = stacked(6, 24, 96, layout), random(rows, 96)
+    expert = torch.randint(-1, 5, (rows,), generator=G)
+    exact = stack.dequantize(torch.float64).view(6, 24, 96)
+    stack.scale_zero[5] = float("nan")
+    y = river.experts(x, stack.qweight, stack.scale_zero, expert, 24, 32, layout)
+    expected = torch.einsum("mnk,mk->mn", exact[expert], x.double()) * (expert >= 0)[:, None]
+    tolerance = TOLERANCE[torch.bfloat16 if layout == "aten_cpu" else torch.float32]
+    assert y.shape == (rows, 24)
+    torch.testing.assert_close(y.double(), expected, rtol=0, atol=tolerance * 3)
+
+
+@given(st.integers(0, 2**20), st.integers(1, 4), st.integers(1, 40), st.sampled_from([32, 64]))
+@examples(15)
+def test_a_stack_holds_the_grid_that_it_was_packed_from(seed, experts, n, group):
+    """Every layout gives back the integers, scales and zeros of all its matrices; scales too large for float16 too."""
+    weight = torch.randn(experts * n, 2 * group, generator=torch.Generator().manual_seed(seed))
+    weight[: n * (seed % 2)] *= 1e6
+    grid = quantize(weight, group, "rtn").rounded(torch.bfloat16)
+    for layout in ("triton", "plain", "aten_cpu", "native"):
+        found = pack_stack(grid, layout, experts).unpack()
+        assert all(torch.equal(getattr(found, part), getattr(grid, part)) for part in ("q", "scale", "zero"))
+
+
 def test_what_the_operators_refuse():
+    stack = stacked(3, 16, 64, "triton")
+    with pytest.raises(ValueError, match=r"it was given x \(2, 64\), expert \(3,\) and qweight \(3, 16, 8\)"):
+        river.experts(random(2, 64), stack.qweight, stack.scale_zero, torch.tensor([0, 1, 2]), 16, 32, "triton")
     p, x = packed(24, 64, "triton"), random(1, 64)
     with pytest.raises(ValueError, match="layout='rows' is not allowed; choose one of 'triton', 'plain'"):
         river.linear(x, p.qweight, p.scale_zero, None, 24, 32, "rows")

@@ -1,7 +1,8 @@
 """Tiny randomly initialised causal language models of many families, for tests that need structure but no sense.
 
 Every model has hidden size 64, a vocabulary of 128, and matrix dimensions divisible by 32, so that groups of 32
-exist. Weights are drawn anew from a seed (`tools.families.tiny.draw_weights`). Sliding windows are 8 tokens long,
+exist. Weights are drawn anew from a seed: matrices about keep the scale of their input, biases are not zero, norm
+weights are not one, so a dropped bias or a forgotten norm changes the logits. Sliding windows are 8 tokens long,
 shorter than most prompts in the tests. Generation never ends early (no end-of-sequence token).
 
 These models say nothing about quality or speed; `tools/models.py` has real ones for that.
@@ -16,11 +17,10 @@ import torch
 import transformers
 from transformers import AutoModelForCausalLM, PretrainedConfig, PreTrainedModel
 
-from tools.families.tiny import draw_weights
-
 VOCABULARY = 128
 HIDDEN = 64
 SLIDING_WINDOW = 8
+MATRIX_GAIN = 1.6  # above one, so that blocks outweigh the embedding and attention prefers some tokens
 
 # Fields that most families spell alike. Four query heads share two KV heads.
 COMMON = {
@@ -107,25 +107,46 @@ CONFIGS: dict[str, Callable[[int], PretrainedConfig]] = {
 }
 
 
+# Families of which single tests want one: experts that are interleaved, transposed and biased, beside sinks; experts
+# shared by all tokens, beside latent attention; and experts that each have rows of their own.
+MORE_CONFIGS: dict[str, Callable[[int], PretrainedConfig]] = {
+    "gpt_oss": _alternating("GptOssConfig", head_dim=16, num_local_experts=4, num_experts_per_tok=2),
+    "deepseek_v3": _common(
+        "DeepseekV3Config", num_key_value_heads=4, moe_intermediate_size=64, n_routed_experts=4, num_experts_per_tok=2,
+        n_group=2, topk_group=1, first_k_dense_replace=0, q_lora_rank=32, kv_lora_rank=32, qk_rope_head_dim=16,
+        qk_nope_head_dim=16, v_head_dim=16,
+    ),
+    "llama4": _common(
+        "Llama4TextConfig", head_dim=16, num_local_experts=4, num_experts_per_tok=1, intermediate_size=64,
+        intermediate_size_mlp=64,
+    ),
+}  # fmt: skip
+
+
 def make(
     name: str,
     dtype: torch.dtype = torch.float32,
     seed: int = 0,
     layers: int = 4,
     attention: str | None = None,
+    experts: str | None = None,
 ) -> PreTrainedModel:
     """Builds a model in eval mode; the same arguments give the same weights.
 
     Args:
-        name: a key of `FAMILIES`.
+        name: a key of `FAMILIES` or of `MORE_CONFIGS`.
         dtype: dtype of the weights, which are drawn in float32 and rounded.
         seed: of the weights.
         layers: number of decoder blocks.
         attention: transformers' attention implementation, ``"sdpa"`` or ``"eager"``; None takes the family's default.
+        experts: transformers' implementation of experts, ``"grouped_mm"``, ``"batched_mm"`` or ``"eager"``.
     """
-    config = CONFIGS[name](layers)
-    model = AutoModelForCausalLM.from_config(config, dtype=torch.float32, attn_implementation=attention)
-    draw_weights(model, seed)
+    config = {**CONFIGS, **MORE_CONFIGS}[name](layers)
+    chosen = {} if experts is None else {"experts_implementation": experts}
+    with torch.random.fork_rng():  # (some families draw biases, to which the weights below are added)
+        torch.manual_seed(seed)
+        model = AutoModelForCausalLM.from_config(config, dtype=torch.float32, attn_implementation=attention, **chosen)
+    _draw_weights(model, seed)
     model.generation_config.eos_token_id = None
     model.generation_config.pad_token_id = 0
     return model.to(dtype).eval()
@@ -133,11 +154,30 @@ def make(
 
 FAMILIES: dict[str, Callable[[], PreTrainedModel]] = {name: partial(make, name) for name in CONFIGS}
 
-# With a static cache: MPT's code breaks the graph inside every block, so no piece of it holds a decoder.
-REFUSED = {"mpt": "no decoder blocks"}
+# MPT's code breaks the graph inside every block, so no piece of it holds a decoder.
+REFUSED = {"mpt": "no decoder blocks: the graph holds no list of two or more modules of one class"}
 REWRITTEN = [name for name in FAMILIES if name not in REFUSED]
 
 
 def prompt(length: int = 12, batch: int = 1, seed: int = 0) -> torch.Tensor:
     """Returns random token ids ``[batch, length]`` without the padding token."""
     return torch.randint(1, VOCABULARY, (batch, length), generator=torch.Generator().manual_seed(seed))
+
+
+@torch.no_grad()
+def _draw_weights(model: PreTrainedModel, seed: int) -> None:
+    """Replaces every parameter: see the module's docstring for the scales."""
+    generator = torch.Generator().manual_seed(seed)
+    embeddings = {id(module.weight) for module in model.modules() if isinstance(module, torch.nn.Embedding)}
+    transposed = {
+        id(module.weight) for module in model.modules() if isinstance(module, transformers.pytorch_utils.Conv1D)
+    }
+    for parameter in model.parameters():
+        noise = torch.randn(parameter.shape, generator=generator)
+        if parameter.dim() == 1:  # biases start at zero, norm weights at one (or at zero, meaning one)
+            parameter.add_(noise, alpha=0.2)
+        elif id(parameter) in embeddings:
+            parameter.copy_(noise * 0.1)
+        else:
+            fan_in = parameter.shape[0 if id(parameter) in transposed else -1]
+            parameter.copy_(noise * MATRIX_GAIN * fan_in**-0.5)

@@ -9,6 +9,7 @@ from torch import Tensor
 
 from river_compile import river
 from river_compile.exits import forced_depth
+from river_compile.lowering.choose import Lowering
 from tests.support.decoding import cache_argument, new_cache
 from tests.support.families import VOCABULARY, make, prompt
 
@@ -20,10 +21,11 @@ class TracedStep:
         family: see `tests.support.families`.
         seed: of the weights.
         layers: number of decoder blocks.
+        experts: as `tests.support.families.make` takes it.
     """
 
-    def __init__(self, family: str = "llama", seed: int = 0, layers: int = 2) -> None:
-        self.model = make(family, layers=layers, seed=seed)
+    def __init__(self, family: str = "llama", seed: int = 0, layers: int = 2, experts: str | None = None) -> None:
+        self.model = make(family, layers=layers, seed=seed, experts=experts)
         self._parameters = {p.data_ptr(): p for p in self.model.parameters()}
         cache = new_cache(self.model, "static")
         held = {"use_cache": True, cache_argument(self.model): cache}
@@ -34,13 +36,27 @@ class TracedStep:
             step(input_ids=prompt(1, seed=1), position_ids=torch.tensor([[9]]), **held)
 
     @torch.no_grad()
-    def run(self, depth: int = 0, **options) -> Tensor:
-        """Rewrites the step with these options, leaves after `depth` blocks and returns the logits ``[1, 1, V]``."""
+    def run(self, depth: int = 0, lowering: Lowering | None = None, **options) -> Tensor:
+        """Rewrites the step with these options, leaves after `depth` blocks and returns the logits ``[1, 1, V]``.
+
+        `lowering` takes the place of the one that the options choose.
+        """
+        return self.run_on(self._fresh({}), depth, lowering, **options)
+
+    @torch.no_grad()
+    def run_on(self, inputs: list, depth: int = 0, lowering: Lowering | None = None, **options) -> Tensor:
+        """Like `run`, on inputs of the caller."""
         settings = {"lowering": "eager", "group_size": 32, "first_exit": 1, "threshold": -1.0}
-        inputs = self._fresh({})
-        executor = river(self._graph, inputs, options={**settings, **options})
+        executor = river(self._graph, inputs, options={**settings, **options}, lowering=lowering)
         with forced_depth(depth):
             return _logits(executor(*inputs))
+
+    def written(self, **options) -> dict[int, Tensor]:
+        """Runs the step (see `run`) and returns what it wrote to, by the input's number."""
+        inputs, before = self._fresh({}), self._fresh({})
+        self.run_on(inputs, **options)
+        tensors = {i: value for i, value in enumerate(inputs) if isinstance(value, Tensor)}
+        return {i: value for i, value in tensors.items() if not torch.equal(value, before[i])}
 
     @torch.no_grad()
     def rewrite(self, mode: str) -> None:

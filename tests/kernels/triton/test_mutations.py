@@ -1,5 +1,6 @@
 """Breaks generated kernels by hand and shows that the checks notice: the tests of the tests."""
 
+import dataclasses
 import re
 
 import pytest
@@ -9,10 +10,12 @@ from river_compile.kernels.triton.decode_attention import DecodeAttentionSpec
 from river_compile.kernels.triton.exit_score import ExitScoreSpec
 from river_compile.kernels.triton.kv_fill import KvFillSpec
 from river_compile.kernels.triton.linear import LinearSpec, LinearTile
-from tests.kernels.checks import check_attention, check_kv_fill, check_linear, check_nan_never_exits
+from tests.kernels.checks import check_attention, check_experts, check_kv_fill, check_linear, check_nan_never_exits
 
 ROW = LinearSpec(1, 300, 21, LinearTile(8, 128), dtype="float32")
 ROWS = LinearSpec(3, 300, 21, LinearTile(16, 128, 16), dtype="float32")
+STACK = dataclasses.replace(ROW, rows=3, experts=4)
+STACKS = dataclasses.replace(ROWS, rows=None, experts=4)
 FILL = KvFillSpec(2, 2, 1, 48, 6, dtype="float32", rotary_dim=48, rotary_dtype="float32")
 ATTENTION = DecodeAttentionSpec(2, 4, 2, 64, 70, 0.125, dtype="float32", mask=True, splits=2, block=16)
 
@@ -22,6 +25,11 @@ MUTATIONS = {
     "group off by one, rows": (lambda: check_linear(ROWS, 3), r"(scale_zero_ptr .*?) g\b", r"\1 g + 1"),
     "swapped nibbles": (lambda: check_linear(ROW), r"y_word & 0xf\)", "y_high & 0xf)"),
     "swapped nibbles, rows": (lambda: check_linear(ROWS, 3), r"y_word & 0xf\)", "y_high & 0xf)"),
+    "expert off by one": (lambda: check_experts(STACK, [2, 0, 2]), r"(qweight_ptr \+=) expert", r"\1 (3 - expert)"),
+    "expert off by one, rows": (
+        lambda: check_experts(STACKS, [2, 0, 2]), r"(qweight_ptr \+=) expert", r"\1 (3 - expert)"
+    ),
+    "expert past the end": (lambda: check_experts(STACK, [2, 4, 2]), r"expert < 4", "expert < 5"),
     "wrong slot": (lambda: check_kv_fill(FILL, 3), r"tl\.load\(slot_ptr\)", "(tl.load(slot_ptr) + 1)"),
     "slot past the end": (lambda: check_kv_fill(FILL, 6), r"slot < 6\b", "slot < 7"),
     "missing mask of rows": (lambda: check_linear(ROW), r"(tl\.store\(y_ptr .*), mask=n < 21\)", r"\1)"),

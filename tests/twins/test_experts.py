@@ -1,0 +1,153 @@
+"""Twins of mixtures of experts: stacked matrices in 4 bits, of which a token reads those that its router chose."""
+
+from __future__ import annotations
+
+import functools
+
+import pytest
+import torch
+
+from river_compile import block_errors, observe, report, save
+from river_compile.kernels.quant.calibrated import output_energy
+from river_compile.kernels.quant.grid import decibels
+from river_compile.twins.observe import ExpertMoments
+from river_compile.twins.pack import GraphTwins
+from tests.support.families import prompt
+from tests.support.lowerings import FUSED, UNFUSED
+from tests.support.traced import TracedStep
+
+# A family, how its experts are computed, and the matrices that stay in 16 bits.
+MODELS = {
+    "mixtral": ("mixtral", None, []),
+    "qwen3_moe": ("qwen3_moe", "batched_mm", []),
+    "gpt_oss": ("gpt_oss", None, []),
+    "deepseek_v3": ("deepseek_v3", None, ["model.layers.0.mlp.gate.weight", "model.layers.1.mlp.gate.weight"]),
+    "llama4": ("llama4", None, []),
+}
+
+
+@functools.cache
+def traced(name):
+    family, experts, _ = MODELS[name]
+    return TracedStep(family, experts=experts)
+
+
+def dequantized(step):
+    """Returns what twins multiply by, by parameter name, of linears and of stacks."""
+    named = dict(step.model.named_parameters())
+    weights = {}
+    for site in report(step.model).graphs[-1].of(GraphTwins):
+        names = [site.name] if site.experts else [f"{name}.weight" for name in site.name.split("|")]
+        for part, name in zip(site.dequantize().split(site.out_features), names, strict=True):
+            part = part.view(site.experts, -1, site.in_features) if site.experts else part
+            weights[name] = (part.mT if site.transposed else part).to(named[name].dtype)
+    return weights
+
+
+@pytest.mark.parametrize("name", MODELS)
+def test_a_token_through_4_bit_experts(name):
+    """Its logits, and the cache it leaves, are those of the model with dequantized weights, experts' among them."""
+    step = traced(name)
+    plain = step.run(quantizer="none")
+    assert torch.equal(plain, step.reference({}))
+    logits = step.run(quantizer="rtn", lowering=UNFUSED)
+    weights = dequantized(step)
+    stacks = [weight for key, weight in weights.items() if ".experts." in key]
+    assert [w.dim() for w in stacks] == [3, 3, 3, 3]
+    torch.testing.assert_close(logits, step.reference(weights), rtol=1e-4, atol=1e-4)
+    assert (logits - plain).norm() > 0.02 * plain.norm()
+    assert [kept.name for kept in report(step.model).graphs[-1].kept] == MODELS[name][2]
+
+
+@pytest.mark.parametrize("name", MODELS)
+def test_a_token_through_4_bit_experts_fills_the_slots_of_the_plain_model(name):
+    """The same tensors are written, at the same places, with values close to the plain model's."""
+    step = traced(name)
+    plain, quantized = step.written(quantizer="none"), step.written(quantizer="rtn", lowering=UNFUSED)
+    assert plain.keys() == quantized.keys()
+    assert len(plain) >= 4
+    for place, before in plain.items():
+        after = quantized[place]
+        assert torch.equal(before != 0, after != 0)
+        cosine = torch.nn.functional.cosine_similarity(before.double().flatten(), after.double().flatten(), dim=0)
+        assert cosine > 0.9
+
+
+def test_generated_kernels_give_the_same_token():
+    """In Triton's interpreter, by one row after another."""
+    step = traced("gpt_oss")
+    expected = step.run(quantizer="rtn", lowering=UNFUSED)
+    actual = step.run(quantizer="rtn", lowering=FUSED)
+    torch.testing.assert_close(actual, expected, rtol=1e-3, atol=1e-3)
+
+
+@pytest.mark.parametrize(("name", "quantizer"), [("gpt_oss", "gptq"), ("llama4", "awq")])
+def test_what_experts_read_makes_their_outputs_better(name, quantizer):
+    """Each expert's moments are its own tokens'; outputs on the text err less than those of the nearest integers."""
+    step = traced(name)
+    text = [prompt(60, 2, seed=i) for i in range(2)]
+    observed = observe(step.model, inputs=text, progress=False)
+    stack = step.model.get_parameter(next(n for n, p in step.model.named_parameters() if p.dim() == 3))
+    moments = observed.moments_of_stack(stack)
+    tokens = [moments.of(expert)[1] for expert in range(4)]
+    assert sum(tokens) == 240 * step.model.config.num_experts_per_tok
+    assert min(tokens) > 0
+    step.run(quantizer="rtn")
+    plain = {site.name: site for site in _graph(step) if site.experts}
+    step.run(quantizer=quantizer)
+    for site in (site for site in _graph(step) if site.experts):
+        moments = observed.moments_of_stack(step.model.get_parameter(site.name))
+        weight = step.model.get_parameter(site.name)
+        weight = (weight.mT if site.transposed else weight).detach()
+        signal = noise = 0.0
+        for expert, near in enumerate(plain[site.name].dequantize().view(weight.shape)):
+            inputs, count = moments.of(expert)
+            signal += count * output_energy(weight[expert], inputs)
+            noise += count * output_energy(weight[expert] - near, inputs)
+        assert site.output_sqnr > decibels(signal, noise) + 0.3
+
+
+def test_experts_that_no_token_reached_count_what_the_others_read():
+    moments = ExpertMoments(3, 4)
+    x = torch.randn(6, 4)
+    moments.add(0, x[:2])
+    moments.add(2, x[2:])
+    torch.testing.assert_close(moments.of(1)[0], x.T @ x / 6)
+    assert [moments.of(expert)[1] for expert in range(3)] == [2, 0, 4]
+
+
+def test_experts_are_saved_and_read(tmp_path):
+    """An artifact holds the matrices of stacks, transposed ones too, and gives the same bytes and logits."""
+    first = traced("gpt_oss")
+    logits = first.run(quantizer="rtn")
+    save(first.model, tmp_path / "twins")
+    second = TracedStep("gpt_oss")
+    assert torch.equal(second.run(quantizer="rtn", artifact=tmp_path / "twins"), logits)
+    sites = {site.name: site for site in report(second.model).graphs[-1].of(GraphTwins)}
+    assert sum(site.experts == 4 and str(tmp_path) in site.artifact for site in sites.values()) == 4
+
+
+def test_the_error_of_a_block_counts_its_experts():
+    """A block whose experts alone are in 4 bits has a KL of its own."""
+    step = traced("mixtral")
+    step.run(quantizer="rtn")
+    errors = block_errors(step.model, inputs=[prompt(20)], progress=False)
+    assert all(0 < block.kl < 1 for block in errors.blocks)
+
+
+def test_experts_below_the_floor_stay_in_16_bits():
+    step = traced("mixtral")
+    sites = {site.name: site.sqnr for site in _sites(step)}
+    floor = sorted(sites.values())[-2]
+    step.run(quantizer="rtn", min_sqnr=floor + 1e-9)
+    kept = {kept.name for kept in report(step.model).graphs[-1].kept}
+    assert kept == {part for name, sqnr in sites.items() if sqnr <= floor for part in name.split("|")}
+
+
+def _sites(step):
+    step.run(quantizer="rtn")
+    return _graph(step)
+
+
+def _graph(step):
+    return report(step.model).graphs[-1].of(GraphTwins)
