@@ -2,6 +2,11 @@
 # make test    lint, type check and all tests              make clean   remove what make built here
 # make gpu     on a machine with a GPU, under ten minutes: the tests that need one, then decode speed against its
 #              targets (gpu.json). Needs no download once the environment is there. Without a GPU, see docs/cuda.md.
+# make compat  a short core of the tests with the oldest and newest versions of Python, torch and transformers, each in a
+#              fresh environment (5 GB of disk while it runs; "not available here" where a Python is missing)
+# make soak    random cases for an hour: calls against the plain model, damaged files, kills, threads, memory
+# make families    every causal language model of transformers, tiny, against the plain model: writes docs/models.md.
+#              An hour or more; a stopped run goes on where it was. ARGS="--only llama mpt" tries these again.
 #
 # Variables: PYTHON (3.10 or newer; makes the virtual environment), VENV (its folder), RIVER_COMPILE_CACHE (the folder
 # of converted models and generated kernels), ARGS (arguments of the demo or the benchmark, as in
@@ -18,7 +23,7 @@ CREATED := $(VENV)/.created
 FOR_DEMO := $(VENV)/.installed-demo
 FOR_TEST := $(VENV)/.installed-test
 
-.PHONY: help demo test bench gpu clean
+.PHONY: help demo test bench families gpu compat soak clean
 .DELETE_ON_ERROR:
 
 help:
@@ -37,10 +42,19 @@ test: $(FOR_TEST)
 bench: $(FOR_DEMO)
 	$(IN_VENV) -m benchmarks.decode $(ARGS)
 
+families: $(FOR_TEST)
+	$(IN_VENV) -m tools.families $(ARGS)
+
 gpu: $(FOR_TEST)
 	@$(IN_VENV) tools/check_gpu.py
 	$(IN_VENV) -m pytest -m gpu
 	$(IN_VENV) -m benchmarks.decode --device cuda --random llama-3.2-1b llama-3.1-8b --json gpu.json $(ARGS)
+
+soak: $(FOR_TEST)
+	$(IN_VENV) -m tools.soak $(ARGS)
+
+compat:
+	$(PYTHON) -m tools.compat $(ARGS)
 
 clean:
 	rm -rf $(VENV) build dist *.egg-info .pytest_cache .ruff_cache .mypy_cache .hypothesis

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import inspect
 import statistics
 import time
 
@@ -18,6 +17,7 @@ from benchmarks.roofline import Roofline, depth_name
 from river_compile import Report, report
 from river_compile.cudagraphs.device import CaptureLog
 from river_compile.exits import forced_depth
+from river_compile.hf_cache import cache_argument, crop
 from tools.timing import generate
 
 _WARM_UP = 4  # tokens: the first runs, the second is captured
@@ -103,8 +103,7 @@ class Loop:
         self._device = next(model.parameters()).device
         slots = context + new_tokens
         self._cache = StaticCache(config=model.config, max_cache_len=slots) if static else DynamicCache()
-        name = "cache" if "cache" in inspect.signature(model.forward).parameters else "past_key_values"
-        self._held = {name: self._cache, "use_cache": True}
+        self._held = {cache_argument(model): self._cache, "use_cache": True}
         self._prompt = torch.randint(model.config.vocab_size, (1, context), device=self._device)
         position = torch.arange(slots, device=self._device)
         self._masks = position[:, None] >= position  # [slots, slots]: as `generate` makes them, over the whole cache
@@ -147,7 +146,7 @@ class Loop:
             ids = self._call(ids, position)[:, -1:].argmax(-1)
         self._synchronize()
         seconds = time.perf_counter() - start
-        self._cache.crop(-tokens)
+        crop(self._cache, tokens)
         return seconds
 
     def _call(self, ids: Tensor, start: int) -> Tensor:

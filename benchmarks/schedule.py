@@ -28,6 +28,7 @@ from river_compile.cudagraphs.partition import Unit
 from river_compile.cudagraphs.recorder import Event
 from river_compile.cudagraphs.runner import CapturedRunner
 from river_compile.exits import Memory, Similarity
+from river_compile.hf_cache import cache_argument
 from river_compile.kernels.tools.shapes import ModelShape
 from river_compile.runtime.executor import RiverExecutor, on_step
 from river_compile.runtime.runner import Step
@@ -136,9 +137,8 @@ def step(model: PreTrainedModel, cache: StaticCache, watch: Watch, depth: int) -
     cache.reset()
     ids = torch.ones(1, _PROMPT, dtype=torch.long)
     watch.executor.policy = replace(watch.executor.policy, criterion=LeavesAt(depth))
-    model.generate(
-        ids, attention_mask=torch.ones_like(ids), cache=cache, max_new_tokens=2, min_new_tokens=2, do_sample=False
-    )
+    settings = {"attention_mask": torch.ones_like(ids), "max_new_tokens": 2, "min_new_tokens": 2, "do_sample": False}
+    model.generate(ids, **settings, **{cache_argument(model): cache})
     return watch.events
 
 

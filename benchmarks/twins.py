@@ -31,8 +31,9 @@ import river_compile
 from benchmarks import common
 from benchmarks.quality.entries import of_cache
 from benchmarks.texts import CALIBRATION, MEASURED, Answer, answers
-from river_compile.calibration.evaluate import cache_argument, compiled
+from river_compile.calibration.evaluate import compiled
 from river_compile.exits import forced_depth
+from river_compile.hf_cache import cache_argument
 from river_compile.kernels.portable import token_kl
 from river_compile.kernels.quant.calibrated import output_sqnr_db
 from river_compile.state import GraphRecord, find_state

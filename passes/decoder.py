@@ -17,7 +17,19 @@ from collections.abc import Iterator
 import torch
 from torch import fx
 
-from .nodes import ancestors, clean_path, is_hidden, memory_of, mutated_inputs, rank, value_of
+from .nodes import (
+    ENTER_AUTOCAST,
+    EXIT_AUTOCAST,
+    ancestors,
+    called,
+    clean_path,
+    is_hidden,
+    memory_of,
+    mutated_inputs,
+    rank,
+    read_by,
+    value_of,
+)
 from .program import Block, DecoderPlan, KVSlot, Refusal
 
 # `...layers.5`, `...layers[5]` and `getattr(...layers, '5')` all name child 5 of a module list.
@@ -81,27 +93,43 @@ def _assign_parts(graph: fx.Graph, list_path: str, num_blocks: int) -> dict[fx.N
     written = {memory_of(m) for node in graph.nodes for m in mutated_inputs(node)}
     part_of: dict[fx.Node, int] = {}
     reached = 0
-    for node in graph.nodes:
-        if node.op in ("placeholder", "output"):
-            continue
-        before = max((part_of.get(a, 0) for a in node.all_input_nodes), default=0)
-        child = next(_children(node, list_path), None)
-        if child is not None:
-            part = child[0] + 1
+    for nodes in _inseparable(graph):
+        read = read_by(nodes)
+        before = max((part_of.get(a, 0) for a in read), default=0)
+        children = {index for node in nodes for index, *_ in itertools.islice(_children(node, list_path), 1)}
+        if len(children) > 1:
+            return Refusal(
+                "autocast changes around several blocks at once; put it around the whole model", nodes[0].name
+            )
+        if children:
+            part = max(children) + 1
             if part < max(before, reached):
                 return Refusal(
                     f"the blocks do not run one after the other: block {part - 1} follows block {reached - 1}",
-                    node.name,
+                    nodes[0].name,
                 )
             reached = part
-        elif before == 0 and written.isdisjoint(map(memory_of, node.all_input_nodes)):
+        elif before == 0 and written.isdisjoint(map(memory_of, read)):
             part = 0  # depends on the inputs alone: it may as well run first
         elif before == num_blocks or (reached == num_blocks and before):
             part = num_blocks + 1
         else:
             part = max(before, reached)
-        part_of[node] = part
+        part_of |= dict.fromkeys(nodes, part)
     return part_of
+
+
+def _inseparable(graph: fx.Graph) -> Iterator[list[fx.Node]]:
+    """Yields the operations in order: each alone, those between a change of autocast and its end together."""
+    together: list[fx.Node] = []
+    depth = 0
+    for node in graph.nodes:
+        if node.op not in ("placeholder", "output"):
+            together.append(node)
+            depth += called(node, ENTER_AUTOCAST) - called(node, EXIT_AUTOCAST)
+            if not depth:
+                yield together
+                together = []
 
 
 def _hidden_flows(part_of: dict[fx.Node, int], num_blocks: int) -> tuple[fx.Node, ...] | Refusal:

@@ -62,6 +62,18 @@ def call(target: Callable, arguments: tuple, value: object, like: fx.Node, **kwa
     return node
 
 
+def in_dtype_of(product: fx.Node, operand: fx.Node) -> fx.Node:
+    """Returns a floating operand in the dtype of a product's result, any other as it is.
+
+    Autocast casts operands without a node of the graph; what takes the product's place needs one. `operand` is a traced
+    node, or a new placeholder that stands for a parameter.
+    """
+    dtype, value = value_of(product).dtype, value_of(operand)
+    if not value.is_floating_point() or value.dtype == dtype:
+        return operand
+    return call(torch.Tensor.to, (operand, dtype), value.to(dtype), product)
+
+
 def reshaped(node: fx.Node, like: fx.Node) -> fx.Node:
     """Returns a node in the shape of another one."""
     if shape(node) == shape(like):

@@ -25,7 +25,7 @@ from torch import Tensor, fx
 from river_compile.kernels import ops  # noqa: F401  (registers river::experts)
 from river_compile.kernels.quant.grid import fitting_group_size
 
-from .edits import add_placeholders, call, drop_unused, reshaped
+from .edits import add_placeholders, call, drop_unused, in_dtype_of, reshaped
 from .nodes import called, input_name, is_parameter, is_tensor, rank, shape, value_of
 from .program import LinearSite
 
@@ -104,6 +104,7 @@ def replace_expert_product(graph: fx.Graph, product: ExpertProduct, site: Linear
     with graph.inserting_before(node):
         if rank(x) != 2:
             x = call(torch.reshape, (x, (-1, in_features)), value_of(x).new_empty((many, in_features)), node)
+        x = in_dtype_of(node, x)
         chosen = value_of(x).new_empty((many,), dtype=torch.int64)
         expert = call(product.expert, (x, product.route, experts), chosen, node)
         arguments = (x, qweight, scale_zero, expert, out_features, site.group_size, site.layout)

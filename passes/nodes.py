@@ -10,7 +10,7 @@ import functools
 import inspect
 import operator
 import re
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import dataclass
 from typing import Any, TypeGuard
 
@@ -19,6 +19,7 @@ import torch.nn.functional as F
 from torch import Tensor, fx
 from torch.fx.node import Argument
 
+ENTER_AUTOCAST, EXIT_AUTOCAST = torch.amp.autocast_mode._enter_autocast, torch.amp.autocast_mode._exit_autocast
 _FRAME = re.compile(r'File "(?P<file>[^"]+)", line (?P<line>\d+)')
 _RESHAPES = (torch.reshape, Tensor.view, torch.flatten, torch.unsqueeze, torch.squeeze)
 # Functions that can work in place. In the normal form the last argument says whether they do.
@@ -150,6 +151,12 @@ def closure(nodes: Iterable[fx.Node], neighbours: Callable[[fx.Node], Iterable[f
 def ancestors(nodes: Iterable[fx.Node]) -> set[fx.Node]:
     """Returns the nodes and everything that they are computed from."""
     return closure(nodes, lambda node: node.all_input_nodes)
+
+
+def read_by(nodes: Sequence[fx.Node]) -> list[fx.Node]:
+    """Returns what nodes read of others, in order of appearance."""
+    inside = set(nodes)
+    return list(dict.fromkeys(a for n in nodes for a in n.all_input_nodes if a not in inside))
 
 
 def module_path(node: fx.Node) -> str:

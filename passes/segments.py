@@ -18,7 +18,7 @@ import torch
 from torch import fx
 from torch.fx.experimental.symbolic_shapes import free_symbols
 
-from .nodes import value_of
+from .nodes import read_by, value_of
 from .program import DecoderPlan, Refusal, RiverProgram, Segment
 
 _SYMBOL = re.compile(r"\b[su]\d+\b")
@@ -42,12 +42,6 @@ def _cut(plan: DecoderPlan, part: int, kind: str) -> Segment:
     inside = set(nodes)
     outputs = [n for n in nodes if not inside.issuperset(n.users)]
     return Segment(kind, part, subgraph(plan.graph_module, nodes, inputs, outputs), tuple(inputs), tuple(outputs))
-
-
-def read_by(nodes: Sequence[fx.Node]) -> list[fx.Node]:
-    """Returns what nodes read of others, in order of appearance."""
-    inside = set(nodes)
-    return list(dict.fromkeys(a for n in nodes for a in n.all_input_nodes if a not in inside))
 
 
 def subgraph(

@@ -18,7 +18,7 @@ from torch import fx
 from river_compile.kernels.portable import grouped_attention, one_row_linear
 from river_compile.passes.fusion.recognise import before_repeat
 
-from .edits import drop_unused
+from .edits import drop_unused, in_dtype_of
 from .nodes import Sdpa, as_sdpa, rank, shape, value_of
 from .program import RiverProgram
 
@@ -29,7 +29,9 @@ def simplify_attention(graph: fx.Graph) -> None:
         found = _plain_attention(node)
         if found is not None and shape(found.q)[2] == 1:
             node.target = grouped_attention
-            node.args = (found.q, before_repeat(found.k), before_repeat(found.v), found.mask, found.scale)
+            with graph.inserting_before(node):
+                q = in_dtype_of(node, found.q)
+            node.args = (q, before_repeat(found.k), before_repeat(found.v), found.mask, found.scale)
             node.kwargs = {}
             for repeated in (found.k, found.v):
                 drop_unused(repeated)
@@ -40,6 +42,8 @@ def simplify_linears(graph: fx.Graph) -> int:
     linears = graph.find_nodes(op="call_function", target=torch.nn.functional.linear)
     one_row = [n for n in linears if value_of(n.args[0]) is not None and set(shape(n.args[0])[:-1]) == {1}]
     for node in one_row:
+        with graph.inserting_before(node):
+            node.args = (in_dtype_of(node, node.args[0]), *node.args[1:])
         node.target = one_row_linear
     return len(one_row)
 
@@ -55,14 +59,17 @@ def batch_invariant(program: RiverProgram) -> RiverProgram:
 
 def keep_rows(graph: fx.Graph, grown: bool) -> None:
     """Makes a segment's rows independent of the width of the pass; `grown`: the KV cache is a dynamic one."""
-    for node in graph.nodes:
+    for node in list(graph.nodes):
         found = _plain_attention(node)
-        if node.target is torch.nn.functional.linear and rank(node.args[0]) == 3:
-            node.target = torch.ops.river.batch_invariant_linear.default
-        elif found is not None:
-            node.target = torch.ops.river.batch_invariant_attention.default
-            node.args = (found.q, found.k, found.v, found.mask, found.scale, found.enable_gqa, grown)
-            node.kwargs = {}
+        with graph.inserting_before(node):
+            if node.target is torch.nn.functional.linear and rank(node.args[0]) == 3:
+                node.target = torch.ops.river.batch_invariant_linear.default
+                node.args = tuple(n and in_dtype_of(node, n) for n in node.args)
+            elif found is not None:
+                node.target = torch.ops.river.batch_invariant_attention.default
+                operands = (n and in_dtype_of(node, n) for n in (found.q, found.k, found.v, found.mask))
+                node.args = (*operands, found.scale, found.enable_gqa, grown)
+                node.kwargs = {}
 
 
 def _plain_attention(node: fx.Node) -> Sdpa | None:

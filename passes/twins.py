@@ -19,7 +19,7 @@ from torch import fx
 from river_compile.kernels import ops  # noqa: F401  (registers river::linear)
 from river_compile.kernels.quant.grid import GROUP_SIZES, fitting_group_size
 
-from .edits import add_placeholders, call
+from .edits import add_placeholders, call, in_dtype_of
 from .experts import ExpertProduct, as_expert_product, replace_expert_product
 from .input_scales import InputScale, find_input_scale, scale_inputs
 from .nodes import Linear, as_linear, called, input_name, is_parameter, is_tensor, mutated_inputs, rank, value_of
@@ -135,8 +135,10 @@ def _twin(block: Segment, kind: str, how: Twinning, keep: Mapping[str, str]) -> 
     written = {source_of.get(mutated) for node in graph.nodes for mutated in mutated_inputs(node)}
     known = {*kept, *written, *(weight for site in sites for weight in site.weights)}
     for node in block.inputs:  # (Dynamo marks KV caches as parameters too; those are written)
-        if is_parameter(node) and value_of(node).dim() >= 2 and node not in known and not _is_table(node):
-            reason = f"a weight of shape {tuple(value_of(node).shape)} that no plain linear layer reads"
+        value = value_of(node)
+        matrix = is_parameter(node) and value.dim() >= 2 and value.is_floating_point()
+        if matrix and node not in known and not _is_table(node):
+            reason = f"a weight of shape {tuple(value.shape)} that no plain linear layer reads"
             kept[node] = KeptLinear(input_name(node), reason)
     for node in reversed(list(graph.nodes)):
         if not node.users and (node.op == "placeholder" or node.target is torch.t):
@@ -190,15 +192,19 @@ def _replace(graph: fx.Graph, product: _Product, index: int) -> None:
     names = ["qweight", "scale_zero", *(["bias"] if site.has_bias else [])]
     scaled = [f"scaled_{i}" for i in range(max(1, len(site.folds)))] if scale else []
     new = add_placeholders(graph, [f"river_{index}_{name}" for name in (*names, *scaled)])
-    bias = new[2] if site.has_bias else None
     first, features = linears[0].node, sum(site.out_features)
     current = as_linear(first)
     assert current is not None  # (the input may be another one than when it was listed)
     before = current.x
     x = scale_inputs(before, scale, new[len(names) :]) if scale else before
+    bias = next((linear.bias for linear in linears if linear.bias), None)
     with graph.inserting_before(first):
+        x = in_dtype_of(first, x)
+        if bias is not None:
+            new[2].meta["example_value"] = value_of(bias).new_empty((features,))
+            bias = in_dtype_of(first, new[2])
         arguments = (x, new[0], new[1], bias, features, site.group_size, site.layout)
-        value = value_of(before).new_empty((*value_of(before).shape[:-1], features))
+        value = value_of(first).new_empty((*value_of(first).shape[:-1], features))
         merged = call(torch.ops.river.linear.default, arguments, value, first)
         results = [merged]
         if len(linears) > 1:

@@ -1,7 +1,8 @@
 """The TorchDynamo backend: a traced graph in, something callable out.
 
 A decoder that runs without gradients is rewritten by the passes, its segments are compiled and a RiverExecutor takes
-the graph's place. Every other graph runs as Inductor runs it, with one warning that names the reason.
+the graph's place. Every other graph runs as Inductor runs it (with ``lowering="eager"`` operator by operator), with one
+warning that names the reason.
 """
 
 from __future__ import annotations
@@ -9,6 +10,7 @@ from __future__ import annotations
 import logging
 import warnings
 from collections.abc import Callable, Mapping, Sequence
+from pathlib import Path
 from typing import Any
 
 import torch
@@ -49,8 +51,10 @@ from .config import RiverConfig, check_mode
 from .errors import OptionError, RiverWarning, UnsupportedGraphError
 from .exits import ExitPolicy, Memories
 from .state import GraphRecord, ModelState, find_state, state_of
+from .versions import warn_of_untested
 
 log = logging.getLogger("river_compile")
+warn_of_untested()
 
 
 def river(
@@ -89,12 +93,23 @@ def river(
         program = plan if isinstance(plan, Refusal) else segmented(plan)
     if not isinstance(program, Refusal):
         return _build(program, values, lowering, state, record)
-    record.refusal = str(program)
+    record.refusal = f"{program}{_graph_break(graph_module)}"
     if config.on_unsupported == "raise":
-        raise UnsupportedGraphError(f"backend 'river' cannot rewrite this graph: {program}")
-    warnings.warn(f"backend 'river' leaves a graph to Inductor: {program}", RiverWarning, stacklevel=1)
+        raise UnsupportedGraphError(f"backend 'river' cannot rewrite this graph: {record.refusal}")
+    warnings.warn(f"backend 'river' leaves a graph to Inductor: {record.refusal}", RiverWarning, stacklevel=1)
+    if config.lowering == "eager":
+        return graph_module.forward
     compiled: Any = compile_fx(graph_module, example_inputs, config_patches=inductor_settings(mode))
     return compiled
+
+
+def _graph_break(graph_module: fx.GraphModule) -> str:
+    """Returns where Dynamo broke the model's code, for a graph that is a piece of it for that reason."""
+    why = getattr(graph_module, "compile_subgraph_reason", None)
+    if why is None or not why.graph_break:
+        return ""
+    line = f" ({Path(why.user_stack[-1].filename).name}:{why.user_stack[-1].lineno})" if why.user_stack else ""
+    return f"; Dynamo broke the graph here: {why.reason.partition(chr(10))[0]}{line}"
 
 
 def _guard_model(parameter: fx.Node) -> None:

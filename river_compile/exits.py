@@ -20,6 +20,7 @@ one token.
 from __future__ import annotations
 
 import contextlib
+import sys
 import threading
 from collections import deque
 from collections.abc import Iterator
@@ -32,6 +33,7 @@ from torch.utils.weak import WeakTensorKeyDictionary
 from river_compile.passes.program import DecoderPlan, RiverProgram, Segment
 
 HISTORY = 4  # tokens over which "history" averages
+WHOLE = sys.maxsize  # a forced depth: every block, however many there are
 
 Threshold = float | tuple[float, ...]  # a tuple has one for each depth, see threshold_after
 
@@ -241,14 +243,15 @@ class ExitPolicy:
         return replace(self, threshold=threshold, first_exit=first_exit)
 
     def _check_depth(self, depth: int) -> None:
+        asked = "the whole backbone" if depth == WHOLE else f"depth {depth}"
         if self.deepest is not None and depth > self.deepest:
             raise ValueError(
-                f"depth {depth} was asked for, but this model was compiled with offload={self.deepest} and "
+                f"{asked} was asked for, but this model was compiled with offload={self.deepest} and "
                 "offload_policy='exit': no token goes further; compile it with offload_policy='fetch'"
             )
         if self.fixed_depth not in (None, depth):
             raise ValueError(
-                f"depth {depth} was asked for, but this model was compiled with exit_depth={self.fixed_depth} "
+                f"{asked} was asked for, but this model was compiled with exit_depth={self.fixed_depth} "
                 "and has no other segments; compile it without exit_depth"
             )
 
@@ -268,7 +271,8 @@ def forced_depth(depth: int | None) -> Iterator[None]:
     """Makes every decode step that this thread runs inside leave after `depth` blocks, whatever its exit policy.
 
     Args:
-        depth: blocks to execute, from 0 (all twins) to the number of blocks (the plain model); None forces nothing.
+        depth: blocks to execute, from 0 (all twins) to the number of blocks or `WHOLE` (the plain model); None forces
+            nothing.
 
     Raises (from the decode step):
         ValueError: the program was compiled for one other fixed depth and lacks the segments.

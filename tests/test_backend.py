@@ -79,6 +79,7 @@ def test_a_mode_reaches_inductor():
     assert len(seen) > 2
 
 
+@pytest.mark.core
 @pytest.mark.parametrize("arguments", [{"num_beams": 3}, {"do_sample": True, "top_k": 5}])
 def test_beam_search_and_sampling_run_through_the_river(arguments):
     """Twins that hold the weights as they are give the plain model's text, whose beams and draws change the cache."""
@@ -130,6 +131,19 @@ class TestRefusals:
         with torch.no_grad(), pytest.warns(RiverWarning, match="no decoder blocks") as seen:
             torch.testing.assert_close(compiled(x), mlp(x), rtol=1e-4, atol=1e-5)
         assert len(seen) == 1
+
+    def test_a_graph_that_dynamo_broke_says_where(self):
+        """A piece of a model holds no decoder because the model's code broke the graph: the warning names the line."""
+
+        def broken(x):
+            y = x + 1
+            return y * y.sum().item()
+
+        with (
+            torch.no_grad(),
+            pytest.warns(RiverWarning, match=r"Dynamo broke the graph here: .*\(test_backend.py:\d+\)"),
+        ):
+            torch.compile(broken, backend=river, options=EAGER)(torch.ones(3))
 
     def test_a_graph_that_needs_gradients(self):
         model = make("llama", layers=2)

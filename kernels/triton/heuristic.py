@@ -156,7 +156,10 @@ def tuning_key(spec: LinearSpec) -> str:
 
 def saved_tiles(path: Path) -> dict[str, dict[str, LinearTile]]:
     """Reads a tuning file; a missing one is empty, a damaged one is empty with a warning."""
-    return _read_tiles(path, path.stat().st_mtime_ns) if path.exists() else {}
+    try:
+        return _read_tiles(path, path.stat().st_mtime_ns)
+    except FileNotFoundError:
+        return {}
 
 
 @functools.cache
@@ -164,6 +167,6 @@ def _read_tiles(path: Path, _modified: int) -> dict[str, dict[str, LinearTile]]:
     try:
         devices = json.loads(path.read_text())
         return {d: {key: LinearTile(**tile) for key, tile in tiles.items()} for d, tiles in devices.items()}
-    except (ValueError, TypeError, AttributeError) as error:
+    except (ValueError, TypeError, AttributeError, RecursionError) as error:
         warnings.warn(f"the tuning file {path} cannot be read and is ignored: {error}", stacklevel=3)
         return {}

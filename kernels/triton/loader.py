@@ -9,9 +9,9 @@ Not handled: concurrent interpreted launches. They take turns, since the interpr
 
 from __future__ import annotations
 
+import contextlib
 import functools
 import hashlib
-import importlib.machinery
 import sys
 import threading
 import types
@@ -37,7 +37,7 @@ def source_file(spec: KernelSpec) -> Path:
     """
     source = render(spec)
     path = cache_folder() / "kernels" / f"{spec.family}_{hashlib.sha256(source.encode()).hexdigest()[:16]}.py"
-    if path.exists():
+    with contextlib.suppress(FileNotFoundError):  # (whoever cleans up may come between any two looks)
         if path.read_bytes() == source.encode():
             return path
         warnings.warn(f"the generated kernel {path} was damaged and is rebuilt", stacklevel=2)
@@ -147,9 +147,11 @@ def _options(stage: Stage) -> dict[str, int]:
 
 def _import(path: Path, mode: str) -> types.ModuleType:
     # Triton reads the text of a function through `inspect`, which wants a real file and a module of its own.
+    # Python would keep bytecode beside the file and trust it later, whatever became of it.
     module = types.ModuleType(f"river_compile.kernels.generated.{path.stem}_{mode}")
+    module.__file__ = str(path)
     sys.modules[module.__name__] = module
-    importlib.machinery.SourceFileLoader(module.__name__, str(path)).exec_module(module)
+    exec(compile(path.read_bytes(), path, "exec"), module.__dict__)
     return module
 
 

@@ -27,10 +27,20 @@ from torch._dynamo.source import ConstantSource
 from torch._subclasses.fake_tensor import FakeTensorMode
 from torch.fx.experimental.symbolic_shapes import DimDynamic, ShapeEnv, StatelessSymbolicContext
 
-from river_compile.passes.nodes import ancestors, called, is_parameter, is_tensor, mutated_inputs, rank, value_of
+from river_compile.passes.nodes import (
+    ENTER_AUTOCAST,
+    ancestors,
+    called,
+    is_parameter,
+    is_tensor,
+    mutated_inputs,
+    rank,
+    read_by,
+    value_of,
+)
 from river_compile.passes.pipeline import Pass, each_block
 from river_compile.passes.program import Block, Refusal, RiverProgram, Segment
-from river_compile.passes.segments import graph_lines, read_by, subgraph
+from river_compile.passes.segments import graph_lines, subgraph
 from river_compile.passes.swap_ops import simplify_attention
 
 _EXAMPLE = 5  # tokens of the example inputs; their number is a symbol
@@ -143,6 +153,8 @@ def _obstacle(segment: Segment, block: Block) -> Refusal | None:
         )
     if segment.outputs != (block.hidden_out,):
         return Refusal("it hands on more than its hidden state", block.path)
+    if segment.graph.find_nodes(op="call_function", target=ENTER_AUTOCAST):
+        return Refusal("it changes autocast inside", block.path)
     for node in segment.origins:
         if not is_tensor(node) or not all(isinstance(n, int) for n in value_of(node).shape):
             return Refusal("a size is not fixed", f"{block.path}, {node.name}")

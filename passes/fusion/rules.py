@@ -72,7 +72,7 @@ def fuse_head(view: BlockView) -> fx.Node:
     if is_product(head):
         return _put_linear(head.args, found, head)
     x, weight, bias = head.args
-    fits = is_parameter(weight) and same_dtype(weight, x)
+    fits = is_parameter(weight) and same_dtype(weight, x) and same_dtype(head, x)
     require(fits, "its matrix is not a parameter of the activations' dtype", head)
     return _put_linear((x, weight, None, bias, shape(weight)[0], 0, "triton"), found, head)
 

@@ -14,7 +14,6 @@ from __future__ import annotations
 
 import contextlib
 import copy
-import inspect
 import itertools
 import statistics
 import threading
@@ -30,6 +29,7 @@ from transformers import PreTrainedModel, StaticCache
 
 from river_compile.backend import river
 from river_compile.exits import Criterion, Memories, Memory, Threshold, forced_depth, forced_threshold
+from river_compile.hf_cache import cache_argument
 from river_compile.kernels.portable import token_kl
 from river_compile.runtime.stats import StepRecord
 from river_compile.runtime.trace import trace
@@ -223,11 +223,6 @@ def _contents(layer: object) -> dict[str, Tensor | int]:
     """Returns copies of a cache layer's tensors and lengths."""
     held = {name: value for name, value in vars(layer).items() if isinstance(value, (Tensor, int))}
     return {name: value.clone() if isinstance(value, Tensor) else value for name, value in held.items()}
-
-
-def cache_argument(model: PreTrainedModel) -> str:
-    """Returns how this release of transformers calls the cache: `cache`, and `past_key_values` before."""
-    return "cache" if "cache" in inspect.signature(model.forward).parameters else "past_key_values"
 
 
 def _kind(step: StepRecord) -> Kind:

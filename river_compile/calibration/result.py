@@ -3,15 +3,17 @@
 from __future__ import annotations
 
 import dataclasses
+import hashlib
 import json
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 from river_compile.exits import Threshold, threshold_text
+from river_compile.kernels.files import appearing
 from river_compile.runtime.plots import new_figure, save_figure
 
-VERSION = 2
+VERSION = 3
 _VERDICTS = ((True, "passed", "tab:green"), (False, "failed", "tab:orange"), (None, "pilot texts only", "lightgray"))
 
 
@@ -53,6 +55,11 @@ class Candidate:
 def _candidate(entry: dict[str, Any]) -> Candidate:
     several = isinstance(entry["threshold"], list)
     return Candidate(**{**entry, "threshold": tuple(entry["threshold"])} if several else entry)
+
+
+def _content_hash(content: dict[str, Any]) -> str:
+    """Returns the SHA-256 of a calibration's fields, whatever spaces or order its file has them in."""
+    return hashlib.sha256(json.dumps(content, sort_keys=True).encode()).hexdigest()
 
 
 @dataclass(frozen=True)
@@ -105,9 +112,12 @@ class Calibration:
         )
 
     def save(self, path: str | Path) -> Path:
-        """Writes the calibration as JSON; returns the path."""
+        """Writes the calibration as JSON, with its hash; returns the path. The file appears complete or not at all."""
         path = Path(path)
-        path.write_text(json.dumps({"version": VERSION, **dataclasses.asdict(self)}, indent=1), encoding="utf-8")
+        content = dataclasses.asdict(self)
+        whole = {"version": VERSION, "sha256": _content_hash(content), **content}
+        with appearing(path) as scratch:
+            scratch.write_text(json.dumps(whole, indent=1), encoding="utf-8")
         return path
 
     @classmethod
@@ -115,17 +125,19 @@ class Calibration:
         """Reads what :meth:`save` wrote.
 
         Raises:
-            ValueError: the file is no calibration, or of another version.
+            ValueError: the file cannot be read, is no calibration, of another version, or was changed.
         """
         try:
             content = json.loads(Path(path).read_text(encoding="utf-8"))
             version = content.pop("version")
             if version != VERSION:
                 raise ValueError(f"it has version {version!r}, this release reads {VERSION}")
+            if content.pop("sha256") != _content_hash(content):
+                raise ValueError("it is damaged: its hash differs from the one it states")
             content["chosen"] = _candidate(content["chosen"])
             content["candidates"] = tuple(map(_candidate, content["candidates"]))
             return cls(**content)
-        except (ValueError, KeyError, TypeError, AttributeError) as error:
+        except (OSError, ValueError, KeyError, TypeError, AttributeError, RecursionError) as error:
             raise ValueError(f"{path} is no calibration that can be read ({error}); calibrate again") from error
 
     def plot(self, path: str | Path) -> Path:

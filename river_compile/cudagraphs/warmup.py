@@ -13,6 +13,7 @@ from tqdm import tqdm
 from transformers.cache_utils import Cache
 
 from river_compile.exits import CRITERIA, forced_depth, forced_threshold
+from river_compile.hf_cache import cache_argument
 from river_compile.state import GraphRecord, state_of_model
 
 from .device import CaptureLog
@@ -48,7 +49,7 @@ def warmup(
         raise ValueError(f"warmup needs a cache of {_PROMPT + _STEPS + 1} tokens or more, this one holds {room}")
     ids = torch.ones(batch_size, _PROMPT, dtype=torch.long, device=next(model.parameters()).device)
     settings = {"attention_mask": torch.ones_like(ids), "do_sample": False, "max_new_tokens": _STEPS + 1, **options}
-    settings |= {"min_new_tokens": _STEPS + 1, "cache": cache}
+    settings |= {"min_new_tokens": _STEPS + 1, cache_argument(model): cache}
 
     generate: Any = model.generate
 

@@ -74,8 +74,7 @@ class SegmentCompiler:
         start = time.perf_counter()
         guards_before = len(shape_env.guards)
         if self.lowering == "eager":
-            graph_module = lower_ops(segment.graph)
-            callee, direct = lambda inputs: graph_module(*inputs), True
+            callee, direct = _by_operator(segment), True
         else:
             callee, direct = _compile(segment, packed, self.config_patches)
         guards = tuple(guard.expr for guard in shape_env.guards[guards_before:])
@@ -113,6 +112,16 @@ def inductor_settings(mode: str | None, captured: bool = False) -> dict[str, obj
     """Returns Inductor's settings for a ``mode`` of torch.compile; captured code gets no CUDA graphs of Inductor's."""
     settings = dict(torch._inductor.list_mode_options(mode)) if mode else {}
     return settings | {"triton.cudagraphs": False} if captured else settings
+
+
+def _by_operator(segment: Segment) -> Callee:
+    """Returns a segment's graph as it is, under the autocast in which it was traced (compiled code has its casts)."""
+    graph_module = lower_ops(segment.graph)
+    device = next((v.device.type for v in _examples(segment) if isinstance(v, Tensor)), "cpu")
+    if not torch.is_autocast_enabled(device):
+        return lambda inputs: graph_module(*inputs)
+    autocast = torch.autocast(device, torch.get_autocast_dtype(device), cache_enabled=False)
+    return autocast(lambda inputs: graph_module(*inputs))
 
 
 def _compile(segment: Segment, packed: Sequence[Tensor], config_patches: dict[str, object]) -> tuple[Callee, bool]:

@@ -20,6 +20,7 @@ from transformers.generation import GenerateDecoderOnlyOutput, LogitsProcessorLi
 from transformers.generation.configuration_utils import GenerationMode
 
 from river_compile.errors import OptionError
+from river_compile.hf_cache import cache_argument, cache_of
 from river_compile.kernels.checks import FLAG, integer, number
 
 from .draft import Drafter
@@ -154,7 +155,7 @@ class ExactMode:
             sequences=ids,
             scores=None if loop.scores is None else tuple(loop.scores),
             logits=None if loop.logits is None else tuple(loop.logits),
-            cache=runner.cache,
+            **{cache_argument(model): runner.cache},
         )
 
 
@@ -187,5 +188,5 @@ def _check(
             raise ValueError(f"{name}=True is not available in exact mode; output_scores and output_logits are")
     if synced_gpus:
         raise ValueError("synced_gpus=True is not available in exact mode: processes would run other numbers of passes")
-    if model_kwargs.get("cache") is None:
+    if cache_of(model_kwargs) is None:
         raise ValueError("exact mode needs a KV cache; leave out use_cache=False")

@@ -24,7 +24,8 @@ from transformers.modeling_outputs import CausalLMOutputWithPast
 from river_compile.backend import river
 from river_compile.config import RiverConfig
 from river_compile.errors import RiverWarning
-from river_compile.exits import forced_depth
+from river_compile.exits import WHOLE, forced_depth
+from river_compile.hf_cache import cache_of, cannot_crop, crop, remember_past
 from river_compile.runtime.stats import ExitStats
 from river_compile.state import GraphRecord, state_of_model
 
@@ -95,10 +96,14 @@ class DraftVerifyRunner:
         Raises:
             ValueError: the cache cannot be rewound, or the river backend did not rewrite the model.
         """
-        outputs = self.model._prefill(ids_BS, config, self.model_kwargs, not config.is_assistant)
+        with forced_depth(WHOLE):  # (a prompt of one token, or the rest of one, is a decode step)
+            outputs = self.model._prefill(ids_BS, config, self.model_kwargs, not config.is_assistant)
         self.model_kwargs = self.model._update_model_kwargs_for_generation(outputs, self.model_kwargs)
-        self.cache = self.model_kwargs["cache"]
-        lasting = sorted({type(layer).__name__ for layer in self.cache.layers if not layer.is_croppable})
+        cache = cache_of(self.model_kwargs)
+        assert cache is not None, "exact mode refuses a generation without a cache"
+        self.cache = cache
+        self._filled = int(cache.get_seq_length())  # counted from here on: reading it back would wait
+        lasting = cannot_crop(cache, self._filled + config.max_length - ids_BS.shape[1] - 1)
         if lasting:
             raise ValueError(
                 "exact mode rewinds the KV cache after every draft, and this cache cannot give entries back "
@@ -109,9 +114,9 @@ class DraftVerifyRunner:
         latest = state.graphs[-1]
         _check_paths(latest)
         self.stats = state.of(ExitStats)
-        self.cache.activate_past_recording()  # sliding windows that grow keep what a rewind brings back
-        static = all(isinstance(layer, StaticLayer) for layer in self.cache.layers)
-        self._capacity = self.cache.get_max_length() if static else None
+        remember_past(cache)
+        slots = [layer.max_cache_len for layer in cache.layers if isinstance(layer, StaticLayer)]
+        self._capacity = min(slots) if len(slots) == len(cache.layers) else None
         if self._strict:
             graphs = state.of(_BatchInvariantGraphs)
             key = (dataclasses.replace(latest.config, same_rows=True), latest.mode)
@@ -119,7 +124,6 @@ class DraftVerifyRunner:
                 graphs[key] = BatchInvariantGraph(self.model, latest)
             self._invariant = graphs[key]
             self._verdicts = self._invariant.verdicts.setdefault((ids_BS.shape[0], self._capacity), {})
-        self._filled = int(self.cache.get_seq_length())  # counted from here on: reading it back would wait
         self._kept = self._filled + 1
         return outputs.logits[:, -1:]
 
@@ -154,7 +158,7 @@ class DraftVerifyRunner:
         filler = width - drafted - 1
         if filler:
             ids_BS = torch.cat([ids_BS, ids_BS[:, -1:].expand(-1, filler)], dim=-1)
-        with forced_depth(self.stats.num_blocks):  # (a pass of width 1 is a decode step)
+        with forced_depth(WHOLE):  # (a pass of width 1 is a decode step)
             if self._invariant is not None and width > 1 and width not in self._verdicts:
                 return self._try_out(self._invariant, ids_BS, width)[:, : drafted + 1]
             return self._forward(ids_BS, width, self._invariant)[:, : drafted + 1]
@@ -185,7 +189,7 @@ class DraftVerifyRunner:
         if self._capacity is not None and not slots:
             return
         self._filled -= slots
-        self.cache.crop(-slots)  # (where nothing is freed, this still trims a sliding window that grows)
+        crop(self.cache, slots)  # (where nothing is freed, this still trims a sliding window that grows)
         if self._capacity is None:  # a cropped view has other strides than a grown cache, and graphs depend on them
             for layer in self.cache.layers:
                 layer.keys, layer.values = layer.keys.contiguous(), layer.values.contiguous()

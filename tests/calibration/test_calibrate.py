@@ -131,7 +131,9 @@ def test_a_threshold_for_each_depth_is_chosen_where_it_is_cheapest(model, tmp_pa
     assert found.plot(tmp_path / "calibration.png").read_bytes().startswith(b"\x89PNG")
 
 
-@pytest.mark.parametrize("content", ["", "[]", '{"version": 1}', '{"version": 9}', "{"])
+@pytest.mark.parametrize(
+    "content", ["", "[]", '{"version": 1}', '{"version": 9}', "{", "[" * 100_000, '{"version": 3}']
+)
 def test_a_damaged_calibration_is_refused(tmp_path, content):
     file = tmp_path / "calibration.json"
     file.write_text(content)
@@ -139,10 +141,17 @@ def test_a_damaged_calibration_is_refused(tmp_path, content):
         Calibration.load(file)
 
 
-def test_an_unknown_field_is_refused(found, tmp_path):
+def test_a_folder_or_nothing_in_its_place_is_refused(tmp_path):
+    for place in (tmp_path, tmp_path / "missing.json"):
+        with pytest.raises(ValueError, match="is no calibration that can be read"):
+            Calibration.load(place)
+
+
+@pytest.mark.parametrize("changed", [{"speed": 2}, {"seconds_never": 0.0}, {"base_options": {"criterion": "doubt"}}])
+def test_a_changed_calibration_is_refused(found, tmp_path, changed):
     file = found.save(tmp_path / "calibration.json")
-    file.write_text(json.dumps({**json.loads(file.read_text()), "speed": 2}))
-    with pytest.raises(ValueError, match="speed"):
+    file.write_text(json.dumps({**json.loads(file.read_text()), **changed}))
+    with pytest.raises(ValueError, match="its hash differs from the one it states"):
         Calibration.load(file)
 
 

@@ -240,10 +240,12 @@ class TestSameBits:
         assert {s.depth for s in actual.tokens} == {1, LAYERS}
         assert "tail 1" in {c.unit for c in decoder.log.captures}
 
+    @pytest.mark.core
     def test_inductor(self):
         """Compiled segments, called without AOTAutograd's wrappers and with strides that they check."""
         check(Decoder(lowering="inductor", exit_every=2, first_exit=2), [STAY, STAY, LEAVE, LEAVE, STAY, LEAVE])
 
+    @pytest.mark.core
     def test_exact_mode_and_warmup(self):
         """Drafts at depth 0 are captured, and after a warm-up nothing more is, whatever the depth."""
         decoder = Decoder()
@@ -251,6 +253,7 @@ class TestSameBits:
         cache = StaticCache(config=model.config, max_cache_len=CAPACITY)
         settings = {"attention_mask": torch.ones_like(ids), "max_new_tokens": 12, "do_sample": False}
         plain = make("llama", layers=LAYERS).generate(ids, **settings)
+        held = {cache_argument(model): cache}
         log = river_compile.warmup(model, cache, depths=(0, LAYERS))
         spans = ["span 0-0", "span 0-1", "span 1-2", "span 2-3", "last 3-4", "last 0-4"]
         assert {c.unit for c in log.captures} >= {*spans, "tail 0", "tail 1", "tail 2", "tail 3"}
@@ -259,10 +262,10 @@ class TestSameBits:
         for tau in (-1.0, 0.9, 2.0):
             cache.reset()
             with forced_threshold(tau):
-                model.generate(ids, **settings, cache=cache)
+                model.generate(ids, **settings, **held)
         assert log.made == made
         cache.reset()
-        assert torch.equal(model.generate(ids, **settings, cache=cache, custom_generate=river_compile.exact), plain)
+        assert torch.equal(model.generate(ids, **settings, **held, custom_generate=river_compile.exact), plain)
 
     def test_what_a_warmup_cannot_do_is_an_error(self):
         model = make("llama", layers=2)

@@ -12,8 +12,17 @@ import torch
 from river_compile import river
 from tests.support.decoding import cache_state, decode, new_cache
 from tests.support.families import FAMILIES, make
+from tests.support.lowerings import CPU, FUSED, lowered
 
-DYNAMIC = ["llama", "gemma3", "phi", "gpt2", "falcon", "mixtral"]  # every form of block; the cache code is one for all
+DYNAMIC = [
+    "llama",
+    "gemma3",
+    "phi",
+    "gpt2",
+    "falcon",
+    "mixtral",
+    "mpt",
+]  # every form of block; the cache code is one for all
 EAGER = {"lowering": "eager", "quantizer": "none", "first_exit": 1}
 
 
@@ -48,6 +57,7 @@ def assert_same_cache(expected, actual, exact: bool) -> None:
         assert a[2] == b[2], f"length of layer {layer}"
 
 
+@pytest.mark.core
 @pytest.mark.parametrize(("name", "attention"), [("llama", "sdpa"), ("gpt2", "sdpa"), ("gemma2", "eager")])
 def test_inductor_gives_the_plain_model_within_rounding(name, attention):
     """Never exit, and an unquantized exit, through compiled segments: close logits and caches, equal lengths."""
@@ -63,6 +73,49 @@ def test_inductor_gives_the_plain_model_within_rounding(name, attention):
     assert_same_cache(expected_cache, actual_cache, exact=False)
 
 
+def autocast():
+    return torch.autocast("cpu", dtype=torch.bfloat16)
+
+
+def test_autocast_reaches_every_segment():
+    """The difference from the plain model under autocast is small beside what autocast does.
+
+    The model's blocks leave autocast for the attention scores.
+    """
+    model = make("gpt2", layers=2, attention="eager")
+    for block in model.transformer.h:
+        block.attn.reorder_and_upcast_attn = True
+    plain, ours = new_cache(model, "static"), new_cache(model, "static")
+    without = decode(model, new_cache(model, "static"), [2, 0, 1], compiled=False)
+    with autocast():
+        expected = decode(model, plain, [2, 0, 1], compiled=False)
+        model.compile(backend=river, options=EAGER)
+        found = decode(model, ours, [2, 0, 1])
+    for a, b, c in zip(expected, found, without, strict=True):
+        assert a.dtype == b.dtype == torch.bfloat16
+        assert (a - b).norm() < 0.2 * (a - c).norm()
+    for a, b in zip(cache_state(plain), cache_state(ours), strict=True):
+        assert (a[0].dtype, a[1].dtype, a[2]) == (b[0].dtype, b[1].dtype, b[2])
+
+
+@pytest.mark.parametrize("lowering", [CPU, FUSED], ids=["cpu", "fused"])
+def test_twins_under_autocast_have_the_plain_models_dtypes(lowering):
+    """A family with biases, through the int4 product and the generated kernels: logits close to those without."""
+    model = make("phi", layers=2)
+    plain, ours = new_cache(model, "static"), new_cache(model, "static")
+    with autocast():
+        expected = decode(model, plain, [0], compiled=False)
+    model.compile(backend=lowered(lowering), options={"quantizer": "rtn", "group_size": 32, "first_exit": 1})
+    without = decode(model, new_cache(model, "static"), [0])
+    with autocast():
+        found = decode(model, ours, [0])
+    assert found[1].dtype == expected[1].dtype == torch.bfloat16
+    assert torch.nn.functional.cosine_similarity(found[1].float().flatten(), without[1].flatten(), dim=0) > 0.998
+    for a, b in zip(cache_state(plain), cache_state(ours), strict=True):
+        assert (a[0].dtype, a[1].dtype, a[2]) == (b[0].dtype, b[1].dtype, b[2])
+
+
+@pytest.mark.core
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
 def test_half_precision_models_keep_their_dtype(dtype):
     """A 16-bit model whose token leaves through a 4-bit twin keeps its dtype and stays close to never leaving."""

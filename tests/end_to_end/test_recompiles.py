@@ -15,6 +15,7 @@ LONGEST = 300
 NEW_TOKENS = 3
 
 
+@pytest.mark.core
 @pytest.mark.parametrize("kind", ["dynamic", "static"])
 def test_prompts_of_1_to_300_tokens(kind):
     """Warm-up: two lengths (the second makes the length dynamic) and a single token. Then every length must run."""

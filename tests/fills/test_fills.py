@@ -17,6 +17,7 @@ from transformers import DynamicCache
 import river_compile
 from river_compile import CacheHolesError, OptionError, RiverConfig, exact, report, river, trace
 from river_compile.fills.rivals import FILLS
+from river_compile.hf_cache import crop
 from tests.support.decoding import cache_argument, cache_state, decode, left_padded, new_cache
 from tests.support.families import make, prompt
 from tests.support.fill_references import Reference
@@ -158,7 +159,7 @@ class TestRefusals:
         before = [(keys.clone(), length) for keys, _, length in cache_state(cache)]
         with pytest.raises(CacheHolesError, match="fill='mask' takes one prompt"):
             decode(model, cache, [], batch=1)
-        cache.crop(-1)
+        crop(cache, 1)
         with pytest.raises(CacheHolesError, match="fill='mask' must see every token"):
             model(input_ids=prompt(1), **{cache_argument(model): cache})
         for (keys, length), (now, _, filled) in zip(before, cache_state(cache), strict=True):

@@ -25,17 +25,18 @@ class Block(torch.nn.Module):
         return h, F.scaled_dot_product_attention(q, k, v, attn_mask=mask, scale=0.3, enable_gqa=True)
 
 
+class Recorder(fx.Interpreter):
+    def run_node(self, node: fx.Node) -> object:
+        node.meta["example_value"] = super().run_node(node)
+        return node.meta["example_value"]
+
+
 def traced(causal: bool) -> tuple[fx.GraphModule, list[torch.Tensor]]:
     """Returns a block's graph, with example values on its nodes as Dynamo leaves them, and its inputs."""
     inputs = [torch.randn(2, 3, 16), torch.randn(2, 4, 3, 8), *torch.randn(2, 2, 4 if causal else 2, 5, 8)]
     inputs.append(torch.ones(2, 1, 3, 5, dtype=torch.bool).tril(2))
     graph_module = fx.symbolic_trace(Block(causal))
-    values = iter(inputs)
-    for node in graph_module.graph.nodes:
-        if node.op == "placeholder":
-            node.meta["example_value"] = next(values)
-        elif node.target is torch.nn.functional.rms_norm:
-            node.meta["example_value"] = inputs[0]
+    Recorder(graph_module).run(*inputs)
     return normalized(graph_module), inputs
 
 

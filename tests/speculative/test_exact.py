@@ -14,6 +14,7 @@ from transformers.generation.streamers import BaseStreamer
 
 import river_compile
 from river_compile.exits import forced_depth
+from river_compile.hf_cache import cache_argument, cache_of, crop
 from river_compile.speculative.runner import BatchInvariantGraph, DraftVerifyRunner
 from tests.support.decoding import new_cache
 from tests.support.families import REWRITTEN, SLIDING_WINDOW, prompt
@@ -50,7 +51,7 @@ def positions(mask):
 
 def generate(model, ids, mask=None, static=True, **options):
     mask = torch.ones_like(ids) if mask is None else mask
-    cache = {"cache_implementation": "static"} if static and "cache" not in options else {}
+    cache = {"cache_implementation": "static"} if static and not cache_of(options) else {}
     options = {"max_new_tokens": NEW_TOKENS, "do_sample": False, "disable_compile": True, **cache, **options}
     return model.generate(ids, attention_mask=mask, **options)
 
@@ -72,6 +73,7 @@ def test_every_family_generates_the_plain_text_with_a_static_cache(name):
         assert len(trace.cycles) < NEW_TOKENS - 1 or batch > 1
 
 
+@pytest.mark.core
 @pytest.mark.parametrize("name", ["llama", "gpt2", *SLIDING])
 @pytest.mark.parametrize("batch", [1, 3])
 def test_growing_caches_and_sliding_windows_give_the_plain_text(name, batch):
@@ -81,15 +83,29 @@ def test_growing_caches_and_sliding_windows_give_the_plain_text(name, batch):
     assert torch.equal(exactly(compiled(name), ids, mask, static=False), expected)
 
 
+@pytest.mark.parametrize("static", [True, False])
+def test_prompts_of_one_token_run_through_the_backbone(static):
+    """Their graph is a decode step's, and tokens that may leave would leave at once."""
+    model, ids = compiled(threshold=-1.0, first_exit=1), prompt(1, 3)
+    with river_compile.trace() as trace:
+        assert torch.equal(exactly(model, ids, static=static), generate(make("llama"), ids, static=static))
+    assert trace.tokens[0].depth == LAYERS
+
+
+@pytest.mark.core
 @pytest.mark.parametrize("name", SLIDING)
 def test_static_sliding_windows_work_while_they_hold_the_text_and_are_refused_beyond(name):
     model, ids = compiled(name), prompt(3)
     short = SLIDING_WINDOW - 3 + 1
     assert torch.equal(exactly(model, ids, max_new_tokens=short), generate(make(name), ids, max_new_tokens=short))
+    longer = {cache_argument(model): StaticCache(config=model.config, max_cache_len=60)}
+    text = exactly(model, ids, max_new_tokens=short, **longer)
+    assert torch.equal(text, generate(make(name), ids, max_new_tokens=short))
     with pytest.raises(ValueError, match="StaticSlidingWindowLayer"):
         exactly(model, ids, max_new_tokens=short + 1)
 
 
+@pytest.mark.core
 def test_outputs_and_the_cache_are_the_plain_ones():
     """Scores and logits per token, and the cache: its length and every filled slot."""
     ids, mask = padded(3)
@@ -100,20 +116,21 @@ def test_outputs_and_the_cache_are_the_plain_ones():
     for name in ("scores", "logits"):
         assert len(getattr(ours, name)) == NEW_TOKENS
         torch.testing.assert_close(getattr(ours, name), getattr(plain, name), atol=1e-4, rtol=1e-4)
-    filled = int(plain.cache.get_seq_length())
+    filled = int(cache_of(plain).get_seq_length())
     assert filled == ids.shape[1] + NEW_TOKENS - 1
-    for layer, expected in zip(ours.cache.layers, plain.cache.layers, strict=True):
+    for layer, expected in zip(cache_of(ours).layers, cache_of(plain).layers, strict=True):
         assert layer.cumulative_length == expected.cumulative_length
         torch.testing.assert_close(layer.keys[:, :, :filled], expected.keys[:, :, :filled], atol=1e-4, rtol=1e-4)
         torch.testing.assert_close(layer.values[:, :, :filled], expected.values[:, :, :filled], atol=1e-4, rtol=1e-4)
 
 
+@pytest.mark.core
 def test_the_cache_can_go_on_in_plain_generation():
     model, ids = compiled(), prompt()
     cache = StaticCache(config=model.config, max_cache_len=60)
-    text = exactly(model, ids, cache=cache)
+    text = exactly(model, ids, **{cache_argument(model): cache})
     with forced_depth(model.config.num_hidden_layers):
-        more = generate(model, text, cache=cache, max_new_tokens=8)
+        more = generate(model, text, **{cache_argument(model): cache}, max_new_tokens=8)
     assert torch.equal(more, generate(make("llama"), ids, max_new_tokens=NEW_TOKENS + 8))
 
 
@@ -162,7 +179,7 @@ def test_strict_text_in_bfloat16_has_the_bits_of_plain_decoding(name, static, re
     with forced_depth(model.config.num_hidden_layers):
         plain = generate(model, ids, mask, **options)
     assert torch.equal(ours.sequences, plain.sequences)
-    for layer, expected in zip(ours.cache.layers, plain.cache.layers, strict=True):
+    for layer, expected in zip(cache_of(ours).layers, cache_of(plain).layers, strict=True):
         filled = expected.get_seq_length()
         assert torch.equal(layer.keys[:, :, :filled], expected.keys[:, :, :filled])
         assert torch.equal(layer.values[:, :, :filled], expected.values[:, :, :filled])
@@ -170,6 +187,14 @@ def test_strict_text_in_bfloat16_has_the_bits_of_plain_decoding(name, static, re
     assert warned or any(cycle.width > 1 for cycle in trace.cycles)
     if name == "llama":
         assert not warned
+
+
+def test_strict_text_under_autocast_is_the_plain_text():
+    ids, mask = padded(2, length=7)
+    model = compiled()
+    with torch.autocast("cpu", dtype=torch.bfloat16):
+        ours = exactly(model, ids, mask, strict=True)
+        assert torch.equal(ours, generate(make("llama"), ids, mask))
 
 
 class RoundsDifferently(BatchInvariantGraph):
@@ -198,7 +223,8 @@ def test_after_each_cycle_the_cache_holds_what_passes_of_that_width_write(static
         backend="eager"
     )  # traced, as ours is: transformers groups the heads of one query only where it is not
     cache = new_cache(plain, "static" if static else "dynamic", capacity=ids.shape[1] + NEW_TOKENS - 1)
-    plain(ids, attention_mask=mask, position_ids=positions(mask), cache=cache, use_cache=True)
+    held = {cache_argument(plain): cache, "use_cache": True}
+    plain(ids, attention_mask=mask, position_ids=positions(mask), **held)
     cycles = []
 
     def verify(runner, ids_BS, drafted):
@@ -213,11 +239,9 @@ def test_after_each_cycle_the_cache_holds_what_passes_of_that_width_write(static
         text = torch.cat([text, filler], 1)
         start = text.shape[1] - width
         whole = torch.cat([mask, torch.ones(3, text.shape[1] - mask.shape[1], dtype=torch.long)], 1)
-        expected = plain(
-            text[:, start:], attention_mask=whole, position_ids=positions(whole)[:, start:], cache=cache, use_cache=True
-        )
+        expected = plain(text[:, start:], attention_mask=whole, position_ids=positions(whole)[:, start:], **held)
         assert torch.equal(logits, expected.logits[:, : drafted + 1])
-        cache.crop(tokens - width)
+        crop(cache, width - tokens)
         for layer, ours in zip(cache.layers, runner.cache.layers, strict=True):
             filled = int(layer.get_seq_length())
             assert filled == int(ours.get_seq_length()) == start + tokens
@@ -232,6 +256,7 @@ def test_after_each_cycle_the_cache_holds_what_passes_of_that_width_write(static
     assert len({width for _, _, width, _ in cycles}) > 1
 
 
+@pytest.mark.core
 def test_processors_and_streamers_see_what_plain_generation_shows_them():
     ids = prompt()
     plain, ours = Seen(), Seen()
@@ -316,6 +341,7 @@ def test_what_cannot_work_is_refused_by_name(options, message):
         exactly(compiled(), prompt(), **options)
 
 
+@pytest.mark.core
 def test_an_assistant_model_is_refused_by_name():
     """transformers gives a callable custom_generate no assistant, so it would be ignored without a word."""
     with pytest.raises(ValueError, match="assistant_model=LlamaForCausalLM is not available in exact mode"):
@@ -325,13 +351,16 @@ def test_an_assistant_model_is_refused_by_name():
 def test_models_that_have_no_two_paths_are_refused():
     with pytest.raises(ValueError, match="never reached"):
         exactly(make("llama"), prompt())
+    with pytest.raises(ValueError, match=r"the whole backbone was asked for, .* exit_depth=1"):
+        exactly(compiled(exit_depth=1), prompt(1))
     for option, message in (({"prefill": "exit"}, "prefill='exit'"), ({"exit_depth": 1}, "exit_depth=1")):
         torch._dynamo.reset()
         with pytest.raises(ValueError, match=message):
             exactly(compiled(**option), prompt())
 
 
+@pytest.mark.core
 def test_a_cache_of_the_users_that_is_too_small_is_named():
     model = compiled()
     with pytest.raises(river_compile.CacheFullError, match="holds 20 tokens"):
-        exactly(model, prompt(), cache=StaticCache(config=model.config, max_cache_len=20))
+        exactly(model, prompt(), **{cache_argument(model): StaticCache(config=model.config, max_cache_len=20)})

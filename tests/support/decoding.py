@@ -8,8 +8,8 @@ import torch
 from torch import Tensor
 from transformers import DynamicCache, PreTrainedModel, StaticCache
 
-from river_compile.calibration.evaluate import cache_argument
 from river_compile.exits import forced_depth
+from river_compile.hf_cache import cache_argument
 from tests.support.families import prompt
 
 CAPACITY = 24

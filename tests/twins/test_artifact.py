@@ -64,6 +64,7 @@ def write_back(folder, tensors, metadata, matrices=None, **changes):
     _state_hash(folder / FILE)
 
 
+@pytest.mark.core
 @pytest.mark.parametrize(("family", "quantizer"), [("llama", "hqq"), ("gpt2", "rtn"), ("qwen2", "hqq")])
 def test_the_second_start_has_the_same_bits_and_quantizes_nothing(family, quantizer, tmp_path, monkeypatch):
     """Packed bytes, SQNR and logits are equal, with merged, transposed and biased matrices; no quantizer is called."""

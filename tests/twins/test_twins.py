@@ -1,22 +1,16 @@
-"""Quantized twins of every family: the same slots and counters, executed blocks untouched, and what is reported.
-
-The same runs give the table of `docs/models.md`; RIVER_UPDATE_DOCS=1 writes it anew.
-"""
+"""Quantized twins of every family: the same slots and counters, executed blocks untouched, and what is reported."""
 
 from __future__ import annotations
 
 import functools
-import os
-from pathlib import Path
 
 import pytest
 import torch
 
 from river_compile import report, river
 from tests.support.decoding import cache_state, decode, new_cache
-from tests.support.families import FAMILIES, REFUSED, REWRITTEN, make
+from tests.support.families import REFUSED, REWRITTEN, make
 
-PAGE = Path(__file__).parents[2] / "docs" / "models.md"
 OPTIONS = {"lowering": "eager", "quantizer": "rtn", "group_size": 32, "first_exit": 1}
 
 
@@ -60,32 +54,7 @@ def test_four_bit_twins_are_close_to_their_blocks(name):
 def test_other_families_are_refused_with_a_reason(name):
     """What is not rewritten says why, and runs as the plain model."""
     run = twin_run(name)
-    assert {g["refusal"] for g in run["report"]["graphs"]} == {REFUSED[name]}
+    refusals = [g["refusal"] for g in run["report"]["graphs"]]
+    assert refusals
+    assert all(refusal.startswith(REFUSED[name]) for refusal in refusals)
     assert torch.equal(*run["logits"])
-
-
-def models_page() -> str:
-    lines = [
-        "# Models",
-        "",
-        "What the passes make of each family, from tiny random models of it, with a static cache.",
-        "`RIVER_UPDATE_DOCS=1 python -m pytest tests/twins/test_twins.py` writes this page anew.",
-        "",
-        "| family | rewritten | 4-bit products per block | stays in 16 bits |",
-        "|---|---|---|---|",
-    ]
-    for name in FAMILIES:
-        decode_graph = twin_run(name)["report"]["graphs"][-1]
-        matrices = twin_run(name)["report"]["matrices"]
-        rewritten = f"no: {decode_graph['refusal']}" if decode_graph["refusal"] else "yes"
-        kept = sorted({k["reason"] for k in decode_graph["kept_in_16_bits"]})
-        per_block = len(matrices) / decode_graph["blocks"] if decode_graph["blocks"] else 0
-        lines.append(f"| {name} | {rewritten} | {per_block:g} | {'; '.join(kept) or 'nothing'} |")
-    return "\n".join(lines) + "\n"
-
-
-def test_the_models_page_says_what_the_passes_do():
-    page = models_page()
-    if os.environ.get("RIVER_UPDATE_DOCS"):
-        PAGE.write_text(page)
-    assert PAGE.read_text() == page

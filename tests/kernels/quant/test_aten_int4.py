@@ -15,6 +15,7 @@ from river_compile.kernels.quant.layouts import pack
 DTYPES = st.sampled_from([torch.bfloat16, torch.float16, torch.float32])
 
 
+@pytest.mark.core
 @settings(max_examples=40)
 @given(
     n=st.integers(1, 70),

@@ -32,6 +32,7 @@ def attention_cases(draw):
     return spec, padding, draw(st.integers(0, 2**20))
 
 
+@pytest.mark.core
 @given(attention_cases())
 @examples(80)
 def test_one_query_position(case):

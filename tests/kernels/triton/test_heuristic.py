@@ -96,7 +96,7 @@ def test_a_saved_tile_goes_before_the_model(tmp_path, monkeypatch):
     assert best_tile(problem, "sm_80").tile != tile
 
 
-@pytest.mark.parametrize("damage", ["", "[1]", '{"sm_90": {"key": {"block_n": 3, "block_k": 64}}}'])
+@pytest.mark.parametrize("damage", ["", "[1]", "[" * 100_000, '{"sm_90": {"key": {"block_n": 3, "block_k": 64}}}'])
 def test_a_damaged_tuning_file_is_ignored_with_a_warning(tmp_path, monkeypatch, damage):
     path = tmp_path / "tuning.json"
     path.write_text(damage)

@@ -30,6 +30,7 @@ def kv_cases(draw):
     return spec, draw(st.integers(0, slots - 1)), draw(st.integers(0, 2**20))
 
 
+@pytest.mark.core
 @given(kv_cases())
 @examples(80)
 def test_query_and_slot(case):

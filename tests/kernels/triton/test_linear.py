@@ -52,12 +52,14 @@ def linear_cases(draw, rows, weights, norms):
     return spec, m, draw(st.sampled_from(VALUES)), draw(st.integers(0, 2**20))
 
 
+@pytest.mark.core
 @given(linear_cases(st.just(1), "w4", NORMS))
 @examples(40)
 def test_one_row_of_4_bit_weights(case):
     check_linear(*case)
 
 
+@pytest.mark.core
 @given(linear_cases(st.integers(2, 33), "w4", NORMS))
 @examples(60)
 def test_rows_of_4_bit_weights(case):

@@ -149,3 +149,17 @@ def test_importing_the_package_and_the_operators_needs_no_triton():
     root = Path(__file__).parents[3]
     done = subprocess.run([sys.executable, "-c", program], cwd=root, capture_output=True, text=True)
     assert (done.returncode, done.stdout.strip(), done.stderr) == (0, "torch.Size([1, 8])", "")
+
+
+def test_no_bytecode_is_kept_that_a_later_start_would_trust(empty_cache, monkeypatch):
+    monkeypatch.setattr(sys, "dont_write_bytecode", False)
+    loader.load(SPEC, interpret=True)
+    assert [path.suffix for path in empty_cache.rglob("*.py*")] == [".py"]
+
+
+def test_a_file_that_goes_away_between_two_looks_is_written(empty_cache, monkeypatch):
+    """Whoever empties the cache folder may do so at any moment."""
+    path = loader.source_file(SPEC)
+    monkeypatch.setattr(Path, "exists", lambda _: True)
+    path.unlink()
+    assert loader.source_file(SPEC).read_text() == render(SPEC)

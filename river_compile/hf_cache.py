@@ -1,0 +1,83 @@
+"""KV caches of transformers, in the spelling of every release that is supported (`versions.py`).
+
+Newer releases call a model's cache ``cache`` and can free the last slots of a static one; older ones call it
+``past_key_values`` and cannot, and their sliding windows that remember what left them show it to attention too. Not
+handled: caches of encoder-decoder models.
+"""
+
+from __future__ import annotations
+
+import functools
+import inspect
+from collections.abc import Mapping
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from transformers.cache_utils import Cache, DynamicSlidingWindowLayer, StaticLayer, StaticSlidingWindowLayer
+
+_NAMES = ("cache", "past_key_values")
+
+
+def cache_argument(model: nn.Module) -> str:
+    """Returns how a model's forward, its `generate` and their outputs call the cache."""
+    return next(name for name in _NAMES if name in inspect.signature(model.forward).parameters)
+
+
+def cache_of(arguments: Mapping[str, Any]) -> Cache | None:
+    """Returns the cache among a forward's arguments, None where there is none."""
+    return next((arguments[name] for name in _NAMES if arguments.get(name) is not None), None)
+
+
+def cannot_crop(cache: Cache, tokens: int) -> list[str]:
+    """Returns the names of the classes of those layers whose last slots cannot be freed, sorted.
+
+    A static sliding window can free them while it has dropped nothing.
+
+    Args:
+        cache: filled or not.
+        tokens: how many it will have to hold at most.
+    """
+
+    def croppable(layer: Any) -> bool:
+        if type(layer) in (StaticLayer, StaticSlidingWindowLayer):
+            return type(layer) is StaticLayer or layer.max_cache_len >= tokens
+        return bool(layer.is_croppable)
+
+    return sorted({type(layer).__name__ for layer in cache.layers if not croppable(layer)})
+
+
+def remember_past(cache: Cache) -> None:
+    """Makes sliding windows that grow keep what leaves them until the next `crop`, which may bring it back."""
+    cache.activate_past_recording()
+    for layer in cache.layers if _shows_the_past(DynamicSlidingWindowLayer) else ():
+        if type(layer) is DynamicSlidingWindowLayer:
+            layer.__class__ = _RememberingWindow
+
+
+class _RememberingWindow(DynamicSlidingWindowLayer):
+    """Shows attention the window alone, however much it remembers."""
+
+    def update(self, key_states: Tensor, value_states: Tensor, *args: Any, **kwargs: Any) -> tuple[Tensor, Tensor]:
+        keys, values = super().update(key_states, value_states, *args, **kwargs)
+        visible = self.sliding_window - 1 + key_states.shape[-2]
+        return keys[:, :, -visible:], values[:, :, -visible:]
+
+
+@functools.cache
+def _shows_the_past(window: type[DynamicSlidingWindowLayer]) -> bool:
+    """Whether a window of two tokens that remembers shows three to attention."""
+    layer, one = window(sliding_window=2), torch.zeros(1, 1, 1, 1)
+    layer.activate_past_recording()
+    return [layer.update(one, one)[0].shape[2] for _ in range(3)][-1] > 2
+
+
+def crop(cache: Cache, tokens: int) -> None:
+    """Frees a cache's last slots; even for none, sliding windows that grow are trimmed to what they need."""
+    for layer in cache.layers:
+        if hasattr(layer, "crop"):
+            layer.crop(-tokens)
+            continue
+        layer.cumulative_length.sub_(tokens)
+        if isinstance(layer, StaticSlidingWindowLayer):
+            layer.cumulative_length_int -= tokens

@@ -1,0 +1,122 @@
+"""What is said about versions: the warning, pyproject's floors and README's table agree with what was tested."""
+
+import re
+from importlib import metadata, util
+from pathlib import Path
+
+import pytest
+
+import river_compile.backend  # (the first import reads versions of others)
+from river_compile import RiverWarning, versions
+from river_compile.versions import PYTHON, TESTED
+from tools import compat
+
+ROOT = Path(__file__).resolve().parent.parent
+
+
+@pytest.fixture
+def newest(monkeypatch):
+    """Installed is the newest tested version of everything, with a patch number, but for what a test changes."""
+    found = {name: f"{tested.newest}.7+cpu" for name, tested in TESTED.items()}
+    monkeypatch.setattr("platform.python_version", lambda: found[PYTHON])
+    monkeypatch.setattr(metadata, "version", lambda name: found[name])
+    return found
+
+
+def test_tested_versions_are_not_mentioned(newest, recwarn):
+    versions.warn_of_untested()
+    newest.update({name: tested.oldest for name, tested in TESTED.items()})
+    versions.warn_of_untested()
+    assert not recwarn.list
+
+
+def import_anew(module):
+    """Runs a module's code as its first import does, in a module of its own."""
+    spec = util.find_spec(module.__name__)
+    spec.loader.exec_module(util.module_from_spec(spec))
+
+
+@pytest.mark.parametrize(
+    ("name", "version"),
+    [("torch", "2.10.1"), ("torch", "2.16.0.dev20261101"), ("transformers", "6.0"), ("triton", "4.0"), (PYTHON, "3.9")],
+)
+def test_the_import_of_the_backend_names_what_lies_outside(name, version, newest):
+    newest[name] = version
+    oldest, last = TESTED[name]
+    wanted = rf"not tested with {name} {re.escape(version)} \(tested: {oldest} to {re.escape(last)}\); "
+    with pytest.warns(RiverWarning, match=wanted) as caught:
+        import_anew(river_compile.backend)
+    assert len(caught) == 1
+
+
+def test_what_is_not_installed_is_not_mentioned(monkeypatch):
+    def missing(name):
+        raise metadata.PackageNotFoundError(name)
+
+    assert list(versions.untested(missing)) == []
+
+
+def test_the_floors_of_pyproject_are_the_oldest_tested_versions():
+    text = (ROOT / "pyproject.toml").read_text(encoding="utf-8")
+    assert f'requires-python = ">={TESTED[PYTHON].oldest}"' in text
+    for name in TESTED.keys() - {PYTHON}:
+        assert re.findall(rf'"{name}>=([\d.]+)', text) == [TESTED[name].oldest]
+
+
+def test_readme_states_the_tested_versions():
+    rows = [f"| {name} | {oldest} | {newest} |" for name, (oldest, newest) in TESTED.items()]
+    assert "\n".join(rows) in (ROOT / "README.md").read_text(encoding="utf-8")
+
+
+class TestCompat:
+    """`make compat` on corners whose programs are scripts that print what a test wants."""
+
+    CORNER = compat.Corner("corner", "3.10", ("torch==2.11.0",))
+
+    @pytest.fixture
+    def ran(self, monkeypatch):
+        """The commands that were called; each succeeds, but for those with a word in `fails`."""
+        commands, self.fails = [], "nothing"
+
+        def call(command, limit=None, **environment):
+            commands.append(command)
+            said = "2.11.0 3.6.0 5.17.0" if "-c" in command else f"{command[2]}\n== 12 passed in 60 s =="
+            return compat.subprocess.CompletedProcess(command, int(self.fails in command), said)
+
+        monkeypatch.setattr(compat, "_call", call)
+        monkeypatch.setattr(compat, "find_python", lambda version: f"python{version}")
+        return commands
+
+    def test_a_corner_installs_its_versions_and_runs_the_core(self, ran, tmp_path):
+        outcome = compat.run_corner(self.CORNER, tmp_path)
+        assert outcome.status == compat.PASSED
+        assert ran[0] == ["python3.10", "-m", "venv", str(tmp_path / "env")]
+        assert ran[1][-2:] == [f"{ROOT}[test]", "torch==2.11.0"]
+        assert ran[3][1:5] == ["-m", "pytest", "-m", "core"]
+        row = "| corner | 3.10 | 2.11.0 | 3.6.0 | 5.17.0 | passed | 0 | 12 passed in 60 s |"
+        assert compat.table([outcome]).splitlines()[2] == row
+        assert compat.exit_status([outcome]) == 0
+
+    @pytest.mark.parametrize("step", ["venv", "pip", "pytest"])
+    def test_a_step_that_fails_fails_the_run(self, step, ran, tmp_path):
+        passed = compat.run_corner(self.CORNER, tmp_path)
+        self.fails = step
+        failed = compat.run_corner(self.CORNER, tmp_path)
+        assert failed.status == compat.FAILED
+        assert compat.exit_status([passed, failed]) == 1
+
+    def test_a_missing_python_is_a_skip_in_plain_sight_and_no_success(self, ran, tmp_path, monkeypatch):
+        passed = compat.run_corner(self.CORNER, tmp_path)
+        monkeypatch.setattr(compat, "find_python", lambda version: None)
+        skipped = compat.run_corner(self.CORNER, tmp_path)
+        assert skipped.status == "not available here"
+        assert "no Python 3.10 on this machine" in compat.table([skipped])
+        assert compat.exit_status([passed, skipped]) == 0
+        assert compat.exit_status([skipped]) == 1
+
+    def test_the_oldest_corner_has_the_floors(self):
+        oldest = compat.CORNERS[0]
+        assert oldest.python == TESTED[PYTHON].oldest
+        wanted = [f"{name}=={TESTED[name].oldest}.0" for name in ("torch", "transformers")]
+        assert list(oldest.requirements) == wanted
+        assert compat.CORNERS[-1].python == TESTED[PYTHON].newest

@@ -1,0 +1,141 @@
+"""`make soak`: a few seeded cases of each kind pass, and what is broken on purpose is found, kept and found again."""
+
+import json
+import random
+from pathlib import Path
+
+import pytest
+import torch
+
+from river_compile import trace
+from river_compile.runtime.executor import on_step
+from river_compile.twins import artifact
+from tools.soak import __main__ as command
+from tools.soak import cases, damage, kill, memory, stored, text, threads
+
+CASE = {
+    "family": "llama",
+    "layers": 2,
+    "weights": 0,
+    "steps": [
+        {"do": "compile", "options": {"threshold": -1.0, "first_exit": 1}},
+        {"do": "generate", "seed": 1, "lengths": [3, 5], "cache": "static", "arguments": {"max_new_tokens": 6}},
+    ],
+}
+
+
+@pytest.mark.parametrize("kind", [damage, kill])
+@pytest.mark.parametrize("what", stored.STORED)
+def test_files(kind, what, tmp_path):
+    """Three damages, and two processes killed while they write, for each of the files that the package keeps."""
+    for number in range(3 if kind is damage else 2):
+        case = kind.draw(random.Random(number)) | {"what": what}
+        folder = tmp_path / str(number)
+        folder.mkdir()
+        if kind is damage:
+            case["file"] = stored.STORED[what].files[0]
+        assert kind.run(case, folder) in ("passed", "refused (ArtifactError)", "refused (ValueError)")
+
+
+def test_cases_are_data_and_their_seed_alone_decides():
+    for kind in (text, damage, kill, threads, memory):
+        for seed in range(20):
+            case = kind.draw(random.Random(seed))
+            assert json.loads(json.dumps(case)) == case == kind.draw(random.Random(seed))
+            assert all(simpler != case for simpler in kind.smaller(case))
+
+
+def test_a_text_is_the_plain_models_and_one_through_a_wrong_slot_is_not(tmp_path):
+    """A token that left is written one slot too far: text and logits are others, in float64 too."""
+    assert text.run(CASE, tmp_path) == "passed"
+
+    def wrong_slot(executor, args, step):
+        left = step.decode and step.depth < executor.num_blocks
+        for value in args if left else ():
+            if isinstance(value, torch.Tensor) and value.dim() == 4 and value.shape[0] == 2:
+                value.copy_(value.roll(1, dims=2))
+
+    with on_step(wrong_slot), pytest.raises(text.Differs, match="row 0, token 2: logits are off by"):
+        text.run(CASE, tmp_path)
+
+
+def test_threads(tmp_path):
+    case = threads.draw(random.Random(0))
+    steps = [{**CASE["steps"][1], "seed": seed, "lengths": [3]} for seed in range(3)]
+    case |= {"family": "llama", "models": 1, "threads": 2, "warm": False, "texts": steps}
+    assert threads.run(case, tmp_path) == "passed"
+
+
+def test_a_broken_check_is_found_kept_and_found_again(tmp_path, monkeypatch, capsys):
+    """An artifact whose hash is not looked at: a damage goes through, and the file of this failure finds it again."""
+    real = artifact._file_hash
+    monkeypatch.setattr(artifact, "_file_hash", lambda file, stated: stated or real(file, stated))
+    flips = iter(range(100))
+
+    class Flips:
+        smaller = staticmethod(damage.smaller)
+        run = staticmethod(damage.run)
+
+        @staticmethod
+        def draw(rng):
+            damages = [{"how": "flip", "at": 0.9, "seed": next(flips)}, {"how": "flip", "at": 0.95, "seed": 1}]
+            return {"what": "artifact", "file": stored.STORED["artifact"].files[0], "damages": damages}
+
+    tally = cases.soak({"damage": (Flips, 1.0)}, seed=0, seconds=0.3, failures=tmp_path)
+    kept = tally.failures[0]
+    assert str(tally).startswith("damage ")
+    assert "FAILED (Failure)" in str(tally)
+    assert len(json.loads(kept.read_text())["damages"]) == 1
+    assert command.main(["--again", str(kept)]) == 1
+    assert "a damaged artifact was taken for whole" in capsys.readouterr().out
+    monkeypatch.setattr(artifact, "_file_hash", real)
+    assert command.main(["--again", str(kept)]) == 0
+    assert not (tmp_path / "running.json").exists()
+
+
+def test_a_leak_has_a_slope(monkeypatch):
+    kept = []
+
+    def leaks():
+        kept.extend(range(3))
+        return 10
+
+    monkeypatch.setattr(memory, "live_tensors", lambda: len(kept))
+    monkeypatch.setattr(memory, "resident_bytes", lambda: 7)
+    assert memory.slopes(leaks, 4000) == pytest.approx((0.0, 0.3), abs=0.01)
+
+
+def test_live_tensors_are_counted():
+    kept = [torch.empty(1) for _ in range(10_000)]
+    before = memory.live_tensors()
+    kept.clear()
+    assert before - memory.live_tensors() >= 10_000
+
+
+def test_memory_generates_through_the_river_and_fails_on_a_slope(monkeypatch, tmp_path, capsys):
+    """`make soak` measures slopes over 10^5 tokens; here they are given, after one text."""
+    found = []
+
+    def slopes(some_tokens, tokens):
+        found.append(some_tokens())
+        return next(given)
+
+    monkeypatch.setattr(memory, "slopes", slopes)
+    monkeypatch.setattr(memory, "_STEPS", 4)
+    case = {"options": {"first_exit": 1}, "do": "generate", "cache": "mine", "tokens": 640, "seed": 0}
+    given = iter([(150.0, 0.001), (1000.0, 0.0)])
+    with trace() as seen:
+        assert memory.run(case, tmp_path) == "passed"
+    assert found == [4 * 8]
+    assert len(seen.steps) == 4
+    assert "+0.00100 tensors a token over 640 tokens" in capsys.readouterr().out
+    with pytest.raises(cases.Failure, match=r"memory rises by 1000\.0 bytes"):
+        memory.run(case, tmp_path)
+
+
+def test_the_seed_is_printed_and_a_run_without_failures_succeeds(tmp_path, capsys):
+    assert command.main(["--minutes", "0.005", "--kinds", "damage", "--seed", "5", "--failures", str(tmp_path)]) == 0
+    said = capsys.readouterr().out
+    assert said.startswith("seed 5\n")
+    assert "damage " in said
+    assert list(Path(tmp_path).iterdir()) == []

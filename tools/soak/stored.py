@@ -1,0 +1,148 @@
+"""What this package keeps on disk, small, with a check that what is read back is right; for damage and kills.
+
+Everything is made once in a process, from one tiny model or from none.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import functools
+import os
+import sys
+import tempfile
+import warnings
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from pathlib import Path
+
+import torch
+
+import river_compile
+from river_compile.calibration.result import Calibration, Candidate
+from river_compile.kernels.tools import tune
+from river_compile.kernels.triton import heuristic, loader
+from river_compile.kernels.triton.exit_score import ExitScoreSpec
+from river_compile.twins.artifact import FILE, Artifact
+from tests.support.decoding import decode, new_cache
+from tests.support.families import make
+from tools.soak.cases import Failure
+
+SPEC = ExitScoreSpec(2, 48, "float32")
+LINEAR = heuristic.untiled(1, 256, 64, weights="w4")
+DEVICE = "device"
+
+
+@dataclasses.dataclass(frozen=True)
+class Stored:
+    """One kind of file.
+
+    Attributes:
+        write: writes it into a folder that is empty or has an older one.
+        read: reads it as the next start does. Raises a Failure where it is wrong, and what the product raises.
+        files: what may be damaged, relative to the folder.
+    """
+
+    write: Callable[[Path], object]
+    read: Callable[[Path], None]
+    files: tuple[str, ...]
+
+
+@functools.cache
+def packed_model() -> torch.nn.Module:
+    """Returns a model whose twins are packed."""
+    torch._dynamo.reset()
+    model = make("llama", layers=2)
+    options = {"lowering": "eager", "quantizer": "rtn", "group_size": 32, "exit_depth": 1}
+    model.compile(backend=river_compile.river, options=options)
+    decode(model, new_cache(model, "static"), [1])
+    return model
+
+
+@functools.cache
+def _artifact_contents() -> tuple[list, dict[str, torch.Tensor]]:
+    with tempfile.TemporaryDirectory() as folder:
+        artifact = Artifact(river_compile.save(packed_model(), Path(folder) / "twins"))
+    return artifact._matrices, artifact._tensors
+
+
+def _read_artifact(folder: Path) -> None:
+    """Opens it; nothing that opens may hold other matrices than those that were saved."""
+    artifact = Artifact(folder / "twins")
+    matrices, tensors = _artifact_contents()
+    same = artifact._matrices == matrices and artifact._tensors.keys() == tensors.keys()
+    if not same or not all(torch.equal(artifact._tensors[name], tensors[name]) for name in tensors):
+        raise Failure("a damaged artifact was taken for whole")
+
+
+@contextmanager
+def _cache(folder: Path) -> Iterator[None]:
+    """Puts river_compile's cache into a folder, and what is known of kernels out of mind."""
+    before = os.environ.get("RIVER_COMPILE_CACHE")
+    os.environ["RIVER_COMPILE_CACHE"] = str(folder)
+    bytecode, sys.dont_write_bytecode = sys.dont_write_bytecode, False
+    loader.load.cache_clear()
+    try:
+        yield
+    finally:
+        loader.load.cache_clear()
+        sys.dont_write_bytecode = bytecode
+        if before is None:
+            del os.environ["RIVER_COMPILE_CACHE"]
+        else:
+            os.environ["RIVER_COMPILE_CACHE"] = before
+
+
+def _use_kernel(folder: Path) -> None:
+    """Loads a generated kernel and runs it: hidden = residual + update, and the least cosine to `previous`."""
+    generator = torch.Generator().manual_seed(0)
+    update, residual, previous = (torch.randn(2, 48, generator=generator) for _ in range(3))
+    hidden, score = torch.empty(2, 48), torch.empty(1)
+    with _cache(folder), warnings.catch_warnings():
+        warnings.filterwarnings("ignore", message=".*was damaged and is rebuilt")
+        kernel = loader.load(SPEC, interpret=True)
+        kernel(update=update, residual=residual, previous=previous, hidden=hidden, score=score)
+    expected = torch.cosine_similarity(residual + update, previous).min()
+    if not torch.equal(hidden, residual + update) or not torch.allclose(score, expected, atol=1e-5):
+        raise Failure("a damaged kernel computes something else")
+
+
+def _tuned() -> dict[str, heuristic.LinearTile]:
+    return {heuristic.tuning_key(LINEAR): heuristic.LinearTile(4, 256)}
+
+
+def _write_tiles(folder: Path) -> None:
+    tune.save(folder / "tuning.json", DEVICE, _tuned())
+
+
+def _read_tiles(folder: Path) -> None:
+    """A tile changes speed alone, so any that a kernel can have will do."""
+    with warnings.catch_warnings():
+        warnings.filterwarnings("ignore", message=".*cannot be read and is ignored")
+        tile = heuristic.saved_tiles(folder / "tuning.json").get(DEVICE, {}).get(heuristic.tuning_key(LINEAR))
+    if tile is not None:
+        dataclasses.replace(LINEAR, tile=tile)
+
+
+def _calibration() -> Calibration:
+    rule = Candidate(
+        0.5, 2, kl=0.1, agreement=0.9, loss=0.1, mean_depth=3.0, doubted=0.0, cost=0.5, texts=4, passed=True
+    )
+    return Calibration("kl", 0.1, 0.9, 5.0, 4, 0.01, rule, (rule,), {"criterion": "similarity"})
+
+
+def _read_calibration(folder: Path) -> None:
+    """What loads is what was saved."""
+    if Calibration.load(folder / "calibration.json") != _calibration():
+        raise Failure("a damaged calibration was taken for whole")
+
+
+STORED = {
+    "artifact": Stored(
+        lambda folder: river_compile.save(packed_model(), folder / "twins"), _read_artifact, (f"twins/{FILE}",)
+    ),
+    "kernel": Stored(_use_kernel, _use_kernel, ("kernels/**/*.py*",)),
+    "tiles": Stored(_write_tiles, _read_tiles, ("tuning.json",)),
+    "calibration": Stored(
+        lambda folder: _calibration().save(folder / "calibration.json"), _read_calibration, ("calibration.json",)
+    ),
+}
