@@ -97,7 +97,12 @@ def check(
             if exact:
                 outcome.exact = exact_text(build(model_type), plain.get("dynamic", "not asked for"))
         else:
-            outcome.result, outcome.reason = "refused", "; ".join(dict.fromkeys(outcome.without.values()))
+            by_cache = [f"{kind}: {why}" for kind, why in outcome.without.items()]
+            same = len(set(outcome.without.values())) == 1
+            outcome.result, outcome.reason = (
+                "refused",
+                next(iter(outcome.without.values())) if same else "; ".join(by_cache),
+            )
     except Exception as error:
         outcome.result, outcome.reason = "failed", message(error)
         traceback.print_exc()
@@ -177,6 +182,12 @@ def compare(outcome: Outcome, model: PreTrainedModel, kind: str, expected: Gener
         outcome.difference = max(outcome.difference, difference)
         if not difference <= TOLERANCE * max(1.0, expected.logits.abs().max().item()):
             raise Wrong(f"{kind} cache, depth {depth}: logits differ by {difference:.2g}")
+        if left.prompts > 1:
+            outcome.without[kind] = (
+                f"{left.prompts - 1} of {NEW_TOKENS - 1} steps ran in a graph for prompts, whose tokens do not leave: "
+                "the model's code gets the whole text in every step"
+            )
+            return None
         if not left.depths:
             reasons = [graph.refusal for graph in river_compile.report(model).graphs if graph.refusal]
             if not reasons:
@@ -237,14 +248,17 @@ class Traced:
 
 
 class Left:
-    """Counts the exit depths of decode steps."""
+    """Counts the exit depths of decode steps, and the steps that ran as prompts."""
 
     def __init__(self) -> None:
         self.depths: Counter[int] = Counter()
+        self.prompts = 0
 
     def __call__(self, executor, args, step) -> None:
         if step.decode:
             self.depths[step.depth] += 1
+        else:
+            self.prompts += 1
 
 
 def exact_text(model: PreTrainedModel, expected: Generated | str) -> str:
