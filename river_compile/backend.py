@@ -7,16 +7,16 @@ warning that names the reason.
 
 from __future__ import annotations
 
+import functools
 import logging
 import warnings
+import weakref
 from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
 import torch
 from torch import Tensor, fx, nn
-from torch._dynamo.guards import GuardBuilder
-from torch._guards import TracingContext
 from torch._inductor.compile_fx import compile_fx
 from tqdm import tqdm
 
@@ -40,7 +40,7 @@ from river_compile.passes.swap_ops import batch_invariant
 from river_compile.passes.twins import Twinning, one_row_head, river_head, river_twins, twin_sites
 from river_compile.reporting.dump import PassDump, trace_artifact
 from river_compile.reporting.report import graph_lines
-from river_compile.runtime.executor import Executors, RiverExecutor
+from river_compile.runtime.executor import RiverExecutor
 from river_compile.runtime.runner import PlainRunner, Runner, Step
 from river_compile.runtime.stats import ExitStats
 from river_compile.twins.make import PackedSite
@@ -50,6 +50,7 @@ from river_compile.twins.pack import GraphTwins, PackedWeights
 from .config import RiverConfig, check_mode
 from .errors import OptionError, RiverWarning, UnsupportedGraphError
 from .exits import ExitPolicy, Memories
+from .plain_runs import PlainRuns
 from .state import GraphRecord, ModelState, find_state, state_of
 from .versions import warn_of_untested
 
@@ -84,10 +85,10 @@ def river(
     values = dict(zip(traced.graph.find_nodes(op="placeholder"), example_inputs, strict=True))
     parameters = [node for node in values if is_parameter(node)]
     state = state_of(values[node] for node in parameters)
-    for parameter in parameters[:1]:
-        _guard_model(parameter)
     record = GraphRecord(config, mode=mode)
-    state.graphs.append(record)
+    state.add(record, limit=torch._dynamo.config.recompile_limit)
+    for parameter in parameters[:1]:
+        record.entry.belongs_to_model_of(parameter, then=functools.partial(_watch, state, record))
     with record.stage("rewriting"):
         plan = _needs_gradients(example_inputs) or find_decoder(traced)
         program = plan if isinstance(plan, Refusal) else segmented(plan)
@@ -112,21 +113,16 @@ def _graph_break(graph_module: fx.GraphModule) -> str:
     return f"; Dynamo broke the graph here: {why.reason.partition(chr(10))[0]}{line}"
 
 
-def _guard_model(parameter: fx.Node) -> None:
-    """Makes Dynamo trace every model anew: another one of this class would run this graph, with this one's twins.
-
-    Outside of Dynamo there is nothing to guard.
-    """
-    context = TracingContext.try_get()
-    if context is not None:
-        guard = parameter.meta["grapharg"].source.make_guard(GuardBuilder.ID_MATCH)
-        context.guards_context.dynamo_guards.add(guard)
-
-
 def executors_of(model: nn.Module) -> list[RiverExecutor]:
     """Returns the executors of a model's rewritten graphs that are alive, in the order of their compilation."""
     state = find_state(model)
-    return [] if state is None else list(state.of(Executors))
+    graphs = [] if state is None else state.graphs
+    return [executor for graph in graphs if isinstance(executor := graph.executor(), RiverExecutor)]
+
+
+def _watch(state: ModelState, record: GraphRecord, model: nn.Module) -> None:
+    if record.block_paths:
+        state.of(PlainRuns).watch(model, record.block_paths[0], river)
 
 
 def _needs_gradients(example_inputs: Sequence[Any]) -> Refusal | None:
@@ -211,7 +207,7 @@ def _build(
         launcher = Launcher(program, device, captures, config.max_captures)
         runner = CapturedRunner(program, steps, launcher, LaunchAhead(config.launch_ahead), policy.deepest)
     executor = RiverExecutor(program, runner, policy, stats, state.of(Memories), fill, streamer.forget)
-    state.of(Executors).add(executor)
+    record.executor = weakref.ref(executor)
     return executor
 
 

@@ -1,15 +1,31 @@
 """Errors that reach a user.
 
 TorchDynamo wraps what a backend raises into its own exception and prints a page of frames. Errors derived from its
-``ShortenTraceback`` pass through as they are, so a bad option is the ``ValueError`` that a user expects.
+``ShortenTraceback`` pass through as they are, so a bad option is the ``ValueError`` that a user expects. What Dynamo
+adds to their message and the frames of its own are left out: nothing is wrong with the compiler.
 """
 
+from pathlib import Path
+
 from torch._dynamo.exc import ShortenTraceback
+from typing_extensions import Self
+
+_FOLDER = str(Path(__file__).parent)
 
 
 class _UserError(ValueError, ShortenTraceback):
     def __init__(self, message: str) -> None:
         ShortenTraceback.__init__(self, message, first_useful_frame=None)
+        self._message = message
+
+    def __str__(self) -> str:
+        return self._message
+
+    def remove_dynamo_frames(self) -> Self:
+        frame = self.__traceback__
+        while frame is not None and not frame.tb_frame.f_code.co_filename.startswith(_FOLDER):
+            frame = frame.tb_next
+        return self if frame is None else self.with_traceback(frame)
 
 
 class OptionError(_UserError):

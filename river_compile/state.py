@@ -9,8 +9,8 @@ from __future__ import annotations
 import contextlib
 import threading
 import time
-from collections.abc import Iterable, Iterator
-from dataclasses import dataclass, field
+from collections.abc import Callable, Iterable, Iterator
+from dataclasses import dataclass, field, replace
 from typing import TypeVar, cast
 
 from torch import Tensor, nn
@@ -20,6 +20,7 @@ from river_compile.lowering.compile import Compiled
 from river_compile.passes.program import Fusion, KeptLinear, RiverProgram
 
 from .config import RiverConfig
+from .dynamo_cache import CacheEntry
 
 T = TypeVar("T")
 
@@ -48,7 +49,7 @@ class Entries:
             self._entries[type(entry)] = entry
 
 
-@dataclass
+@dataclass(eq=False)
 class GraphRecord(Entries):
     """What became of one traced graph.
 
@@ -63,6 +64,8 @@ class GraphRecord(Entries):
         kept: matrices of the twins that stay in 16 bits.
         fusions: what became of each fusion rule in each segment that it is for.
         block_paths: module paths of the blocks.
+        executor: returns what runs the graph while Dynamo keeps it, None for a graph that was refused.
+        entry: what Dynamo keeps of it.
     """
 
     config: RiverConfig
@@ -77,9 +80,16 @@ class GraphRecord(Entries):
     kept: tuple[KeptLinear, ...] = ()
     fusions: tuple[Fusion, ...] = ()
     block_paths: tuple[str, ...] = ()
+    executor: Callable[[], object | None] = field(default=lambda: None)
+    entry: CacheEntry = field(default_factory=CacheEntry)
 
     def __post_init__(self) -> None:
         super().__init__()
+
+    @property
+    def options(self) -> tuple[RiverConfig, str | None]:
+        """What the user compiled the model with; exact mode's strict graphs are of the same options."""
+        return replace(self.config, same_rows=False), self.mode
 
     @contextlib.contextmanager
     def stage(self, name: str) -> Iterator[None]:
@@ -107,6 +117,23 @@ class ModelState(Entries):
     def __init__(self) -> None:
         super().__init__()
         self.graphs: list[GraphRecord] = []
+
+    def add(self, graph: GraphRecord, limit: int) -> None:
+        """Adds a graph that Dynamo is about to keep. Where it keeps `limit` of them, those of other options give way.
+
+        The options that were compiled first go first.
+        """
+        cached = [g for g in self.graphs if g.entry.cached]
+        others = [g for g in cached if g.options != graph.options]
+        while others and len(cached) >= limit:
+            oldest = others[0].options
+            for old in others:
+                if old.options == oldest:
+                    old.entry.drop()
+                    self.graphs.remove(old)
+            cached, others = ([g for g in graphs if g.entry.cached] for graphs in (cached, others))
+        graph.entry.counts = len(cached) - len(others) >= limit
+        self.graphs.append(graph)
 
 
 _states: WeakTensorKeyDictionary = WeakTensorKeyDictionary()

@@ -13,6 +13,7 @@ from river_compile.cudagraphs.device import CaptureLog
 from river_compile.exits import threshold_text
 from river_compile.offload.weights import OffloadedWeights, OffloadLog
 from river_compile.passes.program import Fusion
+from river_compile.plain_runs import PlainRuns
 from river_compile.runtime.stats import ExactStats, ExitStats
 from river_compile.state import GraphRecord, ModelState, find_state, unwrap
 from river_compile.twins.block_errors import BlockErrors
@@ -21,7 +22,8 @@ from river_compile.twins.pack import GraphTwins, PackedWeights
 
 _NEVER_RAN = (
     "never ran: no graph of this model reached the backend. torch.compile(model).generate runs the original model; "
-    'use model.compile(backend="river") or model.forward = torch.compile(model.forward, backend="river"), then generate'
+    'use model.compile(backend="river") or model.forward = torch.compile(model.forward, backend="river"), then '
+    "generate. Where another model reached Dynamo's recompile_limit before, torch._dynamo.reset() first"
 )
 _BAR = 32
 
@@ -40,6 +42,8 @@ class Report:
     doubted: int = 0
     block_errors: BlockErrors | None = None
     offloaded: OffloadLog | None = None
+    plain_runs: int = 0
+    plain_reason: str = ""
 
     @property
     def ran(self) -> bool:
@@ -47,8 +51,8 @@ class Report:
 
     @property
     def recompiles(self) -> int:
-        """Graphs traced again for a kind and cache that had one already, such as a new batch size."""
-        kinds = Counter((g.kind, g.cache, g.config.same_rows) for g in self.graphs if not g.refusal)
+        """Graphs traced again for options, a kind and a cache that had one already, such as a new batch size."""
+        kinds = Counter((g.config, g.mode, g.kind, g.cache) for g in self.graphs if not g.refusal)
         return sum(n - 1 for n in kinds.values())
 
     @property
@@ -64,6 +68,8 @@ class Report:
             "ran": self.ran,
             "graphs": [_graph_dict(g) for g in self.graphs],
             "recompiles": self.recompiles,
+            "plain_runs": self.plain_runs,
+            "plain_reason": self.plain_reason,
             "packed_bytes": sum(p.nbytes for p in self.packed),
             "packing_seconds": self.packing_seconds,
             "offloaded": self.offloaded and self.offloaded.to_dict(),
@@ -108,6 +114,9 @@ class Report:
         if self.offloaded:
             yield from self.offloaded.lines()
         yield f"  recompiles     {self.recompiles}"
+        if self.plain_runs:
+            yield f"  without river  {self.plain_runs} forward passes, the latest because"
+            yield f"    {self.plain_reason}"
         yield from _token_lines(self)
 
 
@@ -130,6 +139,8 @@ def report(model: nn.Module) -> Report:
         doubted=stats.doubted,
         block_errors=state.find(BlockErrors),
         offloaded=state.of(OffloadedWeights).snapshot(),
+        plain_runs=state.of(PlainRuns).count,
+        plain_reason=state.of(PlainRuns).reason,
     )
 
 

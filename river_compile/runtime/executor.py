@@ -7,8 +7,7 @@ from __future__ import annotations
 
 import threading
 import time
-import weakref
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from contextlib import AbstractContextManager
 
 import torch
@@ -145,18 +144,3 @@ class RiverExecutor:
 def on_step(observer: Callable[[RiverExecutor, tuple, StepRecord], object]) -> AbstractContextManager[None]:
     """Inside, calls `observer(executor, args, record)` after every step in the process, with its graph's inputs."""
     return _steps.added(observer)
-
-
-class Executors:
-    """The executors of one model's graphs, held weakly: they live as long as Dynamo keeps their graphs."""
-
-    def __init__(self) -> None:
-        self._refs: list[weakref.ref[RiverExecutor]] = []
-
-    def add(self, executor: RiverExecutor) -> None:
-        """Adds one, and forgets those that are gone."""
-        self._refs = [ref for ref in self._refs if ref() is not None] + [weakref.ref(executor)]
-
-    def __iter__(self) -> Iterator[RiverExecutor]:
-        """Yields those that are alive, in the order of their compilation."""
-        return iter([executor for ref in self._refs if (executor := ref()) is not None])

@@ -13,6 +13,7 @@ passes the river backend did not rewrite. Hooks on the model itself are not call
 from __future__ import annotations
 
 import dataclasses
+import threading
 import warnings
 
 import torch
@@ -26,8 +27,10 @@ from river_compile.config import RiverConfig
 from river_compile.errors import RiverWarning
 from river_compile.exits import WHOLE, forced_depth
 from river_compile.hf_cache import cache_of, cannot_crop, crop, remember_past
+from river_compile.plain_runs import PlainRuns
+from river_compile.runtime.executor import on_step
 from river_compile.runtime.stats import ExitStats
-from river_compile.state import GraphRecord, state_of_model
+from river_compile.state import ModelState, state_of_model
 
 
 def verification_widths(max_draft: int, strict: bool = False) -> tuple[int, ...]:
@@ -43,18 +46,18 @@ def verification_widths(max_draft: int, strict: bool = False) -> tuple[int, ...]
 class BatchInvariantGraph:
     """A model's forward pass in a graph in which a token's bits do not depend on the width of the pass.
 
-    It is compiled with the options of `latest`, the model's latest graph.
+    Args:
+        model: the model.
+        config, mode: what to compile it with.
 
     Attributes:
         verdicts: by (batch, slots of a static cache or None) and width, whether a pass was found to have those bits.
     """
 
-    def __init__(self, model: PreTrainedModel, latest: GraphRecord) -> None:
-        options = {f.name: getattr(latest.config, f.name) for f in dataclasses.fields(latest.config)}
+    def __init__(self, model: PreTrainedModel, config: RiverConfig, mode: str | None) -> None:
+        options = {f.name: getattr(config, f.name) for f in dataclasses.fields(config)}
         # The class's function, not the model's method: a compiled method would keep the model alive.
-        self._forward = torch.compile(
-            type(model).forward, backend=river, options={**options, "same_rows": True}, mode=latest.mode
-        )
+        self._forward = torch.compile(type(model).forward, backend=river, options=options, mode=mode)
         self.verdicts: dict[tuple[int, int | None], dict[int, bool]] = {}
 
     def __call__(self, model: PreTrainedModel, **inputs: object) -> CausalLMOutputWithPast:
@@ -96,7 +99,9 @@ class DraftVerifyRunner:
         Raises:
             ValueError: the cache cannot be rewound, or the river backend did not rewrite the model.
         """
-        with forced_depth(WHOLE):  # (a prompt of one token, or the rest of one, is a decode step)
+        steps: list[tuple[object, int]] = []
+        notes = on_step(lambda executor, args, step: steps.append((executor, step.thread)))
+        with notes, forced_depth(WHOLE):  # (a prompt of one token, or the rest of one, is a decode step)
             outputs = self.model._prefill(ids_BS, config, self.model_kwargs, not config.is_assistant)
         self.model_kwargs = self.model._update_model_kwargs_for_generation(outputs, self.model_kwargs)
         cache = cache_of(self.model_kwargs)
@@ -111,17 +116,20 @@ class DraftVerifyRunner:
                 "new tokens); a dynamic cache always works with attention layers"
             )
         state = state_of_model(self.model, "exact mode")
-        latest = state.graphs[-1]
-        _check_paths(latest)
+        ran = [executor for executor, thread in steps if thread == threading.get_ident()]
+        graph = next((g for g in state.graphs if g.executor() in ran), None)
+        if graph is None:
+            raise ValueError(f"exact mode needs a model that the river backend can rewrite; {_why_not(state)}")
+        _check_paths(graph.config)
         self.stats = state.of(ExitStats)
         remember_past(cache)
         slots = [layer.max_cache_len for layer in cache.layers if isinstance(layer, StaticLayer)]
         self._capacity = min(slots) if len(slots) == len(cache.layers) else None
         if self._strict:
             graphs = state.of(_BatchInvariantGraphs)
-            key = (dataclasses.replace(latest.config, same_rows=True), latest.mode)
+            key = (dataclasses.replace(graph.config, same_rows=True), graph.mode)
             if key not in graphs:
-                graphs[key] = BatchInvariantGraph(self.model, latest)
+                graphs[key] = BatchInvariantGraph(self.model, *key)
             self._invariant = graphs[key]
             self._verdicts = self._invariant.verdicts.setdefault((ids_BS.shape[0], self._capacity), {})
         self._kept = self._filled + 1
@@ -225,11 +233,17 @@ class DraftVerifyRunner:
         return logits
 
 
-def _check_paths(latest: GraphRecord) -> None:
+def _why_not(state: ModelState) -> str:
+    """Returns why a prompt ran in none of the model's rewritten graphs."""
+    plain = state.of(PlainRuns).reason
+    if plain:
+        return f"it ran without it: {plain}"
+    refusal = next((graph.refusal for graph in reversed(state.graphs) if graph.refusal), "")
+    return f"it refused: {refusal}" if refusal else 'this call did not reach it: use model.compile(backend="river")'
+
+
+def _check_paths(config: RiverConfig) -> None:
     """Raises a ValueError where a model was compiled without its whole river or its whole backbone."""
-    config = latest.config
-    if latest.refusal:
-        raise ValueError(f"exact mode needs a model that the river backend can rewrite; it refused: {latest.refusal}")
     if config.prefill != "backbone":
         raise ValueError(
             f"prefill={config.prefill!r} lets prompts leave the backbone, so nothing could verify the drafts; compile "

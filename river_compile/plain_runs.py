@@ -1,0 +1,105 @@
+"""Notices forward passes that were meant for the river and ran without it.
+
+The first block of a rewritten model carries a forward hook. Dynamo traces it as nothing, so compiled code never runs
+it: where Python does, the block ran as the plain model has it. The hook then looks whether the call came through
+``torch.compile`` with this backend, because running a model plainly on purpose is nobody's error.
+
+Not handled: models that never reached the backend; their report says so.
+"""
+
+from __future__ import annotations
+
+import sys
+import warnings
+from collections.abc import Callable
+from typing import Any
+
+import torch
+from torch import nn
+from torch._C._dynamo.eval_frame import get_eval_frame_callback
+from torch._dynamo import eval_frame
+
+from river_compile.runtime.stats import ExitStats
+
+from .errors import RiverWarning
+from .state import find_state
+
+
+class PlainRuns:
+    """Forward passes of one model that ran without the river although they came through its backend.
+
+    Attributes:
+        count: how many.
+        reason: of the latest one, empty where there is none.
+    """
+
+    def __init__(self) -> None:
+        self.count = 0
+        self.reason = ""
+        self._backend: Callable[..., object] | None = None
+        self._model = ""
+        self._steps = -1
+
+    def watch(self, model: nn.Module, block_path: str, backend: Callable[..., object]) -> None:
+        """Watches a model from now on.
+
+        Args:
+            model: the model, whose calls go through `torch.compile`.
+            block_path: module path of its first block, seen from the model or from what holds it.
+            backend: the function that compiles it.
+        """
+        self._backend, self._model = backend, type(model).__name__
+        for name, module in model.named_modules():
+            if block_path == name or block_path.endswith(f".{name}"):
+                if all(hook is not _block_runs for hook in module._forward_pre_hooks.values()):
+                    module.register_forward_pre_hook(_block_runs)
+                return
+
+    def notice(self, stats: ExitStats) -> None:
+        """Counts a plain run of a block; warns where the river ran since the last one, by the model's `stats`."""
+        if not _called_through(self._backend):
+            return
+        self.count += 1
+        self.reason = _why()
+        steps = stats.decode.total() + stats.prefill.total()
+        if steps != self._steps:
+            self._steps = steps
+            warnings.warn(
+                f"a forward pass of {self._model} ran without the river: {self.reason}", RiverWarning, stacklevel=3
+            )
+
+
+def _block_runs(block: nn.Module, args: object) -> None:
+    if torch.compiler.is_compiling():
+        return
+    state = find_state(block)
+    if state is not None:
+        state.of(PlainRuns).notice(state.of(ExitStats))
+
+
+_block_runs.changes_nothing = True  # type: ignore[attr-defined]
+
+
+def _called_through(backend: Callable[..., object] | None) -> bool:
+    """Returns whether a call of what `torch.compile` returned for this backend is going on in this thread."""
+    frame = sys._getframe(2)
+    while frame is not None:
+        if frame.f_code.co_name == "compile_wrapper" and frame.f_code.co_filename == eval_frame.__file__:
+            compiler: Any = eval_frame.innermost_backend(frame.f_locals["self"].callback)
+            compiler = getattr(compiler, "compiler_fn", compiler)
+            if getattr(compiler, "func", compiler) is backend:
+                return True
+        frame = frame.f_back  # type: ignore[assignment]
+    return False
+
+
+def _why() -> str:
+    stance = eval_frame._stance.stance
+    if stance != "default":
+        return f"torch.compiler.set_stance({stance!r}) is in force"
+    if get_eval_frame_callback() is False:
+        limit = f"torch._dynamo.config.recompile_limit={torch._dynamo.config.recompile_limit}"
+        return (
+            f"Dynamo's limit of graphs is reached ({limit}); raise it, or use fewer shapes, and torch._dynamo.reset()"
+        )
+    return "it is excluded from compilation (torch.compiler.disable, or code that Dynamo skips)"
