@@ -9,6 +9,7 @@ Not handled: compilers other than GCC and Clang, and Windows.
 
 from __future__ import annotations
 
+import contextlib
 import hashlib
 import logging
 import os
@@ -51,7 +52,7 @@ def build(source: str, name: str, flags: Sequence[str]) -> Path:
     texts = [file.read_bytes() for file in sorted(SOURCES.iterdir()) if file.is_file()]
     digest = hashlib.sha256(b"\0".join([*map(str.encode, made_from), *texts])).hexdigest()[:16]
     library = cache_folder() / "native" / f"{name}_{digest}.so"
-    if library.exists():
+    with contextlib.suppress(FileNotFoundError):  # (whoever cleans up may come between any two looks)
         if _is_whole(library):
             return library
         warnings.warn(f"the compiled kernels {library} were damaged and are rebuilt", stacklevel=2)
