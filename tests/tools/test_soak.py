@@ -126,7 +126,7 @@ def test_memory_generates_through_the_river_and_fails_on_a_slope(monkeypatch, tm
     given = iter([(150.0, 0.001), (1000.0, 0.0)])
     with trace() as seen:
         assert memory.run(case, tmp_path) == "passed"
-    assert found == [4 * 8]
+    assert found == [4 * memory._ROWS]
     assert len(seen.steps) == 4
     assert "+0.00100 tensors a token over 640 tokens" in capsys.readouterr().out
     with pytest.raises(cases.Failure, match=r"memory rises by 1000\.0 bytes"):

@@ -24,8 +24,8 @@ from tools.soak import text
 from tools.soak.cases import Case, Failure
 
 TOKENS = 100_000
-BYTES_PER_TOKEN, TENSORS_PER_TOKEN = 200.0, 0.002  # what rises faster leaks
-_STEPS, _ROWS, _SAMPLES = 100, 8, 20
+BYTES_PER_TOKEN, TENSORS_PER_TOKEN = 50.0, 0.002  # what rises faster leaks
+_STEPS, _ROWS, _SAMPLES = 100, 32, 20
 
 
 def draw(rng: random.Random) -> Case:
