@@ -167,8 +167,9 @@ class Walk:
                 if refused_by_us(error):
                     return f"refused ({type(error).__name__})"
                 raise
-        if not trace.steps and not any(issubclass(w.category, river_compile.RiverWarning) for w in said):
-            raise Failure(f"the river was never reached in step {step}, without a word")
+        passes = step["arguments"]["max_new_tokens"] if step["do"] == "generate" else 1
+        if len(trace.steps) < passes and not any(issubclass(w.category, river_compile.RiverWarning) for w in said):
+            raise Failure(f"{len(trace.steps)} of {passes} passes reached the river in step {step}, without a word")
         return compare(ours, expected, len(step["lengths"]), self.tolerance)
 
 
