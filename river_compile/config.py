@@ -129,13 +129,20 @@ class RiverConfig:
         "with gptq and awq, else of its weights",
         EXPERT,
     )
+    activations: str = _option(
+        "8bit",
+        one_of("8bit", "16bit"),
+        'what `lowering="native"` multiplies 4-bit weights with: 8 bits and one scale for each group, or `"16bit"`: '
+        "activations as they are, at some seven tenths of the speed with one row",
+        EXPERT,
+    )
     exit_every: int = _option(1, integer(1), "distance between depths with a check", EXPERT)
     lowering: str = _option(
         "auto",
-        one_of("auto", "inductor", "triton"),
+        one_of("auto", "inductor", "triton", "native"),
         '`"triton"`: twins become generated kernels, the default on a GPU (on a CPU in Triton\'s interpreter, very '
-        'slow); `"inductor"`: 4-bit products are operators of their own, the default on a CPU '
-        "([docs/lowering.md](docs/lowering.md))",
+        'slow); `"inductor"`: 4-bit products are operators of their own, the default on a CPU; `"native"`: on a CPU, '
+        "products are C++ that is compiled for it ([docs/lowering.md](docs/lowering.md))",
         EXPERT,
         for_tests=("eager", "the rewritten graph runs operator by operator, with the bits of the model run eagerly"),
     )

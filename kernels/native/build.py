@@ -18,6 +18,7 @@ import sys
 import time
 import warnings
 from collections.abc import Sequence
+from dataclasses import dataclass
 from pathlib import Path
 
 import torch
@@ -35,20 +36,45 @@ class CannotBuild(Exception):
     """There is no compiler, or it refuses the sources; the message says which."""
 
 
-def build(source: str, name: str, flags: Sequence[str]) -> Path:
+@dataclass(frozen=True)
+class Compiler:
+    """A compiler's command, and all that it says of its version."""
+
+    command: str
+    version: str
+
+
+def find_compiler() -> Compiler:
+    """Returns the compiler that Inductor uses with the settings of the calling thread.
+
+    Raises:
+        CannotBuild: there is none.
+    """
+    from torch._inductor.cpp_builder import get_compiler_version_info, get_cpp_compiler
+
+    if os.name == "nt":
+        raise CannotBuild("the C++ kernels are made for GCC and Clang, not for compilers on Windows")
+    try:
+        command = get_cpp_compiler()
+    except Exception as error:  # Inductor has no public class for it
+        raise CannotBuild(f"no C++ compiler was found ({type(error).__name__}); install g++ or set CXX") from error
+    return Compiler(command, get_compiler_version_info(command))
+
+
+def build(compiler: Compiler, source: str, name: str, flags: Sequence[str]) -> Path:
     """Returns the library that `source` is compiled to, compiling it where the cache has none that is whole.
 
     Args:
+        compiler: GCC or Clang.
         source: file name within `SOURCES`, whose headers lie beside it.
         name: how the library's own name begins.
         flags: beyond those that every library gets.
 
     Raises:
-        CannotBuild: see there.
+        CannotBuild: the compiler refuses the source.
     """
-    compiler, version = _compiler()
-    command = [compiler, *_FLAGS, source, *flags]
-    made_from = [*command, version, torch.__version__, sys.platform]
+    command = [compiler.command, *_FLAGS, source, *flags]
+    made_from = [*command, compiler.version, torch.__version__, sys.platform]
     texts = [file.read_bytes() for file in sorted(SOURCES.iterdir()) if file.is_file()]
     digest = hashlib.sha256(b"\0".join([*map(str.encode, made_from), *texts])).hexdigest()[:16]
     library = cache_folder() / "native" / f"{name}_{digest}.so"
@@ -74,18 +100,6 @@ def torch_flags() -> list[str]:
 def _is_whole(library: Path) -> bool:
     content = library.read_bytes()
     return hashlib.sha256(content[:-_DIGEST]).digest() == content[-_DIGEST:]
-
-
-def _compiler() -> tuple[str, str]:
-    from torch._inductor.cpp_builder import get_compiler_version_info, get_cpp_compiler
-
-    if os.name == "nt":
-        raise CannotBuild("the C++ kernels are made for GCC and Clang, not for compilers on Windows")
-    try:
-        compiler = get_cpp_compiler()
-    except Exception as error:  # Inductor has no public class for it
-        raise CannotBuild(f"no C++ compiler was found ({type(error).__name__}); install g++ or set CXX") from error
-    return compiler, get_compiler_version_info(compiler)
 
 
 def _run(command: list[str]) -> None:

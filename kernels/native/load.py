@@ -17,22 +17,24 @@ import ctypes
 import threading
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
+from typing import Any
 
 import torch
 from torch import Tensor
 
-from .build import build, torch_flags
+from .build import Compiler, build, find_compiler, torch_flags
 from .isa import Isa, chosen
 
 _loading = threading.Lock()
 _tables: dict[str, int] = {}
 
 
-def load(isa: Isa | None = None) -> None:
-    """Makes the operators there, compiling what is not in the cache folder, and has them use an instruction set.
+def load(isa: Isa | None = None) -> Any:
+    """Returns ``torch.ops.river_native``, compiling what is not in the cache folder.
 
     Args:
-        isa: None for what `chosen` says. The last call decides for the whole process.
+        isa: the instruction set that the operators use, None for what `chosen` says. The last call decides for the
+            whole process.
 
     Raises:
         CannotBuild: there is no compiler, or it refuses the sources.
@@ -41,21 +43,22 @@ def load(isa: Isa | None = None) -> None:
     isa = isa or chosen()
     with _loading:
         if isa.name not in _tables:
-            registered = bool(_tables)
+            registered, compiler = bool(_tables), find_compiler()
             with ThreadPoolExecutor(2) as pool:
-                kernels = pool.submit(_build_kernels, isa)
-                operators = pool.submit(build, "bindings.cpp", "operators", torch_flags())
+                kernels = pool.submit(_build_kernels, compiler, isa)
+                operators = pool.submit(build, compiler, "bindings.cpp", "operators", torch_flags())
                 paths = kernels.result(), operators.result()
             if not registered:
                 torch.ops.load_library(str(paths[1]))
                 torch.library.register_fake("river_native::linear", _linear_fake)
             _tables[isa.name] = _table(paths[0])
         torch.ops.river_native.use_kernels(_tables[isa.name])
+    return torch.ops.river_native
 
 
-def _build_kernels(isa: Isa) -> Path:
+def _build_kernels(compiler: Compiler, isa: Isa) -> Path:
     defined = (f"-DRIVER_ISA={isa.name}", f"-DRIVER_ISA_{isa.name.upper()}")
-    return build("kernels.cpp", f"kernels_{isa.name}", [*isa.flags, *defined])
+    return build(compiler, "kernels.cpp", f"kernels_{isa.name}", [*isa.flags, *defined])
 
 
 def _table(library: Path) -> int:

@@ -9,7 +9,8 @@ Layouts (N output features, K input features padded to whole groups of G)
     "aten_cpu"  as ATen's kernel for this processor wants it, see `aten_int4`.
     "native"    for the C++ kernels, N' = N rounded up to a multiple of 16: qweight uint8 [N' / 16, K / G, G / 8, 64]:
                 byte 4 n + j of a line of 64 holds, for output feature n of its 16, the line's input feature j in the
-                low and 4 + j in the high nibble. scale_zero bfloat16 [N' / 16, K / G, 16, 2].
+                low and 4 + j in the high nibble. scale_zero bfloat16 [N' / 16, K / G, 16, 2]. Products round
+                activations to 8 bits. "native_16bit" has the same bytes, whose products read them as they are.
 
 Experts' matrices of one shape are stacked: their tensors have a dimension more in front.
 
@@ -27,6 +28,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from river_compile.kernels.checks import check_choice
+from river_compile.kernels.native import load as native
 
 from . import aten_int4
 from .grid import GROUP_SIZES, MID_POINT, QuantizedWeight, quantize
@@ -221,9 +223,18 @@ def _linear_aten(x: Tensor, packed: PackedLinear, bias: Tensor | None) -> Tensor
     return aten_int4.linear_aten(x, packed.qweight, packed.scale_zero, bias, packed.out_features, packed.group_size)
 
 
+def _linear_native(x: Tensor, packed: PackedLinear, bias: Tensor | None) -> Tensor:
+    sizes = packed.out_features, packed.group_size
+    y: Tensor = native.load().linear(x, packed.qweight, packed.scale_zero, bias, *sizes, NATIVE_LAYOUTS[packed.layout])
+    return y
+
+
+#: Layouts of the C++ kernels: whether their products round activations to 8 bits.
+NATIVE_LAYOUTS = {"native": True, "native_16bit": False}
+
 LAYOUTS = {
     "triton": Layout(_pack_triton, _unpack_triton, group_sizes=GROUP_SIZES[:3]),
     "plain": Layout(_pack_plain, _unpack_plain),
     aten_int4.LAYOUT: Layout(_pack_aten, _unpack_aten, _linear_aten),
-    "native": Layout(_pack_native, _unpack_native, group_sizes=GROUP_SIZES[:3]),
+    **dict.fromkeys(NATIVE_LAYOUTS, Layout(_pack_native, _unpack_native, _linear_native, GROUP_SIZES[:3])),
 }

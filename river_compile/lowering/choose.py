@@ -1,8 +1,9 @@
-"""Chooses how twins are lowered: for a CPU's int4 kernel, or to the generated Triton kernels.
+"""Chooses how twins are lowered: for ATen's int4 kernel, to the C++ kernels of a CPU, or to generated Triton kernels.
 
 lowering     on a CPU                                           on a GPU (CUDA, or ROCm, which torch calls cuda too)
 "auto"       as "inductor"                                      as "triton"
 "inductor"   ATen's int4 product, the rest through Inductor     the generated 4-bit product, the rest through Inductor
+"native"     the C++ 4-bit product, the rest through Inductor   refused
 "triton"     the generated kernels in Triton's interpreter      the generated kernels, the rest through Inductor
 "eager"      as "inductor", operator by operator                as "inductor", operator by operator
 
@@ -20,9 +21,11 @@ import torch
 
 from river_compile.config import RiverConfig
 from river_compile.errors import OptionError, RiverWarning
+from river_compile.kernels.native import load as native
+from river_compile.kernels.native.build import CannotBuild
 from river_compile.kernels.quant.aten_int4 import LAYOUT as ATEN_LAYOUT
 from river_compile.kernels.quant.aten_int4 import has_fast_kernel
-from river_compile.kernels.quant.layouts import LAYOUTS
+from river_compile.kernels.quant.layouts import LAYOUTS, NATIVE_LAYOUTS
 
 TRITON_LAYOUT = "triton"
 
@@ -54,6 +57,8 @@ def choose_lowering(config: RiverConfig, device: torch.device) -> Lowering:
             f"there are no 4-bit kernels for a model on {device}; move it to a CPU or a GPU, or use quantizer='none'"
         )
     on_gpu = device.type == "cuda"
+    if config.lowering == "native":
+        return _native(config, on_gpu)
     fuse = config.lowering == "triton" or (config.lowering == "auto" and on_gpu)
     if not (fuse or on_gpu):
         return Lowering(compiler, ATEN_LAYOUT, fuse=False)
@@ -71,12 +76,26 @@ def choose_lowering(config: RiverConfig, device: torch.device) -> Lowering:
     return Lowering(compiler, TRITON_LAYOUT, fuse)
 
 
+def _native(config: RiverConfig, on_gpu: bool) -> Lowering:
+    layout = "native" if config.activations == "8bit" else "native_16bit"
+    sizes = LAYOUTS[layout].group_sizes
+    if on_gpu or config.group_size not in sizes:
+        wrong = "the model is on a GPU" if on_gpu else f"group_size={config.group_size} is none of {sizes}"
+        raise OptionError(f"lowering='native' has no kernel here: {wrong}; use lowering='auto'")
+    try:
+        native.load()
+    except CannotBuild as error:
+        warn_once(f"lowering='native' compiles C++ and cannot here, so 4-bit products are ATen's: {error}")
+        layout = ATEN_LAYOUT
+    return Lowering("inductor", layout, fuse=False)
+
+
 def warn_of_slow_lowering(lowering: Lowering, device: torch.device) -> None:
     """Says once that what was chosen is slow on this machine, where it is."""
     if lowering.layout == ATEN_LAYOUT and not has_fast_kernel():
         capability = torch.backends.cpu.get_cpu_capability()
         warn_once(f"this processor ({capability}) has no fast int4 kernel in ATen: River's answers are right, but slow")
-    elif lowering.layout != ATEN_LAYOUT and device.type == "cpu":
+    elif lowering.layout not in (ATEN_LAYOUT, *NATIVE_LAYOUTS) and device.type == "cpu":
         warn_once(
             "lowering='triton' on a CPU runs the generated kernels in Triton's interpreter: the answers are a GPU's, "
             "up to rounding, and take thousands of times longer; use lowering='auto' for anything but a test"

@@ -24,8 +24,10 @@ from torch._subclasses.fake_tensor import FakeTensorMode
 from torch.fx.experimental.symbolic_shapes import ShapeEnv
 
 from river_compile.kernels import ops
+from river_compile.kernels.native import load as native
 from river_compile.kernels.quant.aten_int4 import LAYOUT as ATEN_LAYOUT
 from river_compile.kernels.quant.aten_int4 import linear_aten
+from river_compile.kernels.quant.layouts import NATIVE_LAYOUTS
 from river_compile.passes.nodes import value_of
 from river_compile.passes.program import Segment
 from river_compile.passes.segments import Fingerprint, fingerprint
@@ -177,6 +179,8 @@ def lower_ops(traced: fx.Graph) -> fx.GraphModule:
             *args, layout = node.args
             if layout == ATEN_LAYOUT and not node.kwargs:
                 node.target, node.args = linear_aten, tuple(args)
+            elif layout in NATIVE_LAYOUTS and not node.kwargs:
+                node.target, node.args = native.load().linear.default, (*args, NATIVE_LAYOUTS[layout])
         elif node.target is torch.ops.river.exit_score.default:
             node.target = ops.smallest_cosine
     return fx.GraphModule(traced.owning_module, graph, class_name="Segment")

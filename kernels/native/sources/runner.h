@@ -120,7 +120,7 @@ class Runner {
     for (; started_ < helpers; ++started_) std::thread(&Runner::help, this, started_).detach();
   }
 
-  static constexpr int kSpins = 1000;  // pauses of 20 to 60 ns
+  static constexpr int kSpins = 1000;  // pauses
 
   std::mutex turn_, sleep_;
   std::condition_variable wake_;

@@ -26,62 +26,64 @@ def sources(tmp_path, monkeypatch):
     return folder
 
 
+def built(source, name, flags):
+    return build.build(build.find_compiler(), source, name, flags)
+
+
 def answer(library):
     return ctypes.CDLL(str(library)).answer()
 
 
 @pytest.mark.usefixtures("sources")
 def test_a_library_is_built_once():
-    library = build.build("answer.cpp", "answer", ())
-    built = library.stat().st_mtime_ns
-    assert build.build("answer.cpp", "answer", ()) == library
-    assert library.stat().st_mtime_ns == built
+    library = built("answer.cpp", "answer", ())
+    when = library.stat().st_mtime_ns
+    assert built("answer.cpp", "answer", ()) == library
+    assert library.stat().st_mtime_ns == when
     assert answer(library) == 42
     assert [file.name for file in library.parent.iterdir()] == [library.name], "no scratch files stay"
 
 
 def test_whatever_a_library_is_made_from_is_in_its_name(sources, monkeypatch):
-    names = {build.build("answer.cpp", "answer", flags).name for flags in ((), ("-DMORE",))}
+    names = {built("answer.cpp", "answer", flags).name for flags in ((), ("-DMORE",))}
     (sources / "answer.h").write_text("#define ANSWER 43\n")
-    changed = build.build("answer.cpp", "answer", ())
+    changed = built("answer.cpp", "answer", ())
     assert answer(changed) == 43
     names.add(changed.name)
     monkeypatch.setattr(torch, "__version__", "0.0")
-    names.add(build.build("answer.cpp", "answer", ()).name)
-    compiler, version = build._compiler()
-    monkeypatch.setattr(build, "_compiler", lambda: (compiler, version + " patched"))
-    names.add(build.build("answer.cpp", "answer", ()).name)
+    names.add(built("answer.cpp", "answer", ()).name)
+    patched = build.Compiler(build.find_compiler().command, "another version")
+    names.add(build.build(patched, "answer.cpp", "answer", ()).name)
     assert len(names) == 5
 
 
 @pytest.mark.usefixtures("sources")
 @pytest.mark.parametrize("damage", [lambda data: b"", lambda data: data[:100], lambda data: data[:-40] + b"x" * 40])
 def test_a_damaged_library_is_built_again(damage):
-    library = build.build("answer.cpp", "answer", ())
+    library = built("answer.cpp", "answer", ())
     library.write_bytes(damage(library.read_bytes()))
     with pytest.warns(UserWarning, match="were damaged and are rebuilt"):
-        assert build.build("answer.cpp", "answer", ()) == library
+        assert built("answer.cpp", "answer", ()) == library
     assert answer(library) == 42
 
 
 @pytest.mark.usefixtures("sources")
 def test_builds_at_the_same_time_all_give_a_whole_library():
     with ThreadPoolExecutor(4) as pool:
-        libraries = set(pool.map(lambda _: build.build("answer.cpp", "answer", ()), range(4)))
+        libraries = set(pool.map(lambda _: built("answer.cpp", "answer", ()), range(4)))
     assert len(libraries) == 1
     assert answer(libraries.pop()) == 42
 
 
-@pytest.mark.usefixtures("sources")
 def test_without_a_compiler_the_message_says_so():
     with inductor.patch({"cpp.cxx": (None, "no-such-compiler")}), pytest.raises(build.CannotBuild, match="install g"):
-        build.build("answer.cpp", "answer", ())
+        build.find_compiler()
 
 
 def test_a_compiler_that_refuses_is_quoted(sources):
     (sources / "answer.cpp").write_text("#error this machine is not supported\n")
     with pytest.raises(build.CannotBuild, match="this machine is not supported"):
-        build.build("answer.cpp", "answer", ())
+        built("answer.cpp", "answer", ())
     assert list((sources.parent / "cache/native").iterdir()) == []
 
 
@@ -110,7 +112,7 @@ def test_operators_that_nobody_loaded_name_the_fix():
     code = """
 import torch
 from river_compile.kernels.native import build, load
-torch.ops.load_library(str(build.build("bindings.cpp", "operators", build.torch_flags())))
+torch.ops.load_library(str(build.build(build.find_compiler(), "bindings.cpp", "operators", build.torch_flags())))
 x = torch.ones(1, 32)
 try:
     torch.ops.river_native.linear(x, torch.zeros(1, 1, 4, 64, dtype=torch.uint8), torch.zeros(1, 1, 16, 2).bfloat16(),

@@ -88,7 +88,7 @@ def cases(draw):
 
 @ISAS
 @given(case=cases(), threads=st.integers(1, 4))
-@examples(60)
+@examples(30)
 def test_any_shape(isa, case, threads):
     """Shapes, groups, ragged ends, dtypes, extreme weights, strided rows; nothing is read or written outside."""
     load.load(isa)
@@ -102,7 +102,7 @@ def test_any_shape(isa, case, threads):
 @given(
     st.integers(1, 20), st.integers(200, 900), st.integers(500, 1500), st.sampled_from(DTYPES), st.integers(0, 2**20)
 )
-@examples(8)
+@examples(6)
 def test_a_rows_bits_depend_on_neither_rows_nor_threads(isa, m, n, k, dtype, seed):
     """Products large enough to be split: all numbers of threads, and each row alone, give the same bits."""
     load.load(isa)

@@ -1,0 +1,94 @@
+"""The lowering to C++ products: which one is chosen, what twins then compute, and what happens without a compiler."""
+
+import warnings
+
+import pytest
+import torch
+import torch._inductor.config as inductor
+
+from river_compile import OptionError, RiverWarning, report, river
+from river_compile.config import RiverConfig
+from river_compile.lowering import choose
+from river_compile.lowering.choose import Lowering, choose_lowering
+from tests.support.decoding import cache_state, decode, left_padded, new_cache
+from tests.support.families import make
+from tests.support.lowerings import UNFUSED, lowered
+
+OPTIONS = {"quantizer": "rtn", "group_size": 32, "first_exit": 1}
+CPU = torch.device("cpu")
+
+
+class Ways:
+    """A backend that lowers each traced graph in several ways; `now` says which one runs."""
+
+    def __init__(self, *ways: Lowering) -> None:
+        self.ways, self.now = ways, ways[0]
+
+    def __call__(self, graph_module, inputs):
+        made = {way: lowered(way)(graph_module, inputs, options=OPTIONS) for way in self.ways}
+        return lambda *args: made[self.now](*args)
+
+
+def test_twins_compute_what_their_grids_say():
+    """Activations as they are: the logits and cache entries of float32 products; in 8 bits: close, and not the same."""
+    exact, rounded = Lowering("eager", "native_16bit", False), Lowering("eager", "native", False)
+    model, backend = make("qwen2", layers=2), Ways(UNFUSED, exact, rounded)
+    model.compile(backend=backend)
+    logits, caches = {}, {}
+    for way in backend.ways:
+        backend.now, cache = way, new_cache(model, "static")
+        logits[way], caches[way] = decode(model, cache, [0, 1, 2]), cache_state(cache)
+    for a, b in zip(logits[UNFUSED], logits[exact], strict=True):
+        torch.testing.assert_close(a, b, rtol=1e-4, atol=1e-4)
+    for a, b in zip(caches[UNFUSED], caches[exact], strict=True):
+        torch.testing.assert_close(a[:2], b[:2], rtol=1e-4, atol=1e-4)
+        assert a[2] == b[2]
+    left, same = logits[UNFUSED][1].flatten(), logits[rounded][1].flatten()
+    assert not torch.equal(left, same)
+    assert torch.nn.functional.cosine_similarity(left, same, dim=0) > 0.99
+
+
+@torch.no_grad()
+def test_the_option_reaches_the_kernels_through_inductor():
+    """Compiled twins give the logits of the same products called operator by operator."""
+    model, found = make("llama", layers=2), []
+    ids, mask = left_padded(2)
+    for backend in (river, lowered(Lowering("eager", "native", False))):
+        torch._dynamo.reset()
+        model.compile(backend=backend, options={**OPTIONS, "lowering": "native", "exit_depth": 0})
+        cache = new_cache(model, "static")
+        model.forward(input_ids=ids, attention_mask=mask, past_key_values=cache)
+        longer = torch.cat([mask, torch.ones_like(mask[:, :1])], 1)
+        found.append(model(input_ids=ids[:, -1:], attention_mask=longer, past_key_values=cache).logits)
+        assert {site.weight.layout for site in report(model).packed} == {"native"}
+    torch.testing.assert_close(*found, rtol=1e-2, atol=1e-2)
+
+
+def test_which_layout_is_chosen():
+    chosen = {
+        bits: choose_lowering(RiverConfig(lowering="native", activations=bits), CPU) for bits in ("8bit", "16bit")
+    }
+    assert chosen == {
+        "8bit": Lowering("inductor", "native", False),
+        "16bit": Lowering("inductor", "native_16bit", False),
+    }
+    assert choose_lowering(RiverConfig(lowering="native", quantizer="none"), CPU).layout == "aten_cpu"
+    with pytest.raises(OptionError, match=r"no kernel here: group_size=256 is none of \(32, 64, 128\)"):
+        choose_lowering(RiverConfig(lowering="native", group_size=256), CPU)
+    with pytest.raises(OptionError, match="no kernel here: the model is on a GPU"):
+        choose_lowering(RiverConfig(lowering="native"), torch.device("cuda", 0))
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        choose.warn_of_slow_lowering(chosen["8bit"], CPU)
+
+
+def test_without_a_compiler_products_are_atens_and_it_is_said_once(monkeypatch):
+    choose.warn_once.cache_clear()
+    monkeypatch.setattr(choose.native, "_tables", {})  # as in a process that has loaded nothing yet
+    with inductor.patch({"cpp.cxx": (None, "no-such-compiler")}):
+        with pytest.warns(RiverWarning, match="cannot here, so 4-bit products are ATen's: no C.. compiler was found"):
+            lowering = choose_lowering(RiverConfig(lowering="native"), CPU)
+        with warnings.catch_warnings():
+            warnings.simplefilter("error")
+            assert choose_lowering(RiverConfig(lowering="native"), CPU) == lowering
+    assert lowering.layout == "aten_cpu"
