@@ -225,6 +225,13 @@ class DraftVerifyRunner:
         if width > 1 and "logits_to_keep" in kwargs:
             kwargs["logits_to_keep"] = 0  # all of them; any other number would be a graph of its own
         inputs = self.model.prepare_inputs_for_generation(ids_BS, next_sequence_length=width, **kwargs)
+        given = inputs["input_ids"].shape[1]
+        if given != width:  # (CPM-Ant, where every position attends to all others, those that follow too)
+            name = type(self.model).__name__
+            raise ValueError(
+                f"exact mode verifies several tokens in one pass over what is new, and {name} takes the whole text in "
+                f"every pass ({given} tokens in place of {width}); leave out custom_generate"
+            )
         if graph is not None and width > 1:
             logits = graph(self.model, **inputs, return_dict=True).logits
         else:

@@ -10,8 +10,9 @@ import pytest
 import torch
 
 from river_compile import river
+from river_compile.exits import forced_depth
 from tests.support.decoding import cache_state, decode, new_cache
-from tests.support.families import FAMILIES, make
+from tests.support.families import FAMILIES, make, prompt
 from tests.support.lowerings import CPU, FUSED, lowered
 
 DYNAMIC = [
@@ -48,6 +49,21 @@ def test_any_exit_of_an_unquantized_river_is_the_plain_model(name, kind):
     for step in range(len(steps) + 1):
         torch.testing.assert_close(plain_logits[step], never_logits[step], rtol=1e-4, atol=1e-4)
         assert torch.equal(never_logits[step], mixed_logits[step]), f"logits of step {step}"
+
+
+def test_sinks_windows_and_experts_give_the_plain_text():
+    """GPT-OSS, prompts of 5 and 20 tokens: every token leaves at once, half of the blocks see a window of 8 tokens."""
+    model, ids = make("gpt_oss", layers=2), prompt(20, 2)
+    mask = torch.ones_like(ids)
+    ids[0, :15] = mask[0, :15] = 0
+    how = {"max_new_tokens": 32, "do_sample": False, "return_dict_in_generate": True, "output_logits": True}
+    how |= {"cache_implementation": "static", "disable_compile": True}
+    plain = model.generate(ids, attention_mask=mask, **how)
+    model.compile(backend=river, options=EAGER)
+    with forced_depth(0):
+        ours = model.generate(ids, attention_mask=mask, **how)
+    torch.testing.assert_close(ours.logits, plain.logits, rtol=1e-4, atol=1e-4)
+    assert torch.equal(ours.sequences, plain.sequences)
 
 
 def assert_same_cache(expected, actual, exact: bool) -> None:

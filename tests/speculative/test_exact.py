@@ -19,6 +19,7 @@ from river_compile.speculative.runner import BatchInvariantGraph, DraftVerifyRun
 from tests.support.decoding import new_cache
 from tests.support.families import REWRITTEN, SLIDING_WINDOW, prompt
 from tests.support.families import make as make_family
+from tools.families.tiny import tiny_model
 
 NEW_TOKENS = 24
 LAYERS = 2
@@ -346,6 +347,14 @@ def test_an_assistant_model_is_refused_by_name():
     """transformers gives a callable custom_generate no assistant, so it would be ignored without a word."""
     with pytest.raises(ValueError, match="assistant_model=LlamaForCausalLM is not available in exact mode"):
         exactly(compiled(), prompt(), assistant_model=make("llama"))
+
+
+def test_a_model_that_reads_the_whole_text_in_every_pass_is_refused():
+    """CPM-Ant's positions attend to those that follow, so a pass of several tokens gives others than several passes."""
+    model = tiny_model("cpmant")
+    model.compile(backend=river_compile.river, options={"lowering": "eager", "group_size": 32})
+    with pytest.raises(ValueError, match="CpmAntForCausalLM takes the whole text in every pass"):
+        exactly(model, prompt(), static=False)
 
 
 def test_models_that_have_no_two_paths_are_refused():
