@@ -159,9 +159,9 @@ def packing(graphs: Sequence[GraphRecord], observation: Observation) -> dict:
     sites = graphs[-1].of(GraphTwins)
     outputs = []
     for site in sites:
-        sources = site.sources()
-        parts = [w.T if site.transposed else w for w in sources[: len(site.out_features)]]
-        moments = observation.moments_of(sources[0]).matrix()
+        weights = site.fresh_sources().weights
+        parts = [w.T if site.transposed else w for w in weights]
+        moments = observation.moments_of(weights[0]).matrix()
         outputs.append(output_sqnr_db(torch.cat(parts), site.dequantize(), moments))
     return {
         "SQNR weights": statistics.fmean(site.sqnr for site in sites),

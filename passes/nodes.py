@@ -18,6 +18,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, fx
 from torch.fx.node import Argument
+from torch.utils._python_dispatch import is_traceable_wrapper_subclass
 
 ENTER_AUTOCAST, EXIT_AUTOCAST = torch.amp.autocast_mode._enter_autocast, torch.amp.autocast_mode._exit_autocast
 _FRAME = re.compile(r'File "(?P<file>[^"]+)", line (?P<line>\d+)')
@@ -55,6 +56,11 @@ def is_parameter(node: object, dims: int | None = None) -> TypeGuard[fx.Node]:
         return False
     marked = node.meta.get("tensor_dict", {}).get("_dynamo_static_input_type") == "unguarded"
     return marked and dims in (None, rank(node))
+
+
+def is_ordinary(tensor: object) -> bool:
+    """False for a tensor that is made of others, such as a quantized one of torchao, real or fake."""
+    return type(tensor) in (Tensor, torch.nn.Parameter) or not is_traceable_wrapper_subclass(tensor)
 
 
 def input_name(node: fx.Node) -> str:

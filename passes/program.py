@@ -7,7 +7,7 @@ segments exchange values.
 from __future__ import annotations
 
 import functools
-from dataclasses import dataclass, field, replace
+from dataclasses import dataclass, field, fields, replace
 
 import torch
 from torch import fx
@@ -130,35 +130,51 @@ class Segment:
         return replace(self, graph=graph, kind=kind or self.kind)
 
 
-@dataclass(frozen=True)
-class LinearSite:
-    """One 4-bit matrix product of a twin: a linear layer, several that share their input, or a stack of experts.
+@dataclass(frozen=True, kw_only=True)
+class Product:
+    """One 4-bit matrix product: a linear layer, several that share their input, or a stack of experts.
 
     Linears are merged along the rows, and so are, to quantize them, the matrices of a stack.
 
     Attributes:
         name: module paths of the linears, joined by "|"; the path of a stack's parameter.
-        weights: each ``[N_i, K]`` (``[K, N_i]`` where transposed, as GPT-2's Conv1D stores them); a stack's one
-            ``[E, N, K]`` (``[E, K, N]``).
-        biases: each ``[N_i]``, None where a linear has none.
+        in_features, out_features: K, and N_i of each matrix.
+        transposed: weights are ``[K, N_i]``, as GPT-2's Conv1D stores them, instead of ``[N_i, K]``.
         group_size: consecutive input features that share a scale and a zero.
+        layout: how its kernel wants it packed.
         scales_inputs: the inputs are divided by a scale ``[K]`` that the packing chooses.
-        folds: the norm's parameters that take the scale up; where there are none, the inputs are multiplied by its
-            inverse.
         experts: E, the matrices of a stack; 0 for linears.
     """
 
     name: str
-    weights: tuple[fx.Node, ...]
-    biases: tuple[fx.Node | None, ...]
     in_features: int
     out_features: tuple[int, ...]
     transposed: bool
     group_size: int
     layout: str
     scales_inputs: bool = False
-    folds: tuple[fx.Node, ...] = ()
     experts: int = 0
+
+
+@dataclass(frozen=True, kw_only=True)
+class LinearSite(Product):
+    """A product of a twin, with the placeholders of its parameters.
+
+    Attributes:
+        weights: one for each linear; a stack's one ``[E, N, K]`` (``[E, K, N]``).
+        biases: each ``[N_i]``, None where a linear has none.
+        folds: the norm's parameters that take the scale of the inputs up; where there are none, the inputs are
+            multiplied by its inverse.
+    """
+
+    weights: tuple[fx.Node, ...]
+    biases: tuple[fx.Node | None, ...]
+    folds: tuple[fx.Node, ...] = ()
+
+    @property
+    def product(self) -> Product:
+        """The product alone, which keeps no graph alive."""
+        return Product(**{field.name: getattr(self, field.name) for field in fields(Product)})
 
     @property
     def has_bias(self) -> bool:

@@ -19,7 +19,7 @@ from river_compile.kernels.portable import grouped_attention, one_row_linear
 from river_compile.passes.fusion.recognise import before_repeat
 
 from .edits import drop_unused, in_dtype_of
-from .nodes import Sdpa, as_sdpa, rank, shape, value_of
+from .nodes import Sdpa, as_sdpa, is_ordinary, rank, shape, value_of
 from .program import RiverProgram
 
 
@@ -38,9 +38,13 @@ def simplify_attention(graph: fx.Graph) -> None:
 
 
 def simplify_linears(graph: fx.Graph) -> int:
-    """Makes linear layers whose inputs are one row ones for one row; returns the number replaced."""
+    """Makes linear layers whose inputs are one row ones for one row; returns the number replaced.
+
+    Quantized weights stay with their own products.
+    """
     linears = graph.find_nodes(op="call_function", target=torch.nn.functional.linear)
-    one_row = [n for n in linears if value_of(n.args[0]) is not None and set(shape(n.args[0])[:-1]) == {1}]
+    known = [n for n in linears if value_of(n.args[0]) is not None and is_ordinary(value_of(n.args[1]))]
+    one_row = [n for n in known if set(shape(n.args[0])[:-1]) == {1}]
     for node in one_row:
         with graph.inserting_before(node):
             node.args = (in_dtype_of(node, node.args[0]), *node.args[1:])

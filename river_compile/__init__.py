@@ -38,6 +38,7 @@ _EXPORTS = {
     "forced_depth": "exits",
     "forced_threshold": "exits",
     "observe": "twins.observe",
+    "refresh": "twins.pack",
     "report": "reporting.report",
     "restore": "offload.weights",
     "river": "backend",

@@ -42,10 +42,12 @@ from river_compile.reporting.dump import PassDump, trace_artifact
 from river_compile.reporting.report import graph_lines
 from river_compile.runtime.executor import RiverExecutor
 from river_compile.runtime.runner import PlainRunner, Runner, Step
+from river_compile.runtime.sequences import Sequences
 from river_compile.runtime.stats import ExitStats
 from river_compile.twins.make import PackedSite
 from river_compile.twins.observe import Observation
 from river_compile.twins.pack import GraphTwins, PackedWeights
+from river_compile.twins.watch import TwinWatch
 
 from .config import RiverConfig, check_mode
 from .errors import OptionError, RiverWarning, UnsupportedGraphError
@@ -188,7 +190,8 @@ def _build(
         program = _rewritten(program, config, passes_for(config, plan, lowering, keep))
     segments = policy.reachable(program)
     if plan.is_decode:
-        offloaded.arrange(program, values, config, sum(packed[s].nbytes for p in segments for s in p.packed))
+        with state.of(PackedWeights).moving():
+            offloaded.arrange(program, values, config, sum(packed[s].nbytes for p in segments for s in p.packed))
     streamer = Streamer(offloaded, program, values, config.offload)
     compiler = SegmentCompiler(lowering.compiler, inductor_settings(record.mode, captured=device is not None))
     steps: dict[Segment, Step] = {}
@@ -206,7 +209,10 @@ def _build(
     if device is not None:
         launcher = Launcher(program, device, captures, config.max_captures)
         runner = CapturedRunner(program, steps, launcher, LaunchAhead(config.launch_ahead), policy.deepest)
-    executor = RiverExecutor(program, runner, policy, stats, state.of(Memories), fill, streamer.forget)
+    watch = TwinWatch(packed, program.slots, state) if packed else None
+    executor = RiverExecutor(
+        program, runner, policy, stats, state.of(Memories), fill, state.of(Sequences), watch, streamer.forget
+    )
     record.executor = weakref.ref(executor)
     return executor
 

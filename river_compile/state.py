@@ -150,6 +150,13 @@ def state_of(parameters: Iterable[object]) -> ModelState:
         return state
 
 
+def adopt(state: ModelState, parameters: Iterable[Tensor]) -> None:
+    """Notes parameters that were put in the place of some of a model's."""
+    with _lock:
+        for tensor in parameters:
+            _states[tensor] = state
+
+
 def find_state(model: nn.Module) -> ModelState | None:
     """Returns the state of a model, or of the one in torch.compile's wrapper; None where the backend never saw it."""
     return _find([*model.parameters(), *model.buffers()])

@@ -19,6 +19,7 @@ from river_compile.passes.nodes import (
     before_views,
     called,
     either_way,
+    is_ordinary,
     is_parameter,
     only_used_for,
     operands,
@@ -72,8 +73,8 @@ def fuse_head(view: BlockView) -> fx.Node:
     if is_product(head):
         return _put_linear(head.args, found, head)
     x, weight, bias = head.args
-    fits = is_parameter(weight) and same_dtype(weight, x) and same_dtype(head, x)
-    require(fits, "its matrix is not a parameter of the activations' dtype", head)
+    fits = is_parameter(weight) and is_ordinary(value_of(weight)) and same_dtype(weight, x) and same_dtype(head, x)
+    require(fits, "its matrix is not an ordinary parameter of the activations' dtype", head)
     return _put_linear((x, weight, None, bias, shape(weight)[0], 0, "triton"), found, head)
 
 

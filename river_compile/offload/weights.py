@@ -28,9 +28,12 @@ from torch.utils.weak import WeakTensorKeyDictionary
 from tqdm import tqdm
 
 from river_compile.config import RiverConfig
-from river_compile.passes.nodes import is_parameter, value_of
+from river_compile.errors import OptionError
+from river_compile.passes.nodes import input_name, is_ordinary, is_parameter, value_of
 from river_compile.passes.program import DecoderPlan, RiverProgram
 from river_compile.state import find_state
+from river_compile.twins.pack import PackedWeights
+from river_compile.twins.sources import parts_of
 
 from .disk import MappedFiles
 from .pinned import PinnedMemory
@@ -107,13 +110,19 @@ class OffloadedWeights:
         """Checks, before anything is packed, that there is a place for what a model's decode graph will offload.
 
         Raises:
-            OptionError: (a ``ValueError``) the folder takes no files or is too small.
+            OptionError: (a ``ValueError``) the folder takes no files or is too small, or weights are quantized tensors.
         """
         if config.offload is None or self.log is not None:
             return
-        self.store = make_store(config, plan)
         deeper = [node for node, part in plan.part_of.items() if config.offload < part <= plan.num_blocks]
         weights = {weight for node in deeper for weight in node.all_input_nodes if is_parameter(weight)}
+        quantized = next((weight for weight in weights if not is_ordinary(value_of(weight))), None)
+        if quantized is not None:
+            raise OptionError(
+                f"offload={config.offload} is not available where weights are {type(value_of(quantized)).__name__}s, "
+                f"such as {input_name(quantized)}; leave offload out, or load the model unquantized"
+            )
+        self.store = make_store(config, plan)
         self.store.check_room(sum(value_of(weight).nbytes for weight in weights))
 
     def arrange(
@@ -206,7 +215,10 @@ def restore(model: nn.Module) -> int:
         The bytes that came back, 0 where nothing was offloaded.
     """
     state = find_state(model)
-    return 0 if state is None else state.of(OffloadedWeights).restore([*model.parameters(), *model.buffers()])
+    if state is None:
+        return 0
+    with state.of(PackedWeights).moving():
+        return state.of(OffloadedWeights).restore([*model.parameters(), *model.buffers()])
 
 
 def _movable(program: RiverProgram, values: Mapping[fx.Node, Any], resident: int) -> tuple[list[Tensor], list[Tensor]]:
@@ -219,8 +231,9 @@ def _movable(program: RiverProgram, values: Mapping[fx.Node, Any], resident: int
     kept: list[Tensor] = []
     for node in nodes:
         weight = values[node]
+        movable = is_ordinary(weight) and weight.nbytes >= _PAGE and _is_dense(weight)
         alone = node not in stay and users[_memory(weight)] == 1
-        (away if alone and weight.nbytes >= _PAGE and _is_dense(weight) else kept).append(weight)
+        (away if alone and movable else kept).append(weight)
     return away, kept
 
 
@@ -231,7 +244,7 @@ def _is_dense(weight: Tensor) -> bool:
 
 
 def _memory(weight: Tensor) -> int:
-    return weight.untyped_storage().data_ptr()
+    return parts_of(weight)[0].untyped_storage().data_ptr()
 
 
 def _bytes(weights: Iterable[Tensor]) -> int:

@@ -30,12 +30,16 @@ _BAR = 32
 
 @dataclass(frozen=True)
 class Report:
-    """Snapshot of a model's graphs, packed weights and exits; see :func:`report`."""
+    """Snapshot of a model's graphs, packed weights and exits; see :func:`report`.
+
+    `packed_again` says how often weights were found changed, and how many matrices were packed again the last time.
+    """
 
     model: str
     graphs: tuple[GraphRecord, ...]
     packed: tuple[PackedSite, ...]
     packing_seconds: float
+    packed_again: tuple[int, int]
     decode_depths: dict[int, int]
     prefill_depths: dict[int, int]
     exact: ExactStats
@@ -72,6 +76,7 @@ class Report:
             "plain_reason": self.plain_reason,
             "packed_bytes": sum(p.nbytes for p in self.packed),
             "packing_seconds": self.packing_seconds,
+            "packed_again": self.packed_again[0],
             "offloaded": self.offloaded and self.offloaded.to_dict(),
             "matrices": [
                 {
@@ -133,6 +138,7 @@ def report(model: nn.Module) -> Report:
         graphs=tuple(state.graphs),
         packed=tuple(sorted(packed.all(), key=lambda p: _natural(p.name))),
         packing_seconds=packed.seconds,
+        packed_again=(packed.renewals, packed.renewed),
         decode_depths=dict(sorted(stats.decode.items())),
         prefill_depths=dict(sorted(stats.prefill.items())),
         exact=stats.exact,
@@ -221,6 +227,9 @@ def _packed_lines(report: Report) -> Iterator[str]:
     size = sum(p.nbytes for p in packed) / 1e6
     quantizers = ", ".join(sorted({p.quantizer for p in packed}))
     yield f"  packed         {len(packed)} matrices ({quantizers}), {size:.1f} MB, in {report.packing_seconds:.1f} s"
+    times, matrices = report.packed_again
+    if times:
+        yield f"    packed again   {times} times after weights changed, {matrices} matrices the last time"
     for folder, count in Counter(p.artifact for p in packed if p.artifact).items():
         yield f"    artifact     {count} matrices read from {folder}"
     yield _sqnr_line("SQNR of weights", {p.name: p.sqnr for p in report.packed})

@@ -7,8 +7,9 @@ from __future__ import annotations
 
 import threading
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from contextlib import AbstractContextManager
+from typing import Any
 
 import torch
 
@@ -17,6 +18,7 @@ from river_compile.passes.program import RiverProgram
 
 from .fill import Fill
 from .runner import Runner
+from .sequences import Sequences
 from .slots import cache_slots, capacity_check
 from .stats import ExitStats, Observers, StepRecord
 
@@ -33,6 +35,8 @@ class RiverExecutor:
         stats: counts exits.
         memories: what policy and fill remember of the model's sequences; shared by the model's graphs.
         fill: what stands in for the entries of skipped blocks.
+        sequences: of the model; tells when a sequence begins.
+        on_begin: called with the graph's inputs where one begins, before anything runs; None: nothing to do.
         on_close: called after each step.
     """
 
@@ -44,12 +48,15 @@ class RiverExecutor:
         stats: ExitStats,
         memories: Memories,
         fill: Fill,
+        sequences: Sequences,
+        on_begin: Callable[[Sequence[Any]], None] | None,
         on_close: Callable[[], None],
     ) -> None:
         self.program, self.runner, self.policy, self.fill = program, runner, policy, fill
         self.num_blocks = program.plan.num_blocks
         self.decodes = program.plan.is_decode
-        self._stats, self._memories, self._on_close = stats, memories, on_close
+        self._stats, self._memories, self._sequences = stats, memories, sequences
+        self._on_begin, self._on_close = on_begin, on_close
         self._check_capacity = capacity_check(program)
         self._cache_in, self._cache_out = cache_slots(program)
         self._remembers = policy.criterion.remembers or fill.remembers
@@ -58,6 +65,8 @@ class RiverExecutor:
         started = time.perf_counter()
         policy = self.policy.in_this_thread() if self.decodes else self.policy
         runner = self.runner
+        if self._on_begin is not None and self._sequences.begins(self, self._cache(args)):
+            self._on_begin(args)
         with runner, torch._C._DisableAutocast():
             slots = runner.begin(args)
             if self._check_capacity is not None:
@@ -75,6 +84,7 @@ class RiverExecutor:
                     runner.tail(slots, depth)
             self.fill.end(slots, memory, depth)
             self._keep(slots, memory)
+            self._sequences.left(None if not self.decodes or self._cache_out is None else slots[self._cache_out])
             outputs = runner.finish(slots)
         seconds = time.perf_counter() - started
         thread, model = threading.get_ident(), self._stats.model_id
@@ -127,6 +137,10 @@ class RiverExecutor:
             runner.rewind(slots, depth, self.num_blocks, saved)
             runner.blocks(slots, depth, self.num_blocks)
         return entropy, doubted
+
+    def _cache(self, args: Sequence[Any]) -> Any:
+        """Returns the tensor of the KV cache that tells sequences apart, before the step."""
+        return None if self._cache_in is None or self._cache_in >= len(args) else args[self._cache_in]
 
     def _recall(self, slots: list) -> Memory:
         """Returns what is remembered of the sequence; for a prompt only what its fill knows of the cache."""

@@ -145,7 +145,7 @@ class ExactMode:
         dynamo = torch._dynamo.config
         with dynamo.patch(recompile_limit=dynamo.recompile_limit + len(runner.widths)):
             first_logits = runner.prefill(input_ids, config)
-            with model._optimize_model_for_decode():
+            with model._optimize_model_for_decode(), runner.sequences.one():
                 ids = loop.run(first_logits)
         if streamer is not None:
             streamer.end()

@@ -29,6 +29,7 @@ from river_compile.exits import WHOLE, forced_depth
 from river_compile.hf_cache import cache_of, cannot_crop, crop, remember_past
 from river_compile.plain_runs import PlainRuns
 from river_compile.runtime.executor import on_step
+from river_compile.runtime.sequences import Sequences
 from river_compile.runtime.stats import ExitStats
 from river_compile.state import ModelState, state_of_model
 
@@ -79,11 +80,13 @@ class DraftVerifyRunner:
 
     Attributes:
         widths: query lengths at which the backbone may verify, ascending from 1.
-        cache, stats: the KV cache and what counts the model's cycles, from :meth:`prefill` on.
+        cache, stats, sequences: the KV cache, what counts the model's cycles and what tells its sequences apart, from
+            :meth:`prefill` on.
     """
 
     cache: Cache
     stats: ExitStats
+    sequences: Sequences
 
     def __init__(self, model: PreTrainedModel, model_kwargs: dict, max_draft: int, strict: bool = False) -> None:
         self.model = model
@@ -121,7 +124,7 @@ class DraftVerifyRunner:
         if graph is None:
             raise ValueError(f"exact mode needs a model that the river backend can rewrite; {_why_not(state)}")
         _check_paths(graph.config)
-        self.stats = state.of(ExitStats)
+        self.stats, self.sequences = state.of(ExitStats), state.of(Sequences)
         remember_past(cache)
         slots = [layer.max_cache_len for layer in cache.layers if isinstance(layer, StaticLayer)]
         self._capacity = min(slots) if len(slots) == len(cache.layers) else None

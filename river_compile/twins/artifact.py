@@ -33,7 +33,7 @@ from river_compile.errors import ArtifactError
 from river_compile.kernels.files import appearing, as_umask_allows
 from river_compile.kernels.quant.grid import GROUP_SIZES
 from river_compile.kernels.quant.layouts import PackedLinear, pack
-from river_compile.passes.program import LinearSite
+from river_compile.passes.program import Product
 
 from .make import Grid, PackedSite, Ratios
 
@@ -46,13 +46,13 @@ _NO_HASH = "0" * 64
 _NEW = "leave artifact= out and save a new one"
 
 
-@dataclass(frozen=True, kw_only=True)
+@dataclass(kw_only=True)
 class _SavedMatrix(Ratios):
     """One matrix of an artifact.
 
     Attributes:
         name, shape, group_size, quantizer: as in its :class:`PackedSite`.
-        weights_sha256: hash of the parameters it was made from, see :func:`weights_hash`.
+        weights_sha256: hash of the parameters it was made from, see :func:`digest_of`.
         stored: False where it stays in 16 bits, below the floor of `min_sqnr`.
     """
 
@@ -91,7 +91,7 @@ def write_artifact(folder: Path, sites: Sequence[PackedSite]) -> None:
             "shape": site.shape,
             "group_size": site.group_size,
             "quantizer": site.quantizer,
-            "weights_sha256": weights_hash(site.sources() or ()),
+            "weights_sha256": site.digest,
             "stored": not site.kept,
             "sqnr": str(site.sqnr),
             "output_sqnr": None if site.output_sqnr is None else str(site.output_sqnr),
@@ -132,8 +132,8 @@ class Artifact:
             raise self._refusal(f"it is damaged or cannot be read ({error})") from error
         self._check_tensors()
 
-    def find(self, site: LinearSite, quantizer: str, sources: Sequence[Tensor], min_sqnr: float | None) -> Grid:
-        """Returns what is saved of a product that was made in this way from these very parameters.
+    def find(self, site: Product, quantizer: str, digest: str, min_sqnr: float | None) -> Grid:
+        """Returns what is saved of a product that was made in this way from parameters with this digest.
 
         Raises:
             ArtifactError: there is none, or it was left in 16 bits and is to have 4-bit weights.
@@ -154,7 +154,7 @@ class Artifact:
                 "for",
                 f"pass the options it was made with, or {_NEW}",
             )
-        if matrix.weights_sha256 != weights_hash(sources) or matrix.shape != (sum(site.out_features), site.in_features):
+        if matrix.weights_sha256 != digest or matrix.shape != (sum(site.out_features), site.in_features):
             raise self._refusal(
                 f"{site.name} was made from other weights than this model's",
                 f"name the artifact of this model, or {_NEW}",
@@ -225,16 +225,6 @@ def _other_version(version: str | None) -> str:
 
 def _key(matrix: _SavedMatrix | PackedSite) -> str:
     return f"{matrix.name}/{matrix.quantizer}/{matrix.group_size}"
-
-
-def weights_hash(tensors: Sequence[Tensor]) -> str:
-    """Returns the SHA-256 of dtypes, shapes and bytes of some tensors."""
-    digest = hashlib.sha256()
-    for tensor in tensors:
-        tensor = tensor.detach().cpu().contiguous()
-        digest.update(f"{tensor.dtype}{tuple(tensor.shape)}".encode())
-        digest.update(tensor.reshape(-1).view(torch.uint8).numpy().data)
-    return digest.hexdigest()
 
 
 def _file_hash(file: Path, stated: str) -> str:

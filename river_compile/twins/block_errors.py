@@ -142,13 +142,13 @@ def _twin_weights(model: nn.Module, packed: Sequence[PackedSite]) -> dict[str, T
     name_of = {id(parameter): name for name, parameter in model.named_parameters()}
     weights = {}
     for site in packed:
-        sources = site.sources()
+        sources = site.fresh_sources()
         if sources is None:
             raise ValueError(changed_since(site.name))
         if site.kept:
             continue
         parts = site.dequantize().split(site.out_features)
-        for source, part in zip(sources, parts, strict=False):  # biases and norms follow the weights
+        for source, part in zip(sources.weights, parts, strict=True):
             part = part.unflatten(0, (site.experts, -1)) if site.experts else part
             weights[name_of[id(source)]] = (part.mT if site.transposed else part).to(source.dtype)
     return weights

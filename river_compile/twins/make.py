@@ -5,22 +5,24 @@ Not handled: which products are made, and from what; see :mod:`river_compile.twi
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping
+import functools
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 
 import torch
-from torch import Tensor, fx
-from torch.utils.weak import TensorWeakRef
+from torch import Tensor
 
 from river_compile.kernels.quant.calibrated import output_energy, output_sqnr_db, quantize_observed
 from river_compile.kernels.quant.grid import QuantizedWeight, decibels, quantize, sqnr_db
 from river_compile.kernels.quant.layouts import PackedLinear
-from river_compile.passes.program import LinearSite
+from river_compile.passes.program import Product
+
+from .sources import HeldSources, Looks, Sources, as_ordinary, digest_of
 
 _STORED_AS = torch.bfloat16  # scale and zero, in the CPU's kernel; others store what is exact for them
 
 
-@dataclass(frozen=True, kw_only=True)
+@dataclass(kw_only=True)
 class Ratios:
     """What a 4-bit matrix costs, in dB of signal to quantization noise.
 
@@ -42,7 +44,7 @@ class Ratios:
         return f"SQNR below min_sqnr={floor:g} dB" if floor is not None and self.quality < floor else ""
 
 
-@dataclass(frozen=True, kw_only=True)
+@dataclass(kw_only=True)
 class Grid(Ratios):
     """A 4-bit matrix that was just found, or as an artifact holds it (None where it was left in 16 bits).
 
@@ -53,35 +55,63 @@ class Grid(Ratios):
     input_scale: Tensor | None = None
 
 
-@dataclass(frozen=True, kw_only=True)
+@dataclass(kw_only=True, eq=False)
 class PackedSite(Ratios):
     """One matrix product of a twin as its kernel reads it, or why it stays in 16 bits.
 
+    It is one object, with the same tensors, for as long as graphs are compiled with them: where its parameters change
+    it is packed again in place (:meth:`become`).
+
     Attributes:
-        name, out_features, in_features, transposed, group_size, experts: as in its :class:`LinearSite`.
-        quantizer: "hqq", "rtn", "awq" or "gptq".
+        product: what it computes.
+        quantizer, asked: "hqq", "rtn", "awq" or "gptq": what made it, and what the options ask for.
+        key: how it was asked for, beside its parameters.
+        sources: the parameters that it stands for.
+        looks, digest: how they looked when they were last compared, and their hash; see `sources.py`.
         weight: the packed matrix, None where the product stays in 16 bits.
         extras: what the twin's graph takes after it: the bias ``[N]`` where a linear has one, and where inputs are
             scaled the norm's parameters divided by the scale, or its inverse.
         input_scale: float32 ``[K]``, what "awq" divides the inputs by, None where they stay as they are.
         reason: why the product stays in 16 bits, empty where it does not.
         artifact: the folder that its grid was read from, empty where it was quantized here.
-        made_from: the parameters it stands for, each with its version of that time.
     """
 
-    name: str
-    out_features: tuple[int, ...]
-    in_features: int
-    transposed: bool
-    group_size: int
+    product: Product
     quantizer: str
-    made_from: tuple[tuple[TensorWeakRef, int], ...]
+    asked: str
+    sources: HeldSources
+    looks: Looks
+    digest: str
     weight: PackedLinear | None = None
     extras: tuple[Tensor, ...] = ()
     input_scale: Tensor | None = None
     reason: str = ""
     artifact: str = ""
-    experts: int = 0
+    key: tuple[object, ...] = ()
+
+    @property
+    def name(self) -> str:
+        return self.product.name
+
+    @property
+    def out_features(self) -> tuple[int, ...]:
+        return self.product.out_features
+
+    @property
+    def in_features(self) -> int:
+        return self.product.in_features
+
+    @property
+    def transposed(self) -> bool:
+        return self.product.transposed
+
+    @property
+    def group_size(self) -> int:
+        return self.product.group_size
+
+    @property
+    def experts(self) -> int:
+        return self.product.experts
 
     @property
     def tensors(self) -> tuple[Tensor, ...]:
@@ -102,11 +132,35 @@ class PackedSite(Ratios):
         """True for a product that stays in 16 bits."""
         return self.weight is None
 
-    def sources(self) -> list[Tensor] | None:
+    def stands_for(self, sources: Sources, *, thorough: bool = False) -> bool:
+        """Tells whether it was made from these parameters as they are now, by their digest where their looks differ.
+
+        Those that it was made from and that were put elsewhere, or others of the same content, are its sources then.
+        """
+        looks = Looks(sources.tensors)
+        if not thorough and looks == self.looks:
+            return True
+        if digest_of(sources.tensors) != self.digest:
+            return False
+        self.sources, self.looks = HeldSources(sources), looks
+        return True
+
+    def fresh_sources(self) -> Sources | None:
         """Returns the parameters it was made from, None where one of them changed since or is gone."""
-        tensors = [ref() for ref, _ in self.made_from]
-        fresh = all(t is not None and version_of(t) == v for t, (_, v) in zip(tensors, self.made_from, strict=True))
-        return tensors if fresh else None
+        sources = self.sources.get()
+        return sources if sources is not None and self.stands_for(sources) else None
+
+    def become(self, other: PackedSite) -> None:
+        """Takes over another packing of the same product, in the tensors that compiled code holds.
+
+        What is compiled decides whether it has 4 bits: a floor for the ratio changes nothing here.
+        """
+        with torch.inference_mode():  # (which may write to any tensor)
+            for mine, new in zip(self.tensors, other.tensors, strict=True) if not self.kept else ():
+                mine.copy_(new)
+        self.quantizer, self.artifact, self.input_scale = other.quantizer, other.artifact, other.input_scale
+        self.sources, self.looks, self.digest = other.sources, other.looks, other.digest
+        self.sqnr, self.output_sqnr = other.sqnr, other.output_sqnr
 
     def dequantize(self) -> Tensor:
         """Returns the matrix ``[N, K]`` that the twin multiplies its block's inputs by, float32."""
@@ -115,19 +169,14 @@ class PackedSite(Ratios):
         return weight if self.input_scale is None else weight / self.input_scale
 
 
-def quantize_site(
-    site: LinearSite, values: Mapping[fx.Node, Tensor], quantizer: str, moments: Tensor | None = None
-) -> Grid:
-    """Finds the grid of a product; "awq" and "gptq" need the second moments ``[K, K]`` of its inputs.
-
-    `values` are the real tensors of parameter placeholders.
-    """
-    weight = torch.cat([values[node].T if site.transposed else values[node] for node in site.weights])
+def quantize_site(product: Product, weights: Sequence[Tensor], quantizer: str, moments: Tensor | None = None) -> Grid:
+    """Finds the grid of a product's weights; "awq" and "gptq" need the second moments ``[K, K]`` of its inputs."""
+    weight = torch.cat([w.T if product.transposed else w for w in map(as_ordinary, weights)])
     if moments is None:
-        grid = quantize(weight, site.group_size, quantizer).rounded(_STORED_AS)
+        grid = quantize(weight, product.group_size, quantizer).rounded(_STORED_AS)
         return Grid(weight=grid, sqnr=sqnr_db(weight, grid.dequantize()))
     grid, scale = quantize_observed(
-        weight, site.group_size, quantizer, moments, _STORED_AS, may_scale=site.scales_inputs
+        weight, product.group_size, quantizer, moments, _STORED_AS, may_scale=product.scales_inputs
     )
     stands_for = grid.dequantize() if scale is None else grid.dequantize() / scale
     return Grid(
@@ -139,20 +188,20 @@ def quantize_site(
 
 
 def quantize_stack(
-    site: LinearSite, stack: Tensor, quantizer: str, moments: Callable[[int], tuple[Tensor, int]] | None = None
+    product: Product, stack: Tensor, quantizer: str, moments: Callable[[int], tuple[Tensor, int]] | None = None
 ) -> Grid:
     """Finds the grids of experts, one after another, so that only one of them is held in float32.
 
     `moments` gives the second moments ``[K, K]`` of an expert's inputs and over how many tokens.
     """
     grids, signal, noise = [], [0.0, 0.0], [0.0, 0.0]  # of weights, of outputs
-    for expert, weight in enumerate(stack.detach().mT if site.transposed else stack.detach()):
+    for expert, weight in enumerate(stack.detach().mT if product.transposed else stack.detach()):
         matrix = weight.float()
         if moments is None:
-            grid = quantize(matrix, site.group_size, quantizer).rounded(_STORED_AS)
+            grid = quantize(matrix, product.group_size, quantizer).rounded(_STORED_AS)
         else:
             inputs, tokens = moments(expert)
-            grid, _ = quantize_observed(matrix, site.group_size, quantizer, inputs, _STORED_AS, may_scale=False)
+            grid, _ = quantize_observed(matrix, product.group_size, quantizer, inputs, _STORED_AS, may_scale=False)
             signal[1] += tokens * output_energy(matrix, inputs)
             noise[1] += tokens * output_energy(matrix - grid.dequantize(), inputs)
         signal[0] += matrix.square().sum(dtype=torch.float64).item()
@@ -163,24 +212,16 @@ def quantize_stack(
     return Grid(weight=QuantizedWeight.stacked(grids), sqnr=of_weights, output_sqnr=output_sqnr)
 
 
-def extras_of(site: LinearSite, values: Mapping[fx.Node, Tensor], scale: Tensor | None) -> tuple[Tensor, ...]:
+def extras_of(product: Product, sources: Sources, scale: Tensor | None) -> tuple[Tensor, ...]:
     """Returns what a twin's graph takes beside the packed matrix (see `PackedSite`)."""
-    like = values[site.weights[0]]
+    like = sources.weights[0]
     extras: list[Tensor] = []
-    if site.has_bias:
-        biases = zip(site.biases, site.out_features, strict=True)
-        extras.append(torch.cat([like.new_zeros(n) if node is None else values[node].detach() for node, n in biases]))
-    if site.scales_inputs:
-        scale = torch.ones(site.in_features, device=like.device) if scale is None else scale
-        norms = [values[node].detach() for node in site.folds]
+    if any(bias is not None for bias in sources.biases):
+        biases = zip(sources.biases, product.out_features, strict=True)
+        zeros = functools.partial(torch.zeros, dtype=like.dtype, device=like.device)
+        extras.append(torch.cat([zeros(n) if bias is None else bias.detach() for bias, n in biases]))
+    if product.scales_inputs:
+        scale = torch.ones(product.in_features, device=like.device) if scale is None else scale
+        norms = [norm.detach() for norm in sources.folds]
         extras += [(norm.float() / scale).to(norm.dtype) for norm in norms] or [scale.reciprocal().to(like.dtype)]
     return tuple(extras)
-
-
-def version_of(tensor: Tensor) -> int:
-    """Returns a number that grows with every change in place.
-
-    PyTorch does not count the changes of inference tensors, such as the weights of a model made under
-    ``torch.inference_mode()``: they are taken to stay as they are.
-    """
-    return 0 if tensor.is_inference() else tensor._version

@@ -26,7 +26,7 @@ from transformers import PreTrainedModel
 from river_compile.errors import OptionError
 from river_compile.state import state_of, unwrap
 
-from .make import version_of
+from .sources import version_of
 
 _PRODUCTS = (nn.functional.linear, torch.addmm, torch.matmul, torch.Tensor.matmul, torch.Tensor.__matmul__)
 Tokenizer = Callable[[str], Mapping[str, Sequence[int]]]

@@ -2,37 +2,51 @@
 
 Each matrix product of a twin (a :class:`LinearSite`) is quantized from the parameters it stands for, or its grid is
 read from an artifact; packed in the layout of the kernel that will read it, on the parameters' device; and kept under
-its first parameter, which is held weakly: when the model goes, so do its twins.
+its first parameter, which is held weakly: when the model goes, so do its twins. When the parameters change, it is
+quantized again in place (`watch.py` notices).
 """
 
 from __future__ import annotations
 
+import logging
 import threading
 import time
-from collections.abc import Mapping, Sequence
+import warnings
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
-from dataclasses import dataclass
+from contextlib import contextmanager
+from dataclasses import dataclass, replace
 from pathlib import Path
+from typing import TypeVar
 
 import torch
 from torch import Tensor, fx, nn
-from torch.utils.weak import TensorWeakRef, WeakTensorKeyDictionary
+from torch.utils.weak import WeakTensorKeyDictionary
 from tqdm import tqdm
 
 from river_compile.config import RiverConfig
-from river_compile.errors import ArtifactError, OptionError
+from river_compile.errors import ArtifactError, OptionError, RiverWarning
 from river_compile.kernels.quant.calibrated import OBSERVING
 from river_compile.kernels.quant.layouts import PackedLinear, pack, pack_stack
-from river_compile.passes.program import LinearSite
+from river_compile.passes.program import LinearSite, Product
 from river_compile.state import find_state
 
 from .artifact import Artifact, write_artifact
-from .make import Grid, PackedSite, extras_of, quantize_site, quantize_stack, version_of
+from .make import Grid, PackedSite, extras_of, quantize_site, quantize_stack
 from .observe import ExpertMoments, InputMoments, Observation
+from .sources import HeldSources, Looks, Sources, digest_of
+
+log = logging.getLogger("river_compile.twins")
+_UNOBSERVED = "hqq"  # what looks at weights alone, for those whose statistics are gone
+Known = Grid | InputMoments | ExpertMoments | None  # of a product, before it is quantized
+T = TypeVar("T")
+R = TypeVar("R")
 
 
 def save(model: nn.Module, folder: str | Path) -> Path:
     """Writes the packed twins of a model; ``options={"artifact": folder}`` reads them at the next start.
+
+    Twins of weights that changed are packed again first.
 
     Args:
         model: a model that has generated with the backend, so that its twins are packed.
@@ -42,7 +56,7 @@ def save(model: nn.Module, folder: str | Path) -> Path:
         The folder.
 
     Raises:
-        ArtifactError: (a ``ValueError``) nothing is packed, the weights changed since, or the folder cannot be written.
+        ArtifactError: (a ``ValueError``) nothing is packed, weights were replaced since, or it cannot be written.
     """
     folder = Path(folder)
     state = find_state(model)
@@ -52,17 +66,40 @@ def save(model: nn.Module, folder: str | Path) -> Path:
             f"cannot save to {folder}: no twin of this model is packed; generate a token with "
             'model.compile(backend="river") first'
         )
-    fresh = [site for site in made if site.sources() is not None]
-    stale = sorted({site.name for site in made} - {site.name for site in fresh})
-    if stale:
-        raise ArtifactError(f"cannot save to {folder}: {changed_since(stale[0])}")
-    write_artifact(folder, fresh)
+    refresh(model)
+    stale = next((site.name for site in made if site.fresh_sources() is None), None)
+    if stale is not None:
+        raise ArtifactError(f"cannot save to {folder}: {changed_since(stale)}")
+    write_artifact(folder, made)
     return folder
+
+
+def refresh(model: nn.Module) -> int:
+    """Packs the twins of all matrices again whose weights are not those that they were made from.
+
+    That happens by itself at the next prompt after ``load_state_dict``, an optimizer's step, ``parameter.data = ...``
+    or a merged adapter. Call it after changing single elements under ``torch.inference_mode()`` or through
+    ``parameter.data``, which PyTorch does not count. It reads all weights. Compiled code and captured graphs stay.
+
+    Args:
+        model: the module that was compiled, or the wrapper that ``torch.compile`` returned.
+
+    Returns:
+        The number of matrices that were packed again, products of several layers counting once.
+    """
+    state = find_state(model)
+    if state is None:
+        return 0
+    pairs = [(site, site.sources.get()) for site in state.of(PackedWeights).all()]
+    known = [(site, sources) for site, sources in pairs if sources is not None]
+    # (Of another dtype or device: Dynamo traces the model anew, and its twins are packed then.)
+    alike = [(site, sources) for site, sources in known if sources.kinds == site.sources.kinds]
+    return state.of(PackedWeights).renew(alike, state.find(Observation), thorough=True)
 
 
 def changed_since(name: str) -> str:
     """Returns the message about a product whose parameters are not those that it was made from."""
-    fix = "call torch._dynamo.reset() and generate a token first"
+    fix = "call river_compile.refresh(model) or generate a token first"
     return f"the weights of {name} changed after they were packed; {fix}"
 
 
@@ -71,13 +108,20 @@ class GraphTwins(tuple[PackedSite, ...]):
 
 
 class PackedWeights:
-    """All packed weights of one model; `seconds` is the time that making them took."""
+    """All packed weights of one model.
+
+    Attributes:
+        seconds: the time that making them took.
+        renewals: how often weights were found changed.
+        renewed: the number of matrices that were packed again the last time.
+    """
 
     def __init__(self) -> None:
         self._packed: WeakTensorKeyDictionary = WeakTensorKeyDictionary()  # by first parameter, then by how
         self._lock = threading.Lock()
         self._opened: Artifact | None = None
         self.seconds = 0.0
+        self.renewals = self.renewed = 0
 
     def pack(
         self,
@@ -102,10 +146,15 @@ class PackedWeights:
             start = time.perf_counter()
             if config.artifact is not None and (self._opened is None or self._opened.folder != Path(config.artifact)):
                 self._opened = Artifact(config.artifact)
-            maker = _Maker(values, config, None if config.artifact is None else self._opened, observation)
-            found = {site: made for site in sites if (made := self._find(site, maker)) is not None}
+            maker = _Maker(config, None if config.artifact is None else self._opened, observation)
+            sources = {site: Sources.of(site, values) for site in sites}
+            found = {site: made for site in sites if (made := self._find(site, sources[site], maker)) is not None}
             missing = [site for site in sites if site not in found]
-            found |= self._make(missing, maker)
+            # An artifact fits as a whole or not at all: every matrix is looked up before the first one is packed.
+            jobs = _in_threads(lambda site: (site, sources[site], maker.look_up(site, sources[site])), missing)
+            for site, made in zip(missing, _in_threads(lambda job: maker.make(*job), jobs, "packing"), strict=True):
+                self._packed.setdefault(sources[site].weights[0], {})[made.key] = made
+                found[site] = made
             self.seconds += time.perf_counter() - start
             return found
 
@@ -113,32 +162,106 @@ class PackedWeights:
         """Returns what is packed at the moment."""
         return [site for sites in self._packed.values() for site in sites.values()]
 
-    def _find(self, site: LinearSite, maker: _Maker) -> PackedSite | None:
-        made = self._packed.get(maker.values[site.weights[0]], {}).get(maker.key(site))
-        sources = made.sources() if made else None
-        same = sources is not None and all(a is b for a, b in zip(sources, maker.sources(site), strict=True))
+    @contextmanager
+    def moving(self) -> Iterator[None]:
+        """Inside, parameters may move to other addresses, with the values that they have."""
+        alike = [(site, sources) for site in self.all() if (sources := site.fresh_sources()) is not None]
+        yield
+        for site, sources in alike:
+            site.looks = Looks(sources.tensors)
+
+    def renew(
+        self,
+        sites: Iterable[tuple[PackedSite, Sources]],
+        observation: Observation | None,
+        *,
+        thorough: bool = False,
+    ) -> int:
+        """Packs those sites again, in place, that do not stand for the parameters beside them; says so once.
+
+        Args:
+            sites: each with the parameters that it is to stand for, of the shapes, dtypes and devices of its own.
+            observation: what the matrices read. What was observed before the change is used; a matrix that needs it and
+                was not observed is quantized from its weights alone.
+            thorough: read all weights, instead of those that look different.
+
+        Returns:
+            The number of those sites.
+        """
+        with self._lock:
+            start = time.perf_counter()
+            pairs = list(sites)
+            for site, sources in pairs:
+                self._keep_under(sources.weights[0], site)
+            alike = _in_threads(lambda pair: pair[0].stands_for(pair[1], thorough=thorough), pairs)
+            changed = [pair for pair, same in zip(pairs, alike, strict=True) if not same]
+            made = _in_threads(lambda pair: _made_again(*pair, observation), changed, "packing changed weights as")
+            for (site, _), new in zip(changed, made, strict=True):
+                site.become(new)
+            if changed:
+                seconds = time.perf_counter() - start
+                self.seconds += seconds
+                self.renewals, self.renewed = self.renewals + 1, len(changed)
+                self._tell([site for site, _ in changed], seconds)
+            return len(changed)
+
+    def _find(self, site: LinearSite, sources: Sources, maker: _Maker) -> PackedSite | None:
+        made: PackedSite | None = self._packed.get(sources.weights[0], {}).get(maker.key(site))
+        same = made is not None and made.sources.kinds == sources.kinds and made.stands_for(sources)
         return made if same else None
 
-    def _make(self, sites: Sequence[LinearSite], maker: _Maker) -> dict[LinearSite, PackedSite]:
-        found = {}
-        with (
-            ThreadPoolExecutor(max(1, torch.get_num_threads())) as pool,
-            tqdm(total=len(sites), desc="river: packing 4-bit twins", unit="matrix", leave=False, delay=1) as bar,
-        ):
-            # An artifact fits as a whole or not at all: every matrix is looked up before the first one is packed.
-            known = list(pool.map(maker.look_up, sites))
-            for site, made in zip(sites, pool.map(maker.make, sites, known), strict=True):
-                self._packed.setdefault(maker.values[site.weights[0]], {})[maker.key(site)] = made
-                found[site] = made
-                bar.update()
-        return found
+    def _keep_under(self, weight: Tensor, site: PackedSite) -> None:
+        """Keeps a site under the parameter that has taken its first parameter's place."""
+        sources = site.sources.get()
+        if sources is None or sources.weights[0] is not weight:
+            if sources is not None:
+                self._packed.get(sources.weights[0], {}).pop(site.key, None)
+            self._packed.setdefault(weight, {})[site.key] = site
+
+    def _tell(self, changed: Sequence[PackedSite], seconds: float) -> None:
+        """Says what was packed again: the first time as a warning, then in the log, for those who train."""
+        others = f" and {len(changed) - 1} more" if len(changed) > 1 else ""
+        message = (
+            f"weights changed after their 4-bit twins were packed ({changed[0].name}{others}); the twins were packed "
+            f"again in {seconds:.1f} s"
+        )
+        observed = sum(site.output_sqnr is not None for site in changed)
+        if observed:
+            message += f", {observed} with what was observed before; river_compile.observe takes new statistics"
+        if any(site.quantizer == _UNOBSERVED != site.asked for site in changed):
+            message += f". Matrices that were not observed took quantizer={_UNOBSERVED!r}"
+        if self.renewals == 1:
+            hint = "Later changes are only logged and counted in the report."
+            warnings.warn(f"{message}. {hint}", RiverWarning, stacklevel=2)
+        log.info("%s", message)
+
+
+def _in_threads(function: Callable[[T], R], jobs: Sequence[T], what: str = "") -> list[R]:
+    """Maps in as many threads as torch uses, under a progress bar with a title where it may take long."""
+    title = f"river: {what} 4-bit twins" if what else None
+    with (
+        ThreadPoolExecutor(max(1, torch.get_num_threads())) as pool,
+        tqdm(total=len(jobs), desc=title, unit="matrix", leave=False, delay=1, disable=not what) as bar,
+    ):
+        results = []
+        for result in pool.map(function, jobs):
+            results.append(result)
+            bar.update()
+        return results
+
+
+def _made_again(site: PackedSite, sources: Sources, observation: Observation | None) -> PackedSite:
+    """Returns a new packing of a product from what its parameters are now, which no artifact has."""
+    moments = _moments(observation, site.product, sources) if site.asked in OBSERVING else None
+    quantizer = _UNOBSERVED if site.asked in OBSERVING and moments is None else site.asked
+    made = _made(site.product, sources, quantizer, moments, min_sqnr=None)
+    return replace(made, asked=site.asked)
 
 
 @dataclass(frozen=True)
 class _Maker:
     """Makes packed products in one way; see `PackedWeights.pack` for the fields."""
 
-    values: Mapping[fx.Node, Tensor]
     config: RiverConfig
     artifact: Artifact | None
     observation: Observation | None
@@ -154,22 +277,14 @@ class _Maker:
         how = (self.config.quantizer, self.config.min_sqnr, self.origin, number)
         return (site.name, site.group_size, site.layout, *how)
 
-    def sources(self, site: LinearSite) -> list[Tensor]:
-        """Returns the parameters that a product is made from."""
-        return [self.values[node] for node in (*site.weights, *site.biases, *site.folds) if node is not None]
-
-    def look_up(self, site: LinearSite) -> Grid | InputMoments | ExpertMoments | None:
+    def look_up(self, site: LinearSite, sources: Sources) -> Known:
         """Returns what the artifact holds of a product, or what was observed where the quantizer asks for that."""
         quantizer = self.config.quantizer
         if self.artifact is not None:
-            return self.artifact.find(site, quantizer, self.sources(site), self.config.min_sqnr)
+            return self.artifact.find(site, quantizer, digest_of(sources.tensors), self.config.min_sqnr)
         if quantizer not in OBSERVING:
             return None
-        weight = self.values[site.weights[0]]
-        moments: InputMoments | ExpertMoments | None = None
-        if self.observation is not None:
-            observed = self.observation
-            moments = observed.moments_of_stack(weight) if site.experts else observed.moments_of(weight)
+        moments = _moments(self.observation, site, sources)
         if moments is None:
             why = "was not observed" if self.observation is None else f"was not: no text reached {site.name}"
             raise OptionError(
@@ -179,41 +294,56 @@ class _Maker:
             )
         return moments
 
-    @torch.no_grad()
-    def make(self, site: LinearSite, known: Grid | InputMoments | ExpertMoments | None) -> PackedSite:
+    def make(self, site: LinearSite, sources: Sources, known: Known) -> PackedSite:
         """Quantizes, or reads, and packs a product; below the floor there is nothing to pack."""
-        made_from = tuple((TensorWeakRef(tensor), version_of(tensor)) for tensor in self.sources(site))
-        if isinstance(known, Grid):
-            found = known
-        elif site.experts:
-            each = known.of if isinstance(known, ExpertMoments) else None
-            found = quantize_stack(site, self.values[site.weights[0]], self.config.quantizer, each)
-        else:
-            moments = known.matrix() if isinstance(known, InputMoments) else None
-            found = quantize_site(site, self.values, self.config.quantizer, moments)
-        reason, weight, scale = found.below(self.config.min_sqnr), None, None
-        extras: tuple[Tensor, ...] = ()
-        if not reason:
-            device = self.values[site.weights[0]].device
-            grid = found.weight.unpack() if isinstance(found.weight, PackedLinear) else found.weight
-            assert grid is not None, "an artifact refuses what it does not hold"
-            scale = None if found.input_scale is None else found.input_scale.to(device)
-            grid, extras = grid.to(device), extras_of(site, self.values, scale)
-            weight = pack_stack(grid, site.layout, site.experts) if site.experts else pack(grid, site.layout)
-        return PackedSite(
-            name=site.name,
-            out_features=site.out_features,
-            in_features=site.in_features,
-            transposed=site.transposed,
-            group_size=site.group_size,
-            quantizer=self.config.quantizer,
-            made_from=made_from,
-            weight=weight,
-            extras=extras,
-            input_scale=scale,
-            reason=reason,
-            sqnr=found.sqnr,
-            output_sqnr=found.output_sqnr,
-            artifact=self.origin,
-            experts=site.experts,
-        )
+        made = _made(site.product, sources, self.config.quantizer, known, self.config.min_sqnr)
+        return replace(made, key=self.key(site), artifact=self.origin)
+
+
+@torch.no_grad()
+def _made(product: Product, sources: Sources, quantizer: str, known: Known, min_sqnr: float | None) -> PackedSite:
+    """Packs a product from a known grid, or quantizes it with what is known of its inputs."""
+    held, looks, digest = HeldSources(sources), Looks(sources.tensors), digest_of(sources.tensors)
+    found = known if isinstance(known, Grid) else _quantized(product, sources, quantizer, known)
+    reason, weight, scale = found.below(min_sqnr), None, None
+    extras: tuple[Tensor, ...] = ()
+    if not reason:
+        device = sources.weights[0].device
+        grid = found.weight.unpack() if isinstance(found.weight, PackedLinear) else found.weight
+        assert grid is not None, "an artifact refuses what it does not hold"
+        scale = None if found.input_scale is None else found.input_scale.to(device)
+        grid, extras = grid.to(device), extras_of(product, sources, scale)
+        experts = product.experts
+        weight = pack_stack(grid, product.layout, experts) if experts else pack(grid, product.layout)
+    return PackedSite(
+        product=product,
+        quantizer=quantizer,
+        asked=quantizer,
+        sources=held,
+        looks=looks,
+        digest=digest,
+        weight=weight,
+        extras=extras,
+        input_scale=scale,
+        reason=reason,
+        sqnr=found.sqnr,
+        output_sqnr=found.output_sqnr,
+    )
+
+
+def _quantized(product: Product, sources: Sources, quantizer: str, known: InputMoments | ExpertMoments | None) -> Grid:
+    if product.experts:
+        each = known.of if isinstance(known, ExpertMoments) else None
+        return quantize_stack(product, sources.weights[0], quantizer, each)
+    moments = known.matrix() if isinstance(known, InputMoments) else None
+    return quantize_site(product, sources.weights, quantizer, moments)
+
+
+def _moments(
+    observation: Observation | None, product: Product, sources: Sources
+) -> InputMoments | ExpertMoments | None:
+    """Returns what was observed of the inputs of a product."""
+    if observation is None:
+        return None
+    weight = sources.weights[0]
+    return observation.moments_of_stack(weight) if product.experts else observation.moments_of(weight)

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 
 import torch
 from torch import Tensor
@@ -26,7 +26,7 @@ class TracedStep:
 
     def __init__(self, family: str = "llama", seed: int = 0, layers: int = 2, experts: str | None = None) -> None:
         self.model = make(family, layers=layers, seed=seed, experts=experts)
-        self._parameters = {p.data_ptr(): p for p in self.model.parameters()}
+        self._names = {p: name for name, p in self.model.named_parameters()}
         cache = new_cache(self.model, "static")
         held = {"use_cache": True, cache_argument(self.model): cache}
         torch._dynamo.reset()
@@ -41,7 +41,7 @@ class TracedStep:
 
         `lowering` takes the place of the one that the options choose.
         """
-        return self.run_on(self._fresh({}), depth, lowering, **options)
+        return self.run_on(self.inputs(), depth, lowering, **options)
 
     @torch.no_grad()
     def run_on(self, inputs: list, depth: int = 0, lowering: Lowering | None = None, **options) -> Tensor:
@@ -51,9 +51,26 @@ class TracedStep:
         with forced_depth(depth):
             return _logits(executor(*inputs))
 
+    @torch.no_grad()
+    def compiled(self, **options) -> Callable:
+        """Rewrites the step with these options."""
+        settings = {"lowering": "eager", "group_size": 32, "first_exit": 1, "threshold": -1.0}
+        return river(self._graph, self.inputs(), options={**settings, **options})
+
+    @torch.no_grad()
+    def call(self, executor: Callable, depth: int = 0) -> Tensor:
+        """Runs the rewritten step, which leaves after `depth` blocks, with the model's parameters as they are."""
+        with forced_depth(depth):
+            return _logits(executor(*self.inputs()))
+
+    def inputs(self) -> list:
+        """Returns the graph's inputs, with the model's parameters as they are and a cache as the prompt left it."""
+        current = dict(self.model.named_parameters())
+        return self._fresh({p: current[name] for p, name in self._names.items()})
+
     def written(self, **options) -> dict[int, Tensor]:
         """Runs the step (see `run`) and returns what it wrote to, by the input's number."""
-        inputs, before = self._fresh({}), self._fresh({})
+        inputs, before = self.inputs(), self.inputs()
         self.run_on(inputs, **options)
         tensors = {i: value for i, value in enumerate(inputs) if isinstance(value, Tensor)}
         return {i: value for i, value in tensors.items() if not torch.equal(value, before[i])}
@@ -66,22 +83,20 @@ class TracedStep:
     @torch.no_grad()
     def reference(self, weights: Mapping[str, Tensor]) -> Tensor:
         """Runs the step as it was traced, with some parameters replaced by name."""
-        named = dict(self.model.named_parameters())
-        return _logits(self._graph(*self._fresh({named[name].data_ptr(): new for name, new in weights.items()})))
+        return _logits(self._graph(*self._fresh({p: weights[n] for p, n in self._names.items() if n in weights})))
 
     def _keep(self, graph_module, example_inputs):
         self._graph, self._inputs = graph_module, list(example_inputs)
         self._inputs = self._fresh({})
         return graph_module.forward
 
-    def _fresh(self, replaced: Mapping[int, Tensor]) -> list:
+    def _fresh(self, replaced: Mapping[Tensor, Tensor]) -> list:
         """Returns inputs of which those that a step writes to are copies."""
 
         def copy(value):
-            if not isinstance(value, Tensor):
-                return value
-            place = value.data_ptr()
-            return replaced.get(place, value) if place in self._parameters else value.clone()
+            if isinstance(value, Tensor) and value not in self._names:
+                return value.clone()
+            return replaced.get(value, value)
 
         return [copy(value) for value in self._inputs]
 

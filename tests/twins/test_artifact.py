@@ -11,7 +11,7 @@ from safetensors import safe_open
 from safetensors.torch import load_file, save_file
 
 import river_compile.twins.make
-from river_compile import ArtifactError, OptionError, report, river, save
+from river_compile import ArtifactError, OptionError, RiverWarning, report, river, save
 from river_compile.twins.artifact import FILE, Artifact, _state_hash
 from tests.support.decoding import decode, new_cache
 from tests.support.families import make
@@ -238,16 +238,20 @@ def test_a_model_without_twins_cannot_be_saved(tmp_path):
     assert list(tmp_path.iterdir()) == []
 
 
-def test_weights_that_changed_since_cannot_be_saved(tmp_path):
-    """After they are packed again, they can."""
+def test_weights_that_changed_since_are_packed_again_before_they_are_saved(tmp_path):
+    """Others in their place are unknown until the model runs with them."""
     model = start()
     run(model)
+    layer = model.model.layers[0].mlp.up_proj
     with torch.no_grad():
-        model.model.layers[0].mlp.up_proj.weight.mul_(2)
-    with pytest.raises(ArtifactError, match=r"the weights of .*layers.0.mlp.up_proj.* changed after they were packed"):
-        save(model, tmp_path / "twins")
-    run(model)
-    assert save(model, tmp_path / "twins").is_dir()
+        layer.weight.mul_(2)
+    with pytest.warns(RiverWarning, match=r"weights changed after their 4-bit twins were packed \(.*mlp.up_proj"):
+        folder = save(model, tmp_path / "twins")
+    logits = run(model)
+    assert torch.equal(run(model, artifact=folder), logits)
+    layer.weight = torch.nn.Parameter(layer.weight.detach() / 2)
+    with pytest.raises(ArtifactError, match=r"the weights of .*up_proj changed after they were packed; call river_co"):
+        save(model, tmp_path / "later")
 
 
 class TestFolder:

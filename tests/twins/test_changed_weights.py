@@ -1,0 +1,339 @@
+"""Weights that change after their twins were packed: noticed before the next sequence, and packed again in place."""
+
+from __future__ import annotations
+
+import warnings
+
+import pytest
+import torch
+from torch import nn
+
+from river_compile import RiverWarning, exact, observe, refresh, report, river, save
+from river_compile.backend import executors_of
+from river_compile.exits import forced_depth
+from river_compile.kernels.quant.grid import quantize
+from river_compile.runtime.sequences import Sequences
+from river_compile.state import find_state
+from river_compile.twins import pack
+from river_compile.twins.pack import PackedWeights
+from river_compile.twins.sources import Looks
+from tests.support.families import make, prompt
+from tests.support.traced import TracedStep
+
+DOWN = "model.layers.1.mlp.down_proj"
+RTN = {"quantizer": "rtn"}
+
+
+@pytest.fixture(scope="module")
+def step():
+    return TracedStep()
+
+
+@pytest.fixture(scope="module")
+def executor(step):
+    return step.compiled(**RTN)
+
+
+def site_of(model, name):
+    return next(site for site in report(model).packed if site.name == name)
+
+
+def in_place(layer):
+    with torch.no_grad():
+        layer.weight.mul_(-1)
+
+
+def through_data(layer):
+    layer.weight.data.mul_(-1)
+
+
+def merged_adapter(layer):
+    """As peft merges: neither counted nor at another address."""
+    a, b = torch.randn(4, layer.in_features), torch.randn(layer.out_features, 4)
+    layer.weight.data += 0.1 * (b @ a)
+
+
+def other_data(layer):
+    layer.weight.data = -layer.weight.data
+
+
+def other_parameter(layer):
+    layer.weight = nn.Parameter(-layer.weight.detach())
+
+
+def loaded(layer):
+    layer.load_state_dict({"weight": -layer.weight.detach()})
+
+
+def assigned(layer):
+    layer.load_state_dict({"weight": -layer.weight.detach()}, assign=True)
+
+
+def trained(layer):
+    layer.weight.grad = torch.ones_like(layer.weight)
+    torch.optim.AdamW([layer.weight], lr=0.1).step()
+    layer.weight.grad = None
+
+
+@pytest.mark.parametrize(
+    "change", [in_place, through_data, merged_adapter, other_data, other_parameter, loaded, assigned, trained]
+)
+@pytest.mark.filterwarnings("ignore::river_compile.RiverWarning")
+def test_what_changed_is_packed_again_where_it_lies(step, executor, change):
+    """The next step has the twin of the new weights, in the tensors that were compiled in; others are not touched."""
+    model = step.model
+    old_logits = step.call(executor)
+    before = {site.name: [t.clone() for t in site.tensors] for site in report(model).packed}
+    places = [t.data_ptr() for site in report(model).packed for t in site.tensors]
+    change(model.get_submodule(DOWN))
+    logits = step.call(executor)
+    after = {site.name: site.tensors for site in report(model).packed}
+    differ = [n for n in before if any(not torch.equal(a, b) for a, b in zip(before[n], after[n], strict=True))]
+    assert differ == [DOWN]
+    assert [t.data_ptr() for site in report(model).packed for t in site.tensors] == places
+    weight = model.get_submodule(DOWN).weight.detach()
+    grid = quantize(weight, 32, "rtn").dequantize()
+    torch.testing.assert_close(site_of(model, DOWN).dequantize(), grid, rtol=1e-2, atol=1e-2)
+    expected = step.reference(twin_weights(model))  # (in float32: the kernel rounds to bfloat16)
+    assert (logits - expected).abs().max() < 0.05 < (logits - old_logits).abs().max()
+    assert state_of(model).renewed == 1
+
+
+def twin_weights(model):
+    """Returns all of a model's parameters by name, those of packed matrices as their twins have them."""
+    weights = {name: parameter.detach() for name, parameter in model.named_parameters()}
+    for site in report(model).packed:
+        for path, part in zip(site.name.split("|"), site.dequantize().split(site.out_features), strict=True):
+            weights[f"{path}.weight"] = part
+    return weights
+
+
+def state_of(model):
+    return find_state(model).of(PackedWeights)
+
+
+def test_weights_put_elsewhere_or_loaded_again_are_the_same(step, executor):
+    """Looks decide nothing alone: with the same bytes nothing is packed and nothing is said."""
+    step.call(executor)
+    renewals = state_of(step.model).renewals
+    layer = step.model.get_submodule(DOWN)
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        layer.weight.data = layer.weight.data.clone()
+        step.call(executor)
+        step.model.load_state_dict({name: t.clone() for name, t in step.model.state_dict().items()})
+        step.call(executor)
+        layer.weight = nn.Parameter(layer.weight.detach().clone())
+        step.call(executor)
+    assert state_of(step.model).renewals == renewals
+    assert sum(site.name == DOWN for site in report(step.model).packed) == 1
+    assert site_of(step.model, DOWN).sources.get().weights[0] is layer.weight
+
+
+def test_a_warning_once_then_the_log_and_the_report(caplog):
+    """Who trains is not flooded."""
+    step = TracedStep()
+    executor = step.compiled(**RTN)
+    with caplog.at_level("INFO", logger="river_compile.twins"), warnings.catch_warnings(record=True) as seen:
+        warnings.simplefilter("always")
+        for _ in range(3):
+            for layer in step.model.model.layers:
+                in_place(layer.mlp.down_proj)
+            step.call(executor)
+    said = [str(w.message) for w in seen if issubclass(w.category, RiverWarning)]
+    assert len(said) == 1
+    assert said[0].startswith("weights changed after their 4-bit twins were packed (model.layers.0.mlp.down_proj and 1")
+    assert caplog.text.count("weights changed after") == 3
+    assert "packed again   3 times after weights changed, 2 matrices the last time" in str(report(step.model))
+    assert report(step.model).to_dict()["packed_again"] == 3
+
+
+def test_one_changed_element_without_a_count_takes_refresh(step, executor):
+    """No look shows it; `refresh` reads everything."""
+    step.call(executor)
+    element = step.model.get_submodule(DOWN).weight.data
+    element[0, 0] += 8
+    step.call(executor)
+    assert site_of(step.model, DOWN).dequantize()[0, 0] < element[0, 0] - 4
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore", RiverWarning)
+        assert refresh(step.model) == 1
+    torch.testing.assert_close(site_of(step.model, DOWN).dequantize()[0, 0], element[0, 0], rtol=0.1, atol=0)
+    assert refresh(step.model) == 0
+    assert refresh(nn.Linear(2, 2)) == 0
+
+
+@pytest.mark.filterwarnings("ignore::river_compile.RiverWarning")
+def test_inference_tensors_are_watched_too():
+    """PyTorch counts nothing there. Twins packed under inference mode are packed again outside of it."""
+    with torch.inference_mode():
+        step = TracedStep()
+        executor = step.compiled(**RTN)
+        step.call(executor)
+        step.model.get_submodule(DOWN).weight.mul_(-1)
+    before = site_of(step.model, DOWN).dequantize()
+    step.call(executor)
+    torch.testing.assert_close(site_of(step.model, DOWN).dequantize(), -before, rtol=0.1, atol=0.1)
+
+
+class TestWhatElseTheyAreMadeFrom:
+    @pytest.mark.filterwarnings("ignore::river_compile.RiverWarning")
+    def test_a_tied_head_in_four_bits(self):
+        """The embedding's twin is the head's."""
+        step = TracedStep()
+        executor = step.compiled(**RTN, lm_head="w4")
+        step.call(executor)
+        with torch.no_grad():
+            step.model.get_input_embeddings().weight.mul_(-1)
+        step.call(executor)
+        head = site_of(step.model, "lm_head").dequantize()
+        torch.testing.assert_close(head, step.model.lm_head.weight.detach(), rtol=0.1, atol=0.05)
+        assert state_of(step.model).renewed == 1
+
+    def test_awq_follows_a_norm_and_gptq_without_statistics_becomes_hqq(self, tmp_path):
+        """The norm that takes a scale up is a source. What was observed before is used, and the warning says so."""
+        step = TracedStep()
+        observed = observe(step.model, inputs=[prompt(40)], progress=False)
+        awq, gptq = step.compiled(quantizer="awq"), step.compiled(quantizer="gptq")
+        step.call(awq)
+        step.call(gptq)
+        with torch.no_grad():
+            step.model.model.layers[1].input_layernorm.weight.mul_(2)
+        with pytest.warns(RiverWarning, match=r"again in .* s, 1 with what was observed before; river_compile.observe"):
+            logits = step.call(awq)
+        torch.testing.assert_close(logits, step.call(step.compiled(quantizer="awq")))
+        observed.clear()
+        in_place(step.model.get_submodule(DOWN))
+        step.call(gptq)
+        found = {site.asked: site.quantizer for site in report(step.model).packed if site.name == DOWN}
+        assert found == {"awq": "awq", "gptq": "hqq"}
+
+    @pytest.mark.filterwarnings("ignore::river_compile.RiverWarning")
+    def test_twins_of_an_artifact(self, step, tmp_path):
+        """Its grids are those of the old weights: the new ones are quantized, and can be saved in their turn."""
+        hqq = step.compiled(quantizer="hqq")
+        step.call(hqq)
+        folder = save(step.model, tmp_path / "old")
+        executor = step.compiled(quantizer="hqq", artifact=folder)
+        step.call(executor)
+        in_place(step.model.get_submodule(DOWN))
+        logits = step.call(executor)
+        assert torch.equal(logits, step.call(hqq))
+        kept = {site.artifact for site in report(step.model).packed if site.name == DOWN}
+        assert kept == {""}
+        save(step.model, tmp_path / "new")
+
+    @pytest.mark.filterwarnings("ignore::river_compile.RiverWarning")
+    def test_a_stack_of_experts(self):
+        """All experts of a stack are one product."""
+        step = TracedStep("qwen3_moe", layers=2)
+        executor = step.compiled(**RTN)
+        step.call(executor)
+        name = "model.layers.1.mlp.experts.down_proj"
+        stack = step.model.get_parameter(name)
+        stack.data.mul_(-1)
+        step.call(executor)
+        torch.testing.assert_close(site_of(step.model, name).dequantize(), stack.flatten(0, 1), rtol=0.1, atol=0.1)
+        assert state_of(step.model).renewed == 1
+
+    def test_offloaded_weights_that_only_move_are_not_read(self, monkeypatch):
+        """Only looking at a file would bring it back into memory."""
+        step = TracedStep()
+        executor = step.compiled(**RTN)
+        state = state_of(step.model)
+        digest = pack.digest_of
+        monkeypatch.setattr("river_compile.twins.make.digest_of", lambda tensors: pytest.fail("weights were read"))
+        with state.moving():
+            layer = step.model.get_submodule(DOWN)
+            layer.weight.data = layer.weight.data.clone()
+        step.call(executor)
+        assert digest(site_of(step.model, DOWN).sources.get().tensors) == site_of(step.model, DOWN).digest
+
+    @pytest.mark.filterwarnings("ignore::river_compile.RiverWarning")
+    def test_unquantized_twins_have_no_weights_of_their_own(self, step):
+        executor = step.compiled(quantizer="none")
+        before = step.call(executor)
+        in_place(step.model.get_submodule(DOWN))
+        after = step.call(executor)
+        assert not torch.equal(before, after)
+        torch.testing.assert_close(after, step.reference(dict(step.model.named_parameters())))
+
+
+class TestGenerate:
+    """Through Dynamo and transformers, whose guards and caches are real."""
+
+    @pytest.fixture(scope="class")
+    def model(self):
+        model = make("qwen2", layers=2)  # with biases
+        options = {"lowering": "eager", "quantizer": "rtn", "group_size": 32, "first_exit": 1, "threshold": -1.0}
+        model.compile(backend=river, options=options)
+        return model
+
+    def text(self, model, **arguments):
+        ids = prompt()
+        return model.generate(ids, attention_mask=torch.ones_like(ids), max_new_tokens=8, do_sample=False, **arguments)
+
+    def test_reinforcement_learning(self, model):
+        """Steps and generations in turn: no graph is traced again, and exact mode has the text of the new weights."""
+        self.text(model)
+        self.text(model, custom_generate=exact)
+        graphs = len(report(model).graphs)
+        optimizer = torch.optim.AdamW(model.parameters(), lr=0.05)
+        for round_number in range(2):
+            for parameter in model.parameters():
+                parameter.grad = torch.ones_like(parameter)
+            optimizer.step()
+            optimizer.zero_grad()
+            with warnings.catch_warnings():
+                warnings.simplefilter("ignore" if round_number == 0 else "error", RiverWarning)
+                drafted = self.text(model, custom_generate=exact)
+                self.text(model)
+            assert all(site.stands_for(site.sources.get(), thorough=True) for site in report(model).packed)
+            compiled, model._compiled_call_impl = model._compiled_call_impl, None
+            assert torch.equal(drafted, self.text(model))
+            model._compiled_call_impl = compiled
+        assert len(report(model).graphs) == graphs
+        assert state_of(model).renewals == 2
+
+    def test_another_dtype(self, model):
+        """The model is traced again; its twins are made from the converted weights, and their biases are converted."""
+        self.text(model)
+        model.bfloat16()
+        self.text(model)
+        (executor,) = [e for e in executors_of(model) if e.decodes][-1:]
+        dtypes = {t.dtype for step in executor.runner.steps.values() for t in step.packed[2:3]}
+        assert dtypes == {torch.bfloat16}
+        assert all(site.stands_for(site.sources.get(), thorough=True) for site in report(model).packed)
+
+
+class TestWhenItIsLookedAt:
+    def test_a_step_that_goes_on_looks_at_nothing(self, step, executor, monkeypatch):
+        """Looking takes microseconds, and is for the first token of a sequence."""
+        seen = []
+        take = Looks.__init__
+        monkeypatch.setattr(Looks, "__init__", lambda self, tensors: seen.append(len(tensors)) or take(self, tensors))
+        step.call(executor)
+        seen.clear()
+        inputs = step.inputs()
+        with forced_depth(0), torch.no_grad():
+            executor(*inputs)
+            executor(*inputs)
+        assert len(seen) == 1
+        step.call(executor)
+        assert len(seen) == 2
+
+    def test_when_a_sequence_begins(self):
+        """With another cache tensor, with one that somebody wrote to, and after a prompt."""
+        sequences, cache = Sequences(), torch.zeros(3)
+        assert sequences.begins("graph", cache)
+        sequences.left(cache)
+        assert not sequences.begins("graph", cache)
+        assert sequences.begins("graph", torch.zeros(3))
+        cache.zero_()
+        assert sequences.begins("graph", cache)
+        sequences.left(cache)
+        sequences.left(None)
+        assert sequences.begins("graph", cache)
+        with sequences.one():
+            assert [sequences.begins(graph, cache) for graph in "aabba"] == [True, False, True, False, False]
+        assert sequences.begins("a", cache)

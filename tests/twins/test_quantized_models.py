@@ -1,0 +1,57 @@
+"""Models whose backbone is quantized already: twins of their values, or a refusal that says why."""
+
+from __future__ import annotations
+
+import warnings
+
+import pytest
+import torch
+
+from river_compile import OptionError, report, river
+from tests.support.decoding import decode, new_cache
+from tests.support.families import make
+
+torchao = pytest.importorskip("torchao.quantization")
+OPTIONS = {"lowering": "eager", "quantizer": "rtn", "group_size": 32, "first_exit": 1, "threshold": -1.0}
+
+
+@pytest.fixture(scope="module", params=["Int8WeightOnlyConfig", "Int8DynamicActivationInt8WeightConfig"])
+def quantized(request):
+    """A model with torchao's tensors as weights."""
+    torch._dynamo.reset()
+    model = make("llama", layers=2)
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")
+        torchao.quantize_(model, getattr(torchao, request.param)())
+    return model
+
+
+@pytest.mark.filterwarnings("ignore::river_compile.RiverWarning")
+def test_twins_of_torchao_tensors(quantized):
+    """Never leaving has the bits of the traced model (tracing changes those of torchao's products); twins are made from
+    the values, and follow them when they change."""
+    quantized.compile(backend="eager")
+    plain = decode(quantized, new_cache(quantized, "static"), [None, None])
+    torch._dynamo.reset()
+    quantized.compile(backend=river, options=OPTIONS)
+    assert all(map(torch.equal, decode(quantized, new_cache(quantized, "static"), [2, 2]), plain))
+    river_logits = decode(quantized, new_cache(quantized, "static"), [0, 0])
+    for mine, expected in zip(river_logits[1:], plain[1:], strict=True):
+        assert torch.nn.functional.cosine_similarity(mine.flatten(), expected.flatten(), dim=0) > 0.9
+        assert not torch.equal(mine, expected)
+    name = "model.layers.1.mlp.down_proj"
+    site = next(site for site in report(quantized).packed if site.name == name)
+    layer = quantized.get_submodule(name)
+    torch.testing.assert_close(site.dequantize(), layer.weight.dequantize(), rtol=0, atol=0.1)
+    with torch.no_grad():
+        layer.weight.scale.mul_(-1)
+    decode(quantized, new_cache(quantized, "static"), [0])
+    site = next(site for site in report(quantized).packed if site.name == name)
+    torch.testing.assert_close(site.dequantize(), layer.weight.dequantize(), rtol=0, atol=0.1)
+
+
+def test_torchao_tensors_cannot_be_offloaded(quantized):
+    torch._dynamo.reset()
+    quantized.compile(backend=river, options={**OPTIONS, "offload": 1, "exit_depth": 1})
+    with pytest.raises(OptionError, match=r"offload=1 is not available where weights are Int8Tensors, such as "):
+        decode(quantized, new_cache(quantized, "static"), [None])
