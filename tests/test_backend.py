@@ -297,7 +297,7 @@ class TestRuntime:
 
 class TestReport:
     def test_report_is_json_and_names_what_was_done(self):
-        model = make("qwen3_moe", layers=2)
+        model = make("deepseek_v3", layers=2)
         model.compile(backend=river, options={**ALWAYS, "group_size": 64})
         generate(model, cache_implementation="static")
         seen = json.loads(json.dumps(report(model).to_dict()))

@@ -242,6 +242,8 @@ def _sqnr_line(title: str, decibels: Mapping[str, float]) -> str:
     finite = [db for db in decibels.values() if math.isfinite(db)]
     mean = sum(finite) / len(finite) if finite else math.inf
     name, least = min(decibels.items(), key=lambda item: item[1])
+    first, *others = name.split("|")  # products that read one input: what their paths share is said once
+    name = "|".join([first, *(path.rpartition(".")[2] for path in others)])
     return f"    {title}  mean {mean:.1f} dB, least {least:.1f} dB ({name})"
 
 
