@@ -1,33 +1,34 @@
-"""Finds the decoder in a traced graph: prologue, repeated blocks, their KV slots, head.
+"""Finds the decoder in a traced graph: prologue, repeated blocks, what they keep of their tokens, head.
 
-The blocks are the children of one ModuleList: consecutive indices, one class, no name of a model family anywhere. Each
-node belongs to the block whose module it was traced in; nodes outside of every block go to the prologue, to the head
-or, where they stand between two blocks and depend on one, to that block.
+The blocks are the children of one ModuleList with consecutive indices, which write a cache; no name of a model family
+anywhere. Each node belongs to the block whose module it was traced in; nodes outside of every block go to the
+prologue (a vision tower too, whose blocks write no cache), to the head or, where they stand between two blocks and
+depend on one, to that block. The first hidden state may be an input of the graph (``inputs_embeds``).
 
 Not handled (refused with a reason): a graph that needs gradients, blocks that pass more than one hidden state on,
-blocks that write no KV cache.
+blocks that write no cache.
 """
 
 from __future__ import annotations
 
 import itertools
 import re
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 
 import torch
 from torch import fx
 
 from .nodes import (
-    ENTER_AUTOCAST,
-    EXIT_AUTOCAST,
     ancestors,
-    called,
     clean_path,
     is_hidden,
+    is_parameter,
     memory_of,
     mutated_inputs,
+    nesting,
     rank,
     read_by,
+    shape,
     value_of,
 )
 from .program import Block, DecoderPlan, KVSlot, Refusal
@@ -35,57 +36,62 @@ from .program import Block, DecoderPlan, KVSlot, Refusal
 # `...layers.5`, `...layers[5]` and `getattr(...layers, '5')` all name child 5 of a module list.
 _CHILD = re.compile(r"^(?P<list>.*?)(?:\.|\[|, ')(?P<index>\d+)(?:'\)|\])?$")
 _MIN_BLOCKS = 2
+_LEAST_RANK = 3
 
 
 def find_decoder(graph_module: fx.GraphModule) -> DecoderPlan | Refusal:
     """Returns the decoder in a graph traced by Dynamo, or the reason why there is none."""
+    refusals = []
+    for list_path, num_blocks in _module_lists(graph_module.graph):
+        plan = _decoder_of(graph_module, list_path, num_blocks)
+        if isinstance(plan, DecoderPlan):
+            return plan
+        refusals.append(plan)
+    return next(iter(refusals), Refusal("no decoder blocks: the graph holds no list of two or more modules"))
+
+
+def _decoder_of(graph_module: fx.GraphModule, list_path: str, num_blocks: int) -> DecoderPlan | Refusal:
+    """Returns the decoder whose blocks are the children of one module list, or the reason why they are none."""
     graph = graph_module.graph
-    list_path = _block_list(graph)
-    if list_path is None:
-        return Refusal("no decoder blocks: the graph holds no list of two or more modules of one class")
-    num_blocks = 1 + max(i for node in graph.nodes for i, *_ in _children(node, list_path))
     part_of = _assign_parts(graph, list_path, num_blocks)
     if isinstance(part_of, Refusal):
         return part_of
-    flows = _hidden_flows(part_of, num_blocks)
+    flows = _hidden_flows(graph, part_of, num_blocks)
     if isinstance(flows, Refusal):
         return flows
     blocks = []
     for index, (before, after) in enumerate(itertools.pairwise(flows)):
         path = f"{clean_path(list_path)}.{index}"
-        kv = _kv_slot([n for n, part in part_of.items() if part == index + 1], after)
-        if kv is None:
-            return Refusal("the blocks write no KV cache (generation keeps one: use_cache=True)", path)
+        kv = _kv_slot([n for n, part in part_of.items() if part == index + 1], before, after)
         blocks.append(Block(index, path, before, after, kv))
+    if not any(block.kv.writes for block in blocks):
+        return Refusal("the blocks write no KV cache (generation keeps one: use_cache=True)", blocks[0].path)
     batch, query_length = value_of(flows[0]).shape[:2]
     return DecoderPlan(graph_module, tuple(blocks), part_of, query_length, batch)
 
 
-def _children(node: fx.Node, list_path: str | None = None) -> Iterator[tuple[int, str, str]]:
-    """Yields index, list path and class for each module on a node's stack that is a numbered child."""
-    for path, cls in (node.meta.get("nn_module_stack") or {}).values():
+def _module_lists(graph: fx.Graph) -> list[tuple[str, int]]:
+    """Returns path and length of the outermost module lists whose children are numbered 0..n-1, the last to run first.
+
+    A mixture of experts keeps a list of experts inside each block, and a vision tower runs before the decoder.
+    """
+    seen: dict[str, set[int]] = {}
+    last: dict[str, int] = {}
+    for place, node in enumerate(graph.nodes):
+        for index, path in _children(node):
+            seen.setdefault(path, set()).add(index)
+            last[path] = place
+    lists = [p for p, found in seen.items() if len(found) >= _MIN_BLOCKS and found == set(range(len(found)))]
+    outermost = [p for p in lists if not any(p != q and p.startswith(q) for q in lists)]
+    return [(path, len(seen[path])) for path in sorted(outermost, key=last.__getitem__, reverse=True)]
+
+
+def _children(node: fx.Node, list_path: str | None = None) -> Iterator[tuple[int, str]]:
+    """Yields index and list path for each module on a node's stack that is a numbered child."""
+    for path, _ in (node.meta.get("nn_module_stack") or {}).values():
         match = _CHILD.match(path)
         if match and (list_path is None or match["list"] == list_path):
-            name = f"{cls.__module__}.{cls.__qualname__}" if isinstance(cls, type) else cls
-            yield int(match["index"]), match["list"], name
-
-
-def _block_list(graph: fx.Graph) -> str | None:
-    """Returns the path of the outermost module list whose children are of one class and numbered 0..n-1."""
-    seen: dict[str, dict[int, str]] = {}
-    for node in graph.nodes:
-        for index, path, name in _children(node):
-            seen.setdefault(path, {})[index] = name
-    candidates = [
-        path
-        for path, members in seen.items()
-        if len(members) >= _MIN_BLOCKS
-        and sorted(members) == list(range(len(members)))
-        and len(set(members.values())) == 1
-    ]
-    # A mixture of experts keeps a list of experts inside each block: the blocks are the outermost list.
-    outermost = [p for p in candidates if not any(p != q and p.startswith(q) for q in candidates)]
-    return max(outermost, key=lambda path: len(seen[path]), default=None)
+            yield int(match["index"]), match["list"]
 
 
 def _assign_parts(graph: fx.Graph, list_path: str, num_blocks: int) -> dict[fx.Node, int] | Refusal:
@@ -99,7 +105,8 @@ def _assign_parts(graph: fx.Graph, list_path: str, num_blocks: int) -> dict[fx.N
         children = {index for node in nodes for index, *_ in itertools.islice(_children(node, list_path), 1)}
         if len(children) > 1:
             return Refusal(
-                "autocast changes around several blocks at once; put it around the whole model", nodes[0].name
+                "autocast (or a vmap) begins and ends around several blocks; put it around the whole model",
+                nodes[0].name,
             )
         if children:
             part = max(children) + 1
@@ -120,35 +127,33 @@ def _assign_parts(graph: fx.Graph, list_path: str, num_blocks: int) -> dict[fx.N
 
 
 def _inseparable(graph: fx.Graph) -> Iterator[list[fx.Node]]:
-    """Yields the operations in order: each alone, those between a change of autocast and its end together."""
+    """Yields the operations in order: each alone, those of an autocast or a ``vmap`` together."""
     together: list[fx.Node] = []
     depth = 0
     for node in graph.nodes:
         if node.op not in ("placeholder", "output"):
             together.append(node)
-            depth += called(node, ENTER_AUTOCAST) - called(node, EXIT_AUTOCAST)
+            depth += nesting(node)
             if not depth:
                 yield together
                 together = []
 
 
-def _hidden_flows(part_of: dict[fx.Node, int], num_blocks: int) -> tuple[fx.Node, ...] | Refusal:
+def _hidden_flows(graph: fx.Graph, part_of: dict[fx.Node, int], num_blocks: int) -> tuple[fx.Node, ...] | Refusal:
     """Returns the L + 1 hidden states: into block 1, between the blocks, and out of the last one."""
 
-    def crossing(boundary: int) -> list[fx.Node]:
-        return [
-            node
-            for node, part in part_of.items()
-            if part == boundary
-            and is_hidden(node)
-            and any(part_of.get(user, num_blocks + 1) == boundary + 1 for user in node.users)
-        ]
+    def crossing(boundary: int, nodes: Iterable[fx.Node]) -> list[fx.Node]:
+        hidden = [n for n in nodes if part_of.get(n, 0) == boundary and is_hidden(n)]
+        found = [n for n in hidden if any(part_of.get(user) == boundary + 1 for user in n.users)]
+        if not found and boundary == num_blocks:  # a model without a head
+            found = [n for n in hidden if any(user.op == "output" for user in n.users)]
+        return found
 
-    between = [crossing(boundary) for boundary in range(1, num_blocks + 1)]
+    between = [crossing(boundary, part_of) for boundary in range(1, num_blocks + 1)]
     # The prologue also hands out cosines and sines [B, T, head_dim]; the hidden state has the shape of the later ones.
-    first = crossing(0)
+    first = crossing(0, [n for n in graph.nodes if not is_parameter(n)])
     if between[0]:
-        first = [n for n in first if value_of(n).shape == value_of(between[0][0]).shape]
+        first = [n for n in first if shape(n) == shape(between[0][0])]
     if len(first) > 1:
         first = [n for n in first if any("embedding" in getattr(a.target, "__name__", "") for a in ancestors([n]))]
     for boundary, nodes in enumerate([first, *between]):
@@ -162,20 +167,37 @@ def _hidden_flows(part_of: dict[fx.Node, int], num_blocks: int) -> tuple[fx.Node
     return (first[0], *(nodes[0] for nodes in between))
 
 
-def _kv_slot(nodes: list[fx.Node], hidden_out: fx.Node) -> KVSlot | None:
-    """Finds what a block writes for its tokens: in-place writes to 4-D tensors, or 4-D tensors that it returns."""
-    static = [n for n in nodes for m in mutated_inputs(n) if rank(m) == 4 and _outlives(memory_of(m), nodes)]
-    if static:
-        lengths = [m for n in nodes for m in mutated_inputs(n) if m.op == "placeholder" and rank(m) == 0]
-        # (Other caches than those written by `index_copy_(dim, position, new)` roll and never overflow.)
-        sizes = (value_of(n.args[0]).shape[n.args[1]] for n in static if n.target is torch.Tensor.index_copy_)
-        size = next(sizes, None)
-        capacity = size if isinstance(size, int) else None
-        return KVSlot("static", tuple(static), tuple(dict.fromkeys(lengths)), capacity)
-    returned = [n for n in nodes if rank(n) == 4 and n is not hidden_out and any(u.op == "output" for u in n.users)]
-    return KVSlot("dynamic", tuple(returned)) if returned else None
+def _kv_slot(nodes: list[fx.Node], hidden_in: fx.Node, hidden_out: fx.Node) -> KVSlot:
+    """Finds what a block keeps of its tokens: tensors of the caller's that it writes, or longer ones that it returns.
+
+    Those have four dimensions, or three where the state of a recurrence or of a convolution stands in for the tokens.
+    A block that is an MLP alone, or reads another one's keys, keeps nothing.
+    """
+    static = [
+        (node, memory)
+        for node in nodes
+        for written in mutated_inputs(node)
+        if (rank(written) or 0) >= _LEAST_RANK and _outlives(memory := memory_of(written), hidden_in)
+    ]
+    in_place = [node for node, _ in static]
+    kept = {memory for _, memory in static}
+    returned = [
+        node
+        for node in nodes
+        if (rank(node) or 0) >= _LEAST_RANK and node is not hidden_out and memory_of(node) not in kept
+        if any(user.op == "output" for user in node.users)
+    ]
+    if returned:
+        return KVSlot("dynamic", (*returned, *in_place))
+    lengths = [m for n in nodes for m in mutated_inputs(n) if m.op == "placeholder" and rank(m) == 0]
+    # (Other caches than those written by `index_copy_(dim, position, new)` roll and never overflow.)
+    sizes = (value_of(n.args[0]).shape[n.args[1]] for n in in_place if n.target is torch.Tensor.index_copy_)
+    size = next(sizes, None)
+    capacity = size if isinstance(size, int) else None
+    return KVSlot("static", tuple(in_place), tuple(dict.fromkeys(lengths)), capacity)
 
 
-def _outlives(memory: fx.Node, nodes: list[fx.Node]) -> bool:
+def _outlives(memory: fx.Node, hidden_in: fx.Node) -> bool:
     """True for memory of the caller: an input, or a tensor that the graph makes and returns (a prompt's new cache)."""
-    return memory not in nodes or any(user.op == "output" for user in memory.users)
+    lasts = memory.op == "placeholder" or any(user.op == "output" for user in memory.users)
+    return lasts and memory is not memory_of(hidden_in)

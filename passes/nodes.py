@@ -20,7 +20,8 @@ from torch import Tensor, fx
 from torch.fx.node import Argument
 from torch.utils._python_dispatch import is_traceable_wrapper_subclass
 
-ENTER_AUTOCAST, EXIT_AUTOCAST = torch.amp.autocast_mode._enter_autocast, torch.amp.autocast_mode._exit_autocast
+ENTER_AUTOCAST = torch.amp.autocast_mode._enter_autocast
+_NESTING = {"_enter_autocast": 1, "_vmap_increment_nesting": 1, "_exit_autocast": -1, "_vmap_decrement_nesting": -1}
 _FRAME = re.compile(r'File "(?P<file>[^"]+)", line (?P<line>\d+)')
 _RESHAPES = (torch.reshape, Tensor.view, torch.flatten, torch.unsqueeze, torch.squeeze)
 # Functions that can work in place. In the normal form the last argument says whether they do.
@@ -124,6 +125,11 @@ def _shows(schema: torch.FunctionSchema) -> bool:
     return pieces or any(
         r.alias_info is not None and r.alias_info.after_set & memory.before_set for r in schema.returns
     )
+
+
+def nesting(node: fx.Node) -> int:
+    """Returns 1 where a node begins an autocast or a ``vmap``, -1 where it ends one, 0 for others."""
+    return _NESTING.get(getattr(node.target, "__name__", ""), 0)
 
 
 def rank(node: object) -> int | None:

@@ -26,10 +26,11 @@ class Refusal:
 
 @dataclass(frozen=True)
 class KVSlot:
-    """What one block writes for the tokens of a step: in place ("static" cache), or as longer tensors ("dynamic").
+    """What one block keeps of a step's tokens: written in place ("static" cache), or returned longer ("dynamic").
 
     Attributes:
-        writes: the nodes that write or return keys and values.
+        writes: the nodes that write or return keys and values, or the state of a recurrence or a convolution; none
+            for a block that keeps nothing. Those that return something come first.
         lengths: integer placeholders that the block advances in place, the number of filled slots.
         capacity: slots of a static cache that is filled from the front, None where no limit applies.
     """
@@ -67,6 +68,11 @@ class DecoderPlan:
     @property
     def num_blocks(self) -> int:
         return len(self.blocks)
+
+    @property
+    def cache(self) -> str:
+        """What the blocks keep: "dynamic" where any of them returns it, else "static"."""
+        return "dynamic" if any(block.kv.kind == "dynamic" for block in self.blocks) else "static"
 
     @property
     def device(self) -> torch.device:

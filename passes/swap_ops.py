@@ -54,7 +54,7 @@ def simplify_linears(graph: fx.Graph) -> int:
 
 def batch_invariant(program: RiverProgram) -> RiverProgram:
     """Each row of the backbone has the bits that it has in a pass of one token."""
-    grown = program.plan.blocks[0].kv.kind == "dynamic"
+    grown = program.plan.cache == "dynamic"
     prologue, *blocks, head = (s.copy() for s in (program.prologue, *program.blocks, program.head))
     for segment in (prologue, *blocks, head):
         keep_rows(segment.graph, grown)

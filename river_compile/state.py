@@ -102,7 +102,7 @@ class GraphRecord(Entries):
         """Fills in what a rewritten graph turned out to be."""
         plan = program.plan
         self.kind = plan.kind
-        self.cache = plan.blocks[0].kv.kind
+        self.cache = plan.cache
         self.num_blocks = plan.num_blocks
         self.candidates = program.candidates
         self.compiled = tuple(compiled)

@@ -45,7 +45,7 @@ class Mask(Holes):
         self._presence = [program.slots[node] for node in program.added_inputs]
         keys = [cache_slots(program, block)[0] for block in range(self.num_blocks)]
         self._keys = [slot for slot in keys if slot is not None]  # (a static or dynamic cache always has one)
-        self._grows = program.plan.blocks[0].kv.kind == "dynamic"  # by the step's token
+        self._grows = program.plan.cache == "dynamic"  # by the step's token
 
     def begin(self, slots: list, memory: Memory) -> int:
         limit = super().begin(slots, memory)

@@ -12,7 +12,7 @@ from collections.abc import Callable, Sequence
 from torch import Tensor, fx
 
 from river_compile.errors import CacheFullError
-from river_compile.passes.nodes import is_tensor, mutated_inputs, value_of
+from river_compile.passes.nodes import mutated_inputs, rank, value_of
 from river_compile.passes.program import RiverProgram
 
 # The last two slots belong to no value of the graph: the number that the latest exit check or head returned, and what
@@ -32,13 +32,15 @@ def gather(indices: Sequence[int]) -> Callable[[list], Sequence]:
     return lambda slots: [slots[i] for i in indices]
 
 
-def cache_slots(program: RiverProgram, block: int = 0) -> tuple[int | None, int | None]:
-    """Returns the slots of a tensor of a block's KV cache before a step and after it, None where unknown.
+def cache_slots(program: RiverProgram, block: int | None = None) -> tuple[int | None, int | None]:
+    """Returns the slots of a tensor that a block keeps its tokens in, before a step and after it, None where unknown.
 
     That is the tensor that is written in place, or the one that a step gets and the longer one that it returns, which
-    the next step gets. The first block's tells sequences apart.
+    the next step gets. Without `block` it is the first one that keeps anything, which tells sequences apart.
     """
     plan, slots = program.plan, program.slots
+    if block is None:
+        block = next(b.index for b in plan.blocks if b.kv.writes)
     kv = plan.blocks[block].kv
     if kv.kind == "static":  # (a sliding window that is full is put together in a copy first)
         targets = [target for write in kv.writes for target in mutated_inputs(write) if target in slots]
@@ -47,7 +49,7 @@ def cache_slots(program: RiverProgram, block: int = 0) -> tuple[int | None, int 
     stack, before = [write], None
     while stack and before is None:
         node = stack.pop()
-        if node.op == "placeholder" and is_tensor(node) and value_of(node).dim() == 4:
+        if node.op == "placeholder" and rank(node) == rank(write) and node is not plan.blocks[block].hidden_in:
             before = node
         stack += [n for n in node.all_input_nodes if plan.part_of.get(n, block + 1) == block + 1]
     return slots.get(before), slots.get(write)

@@ -33,7 +33,7 @@ class ExactLoop:
     """Generates until every row has ended.
 
     Attributes:
-        ids: ``[B, S]``, grows.
+        ids: ``[B, S]``, grows (from S = 0 where the prompt came as ``inputs_embeds``).
         process: the user's logits processors, ``(ids, scores) -> scores``.
         process_draft: those that may also see drafts.
         stops: the stopping criteria, ``(ids, scores) -> bool [B]``.
@@ -60,7 +60,7 @@ class ExactLoop:
 
     def run(self, first_logits: Tensor) -> Tensor:
         """Generates from the prompt's last logits ``[B, 1, V]`` on; returns all ids ``[B, S]``."""
-        self.active = torch.ones_like(self.ids[:, 0], dtype=torch.bool)
+        self.active = self.ids.new_ones(self.ids.shape[0], dtype=torch.bool)
         self._settle(first_logits, [])
         while self.active.any():
             self._cycle()

@@ -3,8 +3,8 @@
 The river drafts, the backbone verifies, and the text is the plain model's: greedy text token for token, up to how the
 hardware rounds passes of different widths (docs/exact.md), sampled text in distribution.
 
-Not handled (a ValueError that says so): beams and transformers' own assisted modes, encoder-decoder models, attention
-weights and hidden states as outputs, generation that is synchronized over several processes.
+Not handled (a ValueError that says so): beams and transformers' own assisted modes, encoder-decoder models, models with
+a recurrent state, attention weights and hidden states as outputs, generation that is synchronized over processes.
 """
 
 from __future__ import annotations
@@ -183,6 +183,11 @@ def _check(
         )
     if model.config.is_encoder_decoder:
         raise ValueError(f"exact mode works with decoders; {type(model).__name__} is an encoder-decoder model")
+    if model._is_stateful:
+        raise ValueError(
+            f"exact mode takes drafted tokens back, which the recurrent state of {type(model).__name__} cannot; "
+            "leave out custom_generate: exits and twins work"
+        )
     for name in ("output_attentions", "output_hidden_states"):
         if getattr(config, name) and config.return_dict_in_generate:
             raise ValueError(f"{name}=True is not available in exact mode; output_scores and output_logits are")

@@ -15,6 +15,8 @@ from __future__ import annotations
 import dataclasses
 import threading
 import warnings
+from collections.abc import Iterator
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -116,7 +118,7 @@ class DraftVerifyRunner:
             raise ValueError(
                 "exact mode rewinds the KV cache after every draft, and this cache cannot give entries back "
                 f"({', '.join(lasting)}). A static sliding window must be at least as long as the whole text (fewer "
-                "new tokens); a dynamic cache always works with attention layers"
+                "new tokens); a dynamic cache always works with attention and convolution layers"
             )
         state = state_of_model(self.model, "exact mode")
         ran = [executor for executor, thread in steps if thread == threading.get_ident()]
@@ -127,7 +129,8 @@ class DraftVerifyRunner:
         self.stats, self.sequences = state.of(ExitStats), state.of(Sequences)
         remember_past(cache)
         slots = [layer.max_cache_len for layer in cache.layers if isinstance(layer, StaticLayer)]
-        self._capacity = min(slots) if len(slots) == len(cache.layers) else None
+        self._capacity = min(slots, default=None)
+        self._grows = len(slots) < len(cache.layers)
         if self._strict:
             graphs = state.of(_BatchInvariantGraphs)
             key = (dataclasses.replace(graph.config, same_rows=True), graph.mode)
@@ -192,18 +195,19 @@ class DraftVerifyRunner:
         return narrow
 
     def _entries(self) -> list[Tensor]:
-        """Returns copies of every layer's keys and values."""
-        return [tensor.clone() for layer in self.cache.layers for tensor in (layer.keys, layer.values)]
+        """Returns copies of what every layer of the cache holds."""
+        return [held[name].clone() for layer in self.cache.layers for held, name in _tensors(layer)]
 
     def rewind(self, slots: int) -> None:
         """Frees the last slots of the cache."""
-        if self._capacity is not None and not slots:
+        if not self._grows and not slots:
             return
         self._filled -= slots
         crop(self.cache, slots)  # (where nothing is freed, this still trims a sliding window that grows)
-        if self._capacity is None:  # a cropped view has other strides than a grown cache, and graphs depend on them
+        if self._grows:  # a cropped view has other strides than a grown cache, and graphs depend on them
             for layer in self.cache.layers:
-                layer.keys, layer.values = layer.keys.contiguous(), layer.values.contiguous()
+                for held, name in _tensors(layer):
+                    held[name] = held[name].contiguous()
 
     def keep(self, tokens: int) -> None:
         """Ends a cycle that kept this many tokens: masks and positions grow, all slots but the kept ones are freed.
@@ -250,6 +254,16 @@ def _why_not(state: ModelState) -> str:
         return f"it ran without it: {plain}"
     refusal = next((graph.refusal for graph in reversed(state.graphs) if graph.refusal), "")
     return f"it refused: {refusal}" if refusal else 'this call did not reach it: use model.compile(backend="river")'
+
+
+def _tensors(layer: object) -> Iterator[tuple[dict, Any]]:
+    """Yields where a cache layer holds each of its tensors, as a dict and a key: keys, values, a convolution's inputs.
+
+    (A recurrent state cannot be rewound, so no such layer comes here.)
+    """
+    attributes = vars(layer)
+    for held, names in ((attributes, ("keys", "values")), (states := attributes.get("conv_states", {}), states)):
+        yield from ((held, name) for name in names if isinstance(held.get(name), Tensor))
 
 
 def _check_paths(config: RiverConfig) -> None:

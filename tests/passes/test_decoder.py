@@ -93,13 +93,69 @@ def test_what_reads_a_view_of_a_changed_cache_stays_in_its_place():
     assert parts[late.name] >= 1
 
 
+def test_the_first_hidden_state_may_be_an_input():
+    """With ``inputs_embeds`` nothing stands before the first block."""
+    blocks = Blocks()
+    plan = blocks.found(blocks.block(1, blocks.block(0, blocks.hidden)))
+    assert plan.blocks[0].hidden_in.name == "hidden"
+    assert (plan.batch, plan.query_length) == (1, 1)
+
+
+def test_blocks_without_a_cache_are_blocks_beside_others_and_none_alone():
+    """A tower of blocks runs first and keeps nothing, so it goes to the prologue; a later block keeps nothing too."""
+    blocks = Blocks()
+    hidden = blocks.hidden
+    for i in range(3):
+        with blocks.b.module(f"L['self'].tower.layers.{i}"):
+            hidden = blocks.b.call("neg", hidden)
+    plan = blocks.found(blocks.block(1, blocks.block(0, hidden), write=False))
+    assert [block.path for block in plan.blocks] == ["layers.0", "layers.1"]
+    assert [len(block.kv.writes) for block in plan.blocks] == [1, 0]
+    assert [part for n, part in plan.part_of.items() if n.name.startswith("neg")] == [0, 0, 0]
+
+
+def test_a_state_of_three_dimensions_is_kept_like_keys_and_values():
+    """A convolution's inputs are copied in place; a state that the prompt makes is returned, and is no hidden state."""
+    blocks = Blocks()
+    state = blocks.b.placeholder("state", torch.zeros(1, 8, 3))
+    hidden = blocks.block(0, blocks.b.call("neg", blocks.hidden), write=False)
+    with blocks.b.module("L['self'].layers.0"):
+        blocks.b.call("copy_", state, blocks.b.call("expand", blocks.b.call("view", hidden, 1, 8, 1), -1, -1, 3))
+    out = blocks.block(1, hidden, write=False)
+    with blocks.b.module("L['self'].layers.1"):
+        new = blocks.b.call(torch.zeros, 1, 8, 3)
+        blocks.b.call("copy_", new, state)
+    plan = blocks.found(blocks.b.call("neg", out), new)
+    assert [block.kv.kind for block in plan.blocks] == ["static", "static"]
+    assert [n.target for block in plan.blocks for n in block.kv.writes] == [torch.Tensor.copy_] * 2
+    assert plan.blocks[1].hidden_out.name == out.name
+
+
+def test_a_vmap_stays_in_its_block():
+    """Leaving it reads nothing and is traced in no module; ahead of the blocks it would leave none."""
+    blocks = Blocks()
+    hidden = blocks.block(0, blocks.b.call("neg", blocks.hidden))
+    functions = torch._functorch.predispatch
+    with blocks.b.module("L['self'].layers.0"):
+        enter = blocks.b.graph.call_function(functions._vmap_increment_nesting, (1, "error"))
+        hidden = blocks.b.call("neg", hidden)
+    enter.meta["nn_module_stack"] = hidden.meta["nn_module_stack"]
+    leave = blocks.b.graph.call_function(functions._vmap_decrement_nesting)
+    plan = blocks.found(blocks.block(1, hidden))
+    parts = {n.name: part for n, part in plan.part_of.items()}
+    assert (parts[enter.name], parts[hidden.name], parts[leave.name]) == (1, 1, 1)
+
+
 @pytest.mark.parametrize(
     ("build", "reason"),
     [
         (lambda s: s.block(0, s.b.call("neg", s.hidden)), "no decoder blocks"),
         (lambda s: s.block(0, s.block(1, s.b.call("neg", s.hidden))), "do not run one after the other"),
         (lambda s: s.block(1, s.block(0, s.b.call("neg", s.hidden), write=False), write=False), "write no KV cache"),
-        (lambda s: s.block(1, s.block(0, s.hidden)), "one hidden state must pass from part 0 to part 1"),
+        (
+            lambda s: s.block(1, s.block(0, s.b.call("view", s.hidden, 1, 8))),
+            "one hidden state must pass from part 0 to part 1",
+        ),
     ],
 )
 def test_other_graphs_are_refused_with_a_reason(build, reason):
