@@ -13,7 +13,7 @@ from __future__ import annotations
 
 import itertools
 import re
-from collections.abc import Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 
 import torch
 from torch import fx
@@ -23,6 +23,7 @@ from .nodes import (
     clean_path,
     is_hidden,
     is_parameter,
+    is_streams,
     memory_of,
     mutated_inputs,
     nesting,
@@ -66,8 +67,11 @@ def _decoder_of(graph_module: fx.GraphModule, list_path: str, num_blocks: int) -
         blocks.append(Block(index, path, before, after, kv))
     if not any(block.kv.writes for block in blocks):
         return Refusal("the blocks write no KV cache (generation keeps one: use_cache=True)", blocks[0].path)
-    batch, query_length = value_of(flows[0]).shape[:2]
-    return DecoderPlan(graph_module, tuple(blocks), part_of, query_length, batch)
+    axis = _token_axis(flows[0])
+    if axis is None:
+        return Refusal("which axis of the hidden state counts the tokens cannot be told", flows[0].name)
+    batch, query_length = value_of(flows[0]).shape[axis - 1 : axis + 1]
+    return DecoderPlan(graph_module, tuple(blocks), part_of, query_length, batch, axis)
 
 
 def _module_lists(graph: fx.Graph) -> list[tuple[str, int]]:
@@ -140,16 +144,31 @@ def _inseparable(graph: fx.Graph) -> Iterator[list[fx.Node]]:
 
 
 def _hidden_flows(graph: fx.Graph, part_of: dict[fx.Node, int], num_blocks: int) -> tuple[fx.Node, ...] | Refusal:
-    """Returns the L + 1 hidden states: into block 1, between the blocks, and out of the last one."""
+    """Returns the L + 1 hidden states: into block 1, between the blocks, and out of the last one.
+
+    They are ``[B, T, D]`` or, where that finds none, several such streams in one tensor of four dimensions.
+    """
+    one = _flows(graph, part_of, num_blocks, is_hidden)
+    several = _flows(graph, part_of, num_blocks, is_streams) if isinstance(one, Refusal) else one
+    return one if isinstance(several, Refusal) else several
+
+
+def _flows(
+    graph: fx.Graph, part_of: dict[fx.Node, int], num_blocks: int, fits: Callable[[fx.Node], bool]
+) -> tuple[fx.Node, ...] | Refusal:
+    """Returns the L + 1 hidden states among the values that fit."""
 
     def crossing(boundary: int, nodes: Iterable[fx.Node]) -> list[fx.Node]:
-        hidden = [n for n in nodes if part_of.get(n, 0) == boundary and is_hidden(n)]
+        hidden = [n for n in nodes if part_of.get(n, 0) == boundary and fits(n)]
         found = [n for n in hidden if any(part_of.get(user) == boundary + 1 for user in n.users)]
         if not found and boundary == num_blocks:  # a model without a head
             found = [n for n in hidden if any(user.op == "output" for user in n.users)]
         return found
 
     between = [crossing(boundary, part_of) for boundary in range(1, num_blocks + 1)]
+    if fits is is_streams:  # (the keys that another block reads have four dimensions too, but do not pass all borders)
+        everywhere = set.intersection(*({shape(n) for n in nodes} for nodes in between))
+        between = [[n for n in nodes if shape(n) in everywhere] for nodes in between]
     # The prologue also hands out cosines and sines [B, T, head_dim]; the hidden state has the shape of the later ones.
     first = crossing(0, [n for n in graph.nodes if not is_parameter(n)])
     if between[0]:
@@ -165,6 +184,20 @@ def _hidden_flows(graph: fx.Graph, part_of: dict[fx.Node, int], num_blocks: int)
                 nodes[0].name if nodes else "",
             )
     return (first[0], *(nodes[0] for nodes in between))
+
+
+def _token_axis(hidden: fx.Node) -> int | None:
+    """Returns which axis of the first hidden state counts tokens; the one before it counts rows.
+
+    Streams may stand before both or after them, ``[S, B, T, D]`` or ``[B, T, S, D]``: the embedding ``[B, T, D]`` that
+    they are made of tells.
+    """
+    if is_hidden(hidden):
+        return 1
+    *rows, width = shape(hidden)
+    made_of = [shape(n) for n in ancestors([hidden]) if is_hidden(n) and shape(n)[-1] == width]
+    axes = {axis for axis in (1, 2) for *found, _ in made_of if rows[axis - 1 : axis + 1] == found}
+    return min(axes, default=None)
 
 
 def _kv_slot(nodes: list[fx.Node], hidden_in: fx.Node, hidden_out: fx.Node) -> KVSlot:

@@ -48,6 +48,11 @@ def is_hidden(node: fx.Node) -> bool:
     return rank(node) == 3 and value_of(node).is_floating_point()
 
 
+def is_streams(node: fx.Node) -> bool:
+    """True for floating values of four dimensions: what several hidden states in one tensor look like."""
+    return rank(node) == 4 and value_of(node).is_floating_point()
+
+
 def is_parameter(node: object, dims: int | None = None) -> TypeGuard[fx.Node]:
     """True for a placeholder that holds a module's parameter or buffer (of `dims` dimensions).
 

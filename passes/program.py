@@ -43,7 +43,10 @@ class KVSlot:
 
 @dataclass(frozen=True)
 class Block:
-    """One decoder block: its 0-based index, its module path, and the hidden states ``[B, T, D]`` in and out of it."""
+    """One decoder block: its 0-based index, its module path, and the hidden states in and out of it.
+
+    Those are ``[B, T, D]``, or several streams: ``[S, B, T, D]`` or ``[B, T, S, D]`` (`DecoderPlan.token_axis`).
+    """
 
     index: int
     path: str
@@ -54,7 +57,7 @@ class Block:
 
 @dataclass(frozen=True)
 class DecoderPlan:
-    """A decoder found in a traced graph, for `batch` rows of `query_length` tokens.
+    """A decoder found in a traced graph, for `batch` rows of `query_length` tokens, the `token_axis` of hidden states.
 
     `part_of` has, for each node but placeholders and the output: 0 prologue, 1..L block, L + 1 head.
     """
@@ -64,6 +67,7 @@ class DecoderPlan:
     part_of: dict[fx.Node, int] = field(repr=False)
     query_length: int | torch.SymInt
     batch: int | torch.SymInt
+    token_axis: int = 1
 
     @property
     def num_blocks(self) -> int:

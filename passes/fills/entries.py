@@ -5,8 +5,9 @@ _only_entries     without what only its hidden state needs             keys and 
 _empty_entries    the same, without norm and projections               zeros: the slot is taken, counters advance
 _with_presence    with one input more, which entries are there         what the block writes
 
-The first two hand their hidden state on as it came. Not handled (a Refusal): keys and values of another form than
-``[B, H, T, D]``, and attention that is neither ``scaled_dot_product_attention`` nor a softmax over the keys.
+The first two hand their hidden state on as it came. Not handled (a Refusal): hidden states of several streams, keys and
+values of another form than ``[B, H, T, D]``, and attention that is neither ``scaled_dot_product_attention`` nor a
+softmax over the keys.
 """
 
 from __future__ import annotations
@@ -29,6 +30,8 @@ def kv_entries(empty: bool) -> Pass:
 
     def kv_entries(program: RiverProgram) -> RiverProgram | Refusal:
         """A token that left fills the KV cache and runs nothing else of the later blocks."""
+        if rank(program.plan.blocks[0].hidden_in) != 3:
+            return Refusal("the hidden state consists of several streams", program.plan.blocks[0].path)
         twins = each_block(program, _empty_entries if empty else _only_entries)
         return twins if isinstance(twins, Refusal) else replace(program, twins=twins)
 

@@ -65,10 +65,10 @@ def capacity_check(program: RiverProgram) -> Callable[[list], None] | None:
     if kv is None or kv.capacity is None:
         return None
     length, hidden, capacity = program.slots[kv.lengths[0]], program.slots[plan.blocks[0].hidden_in], kv.capacity
-    decodes = plan.is_decode
+    decodes, axis = plan.is_decode, plan.token_axis
 
     def check(slots: list) -> None:
-        filled, new = int(slots[length]), 1 if decodes else slots[hidden].shape[1]
+        filled, new = int(slots[length]), 1 if decodes else slots[hidden].shape[axis]
         if filled + new > capacity:
             raise CacheFullError(
                 f"the static KV cache holds {capacity} tokens; {filled} are filled and this step adds {new}. "

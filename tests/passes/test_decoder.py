@@ -146,6 +146,29 @@ def test_a_vmap_stays_in_its_block():
     assert (parts[enter.name], parts[hidden.name], parts[leave.name]) == (1, 1, 1)
 
 
+@pytest.mark.parametrize(("place", "axis"), [(0, 2), (2, 1)])
+def test_several_streams_in_one_tensor_are_a_hidden_state(place, axis):
+    """``[S, B, T, D]`` and ``[B, T, S, D]``; keys that the next block reads too have four dimensions as well."""
+    blocks = Blocks()
+    b = blocks.b
+    flows = [b.call(torch.stack, [b.call("neg", blocks.hidden)] * 3, place)]
+    keys = None
+    for i in range(2):
+        with b.module(f"L['self'].layers.{i}"):
+            b.call(
+                "index_copy_",
+                blocks.caches[i],
+                2,
+                blocks.slot,
+                b.call("view", b.call("sum", flows[i], place), 1, 2, 1, 4),
+            )
+            keys = b.call(operator.mul, blocks.caches[i], 0.5 if keys is None else keys)
+            flows.append(b.call(operator.add, flows[i], b.call("sum", keys, (0, 1, 2, 3), True)))
+    plan = blocks.found(b.call("sum", flows[-1], place))
+    assert [block.hidden_out.name for block in plan.blocks] == [node.name for node in flows[1:]]
+    assert (plan.token_axis, plan.batch, plan.query_length) == (axis, 1, 1)
+
+
 @pytest.mark.parametrize(
     ("build", "reason"),
     [

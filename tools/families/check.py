@@ -112,6 +112,7 @@ def check(
 
 def message(error: BaseException) -> str:
     """Returns an error's kind and first line."""
+    error = getattr(error, "inner_exception", error)  # (Dynamo wraps what a backend raises)
     first = next((line.strip() for line in str(error).splitlines() if line.strip()), "")
     return f"{type(error).__name__}: {first}"[:240]
 
@@ -166,9 +167,7 @@ def say(model: PreTrainedModel, kind: str, tokens: Tensor | None = None) -> Gene
     return Generated(out.sequences[:, ids.shape[1] :], torch.stack(out.logits))
 
 
-def compare(
-    outcome: Outcome, build: Callable[[], PreTrainedModel], kind: str, expected: Generated
-) -> Traced | None:
+def compare(outcome: Outcome, build: Callable[[], PreTrainedModel], kind: str, expected: Generated) -> Traced | None:
     """Notes the depths that were equal with a cache, or why the river did not run; returns the decode step if it did.
 
     Raises:

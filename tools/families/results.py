@@ -58,8 +58,8 @@ again and keeps the other rows). [models.jsonl](models.jsonl) has more of every 
 
 - **rewritten**: with unquantized twins, generation that leaves every decode step at depth 0, in the middle, before the
   last block or never gives plain generation's logits within rounding and its text, with every cache that transformers
-  can use with the model. Rounding is {TOLERANCE:g}, or where that is more the distance of plain generation in float32 from
-  plain generation in float64.
+  can use with the model. Rounding is {TOLERANCE:g}, or where that is more the distance between plain generation in float32
+  and in float64.
 - **partly in 16 bits**: the same, and twins keep some matrices of the blocks in 16 bits.
 - **refused**: the plain model runs, with a warning that names the reason.
 - **cannot be built**: transformers gives no model that generates text from a config alone.
