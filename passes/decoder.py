@@ -166,8 +166,8 @@ def _flows(
         return found
 
     between = [crossing(boundary, part_of) for boundary in range(1, num_blocks + 1)]
-    if fits is is_streams:  # (the keys that another block reads have four dimensions too, but do not pass all borders)
-        everywhere = set.intersection(*({shape(n) for n in nodes} for nodes in between))
+    everywhere = set.intersection(*({shape(n) for n in nodes} for nodes in between))
+    if everywhere:  # (keys that another block reads may look like a hidden state, but do not pass all borders)
         between = [[n for n in nodes if shape(n) in everywhere] for nodes in between]
     # The prologue also hands out cosines and sines [B, T, head_dim]; the hidden state has the shape of the later ones.
     first = crossing(0, [n for n in graph.nodes if not is_parameter(n)])

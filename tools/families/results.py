@@ -17,6 +17,57 @@ ROOT = Path(__file__).resolve().parents[2]
 KNOWN = ROOT / "docs" / "models.jsonl"
 PAGE = ROOT / "docs" / "models.md"
 RESULTS = ("rewritten", "partly in 16 bits", "refused", "cannot be built", "failed")
+POPULAR = (
+    *(
+        "llama",
+        "llama4_text",
+        "qwen2",
+        "qwen2_moe",
+        "qwen3",
+        "qwen3_moe",
+        "qwen3_next",
+        "qwen3_5_text",
+        "qwen3_5_moe_text",
+    ),
+    *(
+        "gemma",
+        "gemma2",
+        "gemma3_text",
+        "gemma3n_text",
+        "gemma4_text",
+        "mistral",
+        "ministral3",
+        "mixtral",
+        "phi",
+        "phi3",
+    ),
+    *(
+        "deepseek_v2",
+        "deepseek_v3",
+        "gpt_oss",
+        "glm4",
+        "glm4_moe",
+        "minimax_m2",
+        "olmo2",
+        "olmo3",
+        "granite",
+        "smollm3",
+    ),
+    *(
+        "cohere2",
+        "exaone4",
+        "ernie4_5",
+        "starcoder2",
+        "stablelm",
+        "falcon",
+        "gpt2",
+        "gpt_neo",
+        "gpt_neox",
+        "gptj",
+        "opt",
+    ),
+    *("bloom", "mpt", "gpt_bigcode", "codegen"),
+)
 COLUMNS = ("model type", "result", "equal at depths", "4-bit products per block", "stays in 16 bits")
 
 
@@ -58,12 +109,17 @@ again and keeps the other rows). [models.jsonl](models.jsonl) has more of every 
 
 - **rewritten**: with unquantized twins, generation that leaves every decode step at depth 0, in the middle, before the
   last block or never gives plain generation's logits within rounding and its text, with every cache that transformers
-  can use with the model. Rounding is {TOLERANCE:g}, or where that is more the distance between plain generation in float32
-  and in float64.
+  can use with the model. Rounding is {TOLERANCE:g}, or where that is more, the distance between plain generation in
+  float32 and in float64.
 - **partly in 16 bits**: the same, and twins keep some matrices of the blocks in 16 bits.
 - **refused**: the plain model runs, with a warning that names the reason.
 - **cannot be built**: transformers gives no model that generates text from a config alone.
 - **failed**: wrong, crashed or hung.
+
+Nobody publishes downloads by model type. These {len(POPULAR)} stand for most of the decoders that are downloaded:
+the open families whose downloads the ATOM Report follows (Brand and Lambert 2026, arXiv 2604.07190), and the older ones
+that keep their place among text generation models on the Hub:
+{", ".join(POPULAR)}.
 
 | {" | ".join(COLUMNS)} |
 |{"---|" * len(COLUMNS)}
