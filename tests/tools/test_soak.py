@@ -2,7 +2,6 @@
 
 import json
 import random
-from pathlib import Path
 
 import pytest
 import torch
@@ -138,4 +137,5 @@ def test_the_seed_is_printed_and_a_run_without_failures_succeeds(tmp_path, capsy
     said = capsys.readouterr().out
     assert said.startswith("seed 5\n")
     assert "damage " in said
-    assert list(Path(tmp_path).iterdir()) == []
+    assert [path.name for path in tmp_path.iterdir()] == ["tally.txt"]
+    assert (tmp_path / "tally.txt").read_text() == said

@@ -90,7 +90,7 @@ def shrunk(kind: Kind, case: Case, outcome: str, seconds: float = _SHRINKING) ->
 
 
 def soak(kinds: Mapping[str, tuple[Kind, float]], seed: int, seconds: float, failures: Path) -> Tally:
-    """Runs random cases until the time is over; a failure's file and traceback go to a folder.
+    """Runs random cases until the time is over; failures with their tracebacks, and the tally, go to a folder.
 
     Args:
         kinds: by name, each with the share of the time that is its own.
@@ -123,4 +123,5 @@ def soak(kinds: Mapping[str, tuple[Kind, float]], seed: int, seconds: float, fai
         tally.add(name, outcome)
         spent[name] += time.monotonic() - start
         running.unlink()
+        (failures / "tally.txt").write_text(f"seed {seed}\n{tally}\n", encoding="utf-8")  # (if it ends before its time)
     return tally
