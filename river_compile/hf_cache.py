@@ -29,22 +29,16 @@ def cache_of(arguments: Mapping[str, Any]) -> Cache | None:
     return next((arguments[name] for name in _NAMES if arguments.get(name) is not None), None)
 
 
-def cannot_crop(cache: Cache, tokens: int) -> list[str]:
+def cannot_crop(cache: Cache) -> list[str]:
     """Returns the names of the classes of those layers whose last slots cannot be freed, sorted.
 
-    A static sliding window can free them while it has dropped nothing.
-
-    Args:
-        cache: filled or not.
-        tokens: how many it will have to hold at most.
+    A static sliding window is not among them: `crop_layer` frees its slots while it has dropped nothing, and from then
+    on its entries must be copied before they go (`speculative/rewind.py`).
     """
-
-    def croppable(layer: Any) -> bool:
-        if type(layer) in (StaticLayer, StaticSlidingWindowLayer):
-            return type(layer) is StaticLayer or layer.max_cache_len >= tokens
-        return bool(layer.is_croppable)
-
-    return sorted({type(layer).__name__ for layer in cache.layers if not croppable(layer)})
+    static = (StaticLayer, StaticSlidingWindowLayer)
+    return sorted(
+        {type(layer).__name__ for layer in cache.layers if type(layer) not in static and not layer.is_croppable}
+    )
 
 
 def remember_past(cache: Cache) -> None:
@@ -75,9 +69,14 @@ def _shows_the_past(window: type[DynamicSlidingWindowLayer]) -> bool:
 def crop(cache: Cache, tokens: int) -> None:
     """Frees a cache's last slots; even for none, sliding windows that grow are trimmed to what they need."""
     for layer in cache.layers:
-        if hasattr(layer, "crop"):
-            layer.crop(-tokens)
-            continue
-        layer.cumulative_length.sub_(tokens)
-        if isinstance(layer, StaticSlidingWindowLayer):
-            layer.cumulative_length_int -= tokens
+        crop_layer(layer, tokens)
+
+
+def crop_layer(layer: Any, tokens: int) -> None:
+    """Frees a layer's last slots, as `crop` does."""
+    if hasattr(layer, "crop"):
+        layer.crop(-tokens)
+        return
+    layer.cumulative_length.sub_(tokens)
+    if isinstance(layer, StaticSlidingWindowLayer):
+        layer.cumulative_length_int -= tokens

@@ -73,6 +73,7 @@ class ExactLoop:
         draft = self.drafter.draft(self.ids, self.active, most, self._draft_step, self.runner.width_for)
         drafted = tuple(d.source for d in draft)
         self.runner.rewind(drafted.count("river"))
+        width = self.runner.width_for(len(draft))
         drafted_at = time.perf_counter()
         ids = torch.cat([self.ids, *(d.tokens[:, None] for d in draft)], dim=-1)
         logits = self.runner.verify(ids, len(draft))
@@ -83,7 +84,7 @@ class ExactLoop:
         cycle = CycleRecord(
             drafted=drafted,
             kept=sources,
-            width=self.runner.width_for(len(draft)),
+            width=width,
             held_back=held_back,
             seconds=(drafted_at - start, verified_at - drafted_at, end - verified_at),
             thread=threading.get_ident(),

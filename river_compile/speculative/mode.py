@@ -142,8 +142,9 @@ class ExactMode:
             logits=[] if wanted and config.output_logits else None,
         )
         # Beyond its limit of graphs for one function Dynamo would run what is new without the backend: exact, and slow.
+        # (A static sliding window has a graph for each width until it is full, and another one afterwards.)
         dynamo = torch._dynamo.config
-        with dynamo.patch(recompile_limit=dynamo.recompile_limit + len(runner.widths)):
+        with dynamo.patch(recompile_limit=dynamo.recompile_limit + 2 * len(runner.widths)):
             first_logits = runner.prefill(input_ids, config)
             with model._optimize_model_for_decode(), runner.sequences.one():
                 ids = loop.run(first_logits)

@@ -15,25 +15,25 @@ from __future__ import annotations
 import dataclasses
 import threading
 import warnings
-from collections.abc import Iterator
-from typing import Any
 
 import torch
 from torch import Tensor
 from transformers import GenerationConfig, PreTrainedModel
-from transformers.cache_utils import Cache, StaticLayer
+from transformers.cache_utils import Cache
 from transformers.modeling_outputs import CausalLMOutputWithPast
 
 from river_compile.backend import river
 from river_compile.config import RiverConfig
 from river_compile.errors import RiverWarning
 from river_compile.exits import WHOLE, forced_depth
-from river_compile.hf_cache import cache_of, cannot_crop, crop, remember_past
+from river_compile.hf_cache import cache_of
 from river_compile.plain_runs import PlainRuns
 from river_compile.runtime.executor import on_step
 from river_compile.runtime.sequences import Sequences
 from river_compile.runtime.stats import ExitStats
 from river_compile.state import ModelState, state_of_model
+
+from .rewind import RewindableCache, tensors_of
 
 
 def verification_widths(max_draft: int, strict: bool = False) -> tuple[int, ...]:
@@ -54,14 +54,15 @@ class BatchInvariantGraph:
         config, mode: what to compile it with.
 
     Attributes:
-        verdicts: by (batch, slots of a static cache or None) and width, whether a pass was found to have those bits.
+        verdicts: by (batch, slots of a static cache or None) and then by width and which sliding windows were full,
+            whether a pass was found to have those bits.
     """
 
     def __init__(self, model: PreTrainedModel, config: RiverConfig, mode: str | None) -> None:
         options = {f.name: getattr(config, f.name) for f in dataclasses.fields(config)}
         # The class's function, not the model's method: a compiled method would keep the model alive.
         self._forward = torch.compile(type(model).forward, backend=river, options=options, mode=mode)
-        self.verdicts: dict[tuple[int, int | None], dict[int, bool]] = {}
+        self.verdicts: dict[tuple[int, int | None], dict[tuple[object, ...], bool]] = {}
 
     def __call__(self, model: PreTrainedModel, **inputs: object) -> CausalLMOutputWithPast:
         return self._forward(model, **inputs)
@@ -96,7 +97,7 @@ class DraftVerifyRunner:
         self.widths = verification_widths(max_draft, strict)
         self._strict = strict
         self._invariant: BatchInvariantGraph | None = None
-        self._verdicts: dict[int, bool] = {}  # of the invariant graph, for this batch and cache
+        self._verdicts: dict[tuple[object, ...], bool] = {}  # of the invariant graph, for this batch and cache
 
     def prefill(self, ids_BS: Tensor, config: GenerationConfig) -> Tensor:
         """Runs the prompt and returns the logits ``[B, 1, V]`` of its last position.
@@ -112,14 +113,7 @@ class DraftVerifyRunner:
         cache = cache_of(self.model_kwargs)
         assert cache is not None, "exact mode refuses a generation without a cache"
         self.cache = cache
-        self._filled = int(cache.get_seq_length())  # counted from here on: reading it back would wait
-        lasting = cannot_crop(cache, self._filled + config.max_length - ids_BS.shape[1] - 1)
-        if lasting:
-            raise ValueError(
-                "exact mode rewinds the KV cache after every draft, and this cache cannot give entries back "
-                f"({', '.join(lasting)}). A static sliding window must be at least as long as the whole text (fewer "
-                "new tokens); a dynamic cache always works with attention and convolution layers"
-            )
+        self._entries = RewindableCache(cache, self.widths[-1])
         state = state_of_model(self.model, "exact mode")
         ran = [executor for executor, thread in steps if thread == threading.get_ident()]
         graph = next((g for g in state.graphs if g.executor() in ran), None)
@@ -127,18 +121,14 @@ class DraftVerifyRunner:
             raise ValueError(f"exact mode needs a model that the river backend can rewrite; {_why_not(state)}")
         _check_paths(graph.config)
         self.stats, self.sequences = state.of(ExitStats), state.of(Sequences)
-        remember_past(cache)
-        slots = [layer.max_cache_len for layer in cache.layers if isinstance(layer, StaticLayer)]
-        self._capacity = min(slots, default=None)
-        self._grows = len(slots) < len(cache.layers)
         if self._strict:
             graphs = state.of(_BatchInvariantGraphs)
             key = (dataclasses.replace(graph.config, same_rows=True), graph.mode)
             if key not in graphs:
                 graphs[key] = BatchInvariantGraph(self.model, *key)
             self._invariant = graphs[key]
-            self._verdicts = self._invariant.verdicts.setdefault((ids_BS.shape[0], self._capacity), {})
-        self._kept = self._filled + 1
+            self._verdicts = self._invariant.verdicts.setdefault((ids_BS.shape[0], self._entries.capacity), {})
+        self._kept = self._entries.filled + 1
         return outputs.logits[:, -1:]
 
     def width_for(self, drafted: int) -> int:
@@ -148,13 +138,16 @@ class DraftVerifyRunner:
     @property
     def longest_draft(self) -> int:
         """How many tokens can be drafted and verified in the slots that the cache has left."""
-        free = self.widths[-1] if self._capacity is None else self._capacity - self._filled
-        return max((w for w in self._usable if w <= free), default=1) - 1
+        return max((w for w in self._usable if w <= self._entries.room), default=1) - 1
 
     @property
     def _usable(self) -> list[int]:
         """The widths without those that were found to give other bits than strict verification allows."""
-        return [w for w in self.widths if self._verdicts.get(w, True)]
+        return [w for w in self.widths if self._verdicts.get(self._case(w), True)]
+
+    def _case(self, width: int) -> tuple[object, ...]:
+        """Returns what decides whether a pass has the bits of narrow ones: its width, and which windows are full."""
+        return (width, self._entries.phase(width))
 
     def draft_step(self, ids_BS: Tensor) -> Tensor:
         """Runs the last id through the whole river, one slot further; returns the next token's logits ``[B, V]``."""
@@ -173,18 +166,19 @@ class DraftVerifyRunner:
         if filler:
             ids_BS = torch.cat([ids_BS, ids_BS[:, -1:].expand(-1, filler)], dim=-1)
         with forced_depth(WHOLE):  # (a pass of width 1 is a decode step)
-            if self._invariant is not None and width > 1 and width not in self._verdicts:
+            if self._invariant is not None and width > 1 and self._case(width) not in self._verdicts:
                 return self._try_out(self._invariant, ids_BS, width)[:, : drafted + 1]
             return self._forward(ids_BS, width, self._invariant)[:, : drafted + 1]
 
     def _try_out(self, graph: BatchInvariantGraph, ids_BS: Tensor, width: int) -> Tensor:
         """Runs the last ids at once and one by one, notes whether the bits agree, and returns the latter's logits."""
-        wide, wide_entries = self._forward(ids_BS, width, graph), self._entries()
+        case = self._case(width)
+        wide, wide_entries = self._forward(ids_BS, width, graph), self._copies()
         self.rewind(width)
         ends = range(ids_BS.shape[1] - width + 1, ids_BS.shape[1] + 1)
         narrow = torch.cat([self._forward(ids_BS[:, :end], 1) for end in ends], dim=1)
-        same = torch.equal(wide, narrow) and all(map(torch.equal, wide_entries, self._entries()))
-        self._verdicts[width] = same
+        same = torch.equal(wide, narrow) and all(map(torch.equal, wide_entries, self._copies()))
+        self._verdicts[case] = same
         if not same:
             warnings.warn(
                 f"strict=True: in {type(self.model).__name__} a pass of {width} tokens rounds differently from one of "
@@ -194,20 +188,13 @@ class DraftVerifyRunner:
             )
         return narrow
 
-    def _entries(self) -> list[Tensor]:
+    def _copies(self) -> list[Tensor]:
         """Returns copies of what every layer of the cache holds."""
-        return [held[name].clone() for layer in self.cache.layers for held, name in _tensors(layer)]
+        return [held[name].clone() for layer in self.cache.layers for held, name in tensors_of(layer)]
 
     def rewind(self, slots: int) -> None:
         """Frees the last slots of the cache."""
-        if not self._grows and not slots:
-            return
-        self._filled -= slots
-        crop(self.cache, slots)  # (where nothing is freed, this still trims a sliding window that grows)
-        if self._grows:  # a cropped view has other strides than a grown cache, and graphs depend on them
-            for layer in self.cache.layers:
-                for held, name in _tensors(layer):
-                    held[name] = held[name].contiguous()
+        self._entries.rewind(slots)
 
     def keep(self, tokens: int) -> None:
         """Ends a cycle that kept this many tokens: masks and positions grow, all slots but the kept ones are freed.
@@ -216,7 +203,8 @@ class DraftVerifyRunner:
         """
         self.model_kwargs = self._lengthened(tokens)
         self._kept += tokens
-        self.rewind(self._filled - (self._kept - 1))
+        self.rewind(self._entries.filled - (self._kept - 1))
+        self._entries.mark()
 
     def _lengthened(self, tokens: int) -> dict:
         if not tokens:
@@ -224,11 +212,11 @@ class DraftVerifyRunner:
         return self.model._update_model_kwargs_for_generation({}, dict(self.model_kwargs), num_new_tokens=tokens)
 
     def _forward(self, ids_BS: Tensor, width: int, graph: BatchInvariantGraph | None = None) -> Tensor:
-        """Runs the last `width` ids, the first of which stands in slot `filled`, and returns their logits.
+        """Runs the last `width` ids, the first of which has no entry yet, and returns their logits.
 
         Wider passes than one token's run through `graph` where it is given.
         """
-        kwargs = self._lengthened(self._filled + width - self._kept)
+        kwargs = self._lengthened(self._entries.filled + width - self._kept)
         if width > 1 and "logits_to_keep" in kwargs:
             kwargs["logits_to_keep"] = 0  # all of them; any other number would be a graph of its own
         inputs = self.model.prepare_inputs_for_generation(ids_BS, next_sequence_length=width, **kwargs)
@@ -243,7 +231,7 @@ class DraftVerifyRunner:
             logits = graph(self.model, **inputs, return_dict=True).logits
         else:
             logits = self.model(**inputs, return_dict=True).logits
-        self._filled += width
+        self._entries.filled += width
         return logits
 
 
@@ -254,16 +242,6 @@ def _why_not(state: ModelState) -> str:
         return f"it ran without it: {plain}"
     refusal = next((graph.refusal for graph in reversed(state.graphs) if graph.refusal), "")
     return f"it refused: {refusal}" if refusal else 'this call did not reach it: use model.compile(backend="river")'
-
-
-def _tensors(layer: object) -> Iterator[tuple[dict, Any]]:
-    """Yields where a cache layer holds each of its tensors, as a dict and a key: keys, values, a convolution's inputs.
-
-    (A recurrent state cannot be rewound, so no such layer comes here.)
-    """
-    attributes = vars(layer)
-    for held, names in ((attributes, ("keys", "values")), (states := attributes.get("conv_states", {}), states)):
-        yield from ((held, name) for name in names if isinstance(held.get(name), Tensor))
 
 
 def _check_paths(config: RiverConfig) -> None:

@@ -17,7 +17,7 @@ from river_compile.exits import forced_depth
 from river_compile.hf_cache import cache_argument, cache_of, crop
 from river_compile.speculative.runner import BatchInvariantGraph, DraftVerifyRunner
 from tests.support.decoding import new_cache
-from tests.support.families import REWRITTEN, SLIDING_WINDOW, prompt
+from tests.support.families import REWRITTEN, prompt
 from tests.support.families import make as make_family
 from tools.families.tiny import tiny_model
 
@@ -61,7 +61,7 @@ def exactly(model, ids, mask=None, **options):
     return generate(model, ids, mask, custom_generate=river_compile.exact, **{"max_draft": MAX_DRAFT, **options})
 
 
-@pytest.mark.parametrize("name", [name for name in REWRITTEN if name not in SLIDING])
+@pytest.mark.parametrize("name", REWRITTEN)
 def test_every_family_generates_the_plain_text_with_a_static_cache(name):
     """A batch of three with left padding, then one row, with and without prompt lookup."""
     model = compiled(name)
@@ -94,19 +94,20 @@ def test_prompts_of_one_token_run_through_the_backbone(static):
 
 
 @pytest.mark.core
-@pytest.mark.parametrize("name", SLIDING)
-def test_static_sliding_windows_work_while_they_hold_the_text_and_are_refused_beyond(name):
-    model, ids = compiled(name), prompt(3)
-    short = SLIDING_WINDOW - 3 + 1
-    assert torch.equal(exactly(model, ids, max_new_tokens=short), generate(make(name), ids, max_new_tokens=short))
-    longer = {cache_argument(model): StaticCache(config=model.config, max_cache_len=60)}
-    text = exactly(model, ids, max_new_tokens=short, **longer)
-    assert torch.equal(text, generate(make(name), ids, max_new_tokens=short))
-    with pytest.raises(ValueError, match="StaticSlidingWindowLayer"):
-        exactly(model, ids, max_new_tokens=short + 1)
+@pytest.mark.parametrize("name", ["mistral", "gemma3"])
+def test_static_sliding_windows_are_rewound_before_and_after_they_are_full(name):
+    """A prompt shorter than the window: the text, and what the windows hold in the end, are the plain ones."""
+    options = {"return_dict_in_generate": True}
+    plain, ours = generate(make(name), prompt(3), **options), exactly(compiled(name), prompt(3), **options)
+    assert torch.equal(ours.sequences, plain.sequences)
+    for layer, expected in zip(cache_of(ours).layers, cache_of(plain).layers, strict=True):
+        filled = min(int(expected.get_seq_length()), expected.max_cache_len)
+        assert int(layer.get_seq_length()) == int(expected.get_seq_length())
+        assert layer.cumulative_length == expected.cumulative_length
+        torch.testing.assert_close(layer.keys[:, :, :filled], expected.keys[:, :, :filled], atol=1e-4, rtol=1e-4)
+        torch.testing.assert_close(layer.values[:, :, :filled], expected.values[:, :, :filled], atol=1e-4, rtol=1e-4)
 
 
-@pytest.mark.core
 def test_outputs_and_the_cache_are_the_plain_ones():
     """Scores and logits per token, and the cache: its length and every filled slot."""
     ids, mask = padded(3)

@@ -1,0 +1,57 @@
+"""Rewinding caches of every kind: what a cache shows after a rewind is what it showed before the freed tokens came."""
+
+import pytest
+import torch
+from transformers import DynamicCache, StaticCache
+
+from river_compile.speculative.rewind import RewindableCache
+from tests.support.families import SLIDING_WINDOW, make
+
+LONGEST = 4
+
+
+def write(entries, tokens):
+    """Writes numbered tokens to every layer; returns what the last one shows attention."""
+    states = torch.tensor(tokens, dtype=torch.float32)[None, None, :, None]
+    entries.filled += len(tokens)
+    return [entries.cache.update(states, states, i)[0][0, 0, :, 0].tolist() for i in range(len(entries.cache.layers))][
+        -1
+    ]
+
+
+def start(name, static, tokens):
+    """Returns a cache that holds tokens 0, 1, 2, ..."""
+    config = make(name, layers=2).config
+    cache = StaticCache(config=config, max_cache_len=24) if static else DynamicCache(config=config)
+    states = torch.arange(float(tokens))[None, None, :, None]
+    for layer in range(2):
+        cache.update(states, states, layer)
+    return RewindableCache(cache, LONGEST)
+
+
+@pytest.mark.parametrize("name", ["llama", "mistral"])
+@pytest.mark.parametrize("static", [True, False])
+@pytest.mark.parametrize("held", [3, SLIDING_WINDOW - 1, SLIDING_WINDOW, SLIDING_WINDOW + 3])
+def test_drafts_and_rejected_tokens_leave_no_trace(name, static, held):
+    """Three cycles of drafts one by one, a wide pass, and a rewind of a part of it, around where a window is full."""
+    entries, text = start(name, static, held), [*range(held)]
+    for cycle in range(3):
+        for draft in range(entries.room - 1):
+            write(entries, [100 + draft])
+        entries.rewind(entries.filled - len(text))
+        width = entries.room
+        write(entries, [200 + 10 * cycle + i for i in range(width)])
+        kept = (width + 1) // 2
+        text += [200 + 10 * cycle + i for i in range(kept)]
+        entries.rewind(width - kept)
+        entries.mark()
+        assert entries.filled == len(text) == int(entries.cache.get_seq_length())
+    shown = write(entries, [7])
+    seen = ([*text, 7])[-SLIDING_WINDOW:] if name == "mistral" else [*text, 7]
+    assert shown[: len(seen)] == seen if static else shown[-len(seen) :] == seen
+
+
+def test_room_ends_with_the_cache_and_where_a_static_window_is_full():
+    assert [start("llama", True, n).room for n in (3, 22, 24)] == [LONGEST, 2, 0]
+    assert [start("mistral", True, n).room for n in (3, 6, 8, 20)] == [LONGEST, 2, LONGEST, LONGEST]
+    assert start("mistral", False, 6).room == LONGEST
