@@ -55,3 +55,13 @@ def test_room_ends_with_the_cache_and_where_a_static_window_is_full():
     assert [start("llama", True, n).room for n in (3, 22, 24)] == [LONGEST, 2, 0]
     assert [start("mistral", True, n).room for n in (3, 6, 8, 20)] == [LONGEST, 2, LONGEST, LONGEST]
     assert start("mistral", False, 6).room == LONGEST
+
+
+def test_passes_before_across_and_after_the_edge_of_a_window_are_told_apart():
+    """Their attention reads other numbers of entries, so the bits of one say nothing about the others."""
+    for static in (True, False):
+        phases = [start("mistral", static, n).phase(3) for n in (3, 5, 6, 8, 20)]
+        assert phases[0] == phases[1]
+        assert phases[3] == phases[4]
+        assert len(set(phases)) == 3
+    assert start("llama", True, 3).phase(3) == start("llama", True, 20).phase(3)
