@@ -19,8 +19,8 @@ from river_compile.kernels.portable import grouped_attention, one_row_linear
 from river_compile.passes.fusion.recognise import before_repeat
 
 from .edits import drop_unused, in_dtype_of
-from .nodes import Sdpa, as_sdpa, is_ordinary, rank, shape, value_of
-from .program import RiverProgram
+from .nodes import Sdpa, as_sdpa, input_name, is_ordinary, is_parameter, rank, shape, value_of
+from .program import Refusal, RiverProgram
 
 
 def simplify_attention(graph: fx.Graph) -> None:
@@ -52,8 +52,13 @@ def simplify_linears(graph: fx.Graph) -> int:
     return len(one_row)
 
 
-def batch_invariant(program: RiverProgram) -> RiverProgram:
+def batch_invariant(program: RiverProgram) -> RiverProgram | Refusal:
     """Each row of the backbone has the bits that it has in a pass of one token."""
+    weights = [node for segment in (*program.blocks, program.head) for node in segment.inputs if is_parameter(node)]
+    quantized = next((node for node in weights if not is_ordinary(value_of(node))), None)
+    if quantized is not None:
+        kind = type(value_of(quantized)).__name__
+        return Refusal(f"batch-invariant products need plain weights, and {input_name(quantized)} is {kind}")
     grown = program.plan.cache == "dynamic"
     prologue, *blocks, head = (s.copy() for s in (program.prologue, *program.blocks, program.head))
     for segment in (prologue, *blocks, head):

@@ -24,7 +24,7 @@ from .experts import ExpertProduct, as_expert_product, replace_expert_product
 from .input_scales import InputScale, find_input_scale, scale_inputs
 from .nodes import Linear, as_linear, called, input_name, is_parameter, is_tensor, mutated_inputs, rank, value_of
 from .pipeline import Pass
-from .program import KeptLinear, LinearSite, RiverProgram, Segment
+from .program import KeptLinear, LinearSite, Refusal, RiverProgram, Segment
 from .swap_ops import simplify_attention, simplify_linears
 
 MIN_GROUP_SIZE = min(GROUP_SIZES)
@@ -71,6 +71,23 @@ class _Stack:
 def twin_sites(segment: Segment, how: Twinning) -> list[LinearSite]:
     """Returns the 4-bit products that the twin of a segment can have."""
     return [p.site for p in _products(segment, how) if p.site.group_size >= MIN_GROUP_SIZE]
+
+
+def without_products(program: RiverProgram) -> Refusal | None:
+    """Returns why no block could have a 4-bit twin: none of them multiplies by weights that can be read."""
+    nodes = [node for block in program.blocks for node in block.graph.nodes]
+    if any(as_linear(node) or as_expert_product(node) for node in nodes):
+        return None
+    weights = [node for node in program.blocks[0].inputs if is_parameter(node)]
+    largest = max(weights, key=lambda node: value_of(node).nbytes, default=None)
+    holds = (
+        "" if largest is None else f" ({input_name(largest)} is {value_of(largest).dtype} {[*value_of(largest).shape]})"
+    )
+    return Refusal(
+        f"the blocks have no linear layer with plain weights{holds}, so that no twin could be made of them; a model "
+        "that was quantized by bitsandbytes, GPTQ, AWQ or compressed-tensors must be loaded in 16 bits",
+        program.plan.blocks[0].path,
+    )
 
 
 def river_twins(how: Twinning | None, keep: Mapping[str, str] | None = None) -> Pass:

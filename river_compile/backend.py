@@ -37,7 +37,7 @@ from river_compile.passes.pipeline import Pass, run_passes
 from river_compile.passes.program import DecoderPlan, LinearSite, Refusal, RiverProgram, Segment
 from river_compile.passes.segments import segmented
 from river_compile.passes.swap_ops import batch_invariant
-from river_compile.passes.twins import Twinning, one_row_head, river_head, river_twins, twin_sites
+from river_compile.passes.twins import Twinning, one_row_head, river_head, river_twins, twin_sites, without_products
 from river_compile.reporting.dump import PassDump, trace_artifact
 from river_compile.reporting.report import graph_lines
 from river_compile.runtime.executor import RiverExecutor
@@ -94,6 +94,8 @@ def river(
     with record.stage("rewriting"):
         plan = _needs_gradients(example_inputs) or find_decoder(traced)
         program = plan if isinstance(plan, Refusal) else segmented(plan)
+        if not isinstance(program, Refusal) and config.quantizer != "none" and config.fill == "river":
+            program = without_products(program) or program
     if not isinstance(program, Refusal):
         return _build(program, values, lowering, state, record)
     record.refusal = f"{program}{_graph_break(graph_module)}"
@@ -236,6 +238,8 @@ def _rewritten(program: RiverProgram, config: RiverConfig, passes: Sequence[Pass
     """Runs the passes, and writes what they did where that was asked for."""
     dump = PassDump(config.dump_dir, program.plan.kind)
     result = run_passes(program, passes, dump.after_pass)
+    if isinstance(result, Refusal) and config.same_rows:
+        raise OptionError(f"same_rows=True (exact mode's strict=True) cannot be used here: {result}; leave it out")
     if isinstance(result, Refusal):  # the river's own passes refuse nothing
         raise OptionError(f"fill={config.fill!r} cannot be used here: {result}; use another one, such as fill='river'")
     dump.program(result)
@@ -254,4 +258,5 @@ def _pack(
     segments = list(program.blocks[config.exit_depth or 0 :]) if config.fill == "river" else []
     segments += [program.head] if config.lm_head == "w4" else []
     sites = [site for segment in segments for site in twin_sites(segment, how)]
-    return state.of(PackedWeights).pack(sites, values, config, state.find(Observation))
+    every = {site.name for segment in (*program.blocks, program.head) for site in twin_sites(segment, how)}
+    return state.of(PackedWeights).pack(sites, values, config, state.find(Observation), every)

@@ -27,6 +27,8 @@ from transformers import PreTrainedModel
 from river_compile.config import RiverConfig
 from river_compile.errors import BudgetError, OptionError
 from river_compile.exits import CRITERIA, threshold_text
+from river_compile.kernels.checks import Check, integer, number
+from river_compile.twins.observe import checked_texts
 
 from .candidates import candidate_rules
 from .evaluate import Measured, Meter, compiled
@@ -35,6 +37,14 @@ from .risk import fixed_sequence, p_value, texts_needed, upper_bound
 
 Tokenizer = Callable[[str], Mapping[str, Sequence[int]]]
 
+_COUNT, _ANY = integer(1), number("it must be a number")
+_CONFIDENCE = Check(
+    "it must be a number between 0 and 1, such as 0.9", lambda value: _ANY.fits(value) and 0 < value < 1
+)
+_BUDGETS = {
+    "kl": Check("it must be a number above 0, in nats per token", lambda v: _ANY.fits(v) and 0 < v < math.inf),
+    "agreement": Check("it must be a number between 0 and 1", lambda v: _ANY.fits(v) and 0 < v < 1),
+}
 _CLIP = 5  # largest KL of a text, in budgets
 _PILOT = 0.2
 _EASY = 0.2  # a test is easy where the pilot texts, taken as often, give a p-value that far below what is needed
@@ -84,6 +94,11 @@ def calibrate(
         BudgetError: (a ``ValueError``) the budget cannot be promised; the message says what can.
         OptionError: (a ``ValueError``) a bad budget or option.
     """
+    if not callable(tokenizer):
+        raise OptionError(f"tokenizer={tokenizer!r} is not allowed; it must map a text to its input_ids")
+    context, tokens = _COUNT("context", context, OptionError), _COUNT("tokens", tokens, OptionError)
+    if options is not None and not isinstance(options, Mapping):
+        raise OptionError(f"options={options!r} is not allowed; it must be a dict of the backend's options")
     goal = _goal(budget, kl, agreement, confidence, clip)
     base = {**(options or {}), "criterion": criterion}
     config = _checked(options or {}, {**base, "first_exit": 1})
@@ -182,22 +197,19 @@ def _goal(
     budget = short if budget is None else budget
     if not isinstance(budget, Mapping) or len(budget) != 1 or not set(budget) <= {"kl", "agreement"}:
         raise OptionError(f'budget={budget!r} is not allowed; give {{"kl": 0.05}} or {{"agreement": 0.98}}')
-    if not 0 < confidence < 1:
-        raise OptionError(f"confidence={confidence!r} is not allowed; it must lie between 0 and 1, such as 0.9")
+    confidence = _CONFIDENCE("confidence", confidence, OptionError)
     ((metric, asked),) = budget.items()
+    asked = _BUDGETS[metric](metric, asked, OptionError)
     limit = asked if metric == "kl" else 1 - asked
-    if not limit > 0 or (metric == "agreement" and limit >= 1):
-        allowed = "above 0, in nats per token" if metric == "kl" else "between 0 and 1"
-        raise OptionError(f"budget {metric}={asked!r} is not allowed; it must be {allowed}")
     clip = clip if clip is not None else (_CLIP * limit if metric == "kl" else 1.0)
-    if not clip > limit:
-        raise OptionError(f"clip={clip!r} is not allowed; it must be above the loss that is promised, {limit:.4g}")
+    above = f"it must be a number above the loss that is promised, {limit:.4g}"
+    clip = Check(above, lambda value: _ANY.fits(value) and limit < value < math.inf)("clip", clip, OptionError)
     return _Goal(metric, asked, limit, clip, confidence)
 
 
 def _samples(tokenizer: Tokenizer, texts: Sequence[str], length: int, seed: int) -> list[Tensor]:
     """Returns the first `length` ids ``[1, length]`` of every text that has as many, in a shuffled order."""
-    ids = [list(tokenizer(text)["input_ids"])[:length] for text in texts]
+    ids = [list(tokenizer(text)["input_ids"])[:length] for text in checked_texts(texts)]
     samples = [torch.tensor([row]) for row in ids if len(row) == length]
     random.Random(seed).shuffle(samples)
     return samples

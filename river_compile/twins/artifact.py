@@ -19,7 +19,8 @@ from __future__ import annotations
 
 import hashlib
 import json
-from collections.abc import Sequence
+from collections import Counter
+from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -66,6 +67,9 @@ class _SavedMatrix(Ratios):
     @classmethod
     def from_json(cls, entry: dict[str, Any]) -> _SavedMatrix:
         """Returns a matrix from its fields; raises a TypeError, KeyError or ValueError for anything else."""
+        for name, kind in (("name", str), ("quantizer", str), ("weights_sha256", str), ("stored", bool)):
+            if not isinstance(entry[name], kind):
+                raise TypeError(f"{name} is {entry[name]!r}")
         ratio = entry["output_sqnr"]
         ratios = {"sqnr": float(entry["sqnr"]), "output_sqnr": None if ratio is None else float(ratio)}
         matrix = cls(**{**entry, "shape": tuple(entry["shape"]), **ratios})
@@ -81,7 +85,11 @@ def write_artifact(folder: Path, sites: Sequence[PackedSite]) -> None:
     Raises:
         ArtifactError: the folder is not empty or cannot be written.
     """
-    if folder.exists() and (not folder.is_dir() or any(folder.iterdir())):
+    try:
+        taken = folder.exists() and (not folder.is_dir() or any(folder.iterdir()))
+    except (OSError, ValueError) as error:
+        raise ArtifactError(f"cannot save to {folder!s:.200}: {error}") from error
+    if taken:
         raise ArtifactError(f"cannot save to {folder}: it exists and is not an empty folder; name another or remove it")
     matrices: dict[str, dict[str, object]] = {}
     tensors: dict[str, Tensor] = {}
@@ -109,7 +117,7 @@ def write_artifact(folder: Path, sites: Sequence[PackedSite]) -> None:
             save_file(tensors, scratch / FILE, metadata)
             as_umask_allows(scratch / FILE)  # safetensors writes files that only their owner can read
             _state_hash(scratch / FILE)
-    except (OSError, SafetensorError) as error:
+    except (OSError, ValueError, SafetensorError) as error:
         raise ArtifactError(f"cannot save to {folder}: {error}") from error
 
 
@@ -131,6 +139,16 @@ class Artifact:
         except (OSError, SafetensorError) as error:
             raise self._refusal(f"it is damaged or cannot be read ({error})") from error
         self._check_tensors()
+
+    def check_names(self, names: Iterable[str]) -> None:
+        """Refuses an artifact with a matrix of none of these products, merged with others or not."""
+        linears = {linear for name in names for linear in name.split("|")}
+        for matrix in self._matrices:
+            if not linears.issuperset(matrix.name.split("|")):
+                raise self._refusal(
+                    f"it holds a matrix {matrix.name}, which this model does not have",
+                    f"name the artifact of this model, or {_NEW}",
+                )
 
     def find(self, site: Product, quantizer: str, digest: str, min_sqnr: float | None) -> Grid:
         """Returns what is saved of a product that was made in this way from parameters with this digest.
@@ -189,12 +207,15 @@ class Artifact:
             raise self._refusal("it is damaged (its hash differs from the one it states)")
         try:
             return [_SavedMatrix.from_json(entry) for entry in json.loads(metadata["matrices"])]
-        except (KeyError, TypeError, ValueError) as error:
+        except (KeyError, TypeError, ValueError, OverflowError, RecursionError) as error:
             raise self._refusal(f"its list of matrices is wrong ({error})") from error
 
     def _check_tensors(self) -> None:
         """Refuses tensors that are not those of the matrices: a kernel would read beyond them, or in vain."""
         left = dict(self._tensors)
+        twice = [key for key, count in Counter(map(_key, self._matrices)).items() if count > 1]
+        if twice:
+            raise self._refusal(f"{twice[0]} is in its list of matrices twice")
         for matrix in self._matrices:
             (n, k), group = matrix.shape, matrix.group_size
             wanted = {
@@ -212,6 +233,8 @@ class Artifact:
                         f"{name} is {tensor.dtype} {tuple(tensor.shape)}, and a matrix of shape {matrix.shape} has "
                         f"{dtypes[0]} {shape} there"
                     )
+                if tensor is not None and part != "q" and not torch.isfinite(tensor).all():
+                    raise self._refusal(f"{name} holds infinite or NaN values")
         if left:
             raise self._refusal(f"{next(iter(left))} belongs to no matrix")
 

@@ -13,6 +13,7 @@ from __future__ import annotations
 
 import contextlib
 import functools
+import reprlib
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from importlib import resources
 
@@ -95,12 +96,28 @@ def windows_of(
     if (tokenizer is None) == (inputs is None):
         raise OptionError(f"{caller} takes a tokenizer (and texts=), or inputs=[ids, ...]: one of the two")
     if tokenizer is not None:
-        inputs = [torch.tensor(tokenizer(text)["input_ids"]) for text in (default_texts() if texts is None else texts)]
+        chosen = default_texts() if texts is None else checked_texts(texts)
+        inputs = [torch.tensor(tokenizer(text)["input_ids"]) for text in chosen]
     batches = [torch.atleast_2d(ids) for ids in inputs or ()]
     windows = [window for ids in batches if ids.numel() for window in ids.split(_WINDOW, dim=1)]
     if not windows:
         raise OptionError(f"{caller} was given no token; pass texts= of some thousand tokens in all")
     return windows
+
+
+def checked_texts(texts: object) -> list[str]:
+    """Returns texts as a list.
+
+    Raises:
+        OptionError: they are no list of strings.
+    """
+    if isinstance(texts, (str, bytes)) or not isinstance(texts, Iterable):
+        raise OptionError(f"texts={reprlib.repr(texts)} is not allowed; it must be a list of strings")
+    listed = list(texts)
+    for number, text in enumerate(listed):
+        if not isinstance(text, str):
+            raise OptionError(f"texts[{number}]={reprlib.repr(text)} is not allowed; it must be a string")
+    return listed
 
 
 def default_texts() -> list[str]:

@@ -26,10 +26,11 @@ from tqdm import tqdm
 
 from river_compile.config import RiverConfig
 from river_compile.errors import ArtifactError, OptionError, RiverWarning
+from river_compile.kernels.checks import PATH
 from river_compile.kernels.quant.calibrated import OBSERVING
 from river_compile.kernels.quant.layouts import PackedLinear, pack, pack_stack
 from river_compile.passes.program import LinearSite, Product
-from river_compile.state import find_state
+from river_compile.state import find_state, unwrap
 
 from .artifact import Artifact, write_artifact
 from .make import Grid, PackedSite, extras_of, quantize_site, quantize_stack
@@ -58,7 +59,7 @@ def save(model: nn.Module, folder: str | Path) -> Path:
     Raises:
         ArtifactError: (a ``ValueError``) nothing is packed, weights were replaced since, or it cannot be written.
     """
-    folder = Path(folder)
+    folder = Path(PATH("folder", folder, ArtifactError))
     state = find_state(model)
     made = state.of(PackedWeights).all() if state else []
     if not made:
@@ -67,11 +68,18 @@ def save(model: nn.Module, folder: str | Path) -> Path:
             'model.compile(backend="river") first'
         )
     refresh(model)
+    made = [site for site in made if _has(unwrap(model), site)] or made  # (not those of adapters that are gone)
     stale = next((site.name for site in made if site.fresh_sources() is None), None)
     if stale is not None:
         raise ArtifactError(f"cannot save to {folder}: {changed_since(stale)}")
     write_artifact(folder, made)
     return folder
+
+
+def _has(model: nn.Module, site: PackedSite) -> bool:
+    """Tells whether all layers of a product are in the model now."""
+    paths = {path for path, _ in (*model.named_modules(), *model.named_parameters())}
+    return paths.issuperset(site.name.split("|"))
 
 
 def refresh(model: nn.Module) -> int:
@@ -129,6 +137,7 @@ class PackedWeights:
         values: Mapping[fx.Node, Tensor],
         config: RiverConfig,
         observation: Observation | None = None,
+        every: Iterable[str] = (),
     ) -> dict[LinearSite, PackedSite]:
         """Returns the packed weights of the sites, making those that are missing (with a progress bar when many).
 
@@ -137,6 +146,7 @@ class PackedWeights:
             values: the real tensor of each parameter placeholder.
             config: its `quantizer`, `min_sqnr` and `artifact` say how.
             observation: what the matrices read, which "awq" and "gptq" need.
+            every: names of all products that the model can have; an artifact may hold no other.
 
         Raises:
             ArtifactError: (a ``ValueError``) the artifact is damaged or not this model's; nothing of it is used.
@@ -146,6 +156,8 @@ class PackedWeights:
             start = time.perf_counter()
             if config.artifact is not None and (self._opened is None or self._opened.folder != Path(config.artifact)):
                 self._opened = Artifact(config.artifact)
+            if config.artifact is not None and self._opened is not None:
+                self._opened.check_names(every)
             maker = _Maker(config, None if config.artifact is None else self._opened, observation)
             sources = {site: Sources.of(site, values) for site in sites}
             found = {site: made for site in sites if (made := self._find(site, sources[site], maker)) is not None}

@@ -57,9 +57,9 @@ def contents(folder):
 
 
 def write_back(folder, tensors, metadata, matrices=None, **changes):
-    """Writes an artifact by hand, with a hash that is right."""
+    """Writes an artifact by hand, with a hash that is right. Text for `matrices` is written as it is."""
     if matrices is not None:
-        changes["matrices"] = json.dumps(matrices)
+        changes["matrices"] = matrices if isinstance(matrices, str) else json.dumps(matrices)
     save_file(tensors, folder / FILE, {**metadata, **changes, "sha256": "0" * 64})
     _state_hash(folder / FILE)
 
@@ -101,8 +101,18 @@ def test_other_weights_are_refused(saved):
 
 
 def test_an_artifact_of_another_model_is_refused(saved):
-    with pytest.raises(ArtifactError, match=r"it holds no matrix transformer.h.0.attn.c_attn; it is another model's"):
+    with pytest.raises(
+        ArtifactError, match=r"it holds a matrix model.layers.0.* which this model does not have; name th"
+    ):
         run(start("gpt2"), artifact=saved)
+
+
+def test_an_artifact_that_lacks_a_matrix_is_refused(saved):
+    tensors, metadata, matrices = contents(saved)
+    gone = matrices.pop()["name"]
+    write_back(saved, {k: t for k, t in tensors.items() if gone not in k}, metadata, matrices)
+    with pytest.raises(ArtifactError, match=r"it holds no matrix model.layers.* saved with an exit_depth that leaves"):
+        run(start(), artifact=saved)
 
 
 @pytest.mark.parametrize("changed", [{"group_size": 64}, {"quantizer": "rtn"}])
@@ -206,12 +216,48 @@ class TestEdited:
             {"sqnr": None},
             {"sqnr": "good"},
             {"colour": "red"},
+            {"quantizer": ["hqq"]},
+            {"stored": "no"},
+            {"shape": [64, 1e400]},
         ],
     )
     def test_matrices(self, saved, changes):
         tensors, metadata, matrices = contents(saved)
         write_back(saved, tensors, metadata, [matrices[0] | changes, *matrices[1:]])
         with pytest.raises(ArtifactError, match=rf"{FILE}: its list of matrices is wrong"):
+            Artifact(saved)
+
+    def test_a_list_nested_beyond_reading(self, saved):
+        tensors, metadata, _ = contents(saved)
+        write_back(saved, tensors, metadata, matrices="[" * 100_000)
+        with pytest.raises(ArtifactError, match=rf"{FILE}: its list of matrices is wrong"):
+            Artifact(saved)
+
+    def test_a_matrix_that_is_listed_twice(self, saved):
+        """The second entry would decide, and could keep the matrix in 16 bits."""
+        tensors, metadata, matrices = contents(saved)
+        write_back(saved, tensors, metadata, [*matrices, {**matrices[0], "stored": False}])
+        with pytest.raises(ArtifactError, match=r"/hqq/32 is in its list of matrices twice; save the artifact again"):
+            Artifact(saved)
+
+    def test_a_matrix_that_the_model_does_not_have(self, saved):
+        """As of a model with more blocks, whose first ones are this model's."""
+        tensors, metadata, matrices = contents(saved)
+        name = matrices[0]["name"].replace("layers.0", "layers.7").replace("layers.1", "layers.7")
+        tensors |= {
+            k.replace(matrices[0]["name"], name): t.clone() for k, t in tensors.items() if matrices[0]["name"] in k
+        }
+        write_back(saved, tensors, metadata, [*matrices, {**matrices[0], "name": name}])
+        with pytest.raises(
+            ArtifactError, match=r"holds a matrix model.layers.7.*, which this model does not have; name"
+        ):
+            run(start(), artifact=saved)
+
+    def test_values_that_are_no_numbers(self, saved):
+        tensors, metadata, _ = contents(saved)
+        tensors[f"{self.KEY}.scale_zero"][3, 0, 0] = torch.nan
+        write_back(saved, tensors, metadata)
+        with pytest.raises(ArtifactError, match=r"down_proj/hqq/32.scale_zero holds infinite or NaN values; save"):
             Artifact(saved)
 
     def test_a_matrix_of_another_shape_with_tensors_to_fit(self, saved):
@@ -254,6 +300,19 @@ def test_weights_that_changed_since_are_packed_again_before_they_are_saved(tmp_p
         save(model, tmp_path / "later")
 
 
+def test_layers_that_are_gone_are_not_saved(tmp_path):
+    """As those of an adapter that was merged: an artifact with their names would fit no model."""
+    model = start()
+    down = model.model.layers[1].mlp.down_proj
+    model.model.layers[1].mlp.down_proj = torch.nn.Sequential(down)
+    run(model)
+    model.model.layers[1].mlp.down_proj = down
+    run(model)
+    assert any("down_proj.0" in site.name for site in report(model).packed)
+    folder = save(model, tmp_path / "twins")
+    assert not any("down_proj.0" in matrix["name"] for matrix in contents(folder)[2])
+
+
 class TestFolder:
     """The target appears whole or not at all, and nothing that is there is overwritten."""
 
@@ -273,6 +332,31 @@ class TestFolder:
         (tmp_path / "file").write_text("")
         with pytest.raises(ArtifactError, match=r"cannot save to .*file/twins: .*(Not a directory|File exists)"):
             save(packed, tmp_path / "file" / "twins")
+
+    @pytest.mark.parametrize(
+        ("name", "words"),
+        [
+            ("", r"folder='' is not allowed; it must be a path"),
+            ("a\0b", r"folder='a\\x00b' is not allowed; it must be a path"),
+            (7, r"folder=7 is not allowed; it must be a path"),
+            ("x" * 300, "cannot save to x*: .*File name too long"),
+            ("\ud800", "cannot save to .*surrogates not allowed"),
+            ("/proc/twins", "cannot save to /proc/twins: .*No such file or directory"),
+        ],
+    )
+    def test_names_that_no_folder_can_have(self, packed, tmp_path, monkeypatch, name, words):
+        monkeypatch.chdir(tmp_path)
+        with pytest.raises(ArtifactError, match=words):
+            save(packed, name)
+        assert list(tmp_path.iterdir()) == []
+
+    def test_a_place_that_may_only_be_read(self, packed, tmp_path, monkeypatch):
+        def refuse(path):
+            raise PermissionError(13, "Permission denied", str(path))
+
+        monkeypatch.setattr("pathlib.Path.iterdir", refuse)
+        with pytest.raises(ArtifactError, match=r"cannot save to .*Permission denied"):
+            save(packed, tmp_path)
 
     def test_a_disk_that_fills_up_leaves_nothing(self, packed, tmp_path, monkeypatch):
         def full(tensors, file, metadata):

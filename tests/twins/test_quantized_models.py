@@ -6,8 +6,9 @@ import warnings
 
 import pytest
 import torch
+from torch import nn
 
-from river_compile import OptionError, report, river
+from river_compile import OptionError, UnsupportedGraphError, report, river
 from tests.support.decoding import decode, new_cache
 from tests.support.families import make
 
@@ -50,8 +51,45 @@ def test_twins_of_torchao_tensors(quantized):
     torch.testing.assert_close(site.dequantize(), layer.weight.dequantize(), rtol=0, atol=0.1)
 
 
+def test_torchao_tensors_cannot_be_batch_invariant(quantized):
+    torch._dynamo.reset()
+    quantized.compile(backend=river, options={**OPTIONS, "same_rows": True})
+    words = r"same_rows=True \(exact mode's strict=True\) cannot be used here: .*weight is Int8Tensor; leave it out"
+    with pytest.raises(OptionError, match=words):
+        decode(quantized, new_cache(quantized, "static"), [None])
+
+
 def test_torchao_tensors_cannot_be_offloaded(quantized):
     torch._dynamo.reset()
     quantized.compile(backend=river, options={**OPTIONS, "offload": 1, "exit_depth": 1})
     with pytest.raises(OptionError, match=r"offload=1 is not available where weights are Int8Tensors, such as "):
         decode(quantized, new_cache(quantized, "static"), [None])
+
+
+class PackedLinear(nn.Module):
+    """What GPTQ, AWQ and bitsandbytes put in a linear layer's place: integers, of which the product makes floats."""
+
+    def __init__(self, linear: nn.Linear) -> None:
+        super().__init__()
+        scale = linear.weight.detach().abs().amax(1, keepdim=True) / 7
+        self.register_buffer("qweight", (linear.weight.detach() / scale).round().to(torch.int32))
+        self.register_buffer("scale", scale)
+
+    def forward(self, x):
+        return x @ (self.qweight.to(x.dtype) * self.scale).T
+
+
+def test_layers_that_unpack_their_own_integers_are_refused_by_name():
+    """A twin of such a block would be the block: nothing would be gained, and nothing said."""
+    model = make("llama", layers=2)
+    for name, linear in list(model.model.named_modules()):
+        if isinstance(linear, nn.Linear):
+            model.model.set_submodule(name, PackedLinear(linear))
+    model.compile(backend=river, options={**OPTIONS, "on_unsupported": "raise"})
+    words = r"no linear layer with plain weights \(.*qweight is torch.int32 \[.*bitsandbytes.*loaded in 16 bits \(at "
+    with pytest.raises(UnsupportedGraphError, match=words):
+        decode(model, new_cache(model, "static"), [None])
+    torch._dynamo.reset()
+    model.compile(backend=river, options={**OPTIONS, "quantizer": "none"})
+    decode(model, new_cache(model, "static"), [0])
+    assert report(model).graphs[-1].refusal == ""
