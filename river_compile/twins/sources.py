@@ -1,7 +1,7 @@
 """The parameters that a packed product was made from, and how it is noticed that they are other ones by now.
 
     looks    which tensors they are, PyTorch's count of their changes in place, their addresses, and a few of their
-             elements: microseconds, before every sequence
+             elements: about 5 microseconds for each matrix, before every sequence
     digest   SHA-256 of all their bytes: taken when they are packed, and again where looks differ
 
 Counts and addresses miss what is written through ``parameter.data`` (as merging adapters does) and under

@@ -308,7 +308,7 @@ class TestGenerate:
 
 class TestWhenItIsLookedAt:
     def test_a_step_that_goes_on_looks_at_nothing(self, step, executor, monkeypatch):
-        """Looking takes microseconds, and is for the first token of a sequence."""
+        """Looking takes a millisecond for 200 matrices, and is for the first token of a sequence."""
         seen = []
         take = Looks.__init__
         monkeypatch.setattr(Looks, "__init__", lambda self, tensors: seen.append(len(tensors)) or take(self, tensors))
