@@ -17,7 +17,7 @@ from benchmarks.roofline import Roofline, depth_name
 from river_compile import Report, report
 from river_compile.cudagraphs.device import CaptureLog
 from river_compile.exits import forced_depth
-from river_compile.hf_cache import cache_argument, crop
+from river_compile.upstream.hf_cache import cache_argument, crop
 from tools.timing import generate
 
 _WARM_UP = 4  # tokens: the first runs, the second is captured

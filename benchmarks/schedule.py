@@ -28,11 +28,11 @@ from river_compile.cudagraphs.partition import Unit
 from river_compile.cudagraphs.recorder import Event
 from river_compile.cudagraphs.runner import CapturedRunner
 from river_compile.exits import Memory, Similarity
-from river_compile.hf_cache import cache_argument
 from river_compile.kernels.tools.shapes import ModelShape
 from river_compile.runtime.executor import RiverExecutor, on_step
 from river_compile.runtime.runner import Step
 from river_compile.runtime.stats import StepRecord
+from river_compile.upstream.hf_cache import cache_argument
 from tools import models
 
 _PROMPT = 4

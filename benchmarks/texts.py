@@ -15,7 +15,7 @@ from torch import Tensor
 from torch.nn import functional
 from transformers import PreTrainedModel, PreTrainedTokenizerBase, StaticCache
 
-from river_compile.hf_cache import cache_argument
+from river_compile.upstream.hf_cache import cache_argument
 from tools import models
 from tools.texts import topics
 

@@ -39,6 +39,7 @@ from river_compile.passes.segments import segmented
 from river_compile.passes.swap_ops import batch_invariant
 from river_compile.passes.twins import Twinning, one_row_head, river_head, river_twins, twin_sites, without_products
 from river_compile.reporting.dump import PassDump, trace_artifact
+from river_compile.reporting.plain_runs import PlainRuns
 from river_compile.reporting.report import graph_lines
 from river_compile.runtime.executor import RiverExecutor
 from river_compile.runtime.runner import PlainRunner, Runner, Step
@@ -52,9 +53,8 @@ from river_compile.twins.watch import TwinWatch
 from .config import RiverConfig, check_mode
 from .errors import OptionError, RiverWarning, UnsupportedGraphError
 from .exits import ExitPolicy, Memories
-from .plain_runs import PlainRuns
 from .state import GraphRecord, ModelState, find_state, state_of
-from .versions import warn_of_untested
+from .upstream.versions import warn_of_untested
 
 log = logging.getLogger("river_compile")
 warn_of_untested()
@@ -255,8 +255,9 @@ def _pack(
     how = twinning(config, lowering)
     if how is None or not config.exit_policy(program.plan).may_leave(program.plan):
         return {}
+    every = {segment: twin_sites(segment, how) for segment in (*program.blocks, program.head)}
     segments = list(program.blocks[config.exit_depth or 0 :]) if config.fill == "river" else []
     segments += [program.head] if config.lm_head == "w4" else []
-    sites = [site for segment in segments for site in twin_sites(segment, how)]
-    every = {site.name for segment in (*program.blocks, program.head) for site in twin_sites(segment, how)}
-    return state.of(PackedWeights).pack(sites, values, config, state.find(Observation), every)
+    sites = [site for segment in segments for site in every[segment]]
+    names = {site.name for found in every.values() for site in found}
+    return state.of(PackedWeights).pack(sites, values, config, state.find(Observation), names)

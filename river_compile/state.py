@@ -20,7 +20,7 @@ from river_compile.lowering.compile import Compiled
 from river_compile.passes.program import Fusion, KeptLinear, RiverProgram
 
 from .config import RiverConfig
-from .dynamo_cache import CacheEntry
+from .upstream.dynamo_cache import CacheEntry
 
 T = TypeVar("T")
 

@@ -121,9 +121,10 @@ def rows_by_expert(expert: Tensor, experts: int, blocks: int, block_m: int) -> d
     found, order = expert.sort(stable=True)
     counts = torch.zeros(experts + 1, dtype=torch.int64, device=expert.device)
     counts.scatter_add_(0, expert, torch.ones_like(expert))
-    ends = ((counts + block_m - 1) // block_m).cumsum(0)  # of each expert's blocks
+    needed = (counts + block_m - 1) // block_m  # blocks of each expert
+    ends = needed.cumsum(0)
     before = counts.cumsum(0) - counts  # rows of earlier experts
-    starts = ends * block_m - (counts + block_m - 1) // block_m * block_m
+    starts = (ends - needed) * block_m
     place = starts[found] + torch.arange(rows, device=expert.device) - before[found]
     row = torch.full((blocks * block_m,), rows, dtype=torch.int64, device=expert.device)
     owner = torch.searchsorted(ends, torch.arange(blocks, device=expert.device), right=True)

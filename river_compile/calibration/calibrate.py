@@ -94,14 +94,9 @@ def calibrate(
         BudgetError: (a ``ValueError``) the budget cannot be promised; the message says what can.
         OptionError: (a ``ValueError``) a bad budget or option.
     """
-    if not callable(tokenizer):
-        raise OptionError(f"tokenizer={tokenizer!r} is not allowed; it must map a text to its input_ids")
     context, tokens = _COUNT("context", context, OptionError), _COUNT("tokens", tokens, OptionError)
-    if options is not None and not isinstance(options, Mapping):
-        raise OptionError(f"options={options!r} is not allowed; it must be a dict of the backend's options")
     goal = _goal(budget, kl, agreement, confidence, clip)
-    base = {**(options or {}), "criterion": criterion}
-    config = _checked(options or {}, {**base, "first_exit": 1})
+    base, config = _checked({} if options is None else options, criterion)
     rule = CRITERIA[criterion]
     samples = _samples(tokenizer, texts, context + tokens, seed)
     pilot_size = math.ceil(_PILOT * len(samples))
@@ -111,14 +106,7 @@ def calibrate(
         pilot, held_out = range(pilot_size), range(pilot_size, len(samples))
         looked_at = candidate_rules(meter, rule, pilot, config.exit_every)
         order = _order([(_candidate(meter, m, goal), goal.is_easy(m, len(held_out))) for m in looked_at], goal)
-        tested: list[Measured] = []
-
-        def losses() -> Iterator[list[float]]:
-            for candidate in order:
-                tested.append(meter.measure(candidate.rule, held_out, "testing the budget"))
-                yield goal.shares(tested[-1])
-
-        passed = fixed_sequence(losses(), goal.limit / goal.clip, confidence)
+        tested, passed = _tested(meter, order, held_out, goal)
     results = [replace(_candidate(meter, m, goal), passed=i < passed) for i, m in enumerate(tested)]
     if not passed:
         raise BudgetError(_cannot(goal, results, tested))
@@ -136,20 +124,37 @@ def calibrate(
     )
 
 
-def _checked(given: Mapping[str, object], options: Mapping[str, object]) -> RiverConfig:
-    """Returns the options that calibration compiles with, after a look at those that were given."""
+def _tested(
+    meter: Meter, order: Sequence[Candidate], held_out: Sequence[int], goal: _Goal
+) -> tuple[list[Measured], int]:
+    """Tests candidates one after another until one fails; returns what was measured, and how many of them passed."""
+    tested: list[Measured] = []
+
+    def losses() -> Iterator[list[float]]:
+        for candidate in order:
+            tested.append(meter.measure(candidate.rule, held_out, "testing the budget"))
+            yield goal.shares(tested[-1])
+
+    return tested, fixed_sequence(losses(), goal.limit / goal.clip, goal.confidence)
+
+
+def _checked(given: Mapping[str, object], criterion: str) -> tuple[dict[str, object], RiverConfig]:
+    """Returns the options that the rules share, and those that calibration compiles with first."""
+    if not isinstance(given, Mapping):
+        raise OptionError(f"options={given!r} is not allowed; it must be a dict of the backend's options")
     for name in ("exit_depth", "threshold", "first_exit"):
         if name in given:
             raise OptionError(f"{name}={given[name]!r} is what calibration finds; leave it out of options=")
     if "criterion" in given:
         raise OptionError(f"give criterion={given['criterion']!r} to calibrate itself, not in options=")
-    config = RiverConfig.from_options(options)
+    base = {**given, "criterion": criterion}
+    config = RiverConfig.from_options({**base, "first_exit": 1})
     if config.deepest is not None:
         raise OptionError(
             f"offload={config.offload} with offload_policy='exit' lets no token through the whole backbone, which "
             "calibration compares with; use offload_policy='fetch', or leave offload out until it is done"
         )
-    return config
+    return base, config
 
 
 @dataclass(frozen=True)
@@ -209,6 +214,8 @@ def _goal(
 
 def _samples(tokenizer: Tokenizer, texts: Sequence[str], length: int, seed: int) -> list[Tensor]:
     """Returns the first `length` ids ``[1, length]`` of every text that has as many, in a shuffled order."""
+    if not callable(tokenizer):
+        raise OptionError(f"tokenizer={tokenizer!r} is not allowed; it must map a text to its input_ids")
     ids = [list(tokenizer(text)["input_ids"])[:length] for text in checked_texts(texts)]
     samples = [torch.tensor([row]) for row in ids if len(row) == length]
     random.Random(seed).shuffle(samples)

@@ -13,8 +13,8 @@ from tqdm import tqdm
 from transformers.cache_utils import Cache
 
 from river_compile.exits import CRITERIA, forced_depth, forced_threshold
-from river_compile.hf_cache import cache_argument
 from river_compile.state import GraphRecord, state_of_model
+from river_compile.upstream.hf_cache import cache_argument
 
 from .device import CaptureLog
 

@@ -22,7 +22,7 @@ from torch.utils.weak import TensorWeakRef
 from river_compile.passes.nodes import is_parameter
 from river_compile.passes.program import RiverProgram, Segment
 from river_compile.runtime.runner import Callee, Step
-from river_compile.twins.sources import version_of
+from river_compile.upstream.tensors import version_of
 
 from .store import Arrival, Stored
 from .weights import OffloadedWeights

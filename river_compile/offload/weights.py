@@ -33,7 +33,7 @@ from river_compile.passes.nodes import input_name, is_ordinary, is_parameter, va
 from river_compile.passes.program import DecoderPlan, RiverProgram
 from river_compile.state import find_state
 from river_compile.twins.pack import PackedWeights
-from river_compile.twins.sources import parts_of
+from river_compile.upstream.tensors import parts_of
 
 from .disk import MappedFiles
 from .pinned import PinnedMemory

@@ -13,12 +13,13 @@ from river_compile.cudagraphs.device import CaptureLog
 from river_compile.exits import threshold_text
 from river_compile.offload.weights import OffloadedWeights, OffloadLog
 from river_compile.passes.program import Fusion
-from river_compile.plain_runs import PlainRuns
 from river_compile.runtime.stats import ExactStats, ExitStats
 from river_compile.state import GraphRecord, ModelState, find_state, unwrap
 from river_compile.twins.block_errors import BlockErrors
 from river_compile.twins.make import PackedSite
 from river_compile.twins.pack import GraphTwins, PackedWeights
+
+from .plain_runs import PlainRuns
 
 _NEVER_RAN = (
     "never ran: no graph of this model reached the backend. torch.compile(model).generate runs the original model; "

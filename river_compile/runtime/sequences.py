@@ -16,6 +16,8 @@ from contextlib import contextmanager
 from torch import Tensor
 from torch.utils.weak import TensorWeakRef
 
+from river_compile.upstream.tensors import version_of
+
 
 class Sequences(threading.local):
     """The latest sequence of one model, in each thread."""
@@ -31,11 +33,11 @@ class Sequences(threading.local):
             self._seen.add(graph)
             return new
         left = self._left
-        return cache is None or left is None or left[0]() is not cache or left[1] != _changes(cache)
+        return cache is None or left is None or left[0]() is not cache or left[1] != version_of(cache)
 
     def left(self, cache: Tensor | None) -> None:
         """Notes the tensor of the cache that a decode step left, None after a prompt."""
-        self._left = None if cache is None else (TensorWeakRef(cache), _changes(cache))
+        self._left = None if cache is None else (TensorWeakRef(cache), version_of(cache))
 
     @contextmanager
     def one(self) -> Iterator[None]:
@@ -45,7 +47,3 @@ class Sequences(threading.local):
             yield
         finally:
             self._seen = self._left = None
-
-
-def _changes(cache: Tensor) -> int:
-    return 0 if cache.is_inference() else cache._version

@@ -20,8 +20,8 @@ from transformers.generation import GenerateDecoderOnlyOutput, LogitsProcessorLi
 from transformers.generation.configuration_utils import GenerationMode
 
 from river_compile.errors import OptionError
-from river_compile.hf_cache import cache_argument, cache_of
 from river_compile.kernels.checks import FLAG, integer, number
+from river_compile.upstream.hf_cache import cache_argument, cache_of
 
 from .draft import Drafter
 from .hf_frames import KeepsTokenizer, argument_of_generate

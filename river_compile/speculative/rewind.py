@@ -16,7 +16,7 @@ import torch
 from torch import Tensor
 from transformers.cache_utils import Cache, StaticLayer, StaticSlidingWindowLayer
 
-from river_compile.hf_cache import cannot_crop, crop_layer, remember_past
+from river_compile.upstream.hf_cache import cannot_crop, crop_layer, remember_past
 
 
 @dataclass(frozen=True)

@@ -26,12 +26,12 @@ from river_compile.backend import river
 from river_compile.config import RiverConfig
 from river_compile.errors import RiverWarning
 from river_compile.exits import WHOLE, forced_depth
-from river_compile.hf_cache import cache_of
-from river_compile.plain_runs import PlainRuns
+from river_compile.reporting.plain_runs import PlainRuns
 from river_compile.runtime.executor import on_step
 from river_compile.runtime.sequences import Sequences
 from river_compile.runtime.stats import ExitStats
 from river_compile.state import ModelState, state_of_model
+from river_compile.upstream.hf_cache import cache_of
 
 from .rewind import RewindableCache, tensors_of
 

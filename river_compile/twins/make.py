@@ -16,8 +16,9 @@ from river_compile.kernels.quant.calibrated import output_energy, output_sqnr_db
 from river_compile.kernels.quant.grid import QuantizedWeight, decibels, quantize, sqnr_db
 from river_compile.kernels.quant.layouts import PackedLinear
 from river_compile.passes.program import Product
+from river_compile.upstream.tensors import as_ordinary
 
-from .sources import HeldSources, Looks, Sources, as_ordinary, digest_of
+from .sources import HeldSources, Looks, Sources
 
 _STORED_AS = torch.bfloat16  # scale and zero, in the CPU's kernel; others store what is exact for them
 
@@ -140,7 +141,7 @@ class PackedSite(Ratios):
         looks = Looks(sources.tensors)
         if not thorough and looks == self.looks:
             return True
-        if digest_of(sources.tensors) != self.digest:
+        if sources.digest != self.digest:
             return False
         self.sources, self.looks = HeldSources(sources), looks
         return True

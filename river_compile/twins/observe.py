@@ -26,8 +26,7 @@ from transformers import PreTrainedModel
 
 from river_compile.errors import OptionError
 from river_compile.state import state_of, unwrap
-
-from .sources import version_of
+from river_compile.upstream.tensors import version_of
 
 _PRODUCTS = (nn.functional.linear, torch.addmm, torch.matmul, torch.Tensor.matmul, torch.Tensor.__matmul__)
 Tokenizer = Callable[[str], Mapping[str, Sequence[int]]]
@@ -202,28 +201,21 @@ class Observation:
         self.number = Observation._made
         self.tokens = 0
         self.moments: WeakTensorKeyDictionary = WeakTensorKeyDictionary()
-        self.stacks: WeakTensorKeyDictionary = WeakTensorKeyDictionary()
 
     @property
     def nbytes(self) -> int:
-        return sum(moments.nbytes for moments in {*self.moments.values(), *self.stacks.values()})
+        return sum(moments.nbytes for moments in set(self.moments.values()))
 
-    def moments_of(self, weight: Tensor) -> InputMoments | None:
-        """Returns the moments of a parameter's inputs, None where no text reached it."""
+    def moments_of(self, weight: Tensor) -> InputMoments | ExpertMoments | None:
+        """Returns the moments of a parameter's inputs, of each expert's for a stack; None where no text reached it."""
         return self.moments.get(weight)
-
-    def moments_of_stack(self, weight: Tensor) -> ExpertMoments | None:
-        """Returns the moments of stacked experts' inputs, None where no text reached any of them."""
-        return self.stacks.get(weight)
 
     def clear(self) -> None:
         """Frees its memory; twins that are packed stay."""
         self.moments.clear()
-        self.stacks.clear()
 
     def __str__(self) -> str:
-        matrices = len(self.moments) + len(self.stacks)
-        return f"observed {matrices} matrices on {self.tokens} tokens ({self.nbytes / 1e6:.0f} MB)"
+        return f"observed {len(self.moments)} matrices on {self.tokens} tokens ({self.nbytes / 1e6:.0f} MB)"
 
 
 class _Recorder(TorchFunctionMode):
@@ -267,14 +259,14 @@ class _Recorder(TorchFunctionMode):
     def _record_expert(self, x: Tensor, stack: Tensor, expert: int) -> None:
         if not x.numel():
             return
-        moments = self._observation.moments_of_stack(stack)
+        moments = self._observation.moments.get(stack)
         if moments is None:
-            moments = self._observation.stacks[stack] = ExpertMoments(len(stack), x.shape[-1])
+            moments = self._observation.moments[stack] = ExpertMoments(len(stack), x.shape[-1])
         moments.add(expert, x)
 
     def _record(self, x: Tensor, weight: Tensor) -> None:
         """Adds an input; matrices that read one and the same, as q, k and v do, share its moments."""
-        moments = self._observation.moments_of(weight)
+        moments = self._observation.moments.get(weight)
         if self._last is not None and moments in (None, self._last[2]):
             before, version, shared = self._last
             if before is x and version == version_of(x):

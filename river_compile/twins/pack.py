@@ -35,7 +35,7 @@ from river_compile.state import find_state, unwrap
 from .artifact import Artifact, write_artifact
 from .make import Grid, PackedSite, extras_of, quantize_site, quantize_stack
 from .observe import ExpertMoments, InputMoments, Observation
-from .sources import HeldSources, Looks, Sources, digest_of
+from .sources import HeldSources, Looks, Sources
 
 log = logging.getLogger("river_compile.twins")
 _UNOBSERVED = "hqq"  # what looks at weights alone, for those whose statistics are gone
@@ -264,7 +264,7 @@ def _in_threads(function: Callable[[T], R], jobs: Sequence[T], what: str = "") -
 
 def _made_again(site: PackedSite, sources: Sources, observation: Observation | None) -> PackedSite:
     """Returns a new packing of a product from what its parameters are now, which no artifact has."""
-    moments = _moments(observation, site.product, sources) if site.asked in OBSERVING else None
+    moments = _moments(observation, sources) if site.asked in OBSERVING else None
     quantizer = _UNOBSERVED if site.asked in OBSERVING and moments is None else site.asked
     made = _made(site.product, sources, quantizer, moments, min_sqnr=None)
     return replace(made, asked=site.asked)
@@ -293,10 +293,10 @@ class _Maker:
         """Returns what the artifact holds of a product, or what was observed where the quantizer asks for that."""
         quantizer = self.config.quantizer
         if self.artifact is not None:
-            return self.artifact.find(site, quantizer, digest_of(sources.tensors), self.config.min_sqnr)
+            return self.artifact.find(site, quantizer, sources.digest, self.config.min_sqnr)
         if quantizer not in OBSERVING:
             return None
-        moments = _moments(self.observation, site, sources)
+        moments = _moments(self.observation, sources)
         if moments is None:
             why = "was not observed" if self.observation is None else f"was not: no text reached {site.name}"
             raise OptionError(
@@ -315,7 +315,7 @@ class _Maker:
 @torch.no_grad()
 def _made(product: Product, sources: Sources, quantizer: str, known: Known, min_sqnr: float | None) -> PackedSite:
     """Packs a product from a known grid, or quantizes it with what is known of its inputs."""
-    held, looks, digest = HeldSources(sources), Looks(sources.tensors), digest_of(sources.tensors)
+    held, looks, digest = HeldSources(sources), Looks(sources.tensors), sources.digest
     found = known if isinstance(known, Grid) else _quantized(product, sources, quantizer, known)
     reason, weight, scale = found.below(min_sqnr), None, None
     extras: tuple[Tensor, ...] = ()
@@ -351,11 +351,6 @@ def _quantized(product: Product, sources: Sources, quantizer: str, known: InputM
     return quantize_site(product, sources.weights, quantizer, moments)
 
 
-def _moments(
-    observation: Observation | None, product: Product, sources: Sources
-) -> InputMoments | ExpertMoments | None:
+def _moments(observation: Observation | None, sources: Sources) -> InputMoments | ExpertMoments | None:
     """Returns what was observed of the inputs of a product."""
-    if observation is None:
-        return None
-    weight = sources.weights[0]
-    return observation.moments_of_stack(weight) if product.experts else observation.moments_of(weight)
+    return None if observation is None else observation.moments_of(sources.weights[0])

@@ -11,16 +11,18 @@ does. Not handled: a change of single elements in these ways. ``river_compile.re
 
 from __future__ import annotations
 
+import functools
 import hashlib
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
+from typing import Any
 
 import torch
 from torch import Tensor, fx
 from torch.utils.weak import TensorWeakRef
 
-from river_compile.passes.nodes import is_ordinary
 from river_compile.passes.program import LinearSite
+from river_compile.upstream.tensors import parts_of, version_of
 
 _SAMPLE = 64  # elements of each matrix
 
@@ -46,6 +48,11 @@ class Sources:
     def tensors(self) -> list[Tensor]:
         return [tensor for tensor in (*self.weights, *self.biases, *self.folds) if tensor is not None]
 
+    @functools.cached_property
+    def digest(self) -> str:
+        """Hash of their bytes, as they were when it was first asked for."""
+        return digest_of(self.tensors)
+
     @property
     def kinds(self) -> list[tuple[torch.dtype, torch.device]]:
         return [(tensor.dtype, tensor.device) for tensor in self.tensors]
@@ -65,8 +72,9 @@ class HeldSources:
         """Returns them, None where one is gone."""
         groups = [[ref and ref() for ref in refs] for refs in (self._weights, self._biases, self._folds)]
         wanted = sum(ref is not None for ref in (*self._weights, *self._biases, *self._folds))
-        found = Sources(*map(tuple, groups))  # type: ignore[arg-type]
-        return found if len(found.tensors) == wanted else None
+        found: Any = map(tuple, groups)  # (None where a tensor is gone, which a `Sources` never has for a weight)
+        sources = Sources(*found)
+        return sources if len(sources.tensors) == wanted else None
 
 
 class Looks:
@@ -93,8 +101,6 @@ class Looks:
             return False
         return all(torch.equal(sample, other._samples[key]) for key, sample in self._samples.items())
 
-    __hash__ = None  # type: ignore[assignment]
-
 
 def _samples(tensors: Sequence[Tensor]) -> dict[tuple[torch.device, torch.dtype], Tensor]:
     """Returns the bytes of a few elements from the middle row of every matrix, by device and dtype."""
@@ -107,27 +113,6 @@ def _samples(tensors: Sequence[Tensor]) -> dict[tuple[torch.device, torch.dtype]
                 row = tensor.as_strided((min(k, _SAMPLE),), tensor.stride()[-1:], tensor.storage_offset() + middle)
                 rows.setdefault((tensor.device, tensor.dtype), []).append(row)
         return {key: torch.cat(row).view(torch.uint8) for key, row in rows.items()}
-
-
-def parts_of(tensor: Tensor) -> list[Tensor]:
-    """Returns the ordinary tensors that hold a tensor's data: itself, or what a quantized one is made of."""
-    if is_ordinary(tensor):
-        return [tensor]
-    names = tensor.__tensor_flatten__()[0]  # type: ignore[attr-defined]
-    return [part for name in names for part in parts_of(getattr(tensor, name))]
-
-
-def as_ordinary(tensor: Tensor) -> Tensor:
-    """Returns a tensor's values in its dtype, those of a quantized one read back."""
-    return tensor.detach() if is_ordinary(tensor) else tensor.dequantize().to(tensor.dtype)
-
-
-def version_of(tensor: Tensor) -> int:
-    """Returns a number that grows with every change in place that PyTorch counts.
-
-    It counts none of inference tensors, such as the weights of a model made under ``torch.inference_mode()``.
-    """
-    return 0 if tensor.is_inference() else tensor._version
 
 
 def digest_of(tensors: Iterable[Tensor]) -> str:

@@ -17,7 +17,7 @@ from transformers import DynamicCache
 import river_compile
 from river_compile import CacheHolesError, OptionError, RiverConfig, exact, report, river, trace
 from river_compile.fills.rivals import FILLS
-from river_compile.hf_cache import crop
+from river_compile.upstream.hf_cache import crop
 from tests.support.decoding import cache_argument, cache_state, decode, left_padded, new_cache
 from tests.support.families import make, prompt
 from tests.support.fill_references import Reference

@@ -14,8 +14,8 @@ from transformers.generation.streamers import BaseStreamer
 
 import river_compile
 from river_compile.exits import forced_depth
-from river_compile.hf_cache import cache_argument, cache_of, crop
 from river_compile.speculative.runner import BatchInvariantGraph, DraftVerifyRunner
+from river_compile.upstream.hf_cache import cache_argument, cache_of, crop
 from tests.support.decoding import new_cache
 from tests.support.families import REWRITTEN, prompt
 from tests.support.families import make as make_family

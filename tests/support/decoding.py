@@ -9,7 +9,7 @@ from torch import Tensor
 from transformers import DynamicCache, PreTrainedModel, StaticCache
 
 from river_compile.exits import forced_depth
-from river_compile.hf_cache import cache_argument
+from river_compile.upstream.hf_cache import cache_argument
 from tests.support.families import prompt
 
 CAPACITY = 24

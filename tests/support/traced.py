@@ -2,16 +2,29 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterable, Mapping
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
 from river_compile import river
 from river_compile.exits import forced_depth
 from river_compile.lowering.choose import Lowering
+from river_compile.twins.make import PackedSite
 from tests.support.decoding import cache_argument, new_cache
 from tests.support.families import VOCABULARY, make, prompt
+
+
+def dequantized(model: nn.Module, sites: Iterable[PackedSite]) -> dict[str, Tensor]:
+    """Returns what twins multiply by in place of the weights, by parameter name, in the model's dtype."""
+    named = dict(model.named_parameters())
+    weights = {}
+    for site in sites:
+        names = [site.name] if site.experts else [f"{name}.weight" for name in site.name.split("|")]
+        for part, name in zip(site.dequantize().split(site.out_features), names, strict=True):
+            part = part.view(site.experts, -1, site.in_features) if site.experts else part
+            weights[name] = (part.mT if site.transposed else part).to(named[name].dtype)
+    return weights
 
 
 class TracedStep:

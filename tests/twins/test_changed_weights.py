@@ -14,11 +14,11 @@ from river_compile.exits import forced_depth
 from river_compile.kernels.quant.grid import quantize
 from river_compile.runtime.sequences import Sequences
 from river_compile.state import find_state
-from river_compile.twins import pack
+from river_compile.twins import sources
 from river_compile.twins.pack import PackedWeights
 from river_compile.twins.sources import Looks
 from tests.support.families import make, prompt
-from tests.support.traced import TracedStep
+from tests.support.traced import TracedStep, dequantized
 
 DOWN = "model.layers.1.mlp.down_proj"
 RTN = {"quantizer": "rtn"}
@@ -101,11 +101,7 @@ def test_what_changed_is_packed_again_where_it_lies(step, executor, change):
 
 def twin_weights(model):
     """Returns all of a model's parameters by name, those of packed matrices as their twins have them."""
-    weights = {name: parameter.detach() for name, parameter in model.named_parameters()}
-    for site in report(model).packed:
-        for path, part in zip(site.name.split("|"), site.dequantize().split(site.out_features), strict=True):
-            weights[f"{path}.weight"] = part
-    return weights
+    return {**{name: p.detach() for name, p in model.named_parameters()}, **dequantized(model, report(model).packed)}
 
 
 def state_of(model):
@@ -241,8 +237,8 @@ class TestWhatElseTheyAreMadeFrom:
         step = TracedStep()
         executor = step.compiled(**RTN)
         state = state_of(step.model)
-        digest = pack.digest_of
-        monkeypatch.setattr("river_compile.twins.make.digest_of", lambda tensors: pytest.fail("weights were read"))
+        digest = sources.digest_of
+        monkeypatch.setattr("river_compile.twins.sources.digest_of", lambda tensors: pytest.fail("weights were read"))
         with state.moving():
             layer = step.model.get_submodule(DOWN)
             layer.weight.data = layer.weight.data.clone()

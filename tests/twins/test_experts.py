@@ -14,7 +14,7 @@ from river_compile.twins.observe import ExpertMoments
 from river_compile.twins.pack import GraphTwins
 from tests.support.families import prompt
 from tests.support.lowerings import FUSED, UNFUSED
-from tests.support.traced import TracedStep
+from tests.support.traced import TracedStep, dequantized
 
 # A family, how its experts are computed, and the matrices that stay in 16 bits.
 MODELS = {
@@ -32,18 +32,6 @@ def traced(name):
     return TracedStep(family, experts=experts)
 
 
-def dequantized(step):
-    """Returns what twins multiply by, by parameter name, of linears and of stacks."""
-    named = dict(step.model.named_parameters())
-    weights = {}
-    for site in report(step.model).graphs[-1].of(GraphTwins):
-        names = [site.name] if site.experts else [f"{name}.weight" for name in site.name.split("|")]
-        for part, name in zip(site.dequantize().split(site.out_features), names, strict=True):
-            part = part.view(site.experts, -1, site.in_features) if site.experts else part
-            weights[name] = (part.mT if site.transposed else part).to(named[name].dtype)
-    return weights
-
-
 @pytest.mark.parametrize("name", MODELS)
 def test_a_token_through_4_bit_experts(name):
     """Its logits, and the cache it leaves, are those of the model with dequantized weights, experts' among them."""
@@ -51,7 +39,7 @@ def test_a_token_through_4_bit_experts(name):
     plain = step.run(quantizer="none")
     assert torch.equal(plain, step.reference({}))
     logits = step.run(quantizer="rtn", lowering=UNFUSED)
-    weights = dequantized(step)
+    weights = dequantized(step.model, _graph(step))
     stacks = [weight for key, weight in weights.items() if ".experts." in key]
     assert [w.dim() for w in stacks] == [3, 3, 3, 3]
     torch.testing.assert_close(logits, step.reference(weights), rtol=1e-4, atol=1e-4)
@@ -88,7 +76,7 @@ def test_what_experts_read_makes_their_outputs_better(name, quantizer):
     text = [prompt(60, 2, seed=i) for i in range(2)]
     observed = observe(step.model, inputs=text, progress=False)
     stack = step.model.get_parameter(next(n for n, p in step.model.named_parameters() if p.dim() == 3))
-    moments = observed.moments_of_stack(stack)
+    moments = observed.moments_of(stack)
     tokens = [moments.of(expert)[1] for expert in range(4)]
     assert sum(tokens) == 240 * step.model.config.num_experts_per_tok
     assert min(tokens) > 0
@@ -96,7 +84,7 @@ def test_what_experts_read_makes_their_outputs_better(name, quantizer):
     plain = {site.name: site for site in _graph(step) if site.experts}
     step.run(quantizer=quantizer)
     for site in (site for site in _graph(step) if site.experts):
-        moments = observed.moments_of_stack(step.model.get_parameter(site.name))
+        moments = observed.moments_of(step.model.get_parameter(site.name))
         weight = step.model.get_parameter(site.name)
         weight = (weight.mT if site.transposed else weight).detach()
         signal = noise = 0.0

@@ -15,7 +15,7 @@ from river_compile.twins.artifact import FILE
 from river_compile.twins.pack import GraphTwins
 from tests.support.decoding import decode, new_cache
 from tests.support.families import make, prompt
-from tests.support.traced import TracedStep
+from tests.support.traced import TracedStep, dequantized
 
 TEXTS = [prompt(40, 2, seed=i) for i in range(3)]
 
@@ -30,16 +30,6 @@ def observed(family="llama"):
 def twins_of(step):
     """Returns the 4-bit products, by name, of the step's latest twins."""
     return {site.name: site for site in report(step.model).graphs[-1].of(GraphTwins)}
-
-
-def in_place(model, sites):
-    """Returns what twins multiply by, in place of the weights, by parameter name."""
-    modules = dict(model.named_modules())
-    weights = {}
-    for site in sites:
-        for part, name in zip(site.dequantize().split(site.out_features), site.name.split("|"), strict=True):
-            weights[f"{name}.weight"] = (part.T if site.transposed else part).to(modules[name].weight.dtype)
-    return weights
 
 
 @pytest.mark.parametrize(
@@ -81,7 +71,7 @@ def test_twins_multiply_by_what_they_say(family, monkeypatch):
     monkeypatch.setattr(calibrated, "ALPHAS", (0.5,))
     step = observed(family)
     logits = step.run(quantizer="awq")
-    expected = step.reference(in_place(step.model, twins_of(step).values()))
+    expected = step.reference(dequantized(step.model, twins_of(step).values()))
     assert (logits - expected).norm() < 0.02 * expected.norm()
     backbone = step.reference({})
     assert (logits - backbone).norm() > 0.05 * backbone.norm()
@@ -127,7 +117,7 @@ class TestFloor:
         assert {kept.reason for kept in graph.kept} == {f"SQNR below min_sqnr={floor:g} dB"}
         assert [site.name for site in graph.of(GraphTwins) if site.kept] == [low]
         others = [site for site in graph.of(GraphTwins) if not site.kept]
-        expected = step.reference(in_place(step.model, others))
+        expected = step.reference(dequantized(step.model, others))
         assert (logits - expected).norm() < 0.02 * expected.norm()
         assert f"SQNR below min_sqnr={floor:g} dB" in str(report(step.model))
         entry = next(m for m in report(step.model).to_dict()["matrices"] if m["in_16_bits"])
@@ -218,7 +208,7 @@ class TestBlockErrors:
             assert b.path == f"model.layers.{b.block - 1}"
             inside = [site for name, site in twins_of(step).items() if name.startswith(f"{b.path}.")]
             other = make("llama", layers=2)
-            other.load_state_dict(in_place(other, inside), strict=False)
+            other.load_state_dict(dequantized(other, inside), strict=False)
             total = 0.0
             with torch.no_grad():
                 for row in ids:

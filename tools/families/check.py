@@ -82,7 +82,7 @@ def check(
         if all(isinstance(run, str) for run in plain.values()):
             outcome.result, outcome.reason = "cannot be built", str(plain[caches[-1]])
             return outcome
-    except Exception as error:
+    except Exception as error:  # (whatever transformers raises for a config that it cannot build)
         outcome.result, outcome.reason = "cannot be built", message(error)
         return outcome
     traced: Traced | None = None
@@ -104,7 +104,7 @@ def check(
                 "refused",
                 next(iter(outcome.without.values())) if same else "; ".join(by_cache),
             )
-    except Exception as error:
+    except Exception as error:  # (a crash of any kind is what is looked for)
         outcome.result, outcome.reason = "failed", message(error)
         traceback.print_exc()
     return outcome
@@ -147,7 +147,7 @@ def generated(model: PreTrainedModel, kind: str) -> Generated | str:
     """Generates with the plain model; returns the error's text where transformers cannot."""
     try:
         found = say(model, kind)
-    except Exception as error:
+    except Exception as error:  # (a cache that transformers cannot use with this model)
         return message(error)
     if not found.logits.isfinite().all() or found.logits.std(-1).mean() < 0.02:
         return "the tiny model's logits are degenerate"

@@ -71,7 +71,7 @@ def attempt(kind: Kind, case: Case) -> tuple[str, str]:
     with tempfile.TemporaryDirectory(prefix="river-soak-") as folder:
         try:
             return kind.run(case, Path(folder)), ""
-        except Exception as error:
+        except Exception as error:  # (whatever it is, it is the finding)
             return f"FAILED ({type(error).__name__})", traceback.format_exc()
 
 

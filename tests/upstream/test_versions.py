@@ -7,11 +7,12 @@ from pathlib import Path
 import pytest
 
 import river_compile.backend  # (the first import reads versions of others)
-from river_compile import RiverWarning, versions
-from river_compile.versions import PYTHON, TESTED
+from river_compile import RiverWarning
+from river_compile.upstream import versions
+from river_compile.upstream.versions import PYTHON, TESTED
 from tools import compat
 
-ROOT = Path(__file__).resolve().parent.parent
+ROOT = Path(__file__).resolve().parents[2]
 
 
 @pytest.fixture

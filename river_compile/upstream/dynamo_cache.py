@@ -24,6 +24,8 @@ from torch._dynamo.guards import GuardBuilder
 from torch._guards import Guard, Source, TracingContext
 from torch.utils.hooks import RemovableHandle
 
+CHANGES_NOTHING = "changes_nothing"  # an attribute of hooks that graphs need not be traced anew for
+
 
 class _Nobody:
     """Stands for a model in whose count an entry of another one is."""
@@ -132,5 +134,5 @@ class _Hooks:
             if module is not model or self._with_own:
                 for hooks in (module._forward_pre_hooks, module._forward_hooks):
                     for number, hook in hooks.items():
-                        if not getattr(hook, "changes_nothing", False):
+                        if not getattr(hook, CHANGES_NOTHING, False):
                             yield hooks, number

@@ -12,6 +12,7 @@ from __future__ import annotations
 import sys
 import warnings
 from collections.abc import Callable
+from types import FrameType
 from typing import Any
 
 import torch
@@ -19,10 +20,10 @@ from torch import nn
 from torch._C._dynamo.eval_frame import get_eval_frame_callback
 from torch._dynamo import eval_frame
 
+from river_compile.errors import RiverWarning
 from river_compile.runtime.stats import ExitStats
-
-from .errors import RiverWarning
-from .state import find_state
+from river_compile.state import find_state
+from river_compile.upstream.dynamo_cache import CHANGES_NOTHING
 
 
 class PlainRuns:
@@ -77,19 +78,19 @@ def _block_runs(block: nn.Module, args: object) -> None:
         state.of(PlainRuns).notice(state.of(ExitStats))
 
 
-_block_runs.changes_nothing = True  # type: ignore[attr-defined]
+setattr(_block_runs, CHANGES_NOTHING, True)
 
 
 def _called_through(backend: Callable[..., object] | None) -> bool:
     """Returns whether a call of what `torch.compile` returned for this backend is going on in this thread."""
-    frame = sys._getframe(2)
+    frame: FrameType | None = sys._getframe(2)
     while frame is not None:
         if frame.f_code.co_name == "compile_wrapper" and frame.f_code.co_filename == eval_frame.__file__:
             compiler: Any = eval_frame.innermost_backend(frame.f_locals["self"].callback)
             compiler = getattr(compiler, "compiler_fn", compiler)
             if getattr(compiler, "func", compiler) is backend:
                 return True
-        frame = frame.f_back  # type: ignore[assignment]
+        frame = frame.f_back
     return False
 
 

@@ -13,7 +13,7 @@ from collections.abc import Callable, Iterator
 from importlib import metadata
 from typing import NamedTuple
 
-from .errors import RiverWarning
+from river_compile.errors import RiverWarning
 
 
 class Tested(NamedTuple):

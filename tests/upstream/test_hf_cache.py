@@ -4,7 +4,7 @@ import pytest
 import torch
 from transformers import DynamicCache, StaticCache
 
-from river_compile.hf_cache import (
+from river_compile.upstream.hf_cache import (
     DynamicSlidingWindowLayer,
     _RememberingWindow,
     _shows_the_past,

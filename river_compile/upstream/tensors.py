@@ -1,0 +1,34 @@
+"""What a tensor is made of, and whether it has changed.
+
+Not handled: tensors without data (fake ones).
+"""
+
+from __future__ import annotations
+
+from typing import Any
+
+from torch import Tensor
+
+from river_compile.passes.nodes import is_ordinary
+
+
+def parts_of(tensor: Tensor) -> list[Tensor]:
+    """Returns the ordinary tensors that hold a tensor's data: itself, or what a quantized one is made of."""
+    if is_ordinary(tensor):
+        return [tensor]
+    subclass: Any = tensor
+    names, _ = subclass.__tensor_flatten__()
+    return [part for name in names for part in parts_of(getattr(tensor, name))]
+
+
+def as_ordinary(tensor: Tensor) -> Tensor:
+    """Returns a tensor's values in its dtype, those of a quantized one read back."""
+    return tensor.detach() if is_ordinary(tensor) else tensor.dequantize().to(tensor.dtype)
+
+
+def version_of(tensor: Tensor) -> int:
+    """Returns a number that grows with every change in place that PyTorch counts.
+
+    It counts none of inference tensors, such as the weights of a model made under ``torch.inference_mode()``.
+    """
+    return 0 if tensor.is_inference() else tensor._version
