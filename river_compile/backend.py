@@ -157,7 +157,8 @@ def passes_for(config: RiverConfig, plan: DecoderPlan, lowering: Lowering, keep:
     if policy.needs_entropy(plan):
         passes.append(logits_entropy)
     if lowering.fuse and leaves:
-        passes += [fuse_checks, fuse_twins]
+        passes += [] if lowering.native else [fuse_checks]
+        passes.append(fuse_twins(lowering.dense_layout))
     return passes
 
 
@@ -179,10 +180,10 @@ def _build(
     plan, config = program.plan, record.config
     offloaded, captures = state.of(OffloadedWeights), record.of(CaptureLog)
     config.check_depths(plan.num_blocks)
-    device = choose_device(program, config, captures)
+    lowering = lowering or choose_lowering(config, plan.device)
+    device = choose_device(program, config, captures, lowering.native)
     offloaded.check(plan, config)
     policy = _exit_policy(program, config)
-    lowering = lowering or choose_lowering(config, plan.device)
     with record.stage("packing"):
         packed = _pack(program, values, config, lowering, state)
     if packed:
@@ -195,7 +196,8 @@ def _build(
         with state.of(PackedWeights).moving():
             offloaded.arrange(program, values, config, sum(packed[s].nbytes for p in segments for s in p.packed))
     streamer = Streamer(offloaded, program, values, config.offload)
-    compiler = SegmentCompiler(lowering.compiler, inductor_settings(record.mode, captured=device is not None))
+    settings = inductor_settings(record.mode, captured=device is not None)
+    compiler = SegmentCompiler(lowering.compiler, settings, lowering.native)
     steps: dict[Segment, Step] = {}
     with record.stage("compiling"):
         for segment in tqdm(segments, desc="river: compiling segments", unit="segment", leave=False, delay=1):

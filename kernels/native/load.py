@@ -1,12 +1,16 @@
 """The C++ kernels of this machine, and the operators ``torch.ops.river_native.*`` that call them.
 
-    linear(x, weight, scale_zero, bias, out_features, group_size, int8_activations) -> y
-    linear_out(x, ..., int8_activations, y)      the same into y
+    linear             activation(norm(x) W^T + bias) + residual with 4-bit weights; gated as in `ops.linear`
+    dense              the same with weights ``[N, K]`` in x's dtype
+    kv_fill            q|k|v -> qk-norm, rotary embedding, cache slot; returns q and mutates the caches
+    decode_attention   one query position over a static cache
+    add, advance       two int64 scalars added; a counter moved on in place
+    record, replay     tapes of such calls: see `tape`
 
-x is ``[..., K]`` in float32, bfloat16 or float16, `weight` and `scale_zero` are those of the layout "native" (see
-`quant.layouts`), `bias` is ``[N]`` in x's dtype or None, and y is ``[..., N]`` in x's dtype, summed in float32. With
-`int8_activations` x is rounded to 8 bits with one scale for each group of each row; without, it is read as it is. A
-row's result has the same bits whatever the number of rows and threads, which are ``torch.get_num_threads()``.
+Arguments are those of the operators ``river::*`` (see `river_compile.kernels.ops`), but for the layout: `linear` takes
+the bytes of the layout "native" and `int8_activations`, with which x is rounded to 8 bits with one scale for each group
+of each row; without, it is read as it is. A product's or an attention's row has the same bits whatever the number of
+rows and threads, which are ``torch.get_num_threads()``.
 
 Not handled: gradients, other devices than the CPU, products of many rows at the speed of a library.
 """
@@ -15,6 +19,7 @@ from __future__ import annotations
 
 import ctypes
 import threading
+from collections.abc import Callable
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import Any
@@ -50,7 +55,8 @@ def load(isa: Isa | None = None) -> Any:
                 paths = kernels.result(), operators.result()
             if not registered:
                 torch.ops.load_library(str(paths[1]))
-                torch.library.register_fake("river_native::linear", _linear_fake)
+                for name, fake in _FAKES.items():
+                    torch.library.register_fake(f"river_native::{name}", fake)
             _tables[isa.name] = _table(paths[0])
         torch.ops.river_native.use_kernels(_tables[isa.name])
     return torch.ops.river_native
@@ -75,5 +81,53 @@ def _linear_fake(
     out_features: int,
     group_size: int,
     int8_activations: bool,
+    residual: Tensor | None = None,
+    norm: str = "none",
+    norm_weight: Tensor | None = None,
+    norm_bias: Tensor | None = None,
+    eps: float = 1e-6,
+    activation: str = "none",
+    gated: bool = False,
 ) -> Tensor:
-    return x.new_empty((*x.shape[:-1], out_features))
+    return x.new_empty((*x.shape[:-1], out_features // 2 if gated else out_features))
+
+
+def _dense_fake(
+    x: Tensor,
+    weight: Tensor,
+    bias: Tensor | None,
+    residual: Tensor | None = None,
+    norm: str = "none",
+    norm_weight: Tensor | None = None,
+    norm_bias: Tensor | None = None,
+    eps: float = 1e-6,
+    activation: str = "none",
+    gated: bool = False,
+) -> Tensor:
+    return x.new_empty((*x.shape[:-1], weight.shape[0] // 2 if gated else weight.shape[0]))
+
+
+def _kv_fill_fake(
+    qkv: Tensor, _q: Any, _k: Any, _cos: Any, _sin: Any, _slot: Any, k_cache: Tensor, *_others: Any
+) -> Tensor:
+    b, kv_heads, _, d = k_cache.shape
+    return qkv.new_empty((b, qkv.shape[-1] // d - 2 * kv_heads, d))
+
+
+def _attention_fake(q: Tensor, *_: Any) -> Tensor:
+    return torch.empty_like(q, memory_format=torch.contiguous_format)
+
+
+def _add_fake(a: Tensor, b: Tensor) -> Tensor:
+    return a.new_empty([1] * max(a.dim(), b.dim(), 1))
+
+
+_FAKES: dict[str, Callable[..., Tensor | None]] = {
+    "linear": _linear_fake,
+    "dense": _dense_fake,
+    "kv_fill": _kv_fill_fake,
+    "decode_attention": _attention_fake,
+    "add": _add_fake,
+    "advance": lambda *_: None,
+    "copy": lambda *_: None,
+}

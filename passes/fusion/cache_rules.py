@@ -9,7 +9,7 @@ import operator
 from dataclasses import dataclass, replace
 
 import torch
-from torch import fx
+from torch import Tensor, fx
 
 from river_compile.passes.edits import Missed, call, drop_unused, put, require, reshaped
 from river_compile.passes.nodes import before_cast, before_views, closure, is_tensor, mutated_inputs, shape, value_of
@@ -166,7 +166,7 @@ def fuse_attention(view: BlockView) -> fx.Node:
     late = any(n is not None and n > node for e in view.entries.values() for n in (e.writer, e.moved))
     require(not late, "the cache is read before it is written", node)
     q, cache, sizes = value_of(found.q), value_of(found.k), [shape(found.k), shape(found.v)]
-    alike = q.dtype == cache.dtype and sizes[0] == sizes[1]
+    alike = q.dtype == cache.dtype and _same_sizes(cache, value_of(found.v))
     require(alike, f"q is {q.dtype}, the caches are {cache.dtype} {sizes[0]} and {sizes[1]}", node)
     one_position = shape(found.q)[2] == 1 and all(isinstance(n, int) for n in shape(found.q)[1:])
     require(one_position, f"the query has shape {shape(found.q)}, not one position of fixed heads", node)
@@ -177,13 +177,19 @@ def fuse_attention(view: BlockView) -> fx.Node:
     return put(torch.ops.river.decode_attention.default, arguments, value_of(query), node)
 
 
+def _same_sizes(keys: Tensor, values: Tensor) -> bool:
+    """Compares sizes that Dynamo may have traced as dynamic for one cache alone; that they agree becomes a guard."""
+    return all(bool(a == b) for a, b in zip(keys.shape, values.shape, strict=True))
+
+
 def _mask(found: Attention, node: fx.Node) -> fx.Node | None:
     """Returns the mask as ``[B, S]``."""
-    mask, (batch, _, slots, _) = found.mask, shape(found.k)
+    mask, batch = found.mask, shape(found.k)[0]
     if mask is None:
         return None
     sizes, dtype = shape(mask), value_of(mask).dtype
-    one_row = sizes in ((batch, 1, 1, slots), (1, 1, 1, slots))
+    one_row = len(sizes) == 4 and sizes[:3] in ((batch, 1, 1), (1, 1, 1))
+    one_row = one_row and bool(value_of(mask).shape[3] == value_of(found.k).shape[2])
     require(one_row, f"its mask has shape {sizes}, not one row of slots for each sequence", mask)
     require(dtype in _MASKS, f"its mask is of dtype {dtype}", mask)
     if sizes[0] != batch:

@@ -24,6 +24,7 @@ from river_compile.passes.nodes import (
     source_of,
     value_of,
 )
+from river_compile.passes.pipeline import Pass
 from river_compile.passes.program import Fusion, RiverProgram, Segment
 
 from .block import BlockView
@@ -31,7 +32,17 @@ from .match import is_product
 from .rules import ONE_QUERY_RULES, RULES, Rule, fuse_exit_score, fuse_head
 
 
-def fuse_twins(program: RiverProgram) -> RiverProgram:
+def fuse_twins(dense_layout: str) -> Pass:
+    """Makes the pass below; `dense_layout` is the layout of ``river::linear`` with weights in 16 bits."""
+
+    def fuse_twins(program: RiverProgram) -> RiverProgram:
+        """Twins and the head of tokens that left become operators of the kernels, where a rule of fusion holds."""
+        return _fused(program, dense_layout)
+
+    return fuse_twins
+
+
+def _fused(program: RiverProgram, dense_layout: str) -> RiverProgram:
     """Applies the rules of a block to every twin, and the head's to the head of tokens that left.
 
     The rules around the cache are for decode steps. A head whose rule missed and that has no 4-bit matrix is given up
@@ -47,7 +58,7 @@ def fuse_twins(program: RiverProgram) -> RiverProgram:
         fusions += _apply(twin, rules)
     head = program.river_head and program.river_head.copy()
     if head is not None:
-        fusions += _apply(head, [fuse_head])
+        fusions += _apply(head, [fuse_head(dense_layout)])
         if fusions[-1].missed and not head.packed:
             head = None
     return replace(program, twins=twins, river_head=head, fusions=(*program.fusions, *fusions))

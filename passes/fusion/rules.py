@@ -14,6 +14,7 @@ import torch.nn.functional as F
 from torch import Tensor, fx
 
 from river_compile.kernels import ops  # noqa: F401  (registers the operators)
+from river_compile.kernels.quant.layouts import NATIVE_LAYOUTS
 from river_compile.passes.edits import Missed, call, drop_unused, put, require, reshaped, way_down
 from river_compile.passes.nodes import (
     before_views,
@@ -52,6 +53,8 @@ def fuse_gated_mlp(view: BlockView) -> fx.Node:
     product = _only(view.products("up"), "leads into an MLP")
     out, act, gated = _activated(product)
     require(only_used_for(product, out), "its result is used elsewhere too", product)
+    aligned = not gated or product.args[6] not in NATIVE_LAYOUTS or product.args[4] % 32 == 0
+    require(aligned, f"the C++ kernels gate multiples of 16 features, not {product.args[4] // 2}", product)
     found, _ = _norm_before(product)
     return _put_linear(product.args, found, out, activation=act, gated=gated)
 
@@ -66,16 +69,21 @@ def fuse_down_residual(view: BlockView) -> fx.Node:
     return _fuse_residual(_only(view.products("down"), "reads an MLP's activations"))
 
 
-def fuse_head(view: BlockView) -> fx.Node:
-    """norm + head."""
-    head = _only([n for n in view.graph.nodes if is_product(n) or called(n, F.linear)], "gives logits")
-    found, _ = _norm_before(head)
-    if is_product(head):
-        return _put_linear(head.args, found, head)
-    x, weight, bias = head.args
-    fits = is_parameter(weight) and is_ordinary(value_of(weight)) and same_dtype(weight, x) and same_dtype(head, x)
-    require(fits, "its matrix is not an ordinary parameter of the activations' dtype", head)
-    return _put_linear((x, weight, None, bias, shape(weight)[0], 0, "triton"), found, head)
+def fuse_head(dense_layout: str) -> Rule:
+    """Makes the head's rule; `dense_layout` is the layout of ``river::linear`` with weights in 16 bits."""
+
+    def fuse_head(view: BlockView) -> fx.Node:
+        """norm + head."""
+        head = _only([n for n in view.graph.nodes if is_product(n) or called(n, F.linear)], "gives logits")
+        found, _ = _norm_before(head)
+        if is_product(head):
+            return _put_linear(head.args, found, head)
+        x, weight, bias = head.args
+        fits = is_parameter(weight) and is_ordinary(value_of(weight)) and same_dtype(weight, x) and same_dtype(head, x)
+        require(fits, "its matrix is not an ordinary parameter of the activations' dtype", head)
+        return _put_linear((x, weight, None, bias, shape(weight)[0], 0, dense_layout), found, head)
+
+    return fuse_head
 
 
 def fuse_exit_score(view: BlockView) -> fx.Node:

@@ -1,7 +1,8 @@
 """What capturing a decode step means, apart from any device: devices that capture, and the record of what was captured.
 
-A *unit* is what is captured as one graph (:mod:`river_compile.cudagraphs.partition`). Two devices exist: CUDA graphs
-(:mod:`river_compile.cudagraphs.cuda`) and a recorder that needs no GPU (:mod:`river_compile.cudagraphs.recorder`).
+A *unit* is what is captured as one graph (:mod:`river_compile.cudagraphs.partition`). Three devices exist: CUDA graphs
+(:mod:`river_compile.cudagraphs.cuda`), tapes of C++ calls on a CPU (:mod:`river_compile.cudagraphs.tapes`), and for
+tests a recorder that needs no GPU (:mod:`river_compile.cudagraphs.recorder`).
 """
 
 from __future__ import annotations
@@ -14,6 +15,9 @@ from typing import Any
 
 from torch import Tensor
 
+from river_compile.passes.program import Refusal
+from river_compile.runtime.runner import Step
+
 from .partition import Unit
 
 
@@ -25,6 +29,10 @@ class CaptureDevice(ABC):
     """Captures units and replays them, in the order given. All calls of one step come from one thread."""
 
     name: str
+
+    def obstacle(self, step: Step) -> Refusal | None:
+        """Returns why the device cannot capture what a step of a capturable graph runs, None where it can."""
+        return None
 
     @abstractmethod
     def flags(self, count: int) -> Tensor:

@@ -3,6 +3,7 @@
     span a-b    [prologue,] blocks a+1..b, and the flag of the check after block b
     last a-L    [prologue,] blocks a+1..L and the head
     tail d      twins d+1..L and the river's head
+    twins d, head    both alone, where the head cannot be captured and the twins can
     prologue    the prologue alone, where it cannot be captured (the spans then start at block 1)
 
 A unit reads and writes slots. Those that other units or the caller need afterwards get buffers; all others live in the
@@ -23,7 +24,7 @@ from river_compile.passes.program import Refusal, RiverProgram, Segment
 from river_compile.runtime.runner import Step
 from river_compile.runtime.slots import SCORE
 
-Kind = Literal["prologue", "span", "last", "tail"]
+Kind = Literal["prologue", "span", "last", "tail", "twins", "head"]
 
 
 def buffer_like(value: Tensor) -> Tensor:
@@ -69,10 +70,10 @@ class Unit:
 
     @property
     def name(self) -> str:
-        """How logs and reports call it: "span 0-2", "last 3-4", "tail 2" or "prologue"."""
-        if self.kind == "prologue":
+        """How logs and reports call it: "span 0-2", "last 3-4", "tail 2", "twins 2", "prologue" or "head"."""
+        if self.kind in ("prologue", "head"):
             return self.kind
-        return f"tail {self.start}" if self.kind == "tail" else f"{self.kind} {self.start}-{self.end}"
+        return f"{self.kind} {self.start}" if self.kind in ("tail", "twins") else f"{self.kind} {self.start}-{self.end}"
 
     def run(self, slots: list) -> None:
         """Runs the steps on the slots and sends the score to the host, without waiting for it."""
@@ -99,6 +100,7 @@ class Partition:
 
     Args:
         flags: float32 host memory, one value per depth from 0 to L; the head's score takes the place of L.
+        device_obstacle: why the device cannot capture what a step runs, None where it can.
         deepest: blocks that a token executes at most, None for L.
 
     Attributes:
@@ -108,9 +110,14 @@ class Partition:
     """
 
     def __init__(
-        self, program: RiverProgram, steps: Mapping[Segment, Step], flags: Tensor, deepest: int | None = None
+        self,
+        program: RiverProgram,
+        steps: Mapping[Segment, Step],
+        flags: Tensor,
+        device_obstacle: Callable[[Step], Refusal | None],
+        deepest: int | None = None,
     ) -> None:
-        self._program, self._steps, self._flags = program, steps, flags
+        self._program, self._steps, self._flags, self._device_obstacle = program, steps, flags, device_obstacle
         self._num_blocks = program.plan.num_blocks
         moving = [block.depth for block in program.blocks if block in steps and steps[block].moves]
         self._resident = moving[0] - 1 if moving else self._num_blocks
@@ -118,6 +125,7 @@ class Partition:
         between = {self._resident} if 0 < self._resident < last else set()
         self.ends = (*sorted(between | set(program.candidates)), last)
         self._units: dict[tuple[Kind, int, int], Unit] = {}
+        self._tails: dict[int, list[Unit]] = {}
         self.prologue: Unit | None = None
         if self._obstacle(program.prologue) is not None:
             self.prologue = self._unit("prologue", 0, 0)
@@ -133,9 +141,16 @@ class Partition:
         """Returns the unit that runs after the check at a depth, where the token stays."""
         return self._span(depth, self.ends[self.ends.index(depth) + 1])
 
-    def tail(self, depth: int) -> Unit:
-        """Returns the unit of twins depth+1..L and the head that they take."""
-        return self._unit("tail", depth, depth)
+    def tail(self, depth: int) -> list[Unit]:
+        """Returns the units of twins depth+1..L and the head that they take: two where the head alone has obstacles."""
+        if depth not in self._tails:
+            *twins, head = map(self._obstacle, self._segments("tail", depth, depth))
+            if head is None or not twins or any(twins):
+                units = [self._unit("tail", depth, depth)]
+            else:
+                units = [self._unit("twins", depth, depth), self._unit("head", self._num_blocks, self._num_blocks)]
+            self._tails[depth] = units
+        return self._tails[depth]
 
     def _span(self, start: int, end: int) -> Unit:
         return self._unit("last" if end == self._num_blocks else "span", start, end)
@@ -149,20 +164,21 @@ class Partition:
         if self._steps[segment].moves:
             path = self._program.plan.blocks[segment.depth - 1].path
             return Refusal("offloaded weights lie elsewhere in every run", path)
-        return obstacle(segment, self._program.plan.device)
+        return obstacle(segment, self._program.plan.device) or self._device_obstacle(self._steps[segment])
 
     def _segments(self, kind: Kind, start: int, end: int) -> list[Segment]:
         program = self._program
         if kind == "prologue":
             return [program.prologue]
-        if kind == "tail":
-            return [*program.twins[start:], program.river_head or program.head]
+        twins, head = list(program.twins[start:]), program.river_head or program.head
+        if kind in ("tail", "twins", "head"):
+            return [*(twins if kind != "head" else []), *([head] if kind != "twins" else [])]
         segments = [] if start or self.prologue is not None else [program.prologue]
         segments += program.blocks[start:end]
         return [*segments, program.head] if kind == "last" else segments
 
     def _make(self, kind: Kind, start: int, end: int) -> Unit:
-        slots, is_end = self._program.slots, kind in ("last", "tail")
+        slots, is_end = self._program.slots, kind in ("last", "tail", "head")
         segments = self._segments(kind, start, end)
         reads: dict[int, bool] = {}  # slot -> whether a capture depends on it
         written: dict[fx.Node, None] = {}
@@ -177,7 +193,8 @@ class Partition:
         counted = {number.node for number in numbers}
         needed = set(self._program.returned)
         if not is_end:
-            needed |= {node for s in self._program.segments if s.depth > end for node in s.inputs}
+            done = self._num_blocks if kind == "twins" else end
+            needed |= {node for s in self._program.segments if s.depth > done for node in s.inputs}
         writes = sorted(slots[n] for n in written if n in needed and n not in counted)
         flag = None
         if segments[-1].has_score:

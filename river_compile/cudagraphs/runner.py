@@ -30,6 +30,7 @@ from .launch_ahead import LaunchAhead
 from .launcher import Launcher
 from .partition import Partition, Unit
 from .recorder import Recorder
+from .tapes import Tapes
 
 
 class CapturedRunner(Runner):
@@ -55,7 +56,7 @@ class CapturedRunner(Runner):
         plan, slots = program.plan, program.slots
         self.launcher, self.device, self.ahead = launcher, launcher.device, ahead
         self.flags = self.device.flags(plan.num_blocks + 1)
-        self.units = Partition(program, steps, self.flags, deepest)
+        self.units = Partition(program, steps, self.flags, self.device.obstacle, deepest)
         fixed = fixed_inputs(plan)
         self._copied = [i for node, i in slots.items() if node.op == "placeholder" and node not in fixed]
         self._returned = [slots[node] for node in program.returned]
@@ -120,7 +121,8 @@ class CapturedRunner(Runner):
         ahead, self._launched_ahead = self._launched_ahead, None
         if ahead is not None:  # it ran for this token too, and so will its twins
             self.rewind(slots, ahead.start, ahead.end)
-        self.launcher.launch(self.units.tail(depth), slots)
+        for unit in self.units.tail(depth):
+            self.launcher.launch(unit, slots)
 
     def read_head(self, slots: list) -> float:
         self.device.wait(self.device.mark())
@@ -172,31 +174,35 @@ class CapturedRunner(Runner):
                 self.launcher.log.never_launched_ahead[self.units.after(start).name] = str(reason)
 
 
-def choose_device(program: RiverProgram, config: RiverConfig, captures: CaptureLog) -> CaptureDevice | None:
+def choose_device(
+    program: RiverProgram, config: RiverConfig, captures: CaptureLog, native: bool = False
+) -> CaptureDevice | None:
     """Returns what captures a program's decode steps; None where nothing is captured, and `captures` says why.
 
-    No pass needs to have run.
+    No pass needs to have run. `native` says whether twins become C++ calls, which a CPU captures.
 
     Raises:
         OptionError: captures are asked for, and the model does not lie on a device that has them.
     """
     device = program.plan.device
-    if config.cudagraphs is True and device.type != "cuda":
+    if config.cudagraphs is True and device.type != "cuda" and not native:
         raise OptionError(
-            f"cudagraphs=True needs a model on a GPU, and this one lies on {device}; move it there, or leave "
-            "cudagraphs out ('record' checks the schedule without a GPU)"
+            f"cudagraphs=True needs a model on a GPU or lowering='native', and this one lies on {device}; move it "
+            "there, or leave cudagraphs out ('record' checks the schedule without a GPU)"
         )
     if config.cudagraphs is False:
         captures.not_captured = "cudagraphs=False"
     elif config.fill != "river":
         captures.not_captured = f"fill={config.fill!r} keeps count of every token on the host"
-    elif config.cudagraphs is None and device.type != "cuda":
-        captures.not_captured = f"the model lies on {device}; CUDA graphs need a GPU"
+    elif config.cudagraphs is None and device.type != "cuda" and not native:
+        captures.not_captured = f"the model lies on {device}; CUDA graphs need a GPU, tapes lowering='native'"
     else:
         captures.not_captured = _unsupported(program)
     if captures.not_captured:
         return None
-    return Recorder() if config.cudagraphs == "record" else CudaGraphs(device)
+    if config.cudagraphs == "record":
+        return Recorder()
+    return CudaGraphs(device) if device.type == "cuda" else Tapes()
 
 
 def _unsupported(program: RiverProgram) -> str | None:

@@ -3,7 +3,7 @@
 lowering     on a CPU                                           on a GPU (CUDA, or ROCm, which torch calls cuda too)
 "auto"       as "inductor"                                      as "triton"
 "inductor"   ATen's int4 product, the rest through Inductor     the generated 4-bit product, the rest through Inductor
-"native"     the C++ 4-bit product, the rest through Inductor   refused
+"native"     the C++ kernels, the rest through Inductor         refused
 "triton"     the generated kernels in Triton's interpreter      the generated kernels, the rest through Inductor
 "eager"      as "inductor", operator by operator                as "inductor", operator by operator
 
@@ -41,6 +41,16 @@ class Lowering:
     compiler: str
     layout: str
     fuse: bool
+
+    @property
+    def native(self) -> bool:
+        """Whether the kernels are those in C++."""
+        return self.layout in NATIVE_LAYOUTS
+
+    @property
+    def dense_layout(self) -> str:
+        """The layout of `river::linear` with weights in 16 bits."""
+        return "dense" if self.native else TRITON_LAYOUT
 
 
 def choose_lowering(config: RiverConfig, device: torch.device) -> Lowering:
@@ -86,8 +96,8 @@ def _native(config: RiverConfig, on_gpu: bool) -> Lowering:
         native.load()
     except CannotBuild as error:
         warn_once(f"lowering='native' compiles C++ and cannot here, so 4-bit products are ATen's: {error}")
-        layout = ATEN_LAYOUT
-    return Lowering("inductor", layout, fuse=False)
+        return Lowering("inductor", ATEN_LAYOUT, fuse=False)
+    return Lowering("inductor", layout, fuse=True)
 
 
 def warn_of_slow_lowering(lowering: Lowering, device: torch.device) -> None:

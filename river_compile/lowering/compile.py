@@ -24,14 +24,14 @@ from torch._subclasses.fake_tensor import FakeTensorMode
 from torch.fx.experimental.symbolic_shapes import ShapeEnv
 
 from river_compile.kernels import ops
-from river_compile.kernels.native import load as native
 from river_compile.kernels.quant.aten_int4 import LAYOUT as ATEN_LAYOUT
 from river_compile.kernels.quant.aten_int4 import linear_aten
-from river_compile.kernels.quant.layouts import NATIVE_LAYOUTS
 from river_compile.passes.nodes import value_of
 from river_compile.passes.program import Segment
 from river_compile.passes.segments import Fingerprint, fingerprint
 from river_compile.runtime.runner import Callee
+
+from .native import native_segment, use_native
 
 log = logging.getLogger("river_compile.lowering.compile")
 
@@ -58,10 +58,12 @@ class SegmentCompiler:
     """Compiles the segments of one traced graph, each distinct one once.
 
     `lowering` is "inductor", or "eager" to call the segments' graphs as they are; `config_patches` are for Inductor.
+    With `native` the river's operators are those of the C++ kernels, and segments of nothing else skip Inductor.
     """
 
     lowering: str
     config_patches: dict[str, object]
+    native: bool = False
     compiled: list[Compiled] = field(default_factory=list)
 
     def compile(self, segment: Segment, packed: Sequence[Tensor]) -> Callee:
@@ -75,10 +77,12 @@ class SegmentCompiler:
                 return known.callee
         start = time.perf_counter()
         guards_before = len(shape_env.guards)
-        if self.lowering == "eager":
-            callee, direct = _by_operator(segment), True
-        else:
-            callee, direct = _compile(segment, packed, self.config_patches)
+        callee: Callee | None = native_segment(segment) if self.native else None
+        direct = True
+        if callee is None and self.lowering == "eager":
+            callee = _by_operator(segment, self.native)
+        elif callee is None:
+            callee, direct = _compile(segment, packed, self.config_patches, self.native)
         guards = tuple(guard.expr for guard in shape_env.guards[guards_before:])
         done = Compiled(segment.name, callee, direct, time.perf_counter() - start, mark, guards)
         log.info("compiled %s in %.1f s%s", segment.name, done.seconds, "" if direct else ", called through wrappers")
@@ -116,9 +120,9 @@ def inductor_settings(mode: str | None, captured: bool = False) -> dict[str, obj
     return settings | {"triton.cudagraphs": False} if captured else settings
 
 
-def _by_operator(segment: Segment) -> Callee:
+def _by_operator(segment: Segment, native: bool) -> Callee:
     """Returns a segment's graph as it is, under the autocast in which it was traced (compiled code has its casts)."""
-    graph_module = lower_ops(segment.graph)
+    graph_module = lower_ops(segment.graph, native)
     device = next((v.device.type for v in _examples(segment) if isinstance(v, Tensor)), "cpu")
     if not torch.is_autocast_enabled(device):
         return lambda inputs: graph_module(*inputs)
@@ -126,8 +130,10 @@ def _by_operator(segment: Segment) -> Callee:
     return autocast(lambda inputs: graph_module(*inputs))
 
 
-def _compile(segment: Segment, packed: Sequence[Tensor], config_patches: dict[str, object]) -> tuple[Callee, bool]:
-    graph_module = lower_ops(segment.graph)
+def _compile(
+    segment: Segment, packed: Sequence[Tensor], config_patches: dict[str, object], native: bool
+) -> tuple[Callee, bool]:
+    graph_module = lower_ops(segment.graph, native)
     fake_mode, inputs = _fake_mode(segment), _examples(segment)
     inputs += [fake_mode.from_tensor(t, static_shapes=True) for t in packed]
     direct: list[Callee] = []
@@ -167,20 +173,28 @@ def _needs_no_wrapper(num_inner_inputs: int, num_inputs: int) -> bool:
     )
 
 
-def lower_ops(traced: fx.Graph) -> fx.GraphModule:
+def lower_ops(traced: fx.Graph, native: bool = False) -> fx.GraphModule:
     """Returns a copy of a graph in which the river's operators are functions that trace into ATen ops.
 
-    Operators of the generated kernels stay: they are opaque to Inductor.
+    Operators of the generated kernels stay, as do those of the C++ kernels, which take their place with `native`: they
+    are opaque to Inductor.
     """
     graph = fx.Graph()
     graph.output(graph.graph_copy(traced, {}))
     for node in graph.nodes:
-        if node.target is torch.ops.river.linear.default:
+        if native and node.target in _KERNELS:
+            use_native(node)
+        elif node.target is torch.ops.river.linear.default:
             *args, layout = node.args
             if layout == ATEN_LAYOUT and not node.kwargs:
                 node.target, node.args = linear_aten, tuple(args)
-            elif layout in NATIVE_LAYOUTS and not node.kwargs:
-                node.target, node.args = native.load().linear.default, (*args, NATIVE_LAYOUTS[layout])
         elif node.target is torch.ops.river.exit_score.default:
             node.target = ops.smallest_cosine
     return fx.GraphModule(traced.owning_module, graph, class_name="Segment")
+
+
+_KERNELS = (
+    torch.ops.river.linear.default,
+    torch.ops.river.kv_fill.default,
+    torch.ops.river.decode_attention.default,
+)

@@ -44,9 +44,18 @@ class Step:
         self._outputs = [slots[node] for node in segment.outputs] + [SCORE] * segment.has_score
         self._handed_on = [(slots[new], slots[old]) for new, old in segment.handed_on]
 
+    @property
+    def callee(self) -> Callee:
+        """The compiled segment."""
+        return self._callee
+
     def __call__(self, slots: list) -> None:
         """Runs the segment: reads its inputs from the slots and puts its outputs there, its score in `SCORE`."""
-        outputs = self._callee([*self._take(slots), *self.packed])
+        self.run_as(self._callee, slots)
+
+    def run_as(self, callee: Callee, slots: list) -> None:
+        """Runs another callee in the place of the compiled segment."""
+        outputs = callee([*self._take(slots), *self.packed])
         for index, value in zip(self._outputs, outputs, strict=True):
             slots[index] = value
         for new, old in self._handed_on:

@@ -69,8 +69,8 @@ def test_which_layout_is_chosen():
         bits: choose_lowering(RiverConfig(lowering="native", activations=bits), CPU) for bits in ("8bit", "16bit")
     }
     assert chosen == {
-        "8bit": Lowering("inductor", "native", False),
-        "16bit": Lowering("inductor", "native_16bit", False),
+        "8bit": Lowering("inductor", "native", True),
+        "16bit": Lowering("inductor", "native_16bit", True),
     }
     assert choose_lowering(RiverConfig(lowering="native", quantizer="none"), CPU).layout == "aten_cpu"
     with pytest.raises(OptionError, match=r"no kernel here: group_size=256 is none of \(32, 64, 128\)"):

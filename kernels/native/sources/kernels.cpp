@@ -1,12 +1,16 @@
 // The library of one instruction set: its table of phases.
+#include "attention.h"
+#include "kv_fill.h"
 #include "linear.h"
 #include "phases.h"
+#include "plumbing.h"
 #include "prepare.h"
 
 #define RIVER_NAME(x) RIVER_QUOTE(x)
 #define RIVER_QUOTE(x) #x
 
 extern "C" __attribute__((visibility("default"))) const river::Kernels* river_kernels() {
-  static const river::Kernels kernels = {RIVER_NAME(RIVER_ISA), river::prepare, river::linear};
+  static const river::Kernels kernels = {RIVER_NAME(RIVER_ISA), river::prepare, river::linear, river::kv_fill,
+                                         river::attend,         river::combine, river::count,  river::copy};
   return &kernels;
 }

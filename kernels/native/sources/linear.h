@@ -1,4 +1,4 @@
-// Products with 4-bit weights: y = x W^T + bias.
+// Products: x W^T + bias, an activation or a gate, and a residual. Those with 4-bit weights are here, others in dense.h.
 //
 // A block of 16 output features reads its weights once, line by line; up to kRows rows of activations share what was
 // unpacked. Every output is summed in one order, whatever the number of rows, threads or parts: group by group, a
@@ -9,6 +9,8 @@
 
 #include <algorithm>
 
+#include "dense.h"
+#include "functions.h"
 #include "phases.h"
 #include "scalars.h"
 #include "vectors.h"
@@ -81,14 +83,13 @@ RIVER_INLINE void group_single(const uint8_t* w, const Row* x, int64_t g, int li
 
 // One block of output features for `rows` <= R rows; the last row stands in for those that are not there.
 template <int R, int F>
-void block(const LinearArgs& a, int64_t n, int row, int rows) {
+void quantized_block(const LinearArgs& a, int64_t n, int row, int rows, float (*y)[kBlock]) {
   const int lines = a.group_size / 8;
   const int64_t groups = (a.in_features + a.group_size - 1) / a.group_size;
   Row x[R];
   for (int r = 0; r < R; ++r) x[r] = row_of(a.x, row + std::min(r, rows - 1), groups, a.group_size);
   const uint8_t* weight = a.weight + n * groups * lines * kLine;
   const auto* parameters = reinterpret_cast<const uint8_t*>(a.scale_zero) + n * groups * kLine;
-  float y[R][kBlock];
   Floats sums[kHalves][R], products[R];
   for (auto& half : sums)
     for (Floats& sum : half) sum = zeros();
@@ -104,36 +105,74 @@ void block(const LinearArgs& a, int64_t n, int row, int rows) {
   }
   for (int r = 0; r < R; ++r)
     for (int h = 0; h < kHalves; ++h) store(y[r] + h * kLanes, sums[h][r]);
-  const int64_t first = n * kBlock, count = std::min<int64_t>(kBlock, a.out_features - first);
+}
+
+template <int R, int F>
+void block(const LinearArgs& a, int64_t n, int row, int rows, float (*y)[kBlock]) {
+  if constexpr (F != kPlain)
+    quantized_block<R, F>(a, n, row, rows, y);
+  else if (a.dtype == kFloat32)
+    dense_block<R, kFloat32>(a, n, row, rows, y);
+  else if (a.dtype == kBFloat16)
+    dense_block<R, kBFloat16>(a, n, row, rows, y);
+  else
+    dense_block<R, kFloat16>(a, n, row, rows, y);
+  if (!a.bias) return;
+  float bias[kBlock];
+  const int64_t first = n * kBlock;
+  load_values(a.bias, first, int(std::min<int64_t>(kBlock, a.out_features - first)), a.dtype, bias);
   for (int r = 0; r < rows; ++r)
-    for (int64_t i = 0; i < count; ++i) {
-      const float bias = a.bias ? load_scalar(a.bias, first + i, a.dtype) : 0.0f;
-      store_scalar(a.y, (row + r) * a.y_stride + first + i, a.dtype, y[r][i] + bias);
+    for (int i = 0; i < kBlock; ++i) y[r][i] += bias[i];
+}
+
+// Activates, gates, adds the residual and writes what `block` summed.
+template <int R, int F>
+void block_and_rest(const LinearArgs& a, int64_t n, int row, int rows) {
+  float y[R][kBlock], up[R][kBlock];
+  block<R, F>(a, n, row, rows, y);
+  const int64_t width = a.gated ? a.out_features / 2 : a.out_features, first = n * kBlock;
+  const int count = int(std::min<int64_t>(kBlock, width - first));
+  if (a.gated) block<R, F>(a, n + width / kBlock, row, rows, up);
+  for (int r = 0; r < rows; ++r) {
+    activate(a.activation, y[r], kBlock);
+    if (a.gated)
+      for (int i = 0; i < kBlock; ++i) y[r][i] *= up[r][i];
+    if (a.residual) {
+      float residual[kBlock];
+      load_values(a.residual, (row + r) * a.residual_stride + first, count, a.dtype, residual);
+      for (int i = 0; i < count; ++i) y[r][i] += residual[i];
     }
+    store_values(a.y, (row + r) * a.y_stride + first, count, a.dtype, y[r]);
+  }
 }
 
 template <int F>
 void linear_of(const LinearArgs& a, int part, int parts) {
-  const int64_t blocks = (a.out_features + kBlock - 1) / kBlock;
+  const int64_t width = a.gated ? a.out_features / 2 : a.out_features, blocks = (width + kBlock - 1) / kBlock;
   for (int64_t n = blocks * part / parts; n < blocks * (part + 1) / parts; ++n)
     for (int row = 0; row < a.rows; row += kRows) {
       const int rows = std::min(kRows, a.rows - row);
       if (rows == 1)
-        block<1, F>(a, n, row, rows);
+        block_and_rest<1, F>(a, n, row, rows);
       else if (rows == 2)
-        block<2, F>(a, n, row, rows);
+        block_and_rest<2, F>(a, n, row, rows);
       else if (rows <= 4)
-        block<4, F>(a, n, row, rows);
+        block_and_rest<4, F>(a, n, row, rows);
       else if (rows <= 6)
-        block<6, F>(a, n, row, rows);
+        block_and_rest<6, F>(a, n, row, rows);
       else
-        block<8, F>(a, n, row, rows);
+        block_and_rest<8, F>(a, n, row, rows);
     }
 }
 
 inline void linear(const void* args, int part, int parts) {
   const auto& a = *static_cast<const LinearArgs*>(args);
-  a.x.format == kInt8 ? linear_of<kInt8>(a, part, parts) : linear_of<kSingle>(a, part, parts);
+  if (a.x.format == kInt8)
+    linear_of<kInt8>(a, part, parts);
+  else if (a.x.format == kSingle)
+    linear_of<kSingle>(a, part, parts);
+  else
+    linear_of<kPlain>(a, part, parts);
 }
 
 }  // namespace river

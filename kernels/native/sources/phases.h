@@ -3,7 +3,7 @@
 // A phase is a function that computes part `part` of `parts` of something: it splits its own work, parts may run on any
 // thread, in any order and at the same time, and a phase starts when all parts of the one before it are done. It works
 // on raw pointers, allocates nothing and knows no tensor. Shapes: M rows, N output features, K input features, G group
-// size.
+// size; B sequences, H query heads, J key-value heads, D features of a head, S slots of a cache.
 #pragma once
 
 #include <cstdint>
@@ -12,38 +12,99 @@ namespace river {
 
 constexpr int kBlock = 16;  // output features that lie side by side in the packed weights
 
-enum Dtype : int32_t { kFloat32 = 0, kBFloat16 = 1, kFloat16 = 2 };
+enum Dtype : int32_t { kFloat32 = 0, kBFloat16 = 1, kFloat16 = 2, kBool = 3 };
+enum Norm : int32_t { kNoNorm = 0, kRms = 1, kRmsPlusOne = 2, kLayerNorm = 3 };
+enum Activation : int32_t { kIdentity = 0, kSilu = 1, kGelu = 2, kGeluTanh = 3, kRelu = 4 };
 
-// How prepared activations lie in memory: one byte or one float32 for each feature.
-enum Format : int32_t { kInt8 = 0, kSingle = 1 };
+// How prepared activations lie in memory: one byte for each feature, or one float32, in the order of the packed nibbles
+// for 4-bit weights and in their own for others.
+enum Format : int32_t { kInt8 = 0, kSingle = 1, kPlain = 2 };
 
 // Activations that a product reads: K rounded up to whole groups, the padding zero.
 struct Activations {
-  void* values;    // [M, K'] int8_t or float by `format`; the latter in the order of the packed nibbles
+  void* values;    // [M, K'] int8_t or float by `format`
   float* scale;    // [M, K' / G] of the int8 values, unused otherwise
   float* sum;      // [M, K' / G] sums of the activations before they were rounded
   int32_t* start;  // [M, K' / G] -8 times the sum of the int8 values, unused otherwise
   int32_t format;
 };
 
-// Prepares x for the products that read it. Parts split the groups of all rows.
+// Normalises x and prepares it for the products that read it. Parts split the rows, without a norm their groups.
 struct PrepareArgs {
-  const void* x;     // [M, K] of `dtype`
-  int64_t x_stride;  // elements between two rows
+  const void* x;            // [M, K] of `dtype`
+  int64_t x_stride;         // elements between two rows
+  const void* norm_weight;  // [K] of `dtype`, null without a norm
+  const void* norm_bias;    // [K] of `dtype` or null
   Activations out;
-  int32_t dtype, rows, in_features, group_size;
+  int32_t dtype, rows, in_features, group_size, norm;
+  float eps;
 };
 
-// y = x W^T + bias, summed in float32. Parts split the blocks of output features.
+// y = activation(x W^T + bias) + residual, summed in float32; gated, activation(first half) * second half + residual.
+// Parts split the blocks of output features.
 struct LinearArgs {
   Activations x;
   const uint8_t* weight;       // [N' / 16, K' / G, G / 8, 64]: byte 4 n + j of line i holds the features 8 i + j and
                                // 8 i + 4 + j of its group, the latter in the high nibble, for output feature n
+  const void* dense;           // [N, K] of `dtype` in place of the 4-bit weights, for activations in format kPlain
   const uint16_t* scale_zero;  // bfloat16 [N' / 16, K' / G, 16, 2]: w = (q - 8) * scale + zero
   const void* bias;            // [N] of `dtype`, or null
-  void* y;                     // [M, N] of `dtype`
-  int64_t y_stride;
-  int32_t dtype, rows, in_features, out_features, group_size;
+  const void* residual;        // [M, N] (gated [M, N / 2]) of `dtype`, or null
+  void* y;                     // [M, N] (gated [M, N / 2]) of `dtype`
+  int64_t residual_stride, y_stride;
+  int32_t dtype, rows, in_features, out_features, group_size, activation, gated;  // gated: N is a multiple of 32
+};
+
+// A key-value cache [B, J, S, D], features contiguous.
+struct Cache {
+  char *keys, *values;
+  int64_t sequence, head, slot;  // elements between two of each
+};
+
+// One position of q|k|v: heads normalised and rotated, keys and values into a slot of the cache, the query to q.
+// Parts split the heads. A slot outside of the cache is not written.
+struct KvFillArgs {
+  const void* qkv;  // [B, (H + 2 J) D] of `dtype`
+  int64_t qkv_stride;
+  const void *q_norm, *k_norm;  // [D] of `dtype`, null without a norm
+  const void *cos, *sin;        // [1 or B, R] of `rotary_dtype`, null without a rotation
+  int64_t rotary_stride;        // 0 for one row
+  const void* slot;             // one int64 or int32
+  void* q;                      // [B, H, D] of `dtype`
+  Cache cache;
+  int32_t dtype, rotary_dtype, slot_bytes, batch, heads, kv_heads, head_dim, rotary_dim, slots, norm, interleaved;
+  float eps;
+};
+
+constexpr int kLargestGroup = 128;
+constexpr int kMostHeadFeatures = 512;
+constexpr int kChunk = 256;  // slots whose attention is summed before chunks are put together
+
+// out = softmax(softcap(scale q k^T) + mask) v of one position, over the slots that the mask lets take part; none give
+// 0. Parts split sequences, key-value heads and chunks of slots; of one chunk `attend` writes the result itself, of more
+// it writes `partial`, from which `combine` does (whose parts split the query heads).
+struct AttentionArgs {
+  const void* q;  // [B, H, D] of `dtype`
+  Cache cache;
+  const void* mask;     // [B, S] of `mask_dtype`, or null
+  int64_t mask_stride;  // 0 for one row
+  void* out;            // [B, H, D] of `dtype`
+  float* partial;       // [B, H, chunks, D + 2]: sum, maximum and denominator
+  int32_t dtype, mask_dtype, batch, heads, kv_heads, head_dim, slots, chunks;
+  float scale, softcap;
+};
+
+// out = a + b + by, one int64 each; b may be null.
+struct CountArgs {
+  const int64_t *a, *b;
+  int64_t* out;
+  int64_t by;
+};
+
+struct CopyArgs {
+  const void* from;
+  void* to;
+  int64_t bytes;
 };
 
 using Run = void (*)(const void* args, int part, int parts);
@@ -59,6 +120,11 @@ struct Kernels {
   const char* isa;
   Run prepare;  // PrepareArgs
   Run linear;   // LinearArgs
+  Run kv_fill;  // KvFillArgs
+  Run attend;   // AttentionArgs
+  Run combine;  // AttentionArgs
+  Run count;    // CountArgs
+  Run copy;     // CopyArgs
 };
 
 }  // namespace river

@@ -1,37 +1,60 @@
-// Activations as products read them: rounded to int8 with one scale for each group, or in the order of the nibbles.
-// Written as plain loops over one group, which compilers vectorize.
+// Activations as products read them: normalised, then rounded to int8 with one scale for each group, or in the order of
+// the nibbles. Written as plain loops over one group, which compilers vectorize.
 #pragma once
 
 #include <algorithm>
+#include <cmath>
 
+#include "functions.h"
 #include "phases.h"
 #include "scalars.h"
 
 namespace river {
 
-constexpr int kLargestGroup = 128;
-
-// Reads the group that starts at feature `first` as float32; what lies beyond K is zero.
-inline void load_group(const PrepareArgs& a, int64_t row, int64_t first, float* values) {
+// Reads the group that starts at feature `first` of a row as float32; what lies beyond K is zero.
+inline void load_group(const PrepareArgs& a, const void* x, int64_t row_start, int64_t first, float* values) {
   const int count = int(std::min<int64_t>(a.group_size, a.in_features - first));
-  const int64_t at = row * a.x_stride + first;
-  const auto* half = static_cast<const uint16_t*>(a.x) + at;
-  if (a.dtype == kFloat32)
-    std::memcpy(values, static_cast<const float*>(a.x) + at, count * sizeof(float));
-  else if (a.dtype == kBFloat16)
-    for (int i = 0; i < count; ++i) values[i] = from_bfloat16(half[i]);
-  else
-    for (int i = 0; i < count; ++i) values[i] = from_float16(half[i]);
+  load_values(x, row_start + first, count, a.dtype, values);
   std::fill(values + count, values + a.group_size, 0.0f);
 }
 
-inline float sum_of(const float* values, int size) {
-  float lanes[16] = {};
-  for (int i = 0; i < size; i += 16)
-    for (int j = 0; j < 16; ++j) lanes[j] += values[i + j];
-  for (int half = 8; half; half /= 2)
-    for (int j = 0; j < half; ++j) lanes[j] += lanes[j + half];
-  return lanes[0];
+// A norm of one row: (x - shift) * factor, times the weight, plus the bias.
+struct Moments {
+  float shift = 0, factor = 1;
+};
+
+inline Moments moments_of(const PrepareArgs& a, int64_t row) {
+  alignas(64) float values[kLargestGroup];
+  Moments moments;
+  const int64_t at = row * a.x_stride, size = a.group_size;
+  if (a.norm == kLayerNorm) {
+    float total = 0;
+    for (int64_t first = 0; first < a.in_features; first += size) {
+      load_group(a, a.x, at, first, values);
+      total += sum_of(values, int(size));
+    }
+    moments.shift = total / float(a.in_features);
+  }
+  float squares = 0;
+  for (int64_t first = 0; first < a.in_features; first += size) {
+    load_group(a, a.x, at, first, values);
+    const int count = int(std::min<int64_t>(size, a.in_features - first));
+    for (int i = 0; i < count; ++i) values[i] -= moments.shift;
+    squares += dot_of(values, values, int(size));
+  }
+  moments.factor = 1.0f / std::sqrt(squares / float(a.in_features) + a.eps);
+  return moments;
+}
+
+inline void normalise(const PrepareArgs& a, const Moments& moments, int64_t first, float* values) {
+  alignas(64) float weight[kLargestGroup];
+  const int size = a.group_size, count = int(std::min<int64_t>(size, a.in_features - first));
+  const float plus = a.norm == kRmsPlusOne ? 1.0f : 0.0f;
+  load_group(a, a.norm_weight, 0, first, weight);
+  for (int i = 0; i < count; ++i) values[i] = (values[i] - moments.shift) * moments.factor * (weight[i] + plus);
+  if (!a.norm_bias) return;
+  load_group(a, a.norm_bias, 0, first, weight);
+  for (int i = 0; i < count; ++i) values[i] += weight[i];
 }
 
 // The largest magnitude; NaN where there is one, as its bits exceed those of infinity.
@@ -58,19 +81,33 @@ inline void round_group(const float* values, int size, int8_t* out, float* scale
 // Nibble j of a packed lane holds feature order[j] of its eight.
 constexpr int kNibbleOrder[8] = {0, 4, 1, 5, 2, 6, 3, 7};
 
+inline void prepare_group(const PrepareArgs& a, int64_t i, const float* values) {
+  const int64_t size = a.group_size;
+  if (a.out.format == kPlain) {
+    std::copy(values, values + size, static_cast<float*>(a.out.values) + i * size);
+    return;
+  }
+  a.out.sum[i] = sum_of(values, int(size));
+  if (a.out.format == kInt8) {
+    round_group(values, int(size), static_cast<int8_t*>(a.out.values) + i * size, a.out.scale + i, a.out.start + i);
+  } else {
+    float* out = static_cast<float*>(a.out.values) + i * size;
+    for (int64_t k = 0; k < size; ++k) out[k] = values[k / 8 * 8 + kNibbleOrder[k % 8]];
+  }
+}
+
 inline void prepare(const void* args, int part, int parts) {
   const auto& a = *static_cast<const PrepareArgs*>(args);
-  const int64_t size = a.group_size, groups = (a.in_features + size - 1) / size, all = groups * a.rows;
+  const int64_t size = a.group_size, groups = (a.in_features + size - 1) / size;
+  const int64_t together = a.norm ? groups : 1, all = groups * a.rows / together;
   alignas(64) float values[kLargestGroup];
-  for (int64_t i = all * part / parts; i < all * (part + 1) / parts; ++i) {
-    load_group(a, i / groups, i % groups * size, values);
-    a.out.sum[i] = sum_of(values, size);
-    if (a.out.format == kInt8) {
-      round_group(values, size, static_cast<int8_t*>(a.out.values) + i * size, a.out.scale + i, a.out.start + i);
-    } else {
-      float* out = static_cast<float*>(a.out.values) + i * size;
-      for (int64_t k = 0; k < size; ++k) out[k] = values[k / 8 * 8 + kNibbleOrder[k % 8]];
-    }
+  Moments moments;
+  for (int64_t i = all * part / parts * together; i < all * (part + 1) / parts * together; ++i) {
+    const int64_t row = i / groups, first = i % groups * size;
+    if (a.norm && first == 0) moments = moments_of(a, row);
+    load_group(a, a.x, row * a.x_stride, first, values);
+    if (a.norm) normalise(a, moments, first, values);
+    prepare_group(a, i, values);
   }
 }
 

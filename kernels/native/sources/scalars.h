@@ -1,4 +1,5 @@
-// Single values of the dtypes that tensors come in, read as float32 and written rounded to nearest, ties to even.
+// Values of the dtypes that tensors come in, read as float32 and written rounded to nearest, ties to even. Loops over
+// many of them are plain, for compilers to vectorize.
 #pragma once
 
 #include <cstdint>
@@ -51,11 +52,26 @@ inline float load_scalar(const void* p, int64_t i, int32_t dtype) {
   return dtype == kBFloat16 ? from_bfloat16(x) : from_float16(x);
 }
 
-inline void store_scalar(void* p, int64_t i, int32_t dtype, float x) {
+inline void load_values(const void* p, int64_t first, int count, int32_t dtype, float* values) {
+  const auto* half = static_cast<const uint16_t*>(p) + first;
   if (dtype == kFloat32)
-    static_cast<float*>(p)[i] = x;
+    std::memcpy(values, static_cast<const float*>(p) + first, count * sizeof(float));
+  else if (dtype == kBFloat16)
+    for (int i = 0; i < count; ++i) values[i] = from_bfloat16(half[i]);
   else
-    static_cast<uint16_t*>(p)[i] = dtype == kBFloat16 ? to_bfloat16(x) : to_float16(x);
+    for (int i = 0; i < count; ++i) values[i] = from_float16(half[i]);
 }
+
+inline void store_values(void* p, int64_t first, int count, int32_t dtype, const float* values) {
+  auto* half = static_cast<uint16_t*>(p) + first;
+  if (dtype == kFloat32)
+    std::memcpy(static_cast<float*>(p) + first, values, count * sizeof(float));
+  else if (dtype == kBFloat16)
+    for (int i = 0; i < count; ++i) half[i] = to_bfloat16(values[i]);
+  else
+    for (int i = 0; i < count; ++i) half[i] = to_float16(values[i]);
+}
+
+inline int64_t bytes_of(int32_t dtype) { return dtype == kFloat32 ? 4 : dtype == kBool ? 1 : 2; }
 
 }  // namespace river

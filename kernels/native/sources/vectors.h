@@ -40,6 +40,11 @@ RIVER_INLINE Ints add(Ints a, Ints b) { return _mm512_add_epi32(a, b); }
 RIVER_INLINE Floats to_floats(Ints x) { return _mm512_cvtepi32_ps(x); }
 RIVER_INLINE Ints load(const uint8_t* p) { return _mm512_loadu_si512(p); }
 RIVER_INLINE void store(float* p, Floats x) { _mm512_storeu_ps(p, x); }
+RIVER_INLINE Floats load_floats(const float* p) { return _mm512_loadu_ps(p); }
+RIVER_INLINE Floats load_bfloat16(const uint16_t* p) {
+  const __m256i half = _mm256_loadu_si256(reinterpret_cast<const __m256i*>(p));
+  return _mm512_castsi512_ps(_mm512_slli_epi32(_mm512_cvtepu16_epi32(half), 16));
+}
 RIVER_INLINE Floats low_bfloat16(Ints x) { return _mm512_castsi512_ps(_mm512_slli_epi32(x, 16)); }
 RIVER_INLINE Floats high_bfloat16(Ints x) {
   return _mm512_castsi512_ps(_mm512_and_si512(x, _mm512_set1_epi32(int32_t(0xffff0000))));
@@ -85,6 +90,11 @@ RIVER_INLINE Ints add(Ints a, Ints b) { return _mm256_add_epi32(a, b); }
 RIVER_INLINE Floats to_floats(Ints x) { return _mm256_cvtepi32_ps(x); }
 RIVER_INLINE Ints load(const uint8_t* p) { return _mm256_loadu_si256(reinterpret_cast<const __m256i*>(p)); }
 RIVER_INLINE void store(float* p, Floats x) { _mm256_storeu_ps(p, x); }
+RIVER_INLINE Floats load_floats(const float* p) { return _mm256_loadu_ps(p); }
+RIVER_INLINE Floats load_bfloat16(const uint16_t* p) {
+  const __m128i half = _mm_loadu_si128(reinterpret_cast<const __m128i*>(p));
+  return _mm256_castsi256_ps(_mm256_slli_epi32(_mm256_cvtepu16_epi32(half), 16));
+}
 RIVER_INLINE Floats low_bfloat16(Ints x) { return _mm256_castsi256_ps(_mm256_slli_epi32(x, 16)); }
 RIVER_INLINE Floats high_bfloat16(Ints x) {
   return _mm256_castsi256_ps(_mm256_and_si256(x, _mm256_set1_epi32(int32_t(0xffff0000))));
@@ -141,6 +151,14 @@ RIVER_INLINE Ints load(const uint8_t* p) {
   return value;
 }
 RIVER_INLINE void store(float* p, Floats x) { std::memcpy(p, &x, sizeof x); }
+RIVER_INLINE Floats load_floats(const float* p) {
+  Floats x;
+  std::memcpy(&x, p, sizeof x);
+  return x;
+}
+RIVER_INLINE Floats load_bfloat16(const uint16_t* p) {
+  return (Floats)(Words{uint32_t(p[0]) << 16, uint32_t(p[1]) << 16, uint32_t(p[2]) << 16, uint32_t(p[3]) << 16});
+}
 RIVER_INLINE Floats low_bfloat16(Ints x) { return (Floats)((Words)x << 16); }
 RIVER_INLINE Floats high_bfloat16(Ints x) { return (Floats)((Words)x & 0xffff0000u); }
 RIVER_INLINE Ints low_nibbles(Ints x) { return x & 0x0f0f0f0f; }

@@ -20,6 +20,7 @@ from tests.kernels.checks import VALUES, weights
 from tests.kernels.harness import Guarded, assert_close, examples, poisoned
 
 DTYPES = (torch.float32, torch.bfloat16, torch.float16)
+PLAIN = (None, "none", None, None, 0.0, "none", False)  # no residual, norm, activation or gate
 ISAS = pytest.mark.parametrize("isa", runnable(), ids=lambda isa: isa.name)
 
 
@@ -61,7 +62,7 @@ def run(x, packed, bias, int8, rows_apart=0):
     given_bias = None if bias is None else Guarded(bias)
     out = y.tensor[:, :n]
     torch.ops.river_native.linear_out(
-        x, *(g.tensor for g in given), given_bias and given_bias.tensor, n, packed.group_size, int8, out
+        x, *(g.tensor for g in given), given_bias and given_bias.tensor, n, packed.group_size, int8, *PLAIN, out
     )
     for name, buffer in (("y", y), ("weight", given[0]), ("scale_zero", given[1])):
         buffer.check(name)

@@ -1,0 +1,161 @@
+// Operators for products with weights in 4 bits, or in the activations' dtype: from tensors to phases.
+#pragma once
+
+#include "bindings_kernels.h"
+#include "tensors.h"
+
+namespace river {
+
+// Both phases of one product.
+struct LinearCall {
+  PrepareArgs prepare{};
+  LinearArgs linear{};
+
+  size_t groups_of_rows() const {
+    return size_t(linear.rows) * ((linear.in_features + linear.group_size - 1) / linear.group_size);
+  }
+  size_t element_size() const { return linear.x.format == kInt8 ? 1 : 4; }
+
+  // Finds room for the prepared activations.
+  void place() {
+    const auto aligned = [](size_t bytes) { return (bytes + 63) / 64 * 64; };
+    const size_t groups = groups_of_rows(), values = aligned(groups * linear.group_size * element_size());
+    char* memory = workspace(values + 3 * aligned(groups * 4));
+    Activations& x = linear.x;
+    x.values = memory;
+    x.scale = reinterpret_cast<float*>(memory += values);
+    x.sum = reinterpret_cast<float*>(memory += aligned(groups * 4));
+    x.start = reinterpret_cast<int32_t*>(memory + aligned(groups * 4));
+    prepare.out = x;
+  }
+
+  void run() const {
+    const int64_t values = int64_t(groups_of_rows()) * linear.group_size;
+    const int64_t weights = (linear.out_features + kBlock - 1) / kBlock * (values / linear.rows) * kBlock;
+    const int most = threads();
+    const int rows = prepare.norm ? linear.rows : 4 * most;
+    const Call<LinearCall> call(*this);
+    call.run({{&run_prepare, std::min(rows, parts_of(values, 1 << 14, most))},
+              {&run_linear, parts_of(weights * ((linear.rows + 3) / 4), 1 << 17, most)}},
+             most);
+  }
+
+ private:
+  static void run_prepare(const void* call, int part, int parts) {
+    kernels().prepare(&static_cast<const LinearCall*>(call)->prepare, part, parts);
+  }
+  static void run_linear(const void* call, int part, int parts) {
+    kernels().linear(&static_cast<const LinearCall*>(call)->linear, part, parts);
+  }
+};
+
+inline void check_weight(const Tensor& weight, const Tensor& scale_zero, int64_t k, int64_t n, int64_t group_size) {
+  STD_TORCH_CHECK(group_size == 32 || group_size == 64 || group_size == 128, "group_size is not 32, 64 or 128");
+  STD_TORCH_CHECK(k > 0 && n > 0 && k < (1 << 30) && n < (1 << 30), "a product needs features to read and to write");
+  const int64_t blocks = (n + kBlock - 1) / kBlock, groups = (k + group_size - 1) / group_size;
+  STD_TORCH_CHECK(weight.is_cpu() && weight.scalar_type() == ScalarType::Byte && weight.is_contiguous() &&
+                      weight.numel() == blocks * groups * group_size * kBlock / 2,
+                  "weight is not packed for layout native with these features and groups");
+  STD_TORCH_CHECK(scale_zero.is_cpu() && scale_zero.scalar_type() == ScalarType::BFloat16 &&
+                      scale_zero.is_contiguous() && scale_zero.numel() == blocks * groups * kBlock * 2,
+                  "scale_zero is not packed for layout native with these features and groups");
+}
+
+// What is done before and after the sums of a product.
+struct Around {
+  const Maybe& bias;
+  const Maybe& residual;
+  const std::string& norm;
+  const Maybe& norm_weight;
+  const Maybe& norm_bias;
+  double eps;
+  const std::string& activation;
+  bool gated;
+};
+
+inline bool has_rows(const Tensor& y, const Tensor& x, int64_t width) {
+  return y.is_cpu() && y.scalar_type() == x.scalar_type() && y.dim() > 0 && rows_of(y) == rows_of(x) &&
+         columns_of(y) == width;
+}
+
+// Runs a product whose weights and format of activations the call has already.
+inline void run_linear(LinearCall& call, const Tensor& x, int64_t out_features, int64_t group_size,
+                       const Around& around, Tensor& y) {
+  std::vector<Tensor> held;
+  LinearArgs& a = call.linear;
+  PrepareArgs& p = call.prepare;
+  a.dtype = p.dtype = dtype_of(x, "x");
+  const Rows in = rows_in(x, held, "x");
+  const int64_t k = columns_of(x), width = around.gated ? out_features / 2 : out_features;
+  STD_TORCH_CHECK(!around.gated || out_features % (2 * kBlock) == 0, "a gated product has a multiple of 32 out_features");
+  check(has_rows(y, x, width), "y", "have x's dtype and rows, and out_features columns (gated half as many)");
+  check(y.is_contiguous() || (y.dim() == 2 && y.stride(1) == 1), "y", "have rows of adjacent elements");
+  if (rows_of(x) == 0) return;
+  if (around.residual) {
+    check(has_rows(*around.residual, x, width), "residual", "have y's dtype and shape");
+    const Rows added = rows_in(*around.residual, held, "residual");
+    a.residual = added.data;
+    a.residual_stride = added.stride;
+  }
+  p.norm = norm_of(around.norm);
+  check((p.norm == kNoNorm) == !around.norm_weight, "norm_weight", "be given where there is a norm, and only there");
+  p.norm_weight = vector_of(around.norm_weight, x, k, "norm_weight");
+  p.norm_bias = vector_of(around.norm_bias, x, k, "norm_bias");
+  p.eps = float(around.eps);
+  p.x = in.data;
+  p.x_stride = in.stride;
+  a.bias = vector_of(around.bias, x, out_features, "bias");
+  a.y = y.data_ptr();
+  a.y_stride = y.is_contiguous() ? width : y.stride(0);
+  a.rows = p.rows = int32_t(rows_of(x));
+  a.in_features = p.in_features = int32_t(k);
+  a.out_features = int32_t(out_features);
+  a.group_size = p.group_size = int32_t(group_size);
+  a.activation = activation_of(around.activation);
+  a.gated = around.gated;
+  call.place();
+  call.run();
+}
+
+inline void linear_out(const Tensor& x, const Tensor& weight, const Tensor& scale_zero, const Maybe& bias,
+                       int64_t out_features, int64_t group_size, bool int8_activations, const Maybe& residual,
+                       const std::string& norm, const Maybe& norm_weight, const Maybe& norm_bias, double eps,
+                       const std::string& activation, bool gated, Tensor y) {
+  check(x.dim() > 0, "x", "have a dimension of features");
+  check_weight(weight, scale_zero, columns_of(x), out_features, group_size);
+  LinearCall call;
+  call.linear.x.format = int8_activations ? kInt8 : kSingle;
+  call.linear.weight = static_cast<const uint8_t*>(weight.data_ptr());
+  call.linear.scale_zero = static_cast<const uint16_t*>(scale_zero.data_ptr());
+  run_linear(call, x, out_features, group_size,
+             {bias, residual, norm, norm_weight, norm_bias, eps, activation, gated}, y);
+}
+
+inline Tensor linear(const Tensor& x, const Tensor& weight, const Tensor& scale_zero, const Maybe& bias,
+                     int64_t out_features, int64_t group_size, bool int8_activations, const Maybe& residual,
+                     const std::string& norm, const Maybe& norm_weight, const Maybe& norm_bias, double eps,
+                     const std::string& activation, bool gated) {
+  check(x.dim() > 0, "x", "have a dimension of features");
+  Tensor y = empty_rows(x, gated ? out_features / 2 : out_features);
+  linear_out(x, weight, scale_zero, bias, out_features, group_size, int8_activations, residual, norm, norm_weight,
+             norm_bias, eps, activation, gated, y);
+  return y;
+}
+
+inline Tensor dense(const Tensor& x, const Tensor& weight, const Maybe& bias, const Maybe& residual,
+                    const std::string& norm, const Maybe& norm_weight, const Maybe& norm_bias, double eps,
+                    const std::string& activation, bool gated) {
+  check(x.dim() > 0, "x", "have a dimension of features");
+  check(weight.dim() == 2 && weight.is_cpu() && weight.is_contiguous() && weight.scalar_type() == x.scalar_type() &&
+            weight.size(1) == columns_of(x),
+        "weight", "be contiguous [N, K] in x's dtype");
+  const int64_t n = weight.size(0);
+  Tensor y = empty_rows(x, gated ? n / 2 : n);
+  LinearCall call;
+  call.linear.x.format = kPlain;
+  call.linear.dense = weight.data_ptr();
+  run_linear(call, x, n, kLargestGroup, {bias, residual, norm, norm_weight, norm_bias, eps, activation, gated}, y);
+  return y;
+}
+
+}  // namespace river

@@ -1,0 +1,66 @@
+// Products with 16-bit or float32 weights of a few rows, which read each weight once and sum every output in one order.
+#pragma once
+
+#include "functions.h"
+#include "phases.h"
+#include "scalars.h"
+#include "vectors.h"
+
+namespace river {
+
+// Reads kLanes values of a dtype from `i` on; `W` is how weights of that dtype lie in memory.
+template <int D>
+RIVER_INLINE Floats load_weights(const void* p, int64_t i) {
+  if constexpr (D == kFloat32) return load_floats(static_cast<const float*>(p) + i);
+  if constexpr (D == kBFloat16) return load_bfloat16(static_cast<const uint16_t*>(p) + i);
+  if constexpr (D == kFloat16) {
+    float values[kLanes];
+    load_values(p, i, kLanes, kFloat16, values);
+    return load_floats(values);
+  }
+}
+
+// `T` output features from `n` on for R rows: y[r][i] = sum over k of weight[n + i, k] x[r, k].
+template <int R, int T, int D>
+RIVER_INLINE void dense_tile(const LinearArgs& a, int64_t n, const float* const* x, float (*y)[kBlock], int at) {
+  const int64_t k = a.in_features, whole = k / kLanes * kLanes, bytes = D == kFloat32 ? 4 : 2;
+  const char* weight = static_cast<const char*>(a.dense) + n * k * bytes;
+  Floats sums[T][R];
+  for (auto& sum : sums)
+    for (Floats& one : sum) one = zeros();
+  for (int64_t i = 0; i < whole; i += kLanes) {
+#pragma GCC unroll 4
+    for (int t = 0; t < T; ++t) {
+      const Floats w = load_weights<D>(weight + t * k * bytes, i);
+      __builtin_prefetch(weight + (t + T) * k * bytes + i * bytes, 0, 2);
+#pragma GCC unroll 8
+      for (int r = 0; r < R; ++r) sums[t][r] = fma(w, load_floats(x[r] + i), sums[t][r]);
+    }
+  }
+  for (int t = 0; t < T; ++t) {
+    float last[kLanes] = {};
+    load_values(weight + t * k * bytes, whole, int(k - whole), D, last);
+    for (int r = 0; r < R; ++r) {
+      float lanes[16] = {};
+      store(lanes, whole < k ? fma(load_floats(last), load_floats(x[r] + whole), sums[t][r]) : sums[t][r]);
+      y[r][at + t] = sum_of_lanes(lanes);
+    }
+  }
+}
+
+// One block of output features for `rows` <= R rows of activations in float32, rows filled up to whole groups.
+template <int R, int D>
+void dense_block(const LinearArgs& a, int64_t n, int row, int rows, float (*y)[kBlock]) {
+  const int64_t padded = (a.in_features + a.group_size - 1) / a.group_size * a.group_size;
+  const float* x[R];
+  for (int r = 0; r < R; ++r)
+    x[r] = static_cast<const float*>(a.x.values) + (row + std::min(r, rows - 1)) * padded;
+  const int64_t first = n * kBlock;
+  const int count = int(std::min<int64_t>(kBlock, a.out_features - first));
+  constexpr int kTile = R > 4 ? 2 : 4;
+  int i = 0;
+  for (; i + kTile <= count; i += kTile) dense_tile<R, kTile, D>(a, first + i, x, y, i);
+  for (; i < count; ++i) dense_tile<R, 1, D>(a, first + i, x, y, i);
+}
+
+}  // namespace river

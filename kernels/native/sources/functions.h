@@ -1,0 +1,63 @@
+// Functions of float32 that loops over many values call: exponential, activations, sums in one fixed order.
+#pragma once
+
+#include <cmath>
+
+#include "phases.h"
+#include "scalars.h"
+
+namespace river {
+
+// e^x within 2 units in the last place for -87 < x < 88, the value at the nearer end beyond, NaN for NaN.
+inline float exp_of(float x) {
+  x = x < -87.0f ? -87.0f : x;
+  x = x > 88.0f ? 88.0f : x;
+  const float shifted = x * 1.44269504f + 12582912.0f;  // adding 1.5 * 2^23 rounds to the nearest integer
+  const float n = shifted - 12582912.0f;
+  const float r = (x - n * 0.693359375f) + n * 2.12194440e-4f;  // ln 2 in two parts, the first exact in n * part
+  float p = 1.0f / 5040;
+  for (const float c : {1.0f / 720, 1.0f / 120, 1.0f / 24, 1.0f / 6, 0.5f, 1.0f, 1.0f}) p = p * r + c;
+  return p * bits_to_float((float_to_bits(shifted) << 23) + 0x3f800000u);  // (2^n: n stands in the lowest bits)
+}
+
+inline float tanh_of(float x) {
+  const float e = exp_of(-2.0f * (x < 0 ? -x : x));
+  const float t = (1.0f - e) / (1.0f + e);
+  return x < 0 ? -t : t;
+}
+
+inline void activate(int32_t activation, float* y, int count) {
+  if (activation == kSilu)
+    for (int i = 0; i < count; ++i) y[i] = y[i] / (1.0f + exp_of(-y[i]));
+  else if (activation == kGelu)
+    for (int i = 0; i < count; ++i) y[i] = 0.5f * y[i] * (1.0f + std::erf(y[i] * 0.70710678f));
+  else if (activation == kGeluTanh)
+    for (int i = 0; i < count; ++i)
+      y[i] = 0.5f * y[i] * (1.0f + tanh_of(0.79788456f * (y[i] + 0.044715f * y[i] * y[i] * y[i])));
+  else if (activation == kRelu)
+    for (int i = 0; i < count; ++i) y[i] = y[i] < 0 ? 0.0f : y[i];
+}
+
+// Sums of 16 lanes, halved until one is left.
+inline float sum_of_lanes(float* lanes) {
+  for (int half = 8; half; half /= 2)
+    for (int j = 0; j < half; ++j) lanes[j] += lanes[j + half];
+  return lanes[0];
+}
+
+// `size` is a multiple of 16.
+inline float sum_of(const float* values, int size) {
+  float lanes[16] = {};
+  for (int i = 0; i < size; i += 16)
+    for (int j = 0; j < 16; ++j) lanes[j] += values[i + j];
+  return sum_of_lanes(lanes);
+}
+
+inline float dot_of(const float* a, const float* b, int size) {
+  float lanes[16] = {};
+  for (int i = 0; i < size; i += 16)
+    for (int j = 0; j < 16; ++j) lanes[j] += a[i + j] * b[i + j];
+  return sum_of_lanes(lanes);
+}
+
+}  // namespace river

@@ -1,0 +1,112 @@
+// What the operators ask of tensors: dtypes, rows, strides, new ones.
+#pragma once
+
+#include <torch/csrc/inductor/aoti_torch/c/shim.h>
+#include <torch/csrc/stable/ops.h>
+#include <torch/csrc/stable/tensor.h>
+
+#include <optional>
+#include <string>
+#include <vector>
+
+#include "phases.h"
+#include "tape.h"
+
+namespace river {
+
+using torch::headeronly::ScalarType;
+using torch::stable::Tensor;
+using Maybe = std::optional<Tensor>;
+
+inline Dtype dtype_of(const Tensor& x, const char* name) {
+  switch (x.scalar_type()) {
+    case ScalarType::Float: return kFloat32;
+    case ScalarType::BFloat16: return kBFloat16;
+    case ScalarType::Half: return kFloat16;
+    default: STD_TORCH_CHECK(false, name, " must be float32, bfloat16 or float16");
+  }
+}
+
+inline void check(bool holds, const char* name, const char* what) {
+  STD_TORCH_CHECK(holds, name, " must ", what);
+}
+
+inline int64_t rows_of(const Tensor& x) {
+  int64_t rows = 1;
+  for (int64_t i = 0; i + 1 < x.dim(); ++i) rows *= x.size(i);
+  return rows;
+}
+
+inline int64_t columns_of(const Tensor& x) { return x.size(x.dim() - 1); }
+
+// A matrix: where its rows begin, and elements between them.
+struct Rows {
+  void* data;
+  int64_t stride;
+};
+
+// Returns the rows of a tensor of adjacent features; `held` keeps the copy that this may take. On a tape there is none,
+// since it would hold the values of one step.
+inline Rows rows_in(const Tensor& x, std::vector<Tensor>& held, const char* name) {
+  check(x.is_cpu() && x.dim() > 0, name, "lie in the CPU's memory and have a dimension of features");
+  if (x.is_contiguous()) return {x.data_ptr(), columns_of(x)};
+  if (x.dim() == 2 && x.stride(1) == 1) return {x.data_ptr(), x.stride(0)};
+  check(!Tape::recording(), name, "be contiguous to be recorded");
+  held.push_back(torch::stable::contiguous(x));
+  return {held.back().data_ptr(), columns_of(x)};
+}
+
+// Returns the address of a vector, null without one.
+inline const void* vector_of(const Maybe& x, const Tensor& like, int64_t size, const char* name) {
+  if (!x) return nullptr;
+  check(x->is_cpu() && x->scalar_type() == like.scalar_type() && x->is_contiguous() && x->numel() == size, name,
+        "be contiguous, with x's dtype and as many elements as features");
+  return x->data_ptr();
+}
+
+// A new contiguous tensor, which the tape keeps if there is one.
+inline Tensor empty(const int64_t* sizes, int64_t dims, const Tensor& like) {
+  constexpr int64_t kMost = 8;
+  check(0 < dims && dims <= kMost, "x", "have 1 to 8 dimensions");
+  int64_t strides[kMost], stride = 1;
+  for (int64_t i = dims - 1; i >= 0; --i) {
+    strides[i] = stride;
+    stride *= std::max<int64_t>(sizes[i], 1);
+  }
+  int32_t dtype;
+  AtenTensorHandle made;
+  STABLE_TORCH_ERROR_CODE_CHECK(aoti_torch_get_dtype(like.get(), &dtype));
+  STABLE_TORCH_ERROR_CODE_CHECK(
+      aoti_torch_empty_strided(dims, sizes, strides, dtype, aoti_torch_device_type_cpu(), -1, &made));
+  Tensor tensor(made);
+  if (Tape* tape = Tape::recording()) tape->hold(tensor);
+  return tensor;
+}
+
+// A new tensor of x's leading sizes and `columns` columns.
+inline Tensor empty_rows(const Tensor& x, int64_t columns) {
+  std::vector<int64_t> sizes(x.dim());
+  for (int64_t i = 0; i < x.dim(); ++i) sizes[i] = i + 1 == x.dim() ? columns : x.size(i);
+  return empty(sizes.data(), x.dim(), x);
+}
+
+// The number of a name in a list that ends with nullptr.
+inline int32_t number_of(const std::string& name, const char* const* names, const char* what) {
+  for (int32_t i = 0; names[i]; ++i)
+    if (name == names[i]) return i;
+  STD_TORCH_CHECK(false, what, "='", name, "' is not known");
+}
+
+inline int32_t norm_of(const std::string& name) {
+  static const char* const names[] = {"none", "rms", "rms_plus_one", "layer", nullptr};
+  return number_of(name, names, "norm");
+}
+
+inline int32_t activation_of(const std::string& name) {
+  static const char* const names[] = {"none", "silu", "gelu", "gelu_tanh", "relu", nullptr};
+  return number_of(name, names, "activation");
+}
+
+inline int threads() { return int(torch::stable::get_num_threads()); }
+
+}  // namespace river

@@ -1,0 +1,75 @@
+"""Captures on a CPU: a unit of C++ calls is recorded on a tape, and replayed by one call.
+
+What a replay saves is everything between two kernels: Python, torch's dispatch, and waking the threads, which meet at
+barriers instead. It returns when its work is done, so nothing is launched ahead.
+
+Not handled: units in which Inductor's code runs, which stay uncaptured.
+"""
+
+from __future__ import annotations
+
+import functools
+from collections.abc import Callable, Iterable
+
+import torch
+from torch import Tensor
+
+from river_compile.kernels.native.tape import Tape
+from river_compile.lowering.native import CannotRecord, NativeSegment
+from river_compile.passes.program import Refusal
+from river_compile.runtime.runner import Step
+
+from .device import CaptureDevice, CaptureFailed
+from .partition import Unit
+
+
+class Tapes(CaptureDevice):
+    """The device that records calls of the C++ operators."""
+
+    name = "tapes of C++ calls"
+
+    def obstacle(self, step: Step) -> Refusal | None:
+        if isinstance(step.callee, NativeSegment):
+            return None
+        return Refusal("it is not made of C++ kernels alone", step.segment.name)
+
+    def flags(self, count: int) -> Tensor:
+        with torch.inference_mode(False):
+            return torch.full((count,), float("nan"))
+
+    def begin(self, buffers: Callable[[], Iterable[Tensor]], flags: Tensor) -> None:
+        """Does nothing: replays have run when they return."""
+
+    def run(self, work: Callable[[], object]) -> None:
+        work()
+
+    def settle(self) -> None:
+        """Does nothing: replays have run when they return."""
+
+    def capture(self, unit: Unit, slots: list, outputs: dict[int, Tensor]) -> tuple[Tape, int]:
+        tape, own = Tape(), list(slots)
+        try:
+            with tape.recording():
+                for step in unit.steps:
+                    assert isinstance(step.callee, NativeSegment), "units with other code have an obstacle"
+                    step.run_as(functools.partial(step.callee.record, tape=tape), own)
+                for index, buffer in outputs.items():
+                    torch.ops.river_native.copy(own[index], buffer)
+        except (CannotRecord, RuntimeError) as error:
+            raise CaptureFailed(str(error).partition("\n")[0]) from error
+        return tape, tape.bytes
+
+    def launch(self, graph: Tape, slots: list) -> None:
+        graph.replay()
+
+    def mark(self) -> None:
+        return None
+
+    def wait(self, mark: None) -> None:
+        """Does nothing: replays have run when they return."""
+
+    def seconds_between(self, first: None, second: None) -> None:
+        return None
+
+    def end(self) -> None:
+        """Does nothing: replays have run when they return."""

@@ -1,0 +1,135 @@
+"""Segments as calls of the C++ operators, without Inductor where nothing else is left to compute.
+
+A segment whose nodes are operators of the C++ kernels, counters and views runs as those calls, and can be recorded
+(:mod:`river_compile.kernels.native.tape`). In any other the operators stand among what Inductor compiles.
+
+Not handled: prompts at the speed of a library's wide products.
+"""
+
+from __future__ import annotations
+
+import operator
+from collections.abc import Sequence
+from typing import Any
+
+import torch
+from torch import Tensor, fx
+
+from river_compile.kernels.native import load as native
+from river_compile.kernels.native.tape import Tape
+from river_compile.kernels.quant.layouts import NATIVE_LAYOUTS
+from river_compile.passes.nodes import called, is_tensor, value_of
+from river_compile.passes.program import Segment
+
+# What hands on the memory of its input. (Where one of these has to copy, recording notices.)
+_VIEWS = (
+    torch.reshape,
+    torch.flatten,
+    torch.squeeze,
+    torch.unsqueeze,
+    torch.transpose,
+    torch.split,
+    Tensor.contiguous,
+    Tensor.expand,
+    Tensor.reshape,
+    Tensor.transpose,
+    Tensor.view,
+    operator.getitem,
+)
+# What makes a tensor from numbers alone, whose values stay what they were when they were recorded.
+_CONSTANTS = (torch.arange, torch.full)
+
+
+class CannotRecord(RuntimeError):
+    """A segment computes something outside of the C++ operators with the tensors at hand."""
+
+
+class NativeSegment:
+    """A segment as calls of the C++ operators; called with a list of inputs, it returns its outputs."""
+
+    def __init__(self, graph_module: fx.GraphModule) -> None:
+        self._run = graph_module.forward
+        self._graph_module = graph_module
+
+    def __call__(self, inputs: list) -> Sequence[Any]:
+        return self._run(*inputs)
+
+    def record(self, inputs: list, tape: Tape) -> Sequence[Any]:
+        """Calls the operators while a tape is recorded; the outputs have no values yet.
+
+        Raises:
+            CannotRecord: a view turned out to be a copy, which would be made of values that are not there.
+        """
+        return _Recording(self._graph_module, tape).run(*inputs)
+
+
+class _Recording(fx.Interpreter):
+    """Calls node by node, makes sure that views are views, and keeps constants as long as the tape."""
+
+    def __init__(self, graph_module: fx.GraphModule, tape: Tape) -> None:
+        super().__init__(graph_module)
+        self._tape = tape
+
+    def run_node(self, n: fx.Node) -> Any:
+        result = super().run_node(n)
+        if n.op == "call_function" and n.target in _CONSTANTS:
+            self._tape.keep(result)
+        if n.op == "call_function" and n.target in _VIEWS:
+            sources = [value for value in map(self.env.get, n.all_input_nodes) if isinstance(value, Tensor)]
+            places = {value.untyped_storage().data_ptr() for value in sources}
+            for value in result if isinstance(result, tuple) else [result]:
+                if isinstance(value, Tensor) and places and value.untyped_storage().data_ptr() not in places:
+                    raise CannotRecord(f"{n.name} ({n.target}) copies what is computed before it")
+        return result
+
+
+def native_segment(segment: Segment) -> NativeSegment | None:
+    """Returns a segment as calls of the C++ operators, None where something else is computed in it."""
+    graph = fx.Graph()
+    graph.output(graph.graph_copy(segment.graph, {}))
+    for node in graph.nodes:
+        use_native(node)
+    for node in [n for n in graph.nodes if n.target is torch._C._log_api_usage_once]:
+        graph.erase_node(node)
+    if not all(map(_is_native, graph.nodes)):
+        return None
+    return NativeSegment(fx.GraphModule(segment.graph.owning_module, graph, class_name="Segment"))
+
+
+def use_native(node: fx.Node) -> None:
+    """Turns a node into a call of the C++ operators where it is one of ours with their layout, or a counter."""
+    ours, native_ops = torch.ops.river, native.load()
+    if called(node, ours.linear.default):
+        x, weight, scale_zero, bias, out_features, group_size, layout = node.args
+        if layout in NATIVE_LAYOUTS:
+            node.target = native_ops.linear.default
+            node.args = (x, weight, scale_zero, bias, out_features, group_size, NATIVE_LAYOUTS[layout])
+        elif layout == "dense":
+            node.target, node.args = native_ops.dense.default, (x, weight, bias)
+    elif called(node, ours.kv_fill.default):
+        node.target = native_ops.kv_fill.default
+    elif called(node, ours.decode_attention.default):
+        node.target = native_ops.decode_attention.default
+    elif called(node, operator.add) and _counts(*node.args):
+        node.target = native_ops.add.default
+    elif called(node, Tensor.add_) and _counts(node.args[0]) and type(node.args[1]) is int and not node.users:
+        node.target = native_ops.advance.default
+
+
+def _counts(*nodes: object) -> bool:
+    """True for tensors of one int64."""
+    return all(
+        isinstance(n, fx.Node) and is_tensor(n) and value_of(n).dtype == torch.int64 and value_of(n).numel() == 1
+        for n in nodes
+    )
+
+
+def _is_native(node: fx.Node) -> bool:
+    if node.op in ("placeholder", "output"):
+        return True
+    if node.op != "call_function":
+        return False
+    if getattr(node.target, "namespace", None) == "river_native" or node.target in _VIEWS:
+        return True
+    tensors = any(is_tensor(n) for n in node.all_input_nodes)
+    return not tensors and (node.target in _CONSTANTS or isinstance(value_of(node), (int, torch.SymInt)))
