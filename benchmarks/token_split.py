@@ -1,111 +1,165 @@
-"""Where the time of one decoded token goes on a CPU: kernels, glue, guards, the sampling loop.
+"""Where the time of one decoded token goes on a CPU: each part timed where it runs, inside `generate`.
 
     python -m benchmarks.token_split
     python -m benchmarks.token_split --model DIR --depth 2
+    python -m benchmarks.token_split --through-dynamo  # without the shortcut of runtime/shortcut.py
+    python -m benchmarks.token_split --segments        # each kind of segment by itself
 
-Generates once to compile, takes the arguments of the last decode step and repeats its parts alone. Times are the least
-and the median over many repeats: the least is what the code costs, the median what a busy machine makes of it. Parts
-run alone find their weights in the cache more often than a whole token does, so they add up to a little less than it.
+Every part is timed in its place in a whole token, so it finds in the cache what a token leaves there, and the parts add
+up to the token. Medians over the tokens of two generations after a warm-up, batch 1, static cache. The model's loop is
+transformers' own. A clock costs about a microsecond.
 """
 
 from __future__ import annotations
 
+import functools
 import itertools
 import statistics
 import sys
 import time
-from collections.abc import Callable
-from dataclasses import dataclass, field
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from typing import Any
 
 import torch
+from torch import nn
 
-from benchmarks.common import command_line
+from benchmarks.common import command_line, print_table
 from river_compile import forced_depth, river
-from river_compile.passes.program import Segment
-from river_compile.runtime.executor import RiverExecutor, on_step
-from river_compile.runtime.stats import StepRecord
+from river_compile.backend import executors_of
+from river_compile.runtime.executor import RiverExecutor
+from river_compile.runtime.runner import PlainRunner
 from tools import models, timing
 
 PROMPT = "Explain how a refrigerator works."
-NEW_TOKENS = 48
+NEW_TOKENS = 64
+# What comes between two marks of a token, in order.
+STAGES = {
+    ("prepare", "prepared"): "transformers: inputs and masks",
+    ("prepared", "call"): "transformers: to the call",
+    ("call", "executor"): "from the model's call to the executor",
+    ("executor", "ran"): "the executor",
+    ("ran", "returned"): "from the executor to the caller",
+    ("returned", "update"): "transformers: to the update",
+    ("update", "updated"): "transformers: arguments of the next step",
+    ("updated", "prepare"): "transformers: choosing the token, streamer, stopping",
+}
+EXECUTOR = STAGES["executor", "ran"]
+# Methods of a runner, which an executor calls.
+PARTS = {
+    "begin": "inputs and prologue",
+    "blocks": "backbone blocks",
+    "tail": "twins and head",
+    "finish": "outputs",
+}
 
 
-@dataclass
-class Watch:
-    """Keeps the last decode step's executor and arguments, and every step's seconds."""
+class Marks:
+    """Names and times of what happened, and the seconds of the executor's parts, by name."""
 
-    executor: RiverExecutor | None = None
-    arguments: tuple = ()
-    seconds: list[float] = field(default_factory=list)
+    def __init__(self) -> None:
+        self.times: list[tuple[str, float]] = []
+        self.parts: dict[str, list[float]] = {}
 
-    def note(self, executor: RiverExecutor, arguments: tuple, step: StepRecord) -> None:
-        """Notes a step."""
-        self.executor, self.arguments = executor, arguments
-        self.seconds.append(step.seconds)
+    def around(self, function: Callable[..., Any], before: str, after: str) -> Callable[..., Any]:
+        """Returns a function that marks when it begins and when it is done."""
+
+        @functools.wraps(function)
+        def marked(*args: Any, **kwargs: Any) -> Any:
+            self.times.append((before, time.perf_counter()))
+            result = function(*args, **kwargs)
+            self.times.append((after, time.perf_counter()))
+            return result
+
+        return marked
+
+    def timed(self, name: str, function: Callable[..., Any]) -> Callable[..., Any]:
+        """Returns a function that notes its seconds under a name."""
+        seconds = self.parts.setdefault(name, [])
+
+        def run(*args: Any) -> Any:
+            start = time.perf_counter()
+            result = function(*args)
+            seconds.append(time.perf_counter() - start)
+            return result
+
+        return run
+
+    def time_parts(self, executor: RiverExecutor, segments: bool) -> None:
+        """Makes an executor's parts note their seconds: its runner's methods, or with `segments` each kind of segment.
+
+        Segments that are replayed together, from a tape, run one by one for that.
+        """
+        if segments:
+            steps: Any = {
+                segment: self.timed(segment.name.rstrip("0123456789_"), step)
+                for segment, step in executor.runner.steps.items()
+            }
+            executor.runner = PlainRunner(executor.program, steps)
+            return
+        for method, name in PARTS.items():
+            setattr(executor.runner, method, self.timed(name, getattr(executor.runner, method)))
+
+
+@contextmanager
+def marked(model: nn.Module, marks: Marks) -> Iterator[None]:
+    """Inside, marks are set wherever a token passes from one part to the next."""
+    kind: Any = type(model)
+    call, run = kind.__call__, RiverExecutor.__call__
+    model.prepare_inputs_for_generation = marks.around(model.prepare_inputs_for_generation, "prepare", "prepared")
+    update = marks.around(model._update_model_kwargs_for_generation, "update", "updated")
+    model._update_model_kwargs_for_generation = update
+    kind.__call__ = marks.around(call, "call", "returned")
+    RiverExecutor.__call__ = marks.around(run, "executor", "ran")
+    try:
+        yield
+    finally:
+        kind.__call__, RiverExecutor.__call__ = call, run
+        del model.prepare_inputs_for_generation, model._update_model_kwargs_for_generation
 
 
 def main(arguments: list[str] | None = None) -> int:
     parser = command_line(__doc__, "model", "threads")
     parser.add_argument("--depth", type=int, default=0, help="exit depth of every token (default 0: all twins)")
+    parser.add_argument("--through-dynamo", action="store_true", help="every step runs Dynamo's guards")
+    parser.add_argument("--segments", action="store_true", help="time segment by segment what is replayed as one")
     options = parser.parse_args(arguments)
     torch.set_num_threads(options.threads)
     model, tokenizer = models.load(options.model)
-    watch = Watch()
+    ids = models.encode(tokenizer, PROMPT)
     model.compile(backend=river)
-    with torch.no_grad(), forced_depth(options.depth), on_step(watch.note):
-        tokens = _token_seconds(model, tokenizer)
-        for name, seconds in _parts(watch, options.depth, tokens).items():
-            low, median = min(seconds) * 1e6, statistics.median(seconds) * 1e6
-            print(f"{name:<44} {low:>9.1f} us   median {median:>9.1f} us")
+    marks = Marks()
+    with torch.no_grad(), forced_depth(options.depth):
+        timing.generate(model, ids, NEW_TOKENS)
+        if options.through_dynamo:
+            model._compiled_call_impl = model._compiled_call_impl.__wrapped__
+        for executor in executors_of(model):
+            if executor.decodes:
+                marks.time_parts(executor, options.segments)
+        with marked(model, marks):
+            timing.generate(model, ids, NEW_TOKENS)
+            marks.times.clear()
+            for seconds in marks.parts.values():
+                seconds.clear()
+            for _ in range(2):
+                timing.generate(model, ids, NEW_TOKENS)
+    show(marks)
     return 0
 
 
-def _token_seconds(model, tokenizer) -> list[float]:
-    """Generates three times and returns the seconds of each token of the last two runs."""
-    ids = models.encode(tokenizer, PROMPT)
-    runs = [timing.generate(model, ids, NEW_TOKENS) for _ in range(3)]
-    return [b - a for run in runs[1:] for a, b in itertools.pairwise(run.times)]
-
-
-def _parts(watch: Watch, depth: int, tokens: list[float]) -> dict[str, list[float]]:
-    executor, arguments = watch.executor, watch.arguments
-    program, steps = executor.program, executor.runner.steps
-    lengths = [a for a in arguments if isinstance(a, torch.Tensor) and a.dim() == 0 and a.dtype == torch.int64]
-    filled = [int(length) - 1 for length in lengths]
-
-    def rewind() -> None:
-        for length, value in zip(lengths, filled, strict=True):
-            length.fill_(value)
-
-    def rewound(segment: Segment) -> Callable[[], None]:
-        def run() -> None:
-            rewind()
-            steps[segment](slots)
-
-        return run
-
-    rewind()
-    slots = executor.runner.begin(arguments)
-    block = program.blocks[depth - 1] if depth else None
-    twin = program.twins[depth] if depth < len(program.twins) else None
-    head = program.head if twin is None or program.river_head is None else program.river_head
-    for segment in (*program.blocks[:depth], *program.twins[depth:]):
-        rewound(segment)()  # fills the slots that the parts read
-    parts = {"whole token, in generate": tokens, "the executor's call": watch.seconds[-len(tokens) :]}
-    parts["rewinding the counters (in the next two)"] = _repeat(rewind)
-    for segment in filter(None, (block, twin)):
-        parts[segment.name] = _repeat(rewound(segment))
-    parts[head.name] = _repeat(lambda: steps[head](slots))
-    return parts
-
-
-def _repeat(step: Callable[[], None], times: int = 400) -> list[float]:
-    seconds = []
-    for _ in range(times):
-        start = time.perf_counter()
-        step()
-        seconds.append(time.perf_counter() - start)
-    return seconds
+def show(marks: Marks) -> None:
+    """Prints the parts of a token: how often each runs, and its median in microseconds."""
+    stages: dict[str, list[float]] = {}
+    for (name, start), (following, end) in itertools.pairwise(marks.times):
+        if (name, following) in STAGES:
+            stages.setdefault(STAGES[name, following], []).append(end - start)
+    medians = {name: statistics.median(stages[name]) * 1e6 for name in STAGES.values() if name in stages}
+    rows: list[list[object]] = [[name, 1, value] for name, value in medians.items()]
+    rows.append(["outside the executor", None, sum(medians.values()) - medians[EXECUTOR]])
+    for name, seconds in marks.parts.items():
+        if seconds:
+            rows.append([f"  {name}", round(len(seconds) / len(stages[EXECUTOR])), statistics.median(seconds) * 1e6])
+    print_table(["", "a token", "us"], rows)
 
 
 if __name__ == "__main__":

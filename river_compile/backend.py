@@ -44,6 +44,7 @@ from river_compile.reporting.report import graph_lines
 from river_compile.runtime.executor import RiverExecutor
 from river_compile.runtime.runner import PlainRunner, Runner, Step
 from river_compile.runtime.sequences import Sequences
+from river_compile.runtime.shortcut import install
 from river_compile.runtime.stats import ExitStats
 from river_compile.twins.make import PackedSite
 from river_compile.twins.observe import Observation
@@ -127,6 +128,7 @@ def executors_of(model: nn.Module) -> list[RiverExecutor]:
 def _watch(state: ModelState, record: GraphRecord, model: nn.Module) -> None:
     if record.block_paths:
         state.of(PlainRuns).watch(model, record.block_paths[0], river)
+        install(model)
 
 
 def _needs_gradients(example_inputs: Sequence[Any]) -> Refusal | None:
@@ -215,7 +217,16 @@ def _build(
         runner = CapturedRunner(program, steps, launcher, LaunchAhead(config.launch_ahead), policy.deepest)
     watch = TwinWatch(packed, program.slots, state) if packed else None
     executor = RiverExecutor(
-        program, runner, policy, stats, state.of(Memories), fill, state.of(Sequences), watch, streamer.forget
+        program,
+        runner,
+        policy,
+        stats,
+        state.of(Memories),
+        fill,
+        state.of(Sequences),
+        watch,
+        streamer.forget,
+        record.entry,
     )
     record.executor = weakref.ref(executor)
     return executor

@@ -10,7 +10,13 @@ import time
 from dataclasses import dataclass
 
 import torch
-from transformers import PreTrainedModel, StoppingCriteria, StoppingCriteriaList
+from transformers import (
+    LogitsProcessor,
+    LogitsProcessorList,
+    PreTrainedModel,
+    StoppingCriteria,
+    StoppingCriteriaList,
+)
 from transformers.generation.streamers import BaseStreamer
 
 
@@ -65,7 +71,8 @@ def generate(
         more: further arguments of the model's `generate`.
     """
     clock = _Clock()
-    options = {"min_new_tokens": 2 if end_early else new_tokens, **more}
+    ends = _NoEnd(model.generation_config.eos_token_id, input_ids.shape[1] + (2 if end_early else new_tokens))
+    options = {"logits_processor": LogitsProcessorList([ends]), **more}
     if static_cache:
         options["cache_implementation"] = "static"
     if stop_after is not None:
@@ -100,6 +107,24 @@ class _Clock(BaseStreamer):
 
     def end(self) -> None:
         pass
+
+
+class _NoEnd(LogitsProcessor):
+    """Keeps the sequence from ending before it has `length` tokens, as ``min_new_tokens`` does.
+
+    That builds and searches a list of the whole vocabulary for every token: 0.6 ms with 49,152 entries, more than the
+    rest of transformers' loop.
+    """
+
+    def __init__(self, end_tokens: int | list[int] | None, length: int) -> None:
+        self._end_tokens = [] if end_tokens is None else [end_tokens] if isinstance(end_tokens, int) else end_tokens
+        self._length = length
+
+    def __call__(self, input_ids: torch.Tensor, scores: torch.Tensor) -> torch.Tensor:
+        if input_ids.shape[1] < self._length:
+            for token in self._end_tokens:
+                scores[:, token] = -float("inf")
+        return scores
 
 
 class _StopAfter(StoppingCriteria):

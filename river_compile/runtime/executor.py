@@ -15,6 +15,7 @@ import torch
 
 from river_compile.exits import ExitPolicy, Memories, Memory
 from river_compile.passes.program import RiverProgram
+from river_compile.upstream.dynamo_cache import CacheEntry
 
 from .fill import Fill
 from .runner import Runner
@@ -23,6 +24,7 @@ from .slots import cache_slots, capacity_check
 from .stats import ExitStats, Observers, StepRecord
 
 _steps: Observers[[RiverExecutor, tuple, StepRecord]] = Observers()
+_calls: Observers[[RiverExecutor, tuple, tuple]] = Observers()
 
 
 class RiverExecutor:
@@ -38,6 +40,7 @@ class RiverExecutor:
         sequences: of the model; tells when a sequence begins.
         on_begin: called with the graph's inputs where one begins, before anything runs; None: nothing to do.
         on_close: called after each step.
+        entry: what Dynamo keeps of the graph; None outside of Dynamo.
     """
 
     def __init__(
@@ -51,11 +54,13 @@ class RiverExecutor:
         sequences: Sequences,
         on_begin: Callable[[Sequence[Any]], None] | None,
         on_close: Callable[[], None],
+        entry: CacheEntry | None = None,
     ) -> None:
         self.program, self.runner, self.policy, self.fill = program, runner, policy, fill
         self.num_blocks = program.plan.num_blocks
         self.decodes = program.plan.is_decode
-        self._stats, self._memories, self._sequences = stats, memories, sequences
+        self.sequences, self.entry = sequences, entry
+        self._stats, self._memories = stats, memories
         self._on_begin, self._on_close = on_begin, on_close
         self._check_capacity = capacity_check(program)
         self._cache_in, self._cache_out = cache_slots(program)
@@ -65,7 +70,7 @@ class RiverExecutor:
         started = time.perf_counter()
         policy = self.policy.in_this_thread() if self.decodes else self.policy
         runner = self.runner
-        if self._on_begin is not None and self._sequences.begins(self, self._cache(args)):
+        if self._on_begin is not None and self.sequences.begins(self, self._cache(args)):
             self._on_begin(args)
         with runner, torch._C._DisableAutocast():
             slots = runner.begin(args)
@@ -84,13 +89,14 @@ class RiverExecutor:
                     runner.tail(slots, depth)
             self.fill.end(slots, memory, depth)
             self._keep(slots, memory)
-            self._sequences.left(None if not self.decodes or self._cache_out is None else slots[self._cache_out])
+            self.sequences.left(None if not self.decodes or self._cache_out is None else slots[self._cache_out])
             outputs = runner.finish(slots)
         seconds = time.perf_counter() - started
         thread, model = threading.get_ident(), self._stats.model_id
         step = StepRecord(depth, tuple(scores), self.decodes, thread, model, entropy, river_from, seconds)
         self._stats.count(step)
         _steps(self, args, step)
+        _calls(self, args, outputs)
         self._on_close()
         return outputs
 
@@ -158,3 +164,8 @@ class RiverExecutor:
 def on_step(observer: Callable[[RiverExecutor, tuple, StepRecord], object]) -> AbstractContextManager[None]:
     """Inside, calls `observer(executor, args, record)` after every step in the process, with its graph's inputs."""
     return _steps.added(observer)
+
+
+def on_call(observer: Callable[[RiverExecutor, tuple, tuple], object]) -> AbstractContextManager[None]:
+    """Inside, calls `observer(executor, args, outputs)` after every step in the process: its graph's."""
+    return _calls.added(observer)

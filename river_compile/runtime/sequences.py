@@ -35,6 +35,11 @@ class Sequences(threading.local):
         left = self._left
         return cache is None or left is None or left[0]() is not cache or left[1] != version_of(cache)
 
+    @property
+    def goes_on(self) -> bool:
+        """Whether every step now belongs to one sequence, prompts too; see :meth:`one`."""
+        return self._seen is not None
+
     def left(self, cache: Tensor | None) -> None:
         """Notes the tensor of the cache that a decode step left, None after a prompt."""
         self._left = None if cache is None else (TensorWeakRef(cache), version_of(cache))

@@ -23,7 +23,12 @@ from torch import fx, nn
 from torch._dynamo.guards import GuardBuilder
 from torch._guards import Guard, Source, TracingContext
 from torch.utils.hooks import RemovableHandle
+from transformers.cache_utils import Cache, CacheLayerMixin
 
+from .dynamo_calls import CallEffects, effects_of_call
+
+# Objects that come with a call's arguments, which whoever runs a graph without Dynamo compares for itself.
+_LOOKED_AFTER = (nn.Module, Cache, CacheLayerMixin)
 CHANGES_NOTHING = "changes_nothing"  # an attribute of hooks that graphs need not be traced anew for
 
 
@@ -41,10 +46,13 @@ class CacheEntry:
 
     Attributes:
         counts: whether Dynamo counts it among those of all models.
+        effects: what a call of the traced function does besides running the graph, None where that is not known.
     """
 
     def __init__(self) -> None:
         self.counts = False
+        self.effects: CallEffects | None = None
+        self._hooks: _Hooks | None = None
         self._calls_model = False  # in the graph, with the hooks of the model itself
         self._guards: Any = None  # Dynamo's CheckFunctionManager
 
@@ -52,6 +60,10 @@ class CacheEntry:
     def cached(self) -> bool:
         """Whether Dynamo still holds it."""
         return self._guards is not None and self._guards.guard_manager.cache_entry is not None
+
+    def holds(self, model: nn.Module) -> bool:
+        """Returns whether Dynamo still holds it and the model's hooks are those of the graph."""
+        return self.cached and self._hooks is not None and self._hooks.unchanged(model)
 
     def belongs_to_model_of(self, parameter: fx.Node, then: Callable[[nn.Module], object]) -> None:
         """Makes Dynamo trace every other model anew: it would run in this graph, with this one's twins.
@@ -67,6 +79,7 @@ class CacheEntry:
             return
         guards, source = context.guards_context.dynamo_guards, parameter.meta["grapharg"].source
         model = _model_source(source)
+        self.effects = effects_of_call(_LOOKED_AFTER)
         if model is None:
             guards.add(source.make_guard(GuardBuilder.ID_MATCH))
             return
@@ -90,7 +103,7 @@ class CacheEntry:
         model: Any = guard.obj_weakref() if isinstance(guard.obj_weakref, weakref.ref) else None
         assert isinstance(model, nn.Module), "the source of a module gives a module"
         weakref.finalize(model, self.drop).atexit = False
-        hooks = _Hooks(model, with_own=self._calls_model)
+        self._hooks = hooks = _Hooks(model, with_own=self._calls_model)
         builder.get_guard_manager(guard).add_lambda_guard(hooks.unchanged, ["forward hooks of its modules"], None)
         then(model)
 

@@ -1,0 +1,122 @@
+"""Decode steps that take a shortcut around Dynamo, where only what they are given has changed since the step before.
+
+Between `generate` and a model's graph stands Dynamo: it checks thousands of guards and collects the graph's inputs from
+hundreds of modules, about a millisecond a token. While a sequence goes on, the same graph runs with the same parameters
+and the same cache, and with other ids, positions and masks. So a decode step is noted as it comes through Dynamo, and
+the next one calls the executor itself.
+
+Checked in every step:
+
+- shapes, strides, dtypes and devices of what is given, and the values of flags;
+- that the cache and its layers are the same objects, no attribute of which was set;
+- that no attribute of a module of the model or of its configuration was set, training mode and the settings of adapters
+  among them, and that no parameter, buffer, submodule or entry of a plain dict was exchanged;
+- dtypes of parameters and buffers, whether they are on a CPU, and forward hooks;
+- grad mode, autocast and what else of the state of process and thread Dynamo guards.
+
+What does not pass goes through Dynamo with all its guards, and so do a prompt and the step after it. Not checked within
+a sequence: globals, closures, classes and functions that the model's code uses, the insides of lists and of other
+objects that its modules hold, and changes that another thread makes while a step runs.
+
+Not handled: calls that ``model.compile`` did not set up, and what `noted_step.py` cannot note.
+"""
+
+from __future__ import annotations
+
+import functools
+import threading
+import weakref
+from collections.abc import Callable
+from typing import Any
+
+from torch import nn
+
+from .executor import RiverExecutor, on_call
+from .noted_step import Given, NotedStep, Surroundings
+
+_PATIENCE = 8  # steps of one sequence that may be noted in vain
+
+
+def install(model: nn.Module) -> None:
+    """Puts a shortcut around what ``model.compile`` made of a model's calls, where that is not done yet."""
+    compiled: Any = model._compiled_call_impl
+    if compiled is not None and not hasattr(compiled, "river_shortcut"):
+        model._compiled_call_impl = Shortcut(model, compiled).around()
+
+
+class _Thread:
+    """What one thread's calls left: the latest decode step's looks and executor, and the step that may run again."""
+
+    def __init__(self) -> None:
+        self.ran: tuple[object, weakref.ref[RiverExecutor]] | None = None
+        self.step: NotedStep | None = None
+        self.patience = _PATIENCE
+
+
+class Shortcut:
+    """The calls of one model.
+
+    Args:
+        model: the model, held weakly.
+        compiled: what runs a call through Dynamo.
+
+    Attributes:
+        taken: decode steps that took it, in all threads.
+    """
+
+    def __init__(self, model: nn.Module, compiled: Callable[..., Any]) -> None:
+        self.taken = 0
+        self._model = weakref.ref(model)
+        self._compiled = compiled
+        self._threads: dict[int, _Thread] = {}  # (a threading.local would keep the model alive)
+
+    def around(self) -> Callable[..., Any]:
+        """Returns the function that takes the place of `compiled`, which Dynamo sees in it."""
+
+        @functools.wraps(self._compiled)
+        def call(*args: Any, **kwargs: Any) -> Any:
+            return self(*args, **kwargs)
+
+        call.river_shortcut = self  # type: ignore[attr-defined]
+        return call
+
+    def __call__(self, *args: Any, **kwargs: Any) -> Any:
+        model = self._model()
+        given = Given(kwargs)
+        if args or model is None or given.looks is None:
+            return self._compiled(*args, **kwargs)
+        thread = self._threads.setdefault(threading.get_ident(), _Thread())
+        if thread.step is not None and thread.step.looks == given.looks:
+            result = thread.step.run(model, given)
+            if result is not None:
+                self.taken += 1
+                return result
+            thread.step = None
+        return self._through_dynamo(model, thread, given, kwargs)
+
+    def _through_dynamo(self, model: nn.Module, thread: _Thread, given: Given, kwargs: dict) -> Any:
+        """Runs a call through Dynamo, and notes it where the same executor ran a call with these looks before."""
+        expected = thread.ran[1]() if thread.ran is not None and thread.ran[0] == given.looks else None
+        before = None
+        if expected is not None and thread.patience > 0:
+            before = Surroundings.of(model, given.cache, expected)
+        calls: list[tuple[RiverExecutor, tuple, tuple]] = []
+        here = threading.get_ident()
+
+        def note(*call: Any) -> None:
+            if threading.get_ident() == here:
+                calls.append(call)
+
+        with on_call(note):
+            result = self._compiled(**kwargs)
+        if len(calls) != 1:
+            return result
+        executor, args, outputs = calls[0]
+        if executor.decodes:
+            thread.ran = (given.looks, weakref.ref(executor))
+            if before is not None and executor is expected:
+                thread.patience -= 1
+                thread.step = NotedStep.of(before, model, given, args, outputs, result)
+        elif not executor.sequences.goes_on:
+            thread.step, thread.patience = None, _PATIENCE
+        return result
