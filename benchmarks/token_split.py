@@ -3,11 +3,12 @@
     python -m benchmarks.token_split
     python -m benchmarks.token_split --model DIR --depth 2
     python -m benchmarks.token_split --through-dynamo  # without the shortcut of runtime/shortcut.py
+    python -m benchmarks.token_split --own-loop        # with river_compile.decode
     python -m benchmarks.token_split --segments        # each kind of segment by itself
 
 Every part is timed in its place in a whole token, so it finds in the cache what a token leaves there, and the parts add
-up to the token. Medians over the tokens of two generations after a warm-up, batch 1, static cache. The model's loop is
-transformers' own. A clock costs about a microsecond.
+up to the token. Medians over the tokens of two generations after a warm-up, batch 1, static cache. A clock costs
+about a microsecond.
 """
 
 from __future__ import annotations
@@ -25,7 +26,7 @@ import torch
 from torch import nn
 
 from benchmarks.common import command_line, print_table
-from river_compile import forced_depth, river
+from river_compile import decode, forced_depth, river
 from river_compile.backend import executors_of
 from river_compile.runtime.executor import RiverExecutor
 from river_compile.runtime.runner import PlainRunner
@@ -43,6 +44,7 @@ STAGES = {
     ("returned", "update"): "transformers: to the update",
     ("update", "updated"): "transformers: arguments of the next step",
     ("updated", "prepare"): "transformers: choosing the token, streamer, stopping",
+    ("returned", "call"): "river_compile.decode: all of the loop",
 }
 EXECUTOR = STAGES["executor", "ran"]
 # Methods of a runner, which an executor calls.
@@ -122,27 +124,30 @@ def main(arguments: list[str] | None = None) -> int:
     parser = command_line(__doc__, "model", "threads")
     parser.add_argument("--depth", type=int, default=0, help="exit depth of every token (default 0: all twins)")
     parser.add_argument("--through-dynamo", action="store_true", help="every step runs Dynamo's guards")
+    parser.add_argument("--own-loop", action="store_true", help="the loop is river_compile.decode")
     parser.add_argument("--segments", action="store_true", help="time segment by segment what is replayed as one")
+    parser.add_argument("--lowering", default="auto", help="of the compiled model (default auto)")
     options = parser.parse_args(arguments)
     torch.set_num_threads(options.threads)
     model, tokenizer = models.load(options.model)
     ids = models.encode(tokenizer, PROMPT)
-    model.compile(backend=river)
+    model.compile(backend=river, options={"lowering": options.lowering})
     marks = Marks()
+    loop = {"custom_generate": decode} if options.own_loop else {}
     with torch.no_grad(), forced_depth(options.depth):
-        timing.generate(model, ids, NEW_TOKENS)
+        timing.generate(model, ids, NEW_TOKENS, **loop)
         if options.through_dynamo:
             model._compiled_call_impl = model._compiled_call_impl.__wrapped__
         for executor in executors_of(model):
             if executor.decodes:
                 marks.time_parts(executor, options.segments)
         with marked(model, marks):
-            timing.generate(model, ids, NEW_TOKENS)
+            timing.generate(model, ids, NEW_TOKENS, **loop)
             marks.times.clear()
             for seconds in marks.parts.values():
                 seconds.clear()
             for _ in range(2):
-                timing.generate(model, ids, NEW_TOKENS)
+                timing.generate(model, ids, NEW_TOKENS, **loop)
     show(marks)
     return 0
 
@@ -153,12 +158,14 @@ def show(marks: Marks) -> None:
     for (name, start), (following, end) in itertools.pairwise(marks.times):
         if (name, following) in STAGES:
             stages.setdefault(STAGES[name, following], []).append(end - start)
-    medians = {name: statistics.median(stages[name]) * 1e6 for name in STAGES.values() if name in stages}
+    tokens = len(stages[EXECUTOR])
+    often = [name for name in STAGES.values() if len(stages.get(name, [])) > tokens / 2]  # (more than a prompt's)
+    medians = {name: statistics.median(stages[name]) * 1e6 for name in often}
     rows: list[list[object]] = [[name, 1, value] for name, value in medians.items()]
     rows.append(["outside the executor", None, sum(medians.values()) - medians[EXECUTOR]])
     for name, seconds in marks.parts.items():
-        if seconds:
-            rows.append([f"  {name}", round(len(seconds) / len(stages[EXECUTOR])), statistics.median(seconds) * 1e6])
+        if len(seconds) > tokens / 2:
+            rows.append([f"  {name}", round(len(seconds) / tokens), statistics.median(seconds) * 1e6])
     print_table(["", "a token", "us"], rows)
 
 

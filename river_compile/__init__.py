@@ -34,6 +34,7 @@ _EXPORTS = {
     "UnsupportedGraphError": "errors",
     "block_errors": "twins.block_errors",
     "calibrate": "calibration.calibrate",
+    "decode": "generation",
     "exact": "speculative.mode",
     "forced_depth": "exits",
     "forced_threshold": "exits",

@@ -1,0 +1,131 @@
+"""Greedy decoding and sampling in a loop of the package's own: ``generate(custom_generate=river_compile.decode)``.
+
+The same processors, stopping criteria and streamers in the same order with the same arguments as in transformers' loop,
+and the same tokens; what a step is given is made in less time (`runtime/next_inputs.py`).
+
+Not handled (a ValueError that says so): beams and assisted modes, encoder-decoder models, attention weights and hidden
+states as outputs, generation that is synchronized over processes.
+"""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+from torch import Tensor
+from transformers import GenerationConfig, PreTrainedModel
+from transformers.generation import GenerateDecoderOnlyOutput, LogitsProcessorList, StoppingCriteriaList
+from transformers.generation.configuration_utils import GenerationMode
+
+from river_compile.runtime.next_inputs import NextInputs
+from river_compile.speculative.hf_frames import KeepsTokenizer, argument_of_generate
+from river_compile.upstream.hf_cache import cache_argument, cache_of
+
+
+class Decode:
+    """The callable for ``custom_generate``."""
+
+    __signature__ = KeepsTokenizer()
+
+    def __call__(
+        self,
+        model: PreTrainedModel,
+        input_ids: Tensor,
+        logits_processor: LogitsProcessorList,
+        stopping_criteria: StoppingCriteriaList,
+        generation_config: GenerationConfig,
+        synced_gpus: bool = False,
+        streamer: Any | None = None,
+        tokenizer: object | None = None,  # of stop_strings; taking it makes generate keep it
+        **model_kwargs: Any,
+    ) -> Tensor | GenerateDecoderOnlyOutput:
+        """Called by ``generate`` in place of its own loop, with its arguments.
+
+        Raises:
+            ValueError: something that this loop does not handle.
+            CacheFullError: (a ``ValueError``) a static cache of the user's is too small for the text.
+        """
+        config = generation_config
+        assistant = argument_of_generate("assistant_model")
+        obstacle = _obstacle(model, config, synced_gpus, assistant, cache_of(model_kwargs))
+        if obstacle:
+            raise ValueError(f"river_compile.decode is for greedy search and sampling: {obstacle}")
+        streamer = streamer or argument_of_generate("streamer")
+        choice = _Choice(config, logits_processor, stopping_criteria, input_ids)
+        outputs = model._prefill(input_ids, config, model_kwargs, not config.is_assistant)
+        model_kwargs = model._update_model_kwargs_for_generation(outputs, model_kwargs)
+        following = NextInputs(model, model_kwargs)
+        with model._optimize_model_for_decode():
+            while True:
+                tokens_B = choice.next(outputs.logits)
+                del outputs
+                if streamer is not None:
+                    streamer.put(tokens_B.cpu())
+                if not choice.active_B.any():
+                    break
+                outputs = model(**following.after(choice.ids_BS), return_dict=True)
+        if streamer is not None:
+            streamer.end()
+        if not config.return_dict_in_generate:
+            return choice.ids_BS
+        kept = {"scores": choice.scores, "logits": choice.logits, cache_argument(model): cache_of(model_kwargs)}
+        return GenerateDecoderOnlyOutput(sequences=choice.ids_BS, **kept)
+
+
+decode = Decode()
+
+
+class _Choice:
+    """Chooses the tokens of one call of generate.
+
+    Attributes:
+        ids_BS: all ids so far.
+        active_B: the rows that have not ended.
+        scores, logits: of each step, processed and raw ``[B, V]``, where they were asked for.
+    """
+
+    def __init__(
+        self, config: GenerationConfig, process: LogitsProcessorList, stops: StoppingCriteriaList, ids_BS: Tensor
+    ) -> None:
+        wanted = config.return_dict_in_generate
+        self.scores: tuple[Tensor, ...] | None = () if wanted and config.output_scores else None
+        self.logits: tuple[Tensor, ...] | None = () if wanted and config.output_logits else None
+        self.ids_BS, self.active_B = ids_BS, ids_BS.new_ones(ids_BS.shape[0], dtype=torch.bool)
+        self._process, self._stops, self._do_sample = process, stops, config.do_sample
+        ends = any(hasattr(criterion, "eos_token_id") for criterion in stops)
+        self._pad_token = config._pad_token_tensor.to(ids_BS.device) if ends else None
+
+    def next(self, logits_BSV: Tensor) -> Tensor:
+        """Returns the token of every row ``[B]`` that follows, by the logits of the last position."""
+        raw_BV = logits_BSV[:, -1].to(copy=True, dtype=torch.float32, device=self.ids_BS.device)
+        scores_BV = self._process(self.ids_BS, raw_BV)
+        self.scores = None if self.scores is None else (*self.scores, scores_BV)
+        self.logits = None if self.logits is None else (*self.logits, raw_BV)
+        if self._do_sample:
+            tokens_B = torch.multinomial(torch.softmax(scores_BV, dim=-1), num_samples=1).squeeze(1)
+        else:
+            tokens_B = scores_BV.argmax(-1)
+        if self._pad_token is not None:
+            tokens_B = torch.where(self.active_B, tokens_B, self._pad_token)
+        self.ids_BS = torch.cat([self.ids_BS, tokens_B[:, None]], dim=-1)
+        self.active_B = self.active_B & ~self._stops(self.ids_BS, self.scores)
+        return tokens_B
+
+
+def _obstacle(
+    model: PreTrainedModel, config: GenerationConfig, synced_gpus: bool, assistant: object, cache: object
+) -> str:
+    """Returns what the loop does not handle, and what to do about it; empty where there is nothing."""
+    mode = config.get_generation_mode()
+    if mode not in (GenerationMode.GREEDY_SEARCH, GenerationMode.SAMPLE):
+        return f"these options ask for {mode.value}; leave out num_beams and prompt_lookup_num_tokens"
+    if assistant is not None:
+        return f"leave out assistant_model={type(assistant).__name__}, or custom_generate"
+    if model.config.is_encoder_decoder:
+        return f"{type(model).__name__} is an encoder-decoder model; leave out custom_generate"
+    for name in ("output_attentions", "output_hidden_states"):
+        if getattr(config, name) and config.return_dict_in_generate:
+            return f"{name}=True is not available; output_scores and output_logits are"
+    if synced_gpus:
+        return "synced_gpus=True is not available"
+    return "" if cache is not None else "leave out use_cache=False"
