@@ -36,7 +36,7 @@ test: $(FOR_TEST)
 	$(IN_VENV) -m ruff check .
 	$(IN_VENV) -m ruff format --check .
 	$(IN_VENV) -m tools.typecheck
-	$(IN_VENV) -m tools.models smollm2
+	$(IN_VENV) -m river_compile.cli.demo_models smollm2
 	$(IN_VENV) -m pytest -n 2 --dist loadfile
 
 bench: $(FOR_DEMO)
@@ -62,7 +62,7 @@ clean:
 	@echo "Converted models and generated kernels stay in $${RIVER_COMPILE_CACHE:-~/.cache/river_compile}; remove that folder by hand if you want."
 
 $(FOR_DEMO): $(CREATED) pyproject.toml
-	$(IN_VENV) -m pip install --disable-pip-version-check --editable ".[demo]"
+	$(IN_VENV) -m pip install --disable-pip-version-check --editable .
 	@touch $@
 
 $(FOR_TEST): $(CREATED) pyproject.toml

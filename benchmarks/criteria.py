@@ -30,9 +30,9 @@ from transformers import PreTrainedModel
 from benchmarks import common
 from benchmarks.texts import collect
 from river_compile.calibration.evaluate import Measured, Meter, Rule, compiled
+from river_compile.cli import models
+from river_compile.cli.texts import topics
 from river_compile.exits import CRITERIA, Criterion
-from tools import models
-from tools.texts import topics
 
 if TYPE_CHECKING:
     from matplotlib.figure import Figure

@@ -15,10 +15,10 @@ from benchmarks import common
 from benchmarks.random_llama import random_llama
 from benchmarks.roofline import Roofline, depth_name
 from river_compile import Report, report
+from river_compile.cli.timing import generate
 from river_compile.cudagraphs.device import CaptureLog
 from river_compile.exits import forced_depth
 from river_compile.upstream.hf_cache import cache_argument, crop
-from tools.timing import generate
 
 _WARM_UP = 4  # tokens: the first runs, the second is captured
 _REPEATS = 3

@@ -29,7 +29,7 @@ from dataclasses import asdict, dataclass, field
 from pathlib import Path
 
 from benchmarks import common, cuda_decode
-from tools import models
+from river_compile.cli import models
 
 PROMPT = "Write a Python function that returns the n-th Fibonacci number."
 NEVER = "never"  # stands for an exit depth of all blocks, whose number only the worker knows
@@ -219,7 +219,7 @@ class TorchRunner:
         return self._generate().decode_tokens_per_s
 
     def _generate(self, stop_after: int | None = None):
-        from tools.timing import generate
+        from river_compile.cli.timing import generate
 
         static = self.job["backend"] != "eager"
         return generate(self.model, self.prompt, self.job["new_tokens"], static_cache=static, stop_after=stop_after)
@@ -242,7 +242,7 @@ class LlamaCppRunner:
 
     def rate(self) -> float:
         """Returns the decode tokens/s of one generation."""
-        from tools.timing import decode_rate
+        from river_compile.cli.timing import decode_rate
 
         return decode_rate(self._generate(self.job["new_tokens"]))
 

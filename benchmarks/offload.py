@@ -22,7 +22,7 @@ from contextlib import closing
 from pathlib import Path
 
 from benchmarks import common
-from tools import models
+from river_compile.cli import models
 
 PROMPT = "Write a Python function that returns the n-th Fibonacci number."
 
@@ -53,7 +53,7 @@ def measure(folder: str, options: dict, new_tokens: int, threads: int) -> dict:
     import torch
 
     import river_compile
-    from tools.timing import generate
+    from river_compile.cli.timing import generate
 
     models.quiet()
     torch.set_num_threads(threads)

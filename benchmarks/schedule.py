@@ -24,6 +24,7 @@ from transformers import PreTrainedModel, StaticCache
 from benchmarks.common import command_line, print_table
 from benchmarks.random_llama import random_llama
 from river_compile import river, warmup
+from river_compile.cli import models
 from river_compile.cudagraphs.partition import Unit
 from river_compile.cudagraphs.recorder import Event
 from river_compile.cudagraphs.runner import CapturedRunner
@@ -33,7 +34,6 @@ from river_compile.runtime.executor import RiverExecutor, on_step
 from river_compile.runtime.runner import Step
 from river_compile.runtime.stats import StepRecord
 from river_compile.upstream.hf_cache import cache_argument
-from tools import models
 
 _PROMPT = 4
 _COLUMNS = {"block": 6, "twin": 3, "head": 2, "river_head": 2, "prologue": 1}

@@ -15,9 +15,9 @@ from torch import Tensor
 from torch.nn import functional
 from transformers import PreTrainedModel, PreTrainedTokenizerBase, StaticCache
 
+from river_compile.cli import models
+from river_compile.cli.texts import topics
 from river_compile.upstream.hf_cache import cache_argument
-from tools import models
-from tools.texts import topics
 
 PROMPTS = (
     "Explain how a refrigerator works.",

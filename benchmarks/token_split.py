@@ -28,9 +28,9 @@ from torch import nn
 from benchmarks.common import command_line, print_table
 from river_compile import decode, forced_depth, river
 from river_compile.backend import executors_of
+from river_compile.cli import models, timing
 from river_compile.runtime.executor import RiverExecutor
 from river_compile.runtime.runner import PlainRunner
-from tools import models, timing
 
 PROMPT = "Explain how a refrigerator works."
 NEW_TOKENS = 64

@@ -32,6 +32,7 @@ from benchmarks import common
 from benchmarks.quality.entries import of_cache
 from benchmarks.texts import CALIBRATION, MEASURED, Answer, answers
 from river_compile.calibration.evaluate import compiled
+from river_compile.cli import models
 from river_compile.exits import forced_depth
 from river_compile.kernels.portable import token_kl
 from river_compile.kernels.quant.calibrated import output_sqnr_db
@@ -39,7 +40,6 @@ from river_compile.state import GraphRecord, find_state
 from river_compile.twins.observe import Observation
 from river_compile.twins.pack import GraphTwins
 from river_compile.upstream.hf_cache import cache_argument
-from tools import models
 
 ROWS = ("rtn", "hqq", "awq", "gptq", "gptq, default text")
 EXIT_DEPTH = 2

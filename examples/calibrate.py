@@ -19,8 +19,8 @@ from pathlib import Path
 import torch
 
 import river_compile
-from tools import models, timing
-from tools.texts import topics
+from river_compile.cli import models, timing
+from river_compile.cli.texts import topics
 
 PROMPT = "Explain how a refrigerator works."
 

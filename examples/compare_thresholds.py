@@ -13,7 +13,7 @@ import argparse
 import sys
 from itertools import takewhile
 
-from tools import models
+from river_compile.cli import models
 
 PROMPT = "Explain in a few sentences why the sky is blue."
 THRESHOLDS = {
@@ -35,7 +35,7 @@ def main(arguments: list[str] | None = None) -> int:
     options = parser.parse_args(arguments)
     models.quiet()
     import river_compile
-    from tools.timing import generate
+    from river_compile.cli.timing import generate
 
     model, tokenizer = models.load_or_exit(options.model)
     ids = models.encode(tokenizer, options.prompt)

@@ -1,34 +1,40 @@
-"""Generates one answer with the plain model and with River, and shows what River did to each token.
+"""One answer three times: by the plain model, in exact mode, which keeps the text, and fast, which changes it.
 
     python -m examples.demo
-    python -m examples.demo --prompt "Why is the sky blue?" --threshold 0.9
+    python -m examples.demo --prompt "Why is the sky blue?" --new-tokens 64
 
-Prints both texts, the speed of both, and the depths at which tokens left the backbone; writes a picture with each
-token's exit depth above its text. One prompt, greedy, on the CPU. A demo is not a measurement: `benchmarks.decode` is.
+Prints the three texts side by side in 80 columns, with the words that differ from the plain text marked, and the speed
+of each; writes a picture with the exit depth of each token of the fast one. One prompt, greedy, on the CPU. A demo is
+not a measurement: `benchmarks.decode` is one.
 """
 
 from __future__ import annotations
 
 import argparse
-import statistics
+import difflib
+import re
 import sys
-import textwrap
-from collections import Counter
+from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING
 
+from rich.console import Console
+from rich.table import Table
+from rich.text import Text
+
+from river_compile.cli import models
 from river_compile.kernels.files import cache_folder
-from tools import models
 
 if TYPE_CHECKING:
     import torch
-    from transformers import PreTrainedModel, PreTrainedTokenizerBase
+    from transformers import PreTrainedModel
 
-    from tools.timing import Generation
+    from river_compile.cli.timing import Generation
 
 PROMPT = "Write a Python function that returns the n-th Fibonacci number."
-WIDTH = 88
+WIDTH, COLUMN = 80, 25
+WAYS = ("plain", "exact", "fast")
 
 
 @dataclass(frozen=True)
@@ -37,11 +43,11 @@ class Run:
 
     Attributes:
         first_call: generation of a few tokens with nothing prepared; packing and compilation happen here.
-        text: the whole generation, everything prepared.
+        whole: the whole generation, everything prepared.
     """
 
     first_call: Generation
-    text: Generation
+    whole: Generation
 
 
 def main(arguments: list[str] | None = None) -> int:
@@ -50,84 +56,104 @@ def main(arguments: list[str] | None = None) -> int:
     models.quiet()
     import torch
 
+    import river_compile
+
     if options.threads:
         torch.set_num_threads(options.threads)
     print(f"Loading {options.model} ...", flush=True)
     model, tokenizer = models.load_or_exit(options.model, dtype=options.dtype)
     prompt = models.encode(tokenizer, options.prompt)
-    blocks = model.config.num_hidden_layers
-
-    print(f"Generating with the plain model ({options.dtype}, {torch.get_num_threads()} threads) ...", flush=True)
-    plain = _run(model, prompt, options.new_tokens)
-    print("Generating with River: weights are packed and segments compiled once ...", flush=True)
-    river, depths = _run_river(model, tokenizer, prompt, options)
-
+    runs: dict[str, Run] = {}
+    for way in WAYS:
+        print(f"Generating: {way} ({options.dtype}, {torch.get_num_threads()} threads) ...", flush=True)
+        if way != "plain":
+            river_compile.accelerate(model, way)
+        runs[way] = _run(model, prompt, options.new_tokens)
+    with river_compile.trace() as trace:
+        again = _run(model, prompt, options.new_tokens, warm_up=False).whole
+    texts = {way: tokenizer.decode(run.whole.tokens, skip_special_tokens=True) for way, run in runs.items()}
+    console = Console(width=WIDTH, highlight=False)
     print()
-    _print_text("Plain model", tokenizer, plain.text)
-    _print_text("River", tokenizer, river.text)
-    _print_speeds({"plain": plain, "river": river})
-    _print_depths(depths, blocks)
-    print(f"Exit depth of every token: {options.picture}")
+    console.print(side_by_side(texts, marks=not console.is_terminal))
+    console.print(speeds(runs))
+    options.picture.parent.mkdir(parents=True, exist_ok=True)
+    trace.plot(options.picture, texts=[tokenizer.decode([token]) for token in again.tokens[1:]])
+    print(f"Exit depth of every token of the fast text: {options.picture}")
     if options.report:
-        import river_compile
-
         print(f"\n{river_compile.report(model)}")
     return 0
 
 
-def _run(model: PreTrainedModel, prompt: torch.Tensor, new_tokens: int) -> Run:
-    from tools.timing import generate
+def _run(model: PreTrainedModel, prompt: torch.Tensor, new_tokens: int, warm_up: bool = True) -> Run:
+    from river_compile.cli.timing import generate
 
     first_call = generate(model, prompt, new_tokens, stop_after=2)
+    if warm_up:  # exact mode compiles a pass for each width when it first needs it
+        generate(model, prompt, new_tokens, end_early=True)
     return Run(first_call, generate(model, prompt, new_tokens, end_early=True))
 
 
-def _run_river(
-    model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase, prompt: torch.Tensor, options: argparse.Namespace
-) -> tuple[Run, list[int]]:
-    """Compiles `model` in place and draws the picture; returns the run and the exit depth of each decoded token."""
-    import river_compile
-    from tools.timing import generate
+def side_by_side(texts: dict[str, str], marks: bool = False) -> Table:
+    """Returns a table with a column for each text, whose title says how it compares with the plain one.
 
-    model.compile(backend="river", options={"threshold": options.threshold})
-    first_call = generate(model, prompt, options.new_tokens, stop_after=2)
-    with river_compile.trace() as trace:
-        text = generate(model, prompt, options.new_tokens, end_early=True)
-    options.picture.parent.mkdir(parents=True, exist_ok=True)
-    decoded = text.tokens[1:]  # the first new token comes from the prompt's pass, which runs all blocks
-    trace.plot(options.picture, texts=[tokenizer.decode([token]) for token in decoded])
-    return Run(first_call, text), [step.depth for step in trace.tokens]
+    Args:
+        texts: "plain" and others, by name.
+        marks: stars around changed words, for output that has no colours.
+    """
+    table = Table(box=None, padding=(0, 1, 0, 0), pad_edge=False)
+    cells = []
+    for name, text in texts.items():
+        words = list(compared(texts["plain"], text))
+        changed = sum(differs for _, differs in words)
+        title = name if name == "plain" else f"{name}: {_verdict(text == texts['plain'], changed)}"
+        table.add_column(
+            title, width=COLUMN, overflow="fold", header_style="bold green" if not changed else "bold yellow"
+        )
+        cell = Text()
+        for piece, differs in words:
+            starred = f"*{piece}*" if differs and marks else piece
+            cell.append(starred, style="reverse" if differs else "")
+        cells.append(cell)
+    table.add_row(*cells)
+    return table
 
 
-def _print_text(title: str, tokenizer: PreTrainedTokenizerBase, text: Generation) -> None:
-    print(f"── {title} ".ljust(WIDTH, "─"))
-    for line in tokenizer.decode(text.tokens, skip_special_tokens=True).splitlines():
-        print(textwrap.fill(line, WIDTH, replace_whitespace=False, drop_whitespace=False))
-    print()
+def _verdict(same: bool, changed: int) -> str:
+    if same:
+        return "the same text"
+    return f"{changed} words changed" if changed else "words left out"
 
 
-def _print_speeds(runs: dict[str, Run]) -> None:
-    print(f"{'':8} {'decode tokens/s':>16} {'first token, s':>16} {'first token of the first call, s':>34}")
+def compared(plain: str, text: str) -> Iterator[tuple[str, bool]]:
+    """Yields a text's words and the spaces between them, each with whether the plain text has another word there."""
+    before, after = (_pieces(t) for t in (plain, text))
+    for kind, _, _, start, end in difflib.SequenceMatcher(None, before, after, autojunk=False).get_opcodes():
+        for piece in after[start:end]:
+            yield piece, kind != "equal" and not piece.isspace()
+
+
+def _pieces(text: str) -> list[str]:
+    return re.findall(r"\s+|\S+", text)
+
+
+def speeds(runs: dict[str, Run]) -> Table:
+    """Returns a table of the speeds."""
+    table = Table(box=None, padding=(0, 2, 0, 0), pad_edge=False)
+    table.add_column("")
+    for title in ("tokens/s", "times plain", "first token, s", "the first call's, s"):
+        table.add_column(title, justify="right")
+    plain = runs["plain"].whole.decode_tokens_per_s
     for name, run in runs.items():
-        rate, first, cold = run.text.decode_tokens_per_s, run.text.first_token_s, run.first_call.first_token_s
-        print(f"{name:8} {rate:16.1f} {first:16.2f} {cold:34.2f}")
-    print()
-
-
-def _print_depths(depths: list[int], blocks: int) -> None:
-    from river_compile.reporting.report import histogram
-
-    mean = statistics.mean(depths) if depths else float("nan")
-    print(f"Where tokens left (of {blocks} blocks; mean exit depth {mean:.1f}):")
-    print("\n".join(histogram(Counter(depths), blocks)) or "(no token was decoded)")
-    print()
+        rate = run.whole.decode_tokens_per_s
+        numbers = (rate, rate / plain, run.whole.first_token_s, run.first_call.first_token_s)
+        table.add_row(name, *(f"{number:.2f}" for number in numbers))
+    return table
 
 
 def _parse(arguments: list[str] | None) -> argparse.Namespace:
-    parser = argparse.ArgumentParser(description="Generates one answer with the plain model and with River.")
+    parser = argparse.ArgumentParser(description="One answer: plain, exact (the same text), and fast.")
     parser.add_argument("--prompt", default=PROMPT, help="the question (default: %(default)s)")
-    parser.add_argument("--new-tokens", type=_at_least_two, default=128, help="longest answer (default: %(default)s)")
-    parser.add_argument("--threshold", type=float, default=0.7, help="similarity to leave at (default: %(default)s)")
+    parser.add_argument("--new-tokens", type=_at_least_two, default=96, help="longest answer (default: %(default)s)")
     parser.add_argument(
         "--model", default="smollm2", help=f"{', '.join(models.MODELS)}, or a model folder (default: %(default)s)"
     )

@@ -15,7 +15,7 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from tools import models
+from river_compile.cli import models
 
 if TYPE_CHECKING:
     import torch

@@ -8,6 +8,10 @@ Importing this package imports neither torch nor Triton and prints nothing: ever
 
 import os as _os
 
+from .noise import leave_out as _leave_out
+
+_leave_out()
+
 # In a bare checkout `passes/` and `kernels/` lie beside this folder; an installed package has them inside.
 _here = _os.path.dirname(__file__)
 _root = _os.path.dirname(_here)
@@ -26,22 +30,25 @@ _EXPORTS = {
     "CacheFullError": "errors",
     "CacheHolesError": "errors",
     "Calibration": "calibration.result",
+    "ExactModeError": "errors",
     "OptionError": "errors",
     "Report": "reporting.report",
     "RiverConfig": "config",
     "RiverWarning": "errors",
     "Trace": "runtime.trace",
     "UnsupportedGraphError": "errors",
+    "accelerate": "drop_in.quality",
     "block_errors": "twins.block_errors",
     "calibrate": "calibration.calibrate",
     "decode": "generation",
     "exact": "speculative.mode",
     "forced_depth": "exits",
     "forced_threshold": "exits",
+    "load": "drop_in.loading",
     "observe": "twins.observe",
     "refresh": "twins.pack",
     "report": "reporting.report",
-    "restore": "offload.weights",
+    "restore": "drop_in.undo",
     "river": "backend",
     "save": "twins.pack",
     "trace": "runtime.trace",

@@ -52,5 +52,9 @@ class CacheHolesError(ValueError):
     """A fill that leaves holes in the KV cache cannot account for this one; nothing was written."""
 
 
+class ExactModeError(ValueError):
+    """Exact mode cannot run this call or this model; the message gives the reason."""
+
+
 class RiverWarning(UserWarning):
     """Something runs otherwise than asked for; the message says what and why."""

@@ -157,6 +157,17 @@ def adopt(state: ModelState, parameters: Iterable[Tensor]) -> None:
             _states[tensor] = state
 
 
+def forget(model: nn.Module) -> None:
+    """Forgets a model, and lets Dynamo drop its graphs; what was packed for it is freed with them."""
+    tensors = [*model.parameters(), *model.buffers()]
+    state = _find(tensors)
+    for graph in state.graphs if state else ():
+        graph.entry.drop()
+    with _lock:
+        for tensor in tensors:
+            _states.pop(tensor, None)
+
+
 def find_state(model: nn.Module) -> ModelState | None:
     """Returns the state of a model, or of the one in torch.compile's wrapper; None where the backend never saw it."""
     return _find([*model.parameters(), *model.buffers()])

@@ -8,7 +8,7 @@ import pytest
 import torch
 from hypothesis import settings
 
-from tools import models
+from river_compile.cli import models
 
 settings.register_profile("deterministic", derandomize=True, deadline=None, database=None)
 settings.register_profile("long", max_examples=20_000, deadline=None, database=None)

@@ -258,7 +258,8 @@ def test_a_wheel_holds_every_module_below_river_compile(wheel):
     for file in SOURCES:
         folder, *rest = file.relative_to(ROOT).parts
         assert "/".join([FOLDERS[folder].replace(".", "/"), *rest]) in names
-    assert {"river_compile/py.typed", "river_compile/twins/default_texts.txt"} <= names
+    data = ("py.typed", "twins/default_texts.txt", "drop_in/custom_generate/requirements.txt")
+    assert {f"river_compile/{name}" for name in data} <= names
     for folder in ("triton/templates", "native/sources"):
         texts = {path.name for path in ROOT.glob(f"kernels/{folder}/*")}
         assert texts
@@ -309,6 +310,13 @@ def test_importing_prints_nothing_and_loads_neither_torch_nor_triton(installed, 
     code = "import sys, river_compile; assert not {'torch', 'triton', 'transformers'} & set(sys.modules)"
     done = run_python(code, tmp_path, installed)
     assert (done.stdout, done.stderr) == ("", "")
+
+
+def test_torchao_is_quiet_once_the_package_is_imported():
+    """It is there for its solver alone, and transformers imports it for every model."""
+    code = "import logging, river_compile, torchao; logging.getLogger('torchao').warning('something else')"
+    done = subprocess.run([sys.executable, "-c", code], cwd=ROOT, capture_output=True, text=True)
+    assert done.stderr == "something else\n"
 
 
 def test_no_module_hides_a_public_name():

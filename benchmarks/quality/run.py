@@ -32,9 +32,9 @@ from benchmarks import common
 from benchmarks.quality import entries, fills
 from benchmarks.quality.session import Row, Session, session
 from benchmarks.texts import Texts, collect
+from river_compile.cli import models
 from river_compile.config import RiverConfig
 from river_compile.fills.rivals import FILLS
-from tools import models
 
 THRESHOLDS = (0.7, 0.95, 0.97, 0.98)
 PAPER = 0.7  # the threshold at which every quantizer is measured

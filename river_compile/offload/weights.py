@@ -202,7 +202,7 @@ class OffloadedWeights:
         return size
 
 
-def restore(model: nn.Module) -> int:
+def bring_back(model: nn.Module) -> int:
     """Brings a model's offloaded weights back into device memory, bit for bit.
 
     The model, compiled or not, computes the same before and after. With ``offload_policy="exit"`` tokens still leave by

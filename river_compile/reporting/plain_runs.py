@@ -9,6 +9,7 @@ Not handled: models that never reached the backend; their report says so.
 
 from __future__ import annotations
 
+import inspect
 import sys
 import warnings
 from collections.abc import Callable
@@ -24,6 +25,7 @@ from river_compile.errors import RiverWarning
 from river_compile.runtime.stats import ExitStats
 from river_compile.state import find_state
 from river_compile.upstream.dynamo_cache import CHANGES_NOTHING
+from river_compile.upstream.module_state import copy_as_ever, keep_out_of_copies
 
 
 class PlainRuns:
@@ -54,7 +56,17 @@ class PlainRuns:
             if block_path == name or block_path.endswith(f".{name}"):
                 if all(hook is not _block_runs for hook in module._forward_pre_hooks.values()):
                     module.register_forward_pre_hook(_block_runs)
+                    keep_out_of_copies(module)
                 return
+
+    @staticmethod
+    def end(model: nn.Module) -> None:
+        """Stops watching a model."""
+        for module in model.modules():
+            for number, hook in list(module._forward_pre_hooks.items()):
+                if hook is _block_runs:
+                    del module._forward_pre_hooks[number]
+                    copy_as_ever(module)
 
     def notice(self, stats: ExitStats) -> None:
         """Counts a plain run of a block; warns where the river ran since the last one, by the model's `stats`."""
@@ -81,15 +93,27 @@ def _block_runs(block: nn.Module, args: object) -> None:
 setattr(_block_runs, CHANGES_NOTHING, True)
 
 
+def compiled_with(backend: Callable[..., object], compiled: Callable[..., object] | None) -> bool:
+    """Returns whether a function is what `torch.compile` returned for a backend."""
+    held = {} if compiled is None else inspect.getclosurevars(compiled).nonlocals
+    return hasattr(held.get("self"), "callback") and _backend_of(held["self"]) is backend
+
+
+def _backend_of(context: Any) -> object:
+    """Returns the function in what Dynamo keeps of one `torch.compile`."""
+    compiler: Any = eval_frame.innermost_backend(context.callback)
+    compiler = getattr(compiler, "compiler_fn", compiler)
+    return getattr(compiler, "func", compiler)
+
+
 def _called_through(backend: Callable[..., object] | None) -> bool:
     """Returns whether a call of what `torch.compile` returned for this backend is going on in this thread."""
     frame: FrameType | None = sys._getframe(2)
     while frame is not None:
-        if frame.f_code.co_name == "compile_wrapper" and frame.f_code.co_filename == eval_frame.__file__:
-            compiler: Any = eval_frame.innermost_backend(frame.f_locals["self"].callback)
-            compiler = getattr(compiler, "compiler_fn", compiler)
-            if getattr(compiler, "func", compiler) is backend:
-                return True
+        code = frame.f_code
+        compiled = code.co_name == "compile_wrapper" and code.co_filename == eval_frame.__file__
+        if compiled and _backend_of(frame.f_locals["self"]) is backend:
+            return True
         frame = frame.f_back
     return False
 

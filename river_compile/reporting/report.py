@@ -5,7 +5,7 @@ from __future__ import annotations
 import math
 from collections import Counter, defaultdict
 from collections.abc import Iterator, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import asdict, dataclass, field, replace
 
 from torch import nn
 
@@ -13,12 +13,13 @@ from river_compile.cudagraphs.device import CaptureLog
 from river_compile.exits import threshold_text
 from river_compile.offload.weights import OffloadedWeights, OffloadLog
 from river_compile.passes.program import Fusion
-from river_compile.runtime.stats import ExactStats, ExitStats
+from river_compile.runtime.stats import ExactStats, ExitStats, PayoffLog
 from river_compile.state import GraphRecord, ModelState, find_state, unwrap
 from river_compile.twins.block_errors import BlockErrors
 from river_compile.twins.make import PackedSite
 from river_compile.twins.pack import GraphTwins, PackedWeights
 
+from .plain_calls import PlainCalls
 from .plain_runs import PlainRuns
 
 _NEVER_RAN = (
@@ -44,11 +45,13 @@ class Report:
     decode_depths: dict[int, int]
     prefill_depths: dict[int, int]
     exact: ExactStats
+    payoff: PayoffLog
     doubted: int = 0
     block_errors: BlockErrors | None = None
     offloaded: OffloadLog | None = None
     plain_runs: int = 0
     plain_reason: str = ""
+    plain_calls: dict[str, int] = field(default_factory=dict)
 
     @property
     def ran(self) -> bool:
@@ -75,6 +78,7 @@ class Report:
             "recompiles": self.recompiles,
             "plain_runs": self.plain_runs,
             "plain_reason": self.plain_reason,
+            "plain_calls": dict(self.plain_calls),
             "packed_bytes": sum(p.nbytes for p in self.packed),
             "packing_seconds": self.packing_seconds,
             "packed_again": self.packed_again[0],
@@ -99,6 +103,7 @@ class Report:
             "mean_exit_depth": _finite(self.mean_depth),
             "doubted": self.doubted,
             "exact": self.exact._asdict(),
+            "payoff": asdict(self.payoff),
         }
 
     def __str__(self) -> str:
@@ -123,7 +128,9 @@ class Report:
         if self.plain_runs:
             yield f"  without river  {self.plain_runs} forward passes, the latest because"
             yield f"    {self.plain_reason}"
-        yield from _token_lines(self)
+        for reason, count in self.plain_calls.items():
+            yield f"  without drafts {count} calls of generate: {reason}"
+        yield from token_lines(self)
 
 
 def report(model: nn.Module) -> Report:
@@ -143,11 +150,13 @@ def report(model: nn.Module) -> Report:
         decode_depths=dict(sorted(stats.decode.items())),
         prefill_depths=dict(sorted(stats.prefill.items())),
         exact=stats.exact,
+        payoff=replace(stats.payoff),
         doubted=stats.doubted,
         block_errors=state.find(BlockErrors),
         offloaded=state.of(OffloadedWeights).snapshot(),
         plain_runs=state.of(PlainRuns).count,
         plain_reason=state.of(PlainRuns).reason,
+        plain_calls=dict(state.of(PlainCalls).reasons),
     )
 
 
@@ -248,7 +257,7 @@ def _sqnr_line(title: str, decibels: Mapping[str, float]) -> str:
     return f"    {title}  mean {mean:.1f} dB, least {least:.1f} dB ({name})"
 
 
-def _token_lines(report: Report) -> Iterator[str]:
+def token_lines(report: Report) -> Iterator[str]:
     total, exact = sum(report.decode_depths.values()), report.exact
     if not total:
         yield "  exits          no token was decoded yet"
@@ -261,6 +270,10 @@ def _token_lines(report: Report) -> Iterator[str]:
     if exact.cycles:
         held = f", {100 * exact.accepted / exact.drafted:.0f} % of the drafts held" if exact.drafted else ""
         yield f"  exact mode     {exact.cycles} verifying passes, {exact.kept / exact.cycles:.2f} tokens per pass{held}"
+    if report.payoff.why:
+        payoff, (with_drafts, plain) = report.payoff, (f"{1e3 * seconds:.1f} ms" for seconds in report.payoff.why)
+        yield f"    drafts off   {payoff.times_off} times, for {payoff.tokens_without} tokens: a kept token took"
+        yield f"                 {with_drafts}, a plain step {plain}"
     if exact.row_cycles:
         held = f"{100 * exact.held_back / exact.row_cycles:.0f} % of their passes"
         yield f"    batches      rows dropped a draft that held in {held}: the slowest row decides"

@@ -33,15 +33,30 @@ from torch import nn
 
 from .executor import RiverExecutor, on_call
 from .noted_step import Given, NotedStep, Surroundings
+from .plain_calls import CompiledOrPlain
 
 _PATIENCE = 8  # steps of one sequence that may be noted in vain
 
 
 def install(model: nn.Module) -> None:
     """Puts a shortcut around what ``model.compile`` made of a model's calls, where that is not done yet."""
-    compiled: Any = model._compiled_call_impl
-    if compiled is not None and not hasattr(compiled, "river_shortcut"):
-        model._compiled_call_impl = Shortcut(model, compiled).around()
+    call: Any = model._compiled_call_impl
+    chooses = isinstance(call, CompiledOrPlain)
+    compiled = call.compiled if chooses else call
+    if compiled is None or hasattr(compiled, "river_shortcut"):
+        return
+    around = Shortcut(model, compiled).around()
+    if chooses:
+        call.compiled = around
+    else:
+        model._compiled_call_impl = around
+
+
+def without_shortcut(call: Any) -> Callable[..., Any] | None:
+    """Returns what ``torch.compile`` returned, of a model's compiled call with whatever stands around it."""
+    compiled: Any = call.compiled if isinstance(call, CompiledOrPlain) else call
+    found: Callable[..., Any] | None = compiled.__wrapped__ if hasattr(compiled, "river_shortcut") else compiled
+    return found
 
 
 class _Thread:

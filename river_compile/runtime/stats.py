@@ -10,6 +10,7 @@ import itertools
 import threading
 from collections import Counter
 from collections.abc import Callable, Iterator
+from dataclasses import dataclass
 from typing import Generic, NamedTuple, ParamSpec
 
 P = ParamSpec("P")
@@ -124,12 +125,30 @@ class ExactStats(NamedTuple):
         return ExactStats(*map(sum, zip(self, more, strict=True)))
 
 
+@dataclass
+class PayoffLog:
+    """Whether exact mode's drafts pay in one model.
+
+    Attributes:
+        times_off: how often they did not, so that the next tokens were generated without.
+        tokens_without: tokens per row that were.
+        seconds: for a kept token with drafts and for a plain step, as compared last; None before.
+        why: the same, when drafts did not pay the last time.
+    """
+
+    times_off: int = 0
+    tokens_without: int = 0
+    seconds: tuple[float, float] | None = None
+    why: tuple[float, float] | None = None
+
+
 class ExitStats:
     """Steps per exit depth (backbone blocks executed) of one model, and the cycles of exact mode.
 
     Attributes:
         model_id: identifies the model in traces, unique in the process.
         doubted: decode steps that ran through the river and then through the backbone.
+        payoff: whether exact mode's drafts pay.
     """
 
     def __init__(self) -> None:
@@ -139,6 +158,7 @@ class ExitStats:
         self.prefill: Counter[int] = Counter()
         self.doubted = 0
         self.exact = ExactStats()
+        self.payoff = PayoffLog()
         self._lock = threading.Lock()
 
     def count(self, step: StepRecord) -> None:

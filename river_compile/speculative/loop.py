@@ -25,6 +25,8 @@ from river_compile.runtime.stats import CycleRecord
 
 from .accept import select
 from .draft import Drafted, Drafter
+from .pays import Pays
+from .plain import PlainRunner
 from .runner import DraftVerifyRunner
 
 
@@ -41,10 +43,12 @@ class ExactLoop:
         pad_token: what rows receive that have ended; None where no row can end before the others.
         put: the streamer's method, None for no streamer.
         scores, logits: receive each kept token's processed scores and raw logits ``[B, V]``, None where nobody asks.
+        pays: says when to do without drafts, None for never.
+        clock: seconds, from wherever.
         active: the rows that have not ended ``[B]``.
     """
 
-    runner: DraftVerifyRunner
+    runner: DraftVerifyRunner | PlainRunner
     drafter: Drafter
     ids: Tensor
     process: Callable[[Tensor, Tensor], Tensor]
@@ -56,31 +60,38 @@ class ExactLoop:
     put: Callable[[Tensor], object] | None = None
     scores: list[Tensor] | None = None
     logits: list[Tensor] | None = None
+    pays: Pays | None = None
+    clock: Callable[[], float] = time.perf_counter
     active: Tensor = field(init=False)
+    _began_resting: bool = field(init=False, default=False)
 
     def run(self, first_logits: Tensor) -> Tensor:
         """Generates from the prompt's last logits ``[B, 1, V]`` on; returns all ids ``[B, S]``."""
         self.active = self.ids.new_ones(self.ids.shape[0], dtype=torch.bool)
         self._settle(first_logits, [])
+        self._began_resting = self.pays is not None and self.pays.resting
         while self.active.any():
             self._cycle()
         return self.ids
 
     def _cycle(self) -> None:
-        start = time.perf_counter()
+        if self.pays is not None:
+            self.pays.measure_plain(self._plain_pass)
+        start = self.clock()
         rows = int(self.active.sum())
         most = max(min(self.runner.longest_draft, self.max_length - self.ids.shape[1] - 1), 0)
+        most = 0 if self._resting else most
         draft = self.drafter.draft(self.ids, self.active, most, self._draft_step, self.runner.width_for)
         drafted = tuple(d.source for d in draft)
         self.runner.rewind(drafted.count("river"))
         width = self.runner.width_for(len(draft))
-        drafted_at = time.perf_counter()
+        drafted_at = self.clock()
         ids = torch.cat([self.ids, *(d.tokens[:, None] for d in draft)], dim=-1)
         logits = self.runner.verify(ids, len(draft))
-        verified_at = time.perf_counter()
+        verified_at = self.clock()
         sources, held_back = self._settle(logits, draft)
         self.runner.keep(len(sources))
-        end = time.perf_counter()
+        end = self.clock()
         cycle = CycleRecord(
             drafted=drafted,
             kept=sources,
@@ -92,6 +103,17 @@ class ExactLoop:
             rows=rows,
         )
         self.runner.stats.count_cycle(cycle)
+        if self.pays is not None:
+            self.pays.note(cycle)
+
+    @property
+    def _resting(self) -> bool:
+        return self._began_resting if self.do_sample or self.pays is None else self.pays.resting
+
+    def _plain_pass(self) -> None:
+        """Runs what a plain step would run next, and forgets it again."""
+        self.runner.verify(self.ids, 0).argmax(-1).tolist()
+        self.runner.rewind(1)
 
     def _draft_step(self, ids_BS: Tensor) -> Tensor:
         return self.process_draft(ids_BS, self.runner.draft_step(ids_BS).float())

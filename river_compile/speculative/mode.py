@@ -19,13 +19,16 @@ from transformers import GenerationConfig, PreTrainedModel
 from transformers.generation import GenerateDecoderOnlyOutput, LogitsProcessorList, StoppingCriteriaList, logits_process
 from transformers.generation.configuration_utils import GenerationMode
 
-from river_compile.errors import OptionError
+from river_compile.errors import ExactModeError, OptionError
 from river_compile.kernels.checks import FLAG, integer, number
+from river_compile.state import state_of_model
 from river_compile.upstream.hf_cache import cache_argument, cache_of
 
 from .draft import Drafter
 from .hf_frames import KeepsTokenizer, argument_of_generate
 from .loop import ExactLoop
+from .pays import pays_of
+from .plain import PlainRunner
 from .runner import DraftVerifyRunner
 
 # Processors that remember nothing from call to call: drafts, some of which are dropped again, may pass through them.
@@ -56,6 +59,7 @@ _CHECKS = {
     "prompt_lookup": FLAG,
     "stop_below": number("it must be a number from 0 to 1", least=0, most=1),
     "strict": FLAG,
+    "adaptive": FLAG,
 }
 
 
@@ -72,12 +76,14 @@ class ExactMode:
         stop_below: the river ends its draft once the draft's estimated chance of holding in whole is below this, in
             [0, 1]; 0 always drafts `max_draft` tokens.
         strict: verify with passes whose rows have the very bits of plain decoding, also in bfloat16; slower.
+        adaptive: do without drafts where they are measured to cost more time than they save.
     """
 
     max_draft: int = 15
     prompt_lookup: bool = True
     stop_below: float = 0.5
     strict: bool = False
+    adaptive: bool = True
     __signature__ = KeepsTokenizer()
 
     def __post_init__(self) -> None:
@@ -101,16 +107,19 @@ class ExactMode:
         prompt_lookup: bool | None = None,
         stop_below: float | None = None,
         strict: bool | None = None,
+        adaptive: bool | None = None,
         tokenizer: object | None = None,  # of stop_strings; taking it makes generate keep it
         **model_kwargs: object,
     ) -> Tensor | GenerateDecoderOnlyOutput:
         """Called by ``generate`` in place of its own loop, with its arguments.
 
         Raises:
-            ValueError: something that exact mode does not handle, or a bad option.
+            ExactModeError: (a ``ValueError``) something that exact mode does not handle.
+            OptionError: (a ``ValueError``) a bad option.
             CacheFullError: (a ``ValueError``) a static cache of the user's is too small for the text.
         """
         given = {"max_draft": max_draft, "prompt_lookup": prompt_lookup, "stop_below": stop_below, "strict": strict}
+        given["adaptive"] = adaptive
         mode = self.with_options(**{name: value for name, value in given.items() if value is not None})
         config = generation_config
         _check(model, config, synced_gpus, argument_of_generate("assistant_model"), model_kwargs)
@@ -145,8 +154,11 @@ class ExactMode:
         # (A static sliding window has a graph for each width until it is full, and another one afterwards.)
         dynamo = torch._dynamo.config
         with dynamo.patch(recompile_limit=dynamo.recompile_limit + 2 * len(runner.widths)):
-            first_logits = runner.prefill(input_ids, config)
-            with model._optimize_model_for_decode(), runner.sequences.one():
+            loop.runner, first_logits = self.begin(runner, input_ids, config)
+            if mode.adaptive and loop.runner is runner:
+                state = state_of_model(model, "exact mode")
+                loop.pays = pays_of(state, runner.stats.payoff, input_ids.shape[0], mode.strict)
+            with model._optimize_model_for_decode(), loop.runner.sequences.one():
                 ids = loop.run(first_logits)
         if streamer is not None:
             streamer.end()
@@ -156,8 +168,18 @@ class ExactMode:
             sequences=ids,
             scores=None if loop.scores is None else tuple(loop.scores),
             logits=None if loop.logits is None else tuple(loop.logits),
-            **{cache_argument(model): runner.cache},
+            **{cache_argument(model): loop.runner.cache},
         )
+
+    def begin(
+        self, runner: DraftVerifyRunner, input_ids: Tensor, config: GenerationConfig
+    ) -> tuple[DraftVerifyRunner | PlainRunner, Tensor]:
+        """Runs the prompt; returns what runs the passes from there on, and the prompt's last logits ``[B, 1, V]``.
+
+        Raises:
+            ExactModeError: the prompt showed that drafts cannot be verified.
+        """
+        return runner, runner.prefill(input_ids, config)
 
 
 exact = ExactMode()
@@ -170,29 +192,31 @@ def _check(
     assistant_model: object,
     model_kwargs: Mapping[str, object],
 ) -> None:
-    """Raises a ValueError for what exact mode does not handle."""
+    """Raises an ExactModeError for what exact mode does not handle."""
     if assistant_model is not None:
-        raise ValueError(
+        raise ExactModeError(
             f"assistant_model={type(assistant_model).__name__} is not available in exact mode, where the model's own "
             "river drafts; leave assistant_model out, or custom_generate"
         )
     generation_mode = config.get_generation_mode()
     if generation_mode not in (GenerationMode.GREEDY_SEARCH, GenerationMode.SAMPLE):
-        raise ValueError(
+        raise ExactModeError(
             f"exact mode replaces greedy search and sampling, but these options ask for {generation_mode.value}; "
             "leave out num_beams and prompt_lookup_num_tokens"
         )
     if model.config.is_encoder_decoder:
-        raise ValueError(f"exact mode works with decoders; {type(model).__name__} is an encoder-decoder model")
+        raise ExactModeError(f"exact mode works with decoders; {type(model).__name__} is an encoder-decoder model")
     if model._is_stateful:
-        raise ValueError(
+        raise ExactModeError(
             f"exact mode takes drafted tokens back, which the recurrent state of {type(model).__name__} cannot; "
             "leave out custom_generate: exits and twins work"
         )
     for name in ("output_attentions", "output_hidden_states"):
         if getattr(config, name) and config.return_dict_in_generate:
-            raise ValueError(f"{name}=True is not available in exact mode; output_scores and output_logits are")
+            raise ExactModeError(f"{name}=True is not available in exact mode; output_scores and output_logits are")
     if synced_gpus:
-        raise ValueError("synced_gpus=True is not available in exact mode: processes would run other numbers of passes")
+        raise ExactModeError(
+            "synced_gpus=True is not available in exact mode: processes would run other numbers of passes"
+        )
     if cache_of(model_kwargs) is None:
-        raise ValueError("exact mode needs a KV cache; leave out use_cache=False")
+        raise ExactModeError("exact mode needs a KV cache, which use_cache=False leaves out")

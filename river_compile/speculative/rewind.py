@@ -16,6 +16,7 @@ import torch
 from torch import Tensor
 from transformers.cache_utils import Cache, StaticLayer, StaticSlidingWindowLayer
 
+from river_compile.errors import ExactModeError
 from river_compile.upstream.hf_cache import cannot_crop, crop_layer, remember_past
 
 
@@ -46,13 +47,13 @@ class RewindableCache:
         capacity: tokens that it can hold, None where no limit applies.
 
     Raises:
-        ValueError: a layer cannot give entries back.
+        ExactModeError: a layer cannot give entries back.
     """
 
     def __init__(self, cache: Cache, longest: int) -> None:
         lasting = cannot_crop(cache)
         if lasting:
-            raise ValueError(
+            raise ExactModeError(
                 "exact mode rewinds the KV cache after every draft, and this cache cannot give entries back "
                 f"({', '.join(lasting)}); it works with attention and convolution layers"
             )

@@ -24,7 +24,7 @@ from transformers.modeling_outputs import CausalLMOutputWithPast
 
 from river_compile.backend import river
 from river_compile.config import RiverConfig
-from river_compile.errors import RiverWarning
+from river_compile.errors import ExactModeError, RiverWarning
 from river_compile.exits import WHOLE, forced_depth
 from river_compile.reporting.plain_runs import PlainRuns
 from river_compile.runtime.executor import on_step
@@ -103,7 +103,8 @@ class DraftVerifyRunner:
         """Runs the prompt and returns the logits ``[B, 1, V]`` of its last position.
 
         Raises:
-            ValueError: the cache cannot be rewound, or the river backend did not rewrite the model.
+            ExactModeError: the cache cannot be rewound, or the river backend did not rewrite the model. The prompt has
+                run by then (`prompt_logits`), so generation can go on without drafts.
         """
         steps: list[tuple[object, int]] = []
         notes = on_step(lambda executor, args, step: steps.append((executor, step.thread)))
@@ -112,14 +113,14 @@ class DraftVerifyRunner:
         self.model_kwargs = self.model._update_model_kwargs_for_generation(outputs, self.model_kwargs)
         cache = cache_of(self.model_kwargs)
         assert cache is not None, "exact mode refuses a generation without a cache"
-        self.cache = cache
+        self.cache, self.prompt_logits = cache, outputs.logits[:, -1:]
         self._entries = RewindableCache(cache, self.widths[-1])
-        state = state_of_model(self.model, "exact mode")
+        state = _known(self.model)
         ran = [executor for executor, thread in steps if thread == threading.get_ident()]
         graph = next((g for g in state.graphs if g.executor() in ran), None)
         if graph is None:
-            raise ValueError(f"exact mode needs a model that the river backend can rewrite; {_why_not(state)}")
-        _check_paths(graph.config)
+            raise ExactModeError(f"exact mode needs a model that the river backend can rewrite; {_why_not(state)}")
+        check_paths(graph.config)
         self.stats, self.sequences = state.of(ExitStats), state.of(Sequences)
         if self._strict:
             graphs = state.of(_BatchInvariantGraphs)
@@ -129,7 +130,8 @@ class DraftVerifyRunner:
             self._invariant = graphs[key]
             self._verdicts = self._invariant.verdicts.setdefault((ids_BS.shape[0], self._entries.capacity), {})
         self._kept = self._entries.filled + 1
-        return outputs.logits[:, -1:]
+        self._inputs(torch.cat([ids_BS, ids_BS.new_zeros(ids_BS.shape[0], 1)], dim=1), 1)
+        return self.prompt_logits
 
     def width_for(self, drafted: int) -> int:
         """Returns the smallest verification width for a number of drafted tokens."""
@@ -216,6 +218,16 @@ class DraftVerifyRunner:
 
         Wider passes than one token's run through `graph` where it is given.
         """
+        inputs = self._inputs(ids_BS, width)
+        if graph is not None and width > 1:
+            logits = graph(self.model, **inputs, return_dict=True).logits
+        else:
+            logits = self.model(**inputs, return_dict=True).logits
+        self._entries.filled += width
+        return logits
+
+    def _inputs(self, ids_BS: Tensor, width: int) -> dict[str, object]:
+        """Returns what a pass over the last `width` ids takes; raises an ExactModeError where it takes more."""
         kwargs = self._lengthened(self._entries.filled + width - self._kept)
         if width > 1 and "logits_to_keep" in kwargs:
             kwargs["logits_to_keep"] = 0  # all of them; any other number would be a graph of its own
@@ -223,16 +235,19 @@ class DraftVerifyRunner:
         given = inputs["input_ids"].shape[1]
         if given != width:  # (CPM-Ant, where every position attends to all others, those that follow too)
             name = type(self.model).__name__
-            raise ValueError(
+            raise ExactModeError(
                 f"exact mode verifies several tokens in one pass over what is new, and {name} takes the whole text in "
                 f"every pass ({given} tokens in place of {width}); leave out custom_generate"
             )
-        if graph is not None and width > 1:
-            logits = graph(self.model, **inputs, return_dict=True).logits
-        else:
-            logits = self.model(**inputs, return_dict=True).logits
-        self._entries.filled += width
-        return logits
+        return inputs
+
+
+def _known(model: PreTrainedModel) -> ModelState:
+    """Returns what is known of a model; raises an ExactModeError where its graphs never reached the backend."""
+    try:
+        return state_of_model(model, "exact mode")
+    except ValueError as error:
+        raise ExactModeError(str(error)) from None
 
 
 def _why_not(state: ModelState) -> str:
@@ -244,25 +259,25 @@ def _why_not(state: ModelState) -> str:
     return f"it refused: {refusal}" if refusal else 'this call did not reach it: use model.compile(backend="river")'
 
 
-def _check_paths(config: RiverConfig) -> None:
-    """Raises a ValueError where a model was compiled without its whole river or its whole backbone."""
+def check_paths(config: RiverConfig) -> None:
+    """Raises an ExactModeError where a model was compiled without its whole river or its whole backbone."""
     if config.prefill != "backbone":
-        raise ValueError(
+        raise ExactModeError(
             f"prefill={config.prefill!r} lets prompts leave the backbone, so nothing could verify the drafts; compile "
             'the model with prefill="backbone"'
         )
     if config.fill != "river":
-        raise ValueError(
+        raise ExactModeError(
             f"exact mode drafts with the river, which fill={config.fill!r} replaces; compile the model with "
             "fill='river'"
         )
     if config.exit_depth is not None:
-        raise ValueError(
+        raise ExactModeError(
             f"exit_depth={config.exit_depth} leaves only one path in the compiled model; exact mode needs the whole "
             "river and the whole backbone: compile it without exit_depth"
         )
     if config.deepest is not None:
-        raise ValueError(
+        raise ExactModeError(
             f"offload={config.offload} with offload_policy='exit' makes every token leave by that depth; exact mode "
             "verifies with the whole backbone: compile the model with offload_policy='fetch'"
         )

@@ -14,8 +14,8 @@ import torch
 from transformers import LogitsProcessor, LogitsProcessorList
 
 from river_compile import report, river, trace
+from river_compile.cli import models
 from river_compile.exits import forced_depth
-from tools import models
 
 NEW_TOKENS = 64
 QUESTION = [{"role": "user", "content": "Why is the sky blue?"}]

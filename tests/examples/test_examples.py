@@ -1,20 +1,21 @@
 """The examples' own logic: the histogram, time stamps per token, prompts with and without a chat template."""
 
-import json
 import re
+import sys
 import time
 
 import pytest
 import torch
 import transformers
+from rich.console import Console
 
-from examples import compare_thresholds, demo, exact, humaneval
+from examples import compare_thresholds, demo, exact
+from river_compile.cli import humaneval, models
+from river_compile.cli.texts import topics
+from river_compile.cli.timing import Generation, decode_rate, generate
 from river_compile.reporting.report import histogram
 from river_compile.runtime.stats import CycleRecord
 from tests.support.families import make, prompt
-from tools import models
-from tools.texts import topics
-from tools.timing import Generation, decode_rate, generate
 
 
 def test_histogram_bars_are_in_proportion_and_name_tokens_that_never_left():
@@ -25,9 +26,17 @@ def test_histogram_bars_are_in_proportion_and_name_tokens_that_never_left():
     assert lines[1].endswith("never left")
 
 
-def test_a_demo_without_a_decoded_token_says_so(capsys):
-    demo._print_depths([], blocks=4)
-    assert "(no token was decoded)" in capsys.readouterr().out
+def test_the_demo_marks_changed_words_side_by_side(capsys):
+    """In 80 columns; the texts themselves are whole, whatever spaces they have."""
+    plain = "def f(n):\n    return n  # the number"
+    texts = {"plain": plain, "exact": plain, "fast": plain.replace("number", "count of steps")}
+    assert "".join(piece for piece, _ in demo.compared(plain, texts["fast"])) == texts["fast"]
+    assert [piece for piece, differs in demo.compared(plain, texts["fast"]) if differs] == ["count", "of", "steps"]
+    Console(width=demo.WIDTH, file=sys.stdout).print(demo.side_by_side(texts, marks=True))
+    lines = capsys.readouterr().out.splitlines()
+    assert lines[0].split() == ["plain", "exact:", "the", "same", "text", "fast:", "3", "words", "changed"]
+    assert "*count*" in "".join(lines)
+    assert max(map(len, lines)) <= demo.WIDTH
 
 
 @pytest.mark.parametrize("static", [False, True])
@@ -143,19 +152,6 @@ def little_model(smollm2_tokenizer, tmp_path_factory):
     transformers.LlamaForCausalLM(config).to(torch.bfloat16).save_pretrained(folder)
     smollm2_tokenizer.save_pretrained(folder)
     return str(folder)
-
-
-def test_human_eval_compares_the_plain_model_with_river(little_model, tmp_path, capsys):
-    """Two problems and a few tokens: both ways answer; the plain model has no exit depths."""
-    target = tmp_path / "answers.json"
-    options = ["--limit", "2", "--new-tokens", "8", "--json", str(target)]
-    assert humaneval.main(["--model", little_model, *options]) == 0
-    printed = capsys.readouterr().out
-    assert re.search(r"^plain +0\.0% +0/2 +\d+\.\d +4\.0$", printed, re.M)
-    assert re.search(r"^river +0\.0% +0/2 +\d+\.\d +[234]\.\d$", printed, re.M)
-    answers = json.loads(target.read_text())
-    assert [answer["task_id"] for answer in answers] == ["HumanEval/0", "HumanEval/1"]
-    assert all(answer["river"]["depths"] and not answer["plain"]["depths"] for answer in answers)
 
 
 def test_thresholds_are_compared_on_one_prompt(little_model, capsys):

@@ -18,6 +18,7 @@ import torch
 from torch import Tensor
 
 from river_compile import OptionError, RiverWarning, report, river, save, trace
+from river_compile.cli import models
 from river_compile.config import RiverConfig
 from river_compile.exits import forced_depth
 from river_compile.lowering import choose as lowering_choice
@@ -25,7 +26,6 @@ from river_compile.lowering.choose import Lowering, choose_lowering
 from tests.support.decoding import CAPACITY, cache_argument, cache_state, decode, left_padded, new_cache
 from tests.support.families import FAMILIES, REWRITTEN, make, prompt
 from tests.support.lowerings import BLOCK_RULES, CPU, FUSED, UNFUSED, lowered
-from tools import models
 
 PAGE = Path(__file__).parents[2] / "docs" / "lowering.md"
 LAYERS = 2

@@ -18,12 +18,13 @@ from pathlib import Path
 import pytest
 import torch
 
-from river_compile import OptionError, RiverConfig, RiverWarning, exact, report, restore, river
+from river_compile import OptionError, RiverConfig, RiverWarning, exact, report, river
 from river_compile.cudagraphs.device import CaptureLog
 from river_compile.exits import forced_depth
 from river_compile.offload import disk as offload_file
 from river_compile.offload.disk import MappedFiles
 from river_compile.offload.store import Arrival, Stored, WeightStore
+from river_compile.offload.weights import bring_back
 from river_compile.runtime.trace import trace
 from tests.support.decoding import cache_state, decode, new_cache
 from tests.support.families import make, prompt
@@ -193,8 +194,8 @@ def test_parameters_stay_usable(device, tmp_path):
     assert_same_weights(before, copy.deepcopy(model).state_dict())
     with torch.no_grad():
         assert torch.equal(plain, model.forward(ids).logits)
-    assert restore(model) == moved
-    assert restore(model) == 0
+    assert bring_back(model) == moved
+    assert bring_back(model) == 0
     assert report(model).offloaded is None
     assert_same_weights(before, model.state_dict())
     model._compiled_call_impl = None
@@ -293,11 +294,13 @@ def test_exact_mode_streams_or_is_refused():
     ids = prompt(8)
     plain = model.generate(ids, max_new_tokens=12, do_sample=False)
     model.compile(backend=river, options={**OPTIONS, **FETCH})
-    assert torch.equal(model.generate(ids, max_new_tokens=12, do_sample=False, custom_generate=exact), plain)
+    assert torch.equal(
+        model.generate(ids, max_new_tokens=12, do_sample=False, custom_generate=exact, adaptive=False), plain
+    )
     torch._dynamo.reset()
     model.compile(backend=river, options={**OPTIONS, "offload": 1})
     with pytest.raises(ValueError, match=r"offload=1.*compile the model with offload_policy='fetch'"):
-        model.generate(ids, max_new_tokens=12, do_sample=False, custom_generate=exact)
+        model.generate(ids, max_new_tokens=12, do_sample=False, custom_generate=exact, adaptive=False)
 
 
 @pytest.mark.parametrize(

@@ -58,7 +58,9 @@ def generate(model, ids, mask=None, static=True, **options):
 
 
 def exactly(model, ids, mask=None, **options):
-    return generate(model, ids, mask, custom_generate=river_compile.exact, **{"max_draft": MAX_DRAFT, **options})
+    return generate(
+        model, ids, mask, custom_generate=river_compile.exact, **{"max_draft": MAX_DRAFT, "adaptive": False, **options}
+    )
 
 
 @pytest.mark.parametrize("name", REWRITTEN)

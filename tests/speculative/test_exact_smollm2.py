@@ -11,8 +11,9 @@ import torch
 from transformers import GenerationConfig, pipeline
 
 import river_compile
+from river_compile.cli import models
+from river_compile.drop_in.generation import generate_as_ever, generate_exactly
 from river_compile.exits import forced_depth
-from tools import models
 
 PROMPTS, NEW_TOKENS = (int(os.environ.get(f"RIVER_EXACT_{n}", d)) for n, d in (("PROMPTS", 2), ("TOKENS", 40)))
 TASKS = (
@@ -52,7 +53,7 @@ def generate(model, ids, new_tokens=NEW_TOKENS, **options):
 
 
 def exactly(model, ids, **options):
-    return generate(model, ids, custom_generate=river_compile.exact, **options)
+    return generate(model, ids, custom_generate=river_compile.exact, adaptive=False, **options)
 
 
 def plainly(model, ids, **options):
@@ -91,13 +92,16 @@ def test_stop_strings_stop_where_plain_generation_stops(smollm2):
 
 
 def test_a_pipeline_takes_exact_mode(smollm2):
+    """With no argument where the model is accelerated (its generate is; the graphs are those of the other tests)."""
     model, tokenizer = smollm2
     generator = pipeline("text-generation", model=model, tokenizer=tokenizer)
     config = GenerationConfig(max_new_tokens=20, do_sample=False, pad_token_id=0, cache_implementation="static")
     options = {"generation_config": config, "return_full_text": False}
     text = "Once upon a time, there was a"
+    generate_exactly(model, river_compile.exact)
     with river_compile.trace() as trace:
-        ours = generator(text, custom_generate=river_compile.exact, **options)[0]["generated_text"]
+        ours = generator(text, **options)[0]["generated_text"]
+    generate_as_ever(model)
     assert trace.cycles
     with forced_depth(model.config.num_hidden_layers):
         assert generator(text, **options)[0]["generated_text"] == ours

@@ -272,7 +272,7 @@ class TestGenerate:
     def test_reinforcement_learning(self, model):
         """Steps and generations in turn: no graph is traced again, and exact mode has the text of the new weights."""
         self.text(model)
-        self.text(model, custom_generate=exact)
+        self.text(model, custom_generate=exact, adaptive=False)
         graphs = len(report(model).graphs)
         optimizer = torch.optim.AdamW(model.parameters(), lr=0.05)
         for round_number in range(2):
@@ -282,7 +282,7 @@ class TestGenerate:
             optimizer.zero_grad()
             with warnings.catch_warnings():
                 warnings.simplefilter("ignore" if round_number == 0 else "error", RiverWarning)
-                drafted = self.text(model, custom_generate=exact)
+                drafted = self.text(model, custom_generate=exact, adaptive=False)
                 self.text(model)
             assert all(site.stands_for(site.sources.get(), thorough=True) for site in report(model).packed)
             compiled, model._compiled_call_impl = model._compiled_call_impl, None

@@ -149,7 +149,7 @@ def test_exact_mode_takes_the_graph_that_the_prompt_runs_in():
         settings = {"max_new_tokens": 3, "do_sample": False, "disable_compile": True, "cache_implementation": "static"}
         return model.generate(ids, attention_mask=torch.ones_like(ids), **settings, **options)
 
-    exact = {"custom_generate": river_compile.exact, "max_draft": 1}
+    exact = {"custom_generate": river_compile.exact, "max_draft": 1, "adaptive": False}
     with forced_depth(2):
         plain = text()
     model.compile(backend=river, options={**OPTIONS, "exit_depth": 1, "on_unsupported": "raise"})

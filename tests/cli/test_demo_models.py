@@ -1,4 +1,4 @@
-"""The model cache of `tools/models.py`: whole copies are reused, damaged ones rebuilt, half-written ones never seen.
+"""The cache of demo models: whole copies are reused, damaged ones rebuilt, half-written ones never seen.
 
 Conversion itself is replaced by a stub that writes a small folder; the tests on the real model cover it.
 """
@@ -7,7 +7,7 @@ import warnings
 
 import pytest
 
-from tools import models
+from river_compile.cli import demo_models as models
 
 
 @pytest.fixture

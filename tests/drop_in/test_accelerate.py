@@ -1,0 +1,294 @@
+"""One line, ``accelerate(model)``: everything that generates keeps the plain text, and nothing is left in copies."""
+
+import copy
+import io
+import pickle
+import shutil
+import sys
+import warnings
+from pathlib import Path
+
+import pytest
+import torch
+from transformers.generation.streamers import BaseStreamer
+
+import river_compile
+from river_compile.drop_in.quality import QUALITIES
+from river_compile.speculative.runner import DraftVerifyRunner
+from river_compile.state import find_state
+from river_compile.upstream.hf_cache import cache_argument, cache_of
+from tests.support.decoding import new_cache
+from tests.support.families import make, prompt
+from tools.families.tiny import tiny_model
+
+OPTIONS = {"lowering": "eager", "group_size": 32}
+EXACT = {**OPTIONS, "max_draft": 1, "adaptive": False}
+
+
+def plain():
+    return make("llama", layers=2)
+
+
+def generate(model, ids=None, **options):
+    ids = prompt() if ids is None else ids
+    return model.generate(ids, attention_mask=torch.ones_like(ids), max_new_tokens=8, do_sample=False, **options)
+
+
+def texts(out):
+    return out if isinstance(out, torch.Tensor) else out.sequences
+
+
+class Streamer(BaseStreamer):
+    def __init__(self):
+        self.seen, self.ended = [], 0
+
+    def put(self, value):
+        self.seen.append(value.tolist())
+
+    def end(self):
+        self.ended += 1
+
+
+def streamed(model, **options):
+    streamer = Streamer()
+    generate(model, streamer=streamer, **options)
+    return streamer.seen, streamer.ended
+
+
+@pytest.fixture(scope="module")
+def model():
+    """One accelerated model for the tests that change nothing of it."""
+    return river_compile.accelerate(plain(), **EXACT)
+
+
+@pytest.fixture(autouse=True)
+def _fresh_dynamo():
+    """(In place of the one for all tests: graphs of the shared model stay.)"""
+
+
+@pytest.mark.core
+def test_generate_keeps_the_text_and_drafts(model):
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        with river_compile.trace() as trace:
+            text = generate(model)
+    assert torch.equal(text, generate(plain()))
+    assert trace.cycles
+    assert streamed(model) == streamed(plain())
+
+
+@pytest.mark.core
+@pytest.mark.parametrize(
+    ("options", "reason"),
+    [
+        ({"num_beams": 2}, "beam_search"),
+        ({"prompt_lookup_num_tokens": 3}, "assisted_generation"),
+        ({"assistant_model": plain()}, "assistant_model=LlamaForCausalLM"),
+        ({"output_attentions": True, "return_dict_in_generate": True}, "output_attentions"),
+        ({"use_cache": False}, "use_cache=False"),
+    ],
+)
+def test_calls_that_exact_mode_refuses_run_plainly_with_one_notice(model, options, reason):
+    """The text is the plain one, a second call says nothing more, and the report counts both."""
+    with warnings.catch_warnings(record=True) as notices:
+        warnings.simplefilter("always")
+        text = texts(generate(model, **options))
+        assert torch.equal(texts(generate(model, max_draft=1, **options)), text)
+    notices = [str(w.message) for w in notices if issubclass(w.category, river_compile.RiverWarning)]
+    assert len(notices) == 1
+    assert notices[0].startswith("LlamaForCausalLM.generate runs plainly here: ")
+    assert reason in notices[0]
+    assert torch.equal(text, texts(generate(plain(), **options)))
+    assert any(reason in why and n == 2 for why, n in river_compile.report(model).plain_calls.items())
+    assert reason in str(river_compile.report(model))
+
+
+def test_a_streamer_sees_a_call_that_starts_again_once(model):
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")
+        assert streamed(model, use_cache=False) == streamed(plain(), use_cache=False)
+
+
+def test_a_call_of_the_model_runs_its_whole_backbone(model):
+    held = {cache_argument(model): new_cache(model, "dynamic")}
+    with torch.no_grad(), river_compile.trace() as trace:
+        for ids in (prompt(), prompt(1, seed=3)):
+            model(ids, **held)
+    assert [step.depth for step in trace.tokens] == [2]
+
+
+def test_callers_keep_their_own_custom_generate(model):
+    def own(model, input_ids, **kwargs):
+        return input_ids
+
+    assert torch.equal(generate(model, custom_generate=own), prompt())
+
+
+@pytest.mark.core
+def test_copies_and_pickles_are_the_plain_model(tmp_path):
+    """No attribute, hook or compiled call is left, and a pickle says nothing of this package."""
+    model = river_compile.accelerate(plain(), **EXACT)
+    generate(model)
+    expected = generate(plain())
+    saved = io.BytesIO()
+    torch.save(model, saved)
+    pickled = pickle.dumps(model)
+    assert b"river_compile" not in pickled
+    assert b"river_compile" not in saved.getvalue()
+    model.save_pretrained(tmp_path)
+    for copied in (copy.deepcopy(model), copy.copy(model), pickle.loads(pickled)):
+        assert set(vars(copied)) == set(vars(plain()))
+        assert copied._compiled_call_impl is None
+        if copied is not model and copied.get_input_embeddings() is not model.get_input_embeddings():
+            assert not any(module._forward_pre_hooks for module in copied.modules())
+        assert type(copied) is type(model)
+        assert torch.equal(generate(copied), expected)
+    assert torch.equal(generate(type(model).from_pretrained(tmp_path)), expected)
+    assert {file.name for file in tmp_path.iterdir()} == {"config.json", "generation_config.json", "model.safetensors"}
+
+
+def test_a_prompt_that_shows_no_draft_can_be_verified_goes_on_plainly():
+    """CPM-Ant reads its whole text in every pass; a streamer, the cache handed back and the text are the plain ones."""
+    ours, expected = tiny_model("cpmant"), tiny_model("cpmant")
+    river_compile.accelerate(ours, **EXACT)
+    with pytest.warns(river_compile.RiverWarning, match="CpmAntForCausalLM takes the whole text"):
+        text = generate(ours)
+    assert torch.equal(text, generate(expected))
+
+
+def test_a_model_that_the_backend_cannot_reach_generates_plainly():
+    """Also with a cache of the caller's, which holds the prompt by the time that this shows."""
+    ours = river_compile.accelerate(plain(), **EXACT)
+    with torch.compiler.set_stance("force_eager"), pytest.warns(river_compile.RiverWarning, match="runs plainly"):
+        out = generate(ours, return_dict_in_generate=True, **{cache_argument(ours): new_cache(ours, "dynamic")})
+    assert torch.equal(out.sequences, generate(plain()))
+    assert cache_of(out).get_seq_length() == out.sequences.shape[1] - 1
+
+
+def test_sampling_without_drafts_draws_what_plain_sampling_draws():
+    ours, ids = river_compile.accelerate(plain(), **EXACT), prompt()
+    drawn = []
+    for model in (ours, plain()):
+        torch.manual_seed(1)
+        with torch.compiler.set_stance("force_eager"), warnings.catch_warnings():
+            warnings.simplefilter("ignore")
+            drawn.append(model.generate(ids, do_sample=True, max_new_tokens=8))
+    assert torch.equal(*drawn)
+
+
+@pytest.mark.core
+def test_restore_takes_everything_back(model):
+    """The generate of the class, the call, the hook, the twins; afterwards it can be accelerated again."""
+    ours = river_compile.accelerate(plain(), **EXACT)
+    generate(ours)
+    assert river_compile.restore(ours) is ours
+    assert set(vars(ours)) == set(vars(plain()))
+    assert ours._compiled_call_impl is None
+    assert not any(module._forward_pre_hooks for module in ours.modules())
+    assert find_state(ours) is None
+    with river_compile.trace() as trace:
+        assert torch.equal(generate(ours), generate(plain()))
+    assert not trace.tokens
+    assert river_compile.restore(ours) is ours
+    river_compile.accelerate(ours, **EXACT)
+    with river_compile.trace() as trace:
+        assert torch.equal(generate(ours), generate(plain()))
+    assert trace.cycles
+
+
+def test_restore_leaves_what_other_backends_compiled():
+    model = plain()
+    model.compile(backend="eager")
+    compiled = model._compiled_call_impl
+    assert river_compile.restore(model)._compiled_call_impl is compiled
+
+
+def test_fast_and_calibrated_let_tokens_leave():
+    ours = river_compile.accelerate(plain(), "fast", threshold=-1.0, first_exit=1, **OPTIONS)
+    with river_compile.trace() as trace:
+        generate(ours)
+    assert not trace.cycles
+    assert {step.depth for step in trace.tokens} == {1}
+
+
+def test_strict_is_exact_modes_strict(monkeypatch):
+    seen = []
+    prefill = DraftVerifyRunner.prefill
+    monkeypatch.setattr(
+        DraftVerifyRunner, "prefill", lambda self, *a: (seen.append(self._strict), prefill(self, *a))[1]
+    )
+    generate(river_compile.accelerate(plain(), "strict", **EXACT))
+    assert seen == [True]
+
+
+@pytest.mark.parametrize(
+    ("arguments", "message"),
+    [
+        ({"quality": "exakt"}, "'exakt'.*exact"),
+        ({"quality": "calibrated"}, "needs calibration="),
+        ({"quality": "calibrated", "calibration": "nowhere.json"}, "nowhere.json is no calibration"),
+        ({"quality": "fast", "calibration": "c.json"}, "goes with quality='calibrated'"),
+        ({"calibration": "c.json"}, "calibration='c.json' says which tokens leave"),
+        ({"threshold": 0.9}, "threshold=0.9 says which tokens leave"),
+        ({"strict": True}, "strict=True does not go with quality='exact'"),
+        ({"prefill": "exit"}, "prefill='exit'"),
+        ({"group_sise": 32}, "group_sise.*group_size"),
+        ({"max_draft": 0}, "max_draft=0"),
+        ({"quality": "fast", "max_draft": 3}, "max_draft"),
+    ],
+)
+def test_bad_arguments_are_named_and_change_nothing(arguments, message):
+    model = plain()
+    with pytest.raises(ValueError, match=message):
+        river_compile.accelerate(model, **arguments)
+    assert model._compiled_call_impl is None
+    assert "generate" not in vars(model)
+
+
+@pytest.fixture
+def folder(tmp_path, monkeypatch):
+    """A saved model that brings our recipe; transformers' copies of code go into a folder of the test's."""
+    monkeypatch.setattr("transformers.dynamic_module_utils.HF_MODULES_CACHE", str(tmp_path / "modules"))
+    monkeypatch.setattr(sys, "path", list(sys.path))
+    home = tmp_path / "model"
+    plain().save_pretrained(home)
+    recipe = Path(river_compile.drop_in.__path__[0]) / "custom_generate"
+    shutil.copytree(recipe, home / "custom_generate", ignore=shutil.ignore_patterns("__pycache__"))
+    return home
+
+
+def test_a_folder_brings_its_own_generate(folder):
+    """By name in one call, and for every call of a model that is loaded from it; both draft."""
+    named = plain()
+    loaded = type(named).from_pretrained(folder, trust_remote_code=True)
+    for model, options in ((named, {"custom_generate": str(folder), "trust_remote_code": True}), (loaded, {})):
+        for _ in range(2):
+            with river_compile.trace() as trace:
+                assert torch.equal(generate(model, **options), generate(plain()))
+            assert trace.cycles
+
+
+def test_load_is_from_pretrained_and_accelerate(folder, tmp_path):
+    """With an artifact nothing is packed, and the dtype is the folder's."""
+    first = river_compile.load(folder, **EXACT)
+    expected = generate(first)
+    artifact = river_compile.save(first, tmp_path / "twins")
+    model = river_compile.load(folder, artifact=artifact, **EXACT)
+    assert torch.equal(generate(model), expected)
+    assert model.dtype == torch.float32
+    assert all(matrix["artifact"] for matrix in river_compile.report(model).to_dict()["matrices"])
+    half = river_compile.load(folder, quality="fast", loading={"dtype": "bfloat16"}, **OPTIONS)
+    assert half.dtype == torch.bfloat16
+
+
+def test_wrappers_are_refused_with_the_way_in():
+    with pytest.raises(river_compile.OptionError, match=r"before torch\.compile"):
+        river_compile.accelerate(torch.compile(plain(), backend="eager"))
+    with pytest.raises(river_compile.OptionError, match="a transformers model that generates, not a Linear"):
+        river_compile.accelerate(torch.nn.Linear(2, 2))
+
+
+def test_every_quality_is_in_the_modules_table():
+    import river_compile.drop_in.quality as module
+
+    assert all(f'    "{quality}"' in module.__doc__ for quality in QUALITIES)
