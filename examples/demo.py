@@ -5,7 +5,7 @@
 
 Prints the three texts side by side in 80 columns, with the words that differ from the plain text marked, and the speed
 of each; writes a picture with the exit depth of each token of the fast one. One prompt, greedy, on the CPU. A demo is
-not a measurement: `benchmarks.decode` is one.
+not a measurement: `river bench` and `benchmarks.decode` are.
 """
 
 from __future__ import annotations

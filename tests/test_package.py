@@ -258,7 +258,7 @@ def test_a_wheel_holds_every_module_below_river_compile(wheel):
     for file in SOURCES:
         folder, *rest = file.relative_to(ROOT).parts
         assert "/".join([FOLDERS[folder].replace(".", "/"), *rest]) in names
-    data = ("py.typed", "twins/default_texts.txt", "drop_in/custom_generate/requirements.txt")
+    data = ("py.typed", "twins/default_texts.txt", "cli/explain.html.jinja", "drop_in/custom_generate/requirements.txt")
     assert {f"river_compile/{name}" for name in data} <= names
     for folder in ("triton/templates", "native/sources"):
         texts = {path.name for path in ROOT.glob(f"kernels/{folder}/*")}
@@ -273,7 +273,8 @@ def test_a_wheel_registers_the_backend(wheel):
         (entry_points,) = (name for name in archive.namelist() if name.endswith(".dist-info/entry_points.txt"))
         text = archive.read(entry_points).decode()
         assert any(name.endswith("/LICENSE") for name in archive.namelist())
-    assert text.split() == ["[torch_dynamo_backends]", "river", "=", "river_compile.backend:river"]
+    scripts = ["[console_scripts]", "river", "=", "river_compile.cli.app:main"]
+    assert text.split() == [*scripts, "[torch_dynamo_backends]", "river", "=", "river_compile.backend:river"]
 
 
 def test_an_installed_wheel_is_found_by_torch_without_being_imported(installed, tmp_path):

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import math
 import sys
 from collections.abc import Callable, Sequence
 from typing import TYPE_CHECKING, Annotated, Any
@@ -34,12 +35,24 @@ def error_line(error: BaseException) -> str:
 def show(command: str, result: dict[str, Any], as_json: bool, page: Callable[[Console], object]) -> None:
     """Prints a command's result: as JSON, with the command and this release's version, or as a page."""
     if as_json:
-        json.dump({"command": command, "version": __version__, **result}, sys.stdout, indent=2, allow_nan=False)
+        whole = {"command": command, "version": __version__, **result}
+        json.dump(_sayable(whole), sys.stdout, indent=2, allow_nan=False)
         print()
         return
     from rich.console import Console
 
     page(Console(highlight=False))
+
+
+def _sayable(value: Any) -> Any:
+    """Returns a value without what JSON has no word for: infinite numbers as "inf" or "-inf", NaN as None."""
+    if isinstance(value, dict):
+        return {key: _sayable(entry) for key, entry in value.items()}
+    if isinstance(value, (list, tuple)):
+        return [_sayable(entry) for entry in value]
+    if isinstance(value, float) and not math.isfinite(value):
+        return None if math.isnan(value) else str(value)
+    return value
 
 
 def table(headers: Sequence[str], rows: Sequence[Sequence[object]]) -> Any:

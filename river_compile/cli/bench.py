@@ -1,0 +1,139 @@
+"""``river bench``: prompt and decode speed of each way of running a model, with llama-bench's flags and columns."""
+
+from __future__ import annotations
+
+import csv
+import json
+import statistics
+import sys
+from collections.abc import Iterator
+from pathlib import Path
+from typing import TYPE_CHECKING, Annotated, Any
+
+import typer
+
+from river_compile import __version__
+
+from .output import Dtype, Threads, show, use_threads
+from .ways import CALIBRATED, EXACT, INDUCTOR, PLAIN, RIVER, STRICT
+
+if TYPE_CHECKING:
+    from torch import Tensor
+    from transformers import PreTrainedModel
+
+ROWS = (PLAIN, INDUCTOR, RIVER, CALIBRATED, EXACT, STRICT)
+FORMATS = ("md", "json", "jsonl", "csv")
+COLUMNS = ("model", "size", "params", "backend", "threads", "test", "t/s")
+
+
+def bench(
+    model: Annotated[str, typer.Option("--model", "-m", help="A model folder, or smollm2.")] = "smollm2",
+    n_prompt: Annotated[int, typer.Option("--n-prompt", "-p", help="Tokens of the prompt; 0: no such test.")] = 512,
+    n_gen: Annotated[int, typer.Option("--n-gen", "-n", help="Tokens to generate; 0: no such test.")] = 128,
+    repetitions: Annotated[int, typer.Option("--repetitions", "-r", help="Of each test.")] = 5,
+    output: Annotated[str, typer.Option("--output", "-o", help="md, json, jsonl or csv.")] = "md",
+    rows: Annotated[list[str] | None, typer.Option("--row", help=f"One of {', '.join(ROWS)}; may be repeated.")] = None,
+    calibration: Annotated[Path | None, typer.Option(help="A file of `river calibrate`, for its row.")] = None,
+    dtype: Dtype = "bfloat16",
+    threads: Threads = 0,
+    as_json: Annotated[bool, typer.Option("--json", help="The same as -o json.")] = False,
+) -> None:
+    """Measures tokens per second: `pp512` reads a prompt, `tg128` generates after a text's beginning.
+
+    The rows take turns, in one process. Decode speed leaves the first token out. Exact and strict depend on the text:
+    theirs here is prose and code that comes with the package.
+    """
+    from .models import load, quiet
+
+    output = "json" if as_json else output
+    if output not in FORMATS:
+        raise ValueError(f"-o {output} is not known; use one of {', '.join(FORMATS)}")
+    if min(n_prompt, n_gen) < 0 or n_gen == 1 or repetitions < 1 or not n_prompt + n_gen:
+        raise ValueError(f"-p {n_prompt} -n {n_gen} -r {repetitions} measures nothing; give -n 2 or more, -r 1 or more")
+    threads = use_threads(threads)
+    quiet()
+    network, tokenizer = load(model, dtype)
+    wanted = rows or [row for row in ROWS if row != CALIBRATED or calibration]
+    ids = beginning(tokenizer, max(n_prompt, 64))
+    size = sum(p.numel() * p.element_size() for p in network.parameters())
+    shared = {
+        "build": __version__,
+        "model": model,
+        "size": size,
+        "params": network.num_parameters(),
+        "dtype": dtype,
+        "threads": threads,
+    }
+    tests = [("pp", n_prompt)] * bool(n_prompt) + [("tg", n_gen)] * bool(n_gen)
+    results = [
+        {**shared, "backend": row, "test": f"{test}{count}", **measured}
+        for row in wanted
+        for (test, count), measured in zip(tests, _row(network, row, calibration, ids, tests, repetitions), strict=True)
+    ]
+    if output in ("md", "json"):
+        show("bench", {"results": results}, output == "json", lambda console: print(markdown(results)))
+    elif output == "jsonl":
+        for result in results:
+            print(json.dumps(result))
+    else:
+        writer = csv.DictWriter(
+            sys.stdout, [name for name in results[0] if name != "samples_ts"], extrasaction="ignore"
+        )
+        writer.writeheader()
+        writer.writerows(results)
+
+
+def beginning(tokenizer: Any, length: int) -> Tensor:
+    """Returns the first ids ``[1, length]`` of the package's texts, which are repeated where they are too short."""
+    import torch
+
+    text = (Path(__file__).parents[1] / "twins" / "default_texts.txt").read_text(encoding="utf-8")
+    ids: list[int] = tokenizer(text.replace("%%", ""))["input_ids"]
+    if not ids:
+        raise ValueError("this model's tokenizer gives no token for English text")
+    return torch.tensor([(ids * (length // len(ids) + 1))[:length]])
+
+
+def _row(
+    model: PreTrainedModel,
+    way: str,
+    calibration: Path | None,
+    ids: Tensor,
+    tests: list[tuple[str, int]],
+    repetitions: int,
+) -> Iterator[dict[str, Any]]:
+    """Yields what each test of a row gave; it warms up first."""
+    from .ways import running
+
+    more = {"adaptive": False} if way in (EXACT, STRICT) else {}  # what is asked for is what is measured
+    with running(model, way, calibration, **more):
+        for test, count in tests:
+            seconds = [_seconds(model, ids, test, count) for _ in range(repetitions + 1)][1:]
+            tokens = count if test == "pp" else count - 1
+            speeds = [tokens / s for s in seconds]
+            yield {
+                "avg_ts": statistics.fmean(speeds),
+                "stddev_ts": statistics.stdev(speeds) if len(speeds) > 1 else 0.0,
+                "samples_ts": speeds,
+            }
+
+
+def _seconds(model: PreTrainedModel, ids: Tensor, test: str, count: int) -> float:
+    """Returns the seconds that a prompt takes, or that generation takes after its first token."""
+    from .timing import generate
+
+    if test == "pp":
+        return generate(model, ids[:, :count], 2, stop_after=1).first_token_s
+    times = generate(model, ids[:, :64], count).times
+    return times[-1] - times[0]
+
+
+def markdown(results: list[dict[str, Any]]) -> str:
+    """Returns the results as llama-bench prints them."""
+    lines = [f"| {' | '.join(COLUMNS)} |", "| --- | ---: | ---: | --- | ---: | ---: | ---: |"]
+    for r in results:
+        speed = f"{r['avg_ts']:.2f} ± {r['stddev_ts']:.2f}"
+        size, params = f"{r['size'] / 2**20:.2f} MiB", f"{r['params'] / 1e6:.2f} M"
+        name = f"{Path(r['model']).name} {r['dtype']}"
+        lines.append(f"| {name} | {size} | {params} | {r['backend']} | {r['threads']} | {r['test']} | {speed} |")
+    return "\n".join(lines)

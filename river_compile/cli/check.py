@@ -1,0 +1,72 @@
+"""``river check MODEL``: what would be found, rewritten and refused, and how many tokens per second that could give."""
+
+from __future__ import annotations
+
+from typing import TYPE_CHECKING, Annotated, Any
+
+import typer
+
+from .output import NO, AsJson, Dtype, Model, megabytes, show, table
+
+if TYPE_CHECKING:
+    from rich.console import Console
+
+BASIS = "from the bytes of weights that a token reads, at the memory's bandwidth: no step reaches it"
+
+
+def check(
+    model: Model,
+    dtype: Dtype = "bfloat16",
+    bandwidth: Annotated[float, typer.Option(help="GB/s of the memory; 0: measured here.")] = 0.0,
+    as_json: AsJson = False,
+) -> None:
+    """Says what the backend would do to a model. Only its **config** is read; nothing is compiled.
+
+    Exit code 3 where decode steps would not be rewritten.
+    """
+    from river_compile.config import RiverConfig
+
+    from .dry_run import bandwidth as measure
+    from .dry_run import dry_run
+    from .models import resolve
+
+    found = dry_run(resolve(model), dtype, RiverConfig())
+    rate = bandwidth * 1e9 or measure()
+    result: dict[str, Any] = {
+        "model": model,
+        "dtype": dtype,
+        "parameters": found.parameters,
+        "graphs": found.graphs,
+        "refusal": found.refusal or None,
+        "blocks": found.blocks,
+        "twin_products": len(found.twins),
+        "bandwidth_bytes_per_s": rate,
+        "bytes": None,
+        "predicted_tokens_per_s": None,
+    }
+    if not found.refusal:
+        tokens = {"plain": found.bytes_per_token(found.blocks), "river": found.bytes_per_token(0)}
+        result["bytes"] = {"blocks": found.block_bytes, "twins": found.twin_bytes, "head": found.head_bytes}
+        result["predicted_tokens_per_s"] = {name: rate / size for name, size in tokens.items()}
+    show("check", result, as_json, lambda console: _page(console, result))
+    if found.refusal:
+        raise typer.Exit(NO)
+
+
+def _page(console: Console, result: dict[str, Any]) -> None:
+    console.print(f"[bold]{result['model']}[/], {result['parameters'] / 1e6:.1f} million parameters, {result['dtype']}")
+    for kind, found in result["graphs"].items():
+        fine = isinstance(found, int)
+        verdict = f"[green]rewritten[/], {found} blocks" if fine else f"[red]left to Inductor[/]: {found}"
+        console.print(f"  {kind:<9} {verdict}")
+    if result["refusal"]:
+        return
+    size, speed = result["bytes"], result["predicted_tokens_per_s"]
+    console.print(f"  twins     {result['twin_products']} products in 4 bits")
+    rows = [
+        ["plain", megabytes(size["blocks"] + size["head"]), speed["plain"]],
+        ["whole river (drafts)", megabytes(size["twins"] + size["head"]), speed["river"]],
+    ]
+    console.print()
+    console.print(table(["a token", "reads", "tokens/s, at most"], rows))
+    console.print(f"[dim]{BASIS} ({result['bandwidth_bytes_per_s'] / 1e9:.1f} GB/s)[/]")

@@ -1,0 +1,156 @@
+"""``river doctor``: versions, compiler, processor, GPU, caches, and a self-test of a few seconds."""
+
+from __future__ import annotations
+
+import os
+import platform
+import shutil
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from typing import TYPE_CHECKING, Annotated
+
+import typer
+
+from .output import NO, AsJson, megabytes, show
+
+if TYPE_CHECKING:
+    from rich.console import Console
+
+OK, WARN, BAD = "ok", "warning", "bad"
+_FLAGS = ("avx2", "avx512f", "avx512_vnni", "avx_vnni", "avx512_bf16", "amx_int8", "amx_bf16")
+_MARKS = {OK: "[green]ok     [/]", WARN: "[yellow]warning[/]", BAD: "[red]bad    [/]"}
+
+
+@dataclass(frozen=True)
+class Finding:
+    """One thing that was looked at: "ok", "warning" or "bad", and what to know of it."""
+
+    what: str
+    state: str
+    text: str
+
+
+def doctor(
+    self_test: Annotated[bool, typer.Option(help="Compile a tiny model and compare its text.")] = True,
+    as_json: AsJson = False,
+) -> None:
+    """Looks whether this machine has what the backend needs.
+
+    Exit code 3 where something is bad.
+    """
+    findings = [*versions(), compiler(), processor(), gpu(), cache()]
+    if self_test:
+        findings.append(try_out())
+    result = {"healthy": all(f.state != BAD for f in findings), "findings": [asdict(f) for f in findings]}
+    show("doctor", result, as_json, lambda console: _page(console, findings))
+    if not result["healthy"]:
+        raise typer.Exit(NO)
+
+
+def _page(console: Console, findings: list[Finding]) -> None:
+    for finding in findings:
+        console.print(f"{_MARKS[finding.state]} {finding.what:<13} {finding.text}")
+
+
+def versions() -> list[Finding]:
+    """Compares what is installed with what was tested."""
+    from importlib import metadata
+
+    from river_compile.upstream.versions import TESTED, installed, untested
+
+    outside = {text.split()[0] for text in untested()}
+    found = []
+    for name, (oldest, newest) in TESTED.items():
+        try:
+            version = installed(name)
+        except metadata.PackageNotFoundError:
+            found.append(Finding(name, WARN, f"not installed (tested: {oldest} to {newest})"))
+            continue
+        tested = f"tested: {oldest} to {newest}"
+        found.append(Finding(name, WARN if name in outside else OK, f"{version} ({tested})"))
+    return found
+
+
+def compiler() -> Finding:
+    """Looks for the C++ compiler that Inductor calls."""
+    name = os.environ.get("CXX") or next((c for c in ("g++", "clang++", "c++") if shutil.which(c)), "")
+    path = shutil.which(name) if name else None
+    if path is None:
+        missing = f"CXX={name} is not found" if name else "no g++ or clang++ is found"
+        return Finding("compiler", BAD, f"{missing}; Inductor needs one: apt-get install g++")
+    return Finding("compiler", OK, path)
+
+
+def processor() -> Finding:
+    """Tells the processor, and which of its instructions matter."""
+    import torch
+
+    from river_compile.kernels.quant.aten_int4 import has_fast_kernel
+
+    info = Path("/proc/cpuinfo").read_text(errors="replace") if Path("/proc/cpuinfo").exists() else ""
+    name = next((line.partition(":")[2].strip() for line in info.splitlines() if line.startswith("model name")), "")
+    flags = set(next((line.split() for line in info.splitlines() if line.startswith("flags")), []))
+    has = ", ".join(flag for flag in _FLAGS if flag in flags) or torch.backends.cpu.get_cpu_capability()
+    text = f"{name or platform.machine()}, {os.cpu_count()} cores: {has}"
+    if not has_fast_kernel():
+        return Finding("processor", WARN, f"{text}; ATen has no fast int4 kernel for it, so the river is slow")
+    return Finding("processor", OK, text)
+
+
+def gpu() -> Finding:
+    """Tells the GPU, if there is one."""
+    import torch
+
+    if not torch.cuda.is_available():
+        return Finding("GPU", OK, "none that torch sees; models run on the CPU")
+    memory = torch.cuda.get_device_properties(0).total_memory
+    return Finding("GPU", OK, f"{torch.cuda.get_device_name(0)}, {megabytes(memory)}")
+
+
+def cache() -> Finding:
+    """Tells the folder of converted models and generated kernels."""
+    from river_compile.kernels.files import cache_folder
+
+    folder = cache_folder()
+    parent = next(path for path in (folder, *folder.parents) if path.exists())
+    if not os.access(parent, os.W_OK):
+        return Finding("cache", BAD, f"{folder} cannot be written; set RIVER_COMPILE_CACHE to a folder that can")
+    held = sum(file.stat().st_size for file in folder.rglob("*") if file.is_file()) if folder.exists() else 0
+    free = shutil.disk_usage(parent).free
+    return Finding("cache", OK, f"{folder}, {megabytes(held)}; {megabytes(free)} free (RIVER_COMPILE_CACHE)")
+
+
+def try_out() -> Finding:
+    """Accelerates a tiny random model and compares its text with the plain one's."""
+    import time
+    import warnings
+
+    import torch
+    from transformers import LlamaConfig, LlamaForCausalLM
+
+    from river_compile.drop_in.quality import accelerate
+    from river_compile.drop_in.undo import restore
+    from river_compile.errors import RiverWarning
+    from river_compile.runtime.trace import trace
+
+    start = time.perf_counter()
+    torch.manual_seed(0)
+    config = LlamaConfig(
+        vocab_size=128, hidden_size=64, intermediate_size=128, num_hidden_layers=2, num_attention_heads=4,
+        num_key_value_heads=2, max_position_embeddings=64, eos_token_id=None, pad_token_id=0,
+    )  # fmt: skip
+    model = LlamaForCausalLM(config).eval()
+    ids = torch.arange(1, 9)[None]
+    arguments = {"attention_mask": torch.ones_like(ids), "max_new_tokens": 12, "do_sample": False}
+    plain = model.generate(ids, **arguments)
+    try:
+        with warnings.catch_warnings(), trace() as seen:
+            warnings.simplefilter("error", RiverWarning)
+            ours = accelerate(model, max_draft=1, adaptive=False).generate(ids, **arguments)
+    except Exception as error:  # whatever it is, this is what a self-test is for
+        return Finding("self-test", BAD, f"{type(error).__name__}: {' '.join(str(error).split())[:300]}")
+    finally:
+        restore(model)
+    if not torch.equal(plain, ours) or not seen.cycles:
+        return Finding("self-test", BAD, "a tiny model's text in exact mode is not its plain text")
+    return Finding("self-test", OK, f"exact mode gives a tiny model's plain text ({time.perf_counter() - start:.0f} s)")

@@ -1,0 +1,151 @@
+"""``river eval MODEL --task ...``: what each way of running a model does to its answers."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator, Sequence
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import TYPE_CHECKING, Annotated, Any
+
+import typer
+
+from .output import AsJson, Dtype, Model, Threads, show, table, use_threads
+from .ways import CALIBRATED, EXACT, FAST, PLAIN
+
+if TYPE_CHECKING:
+    from torch import Tensor
+    from transformers import PreTrainedModel, PreTrainedTokenizerBase
+
+TASKS = ("humaneval", "reasoning", "perplexity")
+WAYS = (PLAIN, EXACT, FAST)
+
+
+def evaluate(
+    model: Model,
+    task: Annotated[str, typer.Option(help=f"{', '.join(TASKS)}.")] = "perplexity",
+    limit: Annotated[int, typer.Option(help="Problems or texts; 0: all there are (humaneval 164, others 40).")] = 0,
+    new_tokens: Annotated[int, typer.Option(help="Of an answer, or measured in each text.")] = 128,
+    texts: Annotated[Path | None, typer.Option(help="For perplexity: texts, separated by empty lines.")] = None,
+    calibration: Annotated[Path | None, typer.Option(help="A file of `river calibrate`, for its row.")] = None,
+    criterion: Annotated[str, typer.Option(help="Of the row fast; empty: the backend's.")] = "",
+    threshold: Annotated[float | None, typer.Option(help="Of the row fast; without: the criterion's.")] = None,
+    dtype: Dtype = "bfloat16",
+    threads: Threads = 0,
+    as_json: AsJson = False,
+) -> None:
+    """Compares the plain model with exact mode and with tokens that leave early.
+
+    `humaneval` runs programs that the model wrote: with limits, in a process of their own, but in no sandbox.
+    """
+    from .models import load, quiet
+
+    if task not in TASKS:
+        raise ValueError(f"--task {task} is not known; use one of {', '.join(TASKS)}")
+    if limit < 0 or new_tokens < 2:
+        raise ValueError(f"--limit {limit} --new-tokens {new_tokens} is not allowed; give 0 or more, and 2 or more")
+    use_threads(threads)
+    quiet()
+    network, tokenizer = load(model, dtype)
+    given = {"criterion": criterion or None, "threshold": threshold}
+    rule = {name: value for name, value in given.items() if value is not None}
+    if task == "perplexity":
+        from .perplexity import measure
+        from .texts import passages
+
+        rows = measure(network, tokenizer, passages(texts)[: limit or 40], new_tokens, calibration, rule)
+    else:
+        ways = (*WAYS, CALIBRATED) if calibration else WAYS
+        asked = _asked(task, limit, tokenizer)
+        rows = _answered(network, tokenizer, asked, ways, new_tokens, calibration, rule)
+    result = {"model": model, "task": task, "rows": rows}
+    show("eval", result, as_json, lambda console: console.print(_table(task, rows)))
+
+
+@dataclass(frozen=True)
+class Asked:
+    """The prompts of a task ``[1, S]``, what judges the answer to one of them, and further arguments of `generate`."""
+
+    prompts: list[Tensor]
+    judge: Callable[[int, str], bool]
+    options: dict[str, Any] = field(default_factory=dict)
+
+
+def _asked(task: str, limit: int, tokenizer: PreTrainedTokenizerBase) -> Asked:
+    from .models import encode
+
+    if task == "humaneval":  # a completion of the problem's own text
+        from . import humaneval
+
+        problems = humaneval.problems()[: limit or None]
+        prompts = [tokenizer(p["prompt"].rstrip("\n"), return_tensors="pt")["input_ids"] for p in problems]
+        stops = {"stop_strings": list(humaneval.STOPS), "tokenizer": tokenizer}
+        return Asked(prompts, lambda i, text: humaneval.passes(problems[i], text), stops)
+    from . import reasoning
+
+    made = reasoning.problems(limit or 40)
+    prompts = [encode(tokenizer, problem.question) for problem in made]
+    return Asked(prompts, lambda i, text: reasoning.solved(made[i], text))
+
+
+def _answered(
+    model: PreTrainedModel,
+    tokenizer: PreTrainedTokenizerBase,
+    asked: Asked,
+    ways: Sequence[str],
+    new_tokens: int,
+    calibration: Path | None,
+    rule: dict[str, Any],
+) -> dict[str, dict[str, Any]]:
+    from river_compile.runtime.trace import trace
+
+    from .ways import running
+
+    rows: dict[str, dict[str, Any]] = {}
+    texts: dict[str, list[str]] = {}
+    for way in ways:
+        with running(model, way, calibration, **(rule if way == FAST else {})), trace() as steps:
+            runs = list(_generations(model, asked, new_tokens))
+        texts[way] = [tokenizer.decode(run.tokens, skip_special_tokens=True) for run in runs]
+        right = sum(asked.judge(i, text) for i, text in enumerate(texts[way]))
+        seconds = sum(run.times[-1] - run.times[0] for run in runs[1:] or runs)
+        tokens = sum(len(run.tokens) - 1 for run in runs[1:] or runs)  # (the first one compiles)
+        same = sum(a == b for a, b in zip(texts[way], texts[PLAIN], strict=True))
+        rows[way] = {
+            "score": right / len(asked.prompts),
+            "solved": right,
+            "problems": len(asked.prompts),
+            "same_texts": same,
+            "mean_depth": steps.mean_depth if way in (FAST, CALIBRATED) and steps.tokens else None,
+            "tokens_per_s": tokens / seconds if seconds else None,
+        }
+    return rows
+
+
+def _generations(model: PreTrainedModel, asked: Asked, new_tokens: int) -> Iterator[Any]:
+    """Generates an answer to each question, in caches of one size."""
+    from tqdm import tqdm
+
+    from .timing import generate
+
+    room = max(ids.shape[1] for ids in asked.prompts) + new_tokens
+    for ids in tqdm(asked.prompts, unit="problem", leave=False, delay=1):
+        yield generate(model, ids, room - ids.shape[1], stop_after=new_tokens, end_early=True, **asked.options)
+
+
+def _table(task: str, rows: dict[str, dict[str, Any]]) -> Any:
+    if task == "perplexity":
+        return table(["", "perplexity", "tokens"], [[way, row["score"], row["tokens"]] for way, row in rows.items()])
+    return table(
+        ["", "score", "solved", "same texts", "mean depth", "tokens/s"],
+        [
+            [
+                way,
+                f"{row['score']:.1%}",
+                f"{row['solved']} of {row['problems']}",
+                row["same_texts"],
+                row["mean_depth"],
+                row["tokens_per_s"],
+            ]
+            for way, row in rows.items()
+        ],
+    )

@@ -1,0 +1,76 @@
+"""``river pack MODEL -o DIR``: 4-bit twins made once, for starts that pack nothing."""
+
+from __future__ import annotations
+
+import shutil
+from pathlib import Path
+from typing import TYPE_CHECKING, Annotated, Any
+
+import typer
+
+from .output import AsJson, Dtype, Model, Threads, megabytes, show, use_threads
+
+if TYPE_CHECKING:
+    from rich.console import Console
+
+
+def pack(
+    model: Model,
+    output: Annotated[Path, typer.Option("--output", "-o", help="A new or empty folder, or one that this wrote.")],
+    quantizer: Annotated[str, typer.Option(help="hqq, rtn, gptq or awq.")] = "hqq",
+    dtype: Dtype = "bfloat16",
+    recipe: Annotated[
+        bool, typer.Option("--recipe", help="Also put custom_generate/ into the model's folder, for generate().")
+    ] = False,
+    threads: Threads = 0,
+    as_json: AsJson = False,
+) -> None:
+    """Packs a model's twins into a folder, for `accelerate(model, artifact=DIR)` and `river chat --artifact DIR`."""
+    import time
+
+    from river_compile.drop_in.quality import accelerate
+    from river_compile.reporting.report import report as report_of
+    from river_compile.twins.observe import observe
+    from river_compile.twins.pack import save
+
+    from .models import load, quiet, resolve
+
+    use_threads(threads)
+    quiet()
+    folder = resolve(model)
+    network, tokenizer = load(folder, dtype)
+    start = time.perf_counter()
+    if quantizer in ("gptq", "awq"):
+        observe(network, tokenizer)
+    accelerate(network, quantizer=quantizer)
+    network.generate(tokenizer("A", return_tensors="pt")["input_ids"], max_new_tokens=2, do_sample=False)
+    save(network, output)
+    if recipe:
+        copy_recipe(folder)
+    report = report_of(network)
+    packed = [site for site in report.packed if not site.kept]
+    result: dict[str, Any] = {
+        "model": model,
+        "folder": str(output),
+        "quantizer": quantizer,
+        "matrices": len(packed),
+        "bytes": sum(site.nbytes for site in packed),
+        "seconds": time.perf_counter() - start,
+        "recipe": str(folder / "custom_generate") if recipe else None,
+    }
+    show("pack", result, as_json, lambda console: _page(console, result))
+
+
+def copy_recipe(folder: Path) -> None:
+    """Puts ``custom_generate`` into a model's folder."""
+    source = Path(__file__).parents[1] / "drop_in" / "custom_generate"
+    shutil.copytree(source, folder / source.name, dirs_exist_ok=True, ignore=shutil.ignore_patterns("__pycache__"))
+
+
+def _page(console: Console, result: dict[str, Any]) -> None:
+    console.print(
+        f"{result['matrices']} matrices ({result['quantizer']}), {megabytes(result['bytes'])}, in "
+        f"{result['seconds']:.1f} s: [bold]{result['folder']}[/]"
+    )
+    if result["recipe"]:
+        console.print(f"how to generate with them: {result['recipe']} (generate(custom_generate=...))")

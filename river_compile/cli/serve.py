@@ -1,0 +1,89 @@
+"""``river serve MODEL``: transformers' own OpenAI-compatible server with an accelerated model under it.
+
+Everything that speaks HTTP is `transformers serve`: requests take turns on one thread, a client that goes away ends its
+generation. One class of it is replaced while it starts: the one that loads models.
+
+Not handled: `--continuous-batching`, whose scheduler does not call `generate`.
+"""
+
+from __future__ import annotations
+
+import contextlib
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Annotated, Any
+
+import typer
+
+from .output import AsJson, Dtype, Model, Threads, show, use_threads
+
+
+def serve(
+    model: Model,
+    host: Annotated[str, typer.Option(help="Address to listen at.")] = "localhost",
+    port: Annotated[int, typer.Option(help="Port to listen at.")] = 8000,
+    quality: Annotated[str, typer.Option(help="exact, strict, calibrated or fast.")] = "exact",
+    calibration: Annotated[Path | None, typer.Option(help="For calibrated: a file of `river calibrate`.")] = None,
+    artifact: Annotated[Path | None, typer.Option(help="Twins of `river pack`.")] = None,
+    dtype: Dtype = "bfloat16",
+    threads: Threads = 0,
+    as_json: AsJson = False,
+) -> None:
+    """Serves a model to OpenAI clients, until it is interrupted. `--json` prints where, once it listens."""
+    from .models import quiet, resolve
+
+    use_threads(threads)
+    quiet()
+    folder = str(resolve(model))
+    more = {} if artifact is None else {"artifact": artifact}
+    url = f"http://{host}:{port}/v1"
+    result = {"model": model, "quality": quality, "url": url}
+    with accelerating(quality=quality, calibration=calibration, **more):
+        server = make_server(folder, host, port, dtype)
+    show("serve", result, as_json, lambda console: console.print(f"serving [bold]{model}[/] ({quality}) at {url}"))
+    try:
+        server._thread.join()
+    finally:
+        server.kill_server()
+
+
+@contextlib.contextmanager
+def accelerating(**arguments: Any) -> Iterator[None]:
+    """Inside, `transformers serve` loads models that are accelerated with these arguments.
+
+    Raises:
+        ValueError: this release of transformers has no such server, or what it needs is not installed.
+    """
+    try:
+        from transformers.cli.serving import model_manager
+    except ImportError as error:
+        raise ValueError(f'this server needs more packages: pip install "river-compile[serve]" ({error})') from None
+
+    from river_compile.drop_in.quality import accelerate
+
+    class Manager(model_manager.ModelManager):
+        def _load_model(self, *args: Any, **kwargs: Any) -> Any:
+            return accelerate(super()._load_model(*args, **kwargs), **arguments)
+
+    theirs = model_manager.ModelManager
+    model_manager.ModelManager = Manager
+    try:
+        yield
+    finally:
+        model_manager.ModelManager = theirs
+
+
+def make_server(folder: str, host: str, port: int, dtype: str) -> Any:
+    """Starts `transformers serve` in a thread; returns it.
+
+    Raises:
+        ValueError: what it needs is not installed.
+    """
+    import torch
+    from transformers.cli.serve import Serve
+
+    device = "cuda" if torch.cuda.is_available() else "cpu"
+    try:
+        return Serve(force_model=folder, host=host, port=port, dtype=dtype, device=device, non_blocking=True)
+    except ImportError as error:
+        raise ValueError(f'this server needs more packages: pip install "river-compile[serve]" ({error})') from None

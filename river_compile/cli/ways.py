@@ -1,0 +1,63 @@
+"""The ways of running a model that commands compare: how each is set up, and what one generation costs."""
+
+from __future__ import annotations
+
+import contextlib
+from collections.abc import Iterator
+from contextlib import AbstractContextManager
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+if TYPE_CHECKING:
+    from transformers import PreTrainedModel
+
+PLAIN, INDUCTOR, RIVER, CALIBRATED, EXACT, STRICT, FAST = (
+    "plain", "inductor", "river", "calibrated", "exact", "strict", "fast",
+)  # fmt: skip
+WAYS = (PLAIN, INDUCTOR, RIVER, CALIBRATED, EXACT, STRICT, FAST)
+MEANING = {
+    PLAIN: "the model as it is",
+    INDUCTOR: "torch.compile with Inductor",
+    RIVER: "every token through all twins (depth 0): the fastest, and another text",
+    CALIBRATED: "tokens leave by a calibrated rule",
+    EXACT: "the plain text, drafted by the river",
+    STRICT: "the plain text to the bit",
+    FAST: "tokens leave by the default rule: another text",
+}
+
+
+@contextlib.contextmanager
+def running(model: PreTrainedModel, way: str, calibration: Path | None = None, **options: Any) -> Iterator[None]:
+    """Inside, a model runs in one of the ways; afterwards it is plain again.
+
+    Args:
+        model: a plain model.
+        way: one of `WAYS`.
+        calibration: the file of a calibration, for "calibrated".
+        options: of the backend.
+
+    Raises:
+        ValueError: no such way, or "calibrated" without a calibration.
+    """
+    from river_compile.drop_in.quality import accelerate
+    from river_compile.drop_in.undo import restore
+    from river_compile.exits import forced_depth
+
+    if way not in WAYS:
+        raise ValueError(f"way {way!r} is not known; use one of {', '.join(WAYS)}")
+    depth: AbstractContextManager[None] = contextlib.nullcontext()
+    if way == INDUCTOR:
+        model.compile()
+    elif way == RIVER:
+        accelerate(model, FAST, **options)
+        depth = forced_depth(0)
+    elif way in (EXACT, STRICT):
+        accelerate(model, way, **options)
+    elif way != PLAIN:
+        accelerate(model, way, calibration, **options)
+    try:
+        with depth:
+            yield
+    finally:
+        restore(model)
+        model._compiled_call_impl = None

@@ -1,0 +1,252 @@
+"""Each command of `river` on a tiny model: what it prints, as people and the published schema want it; errors."""
+
+import io
+import json
+import subprocess
+import sys
+from pathlib import Path
+
+import jsonschema
+import pytest
+import torch
+import transformers
+
+from river_compile.cli import app, humaneval, reasoning
+from river_compile.cli.bench import markdown
+from river_compile.cli.output import error_line
+from river_compile.cli.painting import Painter
+from river_compile.runtime.stats import CycleRecord, cycles
+
+ROOT = Path(__file__).parents[2]
+SCHEMA = json.loads((ROOT / "docs/river.schema.json").read_text())
+COMMANDS = ("check", "doctor", "bench", "chat", "pack", "calibrate", "eval", "explain", "serve")
+
+
+def river(capsys, *arguments, code=0):
+    """Runs a command; returns what it printed."""
+    found, printed = app.main([str(a) for a in arguments]), capsys.readouterr()
+    assert found == code, printed.err
+    return printed
+
+
+def printed_json(capsys, *arguments, code=0):
+    """Runs a command with --json; its standard output is one document that the schema describes."""
+    found = json.loads(river(capsys, *arguments, "--json", code=code).out)
+    jsonschema.validate(found, SCHEMA)
+    assert found["command"] == arguments[0]
+    return found
+
+
+def test_help_is_there_at_once(capsys):
+    """It names every command and the exit codes, and imports neither torch nor transformers."""
+    text = river(capsys, "--help").out
+    assert all(f" {command} " in text for command in COMMANDS)
+    assert "Exit codes: 0 done" in text
+    code = "import sys; from river_compile.cli import app; app.main(['--help']); sys.exit('torch' in sys.modules)"
+    assert subprocess.run([sys.executable, "-c", code], cwd=ROOT, capture_output=True).returncode == 0
+
+
+@pytest.mark.parametrize("command", COMMANDS)
+def test_every_command_has_help_and_json(command, capsys):
+    assert "--json" in river(capsys, command, "--help").out
+    assert {"$ref": f"#/$defs/{command}"} in SCHEMA["oneOf"]
+
+
+@pytest.mark.parametrize(
+    ("arguments", "says"),
+    [
+        (("check", "nowhere"), "model='nowhere' is neither one of smollm2"),
+        (("bench", "-n", "1"), "-n 1"),
+        (("bench", "-o", "xml"), "-o xml is not known; use one of md, json"),
+        (("eval", "smollm2", "--task", "chess"), "--task chess is not known"),
+        (("chat", "smollm2", "--threads", "-1"), "--threads -1 is not allowed"),
+    ],
+)
+def test_errors_are_one_line_and_code_1(arguments, says, capsys):
+    printed = river(capsys, *arguments, code=1)
+    assert printed.err.startswith("error: ")
+    assert printed.err.count("\n") == 1
+    assert says in printed.err
+    assert printed.out == ""
+
+
+def test_wrong_usage_is_code_2(capsys):
+    river(capsys, "check", code=2)
+    river(capsys, "bench", "--unknown", code=2)
+    assert error_line(ValueError("two\n  lines")) == "two lines"
+    assert error_line(ValueError()) == "ValueError"
+
+
+def test_check_counts_what_a_token_reads(tiny, capsys):
+    """The parts' bytes are those of the model's parameters; predictions are the bandwidth by these bytes."""
+    found = printed_json(capsys, "check", tiny, "--bandwidth", "10")
+    model = transformers.AutoModelForCausalLM.from_pretrained(tiny)
+    blocks = sum(p.numel() for p in model.model.layers.parameters())
+    head = model.lm_head.weight.numel() + model.model.norm.weight.numel()
+    assert found["graphs"] == {"prefill": 3, "decode": 3}
+    assert found["parameters"] == model.num_parameters()
+    assert found["bytes"]["blocks"] == 2 * blocks
+    assert found["bytes"]["head"] == 2 * head
+    assert found["bytes"]["twins"] < 0.4 * found["bytes"]["blocks"]
+    assert found["twin_products"] == 3 * 4
+    speeds = found["predicted_tokens_per_s"]
+    assert speeds["plain"] == pytest.approx(10e9 / (2 * (blocks + head)))
+    assert speeds["river"] > speeds["plain"]
+    page = river(capsys, "check", tiny, "--bandwidth", "10").out
+    assert "rewritten, 3 blocks" in page
+
+
+def test_check_of_a_model_that_is_refused_is_code_3(tmp_path, capsys):
+    """MPT's code reads tensors, which breaks its graph and has nothing to read here."""
+    transformers.MptConfig(vocab_size=128, d_model=64, n_heads=4, n_layers=2, max_seq_len=64).save_pretrained(tmp_path)
+    found = printed_json(capsys, "check", tmp_path, "--bandwidth", "10", code=3)
+    assert "decoder blocks" in found["refusal"] or "does not run without weights" in found["refusal"]
+    assert found["bytes"] is None
+    assert "left to Inductor" in river(capsys, "check", tmp_path, "--bandwidth", "10", code=3).out
+
+
+def test_doctor_tells_versions_compiler_and_caches(capsys, monkeypatch):
+    found = printed_json(capsys, "doctor", "--no-self-test")
+    states = {finding["what"]: finding["state"] for finding in found["findings"]}
+    assert {"Python", "torch", "transformers", "compiler", "processor", "GPU", "cache"} <= set(states)
+    assert found["healthy"]
+    monkeypatch.setenv("CXX", "no-such-compiler")
+    assert "CXX=no-such-compiler is not found" in river(capsys, "doctor", "--no-self-test", code=3).out
+
+
+def test_doctor_tries_a_tiny_model(capsys, monkeypatch):
+    from river_compile.cli import doctor
+
+    assert doctor.try_out().state == "ok"
+    monkeypatch.setattr(
+        "river_compile.drop_in.quality.accelerate", lambda model, **options: model
+    )  # (a model that never drafts)
+    assert doctor.try_out().state == "bad"
+
+
+def test_bench_has_llama_benchs_columns(tiny, capsys):
+    arguments = ("bench", "-m", tiny, "-p", "8", "-n", "4", "-r", "2", "--row", "plain", "--row", "exact")
+    found = printed_json(capsys, *arguments)
+    assert [(r["backend"], r["test"]) for r in found["results"]] == [
+        ("plain", "pp8"), ("plain", "tg4"), ("exact", "pp8"), ("exact", "tg4"),
+    ]  # fmt: skip
+    assert all(len(r["samples_ts"]) == 2 for r in found["results"])
+    lines = markdown(found["results"]).splitlines()
+    assert lines[0] == "| model | size | params | backend | threads | test | t/s |"
+    assert len(lines) == 2 + 4
+
+
+@pytest.mark.parametrize("form", ["md", "csv", "jsonl"])
+def test_bench_prints_other_forms(tiny, form, capsys):
+    lines = river(
+        capsys, "bench", "-m", tiny, "-p", "0", "-n", "2", "-r", "1", "--row", "plain", "-o", form
+    ).out.splitlines()
+    assert len(lines) == {"md": 3, "csv": 2, "jsonl": 1}[form]
+    if form == "jsonl":
+        jsonschema.validate(
+            json.loads(lines[0]), {"$ref": "#/$defs/bench/properties/results/items", "$defs": SCHEMA["$defs"]}
+        )
+
+
+def test_pack_and_chat_with_the_twins(tiny, tmp_path, capsys, monkeypatch):
+    """The answer is the plain model's; every token has a source; commands work."""
+    packed = printed_json(capsys, "pack", tiny, "-o", tmp_path / "twins", "--dtype", "float32")
+    assert packed["matrices"] == 3 * 4
+    options = ("--artifact", tmp_path / "twins", "--dtype", "float32", "-n", "12")
+    turn = printed_json(capsys, "chat", tiny, *options, "--prompt", "hello")["turns"][0]
+    model = transformers.AutoModelForCausalLM.from_pretrained(tiny)
+    tokenizer = transformers.AutoTokenizer.from_pretrained(tiny)
+    ids = tokenizer("user: hello\nassistant: ", return_tensors="pt")["input_ids"]
+    plain = model.generate(ids, max_new_tokens=12, do_sample=False)[0, ids.shape[1] :]
+    assert turn["assistant"] == tokenizer.decode(plain, skip_special_tokens=True).rstrip("\ufffd")
+    assert turn["tokens"][0]["source"] == "prompt"
+    assert {t["source"] for t in turn["tokens"]} <= {"prompt", "river", "lookup", "backbone"}
+    assert len(turn["tokens"]) == 12
+    monkeypatch.setattr("sys.stdin", io.StringIO("hello\n/stats\n/help\n/reset\n/report\n/exit\nnever asked\n"))
+    out = river(capsys, "chat", tiny, *options).out
+    assert "12 tokens" in out
+    assert "/stats" in out
+    assert "River Compile report for LlamaForCausalLM" in out
+
+
+def test_pack_puts_the_recipe_into_the_models_folder(tiny, tmp_path):
+    from river_compile.cli.pack import copy_recipe
+
+    copy_recipe(tmp_path)
+    assert (tmp_path / "custom_generate/generate.py").exists()
+    assert (tmp_path / "custom_generate/requirements.txt").read_text() == "river-compile\n"
+
+
+def test_chat_shows_depths_where_tokens_leave(tiny, capsys):
+    turn = printed_json(capsys, "chat", tiny, "--quality", "fast", "-n", "6", "--prompt", "hello")["turns"][0]
+    assert {t["source"] for t in turn["tokens"][1:]} <= {"depth 2", "depth 3"}
+
+
+def test_calibrate_writes_what_calibrated_needs(tiny, tmp_path, capsys):
+    texts = tmp_path / "texts.txt"
+    texts.write_text("\n\n".join(f"{i} is a number, and {i + 1} comes after it." for i in range(40)))
+    file = tmp_path / "c.json"
+    found = printed_json(
+        capsys, "calibrate", tiny, "--kl", "5", "--texts", texts, "--tokens", "2", "--context", "4", "-o", file
+    )
+    assert found["budget"] == {"kl": 5.0}
+    turn = printed_json(
+        capsys, "chat", tiny, "--quality", "calibrated", "--calibration", file, "-n", "4", "--prompt", "hello"
+    )
+    assert turn["turns"][0]["tokens"]
+    river(capsys, "calibrate", tiny, "--kl", "5", "--texts", tmp_path / "none.txt", code=1)
+
+
+def test_eval_compares_ways(tiny, tmp_path, capsys):
+    """A random model solves nothing; exact answers are the plain ones; its perplexity is that of its own logits."""
+    rows = printed_json(
+        capsys, "eval", tiny, "--task", "reasoning", "--limit", "2", "--new-tokens", "8", "--dtype", "float32"
+    )["rows"]
+    assert rows["exact"]["same_texts"] == 2
+    assert rows["plain"]["solved"] == 0
+    text = "a text for a test that is long enough"
+    (tmp_path / "t.txt").write_text(text)
+    rows = printed_json(capsys, "eval", tiny, "--texts", tmp_path / "t.txt", "--new-tokens", "8", "--dtype", "float32")[
+        "rows"
+    ]
+    model = transformers.AutoModelForCausalLM.from_pretrained(tiny)
+    ids = transformers.AutoTokenizer.from_pretrained(tiny)(text, return_tensors="pt")["input_ids"][:, :24]
+    with torch.no_grad():
+        logits = model(ids).logits[0, 16:23].float()
+    expected = torch.nn.functional.cross_entropy(logits, ids[0, 17:24]).exp().item()
+    assert rows["plain"]["score"] == pytest.approx(expected, rel=1e-4)
+    assert rows["river"]["score"] != rows["plain"]["score"]
+
+
+def test_reasoning_problems_have_answers():
+    asked = reasoning.problems(10)
+    assert asked == reasoning.problems(10)
+    assert len({problem.question for problem in asked}) == 10
+    problem = reasoning.Problem("What are 3 boxes of 4?", 12)
+    assert reasoning.solved(problem, "3 times 4 is 12.")
+    assert reasoning.solved(problem, "so 1,2... no: 12")
+    assert not reasoning.solved(problem, "12 or 13")
+    assert not reasoning.solved(problem, "many")
+
+
+def test_humaneval_judges_completions():
+    problem = {"prompt": "def f(x):\n", "test": "def check(f):\n    assert f(2) == 4", "entry_point": "f"}
+    assert humaneval.passes(problem, "    return 2 * x\n\nprint('more')")
+    assert not humaneval.passes(problem, "    return x")
+
+
+def test_a_painter_gives_each_token_its_source():
+    """A cycle's tokens wait for it; half a character shows with the token that ends it."""
+    pieces = {(1,): "a", (1, 2): "a\ufffd", (1, 2, 3): "aé", (1, 2, 3, 4): "aéb"}
+    shown = []
+    painter = Painter(lambda ids: pieces[tuple(ids)], lambda *piece: shown.append(piece), by_cycle=True, blocks=4)
+    with painter.watching():
+        for ids in ([9, 9], [1], [2], [3]):
+            painter.put(torch.tensor(ids))
+        assert shown == [("a", "default")]
+        cycles(CycleRecord(("river",), ("river", "backbone"), 2, 0, (0.0, 0.0, 0.0), thread=0, model=0))
+        painter.put(torch.tensor([4]))
+        painter.end()
+    assert painter.tokens == [("a", "prompt"), ("", "river"), ("é", "backbone"), ("b", "backbone")]
+    assert painter.text == "aéb"
+    assert painter.sources == {"prompt": 1, "river": 1, "backbone": 2}
