@@ -148,8 +148,9 @@ def passes_for(config: RiverConfig, plan: DecoderPlan, lowering: Lowering, keep:
     passes: list[Pass] = []
     if leaves:
         passes += config.filling.passes(candidates) or [river_twins(how, keep)]
-        if how is not None and config.lm_head == "w4":
-            passes.append(river_head(how, keep))
+        head = head_twinning(config, lowering)
+        if head is not None:
+            passes.append(river_head(head, keep))
         elif how is not None and (plan.is_decode or not lowering.fuse):
             passes.append(one_row_head(lowering.fuse))
     if config.same_rows and not plan.is_decode:
@@ -169,6 +170,26 @@ def twinning(config: RiverConfig, lowering: Lowering) -> Twinning | None:
     if config.quantizer == "none":
         return None
     return Twinning(config.group_size, lowering.layout, scale_inputs=config.quantizer == "awq")
+
+
+def head_twinning(config: RiverConfig, lowering: Lowering) -> Twinning | None:
+    """Returns how the twin of the head is made, None where there is none.
+
+    Raises:
+        OptionError: a head in 8 bits without its kernel.
+    """
+    how = twinning(config, lowering)
+    kind = config.lm_head or ("int8" if lowering.layout == "native" else "keep")
+    if how is None or kind == "keep":
+        return None
+    if kind == "w4":
+        return how
+    if not lowering.native:
+        raise OptionError(
+            f"lm_head='int8' needs the C++ kernels of a CPU, and the lowering is {lowering.compiler} with layout "
+            f"{lowering.layout}; use lm_head='w4' or 'keep'"
+        )
+    return Twinning(config.group_size, "native_int8", bits=8)
 
 
 def _build(
@@ -268,9 +289,11 @@ def _pack(
     how = twinning(config, lowering)
     if how is None or not config.exit_policy(program.plan).may_leave(program.plan):
         return {}
-    every = {segment: twin_sites(segment, how) for segment in (*program.blocks, program.head)}
+    head = head_twinning(config, lowering)
+    every = {segment: twin_sites(segment, how) for segment in program.blocks}
+    every[program.head] = twin_sites(program.head, head or how)
     segments = list(program.blocks[config.exit_depth or 0 :]) if config.fill == "river" else []
-    segments += [program.head] if config.lm_head == "w4" else []
+    segments += [program.head] if head is not None else []
     sites = [site for segment in segments for site in every[segment]]
     names = {site.name for found in every.values() for site in found}
     return state.of(PackedWeights).pack(sites, values, config, state.find(Observation), names)

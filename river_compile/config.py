@@ -95,7 +95,13 @@ class RiverConfig:
         one_of("backbone", "exit"),
         '`"exit"`: the whole prompt leaves at the first depth where its least similar token passes the threshold',
     )
-    lm_head: str = _option("keep", one_of("keep", "w4"), '`"w4"`: tokens that left use a 4-bit head')
+    lm_head: str | None = _option(
+        None,
+        one_of(None, "keep", "int8", "w4"),
+        'the head of tokens that left: `"keep"` in 16 bits, `"int8"`, or `"w4"`, smallest and least like the model\'s; '
+        "`None`: int8 where the C++ kernels round activations to 8 bits, else keep "
+        "([docs/quality.md](docs/quality.md))",
+    )
     artifact: str | Path | None = _option(
         None, optional(PATH), "a folder written by `river_compile.save`: its packed twins are read instead of made"
     )

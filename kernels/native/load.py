@@ -8,7 +8,7 @@
     record, replay     tapes of such calls: see `tape`
 
 Arguments are those of the operators ``river::*`` (see `river_compile.kernels.ops`), but for the layout: `linear` takes
-the bytes of the layout "native" and `int8_activations`, with which x is rounded to 8 bits with one scale for each group
+the bytes of the layouts "native", their `bits` and `int8_activations`, with which x is rounded to 8 bits with one scale for each group
 of each row; without, it is read as it is. A product's or an attention's row has the same bits whatever the number of
 rows and threads, which are ``torch.get_num_threads()``.
 
@@ -80,6 +80,7 @@ def _linear_fake(
     bias: Tensor | None,
     out_features: int,
     group_size: int,
+    bits: int,
     int8_activations: bool,
     residual: Tensor | None = None,
     norm: str = "none",

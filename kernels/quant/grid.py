@@ -1,12 +1,15 @@
 """Group-wise 4-bit quantization of weight matrices: round-to-nearest and HQQ, with their signal-to-noise ratio.
 
+Matrices in 8 bits are rounded to nearest whatever the quantizer: nothing is left for a better one to gain.
+
 Quantizers that look at a matrix's inputs too are in :mod:`river_compile.kernels.quant.calibrated`.
 
 Every quantizer maps a weight ``[N, K]`` (rows are output features) to a :class:`QuantizedWeight`, whose grid is
 
     w[n, k] = (q[n, k] - 8) * scale[n, k // group_size] + zero[n, k // group_size]
 
-with ``q`` in 0..15 and a floating-point ``zero`` (the value of the grid's middle point). How the integers are packed
+with ``q`` in 0..15 and a floating-point ``zero`` (the value of the grid's middle point); of 8 bits, with ``q - 128`` and
+``q`` in 0..255. How the integers are packed
 into bytes for a kernel is a layout's matter: see :mod:`river_compile.kernels.quant.layouts`.
 """
 
@@ -16,7 +19,7 @@ import functools
 import logging
 import math
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import torch
 from torch import Tensor
@@ -32,33 +35,36 @@ _PIECE_ELEMENTS = 32_000
 
 @dataclass(frozen=True)
 class QuantizedWeight:
-    """A 4-bit matrix before packing.
+    """A matrix of 4 bits, or 8, before packing.
 
     Attributes:
-        q: uint8 ``[N, K]``, values 0..15.
-        scale, zero: float32 ``[N, K // group_size]``; zero is the weight that ``q == 8`` stands for.
+        q: uint8 ``[N, K]``, values 0..15 (0..255).
+        scale, zero: float32 ``[N, K // group_size]``; zero is the weight that ``q == 8`` (128) stands for.
         group_size: consecutive input features that share a scale and a zero.
+        bits: 4 or 8.
     """
 
     q: Tensor
     scale: Tensor
     zero: Tensor
     group_size: int
+    bits: int = 4
 
     @property
     def shape(self) -> tuple[int, int]:
         return self.q.shape[0], self.q.shape[1]
 
     def dequantize(self, dtype: torch.dtype = torch.float32) -> Tensor:
-        """Returns the matrix ``[N, K]`` that the 4-bit weights stand for, computed in `dtype`."""
+        """Returns the matrix ``[N, K]`` that the integers stand for, computed in `dtype`."""
         n, k = self.shape
         groups = self.q.to(dtype).reshape(n, k // self.group_size, self.group_size)
-        w = (groups - MID_POINT) * self.scale.to(dtype)[..., None] + self.zero.to(dtype)[..., None]
+        w = (groups - 2 ** (self.bits - 1)) * self.scale.to(dtype)[..., None] + self.zero.to(dtype)[..., None]
         return w.reshape(n, k)
 
     def to(self, device: torch.device) -> QuantizedWeight:
         """Returns the same grid on a device."""
-        return QuantizedWeight(self.q.to(device), self.scale.to(device), self.zero.to(device), self.group_size)
+        q, scale, zero = (tensor.to(device) for tensor in (self.q, self.scale, self.zero))
+        return replace(self, q=q, scale=scale, zero=zero)
 
     def split(self, matrices: int) -> list[QuantizedWeight]:
         """Cuts a stack of equal matrices, one below the other, into these."""
@@ -75,7 +81,7 @@ class QuantizedWeight:
 
     def rounded(self, dtype: torch.dtype) -> QuantizedWeight:
         """Returns the same grid with scale and zero rounded to `dtype`, as a kernel with such parameters sees it."""
-        return QuantizedWeight(self.q, self.scale.to(dtype).float(), self.zero.to(dtype).float(), self.group_size)
+        return replace(self, scale=self.scale.to(dtype).float(), zero=self.zero.to(dtype).float())
 
 
 def fitting_group_size(in_features: int, requested: int) -> int:
@@ -128,6 +134,15 @@ def decibels(signal: float, noise: float) -> float:
     if noise <= 0:
         return math.inf
     return 10 * math.log10(signal / noise) if signal > 0 else -math.inf
+
+
+def quantize_8bit(weight: Tensor, group_size: int, dtype: torch.dtype) -> QuantizedWeight:
+    """Rounds a matrix ``[N, K]`` to 8 bits, symmetric around zero, with scales in `dtype`; raises as `quantize`."""
+    groups = check_matrix(weight, group_size).unflatten(1, (-1, group_size))
+    scale = (groups.abs().amax(-1) / 127).to(dtype).float()
+    scale = torch.where(scale < torch.finfo(torch.float32).tiny, 1.0, scale)
+    q = (groups / scale[..., None]).round_().clamp_(-128, 127) + 128
+    return QuantizedWeight(q.flatten(1).to(torch.uint8), scale, torch.zeros_like(scale), group_size, bits=8)
 
 
 def spanning_grid(groups: Tensor, dtype: torch.dtype) -> tuple[Tensor, Tensor]:

@@ -1,7 +1,7 @@
 """Chooses how twins are lowered: for ATen's int4 kernel, to the C++ kernels of a CPU, or to generated Triton kernels.
 
 lowering     on a CPU                                           on a GPU (CUDA, or ROCm, which torch calls cuda too)
-"auto"       as "inductor"                                      as "triton"
+"auto"       as "native" where that is fast, else "inductor"    as "triton"
 "inductor"   ATen's int4 product, the rest through Inductor     the generated 4-bit product, the rest through Inductor
 "native"     the C++ kernels, the rest through Inductor         refused
 "triton"     the generated kernels in Triton's interpreter      the generated kernels, the rest through Inductor
@@ -23,6 +23,7 @@ from river_compile.config import RiverConfig
 from river_compile.errors import OptionError, RiverWarning
 from river_compile.kernels.native import load as native
 from river_compile.kernels.native.build import CannotBuild
+from river_compile.kernels.native.isa import chosen
 from river_compile.kernels.quant.aten_int4 import LAYOUT as ATEN_LAYOUT
 from river_compile.kernels.quant.aten_int4 import has_fast_kernel
 from river_compile.kernels.quant.layouts import LAYOUTS, NATIVE_LAYOUTS
@@ -67,7 +68,7 @@ def choose_lowering(config: RiverConfig, device: torch.device) -> Lowering:
             f"there are no 4-bit kernels for a model on {device}; move it to a CPU or a GPU, or use quantizer='none'"
         )
     on_gpu = device.type == "cuda"
-    if config.lowering == "native":
+    if config.lowering == "native" or (config.lowering == "auto" and _native_pays(config, on_gpu)):
         return _native(config, on_gpu)
     fuse = config.lowering == "triton" or (config.lowering == "auto" and on_gpu)
     if not (fuse or on_gpu):
@@ -86,6 +87,11 @@ def choose_lowering(config: RiverConfig, device: torch.device) -> Lowering:
     return Lowering(compiler, TRITON_LAYOUT, fuse)
 
 
+def _native_pays(config: RiverConfig, on_gpu: bool) -> bool:
+    """Tells whether the C++ kernels are the fastest here: the processor's vectors are known to them."""
+    return not on_gpu and config.group_size in LAYOUTS["native"].group_sizes and chosen().name != "portable"
+
+
 def _native(config: RiverConfig, on_gpu: bool) -> Lowering:
     layout = "native" if config.activations == "8bit" else "native_16bit"
     sizes = LAYOUTS[layout].group_sizes
@@ -95,7 +101,7 @@ def _native(config: RiverConfig, on_gpu: bool) -> Lowering:
     try:
         native.load()
     except CannotBuild as error:
-        warn_once(f"lowering='native' compiles C++ and cannot here, so 4-bit products are ATen's: {error}")
+        warn_once(f"twins are C++ that is compiled here, and it cannot be, so their products are ATen's: {error}")
         return Lowering("inductor", ATEN_LAYOUT, fuse=False)
     return Lowering("inductor", layout, fuse=True)
 

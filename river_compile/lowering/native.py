@@ -17,7 +17,7 @@ from torch import Tensor, fx
 
 from river_compile.kernels.native import load as native
 from river_compile.kernels.native.tape import Tape
-from river_compile.kernels.quant.layouts import NATIVE_LAYOUTS
+from river_compile.kernels.quant.layouts import LAYOUTS, NATIVE_LAYOUTS
 from river_compile.passes.nodes import called, is_tensor, value_of
 from river_compile.passes.program import Segment
 
@@ -103,7 +103,8 @@ def use_native(node: fx.Node) -> None:
         x, weight, scale_zero, bias, out_features, group_size, layout = node.args
         if layout in NATIVE_LAYOUTS:
             node.target = native_ops.linear.default
-            node.args = (x, weight, scale_zero, bias, out_features, group_size, NATIVE_LAYOUTS[layout])
+            how = group_size, LAYOUTS[layout].bits, NATIVE_LAYOUTS[layout]
+            node.args = (x, weight, scale_zero, bias, out_features, *how)
         elif layout == "dense":
             node.target, node.args = native_ops.dense.default, (x, weight, bias)
     elif called(node, ours.kv_fill.default):

@@ -13,7 +13,7 @@ import torch
 from torch import Tensor
 
 from river_compile.kernels.quant.calibrated import output_energy, output_sqnr_db, quantize_observed
-from river_compile.kernels.quant.grid import QuantizedWeight, decibels, quantize, sqnr_db
+from river_compile.kernels.quant.grid import QuantizedWeight, decibels, quantize, quantize_8bit, sqnr_db
 from river_compile.kernels.quant.layouts import PackedLinear
 from river_compile.passes.program import Product
 from river_compile.upstream.tensors import as_ordinary
@@ -171,10 +171,16 @@ class PackedSite(Ratios):
 
 
 def quantize_site(product: Product, weights: Sequence[Tensor], quantizer: str, moments: Tensor | None = None) -> Grid:
-    """Finds the grid of a product's weights; "awq" and "gptq" need the second moments ``[K, K]`` of its inputs."""
+    """Finds the grid of a product's weights; "awq" and "gptq" need the second moments ``[K, K]`` of its inputs.
+
+    In 8 bits weights are rounded to nearest, whatever the quantizer.
+    """
     weight = torch.cat([w.T if product.transposed else w for w in map(as_ordinary, weights)])
-    if moments is None:
-        grid = quantize(weight, product.group_size, quantizer).rounded(_STORED_AS)
+    if moments is None or product.bits == 8:
+        if product.bits == 8:
+            grid = quantize_8bit(weight, product.group_size, _STORED_AS)
+        else:
+            grid = quantize(weight, product.group_size, quantizer).rounded(_STORED_AS)
         return Grid(weight=grid, sqnr=sqnr_db(weight, grid.dequantize()))
     grid, scale = quantize_observed(
         weight, product.group_size, quantizer, moments, _STORED_AS, may_scale=product.scales_inputs

@@ -68,6 +68,7 @@ def save(model: nn.Module, folder: str | Path) -> Path:
             'model.compile(backend="river") first'
         )
     refresh(model)
+    made = [site for site in made if site.product.bits == 4]
     made = [site for site in made if _has(unwrap(model), site)] or made  # (not those of adapters that are gone)
     stale = next((site.name for site in made if site.fresh_sources() is None), None)
     if stale is not None:
@@ -292,6 +293,8 @@ class _Maker:
     def look_up(self, site: LinearSite, sources: Sources) -> Known:
         """Returns what the artifact holds of a product, or what was observed where the quantizer asks for that."""
         quantizer = self.config.quantizer
+        if site.bits == 8:  # rounded to nearest at every start
+            return None
         if self.artifact is not None:
             return self.artifact.find(site, quantizer, sources.digest, self.config.min_sqnr)
         if quantizer not in OBSERVING:

@@ -49,12 +49,14 @@ struct LinearCall {
   }
 };
 
-inline void check_weight(const Tensor& weight, const Tensor& scale_zero, int64_t k, int64_t n, int64_t group_size) {
+inline void check_weight(const Tensor& weight, const Tensor& scale_zero, int64_t k, int64_t n, int64_t group_size,
+                         int64_t bits) {
   STD_TORCH_CHECK(group_size == 32 || group_size == 64 || group_size == 128, "group_size is not 32, 64 or 128");
   STD_TORCH_CHECK(k > 0 && n > 0 && k < (1 << 30) && n < (1 << 30), "a product needs features to read and to write");
+  STD_TORCH_CHECK(bits == 4 || bits == 8, "bits is not 4 or 8");
   const int64_t blocks = (n + kBlock - 1) / kBlock, groups = (k + group_size - 1) / group_size;
   STD_TORCH_CHECK(weight.is_cpu() && weight.scalar_type() == ScalarType::Byte && weight.is_contiguous() &&
-                      weight.numel() == blocks * groups * group_size * kBlock / 2,
+                      weight.numel() == blocks * groups * group_size * kBlock * bits / 8,
                   "weight is not packed for layout native with these features and groups");
   STD_TORCH_CHECK(scale_zero.is_cpu() && scale_zero.scalar_type() == ScalarType::BFloat16 &&
                       scale_zero.is_contiguous() && scale_zero.numel() == blocks * groups * kBlock * 2,
@@ -118,12 +120,15 @@ inline void run_linear(LinearCall& call, const Tensor& x, int64_t out_features, 
 }
 
 inline void linear_out(const Tensor& x, const Tensor& weight, const Tensor& scale_zero, const Maybe& bias,
-                       int64_t out_features, int64_t group_size, bool int8_activations, const Maybe& residual,
+                       int64_t out_features, int64_t group_size, int64_t bits, bool int8_activations, const Maybe& residual,
                        const std::string& norm, const Maybe& norm_weight, const Maybe& norm_bias, double eps,
                        const std::string& activation, bool gated, Tensor y) {
   check(x.dim() > 0, "x", "have a dimension of features");
-  check_weight(weight, scale_zero, columns_of(x), out_features, group_size);
+  check_weight(weight, scale_zero, columns_of(x), out_features, group_size, bits);
+  STD_TORCH_CHECK(bits == 4 || int8_activations, "weights of 8 bits are for activations of 8 bits");
   LinearCall call;
+  call.linear.bits = int32_t(bits);
+  call.prepare.middle = 1 << (bits - 1);
   call.linear.x.format = int8_activations ? kInt8 : kSingle;
   call.linear.weight = static_cast<const uint8_t*>(weight.data_ptr());
   call.linear.scale_zero = static_cast<const uint16_t*>(scale_zero.data_ptr());
@@ -132,12 +137,12 @@ inline void linear_out(const Tensor& x, const Tensor& weight, const Tensor& scal
 }
 
 inline Tensor linear(const Tensor& x, const Tensor& weight, const Tensor& scale_zero, const Maybe& bias,
-                     int64_t out_features, int64_t group_size, bool int8_activations, const Maybe& residual,
+                     int64_t out_features, int64_t group_size, int64_t bits, bool int8_activations, const Maybe& residual,
                      const std::string& norm, const Maybe& norm_weight, const Maybe& norm_bias, double eps,
                      const std::string& activation, bool gated) {
   check(x.dim() > 0, "x", "have a dimension of features");
   Tensor y = empty_rows(x, gated ? out_features / 2 : out_features);
-  linear_out(x, weight, scale_zero, bias, out_features, group_size, int8_activations, residual, norm, norm_weight,
+  linear_out(x, weight, scale_zero, bias, out_features, group_size, bits, int8_activations, residual, norm, norm_weight,
              norm_bias, eps, activation, gated, y);
   return y;
 }

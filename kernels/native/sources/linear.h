@@ -1,4 +1,4 @@
-// Products: x W^T + bias, an activation or a gate, and a residual. Those with 4-bit weights are here, others in dense.h.
+// Products: x W^T + bias, an activation or a gate, and a residual. Those with weights of 4 and 8 bits are here, others in dense.h.
 //
 // A block of 16 output features reads its weights once, line by line; up to kRows rows of activations share what was
 // unpacked. Every output is summed in one order, whatever the number of rows, threads or parts: group by group, a
@@ -19,6 +19,7 @@ namespace river {
 
 constexpr int kRows = 8;
 constexpr int kLine = 64;
+constexpr int kWide = -1;  // beside the formats: activations in kInt8 for weights of 8 bits
 
 // Asks for the weights that this thread reads some 300 ns later: the processor's own prefetching stops at every page.
 RIVER_INLINE void fetch(const uint8_t* weight) { __builtin_prefetch(weight + 4096, 0, 2); }
@@ -63,6 +64,28 @@ RIVER_INLINE void group_int8(const uint8_t* w, const Row* x, int64_t g, int line
   }
 }
 
+// The same for weights of 8 bits, as (q - 128) x.
+template <int R>
+RIVER_INLINE void group_wide(const uint8_t* w, const Row* x, int64_t g, int lines, Floats* out) {
+  WideDots even[R], odd[R];
+  for (int r = 0; r < R; ++r) even[r].begin(x[r].start[g]), odd[r].begin(0);
+  for (int i = 0; i < lines; i += 2) {
+    const Ints first = load(w + i * kLine), second = load(w + (i + 1) * kLine);
+    fetch(w + i * kLine);
+    fetch(w + (i + 1) * kLine);
+#pragma GCC unroll 8
+    for (int r = 0; r < R; ++r) {
+      const int8_t* values = static_cast<const int8_t*>(x[r].values) + (g * lines + i) * 4;
+      even[r].add(first, values);
+      (R == 1 ? odd[r] : even[r]).add(second, values + 4);
+    }
+  }
+  for (int r = 0; r < R; ++r) {
+    const Ints total = R == 1 ? add(even[r].sum, odd[r].sum) : even[r].sum;
+    out[r] = mul(to_floats(total), every(x[r].scale[g]));
+  }
+}
+
 template <int R>
 RIVER_INLINE void group_single(const uint8_t* w, const Row* x, int64_t g, int lines, Floats* out) {
   for (int r = 0; r < R; ++r) out[r] = every(kSingleOffset * x[r].sum[g]);
@@ -84,7 +107,7 @@ RIVER_INLINE void group_single(const uint8_t* w, const Row* x, int64_t g, int li
 // One block of output features for `rows` <= R rows; the last row stands in for those that are not there.
 template <int R, int F>
 void quantized_block(const LinearArgs& a, int64_t n, int row, int rows, float (*y)[kBlock]) {
-  const int lines = a.group_size / 8;
+  const int lines = a.group_size * (F == kWide ? 8 : 4) / 32;
   const int64_t groups = (a.in_features + a.group_size - 1) / a.group_size;
   Row x[R];
   for (int r = 0; r < R; ++r) x[r] = row_of(a.x, row + std::min(r, rows - 1), groups, a.group_size);
@@ -96,6 +119,7 @@ void quantized_block(const LinearArgs& a, int64_t n, int row, int rows, float (*
   for (int64_t g = 0; g < groups; ++g, weight += lines * kLine, parameters += kLine) {
     for (int h = 0; h < kHalves; ++h) {
       if constexpr (F == kInt8) group_int8<R>(weight + h * 4 * kLanes, x, g, lines, products);
+      if constexpr (F == kWide) group_wide<R>(weight + h * 4 * kLanes, x, g, lines, products);
       if constexpr (F == kSingle) group_single<R>(weight + h * 4 * kLanes, x, g, lines, products);
       const Ints pair = load(parameters + h * 4 * kLanes);
       const Floats scale = low_bfloat16(pair), zero = high_bfloat16(pair);
@@ -167,7 +191,9 @@ void linear_of(const LinearArgs& a, int part, int parts) {
 
 inline void linear(const void* args, int part, int parts) {
   const auto& a = *static_cast<const LinearArgs*>(args);
-  if (a.x.format == kInt8)
+  if (a.x.format == kInt8 && a.bits == 8)
+    linear_of<kWide>(a, part, parts);
+  else if (a.x.format == kInt8)
     linear_of<kInt8>(a, part, parts);
   else if (a.x.format == kSingle)
     linear_of<kSingle>(a, part, parts);

@@ -25,7 +25,7 @@ struct Activations {
   void* values;    // [M, K'] int8_t or float by `format`
   float* scale;    // [M, K' / G] of the int8 values, unused otherwise
   float* sum;      // [M, K' / G] sums of the activations before they were rounded
-  int32_t* start;  // [M, K' / G] -8 times the sum of the int8 values, unused otherwise
+  int32_t* start;  // [M, K' / G] minus the weights' middle times the sum of the int8 values, unused otherwise
   int32_t format;
 };
 
@@ -36,7 +36,7 @@ struct PrepareArgs {
   const void* norm_weight;  // [K] of `dtype`, null without a norm
   const void* norm_bias;    // [K] of `dtype` or null
   Activations out;
-  int32_t dtype, rows, in_features, group_size, norm;
+  int32_t dtype, rows, in_features, group_size, norm, middle;  // middle: 8 for weights of 4 bits, 128 for those of 8
   float eps;
 };
 
@@ -45,14 +45,15 @@ struct PrepareArgs {
 struct LinearArgs {
   Activations x;
   const uint8_t* weight;       // [N' / 16, K' / G, G / 8, 64]: byte 4 n + j of line i holds the features 8 i + j and
-                               // 8 i + 4 + j of its group, the latter in the high nibble, for output feature n
+                               // 8 i + 4 + j of its group, the latter in the high nibble, for output feature n;
+                               // of 8 bits [N' / 16, K' / G, G / 4, 64]: byte 4 n + j of line i holds feature 4 i + j
   const void* dense;           // [N, K] of `dtype` in place of the 4-bit weights, for activations in format kPlain
-  const uint16_t* scale_zero;  // bfloat16 [N' / 16, K' / G, 16, 2]: w = (q - 8) * scale + zero
+  const uint16_t* scale_zero;  // bfloat16 [N' / 16, K' / G, 16, 2]: w = (q - middle) * scale + zero
   const void* bias;            // [N] of `dtype`, or null
   const void* residual;        // [M, N] (gated [M, N / 2]) of `dtype`, or null
   void* y;                     // [M, N] (gated [M, N / 2]) of `dtype`
   int64_t residual_stride, y_stride;
-  int32_t dtype, rows, in_features, out_features, group_size, activation, gated;  // gated: N is a multiple of 32
+  int32_t dtype, rows, in_features, out_features, group_size, bits, activation, gated;  // gated: N is a multiple of 32
 };
 
 // A key-value cache [B, J, S, D], features contiguous.
