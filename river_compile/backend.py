@@ -28,9 +28,10 @@ from river_compile.lowering.choose import Lowering, choose_lowering, warn_of_slo
 from river_compile.lowering.compile import SegmentCompiler, inductor_settings
 from river_compile.offload.streaming import Streamer
 from river_compile.offload.weights import OffloadedWeights
+from river_compile.passes.backbone import river_backbone
 from river_compile.passes.decoder import find_decoder
 from river_compile.passes.exit_checks import exit_checks, logits_entropy, logits_of
-from river_compile.passes.fusion.fuse import fuse_checks, fuse_twins
+from river_compile.passes.fusion.fuse import fuse_backbone, fuse_checks, fuse_twins
 from river_compile.passes.nodes import is_parameter
 from river_compile.passes.normalize import normalized
 from river_compile.passes.pipeline import Pass, run_passes
@@ -153,12 +154,17 @@ def passes_for(config: RiverConfig, plan: DecoderPlan, lowering: Lowering, keep:
             passes.append(river_head(head, keep))
         elif how is not None and (plan.is_decode or not lowering.fuse):
             passes.append(one_row_head(lowering.fuse))
+    own_backbone = uses_own_backbone(config, lowering) and plan.is_decode
+    if own_backbone:
+        passes.append(river_backbone)
     if config.same_rows and not plan.is_decode:
         passes.append(batch_invariant)
     if candidates:
         passes.append(exit_checks(candidates))
     if policy.needs_entropy(plan):
         passes.append(logits_entropy)
+    if own_backbone:
+        passes.append(fuse_backbone)
     if lowering.fuse and leaves:
         passes += [] if lowering.native else [fuse_checks]
         passes.append(fuse_twins(lowering.dense_layout))
@@ -170,6 +176,20 @@ def twinning(config: RiverConfig, lowering: Lowering) -> Twinning | None:
     if config.quantizer == "none":
         return None
     return Twinning(config.group_size, lowering.layout, scale_inputs=config.quantizer == "awq")
+
+
+def uses_own_backbone(config: RiverConfig, lowering: Lowering) -> bool:
+    """Says whether the blocks of decode steps multiply by the C++ kernels.
+
+    Raises:
+        OptionError: they are asked for, and there are none.
+    """
+    if config.backbone == "river" and not lowering.native:
+        raise OptionError(
+            f"backbone='river' needs the C++ kernels of a CPU, and the lowering is {lowering.compiler} with layout "
+            f"{lowering.layout}; use backbone='model'"
+        )
+    return lowering.native and config.backbone != "model" and config.offload is None and not config.same_rows
 
 
 def head_twinning(config: RiverConfig, lowering: Lowering) -> Twinning | None:

@@ -142,6 +142,14 @@ class RiverConfig:
         "activations as they are, at some seven tenths of the speed with one row",
         EXPERT,
     )
+    backbone: str | None = _option(
+        None,
+        one_of(None, "model", "river"),
+        'what multiplies in the 16-bit blocks of decode steps: the `"model"`\'s own operators, or `"river"`: the C++ '
+        "kernels, which give a row the same bits among any number of rows; `None`: river where twins are C++ "
+        "([docs/lowering.md](docs/lowering.md))",
+        EXPERT,
+    )
     exit_every: int = _option(1, integer(1), "distance between depths with a check", EXPERT)
     lowering: str = _option(
         "auto",

@@ -1,9 +1,10 @@
 """The C++ kernels of this machine, and the operators ``torch.ops.river_native.*`` that call them.
 
     linear             activation(norm(x) W^T + bias) + residual with 4-bit weights; gated as in `ops.linear`
-    dense              the same with weights ``[N, K]`` in x's dtype
+    dense              the same with up to four weights ``[N_i, K]`` in x's dtype, one below the other, and biases
     kv_fill            q|k|v -> qk-norm, rotary embedding, cache slot; returns q and mutates the caches
     decode_attention   one query position over a static cache
+    exit_score         the least cosine of the rows of two matrices
     add, advance       two int64 scalars added; a counter moved on in place
     record, replay     tapes of such calls: see `tape`
 
@@ -95,8 +96,8 @@ def _linear_fake(
 
 def _dense_fake(
     x: Tensor,
-    weight: Tensor,
-    bias: Tensor | None,
+    weights: list[Tensor],
+    biases: list[Tensor],
     residual: Tensor | None = None,
     norm: str = "none",
     norm_weight: Tensor | None = None,
@@ -105,7 +106,8 @@ def _dense_fake(
     activation: str = "none",
     gated: bool = False,
 ) -> Tensor:
-    return x.new_empty((*x.shape[:-1], weight.shape[0] // 2 if gated else weight.shape[0]))
+    n = sum(weight.shape[0] for weight in weights)
+    return x.new_empty((*x.shape[:-1], n // 2 if gated else n))
 
 
 def _kv_fill_fake(
@@ -128,6 +130,7 @@ _FAKES: dict[str, Callable[..., Tensor | None]] = {
     "dense": _dense_fake,
     "kv_fill": _kv_fill_fake,
     "decode_attention": _attention_fake,
+    "exit_score": lambda hidden, _previous: hidden.new_empty((), dtype=torch.float32),
     "add": _add_fake,
     "advance": lambda *_: None,
     "copy": lambda *_: None,

@@ -32,6 +32,18 @@ from .match import is_product
 from .rules import ONE_QUERY_RULES, RULES, Rule, fuse_exit_score, fuse_head
 
 
+def fuse_backbone(program: RiverProgram) -> RiverProgram:
+    """Blocks and the head of a decode step become operators of the kernels, where a rule of fusion holds."""
+    blocks, fusions = [], []
+    for block in program.blocks:
+        fused, done = _fused_block(block, RULES)
+        blocks.append(fused)
+        fusions += done
+    head = program.head.copy()
+    fusions += _apply(head, [fuse_head("dense")])
+    return replace(program, blocks=tuple(blocks), head=head, fusions=(*program.fusions, *fusions))
+
+
 def fuse_twins(dense_layout: str) -> Pass:
     """Makes the pass below; `dense_layout` is the layout of ``river::linear`` with weights in 16 bits."""
 
@@ -50,18 +62,17 @@ def _fused(program: RiverProgram, dense_layout: str) -> RiverProgram:
     """
     rules = [rule for rule in RULES if program.plan.is_decode or rule not in ONE_QUERY_RULES]
     fusions: list[Fusion] = []
-    twins = tuple(twin.copy() if twin.packed else twin for twin in program.twins)
-    for twin in (twin for twin in twins if twin.packed):
-        for rewrite in (_absorb_bias, _regroup):
-            for node in list(twin.graph.nodes):
-                rewrite(node)
-        fusions += _apply(twin, rules)
+    twins = []
+    for twin in program.twins:
+        fused, done = _fused_block(twin, rules) if twin.packed else (twin, [])
+        twins.append(fused)
+        fusions += done
     head = program.river_head and program.river_head.copy()
     if head is not None:
         fusions += _apply(head, [fuse_head(dense_layout)])
         if fusions[-1].missed and not head.packed:
             head = None
-    return replace(program, twins=twins, river_head=head, fusions=(*program.fusions, *fusions))
+    return replace(program, twins=tuple(twins), river_head=head, fusions=(*program.fusions, *fusions))
 
 
 def fuse_checks(program: RiverProgram) -> RiverProgram:
@@ -71,6 +82,14 @@ def fuse_checks(program: RiverProgram) -> RiverProgram:
     blocks = tuple(block.copy() if block.has_score else block for block in program.blocks)
     fusions = [fusion for block in blocks if block.has_score for fusion in _apply(block, [fuse_exit_score])]
     return replace(program, blocks=blocks, fusions=(*program.fusions, *fusions))
+
+
+def _fused_block(segment: Segment, rules: Sequence[Rule]) -> tuple[Segment, list[Fusion]]:
+    fused = segment.copy()
+    for rewrite in (_absorb_bias, _regroup):
+        for node in list(fused.graph.nodes):
+            rewrite(node)
+    return fused, _apply(fused, rules)
 
 
 def _apply(segment: Segment, rules: Sequence[Rule]) -> list[Fusion]:

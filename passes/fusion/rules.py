@@ -53,7 +53,7 @@ def fuse_gated_mlp(view: BlockView) -> fx.Node:
     product = _only(view.products("up"), "leads into an MLP")
     out, act, gated = _activated(product)
     require(only_used_for(product, out), "its result is used elsewhere too", product)
-    aligned = not gated or product.args[6] not in NATIVE_LAYOUTS or product.args[4] % 32 == 0
+    aligned = not gated or product.args[6] not in ("dense", *NATIVE_LAYOUTS) or product.args[4] % 32 == 0
     require(aligned, f"the C++ kernels gate multiples of 16 features, not {product.args[4] // 2}", product)
     found, _ = _norm_before(product)
     return _put_linear(product.args, found, out, activation=act, gated=gated)

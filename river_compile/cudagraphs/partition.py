@@ -3,7 +3,7 @@
     span a-b    [prologue,] blocks a+1..b, and the flag of the check after block b
     last a-L    [prologue,] blocks a+1..L and the head
     tail d      twins d+1..L and the river's head
-    twins d, head    both alone, where the head cannot be captured and the twins can
+    twins d, head    both alone, where the head cannot be captured and the twins can (spans: "span a-L" and "last L-L")
     prologue    the prologue alone, where it cannot be captured (the spans then start at block 1)
 
 A unit reads and writes slots. Those that other units or the caller need afterwards get buffers; all others live in the
@@ -126,34 +126,47 @@ class Partition:
         self.ends = (*sorted(between | set(program.candidates)), last)
         self._units: dict[tuple[Kind, int, int], Unit] = {}
         self._tails: dict[int, list[Unit]] = {}
+        self._spans: dict[tuple[int, int], list[Unit]] = {}
         self.prologue: Unit | None = None
         if self._obstacle(program.prologue) is not None:
             self.prologue = self._unit("prologue", 0, 0)
 
     def spans(self, start: int, end: int) -> list[Unit]:
-        """Returns the units of blocks start+1..end: two where only the first blocks can be captured."""
+        """Returns the units of blocks start+1..end, and the head's: more than one where not all can be captured."""
         if start == end and (start or self.prologue is not None):
             return []
-        cut = [self._resident] if start < self._resident < end else []
-        return [self._span(a, b) for a, b in zip((start, *cut), (*cut, end), strict=True)]
+        if (start, end) not in self._spans:
+            cut = [self._resident] if start < self._resident < end else []
+            pairs = zip((start, *cut), (*cut, end), strict=True)
+            self._spans[start, end] = [unit for a, b in pairs for unit in self._span(a, b)]
+        return self._spans[start, end]
 
     def after(self, depth: int) -> Unit:
         """Returns the unit that runs after the check at a depth, where the token stays."""
-        return self._span(depth, self.ends[self.ends.index(depth) + 1])
+        return self._span(depth, self.ends[self.ends.index(depth) + 1])[0]
 
     def tail(self, depth: int) -> list[Unit]:
         """Returns the units of twins depth+1..L and the head that they take: two where the head alone has obstacles."""
         if depth not in self._tails:
-            *twins, head = map(self._obstacle, self._segments("tail", depth, depth))
-            if head is None or not twins or any(twins):
-                units = [self._unit("tail", depth, depth)]
-            else:
-                units = [self._unit("twins", depth, depth), self._unit("head", self._num_blocks, self._num_blocks)]
+            alone = self._head_is_alone("tail", depth)
+            units = [self._unit("twins", depth, depth), self._head()] if alone else [self._unit("tail", depth, depth)]
             self._tails[depth] = units
         return self._tails[depth]
 
-    def _span(self, start: int, end: int) -> Unit:
-        return self._unit("last" if end == self._num_blocks else "span", start, end)
+    def _span(self, start: int, end: int) -> list[Unit]:
+        if end < self._num_blocks:
+            return [self._unit("span", start, end)]
+        if self._head_is_alone("last", start):
+            return [self._unit("span", start, end), self._unit("last", end, end)]
+        return [self._unit("last", start, end)]
+
+    def _head(self) -> Unit:
+        return self._unit("head", self._num_blocks, self._num_blocks)
+
+    def _head_is_alone(self, kind: Kind, start: int) -> bool:
+        """Says whether a unit's head alone cannot be captured."""
+        *others, head = map(self._obstacle, self._segments(kind, start, self._num_blocks))
+        return head is not None and bool(others) and not any(others)
 
     def _unit(self, kind: Kind, start: int, end: int) -> Unit:
         if (kind, start, end) not in self._units:

@@ -18,6 +18,7 @@ from river_compile.kernels.native.tape import Tape
 from river_compile.lowering.native import CannotRecord, NativeSegment
 from river_compile.passes.program import Refusal
 from river_compile.runtime.runner import Step
+from river_compile.runtime.slots import SCORE
 
 from .device import CaptureDevice, CaptureFailed
 from .partition import Unit
@@ -53,6 +54,8 @@ class Tapes(CaptureDevice):
                 for step in unit.steps:
                     assert isinstance(step.callee, NativeSegment), "units with other code have an obstacle"
                     step.run_as(functools.partial(step.callee.record, tape=tape), own)
+                if unit.flag is not None:
+                    torch.ops.river_native.copy(own[SCORE], unit.flag)
                 for index, buffer in outputs.items():
                     torch.ops.river_native.copy(own[index], buffer)
         except (CannotRecord, RuntimeError) as error:

@@ -181,7 +181,7 @@ def lower_ops(traced: fx.Graph, native: bool = False) -> fx.GraphModule:
     """
     graph = fx.Graph()
     graph.output(graph.graph_copy(traced, {}))
-    for node in graph.nodes:
+    for node in list(graph.nodes):
         if native and node.target in _KERNELS:
             use_native(node)
         elif node.target is torch.ops.river.linear.default:
@@ -197,4 +197,5 @@ _KERNELS = (
     torch.ops.river.linear.default,
     torch.ops.river.kv_fill.default,
     torch.ops.river.decode_attention.default,
+    torch.ops.river.exit_score.default,
 )

@@ -18,6 +18,7 @@ from torch import Tensor, fx
 from river_compile.kernels.native import load as native
 from river_compile.kernels.native.tape import Tape
 from river_compile.kernels.quant.layouts import LAYOUTS, NATIVE_LAYOUTS
+from river_compile.passes.edits import drop_unused
 from river_compile.passes.nodes import called, is_tensor, value_of
 from river_compile.passes.program import Segment
 
@@ -87,7 +88,7 @@ def native_segment(segment: Segment) -> NativeSegment | None:
     """Returns a segment as calls of the C++ operators, None where something else is computed in it."""
     graph = fx.Graph()
     graph.output(graph.graph_copy(segment.graph, {}))
-    for node in graph.nodes:
+    for node in list(graph.nodes):
         use_native(node)
     for node in [n for n in graph.nodes if n.target is torch._C._log_api_usage_once]:
         graph.erase_node(node)
@@ -106,15 +107,26 @@ def use_native(node: fx.Node) -> None:
             how = group_size, LAYOUTS[layout].bits, NATIVE_LAYOUTS[layout]
             node.args = (x, weight, scale_zero, bias, out_features, *how)
         elif layout == "dense":
-            node.target, node.args = native_ops.dense.default, (x, weight, bias)
+            node.target, node.args = native_ops.dense.default, (x, _parts(weight), _parts(bias))
+            for joined in filter(None, (weight, bias)):
+                drop_unused(joined)
     elif called(node, ours.kv_fill.default):
         node.target = native_ops.kv_fill.default
     elif called(node, ours.decode_attention.default):
         node.target = native_ops.decode_attention.default
+    elif called(node, ours.exit_score.default):
+        node.target = native_ops.exit_score.default
     elif called(node, operator.add) and _counts(*node.args):
         node.target = native_ops.add.default
     elif called(node, Tensor.add_) and _counts(node.args[0]) and type(node.args[1]) is int and not node.users:
         node.target = native_ops.advance.default
+
+
+def _parts(parameter: fx.Node | None) -> list[fx.Node]:
+    """Returns the parameters that one was put together from."""
+    if parameter is None:
+        return []
+    return list(parameter.args[0]) if called(parameter, torch.cat) else [parameter]
 
 
 def _counts(*nodes: object) -> bool:

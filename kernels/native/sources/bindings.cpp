@@ -3,6 +3,7 @@
 //   linear, linear_out            a product with 4-bit weights and what is fused with it, into a new or a given tensor
 //   dense                         the same with weights in x's dtype
 //   kv_fill, decode_attention     one position of a static cache
+//   exit_score                    the least cosine of rows
 //   add, advance, copy            counters, and tensors at the borders of what is recorded
 //   record, recorded, replay, ... tapes, known by their address
 //   use_kernels                   chooses the library of phases, by the address of its table
@@ -23,6 +24,23 @@ void count_into(const Tensor& a, const Maybe& b, int64_t by, const Tensor& out) 
   const auto* other = b ? static_cast<const int64_t*>(b->data_ptr()) : nullptr;
   const CountArgs args{static_cast<const int64_t*>(a.data_ptr()), other, static_cast<int64_t*>(out.data_ptr()), by};
   Call<CountArgs>(args).run({{kernels().count, 1}}, 1);
+}
+
+Tensor exit_score(const Tensor& hidden, const Tensor& previous) {
+  std::vector<Tensor> held;
+  check(hidden.dim() > 0 && has_rows(previous, hidden, columns_of(hidden)), "previous", "have hidden's dtype and shape");
+  const Strided x = rows_in(hidden, held, "hidden"), y = rows_in(previous, held, "previous");
+  Tensor score = empty(nullptr, 0, aoti_torch_dtype_float32());
+  const ScoreArgs args{x.data,
+                       y.data,
+                       x.stride,
+                       y.stride,
+                       static_cast<float*>(score.data_ptr()),
+                       dtype_of(hidden, "hidden"),
+                       int32_t(rows_of(hidden)),
+                       int32_t(columns_of(hidden))};
+  Call<ScoreArgs>(args).run({{kernels().score, 1}}, 1);
+  return score;
 }
 
 Tensor add(const Tensor& a, const Tensor& b) {
@@ -75,7 +93,7 @@ STABLE_TORCH_LIBRARY_FRAGMENT(river_native, m) {
       "int bits, bool int8_activations, Tensor? residual, str norm, Tensor? norm_weight, Tensor? norm_bias, float eps, "
       "str activation, bool gated, Tensor(a!) y) -> ()");
   m.def(
-      "dense(Tensor x, Tensor weight, Tensor? bias, Tensor? residual=None, str norm='none', "
+      "dense(Tensor x, Tensor[] weights, Tensor[] biases, Tensor? residual=None, str norm='none', "
       "Tensor? norm_weight=None, Tensor? norm_bias=None, float eps=1e-06, str activation='none', bool gated=False) "
       "-> Tensor");
   m.def(
@@ -83,6 +101,7 @@ STABLE_TORCH_LIBRARY_FRAGMENT(river_native, m) {
       "Tensor(a!) k_cache, Tensor(b!) v_cache, str norm, float eps, bool interleaved) -> Tensor");
   m.def(
       "decode_attention(Tensor q, Tensor k_cache, Tensor v_cache, Tensor? mask, float scale, float softcap) -> Tensor");
+  m.def("exit_score(Tensor hidden, Tensor previous) -> Tensor");
   m.def("add(Tensor a, Tensor b) -> Tensor");
   m.def("advance(Tensor(a!) counter, int by) -> ()");
   m.def("copy(Tensor from_, Tensor(a!) to) -> ()");
@@ -101,6 +120,7 @@ STABLE_TORCH_LIBRARY_IMPL(river_native, CPU, m) {
   m.impl("dense", TORCH_BOX(&river::dense));
   m.impl("kv_fill", TORCH_BOX(&river::kv_fill));
   m.impl("decode_attention", TORCH_BOX(&river::decode_attention));
+  m.impl("exit_score", TORCH_BOX(&river::exit_score));
   m.impl("add", TORCH_BOX(&river::add));
   m.impl("advance", TORCH_BOX(&river::advance));
   m.impl("copy", TORCH_BOX(&river::copy_to));

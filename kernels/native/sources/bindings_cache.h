@@ -18,8 +18,8 @@ inline Cache cache_of(const Tensor& k_cache, const Tensor& v_cache) {
 }
 
 // Returns the rows of a table of `batch` rows or one.
-inline Rows table_of(const Tensor& x, int64_t batch, std::vector<Tensor>& held, const char* name) {
-  Rows rows = rows_in(x, held, name);
+inline Strided table_of(const Tensor& x, int64_t batch, std::vector<Tensor>& held, const char* name) {
+  Strided rows = rows_in(x, held, name);
   const int64_t count = rows_of(x);
   check(count == 1 || count == batch, name, "have one row, or one for each sequence");
   if (count == 1) rows.stride = 0;
@@ -37,7 +37,7 @@ inline Tensor kv_fill(const Tensor& qkv, const Maybe& q_norm, const Maybe& k_nor
   check(qkv.numel() == batch * (heads + 2 * kv_heads) * dim && heads > 0 && qkv.scalar_type() == k_cache.scalar_type(),
         "qkv", "be one position of q|k|v for the caches, in their dtype");
   a.dtype = dtype_of(qkv, "qkv");
-  const Rows in = rows_in(qkv, held, "qkv");
+  const Strided in = rows_in(qkv, held, "qkv");
   a.qkv = in.data;
   a.qkv_stride = in.stride;
   a.norm = norm_of(norm);
@@ -51,7 +51,7 @@ inline Tensor kv_fill(const Tensor& qkv, const Maybe& q_norm, const Maybe& k_nor
     check(cos->scalar_type() == sin->scalar_type() && columns_of(*cos) <= dim && columns_of(*cos) % 2 == 0 &&
               columns_of(*sin) == columns_of(*cos) && rows_of(*sin) == rows_of(*cos),
           "cos and sin", "have one shape and dtype and an even number of features, at most the head's");
-    const Rows table = table_of(*cos, batch, held, "cos");
+    const Strided table = table_of(*cos, batch, held, "cos");
     a.cos = table.data;
     a.sin = table_of(*sin, batch, held, "sin").data;
     a.rotary_stride = table.stride;

@@ -63,9 +63,30 @@ inline void check_weight(const Tensor& weight, const Tensor& scale_zero, int64_t
                   "scale_zero is not packed for layout native with these features and groups");
 }
 
+using Tensors = std::vector<Tensor>;
+
+inline Rows rows_of_one(const void* data, int64_t rows) {
+  return {{data}, {0, int32_t(rows)}, data ? 1 : 0};
+}
+
+// Returns matrices, or vectors, that belong together; `fits` says whether one has the right shape.
+template <class Fits>
+Rows rows_of_many(const Tensors& parts, const Tensor& like, const char* name, const Fits& fits) {
+  check(parts.size() <= size_t(kMatrices), name, "be at most four");
+  Rows rows{};
+  for (const Tensor& part : parts) {
+    check(part.is_cpu() && part.is_contiguous() && part.scalar_type() == like.scalar_type() && fits(part), name,
+          "be contiguous, in x's dtype, with the features of x and of each other");
+    rows.data[rows.count] = part.data_ptr();
+    rows.first[rows.count + 1] = rows.first[rows.count] + int32_t(part.size(0));
+    ++rows.count;
+  }
+  return rows;
+}
+
 // What is done before and after the sums of a product.
 struct Around {
-  const Maybe& bias;
+  const Rows bias;
   const Maybe& residual;
   const std::string& norm;
   const Maybe& norm_weight;
@@ -87,7 +108,7 @@ inline void run_linear(LinearCall& call, const Tensor& x, int64_t out_features, 
   LinearArgs& a = call.linear;
   PrepareArgs& p = call.prepare;
   a.dtype = p.dtype = dtype_of(x, "x");
-  const Rows in = rows_in(x, held, "x");
+  const Strided in = rows_in(x, held, "x");
   const int64_t k = columns_of(x), width = around.gated ? out_features / 2 : out_features;
   STD_TORCH_CHECK(!around.gated || out_features % (2 * kBlock) == 0, "a gated product has a multiple of 32 out_features");
   check(has_rows(y, x, width), "y", "have x's dtype and rows, and out_features columns (gated half as many)");
@@ -95,7 +116,7 @@ inline void run_linear(LinearCall& call, const Tensor& x, int64_t out_features, 
   if (rows_of(x) == 0) return;
   if (around.residual) {
     check(has_rows(*around.residual, x, width), "residual", "have y's dtype and shape");
-    const Rows added = rows_in(*around.residual, held, "residual");
+    const Strided added = rows_in(*around.residual, held, "residual");
     a.residual = added.data;
     a.residual_stride = added.stride;
   }
@@ -106,7 +127,7 @@ inline void run_linear(LinearCall& call, const Tensor& x, int64_t out_features, 
   p.eps = float(around.eps);
   p.x = in.data;
   p.x_stride = in.stride;
-  a.bias = vector_of(around.bias, x, out_features, "bias");
+  a.bias = around.bias;
   a.y = y.data_ptr();
   a.y_stride = y.is_contiguous() ? width : y.stride(0);
   a.rows = p.rows = int32_t(rows_of(x));
@@ -132,8 +153,9 @@ inline void linear_out(const Tensor& x, const Tensor& weight, const Tensor& scal
   call.linear.x.format = int8_activations ? kInt8 : kSingle;
   call.linear.weight = static_cast<const uint8_t*>(weight.data_ptr());
   call.linear.scale_zero = static_cast<const uint16_t*>(scale_zero.data_ptr());
+  const Rows added = rows_of_one(vector_of(bias, x, out_features, "bias"), out_features);
   run_linear(call, x, out_features, group_size,
-             {bias, residual, norm, norm_weight, norm_bias, eps, activation, gated}, y);
+             {added, residual, norm, norm_weight, norm_bias, eps, activation, gated}, y);
 }
 
 inline Tensor linear(const Tensor& x, const Tensor& weight, const Tensor& scale_zero, const Maybe& bias,
@@ -147,18 +169,22 @@ inline Tensor linear(const Tensor& x, const Tensor& weight, const Tensor& scale_
   return y;
 }
 
-inline Tensor dense(const Tensor& x, const Tensor& weight, const Maybe& bias, const Maybe& residual,
-                    const std::string& norm, const Maybe& norm_weight, const Maybe& norm_bias, double eps,
-                    const std::string& activation, bool gated) {
+inline Tensor dense(const Tensor& x, Tensors weights, Tensors biases, const Maybe& residual, const std::string& norm,
+                    const Maybe& norm_weight, const Maybe& norm_bias, double eps, const std::string& activation,
+                    bool gated) {
   check(x.dim() > 0, "x", "have a dimension of features");
-  check(weight.dim() == 2 && weight.is_cpu() && weight.is_contiguous() && weight.scalar_type() == x.scalar_type() &&
-            weight.size(1) == columns_of(x),
-        "weight", "be contiguous [N, K] in x's dtype");
-  const int64_t n = weight.size(0);
-  Tensor y = empty_rows(x, gated ? n / 2 : n);
+  check(!weights.empty() && (biases.empty() || biases.size() == weights.size()), "weights",
+        "be one or more, and biases none or as many");
+  const int64_t k = columns_of(x);
   LinearCall call;
+  Rows& rows = call.linear.dense;
+  rows = rows_of_many(weights, x, "weights", [&](const Tensor& w) { return w.dim() == 2 && w.size(1) == k; });
+  const Rows bias = rows_of_many(biases, x, "biases", [&](const Tensor& b) { return b.dim() == 1; });
+  for (int i = 0; i < bias.count; ++i)
+    check(bias.first[i + 1] == rows.first[i + 1], "biases", "be as long as the weights have rows");
+  const int64_t n = rows.first[rows.count];
+  Tensor y = empty_rows(x, gated ? n / 2 : n);
   call.linear.x.format = kPlain;
-  call.linear.dense = weight.data_ptr();
   run_linear(call, x, n, kLargestGroup, {bias, residual, norm, norm_weight, norm_bias, eps, activation, gated}, y);
   return y;
 }

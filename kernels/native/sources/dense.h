@@ -8,7 +8,13 @@
 
 namespace river {
 
-// Reads kLanes values of a dtype from `i` on; `W` is how weights of that dtype lie in memory.
+inline int matrix_of(const Rows& rows, int64_t row) {
+  int matrix = 0;
+  while (row >= rows.first[matrix + 1]) ++matrix;
+  return matrix;
+}
+
+// Reads kLanes values of a dtype from `i` on.
 template <int D>
 RIVER_INLINE Floats load_weights(const void* p, int64_t i) {
   if constexpr (D == kFloat32) return load_floats(static_cast<const float*>(p) + i);
@@ -20,11 +26,11 @@ RIVER_INLINE Floats load_weights(const void* p, int64_t i) {
   }
 }
 
-// `T` output features from `n` on for R rows: y[r][i] = sum over k of weight[n + i, k] x[r, k].
+// `T` output features for R rows: y[r][at + t] = sum over k of weight[t, k] x[r, k].
 template <int R, int T, int D>
-RIVER_INLINE void dense_tile(const LinearArgs& a, int64_t n, const float* const* x, float (*y)[kBlock], int at) {
+RIVER_INLINE void dense_tile(const LinearArgs& a, const char* weight, const float* const* x, float (*y)[kBlock],
+                             int at) {
   const int64_t k = a.in_features, whole = k / kLanes * kLanes, bytes = D == kFloat32 ? 4 : 2;
-  const char* weight = static_cast<const char*>(a.dense) + n * k * bytes;
   Floats sums[T][R];
   for (auto& sum : sums)
     for (Floats& one : sum) one = zeros();
@@ -58,9 +64,18 @@ void dense_block(const LinearArgs& a, int64_t n, int row, int rows, float (*y)[k
   const int64_t first = n * kBlock;
   const int count = int(std::min<int64_t>(kBlock, a.out_features - first));
   constexpr int kTile = R > 4 ? 2 : 4;
-  int i = 0;
-  for (; i + kTile <= count; i += kTile) dense_tile<R, kTile, D>(a, first + i, x, y, i);
-  for (; i < count; ++i) dense_tile<R, 1, D>(a, first + i, x, y, i);
+  for (int i = 0; i < count;) {
+    const int matrix = matrix_of(a.dense, first + i);
+    const int64_t row_bytes = a.in_features * (D == kFloat32 ? 4 : 2), at = first + i - a.dense.first[matrix];
+    const char* weight = static_cast<const char*>(a.dense.data[matrix]) + at * row_bytes;
+    if (i + kTile <= count && first + i + kTile <= a.dense.first[matrix + 1]) {
+      dense_tile<R, kTile, D>(a, weight, x, y, i);
+      i += kTile;
+    } else {
+      dense_tile<R, 1, D>(a, weight, x, y, i);
+      ++i;
+    }
+  }
 }
 
 }  // namespace river

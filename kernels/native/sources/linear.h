@@ -131,6 +131,15 @@ void quantized_block(const LinearArgs& a, int64_t n, int row, int rows, float (*
     for (int h = 0; h < kHalves; ++h) store(y[r] + h * kLanes, sums[h][r]);
 }
 
+inline void add_bias(const LinearArgs& a, int64_t first, int rows, float (*y)[kBlock]) {
+  const int count = int(std::min<int64_t>(kBlock, a.out_features - first));
+  for (int i = 0; i < count; ++i) {
+    const int vector = matrix_of(a.bias, first + i);
+    const float bias = load_scalar(a.bias.data[vector], first + i - a.bias.first[vector], a.dtype);
+    for (int r = 0; r < rows; ++r) y[r][i] += bias;
+  }
+}
+
 template <int R, int F>
 void block(const LinearArgs& a, int64_t n, int row, int rows, float (*y)[kBlock]) {
   if constexpr (F != kPlain)
@@ -141,12 +150,7 @@ void block(const LinearArgs& a, int64_t n, int row, int rows, float (*y)[kBlock]
     dense_block<R, kBFloat16>(a, n, row, rows, y);
   else
     dense_block<R, kFloat16>(a, n, row, rows, y);
-  if (!a.bias) return;
-  float bias[kBlock];
-  const int64_t first = n * kBlock;
-  load_values(a.bias, first, int(std::min<int64_t>(kBlock, a.out_features - first)), a.dtype, bias);
-  for (int r = 0; r < rows; ++r)
-    for (int i = 0; i < kBlock; ++i) y[r][i] += bias[i];
+  if (a.bias.count) add_bias(a, n * kBlock, rows, y);
 }
 
 // Activates, gates, adds the residual and writes what `block` summed.

@@ -40,6 +40,15 @@ struct PrepareArgs {
   float eps;
 };
 
+constexpr int kMatrices = 4;
+
+// Up to kMatrices matrices one below the other, or vectors one behind the other; row `first[i]` begins number i.
+struct Rows {
+  const void* data[kMatrices];
+  int32_t first[kMatrices + 1];  // [count] of all rows at `count`
+  int32_t count;                 // 0: there is nothing
+};
+
 // y = activation(x W^T + bias) + residual, summed in float32; gated, activation(first half) * second half + residual.
 // Parts split the blocks of output features.
 struct LinearArgs {
@@ -47,9 +56,9 @@ struct LinearArgs {
   const uint8_t* weight;       // [N' / 16, K' / G, G / 8, 64]: byte 4 n + j of line i holds the features 8 i + j and
                                // 8 i + 4 + j of its group, the latter in the high nibble, for output feature n;
                                // of 8 bits [N' / 16, K' / G, G / 4, 64]: byte 4 n + j of line i holds feature 4 i + j
-  const void* dense;           // [N, K] of `dtype` in place of the 4-bit weights, for activations in format kPlain
+  Rows dense;                  // [N, K] of `dtype` in place of the 4-bit weights, for activations in format kPlain
   const uint16_t* scale_zero;  // bfloat16 [N' / 16, K' / G, 16, 2]: w = (q - middle) * scale + zero
-  const void* bias;            // [N] of `dtype`, or null
+  Rows bias;                   // [N] of `dtype`, or null
   const void* residual;        // [M, N] (gated [M, N / 2]) of `dtype`, or null
   void* y;                     // [M, N] (gated [M, N / 2]) of `dtype`
   int64_t residual_stride, y_stride;
@@ -102,6 +111,14 @@ struct CountArgs {
   int64_t by;
 };
 
+// score = least cosine of the rows of two matrices [M, D], NaN where a row is zero or not finite.
+struct ScoreArgs {
+  const void *hidden, *previous;  // of `dtype`
+  int64_t hidden_stride, previous_stride;
+  float* score;
+  int32_t dtype, rows, features;
+};
+
 struct CopyArgs {
   const void* from;
   void* to;
@@ -126,6 +143,7 @@ struct Kernels {
   Run combine;  // AttentionArgs
   Run count;    // CountArgs
   Run copy;     // CopyArgs
+  Run score;    // ScoreArgs
 };
 
 }  // namespace river

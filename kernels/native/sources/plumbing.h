@@ -1,9 +1,13 @@
-// What stands between products and attention: counters and copies.
+// What stands between products and attention: counters, copies, and the score that decides an exit.
 #pragma once
 
+#include <algorithm>
+#include <cmath>
 #include <cstring>
 
+#include "functions.h"
 #include "phases.h"
+#include "scalars.h"
 
 namespace river {
 
@@ -16,6 +20,30 @@ inline void copy(const void* args, int part, int parts) {
   const auto& a = *static_cast<const CopyArgs*>(args);
   const int64_t first = a.bytes * part / parts, end = a.bytes * (part + 1) / parts;
   std::memcpy(static_cast<char*>(a.to) + first, static_cast<const char*>(a.from) + first, end - first);
+}
+
+// (The least of the cosines, NaN where there is one.)
+inline void score(const void* args, int part, int) {
+  const auto& a = *static_cast<const ScoreArgs*>(args);
+  constexpr int kPiece = 256;
+  alignas(64) float x[kPiece], y[kPiece];
+  float least = INFINITY;
+  for (int row = 0; part == 0 && row < a.rows; ++row) {
+    float xy = 0, xx = 0, yy = 0;
+    for (int first = 0; first < a.features; first += kPiece) {
+      const int count = std::min(kPiece, a.features - first), padded = (count + 15) / 16 * 16;
+      load_values(a.hidden, row * a.hidden_stride + first, count, a.dtype, x);
+      load_values(a.previous, row * a.previous_stride + first, count, a.dtype, y);
+      std::fill(x + count, x + padded, 0.0f);
+      std::fill(y + count, y + padded, 0.0f);
+      xy += dot_of(x, y, padded);
+      xx += dot_of(x, x, padded);
+      yy += dot_of(y, y, padded);
+    }
+    const float cosine = xy / (std::sqrt(xx) * std::sqrt(yy));
+    least = cosine < least || cosine != cosine ? cosine : least;
+  }
+  if (part == 0) *a.score = least;
 }
 
 }  // namespace river

@@ -39,15 +39,15 @@ inline int64_t rows_of(const Tensor& x) {
 
 inline int64_t columns_of(const Tensor& x) { return x.size(x.dim() - 1); }
 
-// A matrix: where its rows begin, and elements between them.
-struct Rows {
+// A matrix in the caller's memory: where its rows begin, and elements between them.
+struct Strided {
   void* data;
   int64_t stride;
 };
 
 // Returns the rows of a tensor of adjacent features; `held` keeps the copy that this may take. On a tape there is none,
 // since it would hold the values of one step.
-inline Rows rows_in(const Tensor& x, std::vector<Tensor>& held, const char* name) {
+inline Strided rows_in(const Tensor& x, std::vector<Tensor>& held, const char* name) {
   check(x.is_cpu() && x.dim() > 0, name, "lie in the CPU's memory and have a dimension of features");
   if (x.is_contiguous()) return {x.data_ptr(), columns_of(x)};
   if (x.dim() == 2 && x.stride(1) == 1) return {x.data_ptr(), x.stride(0)};
@@ -65,22 +65,26 @@ inline const void* vector_of(const Maybe& x, const Tensor& like, int64_t size, c
 }
 
 // A new contiguous tensor, which the tape keeps if there is one.
-inline Tensor empty(const int64_t* sizes, int64_t dims, const Tensor& like) {
+inline Tensor empty(const int64_t* sizes, int64_t dims, int32_t dtype) {
   constexpr int64_t kMost = 8;
-  check(0 < dims && dims <= kMost, "x", "have 1 to 8 dimensions");
+  check(dims <= kMost, "x", "have at most 8 dimensions");
   int64_t strides[kMost], stride = 1;
   for (int64_t i = dims - 1; i >= 0; --i) {
     strides[i] = stride;
     stride *= std::max<int64_t>(sizes[i], 1);
   }
-  int32_t dtype;
   AtenTensorHandle made;
-  STABLE_TORCH_ERROR_CODE_CHECK(aoti_torch_get_dtype(like.get(), &dtype));
   STABLE_TORCH_ERROR_CODE_CHECK(
       aoti_torch_empty_strided(dims, sizes, strides, dtype, aoti_torch_device_type_cpu(), -1, &made));
   Tensor tensor(made);
   if (Tape* tape = Tape::recording()) tape->hold(tensor);
   return tensor;
+}
+
+inline Tensor empty(const int64_t* sizes, int64_t dims, const Tensor& like) {
+  int32_t dtype;
+  STABLE_TORCH_ERROR_CODE_CHECK(aoti_torch_get_dtype(like.get(), &dtype));
+  return empty(sizes, dims, dtype);
 }
 
 // A new tensor of x's leading sizes and `columns` columns.

@@ -1,0 +1,80 @@
+"""Gives decode steps a backbone of the kernels' own products, in 16 bits.
+
+Linear layers become ``river::linear`` in layout "dense", which sums an output in one order whatever the number of rows;
+those that share an input become one product, whose weights stay where they are: its matrix is a ``torch.cat`` that the
+lowering takes apart again. The rules of fusion then see a block as they see a twin.
+
+Not handled: weights of another dtype than their input, transposed ones (GPT-2's Conv1D), experts: they stay as they are.
+"""
+
+from __future__ import annotations
+
+import operator
+from collections.abc import Sequence
+from dataclasses import replace
+
+import torch
+from torch import fx
+
+from river_compile.kernels import ops  # noqa: F401  (registers river::linear)
+
+from .edits import call
+from .nodes import Linear, as_linear, is_ordinary, is_parameter, same_dtype, value_of
+from .program import RiverProgram, Segment
+from .swap_ops import simplify_attention
+
+MOST_MERGED = 4  # matrices of one product
+
+
+def river_backbone(program: RiverProgram) -> RiverProgram:
+    """Blocks and the head multiply by the kernels' own products of a few rows."""
+    blocks = tuple(map(_with_products, program.blocks))
+    return replace(program, blocks=blocks, head=_with_products(program.head))
+
+
+def _with_products(segment: Segment) -> Segment:
+    made = segment.copy()
+    simplify_attention(made.graph)
+    groups: dict[tuple[fx.Node, bool], list[Linear]] = {}
+    for linear in filter(None, map(as_linear, made.graph.nodes)):
+        if _fits(linear):
+            groups.setdefault((linear.x, linear.bias is None), []).append(linear)
+    for linears in groups.values():
+        for start in range(0, len(linears), MOST_MERGED):
+            _merge(made.graph, linears[start : start + MOST_MERGED])
+    return made
+
+
+def _fits(linear: Linear) -> bool:
+    parameters = [linear.weight] if linear.bias is None else [linear.weight, linear.bias]
+    return not linear.transposed and all(
+        is_parameter(p) and is_ordinary(value_of(p)) and value_of(p).is_contiguous() and same_dtype(p, linear.x)
+        for p in parameters
+    )
+
+
+def _merge(graph: fx.Graph, linears: Sequence[Linear]) -> None:
+    """Puts one product in the place of linear layers that share their input, and splits what it gives."""
+    first, sizes = linears[0], [linear.out_features for linear in linears]
+    with graph.inserting_before(first.node):
+        weight = _joined([linear.weight for linear in linears], first.node)
+        bias = first.bias and _joined([linear.bias for linear in linears if linear.bias], first.node)
+        value = value_of(first.node).new_empty((*value_of(first.node).shape[:-1], sum(sizes)))
+        arguments = (first.x, weight, None, bias, sum(sizes), 0, "dense")
+        merged = call(torch.ops.river.linear.default, arguments, value, first.node)
+        results = [merged]
+        if len(linears) > 1:
+            values = tuple(value_of(linear.node) for linear in linears)
+            parts = call(torch.split, (merged, sizes, -1), values, first.node)
+            results = [call(operator.getitem, (parts, i), value, first.node) for i, value in enumerate(values)]
+    for linear, result in zip(linears, results, strict=True):
+        linear.node.replace_all_uses_with(result)
+        graph.erase_node(linear.node)
+
+
+def _joined(parameters: list[fx.Node], like: fx.Node) -> fx.Node:
+    if len(parameters) == 1:
+        return parameters[0]
+    value = value_of(parameters[0])
+    rows = sum(value_of(p).shape[0] for p in parameters)
+    return call(torch.cat, (parameters, 0), value.new_empty((rows, *value.shape[1:])), like)
