@@ -60,11 +60,11 @@ def test_the_option_reaches_the_kernels_through_inductor():
         model.forward(input_ids=ids, attention_mask=mask, past_key_values=cache)
         longer = torch.cat([mask, torch.ones_like(mask[:, :1])], 1)
         found.append(model(input_ids=ids[:, -1:], attention_mask=longer, past_key_values=cache).logits)
-        assert {site.weight.layout for site in report(model).packed} == {"native"}
+        assert {site.weight.layout for site in report(model).packed} == {"native", "native_int8"}
     torch.testing.assert_close(*found, rtol=1e-2, atol=1e-2)
 
 
-def test_which_layout_is_chosen():
+def test_which_layout_is_chosen(monkeypatch):
     chosen = {
         bits: choose_lowering(RiverConfig(lowering="native", activations=bits), CPU) for bits in ("8bit", "16bit")
     }
@@ -77,6 +77,9 @@ def test_which_layout_is_chosen():
         choose_lowering(RiverConfig(lowering="native", group_size=256), CPU)
     with pytest.raises(OptionError, match="no kernel here: the model is on a GPU"):
         choose_lowering(RiverConfig(lowering="native"), torch.device("cuda", 0))
+    assert choose_lowering(RiverConfig(group_size=256), CPU).layout == "aten_cpu"
+    monkeypatch.setenv("RIVER_COMPILE_ISA", "portable")
+    assert choose_lowering(RiverConfig(), CPU).layout == "aten_cpu"
     with warnings.catch_warnings():
         warnings.simplefilter("error")
         choose.warn_of_slow_lowering(chosen["8bit"], CPU)
@@ -86,7 +89,7 @@ def test_without_a_compiler_products_are_atens_and_it_is_said_once(monkeypatch):
     choose.warn_once.cache_clear()
     monkeypatch.setattr(choose.native, "_tables", {})  # as in a process that has loaded nothing yet
     with inductor.patch({"cpp.cxx": (None, "no-such-compiler")}):
-        with pytest.warns(RiverWarning, match="cannot here, so 4-bit products are ATen's: no C.. compiler was found"):
+        with pytest.warns(RiverWarning, match="it cannot be, so their products are ATen's: no C.. compiler was found"):
             lowering = choose_lowering(RiverConfig(lowering="native"), CPU)
         with warnings.catch_warnings():
             warnings.simplefilter("error")

@@ -286,6 +286,7 @@ def test_saved_twins_serve_both_layouts(tmp_path):
 
 def test_which_lowering_is_chosen(monkeypatch):
     """By option and device; HIP devices are torch's "cuda" and need no word of their own."""
+    monkeypatch.setattr(lowering_choice, "_native_pays", lambda config, on_gpu: not on_gpu)
     cpu, gpu = torch.device("cpu"), torch.device("cuda", 0)
     chosen = {
         (option, device.type): choose_lowering(RiverConfig(lowering=option), device)
@@ -293,7 +294,7 @@ def test_which_lowering_is_chosen(monkeypatch):
         for device in (cpu, gpu)
     }
     assert chosen == {
-        ("auto", "cpu"): Lowering("inductor", "aten_cpu", False),
+        ("auto", "cpu"): Lowering("inductor", "native", True),
         ("auto", "cuda"): Lowering("inductor", "triton", True),
         ("inductor", "cpu"): Lowering("inductor", "aten_cpu", False),
         ("inductor", "cuda"): Lowering("inductor", "triton", False),

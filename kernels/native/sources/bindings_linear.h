@@ -101,10 +101,42 @@ inline bool has_rows(const Tensor& y, const Tensor& x, int64_t width) {
          columns_of(y) == width;
 }
 
-// Runs a product whose weights and format of activations the call has already.
-inline void run_linear(LinearCall& call, const Tensor& x, int64_t out_features, int64_t group_size,
-                       const Around& around, Tensor& y) {
-  std::vector<Tensor> held;
+constexpr int kFewRows = 8;  // up to which these kernels keep pace with a library's product of 16-bit matrices
+
+inline Tensor library_linear(const Tensor& x, const Tensor& weight, const Maybe& bias) {
+  using torch::stable::detail::from;
+  StableIValue stack[] = {from(x), from(weight), from(bias)};
+  STABLE_TORCH_ERROR_CODE_CHECK(torch_call_dispatcher("aten::linear", "", stack, TORCH_ABI_VERSION));
+  return torch::stable::detail::to<Tensor>(stack[0]);
+}
+
+// A product of many rows: normalised here, multiplied by the library, finished here. Not recorded: its phases run now.
+inline void run_wide(LinearCall& call, Tensor x, const Tensors& weights, const Tensors& biases) {
+  check(!Tape::recording(), "a product of many rows", "not be recorded");
+  LinearArgs& a = call.linear;
+  const int most = threads();
+  if (call.prepare.norm) {
+    Tensor normalised = empty_rows(x, columns_of(x));
+    call.prepare.out = {normalised.data_ptr(), nullptr, nullptr, nullptr, kAsGiven};
+    Call<PrepareArgs>(call.prepare).run({{kernels().prepare, parts_of(x.numel(), 1 << 16, most)}}, most);
+    x = normalised;
+  }
+  Tensors made;
+  FinishArgs finish{{}, a};
+  for (size_t i = 0; i < weights.size(); ++i) {
+    made.push_back(library_linear(x, weights[i], biases.empty() ? Maybe() : Maybe(biases[i])));
+    finish.product.data[i] = made[i].data_ptr();
+    finish.product.first[i + 1] = a.dense.first[i + 1];
+    finish.product.count = int32_t(i + 1);
+  }
+  const int64_t values = int64_t(a.rows) * a.out_features;
+  Call<FinishArgs>(finish).run({{kernels().finish, parts_of(values, 1 << 16, most)}}, most);
+}
+
+// Describes a product whose weights and format of activations the call has already; false where there is no row.
+// `held` keeps what the call's addresses point to.
+inline bool describe(LinearCall& call, const Tensor& x, int64_t out_features, int64_t group_size,
+                     const Around& around, Tensor& y, Tensors& held) {
   LinearArgs& a = call.linear;
   PrepareArgs& p = call.prepare;
   a.dtype = p.dtype = dtype_of(x, "x");
@@ -113,7 +145,7 @@ inline void run_linear(LinearCall& call, const Tensor& x, int64_t out_features, 
   STD_TORCH_CHECK(!around.gated || out_features % (2 * kBlock) == 0, "a gated product has a multiple of 32 out_features");
   check(has_rows(y, x, width), "y", "have x's dtype and rows, and out_features columns (gated half as many)");
   check(y.is_contiguous() || (y.dim() == 2 && y.stride(1) == 1), "y", "have rows of adjacent elements");
-  if (rows_of(x) == 0) return;
+  if (rows_of(x) == 0) return false;
   if (around.residual) {
     check(has_rows(*around.residual, x, width), "residual", "have y's dtype and shape");
     const Strided added = rows_in(*around.residual, held, "residual");
@@ -136,8 +168,7 @@ inline void run_linear(LinearCall& call, const Tensor& x, int64_t out_features, 
   a.group_size = p.group_size = int32_t(group_size);
   a.activation = activation_of(around.activation);
   a.gated = around.gated;
-  call.place();
-  call.run();
+  return true;
 }
 
 inline void linear_out(const Tensor& x, const Tensor& weight, const Tensor& scale_zero, const Maybe& bias,
@@ -154,8 +185,12 @@ inline void linear_out(const Tensor& x, const Tensor& weight, const Tensor& scal
   call.linear.weight = static_cast<const uint8_t*>(weight.data_ptr());
   call.linear.scale_zero = static_cast<const uint16_t*>(scale_zero.data_ptr());
   const Rows added = rows_of_one(vector_of(bias, x, out_features, "bias"), out_features);
-  run_linear(call, x, out_features, group_size,
-             {added, residual, norm, norm_weight, norm_bias, eps, activation, gated}, y);
+  Tensors held;
+  if (!describe(call, x, out_features, group_size,
+                {added, residual, norm, norm_weight, norm_bias, eps, activation, gated}, y, held))
+    return;
+  call.place();
+  call.run();
 }
 
 inline Tensor linear(const Tensor& x, const Tensor& weight, const Tensor& scale_zero, const Maybe& bias,
@@ -185,7 +220,16 @@ inline Tensor dense(const Tensor& x, Tensors weights, Tensors biases, const Mayb
   const int64_t n = rows.first[rows.count];
   Tensor y = empty_rows(x, gated ? n / 2 : n);
   call.linear.x.format = kPlain;
-  run_linear(call, x, n, kLargestGroup, {bias, residual, norm, norm_weight, norm_bias, eps, activation, gated}, y);
+  Tensors held;
+  if (!describe(call, x, n, kLargestGroup, {bias, residual, norm, norm_weight, norm_bias, eps, activation, gated}, y,
+                held))
+    return y;
+  if (rows_of(x) > kFewRows) {
+    run_wide(call, held.empty() ? x : torch::stable::contiguous(x), weights, biases);
+  } else {
+    call.place();
+    call.run();
+  }
   return y;
 }
 

@@ -1,5 +1,6 @@
 // The library of one instruction set: its table of phases.
 #include "attention.h"
+#include "finish.h"
 #include "kv_fill.h"
 #include "linear.h"
 #include "phases.h"
@@ -12,6 +13,6 @@
 extern "C" __attribute__((visibility("default"))) const river::Kernels* river_kernels() {
   static const river::Kernels kernels = {RIVER_NAME(RIVER_ISA), river::prepare, river::linear, river::kv_fill,
                                          river::attend,         river::combine, river::count,  river::copy,
-                                         river::score};
+                                         river::score,  river::finish};
   return &kernels;
 }

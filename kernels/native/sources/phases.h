@@ -17,8 +17,8 @@ enum Norm : int32_t { kNoNorm = 0, kRms = 1, kRmsPlusOne = 2, kLayerNorm = 3 };
 enum Activation : int32_t { kIdentity = 0, kSilu = 1, kGelu = 2, kGeluTanh = 3, kRelu = 4 };
 
 // How prepared activations lie in memory: one byte for each feature, or one float32, in the order of the packed nibbles
-// for 4-bit weights and in their own for others.
-enum Format : int32_t { kInt8 = 0, kSingle = 1, kPlain = 2 };
+// for 4-bit weights and in their own for others; or as x lies, normalised, for a library's product.
+enum Format : int32_t { kInt8 = 0, kSingle = 1, kPlain = 2, kAsGiven = 3 };
 
 // Activations that a product reads: K rounded up to whole groups, the padding zero.
 struct Activations {
@@ -63,6 +63,13 @@ struct LinearArgs {
   void* y;                     // [M, N] (gated [M, N / 2]) of `dtype`
   int64_t residual_stride, y_stride;
   int32_t dtype, rows, in_features, out_features, group_size, bits, activation, gated;  // gated: N is a multiple of 32
+};
+
+// What `linear` does with a product, for one that a library computed: bias and weights are in `product` already.
+// Parts split the rows.
+struct FinishArgs {
+  Rows product;    // matrices [M, N_i] of `dtype`, contiguous, side by side
+  LinearArgs rest;  // its residual, y, strides, dtype, rows, out_features, activation and gated
 };
 
 // A key-value cache [B, J, S, D], features contiguous.
@@ -144,6 +151,7 @@ struct Kernels {
   Run count;    // CountArgs
   Run copy;     // CopyArgs
   Run score;    // ScoreArgs
+  Run finish;   // FinishArgs
 };
 
 }  // namespace river

@@ -25,13 +25,13 @@ inline void copy(const void* args, int part, int parts) {
 // (The least of the cosines, NaN where there is one.)
 inline void score(const void* args, int part, int) {
   const auto& a = *static_cast<const ScoreArgs*>(args);
-  constexpr int kPiece = 256;
-  alignas(64) float x[kPiece], y[kPiece];
+  constexpr int kFeatures = 256;
+  alignas(64) float x[kFeatures], y[kFeatures];
   float least = INFINITY;
   for (int row = 0; part == 0 && row < a.rows; ++row) {
     float xy = 0, xx = 0, yy = 0;
-    for (int first = 0; first < a.features; first += kPiece) {
-      const int count = std::min(kPiece, a.features - first), padded = (count + 15) / 16 * 16;
+    for (int first = 0; first < a.features; first += kFeatures) {
+      const int count = std::min(kFeatures, a.features - first), padded = (count + 15) / 16 * 16;
       load_values(a.hidden, row * a.hidden_stride + first, count, a.dtype, x);
       load_values(a.previous, row * a.previous_stride + first, count, a.dtype, y);
       std::fill(x + count, x + padded, 0.0f);

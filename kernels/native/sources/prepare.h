@@ -83,6 +83,11 @@ constexpr int kNibbleOrder[8] = {0, 4, 1, 5, 2, 6, 3, 7};
 
 inline void prepare_group(const PrepareArgs& a, int64_t i, const float* values) {
   const int64_t size = a.group_size;
+  if (a.out.format == kAsGiven) {
+    const int64_t groups = (a.in_features + size - 1) / size, first = i % groups * size;
+    const int count = int(std::min<int64_t>(size, a.in_features - first));
+    return store_values(a.out.values, i / groups * a.in_features + first, count, a.dtype, values);
+  }
   if (a.out.format == kPlain) {
     std::copy(values, values + size, static_cast<float*>(a.out.values) + i * size);
     return;
