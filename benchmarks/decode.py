@@ -20,10 +20,13 @@ Nothing here looks at the quality of the text.
 from __future__ import annotations
 
 import argparse
+import ctypes
 import importlib.util
 import statistics
 import sys
+import tempfile
 import time
+from collections.abc import Mapping
 from contextlib import ExitStack, closing
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
@@ -59,13 +62,16 @@ ROWS = {
     "river_depth0": Row("river", options={"exit_depth": 0}),
     "river": Row("river"),
     "llama_cpp": Row("llama_cpp"),
+    "llama_cpp_bf16": Row("llama_cpp", dtype="bfloat16"),  # the same weights, written in 16 bits
 }
+_LLAMA_CPP = ("llama_cpp", "llama_cpp_bf16")
 SPEED_RATIOS = (
     ("river", "river_never"),
     ("river", "eager"),
     ("river", "inductor"),
     ("river", "inductor_fp16"),
     ("river_depth0", "llama_cpp"),
+    ("river_never", "llama_cpp_bf16"),
     ("river_never_checks", "river_never"),
 )
 FIRST_TOKEN_RATIOS = (("river", "inductor"),)
@@ -85,8 +91,12 @@ def main(arguments: list[str] | None = None) -> int:
         folder = models.resolve(options.model)
         absent = _absent_rows(options)
         rows = [name for name in options.rows if name not in absent]
-        gguf = _gguf_file(options) if "llama_cpp" in rows else None
-        results = run(rows, folder, gguf, options)
+        gguf = _gguf_file(options) if set(rows) & set(_LLAMA_CPP) else None
+        with tempfile.TemporaryDirectory() as scratch:
+            files = {"llama_cpp": gguf}
+            if gguf is not None and "llama_cpp_bf16" in rows:
+                files["llama_cpp_bf16"] = _in_bfloat16(gguf, Path(scratch))
+            results = run(rows, folder, files, options)
     except (ValueError, models.ModelUnavailable, common.WorkerFailed) as error:
         print(f"error: {error}", file=sys.stderr)
         return 1
@@ -96,7 +106,9 @@ def main(arguments: list[str] | None = None) -> int:
     return 0
 
 
-def run(rows: list[str], folder: Path, gguf: Path | None, options: argparse.Namespace) -> dict[str, dict]:
+def run(
+    rows: list[str], folder: Path, gguf: Mapping[str, Path | None], options: argparse.Namespace
+) -> dict[str, dict]:
     """Prepares all rows one after another, then lets them take turns; returns the raw results of each."""
     from tqdm import tqdm
 
@@ -107,7 +119,7 @@ def run(rows: list[str], folder: Path, gguf: Path | None, options: argparse.Name
         for name in rows:
             bar.set_postfix_str(f"preparing {name}")
             workers[name] = stack.enter_context(closing(common.Worker("benchmarks.decode", name, options.threads)))
-            results[name] = workers[name].ask("prepare", **_job(name, folder, gguf, options))
+            results[name] = workers[name].ask("prepare", **_job(name, folder, gguf.get(name), options))
             results[name]["tokens_per_s"] = []
             bar.update()
         for turn in range(options.repeats):
@@ -294,13 +306,12 @@ def _job(name: str, folder: Path, gguf: Path | None, options: argparse.Namespace
 
 def _absent_rows(options: argparse.Namespace) -> dict[str, str]:
     """Returns the wanted rows that cannot run here, each with the reason."""
-    if "llama_cpp" not in options.rows:
-        return {}
+    reason = ""
     if importlib.util.find_spec("llama_cpp") is None:
-        return {"llama_cpp": "llama-cpp-python is not installed (pip install llama-cpp-python)"}
-    if options.gguf is None and options.model not in models.MODELS:
-        return {"llama_cpp": "the model did not come from a GGUF file (name one with --gguf)"}
-    return {}
+        reason = "llama-cpp-python is not installed (pip install llama-cpp-python)"
+    elif options.gguf is None and options.model not in models.MODELS:
+        reason = "the model did not come from a GGUF file (name one with --gguf)"
+    return {name: reason for name in _LLAMA_CPP if name in options.rows and reason}
 
 
 def _gguf_file(options: argparse.Namespace) -> Path:
@@ -310,6 +321,18 @@ def _gguf_file(options: argparse.Namespace) -> Path:
     if not options.gguf.is_file():
         raise ValueError(f"--gguf {options.gguf} is not a file; name the GGUF file that the model was made of")
     return options.gguf
+
+
+def _in_bfloat16(gguf: Path, folder: Path) -> Path:
+    """Writes a GGUF file's weights as bfloat16, which llama.cpp does itself."""
+    import llama_cpp
+
+    target = folder / "bfloat16.gguf"
+    how = llama_cpp.llama_model_quantize_default_params()
+    how.ftype, how.allow_requantize = llama_cpp.LLAMA_FTYPE_MOSTLY_BF16, True
+    if llama_cpp.llama_model_quantize(str(gguf).encode(), str(target).encode(), ctypes.byref(how)):
+        raise ValueError(f"llama.cpp cannot write {gguf} in bfloat16")
+    return target
 
 
 def _parse(arguments: list[str] | None) -> argparse.Namespace:

@@ -1,6 +1,7 @@
 """The operators ``torch.ops.river.*``. Importing this module registers them; it needs no Triton and no GPU.
 
     linear                x W^T with W in 4 or 16 bits; a norm before it, bias, activation, gate and residual after it
+    norm                  a norm and the residual after it (sandwich norms); plain torch, or the C++ kernels
     experts               each row's product with the one that it chose of several stacked matrices in 4 bits
     kv_fill               q|k|v -> qk-norm, rotary embedding, cache slot; returns q and mutates the caches
     decode_attention      one query position over a static cache
@@ -109,6 +110,30 @@ def _(
     gated: bool = False,
 ) -> Tensor:
     return x.new_empty((*x.shape[:-1], out_features // 2 if gated else out_features))
+
+
+@torch.library.custom_op("river::norm", mutates_args=())
+def norm(x: Tensor, norm: str, weight: Tensor, bias: Tensor | None, eps: float, residual: Tensor | None) -> Tensor:
+    """Returns ``norm(x) + residual``, ``[..., K]`` in x.dtype, computed in float32.
+
+    Args:
+        x: ``[..., K]``.
+        norm: "rms", "rms_plus_one" (Gemma) or "layer".
+        weight, bias: ``[K]`` in x.dtype; the bias for "layer" alone.
+        eps: of the norm.
+        residual: ``[..., K]`` in x.dtype or None.
+
+    Raises:
+        ValueError: an unknown norm.
+    """
+    check_choice("norm", norm, NORMS[1:])
+    h = _normalise(x.float(), norm, weight, bias, eps)
+    return (h if residual is None else h + residual).to(x.dtype)
+
+
+@norm.register_fake
+def _(x: Tensor, norm: str, weight: Tensor, bias: Tensor | None, eps: float, residual: Tensor | None) -> Tensor:
+    return torch.empty_like(x, memory_format=torch.contiguous_format)
 
 
 @torch.library.custom_op("river::experts", mutates_args=())

@@ -2,8 +2,10 @@
 
     linear             activation(norm(x) W^T + bias) + residual with 4-bit weights; gated as in `ops.linear`
     dense              the same with up to four weights ``[N_i, K]`` in x's dtype, one below the other, and biases
+    norm               norm(x) + residual
     kv_fill            q|k|v -> qk-norm, rotary embedding, cache slot; returns q and mutates the caches
     decode_attention   one query position over a static cache
+    shift              the entries of a cache ``[B, J, S, D]`` moved up by one slot, in place
     exit_score         the least cosine of the rows of two matrices
     add, advance       two int64 scalars added; a counter moved on in place
     record, replay     tapes of such calls: see `tape`
@@ -130,8 +132,10 @@ _FAKES: dict[str, Callable[..., Tensor | None]] = {
     "dense": _dense_fake,
     "kv_fill": _kv_fill_fake,
     "decode_attention": _attention_fake,
+    "norm": lambda x, *_: torch.empty_like(x, memory_format=torch.contiguous_format),
     "exit_score": lambda hidden, _previous: hidden.new_empty((), dtype=torch.float32),
     "add": _add_fake,
+    "shift": lambda *_: None,
     "advance": lambda *_: None,
     "copy": lambda *_: None,
 }

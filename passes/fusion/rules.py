@@ -159,9 +159,24 @@ def _activated(product: fx.Node) -> tuple[fx.Node, str, bool]:
 def _fuse_residual(product: fx.Node) -> fx.Node:
     for node in product.graph.nodes:
         between = norm(node) if node > product else None
-        apart = between is None or before_views(between.x) is not product
-        require(apart, "a norm stands between it and the addition", node)
+        if between is not None and before_views(between.x) is product:
+            return _fuse_norm_residual(product, node, between)
     last, total = way_down(product)
+    parts = {**product.kwargs, "residual": _residual(last, total)}
+    return put(torch.ops.river.linear.default, product.args, value_of(product), total, **parts)
+
+
+def _fuse_norm_residual(product: fx.Node, normed: fx.Node, found: Normed) -> fx.Node:
+    """Makes one operator of a norm after a product and the addition after it (Gemma's and OLMo's sandwich norms)."""
+    native = product.args[6] in ("dense", *NATIVE_LAYOUTS)
+    require(native, "a norm stands between it and the addition", normed)
+    last, total = way_down(normed)
+    arguments = (found.x, found.kind, found.weight, found.bias, found.eps, _residual(last, total))
+    return put(torch.ops.river.norm.default, arguments, value_of(found.x), total)
+
+
+def _residual(last: fx.Node, total: fx.Node) -> fx.Node:
+    """Returns what an addition adds to a value."""
     found = operands(total, operator.add, Tensor.add_)
     if found is None or found[0] is found[1]:
         raise Missed(f"{getattr(total.target, '__name__', total.op)} stands between it and the addition", total)
@@ -170,8 +185,7 @@ def _fuse_residual(product: fx.Node) -> fx.Node:
     require(fits, "what is added has another shape or dtype", total)
     changed = total.target is Tensor.add_ and found[0] is residual and len(residual.users) > 1
     require(not changed, "the addition changes a value that is used elsewhere", total)
-    parts = {**product.kwargs, "residual": residual}
-    return put(torch.ops.river.linear.default, product.args, value_of(product), total, **parts)
+    return residual
 
 
 # A rule's name, for the report, is its docstring. Those around the cache hold for one position per row only.

@@ -194,6 +194,7 @@ def lower_ops(traced: fx.Graph, native: bool = False) -> fx.GraphModule:
 
 
 _KERNELS = (
+    torch.ops.river.norm.default,
     torch.ops.river.linear.default,
     torch.ops.river.kv_fill.default,
     torch.ops.river.decode_attention.default,

@@ -90,8 +90,9 @@ def native_segment(segment: Segment) -> NativeSegment | None:
     graph.output(graph.graph_copy(segment.graph, {}))
     for node in list(graph.nodes):
         use_native(node)
-    for node in [n for n in graph.nodes if n.target is torch._C._log_api_usage_once]:
-        graph.erase_node(node)
+    for node in reversed(graph.nodes):
+        if node.op == "call_function" and not node.users and node.target in (torch.roll, torch._C._log_api_usage_once):
+            graph.erase_node(node)
     if not all(map(_is_native, graph.nodes)):
         return None
     return NativeSegment(fx.GraphModule(segment.graph.owning_module, graph, class_name="Segment"))
@@ -114,12 +115,23 @@ def use_native(node: fx.Node) -> None:
         node.target = native_ops.kv_fill.default
     elif called(node, ours.decode_attention.default):
         node.target = native_ops.decode_attention.default
+    elif called(node, ours.norm.default):
+        node.target = native_ops.norm.default
     elif called(node, ours.exit_score.default):
         node.target = native_ops.exit_score.default
+    elif called(node, Tensor.copy_) and _moves_up(node):
+        node.target, node.args = native_ops.shift.default, node.args[:1]
     elif called(node, operator.add) and _counts(*node.args):
         node.target = native_ops.add.default
     elif called(node, Tensor.add_) and _counts(node.args[0]) and type(node.args[1]) is int and not node.users:
         node.target = native_ops.advance.default
+
+
+def _moves_up(copy: fx.Node) -> bool:
+    """True for ``cache.copy_(cache.roll(-1, dim of slots))``: a full sliding window makes room for a token."""
+    cache, new = copy.args[:2]
+    moved = called(new, torch.roll) and new.args in ((cache, -1, -2), (cache, -1, 2)) and len(new.users) == 1
+    return moved and not copy.users and value_of(cache).dim() == 4
 
 
 def _parts(parameter: fx.Node | None) -> list[fx.Node]:

@@ -3,6 +3,8 @@
 //   linear, linear_out            a product with 4-bit weights and what is fused with it, into a new or a given tensor
 //   dense                         the same with weights in x's dtype
 //   kv_fill, decode_attention     one position of a static cache
+//   norm                          a norm, and a residual
+//   shift                         the entries of a full window moved up by one slot
 //   exit_score                    the least cosine of rows
 //   add, advance, copy            counters, and tensors at the borders of what is recorded
 //   record, recorded, replay, ... tapes, known by their address
@@ -97,10 +99,13 @@ STABLE_TORCH_LIBRARY_FRAGMENT(river_native, m) {
       "Tensor? norm_weight=None, Tensor? norm_bias=None, float eps=1e-06, str activation='none', bool gated=False) "
       "-> Tensor");
   m.def(
+      "norm(Tensor x, str norm, Tensor weight, Tensor? bias, float eps, Tensor? residual) -> Tensor");
+  m.def(
       "kv_fill(Tensor qkv, Tensor? q_norm, Tensor? k_norm, Tensor? cos, Tensor? sin, Tensor slot, "
       "Tensor(a!) k_cache, Tensor(b!) v_cache, str norm, float eps, bool interleaved) -> Tensor");
   m.def(
       "decode_attention(Tensor q, Tensor k_cache, Tensor v_cache, Tensor? mask, float scale, float softcap) -> Tensor");
+  m.def("shift(Tensor(a!) cache) -> ()");
   m.def("exit_score(Tensor hidden, Tensor previous) -> Tensor");
   m.def("add(Tensor a, Tensor b) -> Tensor");
   m.def("advance(Tensor(a!) counter, int by) -> ()");
@@ -118,8 +123,10 @@ STABLE_TORCH_LIBRARY_IMPL(river_native, CPU, m) {
   m.impl("linear", TORCH_BOX(&river::linear));
   m.impl("linear_out", TORCH_BOX(&river::linear_out));
   m.impl("dense", TORCH_BOX(&river::dense));
+  m.impl("norm", TORCH_BOX(&river::norm));
   m.impl("kv_fill", TORCH_BOX(&river::kv_fill));
   m.impl("decode_attention", TORCH_BOX(&river::decode_attention));
+  m.impl("shift", TORCH_BOX(&river::shift));
   m.impl("exit_score", TORCH_BOX(&river::exit_score));
   m.impl("add", TORCH_BOX(&river::add));
   m.impl("advance", TORCH_BOX(&river::advance));

@@ -122,4 +122,17 @@ inline Tensor decode_attention(const Tensor& q, const Tensor& k_cache, const Ten
   return out;
 }
 
+inline void shift(Tensor cache) {
+  check(cache.is_cpu() && cache.dim() == 4 && cache.stride(3) == 1 && cache.stride(2) == cache.size(3), "cache",
+        "be [B, J, S, D] in the CPU's memory, slots adjacent");
+  const int64_t size = cache.element_size();
+  ShiftArgs a{static_cast<char*>(cache.data_ptr()), cache.stride(0) * size, cache.stride(1) * size,
+              cache.stride(2) * size};
+  a.batch = int32_t(cache.size(0));
+  a.heads = int32_t(cache.size(1));
+  a.slots = int32_t(cache.size(2));
+  const int most = threads();
+  if (cache.numel() > 0) Call<ShiftArgs>(a).run({{kernels().shift, parts_of(cache.numel(), 1 << 16, most)}}, most);
+}
+
 }  // namespace river

@@ -133,6 +133,37 @@ inline void run_wide(LinearCall& call, Tensor x, const Tensors& weights, const T
   Call<FinishArgs>(finish).run({{kernels().finish, parts_of(values, 1 << 16, most)}}, most);
 }
 
+// norm(x) + residual.
+inline Tensor norm(const Tensor& x, const std::string& norm, const Tensor& weight, const Maybe& bias, double eps,
+                   const Maybe& residual) {
+  Tensors held;
+  PrepareArgs p{};
+  p.dtype = dtype_of(x, "x");
+  const Strided in = rows_in(x, held, "x");
+  const int64_t k = columns_of(x), rows = rows_of(x);
+  p.norm = norm_of(norm);
+  check(p.norm != kNoNorm, "norm", "be rms, rms_plus_one or layer");
+  p.norm_weight = vector_of(weight, x, k, "weight");
+  p.norm_bias = vector_of(bias, x, k, "bias");
+  p.eps = float(eps);
+  p.x = in.data;
+  p.x_stride = in.stride;
+  if (residual) {
+    check(has_rows(*residual, x, k), "residual", "have x's dtype and shape");
+    const Strided added = rows_in(*residual, held, "residual");
+    p.residual = added.data;
+    p.residual_stride = added.stride;
+  }
+  p.rows = int32_t(rows);
+  p.in_features = int32_t(k);
+  p.group_size = kLargestGroup;
+  Tensor y = empty_rows(x, k);
+  p.out = {y.data_ptr(), nullptr, nullptr, nullptr, kAsGiven};
+  const int most = threads();
+  if (rows > 0) Call<PrepareArgs>(p).run({{kernels().prepare, std::min(p.rows, parts_of(x.numel(), 1 << 14, most))}}, most);
+  return y;
+}
+
 // Describes a product whose weights and format of activations the call has already; false where there is no row.
 // `held` keeps what the call's addresses point to.
 inline bool describe(LinearCall& call, const Tensor& x, int64_t out_features, int64_t group_size,

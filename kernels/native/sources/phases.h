@@ -35,6 +35,8 @@ struct PrepareArgs {
   int64_t x_stride;         // elements between two rows
   const void* norm_weight;  // [K] of `dtype`, null without a norm
   const void* norm_bias;    // [K] of `dtype` or null
+  const void* residual;     // [M, K] of `dtype`, added in format kAsGiven, or null
+  int64_t residual_stride;
   Activations out;
   int32_t dtype, rows, in_features, group_size, norm, middle;  // middle: 8 for weights of 4 bits, 128 for those of 8
   float eps;
@@ -118,6 +120,13 @@ struct CountArgs {
   int64_t by;
 };
 
+// Moves the entries of a cache [B, J, S, D] up by one slot, over the oldest. Parts split sequences and heads.
+struct ShiftArgs {
+  char* cache;
+  int64_t sequence, head, slot;  // bytes between two of each
+  int32_t batch, heads, slots;
+};
+
 // score = least cosine of the rows of two matrices [M, D], NaN where a row is zero or not finite.
 struct ScoreArgs {
   const void *hidden, *previous;  // of `dtype`
@@ -152,6 +161,7 @@ struct Kernels {
   Run copy;     // CopyArgs
   Run score;    // ScoreArgs
   Run finish;   // FinishArgs
+  Run shift;    // ShiftArgs
 };
 
 }  // namespace river

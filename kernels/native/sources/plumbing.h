@@ -22,6 +22,16 @@ inline void copy(const void* args, int part, int parts) {
   std::memcpy(static_cast<char*>(a.to) + first, static_cast<const char*>(a.from) + first, end - first);
 }
 
+// (Slots are adjacent.)
+inline void shift(const void* args, int part, int parts) {
+  const auto& a = *static_cast<const ShiftArgs*>(args);
+  const int64_t all = int64_t(a.batch) * a.heads;
+  for (int64_t i = all * part / parts; i < all * (part + 1) / parts; ++i) {
+    char* entries = a.cache + i / a.heads * a.sequence + i % a.heads * a.head;
+    std::memmove(entries, entries + a.slot, (a.slots - 1) * a.slot);
+  }
+}
+
 // (The least of the cosines, NaN where there is one.)
 inline void score(const void* args, int part, int) {
   const auto& a = *static_cast<const ScoreArgs*>(args);

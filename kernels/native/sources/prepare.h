@@ -81,13 +81,19 @@ inline void round_group(const float* values, int size, int32_t middle, int8_t* o
 // Nibble j of a packed lane holds feature order[j] of its eight.
 constexpr int kNibbleOrder[8] = {0, 4, 1, 5, 2, 6, 3, 7};
 
+// Writes a group as x lies, plus the residual.
+inline void write_group(const PrepareArgs& a, int64_t row, int64_t first, float* values) {
+  alignas(64) float residual[kLargestGroup];
+  const int count = int(std::min<int64_t>(a.group_size, a.in_features - first));
+  if (a.residual) {
+    load_group(a, a.residual, row * a.residual_stride, first, residual);
+    for (int i = 0; i < count; ++i) values[i] += residual[i];
+  }
+  store_values(a.out.values, row * a.in_features + first, count, a.dtype, values);
+}
+
 inline void prepare_group(const PrepareArgs& a, int64_t i, const float* values) {
   const int64_t size = a.group_size;
-  if (a.out.format == kAsGiven) {
-    const int64_t groups = (a.in_features + size - 1) / size, first = i % groups * size;
-    const int count = int(std::min<int64_t>(size, a.in_features - first));
-    return store_values(a.out.values, i / groups * a.in_features + first, count, a.dtype, values);
-  }
   if (a.out.format == kPlain) {
     std::copy(values, values + size, static_cast<float*>(a.out.values) + i * size);
     return;
@@ -113,7 +119,10 @@ inline void prepare(const void* args, int part, int parts) {
     if (a.norm && first == 0) moments = moments_of(a, row);
     load_group(a, a.x, row * a.x_stride, first, values);
     if (a.norm) normalise(a, moments, first, values);
-    prepare_group(a, i, values);
+    if (a.out.format == kAsGiven)
+      write_group(a, row, first, values);
+    else
+      prepare_group(a, i, values);
   }
 }
 
