@@ -106,9 +106,7 @@ def main(arguments: list[str] | None = None) -> int:
     return 0
 
 
-def run(
-    rows: list[str], folder: Path, gguf: Mapping[str, Path | None], options: argparse.Namespace
-) -> dict[str, dict]:
+def run(rows: list[str], folder: Path, gguf: Mapping[str, Path | None], options: argparse.Namespace) -> dict[str, dict]:
     """Prepares all rows one after another, then lets them take turns; returns the raw results of each."""
     from tqdm import tqdm
 

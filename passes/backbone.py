@@ -4,7 +4,7 @@ Linear layers become ``river::linear`` in layout "dense", which sums an output i
 those that share an input become one product, whose weights stay where they are: its matrix is a ``torch.cat`` that the
 lowering takes apart again. The rules of fusion then see a block as they see a twin.
 
-Not handled: weights of another dtype than their input, transposed ones (GPT-2's Conv1D), experts: they stay as they are.
+Not handled: weights of another dtype than their input, transposed ones (GPT-2's Conv1D), experts; they stay so.
 """
 
 from __future__ import annotations

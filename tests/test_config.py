@@ -32,7 +32,7 @@ README = Path(__file__).parent.parent / "README.md"
         ({"group_size": 48}, ["group_size=48", "32, 64, 128, 256"]),
         ({"quantizer": "hqqq"}, ["quantizer='hqqq'", "did you mean 'hqq'?"]),
         ({"prefill": "Exit"}, ["prefill='Exit'", "'backbone', 'exit'"]),
-        ({"lm_head": None}, ["lm_head=None", "'keep', 'w4'"]),
+        ({"lm_head": "w3"}, ["lm_head='w3'", "'keep', 'int8', 'w4'"]),
         ({"lowering": "inductr"}, ["did you mean 'inductor'?"]),
         ({"on_unsupported": "ignore"}, ["on_unsupported='ignore'", "'inductor', 'raise'"]),
         ({"dump_dir": 3}, ["dump_dir=3", "path"]),
@@ -49,7 +49,7 @@ def test_bad_options_are_named(options, words):
 def test_config_is_frozen_and_its_defaults_are_the_documented_ones():
     config = RiverConfig.from_options(None)
     assert (config.threshold, config.first_exit, config.exit_every, config.exit_depth) == (0.7, 2, 1, None)
-    assert (config.group_size, config.quantizer, config.prefill, config.lm_head) == (64, "hqq", "backbone", "keep")
+    assert (config.group_size, config.quantizer, config.prefill, config.lm_head) == (64, "hqq", "backbone", None)
     with pytest.raises(AttributeError):
         config.threshold = 0.5
 

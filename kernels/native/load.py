@@ -11,9 +11,10 @@
     record, replay     tapes of such calls: see `tape`
 
 Arguments are those of the operators ``river::*`` (see `river_compile.kernels.ops`), but for the layout: `linear` takes
-the bytes of the layouts "native", their `bits` and `int8_activations`, with which x is rounded to 8 bits with one scale for each group
-of each row; without, it is read as it is. A product's or an attention's row has the same bits whatever the number of
-rows and threads, which are ``torch.get_num_threads()``.
+the bytes of the layouts "native", their `bits` and `int8_activations`, with which x is rounded to 8 bits with one scale
+for each group of each row; without, it is read as it is. A product's or an attention's row has the same bits whatever
+the number of rows and threads, which are ``torch.get_num_threads()``; of more than eight rows `dense` lets a library
+compute the product.
 
 Not handled: gradients, other devices than the CPU, products of many rows at the speed of a library.
 """

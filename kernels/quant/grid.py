@@ -8,9 +8,9 @@ Every quantizer maps a weight ``[N, K]`` (rows are output features) to a :class:
 
     w[n, k] = (q[n, k] - 8) * scale[n, k // group_size] + zero[n, k // group_size]
 
-with ``q`` in 0..15 and a floating-point ``zero`` (the value of the grid's middle point); of 8 bits, with ``q - 128`` and
-``q`` in 0..255. How the integers are packed
-into bytes for a kernel is a layout's matter: see :mod:`river_compile.kernels.quant.layouts`.
+with ``q`` in 0..15 and a floating-point ``zero`` (the value of the grid's middle point); of 8 bits, with ``q - 128``
+and ``q`` in 0..255. How the integers are packed into bytes for a kernel is a layout's matter: see
+:mod:`river_compile.kernels.quant.layouts`.
 """
 
 from __future__ import annotations

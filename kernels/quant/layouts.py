@@ -15,7 +15,8 @@ Layouts (N output features, K input features padded to whole groups of G)
 
 Experts' matrices of one shape are stacked: their tensors have a dimension more in front.
 
-`scale_zero[..., 0]` is the scale, `[..., 1]` the weight that q = 8 (of 8 bits 128) stands for. A new layout is an entry of `LAYOUTS`.
+`scale_zero[..., 0]` is the scale, `[..., 1]` the weight that q = 8 (of 8 bits 128) stands for. A new layout is an entry
+of `LAYOUTS`.
 Not handled: sharing one scale between rows, groups across rows, other numbers of bits than 4, and 8 in "native_int8".
 """
 

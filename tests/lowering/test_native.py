@@ -95,3 +95,32 @@ def test_without_a_compiler_products_are_atens_and_it_is_said_once(monkeypatch):
             warnings.simplefilter("error")
             assert choose_lowering(RiverConfig(lowering="native"), CPU) == lowering
     assert lowering.layout == "aten_cpu"
+
+
+@pytest.mark.parametrize(
+    ("options", "message"),
+    [
+        ({"lowering": "inductor", "lm_head": "int8"}, "lm_head='int8' needs the C.. kernels of a CPU"),
+        ({"lowering": "inductor", "backbone": "river"}, "backbone='river' needs the C.. kernels of a CPU"),
+    ],
+)
+def test_what_needs_the_kernels_says_so(options, message):
+    model = make("llama", layers=2)
+    model.compile(backend=river, options={**OPTIONS, **options})
+    with pytest.raises(OptionError, match=message):
+        model.generate(torch.ones(1, 3, dtype=torch.long), max_new_tokens=2, do_sample=False, pad_token_id=0)
+
+
+def test_the_head_in_8_bits_is_closer_to_the_models_than_in_4():
+    """One token that left: its logits with each head, against those of the model's own head after the same twins."""
+    ids, found = torch.arange(5, 12)[None], {}
+    for head in ("keep", "int8", "w4"):
+        torch._dynamo.reset()
+        model = make("llama", layers=2)
+        model.compile(backend=river, options={**OPTIONS, "lowering": "native", "exit_depth": 0, "lm_head": head})
+        cache = new_cache(model, "static")
+        with torch.no_grad():
+            model(input_ids=ids, past_key_values=cache)
+            found[head] = model(input_ids=ids[:, -1:], past_key_values=cache).logits
+    errors = {head: (logits - found["keep"]).norm() / found["keep"].norm() for head, logits in found.items()}
+    assert 0 < errors["int8"] < errors["w4"] / 4

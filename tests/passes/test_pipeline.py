@@ -7,9 +7,9 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from river_compile.backend import passes_for
 from river_compile.config import RiverConfig
 from river_compile.lowering.choose import Lowering
+from river_compile.pass_list import passes_for
 from river_compile.passes.decoder import find_decoder
 from river_compile.passes.normalize import normalized
 from river_compile.passes.pipeline import PassRecord, run_passes, table

@@ -90,8 +90,8 @@ class TracedStep:
 
     @torch.no_grad()
     def rewrite(self, mode: str) -> None:
-        """Rewrites the step as ``torch.compile(mode=...)`` has it done, with the default options."""
-        river(self._graph, self._fresh({}), mode=mode)
+        """Rewrites the step as ``torch.compile(mode=...)`` has it done, every segment through Inductor."""
+        river(self._graph, self._fresh({}), options={"lowering": "inductor"}, mode=mode)
 
     @torch.no_grad()
     def reference(self, weights: Mapping[str, Tensor]) -> Tensor:

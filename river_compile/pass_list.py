@@ -1,0 +1,95 @@
+"""Which passes turn a decoder into what the options ask for, and with which kernels its matrices are multiplied.
+
+Not handled: how segments are compiled (:mod:`river_compile.lowering`), and where their weights come from
+(:mod:`river_compile.twins`).
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+
+from river_compile.lowering.choose import Lowering
+from river_compile.passes.backbone import river_backbone
+from river_compile.passes.exit_checks import exit_checks, logits_entropy
+from river_compile.passes.fusion.fuse import fuse_backbone, fuse_checks, fuse_twins
+from river_compile.passes.pipeline import Pass
+from river_compile.passes.program import DecoderPlan
+from river_compile.passes.swap_ops import batch_invariant
+from river_compile.passes.twins import Twinning, one_row_head, river_head, river_twins
+
+from .config import RiverConfig
+from .errors import OptionError
+
+
+def passes_for(config: RiverConfig, plan: DecoderPlan, lowering: Lowering, keep: Mapping[str, str]) -> list[Pass]:
+    """Returns the passes, in order, that turn a decoder into what the options ask for.
+
+    `keep` names the twins' matrices that stay in 16 bits (`LinearSite.name`), each with the reason.
+    """
+    how = twinning(config, lowering)
+    policy = config.exit_policy(plan)
+    leaves, candidates = policy.may_leave(plan), policy.candidates(plan)
+    passes: list[Pass] = []
+    if leaves:
+        passes += config.filling.passes(candidates) or [river_twins(how, keep)]
+        head = head_twinning(config, lowering)
+        if head is not None:
+            passes.append(river_head(head, keep))
+        elif how is not None and (plan.is_decode or not lowering.fuse):
+            passes.append(one_row_head(lowering.fuse))
+    own_backbone = uses_own_backbone(config, lowering) and plan.is_decode
+    if own_backbone:
+        passes.append(river_backbone)
+    if config.same_rows and not plan.is_decode:
+        passes.append(batch_invariant)
+    if candidates:
+        passes.append(exit_checks(candidates))
+    if policy.needs_entropy(plan):
+        passes.append(logits_entropy)
+    if own_backbone:
+        passes.append(fuse_backbone)
+    if lowering.fuse and leaves:
+        passes += [] if lowering.native else [fuse_checks]
+        passes.append(fuse_twins(lowering.dense_layout))
+    return passes
+
+
+def twinning(config: RiverConfig, lowering: Lowering) -> Twinning | None:
+    """Returns how twins are made, None where they keep the backbone's weights."""
+    if config.quantizer == "none":
+        return None
+    return Twinning(config.group_size, lowering.layout, scale_inputs=config.quantizer == "awq")
+
+
+def uses_own_backbone(config: RiverConfig, lowering: Lowering) -> bool:
+    """Says whether the blocks of decode steps multiply by the C++ kernels.
+
+    Raises:
+        OptionError: they are asked for, and there are none.
+    """
+    if config.backbone == "river" and not lowering.native:
+        raise OptionError(
+            f"backbone='river' needs the C++ kernels of a CPU, and the lowering is {lowering.compiler} with layout "
+            f"{lowering.layout}; use backbone='model'"
+        )
+    return lowering.native and config.backbone != "model" and config.offload is None and not config.same_rows
+
+
+def head_twinning(config: RiverConfig, lowering: Lowering) -> Twinning | None:
+    """Returns how the twin of the head is made, None where there is none.
+
+    Raises:
+        OptionError: a head in 8 bits without its kernel.
+    """
+    how = twinning(config, lowering)
+    kind = config.lm_head or ("int8" if lowering.layout == "native" else "keep")
+    if how is None or kind == "keep":
+        return None
+    if kind == "w4":
+        return how
+    if not lowering.native:
+        raise OptionError(
+            f"lm_head='int8' needs the C++ kernels of a CPU, and the lowering is {lowering.compiler} with layout "
+            f"{lowering.layout}; use lm_head='w4' or 'keep'"
+        )
+    return Twinning(config.group_size, "native_int8", bits=8)
