@@ -27,10 +27,11 @@ class Tape:
         """Inside, the operators that this thread calls go on the tape, in the place of what was there.
 
         Raises:
-            RuntimeError: the thread records already.
+            RuntimeError: the thread records already, perhaps this tape, which stays what it was.
         """
+        address = torch.ops.river_native.record()
         self._drop()
-        self._address = torch.ops.river_native.record()
+        self._address = address
         try:
             yield
         finally:
@@ -41,7 +42,11 @@ class Tape:
         self._kept.append(tensor)
 
     def replay(self) -> None:
-        """Runs what was recorded, with ``torch.get_num_threads()`` threads."""
+        """Runs what was recorded, with ``torch.get_num_threads()`` threads.
+
+        Raises:
+            RuntimeError: nothing was recorded.
+        """
         torch.ops.river_native.replay(self._address)
 
     @property

@@ -68,7 +68,10 @@ void copy_to(const Tensor& from, Tensor to) {
   Call<CopyArgs>({from.data_ptr(), to.data_ptr(), bytes}).run({{kernels().copy, 1}}, 1);
 }
 
-Tape* tape_at(int64_t address) { return reinterpret_cast<Tape*>(address); }
+Tape* tape_at(int64_t address) {
+  STD_TORCH_CHECK(address, "nothing was recorded on this tape");
+  return reinterpret_cast<Tape*>(address);
+}
 
 int64_t record() {
   STD_TORCH_CHECK(!Tape::recording(), "this thread records a tape already");
