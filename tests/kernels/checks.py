@@ -4,6 +4,7 @@ Property tests, mutation tests and GPU tests all call these, so what one of them
 """
 
 import dataclasses
+from collections.abc import Callable
 
 import torch
 
@@ -17,6 +18,9 @@ from tests.kernels import reference
 from tests.kernels.harness import assert_close, assert_sqnr, poisoned, run_guarded
 
 VALUES = ("normal", "constant", "extreme", "tiny")
+
+# Runs the kernel that a spec describes on named buffers and returns them as it left them, as `run_guarded` does.
+Run = Callable[..., dict[str, torch.Tensor]]
 
 
 def weights(n: int, k: int, values: str, outlier: float, generator: torch.Generator) -> torch.Tensor:
@@ -97,13 +101,19 @@ def linear_magnitude(spec: LinearSpec, h, weight, bias, residual) -> torch.Tenso
     """The sum of the magnitudes that make up every element of the result, carried through activation and product."""
     total = h.abs() @ weight.double().abs().T + (0 if bias is None else bias.double().abs())
     y = torch.nn.functional.linear(h, weight.double(), None if bias is None else bias.double())
-    if spec.gated:
-        (gate, up), (gate_total, up_total) = y.chunk(2, -1), total.chunk(2, -1)
-        total = 1.2 * gate_total * up.abs() + reference.activate(gate, spec.activation).abs() * up_total
-    return 1.2 * total + (0 if residual is None else residual.double().abs())
+    total = activated_magnitude(y, total, spec.activation, spec.gated)
+    return total + (0 if residual is None else residual.double().abs())
 
 
-def check_kv_fill(spec: KvFillSpec, slot: int, seed: int = 0, device: str = "cpu") -> None:
+def activated_magnitude(y: torch.Tensor, total: torch.Tensor, activation: str, gated: bool) -> torch.Tensor:
+    """Carries the magnitudes `total` that y was added up from through an activation, no slope of which exceeds 1.2."""
+    if not gated:
+        return 1.2 * total
+    (gate, up), (gate_total, up_total) = y.chunk(2, -1), total.chunk(2, -1)
+    return 1.2 * (1.2 * gate_total * up.abs() + reference.activate(gate, activation).abs() * up_total)
+
+
+def check_kv_fill(spec: KvFillSpec, slot: int, seed: int = 0, device: str = "cpu", run: Run = run_guarded) -> None:
     """Checks the query, the written slot, and that every other slot keeps its bits."""
     g = torch.Generator().manual_seed(seed)
     dtype, d, heads, kv = getattr(torch, spec.dtype), spec.head_dim, spec.heads, spec.kv_heads
@@ -128,7 +138,7 @@ def check_kv_fill(spec: KvFillSpec, slot: int, seed: int = 0, device: str = "cpu
         q, k = (reference.rotate(t, *(table[:, None] for table in tables.values()), spec.interleaved) for t in (q, k))
     caches = {name: random(spec.batch, kv, spec.slots, d).to(dtype) for name in ("k_cache", "v_cache")}
     empty = poisoned((spec.batch, heads, d), dtype)
-    result = run_guarded(spec, device=device, q=empty, **buffers, **caches)
+    result = run(spec, device=device, q=empty, **buffers, **caches)
     assert_close(result["q"], q, magnitude_q)
     written = torch.zeros(spec.slots, dtype=torch.bool)
     if 0 <= slot < spec.slots:
@@ -139,7 +149,9 @@ def check_kv_fill(spec: KvFillSpec, slot: int, seed: int = 0, device: str = "cpu
         assert torch.equal(result[name][:, :, ~written], cache[:, :, ~written]), f"{name}: another slot changed"
 
 
-def check_attention(spec: DecodeAttentionSpec, padding: int = 0, seed: int = 0, device: str = "cpu") -> None:
+def check_attention(
+    spec: DecodeAttentionSpec, padding: int = 0, seed: int = 0, device: str = "cpu", run: Run = run_guarded
+) -> None:
     """Checks attention with the first `padding` slots of the last sequence masked, where keys and values hold NaN.
 
     A mask that is added to the scores also adds noise to those of the slots that take part.
@@ -161,7 +173,7 @@ def check_attention(spec: DecodeAttentionSpec, padding: int = 0, seed: int = 0, 
         buffers["mask"] = added.masked_fill(~mask, torch.finfo(mask_dtype).min)
     unread = ~mask[:, None, :, None].expand(shape)
     k, v = k.masked_fill(unread, float("nan")), v.masked_fill(unread, float("nan"))
-    result = run_guarded(spec, device=device, q=q, k_cache=k, v_cache=v, out=poisoned(q.shape, dtype), **buffers)["out"]
+    result = run(spec, device=device, q=q, k_cache=k, v_cache=v, out=poisoned(q.shape, dtype), **buffers)["out"]
     options = {"scale": spec.scale, "softcap": spec.softcap, "mask": mask if spec.mask else None, "added": added}
     expected = reference.attention(q, k.nan_to_num(), v.nan_to_num(), **options)
     assert_close(result, expected, v.nan_to_num().double().abs().amax((1, 2, 3))[:, None, None].clamp_min(1.0))

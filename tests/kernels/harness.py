@@ -95,6 +95,19 @@ def assert_close(
     assert worst <= limit, f"relative error {worst:.3g} exceeds {limit}"
 
 
+def assert_rounded(actual: torch.Tensor, expected: torch.Tensor, magnitude: torch.Tensor) -> None:
+    """Compares a result that was computed in float32 and rounded once to its dtype, where it does not overflow.
+
+    Args:
+        actual, expected, magnitude: as in `assert_close`, of one shape.
+    """
+    finfo = torch.finfo(actual.dtype)
+    rounding = (expected.abs() + finfo.smallest_normal) * finfo.eps / TOLERANCE[torch.float32]
+    fits = expected.abs() < 0.9 * finfo.max
+    if fits.any():
+        assert_close(actual[fits], expected[fits], (magnitude + rounding)[fits], torch.float32)
+
+
 def assert_sqnr(actual: torch.Tensor, expected: torch.Tensor, dtype: torch.dtype) -> None:
     """Checks the signal-to-noise ratio of a result as a whole against the floor of `dtype`."""
     noise = (actual.double() - expected).square().sum()

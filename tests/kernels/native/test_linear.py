@@ -13,34 +13,14 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from river_compile.kernels.native import load
-from river_compile.kernels.native.isa import runnable
 from river_compile.kernels.quant.layouts import PackedLinear, pack_linear
 from tests.kernels import reference
 from tests.kernels.checks import VALUES, weights
 from tests.kernels.harness import Guarded, assert_close, examples, poisoned
+from tests.kernels.native.running import DTYPES, ISAS, rounded
 
-DTYPES = (torch.float32, torch.bfloat16, torch.float16)
 PLAIN = (None, "none", None, None, 0.0, "none", False)  # no residual, norm, activation or gate
-ISAS = pytest.mark.parametrize("isa", runnable(), ids=lambda isa: isa.name)
-
-
-@pytest.fixture(autouse=True)
-def _threads():
-    """Leaves the number of threads, and the instruction set, as they were."""
-    before = torch.get_num_threads()
-    yield
-    torch.set_num_threads(before)
-    load.load()
-
-
-def rounded(x: torch.Tensor, group: int) -> torch.Tensor:
-    """What 8 bits with one scale for each group of each row make of activations ``[M, K]``, in float64."""
-    k = x.shape[1]
-    groups = torch.nn.functional.pad(x.float(), (0, -k % group)).unflatten(1, (-1, group))
-    largest = groups.abs().amax(-1, keepdim=True)
-    inverse = torch.full_like(largest, 127) / largest  # torch computes 127 / x as reciprocal(x) * 127, an ulp away
-    q = torch.where(largest > 1e-36, groups * inverse, 0).round().nan_to_num(0.0)
-    return (q.double() * (largest / 127).double()).flatten(1)[:, :k]
+pytestmark = pytest.mark.usefixtures("restored")
 
 
 def expected(x: torch.Tensor, packed: PackedLinear, bias: torch.Tensor | None, int8: bool):

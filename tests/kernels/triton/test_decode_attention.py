@@ -2,34 +2,11 @@
 
 import pytest
 from hypothesis import given
-from hypothesis import strategies as st
 
 from river_compile.kernels.triton.decode_attention import DecodeAttentionSpec
+from tests.kernels.cases import attention_cases
 from tests.kernels.checks import check_attention
 from tests.kernels.harness import examples
-
-
-@st.composite
-def attention_cases(draw):
-    batch, kv_heads = draw(st.integers(1, 2)), draw(st.integers(1, 3))
-    slots = draw(st.integers(1, 150))
-    padded = draw(st.booleans())
-    spec = DecodeAttentionSpec(
-        batch,
-        kv_heads * draw(st.sampled_from((1, 3, 4, 17))),
-        kv_heads,
-        draw(st.sampled_from((16, 64, 80, 96, 128))),
-        slots,
-        draw(st.sampled_from((0.125, 0.5))),
-        dtype=draw(st.sampled_from(("float32", "float16", "bfloat16"))),
-        softcap=draw(st.sampled_from((0.0, 2.0, 30.0))),
-        mask=padded,
-        mask_dtype=draw(st.sampled_from(("bool", "float32", "float16", "bfloat16"))),
-        splits=draw(st.integers(1, 4)),
-        block=draw(st.sampled_from((16, 32))),
-    )
-    padding = draw(st.integers(0, slots - 1)) if padded else 0
-    return spec, padding, draw(st.integers(0, 2**20))
 
 
 @pytest.mark.core

@@ -2,32 +2,11 @@
 
 import pytest
 from hypothesis import given
-from hypothesis import strategies as st
 
-from river_compile.kernels.triton.kv_fill import HEAD_NORMS, KvFillSpec
+from river_compile.kernels.triton.kv_fill import KvFillSpec
+from tests.kernels.cases import kv_cases
 from tests.kernels.checks import check_kv_fill
 from tests.kernels.harness import examples
-
-
-@st.composite
-def kv_cases(draw):
-    batch, d = draw(st.integers(1, 3)), draw(st.sampled_from((16, 24, 64, 80, 96, 128, 256)))
-    slots = draw(st.integers(1, 9))
-    spec = KvFillSpec(
-        batch,
-        draw(st.integers(1, 5)),
-        draw(st.integers(1, 3)),
-        d,
-        slots,
-        dtype=draw(st.sampled_from(("float32", "float16", "bfloat16"))),
-        rotary_dim=draw(st.sampled_from((0, d // 4 * 2, d))),
-        rotary_dtype=draw(st.sampled_from(("float32", "bfloat16"))),
-        interleaved=draw(st.booleans()),
-        rotary_rows=draw(st.sampled_from((1, batch))),
-        head_norm=draw(st.sampled_from(HEAD_NORMS)),
-        index_dtype=draw(st.sampled_from(("int32", "int64"))),
-    )
-    return spec, draw(st.integers(0, slots - 1)), draw(st.integers(0, 2**20))
 
 
 @pytest.mark.core

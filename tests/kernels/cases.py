@@ -1,0 +1,54 @@
+"""Random cases of the operators around the KV cache, for the kernels of every kind."""
+
+from hypothesis import strategies as st
+
+from river_compile.kernels.triton.decode_attention import DecodeAttentionSpec
+from river_compile.kernels.triton.kv_fill import HEAD_NORMS, KvFillSpec
+
+DIMS = (16, 24, 64, 80, 96, 128, 256)
+
+
+@st.composite
+def kv_cases(draw, dims=DIMS):
+    """A spec of `kv_fill`, a slot of its cache and a seed."""
+    batch, d = draw(st.integers(1, 3)), draw(st.sampled_from(dims))
+    slots = draw(st.integers(1, 9))
+    spec = KvFillSpec(
+        batch,
+        draw(st.integers(1, 5)),
+        draw(st.integers(1, 3)),
+        d,
+        slots,
+        dtype=draw(st.sampled_from(("float32", "float16", "bfloat16"))),
+        rotary_dim=draw(st.sampled_from((0, d // 4 * 2, d))),
+        rotary_dtype=draw(st.sampled_from(("float32", "bfloat16"))),
+        interleaved=draw(st.booleans()),
+        rotary_rows=draw(st.sampled_from((1, batch))),
+        head_norm=draw(st.sampled_from(HEAD_NORMS)),
+        index_dtype=draw(st.sampled_from(("int32", "int64"))),
+    )
+    return spec, draw(st.integers(0, slots - 1)), draw(st.integers(0, 2**20))
+
+
+@st.composite
+def attention_cases(draw, most_slots=150, dims=DIMS[:-1]):
+    """A spec of `decode_attention`, masked slots at the start of the last sequence and a seed."""
+    batch, kv_heads = draw(st.integers(1, 2)), draw(st.integers(1, 3))
+    slots = draw(st.integers(1, most_slots))
+    padded = draw(st.booleans())
+    spec = DecodeAttentionSpec(
+        batch,
+        kv_heads * draw(st.sampled_from((1, 3, 4, 17))),
+        kv_heads,
+        draw(st.sampled_from(dims)),
+        slots,
+        draw(st.sampled_from((0.125, 0.5))),
+        dtype=draw(st.sampled_from(("float32", "float16", "bfloat16"))),
+        softcap=draw(st.sampled_from((0.0, 2.0, 30.0))),
+        mask=padded,
+        mask_dtype=draw(st.sampled_from(("bool", "float32", "float16", "bfloat16"))),
+        splits=draw(st.integers(1, 4)),
+        block=draw(st.sampled_from((16, 32))),
+    )
+    padding = draw(st.integers(0, slots - 1)) if padded else 0
+    return spec, padding, draw(st.integers(0, 2**20))

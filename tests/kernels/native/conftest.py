@@ -1,0 +1,13 @@
+import pytest
+import torch
+
+from river_compile.kernels.native import load
+
+
+@pytest.fixture
+def restored():
+    """Leaves the number of threads, and the instruction set, as they were."""
+    before = torch.get_num_threads()
+    yield
+    torch.set_num_threads(before)
+    load.load()

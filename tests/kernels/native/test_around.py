@@ -1,0 +1,312 @@
+"""Norms, activations, gates and residuals around the C++ products, against float64, for weights in 4 and in 16 bits.
+
+The products alone are in test_linear.py. Every call is made twice, the second time from a tape (`running.called`).
+"""
+
+from __future__ import annotations
+
+import math
+from dataclasses import dataclass, replace
+
+import pytest
+import torch
+from hypothesis import given
+from hypothesis import strategies as st
+
+from river_compile.kernels.native import load
+from river_compile.kernels.quant.layouts import PackedLinear, pack_linear
+from tests.kernels import reference
+from tests.kernels.checks import VALUES, activated_magnitude, weights
+from tests.kernels.harness import TOLERANCE, assert_rounded, examples
+from tests.kernels.native.running import DTYPES, ISAS, called, dense, linear, native, rounded
+
+NORMS = ("none", "rms", "rms_plus_one", "layer")
+ACTIVATIONS = ("none", "silu", "gelu", "gelu_tanh", "relu")
+
+pytestmark = pytest.mark.usefixtures("restored")
+
+
+@dataclass(frozen=True)
+class Around:
+    """What an operator is given besides x, weights and bias, in the order of its arguments."""
+
+    residual: torch.Tensor | None = None
+    norm: str = "none"
+    norm_weight: torch.Tensor | None = None
+    norm_bias: torch.Tensor | None = None
+    eps: float = 1e-6
+    activation: str = "none"
+    gated: bool = False
+
+    @property
+    def arguments(self) -> tuple:
+        return tuple(vars(self).values())
+
+
+@dataclass(frozen=True)
+class Case:
+    """A call: with 4-bit weights, whose activations are rounded to 8 bits or not, or with weights of x's dtype."""
+
+    x: torch.Tensor
+    weight: PackedLinear | torch.Tensor
+    bias: torch.Tensor | None
+    around: Around
+    int8: bool = False
+
+    def run(self, rows: slice = slice(None)) -> torch.Tensor:
+        x, a = self.x[rows], self.around
+        rest = replace(a, residual=None if a.residual is None else a.residual[rows]).arguments
+        if isinstance(self.weight, torch.Tensor):
+            return called(dense, x, self.weight, self.bias, *rest)
+        return called(linear, x, self.weight, self.bias, self.int8, *rest)
+
+
+def case_of(
+    sizes: tuple[int, int, int],
+    dtype: torch.dtype,
+    values: str = "normal",
+    seed: int = 0,
+    group: int = 0,
+    int8: bool = False,
+    norm: str = "none",
+    norm_bias: bool = False,
+    bias: bool = False,
+    residual: bool = False,
+    activation: str = "none",
+    gated: bool = False,
+    gap: int = 0,
+) -> Case:
+    """Makes a call for M rows, N and K features; `group` is 0 for weights in x's dtype, `gap` lies between rows."""
+    (m, n, k), g = sizes, torch.Generator().manual_seed(seed)
+
+    def random(*shape: int) -> torch.Tensor:
+        return torch.randn(*shape, generator=g).to(dtype)
+
+    def rows(width: int, factor: float = 1.0) -> torch.Tensor:
+        wide = torch.full((m, width + gap), math.nan, dtype=dtype)
+        wide[:, :width] = random(m, width) * factor
+        return wide[:, :width]
+
+    matrix = weights(n, k, values, 2e3 if dtype == torch.float16 else 2e6, g)
+    weight = pack_linear(matrix, group, "native", "rtn") if group else matrix.clamp(-1e4, 1e4).to(dtype)
+    around = Around(
+        rows(n // 2 if gated else n) if residual else None,
+        norm,
+        random(k) if norm != "none" else None,
+        random(k) if norm == "layer" and norm_bias else None,
+        1e-5,
+        activation,
+        gated,
+    )
+    return Case(rows(k, 1e-4 if values == "extreme" else 1.0), weight, random(n) if bias else None, around, int8)
+
+
+@st.composite
+def cases(draw, dense: bool):
+    gated = draw(st.booleans())
+    n = draw(st.sampled_from((32, 64, 96))) if gated else draw(st.integers(1, 70))
+    return case_of(
+        (draw(st.integers(1, 18)), n, draw(st.integers(1, 300))),
+        draw(st.sampled_from(DTYPES)),
+        draw(st.sampled_from(VALUES)),
+        draw(st.integers(0, 2**20)),
+        group=0 if dense else draw(st.sampled_from((32, 64, 128))),
+        int8=not dense and draw(st.booleans()),
+        norm=draw(st.sampled_from(NORMS)),
+        norm_bias=draw(st.booleans()),
+        bias=draw(st.booleans()),
+        residual=draw(st.booleans()),
+        activation=draw(st.sampled_from(ACTIVATIONS)),
+        gated=gated,
+        gap=draw(st.sampled_from((0, 5))),
+    )
+
+
+def normed(x: torch.Tensor, a: Around) -> tuple[torch.Tensor, torch.Tensor]:
+    """Returns norm(x) in float64, and the magnitudes that each element was added up from."""
+    h = reference.norm(x, a.norm, a.norm_weight, a.norm_bias, a.eps)
+    if a.norm_weight is None:
+        return h, h.abs()
+    plus_one, weight = a.norm == "rms_plus_one", a.norm_weight.double().abs()
+    if a.norm != "layer":
+        return h, reference.norm(x, "rms", torch.ones_like(weight), None, a.eps).abs() * (weight + plus_one)
+    x = x.double()
+    factor = torch.rsqrt(x.var(-1, correction=0, keepdim=True) + a.eps)
+    reach = (x.abs() + x.mean(-1, keepdim=True).abs()) * factor * weight
+    return h, reach if a.norm_bias is None else reach + a.norm_bias.double().abs()
+
+
+def product(case: Case) -> tuple[torch.Tensor, torch.Tensor]:
+    """Returns norm(x) W^T + bias in float64, and the magnitudes that it was added up from."""
+    h, reach = normed(case.x, case.around)
+    read, undecided = h, torch.zeros_like(h)
+    if isinstance(case.weight, torch.Tensor):
+        steps, zero = case.weight.double(), torch.zeros(case.weight.shape, dtype=torch.float64)
+    else:
+        grid, (n, k) = case.weight.unpack(), (case.weight.out_features, h.shape[1])
+        zero = grid.zero.double().repeat_interleave(grid.group_size, 1)[:n, :k]
+        steps = case.weight.dequantize(torch.float64) - zero
+        if case.int8:
+            read = rounded(h, grid.group_size)
+            if case.around.norm != "none":
+                undecided, reach = near_ties(h, reach, grid.group_size)
+    y = reference.linear(read, steps, bias=case.bias) + h @ zero.T
+    total = reach @ (steps.abs() + zero.abs()).T + undecided @ steps.abs().T / TOLERANCE[torch.float32]
+    return y, total if case.bias is None else total + case.bias.double().abs()
+
+
+def near_ties(h: torch.Tensor, reach: torch.Tensor, group: int) -> tuple[torch.Tensor, torch.Tensor]:
+    """What a norm in float32 leaves open about rounding to 8 bits.
+
+    Returns:
+        For each element the step by which it may be rounded to the other side, 0 where it cannot; and the largest
+        `reach` of its group, to which the error of its scale is relative.
+    """
+    k = h.shape[1]
+    groups, reaches = (torch.nn.functional.pad(t, (0, -k % group)).unflatten(1, (-1, group)) for t in (h, reach))
+    step, most = groups.abs().amax(-1, keepdim=True) / 127, reaches.amax(-1, keepdim=True)
+    q = (groups / step).nan_to_num(0.0)
+    from_tie = ((q - q.floor()) - 0.5).abs()
+    open_ = torch.where(from_tie <= 1e-5 * most / step.clamp_min(1e-300), step, 0.0)
+    return tuple(t.expand_as(groups).flatten(1)[:, :k] for t in (open_, most))
+
+
+def check(case: Case) -> None:
+    """Compares an operator's result with float64."""
+    a = case.around
+    y, total = product(case)
+    total = activated_magnitude(y, total, a.activation, a.gated)
+    if a.gated:
+        gate, up = y.chunk(2, -1)
+        y = reference.activate(gate, a.activation) * up
+    else:
+        y = reference.activate(y, a.activation)
+    if a.residual is not None:
+        y, total = y + a.residual.double(), total + a.residual.double().abs()
+    assert_rounded(case.run(), y, total)
+
+
+@ISAS
+@given(case=cases(dense=False), threads=st.integers(1, 4))
+@examples(25)
+def test_4_bit_weights(isa, case, threads):
+    load.load(isa)
+    torch.set_num_threads(threads)
+    check(case)
+
+
+@ISAS
+@given(case=cases(dense=True), threads=st.integers(1, 4))
+@examples(25)
+def test_weights_in_the_activations_dtype(isa, case, threads):
+    """Nothing beyond the weight is read: NaN lies there."""
+    load.load(isa)
+    torch.set_num_threads(threads)
+    check(case)
+
+
+@ISAS
+@given(
+    st.integers(2, 20),
+    st.integers(200, 700),
+    st.integers(300, 1500),
+    st.sampled_from((0, 32, 128)),
+    st.sampled_from(DTYPES),
+    st.sampled_from(NORMS),
+    st.booleans(),
+    st.integers(0, 2**20),
+)
+@examples(4)
+def test_a_rows_bits_depend_on_neither_rows_nor_threads(isa, m, n, k, group, dtype, norm, gated, seed):
+    """Products large enough to be split, with all that stands around them."""
+    load.load(isa)
+    n = n // 32 * 32 if gated else n
+    options = {"bias": True, "norm_bias": True, "residual": True, "activation": "silu"}
+    case = case_of((m, n, k), dtype, seed=seed, group=group, int8=seed % 2 == 0, norm=norm, gated=gated, **options)
+    torch.set_num_threads(1)
+    alone = torch.cat([case.run(slice(i, i + 1)) for i in range(m)])
+    for threads in (1, 2, 3, 4):
+        torch.set_num_threads(threads)
+        assert torch.equal(case.run(), alone)
+
+
+@ISAS
+@pytest.mark.parametrize("group", [0, 32])
+@pytest.mark.parametrize("norm", NORMS)
+def test_rows_that_are_zero_or_not_finite_stay_by_themselves(isa, norm, group):
+    load.load(isa)
+    case = case_of((4, 20, 100), torch.float32, group=group, norm=norm, bias=True)
+    alone = case.run(slice(3, 4))
+    case.x[0], case.x[1, 40], case.x[2, 99] = 0, math.nan, math.inf
+    y = case.run()
+    assert torch.equal(y[0], case.bias), "without a norm's bias, zero stays zero"
+    assert y[1].isnan().all()
+    assert not y[2].isfinite().any()
+    assert torch.equal(y[3:], alone)
+
+
+@pytest.mark.parametrize("activation", ACTIVATIONS)
+def test_an_activation_far_from_zero(activation):
+    """Where exponentials end: the limits, and NaN for NaN."""
+    load.load()
+    x = torch.tensor([-1e9, -1e4, -200.0, -88.5, -87.0, -20.0, -1e-6, 0.0, 1e-6, 20.0, 87.0, 200.0, 1e9, math.nan])
+    y = called(dense, x[:, None], torch.ones(1, 1), None, None, "none", None, None, 0.0, activation)[:, 0]
+    torch.testing.assert_close(
+        y.double(), reference.activate(x.double(), activation), atol=1e-6, rtol=1e-6, equal_nan=True
+    )
+
+
+def turned(t: torch.Tensor) -> torch.Tensor:
+    return t.transpose(0, 1).contiguous().transpose(0, 1)
+
+
+def apart(t: torch.Tensor) -> torch.Tensor:
+    return t.repeat(1, 1, 2)[..., : t.shape[-1]]
+
+
+@pytest.mark.parametrize("group", [0, 32])
+@pytest.mark.parametrize("change", [torch.clone, turned, apart])
+def test_leading_dimensions_and_strides(group, change):
+    """Any leading sizes, with rows of x and of the residual anywhere in memory, give the rows of a plain matrix."""
+    load.load()
+    options = {"norm": "rms", "residual": True, "activation": "silu", "bias": True}
+    case = case_of((6, 32, 100), torch.bfloat16, group=group, **options)
+    x, residual = (change(t.reshape(2, 3, -1)) for t in (case.x, case.around.residual))
+    rest = replace(case.around, residual=residual).arguments
+    y = linear(x, case.weight, case.bias, False, *rest) if group else dense(x, case.weight, case.bias, *rest)
+    assert torch.equal(y, case.run().reshape(2, 3, 32))
+
+
+def test_the_fake_operator_gives_the_real_ones_shape_and_dtype():
+    load.load()
+    x, weight = torch.randn(2, 3, 100).bfloat16(), torch.randn(64, 100).bfloat16()
+    for arguments in ((x, weight, None), (x, weight, None, None, "none", None, None, 0.0, "silu", True)):
+        torch.library.opcheck(native.dense.default, arguments, test_utils=("test_schema", "test_faketensor"))
+
+
+@pytest.mark.parametrize(
+    ("change", "message"),
+    [
+        ({"x": torch.ones(1, 64, dtype=torch.float64), "weight": torch.ones(32, 64).double()}, "float32, bfloat16 or"),
+        ({"weight": torch.ones(32, 96)}, "weight must be contiguous"),
+        ({"weight": torch.ones(64, 32).T}, "weight must be contiguous"),
+        ({"weight": torch.ones(32, 64).half()}, "weight must be contiguous"),
+        ({"bias": torch.ones(31)}, "bias must be contiguous"),
+        ({"residual": torch.ones(1, 31)}, "residual must have y's dtype and shape"),
+        ({"residual": torch.ones(1, 32).half()}, "residual must have y's dtype and shape"),
+        ({"residual": torch.ones(2, 32)}, "residual must have y's dtype and shape"),
+        ({"norm": "rms"}, "norm_weight must be given where there is a norm"),
+        ({"norm_weight": torch.ones(64)}, "norm_weight must be given where there is a norm"),
+        ({"norm": "rms", "norm_weight": torch.ones(63)}, "norm_weight must be contiguous"),
+        ({"norm": "layer", "norm_weight": torch.ones(64), "norm_bias": torch.ones(63)}, "norm_bias must be contiguous"),
+        ({"norm": "batch", "norm_weight": torch.ones(64)}, "norm='batch' is not known"),
+        ({"activation": "swish"}, "activation='swish' is not known"),
+        ({"weight": torch.ones(48, 64), "gated": True}, "multiple of 32"),
+    ],
+)
+def test_what_is_refused(change, message):
+    load.load()
+    around = Around(**{name: value for name, value in change.items() if name in vars(Around())})
+    product = {"x": torch.ones(1, 64), "weight": torch.ones(32, 64), "bias": None}
+    with pytest.raises(RuntimeError, match=message):
+        dense(*(change.get(name, value) for name, value in product.items()), *around.arguments)

@@ -1,0 +1,274 @@
+"""The C++ operators around the KV cache against float64: the checks that generated kernels pass, and some of their own.
+
+`kv_fill` and `decode_attention` take the cases of tests/kernels/triton; every call is made twice, the second time from
+a tape (`running.called`).
+"""
+
+from __future__ import annotations
+
+import math
+
+import pytest
+import torch
+from hypothesis import given
+from hypothesis import strategies as st
+
+from river_compile.kernels.native import load
+from river_compile.kernels.triton.decode_attention import DecodeAttentionSpec
+from river_compile.kernels.triton.kv_fill import KvFillSpec
+from tests.kernels import reference
+from tests.kernels.cases import attention_cases, kv_cases
+from tests.kernels.checks import check_attention, check_kv_fill
+from tests.kernels.harness import assert_rounded, examples
+from tests.kernels.native.running import DTYPES, ISAS, Cache, called, native, same_bits
+
+DIMS = (8, 16, 24, 64, 80, 96, 128, 256)
+CHUNK = 256  # slots whose attention is summed before chunks are put together
+
+pytestmark = pytest.mark.usefixtures("restored")
+
+
+class Runs:
+    """Runs what a spec describes by the C++ operators, on caches with gaps or with slots before heads."""
+
+    def __init__(self, gap: int, slots_first: bool) -> None:
+        self._layout = gap, slots_first
+
+    def kv_fill(self, spec: KvFillSpec, device: str, *, k_cache, v_cache, **given) -> dict[str, torch.Tensor]:
+        caches = {"k_cache": Cache(k_cache, *self._layout), "v_cache": Cache(v_cache, *self._layout)}
+        tables = (given.get(name) for name in ("q_norm", "k_norm", "cos", "sin", "slot"))
+        written = (cache.tensor for cache in caches.values())
+        how = (spec.head_norm, spec.eps, spec.interleaved)
+        q = called(native.kv_fill, given["qkv"].flatten(1), *tables, *written, *how, as_given=(6, 7))
+        for name, cache in caches.items():
+            cache.check(name)
+        return {"q": q} | {name: cache.tensor for name, cache in caches.items()}
+
+    def attention(
+        self, spec: DecodeAttentionSpec, device: str, *, q, k_cache, v_cache, out, mask=None
+    ) -> dict[str, torch.Tensor]:
+        caches = [Cache(cache, *self._layout).tensor for cache in (k_cache, v_cache)]
+        return {"out": called(native.decode_attention, q, *caches, mask, spec.scale, spec.softcap)}
+
+
+LAYOUTS = st.builds(Runs, st.sampled_from((0, 3)), st.booleans())
+
+
+@ISAS
+@given(case=kv_cases(DIMS), runs=LAYOUTS, threads=st.integers(1, 3))
+@examples(30)
+def test_query_and_slot(isa, case, runs, threads):
+    load.load(isa)
+    torch.set_num_threads(threads)
+    check_kv_fill(*case, run=runs.kv_fill)
+
+
+@ISAS
+@pytest.mark.parametrize("slot", [-1, 4, 1000])
+def test_a_slot_outside_of_the_cache_writes_nothing(isa, slot):
+    load.load(isa)
+    check_kv_fill(KvFillSpec(2, 3, 1, 64, 4, rotary_dim=64), slot, run=Runs(3, True).kv_fill)
+
+
+@ISAS
+@given(case=attention_cases(most_slots=3 * CHUNK, dims=DIMS), runs=LAYOUTS, threads=st.integers(1, 3))
+@examples(30)
+def test_one_query_position(isa, case, runs, threads):
+    """One chunk and several, groups of 1 to 17 heads; slots that are left out hold NaN."""
+    load.load(isa)
+    torch.set_num_threads(threads)
+    check_attention(*case, run=runs.attention)
+
+
+def inputs(b: int, h: int, j: int, s: int, d: int, dtype: torch.dtype, seed: int = 0) -> tuple[torch.Tensor, ...]:
+    """Query and caches."""
+    g = torch.Generator().manual_seed(seed)
+    return tuple(torch.randn(*shape, generator=g).to(dtype) for shape in ((b, h, d), (b, j, s, d), (b, j, s, d)))
+
+
+@st.composite
+def masks(draw, batch: int, slots: int) -> torch.Tensor:
+    """Slots that take part: any, most, or a window of them, perhaps of one sequence none."""
+    g = torch.Generator().manual_seed(draw(st.integers(0, 2**20)))
+    live = torch.rand(batch, slots, generator=g) < draw(st.sampled_from((0.02, 0.5, 1.0)))
+    first = draw(st.integers(0, slots - 1))
+    live[:, :first] &= draw(st.booleans())
+    live[:, first + draw(st.integers(1, slots)) :] = False
+    live[0] &= draw(st.booleans())
+    return live
+
+
+@ISAS
+@given(
+    st.data(), st.sampled_from(("bool", -math.inf, "least", "half")), st.sampled_from(DTYPES), st.sampled_from(DTYPES)
+)
+@examples(20)
+def test_any_slots_may_be_left_out(isa, data, least, dtype, mask_dtype):
+    """By False, -inf or the least number, or half of that; what is left out holds NaN, and of nothing comes 0."""
+    load.load(isa)
+    batch, slots = data.draw(st.integers(1, 3)), data.draw(st.sampled_from((1, 7, CHUNK, CHUNK + 1, 700)))
+    live, seed = data.draw(masks(batch, slots)), data.draw(st.integers(0, 2**20))
+    q, k, v = inputs(batch, 4, 2, slots, 16, dtype, seed)
+    unread = ~live[:, None, :, None]
+    spoiled = (cache.masked_fill(unread, math.nan) for cache in (k, v))
+    mask, added = live, None
+    if least != "bool":
+        lowest = {"least": torch.finfo(mask_dtype).min, "half": torch.finfo(mask_dtype).min / 2}.get(least, least)
+        noise = torch.randn(batch, slots, generator=torch.Generator().manual_seed(seed))
+        added = (noise * data.draw(st.integers(0, 1))).to(mask_dtype)
+        mask = added.masked_fill(~live, lowest)
+    out = called(native.decode_attention, q, *spoiled, mask, 0.25, 0.0)
+    expected = reference.attention(q, k, v, scale=0.25, mask=live, added=added)
+    assert_rounded(out, expected, v.double().abs().amax((1, 2, 3))[:, None, None].expand(expected.shape))
+    assert not out[~live.any(1)].any()
+
+
+@ISAS
+@pytest.mark.parametrize("dtype", DTYPES)
+def test_chunks_without_a_slot_change_nothing(isa, dtype):
+    """A long cache in which the slots of one chunk take part gives the bits of a cache that has no others."""
+    load.load(isa)
+    q, k, v = inputs(2, 6, 2, 3 * CHUNK + 5, 24, dtype)
+    for chunk in range(3):
+        part = slice(chunk * CHUNK, (chunk + 1) * CHUNK)
+        live = torch.zeros(2, k.shape[2], dtype=torch.bool)
+        live[0, part], live[1, part.start + 3 : part.stop - 9] = True, True
+        long = called(native.decode_attention, q, k, v, live, 0.3, 0.0)
+        short = called(native.decode_attention, q, k[:, :, part], v[:, :, part], live[:, part].clone(), 0.3, 0.0)
+        assert torch.equal(long, short)
+
+
+@ISAS
+@given(st.integers(1, 4), st.sampled_from((40, 2 * CHUNK + 30)), st.sampled_from(DTYPES), st.integers(0, 2**20))
+@examples(4)
+def test_a_sequences_bits_depend_on_neither_batch_nor_threads(isa, batch, slots, dtype, seed):
+    load.load(isa)
+    q, k, v = inputs(batch, 12, 3, slots, 64, dtype, seed)
+    torch.set_num_threads(1)
+    rows = [slice(i, i + 1) for i in range(batch)]
+    alone = torch.cat([called(native.decode_attention, q[i], k[i], v[i], None, 0.125, 5.0) for i in rows])
+    for threads in (1, 2, 3, 4):
+        torch.set_num_threads(threads)
+        assert torch.equal(called(native.decode_attention, q, k, v, None, 0.125, 5.0), alone)
+
+
+@ISAS
+@pytest.mark.parametrize("slots", [40, 2 * CHUNK])
+def test_nan_reaches_what_reads_it_and_nothing_else(isa, slots):
+    load.load(isa)
+    q, k, v = inputs(3, 4, 2, slots, 16, torch.float32)
+    clean = called(native.decode_attention, q, k, v, None, 0.25, 0.0)
+    q[0, 1, 3] = k[1, 1, slots - 1, 2] = v[2, 0, 5, 7] = math.nan
+    out = called(native.decode_attention, q, k, v, None, 0.25, 0.0)
+    spoiled = torch.zeros(out.shape, dtype=torch.bool)
+    spoiled[0, 1] = spoiled[1, 2:] = spoiled[2, :2, 7] = True
+    assert torch.equal(out.isnan(), spoiled)
+    assert torch.equal(out[~spoiled], clean[~spoiled])
+    mask = torch.zeros(3, slots)
+    mask[1, 0] = math.nan
+    masked = called(native.decode_attention, *inputs(3, 4, 2, slots, 16, torch.float32), mask, 0.25, 0.0)
+    assert masked[1].isnan().all()
+    assert torch.equal(masked[::2], clean[::2])
+
+
+def test_a_mask_of_one_row_and_a_mask_that_is_part_of_a_larger_one():
+    load.load()
+    q, k, v = inputs(3, 4, 2, 40, 16, torch.float32)
+    wide = torch.rand(3, 50, generator=torch.Generator().manual_seed(0)) < 0.5
+    for mask in (wide[:1, :40].expand(3, 40), wide[:, 7:47]):
+        out = called(native.decode_attention, q, k, v, mask, 0.25, 0.0)
+        assert torch.equal(out, called(native.decode_attention, q, k, v, mask.clone(), 0.25, 0.0))
+
+
+@ISAS
+def test_filling_and_attending_step_by_step(isa):
+    """Three tokens into a cache that is part of a larger one, against attention over what they wrote."""
+    load.load(isa)
+    storage = torch.randn(2, 1, 6, 2, 16, generator=torch.Generator().manual_seed(0))
+    k_cache, v_cache = storage[..., 0, :], storage[..., 1, :]
+    for step in range(3):
+        qkv = torch.randn(2, 1, 64, generator=torch.Generator().manual_seed(step + 1))
+        q = native.kv_fill(qkv, None, None, None, None, torch.tensor([step]), k_cache, v_cache, "none", 0.0, False)
+        parts = qkv.view(2, 4, 16)
+        assert torch.equal(q, parts[:, :2])
+        assert torch.equal(k_cache[:, 0, step], parts[:, 2])
+        assert torch.equal(v_cache[:, 0, step], parts[:, 3])
+        written = (torch.arange(6) <= step).expand(2, 6)
+        out = native.decode_attention(q, k_cache, v_cache, written, 0.25, 0.0)
+        expected = reference.attention(q, k_cache, v_cache, scale=0.25, mask=written)
+        torch.testing.assert_close(out.double(), expected, atol=1e-6, rtol=1e-5)
+
+
+@ISAS
+def test_counters_and_copies(isa):
+    load.load(isa)
+    a, b = torch.tensor([2**40]), torch.tensor([[3]])
+    total = native.add(a, b)
+    assert (total.shape, total.item()) == ((1, 1), 2**40 + 3)
+    assert native.add(torch.tensor(4), torch.tensor(5)).item() == 9
+    assert native.advance(a, -7) is None
+    assert a.item() == 2**40 - 7
+    for source in (torch.arange(11), torch.randn(3, 5).half(), torch.tensor([[True, False]]), torch.empty(0)):
+        to = torch.zeros_like(source)
+        native.copy(source, to)
+        assert same_bits(source, to)
+
+
+def sample_calls() -> dict[str, tuple]:
+    q, k, v = inputs(2, 2, 1, 6, 16, torch.bfloat16)
+    qkv, slot, tables = (
+        torch.randn(2, 1, 64).bfloat16(),
+        torch.tensor([3]),
+        (torch.randn(1, 1, 16), torch.randn(1, 1, 16)),
+    )
+    return {
+        "kv_fill": (qkv, None, None, *tables, slot, k, v, "none", 0.0, False),
+        "decode_attention": (q, k, v, torch.ones(2, 6, dtype=torch.bool), 0.25, 0.0),
+        "add": (slot, slot.clone()[None]),
+        "advance": (slot, 1),
+        "copy": (q, torch.empty_like(q)),
+    }
+
+
+@pytest.mark.parametrize("name", ["kv_fill", "decode_attention", "add", "advance", "copy"])
+def test_fake_operators_give_the_real_ones_shapes_and_dtypes(name):
+    load.load()
+    checks = ("test_schema", "test_faketensor")
+    torch.library.opcheck(getattr(native, name).default, sample_calls()[name], test_utils=checks)
+
+
+@pytest.mark.parametrize(
+    ("name", "place", "value", "message"),
+    [
+        ("kv_fill", 0, torch.ones(2, 2, 64).bfloat16(), "qkv must be one position"),
+        ("kv_fill", 0, torch.ones(2, 1, 32).bfloat16(), "qkv must be one position"),
+        ("kv_fill", 0, torch.ones(2, 1, 64), "in their dtype"),
+        ("kv_fill", 1, torch.ones(16).bfloat16(), "q_norm and k_norm must"),
+        ("kv_fill", 8, "rms", "q_norm and k_norm must"),
+        ("kv_fill", 8, "layer", "q_norm and k_norm must"),
+        ("kv_fill", 8, "batch", "norm='batch' is not known"),
+        ("kv_fill", 4, None, "cos and sin must go together"),
+        ("kv_fill", 4, torch.ones(1, 1, 14), "cos and sin must have one shape"),
+        ("kv_fill", 3, torch.ones(3, 1, 16), "cos and sin must have one shape"),
+        ("kv_fill", 5, torch.tensor([1, 2]), "slot must be one int64 or int32"),
+        ("kv_fill", 5, torch.tensor([1.0]), "slot must be one int64 or int32"),
+        ("kv_fill", 7, torch.ones(2, 1, 5, 16).bfloat16(), "one shape, stride and dtype"),
+        ("kv_fill", 7, torch.ones(2, 1, 16, 6).bfloat16().mT, "one shape, stride and dtype"),
+        ("decode_attention", 0, torch.ones(1, 2, 16).bfloat16(), "q must be"),
+        ("decode_attention", 0, torch.ones(2, 2, 16), "q must be"),
+        ("decode_attention", 1, torch.ones(2, 1, 6, 16), "one shape, stride and dtype"),
+        ("decode_attention", 3, torch.ones(2, 5, dtype=torch.bool), "mask must be"),
+        ("decode_attention", 3, torch.ones(2, 6, dtype=torch.int64), "mask must be"),
+        ("add", 0, torch.tensor([1, 2]), "a must be one int64"),
+        ("add", 1, torch.tensor([1.0]), "b must be one int64"),
+        ("advance", 0, torch.tensor([1], dtype=torch.int32), "counter must be one int64"),
+        ("copy", 1, torch.ones(2, 2, 16), "of one dtype and size"),
+        ("copy", 1, torch.ones(2, 2, 15).bfloat16(), "of one dtype and size"),
+    ],
+)
+def test_what_is_refused(name, place, value, message):
+    load.load()
+    arguments = list(sample_calls()[name])
+    arguments[place] = value
+    with pytest.raises(RuntimeError, match=message):
+        getattr(native, name)(*arguments)
