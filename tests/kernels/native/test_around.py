@@ -25,6 +25,8 @@ ACTIVATIONS = ("none", "silu", "gelu", "gelu_tanh", "relu")
 
 pytestmark = pytest.mark.usefixtures("restored")
 
+FEW_ROWS = 8  # up to which `dense` computes the product itself
+
 
 @dataclass(frozen=True)
 class Around:
@@ -57,7 +59,8 @@ class Case:
         x, a = self.x[rows], self.around
         rest = replace(a, residual=None if a.residual is None else a.residual[rows]).arguments
         if isinstance(self.weight, torch.Tensor):
-            return called(dense, x, self.weight, self.bias, *rest)
+            call = called if len(x) <= FEW_ROWS else lambda operator, *given: operator(*given)  # (more is not recorded)
+            return call(dense, x, self.weight, self.bias, *rest)
         return called(linear, x, self.weight, self.bias, self.int8, *rest)
 
 
@@ -106,7 +109,7 @@ def cases(draw, dense: bool):
     gated = draw(st.booleans())
     n = draw(st.sampled_from((32, 64, 96))) if gated else draw(st.integers(1, 70))
     return case_of(
-        (draw(st.integers(1, 18)), n, draw(st.integers(1, 300))),
+        (draw(st.integers(1, FEW_ROWS if dense else 18)), n, draw(st.integers(1, 300))),
         draw(st.sampled_from(DTYPES)),
         draw(st.sampled_from(VALUES)),
         draw(st.integers(0, 2**20)),
@@ -205,6 +208,36 @@ def test_weights_in_the_activations_dtype(isa, case, threads):
     check(case)
 
 
+@given(m=st.integers(FEW_ROWS + 1, 60), n=st.integers(1, 20), k=st.integers(1, 300), seed=st.integers(0, 2**20))
+@examples(10)
+def test_more_rows_go_through_a_librarys_product(m, n, k, seed):
+    """In float32, where the library's result is not rounded before the rest."""
+    load.load()
+    gated, norm = seed % 2 == 0, NORMS[seed % len(NORMS)]
+    options = {"bias": True, "norm_bias": True, "residual": seed % 3 > 0, "activation": "silu", "gap": seed % 5}
+    check(case_of((m, 32 * n if gated else n, k), torch.float32, seed=seed, norm=norm, gated=gated, **options))
+    case = case_of((m, n, k), torch.float32, seed=seed)
+    with pytest.raises(RuntimeError, match="a product of many rows must not be recorded"):
+        called(dense, case.x, case.weight)
+
+
+def test_matrices_one_below_the_other():
+    """Up to four, cut anywhere, with biases and without: the bits of one matrix."""
+    load.load()
+    g = torch.Generator().manual_seed(0)
+    for sizes in ((5,), (16, 16), (3, 30, 15), (20, 1, 1, 42)):
+        parts = [torch.randn(n, 70, generator=g).bfloat16() for n in sizes]
+        biases = [torch.randn(n, generator=g).bfloat16() for n in sizes]
+        for rows in (1, 3, 8, 20):
+            x = torch.randn(rows, 70, generator=g).bfloat16()
+            assert torch.equal(native.dense(x, parts, biases), native.dense(x, [torch.cat(parts)], [torch.cat(biases)]))
+            assert torch.equal(native.dense(x, parts, []), native.dense(x, [torch.cat(parts)], []))
+    with pytest.raises(RuntimeError, match="weights must be at most four"):
+        native.dense(x, [parts[0]] * 5, [])
+    with pytest.raises(RuntimeError, match="biases must be as long as the weights have rows"):
+        native.dense(x, parts, biases[::-1])
+
+
 @ISAS
 @given(
     st.integers(2, 20),
@@ -220,7 +253,7 @@ def test_weights_in_the_activations_dtype(isa, case, threads):
 def test_a_rows_bits_depend_on_neither_rows_nor_threads(isa, m, n, k, group, dtype, norm, gated, seed):
     """Products large enough to be split, with all that stands around them."""
     load.load(isa)
-    n = n // 32 * 32 if gated else n
+    n, m = n // 32 * 32 if gated else n, m if group else min(m, FEW_ROWS)
     options = {"bias": True, "norm_bias": True, "residual": True, "activation": "silu"}
     case = case_of((m, n, k), dtype, seed=seed, group=group, int8=seed % 2 == 0, norm=norm, gated=gated, **options)
     torch.set_num_threads(1)
@@ -250,7 +283,8 @@ def test_an_activation_far_from_zero(activation):
     """Where exponentials end: the limits, and NaN for NaN."""
     load.load()
     x = torch.tensor([-1e9, -1e4, -200.0, -88.5, -87.0, -20.0, -1e-6, 0.0, 1e-6, 20.0, 87.0, 200.0, 1e9, math.nan])
-    y = called(dense, x[:, None], torch.ones(1, 1), None, None, "none", None, None, 0.0, activation)[:, 0]
+    around = (None, None, "none", None, None, 0.0, activation)
+    y = torch.cat([called(dense, part[:, None], torch.ones(1, 1), *around)[:, 0] for part in x.split(FEW_ROWS)])
     torch.testing.assert_close(
         y.double(), reference.activate(x.double(), activation), atol=1e-6, rtol=1e-6, equal_nan=True
     )
@@ -280,7 +314,7 @@ def test_leading_dimensions_and_strides(group, change):
 def test_the_fake_operator_gives_the_real_ones_shape_and_dtype():
     load.load()
     x, weight = torch.randn(2, 3, 100).bfloat16(), torch.randn(64, 100).bfloat16()
-    for arguments in ((x, weight, None), (x, weight, None, None, "none", None, None, 0.0, "silu", True)):
+    for arguments in ((x, [weight], []), (x, [weight], [], None, "none", None, None, 0.0, "silu", True)):
         torch.library.opcheck(native.dense.default, arguments, test_utils=("test_schema", "test_faketensor"))
 
 
@@ -288,10 +322,10 @@ def test_the_fake_operator_gives_the_real_ones_shape_and_dtype():
     ("change", "message"),
     [
         ({"x": torch.ones(1, 64, dtype=torch.float64), "weight": torch.ones(32, 64).double()}, "float32, bfloat16 or"),
-        ({"weight": torch.ones(32, 96)}, "weight must be contiguous"),
-        ({"weight": torch.ones(64, 32).T}, "weight must be contiguous"),
-        ({"weight": torch.ones(32, 64).half()}, "weight must be contiguous"),
-        ({"bias": torch.ones(31)}, "bias must be contiguous"),
+        ({"weight": torch.ones(32, 96)}, "weights must be contiguous"),
+        ({"weight": torch.ones(64, 32).T}, "weights must be contiguous"),
+        ({"weight": torch.ones(32, 64).half()}, "weights must be contiguous"),
+        ({"bias": torch.ones(31)}, "biases must be as long"),
         ({"residual": torch.ones(1, 31)}, "residual must have y's dtype and shape"),
         ({"residual": torch.ones(1, 32).half()}, "residual must have y's dtype and shape"),
         ({"residual": torch.ones(2, 32)}, "residual must have y's dtype and shape"),
