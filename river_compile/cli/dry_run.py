@@ -19,10 +19,10 @@ import torch
 from torch import Tensor, fx
 from transformers import AutoConfig, AutoModelForCausalLM, PretrainedConfig, StaticCache
 
-from river_compile.backend import twinning
 from river_compile.config import RiverConfig
 from river_compile.kernels.quant.aten_int4 import LAYOUT as ATEN_LAYOUT
 from river_compile.lowering.choose import Lowering
+from river_compile.pass_list import twinning
 from river_compile.passes.decoder import find_decoder
 from river_compile.passes.nodes import is_parameter, value_of
 from river_compile.passes.normalize import normalized
