@@ -293,7 +293,7 @@ print(river.__module__, river_compile.__file__)
 
 
 def test_an_installed_wheel_brings_no_package_of_a_common_name(installed, tmp_path):
-    """The parts import by their installed names from the wheel's folder, which adds one top-level name and a command."""
+    """The parts import by their installed names from the wheel's folder, which adds one name and a command."""
     code = "import river_compile.passes as p, river_compile.kernels as k; print(p.__file__, k.__file__)"
     files = run_python(code, tmp_path, installed).stdout.split()
     assert all(Path(file).is_relative_to(installed / "river_compile") for file in files)

@@ -8,6 +8,7 @@ import warnings
 import pytest
 
 from river_compile.cli import demo_models as models
+from river_compile.cli.models import load_or_exit, resolve
 
 
 @pytest.fixture
@@ -95,11 +96,11 @@ def test_unknown_models_are_named():
     with pytest.raises(ValueError, match=r"model='smollm3' is unknown; choose one of smollm2, gemma3-270m"):
         models.fetch("smollm3")
     with pytest.raises(ValueError, match=r"model='/no/such' is neither one of smollm2"):
-        models.resolve("/no/such")
+        resolve("/no/such")
 
 
 def test_a_program_without_a_model_ends_with_the_reason():
     """A message is what `sys.exit` prints to the standard error, with exit status 1."""
     with pytest.raises(SystemExit) as end:
-        models.load_or_exit("/no/such")
+        load_or_exit("/no/such")
     assert end.value.code.startswith("error: model='/no/such' is neither one of smollm2")
