@@ -30,6 +30,7 @@ from river_compile.cudagraphs.recorder import Event
 from river_compile.cudagraphs.runner import CapturedRunner
 from river_compile.exits import Memory, Similarity
 from river_compile.kernels.tools.shapes import ModelShape
+from river_compile.reporting.reads import bytes_of_token
 from river_compile.runtime.executor import RiverExecutor, on_step
 from river_compile.runtime.runner import Step
 from river_compile.runtime.stats import StepRecord
@@ -150,7 +151,8 @@ def _units(runner: CapturedRunner) -> dict[str, Unit]:
 
 
 def _print_units(watch: Watch, units: dict[str, Unit]) -> None:
-    """Bytes read are those of weights, packed weights and the whole KV cache; of an embedding, one row."""
+    """Bytes read are those of weights, packed weights and the whole KV cache; of an embedding, one row; of
+    experts, those that a token chooses."""
     rows = []
     for unit in units.values():
         read = sum(_bytes_read(watch, step) for step in unit.steps)
@@ -162,11 +164,10 @@ def _print_units(watch: Watch, units: dict[str, Unit]) -> None:
 
 def _bytes_read(watch: Watch, step: Step) -> int:
     slots = [watch.executor.program.slots[node] for node in step.segment.inputs]
-    values = [watch.arguments[i] for i in slots if i < len(watch.arguments)]
-    tensors = [v for v in values if isinstance(v, torch.Tensor)]
+    values = [watch.arguments[i] if i < len(watch.arguments) else None for i in slots]
     if step.segment.kind == "prologue":
-        tensors = [t[:1] if t.dim() == 2 else t for t in tensors]
-    return sum(t.nbytes for t in (*tensors, *step.packed))
+        values = [v[:1] if isinstance(v, torch.Tensor) and v.dim() == 2 else v for v in values]
+    return bytes_of_token(step.segment, [*values, *step.packed])
 
 
 def _print_buffers(runner: CapturedRunner) -> None:

@@ -137,6 +137,7 @@ _TABLE: tuple[tuple, ...] = (
     (torch.stack, _like(lambda tensors, dim=0: tensors)),
     (torch.split, _like(lambda input, split_size, dim=0: input), Tensor.split),
     (torch.chunk, _like(lambda input, chunks, dim=0: input), Tensor.chunk),
+    (torch.topk, _like(lambda input, k, dim=-1, largest=True, sorted=True: input), Tensor.topk),
     (torch.roll, _like(lambda input, shifts, dims=(): input), Tensor.roll),
     (Tensor.view, _sizes),
     (torch.reshape, _sizes, Tensor.reshape),

@@ -25,6 +25,7 @@ from .input_scales import InputScale, find_input_scale, scale_inputs
 from .nodes import Linear, as_linear, called, input_name, is_parameter, is_tensor, mutated_inputs, rank, value_of
 from .pipeline import Pass
 from .program import KeptLinear, LinearSite, Refusal, RiverProgram, Segment
+from .routing import ROUTER, is_router
 from .swap_ops import simplify_attention, simplify_linears
 
 MIN_GROUP_SIZE = min(GROUP_SIZES)
@@ -47,12 +48,13 @@ class Twinning:
 class _Product:
     """Linears of a segment that share their input, in order, how that can be scaled, and the 4-bit product they become.
 
-    A product whose group size is below `MIN_GROUP_SIZE` cannot be made.
+    `reason` says why it stays in 16 bits, empty where it can be made.
     """
 
     linears: tuple[Linear, ...]
     scale: InputScale | None
     site: LinearSite
+    reason: str
 
     def replace(self, graph: fx.Graph, index: int) -> None:
         _replace(graph, self, index)
@@ -64,6 +66,7 @@ class _Stack:
 
     product: ExpertProduct
     site: LinearSite
+    reason: str
 
     def replace(self, graph: fx.Graph, index: int) -> None:
         replace_expert_product(graph, self.product, self.site, index)
@@ -71,7 +74,7 @@ class _Stack:
 
 def twin_sites(segment: Segment, how: Twinning) -> list[LinearSite]:
     """Returns the 4-bit products that the twin of a segment can have."""
-    return [p.site for p in _products(segment, how) if p.site.group_size >= MIN_GROUP_SIZE]
+    return [p.site for p in _products(segment, how) if not p.reason]
 
 
 def without_products(program: RiverProgram) -> Refusal | None:
@@ -141,9 +144,7 @@ def _twin(block: Segment, kind: str, how: Twinning, keep: Mapping[str, str]) -> 
     sites: list[LinearSite] = []
     kept: dict[fx.Node, KeptLinear] = {}
     for product in _products(twin, how):
-        site, reason = product.site, keep.get(product.site.name, "")
-        if site.group_size < MIN_GROUP_SIZE:
-            reason = f"{site.in_features} input features have no group of {MIN_GROUP_SIZE} or more"
+        site, reason = product.site, product.reason or keep.get(product.site.name, "")
         if reason:
             named = zip(site.weights, site.name.split("|"), strict=True)
             kept |= {weight: KeptLinear(name, reason) for weight, name in named}
@@ -174,21 +175,26 @@ def _is_table(node: fx.Node) -> bool:
 
 
 def _products(segment: Segment, how: Twinning) -> list[_Product | _Stack]:
-    """Returns a segment's linears, those together that read the same value in the same way, and then its experts."""
-    groups: dict[tuple[fx.Node, bool], list[Linear]] = {}
+    """Returns a segment's linears, those together that read the same value in the same way, and then its experts.
+
+    Routers are products of their own.
+    """
+    groups: dict[tuple[fx.Node, bool, bool], list[Linear]] = {}
     for linear in filter(None, map(as_linear, segment.graph.nodes)):
-        groups.setdefault((linear.x, linear.transposed), []).append(linear)
-    stacks = filter(None, map(as_expert_product, segment.graph.nodes))
-    return [
-        *(_product(tuple(linears), segment.origins, how) for linears in groups.values()),
-        *(_Stack(stack, stack.site(segment.origins, how.group_size, how.layout)) for stack in stacks),
-    ]
+        groups.setdefault((linear.x, linear.transposed, is_router(linear.node)), []).append(linear)
+    products: list[_Product | _Stack] = []
+    for (*_, routes), linears in groups.items():
+        products.append(_product(tuple(linears), segment.origins, how, ROUTER if routes else ""))
+    for stack in filter(None, map(as_expert_product, segment.graph.nodes)):
+        site = stack.site(segment.origins, how.group_size, how.layout)
+        products.append(_Stack(stack, site, _too_narrow(site)))
+    return products
 
 
-def _product(linears: tuple[Linear, ...], source_of: Mapping[fx.Node, fx.Node], how: Twinning) -> _Product:
+def _product(linears: tuple[Linear, ...], source_of: Mapping[fx.Node, fx.Node], how: Twinning, reason: str) -> _Product:
     first = linears[0]
     nodes = [linear.node for linear in linears]
-    scale = find_input_scale(first.x, nodes, first.in_features) if how.scale_inputs else None
+    scale = find_input_scale(first.x, nodes, first.in_features) if how.scale_inputs and not reason else None
     site = LinearSite(
         name="|".join(linear.name for linear in linears),
         weights=tuple(source_of[linear.weight] for linear in linears),
@@ -202,7 +208,14 @@ def _product(linears: tuple[Linear, ...], source_of: Mapping[fx.Node, fx.Node], 
         folds=tuple(source_of[parameter] for parameter in scale.parameters) if scale else (),
         bits=how.bits,
     )
-    return _Product(linears, scale, site)
+    return _Product(linears, scale, site, reason or _too_narrow(site))
+
+
+def _too_narrow(site: LinearSite) -> str:
+    """Returns why a product cannot be made in 4 bits, empty where it can."""
+    if site.group_size >= MIN_GROUP_SIZE:
+        return ""
+    return f"{site.in_features} input features have no group of {MIN_GROUP_SIZE} or more"
 
 
 def _replace(graph: fx.Graph, product: _Product, index: int) -> None:

@@ -38,6 +38,7 @@ from river_compile.passes.segments import segmented
 from river_compile.passes.twins import twin_sites, without_products
 from river_compile.reporting.dump import PassDump, trace_artifact
 from river_compile.reporting.plain_runs import PlainRuns
+from river_compile.reporting.reads import bytes_of_token
 from river_compile.reporting.report import graph_lines
 from river_compile.runtime.executor import RiverExecutor
 from river_compile.runtime.runner import PlainRunner, Runner, Step
@@ -169,6 +170,8 @@ def _build(
     with record.stage("compiling"):
         for segment in tqdm(segments, desc="river: compiling segments", unit="segment", leave=False, delay=1):
             weights = [tensor for site in segment.packed for tensor in packed[site].tensors]
+            record.packed_bytes += sum(tensor.nbytes for tensor in weights)
+            record.token_bytes += bytes_of_token(segment, weights, len(segment.inputs))
             steps[segment] = streamer.step(segment, compiler.compile(segment, weights), weights, program.slots)
     record.describe(program, compiler.compiled)
     record.put(GraphTwins(packed.values()))

@@ -62,6 +62,7 @@ class GraphRecord(Entries):
         compiled: the distinct segments.
         seconds: by stage: rewriting, packing, compiling.
         kept: matrices of the twins that stay in 16 bits.
+        token_bytes, packed_bytes: of its twins' packed weights, what a token reads where all blocks are twins, and all.
         fusions: what became of each fusion rule in each segment that it is for.
         block_paths: module paths of the blocks.
         executor: returns what runs the graph while Dynamo keeps it, None for a graph that was refused.
@@ -78,6 +79,8 @@ class GraphRecord(Entries):
     compiled: tuple[Compiled, ...] = ()
     seconds: dict[str, float] = field(default_factory=dict)
     kept: tuple[KeptLinear, ...] = ()
+    token_bytes: int = 0
+    packed_bytes: int = 0
     fusions: tuple[Fusion, ...] = ()
     block_paths: tuple[str, ...] = ()
     executor: Callable[[], object | None] = field(default=lambda: None)

@@ -175,6 +175,8 @@ def _graph_dict(graph: GraphRecord) -> dict[str, object]:
         "seconds": dict(graph.seconds),
         "kept_in_16_bits": [{"name": k.name, "reason": k.reason} for k in graph.kept],
         "other_group_sizes": _other_groups(graph),
+        "packed_bytes": graph.packed_bytes,
+        "token_bytes": graph.token_bytes,
         "fused": dict(Counter(f.rule for f in graph.fusions if not f.missed)),
         "missed": [
             {"rule": f.rule, "segment": f.segment, "reason": f.missed, "node": f.node}
@@ -213,6 +215,9 @@ def graph_lines(graph: GraphRecord) -> Iterator[str]:
         yield f"    in 16 bits   {count} matrices: {reason}"
     for size, count in Counter(_other_groups(graph).values()).items():
         yield f"    group size   {size} instead of {config.group_size} in {count} matrices"
+    if graph.token_bytes < graph.packed_bytes:
+        read, held = graph.token_bytes / 1e6, graph.packed_bytes / 1e6
+        yield f"    experts      a token reads {read:.1f} MB of the twins' {held:.1f} MB"
     yield from _fusion_lines(graph.fusions)
     yield from graph.of(CaptureLog).lines()
 

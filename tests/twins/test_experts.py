@@ -10,25 +10,26 @@ import torch
 from river_compile import block_errors, observe, report, save
 from river_compile.kernels.quant.calibrated import output_energy
 from river_compile.kernels.quant.grid import decibels
+from river_compile.passes.routing import ROUTER
 from river_compile.twins.observe import ExpertMoments
 from river_compile.twins.pack import GraphTwins
 from tests.support.families import prompt
 from tests.support.lowerings import FUSED, UNFUSED
 from tests.support.traced import TracedStep, dequantized
 
-# A family, how its experts are computed, and the matrices that stay in 16 bits.
+# A family, how its experts are computed, the matrix of each block that stays in 16 bits, and the experts of a token.
 MODELS = {
-    "mixtral": ("mixtral", None, []),
-    "qwen3_moe": ("qwen3_moe", "batched_mm", []),
-    "gpt_oss": ("gpt_oss", None, []),
-    "deepseek_v3": ("deepseek_v3", None, ["model.layers.0.mlp.gate.weight", "model.layers.1.mlp.gate.weight"]),
-    "llama4": ("llama4", None, []),
+    "mixtral": ("mixtral", None, "mlp.gate", 2),
+    "qwen3_moe": ("qwen3_moe", "batched_mm", "mlp.gate", 2),
+    "gpt_oss": ("gpt_oss", None, "mlp.router", 2),
+    "deepseek_v3": ("deepseek_v3", None, "mlp.gate.weight", 2),
+    "llama4": ("llama4", None, "feed_forward.router", 1),
 }
 
 
 @functools.cache
 def traced(name):
-    family, experts, _ = MODELS[name]
+    family, experts, *_ = MODELS[name]
     return TracedStep(family, experts=experts)
 
 
@@ -44,7 +45,23 @@ def test_a_token_through_4_bit_experts(name):
     assert [w.dim() for w in stacks] == [3, 3, 3, 3]
     torch.testing.assert_close(logits, step.reference(weights), rtol=1e-4, atol=1e-4)
     assert (logits - plain).norm() > 0.02 * plain.norm()
-    assert [kept.name for kept in report(step.model).graphs[-1].kept] == MODELS[name][2]
+    kept = report(step.model).graphs[-1].kept
+    assert [k.name for k in kept] == [f"model.layers.{i}.{MODELS[name][2]}" for i in range(2)]
+    if name != "deepseek_v3":  # (which casts its weight)
+        assert {k.reason for k in kept} == {ROUTER}
+
+
+@pytest.mark.parametrize("name", MODELS)
+def test_a_token_reads_the_experts_that_it_chose(name):
+    """Of four in each stack; of all other matrices everything. The report says so, and what the twins hold in all."""
+    step = traced(name)
+    step.run(quantizer="rtn")
+    graph = report(step.model).graphs[-1]
+    stacks = sum(site.nbytes for site in _graph(step) if site.experts)
+    others = sum(site.nbytes for site in _graph(step) if not site.experts)
+    assert graph.packed_bytes == stacks + others
+    assert graph.token_bytes == stacks * MODELS[name][3] // 4 + others
+    assert "experts      a token reads" in str(report(step.model))
 
 
 @pytest.mark.parametrize("name", MODELS)
@@ -128,7 +145,7 @@ def test_experts_below_the_floor_stay_in_16_bits():
     sites = {site.name: site.sqnr for site in _sites(step)}
     floor = sorted(sites.values())[-2]
     step.run(quantizer="rtn", min_sqnr=floor + 1e-9)
-    kept = {kept.name for kept in report(step.model).graphs[-1].kept}
+    kept = {kept.name for kept in report(step.model).graphs[-1].kept if kept.reason != ROUTER}
     assert kept == {part for name, sqnr in sites.items() if sqnr <= floor for part in name.split("|")}
 
 
