@@ -48,8 +48,10 @@ def copy_bandwidth(size: int = 2**30) -> float:
     return 2 * size / time_calls([lambda: target.copy_(source)] * 3)
 
 
-def torch_linear_seconds(spec: LinearSpec) -> float:
-    """Times `F.linear` in bfloat16 with all rows of the spec's weights, without norm and epilogue."""
+def torch_linear_seconds(spec: LinearSpec) -> float | None:
+    """Times `F.linear` in bfloat16 with all rows of the spec's weights, without norm and epilogue; None for experts."""
+    if spec.experts:
+        return None
     x = torch.randn(spec.rows or 64, spec.in_features, device="cuda", dtype=torch.bfloat16)
     shape = (spec.out_features * len(spec.streams), spec.in_features)
     copies = max(1, copies_beyond_cache(spec) // 3)
@@ -59,7 +61,7 @@ def torch_linear_seconds(spec: LinearSpec) -> float:
 
 def gemlite_seconds(spec: LinearSpec) -> float | None:
     """Times GemLite in float16 on the spec's 4-bit shape; None where it is not installed or the weights are dense."""
-    if spec.weights != "w4" or importlib.util.find_spec("gemlite") is None:
+    if spec.weights != "w4" or spec.experts or importlib.util.find_spec("gemlite") is None:
         return None
     from gemlite.core import DType, GemLiteLinear
 

@@ -49,9 +49,9 @@ class Roofline:
 
 
 def block_weights(shape: ModelShape) -> int:
-    """Returns the number of weights of one backbone block."""
+    """Returns the number of weights that a token reads of one backbone block."""
     products = shape.hidden * shape.qkv + shape.heads * shape.head_dim * shape.hidden
-    products += 3 * shape.hidden * shape.intermediate
+    products += 3 * shape.hidden * shape.intermediate * max(1, shape.chosen) + shape.hidden * shape.experts
     return products + 2 * shape.hidden + (shape.qkv if shape.qkv_bias else 0)
 
 

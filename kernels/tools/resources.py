@@ -124,6 +124,9 @@ def token_floor(shape: ModelShape, kernels: dict[str, KernelSpec], context: int)
     """Returns the bytes that no kernel can avoid: weights, scales and zeros, head, and the cache read and written."""
     linears = {label: spec for label, spec in kernels.items() if isinstance(spec, LinearSpec)}
     weights = {label: sum(b.bytes for b in spec.weight_buffers.values()) for label, spec in linears.items()}
+    for label, spec in linears.items():
+        if spec.experts:
+            weights[label] = weights[label] * shape.chosen // shape.experts
     head = weights.pop("norm + head")
     # All slots but the newest, which the same token writes, are read from memory, keys and values in 16 bits.
     cache = 2 * 2 * shape.kv_heads * shape.head_dim * (context + 1)

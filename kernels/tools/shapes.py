@@ -15,7 +15,10 @@ from river_compile.kernels.triton.spec import KernelSpec
 
 @dataclass(frozen=True)
 class ModelShape:
-    """The numbers of a decoder (from its published config); all of these use RMSNorm, SiLU and half-split rotation."""
+    """The numbers of a decoder (from its published config); all of these use RMSNorm, SiLU and half-split rotation.
+
+    Where there are `experts`, a token meets `chosen` of them in each block, and `intermediate` is the size of one.
+    """
 
     name: str
     layers: int
@@ -26,6 +29,9 @@ class ModelShape:
     intermediate: int
     vocabulary: int
     qkv_bias: bool = False
+    qk_norm: bool = False
+    experts: int = 0
+    chosen: int = 0
 
     @property
     def qkv(self) -> int:
@@ -39,6 +45,7 @@ MODELS = {
         ModelShape("llama-3.2-1b", 16, 2048, 32, 8, 64, 8192, 128256),
         ModelShape("qwen2.5-1.5b", 28, 1536, 12, 2, 128, 8960, 151936, qkv_bias=True),
         ModelShape("llama-3.1-8b", 32, 4096, 32, 8, 128, 14336, 128256),
+        ModelShape("qwen3-30b-a3b", 48, 2048, 32, 4, 128, 768, 151936, qk_norm=True, experts=128, chosen=8),
     )
 }
 
@@ -72,23 +79,36 @@ def model_kernels(
     """Returns the kernels of a decode step: those of one river twin, the exit score, and the 16-bit head with the norm.
 
     The twin's come first, in launch order, as the fusion rules put them in. They are for `rows` sequences and `context`
-    valid slots of the cache, with the tiles of `device`.
+    valid slots of the cache, with the tiles of `device`. What Inductor writes between the products of experts (the
+    choice, activations, the weighted sum) is not among them.
     """
 
-    def linear(k: int, n: int, **fields: object) -> LinearSpec:
-        spec = untiled(rows, k, n, group_size=group_size, parameter_dtype="bfloat16", **fields)
-        return best_tile(spec, device, rows)
+    def linear(k: int, n: int, each: int = 1, **fields: object) -> LinearSpec:
+        fields = {"group_size": group_size, "parameter_dtype": "bfloat16", **fields}
+        return best_tile(untiled(rows * each, k, n, **fields), device, rows * each)
 
     heads = (rows, shape.heads, shape.kv_heads, shape.head_dim, context)
-    head = untiled(rows, shape.hidden, shape.vocabulary, weights="dense", group_size=0, norm="rms")
     splits = attention_splits(rows * shape.kv_heads, context, known(device))
+    dense = {"weights": "dense", "group_size": 0}
+    if shape.experts:
+        stack = {"each": shape.chosen, "experts": shape.experts}
+        mlp = {
+            "router": linear(shape.hidden, shape.experts, norm="rms", **dense),
+            "experts' gate|up": linear(shape.hidden, 2 * shape.intermediate, **stack),
+            "experts' down": linear(shape.intermediate, shape.hidden, **stack),
+        }
+    else:
+        mlp = {
+            "norm + gate|up": linear(shape.hidden, shape.intermediate, norm="rms", gated=True, activation="silu"),
+            "down + residual": linear(shape.intermediate, shape.hidden, residual=True),
+        }
+    qk_norm = "rms" if shape.qk_norm else "none"
     return {
         "norm + q|k|v": linear(shape.hidden, shape.qkv, norm="rms", bias=shape.qkv_bias),
-        "rope + kv write": KvFillSpec(*heads, rotary_dim=shape.head_dim),
+        "rope + kv write": KvFillSpec(*heads, rotary_dim=shape.head_dim, head_norm=qk_norm),
         "attention": DecodeAttentionSpec(*heads, shape.head_dim**-0.5, mask=True, splits=splits),
         "o + residual": linear(shape.heads * shape.head_dim, shape.hidden, residual=True),
-        "norm + gate|up": linear(shape.hidden, shape.intermediate, norm="rms", gated=True, activation="silu"),
-        "down + residual": linear(shape.intermediate, shape.hidden, residual=True),
+        **mlp,
         "exit score": ExitScoreSpec(rows, shape.hidden),
-        "norm + head": best_tile(head, device, rows),
+        "norm + head": linear(shape.hidden, shape.vocabulary, norm="rms", **dense),
     }

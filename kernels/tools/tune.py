@@ -105,6 +105,8 @@ def random_buffers(spec: LinearSpec) -> dict[str, torch.Tensor]:
         dtype, shape = getattr(torch, buffer.dtype), buffer.shape
         if dtype.is_floating_point:
             buffers[name] = torch.randn(shape, device="cuda", dtype=dtype)
+        elif name == "expert":  # each row another one, as a router chooses
+            buffers[name] = torch.arange(shape[0], device="cuda") % spec.experts
         else:
             high = 2**31 - 1 if name == "qweight" else 1  # scales of 0: no overflow, the same time
             buffers[name] = torch.randint(0, high, shape, device="cuda", dtype=dtype)
