@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
+from typing import Any
 
 from river_compile.kernels.triton.decode_attention import DecodeAttentionSpec
 from river_compile.kernels.triton.devices import DEFAULT_DEVICE, known
@@ -89,7 +90,7 @@ def model_kernels(
 
     heads = (rows, shape.heads, shape.kv_heads, shape.head_dim, context)
     splits = attention_splits(rows * shape.kv_heads, context, known(device))
-    dense = {"weights": "dense", "group_size": 0}
+    dense: dict[str, Any] = {"weights": "dense", "group_size": 0}
     if shape.experts:
         stack = {"each": shape.chosen, "experts": shape.experts}
         mlp = {
