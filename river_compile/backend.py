@@ -55,6 +55,7 @@ from .errors import OptionError, RiverWarning, UnsupportedGraphError
 from .exits import ExitPolicy, Memories
 from .pass_list import head_twinning, passes_for, twinning
 from .state import GraphRecord, ModelState, find_state, state_of
+from .upstream.compiled_calls import compiled_module
 from .upstream.versions import warn_of_untested
 
 log = logging.getLogger("river_compile")
@@ -87,7 +88,8 @@ def river(
     traced = normalized(graph_module)
     values = dict(zip(traced.graph.find_nodes(op="placeholder"), example_inputs, strict=True))
     parameters = [node for node in values if is_parameter(node)]
-    state = state_of(values[node] for node in parameters)
+    owner = compiled_module(river)  # of the pieces of a broken graph, each of which reads some of its parameters
+    state = state_of([*(values[node] for node in parameters), *(owner.parameters() if owner else ())])
     record = GraphRecord(config, mode=mode)
     state.add(record, limit=torch._dynamo.config.recompile_limit)
     for parameter in parameters[:1]:

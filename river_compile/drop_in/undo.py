@@ -8,9 +8,10 @@ from torch import nn
 
 from river_compile.backend import river
 from river_compile.offload.weights import bring_back
-from river_compile.reporting.plain_runs import PlainRuns, compiled_with
+from river_compile.reporting.plain_runs import PlainRuns
 from river_compile.runtime.shortcut import without_shortcut
 from river_compile.state import forget, unwrap
+from river_compile.upstream.compiled_calls import compiled_with
 
 from .generation import generate_as_ever
 

@@ -9,12 +9,8 @@ Not handled: models that never reached the backend; their report says so.
 
 from __future__ import annotations
 
-import inspect
-import sys
 import warnings
 from collections.abc import Callable
-from types import FrameType
-from typing import Any
 
 import torch
 from torch import nn
@@ -24,6 +20,7 @@ from torch._dynamo import eval_frame
 from river_compile.errors import RiverWarning
 from river_compile.runtime.stats import ExitStats
 from river_compile.state import find_state
+from river_compile.upstream.compiled_calls import call_through
 from river_compile.upstream.dynamo_cache import CHANGES_NOTHING
 from river_compile.upstream.module_state import copy_as_ever, keep_out_of_copies
 
@@ -70,7 +67,7 @@ class PlainRuns:
 
     def notice(self, stats: ExitStats) -> None:
         """Counts a plain run of a block; warns where the river ran since the last one, by the model's `stats`."""
-        if not _called_through(self._backend):
+        if call_through(self._backend) is None:
             return
         self.count += 1
         self.reason = _why()
@@ -91,31 +88,6 @@ def _block_runs(block: nn.Module, args: object) -> None:
 
 
 setattr(_block_runs, CHANGES_NOTHING, True)
-
-
-def compiled_with(backend: Callable[..., object], compiled: Callable[..., object] | None) -> bool:
-    """Returns whether a function is what `torch.compile` returned for a backend."""
-    held = {} if compiled is None else inspect.getclosurevars(compiled).nonlocals
-    return hasattr(held.get("self"), "callback") and _backend_of(held["self"]) is backend
-
-
-def _backend_of(context: Any) -> object:
-    """Returns the function in what Dynamo keeps of one `torch.compile`."""
-    compiler: Any = eval_frame.innermost_backend(context.callback)
-    compiler = getattr(compiler, "compiler_fn", compiler)
-    return getattr(compiler, "func", compiler)
-
-
-def _called_through(backend: Callable[..., object] | None) -> bool:
-    """Returns whether a call of what `torch.compile` returned for this backend is going on in this thread."""
-    frame: FrameType | None = sys._getframe(2)
-    while frame is not None:
-        code = frame.f_code
-        compiled = code.co_name == "compile_wrapper" and code.co_filename == eval_frame.__file__
-        if compiled and _backend_of(frame.f_locals["self"]) is backend:
-            return True
-        frame = frame.f_back
-    return False
 
 
 def _why() -> str:
