@@ -53,7 +53,7 @@ from river_compile.twins.watch import TwinWatch
 from .config import RiverConfig, check_mode
 from .errors import OptionError, RiverWarning, UnsupportedGraphError
 from .exits import ExitPolicy, Memories
-from .pass_list import head_twinning, passes_for, twinning
+from .pass_list import head_twinning, passes_for, twinning, uses_own_backbone
 from .state import GraphRecord, ModelState, find_state, state_of
 from .upstream.compiled_calls import compiled_module
 from .upstream.versions import warn_of_untested
@@ -151,6 +151,7 @@ def _build(
     offloaded, captures = state.of(OffloadedWeights), record.of(CaptureLog)
     config.check_depths(plan.num_blocks)
     lowering = lowering or choose_lowering(config, plan.device)
+    record.own_backbone = uses_own_backbone(config, lowering)
     device = choose_device(program, config, captures, lowering.native)
     offloaded.check(plan, config)
     policy = _exit_policy(program, config)

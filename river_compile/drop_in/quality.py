@@ -80,6 +80,8 @@ def accelerate(
         _nothing_of(quality, calibration=calibration, **{name: options.get(name) for name in _RULE})
         generating, backend_options = _exact_mode(quality, options)
         backend_options |= _NEVER_LEAVES
+        if quality == "strict":
+            backend_options.setdefault("backbone", "model")
         _check_exact(backend_options)
     else:
         generating, backend_options = None, {**_rule(quality, calibration, options), **options}

@@ -121,6 +121,12 @@ class DraftVerifyRunner:
         if graph is None:
             raise ExactModeError(f"exact mode needs a model that the river backend can rewrite; {_why_not(state)}")
         check_paths(graph.config)
+        if self._strict and graph.own_backbone:
+            raise ExactModeError(
+                "strict=True gives the bits of the model's own operators, and this model's decode steps run on C++ "
+                "kernels (backbone='river', the default on this processor); compile it with backbone='model', as "
+                "accelerate(model, quality='strict') does"
+            )
         self.stats, self.sequences = state.of(ExitStats), state.of(Sequences)
         if self._strict:
             graphs = state.of(_BatchInvariantGraphs)

@@ -6,7 +6,7 @@ import pytest
 import torch
 import torch._inductor.config as inductor
 
-from river_compile import OptionError, RiverWarning, report, river
+from river_compile import ExactModeError, OptionError, RiverWarning, exact, report, river
 from river_compile.config import RiverConfig
 from river_compile.lowering import choose
 from river_compile.lowering.choose import Lowering, choose_lowering
@@ -109,6 +109,14 @@ def test_what_needs_the_kernels_says_so(options, message):
     model.compile(backend=river, options={**OPTIONS, **options})
     with pytest.raises(OptionError, match=message):
         model.generate(torch.ones(1, 3, dtype=torch.long), max_new_tokens=2, do_sample=False, pad_token_id=0)
+
+
+def test_strict_verification_needs_the_models_own_operators():
+    model = make("llama", layers=2)
+    model.compile(backend=river, options={**OPTIONS, "lowering": "native"})
+    options = {"max_new_tokens": 3, "do_sample": False, "custom_generate": exact, "strict": True}
+    with pytest.raises(ExactModeError, match="compile it with backbone='model'"):
+        model.generate(torch.ones(1, 3, dtype=torch.long), pad_token_id=0, **options)
 
 
 def test_the_head_in_8_bits_is_closer_to_the_models_than_in_4():
