@@ -290,6 +290,25 @@ def test_an_activation_far_from_zero(activation):
     )
 
 
+@ISAS
+@pytest.mark.parametrize("dtype", DTYPES)
+@pytest.mark.parametrize("kind", NORMS[1:])
+def test_a_norm_and_the_residual_after_it(isa, dtype, kind):
+    """Ragged widths, with a bias and a residual and without, against float64 and the plain operator."""
+    load.load(isa)
+    g = torch.Generator().manual_seed(0)
+    for m, k in ((1, 1), (3, 100), (2, 576)):
+        x, weight, residual = (torch.randn(*size, generator=g).to(dtype) for size in ((m, k), (k,), (m, k)))
+        bias = torch.randn(k, generator=g).to(dtype) if kind == "layer" else None
+        for added in (residual, None):
+            y = called(native.norm, x, kind, weight, bias, 1e-5, added)
+            expected = reference.norm(x, kind, weight, bias, 1e-5) + (0 if added is None else added.double())
+            tolerance = {torch.float32: 2e-5, torch.bfloat16: 2e-2, torch.float16: 3e-3}[dtype]
+            torch.testing.assert_close(y.double(), expected, atol=tolerance, rtol=tolerance)
+            again = torch.ops.river.norm(x, kind, weight, bias, 1e-5, added)
+            torch.testing.assert_close(y, again, atol=tolerance, rtol=tolerance)
+
+
 def turned(t: torch.Tensor) -> torch.Tensor:
     return t.transpose(0, 1).contiguous().transpose(0, 1)
 
