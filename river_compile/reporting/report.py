@@ -102,7 +102,7 @@ class Report:
             "prefill_exit_depths": dict(self.prefill_depths),
             "mean_exit_depth": _finite(self.mean_depth),
             "doubted": self.doubted,
-            "exact": self.exact._asdict(),
+            "exact": {**self.exact._asdict(), "by_source": dict(self.exact.by_source)},
             "payoff": asdict(self.payoff),
         }
 
@@ -273,15 +273,17 @@ def token_lines(report: Report) -> Iterator[str]:
         yield f"    doubted      {report.doubted} ({share:.0f} %) ran through the river and then the backbone"
     yield from histogram(report.decode_depths)
     if exact.cycles:
-        held = f", {100 * exact.accepted / exact.drafted:.0f} % of the drafts held" if exact.drafted else ""
-        yield f"  exact mode     {exact.cycles} verifying passes, {exact.kept / exact.cycles:.2f} tokens per pass{held}"
+        each = "per pass" if exact.row_cycles == exact.cycles else "per pass and row"
+        yield f"  exact mode     {exact.cycles} verifying passes, {exact.kept / exact.row_cycles:.2f} tokens {each}"
+    for source, (drafted, accepted) in exact.by_source.items():
+        yield f"    {source:<12} {100 * accepted / drafted:.0f} % of {drafted} drafted tokens held"
     if report.payoff.why:
         payoff, (with_drafts, plain) = report.payoff, (f"{1e3 * seconds:.1f} ms" for seconds in report.payoff.why)
-        yield f"    drafts off   {payoff.times_off} times, for {payoff.tokens_without} tokens: a kept token took"
+        yield f"    drafts off   {payoff.times_off} times, for {payoff.tokens_without:.0f} tokens: a kept token took"
         yield f"                 {with_drafts}, a plain step {plain}"
-    if exact.row_cycles:
+    if exact.held_back:
         held = f"{100 * exact.held_back / exact.row_cycles:.0f} % of their passes"
-        yield f"    batches      rows dropped a draft that held in {held}: the slowest row decides"
+        yield f"    batches      rows dropped a draft that held in {held}: the slowest row decided"
 
 
 def histogram(depths: Mapping[int, int], num_blocks: int | None = None) -> list[str]:

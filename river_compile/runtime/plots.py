@@ -9,7 +9,7 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from .stats import CycleRecord, StepRecord
+from .stats import RowCycle, StepRecord
 
 if TYPE_CHECKING:
     from matplotlib.figure import Figure
@@ -63,10 +63,11 @@ def plot_depths(path: str | Path, texts: Sequence[str] | None, steps: Sequence[S
     return save_figure(figure, path)
 
 
-def plot_cycles(path: str | Path, texts: Sequence[str] | None, cycles: Sequence[CycleRecord]) -> Path:
+def plot_cycles(path: str | Path, texts: Sequence[str] | None, cycles: Sequence[RowCycle]) -> Path:
     """Draws each token that exact mode kept as high as its place in its cycle, coloured by where it came from.
 
-    A cycle climbs like a staircase. Grey outlines on its last step are drafted tokens that did not hold.
+    The cycles are those of one row. Each climbs like a staircase; grey outlines on its last step are drafted tokens
+    that did not hold.
     """
     from matplotlib.patches import Patch
 

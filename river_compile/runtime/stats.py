@@ -9,8 +9,9 @@ import contextlib
 import itertools
 import threading
 from collections import Counter
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass
+from types import MappingProxyType
 from typing import Generic, NamedTuple, ParamSpec
 
 P = ParamSpec("P")
@@ -71,28 +72,20 @@ class StepRecord(NamedTuple):
         return self.river_from is not None
 
 
-class CycleRecord(NamedTuple):
-    """One cycle of exact mode: a draft, its verification, and what was kept of it.
+class RowCycle(NamedTuple):
+    """What one row of a batch had of a cycle of exact mode.
 
     Attributes:
+        row: its number in the batch.
         drafted: where each drafted token came from: "river" or "lookup" (copied from the context).
         kept: where each kept token came from: as above, or "backbone" for its own token after the agreeing drafts.
-        width: query length of the verifying pass; ``width - 1 - len(drafted)`` of it was filler.
-        held_back: rows whose next draft held but was dropped, because another row's did not.
-        seconds: wall time of drafting, of verifying, and of choosing and keeping tokens.
-        thread: identifier of the thread it ran in.
-        model: which model ran, an identifier unique in the process.
-        rows: rows that were still being generated.
+        held_back: whether its next draft held but was dropped, because another row's did not.
     """
 
+    row: int
     drafted: tuple[str, ...]
     kept: tuple[str, ...]
-    width: int
-    held_back: int
-    seconds: tuple[float, float, float]
-    thread: int
-    model: int
-    rows: int = 1
+    held_back: bool = False
 
     @property
     def accepted(self) -> int:
@@ -100,29 +93,80 @@ class CycleRecord(NamedTuple):
         return sum(source != "backbone" for source in self.kept)
 
 
+class CycleRecord(NamedTuple):
+    """One cycle of exact mode: drafts, the pass that verified them, and what was kept of them.
+
+    Attributes:
+        rows: the rows that were being generated.
+        width: query length of the verifying pass; what a row's draft left of it was filler.
+        seconds: wall time of drafting, of verifying, and of choosing and keeping tokens.
+        thread: identifier of the thread it ran in.
+        model: which model ran, an identifier unique in the process.
+    """
+
+    rows: tuple[RowCycle, ...]
+    width: int
+    seconds: tuple[float, float, float]
+    thread: int
+    model: int
+
+    @property
+    def drafted(self) -> tuple[str, ...]:
+        """The sources of all rows' drafts, row after row."""
+        return tuple(source for row in self.rows for source in row.drafted)
+
+    @property
+    def kept(self) -> tuple[str, ...]:
+        """The sources of all rows' kept tokens, row after row."""
+        return tuple(source for row in self.rows for source in row.kept)
+
+    @property
+    def accepted(self) -> int:
+        """Drafted tokens that were kept, of all rows."""
+        return sum(row.accepted for row in self.rows)
+
+    @property
+    def held_back(self) -> int:
+        """Rows that dropped a draft that held."""
+        return sum(row.held_back for row in self.rows)
+
+
 class ExactStats(NamedTuple):
-    """What exact mode did with one model: sums over its cycles.
+    """What exact mode did with one model: sums over its cycles and their rows.
 
     Attributes:
         cycles: verifying passes.
-        drafted, accepted: tokens per row.
-        kept: tokens per row, the backbone's own included.
-        row_cycles: rows that were being generated, summed over the cycles of batches with two and more.
-        held_back: those of them that dropped a draft that held, because another row's did not.
+        row_cycles: rows that were being generated in them.
+        drafted, accepted: tokens.
+        kept: tokens, the backbone's own included.
+        held_back: rows that dropped a draft that held, because another row's did not.
+        by_source: of the drafted tokens of each source, how many there were and how many were kept.
     """
 
     cycles: int = 0
+    row_cycles: int = 0
     drafted: int = 0
     accepted: int = 0
     kept: int = 0
-    row_cycles: int = 0
     held_back: int = 0
+    by_source: Mapping[str, tuple[int, int]] = MappingProxyType({})
 
     def plus(self, cycle: CycleRecord) -> ExactStats:
         """Returns the sums with one more cycle."""
-        rows, held_back = (cycle.rows, cycle.held_back) if cycle.rows > 1 else (0, 0)
-        more = (1, len(cycle.drafted), cycle.accepted, len(cycle.kept), rows, held_back)
-        return ExactStats(*map(sum, zip(self, more, strict=True)))
+        drafted, kept = Counter(cycle.drafted), Counter(cycle.kept)
+        by_source = dict(self.by_source)
+        for source, count in drafted.items():
+            before = by_source.get(source, (0, 0))
+            by_source[source] = (before[0] + count, before[1] + kept[source])
+        return ExactStats(
+            self.cycles + 1,
+            self.row_cycles + len(cycle.rows),
+            self.drafted + len(cycle.drafted),
+            self.accepted + cycle.accepted,
+            self.kept + len(cycle.kept),
+            self.held_back + cycle.held_back,
+            by_source,
+        )
 
 
 @dataclass
@@ -137,7 +181,7 @@ class PayoffLog:
     """
 
     times_off: int = 0
-    tokens_without: int = 0
+    tokens_without: float = 0
     seconds: tuple[float, float] | None = None
     why: tuple[float, float] | None = None
 

@@ -55,9 +55,16 @@ class Trace:
     @property
     def acceptance_by_position(self) -> list[float]:
         """Share of the first, second ... drafted tokens that exact mode kept."""
-        longest = max((len(cycle.drafted) for cycle in self.cycles), default=0)
-        reached = [[c.accepted > i for c in self.cycles if len(c.drafted) > i] for i in range(longest)]
+        rows = [row for cycle in self.cycles for row in cycle.rows]
+        longest = max((len(row.drafted) for row in rows), default=0)
+        reached = [[row.accepted > i for row in rows if len(row.drafted) > i] for i in range(longest)]
         return [sum(kept) / len(kept) for kept in reached]
+
+    @property
+    def acceptance_by_source(self) -> dict[str, float]:
+        """Share of the tokens drafted by each source that exact mode kept."""
+        drafted = Counter(source for cycle in self.cycles for source in cycle.drafted)
+        return {source: self.kept_sources.get(source, 0) / count for source, count in drafted.items()}
 
     def plot(self, path: str | Path, texts: list[str] | None = None) -> Path:
         """Draws the tokens above their texts as a PNG; returns the path.
@@ -68,13 +75,15 @@ class Trace:
         Args:
             path: the file to write.
             texts: the decoded text of each token but a prompt's first: one for each of :attr:`tokens`, in exact mode
-                for each token that the cycles kept. Numbers stand in where it is None.
+                for each token that the cycles kept of the batch's first row, which alone is drawn. Numbers stand in
+                where it is None.
 
         Raises:
             ValueError: nothing was recorded, or `texts` has another length.
         """
         if self.cycles:
-            return plot_cycles(path, texts, self.cycles)
+            first = [row for cycle in self.cycles for row in cycle.rows if row.row == 0]
+            return plot_cycles(path, texts, first)
         return plot_depths(path, texts, self.tokens, self.num_blocks)
 
     def add_step(self, executor: RiverExecutor, args: tuple[object, ...], step: StepRecord) -> None:

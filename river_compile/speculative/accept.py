@@ -1,57 +1,74 @@
-"""Accepts a drafted token or chooses another, by the backbone's scores: the rule that keeps exact mode exact.
+"""Chooses tokens from scores, so that whatever was drafted the text is plain generation's.
 
-Greedy: the backbone's best token; the draft agrees where it is that token. Sampling: speculative rejection sampling
-(Leviathan, Kalman, Matias, "Fast Inference from Transformers via Speculative Decoding", arXiv 2211.17192; Chen et al.,
-"Accelerating Large Language Model Decoding with Speculative Sampling", arXiv 2302.01318), whose tokens have exactly the
-distribution of the backbone's scores, whatever proposed them.
+Greedy: the best token. Sampling: the token that ``torch.multinomial`` would draw. That function divides the
+probabilities by exponential noise and takes the largest (the Gumbel-max trick), so the noise of a position can be drawn
+before anything is known of its scores. Drafts are chosen with the same noise as the backbone's tokens, which makes them
+agree often (Daliri, Musco, Suresh, "Coupling without Communication and Drafter-Invariant Speculative Decoding",
+arXiv 2408.07978), and a draft is kept exactly where it is the backbone's own choice. The text then depends on the seed
+alone: not on drafts, and not on how far another row of the batch has come.
 
-Shapes: B rows, V vocabulary entries. Not handled: drafts of several tokens at once, which the loop accepts one by one.
+Shapes: B rows, V vocabulary entries, N chosen positions. Not handled: random numbers that others draw from PyTorch's
+default generator meanwhile, a logits processor for instance, which come from another place of its stream than in plain
+sampling.
 """
 
 from __future__ import annotations
 
-from typing import NamedTuple
+from collections.abc import Sequence
 
 import torch
 from torch import Tensor
 
 
-class Selection(NamedTuple):
-    """The next token of each row ``[B]``, and where the drafted token was kept ``[B]`` (bool)."""
-
-    tokens: Tensor
-    agreed: Tensor
-
-
-def select(scores_BV: Tensor, drafted_B: Tensor | None, proposal_BV: Tensor | None, do_sample: bool) -> Selection:
-    """Chooses the next token of every row.
+class Chooser:
+    """Chooses tokens for one call of generate.
 
     Args:
-        scores_BV: the backbone's processed scores, as plain generation would use them.
-        drafted_B: the drafted tokens, None after the last one (then no row agrees).
-        proposal_BV: the probabilities that `drafted_B` was drawn from; None where it was not drawn (a copied
-            token), which is the same as a proposal with all its mass on that token.
+        rows: B.
         do_sample: draw from the scores' softmax instead of taking their maximum.
     """
-    if do_sample and drafted_B is not None:
-        return _accept_or_redraw(scores_BV.softmax(-1), drafted_B, proposal_BV)
-    tokens = _draw(scores_BV.softmax(-1)) if do_sample else scores_BV.argmax(-1)
-    agreed = torch.zeros_like(tokens, dtype=torch.bool) if drafted_B is None else tokens == drafted_B
-    return Selection(tokens, agreed)
+
+    def __init__(self, rows: int, do_sample: bool) -> None:
+        self.do_sample = do_sample
+        self._rows = rows
+        self._drawn = 0  # steps whose noise was drawn
+        self._steps: dict[int, tuple[Tensor, Tensor]] = {}  # the generator's state before a step, and the step's noise
+
+    def choose(self, scores_NV: Tensor, places: Sequence[tuple[int, int]]) -> Tensor:
+        """Returns a token ``[N]`` for each place, which is a row and its number of new tokens so far."""
+        if not self.do_sample:
+            return scores_NV.argmax(-1)
+        noise_NV = torch.stack([self._noise(step, scores_NV)[row] for row, step in places])
+        return (scores_NV.softmax(-1) / noise_NV).argmax(-1)
+
+    def forget(self, before: int) -> None:
+        """Drops the noise of steps that all rows have passed."""
+        for step in [step for step in self._steps if step < before]:
+            del self._steps[step]
+
+    def close(self, steps: int) -> None:
+        """Leaves PyTorch's generator where plain sampling of this many steps leaves it."""
+        if steps in self._steps:
+            state, noise = self._steps[steps]
+            _set_state(noise.device, state)
+        self._steps.clear()
+
+    def _noise(self, step: int, like_NV: Tensor) -> Tensor:
+        """Returns the noise ``[B, V]`` that plain sampling would draw in a step."""
+        while self._drawn <= step:
+            state = _state(like_NV.device)
+            noise = torch.empty(self._rows, like_NV.shape[-1], device=like_NV.device).exponential_()
+            self._steps[self._drawn] = state, noise
+            self._drawn += 1
+        return self._steps[step][1]
 
 
-def _accept_or_redraw(target_BV: Tensor, drafted_B: Tensor, proposal_BV: Tensor | None) -> Selection:
-    """Keeps a draft d with probability min(1, p(d) / q(d)), else draws from the positive part of p - q."""
-    drafted_B1 = drafted_B[:, None]
-    if proposal_BV is None:
-        proposal_BV = torch.zeros_like(target_BV).scatter_(1, drafted_B1, 1.0)
-    p_B, q_B = (x.gather(1, drafted_B1)[:, 0] for x in (target_BV, proposal_BV))
-    agreed_B = torch.rand_like(p_B) * q_B < p_B
-    rest_BV = (target_BV - proposal_BV).clamp_(min=0)
-    # Where rounding leaves nothing of p - q, the two are equal and the draft was kept.
-    rest_BV = torch.where(rest_BV.sum(-1, keepdim=True) > 0, rest_BV, target_BV)
-    return Selection(torch.where(agreed_B, drafted_B, _draw(rest_BV)), agreed_B)
+def _state(device: torch.device) -> Tensor:
+    return torch.get_rng_state() if device.type == "cpu" else torch.get_device_module(device).get_rng_state(device)
 
 
-def _draw(weights_BV: Tensor) -> Tensor:
-    return torch.multinomial(weights_BV, num_samples=1)[:, 0]
+def _set_state(device: torch.device, state: Tensor) -> None:
+    if device.type == "cpu":
+        torch.set_rng_state(state)
+    else:
+        torch.get_device_module(device).set_rng_state(state, device)

@@ -1,201 +1,182 @@
 """Proposes tokens for the backbone to verify: copied from the context where it repeats itself, else by the river.
 
-A copied continuation costs nothing and comes first (prompt lookup; Saxena, "Prompt Lookup Decoding", 2023). Otherwise
-the river drafts token after token and stops when the whole draft has become too unlikely to hold; a copied continuation
-then fills the verification pass. How likely a token is to hold is learned while generating: from the entropy of the
-river's distribution, or from the length of the repeated n-gram.
+A copied continuation costs nothing (:mod:`.lookup`); the river drafts token after token. Which of both a row takes, and
+how long it drafts, is decided by how likely the tokens are to hold (:mod:`.plan`). That is learned while generating:
+from the entropy of the river's distribution, or from the length of the repeated ending.
 
-Rows share one cache length, so a draft is as long for every row. Not handled: rows that draft for themselves.
+Every row has a draft of its own length; a step of the river is a pass of the whole batch. Not handled: drafts with
+alternatives (trees).
 """
 
 from __future__ import annotations
 
 import math
-from bisect import bisect
+import time
 from collections.abc import Callable, Sequence
-from dataclasses import InitVar, dataclass
+from dataclasses import dataclass
 
 import torch
 from torch import Tensor
 
-# Upper edges of the bins in which acceptance rates are learned: nats of entropy, and tokens of the repeated n-gram.
+from .lookup import SuffixAutomaton
+from .plan import Proposed, RowDraft, Rule
+from .rates import AcceptanceRate, PassTimes
+
+# Upper edges of the bins in which acceptance rates are learned: nats of entropy, and tokens of the repeated ending.
 ENTROPY_EDGES = (0.02, 0.05, 0.1, 0.2, 0.4, 0.7, 1.0, 1.5, 2.0, 3.0)
-NGRAM_SIZES = (2, 3, 4, 6, 9)
-# What they are before anything was judged: exp(-entropy / 2), about what a 4-bit twin shows; longer repetitions go on
-# more often.
+MATCH_EDGES = (2.5, 3.5, 4.5, 6.5, 9.5)
+# What the rates are before anything was judged: exp(-entropy / 2), about what a 4-bit twin shows; longer repetitions go
+# on more often.
 _BY_ENTROPY = [math.exp(-(a + b) / 4) for a, b in zip((0.0, *ENTROPY_EDGES), (*ENTROPY_EDGES, 4.0), strict=True)]
-_BY_NGRAM = [0.3, 0.5, 0.7, 0.85, 0.95, 0.97]
-_PRIOR_WEIGHT = 4.0
-_MEMORY = 200.0  # judged tokens per bin after which older ones fade
-
-
-class AcceptanceRate:
-    """A running estimate of how often drafted tokens hold, in bins of some evidence.
-
-    Args:
-        edges: upper edges of the bins, ascending; a last bin holds what lies above.
-        prior: the estimate per bin before anything was judged.
-    """
-
-    def __init__(self, edges: Sequence[float], prior: Sequence[float]) -> None:
-        self._edges = tuple(edges)
-        self._kept = [_PRIOR_WEIGHT * p for p in prior]
-        self._judged = [_PRIOR_WEIGHT] * (len(edges) + 1)
-
-    def chance(self, evidence: float) -> float:
-        """Returns how likely a token with this evidence is to hold."""
-        i = bisect(self._edges, evidence)
-        return self._kept[i] / self._judged[i]
-
-    def learn(self, evidence: float, held: bool) -> None:
-        """Takes in one judged token."""
-        i = bisect(self._edges, evidence)
-        if self._judged[i] >= _MEMORY:
-            self._kept[i], self._judged[i] = self._kept[i] / 2, self._judged[i] / 2
-        self._kept[i] += held
-        self._judged[i] += 1
-
-
-class NgramIndex:
-    """Finds where the last tokens of one row occurred before, in constant time per token."""
-
-    def __init__(self, tokens: Sequence[int] = ()) -> None:
-        self._tokens: list[int] = []
-        self._after: dict[tuple[int, ...], int] = {}  # n-gram -> index of the token that followed it last
-        self.extend(tokens)
-
-    def extend(self, tokens: Sequence[int]) -> None:
-        for token in tokens:
-            end = len(self._tokens)
-            for n in NGRAM_SIZES:
-                if n <= end:
-                    self._after[tuple(self._tokens[end - n :])] = end
-            self._tokens.append(token)
-
-    def continuation(self, count: int, ahead: Sequence[int] = ()) -> tuple[list[int], int]:
-        """Returns up to `count` tokens that followed the longest repeated n-gram, and its length (0: none repeats).
-
-        Args:
-            count: tokens wanted. A repetition that reaches the end of the text goes on in itself.
-            ahead: tokens that follow the text but are not part of it yet.
-        """
-        text = [*self._tokens[-NGRAM_SIZES[-1] :], *ahead]
-        for n in reversed(NGRAM_SIZES):
-            start = self._after.get(tuple(text[-n:])) if n <= len(text) else None
-            if start is not None:
-                known = [*self._tokens[start:], *ahead]
-                for i in range(max(count - len(known), 0)):
-                    known.append(known[i])
-                return known[:count], n
-        return [], 0
+_BY_MATCH = [0.3, 0.5, 0.7, 0.85, 0.95, 0.97]
+_RIVER = 0.7  # of the river's next token, whose entropy is not known yet
 
 
 @dataclass(frozen=True)
-class Drafted:
-    """One position of a draft: a token of each row ``[B]``, from the "river" or a "lookup".
+class DraftStep:
+    """How the river drafts one token further.
 
     Attributes:
-        proposal: the probabilities ``[B, V]`` it was drawn from; None for copied and for greedy tokens.
-        rate: what its chance was read from, by `evidence`, a value per row.
+        scores: (aligned ids of all rows ``[B, S]``, tokens drafted so far) -> scores for the next tokens ``[B, V]``.
+        choose: (scores ``[N, V]``, rows, tokens drafted so far) -> tokens ``[N]``.
     """
 
-    tokens: Tensor
-    proposal: Tensor | None
-    source: str
-    rate: AcceptanceRate
-    evidence: list[float]
-
-    def learn(self, agreed: Sequence[bool], active: Sequence[bool]) -> None:
-        """Takes in the verdict, for the rows that are still being generated."""
-        for value, held, counts in zip(self.evidence, agreed, active, strict=True):
-            if counts:
-                self.rate.learn(value, held)
+    scores: Callable[[Tensor, int], Tensor]
+    choose: Callable[[Tensor, Sequence[int], int], Tensor]
 
 
-# (ids so far [B, S]) -> the river's scores for the next token [B, V]
-DraftStep = Callable[[Tensor], Tensor]
+@dataclass(frozen=True)
+class Draft:
+    """What is proposed for each row of a batch, and how many steps the river took for it."""
+
+    rows: list[list[Proposed]]
+    steps: int = 0
+
+    @property
+    def longest(self) -> int:
+        return max(map(len, self.rows))
+
+    def columns(self, filler: Tensor) -> Tensor:
+        """Returns the tokens ``[B, longest]``; shorter drafts end with their row's filler ``[B]``."""
+        longest = self.longest
+        ends = filler.tolist()
+        tokens = [
+            [p.token for p in row] + [end] * (longest - len(row)) for row, end in zip(self.rows, ends, strict=True)
+        ]
+        return filler.new_tensor(tokens).reshape(len(ends), longest)
+
+    def at(self, position: int, rows: Sequence[int]) -> list[int]:
+        """Returns the token that was drafted for each of these rows at a position, -1 for none."""
+        return [self.rows[row][position].token if position < len(self.rows[row]) else -1 for row in rows]
 
 
-@dataclass
 class Drafter:
     """Drafts for one call of generate; learns from verdict to verdict.
 
     Args:
         prompt_ids: ``[B, S]``.
         prompt_lookup: copy continuations from the context.
-        do_sample: the river draws its tokens instead of taking the best.
-        stop_below: a river draft ends once its chance of holding in whole falls below this.
-        pad_token: what rows that have ended receive.
-        end_tokens: a draft ends after any of these, None for none.
+        rule: how long to draft.
+        times: of passes, which it notes.
+        together: rows keep only what held for all of them, so drafts have the length of the shortest.
+        pad_token: stands in for the tokens of rows that draft nothing more.
+        end_tokens: a draft ends after any of these.
     """
 
-    prompt_ids: InitVar[Tensor]
-    prompt_lookup: InitVar[bool]
-    do_sample: bool
-    stop_below: float
-    pad_token: int
-    end_tokens: Tensor | None
-
-    def __post_init__(self, prompt_ids: Tensor, prompt_lookup: bool) -> None:
-        self._rows = [NgramIndex(row) for row in prompt_ids.tolist()] if prompt_lookup else []
+    def __init__(
+        self,
+        prompt_ids: Tensor,
+        prompt_lookup: bool,
+        rule: Rule,
+        times: PassTimes,
+        together: bool,
+        pad_token: int,
+        end_tokens: Sequence[int] = (),
+    ) -> None:
+        self._indices = [SuffixAutomaton(row) for row in prompt_ids.tolist()] if prompt_lookup else []
+        self.rule, self._times, self._together = rule, times, together
+        self._pad_token, self._end_tokens = pad_token, frozenset(end_tokens)
         self._by_entropy = AcceptanceRate(ENTROPY_EDGES, _BY_ENTROPY)
-        self._by_ngram = AcceptanceRate([n + 0.5 for n in NGRAM_SIZES], _BY_NGRAM)
+        self._by_match = AcceptanceRate(MATCH_EDGES, _BY_MATCH)
+        self._river = AcceptanceRate([], [_RIVER])
 
-    def extend(self, tokens_B: Tensor) -> None:
-        """Takes in a token that every row received."""
-        for row, token in zip(self._rows, tokens_B.tolist() if self._rows else (), strict=True):
-            row.extend([token])
+    def extend(self, rows: Sequence[int], tokens: Sequence[int]) -> None:
+        """Takes in a token that each of these rows received."""
+        for row, token in zip(rows, tokens, strict=True) if self._indices else ():
+            self._indices[row].extend([token])
 
-    def draft(
-        self, ids_BS: Tensor, active_B: Tensor, most: int, step: DraftStep, width: Callable[[int], int]
-    ) -> list[Drafted]:
-        """Proposes up to `most` tokens, which is as many as can be verified and used.
+    def draft(self, ids_BS: Tensor, rooms: Sequence[int | None], step: DraftStep) -> Draft:
+        """Proposes tokens for each row.
 
         Args:
-            ids_BS: the ids so far.
-            active_B: rows that are still being generated.
-            most: the longest draft.
-            step: runs the river over the ids it is given, one token further per call.
-            width: the verification width for a number of drafted tokens.
+            ids_BS: the ids so far, aligned to their ends.
+            rooms: as many as can be verified and used for each row; None for rows that have ended.
+            step: runs the river over the ids that it is given, one token further per call.
         """
-        draft = self._copied([], ids_BS, active_B, most, at_least=self.stop_below)
-        if draft:
-            return draft
-        draft = self._ask_river(ids_BS, active_B, most, step)
-        return draft + self._copied(draft, ids_BS, active_B, min(most, width(len(draft)) - 1), at_least=0.0)
-
-    def _ask_river(self, ids_BS: Tensor, active_B: Tensor, most: int, step: DraftStep) -> list[Drafted]:
-        draft: list[Drafted] = []
-        reach, active = 1.0, active_B.tolist()
-        while len(draft) < most and reach >= self.stop_below:
-            scores_BV = step(ids_BS).float()
-            chances_BV = scores_BV.softmax(-1)
-            proposal = chances_BV if self.do_sample else None
-            tokens_B = torch.multinomial(chances_BV, 1)[:, 0] if self.do_sample else scores_BV.argmax(-1)
-            tokens_B = torch.where(active_B, tokens_B, self.pad_token)
-            entropies = torch.special.entr(chances_BV).sum(-1).tolist()
-            draft.append(Drafted(tokens_B, proposal, "river", self._by_entropy, entropies))
-            ids_BS = torch.cat([ids_BS, tokens_B[:, None]], dim=-1)
-            reach *= math.prod(self._by_entropy.chance(h) for h, on in zip(entropies, active, strict=True) if on)
-            if self.end_tokens is not None and torch.isin(tokens_B[active_B], self.end_tokens).all():
+        rows = [RowDraft(room or 0) for room in rooms]
+        running = [i for i, room in enumerate(rooms) if room is not None]
+        steps = 0
+        while True:
+            for i in running:
+                rows[i].copy = self._continuation(i, rows[i])
+            count = self.rule.verify_now([rows[i] for i in running], steps, self._river.chance(0.0))
+            if count is not None:
                 break
-        return draft
+            start = time.perf_counter()
+            column = self._go_on(ids_BS, rows, running, step, steps)
+            ids_BS = torch.cat([ids_BS, ids_BS.new_tensor(column)[:, None]], dim=-1)
+            self._times.note(PassTimes.DRAFT, time.perf_counter() - start)
+            steps += 1
+        for i in running:
+            for proposed in rows[i].copy[: max(count - len(rows[i].proposed), 0)]:
+                rows[i].add(proposed)
+        if self._together:
+            shortest = min(len(rows[i].proposed) for i in running)
+            for i, row in enumerate(rows):
+                pads = [Proposed(self._pad_token, "river", AcceptanceRate([], [1.0]), 0.0)] * shortest
+                row.proposed = row.proposed[:shortest] if i in running else pads
+        if not steps:
+            self._river.fade()
+        return Draft([row.proposed for row in rows], steps)
 
-    def _copied(
-        self, draft: Sequence[Drafted], ids_BS: Tensor, active_B: Tensor, most: int, at_least: float
-    ) -> list[Drafted]:
-        """Returns continuations of a draft found in the context, where every row that still runs has one."""
-        count, active = most - len(draft), active_B.tolist()
-        if count <= 0 or not self._rows:
+    def note(self, tokens: int, steps: int, width: int, seconds: float) -> None:
+        """Takes in what a cycle kept of all rows, its draft steps, and the width and time of its verification."""
+        self._times.note(width, seconds)
+        self.rule.note(tokens, steps, width)
+
+    def learn(self, proposed: Proposed, held: bool) -> None:
+        """Takes in the verdict on a drafted token."""
+        proposed.rate.learn(proposed.evidence, held)
+        if proposed.source == "river":
+            self._river.learn(0.0, held)
+
+    def _go_on(
+        self, ids_BS: Tensor, rows: Sequence[RowDraft], running: Sequence[int], step: DraftStep, steps: int
+    ) -> list[int]:
+        """Adds a token to each draft that is open: a copied one where that is as likely to hold, else the river's."""
+        scores_BV = step.scores(ids_BS, steps)
+        column = [self._pad_token] * len(rows)
+        river = self._river.chance(0.0)
+        copying = {i for i in running if rows[i].open and rows[i].copies(river)}
+        asking = [i for i in running if rows[i].open and i not in copying]
+        for i in copying:
+            rows[i].add(rows[i].copy[0])
+        if asking:
+            scores_NV = scores_BV if len(asking) == len(rows) else scores_BV[asking]
+            tokens = step.choose(scores_NV, asking, steps).tolist()
+            entropies = torch.special.entr(scores_NV.softmax(-1)).sum(-1).tolist()
+            for i, token, entropy in zip(asking, tokens, entropies, strict=True):
+                rows[i].add(Proposed(token, "river", self._by_entropy, entropy))
+        for i in (*copying, *asking):
+            column[i] = rows[i].proposed[-1].token
+            if column[i] in self._end_tokens:
+                rows[i].room = len(rows[i].proposed)
+        return column
+
+    def _continuation(self, row: int, draft: RowDraft) -> list[Proposed]:
+        """Returns what follows a draft by the context."""
+        if not self._indices or not draft.open:
             return []
-        ahead = torch.stack([d.tokens for d in draft], dim=1).tolist() if draft else [[] for _ in active]
-        found = [
-            row.continuation(count, before) if on else ([self.pad_token] * count, 0)
-            for row, before, on in zip(self._rows, ahead, active, strict=True)
-        ]
-        lengths = [float(n) for _, n in found]
-        chance = math.prod(self._by_ngram.chance(n) if n else 0.0 for n, on in zip(lengths, active, strict=True) if on)
-        if chance <= at_least:
-            return []
-        columns = zip(*(tokens for tokens, _ in found), strict=True)
-        return [Drafted(ids_BS.new_tensor(tokens), None, "lookup", self._by_ngram, lengths) for tokens in columns]
+        room = draft.room - len(draft.proposed)
+        tokens, length = self._indices[row].continuation(room, [p.token for p in draft.proposed])
+        return [Proposed(token, "lookup", self._by_match, length + i) for i, token in enumerate(tokens)]

@@ -5,29 +5,53 @@
     verify   ... a b c d e  one backbone pass over b c d e writes exact entries and scores every position
     keep     ... a b c x    c agrees, d does not: x is the backbone's own token there; the slots of d e are freed
 
-Kept positions go one by one through the user's logits processors, stopping criteria and streamer, in the order and
-with the arguments of plain generation; nothing after the first disagreement or stop ever reaches them.
+Each row of a batch keeps what held for it. Rows that fell behind stand further right in the shared cache: all rows end
+in the same slot, and what one lacks to the longest is padding before it.
 
-Not handled: rows that advance for themselves. They share one cache length, so the slowest row decides.
+    row 0    a b c x        kept two tokens
+    row 1    . f g h        kept one, so it moved a slot to the right
+
+Kept positions go one by one through the user's logits processors, stopping criteria and streamer, in the order of plain
+generation; nothing after the first disagreement or stop ever reaches them. Rows of one length go together. Where a
+processor or criterion may look at the whole batch, or remember calls, rows stay together: they keep what held for all
+of them, and the calls and arguments are those of plain generation.
 """
 
 from __future__ import annotations
 
 import threading
 import time
-from collections.abc import Callable, Sequence
-from dataclasses import dataclass, field
+from collections import defaultdict
+from collections.abc import Callable, Iterable, Sequence
+from dataclasses import dataclass
 
 import torch
 from torch import Tensor
 
-from river_compile.runtime.stats import CycleRecord
+from river_compile.runtime.stats import CycleRecord, RowCycle
 
-from .accept import select
-from .draft import Drafted, Drafter
+from .accept import Chooser
+from .draft import Draft, Drafter, DraftStep
 from .pays import Pays
 from .plain import PlainRunner
 from .runner import DraftVerifyRunner
+from .texts import Texts
+
+Process = Callable[[Tensor, Tensor], Tensor]
+
+
+class Outputs:
+    """Scores or logits that generate returns: a tensor ``[B, V]`` for each new token, zeros where a row has ended."""
+
+    def __init__(self, rows: int) -> None:
+        self._rows = rows
+        self.steps: list[Tensor] = []
+
+    def add(self, rows: Sequence[int], step: int, values_NV: Tensor) -> None:
+        """Takes in the values of some rows for one step."""
+        if step == len(self.steps):
+            self.steps.append(values_NV.new_zeros(self._rows, values_NV.shape[-1]))
+        self.steps[step][rows] = values_NV
 
 
 @dataclass
@@ -35,125 +59,141 @@ class ExactLoop:
     """Generates until every row has ended.
 
     Attributes:
-        ids: ``[B, S]``, grows (from S = 0 where the prompt came as ``inputs_embeds``).
-        process: the user's logits processors, ``(ids, scores) -> scores``.
-        process_draft: those that may also see drafts.
-        stops: the stopping criteria, ``(ids, scores) -> bool [B]``.
+        process: the user's logits processors, ``(ids, scores) -> scores``; None for none.
+        process_draft: those that may also see drafts; None for none.
+        stops: the stopping criteria, ``(ids, scores) -> bool [N]``.
         max_length: ids in all, at most.
-        pad_token: what rows receive that have ended; None where no row can end before the others.
-        put: the streamer's method, None for no streamer.
-        scores, logits: receive each kept token's processed scores and raw logits ``[B, V]``, None where nobody asks.
+        pad_token: what rows receive that have ended while others go on.
+        together: whether rows keep only what held for all of them.
+        scores, logits: receive each kept token's processed scores and raw logits, None where nobody asks.
         pays: says when to do without drafts, None for never.
         clock: seconds, from wherever.
-        active: the rows that have not ended ``[B]``.
     """
 
     runner: DraftVerifyRunner | PlainRunner
     drafter: Drafter
-    ids: Tensor
-    process: Callable[[Tensor, Tensor], Tensor]
-    process_draft: Callable[[Tensor, Tensor], Tensor]
+    texts: Texts
+    chooser: Chooser
+    process: Process | None
+    process_draft: Process | None
     stops: Callable[[Tensor, object], Tensor]
-    do_sample: bool
     max_length: int
     pad_token: int | None
-    put: Callable[[Tensor], object] | None = None
-    scores: list[Tensor] | None = None
-    logits: list[Tensor] | None = None
+    together: bool
+    scores: Outputs | None = None
+    logits: Outputs | None = None
     pays: Pays | None = None
     clock: Callable[[], float] = time.perf_counter
-    active: Tensor = field(init=False)
-    _began_resting: bool = field(init=False, default=False)
 
     def run(self, first_logits: Tensor) -> Tensor:
         """Generates from the prompt's last logits ``[B, 1, V]`` on; returns all ids ``[B, S]``."""
-        self.active = self.ids.new_ones(self.ids.shape[0], dtype=torch.bool)
-        self._settle(first_logits, [])
-        self._began_resting = self.pays is not None and self.pays.resting
-        while self.active.any():
+        self._settle(first_logits, Draft([[] for _ in self.texts.active]))
+        while self.texts.running:
             self._cycle()
-        return self.ids
+        self.chooser.close(max(self.texts.steps))
+        return self.texts.whole()
 
     def _cycle(self) -> None:
         if self.pays is not None:
             self.pays.measure_plain(self._plain_pass)
         start = self.clock()
-        rows = int(self.active.sum())
-        most = max(min(self.runner.longest_draft, self.max_length - self.ids.shape[1] - 1), 0)
-        most = 0 if self._resting else most
-        draft = self.drafter.draft(self.ids, self.active, most, self._draft_step, self.runner.width_for)
-        drafted = tuple(d.source for d in draft)
-        self.runner.rewind(drafted.count("river"))
-        width = self.runner.width_for(len(draft))
+        runner, texts = self.runner, self.texts
+        ids, running, longest, before = texts.aligned(), texts.running, texts.longest, list(texts.lengths)
+        draft = self.drafter.draft(ids, self._rooms(), DraftStep(self._draft_scores, self._choose_draft))
+        runner.rewind(draft.steps)
         drafted_at = self.clock()
-        ids = torch.cat([self.ids, *(d.tokens[:, None] for d in draft)], dim=-1)
-        logits = self.runner.verify(ids, len(draft))
+        width = runner.width_for(draft.longest)
+        logits = runner.verify(torch.cat([ids, draft.columns(ids[:, -1])], dim=-1), draft.longest)
         verified_at = self.clock()
-        sources, held_back = self._settle(logits, draft)
-        self.runner.keep(len(sources))
+        rows = self._settle(logits, draft)
+        # (Of a row that has ended nothing is needed any more: it goes with the longest.)
+        advance = max(texts.lengths[row] for row in texts.running or running) - longest
+        kept = [texts.lengths[row] - before[row] if row in running else advance for row in range(len(before))]
+        runner.keep(kept, advance)
         end = self.clock()
-        cycle = CycleRecord(
-            drafted=drafted,
-            kept=sources,
-            width=width,
-            held_back=held_back,
-            seconds=(drafted_at - start, verified_at - drafted_at, end - verified_at),
-            thread=threading.get_ident(),
-            model=self.runner.stats.model_id,
-            rows=rows,
-        )
-        self.runner.stats.count_cycle(cycle)
+        seconds = (drafted_at - start, verified_at - drafted_at, end - verified_at)
+        self.drafter.note(sum(len(row.kept) for row in rows), draft.steps, width, end - drafted_at)
+        cycle = CycleRecord(rows, width, seconds, threading.get_ident(), runner.stats.model_id)
+        runner.stats.count_cycle(cycle)
         if self.pays is not None:
             self.pays.note(cycle)
 
-    @property
-    def _resting(self) -> bool:
-        return self._began_resting if self.do_sample or self.pays is None else self.pays.resting
-
     def _plain_pass(self) -> None:
         """Runs what a plain step would run next, and forgets it again."""
-        self.runner.verify(self.ids, 0).argmax(-1).tolist()
+        self.runner.verify(self.texts.aligned(), 0).argmax(-1).tolist()
         self.runner.rewind(1)
 
-    def _draft_step(self, ids_BS: Tensor) -> Tensor:
-        return self.process_draft(ids_BS, self.runner.draft_step(ids_BS).float())
+    def _rooms(self) -> list[int | None]:
+        """Returns how many tokens each row can draft, None for rows that have ended."""
+        most = 0 if self.pays is not None and self.pays.resting else self.runner.longest_draft
+        return [
+            max(min(most, self.max_length - length - 1), 0) if active else None
+            for length, active in zip(self.texts.lengths, self.texts.active, strict=True)
+        ]
 
-    def _settle(self, logits_BWV: Tensor, draft: Sequence[Drafted]) -> tuple[tuple[str, ...], int]:
-        """Keeps tokens up to the first disagreement or the end; returns their sources and the rows held back."""
-        sources: list[str] = []
+    def _draft_scores(self, ids_BS: Tensor, drafted: int) -> Tensor:
+        """Runs the river over aligned ids, `drafted` of them not in the texts yet; returns scores ``[B, V]``."""
+        scores = self.runner.draft_step(ids_BS).float()
+        if self.process_draft is None:
+            return scores
+        for rows, length in self._of_one_length(self.texts.running):
+            scores[rows] = self.process_draft(ids_BS[rows, -(length + drafted) :], scores[rows])
+        return scores
+
+    def _choose_draft(self, scores_NV: Tensor, rows: Sequence[int], drafted: int) -> Tensor:
+        return self.chooser.choose(scores_NV, [(row, self.texts.steps[row] + drafted) for row in rows])
+
+    def _settle(self, logits_BWV: Tensor, draft: Draft) -> tuple[RowCycle, ...]:
+        """Keeps each row's tokens up to its first disagreement or its end."""
+        going = running = self.texts.running
+        sources: dict[int, list[str]] = {row: [] for row in running}
+        held_back: set[int] = set()
         for i in range(logits_BWV.shape[1]):
-            drafted = draft[i] if i < len(draft) else None
-            was_active = self.active
-            tokens, agreed = self._keep_next(logits_BWV[:, i], drafted)
-            if drafted is None:
-                return (*sources, "backbone"), 0
-            drafted.learn(agreed.tolist(), was_active.tolist())
-            agree = int((agreed & was_active).sum())
-            # A row that ended inside the draft holds a drafted token where its text holds padding: draft anew.
-            all_agree = bool(torch.where(was_active, agreed, drafted.tokens == tokens).all())
-            sources.append(drafted.source if all_agree else "backbone")
-            if not all_agree:
-                return tuple(sources), agree
-            if not self.active.any():
+            groups = [list(range(len(self.texts.active)))] if self.together else self._groups(going)
+            agreed = {row for rows in groups for row in self._keep_next(rows, logits_BWV[:, i], draft.at(i, rows))}
+            for row in going:
+                proposed = draft.rows[row][i] if i < len(draft.rows[row]) else None
+                if proposed is not None:
+                    self.drafter.learn(proposed, row in agreed)
+                sources[row].append(proposed.source if proposed is not None and row in agreed else "backbone")
+            # (A row that ended inside the draft holds a drafted token where its text holds padding: draft anew.)
+            going = [row for row in going if row in agreed and self.texts.active[row]]
+            if self.together and len(agreed) < len(self.texts.active):
+                held_back = set(going)
+                going = []
+            if not going:
                 break
-        return tuple(sources), 0
+        drafted = {row: tuple(p.source for p in draft.rows[row]) for row in running}
+        return tuple(RowCycle(row, drafted[row], tuple(sources[row]), row in held_back) for row in running)
 
-    def _keep_next(self, logits_BV: Tensor, drafted: Drafted | None) -> tuple[Tensor, Tensor]:
-        """Keeps one more token of each row ``[B]``; returns them, and where the drafted ones agreed."""
-        raw = logits_BV.to(copy=True, dtype=torch.float32)
-        scores = self.process(self.ids, raw)
-        if self.scores is not None:
-            self.scores.append(scores)
-        if self.logits is not None:
-            self.logits.append(raw)
-        drafted_B, proposal_BV = (None, None) if drafted is None else (drafted.tokens, drafted.proposal)
-        tokens, agreed = select(scores, drafted_B, proposal_BV, self.do_sample)
-        if self.pad_token is not None:
-            tokens = torch.where(self.active, tokens, self.pad_token)
-        self.ids = torch.cat([self.ids, tokens[:, None]], dim=-1)
-        self.drafter.extend(tokens)
-        seen = None if self.scores is None else tuple(self.scores)
-        self.active = self.active & ~self.stops(self.ids, seen)
-        if self.put is not None:
-            self.put(tokens.cpu())
-        return tokens, agreed
+    def _keep_next(self, rows: list[int], logits_BV: Tensor, drafted: list[int]) -> list[int]:
+        """Keeps one more token of rows of one length; returns the rows whose drafted token it is."""
+        texts = self.texts
+        raw = logits_BV[rows].to(copy=True, dtype=torch.float32)
+        scores = raw if self.process is None else self.process(texts.of(rows), raw)
+        step = texts.steps[rows[0]]
+        for outputs, values in ((self.scores, scores), (self.logits, raw)):
+            if outputs is not None:
+                outputs.add(rows, step, values)
+        tokens = self.chooser.choose(scores, [(row, step) for row in rows])
+        if self.pad_token is not None and not all(texts.active[row] for row in rows):
+            tokens = torch.where(tokens.new_tensor([texts.active[row] for row in rows]) > 0, tokens, self.pad_token)
+        texts.append(rows, tokens)
+        ids = tokens.tolist()
+        self.drafter.extend(rows, ids)
+        seen = tuple(self.scores.steps) if self.together and self.scores is not None else None
+        stopped = self.stops(texts.of(rows), seen).tolist()
+        texts.end([row for row, stop in zip(rows, stopped, strict=True) if stop])
+        texts.show()
+        self.chooser.forget(min((texts.steps[row] for row in texts.running), default=0))
+        return [row for row, token, draft in zip(rows, ids, drafted, strict=True) if token == draft]
+
+    def _groups(self, rows: Iterable[int]) -> list[list[int]]:
+        return [group for group, _ in self._of_one_length(rows)]
+
+    def _of_one_length(self, rows: Iterable[int]) -> list[tuple[list[int], int]]:
+        """Returns rows of the same length together, and that length."""
+        groups = defaultdict(list)
+        for row in rows:
+            groups[self.texts.lengths[row]].append(row)
+        return [(group, length) for length, group in groups.items()]

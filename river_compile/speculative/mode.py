@@ -1,7 +1,7 @@
 """Exact mode, self-speculative decoding: ``model.generate(**inputs, custom_generate=river_compile.exact)``.
 
 The river drafts, the backbone verifies, and the text is the plain model's: greedy text token for token, up to how the
-hardware rounds passes of different widths (docs/exact.md), sampled text in distribution.
+hardware rounds passes of different widths (docs/exact.md), sampled text for the same seed likewise.
 
 Not handled (a ValueError that says so): beams and transformers' own assisted modes, encoder-decoder models, models with
 a recurrent state, attention weights and hidden states as outputs, generation that is synchronized over processes.
@@ -18,18 +18,22 @@ from torch import Tensor
 from transformers import GenerationConfig, PreTrainedModel
 from transformers.generation import GenerateDecoderOnlyOutput, LogitsProcessorList, StoppingCriteriaList, logits_process
 from transformers.generation.configuration_utils import GenerationMode
+from transformers.generation.stopping_criteria import EosTokenCriteria, MaxLengthCriteria, StopStringCriteria
 
 from river_compile.errors import ExactModeError, OptionError
-from river_compile.kernels.checks import FLAG, integer, number
+from river_compile.kernels.checks import FLAG, integer, number, optional
 from river_compile.state import state_of_model
 from river_compile.upstream.hf_cache import cache_argument, cache_of
 
+from .accept import Chooser
 from .draft import Drafter
 from .hf_frames import KeepsTokenizer, argument_of_generate
-from .loop import ExactLoop
+from .loop import ExactLoop, Outputs
 from .pays import pays_of
 from .plain import PlainRunner
+from .plan import ByChance, ByGain, Rule
 from .runner import DraftVerifyRunner
+from .texts import Texts
 
 # Processors that remember nothing from call to call: drafts, some of which are dropped again, may pass through them.
 _STATELESS = (
@@ -54,10 +58,14 @@ _STATELESS = (
     logits_process.TypicalLogitsWarper,
 )
 
+_ROW_BY_ROW = (MaxLengthCriteria, EosTokenCriteria, StopStringCriteria)
+
+_STOP_BELOW = 0.5  # where measured times may not decide
+
 _CHECKS = {
     "max_draft": integer(1),
     "prompt_lookup": FLAG,
-    "stop_below": number("it must be a number from 0 to 1", least=0, most=1),
+    "stop_below": optional(number("it must be a number from 0 to 1", least=0, most=1)),
     "strict": FLAG,
     "adaptive": FLAG,
 }
@@ -74,14 +82,16 @@ class ExactMode:
             every width up to that where strict.
         prompt_lookup: copy drafts from the context where it repeats itself.
         stop_below: the river ends its draft once the draft's estimated chance of holding in whole is below this, in
-            [0, 1]; 0 always drafts `max_draft` tokens.
+            [0, 1]; 0 always drafts `max_draft` tokens. None drafts as long as it is expected to pay, by measured times,
+            or is 0.5 where not `adaptive`.
         strict: verify with passes whose rows have the very bits of plain decoding, also in bfloat16; slower.
-        adaptive: do without drafts where they are measured to cost more time than they save.
+        adaptive: let measured times decide how long to draft, and do without drafts where they cost more time than they
+            save. Otherwise nothing depends on time.
     """
 
     max_draft: int = 15
     prompt_lookup: bool = True
-    stop_below: float = 0.5
+    stop_below: float | None = None
     strict: bool = False
     adaptive: bool = True
     __signature__ = KeepsTokenizer()
@@ -124,41 +134,21 @@ class ExactMode:
         config = generation_config
         _check(model, config, synced_gpus, argument_of_generate("assistant_model"), model_kwargs)
         streamer = streamer or argument_of_generate("streamer")
-        runner = DraftVerifyRunner(model, model_kwargs, mode.max_draft, mode.strict)
-        ends = any(hasattr(criterion, "eos_token_id") for criterion in stopping_criteria)
-        pad_token = int(config._pad_token_tensor) if ends and config._pad_token_tensor is not None else None
-        drafter = Drafter(
-            input_ids,
-            prompt_lookup=mode.prompt_lookup,
-            do_sample=config.do_sample,
-            stop_below=mode.stop_below,
-            pad_token=pad_token or 0,
-            end_tokens=getattr(config, "_eos_token_tensor", None),
-        )
         wanted = config.return_dict_in_generate
-        loop = ExactLoop(
-            runner=runner,
-            drafter=drafter,
-            ids=input_ids,
-            process=logits_processor,
-            process_draft=LogitsProcessorList(p for p in logits_processor if type(p) in _STATELESS),
-            stops=stopping_criteria,
-            do_sample=config.do_sample,
-            max_length=config.max_length,
-            pad_token=pad_token,
-            put=None if streamer is None else streamer.put,
-            scores=[] if wanted and config.output_scores else None,
-            logits=[] if wanted and config.output_logits else None,
-        )
+        runner = DraftVerifyRunner(model, model_kwargs, mode.max_draft, mode.strict)
         # Beyond its limit of graphs for one function Dynamo would run what is new without the backend: exact, and slow.
         # (A static sliding window has a graph for each width until it is full, and another one afterwards.)
         dynamo = torch._dynamo.config
         with dynamo.patch(recompile_limit=dynamo.recompile_limit + 2 * len(runner.widths)):
-            loop.runner, first_logits = self.begin(runner, input_ids, config)
-            if mode.adaptive and loop.runner is runner:
+            passes, first_logits = self.begin(runner, input_ids, config)
+            parts = passes.can_part and _row_by_row(logits_processor, stopping_criteria)
+            handed_back = wanted or cache_of(argument_of_generate("kwargs") or {}) is not None
+            together = len(input_ids) == 1 or handed_back or not parts
+            loop = mode._loop(passes, input_ids, logits_processor, stopping_criteria, config, streamer, together)
+            if mode.adaptive and passes is runner:
                 state = state_of_model(model, "exact mode")
                 loop.pays = pays_of(state, runner.stats.payoff, input_ids.shape[0], mode.strict)
-            with model._optimize_model_for_decode(), loop.runner.sequences.one():
+            with model._optimize_model_for_decode(), passes.sequences.one():
                 ids = loop.run(first_logits)
         if streamer is not None:
             streamer.end()
@@ -166,9 +156,9 @@ class ExactMode:
             return ids
         return GenerateDecoderOnlyOutput(
             sequences=ids,
-            scores=None if loop.scores is None else tuple(loop.scores),
-            logits=None if loop.logits is None else tuple(loop.logits),
-            **{cache_argument(model): loop.runner.cache},
+            scores=None if loop.scores is None else tuple(loop.scores.steps),
+            logits=None if loop.logits is None else tuple(loop.logits.steps),
+            **{cache_argument(model): passes.cache},
         )
 
     def begin(
@@ -181,8 +171,57 @@ class ExactMode:
         """
         return runner, runner.prefill(input_ids, config)
 
+    def _loop(
+        self,
+        runner: DraftVerifyRunner | PlainRunner,
+        ids_BS: Tensor,
+        processors: LogitsProcessorList,
+        criteria: StoppingCriteriaList,
+        config: GenerationConfig,
+        streamer: Any | None,
+        together: bool,
+    ) -> ExactLoop:
+        """Returns the loop of one call, whose prompt has run."""
+        ends = any(hasattr(criterion, "eos_token_id") for criterion in criteria)
+        pad_token = int(config._pad_token_tensor) if ends and config._pad_token_tensor is not None else None
+        end_tokens = getattr(config, "_eos_token_tensor", None)
+        stateless = LogitsProcessorList(p for p in processors if type(p) in _STATELESS)
+        rule: Rule
+        if self.stop_below is None and self.adaptive:
+            rule = ByGain(runner.times, runner.width_for, together)
+        else:
+            rule = ByChance(_STOP_BELOW if self.stop_below is None else self.stop_below, runner.width_for)
+        wanted = config.return_dict_in_generate
+        return ExactLoop(
+            runner=runner,
+            drafter=Drafter(
+                ids_BS,
+                prompt_lookup=self.prompt_lookup,
+                rule=rule,
+                times=runner.times,
+                together=together,
+                pad_token=pad_token or 0,
+                end_tokens=() if end_tokens is None else end_tokens.tolist(),
+            ),
+            texts=Texts(ids_BS, pad_token, None if streamer is None else streamer.put),
+            chooser=Chooser(len(ids_BS), config.do_sample),
+            process=processors or None,
+            process_draft=stateless or None,
+            stops=criteria,
+            max_length=config.max_length,
+            pad_token=pad_token,
+            together=together,
+            scores=Outputs(len(ids_BS)) if wanted and config.output_scores else None,
+            logits=Outputs(len(ids_BS)) if wanted and config.output_logits else None,
+        )
+
 
 exact = ExactMode()
+
+
+def _row_by_row(processors: LogitsProcessorList, criteria: StoppingCriteriaList) -> bool:
+    """Whether processors and criteria are known to look at each row alone, and to remember nothing."""
+    return all(type(p) in _STATELESS for p in processors) and all(type(c) in _ROW_BY_ROW for c in criteria)
 
 
 def _check(

@@ -7,7 +7,7 @@ Where drafts are slower by more than `_MARGIN`, the loop does without for `_REST
 twice as long each time that they are slower still. Cycles in which something was compiled, or that used a width for the
 first time, do not count, and neither does the slowest one of a window.
 
-Not handled: sampled texts change with every draft that is left out, so a sampling call goes on as it began.
+Not handled: drafts that pay for some rows of a batch.
 """
 
 from __future__ import annotations
@@ -43,13 +43,13 @@ class Pays:
     log: PayoffLog
     graphs: Callable[[], int]
     clock: Clock = time.perf_counter
-    _drafted: deque[tuple[int, float]] = field(default_factory=lambda: deque(maxlen=_WINDOW))
+    _drafted: deque[tuple[float, float]] = field(default_factory=lambda: deque(maxlen=_WINDOW))
     _plain: deque[float] = field(default_factory=lambda: deque(maxlen=2 * _PLAIN - 1))
     _widths: set[int] = field(default_factory=set)
     _known: int = -1  # graphs after the latest pass
-    _since_plain: int = 0  # kept tokens
+    _since_plain: float = 0  # kept tokens of a row
     _rest: int = _REST
-    _left: int = 0  # tokens of the rest
+    _left: float = 0  # tokens of the rest
 
     @property
     def resting(self) -> bool:
@@ -67,11 +67,9 @@ class Pays:
 
     def note(self, cycle: CycleRecord) -> None:
         """Takes a cycle in; decides whether the next ones draft."""
-        kept, seconds = len(cycle.kept), sum(cycle.seconds)
+        kept, seconds = len(cycle.kept) / len(cycle.rows), sum(cycle.seconds)
         self._since_plain += kept
         if cycle.drafted:
-            if self.resting:  # (a sampling call that goes on)
-                return
             self._take(cycle.width, seconds, lambda s: self._drafted.append((kept, s)))
             self._judge()
             return

@@ -5,6 +5,7 @@ The loop then generates as transformers does: one backbone pass for each token, 
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from typing import Any
 
 from torch import Tensor
@@ -15,6 +16,8 @@ from river_compile.exits import WHOLE, forced_depth
 from river_compile.runtime.sequences import Sequences
 from river_compile.runtime.stats import ExitStats
 from river_compile.state import ModelState
+
+from .rates import PassTimes
 
 
 class PlainRunner:
@@ -28,10 +31,12 @@ class PlainRunner:
     """
 
     longest_draft = 0
+    can_part = False  # rows keep one token each
 
     def __init__(self, model: PreTrainedModel, model_kwargs: dict[str, Any], cache: Cache, state: ModelState) -> None:
         self.model, self.model_kwargs, self.cache = model, model_kwargs, cache
         self.stats, self.sequences = state.of(ExitStats), state.of(Sequences)
+        self.times = PassTimes()
         self._outputs: Any = None
 
     def width_for(self, drafted: int) -> int:
@@ -52,6 +57,6 @@ class PlainRunner:
     def rewind(self, slots: int) -> None:
         """Frees nothing: nothing was drafted."""
 
-    def keep(self, tokens: int) -> None:
-        """Ends a cycle, which kept one token: masks and positions grow as in plain generation."""
+    def keep(self, kept: Sequence[int], advance: int) -> None:
+        """Ends a cycle, which kept one token of each row: masks and positions grow as in plain generation."""
         self.model_kwargs = self.model._update_model_kwargs_for_generation(self._outputs, self.model_kwargs)

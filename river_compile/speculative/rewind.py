@@ -3,13 +3,16 @@
 Full attention layers only count back. A sliding window that grows remembers what left it. A static one is written in
 place and forgets: once it is full, the entries that the next tokens will push out are copied beforehand.
 
+Rows that give back other numbers of tokens are moved to end in the same slot again. Positions are in the entries, not
+in the slots, so moving them is legal; what a row gets before its entries is to be masked as padding. That reads
+and writes the cache twice.
+
 Not handled (refused by name): recurrent states and whatever else cannot go back.
 """
 
 from __future__ import annotations
 
-from collections.abc import Iterator
-from dataclasses import dataclass
+from collections.abc import Iterator, Mapping, Sequence
 from typing import Any
 
 import torch
@@ -17,22 +20,17 @@ from torch import Tensor
 from transformers.cache_utils import Cache, StaticLayer, StaticSlidingWindowLayer
 
 from river_compile.errors import ExactModeError
-from river_compile.upstream.hf_cache import cannot_crop, crop_layer, remember_past
+from river_compile.upstream.hf_cache import (
+    cannot_crop,
+    crop_layer,
+    remember_past,
+    rows_can_part,
+    set_length,
+    slots_needed,
+)
 
-
-@dataclass(frozen=True)
-class _Ahead:
-    """The oldest entries of a full window ``[B, H, n, D]``, which the next n tokens push out one by one."""
-
-    keys: Tensor
-    values: Tensor
-
-    def restore(self, layer: StaticSlidingWindowLayer, added: int, freed: int) -> None:
-        """Takes the last `freed` of `added` tokens out of a window, in place."""
-        kept = layer.max_cache_len - freed
-        for now, before in ((layer.keys, self.keys), (layer.values, self.values)):
-            now.copy_(torch.cat([before[:, :, added - freed : added], now[:, :, :kept]], dim=2))
-        layer.cumulative_length_int -= freed
+# Arguments of a forward whose last dimension is that of the ids.
+_BY_SLOT = ("attention_mask", "position_ids", "token_type_ids", "mm_token_type_ids")
 
 
 class RewindableCache:
@@ -85,14 +83,18 @@ class RewindableCache:
         """Returns, for each size of window, whether it is full before and after a pass of this width."""
         return tuple((self.filled >= size, self.filled + width > size) for size in self._sizes)
 
+    @property
+    def can_part(self) -> bool:
+        """Whether rows may give back other numbers of tokens: every layer keeps keys and values alone."""
+        return all(rows_can_part(layer) for layer in self.cache.layers)
+
     def mark(self) -> None:
         """Makes the entries that the cache holds now those that a rewind can return to."""
         self._marked = self.filled
-        self._ahead: dict[int, _Ahead] = {}
+        self._ahead: dict[int, tuple[Tensor, ...]] = {}  # of full windows, what the next tokens push out one by one
         for i, layer in enumerate(self.cache.layers):
             if layer in self._static_windows and self.filled >= layer.max_cache_len:
-                oldest = (tensor[:, :, : self._longest].clone() for tensor in (layer.keys, layer.values))
-                self._ahead[i] = _Ahead(*oldest)
+                self._ahead[i] = tuple(tensor[:, :, : self._longest].clone() for tensor in (layer.keys, layer.values))
 
     def rewind(self, tokens: int) -> None:
         """Frees the last tokens, all of them written since the last mark."""
@@ -101,12 +103,86 @@ class RewindableCache:
             return
         for i, layer in enumerate(self.cache.layers):
             if i in self._ahead:
-                self._ahead[i].restore(layer, added, tokens)
+                for now, before in zip((layer.keys, layer.values), self._ahead[i], strict=True):
+                    kept = layer.max_cache_len - tokens
+                    now.copy_(torch.cat([before[:, :, added - tokens : added], now[:, :, :kept]], dim=2))
+                layer.cumulative_length_int -= tokens
             else:
                 crop_layer(layer, tokens)  # (even for none, this trims a sliding window that grows)
             if self._grows:  # a cropped view has other strides than a grown cache, and graphs depend on them
                 for held, name in tensors_of(layer):
                     held[name] = held[name].contiguous()
+
+    def part(self, freed: Sequence[int], filled: int) -> None:
+        """Frees the last tokens of each row, all written since the last mark, and makes all rows end in one slot.
+
+        Args:
+            freed: tokens of each row.
+            filled: tokens that the cache holds afterwards. Rows that have fewer get filler before them, those that
+                have more lose their first ones.
+        """
+        added, used, self.filled = self.filled - self._marked, self.filled, filled
+        move = _Move(freed)
+        for i, layer in enumerate(self.cache.layers):
+            for number, (held, name) in enumerate(tensors_of(layer)):
+                tensor = held[name]
+                if i in self._ahead:
+                    whole = torch.cat([self._ahead[i][number][:, :, :added], tensor], dim=2)
+                    moved = move(whole, whole.shape[2], min(filled, layer.max_cache_len))
+                elif isinstance(layer, StaticLayer):
+                    moved = move(tensor, used, filled)
+                else:
+                    moved = move(tensor, tensor.shape[2], slots_needed(layer, filled))
+                if isinstance(layer, StaticLayer):
+                    tensor[:, :, : moved.shape[2]].copy_(moved)
+                else:
+                    held[name] = moved
+            set_length(layer, filled)
+
+
+class _Move:
+    """Takes the last entries of each row but the ones that it frees.
+
+    Args:
+        freed: tokens of each row.
+    """
+
+    def __init__(self, freed: Sequence[int]) -> None:
+        self._freed = freed
+        self._indices: dict[tuple[int, ...], Tensor] = {}  # nearly all layers have the same
+
+    def __call__(self, tensor: Tensor, used: int, count: int) -> Tensor:
+        """Returns ``[B, H, count, D]`` of the first `used` slots of ``[B, H, S, D]``; filler stands before few."""
+        rows, heads, slots, width = tensor.shape
+        key = (rows, heads, slots, used, count)
+        if key not in self._indices:
+            device = tensor.device
+            firsts = torch.tensor([used - count - freed for freed in self._freed], device=device)
+            within = (firsts[:, None] + torch.arange(count, device=device)).clamp_(min=0)
+            blocks = torch.arange(rows * heads, device=device).view(rows, heads, 1) * slots
+            self._indices[key] = (blocks + within[:, None]).flatten()
+        flat = tensor.reshape(rows * heads * slots, width)
+        return flat.index_select(0, self._indices[key]).view(rows, heads, count, width)
+
+
+def moved_inputs(kwargs: Mapping[str, object], freed: Sequence[int], fewer: int) -> dict:
+    """Returns a forward's arguments with each row moved to the right over the columns that it frees.
+
+    Args:
+        kwargs: as `generate` keeps them, for the longest row.
+        freed: last columns of each row that do not count.
+        fewer: columns that go at the left.
+    """
+    moved = dict(kwargs)
+    for name in _BY_SLOT:
+        held = moved.get(name)
+        if isinstance(held, Tensor):
+            columns = torch.arange(held.shape[-1], device=held.device)
+            index = columns[fewer:] - torch.tensor(freed, device=held.device)[:, None]
+            shape = (*held.shape[:-1], index.shape[-1])
+            new = held.gather(-1, index.clamp(min=0).expand(shape))
+            moved[name] = new.masked_fill(index < 0, 0) if name == "attention_mask" else new
+    return moved
 
 
 def tensors_of(layer: object) -> Iterator[tuple[dict, Any]]:

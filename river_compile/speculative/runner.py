@@ -15,14 +15,14 @@ from __future__ import annotations
 import dataclasses
 import threading
 import warnings
+from collections import defaultdict
+from collections.abc import Sequence
 
 import torch
 from torch import Tensor
 from transformers import GenerationConfig, PreTrainedModel
 from transformers.cache_utils import Cache
-from transformers.modeling_outputs import CausalLMOutputWithPast
 
-from river_compile.backend import river
 from river_compile.config import RiverConfig
 from river_compile.errors import ExactModeError, RiverWarning
 from river_compile.exits import WHOLE, forced_depth
@@ -33,7 +33,9 @@ from river_compile.runtime.stats import ExitStats
 from river_compile.state import ModelState, state_of_model
 from river_compile.upstream.hf_cache import cache_of
 
-from .rewind import RewindableCache, tensors_of
+from .graphs import BatchInvariantGraph, BatchInvariantGraphs
+from .rates import PassTimes
+from .rewind import RewindableCache, moved_inputs, tensors_of
 
 
 def verification_widths(max_draft: int, strict: bool = False) -> tuple[int, ...]:
@@ -46,30 +48,11 @@ def verification_widths(max_draft: int, strict: bool = False) -> tuple[int, ...]
     return (*(2**i for i in range(max_draft.bit_length())), max_draft + 1)
 
 
-class BatchInvariantGraph:
-    """A model's forward pass in a graph in which a token's bits do not depend on the width of the pass.
+class _TimesByBatch(defaultdict[tuple[int, bool], PassTimes]):
+    """How long one model's passes take, by rows and whether they are strict."""
 
-    Args:
-        model: the model.
-        config, mode: what to compile it with.
-
-    Attributes:
-        verdicts: by (batch, slots of a static cache or None) and then by width and which sliding windows were full,
-            whether a pass was found to have those bits.
-    """
-
-    def __init__(self, model: PreTrainedModel, config: RiverConfig, mode: str | None) -> None:
-        options = {f.name: getattr(config, f.name) for f in dataclasses.fields(config)}
-        # The class's function, not the model's method: a compiled method would keep the model alive.
-        self._forward = torch.compile(type(model).forward, backend=river, options=options, mode=mode)
-        self.verdicts: dict[tuple[int, int | None], dict[tuple[object, ...], bool]] = {}
-
-    def __call__(self, model: PreTrainedModel, **inputs: object) -> CausalLMOutputWithPast:
-        return self._forward(model, **inputs)
-
-
-class _BatchInvariantGraphs(dict[tuple[RiverConfig, str | None], BatchInvariantGraph]):
-    """Those of one model, by the options and the mode that they were compiled with."""
+    def __init__(self) -> None:
+        super().__init__(PassTimes)
 
 
 class DraftVerifyRunner:
@@ -83,13 +66,14 @@ class DraftVerifyRunner:
 
     Attributes:
         widths: query lengths at which the backbone may verify, ascending from 1.
-        cache, stats, sequences: the KV cache, what counts the model's cycles and what tells its sequences apart, from
-            :meth:`prefill` on.
+        cache, stats, sequences, times: the KV cache, what counts the model's cycles, what tells its sequences apart and
+            how long its passes take, from :meth:`prefill` on.
     """
 
     cache: Cache
     stats: ExitStats
     sequences: Sequences
+    times: PassTimes
 
     def __init__(self, model: PreTrainedModel, model_kwargs: dict, max_draft: int, strict: bool = False) -> None:
         self.model = model
@@ -129,13 +113,14 @@ class DraftVerifyRunner:
             )
         self.stats, self.sequences = state.of(ExitStats), state.of(Sequences)
         if self._strict:
-            graphs = state.of(_BatchInvariantGraphs)
+            graphs = state.of(BatchInvariantGraphs)
             key = (dataclasses.replace(graph.config, same_rows=True), graph.mode)
             if key not in graphs:
                 graphs[key] = BatchInvariantGraph(self.model, *key)
             self._invariant = graphs[key]
             self._verdicts = self._invariant.verdicts.setdefault((ids_BS.shape[0], self._entries.capacity), {})
         self._kept = self._entries.filled + 1
+        self.times = state.of(_TimesByBatch)[ids_BS.shape[0], self._strict]
         self._inputs(torch.cat([ids_BS, ids_BS.new_zeros(ids_BS.shape[0], 1)], dim=1), 1)
         return self.prompt_logits
 
@@ -176,7 +161,7 @@ class DraftVerifyRunner:
         with forced_depth(WHOLE):  # (a pass of width 1 is a decode step)
             if self._invariant is not None and width > 1 and self._case(width) not in self._verdicts:
                 return self._try_out(self._invariant, ids_BS, width)[:, : drafted + 1]
-            return self._forward(ids_BS, width, self._invariant)[:, : drafted + 1]
+            return self._forward(ids_BS, width, self._invariant if width > 1 else None)[:, : drafted + 1]
 
     def _try_out(self, graph: BatchInvariantGraph, ids_BS: Tensor, width: int) -> Tensor:
         """Runs the last ids at once and one by one, notes whether the bits agree, and returns the latter's logits."""
@@ -204,14 +189,39 @@ class DraftVerifyRunner:
         """Frees the last slots of the cache."""
         self._entries.rewind(slots)
 
-    def keep(self, tokens: int) -> None:
-        """Ends a cycle that kept this many tokens: masks and positions grow, all slots but the kept ones are freed.
+    @property
+    def can_part(self) -> bool:
+        """Whether rows may keep other numbers of tokens: what else the model reads by slot can be moved with them.
 
-        The last kept token has no slot yet, as in plain generation.
+        A model without position ids may count slots, padding among them. Strict passes are compared with those of rows
+        that stand where plain decoding has them.
         """
-        self.model_kwargs = self._lengthened(tokens)
-        self._kept += tokens
-        self.rewind(self._entries.filled - (self._kept - 1))
+        mask, positions = (self.model_kwargs.get(name) for name in ("attention_mask", "position_ids"))
+        if not (isinstance(mask, Tensor) and isinstance(positions, Tensor) and mask.ndim == 2):
+            return False
+        return positions.shape[-2:-1] == mask.shape[:1] and self._invariant is None and self._entries.can_part
+
+    def keep(self, kept: Sequence[int], advance: int) -> None:
+        """Ends a cycle: masks and positions grow, all slots but those of kept tokens are freed.
+
+        The last kept token of a row has no slot yet, as in plain generation.
+
+        Args:
+            kept: tokens that each row kept.
+            advance: by how many tokens the cache grows (or shrinks, where the longest row has ended). Rows that kept
+                other numbers are moved so that all end in its last slot.
+        """
+        if set(kept) == {advance}:
+            self.model_kwargs = self._lengthened(advance)
+            self._kept += advance
+            self.rewind(self._entries.filled - (self._kept - 1))
+        else:
+            most = max(kept)
+            shifts = [most - count for count in kept]
+            self.model_kwargs = moved_inputs(self._lengthened(most), shifts, most - advance)
+            freed = [self._entries.filled - (self._kept - 1) - count for count in kept]
+            self._kept += advance
+            self._entries.part(freed, self._kept - 1)
         self._entries.mark()
 
     def _lengthened(self, tokens: int) -> dict:
@@ -222,10 +232,10 @@ class DraftVerifyRunner:
     def _forward(self, ids_BS: Tensor, width: int, graph: BatchInvariantGraph | None = None) -> Tensor:
         """Runs the last `width` ids, the first of which has no entry yet, and returns their logits.
 
-        Wider passes than one token's run through `graph` where it is given.
+        They run through `graph` where it is given, else through the model's own.
         """
         inputs = self._inputs(ids_BS, width)
-        if graph is not None and width > 1:
+        if graph is not None:
             logits = graph(self.model, **inputs, return_dict=True).logits
         else:
             logits = self.model(**inputs, return_dict=True).logits

@@ -14,7 +14,13 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
-from transformers.cache_utils import Cache, DynamicSlidingWindowLayer, StaticLayer, StaticSlidingWindowLayer
+from transformers.cache_utils import (
+    Cache,
+    DynamicLayer,
+    DynamicSlidingWindowLayer,
+    StaticLayer,
+    StaticSlidingWindowLayer,
+)
 
 _NAMES = ("cache", "past_key_values")
 
@@ -80,3 +86,25 @@ def crop_layer(layer: Any, tokens: int) -> None:
     layer.cumulative_length.sub_(tokens)
     if isinstance(layer, StaticSlidingWindowLayer):
         layer.cumulative_length_int -= tokens
+
+
+def rows_can_part(layer: Any) -> bool:
+    """Whether a layer holds nothing but keys and values ``[B, H, slots, D]``, in which rows may be moved."""
+    kinds = (StaticLayer, StaticSlidingWindowLayer, DynamicLayer, DynamicSlidingWindowLayer, _RememberingWindow)
+    return type(layer) in kinds
+
+
+def slots_needed(layer: Any, tokens: int) -> int:
+    """Returns how many of the last entries of this many tokens a layer that grows needs."""
+    return min(tokens, layer.sliding_window - 1) if isinstance(layer, DynamicSlidingWindowLayer) else tokens
+
+
+def set_length(layer: Any, tokens: int) -> None:
+    """Makes a layer whose entries were put in place by hand one that holds the last of so many tokens."""
+    if isinstance(layer, StaticSlidingWindowLayer):
+        layer.cumulative_length_int = tokens
+    if isinstance(layer, StaticLayer):
+        if tokens <= layer.max_cache_len:  # (a full window leaves it as it was)
+            layer.cumulative_length.fill_(tokens)
+    elif isinstance(layer, DynamicSlidingWindowLayer):
+        layer.cumulative_length = tokens

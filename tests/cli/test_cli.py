@@ -15,7 +15,7 @@ from river_compile.cli import app, humaneval, reasoning
 from river_compile.cli.bench import markdown
 from river_compile.cli.output import error_line
 from river_compile.cli.painting import Painter
-from river_compile.runtime.stats import CycleRecord, cycles
+from river_compile.runtime.stats import CycleRecord, RowCycle, cycles
 
 ROOT = Path(__file__).parents[2]
 SCHEMA = json.loads((ROOT / "docs/river.schema.json").read_text())
@@ -244,7 +244,8 @@ def test_a_painter_gives_each_token_its_source():
         for ids in ([9, 9], [1], [2], [3]):
             painter.put(torch.tensor(ids))
         assert shown == [("a", "default")]
-        cycles(CycleRecord(("river",), ("river", "backbone"), 2, 0, (0.0, 0.0, 0.0), thread=0, model=0))
+        row = RowCycle(0, ("river",), ("river", "backbone"))
+        cycles(CycleRecord((row,), 2, (0.0, 0.0, 0.0), thread=0, model=0))
         painter.put(torch.tensor([4]))
         painter.end()
     assert painter.tokens == [("a", "prompt"), ("", "river"), ("é", "backbone"), ("b", "backbone")]

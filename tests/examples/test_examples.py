@@ -14,7 +14,7 @@ from river_compile.cli import humaneval, models
 from river_compile.cli.texts import topics
 from river_compile.cli.timing import Generation, decode_rate, generate
 from river_compile.reporting.report import histogram
-from river_compile.runtime.stats import CycleRecord
+from river_compile.runtime.stats import CycleRecord, RowCycle
 from tests.support.families import make, prompt
 
 
@@ -95,7 +95,7 @@ def test_calibration_has_texts_enough():
 
 def test_cycles_are_shown_with_the_source_of_every_token():
     def cycle(drafted, kept, width):
-        return CycleRecord(drafted, kept, width, held_back=0, seconds=(0.002, 0.01, 0.0), thread=0, model=0)
+        return CycleRecord((RowCycle(0, drafted, kept),), width, seconds=(0.002, 0.01, 0.0), thread=0, model=0)
 
     cycles = [cycle(("river",) * 3, ("river", "backbone"), 4), cycle(("lookup",), ("lookup", "backbone"), 2)]
     lines = exact.cycle_lines(cycles, [" a", "\n", " b", "."])

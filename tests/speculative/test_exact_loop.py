@@ -15,13 +15,17 @@ from transformers.generation import (
 )
 
 import river_compile
-from river_compile.speculative.accept import select
-from river_compile.speculative.draft import AcceptanceRate, Drafter, NgramIndex
+from river_compile.speculative.accept import Chooser
+from river_compile.speculative.draft import Drafter
+from river_compile.speculative.lookup import SuffixAutomaton
 from river_compile.speculative.loop import ExactLoop
+from river_compile.speculative.plan import ByChance, ByGain
+from river_compile.speculative.rates import AcceptanceRate
+from river_compile.speculative.texts import Texts
 from tests.support.scripted import VOCABULARY, ScriptedRunner
 
 PAD = 0
-SAMPLES = 20_000
+TEXTS = 5_000
 
 
 class Recorder:
@@ -39,12 +43,26 @@ class Recorder:
         self.streamed.append(tokens.tolist())
 
 
-def loop_on(runner, prompt, recorder, lookup=True, stop_below=0.3, process=None, do_sample=False):
-    process = process or LogitsProcessorList()
-    drafter = Drafter(prompt, lookup, do_sample, stop_below, PAD, None)
+def loop_on(runner, prompt, recorder, lookup=True, stop_below=0.3, process=None, do_sample=False, together=True):
+    rule = (
+        ByGain(runner.times, runner.width_for, together)
+        if stop_below is None
+        else ByChance(stop_below, runner.width_for)
+    )
+    texts = Texts(prompt, PAD, recorder.put)
+    runner.ended = lambda: [not active for active in texts.active]
     return ExactLoop(
-        runner, drafter, prompt, process, process, recorder.stops, do_sample, recorder.max_length, PAD, recorder.put
-    )  # fmt: skip
+        runner=runner,
+        drafter=Drafter(prompt, lookup, rule, runner.times, together, PAD),
+        texts=texts,
+        chooser=Chooser(len(prompt), do_sample),
+        process=process,
+        process_draft=process,
+        stops=recorder.stops,
+        max_length=recorder.max_length,
+        pad_token=PAD,
+        together=together,
+    )
 
 
 def first_logits(runner, prompt):
@@ -74,22 +92,45 @@ def plain(runner, prompt, recorder):
     eos=st.integers(-1, VOCABULARY - 1),
     memory=st.integers(1, 6),
     lookup=st.booleans(),
-    stop_below=st.sampled_from([0.0, 0.3, 0.9, 1.0]),
+    stop_below=st.sampled_from([0.0, 0.3, 0.9, 1.0, None]),
+    together=st.booleans(),
 )
 def test_text_calls_and_cache_are_those_of_plain_generation(
-    seed, batch, river_right, max_draft, new_tokens, spare_slots, eos, memory, lookup, stop_below
+    seed, batch, river_right, max_draft, new_tokens, spare_slots, eos, memory, lookup, stop_below, together
 ):
-    """Whatever agrees, wherever the text ends and however few slots are left: ids, criteria, streamer, cache match."""
+    """Whatever agrees, wherever the texts end, however few slots are left: ids and streamer match.
+
+    The calls of criteria and the cache match too where rows stay together; where they part, each row's calls do.
+    """
     prompt = torch.randint(1, VOCABULARY, (batch, 5), generator=torch.Generator().manual_seed(seed))
     max_length = 5 + new_tokens
     expected_calls, calls = Recorder(eos, max_length), Recorder(eos, max_length)
     runner = ScriptedRunner(prompt, seed, river_right, max_draft, max_length + spare_slots, memory)
     expected = plain(runner, prompt, expected_calls)
-    ids = loop_on(runner, prompt, calls, lookup, stop_below).run(first_logits(runner, prompt))
+    ids = loop_on(runner, prompt, calls, lookup, stop_below, together=together).run(first_logits(runner, prompt))
     assert ids.tolist() == expected.tolist()
-    assert calls.seen == expected_calls.seen
     assert calls.streamed == expected_calls.streamed
-    assert runner.slots == [(column, True) for column in expected.T.tolist()[:-1]]
+    if together:
+        assert calls.seen == expected_calls.seen
+        assert runner.slots == [[(token, True) for token in row[:-1]] for row in expected.tolist()]
+    else:
+        seen = [row for rows in calls.seen for row in rows]
+        assert len(seen) == len(set(map(tuple, seen))) or batch > 1, "a position was judged twice"
+        assert all(row in seen for rows in expected_calls.seen[:1] for row in rows)
+
+
+def test_rows_that_part_take_fewer_passes_than_rows_that_wait():
+    """The same batch both ways: the same text, and no row takes more passes than it takes alone."""
+    prompt = torch.tensor([[1, 2, 3], [4, 5, 6], [7, 8, 9]])
+    passes = {}
+    for rows, together in ((prompt, True), (prompt, False), *((prompt[i : i + 1], True) for i in range(3))):
+        runner = ScriptedRunner(rows, 11, 7, 7, capacity=100, memory=3)
+        with river_compile.trace() as trace:
+            ids = loop_on(runner, rows, Recorder(-1, 60), False, 0.0, together=together).run(first_logits(runner, rows))
+        passes[len(rows), together, int(rows[0, 0])] = len(trace.cycles)
+        assert ids.tolist() == plain(runner, rows, Recorder(-1, 60)).tolist()
+    alone = [passes[1, True, first] for first in (1, 4, 7)]
+    assert passes[3, False, 1] == max(alone) < passes[3, True, 1]
 
 
 @pytest.mark.parametrize("free", range(1, 10))
@@ -99,7 +140,7 @@ def test_a_nearly_full_cache_is_filled_to_its_last_slot(free):
     runner = ScriptedRunner(prompt, 3, 10, 15, capacity=3 + free, memory=6)
     ids = loop_on(runner, prompt, recorder).run(first_logits(runner, prompt))
     assert ids.shape[1] == 3 + free + 1
-    assert len(runner.slots) == 3 + free
+    assert runner.filled == 3 + free
 
 
 def test_good_drafts_save_passes_and_the_trace_tells_where_tokens_came_from():
@@ -126,27 +167,27 @@ def chi_square(counts, expected):
     return (((counts - expected) ** 2) / expected).sum().item()
 
 
-@pytest.mark.parametrize("drafted_by", ["proposal", "copy"])
-def test_selected_tokens_have_the_backbones_distribution(drafted_by):
-    """20,000 drafts from another distribution, or one fixed token: what is kept is distributed as the backbone says."""
-    torch.manual_seed(0)
-    scores, others = torch.randn(2, 8)
-    rows = scores.expand(SAMPLES, -1)
-    proposal = others.softmax(-1).expand(SAMPLES, -1)
-    drafts = torch.multinomial(proposal, 1)[:, 0] if drafted_by == "proposal" else torch.full((SAMPLES,), 3)
-    tokens, agreed = select(rows, drafts, proposal if drafted_by == "proposal" else None, do_sample=True)
-    counts = tokens.bincount(minlength=8).float()
-    assert chi_square(counts, SAMPLES * scores.softmax(-1)) < 24.3  # 7 degrees of freedom, p = 0.001
-    assert torch.equal(tokens[agreed], drafts[agreed])
-    overlap = (
-        torch.minimum(scores.softmax(-1), proposal[0]).sum() if drafted_by == "proposal" else scores.softmax(-1)[3]
-    )
-    assert abs(agreed.float().mean() - overlap) < 0.02
+def test_tokens_are_those_that_multinomial_draws():
+    """For one seed: in any order of asking, and with the generator left where as many draws leave it."""
+    scores = torch.randn(5, 3, 8, generator=torch.Generator().manual_seed(0))
+    torch.manual_seed(7)
+    expected = [torch.multinomial(s.softmax(-1), num_samples=1)[:, 0].tolist() for s in scores]
+    after = torch.rand(1)
+    torch.manual_seed(7)
+    chooser = Chooser(3, do_sample=True)
+    ours = [[0] * 3 for _ in range(5)]
+    for row, step in [(2, 1), (0, 4), (0, 0), (2, 0), (1, 3), (0, 1), (0, 2), (1, 0), (1, 1), (2, 2)]:
+        ours[step][row] = chooser.choose(scores[step, row : row + 1], [(row, step)]).item()
+        assert ours[step][row] == expected[step][row]
+    chooser.forget(5)
+    chooser.choose(scores[0, :1], [(0, 9)])  # a draft that reached beyond the end
+    chooser.close(5)
+    assert torch.equal(torch.rand(1), after)
 
 
-@pytest.mark.parametrize("lookup", [False, True])
-def test_sampled_texts_have_the_plain_models_distribution(lookup):
-    """Pairs of tokens, with temperature, top-p and a repetition penalty; ten rows share each run's draft lengths."""
+@pytest.mark.parametrize(("lookup", "together"), [(False, True), (True, False)])
+def test_sampled_texts_have_the_plain_models_distribution(lookup, together):
+    """Pairs of tokens, with temperature, top-p and a repetition penalty, of ten rows that are drafted for at once."""
     torch.manual_seed(1)
     process = LogitsProcessorList(
         [RepetitionPenaltyLogitsProcessor(1.3), TemperatureLogitsWarper(0.8), TopPLogitsWarper(0.9)]
@@ -161,24 +202,24 @@ def test_sampled_texts_have_the_plain_models_distribution(lookup):
     rows = 10
     batch = prompt.expand(rows, -1)
     counts = torch.zeros(VOCABULARY * VOCABULARY)
-    for _ in range(SAMPLES // rows):
+    for _ in range(TEXTS // rows):
         runner = ScriptedRunner(batch, 4, 8, 3, capacity=100, memory=2)
-        loop = loop_on(runner, batch, Recorder(-1, 8), lookup, 0.0, process, do_sample=True)
+        loop = loop_on(runner, batch, Recorder(-1, 8), lookup, 0.0, process, do_sample=True, together=together)
         ids = loop.run(first_logits(runner, batch))
         counts += (ids[:, 5] * VOCABULARY + ids[:, 6]).bincount(minlength=VOCABULARY**2)
-    likely = expected.flatten() * SAMPLES >= 5
+    likely = expected.flatten() * TEXTS >= 5
     assert counts[expected.flatten() == 0].sum() == 0  # top-p leaves no such text
     degrees = int(likely.sum()) - 1
     assert degrees > 10
-    assert chi_square(counts[likely], expected.flatten()[likely] * SAMPLES) < degrees + 4 * (2 * degrees) ** 0.5
+    assert chi_square(counts[likely], expected.flatten()[likely] * TEXTS) < degrees + 4 * (2 * degrees) ** 0.5
 
 
 def test_a_repeated_ngram_is_continued_and_the_longest_wins():
-    index = NgramIndex([1, 2, 3, 4, 9, 2, 3, 7, 7, 1, 2, 3])
+    index = SuffixAutomaton([1, 2, 3, 4, 9, 2, 3, 7, 7, 1, 2, 3])
     assert index.continuation(3) == ([4, 9, 2], 3)  # 1 2 3 occurred first; 2 3 alone was last followed by 7
     assert index.continuation(2, ahead=[7]) == ([7, 1], 3)
-    assert NgramIndex([1, 2, 3]).continuation(3) == ([], 0)
-    assert NgramIndex([5, 6, 5, 6]).continuation(5) == ([5, 6, 5, 6, 5], 2)
+    assert SuffixAutomaton([1, 2, 3]).continuation(3) == ([], 0)
+    assert SuffixAutomaton([5, 6, 5, 6]).continuation(5) == ([5, 6, 5, 6, 5], 2)
 
 
 def test_acceptance_is_learned_per_bin():

@@ -1,16 +1,19 @@
 """A scripted pair of models on one fake cache, for tests of exact mode's loop that need no real model.
 
 The backbone's next token is a fixed function of the ids so far, and the river's is the same but where a second function
-says otherwise. The cache remembers which ids stand in which slots and whether the backbone wrote them; every pass
-checks that it continues exactly what is cached.
+says otherwise. The cache remembers which ids of each row stand in which slots and whether the backbone wrote them;
+every pass checks that it continues exactly what is cached.
 """
 
 from __future__ import annotations
+
+from collections.abc import Callable, Sequence
 
 import torch
 from torch import Tensor
 
 from river_compile.runtime.stats import ExitStats
+from river_compile.speculative.rates import PassTimes
 
 VOCABULARY = 11
 
@@ -33,18 +36,27 @@ class ScriptedRunner:
         max_draft: longest draft.
         capacity: slots of the cache.
         memory: how many of the last ids a next token depends on; few make the text repeat itself.
+
+    Attributes:
+        slots: for each row what stands in the filled slots, an id and whether the backbone wrote it; None for filler.
+        ended: rows whose slots are not looked at any more; the test's loop sets it.
     """
 
     def __init__(self, prompt: Tensor, seed: int, river_right: int, max_draft: int, capacity: int, memory: int) -> None:
-        self.stats = ExitStats()
+        self.stats, self.times = ExitStats(), PassTimes()
         self.seed, self.river_right, self.memory = seed, river_right, memory
         self.max_draft, self.capacity = max_draft, capacity
-        self.slots: list[tuple[list[int], bool]] = [(prompt[:, i].tolist(), True) for i in range(prompt.shape[1])]
-        self.kept = len(self.slots) + 1
+        self.slots: list[list[tuple[int, bool] | None]] = [[(token, True) for token in row] for row in prompt.tolist()]
+        self.kept = self.filled + 1
+        self.ended: Callable[[], list[bool]] = lambda: [False] * len(self.slots)
+
+    @property
+    def filled(self) -> int:
+        return len(self.slots[0])
 
     @property
     def longest_draft(self) -> int:
-        return max(min(self.max_draft, self.capacity - len(self.slots) - 1), 0)
+        return max(min(self.max_draft, self.capacity - self.filled - 1), 0)
 
     def width_for(self, drafted: int) -> int:
         return next(w for w in (1, 2, 4, 8, 16, 32) if w > drafted)
@@ -59,7 +71,7 @@ class ScriptedRunner:
         out = []
         for row in ids_BS.tolist():
             logits = self.logits(row)
-            out.append(logits if mix(self.seed + 1, *row) % 10 < self.river_right else logits.roll(1))
+            out.append(logits if mix(self.seed + 1, *row[-self.memory :]) % 10 < self.river_right else logits.roll(1))
         return torch.stack(out)
 
     def verify(self, ids_BS: Tensor, drafted: int) -> Tensor:
@@ -70,17 +82,23 @@ class ScriptedRunner:
         )
 
     def rewind(self, slots: int) -> None:
-        assert 0 <= slots <= len(self.slots)
-        del self.slots[len(self.slots) - slots :]
+        assert 0 <= slots <= self.filled
+        for row in self.slots:
+            del row[len(row) - slots :]
 
-    def keep(self, tokens: int) -> None:
-        self.kept += tokens
-        self.rewind(len(self.slots) - (self.kept - 1))
+    def keep(self, kept: Sequence[int], advance: int) -> None:
+        start, filled = self.kept - 1, self.filled
+        self.kept += advance
+        for i, count in enumerate(kept):
+            assert start + count <= filled, "a row cannot keep more than was verified"
+            content = self.slots[i][: start + count][-(self.kept - 1) :]
+            self.slots[i] = [None] * (self.kept - 1 - len(content)) + content
 
     def _write(self, ids_BS: Tensor, width: int, exact: bool) -> None:
-        columns = ids_BS.T.tolist()
-        start = len(columns) - width
-        assert start == len(self.slots), "a pass must start after the last filled slot"
-        assert [ids for ids, _ in self.slots] == columns[:start], "the cache holds other ids than the text"
-        self.slots += [(ids, exact) for ids in columns[start:]]
-        assert len(self.slots) <= self.capacity, "the cache overflows"
+        start = ids_BS.shape[1] - width
+        assert start == self.filled, "a pass must start after the last filled slot"
+        for row, ids, ended in zip(self.slots, ids_BS.tolist(), self.ended(), strict=True):
+            cached = [(slot[0], token) for slot, token in zip(row, ids, strict=False) if slot is not None]
+            assert ended or all(slot == token for slot, token in cached), "the cache holds other ids than the text"
+            row += [(token, exact) for token in ids[start:]]
+        assert self.filled <= self.capacity, "the cache overflows"

@@ -1,0 +1,103 @@
+"""The texts of a batch's rows, which grow at their own pace, and what plain generation would have shown of them.
+
+A streamer gets a column ``[B]`` once every row that still runs has come that far, so in plain generation's order.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+
+import torch
+from torch import Tensor
+
+
+class Texts:
+    """The ids of each row.
+
+    Args:
+        prompt_BS: ids of the prompt, with its left padding (S = 0 where it came as ``inputs_embeds``).
+        pad_token: what stands after the end of a row while others go on; None where no row can end before the others.
+        put: a streamer's method, None for no streamer.
+
+    Attributes:
+        lengths: ids of each row.
+        active: whether each row is still being generated.
+    """
+
+    def __init__(self, prompt_BS: Tensor, pad_token: int | None, put: Callable[[Tensor], object] | None = None) -> None:
+        # Each row's ids begin in the first column; what is behind them counts for nothing.
+        self._ids = prompt_BS.clone()
+        self._prompt = prompt_BS.shape[1]
+        self._pad_token = pad_token
+        self._put, self._shown = put, self._prompt
+        self.lengths = [self._prompt] * len(prompt_BS)
+        self.active = [True] * len(prompt_BS)
+
+    @property
+    def running(self) -> list[int]:
+        """The rows that are still being generated."""
+        return [row for row, active in enumerate(self.active) if active]
+
+    @property
+    def longest(self) -> int:
+        """Ids of the longest row that is still being generated."""
+        return max(self.lengths[row] for row in self.running)
+
+    @property
+    def steps(self) -> list[int]:
+        """New tokens of each row."""
+        return [length - self._prompt for length in self.lengths]
+
+    def of(self, rows: Sequence[int]) -> Tensor:
+        """Returns the ids ``[N, S]`` of rows of the same length."""
+        if len(rows) == len(self.lengths):
+            return self._ids[:, : self.lengths[0]].contiguous()
+        return torch.cat([self._ids[row : row + 1, : self.lengths[row]] for row in rows])
+
+    def aligned(self) -> Tensor:
+        """Returns ids ``[B, S]`` that end together, S being :attr:`longest`; filler stands before shorter rows.
+
+        Of a row that has ended with more ids only the last ones are there.
+        """
+        longest = self.longest
+        if all(length == longest for length in self.lengths):
+            return self._ids[:, :longest]
+        shift = self._ids.new_tensor([longest - length for length in self.lengths])
+        columns = torch.arange(longest, device=self._ids.device)[None] - shift[:, None]
+        return self._ids.gather(1, columns.clamp(0, self._ids.shape[1] - 1))
+
+    def append(self, rows: Sequence[int], tokens_N: Tensor) -> None:
+        """Adds one token to each of these rows."""
+        if max(self.lengths[row] for row in rows) == self._ids.shape[1]:
+            self._ids = torch.cat([self._ids, torch.zeros_like(self._ids[:, :1]).expand(-1, max(self._prompt, 64))], 1)
+        where = torch.tensor([[row, self.lengths[row]] for row in rows], device=self._ids.device)
+        self._ids[where[:, 0], where[:, 1]] = tokens_N
+        for row in rows:
+            self.lengths[row] += 1
+
+    def end(self, rows: Sequence[int]) -> None:
+        """Notes rows that have ended."""
+        for row in rows:
+            self.active[row] = False
+
+    def show(self) -> None:
+        """Shows the streamer what all rows have by now."""
+        if self._put is None:
+            return
+        reached = min((self.lengths[row] for row in self.running), default=max(self.lengths))
+        if reached <= self._shown:
+            return
+        whole = self.whole()
+        for column in range(self._shown, reached):
+            self._put(whole[:, column].cpu())
+        self._shown = reached
+
+    def whole(self) -> Tensor:
+        """Returns all ids ``[B, S]``, as long as the longest row; shorter ones are padded."""
+        longest = max(self.lengths)
+        ids = self._ids[:, :longest].clone()
+        for row, length in enumerate(self.lengths):
+            if length < longest:
+                assert self._pad_token is not None, "rows end together where there is no padding"
+                ids[row, length:] = self._pad_token
+        return ids
