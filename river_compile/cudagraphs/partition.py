@@ -143,7 +143,7 @@ class Partition:
 
     def after(self, depth: int) -> Unit:
         """Returns the unit that runs after the check at a depth, where the token stays."""
-        return self._span(depth, self.ends[self.ends.index(depth) + 1])[0]
+        return self.spans(depth, self.ends[self.ends.index(depth) + 1])[0]
 
     def tail(self, depth: int) -> list[Unit]:
         """Returns the units of twins depth+1..L and the head that they take: two where the head alone has obstacles."""

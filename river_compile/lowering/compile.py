@@ -181,22 +181,13 @@ def lower_ops(traced: fx.Graph, native: bool = False) -> fx.GraphModule:
     """
     graph = fx.Graph()
     graph.output(graph.graph_copy(traced, {}))
-    for node in list(graph.nodes):
-        if native and node.target in _KERNELS:
-            use_native(node)
-        elif node.target is torch.ops.river.linear.default:
+    if native:
+        use_native(graph)
+    for node in graph.nodes:
+        if node.target is torch.ops.river.linear.default:
             *args, layout = node.args
             if layout == ATEN_LAYOUT and not node.kwargs:
                 node.target, node.args = linear_aten, tuple(args)
         elif node.target is torch.ops.river.exit_score.default:
             node.target = ops.smallest_cosine
     return fx.GraphModule(traced.owning_module, graph, class_name="Segment")
-
-
-_KERNELS = (
-    torch.ops.river.norm.default,
-    torch.ops.river.linear.default,
-    torch.ops.river.kv_fill.default,
-    torch.ops.river.decode_attention.default,
-    torch.ops.river.exit_score.default,
-)

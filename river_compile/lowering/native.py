@@ -88,8 +88,8 @@ def native_segment(segment: Segment) -> NativeSegment | None:
     """Returns a segment as calls of the C++ operators, None where something else is computed in it."""
     graph = fx.Graph()
     graph.output(graph.graph_copy(segment.graph, {}))
-    for node in list(graph.nodes):
-        use_native(node)
+    use_native(graph)
+    _use_native_bookkeeping(graph)
     for node in reversed(graph.nodes):
         if node.op == "call_function" and not node.users and node.target in (torch.roll, torch._C._log_api_usage_once):
             graph.erase_node(node)
@@ -98,33 +98,41 @@ def native_segment(segment: Segment) -> NativeSegment | None:
     return NativeSegment(fx.GraphModule(segment.graph.owning_module, graph, class_name="Segment"))
 
 
-def use_native(node: fx.Node) -> None:
-    """Turns a node into a call of the C++ operators where it is one of ours with their layout, or a counter."""
+def use_native(graph: fx.Graph) -> None:
+    """Turns the river's operators into those of the C++ kernels, products where their layout is a native one."""
     ours, native_ops = torch.ops.river, native.load()
-    if called(node, ours.linear.default):
-        x, weight, scale_zero, bias, out_features, group_size, layout = node.args
-        if layout in NATIVE_LAYOUTS:
-            node.target = native_ops.linear.default
-            how = group_size, LAYOUTS[layout].bits, NATIVE_LAYOUTS[layout]
-            node.args = (x, weight, scale_zero, bias, out_features, *how)
-        elif layout == "dense":
-            node.target, node.args = native_ops.dense.default, (x, _parts(weight), _parts(bias))
-            for joined in filter(None, (weight, bias)):
-                drop_unused(joined)
-    elif called(node, ours.kv_fill.default):
-        node.target = native_ops.kv_fill.default
-    elif called(node, ours.decode_attention.default):
-        node.target = native_ops.decode_attention.default
-    elif called(node, ours.norm.default):
-        node.target = native_ops.norm.default
-    elif called(node, ours.exit_score.default):
-        node.target = native_ops.exit_score.default
-    elif called(node, Tensor.copy_) and _moves_up(node):
-        node.target, node.args = native_ops.shift.default, node.args[:1]
-    elif called(node, operator.add) and _counts(*node.args):
-        node.target = native_ops.add.default
-    elif called(node, Tensor.add_) and _counts(node.args[0]) and type(node.args[1]) is int and not node.users:
-        node.target = native_ops.advance.default
+    alike = {
+        getattr(ours, name).default: getattr(native_ops, name).default
+        for name in ("norm", "kv_fill", "decode_attention", "exit_score")
+    }
+    for node in list(graph.nodes):
+        if node.target in alike:
+            node.target = alike[node.target]
+        elif called(node, ours.linear.default):
+            _use_native_product(node, native_ops)
+
+
+def _use_native_product(node: fx.Node, native_ops: Any) -> None:
+    x, weight, scale_zero, bias, out_features, group_size, layout = node.args
+    if layout in NATIVE_LAYOUTS:
+        how = group_size, LAYOUTS[layout].bits, NATIVE_LAYOUTS[layout]
+        node.target, node.args = native_ops.linear.default, (x, weight, scale_zero, bias, out_features, *how)
+    elif layout == "dense":
+        node.target, node.args = native_ops.dense.default, (x, _parts(weight), _parts(bias))
+        for joined in filter(None, (weight, bias)):
+            drop_unused(joined)
+
+
+def _use_native_bookkeeping(graph: fx.Graph) -> None:
+    """Turns counters, and windows that make room for a token, into operators that a tape can hold."""
+    native_ops = native.load()
+    for node in graph.nodes:
+        if called(node, Tensor.copy_) and _moves_up(node):
+            node.target, node.args = native_ops.shift.default, node.args[:1]
+        elif called(node, operator.add) and _counts(*node.args):
+            node.target = native_ops.add.default
+        elif called(node, Tensor.add_) and _counts(node.args[0]) and type(node.args[1]) is int and not node.users:
+            node.target = native_ops.advance.default
 
 
 def _moves_up(copy: fx.Node) -> bool:

@@ -133,34 +133,44 @@ inline void run_wide(LinearCall& call, Tensor x, const Tensors& weights, const T
   Call<FinishArgs>(finish).run({{kernels().finish, parts_of(values, 1 << 16, most)}}, most);
 }
 
+// Describes x and the norm of its rows.
+inline void describe_norm(PrepareArgs& p, const Tensor& x, const std::string& norm, const Maybe& weight,
+                          const Maybe& bias, double eps, Tensors& held) {
+  const Strided in = rows_in(x, held, "x");
+  p.dtype = dtype_of(x, "x");
+  p.x = in.data;
+  p.x_stride = in.stride;
+  p.rows = int32_t(rows_of(x));
+  p.in_features = int32_t(columns_of(x));
+  p.norm = norm_of(norm);
+  check((p.norm == kNoNorm) == !weight, "norm_weight", "be given where there is a norm, and only there");
+  p.norm_weight = vector_of(weight, x, p.in_features, "norm_weight");
+  p.norm_bias = vector_of(bias, x, p.in_features, "norm_bias");
+  p.eps = float(eps);
+}
+
+// The rows of a residual [M, width], null without one.
+inline Strided residual_of(const Maybe& residual, const Tensor& x, int64_t width, Tensors& held) {
+  if (!residual) return {nullptr, 0};
+  check(has_rows(*residual, x, width), "residual", "have y's dtype and shape");
+  return rows_in(*residual, held, "residual");
+}
+
 // norm(x) + residual.
 inline Tensor norm(const Tensor& x, const std::string& norm, const Tensor& weight, const Maybe& bias, double eps,
                    const Maybe& residual) {
   Tensors held;
   PrepareArgs p{};
-  p.dtype = dtype_of(x, "x");
-  const Strided in = rows_in(x, held, "x");
-  const int64_t k = columns_of(x), rows = rows_of(x);
-  p.norm = norm_of(norm);
-  check(p.norm != kNoNorm, "norm", "be rms, rms_plus_one or layer");
-  p.norm_weight = vector_of(weight, x, k, "weight");
-  p.norm_bias = vector_of(bias, x, k, "bias");
-  p.eps = float(eps);
-  p.x = in.data;
-  p.x_stride = in.stride;
-  if (residual) {
-    check(has_rows(*residual, x, k), "residual", "have x's dtype and shape");
-    const Strided added = rows_in(*residual, held, "residual");
-    p.residual = added.data;
-    p.residual_stride = added.stride;
-  }
-  p.rows = int32_t(rows);
-  p.in_features = int32_t(k);
+  describe_norm(p, x, norm, weight, bias, eps, held);
+  const Strided added = residual_of(residual, x, p.in_features, held);
+  p.residual = added.data;
+  p.residual_stride = added.stride;
   p.group_size = kLargestGroup;
-  Tensor y = empty_rows(x, k);
+  Tensor y = empty_rows(x, p.in_features);
   p.out = {y.data_ptr(), nullptr, nullptr, nullptr, kAsGiven};
   const int most = threads();
-  if (rows > 0) Call<PrepareArgs>(p).run({{kernels().prepare, std::min(p.rows, parts_of(x.numel(), 1 << 14, most))}}, most);
+  const int parts = std::min(p.rows, parts_of(x.numel(), 1 << 14, most));
+  if (p.rows > 0) Call<PrepareArgs>(p).run({{kernels().prepare, parts}}, most);
   return y;
 }
 
@@ -170,31 +180,21 @@ inline bool describe(LinearCall& call, const Tensor& x, int64_t out_features, in
                      const Around& around, Tensor& y, Tensors& held) {
   LinearArgs& a = call.linear;
   PrepareArgs& p = call.prepare;
-  a.dtype = p.dtype = dtype_of(x, "x");
-  const Strided in = rows_in(x, held, "x");
-  const int64_t k = columns_of(x), width = around.gated ? out_features / 2 : out_features;
+  describe_norm(p, x, around.norm, around.norm_weight, around.norm_bias, around.eps, held);
+  const int64_t width = around.gated ? out_features / 2 : out_features;
   STD_TORCH_CHECK(!around.gated || out_features % (2 * kBlock) == 0, "a gated product has a multiple of 32 out_features");
   check(has_rows(y, x, width), "y", "have x's dtype and rows, and out_features columns (gated half as many)");
   check(y.is_contiguous() || (y.dim() == 2 && y.stride(1) == 1), "y", "have rows of adjacent elements");
-  if (rows_of(x) == 0) return false;
-  if (around.residual) {
-    check(has_rows(*around.residual, x, width), "residual", "have y's dtype and shape");
-    const Strided added = rows_in(*around.residual, held, "residual");
-    a.residual = added.data;
-    a.residual_stride = added.stride;
-  }
-  p.norm = norm_of(around.norm);
-  check((p.norm == kNoNorm) == !around.norm_weight, "norm_weight", "be given where there is a norm, and only there");
-  p.norm_weight = vector_of(around.norm_weight, x, k, "norm_weight");
-  p.norm_bias = vector_of(around.norm_bias, x, k, "norm_bias");
-  p.eps = float(around.eps);
-  p.x = in.data;
-  p.x_stride = in.stride;
+  if (p.rows == 0) return false;
+  const Strided added = residual_of(around.residual, x, width, held);
+  a.residual = added.data;
+  a.residual_stride = added.stride;
   a.bias = around.bias;
   a.y = y.data_ptr();
   a.y_stride = y.is_contiguous() ? width : y.stride(0);
-  a.rows = p.rows = int32_t(rows_of(x));
-  a.in_features = p.in_features = int32_t(k);
+  a.dtype = p.dtype;
+  a.rows = p.rows;
+  a.in_features = p.in_features;
   a.out_features = int32_t(out_features);
   a.group_size = p.group_size = int32_t(group_size);
   a.activation = activation_of(around.activation);

@@ -83,8 +83,6 @@ class Call {
     for (int i = 0; i < count; ++i) tape_->add(made[i]);
   }
 
-  const Args& args() const { return *args_; }
-
  private:
   Tape* tape_;
   const Args* args_;
