@@ -26,6 +26,7 @@ from transformers import StaticCache
 import river_compile
 from river_compile import CacheFullError, OptionError, RiverConfig, forced_depth, forced_threshold, report, river
 from river_compile.backend import executors_of
+from river_compile.cudagraphs import partition
 from river_compile.cudagraphs.device import CaptureFailed, CaptureLog
 from river_compile.cudagraphs.launch_ahead import LaunchAhead
 from river_compile.cudagraphs.recorder import StaleReplay
@@ -506,6 +507,17 @@ class TestReported:
         assert decoder.log.uncaptured_units["tail 3"] == "operation not permitted when stream is capturing"
         assert {c.unit for c in decoder.log.captures} == {"span 0-3"}
         assert len(tries) == 1
+
+    def test_what_stands_in_the_way_is_worked_out_once(self, decoder, monkeypatch):
+        """Looking a unit up must not walk its graphs: it happens at every check of every token."""
+        cache, walks = decoder.start(), []
+        ways = [{"threshold": 2.0}, {"threshold": -1.0}, {"depth": 0}, {"depth": LAYERS}]
+        for way in ways:
+            decoder.step(cache, 3, **way)
+        monkeypatch.setattr(partition, "obstacle", lambda segment, _home: walks.append(segment.name))
+        for way in ways:
+            decoder.step(cache, 4, **way)
+        assert walks == []
 
     def test_a_full_cache_is_an_error_and_the_executor_goes_on(self, decoder):
         full, free = decoder.start(0), decoder.start(1)
