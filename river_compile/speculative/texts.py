@@ -69,7 +69,8 @@ class Texts:
     def append(self, rows: Sequence[int], tokens_N: Tensor) -> None:
         """Adds one token to each of these rows."""
         if max(self.lengths[row] for row in rows) == self._ids.shape[1]:
-            self._ids = torch.cat([self._ids, torch.zeros_like(self._ids[:, :1]).expand(-1, max(self._prompt, 64))], 1)
+            room = self._ids.new_zeros(len(self.lengths), max(self._prompt, 64))  # a prompt of embeddings has no ids
+            self._ids = torch.cat([self._ids, room], 1)
         where = torch.tensor([[row, self.lengths[row]] for row in rows], device=self._ids.device)
         self._ids[where[:, 0], where[:, 1]] = tokens_N
         for row in rows:

@@ -70,6 +70,7 @@ def steps(model, cache, depths=DEPTHS, batch: int = 2) -> list[Tensor]:
 
 @functools.cache
 def run(name: str, **options) -> dict[str, object]:
+    torch._dynamo.reset()  # sizes that differ from the family's before would become dynamic ones
     model = make(name, layers=LAYERS)
     both = Both(**options)
     model.compile(backend=both)
