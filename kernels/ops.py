@@ -5,6 +5,7 @@
     experts               each row's product with the one that it chose of several stacked matrices in 4 bits
     kv_fill               q|k|v -> qk-norm, rotary embedding, cache slot; returns q and mutates the caches
     decode_attention      one query position over a static cache
+    attention             several; plain torch, or the C++ kernels
     exit_score            smallest cosine of two hidden states, plain torch on any device
     residual_score        the same fused with the residual add
 
@@ -193,6 +194,31 @@ def _(qkv: Tensor, q_norm: Any, k_norm: Any, cos: Any, sin: Any, slot: Any, k_ca
 
 @decode_attention.register_fake
 def _(q: Tensor, k_cache: Tensor, v_cache: Tensor, mask: Tensor | None, scale: float, softcap: float) -> Tensor:
+    return torch.empty_like(q, memory_format=torch.contiguous_format)
+
+
+@torch.library.custom_op("river::attention", mutates_args=())
+def attention(
+    q: Tensor, k_cache: Tensor, v_cache: Tensor, mask: Tensor | None, scale: float, causal: bool
+) -> Tensor:
+    """Attends from several query positions to the slots of a static cache.
+
+    Args:
+        q: ``[B, T, H, D]``.
+        k_cache, v_cache: ``[B, J, S, D]``, H a multiple of J.
+        mask: ``[B or 1, 1, T, S]``: bool, True for slots that take part, or floating, added to the scores. None for all.
+        scale: of the scores.
+        causal: position t attends to slots 0 to t, without a mask.
+
+    Returns:
+        ``[B, T, H, D]`` in q's dtype.
+    """
+    how = {"is_causal": causal, "scale": scale, "enable_gqa": True}
+    return F.scaled_dot_product_attention(q.transpose(1, 2), k_cache, v_cache, mask, **how).transpose(1, 2).contiguous()
+
+
+@attention.register_fake
+def _(q: Tensor, k_cache: Tensor, v_cache: Tensor, mask: Tensor | None, scale: float, causal: bool) -> Tensor:
     return torch.empty_like(q, memory_format=torch.contiguous_format)
 
 

@@ -1,4 +1,4 @@
-"""Gives decode steps a backbone of the kernels' own products, in 16 bits.
+"""Gives passes a backbone of the kernels' own products, in 16 bits.
 
 Linear layers become ``river::linear`` in layout "dense", which sums an output in one order whatever the number of rows;
 those that share an input become one product, whose weights stay where they are: its matrix is a ``torch.cat`` that the

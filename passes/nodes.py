@@ -351,3 +351,9 @@ def as_sdpa(node: fx.Node) -> Sdpa | None:
     if node.target is not F.scaled_dot_product_attention or len(node.args) != 6:
         return None
     return Sdpa(*node.args, **node.kwargs)
+
+
+def inference_sdpa(node: Argument) -> Sdpa | None:
+    """Returns attention over heads ``[B, H, T, D]`` that drops nothing, None for other nodes."""
+    found = as_sdpa(node) if isinstance(node, fx.Node) else None
+    return found if found and not found.dropout and rank(found.q) == 4 else None

@@ -19,15 +19,15 @@ from river_compile.kernels.portable import grouped_attention, one_row_linear
 from river_compile.passes.fusion.recognise import before_repeat
 
 from .edits import drop_unused, in_dtype_of
-from .nodes import Sdpa, as_sdpa, input_name, is_ordinary, is_parameter, rank, shape, value_of
+from .nodes import input_name, is_ordinary, is_parameter, inference_sdpa, rank, shape, value_of
 from .program import Refusal, RiverProgram
 
 
 def simplify_attention(graph: fx.Graph) -> None:
     """Puts attention without repeated KV heads in place of attention for one query position."""
     for node in list(graph.nodes):
-        found = _plain_attention(node)
-        if found is not None and shape(found.q)[2] == 1:
+        found = inference_sdpa(node)
+        if found is not None and not found.causal and shape(found.q)[2] == 1:
             node.target = grouped_attention
             with graph.inserting_before(node):
                 q = in_dtype_of(node, found.q)
@@ -69,19 +69,13 @@ def batch_invariant(program: RiverProgram) -> RiverProgram | Refusal:
 def keep_rows(graph: fx.Graph, grown: bool) -> None:
     """Makes a segment's rows independent of the width of the pass; `grown`: the KV cache is a dynamic one."""
     for node in list(graph.nodes):
-        found = _plain_attention(node)
+        found = inference_sdpa(node)
         with graph.inserting_before(node):
             if node.target is torch.nn.functional.linear and rank(node.args[0]) == 3:
                 node.target = torch.ops.river.batch_invariant_linear.default
                 node.args = tuple(n and in_dtype_of(node, n) for n in node.args)
-            elif found is not None:
+            elif found is not None and not found.causal:
                 node.target = torch.ops.river.batch_invariant_attention.default
                 operands = (n and in_dtype_of(node, n) for n in (found.q, found.k, found.v, found.mask))
                 node.args = (*operands, found.scale, found.enable_gqa, grown)
                 node.kwargs = {}
-
-
-def _plain_attention(node: fx.Node) -> Sdpa | None:
-    """Returns attention over heads ``[B, H, T, D]`` that is neither causal nor drops anything."""
-    found = as_sdpa(node)
-    return found if found and not found.causal and not found.dropout and rank(found.q) == 4 else None

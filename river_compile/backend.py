@@ -168,7 +168,7 @@ def _build(
             offloaded.arrange(program, values, config, sum(packed[s].nbytes for p in segments for s in p.packed))
     streamer = Streamer(offloaded, program, values, config.offload)
     settings = inductor_settings(record.mode, captured=device is not None)
-    compiler = SegmentCompiler(lowering.compiler, settings, lowering.native)
+    compiler = SegmentCompiler(lowering.compiler, settings, lowering.native, plan.is_decode)
     steps: dict[Segment, Step] = {}
     with record.stage("compiling"):
         for segment in tqdm(segments, desc="river: compiling segments", unit="segment", leave=False, delay=1):
@@ -185,7 +185,8 @@ def _build(
     runner: Runner = PlainRunner(program, steps, fill)
     if device is not None:
         launcher = Launcher(program, device, captures, config.max_captures)
-        runner = CapturedRunner(program, steps, launcher, LaunchAhead(config.launch_ahead), policy.deepest)
+        ahead = LaunchAhead(config.launch_ahead)
+        runner = CapturedRunner(program, steps, launcher, ahead, policy.deepest, plain=runner)
     watch = TwinWatch(packed, program.slots, state) if packed else None
     executor = RiverExecutor(
         program,

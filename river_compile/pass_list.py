@@ -37,7 +37,7 @@ def passes_for(config: RiverConfig, plan: DecoderPlan, lowering: Lowering, keep:
             passes.append(river_head(head, keep))
         elif how is not None and (plan.is_decode or not lowering.fuse):
             passes.append(one_row_head(lowering.fuse))
-    own_backbone = uses_own_backbone(config, lowering) and plan.is_decode
+    own_backbone = uses_own_backbone(config, lowering)
     if own_backbone:
         passes.append(river_backbone)
     if config.same_rows and not plan.is_decode:
@@ -62,7 +62,7 @@ def twinning(config: RiverConfig, lowering: Lowering) -> Twinning | None:
 
 
 def uses_own_backbone(config: RiverConfig, lowering: Lowering) -> bool:
-    """Says whether the blocks of decode steps multiply by the C++ kernels.
+    """Says whether the backbone's blocks multiply by the C++ kernels.
 
     Raises:
         OptionError: they are asked for, and there are none.

@@ -5,9 +5,10 @@
     norm               norm(x) + residual
     kv_fill            q|k|v -> qk-norm, rotary embedding, cache slot; returns q and mutates the caches
     decode_attention   one query position over a static cache
+    attention          several; of more than 16 a library computes it
     shift              the entries of a cache ``[B, J, S, D]`` moved up by one slot, in place
     exit_score         the least cosine of the rows of two matrices
-    add, advance       two int64 scalars added; a counter moved on in place
+    add, advance       int64 numbers added, one of them a vector perhaps; a counter moved on in place
     record, replay     tapes of such calls: see `tape`
 
 Arguments are those of the operators ``river::*`` (see `river_compile.kernels.ops`), but for the layout: `linear` takes
@@ -114,10 +115,11 @@ def _dense_fake(
 
 
 def _kv_fill_fake(
-    qkv: Tensor, _q: Any, _k: Any, _cos: Any, _sin: Any, _slot: Any, k_cache: Tensor, *_others: Any
+    qkv: Tensor, _q: Any, _k: Any, _cos: Any, _sin: Any, slot: Tensor, k_cache: Tensor, *_others: Any
 ) -> Tensor:
     b, kv_heads, _, d = k_cache.shape
-    return qkv.new_empty((b, qkv.shape[-1] // d - 2 * kv_heads, d))
+    heads = qkv.shape[-1] // d - 2 * kv_heads
+    return qkv.new_empty((b, heads, d) if slot.numel() == 1 else (b, slot.numel(), heads, d))
 
 
 def _attention_fake(q: Tensor, *_: Any) -> Tensor:
@@ -125,7 +127,7 @@ def _attention_fake(q: Tensor, *_: Any) -> Tensor:
 
 
 def _add_fake(a: Tensor, b: Tensor) -> Tensor:
-    return a.new_empty([1] * max(a.dim(), b.dim(), 1))
+    return torch.empty_like(torch.broadcast_tensors(a, b)[0], memory_format=torch.contiguous_format)
 
 
 _FAKES: dict[str, Callable[..., Tensor | None]] = {
@@ -133,6 +135,7 @@ _FAKES: dict[str, Callable[..., Tensor | None]] = {
     "dense": _dense_fake,
     "kv_fill": _kv_fill_fake,
     "decode_attention": _attention_fake,
+    "attention": _attention_fake,
     "norm": lambda x, *_: torch.empty_like(x, memory_format=torch.contiguous_format),
     "exit_score": lambda hidden, _previous: hidden.new_empty((), dtype=torch.float32),
     "add": _add_fake,

@@ -13,6 +13,7 @@ import torch
 from torch import fx
 from torch.fx.node import Argument
 
+from river_compile.kernels.quant.layouts import NATIVE_LAYOUTS
 from river_compile.passes.edits import Missed
 from river_compile.passes.nodes import called, closure, is_tensor, rank, shape, value_of
 
@@ -62,6 +63,11 @@ class BlockView:
                 direct = all(roles[n] == "attention" for n in filter(is_product, reads))
                 roles[product] = "up" if direct else "down"
         return [product for product, found in roles.items() if found == role]
+
+    @property
+    def native(self) -> bool:
+        """Whether the segment's products are those of the C++ kernels."""
+        return any(is_product(n) and n.args[6] in ("dense", *NATIVE_LAYOUTS) for n in self.graph.nodes)
 
     def attention(self) -> tuple[fx.Node, Attention]:
         """Returns the attention over the static cache, and its node; raises `Missed` where there is none."""

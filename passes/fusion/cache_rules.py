@@ -1,6 +1,7 @@
-"""The fusion rules around the KV cache: the write of one slot, and attention over a static cache.
+"""The fusion rules around the KV cache: the write of its slots, and attention over a static cache.
 
-The slot stays a device tensor. Not handled: several positions per row, caches that grow with every token.
+Slots stay device tensors. One position of each row is for all kernels, several are for the C++ ones alone. Not handled:
+caches that grow with every token.
 """
 
 from __future__ import annotations
@@ -12,7 +13,17 @@ import torch
 from torch import Tensor, fx
 
 from river_compile.passes.edits import Missed, call, drop_unused, put, require, reshaped
-from river_compile.passes.nodes import before_cast, before_views, closure, is_tensor, mutated_inputs, shape, value_of
+from river_compile.passes.nodes import (
+    before_cast,
+    before_views,
+    called,
+    closure,
+    is_tensor,
+    mutated_inputs,
+    rank,
+    shape,
+    value_of,
+)
 
 from .block import BlockView, CacheEntry
 from .match import Columns, columns
@@ -23,7 +34,7 @@ _MASKS = (torch.bool, torch.float32, torch.bfloat16, torch.float16)
 
 @dataclass(frozen=True)
 class _Heads:
-    """Query, key or value heads `node`: columns of a product, perhaps normalised, perhaps rotated."""
+    """Query, key or value heads `node`, ``[B, H, T, D]``: columns of a product, perhaps normalised, perhaps rotated."""
 
     node: fx.Node
     columns: Columns
@@ -32,12 +43,34 @@ class _Heads:
 
 
 def _heads(node: fx.Node) -> _Heads | None:
-    inner = before_views(node)
+    exchanges: list[fx.Node] = []
+    inner = _before_exchange(node, exchanges)
     turned = rotation(inner)
-    inner = inner if turned is None else before_views(turned.x)
+    inner = inner if turned is None else _before_exchange(turned.x, exchanges)
     normed = norm(inner)
     found = columns(before_cast(inner) if normed is None else normed.x)
-    return None if found is None else _Heads(node, found, normed, turned)
+    if found is None or (_positions(node) != 1 and not _exchanges_once(exchanges, found.product)):
+        return None
+    return _Heads(node, found, normed, turned)
+
+
+def _positions(heads: fx.Node) -> int | str:
+    return shape(heads)[2]
+
+
+def _before_exchange(node: fx.Node, exchanges: list[fx.Node]) -> fx.Node:
+    """Looks through views, and where positions and heads change places, which it notes."""
+    node = before_views(node)
+    swapped = called(node, torch.transpose) and {d % 4 for d in node.args[1:]} == {1, 2}
+    if rank(node) == 4 and (swapped or (called(node, torch.permute) and tuple(node.args[1]) == (0, 2, 1, 3))):
+        exchanges.append(node)
+        return before_views(node.args[0])
+    return node
+
+
+def _exchanges_once(exchanges: list[fx.Node], product: fx.Node) -> bool:
+    """True where ``[B, T, H, D]``, with the rows of a product ``[B, T, N]``, became ``[B, H, T, D]``."""
+    return len(exchanges) == 1 and rank(product) == 3 and shape(exchanges[0].args[0])[:2] == shape(product)[:2]
 
 
 def fuse_kv_fill(view: BlockView) -> fx.Node:
@@ -45,8 +78,9 @@ def fuse_kv_fill(view: BlockView) -> fx.Node:
     _, attended = view.attention()
     entries = k_entry, v_entry = view.entries[attended.k], view.entries[attended.v]
     require(k_entry.slot == v_entry.slot, "keys and values go to different slots", v_entry.writer)
-    single = not isinstance(k_entry.slot, fx.Node) or shape(k_entry.slot) == (1,)
-    require(single, "more than one slot is written", k_entry.writer)
+    slots = shape(k_entry.slot) if isinstance(k_entry.slot, fx.Node) else (1,)
+    require(slots == (1,) or view.native, "more than one slot is written", k_entry.writer)
+    require(slots == (_positions(k_entry.value),), "its entries do not go to one slot each", k_entry.writer)
     k, v = (_heads(entry.value) for entry in entries)
     if k is None:
         raise Missed("the key is no range of columns with a known qk-norm and rotation", before_views(k_entry.value))
@@ -138,9 +172,10 @@ def _write(
         caches = [entry.cache for entry in entries]
         arguments = (qkv, *weights, *tables, _slot(entries[0]), *caches, *how)
         arguments += (k.rotation is not None and k.rotation.interleaved,)
-        value = value_of(product).new_empty((batch, query_heads, dim))
-        fused = call(torch.ops.river.kv_fill.default, arguments, value, product)
-        query = reshaped(fused, q.node)
+        several = _positions(q.node) != 1
+        sizes = (batch, value_of(q.node).shape[2], query_heads, dim) if several else (batch, query_heads, dim)
+        fused = call(torch.ops.river.kv_fill.default, arguments, value_of(product).new_empty(sizes), product)
+        query = _exchanged(fused) if several else reshaped(fused, q.node)
     for node in moved:
         following.prepend(node)
     q.node.replace_all_uses_with(query)
@@ -149,6 +184,10 @@ def _write(
         entry.writer.replace_all_uses_with(entry.cache)
         drop_unused(entry.writer)
     return fused
+
+
+def _exchanged(node: fx.Node) -> fx.Node:
+    return call(torch.transpose, (node, 1, 2), value_of(node).transpose(1, 2), node)
 
 
 def _slot(entry: CacheEntry) -> fx.Node:
@@ -168,18 +207,43 @@ def fuse_attention(view: BlockView) -> fx.Node:
     q, cache, sizes = value_of(found.q), value_of(found.k), [shape(found.k), shape(found.v)]
     alike = q.dtype == cache.dtype and _same_sizes(cache, value_of(found.v))
     require(alike, f"q is {q.dtype}, the caches are {cache.dtype} {sizes[0]} and {sizes[1]}", node)
-    one_position = shape(found.q)[2] == 1 and all(isinstance(n, int) for n in shape(found.q)[1:])
-    require(one_position, f"the query has shape {shape(found.q)}, not one position of fixed heads", node)
+    _, heads, positions, features = shape(found.q)
+    fixed = isinstance(heads, int) and isinstance(features, int)
+    require(fixed, f"the query has shape {shape(found.q)}, whose heads are not fixed", node)
+    if positions == 1 and not found.causal:
+        with view.graph.inserting_before(node):
+            mask = _mask(found, node)
+            query = call(torch.squeeze, (found.q, 2), q.squeeze(2), found.q)
+            arguments = (query, found.k, found.v, mask, found.scale, found.softcap)
+        return put(torch.ops.river.decode_attention.default, arguments, value_of(query), node)
+    require(view.native, f"the query has shape {shape(found.q)}, not one position of fixed heads", node)
+    require(not found.softcap, "of several positions, no kernel caps the scores", node)
     with view.graph.inserting_before(node):
-        mask = _mask(found, node)
-        query = call(torch.squeeze, (found.q, 2), q.squeeze(2), found.q)
-        arguments = (query, found.k, found.v, mask, found.scale, found.softcap)
-    return put(torch.ops.river.decode_attention.default, arguments, value_of(query), node)
+        query = _exchanged(found.q)
+        arguments = (query, found.k, found.v, _mask_of_several(found), found.scale, found.causal)
+        fused = call(torch.ops.river.attention.default, arguments, torch.empty_like(value_of(query).contiguous()), node)
+        result = _exchanged(fused)
+    node.replace_all_uses_with(result)
+    drop_unused(node)
+    return fused
 
 
 def _same_sizes(keys: Tensor, values: Tensor) -> bool:
     """Compares sizes that Dynamo may have traced as dynamic for one cache alone; that they agree becomes a guard."""
     return all(bool(a == b) for a, b in zip(keys.shape, values.shape, strict=True))
+
+
+def _mask_of_several(found: Attention) -> fx.Node | None:
+    """Returns the mask of several positions, ``[B or 1, 1, T, S]``."""
+    mask, batch = found.mask, shape(found.k)[0]
+    if mask is None:
+        return None
+    sizes, dtype = shape(mask), value_of(mask).dtype
+    fits = len(sizes) == 4 and sizes[0] in (1, batch) and sizes[1:3] == (1, _positions(found.q))
+    fits = fits and bool(value_of(mask).shape[3] == value_of(found.k).shape[2])
+    require(fits, f"its mask has shape {sizes}, not a row of slots for each position", mask)
+    require(dtype in _MASKS, f"its mask is of dtype {dtype}", mask)
+    return mask
 
 
 def _mask(found: Attention, node: fx.Node) -> fx.Node | None:

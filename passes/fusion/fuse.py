@@ -33,7 +33,7 @@ from .rules import ONE_QUERY_RULES, RULES, Rule, fuse_exit_score, fuse_head
 
 
 def fuse_backbone(program: RiverProgram) -> RiverProgram:
-    """Blocks and the head of a decode step become operators of the kernels, where a rule of fusion holds."""
+    """Blocks and the head become operators of the kernels, where a rule of fusion holds."""
     blocks, fusions = [], []
     for block in program.blocks:
         fused, done = _fused_block(block, RULES)
@@ -57,10 +57,11 @@ def fuse_twins(dense_layout: str) -> Pass:
 def _fused(program: RiverProgram, dense_layout: str) -> RiverProgram:
     """Applies the rules of a block to every twin, and the head's to the head of tokens that left.
 
-    The rules around the cache are for decode steps. A head whose rule missed and that has no 4-bit matrix is given up
+    Of the generated kernels, the rules around the cache are for decode steps. A head whose rule missed and that has no 4-bit matrix is given up
     for the backbone's.
     """
-    rules = [rule for rule in RULES if program.plan.is_decode or rule not in ONE_QUERY_RULES]
+    several = program.plan.is_decode or dense_layout == "dense"
+    rules = [rule for rule in RULES if several or rule not in ONE_QUERY_RULES]
     fusions: list[Fusion] = []
     twins = []
     for twin in program.twins:

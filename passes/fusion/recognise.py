@@ -28,6 +28,7 @@ from river_compile.passes.nodes import (
     is_tensor,
     operands,
     plain,
+    inference_sdpa,
     same_dtype,
     shape,
     value_of,
@@ -118,7 +119,7 @@ def _is_gelu_argument(node: Argument, x: Argument) -> bool:
 
 @dataclass(frozen=True)
 class Rotation:
-    """A rotary embedding (Su et al. 2021) of the first `features` of each head of `x`; tables ``[B or 1, 1, 1, R]``."""
+    """A rotary embedding (Su et al. 2021) of the first `features` of each head of `x`; tables ``[B or 1, 1, T, R]``."""
 
     x: fx.Node
     cos: fx.Node
@@ -159,7 +160,11 @@ def _whole_rotation(node: Argument) -> Rotation | None:
 
 
 def _is_table(node: Argument, x: fx.Node) -> bool:
-    return is_tensor(node) and shape(node) in [(rows, 1, 1, shape(x)[-1]) for rows in (1, shape(x)[0])]
+    if not is_tensor(node):
+        return False
+    batch, *places, features = shape(x)
+    positions = [(1, places[1]), (places[0], 1)] if len(places) == 2 else []
+    return shape(node) in [(rows, *place, features) for rows in (1, batch) for place in positions]
 
 
 def _is_turned(node: Argument, x: Argument) -> bool | None:
@@ -184,7 +189,10 @@ def _is_turned(node: Argument, x: Argument) -> bool | None:
 
 @dataclass(frozen=True)
 class Attention:
-    """``softmax(softcap(scale q k^T) + mask) v`` with grouped queries; `softcap` 0 for none."""
+    """``softmax(softcap(scale q k^T) + mask) v`` with grouped queries; `softcap` 0 for none.
+
+    Causal, position t reads slots 0 to t.
+    """
 
     q: fx.Node
     k: fx.Node
@@ -192,13 +200,19 @@ class Attention:
     mask: fx.Node | None
     scale: float
     softcap: float
+    causal: bool = False
 
 
 def attention(node: Argument) -> Attention | None:
-    """Recognises `portable.grouped_attention`, and attention written out as products around a softmax."""
+    """Recognises `portable.grouped_attention`, torch's own, and attention written out as products around a softmax."""
+    found = inference_sdpa(node)
+    if found is not None:
+        k, v = before_repeat(found.k), before_repeat(found.v)
+        if found.causal:  # (which reads no slots but these)
+            k, v = (_before_first_slots(cache, shape(found.q)[2]) for cache in (k, v))
+        return _scaled(found.q, k, v, found.mask, found.scale, found.causal)
     if called(node, grouped_attention):
-        q, k, v, mask, scale = node.args
-        return Attention(q, k, v, mask, value_of(q).shape[-1] ** -0.5 if scale is None else scale, 0.0)
+        return _scaled(*node.args)
     weights, values = operands(node, operator.matmul) or (None, None)
     weights = before_cast(plain(weights))
     if not called(weights, torch.softmax) or weights.args[1] != -1:
@@ -214,6 +228,10 @@ def attention(node: Argument) -> Attention | None:
     return Attention(q, before_repeat(keys.args[0]), before_repeat(values), mask, scale, softcap)
 
 
+def _scaled(q: fx.Node, k: fx.Node, v: fx.Node, mask: fx.Node | None, scale: float | None, causal: bool = False) -> Attention:
+    return Attention(q, k, v, mask, value_of(q).shape[-1] ** -0.5 if scale is None else scale, 0.0, causal)
+
+
 def _capped(node: Argument) -> tuple[Argument, float]:
     """Returns x and c of ``c tanh(x / c)``, the node itself and 0 where it is none."""
     for turned, cap in either_way(node, operator.mul):
@@ -222,6 +240,14 @@ def _capped(node: Argument) -> tuple[Argument, float]:
             if divisor == cap:
                 return x, cap
     return node, 0.0
+
+
+def _before_first_slots(node: fx.Node, slots: int | str) -> fx.Node:
+    """Returns the cache whose first slots ``cache[:, :, :slots]`` are, the node itself where it is something else."""
+    cache, index = operands(node, operator.getitem) or (node, None)
+    firsts = isinstance(index, tuple) and len(index) == 4 and isinstance(index[2], slice)
+    firsts = firsts and index[2].start in (None, 0) and index[2].step in (None, 1) and shape(node)[2] == slots
+    return cache if firsts and all(i == WHOLE for i in (*index[:2], index[3])) else node
 
 
 def before_repeat(node: fx.Node) -> fx.Node:

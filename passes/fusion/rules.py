@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import operator
 from collections.abc import Callable
+from dataclasses import replace
 
 import torch
 import torch.nn.functional as F
@@ -24,6 +25,7 @@ from river_compile.passes.nodes import (
     is_parameter,
     only_used_for,
     operands,
+    rank,
     same_dtype,
     same_size,
     shape,
@@ -32,7 +34,7 @@ from river_compile.passes.nodes import (
 
 from .block import BlockView, sources
 from .cache_rules import fuse_attention, fuse_kv_fill
-from .match import Columns, columns, is_product
+from .match import WHOLE, Columns, columns, is_product
 from .recognise import Normed, activation, norm
 
 
@@ -75,7 +77,9 @@ def fuse_head(dense_layout: str) -> Rule:
     def fuse_head(view: BlockView) -> fx.Node:
         """norm + head."""
         head = _only([n for n in view.graph.nodes if is_product(n) or called(n, F.linear)], "gives logits")
-        found, _ = _norm_before(head)
+        found, last = _norm_before(head)
+        if found is None:
+            found = _norm_before_positions(head, last)
         if is_product(head):
             return _put_linear(head.args, found, head)
         x, weight, bias = head.args
@@ -120,6 +124,20 @@ def _norm_before(product: fx.Node) -> tuple[Normed | None, fx.Node]:
     found = norm(last)
     fits = found is not None and shape(last)[-1] == shape(product.args[0])[-1] and only_used_for(last, product)
     return (found if fits else None), last
+
+
+def _norm_before_positions(product: fx.Node, last: fx.Node) -> Normed | None:
+    """Returns the norm of the positions that are taken from a norm's result for a product; they are taken before it."""
+    if not called(last, operator.getitem) or not isinstance(last.args[1], tuple) or not only_used_for(last, product):
+        return None
+    source, index = last.args
+    whole = len(index) < rank(source) or index[-1] == WHOLE
+    found = norm(source)
+    if found is None or not whole or shape(found.x) != shape(source) or not only_used_for(before_views(source), last):
+        return None
+    with product.graph.inserting_before(last):
+        x = call(operator.getitem, (found.x, index), value_of(found.x).new_empty(value_of(last).shape), last)
+    return replace(found, x=x)
 
 
 def _put_linear(
@@ -188,7 +206,7 @@ def _residual(last: fx.Node, total: fx.Node) -> fx.Node:
     return residual
 
 
-# A rule's name, for the report, is its docstring. Those around the cache hold for one position per row only.
+# A rule's name, for the report, is its docstring. The generated kernels around the cache are for one position per row only.
 Rule = Callable[[BlockView], fx.Node]
 ONE_QUERY_RULES: tuple[Rule, ...] = (fuse_kv_fill, fuse_attention)
 RULES: tuple[Rule, ...] = (fuse_norm_qkv, *ONE_QUERY_RULES, fuse_o_residual, fuse_gated_mlp, fuse_down_residual)

@@ -43,7 +43,9 @@ class CudaGraphs(CaptureDevice):
     def settle(self) -> None:
         """Does nothing: plain calls go to the stream that replays go to."""
 
-    def capture(self, unit: Unit, slots: list, outputs: dict[int, Tensor]) -> tuple[torch.cuda.CUDAGraph, int]:
+    def capture(
+        self, unit: Unit, slots: list, outputs: dict[int, Tensor], buffer: Callable[[int, Tensor], Tensor]
+    ) -> tuple[torch.cuda.CUDAGraph, int]:
         graph = torch.cuda.CUDAGraph()
         with torch.cuda.device(self._device):
             torch.cuda.synchronize()

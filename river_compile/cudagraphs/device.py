@@ -29,6 +29,8 @@ class CaptureDevice(ABC):
     """Captures units and replays them, in the order given. All calls of one step come from one thread."""
 
     name: str
+    needs_a_run = True  # before a unit is captured: what it returns, and whatever it sets up, is known afterwards
+    most_rows: int | None = None  # of a captured pass of several tokens; None: decode steps alone are captured
 
     def obstacle(self, step: Step) -> Refusal | None:
         """Returns why the device cannot capture what a step of a capturable graph runs, None where it can."""
@@ -51,8 +53,15 @@ class CaptureDevice(ABC):
         """Makes sure that plain calls from here on run after everything launched so far."""
 
     @abstractmethod
-    def capture(self, unit: Unit, slots: list, outputs: dict[int, Tensor]) -> tuple[object, int]:
+    def capture(
+        self, unit: Unit, slots: list, outputs: dict[int, Tensor], buffer: Callable[[int, Tensor], Tensor]
+    ) -> tuple[object, int]:
         """Captures a unit that reads `slots` and writes to a buffer for each slot in `outputs`, without running it.
+
+        Args:
+            unit, slots: the unit, and the slots that it reads.
+            outputs: the buffers, by slot; a device that needs no run before puts in those that are missing.
+            buffer: returns the buffer for a slot and a tensor like its value.
 
         Returns:
             The graph, and the bytes that it holds beyond the buffers, which lie outside of every graph's memory.

@@ -1,7 +1,7 @@
 """Launches units: replays their captures, makes these where inputs come back, and keeps the buffers between units.
 
 The first time that a unit meets its inputs' addresses it runs uncaptured, which is also the warm-up that a capture
-needs. The second time it is captured, and from then on replayed. A unit whose inputs never repeat (a mask that grows)
+needs; the second time it is captured, and from then on replayed. (A device that needs no warm-up captures at once.) A unit whose inputs never repeat (a mask that grows)
 stays uncaptured, and the log names the input that changes.
 
 A capture is found by the addresses of what it reads and by the sizes among its inputs; shapes and strides follow from
@@ -125,13 +125,14 @@ class Launcher:
 
     def _capture(self, unit: Unit, signature: tuple, slots: list) -> bool:
         """Captures a unit whose inputs come back; returns False where they are new, or it failed (the log says why)."""
-        seen = self._seen.get(unit)
-        if seen is None or signature not in seen:
-            return False
-        outputs = seen[signature]
+        outputs = self._seen.get(unit, {}).get(signature)
+        if outputs is None:
+            if self.device.needs_a_run:
+                return False
+            outputs = {}
         start = time.perf_counter()
         try:
-            graph, size = self.device.capture(unit, slots, outputs)
+            graph, size = self.device.capture(unit, slots, outputs, self._buffer)
         except CaptureFailed as error:
             self._failed.add(unit)
             self.log.uncaptured_units[unit.name] = str(error)
@@ -144,7 +145,7 @@ class Launcher:
             self._captures.popitem(last=False)
             self.log.dropped += 1
         self._captures[signature] = graph, outputs
-        del seen[signature]
+        self._seen.get(unit, {}).pop(signature, None)
         self.log.add(record)
         self.log.alive = len(self._captures)
         self.log.uncaptured_units.pop(unit.name, None)
@@ -152,6 +153,12 @@ class Launcher:
 
     def copy(self, index: int, value: Tensor) -> Tensor:
         """Copies a value into the buffer of its slot and returns the buffer."""
+        buffer = self._buffer(index, value)
+        self.device.run(lambda: copy_into(buffer, value))
+        return buffer
+
+    def _buffer(self, index: int, value: Tensor) -> Tensor:
+        """Returns the buffer of a slot for a tensor like this one."""
         kept = self._buffers.setdefault(index, OrderedDict())
         key = (value.shape, value.stride(), value.dtype, value.device)
         buffer = kept.get(key)
@@ -161,7 +168,6 @@ class Launcher:
                 kept.popitem(last=False)
             self.log.buffer_bytes = sum(b.nbytes for k in self._buffers.values() for b in k.values())
         kept.move_to_end(key)
-        self.device.run(lambda: copy_into(buffer, value))
         return buffer
 
     def fresh(self, values: Iterable[object]) -> tuple:

@@ -82,7 +82,9 @@ class Recorder(CaptureDevice):
         while self._queue:
             self._advance()
 
-    def capture(self, unit: Unit, slots: list, outputs: dict[int, Tensor]) -> tuple[Recording, int]:
+    def capture(
+        self, unit: Unit, slots: list, outputs: dict[int, Tensor], buffer: Callable[[int, Tensor], Tensor]
+    ) -> tuple[Recording, int]:
         self.events.append(Event("capture", unit.name))
         addresses = tuple(_address(slots[i]) for i in unit.keys)
         return Recording(unit, addresses, dict(outputs)), 0

@@ -3,8 +3,9 @@
 Steps of one runner run one after the other: a second thread waits for the first one's step to be launched, and what the
 caller gets are copies, so nobody's result is overwritten by the next step.
 
-Not handled (the log says so, and it runs uncaptured): dynamic caches, prompts, operations that read sizes from the
-device.
+Where the device captures passes of several tokens too, those of a few rows are captured, and wider ones run as plain
+calls. Not handled (the log says so, and it runs uncaptured): dynamic caches, prompts, operations that read sizes from
+the device.
 """
 
 from __future__ import annotations
@@ -19,10 +20,10 @@ from torch import Tensor
 from river_compile.config import RiverConfig
 from river_compile.errors import OptionError
 from river_compile.passes.graph_safety import fixed_inputs, runs_once
-from river_compile.passes.nodes import is_tensor, source_of
+from river_compile.passes.nodes import is_tensor, mutated_inputs, source_of
 from river_compile.passes.program import DecoderPlan, RiverProgram, Segment
 from river_compile.runtime.runner import Runner, Saved, Step
-from river_compile.runtime.slots import SCORE, new_slots
+from river_compile.runtime.slots import SCORE, new_slots, rows_of_pass
 
 from .cuda import CudaGraphs
 from .device import CaptureDevice, CaptureLog
@@ -37,6 +38,7 @@ class CapturedRunner(Runner):
     """Launches the units of a decode graph on a static cache.
 
     Args:
+        plain: runs the passes of a graph of several tokens that have more than the device's `most_rows`.
         ahead: says when the next span is launched before the flag is known; may be replaced between two steps.
         deepest: blocks that a token executes at most, None for all.
 
@@ -51,8 +53,10 @@ class CapturedRunner(Runner):
         launcher: Launcher,
         ahead: LaunchAhead,
         deepest: int | None = None,
+        plain: Runner | None = None,
     ) -> None:
         super().__init__(program, steps)
+        self._plain, self._rows_of = plain, rows_of_pass(program)
         plan, slots = program.plan, program.slots
         self.launcher, self.device, self.ahead = launcher, launcher.device, ahead
         self.flags = self.device.flags(plan.num_blocks + 1)
@@ -66,6 +70,13 @@ class CapturedRunner(Runner):
         self._launched_ahead: Unit | None = None
         launcher.log.device = self.device.name
         self._note_order(plan)
+
+    def for_pass(self, args: Sequence) -> Runner:
+        if self._program.plan.is_decode or self._plain is None:
+            return self
+        most = self.device.most_rows
+        few = most is not None and self._rows_of is not None and self._rows_of(args) <= most
+        return self if few else self._plain
 
     def __enter__(self) -> None:
         self._lock.acquire()
@@ -197,7 +208,7 @@ def choose_device(
     elif config.cudagraphs is None and device.type != "cuda" and not native:
         captures.not_captured = f"the model lies on {device}; CUDA graphs need a GPU, tapes lowering='native'"
     else:
-        captures.not_captured = _unsupported(program)
+        captures.not_captured = _unsupported(program, native and config.cudagraphs != "record")
     if captures.not_captured:
         return None
     if config.cudagraphs == "record":
@@ -205,15 +216,22 @@ def choose_device(
     return CudaGraphs(device) if device.type == "cuda" else Tapes()
 
 
-def _unsupported(program: RiverProgram) -> str | None:
-    """Returns why no unit of a graph can be captured, naming the node where there is one; None where some can."""
+def _unsupported(program: RiverProgram, several: bool) -> str | None:
+    """Returns why no unit of a graph can be captured, naming the node where there is one; None where some can.
+
+    `several` says whether the device captures passes of several tokens.
+    """
     plan = program.plan
-    if not plan.is_decode:
+    if not plan.is_decode and not several:
         return "a prompt's length differs from call to call; decode steps are captured"
     for block in plan.blocks:
         if block.kv.kind != "static":
             where = source_of(block.kv.writes[0])
             return f'the cache grows with every token; cache_implementation="static" keeps it in place (at {where})'
+    for block in plan.blocks:
+        made = next((c for w in block.kv.writes for c in mutated_inputs(w) if c.op != "placeholder"), None)
+        if made is not None:
+            return f"the cache is made in this pass (at {source_of(made)})"
     written = {node for block in plan.blocks for node in block.kv.writes}
     for node in program.returned:
         if node in written or (node.op == "placeholder" and is_tensor(node)):

@@ -28,6 +28,8 @@ class Tapes(CaptureDevice):
     """The device that records calls of the C++ operators."""
 
     name = "tapes of C++ calls"
+    needs_a_run = False
+    most_rows = 8  # (beyond that a library multiplies)
 
     def obstacle(self, step: Step) -> Refusal | None:
         if isinstance(step.callee, NativeSegment):
@@ -47,7 +49,9 @@ class Tapes(CaptureDevice):
     def settle(self) -> None:
         """Does nothing: replays have run when they return."""
 
-    def capture(self, unit: Unit, slots: list, outputs: dict[int, Tensor]) -> tuple[Tape, int]:
+    def capture(
+        self, unit: Unit, slots: list, outputs: dict[int, Tensor], buffer: Callable[[int, Tensor], Tensor]
+    ) -> tuple[Tape, int]:
         tape, own = Tape(), list(slots)
         try:
             with tape.recording():
@@ -56,8 +60,9 @@ class Tapes(CaptureDevice):
                     step.run_as(functools.partial(step.callee.record, tape=tape), own)
                 if unit.flag is not None:
                     torch.ops.river_native.copy(own[SCORE], unit.flag)
-                for index, buffer in outputs.items():
-                    torch.ops.river_native.copy(own[index], buffer)
+                for index in unit.writes:
+                    outputs[index] = outputs.get(index, buffer(index, own[index]))
+                    torch.ops.river_native.copy(own[index], outputs[index])
         except (CannotRecord, RuntimeError) as error:
             raise CaptureFailed(str(error).partition("\n")[0]) from error
         return tape, tape.bytes

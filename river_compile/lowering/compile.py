@@ -58,12 +58,14 @@ class SegmentCompiler:
     """Compiles the segments of one traced graph, each distinct one once.
 
     `lowering` is "inductor", or "eager" to call the segments' graphs as they are; `config_patches` are for Inductor.
-    With `native` the river's operators are those of the C++ kernels, and segments of nothing else skip Inductor.
+    With `native` the river's operators are those of the C++ kernels, and segments of nothing else skip Inductor. So
+    does then the prologue of a prompt (`is_decode` False), whose few small operators take less time than compiling them.
     """
 
     lowering: str
     config_patches: dict[str, object]
     native: bool = False
+    is_decode: bool = True
     compiled: list[Compiled] = field(default_factory=list)
 
     def compile(self, segment: Segment, packed: Sequence[Tensor]) -> Callee:
@@ -79,7 +81,8 @@ class SegmentCompiler:
         guards_before = len(shape_env.guards)
         callee: Callee | None = native_segment(segment) if self.native else None
         direct = True
-        if callee is None and self.lowering == "eager":
+        once = self.native and not self.is_decode and segment.name == "prologue"
+        if callee is None and (once or self.lowering == "eager"):
             callee = _by_operator(segment, self.native)
         elif callee is None:
             callee, direct = _compile(segment, packed, self.config_patches, self.native)

@@ -19,7 +19,7 @@ from river_compile.kernels.native import load as native
 from river_compile.kernels.native.tape import Tape
 from river_compile.kernels.quant.layouts import LAYOUTS, NATIVE_LAYOUTS
 from river_compile.passes.edits import drop_unused
-from river_compile.passes.nodes import called, is_tensor, value_of
+from river_compile.passes.nodes import called, is_tensor, rank, shape, value_of
 from river_compile.passes.program import Segment
 
 # What hands on the memory of its input. (Where one of these has to copy, recording notices.)
@@ -38,7 +38,7 @@ _VIEWS = (
     operator.getitem,
 )
 # What makes a tensor from numbers alone, whose values stay what they were when they were recorded.
-_CONSTANTS = (torch.arange, torch.full)
+_CONSTANTS = (torch.arange, torch.full, torch.zeros)
 
 
 class CannotRecord(RuntimeError):
@@ -72,6 +72,8 @@ class _Recording(fx.Interpreter):
         self._tape = tape
 
     def run_node(self, n: fx.Node) -> Any:
+        if n.target is torch.zeros:
+            raise CannotRecord(f"{n.name} makes a tensor that is written")
         result = super().run_node(n)
         if n.op == "call_function" and n.target in _CONSTANTS:
             self._tape.keep(result)
@@ -103,7 +105,7 @@ def use_native(graph: fx.Graph) -> None:
     ours, native_ops = torch.ops.river, native.load()
     alike = {
         getattr(ours, name).default: getattr(native_ops, name).default
-        for name in ("norm", "kv_fill", "decode_attention", "exit_score")
+        for name in ("norm", "kv_fill", "decode_attention", "attention", "exit_score")
     }
     for node in list(graph.nodes):
         if node.target in alike:
@@ -126,12 +128,15 @@ def _use_native_product(node: fx.Node, native_ops: Any) -> None:
 def _use_native_bookkeeping(graph: fx.Graph) -> None:
     """Turns counters, and windows that make room for a token, into operators that a tape can hold."""
     native_ops = native.load()
-    for node in graph.nodes:
+    for node in list(graph.nodes):
         if called(node, Tensor.copy_) and _moves_up(node):
             node.target, node.args = native_ops.shift.default, node.args[:1]
-        elif called(node, operator.add) and _counts(*node.args):
+        elif called(node, operator.add) and _are_slots(*node.args):
             node.target = native_ops.add.default
-        elif called(node, Tensor.add_) and _counts(node.args[0]) and type(node.args[1]) is int and not node.users:
+        elif called(node, Tensor.to) and _changes_nothing(node):
+            node.replace_all_uses_with(node.args[0])
+            graph.erase_node(node)
+        elif called(node, Tensor.add_) and _counts(node.args[0]) and _is_number(node.args[1]) and not node.users:
             node.target = native_ops.advance.default
 
 
@@ -149,12 +154,25 @@ def _parts(parameter: fx.Node | None) -> list[fx.Node]:
     return list(parameter.args[0]) if called(parameter, torch.cat) else [parameter]
 
 
-def _counts(*nodes: object) -> bool:
-    """True for tensors of one int64."""
-    return all(
-        isinstance(n, fx.Node) and is_tensor(n) and value_of(n).dtype == torch.int64 and value_of(n).numel() == 1
-        for n in nodes
-    )
+def _changes_nothing(cast: fx.Node) -> bool:
+    new, old = value_of(cast), value_of(cast.args[0])
+    return (new.dtype, new.device) == (old.dtype, old.device) and not cast.kwargs
+
+
+def _counts(node: object) -> bool:
+    """True for a tensor of one int64."""
+    return is_tensor(node) and value_of(node).dtype == torch.int64 and shape(node) in [(1,) * n for n in range(9)]
+
+
+def _are_slots(a: object, b: object) -> bool:
+    """True for two counters, or a counter and a vector of int64."""
+    if not _counts(a):
+        a, b = b, a
+    return _counts(a) and (_counts(b) or (is_tensor(b) and value_of(b).dtype == torch.int64 and rank(b) == 1))
+
+
+def _is_number(argument: object) -> bool:
+    return type(argument) is int or (isinstance(argument, fx.Node) and isinstance(value_of(argument), torch.SymInt))
 
 
 def _is_native(node: fx.Node) -> bool:

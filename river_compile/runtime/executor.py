@@ -69,7 +69,7 @@ class RiverExecutor:
     def __call__(self, *args: object) -> tuple:
         started = time.perf_counter()
         policy = self.policy.in_this_thread() if self.decodes else self.policy
-        runner = self.runner
+        runner = self.runner.for_pass(args)
         if self._on_begin is not None and self.sequences.begins(self, self._cache(args)):
             self._on_begin(args)
         with runner, torch._C._DisableAutocast():
@@ -78,17 +78,17 @@ class RiverExecutor:
                 self._check_capacity(slots)
             memory = self._recall(slots)
             limit = self.fill.begin(slots, memory)
-            depth, scores, entropy = self._run_blocks(slots, policy, memory, limit)
+            depth, scores, entropy = self._run_blocks(runner, slots, policy, memory, limit)
             river_from = None
             if depth < self.num_blocks:
                 if policy.may_doubt:
-                    entropy, doubted = self._run_tail_and_doubt(slots, policy, depth)
+                    entropy, doubted = self._run_tail_and_doubt(runner, slots, policy, depth)
                     if doubted:
                         river_from, depth = depth, self.num_blocks
                 else:
                     runner.tail(slots, depth)
             self.fill.end(slots, memory, depth)
-            self._keep(slots, memory)
+            self._keep(runner, slots, memory)
             self.sequences.left(None if not self.decodes or self._cache_out is None else slots[self._cache_out])
             outputs = runner.finish(slots)
         seconds = time.perf_counter() - started
@@ -101,7 +101,7 @@ class RiverExecutor:
         return outputs
 
     def _run_blocks(
-        self, slots: list, policy: ExitPolicy, memory: Memory, limit: int
+        self, runner: Runner, slots: list, policy: ExitPolicy, memory: Memory, limit: int
     ) -> tuple[int, list[float], float | None]:
         """Runs backbone blocks until the exit, which comes after `limit` of them at the latest.
 
@@ -111,7 +111,7 @@ class RiverExecutor:
         depth, entropy = policy.depth_before(memory, self.num_blocks)
         if depth is not None:
             depth = min(depth, limit)
-            self.runner.blocks(slots, 0, depth)
+            runner.blocks(slots, 0, depth)
             return depth, [], entropy
         last, done = policy.last(limit), 0
         scores: list[float] = []
@@ -119,22 +119,23 @@ class RiverExecutor:
             if depth > last:
                 break
             if depth < policy.first_exit:
-                self.runner.blocks(slots, done, depth)
+                runner.blocks(slots, done, depth)
             else:
-                scores.append(self.runner.score(slots, done, depth))
+                scores.append(runner.score(slots, done, depth))
                 if policy.leaves(depth, scores[-1], memory):
                     return depth, scores, None
             done = depth
-        self.runner.blocks(slots, done, last)
+        runner.blocks(slots, done, last)
         return last, scores, None
 
-    def _run_tail_and_doubt(self, slots: list, policy: ExitPolicy, depth: int) -> tuple[float, bool]:
+    def _run_tail_and_doubt(
+        self, runner: Runner, slots: list, policy: ExitPolicy, depth: int
+    ) -> tuple[float, bool]:
         """Runs the tail and, where its logits leave doubt, the backbone's blocks as if the tail had not run.
 
         Returns:
             The entropy of the tail's logits, and whether it left doubt.
         """
-        runner = self.runner
         saved = runner.save(slots, depth)
         runner.tail(slots, depth)
         entropy = runner.read_head(slots)
@@ -155,9 +156,9 @@ class RiverExecutor:
         memory = self._memories.recall(slots[self._cache_in])
         return memory if self.decodes else Memory(entries=dict(memory.entries))
 
-    def _keep(self, slots: list, memory: Memory) -> None:
+    def _keep(self, runner: Runner, slots: list, memory: Memory) -> None:
         if self._remembers and self._cache_out is not None:
-            memory.entropy = self.runner.head_score(slots) if self.policy.criterion.reads_logits else None
+            memory.entropy = runner.head_score(slots) if self.policy.criterion.reads_logits else None
             self._memories.keep(slots[self._cache_out], memory)
 
 

@@ -9,11 +9,13 @@ from __future__ import annotations
 import operator
 from collections.abc import Callable, Sequence
 
+import sympy
 from torch import Tensor, fx
 
 from river_compile.errors import CacheFullError
 from river_compile.passes.nodes import mutated_inputs, rank, value_of
 from river_compile.passes.program import RiverProgram
+from river_compile.passes.segments import number_inputs
 
 # The last two slots belong to no value of the graph: the number that the latest exit check or head returned, and what
 # a fill keeps for the length of a step.
@@ -76,6 +78,20 @@ def capacity_check(program: RiverProgram) -> Callable[[list], None] | None:
             )
 
     return check
+
+
+def rows_of_pass(program: RiverProgram) -> Callable[[Sequence], int] | None:
+    """Returns how many tokens of all sequences a pass has, by the graph's inputs; None where those do not tell."""
+    plan, slots = program.plan, program.slots
+    rows = sympy.Integer(1)
+    for size in (plan.batch, plan.query_length):
+        rows *= size if isinstance(size, int) else size.node.expr
+    holders = number_inputs(node for node in slots if node.op == "placeholder")
+    symbols = sorted(rows.free_symbols, key=str)
+    if any(symbol not in holders for symbol in symbols):
+        return None
+    compute, places = sympy.lambdify(symbols, rows, "math"), [slots[holders[symbol]] for symbol in symbols]
+    return lambda args: compute(*[args[place] for place in places])
 
 
 def written_in_place(program: RiverProgram) -> tuple[list[list[int]], list[list[int]]]:

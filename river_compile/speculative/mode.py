@@ -9,6 +9,7 @@ a recurrent state, attention weights and hidden states as outputs, generation th
 
 from __future__ import annotations
 
+import functools
 from collections.abc import Mapping
 from dataclasses import dataclass, replace
 from typing import Any
@@ -32,7 +33,7 @@ from .loop import ExactLoop, Outputs
 from .pays import pays_of
 from .plain import PlainRunner
 from .plan import ByChance, ByGain, Rule
-from .runner import DraftVerifyRunner
+from .runner import DraftVerifyRunner, preparations
 from .texts import Texts
 
 # Processors that remember nothing from call to call: drafts, some of which are dropped again, may pass through them.
@@ -147,7 +148,8 @@ class ExactMode:
             loop = mode._loop(passes, input_ids, logits_processor, stopping_criteria, config, streamer, together)
             if mode.adaptive and passes is runner:
                 state = state_of_model(model, "exact mode")
-                loop.pays = pays_of(state, runner.stats.payoff, input_ids.shape[0], mode.strict)
+                prepared = functools.partial(preparations, state)
+                loop.pays = pays_of(state, runner.stats.payoff, input_ids.shape[0], mode.strict, prepared)
             with model._optimize_model_for_decode(), passes.sequences.one():
                 ids = loop.run(first_logits)
         if streamer is not None:

@@ -4,8 +4,8 @@ Every cycle tells what a kept token costs. What a plain step costs is measured n
 the backbone runs the last token, and the cache is cut back. So measuring changes no text, not even a sampled one.
 
 Where drafts are slower by more than `_MARGIN`, the loop does without for `_REST` tokens, then tries again, and rests
-twice as long each time that they are slower still. Cycles in which something was compiled, or that used a width for the
-first time, do not count, and neither does the slowest one of a window.
+twice as long each time that they are slower still. Cycles in which something was compiled or captured, or that used a
+width for the first time, do not count, and neither does the slowest one of a window.
 
 Not handled: drafts that pay for some rows of a batch.
 """
@@ -36,17 +36,17 @@ class Pays:
 
     Attributes:
         log: what is told of it.
-        graphs: returns how many graphs the model has: where one more came, the cycle compiled.
+        preparations: returns how many graphs were compiled and captured so far.
         clock: seconds, from wherever.
     """
 
     log: PayoffLog
-    graphs: Callable[[], int]
+    preparations: Callable[[], int]
     clock: Clock = time.perf_counter
     _drafted: deque[tuple[float, float]] = field(default_factory=lambda: deque(maxlen=_WINDOW))
     _plain: deque[float] = field(default_factory=lambda: deque(maxlen=2 * _PLAIN - 1))
     _widths: set[int] = field(default_factory=set)
-    _known: int = -1  # graphs after the latest pass
+    _prepared: int = -1  # preparations after the latest pass
     _since_plain: float = 0  # kept tokens of a row
     _rest: int = _REST
     _left: float = 0  # tokens of the rest
@@ -79,10 +79,9 @@ class Pays:
             self._left -= kept
 
     def _take(self, width: int, seconds: float, counts: Callable[[float], object]) -> None:
-        graphs = self.graphs()
-        if graphs == self._known and width in self._widths:
+        before, self._prepared = self._prepared, self.preparations()
+        if self._prepared == before and width in self._widths:
             counts(seconds)
-        self._known = graphs
         self._widths.add(width)
 
     def _plain_took(self, seconds: float) -> None:
@@ -110,7 +109,9 @@ class _AllPays(dict[tuple[int, bool], Pays]):
     """Those of one model, by batch size and whether verification is strict."""
 
 
-def pays_of(state: ModelState, log: PayoffLog, rows: int, strict: bool) -> Pays:
+def pays_of(
+    state: ModelState, log: PayoffLog, rows: int, strict: bool, preparations: Callable[[], int]
+) -> Pays:
     """Returns what watches a model's cycles with so many rows."""
     every = state.of(_AllPays)
-    return every.setdefault((rows, strict), Pays(log, lambda: len(state.graphs)))
+    return every.setdefault((rows, strict), Pays(log, preparations))

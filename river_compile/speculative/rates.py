@@ -8,12 +8,14 @@ from __future__ import annotations
 import statistics
 from bisect import bisect
 from collections import deque
-from collections.abc import Hashable, Sequence
+from collections.abc import Callable, Hashable, Sequence
 
 _PRIOR_WEIGHT = 4.0
 _MEMORY = 200.0  # judged tokens per bin after which older ones fade
 _FADES_BY = 0.97  # what is left of what was learned after a cycle in which nothing was judged
 _SAMPLES = 9  # latest times of a kind of pass, the least of which counts
+_ENOUGH = 4  # times of a kind of pass that are believed
+_LONG_AGO = 500  # passes after which a kind that was not measured since is tried again
 
 
 class AcceptanceRate:
@@ -53,28 +55,41 @@ class AcceptanceRate:
 class PassTimes:
     """How long draft steps and verifying passes of each width take, for one model and batch.
 
-    Of the latest ones the shortest counts, and the first one does not: graphs are compiled and captured in between.
-    Before a kind of pass was measured it counts as in `_guess`, in proportion to those that were.
+    Of the latest ones the shortest counts, and none in which something was compiled or captured. A kind of pass that
+    was measured a few times only, or long ago, costs at most what `_guess` says, in proportion to the others: what is
+    thought to be dear would not be tried again.
+
+    Args:
+        preparations: returns how many graphs were compiled and captured so far.
     """
 
     DRAFT = "draft"
 
-    def __init__(self) -> None:
-        self._begun: set[Hashable] = set()
+    def __init__(self, preparations: Callable[[], int] = lambda: 0) -> None:
+        self._preparations, self._prepared = preparations, -1
         self._times: dict[Hashable, deque[float]] = {}
+        self._measured: dict[Hashable, int] = {}  # when a kind was measured last, in passes
+        self._passes = 0
 
     def note(self, kind: int | str, seconds: float) -> None:
         """Takes in the time of one pass: `DRAFT`, or the width of a verification."""
-        if kind in self._begun:
-            self._times.setdefault(kind, deque(maxlen=_SAMPLES)).append(seconds)
-        self._begun.add(kind)
+        before, self._prepared = self._prepared, self._preparations()
+        if self._prepared != before:
+            return
+        if self._passes - self._measured.get(kind, self._passes) > _LONG_AGO:
+            self._times.pop(kind, None)
+        self._times.setdefault(kind, deque(maxlen=_SAMPLES)).append(seconds)
+        self._passes += 1
+        self._measured[kind] = self._passes
 
     def of(self, kind: int | str) -> float:
         """Returns the seconds of a pass."""
-        if kind in self._times:
-            return min(self._times[kind])
-        scales = [min(times) / _guess(known) for known, times in list(self._times.items())]
-        return _guess(kind) * (statistics.median(scales) if scales else 1.0)
+        times = list(self._times.get(kind, ()))
+        known = {k: min(of_k) for k, of_k in list(self._times.items()) if len(of_k) >= _ENOUGH}
+        if kind in known and self._passes - self._measured[kind] <= _LONG_AGO:
+            return known[kind]
+        scales = [seconds / _guess(k) for k, seconds in known.items()]
+        return min([_guess(kind) * (statistics.median(scales) if scales else 1.0), *times])
 
 
 def _guess(kind: Hashable) -> float:

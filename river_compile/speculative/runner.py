@@ -13,9 +13,9 @@ passes the river backend did not rewrite. Hooks on the model itself are not call
 from __future__ import annotations
 
 import dataclasses
+import functools
 import threading
 import warnings
-from collections import defaultdict
 from collections.abc import Sequence
 
 import torch
@@ -24,6 +24,7 @@ from transformers import GenerationConfig, PreTrainedModel
 from transformers.cache_utils import Cache
 
 from river_compile.config import RiverConfig
+from river_compile.cudagraphs.device import CaptureLog
 from river_compile.errors import ExactModeError, RiverWarning
 from river_compile.exits import WHOLE, forced_depth
 from river_compile.reporting.plain_runs import PlainRuns
@@ -48,11 +49,13 @@ def verification_widths(max_draft: int, strict: bool = False) -> tuple[int, ...]
     return (*(2**i for i in range(max_draft.bit_length())), max_draft + 1)
 
 
-class _TimesByBatch(defaultdict[tuple[int, bool], PassTimes]):
+class _TimesByBatch(dict[tuple[int, bool], PassTimes]):
     """How long one model's passes take, by rows and whether they are strict."""
 
-    def __init__(self) -> None:
-        super().__init__(PassTimes)
+
+def preparations(state: ModelState) -> int:
+    """Returns how many graphs of a model were compiled and captured so far."""
+    return sum(1 + graph.of(CaptureLog).made for graph in state.graphs)
 
 
 class DraftVerifyRunner:
@@ -120,7 +123,8 @@ class DraftVerifyRunner:
             self._invariant = graphs[key]
             self._verdicts = self._invariant.verdicts.setdefault((ids_BS.shape[0], self._entries.capacity), {})
         self._kept = self._entries.filled + 1
-        self.times = state.of(_TimesByBatch)[ids_BS.shape[0], self._strict]
+        by_batch, key = state.of(_TimesByBatch), (ids_BS.shape[0], self._strict)
+        self.times = by_batch.setdefault(key, PassTimes(functools.partial(preparations, state)))
         self._inputs(torch.cat([ids_BS, ids_BS.new_zeros(ids_BS.shape[0], 1)], dim=1), 1)
         return self.prompt_logits
 

@@ -10,8 +10,10 @@ from river_compile import ExactModeError, OptionError, RiverWarning, exact, repo
 from river_compile.config import RiverConfig
 from river_compile.lowering import choose
 from river_compile.lowering.choose import Lowering, choose_lowering
-from tests.support.decoding import cache_state, decode, left_padded, new_cache
-from tests.support.families import make
+from river_compile.exits import WHOLE, forced_depth
+from river_compile.upstream.hf_cache import cache_argument
+from tests.support.decoding import CAPACITY, cache_state, decode, left_padded, new_cache
+from tests.support.families import REWRITTEN, make, prompt
 from tests.support.lowerings import UNFUSED, lowered
 
 OPTIONS = {"quantizer": "rtn", "group_size": 32, "first_exit": 1}
@@ -62,6 +64,46 @@ def test_the_option_reaches_the_kernels_through_inductor():
         found.append(model(input_ids=ids[:, -1:], attention_mask=longer, past_key_values=cache).logits)
         assert {site.weight.layout for site in report(model).packed} == {"native", "native_int8"}
     torch.testing.assert_close(*found, rtol=1e-2, atol=1e-2)
+
+
+@torch.no_grad()
+def passes(model, widths: list[int], batch: int = 2) -> list[torch.Tensor]:
+    """Feeds a left-padded prompt and then fixed tokens, so many in each pass; returns the logits ``[B, T, V]``."""
+    ids, mask = left_padded(batch)
+    tokens = prompt(sum(widths), batch, seed=1)
+    mask = torch.cat([mask, torch.ones(batch, CAPACITY - mask.shape[1], dtype=mask.dtype)], 1)
+    held = {"use_cache": True, cache_argument(model): new_cache(model, "static")}
+    logits, start = [model(input_ids=ids, attention_mask=mask[:, : ids.shape[1]], **held).logits], 0
+    for width in widths:
+        position = mask.cumsum(1)[:, ids.shape[1] + start : ids.shape[1] + start + width] - 1
+        new = tokens[:, start : start + width]
+        with forced_depth(WHOLE):
+            logits.append(model(input_ids=new, attention_mask=mask, position_ids=position, **held).logits)
+        start += width
+    return logits
+
+
+@pytest.mark.parametrize("name", REWRITTEN)
+def test_passes_of_several_tokens_compute_what_the_model_does(name):
+    """A prompt, and then passes of three tokens, of one and of four; nothing leaves."""
+    widths = [3, 1, 4]
+    model = make(name, layers=2)
+    expected = passes(model, widths)
+    torch._dynamo.reset()
+    model.compile(backend=river, options={**OPTIONS, "lowering": "native"})
+    for found, plain in zip(passes(model, widths), expected, strict=True):
+        torch.testing.assert_close(found, plain, rtol=1e-4, atol=1e-4)
+
+
+@pytest.mark.parametrize("name", ["llama", "qwen3", "phi3"])
+def test_a_token_has_the_same_bits_in_passes_of_any_width(name):
+    """Every block, and the prologue of a prompt, runs without Inductor; up to eight rows no sum depends on the others."""
+    model = make(name, layers=2, dtype=torch.bfloat16)
+    model.compile(backend=river, options={**OPTIONS, "lowering": "native"})
+    found = [torch.cat(passes(model, widths, batch=1)[1:], 1) for widths in ([1] * 8, [8], [3, 5], [2, 4, 2])]
+    assert all(torch.equal(logits, found[0]) for logits in found[1:])
+    for graph in report(model).to_dict()["graphs"]:
+        assert graph["missed"] == []
 
 
 def test_which_layout_is_chosen(monkeypatch):

@@ -1,9 +1,9 @@
-// Attention of one query position over a static cache, chunk by chunk, chunks combined by log-sum-exp (online softmax:
+// Attention of a few query positions over a static cache, each by itself and chunk by chunk, chunks combined by log-sum-exp (online softmax:
 // Milakov and Gimelshein 2018; split over the keys: Flash-Decoding, Dao et al. 2023).
 //
 // Keys and values of slots that take no part are never read, and the query heads that share a key-value head read it
-// once. Every result is summed in one order, whatever the number of threads. Not handled: more than one query position,
-// masks that differ between heads.
+// once. Every result is summed in one order, whatever the number of positions and threads. Not handled: masks that differ
+// between heads, and many positions at the speed of a library.
 #pragma once
 
 #include <algorithm>
@@ -26,9 +26,10 @@ struct Live {
   int count = 0;
 };
 
-inline void find_live(const AttentionArgs& a, int64_t sequence, int first, int end, Live& live) {
-  const int64_t at = sequence * a.mask_stride;
+inline void find_live(const AttentionArgs& a, int64_t row, int first, int end, Live& live) {
+  const int64_t at = row / a.positions * a.mask_sequence + row % a.positions * a.mask_position;
   const float least = a.mask_dtype == kFloat16 ? -65504.0f : -3.3895e38f;
+  if (a.causal) end = int(std::min<int64_t>(end, row % a.positions + 1));
   for (int slot = first; slot < end; ++slot) {
     float added = 0;
     if (a.mask && a.mask_dtype == kBool) {
@@ -89,16 +90,16 @@ inline void add_values(const AttentionArgs& a, const Live& live, int64_t cache_a
   }
 }
 
-inline void attend_chunk(const AttentionArgs& a, int64_t sequence, int64_t kv_head, int chunk) {
+inline void attend_chunk(const AttentionArgs& a, int64_t row, int64_t kv_head, int chunk) {
   const int shared = a.heads / a.kv_heads;
-  const int64_t cache_at = sequence * a.cache.sequence + kv_head * a.cache.head;
+  const int64_t cache_at = row / a.positions * a.cache.sequence + kv_head * a.cache.head;
   alignas(64) float q[kHeads][kMostHeadFeatures], sums[kHeads][kMostHeadFeatures];
   Live live;
   Scores scores;
-  find_live(a, sequence, chunk * kChunk, std::min((chunk + 1) * kChunk, a.slots), live);
+  find_live(a, row, chunk * kChunk, std::min((chunk + 1) * kChunk, a.slots), live);
   for (int done = 0; done < shared; done += kHeads) {
     const int heads = std::min(kHeads, shared - done);
-    const int64_t first = sequence * a.heads + kv_head * shared + done;
+    const int64_t first = row * a.heads + kv_head * shared + done;
     for (int h = 0; h < heads; ++h) load_head(a.q, (first + h) * a.head_dim, a, q[h]);
     score(a, live, cache_at, q, heads, scores);
     add_values(a, live, cache_at, scores, heads, sums);
@@ -119,14 +120,14 @@ inline void attend_chunk(const AttentionArgs& a, int64_t sequence, int64_t kv_he
 
 inline void attend(const void* args, int part, int parts) {
   const auto& a = *static_cast<const AttentionArgs*>(args);
-  const int64_t all = int64_t(a.batch) * a.kv_heads * a.chunks;
+  const int64_t all = int64_t(a.batch) * a.positions * a.kv_heads * a.chunks;
   for (int64_t i = all * part / parts; i < all * (part + 1) / parts; ++i)
     attend_chunk(a, i / a.chunks / a.kv_heads, i / a.chunks % a.kv_heads, int(i % a.chunks));
 }
 
 inline void combine(const void* args, int part, int parts) {
   const auto& a = *static_cast<const AttentionArgs*>(args);
-  const int64_t all = int64_t(a.batch) * a.heads, each = a.head_dim + 2;
+  const int64_t all = int64_t(a.batch) * a.positions * a.heads, each = a.head_dim + 2;
   alignas(64) float sum[kMostHeadFeatures];
   for (int64_t i = all * part / parts; i < all * (part + 1) / parts; ++i) {
     const float* partial = a.partial + i * a.chunks * each;

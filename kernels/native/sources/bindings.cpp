@@ -2,7 +2,7 @@
 //
 //   linear, linear_out            a product with 4-bit weights and what is fused with it, into a new or a given tensor
 //   dense                         the same with weights in x's dtype
-//   kv_fill, decode_attention     one position of a static cache
+//   kv_fill, attention            positions of a static cache; decode_attention: one of each sequence
 //   norm                          a norm, and a residual
 //   shift                         the entries of a full window moved up by one slot
 //   exit_score                    the least cosine of rows
@@ -19,12 +19,14 @@ namespace river {
 namespace {
 
 void check_count(const Tensor& x, const char* name) {
-  check(x.is_cpu() && x.scalar_type() == ScalarType::Long && x.numel() == 1, name, "be one int64 in the CPU's memory");
+  check(x.is_cpu() && x.scalar_type() == ScalarType::Long && x.is_contiguous() && x.numel() > 0, name,
+        "be int64 in the CPU's memory, adjacent");
 }
 
 void count_into(const Tensor& a, const Maybe& b, int64_t by, const Tensor& out) {
   const auto* other = b ? static_cast<const int64_t*>(b->data_ptr()) : nullptr;
-  const CountArgs args{static_cast<const int64_t*>(a.data_ptr()), other, static_cast<int64_t*>(out.data_ptr()), by};
+  const CountArgs args{static_cast<const int64_t*>(a.data_ptr()), other, static_cast<int64_t*>(out.data_ptr()), by,
+                       out.numel(), a.numel() == 1, b && b->numel() == 1};
   Call<CountArgs>(args).run({{kernels().count, 1}}, 1);
 }
 
@@ -48,15 +50,18 @@ Tensor exit_score(const Tensor& hidden, const Tensor& previous) {
 Tensor add(const Tensor& a, const Tensor& b) {
   check_count(a, "a");
   check_count(b, "b");
-  const Tensor& shaped = a.dim() >= b.dim() ? a : b;
-  const int64_t ones[] = {1, 1, 1, 1, 1, 1, 1, 1};
-  Tensor out = empty(ones, std::max<int64_t>(shaped.dim(), 1), a);
+  const bool one = a.numel() == 1 && b.numel() == 1;
+  check(one || ((a.numel() == 1 || b.numel() == 1) && a.dim() <= 1 && b.dim() <= 1), "a and b",
+        "be one number, or a vector and one number");
+  const int64_t ones[] = {1, 1, 1, 1, 1, 1, 1, 1}, vector[] = {std::max(a.numel(), b.numel())};
+  Tensor out = one ? empty(ones, std::max(a.dim(), b.dim()), a) : empty(vector, 1, a);
   count_into(a, b, 0, out);
   return out;
 }
 
 void advance(Tensor counter, int64_t by) {
   check_count(counter, "counter");
+  check(counter.numel() == 1, "counter", "be one number");
   count_into(counter, std::nullopt, by, counter);
 }
 
@@ -108,6 +113,8 @@ STABLE_TORCH_LIBRARY_FRAGMENT(river_native, m) {
       "Tensor(a!) k_cache, Tensor(b!) v_cache, str norm, float eps, bool interleaved) -> Tensor");
   m.def(
       "decode_attention(Tensor q, Tensor k_cache, Tensor v_cache, Tensor? mask, float scale, float softcap) -> Tensor");
+  m.def(
+      "attention(Tensor q, Tensor k_cache, Tensor v_cache, Tensor? mask, float scale, bool causal) -> Tensor");
   m.def("shift(Tensor(a!) cache) -> ()");
   m.def("exit_score(Tensor hidden, Tensor previous) -> Tensor");
   m.def("add(Tensor a, Tensor b) -> Tensor");
@@ -129,6 +136,7 @@ STABLE_TORCH_LIBRARY_IMPL(river_native, CPU, m) {
   m.impl("norm", TORCH_BOX(&river::norm));
   m.impl("kv_fill", TORCH_BOX(&river::kv_fill));
   m.impl("decode_attention", TORCH_BOX(&river::decode_attention));
+  m.impl("attention", TORCH_BOX(&river::attention));
   m.impl("shift", TORCH_BOX(&river::shift));
   m.impl("exit_score", TORCH_BOX(&river::exit_score));
   m.impl("add", TORCH_BOX(&river::add));

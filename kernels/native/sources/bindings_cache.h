@@ -17,13 +17,21 @@ inline Cache cache_of(const Tensor& k_cache, const Tensor& v_cache) {
           k_cache.stride(1), k_cache.stride(2)};
 }
 
-// Returns the rows of a table of `batch` rows or one.
-inline Strided table_of(const Tensor& x, int64_t batch, std::vector<Tensor>& held, const char* name) {
-  Strided rows = rows_in(x, held, name);
-  const int64_t count = rows_of(x);
-  check(count == 1 || count == batch, name, "have one row, or one for each sequence");
-  if (count == 1) rows.stride = 0;
-  return rows;
+// Describes the tables of a rotation, which hold a row for each position, of all sequences or of each.
+inline void describe_rotation(KvFillArgs& a, const Tensor& cos, const Tensor& sin, std::vector<Tensor>& held) {
+  check(cos.scalar_type() == sin.scalar_type() && columns_of(cos) <= a.head_dim && columns_of(cos) % 2 == 0 &&
+            columns_of(sin) == columns_of(cos) && rows_of(sin) == rows_of(cos),
+        "cos and sin", "have one shape and dtype and an even number of features, at most the head's");
+  const int64_t rows = rows_of(cos);
+  check(rows == a.positions || rows == int64_t(a.batch) * a.positions, "cos and sin",
+        "have one row for each position, of all sequences or of each");
+  const Strided table = rows_in(cos, held, "cos");
+  a.cos = table.data;
+  a.sin = rows_in(sin, held, "sin").data;
+  a.rotary_position = table.stride;
+  a.rotary_sequence = rows == a.positions ? 0 : a.positions * table.stride;
+  a.rotary_dtype = dtype_of(cos, "cos");
+  a.rotary_dim = int32_t(columns_of(cos));
 }
 
 inline Tensor kv_fill(const Tensor& qkv, const Maybe& q_norm, const Maybe& k_norm, const Maybe& cos, const Maybe& sin,
@@ -33,9 +41,15 @@ inline Tensor kv_fill(const Tensor& qkv, const Maybe& q_norm, const Maybe& k_nor
   KvFillArgs a{};
   a.cache = cache_of(k_cache, v_cache);
   const int64_t batch = k_cache.size(0), kv_heads = k_cache.size(1), dim = k_cache.size(3);
-  const int64_t heads = columns_of(qkv) / dim - 2 * kv_heads;
-  check(qkv.numel() == batch * (heads + 2 * kv_heads) * dim && heads > 0 && qkv.scalar_type() == k_cache.scalar_type(),
-        "qkv", "be one position of q|k|v for the caches, in their dtype");
+  const int64_t heads = columns_of(qkv) / dim - 2 * kv_heads, positions = slot.numel();
+  check(qkv.numel() == batch * positions * (heads + 2 * kv_heads) * dim && heads > 0 &&
+            qkv.scalar_type() == k_cache.scalar_type(),
+        "qkv", "be a position of q|k|v for each slot, for the caches, in their dtype");
+  a.batch = int32_t(batch);
+  a.positions = int32_t(positions);
+  a.heads = int32_t(heads);
+  a.kv_heads = int32_t(kv_heads);
+  a.head_dim = int32_t(dim);
   a.dtype = dtype_of(qkv, "qkv");
   const Strided in = rows_in(qkv, held, "qkv");
   a.qkv = in.data;
@@ -47,29 +61,15 @@ inline Tensor kv_fill(const Tensor& qkv, const Maybe& q_norm, const Maybe& k_nor
   a.k_norm = vector_of(k_norm, qkv, dim, "k_norm");
   a.eps = float(eps);
   check(!cos == !sin, "cos and sin", "go together");
-  if (cos) {
-    check(cos->scalar_type() == sin->scalar_type() && columns_of(*cos) <= dim && columns_of(*cos) % 2 == 0 &&
-              columns_of(*sin) == columns_of(*cos) && rows_of(*sin) == rows_of(*cos),
-          "cos and sin", "have one shape and dtype and an even number of features, at most the head's");
-    const Strided table = table_of(*cos, batch, held, "cos");
-    a.cos = table.data;
-    a.sin = table_of(*sin, batch, held, "sin").data;
-    a.rotary_stride = table.stride;
-    a.rotary_dtype = dtype_of(*cos, "cos");
-    a.rotary_dim = int32_t(columns_of(*cos));
-  }
+  if (cos) describe_rotation(a, *cos, *sin, held);
   const bool wide = slot.scalar_type() == ScalarType::Long;
-  check(slot.is_cpu() && slot.numel() == 1 && (wide || slot.scalar_type() == ScalarType::Int), "slot",
-        "be one int64 or int32 in the CPU's memory");
+  check(slot.is_cpu() && slot.is_contiguous() && (wide || slot.scalar_type() == ScalarType::Int), "slot",
+        "be int64 or int32 in the CPU's memory, one for each position");
   a.slot = slot.data_ptr();
   a.slot_bytes = wide ? 8 : 4;
-  const int64_t sizes[] = {batch, heads, dim};
-  Tensor q = empty(sizes, 3, qkv);
+  const int64_t sizes[] = {batch, positions, heads, dim}, one[] = {batch, heads, dim};
+  Tensor q = positions == 1 ? empty(one, 3, qkv) : empty(sizes, 4, qkv);
   a.q = q.data_ptr();
-  a.batch = int32_t(batch);
-  a.heads = int32_t(heads);
-  a.kv_heads = int32_t(kv_heads);
-  a.head_dim = int32_t(dim);
   a.slots = int32_t(k_cache.size(2));
   a.interleaved = interleaved;
   const int most = threads();
@@ -77,49 +77,105 @@ inline Tensor kv_fill(const Tensor& qkv, const Maybe& q_norm, const Maybe& k_nor
   return q;
 }
 
-inline Tensor decode_attention(const Tensor& q, const Tensor& k_cache, const Tensor& v_cache, const Maybe& mask,
-                               double scale, double softcap) {
-  std::vector<Tensor> held;
-  AttentionArgs a{};
+constexpr int kFewPositions = 16;  // up to which these kernels keep pace with a library's attention
+
+// Describes attention of `positions` queries of each sequence, but for the mask.
+inline void describe_attention(AttentionArgs& a, const Tensor& q, int64_t positions, const Tensor& k_cache,
+                               const Tensor& v_cache, double scale, double softcap) {
   a.cache = cache_of(k_cache, v_cache);
-  const int64_t batch = k_cache.size(0), kv_heads = k_cache.size(1), slots = k_cache.size(2), dim = k_cache.size(3);
-  check(q.dim() == 3 && q.size(0) == batch && q.size(2) == dim && q.size(1) % kv_heads == 0 &&
-            q.scalar_type() == k_cache.scalar_type(),
-        "q", "be [B, H, D] for the caches, in their dtype");
-  const Tensor query = q.is_contiguous() ? q : torch::stable::contiguous(q);
-  check(q.is_contiguous() || !Tape::recording(), "q", "be contiguous to be recorded");
-  a.q = query.data_ptr();
   a.dtype = dtype_of(q, "q");
-  if (mask) {
-    check(mask->dim() == 2 && mask->size(0) == batch && mask->size(1) == slots && mask->stride(1) == 1 &&
-              mask->is_cpu(),
-          "mask", "be [B, S] with adjacent slots");
-    a.mask = mask->data_ptr();
-    a.mask_stride = mask->stride(0);
-    a.mask_dtype = mask->scalar_type() == ScalarType::Bool ? kBool : dtype_of(*mask, "mask");
-  }
-  const int64_t sizes[] = {batch, q.size(1), dim};
-  Tensor out = empty(sizes, 3, q);
-  a.out = out.data_ptr();
-  a.batch = int32_t(batch);
-  a.heads = int32_t(q.size(1));
-  a.kv_heads = int32_t(kv_heads);
-  a.head_dim = int32_t(dim);
-  a.slots = int32_t(slots);
-  a.chunks = int32_t((slots + kChunk - 1) / kChunk);
+  a.batch = int32_t(k_cache.size(0));
+  a.positions = int32_t(positions);
+  a.heads = int32_t(q.size(q.dim() - 2));
+  a.kv_heads = int32_t(k_cache.size(1));
+  a.head_dim = int32_t(k_cache.size(3));
+  a.slots = int32_t(k_cache.size(2));
+  a.chunks = int32_t((a.slots + kChunk - 1) / kChunk);
   a.scale = float(scale);
   a.softcap = float(softcap);
-  if (a.chunks > 1)
-    a.partial = reinterpret_cast<float*>(workspace(size_t(batch) * a.heads * a.chunks * (dim + 2) * sizeof(float)));
+  check(q.size(0) == a.batch && columns_of(q) == a.head_dim && a.heads % a.kv_heads == 0 &&
+            q.scalar_type() == k_cache.scalar_type(),
+        "q", "have the sequences, features and dtype of the caches, and a multiple of their heads");
+}
+
+inline void describe_mask(AttentionArgs& a, const Tensor& mask, int64_t sequence, int64_t position) {
+  check(mask.is_cpu() && mask.size(mask.dim() - 1) == a.slots && mask.stride(mask.dim() - 1) == 1, "mask",
+        "have a number for each slot, adjacent");
+  a.mask = mask.data_ptr();
+  a.mask_sequence = sequence;
+  a.mask_position = position;
+  a.mask_dtype = mask.scalar_type() == ScalarType::Bool ? kBool : dtype_of(mask, "mask");
+}
+
+inline Tensor run_attention(AttentionArgs& a, const Tensor& q) {
+  check(q.is_contiguous() || !Tape::recording(), "q", "be contiguous to be recorded");
+  const Tensor query = q.is_contiguous() ? q : torch::stable::contiguous(q);
+  Tensor out = empty_rows(q, a.head_dim);
+  a.q = query.data_ptr();
+  a.out = out.data_ptr();
+  const int64_t partials = int64_t(a.batch) * a.positions * a.heads * a.chunks;
+  if (a.chunks > 1) a.partial = reinterpret_cast<float*>(workspace(partials * (a.head_dim + 2) * sizeof(float)));
   const int most = threads();
-  const int parts = int(std::min<int64_t>(batch * kv_heads * a.chunks, 4 * most));
+  const int parts = int(std::min<int64_t>(int64_t(a.batch) * a.positions * a.kv_heads * a.chunks, 4 * most));
   const Call<AttentionArgs> call(a);
   if (a.chunks == 1)
     call.run({{kernels().attend, parts}}, most);
   else
-    call.run({{kernels().attend, parts}, {kernels().combine, parts_of(int64_t(a.heads) * a.chunks * dim, 1 << 14, most)}},
-             most);
+    call.run({{kernels().attend, parts}, {kernels().combine, parts_of(partials * a.head_dim, 1 << 14, most)}}, most);
   return out;
+}
+
+inline Tensor decode_attention(const Tensor& q, const Tensor& k_cache, const Tensor& v_cache, const Maybe& mask,
+                               double scale, double softcap) {
+  AttentionArgs a{};
+  check(q.dim() == 3, "q", "be [B, H, D]");
+  describe_attention(a, q, 1, k_cache, v_cache, scale, softcap);
+  if (mask) {
+    check(mask->dim() == 2 && mask->size(0) == a.batch, "mask", "be [B, S]");
+    describe_mask(a, *mask, mask->stride(0), 0);
+  }
+  return run_attention(a, q);
+}
+
+inline Tensor repeated(const Tensor& cache, int64_t times) {
+  using torch::stable::detail::from;
+  if (times == 1) return cache;
+  const std::optional<int64_t> dim = 1, size = std::nullopt;
+  StableIValue stack[] = {from(cache), from(times), from(dim), from(size)};
+  STABLE_TORCH_ERROR_CODE_CHECK(torch_call_dispatcher("aten::repeat_interleave", "self_int", stack, TORCH_ABI_VERSION));
+  return torch::stable::detail::to<Tensor>(stack[0]);
+}
+
+// (The library's attention of grouped queries is slower than that of repeated heads.)
+inline Tensor library_attention(const Tensor& q, const Tensor& k_cache, const Tensor& v_cache, const Maybe& mask,
+                                double scale, bool causal) {
+  using torch::stable::transpose;
+  using torch::stable::detail::from;
+  check(!Tape::recording(), "attention of many positions", "not be recorded");
+  const int64_t times = q.size(2) / k_cache.size(1);
+  StableIValue stack[] = {from(transpose(q, 1, 2)), from(repeated(k_cache, times)),     from(repeated(v_cache, times)),
+                          from(mask),               from(0.0),                          from(causal),
+                          from(std::optional(scale)), from(false)};
+  STABLE_TORCH_ERROR_CODE_CHECK(
+      torch_call_dispatcher("aten::scaled_dot_product_attention", "", stack, TORCH_ABI_VERSION));
+  return torch::stable::contiguous(transpose(torch::stable::detail::to<Tensor>(stack[0]), 1, 2));
+}
+
+inline Tensor attention(const Tensor& q, const Tensor& k_cache, const Tensor& v_cache, const Maybe& mask, double scale,
+                        bool causal) {
+  AttentionArgs a{};
+  check(q.dim() == 4, "q", "be [B, T, H, D]");
+  describe_attention(a, q, q.size(1), k_cache, v_cache, scale, 0);
+  a.causal = causal;
+  if (mask) {
+    const bool each = mask->dim() == 4 && mask->size(0) == a.batch;
+    check((each || (mask->dim() == 4 && mask->size(0) == 1)) && mask->size(1) == 1 && mask->size(2) == a.positions,
+          "mask", "be [B or 1, 1, T, S]");
+    describe_mask(a, *mask, each ? mask->stride(0) : 0, mask->stride(2));
+  }
+  check(!mask || !causal, "mask", "not be given beside causal");
+  if (a.positions > kFewPositions) return library_attention(q, k_cache, v_cache, mask, scale, causal);
+  return run_attention(a, q);
 }
 
 inline void shift(Tensor cache) {

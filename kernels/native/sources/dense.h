@@ -47,9 +47,7 @@ RIVER_INLINE void dense_tile(const LinearArgs& a, const char* weight, const floa
     float last[kLanes] = {};
     load_values(weight + t * k * bytes, whole, int(k - whole), D, last);
     for (int r = 0; r < R; ++r) {
-      float lanes[16] = {};
-      store(lanes, whole < k ? fma(load_floats(last), load_floats(x[r] + whole), sums[t][r]) : sums[t][r]);
-      y[r][at + t] = sum_of_lanes(lanes);
+      y[r][at + t] = sum_of(whole < k ? fma(load_floats(last), load_floats(x[r] + whole), sums[t][r]) : sums[t][r]);
     }
   }
 }

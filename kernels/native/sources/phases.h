@@ -80,18 +80,18 @@ struct Cache {
   int64_t sequence, head, slot;  // elements between two of each
 };
 
-// One position of q|k|v: heads normalised and rotated, keys and values into a slot of the cache, the query to q.
-// Parts split the heads. A slot outside of the cache is not written.
+// T positions of q|k|v: heads normalised and rotated, keys and values into slots of the cache, the query to q.
+// Parts split the heads of all rows. A slot outside of the cache is not written.
 struct KvFillArgs {
-  const void* qkv;  // [B, (H + 2 J) D] of `dtype`
+  const void* qkv;  // [B T, (H + 2 J) D] of `dtype`
   int64_t qkv_stride;
   const void *q_norm, *k_norm;  // [D] of `dtype`, null without a norm
-  const void *cos, *sin;        // [1 or B, R] of `rotary_dtype`, null without a rotation
-  int64_t rotary_stride;        // 0 for one row
-  const void* slot;             // one int64 or int32
-  void* q;                      // [B, H, D] of `dtype`
+  const void *cos, *sin;        // [1 or B, T, R] of `rotary_dtype`, null without a rotation
+  int64_t rotary_sequence, rotary_position;  // elements between two of each; 0 for one of all sequences
+  const void* slot;             // [T] of int64 or int32
+  void* q;                      // [B, T, H, D] of `dtype`
   Cache cache;
-  int32_t dtype, rotary_dtype, slot_bytes, batch, heads, kv_heads, head_dim, rotary_dim, slots, norm, interleaved;
+  int32_t dtype, rotary_dtype, slot_bytes, batch, positions, heads, kv_heads, head_dim, rotary_dim, slots, norm, interleaved;
   float eps;
 };
 
@@ -99,25 +99,26 @@ constexpr int kLargestGroup = 128;
 constexpr int kMostHeadFeatures = 512;
 constexpr int kChunk = 256;  // slots whose attention is summed before chunks are put together
 
-// out = softmax(softcap(scale q k^T) + mask) v of one position, over the slots that the mask lets take part; none give
-// 0. Parts split sequences, key-value heads and chunks of slots; of one chunk `attend` writes the result itself, of more
+// out = softmax(softcap(scale q k^T) + mask) v of each of T positions, over the slots that its row of the mask lets take
+// part (causal: position t reads slots 0 to t alone); none give 0. Parts split positions, key-value heads and chunks of slots; of one chunk `attend` writes the result itself, of more
 // it writes `partial`, from which `combine` does (whose parts split the query heads).
 struct AttentionArgs {
-  const void* q;  // [B, H, D] of `dtype`
+  const void* q;  // [B, T, H, D] of `dtype`
   Cache cache;
-  const void* mask;     // [B, S] of `mask_dtype`, or null
-  int64_t mask_stride;  // 0 for one row
-  void* out;            // [B, H, D] of `dtype`
-  float* partial;       // [B, H, chunks, D + 2]: sum, maximum and denominator
-  int32_t dtype, mask_dtype, batch, heads, kv_heads, head_dim, slots, chunks;
+  const void* mask;                       // [B, T, S] of `mask_dtype`, or null
+  int64_t mask_sequence, mask_position;  // elements between two of each; 0 for one of all
+  void* out;                              // [B, T, H, D] of `dtype`
+  float* partial;                         // [B, T, H, chunks, D + 2]: sum, maximum and denominator
+  int32_t dtype, mask_dtype, batch, positions, heads, kv_heads, head_dim, slots, chunks, causal;
   float scale, softcap;
 };
 
-// out = a + b + by, one int64 each; b may be null.
+// out = a + b + by, int64s; a and b hold one, or as many as out, and b may be null.
 struct CountArgs {
   const int64_t *a, *b;
   int64_t* out;
-  int64_t by;
+  int64_t by, count;
+  bool one_a, one_b;
 };
 
 // Moves the entries of a cache [B, J, S, D] up by one slot, over the oldest. Parts split sequences and heads.

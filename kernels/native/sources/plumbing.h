@@ -13,7 +13,8 @@ namespace river {
 
 inline void count(const void* args, int part, int) {
   const auto& a = *static_cast<const CountArgs*>(args);
-  if (part == 0) *a.out = *a.a + (a.b ? *a.b : 0) + a.by;
+  for (int64_t i = 0; part == 0 && i < a.count; ++i)
+    a.out[i] = a.a[a.one_a ? 0 : i] + (a.b ? a.b[a.one_b ? 0 : i] : 0) + a.by;
 }
 
 inline void copy(const void* args, int part, int parts) {

@@ -41,6 +41,7 @@ RIVER_INLINE Floats to_floats(Ints x) { return _mm512_cvtepi32_ps(x); }
 RIVER_INLINE Ints load(const uint8_t* p) { return _mm512_loadu_si512(p); }
 RIVER_INLINE void store(float* p, Floats x) { _mm512_storeu_ps(p, x); }
 RIVER_INLINE Floats load_floats(const float* p) { return _mm512_loadu_ps(p); }
+RIVER_INLINE float sum_of(Floats x) { return _mm512_reduce_add_ps(x); }
 RIVER_INLINE Floats load_bfloat16(const uint16_t* p) {
   const __m256i half = _mm256_loadu_si256(reinterpret_cast<const __m256i*>(p));
   return _mm512_castsi512_ps(_mm512_slli_epi32(_mm512_cvtepu16_epi32(half), 16));
@@ -108,6 +109,11 @@ RIVER_INLINE Floats to_floats(Ints x) { return _mm256_cvtepi32_ps(x); }
 RIVER_INLINE Ints load(const uint8_t* p) { return _mm256_loadu_si256(reinterpret_cast<const __m256i*>(p)); }
 RIVER_INLINE void store(float* p, Floats x) { _mm256_storeu_ps(p, x); }
 RIVER_INLINE Floats load_floats(const float* p) { return _mm256_loadu_ps(p); }
+RIVER_INLINE float sum_of(Floats x) {
+  __m128 four = _mm_add_ps(_mm256_castps256_ps128(x), _mm256_extractf128_ps(x, 1));
+  four = _mm_add_ps(four, _mm_movehl_ps(four, four));
+  return _mm_cvtss_f32(_mm_add_ss(four, _mm_movehdup_ps(four)));
+}
 RIVER_INLINE Floats load_bfloat16(const uint16_t* p) {
   const __m128i half = _mm_loadu_si128(reinterpret_cast<const __m128i*>(p));
   return _mm256_castsi256_ps(_mm256_slli_epi32(_mm256_cvtepu16_epi32(half), 16));
@@ -189,6 +195,7 @@ RIVER_INLINE Floats load_floats(const float* p) {
   std::memcpy(&x, p, sizeof x);
   return x;
 }
+RIVER_INLINE float sum_of(Floats x) { return (x[0] + x[2]) + (x[1] + x[3]); }
 RIVER_INLINE Floats load_bfloat16(const uint16_t* p) {
   return (Floats)(Words{uint32_t(p[0]) << 16, uint32_t(p[1]) << 16, uint32_t(p[2]) << 16, uint32_t(p[3]) << 16});
 }

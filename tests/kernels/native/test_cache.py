@@ -19,7 +19,7 @@ from river_compile.kernels.triton.kv_fill import KvFillSpec
 from tests.kernels import reference
 from tests.kernels.cases import attention_cases, kv_cases
 from tests.kernels.checks import check_attention, check_kv_fill
-from tests.kernels.harness import assert_rounded, examples
+from tests.kernels.harness import assert_close, assert_rounded, examples
 from tests.kernels.native.running import DTYPES, ISAS, Cache, called, native, same_bits
 
 DIMS = (8, 16, 24, 64, 80, 96, 128, 256)
@@ -181,6 +181,59 @@ def test_a_mask_of_one_row_and_a_mask_that_is_part_of_a_larger_one():
 
 
 @ISAS
+@given(
+    st.data(), st.integers(1, 3), st.integers(2, 20), st.sampled_from((24, CHUNK + 40)), st.sampled_from(DTYPES)
+)
+@examples(12)
+def test_several_positions_attend_as_each_does_alone(isa, data, batch, positions, slots, dtype):
+    """Up to 16 positions to the bit; of more a library computes them, whose rounding is its own."""
+    load.load(isa)
+    seed = data.draw(st.integers(0, 2**20))
+    q = torch.randn(batch, positions, 6, 24, generator=torch.Generator().manual_seed(seed)).to(dtype)
+    _, k, v = inputs(batch, 6, 2, slots, 24, dtype, seed)
+    causal = data.draw(st.booleans())
+    of_each = data.draw(st.booleans())
+    mask = torch.stack([data.draw(masks(batch if of_each else 1, slots)) for _ in range(positions)], 1)[:, None]
+    mask[..., 0] = True  # (what a library makes of no slot at all is its own)
+    if causal:
+        mask = torch.ones(1, 1, positions, slots, dtype=torch.bool).tril()
+    out = native.attention(q, k, v, None if causal else mask, 0.25, causal)
+    for i in range(positions):
+        row = mask[:, 0, i].expand(batch, slots).contiguous()
+        alone = native.decode_attention(q[:, i].contiguous(), k, v, row, 0.25, 0.0)
+        if positions <= 16:
+            assert torch.equal(out[:, i], alone)
+        else:
+            expected = reference.attention(q[:, i], k, v, scale=0.25, mask=row)
+            magnitude = v.double().abs().amax((1, 2, 3))[:, None, None].expand(expected.shape)
+            assert_close(out[:, i], expected, magnitude)
+
+
+@ISAS
+@given(st.integers(1, 3), st.integers(2, 5), st.booleans(), st.booleans(), st.sampled_from(DTYPES))
+@examples(12)
+def test_several_positions_are_written_as_each_is_alone(isa, batch, positions, of_each, normed, dtype):
+    load.load(isa)
+    g = torch.Generator().manual_seed(batch * positions)
+    qkv = torch.randn(batch, positions, 5 * 16, generator=g).to(dtype)
+    cos, sin = torch.randn(2, batch if of_each else 1, positions, 16, generator=g)
+    slots = torch.randperm(9, generator=g)[:positions]
+    slots[0] = 77  # (outside: written nowhere)
+    weights = (torch.randn(2, 16, generator=g).to(dtype)).unbind() if normed else (None, None)
+    how = ("rms" if normed else "none", 1e-6, False)
+    at_once = [torch.full((batch, 1, 9, 16), math.nan, dtype=dtype) for _ in range(2)]
+    in_turn = [torch.full((batch, 1, 9, 16), math.nan, dtype=dtype) for _ in range(2)]
+    q = native.kv_fill(qkv, *weights, cos, sin, slots, *at_once, *how)
+    for i in range(positions):
+        tables = (cos[:, i : i + 1].contiguous(), sin[:, i : i + 1].contiguous())
+        given = qkv[:, i : i + 1].contiguous()
+        alone = native.kv_fill(given, *weights, *tables, slots[i : i + 1], *in_turn, *how)
+        assert torch.equal(q[:, i], alone)
+    assert all(map(same_bits, at_once, in_turn))
+    assert at_once[0].isnan().sum() == batch * 16 * (9 - positions + 1)
+
+
+@ISAS
 def test_filling_and_attending_step_by_step(isa):
     """Three tokens into a cache that is part of a larger one, against attention over what they wrote."""
     load.load(isa)
@@ -205,7 +258,10 @@ def test_counters_and_copies(isa):
     a, b = torch.tensor([2**40]), torch.tensor([[3]])
     total = native.add(a, b)
     assert (total.shape, total.item()) == ((1, 1), 2**40 + 3)
-    assert native.add(torch.tensor(4), torch.tensor(5)).item() == 9
+    total = native.add(torch.tensor(4), torch.tensor(5))
+    assert (total.shape, total.item()) == ((), 9)
+    for pair in ((torch.arange(4), torch.tensor(7)), (torch.tensor([7]), torch.arange(4))):
+        assert torch.equal(native.add(*pair), torch.arange(7, 11))
     assert native.advance(a, -7) is None
     assert a.item() == 2**40 - 7
     for source in (torch.arange(11), torch.randn(3, 5).half(), torch.tensor([[True, False]]), torch.empty(0)):
@@ -224,13 +280,14 @@ def sample_calls() -> dict[str, tuple]:
     return {
         "kv_fill": (qkv, None, None, *tables, slot, k, v, "none", 0.0, False),
         "decode_attention": (q, k, v, torch.ones(2, 6, dtype=torch.bool), 0.25, 0.0),
+        "attention": (torch.randn(2, 3, 2, 16).bfloat16(), k, v, torch.ones(1, 1, 3, 6), 0.25, False),
         "add": (slot, slot.clone()[None]),
         "advance": (slot, 1),
         "copy": (q, torch.empty_like(q)),
     }
 
 
-@pytest.mark.parametrize("name", ["kv_fill", "decode_attention", "add", "advance", "copy"])
+@pytest.mark.parametrize("name", ["kv_fill", "decode_attention", "attention", "add", "advance", "copy"])
 def test_fake_operators_give_the_real_ones_shapes_and_dtypes(name):
     load.load()
     checks = ("test_schema", "test_faketensor")
@@ -240,8 +297,8 @@ def test_fake_operators_give_the_real_ones_shapes_and_dtypes(name):
 @pytest.mark.parametrize(
     ("name", "place", "value", "message"),
     [
-        ("kv_fill", 0, torch.ones(2, 2, 64).bfloat16(), "qkv must be one position"),
-        ("kv_fill", 0, torch.ones(2, 1, 32).bfloat16(), "qkv must be one position"),
+        ("kv_fill", 0, torch.ones(2, 2, 64).bfloat16(), "qkv must be a position"),
+        ("kv_fill", 0, torch.ones(2, 1, 32).bfloat16(), "qkv must be a position"),
         ("kv_fill", 0, torch.ones(2, 1, 64), "in their dtype"),
         ("kv_fill", 1, torch.ones(16).bfloat16(), "q_norm and k_norm must"),
         ("kv_fill", 8, "rms", "q_norm and k_norm must"),
@@ -250,8 +307,8 @@ def test_fake_operators_give_the_real_ones_shapes_and_dtypes(name):
         ("kv_fill", 4, None, "cos and sin must go together"),
         ("kv_fill", 4, torch.ones(1, 1, 14), "cos and sin must have one shape"),
         ("kv_fill", 3, torch.ones(3, 1, 16), "cos and sin must have one shape"),
-        ("kv_fill", 5, torch.tensor([1, 2]), "slot must be one int64 or int32"),
-        ("kv_fill", 5, torch.tensor([1.0]), "slot must be one int64 or int32"),
+        ("kv_fill", 5, torch.tensor([1, 2]), "qkv must be a position"),
+        ("kv_fill", 5, torch.tensor([1.0]), "slot must be int64 or int32"),
         ("kv_fill", 7, torch.ones(2, 1, 5, 16).bfloat16(), "one shape, stride and dtype"),
         ("kv_fill", 7, torch.ones(2, 1, 16, 6).bfloat16().mT, "one shape, stride and dtype"),
         ("decode_attention", 0, torch.ones(1, 2, 16).bfloat16(), "q must be"),
@@ -259,9 +316,14 @@ def test_fake_operators_give_the_real_ones_shapes_and_dtypes(name):
         ("decode_attention", 1, torch.ones(2, 1, 6, 16), "one shape, stride and dtype"),
         ("decode_attention", 3, torch.ones(2, 5, dtype=torch.bool), "mask must be"),
         ("decode_attention", 3, torch.ones(2, 6, dtype=torch.int64), "mask must be"),
-        ("add", 0, torch.tensor([1, 2]), "a must be one int64"),
-        ("add", 1, torch.tensor([1.0]), "b must be one int64"),
-        ("advance", 0, torch.tensor([1], dtype=torch.int32), "counter must be one int64"),
+        ("attention", 0, torch.ones(2, 2, 16).bfloat16(), "q must be"),
+        ("attention", 3, torch.ones(3, 1, 3, 6), "mask must be"),
+        ("attention", 3, torch.ones(1, 1, 2, 6), "mask must be"),
+        ("attention", 5, True, "mask must not be given"),
+        ("add", 0, torch.ones(2, 2, dtype=torch.int64), "a and b must be one number"),
+        ("add", 1, torch.tensor([1.0]), "b must be int64"),
+        ("advance", 0, torch.tensor([1], dtype=torch.int32), "counter must be int64"),
+        ("advance", 0, torch.tensor([1, 2]), "counter must be one number"),
         ("copy", 1, torch.ones(2, 2, 16), "of one dtype and size"),
         ("copy", 1, torch.ones(2, 2, 15).bfloat16(), "of one dtype and size"),
     ],
