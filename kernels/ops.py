@@ -198,23 +198,23 @@ def _(q: Tensor, k_cache: Tensor, v_cache: Tensor, mask: Tensor | None, scale: f
 
 
 @torch.library.custom_op("river::attention", mutates_args=())
-def attention(
-    q: Tensor, k_cache: Tensor, v_cache: Tensor, mask: Tensor | None, scale: float, causal: bool
-) -> Tensor:
+def attention(q: Tensor, k_cache: Tensor, v_cache: Tensor, mask: Tensor | None, scale: float, causal: bool) -> Tensor:
     """Attends from several query positions to the slots of a static cache.
 
     Args:
         q: ``[B, T, H, D]``.
         k_cache, v_cache: ``[B, J, S, D]``, H a multiple of J.
-        mask: ``[B or 1, 1, T, S]``: bool, True for slots that take part, or floating, added to the scores. None for all.
+        mask: ``[B or 1, 1, T, S]``: bool, True for what takes part, or floating, added to the scores. None for all.
         scale: of the scores.
         causal: position t attends to slots 0 to t, without a mask.
 
     Returns:
         ``[B, T, H, D]`` in q's dtype.
     """
-    how = {"is_causal": causal, "scale": scale, "enable_gqa": True}
-    return F.scaled_dot_product_attention(q.transpose(1, 2), k_cache, v_cache, mask, **how).transpose(1, 2).contiguous()
+    out = F.scaled_dot_product_attention(
+        q.transpose(1, 2), k_cache, v_cache, mask, is_causal=causal, scale=scale, enable_gqa=True
+    )
+    return out.transpose(1, 2).contiguous()
 
 
 @attention.register_fake

@@ -19,7 +19,7 @@ from river_compile.kernels.portable import grouped_attention, one_row_linear
 from river_compile.passes.fusion.recognise import before_repeat
 
 from .edits import drop_unused, in_dtype_of
-from .nodes import input_name, is_ordinary, is_parameter, inference_sdpa, rank, shape, value_of
+from .nodes import inference_sdpa, input_name, is_ordinary, is_parameter, rank, shape, value_of
 from .program import Refusal, RiverProgram
 
 

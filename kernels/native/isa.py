@@ -1,7 +1,8 @@
 """Instruction sets that the C++ kernels are compiled for, best first, and those that this machine runs.
 
-``RIVER_COMPILE_ISA`` names another one than the best. Not handled: AMX, and vectors of ARM beyond what a compiler makes
-of the portable ones.
+``RIVER_COMPILE_ISA`` names another one than the best. With "amx", matrices in bfloat16 are multiplied in tiles, and
+the rest is "avx512_vnni". Not handled: tiles of integers, and vectors of ARM beyond what a compiler makes of the
+portable ones.
 """
 
 from __future__ import annotations
@@ -30,6 +31,11 @@ class Isa:
 
 
 ISAS = (
+    Isa(
+        "amx",
+        (*_AVX512, "-mavx512vnni", "-mamx-tile", "-mamx-bf16"),
+        (*_AVX512_NEEDS, "avx512_vnni", "amx_tile", "amx_bf16"),
+    ),
     Isa("avx512_vnni", (*_AVX512, "-mavx512vnni"), (*_AVX512_NEEDS, "avx512_vnni")),
     Isa("avx512", _AVX512, _AVX512_NEEDS),
     Isa("avx_vnni", (*_AVX2, "-mavxvnni"), ("avx2", "fma3", "avx_vnni")),
@@ -41,7 +47,10 @@ ISAS = (
 @functools.cache
 def runnable() -> tuple[Isa, ...]:
     """Returns the instruction sets of this machine, best first."""
-    return tuple(isa for isa in ISAS if _capabilities().issuperset(isa.needs))
+    found = _capabilities()
+    if "amx_tile" in found and not (hasattr(torch.cpu, "_init_amx") and torch.cpu._init_amx()):
+        found.discard("amx_tile")  # (the system has to let a process use them)
+    return tuple(isa for isa in ISAS if found.issuperset(isa.needs))
 
 
 def chosen() -> Isa:

@@ -7,6 +7,7 @@
     decode_attention   one query position over a static cache
     attention          several; of more than 16 a library computes it
     shift              the entries of a cache ``[B, J, S, D]`` moved up by one slot, in place
+    few_rows           up to which `dense` computes, by whether x is in bfloat16
     exit_score         the least cosine of the rows of two matrices
     add, advance       int64 numbers added, one of them a vector perhaps; a counter moved on in place
     record, replay     tapes of such calls: see `tape`
@@ -14,8 +15,8 @@
 Arguments are those of the operators ``river::*`` (see `river_compile.kernels.ops`), but for the layout: `linear` takes
 the bytes of the layouts "native", their `bits` and `int8_activations`, with which x is rounded to 8 bits with one scale
 for each group of each row; without, it is read as it is. A product's or an attention's row has the same bits whatever
-the number of rows and threads, which are ``torch.get_num_threads()``; of more than eight rows `dense` lets a library
-compute the product.
+the number of rows and threads, which are ``torch.get_num_threads()``; of more than 8 rows (16 in bfloat16 with "amx")
+`dense` lets a library compute the product.
 
 Not handled: gradients, other devices than the CPU, products of many rows at the speed of a library.
 """
@@ -65,6 +66,12 @@ def load(isa: Isa | None = None) -> Any:
             _tables[isa.name] = _table(paths[0])
         torch.ops.river_native.use_kernels(_tables[isa.name])
     return torch.ops.river_native
+
+
+def few_rows(dtype: torch.dtype) -> int:
+    """Returns how many rows of a dtype `dense`, once loaded, computes itself; a library multiplies more than these."""
+    rows: int = torch.ops.river_native.few_rows(dtype == torch.bfloat16)
+    return rows
 
 
 def _build_kernels(compiler: Compiler, isa: Isa) -> Path:

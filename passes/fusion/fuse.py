@@ -57,8 +57,8 @@ def fuse_twins(dense_layout: str) -> Pass:
 def _fused(program: RiverProgram, dense_layout: str) -> RiverProgram:
     """Applies the rules of a block to every twin, and the head's to the head of tokens that left.
 
-    Of the generated kernels, the rules around the cache are for decode steps. A head whose rule missed and that has no 4-bit matrix is given up
-    for the backbone's.
+    Of the generated kernels, the rules around the cache are for decode steps. A head whose rule missed and that has no
+    4-bit matrix is given up for the backbone's.
     """
     several = program.plan.is_decode or dense_layout == "dense"
     rules = [rule for rule in RULES if several or rule not in ONE_QUERY_RULES]

@@ -23,12 +23,12 @@ from river_compile.passes.nodes import (
     beside,
     called,
     either_way,
+    inference_sdpa,
     is_parameter,
     is_reshape,
     is_tensor,
     operands,
     plain,
-    inference_sdpa,
     same_dtype,
     shape,
     value_of,
@@ -228,7 +228,9 @@ def attention(node: Argument) -> Attention | None:
     return Attention(q, before_repeat(keys.args[0]), before_repeat(values), mask, scale, softcap)
 
 
-def _scaled(q: fx.Node, k: fx.Node, v: fx.Node, mask: fx.Node | None, scale: float | None, causal: bool = False) -> Attention:
+def _scaled(
+    q: fx.Node, k: fx.Node, v: fx.Node, mask: fx.Node | None, scale: float | None, causal: bool = False
+) -> Attention:
     return Attention(q, k, v, mask, value_of(q).shape[-1] ** -0.5 if scale is None else scale, 0.0, causal)
 
 
@@ -245,9 +247,10 @@ def _capped(node: Argument) -> tuple[Argument, float]:
 def _before_first_slots(node: fx.Node, slots: int | str) -> fx.Node:
     """Returns the cache whose first slots ``cache[:, :, :slots]`` are, the node itself where it is something else."""
     cache, index = operands(node, operator.getitem) or (node, None)
-    firsts = isinstance(index, tuple) and len(index) == 4 and isinstance(index[2], slice)
-    firsts = firsts and index[2].start in (None, 0) and index[2].step in (None, 1) and shape(node)[2] == slots
-    return cache if firsts and all(i == WHOLE for i in (*index[:2], index[3])) else node
+    if not isinstance(index, tuple) or len(index) != 4 or not isinstance(index[2], slice) or shape(node)[2] != slots:
+        return node
+    from_start = index[2].start in (None, 0) and index[2].step in (None, 1)
+    return cache if from_start and all(i == WHOLE for i in (*index[:2], index[3])) else node
 
 
 def before_repeat(node: fx.Node) -> fx.Node:

@@ -25,7 +25,6 @@ from river_compile.passes.nodes import (
     is_parameter,
     only_used_for,
     operands,
-    rank,
     same_dtype,
     same_size,
     shape,
@@ -131,7 +130,7 @@ def _norm_before_positions(product: fx.Node, last: fx.Node) -> Normed | None:
     if not called(last, operator.getitem) or not isinstance(last.args[1], tuple) or not only_used_for(last, product):
         return None
     source, index = last.args
-    whole = len(index) < rank(source) or index[-1] == WHOLE
+    whole = len(index) < len(shape(source)) or index[-1] == WHOLE
     found = norm(source)
     if found is None or not whole or shape(found.x) != shape(source) or not only_used_for(before_views(source), last):
         return None
@@ -206,7 +205,7 @@ def _residual(last: fx.Node, total: fx.Node) -> fx.Node:
     return residual
 
 
-# A rule's name, for the report, is its docstring. The generated kernels around the cache are for one position per row only.
+# A rule's name, for the report, is its docstring. Generated kernels around the cache take one position per row.
 Rule = Callable[[BlockView], fx.Node]
 ONE_QUERY_RULES: tuple[Rule, ...] = (fuse_kv_fill, fuse_attention)
 RULES: tuple[Rule, ...] = (fuse_norm_qkv, *ONE_QUERY_RULES, fuse_o_residual, fuse_gated_mlp, fuse_down_residual)

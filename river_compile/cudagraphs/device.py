@@ -13,6 +13,7 @@ from collections.abc import Callable, Iterable
 from dataclasses import dataclass, field
 from typing import Any
 
+import torch
 from torch import Tensor
 
 from river_compile.passes.program import Refusal
@@ -30,11 +31,14 @@ class CaptureDevice(ABC):
 
     name: str
     needs_a_run = True  # before a unit is captured: what it returns, and whatever it sets up, is known afterwards
-    most_rows: int | None = None  # of a captured pass of several tokens; None: decode steps alone are captured
 
     def obstacle(self, step: Step) -> Refusal | None:
         """Returns why the device cannot capture what a step of a capturable graph runs, None where it can."""
         return None
+
+    def most_rows(self, dtype: torch.dtype) -> int:
+        """Returns how many rows of a dtype a pass of several tokens may have to be captured; 0: none is."""
+        return 0
 
     @abstractmethod
     def flags(self, count: int) -> Tensor:

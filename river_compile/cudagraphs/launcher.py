@@ -1,8 +1,8 @@
 """Launches units: replays their captures, makes these where inputs come back, and keeps the buffers between units.
 
 The first time that a unit meets its inputs' addresses it runs uncaptured, which is also the warm-up that a capture
-needs; the second time it is captured, and from then on replayed. (A device that needs no warm-up captures at once.) A unit whose inputs never repeat (a mask that grows)
-stays uncaptured, and the log names the input that changes.
+needs; the second time it is captured, and from then on replayed. (A device that needs no warm-up captures at once.) A
+unit whose inputs never repeat (a mask that grows) stays uncaptured, and the log names the input that changes.
 
 A capture is found by the addresses of what it reads and by the sizes among its inputs; shapes and strides follow from
 those. A new KV cache leads to new captures, or takes over those of a freed one whose addresses it got. No cache and no
@@ -125,7 +125,8 @@ class Launcher:
 
     def _capture(self, unit: Unit, signature: tuple, slots: list) -> bool:
         """Captures a unit whose inputs come back; returns False where they are new, or it failed (the log says why)."""
-        outputs = self._seen.get(unit, {}).get(signature)
+        seen = self._seen.setdefault(unit, OrderedDict())
+        outputs = seen.get(signature)
         if outputs is None:
             if self.device.needs_a_run:
                 return False
@@ -145,7 +146,7 @@ class Launcher:
             self._captures.popitem(last=False)
             self.log.dropped += 1
         self._captures[signature] = graph, outputs
-        self._seen.get(unit, {}).pop(signature, None)
+        seen.pop(signature, None)
         self.log.add(record)
         self.log.alive = len(self._captures)
         self.log.uncaptured_units.pop(unit.name, None)

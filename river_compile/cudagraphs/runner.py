@@ -15,12 +15,13 @@ import time
 from collections.abc import Mapping, Sequence
 from types import TracebackType
 
+import torch
 from torch import Tensor
 
 from river_compile.config import RiverConfig
 from river_compile.errors import OptionError
 from river_compile.passes.graph_safety import fixed_inputs, runs_once
-from river_compile.passes.nodes import is_tensor, mutated_inputs, source_of
+from river_compile.passes.nodes import is_tensor, mutated_inputs, source_of, value_of
 from river_compile.passes.program import DecoderPlan, RiverProgram, Segment
 from river_compile.runtime.runner import Runner, Saved, Step
 from river_compile.runtime.slots import SCORE, new_slots, rows_of_pass
@@ -72,10 +73,11 @@ class CapturedRunner(Runner):
         self._note_order(plan)
 
     def for_pass(self, args: Sequence) -> Runner:
-        if self._program.plan.is_decode or self._plain is None:
+        plan = self._program.plan
+        if plan.is_decode or self._plain is None:
             return self
-        most = self.device.most_rows
-        few = most is not None and self._rows_of is not None and self._rows_of(args) <= most
+        dtype = value_of(plan.blocks[0].hidden_in).dtype
+        few = self._rows_of is not None and self._rows_of(args) <= self.device.most_rows(dtype)
         return self if few else self._plain
 
     def __enter__(self) -> None:
@@ -232,6 +234,9 @@ def _unsupported(program: RiverProgram, several: bool) -> str | None:
         made = next((c for w in block.kv.writes for c in mutated_inputs(w) if c.op != "placeholder"), None)
         if made is not None:
             return f"the cache is made in this pass (at {source_of(made)})"
+    for node in (n for segment in program.segments for n in segment.outputs):
+        if not isinstance(value_of(node), (Tensor, int, torch.SymInt)):
+            return f"a value that is neither tensor nor number goes from block to block (at {source_of(node)})"
     written = {node for block in plan.blocks for node in block.kv.writes}
     for node in program.returned:
         if node in written or (node.op == "placeholder" and is_tensor(node)):

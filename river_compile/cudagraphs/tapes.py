@@ -14,6 +14,7 @@ from collections.abc import Callable, Iterable
 import torch
 from torch import Tensor
 
+from river_compile.kernels.native.load import few_rows
 from river_compile.kernels.native.tape import Tape
 from river_compile.lowering.native import CannotRecord, NativeSegment
 from river_compile.passes.program import Refusal
@@ -29,12 +30,14 @@ class Tapes(CaptureDevice):
 
     name = "tapes of C++ calls"
     needs_a_run = False
-    most_rows = 8  # (beyond that a library multiplies)
 
     def obstacle(self, step: Step) -> Refusal | None:
         if isinstance(step.callee, NativeSegment):
             return None
         return Refusal("it is not made of C++ kernels alone", step.segment.name)
+
+    def most_rows(self, dtype: torch.dtype) -> int:
+        return few_rows(dtype)
 
     def flags(self, count: int) -> Tensor:
         with torch.inference_mode(False):

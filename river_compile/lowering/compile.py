@@ -59,7 +59,7 @@ class SegmentCompiler:
 
     `lowering` is "inductor", or "eager" to call the segments' graphs as they are; `config_patches` are for Inductor.
     With `native` the river's operators are those of the C++ kernels, and segments of nothing else skip Inductor. So
-    does then the prologue of a prompt (`is_decode` False), whose few small operators take less time than compiling them.
+    does then the prologue of a prompt (`is_decode` False), whose few operators take less time than compiling them.
     """
 
     lowering: str

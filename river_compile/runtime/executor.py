@@ -128,9 +128,7 @@ class RiverExecutor:
         runner.blocks(slots, done, last)
         return last, scores, None
 
-    def _run_tail_and_doubt(
-        self, runner: Runner, slots: list, policy: ExitPolicy, depth: int
-    ) -> tuple[float, bool]:
+    def _run_tail_and_doubt(self, runner: Runner, slots: list, policy: ExitPolicy, depth: int) -> tuple[float, bool]:
         """Runs the tail and, where its logits leave doubt, the backbone's blocks as if the tail had not run.
 
         Returns:

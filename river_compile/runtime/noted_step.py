@@ -32,7 +32,8 @@ class Given:
     Attributes:
         values: the arguments, those in dicts among them (masks, by kind of attention).
         cache: the KV cache among them, None without.
-        looks: what compiled code depends on of each; None where something is neither tensor, flag nor cache.
+        looks: the names, and what compiled code depends on of each value; None where something is neither tensor, flag
+            nor cache.
     """
 
     __slots__ = ("cache", "looks", "values")
@@ -45,8 +46,9 @@ class Given:
             else:
                 self.values[name] = value
         self.cache: Any = cache_of(arguments)
-        looks = {name: self._look(value) for name, value in self.values.items()}
-        self.looks = None if self.cache is None or None in looks.values() else looks
+        looks = tuple((name, self._look(value)) for name, value in self.values.items())
+        known = self.cache is not None and all(look is not None for _, look in looks)
+        self.looks = looks if known else None
 
     def _look(self, value: Any) -> tuple | None:
         if isinstance(value, Tensor):

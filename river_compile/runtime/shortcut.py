@@ -1,9 +1,9 @@
-"""Decode steps that take a shortcut around Dynamo, where only what they are given has changed since the step before.
+"""Steps that take a shortcut around Dynamo, where only what they are given has changed since the step before.
 
 Between `generate` and a model's graph stands Dynamo: it checks thousands of guards and collects the graph's inputs from
 hundreds of modules, about a millisecond a token. While a sequence goes on, the same graph runs with the same parameters
-and the same cache, and with other ids, positions and masks. So a decode step is noted as it comes through Dynamo, and
-the next one calls the executor itself.
+and the same cache, and with other ids, positions and masks. So a step is noted as it comes through Dynamo, and the next
+one that looks like it calls the executor itself: decode steps, and passes of several tokens such as exact mode's.
 
 Checked in every step:
 
@@ -36,6 +36,7 @@ from .noted_step import Given, NotedStep, Surroundings
 from .plain_calls import CompiledOrPlain
 
 _PATIENCE = 8  # steps of one sequence that may be noted in vain
+_LOOKS = 64  # of which the executor is known when another sequence begins
 
 
 def install(model: nn.Module) -> None:
@@ -60,12 +61,19 @@ def without_shortcut(call: Any) -> Callable[..., Any] | None:
 
 
 class _Thread:
-    """What one thread's calls left: the latest decode step's looks and executor, and the step that may run again."""
+    """What one thread's calls of a sequence left, by looks: the latest executor, and the steps that may run again."""
 
     def __init__(self) -> None:
-        self.ran: tuple[object, weakref.ref[RiverExecutor]] | None = None
-        self.step: NotedStep | None = None
+        self.ran: dict[tuple, weakref.ref[RiverExecutor]] = {}
+        self.steps: dict[tuple, NotedStep] = {}
         self.patience = _PATIENCE
+
+    def forget(self) -> None:
+        """Begins another sequence. (The same executor will run what looks the same.)"""
+        self.steps.clear()
+        self.patience = _PATIENCE
+        if len(self.ran) > _LOOKS:
+            self.ran.clear()
 
 
 class Shortcut:
@@ -76,7 +84,7 @@ class Shortcut:
         compiled: what runs a call through Dynamo.
 
     Attributes:
-        taken: decode steps that took it, in all threads.
+        taken: steps that took it, in all threads.
     """
 
     def __init__(self, model: nn.Module, compiled: Callable[..., Any]) -> None:
@@ -101,17 +109,20 @@ class Shortcut:
         if args or model is None or given.looks is None:
             return self._compiled(*args, **kwargs)
         thread = self._threads.setdefault(threading.get_ident(), _Thread())
-        if thread.step is not None and thread.step.looks == given.looks:
-            result = thread.step.run(model, given)
+        step = thread.steps.get(given.looks)
+        if step is not None:
+            result = step.run(model, given)
             if result is not None:
                 self.taken += 1
                 return result
-            thread.step = None
+            thread.steps.clear()
         return self._through_dynamo(model, thread, given, kwargs)
 
     def _through_dynamo(self, model: nn.Module, thread: _Thread, given: Given, kwargs: dict) -> Any:
         """Runs a call through Dynamo, and notes it where the same executor ran a call with these looks before."""
-        expected = thread.ran[1]() if thread.ran is not None and thread.ran[0] == given.looks else None
+        looks = given.looks
+        assert looks is not None, "called where all arguments have known looks"
+        expected = thread.ran[looks]() if looks in thread.ran else None
         before = None
         if expected is not None and thread.patience > 0:
             before = Surroundings.of(model, given.cache, expected)
@@ -127,11 +138,14 @@ class Shortcut:
         if len(calls) != 1:
             return result
         executor, args, outputs = calls[0]
-        if executor.decodes:
-            thread.ran = (given.looks, weakref.ref(executor))
-            if before is not None and executor is expected:
+        if not (executor.decodes or executor.sequences.goes_on):
+            thread.forget()
+            return result
+        thread.ran[looks] = weakref.ref(executor)
+        if before is not None and executor is expected:
+            step = NotedStep.of(before, model, given, args, outputs, result)
+            if step is None:
                 thread.patience -= 1
-                thread.step = NotedStep.of(before, model, given, args, outputs, result)
-        elif not executor.sequences.goes_on:
-            thread.step, thread.patience = None, _PATIENCE
+            else:
+                thread.steps[looks] = step
         return result

@@ -105,13 +105,14 @@ class Drafter:
         for row, token in zip(rows, tokens, strict=True) if self._indices else ():
             self._indices[row].extend([token])
 
-    def draft(self, ids_BS: Tensor, rooms: Sequence[int | None], step: DraftStep) -> Draft:
+    def draft(self, ids_BS: Tensor, rooms: Sequence[int | None], step: DraftStep, river: bool = True) -> Draft:
         """Proposes tokens for each row.
 
         Args:
             ids_BS: the ids so far, aligned to their ends.
             rooms: as many as can be verified and used for each row; None for rows that have ended.
             step: runs the river over the ids that it is given, one token further per call.
+            river: whether it drafts at all, or the context alone.
         """
         rows = [RowDraft(room or 0) for room in rooms]
         running = [i for i, room in enumerate(rooms) if room is not None]
@@ -119,7 +120,8 @@ class Drafter:
         while True:
             for i in running:
                 rows[i].copy = self._continuation(i, rows[i])
-            count = self.rule.verify_now([rows[i] for i in running], steps, self._river.chance(0.0))
+            chance = self._river.chance(0.0) if river else None
+            count = self.rule.verify_now([rows[i] for i in running], steps, chance)
             if count is not None:
                 break
             start = time.perf_counter()

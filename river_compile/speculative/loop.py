@@ -99,7 +99,8 @@ class ExactLoop:
         start = self.clock()
         runner, texts = self.runner, self.texts
         ids, running, longest, before = texts.aligned(), texts.running, texts.longest, list(texts.lengths)
-        draft = self.drafter.draft(ids, self._rooms(), DraftStep(self._draft_scores, self._choose_draft))
+        river = self.pays is None or not self.pays.resting
+        draft = self.drafter.draft(ids, self._rooms(), DraftStep(self._draft_scores, self._choose_draft), river)
         runner.rewind(draft.steps)
         drafted_at = self.clock()
         width = runner.width_for(draft.longest)
@@ -125,7 +126,7 @@ class ExactLoop:
 
     def _rooms(self) -> list[int | None]:
         """Returns how many tokens each row can draft, None for rows that have ended."""
-        most = 0 if self.pays is not None and self.pays.resting else self.runner.longest_draft
+        most = self.runner.longest_draft
         return [
             max(min(most, self.max_length - length - 1), 0) if active else None
             for length, active in zip(self.texts.lengths, self.texts.active, strict=True)

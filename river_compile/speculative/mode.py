@@ -85,7 +85,7 @@ class ExactMode:
         stop_below: the river ends its draft once the draft's estimated chance of holding in whole is below this, in
             [0, 1]; 0 always drafts `max_draft` tokens. None drafts as long as it is expected to pay, by measured times,
             or is 0.5 where not `adaptive`.
-        strict: verify with passes whose rows have the very bits of plain decoding, also in bfloat16; slower.
+        strict: verify in passes whose rows have the very bits of decoding without drafts, also in bfloat16.
         adaptive: let measured times decide how long to draft, and do without drafts where they cost more time than they
             save. Otherwise nothing depends on time.
     """

@@ -3,9 +3,10 @@
 Every cycle tells what a kept token costs. What a plain step costs is measured now and then by one that leaves no trace:
 the backbone runs the last token, and the cache is cut back. So measuring changes no text, not even a sampled one.
 
-Where drafts are slower by more than `_MARGIN`, the loop does without for `_REST` tokens, then tries again, and rests
-twice as long each time that they are slower still. Cycles in which something was compiled or captured, or that used a
-width for the first time, do not count, and neither does the slowest one of a window.
+Where drafts are slower by more than `_MARGIN`, the river drafts nothing for `_REST` tokens (copies from the context,
+which cost no pass, go on), then tries again, and rests twice as long each time that they are slower still. Cycles in
+which something was compiled or captured, or that used a width for the first time, do not count, and neither does the
+slowest one of a window.
 
 Not handled: drafts that pay for some rows of a batch.
 """
@@ -53,7 +54,7 @@ class Pays:
 
     @property
     def resting(self) -> bool:
-        """Whether the loop is to do without drafts."""
+        """Whether the loop is to do without the river's drafts."""
         return self._left > 0
 
     def measure_plain(self, plain_pass: Callable[[], object]) -> None:
@@ -69,14 +70,15 @@ class Pays:
         """Takes a cycle in; decides whether the next ones draft."""
         kept, seconds = len(cycle.kept) / len(cycle.rows), sum(cycle.seconds)
         self._since_plain += kept
-        if cycle.drafted:
-            self._take(cycle.width, seconds, lambda s: self._drafted.append((kept, s)))
-            self._judge()
-            return
-        self._take(cycle.width, seconds, self._plain_took)
         if self.resting:
             self.log.tokens_without += kept
             self._left -= kept
+        elif cycle.drafted:
+            self._take(cycle.width, seconds, lambda s: self._drafted.append((kept, s)))
+            self._judge()
+            return
+        if not cycle.drafted:
+            self._take(cycle.width, seconds, self._plain_took)
 
     def _take(self, width: int, seconds: float, counts: Callable[[float], object]) -> None:
         before, self._prepared = self._prepared, self.preparations()
@@ -109,9 +111,7 @@ class _AllPays(dict[tuple[int, bool], Pays]):
     """Those of one model, by batch size and whether verification is strict."""
 
 
-def pays_of(
-    state: ModelState, log: PayoffLog, rows: int, strict: bool, preparations: Callable[[], int]
-) -> Pays:
+def pays_of(state: ModelState, log: PayoffLog, rows: int, strict: bool, preparations: Callable[[], int]) -> Pays:
     """Returns what watches a model's cycles with so many rows."""
     every = state.of(_AllPays)
     return every.setdefault((rows, strict), Pays(log, preparations))

@@ -85,13 +85,13 @@ class RowDraft:
 class Rule(Protocol):
     """Says after each draft step whether to go on."""
 
-    def verify_now(self, rows: Sequence[RowDraft], drafted: int, river: float) -> int | None:
+    def verify_now(self, rows: Sequence[RowDraft], drafted: int, river: float | None) -> int | None:
         """Returns how many tokens of each draft and its copy to verify, or None to draft another token first.
 
         Args:
             rows: those that are being generated.
             drafted: tokens of the longest draft.
-            river: how likely the river's next token is to hold.
+            river: how likely the river's next token is to hold; None where it drafts none.
         """
         ...
 
@@ -113,9 +113,11 @@ class ByGain:
         self._times, self._width, self._together = times, width, together
         self._kept = self._seconds = 0.0
 
-    def verify_now(self, rows: Sequence[RowDraft], drafted: int, river: float) -> int | None:
+    def verify_now(self, rows: Sequence[RowDraft], drafted: int, river: float | None) -> int | None:
         copied = [row.reaches_with([token.chance for token in row.copy]) for row in rows]
         stop, count = max(self._value(copied, n, 0) for n in self._ends(max(map(len, copied))))
+        if river is None:
+            return count
         most = max(row.room for row in rows)
         chances = [max(river, row.copy[0].chance if row.copy else 0.0) for row in rows]
         for more in range(1, most - drafted + 1):
@@ -161,8 +163,10 @@ class ByChance:
     def __init__(self, stop_below: float, width: Callable[[int], int]) -> None:
         self._stop_below, self._width = stop_below, width
 
-    def verify_now(self, rows: Sequence[RowDraft], drafted: int, river: float) -> int | None:
-        if any(row.open and row.reach >= self._stop_below and not row.copies(river) for row in rows):
+    def verify_now(self, rows: Sequence[RowDraft], drafted: int, river: float | None) -> int | None:
+        if river is not None and any(
+            row.open and row.reach >= self._stop_below and not row.copies(river) for row in rows
+        ):
             return None
         return self._width(drafted) - 1 if drafted else max(len(row.copy) for row in rows)
 

@@ -66,7 +66,7 @@ class PassTimes:
     DRAFT = "draft"
 
     def __init__(self, preparations: Callable[[], int] = lambda: 0) -> None:
-        self._preparations, self._prepared = preparations, -1
+        self._preparations, self._prepared = preparations, preparations()
         self._times: dict[Hashable, deque[float]] = {}
         self._measured: dict[Hashable, int] = {}  # when a kind was measured last, in passes
         self._passes = 0

@@ -2,9 +2,11 @@
 
 Inputs are prepared by transformers' own methods, so masks and positions are those of plain generation.
 
-A strict runner verifies through a batch-invariant copy of the graph, compiled with the option ``same_rows``, in which a
-token has the same bits at every width of the pass. The first time that it uses a width it runs the same tokens one by
-one too and compares logits and cache to the bit; a width that fails is reported in a warning and not used.
+A strict runner verifies in passes in which a token has the same bits at every width: through a batch-invariant copy of
+the graph, compiled with the option ``same_rows``, or where the backbone runs on the C++ kernels, whose sums depend on
+no other row, through the model's own graph at as many rows as they compute themselves. The first time that it uses a
+width it runs the same tokens one by one too and compares logits and cache to the bit; a width that fails is reported in
+a warning and not used.
 
 Not handled (refused with the reason): caches that cannot be rewound, encoder-decoder models, and models whose forward
 passes the river backend did not rewrite. Hooks on the model itself are not called by strict verification.
@@ -27,11 +29,12 @@ from river_compile.config import RiverConfig
 from river_compile.cudagraphs.device import CaptureLog
 from river_compile.errors import ExactModeError, RiverWarning
 from river_compile.exits import WHOLE, forced_depth
+from river_compile.kernels.native.load import few_rows
 from river_compile.reporting.plain_runs import PlainRuns
 from river_compile.runtime.executor import on_step
 from river_compile.runtime.sequences import Sequences
 from river_compile.runtime.stats import ExitStats
-from river_compile.state import ModelState, state_of_model
+from river_compile.state import GraphRecord, ModelState, state_of_model
 from river_compile.upstream.hf_cache import cache_of
 
 from .graphs import BatchInvariantGraph, BatchInvariantGraphs
@@ -83,8 +86,8 @@ class DraftVerifyRunner:
         self.model_kwargs = model_kwargs
         self.widths = verification_widths(max_draft, strict)
         self._strict = strict
-        self._invariant: BatchInvariantGraph | None = None
-        self._verdicts: dict[tuple[object, ...], bool] = {}  # of the invariant graph, for this batch and cache
+        self._invariant: BatchInvariantGraph | None = None  # None: the model's own
+        self._verdicts: dict[tuple[object, ...], bool] = {}  # of strict passes, for this batch and cache
 
     def prefill(self, ids_BS: Tensor, config: GenerationConfig) -> Tensor:
         """Runs the prompt and returns the logits ``[B, 1, V]`` of its last position.
@@ -108,25 +111,26 @@ class DraftVerifyRunner:
         if graph is None:
             raise ExactModeError(f"exact mode needs a model that the river backend can rewrite; {_why_not(state)}")
         check_paths(graph.config)
-        if self._strict and graph.own_backbone:
-            raise ExactModeError(
-                "strict=True gives the bits of the model's own operators, and this model's decode steps run on C++ "
-                "kernels (backbone='river', the default on this processor); compile it with backbone='model', as "
-                "accelerate(model, quality='strict') does"
-            )
         self.stats, self.sequences = state.of(ExitStats), state.of(Sequences)
         if self._strict:
-            graphs = state.of(BatchInvariantGraphs)
+            self._be_strict(state, graph, ids_BS.shape[0])
+        self._kept = self._entries.filled + 1
+        by_batch, kind = state.of(_TimesByBatch), (ids_BS.shape[0], self._strict)
+        self.times = by_batch.setdefault(kind, PassTimes(functools.partial(preparations, state)))
+        self._inputs(torch.cat([ids_BS, ids_BS.new_zeros(ids_BS.shape[0], 1)], dim=1), 1)
+        return self.prompt_logits
+
+    def _be_strict(self, state: ModelState, graph: GraphRecord, batch: int) -> None:
+        """Chooses the graph and the widths of strict passes."""
+        graphs, key = state.of(BatchInvariantGraphs), (graph.config, graph.mode)
+        if graph.own_backbone:
+            self.widths = tuple(w for w in self.widths if w == 1 or w * batch <= few_rows(self.model.dtype))
+        else:
             key = (dataclasses.replace(graph.config, same_rows=True), graph.mode)
             if key not in graphs:
                 graphs[key] = BatchInvariantGraph(self.model, *key)
             self._invariant = graphs[key]
-            self._verdicts = self._invariant.verdicts.setdefault((ids_BS.shape[0], self._entries.capacity), {})
-        self._kept = self._entries.filled + 1
-        by_batch, key = state.of(_TimesByBatch), (ids_BS.shape[0], self._strict)
-        self.times = by_batch.setdefault(key, PassTimes(functools.partial(preparations, state)))
-        self._inputs(torch.cat([ids_BS, ids_BS.new_zeros(ids_BS.shape[0], 1)], dim=1), 1)
-        return self.prompt_logits
+        self._verdicts = graphs.verdicts[key, batch, self._entries.capacity]
 
     def width_for(self, drafted: int) -> int:
         """Returns the smallest verification width for a number of drafted tokens."""
@@ -163,11 +167,11 @@ class DraftVerifyRunner:
         if filler:
             ids_BS = torch.cat([ids_BS, ids_BS[:, -1:].expand(-1, filler)], dim=-1)
         with forced_depth(WHOLE):  # (a pass of width 1 is a decode step)
-            if self._invariant is not None and width > 1 and self._case(width) not in self._verdicts:
+            if self._strict and width > 1 and self._case(width) not in self._verdicts:
                 return self._try_out(self._invariant, ids_BS, width)[:, : drafted + 1]
             return self._forward(ids_BS, width, self._invariant if width > 1 else None)[:, : drafted + 1]
 
-    def _try_out(self, graph: BatchInvariantGraph, ids_BS: Tensor, width: int) -> Tensor:
+    def _try_out(self, graph: BatchInvariantGraph | None, ids_BS: Tensor, width: int) -> Tensor:
         """Runs the last ids at once and one by one, notes whether the bits agree, and returns the latter's logits."""
         case = self._case(width)
         wide, wide_entries = self._forward(ids_BS, width, graph), self._copies()
@@ -203,7 +207,7 @@ class DraftVerifyRunner:
         mask, positions = (self.model_kwargs.get(name) for name in ("attention_mask", "position_ids"))
         if not (isinstance(mask, Tensor) and isinstance(positions, Tensor) and mask.ndim == 2):
             return False
-        return positions.shape[-2:-1] == mask.shape[:1] and self._invariant is None and self._entries.can_part
+        return positions.shape[-2:-1] == mask.shape[:1] and not self._strict and self._entries.can_part
 
     def keep(self, kept: Sequence[int], advance: int) -> None:
         """Ends a cycle: masks and positions grow, all slots but those of kept tokens are freed.

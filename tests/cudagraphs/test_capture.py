@@ -496,11 +496,11 @@ class TestReported:
         device, tries = decoder.runner.device, []
         capture = device.capture
 
-        def fail(unit, slots, outputs):
+        def fail(unit, slots, outputs, buffer):
             if unit.name == "tail 3":
                 tries.append(unit)
                 raise CaptureFailed("operation not permitted when stream is capturing")
-            return capture(unit, slots, outputs)
+            return capture(unit, slots, outputs, buffer)
 
         device.capture = fail
         check(decoder, [(0, 3, None)] * 4)

@@ -6,11 +6,11 @@ import pytest
 import torch
 import torch._inductor.config as inductor
 
-from river_compile import ExactModeError, OptionError, RiverWarning, exact, report, river
+from river_compile import OptionError, RiverWarning, exact, report, river, trace
 from river_compile.config import RiverConfig
+from river_compile.exits import WHOLE, forced_depth
 from river_compile.lowering import choose
 from river_compile.lowering.choose import Lowering, choose_lowering
-from river_compile.exits import WHOLE, forced_depth
 from river_compile.upstream.hf_cache import cache_argument
 from tests.support.decoding import CAPACITY, cache_state, decode, left_padded, new_cache
 from tests.support.families import REWRITTEN, make, prompt
@@ -97,7 +97,7 @@ def test_passes_of_several_tokens_compute_what_the_model_does(name):
 
 @pytest.mark.parametrize("name", ["llama", "qwen3", "phi3"])
 def test_a_token_has_the_same_bits_in_passes_of_any_width(name):
-    """Every block, and the prologue of a prompt, runs without Inductor; up to eight rows no sum depends on the others."""
+    """Nothing but the prologue of a step goes through Inductor; up to eight rows no sum depends on the others."""
     model = make(name, layers=2, dtype=torch.bfloat16)
     model.compile(backend=river, options={**OPTIONS, "lowering": "native"})
     found = [torch.cat(passes(model, widths, batch=1)[1:], 1) for widths in ([1] * 8, [8], [3, 5], [2, 4, 2])]
@@ -153,12 +153,23 @@ def test_what_needs_the_kernels_says_so(options, message):
         model.generate(torch.ones(1, 3, dtype=torch.long), max_new_tokens=2, do_sample=False, pad_token_id=0)
 
 
-def test_strict_verification_needs_the_models_own_operators():
-    model = make("llama", layers=2)
+@pytest.mark.parametrize(("name", "batch"), [("llama", 1), ("qwen3", 3)])
+def test_strict_verification_has_the_bits_of_decoding_without_drafts(name, batch):
+    """In bfloat16, on the C++ kernels: the scores too, with drafts that are verified several at a time."""
+    model = make(name, layers=2, dtype=torch.bfloat16)
     model.compile(backend=river, options={**OPTIONS, "lowering": "native"})
-    options = {"max_new_tokens": 3, "do_sample": False, "custom_generate": exact, "strict": True}
-    with pytest.raises(ExactModeError, match="compile it with backbone='model'"):
-        model.generate(torch.ones(1, 3, dtype=torch.long), pad_token_id=0, **options)
+    options = {"max_new_tokens": 16, "do_sample": False, "pad_token_id": 0, "cache_implementation": "static"}
+    options |= {"return_dict_in_generate": True, "output_logits": True, "disable_compile": True}
+    ids, mask = left_padded(batch)
+    with forced_depth(WHOLE):
+        plain = model.generate(ids, attention_mask=mask, **options)
+    drafts = {"custom_generate": exact, "strict": True, "max_draft": 3, "stop_below": 0.0, "adaptive": False}
+    with warnings.catch_warnings(), trace() as seen:
+        warnings.simplefilter("error", RiverWarning)
+        strict = model.generate(ids, attention_mask=mask, **drafts, **options)
+    assert torch.equal(strict.sequences, plain.sequences)
+    assert all(map(torch.equal, strict.logits, plain.logits))
+    assert {cycle.width for cycle in seen.cycles} >= {min(4, 8 // batch)}
 
 
 def test_the_head_in_8_bits_is_closer_to_the_models_than_in_4():

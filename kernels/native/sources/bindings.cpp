@@ -5,6 +5,7 @@
 //   kv_fill, attention            positions of a static cache; decode_attention: one of each sequence
 //   norm                          a norm, and a residual
 //   shift                         the entries of a full window moved up by one slot
+//   few_rows                      of a product of 16-bit matrices that is computed here
 //   exit_score                    the least cosine of rows
 //   add, advance, copy            counters, and tensors at the borders of what is recorded
 //   record, recorded, replay, ... tapes, known by their address
@@ -87,6 +88,7 @@ int64_t record() {
 void recorded() { Tape::recording() = nullptr; }
 void replay(int64_t tape) { tape_at(tape)->replay(threads()); }
 void drop(int64_t tape) { delete tape_at(tape); }
+int64_t few_rows_of(bool bfloat16) { return few_rows(kernels().tiles && bfloat16); }
 int64_t tape_phases(int64_t tape) { return int64_t(tape_at(tape)->phases()); }
 int64_t tape_bytes(int64_t tape) { return int64_t(tape_at(tape)->bytes()); }
 
@@ -120,6 +122,7 @@ STABLE_TORCH_LIBRARY_FRAGMENT(river_native, m) {
   m.def("add(Tensor a, Tensor b) -> Tensor");
   m.def("advance(Tensor(a!) counter, int by) -> ()");
   m.def("copy(Tensor from_, Tensor(a!) to) -> ()");
+  m.def("few_rows(bool bfloat16) -> int");
   m.def("record() -> int");
   m.def("recorded() -> ()");
   m.def("replay(int tape) -> ()");
@@ -145,6 +148,7 @@ STABLE_TORCH_LIBRARY_IMPL(river_native, CPU, m) {
 }
 
 STABLE_TORCH_LIBRARY_IMPL(river_native, CompositeExplicitAutograd, m) {
+  m.impl("few_rows", TORCH_BOX(&river::few_rows_of));
   m.impl("record", TORCH_BOX(&river::record));
   m.impl("recorded", TORCH_BOX(&river::recorded));
   m.impl("replay", TORCH_BOX(&river::replay));

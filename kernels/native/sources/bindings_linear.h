@@ -14,7 +14,7 @@ struct LinearCall {
   size_t groups_of_rows() const {
     return size_t(linear.rows) * ((linear.in_features + linear.group_size - 1) / linear.group_size);
   }
-  size_t element_size() const { return linear.x.format == kInt8 ? 1 : 4; }
+  size_t element_size() const { return linear.x.format == kInt8 ? 1 : linear.x.format == kTiled ? 2 : 4; }
 
   // Finds room for the prepared activations.
   void place() {
@@ -101,7 +101,8 @@ inline bool has_rows(const Tensor& y, const Tensor& x, int64_t width) {
          columns_of(y) == width;
 }
 
-constexpr int kFewRows = 8;  // up to which these kernels keep pace with a library's product of 16-bit matrices
+// Rows up to which these kernels keep pace with a library's product of matrices of a dtype.
+inline int64_t few_rows(bool tiles) { return tiles ? 16 : 8; }
 
 inline Tensor library_linear(const Tensor& x, const Tensor& weight, const Maybe& bias) {
   using torch::stable::detail::from;
@@ -250,12 +251,13 @@ inline Tensor dense(const Tensor& x, Tensors weights, Tensors biases, const Mayb
     check(bias.first[i + 1] == rows.first[i + 1], "biases", "be as long as the weights have rows");
   const int64_t n = rows.first[rows.count];
   Tensor y = empty_rows(x, gated ? n / 2 : n);
-  call.linear.x.format = kPlain;
+  const bool tiles = kernels().tiles && x.scalar_type() == ScalarType::BFloat16;
+  call.linear.x.format = tiles ? kTiled : kPlain;
   Tensors held;
   if (!describe(call, x, n, kLargestGroup, {bias, residual, norm, norm_weight, norm_bias, eps, activation, gated}, y,
                 held))
     return y;
-  if (rows_of(x) > kFewRows) {
+  if (rows_of(x) > few_rows(tiles)) {
     run_wide(call, held.empty() ? x : torch::stable::contiguous(x), weights, biases);
   } else {
     call.place();

@@ -32,24 +32,21 @@ RIVER_INLINE void dense_tile(const LinearArgs& a, const char* weight, const floa
                              int at) {
   const int64_t k = a.in_features, whole = k / kLanes * kLanes, bytes = D == kFloat32 ? 4 : 2;
   Floats sums[T][R];
-  for (auto& sum : sums)
-    for (Floats& one : sum) one = zeros();
+  unrolled<T>([&](auto t) RIVER_INLINED { unrolled<R>([&](auto r) RIVER_INLINED { sums[t][r] = zeros(); }); });
   for (int64_t i = 0; i < whole; i += kLanes) {
-#pragma GCC unroll 4
-    for (int t = 0; t < T; ++t) {
+    unrolled<T>([&](auto t) RIVER_INLINED {
       const Floats w = load_weights<D>(weight + t * k * bytes, i);
       __builtin_prefetch(weight + (t + T) * k * bytes + i * bytes, 0, 2);
-#pragma GCC unroll 8
-      for (int r = 0; r < R; ++r) sums[t][r] = fma(w, load_floats(x[r] + i), sums[t][r]);
-    }
+      unrolled<R>([&](auto r) RIVER_INLINED { sums[t][r] = fma(w, load_floats(x[r] + i), sums[t][r]); });
+    });
   }
-  for (int t = 0; t < T; ++t) {
+  unrolled<T>([&](auto t) RIVER_INLINED {
     float last[kLanes] = {};
     load_values(weight + t * k * bytes, whole, int(k - whole), D, last);
-    for (int r = 0; r < R; ++r) {
+    unrolled<R>([&](auto r) RIVER_INLINED {
       y[r][at + t] = sum_of(whole < k ? fma(load_floats(last), load_floats(x[r] + whole), sums[t][r]) : sums[t][r]);
-    }
-  }
+    });
+  });
 }
 
 // One block of output features for `rows` <= R rows of activations in float32, rows filled up to whole groups.

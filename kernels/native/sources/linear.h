@@ -10,6 +10,7 @@
 #include <algorithm>
 
 #include "dense.h"
+#include "tiles.h"
 #include "functions.h"
 #include "phases.h"
 #include "scalars.h"
@@ -142,7 +143,9 @@ inline void add_bias(const LinearArgs& a, int64_t first, int rows, float (*y)[kB
 
 template <int R, int F>
 void block(const LinearArgs& a, int64_t n, int row, int rows, float (*y)[kBlock]) {
-  if constexpr (F != kPlain)
+  if constexpr (F == kTiled)
+    tiled_block(a, n, y);
+  else if constexpr (F != kPlain)
     quantized_block<R, F>(a, n, row, rows, y);
   else if (a.dtype == kFloat32)
     dense_block<R, kFloat32>(a, n, row, rows, y);
@@ -193,6 +196,13 @@ void linear_of(const LinearArgs& a, int part, int parts) {
     }
 }
 
+inline void linear_in_tiles(const LinearArgs& a, int part, int parts) {
+  const Tiles tiles(a.rows);
+  const int64_t width = a.gated ? a.out_features / 2 : a.out_features, blocks = (width + kBlock - 1) / kBlock;
+  for (int64_t n = blocks * part / parts; n < blocks * (part + 1) / parts; ++n)
+    block_and_rest<16, kTiled>(a, n, 0, a.rows);
+}
+
 inline void linear(const void* args, int part, int parts) {
   const auto& a = *static_cast<const LinearArgs*>(args);
   if (a.x.format == kInt8 && a.bits == 8)
@@ -201,6 +211,8 @@ inline void linear(const void* args, int part, int parts) {
     linear_of<kInt8>(a, part, parts);
   else if (a.x.format == kSingle)
     linear_of<kSingle>(a, part, parts);
+  else if (a.x.format == kTiled)
+    linear_in_tiles(a, part, parts);
   else
     linear_of<kPlain>(a, part, parts);
 }

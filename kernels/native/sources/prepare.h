@@ -4,6 +4,7 @@
 
 #include <algorithm>
 #include <cmath>
+#include <cstring>
 
 #include "functions.h"
 #include "phases.h"
@@ -92,12 +93,21 @@ inline void write_group(const PrepareArgs& a, int64_t row, int64_t first, float*
   store_values(a.out.values, row * a.in_features + first, count, a.dtype, values);
 }
 
+inline void write_pairs(const PrepareArgs& a, int64_t i, const float* values) {
+  const int64_t groups = (a.in_features + a.group_size - 1) / a.group_size, row = i / groups;
+  uint16_t rounded[kLargestGroup];
+  store_values(rounded, 0, a.group_size, kBFloat16, values);
+  char* out = static_cast<char*>(a.out.values) + (i % groups * a.group_size / 2 * a.rows + row) * 4;
+  for (int k = 0; k < a.group_size; k += 2, out += 4 * a.rows) std::memcpy(out, rounded + k, 4);
+}
+
 inline void prepare_group(const PrepareArgs& a, int64_t i, const float* values) {
   const int64_t size = a.group_size;
   if (a.out.format == kPlain) {
     std::copy(values, values + size, static_cast<float*>(a.out.values) + i * size);
     return;
   }
+  if (a.out.format == kTiled) return write_pairs(a, i, values);
   a.out.sum[i] = sum_of(values, int(size));
   if (a.out.format == kInt8) {
     auto* out = static_cast<int8_t*>(a.out.values) + i * size;

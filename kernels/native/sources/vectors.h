@@ -5,8 +5,10 @@
 
 #include <cstdint>
 #include <cstring>
+#include <type_traits>
+#include <utility>
 
-#if defined(RIVER_ISA_AVX512) || defined(RIVER_ISA_AVX512_VNNI)
+#if defined(RIVER_ISA_AVX512) || defined(RIVER_ISA_AVX512_VNNI) || defined(RIVER_ISA_AMX)
 #define RIVER_AVX512
 #elif defined(RIVER_ISA_AVX2) || defined(RIVER_ISA_AVX_VNNI)
 #define RIVER_AVX2
@@ -16,8 +18,18 @@
 #endif
 
 #define RIVER_INLINE inline __attribute__((always_inline))
+#define RIVER_INLINED __attribute__((always_inline))  // of a lambda
 
 namespace river {
+
+// Calls f with the constants 0 to N - 1: arrays that are indexed with them stay in registers, which a loop that is
+// unrolled later does not bring about.
+template <int N, class F>
+RIVER_INLINE void unrolled(const F& f) {
+  [&]<int... I>(std::integer_sequence<int, I...>) RIVER_INLINED {
+    (f(std::integral_constant<int, I>()), ...);
+  }(std::make_integer_sequence<int, N>());
+}
 
 RIVER_INLINE int32_t four_bytes(const int8_t* x) {
   int32_t value;

@@ -181,9 +181,7 @@ def test_a_mask_of_one_row_and_a_mask_that_is_part_of_a_larger_one():
 
 
 @ISAS
-@given(
-    st.data(), st.integers(1, 3), st.integers(2, 20), st.sampled_from((24, CHUNK + 40)), st.sampled_from(DTYPES)
-)
+@given(st.data(), st.integers(1, 3), st.integers(2, 20), st.sampled_from((24, CHUNK + 40)), st.sampled_from(DTYPES))
 @examples(12)
 def test_several_positions_attend_as_each_does_alone(isa, data, batch, positions, slots, dtype):
     """Up to 16 positions to the bit; of more a library computes them, whose rounding is its own."""
@@ -311,10 +309,11 @@ def test_fake_operators_give_the_real_ones_shapes_and_dtypes(name):
         ("kv_fill", 5, torch.tensor([1.0]), "slot must be int64 or int32"),
         ("kv_fill", 7, torch.ones(2, 1, 5, 16).bfloat16(), "one shape, stride and dtype"),
         ("kv_fill", 7, torch.ones(2, 1, 16, 6).bfloat16().mT, "one shape, stride and dtype"),
-        ("decode_attention", 0, torch.ones(1, 2, 16).bfloat16(), "q must be"),
-        ("decode_attention", 0, torch.ones(2, 2, 16), "q must be"),
+        ("decode_attention", 0, torch.ones(1, 2, 16).bfloat16(), "q must have"),
+        ("decode_attention", 0, torch.ones(2, 2, 16), "q must have"),
+        ("decode_attention", 0, torch.ones(2, 1, 2, 16).bfloat16(), "q must be"),
         ("decode_attention", 1, torch.ones(2, 1, 6, 16), "one shape, stride and dtype"),
-        ("decode_attention", 3, torch.ones(2, 5, dtype=torch.bool), "mask must be"),
+        ("decode_attention", 3, torch.ones(2, 5, dtype=torch.bool), "mask must have"),
         ("decode_attention", 3, torch.ones(2, 6, dtype=torch.int64), "mask must be"),
         ("attention", 0, torch.ones(2, 2, 16).bfloat16(), "q must be"),
         ("attention", 3, torch.ones(3, 1, 3, 6), "mask must be"),
