@@ -34,7 +34,10 @@ _MASKS = (torch.bool, torch.float32, torch.bfloat16, torch.float16)
 
 @dataclass(frozen=True)
 class _Heads:
-    """Query, key or value heads `node`, ``[B, H, T, D]``: columns of a product, perhaps normalised, perhaps rotated."""
+    """Query, key or value heads: columns of a product, perhaps normalised, perhaps rotated.
+
+    `node` is ``[B, H, T, D]``, or a query that becomes that later on, ``[B, T, H D]``.
+    """
 
     node: fx.Node
     columns: Columns
@@ -49,13 +52,13 @@ def _heads(node: fx.Node) -> _Heads | None:
     inner = inner if turned is None else _before_exchange(turned.x, exchanges)
     normed = norm(inner)
     found = columns(before_cast(inner) if normed is None else normed.x)
-    if found is None or (_positions(node) != 1 and not _exchanges_once(exchanges, found.product)):
+    if found is None or (_positions(node) != 1 and not _keeps_positions(node, exchanges, found.product)):
         return None
     return _Heads(node, found, normed, turned)
 
 
 def _positions(heads: fx.Node) -> int | str:
-    return shape(heads)[2]
+    return shape(heads)[2 if rank(heads) == 4 else 1]
 
 
 def _before_exchange(node: fx.Node, exchanges: list[fx.Node]) -> fx.Node:
@@ -68,9 +71,10 @@ def _before_exchange(node: fx.Node, exchanges: list[fx.Node]) -> fx.Node:
     return node
 
 
-def _exchanges_once(exchanges: list[fx.Node], product: fx.Node) -> bool:
-    """True where ``[B, T, H, D]``, with the rows of a product ``[B, T, N]``, became ``[B, H, T, D]``."""
-    return len(exchanges) == 1 and rank(product) == 3 and shape(exchanges[0].args[0])[:2] == shape(product)[:2]
+def _keeps_positions(node: fx.Node, exchanges: list[fx.Node], product: fx.Node) -> bool:
+    """True where a product's rows became ``[B, T, H, D]`` and that ``[B, H, T, D]``, once, or not yet."""
+    places = [exchange.args[0] for exchange in exchanges] if rank(node) == 4 else [node, *exchanges]
+    return len(places) == 1 and rank(product) == 3 and shape(places[0])[:2] == shape(product)[:2]
 
 
 def fuse_kv_fill(view: BlockView) -> fx.Node:
@@ -173,9 +177,10 @@ def _write(
         arguments = (qkv, *weights, *tables, _slot(entries[0]), *caches, *how)
         arguments += (k.rotation is not None and k.rotation.interleaved,)
         several = _positions(q.node) != 1
-        sizes = (batch, value_of(q.node).shape[2], query_heads, dim) if several else (batch, query_heads, dim)
+        positions = value_of(entries[0].value).shape[2]
+        sizes = (batch, positions, query_heads, dim) if several else (batch, query_heads, dim)
         fused = call(torch.ops.river.kv_fill.default, arguments, value_of(product).new_empty(sizes), product)
-        query = _exchanged(fused) if several else reshaped(fused, q.node)
+        query = _exchanged(fused) if several and rank(q.node) == 4 else reshaped(fused, q.node)
     for node in moved:
         following.prepend(node)
     q.node.replace_all_uses_with(query)

@@ -58,6 +58,8 @@ def sample_calls():
     calls["kv_fill"] = (random(2, 1, 64), None, None, cos, sin, slot, k_cache, v_cache, "none", 1e-6, False)
     calls["decode_attention"] = (random(2, 2, 16), k_cache, v_cache, None, 0.25, 0.0)
     mask = random(2, 6)
+    several = torch.ones(1, 1, 3, k_cache.shape[2], dtype=torch.bool)
+    calls["attention"] = (random(2, 3, 2, 16), k_cache, v_cache, several, 0.25, False)
     calls["decode_attention masked"] = (random(2, 2, 16), k_cache, v_cache, mask, 0.25, 0.0)
     calls["exit_score"] = (random(2, 1, 64), random(2, 1, 64))
     calls["residual_score"] = (random(2, 1, 64), random(2, 1, 64), random(2, 1, 64))

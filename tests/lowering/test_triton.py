@@ -324,7 +324,7 @@ def test_the_interpreter_is_announced_once():
         lowering_choice.warn_of_slow_lowering(FUSED, torch.device("cuda"))
 
 
-def test_eight_tokens_of_smollm2(smollm2_folder):
+def test_tokens_of_smollm2(smollm2_folder):
     """Tokens that leave early and late: fused twins give the logits and caches of float32 products of the same grids.
 
     The CPU's int4 products round their inputs to bfloat16, so their logits are as close as that rounding allows; which
@@ -333,7 +333,7 @@ def test_eight_tokens_of_smollm2(smollm2_folder):
     model, _ = models.load("smollm2", dtype=torch.float32)
     both = Both(CPU, group_size=64)
     model.compile(backend=both)
-    depths = [0, 29, 28, 30, 29, 30, 30, 29]
+    depths = [0, 29, 30, 28]
     fed, results = prompt(4 + len(depths)), {}
     for both.fused in (True, False, CPU):
         cache = new_cache(model, "static", capacity=16)

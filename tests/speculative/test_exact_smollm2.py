@@ -30,7 +30,7 @@ def load(dtype):
     """Returns SmolLM2 compiled, and its tokenizer; the static cache has one size for all texts, so one decode graph."""
     torch._dynamo.reset()
     model, tokenizer = models.load("smollm2", dtype=dtype)
-    model.compile(backend=river_compile.river, options={"quantizer": "rtn", "backbone": "model"})
+    model.compile(backend=river_compile.river, options={"quantizer": "rtn"})
     model._previous_max_cache_length = 64 + NEW_TOKENS
     return model, tokenizer
 

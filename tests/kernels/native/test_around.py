@@ -199,7 +199,7 @@ def check(case: Case) -> None:
 
 @ISAS
 @given(case=cases(dense=False), threads=st.integers(1, 4))
-@examples(25)
+@examples(12)
 def test_4_bit_weights(isa, case, threads):
     load.load(isa)
     torch.set_num_threads(threads)
@@ -208,7 +208,7 @@ def test_4_bit_weights(isa, case, threads):
 
 @ISAS
 @given(case=cases(dense=True), threads=st.integers(1, 4))
-@examples(25)
+@examples(12)
 def test_weights_in_the_activations_dtype(isa, case, threads):
     """Nothing beyond the weight is read: NaN lies there."""
     load.load(isa)

@@ -56,7 +56,7 @@ LAYOUTS = st.builds(Runs, st.sampled_from((0, 3)), st.booleans())
 
 @ISAS
 @given(case=kv_cases(DIMS), runs=LAYOUTS, threads=st.integers(1, 3))
-@examples(30)
+@examples(12)
 def test_query_and_slot(isa, case, runs, threads):
     load.load(isa)
     torch.set_num_threads(threads)
@@ -72,7 +72,7 @@ def test_a_slot_outside_of_the_cache_writes_nothing(isa, slot):
 
 @ISAS
 @given(case=attention_cases(most_slots=3 * CHUNK, dims=DIMS), runs=LAYOUTS, threads=st.integers(1, 3))
-@examples(30)
+@examples(12)
 def test_one_query_position(isa, case, runs, threads):
     """One chunk and several, groups of 1 to 17 heads; slots that are left out hold NaN."""
     load.load(isa)

@@ -70,7 +70,7 @@ def cases(draw):
 
 @ISAS
 @given(case=cases(), threads=st.integers(1, 4))
-@examples(30)
+@examples(15)
 def test_any_shape(isa, case, threads):
     """Shapes, groups, ragged ends, dtypes, extreme weights, strided rows; nothing is read or written outside."""
     load.load(isa)

@@ -54,20 +54,20 @@ def linear_cases(draw, rows, weights, norms):
 
 @pytest.mark.core
 @given(linear_cases(st.just(1), "w4", NORMS))
-@examples(40)
+@examples(20)
 def test_one_row_of_4_bit_weights(case):
     check_linear(*case)
 
 
 @pytest.mark.core
 @given(linear_cases(st.integers(2, 33), "w4", NORMS))
-@examples(60)
+@examples(30)
 def test_rows_of_4_bit_weights(case):
     check_linear(*case)
 
 
 @given(linear_cases(st.integers(1, 20), "dense", ("none", "rms")))
-@examples(40)
+@examples(20)
 def test_dense_weights(case):
     check_linear(*case)
 
