@@ -72,12 +72,13 @@ inline Tensor kv_fill(const Tensor& qkv, const Maybe& q_norm, const Maybe& k_nor
   a.q = q.data_ptr();
   a.slots = int32_t(k_cache.size(2));
   a.interleaved = interleaved;
-  const int most = threads();
-  Call<KvFillArgs>(a).run({{kernels().kv_fill, parts_of(qkv.numel(), 1 << 14, most)}}, most);
+  const int most = threads(), parts = parts_of(qkv.numel(), 1 << 14, most);
+  if (positions > kFewPositions && !Tape::recording())
+    run_beside_library(kernels().kv_fill, &a, parts);
+  else
+    Call<KvFillArgs>(a).run({{kernels().kv_fill, parts}}, most);
   return q;
 }
-
-constexpr int kFewPositions = 16;  // up to which these kernels keep pace with a library's attention
 
 // Describes attention of `positions` queries of each sequence, but for the mask.
 inline void describe_attention(AttentionArgs& a, const Tensor& q, int64_t positions, const Tensor& k_cache,

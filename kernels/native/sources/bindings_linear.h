@@ -119,7 +119,7 @@ inline void run_wide(LinearCall& call, Tensor x, const Tensors& weights, const T
   if (call.prepare.norm) {
     Tensor normalised = empty_rows(x, columns_of(x));
     call.prepare.out = {normalised.data_ptr(), nullptr, nullptr, nullptr, kAsGiven};
-    Call<PrepareArgs>(call.prepare).run({{kernels().prepare, parts_of(x.numel(), 1 << 16, most)}}, most);
+    run_beside_library(kernels().prepare, &call.prepare, parts_of(x.numel(), 1 << 13, most));
     x = normalised;
   }
   Tensors made;
@@ -131,7 +131,7 @@ inline void run_wide(LinearCall& call, Tensor x, const Tensors& weights, const T
     finish.product.count = int32_t(i + 1);
   }
   const int64_t values = int64_t(a.rows) * a.out_features;
-  Call<FinishArgs>(finish).run({{kernels().finish, parts_of(values, 1 << 16, most)}}, most);
+  run_beside_library(kernels().finish, &finish, parts_of(values, 1 << 13, most));
 }
 
 // Describes x and the norm of its rows.

@@ -111,6 +111,15 @@ inline int32_t activation_of(const std::string& name) {
   return number_of(name, names, "activation");
 }
 
+// Runs a phase on torch's own threads, which are awake between two calls of a library, and would be in the way of others.
+inline void run_beside_library(Run run, const void* args, int parts) {
+  torch::stable::parallel_for(0, parts, 1, [&](int64_t first, int64_t end) {
+    for (int64_t part = first; part < end; ++part) run(args, int(part), parts);
+  });
+}
+
+constexpr int kFewPositions = 16;  // up to which our attention keeps pace with a library's, and passes run on our threads
+
 inline int threads() { return int(torch::stable::get_num_threads()); }
 
 }  // namespace river
