@@ -64,7 +64,7 @@ class GraphRecord(Entries):
         kept: matrices of the twins that stay in 16 bits.
         token_bytes, packed_bytes: of its twins' packed weights, what a token reads where all blocks are twins, and all.
         fusions: what became of each fusion rule in each segment that it is for.
-        own_backbone: whether decode steps with these options multiply by the C++ kernels in the backbone's blocks.
+        own_backbone: whether its passes multiply by the C++ kernels in the backbone's blocks.
         block_paths: module paths of the blocks.
         executor: returns what runs the graph while Dynamo keeps it, None for a graph that was refused.
         entry: what Dynamo keeps of it.

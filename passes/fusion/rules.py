@@ -76,15 +76,17 @@ def fuse_head(dense_layout: str) -> Rule:
     def fuse_head(view: BlockView) -> fx.Node:
         """norm + head."""
         head = _only([n for n in view.graph.nodes if is_product(n) or called(n, F.linear)], "gives logits")
+        arguments = head.args
+        if not is_product(head):
+            x, weight, bias = head.args
+            fits = is_parameter(weight) and is_ordinary(value_of(weight))
+            fits = fits and same_dtype(weight, x) and same_dtype(head, x)
+            require(fits, "its matrix is not an ordinary parameter of the activations' dtype", head)
+            arguments = (x, weight, None, bias, shape(weight)[0], 0, dense_layout)
         found, last = _norm_before(head)
         if found is None:
             found = _norm_before_positions(head, last)
-        if is_product(head):
-            return _put_linear(head.args, found, head)
-        x, weight, bias = head.args
-        fits = is_parameter(weight) and is_ordinary(value_of(weight)) and same_dtype(weight, x) and same_dtype(head, x)
-        require(fits, "its matrix is not an ordinary parameter of the activations' dtype", head)
-        return _put_linear((x, weight, None, bias, shape(weight)[0], 0, dense_layout), found, head)
+        return _put_linear(arguments, found, head)
 
     return fuse_head
 

@@ -86,8 +86,8 @@ class ExactMode:
             [0, 1]; 0 always drafts `max_draft` tokens. None drafts as long as it is expected to pay, by measured times,
             or is 0.5 where not `adaptive`.
         strict: verify in passes whose rows have the very bits of decoding without drafts, also in bfloat16.
-        adaptive: let measured times decide how long to draft, and do without drafts where they cost more time than they
-            save. Otherwise nothing depends on time.
+        adaptive: let measured times decide how long to draft, and let the river draft none where that does not pay.
+            Otherwise nothing depends on time.
     """
 
     max_draft: int = 15

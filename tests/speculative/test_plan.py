@@ -119,3 +119,9 @@ def test_what_seems_dear_is_tried_again():
     for _ in range(600):
         found.note(1, 1.0)
     assert found.of(32) < 2.0
+
+
+def test_where_the_river_rests_copies_are_verified_and_nothing_is_drafted():
+    for rule in (ByGain(times(0.01), width, False), ByChance(0.3, width)):
+        assert rule.verify_now([draft_of(copy=tokens(3, 0.95))], 0, None) == 3
+        assert rule.verify_now([draft_of()], 0, None) == 0

@@ -1,5 +1,5 @@
-// Attention of a few query positions over a static cache, each by itself and chunk by chunk, chunks combined by log-sum-exp (online softmax:
-// Milakov and Gimelshein 2018; split over the keys: Flash-Decoding, Dao et al. 2023).
+// Attention of a few query positions over a static cache, each by itself and chunk by chunk, chunks combined by
+// log-sum-exp (online softmax: Milakov and Gimelshein 2018; split over the keys: Flash-Decoding, Dao et al. 2023).
 //
 // Keys and values of slots that take no part are never read, and the query heads that share a key-value head read it
 // once. Every result is summed in one order, whatever the number of positions and threads. Not handled: masks that differ
