@@ -2,11 +2,14 @@
 
     python -m benchmarks.decode
     python -m benchmarks.decode --model DIR --gguf FILE --rows eager river llama_cpp --json decode.json
+    python -m benchmarks.decode --batch 8 --rows eager river --neighbour
 
-Every row is a process of its own with an empty Inductor cache. Each generates the same prompt's greedy continuation,
-batch 1, once to compile, once to warm up, and then `--repeats` times; the repeats of all rows take turns. Columns:
+Every row is a process of its own with an empty Inductor cache. Each generates the same prompt's greedy continuation
+(`--batch` of them at once), once to compile, once to warm up, and then `--repeats` times; the repeats of all rows take
+turns. Columns:
 
-    decode tokens/s   median over the repeats, prefill excluded
+    decode tokens/s   median over the repeats, prefill excluded, all texts of the batch together
+    beside another    the same with one other process busy all the time, where `--neighbour` asks for it
     first token, s    from the call that compiles to the first new token: packing and compiling the prompt's graph
     second token, s   the same to the second new token: the decode graph is compiled too
     mean depth        backbone blocks executed per decoded token
@@ -20,18 +23,17 @@ Nothing here looks at the quality of the text.
 from __future__ import annotations
 
 import argparse
-import ctypes
-import importlib.util
+import itertools
 import statistics
 import sys
 import tempfile
 import time
 from collections.abc import Mapping
-from contextlib import ExitStack, closing
+from contextlib import ExitStack, closing, nullcontext
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
 
-from benchmarks import common, cuda_decode
+from benchmarks import common, cuda_decode, llama_cpp_runner
 from river_compile.cli import models
 
 PROMPT = "Write a Python function that returns the n-th Fibonacci number."
@@ -91,11 +93,11 @@ def main(arguments: list[str] | None = None) -> int:
         folder = models.resolve(options.model)
         absent = _absent_rows(options)
         rows = [name for name in options.rows if name not in absent]
-        gguf = _gguf_file(options) if set(rows) & set(_LLAMA_CPP) else None
+        gguf = llama_cpp_runner.gguf_file(options.gguf, options.model) if set(rows) & set(_LLAMA_CPP) else None
         with tempfile.TemporaryDirectory() as scratch:
             files = {"llama_cpp": gguf}
             if gguf is not None and "llama_cpp_bf16" in rows:
-                files["llama_cpp_bf16"] = _in_bfloat16(gguf, Path(scratch))
+                files["llama_cpp_bf16"] = llama_cpp_runner.requantize(gguf, Path(scratch, "bf16.gguf"), "BF16")
             results = run(rows, folder, files, options)
     except (ValueError, models.ModelUnavailable, common.WorkerFailed) as error:
         print(f"error: {error}", file=sys.stderr)
@@ -111,29 +113,32 @@ def run(rows: list[str], folder: Path, gguf: Mapping[str, Path | None], options:
     from tqdm import tqdm
 
     results: dict[str, dict] = {}
+    settings = ["tokens_per_s", "tokens_per_s_beside"] if options.neighbour else ["tokens_per_s"]
     with ExitStack() as stack:
-        bar = stack.enter_context(tqdm(total=len(rows) * (1 + options.repeats), unit="run", desc="decode"))
+        total = len(rows) * (1 + options.repeats * len(settings))
+        bar = stack.enter_context(tqdm(total=total, unit="run", desc="decode"))
         workers = {}
         for name in rows:
             bar.set_postfix_str(f"preparing {name}")
             workers[name] = stack.enter_context(closing(common.Worker("benchmarks.decode", name, options.threads)))
             results[name] = workers[name].ask("prepare", **_job(name, folder, gguf.get(name), options))
-            results[name]["tokens_per_s"] = []
+            results[name].update({setting: [] for setting in settings})
             bar.update()
-        for turn in range(options.repeats):
-            for name, worker in workers.items():
-                bar.set_postfix_str(f"round {turn + 1}: {name}")
+        for turn, (name, worker), setting in itertools.product(range(options.repeats), workers.items(), settings):
+            bar.set_postfix_str(f"round {turn + 1}: {name}")
+            with common.busy_process() if setting == "tokens_per_s_beside" else nullcontext():
                 measured = worker.ask("measure")
-                results[name]["tokens_per_s"].append(measured["tokens_per_s"])
-                results[name]["peak_rss_bytes"] = measured["peak_rss_bytes"]
-                bar.update()
+            results[name][setting].append(measured["tokens_per_s"])
+            results[name]["peak_rss_bytes"] = measured["peak_rss_bytes"]
+            bar.update()
     return results
 
 
 def summarize(results: dict[str, dict], options: argparse.Namespace, absent: dict[str, str]) -> dict:
     """Returns the outcome as the JSON file holds it."""
+    medians = {"decode_tokens_per_s": "tokens_per_s", "beside_tokens_per_s": "tokens_per_s_beside"}
     rows = {
-        name: {**result, "decode_tokens_per_s": statistics.median(result["tokens_per_s"])}
+        name: {**result, **{to: statistics.median(result[of]) for to, of in medians.items() if of in result}}
         for name, result in results.items()
     }
     speeds = {name: row["decode_tokens_per_s"] for name, row in rows.items()}
@@ -141,6 +146,7 @@ def summarize(results: dict[str, dict], options: argparse.Namespace, absent: dic
     second = {name: row["second_token_s"] for name, row in rows.items()}
     return {
         **common.setting("decode", options),
+        "batch": options.batch,
         "rows": rows,
         "absent": absent,
         "ratios": common.ratios(speeds, SPEED_RATIOS),
@@ -153,12 +159,22 @@ def show(outcome: dict) -> None:
     """Prints the table, why rows are absent, and the ratios."""
     common.print_setting(outcome)
     print()
+    beside = any("beside_tokens_per_s" in row for row in outcome["rows"].values())
     common.print_table(
-        ["", "decode tokens/s", "first token, s", "second token, s", "mean depth", "peak RSS, MiB"],
+        [
+            "",
+            "decode tokens/s",
+            *(["beside another"] if beside else []),
+            "first token, s",
+            "second token, s",
+            "mean depth",
+            "peak RSS, MiB",
+        ],
         [
             [
                 name,
                 row["decode_tokens_per_s"],
+                *([row["beside_tokens_per_s"]] if beside else []),
                 row["first_token_s"],
                 row["second_token_s"],
                 row["mean_depth"],
@@ -185,7 +201,7 @@ class Bench:
 
     def prepare(self, **job) -> dict:
         """Loads, compiles and warms up; returns the times of the first tokens and the mean exit depth."""
-        self.run = _llama_cpp_runner(job) if job["backend"] == "llama_cpp" else _torch_runner(job)
+        self.run = llama_cpp_runner.build(job) if job["backend"] == "llama_cpp" else _torch_runner(job)
         first, second = self.run.first_call()
         return {"first_token_s": first, "second_token_s": second, "mean_depth": self.run.warm_up()}
 
@@ -226,7 +242,7 @@ class TorchRunner:
 
     def rate(self) -> float:
         """Returns the decode tokens/s of one generation."""
-        return self._generate().decode_tokens_per_s
+        return self._generate().decode_tokens_per_s * self.prompt.shape[0]
 
     def _generate(self, stop_after: int | None = None):
         from river_compile.cli.timing import generate
@@ -235,58 +251,13 @@ class TorchRunner:
         return generate(self.model, self.prompt, self.job["new_tokens"], static_cache=static, stop_after=stop_after)
 
 
-class LlamaCppRunner:
-    """Generates with llama.cpp from the GGUF file that the model was made of."""
-
-    def __init__(self, llama, prompt: list[int], job: dict) -> None:
-        self.llama, self.prompt, self.job = llama, prompt, job
-
-    def first_call(self) -> tuple[float, float]:
-        """Returns the seconds to the first and to the second new token; nothing is compiled."""
-        first, second = self._generate(2)
-        return first, second
-
-    def warm_up(self) -> None:
-        """Generates once untimed; there are no exits to report."""
-        self._generate(self.job["new_tokens"])
-
-    def rate(self) -> float:
-        """Returns the decode tokens/s of one generation."""
-        from river_compile.cli.timing import decode_rate
-
-        return decode_rate(self._generate(self.job["new_tokens"]))
-
-    def _generate(self, new_tokens: int) -> list[float]:
-        """Generates greedily, past any end-of-sequence token; returns the seconds to each new token."""
-        self.llama.reset()
-        start = time.perf_counter()
-        stream = self.llama.generate(self.prompt, top_k=1, temp=0.0, repeat_penalty=1.0, reset=True)
-        return [time.perf_counter() - start for _, _ in zip(range(new_tokens), stream, strict=False)]
-
-
 def _torch_runner(job: dict) -> TorchRunner:
     import torch
 
     models.quiet()
     torch.set_num_threads(job["threads"])
     model, tokenizer = models.load(job["folder"], dtype=job["dtype"])
-    return TorchRunner(model, models.encode(tokenizer, PROMPT), job)
-
-
-def _llama_cpp_runner(job: dict) -> LlamaCppRunner:
-    from llama_cpp import Llama
-    from transformers import AutoTokenizer
-
-    models.quiet()
-    prompt = models.encode(AutoTokenizer.from_pretrained(job["folder"]), PROMPT)[0].tolist()
-    llama = Llama(
-        model_path=job["gguf"],
-        n_ctx=len(prompt) + job["new_tokens"] + 1,
-        n_threads=job["threads"],
-        n_threads_batch=job["threads"],
-        verbose=False,
-    )
-    return LlamaCppRunner(llama, prompt, job)
+    return TorchRunner(model, models.encode(tokenizer, job["prompt"]).repeat(job["batch"], 1), job)
 
 
 def _job(name: str, folder: Path, gguf: Path | None, options: argparse.Namespace) -> dict:
@@ -299,43 +270,24 @@ def _job(name: str, folder: Path, gguf: Path | None, options: argparse.Namespace
         "gguf": str(gguf),
         "new_tokens": options.new_tokens,
         "threads": options.threads,
+        "batch": options.batch,
+        "prompt": PROMPT,
     }
 
 
 def _absent_rows(options: argparse.Namespace) -> dict[str, str]:
     """Returns the wanted rows that cannot run here, each with the reason."""
-    reason = ""
-    if importlib.util.find_spec("llama_cpp") is None:
-        reason = "llama-cpp-python is not installed (pip install llama-cpp-python)"
-    elif options.gguf is None and options.model not in models.MODELS:
-        reason = "the model did not come from a GGUF file (name one with --gguf)"
+    reason = llama_cpp_runner.why_not(options.gguf, options.model, options.batch)
     return {name: reason for name in _LLAMA_CPP if name in options.rows and reason}
-
-
-def _gguf_file(options: argparse.Namespace) -> Path:
-    """Returns the GGUF file that the model was made of."""
-    if options.gguf is None:
-        return models.gguf_path(options.model)
-    if not options.gguf.is_file():
-        raise ValueError(f"--gguf {options.gguf} is not a file; name the GGUF file that the model was made of")
-    return options.gguf
-
-
-def _in_bfloat16(gguf: Path, folder: Path) -> Path:
-    """Writes a GGUF file's weights as bfloat16, which llama.cpp does itself."""
-    import llama_cpp
-
-    target = folder / "bfloat16.gguf"
-    how = llama_cpp.llama_model_quantize_default_params()
-    how.ftype, how.allow_requantize = llama_cpp.LLAMA_FTYPE_MOSTLY_BF16, True
-    if llama_cpp.llama_model_quantize(str(gguf).encode(), str(target).encode(), ctypes.byref(how)):
-        raise ValueError(f"llama.cpp cannot write {gguf} in bfloat16")
-    return target
 
 
 def _parse(arguments: list[str] | None) -> argparse.Namespace:
     shared = ("model", "dtype", "new-tokens", "threads", "repeats", "json", "worker")
     parser = common.command_line(__doc__, *shared)
+    parser.add_argument(
+        "--batch", type=common.number(1), default=1, help="texts that are generated at once (%(default)s)"
+    )
+    parser.add_argument("--neighbour", action="store_true", help="also measure beside one busy process")
     parser.add_argument("--gguf", type=Path, help="the GGUF file that the model folder was made of, for llama_cpp")
     parser.add_argument(
         "--rows", nargs="+", choices=list(ROWS), default=list(ROWS), metavar="ROW", help=", ".join(ROWS)

@@ -1,6 +1,6 @@
 """Greedy generation with a time stamp per token, shared by the demo and the benchmarks.
 
-Handles batch 1 and one model at a time. Times are wall clock, taken when `generate` hands a token to its streamer, so
+Handles one model at a time. Times are wall clock, taken when `generate` hands a token to its streamer, so
 they hold everything a user waits for: the forward pass, the choice of the token and transformers' own loop.
 """
 
@@ -25,7 +25,7 @@ class Generation:
     """One generated text.
 
     Attributes:
-        tokens: ids of the new tokens.
+        tokens: ids of the new tokens, of a batch its first text's.
         times: seconds from the call of `generate` to each new token.
     """
 
@@ -39,7 +39,7 @@ class Generation:
 
     @property
     def decode_tokens_per_s(self) -> float:
-        """Tokens per second after the first one, prefill excluded."""
+        """Tokens per second and text after the first one, prefill excluded."""
         return decode_rate(self.times)
 
 
@@ -63,7 +63,7 @@ def generate(
 
     Args:
         model: whatever ``model(...)`` runs is what is timed, compiled or not.
-        input_ids: the prompt ``[1, length]``, every token of which counts.
+        input_ids: the prompts ``[batch, length]``, every token of which counts.
         new_tokens: how many tokens to generate; a static cache is made for that many.
         static_cache: use a static cache rather than one that grows.
         stop_after: stop after this many tokens, with a cache of the same size as without; for warming up.
@@ -103,7 +103,7 @@ class _Clock(BaseStreamer):
             self._prompt_seen = True
             return
         self.stamps.append(time.perf_counter())
-        self.tokens.append(int(value))
+        self.tokens.append(int(value.flatten()[0]))
 
     def end(self) -> None:
         pass

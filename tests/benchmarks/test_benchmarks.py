@@ -8,7 +8,7 @@ import time
 import pytest
 import torch
 
-from benchmarks import common, cuda_decode, cuda_worker, decode, offload, roofline
+from benchmarks import common, cuda_decode, cuda_worker, decode, llama_cpp_runner, offload, roofline
 from benchmarks.random_llama import random_llama
 from river_compile.kernels.tools.shapes import MODELS, ModelShape
 
@@ -152,9 +152,9 @@ def test_llama_cpp_needs_its_package_and_a_gguf_file(tmp_path, monkeypatch, caps
     (tmp_path / "config.json").write_text("{}")
     arguments = ["--model", str(tmp_path), "--rows", "llama_cpp"]
     options = decode._parse(arguments)
-    monkeypatch.setattr(decode.importlib.util, "find_spec", lambda name: None)
+    monkeypatch.setattr(llama_cpp_runner.importlib.util, "find_spec", lambda name: None)
     assert "is not installed" in decode._absent_rows(options)["llama_cpp"]
-    monkeypatch.setattr(decode.importlib.util, "find_spec", lambda name: object())
+    monkeypatch.setattr(llama_cpp_runner.importlib.util, "find_spec", lambda name: object())
     assert "did not come from a GGUF file" in decode._absent_rows(options)["llama_cpp"]
     assert decode.main([*arguments, "--gguf", "/no/such.gguf"]) == 1
     assert "--gguf /no/such.gguf is not a file" in capsys.readouterr().err
@@ -194,7 +194,7 @@ def test_the_llama_cpp_runner_takes_no_token_too_many():
                 self.pulled += 1
                 yield 5
 
-    runner = decode.LlamaCppRunner(Llama(), [1, 2], {"new_tokens": 4})
+    runner = llama_cpp_runner.LlamaCppRunner(Llama(), [1, 2], {"new_tokens": 4})
     first, second = runner.first_call()
     assert 0 < first < second
     assert runner.warm_up() is None
