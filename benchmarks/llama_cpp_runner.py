@@ -1,0 +1,98 @@
+"""llama.cpp as a row of `benchmarks.decode`: from the GGUF file that the model was made of, in batches of one.
+
+Not handled: rows of a batch, which its Python package cannot decode together.
+"""
+
+from __future__ import annotations
+
+import ctypes
+import importlib.util
+import time
+from pathlib import Path
+
+from river_compile.cli import models
+
+
+def build(job: dict) -> LlamaCppRunner:
+    """Returns the runner of a job of `benchmarks.decode`."""
+    from llama_cpp import Llama
+    from transformers import AutoTokenizer
+
+    models.quiet()
+    prompt = models.encode(AutoTokenizer.from_pretrained(job["folder"]), job["prompt"])[0].tolist()
+    llama = Llama(
+        model_path=job["gguf"],
+        n_ctx=len(prompt) + job["new_tokens"] + 1,
+        n_threads=job["threads"],
+        n_threads_batch=job["threads"],
+        verbose=False,
+    )
+    return LlamaCppRunner(llama, prompt, job)
+
+
+class LlamaCppRunner:
+    """Generates with llama.cpp from the GGUF file that the model was made of."""
+
+    def __init__(self, llama, prompt: list[int], job: dict) -> None:
+        self.llama, self.prompt, self.job = llama, prompt, job
+
+    def first_call(self) -> tuple[float, float]:
+        """Returns the seconds to the first and to the second new token; nothing is compiled."""
+        first, second = self._generate(2)
+        return first, second
+
+    def warm_up(self) -> None:
+        """Generates once untimed; there are no exits to report."""
+        self._generate(self.job["new_tokens"])
+
+    def rate(self) -> float:
+        """Returns the decode tokens/s of one generation."""
+        from river_compile.cli.timing import decode_rate
+
+        return decode_rate(self._generate(self.job["new_tokens"]))
+
+    def _generate(self, new_tokens: int) -> list[float]:
+        """Generates greedily, past any end-of-sequence token; returns the seconds to each new token."""
+        self.llama.reset()
+        start = time.perf_counter()
+        stream = self.llama.generate(self.prompt, top_k=1, temp=0.0, repeat_penalty=1.0, reset=True)
+        return [time.perf_counter() - start for _, _ in zip(range(new_tokens), stream, strict=False)]
+
+
+def why_not(gguf: Path | None, model: str, batch: int) -> str:
+    """Returns why a row cannot run here, "" where it can."""
+    if batch > 1:
+        return "llama-cpp-python decodes one text at a time"
+    if importlib.util.find_spec("llama_cpp") is None:
+        return "llama-cpp-python is not installed (pip install llama-cpp-python)"
+    if gguf is None and model not in models.MODELS:
+        return "the model did not come from a GGUF file (name one with --gguf)"
+    return ""
+
+
+def gguf_file(named: Path | None, model: str) -> Path:
+    """Returns the GGUF file that the model was made of.
+
+    Raises:
+        ValueError: the named file is not there.
+    """
+    if named is None:
+        return models.gguf_path(model)
+    if not named.is_file():
+        raise ValueError(f"--gguf {named} is not a file; name the GGUF file that the model was made of")
+    return named
+
+
+def requantize(gguf: Path, target: Path, kind: str) -> Path:
+    """Lets llama.cpp write a GGUF file's weights as another kind ("BF16", "Q4_1", ...); returns the target.
+
+    Raises:
+        ValueError: llama.cpp cannot.
+    """
+    import llama_cpp
+
+    how = llama_cpp.llama_model_quantize_default_params()
+    how.ftype, how.allow_requantize = getattr(llama_cpp, f"LLAMA_FTYPE_MOSTLY_{kind}"), True
+    if llama_cpp.llama_model_quantize(str(gguf).encode(), str(target).encode(), ctypes.byref(how)):
+        raise ValueError(f"llama.cpp cannot write {gguf} as {kind}")
+    return target
