@@ -21,6 +21,7 @@ import torch.nn.functional as F
 
 from benchmarks.common import command_line, print_table
 from river_compile.kernels import ops  # noqa: F401  (registers river::experts)
+from river_compile.kernels.native import load as native
 from river_compile.kernels.quant.layouts import PackedLinear, pack_linear
 from river_compile.kernels.tools.shapes import MODELS
 
@@ -50,8 +51,11 @@ def subjects(n: int, k: int, experts: int, chosen: int, tokens: int) -> dict[str
     calls: dict[str, list[Call]] = {}
     for name, layout in LAYOUTS.items():
         stack = stack_of(n, k, experts, layout)
-        call = functools.partial(torch.ops.river.experts.default, x, stack.qweight, stack.scale_zero)
-        calls[name] = [functools.partial(call, route, n, stack.group_size, layout) for route in routes]
+        operator, how = torch.ops.river.experts.default, (layout,)
+        if layout == "native":
+            operator, how = native.load().experts.default, (4, True)
+        call = functools.partial(operator, x, stack.qweight, stack.scale_zero)
+        calls[name] = [functools.partial(call, route, n, stack.group_size, *how) for route in routes]
     dense = torch.randn(n, k).bfloat16().expand(experts, n, k).contiguous()
     ends = [route.bincount(minlength=experts).cumsum(0).int() for route in routes]
     calls["grouped 16 bits"] = [functools.partial(F.grouped_mm, x, dense.transpose(1, 2), offs=end) for end in ends]

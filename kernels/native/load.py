@@ -2,6 +2,7 @@
 
     linear             activation(norm(x) W^T + bias) + residual with 4-bit weights; gated as in `ops.linear`
     dense              the same with up to four weights ``[N_i, K]`` in x's dtype, one below the other, and biases
+    experts            each row's product with the one that it chose of several stacked weights in 4 bits
     norm               norm(x) + residual
     kv_fill            q|k|v -> qk-norm, rotary embedding, cache slot; returns q and mutates the caches
     decode_attention   one query position over a static cache
@@ -12,11 +13,11 @@
     add, advance       int64 numbers added, one of them a vector perhaps; a counter moved on in place
     record, replay     tapes of such calls: see `tape`
 
-Arguments are those of the operators ``river::*`` (see `river_compile.kernels.ops`), but for the layout: `linear` takes
-the bytes of the layouts "native", their `bits` and `int8_activations`, with which x is rounded to 8 bits with one scale
-for each group of each row; without, it is read as it is. A product's or an attention's row has the same bits whatever
-the number of rows and threads, which are ``torch.get_num_threads()``; of more than 8 rows (16 in bfloat16 with "amx")
-`dense` lets a library compute the product.
+Arguments are those of the operators ``river::*`` (see `river_compile.kernels.ops`), but for the layout: `linear` and
+`experts` take the bytes of the layouts "native", their `bits` and `int8_activations`, with which x is rounded to 8 bits
+with one scale for each group of each row; without, it is read as it is. A product's or an attention's row has the same
+bits whatever the number of rows and threads, which are ``torch.get_num_threads()``; of more than 8 rows (16 in bfloat16
+with "amx") `dense` lets a library compute the product.
 
 Not handled: gradients, other devices than the CPU, products of many rows at the speed of a library.
 """
@@ -143,6 +144,7 @@ _FAKES: dict[str, Callable[..., Tensor | None]] = {
     "kv_fill": _kv_fill_fake,
     "decode_attention": _attention_fake,
     "attention": _attention_fake,
+    "experts": lambda x, _weight, _scale_zero, _expert, out_features, *_: x.new_empty((x.shape[0], out_features)),
     "norm": lambda x, *_: torch.empty_like(x, memory_format=torch.contiguous_format),
     "exit_score": lambda hidden, _previous: hidden.new_empty((), dtype=torch.float32),
     "add": _add_fake,

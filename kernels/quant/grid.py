@@ -19,6 +19,7 @@ import functools
 import logging
 import math
 from collections.abc import Callable, Sequence
+from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, replace
 
 import torch
@@ -31,6 +32,7 @@ MAX_Q = 15
 QUANTIZERS = ("hqq", "rtn")
 GROUP_SIZES = (32, 64, 128, 256)
 _PIECE_ELEMENTS = 32_000
+_SLAB_ELEMENTS = 1 << 22
 
 
 @dataclass(frozen=True)
@@ -102,8 +104,16 @@ def quantize(weight: Tensor, group_size: int, quantizer: str = "hqq") -> Quantiz
         ValueError: an unknown quantizer, a group size that does not divide K, or weights that are not finite.
     """
     check_choice("quantizer", quantizer, QUANTIZERS)
-    weight = check_matrix(weight, group_size)
-    return (_hqq if quantizer == "hqq" else _rtn)(weight, group_size)
+    solve = _hqq if quantizer == "hqq" else _rtn
+
+    def solve_slab(slab: Tensor) -> QuantizedWeight:
+        return QuantizedWeight.stacked([solve(piece, group_size) for piece in pieces(check_matrix(slab, group_size))])
+
+    slabs = _slabs(weight)
+    if len(slabs) == 1:
+        return solve_slab(weight)
+    with ThreadPoolExecutor(max(1, torch.get_num_threads())) as pool:
+        return QuantizedWeight.stacked(list(pool.map(solve_slab, slabs)))
 
 
 def check_matrix(weight: Tensor, group_size: int) -> Tensor:
@@ -124,9 +134,11 @@ def check_matrix(weight: Tensor, group_size: int) -> Tensor:
 
 def sqnr_db(weight: Tensor, approximation: Tensor) -> float:
     """Returns the signal-to-quantization-noise ratio in decibels: 10 log10(sum w^2 / sum (w - approximation)^2)."""
-    weight, approximation = weight.detach().double(), approximation.detach().double()
-    noise = (weight - approximation).square().sum().item()
-    return decibels(weight.square().sum().item(), noise)
+    signal = noise = 0.0
+    for part, other in zip(_slabs(weight.detach()), _slabs(approximation.detach()), strict=True):
+        signal += part.double().square().sum().item()
+        noise += (part.double() - other.double()).square().sum().item()
+    return decibels(signal, noise)
 
 
 def decibels(signal: float, noise: float) -> float:
@@ -171,6 +183,13 @@ def rounded_to(weight: Tensor, scale: Tensor, zero: Tensor, group_size: int) -> 
     return QuantizedWeight((q + MID_POINT).flatten(1).to(torch.uint8), scale, zero, group_size)
 
 
+def _slabs(weight: Tensor) -> Sequence[Tensor]:
+    """Cuts a matrix into runs of rows of which a few may be copied in higher precision; other tensors stay whole."""
+    if weight.dim() != 2 or weight.device.type != "cpu":
+        return [weight]
+    return weight.split(max(1, _SLAB_ELEMENTS // max(1, weight.shape[1])))
+
+
 def pieces(weight: Tensor) -> Sequence[Tensor]:
     """Cuts a matrix into runs of rows for solvers that sweep over their input dozens of times.
 
@@ -186,17 +205,11 @@ def _rtn(weight: Tensor, group_size: int) -> QuantizedWeight:
 
 
 def _hqq(weight: Tensor, group_size: int) -> QuantizedWeight:
-    """Runs torchao's solver piece by piece; a contract test pins its private function."""
-    solve, device = _torchao_hqq(), weight.device.type
-    parts = [
-        solve(piece, nbits=4, group_size=group_size, axis=1, compute_dtype=torch.float32, device=device)
-        for piece in pieces(weight)
-    ]
+    """Runs torchao's solver; a contract test pins its private function."""
+    how = {"nbits": 4, "group_size": group_size, "axis": 1, "compute_dtype": torch.float32}
+    q, scale, zero, _shape = _torchao_hqq()(weight, device=weight.device.type, **how)
     start = _rtn(weight, group_size)
-    q, scale, zero = (
-        torch.cat([part[i].reshape(-1) for part in parts]).reshape(like.shape)
-        for i, like in enumerate((start.q, start.scale, start.zero))
-    )
+    q, scale, zero = q.reshape(start.q.shape), scale.reshape(start.scale.shape), zero.reshape(start.zero.shape)
     # HQQ divides by the group's extent and caps the quotient: groups (nearly) constant keep the exact grid instead.
     groups = weight.unflatten(1, (-1, group_size))
     usable = (groups.amax(-1) - groups.amin(-1) > MAX_Q / 2e4) & torch.isfinite(scale) & torch.isfinite(zero)

@@ -112,6 +112,10 @@ def use_native(graph: fx.Graph) -> None:
             node.target = alike[node.target]
         elif called(node, ours.linear.default):
             _use_native_product(node, native_ops)
+        elif called(node, ours.experts.default) and node.args[-1] in NATIVE_LAYOUTS:
+            *tensors, out_features, group_size, layout = node.args
+            how = group_size, LAYOUTS[layout].bits, NATIVE_LAYOUTS[layout]
+            node.target, node.args = native_ops.experts.default, (*tensors, out_features, *how)
 
 
 def _use_native_product(node: fx.Node, native_ops: Any) -> None:

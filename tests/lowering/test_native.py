@@ -31,15 +31,19 @@ class Ways:
         return lambda *args: made[self.now](*args)
 
 
-def test_twins_compute_what_their_grids_say():
+@pytest.mark.parametrize(("family", "product"), [("qwen2", "linear"), ("mixtral", "experts")])
+def test_twins_compute_what_their_grids_say(family, product):
     """Activations as they are: the logits and cache entries of float32 products; in 8 bits: close, and not the same."""
     exact, rounded = Lowering("eager", "native_16bit", False), Lowering("eager", "native", False)
-    model, backend = make("qwen2", layers=2), Ways(UNFUSED, exact, rounded)
+    model, backend = make(family, layers=2), Ways(UNFUSED, exact, rounded)
     model.compile(backend=backend)
     logits, caches = {}, {}
     for way in backend.ways:
         backend.now, cache = way, new_cache(model, "static")
-        logits[way], caches[way] = decode(model, cache, [0, 1, 2]), cache_state(cache)
+        with torch.profiler.profile() as profile:
+            logits[way], caches[way] = decode(model, cache, [0, 1, 2]), cache_state(cache)
+        called = {event.name for event in profile.events()}
+        assert (f"river_native::{product}" in called) == (way is not UNFUSED)
     for a, b in zip(logits[UNFUSED], logits[exact], strict=True):
         torch.testing.assert_close(a, b, rtol=1e-4, atol=1e-4)
     for a, b in zip(caches[UNFUSED], caches[exact], strict=True):
@@ -47,7 +51,7 @@ def test_twins_compute_what_their_grids_say():
         assert a[2] == b[2]
     left, same = logits[UNFUSED][1].flatten(), logits[rounded][1].flatten()
     assert not torch.equal(left, same)
-    assert torch.nn.functional.cosine_similarity(left, same, dim=0) > 0.99
+    assert torch.nn.functional.cosine_similarity(left, same, dim=0) > 0.98
 
 
 @torch.no_grad()

@@ -109,6 +109,9 @@ STABLE_TORCH_LIBRARY_FRAGMENT(river_native, m) {
       "Tensor? norm_weight=None, Tensor? norm_bias=None, float eps=1e-06, str activation='none', bool gated=False) "
       "-> Tensor");
   m.def(
+      "experts(Tensor x, Tensor weight, Tensor scale_zero, Tensor expert, int out_features, int group_size, int bits, "
+      "bool int8_activations) -> Tensor");
+  m.def(
       "norm(Tensor x, str norm, Tensor weight, Tensor? bias, float eps, Tensor? residual) -> Tensor");
   m.def(
       "kv_fill(Tensor qkv, Tensor? q_norm, Tensor? k_norm, Tensor? cos, Tensor? sin, Tensor slot, "
@@ -136,6 +139,7 @@ STABLE_TORCH_LIBRARY_IMPL(river_native, CPU, m) {
   m.impl("linear", TORCH_BOX(&river::linear));
   m.impl("linear_out", TORCH_BOX(&river::linear_out));
   m.impl("dense", TORCH_BOX(&river::dense));
+  m.impl("experts", TORCH_BOX(&river::experts));
   m.impl("norm", TORCH_BOX(&river::norm));
   m.impl("kv_fill", TORCH_BOX(&river::kv_fill));
   m.impl("decode_attention", TORCH_BOX(&river::decode_attention));

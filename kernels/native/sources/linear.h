@@ -8,6 +8,7 @@
 #pragma once
 
 #include <algorithm>
+#include <cstring>
 
 #include "dense.h"
 #include "tiles.h"
@@ -203,8 +204,8 @@ inline void linear_in_tiles(const LinearArgs& a, int part, int parts) {
     block_and_rest<16, kTiled>(a, n, 0, a.rows);
 }
 
-inline void linear(const void* args, int part, int parts) {
-  const auto& a = *static_cast<const LinearArgs*>(args);
+// A product with one weight for all rows.
+inline void linear_with_one(const LinearArgs& a, int part, int parts) {
   if (a.x.format == kInt8 && a.bits == 8)
     linear_of<kWide>(a, part, parts);
   else if (a.x.format == kInt8)
@@ -215,6 +216,43 @@ inline void linear(const void* args, int part, int parts) {
     linear_in_tiles(a, part, parts);
   else
     linear_of<kPlain>(a, part, parts);
+}
+
+// `count` rows from `row` on, which meet expert number `chosen`; experts have activations in kInt8 or kSingle.
+inline LinearArgs rows_of_expert(const LinearArgs& all, int row, int count, int64_t chosen) {
+  LinearArgs a = all;
+  const int64_t groups = (a.in_features + a.group_size - 1) / a.group_size;
+  const int64_t blocks = (a.out_features + kBlock - 1) / kBlock;
+  const Row x = row_of(a.x, row, groups, a.group_size);
+  a.x = {const_cast<void*>(x.values), const_cast<float*>(x.scale), const_cast<float*>(x.sum),
+         const_cast<int32_t*>(x.start), a.x.format};
+  a.weight += chosen * blocks * groups * a.group_size * kBlock * a.bits / 8;
+  a.scale_zero += chosen * blocks * groups * kBlock * 2;
+  a.y = static_cast<char*>(a.y) + row * a.y_stride * bytes_of(a.dtype);
+  a.rows = count;
+  return a;
+}
+
+// Neighbours that chose the same expert share what is read of its weight.
+inline void linear_with_chosen(const LinearArgs& a, int part, int parts) {
+  for (int row = 0, end; row < a.rows; row = end) {
+    const int64_t chosen = a.expert[row];
+    for (end = row + 1; end < a.rows && a.expert[end] == chosen;) ++end;
+    if (chosen >= 0 && chosen < a.experts) {
+      linear_with_one(rows_of_expert(a, row, end - row, chosen), part, parts);
+    } else if (part == 0) {
+      for (int r = row; r < end; ++r)
+        std::memset(static_cast<char*>(a.y) + r * a.y_stride * bytes_of(a.dtype), 0, a.out_features * bytes_of(a.dtype));
+    }
+  }
+}
+
+inline void linear(const void* args, int part, int parts) {
+  const auto& a = *static_cast<const LinearArgs*>(args);
+  if (a.expert)
+    linear_with_chosen(a, part, parts);
+  else
+    linear_with_one(a, part, parts);
 }
 
 }  // namespace river

@@ -61,11 +61,14 @@ struct LinearArgs {
                                // of 8 bits [N' / 16, K' / G, G / 4, 64]: byte 4 n + j of line i holds feature 4 i + j
   Rows dense;                  // [N, K] of `dtype` in place of the 4-bit weights, for activations in format kPlain or kTiled
   const uint16_t* scale_zero;  // bfloat16 [N' / 16, K' / G, 16, 2]: w = (q - middle) * scale + zero
+  const int64_t* expert;       // [M] which of `experts` stacked weights a row meets, null where there is one for all;
+                               // a row with none of their numbers gets zeros
   Rows bias;                   // [N] of `dtype`, or null
   const void* residual;        // [M, N] (gated [M, N / 2]) of `dtype`, or null
   void* y;                     // [M, N] (gated [M, N / 2]) of `dtype`
   int64_t residual_stride, y_stride;
   int32_t dtype, rows, in_features, out_features, group_size, bits, activation, gated;  // gated: N is a multiple of 32
+  int32_t experts;
 };
 
 // What `linear` does with a product, for one that a library computed: bias and weights are in `product` already.

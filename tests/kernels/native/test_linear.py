@@ -212,3 +212,30 @@ def test_what_is_refused(change, message):
     }
     with pytest.raises(RuntimeError, match=message):
         torch.ops.river_native.linear(**{**arguments, **change})
+
+
+@ISAS
+@given(
+    chosen=st.lists(st.integers(-1, 4), min_size=1, max_size=12),
+    sizes=st.tuples(st.integers(1, 70), st.integers(1, 300), st.sampled_from((32, 64, 128))),
+    dtype=st.sampled_from(DTYPES),
+    int8=st.booleans(),
+    threads=st.integers(1, 4),
+)
+@examples(10)
+def test_each_row_meets_the_expert_that_it_chose(isa, chosen, sizes, dtype, int8, threads):
+    """The bits are those of that weight alone, zeros without one; others, which hold NaN, are not read."""
+    native = load.load(isa)
+    torch.set_num_threads(threads)
+    n, k, group = sizes
+    experts = [inputs(1, n, k, group, dtype, "normal", seed)[1] for seed in range(4)]
+    x = torch.randn(len(chosen), k, generator=torch.Generator().manual_seed(n)).to(dtype)
+    scale_zero = torch.stack([e.scale_zero if i in chosen else e.scale_zero * math.nan for i, e in enumerate(experts)])
+    how = n, group, 4, int8
+    y = native.experts(x, torch.stack([e.qweight for e in experts]), scale_zero, torch.tensor(chosen), *how)
+    for row, number in enumerate(chosen):
+        alone = torch.zeros(n, dtype=dtype)
+        if 0 <= number < len(experts):
+            one = experts[number]
+            alone = native.linear(x[row : row + 1], one.qweight, one.scale_zero, None, *how)[0]
+        assert torch.equal(y[row], alone), (row, number)
