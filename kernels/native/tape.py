@@ -10,7 +10,8 @@ Not handled: other operators, which would run at once, on values that are not th
 from __future__ import annotations
 
 import contextlib
-from collections.abc import Iterator
+import sys
+from collections.abc import Callable, Iterator
 
 import torch
 
@@ -64,5 +65,6 @@ class Tape:
         if address:
             torch.ops.river_native.drop(address)
 
-    def __del__(self) -> None:
-        self._drop()
+    def __del__(self, ending: Callable[[], bool] = sys.is_finalizing) -> None:
+        if not ending():  # (torch is taken apart by then, and the system frees what is left)
+            self._drop()

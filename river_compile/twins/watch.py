@@ -16,7 +16,8 @@ from river_compile.passes.program import LinearSite
 from river_compile.state import ModelState, adopt
 
 from .make import PackedSite
-from .pack import PackedWeights, Statistics
+from .observe import Observation
+from .pack import PackedWeights
 from .sources import Looks, Sources
 
 
@@ -46,7 +47,7 @@ class TwinWatch:
         values = {node: args[i] for node, i in self._slots.items()}
         adopt(self._state, values.values())
         pairs = [(made, Sources.of(site, values)) for made, site in self._sites]
-        self._state.of(PackedWeights).renew(pairs, Statistics.of(self._state))
+        self._state.of(PackedWeights).renew(pairs, self._state.find(Observation))
         self._look()
 
     def _look(self) -> None:

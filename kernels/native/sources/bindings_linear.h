@@ -19,7 +19,9 @@ struct LinearCall {
   // Finds room for the prepared activations.
   void place() {
     const auto aligned = [](size_t bytes) { return (bytes + 63) / 64 * 64; };
-    const size_t groups = groups_of_rows(), values = aligned(groups * linear.group_size * element_size());
+    const size_t groups = groups_of_rows();
+    const size_t spare = linear.x.format == kTiled && many() ? kBlock - 1 : 0;  // of the last block of rows
+    const size_t values = aligned((groups + spare * groups / linear.rows) * linear.group_size * element_size());
     char* memory = workspace(values + 3 * aligned(groups * 4));
     Activations& x = linear.x;
     x.values = memory;
@@ -34,11 +36,20 @@ struct LinearCall {
     const int64_t weights = (linear.out_features + kBlock - 1) / kBlock * (values / linear.rows) * kBlock;
     const int most = threads();
     const int rows = prepare.norm ? linear.rows : 4 * most;
+    const int parts = std::min(rows, parts_of(values, 1 << 14, most));
+    const int parts_of_weights = parts_of(weights * ((linear.rows + 3) / 4), 1 << 17, most);
+    if (linear.x.format == kTiled && many()) {
+      check(!Tape::recording(), "a product of many rows", "not be recorded");
+      run_beside_library(&run_prepare, this, parts);
+      run_beside_library(&run_linear, this, parts_of_weights);
+      return;
+    }
     const Call<LinearCall> call(*this);
-    call.run({{&run_prepare, std::min(rows, parts_of(values, 1 << 14, most))},
-              {&run_linear, parts_of(weights * ((linear.rows + 3) / 4), 1 << 17, most)}},
-             most);
+    call.run({{&run_prepare, parts}, {&run_linear, parts_of_weights}}, most);
   }
+
+  // More rows than one tile has: products of prompts, between attention that a library computes.
+  bool many() const { return linear.rows > kBlock; }
 
  private:
   static void run_prepare(const void* call, int part, int parts) {
@@ -101,7 +112,7 @@ inline bool has_rows(const Tensor& y, const Tensor& x, int64_t width) {
          columns_of(y) == width;
 }
 
-// Rows up to which these kernels keep pace with a library's product of matrices of a dtype.
+// Rows up to which a pass costs little more than one row; of more, without tiles, a library computes the product.
 inline int64_t few_rows(bool tiles) { return tiles ? 16 : 8; }
 
 inline Tensor library_linear(const Tensor& x, const Tensor& weight, const Maybe& bias) {
@@ -281,7 +292,7 @@ inline Tensor dense(const Tensor& x, Tensors weights, Tensors biases, const Mayb
   if (!describe(call, x, n, kLargestGroup, {bias, residual, norm, norm_weight, norm_bias, eps, activation, gated}, y,
                 held))
     return y;
-  if (rows_of(x) > few_rows(tiles)) {
+  if (rows_of(x) > few_rows(tiles) && !tiles) {
     run_wide(call, held.empty() ? x : torch::stable::contiguous(x), weights, biases);
   } else {
     call.place();

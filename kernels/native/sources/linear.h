@@ -12,6 +12,7 @@
 
 #include "dense.h"
 #include "tiles.h"
+#include "transpose.h"
 #include "functions.h"
 #include "phases.h"
 #include "scalars.h"
@@ -157,25 +158,31 @@ void block(const LinearArgs& a, int64_t n, int row, int rows, float (*y)[kBlock]
   if (a.bias.count) add_bias(a, n * kBlock, rows, y);
 }
 
-// Activates, gates, adds the residual and writes what `block` summed.
+// Activates, gates, adds the residual and writes what was summed for a block of features of at most 16 rows; `up` where
+// it is gated.
+inline void rest_of_block(const LinearArgs& a, int64_t n, int row, int rows, float (*y)[kBlock],
+                          const float (*up)[kBlock]) {
+  const int64_t width = a.gated ? a.out_features / 2 : a.out_features, first = n * kBlock;
+  const int count = int(std::min<int64_t>(kBlock, width - first));
+  float* const sums = y[0];
+  const int all = rows * kBlock;
+  activate(a.activation, sums, all);
+  const float* const others = up[0];
+  for (int i = 0; a.gated && i < all; ++i) sums[i] *= others[i];
+  if (a.residual) {
+    alignas(64) float residual[16 * kBlock];
+    load_block(a.residual, row * a.residual_stride + first, a.residual_stride, rows, count, a.dtype, residual);
+    for (int i = 0; i < all; ++i) sums[i] += residual[i];
+  }
+  store_block(a.y, row * a.y_stride + first, a.y_stride, rows, count, a.dtype, sums);
+}
+
 template <int R, int F>
 void block_and_rest(const LinearArgs& a, int64_t n, int row, int rows) {
   float y[R][kBlock], up[R][kBlock];
   block<R, F>(a, n, row, rows, y);
-  const int64_t width = a.gated ? a.out_features / 2 : a.out_features, first = n * kBlock;
-  const int count = int(std::min<int64_t>(kBlock, width - first));
-  if (a.gated) block<R, F>(a, n + width / kBlock, row, rows, up);
-  for (int r = 0; r < rows; ++r) {
-    activate(a.activation, y[r], kBlock);
-    if (a.gated)
-      for (int i = 0; i < kBlock; ++i) y[r][i] *= up[r][i];
-    if (a.residual) {
-      float residual[kBlock];
-      load_values(a.residual, (row + r) * a.residual_stride + first, count, a.dtype, residual);
-      for (int i = 0; i < count; ++i) y[r][i] += residual[i];
-    }
-    store_values(a.y, (row + r) * a.y_stride + first, count, a.dtype, y[r]);
-  }
+  if (a.gated) block<R, F>(a, n + a.out_features / 2 / kBlock, row, rows, up);
+  rest_of_block(a, n, row, rows, y, up);
 }
 
 template <int F>
@@ -197,7 +204,41 @@ void linear_of(const LinearArgs& a, int part, int parts) {
     }
 }
 
+constexpr int kRowsTogether = 256;  // whose activations stay in a core's cache while weights pass by
+
+// Adds what follows the sums of blocks `n` of features, gate and up where it is gated, for 32 rows from `row` on.
+inline void rest_of_pair(const LinearArgs& a, const int64_t (&n)[2], int row, const Sums& sums) {
+  alignas(64) float y[2][kBlock][kBlock];
+  for (int half = 0; half < 2 && row < a.rows; ++half, row += kBlock) {
+    const int rows = std::min(kBlock, a.rows - row);
+    for (int which = 0; which < 2; ++which) {
+      transpose(sums[which][half], kBlock, y[which]);
+      if (a.bias.count) add_bias(a, n[which] * kBlock, rows, y[which]);
+    }
+    rest_of_block(a, n[0], row, rows, y[0], y[1]);
+    if (!a.gated && n[1] != n[0]) rest_of_block(a, n[1], row, rows, y[1], nullptr);
+  }
+}
+
+inline void linear_in_many_tiles(const LinearArgs& a, int part, int parts) {
+  const Tiles tiles(kBlock);
+  alignas(64) Sums sums;
+  const int64_t blocks = (a.out_features + kBlock - 1) / kBlock, pairs = (blocks + 1) / 2, last = (a.rows - 1) / kBlock;
+  for (int first = 0; first < a.rows; first += kRowsTogether)
+    for (int64_t pair = pairs * part / parts; pair < pairs * (part + 1) / parts; ++pair) {
+      const int64_t neighbours[2] = {2 * pair, std::min(2 * pair + 1, blocks - 1)}, halves[2] = {pair, pair + pairs};
+      const auto& n = a.gated ? halves : neighbours;
+      BlockOfWeights weights(a, n[0]), others(a, n[1]);
+      for (int row = first; row < std::min(first + kRowsTogether, a.rows); row += 2 * kBlock) {
+        const int ahead = row > first ? 0 : a.gated ? 1 : 2;
+        multiply_blocks(a, weights, others, {row / kBlock, std::min<int64_t>(row / kBlock + 1, last)}, ahead, sums);
+        rest_of_pair(a, n, row, sums);
+      }
+    }
+}
+
 inline void linear_in_tiles(const LinearArgs& a, int part, int parts) {
+  if (a.rows > kBlock) return linear_in_many_tiles(a, part, parts);
   const Tiles tiles(a.rows);
   const int64_t width = a.gated ? a.out_features / 2 : a.out_features, blocks = (width + kBlock - 1) / kBlock;
   for (int64_t n = blocks * part / parts; n < blocks * (part + 1) / parts; ++n)

@@ -17,13 +17,14 @@ enum Norm : int32_t { kNoNorm = 0, kRms = 1, kRmsPlusOne = 2, kLayerNorm = 3 };
 enum Activation : int32_t { kIdentity = 0, kSilu = 1, kGelu = 2, kGeluTanh = 3, kRelu = 4 };
 
 // How prepared activations lie in memory: one byte for each feature, or one float32, in the order of the packed nibbles
-// for 4-bit weights and in their own for others; pairs of bfloat16, those of all rows after each other; or as x lies,
+// for 4-bit weights and in their own for others; pairs of bfloat16, those of 16 rows after each other; or as x lies,
 // normalised, for a library's product.
 enum Format : int32_t { kInt8 = 0, kSingle = 1, kPlain = 2, kAsGiven = 3, kTiled = 4 };
 
 // Activations that a product reads: K rounded up to whole groups, the padding zero.
 struct Activations {
-  void* values;    // [M, K'] int8_t or float by `format`, [K' / 2, M, 2] bfloat16 for kTiled
+  void* values;    // [M, K'] int8_t or float by `format`, bfloat16 [M / 16, K' / 2, 16, 2] for kTiled, of at
+                   // most 16 rows [K' / 2, M, 2]
   float* scale;    // [M, K' / G] of the int8 values, unused otherwise
   float* sum;      // [M, K' / G] sums of the activations before they were rounded
   int32_t* start;  // [M, K' / G] minus the weights' middle times the sum of the int8 values, unused otherwise

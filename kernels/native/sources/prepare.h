@@ -9,6 +9,7 @@
 #include "functions.h"
 #include "phases.h"
 #include "scalars.h"
+#include "transpose.h"
 
 namespace river {
 
@@ -93,6 +94,7 @@ inline void write_group(const PrepareArgs& a, int64_t row, int64_t first, float*
   store_values(a.out.values, row * a.in_features + first, count, a.dtype, values);
 }
 
+// Format kTiled of at most 16 rows.
 inline void write_pairs(const PrepareArgs& a, int64_t i, const float* values) {
   const int64_t groups = (a.in_features + a.group_size - 1) / a.group_size, row = i / groups;
   uint16_t rounded[kLargestGroup];
@@ -118,8 +120,32 @@ inline void prepare_group(const PrepareArgs& a, int64_t i, const float* values) 
   }
 }
 
+// Format kTiled of more than 16 rows. Parts split the blocks of rows.
+inline void prepare_blocks(const PrepareArgs& a, int part, int parts) {
+  const int64_t size = a.group_size, groups = (a.in_features + size - 1) / size;
+  const int64_t blocks = (a.rows + kBlock - 1) / kBlock;
+  alignas(64) float values[kLargestGroup];
+  alignas(64) uint16_t rounded[kBlock][kLargestGroup] = {};
+  Moments moments[kBlock];
+  for (int64_t block = blocks * part / parts; block < blocks * (part + 1) / parts; ++block) {
+    const int64_t row = block * kBlock;
+    const int rows = int(std::min<int64_t>(kBlock, a.rows - row));
+    for (int r = 0; a.norm && r < rows; ++r) moments[r] = moments_of(a, row + r);
+    for (int64_t group = 0; group < groups; ++group) {
+      for (int r = 0; r < rows; ++r) {
+        load_group(a, a.x, (row + r) * a.x_stride, group * size, values);
+        if (a.norm) normalise(a, moments[r], group * size, values);
+        store_values(rounded[r], 0, int(size), kBFloat16, values);
+      }
+      auto* out = static_cast<uint16_t*>(a.out.values) + (block * groups + group) * size * kBlock;
+      for (int64_t k = 0; k < size; k += 32) transpose(rounded[0] + k, kLargestGroup / 2, out + k * kBlock);
+    }
+  }
+}
+
 inline void prepare(const void* args, int part, int parts) {
   const auto& a = *static_cast<const PrepareArgs*>(args);
+  if (a.out.format == kTiled && a.rows > kBlock) return prepare_blocks(a, part, parts);
   const int64_t size = a.group_size, groups = (a.in_features + size - 1) / size;
   const int64_t together = a.norm ? groups : 1, all = groups * a.rows / together;
   alignas(64) float values[kLargestGroup];

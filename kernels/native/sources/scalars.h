@@ -72,6 +72,33 @@ inline void store_values(void* p, int64_t first, int count, int32_t dtype, const
     for (int i = 0; i < count; ++i) half[i] = to_float16(values[i]);
 }
 
+// Reads `count` <= 16 values of each of at most 16 rows, which are `stride` apart, to rows of 16. (All of them are
+// converted in one loop: compilers make no vector of a loop over sixteen.)
+inline void load_block(const void* p, int64_t first, int64_t stride, int rows, int count, int32_t dtype,
+                       float* values) {
+  uint16_t halves[16 * kBlock] = {};
+  for (int r = 0; r < rows; ++r) {
+    if (dtype == kFloat32)
+      std::memcpy(values + r * kBlock, static_cast<const float*>(p) + first + r * stride, count * sizeof(float));
+    else
+      std::memcpy(halves + r * kBlock, static_cast<const uint16_t*>(p) + first + r * stride, count * sizeof(uint16_t));
+  }
+  if (dtype != kFloat32) load_values(halves, 0, rows * kBlock, dtype, values);
+}
+
+// The same the other way round.
+inline void store_block(void* p, int64_t first, int64_t stride, int rows, int count, int32_t dtype,
+                        const float* values) {
+  uint16_t halves[16 * kBlock];
+  if (dtype != kFloat32) store_values(halves, 0, rows * kBlock, dtype, values);
+  for (int r = 0; r < rows; ++r) {
+    if (dtype == kFloat32)
+      std::memcpy(static_cast<float*>(p) + first + r * stride, values + r * kBlock, count * sizeof(float));
+    else
+      std::memcpy(static_cast<uint16_t*>(p) + first + r * stride, halves + r * kBlock, count * sizeof(uint16_t));
+  }
+}
+
 inline int64_t bytes_of(int32_t dtype) { return dtype == kFloat32 ? 4 : dtype == kBool ? 1 : 2; }
 
 }  // namespace river

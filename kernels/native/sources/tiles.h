@@ -1,10 +1,11 @@
-// Products of bfloat16 matrices in tiles (AMX), for up to 16 rows at the price of one: 16 output features times 32 input
-// features times all rows are one instruction, which reads the weights where the model keeps them.
+// Products of bfloat16 matrices in tiles (AMX): 16 output features times 32 input features times 16 rows are one
+// instruction, which reads the weights where the model keeps them. Up to 16 rows cost what one costs, the weights' way
+// from memory. Of more rows, two blocks of 16 meet two blocks of features, so that each tile is multiplied twice.
 //
 // Weights are the left operand, 16 rows of 64 bytes; activations are the right one, prepared so that the two values of
-// a pair lie side by side, and the pairs of all rows after each other (`kTiled`). Every output is summed in one order,
-// whatever the number of rows. A block of features that no tile can read in place, because it ends early or belongs to
-// two matrices, is read from a copy.
+// a pair lie side by side, and the pairs of a block of rows after each other (`kTiled`). Every output is summed in one
+// order, whatever the number of rows. A block of features that no tile can read in place, because it ends early or
+// belongs to two matrices, is read from a copy.
 #pragma once
 
 #include <algorithm>
@@ -21,7 +22,7 @@ namespace river {
 constexpr bool kTiles = true;
 constexpr int kStep = 32;         // input features of one tile
 
-// Tile 0 holds the sums, 1 weights, 2 activations.
+// Tiles 0 to 3 hold sums, 4 and 5 weights, 6 and 7 activations of `rows` rows, at most 16.
 class Tiles {
  public:
   explicit Tiles(int rows) {
@@ -31,8 +32,8 @@ class Tiles {
       uint8_t rows[16] = {};
     } config;
     const uint16_t wide = uint16_t(4 * rows);
-    for (int tile : {0, 1, 2}) {
-      config.bytes[tile] = tile == 1 ? 64 : wide;
+    for (int tile = 0; tile < 8; ++tile) {
+      config.bytes[tile] = tile == 4 || tile == 5 ? 64 : wide;
       config.rows[tile] = 16;
     }
     _tile_loadconfig(&config);
@@ -46,44 +47,94 @@ struct Weights {
   int64_t bytes;
 };
 
-inline Weights weights_of_block(const LinearArgs& a, int64_t first, int count, int64_t from, int64_t features,
-                                uint16_t* copy) {
-  const int matrix = matrix_of(a.dense, first);
-  const int64_t bytes = int64_t(a.in_features) * 2;
-  if (count == kBlock && first + kBlock <= a.dense.first[matrix + 1] && features >= kStep)
-    return {static_cast<const char*>(a.dense.data[matrix]) + (first - a.dense.first[matrix]) * bytes + from * 2, bytes};
-  std::memset(copy, 0, kBlock * kStep * 2);
-  for (int i = 0; i < count; ++i) {
-    const int of = matrix_of(a.dense, first + i);
-    const char* row = static_cast<const char*>(a.dense.data[of]) + (first + i - a.dense.first[of]) * bytes;
-    std::memcpy(copy + i * kStep, row + from * 2, std::min<int64_t>(features, kStep) * 2);
+// The weights of one block of features.
+class BlockOfWeights {
+ public:
+  BlockOfWeights(const LinearArgs& a, int64_t n)
+      : a_(a), first_(n * kBlock), count_(int(std::min<int64_t>(kBlock, a.out_features - first_))) {
+    const int matrix = matrix_of(a.dense, first_);
+    if (count_ == kBlock && first_ + kBlock <= a.dense.first[matrix + 1]) in_place_ = row(0);
   }
-  return {reinterpret_cast<const char*>(copy), kStep * 2};
-}
+
+  // Input features i to i + 31, zeros where there are none.
+  Weights at(int64_t i) {
+    if (in_place_ && i + kStep <= a_.in_features) return {in_place_ + i * 2, int64_t(a_.in_features) * 2};
+    std::memset(copy_, 0, sizeof copy_);
+    const int64_t features = std::min<int64_t>(a_.in_features - i, kStep);
+    for (int j = 0; j < count_; ++j) std::memcpy(copy_ + j * kStep, row(j) + i * 2, features * 2);
+    return {reinterpret_cast<const char*>(copy_), kStep * 2};
+  }
+
+  // Asks for lines 16 i to 16 i + 15 of the block that is expected to lie `ahead` blocks behind this one.
+  void fetch(int64_t i, int ahead) const {
+    const char* lines = in_place_ + (int64_t(ahead) * a_.in_features * 2 + i * 64) * kBlock;
+    for (int line = 0; in_place_ && line < kBlock; ++line) __builtin_prefetch(lines + line * 64, 0, 2);
+  }
+
+ private:
+  const char* row(int j) const {
+    const int of = matrix_of(a_.dense, first_ + j);
+    return static_cast<const char*>(a_.dense.data[of]) + (first_ + j - a_.dense.first[of]) * a_.in_features * 2;
+  }
+
+  const LinearArgs& a_;
+  const int64_t first_;
+  const int count_;
+  const char* in_place_ = nullptr;
+  alignas(64) uint16_t copy_[kBlock * kStep];
+};
 
 // One block of output features for all rows, of which there are at most 16.
 inline void tiled_block(const LinearArgs& a, int64_t n, float (*y)[kBlock]) {
-  alignas(64) uint16_t copy[kBlock * kStep];
   alignas(64) float sums[kBlock * kBlock];
-  const int64_t first = n * kBlock, k = a.in_features;
-  const int count = int(std::min<int64_t>(kBlock, a.out_features - first)), wide = 4 * a.rows;
+  BlockOfWeights weights(a, n);
+  const int wide = 4 * a.rows;
   const char* x = static_cast<const char*>(a.x.values);
-  const int matrix = matrix_of(a.dense, first);
-  const char* next = nullptr;
-  if (first + 2 * kBlock <= a.dense.first[matrix + 1])
-    next = static_cast<const char*>(a.dense.data[matrix]) + (first + kBlock - a.dense.first[matrix]) * k * 2;
   _tile_zero(0);
-  for (int64_t i = 0; i < k; i += kStep) {
-    const Weights w = weights_of_block(a, first, count, i, k - i, copy);
-    // (A block is one piece of memory. The next one is fetched line by line, in the order in which it lies there.)
-    for (int line = 0; next && line < kBlock; ++line) __builtin_prefetch(next + (i / kStep * kBlock + line) * 64, 0, 2);
-    _tile_loadd(1, w.data, w.bytes);
-    _tile_loadd(2, x + i / 2 * wide, wide);
-    _tile_dpbf16ps(0, 1, 2);
+  for (int64_t i = 0; i < a.in_features; i += kStep) {
+    const Weights w = weights.at(i);
+    weights.fetch(i / kStep, 1);
+    _tile_loadd(4, w.data, w.bytes);
+    _tile_loadd(6, x + i / 2 * wide, wide);
+    _tile_dpbf16ps(0, 4, 6);
   }
   _tile_stored(0, sums, wide);
   for (int r = 0; r < a.rows; ++r)
     for (int i = 0; i < kBlock; ++i) y[r][i] = sums[i * a.rows + r];
+}
+
+// Of two blocks of features and two blocks of rows: [features, rows, 16 features, 16 rows].
+using Sums = float[2][2][kBlock * kBlock];
+
+// Sums two blocks of features for blocks `rows` of rows; asks for the weights that lie `ahead` blocks behind, if any.
+inline void multiply_blocks(const LinearArgs& a, BlockOfWeights& weights, BlockOfWeights& others,
+                            const int64_t (&rows)[2], int ahead, Sums& sums) {
+  const int64_t k = a.in_features, bytes = (k + a.group_size - 1) / a.group_size * a.group_size * kBlock * 2;
+  const auto* values = static_cast<const char*>(a.x.values);
+  const char *x = values + rows[0] * bytes, *other_x = values + rows[1] * bytes;
+  _tile_zero(0);
+  _tile_zero(1);
+  _tile_zero(2);
+  _tile_zero(3);
+  for (int64_t i = 0; i < k; i += kStep) {
+    const Weights w = weights.at(i), other = others.at(i);
+    if (ahead) {
+      weights.fetch(i / kStep, ahead);
+      others.fetch(i / kStep, ahead);
+    }
+    _tile_loadd(4, w.data, w.bytes);
+    _tile_loadd(6, x + i * kBlock * 2, 64);
+    _tile_dpbf16ps(0, 4, 6);
+    _tile_loadd(7, other_x + i * kBlock * 2, 64);
+    _tile_dpbf16ps(1, 4, 7);
+    _tile_loadd(5, other.data, other.bytes);
+    _tile_dpbf16ps(2, 5, 6);
+    _tile_dpbf16ps(3, 5, 7);
+  }
+  _tile_stored(0, sums[0][0], 64);
+  _tile_stored(1, sums[0][1], 64);
+  _tile_stored(2, sums[1][0], 64);
+  _tile_stored(3, sums[1][1], 64);
 }
 
 #else
@@ -94,7 +145,12 @@ struct Tiles {
   explicit Tiles(int) {}
 };
 
+using Sums = float[2][2][kBlock * kBlock];
 inline void tiled_block(const LinearArgs&, int64_t, float (*)[kBlock]) {}
+struct BlockOfWeights {
+  BlockOfWeights(const LinearArgs&, int64_t) {}
+};
+inline void multiply_blocks(const LinearArgs&, BlockOfWeights&, BlockOfWeights&, const int64_t (&)[2], int, Sums&) {}
 
 #endif
 
