@@ -1,51 +1,57 @@
-"""Quantizers compared: what twins cost in quality and in packing time, on the model's own greedy text.
+"""Quantizers compared: what twins cost in quality and in packing time, on three kinds of text.
 
     python -m benchmarks.twins
     python -m benchmarks.twins --model gemma3-270m --quantizer hqq --quantizer gptq --json twins.json
 
-Every row decodes the same answers, token by token through River. "KL" and "agreement" compare the logits with never
-exit's when every token runs through all twins (exit depth 0) after a prompt that ran through the backbone; "prompt in
-4 bits" is the KL after a prompt that ran through the twins too. "K" and "V" are cosines of what twins and backbone
-write to the cache when tokens leave after block 2, by layer: the mean and the smallest layer.
+Every row decodes the same texts, token by token through River: the model's own greedy answers, passages of Python's
+documentation, and HumanEval's problems with their solutions (where that package is installed). "KL" and "same" (next
+token) compare the logits with never exit's when every token runs through all twins (exit depth 0) after a prompt that
+ran through the backbone; "prompt in 4 bits" is the KL of answers after a prompt that ran through the twins too. "K" and
+"V" are cosines of what twins and backbone write to the cache when tokens leave after block 2, by layer, on answers: the
+mean and the smallest layer.
 
-"gptq" and "awq" observe the model's answers to other questions, or only the texts that come with the package
-("default text"). SQNR is in dB, a mean over matrices; of outputs on the model's answers to those other questions.
+"gptq" and "awq" know what the matrices read in text that the model samples, in the package's texts, or in the model's
+answers to other questions, as a user's. "packing s" has the sampling in it and an estimate of the loss, but not the
+time that `observe` takes. SQNR is in dB, a mean over matrices; of outputs on the answers that are measured.
 """
 
 from __future__ import annotations
 
 import argparse
 import contextlib
+import itertools
 import statistics
 import sys
-import time
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 
 import torch
 from torch import Tensor
 from torch.nn.functional import cosine_similarity
-from transformers import PreTrainedModel, StaticCache
+from transformers import PreTrainedModel, PreTrainedTokenizerBase, StaticCache
 
 import river_compile
 from benchmarks import common
 from benchmarks.quality.entries import of_cache
 from benchmarks.texts import CALIBRATION, MEASURED, Answer, answers
 from river_compile.calibration.evaluate import compiled
-from river_compile.cli import models
+from river_compile.cli import humaneval, models
+from river_compile.cli.texts import topics
 from river_compile.exits import forced_depth
 from river_compile.kernels.portable import token_kl
 from river_compile.kernels.quant.calibrated import output_sqnr_db
 from river_compile.state import GraphRecord, find_state
-from river_compile.twins.observe import Observation
+from river_compile.twins.moments import Observation
 from river_compile.twins.pack import GraphTwins
 from river_compile.upstream.hf_cache import cache_argument
 
-ROWS = ("rtn", "hqq", "awq", "gptq", "gptq, default text")
+PACKAGE, ANSWERS = "package's text", "answers"
+ROWS = ("rtn", "hqq", "awq", "gptq", *(f"{name}, {text}" for text in (PACKAGE, ANSWERS) for name in ("awq", "gptq")))
+KINDS = ("own", "docs", "code")
 EXIT_DEPTH = 2
 HEADERS = (
-    "quantizer", "KL", "agreement", "prompt in 4 bits", "K mean", "K least", "V mean", "V least",
-    "SQNR weights", "SQNR outputs", "packing s", "MB",
+    "quantizer", *(f"{what} {kind}" for kind in KINDS for what in ("KL", "same")), "prompt in 4 bits",
+    "K mean", "K least", "V mean", "V least", "SQNR weights", "SQNR outputs", "packing s", "MB",
 )  # fmt: skip
 
 
@@ -57,18 +63,22 @@ class Pass:
     entries: Tensor
 
 
-class Decoder:
-    """Feeds answers to a compiled model token by token, with a static cache."""
+Passes = dict[str, list[Pass]]  # by kind of text
 
-    def __init__(self, model: PreTrainedModel, texts: Sequence[Answer]) -> None:
+
+class Decoder:
+    """Feeds texts to a compiled model token by token, with a static cache."""
+
+    def __init__(self, model: PreTrainedModel, texts: Mapping[str, Sequence[Answer]]) -> None:
         self._model, self._texts = model, texts
         self._cache_name = cache_argument(model)
-        config = model.config.get_text_config()
-        self._cache = StaticCache(config=config, max_cache_len=max(text.ids.shape[1] for text in texts))
+        longest = max(text.ids.shape[1] for group in texts.values() for text in group)
+        self._cache = StaticCache(config=model.config.get_text_config(), max_cache_len=longest)
 
-    def run(self, depth: int) -> list[Pass]:
-        """Decodes every answer at one exit depth."""
-        return [self._decode(text, depth) for text in self._texts]
+    def run(self, depth: int, kinds: Sequence[str] = KINDS) -> Passes:
+        """Decodes every text of some kinds at one exit depth."""
+        found = [kind for kind in kinds if kind in self._texts]
+        return {kind: [self._decode(text, depth) for text in self._texts[kind]] for kind in found}
 
     def _decode(self, text: Answer, depth: int) -> Pass:
         self._cache.reset()
@@ -90,64 +100,91 @@ def main(arguments: list[str] | None = None) -> int:
     torch.set_num_threads(options.threads)
     models.quiet()
     model, tokenizer = models.load_or_exit(options.model)
-    measured = answers(model, tokenizer, MEASURED[: options.texts], options.tokens)
-    calibration = [text.ids for text in answers(model, tokenizer, CALIBRATION, options.calibration_tokens)]
-    tokens = sum(text.ids.shape[1] - text.prompt for text in measured)
-    print(f"{options.model}, group size {options.group_size}, {len(measured)} answers, {tokens} tokens")
-    rows = measure(model, tokenizer, measured, calibration, options)
+    measured = {"own": answers(model, tokenizer, MEASURED[: options.texts], options.tokens)}
+    measured |= other_texts(tokenizer, options)
+    tokens = {kind: sum(text.ids.shape[1] - text.prompt for text in group) for kind, group in measured.items()}
+    print(f"{options.model}, group size {options.group_size}, tokens of each kind: {tokens}")
+    rows = measure(model, tokenizer, measured, options)
     common.print_table(HEADERS, [[_shown(name, row.get(name)) for name in HEADERS] for row in rows])
     content = {**common.setting("twins", options), "group_size": options.group_size, "tokens": tokens, "rows": rows}
     common.write_outcome(content, options.json)
     return 0
 
 
+def other_texts(tokenizer: PreTrainedTokenizerBase, options: argparse.Namespace) -> dict[str, list[Answer]]:
+    """Returns passages of Python's documentation and problems of HumanEval, as long as the longest answers."""
+    kinds = {"docs": topics()[::-1]}
+    try:
+        kinds["code"] = [problem["prompt"] + problem["canonical_solution"] for problem in humaneval.problems()]
+    except ValueError as error:
+        print(f"without HumanEval: {error}", file=sys.stderr)
+    context = 32
+    found = {}
+    for kind, texts in kinds.items():
+        rows = (torch.tensor([tokenizer(text)["input_ids"][: context + options.tokens]]) for text in texts)
+        whole = (Answer(row, context) for row in rows if row.shape[1] == context + options.tokens)
+        found[kind] = list(itertools.islice(whole, options.texts))
+    return found
+
+
 def measure(
     model: PreTrainedModel,
-    tokenizer,
-    texts: Sequence[Answer],
-    calibration: Sequence[Tensor],
+    tokenizer: PreTrainedTokenizerBase,
+    texts: Mapping[str, Sequence[Answer]],
     options: argparse.Namespace,
 ) -> list[dict]:
     """Returns a row for each quantizer."""
-    start = time.perf_counter()
-    own = river_compile.observe(model, inputs=calibration)
-    print(f"observing {own.tokens} tokens took {time.perf_counter() - start:.1f} s", flush=True)
+    judged = river_compile.observe(model, inputs=[text.ids for text in texts["own"]], progress=False)
     rows, reference = [], None
     for name in options.quantizer:
         print(f"measuring {name} ...", file=sys.stderr, flush=True)
-        find_state(model).put(own)
-        if name.endswith("default text"):
-            river_compile.observe(model, tokenizer)
+        quantizer, _, source = name.partition(", ")
         state = find_state(model)
+        _observe(model, tokenizer, source, options)
         graphs_before = len(state.graphs)
-        settings = {"quantizer": name.partition(",")[0], "group_size": options.group_size}
+        settings = {"quantizer": quantizer, "group_size": options.group_size}
         with decoding(model, texts, {**settings, "first_exit": 1}) as decoder:
-            num_blocks = decoder.run(0)[0].entries.shape[1]  # compiles
+            num_blocks = decoder.run(0)["own"][0].entries.shape[1]  # compiles
             reference = reference or decoder.run(num_blocks)
             row = {"quantizer": name, **quality(decoder, reference)}
         with decoding(model, texts, {**settings, "exit_depth": 0, "prefill": "exit"}) as decoder:
-            row["prompt in 4 bits"] = _mean_kl(reference, decoder.run(0))
-        rows.append({**row, **packing(state.graphs[graphs_before:], own)})
+            row["prompt in 4 bits"] = _mean_kl(reference["own"], decoder.run(0, ["own"])["own"])
+        rows.append({**row, **packing(state.graphs[graphs_before:], judged)})
     return rows
 
 
+def _observe(
+    model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase, source: str, options: argparse.Namespace
+) -> None:
+    """Has a model's matrices observed on a row's text; on that of its own it is the backend that does it."""
+    if source == PACKAGE:
+        river_compile.observe(model, tokenizer, progress=False)
+    elif source == ANSWERS:
+        found = answers(model, tokenizer, CALIBRATION, options.calibration_tokens)
+        river_compile.observe(model, inputs=[text.ids for text in found], progress=False)
+    else:
+        find_state(model).put(Observation())
+
+
 @contextlib.contextmanager
-def decoding(model: PreTrainedModel, texts: Sequence[Answer], settings: dict[str, object]) -> Iterator[Decoder]:
+def decoding(
+    model: PreTrainedModel, texts: Mapping[str, Sequence[Answer]], settings: dict[str, object]
+) -> Iterator[Decoder]:
     """Compiles the model for the time of a with statement."""
     torch._dynamo.reset()
     with compiled(model, settings), torch.inference_mode():
         yield Decoder(model, texts)
 
 
-def quality(decoder: Decoder, reference: Sequence[Pass]) -> dict:
+def quality(decoder: Decoder, reference: Passes) -> dict:
     """Compares logits at depth 0, and cache entries at depth 2, with never exit's."""
-    river, left = decoder.run(0), decoder.run(EXIT_DEPTH)
-    agreement = [(a.logits.argmax(-1) == b.logits.argmax(-1)).float() for a, b in zip(reference, river, strict=True)]
-    row = {
-        "KL": _mean_kl(reference, river),
-        "agreement": torch.cat(agreement).mean().item(),
-    }
-    pairs = [(a.entries, b.entries) for a, b in zip(reference, left, strict=True)]
+    row = {}
+    for kind, river in decoder.run(0).items():
+        pairs = list(zip(reference[kind], river, strict=True))
+        same = [(a.logits.argmax(-1) == b.logits.argmax(-1)).float() for a, b in pairs]
+        row |= {f"KL {kind}": _mean_kl(reference[kind], river), f"same {kind}": torch.cat(same).mean().item()}
+    left = decoder.run(EXIT_DEPTH, ["own"])["own"]
+    pairs = [(a.entries, b.entries) for a, b in zip(reference["own"], left, strict=True)]
     cosines = torch.cat([cosine_similarity(a, b, dim=-1) for a, b in pairs], dim=-1).mean(-1)  # [2, layers]
     for name, by_layer in zip("KV", cosines[:, EXIT_DEPTH:], strict=True):
         row |= {f"{name} mean": by_layer.mean().item(), f"{name} least": by_layer.min().item()}
@@ -185,7 +222,7 @@ def _parse(arguments: list[str] | None) -> argparse.Namespace:
     parser = common.command_line(__doc__, "model", "threads", "json")
     parser.add_argument("--quantizer", action="append", choices=ROWS, help="may be repeated (default: all)")
     parser.add_argument("--group-size", type=int, default=64, choices=(32, 64, 128, 256))
-    parser.add_argument("--texts", type=int, default=12, help="answers to measure (at most 12, the default)")
+    parser.add_argument("--texts", type=int, default=12, help="texts of each kind to measure (at most 12, the default)")
     parser.add_argument("--tokens", type=int, default=48, help="longest answer that is measured (default 48)")
     parser.add_argument("--calibration-tokens", type=int, default=128, help="longest answer observed (default 128)")
     options = parser.parse_args(arguments)

@@ -46,8 +46,8 @@ from river_compile.runtime.sequences import Sequences
 from river_compile.runtime.shortcut import install
 from river_compile.runtime.stats import ExitStats
 from river_compile.twins.make import PackedSite
-from river_compile.twins.observe import Observation
-from river_compile.twins.pack import GraphTwins, PackedWeights
+from river_compile.twins.own_text import OwnText
+from river_compile.twins.pack import GraphTwins, PackedWeights, Statistics
 from river_compile.twins.watch import TwinWatch
 
 from .config import RiverConfig, check_mode
@@ -90,6 +90,8 @@ def river(
     parameters = [node for node in values if is_parameter(node)]
     owner = compiled_module(river)  # of the pieces of a broken graph, each of which reads some of its parameters
     state = state_of([*(values[node] for node in parameters), *(owner.parameters() if owner else ())])
+    if owner is not None:
+        state.of(OwnText).is_of(owner)
     record = GraphRecord(config, mode=mode)
     state.add(record, limit=torch._dynamo.config.recompile_limit)
     for parameter in parameters[:1]:
@@ -247,4 +249,4 @@ def _pack(
     segments += [program.head] if head is not None else []
     sites = [site for segment in segments for site in every[segment]]
     names = {site.name for found in every.values() for site in found}
-    return state.of(PackedWeights).pack(sites, values, config, state.find(Observation), names)
+    return state.of(PackedWeights).pack(sites, values, config, Statistics.of(state), names)

@@ -84,10 +84,11 @@ class RiverConfig:
         "one depth for every token: 0 (all blocks in 4 bits) to L (never leave)",
     )
     quantizer: str = _option(
-        "hqq",
-        one_of(*QUANTIZERS, *OBSERVING),
-        'how 4-bit weights are found: from the weights alone `"hqq"` or `"rtn"`; better, after '
-        '`river_compile.observe`, `"gptq"` or `"awq"` ([docs/twins.md](docs/twins.md))',
+        "gptq",
+        one_of(*OBSERVING, *QUANTIZERS),
+        "how 4-bit weights are found: with what they meet in a little text that the model samples, or in that of "
+        '`river_compile.observe`, `"gptq"` or `"awq"`; from the weights alone `"hqq"` or `"rtn"` '
+        "([docs/twins.md](docs/twins.md))",
         for_tests=("none", "twins keep the backbone's 16-bit weights"),
     )
     prefill: str = _option(

@@ -49,7 +49,7 @@ def test_bad_options_are_named(options, words):
 def test_config_is_frozen_and_its_defaults_are_the_documented_ones():
     config = RiverConfig.from_options(None)
     assert (config.threshold, config.first_exit, config.exit_every, config.exit_depth) == (0.7, 2, 1, None)
-    assert (config.group_size, config.quantizer, config.prefill, config.lm_head) == (64, "hqq", "backbone", None)
+    assert (config.group_size, config.quantizer, config.prefill, config.lm_head) == (64, "gptq", "backbone", None)
     with pytest.raises(AttributeError):
         config.threshold = 0.5
 

@@ -134,9 +134,7 @@ class _Run:
     def session(
         self, more: Mapping[str, object], texts: Callable[[], Texts] | None = None
     ) -> contextlib.AbstractContextManager[Session]:
-        """Returns a session with more options; those quantizers that need it have seen the package's texts."""
-        if more.get("quantizer") in ("awq", "gptq"):
-            river_compile.observe(self.model, self.tokenizer, progress=self.options.progress)
+        """Returns a session with more options."""
         return session(self.model, {**self.base, **more}, texts or self.texts, self.options.progress, self.first)
 
     def quantizer(self, name: str) -> list[Row]:

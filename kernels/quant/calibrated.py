@@ -40,6 +40,7 @@ from .grid import (
 OBSERVING = ("gptq", "awq")
 ALPHAS = (0.0, 0.15, 0.3, 0.45, 0.6)
 DAMPING = 0.05  # share of the mean squared input that is added to every column's own
+FEW_TOKENS = 0.2  # the same, for each feature that one token stands for
 _SHRINKS = tuple(1 - 0.04 * i for i in range(1, 13))  # shares of a group's extent, down to about a half
 _REFITS = 2
 _BLOCK = 128
@@ -52,6 +53,7 @@ def quantize_observed(
     moments: Tensor,
     dtype: torch.dtype = torch.float32,
     may_scale: bool = True,
+    tokens: float = math.inf,
 ) -> tuple[QuantizedWeight, Tensor | None]:
     """Quantizes a matrix to 4 bits by what it reads.
 
@@ -62,6 +64,7 @@ def quantize_observed(
         moments: ``[K, K]``, mean of x x^T over the calibration text.
         dtype: of scale and zero as the kernel stores them; integers are chosen for the rounded ones.
         may_scale: False leaves AWQ's inputs as they are: its grid is then an activation-weighted fit.
+        tokens: over how many tokens the moments are a mean. GPTQ blends those of few with the identity.
 
     Returns:
         The grid, and for AWQ the float32 scale s ``[K]`` that the inputs are to be divided by: the grid stands for
@@ -81,7 +84,7 @@ def quantize_observed(
         )
     moments = moments.to(weight.device, torch.float32)
     if quantizer == "gptq":
-        return gptq(weight, group_size, moments, dtype), None
+        return gptq(weight, group_size, moments, dtype, tokens), None
     return awq(weight, group_size, moments, dtype, may_scale)
 
 
@@ -110,12 +113,15 @@ def fit_grid(
     return torch.cat([scale for scale, _ in fitted]), torch.cat([zero for _, zero in fitted])
 
 
-def gptq(weight: Tensor, group_size: int, moments: Tensor, dtype: torch.dtype = torch.float32) -> QuantizedWeight:
+def gptq(
+    weight: Tensor, group_size: int, moments: Tensor, dtype: torch.dtype = torch.float32, tokens: float = math.inf
+) -> QuantizedWeight:
     """Rounds a float32 matrix column by column, each error made up for by the columns that are left.
 
-    The grid is fitted once, before any column moves (`fit_grid`), so that the order of columns is free.
+    The grid is fitted once, before any column moves (`fit_grid`), so that the order of columns is free. What few
+    tokens seem to have in common may be chance, and errors made up for by it are errors made.
     """
-    damped = damped_moments(moments, DAMPING)
+    damped = damped_moments(moments, DAMPING + FEW_TOKENS * len(moments) / tokens)
     scale, zero = fit_grid(weight, group_size, damped.diagonal(), dtype)
     order = damped.diagonal().argsort(descending=True)
     q = round_compensating(weight[:, order], scale, zero, order // group_size, inverse_factor(damped[order][:, order]))

@@ -17,7 +17,7 @@ if TYPE_CHECKING:
 def pack(
     model: Model,
     output: Annotated[Path, typer.Option("--output", "-o", help="A new or empty folder, or one that this wrote.")],
-    quantizer: Annotated[str, typer.Option(help="hqq, rtn, gptq or awq.")] = "hqq",
+    quantizer: Annotated[str, typer.Option(help="gptq, awq, hqq or rtn.")] = "gptq",
     dtype: Dtype = "bfloat16",
     recipe: Annotated[
         bool, typer.Option("--recipe", help="Also put custom_generate/ into the model's folder, for generate().")
@@ -30,7 +30,6 @@ def pack(
 
     from river_compile.drop_in.quality import accelerate
     from river_compile.reporting.report import report as report_of
-    from river_compile.twins.observe import observe
     from river_compile.twins.pack import save
 
     from .models import load, quiet, resolve
@@ -40,8 +39,6 @@ def pack(
     folder = resolve(model)
     network, tokenizer = load(folder, dtype)
     start = time.perf_counter()
-    if quantizer in ("gptq", "awq"):
-        observe(network, tokenizer)
     accelerate(network, quantizer=quantizer)
     network.generate(tokenizer("A", return_tensors="pt")["input_ids"], max_new_tokens=2, do_sample=False)
     save(network, output)

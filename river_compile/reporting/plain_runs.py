@@ -18,6 +18,7 @@ from torch._C._dynamo.eval_frame import get_eval_frame_callback
 from torch._dynamo import eval_frame
 
 from river_compile.errors import RiverWarning
+from river_compile.runtime.plain_calls import on_purpose
 from river_compile.runtime.stats import ExitStats
 from river_compile.state import find_state
 from river_compile.upstream.compiled_calls import call_through
@@ -67,7 +68,7 @@ class PlainRuns:
 
     def notice(self, stats: ExitStats) -> None:
         """Counts a plain run of a block; warns where the river ran since the last one, by the model's `stats`."""
-        if call_through(self._backend) is None:
+        if call_through(self._backend) is None or on_purpose():
             return
         self.count += 1
         self.reason = _why()

@@ -16,7 +16,10 @@ from river_compile.passes.program import Fusion
 from river_compile.runtime.stats import ExactStats, ExitStats, PayoffLog
 from river_compile.state import GraphRecord, ModelState, find_state, unwrap
 from river_compile.twins.block_errors import BlockErrors
+from river_compile.twins.loss import TwinLoss
 from river_compile.twins.make import PackedSite
+from river_compile.twins.maker import UNOBSERVED
+from river_compile.twins.own_text import OwnText
 from river_compile.twins.pack import GraphTwins, PackedWeights
 
 from .plain_calls import PlainCalls
@@ -47,6 +50,8 @@ class Report:
     exact: ExactStats
     payoff: PayoffLog
     doubted: int = 0
+    own_text: OwnText = field(default_factory=OwnText)
+    loss: TwinLoss | None = None
     block_errors: BlockErrors | None = None
     offloaded: OffloadLog | None = None
     plain_runs: int = 0
@@ -89,6 +94,7 @@ class Report:
                     "shape": list(p.shape),
                     "group_size": p.group_size,
                     "quantizer": p.quantizer,
+                    "statistics": p.statistics or None,
                     "sqnr_db": _finite(p.sqnr),
                     "output_sqnr_db": _finite(p.output_sqnr),
                     "in_16_bits": p.kept,
@@ -97,6 +103,8 @@ class Report:
                 }
                 for p in self.packed
             ],
+            "own_text_refused": self.own_text.refusal or None,
+            "twin_loss": self.loss and {**asdict(self.loss), "large": self.loss.large},
             "block_errors": self.block_errors.to_dict() if self.block_errors else None,
             "exit_depths": dict(self.decode_depths),
             "prefill_exit_depths": dict(self.prefill_depths),
@@ -152,6 +160,8 @@ def report(model: nn.Module) -> Report:
         exact=stats.exact,
         payoff=replace(stats.payoff),
         doubted=stats.doubted,
+        own_text=state.of(OwnText),
+        loss=packed.loss,
         block_errors=state.find(BlockErrors),
         offloaded=state.of(OffloadedWeights).snapshot(),
         plain_runs=state.of(PlainRuns).count,
@@ -247,10 +257,25 @@ def _packed_lines(report: Report) -> Iterator[str]:
         yield f"    packed again   {times} times after weights changed, {matrices} matrices the last time"
     for folder, count in Counter(p.artifact for p in packed if p.artifact).items():
         yield f"    artifact     {count} matrices read from {folder}"
+    for source, count in Counter(p.statistics for p in packed if p.statistics).items():
+        yield f"    statistics   {count} matrices know what they read, from {source}"
+    without = sum(p.asked != p.quantizer for p in packed)
+    if without:
+        why = f": the model wrote no text of its own ({report.own_text.refusal})" if report.own_text.refusal else ""
+        yield f"    statistics   none for {without} matrices, which took quantizer={UNOBSERVED!r}{why}"
+    yield from _loss_lines(report.loss)
     yield _sqnr_line("SQNR of weights", {p.name: p.sqnr for p in report.packed})
     observed = {p.name: p.output_sqnr for p in report.packed if p.output_sqnr is not None}
     if observed:
         yield _sqnr_line("SQNR of outputs", observed)
+
+
+def _loss_lines(loss: TwinLoss | None) -> Iterator[str]:
+    if loss is not None:
+        yield f"    loss         {loss}, all blocks in 4 bits"
+    if loss is not None and loss.large:
+        yield "                 WARNING: that is much. Tokens that leave early may well be others than the model's:"
+        yield "                 keep to exact mode, calibrate, or observe() text like that which it is for"
 
 
 def _sqnr_line(title: str, decibels: Mapping[str, float]) -> str:

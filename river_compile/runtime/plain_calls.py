@@ -27,6 +27,11 @@ def plainly() -> Iterator[None]:
         _thread.plain = before
 
 
+def on_purpose() -> bool:
+    """Tells whether this thread calls models plainly at the moment."""
+    return _thread.plain
+
+
 class CompiledOrPlain:
     """Stands as the compiled call of a model.
 

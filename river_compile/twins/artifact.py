@@ -1,6 +1,6 @@
 """Packed twins on disk: a folder with one file, ``twins.safetensors``.
 
-    <key>.q             uint8 ``[N, K / 2]``, two nibbles in a byte; key = name/quantizer/group size
+    <key>.q             uint8 ``[N, K / 2]``, two nibbles in a byte; key = name/quantizer asked for/group size
     <key>.scale_zero    bfloat16 or float32 ``[N, K / group_size, 2]``
     <key>.input_scale   float32 ``[K]``, for a matrix whose inputs are scaled
     metadata            "format", "version", "matrices" (JSON: the fields of `_SavedMatrix`, ratios as text, since
@@ -39,10 +39,11 @@ from river_compile.passes.program import Product
 from .make import Grid, PackedSite, Ratios
 
 FORMAT = "river-twins"
-VERSION = 3
+VERSION = 4
 FILE = "twins.safetensors"
 _MANIFEST_2 = "river.json"  # of version 2, which had a file for it
 _LAYOUT = "plain"
+_KINDS = {name: str for name in ("name", "quantizer", "asked", "statistics", "weights_sha256")} | {"stored": bool}
 _NO_HASH = "0" * 64
 _NEW = "leave artifact= out and save a new one"
 
@@ -52,7 +53,7 @@ class _SavedMatrix(Ratios):
     """One matrix of an artifact.
 
     Attributes:
-        name, shape, group_size, quantizer: as in its :class:`PackedSite`.
+        name, shape, group_size, quantizer, asked, statistics: as in its :class:`PackedSite`.
         weights_sha256: hash of the parameters it was made from, see :func:`digest_of`.
         stored: False where it stays in 16 bits, below the floor of `min_sqnr`.
     """
@@ -61,13 +62,15 @@ class _SavedMatrix(Ratios):
     shape: tuple[int, int]
     group_size: int
     quantizer: str
+    asked: str
+    statistics: str
     weights_sha256: str
     stored: bool
 
     @classmethod
     def from_json(cls, entry: dict[str, Any]) -> _SavedMatrix:
         """Returns a matrix from its fields; raises a TypeError, KeyError or ValueError for anything else."""
-        for name, kind in (("name", str), ("quantizer", str), ("weights_sha256", str), ("stored", bool)):
+        for name, kind in _KINDS.items():
             if not isinstance(entry[name], kind):
                 raise TypeError(f"{name} is {entry[name]!r}")
         ratio = entry["output_sqnr"]
@@ -99,6 +102,8 @@ def write_artifact(folder: Path, sites: Sequence[PackedSite]) -> None:
             "shape": site.shape,
             "group_size": site.group_size,
             "quantizer": site.quantizer,
+            "asked": site.asked,
+            "statistics": site.statistics,
             "weights_sha256": site.digest,
             "stored": not site.kept,
             "sqnr": str(site.sqnr),
@@ -163,7 +168,7 @@ class Artifact:
                 "it is another model's or was saved with an exit_depth that leaves this one out. Leave artifact= out "
                 "and save a new one",
             )
-        ways = {(matrix.quantizer, matrix.group_size): matrix for matrix in matrices}
+        ways = {(matrix.asked, matrix.group_size): matrix for matrix in matrices}
         matrix = ways.get((quantizer, site.group_size))
         if matrix is None:
             found = ", ".join(f"quantizer={name!r} group_size={size}" for name, size in sorted(ways))
@@ -190,7 +195,14 @@ class Artifact:
             n, k = matrix.shape
             q, scale_zero = (self._tensors[f"{_key(matrix)}.{part}"] for part in ("q", "scale_zero"))
             weight = PackedLinear(_LAYOUT, q, scale_zero, matrix.group_size, k, n)
-        return Grid(weight=weight, input_scale=input_scale, sqnr=matrix.sqnr, output_sqnr=matrix.output_sqnr)
+        return Grid(
+            weight=weight,
+            quantizer=matrix.quantizer,
+            statistics=matrix.statistics,
+            input_scale=input_scale,
+            sqnr=matrix.sqnr,
+            output_sqnr=matrix.output_sqnr,
+        )
 
     def _read_matrices(self) -> list[_SavedMatrix]:
         """Reads the header, and checks format, version and hash in this order."""
@@ -247,7 +259,7 @@ def _other_version(version: str | None) -> str:
 
 
 def _key(matrix: _SavedMatrix | PackedSite) -> str:
-    return f"{matrix.name}/{matrix.quantizer}/{matrix.group_size}"
+    return f"{matrix.name}/{matrix.asked}/{matrix.group_size}"
 
 
 def _file_hash(file: Path, stated: str) -> str:

@@ -6,6 +6,7 @@ Not handled: which products are made, and from what; see :mod:`river_compile.twi
 from __future__ import annotations
 
 import functools
+import math
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 
@@ -18,6 +19,7 @@ from river_compile.kernels.quant.layouts import PackedLinear
 from river_compile.passes.program import Product
 from river_compile.upstream.tensors import as_ordinary
 
+from .moments import InputMoments
 from .sources import HeldSources, Looks, Sources
 
 _STORED_AS = torch.bfloat16  # scale and zero, in the CPU's kernel; others store what is exact for them
@@ -49,10 +51,15 @@ class Ratios:
 class Grid(Ratios):
     """A 4-bit matrix that was just found, or as an artifact holds it (None where it was left in 16 bits).
 
-    `input_scale` is what its inputs are divided by, float32 ``[K]``, None: by nothing.
+    Attributes:
+        quantizer: what found it.
+        statistics: what that knew of the inputs, in words; empty where it looked at the weights alone.
+        input_scale: what its inputs are divided by, float32 ``[K]``, None: by nothing.
     """
 
     weight: QuantizedWeight | PackedLinear | None
+    quantizer: str
+    statistics: str = ""
     input_scale: Tensor | None = None
 
 
@@ -66,6 +73,7 @@ class PackedSite(Ratios):
     Attributes:
         product: what it computes.
         quantizer, asked: "hqq", "rtn", "awq" or "gptq": what made it, and what the options ask for.
+        statistics: what the quantizer knew of the inputs, as in :class:`Grid`.
         key: how it was asked for, beside its parameters.
         sources: the parameters that it stands for.
         looks, digest: how they looked when they were last compared, and their hash; see `sources.py`.
@@ -80,6 +88,7 @@ class PackedSite(Ratios):
     product: Product
     quantizer: str
     asked: str
+    statistics: str
     sources: HeldSources
     looks: Looks
     digest: str
@@ -159,7 +168,8 @@ class PackedSite(Ratios):
         with torch.inference_mode():  # (which may write to any tensor)
             for mine, new in zip(self.tensors, other.tensors, strict=True) if not self.kept else ():
                 mine.copy_(new)
-        self.quantizer, self.artifact, self.input_scale = other.quantizer, other.artifact, other.input_scale
+        self.quantizer, self.statistics = other.quantizer, other.statistics
+        self.artifact, self.input_scale = other.artifact, other.input_scale
         self.sources, self.looks, self.digest = other.sources, other.looks, other.digest
         self.sqnr, self.output_sqnr = other.sqnr, other.output_sqnr
 
@@ -170,24 +180,28 @@ class PackedSite(Ratios):
         return weight if self.input_scale is None else weight / self.input_scale
 
 
-def quantize_site(product: Product, weights: Sequence[Tensor], quantizer: str, moments: Tensor | None = None) -> Grid:
-    """Finds the grid of a product's weights; "awq" and "gptq" need the second moments ``[K, K]`` of its inputs.
+def quantize_site(
+    product: Product, weights: Sequence[Tensor], quantizer: str, inputs: InputMoments | None = None
+) -> Grid:
+    """Finds the grid of a product's weights; "awq" and "gptq" need the second moments of its inputs.
 
     In 8 bits weights are rounded to nearest, whatever the quantizer.
     """
     weight = torch.cat([w.T if product.transposed else w for w in map(as_ordinary, weights)])
-    if moments is None or product.bits == 8:
+    if inputs is None or product.bits == 8:
         if product.bits == 8:
             grid = quantize_8bit(weight, product.group_size, _STORED_AS)
         else:
             grid = quantize(weight, product.group_size, quantizer).rounded(_STORED_AS)
-        return Grid(weight=grid, sqnr=sqnr_db(weight, grid.dequantize()))
+        return Grid(weight=grid, quantizer=quantizer, sqnr=sqnr_db(weight, grid.dequantize()))
+    moments = inputs.matrix()
     grid, scale = quantize_observed(
-        weight, product.group_size, quantizer, moments, _STORED_AS, may_scale=product.scales_inputs
+        weight, product.group_size, quantizer, moments, _STORED_AS, product.scales_inputs, inputs.tokens
     )
     stands_for = grid.dequantize() if scale is None else grid.dequantize() / scale
     return Grid(
         weight=grid,
+        quantizer=quantizer,
         input_scale=scale,
         sqnr=sqnr_db(weight, stands_for),
         output_sqnr=output_sqnr_db(weight, stands_for, moments),
@@ -202,13 +216,14 @@ def quantize_stack(
     `moments` gives the second moments ``[K, K]`` of an expert's inputs and over how many tokens.
     """
     grids, signal, noise = [], [0.0, 0.0], [0.0, 0.0]  # of weights, of outputs
-    for expert, weight in enumerate(stack.detach().mT if product.transposed else stack.detach()):
-        matrix = weight.float()
+    for expert, of_expert in enumerate(stack.detach().mT if product.transposed else stack.detach()):
+        matrix = of_expert.float()
         if moments is None:
             grid = quantize(matrix, product.group_size, quantizer).rounded(_STORED_AS)
         else:
             inputs, tokens = moments(expert)
-            grid, _ = quantize_observed(matrix, product.group_size, quantizer, inputs, _STORED_AS, may_scale=False)
+            few = tokens or math.inf  # (the moments of all experts are of many)
+            grid, _ = quantize_observed(matrix, product.group_size, quantizer, inputs, _STORED_AS, False, few)
             signal[1] += tokens * output_energy(matrix, inputs)
             noise[1] += tokens * output_energy(matrix - grid.dequantize(), inputs)
         signal[0] += matrix.square().sum(dtype=torch.float64).item()
@@ -216,7 +231,8 @@ def quantize_stack(
         grids.append(grid)
     of_weights, of_outputs = map(decibels, signal, noise)
     output_sqnr = None if moments is None else of_outputs
-    return Grid(weight=QuantizedWeight.stacked(grids), sqnr=of_weights, output_sqnr=output_sqnr)
+    weight = QuantizedWeight.stacked(grids)
+    return Grid(weight=weight, quantizer=quantizer, sqnr=of_weights, output_sqnr=output_sqnr)
 
 
 def extras_of(product: Product, sources: Sources, scale: Tensor | None) -> tuple[Tensor, ...]:

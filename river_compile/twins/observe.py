@@ -1,34 +1,33 @@
 """Calibration statistics for "awq" and "gptq": ``observe(model, tokenizer, texts)`` records what each matrix reads.
 
 Texts run through the model as it is, never through compiled code, one after another. Every product of an input with a
-two-dimensional parameter is seen where it happens (``F.linear``, ``addmm``, ``matmul``: the forms that twins replace),
-and the input's second moments are kept under that parameter, as long as it lives.
-
-Inputs are kept as they are while they take less room than their moments, ``4 K^2`` bytes for K features, and are summed
-up then: some 2 K tokens in 16 bits. Experts that are stacked in one parameter run one after another meanwhile, and each
-has moments of its own. Not handled: other ways to read such a stack than one expert, or all of them, at a time.
+two-dimensional parameter is seen where it happens, and the input's second moments are kept under that parameter, as
+long as it lives. Experts that are stacked in one parameter run one after another meanwhile, and each has moments of its
+own.
 """
 
 from __future__ import annotations
 
 import contextlib
-import functools
 import reprlib
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from importlib import resources
+from typing import Any
 
 import torch
 from torch import Tensor, nn
-from torch.overrides import TorchFunctionMode
-from torch.utils.weak import WeakTensorKeyDictionary
 from tqdm import tqdm
 from transformers import PreTrainedModel
 
 from river_compile.errors import OptionError
 from river_compile.state import state_of, unwrap
+from river_compile.upstream.compiled_calls import as_it_is
 from river_compile.upstream.tensors import version_of
 
-_PRODUCTS = (nn.functional.linear, torch.addmm, torch.matmul, torch.Tensor.matmul, torch.Tensor.__matmul__)
+from .moments import ExpertMoments, InputMoments, Observation
+from .products import Products
+from .sampling import everything_counts
+
 Tokenizer = Callable[[str], Mapping[str, Sequence[int]]]
 _WINDOW = 512  # tokens that run at once: the logits of a large vocabulary take memory
 
@@ -62,20 +61,27 @@ def observe(
     """
     model = unwrap(model)
     windows = windows_of(tokenizer, texts, inputs, "observe")
-    observation = Observation()
-    recorder = _Recorder(model.parameters(), observation)
-    bar = tqdm(windows, desc="river: observing", unit="text", leave=False, delay=1, disable=not progress)
-    with torch.no_grad(), torch.compiler.set_stance("force_eager"), _one_expert_at_a_time(model):
-        for ids in bar:
-            with recorder:
-                model(input_ids=ids.to(model.device), use_cache=False)
-            observation.tokens += ids.numel()
+    observation = record(model, windows, progress=progress)
     state_of(model.parameters()).put(observation)
     return observation
 
 
+@torch.no_grad()
+def record(model: nn.Module, windows: Iterable[Tensor], *, own: bool = False, progress: bool = False) -> Observation:
+    """Returns what the matrices of a model read in token ids ``[B, T]``; `own` says that it sampled them itself."""
+    observation, forward = Observation(own), as_it_is(model)
+    recorder, device = _Recorder(model.parameters(), observation), next(model.parameters()).device
+    bar = tqdm(windows, desc="river: observing", unit="text", leave=False, delay=1, disable=not progress)
+    with one_expert_at_a_time(model):
+        for ids in bar:
+            with recorder:
+                forward(input_ids=ids.to(device), use_cache=False, **everything_counts(model, ids.to(device)))
+            observation.tokens += ids.numel()
+    return observation
+
+
 @contextlib.contextmanager
-def _one_expert_at_a_time(model: PreTrainedModel) -> Iterator[None]:
+def one_expert_at_a_time(model: Any) -> Iterator[None]:
     """Has transformers multiply by one expert of a stack after another."""
     if all(p.dim() != 3 for p in model.parameters()):
         yield
@@ -128,137 +134,21 @@ def default_texts() -> list[str]:
     return content.rstrip("\n").split("\n%%\n")
 
 
-class InputMoments:
-    """Second moments of the inputs of a matrix, ``E[x x^T]``, for K `features`."""
-
-    def __init__(self, features: int) -> None:
-        self.features = features
-        self.tokens = 0
-        self._rows: list[Tensor] = []
-        self._sum: Tensor | None = None
-
-    @property
-    def nbytes(self) -> int:
-        return sum(rows.nbytes for rows in self._rows) + (0 if self._sum is None else self._sum.nbytes)
-
-    def add(self, x: Tensor) -> None:
-        """Adds inputs ``[..., K]``."""
-        rows = x.detach().reshape(-1, self.features).clone()
-        self._rows.append(rows)
-        self.tokens += len(rows)
-        if self._sum is not None or self.nbytes > 4 * self.features**2:
-            self._sum = self._summed()
-            self._rows = []
-
-    def matrix(self) -> Tensor:
-        """Returns the moments, float32 ``[K, K]``."""
-        return self._summed() / self.tokens
-
-    def _summed(self) -> Tensor:
-        if not self._rows:
-            assert self._sum is not None, "no input was added"
-            return self._sum
-        rows = torch.cat(self._rows).float()
-        return rows.T @ rows if self._sum is None else self._sum.addmm(rows.T, rows)
-
-
-class ExpertMoments:
-    """Second moments of what each of E stacked matrices with K `features` reads."""
-
-    def __init__(self, experts: int, features: int) -> None:
-        self._each = [InputMoments(features) for _ in range(experts)]
-
-    @property
-    def nbytes(self) -> int:
-        return sum(moments.nbytes for moments in self._each)
-
-    def add(self, expert: int, x: Tensor) -> None:
-        """Adds inputs ``[..., K]`` of one of them."""
-        self._each[expert].add(x)
-
-    def of(self, expert: int) -> tuple[Tensor, int]:
-        """Returns an expert's moments and tokens; one that no token reached has the moments of all."""
-        own = self._each[expert]
-        return (own.matrix(), own.tokens) if own.tokens else (self._together, 0)
-
-    @functools.cached_property
-    def _together(self) -> Tensor:
-        reached = [moments for moments in self._each if moments.tokens]
-        total = sum(moments.tokens for moments in reached)
-        return torch.stack([moments.matrix() * (moments.tokens / total) for moments in reached]).sum(0)
-
-
-class Observation:
-    """Calibration statistics of a model: the second moments of what its matrices read; see :func:`observe`.
-
-    `number` distinguishes observations, for what was made with them.
-    """
-
-    _made = 0
-
-    def __init__(self) -> None:
-        Observation._made += 1
-        self.number = Observation._made
-        self.tokens = 0
-        self.moments: WeakTensorKeyDictionary = WeakTensorKeyDictionary()
-
-    @property
-    def nbytes(self) -> int:
-        return sum(moments.nbytes for moments in set(self.moments.values()))
-
-    def moments_of(self, weight: Tensor) -> InputMoments | ExpertMoments | None:
-        """Returns the moments of a parameter's inputs, of each expert's for a stack; None where no text reached it."""
-        return self.moments.get(weight)
-
-    def clear(self) -> None:
-        """Frees its memory; twins that are packed stay."""
-        self.moments.clear()
-
-    def __str__(self) -> str:
-        return f"observed {len(self.moments)} matrices on {self.tokens} tokens ({self.nbytes / 1e6:.0f} MB)"
-
-
-class _Recorder(TorchFunctionMode):
+class _Recorder(Products):
     """Adds every input of a product with one of the parameters to that parameter's moments."""
 
     def __init__(self, parameters: Iterable[Tensor], observation: Observation) -> None:
-        super().__init__()
+        super().__init__(parameters)
         self._observation = observation
-        self._matrices: dict[int, tuple[Tensor, int]] = {}  # by address: the parameter, and which one of its stack
-        self._stacks: dict[int, Tensor] = {}
-        for parameter in parameters:
-            if parameter.dim() == 2:
-                self._matrices[parameter.data_ptr()] = parameter, 0
-            elif parameter.dim() == 3:
-                self._stacks[parameter.data_ptr()] = parameter
-                self._matrices |= {matrix.data_ptr(): (parameter, i) for i, matrix in enumerate(parameter.detach())}
         self._last: tuple[Tensor, int, InputMoments] | None = None
 
-    def __torch_function__(
-        self,
-        func: Callable[..., object],
-        types: Sequence[type],
-        args: tuple[object, ...] = (),
-        kwargs: Mapping[str, object] | None = None,
-    ) -> object:
-        kwargs = kwargs or {}
-        tensors = [value for value in (*args, *kwargs.values()) if isinstance(value, Tensor)]
-        if func in _PRODUCTS:
-            known = [self._matrices.get(t.data_ptr()) if t.dim() == 2 else None for t in tensors]
-            at = next((i for i, found in enumerate(known) if found is not None), 0)
-            found = known[at] if at > 0 else None  # (the first argument is an input or a bias)
-            if found is not None and found[0].dim() == 2:
-                self._record(tensors[at - 1], found[0])
-            elif found is not None:
-                self._record_expert(tensors[at - 1], *found)
-        elif func is torch.bmm and (stack := self._stacks.get(tensors[1].data_ptr())) is not None:
-            for expert, x in enumerate(tensors[0]):  # (rows that it was not chosen for are zero)
-                self._record_expert(x[(x != 0).any(-1)], stack, expert)
-        return func(*args, **kwargs)
+    def meets(self, x: Tensor, parameter: Tensor, index: int) -> None:
+        if parameter.dim() == 2:
+            self._record(x, parameter)
+        elif x.numel():
+            self._record_expert(x, parameter, index)
 
     def _record_expert(self, x: Tensor, stack: Tensor, expert: int) -> None:
-        if not x.numel():
-            return
         moments = self._observation.moments.get(stack)
         if moments is None:
             moments = self._observation.moments[stack] = ExpertMoments(len(stack), x.shape[-1])

@@ -15,7 +15,7 @@ import warnings
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import contextmanager
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import TypeVar
 
@@ -25,21 +25,20 @@ from torch.utils.weak import WeakTensorKeyDictionary
 from tqdm import tqdm
 
 from river_compile.config import RiverConfig
-from river_compile.errors import ArtifactError, OptionError, RiverWarning
+from river_compile.errors import ArtifactError, RiverWarning
 from river_compile.kernels.checks import PATH
-from river_compile.kernels.quant.calibrated import OBSERVING
-from river_compile.kernels.quant.layouts import PackedLinear, pack, pack_stack
-from river_compile.passes.program import LinearSite, Product
-from river_compile.state import find_state, unwrap
+from river_compile.passes.program import LinearSite
+from river_compile.state import ModelState, find_state, unwrap
 
 from .artifact import Artifact, write_artifact
-from .make import Grid, PackedSite, extras_of, quantize_site, quantize_stack
-from .observe import ExpertMoments, InputMoments, Observation
-from .sources import HeldSources, Looks, Sources
+from .loss import TwinLoss
+from .make import PackedSite
+from .maker import UNOBSERVED, Maker, made_again, needs_moments
+from .moments import Observation
+from .own_text import OwnText
+from .sources import Looks, Sources
 
 log = logging.getLogger("river_compile.twins")
-_UNOBSERVED = "hqq"  # what looks at weights alone, for those whose statistics are gone
-Known = Grid | InputMoments | ExpertMoments | None  # of a product, before it is quantized
 T = TypeVar("T")
 R = TypeVar("R")
 
@@ -103,7 +102,7 @@ def refresh(model: nn.Module) -> int:
     known = [(site, sources) for site, sources in pairs if sources is not None]
     # (Of another dtype or device: Dynamo traces the model anew, and its twins are packed then.)
     alike = [(site, sources) for site, sources in known if sources.kinds == site.sources.kinds]
-    return state.of(PackedWeights).renew(alike, state.find(Observation), thorough=True)
+    return state.of(PackedWeights).renew(alike, Statistics.of(state), thorough=True)
 
 
 def changed_since(name: str) -> str:
@@ -116,11 +115,35 @@ class GraphTwins(tuple[PackedSite, ...]):
     """The packed matrices of one traced graph's twins."""
 
 
+@dataclass(frozen=True)
+class Statistics:
+    """What quantizers may know of the inputs of a model's matrices: what was observed, else text of its own."""
+
+    observed: Observation | None = None
+    own: OwnText = field(default_factory=OwnText)
+
+    @classmethod
+    def of(cls, state: ModelState) -> Statistics:
+        """Returns those of a model."""
+        return cls(state.find(Observation), state.of(OwnText))
+
+    @property
+    def number(self) -> int:
+        """Distinguishes what was observed, whether it is still there or not."""
+        return 0 if self.observed is None else self.observed.number
+
+    def get(self, *, anew: bool = False) -> Observation | None:
+        """Returns them, None where there are none; `anew`: of weights that changed, where it is text of its own."""
+        there = self.observed is not None and self.observed.moments
+        return self.observed if there else self.own.observation(anew=anew)
+
+
 class PackedWeights:
     """All packed weights of one model.
 
     Attributes:
         seconds: the time that making them took.
+        loss: what the latest ones lose together, None where that is not known.
         renewals: how often weights were found changed.
         renewed: the number of matrices that were packed again the last time.
     """
@@ -130,6 +153,7 @@ class PackedWeights:
         self._lock = threading.Lock()
         self._opened: Artifact | None = None
         self.seconds = 0.0
+        self.loss: TwinLoss | None = None
         self.renewals = self.renewed = 0
 
     def pack(
@@ -137,7 +161,7 @@ class PackedWeights:
         sites: Sequence[LinearSite],
         values: Mapping[fx.Node, Tensor],
         config: RiverConfig,
-        observation: Observation | None = None,
+        statistics: Statistics,
         every: Iterable[str] = (),
     ) -> dict[LinearSite, PackedSite]:
         """Returns the packed weights of the sites, making those that are missing (with a progress bar when many).
@@ -146,12 +170,12 @@ class PackedWeights:
             sites: matrix products of twins.
             values: the real tensor of each parameter placeholder.
             config: its `quantizer`, `min_sqnr` and `artifact` say how.
-            observation: what the matrices read, which "awq" and "gptq" need.
+            statistics: for "awq" and "gptq".
             every: names of all products that the model can have; an artifact may hold no other.
 
         Raises:
             ArtifactError: (a ``ValueError``) the artifact is damaged or not this model's; nothing of it is used.
-            OptionError: (a ``ValueError``) the quantizer needs an observation and has none.
+            OptionError: (a ``ValueError``) a matrix was read by nothing that was observed.
         """
         with self._lock:
             start = time.perf_counter()
@@ -159,15 +183,19 @@ class PackedWeights:
                 self._opened = Artifact(config.artifact)
             if config.artifact is not None and self._opened is not None:
                 self._opened.check_names(every)
-            maker = _Maker(config, None if config.artifact is None else self._opened, observation)
+            maker = Maker(config, None if config.artifact is None else self._opened, statistics.number)
             sources = {site: Sources.of(site, values) for site in sites}
             found = {site: made for site in sites if (made := self._find(site, sources[site], maker)) is not None}
             missing = [site for site in sites if site not in found]
+            if any(map(maker.needs_statistics, missing)):
+                maker = replace(maker, observation=statistics.get())
             # An artifact fits as a whole or not at all: every matrix is looked up before the first one is packed.
             jobs = _in_threads(lambda site: (site, sources[site], maker.look_up(site, sources[site])), missing)
             for site, made in zip(missing, _in_threads(lambda job: maker.make(*job), jobs, "packing"), strict=True):
                 self._packed.setdefault(sources[site].weights[0], {})[made.key] = made
                 found[site] = made
+            if any(map(maker.needs_statistics, missing)):
+                self.loss = statistics.own.loss(found.values())
             self.seconds += time.perf_counter() - start
             return found
 
@@ -186,7 +214,7 @@ class PackedWeights:
     def renew(
         self,
         sites: Iterable[tuple[PackedSite, Sources]],
-        observation: Observation | None,
+        statistics: Statistics,
         *,
         thorough: bool = False,
     ) -> int:
@@ -194,8 +222,8 @@ class PackedWeights:
 
         Args:
             sites: each with the parameters that it is to stand for, of the shapes, dtypes and devices of its own.
-            observation: what the matrices read. What was observed before the change is used; a matrix that needs it and
-                was not observed is quantized from its weights alone.
+            statistics: what was observed before the change is used, and text of the model's own is sampled anew; a
+                matrix that neither reached is quantized from its weights alone.
             thorough: read all weights, instead of those that look different.
 
         Returns:
@@ -208,17 +236,19 @@ class PackedWeights:
                 self._keep_under(sources.weights[0], site)
             alike = _in_threads(lambda pair: pair[0].stands_for(pair[1], thorough=thorough), pairs)
             changed = [pair for pair, same in zip(pairs, alike, strict=True) if not same]
-            made = _in_threads(lambda pair: _made_again(*pair, observation), changed, "packing changed weights as")
+            observation = statistics.get(anew=True) if any(needs_moments(site) for site, _ in changed) else None
+            made = _in_threads(lambda pair: made_again(*pair, observation), changed, "packing changed weights as")
             for (site, _), new in zip(changed, made, strict=True):
                 site.become(new)
             if changed:
+                self.loss = None
                 seconds = time.perf_counter() - start
                 self.seconds += seconds
                 self.renewals, self.renewed = self.renewals + 1, len(changed)
                 self._tell([site for site, _ in changed], seconds)
             return len(changed)
 
-    def _find(self, site: LinearSite, sources: Sources, maker: _Maker) -> PackedSite | None:
+    def _find(self, site: LinearSite, sources: Sources, maker: Maker) -> PackedSite | None:
         made: PackedSite | None = self._packed.get(sources.weights[0], {}).get(maker.key(site))
         same = made is not None and made.sources.kinds == sources.kinds and made.stands_for(sources)
         return made if same else None
@@ -238,11 +268,11 @@ class PackedWeights:
             f"weights changed after their 4-bit twins were packed ({changed[0].name}{others}); the twins were packed "
             f"again in {seconds:.1f} s"
         )
-        observed = sum(site.output_sqnr is not None for site in changed)
+        observed = sum(site.statistics.endswith("observed tokens") for site in changed)
         if observed:
             message += f", {observed} with what was observed before; river_compile.observe takes new statistics"
-        if any(site.quantizer == _UNOBSERVED != site.asked for site in changed):
-            message += f". Matrices that were not observed took quantizer={_UNOBSERVED!r}"
+        if any(site.quantizer == UNOBSERVED != site.asked for site in changed):
+            message += f". Matrices that were not observed took quantizer={UNOBSERVED!r}"
         if self.renewals == 1:
             hint = "Later changes are only logged and counted in the report."
             warnings.warn(f"{message}. {hint}", RiverWarning, stacklevel=2)
@@ -261,99 +291,3 @@ def _in_threads(function: Callable[[T], R], jobs: Sequence[T], what: str = "") -
             results.append(result)
             bar.update()
         return results
-
-
-def _made_again(site: PackedSite, sources: Sources, observation: Observation | None) -> PackedSite:
-    """Returns a new packing of a product from what its parameters are now, which no artifact has."""
-    moments = _moments(observation, sources) if site.asked in OBSERVING else None
-    quantizer = _UNOBSERVED if site.asked in OBSERVING and moments is None else site.asked
-    made = _made(site.product, sources, quantizer, moments, min_sqnr=None)
-    return replace(made, asked=site.asked)
-
-
-@dataclass(frozen=True)
-class _Maker:
-    """Makes packed products in one way; see `PackedWeights.pack` for the fields."""
-
-    config: RiverConfig
-    artifact: Artifact | None
-    observation: Observation | None
-
-    @property
-    def origin(self) -> str:
-        return str(self.artifact.folder) if self.artifact else ""
-
-    def key(self, site: LinearSite) -> tuple[object, ...]:
-        """Returns what, beside the parameters, decides how a product is packed."""
-        observed = self.observation if self.config.quantizer in OBSERVING and self.artifact is None else None
-        number = 0 if observed is None else observed.number
-        how = (self.config.quantizer, self.config.min_sqnr, self.origin, number)
-        return (site.name, site.group_size, site.layout, *how)
-
-    def look_up(self, site: LinearSite, sources: Sources) -> Known:
-        """Returns what the artifact holds of a product, or what was observed where the quantizer asks for that."""
-        quantizer = self.config.quantizer
-        if site.bits == 8:  # rounded to nearest at every start
-            return None
-        if self.artifact is not None:
-            return self.artifact.find(site, quantizer, sources.digest, self.config.min_sqnr)
-        if quantizer not in OBSERVING:
-            return None
-        moments = _moments(self.observation, sources)
-        if moments is None:
-            why = "was not observed" if self.observation is None else f"was not: no text reached {site.name}"
-            raise OptionError(
-                f"quantizer={quantizer!r} needs to know what the model's matrices read, and this model {why}; call "
-                "river_compile.observe(model, tokenizer, texts) before the first generation, name an artifact=, or use "
-                "quantizer='hqq'"
-            )
-        return moments
-
-    def make(self, site: LinearSite, sources: Sources, known: Known) -> PackedSite:
-        """Quantizes, or reads, and packs a product; below the floor there is nothing to pack."""
-        made = _made(site.product, sources, self.config.quantizer, known, self.config.min_sqnr)
-        return replace(made, key=self.key(site), artifact=self.origin)
-
-
-@torch.no_grad()
-def _made(product: Product, sources: Sources, quantizer: str, known: Known, min_sqnr: float | None) -> PackedSite:
-    """Packs a product from a known grid, or quantizes it with what is known of its inputs."""
-    held, looks, digest = HeldSources(sources), Looks(sources.tensors), sources.digest
-    found = known if isinstance(known, Grid) else _quantized(product, sources, quantizer, known)
-    reason, weight, scale = found.below(min_sqnr), None, None
-    extras: tuple[Tensor, ...] = ()
-    if not reason:
-        device = sources.weights[0].device
-        grid = found.weight.unpack() if isinstance(found.weight, PackedLinear) else found.weight
-        assert grid is not None, "an artifact refuses what it does not hold"
-        scale = None if found.input_scale is None else found.input_scale.to(device)
-        grid, extras = grid.to(device), extras_of(product, sources, scale)
-        experts = product.experts
-        weight = pack_stack(grid, product.layout, experts) if experts else pack(grid, product.layout)
-    return PackedSite(
-        product=product,
-        quantizer=quantizer,
-        asked=quantizer,
-        sources=held,
-        looks=looks,
-        digest=digest,
-        weight=weight,
-        extras=extras,
-        input_scale=scale,
-        reason=reason,
-        sqnr=found.sqnr,
-        output_sqnr=found.output_sqnr,
-    )
-
-
-def _quantized(product: Product, sources: Sources, quantizer: str, known: InputMoments | ExpertMoments | None) -> Grid:
-    if product.experts:
-        each = known.of if isinstance(known, ExpertMoments) else None
-        return quantize_stack(product, sources.weights[0], quantizer, each)
-    moments = known.matrix() if isinstance(known, InputMoments) else None
-    return quantize_site(product, sources.weights, quantizer, moments)
-
-
-def _moments(observation: Observation | None, sources: Sources) -> InputMoments | ExpertMoments | None:
-    """Returns what was observed of the inputs of a product."""
-    return None if observation is None else observation.moments_of(sources.weights[0])

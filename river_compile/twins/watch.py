@@ -16,8 +16,7 @@ from river_compile.passes.program import LinearSite
 from river_compile.state import ModelState, adopt
 
 from .make import PackedSite
-from .observe import Observation
-from .pack import PackedWeights
+from .pack import PackedWeights, Statistics
 from .sources import Looks, Sources
 
 
@@ -47,7 +46,7 @@ class TwinWatch:
         values = {node: args[i] for node, i in self._slots.items()}
         adopt(self._state, values.values())
         pairs = [(made, Sources.of(site, values)) for made, site in self._sites]
-        self._state.of(PackedWeights).renew(pairs, self._state.find(Observation))
+        self._state.of(PackedWeights).renew(pairs, Statistics.of(self._state))
         self._look()
 
     def _look(self) -> None:

@@ -5,12 +5,14 @@ Not handled: calls that go on in other threads.
 
 from __future__ import annotations
 
+import functools
 import inspect
 import sys
 from collections.abc import Callable
 from types import FrameType
 from typing import Any
 
+import torch
 from torch import nn
 from torch._dynamo import eval_frame
 
@@ -51,3 +53,11 @@ def compiled_module(backend: Callable[..., object] | None) -> nn.Module | None:
     compiled, arguments = inspect.unwrap(frame.f_locals["fn"]), frame.f_locals["args"]
     module = getattr(frame.f_locals["fn"], "__self__", getattr(compiled, "__self__", next(iter(arguments), None)))
     return module if isinstance(module, nn.Module) else None
+
+
+def as_it_is(model: nn.Module) -> Callable[..., Any]:
+    """Returns the forward pass of a model's class, which Dynamo never compiles, wherever it is called from.
+
+    What was put in the place of the method, such as a compiled one, and hooks on the model itself are not called.
+    """
+    return functools.partial(torch.compiler.disable(type(model).forward), model)

@@ -11,7 +11,7 @@ from river_compile import block_errors, observe, report, save
 from river_compile.kernels.quant.calibrated import output_energy
 from river_compile.kernels.quant.grid import decibels
 from river_compile.passes.routing import ROUTER
-from river_compile.twins.observe import ExpertMoments
+from river_compile.twins.moments import ExpertMoments
 from river_compile.twins.pack import GraphTwins
 from tests.support.families import prompt
 from tests.support.lowerings import FUSED, UNFUSED

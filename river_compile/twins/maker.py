@@ -1,0 +1,138 @@
+"""Makes packed products: from a known grid, or from weights and what is known of their inputs.
+
+Where a quantizer asks for statistics and there are none, one that looks at weights alone takes its place, and the
+product says so. Not handled: which products are made, and when; see :mod:`river_compile.twins.pack`.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, replace
+
+import torch
+
+from river_compile.config import RiverConfig
+from river_compile.errors import OptionError
+from river_compile.kernels.quant.calibrated import OBSERVING
+from river_compile.kernels.quant.layouts import PackedLinear, pack, pack_stack
+from river_compile.passes.program import LinearSite, Product
+
+from .artifact import Artifact
+from .make import Grid, PackedSite, extras_of, quantize_site, quantize_stack
+from .moments import ExpertMoments, InputMoments, Observation
+from .sources import HeldSources, Looks, Sources
+
+UNOBSERVED = "hqq"  # what looks at weights alone, for those without statistics
+Moments = InputMoments | ExpertMoments
+Known = Grid | Moments | None  # of a product, before it is quantized
+
+
+@dataclass(frozen=True)
+class Maker:
+    """Makes packed products in one way.
+
+    Attributes:
+        config: its `quantizer`, `min_sqnr` and `artifact` say how.
+        artifact: what is read instead of made.
+        number: distinguishes the statistics that it was made to use.
+        observation: what the matrices read, None where that is not known, or not asked for yet.
+    """
+
+    config: RiverConfig
+    artifact: Artifact | None
+    number: int
+    observation: Observation | None = None
+
+    @property
+    def origin(self) -> str:
+        return str(self.artifact.folder) if self.artifact else ""
+
+    def key(self, site: LinearSite) -> tuple[object, ...]:
+        """Returns what, beside the parameters, decides how a product is packed."""
+        number = self.number if self.needs_statistics(site) else 0
+        how = (self.config.quantizer, self.config.min_sqnr, self.origin, number)
+        return (site.name, site.group_size, site.layout, *how)
+
+    def needs_statistics(self, site: LinearSite) -> bool:
+        """Tells whether a product is made with statistics; in 8 bits all are rounded to nearest, at every start."""
+        return site.bits == 4 and self.artifact is None and self.config.quantizer in OBSERVING
+
+    def look_up(self, site: LinearSite, sources: Sources) -> Known:
+        """Returns what the artifact holds of a product, or what is known of its inputs, where that is asked for."""
+        quantizer = self.config.quantizer
+        if self.artifact is not None and site.bits == 4:
+            return self.artifact.find(site, quantizer, sources.digest, self.config.min_sqnr)
+        if self.observation is None or not self.needs_statistics(site):
+            return None
+        moments = self.observation.moments_of(sources.weights[0])
+        if moments is None and not self.observation.own:
+            raise OptionError(
+                f"quantizer={quantizer!r} needs to know what the model's matrices read, and no observed text reached "
+                f"{site.name}; call river_compile.observe(model, tokenizer, texts) with other texts before the first "
+                "generation, name an artifact=, or use quantizer='hqq'"
+            )
+        return moments
+
+    def make(self, site: LinearSite, sources: Sources, known: Known) -> PackedSite:
+        """Quantizes, or reads, and packs a product; below the floor there is nothing to pack."""
+        made = _made(site.product, sources, self.config.quantizer, known, self.config.min_sqnr, self.observation)
+        return replace(made, key=self.key(site), artifact=self.origin)
+
+
+def needs_moments(site: PackedSite) -> bool:
+    """Tells whether a packed product is made again with statistics."""
+    return site.product.bits == 4 and site.asked in OBSERVING
+
+
+def made_again(site: PackedSite, sources: Sources, observation: Observation | None) -> PackedSite:
+    """Returns a new packing of a product from what its parameters are now, which no artifact has."""
+    known = None if observation is None else observation.moments_of(sources.weights[0])
+    return _made(site.product, sources, site.asked, known if needs_moments(site) else None, None, observation)
+
+
+@torch.no_grad()
+def _made(
+    product: Product,
+    sources: Sources,
+    asked: str,
+    known: Known,
+    min_sqnr: float | None,
+    observation: Observation | None,
+) -> PackedSite:
+    """Packs a product from a known grid, or quantizes it with what is known of its inputs."""
+    held, looks, digest = HeldSources(sources), Looks(sources.tensors), sources.digest
+    found = known if isinstance(known, Grid) else _quantized(product, sources, asked, known)
+    if observation is not None and found.output_sqnr is not None and not isinstance(known, Grid):
+        found = replace(found, statistics=observation.source)
+    reason, weight, scale = found.below(min_sqnr), None, None
+    extras: tuple[torch.Tensor, ...] = ()
+    if not reason:
+        device = sources.weights[0].device
+        grid = found.weight.unpack() if isinstance(found.weight, PackedLinear) else found.weight
+        assert grid is not None, "an artifact refuses what it does not hold"
+        scale = None if found.input_scale is None else found.input_scale.to(device)
+        grid, extras = grid.to(device), extras_of(product, sources, scale)
+        experts = product.experts
+        weight = pack_stack(grid, product.layout, experts) if experts else pack(grid, product.layout)
+    return PackedSite(
+        product=product,
+        quantizer=found.quantizer,
+        asked=asked,
+        statistics=found.statistics,
+        sources=held,
+        looks=looks,
+        digest=digest,
+        weight=weight,
+        extras=extras,
+        input_scale=scale,
+        reason=reason,
+        sqnr=found.sqnr,
+        output_sqnr=found.output_sqnr,
+    )
+
+
+def _quantized(product: Product, sources: Sources, asked: str, known: Moments | None) -> Grid:
+    quantizer = UNOBSERVED if known is None and asked in OBSERVING else asked
+    if product.experts:
+        each = known.of if isinstance(known, ExpertMoments) else None
+        return quantize_stack(product, sources.weights[0], quantizer, each)
+    return quantize_site(product, sources.weights, quantizer, known if isinstance(known, InputMoments) else None)

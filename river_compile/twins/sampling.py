@@ -1,0 +1,54 @@
+"""Text that a model samples itself, which needs no tokenizer.
+
+Rows begin with a token drawn evenly from the vocabulary and go on with tokens drawn from the model's own distribution,
+all in one batch, as LLM-QAT makes its data (Liu et al. 2023, arXiv 2305.17888). The draws have a generator of their
+own: a machine makes the same text from the same weights every time, and the caller's random numbers go on undisturbed.
+
+Sampling runs the model as it is, also while Dynamo compiles it. Not handled: models that cannot go on from token ids
+and their cache alone (encoder-decoders, models without a head).
+"""
+
+from __future__ import annotations
+
+import inspect
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from river_compile.upstream.compiled_calls import as_it_is
+from river_compile.upstream.hf_cache import cache_argument
+
+
+@torch.no_grad()
+def sample(model: nn.Module, rows: int, tokens: int, seed: int = 0) -> Tensor:
+    """Returns token ids ``[rows, tokens]`` that a model samples, at temperature 1.
+
+    Raises:
+        Exception: what a model raises that cannot.
+    """
+    network: Any = model
+    forward, device = as_it_is(model), next(model.parameters()).device
+    draws = torch.Generator(device).manual_seed(seed)
+    vocabulary = network.config.get_text_config().vocab_size
+    ids = torch.randint(vocabulary, (rows, 1), generator=draws, device=device)
+    name = cache_argument(model)
+    held: dict[str, Any] = {}
+    while ids.shape[1] < tokens:
+        outputs = forward(input_ids=ids[:, -1:], use_cache=True, **everything_counts(model, ids), **held)
+        held = {name: outputs[name]}
+        step = outputs.logits[:, -1].float().softmax(-1).multinomial(1, generator=draws)
+        ids = torch.cat([ids, step], dim=1)
+    return ids
+
+
+def enough(model: nn.Module, rows: int, most: int) -> int:
+    """Returns how long rows are to be: two tokens for each feature of the hidden state in all, 4 to `most` in a row."""
+    network: Any = model
+    return min(most, max(4, 2 * network.config.get_text_config().hidden_size // rows))
+
+
+def everything_counts(model: nn.Module, ids: Tensor) -> dict[str, Tensor]:
+    """Returns the mask for ids of which none is padding, for a model that takes one: it may draw any token."""
+    takes_mask = "attention_mask" in inspect.signature(type(model).forward).parameters
+    return {"attention_mask": torch.ones_like(ids)} if takes_mask else {}
