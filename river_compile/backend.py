@@ -161,6 +161,8 @@ def _build(
         packed = _pack(program, values, config, lowering, state)
     if packed:
         warn_of_slow_lowering(lowering, plan.device)
+        with record.stage("judging"):
+            state.of(PackedWeights).judge(packed.values(), state.of(OwnText))
     with record.stage("rewriting"):
         keep = {site.name: made.reason for site, made in packed.items() if made.reason}
         program = _rewritten(program, config, passes_for(config, plan, lowering, keep))

@@ -22,7 +22,7 @@ from .observe import one_expert_at_a_time
 from .products import Products
 from .sampling import enough, everything_counts, sample
 
-ROWS, MOST_TOKENS, SEED = 16, 16, 1
+ROWS, MOST_TOKENS, SEED = 32, 8, 1  # (a longer row takes a step more)
 LARGE = 0.2  # nats
 _AT_ONCE = 64  # tokens: large vocabularies take memory in float32
 

@@ -154,6 +154,7 @@ class PackedWeights:
         self._opened: Artifact | None = None
         self.seconds = 0.0
         self.loss: TwinLoss | None = None
+        self._not_judged = False
         self.renewals = self.renewed = 0
 
     def pack(
@@ -194,10 +195,14 @@ class PackedWeights:
             for site, made in zip(missing, _in_threads(lambda job: maker.make(*job), jobs, "packing"), strict=True):
                 self._packed.setdefault(sources[site].weights[0], {})[made.key] = made
                 found[site] = made
-            if any(map(maker.needs_statistics, missing)):
-                self.loss = statistics.own.loss(found.values())
+            self._not_judged = self._not_judged or any(map(maker.needs_statistics, missing))
             self.seconds += time.perf_counter() - start
             return found
+
+    def judge(self, twins: Iterable[PackedSite], own: OwnText) -> None:
+        """Estimates what a graph's twins lose together, where some were made with statistics since the last time."""
+        if self._not_judged:
+            self.loss, self._not_judged = own.loss(twins), False
 
     def all(self) -> list[PackedSite]:
         """Returns what is packed at the moment."""

@@ -157,7 +157,7 @@ def test_the_loss_is_that_of_all_twins_together(family):
     step.run(quantizer="rtn")
     sites = report(step.model).packed
     loss = estimate_loss(step.model, sites)
-    ids = sample(step.model, 16, 8, SEED)
+    ids = sample(step.model, 32, 4, SEED)
     other = make(family, layers=2)
     other.load_state_dict(dequantized(other, [site for site in sites if not site.kept]), strict=False)
     with torch.no_grad():
