@@ -25,7 +25,8 @@ def sample(model: nn.Module, rows: int, tokens: int, seed: int = 0) -> Tensor:
     """Returns token ids ``[rows, tokens]`` that a model samples, at temperature 1.
 
     Raises:
-        Exception: what a model raises that cannot.
+        ValueError: its logits are not finite.
+        Exception: what a model raises that cannot be sampled.
     """
     network: Any = model
     forward, device = as_it_is(model), next(model.parameters()).device
@@ -37,9 +38,17 @@ def sample(model: nn.Module, rows: int, tokens: int, seed: int = 0) -> Tensor:
     while ids.shape[1] < tokens:
         outputs = forward(input_ids=ids[:, -1:], use_cache=True, **everything_counts(model, ids), **held)
         held = {name: outputs[name]}
-        step = outputs.logits[:, -1].float().softmax(-1).multinomial(1, generator=draws)
-        ids = torch.cat([ids, step], dim=1)
+        ids = torch.cat([ids, _draw(outputs.logits[:, -1], draws)], dim=1)
     return ids
+
+
+def _draw(logits: Tensor, draws: torch.Generator) -> Tensor:
+    """Draws a token ``[B, 1]`` for each row of logits ``[B, V]``: one random number each, where multinomial takes V."""
+    up_to = logits.float().softmax(-1).cumsum(-1)
+    if not torch.isfinite(up_to).all():
+        raise ValueError("its logits are not finite")
+    points = torch.rand(len(logits), 1, generator=draws, device=logits.device) * up_to[:, -1:]
+    return torch.searchsorted(up_to, points, right=True).clamp(max=logits.shape[1] - 1)
 
 
 def enough(model: nn.Module, rows: int, most: int) -> int:

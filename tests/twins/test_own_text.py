@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+from itertools import accumulate
 
 import pytest
 import torch
@@ -143,8 +144,13 @@ def test_sampled_text_is_the_models():
     expected = torch.randint(VOCABULARY, (3, 1), generator=draws)
     with torch.no_grad():
         for _ in range(5):
-            chances = model(input_ids=expected).logits[:, -1].softmax(-1)
-            expected = torch.cat([expected, chances.multinomial(1, generator=draws)], dim=1)
+            chances = model(input_ids=expected).logits[:, -1].softmax(-1).tolist()
+            points = torch.rand(3, 1, generator=draws)[:, 0].tolist()
+            drawn = [
+                [next(i for i, up_to in enumerate(accumulate(c)) if up_to > p)]
+                for c, p in zip(chances, points, strict=True)
+            ]
+            expected = torch.cat([expected, torch.tensor(drawn)], dim=1)
     assert torch.equal(ids, expected)
     assert torch.equal(ids, sample(model, 3, 6, seed=5))
     assert not torch.equal(ids, sample(model, 3, 6, seed=6))
