@@ -150,18 +150,15 @@ class _Run:
         """Calibrates on texts of their own and measures the rule on those of the other rows."""
         torch._dynamo.reset()
         options, more = self.options, {"quantizer": self.options.quantizers[0]}
-        try:
-            found = river_compile.calibrate(
-                self.model,
-                self.tokenizer,
-                self.texts.calibration,
-                kl=options.kl,
-                options={**self.base, **more},
-                tokens=CALIBRATION_TOKENS,
-                progress=options.progress,
-            )
-        except river_compile.BudgetError as error:
-            return str(error), []
+        found = river_compile.calibrate(
+            self.model,
+            self.tokenizer,
+            self.texts.calibration,
+            kl=options.kl,
+            options={**self.base, **more},
+            tokens=CALIBRATION_TOKENS,
+            progress=options.progress,
+        )
         with self.session({**more, "criterion": found.base_options["criterion"]}) as other:
             rule = (found.chosen.threshold, found.chosen.first_exit)
             return str(found), [other.rule(f"River, calibrated to KL {options.kl:g}", rule)]

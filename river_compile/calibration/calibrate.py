@@ -3,7 +3,7 @@
 ``calibrate(model, tokenizer, texts, kl=0.05)`` decodes a stretch of each text token by token, once with never exit and
 once with each candidate rule (:mod:`river_compile.calibration.evaluate`). A few *pilot* texts choose candidates and the
 order in which they are tested; the others test them (:mod:`river_compile.calibration.risk`), so that the promise does
-not suffer from the choice.
+not suffer from the choice. The first candidate is never exit, which loses nothing: a tight budget gives a slower rule.
 
 The loss of a text is the mean over its tokens. KL has no largest value, and a promise without assumptions needs one: a
 text counts with at most ``clip`` nats. The promise is about that clipped mean; the unclipped one is reported beside it.
@@ -16,40 +16,30 @@ from __future__ import annotations
 import math
 import random
 import statistics
-from bisect import bisect_left
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from dataclasses import dataclass, replace
+from dataclasses import replace
 
 import torch
 from torch import Tensor
 from transformers import PreTrainedModel
 
 from river_compile.config import RiverConfig
-from river_compile.errors import BudgetError, OptionError
-from river_compile.exits import CRITERIA, threshold_text
-from river_compile.kernels.checks import Check, integer, number
+from river_compile.errors import OptionError
+from river_compile.exits import CRITERIA
+from river_compile.kernels.checks import integer
 from river_compile.twins.observe import checked_texts
 
+from .budget import Budget
 from .candidates import candidate_rules
 from .evaluate import Measured, Meter, compiled
 from .result import Calibration, Candidate
-from .risk import fixed_sequence, p_value, texts_needed, upper_bound
+from .risk import fixed_sequence
 
 Tokenizer = Callable[[str], Mapping[str, Sequence[int]]]
 
-_COUNT, _ANY = integer(1), number("it must be a number")
-_CONFIDENCE = Check(
-    "it must be a number between 0 and 1, such as 0.9", lambda value: _ANY.fits(value) and 0 < value < 1
-)
-_BUDGETS = {
-    "kl": Check("it must be a number above 0, in nats per token", lambda v: _ANY.fits(v) and 0 < v < math.inf),
-    "agreement": Check("it must be a number between 0 and 1", lambda v: _ANY.fits(v) and 0 < v < 1),
-}
-_CLIP = 5  # largest KL of a text, in budgets
+_COUNT = integer(1)
 _PILOT = 0.2
-_EASY = 0.2  # a test is easy where the pilot texts, taken as often, give a p-value that far below what is needed
 _STEP = 0.2  # candidates tested one after another differ by that many budgets on the pilot texts
-_FINE, _POWERS = 1.001, 30_000  # budgets that a rule could pass are tried in steps of a thousandth, up to 10^13 times
 _HOPELESS = 1.2  # a candidate above that many budgets on the pilot texts is not worth a test
 
 
@@ -91,11 +81,11 @@ def calibrate(
         progress: whether to show a progress bar.
 
     Raises:
-        BudgetError: (a ``ValueError``) the budget cannot be promised; the message says what can.
+        BudgetError: (a ``ValueError``) the texts are too few to promise the budget of any rule.
         OptionError: (a ``ValueError``) a bad budget or option.
     """
     context, tokens = _COUNT("context", context, OptionError), _COUNT("tokens", tokens, OptionError)
-    goal = _goal(budget, kl, agreement, confidence, clip)
+    goal = Budget.of(budget, kl, agreement, confidence, clip)
     base, config = _checked({} if options is None else options, criterion)
     rule = CRITERIA[criterion]
     samples = _samples(tokenizer, texts, context + tokens, seed)
@@ -105,16 +95,14 @@ def calibrate(
         meter = Meter(model, rule, samples, context, progress)
         pilot, held_out = range(pilot_size), range(pilot_size, len(samples))
         looked_at = candidate_rules(meter, rule, pilot, config.exit_every)
-        order = _order([(_candidate(meter, m, goal), goal.is_easy(m, len(held_out))) for m in looked_at], goal)
+        order = _order([_candidate(meter, m, goal) for m in looked_at], goal)
         tested, passed = _tested(meter, order, held_out, goal)
     results = [replace(_candidate(meter, m, goal), passed=i < passed) for i, m in enumerate(tested)]
-    if not passed:
-        raise BudgetError(_cannot(goal, results, tested))
     known = {c.rule: c for c in [*(_candidate(meter, m, goal) for m in looked_at), *results]}
     return Calibration(
         metric=goal.metric,
         budget=goal.asked,
-        confidence=confidence,
+        confidence=goal.confidence,
         clip=goal.clip,
         num_blocks=meter.num_blocks,
         seconds_never=meter.seconds_never,
@@ -125,17 +113,22 @@ def calibrate(
 
 
 def _tested(
-    meter: Meter, order: Sequence[Candidate], held_out: Sequence[int], goal: _Goal
+    meter: Meter, order: Sequence[Candidate], held_out: Sequence[int], goal: Budget
 ) -> tuple[list[Measured], int]:
-    """Tests candidates one after another until one fails; returns what was measured, and how many of them passed."""
+    """Tests never exit, which passes with enough texts, and then candidates one after another until one fails.
+
+    Returns:
+        What was measured of those that were tested, and how many of them passed.
+    """
     tested: list[Measured] = []
 
     def losses() -> Iterator[list[float]]:
-        for candidate in order:
-            tested.append(meter.measure(candidate.rule, held_out, "testing the budget"))
+        for rule in (None, *(candidate.rule for candidate in order)):
+            title = "testing the budget"
+            tested.append(meter.never(held_out) if rule is None else meter.measure(rule, held_out, title))
             yield goal.shares(tested[-1])
 
-    return tested, fixed_sequence(losses(), goal.limit / goal.clip, goal.confidence)
+    return tested, fixed_sequence(losses(), goal.share, goal.confidence)
 
 
 def _checked(given: Mapping[str, object], criterion: str) -> tuple[dict[str, object], RiverConfig]:
@@ -157,61 +150,6 @@ def _checked(given: Mapping[str, object], criterion: str) -> tuple[dict[str, obj
     return base, config
 
 
-@dataclass(frozen=True)
-class _Goal:
-    """A budget as a limit on a loss: KL, or disagreement."""
-
-    metric: str
-    asked: float
-    limit: float
-    clip: float
-    confidence: float
-
-    def check_texts(self, count: int) -> None:
-        needed = texts_needed(self.limit / self.clip, self.confidence)
-        if count < needed:
-            raise BudgetError(
-                f"{self.metric}={self.asked} with confidence {self.confidence:.0%} takes at least {needed} texts to "
-                f"test (and a quarter of that to choose candidates), even if River made no error; {count} are left for "
-                "the test. Give more texts that are long enough, a lower confidence, or an easier budget"
-            )
-
-    def shares(self, measured: Measured) -> list[float]:
-        """Returns each text's loss as a share of the clip."""
-        return [min(max(loss, 0.0), self.clip) / self.clip for loss in measured.text_losses(self.metric)]
-
-    def is_easy(self, measured: Measured, texts: int) -> bool:
-        """Tells whether that many texts like the measured ones would pass, with room to spare."""
-        shares = self.shares(measured)
-        copies = [shares[i % len(shares)] for i in range(texts)]
-        return p_value(copies, self.limit / self.clip) <= _EASY * (1 - self.confidence)
-
-
-def _goal(
-    budget: Mapping[str, float] | None,
-    kl: float | None,
-    agreement: float | None,
-    confidence: float,
-    clip: float | None,
-) -> _Goal:
-    """Returns the one budget that was given, in whichever form."""
-    short = {name: value for name, value in (("kl", kl), ("agreement", agreement)) if value is not None}
-    if (budget is not None) + len(short) != 1:
-        given = short if budget is None else {"budget": budget, **short}
-        raise OptionError(f"one budget is needed, such as kl=0.05 or agreement=0.98; given: {given or 'none'}")
-    budget = short if budget is None else budget
-    if not isinstance(budget, Mapping) or len(budget) != 1 or not set(budget) <= {"kl", "agreement"}:
-        raise OptionError(f'budget={budget!r} is not allowed; give {{"kl": 0.05}} or {{"agreement": 0.98}}')
-    confidence = _CONFIDENCE("confidence", confidence, OptionError)
-    ((metric, asked),) = budget.items()
-    asked = _BUDGETS[metric](metric, asked, OptionError)
-    limit = asked if metric == "kl" else 1 - asked
-    clip = clip if clip is not None else (_CLIP * limit if metric == "kl" else 1.0)
-    above = f"it must be a number above the loss that is promised, {limit:.4g}"
-    clip = Check(above, lambda value: _ANY.fits(value) and limit < value < math.inf)("clip", clip, OptionError)
-    return _Goal(metric, asked, limit, clip, confidence)
-
-
 def _samples(tokenizer: Tokenizer, texts: Sequence[str], length: int, seed: int) -> list[Tensor]:
     """Returns the first `length` ids ``[1, length]`` of every text that has as many, in a shuffled order."""
     if not callable(tokenizer):
@@ -222,7 +160,7 @@ def _samples(tokenizer: Tokenizer, texts: Sequence[str], length: int, seed: int)
     return samples
 
 
-def _candidate(meter: Meter, measured: Measured, goal: _Goal) -> Candidate:
+def _candidate(meter: Meter, measured: Measured, goal: Budget) -> Candidate:
     """Returns the means over texts, with the cost by all steps timed so far."""
     return Candidate(
         *measured.rule,
@@ -236,47 +174,21 @@ def _candidate(meter: Meter, measured: Measured, goal: _Goal) -> Candidate:
     )
 
 
-def _order(candidates: Sequence[tuple[Candidate, bool]], goal: _Goal) -> list[Candidate]:
-    """Orders those worth a test from the safest to the cheapest.
+def _order(candidates: Sequence[Candidate], goal: Budget) -> list[Candidate]:
+    """Orders those worth a test from the safest to the cheapest, in steps of a share of the budget.
 
-    Only those that are cheaper than every one with less loss are worth it. It begins with the cheapest that should pass
-    with ease, so that a test is not spent on what is safer than needed, and goes on in steps of a share of the budget.
+    Only those that are cheaper than every one with less loss are worth it.
 
     Args:
-        candidates: as measured on the pilot texts, each with whether it should pass with ease.
+        candidates: rules that exit, as measured on the pilot texts.
         goal: the budget.
     """
     frontier: list[Candidate] = []
-    start = 0
-    for candidate, easy in sorted(candidates, key=lambda c: (c[0].loss, c[0].cost)):
-        if not frontier or candidate.cost < frontier[-1].cost:
+    for candidate in sorted(candidates, key=lambda c: (c.loss, c.cost)):
+        if candidate.loss <= _HOPELESS * goal.limit and candidate.cost < (frontier[-1].cost if frontier else 1):
             frontier.append(candidate)
-            start = len(frontier) - 1 if easy else start
-    order = [frontier[start]]
-    hopeful = [c for c in frontier[start + 1 :] if c.loss <= _HOPELESS * goal.limit]
-    for candidate in hopeful:
-        if candidate is hopeful[-1] or candidate.loss >= order[-1].loss + _STEP * goal.limit:
+    order = frontier[:1]
+    for candidate in frontier[1:]:
+        if candidate is frontier[-1] or candidate.loss >= order[-1].loss + _STEP * goal.limit:
             order.append(candidate)
     return order
-
-
-def _cannot(goal: _Goal, results: Sequence[Candidate], tested: Sequence[Measured]) -> str:
-    best, can = results[0], _borne_out(goal, tested[0])
-    return (
-        f"{goal.metric}={goal.asked} cannot be promised with confidence {goal.confidence:.0%}: the safest rule tested "
-        f"(threshold={threshold_text(best.threshold)}, first_exit={best.first_exit}) has KL {best.kl:.4g} and "
-        f"agreement {best.agreement:.4g} on {best.texts} texts, which bear out {goal.metric}={can:.4g}. Ask for that "
-        "or give more texts"
-    )
-
-
-def _borne_out(goal: _Goal, measured: Measured) -> float:
-    """Returns the budget, in the goal's metric, that a rule's losses pass; KL's clip grows with it."""
-    if goal.metric == "agreement":
-        return 1 - upper_bound(goal.shares(measured), goal.confidence) * goal.clip
-
-    def passes(power: int) -> bool:
-        shares = replace(goal, clip=goal.clip * _FINE**power).shares(measured)
-        return p_value(shares, goal.limit / goal.clip) <= 1 - goal.confidence
-
-    return goal.limit * _FINE ** bisect_left(range(_POWERS), True, key=passes)

@@ -16,7 +16,7 @@ from river_compile.exits import Criterion
 from .evaluate import Kind, Measured, Meter, Rule
 
 _FIRST_EXITS = 5
-_SHARES = (0.3, 0.4, 0.5, 0.6, 0.7, 0.8, 0.9)  # of the tokens that a threshold lets leave
+_SHARES = (0.05, 0.1, 0.2, 0.3, 0.4, 0.5, 0.6, 0.7, 0.8, 0.9)  # of the tokens that a threshold lets leave
 
 
 def candidate_rules(meter: Meter, criterion: Criterion, texts: Sequence[int], every: int) -> list[Measured]:

@@ -113,16 +113,17 @@ class Meter:
         references: Sequence[Run] | None = None,
     ) -> None:
         self._model, self._samples, self._context, self._progress = model, samples, context, progress
+        self._never = (criterion.never, 1)
         config = model.config.get_text_config()
         self.cache = StaticCache(config=config, max_cache_len=samples[0].shape[1])
         self._held = {cache_argument(model): self.cache, "use_cache": True}
         self._prompts: dict[int, tuple[list[dict[str, Tensor | int]], Memory]] = {}
         self._seconds: defaultdict[Kind, list[float]] = defaultdict(list)
-        for threshold in (criterion.never, criterion.never, criterion.always):  # these runs pack and compile
-            self.run(0, (threshold, 1))
+        for rule in (self._never, self._never, (criterion.always, 1)):  # these runs pack and compile
+            self.run(0, rule)
         self._seconds.clear()
         needed = range(len(samples) if references is None else 1)
-        runs = [self.run(i, (criterion.never, 1)) for i in self._bar(needed, "never exit")]
+        runs = [self.run(i, self._never) for i in self._bar(needed, "never exit")]
         self.references = runs if references is None else list(references)
         self.num_blocks = self.references[0].steps[0].depth
 
@@ -154,6 +155,10 @@ class Meter:
     def measure(self, rule: Rule, texts: Sequence[int], title: str) -> Measured:
         """Decodes texts, given by their index, with (threshold, first exit)."""
         return self.measured(rule, texts, [self.run(i, rule) for i in self._bar(texts, title)])
+
+    def never(self, texts: Sequence[int]) -> Measured:
+        """Returns never exit's rule on texts, which are decoded already."""
+        return self.measured(self._never, texts, [self.references[i] for i in texts])
 
     def measure_at(self, depths: Sequence[Sequence[int]], texts: Sequence[int], title: str) -> Measured:
         """Decodes texts with given exit depths, a list for each text."""

@@ -97,6 +97,7 @@ class Calibration:
         best = self.chosen
         relation = "at most" if self.metric == "kl" else "at least"
         clipped = f"texts above {self.clip:g} counted as {self.clip:g}" if self.metric == "kl" or self.clip < 1 else ""
+        advice = "; more texts, better twins or another budget let tokens leave"
         doubted = f" ({best.doubted:.0%} of the tokens doubted)" if best.doubted else ""
         return "\n".join(
             [
@@ -107,7 +108,7 @@ class Calibration:
                 f"  measured   KL {best.kl:.4f} nats per token, agreement {best.agreement:.1%}, on {best.texts} texts",
                 f"  expected   depth {best.mean_depth:.1f} of {self.num_blocks} blocks{doubted}, "
                 f"{best.cost:.0%} of never exit's time per token: {1 / (best.cost * self.seconds_never):.0f} tokens/s "
-                f"instead of {1 / self.seconds_never:.0f}",
+                f"instead of {1 / self.seconds_never:.0f}{advice if best.mean_depth == self.num_blocks else ''}",
             ]
         )
 

@@ -48,15 +48,6 @@ def p_value(losses: Sequence[float], budget: float) -> float:
     return min(1.0, math.exp(-log_wealth))
 
 
-def upper_bound(losses: Sequence[float], confidence: float) -> float:
-    """Returns the smallest budget, to 1e-6, that these losses pass at this confidence; 1 where they pass none.
-
-    It bounds the mean loss of one candidate that was chosen without looking at `losses`.
-    """
-    steps = 10**6
-    return bisect_left(range(steps), True, key=lambda i: p_value(losses, i / steps) <= 1 - confidence) / steps
-
-
 def texts_needed(budget: float, confidence: float) -> int:
     """Returns how many texts it takes to pass a budget (in (0, 1)) when not one of them has any loss."""
 

@@ -7,7 +7,7 @@ import random
 
 import pytest
 
-from river_compile.calibration.risk import fixed_sequence, p_value, texts_needed, upper_bound
+from river_compile.calibration.risk import fixed_sequence, p_value, texts_needed
 
 BUDGET = 0.2
 CONFIDENCE = 0.9
@@ -65,14 +65,6 @@ def test_more_texts_and_less_loss_are_better_evidence():
     assert p_value([0.1] * 80, BUDGET) < p_value([0.1] * 40, BUDGET) < p_value([0.15] * 40, BUDGET)
     assert p_value([0.3] * 40, BUDGET) == 1
     assert p_value([], BUDGET) == 1
-
-
-def test_the_bound_is_the_budget_that_just_passes():
-    losses = [0.1, 0.0, 0.2, 0.05] * 10
-    bound = upper_bound(losses, CONFIDENCE)
-    assert sum(losses) / len(losses) < bound < 0.25
-    assert p_value(losses, bound) <= 1 - CONFIDENCE < p_value(losses, bound - 1e-4)
-    assert upper_bound([1.0] * 10, CONFIDENCE) == pytest.approx(1, abs=1e-5)
 
 
 def test_how_many_texts_it_takes():
