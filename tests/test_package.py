@@ -268,13 +268,15 @@ def test_a_wheel_holds_every_module_below_river_compile(wheel):
 
 
 def test_a_wheel_registers_the_backend(wheel):
-    """The wheel's metadata has the entry point by which TorchDynamo finds the backend, and the licence."""
+    """The wheel's metadata has the entry points by which TorchDynamo and lm-eval find the package, and the licence."""
     with zipfile.ZipFile(wheel) as archive:
         (entry_points,) = (name for name in archive.namelist() if name.endswith(".dist-info/entry_points.txt"))
         text = archive.read(entry_points).decode()
         assert any(name.endswith("/LICENSE") for name in archive.namelist())
     scripts = ["[console_scripts]", "river", "=", "river_compile.cli.app:main"]
-    assert text.split() == [*scripts, "[torch_dynamo_backends]", "river", "=", "river_compile.backend:river"]
+    harness = ["[lm_eval.models]", "river", "=", "river_compile.evaluation.harness:RiverLM"]
+    backend = ["[torch_dynamo_backends]", "river", "=", "river_compile.backend:river"]
+    assert text.split() == [*scripts, *harness, *backend]
 
 
 def test_an_installed_wheel_is_found_by_torch_without_being_imported(installed, tmp_path):

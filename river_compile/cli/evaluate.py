@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -18,6 +19,7 @@ if TYPE_CHECKING:
 
 TASKS = ("humaneval", "reasoning", "perplexity")
 WAYS = (PLAIN, EXACT, FAST)
+_SURE = 1.96  # standard errors on each side of a 95 % interval
 
 
 def evaluate(
@@ -112,6 +114,7 @@ def _answered(
         same = sum(a == b for a, b in zip(texts[way], texts[PLAIN], strict=True))
         rows[way] = {
             "score": right / len(asked.prompts),
+            "interval": wilson(right, len(asked.prompts)),
             "solved": right,
             "problems": len(asked.prompts),
             "same_texts": same,
@@ -119,6 +122,14 @@ def _answered(
             "tokens_per_s": tokens / seconds if seconds else None,
         }
     return rows
+
+
+def wilson(right: int, asked: int) -> tuple[float, float]:
+    """Returns Wilson's 95 % interval of a share, which holds for few problems and for shares near 0 and 1."""
+    share, spread = right / asked, _SURE**2 / asked
+    middle = (share + spread / 2) / (1 + spread)
+    half = _SURE * math.sqrt(share * (1 - share) / asked + spread / asked / 4) / (1 + spread)
+    return max(middle - half, 0.0), min(middle + half, 1.0)
 
 
 def _generations(model: PreTrainedModel, asked: Asked, new_tokens: int) -> Iterator[Any]:
@@ -136,11 +147,12 @@ def _table(task: str, rows: dict[str, dict[str, Any]]) -> Any:
     if task == "perplexity":
         return table(["", "perplexity", "tokens"], [[way, row["score"], row["tokens"]] for way, row in rows.items()])
     return table(
-        ["", "score", "solved", "same texts", "mean depth", "tokens/s"],
+        ["", "score", "95 %", "solved", "same texts", "mean depth", "tokens/s"],
         [
             [
                 way,
                 f"{row['score']:.1%}",
+                "{:.1%} to {:.1%}".format(*row["interval"]),
                 f"{row['solved']} of {row['problems']}",
                 row["same_texts"],
                 row["mean_depth"],

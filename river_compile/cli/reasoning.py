@@ -1,46 +1,46 @@
-"""Word problems with one whole number as the answer, made from a seed, so that nothing is downloaded.
+"""Arithmetic and word problems from reasoning-gym's seeded generators, and its verdict on answers.
 
-Not handled: anything that a real collection of problems measures; these only show whether a way of running a model
-answers as the plain model does.
+Not handled: what other collections of problems measure; these are short enough for small models.
 """
 
 from __future__ import annotations
 
-import random
 import re
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass
+from typing import Any
 
-_TEMPLATES: tuple[tuple[str, Callable[[int, int, int], int]], ...] = (
-    ("A box holds {a} pens. How many pens are in {b} boxes?", lambda a, b, c: a * b),
-    ("Ann has {a} apples and buys {b} more, then gives {c} away. How many has she?", lambda a, b, c: a + b - c),
-    ("A shelf has {b} rows of {a} books, and {c} books are taken. How many are left?", lambda a, b, c: a * b - c),
-    ("A ticket costs {a} coins. What do {b} tickets cost with a fee of {c} coins?", lambda a, b, c: a * b + c),
-    ("Tom runs {a} km each day. How far does he run in {b} days?", lambda a, b, c: a * b),
-)
+_SMALL = {"min_terms": 2, "max_terms": 3, "min_digits": 1, "max_digits": 2}
+_GENERATORS: dict[str, dict[str, int]] = {"chain_sum": _SMALL, "basic_arithmetic": _SMALL, "gsm_symbolic": {}}
 _ASK = "Think step by step and end with the number."
 
 
 @dataclass(frozen=True)
 class Problem:
-    """A question, and the number that answers it."""
+    """A question, and the generator and entry that it came from."""
 
     question: str
-    answer: int
+    source: Any
+    entry: dict[str, Any]
 
 
 def problems(count: int, seed: int = 0) -> list[Problem]:
-    """Returns so many problems, always the same for one seed."""
-    draw = random.Random(seed)
-    made = []
-    for i in range(count):
-        text, solve = _TEMPLATES[i % len(_TEMPLATES)]
-        a, b, c = draw.randint(2, 12), draw.randint(2, 12), draw.randint(1, 4)
-        made.append(Problem(f"{text.format(a=a, b=b, c=c)} {_ASK}", solve(a, b, c)))
-    return made
+    """Returns so many problems, each generator's in turn, always the same for one seed.
+
+    Raises:
+        ValueError: the package that makes them is not installed.
+    """
+    try:
+        from reasoning_gym import create_dataset
+    except ImportError:
+        raise ValueError('the problems come with a package: pip install "river-compile[eval]"') from None
+    each = -(-count // len(_GENERATORS))
+    sources = [create_dataset(name, size=each, seed=seed, **options) for name, options in _GENERATORS.items()]
+    made = [Problem(f"{source[i]['question']} {_ASK}", source, source[i]) for i in range(each) for source in sources]
+    return made[:count]
 
 
 def solved(problem: Problem, text: str) -> bool:
     """Returns whether the last number of an answer is the right one."""
-    numbers: Sequence[str] = re.findall(r"-?\d[\d,]*", text)
-    return bool(numbers) and int(numbers[-1].replace(",", "")) == problem.answer
+    numbers: Sequence[str] = re.findall(r"-?\d[\d,]*(?:\.\d+)?", text)
+    return bool(numbers) and problem.source.score_answer(numbers[-1].replace(",", ""), problem.entry) == 1

@@ -13,6 +13,7 @@ import transformers
 
 from river_compile.cli import app, humaneval, reasoning
 from river_compile.cli.bench import markdown
+from river_compile.cli.evaluate import wilson
 from river_compile.cli.output import error_line
 from river_compile.cli.painting import Painter
 from river_compile.runtime.stats import CycleRecord, RowCycle, cycles
@@ -204,6 +205,7 @@ def test_eval_compares_ways(tiny, tmp_path, capsys):
     )["rows"]
     assert rows["exact"]["same_texts"] == 2
     assert rows["plain"]["solved"] == 0
+    assert rows["plain"]["interval"] == pytest.approx([0, 0.658], abs=1e-3)
     text = "a text for a test that is long enough"
     (tmp_path / "t.txt").write_text(text)
     rows = printed_json(capsys, "eval", tiny, "--texts", tmp_path / "t.txt", "--new-tokens", "8", "--dtype", "float32")[
@@ -215,18 +217,31 @@ def test_eval_compares_ways(tiny, tmp_path, capsys):
         logits = model(ids).logits[0, 16:23].float()
     expected = torch.nn.functional.cross_entropy(logits, ids[0, 17:24]).exp().item()
     assert rows["plain"]["score"] == pytest.approx(expected, rel=1e-4)
+    assert rows["plain"]["scoring"] == "decode"
     assert rows["river"]["score"] != rows["plain"]["score"]
 
 
 def test_reasoning_problems_have_answers():
-    asked = reasoning.problems(10)
-    assert asked == reasoning.problems(10)
-    assert len({problem.question for problem in asked}) == 10
-    problem = reasoning.Problem("What are 3 boxes of 4?", 12)
-    assert reasoning.solved(problem, "3 times 4 is 12.")
-    assert reasoning.solved(problem, "so 1,2... no: 12")
-    assert not reasoning.solved(problem, "12 or 13")
-    assert not reasoning.solved(problem, "many")
+    """The same for a seed; the last number of an answer counts, however it is written."""
+    asked = reasoning.problems(9)
+    assert [problem.question for problem in asked] == [problem.question for problem in reasoning.problems(9)]
+    assert len({problem.question for problem in asked}) == 9
+    assert {problem.source.config.__class__.__name__ for problem in asked[:3]} == {
+        "ChainSumConfig", "BasicArithmeticDatasetConfig", "GSMSymbolicDatasetConfig",
+    }  # fmt: skip
+    for problem in asked:
+        right = problem.entry["answer"]
+        assert reasoning.solved(problem, f"Take 1 first. The answer is {right}.")
+        assert not reasoning.solved(problem, f"{right}, or rather {int(right) + 1}")
+    assert reasoning.solved(asked[0], f"{int(asked[0].entry['answer']):,}")
+    assert not reasoning.solved(asked[0], "many")
+
+
+def test_intervals_of_a_share():
+    """Known values of Wilson's interval; it stays within 0 and 1."""
+    assert wilson(5, 164) == pytest.approx((0.01308, 0.06936), abs=1e-4)
+    assert wilson(0, 10) == pytest.approx((0, 0.27754), abs=1e-4)
+    assert wilson(10, 10)[1] == 1
 
 
 def test_humaneval_judges_completions():

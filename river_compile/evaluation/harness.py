@@ -1,0 +1,115 @@
+"""The model ``river`` of EleutherAI's lm-evaluation-harness (``pip install "river-compile[eval]"``).
+
+    lm-eval run --model river --model_args pretrained=FOLDER,quality=fast --tasks arc_easy
+
+Releases up to 0.4.13 look for no entry points; with them ``python -m river_compile.evaluation run ...`` does it.
+
+Multiple choice and perplexity are scored by one forward pass as a rule, which the backbone computes: any exit rule
+would look lossless. So ``scoring="decode"`` feeds each answer token by token, through the exits, after a prompt of all
+but the context's last token. ``scoring="forward"`` is lm-eval's own. Results say which one ran.
+
+Not handled: encoder-decoder models, and decode scoring in batches (its texts run one by one; generation has batches).
+"""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+from lm_eval.api.registry import register_model
+from lm_eval.models.huggingface import HFLM
+from torch import Tensor
+from tqdm import tqdm
+
+from river_compile.config import RiverConfig
+from river_compile.drop_in.quality import accelerate
+from river_compile.errors import OptionError
+from river_compile.kernels.checks import one_of
+from river_compile.runtime.stats import ExitStats
+from river_compile.speculative.mode import exact
+from river_compile.state import find_state
+
+from .decoding import TokenByToken
+
+PLAIN = "plain"
+_SCORING = one_of("decode", "forward")
+_SMALLEST_ROOM = 64
+
+Request = tuple[Any, list[int], list[int]]  # what it is called in lm-eval's cache, context, continuation
+
+
+@register_model("river")
+class RiverLM(HFLM):
+    """A model of transformers that :func:`river_compile.accelerate` makes faster, in one of its qualities.
+
+    Args:
+        pretrained: a folder or a model, as for ``hf``.
+        quality: of `accelerate`, or "plain" for the model as it is.
+        calibration: a file or result of `calibrate`, for quality="calibrated".
+        scoring: "decode", or "forward" for one pass over context and answer.
+        arguments: options of the backend and of exact mode, and whatever ``hf`` takes.
+
+    Raises:
+        OptionError: (a ``ValueError``) a bad argument, or a model that is no decoder.
+    """
+
+    def __init__(
+        self,
+        pretrained: Any,
+        quality: str = "exact",
+        calibration: Any = None,
+        scoring: str = "decode",
+        **arguments: Any,
+    ) -> None:
+        self.scoring = _SCORING("scoring", scoring, OptionError)
+        names = RiverConfig.options().keys() | vars(exact).keys()
+        self._river = {name: arguments.pop(name) for name in sorted(names & arguments.keys())}
+        super().__init__(pretrained, **arguments)
+        if self.backend != "causal":
+            raise OptionError(f"backend={self.backend!r} is not available with lm-eval's model river; use hf")
+        self._quality = quality
+        if quality != PLAIN:
+            accelerate(self.model, quality, calibration, **self._river)
+        elif self._river:
+            raise OptionError(f"{next(iter(self._river))}= says how river runs, and with quality='plain' it does not")
+        self._decoder: tuple[int, TokenByToken] | None = None
+
+    def _loglikelihood_tokens(
+        self, requests: list[Request], disable_tqdm: bool = False, override_bs: int | None = None
+    ) -> list[tuple[float, bool]]:
+        """Returns each continuation's log-probability, and whether every token of it is the most likely one."""
+        if self.scoring == "forward":
+            return super()._loglikelihood_tokens(requests, disable_tqdm, override_bs)
+        found = []
+        for name, context, continuation in tqdm(requests, desc="river: decoding answers", disable=disable_tqdm):
+            ids = torch.tensor([[*context, *continuation][-(self.max_length + 1) : -1]], device=self.device)
+            logits = self._decoder_for(ids).logits(ids, ids.shape[1] - len(continuation))
+            tokens = torch.tensor(continuation, device=self.device)
+            log_probs = logits.log_softmax(-1, dtype=self.softmax_dtype or torch.float32)
+            chosen = log_probs.gather(-1, tokens[:, None]).sum()
+            found.append((float(chosen), bool((logits.argmax(-1) == tokens).all())))
+            if name is not None:  # (parts of a rolling text have none)
+                self.cache_hook.add_partial("loglikelihood", name, found[-1])
+        return found
+
+    def _decoder_for(self, ids_1S: Tensor) -> TokenByToken:
+        """Returns a decoder with room for a text: that of the text before, or one of twice as many tokens or more."""
+        needed = ids_1S.shape[1]
+        if self._decoder is None or self._decoder[0] < needed:
+            room = max(_SMALLEST_ROOM, 1 << (needed - 1).bit_length())
+            self._decoder = room, TokenByToken(self.model, room)
+        return self._decoder[1]
+
+    def get_model_info(self) -> dict[str, Any]:
+        """Returns what lm-eval writes of a model into its results, with how it ran and how deep tokens went."""
+        state = find_state(self.model)
+        depths = state.of(ExitStats).decode if state is not None else {}
+        steps = sum(depths.values())
+        return {
+            **super().get_model_info(),
+            "quality": self._quality,
+            "scoring": self.scoring,
+            "river_options": self._river,
+            "decode_steps": steps,
+            "mean_depth": sum(depth * count for depth, count in depths.items()) / steps if steps else None,
+        }
