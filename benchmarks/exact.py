@@ -2,92 +2,91 @@
 
     python -m benchmarks.exact
     python -m benchmarks.exact --model gemma3-270m --new-tokens 64 --repeats 2 --json exact.json
+    python -m benchmarks.exact --batch 2 4 8 16   # batches of mixed prompts, beside plain batches; --own-ends
+    python -m benchmarks.exact --peers            # beside other programs: benchmarks/exact_peers.py
 
-One compiled model in one process runs every row on every prompt, batch 1, greedy, with a static cache; the rows take
-turns, once to warm up and then `--repeats` times. Rows:
+One compiled model in one process runs every row on every prompt of six groups (benchmarks/prompts.py), batch 1, greedy,
+with a static cache; the rows take turns, once to warm up and then `--repeats` times. Rows:
 
     plain            the backbone alone, one token per pass
     exact            the river and copies from the context draft, the backbone verifies
     exact_no_lookup  only the river drafts
     exact_strict     exact, verified in passes whose rows have the bits of plain decoding
+    exact_together   (batches) exact, rows keep only what held for all of them
     prompt_lookup    transformers' prompt_lookup_num_tokens=10 on the backbone
     river            everything in 4 bits: fast, but another text
 
-Columns: decode tokens/s (median over the repeats of the time for all prompts, prefill excluded), tokens kept per
-verifying pass, share of the drafted tokens that held, share of the time spent drafting, verifying and choosing, and how
-many of the texts are the plain one's. In bfloat16 a text may differ where two tokens all but tie: passes of different
-widths round differently.
+Columns: decode tokens/s (median over the repeats of the time for all prompts, prefill excluded), tokens kept by a row
+per verifying pass, share of the drafted tokens that held, share of the time spent drafting, verifying and choosing, and
+how many of the texts are the plain one's. In bfloat16 a text may differ where two tokens all but tie: passes of
+different widths round differently.
 """
 
 from __future__ import annotations
 
 import argparse
 import contextlib
+import itertools
 import statistics
 import sys
 import time
+from dataclasses import dataclass
+from typing import TYPE_CHECKING
 
 from benchmarks import common
+from benchmarks.prompts import GROUPS, mixed, prompts
 from river_compile.cli import models
 
-STORY = (
-    "The old lighthouse stood on the cliff above the village. Every evening the keeper climbed the stairs and lit the "
-    "lamp. The keeper knew every ship by its sails. One night a storm came, and the keeper saw a small boat far out."
-)
-CODE = """def mean(values):
-    total = 0
-    for value in values:
-        total += value
-    return total / len(values)
-"""
-PROMPTS = {
-    "chat": (
-        "Explain in a few sentences why the sky is blue.",
-        "Give me a short recipe for pancakes.",
-        "What should I see on a first visit to Rome?",
-    ),
-    "code": (
-        "Write a Python function that returns the n-th Fibonacci number.",
-        "Write a Python class for a stack with push, pop and peek.",
-    ),
-    "edit": (
-        f"Repeat this text and change every 'keeper' to 'guard':\n{STORY}",
-        f"Repeat this code and rename `total` to `amount`:\n{CODE}",
-    ),
-}
+if TYPE_CHECKING:
+    from torch import Tensor
+
 LOOKUP = 10  # tokens that transformers' prompt lookup drafts, its documentation's value
 ROWS = ("plain", "exact", "exact_no_lookup", "exact_strict", "prompt_lookup", "river")
+BATCH_ROWS = ("plain", "exact", "exact_together", "exact_strict")
 RATIOS = (
     ("exact", "plain"),
     ("exact", "prompt_lookup"),
+    ("exact", "exact_together"),
     ("exact_no_lookup", "plain"),
     ("exact_strict", "plain"),
+    ("exact_strict", "exact"),
     ("river", "plain"),
 )
 
 
 class Clock:
-    """A streamer that notes when how many tokens came; the first call brings the prompt."""
+    """A streamer that notes when tokens came; the first call brings the prompt."""
 
     def __init__(self) -> None:
-        self.counts: list[int] = []
         self.times: list[float] = []
 
     def put(self, value) -> None:
-        self.counts.append(value.numel())
         self.times.append(time.perf_counter())
 
     def end(self) -> None:
         pass
 
     @property
-    def decoded(self) -> tuple[int, float]:
-        """Tokens after the first new one, and the seconds from it to the last."""
-        return sum(self.counts[2:]), self.times[-1] - self.times[1]
+    def decoded(self) -> float:
+        """Seconds from the first new token to the last."""
+        return self.times[-1] - self.times[1]
+
+
+@dataclass(frozen=True)
+class Batch:
+    """Prompts of one call: ids and mask ``[B, S]``, padded on the left."""
+
+    ids: Tensor
+    mask: Tensor
 
 
 class Bench:
-    """Runs every row on one compiled model."""
+    """Runs every row on one compiled model.
+
+    Attributes:
+        rows: what is measured.
+        batches: by kind, the calls of one measurement.
+    """
 
     def __init__(self, options: argparse.Namespace) -> None:
         import torch
@@ -97,9 +96,17 @@ class Bench:
         models.quiet()
         torch.set_num_threads(options.threads)
         self.model, tokenizer = models.load(options.model, dtype=options.dtype)
-        self.model.compile(backend=river_compile.river)
-        self.prompts = {kind: [models.encode(tokenizer, p) for p in texts] for kind, texts in PROMPTS.items()}
-        longest = max(ids.shape[1] for kind in self.prompts.values() for ids in kind)
+        self.ends = set(tokenizer.convert_tokens_to_ids([tokenizer.eos_token])) if options.own_ends else set()
+        self.model.generation_config.eos_token_id = list(self.ends) or None
+        self.model.compile(backend=river_compile.river, options={"artifact": options.artifact})
+        if options.batch:
+            self.rows = BATCH_ROWS
+            texts = {f"batches of {n} mixed": [list(itertools.islice(mixed(), n))] for n in options.batch}
+        else:
+            self.rows = ROWS
+            texts = {f"{group} prompts": [[p] for p in prompts(group, options.prompts)] for group in options.groups}
+        self.batches = {kind: [_batch(tokenizer, call) for call in calls] for kind, calls in texts.items()}
+        longest = max(batch.ids.shape[1] for batches in self.batches.values() for batch in batches)
         # One cache size, so one decode graph; transformers' prompt lookup drafts beyond the end of the text.
         self.model._previous_max_cache_length = longest + options.new_tokens + LOOKUP + 1
         self.new_tokens = options.new_tokens
@@ -110,16 +117,18 @@ class Bench:
 
         tokens, seconds, texts = 0, 0.0, []
         with river_compile.trace() as trace:
-            for ids in self.prompts[kind]:
+            for batch in self.batches[kind]:
                 clock = Clock()
-                texts.append(self._generate(row, ids, clock))
-                new, spent = clock.decoded
-                tokens, seconds = tokens + new, seconds + spent
+                made = [self._until_end(text) for text in self._generate(row, batch, clock)]
+                texts += made
+                tokens, seconds = tokens + sum(len(text) - 1 for text in made), seconds + clock.decoded
         return {"tokens": tokens, "seconds": seconds, "texts": texts, "cycles": trace.cycles}
 
-    def _generate(self, row: str, ids, clock: Clock) -> list[int]:
-        import torch
+    def _until_end(self, text: list[int]) -> list[int]:
+        """Returns a text without the padding after its end."""
+        return text[: next((i + 1 for i, token in enumerate(text) if token in self.ends), None)]
 
+    def _generate(self, row: str, batch: Batch, clock: Clock) -> list[list[int]]:
         import river_compile
         from river_compile.exits import forced_depth
 
@@ -128,28 +137,48 @@ class Bench:
             "exact": {"custom_generate": exact},
             "exact_no_lookup": {"custom_generate": exact, "prompt_lookup": False},
             "exact_strict": {"custom_generate": exact, "strict": True},
+            "exact_together": {"custom_generate": exact, "return_dict_in_generate": True},  # rows wait for each other
             "prompt_lookup": {"prompt_lookup_num_tokens": LOOKUP},
         }.get(row, {})
         depths = {"plain": self.model.config.num_hidden_layers, "river": 0}
         depths["prompt_lookup"] = depths["plain"]
         with forced_depth(depths[row]) if row in depths else contextlib.nullcontext():
-            text = self.model.generate(
-                ids,
-                attention_mask=torch.ones_like(ids),
-                min_new_tokens=self.new_tokens,
+            made = self.model.generate(
+                batch.ids,
+                attention_mask=batch.mask,
                 max_new_tokens=self.new_tokens,
+                pad_token_id=0,
                 do_sample=False,
                 disable_compile=True,
                 cache_implementation="static",
                 streamer=clock,
                 **special,
             )
-        return text[0, ids.shape[1] :].tolist()
+        ids = getattr(made, "sequences", made)
+        return ids[:, batch.ids.shape[1] :].tolist()
+
+
+def _batch(tokenizer, texts: list[str]) -> Batch:
+    """Returns prompts of one call, as a user's messages."""
+    import torch
+
+    rows = [models.encode(tokenizer, text)[0] for text in texts]
+    longest = max(map(len, rows))
+    ids = torch.zeros(len(rows), longest, dtype=torch.long)
+    mask = torch.zeros_like(ids)
+    for i, row in enumerate(rows):
+        ids[i, longest - len(row) :] = row
+        mask[i, longest - len(row) :] = 1
+    return Batch(ids, mask)
 
 
 def main(arguments: list[str] | None = None) -> int:
     """Runs the command line and returns the exit status."""
     options = _parse(arguments)
+    if options.peers:
+        from benchmarks import exact_peers
+
+        return exact_peers.run(options)
     try:
         models.resolve(options.model)
         bench = Bench(options)
@@ -167,7 +196,7 @@ def measure(bench: Bench, options: argparse.Namespace) -> dict[tuple[str, str], 
     from tqdm import tqdm
 
     results: dict[tuple[str, str], list[dict]] = {}
-    pairs = [(kind, row) for kind in PROMPTS for row in ROWS]
+    pairs = [(kind, row) for kind in bench.batches for row in bench.rows]
     with tqdm(total=(options.repeats + 1) * len(pairs), unit="run", desc="exact") as bar:
         for turn in range(options.repeats + 1):
             for kind, row in pairs:
@@ -182,8 +211,8 @@ def measure(bench: Bench, options: argparse.Namespace) -> dict[tuple[str, str], 
 def summarize(results: dict[tuple[str, str], list[dict]], options: argparse.Namespace) -> dict:
     """Returns the outcome as the JSON file holds it."""
     kinds: dict[str, dict] = {}
-    for kind in PROMPTS:
-        rows = {row: _row(results[kind, row], results[kind, "plain"][0]["texts"]) for row in ROWS}
+    for kind in dict.fromkeys(kind for kind, _ in results):
+        rows = {row: _row(r, results[kind, "plain"][0]["texts"]) for (of, row), r in results.items() if of == kind}
         speeds = {row: values["tokens_per_s"] for row, values in rows.items()}
         kinds[kind] = {"rows": rows, "ratios": common.ratios(speeds, RATIOS)}
     return {
@@ -199,7 +228,7 @@ def _row(repeats: list[dict], plain_texts: list[list[int]]) -> dict:
     texts = repeats[0]["texts"]
     return {
         "tokens_per_s": statistics.median(r["tokens"] / r["seconds"] for r in repeats),
-        "tokens_per_cycle": sum(len(c.kept) for c in cycles) / len(cycles) if cycles else None,
+        "tokens_per_cycle": sum(len(c.kept) for c in cycles) / sum(len(c.rows) for c in cycles) if cycles else None,
         "acceptance": sum(c.accepted for c in cycles) / drafted if drafted else None,
         "time_shares": [s / sum(spent) for s in spent] if cycles else None,
         "same_texts": sum(a == b for a, b in zip(texts, plain_texts, strict=True)),
@@ -210,14 +239,14 @@ def _row(repeats: list[dict], plain_texts: list[list[int]]) -> dict:
 
 def _first_difference(a: list[int], b: list[int]) -> int | None:
     """Returns the first position where two texts differ, None where they are equal."""
-    return next((i for i, (x, y) in enumerate(zip(a, b, strict=True)) if x != y), None)
+    return next((i for i, (x, y) in enumerate(itertools.zip_longest(a, b)) if x != y), None)
 
 
 def show(outcome: dict) -> None:
     """Prints a table and the ratios for each kind of prompt."""
     common.print_setting(outcome)
     for kind, result in outcome["kinds"].items():
-        print(f"\n{kind} prompts")
+        print(f"\n{kind}")
         common.print_table(
             ["", "tokens/s", "tokens/cycle", "held", "draft", "verify", "choose", "same texts"],
             [
@@ -239,6 +268,14 @@ def show(outcome: dict) -> None:
 def _parse(arguments: list[str] | None) -> argparse.Namespace:
     parser = common.command_line(__doc__, "model", "dtype", "threads", "repeats", "json")
     parser.add_argument("--new-tokens", type=common.number(16), default=96, help="tokens per text (%(default)s)")
+    parser.add_argument("--groups", nargs="+", choices=GROUPS, default=GROUPS, help="of prompts (all)")
+    parser.add_argument("--prompts", type=common.number(1), default=2, help="of each group (%(default)s)")
+    parser.add_argument(
+        "--batch", nargs="+", type=common.number(1), metavar="N", help="batches of mixed prompts instead"
+    )
+    parser.add_argument("--own-ends", action="store_true", help="texts end where the model ends them, not all together")
+    parser.add_argument("--peers", action="store_true", help="other programs instead, where installed")
+    parser.add_argument("--artifact", metavar="DIR", help="packed twins, as `river pack` writes them")
     return parser.parse_args(arguments)
 
 

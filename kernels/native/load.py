@@ -8,7 +8,7 @@
     decode_attention   one query position over a static cache
     attention          several; of more than 16 a library computes it
     shift              the entries of a cache ``[B, J, S, D]`` moved up by one slot, in place
-    few_rows           up to which `dense` computes, by whether x is in bfloat16
+    few_rows           up to which `dense` is recorded, by whether x is in bfloat16 and by positions of a sequence
     exit_score         the least cosine of the rows of two matrices
     add, advance       int64 numbers added, one of them a vector perhaps; a counter moved on in place
     record, replay     tapes of such calls: see `tape`
@@ -16,8 +16,8 @@
 Arguments are those of the operators ``river::*`` (see `river_compile.kernels.ops`), but for the layout: `linear` and
 `experts` take the bytes of the layouts "native", their `bits` and `int8_activations`, with which x is rounded to 8 bits
 with one scale for each group of each row; without, it is read as it is. A product's or an attention's row has the same
-bits whatever the number of rows and threads, which are ``torch.get_num_threads()``; of more than 8 rows (16 in bfloat16
-with "amx") `dense` lets a library compute the product.
+bits whatever the number of rows and threads, which are ``torch.get_num_threads()``; of more than 8 rows `dense` lets a
+library compute the product, but in bfloat16 with "amx".
 
 Not handled: gradients, other devices than the CPU, products of many rows at the speed of a library.
 """
@@ -69,9 +69,14 @@ def load(isa: Isa | None = None) -> Any:
     return torch.ops.river_native
 
 
-def few_rows(dtype: torch.dtype) -> int:
-    """Returns how many rows of a dtype `dense`, once loaded, computes itself; a library multiplies more than these."""
-    rows: int = torch.ops.river_native.few_rows(dtype == torch.bfloat16)
+def few_rows(dtype: torch.dtype, positions: int = 1) -> int:
+    """Returns up to how many rows of a dtype `dense`, once loaded, runs on our threads and may be recorded.
+
+    Args:
+        dtype: of activations and weights.
+        positions: of each sequence; the rows are those of all sequences.
+    """
+    rows: int = torch.ops.river_native.few_rows(dtype == torch.bfloat16, positions)
     return rows
 
 

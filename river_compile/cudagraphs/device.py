@@ -36,9 +36,9 @@ class CaptureDevice(ABC):
         """Returns why the device cannot capture what a step of a capturable graph runs, None where it can."""
         return None
 
-    def most_rows(self, dtype: torch.dtype) -> int:
-        """Returns how many rows of a dtype a pass of several tokens may have to be captured; 0: none is."""
-        return 0
+    def takes_pass(self, dtype: torch.dtype, sequences: int, positions: int) -> bool:
+        """Whether a pass of several positions of each sequence is captured."""
+        return False
 
     @abstractmethod
     def flags(self, count: int) -> Tensor:

@@ -24,7 +24,7 @@ from river_compile.passes.graph_safety import fixed_inputs, runs_once
 from river_compile.passes.nodes import is_tensor, mutated_inputs, source_of, value_of
 from river_compile.passes.program import DecoderPlan, RiverProgram, Segment
 from river_compile.runtime.runner import Runner, Saved, Step
-from river_compile.runtime.slots import SCORE, new_slots, rows_of_pass
+from river_compile.runtime.slots import SCORE, new_slots, size_of_pass
 
 from .cuda import CudaGraphs
 from .device import CaptureDevice, CaptureLog
@@ -39,7 +39,7 @@ class CapturedRunner(Runner):
     """Launches the units of a decode graph on a static cache.
 
     Args:
-        plain: runs the passes of a graph of several tokens that have more than the device's `most_rows`.
+        plain: runs the passes of a graph of several tokens that the device does not take.
         ahead: says when the next span is launched before the flag is known; may be replaced between two steps.
         deepest: blocks that a token executes at most, None for all.
 
@@ -57,7 +57,7 @@ class CapturedRunner(Runner):
         plain: Runner | None = None,
     ) -> None:
         super().__init__(program, steps)
-        self._plain, self._rows_of = plain, rows_of_pass(program)
+        self._plain, self._size_of = plain, size_of_pass(program)
         plan, slots = program.plan, program.slots
         self.launcher, self.device, self.ahead = launcher, launcher.device, ahead
         self.flags = self.device.flags(plan.num_blocks + 1)
@@ -77,8 +77,8 @@ class CapturedRunner(Runner):
         if plan.is_decode or self._plain is None:
             return self
         dtype = value_of(plan.blocks[0].hidden_in).dtype
-        few = self._rows_of is not None and self._rows_of(args) <= self.device.most_rows(dtype)
-        return self if few else self._plain
+        takes = self._size_of is not None and self.device.takes_pass(dtype, *self._size_of(args))
+        return self if takes else self._plain
 
     def __enter__(self) -> None:
         self._lock.acquire()

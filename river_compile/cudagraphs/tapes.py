@@ -36,8 +36,8 @@ class Tapes(CaptureDevice):
             return None
         return Refusal("it is not made of C++ kernels alone", step.segment.name)
 
-    def most_rows(self, dtype: torch.dtype) -> int:
-        return few_rows(dtype)
+    def takes_pass(self, dtype: torch.dtype, sequences: int, positions: int) -> bool:
+        return sequences * positions <= few_rows(dtype, positions)
 
     def flags(self, count: int) -> Tensor:
         with torch.inference_mode(False):

@@ -30,7 +30,7 @@ from river_compile.errors import OptionError, RiverWarning
 from river_compile.kernels.checks import one_of
 from river_compile.runtime.plain_calls import CompiledOrPlain
 from river_compile.speculative.mode import ExactMode, exact
-from river_compile.speculative.runner import check_paths
+from river_compile.speculative.refusals import check_paths
 
 from .generation import generate_as_ever, generate_exactly, has_generate_of_its_own
 

@@ -80,18 +80,16 @@ def capacity_check(program: RiverProgram) -> Callable[[list], None] | None:
     return check
 
 
-def rows_of_pass(program: RiverProgram) -> Callable[[Sequence], int] | None:
-    """Returns how many tokens of all sequences a pass has, by the graph's inputs; None where those do not tell."""
+def size_of_pass(program: RiverProgram) -> Callable[[Sequence], tuple[int, int]] | None:
+    """Returns a pass's sequences and positions of each, by the graph's inputs; None where those do not tell."""
     plan, slots = program.plan, program.slots
-    rows = sympy.Integer(1)
-    for size in (plan.batch, plan.query_length):
-        rows *= size if isinstance(size, int) else size.node.expr
+    sizes = [sympy.sympify(s if isinstance(s, int) else s.node.expr) for s in (plan.batch, plan.query_length)]
     holders = number_inputs(node for node in slots if node.op == "placeholder")
-    symbols = sorted(rows.free_symbols, key=str)
+    symbols = sorted(set().union(*[size.free_symbols for size in sizes]), key=str)
     if any(symbol not in holders for symbol in symbols):
         return None
-    compute, places = sympy.lambdify(symbols, rows, "math"), [slots[holders[symbol]] for symbol in symbols]
-    return lambda args: compute(*[args[place] for place in places])
+    compute, places = sympy.lambdify(symbols, sizes, "math"), [slots[holders[symbol]] for symbol in symbols]
+    return lambda args: tuple(compute(*[args[place] for place in places]))
 
 
 def written_in_place(program: RiverProgram) -> tuple[list[list[int]], list[list[int]]]:

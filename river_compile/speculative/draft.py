@@ -12,7 +12,7 @@ from __future__ import annotations
 
 import math
 import time
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 
 import torch
@@ -37,31 +37,33 @@ class DraftStep:
     """How the river drafts one token further.
 
     Attributes:
-        scores: (aligned ids of all rows ``[B, S]``, tokens drafted so far) -> scores for the next tokens ``[B, V]``.
+        scores: (aligned ids of the batch ``[B, S]``, rows, tokens drafted so far) -> scores for the next tokens of
+            these rows ``[N, V]``.
         choose: (scores ``[N, V]``, rows, tokens drafted so far) -> tokens ``[N]``.
     """
 
-    scores: Callable[[Tensor, int], Tensor]
+    scores: Callable[[Tensor, Sequence[int], int], Tensor]
     choose: Callable[[Tensor, Sequence[int], int], Tensor]
 
 
 @dataclass(frozen=True)
 class Draft:
-    """What is proposed for each row of a batch, and how many steps the river took for it."""
+    """What is proposed for each row of a batch, in its order, and how many steps the river took for it."""
 
-    rows: list[list[Proposed]]
+    rows: dict[int, list[Proposed]]
     steps: int = 0
 
     @property
     def longest(self) -> int:
-        return max(map(len, self.rows))
+        return max(map(len, self.rows.values()))
 
     def columns(self, filler: Tensor) -> Tensor:
         """Returns the tokens ``[B, longest]``; shorter drafts end with their row's filler ``[B]``."""
         longest = self.longest
         ends = filler.tolist()
         tokens = [
-            [p.token for p in row] + [end] * (longest - len(row)) for row, end in zip(self.rows, ends, strict=True)
+            [p.token for p in row] + [end] * (longest - len(row))
+            for row, end in zip(self.rows.values(), ends, strict=True)
         ]
         return filler.new_tensor(tokens).reshape(len(ends), longest)
 
@@ -105,17 +107,17 @@ class Drafter:
         for row, token in zip(rows, tokens, strict=True) if self._indices else ():
             self._indices[row].extend([token])
 
-    def draft(self, ids_BS: Tensor, rooms: Sequence[int | None], step: DraftStep, river: bool = True) -> Draft:
-        """Proposes tokens for each row.
+    def draft(self, ids_BS: Tensor, rooms: Mapping[int, int | None], step: DraftStep, river: bool = True) -> Draft:
+        """Proposes tokens for each row of the batch.
 
         Args:
             ids_BS: the ids so far, aligned to their ends.
-            rooms: as many as can be verified and used for each row; None for rows that have ended.
+            rooms: by row, in the batch's order, as many as can be verified and used; None for rows that have ended.
             step: runs the river over the ids that it is given, one token further per call.
             river: whether it drafts at all, or the context alone.
         """
-        rows = [RowDraft(room or 0) for room in rooms]
-        running = [i for i, room in enumerate(rooms) if room is not None]
+        rows = {i: RowDraft(room or 0) for i, room in rooms.items()}
+        running = [i for i, room in rooms.items() if room is not None]
         steps = 0
         while True:
             for i in running:
@@ -134,17 +136,22 @@ class Drafter:
                 rows[i].add(proposed)
         if self._together:
             shortest = min(len(rows[i].proposed) for i in running)
-            for i, row in enumerate(rows):
+            for i, row in rows.items():
                 pads = [Proposed(self._pad_token, "river", AcceptanceRate([], [1.0]), 0.0)] * shortest
                 row.proposed = row.proposed[:shortest] if i in running else pads
         if not steps:
             self._river.fade()
-        return Draft([row.proposed for row in rows], steps)
+        return Draft({i: row.proposed for i, row in rows.items()}, steps)
 
     def note(self, tokens: int, steps: int, width: int, seconds: float) -> None:
         """Takes in what a cycle kept of all rows, its draft steps, and the width and time of its verification."""
         self._times.note(width, seconds)
         self.rule.note(tokens, steps, width)
+
+    def take(self, times: PassTimes, share: float) -> None:
+        """Goes on with passes of fewer rows: `share` of those before."""
+        self._times = times
+        self.rule.take(times, share)
 
     def learn(self, proposed: Proposed, held: bool) -> None:
         """Takes in the verdict on a drafted token."""
@@ -153,27 +160,26 @@ class Drafter:
             self._river.learn(0.0, held)
 
     def _go_on(
-        self, ids_BS: Tensor, rows: Sequence[RowDraft], running: Sequence[int], step: DraftStep, steps: int
+        self, ids_BS: Tensor, rows: Mapping[int, RowDraft], running: Sequence[int], step: DraftStep, steps: int
     ) -> list[int]:
         """Adds a token to each draft that is open: a copied one where that is as likely to hold, else the river's."""
-        scores_BV = step.scores(ids_BS, steps)
-        column = [self._pad_token] * len(rows)
         river = self._river.chance(0.0)
         copying = {i for i in running if rows[i].open and rows[i].copies(river)}
         asking = [i for i in running if rows[i].open and i not in copying]
+        scores_NV = step.scores(ids_BS, asking, steps)
         for i in copying:
             rows[i].add(rows[i].copy[0])
         if asking:
-            scores_NV = scores_BV if len(asking) == len(rows) else scores_BV[asking]
             tokens = step.choose(scores_NV, asking, steps).tolist()
             entropies = torch.special.entr(scores_NV.softmax(-1)).sum(-1).tolist()
             for i, token, entropy in zip(asking, tokens, entropies, strict=True):
                 rows[i].add(Proposed(token, "river", self._by_entropy, entropy))
+        column = dict.fromkeys(rows, self._pad_token)
         for i in (*copying, *asking):
             column[i] = rows[i].proposed[-1].token
             if column[i] in self._end_tokens:
                 rows[i].room = len(rows[i].proposed)
-        return column
+        return list(column.values())
 
     def _continuation(self, row: int, draft: RowDraft) -> list[Proposed]:
         """Returns what follows a draft by the context."""

@@ -11,6 +11,8 @@ in the same slot, and what one lacks to the longest is padding before it.
     row 0    a b c x        kept two tokens
     row 1    . f g h        kept one, so it moved a slot to the right
 
+Rows that have ended leave the batch once they are a quarter of it: passes and cache become smaller.
+
 Kept positions go one by one through the user's logits processors, stopping criteria and streamer, in the order of plain
 generation; nothing after the first disagreement or stop ever reaches them. Rows of one length go together. Where a
 processor or criterion may look at the whole batch, or remember calls, rows stay together: they keep what held for all
@@ -37,7 +39,26 @@ from .plain import PlainRunner
 from .runner import DraftVerifyRunner
 from .texts import Texts
 
-Process = Callable[[Tensor, Tensor], Tensor]
+Process = Callable[[Tensor, Tensor, Sequence[int]], Tensor]
+
+_STAY = 0.75  # share of a batch that must still run for those that have ended to stay in it
+
+
+@dataclass(frozen=True)
+class Ends:
+    """Stopping criteria that look at a row's length and last token alone.
+
+    Attributes:
+        max_length: ids at which a row ends.
+        tokens: after which it ends.
+    """
+
+    max_length: int
+    tokens: frozenset[int] = frozenset()
+
+    def stop(self, length: int, token: int) -> bool:
+        """Whether a row of this many ids, the last of which is given, has ended."""
+        return length >= self.max_length or token in self.tokens
 
 
 class Outputs:
@@ -59,14 +80,15 @@ class ExactLoop:
     """Generates until every row has ended.
 
     Attributes:
-        process: the user's logits processors, ``(ids, scores) -> scores``; None for none.
+        process: the user's logits processors, ``(ids [N, S], scores [N, V], rows) -> scores``; None for none.
         process_draft: those that may also see drafts; None for none.
-        stops: the stopping criteria, ``(ids, scores) -> bool [N]``.
+        stops: the stopping criteria, ``(ids, scores) -> bool [N]``; or what they come to.
         max_length: ids in all, at most.
         pad_token: what rows receive that have ended while others go on.
         together: whether rows keep only what held for all of them.
         scores, logits: receive each kept token's processed scores and raw logits, None where nobody asks.
         pays: says when to do without drafts, None for never.
+        pays_of: returns the same for another number of rows.
         clock: seconds, from wherever.
     """
 
@@ -76,20 +98,23 @@ class ExactLoop:
     chooser: Chooser
     process: Process | None
     process_draft: Process | None
-    stops: Callable[[Tensor, object], Tensor]
+    stops: Callable[[Tensor, object], Tensor] | Ends
     max_length: int
     pad_token: int | None
     together: bool
     scores: Outputs | None = None
     logits: Outputs | None = None
     pays: Pays | None = None
+    pays_of: Callable[[int], Pays] | None = None
     clock: Callable[[], float] = time.perf_counter
 
     def run(self, first_logits: Tensor) -> Tensor:
         """Generates from the prompt's last logits ``[B, 1, V]`` on; returns all ids ``[B, S]``."""
-        self._settle(first_logits, Draft([[] for _ in self.texts.active]))
+        self._rows = self.texts.running  # those in the batch; they stand in its order
+        self._settle(first_logits, Draft({row: [] for row in self._rows}))
         while self.texts.running:
             self._cycle()
+            self._let_leave()
         self.chooser.close(max(self.texts.steps))
         return self.texts.whole()
 
@@ -98,7 +123,7 @@ class ExactLoop:
             self.pays.measure_plain(self._plain_pass)
         start = self.clock()
         runner, texts = self.runner, self.texts
-        ids, running, longest, before = texts.aligned(), texts.running, texts.longest, list(texts.lengths)
+        ids, running, longest, before = texts.aligned(self._rows), texts.running, texts.longest, list(texts.lengths)
         river = self.pays is None or not self.pays.resting
         draft = self.drafter.draft(ids, self._rooms(), DraftStep(self._draft_scores, self._choose_draft), river)
         runner.rewind(draft.steps)
@@ -109,7 +134,7 @@ class ExactLoop:
         rows = self._settle(logits, draft)
         # (Of a row that has ended nothing is needed any more: it goes with the longest.)
         advance = max(texts.lengths[row] for row in texts.running or running) - longest
-        kept = [texts.lengths[row] - before[row] if row in running else advance for row in range(len(before))]
+        kept = [texts.lengths[row] - before[row] if row in running else advance for row in self._rows]
         runner.keep(kept, advance)
         end = self.clock()
         seconds = (drafted_at - start, verified_at - drafted_at, end - verified_at)
@@ -121,24 +146,42 @@ class ExactLoop:
 
     def _plain_pass(self) -> None:
         """Runs what a plain step would run next, and forgets it again."""
-        self.runner.verify(self.texts.aligned(), 0).argmax(-1).tolist()
+        self.runner.verify(self.texts.aligned(self._rows), 0).argmax(-1).tolist()
         self.runner.rewind(1)
 
-    def _rooms(self) -> list[int | None]:
-        """Returns how many tokens each row can draft, None for rows that have ended."""
-        most = self.runner.longest_draft
-        return [
-            max(min(most, self.max_length - length - 1), 0) if active else None
-            for length, active in zip(self.texts.lengths, self.texts.active, strict=True)
-        ]
+    def _let_leave(self) -> None:
+        """Takes the rows that have ended out of the batch, where they are enough."""
+        running, before = self.texts.running, len(self._rows)
+        if not running or len(running) > _STAY * before or self.together or not self.runner.can_select:
+            return
+        self.runner.select(self._places(running))
+        self.drafter.take(self.runner.times, len(running) / before)
+        self._rows = running
+        if self.pays_of is not None:
+            self.pays = self.pays_of(len(running))
 
-    def _draft_scores(self, ids_BS: Tensor, drafted: int) -> Tensor:
-        """Runs the river over aligned ids, `drafted` of them not in the texts yet; returns scores ``[B, V]``."""
-        scores = self.runner.draft_step(ids_BS).float()
+    def _places(self, rows: Iterable[int]) -> list[int]:
+        """Returns where rows stand in the batch."""
+        return list(rows) if len(self._rows) == len(self.texts.active) else [self._rows.index(row) for row in rows]
+
+    def _rooms(self) -> dict[int, int | None]:
+        """Returns how many tokens each row of the batch can draft, None for rows that have ended."""
+        most, texts = self.runner.longest_draft, self.texts
+        return {
+            row: max(min(most, self.max_length - texts.lengths[row] - 1), 0) if texts.active[row] else None
+            for row in self._rows
+        }
+
+    def _draft_scores(self, ids_BS: Tensor, rows: Sequence[int], drafted: int) -> Tensor:
+        """Runs the river over the batch's ids, `drafted` of them not in the texts yet; returns scores ``[N, V]``."""
+        logits = self.runner.draft_step(ids_BS)
+        scores = logits[self._places(rows)].float()
         if self.process_draft is None:
             return scores
-        for rows, length in self._of_one_length(self.texts.running):
-            scores[rows] = self.process_draft(ids_BS[rows, -(length + drafted) :], scores[rows])
+        for group, length in self._of_one_length(rows):
+            ids = ids_BS[self._places(group), -(length + drafted) :]
+            at = [rows.index(row) for row in group]
+            scores[at] = self.process_draft(ids, scores[at], group)
         return scores
 
     def _choose_draft(self, scores_NV: Tensor, rows: Sequence[int], drafted: int) -> Tensor:
@@ -150,7 +193,7 @@ class ExactLoop:
         sources: dict[int, list[str]] = {row: [] for row in running}
         held_back: set[int] = set()
         for i in range(logits_BWV.shape[1]):
-            groups = [list(range(len(self.texts.active)))] if self.together else self._groups(going)
+            groups = self._groups(going)
             agreed = {row for rows in groups for row in self._keep_next(rows, logits_BWV[:, i], draft.at(i, rows))}
             for row in going:
                 proposed = draft.rows[row][i] if i < len(draft.rows[row]) else None
@@ -168,10 +211,11 @@ class ExactLoop:
         return tuple(RowCycle(row, drafted[row], tuple(sources[row]), row in held_back) for row in running)
 
     def _keep_next(self, rows: list[int], logits_BV: Tensor, drafted: list[int]) -> list[int]:
-        """Keeps one more token of rows of one length; returns the rows whose drafted token it is."""
-        texts = self.texts
-        raw = logits_BV[rows].to(copy=True, dtype=torch.float32)
-        scores = raw if self.process is None else self.process(texts.of(rows), raw)
+        """Keeps one more token of a group of rows; returns those whose drafted token it is."""
+        texts, raw = self.texts, logits_BV[self._places(rows)]
+        if not self._simple or self.chooser.do_sample:  # (the best token is the same in the logits' own dtype)
+            raw = raw.to(copy=True, dtype=torch.float32)
+        scores = raw if self.process is None else self.process(texts.of(rows), raw, rows)
         step = texts.steps[rows[0]]
         for outputs, values in ((self.scores, scores), (self.logits, raw)):
             if outputs is not None:
@@ -182,15 +226,32 @@ class ExactLoop:
         texts.append(rows, tokens)
         ids = tokens.tolist()
         self.drafter.extend(rows, ids)
-        seen = tuple(self.scores.steps) if self.together and self.scores is not None else None
-        stopped = self.stops(texts.of(rows), seen).tolist()
-        texts.end([row for row, stop in zip(rows, stopped, strict=True) if stop])
+        texts.end(self._stopped(rows, ids))
         texts.show()
         self.chooser.forget(min((texts.steps[row] for row in texts.running), default=0))
         return [row for row, token, draft in zip(rows, ids, drafted, strict=True) if token == draft]
 
-    def _groups(self, rows: Iterable[int]) -> list[list[int]]:
-        return [group for group, _ in self._of_one_length(rows)]
+    def _stopped(self, rows: list[int], tokens: list[int]) -> list[int]:
+        """Returns which of these rows end with the token that each received."""
+        texts = self.texts
+        if isinstance(self.stops, Ends):
+            stopped = [self.stops.stop(texts.lengths[row], token) for row, token in zip(rows, tokens, strict=True)]
+        else:
+            seen = tuple(self.scores.steps) if self.together and self.scores is not None else None
+            stopped = self.stops(texts.of(rows), seen).tolist()
+        return [row for row, stop in zip(rows, stopped, strict=True) if stop]
+
+    @property
+    def _simple(self) -> bool:
+        """Whether nobody looks at the texts while they grow."""
+        unseen = self.process is None and self.scores is None and self.logits is None
+        return unseen and isinstance(self.stops, Ends)
+
+    def _groups(self, rows: list[int]) -> list[list[int]]:
+        """Returns rows that go on together: in calls of the user's, whose ids have one length, or all at once."""
+        if self.together:
+            return [list(range(len(self.texts.active)))]
+        return [rows] if self._simple else [group for group, _ in self._of_one_length(rows)]
 
     def _of_one_length(self, rows: Iterable[int]) -> list[tuple[list[int], int]]:
         """Returns rows of the same length together, and that length."""

@@ -10,6 +10,8 @@ a recurrent state, attention weights and hidden states as outputs, generation th
 from __future__ import annotations
 
 import functools
+import itertools
+import sys
 from collections.abc import Mapping
 from dataclasses import dataclass, replace
 from typing import Any
@@ -17,7 +19,7 @@ from typing import Any
 import torch
 from torch import Tensor
 from transformers import GenerationConfig, PreTrainedModel
-from transformers.generation import GenerateDecoderOnlyOutput, LogitsProcessorList, StoppingCriteriaList, logits_process
+from transformers.generation import GenerateDecoderOnlyOutput, LogitsProcessorList, StoppingCriteriaList
 from transformers.generation.configuration_utils import GenerationMode
 from transformers.generation.stopping_criteria import EosTokenCriteria, MaxLengthCriteria, StopStringCriteria
 
@@ -29,35 +31,13 @@ from river_compile.upstream.hf_cache import cache_argument, cache_of
 from .accept import Chooser
 from .draft import Drafter
 from .hf_frames import KeepsTokenizer, argument_of_generate
-from .loop import ExactLoop, Outputs
+from .loop import Ends, ExactLoop, Outputs
 from .pays import pays_of
 from .plain import PlainRunner
 from .plan import ByChance, ByGain, Rule
+from .processors import STATELESS, RowProcessors
 from .runner import DraftVerifyRunner, preparations
 from .texts import Texts
-
-# Processors that remember nothing from call to call: drafts, some of which are dropped again, may pass through them.
-_STATELESS = (
-    logits_process.EpsilonLogitsWarper,
-    logits_process.EtaLogitsWarper,
-    logits_process.ExponentialDecayLengthPenalty,
-    logits_process.ForcedEOSTokenLogitsProcessor,
-    logits_process.InfNanRemoveLogitsProcessor,
-    logits_process.LogitNormalization,
-    logits_process.MinLengthLogitsProcessor,
-    logits_process.MinNewTokensLengthLogitsProcessor,
-    logits_process.MinPLogitsWarper,
-    logits_process.NoBadWordsLogitsProcessor,
-    logits_process.NoRepeatNGramLogitsProcessor,
-    logits_process.RepetitionPenaltyLogitsProcessor,
-    logits_process.SequenceBiasLogitsProcessor,
-    logits_process.SuppressTokensAtBeginLogitsProcessor,
-    logits_process.SuppressTokensLogitsProcessor,
-    logits_process.TemperatureLogitsWarper,
-    logits_process.TopKLogitsWarper,
-    logits_process.TopPLogitsWarper,
-    logits_process.TypicalLogitsWarper,
-)
 
 _ROW_BY_ROW = (MaxLengthCriteria, EosTokenCriteria, StopStringCriteria)
 
@@ -149,7 +129,8 @@ class ExactMode:
             if mode.adaptive and passes is runner:
                 state = state_of_model(model, "exact mode")
                 prepared = functools.partial(preparations, state)
-                loop.pays = pays_of(state, runner.stats.payoff, input_ids.shape[0], mode.strict, prepared)
+                loop.pays_of = functools.partial(pays_of, state, runner.stats.payoff, mode.strict, prepared)
+                loop.pays = loop.pays_of(input_ids.shape[0])
             with model._optimize_model_for_decode(), passes.sequences.one():
                 ids = loop.run(first_logits)
         if streamer is not None:
@@ -187,7 +168,7 @@ class ExactMode:
         ends = any(hasattr(criterion, "eos_token_id") for criterion in criteria)
         pad_token = int(config._pad_token_tensor) if ends and config._pad_token_tensor is not None else None
         end_tokens = getattr(config, "_eos_token_tensor", None)
-        stateless = LogitsProcessorList(p for p in processors if type(p) in _STATELESS)
+        stateless = LogitsProcessorList(p for p in processors if type(p) in STATELESS)
         rule: Rule
         if self.stop_below is None and self.adaptive:
             rule = ByGain(runner.times, runner.width_for, together)
@@ -207,9 +188,9 @@ class ExactMode:
             ),
             texts=Texts(ids_BS, pad_token, None if streamer is None else streamer.put),
             chooser=Chooser(len(ids_BS), config.do_sample),
-            process=processors or None,
-            process_draft=stateless or None,
-            stops=criteria,
+            process=RowProcessors(processors) if processors else None,
+            process_draft=RowProcessors(stateless) if stateless else None,
+            stops=_ends(criteria) or criteria,
             max_length=config.max_length,
             pad_token=pad_token,
             together=together,
@@ -221,9 +202,18 @@ class ExactMode:
 exact = ExactMode()
 
 
+def _ends(criteria: StoppingCriteriaList) -> Ends | None:
+    """Returns what stopping criteria come to, None where they must be asked."""
+    if not criteria or any(type(c) not in (MaxLengthCriteria, EosTokenCriteria) for c in criteria):
+        return None
+    lengths = [c.max_length for c in criteria if isinstance(c, MaxLengthCriteria)]
+    tokens = [c.eos_token_id.tolist() for c in criteria if isinstance(c, EosTokenCriteria)]
+    return Ends(min(lengths, default=sys.maxsize), frozenset(itertools.chain(*tokens)))
+
+
 def _row_by_row(processors: LogitsProcessorList, criteria: StoppingCriteriaList) -> bool:
     """Whether processors and criteria are known to look at each row alone, and to remember nothing."""
-    return all(type(p) in _STATELESS for p in processors) and all(type(c) in _ROW_BY_ROW for c in criteria)
+    return all(type(p) in STATELESS for p in processors) and all(type(c) in _ROW_BY_ROW for c in criteria)
 
 
 def _check(

@@ -111,7 +111,7 @@ class _AllPays(dict[tuple[int, bool], Pays]):
     """Those of one model, by batch size and whether verification is strict."""
 
 
-def pays_of(state: ModelState, log: PayoffLog, rows: int, strict: bool, preparations: Callable[[], int]) -> Pays:
+def pays_of(state: ModelState, log: PayoffLog, strict: bool, preparations: Callable[[], int], rows: int) -> Pays:
     """Returns what watches a model's cycles with so many rows."""
     every = state.of(_AllPays)
     return every.setdefault((rows, strict), Pays(log, preparations))

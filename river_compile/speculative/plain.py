@@ -31,7 +31,7 @@ class PlainRunner:
     """
 
     longest_draft = 0
-    can_part = False  # rows keep one token each
+    can_part = can_select = False  # rows keep one token each, and stay
 
     def __init__(self, model: PreTrainedModel, model_kwargs: dict[str, Any], cache: Cache, state: ModelState) -> None:
         self.model, self.model_kwargs, self.cache = model, model_kwargs, cache
@@ -46,6 +46,10 @@ class PlainRunner:
     def draft_step(self, ids_BS: Tensor) -> Tensor:
         """Never called: no draft is longer than `longest_draft`."""
         raise AssertionError("a runner without drafts was asked for one")
+
+    def select(self, rows: Sequence[int]) -> None:
+        """Never called: no row leaves."""
+        raise AssertionError("a runner whose rows stay was asked to let some leave")
 
     def verify(self, ids_BS: Tensor, drafted: int) -> Tensor:
         """Runs the last id through the backbone; returns its logits ``[B, 1, V]``."""

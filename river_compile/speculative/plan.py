@@ -99,6 +99,10 @@ class Rule(Protocol):
         """Takes in what a cycle kept, how many draft steps it took, and the width of its verification."""
         ...
 
+    def take(self, times: PassTimes, share: float) -> None:
+        """Goes on with passes of fewer rows: `share` of those before."""
+        ...
+
 
 class ByGain:
     """Drafts as long as it pays.
@@ -129,6 +133,10 @@ class ByGain:
     def note(self, tokens: int, steps: int, width: int) -> None:
         self._kept = _RATE_FADES_BY * self._kept + tokens
         self._seconds = _RATE_FADES_BY * self._seconds + self._cost(steps, width)
+
+    def take(self, times: PassTimes, share: float) -> None:
+        self._times = times
+        self._kept *= share
 
     def _cost(self, steps: int, width: int) -> float:
         return steps * self._times.of(PassTimes.DRAFT) + self._times.of(width)
@@ -172,3 +180,6 @@ class ByChance:
 
     def note(self, tokens: int, steps: int, width: int) -> None:
         pass  # nothing depends on it
+
+    def take(self, times: PassTimes, share: float) -> None:
+        pass

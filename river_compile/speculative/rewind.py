@@ -30,7 +30,7 @@ from river_compile.upstream.hf_cache import (
 )
 
 # Arguments of a forward whose last dimension is that of the ids.
-_BY_SLOT = ("attention_mask", "position_ids", "token_type_ids", "mm_token_type_ids")
+BY_SLOT = ("attention_mask", "position_ids", "token_type_ids", "mm_token_type_ids")
 
 
 class RewindableCache:
@@ -43,6 +43,7 @@ class RewindableCache:
     Attributes:
         filled: tokens that the cache holds.
         capacity: tokens that it can hold, None where no limit applies.
+        grows: whether a layer of it is no static one.
 
     Raises:
         ExactModeError: a layer cannot give entries back.
@@ -59,7 +60,7 @@ class RewindableCache:
         self.cache = cache
         self.filled = int(cache.get_seq_length())  # counted from here on: reading it back would wait
         static = [layer for layer in cache.layers if isinstance(layer, StaticLayer)]
-        self._grows = len(static) < len(cache.layers)
+        self.grows = len(static) < len(cache.layers)
         self._longest = longest
         self._static_windows = [layer for layer in static if isinstance(layer, StaticSlidingWindowLayer)]
         slots = [layer.max_cache_len for layer in static if layer not in self._static_windows]
@@ -99,7 +100,7 @@ class RewindableCache:
     def rewind(self, tokens: int) -> None:
         """Frees the last tokens, all of them written since the last mark."""
         added, self.filled = self.filled - self._marked, self.filled - tokens
-        if not (self._grows or tokens):
+        if not (self.grows or tokens):
             return
         for i, layer in enumerate(self.cache.layers):
             if i in self._ahead:
@@ -109,7 +110,7 @@ class RewindableCache:
                 layer.cumulative_length_int -= tokens
             else:
                 crop_layer(layer, tokens)  # (even for none, this trims a sliding window that grows)
-            if self._grows:  # a cropped view has other strides than a grown cache, and graphs depend on them
+            if self.grows:  # a cropped view has other strides than a grown cache, and graphs depend on them
                 for held, name in tensors_of(layer):
                     held[name] = held[name].contiguous()
 
@@ -174,7 +175,7 @@ def moved_inputs(kwargs: Mapping[str, object], freed: Sequence[int], fewer: int)
         fewer: columns that go at the left.
     """
     moved = dict(kwargs)
-    for name in _BY_SLOT:
+    for name in BY_SLOT:
         held = moved.get(name)
         if isinstance(held, Tensor):
             columns = torch.arange(held.shape[-1], device=held.device)
@@ -183,6 +184,16 @@ def moved_inputs(kwargs: Mapping[str, object], freed: Sequence[int], fewer: int)
             new = held.gather(-1, index.clamp(min=0).expand(shape))
             moved[name] = new.masked_fill(index < 0, 0) if name == "attention_mask" else new
     return moved
+
+
+def selected_inputs(kwargs: Mapping[str, object], rows: Sequence[int]) -> dict:
+    """Returns a forward's arguments, as `generate` keeps them, for some of the rows."""
+    selected = dict(kwargs)
+    for name in BY_SLOT:
+        held = selected.get(name)
+        if isinstance(held, Tensor):  # (positions of three kinds stand before the rows)
+            selected[name] = held.index_select(held.ndim - 2, torch.tensor(rows, device=held.device))
+    return selected
 
 
 def tensors_of(layer: object) -> Iterator[tuple[dict, Any]]:

@@ -25,21 +25,20 @@ from torch import Tensor
 from transformers import GenerationConfig, PreTrainedModel
 from transformers.cache_utils import Cache
 
-from river_compile.config import RiverConfig
 from river_compile.cudagraphs.device import CaptureLog
 from river_compile.errors import ExactModeError, RiverWarning
 from river_compile.exits import WHOLE, forced_depth
 from river_compile.kernels.native.load import few_rows
-from river_compile.reporting.plain_runs import PlainRuns
 from river_compile.runtime.executor import on_step
 from river_compile.runtime.sequences import Sequences
 from river_compile.runtime.stats import ExitStats
-from river_compile.state import GraphRecord, ModelState, state_of_model
-from river_compile.upstream.hf_cache import cache_of
+from river_compile.state import GraphRecord, ModelState
+from river_compile.upstream.hf_cache import cache_argument, cache_of, with_rows
 
 from .graphs import BatchInvariantGraph, BatchInvariantGraphs
 from .rates import PassTimes
-from .rewind import RewindableCache, moved_inputs, tensors_of
+from .refusals import check_paths, known, why_not
+from .rewind import BY_SLOT, RewindableCache, moved_inputs, selected_inputs, tensors_of
 
 
 def verification_widths(max_draft: int, strict: bool = False) -> tuple[int, ...]:
@@ -84,7 +83,7 @@ class DraftVerifyRunner:
     def __init__(self, model: PreTrainedModel, model_kwargs: dict, max_draft: int, strict: bool = False) -> None:
         self.model = model
         self.model_kwargs = model_kwargs
-        self.widths = verification_widths(max_draft, strict)
+        self.widths = self._widths = verification_widths(max_draft, strict)
         self._strict = strict
         self._invariant: BatchInvariantGraph | None = None  # None: the model's own
         self._verdicts: dict[tuple[object, ...], bool] = {}  # of strict passes, for this batch and cache
@@ -103,28 +102,48 @@ class DraftVerifyRunner:
         self.model_kwargs = self.model._update_model_kwargs_for_generation(outputs, self.model_kwargs)
         cache = cache_of(self.model_kwargs)
         assert cache is not None, "exact mode refuses a generation without a cache"
-        self.cache, self.prompt_logits = cache, outputs.logits[:, -1:]
-        self._entries = RewindableCache(cache, self.widths[-1])
-        state = _known(self.model)
+        self.prompt_logits = outputs.logits[:, -1:]
+        self._take(cache)
+        state = known(self.model)
         ran = [executor for executor, thread in steps if thread == threading.get_ident()]
         graph = next((g for g in state.graphs if g.executor() in ran), None)
         if graph is None:
-            raise ExactModeError(f"exact mode needs a model that the river backend can rewrite; {_why_not(state)}")
+            raise ExactModeError(f"exact mode needs a model that the river backend can rewrite; {why_not(state)}")
         check_paths(graph.config)
         self.stats, self.sequences = state.of(ExitStats), state.of(Sequences)
-        if self._strict:
-            self._be_strict(state, graph, ids_BS.shape[0])
+        self._prepare = functools.partial(self._be_ready, state, graph)
+        self._prepare(ids_BS.shape[0])
         self._kept = self._entries.filled + 1
-        by_batch, kind = state.of(_TimesByBatch), (ids_BS.shape[0], self._strict)
-        self.times = by_batch.setdefault(kind, PassTimes(functools.partial(preparations, state)))
         self._inputs(torch.cat([ids_BS, ids_BS.new_zeros(ids_BS.shape[0], 1)], dim=1), 1)
         return self.prompt_logits
 
-    def _be_strict(self, state: ModelState, graph: GraphRecord, batch: int) -> None:
-        """Chooses the graph and the widths of strict passes."""
+    def _take(self, cache: Cache) -> None:
+        self.cache = cache
+        self._entries = RewindableCache(cache, self._widths[-1])
+
+    def select(self, rows: Sequence[int]) -> None:
+        """Goes on with these rows of the batch alone, between two cycles: passes and cache become smaller."""
+        self._take(with_rows(self.cache, rows))
+        self.model_kwargs = {**selected_inputs(self.model_kwargs, rows), cache_argument(self.model): self.cache}
+        self._prepare(len(rows))
+
+    @property
+    def can_select(self) -> bool:
+        """Whether rows may leave: nothing but the cache and what `selected_inputs` knows has a row for each."""
+        others = [n for n, value in self.model_kwargs.items() if n not in BY_SLOT and isinstance(value, Tensor)]
+        # (The sums of a library depend on how many rows there are.)
+        return self.can_part and not others and not (self._strict and self._batch > few_rows(self.model.dtype))
+
+    def _be_ready(self, state: ModelState, graph: GraphRecord, batch: int) -> None:
+        """Finds what is known of passes of this many rows, and the graph and the widths of strict ones."""
+        self._batch, self._own_backbone = batch, graph.own_backbone
+        prepared = functools.partial(preparations, state)
+        self.times = state.of(_TimesByBatch).setdefault((batch, self._strict), PassTimes(prepared))
+        if not self._strict:
+            return
         graphs, key = state.of(BatchInvariantGraphs), (graph.config, graph.mode)
         if graph.own_backbone:
-            self.widths = tuple(w for w in self.widths if w == 1 or w * batch <= few_rows(self.model.dtype))
+            self.widths = tuple(w for w in self._widths if w == 1 or w * batch <= few_rows(self.model.dtype, w))
         else:
             key = (dataclasses.replace(graph.config, same_rows=True), graph.mode)
             if key not in graphs:
@@ -201,13 +220,14 @@ class DraftVerifyRunner:
     def can_part(self) -> bool:
         """Whether rows may keep other numbers of tokens: what else the model reads by slot can be moved with them.
 
-        A model without position ids may count slots, padding among them. Strict passes are compared with those of rows
-        that stand where plain decoding has them.
+        A model without position ids may count slots, padding among them. In strict passes the sums of attention must
+        not depend on the slot, as those of the C++ kernels over a static cache do not.
         """
         mask, positions = (self.model_kwargs.get(name) for name in ("attention_mask", "position_ids"))
         if not (isinstance(mask, Tensor) and isinstance(positions, Tensor) and mask.ndim == 2):
             return False
-        return positions.shape[-2:-1] == mask.shape[:1] and not self._strict and self._entries.can_part
+        by_slot = self._strict and (self._entries.grows or not self._own_backbone)
+        return positions.shape[-2:-1] == mask.shape[:1] and not by_slot and self._entries.can_part
 
     def keep(self, kept: Sequence[int], advance: int) -> None:
         """Ends a cycle: masks and positions grow, all slots but those of kept tokens are freed.
@@ -264,44 +284,3 @@ class DraftVerifyRunner:
                 f"every pass ({given} tokens in place of {width}); leave out custom_generate"
             )
         return inputs
-
-
-def _known(model: PreTrainedModel) -> ModelState:
-    """Returns what is known of a model; raises an ExactModeError where its graphs never reached the backend."""
-    try:
-        return state_of_model(model, "exact mode")
-    except ValueError as error:
-        raise ExactModeError(str(error)) from None
-
-
-def _why_not(state: ModelState) -> str:
-    """Returns why a prompt ran in none of the model's rewritten graphs."""
-    plain = state.of(PlainRuns).reason
-    if plain:
-        return f"it ran without it: {plain}"
-    refusal = next((graph.refusal for graph in reversed(state.graphs) if graph.refusal), "")
-    return f"it refused: {refusal}" if refusal else 'this call did not reach it: use model.compile(backend="river")'
-
-
-def check_paths(config: RiverConfig) -> None:
-    """Raises an ExactModeError where a model was compiled without its whole river or its whole backbone."""
-    if config.prefill != "backbone":
-        raise ExactModeError(
-            f"prefill={config.prefill!r} lets prompts leave the backbone, so nothing could verify the drafts; compile "
-            'the model with prefill="backbone"'
-        )
-    if config.fill != "river":
-        raise ExactModeError(
-            f"exact mode drafts with the river, which fill={config.fill!r} replaces; compile the model with "
-            "fill='river'"
-        )
-    if config.exit_depth is not None:
-        raise ExactModeError(
-            f"exit_depth={config.exit_depth} leaves only one path in the compiled model; exact mode needs the whole "
-            "river and the whole backbone: compile it without exit_depth"
-        )
-    if config.deepest is not None:
-        raise ExactModeError(
-            f"offload={config.offload} with offload_policy='exit' makes every token leave by that depth; exact mode "
-            "verifies with the whole backbone: compile the model with offload_policy='fetch'"
-        )

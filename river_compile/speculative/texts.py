@@ -54,17 +54,19 @@ class Texts:
             return self._ids[:, : self.lengths[0]].contiguous()
         return torch.cat([self._ids[row : row + 1, : self.lengths[row]] for row in rows])
 
-    def aligned(self) -> Tensor:
-        """Returns ids ``[B, S]`` that end together, S being :attr:`longest`; filler stands before shorter rows.
+    def aligned(self, rows: Sequence[int]) -> Tensor:
+        """Returns ids ``[N, S]`` that end together, S being :attr:`longest`; filler stands before shorter rows.
 
         Of a row that has ended with more ids only the last ones are there.
         """
-        longest = self.longest
-        if all(length == longest for length in self.lengths):
-            return self._ids[:, :longest]
-        shift = self._ids.new_tensor([longest - length for length in self.lengths])
-        columns = torch.arange(longest, device=self._ids.device)[None] - shift[:, None]
-        return self._ids.gather(1, columns.clamp(0, self._ids.shape[1] - 1))
+        longest, ids = self.longest, self._ids
+        if list(rows) != list(range(len(ids))):
+            ids = ids[list(rows)]
+        shifts = [longest - self.lengths[row] for row in rows]
+        if not any(shifts):
+            return ids[:, :longest]
+        columns = torch.arange(longest, device=ids.device)[None] - ids.new_tensor(shifts)[:, None]
+        return ids.gather(1, columns.clamp(0, ids.shape[1] - 1))
 
     def append(self, rows: Sequence[int], tokens_N: Tensor) -> None:
         """Adds one token to each of these rows."""

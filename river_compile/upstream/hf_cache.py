@@ -7,9 +7,10 @@ handled: caches of encoder-decoder models.
 
 from __future__ import annotations
 
+import copy
 import functools
 import inspect
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from typing import Any
 
 import torch
@@ -92,6 +93,30 @@ def rows_can_part(layer: Any) -> bool:
     """Whether a layer holds nothing but keys and values ``[B, H, slots, D]``, in which rows may be moved."""
     kinds = (StaticLayer, StaticSlidingWindowLayer, DynamicLayer, DynamicSlidingWindowLayer, _RememberingWindow)
     return type(layer) in kinds
+
+
+def with_rows(cache: Cache, rows: Sequence[int]) -> Cache:
+    """Returns a cache of some of a cache's rows, whose layers are all such that `rows_can_part`.
+
+    Those of static layers move to the front of the same memory, so that what knows its address finds them; the cache
+    that was given is of no use afterwards.
+    """
+    chosen = copy.copy(cache)
+    chosen.layers = [_layer_with_rows(layer, rows) for layer in cache.layers]
+    return chosen
+
+
+def _layer_with_rows(layer: Any, rows: Sequence[int]) -> Any:
+    chosen = copy.copy(layer)
+    for name in ("keys", "values"):
+        tensor = getattr(layer, name)
+        moved = tensor.index_select(0, torch.tensor(rows, device=tensor.device))
+        if isinstance(layer, StaticLayer):
+            moved = tensor[: len(rows)].copy_(moved)
+        setattr(chosen, name, moved)
+    if hasattr(layer, "batch_size"):
+        chosen.batch_size = len(rows)
+    return chosen
 
 
 def slots_needed(layer: Any, tokens: int) -> int:

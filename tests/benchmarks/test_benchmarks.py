@@ -9,6 +9,7 @@ import pytest
 import torch
 
 from benchmarks import common, cuda_decode, cuda_worker, decode, llama_cpp_runner, offload, roofline
+from benchmarks.prompts import mixed, prompts
 from benchmarks.random_llama import random_llama
 from river_compile.kernels.tools.shapes import MODELS, ModelShape
 
@@ -73,6 +74,15 @@ def test_workers_share_no_cache_and_their_chatter_is_no_answer(start):
     first, second = start("a").ask("environment"), start("b").ask("environment")
     assert first["cache"] != second["cache"]
     assert first["threads"] == "1"
+
+
+def test_two_hundred_prompts_of_six_groups_differ():
+    """Enough for the long proofs of exact mode; a group that has fewer than were asked for says so."""
+    texts = list(itertools.islice(mixed(), 200))
+    assert len(set(texts)) == 200
+    assert texts[1] == prompts("code", 1)[0]
+    with pytest.raises(ValueError, match=r"group 'math' has .* prompts, fewer than 1000"):
+        prompts("math", 1000)
 
 
 def test_json_files_are_whole_and_leave_no_scratch(tmp_path):

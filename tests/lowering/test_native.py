@@ -162,18 +162,25 @@ def test_what_needs_the_kernels_says_so(options, message):
 
 @pytest.mark.parametrize(("name", "batch"), [("llama", 1), ("qwen3", 3)])
 def test_strict_verification_has_the_bits_of_decoding_without_drafts(name, batch):
-    """In bfloat16, on the C++ kernels: the scores too, with drafts that are verified several at a time."""
+    """In bfloat16, on the C++ kernels: the scores too, with drafts that are verified several at a time.
+
+    Where nobody asks for scores, rows of a batch part, and the text is the same.
+    """
     model = make(name, layers=2, dtype=torch.bfloat16)
     model.compile(backend=river, options={**OPTIONS, "lowering": "native"})
     options = {"max_new_tokens": 16, "do_sample": False, "pad_token_id": 0, "cache_implementation": "static"}
-    options |= {"return_dict_in_generate": True, "output_logits": True, "disable_compile": True}
+    options["disable_compile"] = True
+    outputs = {"return_dict_in_generate": True, "output_logits": True}
     ids, mask = left_padded(batch)
     with forced_depth(WHOLE):
-        plain = model.generate(ids, attention_mask=mask, **options)
+        plain = model.generate(ids, attention_mask=mask, **options, **outputs)
     drafts = {"custom_generate": exact, "strict": True, "max_draft": 3, "stop_below": 0.0, "adaptive": False}
     with warnings.catch_warnings(), trace() as seen:
         warnings.simplefilter("error", RiverWarning)
-        strict = model.generate(ids, attention_mask=mask, **drafts, **options)
+        strict = model.generate(ids, attention_mask=mask, **drafts, **options, **outputs)
+    with trace() as parting:
+        assert torch.equal(model.generate(ids, attention_mask=mask, **drafts, **options), plain.sequences)
+    assert batch == 1 or any(len({len(row.kept) for row in cycle.rows}) > 1 for cycle in parting.cycles)
     assert torch.equal(strict.sequences, plain.sequences)
     assert all(map(torch.equal, strict.logits, plain.logits))
     assert {cycle.width for cycle in seen.cycles} >= {min(4, 8 // batch)}

@@ -4,20 +4,23 @@ The models are tiny and run with the eager lowering, whose backbone gives the pl
 is a graph to trace, which is nearly all of the time, so models have two blocks and drafts at most three tokens.
 """
 
+import copy
 import itertools
 from collections import Counter
 
 import pytest
 import torch
 from transformers import StaticCache
+from transformers.cache_utils import Cache
 from transformers.generation import LogitsProcessor, LogitsProcessorList
 from transformers.generation.streamers import BaseStreamer
 
 import river_compile
+from river_compile.drop_in.generation import generate_exactly
 from river_compile.exits import forced_depth
 from river_compile.speculative.runner import BatchInvariantGraph, DraftVerifyRunner
 from river_compile.upstream.hf_cache import cache_argument, cache_of, crop
-from tests.support.decoding import new_cache
+from tests.support.decoding import Halved, new_cache
 from tests.support.families import REWRITTEN, prompt
 from tests.support.families import make as make_family
 from tools.families.tiny import tiny_model
@@ -141,16 +144,36 @@ def test_the_cache_can_go_on_in_plain_generation():
     assert torch.equal(more, generate(make("llama"), ids, mask, max_new_tokens=NEW_TOKENS + 8))
 
 
-def test_a_conversation_goes_on_with_the_cache_of_its_last_turn():
-    """Two turns in exact mode on one cache give the text of one plain generation from the whole conversation."""
+@pytest.mark.parametrize("kind", ["static", "dynamic"])
+def test_a_conversation_goes_on_with_the_cache_of_its_last_turn(kind):
+    """Two turns in exact mode on one cache give the text of one plain generation from the whole conversation.
+
+    Two second turns, each on a copy of what the first one left: a beginning that several requests share runs once.
+    """
+    model, plain, ids = compiled(), make("llama"), prompt()
+    cache = new_cache(model, kind, capacity=64)
+    first = exactly(model, ids, max_new_tokens=10, **{cache_argument(model): cache})
+    for seed in (2, 3):
+        held = copy.deepcopy(cache)
+        whole = torch.cat([first, prompt(5, seed=seed)], dim=1)
+        second = exactly(model, whole, max_new_tokens=10, **{cache_argument(model): held})
+        assert torch.equal(second, generate(plain, whole, max_new_tokens=10))
+        assert int(held.get_seq_length()) == second.shape[1] - 1
+
+
+def test_a_quantized_cache_is_refused_by_name():
+    """Nothing could be taken back from what was quantized together. An accelerated model goes on without drafts."""
     model, ids = compiled(), prompt()
-    cache = new_cache(model, "static", capacity=64)
-    held = {cache_argument(model): cache, "max_new_tokens": 10}
-    first = exactly(model, ids, **held)
-    whole = torch.cat([first, prompt(5, seed=2)], dim=1)
-    second = exactly(model, whole, **held)
-    assert torch.equal(second, generate(make("llama"), whole, max_new_tokens=10))
-    assert int(cache.get_seq_length()) == second.shape[1] - 1
+
+    def held():
+        return {cache_argument(model): Cache(layers=[Halved(residual_length=4) for _ in range(LAYERS)])}
+
+    with pytest.raises(ValueError, match=r"this cache cannot give entries back \(Halved\)"):
+        exactly(model, ids, **held())
+    generate_exactly(model, river_compile.exact)
+    with pytest.warns(river_compile.RiverWarning, match=r"cannot give entries back \(Halved\)"):
+        ours = generate(model, ids, **held())
+    assert torch.equal(ours, generate(make("llama"), ids, **held()))
 
 
 @pytest.mark.parametrize("batch", [1, 3])
@@ -358,9 +381,18 @@ def test_each_row_of_a_batch_has_its_text_and_takes_no_more_passes_than_alone(na
 
 @pytest.mark.core
 def test_sampled_text_is_plain_samplings_for_the_same_seed():
-    """Two texts for each of two prompts that part, and PyTorch's generator goes on from the same place."""
+    """Two texts for each of two prompts that part, and PyTorch's generator goes on from the same place.
+
+    A processor that holds a number for each row, as a repetition penalty does, is given some of the rows at a time.
+    """
     ids, mask = padded(2)
-    options = {"do_sample": True, "temperature": 0.9, "top_p": 0.9, "num_return_sequences": 2}
+    options = {
+        "do_sample": True,
+        "temperature": 0.9,
+        "top_p": 0.9,
+        "num_return_sequences": 2,
+        "repetition_penalty": 1.2,
+    }
     texts, next_numbers = [], []
     for model, run in ((make("llama"), generate), (compiled(), exactly)):
         torch.manual_seed(3)

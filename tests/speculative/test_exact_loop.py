@@ -18,8 +18,9 @@ import river_compile
 from river_compile.speculative.accept import Chooser
 from river_compile.speculative.draft import Drafter
 from river_compile.speculative.lookup import SuffixAutomaton
-from river_compile.speculative.loop import ExactLoop
+from river_compile.speculative.loop import Ends, ExactLoop
 from river_compile.speculative.plan import ByChance, ByGain
+from river_compile.speculative.processors import RowProcessors
 from river_compile.speculative.rates import AcceptanceRate
 from river_compile.speculative.texts import Texts
 from tests.support.scripted import VOCABULARY, ScriptedRunner
@@ -56,8 +57,8 @@ def loop_on(runner, prompt, recorder, lookup=True, stop_below=0.3, process=None,
         drafter=Drafter(prompt, lookup, rule, runner.times, together, PAD),
         texts=texts,
         chooser=Chooser(len(prompt), do_sample),
-        process=process,
-        process_draft=process,
+        process=None if process is None else RowProcessors(process),
+        process_draft=None if process is None else RowProcessors(process),
         stops=recorder.stops,
         max_length=recorder.max_length,
         pad_token=PAD,
@@ -94,26 +95,31 @@ def plain(runner, prompt, recorder):
     lookup=st.booleans(),
     stop_below=st.sampled_from([0.0, 0.3, 0.9, 1.0, None]),
     together=st.booleans(),
+    asked=st.booleans(),
 )
 def test_text_calls_and_cache_are_those_of_plain_generation(
-    seed, batch, river_right, max_draft, new_tokens, spare_slots, eos, memory, lookup, stop_below, together
+    seed, batch, river_right, max_draft, new_tokens, spare_slots, eos, memory, lookup, stop_below, together, asked
 ):
     """Whatever agrees, wherever the texts end, however few slots are left: ids and streamer match.
 
-    The calls of criteria and the cache match too where rows stay together; where they part, each row's calls do.
+    The calls of criteria (where they are asked) and the cache match too where rows stay together; where they part, each
+    row's calls do.
     """
     prompt = torch.randint(1, VOCABULARY, (batch, 5), generator=torch.Generator().manual_seed(seed))
     max_length = 5 + new_tokens
     expected_calls, calls = Recorder(eos, max_length), Recorder(eos, max_length)
     runner = ScriptedRunner(prompt, seed, river_right, max_draft, max_length + spare_slots, memory)
     expected = plain(runner, prompt, expected_calls)
-    ids = loop_on(runner, prompt, calls, lookup, stop_below, together=together).run(first_logits(runner, prompt))
+    loop = loop_on(runner, prompt, calls, lookup, stop_below, together=together)
+    if not asked:
+        loop.stops = Ends(max_length, frozenset({eos}))
+    ids = loop.run(first_logits(runner, prompt))
     assert ids.tolist() == expected.tolist()
     assert calls.streamed == expected_calls.streamed
     if together:
-        assert calls.seen == expected_calls.seen
+        assert calls.seen == (expected_calls.seen if asked else [])
         assert runner.slots == [[(token, True) for token in row[:-1]] for row in expected.tolist()]
-    else:
+    elif asked:
         seen = [row for rows in calls.seen for row in rows]
         assert len(seen) == len(set(map(tuple, seen))) or batch > 1, "a position was judged twice"
         assert all(row in seen for rows in expected_calls.seen[:1] for row in rows)
@@ -131,6 +137,20 @@ def test_rows_that_part_take_fewer_passes_than_rows_that_wait():
         assert ids.tolist() == plain(runner, rows, Recorder(-1, 60)).tolist()
     alone = [passes[1, True, first] for first in (1, 4, 7)]
     assert passes[3, False, 1] == max(alone) < passes[3, True, 1]
+
+
+def test_rows_that_have_ended_leave_the_batch():
+    """Three of four end early: passes are of one row from then on. Rows that stay together stay."""
+    prompt = torch.tensor([[1, 2, 3], [4, 5, 6], [7, 8, 9], [1, 1, 2]])
+    script = ScriptedRunner(prompt, 11, 7, 7, capacity=100, memory=3)
+    texts = plain(script, prompt, Recorder(-1, 60))[:, 3:].tolist()
+    eos = min(range(VOCABULARY), key=lambda token: sum(token in text for text in texts) or len(texts) + 1)
+    expected = plain(script, prompt, Recorder(eos, 60)).tolist()
+    for together in (False, True):
+        runner = ScriptedRunner(prompt, 11, 7, 7, capacity=100, memory=3)
+        ids = loop_on(runner, prompt, Recorder(eos, 60), False, together=together).run(first_logits(runner, prompt))
+        assert ids.tolist() == expected
+        assert (len(runner.rows) == 4) == together
 
 
 @pytest.mark.parametrize("free", range(1, 10))

@@ -3,9 +3,10 @@
 import pytest
 import torch
 from transformers import DynamicCache, StaticCache
-from transformers.cache_utils import Cache, QuantizedLayer, StaticLayer
+from transformers.cache_utils import Cache, StaticLayer
 
 from river_compile.speculative.rewind import RewindableCache
+from tests.support.decoding import Halved
 from tests.support.families import SLIDING_WINDOW, make
 
 LONGEST = 4
@@ -50,16 +51,6 @@ def test_drafts_and_rejected_tokens_leave_no_trace(name, static, held):
     shown = write(entries, [7])
     seen = ([*text, 7])[-SLIDING_WINDOW:] if name == "mistral" else [*text, 7]
     assert shown[: len(seen)] == seen if static else shown[-len(seen) :] == seen
-
-
-class Halved(QuantizedLayer):
-    """Entries in half precision, as a stand-in for quantizers that have packages of their own."""
-
-    def _quantize(self, tensor, axis):
-        return tensor.half()
-
-    def _dequantize(self, tensor):
-        return tensor.float()
 
 
 def test_quantized_caches_are_refused_by_name():

@@ -7,6 +7,7 @@ from collections.abc import Sequence
 import torch
 from torch import Tensor
 from transformers import DynamicCache, PreTrainedModel, StaticCache
+from transformers.cache_utils import QuantizedLayer
 
 from river_compile.exits import forced_depth
 from river_compile.upstream.hf_cache import cache_argument
@@ -18,6 +19,16 @@ CAPACITY = 24
 def new_cache(model: PreTrainedModel, kind: str, capacity: int = CAPACITY) -> StaticCache | DynamicCache:
     config = model.config.get_text_config()
     return StaticCache(config=config, max_cache_len=capacity) if kind == "static" else DynamicCache(config=config)
+
+
+class Halved(QuantizedLayer):
+    """Entries in half precision, as a stand-in for quantizers that have packages of their own."""
+
+    def _quantize(self, tensor: Tensor, axis: int) -> Tensor:
+        return tensor.half()
+
+    def _dequantize(self, tensor: Tensor) -> Tensor:
+        return tensor.float()
 
 
 def left_padded(batch: int, length: int = 9) -> tuple[Tensor, Tensor]:

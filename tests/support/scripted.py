@@ -39,6 +39,7 @@ class ScriptedRunner:
 
     Attributes:
         slots: for each row what stands in the filled slots, an id and whether the backbone wrote it; None for filler.
+        rows: which rows of the call are in the batch.
         ended: rows whose slots are not looked at any more; the test's loop sets it.
     """
 
@@ -47,8 +48,9 @@ class ScriptedRunner:
         self.seed, self.river_right, self.memory = seed, river_right, memory
         self.max_draft, self.capacity = max_draft, capacity
         self.slots: list[list[tuple[int, bool] | None]] = [[(token, True) for token in row] for row in prompt.tolist()]
+        self.rows = list(range(len(prompt)))
         self.kept = self.filled + 1
-        self.ended: Callable[[], list[bool]] = lambda: [False] * len(self.slots)
+        self.ended: Callable[[], list[bool]] = lambda: [False] * len(prompt)
 
     @property
     def filled(self) -> int:
@@ -94,11 +96,21 @@ class ScriptedRunner:
             content = self.slots[i][: start + count][-(self.kept - 1) :]
             self.slots[i] = [None] * (self.kept - 1 - len(content)) + content
 
+    can_select = True
+
+    def select(self, rows: Sequence[int]) -> None:
+        self.slots = [self.slots[row] for row in rows]
+        self.rows = [self.rows[row] for row in rows]
+        assert not any(self.ended()[row] for row in self.rows), "a row that has ended goes on"
+
     def _write(self, ids_BS: Tensor, width: int, exact: bool) -> None:
         start = ids_BS.shape[1] - width
         assert start == self.filled, "a pass must start after the last filled slot"
-        for row, ids, ended in zip(self.slots, ids_BS.tolist(), self.ended(), strict=True):
+        ended = self.ended()
+        for number, row, ids in zip(self.rows, self.slots, ids_BS.tolist(), strict=True):
             cached = [(slot[0], token) for slot, token in zip(row, ids, strict=False) if slot is not None]
-            assert ended or all(slot == token for slot, token in cached), "the cache holds other ids than the text"
+            assert ended[number] or all(slot == token for slot, token in cached), (
+                "the cache holds other ids than the text"
+            )
             row += [(token, exact) for token in ids[start:]]
         assert self.filled <= self.capacity, "the cache overflows"

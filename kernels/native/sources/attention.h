@@ -2,7 +2,8 @@
 // log-sum-exp (online softmax: Milakov and Gimelshein 2018; split over the keys: Flash-Decoding, Dao et al. 2023).
 //
 // Keys and values of slots that take no part are never read, and the query heads that share a key-value head read it
-// once. Every result is summed in one order, whatever the number of positions and threads. Not handled: masks that differ
+// once. Chunks are counted from a row's first slot that takes part. So every result is summed in one order, whatever the
+// number of positions and threads, and however much padding stands before the row. Not handled: masks that differ
 // between heads, and many positions at the speed of a library.
 #pragma once
 
@@ -26,18 +27,26 @@ struct Live {
   int count = 0;
 };
 
-inline void find_live(const AttentionArgs& a, int64_t row, int first, int end, Live& live) {
-  const int64_t at = row / a.positions * a.mask_sequence + row % a.positions * a.mask_position;
+// Whether slot number `slot` of the mask's row at `at` takes part, and what is added to its score.
+inline bool takes_part(const AttentionArgs& a, int64_t at, int slot, float& added) {
+  added = 0;
+  if (!a.mask) return true;
+  if (a.mask_dtype == kBool) return static_cast<const uint8_t*>(a.mask)[at + slot];
   const float least = a.mask_dtype == kFloat16 ? -65504.0f : -3.3895e38f;
-  if (a.causal) end = int(std::min<int64_t>(end, row % a.positions + 1));
-  for (int slot = first; slot < end; ++slot) {
-    float added = 0;
-    if (a.mask && a.mask_dtype == kBool) {
-      if (!static_cast<const uint8_t*>(a.mask)[at + slot]) continue;
-    } else if (a.mask) {
-      added = load_scalar(a.mask, at + slot, a.mask_dtype);
-      if (added <= least / 2) continue;
-    }
+  added = load_scalar(a.mask, at + slot, a.mask_dtype);
+  return !(added <= least / 2);
+}
+
+// Finds those of chunk number `chunk` of a row.
+inline void find_live(const AttentionArgs& a, int64_t row, int chunk, Live& live) {
+  const int64_t at = row / a.positions * a.mask_sequence + row % a.positions * a.mask_position;
+  const int slots = a.causal ? int(std::min<int64_t>(a.slots, row % a.positions + 1)) : a.slots;
+  int first = 0;
+  float added;
+  while (first < slots && !takes_part(a, at, first, added)) ++first;
+  first += chunk * kChunk;
+  for (int slot = first; slot < std::min(first + kChunk, slots); ++slot) {
+    if (!takes_part(a, at, slot, added)) continue;
     live.slots[live.count] = slot;
     live.added[live.count++] = added;
   }
@@ -96,7 +105,7 @@ inline void attend_chunk(const AttentionArgs& a, int64_t row, int64_t kv_head, i
   alignas(64) float q[kHeads][kMostHeadFeatures], sums[kHeads][kMostHeadFeatures];
   Live live;
   Scores scores;
-  find_live(a, row, chunk * kChunk, std::min((chunk + 1) * kChunk, a.slots), live);
+  find_live(a, row, chunk, live);
   for (int done = 0; done < shared; done += kHeads) {
     const int heads = std::min(kHeads, shared - done);
     const int64_t first = row * a.heads + kv_head * shared + done;

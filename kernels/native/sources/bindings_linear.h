@@ -31,14 +31,15 @@ struct LinearCall {
     prepare.out = x;
   }
 
-  void run() const {
+  // On our threads, or where the call lies between calls of a library on torch's.
+  void run(bool beside_library = false) const {
     const int64_t values = int64_t(groups_of_rows()) * linear.group_size;
     const int64_t weights = (linear.out_features + kBlock - 1) / kBlock * (values / linear.rows) * kBlock;
     const int most = threads();
     const int rows = prepare.norm ? linear.rows : 4 * most;
     const int parts = std::min(rows, parts_of(values, 1 << 14, most));
     const int parts_of_weights = parts_of(weights * ((linear.rows + 3) / 4), 1 << 17, most);
-    if (linear.x.format == kTiled && many()) {
+    if (beside_library) {
       check(!Tape::recording(), "a product of many rows", "not be recorded");
       run_beside_library(&run_prepare, this, parts);
       run_beside_library(&run_linear, this, parts_of_weights);
@@ -48,7 +49,7 @@ struct LinearCall {
     call.run({{&run_prepare, parts}, {&run_linear, parts_of_weights}}, most);
   }
 
-  // More rows than one tile has: products of prompts, between attention that a library computes.
+  // More rows than one tile has.
   bool many() const { return linear.rows > kBlock; }
 
  private:
@@ -113,7 +114,9 @@ inline bool has_rows(const Tensor& y, const Tensor& x, int64_t width) {
 }
 
 // Rows up to which a pass costs little more than one row; of more, without tiles, a library computes the product.
-inline int64_t few_rows(bool tiles) { return tiles ? 16 : 8; }
+inline int64_t few_rows(bool tiles, int64_t positions) {
+  return positions > kFewPositions ? 0 : tiles ? 64 : 8;
+}
 
 inline Tensor library_linear(const Tensor& x, const Tensor& weight, const Maybe& bias) {
   using torch::stable::detail::from;
@@ -292,11 +295,12 @@ inline Tensor dense(const Tensor& x, Tensors weights, Tensors biases, const Mayb
   if (!describe(call, x, n, kLargestGroup, {bias, residual, norm, norm_weight, norm_bias, eps, activation, gated}, y,
                 held))
     return y;
-  if (rows_of(x) > few_rows(tiles) && !tiles) {
+  const bool few = rows_of(x) <= few_rows(tiles, x.dim() == 3 ? x.size(1) : 1);
+  if (!few && !tiles) {
     run_wide(call, held.empty() ? x : torch::stable::contiguous(x), weights, biases);
   } else {
     call.place();
-    call.run();
+    call.run(!few);
   }
   return y;
 }

@@ -139,6 +139,19 @@ def test_chunks_without_a_slot_change_nothing(isa, dtype):
 
 
 @ISAS
+@pytest.mark.parametrize("padding", [1, 100, CHUNK + 3])
+def test_padding_before_a_row_changes_no_bit(isa, padding):
+    """As where a row of a batch falls behind and moves to the right: its chunks move with it."""
+    load.load(isa)
+    held, slots = CHUNK + 40, 3 * CHUNK
+    q, k, v = inputs(1, 6, 2, slots, 24, torch.float32)
+    live = torch.arange(slots)[None] < held
+    moved = [cache.roll(padding, 2) for cache in (k, v)]
+    first = native.decode_attention(q, k, v, live, 0.3, 0.0)
+    assert torch.equal(native.decode_attention(q, *moved, live.roll(padding, 1), 0.3, 0.0), first)
+
+
+@ISAS
 @given(st.integers(1, 4), st.sampled_from((40, 2 * CHUNK + 30)), st.sampled_from(DTYPES), st.integers(0, 2**20))
 @examples(4)
 def test_a_sequences_bits_depend_on_neither_batch_nor_threads(isa, batch, slots, dtype, seed):

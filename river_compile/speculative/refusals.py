@@ -1,0 +1,51 @@
+"""Why exact mode cannot run on a model that was compiled in some way: errors that name the reason and the way out."""
+
+from __future__ import annotations
+
+from transformers import PreTrainedModel
+
+from river_compile.config import RiverConfig
+from river_compile.errors import ExactModeError
+from river_compile.reporting.plain_runs import PlainRuns
+from river_compile.state import ModelState, state_of_model
+
+
+def known(model: PreTrainedModel) -> ModelState:
+    """Returns what is known of a model; raises an ExactModeError where its graphs never reached the backend."""
+    try:
+        return state_of_model(model, "exact mode")
+    except ValueError as error:
+        raise ExactModeError(str(error)) from None
+
+
+def why_not(state: ModelState) -> str:
+    """Returns why a prompt ran in none of the model's rewritten graphs."""
+    plain = state.of(PlainRuns).reason
+    if plain:
+        return f"it ran without it: {plain}"
+    refusal = next((graph.refusal for graph in reversed(state.graphs) if graph.refusal), "")
+    return f"it refused: {refusal}" if refusal else 'this call did not reach it: use model.compile(backend="river")'
+
+
+def check_paths(config: RiverConfig) -> None:
+    """Raises an ExactModeError where a model was compiled without its whole river or its whole backbone."""
+    if config.prefill != "backbone":
+        raise ExactModeError(
+            f"prefill={config.prefill!r} lets prompts leave the backbone, so nothing could verify the drafts; compile "
+            'the model with prefill="backbone"'
+        )
+    if config.fill != "river":
+        raise ExactModeError(
+            f"exact mode drafts with the river, which fill={config.fill!r} replaces; compile the model with "
+            "fill='river'"
+        )
+    if config.exit_depth is not None:
+        raise ExactModeError(
+            f"exit_depth={config.exit_depth} leaves only one path in the compiled model; exact mode needs the whole "
+            "river and the whole backbone: compile it without exit_depth"
+        )
+    if config.deepest is not None:
+        raise ExactModeError(
+            f"offload={config.offload} with offload_policy='exit' makes every token leave by that depth; exact mode "
+            "verifies with the whole backbone: compile the model with offload_policy='fetch'"
+        )
