@@ -38,19 +38,22 @@ class Worker:
         module: the benchmark's full name; its ``main`` must call :func:`serve` when given ``--worker``.
         name: of the configuration, for error messages.
         threads: number of threads of the process.
+        caches: environment variables that name cache folders which outlive the process, such as
+            ``TORCHINDUCTOR_CACHE_DIR``, which else is its own and empty.
     """
 
-    def __init__(self, module: str, name: str, threads: int) -> None:
+    def __init__(self, module: str, name: str, threads: int, caches: Mapping[str, str] | None = None) -> None:
         self.name = name
         self._folder = tempfile.TemporaryDirectory(prefix="river_benchmark_")
         self._log = Path(self._folder.name) / "log.txt"
         environment = dict(
             os.environ,
             OMP_NUM_THREADS=str(threads),
-            TORCHINDUCTOR_CACHE_DIR=str(Path(self._folder.name) / "inductor"),  # cold, and shared with nobody
             PYTHONUNBUFFERED="1",
             PYTHONPATH=os.pathsep.join(filter(None, [str(ROOT), os.environ.get("PYTHONPATH")])),
         )
+        environment["TORCHINDUCTOR_CACHE_DIR"] = str(Path(self._folder.name) / "inductor")
+        environment.update(caches or {})
         with self._log.open("w") as log:
             self._process = subprocess.Popen(
                 [sys.executable, "-m", module, "--worker"],
@@ -67,9 +70,21 @@ class Worker:
         Raises:
             WorkerFailed: the worker raised an exception or ended.
         """
+        self.tell(command, **arguments)
+        return self.answer()
+
+    def tell(self, command: str, **arguments) -> None:
+        """Sends a command, whose answer :meth:`answer` waits for."""
         with contextlib.suppress(BrokenPipeError):
             self._process.stdin.write(json.dumps({"command": command, **arguments}) + "\n")
             self._process.stdin.flush()
+
+    def answer(self) -> dict:
+        """Waits for the answer to the last command.
+
+        Raises:
+            WorkerFailed: the worker raised an exception or ended.
+        """
         answer = self._process.stdout.readline()
         if not answer:
             raise WorkerFailed(f"{self.name}: the process ended with status {self._process.wait()}\n{self._log_end()}")

@@ -1,13 +1,18 @@
-"""Files and folders that appear complete or not at all, and the folder for what can be made again."""
+"""Files and folders that appear complete or not at all and are made once, and the folder for what can be made again."""
 
 from __future__ import annotations
 
+import glob
 import os
 import shutil
 import tempfile
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
+
+from filelock import FileLock
+
+_SUFFIX = "[a-z0-9_]" * 8  # that `tempfile` gives a name
 
 
 def cache_folder() -> Path:
@@ -28,6 +33,20 @@ def appearing(target: Path) -> Iterator[Path]:
         os.replace(scratch / target.name, target)
     finally:
         shutil.rmtree(scratch, ignore_errors=True)
+
+
+@contextmanager
+def making(target: Path) -> Iterator[None]:
+    """Lets one process and thread after another make a file or folder: look inside whether it is there by now.
+
+    The lock is a file beside the target. The operating system ends it with the process that holds it; what a killed
+    process left unfinished is removed by the next.
+    """
+    target.parent.mkdir(parents=True, exist_ok=True)
+    with FileLock(target.with_name(f".{target.name}.lock")):
+        for unfinished in target.parent.glob(f".{glob.escape(target.name)}.{_SUFFIX}"):
+            shutil.rmtree(unfinished, ignore_errors=True)
+        yield
 
 
 def as_umask_allows(file: Path) -> None:

@@ -42,6 +42,7 @@ _EXPORTS = {
     "calibrate": "calibration.calibrate",
     "decode": "generation",
     "exact": "speculative.mode",
+    "export": "twins.export",
     "forced_depth": "exits",
     "forced_threshold": "exits",
     "load": "drop_in.loading",

@@ -56,6 +56,7 @@ from .exits import ExitPolicy, Memories
 from .pass_list import head_twinning, passes_for, twinning, uses_own_backbone
 from .state import GraphRecord, ModelState, find_state, state_of
 from .upstream.compiled_calls import compiled_module
+from .upstream.inductor_builds import build_whole_files
 from .upstream.versions import warn_of_untested
 
 log = logging.getLogger("river_compile")
@@ -85,6 +86,7 @@ def river(
     """
     config = RiverConfig.from_options(options)
     mode = check_mode(mode)
+    build_whole_files()
     traced = normalized(graph_module)
     values = dict(zip(traced.graph.find_nodes(op="placeholder"), example_inputs, strict=True))
     parameters = [node for node in values if is_parameter(node)]
@@ -247,8 +249,8 @@ def _pack(
     head = head_twinning(config, lowering)
     every = {segment: twin_sites(segment, how) for segment in program.blocks}
     every[program.head] = twin_sites(program.head, head or how)
-    segments = list(program.blocks[config.exit_depth or 0 :]) if config.fill == "river" else []
-    segments += [program.head] if head is not None else []
-    sites = [site for segment in segments for site in every[segment]]
+    heads = [program.head] if head is not None else []
+    reachable = [*(program.blocks[config.exit_depth or 0 :] if config.fill == "river" else ()), *heads]
+    sites, savable = ([site for s in group for site in every[s]] for group in (reachable, [*program.blocks, *heads]))
     names = {site.name for found in every.values() for site in found}
-    return state.of(PackedWeights).pack(sites, values, config, Statistics.of(state), names)
+    return state.of(PackedWeights).pack(sites, values, config, Statistics.of(state), names, savable)

@@ -87,8 +87,8 @@ class RiverConfig:
         "gptq",
         one_of(*OBSERVING, *QUANTIZERS),
         "how 4-bit weights are found: with what they meet in a little text that the model samples, or in that of "
-        '`river_compile.observe`, `"gptq"` or `"awq"`; from the weights alone `"hqq"` or `"rtn"` '
-        "([docs/twins.md](docs/twins.md))",
+        '`river_compile.observe`, `"gptq"` or `"awq"`; from the weights alone `"hqq"` or `"rtn"`, or `"symmetric"` for '
+        "`river_compile.export` ([docs/twins.md](docs/twins.md))",
         for_tests=("none", "twins keep the backbone's 16-bit weights"),
     )
     prefill: str = _option(
@@ -105,6 +105,12 @@ class RiverConfig:
     )
     artifact: str | Path | None = _option(
         None, optional(PATH), "a folder written by `river_compile.save`: its packed twins are read instead of made"
+    )
+    on_missing_artifact: str = _option(
+        "raise",
+        one_of("raise", "save"),
+        '`"save"`: where `artifact` does not exist, one process packs the twins and writes it, and those that start at '
+        "the same time wait; all of them map it ([docs/twins.md](docs/twins.md#many-processes))",
     )
     offload: int | None = _option(
         None,
@@ -233,6 +239,8 @@ class RiverConfig:
                 f"offload={self.offload} is not available with quantizer='none', whose twins use the backbone's "
                 "weights; use 'hqq'"
             )
+        if self.artifact is None and self.on_missing_artifact == "save":
+            yield "on_missing_artifact='save' needs artifact=, the folder to write; name one"
         if self.artifact is not None and self.quantizer == "none":
             yield "artifact= holds 4-bit twins, which quantizer='none' does not use; leave one of them out"
         if self.artifact is not None and self.fill != "river":

@@ -2,14 +2,13 @@
 
 A library's name holds the hash of everything that it is made from: sources, flags, compiler and version of torch. The
 library ends with the hash of its own bytes, which loading it ignores; one that does not match is built again.
-Processes that build the same library at once each put a complete one in place.
+Of processes that need the same library at once one compiles it, and the others wait for it.
 
 Not handled: compilers other than GCC and Clang, and Windows.
 """
 
 from __future__ import annotations
 
-import contextlib
 import hashlib
 import logging
 import os
@@ -23,7 +22,7 @@ from pathlib import Path
 
 import torch
 
-from river_compile.kernels.files import appearing, cache_folder
+from river_compile.kernels.files import appearing, cache_folder, making
 
 log = logging.getLogger("river_compile.kernels.native.build")
 
@@ -78,16 +77,19 @@ def build(compiler: Compiler, source: str, name: str, flags: Sequence[str]) -> P
     texts = [file.read_bytes() for file in sorted(SOURCES.iterdir()) if file.is_file()]
     digest = hashlib.sha256(b"\0".join([*map(str.encode, made_from), *texts])).hexdigest()[:16]
     library = cache_folder() / "native" / f"{name}_{digest}.so"
-    with contextlib.suppress(FileNotFoundError):  # (whoever cleans up may come between any two looks)
+    if _is_whole(library):
+        return library
+    with making(library):
         if _is_whole(library):
             return library
-        warnings.warn(f"the compiled kernels {library} were damaged and are rebuilt", stacklevel=2)
-    start = time.perf_counter()
-    with appearing(library) as scratch:
-        _run([*command, "-o", str(scratch)])
-        with scratch.open("ab") as file:
-            file.write(hashlib.sha256(scratch.read_bytes()).digest())
-    log.info("compiled %s in %.1f s", library.name, time.perf_counter() - start)
+        if library.exists():
+            warnings.warn(f"the compiled kernels {library} were damaged and are rebuilt", stacklevel=2)
+        start = time.perf_counter()
+        with appearing(library) as scratch:
+            _run([*command, "-o", str(scratch)])
+            with scratch.open("ab") as file:
+                file.write(hashlib.sha256(scratch.read_bytes()).digest())
+        log.info("compiled %s in %.1f s", library.name, time.perf_counter() - start)
     return library
 
 
@@ -98,7 +100,10 @@ def torch_flags() -> list[str]:
 
 
 def _is_whole(library: Path) -> bool:
-    content = library.read_bytes()
+    try:
+        content = library.read_bytes()
+    except FileNotFoundError:  # (whoever cleans up may come between any two looks)
+        return False
     return hashlib.sha256(content[:-_DIGEST]).digest() == content[-_DIGEST:]
 
 

@@ -29,8 +29,9 @@ from river_compile.kernels.checks import check_choice
 
 MID_POINT = 8
 MAX_Q = 15
-QUANTIZERS = ("hqq", "rtn")
+QUANTIZERS = ("hqq", "rtn", "symmetric")
 GROUP_SIZES = (32, 64, 128, 256)
+_SHARES = tuple(1 - 0.03 * i for i in range(12))  # of a group's extent, that a symmetric grid covers
 _PIECE_ELEMENTS = 32_000
 _SLAB_ELEMENTS = 1 << 22
 
@@ -97,14 +98,15 @@ def quantize(weight: Tensor, group_size: int, quantizer: str = "hqq") -> Quantiz
     Args:
         weight: floating-point ``[N, K]``; must be finite.
         group_size: a divisor of K.
-        quantizer: ``"hqq"`` (half-quadratic quantization, Badri and Shaji 2023, solved by torchao) or ``"rtn"``
-            (round to nearest between the group's extremes).
+        quantizer: ``"hqq"`` (half-quadratic quantization, Badri and Shaji 2023, solved by torchao), ``"rtn"`` (round to
+            nearest between the group's extremes) or ``"symmetric"`` (round to nearest with a zero of 0, as the formats
+            of other programs have it).
 
     Raises:
         ValueError: an unknown quantizer, a group size that does not divide K, or weights that are not finite.
     """
     check_choice("quantizer", quantizer, QUANTIZERS)
-    solve = _hqq if quantizer == "hqq" else _rtn
+    solve = {"hqq": _hqq, "rtn": _rtn, "symmetric": _symmetric}[quantizer]
 
     def solve_slab(slab: Tensor) -> QuantizedWeight:
         return QuantizedWeight.stacked([solve(piece, group_size) for piece in pieces(check_matrix(slab, group_size))])
@@ -219,6 +221,22 @@ def _hqq(weight: Tensor, group_size: int) -> QuantizedWeight:
         torch.where(usable, zero, start.zero),
         group_size,
     )
+
+
+def _symmetric(weight: Tensor, group_size: int) -> QuantizedWeight:
+    """Rounds to multiples -8..7 of a scale, which has the sign that brings the largest weight to -8.
+
+    Of some scales that let the largest weights be cut off, each group takes the one with the least squared error.
+    """
+    groups = weight.unflatten(1, (-1, group_size))
+    largest = groups.gather(-1, groups.abs().argmax(-1, keepdim=True)).squeeze(-1)
+    best, least = torch.ones_like(largest), torch.full_like(largest, math.inf)
+    for share in _SHARES:
+        scale = (largest * (share / -MID_POINT)).bfloat16().float()
+        scale = torch.where(scale.abs() < torch.finfo(torch.float32).tiny, 1.0, scale)[..., None]
+        noise = (groups - nearest(groups, scale, torch.zeros_like(scale)) * scale).square().sum(-1)
+        best, least = torch.where(noise < least, scale.squeeze(-1), best), noise.minimum(least)
+    return rounded_to(weight, best, torch.zeros_like(best), group_size)
 
 
 @functools.cache

@@ -16,7 +16,7 @@ Layouts (N output features, K input features padded to whole groups of G)
 Experts' matrices of one shape are stacked: their tensors have a dimension more in front.
 
 `scale_zero[..., 0]` is the scale, `[..., 1]` the weight that q = 8 (of 8 bits 128) stands for. A new layout is an entry
-of `LAYOUTS`.
+of `LAYOUTS`; those of `PORTABLE` have the same bytes on every machine, so that files may hold them.
 Not handled: sharing one scale between rows, groups across rows, other numbers of bits than 4, and 8 in "native_int8".
 """
 
@@ -61,6 +61,17 @@ class PackedLinear:
             return layout(self.layout).unpack(self)
         return QuantizedWeight.stacked([self.matrix(i).unpack() for i in range(self.experts)])
 
+    def to(self, device: torch.device) -> PackedLinear:
+        """Returns the same matrix on a device."""
+        return replace(self, qweight=self.qweight.to(device), scale_zero=self.scale_zero.to(device))
+
+    def as_layout(self, name: str) -> PackedLinear:
+        """Returns the matrix in another layout, with the same tensors where its bytes are the same there."""
+        if _SAME_BYTES.get(self.layout, self.layout) == _SAME_BYTES.get(name, name):
+            return replace(self, layout=name)
+        grid = self.unpack()
+        return pack_stack(grid, name, self.experts) if self.experts else pack(grid, name, self.in_features)
+
     def matrix(self, index: int) -> PackedLinear:
         """Returns one matrix of a stack."""
         return replace(self, qweight=self.qweight[index], scale_zero=self.scale_zero[index], experts=0)
@@ -68,6 +79,30 @@ class PackedLinear:
     def dequantize(self, dtype: torch.dtype = torch.float32) -> Tensor:
         """Returns the matrix ``[N, K]`` in `dtype`, of E stacked ones ``[E N, K]``."""
         return self.unpack().dequantize(dtype)[:, : self.in_features]
+
+
+#: Layouts with the same bytes on every machine.
+PORTABLE = ("plain", "triton", "native", "native_int8")
+_SAME_BYTES = {"native_16bit": "native"}
+
+
+def portable(name: str) -> str:
+    """Returns the portable layout that a file holds a matrix of some layout in: the same bytes if there is one."""
+    same = _SAME_BYTES.get(name, name)
+    return same if same in PORTABLE else "plain"
+
+
+def tensors_of(name: str, n: int, k: int, group: int) -> dict[str, tuple[tuple[int, ...], tuple[torch.dtype, ...]]]:
+    """Returns shapes and possible dtypes of the tensors of a matrix ``[N, K]`` in a portable layout."""
+    blocks, pairs = (-(-n // 16), k // group), (n, k // group, 2)
+    native = ((*blocks, 16, 2), (torch.bfloat16,))
+    qweight, scale_zero = {
+        "plain": (((n, k // 2), (torch.uint8,)), (pairs, (torch.float32, torch.bfloat16))),
+        "triton": (((n, k // 8), (torch.int32,)), (pairs, (torch.float16, torch.bfloat16))),
+        "native": (((*blocks, group // 8, 64), (torch.uint8,)), native),
+        "native_int8": (((*blocks, group // 4, 64), (torch.uint8,)), native),
+    }[name]
+    return {"qweight": qweight, "scale_zero": scale_zero}
 
 
 def linear_by_dequantizing(x: Tensor, packed: PackedLinear, bias: Tensor | None) -> Tensor:

@@ -17,7 +17,13 @@ if TYPE_CHECKING:
 def pack(
     model: Model,
     output: Annotated[Path, typer.Option("--output", "-o", help="A new or empty folder, or one that this wrote.")],
-    quantizer: Annotated[str, typer.Option(help="gptq, awq, hqq or rtn.")] = "gptq",
+    quantizer: Annotated[
+        str | None,
+        typer.Option(help="gptq, awq, hqq or rtn; symmetric for --format compressed-tensors. Default: gptq."),
+    ] = None,
+    format: Annotated[
+        str, typer.Option(help="river, or compressed-tensors: a 4-bit model for transformers and vLLM.")
+    ] = "river",
     dtype: Dtype = "bfloat16",
     recipe: Annotated[
         bool, typer.Option("--recipe", help="Also put custom_generate/ into the model's folder, for generate().")
@@ -30,10 +36,14 @@ def pack(
 
     from river_compile.drop_in.quality import accelerate
     from river_compile.reporting.report import report as report_of
+    from river_compile.twins.export import FORMATS, export
     from river_compile.twins.pack import save
 
     from .models import load, quiet, resolve
 
+    if format not in ("river", *FORMATS):
+        raise typer.BadParameter(f"format {format!r} is none of {', '.join(('river', *FORMATS))}")
+    quantizer = quantizer or ("gptq" if format == "river" else "symmetric")
     use_threads(threads)
     quiet()
     folder = resolve(model)
@@ -41,7 +51,11 @@ def pack(
     start = time.perf_counter()
     accelerate(network, quantizer=quantizer)
     network.generate(tokenizer("A", return_tensors="pt")["input_ids"], max_new_tokens=2, do_sample=False)
-    save(network, output)
+    if format == "river":
+        save(network, output)
+    else:
+        export(network, output, format)
+        tokenizer.save_pretrained(output)
     if recipe:
         copy_recipe(folder)
     report = report_of(network)
@@ -49,6 +63,7 @@ def pack(
     result: dict[str, Any] = {
         "model": model,
         "folder": str(output),
+        "format": format,
         "quantizer": quantizer,
         "matrices": len(packed),
         "bytes": sum(site.nbytes for site in packed),

@@ -1,5 +1,7 @@
 """Loads a model's folder straight into an accelerated model: weights by transformers, twins from an artifact.
 
+Both are mapped, not copied, where the model keeps its folder's dtype and the C++ kernels of a CPU multiply.
+
 Not handled: models that are no causal language models, and quantized folders that need arguments of their own; load
 those with transformers and call :func:`river_compile.accelerate`.
 """
@@ -29,8 +31,8 @@ def load(
 
     Args:
         folder: a model folder or the name of a hub repository.
-        artifact: a folder written by :func:`river_compile.save` or ``river pack``; without one the twins are packed
-            at the first token.
+        artifact: a folder written by :func:`river_compile.save` or ``river pack``; None: the twins are packed at
+            the first token. With ``on_missing_artifact="save"`` a folder that is missing is written then.
         quality, calibration, options: as for :func:`river_compile.accelerate`.
         loading: arguments of ``from_pretrained``, such as ``{"dtype": "bfloat16"}``; by default the folder's dtype.
 

@@ -1,50 +1,52 @@
 """Packed twins on disk: a folder with one file, ``twins.safetensors``.
 
-    <key>.q             uint8 ``[N, K / 2]``, two nibbles in a byte; key = name/quantizer asked for/group size
-    <key>.scale_zero    bfloat16 or float32 ``[N, K / group_size, 2]``
-    <key>.input_scale   float32 ``[K]``, for a matrix whose inputs are scaled
-    metadata            "format", "version", "matrices" (JSON: the fields of `_SavedMatrix`, ratios as text, since
-                        JSON knows no infinity; one that stays in 16 bits has no tensors) and "sha256", the hash of the
-                        file with this hash taken as zeros
+    <key>.qweight, .scale_zero   as the matrix's layout has them (`river_compile.kernels.quant.layouts`); a stack of
+                                 experts has a dimension more in front. key = name/quantizer asked for/group
+                                 size; "int8" is asked for where 8 bits are
+    <key>.input_scale            float32 ``[K]``, for a matrix whose inputs are scaled
+    metadata                     "format", "version", "matrices" (JSON: the fields of `_SavedMatrix`, ratios as text,
+                                 since JSON knows no infinity; one that stays in 16 bits has no tensors) and "sha256",
+                                 the hash of the file with this hash taken as zeros
 
-The grid is stored, not the bytes that a kernel reads: those differ by processor and are made again in a moment, while
-the search for the grid takes seconds to hours. Biases are taken from the model, whose hash covers them.
+What is stored are the bytes that the kernel reads which the twins were packed for, where they are the same on every
+machine: they are mapped, and the processes that map them share one copy. For other kernels, and for ATen's, whose bytes
+differ by processor, the matrix is packed again from them. Biases are taken from the model, whose hash covers them.
 
 Everything is checked before anything is used: an artifact of another version, of other weights, with one byte changed,
 or with other tensors than its matrices have is refused with an :class:`ArtifactError`. Not handled: replacing an
-artifact in place (folders cannot be swapped atomically), and files that change while they are read.
+artifact in place (folders cannot be swapped atomically), and files that change while they are used.
 """
 
 from __future__ import annotations
 
-import hashlib
 import json
+import logging
 from collections import Counter
-from collections.abc import Iterable, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 import torch
-from safetensors import SafetensorError, safe_open
-from safetensors.torch import load_file, save_file
+from safetensors import SafetensorError
 from torch import Tensor
 
 from river_compile.errors import ArtifactError
-from river_compile.kernels.files import appearing, as_umask_allows
+from river_compile.kernels.files import appearing, making
 from river_compile.kernels.quant.grid import GROUP_SIZES
-from river_compile.kernels.quant.layouts import PackedLinear, pack
+from river_compile.kernels.quant.layouts import PORTABLE, PackedLinear, portable, tensors_of
 from river_compile.passes.program import Product
 
+from . import tensor_file
 from .make import Grid, PackedSite, Ratios
 
+log = logging.getLogger("river_compile.twins")
 FORMAT = "river-twins"
-VERSION = 4
+VERSION = 5
 FILE = "twins.safetensors"
 _MANIFEST_2 = "river.json"  # of version 2, which had a file for it
-_LAYOUT = "plain"
 _KINDS = {name: str for name in ("name", "quantizer", "asked", "statistics", "weights_sha256")} | {"stored": bool}
-_NO_HASH = "0" * 64
+_EIGHT_BITS = "int8"
 _NEW = "leave artifact= out and save a new one"
 
 
@@ -53,7 +55,9 @@ class _SavedMatrix(Ratios):
     """One matrix of an artifact.
 
     Attributes:
-        name, shape, group_size, quantizer, asked, statistics: as in its :class:`PackedSite`.
+        name, shape, group_size, experts, quantizer, statistics: as in its :class:`PackedSite`.
+        asked: as there, "int8" for 8 bits.
+        layout: of its bytes.
         weights_sha256: hash of the parameters it was made from, see :func:`digest_of`.
         stored: False where it stays in 16 bits, below the floor of `min_sqnr`.
     """
@@ -61,9 +65,11 @@ class _SavedMatrix(Ratios):
     name: str
     shape: tuple[int, int]
     group_size: int
+    experts: int
     quantizer: str
     asked: str
     statistics: str
+    layout: str
     weights_sha256: str
     stored: bool
 
@@ -79,7 +85,29 @@ class _SavedMatrix(Ratios):
         n, k = matrix.shape
         if min(n, k) < 1 or matrix.group_size not in GROUP_SIZES or k % matrix.group_size:
             raise ValueError(f"{matrix.name} has shape {matrix.shape} in groups of {matrix.group_size}")
+        if matrix.experts < 0 or (matrix.experts and n % matrix.experts):
+            raise ValueError(f"{matrix.name} has {n} rows of {matrix.experts} experts")
+        if matrix.layout not in PORTABLE:
+            raise ValueError(f"{matrix.name} has layout {matrix.layout!r}, which is none of {PORTABLE}")
         return matrix
+
+    @property
+    def key(self) -> str:
+        return f"{self.name}/{self.asked}/{self.group_size}"
+
+    @property
+    def rows(self) -> int:
+        """Of each matrix of a stack, or of the only one."""
+        return self.shape[0] // max(1, self.experts)
+
+    def tensors(self) -> dict[str, tuple[tuple[int, ...], tuple[torch.dtype, ...]]]:
+        """Returns shapes and possible dtypes of its tensors, by the end of their names."""
+        if not self.stored:
+            return {}
+        stack, k = (self.experts,) if self.experts else (), self.shape[1]
+        packed = tensors_of(self.layout, self.rows, k, self.group_size)
+        found = {part: ((*stack, *shape), dtypes) for part, (shape, dtypes) in packed.items()}
+        return {**found, "input_scale": ((k,), (torch.float32,))}
 
 
 def write_artifact(folder: Path, sites: Sequence[PackedSite]) -> None:
@@ -97,33 +125,52 @@ def write_artifact(folder: Path, sites: Sequence[PackedSite]) -> None:
     matrices: dict[str, dict[str, object]] = {}
     tensors: dict[str, Tensor] = {}
     for site in sorted(sites, key=lambda site: not site.kept):  # with 4-bit weights rather than without
-        matrices[_key(site)] = {
+        entry: dict[str, Any] = {
             "name": site.name,
             "shape": site.shape,
             "group_size": site.group_size,
+            "experts": site.experts,
             "quantizer": site.quantizer,
-            "asked": site.asked,
+            "asked": _asked(site.product, site.asked),
             "statistics": site.statistics,
+            "layout": portable(site.product.layout),
             "weights_sha256": site.digest,
             "stored": not site.kept,
             "sqnr": str(site.sqnr),
             "output_sqnr": None if site.output_sqnr is None else str(site.output_sqnr),
         }
-        tensors |= _grid_tensors(site)
-    metadata = {
-        "format": FORMAT,
-        "version": str(VERSION),
-        "matrices": json.dumps(list(matrices.values())),
-        "sha256": _NO_HASH,
-    }
+        matrix = _SavedMatrix.from_json(entry)
+        matrices[matrix.key] = entry
+        if site.weight is not None:
+            tensors |= _tensors(matrix.key, site.weight.as_layout(matrix.layout), site.input_scale)
+    metadata = {"format": FORMAT, "version": str(VERSION), "matrices": json.dumps(list(matrices.values()))}
     try:
         with appearing(folder) as scratch:
             scratch.mkdir()
-            save_file(tensors, scratch / FILE, metadata)
-            as_umask_allows(scratch / FILE)  # safetensors writes files that only their owner can read
-            _state_hash(scratch / FILE)
-    except (OSError, ValueError, SafetensorError) as error:
+            tensor_file.write(scratch / FILE, tensors, metadata)
+    except (OSError, ValueError) as error:
         raise ArtifactError(f"cannot save to {folder}: {error}") from error
+
+
+def write_missing(folder: Path, make: Callable[[], Sequence[PackedSite]]) -> None:
+    """Writes an artifact where there is none; of processes that call this at once one does, and the others wait.
+
+    Args:
+        folder: of the artifact.
+        make: packs the products that it is to hold.
+
+    Raises:
+        ArtifactError: as `write_artifact`.
+    """
+    try:
+        if (folder / FILE).exists():
+            return
+        log.info("%s: there is no artifact; it is made here unless another process is making it", folder)
+        with making(folder):
+            if not (folder / FILE).exists():
+                write_artifact(folder, make())
+    except OSError as error:
+        raise ArtifactError(f"cannot save to {folder!s:.200}: {error}") from error
 
 
 class Artifact:
@@ -138,7 +185,7 @@ class Artifact:
         self._file = self.folder / FILE
         try:
             self._matrices = self._read_matrices()
-            self._tensors = load_file(self._file)
+            self._tensors = tensor_file.mapped(self._file)
         except FileNotFoundError as error:
             raise self._refusal("No such file", "artifact= takes a folder that river_compile.save wrote") from error
         except (OSError, SafetensorError) as error:
@@ -155,13 +202,18 @@ class Artifact:
                     f"name the artifact of this model, or {_NEW}",
                 )
 
-    def find(self, site: Product, quantizer: str, digest: str, min_sqnr: float | None) -> Grid:
+    def find(self, site: Product, quantizer: str, digest: str, min_sqnr: float | None) -> Grid | None:
         """Returns what is saved of a product that was made in this way from parameters with this digest.
+
+        None for a product in 8 bits that is not saved: it is rounded to nearest in a moment.
 
         Raises:
             ArtifactError: there is none, or it was left in 16 bits and is to have 4-bit weights.
         """
-        matrices = [matrix for matrix in self._matrices if matrix.name == site.name]
+        asked, eight = _asked(site, quantizer), site.bits == 8
+        matrices = [m for m in self._matrices if m.name == site.name and (m.asked == _EIGHT_BITS) == eight]
+        if not matrices and eight:
+            return None
         if not matrices:
             raise self._refusal(
                 f"it holds no matrix {site.name}",
@@ -169,7 +221,7 @@ class Artifact:
                 "and save a new one",
             )
         ways = {(matrix.asked, matrix.group_size): matrix for matrix in matrices}
-        matrix = ways.get((quantizer, site.group_size))
+        matrix = ways.get((asked, site.group_size))
         if matrix is None:
             found = ", ".join(f"quantizer={name!r} group_size={size}" for name, size in sorted(ways))
             raise self._refusal(
@@ -182,7 +234,7 @@ class Artifact:
                 f"{site.name} was made from other weights than this model's",
                 f"name the artifact of this model, or {_NEW}",
             )
-        input_scale = self._tensors.get(f"{_key(matrix)}.input_scale")
+        input_scale = self._tensors.get(f"{matrix.key}.input_scale")
         if input_scale is not None and not site.scales_inputs:
             raise self._refusal(f"{site.name} has an input_scale that its twin does not apply")
         if not matrix.stored and not matrix.below(min_sqnr):
@@ -192,9 +244,9 @@ class Artifact:
             )
         weight = None
         if matrix.stored:
-            n, k = matrix.shape
-            q, scale_zero = (self._tensors[f"{_key(matrix)}.{part}"] for part in ("q", "scale_zero"))
-            weight = PackedLinear(_LAYOUT, q, scale_zero, matrix.group_size, k, n)
+            q, scale_zero = (self._tensors[f"{matrix.key}.{part}"] for part in ("qweight", "scale_zero"))
+            sizes = matrix.group_size, matrix.shape[1], matrix.rows, matrix.experts
+            weight = PackedLinear(matrix.layout, q, scale_zero, *sizes)
         return Grid(
             weight=weight,
             quantizer=matrix.quantizer,
@@ -209,13 +261,12 @@ class Artifact:
         if (self.folder / _MANIFEST_2).exists():
             self._file = self.folder / _MANIFEST_2
             raise self._refusal(_other_version("2"))
-        with safe_open(self._file, "pt") as opened:
-            metadata = opened.metadata() or {}
+        metadata = tensor_file.read_metadata(self._file)
         if metadata.get("format") != FORMAT:
             raise self._refusal("it holds no saved twins", "artifact= takes what river_compile.save wrote")
         if metadata.get("version") != str(VERSION):
             raise self._refusal(_other_version(metadata.get("version")))
-        if metadata.get("sha256") != _file_hash(self._file, metadata.get("sha256", "")):
+        if not tensor_file.is_whole(self._file, metadata):
             raise self._refusal("it is damaged (its hash differs from the one it states)")
         try:
             return [_SavedMatrix.from_json(entry) for entry in json.loads(metadata["matrices"])]
@@ -225,27 +276,21 @@ class Artifact:
     def _check_tensors(self) -> None:
         """Refuses tensors that are not those of the matrices: a kernel would read beyond them, or in vain."""
         left = dict(self._tensors)
-        twice = [key for key, count in Counter(map(_key, self._matrices)).items() if count > 1]
+        twice = [key for key, count in Counter(matrix.key for matrix in self._matrices).items() if count > 1]
         if twice:
             raise self._refusal(f"{twice[0]} is in its list of matrices twice")
         for matrix in self._matrices:
-            (n, k), group = matrix.shape, matrix.group_size
-            wanted = {
-                "q": ((n, k // 2), (torch.uint8,)),
-                "scale_zero": ((n, k // group, 2), (torch.bfloat16, torch.float32)),
-                "input_scale": ((k,), (torch.float32,)),
-            }
-            for part, (shape, dtypes) in wanted.items() if matrix.stored else ():
-                name = f"{_key(matrix)}.{part}"
+            for part, (shape, dtypes) in matrix.tensors().items():
+                name = f"{matrix.key}.{part}"
                 tensor = left.pop(name, None)
                 if tensor is None and part != "input_scale":
                     raise self._refusal(f"{name} is missing")
                 if tensor is not None and (tensor.shape != shape or tensor.dtype not in dtypes):
                     raise self._refusal(
-                        f"{name} is {tensor.dtype} {tuple(tensor.shape)}, and a matrix of shape {matrix.shape} has "
-                        f"{dtypes[0]} {shape} there"
+                        f"{name} is {tensor.dtype} {tuple(tensor.shape)}, and a matrix of shape {matrix.shape} in "
+                        f"layout {matrix.layout!r} has {dtypes[0]} {shape} there"
                     )
-                if tensor is not None and part != "q" and not torch.isfinite(tensor).all():
+                if tensor is not None and part != "qweight" and not torch.isfinite(tensor).all():
                     raise self._refusal(f"{name} holds infinite or NaN values")
         if left:
             raise self._refusal(f"{next(iter(left))} belongs to no matrix")
@@ -258,39 +303,14 @@ def _other_version(version: str | None) -> str:
     return f"it has version {version}, this release reads {VERSION}"
 
 
-def _key(matrix: _SavedMatrix | PackedSite) -> str:
-    return f"{matrix.name}/{matrix.asked}/{matrix.group_size}"
+def _asked(product: Product, quantizer: str) -> str:
+    """Returns under which name a product is kept that the options' quantizer made; it rounds 8 bits to nearest."""
+    return _EIGHT_BITS if product.bits == 8 else quantizer
 
 
-def _file_hash(file: Path, stated: str) -> str:
-    """Returns the SHA-256 of a file's bytes, with the hash that its header states taken as zeros."""
-    with file.open("rb") as content:
-        length = content.read(8)
-        header = content.read(int.from_bytes(length, "little"))
-        zeros = header.replace(f'"sha256":"{stated}"'.encode(), f'"sha256":"{_NO_HASH}"'.encode())
-        digest = hashlib.sha256(length + zeros)
-        while chunk := content.read(1 << 22):
-            digest.update(chunk)
-    return digest.hexdigest()
-
-
-def _state_hash(file: Path) -> None:
-    """Puts a file's hash into its header, in the place of zeros."""
-    digest = _file_hash(file, _NO_HASH)
-    with file.open("r+b") as content:
-        header = content.read(int.from_bytes(content.read(8), "little"))
-        content.seek(8 + header.index(f'"sha256":"{_NO_HASH}"'.encode()))
-        content.write(f'"sha256":"{digest}"'.encode())
-
-
-def _grid_tensors(site: PackedSite) -> dict[str, Tensor]:
-    if site.weight is None:
-        return {}
-    key = _key(site)
-    packed = pack(site.weight.unpack(), _LAYOUT)
-    short = packed.scale_zero.to(torch.bfloat16)
-    exact = torch.equal(short.float(), packed.scale_zero)
-    stored = {f"{key}.q": packed.qweight, f"{key}.scale_zero": short if exact else packed.scale_zero}
-    if site.input_scale is not None:
-        stored[f"{key}.input_scale"] = site.input_scale
-    return {name: tensor.cpu().contiguous() for name, tensor in stored.items()}
+def _tensors(key: str, packed: PackedLinear, input_scale: Tensor | None) -> dict[str, Tensor]:
+    scale_zero = packed.scale_zero
+    if packed.layout == "plain" and torch.equal(scale_zero.bfloat16().float(), scale_zero):
+        scale_zero = scale_zero.bfloat16()
+    found = {"qweight": packed.qweight, "scale_zero": scale_zero, "input_scale": input_scale}
+    return {f"{key}.{part}": tensor.cpu().contiguous() for part, tensor in found.items() if tensor is not None}

@@ -13,6 +13,7 @@ import torch
 from river_compile.config import RiverConfig
 from river_compile.errors import OptionError
 from river_compile.kernels.quant.calibrated import OBSERVING
+from river_compile.kernels.quant.grid import QuantizedWeight
 from river_compile.kernels.quant.layouts import PackedLinear, pack, pack_stack
 from river_compile.passes.program import LinearSite, Product
 
@@ -53,13 +54,13 @@ class Maker:
         return (site.name, site.group_size, site.layout, *how)
 
     def needs_statistics(self, site: LinearSite) -> bool:
-        """Tells whether a product is made with statistics; in 8 bits all are rounded to nearest, at every start."""
+        """Tells whether a product is made with statistics; in 8 bits all are rounded to nearest."""
         return site.bits == 4 and self.artifact is None and self.config.quantizer in OBSERVING
 
     def look_up(self, site: LinearSite, sources: Sources) -> Known:
         """Returns what the artifact holds of a product, or what is known of its inputs, where that is asked for."""
         quantizer = self.config.quantizer
-        if self.artifact is not None and site.bits == 4:
+        if self.artifact is not None:
             return self.artifact.find(site, quantizer, sources.digest, self.config.min_sqnr)
         if self.observation is None or not self.needs_statistics(site):
             return None
@@ -107,12 +108,10 @@ def _made(
     extras: tuple[torch.Tensor, ...] = ()
     if not reason:
         device = sources.weights[0].device
-        grid = found.weight.unpack() if isinstance(found.weight, PackedLinear) else found.weight
-        assert grid is not None, "an artifact refuses what it does not hold"
+        assert found.weight is not None, "an artifact refuses what it does not hold"
         scale = None if found.input_scale is None else found.input_scale.to(device)
-        grid, extras = grid.to(device), extras_of(product, sources, scale)
-        experts = product.experts
-        weight = pack_stack(grid, product.layout, experts) if experts else pack(grid, product.layout)
+        extras = extras_of(product, sources, scale)
+        weight = _packed(found.weight, product, device)
     return PackedSite(
         product=product,
         quantizer=found.quantizer,
@@ -128,6 +127,14 @@ def _made(
         sqnr=found.sqnr,
         output_sqnr=found.output_sqnr,
     )
+
+
+def _packed(weight: QuantizedWeight | PackedLinear, product: Product, device: torch.device) -> PackedLinear:
+    """Returns a grid as a product's kernel reads it: the artifact's own tensors where they are that on a CPU."""
+    if isinstance(weight, PackedLinear):
+        return weight.to(device).as_layout(product.layout)
+    grid, experts = weight.to(device), product.experts
+    return pack_stack(grid, product.layout, experts) if experts else pack(grid, product.layout)
 
 
 def _quantized(product: Product, sources: Sources, asked: str, known: Moments | None) -> Grid:

@@ -30,7 +30,7 @@ from river_compile.kernels.checks import PATH
 from river_compile.passes.program import LinearSite
 from river_compile.state import ModelState, find_state, unwrap
 
-from .artifact import Artifact, write_artifact
+from .artifact import Artifact, write_artifact, write_missing
 from .loss import TwinLoss
 from .make import PackedSite
 from .maker import UNOBSERVED, Maker, made_again, needs_moments
@@ -59,6 +59,16 @@ def save(model: nn.Module, folder: str | Path) -> Path:
         ArtifactError: (a ``ValueError``) nothing is packed, weights were replaced since, or it cannot be written.
     """
     folder = Path(PATH("folder", folder, ArtifactError))
+    write_artifact(folder, packed_twins(model, folder))
+    return folder
+
+
+def packed_twins(model: nn.Module, folder: Path) -> list[PackedSite]:
+    """Returns the packed products of a model as its weights are now, for a folder that they are to be written to.
+
+    Raises:
+        ArtifactError: (a ``ValueError``) nothing is packed, or weights were replaced since.
+    """
     state = find_state(model)
     made = state.of(PackedWeights).all() if state else []
     if not made:
@@ -67,13 +77,11 @@ def save(model: nn.Module, folder: str | Path) -> Path:
             'model.compile(backend="river") first'
         )
     refresh(model)
-    made = [site for site in made if site.product.bits == 4]
     made = [site for site in made if _has(unwrap(model), site)] or made  # (not those of adapters that are gone)
     stale = next((site.name for site in made if site.fresh_sources() is None), None)
     if stale is not None:
         raise ArtifactError(f"cannot save to {folder}: {changed_since(stale)}")
-    write_artifact(folder, made)
-    return folder
+    return made
 
 
 def _has(model: nn.Module, site: PackedSite) -> bool:
@@ -164,15 +172,17 @@ class PackedWeights:
         config: RiverConfig,
         statistics: Statistics,
         every: Iterable[str] = (),
+        savable: Sequence[LinearSite] = (),
     ) -> dict[LinearSite, PackedSite]:
         """Returns the packed weights of the sites, making those that are missing (with a progress bar when many).
 
         Args:
             sites: matrix products of twins.
             values: the real tensor of each parameter placeholder.
-            config: its `quantizer`, `min_sqnr` and `artifact` say how.
+            config: its `quantizer`, `min_sqnr`, `artifact` and `on_missing_artifact` say how.
             statistics: for "awq" and "gptq".
             every: names of all products that the model can have; an artifact may hold no other.
+            savable: what an artifact that is missing is to hold.
 
         Raises:
             ArtifactError: (a ``ValueError``) the artifact is damaged or not this model's; nothing of it is used.
@@ -180,22 +190,18 @@ class PackedWeights:
         """
         with self._lock:
             start = time.perf_counter()
-            if config.artifact is not None and (self._opened is None or self._opened.folder != Path(config.artifact)):
-                self._opened = Artifact(config.artifact)
-            if config.artifact is not None and self._opened is not None:
-                self._opened.check_names(every)
-            maker = Maker(config, None if config.artifact is None else self._opened, statistics.number)
-            sources = {site: Sources.of(site, values) for site in sites}
+            sources = {site: Sources.of(site, values) for site in (*sites, *savable)}
+            artifact = None
+            if config.artifact is not None:
+                unsaved = Maker(replace(config, artifact=None, on_missing_artifact="raise"), None, statistics.number)
+                artifact = self._open(config, lambda: [*self._make(unsaved, savable, sources, statistics).values()])
+                artifact.check_names(every)
+            maker = Maker(config, artifact, statistics.number)
             found = {site: made for site in sites if (made := self._find(site, sources[site], maker)) is not None}
             missing = [site for site in sites if site not in found]
-            if any(map(maker.needs_statistics, missing)):
-                maker = replace(maker, observation=statistics.get())
-            # An artifact fits as a whole or not at all: every matrix is looked up before the first one is packed.
-            jobs = _in_threads(lambda site: (site, sources[site], maker.look_up(site, sources[site])), missing)
-            for site, made in zip(missing, _in_threads(lambda job: maker.make(*job), jobs, "packing"), strict=True):
+            for site, made in self._make(maker, missing, sources, statistics).items():
                 self._packed.setdefault(sources[site].weights[0], {})[made.key] = made
                 found[site] = made
-            self._not_judged = self._not_judged or any(map(maker.needs_statistics, missing))
             self.seconds += time.perf_counter() - start
             return found
 
@@ -252,6 +258,24 @@ class PackedWeights:
                 self.renewals, self.renewed = self.renewals + 1, len(changed)
                 self._tell([site for site, _ in changed], seconds)
             return len(changed)
+
+    def _open(self, config: RiverConfig, make: Callable[[], Sequence[PackedSite]]) -> Artifact:
+        """Returns the artifact that the options name, made where it is missing and the options say so."""
+        folder = Path(config.artifact or "")
+        if config.on_missing_artifact == "save":
+            write_missing(folder, make)
+        if self._opened is None or self._opened.folder != folder:
+            self._opened = Artifact(folder)
+        return self._opened
+
+    def _make(
+        self, maker: Maker, sites: Sequence[LinearSite], sources: Mapping[LinearSite, Sources], statistics: Statistics
+    ) -> dict[LinearSite, PackedSite]:
+        """Packs products; each is looked up before the first is packed, since an artifact fits as a whole or not."""
+        if any(map(maker.needs_statistics, sites)):
+            maker, self._not_judged = replace(maker, observation=statistics.get()), True
+        jobs = _in_threads(lambda site: (site, sources[site], maker.look_up(site, sources[site])), sites)
+        return dict(zip(sites, _in_threads(lambda job: maker.make(*job), jobs, "packing"), strict=True))
 
     def _find(self, site: LinearSite, sources: Sources, maker: Maker) -> PackedSite | None:
         made: PackedSite | None = self._packed.get(sources.weights[0], {}).get(maker.key(site))

@@ -3,12 +3,13 @@
 import itertools
 import json
 import math
+import sys
 import time
 
 import pytest
 import torch
 
-from benchmarks import common, cuda_decode, cuda_worker, decode, llama_cpp_runner, offload, roofline
+from benchmarks import common, cuda_decode, cuda_worker, decode, llama_cpp_runner, memory, offload, roofline
 from benchmarks.prompts import mixed, prompts
 from benchmarks.random_llama import random_llama
 from river_compile.kernels.tools.shapes import MODELS, ModelShape
@@ -62,6 +63,23 @@ def test_a_worker_answers_in_order_and_survives_an_error(start):
     with pytest.raises(common.WorkerFailed, match="row: ValueError: tau is odd"):
         worker.ask("fail")
     assert worker.ask("echo", text="2") == {"text": "2"}
+
+
+@pytest.mark.skipif(sys.platform != "linux", reason="reads /proc")
+def test_memory_tells_mapped_from_own(tmp_path):
+    """The pages of a file that were touched, and none of a file that is not mapped."""
+    file, other = tmp_path / "a file", tmp_path / "other"
+    for path in (file, other):
+        path.write_bytes(bytes(1 << 20))
+    mapped = torch.from_file(str(file), shared=False, size=1 << 20, dtype=torch.uint8)
+    assert mapped[: 1 << 19].sum() == 0
+    found = memory.of_file(file)
+    assert 1 << 19 <= found["rss"] <= 1 << 20
+    assert found["anonymous"] == 0
+    mapped[:4096] = 1
+    assert memory.of_file(file)["anonymous"] == 4096
+    assert memory.of_file(other) == dict.fromkeys(("rss", "pss", "anonymous"), 0)
+    assert memory.of_process()["rss"] > found["rss"]
 
 
 def test_a_dead_worker_is_reported_with_its_last_words(start):

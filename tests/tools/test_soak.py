@@ -8,7 +8,7 @@ import torch
 
 from river_compile import trace
 from river_compile.runtime.executor import on_step
-from river_compile.twins import artifact
+from river_compile.twins import tensor_file
 from tools.soak import __main__ as command
 from tools.soak import cases, damage, kill, memory, stored, text, threads
 
@@ -67,8 +67,8 @@ def test_threads(tmp_path):
 
 def test_a_broken_check_is_found_kept_and_found_again(tmp_path, monkeypatch, capsys):
     """An artifact whose hash is not looked at: a damage goes through, and the file of this failure finds it again."""
-    real = artifact._file_hash
-    monkeypatch.setattr(artifact, "_file_hash", lambda file, stated: stated or real(file, stated))
+    real = tensor_file.is_whole
+    monkeypatch.setattr(tensor_file, "is_whole", lambda file, metadata: True)
     flips = iter(range(100))
 
     class Flips:
@@ -87,7 +87,7 @@ def test_a_broken_check_is_found_kept_and_found_again(tmp_path, monkeypatch, cap
     assert len(json.loads(kept.read_text())["damages"]) == 1
     assert command.main(["--again", str(kept)]) == 1
     assert "a damaged artifact was taken for whole" in capsys.readouterr().out
-    monkeypatch.setattr(artifact, "_file_hash", real)
+    monkeypatch.setattr(tensor_file, "is_whole", real)
     assert command.main(["--again", str(kept)]) == 0
     assert not (tmp_path / "running.json").exists()
 

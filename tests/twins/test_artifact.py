@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import json
 import shutil
+import sys
+from concurrent.futures import ThreadPoolExecutor
 
 import pytest
 import torch
@@ -12,18 +14,24 @@ from safetensors.torch import load_file, save_file
 
 import river_compile.twins.make
 from river_compile import ArtifactError, OptionError, RiverWarning, report, river, save
-from river_compile.twins.artifact import FILE, Artifact, _state_hash
+from river_compile.kernels.quant.grid import quantize, quantize_8bit
+from river_compile.kernels.quant.layouts import PORTABLE, layout, pack, tensors_of
+from river_compile.lowering.choose import Lowering
+from river_compile.twins import tensor_file
+from river_compile.twins.artifact import FILE, Artifact, write_missing
 from tests.support.decoding import decode, new_cache
 from tests.support.families import make
+from tests.support.lowerings import lowered
+from tests.support.mappings import lies_in
 
 OPTIONS = {"lowering": "eager", "quantizer": "hqq", "group_size": 32, "first_exit": 1, "threshold": -1.0}
 
 
-def run(model, **options):
-    """Compiles the model afresh, decodes two tokens and returns their logits."""
+def run(model, depths=(1, 0), **options):
+    """Compiles the model afresh, decodes a token at each depth and returns their logits."""
     torch._dynamo.reset()
     model.compile(backend=river, options={**OPTIONS, **options})
-    return torch.stack(decode(model, new_cache(model, "static"), [1, 0])[1:])
+    return torch.stack(decode(model, new_cache(model, "static"), depths)[1:])
 
 
 def start(family="llama", seed=0):
@@ -60,8 +68,8 @@ def write_back(folder, tensors, metadata, matrices=None, **changes):
     """Writes an artifact by hand, with a hash that is right. Text for `matrices` is written as it is."""
     if matrices is not None:
         changes["matrices"] = matrices if isinstance(matrices, str) else json.dumps(matrices)
-    save_file(tensors, folder / FILE, {**metadata, **changes, "sha256": "0" * 64})
-    _state_hash(folder / FILE)
+    (folder / FILE).unlink()
+    tensor_file.write(folder / FILE, tensors, {**metadata, **changes})
 
 
 @pytest.mark.core
@@ -83,11 +91,101 @@ def test_the_second_start_has_the_same_bits_and_quantizes_nothing(family, quanti
     assert f"{len(after)} matrices read from {tmp_path / 'twins'}" in str(report(second))
 
 
+@pytest.mark.skipif(sys.platform != "linux", reason="asks /proc what is mapped")
+def test_what_the_kernels_read_is_mapped_and_not_copied(tmp_path):
+    """All packed bytes, the 8-bit head's too; a change of the weights is packed in the process's own pages."""
+    how, logits, models = lowered(Lowering("eager", "native", False)), [], []
+    for options in ({}, {"artifact": tmp_path / "twins"}):
+        torch._dynamo.reset()
+        model = start()
+        model.compile(backend=how, options={**OPTIONS, **options})
+        logits.append(torch.stack(decode(model, new_cache(model, "static"), [1, 0])[1:]))
+        models.append(model)
+        if not options:
+            save(model, tmp_path / "twins")
+    assert torch.equal(*logits)
+    file = tmp_path / "twins" / FILE
+    packed = [site.weight for site in report(models[1]).packed]
+    assert {weight.layout for weight in packed} == {"native", "native_int8"}
+    for weight in packed:
+        for tensor in (weight.qweight, weight.scale_zero):
+            assert lies_in(tensor, file)
+            assert tensor.data_ptr() % 64 == 0
+    assert not any(lies_in(site.weight.qweight, file) for site in report(models[0]).packed)
+    before = file.read_bytes()
+    with torch.no_grad():
+        models[1].model.layers[0].mlp.up_proj.weight.mul_(2)
+    with pytest.warns(RiverWarning, match="weights changed"):
+        changed = torch.stack(decode(models[1], new_cache(models[1], "static"), [1, 0])[1:])
+    assert not torch.equal(changed, logits[1])
+    assert file.read_bytes() == before
+
+
+@pytest.mark.parametrize("name", PORTABLE)
+@pytest.mark.parametrize(("n", "k", "group"), [(48, 128, 32), (7, 192, 64)])
+def test_every_portable_layout_says_what_its_tensors_are(name, n, k, group):
+    torch.manual_seed(0)
+    weight = torch.randn(n, k)
+    eight = layout(name).bits == 8
+    grid = quantize_8bit(weight, group, torch.bfloat16) if eight else quantize(weight, group, "rtn")
+    packed = pack(grid, name)
+    for part, (shape, dtypes) in tensors_of(name, n, k, group).items():
+        tensor = getattr(packed, part)
+        assert tensor.shape == shape
+        assert tensor.dtype in dtypes
+    again = packed.as_layout(name)
+    assert again.qweight is packed.qweight
+    if not eight:
+        other = packed.as_layout("plain")
+        assert torch.equal(other.dequantize(), packed.dequantize())
+
+
+class TestMissing:
+    """``on_missing_artifact="save"``: the first start writes what all later ones map."""
+
+    def test_it_is_made_once_by_those_that_ask_at_once(self, packed, tmp_path):
+        """Threads here, processes in tests/tools/test_replicas.py."""
+        folder, calls = tmp_path / "a" / "twins", []
+
+        def make():
+            calls.append(None)
+            return report(packed).packed
+
+        with ThreadPoolExecutor(4) as pool:
+            list(pool.map(lambda _: write_missing(folder, make), range(4)))
+        assert len(calls) == 1
+        assert Artifact(folder).folder == folder
+
+    def test_what_is_made_is_read(self, tmp_path):
+        model = start()
+        logits = run(model, artifact=tmp_path / "twins", on_missing_artifact="save")
+        assert torch.equal(logits, run(start()))
+        assert {site.artifact for site in report(model).packed} == {str(tmp_path / "twins")}
+
+    def test_it_holds_the_blocks_that_this_start_does_not_need(self, tmp_path):
+        run(start(), depths=[1], artifact=tmp_path / "twins", on_missing_artifact="save", exit_depth=1)
+        logits = run(start(), depths=[0], artifact=tmp_path / "twins", exit_depth=0)
+        assert torch.equal(logits, run(start(), depths=[0], exit_depth=0))
+
+    def test_one_that_is_there_is_used_or_refused(self, saved):
+        file = saved / FILE
+        before = file.stat().st_mtime_ns
+        run(start(), artifact=saved, on_missing_artifact="save")
+        with pytest.raises(ArtifactError, match="made from other weights"):
+            run(start(seed=1), artifact=saved, on_missing_artifact="save")
+        assert file.stat().st_mtime_ns == before
+
+    def test_a_place_that_cannot_be_written_is_named(self, tmp_path):
+        (tmp_path / "file").write_text("")
+        with pytest.raises(ArtifactError, match=r"cannot save to .*file/twins: .*(Not a directory|File exists)"):
+            run(start(), artifact=tmp_path / "file" / "twins", on_missing_artifact="save")
+
+
 def test_what_is_stored_is_no_longer_than_the_grid(saved):
     """Half a byte for each weight and two bfloat16 numbers for each group, plus the file's header."""
     assert [file.name for file in saved.iterdir()] == [FILE]
     weights = sum(n * k for n, k in (matrix["shape"] for matrix in contents(saved)[2]))
-    assert (saved / FILE).stat().st_size < weights / 2 + weights / 32 * 4 + 10_000
+    assert (saved / FILE).stat().st_size < weights / 2 + weights / 32 * 4 + 12_000
 
 
 def test_other_weights_are_refused(saved):
@@ -123,15 +221,15 @@ def test_other_ways_to_quantize_are_refused(saved, changed):
 
 def test_another_version_is_refused(saved):
     tensors, metadata, _ = contents(saved)
-    write_back(saved, tensors, metadata, version="5")
-    with pytest.raises(ArtifactError, match=rf"{FILE}: it has version 5, this release reads 4; save"):
+    write_back(saved, tensors, metadata, version="6")
+    with pytest.raises(ArtifactError, match=rf"{FILE}: it has version 6, this release reads 5; save"):
         run(start(), artifact=saved)
 
 
 def test_version_2_with_its_two_files_is_refused(saved):
     save_file(load_file(saved / FILE), saved / FILE)
     (saved / "river.json").write_text(json.dumps({"format": "river-twins", "version": 2}))
-    with pytest.raises(ArtifactError, match=r"river.json: it has version 2, this release reads 4; save"):
+    with pytest.raises(ArtifactError, match=r"river.json: it has version 2, this release reads 5; save"):
         Artifact(saved)
 
 
@@ -189,8 +287,8 @@ class TestEdited:
     @pytest.mark.parametrize(
         ("part", "change", "words"),
         [
-            ("q", lambda t: t[:-1], r"down_proj/hqq/32.q is torch.uint8 \(.*\), and a matrix of shape"),
-            ("q", lambda t: t.to(torch.int32), r"down_proj/hqq/32.q is torch.int32"),
+            ("qweight", lambda t: t[:-1], r"down_proj/hqq/32.qweight is torch.uint8 \(.*\), and a matrix of shape"),
+            ("qweight", lambda t: t.to(torch.int32), r"down_proj/hqq/32.qweight is torch.int32"),
             ("scale_zero", lambda t: t[:, :-1].contiguous(), r"down_proj/hqq/32.scale_zero is torch.bfloat16"),
             ("scale_zero", lambda t: t.half(), r"down_proj/hqq/32.scale_zero is torch.float16"),
             ("scale_zero", lambda t: None, r"down_proj/hqq/32.scale_zero is missing"),
@@ -219,6 +317,10 @@ class TestEdited:
             {"quantizer": ["hqq"]},
             {"stored": "no"},
             {"shape": [64, 1e400]},
+            {"experts": 3},
+            {"experts": -1},
+            {"layout": "aten_cpu"},
+            {"layout": ["plain"]},
         ],
     )
     def test_matrices(self, saved, changes):
@@ -359,11 +461,11 @@ class TestFolder:
             save(packed, tmp_path)
 
     def test_a_disk_that_fills_up_leaves_nothing(self, packed, tmp_path, monkeypatch):
-        def full(tensors, file, metadata):
+        def full(file, tensors, metadata):
             file.write_bytes(b"half")
             raise OSError(28, "No space left on device")
 
-        monkeypatch.setattr("river_compile.twins.artifact.save_file", full)
+        monkeypatch.setattr("river_compile.twins.tensor_file.write", full)
         with pytest.raises(ArtifactError, match="No space left on device"):
             save(packed, tmp_path / "twins")
         assert list(tmp_path.iterdir()) == []

@@ -1,0 +1,19 @@
+"""Processes that start at once and share an artifact: packed once, and a killed one stops nobody.
+
+`python -m tools.replicas --rounds 20` does the same with the C++ kernels' and Inductor's caches.
+"""
+
+import subprocess
+import sys
+
+import pytest
+
+
+@pytest.mark.slow
+def test_two_rounds_are_clean():
+    """In a process of its own, which forks the others before it has computed anything."""
+    command = [sys.executable, "-m", "tools.replicas", "--rounds", "2", "--lowering", "eager", "--seed", "1"]
+    done = subprocess.run(command, capture_output=True, text=True, timeout=900)
+    assert done.returncode == 0, done.stdout + done.stderr
+    assert "packed once" in done.stdout
+    assert "2 of 2 rounds clean" in done.stdout
