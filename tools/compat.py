@@ -139,7 +139,8 @@ def _call(command: list[str], limit: float | None = None, **environment: str) ->
             timeout=limit,
         )
     except subprocess.TimeoutExpired as error:
-        return subprocess.CompletedProcess(command, 1, f"{error.output or ''}\nmore than {limit:.0f} s")
+        so_far = (error.output or b"").decode(errors="replace")  # (bytes, whatever was asked for)
+        return subprocess.CompletedProcess(command, 1, f"{so_far}\nmore than {limit:.0f} s")
 
 
 def _last_line(text: str) -> str:
