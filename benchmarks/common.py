@@ -21,7 +21,11 @@ import tempfile
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from importlib import metadata
 from pathlib import Path
+from typing import TypeVar
 
+from river_compile.cli import models
+
+T = TypeVar("T")
 ROOT = Path(__file__).parents[1]  # where `benchmarks` and what it measures are found
 LOG_LINES = 20
 DTYPES = ("bfloat16", "float16", "float32")
@@ -137,6 +141,15 @@ def peak_rss_bytes() -> int:
     import resource  # may count what the parent used before it started this process, so it is the second choice
 
     return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * (1 if sys.platform == "darwin" else 1024)
+
+
+def attempted(measure: Callable[..., T], *arguments: object) -> T | None:
+    """Returns what a measurement gives; says in one line why there is none where an argument or a worker was bad."""
+    try:
+        return measure(*arguments)
+    except (ValueError, models.ModelUnavailable, WorkerFailed) as error:
+        print(f"error: {error}", file=sys.stderr)
+        return None
 
 
 @contextlib.contextmanager

@@ -159,27 +159,18 @@ def show(outcome: dict) -> None:
     """Prints the table, why rows are absent, and the ratios."""
     common.print_setting(outcome)
     print()
-    beside = any("beside_tokens_per_s" in row for row in outcome["rows"].values())
+    columns = {
+        "decode tokens/s": "decode_tokens_per_s",
+        "beside another": "beside_tokens_per_s",
+        "first token, s": "first_token_s",
+        "second token, s": "second_token_s",
+        "mean depth": "mean_depth",
+    }
+    measured = {head: key for head, key in columns.items() if all(key in row for row in outcome["rows"].values())}
     common.print_table(
+        ["", *measured, "peak RSS, MiB"],
         [
-            "",
-            "decode tokens/s",
-            *(["beside another"] if beside else []),
-            "first token, s",
-            "second token, s",
-            "mean depth",
-            "peak RSS, MiB",
-        ],
-        [
-            [
-                name,
-                row["decode_tokens_per_s"],
-                *([row["beside_tokens_per_s"]] if beside else []),
-                row["first_token_s"],
-                row["second_token_s"],
-                row["mean_depth"],
-                round(row["peak_rss_bytes"] / 2**20),
-            ]
+            [name, *(row[key] for key in measured.values()), round(row["peak_rss_bytes"] / 2**20)]
             for name, row in outcome["rows"].items()
         ],
     )

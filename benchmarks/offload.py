@@ -33,11 +33,8 @@ def main(arguments: list[str] | None = None) -> int:
     if options.worker:
         common.serve({"measure": measure})
         return 0
-    try:
-        folder = models.resolve(options.model)
-        rows = {name: _measured(name, fields, folder, options) for name, fields in _rows(options.offload).items()}
-    except (ValueError, models.ModelUnavailable, common.WorkerFailed) as error:
-        print(f"error: {error}", file=sys.stderr)
+    rows = common.attempted(_measure, options)
+    if rows is None:
         return 1
     outcome = {
         **common.setting("offload", options),
@@ -46,6 +43,11 @@ def main(arguments: list[str] | None = None) -> int:
     show(outcome)
     common.write_outcome(outcome, options.json)
     return 0
+
+
+def _measure(options: argparse.Namespace) -> dict[str, dict]:
+    folder = models.resolve(options.model)
+    return {name: _measured(name, fields, folder, options) for name, fields in _rows(options.offload).items()}
 
 
 def measure(folder: str, options: dict, new_tokens: int, threads: int) -> dict:

@@ -64,10 +64,8 @@ def main(arguments: list[str] | None = None) -> int:
     if options.worker:
         common.serve({"start": start, "holds": holds})
         return 0
-    try:
-        outcome = _measure(options)
-    except (ValueError, models.ModelUnavailable, common.WorkerFailed) as error:
-        print(f"error: {error}", file=sys.stderr)
+    outcome = common.attempted(_measure, options)
+    if outcome is None:
         return 1
     _show(outcome)
     common.write_outcome(outcome, options.json)

@@ -79,10 +79,8 @@ def main(arguments: list[str] | None = None) -> int:
     if options.worker:
         common.serve({"start": start, "compile_kernels": compile_kernels})
         return 0
-    try:
-        rows = _measure(options)
-    except (ValueError, models.ModelUnavailable, common.WorkerFailed) as error:
-        print(f"error: {error}", file=sys.stderr)
+    rows = common.attempted(_measure, options)
+    if rows is None:
         return 1
     common.print_table(
         ["", "loaded, s", "first token, s", "second token, s", "peak RSS, MiB", "own, MiB", "twins mapped, MiB"],

@@ -52,7 +52,7 @@ def export(model: nn.Module, folder: str | Path, format: str = "compressed-tenso
         raise OptionError(f"format={format!r} is unknown; use {FORMATS[0]!r}")
     if folder.exists() and (not folder.is_dir() or any(folder.iterdir())):
         raise ArtifactError(f"cannot export to {folder}: it exists and is not an empty folder; name another")
-    plain = unwrap(model)
+    plain: Any = unwrap(model)
     sites = [site for site in packed_twins(model, folder) if site.product.bits == 4 and not site.kept]
     _check(sites, folder)
     state: dict[str, Tensor] = dict(plain.state_dict())
@@ -63,7 +63,7 @@ def export(model: nn.Module, folder: str | Path, format: str = "compressed-tenso
     left = [path for path, module in plain.named_modules() if isinstance(module, nn.Linear) and path not in names]
     try:
         with appearing(folder) as scratch:
-            plain.save_pretrained(scratch, state_dict=state)  # type: ignore[operator]
+            plain.save_pretrained(scratch, state_dict=state)
             config = json.loads((scratch / "config.json").read_text(encoding="utf-8"))
             config["quantization_config"] = _quantization(sites[0].group_size, left)
             (scratch / "config.json").write_text(json.dumps(config, indent=2) + "\n", encoding="utf-8")

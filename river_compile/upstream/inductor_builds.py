@@ -38,5 +38,6 @@ def _moving_into_place(run: Callable[[str, str], Any]) -> Callable[[str, str], A
             command[place] = str(scratch)
             return run(shlex.join(command), cwd)
 
-    run_beside.river_compile = True  # type: ignore[attr-defined]
+    marked: Any = run_beside
+    marked.river_compile = True
     return run_beside

@@ -9,6 +9,7 @@
 
 #include <algorithm>
 #include <cmath>
+#include <cstring>
 #include <limits>
 
 #include "functions.h"
@@ -37,14 +38,26 @@ inline bool takes_part(const AttentionArgs& a, int64_t at, int slot, float& adde
   return !(added <= least / 2);
 }
 
+// The first of a row's slots that takes part, `slots` where none does. Every chunk asks, and padding or a window may
+// put it far behind.
+inline int first_live(const AttentionArgs& a, int64_t at, int slots) {
+  if (a.mask && a.mask_dtype == kBool) {
+    const void* mask = static_cast<const uint8_t*>(a.mask) + at;
+    const void* found = std::memchr(mask, 1, slots);
+    return found ? int(static_cast<const uint8_t*>(found) - static_cast<const uint8_t*>(mask)) : slots;
+  }
+  float added;
+  int first = 0;
+  while (first < slots && !takes_part(a, at, first, added)) ++first;
+  return first;
+}
+
 // Finds those of chunk number `chunk` of a row.
 inline void find_live(const AttentionArgs& a, int64_t row, int chunk, Live& live) {
   const int64_t at = row / a.positions * a.mask_sequence + row % a.positions * a.mask_position;
   const int slots = a.causal ? int(std::min<int64_t>(a.slots, row % a.positions + 1)) : a.slots;
-  int first = 0;
+  const int first = first_live(a, at, slots) + chunk * kChunk;
   float added;
-  while (first < slots && !takes_part(a, at, first, added)) ++first;
-  first += chunk * kChunk;
   for (int slot = first; slot < std::min(first + kChunk, slots); ++slot) {
     if (!takes_part(a, at, slot, added)) continue;
     live.slots[live.count] = slot;

@@ -67,8 +67,9 @@ class BlockOfWeights {
 
   // Asks for lines 16 i to 16 i + 15 of the block that is expected to lie `ahead` blocks behind this one.
   void fetch(int64_t i, int ahead) const {
+    if (!in_place_) return;
     const char* lines = in_place_ + (int64_t(ahead) * a_.in_features * 2 + i * 64) * kBlock;
-    for (int line = 0; in_place_ && line < kBlock; ++line) __builtin_prefetch(lines + line * 64, 0, 2);
+    for (int line = 0; line < kBlock; ++line) __builtin_prefetch(lines + line * 64, 0, 2);
   }
 
  private:
