@@ -241,7 +241,8 @@ def setting(benchmark: str, options: argparse.Namespace) -> dict:
 def print_setting(outcome: dict) -> None:
     """Prints what :func:`setting` returned."""
     machine = outcome["machine"]
-    print(f"\n{outcome['model']}, {outcome['dtype']}, {outcome['new_tokens']} tokens, {machine['threads']} threads")
+    tokens = f"{outcome['new_tokens']} tokens, " if "new_tokens" in outcome else ""
+    print(f"\n{outcome['model']}, {outcome['dtype']}, {tokens}{machine['threads']} threads")
     print(f"{machine['cpu']}, torch {machine['torch']}, transformers {machine['transformers']}")
 
 

@@ -1,8 +1,8 @@
 """Instruction sets that the C++ kernels are compiled for, best first, and those that this machine runs.
 
-``RIVER_COMPILE_ISA`` names another one than the best. With "amx", matrices in bfloat16 are multiplied in tiles, and
-the rest is "avx512_vnni". Not handled: tiles of integers, and vectors of ARM beyond what a compiler makes of the
-portable ones.
+``RIVER_COMPILE_ISA`` names another one than the best. With "amx" and "avx512_bf16", matrices in bfloat16 are multiplied
+by tiles or by dot products of pairs, and the rest is "avx512_vnni". Not handled: tiles of integers, and vectors of ARM
+beyond what a compiler makes of the portable ones.
 """
 
 from __future__ import annotations
@@ -35,6 +35,11 @@ ISAS = (
         "amx",
         (*_AVX512, "-mavx512vnni", "-mamx-tile", "-mamx-bf16"),
         (*_AVX512_NEEDS, "avx512_vnni", "amx_tile", "amx_bf16"),
+    ),
+    Isa(
+        "avx512_bf16",
+        (*_AVX512, "-mavx512vnni", "-mavx512bf16"),
+        (*_AVX512_NEEDS, "avx512_vnni", "avx512_bf16"),
     ),
     Isa("avx512_vnni", (*_AVX512, "-mavx512vnni"), (*_AVX512_NEEDS, "avx512_vnni")),
     Isa("avx512", _AVX512, _AVX512_NEEDS),

@@ -17,7 +17,7 @@ Arguments are those of the operators ``river::*`` (see `river_compile.kernels.op
 `experts` take the bytes of the layouts "native", their `bits` and `int8_activations`, with which x is rounded to 8 bits
 with one scale for each group of each row; without, it is read as it is. A product's or an attention's row has the same
 bits whatever the number of rows and threads, which are ``torch.get_num_threads()``; of more than 8 rows `dense` lets a
-library compute the product, but in bfloat16 with "amx".
+library compute the product, but in bfloat16 with "amx" and "avx512_bf16".
 
 Not handled: gradients, other devices than the CPU, products of many rows at the speed of a library.
 """

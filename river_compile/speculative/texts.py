@@ -90,17 +90,19 @@ class Texts:
         reached = min((self.lengths[row] for row in self.running), default=max(self.lengths))
         if reached <= self._shown:
             return
-        whole = self.whole()
+        first = self._first(reached)
         for column in range(self._shown, reached):
-            self._put(whole[:, column].cpu())
+            self._put(first[:, column].cpu())
         self._shown = reached
 
     def whole(self) -> Tensor:
         """Returns all ids ``[B, S]``, as long as the longest row; shorter ones are padded."""
-        longest = max(self.lengths)
-        ids = self._ids[:, :longest].clone()
+        return self._first(max(self.lengths))
+
+    def _first(self, count: int) -> Tensor:
+        ids = self._ids[:, :count].clone()
         for row, length in enumerate(self.lengths):
-            if length < longest:
+            if length < count:
                 assert self._pad_token is not None, "rows end together where there is no padding"
                 ids[row, length:] = self._pad_token
         return ids

@@ -59,8 +59,11 @@ def effects_of_call(seen: tuple[type, ...]) -> CallEffects | None:
         kind = type(variable.mutation_type).__name__
         if kind in ("AttributeMutationNew", "ValueMutationNew") or _is_own_keywords(variable, tx.f_code):
             continue  # (what is new is returned, or written to what is not)
-        owner, names = getattr(variable, "value", None), effects.store_attr_mutations.get(variable)
-        if kind != "AttributeMutationExisting" or not names or not hasattr(owner, "__weakref__"):
+        names = effects.store_attr_mutations.get(variable)
+        if kind != "AttributeMutationExisting" or not names:
+            return None  # (a list that grows, say, which has no value of its own while it holds tensors)
+        owner = getattr(variable, "value", None)
+        if not hasattr(owner, "__weakref__"):
             return None
         if not _comes_with_arguments(variable.source):
             written += [(weakref.ref(owner), name) for name in names]

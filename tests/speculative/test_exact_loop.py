@@ -153,6 +153,17 @@ def test_rows_that_have_ended_leave_the_batch():
         assert (len(runner.rows) == 4) == together
 
 
+def test_rows_that_part_are_streamed_without_padding():
+    """Texts end together, at their longest, so generate knows of no token that stands for padding."""
+    prompt = torch.tensor([[1, 2, 3], [4, 5, 6]])
+    runner, ours, expected = ScriptedRunner(prompt, 3, 5, 7, 60, memory=3), Recorder(-1, 40), Recorder(-1, 40)
+    loop = loop_on(runner, prompt, ours, together=False)
+    loop.texts, loop.pad_token = Texts(prompt, None, ours.put), None
+    runner.ended = lambda: [not active for active in loop.texts.active]
+    assert loop.run(first_logits(runner, prompt)).tolist() == plain(runner, prompt, expected).tolist()
+    assert ours.streamed == expected.streamed
+
+
 @pytest.mark.parametrize("free", range(1, 10))
 def test_a_nearly_full_cache_is_filled_to_its_last_slot(free):
     prompt = torch.tensor([[1, 2, 3]])

@@ -88,7 +88,7 @@ int64_t record() {
 void recorded() { Tape::recording() = nullptr; }
 void replay(int64_t tape) { tape_at(tape)->replay(threads()); }
 void drop(int64_t tape) { delete tape_at(tape); }
-int64_t few_rows_of(bool bfloat16, int64_t positions) { return few_rows(kernels().tiles && bfloat16, positions); }
+int64_t few_rows_of(bool bfloat16, int64_t positions) { return few_rows(kernels().bfloat16 != kPlain && bfloat16, positions); }
 int64_t tape_phases(int64_t tape) { return int64_t(tape_at(tape)->phases()); }
 int64_t tape_bytes(int64_t tape) { return int64_t(tape_at(tape)->bytes()); }
 

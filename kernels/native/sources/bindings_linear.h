@@ -14,7 +14,9 @@ struct LinearCall {
   size_t groups_of_rows() const {
     return size_t(linear.rows) * ((linear.in_features + linear.group_size - 1) / linear.group_size);
   }
-  size_t element_size() const { return linear.x.format == kInt8 ? 1 : linear.x.format == kTiled ? 2 : 4; }
+  size_t element_size() const {
+    return linear.x.format == kInt8 ? 1 : linear.x.format == kTiled || linear.x.format == kPairs ? 2 : 4;
+  }
 
   // Finds room for the prepared activations.
   void place() {
@@ -113,9 +115,9 @@ inline bool has_rows(const Tensor& y, const Tensor& x, int64_t width) {
          columns_of(y) == width;
 }
 
-// Rows up to which a pass costs little more than one row; of more, without tiles, a library computes the product.
-inline int64_t few_rows(bool tiles, int64_t positions) {
-  return positions > kFewPositions ? 0 : tiles ? 64 : 8;
+// Rows up to which a pass costs little more than one row; of more, where `any` are not ours, a library computes the product.
+inline int64_t few_rows(bool any, int64_t positions) {
+  return positions > kFewPositions ? 0 : any ? 64 : 8;
 }
 
 inline Tensor library_linear(const Tensor& x, const Tensor& weight, const Maybe& bias) {
@@ -289,14 +291,14 @@ inline Tensor dense(const Tensor& x, Tensors weights, Tensors biases, const Mayb
     check(bias.first[i + 1] == rows.first[i + 1], "biases", "be as long as the weights have rows");
   const int64_t n = rows.first[rows.count];
   Tensor y = empty_rows(x, gated ? n / 2 : n);
-  const bool tiles = kernels().tiles && x.scalar_type() == ScalarType::BFloat16;
-  call.linear.x.format = tiles ? kTiled : kPlain;
+  call.linear.x.format = x.scalar_type() == ScalarType::BFloat16 ? kernels().bfloat16 : kPlain;
+  const bool any = call.linear.x.format != kPlain;  // number of rows
   Tensors held;
   if (!describe(call, x, n, kLargestGroup, {bias, residual, norm, norm_weight, norm_bias, eps, activation, gated}, y,
                 held))
     return y;
-  const bool few = rows_of(x) <= few_rows(tiles, x.dim() == 3 ? x.size(1) : 1);
-  if (!few && !tiles) {
+  const bool few = rows_of(x) <= few_rows(any, x.dim() == 3 ? x.size(1) : 1);
+  if (!few && !any) {
     run_wide(call, held.empty() ? x : torch::stable::contiguous(x), weights, biases);
   } else {
     call.place();

@@ -14,6 +14,6 @@
 extern "C" __attribute__((visibility("default"))) const river::Kernels* river_kernels() {
   static const river::Kernels kernels = {RIVER_NAME(RIVER_ISA), river::prepare, river::linear, river::kv_fill,
                                          river::attend,         river::combine, river::count,  river::copy,
-                                         river::score,          river::finish,  river::shift,   river::kTiles};
+                                         river::score,          river::finish,  river::shift,   river::kOfBfloat16};
   return &kernels;
 }

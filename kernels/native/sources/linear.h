@@ -11,6 +11,7 @@
 #include <cstring>
 
 #include "dense.h"
+#include "pairs.h"
 #include "tiles.h"
 #include "transpose.h"
 #include "functions.h"
@@ -147,6 +148,8 @@ template <int R, int F>
 void block(const LinearArgs& a, int64_t n, int row, int rows, float (*y)[kBlock]) {
   if constexpr (F == kTiled)
     tiled_block(a, n, y);
+  else if constexpr (F == kPairs)
+    pairs_block(a, n, row, rows, y);
   else if constexpr (F != kPlain)
     quantized_block<R, F>(a, n, row, rows, y);
   else if (a.dtype == kFloat32)
@@ -205,6 +208,7 @@ void linear_of(const LinearArgs& a, int part, int parts) {
 }
 
 constexpr int kRowsTogether = 256;  // whose activations stay in a core's cache while weights pass by
+constexpr int32_t kOfBfloat16 = kTiles ? kTiled : kHasPairs ? kPairs : kPlain;
 
 // Adds what follows the sums of blocks `n` of features, gate and up where it is gated, for 32 rows from `row` on.
 inline void rest_of_pair(const LinearArgs& a, const int64_t (&n)[2], int row, const Sums& sums) {
@@ -245,6 +249,14 @@ inline void linear_in_tiles(const LinearArgs& a, int part, int parts) {
     block_and_rest<16, kTiled>(a, n, 0, a.rows);
 }
 
+inline void linear_in_pairs(const LinearArgs& a, int part, int parts) {
+  const int64_t width = a.gated ? a.out_features / 2 : a.out_features, blocks = (width + kBlock - 1) / kBlock;
+  for (int first = 0; first < a.rows; first += kRowsTogether)
+    for (int64_t n = blocks * part / parts; n < blocks * (part + 1) / parts; ++n)
+      for (int row = first; row < std::min(first + kRowsTogether, a.rows); row += kBlock)
+        block_and_rest<16, kPairs>(a, n, row, std::min(kBlock, a.rows - row));
+}
+
 // A product with one weight for all rows.
 inline void linear_with_one(const LinearArgs& a, int part, int parts) {
   if (a.x.format == kInt8 && a.bits == 8)
@@ -255,6 +267,8 @@ inline void linear_with_one(const LinearArgs& a, int part, int parts) {
     linear_of<kSingle>(a, part, parts);
   else if (a.x.format == kTiled)
     linear_in_tiles(a, part, parts);
+  else if (a.x.format == kPairs)
+    linear_in_pairs(a, part, parts);
   else
     linear_of<kPlain>(a, part, parts);
 }

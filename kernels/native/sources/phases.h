@@ -17,13 +17,13 @@ enum Norm : int32_t { kNoNorm = 0, kRms = 1, kRmsPlusOne = 2, kLayerNorm = 3 };
 enum Activation : int32_t { kIdentity = 0, kSilu = 1, kGelu = 2, kGeluTanh = 3, kRelu = 4 };
 
 // How prepared activations lie in memory: one byte for each feature, or one float32, in the order of the packed nibbles
-// for 4-bit weights and in their own for others; pairs of bfloat16, those of 16 rows after each other; or as x lies,
-// normalised, for a library's product.
-enum Format : int32_t { kInt8 = 0, kSingle = 1, kPlain = 2, kAsGiven = 3, kTiled = 4 };
+// for 4-bit weights and in their own for others; pairs of bfloat16, those of 16 rows after each other (kTiled) or of
+// one; or as x lies, normalised, for a library's product.
+enum Format : int32_t { kInt8 = 0, kSingle = 1, kPlain = 2, kAsGiven = 3, kTiled = 4, kPairs = 5 };
 
 // Activations that a product reads: K rounded up to whole groups, the padding zero.
 struct Activations {
-  void* values;    // [M, K'] int8_t or float by `format`, bfloat16 [M / 16, K' / 2, 16, 2] for kTiled, of at
+  void* values;    // [M, K'] int8_t, float or bfloat16 by `format`, bfloat16 [M / 16, K' / 2, 16, 2] for kTiled, of at
                    // most 16 rows [K' / 2, M, 2]
   float* scale;    // [M, K' / G] of the int8 values, unused otherwise
   float* sum;      // [M, K' / G] sums of the activations before they were rounded
@@ -60,7 +60,7 @@ struct LinearArgs {
   const uint8_t* weight;       // [N' / 16, K' / G, G / 8, 64]: byte 4 n + j of line i holds the features 8 i + j and
                                // 8 i + 4 + j of its group, the latter in the high nibble, for output feature n;
                                // of 8 bits [N' / 16, K' / G, G / 4, 64]: byte 4 n + j of line i holds feature 4 i + j
-  Rows dense;                  // [N, K] of `dtype` in place of the 4-bit weights, for activations in format kPlain or kTiled
+  Rows dense;                  // [N, K] of `dtype` in place of the 4-bit weights, for activations in format kPlain, kTiled or kPairs
   const uint16_t* scale_zero;  // bfloat16 [N' / 16, K' / G, 16, 2]: w = (q - middle) * scale + zero
   const int64_t* expert;       // [M] which of `experts` stacked weights a row meets, null where there is one for all;
                                // a row with none of their numbers gets zeros
@@ -168,7 +168,7 @@ struct Kernels {
   Run score;    // ScoreArgs
   Run finish;   // FinishArgs
   Run shift;    // ShiftArgs
-  bool tiles;   // whether there are products of bfloat16 weights and activations in format kTiled, of up to 16 rows
+  int32_t bfloat16;  // format of the activations that bfloat16 weights meet: kTiled or kPairs of any rows, else kPlain
 };
 
 }  // namespace river

@@ -110,6 +110,7 @@ inline void prepare_group(const PrepareArgs& a, int64_t i, const float* values) 
     return;
   }
   if (a.out.format == kTiled) return write_pairs(a, i, values);
+  if (a.out.format == kPairs) return store_values(a.out.values, i * size, int(size), kBFloat16, values);
   a.out.sum[i] = sum_of(values, int(size));
   if (a.out.format == kInt8) {
     auto* out = static_cast<int8_t*>(a.out.values) + i * size;

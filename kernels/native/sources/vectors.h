@@ -8,7 +8,8 @@
 #include <type_traits>
 #include <utility>
 
-#if defined(RIVER_ISA_AVX512) || defined(RIVER_ISA_AVX512_VNNI) || defined(RIVER_ISA_AMX)
+#if defined(RIVER_ISA_AVX512) || defined(RIVER_ISA_AVX512_VNNI) || defined(RIVER_ISA_AVX512_BF16) || \
+    defined(RIVER_ISA_AMX)
 #define RIVER_AVX512
 #elif defined(RIVER_ISA_AVX2) || defined(RIVER_ISA_AVX_VNNI)
 #define RIVER_AVX2

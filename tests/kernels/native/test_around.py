@@ -27,7 +27,7 @@ ACTIVATIONS = ("none", "silu", "gelu", "gelu_tanh", "relu")
 
 pytestmark = pytest.mark.usefixtures("restored")
 
-TILES = [isa for isa in runnable() if isa.name == "amx"]
+OWN_PRODUCTS = [isa for isa in runnable() if isa.name in ("amx", "avx512_bf16")]  # of any number of rows in bfloat16
 FEW_ROWS = 8  # up to which `dense` computes the product itself
 
 
@@ -233,15 +233,15 @@ def test_more_rows_go_through_a_librarys_product(m, n, k, seed):
         called(dense, case.x, case.weight)
 
 
-@pytest.mark.skipif(not TILES, reason="this processor has no tiles")
+@pytest.mark.parametrize("isa", OWN_PRODUCTS, ids=lambda isa: isa.name)
 @given(m=st.integers(17, 100), n=st.integers(1, 100), k=st.integers(1, 300), seed=st.integers(0, 2**20))
 @examples(12)
-def test_many_rows_in_tiles(m, n, k, seed):
+def test_many_rows_in_bfloat16(isa, m, n, k, seed):
     """Blocks of rows and of features that end anywhere, and matrices of which one ends within a block.
 
     Up to 64 rows are recorded, but for positions of one sequence: those stand between a library's attention.
     """
-    load.load(*TILES)
+    load.load(isa)
     torch.set_num_threads(1 + seed % 3)
     gated, norm = seed % 2 == 0, NORMS[seed % len(NORMS)]
     options = {"bias": seed % 7 > 2, "norm_bias": True, "residual": seed % 3 > 0, "activation": "silu", "gap": seed % 5}

@@ -1,0 +1,112 @@
+"""What exact mode's passes cost: milliseconds of a draft step and of the backbone over several tokens, by rows.
+
+    python -m benchmarks.passes
+    python -m benchmarks.passes --model gemma3-270m --rows 1 8 --json passes.json
+
+Passes run as in exact mode, on a static cache after a prompt of 64 tokens, all kinds in turn, so that each finds in the
+caches what the others left. The least time of each counts. "backbone / one" is what a pass costs beside one of a single
+token of each row: what drafts must make up for.
+"""
+
+from __future__ import annotations
+
+import sys
+import time
+from collections.abc import Callable
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from benchmarks import common
+from river_compile.cli import models
+
+PROMPT = 64
+MAX_DRAFT = 15
+STEPS_TO_WARM_UP = 3
+NOT_THE_MODELS = ("logits_processor", "stopping_criteria", "synced_gpus", "streamer")  # arguments of a decode loop
+
+
+def passes(model: Any, rows: int, repeats: int) -> dict[str, float]:
+    """Returns seconds by kind of pass: "draft", and each width of the backbone."""
+    measured: dict[str, float] = {}
+
+    def measure(model: Any, input_ids: Tensor, generation_config: Any, **arguments: Any) -> Tensor:
+        from river_compile.speculative.runner import DraftVerifyRunner
+
+        given = {name: value for name, value in arguments.items() if name not in NOT_THE_MODELS}
+        runner = DraftVerifyRunner(model, given, MAX_DRAFT)
+        runner.prefill(input_ids, generation_config)
+        ids = torch.cat([input_ids, input_ids[:, -1:]], 1)
+        wide = {width: torch.cat([ids, ids[:, -1:].expand(-1, width - 1)], 1) for width in runner.widths}
+
+        def draft() -> None:
+            runner.draft_step(ids)
+            runner.rewind(1)
+
+        def verify(width: int) -> None:
+            runner.verify(wide[width], width - 1)
+            runner.rewind(width)
+
+        kinds: dict[str, Callable[[], None]] = {"draft": draft}
+        kinds |= {str(width): (lambda width=width: verify(width)) for width in runner.widths}
+        with runner.sequences.one():
+            for turn in range(repeats + STEPS_TO_WARM_UP):
+                for kind, run in kinds.items():
+                    start = time.perf_counter()
+                    run()
+                    seconds = time.perf_counter() - start
+                    if turn >= STEPS_TO_WARM_UP:
+                        measured[kind] = min(seconds, measured.get(kind, seconds))
+        return input_ids
+
+    ids = torch.randint(1000, 10_000, (rows, PROMPT), generator=torch.Generator().manual_seed(0))
+    with model._optimize_model_for_decode():
+        model.generate(
+            ids,
+            attention_mask=torch.ones_like(ids),
+            custom_generate=measure,
+            cache_implementation="static",
+            max_new_tokens=PROMPT,
+            do_sample=False,
+        )
+    return measured
+
+
+def main(arguments: list[str] | None = None) -> int:
+    """Runs the command line and returns the exit status."""
+    parser = common.command_line(__doc__, "model", "dtype", "threads", "repeats", "json", repeats=12)
+    rows = {"type": common.number(1), "default": [1, 2, 4, 8]}
+    parser.add_argument("--rows", nargs="+", metavar="N", help="of a batch (1 2 4 8)", **rows)
+    parser.add_argument("--artifact", metavar="DIR", help="packed twins, as `river pack` writes them")
+    options = parser.parse_args(arguments)
+    import river_compile
+
+    torch.set_num_threads(options.threads)
+    models.quiet()
+    try:
+        model, _ = models.load(options.model, dtype=options.dtype)
+    except (ValueError, models.ModelUnavailable) as error:
+        print(f"error: {error}", file=sys.stderr)
+        return 1
+    model.compile(backend=river_compile.river, options={"artifact": options.artifact})
+    outcome = {**common.setting("passes", options), "seconds": {}}
+    for rows in options.rows:
+        outcome["seconds"][rows] = passes(model, rows, options.repeats)
+    common.print_setting(outcome)
+    kinds = list(next(iter(outcome["seconds"].values())))
+    print("\nmilliseconds (backbone / one)")
+    common.print_table(
+        ["rows", *(kind if kind == "draft" else f"{kind} tokens" for kind in kinds)],
+        [[rows, *(_cell(kind, of) for kind in kinds)] for rows, of in outcome["seconds"].items()],
+    )
+    common.write_outcome(outcome, options.json)
+    return 0
+
+
+def _cell(kind: str, seconds: dict[str, float]) -> str:
+    return f"{1000 * seconds[kind]:.1f} ({seconds[kind] / seconds['1']:.2f})"
+
+
+if __name__ == "__main__":
+    sys.exit(main())

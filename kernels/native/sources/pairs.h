@@ -1,0 +1,96 @@
+// Products of bfloat16 matrices by dot products of pairs (AVX-512 BF16), where there are no tiles: each weight is read
+// once, in place, and multiplied with up to six rows of activations in bfloat16 (`kPairs`). Every output is summed in one
+// order, whatever the number of rows.
+#pragma once
+
+#include <algorithm>
+
+#include "dense.h"
+#include "phases.h"
+#include "vectors.h"
+
+namespace river {
+
+#if defined(RIVER_ISA_AVX512_BF16)
+
+constexpr bool kHasPairs = true;
+constexpr int kStepOfPairs = 32;  // input features of one vector
+
+// The sums of the lanes of four vectors, each in the same order.
+RIVER_INLINE void sums_of_four(const __m512 (&v)[4], float* sums) {
+  const auto two_of = [](__m512 p, __m512 q) RIVER_INLINED {
+    return _mm512_add_ps(_mm512_unpacklo_ps(p, q), _mm512_unpackhi_ps(p, q));
+  };
+  const __m512d first = _mm512_castps_pd(two_of(v[0], v[1])), second = _mm512_castps_pd(two_of(v[2], v[3]));
+  const __m512 quarters = _mm512_add_ps(_mm512_castpd_ps(_mm512_unpacklo_pd(first, second)),
+                                        _mm512_castpd_ps(_mm512_unpackhi_pd(first, second)));
+  const __m256 halves = _mm256_add_ps(_mm512_castps512_ps256(quarters), _mm512_extractf32x8_ps(quarters, 1));
+  _mm_storeu_ps(sums, _mm_add_ps(_mm256_castps256_ps128(halves), _mm256_extractf128_ps(halves, 1)));
+}
+
+// `T` <= 4 output features for R rows, the first of which is `first_x`: y[r][t] = sum over k of weight[t, k] x[r, k].
+template <int R, int T>
+void pairs_tile(const LinearArgs& a, const char* weight, const char* first_x, int64_t row_bytes, float (*y)[kBlock]) {
+  const int64_t k = a.in_features, whole = k / kStepOfPairs * kStepOfPairs;
+  __m512 sums[R][4] = {};
+  const auto add = [&](int64_t i, auto load_weights) RIVER_INLINED {
+    unrolled<T>([&](auto t) RIVER_INLINED {
+      const auto w = (__m512bh)load_weights(weight + (t * k + i) * 2);
+      unrolled<R>([&](auto r) RIVER_INLINED {
+        sums[r][t] = _mm512_dpbf16_ps(sums[r][t], w, (__m512bh)_mm512_loadu_si512(first_x + r * row_bytes + i * 2));
+      });
+    });
+  };
+  for (int64_t i = 0; i < whole; i += kStepOfPairs)
+    add(i, [&](const char* w) RIVER_INLINED {
+      __builtin_prefetch(w + T * k * 2, 0, 2);
+      return _mm512_loadu_si512(w);
+    });
+  if (whole < k) {
+    const auto rest = __mmask32((1u << (k - whole)) - 1);
+    add(whole, [&](const char* w) RIVER_INLINED { return _mm512_maskz_loadu_epi16(rest, w); });
+  }
+  unrolled<R>([&](auto r) RIVER_INLINED {
+    float total[4];
+    sums_of_four(sums[r], total);
+    std::copy(total, total + T, y[r]);
+  });
+}
+
+// The same for up to 16 rows, in shares of at most six.
+template <int T>
+void pairs_tiles(const LinearArgs& a, const char* weight, const char* x, int rows, float (*y)[kBlock]) {
+  constexpr decltype(&pairs_tile<1, T>) kOfRows[] = {pairs_tile<1, T>, pairs_tile<2, T>, pairs_tile<3, T>,
+                                                     pairs_tile<4, T>, pairs_tile<5, T>, pairs_tile<6, T>};
+  const int64_t row_bytes = (a.in_features + a.group_size - 1) / a.group_size * a.group_size * 2;
+  const int shares = (rows + 5) / 6;
+  for (int share = 0, row = 0, next; share < shares; ++share, row = next) {
+    next = rows * (share + 1) / shares;
+    kOfRows[next - row - 1](a, weight, x + row * row_bytes, row_bytes, y + row);
+  }
+}
+
+// One block of output features for `rows` <= 16 rows.
+inline void pairs_block(const LinearArgs& a, int64_t n, int row, int rows, float (*y)[kBlock]) {
+  const int64_t row_bytes = (a.in_features + a.group_size - 1) / a.group_size * a.group_size * 2, first = n * kBlock;
+  const char* x = static_cast<const char*>(a.x.values) + row * row_bytes;
+  const int count = int(std::min<int64_t>(kBlock, a.out_features - first));
+  for (int i = 0, next; i < count; i = next) {
+    const int matrix = matrix_of(a.dense, first + i);
+    const int64_t at = first + i - a.dense.first[matrix];
+    const char* weight = static_cast<const char*>(a.dense.data[matrix]) + at * a.in_features * 2;
+    next = i + 4 <= count && first + i + 4 <= a.dense.first[matrix + 1] ? i + 4 : i + 1;
+    const auto tiles = next == i + 4 ? pairs_tiles<4> : pairs_tiles<1>;
+    tiles(a, weight, x, rows, reinterpret_cast<float(*)[kBlock]>(y[0] + i));
+  }
+}
+
+#else
+
+constexpr bool kHasPairs = false;
+
+inline void pairs_block(const LinearArgs&, int64_t, int, int, float (*)[kBlock]) {}
+
+#endif
+
+}  // namespace river
