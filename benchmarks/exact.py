@@ -132,7 +132,7 @@ class Bench:
         import river_compile
         from river_compile.exits import forced_depth
 
-        exact = river_compile.exact.with_options(adaptive=False)  # what drafts cost is what is measured
+        exact = river_compile.exact
         special = {
             "exact": {"custom_generate": exact},
             "exact_no_lookup": {"custom_generate": exact, "prompt_lookup": False},

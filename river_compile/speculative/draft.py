@@ -171,8 +171,7 @@ class Drafter:
             rows[i].add(rows[i].copy[0])
         if asking:
             tokens = step.choose(scores_NV, asking, steps).tolist()
-            entropies = torch.special.entr(scores_NV.softmax(-1)).sum(-1).tolist()
-            for i, token, entropy in zip(asking, tokens, entropies, strict=True):
+            for i, token, entropy in zip(asking, tokens, map(_entropy, scores_NV), strict=True):
                 rows[i].add(Proposed(token, "river", self._by_entropy, entropy))
         column = dict.fromkeys(rows, self._pad_token)
         for i in (*copying, *asking):
@@ -188,3 +187,9 @@ class Drafter:
         room = draft.room - len(draft.proposed)
         tokens, length = self._indices[row].continuation(room, [p.token for p in draft.proposed])
         return [Proposed(token, "lookup", self._by_match, length + i) for i, token in enumerate(tokens)]
+
+
+def _entropy(scores_V: Tensor) -> float:
+    """Returns the entropy of softmax(scores), in nats. (By rows: memory of all of them would be fresh in every step.)"""
+    logs = scores_V.log_softmax(-1)
+    return -float(logs.exp().mul_(logs.clamp_(min=-1e4)).sum())  # (0 times -inf is 0 here)

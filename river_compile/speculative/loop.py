@@ -146,7 +146,9 @@ class ExactLoop:
 
     def _plain_pass(self) -> None:
         """Runs what a plain step would run next, and forgets it again."""
+        start = self.clock()
         self.runner.verify(self.texts.aligned(self._rows), 0).argmax(-1).tolist()
+        self.runner.times.note(1, self.clock() - start)
         self.runner.rewind(1)
 
     def _let_leave(self) -> None:

@@ -5,7 +5,6 @@ Not handled: what to do with it (:mod:`.plan`).
 
 from __future__ import annotations
 
-import statistics
 from bisect import bisect
 from collections import deque
 from collections.abc import Callable, Hashable, Sequence
@@ -56,7 +55,7 @@ class PassTimes:
     """How long draft steps and verifying passes of each width take, for one model and batch.
 
     Of the latest ones the shortest counts, and none in which something was compiled or captured. A kind of pass that
-    was measured a few times only, or long ago, costs at most what `_guess` says, in proportion to the others: what is
+    was measured a few times only, or long ago, costs at most what it would at best beside those that are known: what is
     thought to be dear would not be tried again.
 
     Args:
@@ -85,13 +84,25 @@ class PassTimes:
     def of(self, kind: int | str) -> float:
         """Returns the seconds of a pass."""
         times = list(self._times.get(kind, ()))
-        known = {k: min(of_k) for k, of_k in list(self._times.items()) if len(of_k) >= _ENOUGH}
+        known: dict[Hashable, float] = {k: min(of_k) for k, of_k in list(self._times.items()) if len(of_k) >= _ENOUGH}
         if kind in known and self._passes - self._measured[kind] <= _LONG_AGO:
             return known[kind]
-        scales = [seconds / _guess(k) for k, seconds in known.items()]
-        return min([_guess(kind) * (statistics.median(scales) if scales else 1.0), *times])
+        return min([*times, *(_at_best(kind, k, seconds) for k, seconds in (known or {1: 1.0}).items())])
 
 
-def _guess(kind: Hashable) -> float:
-    """Returns what a pass costs in units of one of a single token, on the cheap side so that it will be tried."""
-    return 0.3 if kind == PassTimes.DRAFT else 1 + 0.02 * (int(str(kind)) - 1)
+def _at_best(kind: Hashable, known: Hashable, seconds: float) -> float:
+    """Returns what a pass costs at best where one of a known kind costs `seconds`.
+
+    A wider one little more, as where weights are waited for; a narrower one in proportion, as where sums are.
+    """
+    width, known_width = _width(kind), _width(known)
+    share = width / known_width if width < known_width else (1 + 0.02 * (width - 1)) / (1 + 0.02 * (known_width - 1))
+    return seconds * share * _part(kind) / _part(known)
+
+
+def _width(kind: Hashable) -> int:
+    return 1 if kind == PassTimes.DRAFT else int(str(kind))
+
+
+def _part(kind: Hashable) -> float:
+    return 0.3 if kind == PassTimes.DRAFT else 1.0

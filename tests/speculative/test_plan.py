@@ -98,6 +98,16 @@ def test_before_passes_are_measured_they_count_in_proportion():
     assert found.of(8) == pytest.approx(2.0 * guess)
 
 
+def test_a_narrow_pass_that_was_never_measured_is_tried_where_wide_ones_are_dear():
+    """Nothing says that one token costs as much as sixteen: sums may be what takes the time, as in large batches."""
+    found = PassTimes()
+    for _ in range(4):
+        found.note(PassTimes.DRAFT, 0.015)
+        found.note(16, 0.170)
+    assert [found.of(w) for w in (1, 2)] == pytest.approx([0.170 / 16, 0.170 / 8])
+    assert found.of(16) == 0.170
+
+
 def test_passes_in_which_something_was_prepared_do_not_count():
     graphs = [0]
     found = PassTimes(lambda: graphs[0])
