@@ -190,6 +190,6 @@ class Drafter:
 
 
 def _entropy(scores_V: Tensor) -> float:
-    """Returns the entropy of softmax(scores), in nats. (By rows: memory of all of them would be fresh in every step.)"""
+    """Returns the entropy of softmax(scores), in nats."""  # by rows: memory of all would be fresh in every step
     logs = scores_V.log_softmax(-1)
     return -float(logs.exp().mul_(logs.clamp_(min=-1e4)).sum())  # (0 times -inf is 0 here)
