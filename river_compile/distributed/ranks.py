@@ -123,15 +123,22 @@ class Ranks:
             ArtifactError: the artifact is of another number of ranks.
         """
         whole = Path(folder)
-        found = {path.name.rpartition("-")[2] for path in whole.glob(_FOLDERS)}
-        found |= {"1"} if any(whole.glob("*.safetensors")) else set()
-        others = sorted(found - {str(self.size)})
+        others = sorted(_sizes(whole) - {str(self.size)})
         if others:
             raise ArtifactError(
                 f"{whole} holds the twins of a model on {others[0]} ranks, and this one runs on {self.size}; start "
                 f"{others[0]} processes, or leave artifact= out and save another one"
             )
         return whole / self.name if self.several else whole
+
+
+def _sizes(folder: Path) -> set[str]:
+    """Returns of how many ranks the artifacts in a folder are."""
+    try:
+        found = {path.name.rpartition("-")[2] for path in folder.glob(_FOLDERS)}
+        return found | {"1"} if any(folder.glob("*.safetensors")) else found
+    except (OSError, ValueError):  # (a name that no folder can have: whoever reads or writes there says so)
+        return set()
 
 
 ALONE = Ranks()
