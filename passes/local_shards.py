@@ -5,7 +5,7 @@ becomes that local shard, so that every pass meets plain matrices; what gathers 
 is, and sums over ranks stand where they were, without the copy back into the partial sum:
 
     to_local(p)                                                  p
-    x.copy_(wait(all_reduce(x)))                                 wait(all_reduce(x))
+    x.copy_(wait(all_reduce(x))), x                              wait(all_reduce(x))
     from_local(x, Shard(-1)).redistribute(Replicate).to_local()  cat of wait(all_gather(x))
 
 The bits stay the same. Not handled: shards of unequal width in the last of these, and parameters that are read in
@@ -85,13 +85,17 @@ def _aliases(node: fx.Node) -> Iterator[fx.Node]:
 
 
 def _without_copy(wait: fx.Node) -> None:
-    """Uses a sum over ranks where it was copied back into the rank's own part, which nothing else reads."""
+    """Uses a sum over ranks itself where it was copied back into the rank's own part, which is read only afterwards."""
     reduced = wait.args[0]
     if not collective(reduced, "all_reduce") or len(wait.users) != 1:
         return
     part, (copy,) = reduced.args[0], wait.users
-    fits = called(copy, Tensor.copy_) and copy.args[:2] == (part, wait) and set(part.users) == {reduced, copy}
-    if fits and part.op != "placeholder" and memory_of(part) is part:
+    if not called(copy, Tensor.copy_) or copy.args[:2] != (part, wait):
+        return
+    after = [user for user in part.users if user not in (reduced, copy)]
+    if part.op != "placeholder" and memory_of(part) is part and all(user > copy for user in after):
+        for user in after:
+            user.replace_input_with(part, wait)
         copy.replace_all_uses_with(wait)
         copy.graph.erase_node(copy)
 
