@@ -32,6 +32,7 @@ _EXPORTS = {
     "Calibration": "calibration.result",
     "ExactModeError": "errors",
     "OptionError": "errors",
+    "RankError": "errors",
     "Report": "reporting.report",
     "RiverConfig": "config",
     "RiverWarning": "errors",
@@ -52,6 +53,7 @@ _EXPORTS = {
     "restore": "drop_in.undo",
     "river": "backend",
     "save": "twins.pack",
+    "tensor_parallel_plan": "distributed.support",
     "trace": "runtime.trace",
     "warmup": "cudagraphs.warmup",
 }

@@ -24,12 +24,17 @@ from river_compile.cudagraphs.device import CaptureLog
 from river_compile.cudagraphs.launch_ahead import LaunchAhead
 from river_compile.cudagraphs.launcher import Launcher
 from river_compile.cudagraphs.runner import CapturedRunner, choose_device
+from river_compile.distributed.ranks import Ranks, ranks_of
+from river_compile.distributed.runner import RankRunner, called_on_shards
+from river_compile.distributed.support import NOT_CAPTURED
+from river_compile.distributed.support import check as check_supported
 from river_compile.lowering.choose import Lowering, choose_lowering, warn_of_slow_lowering
 from river_compile.lowering.compile import SegmentCompiler, inductor_settings
 from river_compile.offload.streaming import Streamer
 from river_compile.offload.weights import OffloadedWeights
 from river_compile.passes.decoder import find_decoder
 from river_compile.passes.exit_checks import logits_of
+from river_compile.passes.local_shards import on_local_shards
 from river_compile.passes.nodes import is_parameter
 from river_compile.passes.normalize import normalized
 from river_compile.passes.pipeline import Pass, run_passes
@@ -38,6 +43,7 @@ from river_compile.passes.segments import segmented
 from river_compile.passes.twins import twin_sites, without_products
 from river_compile.reporting.dump import PassDump, trace_artifact
 from river_compile.reporting.plain_runs import PlainRuns
+from river_compile.reporting.ranks import note_ranks
 from river_compile.reporting.reads import bytes_of_token
 from river_compile.reporting.report import graph_lines
 from river_compile.runtime.executor import RiverExecutor
@@ -57,6 +63,7 @@ from .pass_list import head_twinning, passes_for, twinning, uses_own_backbone
 from .state import GraphRecord, ModelState, find_state, state_of
 from .upstream.compiled_calls import compiled_module
 from .upstream.inductor_builds import build_whole_files
+from .upstream.tensors import local_of
 from .upstream.versions import warn_of_untested
 
 log = logging.getLogger("river_compile")
@@ -91,9 +98,15 @@ def river(
     values = dict(zip(traced.graph.find_nodes(op="placeholder"), example_inputs, strict=True))
     parameters = [node for node in values if is_parameter(node)]
     owner = compiled_module(river)  # of the pieces of a broken graph, each of which reads some of its parameters
-    state = state_of([*(values[node] for node in parameters), *(owner.parameters() if owner else ())])
+    owned = [*(values[node] for node in parameters), *(owner.parameters() if owner else ())]
+    state, ranks, local = state_of(owned), ranks_of(owned), frozenset[fx.Node]()
     if owner is not None:
         state.of(OwnText).is_of(owner)
+    if ranks.several:
+        check_supported(ranks, config, mode, traced.graph)
+        state.put(ranks)
+        local = on_local_shards(traced, ranks.size, ranks.group.group_name)
+        values |= {node: local_of(values[node]) for node in local}
     record = GraphRecord(config, mode=mode)
     state.add(record, limit=torch._dynamo.config.recompile_limit)
     for parameter in parameters[:1]:
@@ -104,7 +117,7 @@ def river(
         if not isinstance(program, Refusal) and config.quantizer != "none" and config.fill == "river":
             program = without_products(program) or program
     if not isinstance(program, Refusal):
-        return _build(program, values, lowering, state, record)
+        return called_on_shards(_build(program, values, lowering, state, record), [*values], local)
     record.refusal = f"{program}{_graph_break(graph_module)}"
     if config.on_unsupported == "raise":
         raise UnsupportedGraphError(f"backend 'river' cannot rewrite this graph: {record.refusal}")
@@ -156,7 +169,12 @@ def _build(
     config.check_depths(plan.num_blocks)
     lowering = lowering or choose_lowering(config, plan.device)
     record.own_backbone = uses_own_backbone(config, lowering)
-    device = choose_device(program, config, captures, lowering.native)
+    ranks = state.of(Ranks)
+    device = None
+    if ranks.several:
+        captures.not_captured = NOT_CAPTURED
+    else:
+        device = choose_device(program, config, captures, lowering.native)
     offloaded.check(plan, config)
     policy = _exit_policy(program, config)
     with record.stage("packing"):
@@ -164,7 +182,7 @@ def _build(
     if packed:
         warn_of_slow_lowering(lowering, plan.device)
         with record.stage("judging"):
-            state.of(PackedWeights).judge(packed.values(), state.of(OwnText))
+            state.of(PackedWeights).judge(packed.values(), Statistics.of(state))
     with record.stage("rewriting"):
         keep = {site.name: made.reason for site, made in packed.items() if made.reason}
         program = _rewritten(program, config, passes_for(config, plan, lowering, keep))
@@ -173,7 +191,7 @@ def _build(
         with state.of(PackedWeights).moving():
             offloaded.arrange(program, values, config, sum(packed[s].nbytes for p in segments for s in p.packed))
     streamer = Streamer(offloaded, program, values, config.offload)
-    settings = inductor_settings(record.mode, captured=device is not None)
+    settings = inductor_settings(record.mode, captured=device is not None or ranks.several)
     compiler = SegmentCompiler(lowering.compiler, settings, lowering.native, plan.is_decode)
     steps: dict[Segment, Step] = {}
     with record.stage("compiling"):
@@ -184,11 +202,14 @@ def _build(
             steps[segment] = streamer.step(segment, compiler.compile(segment, weights), weights, program.slots)
     record.describe(program, compiler.compiled)
     record.put(GraphTwins(packed.values()))
+    note_ranks(program, record, ranks)
     trace_artifact(f"river_{plan.kind}_report", lambda: "\n".join(graph_lines(record)))
     stats = state.of(ExitStats)
     stats.num_blocks = plan.num_blocks
     fill = config.filling(program)
     runner: Runner = PlainRunner(program, steps, fill)
+    if ranks.several:
+        runner = RankRunner(program, steps, ranks, config.check_ranks)
     if device is not None:
         launcher = Launcher(program, device, captures, config.max_captures)
         ahead = LaunchAhead(config.launch_ahead)

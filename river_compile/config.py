@@ -204,6 +204,13 @@ class RiverConfig:
         "`strict=True` compiles its verification with it",
         EXPERT,
     )
+    check_ranks: bool = _option(
+        False,
+        FLAG,
+        "under tensor parallelism: an error where ranks are given other tokens or compute other scores, before they "
+        "agree on the first one's; slower ([docs/distributed.md](docs/distributed.md))",
+        EXPERT,
+    )
     dump_dir: str | Path | None = _option(
         None, optional(PATH), "a folder that receives every segment, each twin beside its block, and the plan", EXPERT
     )

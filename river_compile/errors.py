@@ -56,5 +56,9 @@ class ExactModeError(ValueError):
     """Exact mode cannot run this call or this model; the message gives the reason."""
 
 
+class RankError(RuntimeError):
+    """The processes that share a model cannot go on together: one is gone, or they disagree; the message says which."""
+
+
 class RiverWarning(UserWarning):
     """Something runs otherwise than asked for; the message says what and why."""

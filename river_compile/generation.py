@@ -17,6 +17,7 @@ from transformers import GenerationConfig, PreTrainedModel
 from transformers.generation import GenerateDecoderOnlyOutput, LogitsProcessorList, StoppingCriteriaList
 from transformers.generation.configuration_utils import GenerationMode
 
+from river_compile.distributed.ranks import Ranks, ranks_of
 from river_compile.runtime.next_inputs import NextInputs
 from river_compile.speculative.hf_frames import KeepsTokenizer, argument_of_generate
 from river_compile.upstream.hf_cache import cache_argument, cache_of
@@ -51,7 +52,8 @@ class Decode:
         if obstacle:
             raise ValueError(f"river_compile.decode is for greedy search and sampling: {obstacle}")
         streamer = streamer or argument_of_generate("streamer")
-        choice = _Choice(config, logits_processor, stopping_criteria, input_ids)
+        ranks = ranks_of(model.parameters())
+        choice = _Choice(config, logits_processor, stopping_criteria, input_ids, ranks)
         outputs = model._prefill(input_ids, config, model_kwargs, not config.is_assistant)
         model_kwargs = model._update_model_kwargs_for_generation(outputs, model_kwargs)
         following = NextInputs(model, model_kwargs)
@@ -76,7 +78,7 @@ decode = Decode()
 
 
 class _Choice:
-    """Chooses the tokens of one call of generate.
+    """Chooses the tokens of one call of generate, as the first of the ranks does that share the model.
 
     Attributes:
         ids_BS: all ids so far.
@@ -85,13 +87,18 @@ class _Choice:
     """
 
     def __init__(
-        self, config: GenerationConfig, process: LogitsProcessorList, stops: StoppingCriteriaList, ids_BS: Tensor
+        self,
+        config: GenerationConfig,
+        process: LogitsProcessorList,
+        stops: StoppingCriteriaList,
+        ids_BS: Tensor,
+        ranks: Ranks,
     ) -> None:
         wanted = config.return_dict_in_generate
         self.scores: tuple[Tensor, ...] | None = () if wanted and config.output_scores else None
         self.logits: tuple[Tensor, ...] | None = () if wanted and config.output_logits else None
         self.ids_BS, self.active_B = ids_BS, ids_BS.new_ones(ids_BS.shape[0], dtype=torch.bool)
-        self._process, self._stops, self._do_sample = process, stops, config.do_sample
+        self._process, self._stops, self._do_sample, self._ranks = process, stops, config.do_sample, ranks
         ends = any(hasattr(criterion, "eos_token_id") for criterion in stops)
         self._pad_token = config._pad_token_tensor.to(ids_BS.device) if ends else None
 
@@ -107,8 +114,9 @@ class _Choice:
             tokens_B = scores_BV.argmax(-1)
         if self._pad_token is not None:
             tokens_B = torch.where(self.active_B, tokens_B, self._pad_token)
+        tokens_B = self._ranks.first(tokens_B)
         self.ids_BS = torch.cat([self.ids_BS, tokens_B[:, None]], dim=-1)
-        self.active_B = self.active_B & ~self._stops(self.ids_BS, self.scores)
+        self.active_B = self.active_B & ~self._ranks.first(self._stops(self.ids_BS, self.scores))
         return tokens_B
 
 

@@ -9,9 +9,9 @@ from __future__ import annotations
 import contextlib
 import threading
 import time
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field, replace
-from typing import TypeVar, cast
+from typing import Any, TypeVar, cast
 
 from torch import Tensor, nn
 from torch.utils.weak import WeakTensorKeyDictionary
@@ -68,6 +68,7 @@ class GraphRecord(Entries):
         block_paths: module paths of the blocks.
         executor: returns what runs the graph while Dynamo keeps it, None for a graph that was refused.
         entry: what Dynamo keeps of it.
+        ranks: of each of the ranks that share the model, what is packed for it; none where it has no others.
     """
 
     config: RiverConfig
@@ -87,6 +88,7 @@ class GraphRecord(Entries):
     block_paths: tuple[str, ...] = ()
     executor: Callable[[], object | None] = field(default=lambda: None)
     entry: CacheEntry = field(default_factory=CacheEntry)
+    ranks: Sequence[Mapping[str, Any]] = ()
 
     def __post_init__(self) -> None:
         super().__init__()

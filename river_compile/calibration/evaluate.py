@@ -7,6 +7,8 @@ Cost is the time of a decode step as a share of never exit's. Steps of equal kin
 median counts. A step that left is linear in its depth between the least depth seen and never exit; a doubted one costs
 its own median, or before any was seen what its two parts cost.
 
+Ranks that share a model all go by the first one's clock and losses.
+
 Not handled: prompts that exit (``prefill="exit"``), and batches.
 """
 
@@ -28,6 +30,7 @@ from tqdm import tqdm
 from transformers import PreTrainedModel, StaticCache
 
 from river_compile.backend import river
+from river_compile.distributed.ranks import ranks_of
 from river_compile.exits import Criterion, Memories, Memory, Threshold, forced_depth, forced_threshold
 from river_compile.kernels.portable import token_kl
 from river_compile.runtime.stats import StepRecord
@@ -114,6 +117,7 @@ class Meter:
     ) -> None:
         self._model, self._samples, self._context, self._progress = model, samples, context, progress
         self._never = (criterion.never, 1)
+        self._ranks = ranks_of(model.parameters())
         config = model.config.get_text_config()
         self.cache = StaticCache(config=config, max_cache_len=samples[0].shape[1])
         self._held = {cache_argument(model): self.cache, "use_cache": True}
@@ -148,7 +152,7 @@ class Meter:
             raise RuntimeError(
                 f"{len(steps)} of {len(seconds)} steps ran through River; river_compile.report(model) says why"
             )
-        for step, spent in zip(steps, seconds, strict=True):
+        for step, spent in zip(steps, self._ranks.agree(seconds), strict=True):
             self._seconds[_kind(step)].append(spent)
         return Run(torch.cat(logits), tuple(steps))
 
@@ -170,8 +174,9 @@ class Meter:
         kl, disagreement = [], []
         for index, run in zip(texts, runs, strict=True):
             reference = self.references[index].logits
-            kl.append(token_kl(reference, run.logits).tolist())
-            disagreement.append((reference.argmax(-1) != run.logits.argmax(-1)).float().tolist())
+            kl.append([*self._ranks.agree(token_kl(reference, run.logits).tolist())])
+            other = reference.argmax(-1) != run.logits.argmax(-1)
+            disagreement.append([*self._ranks.agree(other.float().tolist())])
         return Measured(rule, kl, disagreement, [_kind(step) for run in runs for step in run.steps])
 
     def cost(self, measured: Measured) -> float:

@@ -194,6 +194,7 @@ def _graph_dict(graph: GraphRecord) -> dict[str, object]:
             if f.missed
         ],
         "captures": graph.of(CaptureLog).to_dict(),
+        "ranks": [dict(rank) for rank in graph.ranks],
     }
 
 
@@ -228,6 +229,11 @@ def graph_lines(graph: GraphRecord) -> Iterator[str]:
     if graph.token_bytes < graph.packed_bytes:
         read, held = graph.token_bytes / 1e6, graph.packed_bytes / 1e6
         yield f"    experts      a token reads {read:.1f} MB of the twins' {held:.1f} MB"
+    for rank in graph.ranks:
+        yield (
+            f"    {rank['rank']:<12} {rank['matrices']} matrices in 4 bits, {rank['bytes'] / 1e6:.1f} MB, "
+            f"{rank['in_16_bits']} in 16 bits; least SQNR {rank['least_sqnr']:.1f} dB"
+        )
     yield from _fusion_lines(graph.fusions)
     yield from graph.of(CaptureLog).lines()
 

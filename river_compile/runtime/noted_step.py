@@ -19,6 +19,7 @@ from transformers.utils import ModelOutput
 from river_compile.upstream.dynamo_cache import CacheEntry
 from river_compile.upstream.dynamo_calls import Ambient, code_that_runs, is_plain
 from river_compile.upstream.hf_cache import cache_of
+from river_compile.upstream.tensors import local_of
 
 from .executor import RiverExecutor
 
@@ -129,7 +130,8 @@ class _Places(NamedTuple):
             return None
         layers = enumerate(map(vars, given.cache.layers))
         places = {id(value): (i, name) for i, layer in layers for name, value in layer.items()}
-        owned = {id(value) for attributes in dicts for value in attributes.values() if isinstance(value, Tensor)}
+        values = (value for attributes in dicts for value in attributes.values() if isinstance(value, Tensor))
+        owned = {id(part) for value in values for part in (value, local_of(value))}
         kept: list[Any] = [None] * len(args)
         from_layers, from_call = [], []
         for number, arg in enumerate(args):
@@ -137,7 +139,7 @@ class _Places(NamedTuple):
                 from_call.append((number, names[id(arg)]))
             elif isinstance(arg, Tensor) and id(arg) in places:
                 from_layers.append((number, *places[id(arg)]))
-            elif type(arg) is int or id(arg) in owned:
+            elif arg is None or type(arg) is int or id(arg) in owned:
                 kept[number] = arg
             else:
                 return None

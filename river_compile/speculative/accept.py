@@ -19,6 +19,8 @@ from collections.abc import Sequence
 import torch
 from torch import Tensor
 
+from river_compile.distributed.ranks import ALONE, Ranks
+
 
 class Chooser:
     """Chooses tokens for one call of generate.
@@ -26,10 +28,11 @@ class Chooser:
     Args:
         rows: B.
         do_sample: draw from the scores' softmax instead of taking their maximum.
+        ranks: that share the model; all of them choose what the first one does.
     """
 
-    def __init__(self, rows: int, do_sample: bool) -> None:
-        self.do_sample = do_sample
+    def __init__(self, rows: int, do_sample: bool, ranks: Ranks = ALONE) -> None:
+        self.do_sample, self._ranks = do_sample, ranks
         self._rows = rows
         self._drawn = 0  # steps whose noise was drawn
         self._steps: dict[int, tuple[Tensor, Tensor]] = {}  # the generator's state before a step, and the step's noise
@@ -37,9 +40,9 @@ class Chooser:
     def choose(self, scores_NV: Tensor, places: Sequence[tuple[int, int]]) -> Tensor:
         """Returns a token ``[N]`` for each place, which is a row and its number of new tokens so far."""
         if not self.do_sample:
-            return scores_NV.argmax(-1)
+            return self._ranks.first(scores_NV.argmax(-1))
         noise_NV = torch.stack([self._noise(step, scores_NV)[row] for row, step in places])
-        return (scores_NV.softmax(-1) / noise_NV).argmax(-1)
+        return self._ranks.first((scores_NV.softmax(-1) / noise_NV).argmax(-1))
 
     def forget(self, before: int) -> None:
         """Drops the noise of steps that all rows have passed."""

@@ -18,6 +18,8 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
+from river_compile.distributed.ranks import ALONE, Ranks
+
 from .lookup import SuffixAutomaton
 from .plan import Proposed, RowDraft, Rule
 from .rates import AcceptanceRate, PassTimes
@@ -83,6 +85,7 @@ class Drafter:
         together: rows keep only what held for all of them, so drafts have the length of the shortest.
         pad_token: stands in for the tokens of rows that draft nothing more.
         end_tokens: a draft ends after any of these.
+        ranks: that share the model; all of them go by the first one's entropies and times.
     """
 
     def __init__(
@@ -94,7 +97,9 @@ class Drafter:
         together: bool,
         pad_token: int,
         end_tokens: Sequence[int] = (),
+        ranks: Ranks = ALONE,
     ) -> None:
+        self._ranks = ranks
         self._indices = [SuffixAutomaton(row) for row in prompt_ids.tolist()] if prompt_lookup else []
         self.rule, self._times, self._together = rule, times, together
         self._pad_token, self._end_tokens = pad_token, frozenset(end_tokens)
@@ -129,7 +134,7 @@ class Drafter:
             start = time.perf_counter()
             column = self._go_on(ids_BS, rows, running, step, steps)
             ids_BS = torch.cat([ids_BS, ids_BS.new_tensor(column)[:, None]], dim=-1)
-            self._times.note(PassTimes.DRAFT, time.perf_counter() - start)
+            self._times.note(PassTimes.DRAFT, *self._ranks.agree([time.perf_counter() - start]))
             steps += 1
         for i in running:
             for proposed in rows[i].copy[: max(count - len(rows[i].proposed), 0)]:
@@ -171,7 +176,8 @@ class Drafter:
             rows[i].add(rows[i].copy[0])
         if asking:
             tokens = step.choose(scores_NV, asking, steps).tolist()
-            for i, token, entropy in zip(asking, tokens, map(_entropy, scores_NV), strict=True):
+            entropies = self._ranks.agree([_entropy(scores) for scores in scores_NV])
+            for i, token, entropy in zip(asking, tokens, entropies, strict=True):
                 rows[i].add(Proposed(token, "river", self._by_entropy, entropy))
         column = dict.fromkeys(rows, self._pad_token)
         for i in (*copying, *asking):

@@ -30,6 +30,7 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
+from river_compile.distributed.ranks import ALONE, Ranks
 from river_compile.runtime.stats import CycleRecord, RowCycle
 
 from .accept import Chooser
@@ -89,6 +90,7 @@ class ExactLoop:
         scores, logits: receive each kept token's processed scores and raw logits, None where nobody asks.
         pays: says when to do without drafts, None for never.
         pays_of: returns the same for another number of rows.
+        ranks: that share the model; all of them go by what the first one's clock and stopping criteria say.
         clock: seconds, from wherever.
     """
 
@@ -106,6 +108,7 @@ class ExactLoop:
     logits: Outputs | None = None
     pays: Pays | None = None
     pays_of: Callable[[int], Pays] | None = None
+    ranks: Ranks = ALONE
     clock: Callable[[], float] = time.perf_counter
 
     def run(self, first_logits: Tensor) -> Tensor:
@@ -137,8 +140,10 @@ class ExactLoop:
         kept = [texts.lengths[row] - before[row] if row in running else advance for row in self._rows]
         runner.keep(kept, advance)
         end = self.clock()
-        seconds = (drafted_at - start, verified_at - drafted_at, end - verified_at)
-        self.drafter.note(sum(len(row.kept) for row in rows), draft.steps, width, end - drafted_at)
+        took = (drafted_at - start, verified_at - drafted_at, end - verified_at)
+        drafting, verifying, keeping = self.ranks.agree(took)
+        seconds = drafting, verifying, keeping
+        self.drafter.note(sum(len(row.kept) for row in rows), draft.steps, width, verifying + keeping)
         cycle = CycleRecord(rows, width, seconds, threading.get_ident(), runner.stats.model_id)
         runner.stats.count_cycle(cycle)
         if self.pays is not None:
@@ -148,7 +153,7 @@ class ExactLoop:
         """Runs what a plain step would run next, and forgets it again."""
         start = self.clock()
         self.runner.verify(self.texts.aligned(self._rows), 0).argmax(-1).tolist()
-        self.runner.times.note(1, self.clock() - start)
+        self.runner.times.note(1, *self.ranks.agree([self.clock() - start]))
         self.runner.rewind(1)
 
     def _let_leave(self) -> None:
@@ -240,7 +245,7 @@ class ExactLoop:
             stopped = [self.stops.stop(texts.lengths[row], token) for row, token in zip(rows, tokens, strict=True)]
         else:
             seen = tuple(self.scores.steps) if self.together and self.scores is not None else None
-            stopped = self.stops(texts.of(rows), seen).tolist()
+            stopped = self.ranks.first(self.stops(texts.of(rows), seen)).tolist()
         return [row for row, stop in zip(rows, stopped, strict=True) if stop]
 
     @property

@@ -185,9 +185,10 @@ class ExactMode:
                 together=together,
                 pad_token=pad_token or 0,
                 end_tokens=() if end_tokens is None else end_tokens.tolist(),
+                ranks=runner.ranks,
             ),
             texts=Texts(ids_BS, pad_token, None if streamer is None else streamer.put),
-            chooser=Chooser(len(ids_BS), config.do_sample),
+            chooser=Chooser(len(ids_BS), config.do_sample, runner.ranks),
             process=RowProcessors(processors) if processors else None,
             process_draft=RowProcessors(stateless) if stateless else None,
             stops=_ends(criteria) or criteria,
@@ -196,6 +197,7 @@ class ExactMode:
             together=together,
             scores=Outputs(len(ids_BS)) if wanted and config.output_scores else None,
             logits=Outputs(len(ids_BS)) if wanted and config.output_logits else None,
+            ranks=runner.ranks,
         )
 
 

@@ -19,6 +19,7 @@ from collections import deque
 from collections.abc import Callable
 from dataclasses import dataclass, field
 
+from river_compile.distributed.ranks import ALONE, Ranks
 from river_compile.runtime.stats import CycleRecord, PayoffLog
 from river_compile.state import ModelState
 
@@ -38,11 +39,13 @@ class Pays:
     Attributes:
         log: what is told of it.
         preparations: returns how many graphs were compiled and captured so far.
+        ranks: that share the model; all of them go by the first one's clock.
         clock: seconds, from wherever.
     """
 
     log: PayoffLog
     preparations: Callable[[], int]
+    ranks: Ranks = ALONE
     clock: Clock = time.perf_counter
     _drafted: deque[tuple[float, float]] = field(default_factory=lambda: deque(maxlen=_WINDOW))
     _plain: deque[float] = field(default_factory=lambda: deque(maxlen=2 * _PLAIN - 1))
@@ -64,7 +67,8 @@ class Pays:
             return
         start = self.clock()
         plain_pass()
-        self._take(1, self.clock() - start, self._plain_took)
+        (seconds,) = self.ranks.agree([self.clock() - start])
+        self._take(1, seconds, self._plain_took)
 
     def note(self, cycle: CycleRecord) -> None:
         """Takes a cycle in; decides whether the next ones draft."""
@@ -114,4 +118,4 @@ class _AllPays(dict[tuple[int, bool], Pays]):
 def pays_of(state: ModelState, log: PayoffLog, strict: bool, preparations: Callable[[], int], rows: int) -> Pays:
     """Returns what watches a model's cycles with so many rows."""
     every = state.of(_AllPays)
-    return every.setdefault((rows, strict), Pays(log, preparations))
+    return every.setdefault((rows, strict), Pays(log, preparations, state.of(Ranks)))

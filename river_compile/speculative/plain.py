@@ -12,6 +12,7 @@ from torch import Tensor
 from transformers import PreTrainedModel
 from transformers.cache_utils import Cache
 
+from river_compile.distributed.ranks import Ranks
 from river_compile.exits import WHOLE, forced_depth
 from river_compile.runtime.sequences import Sequences
 from river_compile.runtime.stats import ExitStats
@@ -35,7 +36,7 @@ class PlainRunner:
 
     def __init__(self, model: PreTrainedModel, model_kwargs: dict[str, Any], cache: Cache, state: ModelState) -> None:
         self.model, self.model_kwargs, self.cache = model, model_kwargs, cache
-        self.stats, self.sequences = state.of(ExitStats), state.of(Sequences)
+        self.stats, self.sequences, self.ranks = state.of(ExitStats), state.of(Sequences), state.of(Ranks)
         self.times = PassTimes()
         self._outputs: Any = None
 

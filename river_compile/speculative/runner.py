@@ -26,6 +26,7 @@ from transformers import GenerationConfig, PreTrainedModel
 from transformers.cache_utils import Cache
 
 from river_compile.cudagraphs.device import CaptureLog
+from river_compile.distributed.ranks import Ranks
 from river_compile.errors import ExactModeError, RiverWarning
 from river_compile.exits import WHOLE, forced_depth
 from river_compile.kernels.native.load import few_rows
@@ -71,14 +72,15 @@ class DraftVerifyRunner:
 
     Attributes:
         widths: query lengths at which the backbone may verify, ascending from 1.
-        cache, stats, sequences, times: the KV cache, what counts the model's cycles, what tells its sequences apart and
-            how long its passes take, from :meth:`prefill` on.
+        cache, stats, sequences, times, ranks: the KV cache, what counts the model's cycles, what tells its sequences
+            apart, how long its passes take, and the ranks that share it, from :meth:`prefill` on.
     """
 
     cache: Cache
     stats: ExitStats
     sequences: Sequences
     times: PassTimes
+    ranks: Ranks
 
     def __init__(self, model: PreTrainedModel, model_kwargs: dict, max_draft: int, strict: bool = False) -> None:
         self.model = model
@@ -110,7 +112,7 @@ class DraftVerifyRunner:
         if graph is None:
             raise ExactModeError(f"exact mode needs a model that the river backend can rewrite; {why_not(state)}")
         check_paths(graph.config)
-        self.stats, self.sequences = state.of(ExitStats), state.of(Sequences)
+        self.stats, self.sequences, self.ranks = state.of(ExitStats), state.of(Sequences), state.of(Ranks)
         self._prepare = functools.partial(self._be_ready, state, graph)
         self._prepare(ids_BS.shape[0])
         self._kept = self._entries.filled + 1
@@ -198,6 +200,7 @@ class DraftVerifyRunner:
         ends = range(ids_BS.shape[1] - width + 1, ids_BS.shape[1] + 1)
         narrow = torch.cat([self._forward(ids_BS[:, :end], 1) for end in ends], dim=1)
         same = torch.equal(wide, narrow) and all(map(torch.equal, wide_entries, self._copies()))
+        same = self.ranks.every(same)
         self._verdicts[case] = same
         if not same:
             warnings.warn(

@@ -19,6 +19,7 @@ from transformers import PreTrainedModel
 
 from river_compile.kernels.portable import token_kl
 from river_compile.state import ModelState, state_of_model, unwrap
+from river_compile.upstream.tensors import as_shard_of, local_of
 
 from .make import PackedSite
 from .observe import Tokenizer, windows_of
@@ -139,7 +140,7 @@ def _sites_by_block(state: ModelState) -> Iterator[tuple[int, str, list[PackedSi
 
 def _twin_weights(model: nn.Module, packed: Sequence[PackedSite]) -> dict[str, Tensor]:
     """Returns the weights of a twin by parameter name, in the model's dtype."""
-    name_of = {id(parameter): name for name, parameter in model.named_parameters()}
+    named = {id(local_of(parameter)): (name, parameter) for name, parameter in model.named_parameters()}
     weights = {}
     for site in packed:
         sources = site.fresh_sources()
@@ -150,7 +151,8 @@ def _twin_weights(model: nn.Module, packed: Sequence[PackedSite]) -> dict[str, T
         parts = site.dequantize().split(site.out_features)
         for source, part in zip(sources.weights, parts, strict=True):
             part = part.unflatten(0, (site.experts, -1)) if site.experts else part
-            weights[name_of[id(source)]] = (part.mT if site.transposed else part).to(source.dtype)
+            name, parameter = named[id(source)]
+            weights[name] = as_shard_of((part.mT if site.transposed else part).to(source.dtype), parameter)
     return weights
 
 

@@ -20,6 +20,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from river_compile.distributed.ranks import ranks_of
 from river_compile.errors import ArtifactError, OptionError
 from river_compile.kernels.checks import PATH
 from river_compile.kernels.files import appearing
@@ -50,6 +51,11 @@ def export(model: nn.Module, folder: str | Path, format: str = "compressed-tenso
     folder = Path(PATH("folder", folder, ArtifactError))
     if format not in FORMATS:
         raise OptionError(f"format={format!r} is unknown; use {FORMATS[0]!r}")
+    if ranks_of(unwrap(model).parameters()).several:
+        raise ArtifactError(
+            f"cannot export to {folder}: each rank holds a part of the twins alone; export from a model that was "
+            "loaded without distributed_config="
+        )
     if folder.exists() and (not folder.is_dir() or any(folder.iterdir())):
         raise ArtifactError(f"cannot export to {folder}: it exists and is not an empty folder; name another")
     plain: Any = unwrap(model)

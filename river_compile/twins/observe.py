@@ -19,6 +19,7 @@ from torch import Tensor, nn
 from tqdm import tqdm
 from transformers import PreTrainedModel
 
+from river_compile.distributed.ranks import ranks_of
 from river_compile.errors import OptionError
 from river_compile.state import state_of, unwrap
 from river_compile.upstream.compiled_calls import as_it_is
@@ -27,6 +28,7 @@ from river_compile.upstream.tensors import version_of
 from .moments import ExpertMoments, InputMoments, Observation
 from .products import Products
 from .sampling import everything_counts
+from .sources import digest_of
 
 Tokenizer = Callable[[str], Mapping[str, Sequence[int]]]
 _WINDOW = 512  # tokens that run at once: the logits of a large vocabulary take memory
@@ -58,9 +60,13 @@ def observe(
 
     Raises:
         OptionError: (a ``ValueError``) neither or both of tokenizer and inputs, or no token in them.
+        RankError: ranks that share the model were given different texts.
     """
     model = unwrap(model)
     windows = windows_of(tokenizer, texts, inputs, "observe")
+    ranks = ranks_of(model.parameters())
+    if ranks.several:
+        ranks.check_alike("the texts to observe", digest_of(windows))
     observation = record(model, windows, progress=progress)
     state_of(model.parameters()).put(observation)
     return observation

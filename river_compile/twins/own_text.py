@@ -1,6 +1,6 @@
 """What a model samples for its own twins: statistics for quantizers that need them, and how much the twins then lose.
 
-Not handled: models that cannot be sampled from token ids alone. Their `refusal` says why.
+Not handled: models that cannot be sampled from token ids alone. Their `refusal` says why; on several ranks they raise.
 """
 
 from __future__ import annotations
@@ -12,6 +12,8 @@ from collections.abc import Callable, Iterable
 
 from torch import Tensor, nn
 
+from river_compile.distributed.ranks import ranks_of
+from river_compile.errors import OptionError
 from river_compile.runtime.plain_calls import plainly
 
 from .loss import TwinLoss, estimate_loss
@@ -60,6 +62,7 @@ class OwnText:
                     self._ids = sample(model, ROWS, enough(model, ROWS, MOST_TOKENS))
                 return record(model, self._ids.split(_ROWS_AT_ONCE), own=True)
         except Exception as error:  # (the code of any model, which was not made for this)
+            _tell_ranks(model, error)
             self.refusal = _why(error)
             log.info("%s writes no text for its twins: %s", type(model).__name__, self.refusal)
             return None
@@ -75,8 +78,26 @@ class OwnText:
             with plainly():
                 return estimate_loss(model, packed)
         except Exception as error:  # (as above)
+            _tell_ranks(model, error)
             log.info("the loss of the twins of %s is not known: %s", type(model).__name__, _why(error))
             return None
+
+
+def _tell_ranks(model: nn.Module, error: Exception) -> None:
+    """Raises an error of a model that several ranks share: going on with other twins than the others would part them.
+
+    Raises:
+        RankError: another rank is gone.
+        OptionError: (a ``ValueError``) the model cannot be sampled.
+    """
+    ranks = ranks_of(model.parameters())
+    if not ranks.several:
+        return
+    ranks.explain(error)
+    raise OptionError(
+        f"{type(model).__name__} on {ranks.size} ranks cannot write the text that its twins' statistics are taken from "
+        f"({_why(error)}); use river_compile.observe, or quantizer='hqq'"
+    ) from error
 
 
 def _why(error: Exception) -> str:

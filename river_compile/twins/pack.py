@@ -25,12 +25,13 @@ from torch.utils.weak import WeakTensorKeyDictionary
 from tqdm import tqdm
 
 from river_compile.config import RiverConfig
+from river_compile.distributed.ranks import ALONE, Ranks, ranks_of
 from river_compile.errors import ArtifactError, RiverWarning
 from river_compile.kernels.checks import PATH
 from river_compile.passes.program import LinearSite
 from river_compile.state import ModelState, find_state, unwrap
 
-from .artifact import Artifact, write_artifact, write_missing
+from .artifact import FILE, Artifact, write_artifact, write_missing
 from .loss import TwinLoss
 from .make import PackedSite
 from .maker import UNOBSERVED, Maker, made_again, needs_moments
@@ -46,7 +47,8 @@ R = TypeVar("R")
 def save(model: nn.Module, folder: str | Path) -> Path:
     """Writes the packed twins of a model; ``options={"artifact": folder}`` reads them at the next start.
 
-    Twins of weights that changed are packed again first.
+    Twins of weights that changed are packed again first. Of a model on several ranks each one calls this and writes its
+    own part, "rank-0-of-2" and so on.
 
     Args:
         model: a model that has generated with the backend, so that its twins are packed.
@@ -59,7 +61,8 @@ def save(model: nn.Module, folder: str | Path) -> Path:
         ArtifactError: (a ``ValueError``) nothing is packed, weights were replaced since, or it cannot be written.
     """
     folder = Path(PATH("folder", folder, ArtifactError))
-    write_artifact(folder, packed_twins(model, folder))
+    mine = ranks_of(unwrap(model).parameters()).folder(folder)
+    write_artifact(mine, packed_twins(model, mine))
     return folder
 
 
@@ -125,15 +128,19 @@ class GraphTwins(tuple[PackedSite, ...]):
 
 @dataclass(frozen=True)
 class Statistics:
-    """What quantizers may know of the inputs of a model's matrices: what was observed, else text of its own."""
+    """What quantizers may know of the inputs of a model's matrices: what was observed, else text of its own.
+
+    `ranks` share the model: they take statistics together or not at all.
+    """
 
     observed: Observation | None = None
     own: OwnText = field(default_factory=OwnText)
+    ranks: Ranks = ALONE
 
     @classmethod
     def of(cls, state: ModelState) -> Statistics:
         """Returns those of a model."""
-        return cls(state.find(Observation), state.of(OwnText))
+        return cls(state.find(Observation), state.of(OwnText), state.of(Ranks))
 
     @property
     def number(self) -> int:
@@ -193,8 +200,10 @@ class PackedWeights:
             sources = {site: Sources.of(site, values) for site in (*sites, *savable)}
             artifact = None
             if config.artifact is not None:
+                config = replace(config, artifact=statistics.ranks.folder(config.artifact))
                 unsaved = Maker(replace(config, artifact=None, on_missing_artifact="raise"), None, statistics.number)
-                artifact = self._open(config, lambda: [*self._make(unsaved, savable, sources, statistics).values()])
+                told = self._told(unsaved, savable, config, statistics)
+                artifact = self._open(config, lambda: [*self._make(unsaved, savable, sources, told).values()])
                 artifact.check_names(every)
             maker = Maker(config, artifact, statistics.number)
             found = {site: made for site in sites if (made := self._find(site, sources[site], maker)) is not None}
@@ -205,10 +214,10 @@ class PackedWeights:
             self.seconds += time.perf_counter() - start
             return found
 
-    def judge(self, twins: Iterable[PackedSite], own: OwnText) -> None:
+    def judge(self, twins: Iterable[PackedSite], statistics: Statistics) -> None:
         """Estimates what a graph's twins lose together, where some were made with statistics since the last time."""
-        if self._not_judged:
-            self.loss, self._not_judged = own.loss(twins), False
+        if not statistics.ranks.every(not self._not_judged):
+            self.loss, self._not_judged = statistics.own.loss(twins), False
 
     def all(self) -> list[PackedSite]:
         """Returns what is packed at the moment."""
@@ -247,7 +256,8 @@ class PackedWeights:
                 self._keep_under(sources.weights[0], site)
             alike = _in_threads(lambda pair: pair[0].stands_for(pair[1], thorough=thorough), pairs)
             changed = [pair for pair, same in zip(pairs, alike, strict=True) if not same]
-            observation = statistics.get(anew=True) if any(needs_moments(site) for site, _ in changed) else None
+            unneeded = statistics.ranks.every(not any(needs_moments(site) for site, _ in changed))
+            observation = None if unneeded else statistics.get(anew=True)
             made = _in_threads(lambda pair: made_again(*pair, observation), changed, "packing changed weights as")
             for (site, _), new in zip(changed, made, strict=True):
                 site.become(new)
@@ -258,6 +268,20 @@ class PackedWeights:
                 self.renewals, self.renewed = self.renewals + 1, len(changed)
                 self._tell([site for site, _ in changed], seconds)
             return len(changed)
+
+    def _told(
+        self, maker: Maker, sites: Sequence[LinearSite], config: RiverConfig, statistics: Statistics
+    ) -> Statistics:
+        """Returns the statistics for an artifact that may be missing, on several ranks taken already.
+
+        They run the model on all ranks, which a rank must not do while others wait for the artifact's lock.
+        """
+        if not statistics.ranks.several or config.on_missing_artifact != "save":
+            return statistics
+        there = statistics.ranks.every((Path(config.artifact or "") / FILE).exists())
+        if there or not any(map(maker.needs_statistics, sites)):
+            return statistics
+        return replace(statistics, observed=statistics.get())
 
     def _open(self, config: RiverConfig, make: Callable[[], Sequence[PackedSite]]) -> Artifact:
         """Returns the artifact that the options name, made where it is missing and the options say so."""

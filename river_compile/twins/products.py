@@ -13,6 +13,8 @@ import torch
 from torch import Tensor, nn
 from torch.overrides import TorchFunctionMode
 
+from river_compile.upstream.tensors import local_of
+
 _PRODUCTS = (nn.functional.linear, torch.addmm, torch.matmul, torch.Tensor.matmul, torch.Tensor.__matmul__)
 
 
@@ -20,14 +22,14 @@ class Products(TorchFunctionMode):
     """Calls `meets` for each product with one of the parameters, and computes with what `instead` returns.
 
     Args:
-        parameters: of a model.
+        parameters: of a model; under tensor parallelism the rank's own parts are the matrices.
     """
 
     def __init__(self, parameters: Iterable[Tensor]) -> None:
         super().__init__()
         self._matrices: dict[int, tuple[Tensor, int]] = {}  # by address: the parameter, and which one of its stack
         self._stacks: dict[int, Tensor] = {}
-        for parameter in parameters:
+        for parameter in map(local_of, parameters):
             if parameter.dim() == 2:
                 self._matrices[parameter.data_ptr()] = parameter, 0
             elif parameter.dim() == 3:

@@ -3,6 +3,7 @@
 Rows begin with a token drawn evenly from the vocabulary and go on with tokens drawn from the model's own distribution,
 all in one batch, as LLM-QAT makes its data (Liu et al. 2023, arXiv 2305.17888). The draws have a generator of their
 own: a machine makes the same text from the same weights every time, and the caller's random numbers go on undisturbed.
+Ranks that share a model all take the first one's draws.
 
 Sampling runs the model as it is, also while Dynamo compiles it. Not handled: models that cannot go on from token ids
 and their cache alone (encoder-decoders, models without a head).
@@ -16,6 +17,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from river_compile.distributed.ranks import ranks_of
 from river_compile.upstream.compiled_calls import as_it_is
 from river_compile.upstream.hf_cache import cache_argument
 
@@ -30,6 +32,7 @@ def sample(model: nn.Module, rows: int, tokens: int, seed: int = 0) -> Tensor:
     """
     network: Any = model
     forward, device = as_it_is(model), next(model.parameters()).device
+    ranks = ranks_of(model.parameters())
     draws = torch.Generator(device).manual_seed(seed)
     vocabulary = network.config.get_text_config().vocab_size
     ids = torch.randint(vocabulary, (rows, 1), generator=draws, device=device)
@@ -38,7 +41,7 @@ def sample(model: nn.Module, rows: int, tokens: int, seed: int = 0) -> Tensor:
     while ids.shape[1] < tokens:
         outputs = forward(input_ids=ids[:, -1:], use_cache=True, **everything_counts(model, ids), **held)
         held = {name: outputs[name]}
-        ids = torch.cat([ids, _draw(outputs.logits[:, -1], draws)], dim=1)
+        ids = torch.cat([ids, ranks.first(_draw(outputs.logits[:, -1], draws))], dim=1)
     return ids
 
 

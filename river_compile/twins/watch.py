@@ -12,6 +12,7 @@ from typing import Any
 
 from torch import fx
 
+from river_compile.distributed.ranks import Ranks
 from river_compile.passes.program import LinearSite
 from river_compile.state import ModelState, adopt
 
@@ -41,7 +42,7 @@ class TwinWatch:
 
     def __call__(self, args: Sequence[Any]) -> None:
         """Packs those products again that do not stand for the parameters among the graph's inputs."""
-        if self._looks == Looks([args[i] for i in self._order]):
+        if self._state.of(Ranks).every(self._looks == Looks([args[i] for i in self._order])):
             return
         values = {node: args[i] for node, i in self._slots.items()}
         adopt(self._state, values.values())

@@ -1,5 +1,7 @@
 """What a tensor is made of, and whether it has changed.
 
+A parameter under tensor parallelism is a DTensor, which holds the rank's own part of it.
+
 Not handled: tensors without data (fake ones).
 """
 
@@ -32,3 +34,19 @@ def version_of(tensor: Tensor) -> int:
     It counts none of inference tensors, such as the weights of a model made under ``torch.inference_mode()``.
     """
     return 0 if tensor.is_inference() else tensor._version
+
+
+def local_of(tensor: Any) -> Any:
+    """Returns this rank's part of a parameter that is spread over several, one tensor for good; others as they are."""
+    return getattr(tensor, "_local_tensor", tensor)
+
+
+def as_shard_of(local: Tensor, parameter: Tensor) -> Tensor:
+    """Returns a rank's values in the form of a parameter: spread over ranks as it is, or as they are."""
+    spread: Any = parameter
+    if local_of(parameter) is parameter:
+        return local
+    mesh, placements = spread.device_mesh, spread.placements
+    shape = {"shape": parameter.shape, "stride": parameter.stride()}
+    made: Tensor = type(spread.detach()).from_local(local, mesh, placements, run_check=False, **shape)
+    return made

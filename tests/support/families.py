@@ -130,6 +130,7 @@ def make(
     layers: int = 4,
     attention: str | None = None,
     experts: str | None = None,
+    config: PretrainedConfig | None = None,
 ) -> PreTrainedModel:
     """Builds a model in eval mode; the same arguments give the same weights.
 
@@ -140,8 +141,9 @@ def make(
         layers: number of decoder blocks.
         attention: transformers' attention implementation, ``"sdpa"`` or ``"eager"``; None takes the family's default.
         experts: transformers' implementation of experts, ``"grouped_mm"``, ``"batched_mm"`` or ``"eager"``.
+        config: in place of the family's.
     """
-    config = {**CONFIGS, **MORE_CONFIGS}[name](layers)
+    config = config or {**CONFIGS, **MORE_CONFIGS}[name](layers)
     chosen = {} if experts is None else {"experts_implementation": experts}
     with torch.random.fork_rng():  # (some families draw biases, to which the weights below are added)
         torch.manual_seed(seed)

@@ -1,0 +1,77 @@
+"""What River does not do under tensor parallelism, refused before anything is packed, and the plan that works."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Iterator
+from typing import Any
+
+import torch
+import torch.nn.functional as F
+from torch import fx
+from transformers import PretrainedConfig
+
+from river_compile.config import RiverConfig
+from river_compile.errors import OptionError
+from river_compile.passes.local_shards import is_shard
+from river_compile.passes.nodes import called, value_of
+
+from .ranks import Ranks
+
+NOT_CAPTURED = "tensor parallelism: collectives inside of captured graphs were not tried on a GPU yet"
+
+
+def tensor_parallel_plan(config: PretrainedConfig, ranks: int) -> dict[str, str]:
+    """Returns the changes to a model's own plan with which it runs compiled on so many ranks.
+
+    For ``DistributedConfig(tp_size=ranks, tp_plan=tensor_parallel_plan(config, ranks))``: every rank holds the
+    embedding (and the head, where that is the same matrix), and attention too where the ranks do not divide its heads.
+
+    Args:
+        config: of a decoder whose modules are called as Llama's are.
+        ranks: processes.
+    """
+    text = config.get_text_config()
+    plan = {"model.embed_tokens": "replicate"}
+    if getattr(text, "tie_word_embeddings", False):
+        plan["lm_head"] = "replicate"
+    heads = (text.num_attention_heads, getattr(text, "num_key_value_heads", None) or text.num_attention_heads)
+    if any(count % ranks for count in heads):
+        own: dict[str, str] = text.base_model_tp_plan or {}
+        plan |= {f"model.{name}": "replicate" for name in own if ".self_attn." in name}
+    return plan
+
+
+def check(ranks: Ranks, config: RiverConfig, mode: str | None, traced: fx.Graph) -> None:
+    """Checks what was asked for of a model on several ranks.
+
+    Raises:
+        OptionError: something that does not work there; the message names the fix.
+    """
+    for problem in (*_options(config, mode), *_embeddings(traced.nodes)):
+        raise OptionError(f"{problem} (this model is spread over {ranks.size} ranks)")
+
+
+def _options(config: RiverConfig, mode: str | None) -> Iterator[str]:
+    if config.offload is not None:
+        yield (
+            f"offload={config.offload} is not available under tensor parallelism, where each rank holds a share of "
+            "every block; leave it out, or use more ranks"
+        )
+    if config.cudagraphs or mode in ("reduce-overhead", "max-autotune"):
+        asked = f"cudagraphs={config.cudagraphs!r}" if config.cudagraphs else f"mode={mode!r}"
+        yield f"{asked} is not available under {NOT_CAPTURED}; leave it out"
+    if config.fill != "river":
+        yield f"fill={config.fill!r} is for comparisons on one device; use fill='river'"
+
+
+def _embeddings(nodes: Iterable[fx.Node]) -> Iterator[str]:
+    """Yields what torch fails at in the next graph: tables that are looked up in parts, under dynamic sizes."""
+    dynamo: Any = torch._dynamo.config
+    if dynamo.automatic_dynamic_shapes and any(
+        called(node, F.embedding) and any(is_shard(value_of(n)) for n in node.all_input_nodes) for node in nodes
+    ):
+        yield (
+            "the embedding's rows are spread over the ranks, at which torch.compile fails with the first token after "
+            "the prompt ('unhashable type: non-nested SymInt'); load the model with DistributedConfig(tp_size=..., "
+            "tp_plan=river_compile.tensor_parallel_plan(config, tp_size)), which keeps the embedding whole"
+        )

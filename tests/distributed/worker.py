@@ -1,0 +1,301 @@
+"""What the tests of tensor parallelism run on each of two ranks: ``python -m tests.distributed.worker FOLDER``.
+
+Every case writes what it found to ``FOLDER/RANK.pt`` under its name; the tests compare. All ranks run all cases in one
+order. The first case that fails ends its rank, and with it the other one.
+"""
+
+from __future__ import annotations
+
+import os
+import sys
+import time
+import warnings
+from collections.abc import Callable
+from datetime import timedelta
+from pathlib import Path
+from typing import Any
+
+import torch
+import torch.distributed as dist
+from transformers import AutoConfig, AutoModelForCausalLM, PreTrainedModel, StaticCache
+from transformers.distributed import DistributedConfig
+
+import river_compile
+from river_compile.backend import executors_of, river
+from river_compile.distributed.ranks import ALONE
+from river_compile.exits import forced_depth, forced_threshold
+from river_compile.runtime.executor import on_call, on_step
+from river_compile.runtime.slots import SCORE
+from river_compile.state import find_state
+from river_compile.twins.own_text import OwnText
+from river_compile.twins.pack import GraphTwins, PackedWeights
+from river_compile.upstream.hf_cache import cache_argument
+from tests.support.families import CONFIGS, make, prompt
+from tools.ranks import Wire
+
+SECONDS = 30  # after which a rank that waits for another one gives up
+LAYERS, CAPACITY, PROMPT = 2, 40, 7
+DEPTHS = (0, 1, LAYERS, 0)
+EAGER = {"lowering": "eager", "group_size": 32, "first_exit": 1}
+
+found: dict[str, Any] = {}
+held: dict[str, PreTrainedModel] = {}  # the model of several cases
+
+
+def load(folder: Path, name: str, **fields: object) -> PreTrainedModel:
+    """Returns this rank's part of a tiny model of a family, with the fields of its config."""
+    where = folder / "-".join([name, *map(str, fields.values())])
+    if dist.get_rank() == 0:
+        config = CONFIGS[name](LAYERS)
+        config.update(fields)
+        make(name, layers=LAYERS, config=config).save_pretrained(where)
+    dist.barrier()
+    config = AutoConfig.from_pretrained(where)
+    return on_ranks(where, river_compile.tensor_parallel_plan(config, dist.get_world_size()))
+
+
+def on_ranks(where: Path, plan: Any) -> PreTrainedModel:
+    spread = DistributedConfig(tp_size=dist.get_world_size(), tp_plan=plan)
+    return AutoModelForCausalLM.from_pretrained(where, distributed_config=spread).eval()
+
+
+@torch.no_grad()
+def decode(
+    model: PreTrainedModel, depths: tuple[int | None, ...], length: int = PROMPT
+) -> tuple[torch.Tensor, list[int], list[torch.Tensor]]:
+    """Feeds a prompt and then fixed tokens; returns the logits of all steps, their depths, and keys and values."""
+    cache = StaticCache(config=model.config.get_text_config(), max_cache_len=CAPACITY)
+    given = {"use_cache": True, cache_argument(model): cache}
+    ids = prompt(length + len(depths))
+    seen: list[int] = []
+    logits = [model(input_ids=ids[:, :length], **given).logits[:, -1]]
+    with on_step(lambda executor, args, step: seen.append(step.depth)):
+        for place, depth in enumerate(depths, length):
+            with forced_depth(depth):
+                logits.append(model(input_ids=ids[:, place : place + 1], **given).logits[:, -1])
+    return torch.cat(logits), seen, [kept for layer in cache.layers for kept in (layer.keys, layer.values)]
+
+
+def unquantized(folder: Path) -> dict[str, Any]:
+    """Llama with twins that keep 16 bits: as it is, through Dynamo alone, never exit, and at every depth."""
+    model = load(folder, "llama")
+    plain, _, plain_cache = decode(model, (None,) * len(DEPTHS))
+    model.compile(backend="eager")
+    traced, _, _ = decode(model, (None,) * len(DEPTHS))
+    model.compile(backend=river, options={**EAGER, "quantizer": "none", "threshold": 2.0})
+    never, depths, never_cache = decode(model, (None,) * len(DEPTHS))
+    mixed, _, mixed_cache = decode(model, DEPTHS)
+    same_cache = all(map(torch.equal, never_cache, mixed_cache))
+    return {
+        "plain": plain, "traced": traced, "never": never, "mixed": mixed, "never depths": depths,
+        "same cache": same_cache, "plain cache": plain_cache, "cache": mixed_cache,
+    }  # fmt: skip
+
+
+def replicated_attention(folder: Path) -> dict[str, Any]:
+    """Qwen2 with one KV head, which two ranks do not divide: each holds all of attention and half of the MLP.
+
+    That half is so narrow that a row of its last matrix has no group.
+    """
+    model = load(folder, "qwen2", num_key_value_heads=1, intermediate_size=32)
+    model.compile(backend=river, options={**EAGER, "quantizer": "rtn"})
+    with warnings.catch_warnings(record=True) as told:
+        warnings.simplefilter("always")
+        _, _, cache = decode(model, (LAYERS, *DEPTHS))
+    return {"cache": cache, "kept": kept(model), "told": [str(w.message) for w in told]}
+
+
+def experts(folder: Path) -> dict[str, Any]:
+    """Mixtral with the default quantizer: matrices and warnings."""
+    model = load(folder, "mixtral")
+    with warnings.catch_warnings(record=True) as told:
+        warnings.simplefilter("always")
+        model.compile(backend=river, options=EAGER)
+        logits, _, _ = decode(model, (0,))
+    return {"logits": logits, "kept": kept(model), "told": [str(w.message) for w in told]}
+
+
+def kept(model: PreTrainedModel) -> dict[str, Any]:
+    """Returns what of a model's twins has 4 bits, and why the rest has not."""
+    graphs = [graph for graph in find_state(model).graphs if graph.of(GraphTwins)]
+    twins = {site.name: (site.shape, site.group_size, site.digest) for site in graphs[-1].of(GraphTwins)}
+    return {"packed": twins, "reasons": sorted({linear.reason for linear in graphs[-1].kept})}
+
+
+def quantized(folder: Path) -> dict[str, Any]:
+    """Llama with the default quantizer; the other cases go on with it."""
+    model = held["model"] = load(folder, "llama")
+    plain = model.generate(prompt(PROMPT), max_new_tokens=12, do_sample=False)
+    model.compile(backend=river, options=EAGER)
+    with warnings.catch_warnings(record=True) as told:
+        warnings.simplefilter("always")
+        logits, _, _ = decode(model, DEPTHS)
+    report = river_compile.report(model)
+    return {
+        "told": [str(w.message) for w in told],
+        "logits": logits, "text": plain, "kept": kept(model), "report": str(report), "shown": report.to_dict(),
+        "ids": find_state(model).of(OwnText)._ids,
+    }  # fmt: skip
+
+
+def part(agree: bool) -> dict[str, Any]:
+    """Raises the second rank's scores above a threshold that the first one's do not reach."""
+    model = held["model"]
+    executor = next(executor for executor in executors_of(model) if executor.decodes)
+    runner = executor.runner
+    before, blocks = runner._ranks, runner._blocks
+
+    def raised(block: Callable) -> Callable:
+        def call(slots: list) -> None:
+            block(slots)
+            if block.segment.has_score:
+                slots[SCORE] = slots[SCORE] + 5 * dist.get_rank()
+
+        return call
+
+    runner._blocks = [raised(block) for block in blocks]
+    runner._ranks = before if agree else ALONE
+    try:
+        with forced_threshold(2.0):
+            logits, depths, _ = decode(model, (None,) * 3)
+        with forced_threshold(-2.0):
+            _, leaving, _ = decode(model, (None,) * 2)
+        runner._checks, told = agree, ""
+        try:
+            with forced_threshold(2.0):
+                decode(model, (None,))
+        except river_compile.RankError as error:
+            told = str(error)
+    finally:
+        runner._blocks, runner._ranks, runner._checks = blocks, before, False
+    return {"logits": logits, "depths": depths, "leaving": leaving, "told": told}
+
+
+def exact(folder: Path) -> dict[str, Any]:
+    """Exact mode: greedy text, and sampled text of ranks with seeds of their own."""
+    model = held["model"]
+    texts = {}
+    mode = river_compile.exact.with_options(max_draft=1)
+    for name, loop, sample in (
+        ("greedy", mode, False),
+        ("sampled", mode, True),
+        ("own loop", river_compile.decode, True),
+    ):
+        torch.manual_seed(dist.get_rank())
+        how = {"max_new_tokens": 12, "do_sample": sample, "cache_implementation": "static"}
+        texts[name] = model.generate(prompt(PROMPT), custom_generate=loop, **how)
+    return {**texts, "exact": river_compile.report(model).exact}
+
+
+def wire(folder: Path) -> dict[str, Any]:
+    """What a token sends at every depth, and where checks decide."""
+    model = held["model"]
+    calls: list[tuple] = []
+    with on_call(lambda *call: calls.append(call)):
+        decode(model, (0,))
+    executor, args, _ = calls[-1]
+    counted = {}
+    for depth in (*range(LAYERS + 1), None):
+        with forced_depth(depth), forced_threshold(2.0), torch.no_grad(), Wire() as wire:
+            executor(*args)
+        counted[depth] = dict(wire.messages)
+    return {"messages": counted}
+
+
+def lengths(folder: Path) -> dict[str, Any]:
+    """Prompts of many lengths, after the graphs of three of them."""
+    model = held["model"]
+    for length in (3, 5):
+        decode(model, (0,), length)
+    before = len(find_state(model).graphs)
+    for length in range(2, 30, 3):
+        decode(model, (0,), length)
+    return {"new graphs": len(find_state(model).graphs) - before}
+
+
+def changed(folder: Path) -> dict[str, Any]:
+    """A weight that changes on the second rank alone is packed again, while the first one waits."""
+    model = held["model"]
+    weight = model.model.layers[1].mlp.down_proj.weight._local_tensor
+    with torch.no_grad(), warnings.catch_warnings():
+        warnings.simplefilter("ignore")
+        weight.mul_(1 + dist.get_rank())
+        decode(model, (0,))
+        weight.div_(1 + dist.get_rank())
+        decode(model, (0,))
+    return {"renewals": find_state(model).of(PackedWeights).renewals}
+
+
+def artifact(folder: Path) -> dict[str, Any]:
+    """Twins saved by both ranks and read again by a model of the same weights; and by another number of ranks."""
+    model = held["model"]
+    logits, _, _ = decode(model, DEPTHS)
+    river_compile.save(model, folder / "twins")
+    dist.barrier()
+    again = on_ranks(folder / "llama", river_compile.tensor_parallel_plan(model.config, dist.get_world_size()))
+    again.compile(backend=river, options={**EAGER, "artifact": folder / "twins"})
+    read, _, _ = decode(again, DEPTHS)
+    refusals = []
+    for size in (1, 4):
+        try:
+            type(ALONE)(size=size).folder(folder / "twins")
+        except river_compile.ArtifactError as error:
+            refusals.append(str(error))
+    names = sorted(path.name for path in (folder / "twins").glob("rank*"))
+    return {"same": torch.equal(logits, read), "names": names, "refusals": refusals}
+
+
+def whole_plan(folder: Path) -> dict[str, Any]:
+    """transformers' own plan, which spreads the rows of the embedding."""
+    spread = on_ranks(folder / "llama", "auto")
+    spread.compile(backend=river, options=EAGER)
+    try:
+        decode(spread, (0,))
+    except river_compile.OptionError as error:
+        return {"told": str(error)}
+    return {"told": ""}
+
+
+def gone(folder: Path) -> dict[str, Any]:
+    """The second rank ends before a token of the first one."""
+    model = held["model"]
+    if dist.get_rank() == 1:
+        torch.save(found | {"gone": {"told": "me"}}, folder / "1.pt")
+        os._exit(0)
+    try:
+        decode(model, (0,))
+    except river_compile.RankError as error:
+        return {"told": str(error)}
+    return {"told": ""}
+
+
+CASES: dict[str, Callable[[Path], dict[str, Any]]] = {
+    "unquantized": unquantized,
+    "replicated attention": replicated_attention,
+    "experts": experts,
+    "quantized": quantized,
+    "agreeing": lambda folder: part(agree=True),
+    "parting": lambda folder: part(agree=False),
+    "exact": exact,
+    "wire": wire,
+    "lengths": lengths,
+    "changed": changed,
+    "artifact": artifact,
+    "whole plan": whole_plan,
+    "gone": gone,
+}
+
+
+def main(folder: Path, names: list[str]) -> None:
+    torch.set_num_threads(1)
+    dist.init_process_group("gloo", timeout=timedelta(seconds=SECONDS))
+    for name in names or CASES:
+        start = time.perf_counter()
+        found[name] = CASES[name](folder)
+        found[name]["seconds"] = time.perf_counter() - start
+        torch.save(found, folder / f"{dist.get_rank()}.pt")
+    os._exit(0)  # (the group of a rank that is gone does not end in order)
+
+
+if __name__ == "__main__":
+    main(Path(sys.argv[1]), sys.argv[2:])
