@@ -12,9 +12,12 @@ from __future__ import annotations
 import os
 import random
 import signal
+import threading
 import time
 from collections.abc import Iterator
 from pathlib import Path
+
+from tqdm import tqdm
 
 from tools.soak.cases import Case, Failure
 from tools.soak.stored import STORED
@@ -57,6 +60,9 @@ def smaller(case: Case) -> Iterator[Case]:
 
 def _write_forever(case: Case, folder: Path, started: Path) -> None:
     """The killed process: never returns."""
+    tqdm.set_lock(
+        threading.RLock()
+    )  # its usual one is shared with forks: killed while it holds it, it stops its parent
     try:
         place = 0
         started.touch()
