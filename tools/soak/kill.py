@@ -60,9 +60,8 @@ def smaller(case: Case) -> Iterator[Case]:
 
 def _write_forever(case: Case, folder: Path, started: Path) -> None:
     """The killed process: never returns."""
-    tqdm.set_lock(
-        threading.RLock()
-    )  # its usual one is shared with forks: killed while it holds it, it stops its parent
+    # The usual lock of progress bars is shared with forks: one that is killed while it holds it stops its parent.
+    tqdm.set_lock(threading.RLock())
     try:
         place = 0
         started.touch()
