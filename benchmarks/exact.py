@@ -132,7 +132,7 @@ class Bench:
         import river_compile
         from river_compile.exits import forced_depth
 
-        exact = river_compile.exact
+        exact = river_compile.exact  # as users get it: where drafts do not pay it does without
         special = {
             "exact": {"custom_generate": exact},
             "exact_no_lookup": {"custom_generate": exact, "prompt_lookup": False},

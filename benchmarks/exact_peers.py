@@ -129,15 +129,14 @@ def run(options: argparse.Namespace) -> int:
     missing = sorted({package for package, _ in PEERS.values() if importlib.util.find_spec(package) is None})
     if missing:
         print(f"not installed: {', '.join(missing)}", file=sys.stderr)
-    _, tokenizer = models.load(options.model, dtype=options.dtype)
+    loaded = {name: models.load(options.model, dtype=options.dtype) for name in PEERS if PEERS[name][0] not in missing}
+    _, tokenizer = next(iter(loaded.values()))
     kinds = {group: [models.encode(tokenizer, p) for p in prompts(group, options.prompts)] for group in options.groups}
     longest = max(ids.shape[1] for of_group in kinds.values() for ids in of_group)
-    for name, (package, make) in PEERS.items():
-        if package not in missing:
-            model, _ = models.load(options.model, dtype=options.dtype)
-            # One cache size, so one decode graph; transformers' prompt lookup drafts beyond the end of the text.
-            model._previous_max_cache_length = longest + options.new_tokens + LOOKUP + 1
-            generators[name] = make(model)
+    for name, (model, _) in loaded.items():
+        # One cache size, so one decode graph; transformers' prompt lookup drafts beyond the end of the text.
+        model._previous_max_cache_length = longest + options.new_tokens + LOOKUP + 1
+        generators[name] = PEERS[name][1](model)
     outcome = {**common.setting("exact_peers", options), "kinds": _measure(generators, kinds, options)}
     _show(outcome)
     common.write_outcome(outcome, options.json)

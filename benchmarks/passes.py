@@ -10,6 +10,7 @@ token of each row: what drafts must make up for.
 
 from __future__ import annotations
 
+import argparse
 import sys
 import time
 from collections.abc import Callable
@@ -80,28 +81,29 @@ def main(arguments: list[str] | None = None) -> int:
     parser.add_argument("--rows", nargs="+", metavar="N", help="of a batch (1 2 4 8)", **rows)
     parser.add_argument("--artifact", metavar="DIR", help="packed twins, as `river pack` writes them")
     options = parser.parse_args(arguments)
+    seconds = common.attempted(_measure, options)
+    if seconds is None:
+        return 1
+    outcome = {**common.setting("passes", options), "seconds": seconds}
+    common.print_setting(outcome)
+    kinds = list(next(iter(seconds.values())))
+    print("\nmilliseconds (backbone / one)")
+    common.print_table(
+        ["rows", *(kind if kind == "draft" else f"{kind} tokens" for kind in kinds)],
+        [[rows, *(_cell(kind, of) for kind in kinds)] for rows, of in seconds.items()],
+    )
+    common.write_outcome(outcome, options.json)
+    return 0
+
+
+def _measure(options: argparse.Namespace) -> dict[int, dict[str, float]]:
     import river_compile
 
     torch.set_num_threads(options.threads)
     models.quiet()
-    try:
-        model, _ = models.load(options.model, dtype=options.dtype)
-    except (ValueError, models.ModelUnavailable) as error:
-        print(f"error: {error}", file=sys.stderr)
-        return 1
+    model, _ = models.load(options.model, dtype=options.dtype)
     model.compile(backend=river_compile.river, options={"artifact": options.artifact})
-    outcome = {**common.setting("passes", options), "seconds": {}}
-    for rows in options.rows:
-        outcome["seconds"][rows] = passes(model, rows, options.repeats)
-    common.print_setting(outcome)
-    kinds = list(next(iter(outcome["seconds"].values())))
-    print("\nmilliseconds (backbone / one)")
-    common.print_table(
-        ["rows", *(kind if kind == "draft" else f"{kind} tokens" for kind in kinds)],
-        [[rows, *(_cell(kind, of) for kind in kinds)] for rows, of in outcome["seconds"].items()],
-    )
-    common.write_outcome(outcome, options.json)
-    return 0
+    return {rows: passes(model, rows, options.repeats) for rows in options.rows}
 
 
 def _cell(kind: str, seconds: dict[str, float]) -> str:

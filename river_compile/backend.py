@@ -26,7 +26,6 @@ from river_compile.cudagraphs.launcher import Launcher
 from river_compile.cudagraphs.runner import CapturedRunner, choose_device
 from river_compile.distributed.ranks import Ranks, ranks_of
 from river_compile.distributed.runner import RankRunner, called_on_shards
-from river_compile.distributed.support import NOT_CAPTURED
 from river_compile.distributed.support import check as check_supported
 from river_compile.lowering.choose import Lowering, choose_lowering, warn_of_slow_lowering
 from river_compile.lowering.compile import SegmentCompiler, inductor_settings
@@ -170,11 +169,7 @@ def _build(
     lowering = lowering or choose_lowering(config, plan.device)
     record.own_backbone = uses_own_backbone(config, lowering)
     ranks = state.of(Ranks)
-    device = None
-    if ranks.several:
-        captures.not_captured = NOT_CAPTURED
-    else:
-        device = choose_device(program, config, captures, lowering.native)
+    device = choose_device(program, config, captures, lowering.native, ranks)
     offloaded.check(plan, config)
     policy = _exit_policy(program, config)
     with record.stage("packing"):

@@ -55,7 +55,7 @@ def run_ranks(
             while any(process.poll() is None for process in processes) and time.monotonic() < end:
                 if any(process.poll() for process in processes):
                     end = min(end, time.monotonic() + 30)
-                time.sleep(0.05)
+                time.sleep(0.05)  # (nothing waits for whichever process ends first)
         finally:
             for process in processes:
                 process.kill()

@@ -89,7 +89,7 @@ class Round:
                 os.killpg(process, signal.SIGKILL)
                 os.waitpid(process, 0)
                 raise Unclean(f"{name} had to wait for more than {TIMEOUT_S} s")
-            time.sleep(0.01)
+            time.sleep(0.01)  # (waitpid knows no timeout)
         if ended[1]:
             raise Unclean(f"{name} ended with status {os.waitstatus_to_exitcode(ended[1])}")
         return (self.folder / name).read_text()
@@ -146,7 +146,7 @@ def disturbed(shared: Round, processes: int, expected: str, wait_s: float, victi
     """Lets processes start at once and kills one of them; returns what it was told by then."""
     names = [f"process {i + 1}" for i in range(processes)]
     running = {name: shared.start(name) for name in names}
-    time.sleep(wait_s)
+    time.sleep(wait_s)  # the random moment
     kill: Callable[[int, int], None] = os.kill if alone else os.killpg
     kill(running[names[victim]], signal.SIGKILL)
     _, status = os.waitpid(running.pop(names[victim]), 0)

@@ -19,6 +19,8 @@ import torch
 from torch import Tensor
 
 from river_compile.config import RiverConfig
+from river_compile.distributed.ranks import ALONE, Ranks
+from river_compile.distributed.support import NOT_CAPTURED
 from river_compile.errors import OptionError
 from river_compile.passes.graph_safety import fixed_inputs, runs_once
 from river_compile.passes.nodes import is_tensor, mutated_inputs, source_of, value_of
@@ -188,11 +190,12 @@ class CapturedRunner(Runner):
 
 
 def choose_device(
-    program: RiverProgram, config: RiverConfig, captures: CaptureLog, native: bool = False
+    program: RiverProgram, config: RiverConfig, captures: CaptureLog, native: bool = False, ranks: Ranks = ALONE
 ) -> CaptureDevice | None:
     """Returns what captures a program's decode steps; None where nothing is captured, and `captures` says why.
 
-    No pass needs to have run. `native` says whether twins become C++ calls, which a CPU captures.
+    No pass needs to have run. `native` says whether twins become C++ calls, which a CPU captures; `ranks` are those
+    that share the model.
 
     Raises:
         OptionError: captures are asked for, and the model does not lie on a device that has them.
@@ -203,7 +206,9 @@ def choose_device(
             f"cudagraphs=True needs a model on a GPU or lowering='native', and this one lies on {device}; move it "
             "there, or leave cudagraphs out ('record' checks the schedule without a GPU)"
         )
-    if config.cudagraphs is False:
+    if ranks.several:
+        captures.not_captured = NOT_CAPTURED
+    elif config.cudagraphs is False:
         captures.not_captured = "cudagraphs=False"
     elif config.fill != "river":
         captures.not_captured = f"fill={config.fill!r} keeps count of every token on the host"

@@ -123,7 +123,9 @@ class ExactLoop:
 
     def _cycle(self) -> None:
         if self.pays is not None:
-            self.pays.measure_plain(self._plain_pass)
+            plain = self.pays.measure_plain(self._plain_pass)
+            if plain is not None:
+                self.runner.times.note(1, plain)
         start = self.clock()
         runner, texts = self.runner, self.texts
         ids, running, longest, before = texts.aligned(self._rows), texts.running, texts.longest, list(texts.lengths)
@@ -151,9 +153,7 @@ class ExactLoop:
 
     def _plain_pass(self) -> None:
         """Runs what a plain step would run next, and forgets it again."""
-        start = self.clock()
         self.runner.verify(self.texts.aligned(self._rows), 0).argmax(-1).tolist()
-        self.runner.times.note(1, *self.ranks.agree([self.clock() - start]))
         self.runner.rewind(1)
 
     def _let_leave(self) -> None:

@@ -60,15 +60,20 @@ class Pays:
         """Whether the loop is to do without the river's drafts."""
         return self._left > 0
 
-    def measure_plain(self, plain_pass: Callable[[], object]) -> None:
-        """Runs a plain step and takes its time, where that is due. `plain_pass` returns when its result is there."""
+    def measure_plain(self, plain_pass: Callable[[], object]) -> float | None:
+        """Runs a plain step and takes its time, where that is due; returns the seconds, None where it is not.
+
+        Args:
+            plain_pass: returns when its result is there.
+        """
         enough = len(self._plain) >= _PLAIN and self._since_plain < _FRESH
         if self.resting or enough or len(self._drafted) < _WINDOW // 2:
-            return
+            return None
         start = self.clock()
         plain_pass()
         (seconds,) = self.ranks.agree([self.clock() - start])
         self._take(1, seconds, self._plain_took)
+        return seconds
 
     def note(self, cycle: CycleRecord) -> None:
         """Takes a cycle in; decides whether the next ones draft."""

@@ -8,6 +8,11 @@
 
 namespace river {
 
+// Input features rounded up to whole groups, as prepared activations lie.
+inline int64_t padded_features(const LinearArgs& a) {
+  return (a.in_features + a.group_size - 1) / a.group_size * a.group_size;
+}
+
 inline int matrix_of(const Rows& rows, int64_t row) {
   int matrix = 0;
   while (row >= rows.first[matrix + 1]) ++matrix;
@@ -52,7 +57,7 @@ RIVER_INLINE void dense_tile(const LinearArgs& a, const char* weight, const floa
 // One block of output features for `rows` <= R rows of activations in float32, rows filled up to whole groups.
 template <int R, int D>
 void dense_block(const LinearArgs& a, int64_t n, int row, int rows, float (*y)[kBlock]) {
-  const int64_t padded = (a.in_features + a.group_size - 1) / a.group_size * a.group_size;
+  const int64_t padded = padded_features(a);
   const float* x[R];
   for (int r = 0; r < R; ++r)
     x[r] = static_cast<const float*>(a.x.values) + (row + std::min(r, rows - 1)) * padded;

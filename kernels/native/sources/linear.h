@@ -241,20 +241,20 @@ inline void linear_in_many_tiles(const LinearArgs& a, int part, int parts) {
     }
 }
 
-inline void linear_in_tiles(const LinearArgs& a, int part, int parts) {
-  if (a.rows > kBlock) return linear_in_many_tiles(a, part, parts);
-  const Tiles tiles(a.rows);
-  const int64_t width = a.gated ? a.out_features / 2 : a.out_features, blocks = (width + kBlock - 1) / kBlock;
-  for (int64_t n = blocks * part / parts; n < blocks * (part + 1) / parts; ++n)
-    block_and_rest<16, kTiled>(a, n, 0, a.rows);
-}
-
-inline void linear_in_pairs(const LinearArgs& a, int part, int parts) {
+// Blocks of 16 rows, one after the other for each block of features.
+template <int F>
+void linear_in_blocks(const LinearArgs& a, int part, int parts) {
   const int64_t width = a.gated ? a.out_features / 2 : a.out_features, blocks = (width + kBlock - 1) / kBlock;
   for (int first = 0; first < a.rows; first += kRowsTogether)
     for (int64_t n = blocks * part / parts; n < blocks * (part + 1) / parts; ++n)
       for (int row = first; row < std::min(first + kRowsTogether, a.rows); row += kBlock)
-        block_and_rest<16, kPairs>(a, n, row, std::min(kBlock, a.rows - row));
+        block_and_rest<16, F>(a, n, row, std::min(kBlock, a.rows - row));
+}
+
+inline void linear_in_tiles(const LinearArgs& a, int part, int parts) {
+  if (a.rows > kBlock) return linear_in_many_tiles(a, part, parts);
+  const Tiles tiles(a.rows);
+  linear_in_blocks<kTiled>(a, part, parts);
 }
 
 // A product with one weight for all rows.
@@ -268,7 +268,7 @@ inline void linear_with_one(const LinearArgs& a, int part, int parts) {
   else if (a.x.format == kTiled)
     linear_in_tiles(a, part, parts);
   else if (a.x.format == kPairs)
-    linear_in_pairs(a, part, parts);
+    linear_in_blocks<kPairs>(a, part, parts);
   else
     linear_of<kPlain>(a, part, parts);
 }

@@ -62,7 +62,7 @@ template <int T>
 void pairs_tiles(const LinearArgs& a, const char* weight, const char* x, int rows, float (*y)[kBlock]) {
   constexpr decltype(&pairs_tile<1, T>) kOfRows[] = {pairs_tile<1, T>, pairs_tile<2, T>, pairs_tile<3, T>,
                                                      pairs_tile<4, T>, pairs_tile<5, T>, pairs_tile<6, T>};
-  const int64_t row_bytes = (a.in_features + a.group_size - 1) / a.group_size * a.group_size * 2;
+  const int64_t row_bytes = padded_features(a) * 2;
   const int shares = (rows + 5) / 6;
   for (int share = 0, row = 0, next; share < shares; ++share, row = next) {
     next = rows * (share + 1) / shares;
@@ -72,8 +72,8 @@ void pairs_tiles(const LinearArgs& a, const char* weight, const char* x, int row
 
 // One block of output features for `rows` <= 16 rows.
 inline void pairs_block(const LinearArgs& a, int64_t n, int row, int rows, float (*y)[kBlock]) {
-  const int64_t row_bytes = (a.in_features + a.group_size - 1) / a.group_size * a.group_size * 2, first = n * kBlock;
-  const char* x = static_cast<const char*>(a.x.values) + row * row_bytes;
+  const int64_t first = n * kBlock;
+  const char* x = static_cast<const char*>(a.x.values) + row * padded_features(a) * 2;
   const int count = int(std::min<int64_t>(kBlock, a.out_features - first));
   for (int i = 0, next; i < count; i = next) {
     const int matrix = matrix_of(a.dense, first + i);

@@ -110,7 +110,7 @@ using Sums = float[2][2][kBlock * kBlock];
 // Sums two blocks of features for blocks `rows` of rows; asks for the weights that lie `ahead` blocks behind, if any.
 inline void multiply_blocks(const LinearArgs& a, BlockOfWeights& weights, BlockOfWeights& others,
                             const int64_t (&rows)[2], int ahead, Sums& sums) {
-  const int64_t k = a.in_features, bytes = (k + a.group_size - 1) / a.group_size * a.group_size * kBlock * 2;
+  const int64_t k = a.in_features, bytes = padded_features(a) * kBlock * 2;
   const auto* values = static_cast<const char*>(a.x.values);
   const char *x = values + rows[0] * bytes, *other_x = values + rows[1] * bytes;
   _tile_zero(0);
