@@ -398,13 +398,21 @@ def test_nothing_of_a_freed_model_stays():
 
 
 RESIDENT = """
-import sys, torch
+import ctypes, sys, torch
 from transformers import LlamaConfig, LlamaForCausalLM
 from river_compile import report, river
 
 def resident():
-    with open("/proc/self/status") as status:
-        return next(int(line.split()[1]) for line in status if line.startswith("VmRSS:")) * 1024
+    libraries = everything = 0
+    with open("/proc/self/smaps") as maps:
+        for line in maps:
+            words = line.split()
+            if not words[0].endswith(":"):
+                library = ".so" in line
+            elif words[0] == "Rss:":
+                everything += int(words[1]) * 1024
+                libraries += library * int(words[1]) * 1024
+    return everything, everything - libraries
 
 torch.manual_seed(0)
 config = LlamaConfig(vocab_size=64, hidden_size=512, intermediate_size=2048, num_hidden_layers=8, num_attention_heads=8,
@@ -416,13 +424,17 @@ ids = torch.ones(1, 4, dtype=torch.long)
 for _ in range(2):
     model.generate(ids, attention_mask=torch.ones_like(ids), max_new_tokens=3, cache_implementation="static")
 log = report(model).offloaded
-print(resident(), log.moved if log else 0, log.peak_after if log else 0)
+ctypes.CDLL(None).malloc_trim(0)
+print(*resident(), log.moved if log else 0, log.peak_after if log else 0)
 """
 
 
 @pytest.mark.slow
 def test_a_process_shrinks_by_what_left():
-    """Two processes differ in one option; after two prompts, the second of which streamed, so do their sizes."""
+    """Two processes differ in one option; after two prompts, the second of which streamed, so do their sizes.
+
+    Pages of libraries are left out: how many of them are resident depends on what the page cache held before.
+    """
 
     def run(options: dict) -> list[int]:
         root = str(Path(__file__).resolve().parents[2])
@@ -430,10 +442,11 @@ def test_a_process_shrinks_by_what_left():
         assert done.returncode == 0, done.stderr
         return [int(word) for word in done.stdout.split()]
 
-    (whole, _, _), (rest, moved, peak) = run({}), run({"offload": 2})
-    assert moved == 6 * 4 * (4 * 512 * 512 + 3 * 512 * 2048)  # 100 MB
+    (_, whole, _, _), (everything, rest, moved, peak) = run({}), run({"offload": 2})
+    block = 4 * (4 * 512 * 512 + 3 * 512 * 2048)  # 17 MB
+    assert moved == 6 * block
     assert whole - rest > 0.8 * moved
-    assert peak < whole - 0.5 * moved  # while a prompt streams, two blocks are there
+    assert peak < everything + 3 * block  # while a prompt streams, two blocks are there
 
 
 @pytest.mark.gpu

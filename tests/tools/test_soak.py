@@ -122,7 +122,7 @@ def test_memory_generates_through_the_river_and_fails_on_a_slope(monkeypatch, tm
     monkeypatch.setattr(memory, "slopes", slopes)
     monkeypatch.setattr(memory, "_STEPS", 4)
     case = {"options": {"first_exit": 1}, "do": "generate", "cache": "mine", "tokens": 640, "seed": 0}
-    given = iter([(40.0, 0.001), (1000.0, 0.0)])
+    given = iter([(10.0, 0.001), (1000.0, 0.0)])
     with trace() as seen:
         assert memory.run(case, tmp_path) == "passed"
     assert found == [4 * memory._ROWS]
