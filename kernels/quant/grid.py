@@ -138,8 +138,9 @@ def sqnr_db(weight: Tensor, approximation: Tensor) -> float:
     """Returns the signal-to-quantization-noise ratio in decibels: 10 log10(sum w^2 / sum (w - approximation)^2)."""
     signal = noise = 0.0
     for part, other in zip(_slabs(weight.detach()), _slabs(approximation.detach()), strict=True):
-        signal += part.double().square().sum().item()
-        noise += (part.double() - other.double()).square().sum().item()
+        part, other = part.float(), other.float()
+        signal += torch.sum(part.square(), dtype=torch.float64).item()
+        noise += torch.sum((part - other).square(), dtype=torch.float64).item()
     return decibels(signal, noise)
 
 

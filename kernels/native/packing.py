@@ -1,0 +1,74 @@
+"""Finding 4-bit grids in C++: what takes longest of packing, several times as fast as in PyTorch.
+
+The two functions are those of `river_compile.kernels.quant.calibrated` with the same names, for float32 on a CPU. One
+thread runs each call, without Python's lock: whoever packs several matrices calls from several threads.
+
+Not handled: other dtypes and devices, groups whose size is no multiple of 16, and machines without a compiler.
+`usable` says whether a matrix is one of these.
+"""
+
+from __future__ import annotations
+
+import ctypes
+import functools
+import logging
+
+import torch
+from torch import Tensor
+
+from .build import CannotBuild, build, find_compiler
+from .isa import Isa, chosen
+
+log = logging.getLogger("river_compile.kernels.native.packing")
+
+_STORED_AS = (torch.float32, torch.bfloat16)
+_LANES = 16
+_FLAGS = ("-ffp-contract=fast", "-fno-math-errno", "-fno-trapping-math")
+
+
+def usable(weight: Tensor, group_size: int = _LANES, dtype: torch.dtype = torch.float32) -> bool:
+    """Says whether the functions here take a matrix, with scales and zeros stored in `dtype`."""
+    fits = weight.dtype == torch.float32 and weight.device.type == "cpu" and not group_size % _LANES
+    return fits and dtype in _STORED_AS and _library(chosen()) is not None
+
+
+def fit_grid(weight: Tensor, group_size: int, importance: Tensor, dtype: torch.dtype) -> tuple[Tensor, Tensor]:
+    """Returns scale and zero, float32 ``[N, K / group_size]`` and rounded to `dtype`, of weights float32 ``[N, K]``.
+
+    `importance` is float32 ``[K]`` and sums to one in each group.
+    """
+    rows, groups = weight.shape[0], weight.shape[1] // group_size
+    weight, importance = weight.contiguous(), importance.contiguous()
+    scale, zero = torch.empty(rows, groups), torch.empty(rows, groups)
+    sizes = map(ctypes.c_int64, (rows, groups, group_size))
+    _call("river_fit_grid", weight, importance, *sizes, ctypes.c_bool(dtype == torch.bfloat16), scale, zero)
+    return scale, zero
+
+
+def round_compensating(weight: Tensor, scale: Tensor, zero: Tensor, group_of: Tensor, factor: Tensor) -> Tensor:
+    """Returns q, uint8 ``[N, K]``, of weights float32 ``[N, K]``; arguments are those of PyTorch's function.
+
+    A matrix's columns are rounded in order; what the remaining ones can make up for of an error, they do.
+    """
+    arguments = [tensor.contiguous() for tensor in (weight, scale, zero, group_of, factor)]
+    q = torch.empty(weight.shape, dtype=torch.uint8)
+    _call("river_round_compensating", *arguments, *map(ctypes.c_int64, (*weight.shape, scale.shape[1])), q)
+    return q
+
+
+def _call(name: str, *arguments: Tensor | ctypes._SimpleCData) -> None:
+    library = _library(chosen())
+    assert library is not None, "`usable` was not asked"
+    pointers = [ctypes.c_void_p(a.data_ptr()) if isinstance(a, Tensor) else a for a in arguments]
+    getattr(library, name)(*pointers)
+
+
+@functools.cache
+def _library(isa: Isa) -> ctypes.CDLL | None:
+    try:
+        library = ctypes.CDLL(str(build(find_compiler(), "packing.cpp", f"packing_{isa.name}", [*isa.flags, *_FLAGS])))
+    except CannotBuild as error:
+        log.info("matrices are packed in PyTorch: %s", error)
+        return None
+    library.river_fit_grid.restype = library.river_round_compensating.restype = None
+    return library

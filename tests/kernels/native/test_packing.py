@@ -1,0 +1,108 @@
+"""Grids that C++ finds, on every instruction set of this machine: against float64 and against PyTorch's code."""
+
+from unittest.mock import patch
+
+import pytest
+import torch
+from hypothesis import given
+from hypothesis import strategies as st
+
+from river_compile.kernels.native import build, packing
+from river_compile.kernels.native.isa import runnable
+from river_compile.kernels.quant import calibrated
+from tests.kernels.quant.test_calibrated import drawn
+
+seeds = st.integers(0, 2**31)
+DTYPES = st.sampled_from([torch.float32, torch.bfloat16])
+
+
+@pytest.fixture(params=[isa.name for isa in runnable()], autouse=True)
+def isa(request, monkeypatch):
+    monkeypatch.setenv("RIVER_COMPILE_ISA", request.param)
+
+
+def in_pytorch(function, *arguments):
+    with patch.object(packing, "usable", return_value=False):
+        return function(*arguments)
+
+
+@given(seeds, st.integers(1, 70), st.sampled_from([32, 96, 160]))
+def test_each_column_is_rounded_to_nearest_after_all_before_it_were_made_up_for(seed, n, k):
+    """The integers found are followed column by column in float64: none is further off than rounding explains."""
+    weight, _, moments = drawn(seed, n=n, k=k)
+    moments = calibrated.damped_moments(moments, 0.05)
+    order = torch.randperm(k, generator=torch.Generator().manual_seed(seed))
+    scale, zero = calibrated.fit_grid(weight.float(), 32, moments.diagonal().float())
+    group_of = order // 32
+    factor = calibrated.inverse_factor(moments[order][:, order])
+    left = weight[:, order]
+    found = packing.round_compensating(left.float(), scale, zero, group_of, factor.float()).double() - 8
+    scale, zero = scale.double()[:, group_of], zero.double()[:, group_of]
+    for j in range(k):
+        exact = ((left[:, j] - zero[:, j]) / scale[:, j]).clamp(-8, 7)
+        assert (found[:, j] - exact).abs().max() < 0.5 + 1e-3
+        error = left[:, j] - (found[:, j] * scale[:, j] + zero[:, j])
+        left[:, j:] -= error[:, None] * factor[j, j:] / factor[j, j]
+
+
+def noise_of(weight, grid, importance, group_size):
+    scale, zero = (tensor.double()[..., None] for tensor in grid)
+    groups = weight.double().unflatten(1, (-1, group_size))
+    q = ((groups - zero) / scale).round().clamp(-8, 7)
+    return ((q * scale + zero - groups).square() * importance.double().reshape(1, -1, group_size)).sum(-1)
+
+
+@given(seeds, st.integers(1, 5), st.sampled_from([16, 32, 64, 128]), DTYPES, st.sampled_from([1e-6, 1.0, 1e6]))
+def test_a_fitted_grid_is_as_good_as_pytorchs(seed, n, group_size, dtype, size):
+    """Group by group in float64; which of two grids of equal noise is taken may hang on the last bit."""
+    g = torch.Generator().manual_seed(seed)
+    weight = size * torch.randn(n, 2 * group_size, generator=g)
+    importance = torch.rand(2 * group_size, generator=g)
+    importance[torch.rand(2 * group_size, generator=g) < 0.2] = 0
+    found = calibrated.fit_grid(weight, group_size, importance, dtype)
+    expected = in_pytorch(calibrated.fit_grid, weight, group_size, importance, dtype)
+    noises = [noise_of(weight, grid, importance, group_size) for grid in (found, expected)]
+    torch.testing.assert_close(*noises, rtol=2e-3, atol=1e-9 * size**2)
+    for tensor in found:
+        assert torch.equal(tensor, tensor.to(dtype).float())
+
+
+def test_constant_groups_are_the_point_in_the_middle():
+    weight = torch.tensor([0.0, 1.5, -3e38, 1e-39]).repeat_interleave(32)[None]
+    for dtype in (torch.float32, torch.bfloat16):
+        scale, zero = packing.fit_grid(weight, 32, torch.full((128,), 1 / 32), dtype)
+        assert torch.equal(scale, torch.ones(1, 4))
+        assert torch.equal(zero, weight[:, ::32].to(dtype).float())
+
+
+def test_gptq_takes_these_functions(monkeypatch):
+    called = []
+    for name in ("fit_grid", "round_compensating"):
+        real = getattr(packing, name)
+        monkeypatch.setattr(packing, name, lambda *a, name=name, real=real: called.append(name) or real(*a))
+    weight, _, moments = drawn(0, n=4, dtype=torch.float32)
+    calibrated.gptq(weight, 32, moments)
+    assert called == ["fit_grid", "round_compensating"]
+
+
+def test_what_they_do_not_take_is_left_to_pytorch(monkeypatch):
+    weight = torch.zeros(2, 96)
+    assert packing.usable(weight, 32, torch.bfloat16)
+    assert not packing.usable(weight, 24)
+    assert not packing.usable(weight, 32, torch.float16)
+    assert not packing.usable(weight.double())
+    assert not packing.usable(weight.to("meta"))
+
+
+def test_without_a_compiler_pytorch_does_it(monkeypatch):
+    def none():
+        raise build.CannotBuild("no compiler")
+
+    monkeypatch.setattr(packing, "find_compiler", none)
+    packing._library.cache_clear()
+    try:
+        assert not packing.usable(torch.zeros(2, 64))
+        weight, _, moments = drawn(0, n=4, dtype=torch.float32)
+        assert calibrated.gptq(weight, 32, moments).q.shape == (4, 64)
+    finally:
+        packing._library.cache_clear()
