@@ -30,6 +30,7 @@ _EXPORTS = {
     "CacheFullError": "errors",
     "CacheHolesError": "errors",
     "Calibration": "calibration.result",
+    "DecodeError": "errors",
     "ExactModeError": "errors",
     "OptionError": "errors",
     "RankError": "errors",

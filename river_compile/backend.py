@@ -146,7 +146,7 @@ def executors_of(model: nn.Module) -> list[RiverExecutor]:
 def _watch(state: ModelState, record: GraphRecord, model: nn.Module) -> None:
     if record.block_paths:
         state.of(PlainRuns).watch(model, record.block_paths[0], river)
-        install(model)
+        install(model, missed=lambda: state.of(PlainRuns).missed(state.of(ExitStats)))
 
 
 def _needs_gradients(example_inputs: Sequence[Any]) -> Refusal | None:

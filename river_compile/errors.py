@@ -56,6 +56,10 @@ class ExactModeError(ValueError):
     """Exact mode cannot run this call or this model; the message gives the reason."""
 
 
+class DecodeError(ValueError):
+    """``river_compile.decode`` does not handle this call; the message gives the reason. Nothing was computed."""
+
+
 class RankError(RuntimeError):
     """The processes that share a model cannot go on together: one is gone, or they disagree; the message says which."""
 

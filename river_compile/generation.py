@@ -3,7 +3,7 @@
 The same processors, stopping criteria and streamers in the same order with the same arguments as in transformers' loop,
 and the same tokens; what a step is given is made in less time (`runtime/next_inputs.py`).
 
-Not handled (a ValueError that says so): beams and assisted modes, encoder-decoder models, attention weights and hidden
+Not handled (a DecodeError that says so): beams and assisted modes, encoder-decoder models, attention weights and hidden
 states as outputs, generation that is synchronized over processes.
 """
 
@@ -18,6 +18,7 @@ from transformers.generation import GenerateDecoderOnlyOutput, LogitsProcessorLi
 from transformers.generation.configuration_utils import GenerationMode
 
 from river_compile.distributed.ranks import Ranks, ranks_of
+from river_compile.errors import DecodeError
 from river_compile.runtime.next_inputs import NextInputs
 from river_compile.speculative.hf_frames import KeepsTokenizer, argument_of_generate
 from river_compile.upstream.hf_cache import cache_argument, cache_of
@@ -43,14 +44,14 @@ class Decode:
         """Called by ``generate`` in place of its own loop, with its arguments.
 
         Raises:
-            ValueError: something that this loop does not handle.
+            DecodeError: (a ``ValueError``) something that this loop does not handle.
             CacheFullError: (a ``ValueError``) a static cache of the user's is too small for the text.
         """
         config = generation_config
         assistant = argument_of_generate("assistant_model")
         obstacle = _obstacle(model, config, synced_gpus, assistant, cache_of(model_kwargs))
         if obstacle:
-            raise ValueError(f"river_compile.decode is for greedy search and sampling: {obstacle}")
+            raise DecodeError(f"river_compile.decode is for greedy search and sampling: {obstacle}")
         streamer = streamer or argument_of_generate("streamer")
         ranks = ranks_of(model.parameters())
         choice = _Choice(config, logits_processor, stopping_criteria, input_ids, ranks)

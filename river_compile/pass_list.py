@@ -14,6 +14,7 @@ from river_compile.passes.exit_checks import exit_checks, logits_entropy
 from river_compile.passes.fusion.fuse import fuse_backbone, fuse_checks, fuse_twins
 from river_compile.passes.pipeline import Pass
 from river_compile.passes.program import DecoderPlan
+from river_compile.passes.rescored_head import rescored_head
 from river_compile.passes.swap_ops import batch_invariant
 from river_compile.passes.twins import Twinning, one_row_head, river_head, river_twins
 
@@ -30,9 +31,9 @@ def passes_for(config: RiverConfig, plan: DecoderPlan, lowering: Lowering, keep:
     policy = config.exit_policy(plan)
     leaves, candidates = policy.may_leave(plan), policy.candidates(plan)
     passes: list[Pass] = []
+    head = head_twinning(config, lowering) if leaves else None
     if leaves:
         passes += config.filling.passes(candidates) or [river_twins(how, keep)]
-        head = head_twinning(config, lowering)
         if head is not None:
             passes.append(river_head(head, keep))
         elif how is not None and (plan.is_decode or not lowering.fuse):
@@ -51,6 +52,8 @@ def passes_for(config: RiverConfig, plan: DecoderPlan, lowering: Lowering, keep:
     if lowering.fuse and leaves:
         passes += [] if lowering.native else [fuse_checks]
         passes.append(fuse_twins(lowering.dense_layout))
+    if head is not None and head.bits == 4:
+        passes.append(rescored_head)
     return passes
 
 
@@ -82,7 +85,7 @@ def head_twinning(config: RiverConfig, lowering: Lowering) -> Twinning | None:
         OptionError: a head in 8 bits without its kernel.
     """
     how = twinning(config, lowering)
-    kind = config.lm_head or ("int8" if lowering.layout == "native" else "keep")
+    kind = config.lm_head or ("w4" if lowering.layout == "native" else "keep")
     if how is None or kind == "keep":
         return None
     if kind == "w4":

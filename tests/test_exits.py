@@ -165,6 +165,18 @@ def test_after_any_mix_of_doubts_the_cache_is_the_one_of_the_depths_that_count(n
 
 
 class TestDoubt:
+    @pytest.mark.parametrize("name", ["llama", "opt"])
+    def test_a_prompt_of_one_token_may_be_doubted(self, name):
+        """Its step also makes the static cache, and counts in each block through a `to` that changes nothing."""
+        model, whole = compiled(name, criterion="doubt", threshold=1e-6), make(name, layers=LAYERS)
+        caches = new_cache(model, "static"), new_cache(model, "static")
+        ids = prompt()[:1, :1]
+        with torch.no_grad(), trace() as seen:
+            logits = [m(input_ids=ids, past_key_values=c).logits for m, c in zip((model, whole), caches, strict=True)]
+        assert seen.tokens[0].doubted
+        torch.testing.assert_close(*logits)
+        assert [length for *_, length in cache_state(caches[0])] == [1] * LAYERS
+
     @pytest.mark.parametrize("kind", ["static", "dynamic"])
     def test_the_backbone_answers_where_the_river_is_unsure(self, kind):
         """Entropies are those of the river's logits; above the bound the backbone answers."""

@@ -4,6 +4,7 @@
     dense              the same with up to four weights ``[N_i, K]`` in x's dtype, one below the other, and biases
     experts            each row's product with the one that it chose of several stacked weights in 4 bits
     norm               norm(x) + residual
+    rescore            logits, the largest of them computed anew from a matrix in x's dtype
     kv_fill            q|k|v -> qk-norm, rotary embedding, cache slot; returns q and mutates the caches
     decode_attention   one query position over a static cache
     attention          several; of more than 16 a library computes it
@@ -151,6 +152,7 @@ _FAKES: dict[str, Callable[..., Tensor | None]] = {
     "attention": _attention_fake,
     "experts": lambda x, _weight, _scale_zero, _expert, out_features, *_: x.new_empty((x.shape[0], out_features)),
     "norm": lambda x, *_: torch.empty_like(x, memory_format=torch.contiguous_format),
+    "rescore": lambda logits, *_: torch.empty_like(logits, memory_format=torch.contiguous_format),
     "exit_score": lambda hidden, _previous: hidden.new_empty((), dtype=torch.float32),
     "add": _add_fake,
     "shift": lambda *_: None,

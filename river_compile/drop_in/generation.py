@@ -1,17 +1,19 @@
-"""The ``generate`` of an accelerated model: exact mode where it can run, the plain model where it cannot.
+"""The ``generate`` of an accelerated model: a loop of the package's own where it can run, and what runs where not.
 
 It stands on the model itself, in front of the class's method. Everything that generates with the model asks the model:
 ``pipeline``, chat programs, servers, PEFT. Calls with a ``custom_generate`` of their own are left alone, and so are
 ``type(model).generate(model)`` and methods of ``generate``'s that a program calls by name.
 
-Two kinds of refusal: before the prompt ran (beams, assisted modes, attention weights as outputs, ...) the call starts
-again in the class's method, on the model as it is without compilation; after it (a graph that the backend could not
-rewrite) exact mode's loop goes on without drafts.
+Exact mode refuses in two ways: before the prompt ran (beams, assisted modes, attention weights as outputs, ...) the
+call starts again in the class's method, on the model as it is without compilation; after it (a graph that the backend
+could not rewrite) its loop goes on without drafts. What `decode` does not handle starts again in transformers' loop, on
+the compiled model.
 """
 
 from __future__ import annotations
 
 import functools
+from collections.abc import Callable
 from dataclasses import dataclass
 from types import MethodType
 from typing import Any
@@ -20,10 +22,10 @@ from torch import Tensor, nn
 from transformers import GenerationConfig, PreTrainedModel
 from transformers.generation.streamers import BaseStreamer
 
-from river_compile.errors import ExactModeError
+from river_compile.errors import DecodeError, ExactModeError
+from river_compile.generation import decode
 from river_compile.reporting.plain_calls import PlainCalls
 from river_compile.runtime.plain_calls import plainly
-from river_compile.speculative.hf_frames import argument_of_generate
 from river_compile.speculative.mode import ExactMode
 from river_compile.speculative.plain import PlainRunner
 from river_compile.speculative.runner import DraftVerifyRunner
@@ -41,9 +43,6 @@ class _ExactOrPlain(ExactMode):
     def begin(
         self, runner: DraftVerifyRunner, input_ids: Tensor, config: GenerationConfig
     ) -> tuple[DraftVerifyRunner | PlainRunner, Tensor]:
-        streamer = argument_of_generate("streamer")
-        if isinstance(streamer, _LateStreamer):
-            streamer.begin()
         try:
             return super().begin(runner, input_ids, config)
         except ExactModeError as refusal:
@@ -53,49 +52,74 @@ class _ExactOrPlain(ExactMode):
 
 
 class _LateStreamer(BaseStreamer):
-    """Keeps what a streamer is given until exact mode has taken the call: a call that starts again shows it once."""
+    """Keeps the prompt until the first token is there: a call that starts again shows it once."""
 
     def __init__(self, streamer: BaseStreamer) -> None:
         self._streamer = streamer
-        self._kept: list[Tensor] | None = []
-
-    def begin(self) -> None:
-        """Hands on what was kept, and from now on everything."""
-        kept, self._kept = self._kept or (), None
-        for value in kept:
-            self._streamer.put(value)
+        self._prompt: Tensor | None = None
+        self._begun = False
 
     def put(self, value: Tensor) -> None:
-        if self._kept is None:
-            self._streamer.put(value)
-        else:
-            self._kept.append(value)
+        if not self._begun and self._prompt is None:
+            self._prompt = value
+            return
+        self._begin()
+        self._streamer.put(value)
 
     def end(self) -> None:
+        self._begin()
         self._streamer.end()
+
+    def _begin(self) -> None:
+        if not self._begun and self._prompt is not None:
+            self._streamer.put(self._prompt)
+        self._begun = True
 
 
 def generate_exactly(model: PreTrainedModel, mode: ExactMode) -> None:
     """Makes ``model.generate`` use exact mode with the options of `mode`; copies and pickles have the class's again."""
-    plain = type(model).generate
     options = dict(vars(mode))
+
+    def refused(self: PreTrainedModel, args: tuple, kwargs: dict[str, Any], refusal: Exception) -> Any:
+        _tell(self, refusal)
+        with plainly():
+            theirs = {name: value for name, value in kwargs.items() if name not in options}
+            return type(self).generate(self, *args, **theirs)
+
+    _generate_by(model, _ExactOrPlain(**options), ExactModeError, refused)
+
+
+def generate_in_own_loop(model: PreTrainedModel) -> None:
+    """Makes ``model.generate`` use `decode`, in the same way."""
+
+    def refused(self: PreTrainedModel, args: tuple, kwargs: dict[str, Any], refusal: Exception) -> Any:
+        return type(self).generate(self, *args, **kwargs)
+
+    _generate_by(model, decode, DecodeError, refused)
+
+
+def _generate_by(
+    model: PreTrainedModel,
+    loop: Callable[..., Any],
+    refusal: type[Exception],
+    refused: Callable[[PreTrainedModel, tuple, dict[str, Any], Exception], Any],
+) -> None:
+    """Gives a model a ``generate`` that goes through a loop, and through `refused` what that refuses."""
+    plain = type(model).generate
 
     @functools.wraps(plain)
     def generate(self: PreTrainedModel, *args: Any, **kwargs: Any) -> Any:
         if kwargs.get("custom_generate") is not None:
             return plain(self, *args, **kwargs)
         streamer = kwargs.get("streamer")
-        ours = {"custom_generate": _ExactOrPlain(**options)}
-        if streamer is not None:
-            ours["streamer"] = _LateStreamer(streamer)
+        late = {} if streamer is None else {"streamer": _LateStreamer(streamer)}
         try:
-            return plain(self, *args, **{**kwargs, **ours})
-        except ExactModeError as refusal:
-            _tell(self, refusal)
-        with plainly():
-            return plain(self, *args, **{name: value for name, value in kwargs.items() if name not in options})
+            return plain(self, *args, **{**kwargs, "custom_generate": loop, **late})
+        except refusal as reason:
+            because = reason
+        return refused(self, args, kwargs, because)
 
-    setattr(generate, _OURS, mode)
+    setattr(generate, _OURS, loop)
     vars(model)[_GENERATE] = MethodType(generate, model)
     keep_out_of_copies(model, _GENERATE)
 
@@ -108,7 +132,7 @@ def generate_as_ever(model: nn.Module) -> None:
 
 
 def has_generate_of_ours(model: nn.Module) -> bool:
-    """Returns whether :func:`generate_exactly` changed a model."""
+    """Returns whether one of the functions above changed a model's."""
     return hasattr(vars(model).get(_GENERATE), _OURS)
 
 
@@ -117,7 +141,7 @@ def has_generate_of_its_own(model: nn.Module) -> bool:
     return _GENERATE in vars(model) and not has_generate_of_ours(model)
 
 
-def _tell(model: PreTrainedModel, refusal: ExactModeError) -> Any:
+def _tell(model: PreTrainedModel, refusal: Exception) -> Any:
     """Counts a call that runs plainly, and returns what is known of the model."""
     state = state_of(model.parameters())
     reason = str(refusal).partition("; ")[0]  # (what follows is for those who asked for exact mode by name)

@@ -32,7 +32,7 @@ from river_compile.runtime.plain_calls import CompiledOrPlain
 from river_compile.speculative.mode import ExactMode, exact
 from river_compile.speculative.refusals import check_paths
 
-from .generation import generate_as_ever, generate_exactly, has_generate_of_its_own
+from .generation import generate_as_ever, generate_exactly, generate_in_own_loop, has_generate_of_its_own
 
 Model = TypeVar("Model", bound=PreTrainedModel)
 
@@ -78,24 +78,26 @@ def accelerate(
     mode = options.pop("mode", None)
     if quality in ("exact", "strict"):
         _nothing_of(quality, calibration=calibration, **{name: options.get(name) for name in _RULE})
-        generating, backend_options = _exact_mode(quality, options)
+        exact_mode, backend_options = _exact_mode(quality, options)
         backend_options |= _NEVER_LEAVES
         if quality == "strict":
             backend_options.setdefault("backbone", "model")
         _check_exact(backend_options)
     else:
-        generating, backend_options = None, {**_rule(quality, calibration, options), **options}
+        exact_mode, backend_options = None, {**_rule(quality, calibration, options), **options}
         RiverConfig.from_options(backend_options)
     generate_as_ever(model)
-    if generating is not None and has_generate_of_its_own(model):
+    if has_generate_of_its_own(model):
         warnings.warn(
             f"this {type(model).__name__} came with a generate of its own (custom_generate of its folder), which "
             "stays in use: accelerate only compiled the model",
             RiverWarning,
             stacklevel=2,
         )
-    elif generating is not None:
-        generate_exactly(model, generating)
+    elif exact_mode is None:
+        generate_in_own_loop(model)
+    else:
+        generate_exactly(model, exact_mode)
     model.compile(backend=river, options=backend_options, mode=mode)
     model._compiled_call_impl = CompiledOrPlain(model._compiled_call_impl, model._call_impl)
     return model

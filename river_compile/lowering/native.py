@@ -105,7 +105,7 @@ def use_native(graph: fx.Graph) -> None:
     ours, native_ops = torch.ops.river, native.load()
     alike = {
         getattr(ours, name).default: getattr(native_ops, name).default
-        for name in ("norm", "kv_fill", "decode_attention", "attention", "exit_score")
+        for name in ("norm", "rescore", "kv_fill", "decode_attention", "attention", "exit_score")
     }
     for node in list(graph.nodes):
         if node.target in alike:

@@ -25,6 +25,11 @@ from river_compile.upstream.compiled_calls import call_through
 from river_compile.upstream.dynamo_cache import CHANGES_NOTHING
 from river_compile.upstream.module_state import copy_as_ever, keep_out_of_copies
 
+_BROKEN = (
+    "its call reached graphs that were left to Inductor. Where a graph broke before (by output_attentions=True, say), "
+    "Dynamo may not trace that code again before torch._dynamo.reset()"
+)
+
 
 class PlainRuns:
     """Forward passes of one model that ran without the river although they came through its backend.
@@ -39,6 +44,7 @@ class PlainRuns:
         self.reason = ""
         self._backend: Callable[..., object] | None = None
         self._model = ""
+        self._noticed = False  # a block, since the latest call that reached no graph
         self._steps = -1
 
     def watch(self, model: nn.Module, block_path: str, backend: Callable[..., object]) -> None:
@@ -70,8 +76,18 @@ class PlainRuns:
         """Counts a plain run of a block; warns where the river ran since the last one, by the model's `stats`."""
         if call_through(self._backend) is None or on_purpose():
             return
+        self._noticed = True
+        self._count(stats, _why())
+
+    def missed(self, stats: ExitStats) -> None:
+        """Counts a call that reached no rewritten graph, where no block that ran in it was noticed."""
+        if not self._noticed:
+            self._count(stats, _BROKEN)
+        self._noticed = False
+
+    def _count(self, stats: ExitStats, reason: str) -> None:
         self.count += 1
-        self.reason = _why()
+        self.reason = reason
         steps = stats.decode.total() + stats.prefill.total()
         if steps != self._steps:
             self._steps = steps

@@ -39,14 +39,17 @@ _PATIENCE = 8  # steps of one sequence that may be noted in vain
 _LOOKS = 64  # of which the executor is known when another sequence begins
 
 
-def install(model: nn.Module) -> None:
-    """Puts a shortcut around what ``model.compile`` made of a model's calls, where that is not done yet."""
+def install(model: nn.Module, missed: Callable[[], None] = lambda: None) -> None:
+    """Puts a shortcut around what ``model.compile`` made of a model's calls, where that is not done yet.
+
+    `missed` is called after a call that reached no executor.
+    """
     call: Any = model._compiled_call_impl
     chooses = isinstance(call, CompiledOrPlain)
     compiled = call.compiled if chooses else call
     if compiled is None or hasattr(compiled, "river_shortcut"):
         return
-    around = Shortcut(model, compiled).around()
+    around = Shortcut(model, compiled, missed).around()
     if chooses:
         call.compiled = around
     else:
@@ -82,13 +85,15 @@ class Shortcut:
     Args:
         model: the model, held weakly.
         compiled: what runs a call through Dynamo.
+        missed: called after a call that reached no executor.
 
     Attributes:
         taken: steps that took it, in all threads.
     """
 
-    def __init__(self, model: nn.Module, compiled: Callable[..., Any]) -> None:
+    def __init__(self, model: nn.Module, compiled: Callable[..., Any], missed: Callable[[], None]) -> None:
         self.taken = 0
+        self._missed = missed
         self._model = weakref.ref(model)
         self._compiled = compiled
         self._threads: dict[int, _Thread] = {}  # (a threading.local would keep the model alive)
@@ -107,7 +112,7 @@ class Shortcut:
         model = self._model()
         given = Given(kwargs)
         if args or model is None or given.looks is None:
-            return self._compiled(*args, **kwargs)
+            return self._compiled_call(args, kwargs)[0]
         thread = self._threads.setdefault(threading.get_ident(), _Thread())
         step = thread.steps.get(given.looks)
         if step is not None:
@@ -126,15 +131,7 @@ class Shortcut:
         before = None
         if expected is not None and thread.patience > 0:
             before = Surroundings.of(model, given.cache, expected)
-        calls: list[tuple[RiverExecutor, tuple, tuple]] = []
-        here = threading.get_ident()
-
-        def note(*call: Any) -> None:
-            if threading.get_ident() == here:
-                calls.append(call)
-
-        with on_call(note):
-            result = self._compiled(**kwargs)
+        result, calls = self._compiled_call((), kwargs)
         if len(calls) != 1:
             return result
         executor, args, outputs = calls[0]
@@ -149,3 +146,18 @@ class Shortcut:
             else:
                 thread.steps[looks] = step
         return result
+
+    def _compiled_call(self, args: tuple, kwargs: dict) -> tuple[Any, list[tuple[RiverExecutor, tuple, tuple]]]:
+        """Runs a call through Dynamo; returns what executors were called with and returned in it too."""
+        calls: list[tuple[RiverExecutor, tuple, tuple]] = []
+        here = threading.get_ident()
+
+        def note(*call: Any) -> None:
+            if threading.get_ident() == here:
+                calls.append(call)
+
+        with on_call(note):
+            result = self._compiled(*args, **kwargs)
+        if not calls:
+            self._missed()
+        return result, calls

@@ -13,7 +13,7 @@ import sympy
 from torch import Tensor, fx
 
 from river_compile.errors import CacheFullError
-from river_compile.passes.nodes import mutated_inputs, rank, value_of
+from river_compile.passes.nodes import memory_of, mutated_inputs, rank, value_of
 from river_compile.passes.program import RiverProgram
 from river_compile.passes.segments import number_inputs
 
@@ -109,6 +109,8 @@ def written_in_place(program: RiverProgram) -> tuple[list[list[int]], list[list[
         if not 1 <= part <= plan.num_blocks or node.target is Tensor.index_copy_:
             continue
         for target in mutated_inputs(node):
+            counter = memory_of(target)  # (a first step may count through a `to` that changes nothing)
+            target = counter if _is_counter(counter) else target
             if target in slots and plan.part_of.get(target) != part:
                 kind = counters if _is_counter(target) else moved
                 kind[part - 1][slots[target]] = None

@@ -14,6 +14,7 @@ from transformers.generation.streamers import BaseStreamer
 
 import river_compile
 from river_compile.drop_in.quality import QUALITIES
+from river_compile.generation import Decode
 from river_compile.speculative.runner import DraftVerifyRunner
 from river_compile.state import find_state
 from river_compile.upstream.hf_cache import cache_argument, cache_of
@@ -209,6 +210,20 @@ def test_fast_and_calibrated_let_tokens_leave():
         generate(ours)
     assert not trace.cycles
     assert {step.depth for step in trace.tokens} == {1}
+
+
+def test_fast_runs_in_the_own_loop_and_what_that_refuses_in_transformers(monkeypatch):
+    """The streamer gets the prompt once either way; a custom_generate of the caller's is left alone."""
+    ours, taken, loop = river_compile.accelerate(plain(), "fast", exit_depth=2, **OPTIONS), [], Decode.__call__
+    monkeypatch.setattr(Decode, "__call__", lambda self, *a, **k: taken.append(loop(self, *a, **k)) or taken[-1])
+    whole = river_compile.restore(copy.deepcopy(ours))
+    assert streamed(ours) == streamed(whole)
+    assert len(taken) == 1
+    assert torch.equal(generate(ours, num_beams=2), generate(whole, num_beams=2))
+    refused = {"output_hidden_states": True, "return_dict_in_generate": True}
+    assert streamed(ours, **refused) == streamed(whole, **refused)
+    assert generate(ours, custom_generate=lambda *_, **__: "theirs") == "theirs"
+    assert len(taken) == 1
 
 
 def test_strict_is_exact_modes_strict(monkeypatch):

@@ -186,8 +186,11 @@ def test_strict_verification_has_the_bits_of_decoding_without_drafts(name, batch
     assert {cycle.width for cycle in seen.cycles} >= {min(4, 8 // batch)}
 
 
-def test_the_head_in_8_bits_is_closer_to_the_models_than_in_4():
-    """One token that left: its logits with each head, against those of the model's own head after the same twins."""
+def test_heads_of_fewer_bits_give_the_models_logits():
+    """One token that left: its logits with each head, against those of the model's own head after the same twins.
+
+    With so few logits the head in 4 bits has all of them computed anew.
+    """
     ids, found = torch.arange(5, 12)[None], {}
     for head in ("keep", "int8", "w4"):
         torch._dynamo.reset()
@@ -198,4 +201,5 @@ def test_the_head_in_8_bits_is_closer_to_the_models_than_in_4():
             model(input_ids=ids, past_key_values=cache)
             found[head] = model(input_ids=ids[:, -1:], past_key_values=cache).logits
     errors = {head: (logits - found["keep"]).norm() / found["keep"].norm() for head, logits in found.items()}
-    assert 0 < errors["int8"] < errors["w4"] / 4
+    assert 1e-4 < errors["int8"] < 0.02
+    assert errors["w4"] < 1e-5

@@ -75,7 +75,7 @@ def test_the_options_decide_which_passes_run():
         names[label] = [step.__name__ for step in passes]
     assert names == {
         "default": ["river_twins", "one_row_head", "exit_checks"],
-        "fused": ["river_twins", "river_head", "exit_checks", "fuse_checks", "fuse_twins"],
+        "fused": ["river_twins", "river_head", "exit_checks", "fuse_checks", "fuse_twins", "rescored_head"],
         "confidence": ["river_twins", "one_row_head", "logits_entropy"],
         "never": [],
         "fixed": ["river_twins", "one_row_head"],

@@ -96,6 +96,26 @@ def test_calls_that_do_not_reach_the_river_are_warned_of_and_reported():
     assert len(report(model).graphs) == 1
 
 
+@pytest.mark.filterwarnings("ignore:backend 'river' leaves a graph to Inductor")
+def test_calls_after_a_graph_broke_are_warned_of():
+    """A graph breaks in the middle of the code; one warning until the river runs again, and a count in the report."""
+    model = compiled()
+
+    def generate(**options: bool) -> int:
+        settings = {"attention_mask": torch.ones_like(prompt()), "max_new_tokens": 2, "do_sample": False}
+        model.generate(prompt(), **settings, **options)
+        return report(model).plain_runs
+
+    assert generate() == 0
+    with pytest.warns(RiverWarning, match=WITHOUT_RIVER + ".*output_attentions=True, say"):
+        assert generate(output_attentions=True, return_dict_in_generate=True) == 2
+    river_again = generate() == 2  # (whether Dynamo traces such code again is a matter of its version)
+    assert river_again or "without river  4 forward passes" in str(report(model))
+    torch._dynamo.reset()
+    before = report(model).plain_runs
+    assert generate() == before
+
+
 class Adapter(nn.Module):
     """A linear layer with a low-rank one beside it."""
 

@@ -4,6 +4,7 @@
 //   dense                         the same with weights in x's dtype
 //   kv_fill, attention            positions of a static cache; decode_attention: one of each sequence
 //   norm                          a norm, and a residual
+//   rescore                       the largest logits computed anew
 //   shift                         the entries of a full window moved up by one slot
 //   few_rows                      of a product of 16-bit matrices that is computed here
 //   exit_score                    the least cosine of rows
@@ -14,6 +15,7 @@
 
 #include "bindings_cache.h"
 #include "bindings_linear.h"
+#include "bindings_rescore.h"
 #include "tape.h"
 
 namespace river {
@@ -114,6 +116,9 @@ STABLE_TORCH_LIBRARY_FRAGMENT(river_native, m) {
   m.def(
       "norm(Tensor x, str norm, Tensor weight, Tensor? bias, float eps, Tensor? residual) -> Tensor");
   m.def(
+      "rescore(Tensor logits, Tensor x, Tensor weight, Tensor? bias, str norm, Tensor? norm_weight, Tensor? norm_bias, "
+      "float eps) -> Tensor");
+  m.def(
       "kv_fill(Tensor qkv, Tensor? q_norm, Tensor? k_norm, Tensor? cos, Tensor? sin, Tensor slot, "
       "Tensor(a!) k_cache, Tensor(b!) v_cache, str norm, float eps, bool interleaved) -> Tensor");
   m.def(
@@ -141,6 +146,7 @@ STABLE_TORCH_LIBRARY_IMPL(river_native, CPU, m) {
   m.impl("dense", TORCH_BOX(&river::dense));
   m.impl("experts", TORCH_BOX(&river::experts));
   m.impl("norm", TORCH_BOX(&river::norm));
+  m.impl("rescore", TORCH_BOX(&river::rescore));
   m.impl("kv_fill", TORCH_BOX(&river::kv_fill));
   m.impl("decode_attention", TORCH_BOX(&river::decode_attention));
   m.impl("attention", TORCH_BOX(&river::attention));

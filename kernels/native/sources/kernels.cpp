@@ -6,6 +6,7 @@
 #include "phases.h"
 #include "plumbing.h"
 #include "prepare.h"
+#include "rescore.h"
 #include "tiles.h"
 
 #define RIVER_NAME(x) RIVER_QUOTE(x)
@@ -14,6 +15,7 @@
 extern "C" __attribute__((visibility("default"))) const river::Kernels* river_kernels() {
   static const river::Kernels kernels = {RIVER_NAME(RIVER_ISA), river::prepare, river::linear, river::kv_fill,
                                          river::attend,         river::combine, river::count,  river::copy,
-                                         river::score,          river::finish,  river::shift,   river::kOfBfloat16};
+                                         river::score,          river::finish,  river::shift,   river::kOfBfloat16,
+                                         river::rescore};
   return &kernels;
 }

@@ -79,6 +79,20 @@ struct FinishArgs {
   LinearArgs rest;  // its residual, y, strides, dtype, rows, out_features, activation and gated
 };
 
+constexpr int kBlockOfLogits = 64;
+
+// y = logits, the largest of each row computed anew as x W^T + bias. Part `ways` m + w computes share w of row m.
+struct RescoreArgs {
+  const void* logits;    // [M, N] of `dtype`
+  int64_t logits_stride;
+  Activations x;         // in format kPlain, rows of `padded_features`
+  const void* weight;    // [N, K] of `dtype`
+  const void* bias;      // [N] of `dtype` or null
+  void* y;               // [M, N] of `dtype`
+  float* largest;        // for each part, twice as many as there are blocks of logits
+  int32_t dtype, in_features, padded_features, out_features, ways;
+};
+
 // A key-value cache [B, J, S, D], features contiguous.
 struct Cache {
   char *keys, *values;
@@ -169,6 +183,7 @@ struct Kernels {
   Run finish;   // FinishArgs
   Run shift;    // ShiftArgs
   int32_t bfloat16;  // format of the activations that bfloat16 weights meet: kTiled or kPairs of any rows, else kPlain
+  Run rescore;  // RescoreArgs
 };
 
 }  // namespace river

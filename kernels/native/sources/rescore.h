@@ -1,0 +1,108 @@
+// The largest logits computed anew from the head's own matrix, after a product with one of 4 bits has found them.
+//
+// Logits are looked at in blocks of 64 by the largest of each. The `kBlocksAnew` th largest of these is the least logit
+// that is computed anew, so at least as many are, the largest of all among them. Where logits have that very value there
+// are more. NaN is left as it is.
+#pragma once
+
+#include <algorithm>
+#include <cmath>
+#include <functional>
+
+#include "functions.h"
+#include "phases.h"
+#include "scalars.h"
+
+namespace river {
+
+constexpr int kBlocksAnew = 256;
+
+// One row's logits, of which this part looks at all and writes blocks `first` to before `end`.
+class RowOfLogits {
+ public:
+  RowOfLogits(const RescoreArgs& a, int64_t row, float* largest)
+      : a_(a), row_(row), blocks_((a.out_features + kBlockOfLogits - 1) / kBlockOfLogits), largest_(largest) {
+    for (int64_t block = 0; block < blocks_; ++block) {
+      std::fill(values_ + load(block), values_ + kBlockOfLogits, -INFINITY);
+      largest_[block] = largest_of(values_);
+    }
+    if (blocks_ <= kBlocksAnew) return;
+    float* const ordered = largest_ + blocks_;
+    std::copy(largest_, largest_ + blocks_, ordered);
+    std::nth_element(ordered, ordered + kBlocksAnew - 1, ordered + blocks_, std::greater<>());
+    least_ = ordered[kBlocksAnew - 1];
+  }
+
+  void write(int64_t first, int64_t end) {
+    each_anew(first, end, [&](int, const char* weight) {
+      for (int64_t byte = 0; byte < row_bytes(); byte += 64) __builtin_prefetch(weight + byte, 0, 2);
+    });
+    for (int64_t block = first; block < end; ++block) {
+      const int count = load(block);
+      each_anew(block, block + 1, [&](int i, const char* weight) { values_[i] = product(weight, block, i); });
+      store_values(a_.y, row_ * a_.out_features + block * kBlockOfLogits, count, a_.dtype, values_);
+    }
+  }
+
+ private:
+  // (Lane by lane: compilers make no vectors of a maximum over one row.)
+  static float largest_of(const float* values) {
+    float lanes[16];
+    std::copy(values, values + 16, lanes);
+    for (int i = 16; i < kBlockOfLogits; i += 16)
+      for (int j = 0; j < 16; ++j) lanes[j] = values[i + j] > lanes[j] ? values[i + j] : lanes[j];
+    float most = -INFINITY;
+    for (const float lane : lanes) most = lane > most ? lane : most;
+    return most;
+  }
+
+  int64_t row_bytes() const { return a_.in_features * bytes_of(a_.dtype); }
+
+  int load(int64_t block) {
+    const int64_t first = block * kBlockOfLogits;
+    const int count = int(std::min<int64_t>(kBlockOfLogits, a_.out_features - first));
+    load_values(a_.logits, row_ * a_.logits_stride + first, count, a_.dtype, values_);
+    return count;
+  }
+
+  template <class F>
+  void each_anew(int64_t first, int64_t end, const F& f) {
+    for (int64_t block = first; block < end; ++block) {
+      if (largest_[block] < least_) continue;
+      const int count = load(block);
+      const char* weight = static_cast<const char*>(a_.weight) + block * kBlockOfLogits * row_bytes();
+      for (int i = 0; i < count; ++i)
+        if (values_[i] >= least_) f(i, weight + i * row_bytes());
+    }
+  }
+
+  float product(const char* weight, int64_t block, int i) const {
+    constexpr int kFeatures = 256;
+    alignas(64) float w[kFeatures];
+    const auto* x = static_cast<const float*>(a_.x.values) + row_ * a_.padded_features;
+    float sum = a_.bias ? load_scalar(a_.bias, block * kBlockOfLogits + i, a_.dtype) : 0.0f;
+    for (int first = 0; first < a_.in_features; first += kFeatures) {
+      const int count = std::min(kFeatures, a_.in_features - first), padded = (count + 15) / 16 * 16;
+      load_values(weight, first, count, a_.dtype, w);
+      std::fill(w + count, w + padded, 0.0f);
+      sum += dot_of(w, x + first, padded);
+    }
+    return sum;
+  }
+
+  const RescoreArgs& a_;
+  const int64_t row_, blocks_;
+  float* const largest_;
+  float least_ = -INFINITY;
+  alignas(64) float values_[kBlockOfLogits];
+};
+
+inline void rescore(const void* args, int part, int) {
+  const auto& a = *static_cast<const RescoreArgs*>(args);
+  const int64_t row = part / a.ways, way = part % a.ways;
+  const int64_t blocks = (a.out_features + kBlockOfLogits - 1) / kBlockOfLogits;
+  RowOfLogits logits(a, row, a.largest + 2 * blocks * part);
+  logits.write(blocks * way / a.ways, blocks * (way + 1) / a.ways);
+}
+
+}  // namespace river

@@ -1,0 +1,97 @@
+"""The largest logits computed anew: against float64, by C++ on every instruction set and by PyTorch."""
+
+import pytest
+import torch
+from hypothesis import given
+from hypothesis import strategies as st
+
+from river_compile.kernels import ops
+from river_compile.kernels.native import load
+from tests.kernels.native.running import DTYPES, ISAS, called, native
+
+pytestmark = pytest.mark.usefixtures("restored")
+BLOCK, BLOCKS = 64, 256  # of logits, by whose largest the C++ kernels choose
+
+
+def drawn(seed: int, rows: int, features: int, vocabulary: int, dtype: torch.dtype, norm: str, bias: bool) -> tuple:
+    """Returns arguments of the operator, and what all logits would be, computed anew, in float64."""
+    g = torch.Generator().manual_seed(seed)
+
+    def values(*shape: int) -> torch.Tensor:
+        return torch.randn(shape, generator=g).to(dtype)
+
+    x, weight, norm_weight = values(rows, features), values(vocabulary, features), values(features)
+    added = values(vocabulary) if bias else None
+    h = x.double()
+    if norm == "rms":
+        h = torch.nn.functional.rms_norm(h, h.shape[-1:], norm_weight.double(), 1e-6)
+    anew = h @ weight.double().T + (0 if added is None else added.double())
+    logits = (anew + torch.randn(anew.shape, generator=g)).to(dtype)
+    return (logits, x, weight, added, norm, norm_weight if norm == "rms" else None, None, 1e-6), anew
+
+
+def check(y: torch.Tensor, logits: torch.Tensor, anew: torch.Tensor, least: torch.Tensor) -> None:
+    """All logits from `least` ``[M, 1]`` on are computed anew, and none below."""
+    chosen = logits >= least
+    assert torch.equal(y[~chosen], logits[~chosen])
+    tolerance = {torch.float32: 1e-5, torch.float16: 2e-3, torch.bfloat16: 1.6e-2}[y.dtype]
+    size = anew.abs().amax().item()
+    torch.testing.assert_close(y[chosen].double(), anew[chosen], rtol=tolerance, atol=tolerance * size / 4)
+
+
+def least_of_blocks(logits: torch.Tensor) -> torch.Tensor:
+    """By the definition: the 256th largest of what is largest in each block of 64."""
+    padding = -logits.shape[-1] % BLOCK
+    largest = torch.nn.functional.pad(logits, (0, padding), value=-torch.inf).unflatten(-1, (-1, BLOCK)).amax(-1)
+    if largest.shape[-1] <= BLOCKS:
+        return torch.full_like(largest[:, :1], -torch.inf)
+    return largest.topk(BLOCKS, dim=-1).values[:, -1:]
+
+
+@ISAS
+@given(
+    st.integers(0, 2**31),
+    st.sampled_from([1, 2, 5]),
+    st.sampled_from([32, 100, 300]),
+    st.sampled_from([50, 1000, 20_001]),
+    st.sampled_from(DTYPES),
+    st.sampled_from(["none", "rms"]),
+    st.booleans(),
+    st.integers(1, 4),
+)
+def test_the_largest_are_exact_and_the_others_stay(isa, seed, rows, features, vocabulary, dtype, norm, bias, threads):
+    arguments, anew = drawn(seed, rows, features, vocabulary, dtype, norm, bias)
+    load.load(isa)
+    torch.set_num_threads(threads)
+    check(called(native.rescore, *arguments), arguments[0], anew, least_of_blocks(arguments[0]))
+
+
+@given(st.integers(0, 2**31), st.sampled_from([50, 1000]), st.sampled_from(DTYPES), st.booleans())
+def test_in_pytorch_as_many_as_are_asked_for(seed, vocabulary, dtype, bias):
+    arguments, anew = drawn(seed, 2, 32, vocabulary, dtype, "rms", bias)
+    y = torch.ops.river.rescore(*arguments)
+    changed = y != arguments[0]
+    assert (changed.sum(-1) <= ops.RESCORED).all()
+    least = arguments[0].topk(min(ops.RESCORED, vocabulary)).values[:, -1:]
+    certain = arguments[0] > least  # (of equal ones any may be chosen)
+    tolerance = {torch.float32: 1e-5, torch.float16: 2e-3, torch.bfloat16: 2e-2}[dtype]
+    size = tolerance * anew.abs().amax().item()
+    torch.testing.assert_close(y[certain].double(), anew[certain], rtol=tolerance, atol=size)
+
+
+@ISAS
+def test_what_is_not_a_number_stays_so(isa):
+    arguments, _ = drawn(0, 2, 32, 20_001, torch.bfloat16, "none", False)
+    arguments[0][0, 7] = torch.nan
+    load.load(isa)
+    y = native.rescore(*arguments)
+    assert y[0, 7].isnan()
+    assert not y[1].isnan().any()
+
+
+def test_other_shapes_are_refused():
+    load.load()
+    (logits, x, weight, *rest), _ = drawn(0, 2, 32, 100, torch.float32, "none", False)
+    for wrong in ((logits[:, 1:], x, weight), (logits, x[:, 1:], weight), (logits.double(), x, weight)):
+        with pytest.raises(RuntimeError, match=r"(logits|weight) must"):
+            native.rescore(*wrong, *rest)
