@@ -51,6 +51,7 @@ def sample_calls():
         stack, chosen = stacked(3, 16, 64, name), torch.tensor([2, 0, 2, -1])
         calls[f"experts {name}"] = (random(4, 64), stack.qweight, stack.scale_zero, chosen, 16, 32, name)
     calls["norm"] = (x, "rms", random(64), None, 1e-6, random(2, 1, 64))
+    calls["rescore"] = (random(2, 1, 300), x, random(300, 64), random(300), "rms", random(64), None, 1e-6)
     calls["norm alone"] = (x, "layer", random(64), random(64), 1e-6, None)
     k_cache, v_cache = caches()
     cos, sin = random(1, 1, 16), random(1, 1, 16)

@@ -35,6 +35,7 @@ struct LinearCall {
 
   // On our threads, or where the call lies between calls of a library on torch's.
   void run(bool beside_library = false) const {
+    kernels();  // (throws here, where no thread waits for it, if there are none)
     const int64_t values = int64_t(groups_of_rows()) * linear.group_size;
     const int64_t weights = (linear.out_features + kBlock - 1) / kBlock * (values / linear.rows) * kBlock;
     const int most = threads();

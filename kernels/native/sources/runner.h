@@ -1,13 +1,20 @@
 // Runs phases, each split into parts that threads take one after the other, with a barrier between phases.
 //
 // The caller works too, and a phase ends when its last part is done: a helper that the system gave no core is not
-// waited for, since others take its parts. Waiting spins for a moment, then yields; helpers without work sleep. Not
-// handled: two callers at a time (the second one runs its phases alone), nested calls, pinning to cores.
+// waited for, since others take its parts. Waiting spins for a moment, then yields.
+//
+// Helpers are torch's threads, as in one of its parallel loops around all phases: after each of torch's own loops they
+// spin for milliseconds and would take the core from any others. Such a loop ends when all of its threads have come to
+// its end, which takes long where another process has their core. Then helpers are threads of our own for a while, which
+// sleep when there is no work. Not handled: two callers at a time (the second one runs its phases alone), nested calls,
+// pinning to cores.
 #pragma once
 
 #include <pthread.h>
+#include <torch/csrc/stable/ops.h>
 
 #include <atomic>
+#include <chrono>
 #include <condition_variable>
 #include <cstdint>
 #include <mutex>
@@ -31,7 +38,17 @@ inline void relax() {
 #endif
 }
 
+template <class F>
+struct Finally {
+  F f;
+  ~Finally() { f(); }
+};
+template <class F>
+Finally(F) -> Finally<F>;
+
 class Runner {
+  using Clock = std::chrono::steady_clock;
+
  public:
   static Runner& instance() {
     static Runner* const runner = make();  // never destroyed: its threads may outlive static objects
@@ -46,8 +63,15 @@ class Runner {
         for (int part = 0; part < phases[i].parts; ++part) phases[i].run(phases[i].args, part, phases[i].parts);
       return;
     }
-    ensure(threads - 1);
-    for (int i = 0; i < count; ++i) publish(phases[i]);
+    if (forked_ || Clock::now() < apart_until_) {
+      ensure(threads - 1);
+      for (int i = 0; i < count; ++i) publish(phases[i]);
+      return;
+    }
+    helpers_.store(0, std::memory_order_relaxed);
+    const Clock::time_point ended = run_among_torchs(phases, count, threads);
+    const Clock::time_point now = Clock::now();
+    if (now - ended > kLate) apart_until_ = now + kApart;
   }
 
  private:
@@ -59,8 +83,41 @@ class Runner {
 
   static Runner* make() {
     // The child of a fork has none of the threads: it starts with a runner that knows of none.
-    pthread_atfork(nullptr, nullptr, [] { new (&instance()) Runner; });
+    // (Nor may it use torch's, which are gone too.)
+    pthread_atfork(nullptr, nullptr, [] { (new (&instance()) Runner)->forked_ = true; });
     return new Runner;
+  }
+
+  // Returns when the last phase ended.
+  Clock::time_point run_among_torchs(const Phase* phases, int count, int threads) {
+    Clock::time_point ended;
+    finished_.store(false);
+    torch::stable::parallel_for(0, threads, 1, [&](int64_t first, int64_t end) {
+      for (int64_t thread = first; thread < end; ++thread) {
+        if (thread > 0) {
+          follow();
+          continue;
+        }
+        const Finally finish{[&] { finished_.store(true); }};  // (or the others would wait for ever for what threw)
+        for (int i = 0; i < count; ++i) publish(phases[i]);
+        ended = Clock::now();
+      }
+    });
+    return ended;
+  }
+
+  // Takes parts until the last phase has ended.
+  void follow() {
+    for (int spins = 0; !finished_.load(std::memory_order_acquire); ++spins) {
+      if (has_work(cursor_.load(std::memory_order_acquire))) {
+        work();
+        spins = 0;
+      } else if (spins < kSpins) {
+        relax();
+      } else {
+        std::this_thread::yield();
+      }
+    }
   }
 
   void publish(const Phase& phase) {
@@ -68,7 +125,7 @@ class Runner {
     phase_ = phase;
     done_.store(0, std::memory_order_relaxed);
     cursor_.store(cursor_of(++epoch_, uint64_t(phase.parts)));
-    if (sleeping_.load()) {
+    if (helpers_.load(std::memory_order_relaxed) && sleeping_.load()) {
       { std::lock_guard<std::mutex> lock(sleep_); }
       wake_.notify_all();
     }
@@ -121,11 +178,15 @@ class Runner {
   }
 
   static constexpr int kSpins = 1000;  // pauses
+  static constexpr auto kLate = std::chrono::microseconds(300), kApart = std::chrono::milliseconds(500);
 
   std::mutex turn_, sleep_;
   std::condition_variable wake_;
   std::atomic<uint64_t> cursor_{0};
   std::atomic<int> done_{0}, sleeping_{0}, helpers_{0};
+  std::atomic<bool> finished_{false};
+  Clock::time_point apart_until_{};
+  bool forked_ = false;
   uint64_t epoch_ = 0;
   int started_ = 0;
   Phase phase_{};
