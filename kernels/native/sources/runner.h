@@ -13,6 +13,7 @@
 #include <pthread.h>
 #include <torch/csrc/stable/ops.h>
 
+#include <algorithm>
 #include <atomic>
 #include <chrono>
 #include <condition_variable>
@@ -58,7 +59,8 @@ class Runner {
   // Runs `count` phases on at most `threads` threads.
   void run(const Phase* phases, int count, int threads) {
     std::unique_lock<std::mutex> turn(turn_, std::try_to_lock);
-    if (threads <= 1 || !turn.owns_lock()) {
+    const bool split = std::any_of(phases, phases + count, [](const Phase& phase) { return phase.parts > 1; });
+    if (threads <= 1 || !split || !turn.owns_lock()) {
       for (int i = 0; i < count; ++i)
         for (int part = 0; part < phases[i].parts; ++part) phases[i].run(phases[i].args, part, phases[i].parts);
       return;
