@@ -445,8 +445,8 @@ def test_a_process_shrinks_by_what_left():
     (_, whole, _, _), (everything, rest, moved, peak) = run({}), run({"offload": 2})
     block = 4 * (4 * 512 * 512 + 3 * 512 * 2048)  # 17 MB
     assert moved == 6 * block
-    assert whole - rest > 0.8 * moved
-    assert peak < everything + 3 * block  # while a prompt streams, two blocks are there
+    assert whole - rest > moved - 2.5 * block  # two blocks may be there: what streamed last, and what was to be next
+    assert peak < everything + 3 * block
 
 
 @pytest.mark.gpu

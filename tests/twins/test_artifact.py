@@ -93,12 +93,12 @@ def test_the_second_start_has_the_same_bits_and_quantizes_nothing(family, quanti
 
 @pytest.mark.skipif(sys.platform != "linux", reason="asks /proc what is mapped")
 def test_what_the_kernels_read_is_mapped_and_not_copied(tmp_path):
-    """All packed bytes, the 8-bit head's too; a change of the weights is packed in the process's own pages."""
+    """All packed bytes, an 8-bit head's too; a change of the weights is packed in the process's own pages."""
     how, logits, models = lowered(Lowering("eager", "native", False)), [], []
     for options in ({}, {"artifact": tmp_path / "twins"}):
         torch._dynamo.reset()
         model = start()
-        model.compile(backend=how, options={**OPTIONS, **options})
+        model.compile(backend=how, options={**OPTIONS, "lm_head": "int8", **options})
         logits.append(torch.stack(decode(model, new_cache(model, "static"), [1, 0])[1:]))
         models.append(model)
         if not options:
