@@ -161,7 +161,7 @@ def main(arguments: list[str] | None = None) -> int:
         if options.corners and corner.name not in options.corners:
             continue
         with tempfile.TemporaryDirectory(prefix="river-compat-") as scratch:
-            folder = Path(scratch) if options.keep is None else options.keep / corner.name.replace(", ", "-")
+            folder = Path(scratch) if options.keep is None else options.keep / re.sub(r"\W+", "-", corner.name)
             folder.mkdir(parents=True, exist_ok=True)
             outcomes.append(run_corner(corner, folder))
         print(table(outcomes[-1:]), flush=True)
