@@ -88,9 +88,7 @@ class MappedFiles(WeightStore):
         _advise(tensor.untyped_storage(), _PAGEOUT, inside=True)
 
     def settle(self) -> None:
-        trim = getattr(ctypes.CDLL(None), "malloc_trim", None)  # glibc
-        if trim is not None:
-            trim(0)
+        trim_heap()
 
     def start(self, weights: Sequence[Stored]) -> Arrival:
         for stored in weights:
@@ -106,6 +104,13 @@ class MappedFiles(WeightStore):
 
     def peak(self) -> int:
         return _status("VmHWM")
+
+
+def trim_heap() -> None:
+    """Gives memory back to the system that the allocator holds though nothing uses it, where it is glibc's."""
+    trim = getattr(ctypes.CDLL(None), "malloc_trim", None)
+    if trim is not None:
+        trim(0)
 
 
 def file_system(folder: Path) -> str:

@@ -39,7 +39,7 @@ _PATIENCE = 8  # steps of one sequence that may be noted in vain
 _LOOKS = 64  # of which the executor is known when another sequence begins
 
 
-def install(model: nn.Module, missed: Callable[[], None] = lambda: None) -> None:
+def install(model: nn.Module, missed: Callable[[], None]) -> None:
     """Puts a shortcut around what ``model.compile`` made of a model's calls, where that is not done yet.
 
     `missed` is called after a call that reached no executor.

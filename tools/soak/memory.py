@@ -10,7 +10,6 @@ A token counts once for each row that it was decoded in.
 
 from __future__ import annotations
 
-import ctypes
 import gc
 import random
 import statistics
@@ -22,6 +21,7 @@ import torch
 from transformers import LlamaConfig, LlamaForCausalLM
 
 import river_compile
+from river_compile.offload.disk import trim_heap
 from tools.soak import text
 from tools.soak.cases import Case, Failure
 
@@ -90,9 +90,7 @@ def live_tensors() -> int:
 
 
 def resident_bytes() -> int:
-    trim = getattr(ctypes.CDLL(None), "malloc_trim", None)  # glibc
-    if trim is not None:
-        trim(0)
+    trim_heap()
     pages = int(Path("/proc/self/statm").read_text(encoding="ascii").split()[1])
     return pages * 4096
 

@@ -33,9 +33,9 @@ struct LinearCall {
     prepare.out = x;
   }
 
-  // On our threads, or where the call lies between calls of a library on torch's.
+  // In one of torch's parallel loops, or one for each phase where the call lies between calls of a library.
   void run(bool beside_library = false) const {
-    kernels();  // (throws here, where no thread waits for it, if there are none)
+    kernels();  // (throws here where there are none: a phase must not)
     const int64_t values = int64_t(groups_of_rows()) * linear.group_size;
     const int64_t weights = (linear.out_features + kBlock - 1) / kBlock * (values / linear.rows) * kBlock;
     const int most = threads();

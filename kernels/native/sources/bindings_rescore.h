@@ -24,7 +24,7 @@ inline Tensor rescore(const Tensor& logits, const Tensor& x, const Tensor& weigh
   check(weight.is_cpu() && weight.is_contiguous() && weight.scalar_type() == x.scalar_type() && weight.size(1) == k,
         "weight", "be contiguous, in x's dtype, with x's features");
   check(has_rows(logits, x, n), "logits", "have x's dtype and rows, and a column for each row of weight");
-  kernels();
+  kernels();  // (as in LinearCall::run)
   Tensors held;
   RescoreCall call;
   describe_norm(call.prepare, x, norm, norm_weight, norm_bias, eps, held);

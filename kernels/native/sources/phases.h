@@ -2,8 +2,8 @@
 //
 // A phase is a function that computes part `part` of `parts` of something: it splits its own work, parts may run on any
 // thread, in any order and at the same time, and a phase starts when all parts of the one before it are done. It works
-// on raw pointers, allocates nothing and knows no tensor. Shapes: M rows, N output features, K input features, G group
-// size; B sequences, H query heads, J key-value heads, D features of a head, S slots of a cache.
+// on raw pointers, allocates nothing, throws nothing and knows no tensor. Shapes: M rows, N output features, K input
+// features, G group size; B sequences, H query heads, J key-value heads, D features of a head, S slots of a cache.
 #pragma once
 
 #include <cstdint>

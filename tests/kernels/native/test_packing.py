@@ -85,7 +85,7 @@ def test_gptq_takes_these_functions(monkeypatch):
     assert called == ["fit_grid", "round_compensating"]
 
 
-def test_what_they_do_not_take_is_left_to_pytorch(monkeypatch):
+def test_what_they_do_not_take_is_left_to_pytorch():
     weight = torch.zeros(2, 96)
     assert packing.usable(weight, 32, torch.bfloat16)
     assert not packing.usable(weight, 24)
