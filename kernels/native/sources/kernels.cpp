@@ -1,5 +1,6 @@
 // The library of one instruction set: its table of phases.
 #include "attention.h"
+#include "entropy.h"
 #include "finish.h"
 #include "kv_fill.h"
 #include "linear.h"
@@ -16,6 +17,6 @@ extern "C" __attribute__((visibility("default"))) const river::Kernels* river_ke
   static const river::Kernels kernels = {RIVER_NAME(RIVER_ISA), river::prepare, river::linear, river::kv_fill,
                                          river::attend,         river::combine, river::count,  river::copy,
                                          river::score,          river::finish,  river::shift,   river::kOfBfloat16,
-                                         river::rescore};
+                                         river::rescore,        river::weigh,   river::entropy};
   return &kernels;
 }
