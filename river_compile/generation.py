@@ -1,7 +1,7 @@
 """Greedy decoding and sampling in a loop of the package's own: ``generate(custom_generate=river_compile.decode)``.
 
 The same processors, stopping criteria and streamers in the same order with the same arguments as in transformers' loop,
-and the same tokens; what a step is given is made in less time (`runtime/next_inputs.py`).
+and the same tokens; what a step is given is made in less time (`runtime/pass_inputs.py`).
 
 Not handled (a DecodeError that says so): beams and assisted modes, encoder-decoder models, attention weights and hidden
 states as outputs, generation that is synchronized over processes.
@@ -21,7 +21,7 @@ from transformers.generation.configuration_utils import GenerationMode
 from river_compile.distributed.ranks import Ranks, ranks_of
 from river_compile.errors import DecodeError
 from river_compile.kept_cache import LentCache, lent_cache
-from river_compile.runtime.next_inputs import NextInputs
+from river_compile.runtime.pass_inputs import Inputs, PassInputs
 from river_compile.speculative.hf_frames import KeepsTokenizer, argument_of_generate, brings_cache
 from river_compile.upstream.hf_cache import cache_argument, cache_of
 
@@ -79,9 +79,15 @@ class Decode:
         """Generates until every row has ended."""
         outputs = model._prefill(choice.ids_BS, config, lent.kwargs, not config.is_assistant)
         kwargs = model._update_model_kwargs_for_generation(outputs, lent.kwargs)
-        following, cache = NextInputs(model, kwargs), cache_of(kwargs)
+        cache = cache_of(kwargs)
         assert cache is not None, "a call without a cache is refused"
-        filled = int(cache.get_seq_length())
+        filled, steps = int(cache.get_seq_length()), 0
+        inputs = PassInputs(model)
+
+        def prepare() -> Inputs:
+            now = model._update_model_kwargs_for_generation({}, dict(kwargs), num_new_tokens=steps) if steps else kwargs
+            return model.prepare_inputs_for_generation(choice.ids_BS, next_sequence_length=1, **now)
+
         with model._optimize_model_for_decode():
             while True:
                 tokens_B = choice.next(outputs.logits)
@@ -90,12 +96,12 @@ class Decode:
                     streamer.put(tokens_B.cpu())
                 if not choice.active_B.any():
                     break
-                longer = lent.longer(cache, filled, 1)
+                longer = lent.longer(cache, filled + steps, 1)
                 if longer is not None:
-                    cache = longer
-                    following.move_to(cache)
-                outputs = model(**following.after(choice.ids_BS), return_dict=True)
-                filled += 1
+                    cache, inputs = longer, PassInputs(model)
+                    kwargs = {**kwargs, cache_argument(model): cache}
+                outputs = model(**inputs.of(choice.ids_BS, 1, filled + steps, prepare), return_dict=True)
+                steps += 1
 
 
 decode = Decode()

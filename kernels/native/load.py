@@ -36,6 +36,8 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from river_compile.kernels.portable import largest_entropy
+
 from .build import Compiler, build, find_compiler, torch_flags
 from .isa import Isa, chosen
 
@@ -80,6 +82,14 @@ def few_rows(dtype: torch.dtype, positions: int = 1) -> int:
     """
     rows: int = torch.ops.river_native.few_rows(dtype == torch.bfloat16, positions)
     return rows
+
+
+def entropy(logits_V: Tensor) -> float:
+    """Returns the entropy of softmax(logits), in nats: by the C++ kernels where they are loaded, else by torch."""
+    logits = logits_V[None, None]
+    if _tables and logits.is_cpu:
+        return float(torch.ops.river_native.largest_entropy(logits))
+    return float(largest_entropy(logits))
 
 
 def _build_kernels(compiler: Compiler, isa: Isa) -> Path:

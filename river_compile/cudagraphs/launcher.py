@@ -93,7 +93,7 @@ class Launcher:
     def _signature(self, unit: Unit, slots: list) -> tuple:
         """Returns the unit, the address of every tensor that it reads, and every number."""
         values = [slots[index] for index in unit.keys]
-        return (unit, *[v.data_ptr() if isinstance(v, Tensor) else v for v in values])
+        return (unit, *map(Tensor.data_ptr, values[: unit.tensors]), *values[unit.tensors :])
 
     def _remember(self, unit: Unit, signature: tuple, outputs: dict[int, Tensor]) -> None:
         """Notes the inputs that a unit ran on and the buffers of its results, so that it is captured the next time."""

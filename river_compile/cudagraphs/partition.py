@@ -20,6 +20,7 @@ import torch
 from torch import Tensor, fx
 
 from river_compile.passes.graph_safety import HostNumber, host_numbers, idle_numbers, obstacle
+from river_compile.passes.nodes import is_tensor
 from river_compile.passes.program import Refusal, RiverProgram, Segment
 from river_compile.runtime.runner import Step
 from river_compile.runtime.slots import SCORE
@@ -50,7 +51,8 @@ class Unit:
         start: blocks executed before it.
         end: of a span the blocks executed at its end, otherwise `start`.
         reads: slots whose values must be there when it starts, ascending.
-        keys: those of them whose address or value a capture depends on.
+        keys: those of them whose address or value a capture depends on, tensors first.
+        tensors: how many of these are tensors.
         writes: slots of the tensors that are needed when it has ended.
         numbers: what it hands on besides, computed by the host: slot, function, slots of its arguments.
         flag: where its score (of the exit check or the head) goes in host memory, a float32 scalar; None without one.
@@ -63,6 +65,7 @@ class Unit:
     steps: tuple[Step, ...]
     reads: tuple[int, ...]
     keys: tuple[int, ...]
+    tensors: int
     writes: tuple[int, ...]
     numbers: tuple[tuple[int, Callable[..., int], tuple[int, ...]], ...]
     flag: Tensor | None
@@ -194,6 +197,7 @@ class Partition:
         slots, is_end = self._program.slots, kind in ("last", "tail", "head")
         segments = self._segments(kind, start, end)
         reads: dict[int, bool] = {}  # slot -> whether a capture depends on it
+        tensors: set[int] = set()
         written: dict[fx.Node, None] = {}
         numbers: list[HostNumber] = []
         for segment in segments:
@@ -201,8 +205,10 @@ class Partition:
             for node in segment.inputs:
                 if node not in written:
                     reads[slots[node]] = reads.get(slots[node], False) or node not in idle
+                    tensors |= {slots[node]} if is_tensor(node) else set()
             written |= dict.fromkeys(segment.outputs)
             numbers += host_numbers(segment)
+        keys = sorted((index for index in reads if reads[index]), key=lambda index: (index not in tensors, index))
         counted = {number.node for number in numbers}
         needed = set(self._program.returned)
         if not is_end:
@@ -219,7 +225,8 @@ class Partition:
             end=end,
             steps=tuple(self._steps[segment] for segment in segments),
             reads=tuple(sorted(reads)),
-            keys=tuple(index for index in sorted(reads) if reads[index]),
+            keys=tuple(keys),
+            tensors=sum(index in tensors for index in keys),
             writes=tuple(writes),
             numbers=tuple((slots[n.node], n.compute, tuple(slots[i] for i in n.inputs)) for n in numbers),
             flag=flag,

@@ -19,6 +19,7 @@ import torch
 from torch import Tensor
 
 from river_compile.distributed.ranks import ALONE, Ranks
+from river_compile.kernels.native.load import entropy
 
 from .lookup import SuffixAutomaton
 from .plan import Proposed, RowDraft, Rule
@@ -176,9 +177,9 @@ class Drafter:
             rows[i].add(rows[i].copy[0])
         if asking:
             tokens = step.choose(scores_NV, asking, steps).tolist()
-            entropies = self._ranks.agree([_entropy(scores) for scores in scores_NV])
-            for i, token, entropy in zip(asking, tokens, entropies, strict=True):
-                rows[i].add(Proposed(token, "river", self._by_entropy, entropy))
+            entropies = self._ranks.agree([entropy(scores) for scores in scores_NV])
+            for i, token, nats in zip(asking, tokens, entropies, strict=True):
+                rows[i].add(Proposed(token, "river", self._by_entropy, nats))
         column = dict.fromkeys(rows, self._pad_token)
         for i in (*copying, *asking):
             column[i] = rows[i].proposed[-1].token
@@ -193,9 +194,3 @@ class Drafter:
         room = draft.room - len(draft.proposed)
         tokens, length = self._indices[row].continuation(room, [p.token for p in draft.proposed])
         return [Proposed(token, "lookup", self._by_match, length + i) for i, token in enumerate(tokens)]
-
-
-def _entropy(scores_V: Tensor) -> float:
-    """Returns the entropy of softmax(scores), in nats."""  # by rows: memory of all would be fresh in every step
-    logs = scores_V.log_softmax(-1)
-    return -float(logs.exp().mul_(logs.clamp_(min=-1e4)).sum())  # (0 times -inf is 0 here)

@@ -32,6 +32,7 @@ from river_compile.exits import WHOLE, forced_depth
 from river_compile.kept_cache import LentCache
 from river_compile.kernels.native.load import few_rows
 from river_compile.runtime.executor import on_step
+from river_compile.runtime.pass_inputs import Inputs, PassInputs
 from river_compile.runtime.sequences import Sequences
 from river_compile.runtime.stats import ExitStats
 from river_compile.state import GraphRecord, ModelState
@@ -117,12 +118,13 @@ class DraftVerifyRunner:
         self._prepare = functools.partial(self._be_ready, state, graph)
         self._prepare(ids_BS.shape[0])
         self._kept = self._entries.filled + 1
-        self._inputs(torch.cat([ids_BS, ids_BS.new_zeros(ids_BS.shape[0], 1)], dim=1), 1)
+        self._prepared(torch.cat([ids_BS, ids_BS.new_zeros(ids_BS.shape[0], 1)], dim=1), 1)
         return self.prompt_logits
 
     def _take(self, cache: Cache) -> None:
         self.cache = cache
         self._entries = RewindableCache(cache, self._widths[-1])
+        self._inputs = PassInputs(self.model)
 
     def select(self, rows: Sequence[int]) -> None:
         """Goes on with these rows of the batch alone, between two cycles: passes and cache become smaller."""
@@ -266,6 +268,7 @@ class DraftVerifyRunner:
             freed = [self._entries.filled - (self._kept - 1) - count for count in kept]
             self._kept += advance
             self._entries.part(freed, self._kept - 1)
+            self._inputs = PassInputs(self.model)
         self._entries.mark()
 
     def _lengthened(self, tokens: int) -> dict:
@@ -278,7 +281,8 @@ class DraftVerifyRunner:
 
         They run through `graph` where it is given, else through the model's own.
         """
-        inputs = self._inputs(ids_BS, width)
+        prepare = functools.partial(self._prepared, ids_BS, width)
+        inputs = self._inputs.of(ids_BS, width, self._entries.filled, prepare)
         if graph is not None:
             logits = graph(self.model, **inputs, return_dict=True).logits
         else:
@@ -286,8 +290,8 @@ class DraftVerifyRunner:
         self._entries.filled += width
         return logits
 
-    def _inputs(self, ids_BS: Tensor, width: int) -> dict[str, object]:
-        """Returns what a pass over the last `width` ids takes; raises an ExactModeError where it takes more."""
+    def _prepared(self, ids_BS: Tensor, width: int) -> Inputs:
+        """Makes what a pass over the last `width` ids takes; raises an ExactModeError where it takes more."""
         kwargs = self._lengthened(self._entries.filled + width - self._kept)
         if width > 1 and "logits_to_keep" in kwargs:
             kwargs["logits_to_keep"] = 0  # all of them; any other number would be a graph of its own

@@ -8,10 +8,10 @@ from transformers.generation.streamers import BaseStreamer
 
 import river_compile
 from river_compile import CacheFullError
-from river_compile.runtime.next_inputs import NextInputs
+from river_compile.runtime.pass_inputs import PassInputs
 from river_compile.upstream.hf_cache import cache_argument
 from tests.support.decoding import cache_state, left_padded, new_cache
-from tests.support.families import make, prompt
+from tests.support.families import CONFIGS, make, prompt
 
 NEW_TOKENS = 10
 
@@ -42,11 +42,20 @@ def generate(model, kind="static", batch=3, **options):
 
 @pytest.fixture
 def prepared(monkeypatch):
-    """Counts the steps whose inputs were made from those of the step before, and not by transformers."""
-    counts = []
-    advanced = NextInputs._advanced
-    monkeypatch.setattr(NextInputs, "_advanced", lambda self, ids: counts.append(self._own) or advanced(self, ids))
-    return counts
+    """Notes for each step whether transformers made its inputs; else they follow from those of a step before."""
+    made, of = [], PassInputs.of
+
+    def note(self, ids, width, slot, prepare):
+        made.append(False)
+
+        def prepared():
+            made[-1] = True
+            return prepare()
+
+        return of(self, ids, width, slot, prepared)
+
+    monkeypatch.setattr(PassInputs, "of", note)
+    return made
 
 
 @pytest.mark.parametrize(
@@ -56,7 +65,7 @@ def prepared(monkeypatch):
         ("qwen2", "static", True),  # masks by kind of attention
         ("gpt2", "static", True),
         ("granite", "static", True),
-        ("gemma3", "static", False),  # sliding windows
+        ("gemma3", "static", False),  # full sliding windows
         ("llama", "dynamic", False),
     ],
 )
@@ -67,7 +76,16 @@ def test_text_scores_logits_and_entries_are_those_of_transformers_loop(name, kin
     theirs = generate(model, kind)
     assert len(ours) == len(theirs)
     assert all(map(torch.equal, ours, theirs))
-    assert prepared == ([False] + [True] * (NEW_TOKENS - 3) if own else [])
+    assert prepared == [True, True] + [not own] * (NEW_TOKENS - 3)
+
+
+def test_inputs_of_windows_that_fill_up_follow_until_then(prepared):
+    config = CONFIGS["gemma3"](2)
+    config.sliding_window = 14  # five steps more than the prompt has tokens
+    model = make("gemma3", layers=2, config=config)
+    ours = generate(model, custom_generate=river_compile.decode)
+    assert prepared == [True, True, False, False, False, True, True, True, True]
+    assert all(map(torch.equal, ours, generate(model)))
 
 
 @pytest.mark.parametrize(
