@@ -139,29 +139,36 @@ class PromptBlock {
 
   // Counts the positions of the block that read each slot, 128 beside it where the mask adds to the scores.
   void find_readers() {
+    const int last = first_ + positions_, slots = a_.causal ? std::min(a_.slots, last) : a_.slots;
+    uint8_t* const readers = readers_;
     begin_ = 0;
-    end_ = a_.causal ? std::min(a_.slots, first_ + positions_) : a_.slots;
+    end_ = slots;
     if (a_.causal || !a_.mask) {
-      for (int slot = 0; slot < end_; ++slot)
-        readers_[slot] = uint8_t(a_.causal ? std::min(positions_, first_ + positions_ - slot) : positions_);
+      for (int slot = 0; slot < slots; ++slot)
+        readers[slot] = uint8_t(a_.causal ? std::min(positions_, last - slot) : positions_);
       return;
     }
-    std::fill(readers_, readers_ + end_, 0);
-    for (int i = 0; i < positions_; ++i) {
-      const int64_t at = sequence_ * a_.mask_sequence + (first_ + i) * a_.mask_position;
+    std::fill(readers, readers + slots, 0);
+    for (int position = first_; position < last; ++position) {
+      const int64_t at = sequence_ * a_.mask_sequence + position * a_.mask_position;
       if (a_.mask_dtype == kBool) {
         const auto* mask = static_cast<const uint8_t*>(a_.mask) + at;
-        for (int slot = 0; slot < end_; ++slot) readers_[slot] += mask[slot];
+        for (int slot = 0; slot < slots; ++slot) readers[slot] += mask[slot];
         continue;
       }
-      for (int slot = 0; slot < end_; ++slot) {
+      for (int slot = 0; slot < slots; ++slot) {
         float added;
         const uint8_t reads = takes_part(a_, at, slot, added);
-        readers_[slot] = uint8_t((readers_[slot] + reads) | (reads && added != 0 ? 128 : 0));
+        readers[slot] = uint8_t((readers[slot] + reads) | (reads && added != 0 ? 128 : 0));
       }
     }
-    while (end_ > 0 && !readers_[end_ - 1]) --end_;
-    while (begin_ < end_ && !readers_[begin_]) ++begin_;
+    const auto some = [&](int slot) {  // of eight
+      uint64_t eight;
+      std::memcpy(&eight, readers + slot, 8);
+      return eight != 0;
+    };
+    while (end_ >= 8 && !some(end_ - 8)) end_ -= 8;
+    while (begin_ + 8 <= end_ && !some(begin_)) begin_ += 8;
   }
 
   // Lists the next slots that take part, and returns where to go on.
@@ -199,18 +206,19 @@ class PromptBlock {
   }
 
   void load_chunk(int64_t cache) {
-    for (int i = 0; i < count_; ++i) {
+    const int features = a_.head_dim, count = count_;
+    for (int i = 0; i < count; ++i) {
       const int64_t at = cache + slots_[i] * a_.cache.slot;
       uint32_t* key = keys_ + i * words_;
       uint32_t* value = values_ + i / kStep * features_;
       if constexpr (kPairs) {
         const auto* from = reinterpret_cast<const uint16_t*>(a_.cache.values) + at;
         std::memset(key, 0, words_ * 4);
-        std::memcpy(key, reinterpret_cast<const uint16_t*>(a_.cache.keys) + at, a_.head_dim * 2);
+        std::memcpy(key, reinterpret_cast<const uint16_t*>(a_.cache.keys) + at, features * 2);
         if (i % 2)
-          for (int d = 0; d < a_.head_dim; ++d) value[d] |= uint32_t(from[d]) << 16;
+          for (int d = 0; d < features; ++d) value[d] |= uint32_t(from[d]) << 16;
         else
-          for (int d = 0; d < a_.head_dim; ++d) value[d] = from[d];
+          for (int d = 0; d < features; ++d) value[d] = from[d];
       } else {
         load_head(a_.cache.keys, at, a_, reinterpret_cast<float*>(key));
         load_head(a_.cache.values, at, a_, reinterpret_cast<float*>(value));
@@ -220,27 +228,37 @@ class PromptBlock {
 
   // What is added to the scores, [slot, position]; -inf where a position does not read a slot.
   void load_mask() {
+    const int count = count_, block = args_.block;
     for (int i = 0; i < positions_; ++i) {
       const int64_t position = first_ + i, at = sequence_ * a_.mask_sequence + position * a_.mask_position;
-      for (int j = 0; j < count_; ++j) {
+      float* const to = added_ + i;
+      if (a_.mask && a_.mask_dtype == kBool) {
+        const auto* mask = static_cast<const uint8_t*>(a_.mask) + at;
+        for (int j = 0; j < count; ++j) to[j * block] = mask[slots_[j]] ? 0.0f : kMinusInfinity;
+        continue;
+      }
+      for (int j = 0; j < count; ++j) {
         float added = 0;
         const bool reads = a_.causal ? slots_[j] <= position : takes_part(a_, at, slots_[j], added);
-        added_[j * args_.block + i] = reads ? added : kMinusInfinity;
+        to[j * block] = reads ? added : kMinusInfinity;
       }
     }
   }
 
   // Turns the scores of one panel into weights, in place as words, and returns by what earlier sums shrink.
   void weigh(int panel, float* scores, float* factor) {
+    const int count = count_, block = args_.block;
+    const float scale = a_.scale, softcap = a_.softcap;
+    const bool masked = masked_;
     for (int lane = 0; lane < kBlock; lane += kLanes) {
       float* const largest_at = largest_ + panel * kBlock + lane;
       const Floats before = load_floats(largest_at);
       Floats largest = before;
-      const float* added = added_ + panel % (args_.block / kBlock) * kBlock + lane;
-      for (int i = 0; i < count_; ++i) {
-        Floats s = load_floats(scores + i * kBlock + lane) * a_.scale;
-        if (a_.softcap > 0) s = tanh_of(s / a_.softcap) * a_.softcap;
-        if (masked_) s = s + load_floats(added + i * args_.block);
+      const float* added = added_ + panel % (block / kBlock) * kBlock + lane;
+      for (int i = 0; i < count; ++i) {
+        Floats s = load_floats(scores + i * kBlock + lane) * scale;
+        if (softcap > 0) s = tanh_of(s / softcap) * softcap;
+        if (masked) s = s + load_floats(added + i * block);
         largest = s > largest ? s : largest;
         store(scores + i * kBlock + lane, s);
       }
@@ -250,11 +268,11 @@ class PromptBlock {
       };
       const Floats shrunk = exp_of(before - largest);
       Floats total = load_floats(total_ + panel * kBlock + lane) * shrunk;
-      for (int i = 0; i < count_; i += kStep) {
+      for (int i = 0; i < count; i += kStep) {
         const Floats even = weight_of(i);
         total = total + even;
         if constexpr (kPairs) {
-          const Floats odd = i + 1 < count_ ? weight_of(i + 1) : zeros();
+          const Floats odd = i + 1 < count ? weight_of(i + 1) : zeros();
           total = total + odd;
           store_pairs(even, odd, reinterpret_cast<uint32_t*>(scores) + i / 2 * kBlock + lane);
         } else {
