@@ -238,7 +238,9 @@ def _(q: Tensor, k_cache: Tensor, v_cache: Tensor, mask: Tensor | None, scale: f
 
 
 @torch.library.custom_op("river::attention", mutates_args=())
-def attention(q: Tensor, k_cache: Tensor, v_cache: Tensor, mask: Tensor | None, scale: float, causal: bool) -> Tensor:
+def attention(
+    q: Tensor, k_cache: Tensor, v_cache: Tensor, mask: Tensor | None, scale: float, softcap: float, causal: bool
+) -> Tensor:
     """Attends from several query positions to the slots of a static cache.
 
     Args:
@@ -246,20 +248,38 @@ def attention(q: Tensor, k_cache: Tensor, v_cache: Tensor, mask: Tensor | None, 
         k_cache, v_cache: ``[B, J, S, D]``, H a multiple of J.
         mask: ``[B or 1, 1, T, S]``: bool, True for what takes part, or floating, added to the scores. None for all.
         scale: of the scores.
+        softcap: c in c tanh(score / c), before the mask; 0 for none.
         causal: position t attends to slots 0 to t, without a mask.
 
     Returns:
         ``[B, T, H, D]`` in q's dtype.
     """
-    out = F.scaled_dot_product_attention(
-        q.transpose(1, 2), k_cache, v_cache, mask, is_causal=causal, scale=scale, enable_gqa=True
-    )
+    q = q.transpose(1, 2)
+    if softcap:
+        out = _capped_attention(q, k_cache, v_cache, mask, scale, softcap, causal)
+    else:
+        out = F.scaled_dot_product_attention(q, k_cache, v_cache, mask, is_causal=causal, scale=scale, enable_gqa=True)
     return out.transpose(1, 2).contiguous()
 
 
 @attention.register_fake
-def _(q: Tensor, k_cache: Tensor, v_cache: Tensor, mask: Tensor | None, scale: float, causal: bool) -> Tensor:
+def _(
+    q: Tensor, k_cache: Tensor, v_cache: Tensor, mask: Tensor | None, scale: float, softcap: float, causal: bool
+) -> Tensor:
     return torch.empty_like(q, memory_format=torch.contiguous_format)
+
+
+def _capped_attention(
+    q: Tensor, k: Tensor, v: Tensor, mask: Tensor | None, scale: float, softcap: float, causal: bool
+) -> Tensor:
+    groups = q.shape[1] // k.shape[1]
+    k, v = (cache.repeat_interleave(groups, 1) for cache in (k, v))
+    scores = softcap * torch.tanh(q @ k.mT * (scale / softcap))
+    if causal:
+        mask = torch.ones(scores.shape[2:], dtype=torch.bool, device=q.device).tril()
+    if mask is not None:
+        scores = scores.masked_fill(~mask, -torch.inf) if mask.dtype == torch.bool else scores + mask
+    return torch.softmax(scores, -1, dtype=torch.float32).to(v.dtype) @ v
 
 
 def smallest_cosine(hidden: Tensor, previous: Tensor) -> Tensor:

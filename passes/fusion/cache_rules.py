@@ -222,10 +222,9 @@ def fuse_attention(view: BlockView) -> fx.Node:
             arguments = (query, found.k, found.v, mask, found.scale, found.softcap)
         return put(torch.ops.river.decode_attention.default, arguments, value_of(query), node)
     require(view.native, f"the query has shape {shape(found.q)}, not one position of fixed heads", node)
-    require(not found.softcap, "of several positions, no kernel caps the scores", node)
     with view.graph.inserting_before(node):
         query = _exchanged(found.q)
-        arguments = (query, found.k, found.v, _mask_of_several(found), found.scale, found.causal)
+        arguments = (query, found.k, found.v, _mask_of_several(found), found.scale, found.softcap, found.causal)
         fused = call(torch.ops.river.attention.default, arguments, torch.empty_like(value_of(query).contiguous()), node)
         result = _exchanged(fused)
     node.replace_all_uses_with(result)
