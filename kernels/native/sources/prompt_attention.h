@@ -258,7 +258,10 @@ class PromptBlock {
       for (int i = 0; i < count; ++i) {
         Floats s = load_floats(scores + i * kBlock + lane) * scale;
         if (softcap > 0) s = tanh_of(s / softcap) * softcap;
-        if (masked) s = s + load_floats(added + i * block);
+        if (masked) {
+          const Floats by = load_floats(added + i * block);
+          s = by == kMinusInfinity ? by : s + by;  // (of a slot that is not read, s may be NaN)
+        }
         largest = s > largest ? s : largest;
         store(scores + i * kBlock + lane, s);
       }
