@@ -252,14 +252,18 @@ def attention(
         causal: position t attends to slots 0 to t, without a mask.
 
     Returns:
-        ``[B, T, H, D]`` in q's dtype.
+        ``[B, T, H, D]`` in q's dtype, zeros where a position reads no slot.
     """
-    q = q.transpose(1, 2)
+    k, v = (cache.float().repeat_interleave(q.shape[2] // cache.shape[1], 1) for cache in (k_cache, v_cache))
+    scores = q.transpose(1, 2).float() @ k.mT * scale
     if softcap:
-        out = _capped_attention(q, k_cache, v_cache, mask, scale, softcap, causal)
-    else:
-        out = F.scaled_dot_product_attention(q, k_cache, v_cache, mask, is_causal=causal, scale=scale, enable_gqa=True)
-    return out.transpose(1, 2).contiguous()
+        scores = softcap * torch.tanh(scores / softcap)
+    if causal:
+        mask = torch.ones(scores.shape[2:], dtype=torch.bool, device=q.device).tril()
+    if mask is not None:
+        scores = scores.masked_fill(~mask, -torch.inf) if mask.dtype == torch.bool else scores + mask
+    weights = torch.softmax(scores, -1).masked_fill(scores.amax(-1, keepdim=True) == -torch.inf, 0.0)
+    return (weights @ v).transpose(1, 2).contiguous().to(q.dtype)
 
 
 @attention.register_fake
@@ -267,19 +271,6 @@ def _(
     q: Tensor, k_cache: Tensor, v_cache: Tensor, mask: Tensor | None, scale: float, softcap: float, causal: bool
 ) -> Tensor:
     return torch.empty_like(q, memory_format=torch.contiguous_format)
-
-
-def _capped_attention(
-    q: Tensor, k: Tensor, v: Tensor, mask: Tensor | None, scale: float, softcap: float, causal: bool
-) -> Tensor:
-    groups = q.shape[1] // k.shape[1]
-    k, v = (cache.repeat_interleave(groups, 1) for cache in (k, v))
-    scores = softcap * torch.tanh(q @ k.mT * (scale / softcap))
-    if causal:
-        mask = torch.ones(scores.shape[2:], dtype=torch.bool, device=q.device).tril()
-    if mask is not None:
-        scores = scores.masked_fill(~mask, -torch.inf) if mask.dtype == torch.bool else scores + mask
-    return torch.softmax(scores, -1, dtype=torch.float32).to(v.dtype) @ v
 
 
 def smallest_cosine(hidden: Tensor, previous: Tensor) -> Tensor:

@@ -145,6 +145,20 @@ def test_filling_and_attending_a_strided_cache_step_by_step():
         torch.testing.assert_close(out.double(), expected, atol=1e-6, rtol=1e-5)
 
 
+@pytest.mark.parametrize("softcap", [0.0, 2.0])
+@pytest.mark.parametrize("kind", ["none", "causal", "bool", "added"])
+def test_attention_of_several_positions(kind, softcap):
+    q, k, v = random(2, 5, 4, 16), random(2, 2, 7, 16), random(2, 2, 7, 16)
+    live = torch.ones(2, 5, 7, dtype=torch.bool)
+    live = live.tril() if kind == "causal" else live if kind == "none" else random(2, 5, 7) > 0
+    live[1, 3] &= kind != "bool"  # (that position reads no slot)
+    added = random(2, 5, 7) * (kind == "added")
+    given = {"bool": live, "added": added.masked_fill(~live, -torch.inf)}.get(kind)
+    out = river.attention(q, k, v, None if given is None else given[:, None], 0.25, softcap, kind == "causal")
+    expected = reference.attention_of_several(q, k, v, scale=0.25, softcap=softcap, mask=live, added=added)
+    torch.testing.assert_close(out.double(), expected, atol=1e-5, rtol=1e-5)
+
+
 @pytest.mark.parametrize("layout", ["triton", "plain", "aten_cpu"])
 @pytest.mark.parametrize("rows", [0, 1, 5, 40])
 def test_each_row_meets_its_expert(rows, layout):

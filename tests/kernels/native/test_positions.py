@@ -49,14 +49,6 @@ def masks_of_many(draw, batch: int, positions: int, slots: int) -> torch.Tensor:
     return live & (slot >= draw(st.integers(0, slots)) * torch.arange(batch)[:, None, None])
 
 
-def attended(q, k, v, scale: float, softcap: float, mask: torch.Tensor, added: torch.Tensor) -> torch.Tensor:
-    """The float64 reference of several positions, q ``[B, T, H, D]``, mask and added ``[B, T, S]``."""
-    times = q.shape[1]
-    k, v = (cache.repeat_interleave(times, 0) for cache in (k, v))
-    rows = {"mask": mask.flatten(0, 1), "added": added.flatten(0, 1)}
-    return reference.attention(q.flatten(0, 1), k, v, scale=scale, softcap=softcap, **rows).view(q.shape)
-
-
 @ISAS
 @given(
     data=st.data(),
@@ -93,7 +85,7 @@ def test_many_positions(isa, data, batch, heads, positions, slots, dim, kind, la
     scale = dim**-0.5
     rows = None if mask is None else mask[:, None]
     out = called(native.attention, q, *spoiled, rows, scale, softcap, kind == "causal")
-    expected = attended(q, k, v, scale, softcap, live, added)
+    expected = reference.attention_of_several(q, k, v, scale=scale, softcap=softcap, mask=live, added=added)
     assert_close(out, expected, v.double().abs().amax().expand(expected.shape))
     assert not out[~live.any(-1)].any()
 
