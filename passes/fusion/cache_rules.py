@@ -224,8 +224,9 @@ def fuse_attention(view: BlockView) -> fx.Node:
     require(view.native, f"the query has shape {shape(found.q)}, not one position of fixed heads", node)
     with view.graph.inserting_before(node):
         query = _exchanged(found.q)
-        arguments = (query, found.k, found.v, _mask_of_several(found), found.scale, found.softcap, found.causal)
-        fused = call(torch.ops.river.attention.default, arguments, torch.empty_like(value_of(query).contiguous()), node)
+        how = (_mask_of_several(found), found.scale, found.softcap, found.causal)
+        given = (query, found.k, found.v, *how)
+        fused = call(torch.ops.river.attention.default, given, torch.empty_like(value_of(query).contiguous()), node)
         result = _exchanged(fused)
     node.replace_all_uses_with(result)
     drop_unused(node)
