@@ -33,10 +33,11 @@ def passes(model: Any, rows: int, repeats: int) -> dict[str, float]:
     measured: dict[str, float] = {}
 
     def measure(model: Any, input_ids: Tensor, generation_config: Any, **arguments: Any) -> Tensor:
+        from river_compile.kept_cache import LentCache
         from river_compile.speculative.runner import DraftVerifyRunner
 
         given = {name: value for name, value in arguments.items() if name not in NOT_THE_MODELS}
-        runner = DraftVerifyRunner(model, given, MAX_DRAFT)
+        runner = DraftVerifyRunner(model, LentCache(model, given, None, False), MAX_DRAFT)
         runner.prefill(input_ids, generation_config)
         ids = torch.cat([input_ids, input_ids[:, -1:]], 1)
         wide = {width: torch.cat([ids, ids[:, -1:].expand(-1, width - 1)], 1) for width in runner.widths}

@@ -127,6 +127,9 @@ def _assign_parts(graph: fx.Graph, list_path: str, num_blocks: int) -> dict[fx.N
         else:
             part = max(before, reached)
         part_of |= dict.fromkeys(nodes, part)
+    for node in reversed(part_of):  # what of the prologue the head alone reads, such as a norm's 1 + weight
+        if part_of[node] == 0 and node.users and all(part_of.get(user) == num_blocks + 1 for user in node.users):
+            part_of[node] = num_blocks + 1
     return part_of
 
 

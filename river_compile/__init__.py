@@ -47,6 +47,7 @@ _EXPORTS = {
     "export": "twins.export",
     "forced_depth": "exits",
     "forced_threshold": "exits",
+    "free_cache": "kept_cache",
     "load": "drop_in.loading",
     "observe": "twins.observe",
     "refresh": "twins.pack",

@@ -9,6 +9,7 @@ states as outputs, generation that is synchronized over processes.
 
 from __future__ import annotations
 
+from dataclasses import dataclass
 from typing import Any
 
 import torch
@@ -19,14 +20,21 @@ from transformers.generation.configuration_utils import GenerationMode
 
 from river_compile.distributed.ranks import Ranks, ranks_of
 from river_compile.errors import DecodeError
+from river_compile.kept_cache import LentCache, lent_cache
 from river_compile.runtime.next_inputs import NextInputs
-from river_compile.speculative.hf_frames import KeepsTokenizer, argument_of_generate
+from river_compile.speculative.hf_frames import KeepsTokenizer, argument_of_generate, brings_cache
 from river_compile.upstream.hf_cache import cache_argument, cache_of
 
 
+@dataclass(frozen=True)
 class Decode:
-    """The callable for ``custom_generate``."""
+    """The callable for ``custom_generate``.
 
+    Attributes:
+        static_cache: stand a static cache for one that grows, where the caller says nothing of caches.
+    """
+
+    static_cache: bool = False
     __signature__ = KeepsTokenizer()
 
     def __call__(
@@ -55,9 +63,25 @@ class Decode:
         streamer = streamer or argument_of_generate("streamer")
         ranks = ranks_of(model.parameters())
         choice = _Choice(config, logits_processor, stopping_criteria, input_ids, ranks)
-        outputs = model._prefill(input_ids, config, model_kwargs, not config.is_assistant)
-        model_kwargs = model._update_model_kwargs_for_generation(outputs, model_kwargs)
-        following = NextInputs(model, model_kwargs)
+        own = config.return_dict_in_generate or brings_cache()
+        with lent_cache(model, input_ids, config, model_kwargs, own, self.static_cache) as lent:
+            self._run(model, config, lent, choice, streamer)
+        if streamer is not None:
+            streamer.end()
+        if not config.return_dict_in_generate:
+            return choice.ids_BS
+        kept = {"scores": choice.scores, "logits": choice.logits, cache_argument(model): cache_of(model_kwargs)}
+        return GenerateDecoderOnlyOutput(sequences=choice.ids_BS, **kept)
+
+    def _run(
+        self, model: PreTrainedModel, config: GenerationConfig, lent: LentCache, choice: _Choice, streamer: Any | None
+    ) -> None:
+        """Generates until every row has ended."""
+        outputs = model._prefill(choice.ids_BS, config, lent.kwargs, not config.is_assistant)
+        kwargs = model._update_model_kwargs_for_generation(outputs, lent.kwargs)
+        following, cache = NextInputs(model, kwargs), cache_of(kwargs)
+        assert cache is not None, "a call without a cache is refused"
+        filled = int(cache.get_seq_length())
         with model._optimize_model_for_decode():
             while True:
                 tokens_B = choice.next(outputs.logits)
@@ -66,13 +90,12 @@ class Decode:
                     streamer.put(tokens_B.cpu())
                 if not choice.active_B.any():
                     break
+                longer = lent.longer(cache, filled, 1)
+                if longer is not None:
+                    cache = longer
+                    following.move_to(cache)
                 outputs = model(**following.after(choice.ids_BS), return_dict=True)
-        if streamer is not None:
-            streamer.end()
-        if not config.return_dict_in_generate:
-            return choice.ids_BS
-        kept = {"scores": choice.scores, "logits": choice.logits, cache_argument(model): cache_of(model_kwargs)}
-        return GenerateDecoderOnlyOutput(sequences=choice.ids_BS, **kept)
+                filled += 1
 
 
 decode = Decode()

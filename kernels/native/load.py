@@ -11,6 +11,7 @@
     shift              the entries of a cache ``[B, J, S, D]`` moved up by one slot, in place
     few_rows           up to which `dense` is recorded, by whether x is in bfloat16 and by positions of a sequence
     exit_score         the least cosine of the rows of two matrices
+    largest_entropy    the largest entropy of rows of logits, at the last position
     add, advance       int64 numbers added, one of them a vector perhaps; a counter moved on in place
     record, replay     tapes of such calls: see `tape`
 
@@ -154,6 +155,7 @@ _FAKES: dict[str, Callable[..., Tensor | None]] = {
     "norm": lambda x, *_: torch.empty_like(x, memory_format=torch.contiguous_format),
     "rescore": lambda logits, *_: torch.empty_like(logits, memory_format=torch.contiguous_format),
     "exit_score": lambda hidden, _previous: hidden.new_empty((), dtype=torch.float32),
+    "largest_entropy": lambda logits: logits.new_empty((), dtype=torch.float32),
     "add": _add_fake,
     "shift": lambda *_: None,
     "advance": lambda *_: None,

@@ -51,7 +51,7 @@ def _heads(node: fx.Node) -> _Heads | None:
     turned = rotation(inner)
     inner = inner if turned is None else _before_exchange(turned.x, exchanges)
     normed = norm(inner)
-    found = columns(before_cast(inner) if normed is None else normed.x)
+    found = columns(before_cast(inner) if normed is None else _before_exchange(normed.x, exchanges))
     if found is None or (_positions(node) != 1 and not _keeps_positions(node, exchanges, found.product)):
         return None
     return _Heads(node, found, normed, turned)
@@ -72,7 +72,12 @@ def _before_exchange(node: fx.Node, exchanges: list[fx.Node]) -> fx.Node:
 
 
 def _keeps_positions(node: fx.Node, exchanges: list[fx.Node], product: fx.Node) -> bool:
-    """True where a product's rows became ``[B, T, H, D]`` and that ``[B, H, T, D]``, once, or not yet."""
+    """True where a product's rows became ``[B, T, H, D]`` and that ``[B, H, T, D]``, once, or not yet.
+
+    Of one head either has the other's order.
+    """
+    if not exchanges and rank(node) == 4 and shape(node)[1] == 1:
+        return rank(product) == 3 and (shape(node)[0], shape(node)[2]) == shape(product)[:2]
     places = [exchange.args[0] for exchange in exchanges] if rank(node) == 4 else [node, *exchanges]
     return len(places) == 1 and rank(product) == 3 and shape(places[0])[:2] == shape(product)[:2]
 

@@ -31,6 +31,7 @@ def evaluate(
     calibration: Annotated[Path | None, typer.Option(help="A file of `river calibrate`, for its row.")] = None,
     criterion: Annotated[str, typer.Option(help="Of the row fast; empty: the backend's.")] = "",
     threshold: Annotated[float | None, typer.Option(help="Of the row fast; without: the criterion's.")] = None,
+    quantizer: Annotated[str, typer.Option(help="Of the row fast; empty: the backend's.")] = "",
     dtype: Dtype = "bfloat16",
     threads: Threads = 0,
     as_json: AsJson = False,
@@ -48,7 +49,7 @@ def evaluate(
     use_threads(threads)
     quiet()
     network, tokenizer = load(model, dtype)
-    given = {"criterion": criterion or None, "threshold": threshold}
+    given = {"criterion": criterion or None, "threshold": threshold, "quantizer": quantizer or None}
     rule = {name: value for name, value in given.items() if value is not None}
     if task == "perplexity":
         from .perplexity import measure

@@ -22,6 +22,7 @@ from river_compile.config import RiverConfig
 from river_compile.distributed.ranks import ALONE, Ranks
 from river_compile.distributed.support import NOT_CAPTURED
 from river_compile.errors import OptionError
+from river_compile.lowering.choose import choose_lowering
 from river_compile.passes.graph_safety import fixed_inputs, runs_once
 from river_compile.passes.nodes import is_tensor, mutated_inputs, source_of, value_of
 from river_compile.passes.program import DecoderPlan, RiverProgram, Segment
@@ -187,6 +188,18 @@ class CapturedRunner(Runner):
             reason = next(filter(None, (runs_once(plan, block) for block in plan.blocks[start:end])), None)
             if reason is not None:
                 self.launcher.log.never_launched_ahead[self.units.after(start).name] = str(reason)
+
+
+def captures_expected(config: RiverConfig, device: torch.device, ranks: Ranks = ALONE) -> bool:
+    """Whether steps on a static cache are going to be captured, as far as can be told before a graph is traced."""
+    if ranks.several or config.cudagraphs is False or config.fill != "river":
+        return False
+    if device.type == "cuda" or config.cudagraphs == "record":
+        return True
+    try:
+        return choose_lowering(config, device).native
+    except OptionError:  # (whoever lowers a graph raises it)
+        return False
 
 
 def choose_device(

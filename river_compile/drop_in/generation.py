@@ -14,7 +14,7 @@ from __future__ import annotations
 
 import functools
 from collections.abc import Callable
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from types import MethodType
 from typing import Any
 
@@ -22,6 +22,9 @@ from torch import Tensor, nn
 from transformers import GenerationConfig, PreTrainedModel
 from transformers.generation.streamers import BaseStreamer
 
+from river_compile.config import RiverConfig
+from river_compile.cudagraphs.runner import captures_expected
+from river_compile.distributed.ranks import ranks_of
 from river_compile.errors import DecodeError, ExactModeError
 from river_compile.generation import decode
 from river_compile.reporting.plain_calls import PlainCalls
@@ -47,7 +50,7 @@ class _ExactOrPlain(ExactMode):
             return super().begin(runner, input_ids, config)
         except ExactModeError as refusal:
             state = _tell(runner.model, refusal)
-            plain = PlainRunner(runner.model, runner.model_kwargs, runner.cache, state)
+            plain = PlainRunner(runner.model, runner.model_kwargs, runner.cache, runner.lent, state)
             return plain, runner.prompt_logits
 
 
@@ -76,8 +79,11 @@ class _LateStreamer(BaseStreamer):
         self._begun = True
 
 
-def generate_exactly(model: PreTrainedModel, mode: ExactMode) -> None:
-    """Makes ``model.generate`` use exact mode with the options of `mode`; copies and pickles have the class's again."""
+def generate_exactly(model: PreTrainedModel, mode: ExactMode, config: RiverConfig) -> None:
+    """Makes ``model.generate`` use exact mode with the options of `mode`; copies and pickles have the class's again.
+
+    The model is compiled with `config`.
+    """
     options = dict(vars(mode))
 
     def refused(self: PreTrainedModel, args: tuple, kwargs: dict[str, Any], refusal: Exception) -> Any:
@@ -86,25 +92,32 @@ def generate_exactly(model: PreTrainedModel, mode: ExactMode) -> None:
             theirs = {name: value for name, value in kwargs.items() if name not in options}
             return type(self).generate(self, *args, **theirs)
 
-    _generate_by(model, _ExactOrPlain(**options), ExactModeError, refused)
+    mode = _ExactOrPlain(**options)
+    # (In strict mode a text has the bits of plain decoding on the cache that plain decoding has.)
+    static = mode if mode.strict else replace(mode, static_cache=True)
+    _generate_by(model, (mode, static), config, ExactModeError, refused)
 
 
-def generate_in_own_loop(model: PreTrainedModel) -> None:
+def generate_in_own_loop(model: PreTrainedModel, config: RiverConfig) -> None:
     """Makes ``model.generate`` use `decode`, in the same way."""
 
     def refused(self: PreTrainedModel, args: tuple, kwargs: dict[str, Any], refusal: Exception) -> Any:
         return type(self).generate(self, *args, **kwargs)
 
-    _generate_by(model, decode, DecodeError, refused)
+    _generate_by(model, (decode, replace(decode, static_cache=True)), config, DecodeError, refused)
 
 
 def _generate_by(
     model: PreTrainedModel,
-    loop: Callable[..., Any],
+    loops: tuple[Callable[..., Any], Callable[..., Any]],
+    config: RiverConfig,
     refusal: type[Exception],
     refused: Callable[[PreTrainedModel, tuple, dict[str, Any], Exception], Any],
 ) -> None:
-    """Gives a model a ``generate`` that goes through a loop, and through `refused` what that refuses."""
+    """Gives a model a ``generate`` that goes through a loop, and through `refused` what that refuses.
+
+    Of the two loops the second one is used where static caches are faster.
+    """
     plain = type(model).generate
 
     @functools.wraps(plain)
@@ -113,13 +126,14 @@ def _generate_by(
             return plain(self, *args, **kwargs)
         streamer = kwargs.get("streamer")
         late = {} if streamer is None else {"streamer": _LateStreamer(streamer)}
+        loop = loops[captures_expected(config, self.device, ranks_of(self.parameters()))]
         try:
             return plain(self, *args, **{**kwargs, "custom_generate": loop, **late})
         except refusal as reason:
             because = reason
         return refused(self, args, kwargs, because)
 
-    setattr(generate, _OURS, loop)
+    setattr(generate, _OURS, loops)
     vars(model)[_GENERATE] = MethodType(generate, model)
     keep_out_of_copies(model, _GENERATE)
 

@@ -85,7 +85,7 @@ def accelerate(
         _check_exact(backend_options)
     else:
         exact_mode, backend_options = None, {**_rule(quality, calibration, options), **options}
-        RiverConfig.from_options(backend_options)
+    config = RiverConfig.from_options(backend_options)
     generate_as_ever(model)
     if has_generate_of_its_own(model):
         warnings.warn(
@@ -95,9 +95,9 @@ def accelerate(
             stacklevel=2,
         )
     elif exact_mode is None:
-        generate_in_own_loop(model)
+        generate_in_own_loop(model, config)
     else:
-        generate_exactly(model, exact_mode)
+        generate_exactly(model, exact_mode, config)
     model.compile(backend=river, options=backend_options, mode=mode)
     model._compiled_call_impl = CompiledOrPlain(model._compiled_call_impl, model._call_impl)
     return model

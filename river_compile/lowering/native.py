@@ -17,6 +17,7 @@ from torch import Tensor, fx
 
 from river_compile.kernels.native import load as native
 from river_compile.kernels.native.tape import Tape
+from river_compile.kernels.portable import largest_entropy
 from river_compile.kernels.quant.layouts import LAYOUTS, NATIVE_LAYOUTS
 from river_compile.passes.edits import drop_unused
 from river_compile.passes.nodes import called, is_tensor, rank, shape, value_of
@@ -130,11 +131,13 @@ def _use_native_product(node: fx.Node, native_ops: Any) -> None:
 
 
 def _use_native_bookkeeping(graph: fx.Graph) -> None:
-    """Turns counters, and windows that make room for a token, into operators that a tape can hold."""
+    """Turns counters, scores of heads, and windows that make room for a token, into what a tape can hold."""
     native_ops = native.load()
     for node in list(graph.nodes):
         if called(node, Tensor.copy_) and _moves_up(node):
             node.target, node.args = native_ops.shift.default, node.args[:1]
+        elif called(node, largest_entropy):
+            node.target = native_ops.largest_entropy.default
         elif called(node, operator.add) and _are_slots(*node.args):
             node.target = native_ops.add.default
         elif called(node, Tensor.to) and _changes_nothing(node):

@@ -11,6 +11,7 @@ from torch import nn
 
 from river_compile.cudagraphs.device import CaptureLog
 from river_compile.exits import threshold_text
+from river_compile.kept_cache import KeptCache
 from river_compile.offload.weights import OffloadedWeights, OffloadLog
 from river_compile.passes.program import Fusion
 from river_compile.runtime.stats import ExactStats, ExitStats, PayoffLog
@@ -54,6 +55,7 @@ class Report:
     loss: TwinLoss | None = None
     block_errors: BlockErrors | None = None
     offloaded: OffloadLog | None = None
+    kept_cache: int = 0  # bytes of keys and values
     plain_runs: int = 0
     plain_reason: str = ""
     plain_calls: dict[str, int] = field(default_factory=dict)
@@ -81,6 +83,7 @@ class Report:
             "ran": self.ran,
             "graphs": [_graph_dict(g) for g in self.graphs],
             "recompiles": self.recompiles,
+            "kept_cache_bytes": self.kept_cache,
             "plain_runs": self.plain_runs,
             "plain_reason": self.plain_reason,
             "plain_calls": dict(self.plain_calls),
@@ -133,6 +136,8 @@ class Report:
         if self.offloaded:
             yield from self.offloaded.lines()
         yield f"  recompiles     {self.recompiles}"
+        if self.kept_cache:
+            yield f"  kept cache     {self.kept_cache / 1e6:.1f} MB of keys and values, for the next call of generate"
         if self.plain_runs:
             yield f"  without river  {self.plain_runs} forward passes, the latest because"
             yield f"    {self.plain_reason}"
@@ -164,6 +169,7 @@ def report(model: nn.Module) -> Report:
         loss=packed.loss,
         block_errors=state.find(BlockErrors),
         offloaded=state.of(OffloadedWeights).snapshot(),
+        kept_cache=state.of(KeptCache).bytes,
         plain_runs=state.of(PlainRuns).count,
         plain_reason=state.of(PlainRuns).reason,
         plain_calls=dict(state.of(PlainCalls).reasons),

@@ -14,9 +14,9 @@ from typing import Any
 import torch
 from torch import Tensor
 from transformers import GenerationMixin, PreTrainedModel
-from transformers.cache_utils import StaticLayer
+from transformers.cache_utils import Cache, StaticLayer
 
-from river_compile.upstream.hf_cache import cache_of
+from river_compile.upstream.hf_cache import cache_argument, cache_of
 
 _KNOWN = {"input_ids", "attention_mask", "position_ids", "cache", "past_key_values", "logits_to_keep", "use_cache"}
 
@@ -34,11 +34,13 @@ class NextInputs:
         self._latest: dict[str, Any] | None = None  # the inputs of the step before, where the next ones follow from it
         self._own = False  # whether they were compared with transformers', and are made here from now on
         self._slot = 0
+        self._ahead = 0  # steps that `model_kwargs` has not seen
 
     def after(self, ids_BS: Tensor) -> dict[str, Any]:
         """Returns the inputs of the step that runs the last of these ids, none of whose slots were passed over."""
         if self._own:
             self._latest = self._advanced(ids_BS)
+            self._ahead += 1
             return self._latest
         if self._slot:
             self._kwargs = self._model._update_model_kwargs_for_generation({}, self._kwargs)
@@ -49,6 +51,13 @@ class NextInputs:
         self._latest = inputs if self._follows(inputs, cache) else None
         self._slot = ids_BS.shape[1] if self._latest is None else int(cache.get_seq_length())
         return inputs
+
+    def move_to(self, cache: Cache) -> None:
+        """Goes on with another cache, which holds the same entries."""
+        if self._ahead:
+            self._kwargs = self._model._update_model_kwargs_for_generation({}, self._kwargs, num_new_tokens=self._ahead)
+        self._kwargs = {**self._kwargs, cache_argument(self._model): cache}
+        self._latest, self._own, self._ahead = None, False, 0
 
     def _follows(self, inputs: dict[str, Any], cache: Any) -> bool:
         """Whether the inputs of the next step follow from these."""

@@ -1,7 +1,7 @@
 """A decode step that is noted as it comes through Dynamo, so that it can run again without.
 
-Not handled: caches that grow, and sliding windows, which count in Python. Their steps write more than the graph does,
-and are not noted.
+Not handled: caches that grow, whose steps write more than the graph does, and what `cache_looks.py` says of sliding
+windows. Those steps are not noted.
 """
 
 from __future__ import annotations
@@ -12,6 +12,7 @@ import weakref
 from collections.abc import Iterator, Mapping, Sequence
 from typing import Any, NamedTuple
 
+import torch
 from torch import Tensor, nn
 from torch._C._dynamo.guards import dict_version
 from transformers.utils import ModelOutput
@@ -21,6 +22,7 @@ from river_compile.upstream.dynamo_calls import Ambient, code_that_runs, is_plai
 from river_compile.upstream.hf_cache import cache_of
 from river_compile.upstream.tensors import local_of
 
+from .cache_looks import CacheLooks, count_of
 from .executor import RiverExecutor
 
 _FLAGS = (type(None), bool, int, float, str)
@@ -35,9 +37,10 @@ class Given:
         cache: the KV cache among them, None without.
         looks: the names, and what compiled code depends on of each value; None where something is neither tensor, flag
             nor cache.
+        width: tokens of each row.
     """
 
-    __slots__ = ("cache", "looks", "values")
+    __slots__ = ("cache", "looks", "values", "width")
 
     def __init__(self, arguments: Mapping[str, Any]) -> None:
         self.values: dict[Any, Any] = {}
@@ -50,6 +53,8 @@ class Given:
         looks = tuple((name, self._look(value)) for name, value in self.values.items())
         known = self.cache is not None and all(look is not None for _, look in looks)
         self.looks = looks if known else None
+        ids = (self.values.get(name) for name in ("input_ids", "inputs_embeds"))
+        self.width: int = next((value.shape[1] for value in ids if isinstance(value, Tensor)), 0)
 
     def _look(self, value: Any) -> tuple | None:
         if isinstance(value, Tensor):
@@ -60,32 +65,47 @@ class Given:
         return (type(value),) if value is self.cache else None
 
 
+class Ran(NamedTuple):
+    """A step that came through Dynamo.
+
+    Attributes:
+        executor: of its graph, held weakly.
+        numbers: the integers among the graph's inputs.
+        counted: by sliding windows before it, in tokens.
+    """
+
+    executor: weakref.ref[RiverExecutor]
+    numbers: dict[int, int]
+    counted: int | None
+
+
 class Surroundings:
     """What a step meets beside what it is given.
 
     Attributes:
         executor: what ran the graph the last time, held weakly.
         dicts: where the model's modules and its configuration keep their attributes, parameters and submodules.
+        cache_looks: how the cache looks.
     """
 
-    def __init__(self, model: nn.Module, cache: Any, executor: RiverExecutor, entry: CacheEntry) -> None:
+    def __init__(self, model: nn.Module, given: Given, executor: RiverExecutor, entry: CacheEntry) -> None:
         self.executor, self._entry = weakref.ref(executor), entry
         self.dicts = list(_dicts_of(model))
-        self._cache = weakref.ref(cache)
+        self._cache = weakref.ref(given.cache)
         self._ambient = Ambient()
         self._versions = list(map(dict_version, self.dicts))
-        self._cache_versions = _versions_of(cache)
+        self.cache_looks = CacheLooks(given.cache, given.width)
         self._written = None if entry.effects is None else entry.effects.values()
 
     @classmethod
-    def of(cls, model: nn.Module, cache: Any, executor: RiverExecutor) -> Surroundings | None:
+    def of(cls, model: nn.Module, given: Given, executor: RiverExecutor) -> Surroundings | None:
         """Returns what surrounds a call, None where a call of the model does more than to run the executor's graph."""
         entry = executor.entry
-        if entry is None or entry.effects is None or not hasattr(cache, "layers") or not is_plain():
+        if entry is None or entry.effects is None or not hasattr(given.cache, "layers") or not is_plain():
             return None
         if _has_hooks(model) or entry.effects.code not in code_that_runs(model):
             return None
-        return cls(model, cache, executor, entry)
+        return cls(model, given, executor, entry)
 
     def unchanged(self, model: nn.Module, cache: Any) -> bool:
         """Returns whether all of it is as it was."""
@@ -94,7 +114,7 @@ class Surroundings:
             and self._entry.holds(model)
             and not _has_hooks(model)
             and self._ambient.unchanged()
-            and _versions_of(cache) == self._cache_versions
+            and self.cache_looks.unchanged(cache)
             and list(map(dict_version, self.dicts)) == self._versions
         )
 
@@ -110,20 +130,22 @@ class _Places(NamedTuple):
     Attributes:
         args: the model's own tensors, and dynamic sizes, which are those of tensors that look as they did; None for the
             others, so that no cache is kept alive.
-        held: the inputs that a layer of the cache holds: number, layer, attribute.
+        held: the inputs that a layer of the cache holds: number, layer, attribute, and its shape.
         given: the inputs that are given: number, name.
         tensors: the model's own tensors.
         kinds: their dtypes and whether they are on a CPU, which ``x.data = y`` exchanges without a trace.
+        counts: the inputs that are what sliding windows have counted.
     """
 
     args: list[Any]
-    held: list[tuple[int, int, str]]
+    held: list[tuple[int, int, str, torch.Size]]
     given: list[tuple[int, Any]]
     tensors: list[Tensor]
     kinds: list
+    counts: list[int]
 
     @classmethod
-    def of(cls, dicts: Sequence[dict], given: Given, args: Sequence[Any]) -> _Places | None:
+    def of(cls, dicts: Sequence[dict], given: Given, args: Sequence[Any], counts: list[int]) -> _Places | None:
         """Returns where these inputs came from, None where one came from elsewhere or from two arguments."""
         names = {id(value): name for name, value in given.values.items() if isinstance(value, Tensor)}
         if len(names) < sum(isinstance(value, Tensor) for value in given.values.values()):
@@ -138,21 +160,25 @@ class _Places(NamedTuple):
             if isinstance(arg, Tensor) and id(arg) in names:
                 from_call.append((number, names[id(arg)]))
             elif isinstance(arg, Tensor) and id(arg) in places:
-                from_layers.append((number, *places[id(arg)]))
+                from_layers.append((number, *places[id(arg)], arg.shape))
             elif arg is None or type(arg) is int or id(arg) in owned:
                 kept[number] = arg
             else:
                 return None
         tensors = [arg for arg in kept if isinstance(arg, Tensor)]
-        return cls(kept, from_layers, from_call, tensors, _kinds_of(tensors))
+        return cls(kept, from_layers, from_call, tensors, _kinds_of(tensors), counts)
 
-    def inputs(self, given: Given) -> list[Any] | None:
-        """Returns a graph's inputs, None where a dtype or device is another one."""
+    def inputs(self, given: Given, count: int | None) -> list[Any] | None:
+        """Returns a graph's inputs, None where a dtype, device or shape is another one."""
         if _kinds_of(self.tensors) != self.kinds:
             return None
         args, layers = self.args.copy(), [vars(layer) for layer in given.cache.layers]
-        for number, layer, name in self.held:
-            args[number] = layers[layer][name]
+        for number, layer, name, shape in self.held:
+            args[number] = held = layers[layer][name]
+            if held.shape != shape:
+                return None
+        for number in self.counts:
+            args[number] = count
         for number, name in self.given:
             args[number] = given.values[name]
         return args
@@ -167,7 +193,7 @@ class NotedStep:
 
     @classmethod
     def of(
-        cls, around: Surroundings, model: nn.Module, given: Given, args: tuple, outputs: tuple, result: Any
+        cls, around: Surroundings, model: nn.Module, given: Given, ran: tuple[Ran, Ran], call: tuple, result: Any
     ) -> NotedStep | None:
         """Notes a step.
 
@@ -175,15 +201,20 @@ class NotedStep:
             around: its surroundings before it ran.
             model: the model.
             given: what it was given.
-            args, outputs: of its graph.
+            ran: the step that looked like it before, and itself.
+            call: inputs and outputs of its graph.
             result: what the model returned.
 
         Returns:
             The step; None where it changed its surroundings, or its graph's inputs or its result are not all found.
         """
+        looks, (args, outputs) = around.cache_looks, call
         if not isinstance(result, ModelOutput) or around.written or not around.unchanged(model, given.cache):
             return None
-        places = _Places.of(around.dicts, given, args)
+        counts = _counts_among(*ran)
+        if counts is None or not looks.lasting or not looks.has_counted(given.cache):
+            return None
+        places = _Places.of(around.dicts, given, args, counts)
         fields = {f.name: getattr(result, f.name) for f in dataclasses.fields(result)}
         fields = {name: value for name, value in fields.items() if value is not None}
         made = {id(value): i for i, value in enumerate(outputs)}
@@ -194,13 +225,14 @@ class NotedStep:
 
     def run(self, model: nn.Module, given: Given) -> Any:
         """Runs it once more and returns what the model would; None where that must go through Dynamo."""
-        executor = self._around.executor()
-        if executor is None or not self._around.unchanged(model, given.cache):
+        executor, looks = self._around.executor(), self._around.cache_looks
+        if executor is None or not self._around.unchanged(model, given.cache) or not looks.again(given.cache):
             return None
-        inputs = self._places.inputs(given)
+        inputs = self._places.inputs(given, count_of(given.cache))
         if inputs is None:
             return None
         outputs = executor(*inputs)
+        looks.let_count(given.cache)
         fields = {name: given.cache if i is None else outputs[i] for name, i in self._fields.items()}
         return self._result(**fields)
 
@@ -217,8 +249,14 @@ def _dicts_of(model: nn.Module) -> Iterator[dict]:
         yield from (value for value in attributes.values() if type(value) is dict and value)
 
 
-def _versions_of(cache: Any) -> list[int]:
-    return [dict_version(vars(kept)) for kept in (cache, *cache.layers)]
+def _counts_among(before: Ran, now: Ran) -> list[int] | None:
+    """Returns which numbers of a graph are what sliding windows have counted, None where that cannot be told."""
+    if now.numbers.keys() != before.numbers.keys():
+        return None
+    counts = [number for number, value in now.numbers.items() if value == now.counted]
+    known = now.counted != before.counted and all(before.numbers[number] == before.counted for number in counts)
+    same = all(value == before.numbers[number] for number, value in now.numbers.items() if number not in counts)
+    return counts if same and (known or not counts) else None
 
 
 def _kinds_of(tensors: list[Tensor]) -> list:

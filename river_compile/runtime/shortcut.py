@@ -31,8 +31,9 @@ from typing import Any
 
 from torch import nn
 
+from .cache_looks import count_of
 from .executor import RiverExecutor, on_call
-from .noted_step import Given, NotedStep, Surroundings
+from .noted_step import Given, NotedStep, Ran, Surroundings
 from .plain_calls import CompiledOrPlain
 
 _PATIENCE = 8  # steps of one sequence that may be noted in vain
@@ -64,10 +65,10 @@ def without_shortcut(call: Any) -> Callable[..., Any] | None:
 
 
 class _Thread:
-    """What one thread's calls of a sequence left, by looks: the latest executor, and the steps that may run again."""
+    """What one thread's calls of a sequence left, by looks: the latest one, and the steps that may run again."""
 
     def __init__(self) -> None:
-        self.ran: dict[tuple, weakref.ref[RiverExecutor]] = {}
+        self.ran: dict[tuple, Ran] = {}
         self.steps: dict[tuple, NotedStep] = {}
         self.patience = _PATIENCE
 
@@ -127,10 +128,12 @@ class Shortcut:
         """Runs a call through Dynamo, and notes it where the same executor ran a call with these looks before."""
         looks = given.looks
         assert looks is not None, "called where all arguments have known looks"
-        expected = thread.ran[looks]() if looks in thread.ran else None
+        latest = thread.ran.get(looks)
+        expected = None if latest is None else latest.executor()
         before = None
         if expected is not None and thread.patience > 0:
-            before = Surroundings.of(model, given.cache, expected)
+            before = Surroundings.of(model, given, expected)
+        count = count_of(given.cache) if hasattr(given.cache, "layers") else None
         result, calls = self._compiled_call((), kwargs)
         if len(calls) != 1:
             return result
@@ -138,9 +141,10 @@ class Shortcut:
         if not (executor.decodes or executor.sequences.goes_on):
             thread.forget()
             return result
-        thread.ran[looks] = weakref.ref(executor)
-        if before is not None and executor is expected:
-            step = NotedStep.of(before, model, given, args, outputs, result)
+        numbers = {number: arg for number, arg in enumerate(args) if type(arg) is int}
+        thread.ran[looks] = ran = Ran(weakref.ref(executor), numbers, count)
+        if before is not None and latest is not None and executor is expected:
+            step = NotedStep.of(before, model, given, (latest, ran), (args, outputs), result)
             if step is None:
                 thread.patience -= 1
             else:

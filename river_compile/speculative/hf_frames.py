@@ -11,11 +11,18 @@ import inspect
 from types import FrameType
 from typing import Any
 
+from river_compile.upstream.hf_cache import cache_of
+
 
 def argument_of_generate(name: str) -> Any:
     """Returns an argument of the generate call that is running, None where it has none."""
     frame = _running("generate")
     return None if frame is None else frame.f_locals.get(name)
+
+
+def brings_cache() -> bool:
+    """Whether the generate call that is running was given a KV cache."""
+    return cache_of(argument_of_generate("kwargs") or {}) is not None
 
 
 def _running(function: str) -> FrameType | None:

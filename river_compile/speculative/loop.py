@@ -122,6 +122,7 @@ class ExactLoop:
         return self.texts.whole()
 
     def _cycle(self) -> None:
+        self.runner.make_room(self.max_length - self.texts.longest + 1)
         if self.pays is not None:
             plain = self.pays.measure_plain(self._plain_pass)
             if plain is not None:

@@ -24,13 +24,14 @@ from transformers.generation.configuration_utils import GenerationMode
 from transformers.generation.stopping_criteria import EosTokenCriteria, MaxLengthCriteria, StopStringCriteria
 
 from river_compile.errors import ExactModeError, OptionError
+from river_compile.kept_cache import lent_cache
 from river_compile.kernels.checks import FLAG, integer, number, optional
 from river_compile.state import state_of_model
 from river_compile.upstream.hf_cache import cache_argument, cache_of
 
 from .accept import Chooser
 from .draft import Drafter
-from .hf_frames import KeepsTokenizer, argument_of_generate
+from .hf_frames import KeepsTokenizer, argument_of_generate, brings_cache
 from .loop import Ends, ExactLoop, Outputs
 from .pays import pays_of
 from .plain import PlainRunner
@@ -49,6 +50,7 @@ _CHECKS = {
     "stop_below": optional(number("it must be a number from 0 to 1", least=0, most=1)),
     "strict": FLAG,
     "adaptive": FLAG,
+    "static_cache": FLAG,
 }
 
 
@@ -68,6 +70,7 @@ class ExactMode:
         strict: verify in passes whose rows have the very bits of decoding without drafts, also in bfloat16.
         adaptive: let measured times decide how long to draft, and let the river draft none where that does not pay.
             Otherwise nothing depends on time.
+        static_cache: stand a static cache for one that grows, where the caller says nothing of caches.
     """
 
     max_draft: int = 15
@@ -75,6 +78,7 @@ class ExactMode:
     stop_below: float | None = None
     strict: bool = False
     adaptive: bool = True
+    static_cache: bool = False
     __signature__ = KeepsTokenizer()
 
     def __post_init__(self) -> None:
@@ -115,27 +119,41 @@ class ExactMode:
         config = generation_config
         _check(model, config, synced_gpus, argument_of_generate("assistant_model"), model_kwargs)
         streamer = streamer or argument_of_generate("streamer")
-        wanted = config.return_dict_in_generate
-        runner = DraftVerifyRunner(model, model_kwargs, mode.max_draft, mode.strict)
+        handed_back = config.return_dict_in_generate or brings_cache()
+        with lent_cache(model, input_ids, config, model_kwargs, handed_back, mode.static_cache) as lent:
+            runner = DraftVerifyRunner(model, lent, mode.max_draft, mode.strict)
+            together = len(input_ids) == 1 or handed_back
+            made = mode._generate(runner, input_ids, logits_processor, stopping_criteria, config, streamer, together)
+        if streamer is not None:
+            streamer.end()
+        return made
+
+    def _generate(
+        self,
+        runner: DraftVerifyRunner,
+        input_ids: Tensor,
+        processors: LogitsProcessorList,
+        criteria: StoppingCriteriaList,
+        config: GenerationConfig,
+        streamer: Any | None,
+        together: bool,
+    ) -> Tensor | GenerateDecoderOnlyOutput:
+        model = runner.model
         # Beyond its limit of graphs for one function Dynamo would run what is new without the backend: exact, and slow.
         # (A static sliding window has a graph for each width until it is full, and another one afterwards.)
         dynamo = torch._dynamo.config
         with dynamo.patch(recompile_limit=dynamo.recompile_limit + 2 * len(runner.widths)):
             passes, first_logits = self.begin(runner, input_ids, config)
-            parts = passes.can_part and _row_by_row(logits_processor, stopping_criteria)
-            handed_back = wanted or cache_of(argument_of_generate("kwargs") or {}) is not None
-            together = len(input_ids) == 1 or handed_back or not parts
-            loop = mode._loop(passes, input_ids, logits_processor, stopping_criteria, config, streamer, together)
-            if mode.adaptive and passes is runner:
+            together = together or not (passes.can_part and _row_by_row(processors, criteria))
+            loop = self._loop(passes, input_ids, processors, criteria, config, streamer, together)
+            if self.adaptive and passes is runner:
                 state = state_of_model(model, "exact mode")
                 prepared = functools.partial(preparations, state)
-                loop.pays_of = functools.partial(pays_of, state, runner.stats.payoff, mode.strict, prepared)
+                loop.pays_of = functools.partial(pays_of, state, runner.stats.payoff, self.strict, prepared)
                 loop.pays = loop.pays_of(input_ids.shape[0])
             with model._optimize_model_for_decode(), passes.sequences.one():
                 ids = loop.run(first_logits)
-        if streamer is not None:
-            streamer.end()
-        if not wanted:
+        if not config.return_dict_in_generate:
             return ids
         return GenerateDecoderOnlyOutput(
             sequences=ids,

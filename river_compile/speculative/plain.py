@@ -14,9 +14,11 @@ from transformers.cache_utils import Cache
 
 from river_compile.distributed.ranks import Ranks
 from river_compile.exits import WHOLE, forced_depth
+from river_compile.kept_cache import LentCache
 from river_compile.runtime.sequences import Sequences
 from river_compile.runtime.stats import ExitStats
 from river_compile.state import ModelState
+from river_compile.upstream.hf_cache import cache_argument
 
 from .rates import PassTimes
 
@@ -28,14 +30,17 @@ class PlainRunner:
         model: the model.
         model_kwargs: of its next forward pass, the prompt's outputs included.
         cache: holds the prompt.
+        lent: where longer ones come from.
         state: what is known of the model.
     """
 
     longest_draft = 0
     can_part = can_select = False  # rows keep one token each, and stay
 
-    def __init__(self, model: PreTrainedModel, model_kwargs: dict[str, Any], cache: Cache, state: ModelState) -> None:
-        self.model, self.model_kwargs, self.cache = model, model_kwargs, cache
+    def __init__(
+        self, model: PreTrainedModel, model_kwargs: dict[str, Any], cache: Cache, lent: LentCache, state: ModelState
+    ) -> None:
+        self.model, self.model_kwargs, self.cache, self._lent = model, model_kwargs, cache, lent
         self.stats, self.sequences, self.ranks = state.of(ExitStats), state.of(Sequences), state.of(Ranks)
         self.times = PassTimes()
         self._outputs: Any = None
@@ -51,6 +56,13 @@ class PlainRunner:
     def select(self, rows: Sequence[int]) -> None:
         """Never called: no row leaves."""
         raise AssertionError("a runner whose rows stay was asked to let some leave")
+
+    def make_room(self, tokens: int) -> None:
+        """Moves to a longer cache where the next token does not fit."""
+        longer = self._lent.longer(self.cache, int(self.cache.get_seq_length()), min(tokens, 1))
+        if longer is not None:
+            self.cache = longer
+            self.model_kwargs = {**self.model_kwargs, cache_argument(self.model): longer}
 
     def verify(self, ids_BS: Tensor, drafted: int) -> Tensor:
         """Runs the last id through the backbone; returns its logits ``[B, 1, V]``."""

@@ -29,6 +29,7 @@ from river_compile.cudagraphs.device import CaptureLog
 from river_compile.distributed.ranks import Ranks
 from river_compile.errors import ExactModeError, RiverWarning
 from river_compile.exits import WHOLE, forced_depth
+from river_compile.kept_cache import LentCache
 from river_compile.kernels.native.load import few_rows
 from river_compile.runtime.executor import on_step
 from river_compile.runtime.sequences import Sequences
@@ -66,7 +67,7 @@ class DraftVerifyRunner:
 
     Args:
         model: the compiled model.
-        model_kwargs: what generate prepared for its forward passes; the cache among them.
+        lent: what generate prepared for the forward passes, with the cache that they use.
         max_draft: longest draft.
         strict: whether verification must give the bits of one token per pass.
 
@@ -82,9 +83,9 @@ class DraftVerifyRunner:
     times: PassTimes
     ranks: Ranks
 
-    def __init__(self, model: PreTrainedModel, model_kwargs: dict, max_draft: int, strict: bool = False) -> None:
+    def __init__(self, model: PreTrainedModel, lent: LentCache, max_draft: int, strict: bool = False) -> None:
         self.model = model
-        self.model_kwargs = model_kwargs
+        self.lent, self.model_kwargs = lent, lent.kwargs
         self.widths = self._widths = verification_widths(max_draft, strict)
         self._strict = strict
         self._invariant: BatchInvariantGraph | None = None  # None: the model's own
@@ -125,9 +126,21 @@ class DraftVerifyRunner:
 
     def select(self, rows: Sequence[int]) -> None:
         """Goes on with these rows of the batch alone, between two cycles: passes and cache become smaller."""
-        self._take(with_rows(self.cache, rows))
-        self.model_kwargs = {**selected_inputs(self.model_kwargs, rows), cache_argument(self.model): self.cache}
+        self.model_kwargs = selected_inputs(self.model_kwargs, rows)
+        self._move_to(with_rows(self.cache, rows))
         self._prepare(len(rows))
+
+    def make_room(self, tokens: int) -> None:
+        """Moves to a longer cache, between two cycles, where the next `tokens` do not fit and a cache that grows was
+        asked for; no cycle writes more than its widest pass."""
+        longer = self.lent.longer(self.cache, self._entries.filled, min(tokens, self._widths[-1]))
+        if longer is not None:
+            self._move_to(longer)
+            self._prepare(self._batch)
+
+    def _move_to(self, cache: Cache) -> None:
+        self._take(cache)
+        self.model_kwargs = {**self.model_kwargs, cache_argument(self.model): cache}
 
     @property
     def can_select(self) -> bool:

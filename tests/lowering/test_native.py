@@ -13,7 +13,7 @@ from river_compile.lowering import choose
 from river_compile.lowering.choose import Lowering, choose_lowering
 from river_compile.upstream.hf_cache import cache_argument
 from tests.support.decoding import CAPACITY, cache_state, decode, left_padded, new_cache
-from tests.support.families import make, prompt
+from tests.support.families import CONFIGS, make, prompt
 from tests.support.lowerings import UNFUSED, lowered
 
 OPTIONS = {"quantizer": "rtn", "group_size": 32, "first_exit": 1}
@@ -167,6 +167,20 @@ def test_what_needs_the_kernels_says_so(options, message):
     model.compile(backend=river, options={**OPTIONS, **options})
     with pytest.raises(OptionError, match=message):
         model.generate(torch.ones(1, 3, dtype=torch.long), max_new_tokens=2, do_sample=False, pad_token_id=0)
+
+
+@pytest.mark.parametrize("kv_heads", [1, 2])
+def test_passes_of_gemma_are_recorded_whole(kv_heads):
+    """Heads are normalised after positions and heads change places, and one head needs no change; of each pass only the
+    prologue goes through Inductor, also where the head's entropy decides."""
+    config = CONFIGS["gemma3"](2)
+    config.sliding_window, config.num_key_value_heads = 2 * CAPACITY, kv_heads
+    model = make("gemma3", dtype=torch.bfloat16, config=config)
+    model.compile(backend=river, options={**OPTIONS, "lowering": "native", "criterion": "doubt", "threshold": 0.0})
+    passes(model, [1, 4, 2, 1], batch=1)
+    for graph in report(model).to_dict()["graphs"]:
+        assert graph["missed"] == []
+        assert set(graph["captures"]["uncaptured_units"]) <= {"prologue"}
 
 
 @pytest.mark.parametrize(("name", "batch"), [("llama", 1), ("qwen3", 3)])

@@ -169,7 +169,7 @@ def test_a_quantized_cache_is_refused_by_name():
 
     with pytest.raises(ValueError, match=r"this cache cannot give entries back \(Halved\)"):
         exactly(model, ids, **held())
-    generate_exactly(model, river_compile.exact)
+    generate_exactly(model, river_compile.exact, river_compile.RiverConfig())
     with pytest.warns(river_compile.RiverWarning, match=r"cannot give entries back \(Halved\)"):
         ours = generate(model, ids, **held())
     assert torch.equal(ours, generate(make("llama"), ids, **held()))

@@ -94,7 +94,7 @@ def test_a_pipeline_takes_exact_mode(smollm2):
     config = GenerationConfig(max_new_tokens=20, do_sample=False, pad_token_id=0, cache_implementation="static")
     options = {"generation_config": config, "return_full_text": False}
     text = "Once upon a time, there was a"
-    generate_exactly(model, river_compile.exact)
+    generate_exactly(model, river_compile.exact, river_compile.RiverConfig())
     with river_compile.trace() as trace:
         ours = generator(text, **options)[0]["generated_text"]
     generate_as_ever(model)

@@ -7,7 +7,7 @@
 //   rescore                       the largest logits computed anew
 //   shift                         the entries of a full window moved up by one slot
 //   few_rows                      of a product of 16-bit matrices that is computed here
-//   exit_score                    the least cosine of rows
+//   exit_score, largest_entropy   the least cosine of rows, the largest entropy of rows of logits
 //   add, advance, copy            counters, and tensors at the borders of what is recorded
 //   record, recorded, replay, ... tapes, known by their address
 //   use_kernels                   chooses the library of phases, by the address of its table
@@ -128,6 +128,7 @@ STABLE_TORCH_LIBRARY_FRAGMENT(river_native, m) {
       "-> Tensor");
   m.def("shift(Tensor(a!) cache) -> ()");
   m.def("exit_score(Tensor hidden, Tensor previous) -> Tensor");
+  m.def("largest_entropy(Tensor logits) -> Tensor");
   m.def("add(Tensor a, Tensor b) -> Tensor");
   m.def("advance(Tensor(a!) counter, int by) -> ()");
   m.def("copy(Tensor from_, Tensor(a!) to) -> ()");
@@ -153,6 +154,7 @@ STABLE_TORCH_LIBRARY_IMPL(river_native, CPU, m) {
   m.impl("attention", TORCH_BOX(&river::attention));
   m.impl("shift", TORCH_BOX(&river::shift));
   m.impl("exit_score", TORCH_BOX(&river::exit_score));
+  m.impl("largest_entropy", TORCH_BOX(&river::largest_entropy));
   m.impl("add", TORCH_BOX(&river::add));
   m.impl("advance", TORCH_BOX(&river::advance));
   m.impl("copy", TORCH_BOX(&river::copy_to));

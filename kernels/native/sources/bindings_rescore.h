@@ -1,4 +1,4 @@
-// The operator that computes the largest logits anew.
+// The operators on logits: the largest computed anew, and the entropy of their distribution.
 #pragma once
 
 #include "bindings_linear.h"
@@ -54,6 +54,25 @@ inline Tensor rescore(const Tensor& logits, const Tensor& x, const Tensor& weigh
   Call<RescoreCall>(call).run(
       {{&RescoreCall::run_prepare, parts}, {&RescoreCall::run_rescore, int(rows * a.ways)}}, most);
   return y;
+}
+
+inline Tensor largest_entropy(const Tensor& logits) {
+  check(logits.dim() == 3 && logits.is_cpu() && logits.stride(2) == 1 && logits.size(1) > 0 && logits.size(2) > 0,
+        "logits", "be [B, T, V] in the CPU's memory, those of a position adjacent");
+  EntropyArgs a{};
+  a.dtype = dtype_of(logits, "logits");
+  a.stride = logits.stride(0);
+  a.logits = static_cast<const char*>(logits.data_ptr()) +
+             (logits.size(1) - 1) * logits.stride(1) * int64_t(logits.element_size());
+  a.rows = int32_t(logits.size(0));
+  a.logits_each = int32_t(logits.size(2));
+  a.chunks = (a.logits_each + kLogitsTogether - 1) / kLogitsTogether;
+  Tensor score = empty(nullptr, 0, aoti_torch_dtype_float32());
+  a.score = static_cast<float*>(score.data_ptr());
+  a.weighed = workspace(size_t(a.rows) * a.chunks * 3 * sizeof(float));
+  const int most = threads(), parts = parts_of(int64_t(a.rows) * a.logits_each, 1 << 13, most);
+  Call<EntropyArgs>(a).run({{kernels().weigh, parts}, {kernels().entropy, 1}}, most);
+  return score;
 }
 
 }  // namespace river

@@ -167,6 +167,18 @@ struct ScoreArgs {
   int32_t dtype, rows, features;
 };
 
+constexpr int kLogitsTogether = 2048;
+
+// score = largest entropy, in nats, of the distributions that rows of logits [M, V] give. Parts of `weigh` split rows and
+// chunks of logits; `entropy` puts them together.
+struct EntropyArgs {
+  const void* logits;  // of `dtype`
+  int64_t stride;      // elements between two rows
+  void* weighed;       // [M, chunks, 3] of float32
+  float* score;
+  int32_t dtype, rows, logits_each, chunks;
+};
+
 struct CopyArgs {
   const void* from;
   void* to;
@@ -196,6 +208,8 @@ struct Kernels {
   Run shift;    // ShiftArgs
   int32_t bfloat16;  // format of the activations that bfloat16 weights meet: kTiled or kPairs of any rows, else kPlain
   Run rescore;  // RescoreArgs
+  Run weigh;    // EntropyArgs
+  Run entropy;  // EntropyArgs
   Run attend_prompt;  // PromptArgs
 };
 

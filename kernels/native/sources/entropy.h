@@ -1,0 +1,73 @@
+// The entropy of a head's distribution, for those who decide by it: of each row chunk by chunk, which are then put
+// together as those of attention are. So its bits depend on no number of threads.
+#pragma once
+
+#include <algorithm>
+#include <cmath>
+
+#include "functions.h"
+#include "phases.h"
+#include "scalars.h"
+
+namespace river {
+
+// A chunk's largest logit m, and the sums of e^(z - m) and of (z - m) e^(z - m).
+struct Weighed {
+  float largest, total, spread;
+};
+
+inline void weigh(const void* args, int part, int parts) {
+  const auto& a = *static_cast<const EntropyArgs*>(args);
+  constexpr int kLanes16 = 16;
+  alignas(64) float z[kLogitsTogether];
+  const int64_t all = int64_t(a.rows) * a.chunks;
+  for (int64_t i = all * part / parts; i < all * (part + 1) / parts; ++i) {
+    const int64_t first = i % a.chunks * kLogitsTogether;
+    const int count = int(std::min<int64_t>(kLogitsTogether, a.logits_each - first));
+    load_values(a.logits, i / a.chunks * a.stride + first, count, a.dtype, z);
+    std::fill(z + count, z + kLogitsTogether, -INFINITY);
+    float most[kLanes16], totals[kLanes16] = {}, spreads[kLanes16] = {};
+    std::fill(most, most + kLanes16, -INFINITY);
+    for (int k = 0; k < kLogitsTogether; k += kLanes16)
+      for (int j = 0; j < kLanes16; ++j) most[j] = z[k + j] > most[j] || z[k + j] != z[k + j] ? z[k + j] : most[j];
+    Weighed w{-INFINITY, 0, 0};
+    for (const float m : most) w.largest = m > w.largest || m != m ? m : w.largest;
+    const float largest = w.largest;
+    for (int k = 0; k < kLogitsTogether; k += kLanes16)
+      for (int j = 0; j < kLanes16; ++j) {
+        const float shifted = z[k + j] - largest, weight = exp_of(shifted);
+        totals[j] += weight;
+        spreads[j] += weight * (shifted < -1e4f ? -1e4f : shifted);  // (0 times -inf would be NaN)
+      }
+    for (int j = 0; j < kLanes16; ++j) {
+      w.total += totals[j];
+      w.spread += spreads[j];
+    }
+    static_cast<Weighed*>(a.weighed)[i] = w;
+  }
+}
+
+inline void entropy(const void* args, int, int) {
+  const auto& a = *static_cast<const EntropyArgs*>(args);
+  float most = -INFINITY;
+  for (int64_t row = 0; row < a.rows; ++row) {
+    const auto* chunks = static_cast<const Weighed*>(a.weighed) + row * a.chunks;
+    float largest = -INFINITY, total = 0, spread = 0;
+    for (int c = 0; c < a.chunks; ++c) {
+      const float one = chunks[c].largest;
+      largest = one > largest || one != one ? one : largest;
+    }
+    for (int c = 0; c < a.chunks; ++c) {
+      if (chunks[c].largest == -INFINITY) continue;
+      const float lower = chunks[c].largest - largest, factor = std::exp(lower);
+      total += chunks[c].total * factor;
+      spread += (chunks[c].spread + chunks[c].total * std::max(lower, -1e4f)) * factor;
+    }
+    const float found = std::log(total) - spread / total;
+    most = found > most || found != found ? found : most;
+    if (found != found) break;
+  }
+  *a.score = most;
+}
+
+}  // namespace river

@@ -1,0 +1,156 @@
+"""The static cache that a model keeps: lent to calls that say nothing of caches, longer where it is full."""
+
+import threading
+import types
+
+import pytest
+import torch
+from transformers import DynamicCache, StaticCache
+
+import river_compile
+from river_compile import kept_cache
+from river_compile.cudagraphs.device import CaptureLog
+from river_compile.kept_cache import KeptCache, free_cache
+from river_compile.state import find_state
+from river_compile.upstream.hf_cache import cache_of
+from river_compile.upstream.static_cache import sizes_of
+from tests.support.families import make, prompt
+
+# (The recorder stands for a device that captures, so that a static cache is what pays.)
+OPTIONS = {"lowering": "eager", "group_size": 32, "cudagraphs": "record"}
+QUALITIES = {"exact": {"max_draft": 1, "adaptive": False}, "fast": {"quantizer": "none", "threshold": 2.0}}
+
+
+@pytest.fixture(autouse=True)
+def _short(monkeypatch):
+    """Room for a few tokens, so that a short text outgrows it."""
+    monkeypatch.setattr(kept_cache, "_AHEAD", 4)
+    monkeypatch.setattr(kept_cache, "_STEP", 8)
+
+
+def accelerated(family="llama", quality="exact", **options):
+    return river_compile.accelerate(make(family, layers=2), quality, **OPTIONS, **QUALITIES[quality], **options)
+
+
+def generate(model, ids, tokens=8, **options):
+    mask = (ids > 0).long()  # (padding stands on the left)
+    return model.generate(ids, attention_mask=mask, max_new_tokens=tokens, do_sample=False, **options)
+
+
+def kept(model):
+    held = find_state(model).of(KeptCache)._kept
+    return None if held is None else held[1]
+
+
+def caches_of(model, monkeypatch):
+    """Returns a list that receives the cache of every forward pass."""
+    seen, forward = [], type(model).prepare_inputs_for_generation
+
+    def note(self, *args, **kwargs):
+        seen.append(cache_of(kwargs))
+        return forward(self, *args, **kwargs)
+
+    monkeypatch.setattr(model, "prepare_inputs_for_generation", types.MethodType(note, model))
+    return seen
+
+
+@pytest.mark.parametrize("quality", QUALITIES)
+@pytest.mark.parametrize("family", ["llama", "gemma3"])  # full attention; windows of 8 tokens beside it
+def test_texts_that_outgrow_the_cache_are_plain(family, quality):
+    """Two rows, one of them padded, of which one may fall behind; the second call begins in the long cache."""
+    ids = prompt(batch=2)
+    ids[0, :2] = 0
+    model, plain = accelerated(family, quality), make(family, layers=2)
+    for tokens in (24, 5):
+        assert torch.equal(generate(model, ids, tokens), generate(plain, ids, tokens))
+    assert max(sizes_of(kept(model))) >= ids.shape[1] + 23
+
+
+def test_a_second_call_captures_nothing():
+    model, ids = accelerated(quality="fast"), prompt()
+    generate(model, ids)
+    generate(model, ids)
+    made, cache = [g.of(CaptureLog).made for g in find_state(model).graphs], kept(model)
+    assert sum(made) > 0
+    generate(model, ids)
+    assert [g.of(CaptureLog).made for g in find_state(model).graphs] == made
+    assert kept(model) is cache
+
+
+@pytest.mark.parametrize(
+    "options", [{"cache_implementation": "dynamic"}, {"return_dict_in_generate": True}, {"cache": DynamicCache()}]
+)
+def test_callers_who_say_something_of_caches_have_them(options, monkeypatch):
+    """One that they name, one that they get back, one that they bring."""
+    model = accelerated()
+    seen = caches_of(model, monkeypatch)
+    options = {"past_key_values" if name == "cache" else name: value for name, value in options.items()}
+    generate(model, prompt(), **options)
+    assert {type(cache) for cache in seen} == {DynamicCache}
+    assert kept(model) is None
+
+
+def test_a_static_cache_that_was_asked_for_has_its_length(monkeypatch):
+    """It is kept too, and a call that needs a longer one has a longer one."""
+    model = accelerated()
+    seen, ids = caches_of(model, monkeypatch), prompt()
+    for tokens in (8, 30):
+        generate(model, ids, tokens, cache_implementation="static")
+        assert sizes_of(kept(model)) == [ids.shape[1] + tokens - 1] * 2
+    assert {type(cache) for cache in seen} == {StaticCache}
+
+
+def test_strict_texts_keep_the_cache_of_plain_decoding(monkeypatch):
+    model = river_compile.accelerate(make("llama", layers=2), "strict", **OPTIONS, max_draft=1)
+    seen = caches_of(model, monkeypatch)
+    generate(model, prompt())
+    assert {type(cache) for cache in seen} == {DynamicCache}
+
+
+def test_nothing_of_a_text_reaches_the_next():
+    """Not even numbers that are none, behind its end or before it."""
+    model, ids = accelerated(quality="fast"), prompt()
+    text = generate(model, ids)
+    for layer in kept(model).layers:
+        layer.keys.fill_(float("nan"))
+        layer.values.fill_(float("nan"))
+    assert torch.equal(generate(model, ids), text)
+
+
+def test_a_call_that_fails_leaves_a_cache_that_works():
+    model, ids = accelerated(quality="fast"), prompt()
+    text = generate(model, ids)
+
+    def fail(ids, scores):
+        raise KeyboardInterrupt
+
+    with pytest.raises(KeyboardInterrupt):
+        generate(model, ids, stopping_criteria=[fail])
+    assert torch.equal(generate(model, ids), text)
+
+
+def test_calls_at_the_same_time_have_caches_of_their_own():
+    model, ids = accelerated(quality="fast"), prompt()
+    text, inner = generate(model, ids), []
+
+    def another(_, scores):
+        if not inner:
+            thread = threading.Thread(target=lambda: inner.append(generate(model, ids)))
+            thread.start()
+            thread.join()
+        return scores
+
+    assert torch.equal(generate(model, ids, logits_processor=[another]), text)
+    assert torch.equal(inner[0], text)
+
+
+def test_the_cache_can_be_freed():
+    model = accelerated(quality="fast")
+    assert free_cache(model) == 0
+    generate(model, prompt())
+    assert "kept cache     0.0 MB" in str(river_compile.report(model))
+    assert free_cache(model) == sum(2 * 2 * 16 * 4 * slots for slots in (32, 32))  # K and V, heads, features, bytes
+    assert free_cache(model) == 0
+    generate(model, prompt())
+    river_compile.restore(model)
+    assert find_state(model) is None

@@ -1,0 +1,63 @@
+"""The entropy of a head's distribution: against float64, by C++ on every instruction set."""
+
+import math
+
+import pytest
+import torch
+from hypothesis import given
+from hypothesis import strategies as st
+
+from river_compile.kernels.native import load
+from tests.kernels.native.running import DTYPES, ISAS, called, native, same_bits
+
+pytestmark = pytest.mark.usefixtures("restored")
+
+
+@ISAS
+@given(
+    st.integers(0, 2**31),
+    st.integers(1, 3),
+    st.integers(1, 2),
+    st.sampled_from([1, 50, 2048, 20_001]),
+    st.sampled_from(DTYPES),
+    st.sampled_from([0.01, 1.0, 30.0]),
+    st.integers(0, 40),
+    st.integers(1, 4),
+)
+def test_is_that_of_the_least_sure_row(isa, seed, rows, positions, vocabulary, dtype, scale, impossible, threads):
+    """At the last position; some tokens, in the first chunk or in several, cannot come (-inf)."""
+    load.load(isa)
+    torch.set_num_threads(threads)
+    g = torch.Generator().manual_seed(seed)
+    logits = (scale * torch.randn(rows, positions, vocabulary, generator=g)).to(dtype)
+    impossible = min(impossible, vocabulary - 1) if seed % 2 else (vocabulary - 1) * impossible // 40
+    logits[:, :, :impossible] = -torch.inf
+    expected = torch.special.entr(logits[:, -1].double().softmax(-1)).sum(-1).amax()
+    assert called(native.largest_entropy, logits).item() == pytest.approx(expected.item(), abs=2e-5)
+
+
+@ISAS
+def test_bits_depend_on_no_number_of_threads(isa):
+    load.load(isa)
+    logits = torch.randn(2, 1, 30_000, generator=torch.Generator().manual_seed(0))
+    found = []
+    for threads in (1, 2, 3):
+        torch.set_num_threads(threads)
+        found.append(native.largest_entropy(logits))
+    assert all(same_bits(found[0], other) for other in found)
+
+
+@ISAS
+def test_nan_leaves_nothing_to_trust(isa):
+    load.load(isa)
+    for row in range(2):
+        for at in (0, 2999):
+            logits = torch.zeros(2, 1, 3000)
+            logits[row, 0, at] = torch.nan
+            assert math.isnan(native.largest_entropy(logits).item())
+
+
+def test_other_shapes_are_refused():
+    load.load()
+    with pytest.raises(RuntimeError, match=r"be \[B, T, V\]"):
+        native.largest_entropy(torch.zeros(3, 4))
