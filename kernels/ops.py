@@ -238,7 +238,9 @@ def _(q: Tensor, k_cache: Tensor, v_cache: Tensor, mask: Tensor | None, scale: f
 
 
 @torch.library.custom_op("river::attention", mutates_args=())
-def attention(q: Tensor, k_cache: Tensor, v_cache: Tensor, mask: Tensor | None, scale: float, causal: bool) -> Tensor:
+def attention(
+    q: Tensor, k_cache: Tensor, v_cache: Tensor, mask: Tensor | None, scale: float, softcap: float, causal: bool
+) -> Tensor:
     """Attends from several query positions to the slots of a static cache.
 
     Args:
@@ -246,19 +248,28 @@ def attention(q: Tensor, k_cache: Tensor, v_cache: Tensor, mask: Tensor | None, 
         k_cache, v_cache: ``[B, J, S, D]``, H a multiple of J.
         mask: ``[B or 1, 1, T, S]``: bool, True for what takes part, or floating, added to the scores. None for all.
         scale: of the scores.
+        softcap: c in c tanh(score / c), before the mask; 0 for none.
         causal: position t attends to slots 0 to t, without a mask.
 
     Returns:
-        ``[B, T, H, D]`` in q's dtype.
+        ``[B, T, H, D]`` in q's dtype, zeros where a position reads no slot.
     """
-    out = F.scaled_dot_product_attention(
-        q.transpose(1, 2), k_cache, v_cache, mask, is_causal=causal, scale=scale, enable_gqa=True
-    )
-    return out.transpose(1, 2).contiguous()
+    k, v = (cache.float().repeat_interleave(q.shape[2] // cache.shape[1], 1) for cache in (k_cache, v_cache))
+    scores = q.transpose(1, 2).float() @ k.mT * scale
+    if softcap:
+        scores = softcap * torch.tanh(scores / softcap)
+    if causal:
+        mask = torch.ones(scores.shape[2:], dtype=torch.bool, device=q.device).tril()
+    if mask is not None:
+        scores = scores.masked_fill(~mask, -torch.inf) if mask.dtype == torch.bool else scores + mask
+    weights = torch.softmax(scores, -1).masked_fill(scores.amax(-1, keepdim=True) == -torch.inf, 0.0)
+    return (weights @ v).transpose(1, 2).contiguous().to(q.dtype)
 
 
 @attention.register_fake
-def _(q: Tensor, k_cache: Tensor, v_cache: Tensor, mask: Tensor | None, scale: float, causal: bool) -> Tensor:
+def _(
+    q: Tensor, k_cache: Tensor, v_cache: Tensor, mask: Tensor | None, scale: float, softcap: float, causal: bool
+) -> Tensor:
     return torch.empty_like(q, memory_format=torch.contiguous_format)
 
 

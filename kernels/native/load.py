@@ -7,7 +7,7 @@
     rescore            logits, the largest of them computed anew from a matrix in x's dtype
     kv_fill            q|k|v -> qk-norm, rotary embedding, cache slot; returns q and mutates the caches
     decode_attention   one query position over a static cache
-    attention          several; of more than 16 a library computes it
+    attention          several: up to 16 each by itself, more in blocks that read a slot once
     shift              the entries of a cache ``[B, J, S, D]`` moved up by one slot, in place
     few_rows           up to which `dense` is recorded, by whether x is in bfloat16 and by positions of a sequence
     exit_score         the least cosine of the rows of two matrices
@@ -17,9 +17,9 @@
 
 Arguments are those of the operators ``river::*`` (see `river_compile.kernels.ops`), but for the layout: `linear` and
 `experts` take the bytes of the layouts "native", their `bits` and `int8_activations`, with which x is rounded to 8 bits
-with one scale for each group of each row; without, it is read as it is. A product's or an attention's row has the same
-bits whatever the number of rows and threads, which are ``torch.get_num_threads()``; of more than 8 rows `dense` lets a
-library compute the product, but in bfloat16 with "amx" and "avx512_bf16".
+with one scale for each group of each row; without, it is read as it is. A product's row has the same bits whatever the
+number of rows and threads, which are ``torch.get_num_threads()``, and so has attention's, of up to 16 positions and of
+more; of more than 8 rows `dense` lets a library compute the product, but in bfloat16 with "amx" and "avx512_bf16".
 
 Not handled: gradients, other devices than the CPU, products of many rows at the speed of a library.
 """

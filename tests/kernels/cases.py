@@ -1,11 +1,14 @@
 """Random cases of the operators around the KV cache, for the kernels of every kind."""
 
+import torch
 from hypothesis import strategies as st
 
 from river_compile.kernels.triton.decode_attention import DecodeAttentionSpec
 from river_compile.kernels.triton.kv_fill import HEAD_NORMS, KvFillSpec
 
 DIMS = (16, 24, 64, 80, 96, 128, 256)
+NATIVE_DIMS = (8, *DIMS)
+CHUNK = 256  # slots whose attention the C++ kernels of one position sum before they put chunks together
 
 
 @st.composite
@@ -52,3 +55,21 @@ def attention_cases(draw, most_slots=150, dims=DIMS[:-1]):
     )
     padding = draw(st.integers(0, slots - 1)) if padded else 0
     return spec, padding, draw(st.integers(0, 2**20))
+
+
+def inputs(b: int, h: int, j: int, s: int, d: int, dtype: torch.dtype, seed: int = 0) -> tuple[torch.Tensor, ...]:
+    """Query and caches."""
+    g = torch.Generator().manual_seed(seed)
+    return tuple(torch.randn(*shape, generator=g).to(dtype) for shape in ((b, h, d), (b, j, s, d), (b, j, s, d)))
+
+
+@st.composite
+def masks(draw, batch: int, slots: int) -> torch.Tensor:
+    """Slots that take part: any, most, or a window of them, perhaps of one sequence none."""
+    g = torch.Generator().manual_seed(draw(st.integers(0, 2**20)))
+    live = torch.rand(batch, slots, generator=g) < draw(st.sampled_from((0.02, 0.5, 1.0)))
+    first = draw(st.integers(0, slots - 1))
+    live[:, :first] &= draw(st.booleans())
+    live[:, first + draw(st.integers(1, slots)) :] = False
+    live[0] &= draw(st.booleans())
+    return live

@@ -118,6 +118,15 @@ def attention(
     return torch.einsum("bhs,bhsd->bhd", weights, v)
 
 
+def attention_of_several(
+    q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, *, mask: torch.Tensor, added: torch.Tensor, **how: float
+) -> torch.Tensor:
+    """The same for q ``[B, T, H, D]``; `mask` and `added` are ``[B, T, S]``."""
+    k, v = (cache.repeat_interleave(q.shape[1], 0) for cache in (k, v))
+    rows = {"mask": mask.flatten(0, 1), "added": added.flatten(0, 1)}
+    return attention(q.flatten(0, 1), k, v, **rows, **how).view(q.shape)
+
+
 def row_similarity(hidden: torch.Tensor, previous: torch.Tensor) -> torch.Tensor:
     """Cosine of ``[..., D]`` against ``[..., D]`` per row; NaN where a row is zero or not finite."""
     hidden, previous = hidden.double(), previous.double()

@@ -60,7 +60,8 @@ def sample_calls():
     calls["decode_attention"] = (random(2, 2, 16), k_cache, v_cache, None, 0.25, 0.0)
     mask = random(2, 6)
     several = torch.ones(1, 1, 3, k_cache.shape[2], dtype=torch.bool)
-    calls["attention"] = (random(2, 3, 2, 16), k_cache, v_cache, several, 0.25, False)
+    calls["attention"] = (random(2, 3, 2, 16), k_cache, v_cache, several, 0.25, 0.0, False)
+    calls["attention capped"] = (random(2, 3, 2, 16), k_cache, v_cache, several, 0.25, 2.0, False)
     calls["decode_attention masked"] = (random(2, 2, 16), k_cache, v_cache, mask, 0.25, 0.0)
     calls["exit_score"] = (random(2, 1, 64), random(2, 1, 64))
     calls["residual_score"] = (random(2, 1, 64), random(2, 1, 64), random(2, 1, 64))
@@ -142,6 +143,20 @@ def test_filling_and_attending_a_strided_cache_step_by_step():
         out = river.decode_attention(q, k_cache, v_cache, written, 0.25, 0.0)
         expected = reference.attention(q, k_cache, v_cache, scale=0.25, mask=written)
         torch.testing.assert_close(out.double(), expected, atol=1e-6, rtol=1e-5)
+
+
+@pytest.mark.parametrize("softcap", [0.0, 2.0])
+@pytest.mark.parametrize("kind", ["none", "causal", "bool", "added"])
+def test_attention_of_several_positions(kind, softcap):
+    q, k, v = random(2, 5, 4, 16), random(2, 2, 7, 16), random(2, 2, 7, 16)
+    live = torch.ones(2, 5, 7, dtype=torch.bool)
+    live = live.tril() if kind == "causal" else live if kind == "none" else random(2, 5, 7) > 0
+    live[1, 3] &= kind != "bool"  # (that position reads no slot)
+    added = random(2, 5, 7) * (kind == "added")
+    given = {"bool": live, "added": added.masked_fill(~live, -torch.inf)}.get(kind)
+    out = river.attention(q, k, v, None if given is None else given[:, None], 0.25, softcap, kind == "causal")
+    expected = reference.attention_of_several(q, k, v, scale=0.25, softcap=softcap, mask=live, added=added)
+    torch.testing.assert_close(out.double(), expected, atol=1e-5, rtol=1e-5)
 
 
 @pytest.mark.parametrize("layout", ["triton", "plain", "aten_cpu"])

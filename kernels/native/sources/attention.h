@@ -4,7 +4,7 @@
 // Keys and values of slots that take no part are never read, and the query heads that share a key-value head read it
 // once. Chunks are counted from a row's first slot that takes part. So every result is summed in one order, whatever the
 // number of positions and threads, and however much padding stands before the row. Not handled: masks that differ
-// between heads, and many positions at the speed of a library.
+// between heads, and many positions, which prompt_attention.h is for.
 #pragma once
 
 #include <algorithm>

@@ -124,7 +124,8 @@ STABLE_TORCH_LIBRARY_FRAGMENT(river_native, m) {
   m.def(
       "decode_attention(Tensor q, Tensor k_cache, Tensor v_cache, Tensor? mask, float scale, float softcap) -> Tensor");
   m.def(
-      "attention(Tensor q, Tensor k_cache, Tensor v_cache, Tensor? mask, float scale, bool causal) -> Tensor");
+      "attention(Tensor q, Tensor k_cache, Tensor v_cache, Tensor? mask, float scale, float softcap, bool causal) "
+      "-> Tensor");
   m.def("shift(Tensor(a!) cache) -> ()");
   m.def("exit_score(Tensor hidden, Tensor previous) -> Tensor");
   m.def("largest_entropy(Tensor logits) -> Tensor");

@@ -108,12 +108,7 @@ inline void describe_mask(AttentionArgs& a, const Tensor& mask, int64_t sequence
   a.mask_dtype = mask.scalar_type() == ScalarType::Bool ? kBool : dtype_of(mask, "mask");
 }
 
-inline Tensor run_attention(AttentionArgs& a, const Tensor& q) {
-  check(q.is_contiguous() || !Tape::recording(), "q", "be contiguous to be recorded");
-  const Tensor query = q.is_contiguous() ? q : torch::stable::contiguous(q);
-  Tensor out = empty_rows(q, a.head_dim);
-  a.q = query.data_ptr();
-  a.out = out.data_ptr();
+inline void run_few(AttentionArgs& a) {
   const int64_t partials = int64_t(a.batch) * a.positions * a.heads * a.chunks;
   if (a.chunks > 1) a.partial = reinterpret_cast<float*>(workspace(partials * (a.head_dim + 2) * sizeof(float)));
   const int most = threads();
@@ -123,6 +118,40 @@ inline Tensor run_attention(AttentionArgs& a, const Tensor& q) {
     call.run({{kernels().attend, parts}}, most);
   else
     call.run({{kernels().attend, parts}, {kernels().combine, parts_of(partials * a.head_dim, 1 << 14, most)}}, most);
+}
+
+// (Blocks depend on a model's heads alone: a row's bits must not depend on threads or other rows.)
+inline void run_many(const AttentionArgs& of) {
+  PromptArgs a{of};
+  const int shared = of.heads / of.kv_heads, features = (of.head_dim + 15) / 16 * 16;
+  a.block = shared == 1 ? 48 : shared == 2 ? 32 : 16;
+  a.together = std::min(shared, 8);
+  const int64_t groups = (shared + a.together - 1) / a.together, blocks = (of.positions + a.block - 1) / a.block;
+  a.units = of.batch * blocks * of.kv_heads * groups;
+  const int64_t rows = int64_t(a.together) * a.block;
+  const int64_t words = 2 * rows * (features + 1) + kPromptChunk * (2 * features + 3 * kBlock + a.block);
+  a.scratch_bytes = (words * 4 + of.slots + 63) / 64 * 64;
+  const int most = threads(), parts = int(std::min<int64_t>(a.units, most));
+  char* memory = workspace(parts * a.scratch_bytes + 64);
+  a.taken = reinterpret_cast<uint64_t*>(memory);
+  *a.taken = 0;
+  a.scratch = memory + 64;
+  if (Tape::recording())
+    Call<PromptArgs>(a).run({{kernels().attend_prompt, parts}}, most);
+  else
+    run_beside_library(kernels().attend_prompt, &a, parts);
+}
+
+inline Tensor run_attention(AttentionArgs& a, const Tensor& q) {
+  check(q.is_contiguous() || !Tape::recording(), "q", "be contiguous to be recorded");
+  const Tensor query = q.is_contiguous() ? q : torch::stable::contiguous(q);
+  Tensor out = empty_rows(q, a.head_dim);
+  a.q = query.data_ptr();
+  a.out = out.data_ptr();
+  if (a.positions > kFewPositions)
+    run_many(a);
+  else
+    run_few(a);
   return out;
 }
 
@@ -138,35 +167,11 @@ inline Tensor decode_attention(const Tensor& q, const Tensor& k_cache, const Ten
   return run_attention(a, q);
 }
 
-inline Tensor repeated(const Tensor& cache, int64_t times) {
-  using torch::stable::detail::from;
-  if (times == 1) return cache;
-  const std::optional<int64_t> dim = 1, size = std::nullopt;
-  StableIValue stack[] = {from(cache), from(times), from(dim), from(size)};
-  STABLE_TORCH_ERROR_CODE_CHECK(torch_call_dispatcher("aten::repeat_interleave", "self_int", stack, TORCH_ABI_VERSION));
-  return torch::stable::detail::to<Tensor>(stack[0]);
-}
-
-// (The library's attention of grouped queries is slower than that of repeated heads.)
-inline Tensor library_attention(const Tensor& q, const Tensor& k_cache, const Tensor& v_cache, const Maybe& mask,
-                                double scale, bool causal) {
-  using torch::stable::transpose;
-  using torch::stable::detail::from;
-  check(!Tape::recording(), "attention of many positions", "not be recorded");
-  const int64_t times = q.size(2) / k_cache.size(1);
-  StableIValue stack[] = {from(transpose(q, 1, 2)), from(repeated(k_cache, times)),     from(repeated(v_cache, times)),
-                          from(mask),               from(0.0),                          from(causal),
-                          from(std::optional(scale)), from(false)};
-  STABLE_TORCH_ERROR_CODE_CHECK(
-      torch_call_dispatcher("aten::scaled_dot_product_attention", "", stack, TORCH_ABI_VERSION));
-  return torch::stable::contiguous(transpose(torch::stable::detail::to<Tensor>(stack[0]), 1, 2));
-}
-
 inline Tensor attention(const Tensor& q, const Tensor& k_cache, const Tensor& v_cache, const Maybe& mask, double scale,
-                        bool causal) {
+                        double softcap, bool causal) {
   AttentionArgs a{};
   check(q.dim() == 4, "q", "be [B, T, H, D]");
-  describe_attention(a, q, q.size(1), k_cache, v_cache, scale, 0);
+  describe_attention(a, q, q.size(1), k_cache, v_cache, scale, softcap);
   a.causal = causal;
   if (mask) {
     const bool each = mask->dim() == 4 && mask->size(0) == a.batch;
@@ -175,7 +180,6 @@ inline Tensor attention(const Tensor& q, const Tensor& k_cache, const Tensor& v_
     describe_mask(a, *mask, each ? mask->stride(0) : 0, mask->stride(2));
   }
   check(!mask || !causal, "mask", "not be given beside causal");
-  if (a.positions > kFewPositions) return library_attention(q, k_cache, v_cache, mask, scale, causal);
   return run_attention(a, q);
 }
 

@@ -5,25 +5,29 @@
 
 #include "phases.h"
 #include "scalars.h"
+#include "vectors.h"
 
 namespace river {
 
-// e^x within 2 units in the last place for -87 < x < 88, the value at the nearer end beyond, NaN for NaN.
-inline float exp_of(float x) {
-  x = x < -87.0f ? -87.0f : x;
-  x = x > 88.0f ? 88.0f : x;
-  const float shifted = x * 1.44269504f + 12582912.0f;  // adding 1.5 * 2^23 rounds to the nearest integer
-  const float n = shifted - 12582912.0f;
-  const float r = (x - n * 0.693359375f) + n * 2.12194440e-4f;  // ln 2 in two parts, the first exact in n * part
-  float p = 1.0f / 5040;
+// e^x within 2 units in the last place for -87 < x < 88, the value at the nearer end beyond, NaN for NaN. Of a float or
+// of each lane of a vector.
+template <class T>
+inline T exp_of(T x) {
+  x = x < -87.0f ? T{} - 87.0f : x;
+  x = x > 88.0f ? T{} + 88.0f : x;
+  const T shifted = x * 1.44269504f + 12582912.0f;  // adding 1.5 * 2^23 rounds to the nearest integer
+  const T n = shifted - 12582912.0f;
+  const T r = (x - n * 0.693359375f) + n * 2.12194440e-4f;  // ln 2 in two parts, the first exact in n * part
+  T p = T{} + 1.0f / 5040;
   for (const float c : {1.0f / 720, 1.0f / 120, 1.0f / 24, 1.0f / 6, 0.5f, 1.0f, 1.0f}) p = p * r + c;
   return p * bits_to_float((float_to_bits(shifted) << 23) + 0x3f800000u);  // (2^n: n stands in the lowest bits)
 }
 
-inline float tanh_of(float x) {
-  const float e = exp_of(-2.0f * (x < 0 ? -x : x));
-  const float t = (1.0f - e) / (1.0f + e);
-  return x < 0 ? -t : t;
+template <class T>
+inline T tanh_of(T x) {
+  const T e = exp_of(-2.0f * (x < 0.0f ? -x : x));
+  const T t = (1.0f - e) / (1.0f + e);
+  return x < 0.0f ? -t : t;
 }
 
 inline void activate(int32_t activation, float* y, int count) {

@@ -7,6 +7,7 @@
 #include "phases.h"
 #include "plumbing.h"
 #include "prepare.h"
+#include "prompt_attention.h"
 #include "rescore.h"
 #include "tiles.h"
 
@@ -17,6 +18,6 @@ extern "C" __attribute__((visibility("default"))) const river::Kernels* river_ke
   static const river::Kernels kernels = {RIVER_NAME(RIVER_ISA), river::prepare, river::linear, river::kv_fill,
                                          river::attend,         river::combine, river::count,  river::copy,
                                          river::score,          river::finish,  river::shift,   river::kOfBfloat16,
-                                         river::rescore,        river::weigh,   river::entropy};
+                                         river::rescore,        river::weigh,   river::entropy, river::attend_prompt};
   return &kernels;
 }

@@ -132,6 +132,18 @@ struct AttentionArgs {
   float scale, softcap;
 };
 
+constexpr int kPromptChunk = 64;  // slots that many positions meet at a time
+
+// The same of many positions. Parts take blocks of positions, of one key-value head each, as long as there are any.
+struct PromptArgs {
+  AttentionArgs of;
+  int64_t units;     // blocks of all sequences and heads
+  uint64_t* taken;   // how many were taken by anyone, 0 at first
+  char* scratch;     // [parts, scratch_bytes]
+  int64_t scratch_bytes;
+  int32_t block, together;  // positions of a block, a multiple of 16; query heads that are computed with one another
+};
+
 // out = a + b + by, int64s; a and b hold one, or as many as out, and b may be null.
 struct CountArgs {
   const int64_t *a, *b;
@@ -198,6 +210,7 @@ struct Kernels {
   Run rescore;  // RescoreArgs
   Run weigh;    // EntropyArgs
   Run entropy;  // EntropyArgs
+  Run attend_prompt;  // PromptArgs
 };
 
 }  // namespace river

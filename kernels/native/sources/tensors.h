@@ -118,7 +118,7 @@ inline void run_beside_library(Run run, const void* args, int parts) {
   });
 }
 
-constexpr int kFewPositions = 16;  // up to which our attention keeps pace with a library's, and passes run on our threads
+constexpr int kFewPositions = 16;  // up to which each attends by itself, and passes run on our threads
 
 inline int threads() { return int(torch::stable::get_num_threads()); }
 

@@ -241,4 +241,8 @@ constexpr float kSingleOffset = -8;
 
 constexpr int kLanes = 16 / kHalves;
 
+typedef uint32_t Bits __attribute__((vector_size(4 * kLanes)));
+RIVER_INLINE Bits float_to_bits(Floats x) { return (Bits)x; }
+RIVER_INLINE Floats bits_to_float(Bits x) { return (Floats)x; }
+
 }  // namespace river

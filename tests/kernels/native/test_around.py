@@ -239,7 +239,7 @@ def test_more_rows_go_through_a_librarys_product(m, n, k, seed):
 def test_many_rows_in_bfloat16(isa, m, n, k, seed):
     """Blocks of rows and of features that end anywhere, and matrices of which one ends within a block.
 
-    Up to 64 rows are recorded, but for positions of one sequence: those stand between a library's attention.
+    Up to 64 rows are recorded, but for more than 16 positions of one sequence: a prompt's products run at once.
     """
     load.load(isa)
     torch.set_num_threads(1 + seed % 3)

@@ -1,4 +1,5 @@
 """The C++ operators around the KV cache against float64: the checks that generated kernels pass, and some of their own.
+(Attention of several positions: test_positions.py.)
 
 `kv_fill` and `decode_attention` take the cases of tests/kernels/triton; every call is made twice, the second time from
 a tape (`running.called`).
@@ -17,13 +18,10 @@ from river_compile.kernels.native import load
 from river_compile.kernels.triton.decode_attention import DecodeAttentionSpec
 from river_compile.kernels.triton.kv_fill import KvFillSpec
 from tests.kernels import reference
-from tests.kernels.cases import attention_cases, kv_cases
+from tests.kernels.cases import CHUNK, NATIVE_DIMS, attention_cases, inputs, kv_cases, masks
 from tests.kernels.checks import check_attention, check_kv_fill
-from tests.kernels.harness import assert_close, assert_rounded, examples
+from tests.kernels.harness import assert_rounded, examples
 from tests.kernels.native.running import DTYPES, ISAS, Cache, called, native, same_bits
-
-DIMS = (8, 16, 24, 64, 80, 96, 128, 256)
-CHUNK = 256  # slots whose attention is summed before chunks are put together
 
 pytestmark = pytest.mark.usefixtures("restored")
 
@@ -55,7 +53,7 @@ LAYOUTS = st.builds(Runs, st.sampled_from((0, 3)), st.booleans())
 
 
 @ISAS
-@given(case=kv_cases(DIMS), runs=LAYOUTS, threads=st.integers(1, 3))
+@given(case=kv_cases(NATIVE_DIMS), runs=LAYOUTS, threads=st.integers(1, 3))
 @examples(12)
 def test_query_and_slot(isa, case, runs, threads):
     load.load(isa)
@@ -71,31 +69,13 @@ def test_a_slot_outside_of_the_cache_writes_nothing(isa, slot):
 
 
 @ISAS
-@given(case=attention_cases(most_slots=3 * CHUNK, dims=DIMS), runs=LAYOUTS, threads=st.integers(1, 3))
+@given(case=attention_cases(most_slots=3 * CHUNK, dims=NATIVE_DIMS), runs=LAYOUTS, threads=st.integers(1, 3))
 @examples(12)
 def test_one_query_position(isa, case, runs, threads):
     """One chunk and several, groups of 1 to 17 heads; slots that are left out hold NaN."""
     load.load(isa)
     torch.set_num_threads(threads)
     check_attention(*case, run=runs.attention)
-
-
-def inputs(b: int, h: int, j: int, s: int, d: int, dtype: torch.dtype, seed: int = 0) -> tuple[torch.Tensor, ...]:
-    """Query and caches."""
-    g = torch.Generator().manual_seed(seed)
-    return tuple(torch.randn(*shape, generator=g).to(dtype) for shape in ((b, h, d), (b, j, s, d), (b, j, s, d)))
-
-
-@st.composite
-def masks(draw, batch: int, slots: int) -> torch.Tensor:
-    """Slots that take part: any, most, or a window of them, perhaps of one sequence none."""
-    g = torch.Generator().manual_seed(draw(st.integers(0, 2**20)))
-    live = torch.rand(batch, slots, generator=g) < draw(st.sampled_from((0.02, 0.5, 1.0)))
-    first = draw(st.integers(0, slots - 1))
-    live[:, :first] &= draw(st.booleans())
-    live[:, first + draw(st.integers(1, slots)) :] = False
-    live[0] &= draw(st.booleans())
-    return live
 
 
 @ISAS
@@ -194,33 +174,6 @@ def test_a_mask_of_one_row_and_a_mask_that_is_part_of_a_larger_one():
 
 
 @ISAS
-@given(st.data(), st.integers(1, 3), st.integers(2, 20), st.sampled_from((24, CHUNK + 40)), st.sampled_from(DTYPES))
-@examples(12)
-def test_several_positions_attend_as_each_does_alone(isa, data, batch, positions, slots, dtype):
-    """Up to 16 positions to the bit; of more a library computes them, whose rounding is its own."""
-    load.load(isa)
-    seed = data.draw(st.integers(0, 2**20))
-    q = torch.randn(batch, positions, 6, 24, generator=torch.Generator().manual_seed(seed)).to(dtype)
-    _, k, v = inputs(batch, 6, 2, slots, 24, dtype, seed)
-    causal = data.draw(st.booleans())
-    of_each = data.draw(st.booleans())
-    mask = torch.stack([data.draw(masks(batch if of_each else 1, slots)) for _ in range(positions)], 1)[:, None]
-    mask[..., 0] = True  # (what a library makes of no slot at all is its own)
-    if causal:
-        mask = torch.ones(1, 1, positions, slots, dtype=torch.bool).tril()
-    out = native.attention(q, k, v, None if causal else mask, 0.25, causal)
-    for i in range(positions):
-        row = mask[:, 0, i].expand(batch, slots).contiguous()
-        alone = native.decode_attention(q[:, i].contiguous(), k, v, row, 0.25, 0.0)
-        if positions <= 16:
-            assert torch.equal(out[:, i], alone)
-        else:
-            expected = reference.attention(q[:, i], k, v, scale=0.25, mask=row)
-            magnitude = v.double().abs().amax((1, 2, 3))[:, None, None].expand(expected.shape)
-            assert_close(out[:, i], expected, magnitude)
-
-
-@ISAS
 @given(st.integers(1, 3), st.integers(2, 5), st.booleans(), st.booleans(), st.sampled_from(DTYPES))
 @examples(12)
 def test_several_positions_are_written_as_each_is_alone(isa, batch, positions, of_each, normed, dtype):
@@ -291,7 +244,7 @@ def sample_calls() -> dict[str, tuple]:
     return {
         "kv_fill": (qkv, None, None, *tables, slot, k, v, "none", 0.0, False),
         "decode_attention": (q, k, v, torch.ones(2, 6, dtype=torch.bool), 0.25, 0.0),
-        "attention": (torch.randn(2, 3, 2, 16).bfloat16(), k, v, torch.ones(1, 1, 3, 6), 0.25, False),
+        "attention": (torch.randn(2, 3, 2, 16).bfloat16(), k, v, torch.ones(1, 1, 3, 6), 0.25, 0.0, False),
         "add": (slot, slot.clone()[None]),
         "advance": (slot, 1),
         "copy": (q, torch.empty_like(q)),
@@ -331,7 +284,7 @@ def test_fake_operators_give_the_real_ones_shapes_and_dtypes(name):
         ("attention", 0, torch.ones(2, 2, 16).bfloat16(), "q must be"),
         ("attention", 3, torch.ones(3, 1, 3, 6), "mask must be"),
         ("attention", 3, torch.ones(1, 1, 2, 6), "mask must be"),
-        ("attention", 5, True, "mask must not be given"),
+        ("attention", 6, True, "mask must not be given"),
         ("add", 0, torch.ones(2, 2, dtype=torch.int64), "a and b must be one number"),
         ("add", 1, torch.tensor([1.0]), "b must be int64"),
         ("advance", 0, torch.tensor([1], dtype=torch.int32), "counter must be int64"),

@@ -1,0 +1,105 @@
+// The slots that a block of query positions reads, in chunks, and what the mask adds to the scores of each position.
+#pragma once
+
+#include <algorithm>
+#include <cstring>
+
+#include "attention.h"
+#include "phases.h"
+
+namespace river {
+
+class Readers {
+ public:
+  // `memory` has room for kPromptChunk times `block` floats, and a byte for each slot of the cache.
+  Readers(const AttentionArgs& a, int block, float* memory)
+      : a_(a), block_(block), added_(memory), readers_(reinterpret_cast<uint8_t*>(memory + kPromptChunk * block)) {}
+
+  // Turns to the positions `first` to `first + positions - 1` of a sequence.
+  void find(int64_t sequence, int first, int positions) {
+    mask_ = sequence * a_.mask_sequence;
+    first_ = first;
+    positions_ = positions;
+    const int last = first + positions, slots = a_.causal ? std::min(a_.slots, last) : a_.slots;
+    begin_ = 0;
+    end_ = slots;
+    if (a_.mask) return count_readers(last);
+    for (int slot = 0; slot < slots; ++slot)
+      readers_[slot] = uint8_t(a_.causal ? std::min(positions, last - slot) : positions);
+  }
+
+  void rewind() { next_ = begin_; }
+
+  // Lists the next slots that some position reads, and returns whether there are any.
+  bool next() {
+    count = 0;
+    masked = false;
+    for (; next_ < end_ && count < kPromptChunk; ++next_) {
+      if (!readers_[next_]) continue;
+      slots[count++] = next_;
+      masked |= readers_[next_] != positions_;
+    }
+    if (masked) find_added();
+    return count > 0;
+  }
+
+  int32_t slots[kPromptChunk], count;
+  bool masked;  // whether a position reads not all of these slots, or the mask adds to its scores
+
+  // [slot of the chunk, position of the block], -inf where it is not read. Of chunks that are masked alone.
+  const float* added() const { return added_; }
+
+ private:
+  // Counts the positions of the block that read each slot, 128 beside it where the mask adds to the scores.
+  void count_readers(int last) {
+    uint8_t* const readers = readers_;  // (which the compiler would read anew for every byte)
+    const int slots = end_;
+    std::fill(readers, readers + slots, 0);
+    for (int position = first_; position < last; ++position) {
+      const int64_t at = mask_ + position * a_.mask_position;
+      if (a_.mask_dtype == kBool) {
+        const auto* mask = static_cast<const uint8_t*>(a_.mask) + at;
+        for (int slot = 0; slot < slots; ++slot) readers[slot] += mask[slot];
+        continue;
+      }
+      for (int slot = 0; slot < slots; ++slot) {
+        float added;
+        const uint8_t reads = takes_part(a_, at, slot, added);
+        readers[slot] = uint8_t((readers[slot] + reads) | (reads && added != 0 ? 128 : 0));
+      }
+    }
+    const auto some = [&](int slot) {  // of eight
+      uint64_t eight;
+      std::memcpy(&eight, readers + slot, 8);
+      return eight != 0;
+    };
+    while (end_ >= 8 && !some(end_ - 8)) end_ -= 8;
+    while (begin_ + 8 <= end_ && !some(begin_)) begin_ += 8;
+  }
+
+  void find_added() {
+    for (int i = 0; i < positions_; ++i) {
+      const int64_t position = first_ + i, at = mask_ + position * a_.mask_position;
+      float* const to = added_ + i;
+      if (a_.mask && a_.mask_dtype == kBool) {
+        const auto* mask = static_cast<const uint8_t*>(a_.mask) + at;
+        for (int j = 0; j < count; ++j) to[j * block_] = mask[slots[j]] ? 0.0f : kMinusInfinity;
+        continue;
+      }
+      for (int j = 0; j < count; ++j) {
+        float added = 0;
+        const bool reads = a_.causal ? slots[j] <= position : takes_part(a_, at, slots[j], added);
+        to[j * block_] = reads ? added : kMinusInfinity;
+      }
+    }
+  }
+
+  const AttentionArgs& a_;
+  const int block_;
+  float* const added_;
+  uint8_t* const readers_;
+  int64_t mask_ = 0;
+  int first_ = 0, positions_ = 0, begin_ = 0, end_ = 0, next_ = 0;
+};
+
+}  // namespace river

@@ -1,0 +1,127 @@
+"""The C++ attention of several query positions over a static cache: few as each alone, many against float64."""
+
+from __future__ import annotations
+
+import math
+
+import pytest
+import torch
+from hypothesis import given
+from hypothesis import strategies as st
+
+from river_compile.kernels.native import load
+from tests.kernels import reference
+from tests.kernels.cases import CHUNK, NATIVE_DIMS, inputs, masks
+from tests.kernels.harness import assert_close, examples
+from tests.kernels.native.running import DTYPES, ISAS, Cache, called, native
+
+pytestmark = pytest.mark.usefixtures("restored")
+
+
+@ISAS
+@given(st.data(), st.integers(1, 3), st.integers(2, 16), st.sampled_from((24, CHUNK + 40)), st.sampled_from(DTYPES))
+@examples(12)
+def test_few_positions_attend_as_each_does_alone(isa, data, batch, positions, slots, dtype):
+    load.load(isa)
+    seed, softcap = data.draw(st.integers(0, 2**20)), data.draw(st.sampled_from((0.0, 3.0)))
+    q = torch.randn(batch, positions, 6, 24, generator=torch.Generator().manual_seed(seed)).to(dtype)
+    _, k, v = inputs(batch, 6, 2, slots, 24, dtype, seed)
+    causal = data.draw(st.booleans())
+    of_each = data.draw(st.booleans())
+    mask = torch.stack([data.draw(masks(batch if of_each else 1, slots)) for _ in range(positions)], 1)[:, None]
+    if causal:
+        mask = torch.ones(1, 1, positions, slots, dtype=torch.bool).tril()
+    out = native.attention(q, k, v, None if causal else mask, 0.25, softcap, causal)
+    for i in range(positions):
+        row = mask[:, 0, i].expand(batch, slots).contiguous()
+        alone = native.decode_attention(q[:, i].contiguous(), k, v, row, 0.25, softcap)
+        assert torch.equal(out[:, i], alone)
+
+
+@st.composite
+def masks_of_many(draw, batch: int, positions: int, slots: int) -> torch.Tensor:
+    """``[batch, T, S]``: any slots, or what a prompt reads: filled ones, causal, perhaps a window, or padded before."""
+    if draw(st.booleans()):
+        return torch.stack([draw(masks(batch, slots)) for _ in range(positions)], 1)
+    held = draw(st.integers(0, slots))  # before the first position
+    last, slot = torch.arange(positions)[:, None] + held, torch.arange(slots)
+    live = (slot <= last) & (slot > last - draw(st.sampled_from((1, 20, slots))))
+    return live & (slot >= draw(st.integers(0, slots)) * torch.arange(batch)[:, None, None])
+
+
+@ISAS
+@given(
+    data=st.data(),
+    batch=st.integers(1, 2),
+    heads=st.sampled_from(((1, 1), (4, 2), (6, 2), (9, 1), (3, 3), (34, 2))),
+    positions=st.sampled_from((17, 32, 49, 70)),
+    slots=st.sampled_from((1, 7, 64, 65, 200)),
+    dim=st.sampled_from(NATIVE_DIMS),
+    kind=st.sampled_from(("none", "causal", "bool", "-inf", "least", "noise")),
+    layout=st.tuples(st.sampled_from((0, 3)), st.booleans()),
+    threads=st.integers(1, 3),
+)
+@examples(25)
+def test_many_positions(isa, data, batch, heads, positions, slots, dim, kind, layout, threads):
+    """Blocks that end anywhere, groups of 1 to 17 heads, every kind of mask; slots that no position reads hold NaN."""
+    load.load(isa)
+    torch.set_num_threads(threads)
+    dtype, softcap = data.draw(st.sampled_from(DTYPES)), data.draw(st.sampled_from((0.0, 0.0, 3.0)))
+    seed, of = data.draw(st.integers(0, 2**20)), batch if data.draw(st.booleans()) else 1
+    q = torch.randn(batch, positions, heads[0], dim, generator=torch.Generator().manual_seed(seed)).to(dtype)
+    _, k, v = inputs(batch, *heads, slots, dim, dtype, seed)
+    live = torch.ones(of, positions, slots, dtype=torch.bool)
+    live = {"none": live, "causal": live.tril()}.get(kind)
+    live = data.draw(masks_of_many(of, positions, slots)) if live is None else live
+    mask, added = {"none": None, "causal": None}.get(kind, live), torch.zeros(live.shape)
+    if kind in ("-inf", "least", "noise"):
+        mask_dtype = data.draw(st.sampled_from(DTYPES))
+        added = torch.randn(live.shape, generator=torch.Generator().manual_seed(seed)) * (kind == "noise")
+        least = -math.inf if kind == "-inf" else torch.finfo(mask_dtype).min
+        mask, added = added.to(mask_dtype).masked_fill(~live, least), added.to(mask_dtype)
+    live, added = (x.expand(batch, positions, slots) for x in (live, added))
+    unread = ~live.any(1)[:, None, :, None]
+    spoiled = (Cache(cache.masked_fill(unread, math.nan), *layout).tensor for cache in (k, v))
+    scale = dim**-0.5
+    rows = None if mask is None else mask[:, None]
+    out = called(native.attention, q, *spoiled, rows, scale, softcap, kind == "causal")
+    expected = reference.attention_of_several(q, k, v, scale=scale, softcap=softcap, mask=live, added=added)
+    assert_close(out, expected, v.double().abs().amax().expand(expected.shape))
+    assert not out[~live.any(-1)].any()
+
+
+@ISAS
+@pytest.mark.parametrize("dtype", DTYPES)
+@pytest.mark.parametrize("capacity", [80, 300])
+def test_the_bits_of_a_prompt_depend_on_neither_capacity_nor_batch_nor_threads(isa, dtype, capacity):
+    """Nor on padding: the second row of a batch stands 37 slots further to the right."""
+    load.load(isa)
+    q, k, v = (torch.randn(1, 70, n, 24, generator=torch.Generator().manual_seed(n)).to(dtype) for n in (6, 2, 3))
+    k, v = (cache[:, :, :2].transpose(1, 2).contiguous() for cache in (k, v))
+    torch.set_num_threads(1)
+    alone = native.attention(q, k, v, None, 0.3, 0.0, True)
+    caches = [torch.full((2, 2, capacity + 37, 24), math.nan, dtype=dtype) for _ in range(2)]
+    mask = torch.zeros(2, 1, 70, capacity + 37, dtype=torch.bool)
+    for row, first in enumerate((0, 37)):
+        mask[row, 0, :, first : first + 70] = torch.ones(70, 70, dtype=torch.bool).tril()
+        for cache, entries in zip(caches, (k, v), strict=True):
+            cache[row, :, first : first + 70] = entries[0]
+    for threads in (1, 2, 3, 5):
+        torch.set_num_threads(threads)
+        out = native.attention(q.expand(2, -1, -1, -1), *caches, mask, 0.3, 0.0, False)
+        assert torch.equal(out, alone.expand(2, -1, -1, -1))
+
+
+@ISAS
+@pytest.mark.parametrize("dtype", DTYPES)
+def test_nan_reaches_the_positions_that_read_it(isa, dtype):
+    load.load(isa)
+    q, k, v = (torch.randn(1, 96, 2, 16, generator=torch.Generator().manual_seed(n)).to(dtype) for n in range(3))
+    k, v = (cache.transpose(1, 2).contiguous() for cache in (k, v))
+    clean = native.attention(q, k, v, None, 0.25, 0.0, True)
+    q[0, 3, 1, 5] = k[0, 0, 50, 2] = math.nan
+    out = native.attention(q, k, v, None, 0.25, 0.0, True)
+    spoiled = torch.zeros(out.shape, dtype=torch.bool)
+    spoiled[0, 3, 1] = spoiled[0, 50:, 0] = True
+    assert torch.equal(out.isnan(), spoiled)
+    assert torch.equal(out[~spoiled], clean[~spoiled])
