@@ -51,11 +51,11 @@ class _Pass:
         own = {kind: self._moved(mask, slot) for kind, mask in masks.items()}
         moved["attention_mask"] = own if type(self.inputs["attention_mask"]) is dict else own[None]
         if moved.get("position_ids") is not None:
-            moved["position_ids"] = moved["position_ids"] + by
+            moved["position_ids"] = _copied(moved["position_ids"]).add_(by)
         return moved
 
     def _moved(self, mask: Tensor, slot: int) -> Tensor:
-        moved, first, end = mask.clone(), self.slot, self.slot + self.width
+        moved, first, end = _copied(mask), self.slot, self.slot + self.width
         moved[..., first:slot] = mask[..., -1:, end - 1 : end]  # as a token sees itself
         moved[..., slot : slot + self.width] = mask[..., first:end]
         return moved
@@ -107,11 +107,36 @@ class PassInputs:
             and not hasattr(model, "create_masks_for_generate")
             and all(isinstance(mask, Tensor) and mask.dim() == 4 for _, mask in _masks(inputs))
             and all(filled <= mask.shape[-1] for _, mask in _masks(inputs))
+            and all(map(_has_places_of_its_own, (mask for _, mask in _masks(inputs))))
+            and ("position_ids" not in inputs or _has_places_of_its_own(inputs["position_ids"]))
         )
 
 
 def _has_room(layer: Any, filled: int) -> bool:
     return type(layer) is StaticLayer or (type(layer) is StaticSlidingWindowLayer and filled <= layer.max_cache_len)
+
+
+def _copied(tensor: Tensor) -> Tensor:
+    """Returns a copy, a view of a tensor alike where this is one: Dynamo's guards look at what inputs are views of."""
+    base = tensor._base
+    return tensor.clone() if base is None else base.clone().as_strided(*_place(tensor))
+
+
+def _place(tensor: Tensor) -> tuple:
+    return tensor.size(), tensor.stride(), tensor.storage_offset()
+
+
+def _has_places_of_its_own(tensor: Tensor | None) -> bool:
+    """Whether no two elements share memory, as those of an expanded tensor do."""
+    return tensor is None or all(n == 1 or stride for n, stride in zip(tensor.shape, tensor.stride(), strict=True))
+
+
+def _alike(a: Tensor, b: Tensor) -> bool:
+    """Whether two tensors look the same to compiled code, whatever their values."""
+    if (a._base is None) is not (b._base is None):
+        return False
+    pairs = [(a, b)] if a._base is None or b._base is None else [(a, b), (a._base, b._base)]
+    return all(x.dtype == y.dtype and _place(x) == _place(y) for x, y in pairs)
 
 
 def _masks(inputs: Inputs) -> Iterator[tuple[str | None, Any]]:
@@ -127,8 +152,6 @@ def _same(ours: Inputs, theirs: Inputs) -> bool:
     pairs = [(a, b) for (_, a), (_, b) in zip(_masks(ours), _masks(theirs), strict=True)]
     pairs += [(ours[name], theirs[name]) for name in ours if name != "attention_mask"]
     return all(
-        a.dtype == b.dtype and a.shape == b.shape and a.stride() == b.stride() and torch.equal(a, b)
-        if isinstance(a, Tensor)
-        else a is b
+        _alike(a, b) and torch.equal(a, b) if isinstance(a, Tensor) and isinstance(b, Tensor) else a is b
         for a, b in pairs
     )
