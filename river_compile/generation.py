@@ -22,7 +22,7 @@ from river_compile.distributed.ranks import Ranks, ranks_of
 from river_compile.errors import DecodeError
 from river_compile.kept_cache import LentCache, lent_cache
 from river_compile.runtime.pass_inputs import Inputs, PassInputs
-from river_compile.speculative.hf_frames import KeepsTokenizer, argument_of_generate, brings_cache
+from river_compile.speculative.hf_frames import KeepsTokenizer, argument_of_generate, shares_cache
 from river_compile.upstream.hf_cache import cache_argument, cache_of
 
 
@@ -63,8 +63,7 @@ class Decode:
         streamer = streamer or argument_of_generate("streamer")
         ranks = ranks_of(model.parameters())
         choice = _Choice(config, logits_processor, stopping_criteria, input_ids, ranks)
-        own = config.return_dict_in_generate or brings_cache()
-        with lent_cache(model, input_ids, config, model_kwargs, own, self.static_cache) as lent:
+        with lent_cache(model, input_ids, config, model_kwargs, shares_cache(config), self.static_cache) as lent:
             self._run(model, config, lent, choice, streamer)
         if streamer is not None:
             streamer.end()

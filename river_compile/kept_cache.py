@@ -26,7 +26,7 @@ from transformers.cache_utils import Cache
 
 from river_compile.state import find_state, state_of, unwrap
 from river_compile.upstream.hf_cache import cache_argument, cache_of
-from river_compile.upstream.static_cache import allocate, bytes_of, grown, sizes_of, static_cache
+from river_compile.upstream.static_cache import allocate, bytes_of, copy_entries, sizes_of, static_cache
 
 _AHEAD = 512  # new tokens that a cache which grows has room for at first
 _STEP = 256  # slots are a multiple of this, so that prompts of similar lengths find room in the same cache
@@ -97,7 +97,11 @@ class LentCache:
         if not self._grows or filled + tokens <= self._slots:
             return None
         self._slots = max(2 * self._slots, _rounded(filled + tokens))
-        longer = grown(cache, self._model, self._slots)
+        longer = static_cache(self._model, self._slots)
+        assert longer is not None, "the one in use has layers of the same kinds"
+        if sizes_of(longer) == sizes_of(cache):  # (sliding windows alone, which show no more)
+            return None
+        copy_entries(cache, longer, filled)
         if cache is self.cache:
             self.cache = longer
         return longer
@@ -105,7 +109,7 @@ class LentCache:
 
 @contextlib.contextmanager
 def lent_cache(
-    model: PreTrainedModel, ids_BS: Tensor, config: GenerationConfig, kwargs: dict[str, Any], own: bool, static: bool
+    model: PreTrainedModel, ids_BS: Tensor, config: GenerationConfig, kwargs: dict[str, Any], shared: bool, static: bool
 ) -> Iterator[LentCache]:
     """Lends a call the kept cache, or a new one that is kept afterwards.
 
@@ -114,10 +118,10 @@ def lent_cache(
         ids_BS: of the prompt.
         config: of this call.
         kwargs: what `generate` prepared for its forward passes; the cache among them.
-        own: whether the caller brings or gets back a cache.
+        shared: whether the caller brings or gets back a cache.
         static: whether a static cache may stand for one that grows.
     """
-    made = None if own else cache_of(kwargs)
+    made = None if shared else cache_of(kwargs)
     grows = static and type(made) is DynamicCache and config.cache_implementation is None
     asked = type(made) is StaticCache and config.cache_implementation == "static"
     wanted: Any = made if asked else None

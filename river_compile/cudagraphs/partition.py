@@ -197,7 +197,6 @@ class Partition:
         slots, is_end = self._program.slots, kind in ("last", "tail", "head")
         segments = self._segments(kind, start, end)
         reads: dict[int, bool] = {}  # slot -> whether a capture depends on it
-        tensors: set[int] = set()
         written: dict[fx.Node, None] = {}
         numbers: list[HostNumber] = []
         for segment in segments:
@@ -205,9 +204,9 @@ class Partition:
             for node in segment.inputs:
                 if node not in written:
                     reads[slots[node]] = reads.get(slots[node], False) or node not in idle
-                    tensors |= {slots[node]} if is_tensor(node) else set()
             written |= dict.fromkeys(segment.outputs)
             numbers += host_numbers(segment)
+        tensors = {slots[node] for segment in segments for node in segment.inputs if is_tensor(node)}
         keys = sorted((index for index in reads if reads[index]), key=lambda index: (index not in tensors, index))
         counted = {number.node for number in numbers}
         needed = set(self._program.returned)

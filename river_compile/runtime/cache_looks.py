@@ -32,7 +32,7 @@ class CacheLooks:
 
     def __init__(self, cache: Any, width: int) -> None:
         windows = _windows_of(cache)
-        self._width, self._full = width, _full(windows, 0)
+        self._width, self._full = width, _full(windows, 1)
         self.count = count_of(cache)
         self.lasting = self.count != _MANY and len(self._full) <= 1 and self._full == _full(windows, width)
         self._versions, self._attributes = _versions_of(cache), _attributes_of(windows)
@@ -42,9 +42,9 @@ class CacheLooks:
         return _versions_of(cache) == self._versions and _attributes_of(_windows_of(cache)) == self._attributes
 
     def again(self, cache: Any) -> bool:
-        """Returns whether another step of as many tokens meets the same."""
+        """Returns whether windows are as full before and after another step of as many tokens."""
         windows = _windows_of(cache)
-        return _full(windows, 0) == _full(windows, self._width) == self._full and self.unchanged(cache)
+        return _full(windows, 1) == _full(windows, self._width) == self._full
 
     def has_counted(self, cache: Any) -> bool:
         """Returns whether the windows counted this step's tokens, and nothing else."""
@@ -67,9 +67,7 @@ def _windows_of(cache: Any) -> list:
 
 
 def _full(windows: list, tokens: int) -> set[bool]:
-    """Returns which of both occur: windows that cannot take one token beyond `tokens` more, and such that can."""
-    if not tokens:
-        return {vars(layer)[_COUNT] >= layer.max_cache_len for layer in windows}
+    """Returns which of both occur: windows that lack room for so many more tokens, and such that do not."""
     return {vars(layer)[_COUNT] + tokens > layer.max_cache_len for layer in windows}
 
 

@@ -11,6 +11,8 @@ import inspect
 from types import FrameType
 from typing import Any
 
+from transformers import GenerationConfig
+
 from river_compile.upstream.hf_cache import cache_of
 
 
@@ -20,9 +22,9 @@ def argument_of_generate(name: str) -> Any:
     return None if frame is None else frame.f_locals.get(name)
 
 
-def brings_cache() -> bool:
-    """Whether the generate call that is running was given a KV cache."""
-    return cache_of(argument_of_generate("kwargs") or {}) is not None
+def shares_cache(config: GenerationConfig) -> bool:
+    """Whether the caller of the generate that is running brings its KV cache, or gets it back."""
+    return config.return_dict_in_generate or cache_of(argument_of_generate("kwargs") or {}) is not None
 
 
 def _running(function: str) -> FrameType | None:

@@ -31,7 +31,7 @@ from river_compile.upstream.hf_cache import cache_argument, cache_of
 
 from .accept import Chooser
 from .draft import Drafter
-from .hf_frames import KeepsTokenizer, argument_of_generate, brings_cache
+from .hf_frames import KeepsTokenizer, argument_of_generate, shares_cache
 from .loop import Ends, ExactLoop, Outputs
 from .pays import pays_of
 from .plain import PlainRunner
@@ -119,10 +119,10 @@ class ExactMode:
         config = generation_config
         _check(model, config, synced_gpus, argument_of_generate("assistant_model"), model_kwargs)
         streamer = streamer or argument_of_generate("streamer")
-        handed_back = config.return_dict_in_generate or brings_cache()
-        with lent_cache(model, input_ids, config, model_kwargs, handed_back, mode.static_cache) as lent:
+        shared = shares_cache(config)
+        with lent_cache(model, input_ids, config, model_kwargs, shared, mode.static_cache) as lent:
             runner = DraftVerifyRunner(model, lent, mode.max_draft, mode.strict)
-            together = len(input_ids) == 1 or handed_back
+            together = len(input_ids) == 1 or shared
             made = mode._generate(runner, input_ids, logits_processor, stopping_criteria, config, streamer, together)
         if streamer is not None:
             streamer.end()

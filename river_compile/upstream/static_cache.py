@@ -1,18 +1,17 @@
-"""Static KV caches of transformers: made for a model, and replaced by longer ones that hold the same entries.
+"""Static KV caches of transformers: made for a model, and replaced by longer ones with the same entries.
 
 Not handled (None): models whose static cache has layers other than full attention and sliding windows.
 """
 
 from __future__ import annotations
 
-from typing import Any
-
 import torch
 from transformers import PreTrainedModel, StaticCache
 from transformers.cache_utils import Cache, StaticLayer, StaticSlidingWindowLayer
 
+from .hf_cache import set_length
+
 _KINDS = (StaticLayer, StaticSlidingWindowLayer)
-_COUNTS = ("cumulative_length", "cumulative_length_int")
 
 
 def static_cache(model: PreTrainedModel, slots: int) -> StaticCache | None:
@@ -47,22 +46,11 @@ def allocate(cache: StaticCache, model: PreTrainedModel, rows: int) -> None:
         cache.early_initialization(rows, heads, features, model.dtype, model.device)
 
 
-def grown(cache: Cache, model: PreTrainedModel, slots: int) -> StaticCache:
-    """Returns a longer cache with the entries of one that has not been filled beyond its slots."""
-    longer = StaticCache(config=model.config.get_text_config(decoder=True), max_cache_len=slots)
+def copy_entries(cache: Cache, longer: Cache, tokens: int) -> None:
+    """Puts the entries of so many tokens, none of which fell behind for lack of slots, into a cache without memory."""
     for old, new in zip(cache.layers, longer.layers, strict=True):
         new.lazy_initialization(old.keys[:, :, :0], old.values[:, :, :0])
         for name in ("keys", "values"):
             entries = getattr(old, name)
             getattr(new, name)[:, :, : entries.shape[2]].copy_(entries)
-        _count_as(old, new)
-    return longer
-
-
-def _count_as(old: Any, new: Any) -> None:
-    for name in _COUNTS:
-        count = getattr(old, name, None)
-        if isinstance(count, int):
-            setattr(new, name, count)
-        elif count is not None:
-            getattr(new, name).copy_(count)
+        set_length(new, tokens)

@@ -14,7 +14,7 @@ from river_compile.kept_cache import KeptCache, free_cache
 from river_compile.state import find_state
 from river_compile.upstream.hf_cache import cache_of
 from river_compile.upstream.static_cache import sizes_of
-from tests.support.families import make, prompt
+from tests.support.families import CONFIGS, make, prompt
 
 # (The recorder stands for a device that captures, so that a static cache is what pays.)
 OPTIONS = {"lowering": "eager", "group_size": 32, "cudagraphs": "record"}
@@ -64,6 +64,18 @@ def test_texts_that_outgrow_the_cache_are_plain(family, quality):
     for tokens in (24, 5):
         assert torch.equal(generate(model, ids, tokens), generate(plain, ids, tokens))
     assert max(sizes_of(kept(model))) >= ids.shape[1] + 23
+
+
+def test_windows_alone_stay_as_long_as_they_are():
+    """They show no more of a longer text, and a cache that moved would be captured anew in every call."""
+    config = CONFIGS["mistral"](2)
+    model = river_compile.accelerate(make("mistral", config=config), "fast", **OPTIONS, **QUALITIES["fast"])
+    ids, seen = prompt(), []
+    for _ in range(2):
+        assert torch.equal(generate(model, ids, 24), generate(make("mistral", config=config), ids, 24))
+        seen.append(kept(model))
+    assert sizes_of(seen[0]) == [config.sliding_window] * 2
+    assert seen[0] is seen[1]
 
 
 def test_a_second_call_captures_nothing():
