@@ -57,6 +57,7 @@ def main(arguments: list[str] | None = None) -> int:
     import torch
 
     import river_compile
+    from river_compile.cli.timing import generate
 
     if options.threads:
         torch.set_num_threads(options.threads)
@@ -70,7 +71,7 @@ def main(arguments: list[str] | None = None) -> int:
             river_compile.accelerate(model, way)
         runs[way] = _run(model, prompt, options.new_tokens)
     with river_compile.trace() as trace:
-        again = _run(model, prompt, options.new_tokens, warm_up=False).whole
+        again = generate(model, prompt, options.new_tokens, end_early=True)
     texts = {way: tokenizer.decode(run.whole.tokens, skip_special_tokens=True) for way, run in runs.items()}
     console = Console(width=WIDTH, highlight=False)
     print()
@@ -84,12 +85,11 @@ def main(arguments: list[str] | None = None) -> int:
     return 0
 
 
-def _run(model: PreTrainedModel, prompt: torch.Tensor, new_tokens: int, warm_up: bool = True) -> Run:
+def _run(model: PreTrainedModel, prompt: torch.Tensor, new_tokens: int) -> Run:
     from river_compile.cli.timing import generate
 
     first_call = generate(model, prompt, new_tokens, stop_after=2)
-    if warm_up:  # exact mode compiles a pass for each width when it first needs it
-        generate(model, prompt, new_tokens, end_early=True)
+    generate(model, prompt, new_tokens, end_early=True)  # exact mode compiles a pass for each width as it needs it
     return Run(first_call, generate(model, prompt, new_tokens, end_early=True))
 
 

@@ -11,6 +11,7 @@ import pytest
 import torch
 import transformers
 
+from examples import demo
 from river_compile.cli import app, humaneval, reasoning
 from river_compile.cli.bench import markdown
 from river_compile.cli.evaluate import wilson
@@ -266,3 +267,10 @@ def test_a_painter_gives_each_token_its_source():
     assert painter.tokens == [("a", "prompt"), ("", "river"), ("é", "backbone"), ("b", "backbone")]
     assert painter.text == "aéb"
     assert painter.sources == {"prompt": 1, "river": 1, "backbone": 2}
+
+
+def test_the_demo_runs_to_its_picture(tiny, tmp_path, capsys):
+    """Three ways, and a picture with the depth of every token after the first."""
+    assert demo.main(["--model", tiny, "--new-tokens", "6", "--picture", str(tmp_path / "new" / "depths.png")]) == 0
+    assert "exact: the same text" in " ".join(capsys.readouterr().out.split())
+    assert (tmp_path / "new" / "depths.png").read_bytes().startswith(b"\x89PNG")
