@@ -18,7 +18,8 @@ from river_compile.kernels.checks import one_of
 
 _AVX512 = ("-mavx512f", "-mavx512bw", "-mavx512vl", "-mavx512dq", "-mfma")
 _AVX512_NEEDS = ("avx512_f", "avx512_bw", "avx512_vl", "avx512_dq", "fma3")
-_AVX2 = ("-mavx2", "-mfma")
+_AVX2 = ("-mavx2", "-mfma", "-mf16c")
+_AVX2_NEEDS = ("avx2", "fma3", "f16c")
 
 
 @dataclass(frozen=True)
@@ -43,8 +44,8 @@ ISAS = (
     ),
     Isa("avx512_vnni", (*_AVX512, "-mavx512vnni"), (*_AVX512_NEEDS, "avx512_vnni")),
     Isa("avx512", _AVX512, _AVX512_NEEDS),
-    Isa("avx_vnni", (*_AVX2, "-mavxvnni"), ("avx2", "fma3", "avx_vnni")),
-    Isa("avx2", _AVX2, ("avx2", "fma3")),
+    Isa("avx_vnni", (*_AVX2, "-mavxvnni"), (*_AVX2_NEEDS, "avx_vnni")),
+    Isa("avx2", _AVX2, _AVX2_NEEDS),
     Isa("portable", (), ()),
 )
 
@@ -74,5 +75,5 @@ def _capabilities() -> set[str]:
         return {name for name, has in torch.cpu.get_capabilities().items() if has is True}
     if platform.machine() not in ("x86_64", "AMD64"):
         return set()
-    least = {"AVX512": (*_AVX512_NEEDS, "avx2"), "AVX2": ("avx2", "fma3")}  # older versions of torch say no more
+    least = {"AVX512": (*_AVX512_NEEDS, "avx2"), "AVX2": _AVX2_NEEDS}  # older versions of torch say no more
     return set(least.get(torch.backends.cpu.get_cpu_capability(), ()))

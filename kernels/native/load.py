@@ -9,7 +9,7 @@
     decode_attention   one query position over a static cache
     attention          several: up to 16 each by itself, more in blocks that read a slot once
     shift              the entries of a cache ``[B, J, S, D]`` moved up by one slot, in place
-    few_rows           up to which `dense` is recorded, by whether x is in bfloat16 and by positions of a sequence
+    few_rows           up to which `dense` is recorded, by whether x has 16 bits and by positions of a sequence
     exit_score         the least cosine of the rows of two matrices
     largest_entropy    the largest entropy of rows of logits, at the last position
     add, advance       int64 numbers added, one of them a vector perhaps; a counter moved on in place
@@ -19,9 +19,9 @@ Arguments are those of the operators ``river::*`` (see `river_compile.kernels.op
 `experts` take the bytes of the layouts "native", their `bits` and `int8_activations`, with which x is rounded to 8 bits
 with one scale for each group of each row; without, it is read as it is. A product's row has the same bits whatever the
 number of rows and threads, which are ``torch.get_num_threads()``, and so has attention's, of up to 16 positions and of
-more; of more than 8 rows `dense` lets a library compute the product, but in bfloat16 with "amx" and "avx512_bf16".
+more; of more than 8 rows `dense` lets a library compute the product in float32, and in any dtype without vectors of x86.
 
-Not handled: gradients, other devices than the CPU, products of many rows at the speed of a library.
+Not handled: gradients, other devices than the CPU.
 """
 
 from __future__ import annotations
@@ -80,7 +80,7 @@ def few_rows(dtype: torch.dtype, positions: int = 1) -> int:
         dtype: of activations and weights.
         positions: of each sequence; the rows are those of all sequences.
     """
-    rows: int = torch.ops.river_native.few_rows(dtype == torch.bfloat16, positions)
+    rows: int = torch.ops.river_native.few_rows(dtype.itemsize == 2, positions)
     return rows
 
 

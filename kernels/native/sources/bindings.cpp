@@ -90,7 +90,7 @@ int64_t record() {
 void recorded() { Tape::recording() = nullptr; }
 void replay(int64_t tape) { tape_at(tape)->replay(threads()); }
 void drop(int64_t tape) { delete tape_at(tape); }
-int64_t few_rows_of(bool bfloat16, int64_t positions) { return few_rows(kernels().bfloat16 != kPlain && bfloat16, positions); }
+int64_t few_rows_of(bool half, int64_t positions) { return few_rows(half, positions); }
 int64_t tape_phases(int64_t tape) { return int64_t(tape_at(tape)->phases()); }
 int64_t tape_bytes(int64_t tape) { return int64_t(tape_at(tape)->bytes()); }
 
@@ -132,7 +132,7 @@ STABLE_TORCH_LIBRARY_FRAGMENT(river_native, m) {
   m.def("add(Tensor a, Tensor b) -> Tensor");
   m.def("advance(Tensor(a!) counter, int by) -> ()");
   m.def("copy(Tensor from_, Tensor(a!) to) -> ()");
-  m.def("few_rows(bool bfloat16, int positions) -> int");
+  m.def("few_rows(bool half, int positions) -> int");
   m.def("record() -> int");
   m.def("recorded() -> ()");
   m.def("replay(int tape) -> ()");

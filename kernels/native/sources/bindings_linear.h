@@ -116,9 +116,12 @@ inline bool has_rows(const Tensor& y, const Tensor& x, int64_t width) {
          columns_of(y) == width;
 }
 
-// Rows up to which a pass costs little more than one row; of more, where `any` are not ours, a library computes the product.
-inline int64_t few_rows(bool any, int64_t positions) {
-  return positions > kFewPositions ? 0 : any ? 64 : 8;
+// Whether products of any number of rows are ours, and not a library's.
+inline bool any_rows(bool half) { return half && kernels().vectors; }
+
+// Rows up to which a pass costs little more than one row: it runs on our threads and may be recorded.
+inline int64_t few_rows(bool half, int64_t positions) {
+  return positions > kFewPositions ? 0 : any_rows(half) ? 64 : 8;
 }
 
 inline Tensor library_linear(const Tensor& x, const Tensor& weight, const Maybe& bias) {
@@ -293,13 +296,13 @@ inline Tensor dense(const Tensor& x, Tensors weights, Tensors biases, const Mayb
   const int64_t n = rows.first[rows.count];
   Tensor y = empty_rows(x, gated ? n / 2 : n);
   call.linear.x.format = x.scalar_type() == ScalarType::BFloat16 ? kernels().bfloat16 : kPlain;
-  const bool any = call.linear.x.format != kPlain;  // number of rows
+  const bool half = x.scalar_type() != ScalarType::Float;
   Tensors held;
   if (!describe(call, x, n, kLargestGroup, {bias, residual, norm, norm_weight, norm_bias, eps, activation, gated}, y,
                 held))
     return y;
-  const bool few = rows_of(x) <= few_rows(any, x.dim() == 3 ? x.size(1) : 1);
-  if (!few && !any) {
+  const bool few = rows_of(x) <= few_rows(half, x.dim() == 3 ? x.size(1) : 1);
+  if (!few && !any_rows(half)) {
     run_wide(call, held.empty() ? x : torch::stable::contiguous(x), weights, biases);
   } else {
     call.place();

@@ -1,4 +1,5 @@
-// Products with 16-bit or float32 weights of a few rows, which read each weight once and sum every output in one order.
+// Products with 16-bit or float32 weights, converted to float32 as they are read, once for a few rows. Every output is
+// summed in one order, whatever the number of rows.
 #pragma once
 
 #include "functions.h"
@@ -19,63 +20,99 @@ inline int matrix_of(const Rows& rows, int64_t row) {
   return matrix;
 }
 
-// Reads kLanes values of a dtype from `i` on.
-template <int D>
-RIVER_INLINE Floats load_weights(const void* p, int64_t i) {
-  if constexpr (D == kFloat32) return load_floats(static_cast<const float*>(p) + i);
-  if constexpr (D == kBFloat16) return load_bfloat16(static_cast<const uint16_t*>(p) + i);
-  if constexpr (D == kFloat16) {
-    float values[kLanes];
-    load_values(p, i, kLanes, kFloat16, values);
-    return load_floats(values);
+// Calls f(weights, number within the block, how many) for the features of block `n`, by fours where they belong to one
+// matrix, else one by one.
+template <class F>
+RIVER_INLINE void for_fours(const LinearArgs& a, int64_t n, int64_t bytes, const F& f) {
+  const int64_t first = n * kBlock;
+  const int count = int(std::min<int64_t>(kBlock, a.out_features - first));
+  for (int i = 0; i < count;) {
+    const int matrix = matrix_of(a.dense, first + i);
+    const int64_t at = first + i - a.dense.first[matrix];
+    const char* weight = static_cast<const char*>(a.dense.data[matrix]) + at * a.in_features * bytes;
+    if (i + 4 <= count && first + i + 4 <= a.dense.first[matrix + 1]) {
+      f(weight, i, std::integral_constant<int, 4>());
+      i += 4;
+    } else {
+      f(weight, i++, std::integral_constant<int, 1>());
+    }
   }
 }
 
-// `T` output features for R rows: y[r][at + t] = sum over k of weight[t, k] x[r, k].
-template <int R, int T, int D>
-RIVER_INLINE void dense_tile(const LinearArgs& a, const char* weight, const float* const* x, float (*y)[kBlock],
-                             int at) {
-  const int64_t k = a.in_features, whole = k / kLanes * kLanes, bytes = D == kFloat32 ? 4 : 2;
-  Floats sums[T][R];
-  unrolled<T>([&](auto t) RIVER_INLINED { unrolled<R>([&](auto r) RIVER_INLINED { sums[t][r] = zeros(); }); });
-  for (int64_t i = 0; i < whole; i += kLanes) {
-    unrolled<T>([&](auto t) RIVER_INLINED {
-      const Floats w = load_weights<D>(weight + t * k * bytes, i);
-      __builtin_prefetch(weight + (t + T) * k * bytes + i * bytes, 0, 2);
-      unrolled<R>([&](auto r) RIVER_INLINED { sums[t][r] = fma(w, load_floats(x[r] + i), sums[t][r]); });
-    });
+constexpr int kPiece = 32;  // input features that are read at a time
+
+// Reads vector number U of a piece of weights, in the order of prepared activations: of bfloat16 those with even numbers
+// and those with odd ones in turn (kSplit), which takes one instruction each.
+template <int D, int U>
+RIVER_INLINE Floats load_weights(const char* piece) {
+  if constexpr (D == kFloat32) return load_floats(reinterpret_cast<const float*>(piece) + U * kLanes);
+  if constexpr (D == kFloat16) return load_float16(reinterpret_cast<const uint16_t*>(piece) + U * kLanes);
+  if constexpr (D == kBFloat16) {
+    const Ints pairs = load(reinterpret_cast<const uint8_t*>(piece) + U / 2 * kLanes * 4);
+    return U % 2 ? high_bfloat16(pairs) : low_bfloat16(pairs);
   }
-  unrolled<T>([&](auto t) RIVER_INLINED {
-    float last[kLanes] = {};
-    load_values(weight + t * k * bytes, whole, int(k - whole), D, last);
-    unrolled<R>([&](auto r) RIVER_INLINED {
-      y[r][at + t] = sum_of(whole < k ? fma(load_floats(last), load_floats(x[r] + whole), sums[t][r]) : sums[t][r]);
+}
+
+// Which of the features that are next a tile asks for.
+struct Ahead {
+  int first, end;
+};
+
+// `T` output features for R rows: y[r][t] = sum over k of weight[t, k] x[r, k].
+template <int R, int T, int D>
+RIVER_INLINE void dense_tile(const LinearArgs& a, const char* weight, const float* x, Ahead next, float (*y)[kBlock]) {
+  constexpr int kBytes = D == kFloat32 ? 4 : 2;
+  const int64_t k = a.in_features, whole = k / kPiece * kPiece, padded = padded_features(a);
+  Floats sums[R][4];
+  unrolled<R>([&](auto r) RIVER_INLINED { unrolled<4>([&](auto t) RIVER_INLINED { sums[r][t] = zeros(); }); });
+  const auto add = [&](const char* w, int64_t stride, const float* x) RIVER_INLINED {
+    unrolled<kPiece / kLanes>([&](auto u) RIVER_INLINED {
+      unrolled<T>([&](auto t) RIVER_INLINED {
+        const Floats values = load_weights<D, u>(w + t * stride);
+        unrolled<R>([&](auto r) RIVER_INLINED {
+          sums[r][t] = fma(values, load_floats(x + r * padded + u * kLanes), sums[r][t]);
+        });
+      });
     });
+  };
+  for (int64_t i = 0; i < whole; i += kPiece) {
+    for (int t = T + next.first; t < T + next.end; ++t)
+      for (int byte = 0; byte < kPiece * kBytes; byte += 64) __builtin_prefetch(weight + (t * k + i) * kBytes + byte, 0, 2);
+    add(weight + i * kBytes, k * kBytes, x + i);
+  }
+  if (whole < k) {
+    char last[T][kPiece * kBytes] = {};
+    for (int t = 0; t < T; ++t) std::memcpy(last[t], weight + (t * k + whole) * kBytes, (k - whole) * kBytes);
+    add(last[0], sizeof last[0], x + whole);
+  }
+  unrolled<R>([&](auto r) RIVER_INLINED {
+    float total[4];
+    sums_of_four(sums[r], total);
+    std::copy(total, total + T, y[r]);
   });
 }
 
-// One block of output features for `rows` <= R rows of activations in float32, rows filled up to whole groups.
-template <int R, int D>
-void dense_block(const LinearArgs& a, int64_t n, int row, int rows, float (*y)[kBlock]) {
+// The same for up to 16 rows, in shares of as many as registers hold.
+template <int T, int D>
+void dense_tiles(const LinearArgs& a, const char* weight, const float* x, int rows, float (*y)[kBlock]) {
   const int64_t padded = padded_features(a);
-  const float* x[R];
-  for (int r = 0; r < R; ++r)
-    x[r] = static_cast<const float*>(a.x.values) + (row + std::min(r, rows - 1)) * padded;
-  const int64_t first = n * kBlock;
-  const int count = int(std::min<int64_t>(kBlock, a.out_features - first));
-  constexpr int kTile = R > 4 ? 2 : 4;
-  for (int i = 0; i < count;) {
-    const int matrix = matrix_of(a.dense, first + i);
-    const int64_t row_bytes = a.in_features * (D == kFloat32 ? 4 : 2), at = first + i - a.dense.first[matrix];
-    const char* weight = static_cast<const char*>(a.dense.data[matrix]) + at * row_bytes;
-    if (i + kTile <= count && first + i + kTile <= a.dense.first[matrix + 1]) {
-      dense_tile<R, kTile, D>(a, weight, x, y, i);
-      i += kTile;
-    } else {
-      dense_tile<R, 1, D>(a, weight, x, y, i);
-      ++i;
-    }
+  const int shares = (rows + kMostRows - 1) / kMostRows;
+  for (int share = 0, row = 0, next; share < shares; ++share, row = next) {
+    next = rows * (share + 1) / shares;
+    const Ahead ahead{T * share / shares, T * (share + 1) / shares};
+    unrolled<kMostRows>([&](auto r) RIVER_INLINED {
+      if (r + 1 == next - row) dense_tile<r + 1, T, D>(a, weight, x + row * padded, ahead, y + row);
+    });
   }
+}
+
+// One block of output features for `rows` <= 16 rows of activations in float32, in format kPlain or, for bfloat16, kSplit.
+template <int D>
+void dense_block(const LinearArgs& a, int64_t n, int row, int rows, float (*y)[kBlock]) {
+  const auto* x = static_cast<const float*>(a.x.values) + row * padded_features(a);
+  for_fours(a, n, D == kFloat32 ? 4 : 2, [&](const char* weight, int at, auto t) RIVER_INLINED {
+    dense_tiles<t, D>(a, weight, x, rows, reinterpret_cast<float(*)[kBlock]>(y[0] + at));
+  });
 }
 
 }  // namespace river

@@ -10,7 +10,7 @@
 
 namespace river {
 
-constexpr int kPiece = 512;  // features that are finished together
+constexpr int kColumns = 512;  // features that are finished together
 
 // Reads features first..first + count - 1 of a row of matrices that lie side by side.
 inline void load_columns(const Rows& product, int64_t row, int64_t first, int count, int32_t dtype, float* values) {
@@ -28,10 +28,10 @@ inline void finish(const void* args, int part, int parts) {
   const auto& a = static_cast<const FinishArgs*>(args)->rest;
   const Rows& product = static_cast<const FinishArgs*>(args)->product;
   const int64_t width = a.gated ? a.out_features / 2 : a.out_features, all = a.rows;
-  alignas(64) float y[kPiece], other[kPiece];
+  alignas(64) float y[kColumns], other[kColumns];
   for (int64_t row = all * part / parts; row < all * (part + 1) / parts; ++row)
-    for (int64_t first = 0; first < width; first += kPiece) {
-      const int count = int(std::min<int64_t>(kPiece, width - first));
+    for (int64_t first = 0; first < width; first += kColumns) {
+      const int count = int(std::min<int64_t>(kColumns, width - first));
       load_columns(product, row, first, count, a.dtype, y);
       activate(a.activation, y, count);
       if (a.gated) {

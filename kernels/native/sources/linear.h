@@ -153,11 +153,11 @@ void block(const LinearArgs& a, int64_t n, int row, int rows, float (*y)[kBlock]
   else if constexpr (F != kPlain)
     quantized_block<R, F>(a, n, row, rows, y);
   else if (a.dtype == kFloat32)
-    dense_block<R, kFloat32>(a, n, row, rows, y);
+    dense_block<kFloat32>(a, n, row, rows, y);
   else if (a.dtype == kBFloat16)
-    dense_block<R, kBFloat16>(a, n, row, rows, y);
+    dense_block<kBFloat16>(a, n, row, rows, y);
   else
-    dense_block<R, kFloat16>(a, n, row, rows, y);
+    dense_block<kFloat16>(a, n, row, rows, y);
   if (a.bias.count) add_bias(a, n * kBlock, rows, y);
 }
 
@@ -208,7 +208,8 @@ void linear_of(const LinearArgs& a, int part, int parts) {
 }
 
 constexpr int kRowsTogether = 256;  // whose activations stay in a core's cache while weights pass by
-constexpr int32_t kOfBfloat16 = kTiles ? kTiled : kHasPairs ? kPairs : kPlain;
+constexpr int64_t kTogether = 1 << 18;  // bytes of such activations in float32
+constexpr int32_t kOfBfloat16 = kTiles ? kTiled : kHasPairs ? kPairs : kSplit;
 
 // Adds what follows the sums of blocks `n` of features, gate and up where it is gated, for 32 rows from `row` on.
 inline void rest_of_pair(const LinearArgs& a, const int64_t (&n)[2], int row, const Sums& sums) {
@@ -245,9 +246,11 @@ inline void linear_in_many_tiles(const LinearArgs& a, int part, int parts) {
 template <int F>
 void linear_in_blocks(const LinearArgs& a, int part, int parts) {
   const int64_t width = a.gated ? a.out_features / 2 : a.out_features, blocks = (width + kBlock - 1) / kBlock;
-  for (int first = 0; first < a.rows; first += kRowsTogether)
+  const int fit = int(std::max<int64_t>(kTogether / 4 / padded_features(a) / kBlock, 1)) * kBlock;
+  const int together = F == kPlain ? std::min(fit, kRowsTogether) : kRowsTogether;
+  for (int first = 0; first < a.rows; first += together)
     for (int64_t n = blocks * part / parts; n < blocks * (part + 1) / parts; ++n)
-      for (int row = first; row < std::min(first + kRowsTogether, a.rows); row += kBlock)
+      for (int row = first; row < std::min(first + together, a.rows); row += kBlock)
         block_and_rest<16, F>(a, n, row, std::min(kBlock, a.rows - row));
 }
 
@@ -270,7 +273,7 @@ inline void linear_with_one(const LinearArgs& a, int part, int parts) {
   else if (a.x.format == kPairs)
     linear_in_blocks<kPairs>(a, part, parts);
   else
-    linear_of<kPlain>(a, part, parts);
+    linear_in_blocks<kPlain>(a, part, parts);
 }
 
 // `count` rows from `row` on, which meet expert number `chosen`; experts have activations in kInt8 or kSingle.

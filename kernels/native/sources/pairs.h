@@ -17,7 +17,7 @@ constexpr bool kHasPairs = true;
 constexpr int kStepOfPairs = 32;  // input features of one vector
 
 // The sums of the lanes of four vectors, each in the same order.
-RIVER_INLINE void sums_of_four(const __m512 (&v)[4], float* sums) {
+RIVER_INLINE void sums_of_pairs(const __m512 (&v)[4], float* sums) {
   const auto two_of = [](__m512 p, __m512 q) RIVER_INLINED {
     return _mm512_add_ps(_mm512_unpacklo_ps(p, q), _mm512_unpackhi_ps(p, q));
   };
@@ -52,7 +52,7 @@ void pairs_tile(const LinearArgs& a, const char* weight, const char* first_x, in
   }
   unrolled<R>([&](auto r) RIVER_INLINED {
     float total[4];
-    sums_of_four(sums[r], total);
+    sums_of_pairs(sums[r], total);
     std::copy(total, total + T, y[r]);
   });
 }
@@ -72,17 +72,10 @@ void pairs_tiles(const LinearArgs& a, const char* weight, const char* x, int row
 
 // One block of output features for `rows` <= 16 rows.
 inline void pairs_block(const LinearArgs& a, int64_t n, int row, int rows, float (*y)[kBlock]) {
-  const int64_t first = n * kBlock;
   const char* x = static_cast<const char*>(a.x.values) + row * padded_features(a) * 2;
-  const int count = int(std::min<int64_t>(kBlock, a.out_features - first));
-  for (int i = 0, next; i < count; i = next) {
-    const int matrix = matrix_of(a.dense, first + i);
-    const int64_t at = first + i - a.dense.first[matrix];
-    const char* weight = static_cast<const char*>(a.dense.data[matrix]) + at * a.in_features * 2;
-    next = i + 4 <= count && first + i + 4 <= a.dense.first[matrix + 1] ? i + 4 : i + 1;
-    const auto tiles = next == i + 4 ? pairs_tiles<4> : pairs_tiles<1>;
-    tiles(a, weight, x, rows, reinterpret_cast<float(*)[kBlock]>(y[0] + i));
-  }
+  for_fours(a, n, 2, [&](const char* weight, int at, auto t) RIVER_INLINED {
+    pairs_tiles<t>(a, weight, x, rows, reinterpret_cast<float(*)[kBlock]>(y[0] + at));
+  });
 }
 
 #else

@@ -17,9 +17,10 @@ enum Norm : int32_t { kNoNorm = 0, kRms = 1, kRmsPlusOne = 2, kLayerNorm = 3 };
 enum Activation : int32_t { kIdentity = 0, kSilu = 1, kGelu = 2, kGeluTanh = 3, kRelu = 4 };
 
 // How prepared activations lie in memory: one byte for each feature, or one float32, in the order of the packed nibbles
-// for 4-bit weights and in their own for others; pairs of bfloat16, those of 16 rows after each other (kTiled) or of
-// one; or as x lies, normalised, for a library's product.
-enum Format : int32_t { kInt8 = 0, kSingle = 1, kPlain = 2, kAsGiven = 3, kTiled = 4, kPairs = 5 };
+// for 4-bit weights, in their own (kPlain) or of every two vectors first those with even numbers (kSplit) for others;
+// pairs of bfloat16, those of 16 rows after each other (kTiled) or of one; or as x lies, normalised, for a library's
+// product.
+enum Format : int32_t { kInt8 = 0, kSingle = 1, kPlain = 2, kAsGiven = 3, kTiled = 4, kPairs = 5, kSplit = 6 };
 
 // Activations that a product reads: K rounded up to whole groups, the padding zero.
 struct Activations {
@@ -60,7 +61,7 @@ struct LinearArgs {
   const uint8_t* weight;       // [N' / 16, K' / G, G / 8, 64]: byte 4 n + j of line i holds the features 8 i + j and
                                // 8 i + 4 + j of its group, the latter in the high nibble, for output feature n;
                                // of 8 bits [N' / 16, K' / G, G / 4, 64]: byte 4 n + j of line i holds feature 4 i + j
-  Rows dense;                  // [N, K] of `dtype` in place of the 4-bit weights, for activations in format kPlain, kTiled or kPairs
+  Rows dense;                  // [N, K] of `dtype` in place of the 4-bit weights, for activations in format kPlain, kSplit, kTiled or kPairs
   const uint16_t* scale_zero;  // bfloat16 [N' / 16, K' / G, 16, 2]: w = (q - middle) * scale + zero
   const int64_t* expert;       // [M] which of `experts` stacked weights a row meets, null where there is one for all;
                                // a row with none of their numbers gets zeros
@@ -206,11 +207,12 @@ struct Kernels {
   Run score;    // ScoreArgs
   Run finish;   // FinishArgs
   Run shift;    // ShiftArgs
-  int32_t bfloat16;  // format of the activations that bfloat16 weights meet: kTiled or kPairs of any rows, else kPlain
+  int32_t bfloat16;  // format of the activations that bfloat16 weights meet: kTiled, kPairs or kSplit
   Run rescore;  // RescoreArgs
   Run weigh;    // EntropyArgs
   Run entropy;  // EntropyArgs
   Run attend_prompt;  // PromptArgs
+  int32_t vectors;  // whether there are vectors that make products of 16-bit matrices of any number of rows fast
 };
 
 }  // namespace river

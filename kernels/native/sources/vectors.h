@@ -1,12 +1,15 @@
 // The vectors of one instruction set, chosen by RIVER_ISA_*: float32 and int32 lanes, and two ways to multiply a line
 // of packed weights with prepared activations. A line is 64 bytes, 16 output features by 8 input features; `kHalves`
-// vectors make up a line, and a vector holds 16 / kHalves output features.
+// vectors make up a line, and a vector holds 16 / kHalves output features. Registers hold the sums of kMostRows rows by
+// four output features.
 #pragma once
 
 #include <cstdint>
 #include <cstring>
 #include <type_traits>
 #include <utility>
+
+#include "scalars.h"
 
 #if defined(RIVER_ISA_AVX512) || defined(RIVER_ISA_AVX512_VNNI) || defined(RIVER_ISA_AVX512_BF16) || \
     defined(RIVER_ISA_AMX)
@@ -40,7 +43,7 @@ RIVER_INLINE int32_t four_bytes(const int8_t* x) {
 
 #if defined(RIVER_AVX512)
 
-constexpr int kHalves = 1;
+constexpr int kHalves = 1, kMostRows = 6;
 using Floats = __m512;
 using Ints = __m512i;
 
@@ -54,10 +57,16 @@ RIVER_INLINE Floats to_floats(Ints x) { return _mm512_cvtepi32_ps(x); }
 RIVER_INLINE Ints load(const uint8_t* p) { return _mm512_loadu_si512(p); }
 RIVER_INLINE void store(float* p, Floats x) { _mm512_storeu_ps(p, x); }
 RIVER_INLINE Floats load_floats(const float* p) { return _mm512_loadu_ps(p); }
-RIVER_INLINE float sum_of(Floats x) { return _mm512_reduce_add_ps(x); }
+RIVER_INLINE __m128 quarters_of(Floats x) {
+  const __m256 half = _mm256_add_ps(_mm512_castps512_ps256(x), _mm512_extractf32x8_ps(x, 1));
+  return _mm_add_ps(_mm256_castps256_ps128(half), _mm256_extractf128_ps(half, 1));
+}
 RIVER_INLINE Floats load_bfloat16(const uint16_t* p) {
   const __m256i half = _mm256_loadu_si256(reinterpret_cast<const __m256i*>(p));
   return _mm512_castsi512_ps(_mm512_slli_epi32(_mm512_cvtepu16_epi32(half), 16));
+}
+RIVER_INLINE Floats load_float16(const uint16_t* p) {
+  return _mm512_cvtph_ps(_mm256_loadu_si256(reinterpret_cast<const __m256i*>(p)));
 }
 RIVER_INLINE Floats low_bfloat16(Ints x) { return _mm512_castsi512_ps(_mm512_slli_epi32(x, 16)); }
 RIVER_INLINE Floats high_bfloat16(Ints x) {
@@ -108,7 +117,7 @@ constexpr float kSingleOffset = 0;
 
 #elif defined(RIVER_AVX2)
 
-constexpr int kHalves = 2;
+constexpr int kHalves = 2, kMostRows = 3;
 using Floats = __m256;
 using Ints = __m256i;
 
@@ -122,14 +131,15 @@ RIVER_INLINE Floats to_floats(Ints x) { return _mm256_cvtepi32_ps(x); }
 RIVER_INLINE Ints load(const uint8_t* p) { return _mm256_loadu_si256(reinterpret_cast<const __m256i*>(p)); }
 RIVER_INLINE void store(float* p, Floats x) { _mm256_storeu_ps(p, x); }
 RIVER_INLINE Floats load_floats(const float* p) { return _mm256_loadu_ps(p); }
-RIVER_INLINE float sum_of(Floats x) {
-  __m128 four = _mm_add_ps(_mm256_castps256_ps128(x), _mm256_extractf128_ps(x, 1));
-  four = _mm_add_ps(four, _mm_movehl_ps(four, four));
-  return _mm_cvtss_f32(_mm_add_ss(four, _mm_movehdup_ps(four)));
+RIVER_INLINE __m128 quarters_of(Floats x) {
+  return _mm_add_ps(_mm256_castps256_ps128(x), _mm256_extractf128_ps(x, 1));
 }
 RIVER_INLINE Floats load_bfloat16(const uint16_t* p) {
   const __m128i half = _mm_loadu_si128(reinterpret_cast<const __m128i*>(p));
   return _mm256_castsi256_ps(_mm256_slli_epi32(_mm256_cvtepu16_epi32(half), 16));
+}
+RIVER_INLINE Floats load_float16(const uint16_t* p) {
+  return _mm256_cvtph_ps(_mm_loadu_si128(reinterpret_cast<const __m128i*>(p)));
 }
 RIVER_INLINE Floats low_bfloat16(Ints x) { return _mm256_castsi256_ps(_mm256_slli_epi32(x, 16)); }
 RIVER_INLINE Floats high_bfloat16(Ints x) {
@@ -185,7 +195,7 @@ constexpr float kSingleOffset = -8;
 
 #else
 
-constexpr int kHalves = 4;
+constexpr int kHalves = 4, kMostRows = 2;
 typedef float Floats __attribute__((vector_size(16)));
 typedef int32_t Ints __attribute__((vector_size(16)));
 typedef uint32_t Words __attribute__((vector_size(16)));
@@ -211,6 +221,9 @@ RIVER_INLINE Floats load_floats(const float* p) {
 RIVER_INLINE float sum_of(Floats x) { return (x[0] + x[2]) + (x[1] + x[3]); }
 RIVER_INLINE Floats load_bfloat16(const uint16_t* p) {
   return (Floats)(Words{uint32_t(p[0]) << 16, uint32_t(p[1]) << 16, uint32_t(p[2]) << 16, uint32_t(p[3]) << 16});
+}
+RIVER_INLINE Floats load_float16(const uint16_t* p) {
+  return Floats{from_float16(p[0]), from_float16(p[1]), from_float16(p[2]), from_float16(p[3])};
 }
 RIVER_INLINE Floats low_bfloat16(Ints x) { return (Floats)((Words)x << 16); }
 RIVER_INLINE Floats high_bfloat16(Ints x) { return (Floats)((Words)x & 0xffff0000u); }
@@ -239,7 +252,25 @@ constexpr float kSingleOffset = -8;
 
 #endif
 
+#if defined(RIVER_AVX512) || defined(RIVER_AVX2)
+RIVER_INLINE float sum_of(Floats x) {
+  const __m128 four = quarters_of(x), two = _mm_add_ps(four, _mm_movehl_ps(four, four));
+  return _mm_cvtss_f32(_mm_add_ss(two, _mm_movehdup_ps(two)));
+}
+// The sums of the lanes of four vectors, each with the bits of `sum_of`.
+RIVER_INLINE void sums_of_four(const Floats* v, float* sums) {
+  __m128 a = quarters_of(v[0]), b = quarters_of(v[1]), c = quarters_of(v[2]), d = quarters_of(v[3]);
+  _MM_TRANSPOSE4_PS(a, b, c, d);
+  _mm_storeu_ps(sums, _mm_add_ps(_mm_add_ps(a, c), _mm_add_ps(b, d)));
+}
+#else
+RIVER_INLINE void sums_of_four(const Floats* v, float* sums) {
+  for (int i = 0; i < 4; ++i) sums[i] = sum_of(v[i]);
+}
+#endif
+
 constexpr int kLanes = 16 / kHalves;
+constexpr bool kHasVectors = kHalves < 4;
 
 typedef uint32_t Bits __attribute__((vector_size(4 * kLanes)));
 RIVER_INLINE Bits float_to_bits(Floats x) { return (Bits)x; }

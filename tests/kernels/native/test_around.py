@@ -27,7 +27,8 @@ ACTIVATIONS = ("none", "silu", "gelu", "gelu_tanh", "relu")
 
 pytestmark = pytest.mark.usefixtures("restored")
 
-OWN_PRODUCTS = [isa for isa in runnable() if isa.name in ("amx", "avx512_bf16")]  # of any number of rows in bfloat16
+WITH_VECTORS = [isa for isa in runnable() if isa.name != "portable"]  # 16-bit products of any number of rows
+IN_BFLOAT16 = ("amx", "avx512_bf16")  # which multiply activations in bfloat16 with weights in it
 FEW_ROWS = 8  # up to which `dense` computes the product itself
 
 
@@ -143,18 +144,14 @@ def normed(x: torch.Tensor, a: Around) -> tuple[torch.Tensor, torch.Tensor]:
     return h, reach if a.norm_bias is None else reach + a.norm_bias.double().abs()
 
 
-def product(case: Case) -> tuple[torch.Tensor, torch.Tensor]:
+def product(case: Case, isa: str) -> tuple[torch.Tensor, torch.Tensor]:
     """Returns norm(x) W^T + bias in float64, and the magnitudes that it was added up from."""
     h, reach = normed(case.x, case.around)
     read, undecided = h, torch.zeros_like(h)
     if isinstance(case.weight, torch.Tensor):
         steps, zero = case.weight.double(), torch.zeros(case.weight.shape, dtype=torch.float64)
-        if (
-            case.around.norm != "none"
-            and case.weight.dtype == torch.bfloat16
-            and load.few_rows(torch.bfloat16) > FEW_ROWS
-        ):
-            # In tiles both operands are bfloat16. What a norm in float32 leaves open is which way some are rounded.
+        if case.around.norm != "none" and case.weight.dtype == torch.bfloat16 and isa in IN_BFLOAT16:
+            # Both operands are bfloat16. What a norm in float32 leaves open is which way some are rounded.
             read = h.bfloat16().double()
             undecided = (h + 1e-5 * reach).bfloat16().double() - (h - 1e-5 * reach).bfloat16().double()
     else:
@@ -186,10 +183,10 @@ def near_ties(h: torch.Tensor, reach: torch.Tensor, group: int) -> tuple[torch.T
     return tuple(t.expand_as(groups).flatten(1)[:, :k] for t in (open_, most))
 
 
-def check(case: Case) -> None:
-    """Compares an operator's result with float64."""
+def check(case: Case, isa: str = "any") -> None:
+    """Compares an operator's result by one instruction set with float64."""
     a = case.around
-    y, total = product(case)
+    y, total = product(case, isa)
     total = activated_magnitude(y, total, a.activation, a.gated)
     if a.gated:
         gate, up = y.chunk(2, -1)
@@ -207,7 +204,7 @@ def check(case: Case) -> None:
 def test_4_bit_weights(isa, case, threads):
     load.load(isa)
     torch.set_num_threads(threads)
-    check(case)
+    check(case, isa.name)
 
 
 @ISAS
@@ -217,7 +214,7 @@ def test_weights_in_the_activations_dtype(isa, case, threads):
     """Nothing beyond the weight is read: NaN lies there."""
     load.load(isa)
     torch.set_num_threads(threads)
-    check(case)
+    check(case, isa.name)
 
 
 @given(m=st.integers(FEW_ROWS + 1, 60), n=st.integers(1, 20), k=st.integers(1, 300), seed=st.integers(0, 2**20))
@@ -233,10 +230,11 @@ def test_more_rows_go_through_a_librarys_product(m, n, k, seed):
         called(dense, case.x, case.weight)
 
 
-@pytest.mark.parametrize("isa", OWN_PRODUCTS, ids=lambda isa: isa.name)
+@pytest.mark.parametrize("isa", WITH_VECTORS, ids=lambda isa: isa.name)
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
 @given(m=st.integers(17, 100), n=st.integers(1, 100), k=st.integers(1, 300), seed=st.integers(0, 2**20))
 @examples(12)
-def test_many_rows_in_bfloat16(isa, m, n, k, seed):
+def test_many_rows_in_16_bits(isa, dtype, m, n, k, seed):
     """Blocks of rows and of features that end anywhere, and matrices of which one ends within a block.
 
     Up to 64 rows are recorded, but for more than 16 positions of one sequence: a prompt's products run at once.
@@ -245,10 +243,8 @@ def test_many_rows_in_bfloat16(isa, m, n, k, seed):
     torch.set_num_threads(1 + seed % 3)
     gated, norm = seed % 2 == 0, NORMS[seed % len(NORMS)]
     options = {"bias": seed % 7 > 2, "norm_bias": True, "residual": seed % 3 > 0, "activation": "silu", "gap": seed % 5}
-    case = case_of(
-        (m, n // 32 * 32 + 32 if gated else n, k), torch.bfloat16, seed=seed, norm=norm, gated=gated, **options
-    )
-    check(case)
+    case = case_of((m, n // 32 * 32 + 32 if gated else n, k), dtype, seed=seed, norm=norm, gated=gated, **options)
+    check(case, isa.name)
     cut = case.weight.split((n // 3 + 1, len(case.weight) - n // 3 - 1))
     assert torch.equal(native.dense(case.x, list(cut), []), native.dense(case.x, [case.weight], []))
     with pytest.raises(RuntimeError, match="a product of many rows must not be recorded"):

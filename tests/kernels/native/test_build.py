@@ -102,7 +102,7 @@ def test_the_instruction_set_is_chosen_by_the_environment(monkeypatch):
 
 def test_a_machine_runs_what_its_capabilities_allow(monkeypatch):
     isa.runnable.cache_clear()
-    needs = {"avx2", "fma3", "avx_vnni"}
+    needs = {"avx2", "fma3", "f16c", "avx_vnni"}
     monkeypatch.setattr(isa, "_capabilities", lambda: needs)
     try:
         assert [one.name for one in isa.runnable()] == ["avx_vnni", "avx2", "portable"]
