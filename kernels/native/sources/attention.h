@@ -1,10 +1,11 @@
-// Attention of a few query positions over a static cache, each by itself and chunk by chunk, chunks combined by
-// log-sum-exp (online softmax: Milakov and Gimelshein 2018; split over the keys: Flash-Decoding, Dao et al. 2023).
+// Attention of a few query positions over a static cache, chunk by chunk, chunks combined by log-sum-exp (online softmax:
+// Milakov and Gimelshein 2018; split over the keys: Flash-Decoding, Dao et al. 2023).
 //
-// Keys and values of slots that take no part are never read, and the query heads that share a key-value head read it
-// once. Chunks are counted from a row's first slot that takes part. So every result is summed in one order, whatever the
-// number of positions and threads, and however much padding stands before the row. Not handled: masks that differ
-// between heads, and many positions, which prompt_attention.h is for.
+// Keys and values of slots that take no part are never read. The query heads that share a key-value head, of several
+// positions, read it once: as far as the positions of a chunk read the same slots they meet them together, and the rest
+// each by itself. Chunks are counted from a row's first slot that takes part. So every result is summed in one order,
+// whatever the number of positions and threads, and however much padding stands before the row. Not handled: masks that
+// differ between heads, and many positions, which prompt_attention.h is for.
 #pragma once
 
 #include <algorithm>
@@ -12,13 +13,13 @@
 #include <cstring>
 #include <limits>
 
+#include "dots.h"
 #include "functions.h"
 #include "phases.h"
 #include "scalars.h"
 
 namespace river {
 
-constexpr int kHeads = 8;  // query heads that are computed together
 constexpr float kMinusInfinity = -std::numeric_limits<float>::infinity();
 
 // Slots of one chunk that take part, and what the mask adds to their scores.
@@ -63,6 +64,7 @@ inline void find_live(const AttentionArgs& a, int64_t row, int chunk, Live& live
     live.slots[live.count] = slot;
     live.added[live.count++] = added;
   }
+  for (int i = live.count; i % 16; ++i) live.added[i] = 0;
 }
 
 // Reads one vector of a head as float32, filled up with zeros to a multiple of 16.
@@ -71,80 +73,182 @@ inline void load_head(const void* p, int64_t at, const AttentionArgs& a, float* 
   std::fill(x + a.head_dim, x + (a.head_dim + 15) / 16 * 16, 0.0f);
 }
 
-struct Scores {
-  alignas(64) float of[kHeads][kChunk];
-  float largest[kHeads], total[kHeads];
+// What one part needs for up to kQueries queries, heads of positions, that meet a chunk of slots.
+struct Meeting {
+  alignas(64) float q[kQueries][kMostHeadFeatures], sums[kQueries][kMostHeadFeatures];
+  alignas(64) float scores[kQueries][kChunk + 16];
+  float largest[kQueries], total[kQueries];
+  Live live[kQueries];  // of each position
 };
 
-inline void score(const AttentionArgs& a, const Live& live, int64_t cache_at, const float (*q)[kMostHeadFeatures],
-                  int heads, Scores& scores) {
-  alignas(64) float key[kMostHeadFeatures];
-  const int size = (a.head_dim + 15) / 16 * 16;
-  for (int i = 0; i < live.count; ++i) {
-    load_head(a.cache.keys, cache_at + live.slots[i] * a.cache.slot, a, key);
-    for (int h = 0; h < heads; ++h) scores.of[h][i] = dot_of(q[h], key, size) * a.scale;
-  }
-  for (int h = 0; h < heads; ++h) {
-    float* s = scores.of[h];
-    if (a.softcap > 0)
-      for (int i = 0; i < live.count; ++i) s[i] = a.softcap * tanh_of(s[i] / a.softcap);
-    float largest = kMinusInfinity, total = 0;
-    for (int i = 0; i < live.count; ++i) s[i] += live.added[i];
-    for (int i = 0; i < live.count; ++i) largest = s[i] > largest || s[i] != s[i] ? s[i] : largest;
-    for (int i = 0; i < live.count; ++i) s[i] = exp_of(s[i] - largest);
-    for (int i = 0; i < live.count; ++i) total += s[i];
-    scores.largest[h] = largest;
-    scores.total[h] = total;
+// What `count` queries from number `first` on read of the slots `from` to `to - 1` of a list.
+struct Share {
+  const int32_t* slots;
+  int from, to, first, count;
+};
+
+template <int D>
+void score(const AttentionArgs& a, const char* keys, const Share& s, Meeting& m) {
+  const int64_t slot_bytes = a.cache.slot * bytes_in(D);
+  for (int i = s.from; i < s.to; i += 4) {
+    const char* four[4];
+    for (int j = 0; j < 4; ++j) four[j] = keys + s.slots[std::min(i + j, s.to - 1)] * slot_bytes;
+    dots<4, D>(four, a.head_dim, {m.q[s.first], kMostHeadFeatures}, s.count, {m.scores[s.first] + i, kChunk + 16},
+               [](int64_t, int, int) {});
   }
 }
 
-inline void add_values(const AttentionArgs& a, const Live& live, int64_t cache_at, const Scores& scores, int heads,
-                       float (*sums)[kMostHeadFeatures]) {
-  alignas(64) float value[kMostHeadFeatures];
-  const int size = (a.head_dim + 15) / 16 * 16;
-  for (int h = 0; h < heads; ++h) std::fill(sums[h], sums[h] + size, 0.0f);
-  for (int i = 0; i < live.count; ++i) {
-    load_head(a.cache.values, cache_at + live.slots[i] * a.cache.slot, a, value);
-    for (int h = 0; h < heads; ++h) {
-      const float weight = scores.of[h][i];
-      for (int d = 0; d < size; ++d) sums[h][d] += weight * value[d];
+// Scales and caps the scores of one query and turns them into weights, zeros up to a multiple of 16.
+inline void weigh(const AttentionArgs& a, const Live& live, int query, Meeting& m) {
+  float* const scores = m.scores[query];
+  const int count = live.count, whole = (count + 15) / 16 * 16;
+  const auto each = [&](const auto& f) RIVER_INLINED {
+    for (int i = 0; i < whole; i += kLanes) store(scores + i, f(i, load_floats(scores + i)));
+  };
+  if (a.softcap > 0)
+    each([&](int, Floats s) RIVER_INLINED { return tanh_of(s * a.scale / a.softcap) * a.softcap; });
+  else
+    each([&](int, Floats s) RIVER_INLINED { return s * a.scale; });
+  std::fill(scores + count, scores + whole, kMinusInfinity);
+  Floats most = every(kMinusInfinity);
+  each([&](int i, Floats s) RIVER_INLINED {
+    s = s + load_floats(live.added + i);
+    most = s > most ? s : most;
+    return s;
+  });
+  float lanes[kLanes];
+  store(lanes, most);
+  const float largest = *std::max_element(lanes, lanes + kLanes);
+  each([&](int, Floats s) RIVER_INLINED { return exp_of(s - largest); });  // (NaN stays NaN)
+  std::fill(scores + count, scores + whole, 0.0f);
+  m.largest[query] = largest;
+  m.total[query] = sum_of(scores, whole);
+}
+
+// Adds a piece of the values of some slots, times their weights, to the sums of R queries.
+template <int R, int D>
+RIVER_INLINE void add_piece(const AttentionArgs& a, const char* values, const Share& s, int first, int d, Meeting& m) {
+  constexpr int kVectors = kPiece / kLanes;
+  const int64_t slot_bytes = a.cache.slot * bytes_in(D);
+  const int missing = std::max(d + kPiece - a.head_dim, 0);
+  Floats sums[R][kVectors];
+  const auto each = [&](const auto& f) RIVER_INLINED {
+    unrolled<R>([&](auto r) RIVER_INLINED { unrolled<kVectors>([&](auto u) RIVER_INLINED { f(r, u); }); });
+  };
+  each([&](auto r, auto u) RIVER_INLINED { sums[r][u] = load_floats(m.sums[first + r] + d + u * kLanes); });
+  char last[kPiece * bytes_in(D)] = {};
+  for (int i = s.from; i < s.to; ++i) {
+    const char* piece = values + s.slots[i] * slot_bytes + d * bytes_in(D);
+    if (missing) piece = static_cast<const char*>(std::memcpy(last, piece, (kPiece - missing) * bytes_in(D)));
+    unrolled<kVectors>([&](auto u) RIVER_INLINED {
+      const Floats value = load_vector<D, u>(piece);
+      unrolled<R>([&](auto r) RIVER_INLINED { sums[r][u] = fma(value, every(m.scores[first + r][i]), sums[r][u]); });
+    });
+  }
+  each([&](auto r, auto u) RIVER_INLINED { store(m.sums[first + r] + d + u * kLanes, sums[r][u]); });
+}
+
+template <int D>
+void add_values(const AttentionArgs& a, const char* values, const Share& s, Meeting& m) {
+  if (s.from >= s.to) return;
+  const int shares = (s.count + kMostRows - 1) / kMostRows;
+  for (int d = 0; d < a.head_dim; d += kPiece)
+    for (int share = 0; share < shares; ++share) {
+      const int first = s.count * share / shares, count = s.count * (share + 1) / shares - first;
+      unrolled<kMostRows>([&](auto r) RIVER_INLINED {
+        if (r + 1 == count) add_piece<r + 1, D>(a, values, s, s.first + first, d, m);
+      });
     }
-  }
 }
 
-inline void attend_chunk(const AttentionArgs& a, int64_t row, int64_t kv_head, int chunk) {
+// Reads a query as `dots` takes it.
+template <int D>
+void load_query(const AttentionArgs& a, int64_t at, float* q) {
+  alignas(64) float values[kMostHeadFeatures];
+  const int size = (a.head_dim + kPiece - 1) / kPiece * kPiece;
+  load_values(a.q, at * a.head_dim, a.head_dim, D, values);
+  std::fill(values + a.head_dim, values + size, 0.0f);
+  if (D == kBFloat16)
+    split(values, size, q);
+  else
+    std::copy(values, values + size, q);
+}
+
+// Writes what was summed for query number `at` of all: the result where there is one chunk, else a part of it.
+template <int D>
+void store_sums(const AttentionArgs& a, int64_t at, int chunk, int query, const Meeting& m) {
+  alignas(64) float sums[kMostHeadFeatures];
+  if (D == kBFloat16)
+    join(m.sums[query], (a.head_dim + kPiece - 1) / kPiece * kPiece, sums);
+  else
+    std::copy(m.sums[query], m.sums[query] + a.head_dim, sums);
+  if (a.chunks == 1) {
+    const float factor = m.total[query] == 0 ? 0.0f : 1.0f / m.total[query];
+    for (int d = 0; d < a.head_dim; ++d) sums[d] *= factor;
+    return store_values(a.out, at * a.head_dim, a.head_dim, D, sums);
+  }
+  float* partial = a.partial + (at * a.chunks + chunk) * (a.head_dim + 2);
+  std::copy(sums, sums + a.head_dim, partial);
+  partial[a.head_dim] = m.largest[query];
+  partial[a.head_dim + 1] = m.total[query];
+}
+
+// Up to how many of the slots that they read several positions agree.
+inline int common_slots(const Live* live, int positions) {
+  int common = live[0].count;
+  for (int p = 1; p < positions; ++p) {
+    const int most = std::min(common, live[p].count);
+    common = int(std::mismatch(live[0].slots, live[0].slots + most, live[p].slots).first - live[0].slots);
+  }
+  return common;
+}
+
+// The queries of `positions` positions from row `row` on, of one key-value head, and one chunk of slots.
+template <int D>
+void attend_chunk(const AttentionArgs& a, int64_t row, int positions, int64_t kv_head, int chunk) {
   const int shared = a.heads / a.kv_heads;
-  const int64_t cache_at = row / a.positions * a.cache.sequence + kv_head * a.cache.head;
-  alignas(64) float q[kHeads][kMostHeadFeatures], sums[kHeads][kMostHeadFeatures];
-  Live live;
-  Scores scores;
-  find_live(a, row, chunk, live);
-  for (int done = 0; done < shared; done += kHeads) {
-    const int heads = std::min(kHeads, shared - done);
-    const int64_t first = row * a.heads + kv_head * shared + done;
-    for (int h = 0; h < heads; ++h) load_head(a.q, (first + h) * a.head_dim, a, q[h]);
-    score(a, live, cache_at, q, heads, scores);
-    add_values(a, live, cache_at, scores, heads, sums);
-    for (int h = 0; h < heads; ++h) {
-      if (a.chunks == 1) {
-        const float factor = live.count ? 1.0f / scores.total[h] : 0.0f;
-        for (int d = 0; d < a.head_dim; ++d) sums[h][d] *= factor;
-        store_values(a.out, (first + h) * a.head_dim, a.head_dim, a.dtype, sums[h]);
-      } else {
-        float* partial = a.partial + ((first + h) * a.chunks + chunk) * (a.head_dim + 2);
-        std::copy(sums[h], sums[h] + a.head_dim, partial);
-        partial[a.head_dim] = scores.largest[h];
-        partial[a.head_dim + 1] = scores.total[h];
-      }
+  const int64_t cache_at = (row / a.positions * a.cache.sequence + kv_head * a.cache.head) * bytes_in(D);
+  const char *keys = a.cache.keys + cache_at, *values = a.cache.values + cache_at;
+  Meeting m;
+  for (int p = 0; p < positions; ++p) find_live(a, row + p, chunk, m.live[p]);
+  const int common = common_slots(m.live, positions);
+  for (int done = 0; done < shared; done += kQueries) {
+    const int heads = std::min(kQueries, shared - done), queries = positions * heads;
+    const auto number_of = [&](int q) { return (row + q / heads) * a.heads + kv_head * shared + done + q % heads; };
+    const auto each_share = [&](const auto& f) {
+      f({m.live[0].slots, 0, common, 0, queries});
+      for (int p = 0; p < positions; ++p) f({m.live[p].slots, common, m.live[p].count, p * heads, heads});
+    };
+    for (int q = 0; q < queries; ++q) load_query<D>(a, number_of(q), m.q[q]);
+    each_share([&](const Share& s) { score<D>(a, keys, s, m); });
+    for (int q = 0; q < queries; ++q) {
+      weigh(a, m.live[q / heads], q, m);
+      std::fill(m.sums[q], m.sums[q] + (a.head_dim + kPiece - 1) / kPiece * kPiece, 0.0f);
     }
+    each_share([&](const Share& s) { add_values<D>(a, values, s, m); });
+    for (int q = 0; q < queries; ++q) store_sums<D>(a, number_of(q), chunk, q, m);
+  }
+}
+
+// Parts split groups of `together` positions, key-value heads and chunks.
+template <int D>
+void attend_all(const AttentionArgs& a, int part, int parts) {
+  const int64_t groups = (a.positions + a.together - 1) / a.together, all = a.batch * groups * a.kv_heads * a.chunks;
+  for (int64_t i = all * part / parts; i < all * (part + 1) / parts; ++i) {
+    const int64_t group = i / a.chunks / a.kv_heads, first = group % groups * a.together;
+    attend_chunk<D>(a, group / groups * a.positions + first, int(std::min<int64_t>(a.together, a.positions - first)),
+                    i / a.chunks % a.kv_heads, int(i % a.chunks));
   }
 }
 
 inline void attend(const void* args, int part, int parts) {
   const auto& a = *static_cast<const AttentionArgs*>(args);
-  const int64_t all = int64_t(a.batch) * a.positions * a.kv_heads * a.chunks;
-  for (int64_t i = all * part / parts; i < all * (part + 1) / parts; ++i)
-    attend_chunk(a, i / a.chunks / a.kv_heads, i / a.chunks % a.kv_heads, int(i % a.chunks));
+  if (a.dtype == kFloat32)
+    attend_all<kFloat32>(a, part, parts);
+  else if (a.dtype == kBFloat16)
+    attend_all<kBFloat16>(a, part, parts);
+  else
+    attend_all<kFloat16>(a, part, parts);
 }
 
 inline void combine(const void* args, int part, int parts) {

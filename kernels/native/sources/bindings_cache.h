@@ -110,9 +110,10 @@ inline void describe_mask(AttentionArgs& a, const Tensor& mask, int64_t sequence
 
 inline void run_few(AttentionArgs& a) {
   const int64_t partials = int64_t(a.batch) * a.positions * a.heads * a.chunks;
+  a.together = std::clamp(kQueries / (a.heads / a.kv_heads), 1, (a.positions + 1) / 2);  // (two threads have work)
   if (a.chunks > 1) a.partial = reinterpret_cast<float*>(workspace(partials * (a.head_dim + 2) * sizeof(float)));
-  const int most = threads();
-  const int parts = int(std::min<int64_t>(int64_t(a.batch) * a.positions * a.kv_heads * a.chunks, 4 * most));
+  const int most = threads(), groups = (a.positions + a.together - 1) / a.together;
+  const int parts = int(std::min<int64_t>(int64_t(a.batch) * groups * a.kv_heads * a.chunks, 4 * most));
   const Call<AttentionArgs> call(a);
   if (a.chunks == 1)
     call.run({{kernels().attend, parts}}, most);

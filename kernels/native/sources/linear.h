@@ -208,7 +208,7 @@ void linear_of(const LinearArgs& a, int part, int parts) {
 }
 
 constexpr int kRowsTogether = 256;  // whose activations stay in a core's cache while weights pass by
-constexpr int64_t kTogether = 1 << 18;  // bytes of such activations in float32
+constexpr int64_t kBytesTogether = 1 << 18;  // bytes of such activations in float32
 constexpr int32_t kOfBfloat16 = kTiles ? kTiled : kHasPairs ? kPairs : kSplit;
 
 // Adds what follows the sums of blocks `n` of features, gate and up where it is gated, for 32 rows from `row` on.
@@ -246,7 +246,7 @@ inline void linear_in_many_tiles(const LinearArgs& a, int part, int parts) {
 template <int F>
 void linear_in_blocks(const LinearArgs& a, int part, int parts) {
   const int64_t width = a.gated ? a.out_features / 2 : a.out_features, blocks = (width + kBlock - 1) / kBlock;
-  const int fit = int(std::max<int64_t>(kTogether / 4 / padded_features(a) / kBlock, 1)) * kBlock;
+  const int fit = int(std::max<int64_t>(kBytesTogether / 4 / padded_features(a) / kBlock, 1)) * kBlock;
   const int together = F == kPlain ? std::min(fit, kRowsTogether) : kRowsTogether;
   for (int first = 0; first < a.rows; first += together)
     for (int64_t n = blocks * part / parts; n < blocks * (part + 1) / parts; ++n)

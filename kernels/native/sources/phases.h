@@ -117,10 +117,11 @@ struct KvFillArgs {
 
 constexpr int kLargestGroup = 128;
 constexpr int kMostHeadFeatures = 512;
+constexpr int kQueries = 12;  // queries that meet the slots of a chunk together
 constexpr int kChunk = 256;  // slots whose attention is summed before chunks are put together
 
 // out = softmax(softcap(scale q k^T) + mask) v of each of T positions, over the slots that its row of the mask lets take
-// part (causal: position t reads slots 0 to t alone); none give 0. Parts split positions, key-value heads and chunks of slots; of one chunk `attend` writes the result itself, of more
+// part (causal: position t reads slots 0 to t alone); none give 0. Parts split groups of `together` positions, key-value heads and chunks of slots; of one chunk `attend` writes the result itself, of more
 // it writes `partial`, from which `combine` does (whose parts split the query heads).
 struct AttentionArgs {
   const void* q;  // [B, T, H, D] of `dtype`
@@ -130,6 +131,7 @@ struct AttentionArgs {
   void* out;                              // [B, T, H, D] of `dtype`
   float* partial;                         // [B, T, H, chunks, D + 2]: sum, maximum and denominator
   int32_t dtype, mask_dtype, batch, positions, heads, kv_heads, head_dim, slots, chunks, causal;
+  int32_t together;  // with all heads that share a key-value head at most kQueries queries, or 1
   float scale, softcap;
 };
 

@@ -103,22 +103,13 @@ inline void write_pairs(const PrepareArgs& a, int64_t i, const float* values) {
   for (int k = 0; k < a.group_size; k += 2, out += 4 * a.rows) std::memcpy(out, rounded + k, 4);
 }
 
-// Format kSplit.
-inline void write_split(float* out, const float* values, int64_t size) {
-  for (int64_t k = 0; k < size; k += 2 * kLanes)
-    for (int i = 0; i < kLanes; ++i) {
-      out[k + i] = values[k + 2 * i];
-      out[k + kLanes + i] = values[k + 2 * i + 1];
-    }
-}
-
 inline void prepare_group(const PrepareArgs& a, int64_t i, const float* values) {
   const int64_t size = a.group_size;
   if (a.out.format == kPlain) {
     std::copy(values, values + size, static_cast<float*>(a.out.values) + i * size);
     return;
   }
-  if (a.out.format == kSplit) return write_split(static_cast<float*>(a.out.values) + i * size, values, size);
+  if (a.out.format == kSplit) return split(values, size, static_cast<float*>(a.out.values) + i * size);
   if (a.out.format == kTiled) return write_pairs(a, i, values);
   if (a.out.format == kPairs) return store_values(a.out.values, i * size, int(size), kBFloat16, values);
   a.out.sum[i] = sum_of(values, int(size));

@@ -1,0 +1,100 @@
+// Dot products of a few rows of float32 with rows of weights or of keys, which are read once for as many rows as registers
+// hold. Each is summed in one order, whatever the number of either.
+#pragma once
+
+#include <algorithm>
+#include <cstring>
+
+#include "phases.h"
+#include "scalars.h"
+#include "vectors.h"
+
+namespace river {
+
+constexpr int kPiece = 32;  // features that are read at a time; rows of float32 are filled up to whole pieces
+
+// Reads vector number U of a piece, in the order of prepared activations: of bfloat16 those with even numbers and those
+// with odd ones in turn (kSplit), which takes one instruction each.
+template <int D, int U>
+RIVER_INLINE Floats load_vector(const char* piece) {
+  if constexpr (D == kFloat32) return load_floats(reinterpret_cast<const float*>(piece) + U * kLanes);
+  if constexpr (D == kFloat16) return load_float16(reinterpret_cast<const uint16_t*>(piece) + U * kLanes);
+  if constexpr (D == kBFloat16) {
+    const Ints pairs = load(reinterpret_cast<const uint8_t*>(piece) + U / 2 * kLanes * 4);
+    return U % 2 ? high_bfloat16(pairs) : low_bfloat16(pairs);
+  }
+}
+
+constexpr int64_t bytes_in(int dtype) { return dtype == kFloat32 ? 4 : 2; }
+
+// To and from the order of kSplit; `size` is a multiple of 32.
+inline void split(const float* values, int64_t size, float* out) {
+  for (int64_t k = 0; k < size; k += 2 * kLanes)
+    for (int i = 0; i < kLanes; ++i) {
+      out[k + i] = values[k + 2 * i];
+      out[k + kLanes + i] = values[k + 2 * i + 1];
+    }
+}
+inline void join(const float* values, int64_t size, float* out) {
+  for (int64_t k = 0; k < size; k += 2 * kLanes)
+    for (int i = 0; i < kLanes; ++i) {
+      out[k + 2 * i] = values[k + i];
+      out[k + 2 * i + 1] = values[k + kLanes + i];
+    }
+}
+
+// Rows of float32, or what is written for each of them: where they begin, and elements between two.
+template <class T>
+struct Matrix {
+  T* data;
+  int64_t stride;
+};
+
+// y[r][t] = sum over i < k of rows[t][i] x[r][i]; `fetch` is called with the number of each piece's first feature.
+template <int R, int T, int D, class Fetch>
+RIVER_INLINE void dots_of_tile(const char* const* rows, int64_t k, Matrix<const float> x, Matrix<float> y,
+                               const Fetch& fetch) {
+  const int64_t whole = k / kPiece * kPiece;
+  Floats sums[R][4];
+  unrolled<R>([&](auto r) RIVER_INLINED { unrolled<4>([&](auto t) RIVER_INLINED { sums[r][t] = zeros(); }); });
+  const auto add = [&](const auto& piece_of, const float* at) RIVER_INLINED {
+    unrolled<kPiece / kLanes>([&](auto u) RIVER_INLINED {
+      unrolled<T>([&](auto t) RIVER_INLINED {
+        const Floats values = load_vector<D, u>(piece_of(t));
+        unrolled<R>([&](auto r) RIVER_INLINED {
+          sums[r][t] = fma(values, load_floats(at + r * x.stride + u * kLanes), sums[r][t]);
+        });
+      });
+    });
+  };
+  for (int64_t i = 0; i < whole; i += kPiece) {
+    fetch(i);
+    add([&](int t) RIVER_INLINED { return rows[t] + i * bytes_in(D); }, x.data + i);
+  }
+  if (whole < k) {
+    char last[T][kPiece * bytes_in(D)] = {};
+    for (int t = 0; t < T; ++t) std::memcpy(last[t], rows[t] + whole * bytes_in(D), (k - whole) * bytes_in(D));
+    add([&](int t) RIVER_INLINED { return last[t]; }, x.data + whole);
+  }
+  unrolled<R>([&](auto r) RIVER_INLINED {
+    float total[4];
+    sums_of_four(sums[r], total);
+    std::copy(total, total + T, y.data + r * y.stride);
+  });
+}
+
+// The same of `count` rows, in shares; `fetch` is called with the share and their number too.
+template <int T, int D, class Fetch>
+void dots(const char* const* rows, int64_t k, Matrix<const float> x, int count, Matrix<float> y, const Fetch& fetch) {
+  const int shares = (count + kMostRows - 1) / kMostRows;
+  for (int share = 0, row = 0, next; share < shares; ++share, row = next) {
+    next = count * (share + 1) / shares;
+    unrolled<kMostRows>([&](auto r) RIVER_INLINED {
+      if (r + 1 == next - row)
+        dots_of_tile<r + 1, T, D>(rows, k, {x.data + row * x.stride, x.stride}, {y.data + row * y.stride, y.stride},
+                                  [&](int64_t i) RIVER_INLINED { fetch(i, share, shares); });
+    });
+  }
+}
+
+}  // namespace river
