@@ -3,6 +3,7 @@
     python -m benchmarks.decode
     python -m benchmarks.decode --model DIR --gguf FILE --rows eager river llama_cpp --json decode.json
     python -m benchmarks.decode --batch 8 --rows eager river --neighbour
+    python -m benchmarks.decode --prompts 32 256 1024
 
 Every row is a process of its own with an empty Inductor cache. Each generates the same prompt's greedy continuation
 (`--batch` of them at once), once to compile, once to warm up, and then `--repeats` times; the repeats of all rows take
@@ -12,6 +13,7 @@ turns. Columns:
     beside another    the same with one other process busy all the time, where `--neighbour` asks for it
     first token, s    from the call that compiles to the first new token: packing and compiling the prompt's graph
     second token, s   the same to the second new token: the decode graph is compiled too
+    pp256 tokens/s    how fast a prompt of so many tokens is read, for each length that `--prompts` names
     mean depth        backbone blocks executed per decoded token
     peak RSS, MiB     of the row's process, loading included (mapped weight files count)
 
@@ -122,7 +124,7 @@ def run(rows: list[str], folder: Path, gguf: Mapping[str, Path | None], options:
             bar.set_postfix_str(f"preparing {name}")
             workers[name] = stack.enter_context(closing(common.Worker("benchmarks.decode", name, options.threads)))
             results[name] = workers[name].ask("prepare", **_job(name, folder, gguf.get(name), options))
-            results[name].update({setting: [] for setting in settings})
+            results[name].update({setting: [] for setting in settings}, prompts={str(n): [] for n in options.prompts})
             bar.update()
         for turn, (name, worker), setting in itertools.product(range(options.repeats), workers.items(), settings):
             bar.set_postfix_str(f"round {turn + 1}: {name}")
@@ -130,29 +132,35 @@ def run(rows: list[str], folder: Path, gguf: Mapping[str, Path | None], options:
                 measured = worker.ask("measure")
             results[name][setting].append(measured["tokens_per_s"])
             results[name]["peak_rss_bytes"] = measured["peak_rss_bytes"]
+            if setting == "tokens_per_s":
+                for length, rate in measured["prompts"].items():
+                    results[name]["prompts"][length].append(rate)
             bar.update()
     return results
 
 
 def summarize(results: dict[str, dict], options: argparse.Namespace, absent: dict[str, str]) -> dict:
     """Returns the outcome as the JSON file holds it."""
-    medians = {"decode_tokens_per_s": "tokens_per_s", "beside_tokens_per_s": "tokens_per_s_beside"}
-    rows = {
-        name: {**result, **{to: statistics.median(result[of]) for to, of in medians.items() if of in result}}
-        for name, result in results.items()
-    }
+    rows = {name: {**result, **_medians(result)} for name, result in results.items()}
     speeds = {name: row["decode_tokens_per_s"] for name, row in rows.items()}
     first = {name: row["first_token_s"] for name, row in rows.items()}
     second = {name: row["second_token_s"] for name, row in rows.items()}
     return {
         **common.setting("decode", options),
         "batch": options.batch,
+        "prompts": options.prompts,
         "rows": rows,
         "absent": absent,
         "ratios": common.ratios(speeds, SPEED_RATIOS),
         "first_token_ratios": common.ratios(first, FIRST_TOKEN_RATIOS),
         "second_token_ratios": common.ratios(second, FIRST_TOKEN_RATIOS),
     }
+
+
+def _medians(result: dict) -> dict[str, float]:
+    medians = {"decode_tokens_per_s": "tokens_per_s", "beside_tokens_per_s": "tokens_per_s_beside"}
+    prompts = {f"pp{length}_tokens_per_s": statistics.median(rates) for length, rates in result["prompts"].items()}
+    return prompts | {to: statistics.median(result[of]) for to, of in medians.items() if of in result}
 
 
 def show(outcome: dict) -> None:
@@ -162,6 +170,7 @@ def show(outcome: dict) -> None:
     columns = {
         "decode tokens/s": "decode_tokens_per_s",
         "beside another": "beside_tokens_per_s",
+        **{f"pp{length} tokens/s": f"pp{length}_tokens_per_s" for length in outcome["prompts"]},
         "first token, s": "first_token_s",
         "second token, s": "second_token_s",
         "mean depth": "mean_depth",
@@ -193,12 +202,18 @@ class Bench:
     def prepare(self, **job) -> dict:
         """Loads, compiles and warms up; returns the times of the first tokens and the mean exit depth."""
         self.run = llama_cpp_runner.build(job) if job["backend"] == "llama_cpp" else _torch_runner(job)
+        self.prompts = job["prompts"]
         first, second = self.run.first_call()
+        self._prompt_rates()
         return {"first_token_s": first, "second_token_s": second, "mean_depth": self.run.warm_up()}
 
     def measure(self) -> dict:
-        """Generates once; returns the decode speed and the peak memory so far."""
-        return {"tokens_per_s": self.run.rate(), "peak_rss_bytes": common.peak_rss_bytes()}
+        """Reads each prompt and generates, once; returns the speeds and the peak memory so far."""
+        prompts = self._prompt_rates()
+        return {"tokens_per_s": self.run.rate(), "prompts": prompts, "peak_rss_bytes": common.peak_rss_bytes()}
+
+    def _prompt_rates(self) -> dict[str, float]:
+        return {str(length): length / self.run.prompt_seconds(length) for length in self.prompts}
 
 
 class TorchRunner:
@@ -207,8 +222,8 @@ class TorchRunner:
     The plain model has the cache that `generate` gives it by default; compiled ones have a static cache.
     """
 
-    def __init__(self, model, prompt, job: dict) -> None:
-        self.model, self.prompt, self.job = model, prompt, job
+    def __init__(self, model, prompt, text, job: dict) -> None:
+        self.model, self.prompt, self.text, self.job = model, prompt, text, job
 
     def first_call(self) -> tuple[float, float]:
         """Compiles and returns the seconds from there to the first and to the second new token."""
@@ -235,20 +250,28 @@ class TorchRunner:
         """Returns the decode tokens/s of one generation."""
         return self._generate().decode_tokens_per_s * self.prompt.shape[0]
 
-    def _generate(self, stop_after: int | None = None):
+    def prompt_seconds(self, length: int) -> float:
+        """Returns the seconds to the first new token after a prompt of so many tokens."""
+        return self._generate(stop_after=1, prompt=self.text[:, :length]).first_token_s
+
+    def _generate(self, stop_after: int | None = None, prompt=None):
         from river_compile.cli.timing import generate
 
-        static = self.job["backend"] != "eager"
-        return generate(self.model, self.prompt, self.job["new_tokens"], static_cache=static, stop_after=stop_after)
+        static, prompt = self.job["backend"] != "eager", self.prompt if prompt is None else prompt
+        return generate(self.model, prompt, self.job["new_tokens"], static_cache=static, stop_after=stop_after)
 
 
 def _torch_runner(job: dict) -> TorchRunner:
     import torch
 
+    from river_compile.cli.bench import beginning
+
     models.quiet()
     torch.set_num_threads(job["threads"])
     model, tokenizer = models.load(job["folder"], dtype=job["dtype"])
-    return TorchRunner(model, models.encode(tokenizer, job["prompt"]).repeat(job["batch"], 1), job)
+    prompt = models.encode(tokenizer, job["prompt"]).repeat(job["batch"], 1)
+    text = beginning(tokenizer, max(job["prompts"], default=1)).repeat(job["batch"], 1)
+    return TorchRunner(model, prompt, text, job)
 
 
 def _job(name: str, folder: Path, gguf: Path | None, options: argparse.Namespace) -> dict:
@@ -263,6 +286,7 @@ def _job(name: str, folder: Path, gguf: Path | None, options: argparse.Namespace
         "threads": options.threads,
         "batch": options.batch,
         "prompt": PROMPT,
+        "prompts": options.prompts,
     }
 
 
@@ -277,6 +301,9 @@ def _parse(arguments: list[str] | None) -> argparse.Namespace:
     parser = common.command_line(__doc__, *shared)
     parser.add_argument(
         "--batch", type=common.number(1), default=1, help="texts that are generated at once (%(default)s)"
+    )
+    parser.add_argument(
+        "--prompts", nargs="+", type=common.number(1), default=[], metavar="N", help="lengths of prompts to read, too"
     )
     parser.add_argument("--neighbour", action="store_true", help="also measure beside one busy process")
     parser.add_argument("--gguf", type=Path, help="the GGUF file that the model folder was made of, for llama_cpp")

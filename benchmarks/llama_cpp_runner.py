@@ -18,23 +18,26 @@ def build(job: dict) -> LlamaCppRunner:
     from llama_cpp import Llama
     from transformers import AutoTokenizer
 
+    from river_compile.cli.bench import beginning
+
     models.quiet()
-    prompt = models.encode(AutoTokenizer.from_pretrained(job["folder"]), job["prompt"])[0].tolist()
+    tokenizer, longest = AutoTokenizer.from_pretrained(job["folder"]), max(job["prompts"], default=1)
+    prompt, text = models.encode(tokenizer, job["prompt"])[0].tolist(), beginning(tokenizer, longest)[0].tolist()
     llama = Llama(
         model_path=job["gguf"],
-        n_ctx=len(prompt) + job["new_tokens"] + 1,
+        n_ctx=max(len(prompt), longest) + job["new_tokens"] + 1,
         n_threads=job["threads"],
         n_threads_batch=job["threads"],
         verbose=False,
     )
-    return LlamaCppRunner(llama, prompt, job)
+    return LlamaCppRunner(llama, prompt, text, job)
 
 
 class LlamaCppRunner:
     """Generates with llama.cpp from the GGUF file that the model was made of."""
 
-    def __init__(self, llama, prompt: list[int], job: dict) -> None:
-        self.llama, self.prompt, self.job = llama, prompt, job
+    def __init__(self, llama, prompt: list[int], text: list[int], job: dict) -> None:
+        self.llama, self.prompt, self.text, self.job = llama, prompt, text, job
 
     def first_call(self) -> tuple[float, float]:
         """Returns the seconds to the first and to the second new token; nothing is compiled."""
@@ -51,11 +54,15 @@ class LlamaCppRunner:
 
         return decode_rate(self._generate(self.job["new_tokens"]))
 
-    def _generate(self, new_tokens: int) -> list[float]:
+    def prompt_seconds(self, length: int) -> float:
+        """Returns the seconds to the first new token after a prompt of so many tokens."""
+        return self._generate(1, self.text[:length])[0]
+
+    def _generate(self, new_tokens: int, prompt: list[int] | None = None) -> list[float]:
         """Generates greedily, past any end-of-sequence token; returns the seconds to each new token."""
         self.llama.reset()
         start = time.perf_counter()
-        stream = self.llama.generate(self.prompt, top_k=1, temp=0.0, repeat_penalty=1.0, reset=True)
+        stream = self.llama.generate(prompt or self.prompt, top_k=1, temp=0.0, repeat_penalty=1.0, reset=True)
         return [time.perf_counter() - start for _, _ in zip(range(new_tokens), stream, strict=False)]
 
 
