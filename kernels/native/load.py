@@ -19,7 +19,7 @@ Arguments are those of the operators ``river::*`` (see `river_compile.kernels.op
 `experts` take the bytes of the layouts "native", their `bits` and `int8_activations`, with which x is rounded to 8 bits
 with one scale for each group of each row; without, it is read as it is. A product's row has the same bits whatever the
 number of rows and threads, which are ``torch.get_num_threads()``, and so has attention's, of up to 16 positions and of
-more; of more than 8 rows `dense` lets a library compute the product in float32, and in any dtype without vectors of x86.
+more; of more than 8 rows `dense` lets a library compute it in float32, and without vectors of x86 in any dtype.
 
 Not handled: gradients, other devices than the CPU.
 """
@@ -71,6 +71,11 @@ def load(isa: Isa | None = None) -> Any:
             _tables[isa.name] = _table(paths[0])
         torch.ops.river_native.use_kernels(_tables[isa.name])
     return torch.ops.river_native
+
+
+def loaded() -> bool:
+    """Tells whether some call of `load` has succeeded."""
+    return bool(_tables)
 
 
 def few_rows(dtype: torch.dtype, positions: int = 1) -> int:

@@ -19,6 +19,7 @@ from river_compile.runtime.plain_calls import plainly
 from .loss import TwinLoss, estimate_loss
 from .make import PackedSite
 from .moments import Observation
+from .native_linear import NativeLinear
 from .observe import record
 from .sampling import enough, sample
 
@@ -57,7 +58,7 @@ class OwnText:
             return None
         start = time.perf_counter()
         try:
-            with plainly():
+            with plainly(), NativeLinear():
                 if anew or self._ids is None:
                     self._ids = sample(model, ROWS, enough(model, ROWS, MOST_TOKENS))
                 return record(model, self._ids.split(_ROWS_AT_ONCE), own=True)
@@ -75,7 +76,7 @@ class OwnText:
         if model is None or self.refusal:
             return None
         try:
-            with plainly():
+            with plainly(), NativeLinear():
                 return estimate_loss(model, packed)
         except Exception as error:  # (as above)
             _tell_ranks(model, error)
