@@ -31,8 +31,27 @@ MATCH_EDGES = (2.5, 3.5, 4.5, 6.5, 9.5)
 # What the rates are before anything was judged: exp(-entropy / 2), about what a 4-bit twin shows; longer repetitions go
 # on more often.
 _BY_ENTROPY = [math.exp(-(a + b) / 4) for a, b in zip((0.0, *ENTROPY_EDGES), (*ENTROPY_EDGES, 4.0), strict=True)]
-_BY_MATCH = [0.3, 0.5, 0.7, 0.85, 0.95, 0.97]
+_BY_MATCH = [0.15, 0.3, 0.5, 0.75, 0.9, 0.97]
 _RIVER = 0.7  # of the river's next token, whose entropy is not known yet
+
+
+class DraftRates:
+    """How often drafted tokens held so far: in one call, or in all calls of a model that go on with the same object.
+
+    Attributes:
+        by_entropy: the river's, by the entropy of what it drew them from.
+        by_match: copied ones, by the length of the ending that repeats.
+        river: the river's next one, of which nothing is known yet.
+    """
+
+    def __init__(self) -> None:
+        self.by_entropy = AcceptanceRate(ENTROPY_EDGES, _BY_ENTROPY)
+        self.by_match = AcceptanceRate(MATCH_EDGES, _BY_MATCH)
+        self.river = AcceptanceRate([], [_RIVER])
+
+
+class RatesOfModel(dict[bool, DraftRates]):
+    """What all adaptive calls of a model learned, by whether they sample."""
 
 
 @dataclass(frozen=True)
@@ -87,6 +106,7 @@ class Drafter:
         pad_token: stands in for the tokens of rows that draft nothing more.
         end_tokens: a draft ends after any of these.
         ranks: that share the model; all of them go by the first one's entropies and times.
+        rates: what is known of earlier drafts, and learns from these.
     """
 
     def __init__(
@@ -99,14 +119,13 @@ class Drafter:
         pad_token: int,
         end_tokens: Sequence[int] = (),
         ranks: Ranks = ALONE,
+        rates: DraftRates | None = None,
     ) -> None:
         self._ranks = ranks
+        self._rates = DraftRates() if rates is None else rates
         self._indices = [SuffixAutomaton(row) for row in prompt_ids.tolist()] if prompt_lookup else []
         self.rule, self._times, self._together = rule, times, together
         self._pad_token, self._end_tokens = pad_token, frozenset(end_tokens)
-        self._by_entropy = AcceptanceRate(ENTROPY_EDGES, _BY_ENTROPY)
-        self._by_match = AcceptanceRate(MATCH_EDGES, _BY_MATCH)
-        self._river = AcceptanceRate([], [_RIVER])
 
     def extend(self, rows: Sequence[int], tokens: Sequence[int]) -> None:
         """Takes in a token that each of these rows received."""
@@ -128,7 +147,7 @@ class Drafter:
         while True:
             for i in running:
                 rows[i].copy = self._continuation(i, rows[i])
-            chance = self._river.chance(0.0) if river else None
+            chance = self._rates.river.chance(0.0) if river else None
             count = self.rule.verify_now([rows[i] for i in running], steps, chance)
             if count is not None:
                 break
@@ -146,7 +165,7 @@ class Drafter:
                 pads = [Proposed(self._pad_token, "river", AcceptanceRate([], [1.0]), 0.0)] * shortest
                 row.proposed = row.proposed[:shortest] if i in running else pads
         if not steps:
-            self._river.fade()
+            self._rates.river.fade()
         return Draft({i: row.proposed for i, row in rows.items()}, steps)
 
     def note(self, tokens: int, steps: int, width: int, seconds: float) -> None:
@@ -163,13 +182,13 @@ class Drafter:
         """Takes in the verdict on a drafted token."""
         proposed.rate.learn(proposed.evidence, held)
         if proposed.source == "river":
-            self._river.learn(0.0, held)
+            self._rates.river.learn(0.0, held)
 
     def _go_on(
         self, ids_BS: Tensor, rows: Mapping[int, RowDraft], running: Sequence[int], step: DraftStep, steps: int
     ) -> list[int]:
         """Adds a token to each draft that is open: a copied one where that is as likely to hold, else the river's."""
-        river = self._river.chance(0.0)
+        river = self._rates.river.chance(0.0)
         copying = {i for i in running if rows[i].open and rows[i].copies(river)}
         asking = [i for i in running if rows[i].open and i not in copying]
         scores_NV = step.scores(ids_BS, asking, steps)
@@ -179,7 +198,7 @@ class Drafter:
             tokens = step.choose(scores_NV, asking, steps).tolist()
             entropies = self._ranks.agree([entropy(scores) for scores in scores_NV])
             for i, token, nats in zip(asking, tokens, entropies, strict=True):
-                rows[i].add(Proposed(token, "river", self._by_entropy, nats))
+                rows[i].add(Proposed(token, "river", self._rates.by_entropy, nats))
         column = dict.fromkeys(rows, self._pad_token)
         for i in (*copying, *asking):
             column[i] = rows[i].proposed[-1].token
@@ -193,4 +212,4 @@ class Drafter:
             return []
         room = draft.room - len(draft.proposed)
         tokens, length = self._indices[row].continuation(room, [p.token for p in draft.proposed])
-        return [Proposed(token, "lookup", self._by_match, length + i) for i, token in enumerate(tokens)]
+        return [Proposed(token, "lookup", self._rates.by_match, length + i) for i, token in enumerate(tokens)]

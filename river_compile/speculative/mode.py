@@ -30,7 +30,7 @@ from river_compile.state import state_of_model
 from river_compile.upstream.hf_cache import cache_argument, cache_of
 
 from .accept import Chooser
-from .draft import Drafter
+from .draft import Drafter, DraftRates
 from .hf_frames import KeepsTokenizer, argument_of_generate, shares_cache
 from .loop import Ends, ExactLoop, Outputs
 from .pays import pays_of
@@ -190,7 +190,9 @@ class ExactMode:
         rule: Rule
         if self.stop_below is None and self.adaptive:
             rule = ByGain(runner.times, runner.width_for, together)
-        else:
+            rates = runner.rates.setdefault(config.do_sample, DraftRates())
+        else:  # (drafts are the same in every run)
+            rates = DraftRates()
             rule = ByChance(_STOP_BELOW if self.stop_below is None else self.stop_below, runner.width_for)
         wanted = config.return_dict_in_generate
         return ExactLoop(
@@ -204,6 +206,7 @@ class ExactMode:
                 pad_token=pad_token or 0,
                 end_tokens=() if end_tokens is None else end_tokens.tolist(),
                 ranks=runner.ranks,
+                rates=rates,
             ),
             texts=Texts(ids_BS, pad_token, None if streamer is None else streamer.put),
             chooser=Chooser(len(ids_BS), config.do_sample, runner.ranks),

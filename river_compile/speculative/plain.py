@@ -20,6 +20,7 @@ from river_compile.runtime.stats import ExitStats
 from river_compile.state import ModelState
 from river_compile.upstream.hf_cache import cache_argument
 
+from .draft import RatesOfModel
 from .rates import PassTimes
 
 
@@ -42,7 +43,7 @@ class PlainRunner:
     ) -> None:
         self.model, self.model_kwargs, self.cache, self._lent = model, model_kwargs, cache, lent
         self.stats, self.sequences, self.ranks = state.of(ExitStats), state.of(Sequences), state.of(Ranks)
-        self.times = PassTimes()
+        self.times, self.rates = PassTimes(), RatesOfModel()
         self._outputs: Any = None
 
     def width_for(self, drafted: int) -> int:

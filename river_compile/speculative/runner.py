@@ -38,6 +38,7 @@ from river_compile.runtime.stats import ExitStats
 from river_compile.state import GraphRecord, ModelState
 from river_compile.upstream.hf_cache import cache_argument, cache_of, with_rows
 
+from .draft import RatesOfModel
 from .graphs import BatchInvariantGraph, BatchInvariantGraphs
 from .rates import PassTimes
 from .refusals import check_paths, known, why_not
@@ -74,8 +75,9 @@ class DraftVerifyRunner:
 
     Attributes:
         widths: query lengths at which the backbone may verify, ascending from 1.
-        cache, stats, sequences, times, ranks: the KV cache, what counts the model's cycles, what tells its sequences
-            apart, how long its passes take, and the ranks that share it, from :meth:`prefill` on.
+        cache, stats, sequences, times, ranks, rates: the KV cache, what counts the model's cycles, what tells its
+            sequences apart, how long its passes take, the ranks that share it, and how often its drafts held, from
+            :meth:`prefill` on.
     """
 
     cache: Cache
@@ -83,6 +85,7 @@ class DraftVerifyRunner:
     sequences: Sequences
     times: PassTimes
     ranks: Ranks
+    rates: RatesOfModel
 
     def __init__(self, model: PreTrainedModel, lent: LentCache, max_draft: int, strict: bool = False) -> None:
         self.model = model
@@ -115,6 +118,7 @@ class DraftVerifyRunner:
             raise ExactModeError(f"exact mode needs a model that the river backend can rewrite; {why_not(state)}")
         check_paths(graph.config)
         self.stats, self.sequences, self.ranks = state.of(ExitStats), state.of(Sequences), state.of(Ranks)
+        self.rates = state.of(RatesOfModel)
         self._prepare = functools.partial(self._be_ready, state, graph)
         self._prepare(ids_BS.shape[0])
         self._kept = self._entries.filled + 1

@@ -6,6 +6,7 @@ Without AVX-512 torch's own takes ten times as long. Not handled: gradients, and
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping, Sequence
+from typing import Any
 
 import torch
 from torch import Tensor, nn
@@ -21,8 +22,8 @@ class NativeLinear(TorchFunctionMode):
         self,
         func: Callable[..., object],
         types: Sequence[type],
-        args: tuple[object, ...] = (),
-        kwargs: Mapping[str, object] | None = None,
+        args: tuple[Any, ...] = (),
+        kwargs: Mapping[str, Any] | None = None,
     ) -> object:
         kwargs = kwargs or {}
         if func is nn.functional.linear and loaded():

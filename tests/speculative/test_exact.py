@@ -18,7 +18,9 @@ from transformers.generation.streamers import BaseStreamer
 import river_compile
 from river_compile.drop_in.generation import generate_exactly
 from river_compile.exits import forced_depth
+from river_compile.speculative.draft import RatesOfModel
 from river_compile.speculative.runner import BatchInvariantGraph, DraftVerifyRunner
+from river_compile.state import state_of
 from river_compile.upstream.hf_cache import cache_argument, cache_of, crop
 from tests.support.decoding import Halved, new_cache
 from tests.support.families import REWRITTEN, prompt
@@ -449,3 +451,19 @@ def test_a_cache_of_the_users_that_is_too_small_is_named():
     model = compiled()
     with pytest.raises(river_compile.CacheFullError, match="holds 20 tokens"):
         exactly(model, prompt(), **{cache_argument(model): StaticCache(config=model.config, max_cache_len=20)})
+
+
+def test_adaptive_calls_go_on_with_what_earlier_ones_learned():
+    """By greedy and sampled texts; where drafts are to be the same in every run, each call begins anew."""
+    model, ids = compiled(), prompt(12)
+    learned = state_of(model.parameters()).of(RatesOfModel)
+    exactly(model, ids, max_new_tokens=8)
+    assert not learned
+    exactly(model, ids, max_new_tokens=8, adaptive=True)
+    rates = learned[False]
+    judged = sum(rates.by_entropy._judged)
+    exactly(model, ids, max_new_tokens=8, adaptive=True)
+    assert learned[False] is rates
+    assert sum(rates.by_entropy._judged) > judged
+    exactly(model, ids, max_new_tokens=8, adaptive=True, do_sample=True)
+    assert set(learned) == {False, True}
