@@ -32,6 +32,7 @@ MATCH_EDGES = (2.5, 3.5, 4.5, 6.5, 9.5)
 # on more often.
 _BY_ENTROPY = [math.exp(-(a + b) / 4) for a, b in zip((0.0, *ENTROPY_EDGES), (*ENTROPY_EDGES, 4.0), strict=True)]
 _BY_MATCH = [0.15, 0.3, 0.5, 0.75, 0.9, 0.97]
+_FROM_OTHER_TEXTS = 16.0  # judged tokens
 _RIVER = 0.7  # of the river's next token, whose entropy is not known yet
 
 
@@ -48,6 +49,12 @@ class DraftRates:
         self.by_entropy = AcceptanceRate(ENTROPY_EDGES, _BY_ENTROPY)
         self.by_match = AcceptanceRate(MATCH_EDGES, _BY_MATCH)
         self.river = AcceptanceRate([], [_RIVER])
+
+    def go_on(self) -> DraftRates:
+        """Returns these for another text, of which they say as much as a few tokens of its own."""
+        for rate in (self.by_entropy, self.by_match, self.river):
+            rate.weigh(_FROM_OTHER_TEXTS)
+        return self
 
 
 class RatesOfModel(dict[bool, DraftRates]):

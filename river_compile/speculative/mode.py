@@ -190,7 +190,7 @@ class ExactMode:
         rule: Rule
         if self.stop_below is None and self.adaptive:
             rule = ByGain(runner.times, runner.width_for, together)
-            rates = runner.rates.setdefault(config.do_sample, DraftRates())
+            rates = runner.rates.setdefault(config.do_sample, DraftRates()).go_on()
         else:  # (drafts are the same in every run)
             rates = DraftRates()
             rule = ByChance(_STOP_BELOW if self.stop_below is None else self.stop_below, runner.width_for)

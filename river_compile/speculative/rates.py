@@ -43,6 +43,12 @@ class AcceptanceRate:
         self._kept[i] += held
         self._judged[i] += 1
 
+    def weigh(self, most: float) -> None:
+        """Counts what was learned as no more than `most` judged tokens in each bin: another text may be otherwise."""
+        for i, judged in enumerate(self._judged):
+            share = min(most / judged, 1.0)
+            self._kept[i], self._judged[i] = share * self._kept[i], share * judged
+
     def fade(self) -> None:
         """Forgets a little, so that drafts which stopped paying are tried again after a while."""
         for i, prior in enumerate(self._prior):

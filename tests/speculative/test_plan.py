@@ -2,6 +2,7 @@
 
 import pytest
 
+from river_compile.speculative.draft import DraftRates
 from river_compile.speculative.plan import ByChance, ByGain, Proposed, RowDraft
 from river_compile.speculative.rates import AcceptanceRate, PassTimes
 
@@ -135,3 +136,15 @@ def test_where_the_river_rests_copies_are_verified_and_nothing_is_drafted():
     for rule in (ByGain(times(0.01), width, False), ByChance(0.3, width)):
         assert rule.verify_now([draft_of(copy=tokens(3, 0.95))], 0, None) == 3
         assert rule.verify_now([draft_of()], 0, None) == 0
+
+
+def test_what_other_texts_taught_is_unlearned_quickly():
+    """A hundred tokens of them held; a rate that goes on keeps that in mind, for as long as a few tokens take."""
+    rates, anew = DraftRates(), DraftRates()
+    for _ in range(100):
+        rates.by_match.learn(3, True)
+    assert rates.go_on().by_match.chance(3) > 0.9 > anew.by_match.chance(3)
+    for _ in range(16):
+        rates.by_match.learn(3, False)
+    assert rates.by_match.chance(3) < 0.55
+    assert anew.go_on().by_match.chance(3) == anew.by_match.chance(3)
