@@ -323,7 +323,8 @@ def residual_score(update: Tensor, residual: Tensor, previous: Tensor) -> tuple[
     hidden = torch.empty_like(given["update"])
     score = update.new_empty(1, dtype=torch.float32)
     given |= {"hidden": hidden, "score": score}
-    _chosen(("exit_score",), given, 1, lambda: ExitScoreSpec(*hidden.shape, dtype_name(update)))(given)
+    rows, features = hidden.shape
+    _chosen(("exit_score",), given, 1, lambda: ExitScoreSpec(rows, features, dtype_name(update)))(given)
     return hidden.view(update.shape), score.view(())
 
 

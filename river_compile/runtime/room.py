@@ -60,10 +60,10 @@ class Room:
         """
         length, new = slots[self._length], self._new(slots)
         known = _known.pop(length, None) if self.counts else None  # (a step that fails leaves nothing known)
-        counted = known is not None and not length.is_inference() and known.version == version_of(length)
-        filled = known.filled if counted else _read(length)
-        if counted and filled + new > self._capacity:
+        if known is None or length.is_inference() or known.version != version_of(length):
             filled = _read(length)
+        else:
+            filled = known.filled if known.filled + new <= self._capacity else _read(length)
         if filled + new > self._capacity:
             raise CacheFullError(
                 f"the static KV cache holds {self._capacity} tokens; {filled} are filled and this step adds {new}. "
