@@ -205,23 +205,28 @@ def _failure(work) -> str | None:
 
 
 def check_cost(rows: list[dict], name: str) -> dict | None:
-    """Returns the seconds that one exit check costs a token that never leaves, their error and their number.
+    """Returns what one exit check costs a token that never leaves, and how many there are.
 
-    The error is that of the difference of two means of a few rounds. None where a row is missing.
+    By "in order" and "ahead": its seconds, and their error, which is that of the difference of two means of a few
+    rounds. None where no row with checks or none without was measured.
     """
     from benchmarks.roofline import MODELS
 
-    found = {
-        (row["asked"], row["ahead"]): row["seconds"]
-        for row in rows
-        if row["backend"] == "river" and row["depth"] is None
-    }
-    if (False, None) not in found or (True, True) not in found:
-        return None
-    without, asked, checks = found[False, None], found[True, True], MODELS[name].layers - 1
-    errors = [statistics.stdev(times) / math.sqrt(len(times)) if len(times) > 1 else 0.0 for times in (without, asked)]
-    seconds = (statistics.median(asked) - statistics.median(without)) / checks
-    return {"seconds": seconds, "error": math.hypot(*errors) / checks, "count": checks}
+    river = [row for row in rows if row["backend"] == "river" and row["depth"] is None]
+    found = {(row["asked"], row["ahead"]): row["seconds"] for row in river}
+    without, checks = found.get((False, None)), MODELS[name].layers - 1
+    costs = {}
+    for ahead, how in ((False, "in order"), (True, "ahead")):
+        asked = found.get((True, ahead))
+        if asked is not None and without is not None:
+            seconds = (statistics.median(asked) - statistics.median(without)) / checks
+            costs[how] = {"seconds": seconds, "error": math.hypot(_error(asked), _error(without)) / checks}
+    return {**costs, "count": checks} if costs else None
+
+
+def _error(times: list[float]) -> float:
+    """Returns the standard error of the mean of a few measurements."""
+    return statistics.stdev(times) / math.sqrt(len(times)) if len(times) > 1 else 0.0
 
 
 def show(name: str, found: dict, copy: float, bandwidth: float) -> None:
@@ -250,11 +255,12 @@ def show(name: str, found: dict, copy: float, bandwidth: float) -> None:
     for missing, reason in found["missing"].items():
         print(f"{missing}: {reason.splitlines()[0]}")
     speed = {row["name"]: row["tokens_per_s"] for row in found["rows"]}
-    if found["check"] is not None:
-        one, error, count = (found["check"][key] for key in ("seconds", "error", "count"))
-        share = one * count * speed["river never"]
-        print(f"\nOne exit check costs {one * 1e6:.2f} us (+- {error * 1e6:.2f}); all {count} of them are {share:.1%}")
-        print(f"of a token that never leaves ({CHECK_TARGET:.0%} to reach).")
+    for how in ("in order", "ahead") if found["check"] is not None else ():
+        if how in found["check"]:
+            (one, error), count = found["check"][how].values(), found["check"]["count"]
+            share = one * count * speed["river never"]
+            print(f"\nOne exit check {how} costs {one * 1e6:.2f} us (+- {error * 1e6:.2f}); all {count} of them are")
+            print(f"{share:.1%} of a token that never leaves ({CHECK_TARGET:.0%} to reach).")
     if "river depth 3" in speed and "inductor" in speed:
         ratio = speed["river depth 3"] / speed["inductor"]
         print(f"Depth 3 over Inductor's 16-bit model: {ratio:.2f} ({SPEEDUP_TARGET} to reach).")

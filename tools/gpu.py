@@ -42,8 +42,8 @@ def _kernels(model: str, name: str) -> tuple[str, ...]:
     return ("-m", "benchmarks.kernels", "--model", model, "--json", f"{{out}}/{name}.json")
 
 
-def _tests(name: str, *files: str) -> tuple[str, ...]:
-    limits = ("--timeout", "200", "-n", "6", "-p", "no:cacheprovider")
+def _tests(name: str, processes: str, *files: str) -> tuple[str, ...]:
+    limits = ("--timeout", "200", "-n", processes, "-p", "no:cacheprovider")
     return ("-m", "pytest", "-m", "gpu", *limits, "--junitxml", f"{{out}}/{name}.xml", *files)
 
 
@@ -83,13 +83,14 @@ STEPS = (
         "tests-kernels",
         8,
         "whether every kernel is right at model shapes and can be captured",
-        (_tests("tests-kernels", "tests/kernels"),),
+        # (A head in float64 takes 15 GB of the card in each process.)
+        (_tests("tests-kernels", "4", "tests/kernels"),),
     ),
     Step(
         "tests-graphs",
         10,
         "whether captured steps, compiled models and offloaded weights are right",
-        (_tests("tests-graphs", "tests/cudagraphs", "tests/drop_in", "tests/lowering", "tests/offload"),),
+        (_tests("tests-graphs", "6", "tests/cudagraphs", "tests/drop_in", "tests/lowering", "tests/offload"),),
     ),
     Step("decode-1b", 9, "tokens/s of the 1B against its targets", (_decode("llama-3.2-1b", "decode-1b", 8),)),
     Step("decode-8b", 10, "tokens/s of the 8B against its targets", (_decode("llama-3.1-8b", "decode-8b", 9),)),

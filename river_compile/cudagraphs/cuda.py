@@ -9,6 +9,7 @@ Not handled: several devices in one step; work that the caller starts on other s
 
 from __future__ import annotations
 
+import contextlib
 from collections.abc import Callable, Iterable
 
 import torch
@@ -22,6 +23,7 @@ class CudaGraphs(CaptureDevice):
     """The device that replays on the caller's current stream of the model's device."""
 
     name = "CUDA graphs"
+    _last: tuple[torch.cuda.Stream, torch.cuda.Event] | None = None  # of the latest step: its stream and its end
 
     def __init__(self, device: torch.device) -> None:
         self._device = device
@@ -29,12 +31,12 @@ class CudaGraphs(CaptureDevice):
         # (torch's own, for captures without one, belongs to the device of the process's first capture.)
         self._capture_stream = torch.cuda.Stream(device)
         self._flags: list[Tensor] = []
-        self._last: tuple[torch.cuda.Stream, torch.cuda.Event] | None = None
 
     def __del__(self) -> None:
         # The allocator of pinned memory does not know that replays write to the flags.
         if self._last is not None:
-            self._last[1].synchronize()
+            with contextlib.suppress(RuntimeError):  # (of a driver that is gone, or another process's)
+                self._last[1].synchronize()
 
     def flags(self, count: int) -> Tensor:
         with torch.inference_mode(False):

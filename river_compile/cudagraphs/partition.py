@@ -45,10 +45,12 @@ def copy_into(buffers: Sequence[Tensor], values: Sequence[Tensor]) -> None:
     """
     alike: dict[tuple[torch.dtype, torch.device], tuple[list[Tensor], list[Tensor]]] = {}
     for buffer, value in zip(buffers, values, strict=True):
-        once = tuple(slice(0, 1) if stride == 0 else slice(None) for stride in buffer.stride())
+        if 0 in buffer.stride():
+            once = tuple(slice(0, 1) if stride == 0 else slice(None) for stride in buffer.stride())
+            buffer, value = buffer[once], value[once]
         targets, sources = alike.setdefault((value.dtype, value.device), ([], []))
-        targets.append(buffer[once])
-        sources.append(value[once])
+        targets.append(buffer)
+        sources.append(value)
     for targets, sources in alike.values():
         torch._foreach_copy_(targets, sources)
 

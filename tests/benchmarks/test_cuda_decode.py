@@ -107,6 +107,7 @@ def test_a_process_for_each_backend_and_rivers_first(workers, card, tiny, capsys
     forced = [(None, False, None), (0, False, None), (3, False, None)]
     assert river == [*forced, *((depth, True, ahead) for depth in (None, 3) for ahead in (False, True))]
     printed = capsys.readouterr().out
+    assert "One exit check ahead costs 0.00 us (+- " in printed
     assert "llama-tiny river never: 80.0 tokens/s" in printed  # as soon as it is there
     assert "Depth 3 over Inductor's 16-bit model: 2.50 (2.16 to reach)." in printed
     assert "25%" in printed  # 250 tokens/s of 1 GB, where copies reach 1000 GB/s
@@ -151,13 +152,20 @@ def test_without_generate_only_the_loop_is_timed(tiny):
 
 
 def test_the_cost_of_a_check_has_an_error(tiny):
-    rows = [
+    rounds = [(False, None, [1.0, 2.0, 3.0]), (True, False, [8.0]), (True, True, [4.0, 5.0, 6.0])]
+    never, in_order, ahead = (
         {"backend": "river", "depth": None, "asked": asked, "ahead": ahead, "seconds": seconds}
-        for asked, ahead, seconds in [(False, None, [1.0, 2.0, 3.0]), (True, True, [4.0, 5.0, 6.0])]
-    ]
-    assert cuda_decode.check_cost(rows[:1], tiny) is None
-    cost = cuda_decode.check_cost(rows, tiny)
-    assert cost == {"seconds": 1.0, "error": pytest.approx(math.sqrt(2 / 3) / 3), "count": 3}
+        for asked, ahead, seconds in rounds
+    )
+    assert cuda_decode.check_cost([never], tiny) is None
+    assert cuda_decode.check_cost([in_order, ahead], tiny) is None
+    cost = cuda_decode.check_cost([never, in_order, ahead], tiny)
+    assert cost == {
+        "in order": {"seconds": 2.0, "error": pytest.approx(math.sqrt(1 / 3) / 3)},
+        "ahead": {"seconds": 1.0, "error": pytest.approx(math.sqrt(2 / 3) / 3)},
+        "count": 3,
+    }
+    assert cuda_decode.check_cost([never, ahead], tiny) == {"ahead": cost["ahead"], "count": 3}
 
 
 def eagerly(monkeypatch):
