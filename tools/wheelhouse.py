@@ -16,12 +16,8 @@ import subprocess
 import sys
 from pathlib import Path
 
-from river_compile.upstream.versions import TESTED
-
 ROOT = Path(__file__).resolve().parents[1]
 LIMIT = 64 * 2**20  # bytes
-#: By themselves: what they need is large, and there.
-ALONE = (f"transformers=={TESTED['transformers'].newest}.*", "torchao>=0.15")
 #: With what they need.
 WHOLE = ("pytest>=8", "pytest-timeout>=2.3", "pytest-xdist>=3.5", "hypothesis>=6.100")
 _SYSTEM = ("--platform", "manylinux_2_28_x86_64", "--platform", "manylinux2014_x86_64", "--only-binary=:all:")
@@ -37,12 +33,19 @@ def pack(folder: Path, python: str) -> int:
     folder.mkdir(parents=True, exist_ok=True)
     _pip("wheel", "--no-deps", "--no-build-isolation", "--wheel-dir", str(folder), str(ROOT))
     there = ("--dest", str(folder), "--python-version", python, *_SYSTEM)
-    _pip("download", "--no-deps", *there, *ALONE)
+    _pip("download", "--no-deps", *there, *alone())
     _pip("download", *there, *WHOLE)
     size = sum(file.stat().st_size for file in wheels(folder))
     if size > LIMIT:
         raise ValueError(f"{folder} holds {size / 2**20:.1f} MiB, more than the {LIMIT / 2**20:.0f} that are carried")
     return size
+
+
+def alone() -> tuple[str, ...]:
+    """Returns what is packed by itself: what it needs is large, and there."""
+    from river_compile.upstream.versions import TESTED
+
+    return f"transformers=={TESTED['transformers'].newest}.*", "torchao>=0.15"
 
 
 def install(folder: Path) -> Path:
@@ -56,7 +59,7 @@ def install(folder: Path) -> Path:
     if not found:
         raise ValueError(f"{folder} holds no wheels; fill it with `python -m tools.wheelhouse pack {folder}`")
     site = folder / "site"
-    _pip("install", "--no-index", "--no-deps", "--upgrade", "--target", str(site), *found)
+    _pip("install", "--no-index", "--no-deps", "--no-compile", "--upgrade", "--target", str(site), *found)
     return site
 
 

@@ -204,7 +204,7 @@ class TestWheelhouse:
                 (folder / "river_compile-1-py3-none-any.whl").write_bytes(bytes(2**20))
             if arguments[0] == "download":
                 folder = Path(arguments[arguments.index("--dest") + 1])
-                for name in (*wheelhouse.ALONE, *wheelhouse.WHOLE):
+                for name in (*wheelhouse.alone(), *wheelhouse.WHOLE):
                     if name in arguments:
                         (folder / f"{name.rstrip('.*').replace('=', '-').replace('>', '')}.whl").write_bytes(
                             bytes(2**20)
