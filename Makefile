@@ -1,7 +1,8 @@
 # make demo    plain model and River side by side          make bench   decode speed of every configuration
 # make test    lint, type check and all tests              make clean   remove what make built here
-# make gpu     on a machine with a GPU, under ten minutes: the tests that need one, then decode speed against its
-#              targets (gpu.json). Needs no download once the environment is there. Without a GPU, see docs/cuda.md.
+# make gpu     on a machine with a GPU: facts, kernels, tuning, the tests that need one, decode speed against its targets,
+#              traces. Steps of ten minutes at most, each also alone (`make gpu-facts`; `make gpu ARGS=--list` names
+#              them); results in gpu/. WHEELS=folder takes what is missing from there, without network: docs/cuda.md.
 # make compat  a short core of the tests with the oldest and newest versions of Python, torch and transformers, each in a
 #              fresh environment (5 GB of disk while it runs; "not available here" where a Python is missing)
 # make soak    random cases for an hour: calls against the plain model, damaged files, kills, threads, memory
@@ -9,8 +10,8 @@
 #              An hour or more; a stopped run goes on where it was. ARGS="--only llama mpt" tries these again.
 #
 # Variables: PYTHON (3.10 or newer; makes the virtual environment), VENV (its folder), RIVER_COMPILE_CACHE (the folder
-# of converted models and generated kernels), ARGS (arguments of the demo or the benchmark, as in
-# `make demo ARGS="--new-tokens 64"`).
+# of converted models and generated kernels), ARGS (arguments of the demo, the benchmark or the steps on a GPU, as in
+# `make demo ARGS="--new-tokens 64"`), WHEELS (a folder that `python -m tools.wheelhouse pack` has filled).
 # pip takes its settings from its own configuration and from PIP_* variables.
 
 PYTHON ?= python3
@@ -22,6 +23,15 @@ IN_VENV := $(VENV)/bin/python
 CREATED := $(VENV)/.created
 FOR_DEMO := $(VENV)/.installed-demo
 FOR_TEST := $(VENV)/.installed-test
+
+# The machine's own Python with what a wheelhouse adds, or the virtual environment.
+ifdef WHEELS
+ON_GPU := PYTHONPATH=$(WHEELS)/site $(PYTHON)
+FOR_GPU := $(WHEELS)/site/.installed
+else
+ON_GPU := $(IN_VENV)
+FOR_GPU := $(FOR_TEST)
+endif
 
 .PHONY: help demo test bench families gpu compat soak clean
 .DELETE_ON_ERROR:
@@ -45,10 +55,17 @@ bench: $(FOR_DEMO)
 families: $(FOR_TEST)
 	$(IN_VENV) -m tools.families $(ARGS)
 
-gpu: $(FOR_TEST)
-	@$(IN_VENV) tools/check_gpu.py
-	$(IN_VENV) -m pytest -m gpu
-	$(IN_VENV) -m benchmarks.decode --device cuda --random llama-3.2-1b llama-3.1-8b --json gpu.json $(ARGS)
+gpu: $(FOR_GPU)
+	$(ON_GPU) -m tools.gpu $(ARGS)
+
+gpu-%: $(FOR_GPU)
+	$(ON_GPU) -m tools.gpu $* $(ARGS)
+
+ifdef WHEELS
+$(FOR_GPU): $(wildcard $(WHEELS)/*.whl)
+	$(PYTHON) -m tools.wheelhouse install $(WHEELS)
+	@touch $@
+endif
 
 soak: $(FOR_TEST)
 	$(IN_VENV) -m tools.soak $(ARGS)

@@ -3,30 +3,56 @@
     python -m benchmarks.decode --device cuda --random llama-3.2-1b llama-3.1-8b       # with a GPU; `make gpu` runs it
     python -m benchmarks.decode --random llama-3.2-1b llama-3.1-8b --estimate          # what can be said without one
 
-Models are built on the device from their configurations; nothing is downloaded. Rows, each with batch 1 and bfloat16:
+Models are built on the device from their configurations; nothing is downloaded. Rows, each with batch 1 and bfloat16,
+in the order in which they are measured (`--only` names some):
 
-    eager        transformers as it is, a cache that grows
-    inductor     torch.compile(mode="reduce-overhead"), static cache
-    river        never leaving, and leaving at each of `--depths`; static cache, captured
+    river       never leaving, and leaving at each of `--depths`; static cache, captured
+    asked       the same, with the check of every block on the way read: in order, and launched ahead
+    inductor    torch.compile(mode="reduce-overhead"), static cache; an error where it leaves out its CUDA graphs
+    int4        the same with torch's own 4-bit products in the linear layers (`benchmarks.int4_baseline`)
+    tuned       "inductor" with coordinate_descent_tuning and max_autotune
+    eager       transformers as it is, a cache that grows
 
 Timed is a loop of forward passes and argmax after a prompt of `--context` tokens, guards switched off in all rows
-(`torch.compiler.set_stance(skip_guard_eval_unsafe=True)`), the median of three. Columns:
+(`torch.compiler.set_stance(skip_guard_eval_unsafe=True)`), the median of three. Each row is written to `--json` as soon
+as it is there; one that fails is noted and the next one begins. Columns:
 
-    tokens/s       of that loop; "in generate": of `model.generate`, guards and sampling loop included
+    tokens/s       of that loop; "+-": half the distance of the slowest round from the fastest
+    by bytes       tokens/s if the bytes moved at `--bandwidth` and nothing else took time
+    generate       of `model.generate`, guards and sampling loop included; "kept": with one cache for all calls
     MB             bytes per token by the kernels' own counts (`benchmarks.roofline`)
     of copy        bytes per second, as a share of what a device-to-device copy reaches here
-    kernels        per token, counted by the profiler; "graphs": launches of captured graphs
-    capture s, MB  time and device memory of River's captures
+    busy           the time that the device works, as a share of the loop's: what is missing is the host's
+    kernels        per token, counted by the profiler; "graphs": launches of captured graphs, "waits": of the host
+    captures       how many, their seconds and MB; "peak MB": device memory allocated at most
+    argmax         share of tokens with plain transformers' choice; "cosine" of the logits, the least
 """
 
 from __future__ import annotations
 
 import argparse
+import math
+import statistics
+import sys
+import time
+from collections.abc import Iterator
 from contextlib import closing
+from dataclasses import dataclass, field
 
 from benchmarks import common
 
 NEVER = "never"
+GROUPS = ("river", "asked", "inductor", "int4", "tuned", "eager")
+_WORKERS = {"river": "river", "asked": "river", "tuned": "inductor tuned"}  # others are called as their group
+
+
+@dataclass(frozen=True)
+class Row:
+    """One row to measure: its name, the backend whose process measures it, and what that is asked."""
+
+    name: str
+    backend: str
+    job: dict = field(default_factory=dict)
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
@@ -35,10 +61,13 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     gpu.add_argument("--device", choices=("cpu", "cuda"), default="cpu", help="where to measure (%(default)s)")
     gpu.add_argument("--random", nargs="+", metavar="MODEL", help="llama-3.2-1b, llama-3.1-8b: built, not loaded")
     gpu.add_argument("--estimate", action="store_true", help="print what can be said without a GPU")
-    gpu.add_argument("--depths", nargs="+", type=_depth, default=[None, 0, 3, 8], help="exit depths (never 0 3 8)")
+    gpu.add_argument("--depths", nargs="+", type=depth, default=[None, 0, 3, 8], help="exit depths (never 0 3 8)")
     gpu.add_argument("--context", type=common.number(1), default=1024, help="tokens of the prompt (%(default)s)")
     gpu.add_argument("--group-size", type=int, default=64, choices=(32, 64, 128), help="of the twins (%(default)s)")
     gpu.add_argument("--bandwidth", type=_positive, default=3350.0, help="GB/s of the estimate (%(default)s, an H100)")
+    gpu.add_argument("--only", nargs="+", choices=GROUPS, default=list(GROUPS), metavar="ROWS", help=", ".join(GROUPS))
+    gpu.add_argument("--no-generate", action="store_true", help="time the loop alone, not `model.generate`")
+    gpu.add_argument("--minutes", type=_positive, default=math.inf, help="begin no row that would end after these")
     gpu.add_argument("--blocks", type=common.number(2), help="blocks of the estimate's schedule; the model's if absent")
 
 
@@ -83,66 +112,166 @@ def main(options: argparse.Namespace) -> int:
         return estimate.main(options)
     import torch
 
+    from benchmarks import gpu_facts
     from benchmarks.kernels import copy_bandwidth
 
     outcome = {
         "benchmark": "cuda_decode",
         "gpu": torch.cuda.get_device_name(),
+        "facts": gpu_facts.facts(),
         "copy_bandwidth": copy_bandwidth(),
+        "bandwidth": options.bandwidth * 1e9,
         "context": options.context,
         "new_tokens": options.new_tokens,
         "machine": common.machine_facts(options.threads),
+        "clocks": [gpu_facts.clocks()],
         "models": {},
     }
     torch.cuda.empty_cache()
     print(f"{outcome['gpu']}, copies at {outcome['copy_bandwidth'] / 1e9:.0f} GB/s; context {options.context}")
+    until = time.monotonic() + 60 * options.minutes
     for name in options.random:
-        outcome["models"][name] = found = _measured(name, options)
-        show(name, found, outcome["copy_bandwidth"])
+        found = outcome["models"][name] = {"rows": [], "missing": {}, "check": None}
+        for _ in measured(name, options, until, found):
+            outcome["clocks"].append(gpu_facts.clocks())
+            if options.json:
+                common.write_json(options.json, outcome)
+        show(name, found, outcome["copy_bandwidth"], outcome["bandwidth"])
     common.write_outcome(outcome, options.json)
     return 0
 
 
-def _measured(name: str, options: argparse.Namespace) -> dict:
-    """Measures one model, every backend in a process of its own; returns rows and the cost of an exit check."""
-    rows: list[dict] = []
-    check = None
-    for backend in ("eager", "inductor", "river"):
+def rows_of(options: argparse.Namespace) -> list[Row]:
+    """Returns the rows that a command line asks for, those of one process side by side."""
+    from benchmarks.roofline import depth_name
+
+    rows = []
+    for group in (group for group in GROUPS if group in options.only):
+        backend = _WORKERS.get(group, group)
+        if group not in ("river", "asked"):
+            rows.append(Row(backend, backend, {"depth": None, "generates": group in ("inductor", "eager")}))
+            continue
+        for depth in options.depths:
+            if group == "river":
+                rows.append(Row(f"river {depth_name(depth)}", backend, {"depth": depth}))
+            elif depth != 0:  # (before the first block nothing is asked)
+                for ahead, how in ((False, "in order"), (True, "ahead")):
+                    job = {"depth": depth, "asked": True, "ahead": ahead, "generates": False}
+                    rows.append(Row(f"asked {depth_name(depth)}, {how}", backend, job))
+    if options.no_generate:
+        rows = [Row(row.name, row.backend, row.job | {"generates": False}) for row in rows]
+    return rows
+
+
+def measured(name: str, options: argparse.Namespace, until: float, found: dict) -> Iterator[dict]:
+    """Measures one model, every backend in a process of its own; yields each row after putting it into `found`.
+
+    Args:
+        name: of the model.
+        options: the command line.
+        until: by `time.monotonic`; a row that is expected to end later is not begun.
+        found: "rows", "missing" (names of rows, with the reason) and "check" (what an exit check costs) of the model.
+    """
+    rows = rows_of(options)
+    sizes = {"context": options.context, "group_size": options.group_size, "new_tokens": options.new_tokens}
+    for backend in dict.fromkeys(row.backend for row in rows):
+        mine, latest = [row for row in rows if row.backend == backend], 0.0
         with closing(common.Worker("benchmarks.cuda_worker", f"{name} {backend}", options.threads)) as worker:
-            job = {"depths": options.depths, "context": options.context, "group_size": options.group_size}
-            answer = worker.ask("measure", name=name, backend=backend, new_tokens=options.new_tokens, **job)
-        rows += answer["rows"]
-        check = answer.get("check", check)
-    return {"rows": rows, "check": check}
+            broken = _failure(lambda w=worker, b=backend: w.ask("prepare", name=name, backend=b, **sizes))
+            for row in mine:
+                start = time.monotonic()
+                reason = broken or (f"no time for it: {latest:.0f} s or more" if start + latest > until else None)
+                if reason is None:
+                    reason = _failure(
+                        lambda w=worker, r=row: found["rows"].append({"name": r.name} | w.ask("row", **r.job))
+                    )
+                if reason is not None:
+                    print(f"{row.name}: {reason}", file=sys.stderr)
+                    found["missing"][row.name] = reason
+                    continue
+                latest = time.monotonic() - start
+                found["check"] = check_cost(found["rows"], name) or found["check"]
+                print(f"{name} {row.name}: {found['rows'][-1]['tokens_per_s']:.1f} tokens/s", flush=True)
+                yield found["rows"][-1]
 
 
-def show(name: str, found: dict, bandwidth: float) -> None:
-    """Prints one model's table and what it says about the targets."""
+def _failure(work) -> str | None:
+    """Does something with a worker; returns what went wrong, None where nothing did."""
+    try:
+        work()
+    except common.WorkerFailed as error:
+        return str(error)
+    return None
+
+
+def check_cost(rows: list[dict], name: str) -> dict | None:
+    """Returns what one exit check costs a token that never leaves, and how many there are.
+
+    By "in order" and "ahead": its seconds, and their error, which is that of the difference of two means of a few
+    rounds. None where no row with checks or none without was measured.
+    """
+    from benchmarks.roofline import MODELS
+
+    river = [row for row in rows if row["backend"] == "river" and row["depth"] is None]
+    found = {(row["asked"], row["ahead"]): row["seconds"] for row in river}
+    without, checks = found.get((False, None)), MODELS[name].layers - 1
+    costs = {}
+    for ahead, how in ((False, "in order"), (True, "ahead")):
+        asked = found.get((True, ahead))
+        if asked is not None and without is not None:
+            seconds = (statistics.median(asked) - statistics.median(without)) / checks
+            costs[how] = {"seconds": seconds, "error": math.hypot(_error(asked), _error(without)) / checks}
+    return {**costs, "count": checks} if costs else None
+
+
+def _error(times: list[float]) -> float:
+    """Returns the standard error of the mean of a few measurements."""
+    return statistics.stdev(times) / math.sqrt(len(times)) if len(times) > 1 else 0.0
+
+
+def show(name: str, found: dict, copy: float, bandwidth: float) -> None:
+    """Prints one model's tables and what they say about the targets; rates in bytes per second."""
     from benchmarks.roofline import CHECK_TARGET, SPEEDUP_TARGET, TARGETS
 
     print(f"\n{name}\n")
-    headers = ["", "tokens/s", "in generate", "target", "MB", "of copy", "kernels", "graphs", "capture s", "capture MB"]
+    headers = ["", "tokens/s", "+-", "by bytes", "target", "generate", "kept", "MB", "of copy", "busy"]
     lines = []
     for row in found["rows"]:
-        target = TARGETS.get((name, row["depth"])) if row["backend"] == "river" else None
-        share = row["bytes"] * row["tokens_per_s"] / bandwidth
-        capture_mb = None if row["capture_bytes"] is None else row["capture_bytes"] / 1e6
-        lines.append([row["name"], row["tokens_per_s"], row["generate_tokens_per_s"], target])
-        lines[-1] += [round(row["bytes"] / 1e6), f"{share:.0%}", row["kernels"], row["graphs"]]
-        lines[-1] += [row["capture_s"], capture_mb]
+        forced = row["backend"] == "river" and not row["asked"]
+        spread = (1 / row["seconds"][0] - 1 / row["seconds"][-1]) / 2
+        lines.append([row["name"], row["tokens_per_s"], spread, round(bandwidth / row["bytes"])])
+        lines[-1] += [TARGETS.get((name, row["depth"])) if forced else None]
+        lines[-1] += [row["generate_tokens_per_s"], row["kept_tokens_per_s"], round(row["bytes"] / 1e6)]
+        lines[-1] += [_percent(row["bytes"] * row["tokens_per_s"] / copy), _percent(row["busy"])]
     common.print_table(headers, lines)
+    print()
+    headers = ["", "kernels", "graphs", "waits", "captures", "s", "MB", "peak MB", "argmax", "cosine"]
+    lines = []
+    for row in found["rows"]:
+        sizes = [None if row[key] is None else round(row[key] / 1e6) for key in ("capture_bytes", "peak_bytes")]
+        lines.append([row[key] for key in ("name", "kernels", "graphs", "waits", "captures", "capture_s")])
+        lines[-1] += [*sizes, _percent(row["argmax"]), "NaN" if row["nan"] else row["cosine"]]
+    common.print_table(headers, lines)
+    for missing, reason in found["missing"].items():
+        print(f"{missing}: {reason.splitlines()[0]}")
     speed = {row["name"]: row["tokens_per_s"] for row in found["rows"]}
-    if "river never" in speed:
-        one, count = found["check"]["seconds"], found["check"]["count"]
-        share = one * count * speed["river never"]
-        print(f"\nOne exit check costs {one * 1e6:.2f} us; all {count} of them are {share:.1%} of a token that never")
-        print(f"leaves ({CHECK_TARGET:.0%} to reach).")
-    if "river depth 3" in speed:
+    for how in ("in order", "ahead") if found["check"] is not None else ():
+        if how in found["check"]:
+            (one, error), count = found["check"][how].values(), found["check"]["count"]
+            share = one * count * speed["river never"]
+            print(f"\nOne exit check {how} costs {one * 1e6:.2f} us (+- {error * 1e6:.2f}); all {count} of them are")
+            print(f"{share:.1%} of a token that never leaves ({CHECK_TARGET:.0%} to reach).")
+    if "river depth 3" in speed and "inductor" in speed:
         ratio = speed["river depth 3"] / speed["inductor"]
         print(f"Depth 3 over Inductor's 16-bit model: {ratio:.2f} ({SPEEDUP_TARGET} to reach).")
 
 
-def _depth(text: str) -> int | None:
+def _percent(share: float | None) -> str | None:
+    return None if share is None else f"{share:.0%}"
+
+
+def depth(text: str) -> int | None:
+    """Returns an exit depth of a command line, None for never leaving."""
     return None if text == NEVER else common.number(0)(text)
 
 

@@ -1,9 +1,14 @@
-"""Measures one backend of `benchmarks.decode --device cuda` inside its process; see `benchmarks.cuda_decode`."""
+"""Measures one backend's rows of `benchmarks.decode --device cuda` in its process; see `benchmarks.cuda_decode`."""
 
 from __future__ import annotations
 
+import contextlib
+import math
 import statistics
 import time
+from collections.abc import Iterable, Iterator
+from dataclasses import replace
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -12,84 +17,165 @@ from torch.profiler import ProfilerActivity, profile
 from transformers import DynamicCache, PreTrainedModel, StaticCache
 
 from benchmarks import common
+from benchmarks.int4_baseline import use_int4
 from benchmarks.random_llama import random_llama
-from benchmarks.roofline import Roofline, depth_name
-from river_compile import Report, report
+from benchmarks.roofline import Roofline
+from benchmarks.schedule import LeavesAt
+from river_compile import report
+from river_compile.backend import executors_of
 from river_compile.cli.timing import generate
 from river_compile.cudagraphs.device import CaptureLog
+from river_compile.cudagraphs.launch_ahead import LaunchAhead
+from river_compile.cudagraphs.runner import CapturedRunner
 from river_compile.exits import forced_depth
 from river_compile.upstream.hf_cache import cache_argument, crop
 
 _WARM_UP = 4  # tokens: the first runs, the second is captured
+_ASKED_WARM_UP = 64  # until what decides about launching ahead has seen enough
 _REPEATS = 3
 _PROFILED = 4
+_COMPARED = 16  # tokens whose logits are compared with those of plain transformers
+_WAITS = ("cudaStreamSynchronize", "cudaEventSynchronize", "cudaDeviceSynchronize")
+#: Inductor's settings of each baseline: what `mode="reduce-overhead"` is, and with tuned products.
+INDUCTOR = {
+    "inductor": {"triton.cudagraphs": True},
+    "inductor tuned": {"triton.cudagraphs": True, "coordinate_descent_tuning": True, "max_autotune": True},
+    "int4": {"triton.cudagraphs": True, "coordinate_descent_tuning": True},
+}
 
 
-def measure(
-    name: str, backend: str, depths: list, context: int, group_size: int, new_tokens: int, device: str = "cuda"
-) -> dict:
-    """Measures a backend; returns its rows and, of River, the seconds that one exit check costs.
-
-    Args:
-        name: a Llama of ``river_compile.kernels.tools.shapes.MODELS``.
-        backend: "eager", "inductor" or "river".
-        depths: River's exit depths, None for never leaving.
-        context: tokens of the prompt.
-        group_size: of the twins.
-        new_tokens: tokens that are timed at a time.
-        device: where.
-    """
-    torch.set_grad_enabled(False)
-    roofline = Roofline(name, context, group_size)
-    model = random_llama(roofline.shape, device)
-    loop = Loop(model, context, new_tokens, static=backend != "eager")
-    if backend == "inductor":
-        model.compile(mode="reduce-overhead")
-    if backend != "river":
-        return {"rows": [_row(loop, backend, backend, None, roofline)]}
-    # Checks after every block that never let a token leave: what is measured without them forces its depth.
-    options = {"threshold": 2.0, "first_exit": 1, "quantizer": "rtn", "group_size": group_size}
-    model.compile(backend="river", options=options)
-    blocks = roofline.shape.layers
-    rows = []
-    for depth in depths:
-        seconds, size = _captured(report(model))
-        with forced_depth(blocks if depth is None else depth):
-            rows.append(_row(loop, f"river {depth_name(depth)}", backend, depth, roofline))
-        after = _captured(report(model))
-        rows[-1] |= {"capture_s": after[0] - seconds, "capture_bytes": after[1] - size}
-    with forced_depth(blocks):
-        never = loop.seconds_per_token()
-    one = (loop.seconds_per_token() - never) / (blocks - 1)
-    return {"rows": rows, "check": {"seconds": one, "count": blocks - 1}}
+class NotGraphed(RuntimeError):
+    """A baseline that was to be replayed as CUDA graphs ran without; its speed would flatter everything else."""
 
 
-def _row(loop: Loop, name: str, backend: str, depth: int | None, roofline: Roofline) -> dict:
-    """Measures one row of the table."""
-    seconds = loop.seconds_per_token()
-    kernels, graphs = loop.launches()
-    return {
-        "name": name,
-        "backend": backend,
-        "depth": depth,
-        "tokens_per_s": 1 / seconds,
-        "generate_tokens_per_s": loop.generate_rate(),
-        "bytes": roofline.token(depth).bytes,
-        "kernels": kernels,
-        "graphs": graphs,
-        "capture_s": None,
-        "capture_bytes": None,
-    }
+class Bench:
+    """One backend: a model, compiled or not, and a loop that decodes with it."""
 
+    def prepare(
+        self, name: str, backend: str, context: int, group_size: int, new_tokens: int, device: str = "cuda"
+    ) -> dict:
+        """Builds the model and sends the prompt; returns the seconds that this took.
 
-def _captured(found: Report) -> tuple[float, int]:
-    """Returns seconds and bytes of the captures so far."""
-    logs = [graph.of(CaptureLog) for graph in found.graphs]
-    return sum(log.seconds for log in logs), sum(log.bytes for log in logs)
+        Args:
+            name: a Llama of ``river_compile.kernels.tools.shapes.MODELS``.
+            backend: "eager", "river" or a key of `INDUCTOR`; "int4" has 4-bit products of torch's in its place.
+            context: tokens of the prompt.
+            group_size: of 4-bit weights.
+            new_tokens: tokens that are timed at a time.
+            device: where.
+        """
+        start = time.perf_counter()
+        torch.set_grad_enabled(False)
+        self.backend, self._roofline = backend, Roofline(name, context, group_size)
+        self.model = random_llama(self._roofline.shape, device)
+        self.loop = Loop(self.model, context, new_tokens, static=backend != "eager")
+        self._plain = self.loop.logits(plain=True)
+        if backend == "int4":
+            use_int4(self.model, group_size)
+        if backend in INDUCTOR:
+            torch._dynamo.utils.counters.clear()
+            self.model.compile(options=INDUCTOR[backend])
+        elif backend == "river":
+            # Checks after every block that never let a token leave: what is measured without them forces its depth.
+            options = {"threshold": 2.0, "first_exit": 1, "quantizer": "rtn", "group_size": group_size}
+            self.model.compile(backend="river", options=options)
+        return {"seconds": time.perf_counter() - start}
+
+    def row(self, depth: int | None, asked: bool = False, ahead: bool | None = None, generates: bool = True) -> dict:
+        """Measures one row.
+
+        Args:
+            depth: River's exit depth, None for never leaving and for other backends.
+            asked: whether every check on the way is read, instead of a depth that is known before.
+            ahead: whether asked steps launch ahead, None to let measurements decide.
+            generates: whether `model.generate` is timed too.
+
+        Raises:
+            NotGraphed: a baseline of CUDA graphs ran without them.
+        """
+        seconds, size, made = self._captured()
+        self._reset_peak()
+        with self.leaving(depth, asked, ahead):
+            times = self.loop.seconds_per_token(_ASKED_WARM_UP if asked else _WARM_UP)
+            found = self.loop.profiled() | self._against_plain()
+            after = self._captured()
+            rates = self.loop.generate_rates(kept=self.backend != "eager") if generates else (None, None)
+        self._check_graphs()
+        median = statistics.median(times)
+        busy = found.pop("device_seconds")
+        return {
+            "backend": self.backend,
+            "depth": depth,
+            "asked": asked,
+            "ahead": ahead,
+            "seconds": times,
+            "tokens_per_s": 1 / median,
+            "generate_tokens_per_s": rates[0],
+            "kept_tokens_per_s": rates[1],
+            "bytes": self._roofline.token(0 if self.backend == "int4" else depth).bytes,
+            "busy": None if busy is None else busy / median,
+            **found,
+            "capture_s": after[0] - seconds if self.backend == "river" else None,
+            "capture_bytes": after[1] - size if self.backend == "river" else None,
+            "captures": after[2] - made if self.backend == "river" else None,
+            "peak_bytes": self._peak(),
+        }
+
+    @contextlib.contextmanager
+    def leaving(self, depth: int | None, asked: bool, ahead: bool | None) -> Iterator[None]:
+        """Makes River's tokens leave at a depth."""
+        blocks = self._roofline.shape.layers
+        if self.backend != "river":
+            yield
+            return
+        if not asked:
+            with forced_depth(blocks if depth is None else depth):
+                yield
+            return
+        with forced_depth(blocks):  # (compiles, where no row has)
+            self.loop.round(1)
+        decoding = [executor for executor in executors_of(self.model) if executor.decodes]
+        policies = [executor.policy for executor in decoding]
+        for executor, policy in zip(decoding, policies, strict=True):
+            executor.policy = replace(policy, criterion=LeavesAt(blocks if depth is None else depth))
+            if isinstance(executor.runner, CapturedRunner):
+                executor.runner.ahead = LaunchAhead(ahead)
+        try:
+            yield
+        finally:
+            for executor, policy in zip(decoding, policies, strict=True):
+                executor.policy = policy
+
+    def _against_plain(self) -> dict:
+        """Compares logits with those of plain transformers: equal choices, least cosine, whether any is no number."""
+        ours, plain = self.loop.logits().double(), self._plain.double()
+        cosine = torch.nn.functional.cosine_similarity(ours, plain, dim=-1).amin().item()
+        same = (ours.argmax(-1) == plain.argmax(-1)).double().mean().item()
+        return {"argmax": same, "cosine": None if math.isnan(cosine) else cosine, "nan": bool(ours.isnan().any())}
+
+    def _check_graphs(self) -> None:
+        skips = torch._dynamo.utils.counters["inductor"]["cudagraph_skips"]
+        if self.backend in INDUCTOR and skips:
+            raise NotGraphed(f"Inductor left out CUDA graphs {skips} times, so this is no baseline")
+
+    def _captured(self) -> tuple[float, int, int]:
+        """Returns seconds, bytes and number of the captures so far."""
+        logs = [graph.of(CaptureLog) for graph in report(self.model).graphs] if self.backend == "river" else []
+        return sum(log.seconds for log in logs), sum(log.bytes for log in logs), sum(log.made for log in logs)
+
+    def _reset_peak(self) -> None:
+        if self.loop.on_gpu:
+            torch.cuda.reset_peak_memory_stats()
+
+    def _peak(self) -> int | None:
+        return torch.cuda.max_memory_allocated() if self.loop.on_gpu else None
 
 
 class Loop:
     """Decodes greedily after one prompt, again and again on one cache.
+
+    The prompt goes through the plain model, before anything is compiled: a static cache that Dynamo sees being made is
+    not marked as memory that stays, and Inductor then leaves out its CUDA graphs.
 
     Args:
         model: whatever ``model(...)`` runs is timed.
@@ -101,42 +187,46 @@ class Loop:
     def __init__(self, model: PreTrainedModel, context: int, new_tokens: int, static: bool) -> None:
         self.model, self.new_tokens, self._static = model, new_tokens, static
         self._device = next(model.parameters()).device
-        slots = context + new_tokens
-        self._cache = StaticCache(config=model.config, max_cache_len=slots) if static else DynamicCache()
-        self._held = {cache_argument(model): self._cache, "use_cache": True}
-        self._prompt = torch.randint(model.config.vocab_size, (1, context), device=self._device)
-        position = torch.arange(slots, device=self._device)
+        self.on_gpu = self._device.type == "cuda"
+        self._slots = context + max(new_tokens, _COMPARED)
+        self.cache = self._new_cache()
+        vocabulary = model.config.vocab_size
+        self._prompt = torch.randint(vocabulary, (1, context), device=self._device)
+        self._fed = torch.randint(vocabulary, (1, _COMPARED), device=self._device)
+        position = torch.arange(self._slots, device=self._device)
         self._masks = position[:, None] >= position  # [slots, slots]: as `generate` makes them, over the whole cache
-        self._filled = False
+        self._call(self._prompt, 0, plain=True)
 
-    def seconds_per_token(self) -> float:
-        """Returns the median over a few rounds; compiles, warms up and captures first."""
-        if not self._filled:
-            self._call(self._prompt, 0)
-            self._filled = True
-        self._round(min(_WARM_UP, self.new_tokens))
+    def seconds_per_token(self, warm_up: int = _WARM_UP) -> list[float]:
+        """Returns those of a few rounds, ascending; compiles, warms up and captures first."""
+        self.round(min(warm_up, self.new_tokens))
         with torch.compiler.set_stance(skip_guard_eval_unsafe=True):
-            return statistics.median(self._round(self.new_tokens) for _ in range(_REPEATS)) / self.new_tokens
+            return sorted(self.round(self.new_tokens) / self.new_tokens for _ in range(_REPEATS))
 
-    def launches(self) -> tuple[int | None, int | None]:
-        """Returns kernels and launches of captured graphs per token; None without a GPU."""
-        if self._device.type != "cuda":
-            return None, None
+    def logits(self, plain: bool = False) -> Tensor:
+        """Returns those of given tokens after the prompt, ``[tokens, V]``; `plain`: by the model as it is."""
+        start = self._prompt.shape[1]
+        steps = [self._call(ids, start + i, plain)[0, -1:] for i, ids in enumerate(self._fed.split(1, 1))]
+        crop(self.cache, _COMPARED)
+        return torch.cat(steps)
+
+    def profiled(self) -> dict:
+        """Returns kernels, graph launches, waits and the device's seconds per token; None for each without a GPU."""
+        if not self.on_gpu:
+            return dict.fromkeys(("kernels", "graphs", "waits", "device_seconds"))
         tokens = min(_PROFILED, self.new_tokens)
-        with profile(activities=[ProfilerActivity.CPU, ProfilerActivity.CUDA]) as profiled:
-            self._round(tokens)
-        events = profiled.events()
-        on_device = [e.name for e in events if e.device_type == DeviceType.CUDA]
-        kernels = sum(not name.startswith(("Memcpy", "Memset")) for name in on_device)
-        graphs = sum(e.name in ("cudaGraphLaunch", "hipGraphLaunch") for e in events)
-        return round(kernels / tokens), round(graphs / tokens)
+        with profile(activities=[ProfilerActivity.CPU, ProfilerActivity.CUDA]) as found:
+            self.round(tokens)
+        return counted(found.events(), tokens)
 
-    def generate_rate(self) -> float:
-        """Returns the decode tokens/s of `model.generate` after the same prompt, the second time."""
-        generate(self.model, self._prompt, self.new_tokens, static_cache=self._static)
-        return generate(self.model, self._prompt, self.new_tokens, static_cache=self._static).decode_tokens_per_s
+    def generate_rates(self, kept: bool) -> tuple[float, float | None]:
+        """Returns the decode tokens/s of `model.generate` after the same prompt, the second time.
 
-    def _round(self, tokens: int) -> float:
+        First with the cache that it makes in every call, then (`kept`) with one that both calls share.
+        """
+        return self._generate_rate(), self._generate_rate(self._new_cache()) if kept else None
+
+    def round(self, tokens: int) -> float:
         """Decodes so many tokens, takes them back, and returns the seconds that decoding took."""
         ids, filled = self._prompt[:, -1:], self._prompt.shape[1]
         self._synchronize()
@@ -146,20 +236,57 @@ class Loop:
             ids = self._call(ids, position)[:, -1:].argmax(-1)
         self._synchronize()
         seconds = time.perf_counter() - start
-        crop(self._cache, tokens)
+        crop(self.cache, tokens)
         return seconds
 
-    def _call(self, ids: Tensor, start: int) -> Tensor:
+    def _generate_rate(self, cache: StaticCache | None = None) -> float:
+        held: dict[str, Any] = {} if cache is None else {cache_argument(self.model): cache}
+        rate = 0.0
+        for _ in range(2):
+            if cache is not None:
+                cache.reset()
+            static = self._static and cache is None
+            rate = generate(self.model, self._prompt, self.new_tokens, static, **held).decode_tokens_per_s
+        return rate
+
+    def _new_cache(self) -> StaticCache | DynamicCache:
+        return StaticCache(config=self.model.config, max_cache_len=self._slots) if self._static else DynamicCache()
+
+    def _call(self, ids: Tensor, start: int, plain: bool = False) -> Tensor:
         """Runs ids that begin at a position and returns their logits."""
         stop = start + ids.shape[1]
         mask = self._masks[start:stop][None, None] if self._static else None
         positions = torch.arange(start, stop, device=self._device)[None]
-        return self.model(input_ids=ids, position_ids=positions, attention_mask=mask, **self._held).logits
+        held = {cache_argument(self.model): self.cache, "use_cache": True}
+        call = self.model.forward if plain else self.model
+        return call(input_ids=ids, position_ids=positions, attention_mask=mask, **held).logits
 
     def _synchronize(self) -> None:
-        if self._device.type == "cuda":
+        if self.on_gpu:
             torch.cuda.synchronize()
 
 
+def counted(events: Iterable[Any], tokens: int) -> dict:
+    """Returns what a profile of so many tokens says per token: kernels, graph launches, waits, the device's seconds."""
+    events = list(events)
+    on_device = [event for event in events if event.device_type == DeviceType.CUDA]
+    kernels = sum(not event.name.startswith(("Memcpy", "Memset")) for event in on_device)
+    graphs = sum(event.name in ("cudaGraphLaunch", "hipGraphLaunch") for event in events)
+    waits = sum(event.name in _WAITS for event in events) - 2  # (two are the loop's own)
+    busy = covered((event.time_range.start, event.time_range.end) for event in on_device) / 1e6
+    per_token = {"kernels": kernels, "graphs": graphs, "waits": max(waits, 0)}
+    return {name: round(count / tokens) for name, count in per_token.items()} | {"device_seconds": busy / tokens}
+
+
+def covered(intervals: Iterable[tuple[float, float]]) -> float:
+    """Returns the length of what intervals cover together."""
+    total, reached = 0.0, -math.inf
+    for start, end in sorted(intervals):
+        total += max(0.0, end - max(start, reached))
+        reached = max(reached, end)
+    return total
+
+
 if __name__ == "__main__":
-    common.serve({"measure": measure})
+    bench = Bench()
+    common.serve({"prepare": bench.prepare, "row": bench.row})

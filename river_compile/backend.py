@@ -186,7 +186,7 @@ def _build(
         with state.of(PackedWeights).moving():
             offloaded.arrange(program, values, config, sum(packed[s].nbytes for p in segments for s in p.packed))
     streamer = Streamer(offloaded, program, values, config.offload)
-    settings = inductor_settings(record.mode, captured=device is not None or ranks.several)
+    settings = inductor_settings(record.mode, whole=False)
     compiler = SegmentCompiler(lowering.compiler, settings, lowering.native, plan.is_decode)
     steps: dict[Segment, Step] = {}
     with record.stage("compiling"):

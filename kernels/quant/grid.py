@@ -114,8 +114,17 @@ def quantize(weight: Tensor, group_size: int, quantizer: str = "hqq") -> Quantiz
     slabs = _slabs(weight)
     if len(slabs) == 1:
         return solve_slab(weight)
-    with ThreadPoolExecutor(max(1, torch.get_num_threads())) as pool:
+    with ThreadPoolExecutor(threads_for(weight)) as pool:
         return QuantizedWeight.stacked(list(pool.map(solve_slab, slabs)))
+
+
+def threads_for(weight: Tensor) -> int:
+    """Returns how many threads pack matrices like this one: torch's on a CPU, one where it lies on a device.
+
+    A device's stream runs one kernel after the other whatever the threads, and each thread's copies in float32 would
+    fill its memory.
+    """
+    return max(1, torch.get_num_threads()) if weight.device.type == "cpu" else 1
 
 
 def check_matrix(weight: Tensor, group_size: int) -> Tensor:

@@ -2,8 +2,9 @@
 
     python -m river_compile.kernels.tools.tune --model llama-3.1-8b [--rows 1] [--group-size 64] [--budget 60] [--top 8]
 
-For every linear kernel of the model the cost model's best candidates are timed, within one budget in seconds. Choices
-of other devices and shapes in the file are kept; the file is replaced atomically.
+For every linear kernel of the model the cost model's best candidates are timed, within one budget in seconds. Each
+choice is saved as soon as it is made. Choices of other devices and shapes in the file are kept; the file is replaced
+atomically.
 """
 
 from __future__ import annotations
@@ -34,11 +35,18 @@ def shortlist(spec: LinearSpec, device: str, top: int) -> list[LinearSpec]:
 
 
 def tune(
-    specs: list[LinearSpec], device: str, measure: Callable[[LinearSpec], float], *, budget: float, top: int
+    specs: list[LinearSpec],
+    device: str,
+    measure: Callable[[LinearSpec], float],
+    *,
+    budget: float,
+    top: int,
+    keep: Callable[[str, LinearTile], object] = lambda key, tile: None,
 ) -> dict[str, LinearTile]:
     """Times the `top` candidates of every spec by `measure`, in seconds, and returns key -> fastest tile.
 
-    Once `budget` seconds are spent, the specs that are left stay with the cost model.
+    A candidate that cannot be compiled or launched is left out, and a spec of which none can stays with the cost model,
+    as do those that are left once `budget` seconds are spent. `keep` is called with each choice as soon as it is made.
     """
     end = time.monotonic() + budget
     chosen: dict[str, LinearTile] = {}
@@ -47,9 +55,24 @@ def tune(
         for candidate in shortlist(spec, device, top):
             if time.monotonic() >= end:
                 return chosen
-            times[candidate.tile] = measure(candidate)
-        chosen[tuning_key(spec)] = min(times, key=lambda tile: times[tile])
+            seconds = _measured(measure, candidate)
+            if seconds is not None:
+                times[candidate.tile] = seconds
+        if times:
+            key = tuning_key(spec)
+            chosen[key] = min(times, key=lambda tile: times[tile])
+            keep(key, chosen[key])
     return chosen
+
+
+def _measured(measure: Callable[[LinearSpec], float], candidate: LinearSpec) -> float | None:
+    """Returns a candidate's seconds, None where it failed, which is said."""
+    try:
+        return measure(candidate)
+    except Exception as error:  # of Triton's compiler, ptxas or the driver, which have no class in common
+        said = (str(error).strip() or type(error).__name__).splitlines()[0]
+        print(f"left out {tuning_key(candidate)} with {candidate.tile}: {said}", file=sys.stderr)
+        return None
 
 
 def save(path: Path, device: str, tiles: dict[str, LinearTile]) -> None:
@@ -130,8 +153,12 @@ def main(arguments: list[str] | None = None) -> int:
     device = device_name(torch.cuda.current_device())
     kernels = model_kernels(MODELS[options.model], rows=options.rows, group_size=options.group_size)
     specs = [spec for spec in kernels.values() if isinstance(spec, LinearSpec)]
-    tiles = tune(specs, device, measure_on_gpu, budget=options.budget, top=options.top)
-    save(tuning_file(), device, tiles)
+
+    def keep(key: str, tile: LinearTile) -> None:
+        save(tuning_file(), device, {key: tile})
+        print(f"{key}: {tile}", flush=True)
+
+    tiles = tune(specs, device, measure_on_gpu, budget=options.budget, top=options.top, keep=keep)
     print(f"{len(tiles)} of {len(specs)} kernels tuned for {device}, saved to {tuning_file()}")
     return 0
 

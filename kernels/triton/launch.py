@@ -3,10 +3,14 @@
 CUDA (and ROCm) tensors run compiled kernels, CPU tensors the same kernels in Triton's interpreter, which is exact and
 slow: it is there for tests, and gets large tiles, since its time goes by operations. Buffers are made contiguous where
 a kernel wants them so; rows of x may be strided. `ops` registers all of these but `linear` as operators as they are.
+
+Describing, choosing and checking takes longer than many a kernel runs, so it is done for the first of all calls whose
+tensors look alike (`_chosen`). A tuning file that is written later counts in the next process.
 """
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from typing import Any
 
 import torch
@@ -19,7 +23,45 @@ from .devices import device_of, known
 from .exit_score import ExitScoreSpec
 from .heuristic import attention_splits, best_tile, interpreter_tile, untiled
 from .kv_fill import KvFillSpec
-from .loader import dtype_name, load
+from .linear import LinearSpec
+from .loader import Launch, dtype_name, load
+from .spec import KernelSpec
+
+_MANY = 4096  # different calls that are remembered: prompts of all lengths must not fill the memory
+_launches: dict[tuple[object, ...], Launch] = {}
+
+
+def forget() -> None:
+    """Forgets what was chosen for calls, so that the next of each kind chooses anew."""
+    _launches.clear()
+
+
+def _chosen(how: tuple[object, ...], given: dict[str, Tensor], rows: int, describe: Callable[[], KernelSpec]) -> Launch:
+    """Returns the launch for a call, described and checked where it is the first one that looks like this.
+
+    Args:
+        how: the kernel's name, and what `describe` depends on beside the looks of the tensors.
+        given: the tensors, as the kernel takes them.
+        rows: of the call.
+        describe: returns the spec.
+
+    Raises:
+        ValueError: from `describe`, or of the check.
+    """
+    key = (how, *[(name, t.shape, t.stride(), t.dtype, t.device) for name, t in given.items()])
+    found = _launches.get(key)
+    if found is None:
+        interpret = not next(iter(given.values())).is_cuda
+        found = load(describe(), interpret=interpret).launch(rows)
+        found.check(given)
+        if len(_launches) >= _MANY:
+            forget()
+        _launches[key] = found
+    return found
+
+
+def _there(**tensors: Tensor | None) -> dict[str, Tensor]:
+    return {name: tensor for name, tensor in tensors.items() if tensor is not None}
 
 
 def linear(
@@ -39,15 +81,12 @@ def linear(
     Raises:
         ValueError: a buffer of the wrong shape or dtype, or a combination that no kernel has.
     """
-    fields: dict[str, Any]
+    matrix: dict[str, Tensor]
     if isinstance(weight, PackedLinear):
         pairs = weight.scale_zero.view(torch.int32).squeeze(-1)
-        matrix = {"qweight": weight.qweight, "scale_zero": pairs}
-        fields = {"group_size": weight.group_size, "parameter_dtype": dtype_name(weight.scale_zero)}
-        weight_rows = weight.out_features
+        matrix, weight_rows = {"qweight": weight.qweight, "scale_zero": pairs}, weight.out_features
     else:
-        matrix, fields = {"weight": weight}, {"weights": "dense", "group_size": 0}
-        weight_rows = weight.shape[0]
+        matrix, weight_rows = {"weight": weight}, weight.shape[0]
     n, k = weight_rows // (2 if gated else 1), x.shape[-1]
     x2 = x.reshape(-1, k)
     rows = x2.shape[0]
@@ -56,27 +95,38 @@ def linear(
     y = x.new_empty((rows, n))
     if rows == 0:
         return y.reshape(*x.shape[:-1], n)
-    spec = untiled(
-        rows,
-        k,
-        n,
-        **fields,
-        dtype=dtype_name(x),
-        norm=norm,
-        eps=eps,
-        norm_bias=norm_bias is not None,
-        bias=bias is not None,
-        residual=residual is not None,
-        activation=activation,
-        gated=gated,
-        x_stride=x2.stride(0) if rows > 1 and x2.stride(0) != k else 0,
-    )
-    spec = best_tile(spec, device_of(x), rows) if x.is_cuda else interpreter_tile(spec)
     if residual is not None:
         residual = residual.reshape(-1, n).contiguous()
-    vectors = {"norm_weight": norm_weight, "norm_bias": norm_bias, "bias": bias}
-    load(spec, interpret=not x.is_cuda)(rows=rows, x=x2, **matrix, **vectors, residual=residual, y=y)
+    others = _there(norm_weight=norm_weight, norm_bias=norm_bias, bias=bias, residual=residual)
+    given = {"x": x2, **matrix, **others, "y": y}
+
+    def describe() -> LinearSpec:
+        spec = untiled(
+            rows,
+            k,
+            n,
+            **_weight_fields(weight),
+            dtype=dtype_name(x),
+            norm=norm,
+            eps=eps,
+            norm_bias=norm_bias is not None,
+            bias=bias is not None,
+            residual=residual is not None,
+            activation=activation,
+            gated=gated,
+            x_stride=x2.stride(0) if rows > 1 and x2.stride(0) != k else 0,
+        )
+        return best_tile(spec, device_of(x), rows) if x.is_cuda else interpreter_tile(spec)
+
+    packing = (weight.group_size, weight.scale_zero.dtype) if isinstance(weight, PackedLinear) else ()
+    _chosen(("linear", *packing, norm, eps, activation, gated), given, rows, describe)(given)
     return y.reshape(*x.shape[:-1], n)
+
+
+def _weight_fields(weight: PackedLinear | Tensor) -> dict[str, Any]:
+    if isinstance(weight, PackedLinear):
+        return {"group_size": weight.group_size, "parameter_dtype": dtype_name(weight.scale_zero)}
+    return {"weights": "dense", "group_size": 0}
 
 
 def experts(x: Tensor, weight: PackedLinear, expert: Tensor) -> Tensor:
@@ -89,8 +139,7 @@ def experts(x: Tensor, weight: PackedLinear, expert: Tensor) -> Tensor:
     y = x.new_empty((rows, n))
     if rows == 0:
         return y
-    fields = {"group_size": weight.group_size, "parameter_dtype": dtype_name(weight.scale_zero)}
-    spec = untiled(rows, k, n, **fields, dtype=dtype_name(x), experts=stack)
+    spec = untiled(rows, k, n, **_weight_fields(weight), dtype=dtype_name(x), experts=stack)
     spec = best_tile(spec, device_of(x), rows) if x.is_cuda else interpreter_tile(spec)
     matrices = {
         "qweight": weight.qweight.flatten(0, 1),
@@ -170,34 +219,38 @@ def kv_fill(
         )
     if (cos is None) != (sin is None):
         raise ValueError("cos and sin go together; one of them is None")
-    rotary: dict[str, Any] = {}
     tables: dict[str, Tensor] = {}
     if cos is not None and sin is not None:
         tables = {
             "cos": cos.reshape(-1, cos.shape[-1]).contiguous(),
             "sin": sin.reshape(-1, sin.shape[-1]).contiguous(),
         }
-        rotary_rows, rotary_dim = tables["cos"].shape
-        rotary = {"rotary_dim": rotary_dim, "rotary_dtype": dtype_name(cos), "rotary_rows": rotary_rows}
-    spec = KvFillSpec(
-        b,
-        heads,
-        kv_heads,
-        d,
-        slots,
-        **rotary,
-        dtype=dtype_name(qkv),
-        interleaved=interleaved,
-        head_norm=norm,
-        eps=eps,
-        cache_strides=_cache_strides(k_cache, v_cache),
-        index_dtype=dtype_name(slot),
-    )
     q = qkv.new_empty((b, heads, d))
-    heads_first = qkv.reshape(b, -1, d).contiguous()
-    norms, caches = {"q_norm": q_norm, "k_norm": k_norm}, {"k_cache": k_cache, "v_cache": v_cache}
-    kernel = load(spec, interpret=not qkv.is_cuda)
-    kernel(rows=1, qkv=heads_first, slot=slot.reshape(-1), q=q, **norms, **tables, **caches)
+    others = _there(q_norm=q_norm, k_norm=k_norm)
+    given = {"qkv": qkv.reshape(b, -1, d).contiguous(), "slot": slot.reshape(-1), "q": q, **others, **tables}
+    given |= {"k_cache": k_cache, "v_cache": v_cache}
+
+    def describe() -> KvFillSpec:
+        rotary: dict[str, Any] = {}
+        if tables:
+            rows, features = tables["cos"].shape
+            rotary = {"rotary_dim": features, "rotary_dtype": dtype_name(tables["cos"]), "rotary_rows": rows}
+        return KvFillSpec(
+            b,
+            heads,
+            kv_heads,
+            d,
+            slots,
+            **rotary,
+            dtype=dtype_name(qkv),
+            interleaved=interleaved,
+            head_norm=norm,
+            eps=eps,
+            cache_strides=_cache_strides(k_cache, v_cache),
+            index_dtype=dtype_name(slot),
+        )
+
+    _chosen(("kv_fill", norm, eps, interleaved), given, 1, describe)(given)
     return q
 
 
@@ -224,23 +277,28 @@ def decode_attention(
     kv_heads, slots = k_cache.shape[1:3]
     if k_cache.shape[0] != b or k_cache.shape[3] != d:
         raise ValueError(f"q has shape {tuple(q.shape)} and the caches have {tuple(k_cache.shape)}: B or D differs")
-    spec = DecodeAttentionSpec(
-        b,
-        heads,
-        kv_heads,
-        d,
-        slots,
-        scale,
-        dtype=dtype_name(q),
-        softcap=softcap,
-        mask=mask is not None,
-        mask_dtype="bool" if mask is None else dtype_name(mask),
-        splits=attention_splits(b * kv_heads, slots, known(device_of(q))),
-        cache_strides=_cache_strides(k_cache, v_cache),
-    )
     out = q.new_empty((b, heads, d))
-    mask = None if mask is None else mask.contiguous()
-    load(spec, interpret=not q.is_cuda)(q=q.contiguous(), k_cache=k_cache, v_cache=v_cache, mask=mask, out=out)
+    given = {"q": q.contiguous(), "k_cache": k_cache, "v_cache": v_cache, "out": out}
+    if mask is not None:
+        given["mask"] = mask.contiguous()
+
+    def describe() -> DecodeAttentionSpec:
+        return DecodeAttentionSpec(
+            b,
+            heads,
+            kv_heads,
+            d,
+            slots,
+            scale,
+            dtype=dtype_name(q),
+            softcap=softcap,
+            mask=mask is not None,
+            mask_dtype="bool" if mask is None else dtype_name(mask),
+            splits=attention_splits(b * kv_heads, slots, known(device_of(q))),
+            cache_strides=_cache_strides(k_cache, v_cache),
+        )
+
+    _chosen(("decode_attention", scale, softcap), given, 1, describe)(given)
     return out
 
 
@@ -261,11 +319,12 @@ def residual_score(update: Tensor, residual: Tensor, previous: Tensor) -> tuple[
         shapes = ", ".join(str(tuple(t.shape)) for t in (update, residual, previous))
         raise ValueError(f"update, residual and previous have one shape; these have {shapes}")
     inputs = {"update": update, "residual": residual, "previous": previous}
-    rows = {name: tensor.reshape(-1, update.shape[-1]).contiguous() for name, tensor in inputs.items()}
-    hidden = torch.empty_like(rows["update"])
+    given = {name: tensor.reshape(-1, update.shape[-1]).contiguous() for name, tensor in inputs.items()}
+    hidden = torch.empty_like(given["update"])
     score = update.new_empty(1, dtype=torch.float32)
-    spec = ExitScoreSpec(hidden.shape[0], hidden.shape[1], dtype_name(update))
-    load(spec, interpret=not update.is_cuda)(rows=1, hidden=hidden, score=score, **rows)
+    given |= {"hidden": hidden, "score": score}
+    rows, features = hidden.shape
+    _chosen(("exit_score",), given, 1, lambda: ExitScoreSpec(rows, features, dtype_name(update)))(given)
     return hidden.view(update.shape), score.view(())
 
 

@@ -22,7 +22,7 @@ from typing import TYPE_CHECKING, Any
 
 from river_compile.kernels.files import appearing, cache_folder
 
-from .spec import DTYPES, Buffer, KernelSpec, Stage, render
+from .spec import DTYPES, KernelSpec, Stage, render
 
 if TYPE_CHECKING:
     from torch import Tensor
@@ -64,28 +64,57 @@ class Kernel:
             ValueError: a buffer is missing, of the wrong dtype or shape, with gaps, on another device, or of no use to
                 this kernel.
         """
-        import numpy
+        given = {name: tensor for name, tensor in tensors.items() if tensor is not None}
+        launch = self.launch(rows)
+        launch.check(given)
+        launch(given)
+
+    def launch(self, rows: int) -> Launch:
+        """Returns the launches for so many rows, which do not check what they are given."""
+        return Launch(self, rows)
+
+
+class Launch:
+    """All stages of a kernel for a number of rows, with everything that does not depend on the tensors made once."""
+
+    def __init__(self, kernel: Kernel, rows: int) -> None:
         import torch
 
-        given = {name: tensor for name, tensor in tensors.items() if tensor is not None}
-        buffers = self.spec.buffers(rows)
-        self._check(given, buffers)
-        like = next(iter(given.values()))
-        for name, buffer in buffers.items():
-            if name not in given:
-                given[name] = like.new_empty(buffer.shape, dtype=getattr(torch, buffer.dtype))
-        for stage in self.stages:
-            values = [rows if name == "rows" else given[name] for name in stage.arguments]
-            launch = self.functions[stage.function][stage.grid(rows)]
-            if self.interpret:
-                # A GPU overflows to infinity in silence; so does the interpreter here.
-                with _interpreter_turn, numpy.errstate(all="ignore"):
-                    launch(*values)
-            else:
-                launch(*values, **_options(stage))
+        self._kernel, self._interpret = kernel, kernel.interpret
+        self._buffers = kernel.spec.buffers(rows)
+        spaces = {name: buffer for name, buffer in self._buffers.items() if buffer.workspace}
+        self._spaces = [(name, b.shape, getattr(torch, b.dtype)) for name, b in spaces.items()]
+        self._rows = {"rows": rows}
+        self._stages = [
+            (kernel.functions[stage.function][stage.grid(rows)], stage.arguments, _options(stage))
+            for stage in kernel.stages
+        ]
 
-    def _check(self, given: dict[str, Tensor], buffers: dict[str, Buffer]) -> None:
-        kernel = f"{self.spec.family} kernel"
+    def __call__(self, given: dict[str, Any]) -> None:
+        """Launches on tensors that :meth:`check` lets pass, by name."""
+        like = next(iter(given.values()))
+        for name, shape, dtype in self._spaces:
+            if name not in given:
+                given[name] = like.new_empty(shape, dtype=dtype)
+        given |= self._rows
+        if self._interpret:
+            self._run_interpreted(given)
+            return
+        with _on_device_of(like):
+            for launch, arguments, options in self._stages:
+                launch(*[given[name] for name in arguments], **options)
+
+    def _run_interpreted(self, given: dict[str, Any]) -> None:
+        import numpy
+
+        for launch, arguments, _ in self._stages:
+            # A GPU overflows to infinity in silence; so does the interpreter here.
+            with _interpreter_turn, numpy.errstate(all="ignore"):
+                launch(*[given[name] for name in arguments])
+
+    def check(self, given: dict[str, Tensor]) -> None:
+        """Checks a call's tensors, as `Kernel` says."""
+        kernel, buffers = f"{self._kernel.spec.family} kernel", self._buffers
         missing = sorted(name for name, buffer in buffers.items() if name not in given and not buffer.workspace)
         unknown = sorted(set(given) - set(buffers))
         if missing or unknown:
@@ -94,13 +123,21 @@ class Kernel:
             wanted, dtype, shape = buffers[name], dtype_name(tensor), tuple(tensor.shape)
             if dtype != wanted.dtype:
                 raise ValueError(f"{kernel}: {name} has dtype {dtype}, its spec says {wanted.dtype}")
-            if tensor.is_cuda == self.interpret:
-                place = "the CPU" if self.interpret else "a GPU"
+            if tensor.is_cuda == self._interpret:
+                place = "the CPU" if self._interpret else "a GPU"
                 raise ValueError(f"{kernel}: {name} is on {tensor.device}, the kernel runs on {place}")
             if shape != wanted.shape and not wanted.strided:
                 raise ValueError(f"{kernel}: {name} has shape {shape}; this call needs {wanted.shape}")
             if not (wanted.strided or tensor.is_contiguous()):
                 raise ValueError(f"{kernel}: {name} has strides {tensor.stride()}; make it contiguous")
+
+
+def _on_device_of(tensor: Tensor) -> contextlib.AbstractContextManager[object]:
+    """Returns a context in which a tensor's device is the current one, to which Triton launches."""
+    import torch
+
+    here = tensor.get_device()
+    return contextlib.nullcontext() if here == torch.cuda.current_device() else torch.cuda.device(here)
 
 
 def dtype_name(tensor: Tensor) -> str:

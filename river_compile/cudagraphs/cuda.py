@@ -9,6 +9,7 @@ Not handled: several devices in one step; work that the caller starts on other s
 
 from __future__ import annotations
 
+import contextlib
 from collections.abc import Callable, Iterable
 
 import torch
@@ -22,15 +23,25 @@ class CudaGraphs(CaptureDevice):
     """The device that replays on the caller's current stream of the model's device."""
 
     name = "CUDA graphs"
+    _last: tuple[torch.cuda.Stream, torch.cuda.Event] | None = None  # of the latest step: its stream and its end
 
     def __init__(self, device: torch.device) -> None:
         self._device = device
         self._pool = torch.cuda.graph_pool_handle()
-        self._last: tuple[torch.cuda.Stream, torch.cuda.Event] | None = None
+        # (torch's own, for captures without one, belongs to the device of the process's first capture.)
+        self._capture_stream = torch.cuda.Stream(device)
+        self._flags: list[Tensor] = []
+
+    def __del__(self) -> None:
+        # The allocator of pinned memory does not know that replays write to the flags.
+        if self._last is not None:
+            with contextlib.suppress(RuntimeError):  # (of a driver that is gone, or another process's)
+                self._last[1].synchronize()
 
     def flags(self, count: int) -> Tensor:
         with torch.inference_mode(False):
-            return torch.full((count,), float("nan"), pin_memory=True)
+            self._flags.append(torch.full((count,), float("nan"), pin_memory=True))
+        return self._flags[-1]
 
     def begin(self, buffers: Callable[[], Iterable[Tensor]], flags: Tensor) -> None:
         # Two threads may decode on two streams: the buffers belong to the step before until it has run.
@@ -55,7 +66,7 @@ class CudaGraphs(CaptureDevice):
             free = torch.cuda.mem_get_info()[0]
             try:
                 # Another thread may allocate or copy meanwhile: only what this one does must be capturable.
-                with torch.cuda.graph(graph, pool=self._pool, capture_error_mode="thread_local"):
+                with torch.cuda.graph(graph, self._pool, self._capture_stream, capture_error_mode="thread_local"):
                     unit.run_into(slots, outputs)
             except RuntimeError as error:
                 raise CaptureFailed(str(error).partition("\n")[0]) from error
@@ -78,7 +89,9 @@ class CudaGraphs(CaptureDevice):
         return first.elapsed_time(second) / 1e3
 
     def end(self) -> None:
-        self._last = (self._stream(), self.mark())
+        event = torch.cuda.Event()
+        event.record(self._stream())
+        self._last = (self._stream(), event)
 
     def _stream(self) -> torch.cuda.Stream:
         return torch.cuda.current_stream(self._device)

@@ -30,6 +30,7 @@ class CaptureDevice(ABC):
     """Captures units and replays them, in the order given. All calls of one step come from one thread."""
 
     name: str
+    runs_late = True  # whether a launch returns before it has run
     needs_a_run = True  # before a unit is captured: what it returns, and whatever it sets up, is known afterwards
 
     def obstacle(self, step: Step) -> Refusal | None:

@@ -16,7 +16,7 @@ from __future__ import annotations
 import logging
 import time
 from collections import OrderedDict
-from collections.abc import Iterable
+from collections.abc import Iterable, Mapping
 
 import torch
 from torch import Tensor, fx
@@ -52,6 +52,7 @@ class Launcher:
         self._captures: OrderedDict[tuple, tuple[object, dict[int, Tensor]]] = OrderedDict()
         self._seen: dict[Unit, OrderedDict[tuple, dict[int, Tensor]]] = {}
         self._failed: set[Unit] = set()
+        self._prepared: dict[Unit, tuple] = {}
 
     def buffers(self) -> list[tuple[str, Tensor]]:
         """Returns the buffers at the units' borders, each with the name of its value in the traced graph."""
@@ -62,9 +63,16 @@ class Launcher:
         """Returns the device's graphs of all captures, that of the latest launch last."""
         return [graph for graph, _ in self._captures.values()]
 
+    def prepare(self, units: Iterable[Unit], slots: list) -> None:
+        """Computes by what the captures of these units are found, for the next launch of each, and of no other.
+
+        Nothing that they read may be put in another place before: what is launched in between writes other slots.
+        """
+        self._prepared = {unit: self._signature(unit, slots) for unit in units if unit.obstacle is None}
+
     def is_captured(self, unit: Unit, slots: list) -> bool:
         """Says whether a launch would replay."""
-        return self._signature(unit, slots) in self._captures
+        return (self._prepared.get(unit) or self._signature(unit, slots)) in self._captures
 
     def launch(self, unit: Unit, slots: list) -> bool:
         """Replays a unit, or runs it where it has no capture, and leaves its results in the slots.
@@ -77,7 +85,7 @@ class Launcher:
         if unit.obstacle is not None or unit in self._failed:
             self._run_uncaptured(unit, slots)
             return False
-        signature = self._signature(unit, slots)
+        signature = self._prepared.pop(unit, None) or self._signature(unit, slots)
         is_new = signature not in self._captures
         if is_new and not self._capture(unit, signature, slots):
             self._remember(unit, signature, self._run_uncaptured(unit, slots))
@@ -117,9 +125,9 @@ class Launcher:
             own[index] = slots[index]
         self.device.settle()
         unit.run(own)
-        outputs = {}
-        for index in unit.writes:
-            slots[index] = outputs[index] = self.copy(index, own[index])
+        outputs = self.copies({index: own[index] for index in unit.writes})
+        for index, buffer in outputs.items():
+            slots[index] = buffer
         unit.count(slots)
         return outputs
 
@@ -152,11 +160,12 @@ class Launcher:
         self.log.uncaptured_units.pop(unit.name, None)
         return True
 
-    def copy(self, index: int, value: Tensor) -> Tensor:
-        """Copies a value into the buffer of its slot and returns the buffer."""
-        buffer = self._buffer(index, value)
-        self.device.run(lambda: copy_into(buffer, value))
-        return buffer
+    def copies(self, values: Mapping[int, Tensor]) -> dict[int, Tensor]:
+        """Copies values, by slot, into the buffers of their slots and returns those."""
+        buffers = {index: self._buffer(index, value) for index, value in values.items()}
+        if buffers:
+            self.device.run(lambda: copy_into([*buffers.values()], [*values.values()]))
+        return buffers
 
     def _buffer(self, index: int, value: Tensor) -> Tensor:
         """Returns the buffer of a slot for a tensor like this one."""
@@ -177,5 +186,6 @@ class Launcher:
         fresh = [torch.empty_like(v) if isinstance(v, Tensor) else v for v in values]
         both = zip(fresh, values, strict=True)
         pairs = [(a, b) for a, b in both if isinstance(a, Tensor) and isinstance(b, Tensor)]
-        self.device.run(lambda: [a.copy_(b) for a, b in pairs])
+        if pairs:
+            self.device.run(lambda: copy_into(*zip(*pairs, strict=True)))
         return tuple(fresh)

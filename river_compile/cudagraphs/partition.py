@@ -12,7 +12,7 @@ graph's own memory for the length of one replay.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Literal
 
@@ -37,10 +37,22 @@ def buffer_like(value: Tensor) -> Tensor:
         return torch.empty_strided(value.shape, value.stride(), dtype=value.dtype, device=value.device)
 
 
-def copy_into(buffer: Tensor, value: Tensor) -> None:
-    """Copies a value into a tensor of the same strides; of an expanded dimension, the one element that is there."""
-    once = tuple(slice(0, 1) if stride == 0 else slice(None) for stride in buffer.stride())
-    buffer[once].copy_(value[once])
+def copy_into(buffers: Sequence[Tensor], values: Sequence[Tensor]) -> None:
+    """Copies values into tensors of the same shapes, on a GPU those of one dtype by one kernel.
+
+    Of an expanded dimension, the one element that is there is copied. (A copy alone is a memcpy, which takes a captured
+    graph's node of its own; several kernels in a line start faster.)
+    """
+    alike: dict[tuple[torch.dtype, torch.device], tuple[list[Tensor], list[Tensor]]] = {}
+    for buffer, value in zip(buffers, values, strict=True):
+        if 0 in buffer.stride():
+            once = tuple(slice(0, 1) if stride == 0 else slice(None) for stride in buffer.stride())
+            buffer, value = buffer[once], value[once]
+        targets, sources = alike.setdefault((value.dtype, value.device), ([], []))
+        targets.append(buffer)
+        sources.append(value)
+    for targets, sources in alike.values():
+        torch._foreach_copy_(targets, sources)
 
 
 @dataclass(frozen=True, eq=False)
@@ -94,8 +106,7 @@ class Unit:
         """Runs the steps on a copy of the slots and copies what is needed afterwards into buffers."""
         own = list(slots)
         self.run(own)
-        for index, buffer in outputs.items():
-            copy_into(buffer, own[index])
+        copy_into([*outputs.values()], [own[index] for index in outputs])
 
 
 class Partition:
@@ -155,6 +166,10 @@ class Partition:
             units = [self._unit("twins", depth, depth), self._head()] if alone else [self._unit("tail", depth, depth)]
             self._tails[depth] = units
         return self._tails[depth]
+
+    def next_units(self, depth: int) -> list[Unit]:
+        """Returns the first units of either verdict at a depth, of tails one that some token has taken."""
+        return [self.after(depth), *self._tails.get(depth, [])[:1]]
 
     def _span(self, start: int, end: int) -> list[Unit]:
         if end < self._num_blocks:

@@ -145,7 +145,6 @@ def _replay(graph: Recording, own: list) -> None:
     before = {t.untyped_storage().data_ptr() for t in own if isinstance(t, Tensor)}
     graph.unit.run(own)
     made = [t for t in own if isinstance(t, Tensor) and t.untyped_storage().data_ptr() not in before]
-    for index, buffer in graph.outputs.items():
-        copy_into(buffer, own[index])
+    copy_into([*graph.outputs.values()], [own[index] for index in graph.outputs])
     for tensor in made:
         spoil(tensor)

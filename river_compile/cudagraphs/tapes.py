@@ -30,6 +30,7 @@ class Tapes(CaptureDevice):
 
     name = "tapes of C++ calls"
     needs_a_run = False
+    runs_late = False
 
     def obstacle(self, step: Step) -> Refusal | None:
         if isinstance(step.callee, NativeSegment):

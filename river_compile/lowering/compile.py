@@ -117,10 +117,14 @@ def _assumptions_hold(known: Compiled, symbols: tuple[str, ...], shape_env: Shap
     return all(shape_env.evaluate_expr(guard.xreplace(swap)) for guard in known.guards)
 
 
-def inductor_settings(mode: str | None, captured: bool = False) -> dict[str, object]:
-    """Returns Inductor's settings for a ``mode`` of torch.compile; captured code gets no CUDA graphs of Inductor's."""
+def inductor_settings(mode: str | None, whole: bool = True) -> dict[str, object]:
+    """Returns Inductor's settings for a ``mode`` of torch.compile, for a whole graph or for segments of one.
+
+    Segments get no CUDA graphs of Inductor's: their weights and caches are inputs like others, which these would copy
+    or refuse; here they are captured together, or not at all.
+    """
     settings = dict(torch._inductor.list_mode_options(mode)) if mode else {}
-    return settings | {"triton.cudagraphs": False} if captured else settings
+    return settings if whole else settings | {"triton.cudagraphs": False}
 
 
 def _by_operator(segment: Segment, native: bool) -> Callee:

@@ -18,9 +18,10 @@ from river_compile.passes.program import RiverProgram
 from river_compile.upstream.dynamo_cache import CacheEntry
 
 from .fill import Fill
+from .room import Room
 from .runner import Runner
 from .sequences import Sequences
-from .slots import cache_slots, capacity_check
+from .slots import cache_slots
 from .stats import ExitStats, Observers, StepRecord
 
 _steps: Observers[[RiverExecutor, tuple, StepRecord]] = Observers()
@@ -62,7 +63,7 @@ class RiverExecutor:
         self.sequences, self.entry = sequences, entry
         self._stats, self._memories = stats, memories
         self._on_begin, self._on_close = on_begin, on_close
-        self._check_capacity = capacity_check(program)
+        self.room = Room.of(program)
         self._cache_in, self._cache_out = cache_slots(program)
         self._remembers = policy.criterion.remembers or fill.remembers
 
@@ -74,8 +75,7 @@ class RiverExecutor:
             self._on_begin(args)
         with runner, torch._C._DisableAutocast():
             slots = runner.begin(args)
-            if self._check_capacity is not None:
-                self._check_capacity(slots)
+            filled = 0 if self.room is None else self.room.check(slots)
             memory = self._recall(slots)
             limit = self.fill.begin(slots, memory)
             depth, scores, entropy = self._run_blocks(runner, slots, policy, memory, limit)
@@ -91,6 +91,8 @@ class RiverExecutor:
             self._keep(runner, slots, memory)
             self.sequences.left(None if not self.decodes or self._cache_out is None else slots[self._cache_out])
             outputs = runner.finish(slots)
+        if self.room is not None:
+            self.room.took(slots, filled)
         seconds = time.perf_counter() - started
         thread, model = threading.get_ident(), self._stats.model_id
         step = StepRecord(depth, tuple(scores), self.decodes, thread, model, entropy, river_from, seconds)

@@ -12,7 +12,6 @@ from collections.abc import Callable, Sequence
 import sympy
 from torch import Tensor, fx
 
-from river_compile.errors import CacheFullError
 from river_compile.passes.nodes import memory_of, mutated_inputs, rank, value_of
 from river_compile.passes.program import RiverProgram
 from river_compile.passes.segments import number_inputs
@@ -55,29 +54,6 @@ def cache_slots(program: RiverProgram, block: int | None = None) -> tuple[int | 
             before = node
         stack += [n for n in node.all_input_nodes if plan.part_of.get(n, block + 1) == block + 1]
     return slots.get(before), slots.get(write)
-
-
-def capacity_check(program: RiverProgram) -> Callable[[list], None] | None:
-    """Returns the check of a step's slots that its tokens have room in a static cache filled from the front.
-
-    It looks at the first block with such a cache, and raises a CacheFullError. None where there is no such block.
-    """
-    plan = program.plan
-    kv = next((block.kv for block in plan.blocks if block.kv.capacity is not None and block.kv.lengths), None)
-    if kv is None or kv.capacity is None:
-        return None
-    length, hidden, capacity = program.slots[kv.lengths[0]], program.slots[plan.blocks[0].hidden_in], kv.capacity
-    decodes, axis = plan.is_decode, plan.token_axis
-
-    def check(slots: list) -> None:
-        filled, new = int(slots[length]), 1 if decodes else slots[hidden].shape[axis]
-        if filled + new > capacity:
-            raise CacheFullError(
-                f"the static KV cache holds {capacity} tokens; {filled} are filled and this step adds {new}. "
-                f"Make it larger (max_cache_len or max_new_tokens, at least {filled + new}) or use a dynamic cache"
-            )
-
-    return check
 
 
 def size_of_pass(program: RiverProgram) -> Callable[[Sequence], tuple[int, int]] | None:

@@ -28,6 +28,7 @@ from river_compile.config import RiverConfig
 from river_compile.distributed.ranks import ALONE, Ranks, ranks_of
 from river_compile.errors import ArtifactError, RiverWarning
 from river_compile.kernels.checks import PATH
+from river_compile.kernels.quant.grid import threads_for
 from river_compile.passes.program import LinearSite
 from river_compile.state import ModelState, find_state, unwrap
 
@@ -258,7 +259,9 @@ class PackedWeights:
             changed = [pair for pair, same in zip(pairs, alike, strict=True) if not same]
             unneeded = statistics.ranks.every(not any(needs_moments(site) for site, _ in changed))
             observation = None if unneeded else statistics.get(anew=True)
-            made = _in_threads(lambda pair: made_again(*pair, observation), changed, "packing changed weights as")
+            threads = threads_for(changed[0][1].weights[0]) if changed else None
+            what = "packing changed weights as"
+            made = _in_threads(lambda pair: made_again(*pair, observation), changed, what, threads)
             for (site, _), new in zip(changed, made, strict=True):
                 site.become(new)
             if changed:
@@ -299,7 +302,10 @@ class PackedWeights:
         if any(map(maker.needs_statistics, sites)):
             maker, self._not_judged = replace(maker, observation=statistics.get()), True
         jobs = _in_threads(lambda site: (site, sources[site], maker.look_up(site, sources[site])), sites)
-        return dict(zip(sites, _in_threads(lambda job: maker.make(*job), jobs, "packing"), strict=True))
+        threads = threads_for(sources[sites[0]].weights[0]) if sites else None
+        if threads == 1:  # (hashing is the host's work: it needs no memory of the device)
+            _in_threads(lambda site: sources[site].digest, sites)
+        return dict(zip(sites, _in_threads(lambda job: maker.make(*job), jobs, "packing", threads), strict=True))
 
     def _find(self, site: LinearSite, sources: Sources, maker: Maker) -> PackedSite | None:
         made: PackedSite | None = self._packed.get(sources.weights[0], {}).get(maker.key(site))
@@ -332,11 +338,11 @@ class PackedWeights:
         log.info("%s", message)
 
 
-def _in_threads(function: Callable[[T], R], jobs: Sequence[T], what: str = "") -> list[R]:
-    """Maps in as many threads as torch uses, under a progress bar with a title where it may take long."""
+def _in_threads(function: Callable[[T], R], jobs: Sequence[T], what: str = "", threads: int | None = None) -> list[R]:
+    """Maps in so many threads (None: torch's number), under a progress bar with a title where it may take long."""
     title = f"river: {what} 4-bit twins" if what else None
     with (
-        ThreadPoolExecutor(max(1, torch.get_num_threads())) as pool,
+        ThreadPoolExecutor(threads or max(1, torch.get_num_threads())) as pool,
         tqdm(total=len(jobs), desc=title, unit="matrix", leave=False, delay=1, disable=not what) as bar,
     ):
         results = []

@@ -19,6 +19,7 @@ from transformers.cache_utils import (
     Cache,
     DynamicLayer,
     DynamicSlidingWindowLayer,
+    QuantizedLayer,
     StaticLayer,
     StaticSlidingWindowLayer,
 )
@@ -43,9 +44,11 @@ def cannot_crop(cache: Cache) -> list[str]:
     on its entries must be copied before they go (`speculative/rewind.py`).
     """
     static = (StaticLayer, StaticSlidingWindowLayer)
-    return sorted(
-        {type(layer).__name__ for layer in cache.layers if type(layer) not in static and not layer.is_croppable}
-    )
+
+    def can(layer: Any) -> bool:  # (older releases call quantized layers croppable)
+        return type(layer) in static or (layer.is_croppable and not isinstance(layer, QuantizedLayer))
+
+    return sorted({type(layer).__name__ for layer in cache.layers if not can(layer)})
 
 
 def remember_past(cache: Cache) -> None:

@@ -9,10 +9,8 @@ import time
 import pytest
 import torch
 
-from benchmarks import common, cuda_decode, cuda_worker, decode, llama_cpp_runner, memory, offload, roofline
+from benchmarks import common, decode, llama_cpp_runner, memory, offload, roofline
 from benchmarks.prompts import mixed, prompts
-from benchmarks.random_llama import random_llama
-from river_compile.kernels.tools.shapes import MODELS, ModelShape
 
 WORKER = """
 import os, sys
@@ -230,13 +228,6 @@ def test_the_llama_cpp_runner_takes_no_token_too_many():
     assert (runner.llama.pulled, runner.llama.resets) == (2 + 4 + 4, 3)
 
 
-@pytest.fixture
-def tiny(monkeypatch):
-    """A shape that `--random` can build here."""
-    monkeypatch.setitem(MODELS, "llama-tiny", ModelShape("llama-tiny", 4, 64, 4, 2, 16, 128, 96))
-    return "llama-tiny"
-
-
 def test_a_token_costs_what_its_blocks_cost():
     """Bytes of Llama-3.1-8B by hand: 16-bit weights and the cache for never leaving, 4.5 bits a weight for depth 0."""
     line = roofline.Roofline("llama-3.1-8b", context=1024, group_size=64)
@@ -307,62 +298,6 @@ def test_a_bandwidth_is_positive(bandwidth, capsys):
     with pytest.raises(SystemExit):
         decode.main(["--random", "llama-3.2-1b", "--estimate", "--bandwidth", bandwidth])
     assert f"{bandwidth} is not a bandwidth" in capsys.readouterr().err
-
-
-def test_a_gpu_run_starts_a_process_for_each_backend(monkeypatch, capsys, tiny):
-    """With stand-ins for the GPU: what the workers are asked, what the table and its last lines say."""
-    asked = []
-
-    def answer(self, command, **job):
-        asked.append((command, job["backend"]))
-        depths = job["depths"] if job["backend"] == "river" else [None]
-        names = [f"river {roofline.depth_name(d)}" for d in depths] if job["backend"] == "river" else [job["backend"]]
-        row = {"backend": job["backend"], "generate_tokens_per_s": 50.0, "bytes": 10**9, "kernels": 9, "graphs": 2}
-        row |= {"capture_s": 0.5, "capture_bytes": 10**6}
-        speeds = {"inductor": 100.0, "river depth 3": 250.0}
-        rows = [
-            row | {"name": name, "depth": depth, "tokens_per_s": speeds.get(name, 80.0)}
-            for name, depth in zip(names, depths, strict=True)
-        ]
-        return {"rows": rows, **({"check": {"seconds": 1e-5, "count": 3}} if job["backend"] == "river" else {})}
-
-    monkeypatch.setattr(FakeWorker, "ask", answer)
-    monkeypatch.setattr(common, "Worker", FakeWorker)
-    options = decode._parse(["--device", "cuda", "--random", tiny])
-    cuda_decode.show(tiny, cuda_decode._measured(tiny, options), bandwidth=1e12)
-    assert asked == [("measure", backend) for backend in ("eager", "inductor", "river")]
-    printed = capsys.readouterr().out
-    assert "One exit check costs 10.00 us; all 3 of them are 0.2% of a token" in printed
-    assert "Depth 3 over Inductor's 16-bit model: 2.50 (2.16 to reach)." in printed
-    assert "25%" in printed  # 250 tokens/s of 1 GB, where copies reach 1000 GB/s
-
-
-@pytest.mark.parametrize(("backend", "names"), [("eager", ["eager"]), ("river", ["river never", "river depth 1"])])
-def test_the_gpu_worker_measures_a_tiny_model_here(backend, names, tiny, monkeypatch):
-    """Apart from the device it is the code of a GPU run: rows, rates, the exit check, and a cache taken back."""
-    compile_model = torch.nn.Module.compile
-
-    def eagerly(model, **settings):  # (Inductor would take longer than all the rest)
-        settings["options"] |= {"lowering": "eager"}
-        return compile_model(model, **settings)
-
-    monkeypatch.setattr(torch.nn.Module, "compile", eagerly)
-    grad = torch.is_grad_enabled()
-    try:
-        job = {"depths": [None, 1], "context": 8, "group_size": 32, "new_tokens": 5, "device": "cpu"}
-        answer = cuda_worker.measure(tiny, backend, **job)
-    finally:
-        torch.set_grad_enabled(grad)
-    assert [row["name"] for row in answer["rows"]] == names
-    assert all(row["tokens_per_s"] > 0 and row["generate_tokens_per_s"] > 0 for row in answer["rows"])
-    assert ("check" in answer) == (backend == "river")
-
-
-def test_rounds_take_back_what_they_decoded(tiny):
-    loop = cuda_worker.Loop(random_llama(MODELS[tiny]), context=8, new_tokens=5, static=True)
-    with torch.no_grad():
-        assert loop.seconds_per_token() > 0
-    assert int(loop._cache.get_seq_length()) == 8
 
 
 def test_offloading_is_compared_with_a_model_in_memory(monkeypatch, tmp_path, capsys):

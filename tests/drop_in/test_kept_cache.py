@@ -78,15 +78,21 @@ def test_windows_alone_stay_as_long_as_they_are():
     assert seen[0] is seen[1]
 
 
-def test_a_second_call_captures_nothing():
-    model, ids = accelerated(quality="fast"), prompt()
-    generate(model, ids)
-    generate(model, ids)
+@pytest.mark.parametrize("device", ["cpu", pytest.param("cuda", marks=pytest.mark.gpu)])
+@pytest.mark.parametrize("quality", QUALITIES)
+def test_later_calls_capture_nothing(quality, device):
+    """What ran once is captured the second time, on the same cache; so two calls know all, or already the first."""
+    captures = {"cudagraphs": "record" if device == "cpu" else True}
+    plain = make("llama", layers=2).to(device)
+    model = river_compile.accelerate(plain, quality, **OPTIONS | captures, **QUALITIES[quality])
+    ids = prompt().to(device)
+    texts = [generate(model, ids) for _ in range(2)]
     made, cache = [g.of(CaptureLog).made for g in find_state(model).graphs], kept(model)
     assert sum(made) > 0
-    generate(model, ids)
+    texts += [generate(model, ids) for _ in range(2)]
     assert [g.of(CaptureLog).made for g in find_state(model).graphs] == made
     assert kept(model) is cache
+    assert all(torch.equal(text, texts[0]) for text in texts)
 
 
 @pytest.mark.parametrize(

@@ -1,6 +1,7 @@
 """One check per kernel family: makes inputs, runs the guarded kernel, compares with the float64 reference.
 
-Property tests, mutation tests and GPU tests all call these, so what one of them proves holds for the others.
+Property tests, mutation tests and GPU tests all call these, so what one of them proves holds for the others. Inputs and
+references are made on the device: in float64 a large model's would take minutes on a CPU.
 """
 
 import dataclasses
@@ -25,7 +26,7 @@ Run = Callable[..., dict[str, torch.Tensor]]
 
 def weights(n: int, k: int, values: str, outlier: float, generator: torch.Generator) -> torch.Tensor:
     """A float32 matrix: normal, all equal, with outliers, or close to zero."""
-    weight = torch.randn(n, k, generator=generator) / k**0.5
+    weight = torch.randn(n, k, generator=generator, device=generator.device) / k**0.5
     if values == "constant":
         return torch.full_like(weight, 0.37)
     if values == "extreme":
@@ -35,7 +36,7 @@ def weights(n: int, k: int, values: str, outlier: float, generator: torch.Genera
 
 def check_linear(spec: LinearSpec, rows: int = 1, values: str = "normal", seed: int = 0, device: str = "cpu") -> None:
     """Checks a linear kernel for `rows` rows; the spec's parameter dtype follows the weights."""
-    g = torch.Generator().manual_seed(seed)
+    g = torch.Generator(device).manual_seed(seed)
     dtype, n, k = getattr(torch, spec.dtype), spec.out_features, spec.in_features
     # Beyond float16 scale and zero are bfloat16; a float16 `tl.dot` still wants every weight itself within float16.
     weight = weights(n * len(spec.streams), k, values, 2e3 if spec.dtype == "float16" else 2e6, g)
@@ -47,17 +48,17 @@ def check_linear(spec: LinearSpec, rows: int = 1, values: str = "normal", seed: 
     else:
         exact = weight.clamp(-1e4, 1e4).to(dtype)
         buffers = {"weight": exact}
-    x = torch.full((rows, spec.x_stride or k), float("nan"), dtype=dtype)
+    x = torch.full((rows, spec.x_stride or k), float("nan"), dtype=dtype, device=device)
     # Inputs of extreme weights are small, so that the result stays within float16.
-    x[:, :k] = (torch.randn(rows, k, generator=g) * (1e-4 if values == "extreme" else 1.0)).to(dtype)
+    x[:, :k] = (torch.randn(rows, k, generator=g, device=device) * (1e-4 if values == "extreme" else 1.0)).to(dtype)
     extras = {
-        "norm_weight": torch.randn(k, generator=g).to(dtype) if spec.norm != "none" else None,
-        "norm_bias": torch.randn(k, generator=g).to(dtype) if spec.norm_bias else None,
-        "bias": torch.randn(len(exact), generator=g).to(dtype) if spec.bias else None,
-        "residual": torch.randn(rows, n, generator=g).to(dtype) if spec.residual else None,
+        "norm_weight": torch.randn(k, generator=g, device=device).to(dtype) if spec.norm != "none" else None,
+        "norm_bias": torch.randn(k, generator=g, device=device).to(dtype) if spec.norm_bias else None,
+        "bias": torch.randn(len(exact), generator=g, device=device).to(dtype) if spec.bias else None,
+        "residual": torch.randn(rows, n, generator=g, device=device).to(dtype) if spec.residual else None,
     }
     buffers |= {name: tensor for name, tensor in extras.items() if tensor is not None}
-    result = run_guarded(spec, rows, device, x=x, y=poisoned((rows, n), dtype), **buffers)["y"]
+    result = run_guarded(spec, rows, device, x=x, y=poisoned((rows, n), dtype, device), **buffers)["y"]
     h = reference.norm(x[:, :k], spec.norm, extras["norm_weight"], extras["norm_bias"], spec.eps)
     bias, residual = extras["bias"], extras["residual"]
     options = {"activation": spec.activation, "gated": spec.gated}
@@ -73,20 +74,20 @@ def check_experts(
     spec: LinearSpec, expert: list[int], values: str = "normal", seed: int = 0, device: str = "cpu"
 ) -> None:
     """Checks a kernel of stacked matrices, of which row m of x meets number expert[m]; the others hold NaN."""
-    g = torch.Generator().manual_seed(seed)
+    g = torch.Generator(device).manual_seed(seed)
     dtype, n, k, experts = getattr(torch, spec.dtype), spec.out_features, spec.in_features, spec.experts
     stack = weights(experts * n * len(spec.streams), k, values, 2e3, g)
     packed = pack_linear(stack, spec.group_size, "triton", "rtn")
     exact = packed.dequantize(torch.float64).unflatten(0, (experts, -1))
     spec = dataclasses.replace(spec, parameter_dtype=str(packed.scale_zero.dtype).removeprefix("torch."))
-    unread = torch.tensor([e not in expert for e in range(experts)])
+    unread = torch.tensor([e not in expert for e in range(experts)], device=device)
     packed.scale_zero.unflatten(0, (experts, -1))[unread] = float("nan")
-    x = (torch.randn(len(expert), k, generator=g) * (1e-4 if values == "extreme" else 1.0)).to(dtype)
-    chosen = {"expert": torch.tensor(expert)}
+    x = (torch.randn(len(expert), k, generator=g, device=device) * (1e-4 if values == "extreme" else 1.0)).to(dtype)
+    chosen = {"expert": torch.tensor(expert, device=device)}
     if not spec.row_by_row:
         chosen = rows_by_expert(chosen["expert"], experts, spec.blocks(len(expert)), spec.tile.block_m)
     pairs = packed.scale_zero.view(torch.int32).squeeze(-1)
-    buffers = {"x": x, "qweight": packed.qweight, "scale_zero": pairs, "y": poisoned((len(expert), n), dtype)}
+    buffers = {"x": x, "qweight": packed.qweight, "scale_zero": pairs, "y": poisoned((len(expert), n), dtype, device)}
     result = run_guarded(spec, len(expert), device, **buffers, **chosen)["y"]
     for row, e in enumerate(expert):
         if not 0 <= e < experts:
@@ -115,14 +116,14 @@ def activated_magnitude(y: torch.Tensor, total: torch.Tensor, activation: str, g
 
 def check_kv_fill(spec: KvFillSpec, slot: int, seed: int = 0, device: str = "cpu", run: Run = run_guarded) -> None:
     """Checks the query, the written slot, and that every other slot keeps its bits."""
-    g = torch.Generator().manual_seed(seed)
+    g = torch.Generator(device).manual_seed(seed)
     dtype, d, heads, kv = getattr(torch, spec.dtype), spec.head_dim, spec.heads, spec.kv_heads
 
     def random(*shape: int) -> torch.Tensor:
-        return torch.randn(*shape, generator=g)
+        return torch.randn(*shape, generator=g, device=device)
 
     qkv = random(spec.batch, spec.all_heads, d).to(dtype)
-    buffers = {"qkv": qkv, "slot": torch.tensor([slot], dtype=getattr(torch, spec.index_dtype))}
+    buffers = {"qkv": qkv, "slot": torch.tensor([slot], dtype=getattr(torch, spec.index_dtype), device=device)}
     x = qkv.double()
     q, k, v = x.split([heads, kv, kv], dim=1)
     if spec.head_norm != "none":
@@ -137,10 +138,10 @@ def check_kv_fill(spec: KvFillSpec, slot: int, seed: int = 0, device: str = "cpu
         buffers |= tables
         q, k = (reference.rotate(t, *(table[:, None] for table in tables.values()), spec.interleaved) for t in (q, k))
     caches = {name: random(spec.batch, kv, spec.slots, d).to(dtype) for name in ("k_cache", "v_cache")}
-    empty = poisoned((spec.batch, heads, d), dtype)
+    empty = poisoned((spec.batch, heads, d), dtype, device)
     result = run(spec, device=device, q=empty, **buffers, **caches)
     assert_close(result["q"], q, magnitude_q)
-    written = torch.zeros(spec.slots, dtype=torch.bool)
+    written = torch.zeros(spec.slots, dtype=torch.bool, device=device)
     if 0 <= slot < spec.slots:
         written[slot] = True
         assert_close(result["k_cache"][:, :, slot], k, magnitude_k)
@@ -156,24 +157,24 @@ def check_attention(
 
     A mask that is added to the scores also adds noise to those of the slots that take part.
     """
-    g = torch.Generator().manual_seed(seed)
+    g = torch.Generator(device).manual_seed(seed)
     dtype = getattr(torch, spec.dtype)
     shape = (spec.batch, spec.kv_heads, spec.slots, spec.head_dim)
-    q = torch.randn(spec.batch, spec.heads, spec.head_dim, generator=g).to(dtype)
-    k, v = (torch.randn(shape, generator=g).to(dtype) for _ in range(2))
-    mask = torch.ones(spec.batch, spec.slots, dtype=torch.bool)
+    q = torch.randn(spec.batch, spec.heads, spec.head_dim, generator=g, device=device).to(dtype)
+    k, v = (torch.randn(shape, generator=g, device=device).to(dtype) for _ in range(2))
+    mask = torch.ones(spec.batch, spec.slots, dtype=torch.bool, device=device)
     buffers = {}
-    added = torch.zeros(spec.batch, spec.slots)
+    added = torch.zeros(spec.batch, spec.slots, device=device)
     if spec.mask:
         mask[-1, :padding] = False
         buffers["mask"] = mask
     if spec.mask and spec.mask_dtype != "bool":
         mask_dtype = getattr(torch, spec.mask_dtype)
-        added = torch.randn(spec.batch, spec.slots, generator=g).to(mask_dtype)
+        added = torch.randn(spec.batch, spec.slots, generator=g, device=device).to(mask_dtype)
         buffers["mask"] = added.masked_fill(~mask, torch.finfo(mask_dtype).min)
     unread = ~mask[:, None, :, None].expand(shape)
     k, v = k.masked_fill(unread, float("nan")), v.masked_fill(unread, float("nan"))
-    result = run(spec, device=device, q=q, k_cache=k, v_cache=v, out=poisoned(q.shape, dtype), **buffers)["out"]
+    result = run(spec, device=device, q=q, k_cache=k, v_cache=v, out=poisoned(q.shape, dtype, device), **buffers)["out"]
     options = {"scale": spec.scale, "softcap": spec.softcap, "mask": mask if spec.mask else None, "added": added}
     expected = reference.attention(q, k.nan_to_num(), v.nan_to_num(), **options)
     assert_close(result, expected, v.nan_to_num().double().abs().amax((1, 2, 3))[:, None, None].clamp_min(1.0))
@@ -181,15 +182,22 @@ def check_attention(
 
 def exit_buffers(update: torch.Tensor, residual: torch.Tensor, previous: torch.Tensor) -> dict[str, torch.Tensor]:
     """The buffers of an exit score, outputs poisoned."""
+    device = str(update.device)
     inputs = {"update": update, "residual": residual, "previous": previous}
-    return {**inputs, "hidden": poisoned(update.shape, update.dtype), "score": poisoned((1,), torch.float32)}
+    return {
+        **inputs,
+        "hidden": poisoned(update.shape, update.dtype, device),
+        "score": poisoned((1,), torch.float32, device),
+    }
 
 
 def check_exit_score(spec: ExitScoreSpec, nearness: float, seed: int = 0, device: str = "cpu") -> None:
     """Checks hidden state and the smallest similarity; `nearness` mixes the hidden into the previous."""
-    g = torch.Generator().manual_seed(seed)
+    g = torch.Generator(device).manual_seed(seed)
     dtype = getattr(torch, spec.dtype)
-    update, residual, noise = (torch.randn(spec.rows, spec.features, generator=g).to(dtype) for _ in range(3))
+    update, residual, noise = (
+        torch.randn(spec.rows, spec.features, generator=g, device=device).to(dtype) for _ in range(3)
+    )
     hidden = update.double() + residual.double()
     previous = (nearness * hidden + (1 - nearness) * noise.double()).to(dtype)
     result = run_guarded(spec, device=device, **exit_buffers(update, residual, previous))
@@ -199,7 +207,7 @@ def check_exit_score(spec: ExitScoreSpec, nearness: float, seed: int = 0, device
 
 def check_nan_never_exits(spec: ExitScoreSpec, row: int, device: str = "cpu") -> None:
     """Checks that one NaN in `row` makes the score NaN."""
-    update, residual = torch.ones(2, spec.rows, spec.features, dtype=getattr(torch, spec.dtype))
+    update, residual = torch.ones(2, spec.rows, spec.features, dtype=getattr(torch, spec.dtype), device=device)
     spoiled = update.clone()
     spoiled[row, -1] = float("nan")
     result = run_guarded(spec, device=device, **exit_buffers(spoiled, residual, update))

@@ -45,28 +45,28 @@ class Guarded:
         assert torch.equal(self._guards(), self._expected), f"{name}: written outside of the buffer"
 
 
-def poisoned(shape, dtype: torch.dtype) -> torch.Tensor:
+def poisoned(shape, dtype: torch.dtype, device: str = "cpu") -> torch.Tensor:
     """A tensor that nobody has written yet: NaN, or the integer guard's value."""
     fill = math.nan if dtype.is_floating_point else INTEGER_GUARD[dtype]
-    return torch.full(tuple(shape), fill, dtype=dtype)
+    return torch.full(tuple(shape), fill, dtype=dtype, device=device)
 
 
 def run_guarded(spec, rows: int = 1, device: str = "cpu", **buffers: torch.Tensor) -> dict[str, torch.Tensor]:
     """Runs the kernel of `spec` twice from equal buffers, on the CPU in the interpreter, on "cuda" compiled.
 
-    Checks every guard and that both runs are bit-identical. Returns the buffers as a run left them, on the CPU.
+    Checks every guard and that both runs are bit-identical. Returns the buffers as a run left them, on the device.
     """
     kernel = load(spec, interpret=device == "cpu")
     for name, buffer in spec.buffers(rows).items():
         if buffer.workspace:
-            buffers[name] = poisoned(buffer.shape, getattr(torch, buffer.dtype))
+            buffers[name] = poisoned(buffer.shape, getattr(torch, buffer.dtype), device)
     results = []
     for _ in range(2):
         guarded = {name: Guarded(tensor, device) for name, tensor in buffers.items()}
         kernel(rows=rows, **{name: g.tensor for name, g in guarded.items()})
         for name, g in guarded.items():
             g.check(name)
-        results.append({name: g.tensor.cpu() for name, g in guarded.items()})
+        results.append({name: g.tensor for name, g in guarded.items()})
     for name, tensor in results[0].items():
         again = results[1][name]
         assert torch.equal(tensor.reshape(-1).view(torch.uint8), again.reshape(-1).view(torch.uint8)), (
@@ -88,7 +88,8 @@ def assert_close(
     """
     assert not actual.isnan().any(), f"{int(actual.isnan().sum())} elements are NaN: unwritten, or read from outside"
     error = (actual.double() - expected).abs()
-    scale = torch.maximum(expected.abs(), torch.as_tensor(magnitude, dtype=torch.float64).expand(expected.shape))
+    magnitude = torch.as_tensor(magnitude, dtype=torch.float64, device=expected.device)
+    scale = torch.maximum(expected.abs(), magnitude.expand(expected.shape))
     # Below the smallest normal number of the dtype the relative error of a rounding has no bound.
     worst = (error / scale.clamp_min(torch.finfo(actual.dtype).tiny)).max().item()
     limit = TOLERANCE[dtype or actual.dtype]

@@ -46,10 +46,10 @@ def sample_calls():
         calls[f"linear with residual {name}"] = (x, *weights, random(2, 1, 24))
         calls[f"linear after a norm {name}"] = (x, *weights, None, *norm)
         calls[f"linear gated {name}"] = (x, *weights, random(2, 1, 12), *norm, "silu", True)
-    for layout in ("dense", "triton"):
-        calls[f"linear 16 bits {layout}"] = (x, random(24, 64), None, None, 24, 0, layout, None, *norm)
         stack, chosen = stacked(3, 16, 64, name), torch.tensor([2, 0, 2, -1])
         calls[f"experts {name}"] = (random(4, 64), stack.qweight, stack.scale_zero, chosen, 16, 32, name)
+    for layout in ("dense", "triton"):
+        calls[f"linear 16 bits {layout}"] = (x, random(24, 64), None, None, 24, 0, layout, None, *norm)
     calls["norm"] = (x, "rms", random(64), None, 1e-6, random(2, 1, 64))
     calls["rescore"] = (random(2, 1, 300), x, random(300, 64), random(300), "rms", random(64), None, 1e-6)
     calls["norm alone"] = (x, "layer", random(64), random(64), 1e-6, None)

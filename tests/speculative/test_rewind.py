@@ -53,6 +53,7 @@ def test_drafts_and_rejected_tokens_leave_no_trace(name, static, held):
     assert shown[: len(seen)] == seen if static else shown[-len(seen) :] == seen
 
 
+@pytest.mark.core
 def test_quantized_caches_are_refused_by_name():
     """What was quantized together cannot be taken apart again, so a draft could not be taken back."""
     cache = Cache(layers=[Halved()])

@@ -30,6 +30,46 @@ def test_the_fastest_candidate_is_chosen():
         )
 
 
+def test_a_candidate_that_fails_stops_nothing(capsys):
+    """Nor do all those of one kernel; what the others chose is kept as soon as it is known."""
+    kept = {}
+    shortest = [spec.tile for spec in tune.shortlist(SPECS[1], "sm_90", 3)]
+
+    def measure(spec):
+        if spec.out_features == 256:
+            assert not kept
+            raise RuntimeError("out of resource: shared memory\nRequired: 999")
+        if spec.tile == shortest[0]:
+            raise ValueError
+        return 1.0 + shortest.index(spec.tile)
+
+    chosen = tune.tune(SPECS, "sm_90", measure, budget=60, top=3, keep=kept.__setitem__)
+    assert chosen == kept == {tuning_key(SPECS[1]): shortest[1]}
+    said = capsys.readouterr().err
+    assert said.count("out of resource: shared memory\n") == 3
+    assert said.count("ValueError\n") == 1
+
+
+def test_the_command_saves_every_choice_at_once(monkeypatch, tmp_path):
+    """A run that is killed keeps what it has."""
+    path, calls = tmp_path / "tuning.json", []
+    monkeypatch.setenv("RIVER_COMPILE_TUNING", str(path))
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
+    monkeypatch.setattr(torch.cuda, "current_device", lambda: 0)
+    monkeypatch.setattr(tune, "device_name", lambda index: "sm_90")
+
+    def measure(spec):
+        calls.append(spec)
+        if len(calls) == 3:
+            raise KeyboardInterrupt
+        return 1.0
+
+    monkeypatch.setattr(tune, "measure_on_gpu", measure)
+    with pytest.raises(KeyboardInterrupt):
+        tune.main(["--model", "smollm2-135m", "--top", "2"])
+    assert saved_tiles(path) == {"sm_90": {tuning_key(calls[0]): calls[0].tile}}
+
+
 def test_a_spent_budget_chooses_nothing():
     assert tune.tune(SPECS, "sm_90", lambda spec: 1.0, budget=0, top=5) == {}
 

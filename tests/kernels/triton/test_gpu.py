@@ -1,39 +1,84 @@
-"""The same checks on a real GPU at model shapes, and graph capture of every operator. Skipped where there is none."""
+"""The same checks on a real GPU at model shapes, and graph capture of every operator.
+
+Those marked `gpu` need one. The others hold the first ones' code on this machine: the checks of a tiny model's kernels
+run in the interpreter, and every call that is to be captured runs with the operations forbidden that would make the
+host wait for the device.
+"""
 
 import dataclasses
 
 import pytest
 import torch
+from torch.overrides import TorchFunctionMode
 
-from river_compile.kernels.tools.shapes import MODELS, model_kernels
-from river_compile.kernels.triton.devices import device_name
+from river_compile.kernels import ops
+from river_compile.kernels.tools.shapes import MODELS, ModelShape, model_kernels
+from river_compile.kernels.triton import loader
+from river_compile.kernels.triton.decode_attention import DecodeAttentionSpec
+from river_compile.kernels.triton.devices import DEFAULT_DEVICE, device_name
+from river_compile.kernels.triton.exit_score import ExitScoreSpec
 from river_compile.kernels.triton.kv_fill import KvFillSpec
 from river_compile.kernels.triton.linear import LinearSpec
-from tests.kernels.checks import check_attention, check_exit_score, check_kv_fill, check_linear, check_nan_never_exits
+from river_compile.kernels.triton.spec import KernelSpec
+from tests.kernels import checks
 from tests.kernels.test_ops import sample_calls
 
-pytestmark = [pytest.mark.gpu, pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA or ROCm GPU")]
+SHAPES = ("smollm2-135m", "llama-3.2-1b", "llama-3.1-8b", "qwen3-30b-a3b")
+TINY = ModelShape("tiny", 1, 64, 4, 2, 32, 96, 160, qkv_bias=True, qk_norm=True)
+TINY_EXPERTS = dataclasses.replace(TINY, name="tiny experts", experts=3, chosen=2)
+SLOTS = 1024
+_EXPERTS = 16  # of a model's, as many are checked: their float64 reference must fit the card
+LAYOUTS_OF_CPUS = ("plain", "aten_cpu")
 
 
+def names_of(shape: ModelShape) -> list[str]:
+    return list(model_kernels(shape))
+
+
+def check_kernel(spec: KernelSpec, rows: int, slots: int, device: str) -> None:
+    """Checks one kernel of a model's decode step; inputs and references are made on the device."""
+    if isinstance(spec, LinearSpec) and spec.experts:
+        spec = dataclasses.replace(spec, experts=min(spec.experts, _EXPERTS))
+        checks.check_experts(spec, [row % (spec.experts + 1) for row in range(spec.rows or rows)], device=device)
+    elif isinstance(spec, LinearSpec):
+        checks.check_linear(spec, rows, device=device)
+    elif isinstance(spec, KvFillSpec):
+        for slot in (0, slots - 1, slots):  # the last one lies outside
+            checks.check_kv_fill(spec, slot, device=device)
+    elif isinstance(spec, DecodeAttentionSpec):
+        checks.check_attention(dataclasses.replace(spec, mask=False), device=device)
+        checks.check_attention(spec, padding=slots // 2, device=device)
+    else:
+        assert isinstance(spec, ExitScoreSpec), "another family has no check here"
+        checks.check_exit_score(spec, 1.0, device=device)
+        checks.check_nan_never_exits(spec, rows - 1, device=device)
+
+
+def kernel_of(shape: ModelShape, name: str, rows: int, slots: int, device: str) -> KernelSpec:
+    return model_kernels(shape, rows=rows, context=slots, group_size=32, device=device)[name]
+
+
+@pytest.mark.gpu
 @pytest.mark.parametrize("rows", [1, 4, 16])
-@pytest.mark.parametrize("model", ["smollm2-135m", "llama-3.2-1b", "llama-3.1-8b"])
-def test_numerics_at_model_shapes(model, rows):
-    kernels = model_kernels(MODELS[model], rows=rows, device=device_name(0))
-    score = kernels.pop("exit score")
-    del kernels["norm + head"]
-    for spec in kernels.values():
-        if isinstance(spec, LinearSpec):
-            check_linear(spec, rows, device="cuda")
-        elif isinstance(spec, KvFillSpec):
-            check_kv_fill(spec, 700, device="cuda")
-        else:
-            check_attention(dataclasses.replace(spec, mask=False), device="cuda")
-            check_attention(spec, padding=500, device="cuda")
-    check_exit_score(score, 1.0, device="cuda")
-    check_nan_never_exits(score, rows - 1, device="cuda")
+@pytest.mark.parametrize(("model", "kernel"), [(m, name) for m in SHAPES for name in names_of(MODELS[m])])
+def test_numerics_at_model_shapes(model, kernel, rows):
+    """One test for each kernel, so that one which fails hides no other."""
+    check_kernel(kernel_of(MODELS[model], kernel, rows, SLOTS, device_name(0)), rows, SLOTS, "cuda")
 
 
-@pytest.mark.parametrize("call", [call for call in sample_calls() if "plain" not in call])
+@pytest.mark.parametrize("rows", [1, 3])
+@pytest.mark.parametrize(("shape", "kernel"), [(s, name) for s in (TINY, TINY_EXPERTS) for name in names_of(s)])
+def test_the_same_checks_pass_in_the_interpreter(shape, kernel, rows):
+    check_kernel(kernel_of(shape, kernel, rows, 40, DEFAULT_DEVICE), rows, 40, "cpu")
+
+
+def captured_calls() -> list[str]:
+    """Names those sample calls whose weights lie as a GPU reads them."""
+    return [call for call in sample_calls() if not call.endswith(LAYOUTS_OF_CPUS)]
+
+
+@pytest.mark.gpu
+@pytest.mark.parametrize("call", captured_calls())
 def test_graph_capture(call):
     operator = getattr(torch.ops.river, call.split()[0])
     arguments = [a.cuda() if isinstance(a, torch.Tensor) else a for a in sample_calls()[call]]
@@ -45,3 +90,35 @@ def test_graph_capture(call):
     torch.cuda.synchronize()
     for one, other in zip(*(r if isinstance(r, tuple) else (r,) for r in (captured, expected)), strict=True):
         assert torch.equal(one, other)
+
+
+class NoWaiting(TorchFunctionMode):
+    """Forbids what reads a value or a size back from the device, which no capture allows."""
+
+    def __torch_function__(self, func, types, args=(), kwargs=None):
+        name = getattr(func, "__name__", "")
+        assert name not in ("item", "tolist", "__int__", "__float__", "__bool__", "__index__", "cpu", "nonzero"), name
+        return func(*args, **(kwargs or {}))
+
+
+def body_of(operator: str):
+    """Returns the function that a custom operator runs, whose own operations a mode sees."""
+    return getattr(ops, operator)._init_fn
+
+
+@pytest.mark.parametrize("call", captured_calls())
+def test_what_is_captured_reads_nothing_back(call, monkeypatch):
+    monkeypatch.setattr(loader.Kernel, "__call__", lambda self, **buffers: None)  # (launches read nothing on a GPU)
+    arguments = sample_calls()[call]
+    with NoWaiting():
+        body_of(call.split()[0])(*arguments)
+
+
+def test_a_call_that_reads_values_back_is_noticed():
+    arguments = sample_calls()["experts plain"]
+    with pytest.raises(AssertionError, match="tolist"), NoWaiting():
+        body_of("experts")(*arguments)
+
+
+def test_every_operator_of_a_gpu_is_captured():
+    assert {call.split()[0] for call in captured_calls()} == {call.split()[0] for call in sample_calls()}

@@ -1,0 +1,114 @@
+"""What the host does for one generated kernel that no graph has captured, up to the launch itself; needs no GPU.
+
+    python -m benchmarks.launch_cost [--model llama-3.1-8b] [--repeats 300]
+
+Per operator: microseconds of one call of ``torch.ops.river.*``, the median, on CPU tensors of a model's shapes with a
+launcher that does nothing in Triton's place. "first" is the first call of a shape, which chooses the tile and writes
+and imports the source. Steps on a cache that grows pay this for every kernel; captured steps do not.
+"""
+
+from __future__ import annotations
+
+import argparse
+import statistics
+import sys
+import time
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from typing import Any
+
+import torch
+
+from benchmarks import common
+from river_compile.kernels import ops  # noqa: F401  (registers torch.ops.river)
+from river_compile.kernels.tools.shapes import MODELS, ModelShape
+from river_compile.kernels.triton import launch, loader
+from river_compile.kernels.triton.heuristic import best_tile
+
+_GROUP = 64
+_SLOTS = 64  # of a cache: the host does not care how many
+
+
+class _NoLauncher:
+    """Stands where Triton's compiled function does."""
+
+    def __getitem__(self, grid: tuple[int, ...]) -> Callable[..., None]:
+        return lambda *arguments, **options: None
+
+
+@contextmanager
+def no_launches() -> Iterator[None]:
+    """Inside, generated kernels are found and given their arguments as on a GPU, and nothing is launched."""
+    load, tile = launch.load, launch.interpreter_tile
+
+    def load_without(spec: Any, *, interpret: bool) -> loader.Kernel:
+        kernel = load(spec, interpret=False)
+        return loader.Kernel(spec, kernel.stages, dict.fromkeys(kernel.functions, _NoLauncher()), interpret)
+
+    launch.load, launch.interpreter_tile = load_without, lambda spec: best_tile(spec, rows=spec.rows)
+    launch.forget()
+    try:
+        yield
+    finally:
+        launch.load, launch.interpreter_tile = load, tile
+        launch.forget()
+
+
+def calls(shape: ModelShape) -> dict[str, Callable[[], object]]:
+    """Returns a call of each operator of one twin and the exit score, at batch 1."""
+    river, bf16, d = torch.ops.river, torch.bfloat16, shape.head_dim
+
+    def random(*size: int) -> torch.Tensor:
+        return torch.zeros(size, dtype=bf16)
+
+    def product(n: int, k: int, *rest: object) -> Callable[[], object]:
+        qweight = torch.zeros(n, k // 8, dtype=torch.int32)
+        pairs, x = torch.zeros(n, k // _GROUP, 2, dtype=bf16), random(1, 1, k)
+        return lambda: river.linear(x, qweight, pairs, None, n, _GROUP, "triton", *rest)
+
+    norm = ("rms", random(shape.hidden), None, 1e-6)
+    residual = random(1, 1, shape.hidden)
+    k_cache, v_cache = (random(1, shape.kv_heads, _SLOTS, d) for _ in "kv")
+    cos, slot = random(1, 1, d), torch.tensor([3])
+    qkv, q, mask = random(1, 1, shape.qkv), random(1, shape.heads, d), torch.ones(1, _SLOTS, dtype=torch.bool)
+    none = ("none", None, None, 1e-6)
+    return {
+        "norm + q|k|v": product(shape.qkv, shape.hidden, None, *norm),
+        "rope + kv write": lambda: river.kv_fill(
+            qkv, None, None, cos, cos, slot, k_cache, v_cache, "none", 1e-6, False
+        ),
+        "attention": lambda: river.decode_attention(q, k_cache, v_cache, mask, d**-0.5, 0.0),
+        "o + residual": product(shape.hidden, shape.heads * d, residual, *none),
+        "norm + gate|up": product(2 * shape.intermediate, shape.hidden, None, *norm, "silu", True),
+        "down + residual": product(shape.hidden, shape.intermediate, residual, *none),
+        "exit score": lambda: river.residual_score(residual, residual, residual),
+    }
+
+
+def seconds_of(call: Callable[[], object], repeats: int) -> tuple[float, float]:
+    """Returns the seconds of the first call, and the median of later ones."""
+    times = []
+    for _ in range(repeats + 1):
+        start = time.perf_counter()
+        call()
+        times.append(time.perf_counter() - start)
+    return times[0], statistics.median(times[1:])
+
+
+def main(arguments: list[str] | None = None) -> int:
+    """Runs the command line and returns the exit status."""
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    names = [name for name, shape in MODELS.items() if not shape.experts]
+    parser.add_argument("--model", choices=names, default="llama-3.1-8b", help="whose shapes (%(default)s)")
+    parser.add_argument("--repeats", type=common.number(1), default=300, help="calls of each (%(default)s)")
+    options = parser.parse_args(arguments)
+    with torch.no_grad(), no_launches():
+        found = {name: seconds_of(call, options.repeats) for name, call in calls(MODELS[options.model]).items()}
+    rows = [[name, round(first * 1e6), later * 1e6] for name, (first, later) in found.items()]
+    rows.append(["one twin", None, sum(later for name, (_, later) in found.items() if name != "exit score") * 1e6])
+    common.print_table(["", "first, us", "us"], rows)
+    return 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())

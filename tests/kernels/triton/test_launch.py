@@ -1,0 +1,111 @@
+"""From tensors to a kernel: what is chosen once for calls that look alike, what is not, and where it is launched."""
+
+import types
+
+import pytest
+import torch
+
+from benchmarks import launch_cost
+from river_compile.kernels import ops  # noqa: F401  (registers torch.ops.river)
+from river_compile.kernels.quant.layouts import pack_linear
+from river_compile.kernels.tools.shapes import ModelShape
+from river_compile.kernels.triton import launch, loader
+from river_compile.kernels.triton.exit_score import ExitScoreSpec
+from river_compile.kernels.triton.spec import KernelSpec
+
+TINY = ModelShape("tiny", 1, 64, 2, 1, 32, 128, 96)
+
+
+@pytest.fixture
+def described(monkeypatch):
+    """A list of the kernels that were described; nothing is launched, and nothing is known from before."""
+    found: list[KernelSpec] = []
+    monkeypatch.setattr(launch, "best_tile", lambda spec, *_: (found.append(spec), spec)[1])
+    with launch_cost.no_launches():
+        monkeypatch.setattr(launch, "interpreter_tile", lambda spec: launch.best_tile(spec))
+        for name in ("KvFillSpec", "DecodeAttentionSpec", "ExitScoreSpec"):
+            spec = getattr(launch, name)
+            monkeypatch.setattr(launch, name, lambda *a, s=spec, **k: (found.append(s), s(*a, **k))[1])
+        yield found
+
+
+def test_only_the_first_of_calls_that_look_alike_is_described(described):
+    """No operator builds, hashes or checks a spec, or looks at the tuning file, once it knows a call."""
+    calls = launch_cost.calls(TINY)
+    for call in calls.values():
+        call()
+    assert len(described) == len(calls)
+    for call in (*calls.values(), *calls.values()):
+        call()
+    assert len(described) == len(calls)
+
+
+def linear(x, packed, bias=None, **how):
+    n = packed.out_features
+    return torch.ops.river.linear(x, packed.qweight, packed.scale_zero, bias, n, packed.group_size, "triton", **how)
+
+
+def test_whatever_a_kernel_depends_on_is_told_apart(described):
+    packed, other = (pack_linear(torch.randn(32, 64), group, "triton", "rtn") for group in (32, 64))
+    x, bias = torch.randn(2, 64), torch.randn(32)
+    wide = torch.randn(2, 128)[:, :64]
+    different = [
+        lambda: linear(x, packed),
+        lambda: linear(x, other),
+        lambda: linear(x[:1], packed),
+        lambda: linear(wide, packed),
+        lambda: linear(x.bfloat16(), packed),
+        lambda: linear(x, packed, bias),
+        lambda: linear(x, packed, residual=torch.randn(2, 32)),
+        lambda: linear(x, packed, activation="silu"),
+        lambda: linear(x, packed, activation="silu", gated=True),
+        lambda: linear(x, packed, norm="rms", norm_weight=torch.ones(64)),
+        lambda: linear(x, packed, norm="rms", norm_weight=torch.ones(64), eps=1e-3),
+    ]
+    for number, call in enumerate(different, 1):
+        call()
+        assert len(described) == number
+    assert len({repr(spec) for spec in described}) == len(different)
+
+
+def test_a_wrong_tensor_is_refused_after_right_ones():
+    packed, x = pack_linear(torch.randn(32, 64), 32, "triton", "rtn"), torch.randn(1, 64)
+    linear(x, packed, torch.randn(32))
+    for wrong, message in ((torch.randn(31), "bias has shape"), (torch.randn(32).double(), "bias has dtype")):
+        for _ in range(2):
+            with pytest.raises(ValueError, match=message):
+                linear(x, packed, wrong)
+
+
+def test_prompts_of_all_lengths_do_not_fill_the_memory(described, monkeypatch):
+    monkeypatch.setattr(launch, "_MANY", 3)
+    for length in range(1, 9):
+        torch.ops.river.residual_score(*torch.randn(3, length, 16))
+        assert len(launch._launches) <= 3
+
+
+@pytest.mark.parametrize(("current", "entered"), [(0, [1]), (1, [])])
+def test_a_kernel_is_launched_where_its_tensors_lie(current, entered, monkeypatch):
+    """With doubles of two GPUs; Triton launches to the current device, whatever it is given."""
+    spec, seen = ExitScoreSpec(1, 16, "float32"), []
+
+    class Device:
+        def __init__(self, index):
+            self.index = index
+
+        def __enter__(self):
+            seen.append(self.index)
+
+        def __exit__(self, *_):
+            pass
+
+    class Function:
+        def __getitem__(self, grid):
+            return lambda *arguments, **options: seen.append("launch")
+
+    monkeypatch.setattr(torch.cuda, "current_device", lambda: current)
+    monkeypatch.setattr(torch.cuda, "device", Device)
+    kernel = loader.Kernel(spec, spec.stages(), {"exit_score": Function()}, interpret=False)
+    tensor = types.SimpleNamespace(get_device=lambda: 1)
+    kernel.launch(1)(dict.fromkeys(spec.buffers(), tensor))
+    assert seen == [*entered, "launch"]

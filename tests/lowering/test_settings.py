@@ -1,0 +1,41 @@
+"""What of a mode of torch.compile reaches Inductor."""
+
+import functools
+
+import pytest
+import torch
+
+from river_compile import backend, river
+from river_compile.lowering.compile import inductor_settings
+from tests.support.families import make, prompt
+
+
+def test_a_whole_graph_has_the_modes_settings():
+    assert inductor_settings("reduce-overhead")["triton.cudagraphs"] is True
+    assert inductor_settings(None) == {}
+
+
+@pytest.mark.parametrize("mode", [None, "reduce-overhead", "max-autotune"])
+def test_segments_get_no_cuda_graphs_of_inductors(mode):
+    """Their weights and caches are plain inputs, which Inductor's graphs would copy in every step."""
+    wanted = dict(torch._inductor.list_mode_options(mode)) if mode else {}
+    assert inductor_settings(mode, whole=False) == wanted | {"triton.cudagraphs": False}
+
+
+@pytest.mark.parametrize("captures", [False, "record"])
+def test_the_backend_asks_for_none_whether_it_captures_or_not(captures, monkeypatch):
+    """Prompts and caches that grow run uncaptured."""
+    seen, compiler = [], backend.SegmentCompiler
+
+    def note(lowering, settings, *rest):
+        seen.append(settings)
+        return compiler(lowering, settings, *rest)
+
+    monkeypatch.setattr(backend, "SegmentCompiler", note)
+    model = make("llama", layers=2)
+    options = {"lowering": "eager", "quantizer": "none", "cudagraphs": captures}
+    model.compile(backend=functools.partial(river, options=options, mode="reduce-overhead"))
+    ids = prompt()
+    model.generate(ids, attention_mask=torch.ones_like(ids), max_new_tokens=3, do_sample=False)
+    assert len(seen) >= 2
+    assert all(settings["triton.cudagraphs"] is False for settings in seen)

@@ -1,0 +1,201 @@
+"""Everything that is to be learnt on a GPU, in steps that each end within ten minutes.
+
+    python -m tools.gpu --list            # the steps, their limits and what they answer
+    python -m tools.gpu                   # all of them, in order
+    python -m tools.gpu facts decode-8b   # these
+    make gpu, make gpu-facts, ...         # the same
+
+A step is a command of its own, stopped with its children at its limit. Its output goes to the terminal and to
+OUT/<step>.log, its figures to OUT/<step>*.json row by row, and what became of it to OUT/steps.json as soon as it ends:
+a run that is stopped keeps what it has. Steps that failed are named at the end; the exit status is their number.
+Tiles that the step "tune" has measured are used by those after it (OUT/tuning.json).
+"""
+
+from __future__ import annotations
+
+import argparse
+import os
+import signal
+import subprocess
+import sys
+import time
+from collections.abc import Sequence
+from pathlib import Path
+from typing import NamedTuple
+
+from benchmarks import common
+
+LONGEST = 10.0  # minutes of a step
+_DECODE = ("-m", "benchmarks.decode", "--device", "cuda", "--new-tokens", "128")
+
+
+class Step(NamedTuple):
+    """One command, as arguments of Python, in which {out} is the folder of results."""
+
+    name: str
+    minutes: float
+    answers: str
+    commands: tuple[tuple[str, ...], ...]
+
+
+def _kernels(model: str, name: str) -> tuple[str, ...]:
+    return ("-m", "benchmarks.kernels", "--model", model, "--json", f"{{out}}/{name}.json")
+
+
+def _tests(name: str, processes: str, *files: str) -> tuple[str, ...]:
+    limits = ("--timeout", "200", "-n", processes, "-p", "no:cacheprovider")
+    return ("-m", "pytest", "-m", "gpu", *limits, "--junitxml", f"{{out}}/{name}.xml", *files)
+
+
+def _decode(model: str, name: str, minutes: float) -> tuple[str, ...]:
+    return (*_DECODE, "--random", model, "--minutes", f"{minutes:g}", "--json", f"{{out}}/{name}.json")
+
+
+STEPS = (
+    Step(
+        "facts",
+        4,
+        "what card this is, and whether everything works at all",
+        (("-m", "tools.check_gpu", "--json", "{out}/facts.json"),),
+    ),
+    Step(
+        "kernels",
+        6,
+        "what each kernel takes, against its bytes, the cost model and torch's own products",
+        (_kernels("llama-3.1-8b", "kernels-8b"), _kernels("llama-3.2-1b", "kernels-1b")),
+    ),
+    Step(
+        "tune",
+        6,
+        "which tiles are the fastest",
+        tuple(
+            ("-m", "river_compile.kernels.tools.tune", "--model", model, "--top", top, "--budget", budget)
+            for model, top, budget in (("llama-3.1-8b", "40", "200"), ("llama-3.2-1b", "20", "100"))
+        ),
+    ),
+    Step(
+        "kernels-tuned",
+        4,
+        "what tuning gained",
+        (_kernels("llama-3.1-8b", "kernels-tuned-8b"), _kernels("llama-3.2-1b", "kernels-tuned-1b")),
+    ),
+    Step(
+        "tests-kernels",
+        8,
+        "whether every kernel is right at model shapes and can be captured",
+        # (A head in float64 takes 15 GB of the card in each process.)
+        (_tests("tests-kernels", "4", "tests/kernels"),),
+    ),
+    Step(
+        "tests-graphs",
+        10,
+        "whether captured steps, compiled models and offloaded weights are right",
+        (_tests("tests-graphs", "6", "tests/cudagraphs", "tests/drop_in", "tests/lowering", "tests/offload"),),
+    ),
+    Step("decode-1b", 9, "tokens/s of the 1B against its targets", (_decode("llama-3.2-1b", "decode-1b", 8),)),
+    Step("decode-8b", 10, "tokens/s of the 8B against its targets", (_decode("llama-3.1-8b", "decode-8b", 9),)),
+    Step(
+        "trace",
+        5,
+        "where the device waits for the host in two tokens",
+        (("-m", "benchmarks.cuda_trace", "--random", "llama-3.1-8b", "--out", "{out}"),),
+    ),
+    Step(
+        "conditional",
+        3,
+        "what it costs to decide an exit on the device, in a graph's conditional nodes",
+        (("-m", "benchmarks.conditional", "--json", "{out}/conditional.json"),),
+    ),
+)
+
+
+def run_step(step: Step, out: Path) -> dict:
+    """Runs a step's commands; returns its name, what became of it ("ok", "failed" or "stopped") and its seconds."""
+    start = time.monotonic()
+    environment = dict(os.environ, RIVER_COMPILE_TUNING=str(out / "tuning.json"), PYTHONUNBUFFERED="1")
+    state = "ok"
+    file = out / f"{step.name}.log"
+    file.unlink(missing_ok=True)
+    with file.open("a", encoding="utf-8") as log:  # ("tee" writes to its end too)
+        for command in step.commands:
+            left = step.minutes * 60 - (time.monotonic() - start)
+            status = _run(_filled(command, out), environment, log, left)
+            if status is None:
+                state = "stopped"
+                break
+            state = "failed" if status else state
+    return {"step": step.name, "state": state, "seconds": time.monotonic() - start}
+
+
+def _filled(command: Sequence[str], out: Path) -> list[str]:
+    return [sys.executable, *(part.replace("{out}", str(out)) for part in command)]
+
+
+def _run(command: list[str], environment: dict[str, str], log, seconds: float) -> int | None:
+    """Runs a command in a group of its own, its output shown and kept; returns its status, None at the limit."""
+    print("+", *command[1:], file=log, flush=True)
+    tee = subprocess.Popen(["tee", "-a", log.name], stdin=subprocess.PIPE)
+    process = subprocess.Popen(command, env=environment, stdout=tee.stdin, stderr=tee.stdin, start_new_session=True)
+    tee.stdin.close()
+    try:
+        return process.wait(max(seconds, 0.0))
+    except subprocess.TimeoutExpired:
+        return None
+    finally:
+        _end(process)
+        tee.wait()
+
+
+def _end(process: subprocess.Popen) -> None:
+    """Ends a process and what it started, which else would keep the card."""
+    for ending in (signal.SIGINT, signal.SIGKILL):
+        try:
+            os.killpg(process.pid, ending)
+        except ProcessLookupError:
+            break
+        try:
+            process.wait(10)
+        except subprocess.TimeoutExpired:
+            continue
+    process.wait()
+
+
+def listing(steps: Sequence[Step], out: Path) -> str:
+    """Returns the steps as text: name, limit, what they answer, and their commands."""
+    lines = []
+    for step in steps:
+        lines.append(f"{step.name:14} {step.minutes:4g} min  {step.answers}")
+        lines += [f"    python {' '.join(_filled(command, out)[1:])}" for command in step.commands]
+    return "\n".join([*lines, f"{sum(step.minutes for step in steps):g} minutes at most"])
+
+
+def main(arguments: list[str] | None = None) -> int:
+    """Runs the command line; returns how many steps did not end well."""
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    known = {step.name: step for step in STEPS}
+    parser.add_argument("steps", nargs="*", metavar="step", help=f"of {', '.join(known)}; all of them")
+    parser.add_argument("--list", action="store_true", help="print the steps and run none")
+    parser.add_argument("--out", type=Path, default=Path("gpu"), help="the folder of results (%(default)s)")
+    parser.add_argument("--minutes", type=float, default=float("inf"), help="begin no step that may end after these")
+    options = parser.parse_args(arguments)
+    unknown = [name for name in options.steps if name not in known]
+    if unknown:
+        parser.error(f"no step {unknown[0]!r}; there are {', '.join(known)}")
+    steps = [known[name] for name in options.steps] or list(STEPS)
+    if options.list:
+        print(listing(steps, options.out))
+        return 0
+    options.out.mkdir(parents=True, exist_ok=True)
+    end, done = time.monotonic() + 60 * options.minutes, []
+    for step in steps:
+        if time.monotonic() + 60 * step.minutes > end:
+            done.append({"step": step.name, "state": "no time", "seconds": 0.0})
+        else:
+            done.append(run_step(step, options.out))
+        common.write_json(options.out / "steps.json", done)
+    common.print_table(["step", "", "seconds"], [[d["step"], d["state"], round(d["seconds"])] for d in done])
+    return sum(d["state"] != "ok" for d in done)
+
+
+if __name__ == "__main__":
+    sys.exit(main())
