@@ -114,6 +114,11 @@ class LinearSpec(KernelSpec):
         return self.rows == 1 or (self.experts > 0 and self.rows is not None)
 
     @property
+    def weights_made_at_once(self) -> int:
+        """4-bit weights that one instruction turns into numbers."""
+        return 1
+
+    @property
     def groups(self) -> int:
         """Groups of one weight row; the last may reach beyond K."""
         return math.ceil(self.in_features / self.group_size)
