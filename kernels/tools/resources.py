@@ -30,7 +30,7 @@ from .shapes import MODELS, ModelShape, TokenCost, cost_of, model_kernels
 
 _MATRIX = re.compile(r"\b(mma\.sync|wgmma\.mma_async|tcgen05\.mma|v_mfma)")
 _PTX_LOAD = re.compile(
-    r"ld\.global(?:\.(?!v\d|b\d)[\w:]+)*(?:\.v(\d))?\.b(\d+)|cp\.async\.c[ag]\.shared\.global\s+\[[^]]*\],\s*\[[^]]*\],\s*(\w+)"
+    r"ld\.global(?:\.(?!v\d|b\d)[\w:]+)*(?:\.v(\d))?\.b(\d+)|cp\.async\.c[ag]\.shared\.global(?:\.[\w:]+)*\s+\[[^]]*\],\s*\[[^]]*\],\s*(\w+)"
 )
 _AMD_LOAD = re.compile(r"(?:global|buffer)_load_(?:lds_)?(ubyte|sbyte|ushort|short_d16\w*|dword(?:x\d)?)")
 _AMD_BYTES = {"ubyte": 1, "sbyte": 1, "ushort": 2, "dword": 4, "dwordx2": 8, "dwordx3": 12, "dwordx4": 16}
@@ -87,7 +87,7 @@ def weight_load_bytes(text: str, source: list[str], nvidia: bool) -> int | None:
         if location and not inline:
             line = int(location[1])
         found = (_PTX_LOAD if nvidia else _AMD_LOAD).search(row)
-        if found and 0 < line <= len(source) and re.search(r"load\((q?weight)_ptr", source[line - 1]):
+        if found and 0 < line <= len(source) and re.search(r"load\((q?weight|half)_ptr", source[line - 1]):
             if not nvidia:
                 width = _AMD_BYTES.get(found[1], 2)
             elif found[3]:  # an asynchronous copy names its bytes
