@@ -30,7 +30,8 @@ from .shapes import MODELS, model_kernels
 
 def shortlist(spec: LinearSpec, device: str, top: int) -> list[LinearSpec]:
     """Returns the `top` candidates that the cost model likes best, best first."""
-    return sorted(candidates(spec), key=lambda candidate: cost(candidate, known(device)))[:top]
+    known_device = known(device)
+    return sorted(candidates(spec, known_device), key=lambda candidate: cost(candidate, known_device))[:top]
 
 
 def tune(

@@ -81,20 +81,26 @@ def instructions_per_weight(spec: LinearSpec) -> float:
     return thread_instructions(spec) * 32 * spec.tile.num_warps / weights
 
 
-def candidates(spec: LinearSpec) -> Iterator[LinearSpec]:
-    """Yields `spec` with every legal tile of the search space; its own tile is ignored."""
-    tiles = {"groups": _group_tiles, "row": _row_tiles, "dot": _dot_tiles}[spec.form]
-    for tile in tiles(spec):
+def candidates(spec: LinearSpec, device: Device) -> Iterator[LinearSpec]:
+    """Yields `spec` with every legal tile of the search space for a device; its own tile is ignored."""
+    if spec.form == "groups":
+        tiles = _group_tiles(spec, device.backend == "cuda")
+    else:
+        tiles = _row_tiles(spec) if spec.form == "row" else _dot_tiles(spec)
+    for tile in tiles:
         if tile.split_k <= math.ceil(spec.in_features / tile.block_k):
             candidate = dataclasses.replace(spec, tile=tile)
             if registers(candidate) <= most_registers(candidate):
                 yield candidate
 
 
-def _group_tiles(spec: LinearSpec) -> Iterator[LinearTile]:
+def _group_tiles(spec: LinearSpec, nvidia: bool) -> Iterator[LinearTile]:
     # A warp has groups of its own, so a step is a number of groups for each warp, and no split-K is needed.
+    if not nvidia:  # matrix cores take 16 columns, and narrow tiles load words of 8 bytes
+        yield LinearTile(32, 4 * spec.group_size, 16, 1, 4, 2)
+        return
     heights = (least_rows(spec),) if spec.rows else (16, 32)
-    deepest = max(4 * spec.group_size, next_power_of_two(spec.in_features))
+    deepest = max(4 * spec.group_size, spec.in_features // 2)  # a single step would not be pipelined
     # Wide tiles of eight warps, and two groups each of a gated pair, have too many sums for Triton 3.6; narrow tiles of
     # a pair were seen to spill there.
     widths, numbers = ((32,), (1,)) if spec.gated else ((16, 32, 64), (1, 2))
@@ -194,7 +200,7 @@ def best_tile(spec: LinearSpec, device: str = DEFAULT_DEVICE, rows: int | None =
 
 @functools.cache
 def _modelled(spec: LinearSpec, device: Device, rows: int | None) -> LinearSpec:
-    return min(candidates(spec), key=lambda candidate: cost(candidate, device, rows))
+    return min(candidates(spec, device), key=lambda candidate: cost(candidate, device, rows))
 
 
 def cost(spec: LinearSpec, device: Device, rows: int | None = None) -> tuple[bool, float]:

@@ -57,7 +57,7 @@ def test_the_choice_is_the_cheapest_and_does_not_depend_on_the_given_tile():
     other = dataclasses.replace(problem, tile=LinearTile(16, 64, 8))
     chosen = best_tile(problem)
     assert chosen == best_tile(other)
-    costs = [cost(candidate, DEVICES["sm_90"]) for candidate in candidates(problem)]
+    costs = [cost(candidate, DEVICES["sm_90"]) for candidate in candidates(problem, DEVICES["sm_90"])]
     assert len(costs) > 5
     assert cost(chosen, DEVICES["sm_90"]) == min(costs)
 
