@@ -10,7 +10,7 @@ from river_compile.kernels.triton.devices import DEVICES
 from river_compile.kernels.triton.heuristic import best_tile, cost, saved_tiles, tuned_for, tuning_key, untiled
 from river_compile.kernels.triton.linear import LinearTile
 
-SPECS = [untiled(1, 512, n) for n in (256, 512)]
+SPECS = [untiled(1, 2048, n) for n in (256, 512)]
 
 
 def test_the_shortlist_begins_with_the_models_choice():
