@@ -104,10 +104,12 @@ def _group_tiles(spec: LinearSpec, nvidia: bool) -> Iterator[LinearTile]:
     # Wide tiles of eight warps, and two groups each of a gated pair, have too many sums for Triton 3.6; narrow tiles of
     # a pair were seen to spill there.
     widths, numbers = ((32,), (1,)) if spec.gated else ((16, 32, 64), (1, 2))
+    # So were pairs with a norm of several rows, beyond a pipeline of two steps (3.9).
+    stages = 2 if spec.gated and spec.norm != "none" and not spec.row_by_row else None
     for block_n, block_m, warps, each in itertools.product(widths, heights, (4, 8), numbers):
         depth = warps * each * spec.group_size
         if depth <= deepest and (warps == 4 or block_n == 16):
-            yield LinearTile(block_n, depth, block_m, 1, warps, 4 if block_n == 16 else 3)
+            yield LinearTile(block_n, depth, block_m, 1, warps, stages or (4 if block_n == 16 else 3))
 
 
 def _row_tiles(spec: LinearSpec) -> Iterator[LinearTile]:
