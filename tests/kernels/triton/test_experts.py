@@ -35,7 +35,9 @@ def expert_cases(draw, most, by_row):
     gated = draw(st.booleans())
     rows = len(expert) if by_row else None
     spec = LinearSpec(rows, k, n, tile, group_size=group, dtype=dtype, gated=gated, experts=experts)
-    return spec, expert, draw(st.sampled_from(VALUES)), draw(st.integers(0, 2**20))
+    # The form "dot" rounds weights to float16, which holds the tiniest with few bits.
+    values = [value for value in VALUES if (form, dtype, value) != ("dot", "float16", "tiny")]
+    return spec, expert, draw(st.sampled_from(values)), draw(st.integers(0, 2**20))
 
 
 @given(expert_cases(6, by_row=True))
