@@ -5,6 +5,7 @@ bytes alone cost at a named bandwidth, and no kernel reaches that. Beside the ta
 
     needs        the share of the bandwidth that meets the target, if launches cost nothing
     us/launch    the time that is left for each launch at the full bandwidth, if the target is met
+    modelled     tokens/s by the kernels' cost model on an H100: instructions, waves and launches beside bytes
 
 The schedule is that of a random Llama with the model's number of blocks and small matrices, captured by the recorder:
 graph launches, flags that the host waits for, and other calls (copies into buffers and of results) per token. "asked"
@@ -62,6 +63,7 @@ def token_row(roofline: Roofline, depth: int | None, bandwidth: float) -> dict:
         "needs": target and target * seconds,
         "seconds_per_launch": target and (1 / target - seconds) / cost.launches,
         "over_never": roofline.token(None).bytes / cost.bytes,
+        "modelled_tokens_per_s": 1 / roofline.seconds(depth),
     }
 
 
@@ -102,13 +104,20 @@ def _counts(events: list[Event]) -> dict:
 def show(name: str, found: dict) -> None:
     """Prints one model's tables."""
     print(f"\n{name}\n")
-    headers = ["", "launches", "MB", "us", "tokens/s", "x never", "target", "needs", "us/launch"]
+    headers = ["", "launches", "MB", "us", "tokens/s", "x never", "target", "needs", "us/launch", "modelled"]
     rows = []
     for row in found["tokens"]:
         needs = row["needs"] and f"{row['needs']:.0%}"
         left = row["seconds_per_launch"] and row["seconds_per_launch"] * 1e6
         rows.append([row["exit"], row["launches"], row["bytes"] / 1e6, round(row["seconds"] * 1e6)])
-        rows[-1] += [round(row["tokens_per_s"]), row["over_never"], row["target"], needs, left]
+        rows[-1] += [
+            round(row["tokens_per_s"]),
+            row["over_never"],
+            row["target"],
+            needs,
+            left,
+            round(row["modelled_tokens_per_s"]),
+        ]
     common.print_table(headers, rows)
     check = found["check"]
     print(f"\nExit checks, {check['checks']} of them, are {check['share_of_bytes']:.3%} of the bytes of a token that")

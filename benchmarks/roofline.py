@@ -1,4 +1,5 @@
-"""What a token of a known model costs at an exit depth, from shapes alone: launches, bytes, the time of the bytes.
+"""What a token of a known model costs at an exit depth, from shapes alone: launches, bytes, the time of the bytes, and
+what the kernels' cost model says (`heuristic.seconds`), which knows instructions too.
 
 Twins, exit check and head are counted as the generated kernels' own reports count them (every buffer of every launch
 once). A backbone block counts its 16-bit weights and its KV cache; its launches are at least its seven products and its
@@ -8,8 +9,13 @@ attention, because only Inductor on the GPU at hand knows how many more there ar
 from __future__ import annotations
 
 from river_compile.kernels.tools.shapes import MODELS, ModelShape, TokenCost, cost_of, model_kernels
+from river_compile.kernels.triton import heuristic
+from river_compile.kernels.triton.devices import Device, known
+from river_compile.kernels.triton.linear import LinearSpec
+from river_compile.kernels.triton.spec import KernelSpec
 
 BLOCK_LAUNCHES = 8  # q, k, v, attention, o, gate, up, down
+LAUNCH_SECONDS = 2e-6  # of a kernel that the cost model does not know, on top of its bytes
 _DTYPE_BYTES = 2
 
 #: Decoded tokens per second on an H100, batch 1, 1K context: by model and exit depth (None: never).
@@ -37,8 +43,11 @@ class Roofline:
         self.shape = MODELS[model]
         kernels = model_kernels(self.shape, context=context, group_size=group_size, device=device)
         self.check = cost_of(kernels.pop("exit score"))
-        self._head = cost_of(kernels.pop("norm + head"))
+        self._device = known(device)
+        head = kernels.pop("norm + head")
+        self._head, self._head_seconds = cost_of(head), modelled(head, self._device)
         self._twin = cost_of(*kernels.values())
+        self._twin_seconds = sum(modelled(spec, self._device) for spec in kernels.values())
         cache = cost_of(kernels["attention"], kernels["rope + kv write"])
         self._block = TokenCost(BLOCK_LAUNCHES, _DTYPE_BYTES * block_weights(self.shape) + cache.bytes)
 
@@ -46,6 +55,20 @@ class Roofline:
         """Returns the cost of a token that leaves after `depth` blocks (None: all) without a check on the way."""
         blocks = self.shape.layers if depth is None else depth
         return blocks * self._block + (self.shape.layers - blocks) * self._twin + self._head
+
+    def seconds(self, depth: int | None) -> float:
+        """Returns how long the cost model takes that token for; backbone blocks are bytes and launches."""
+        blocks = self.shape.layers if depth is None else depth
+        block = self._block.seconds(self._device.bandwidth) + self._block.launches * LAUNCH_SECONDS
+        return blocks * block + (self.shape.layers - blocks) * self._twin_seconds + self._head_seconds
+
+
+def modelled(spec: KernelSpec, device: Device) -> float:
+    """Returns the estimated seconds of a kernel: by the cost model if it is a product, else by bytes and launches."""
+    if isinstance(spec, LinearSpec):
+        return heuristic.seconds(spec, device)
+    cost = cost_of(spec)
+    return cost.seconds(device.bandwidth) + cost.launches * LAUNCH_SECONDS
 
 
 def block_weights(shape: ModelShape) -> int:

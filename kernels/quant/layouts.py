@@ -2,8 +2,9 @@
 
 Layouts (N output features, K input features padded to whole groups of G)
 
-    "triton"    qweight int32 [N, K / 8]: word g * (G / 8) + i of a row holds the features g * G + j * (G / 8) + i for
-                j = 0..7, nibble j in bits 4 j to 4 j + 3. scale_zero float16 or bfloat16 [N, K / G, 2].
+    "triton"    qweight int32 [N, K / 8]: word i of a row holds the features 8 i to 8 i + 7, the even ones in its lower
+                half and the odd ones in its upper half: feature 8 i + 2 p + h in bits 16 h + 4 p to 16 h + 4 p + 3.
+                scale_zero float16 or bfloat16 [N, K / G, 2].
     "plain"     qweight uint8 [N, K / 2]: feature 2 c in the low, 2 c + 1 in the high nibble of byte c.
                 scale_zero float32 [N, K / G, 2].
     "aten_cpu"  as ATen's kernel for this processor wants it, see `aten_int4`.
@@ -196,21 +197,23 @@ def parameter_dtype(weight: QuantizedWeight) -> torch.dtype:
     return torch.float16 if largest <= limits.max and smallest >= limits.tiny else torch.bfloat16
 
 
+#: Which of the eight features of a word of the layout "triton" stands in each of its nibbles, from the lowest on.
+_TRITON_FEATURES = (0, 2, 4, 6, 1, 3, 5, 7)
+
+
 def _pack_triton(weight: QuantizedWeight) -> tuple[Tensor, Tensor]:
     n, k = weight.shape
-    nibbles = weight.q.to(torch.int64).reshape(n, k // weight.group_size, 8, weight.group_size // 8)
-    words = torch.zeros_like(nibbles[:, :, 0])
-    for j in range(8):
-        words |= nibbles[:, :, j] << 4 * j
-    words = torch.where(words >= 2**31, words - 2**32, words)
-    return words.to(torch.int32).reshape(n, k // 8), _pairs(weight, parameter_dtype(weight))
+    nibbles = weight.q.to(torch.int32).reshape(n, k // 8, 8)
+    words = torch.zeros_like(nibbles[..., 0])
+    for bit, feature in zip(range(0, 32, 4), _TRITON_FEATURES, strict=True):
+        words |= nibbles[..., feature] << bit
+    return words, _pairs(weight, parameter_dtype(weight))
 
 
 def _unpack_triton(packed: PackedLinear) -> QuantizedWeight:
-    n, k = packed.qweight.shape[0], packed.qweight.shape[1] * 8
-    words = packed.qweight.reshape(n, k // packed.group_size, 1, packed.group_size // 8)
-    shifts = torch.arange(0, 32, 4, dtype=torch.int32, device=words.device).reshape(1, 1, 8, 1)
-    return _grid(packed, (words >> shifts & 15).to(torch.uint8).reshape(n, k))
+    n, words = packed.qweight.shape
+    bits = torch.tensor([4 * _TRITON_FEATURES.index(j) for j in range(8)], device=packed.qweight.device)
+    return _grid(packed, (packed.qweight[..., None] >> bits & 15).to(torch.uint8).reshape(n, 8 * words))
 
 
 def _pack_plain(weight: QuantizedWeight) -> tuple[Tensor, Tensor]:

@@ -3,7 +3,8 @@
     python -m river_compile.kernels.tools.resources [--target sm_90 ...] [--model NAME] [--context 1024] [--json PATH]
 
 Registers, spills and shared memory come from the compiled code, widths of loads and matrix instructions from its text.
-Times are what the bytes alone cost at the given bandwidth: nothing here has run.
+For NVIDIA the machine code of 4-bit products is counted: instructions that a thread executes for each of its weights
+(see `machine_code`). Times are what the bytes alone cost at the given bandwidth: nothing here has run.
 """
 
 from __future__ import annotations
@@ -24,11 +25,12 @@ from river_compile.kernels.triton.linear import LinearSpec
 from river_compile.kernels.triton.loader import compile_for, source_file
 from river_compile.kernels.triton.spec import KernelSpec
 
+from .machine_code import counted, disassemble
 from .shapes import MODELS, ModelShape, TokenCost, cost_of, model_kernels
 
 _MATRIX = re.compile(r"\b(mma\.sync|wgmma\.mma_async|tcgen05\.mma|v_mfma)")
 _PTX_LOAD = re.compile(
-    r"ld\.global(?:\.(?!v\d|b\d)[\w:]+)*(?:\.v(\d))?\.b(\d+)|cp\.async\.c[ag]\.shared\.global\s+\[[^]]*\],\s*\[[^]]*\],\s*(\w+)"
+    r"ld\.global(?:\.(?!v\d|b\d)[\w:]+)*(?:\.v(\d))?\.b(\d+)|cp\.async\.c[ag]\.shared\.global(?:\.[\w:]+)*\s+\[[^]]*\],\s*\[[^]]*\],\s*(\w+)"
 )
 _AMD_LOAD = re.compile(r"(?:global|buffer)_load_(?:lds_)?(ubyte|sbyte|ushort|short_d16\w*|dword(?:x\d)?)")
 _AMD_BYTES = {"ubyte": 1, "sbyte": 1, "ushort": 2, "dword": 4, "dwordx2": 8, "dwordx3": 12, "dwordx4": 16}
@@ -47,6 +49,8 @@ class Usage:
     occupancy: float  # part of the processor's warps that can be resident
     weight_load: int | None  # bytes of the narrowest load of weights, None for kernels without
     matrix_instructions: int  # of tensor cores (matrix cores) in the code
+    instructions: float | None  # that a thread executes per 4-bit weight; None where they are not counted
+    loads_first: bool | None  # whether no load of weights waits behind the first use of some; None as above
 
 
 def usages(spec: KernelSpec, label: str, target: str) -> Iterator[Usage]:
@@ -62,7 +66,11 @@ def usages(spec: KernelSpec, label: str, target: str) -> Iterator[Usage]:
         shared = compiled.metadata.shared
         occupancy = _occupancy(device, registers, stage.num_warps, shared)
         load, matrix = weight_load_bytes(text, source, nvidia), len(_MATRIX.findall(text))
-        yield Usage(target, label, stage.function, registers, spills, shared, occupancy, load, matrix)
+        code = None
+        if nvidia and isinstance(spec, LinearSpec) and spec.weights == "w4" and load:
+            code = counted(disassemble(compiled.asm["cubin"]), spec)
+        counts = (code.per_weight, code.loads_first) if code else (None, None)
+        yield Usage(target, label, stage.function, registers, spills, shared, occupancy, load, matrix, *counts)
 
 
 def weight_load_bytes(text: str, source: list[str], nvidia: bool) -> int | None:
@@ -79,7 +87,7 @@ def weight_load_bytes(text: str, source: list[str], nvidia: bool) -> int | None:
         if location and not inline:
             line = int(location[1])
         found = (_PTX_LOAD if nvidia else _AMD_LOAD).search(row)
-        if found and 0 < line <= len(source) and re.search(r"load\((q?weight)_ptr", source[line - 1]):
+        if found and 0 < line <= len(source) and re.search(r"load\((q?weight|half)_ptr", source[line - 1]):
             if not nvidia:
                 width = _AMD_BYTES.get(found[1], 2)
             elif found[3]:  # an asynchronous copy names its bytes
@@ -141,15 +149,19 @@ def main(arguments: list[str] | None = None) -> int:
     table: list[Usage] = []
     costs = []
     print(f"{options.model}, one row, context {options.context}, groups of {options.group_size}\n")
-    print("| target | kernel | launch | registers | spills | shared | occupancy | weight load | matrix instructions |")
-    print("|---|---|---|---:|---:|---:|---:|---:|---:|")
+    print(
+        "| target | kernel | launch | registers | spills | shared | occupancy | weight load | matrix | per weight | |"
+    )
+    print("|---|---|---|---:|---:|---:|---:|---:|---:|---:|---|")
     for target in options.target:
         for label, spec in model_kernels(shape, device=target, **sizes).items():
             for usage in usages(spec, label, target):
                 table.append(usage)
                 load = f"{usage.weight_load} B" if usage.weight_load else ""
                 cells = (target, label.replace("|", "\\|"), usage.stage, usage.registers, usage.spills, usage.shared)
-                _print_row(*cells, f"{usage.occupancy:.0%}", load, usage.matrix_instructions)
+                counts = "" if usage.instructions is None else f"{usage.instructions:.2f}"
+                late = "loads behind uses" if usage.loads_first is False else ""
+                _print_row(*cells, f"{usage.occupancy:.0%}", load, usage.matrix_instructions, counts, late)
     print("\n| target | launches per block | per token | MB per token | floor MB | above | us per token |")
     print("|---|---:|---:|---:|---:|---:|---:|")
     for target in options.target:

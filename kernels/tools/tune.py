@@ -3,8 +3,8 @@
     python -m river_compile.kernels.tools.tune --model llama-3.1-8b [--rows 1] [--group-size 64] [--budget 60] [--top 8]
 
 For every linear kernel of the model the cost model's best candidates are timed, within one budget in seconds. Each
-choice is saved as soon as it is made. Choices of other devices and shapes in the file are kept; the file is replaced
-atomically.
+choice is saved as soon as it is made. Choices of other devices, versions of Triton and shapes in the file are kept; the
+file is replaced atomically.
 """
 
 from __future__ import annotations
@@ -22,7 +22,7 @@ import torch
 
 from river_compile.kernels.files import appearing
 from river_compile.kernels.triton.devices import device_name, known
-from river_compile.kernels.triton.heuristic import candidates, saved_tiles, seconds, tuning_file, tuning_key
+from river_compile.kernels.triton.heuristic import candidates, cost, saved_tiles, tuned_for, tuning_file, tuning_key
 from river_compile.kernels.triton.linear import LinearSpec, LinearTile
 from river_compile.kernels.triton.loader import load
 
@@ -31,7 +31,8 @@ from .shapes import MODELS, model_kernels
 
 def shortlist(spec: LinearSpec, device: str, top: int) -> list[LinearSpec]:
     """Returns the `top` candidates that the cost model likes best, best first."""
-    return sorted(candidates(spec), key=lambda candidate: seconds(candidate, known(device)))[:top]
+    known_device = known(device)
+    return sorted(candidates(spec, known_device), key=lambda candidate: cost(candidate, known_device))[:top]
 
 
 def tune(
@@ -76,9 +77,9 @@ def _measured(measure: Callable[[LinearSpec], float], candidate: LinearSpec) -> 
 
 
 def save(path: Path, device: str, tiles: dict[str, LinearTile]) -> None:
-    """Adds a device's tiles to a tuning file, replacing it atomically."""
+    """Adds tiles that were measured on a device with this Triton to a tuning file, replacing it atomically."""
     merged = {name: dict(known) for name, known in saved_tiles(path).items()}
-    merged.setdefault(device, {}).update(tiles)
+    merged.setdefault(tuned_for(device), {}).update(tiles)
     plain = {name: {key: dataclasses.asdict(t) for key, t in sorted(ts.items())} for name, ts in merged.items()}
     with appearing(path) as scratch:
         scratch.write_text(json.dumps(plain, indent=1))

@@ -1,17 +1,21 @@
 """Which tile a linear kernel gets: a cost model over legal candidates, or the choice that a tuning run has saved.
 
 The model is a roofline with three corrections that decide between tiles at decode: bytes in flight against what hides
-the memory's latency, whole waves of programs, and instructions per weight. It is made for the order of candidates, not
-for the microseconds. The result depends on the shape and on the named device alone, never on the GPU that is there.
+the memory's latency, whole waves of programs, and instructions, which were counted in compiled kernels. It is made for
+the order of candidates, not for the microseconds. The result depends on the shape and on the named device alone, never
+on the GPU that is there.
 
-A tuning file is JSON, ``{device: {key: tile fields}}``, written by `python -m river_compile.kernels.tools.tune` to
-$RIVER_COMPILE_TUNING or ``tuning.json`` in the cache directory, where it is looked up first.
+A tuning file is JSON, ``{device and Triton version: {key: tile fields}}`` (see `tuned_for`), written by
+`python -m river_compile.kernels.tools.tune` to $RIVER_COMPILE_TUNING or ``tuning.json`` in the cache directory, where
+it is looked up first. What was measured with another version of Triton counts for nothing, since that compiles the same
+source to other code.
 """
 
 from __future__ import annotations
 
 import dataclasses
 import functools
+import importlib.util
 import itertools
 import json
 import math
@@ -24,32 +28,88 @@ from typing import Any
 from river_compile.kernels.files import cache_folder
 
 from .devices import DEFAULT_DEVICE, Device, known
-from .linear import MAX_EXACT_ROWS, LinearSpec, LinearTile
+from .linear import MAX_EXACT_ROWS, LinearSpec, LinearTile, form_of
 from .spec import next_power_of_two
 
 MAX_REGISTERS = 168
+#: Of the form "groups": with four warps, a quarter of a processor's warps are resident.
+MAX_GROUP_REGISTERS = 128
 #: Instructions per 4-bit weight (and, read plain) and per activation of a row, counted in the generated code.
-INSTRUCTIONS = {"w4": 4.5, "dense": 2.0, "x": 4.0}
+INSTRUCTIONS = {"w4": 4.8, "dense": 2.0, "x": 4.0}
+
+
+#: Per weight of the form "groups", where a tile allows it: with up to 8 rows, and with more. (An H100 takes as long for
+#: 4.2 as for the weight's bytes.)
+MOST_INSTRUCTIONS = (3.2, 3.4)
 
 
 def registers(spec: LinearSpec) -> int:
-    """Estimates the registers that a thread of the kernel needs; beyond `MAX_REGISTERS` some would spill."""
+    """Estimates the registers that a thread of the kernel needs; beyond `most_registers` some would spill.
+
+    In the form "groups" the estimate is what the worst of Triton 3.6, 3.7 and 3.9 takes.
+    """
     tile, matrices = spec.tile, len(spec.streams)
     threads = 32 * tile.num_warps
     columns = matrices * tile.block_n
-    if tile.block_m == 1:  # a word (or two weights), two sums and an operand of each
+    if spec.form == "groups":  # two sums, and an operand
+        return math.ceil(60 + 3 * columns * tile.block_m * (tile.block_k // spec.group_size) / threads)
+    if spec.form == "row":  # a word (or two weights), two sums and an operand of each
         return math.ceil(32 + 4 * columns * tile.block_k / (8 if spec.weights == "w4" else 2) / threads)
     length = tile.block_k // 8
     return math.ceil(48 + (tile.block_m * columns + 3 * columns * length + tile.block_m * length / 2) / threads)
 
 
-def candidates(spec: LinearSpec) -> Iterator[LinearSpec]:
-    """Yields `spec` with every legal tile of the search space; its own tile is ignored."""
-    for tile in _row_tiles(spec) if spec.row_by_row else _dot_tiles(spec):
+def most_registers(spec: LinearSpec) -> int:
+    """Returns how many estimated registers a candidate may have."""
+    return MAX_GROUP_REGISTERS if spec.form == "groups" and spec.tile.block_m == 8 else MAX_REGISTERS
+
+
+def thread_instructions(spec: LinearSpec) -> float:
+    """Estimates what a thread of the form "groups" executes: a fit to what was counted in compiled kernels."""
+    tile, words = spec.tile, spec.group_size / 64
+    parts, columns = len(spec.streams) * tile.block_n / 16, tile.block_m / 8  # tiles of 16 weight rows, of 8 rows
+    part = 30 * words + columns * (4 * words + 8) + 18  # bits to numbers, dots, scale and zero
+    x = columns * words * (6 if spec.norm == "none" else 14 if spec.row_by_row else 34) + 3
+    step = tile.block_k / spec.group_size / tile.num_warps * (parts * part + x)
+    unrolled = 230 + spec.steps * (16 + step)  # the compiler does so where it stays short
+    return unrolled if unrolled <= 1500 else 150 + spec.steps * (52 + step)
+
+
+def instructions_per_weight(spec: LinearSpec) -> float:
+    """Estimates instructions per weight of the form "groups", those of weights beyond the matrix included."""
+    weights = len(spec.streams) * spec.tile.block_n * spec.tile.block_k * spec.steps
+    return thread_instructions(spec) * 32 * spec.tile.num_warps / weights
+
+
+def candidates(spec: LinearSpec, device: Device) -> Iterator[LinearSpec]:
+    """Yields `spec` with every legal tile of the search space for a device; its own tile is ignored."""
+    if spec.form == "groups":
+        tiles = _group_tiles(spec, device.backend == "cuda")
+    else:
+        tiles = _row_tiles(spec) if spec.form == "row" else _dot_tiles(spec)
+    for tile in tiles:
         if tile.split_k <= math.ceil(spec.in_features / tile.block_k):
             candidate = dataclasses.replace(spec, tile=tile)
-            if registers(candidate) <= MAX_REGISTERS:
+            if registers(candidate) <= most_registers(candidate):
                 yield candidate
+
+
+def _group_tiles(spec: LinearSpec, nvidia: bool) -> Iterator[LinearTile]:
+    # A warp has groups of its own, so a step is a number of groups for each warp, and no split-K is needed.
+    if not nvidia:  # matrix cores take 16 columns, and narrow tiles load words of 8 bytes
+        yield LinearTile(32, 4 * spec.group_size, 16, 1, 4, 2)
+        return
+    heights = (least_rows(spec),) if spec.rows else (16, 32)
+    deepest = max(4 * spec.group_size, spec.in_features // 2)  # a single step would not be pipelined
+    # Wide tiles of eight warps, and two groups each of a gated pair, have too many sums for Triton 3.6; narrow tiles of
+    # a pair were seen to spill there.
+    widths, numbers = ((32,), (1,)) if spec.gated else ((16, 32, 64), (1, 2))
+    # So were pairs with a norm of several rows, beyond a pipeline of two steps (3.9).
+    stages = 2 if spec.gated and spec.norm != "none" and not spec.row_by_row else None
+    for block_n, block_m, warps, each in itertools.product(widths, heights, (4, 8), numbers):
+        depth = warps * each * spec.group_size
+        if depth <= deepest and (warps == 4 or block_n == 16):
+            yield LinearTile(block_n, depth, block_m, 1, warps, stages or (4 if block_n == 16 else 3))
 
 
 def _row_tiles(spec: LinearSpec) -> Iterator[LinearTile]:
@@ -82,35 +142,59 @@ def _dot_tiles(spec: LinearSpec) -> Iterator[LinearTile]:
 def seconds(spec: LinearSpec, device: Device, rows: int | None = None) -> float:
     """Estimates the time of a kernel in seconds; `rows` (64 if None) counts where the spec leaves M open."""
     tile, m = spec.tile, spec.rows or rows or 64
-    threads, matrices = 32 * tile.num_warps, len(spec.streams)
+    threads = 32 * tile.num_warps
     programs = math.ceil(spec.out_features / tile.block_n) * spec.blocks(m) * tile.split_k
     resident = max(1, min(32, 2048 // threads, 65536 // (registers(spec) * threads)))
     per_processor = programs / device.processors
     waves = math.ceil(per_processor / resident)
-    # The memory: what is in flight on one processor, of the about 48 KiB that cover its latency.
-    bits = 4 if spec.weights == "w4" else 16
-    step_bytes = matrices * tile.block_n * tile.block_k * bits / 8
-    in_flight = min(per_processor, resident) * step_bytes
-    memory = spec.cost(m).bytes / (device.bandwidth * min(1.0, in_flight / 49152))
+    memory = spec.cost(m).bytes / device.bandwidth / _bandwidth_share(spec, device, min(per_processor, resident))
     memory *= max(1.0, waves / max(per_processor / resident, 1e-9)) if per_processor > resident else 1.0
-    if bits == 4 and tile.block_n * tile.block_k / 8 / threads < 8:  # words per lane: narrower than 16-byte loads
-        memory *= 1.5
-    # The instructions: every weight of the tile, masked or not, and the activations again in every program.
-    weights = programs * spec.steps * tile.block_k * tile.block_n * matrices
-    activations = programs * spec.steps * tile.block_k * tile.block_m
-    issued = weights * INSTRUCTIONS[spec.weights] + activations * INSTRUCTIONS["x"] / (1 if tile.block_m == 1 else 4)
+    if spec.form == "groups":
+        # A processor with one program more than others is what the kernel waits for; ten warps hide their latencies.
+        most = math.ceil(per_processor)
+        issued = thread_instructions(spec) * threads * most * device.processors
+        issued /= min(1.0, min(most, resident) * tile.num_warps / 10)
+    else:
+        issued = _instructions(spec, programs)
     instructions = issued / (device.processors * device.lanes * device.clock * 0.7)
-    dots = weights * tile.block_m * 2 / (device.dot_flops * 0.3) if tile.block_m > 1 else 0.0
-    launches = 2e-6 * len(spec.stages())
-    return max(memory, instructions + dots) + waves * spec.steps * 0.3e-6 + launches
+    if spec.form == "dot":
+        weights = programs * spec.steps * tile.block_k * tile.block_n * len(spec.streams)
+        instructions += weights * tile.block_m * 2 / (device.dot_flops * 0.3)
+    turns = waves * spec.steps * (0.05e-6 if spec.form == "groups" else 0.3e-6)  # pipelined, or each waits for memory
+    return max(memory, instructions) + turns + 2e-6 * len(spec.stages())
+
+
+def _bandwidth_share(spec: LinearSpec, device: Device, programs: float) -> float:
+    """Returns the part of the bandwidth that `programs` of a kernel on each processor keep busy.
+
+    About 48 KiB in flight do; copies into shared memory are always on their way, so that the latency itself, of 0.9 us,
+    is all that there is to cover.
+    """
+    tile, bits = spec.tile, 4 if spec.weights == "w4" else 16
+    step_bytes = len(spec.streams) * tile.block_n * tile.block_k * bits / 8
+    if spec.form == "groups":
+        ahead = max(1, min(tile.num_stages - 1, spec.steps))
+        return min(1.0, programs * step_bytes * ahead / (device.bandwidth / device.processors * 0.9e-6))
+    share = min(1.0, programs * step_bytes / 49152)
+    narrow = bits == 4 and tile.block_n * tile.block_k / 8 / (32 * tile.num_warps) < 8  # than 16 bytes of a lane
+    return share / 1.5 if narrow else share
+
+
+def _instructions(spec: LinearSpec, programs: int) -> float:
+    """Returns the instructions of all threads: every weight of each tile, and the activations in every program."""
+    tile = spec.tile
+    weights = programs * spec.steps * tile.block_k * tile.block_n * len(spec.streams)
+    activations = programs * spec.steps * tile.block_k * tile.block_m / (1 if spec.form == "row" else 4)
+    return weights * INSTRUCTIONS[spec.weights] + activations * INSTRUCTIONS["x"]
 
 
 def best_tile(spec: LinearSpec, device: str = DEFAULT_DEVICE, rows: int | None = None) -> LinearSpec:
-    """Returns `spec` with the saved tile of the device where there is one, else the cost model's; its own is ignored.
+    """Returns `spec` with the saved tile of the device and this Triton where there is one, else the cost model's.
 
-    A device that only a tuning file names counts as the default one in the model. `rows` as in `seconds`.
+    Its own is ignored. A device that only a tuning file names counts as the default one in the model; `rows` as in
+    `seconds`.
     """
-    saved = saved_tiles(tuning_file()).get(device, {}).get(tuning_key(spec))
+    saved = saved_tiles(tuning_file()).get(tuned_for(device), {}).get(tuning_key(spec))
     if saved is not None:
         return dataclasses.replace(spec, tile=saved)
     return _modelled(spec, known(device), rows)
@@ -118,14 +202,34 @@ def best_tile(spec: LinearSpec, device: str = DEFAULT_DEVICE, rows: int | None =
 
 @functools.cache
 def _modelled(spec: LinearSpec, device: Device, rows: int | None) -> LinearSpec:
-    return min(candidates(spec), key=lambda candidate: seconds(candidate, device, rows))
+    return min(candidates(spec, device), key=lambda candidate: cost(candidate, device, rows))
+
+
+def cost(spec: LinearSpec, device: Device, rows: int | None = None) -> tuple[bool, float]:
+    """Returns what candidates are compared by: whether instructions abound, then the time.
+
+    The form "groups" has too many where a weight takes more than `MOST_INSTRUCTIONS`, or where fewer than three steps
+    leave the start of the pipeline the larger part. (Times of two tiles are closer than their estimate is good, and
+    fewer instructions leave a processor's issue slots to others.) Small matrices are a matter of latencies alone.
+    """
+    large = spec.form == "groups" and spec.in_features * spec.out_features * len(spec.streams) > 2**21
+    limit = MOST_INSTRUCTIONS[spec.tile.block_m > 8]
+    many = large and (spec.steps < 3 or instructions_per_weight(spec) > limit)
+    return many, seconds(spec, device, rows)
 
 
 def interpreter_tile(spec: LinearSpec) -> LinearSpec:
     """Returns `spec` with a tile for Triton's interpreter, whose time goes by operations and not by their size."""
     width = max(16, min(512, next_power_of_two(spec.out_features)))
     depth = max(128, min(2048, next_power_of_two(spec.in_features)))
-    return dataclasses.replace(spec, tile=LinearTile(width, depth, 1 if spec.row_by_row else 16))
+    return dataclasses.replace(spec, tile=LinearTile(width, depth, least_rows(spec)))
+
+
+def least_rows(spec: LinearSpec) -> int:
+    """Returns the least rows of a tile: columns of a dot, of which at least 8 are made, whatever the rows."""
+    if spec.form == "groups":
+        return 8 if spec.row_by_row or (spec.rows or 16) <= 8 else 16
+    return 1 if spec.row_by_row else 16
 
 
 def attention_splits(heads: int, slots: int, device: Device) -> int:
@@ -138,13 +242,26 @@ def untiled(rows: int, in_features: int, out_features: int, **fields: Any) -> Li
     """Returns a spec for `rows` rows with a placeholder tile, the input of `best_tile`; many rows stay open."""
     step = max(128, fields.get("group_size", 64))
     exact = rows if rows <= MAX_EXACT_ROWS else None
-    tile = LinearTile(16, step, 1 if rows == 1 or (exact and fields.get("experts")) else 16)
+    fields = {"weights": "w4", "group_size": 64, "dtype": "bfloat16", **fields}
+    row_by_row = rows == 1 or bool(exact and fields.get("experts"))
+    form = form_of(fields["weights"], fields["group_size"], fields["dtype"], row_by_row)
+    tile = LinearTile(16, step, 1 if form == "row" else 16)
     return LinearSpec(exact, in_features, out_features, tile, **fields)
 
 
 def tuning_file() -> Path:
     """Returns where tuned tiles are saved."""
     return Path(os.environ.get("RIVER_COMPILE_TUNING") or cache_folder() / "tuning.json")
+
+
+@functools.cache
+def tuned_for(device: str) -> str:
+    """Names whom a measured tile is for: "sm_90, triton 3.6", with the version that is installed, or "no triton"."""
+    if importlib.util.find_spec("triton") is None:
+        return f"{device}, no triton"
+    import triton  # (whose packages have several names)
+
+    return f"{device}, triton {'.'.join(triton.__version__.split('.')[:2])}"
 
 
 def tuning_key(spec: LinearSpec) -> str:

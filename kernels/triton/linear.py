@@ -1,14 +1,18 @@
 """Specs of the linear kernels: y = epilogue(norm(x) W^T), with W in 4 bits or in 16.
 
-One row of activations is a matrix-vector product on ordinary multiply-adds; two or more rows use `tl.dot` on tiles of
-at least 16 rows. Split-K writes partial sums that a second launch adds in a fixed order: no atomics, so two runs are
-bit-identical. A norm in front needs the whole row and excludes split-K.
+Three forms (see the template): "groups" for 4-bit weights in groups of 64 or 128 and activations of 16 bits, whatever
+the number of rows: one `tl.dot` for each group, on the bits as they are. Other 4-bit weights, and those of 16 bits, are
+a matrix-vector product on ordinary multiply-adds for one row ("row"), else `tl.dot` on weights made beforehand ("dot").
+
+Split-K writes partial sums that a second launch adds in a fixed order: no atomics, so two runs are bit-identical. A
+norm in front needs the whole row and excludes split-K.
 
 With `experts` the weight is a stack of matrices and each row of x names the one it meets: x has the rows that a router
-made, one for each token and expert. Up to 16 rows are as many matrix-vector products, so that only matrices that were
+made, one for each token and expert. Up to 16 rows are as many products of one row, so that only matrices that were
 chosen are read; more rows are sorted by expert, in tiles of rows of one expert.
 
-Not handled: float16 activations of several rows with weights beyond float16 (`tl.dot` takes both in one dtype).
+Not handled: float16 activations of several rows with weights beyond float16 in the form "dot", which takes both in one
+dtype; groups of 32 in the form "groups" (Triton before 3.9 passes each weight through shared memory again).
 
 Legend: M rows, N output features, K input features, G group size, all of one weight matrix of a gated pair.
 """
@@ -29,13 +33,20 @@ ACTIVATIONS = ("none", "silu", "gelu", "gelu_tanh", "relu")
 MAX_EXACT_ROWS = 16
 
 
+def form_of(weights: str, group_size: int, dtype: str, row_by_row: bool) -> str:
+    """Returns the form of a product, by the fields of a spec: "groups", "row" or "dot"."""
+    if weights == "w4" and group_size >= 64 and dtype != "float32":
+        return "groups"
+    return "row" if row_by_row else "dot"
+
+
 @dataclass(frozen=True)
 class LinearTile:
     """How one program cuts the product; powers of two except `split_k`."""
 
     block_n: int  # output features of a program
     block_k: int  # input features of a step; a multiple of the group size for 4-bit weights
-    block_m: int = 1  # rows of a program: 1, or at least 16 for `tl.dot`
+    block_m: int = 1  # rows of a program: 1 in the form "row", at least 8 in "groups", at least 16 in "dot"
     split_k: int = 1  # programs that share one output; more than 1 adds a second launch
     num_warps: int = 4
     num_stages: int = 2  # depth of the software pipeline over the steps
@@ -78,9 +89,12 @@ class LinearSpec(KernelSpec):
             raise ValueError(f"rows={self.rows} is outside 1..{MAX_EXACT_ROWS}; use rows=None for more")
         if self.weights == "w4" and self.tile.block_k % self.group_size:
             raise ValueError(f"block_k={self.tile.block_k} is not a multiple of group_size={self.group_size}")
-        if self.row_by_row != (self.tile.block_m == 1) or 1 < self.tile.block_m < 16:
-            raise ValueError(f"block_m={self.tile.block_m} does not fit rows={self.rows}: 1 for one row, else >= 16")
-        if self.tile.block_m > 1 and self.dot_length < 16:
+        least = {"row": 1, "groups": 8, "dot": 16}[self.form]
+        if self.tile.block_m < least or (self.form == "row" and self.tile.block_m > 1):
+            raise ValueError(f"block_m={self.tile.block_m} does not fit the form {self.form!r}: {least} for one row")
+        if self.form == "groups" and self.tile.block_n < 16:
+            raise ValueError(f"block_n={self.tile.block_n} is too narrow for a dot; at least 16")
+        if self.form == "dot" and self.dot_length < 16:
             raise ValueError(f"block_k={self.tile.block_k} leaves {self.dot_length} features to a dot; at least 16")
         if self.norm != "none" and self.tile.split_k > 1:
             raise ValueError(f"split_k={self.tile.split_k}: a norm in front needs the whole row; use split_k=1")
@@ -110,8 +124,32 @@ class LinearSpec(KernelSpec):
 
     @property
     def row_by_row(self) -> bool:
-        """Whether a program makes one row, by ordinary multiply-adds."""
+        """Whether a program makes one row."""
         return self.rows == 1 or (self.experts > 0 and self.rows is not None)
+
+    @property
+    def form(self) -> str:
+        """How the product is made: "groups", "row" or "dot"."""
+        return form_of(self.weights, self.group_size, self.dtype, self.row_by_row)
+
+    @property
+    def norm_at_the_end(self) -> bool:
+        """Whether an RMSNorm's common factor meets the sums of a row instead of each activation.
+
+        Activations that are rounded before it must not overflow, which in float16 they might.
+        """
+        exact = self.form == "row" or (self.form == "groups" and self.dtype == "bfloat16")
+        return exact and self.norm in ("rms", "rms_plus_one")
+
+    @property
+    def pair_base(self) -> int:
+        """The power of two that the form "groups" puts q into: the ulp of 128 in bfloat16, of 1024 in float16, is 1."""
+        return 128 if self.dtype == "bfloat16" else 1024
+
+    @property
+    def weights_made_at_once(self) -> int:
+        """4-bit weights that one instruction turns into numbers."""
+        return 2 if self.form == "groups" else 1
 
     @property
     def groups(self) -> int:
@@ -160,7 +198,9 @@ class LinearSpec(KernelSpec):
     def blocks(self, rows: int) -> int:
         """Returns how many tiles of rows a launch has; experts' last tiles may have gaps."""
         m = self.rows or rows
-        gaps = min(self.experts + 1, m) if self.experts and not self.row_by_row else 0
+        if self.row_by_row:
+            return m
+        gaps = min(self.experts + 1, m) if self.experts else 0
         return m // self.tile.block_m + gaps if gaps else math.ceil(m / self.tile.block_m)
 
     def cost(self, rows: int | None = None) -> Cost:

@@ -145,13 +145,36 @@ def dtype_name(tensor: Tensor) -> str:
     return str(tensor.dtype).removeprefix("torch.")
 
 
-@functools.cache
 def load(spec: KernelSpec, *, interpret: bool) -> Kernel:
-    """Generates, imports and wraps the kernel of `spec`. The same spec and mode give the same object."""
-    module = _import(source_file(spec), "interpreted" if interpret else "compiled")
-    wrap = _interpreted if interpret else _compiled
+    """Returns `load_for` the interpreter or this machine's kind of GPU."""
+    if interpret:
+        return load_for(spec, "interpreter")
+    import torch
+
+    return load_for(spec, "hip" if torch.version.hip else "cuda")
+
+
+@functools.cache
+def load_for(spec: KernelSpec, target: str) -> Kernel:
+    """Generates, imports and wraps the kernel of `spec` for "cuda", "hip" or the "interpreter".
+
+    The same spec and target give the same object. NVIDIA's instructions are left out for all but "cuda".
+    """
+    import triton.language as tl
+    from triton.runtime.interpreter import InterpretedFunction
+    from triton.runtime.jit import JITFunction
+
+    module: Any = _import(source_file(spec), target)
     stages = spec.stages()
-    return Kernel(spec, stages, {stage.function: wrap(module, stage.function) for stage in stages}, interpret)
+    # The plain functions: the decorator makes interpreted ones under TRITON_INTERPRET.
+    functions = {stage.function: getattr(module, stage.function).fn for stage in stages}
+    if hasattr(module, "PTX"):
+        module.PTX = tl.constexpr(target == "cuda")
+    interpret = target == "interpreter"
+    if interpret:
+        _prepare_for_interpreter(module)
+    wrap = InterpretedFunction if interpret else JITFunction
+    return Kernel(spec, stages, {name: wrap(function) for name, function in functions.items()}, interpret)
 
 
 def compile_for(spec: KernelSpec, backend: str, arch: int | str) -> list[Any]:
@@ -165,7 +188,7 @@ def compile_for(spec: KernelSpec, backend: str, arch: int | str) -> list[Any]:
     from triton.compiler import ASTSource
 
     target = GPUTarget(backend, arch, 32 if backend == "cuda" else 64)
-    kernel = load(spec, interpret=False)
+    kernel = load_for(spec, backend)
     pointers = {name: f"*{DTYPES[buffer.dtype][0]}" for name, buffer in spec.buffers(1).items()}
     compiled = []
     for stage in kernel.stages:
@@ -192,21 +215,15 @@ def _import(path: Path, mode: str) -> types.ModuleType:
     return module
 
 
-def _compiled(module: Any, name: str) -> object:
-    from triton.runtime.jit import JITFunction
-
-    return JITFunction(getattr(module, name).fn)  # the decorator makes an interpreted one under TRITON_INTERPRET
-
-
-def _interpreted(module: Any, name: str) -> object:
+def _prepare_for_interpreter(module: Any) -> None:
     import triton.language
-    from triton.runtime.interpreter import InterpretedFunction
 
-    function = getattr(module, name).fn
+    for name, value in list(vars(module).items()):
+        if hasattr(value, "arg_names"):  # what a kernel calls is run as it is, in the middle of its interpretation
+            setattr(module, name, value.fn)
     module.triton_language = triton.language  # the interpreter patches the language modules it finds among the globals
     module.tl = _interpreter_language()
     module.range = _range
-    return InterpretedFunction(function)
 
 
 def _range(*limits: Any) -> range:
@@ -240,6 +257,10 @@ def _interpreter_language() -> object:
         @staticmethod
         def zeros(shape: tuple[int, ...], dtype: Any) -> Any:
             return tl.full(shape, 0, dtype)
+
+        @staticmethod
+        def range(*limits: Any, **options: Any) -> range:
+            return _range(*limits)
 
         @staticmethod
         def dot(a: Any, b: Any, acc: Any, **options: Any) -> Any:

@@ -42,7 +42,7 @@ from .make import Grid, PackedSite, Ratios
 
 log = logging.getLogger("river_compile.twins")
 FORMAT = "river-twins"
-VERSION = 5
+VERSION = 6
 FILE = "twins.safetensors"
 _MANIFEST_2 = "river.json"  # of version 2, which had a file for it
 _KINDS = {name: str for name in ("name", "quantizer", "asked", "statistics", "weights_sha256")} | {"stored": bool}

@@ -261,6 +261,8 @@ def test_the_estimate_prints_costs_targets_and_the_schedule(tmp_path, capsys, mo
     never, left, third = outcome["tokens"]
     assert (never["exit"], left["exit"], third["exit"]) == ("never", "depth 0", "depth 3")
     assert 215 < never["tokens_per_s"] < 225  # 15.2 GB at 3350 GB/s
+    for row in (never, left, third):
+        assert 0.4 * row["tokens_per_s"] < row["modelled_tokens_per_s"] < row["tokens_per_s"]
     assert math.isclose(left["needs"], 330 / left["tokens_per_s"])
     assert math.isclose(1 / 300, third["seconds"] + third["launches"] * third["seconds_per_launch"])
     steps = {(row["exit"], row["how"]): (row["graphs"], row["flags"]) for row in outcome["schedule"]}

@@ -221,15 +221,15 @@ def test_other_ways_to_quantize_are_refused(saved, changed):
 
 def test_another_version_is_refused(saved):
     tensors, metadata, _ = contents(saved)
-    write_back(saved, tensors, metadata, version="6")
-    with pytest.raises(ArtifactError, match=rf"{FILE}: it has version 6, this release reads 5; save"):
+    write_back(saved, tensors, metadata, version="7")
+    with pytest.raises(ArtifactError, match=rf"{FILE}: it has version 7, this release reads 6; save"):
         run(start(), artifact=saved)
 
 
 def test_version_2_with_its_two_files_is_refused(saved):
     save_file(load_file(saved / FILE), saved / FILE)
     (saved / "river.json").write_text(json.dumps({"format": "river-twins", "version": 2}))
-    with pytest.raises(ArtifactError, match=r"river.json: it has version 2, this release reads 5; save"):
+    with pytest.raises(ArtifactError, match=r"river.json: it has version 2, this release reads 6; save"):
         Artifact(saved)
 
 

@@ -107,7 +107,7 @@ def _use_kernel(folder: Path) -> None:
 
 
 def _tuned() -> dict[str, heuristic.LinearTile]:
-    return {heuristic.tuning_key(LINEAR): heuristic.LinearTile(4, 256)}
+    return {heuristic.tuning_key(LINEAR): heuristic.LinearTile(16, 256, 8)}
 
 
 def _write_tiles(folder: Path) -> None:
@@ -118,7 +118,8 @@ def _read_tiles(folder: Path) -> None:
     """A tile changes speed alone, so any that a kernel can have will do."""
     with warnings.catch_warnings():
         warnings.filterwarnings("ignore", message=".*cannot be read and is ignored")
-        tile = heuristic.saved_tiles(folder / "tuning.json").get(DEVICE, {}).get(heuristic.tuning_key(LINEAR))
+        tiles = heuristic.saved_tiles(folder / "tuning.json").get(heuristic.tuned_for(DEVICE), {})
+    tile = tiles.get(heuristic.tuning_key(LINEAR))
     if tile is not None:
         dataclasses.replace(LINEAR, tile=tile)
 

@@ -44,9 +44,9 @@ def test_where_a_nibble_lies_in_the_triton_layout():
     weight = grid(1, 128, 64)
     packed = pack.pack(weight, "triton")
     assert (packed.qweight.dtype, packed.qweight.shape) == (torch.int32, (1, 16))
-    for g, i, j in ((0, 0, 0), (0, 7, 3), (1, 2, 7)):
-        word = packed.qweight[0, g * 8 + i].item() & 0xFFFFFFFF
-        assert word >> 4 * j & 15 == weight.q[0, g * 64 + j * 8 + i].item()
+    for i, p, h in ((0, 0, 0), (7, 3, 0), (10, 3, 1), (15, 1, 1)):
+        word = packed.qweight[0, i].item() & 0xFFFFFFFF
+        assert word >> 16 * h + 4 * p & 15 == weight.q[0, 8 * i + 2 * p + h].item()
 
 
 def test_where_a_nibble_lies_in_the_plain_layout():

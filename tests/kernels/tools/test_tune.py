@@ -7,17 +7,17 @@ import torch
 
 from river_compile.kernels.tools import tune
 from river_compile.kernels.triton.devices import DEVICES
-from river_compile.kernels.triton.heuristic import best_tile, saved_tiles, seconds, tuning_key, untiled
+from river_compile.kernels.triton.heuristic import best_tile, cost, saved_tiles, tuned_for, tuning_key, untiled
 from river_compile.kernels.triton.linear import LinearTile
 
-SPECS = [untiled(1, 512, n) for n in (256, 512)]
+SPECS = [untiled(1, 2048, n) for n in (256, 512)]
 
 
 def test_the_shortlist_begins_with_the_models_choice():
     short = tune.shortlist(SPECS[0], "sm_90", 4)
     assert len(short) == 4
     assert short[0] == best_tile(SPECS[0], "sm_90")
-    times = [seconds(spec, DEVICES["sm_90"]) for spec in short]
+    times = [cost(spec, DEVICES["sm_90"]) for spec in short]
     assert times == sorted(times)
 
 
@@ -77,14 +77,17 @@ def test_a_spent_budget_chooses_nothing():
 def test_saving_keeps_other_devices_and_shapes(tmp_path, monkeypatch):
     path = tmp_path / "sub" / "tuning.json"
     monkeypatch.setenv("RIVER_COMPILE_TUNING", str(path))
-    first, second = LinearTile(2, 128, num_warps=1), LinearTile(4, 64, num_warps=2)
+    first, second = LinearTile(16, 128, 8, num_warps=1), LinearTile(32, 64, 8, num_warps=2)
     tune.save(path, "sm_90", {"a": first})
     tune.save(path, "gfx942", {"a": second})
     tune.save(path, "sm_90", {tuning_key(SPECS[0]): second})
-    assert saved_tiles(path) == {"sm_90": {"a": first, tuning_key(SPECS[0]): second}, "gfx942": {"a": second}}
+    assert saved_tiles(path) == {
+        tuned_for("sm_90"): {"a": first, tuning_key(SPECS[0]): second},
+        tuned_for("gfx942"): {"a": second},
+    }
     assert best_tile(SPECS[0], "sm_90").tile == second
     assert [p.name for p in path.parent.iterdir()] == ["tuning.json"]
-    assert json.loads(path.read_text())["gfx942"]["a"]["block_n"] == 4
+    assert json.loads(path.read_text())[tuned_for("gfx942")]["a"]["block_n"] == 32
 
 
 def test_weights_of_a_measurement_exceed_the_cache():

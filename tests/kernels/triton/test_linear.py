@@ -4,7 +4,7 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from river_compile.kernels.triton.linear import ACTIVATIONS, NORMS, LinearSpec, LinearTile
+from river_compile.kernels.triton.linear import ACTIVATIONS, NORMS, LinearSpec, LinearTile, form_of
 from river_compile.kernels.triton.spec import render
 from tests.kernels.checks import VALUES, check_linear
 from tests.kernels.harness import examples
@@ -19,9 +19,18 @@ def linear_cases(draw, rows, weights, norms):
     dense = weights == "dense"
     group = 0 if dense else draw(st.sampled_from((32, 64, 128)))
     k, n = draw(st.integers(1, 300)), draw(st.integers(1, 70))
-    if m == 1:
+    dtype = draw(st.sampled_from(DTYPES))
+    form = form_of(weights, group, dtype, m == 1)
+    if form == "row":
         depth = draw(st.sampled_from((32, 64, 256))) if dense else group * draw(st.sampled_from((1, 2, 4)))
         tile = {"block_n": draw(st.sampled_from((1, 4, 16, 64))), "block_k": depth}
+    elif form == "groups":
+        depth = group * draw(st.sampled_from((1, 2, 4)))
+        tile = {
+            "block_n": draw(st.sampled_from((16, 32, 64))),
+            "block_k": depth,
+            "block_m": draw(st.sampled_from((8, 16))),
+        }
     else:
         depth = draw(st.sampled_from((16, 64))) if dense else draw(st.sampled_from((128, 256)))
         tile = {
@@ -40,7 +49,7 @@ def linear_cases(draw, rows, weights, norms):
         LinearTile(**tile, split_k=split),
         weights=weights,
         group_size=group,
-        dtype=draw(st.sampled_from(DTYPES)),
+        dtype=dtype,
         norm=norm,
         norm_bias=norm == "layer" and draw(st.booleans()),
         bias=draw(st.booleans()),
@@ -75,7 +84,8 @@ def test_dense_weights(case):
 @pytest.mark.parametrize("dtype", DTYPES)
 @pytest.mark.parametrize("rows", [1, 7])
 def test_results_in_the_activations_dtype_and_several_steps(dtype, rows):
-    tile = LinearTile(16, 128, 1 if rows == 1 else 16, split_k=2)
+    block_m = 8 if dtype != "float32" else 1 if rows == 1 else 16
+    tile = LinearTile(16, 128, block_m, split_k=2)
     spec = LinearSpec(rows, 640, 48, tile, dtype=dtype, bias=True, residual=True)
     check_linear(spec, rows)
 
@@ -104,21 +114,23 @@ def test_hidden_size_576_has_groups_of_64_and_no_masks_where_the_tile_fits():
         ({"activation": "swish"}, "activation='swish'"),
         ({"norm_bias": True}, "norm_bias=True"),
         ({"x_stride": 63}, "x_stride=63"),
-        ({"tile": LinearTile(8, 32)}, "block_k=32"),
-        ({"tile": LinearTile(8, 64, 16)}, "block_m=16"),
-        ({"tile": LinearTile(8, 64, split_k=2)}, "split_k=2"),
-        ({"rows": 2, "tile": LinearTile(16, 64, 16)}, "block_k=64"),
+        ({"tile": LinearTile(16, 32, 8)}, "block_k=32"),
+        ({"tile": LinearTile(16, 64)}, "block_m=1"),
+        ({"tile": LinearTile(8, 64, 8)}, "block_n=8"),
+        ({"tile": LinearTile(8, 64, 16), "dtype": "float32"}, "block_m=16"),
+        ({"tile": LinearTile(16, 64, 8, split_k=2)}, "split_k=2"),
+        ({"rows": 2, "tile": LinearTile(16, 64, 16), "dtype": "float32"}, "block_k=64"),
     ],
 )
 def test_what_a_spec_refuses(changes, message):
-    fields = {"rows": 1, "in_features": 64, "out_features": 8, "tile": LinearTile(8, 64)}
+    fields = {"rows": 1, "in_features": 64, "out_features": 8, "tile": LinearTile(16, 64, 8)}
     with pytest.raises(ValueError, match=message):
         LinearSpec(**{**fields, **changes})
 
 
 def test_split_k_does_not_go_with_a_norm():
     with pytest.raises(ValueError, match="split_k=2"):
-        LinearSpec(1, 256, 8, LinearTile(8, 64, split_k=2), norm="rms")
+        LinearSpec(1, 256, 8, LinearTile(16, 64, 8, split_k=2), norm="rms")
 
 
 def test_tile_sizes_are_powers_of_two():

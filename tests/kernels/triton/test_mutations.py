@@ -14,6 +14,8 @@ from tests.kernels.checks import check_attention, check_experts, check_kv_fill, 
 
 ROW = LinearSpec(1, 300, 21, LinearTile(8, 128), dtype="float32")
 ROWS = LinearSpec(3, 300, 21, LinearTile(16, 128, 16), dtype="float32")
+GROUPS = LinearSpec(1, 300, 21, LinearTile(16, 128, 8), dtype="float16")
+GROUPS_ROWS = LinearSpec(3, 300, 21, LinearTile(16, 128, 8), dtype="float16", norm="rms")
 STACK = dataclasses.replace(ROW, rows=3, experts=4)
 STACKS = dataclasses.replace(ROWS, rows=None, experts=4)
 FILL = KvFillSpec(2, 2, 1, 48, 6, dtype="float32", rotary_dim=48, rotary_dtype="float32")
@@ -23,8 +25,16 @@ ATTENTION = DecodeAttentionSpec(2, 4, 2, 64, 70, 0.125, dtype="float32", mask=Tr
 MUTATIONS = {
     "group off by one": (lambda: check_linear(ROW), r"(scale_zero_ptr .*?) g\b", r"\1 g + 1"),
     "group off by one, rows": (lambda: check_linear(ROWS, 3), r"(scale_zero_ptr .*?) g\b", r"\1 g + 1"),
-    "swapped nibbles": (lambda: check_linear(ROW), r"y_word & 0xf\)", "y_high & 0xf)"),
-    "swapped nibbles, rows": (lambda: check_linear(ROWS, 3), r"y_word & 0xf\)", "y_high & 0xf)"),
+    "group off by one, groups": (lambda: check_linear(GROUPS), r"(scale_zero_ptr .*?) g\b", r"\1 g + 1"),
+    "swapped nibbles": (lambda: check_linear(ROW), r"with_bits\(y_word, 0,", "with_bits(y_word >> 16, 0,"),
+    "swapped nibbles, rows": (lambda: check_linear(ROWS, 3), r"with_bits\(y_word, 0,", "with_bits(y_word >> 16, 0,"),
+    "swapped nibbles, groups": (lambda: check_linear(GROUPS), r"pair\(y_half, 1,", "pair(y_half, 2,"),
+    "features in another order": (lambda: check_linear(GROUPS), r"\(0, 2, 1, 3\)", "(0, 2, 3, 1)"),
+    "features in another order, rows": (
+        lambda: check_linear(GROUPS_ROWS, 3), r"\(0, 1, 3, 2, 4\)", "(0, 1, 3, 4, 2)"
+    ),
+    "zero for another offset": (lambda: check_linear(GROUPS), r"1032\.0", "1031.0"),
+    "sum of half a group": (lambda: check_linear(GROUPS), r"tl\.dot\(ones, x,", "tl.dot(ones * 0.5, x,"),
     "expert off by one": (lambda: check_experts(STACK, [2, 0, 2]), r"(qweight_ptr \+=) expert", r"\1 (3 - expert)"),
     "expert off by one, rows": (
         lambda: check_experts(STACKS, [2, 0, 2]), r"(qweight_ptr \+=) expert", r"\1 (3 - expert)"
@@ -34,6 +44,10 @@ MUTATIONS = {
     "slot past the end": (lambda: check_kv_fill(FILL, 6), r"slot < 6\b", "slot < 7"),
     "missing mask of rows": (lambda: check_linear(ROW), r"(tl\.store\(y_ptr .*), mask=n < 21\)", r"\1)"),
     "missing mask of features": (lambda: check_linear(ROW), r", mask=k < 300, other=0\.0", ""),
+    "missing mask of features, groups": (lambda: check_linear(GROUPS), r", mask=k < 300, other=0\.0", ""),
+    "missing mask of columns": (  # eight rows of eight, which the guard zone has room for
+        lambda: check_linear(dataclasses.replace(GROUPS, out_features=8)), r"\(column < 1\) & ", ""
+    ),
     "missing mask of slots": (lambda: check_attention(ATTENTION, 30), r"slot < 70\b", "slot >= 0"),
     "missing padding": (lambda: check_attention(ATTENTION, 30), r"live = live & ", "padding = "),
     "float16 accumulation": (lambda: check_linear(ROW), r"y \+= y_scale", "y += y.to(tl.float16) - y + y_scale"),
@@ -60,10 +74,10 @@ def test_a_broken_kernel_is_noticed(name, monkeypatch):
         return mutated
 
     monkeypatch.setattr(loader, "render", broken)
-    loader.load.cache_clear()
+    loader.load_for.cache_clear()
     try:
         with pytest.raises(AssertionError) as caught:
             check()
     finally:
-        loader.load.cache_clear()
+        loader.load_for.cache_clear()
     assert "no longer writes" not in str(caught.value)
