@@ -231,24 +231,12 @@ def kv_fill(
     given |= {"k_cache": k_cache, "v_cache": v_cache}
 
     def describe() -> KvFillSpec:
-        rotary: dict[str, Any] = {}
+        strides, index = _cache_strides(k_cache, v_cache), dtype_name(slot)
+        how: dict[str, Any] = {"head_norm": norm, "eps": eps, "cache_strides": strides, "index_dtype": index}
         if tables:
             rows, features = tables["cos"].shape
-            rotary = {"rotary_dim": features, "rotary_dtype": dtype_name(tables["cos"]), "rotary_rows": rows}
-        return KvFillSpec(
-            b,
-            heads,
-            kv_heads,
-            d,
-            slots,
-            **rotary,
-            dtype=dtype_name(qkv),
-            interleaved=interleaved,
-            head_norm=norm,
-            eps=eps,
-            cache_strides=_cache_strides(k_cache, v_cache),
-            index_dtype=dtype_name(slot),
-        )
+            how |= {"rotary_dim": features, "rotary_dtype": dtype_name(tables["cos"]), "rotary_rows": rows}
+        return KvFillSpec(b, heads, kv_heads, d, slots, dtype=dtype_name(qkv), interleaved=interleaved, **how)
 
     _chosen(("kv_fill", norm, eps, interleaved), given, 1, describe)(given)
     return q

@@ -83,6 +83,14 @@ def _lines(as_json: bool) -> Any:
             yield text
 
 
+def _compiled_so_far(model: PreTrainedModel) -> int:
+    from river_compile.speculative.runner import preparations
+    from river_compile.state import find_state
+
+    state = find_state(model)
+    return 0 if state is None else preparations(state)
+
+
 class Conversation:
     """Asks a model turn by turn.
 
@@ -113,6 +121,7 @@ class Conversation:
             self._options["temperature"] = temperature
         self._console = Console(highlight=False, soft_wrap=True)
         self._latest: Painter | None = None
+        self._compiled = False  # something was, for the latest answer
 
     def answer(self, text: str, quiet: bool = False) -> Painter:
         """Answers a message, streaming it to the terminal."""
@@ -129,12 +138,13 @@ class Conversation:
             by_cycle=self._by_cycle,
             blocks=self._model.config.get_text_config().num_hidden_layers,
         )
+        before = _compiled_so_far(self._model)
         with painter.watching():
             self._model.generate(ids, attention_mask=torch.ones_like(ids), streamer=painter, **self._options)
         if not quiet:
             self._console.print()
         self._messages.append({"role": "assistant", "content": painter.text})
-        self._latest = painter
+        self._latest, self._compiled = painter, _compiled_so_far(self._model) > before
         return painter
 
     def command(self, text: str) -> bool:
@@ -158,7 +168,8 @@ class Conversation:
         if self._latest is None:
             return "nothing was answered yet"
         speed = self._latest.tokens_per_s
-        rate = "" if speed is None else f", {speed:.1f} tokens/s"
+        with_it = ", compiling included" if self._compiled else ""
+        rate = "" if speed is None else f", {speed:.1f} tokens/s{with_it}"
         sources = ", ".join(f"{source} {count}" for source, count in self._latest.sources.items())
         return f"{len(self._latest.tokens)} tokens{rate}: {sources}"
 

@@ -2,6 +2,7 @@
 
 import io
 import json
+import re
 import subprocess
 import sys
 from pathlib import Path
@@ -166,7 +167,7 @@ def test_pack_and_chat_with_the_twins(tiny, tmp_path, capsys, monkeypatch):
     assert len(turn["tokens"]) == 12
     monkeypatch.setattr("sys.stdin", io.StringIO("hello\n/stats\n/help\n/reset\n/report\n/exit\nnever asked\n"))
     out = river(capsys, "chat", tiny, *options).out
-    assert "12 tokens" in out
+    assert re.search(r"12 tokens, [\d.]+ tokens/s, compiling included: ", out)
     assert "/stats" in out
     assert "River Compile report for LlamaForCausalLM" in out
 
