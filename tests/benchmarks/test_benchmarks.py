@@ -142,7 +142,8 @@ class FakeWorker:
         if command == "prepare":
             return {"first_token_s": 1.0, "second_token_s": 2.0, "mean_depth": 3.0}
         self.rounds += 1
-        return {"tokens_per_s": [1.0, 9.0, 4.0][self.rounds - 1], "peak_rss_bytes": 2**20}
+        speed = [1.0, 9.0, 4.0][self.rounds - 1]
+        return {"tokens_per_s": speed, "prompts": {"32": 10 * speed}, "peak_rss_bytes": 2**20}
 
     def close(self):
         self.log.append(("close", self.name))
@@ -155,7 +156,8 @@ def test_repeats_take_turns_and_the_median_counts(monkeypatch, tmp_path, capsys)
     (tmp_path / "config.json").write_text("{}")
     out = tmp_path / "out.json"
     rows = ["eager", "river", "llama_cpp"]
-    status = decode.main(["--model", str(tmp_path), "--rows", *rows, "--repeats", "3", "--json", str(out)])
+    more = ["--repeats", "3", "--prompts", "32", "--json", str(out)]
+    status = decode.main(["--model", str(tmp_path), "--rows", *rows, *more])
     assert status == 0
     turn = [("measure", "eager"), ("measure", "river")]
     assert FakeWorker.log[:2] == [("prepare", "eager"), ("prepare", "river")]
@@ -163,9 +165,12 @@ def test_repeats_take_turns_and_the_median_counts(monkeypatch, tmp_path, capsys)
     assert sorted(FakeWorker.log[8:]) == [("close", "eager"), ("close", "river")]
     outcome = json.loads(out.read_text())
     assert outcome["rows"]["river"]["decode_tokens_per_s"] == 4.0
+    assert outcome["rows"]["river"]["pp32_tokens_per_s"] == 40.0
     assert outcome["ratios"] == {"river/eager": 1.0}
     assert list(outcome["absent"]) == ["llama_cpp"]
-    assert "river/eager" in capsys.readouterr().out
+    out = capsys.readouterr().out
+    assert "river/eager" in out
+    assert "pp32 tokens/s" in out
 
 
 def test_an_unknown_model_is_named(capsys):
@@ -197,12 +202,13 @@ def test_the_torch_runner_times_a_tiny_model_without_river():
     from tests.support.families import make, prompt
 
     job = {"backend": "eager", "options": {}, "new_tokens": 4}
-    runner = decode.TorchRunner(make("llama", layers=2), prompt(), job)
+    runner = decode.TorchRunner(make("llama", layers=2), prompt(), prompt(20), job)
     first, second = runner.first_call()
     assert 0 < first < second
     assert runner.warm_up() == 2.0
     start = time.perf_counter()
     assert runner.rate() > 3 / (time.perf_counter() - start)
+    assert runner.prompt_seconds(15) > 0
 
 
 def test_the_llama_cpp_runner_takes_no_token_too_many():
@@ -215,17 +221,18 @@ def test_the_llama_cpp_runner_takes_no_token_too_many():
             self.resets += 1
 
         def generate(self, tokens, **options):
-            assert (tokens, options["temp"]) == ([1, 2], 0.0)
+            assert (tokens in ([1, 2], [7, 8, 9]), options["temp"]) == (True, 0.0)
             while True:
                 self.pulled += 1
                 yield 5
 
-    runner = llama_cpp_runner.LlamaCppRunner(Llama(), [1, 2], {"new_tokens": 4})
+    runner = llama_cpp_runner.LlamaCppRunner(Llama(), [1, 2], [7, 8, 9, 10], {"new_tokens": 4})
     first, second = runner.first_call()
     assert 0 < first < second
     assert runner.warm_up() is None
     assert runner.rate() > 0
-    assert (runner.llama.pulled, runner.llama.resets) == (2 + 4 + 4, 3)
+    assert runner.prompt_seconds(3) > 0
+    assert (runner.llama.pulled, runner.llama.resets) == (2 + 4 + 4 + 1, 4)
 
 
 def test_a_token_costs_what_its_blocks_cost():
