@@ -67,7 +67,7 @@ def test_the_command_saves_every_choice_at_once(monkeypatch, tmp_path):
     monkeypatch.setattr(tune, "measure_on_gpu", measure)
     with pytest.raises(KeyboardInterrupt):
         tune.main(["--model", "smollm2-135m", "--top", "2"])
-    assert saved_tiles(path) == {"sm_90": {tuning_key(calls[0]): calls[0].tile}}
+    assert saved_tiles(path) == {tuned_for("sm_90"): {tuning_key(calls[0]): calls[0].tile}}
 
 
 def test_a_spent_budget_chooses_nothing():
