@@ -11,7 +11,6 @@ where all are taken, where the first is not, and of the same kernels in a line w
 from __future__ import annotations
 
 import argparse
-import statistics
 import sys
 from pathlib import Path
 
@@ -19,6 +18,7 @@ import torch
 from torch import Tensor
 
 from benchmarks import common, gpu_facts
+from river_compile.kernels.tools.tune import first_line, replay_seconds
 
 _REPEATS = 200
 
@@ -51,15 +51,7 @@ def capture(levels: int, decides: bool) -> tuple[torch.cuda.CUDAGraph, list[Tens
 
 def microseconds(graph: torch.cuda.CUDAGraph) -> float:
     """Returns the device's time for one replay, the median."""
-    times = []
-    for _ in range(_REPEATS):
-        start, stop = (torch.cuda.Event(enable_timing=True) for _ in range(2))
-        start.record()
-        graph.replay()
-        stop.record()
-        stop.synchronize()
-        times.append(start.elapsed_time(stop) * 1e3)
-    return statistics.median(times)
+    return 1e6 * replay_seconds(graph, _REPEATS)
 
 
 def measure(levels: int) -> dict:
@@ -97,7 +89,7 @@ def main(arguments: list[str] | None = None) -> int:
         try:
             rows.append(measure(levels))
         except RuntimeError as error:  # how deep they may be nested is documented nowhere
-            rows.append({"levels": levels, "error": str(error).splitlines()[0]})
+            rows.append({"levels": levels, "error": first_line(error)})
         print(rows[-1], flush=True)
         if options.json:
             common.write_json(options.json, {"facts": gpu_facts.facts(), "rows": rows})

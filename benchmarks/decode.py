@@ -129,12 +129,12 @@ def run(rows: list[str], folder: Path, gguf: Mapping[str, Path | None], options:
         for turn, (name, worker), setting in itertools.product(range(options.repeats), workers.items(), settings):
             bar.set_postfix_str(f"round {turn + 1}: {name}")
             with common.busy_process() if setting == "tokens_per_s_beside" else nullcontext():
-                measured = worker.ask("measure")
+                alone = setting == "tokens_per_s"
+                measured = worker.ask("measure", prompts=options.prompts if alone else [])
             results[name][setting].append(measured["tokens_per_s"])
             results[name]["peak_rss_bytes"] = measured["peak_rss_bytes"]
-            if setting == "tokens_per_s":
-                for length, rate in measured["prompts"].items():
-                    results[name]["prompts"][length].append(rate)
+            for length, rate in measured["prompts"].items():
+                results[name]["prompts"][length].append(rate)
             bar.update()
     return results
 
@@ -202,18 +202,17 @@ class Bench:
     def prepare(self, **job) -> dict:
         """Loads, compiles and warms up; returns the times of the first tokens and the mean exit depth."""
         self.run = llama_cpp_runner.build(job) if job["backend"] == "llama_cpp" else _torch_runner(job)
-        self.prompts = job["prompts"]
         first, second = self.run.first_call()
-        self._prompt_rates()
+        self._prompt_rates(job["prompts"])
         return {"first_token_s": first, "second_token_s": second, "mean_depth": self.run.warm_up()}
 
-    def measure(self) -> dict:
-        """Reads each prompt and generates, once; returns the speeds and the peak memory so far."""
-        prompts = self._prompt_rates()
-        return {"tokens_per_s": self.run.rate(), "prompts": prompts, "peak_rss_bytes": common.peak_rss_bytes()}
+    def measure(self, prompts: list[int]) -> dict:
+        """Reads prompts of these lengths and generates, once; returns the speeds and the peak memory so far."""
+        rates = self._prompt_rates(prompts)
+        return {"tokens_per_s": self.run.rate(), "prompts": rates, "peak_rss_bytes": common.peak_rss_bytes()}
 
-    def _prompt_rates(self) -> dict[str, float]:
-        return {str(length): length / self.run.prompt_seconds(length) for length in self.prompts}
+    def _prompt_rates(self, lengths: list[int]) -> dict[str, float]:
+        return {str(length): length / self.run.prompt_seconds(length) for length in lengths}
 
 
 class TorchRunner:

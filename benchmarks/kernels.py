@@ -28,7 +28,7 @@ from benchmarks import common, cpu_kernels, gpu_facts
 from benchmarks.int4_baseline import fits, packed_for_cuda
 from river_compile.kernels.quant.grid import QuantizedWeight
 from river_compile.kernels.tools.shapes import MODELS, model_kernels
-from river_compile.kernels.tools.tune import copies_beyond_cache, measure_on_gpu, time_calls
+from river_compile.kernels.tools.tune import copies_beyond_cache, first_line, measure_on_gpu, time_calls
 from river_compile.kernels.triton.decode_attention import DecodeAttentionSpec
 from river_compile.kernels.triton.devices import device_name, known
 from river_compile.kernels.triton.heuristic import seconds as modelled
@@ -144,7 +144,7 @@ def timings(kernels: Mapping[str, KernelSpec]) -> Iterator[Timing]:
         try:
             found = timing(label, spec)
         except Exception as error:  # of compiler or driver: it says more than a missing row
-            print(f"{label}: {(str(error).strip() or type(error).__name__).splitlines()[0]}", file=sys.stderr)
+            print(f"{label}: {first_line(error)}", file=sys.stderr)
             continue
         if found is not None:
             yield found

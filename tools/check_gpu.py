@@ -24,6 +24,7 @@ import torch
 from benchmarks import common, gpu_facts
 from river_compile.kernels.files import appearing, cache_folder
 from river_compile.kernels.tools.shapes import MODELS, model_kernels
+from river_compile.kernels.tools.tune import first_line
 from river_compile.kernels.triton.devices import device_name
 from river_compile.kernels.triton.exit_score import ExitScoreSpec
 from river_compile.kernels.triton.loader import load
@@ -74,7 +75,7 @@ def kernels_are_right(model: str) -> str:
         try:
             check_kernel(spec, _ROWS, _SLOTS, _DEVICE)
         except Exception as error:  # of compiler, driver or comparison: all are named, none hides the next
-            wrong.append(f"{name}: {_first_line(error)}")
+            wrong.append(f"{name}: {first_line(error)}")
     if wrong:
         raise RuntimeError("; ".join(wrong))
     return f"{len(kernels)} kernels of {model}"
@@ -150,17 +151,13 @@ def run(named: dict[str, Callable[[], str]], keep: Callable[[dict], object]) -> 
         try:
             state, text = "ok", check()
         except Exception as error:  # whatever it is, it is what this is run to find
-            state, text = "FAILED", f"{type(error).__name__}: {_first_line(error)}"
+            state, text = "FAILED", f"{type(error).__name__}: {first_line(error)}"
             traceback.print_exc()
             failed += 1
         seconds = time.perf_counter() - start
         print(f"{state:6}  {name:14} {seconds:6.1f} s  {text}", flush=True)
         keep({"check": name, "state": state, "seconds": seconds, "text": text})
     return failed
-
-
-def _first_line(error: Exception) -> str:
-    return (str(error).strip().splitlines() or [type(error).__name__])[0]
 
 
 def main(arguments: list[str] | None = None) -> int:

@@ -37,14 +37,14 @@ class Code:
     loads_first: bool
 
 
-def disassemble(cubin: bytes) -> str:
-    """Returns the machine code of a compiled kernel as text."""
+def cuobjdump(cubin: bytes, what: str) -> str:
+    """Returns what NVIDIA's tool says of a compiled kernel: "-sass", its machine code, or "-res-usage"."""
     from triton import knobs
 
     with tempfile.NamedTemporaryFile(suffix=".cubin") as file:
         file.write(cubin)
         file.flush()
-        command = [knobs.nvidia.cuobjdump.path, "-sass", file.name]
+        command = [knobs.nvidia.cuobjdump.path, what, file.name]
         return subprocess.run(command, capture_output=True, text=True, check=True).stdout
 
 

@@ -13,9 +13,7 @@ import argparse
 import json
 import math
 import re
-import subprocess
 import sys
-import tempfile
 from collections.abc import Iterator
 from dataclasses import asdict, dataclass
 from pathlib import Path
@@ -25,7 +23,7 @@ from river_compile.kernels.triton.linear import LinearSpec
 from river_compile.kernels.triton.loader import compile_for, source_file
 from river_compile.kernels.triton.spec import KernelSpec
 
-from .machine_code import counted, disassemble
+from .machine_code import counted, cuobjdump
 from .shapes import MODELS, ModelShape, TokenCost, cost_of, model_kernels
 
 _MATRIX = re.compile(r"\b(mma\.sync|wgmma\.mma_async|tcgen05\.mma|v_mfma)")
@@ -60,7 +58,7 @@ def usages(spec: KernelSpec, label: str, target: str) -> Iterator[Usage]:
     for stage, compiled in zip(spec.stages(), compile_for(spec, device.backend, device.arch), strict=True):
         nvidia = device.backend == "cuda"
         text = compiled.asm["ptx" if nvidia else "amdgcn"]
-        report = _nvidia_report(compiled.asm["cubin"]) if nvidia else text
+        report = cuobjdump(compiled.asm["cubin"], "-res-usage") if nvidia else text
         names = (r"REG:", r"STACK:") if nvidia else (r"\.vgpr_count:\s+", r"\.vgpr_spill_count:\s+")
         registers, spills = (_number(name, report) for name in names)
         shared = compiled.metadata.shared
@@ -68,7 +66,7 @@ def usages(spec: KernelSpec, label: str, target: str) -> Iterator[Usage]:
         load, matrix = weight_load_bytes(text, source, nvidia), len(_MATRIX.findall(text))
         code = None
         if nvidia and isinstance(spec, LinearSpec) and spec.weights == "w4" and load:
-            code = counted(disassemble(compiled.asm["cubin"]), spec)
+            code = counted(cuobjdump(compiled.asm["cubin"], "-sass"), spec)
         counts = (code.per_weight, code.loads_first) if code else (None, None)
         yield Usage(target, label, stage.function, registers, spills, shared, occupancy, load, matrix, *counts)
 
@@ -96,16 +94,6 @@ def weight_load_bytes(text: str, source: list[str], nvidia: bool) -> int | None:
                 width = int(found[1] or 1) * int(found[2]) // 8
             narrowest = width if narrowest is None else min(narrowest, width)
     return narrowest
-
-
-def _nvidia_report(cubin: bytes) -> str:
-    from triton import knobs
-
-    with tempfile.NamedTemporaryFile(suffix=".cubin") as file:
-        file.write(cubin)
-        file.flush()
-        command = [knobs.nvidia.cuobjdump.path, "-res-usage", file.name]
-        return subprocess.run(command, capture_output=True, text=True, check=True).stdout
 
 
 def _number(name: str, report: str) -> int:

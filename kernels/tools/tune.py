@@ -71,9 +71,13 @@ def _measured(measure: Callable[[LinearSpec], float], candidate: LinearSpec) -> 
     try:
         return measure(candidate)
     except Exception as error:  # of Triton's compiler, ptxas or the driver, which have no class in common
-        said = (str(error).strip() or type(error).__name__).splitlines()[0]
-        print(f"left out {tuning_key(candidate)} with {candidate.tile}: {said}", file=sys.stderr)
+        print(f"left out {tuning_key(candidate)} with {candidate.tile}: {first_line(error)}", file=sys.stderr)
         return None
+
+
+def first_line(error: Exception) -> str:
+    """Returns the first line of what an error says, its class's name where it says nothing."""
+    return (str(error).strip() or type(error).__name__).splitlines()[0]
 
 
 def save(path: Path, device: str, tiles: dict[str, LinearTile]) -> None:
@@ -106,14 +110,19 @@ def time_calls(calls: list[Callable[[], object]], repeats: int = 9) -> float:
     with torch.cuda.graph(graph):
         for call in calls:
             call()
+    return replay_seconds(graph, repeats) / len(calls)
+
+
+def replay_seconds(graph: torch.cuda.CUDAGraph, repeats: int) -> float:
+    """Returns the GPU seconds of one of so many replays, the median."""
     times = []
     for _ in range(repeats):
         start, stop = (torch.cuda.Event(enable_timing=True) for _ in range(2))
         start.record()
         graph.replay()
         stop.record()
-        torch.cuda.synchronize()
-        times.append(start.elapsed_time(stop) / 1e3 / len(calls))
+        stop.synchronize()
+        times.append(start.elapsed_time(stop) / 1e3)
     return sorted(times)[repeats // 2]
 
 

@@ -89,7 +89,7 @@ struct Share {
 
 template <int D>
 void score(const AttentionArgs& a, const char* keys, const Share& s, Meeting& m) {
-  const int64_t slot_bytes = a.cache.slot * bytes_in(D);
+  const int64_t slot_bytes = a.cache.slot * bytes_of(D);
   for (int i = s.from; i < s.to; i += 4) {
     const char* four[4];
     for (int j = 0; j < 4; ++j) four[j] = keys + s.slots[std::min(i + j, s.to - 1)] * slot_bytes;
@@ -129,17 +129,17 @@ inline void weigh(const AttentionArgs& a, const Live& live, int query, Meeting& 
 template <int R, int D>
 RIVER_INLINE void add_piece(const AttentionArgs& a, const char* values, const Share& s, int first, int d, Meeting& m) {
   constexpr int kVectors = kPiece / kLanes;
-  const int64_t slot_bytes = a.cache.slot * bytes_in(D);
+  const int64_t slot_bytes = a.cache.slot * bytes_of(D);
   const int missing = std::max(d + kPiece - a.head_dim, 0);
   Floats sums[R][kVectors];
   const auto each = [&](const auto& f) RIVER_INLINED {
     unrolled<R>([&](auto r) RIVER_INLINED { unrolled<kVectors>([&](auto u) RIVER_INLINED { f(r, u); }); });
   };
   each([&](auto r, auto u) RIVER_INLINED { sums[r][u] = load_floats(m.sums[first + r] + d + u * kLanes); });
-  char last[kPiece * bytes_in(D)] = {};
+  char last[kPiece * bytes_of(D)] = {};
   for (int i = s.from; i < s.to; ++i) {
-    const char* piece = values + s.slots[i] * slot_bytes + d * bytes_in(D);
-    if (missing) piece = static_cast<const char*>(std::memcpy(last, piece, (kPiece - missing) * bytes_in(D)));
+    const char* piece = values + s.slots[i] * slot_bytes + d * bytes_of(D);
+    if (missing) piece = static_cast<const char*>(std::memcpy(last, piece, (kPiece - missing) * bytes_of(D)));
     unrolled<kVectors>([&](auto u) RIVER_INLINED {
       const Floats value = load_vector<D, u>(piece);
       unrolled<R>([&](auto r) RIVER_INLINED { sums[r][u] = fma(value, every(m.scores[first + r][i]), sums[r][u]); });
@@ -151,14 +151,10 @@ RIVER_INLINE void add_piece(const AttentionArgs& a, const char* values, const Sh
 template <int D>
 void add_values(const AttentionArgs& a, const char* values, const Share& s, Meeting& m) {
   if (s.from >= s.to) return;
-  const int shares = (s.count + kMostRows - 1) / kMostRows;
   for (int d = 0; d < a.head_dim; d += kPiece)
-    for (int share = 0; share < shares; ++share) {
-      const int first = s.count * share / shares, count = s.count * (share + 1) / shares - first;
-      unrolled<kMostRows>([&](auto r) RIVER_INLINED {
-        if (r + 1 == count) add_piece<r + 1, D>(a, values, s, s.first + first, d, m);
-      });
-    }
+    in_shares<kMostRows>(s.count, [&](auto r, int first, int, int) RIVER_INLINED {
+      add_piece<r, D>(a, values, s, s.first + first, d, m);
+    });
 }
 
 // Reads a query as `dots` takes it.
@@ -207,7 +203,7 @@ inline int common_slots(const Live* live, int positions) {
 template <int D>
 void attend_chunk(const AttentionArgs& a, int64_t row, int positions, int64_t kv_head, int chunk) {
   const int shared = a.heads / a.kv_heads;
-  const int64_t cache_at = (row / a.positions * a.cache.sequence + kv_head * a.cache.head) * bytes_in(D);
+  const int64_t cache_at = (row / a.positions * a.cache.sequence + kv_head * a.cache.head) * bytes_of(D);
   const char *keys = a.cache.keys + cache_at, *values = a.cache.values + cache_at;
   Meeting m;
   for (int p = 0; p < positions; ++p) find_live(a, row + p, chunk, m.live[p]);

@@ -25,8 +25,6 @@ RIVER_INLINE Floats load_vector(const char* piece) {
   }
 }
 
-constexpr int64_t bytes_in(int dtype) { return dtype == kFloat32 ? 4 : 2; }
-
 // To and from the order of kSplit; `size` is a multiple of 32.
 inline void split(const float* values, int64_t size, float* out) {
   for (int64_t k = 0; k < size; k += 2 * kLanes)
@@ -69,11 +67,11 @@ RIVER_INLINE void dots_of_tile(const char* const* rows, int64_t k, Matrix<const 
   };
   for (int64_t i = 0; i < whole; i += kPiece) {
     fetch(i);
-    add([&](int t) RIVER_INLINED { return rows[t] + i * bytes_in(D); }, x.data + i);
+    add([&](int t) RIVER_INLINED { return rows[t] + i * bytes_of(D); }, x.data + i);
   }
   if (whole < k) {
-    char last[T][kPiece * bytes_in(D)] = {};
-    for (int t = 0; t < T; ++t) std::memcpy(last[t], rows[t] + whole * bytes_in(D), (k - whole) * bytes_in(D));
+    char last[T][kPiece * bytes_of(D)] = {};
+    for (int t = 0; t < T; ++t) std::memcpy(last[t], rows[t] + whole * bytes_of(D), (k - whole) * bytes_of(D));
     add([&](int t) RIVER_INLINED { return last[t]; }, x.data + whole);
   }
   unrolled<R>([&](auto r) RIVER_INLINED {
@@ -86,15 +84,10 @@ RIVER_INLINE void dots_of_tile(const char* const* rows, int64_t k, Matrix<const 
 // The same of `count` rows, in shares; `fetch` is called with the share and their number too.
 template <int T, int D, class Fetch>
 void dots(const char* const* rows, int64_t k, Matrix<const float> x, int count, Matrix<float> y, const Fetch& fetch) {
-  const int shares = (count + kMostRows - 1) / kMostRows;
-  for (int share = 0, row = 0, next; share < shares; ++share, row = next) {
-    next = count * (share + 1) / shares;
-    unrolled<kMostRows>([&](auto r) RIVER_INLINED {
-      if (r + 1 == next - row)
-        dots_of_tile<r + 1, T, D>(rows, k, {x.data + row * x.stride, x.stride}, {y.data + row * y.stride, y.stride},
-                                  [&](int64_t i) RIVER_INLINED { fetch(i, share, shares); });
-    });
-  }
+  in_shares<kMostRows>(count, [&](auto r, int row, int share, int shares) RIVER_INLINED {
+    dots_of_tile<r, T, D>(rows, k, {x.data + row * x.stride, x.stride}, {y.data + row * y.stride, y.stride},
+                          [&](int64_t i) RIVER_INLINED { fetch(i, share, shares); });
+  });
 }
 
 }  // namespace river

@@ -60,14 +60,10 @@ void pairs_tile(const LinearArgs& a, const char* weight, const char* first_x, in
 // The same for up to 16 rows, in shares of at most six.
 template <int T>
 void pairs_tiles(const LinearArgs& a, const char* weight, const char* x, int rows, float (*y)[kBlock]) {
-  constexpr decltype(&pairs_tile<1, T>) kOfRows[] = {pairs_tile<1, T>, pairs_tile<2, T>, pairs_tile<3, T>,
-                                                     pairs_tile<4, T>, pairs_tile<5, T>, pairs_tile<6, T>};
   const int64_t row_bytes = padded_features(a) * 2;
-  const int shares = (rows + 5) / 6;
-  for (int share = 0, row = 0, next; share < shares; ++share, row = next) {
-    next = rows * (share + 1) / shares;
-    kOfRows[next - row - 1](a, weight, x + row * row_bytes, row_bytes, y + row);
-  }
+  in_shares<kMostRows>(rows, [&](auto r, int row, int, int) {
+    pairs_tile<r, T>(a, weight, x + row * row_bytes, row_bytes, y + row);
+  });
 }
 
 // One block of output features for `rows` <= 16 rows.

@@ -66,15 +66,7 @@ class PromptBlock {
     std::fill(total_, total_ + panels * kBlock, 0.0f);
     for (read_.rewind(); read_.next();) {
       load_chunk(sequence_ * a_.cache.sequence + kv_head * a_.cache.head);
-      const int shares = (panels + kPanels - 1) / kPanels;
-      for (int share = 0; share < shares; ++share) {
-        const int panel = panels * share / shares, count = panels * (share + 1) / shares - panel;
-        if (count == 1) attend_panels<1>(panel);
-        if constexpr (kPanels >= 2)
-          if (count == 2) attend_panels<2>(panel);
-        if constexpr (kPanels >= 3)
-          if (count == 3) attend_panels<3>(panel);
-      }
+      in_shares<kPanels>(panels, [&](auto count, int panel, int, int) { attend_panels<count>(panel); });
     }
     store_result();
   }

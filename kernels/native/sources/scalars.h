@@ -99,6 +99,6 @@ inline void store_block(void* p, int64_t first, int64_t stride, int rows, int co
   }
 }
 
-inline int64_t bytes_of(int32_t dtype) { return dtype == kFloat32 ? 4 : dtype == kBool ? 1 : 2; }
+constexpr int64_t bytes_of(int32_t dtype) { return dtype == kFloat32 ? 4 : dtype == kBool ? 1 : 2; }
 
 }  // namespace river

@@ -35,6 +35,19 @@ RIVER_INLINE void unrolled(const F& f) {
   }(std::make_integer_sequence<int, N>());
 }
 
+// Splits `count` things into as few shares of at most `Most` as there can be, of nearly one size. Calls
+// f(how many, the first one, number of the share, shares); how many is a constant.
+template <int Most, class F>
+RIVER_INLINE void in_shares(int count, const F& f) {
+  const int shares = (count + Most - 1) / Most;
+  for (int share = 0; share < shares; ++share) {
+    const int first = count * share / shares, size = count * (share + 1) / shares - first;
+    unrolled<Most>([&](auto i) RIVER_INLINED {
+      if (i + 1 == size) f(std::integral_constant<int, i + 1>(), first, share, shares);
+    });
+  }
+}
+
 RIVER_INLINE int32_t four_bytes(const int8_t* x) {
   int32_t value;
   std::memcpy(&value, x, 4);

@@ -7,7 +7,7 @@ import re
 import pytest
 
 from river_compile.kernels.tools import resources
-from river_compile.kernels.tools.machine_code import counted, disassemble
+from river_compile.kernels.tools.machine_code import counted, cuobjdump
 from river_compile.kernels.tools.resources import token_cost, token_floor, usages, weight_load_bytes
 from river_compile.kernels.tools.shapes import MODELS, model_kernels
 from river_compile.kernels.triton.decode_attention import DecodeAttentionSpec
@@ -60,7 +60,7 @@ def test_four_bits_become_numbers_in_one_instruction_without_a_conversion(dtype,
     (compiled,) = compile_for(spec, "cuda", 90)
     assert not re.search(r"cvt\.\w+\.f(16|32)\.[su]\d", compiled.asm["ptx"])
     assert spec.weights_made_at_once == (1 if dtype == "float32" else 2)
-    assert counted(disassemble(compiled.asm["cubin"]), spec) is not None
+    assert counted(cuobjdump(compiled.asm["cubin"], "-sass"), spec) is not None
 
 
 @pytest.mark.parametrize("model", ["llama-3.1-8b", "llama-3.2-1b"])
