@@ -80,11 +80,11 @@ def _cache(folder: Path) -> Iterator[None]:
     before = os.environ.get("RIVER_COMPILE_CACHE")
     os.environ["RIVER_COMPILE_CACHE"] = str(folder)
     bytecode, sys.dont_write_bytecode = sys.dont_write_bytecode, False
-    loader.load.cache_clear()
+    loader.load_for.cache_clear()
     try:
         yield
     finally:
-        loader.load.cache_clear()
+        loader.load_for.cache_clear()
         sys.dont_write_bytecode = bytecode
         if before is None:
             del os.environ["RIVER_COMPILE_CACHE"]
