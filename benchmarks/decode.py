@@ -276,8 +276,10 @@ def _torch_runner(job: dict) -> TorchRunner:
 def _job(name: str, folder: Path, gguf: Path | None, options: argparse.Namespace) -> dict:
     """Returns what a worker must know to prepare a row."""
     row = ROWS[name]
+    twins = {"artifact": options.artifact} if row.backend == "river" and options.artifact else {}
     return {
         **asdict(row),
+        "options": row.options | twins,
         "dtype": row.dtype or options.dtype,
         "folder": str(folder),
         "gguf": str(gguf),
@@ -304,6 +306,7 @@ def _parse(arguments: list[str] | None) -> argparse.Namespace:
     parser.add_argument(
         "--prompts", nargs="+", type=common.number(1), default=[], metavar="N", help="lengths of prompts to read, too"
     )
+    parser.add_argument("--artifact", metavar="DIR", help="packed twins, as `river pack` writes them, for River's rows")
     parser.add_argument("--neighbour", action="store_true", help="also measure beside one busy process")
     parser.add_argument("--gguf", type=Path, help="the GGUF file that the model folder was made of, for llama_cpp")
     parser.add_argument(
