@@ -31,6 +31,8 @@ from river_compile.kernels.triton import launch
 from river_compile.kernels.triton.linear import ACTIVATIONS, NORMS
 
 RESCORED = 256
+WANTED_BLOCK = 16
+UNWANTED = -32768.0  # (no infinity: whoever masks further meets no NaN; all dtypes have it)
 
 
 @torch.library.custom_op("river::linear", mutates_args=())
@@ -49,6 +51,7 @@ def linear(
     eps: float = 1e-6,
     activation: str = "none",
     gated: bool = False,
+    wanted: Tensor | None = None,
 ) -> Tensor:
     """Returns ``activation(h W^T + bias) + residual``, or gated ``activation(gate) * up + residual``, with h = norm(x).
 
@@ -68,13 +71,19 @@ def linear(
         eps: of the norm.
         activation: "silu", "gelu" (erf), "gelu_tanh", "relu" or "none".
         gated: whether W holds a gate and an up projection.
+        wanted: int32 ``[1 + ceil(N / 16)]``, how many blocks of 16 output features are wanted and then their numbers,
+            ascending; the features of others become `UNWANTED`, and the C++ kernels do not read their weights. None:
+            all are wanted.
 
     Returns:
         ``[..., N]`` (gated ``[..., N / 2]``) in x.dtype, accumulated in float32.
 
     Raises:
-        ValueError: an unknown layout, norm or activation, or a tensor of another shape or dtype than these.
+        ValueError: an unknown layout, norm or activation, or a tensor of another shape or dtype than these; `wanted`
+            with a gate, a residual, or a weight in x.dtype.
     """
+    if wanted is not None and (gated or residual is not None or scale_zero is None):
+        raise ValueError("wanted is for products with packed weights, without gate and residual")
     check_choice("norm", norm, NORMS)
     check_choice("activation", activation, ACTIVATIONS)
     if (norm == "none") != (norm_weight is None):
@@ -85,7 +94,8 @@ def linear(
     if scale_zero is not None:
         matrix = layouts.PackedLinear(layout, weight, scale_zero, group_size, x.shape[-1], out_features)
     if layout == "triton":
-        return launch.linear(x, matrix, bias, residual, norm, norm_weight, norm_bias, eps, activation, gated)
+        y = launch.linear(x, matrix, bias, residual, norm, norm_weight, norm_bias, eps, activation, gated)
+        return y if wanted is None else _without_unwanted(y, wanted)
     h = x if norm_weight is None else _normalise(x, norm, norm_weight, norm_bias, eps)
     y = F.linear(h, matrix, bias) if isinstance(matrix, Tensor) else layouts.layout(layout).linear(h, matrix, bias)
     if gated:
@@ -93,7 +103,15 @@ def linear(
         y = _ACTIVATIONS[activation](gate) * up
     else:
         y = _ACTIVATIONS[activation](y)
+    if wanted is not None:
+        return _without_unwanted(y, wanted)
     return y if residual is None else y + residual
+
+
+def _without_unwanted(y: Tensor, wanted: Tensor) -> Tensor:
+    blocks = torch.arange(y.shape[-1], device=y.device) // WANTED_BLOCK
+    chosen = wanted[1:][torch.arange(len(wanted) - 1, device=y.device) < wanted[0]]
+    return y.masked_fill(~torch.isin(blocks, chosen), UNWANTED)
 
 
 @linear.register_fake
@@ -112,6 +130,7 @@ def _(
     eps: float = 1e-6,
     activation: str = "none",
     gated: bool = False,
+    wanted: Tensor | None = None,
 ) -> Tensor:
     return x.new_empty((*x.shape[:-1], out_features // 2 if gated else out_features))
 
@@ -154,8 +173,8 @@ def rescore(
     """Returns logits of which the largest are computed anew, ``norm(x) W^T + bias`` in x.dtype.
 
     These are the largest of each row by the given logits, `RESCORED` of them here; the C++ kernels take about twice as
-    many. A head in 4 bits rarely misplaces the largest logit by more than that many places, so what a token is chosen
-    from is as good as the head in 16 bits, at a quarter of its bytes.
+    many, and fewer where some are `UNWANTED`. A head in 4 bits rarely misplaces the largest logit by more than that
+    many places, so what a token is chosen from is as good as the head in 16 bits, at a quarter of its bytes.
 
     Args:
         logits: ``[..., N]`` in x.dtype.
@@ -165,11 +184,11 @@ def rescore(
         norm, norm_weight, norm_bias, eps: as of `linear`.
     """
     h = x if norm_weight is None else _normalise(x, norm, norm_weight, norm_bias, eps)
-    chosen = logits.topk(min(RESCORED, logits.shape[-1]), dim=-1, sorted=False).indices
+    largest, chosen = logits.topk(min(RESCORED, logits.shape[-1]), dim=-1, sorted=False)
     anew = (weight[chosen].float() @ h.float().unsqueeze(-1)).squeeze(-1)
     if bias is not None:
         anew = anew + bias[chosen].float()
-    return logits.scatter(-1, chosen, anew.to(logits.dtype))
+    return logits.scatter(-1, chosen, torch.where(largest > UNWANTED, anew.to(logits.dtype), largest))
 
 
 @rescore.register_fake

@@ -102,6 +102,7 @@ class Segment:
         inputs, outputs: nodes of the traced graph, in the order of the placeholders and outputs of the segment's own.
         packed: the twin's linears whose 4-bit weights follow the inputs: qweight, scale_zero, with a bias the bias, and
             where the inputs are scaled the norm's parameters or the inverse scale.
+        chooses_logits: after the packed weights comes the list of wanted logits, `wanted` of `river::linear`.
         has_score: a float32 number follows the outputs: a block's exit score, or a head's entropy.
         handed_on: pairs (output, input) of values that pass through as they are; the graph does not return them.
         own_examples: the placeholders' example values live in a mode of their own, not in Dynamo's.
@@ -113,6 +114,7 @@ class Segment:
     inputs: tuple[fx.Node, ...]
     outputs: tuple[fx.Node, ...]
     packed: tuple[LinearSite, ...] = ()
+    chooses_logits: bool = False
     has_score: bool = False
     handed_on: tuple[tuple[fx.Node, fx.Node], ...] = ()
     own_examples: bool = False

@@ -50,6 +50,7 @@ from river_compile.runtime.runner import PlainRunner, Runner, Step
 from river_compile.runtime.sequences import Sequences
 from river_compile.runtime.shortcut import install
 from river_compile.runtime.stats import ExitStats
+from river_compile.runtime.wanted_logits import WantedLogits
 from river_compile.twins.make import PackedSite
 from river_compile.twins.own_text import OwnText
 from river_compile.twins.pack import GraphTwins, PackedWeights, Statistics
@@ -189,11 +190,13 @@ def _build(
     settings = inductor_settings(record.mode, whole=False)
     compiler = SegmentCompiler(lowering.compiler, settings, lowering.native, plan.is_decode)
     steps: dict[Segment, Step] = {}
+    wanted = WantedLogits.of(program)
     with record.stage("compiling"):
         for segment in tqdm(segments, desc="river: compiling segments", unit="segment", leave=False, delay=1):
             weights = [tensor for site in segment.packed for tensor in packed[site].tensors]
             record.packed_bytes += sum(tensor.nbytes for tensor in weights)
             record.token_bytes += bytes_of_token(segment, weights, len(segment.inputs))
+            weights += [wanted.list] if wanted is not None and segment.chooses_logits else []
             steps[segment] = streamer.step(segment, compiler.compile(segment, weights), weights, program.slots)
     record.describe(program, compiler.compiled)
     record.put(GraphTwins(packed.values()))
@@ -220,6 +223,7 @@ def _build(
         state.of(Sequences),
         watch,
         streamer.forget,
+        wanted,
         record.entry,
     )
     record.executor = weakref.ref(executor)

@@ -17,6 +17,7 @@ from river_compile.passes.program import DecoderPlan
 from river_compile.passes.rescored_head import rescored_head
 from river_compile.passes.swap_ops import batch_invariant
 from river_compile.passes.twins import Twinning, one_row_head, river_head, river_twins
+from river_compile.passes.wanted_logits import wanted_logits
 
 from .config import RiverConfig
 from .errors import OptionError
@@ -54,6 +55,8 @@ def passes_for(config: RiverConfig, plan: DecoderPlan, lowering: Lowering, keep:
         passes.append(fuse_twins(lowering.dense_layout))
     if head is not None and head.bits == 4:
         passes.append(rescored_head)
+    if head is not None and lowering.native and plan.is_decode:
+        passes.append(wanted_logits)
     return passes
 
 

@@ -124,6 +124,7 @@ def _linear_fake(
     eps: float = 1e-6,
     activation: str = "none",
     gated: bool = False,
+    wanted: Tensor | None = None,
 ) -> Tensor:
     return x.new_empty((*x.shape[:-1], out_features // 2 if gated else out_features))
 

@@ -5,6 +5,7 @@ Not handled: how it runs (:mod:`river_compile.runtime.runner`) and when a token 
 
 from __future__ import annotations
 
+import contextlib
 import threading
 import time
 from collections.abc import Callable, Sequence
@@ -23,6 +24,7 @@ from .runner import Runner
 from .sequences import Sequences
 from .slots import cache_slots
 from .stats import ExitStats, Observers, StepRecord
+from .wanted_logits import WantedLogits
 
 _steps: Observers[[RiverExecutor, tuple, StepRecord]] = Observers()
 _calls: Observers[[RiverExecutor, tuple, tuple]] = Observers()
@@ -41,6 +43,7 @@ class RiverExecutor:
         sequences: of the model; tells when a sequence begins.
         on_begin: called with the graph's inputs where one begins, before anything runs; None: nothing to do.
         on_close: called after each step.
+        wanted: the list of logits that the river's head computes; None where it computes all.
         entry: what Dynamo keeps of the graph; None outside of Dynamo.
     """
 
@@ -55,6 +58,7 @@ class RiverExecutor:
         sequences: Sequences,
         on_begin: Callable[[Sequence[Any]], None] | None,
         on_close: Callable[[], None],
+        wanted: WantedLogits | None = None,
         entry: CacheEntry | None = None,
     ) -> None:
         self.program, self.runner, self.policy, self.fill = program, runner, policy, fill
@@ -63,6 +67,7 @@ class RiverExecutor:
         self.sequences, self.entry = sequences, entry
         self._stats, self._memories = stats, memories
         self._on_begin, self._on_close = on_begin, on_close
+        self._wanted = wanted or contextlib.nullcontext()
         self.room = Room.of(program)
         self._cache_in, self._cache_out = cache_slots(program)
         self._remembers = policy.criterion.remembers or fill.remembers
@@ -73,7 +78,7 @@ class RiverExecutor:
         runner = self.runner.for_pass(args)
         if self._on_begin is not None and self.sequences.begins(self, self._cache(args)):
             self._on_begin(args)
-        with runner, torch._C._DisableAutocast():
+        with runner, self._wanted, torch._C._DisableAutocast():
             slots = runner.begin(args)
             filled = 0 if self.room is None else self.room.check(slots)
             memory = self._recall(slots)

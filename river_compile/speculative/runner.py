@@ -35,6 +35,7 @@ from river_compile.runtime.executor import on_step
 from river_compile.runtime.pass_inputs import Inputs, PassInputs
 from river_compile.runtime.sequences import Sequences
 from river_compile.runtime.stats import ExitStats
+from river_compile.runtime.wanted_logits import DraftTokens, only_logits_of
 from river_compile.state import GraphRecord, ModelState
 from river_compile.upstream.hf_cache import cache_argument, cache_of, with_rows
 
@@ -122,6 +123,8 @@ class DraftVerifyRunner:
         self._prepare = functools.partial(self._be_ready, state, graph)
         self._prepare(ids_BS.shape[0])
         self._kept = self._entries.filled + 1
+        self._tokens = DraftTokens(self.prompt_logits.shape[-1])
+        self._tokens.add(ids_BS)
         self._prepared(torch.cat([ids_BS, ids_BS.new_zeros(ids_BS.shape[0], 1)], dim=1), 1)
         return self.prompt_logits
 
@@ -191,8 +194,11 @@ class DraftVerifyRunner:
         return (width, self._entries.phase(width))
 
     def draft_step(self, ids_BS: Tensor) -> Tensor:
-        """Runs the last id through the whole river, one slot further; returns the next token's logits ``[B, V]``."""
-        with forced_depth(0):
+        """Runs the last id through the whole river, one slot further; returns the next token's logits ``[B, V]``.
+
+        Of a token that is rare and not in the text, they may be `UNWANTED`.
+        """
+        with forced_depth(0), only_logits_of(self._tokens):
             return self._forward(ids_BS, 1)[:, -1]
 
     def verify(self, ids_BS: Tensor, drafted: int) -> Tensor:
@@ -202,6 +208,7 @@ class DraftVerifyRunner:
             The logits ``[B, drafted + 1, V]``. The pass is as wide as one of the fixed widths: copies of the last id
             fill it up, whose logits are dropped and whose slots the next rewind frees.
         """
+        self._tokens.add(ids_BS[:, -1 - drafted :])
         width = self.width_for(drafted)
         filler = width - drafted - 1
         if filler:

@@ -101,7 +101,7 @@ STABLE_TORCH_LIBRARY_FRAGMENT(river_native, m) {
   m.def(
       "linear(Tensor x, Tensor weight, Tensor scale_zero, Tensor? bias, int out_features, int group_size, "
       "int bits, bool int8_activations, Tensor? residual=None, str norm='none', Tensor? norm_weight=None, "
-      "Tensor? norm_bias=None, float eps=1e-06, str activation='none', bool gated=False) -> Tensor");
+      "Tensor? norm_bias=None, float eps=1e-06, str activation='none', bool gated=False, Tensor? wanted=None) -> Tensor");
   m.def(
       "linear_out(Tensor x, Tensor weight, Tensor scale_zero, Tensor? bias, int out_features, int group_size, "
       "int bits, bool int8_activations, Tensor? residual, str norm, Tensor? norm_weight, Tensor? norm_bias, float eps, "

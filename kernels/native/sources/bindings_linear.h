@@ -234,10 +234,19 @@ inline LinearCall quantized(const Tensor& weight, const Tensor& scale_zero, int6
   return call;
 }
 
-inline void linear_out(const Tensor& x, const Tensor& weight, const Tensor& scale_zero, const Maybe& bias,
-                       int64_t out_features, int64_t group_size, int64_t bits, bool int8_activations, const Maybe& residual,
-                       const std::string& norm, const Maybe& norm_weight, const Maybe& norm_bias, double eps,
-                       const std::string& activation, bool gated, Tensor y) {
+// The list of wanted blocks, which the call reads whenever it runs; null without one.
+inline const int32_t* blocks_wanted(const Maybe& wanted, int64_t out_features, bool gated, const Maybe& residual) {
+  if (!wanted) return nullptr;
+  check(wanted->is_cpu() && wanted->scalar_type() == ScalarType::Int && wanted->is_contiguous() &&
+            wanted->numel() == 1 + (out_features + kBlock - 1) / kBlock && !gated && !residual,
+        "wanted", "be a count and as many int32 as there are blocks of 16 out_features, of a product without gate and residual");
+  return static_cast<const int32_t*>(wanted->data_ptr());
+}
+
+inline void linear_into(const Tensor& x, const Tensor& weight, const Tensor& scale_zero, const Maybe& bias,
+                        int64_t out_features, int64_t group_size, int64_t bits, bool int8_activations, const Maybe& residual,
+                        const std::string& norm, const Maybe& norm_weight, const Maybe& norm_bias, double eps,
+                        const std::string& activation, bool gated, const Maybe& wanted, Tensor& y) {
   check(x.dim() > 0, "x", "have a dimension of features");
   check_weight(weight, scale_zero, columns_of(x), out_features, group_size, bits);
   LinearCall call = quantized(weight, scale_zero, bits, int8_activations);
@@ -246,18 +255,27 @@ inline void linear_out(const Tensor& x, const Tensor& weight, const Tensor& scal
   if (!describe(call, x, out_features, group_size,
                 {added, residual, norm, norm_weight, norm_bias, eps, activation, gated}, y, held))
     return;
+  call.linear.wanted = blocks_wanted(wanted, out_features, gated, residual);
   call.place();
   call.run();
+}
+
+inline void linear_out(const Tensor& x, const Tensor& weight, const Tensor& scale_zero, const Maybe& bias,
+                       int64_t out_features, int64_t group_size, int64_t bits, bool int8_activations, const Maybe& residual,
+                       const std::string& norm, const Maybe& norm_weight, const Maybe& norm_bias, double eps,
+                       const std::string& activation, bool gated, Tensor y) {
+  linear_into(x, weight, scale_zero, bias, out_features, group_size, bits, int8_activations, residual, norm, norm_weight,
+              norm_bias, eps, activation, gated, {}, y);
 }
 
 inline Tensor linear(const Tensor& x, const Tensor& weight, const Tensor& scale_zero, const Maybe& bias,
                      int64_t out_features, int64_t group_size, int64_t bits, bool int8_activations, const Maybe& residual,
                      const std::string& norm, const Maybe& norm_weight, const Maybe& norm_bias, double eps,
-                     const std::string& activation, bool gated) {
+                     const std::string& activation, bool gated, const Maybe& wanted) {
   check(x.dim() > 0, "x", "have a dimension of features");
   Tensor y = empty_rows(x, gated ? out_features / 2 : out_features);
-  linear_out(x, weight, scale_zero, bias, out_features, group_size, bits, int8_activations, residual, norm, norm_weight,
-             norm_bias, eps, activation, gated, y);
+  linear_into(x, weight, scale_zero, bias, out_features, group_size, bits, int8_activations, residual, norm, norm_weight,
+              norm_bias, eps, activation, gated, wanted, y);
   return y;
 }
 

@@ -188,10 +188,53 @@ void block_and_rest(const LinearArgs& a, int64_t n, int row, int rows) {
   rest_of_block(a, n, row, rows, y, up);
 }
 
+// The blocks of output features that a part computes: its share of all of them, or of those that are wanted. It also
+// writes what lies between these and the next ones.
+class BlocksOfPart {
+ public:
+  BlocksOfPart(const LinearArgs& a, int part, int parts) : a_(a) {
+    const int64_t width = a.gated ? a.out_features / 2 : a.out_features;
+    blocks_ = (width + kBlock - 1) / kBlock;
+    if (a.wanted && a.wanted[0] < blocks_) wanted_ = a.wanted + 1;
+    count_ = wanted_ ? a.wanted[0] : blocks_;
+    first = count_ * part / parts;
+    end = count_ * (part + 1) / parts;
+  }
+
+  int64_t operator[](int64_t i) const { return wanted_ ? wanted_[i] : i; }
+
+  void write_unwanted() const {
+    if (!wanted_) return;
+    for (int64_t i = first; i < end; ++i) {
+      if (i == 0) write(0, wanted_[0]);
+      write(wanted_[i] + 1, i + 1 < count_ ? wanted_[i + 1] : blocks_);
+    }
+  }
+
+  int64_t first, end;
+
+ private:
+  void write(int64_t from, int64_t to) const {
+    alignas(64) float unwanted[kBlock];
+    std::fill(unwanted, unwanted + kBlock, kUnwanted);
+    for (int64_t n = from; n < to; ++n) {
+      const int count = int(std::min<int64_t>(kBlock, a_.out_features - n * kBlock));
+      for (int row = 0; row < a_.rows; ++row)
+        store_values(a_.y, row * a_.y_stride + n * kBlock, count, a_.dtype, unwanted);
+    }
+  }
+
+  const LinearArgs& a_;
+  const int32_t* wanted_ = nullptr;
+  int64_t blocks_, count_;
+};
+
 template <int F>
 void linear_of(const LinearArgs& a, int part, int parts) {
-  const int64_t width = a.gated ? a.out_features / 2 : a.out_features, blocks = (width + kBlock - 1) / kBlock;
-  for (int64_t n = blocks * part / parts; n < blocks * (part + 1) / parts; ++n)
+  const BlocksOfPart blocks(a, part, parts);
+  blocks.write_unwanted();
+  for (int64_t i = blocks.first; i < blocks.end; ++i) {
+    const int64_t n = blocks[i];
     for (int row = 0; row < a.rows; row += kRows) {
       const int rows = std::min(kRows, a.rows - row);
       if (rows == 1)
@@ -205,6 +248,7 @@ void linear_of(const LinearArgs& a, int part, int parts) {
       else
         block_and_rest<8, F>(a, n, row, rows);
     }
+  }
 }
 
 constexpr int kRowsTogether = 256;  // whose activations stay in a core's cache while weights pass by

@@ -67,11 +67,15 @@ struct LinearArgs {
                                // a row with none of their numbers gets zeros
   Rows bias;                   // [N] of `dtype`, or null
   const void* residual;        // [M, N] (gated [M, N / 2]) of `dtype`, or null
+  const int32_t* wanted;       // how many blocks of 16 output features are wanted, and their numbers, ascending; the others
+                               // become kUnwanted. Null: all are. For weights of 4 and 8 bits, not gated, without a residual
   void* y;                     // [M, N] (gated [M, N / 2]) of `dtype`
   int64_t residual_stride, y_stride;
   int32_t dtype, rows, in_features, out_features, group_size, bits, activation, gated;  // gated: N is a multiple of 32
   int32_t experts;
 };
+
+constexpr float kUnwanted = -32768.0f;  // (all dtypes have it, and whoever masks logits further meets no NaN)
 
 // What `linear` does with a product, for one that a library computed: bias and weights are in `product` already.
 // Parts split the rows.

@@ -2,7 +2,8 @@
 //
 // Logits are looked at in blocks of 64 by the largest of each. The `kBlocksAnew` th largest of these is the least logit
 // that is computed anew, so at least as many are, the largest of all among them. Where logits have that very value there
-// are more. NaN is left as it is.
+// are more. Where only some logits are wanted, `kBlocksOfSome` stands for `kBlocksAnew`, and no other is computed. NaN is
+// left as it is.
 #pragma once
 
 #include <algorithm>
@@ -15,7 +16,7 @@
 
 namespace river {
 
-constexpr int kBlocksAnew = 256;
+constexpr int kBlocksAnew = 256, kBlocksOfSome = 64;
 
 // One row's logits, of which this part looks at all and writes blocks `first` to before `end`.
 class RowOfLogits {
@@ -26,11 +27,14 @@ class RowOfLogits {
       std::fill(values_ + load(block), values_ + kBlockOfLogits, -INFINITY);
       largest_[block] = largest_of(values_);
     }
-    if (blocks_ <= kBlocksAnew) return;
     float* const ordered = largest_ + blocks_;
-    std::copy(largest_, largest_ + blocks_, ordered);
-    std::nth_element(ordered, ordered + kBlocksAnew - 1, ordered + blocks_, std::greater<>());
-    least_ = ordered[kBlocksAnew - 1];
+    float* const end = std::copy_if(largest_, largest_ + blocks_, ordered, [](float l) { return l > kUnwanted; });
+    const bool all = end - ordered == blocks_;
+    const int anew = all ? kBlocksAnew : kBlocksOfSome;
+    if (!all) least_ = std::nextafter(kUnwanted, 0.0f);
+    if (end - ordered <= anew) return;
+    std::nth_element(ordered, ordered + anew - 1, end, std::greater<>());
+    least_ = ordered[anew - 1];
   }
 
   void write(int64_t first, int64_t end) {
