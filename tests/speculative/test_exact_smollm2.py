@@ -5,11 +5,14 @@ and, strictly verified, in bfloat16.
 """
 
 import itertools
+import json
 import os
 
+import llguidance.hf
+import llguidance.torch
 import pytest
 import torch
-from transformers import GenerationConfig, pipeline
+from transformers import GenerationConfig, LogitsProcessor, LogitsProcessorList, pipeline
 
 import river_compile
 from benchmarks.prompts import mixed
@@ -85,6 +88,48 @@ def test_stop_strings_stop_where_plain_generation_stops(smollm2):
         last = trace.cycles[-1]
         inside += len(last.kept) <= len(last.drafted)
     assert inside, "every text ended after its draft"
+
+
+class Grammar(LogitsProcessor):
+    """Lets through what continues a JSON document of a schema, and remembers how far the text is."""
+
+    def __init__(self, tokenizer, schema: dict, length: int) -> None:
+        known = llguidance.hf.from_tokenizer(tokenizer)
+        self.matcher = llguidance.LLMatcher(known, llguidance.LLMatcher.grammar_from_json_schema(schema))
+        self.mask = llguidance.torch.allocate_token_bitmask(1, known.vocab_size)
+        self.read, self.shown = length, []
+
+    def __call__(self, input_ids, scores):
+        self.shown.append((input_ids.tolist(), scores.argmax(-1).tolist()))
+        assert self.matcher.consume_tokens(input_ids[0, self.read :].tolist()), "shown what the grammar does not allow"
+        self.read = input_ids.shape[1]
+        llguidance.torch.fill_next_token_bitmask(self.matcher, self.mask)
+        scores = scores.clone()
+        llguidance.torch.apply_token_bitmask_inplace(scores, self.mask)
+        return scores
+
+
+def test_a_grammar_sees_what_plain_generation_shows_it(smollm2):
+    """A processor with a memory, that a rejected draft would spoil: a document of a schema comes out, plain's."""
+    model, tokenizer = smollm2
+    schema = {
+        "type": "object",
+        "properties": {"name": {"type": "string", "maxLength": 12}, "age": {"type": "integer", "maximum": 150}},
+        "required": ["name", "age"],
+        "additionalProperties": False,
+    }
+    ids = models.encode(tokenizer, "Describe Ada Lovelace as JSON with name and age.")
+    grammars = [Grammar(tokenizer, schema, ids.shape[1]) for _ in range(2)]
+    end = {"eos_token_id": tokenizer.eos_token_id, "new_tokens": 60}
+    expected = plainly(model, ids, logits_processor=LogitsProcessorList(grammars[:1]), **end)
+    with river_compile.trace() as trace:
+        ours = exactly(model, ids, logits_processor=LogitsProcessorList(grammars[1:]), **end)
+    assert torch.equal(ours, expected)
+    assert grammars[1].shown == grammars[0].shown
+    document = json.loads(tokenizer.decode(ours[0, ids.shape[1] :], skip_special_tokens=True))
+    assert document.keys() == schema["properties"].keys()
+    assert trace.cycles
+    assert any(cycle.drafted for cycle in trace.cycles)
 
 
 def test_a_pipeline_takes_exact_mode(smollm2):
