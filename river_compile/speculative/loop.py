@@ -11,7 +11,8 @@ in the same slot, and what one lacks to the longest is padding before it.
     row 0    a b c x        kept two tokens
     row 1    . f g h        kept one, so it moved a slot to the right
 
-Rows that have ended leave the batch once they are a quarter of it: passes and cache become smaller.
+Rows that have ended leave the batch once they are a quarter of it, so that passes and cache become smaller, where that
+saves more time than a smaller batch's graphs take to compile.
 
 Kept positions go one by one through the user's logits processors, stopping criteria and streamer, in the order of plain
 generation; nothing after the first disagreement or stop ever reaches them. Rows of one length go together. Where a
@@ -160,7 +161,9 @@ class ExactLoop:
     def _let_leave(self) -> None:
         """Takes the rows that have ended out of the batch, where they are enough."""
         running, before = self.texts.running, len(self._rows)
-        if not running or len(running) > _STAY * before or self.together or not self.runner.can_select:
+        if not running or len(running) > _STAY * before or self.together:
+            return
+        if not self.runner.pays_to_select(len(running), self.max_length - self.texts.longest):
             return
         self.runner.select(self._places(running))
         self.drafter.take(self.runner.times, len(running) / before)

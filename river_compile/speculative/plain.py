@@ -36,7 +36,7 @@ class PlainRunner:
     """
 
     longest_draft = 0
-    can_part = can_select = False  # rows keep one token each, and stay
+    can_part = False  # rows keep one token each
 
     def __init__(
         self, model: PreTrainedModel, model_kwargs: dict[str, Any], cache: Cache, lent: LentCache, state: ModelState
@@ -53,6 +53,10 @@ class PlainRunner:
     def draft_step(self, ids_BS: Tensor) -> Tensor:
         """Never called: no draft is longer than `longest_draft`."""
         raise AssertionError("a runner without drafts was asked for one")
+
+    def pays_to_select(self, rows: int, tokens: int) -> bool:
+        """Returns False: rows stay."""
+        return False
 
     def select(self, rows: Sequence[int]) -> None:
         """Never called: no row leaves."""

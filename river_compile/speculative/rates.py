@@ -13,7 +13,7 @@ _PRIOR_WEIGHT = 4.0
 _MEMORY = 200.0  # judged tokens per bin after which older ones fade
 _FADES_BY = 0.97  # what is left of what was learned after a cycle in which nothing was judged
 _SAMPLES = 9  # latest times of a kind of pass, the least of which counts
-_ENOUGH = 4  # times of a kind of pass that are believed
+_ENOUGH = 3  # times of a kind of pass that are believed
 _LONG_AGO = 500  # passes after which a kind that was not measured since is tried again
 
 
@@ -61,11 +61,14 @@ class PassTimes:
     """How long draft steps and verifying passes of each width take, for one model and batch.
 
     Of the latest ones the shortest counts, and none in which something was compiled or captured. A kind of pass that
-    was measured a few times only, or long ago, costs at most what it would at best beside those that are known: what is
-    thought to be dear would not be tried again.
+    was measured a few times only, or long ago, costs at most what it would at best beside each of those that are known:
+    what is thought to be dear would not be tried again.
 
     Args:
         preparations: returns how many graphs were compiled and captured so far.
+
+    Attributes:
+        preparing: seconds of those passes in which something was compiled or captured.
     """
 
     DRAFT = "draft"
@@ -75,11 +78,13 @@ class PassTimes:
         self._times: dict[Hashable, deque[float]] = {}
         self._measured: dict[Hashable, int] = {}  # when a kind was measured last, in passes
         self._passes = 0
+        self.preparing = 0.0
 
     def note(self, kind: int | str, seconds: float) -> None:
         """Takes in the time of one pass: `DRAFT`, or the width of a verification."""
         before, self._prepared = self._prepared, self._preparations()
         if self._prepared != before:
+            self.preparing += seconds
             return
         if self._passes - self._measured.get(kind, self._passes) > _LONG_AGO:
             self._times.pop(kind, None)
@@ -93,7 +98,15 @@ class PassTimes:
         known: dict[Hashable, float] = {k: min(of_k) for k, of_k in list(self._times.items()) if len(of_k) >= _ENOUGH}
         if kind in known and self._passes - self._measured[kind] <= _LONG_AGO:
             return known[kind]
-        return min([*times, *(_at_best(kind, k, seconds) for k, seconds in (known or {1: 1.0}).items())])
+        known.pop(kind, None)
+        passes = {k: seconds for k, seconds in known.items() if k != PassTimes.DRAFT}
+        at_best = max(_at_best(kind, k, seconds) for k, seconds in (passes or known or {1: 1.0}).items())
+        return min([*times, at_best])
+
+    @property
+    def measured(self) -> bool:
+        """Whether any pass was."""
+        return bool(self._times)
 
 
 def _at_best(kind: Hashable, known: Hashable, seconds: float) -> float:

@@ -152,17 +152,29 @@ class DraftVerifyRunner:
         self.model_kwargs = {**self.model_kwargs, cache_argument(self.model): cache}
 
     @property
-    def can_select(self) -> bool:
+    def _can_select(self) -> bool:
         """Whether rows may leave: nothing but the cache and what `selected_inputs` knows has a row for each."""
         others = [n for n, value in self.model_kwargs.items() if n not in BY_SLOT and isinstance(value, Tensor)]
         # (The sums of a library depend on how many rows there are.)
         return self.can_part and not others and not (self._strict and self._batch > few_rows(self.model.dtype))
 
+    def pays_to_select(self, rows: int, tokens: int) -> bool:
+        """Whether rows may leave, and the others, `rows`, then generate so many tokens at most in less time.
+
+        Graphs for a batch of another size are compiled once, which may take as long as hundreds of passes.
+        """
+        if not self._can_select:
+            return False
+        known = self._all_times.get((rows, self._strict))
+        saved = tokens * self.times.of(1) * (1 - rows / self._batch)
+        return (known is not None and known.measured) or saved > self.times.preparing
+
     def _be_ready(self, state: ModelState, graph: GraphRecord, batch: int) -> None:
         """Finds what is known of passes of this many rows, and the graph and the widths of strict ones."""
         self._batch, self._own_backbone = batch, graph.own_backbone
         prepared = functools.partial(preparations, state)
-        self.times = state.of(_TimesByBatch).setdefault((batch, self._strict), PassTimes(prepared))
+        self._all_times = state.of(_TimesByBatch)
+        self.times = self._all_times.setdefault((batch, self._strict), PassTimes(prepared))
         if not self._strict:
             return
         graphs, key = state.of(BatchInvariantGraphs), (graph.config, graph.mode)

@@ -140,17 +140,18 @@ def test_rows_that_part_take_fewer_passes_than_rows_that_wait():
 
 
 def test_rows_that_have_ended_leave_the_batch():
-    """Three of four end early: passes are of one row from then on. Rows that stay together stay."""
+    """Three of four end early: passes are of one row from then on; unless rows stay together, or it costs more."""
     prompt = torch.tensor([[1, 2, 3], [4, 5, 6], [7, 8, 9], [1, 1, 2]])
     script = ScriptedRunner(prompt, 11, 7, 7, capacity=100, memory=3)
     texts = plain(script, prompt, Recorder(-1, 60))[:, 3:].tolist()
     eos = min(range(VOCABULARY), key=lambda token: sum(token in text for text in texts) or len(texts) + 1)
     expected = plain(script, prompt, Recorder(eos, 60)).tolist()
-    for together in (False, True):
+    for together, least_tokens in ((False, 0), (True, 0), (False, 1000)):
         runner = ScriptedRunner(prompt, 11, 7, 7, capacity=100, memory=3)
+        runner.least_tokens = least_tokens
         ids = loop_on(runner, prompt, Recorder(eos, 60), False, together=together).run(first_logits(runner, prompt))
         assert ids.tolist() == expected
-        assert (len(runner.rows) == 4) == together
+        assert (len(runner.rows) == 4) == (together or least_tokens > 0)
 
 
 def test_rows_that_part_are_streamed_without_padding():

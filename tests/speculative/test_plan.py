@@ -109,6 +109,17 @@ def test_a_narrow_pass_that_was_never_measured_is_tried_where_wide_ones_are_dear
     assert found.of(16) == 0.170
 
 
+def test_a_wide_pass_costs_no_less_than_narrower_ones():
+    """Where two tokens cost nearly twice one, sixteen are not tried as if they cost little more than one."""
+    found = PassTimes()
+    for _ in range(4):
+        found.note(1, 1.0)
+        found.note(2, 1.8)
+    assert found.of(16) > 1.8
+    found.note(16, 9.0)
+    assert found.of(16) < 9.0  # (a single slow pass may have had other reasons)
+
+
 def test_passes_in_which_something_was_prepared_do_not_count():
     graphs = [0]
     found = PassTimes(lambda: graphs[0])
@@ -117,6 +128,7 @@ def test_passes_in_which_something_was_prepared_do_not_count():
         found.note(1, 0.1)
         found.note(1, seconds)
     assert found.of(1) == 2.0
+    assert found.preparing == pytest.approx(0.4)
 
 
 def test_what_seems_dear_is_tried_again():

@@ -41,6 +41,7 @@ class ScriptedRunner:
         slots: for each row what stands in the filled slots, an id and whether the backbone wrote it; None for filler.
         rows: which rows of the call are in the batch.
         ended: rows whose slots are not looked at any more; the test's loop sets it.
+        least_tokens: for so many a smaller batch pays.
     """
 
     def __init__(self, prompt: Tensor, seed: int, river_right: int, max_draft: int, capacity: int, memory: int) -> None:
@@ -50,6 +51,7 @@ class ScriptedRunner:
         self.slots: list[list[tuple[int, bool] | None]] = [[(token, True) for token in row] for row in prompt.tolist()]
         self.rows = list(range(len(prompt)))
         self.kept = self.filled + 1
+        self.least_tokens = 0
         self.ended: Callable[[], list[bool]] = lambda: [False] * len(prompt)
 
     @property
@@ -96,7 +98,8 @@ class ScriptedRunner:
             content = self.slots[i][: start + count][-(self.kept - 1) :]
             self.slots[i] = [None] * (self.kept - 1 - len(content)) + content
 
-    can_select = True
+    def pays_to_select(self, rows: int, tokens: int) -> bool:
+        return tokens >= self.least_tokens
 
     def make_room(self, tokens):
         """The cache stays as long as it is."""
