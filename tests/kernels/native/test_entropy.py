@@ -8,6 +8,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from river_compile.kernels.native import load
+from river_compile.kernels.ops import UNWANTED
 from tests.kernels.native.running import DTYPES, ISAS, called, native, same_bits
 
 pytestmark = pytest.mark.usefixtures("restored")
@@ -22,16 +23,17 @@ pytestmark = pytest.mark.usefixtures("restored")
     st.sampled_from(DTYPES),
     st.sampled_from([0.01, 1.0, 30.0]),
     st.integers(0, 40),
+    st.sampled_from([-torch.inf, UNWANTED]),
     st.integers(1, 4),
 )
-def test_is_that_of_the_least_sure_row(isa, seed, rows, positions, vocabulary, dtype, scale, impossible, threads):
-    """At the last position; some tokens, in the first chunk or in several, cannot come (-inf)."""
+def test_is_that_of_the_least_sure_row(isa, seed, rows, positions, vocabulary, dtype, scale, impossible, low, threads):
+    """At the last position; some tokens, in the first chunk or in several, cannot come or are not wanted."""
     load.load(isa)
     torch.set_num_threads(threads)
     g = torch.Generator().manual_seed(seed)
     logits = (scale * torch.randn(rows, positions, vocabulary, generator=g)).to(dtype)
     impossible = min(impossible, vocabulary - 1) if seed % 2 else (vocabulary - 1) * impossible // 40
-    logits[:, :, :impossible] = -torch.inf
+    logits[:, :, :impossible] = low
     expected = torch.special.entr(logits[:, -1].double().softmax(-1)).sum(-1).amax()
     assert called(native.largest_entropy, logits).item() == pytest.approx(expected.item(), abs=2e-5)
 
