@@ -1,7 +1,7 @@
 """Finding 4-bit grids in C++: what takes longest of packing, several times as fast as in PyTorch.
 
-The two functions are those of `river_compile.kernels.quant.calibrated` with the same names, for float32 on a CPU. One
-thread runs each call, without Python's lock: whoever packs several matrices calls from several threads.
+The two functions are `fit_grid` and `_round_block` of `river_compile.kernels.quant.calibrated`, for float32 on a CPU.
+One thread runs each call, without Python's lock: whoever packs several matrices calls from several threads.
 
 Not handled: other dtypes and devices, groups whose size is no multiple of 16, and machines without a compiler.
 `usable` says whether a matrix is one of these.
@@ -45,15 +45,18 @@ def fit_grid(weight: Tensor, group_size: int, importance: Tensor, dtype: torch.d
     return scale, zero
 
 
-def round_compensating(weight: Tensor, scale: Tensor, zero: Tensor, group_of: Tensor, factor: Tensor) -> Tensor:
-    """Returns q, uint8 ``[N, K]``, of weights float32 ``[N, K]``; arguments are those of PyTorch's function.
-
-    A matrix's columns are rounded in order; what the remaining ones can make up for of an error, they do.
-    """
-    arguments = [tensor.contiguous() for tensor in (weight, scale, zero, group_of, factor)]
-    q = torch.empty(weight.shape, dtype=torch.uint8)
-    _call("river_round_compensating", *arguments, *map(ctypes.c_int64, (*weight.shape, scale.shape[1])), q)
-    return q
+def round_block(
+    left_KN: Tensor,
+    scale_GN: Tensor,
+    zero_GN: Tensor,
+    group_of: Tensor,
+    factor: Tensor,
+    errors_KN: Tensor,
+    q_KN: Tensor,
+) -> None:
+    """Rounds consecutive columns of a matrix; the arguments are those of PyTorch's function, contiguous but `factor`."""
+    sizes = map(ctypes.c_int64, (factor.stride(0), *left_KN.shape))
+    _call("river_round_block", left_KN, scale_GN, zero_GN, group_of, factor, *sizes, errors_KN, q_KN)
 
 
 def _call(name: str, *arguments: Tensor | ctypes._SimpleCData) -> None:
@@ -70,5 +73,5 @@ def _library(isa: Isa) -> ctypes.CDLL | None:
     except CannotBuild as error:
         log.info("matrices are packed in PyTorch: %s", error)
         return None
-    library.river_fit_grid.restype = library.river_round_compensating.restype = None
+    library.river_fit_grid.restype = library.river_round_block.restype = None
     return library

@@ -45,6 +45,7 @@ FEW_TOKENS = 0.2  # the same, for each feature that one token stands for
 _SHRINKS = tuple(1 - 0.04 * i for i in range(1, 13))  # shares of a group's extent, down to about a half
 _REFITS = 2
 _BLOCK = 128
+_ELEMENTS_TOGETHER = 1 << 24  # of a matrix, whose copies GPTQ holds at a time
 
 
 def quantize_observed(
@@ -194,22 +195,47 @@ def round_compensating(weight: Tensor, scale: Tensor, zero: Tensor, group_of: Te
         group_of: ``[K]``, the group of each column.
         factor: U ``[K, K]`` with ``H^-1 = U^T U``, rows and columns in the same order.
     """
-    if packing.usable(weight):
-        return packing.round_compensating(weight, scale, zero, group_of, factor)
-    left_KN = weight.T.contiguous()  # a column of the matrix is one run of memory
-    scale_KN, zero_KN = scale.T[group_of].contiguous(), zero.T[group_of].contiguous()
-    q_KN = torch.empty_like(left_KN)
-    for start in range(0, len(left_KN), _BLOCK):
-        block = slice(start, start + _BLOCK)
-        columns, inner = left_KN[block], factor[block, block]
-        errors = torch.empty_like(columns)
-        for i, column in enumerate(columns):
-            k = start + i
-            q_KN[k] = nearest(column, scale_KN[k], zero_KN[k])
-            errors[i] = (column - (q_KN[k] * scale_KN[k] + zero_KN[k])) / inner[i, i]
-            columns[i + 1 :].addr_(inner[i, i + 1 :], errors[i], alpha=-1)
-        left_KN[start + _BLOCK :].addmm_(factor[block, start + _BLOCK :].T, errors, alpha=-1)
-    return (q_KN.T + MID_POINT).to(torch.uint8)
+    round_block = packing.round_block if packing.usable(weight) else _round_block
+    factor, group_of = factor.contiguous(), group_of.contiguous()
+    rows = max(1, _ELEMENTS_TOGETHER // weight.shape[1])
+    found = []
+    for some in zip(weight.split(rows), scale.split(rows), zero.split(rows), strict=True):
+        left_KN, scale_GN, zero_GN = (tensor.T.contiguous() for tensor in some)  # a column is one run of memory
+        q_KN = torch.empty_like(left_KN, dtype=torch.uint8)
+        for start in range(0, len(left_KN), _BLOCK):
+            block = slice(start, start + _BLOCK)
+            errors_KN = torch.empty_like(left_KN[block])
+            inner = factor[block, block]
+            round_block(left_KN[block], scale_GN, zero_GN, group_of[block], inner, errors_KN, q_KN[block])
+            left_KN[start + _BLOCK :].addmm_(factor[block, start + _BLOCK :].T, errors_KN, alpha=-1)
+        found.append(q_KN.T)
+    return torch.cat(found)
+
+
+def _round_block(
+    left_KN: Tensor,
+    scale_GN: Tensor,
+    zero_GN: Tensor,
+    group_of: Tensor,
+    factor: Tensor,
+    errors_KN: Tensor,
+    q_KN: Tensor,
+) -> None:
+    """Rounds a block of columns, and makes up for errors within it.
+
+    Args:
+        left_KN: the columns, as those before the block left them; overwritten.
+        scale_GN, zero_GN: of every group.
+        group_of: ``[K]``, the group of each column.
+        factor: the columns' own ``[K, K]`` part of U.
+        errors_KN: receives what the columns after the block are to make up for.
+        q_KN: receives q.
+    """
+    for i, group in enumerate(group_of.tolist()):
+        q = nearest(left_KN[i], scale_GN[group], zero_GN[group])
+        errors_KN[i] = (left_KN[i] - (q * scale_GN[group] + zero_GN[group])) / factor[i, i]
+        left_KN[i + 1 :].addr_(factor[i, i + 1 :], errors_KN[i], alpha=-1)
+        q_KN[i] = (q + MID_POINT).to(torch.uint8)
 
 
 def _fit(groups: Tensor, importance: Tensor, dtype: torch.dtype) -> tuple[Tensor, Tensor]:

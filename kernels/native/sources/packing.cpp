@@ -1,5 +1,5 @@
-// Finding 4-bit grids, apart from the kernels: weighted fits of scale and zero, and rounding of columns in order with
-// each one's error made up for by those that follow (GPTQ). What is computed is written down in
+// Finding 4-bit grids, apart from the kernels: weighted fits of scale and zero, and rounding of a block of columns in
+// order with each one's error made up for by those that follow in it (GPTQ). What is computed is written down in
 // `kernels/quant/calibrated.py`, whose PyTorch code is the reference; one thread runs each call.
 //
 // Vectors are of 16 floats on every processor: what has no such registers gets several instructions.
@@ -21,8 +21,6 @@ constexpr int kVectors = 4;  // vectors of output features that are rounded toge
 constexpr int kVectors = 1;
 #endif
 constexpr int kRows = kVectors * kLanes;
-constexpr int kBlock = 32;    // columns whose errors reach the later ones together
-constexpr int kTogether = 4;  // later columns that are updated together
 constexpr int kLeast = -8, kMost = 7;
 constexpr int kShrinks = 12, kRefits = 2;
 
@@ -130,79 +128,56 @@ struct Group {
   }
 };
 
-// `kRows` output features of a matrix, column by column: a column is one run of memory.
+struct Block {
+  const float *left, *scale, *zero;
+  const int64_t* group_of;
+  const float* factor;
+  int64_t factor_stride;
+  float* errors;
+  uint8_t* q;
+};
+
+// Some output features of a block of columns: a column is one run of memory.
 class Rows {
  public:
-  Rows(int64_t features, int64_t groups)
-      : features_(features), left_(features * kRows), scale_(groups * kRows), zero_(groups * kRows),
-        errors_(kBlock * kRows) {}
+  explicit Rows(int64_t columns) : columns_(columns), left_(columns * kRows), errors_(columns * kRows) {}
 
-  // Rows that are missing repeat the first one, and nothing is stored for them.
-  void take(const float* weight, const float* scale, const float* zero, int64_t groups, int64_t rows) {
-    for (int64_t row = 0; row < kRows; ++row) {
-      const int64_t from = row < rows ? row : 0;
-      for (int64_t k = 0; k < features_; ++k) left_[k * kRows + row] = weight[from * features_ + k];
-      for (int64_t g = 0; g < groups; ++g) {
-        scale_[g * kRows + row] = scale[from * groups + g];
-        zero_[g * kRows + row] = zero[from * groups + g];
-      }
-    }
-  }
-
-  void round(const int64_t* group_of, const float* factor) {
-    for (int64_t start = 0; start < features_; start += kBlock) {
-      const int64_t end = std::min(start + kBlock, features_);
-      for (int64_t k = start; k < end; ++k) round_column(k, start, end, group_of[k], factor + k * features_);
-      int64_t column = end;
-      for (; column + kTogether <= features_; column += kTogether) make_up<kTogether>(column, start, end, factor);
-      for (; column < features_; ++column) make_up<1>(column, start, end, factor);
-    }
-  }
-
-  void give(uint8_t* q, int64_t rows) const {
-    for (int64_t row = 0; row < rows; ++row) {
-      for (int64_t k = 0; k < features_; ++k) q[row * features_ + k] = uint8_t(int(left_[k * kRows + row]) - kLeast);
+  // Rounds features `first` to before `first + rows` of `all`; those that are missing to `kRows` stand on a grid of ones.
+  void round(const Block& block, int64_t first, int64_t rows, int64_t all) {
+    alignas(64) float scale[kRows], zero[kRows];
+    std::fill(scale, scale + kRows, 1.0f);
+    std::fill(zero, zero + kRows, 0.0f);
+    std::fill(left_.begin(), left_.end(), 0.0f);
+    for (int64_t k = 0; k < columns_; ++k) std::copy_n(block.left + k * all + first, rows, &left_[k * kRows]);
+    for (int64_t k = 0; k < columns_; ++k) {
+      const int64_t at = block.group_of[k] * all + first;
+      std::copy_n(block.scale + at, rows, scale);
+      std::copy_n(block.zero + at, rows, zero);
+      round_column(k, scale, zero, block.factor + k * block.factor_stride);
+      std::copy_n(&errors_[k * kRows], rows, block.errors + k * all + first);
+      for (int64_t row = 0; row < rows; ++row)
+        block.q[k * all + first + row] = uint8_t(int(left_[k * kRows + row]) - kLeast);
     }
   }
 
  private:
-  // Leaves q - 8 in the column's place, and moves those of its own block.
-  void round_column(int64_t k, int64_t start, int64_t end, int64_t group, const float* factors) {
+  // Leaves q - 8 in the column's place, and moves those after it.
+  void round_column(int64_t k, const float* scales, const float* zeros, const float* factors) {
     const float own = factors[k];
     for (int v = 0; v < kRows; v += kLanes) {
-      const Lanes scale = load(&scale_[group * kRows + v]), zero = load(&zero_[group * kRows + v]);
+      const Lanes scale = load(scales + v), zero = load(zeros + v);
       const Lanes w = load(&left_[k * kRows + v]), q = nearest(w, scale, zero), error = (w - (q * scale + zero)) / own;
       store(&left_[k * kRows + v], q);
-      store(&errors_[(k - start) * kRows + v], error);
-      for (int64_t j = k + 1; j < end; ++j) {
+      store(&errors_[k * kRows + v], error);
+      for (int64_t j = k + 1; j < columns_; ++j) {
         float* const other = &left_[j * kRows + v];
         store(other, load(other) - error * factors[j]);
       }
     }
   }
 
-  // Moves `Columns` later columns by the errors of one block.
-  template <int Columns>
-  void make_up(int64_t column, int64_t start, int64_t end, const float* factor) {
-    Lanes moved[Columns][kVectors];
-    for (int c = 0; c < Columns; ++c) {
-      for (int v = 0; v < kVectors; ++v) moved[c][v] = load(&left_[(column + c) * kRows + v * kLanes]);
-    }
-    for (int64_t k = start; k < end; ++k) {
-      Lanes errors[kVectors];
-      for (int v = 0; v < kVectors; ++v) errors[v] = load(&errors_[(k - start) * kRows + v * kLanes]);
-      for (int c = 0; c < Columns; ++c) {
-        const Lanes factors = every(factor[k * features_ + column + c]);
-        for (int v = 0; v < kVectors; ++v) moved[c][v] -= errors[v] * factors;
-      }
-    }
-    for (int c = 0; c < Columns; ++c) {
-      for (int v = 0; v < kVectors; ++v) store(&left_[(column + c) * kRows + v * kLanes], moved[c][v]);
-    }
-  }
-
-  int64_t features_;
-  std::vector<float> left_, scale_, zero_, errors_;
+  const int64_t columns_;
+  std::vector<float> left_, errors_;
 };
 
 }  // namespace
@@ -223,16 +198,12 @@ RIVER_EXPORTED void river_fit_grid(const float* weight, const float* importance,
   }
 }
 
-// weight, q: [rows, features], columns in the order of rounding; scale, zero: [rows, groups]; group_of: [features];
-// factor: upper triangular [features, features].
-RIVER_EXPORTED void river_round_compensating(const float* weight, const float* scale, const float* zero,
-                                             const int64_t* group_of, const float* factor, int64_t rows,
-                                             int64_t features, int64_t groups, uint8_t* q) {
-  Rows some(features, groups);
-  for (int64_t row = 0; row < rows; row += kRows) {
-    const int64_t here = std::min<int64_t>(kRows, rows - row);
-    some.take(weight + row * features, scale + row * groups, zero + row * groups, groups, here);
-    some.round(group_of, factor);
-    some.give(q + row * features, here);
-  }
+// A block of consecutive columns: left, errors, q: [columns, rows]; scale, zero: [groups, rows]; group_of: [columns];
+// factor: upper triangular [columns, columns], `factor_stride` apart.
+RIVER_EXPORTED void river_round_block(const float* left, const float* scale, const float* zero, const int64_t* group_of,
+                                      const float* factor, int64_t factor_stride, int64_t columns, int64_t rows,
+                                      float* errors, uint8_t* q) {
+  const Block block{left, scale, zero, group_of, factor, factor_stride, errors, q};
+  Rows some(columns);
+  for (int64_t row = 0; row < rows; row += kRows) some.round(block, row, std::min<int64_t>(kRows, rows - row), rows);
 }

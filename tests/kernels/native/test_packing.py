@@ -36,7 +36,7 @@ def test_each_column_is_rounded_to_nearest_after_all_before_it_were_made_up_for(
     group_of = order // 32
     factor = calibrated.inverse_factor(moments[order][:, order])
     left = weight[:, order]
-    found = packing.round_compensating(left.float(), scale, zero, group_of, factor.float()).double() - 8
+    found = calibrated.round_compensating(left.float(), scale, zero, group_of, factor.float()).double() - 8
     scale, zero = scale.double()[:, group_of], zero.double()[:, group_of]
     for j in range(k):
         exact = ((left[:, j] - zero[:, j]) / scale[:, j]).clamp(-8, 7)
@@ -77,12 +77,12 @@ def test_constant_groups_are_the_point_in_the_middle():
 
 def test_gptq_takes_these_functions(monkeypatch):
     called = []
-    for name in ("fit_grid", "round_compensating"):
+    for name in ("fit_grid", "round_block"):
         real = getattr(packing, name)
         monkeypatch.setattr(packing, name, lambda *a, name=name, real=real: called.append(name) or real(*a))
     weight, _, moments = drawn(0, n=4, dtype=torch.float32)
     calibrated.gptq(weight, 32, moments)
-    assert called == ["fit_grid", "round_compensating"]
+    assert called == ["fit_grid", "round_block"]
 
 
 def test_what_they_do_not_take_is_left_to_pytorch():
