@@ -54,7 +54,7 @@ def round_block(
     errors_KN: Tensor,
     q_KN: Tensor,
 ) -> None:
-    """Rounds consecutive columns of a matrix; the arguments are those of PyTorch's function, contiguous but `factor`."""
+    """Rounds consecutive columns of a matrix; the arguments are those of PyTorch's, contiguous but `factor`."""
     sizes = map(ctypes.c_int64, (factor.stride(0), *left_KN.shape))
     _call("river_round_block", left_KN, scale_GN, zero_GN, group_of, factor, *sizes, errors_KN, q_KN)
 
