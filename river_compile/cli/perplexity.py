@@ -28,7 +28,7 @@ def measure(
     calibration: Path | None,
     rule: Mapping[str, Any],
 ) -> dict[str, dict[str, Any]]:
-    """Returns perplexity and the number of tokens for each way; `rule` has options of the backend for "fast".
+    """Returns perplexity and the number of tokens for each way; `rule` has options of the backend for "fast" and "river".
 
     Raises:
         ValueError: no text is long enough.
@@ -45,7 +45,7 @@ def measure(
     ways = (*WAYS, CALIBRATED) if calibration else WAYS
     results = {}
     for way in ways:
-        with running(model, way, calibration, **(rule if way == FAST else {})):
+        with running(model, way, calibration, **(rule if way in (FAST, RIVER) else {})):
             decoder = TokenByToken(model, length)
             losses = [loss for ids in samples for loss in _losses(decoder, ids)]
         mean = sum(losses) / len(losses)

@@ -54,7 +54,7 @@ def running(model: PreTrainedModel, way: str, calibration: Path | None = None, *
     elif way in (EXACT, STRICT):
         accelerate(model, way, **options)
     elif way != PLAIN:
-        accelerate(model, way, calibration, **options)
+        accelerate(model, way, calibration if way == CALIBRATED else None, **options)
     try:
         with depth:
             yield

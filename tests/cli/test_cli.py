@@ -197,6 +197,9 @@ def test_calibrate_writes_what_calibrated_needs(tiny, tmp_path, capsys):
         capsys, "chat", tiny, "--quality", "calibrated", "--calibration", file, "-n", "4", "--prompt", "hello"
     )
     assert turn["turns"][0]["tokens"]
+    for task, limit in (("perplexity", 2), ("reasoning", 1)):
+        asked = ("--task", task, "--limit", limit, "--new-tokens", "8", "--texts", texts, "--calibration", file)
+        assert {"plain", "fast", "calibrated"} <= printed_json(capsys, "eval", tiny, *asked)["rows"].keys()
     river(capsys, "calibrate", tiny, "--kl", "5", "--texts", tmp_path / "none.txt", code=1)
 
 
