@@ -39,8 +39,13 @@ class DraftTokens:
         self._list: Tensor | None = None
 
     def add(self, ids: Tensor) -> None:
-        """Takes in tokens of the text, integers of any shape."""
-        blocks = ids.flatten() // WANTED_BLOCK
+        """Takes in tokens of the text, integers of any shape; some may stand for pictures, outside of the vocabulary.
+
+        Those on a device are left where they are: no head leaves any logits out there, and to read them is to wait.
+        """
+        if not ids.is_cpu:
+            return
+        blocks = (ids.flatten() // WANTED_BLOCK).clamp(0, len(self._chosen) - 1)
         if not self._chosen[blocks].all():
             self._chosen[blocks] = True
             self._list = None

@@ -55,6 +55,14 @@ class TestWhichTokens:
         expected = [*range(8_992, 9_008), *range(10_000, VOCABULARY)]
         assert new.nonzero().flatten().tolist() == expected
 
+    def test_ids_that_are_no_tokens_or_lie_elsewhere_do_no_harm(self):
+        tokens = DraftTokens(VOCABULARY)
+        before = tokens.blocks
+        tokens.add(torch.empty(1, 3, dtype=torch.long, device="meta"))
+        assert tokens.blocks is before
+        tokens.add(torch.tensor([-200, VOCABULARY + 1_000]))
+        assert tokens.blocks[:-1].tolist() == before.tolist()
+
 
 @torch.no_grad()
 def steps(model, depth: int, tokens: DraftTokens | None, count: int = 3) -> torch.Tensor:
