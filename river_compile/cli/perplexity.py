@@ -28,7 +28,7 @@ def measure(
     calibration: Path | None,
     rule: Mapping[str, Any],
 ) -> dict[str, dict[str, Any]]:
-    """Returns perplexity and the number of tokens for each way; `rule` has options of the backend for "fast" and "river".
+    """Returns perplexity and the number of tokens for each way; `rule` has options for "fast" and "river".
 
     Raises:
         ValueError: no text is long enough.

@@ -89,8 +89,9 @@ class WantedLogits:
     """
 
     def __init__(self, vocabulary: int) -> None:
-        self._all = torch.arange(blocks_of(vocabulary), dtype=torch.int32)
-        self.list = torch.empty(len(self._all) + 1, dtype=torch.int32)
+        with torch.inference_mode(False):  # (whoever compiles in that mode may generate without)
+            self._all = torch.arange(blocks_of(vocabulary), dtype=torch.int32)
+            self.list = torch.empty(len(self._all) + 1, dtype=torch.int32)
         self._lock = threading.Lock()
         self._write(self._all)
 

@@ -130,7 +130,9 @@ def test_the_text_is_plains_whatever_drafts_lack(sample):
 
 
 def test_a_list_is_written_only_where_another_is_wanted():
-    wanted, tokens = WantedLogits(100), DraftTokens(100)
+    """Made in inference mode or not, in either."""
+    with torch.inference_mode():
+        wanted, tokens = WantedLogits(100), DraftTokens(100)
     with wanted:
         assert wanted.list.tolist() == [7, *range(7)]
     wanted.list.fill_(-1)
