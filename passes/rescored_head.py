@@ -13,32 +13,21 @@ from torch import fx
 
 from river_compile.kernels import ops  # noqa: F401  (registers river::rescore)
 
-from .edits import Missed, call, require
-from .nodes import called, is_ordinary, same_dtype, source_of, value_of
-from .program import Fusion, LinearSite, RiverProgram, Segment
+from .edits import call, require
+from .head_edits import change_head, product_of
+from .nodes import is_ordinary, same_dtype, value_of
+from .program import LinearSite, RiverProgram, Segment
 
 _NORM = {"norm": "none", "norm_weight": None, "norm_bias": None, "eps": 1e-6}
 
 
 def rescored_head(program: RiverProgram) -> RiverProgram:
     """The largest logits of tokens that left are computed anew from the head's 16-bit matrix."""
-    if program.river_head is None or not program.river_head.packed:
-        return program
-    head: Segment | None = None
-    missed = where = ""
-    try:
-        head = _rescored(program.river_head.copy())
-    except Missed as miss:
-        missed = f"{miss.reason}; the head stays in 16 bits"
-        where = "" if miss.node is None else source_of(miss.node)
-    fusion = Fusion("head + largest logits anew", program.river_head.name, missed, where)
-    return replace(program, river_head=head, fusions=(*program.fusions, fusion))
+    return change_head(program, "head + largest logits anew", _rescored, "the head stays in 16 bits")
 
 
 def _rescored(head: Segment) -> Segment:
-    products = [node for node in head.graph.nodes if called(node, torch.ops.river.linear.default)]
-    require(len(products) == len(head.packed) == 1, f"it has {len(products)} products in 4 bits")
-    product, site = products[0], head.packed[0]
+    product, site = product_of(head), head.packed[0]
     head, weight = _with_input(head, site)
     fits = is_ordinary(value_of(weight)) and value_of(weight).is_contiguous() and not site.transposed
     fits = fits and not site.scales_inputs and same_dtype(product.args[0], weight) and same_dtype(product, weight)

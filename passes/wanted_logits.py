@@ -9,34 +9,24 @@ from __future__ import annotations
 
 from dataclasses import replace
 
-import torch
 from torch import fx
 
-from .edits import Missed, add_placeholders, require
+from .edits import add_placeholders, require
 from .exit_checks import logits_of
-from .nodes import called, shape, source_of
-from .program import Fusion, RiverProgram, Segment
+from .head_edits import change_head, product_of
+from .nodes import shape
+from .program import RiverProgram, Segment
 
 
 def wanted_logits(program: RiverProgram) -> RiverProgram:
     """The product of the river's head takes a list of the blocks of logits that are wanted."""
-    head = program.river_head
-    if head is None or not head.packed:
-        return program
-    missed = where = ""
-    try:
-        head = _with_list(head.copy(), logits_of(program))
-    except Missed as miss:
-        missed = f"{miss.reason}; drafts compute all logits"
-        where = "" if miss.node is None else source_of(miss.node)
-    fusion = Fusion("head + list of wanted logits", head.name, missed, where)
-    return replace(program, river_head=head, fusions=(*program.fusions, fusion))
+    logits = logits_of(program)
+    rule, otherwise = "head + list of wanted logits", "drafts compute all logits"
+    return change_head(program, rule, lambda head: _with_list(head, logits), otherwise)
 
 
 def _with_list(head: Segment, logits: fx.Node | None) -> Segment:
-    products = [node for node in head.graph.nodes if called(node, torch.ops.river.linear.default)]
-    require(len(products) == len(head.packed) == 1, f"the head has {len(products)} products in 4 bits")
-    product = products[0]
+    product = product_of(head)
     plain = product.kwargs.get("residual") is None and not product.kwargs.get("gated", False)
     all_of_them = logits is not None and shape(logits)[-1] == product.args[4]
     require(plain and all_of_them, "the product's outputs are not the logits", product)

@@ -173,12 +173,7 @@ def _build(
     device = choose_device(program, config, captures, lowering.native, ranks)
     offloaded.check(plan, config)
     policy = _exit_policy(program, config)
-    with record.stage("packing"):
-        packed = _pack(program, values, config, lowering, state)
-    if packed:
-        warn_of_slow_lowering(lowering, plan.device)
-        with record.stage("judging"):
-            state.of(PackedWeights).judge(packed.values(), Statistics.of(state))
+    packed = _pack_and_judge(program, values, lowering, state, record)
     with record.stage("rewriting"):
         keep = {site.name: made.reason for site, made in packed.items() if made.reason}
         program = _rewritten(program, config, passes_for(config, plan, lowering, keep))
@@ -257,6 +252,19 @@ def _rewritten(program: RiverProgram, config: RiverConfig, passes: Sequence[Pass
     if dump.folder is not None:
         log.info("wrote the rewritten graph to %s", dump.folder)
     return result
+
+
+def _pack_and_judge(
+    program: RiverProgram, values: Mapping[fx.Node, Any], lowering: Lowering, state: ModelState, record: GraphRecord
+) -> dict[LinearSite, PackedSite]:
+    """Returns the packed weights of the twins that tokens can reach; where there are any, judges them."""
+    with record.stage("packing"):
+        packed = _pack(program, values, record.config, lowering, state)
+    if packed:
+        warn_of_slow_lowering(lowering, program.plan.device)
+        with record.stage("judging"):
+            state.of(PackedWeights).judge(packed.values(), Statistics.of(state))
+    return packed
 
 
 def _pack(
