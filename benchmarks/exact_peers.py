@@ -11,14 +11,16 @@ What is not installed is left out. Rows:
     economize_skip       the same, drafts that leave out every third block
     flashspec_lookup     PyPI's flashspec, its prompt lookup
 
-Tokens/s count the whole call, prompt included, after one that warms up. A text counts as kept where it is eager's to
-the last token: in bfloat16, programs that sum in another order may part where two tokens all but tie; float32 tells
-programs that keep the text from those that do not.
+Tokens/s count the whole call, prompt included. A first turn compiles; before each timed turn a row generates a few
+tokens, so that what the system put aside while others ran is back in memory. A text counts as kept where it is eager's
+to the last token: in bfloat16, programs that sum in another order may part where two tokens all but tie; float32
+tells programs that keep the text from those that do not.
 """
 
 from __future__ import annotations
 
 import argparse
+import functools
 import importlib.util
 import statistics
 import sys
@@ -35,6 +37,7 @@ from river_compile.cli import models
 
 Generate = Callable[[Tensor, int], list[int]]  # (ids [1, S], new tokens) -> the new ones
 LOOKUP = 10
+_WARM_UP = 8  # tokens
 
 
 def _transformers(model: Any, **options: object) -> Generate:
@@ -50,10 +53,11 @@ def _eager(model: Any) -> Generate:
     return _transformers(model)
 
 
-def _river_exact(model: Any) -> Generate:
+def _river_exact(model: Any, artifact: str | None) -> Generate:
     import river_compile
 
-    return _transformers(river_compile.accelerate(model), cache_implementation="static")
+    twins = {"artifact": artifact} if artifact else {}
+    return _transformers(river_compile.accelerate(model, **twins), cache_implementation="static")
 
 
 def _lookup_compiled(model: Any) -> Generate:
@@ -136,7 +140,8 @@ def run(options: argparse.Namespace) -> int:
     for name, (model, _) in loaded.items():
         # One cache size, so one decode graph; transformers' prompt lookup drafts beyond the end of the text.
         model._previous_max_cache_length = longest + options.new_tokens + LOOKUP + 1
-        generators[name] = PEERS[name][1](model)
+        ready = functools.partial(_river_exact, artifact=options.artifact) if name == "river_exact" else PEERS[name][1]
+        generators[name] = ready(model)
     outcome = {**common.setting("exact_peers", options), "kinds": _measure(generators, kinds, options)}
     _show(outcome)
     common.write_outcome(outcome, options.json)
@@ -152,10 +157,14 @@ def _measure(
     for turn in range(options.repeats + 1):
         for kind, ids in kinds.items():
             for name, generate in generators.items():
+                if turn:
+                    generate(ids[0], _WARM_UP)
                 start = time.perf_counter()
                 texts[kind, name] = [generate(prompt, options.new_tokens) for prompt in ids]
+                took = time.perf_counter() - start
+                print(f"{'warm-up' if not turn else f'turn {turn}'}, {kind}, {name}: {took:.1f} s", file=sys.stderr)
                 if turn:
-                    seconds.setdefault((kind, name), []).append(time.perf_counter() - start)
+                    seconds.setdefault((kind, name), []).append(took)
     return {
         kind: {
             name: {

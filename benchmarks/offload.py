@@ -4,14 +4,23 @@
     python -m benchmarks.offload --model DIR --offload 2 8 --json offload.json
 
 Every row is a process of its own. Each generates the same prompt's greedy continuation on a static cache, batch 1,
-twice: once to compile, pack and offload, once to measure. Columns:
+three times: twice to compile, pack, offload and learn, once to measure. Rows:
+
+    in memory         nothing leaves
+    exit, fetch       the two policies; tokens leave the backbone where the similarity criterion says
+    never             "fetch", and no token leaves: the plain model's text, its backbone streamed for every token
+    exact             "fetch" in exact mode: the same text, the backbone streamed once for what a pass verifies
+
+Columns:
 
     weights MB        the model's parameters and the packed twins
     resident MB       of them, what stays in memory; and as a share of `weights MB`
     process MB        resident set after the generations, code and caches of libraries included
     prompt ms         first token of the measured generation: the prompt streams
     decode tokens/s   the tokens after it
-    mean depth        backbone blocks executed per decoded token
+    mean depth        backbone blocks executed per decoded token; of a draft's tokens 0
+    MB in per token   weights that came in, prompt and tokens, by the tokens generated
+    same text         as the row "never" of the same offload=
 """
 
 from __future__ import annotations
@@ -20,9 +29,13 @@ import argparse
 import sys
 from contextlib import closing
 from pathlib import Path
+from typing import Any
 
 from benchmarks import common
 from river_compile.cli import models
+
+_NEVER = 2.0  # above every cosine
+_FIRST_EXIT = 2  # the option's default
 
 PROMPT = "Write a Python function that returns the n-th Fibonacci number."
 
@@ -47,10 +60,11 @@ def main(arguments: list[str] | None = None) -> int:
 
 def _measure(options: argparse.Namespace) -> dict[str, dict]:
     folder = models.resolve(options.model)
-    return {name: _measured(name, fields, folder, options) for name, fields in _rows(options.offload).items()}
+    rows = _rows(options.offload, options.threshold)
+    return {name: _measured(name, fields, folder, options) for name, fields in rows.items()}
 
 
-def measure(folder: str, options: dict, new_tokens: int, threads: int) -> dict:
+def measure(folder: str, options: dict, new_tokens: int, threads: int, exact: bool) -> dict:
     """Measures one row, inside its process."""
     import torch
 
@@ -62,8 +76,11 @@ def measure(folder: str, options: dict, new_tokens: int, threads: int) -> dict:
     model, tokenizer = models.load(folder)
     ids = models.encode(tokenizer, PROMPT)
     model.compile(backend="river", options=options)
-    generate(model, ids, new_tokens)
-    timed = generate(model, ids, new_tokens)
+    how = {"custom_generate": river_compile.exact} if exact else {}
+    for _ in range(2):
+        generate(model, ids, new_tokens, **how)
+    before = _brought_in(model)
+    timed = generate(model, ids, new_tokens, **how)
     report = river_compile.report(model)
     moved = report.offloaded.moved if report.offloaded else 0
     weights = sum(p.nbytes for p in model.parameters()) + sum(p.nbytes for p in report.packed)
@@ -74,7 +91,17 @@ def measure(folder: str, options: dict, new_tokens: int, threads: int) -> dict:
         "prompt_s": timed.first_token_s,
         "decode_tokens_per_s": timed.decode_tokens_per_s,
         "mean_depth": report.mean_depth,
+        "brought_in_bytes_per_token": (_brought_in(model) - before) / len(timed.tokens),
+        "tokens": list(timed.tokens),
     }
+
+
+def _brought_in(model: Any) -> int:
+    """Returns the bytes of weights that have come in so far."""
+    import river_compile
+
+    offloaded = river_compile.report(model).offloaded
+    return offloaded.brought_in if offloaded else 0
 
 
 def resident_bytes() -> int:
@@ -89,34 +116,47 @@ def show(outcome: dict) -> None:
     print(f"\n{outcome['model']}, bfloat16, {outcome['new_tokens']} tokens")
     print(f"{machine['cpu']}, {machine['threads']} threads\n")
     headers = ["", "weights MB", "resident MB", "share", "process MB", "prompt ms", "decode tokens/s", "mean depth"]
+    headers += ["MB in per token", "same text"]
     rows = []
     for name, row in outcome["rows"].items():
         weights, resident, process = (row[f"{key}_bytes"] / 1e6 for key in ("weights", "resident", "process"))
         share = f"{resident / weights:.0%}"
         rows.append([name, round(weights, 1), round(resident, 1), share, round(process), row["prompt_s"] * 1e3])
-        rows[-1] += [row["decode_tokens_per_s"], row["mean_depth"]]
+        never = outcome["rows"].get(_never(name))
+        same = "" if never is None else "yes" if row["tokens"] == never["tokens"] else "no"
+        rows[-1] += [row["decode_tokens_per_s"], row["mean_depth"], row["brought_in_bytes_per_token"] / 1e6, same]
     common.print_table(headers, rows)
 
 
-def _rows(depths: list[int]) -> dict[str, dict]:
+def _never(row: str) -> str:
+    """Returns the name of the row that generates the plain model's text with the same blocks offloaded."""
+    return f"{row.partition(', ')[0]}, never"
+
+
+def _rows(depths: list[int], threshold: float) -> dict[str, dict]:
     """Returns the options of the rows by their names."""
-    rows: dict[str, dict] = {"in memory": {}}
+    usual = {"threshold": threshold}
+    rows: dict[str, dict] = {"in memory": usual}
     for depth in depths:
-        for policy in ("exit", "fetch"):
-            rows[f"offload={depth}, {policy}"] = {"offload": depth, "offload_policy": policy}
+        for policy in ("exit", "fetch") if depth >= _FIRST_EXIT else ("fetch",):  # ("exit" lets no token go before)
+            rows[f"offload={depth}, {policy}"] = {**usual, "offload": depth, "offload_policy": policy}
+        for name in ("never", "exact"):
+            rows[f"offload={depth}, {name}"] = {"threshold": _NEVER, "offload": depth, "offload_policy": "fetch"}
     return rows
 
 
 def _measured(name: str, fields: dict, folder: Path, options: argparse.Namespace) -> dict:
     job = {"folder": str(folder), "new_tokens": options.new_tokens, "threads": options.threads}
+    twins = {"artifact": options.artifact} if options.artifact else {}
     with closing(common.Worker("benchmarks.offload", name, options.threads)) as worker:
-        return worker.ask("measure", options={"threshold": options.threshold, **fields}, **job)
+        return worker.ask("measure", options={**twins, **fields}, exact=name.endswith("exact"), **job)
 
 
 def _parse(arguments: list[str] | None) -> argparse.Namespace:
     parser = common.command_line(__doc__, "model", "new-tokens", "threads", "json", "worker", new_tokens=64)
     parser.add_argument("--offload", nargs="+", type=common.number(0), default=[4], help="blocks that stay (4)")
     parser.add_argument("--threshold", type=float, default=0.7, help="of the similarity criterion (%(default)s)")
+    parser.add_argument("--artifact", metavar="DIR", help="packed twins, as `river pack` writes them")
     return parser.parse_args(arguments)
 
 

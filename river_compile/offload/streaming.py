@@ -102,6 +102,7 @@ class Streamer:
         found = [(weight, self._offloaded.find(weight)) for weight in weights]
         away = {weight: stored for weight, stored in found if stored is not None}
         arrival = self._offloaded.store.start(tuple(away.values()))
+        self._offloaded.sent_for(sum(weight.nbytes for weight in away))
         return _Brought(tuple(away), tuple(map(version_of, away)), tuple(away.values()), arrival)
 
 

@@ -55,6 +55,7 @@ class OffloadLog:
         weights: of the model's parameters and of the packed twins, before anything left.
         peak_before: peak memory (of the process on a CPU, of the device on a GPU) until the weights left.
         peak_after: largest memory seen since, at the borders of blocks that were brought in and when asked for.
+        brought_in: of weights that were sent for since, by prompts and by tokens.
     """
 
     blocks: tuple[int, int]
@@ -65,6 +66,7 @@ class OffloadLog:
     weights: int
     peak_before: int
     peak_after: int = 0
+    brought_in: int = 0
 
     @property
     def resident(self) -> int:
@@ -84,6 +86,7 @@ class OffloadLog:
             f"    resident     {self.resident / 1e6:.1f} of {self.weights / 1e6:.1f} MB of weights and twins "
             f"({share:.0f} %); of the offloaded blocks {self.kept / 1e6:.2f} MB stay",
             f"    peak memory  {self.peak_before / 1e6:.1f} MB before, {self.peak_after / 1e6:.1f} MB since",
+            f"    brought in   {self.brought_in / 1e6:.1f} MB since",
         ]
 
 
@@ -160,6 +163,7 @@ class OffloadedWeights:
                 weights=_bytes(weights) + packed_bytes,
                 peak_before=peak if before is None else before.peak_before,
                 peak_after=0 if before is None else before.peak_after,
+                brought_in=0 if before is None else before.brought_in,
             )
             self.sample()
             log.info("%s", "\n".join(line.strip() for line in self.log.lines()))
@@ -169,6 +173,11 @@ class OffloadedWeights:
         with self._lock, torch.inference_mode(False), torch.no_grad():
             self.log = None
             return self._bring_back(weights)
+
+    def sent_for(self, nbytes: int) -> None:
+        """Notes that so many bytes of weights come in."""
+        if self.log is not None:
+            self.log.brought_in += nbytes
 
     def sample(self) -> None:
         """Notes the memory in use for the log's peak."""

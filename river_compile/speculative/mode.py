@@ -45,7 +45,7 @@ _ROW_BY_ROW = (MaxLengthCriteria, EosTokenCriteria, StopStringCriteria)
 _STOP_BELOW = 0.5  # where measured times may not decide
 
 _CHECKS = {
-    "max_draft": integer(1),
+    "max_draft": optional(integer(1)),
     "prompt_lookup": FLAG,
     "stop_below": optional(number("it must be a number from 0 to 1", least=0, most=1)),
     "strict": FLAG,
@@ -62,7 +62,8 @@ class ExactMode:
 
     Attributes:
         max_draft: longest draft, in tokens, at least 1. Passes are verified at widths 2, 4, 8 ... max_draft + 1, and at
-            every width up to that where strict.
+            every width up to that where strict. None for 15, and 63 where blocks of the backbone are offloaded, so that
+            a pass brings their weights in for many tokens.
         prompt_lookup: copy drafts from the context where it repeats itself.
         stop_below: the river ends its draft once the draft's estimated chance of holding in whole is below this, in
             [0, 1]; 0 always drafts `max_draft` tokens. None drafts as long as it is expected to pay, by measured times,
@@ -73,7 +74,7 @@ class ExactMode:
         static_cache: stand a static cache for one that grows, where the caller says nothing of caches.
     """
 
-    max_draft: int = 15
+    max_draft: int | None = None
     prompt_lookup: bool = True
     stop_below: float | None = None
     strict: bool = False

@@ -45,6 +45,9 @@ from .rates import PassTimes
 from .refusals import check_paths, known, why_not
 from .rewind import BY_SLOT, RewindableCache, moved_inputs, selected_inputs, tensors_of
 
+_LONGEST = 15  # tokens of a draft, where the caller does not say
+_LONGEST_OFFLOADED = 63  # where a pass waits for weights to come in, once for all of its tokens
+
 
 def verification_widths(max_draft: int, strict: bool = False) -> tuple[int, ...]:
     """Returns the query lengths at which the backbone verifies.
@@ -71,7 +74,7 @@ class DraftVerifyRunner:
     Args:
         model: the compiled model.
         lent: what generate prepared for the forward passes, with the cache that they use.
-        max_draft: longest draft.
+        max_draft: longest draft; None for 15, and 63 where blocks of the backbone are offloaded.
         strict: whether verification must give the bits of one token per pass.
 
     Attributes:
@@ -88,11 +91,11 @@ class DraftVerifyRunner:
     ranks: Ranks
     rates: RatesOfModel
 
-    def __init__(self, model: PreTrainedModel, lent: LentCache, max_draft: int, strict: bool = False) -> None:
+    def __init__(self, model: PreTrainedModel, lent: LentCache, max_draft: int | None, strict: bool = False) -> None:
         self.model = model
         self.lent, self.model_kwargs = lent, lent.kwargs
-        self.widths = self._widths = verification_widths(max_draft, strict)
-        self._strict = strict
+        self._max_draft, self._strict = max_draft, strict
+        self.widths = self._widths = verification_widths(max_draft or _LONGEST_OFFLOADED, strict)
         self._invariant: BatchInvariantGraph | None = None  # None: the model's own
         self._verdicts: dict[tuple[object, ...], bool] = {}  # of strict passes, for this batch and cache
 
@@ -110,14 +113,17 @@ class DraftVerifyRunner:
         self.model_kwargs = self.model._update_model_kwargs_for_generation(outputs, self.model_kwargs)
         cache = cache_of(self.model_kwargs)
         assert cache is not None, "exact mode refuses a generation without a cache"
-        self.prompt_logits = outputs.logits[:, -1:]
-        self._take(cache)
+        self.prompt_logits, self.cache = outputs.logits[:, -1:], cache
         state = known(self.model)
         ran = [executor for executor, thread in steps if thread == threading.get_ident()]
         graph = next((g for g in state.graphs if g.executor() in ran), None)
         if graph is None:
             raise ExactModeError(f"exact mode needs a model that the river backend can rewrite; {why_not(state)}")
         check_paths(graph.config)
+        if self._max_draft is None:
+            longest = _LONGEST if graph.config.offload is None else _LONGEST_OFFLOADED
+            self.widths = self._widths = verification_widths(longest, self._strict)
+        self._take(cache)
         self.stats, self.sequences, self.ranks = state.of(ExitStats), state.of(Sequences), state.of(Ranks)
         self.rates = state.of(RatesOfModel)
         self._prepare = functools.partial(self._be_ready, state, graph)

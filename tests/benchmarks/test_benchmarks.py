@@ -310,20 +310,23 @@ def test_a_bandwidth_is_positive(bandwidth, capsys):
 
 
 def test_offloading_is_compared_with_a_model_in_memory(monkeypatch, tmp_path, capsys):
-    """Which rows are measured, and the share that stays."""
+    """Which rows are measured, the share that stays, and which texts are the plain model's."""
     asked = []
 
-    def answer(self, command, options, **job):
-        asked.append(options)
+    def answer(self, command, options, exact, **job):
+        asked.append((options, exact))
         moved = 6 * 10**6 if "offload" in options else 0
-        speeds = {"prompt_s": 0.1, "decode_tokens_per_s": 50.0, "mean_depth": 2.0}
-        return {"weights_bytes": 10**7, "resident_bytes": 10**7 - moved, "process_bytes": 10**8, **speeds}
+        row = {"prompt_s": 0.1, "decode_tokens_per_s": 50.0, "mean_depth": 2.0, "brought_in_bytes_per_token": moved}
+        row["tokens"] = [1, 2] if options["threshold"] > 1 else [1, 3]
+        return {"weights_bytes": 10**7, "resident_bytes": 10**7 - moved, "process_bytes": 10**8, **row}
 
     monkeypatch.setattr(FakeWorker, "ask", answer)
     monkeypatch.setattr(common, "Worker", FakeWorker)
     (tmp_path / "config.json").write_text("{}")
     assert offload.main(["--model", str(tmp_path), "--offload", "2"]) == 0
-    tau = {"threshold": 0.7}
-    assert asked == [tau, *({**tau, "offload": 2, "offload_policy": policy} for policy in ("exit", "fetch"))]
+    usual, never = {"threshold": 0.7}, {"threshold": 2.0, "offload": 2, "offload_policy": "fetch"}
+    policies = [({**usual, "offload": 2, "offload_policy": policy}, False) for policy in ("exit", "fetch")]
+    assert asked == [(usual, False), *policies, (never, False), (never, True)]
     lines = capsys.readouterr().out.splitlines()
-    assert [line.split()[-5] for line in lines[-3:]] == ["100%", "40%", "40%"]
+    assert [line.split()[-1] for line in lines[-4:]] == ["no", "no", "yes", "yes"]
+    assert [line.split()[-7] for line in lines[-4:]] == ["40%"] * 4

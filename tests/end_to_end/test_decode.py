@@ -7,7 +7,7 @@ import torch
 from transformers.generation.streamers import BaseStreamer
 
 import river_compile
-from river_compile import CacheFullError
+from river_compile import CacheFullError, generation
 from river_compile.runtime.pass_inputs import PassInputs
 from river_compile.upstream.hf_cache import cache_argument
 from tests.support.decoding import cache_state, left_padded, new_cache
@@ -35,7 +35,8 @@ def generate(model, kind="static", batch=3, **options):
     settings = {"max_new_tokens": NEW_TOKENS, "do_sample": False, "disable_compile": True, **wanted, **options}
     torch.manual_seed(0)
     out = model.generate(ids, attention_mask=mask, **{cache_argument(model): cache}, **settings)
-    entries = [tensor for state in cache_state(cache) for tensor in state[:2]]
+    entries = [tensor[:, :, :length] for *tensors, length in cache_state(cache) for tensor in tensors]
+    entries += [torch.tensor(length) for *_, length in cache_state(cache)]
     streamed = [] if streamer is None else [torch.tensor(streamer.ended), *map(torch.tensor, streamer.tokens)]
     return [out.sequences, *out.scores, *out.logits, *entries, *streamed]
 
@@ -130,3 +131,81 @@ def test_what_it_is_not_for_is_refused(options, message):
     settings = {"max_new_tokens": 2, "do_sample": False, "attention_mask": torch.ones_like(ids), **options}
     with pytest.raises(ValueError, match=message):
         make("llama", layers=1).generate(ids, custom_generate=river_compile.decode, **settings)
+
+
+@pytest.fixture
+def order(monkeypatch):
+    """Steps are queued ahead, as on a GPU; notes when one is queued and when what the one before chose is read."""
+    noted: list[str] = []
+    following, read = generation._Steps.next, generation._Told.read
+
+    def note_step(self):
+        noted.append("step")
+        return following(self)
+
+    def note_read(self):
+        noted.append("read")
+        return read(self)
+
+    monkeypatch.setattr(generation, "runs_late", lambda device: True)
+    monkeypatch.setattr(generation._Steps, "next", note_step)
+    monkeypatch.setattr(generation._Told, "read", note_read)
+    return noted
+
+
+def end_token(model, after: int) -> int:
+    """Returns the token that a text of one row has at a place, and not before."""
+    ids, mask = left_padded(1)
+    text = model.generate(ids, attention_mask=mask, max_new_tokens=NEW_TOKENS, do_sample=False)[0, ids.shape[1] :]
+    token = int(text[after])
+    assert token not in text[:after].tolist()
+    return token
+
+
+@pytest.mark.parametrize("options", [{}, {"do_sample": True}], ids=["greedy", "sampled"])
+@pytest.mark.parametrize("batch", [1, 3])
+def test_steps_are_queued_before_the_host_reads_what_was_chosen(order, batch, options):
+    """The same text, scores, entries and state of the generator; the last step of a full text is not queued."""
+    model = make("llama", layers=2)
+    ours = generate(model, batch=batch, custom_generate=river_compile.decode, **options)
+    drawn = torch.rand(1)
+    theirs = generate(model, batch=batch, **options)
+    assert all(map(torch.equal, ours, theirs))
+    assert torch.equal(drawn, torch.rand(1))
+    assert order == ["step", "read"] * (NEW_TOKENS - 1) + ["read"]
+
+
+@pytest.mark.parametrize("river", [False, True], ids=["plain", "recorded"])
+def test_a_step_behind_the_end_of_a_text_is_taken_back(order, river):
+    """The cache has the length, and the entries up to it, that transformers' loop leaves."""
+    model = make("llama", layers=2)
+    ends = {"eos_token_id": end_token(model, after=3), "pad_token_id": 0, "batch": 1}
+    if river:
+        model.compile(
+            backend="river", options={"cudagraphs": "record", "lowering": "eager", "quantizer": "rtn", "group_size": 32}
+        )
+    theirs = generate(model, **ends)
+    ours = generate(model, custom_generate=river_compile.decode, **ends)
+    assert ours[0].shape[1] < left_padded(1)[0].shape[1] + NEW_TOKENS
+    assert len(ours) == len(theirs)
+    assert all(map(torch.equal, ours, theirs))
+    assert order == ["step", "read"] * 4
+
+
+def test_a_full_cache_queues_nothing_that_may_not_be_wanted(order):
+    """A text that ends where its cache is full raises nothing."""
+    model = make("llama", layers=2)
+    ids, mask = left_padded(1)
+    ends = {"eos_token_id": end_token(model, after=3), "pad_token_id": 0, "max_new_tokens": NEW_TOKENS}
+    cache = new_cache(model, "static", capacity=ids.shape[1] + 3)
+    arguments = {cache_argument(model): cache, "custom_generate": river_compile.decode, "do_sample": False}
+    text = model.generate(ids, attention_mask=mask, **arguments, **ends)
+    assert text.shape[1] == ids.shape[1] + 4
+    assert order == ["step", "read"] * 3 + ["read"]
+
+
+def test_a_sliding_window_is_not_pushed_on_before_it_is_known_that_a_token_follows(order):
+    model = make("gemma3", layers=2)
+    ours = generate(model, custom_generate=river_compile.decode)
+    assert all(map(torch.equal, ours, generate(model)))
+    assert order == ["read", "step"] * (NEW_TOKENS - 1) + ["read"]

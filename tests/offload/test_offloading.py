@@ -289,6 +289,19 @@ def test_other_options_move_weights_back(elsewhere):
     assert not any(p.isnan().any() for p in model.parameters())
 
 
+def test_exact_mode_streams_the_backbone_once_for_many_tokens(elsewhere):
+    """Weights come in once for each verifying pass, as the log says, and drafts may be long."""
+    model = make("llama", layers=LAYERS)
+    with torch.no_grad():
+        model.model.norm.weight.zero_()  # every token is the first of the vocabulary, so every draft holds
+    model.compile(backend=river, options={**OPTIONS, **FETCH})
+    model.generate(prompt(8), max_new_tokens=129, do_sample=False, custom_generate=exact, adaptive=False, stop_below=0)
+    log, cycles = report(model).offloaded, report(model).exact.cycles
+    assert cycles == 2, "63 drafted tokens and the backbone's own"
+    assert log.brought_in == sum(elsewhere.started)
+    assert log.brought_in == cycles * log.moved, "the prompt ran before they left"
+
+
 def test_exact_mode_streams_or_is_refused():
     model = make("llama", layers=LAYERS)
     ids = prompt(8)
