@@ -1,6 +1,7 @@
 """The operators ``torch.ops.river.*``. Importing this module registers them; it needs no Triton and no GPU.
 
     linear                x W^T with W in 4 or 16 bits; a norm before it, bias, activation, gate and residual after it
+    merged                the same for several matrices in 16 bits, one below the other, by the generated kernel
     norm                  a norm and the residual after it (sandwich norms); plain torch, or the C++ kernels
     rescore               the largest logits of a product in 4 bits computed anew; plain torch, or the C++ kernels
     experts               each row's product with the one that it chose of several stacked matrices in 4 bits
@@ -18,7 +19,7 @@ itself. All outputs are new tensors; the schema says what is mutated. The argume
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from typing import Any
 
 import torch
@@ -133,6 +134,49 @@ def _(
     wanted: Tensor | None = None,
 ) -> Tensor:
     return x.new_empty((*x.shape[:-1], out_features // 2 if gated else out_features))
+
+
+@torch.library.custom_op("river::merged", mutates_args=())
+def merged(
+    x: Tensor,
+    weights: Sequence[Tensor],
+    biases: Sequence[Tensor],
+    residual: Tensor | None = None,
+    norm: str = "none",
+    norm_weight: Tensor | None = None,
+    norm_bias: Tensor | None = None,
+    eps: float = 1e-6,
+    activation: str = "none",
+    gated: bool = False,
+) -> Tensor:
+    """Returns what `linear` does in layout "triton" for matrices that stand one below the other.
+
+    Args:
+        x: ``[..., K]``.
+        weights: two matrices ``[N_i, K]`` or more in x.dtype; gated, the gate and the up projection.
+        biases: ``[N_i]`` for each, or none at all.
+        residual, norm, norm_weight, norm_bias, eps, activation, gated: as of `linear`.
+
+    Raises:
+        ValueError: as of `linear`; matrices whose rows no tile divides.
+    """
+    return launch.linear(x, weights, biases, residual, norm, norm_weight, norm_bias, eps, activation, gated)
+
+
+@merged.register_fake
+def _(
+    x: Tensor,
+    weights: Sequence[Tensor],
+    biases: Sequence[Tensor],
+    residual: Tensor | None = None,
+    norm: str = "none",
+    norm_weight: Tensor | None = None,
+    norm_bias: Tensor | None = None,
+    eps: float = 1e-6,
+    activation: str = "none",
+    gated: bool = False,
+) -> Tensor:
+    return x.new_empty((*x.shape[:-1], sum(map(len, weights)) // (2 if gated else 1)))
 
 
 @torch.library.custom_op("river::norm", mutates_args=())

@@ -1,8 +1,9 @@
 """Gives passes a backbone of the kernels' own products, in 16 bits.
 
-Linear layers become ``river::linear`` in layout "dense", which sums an output in one order whatever the number of rows;
-those that share an input become one product, whose weights stay where they are: its matrix is a ``torch.cat`` that the
-lowering takes apart again. The rules of fusion then see a block as they see a twin.
+Linear layers become ``river::linear`` in layout "dense", the C++ kernels', which sum an output in one order whatever
+the number of rows, or "triton", the generated ones', for decode steps. Those that share an input become one product,
+whose weights stay where they are: its matrix is a ``torch.cat`` that the lowering takes apart again. The rules of
+fusion then see a block as they see a twin.
 
 Not handled: weights of another dtype than their input, transposed ones (GPT-2's Conv1D), experts; they stay so.
 """
@@ -20,19 +21,26 @@ from river_compile.kernels import ops  # noqa: F401  (registers river::linear)
 
 from .edits import call
 from .nodes import Linear, as_linear, is_ordinary, is_parameter, same_dtype, value_of
+from .pipeline import Pass
 from .program import RiverProgram, Segment
 from .swap_ops import simplify_attention
 
 MOST_MERGED = 4  # matrices of one product
+_MERGED_ROWS = 16  # of which a generated kernel's matrices have a multiple
 
 
-def river_backbone(program: RiverProgram) -> RiverProgram:
-    """Blocks and the head multiply by the kernels' own products of a few rows."""
-    blocks = tuple(map(_with_products, program.blocks))
-    return replace(program, blocks=blocks, head=_with_products(program.head))
+def river_backbone(layout: str) -> Pass:
+    """Makes the pass below; `layout` is that of ``river::linear`` with weights in 16 bits."""
+
+    def river_backbone(program: RiverProgram) -> RiverProgram:
+        """Blocks and the head multiply by the kernels' own products of a few rows."""
+        blocks = tuple(_with_products(block, layout) for block in program.blocks)
+        return replace(program, blocks=blocks, head=_with_products(program.head, layout))
+
+    return river_backbone
 
 
-def _with_products(segment: Segment) -> Segment:
+def _with_products(segment: Segment, layout: str) -> Segment:
     made = segment.copy()
     simplify_attention(made.graph)
     groups: dict[tuple[fx.Node, bool], list[Linear]] = {}
@@ -40,8 +48,10 @@ def _with_products(segment: Segment) -> Segment:
         if _fits(linear):
             groups.setdefault((linear.x, linear.bias is None), []).append(linear)
     for linears in groups.values():
-        for start in range(0, len(linears), MOST_MERGED):
-            _merge(made.graph, linears[start : start + MOST_MERGED])
+        aligned = layout == "dense" or all(linear.out_features % _MERGED_ROWS == 0 for linear in linears)
+        together = MOST_MERGED if aligned else 1
+        for start in range(0, len(linears), together):
+            _merge(made.graph, linears[start : start + together], layout)
     return made
 
 
@@ -53,14 +63,14 @@ def _fits(linear: Linear) -> bool:
     )
 
 
-def _merge(graph: fx.Graph, linears: Sequence[Linear]) -> None:
+def _merge(graph: fx.Graph, linears: Sequence[Linear], layout: str) -> None:
     """Puts one product in the place of linear layers that share their input, and splits what it gives."""
     first, sizes = linears[0], [linear.out_features for linear in linears]
     with graph.inserting_before(first.node):
         weight = _joined([linear.weight for linear in linears], first.node)
         bias = first.bias and _joined([linear.bias for linear in linears if linear.bias], first.node)
         value = value_of(first.node).new_empty((*value_of(first.node).shape[:-1], sum(sizes)))
-        arguments = (first.x, weight, None, bias, sum(sizes), 0, "dense")
+        arguments = (first.x, weight, None, bias, sum(sizes), 0, layout)
         merged = call(torch.ops.river.linear.default, arguments, value, first.node)
         results = [merged]
         if len(linears) > 1:

@@ -168,7 +168,7 @@ def _build(
     offloaded, captures = state.of(OffloadedWeights), record.of(CaptureLog)
     config.check_depths(plan.num_blocks)
     lowering = lowering or choose_lowering(config, plan.device)
-    record.own_backbone = uses_own_backbone(config, lowering)
+    record.own_backbone = lowering.native and uses_own_backbone(config, lowering, plan.is_decode)
     ranks = state.of(Ranks)
     device = choose_device(program, config, captures, lowering.native, ranks)
     offloaded.check(plan, config)

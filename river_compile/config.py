@@ -153,8 +153,8 @@ class RiverConfig:
         None,
         one_of(None, "model", "river"),
         'what multiplies in the 16-bit blocks of decode steps: the `"model"`\'s own operators, or `"river"`: the C++ '
-        "kernels, which give a row the same bits among any number of rows; `None`: river where twins are C++ "
-        "([docs/lowering.md](docs/lowering.md))",
+        "kernels, which give a row the same bits among any number of rows, or the generated ones; `None`: river where "
+        "twins are C++ ([docs/lowering.md](docs/lowering.md))",
         EXPERT,
     )
     exit_every: int = _option(1, integer(1), "distance between depths with a check", EXPERT)

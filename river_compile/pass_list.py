@@ -39,19 +39,20 @@ def passes_for(config: RiverConfig, plan: DecoderPlan, lowering: Lowering, keep:
             passes.append(river_head(head, keep))
         elif how is not None and (plan.is_decode or not lowering.fuse):
             passes.append(one_row_head(lowering.fuse))
-    own_backbone = uses_own_backbone(config, lowering)
+    own_backbone = uses_own_backbone(config, lowering, plan.is_decode)
     if own_backbone:
-        passes.append(river_backbone)
+        passes.append(river_backbone(lowering.dense_layout))
     if config.same_rows and not plan.is_decode:
         passes.append(batch_invariant)
     if candidates:
         passes.append(exit_checks(candidates))
     if policy.needs_entropy(plan):
         passes.append(logits_entropy)
+    if lowering.fuse and leaves and not lowering.native:
+        passes.append(fuse_checks)  # (which takes a block's last addition with it, so before the backbone's rules)
     if own_backbone:
-        passes.append(fuse_backbone)
+        passes.append(fuse_backbone(lowering.dense_layout))
     if lowering.fuse and leaves:
-        passes += [] if lowering.native else [fuse_checks]
         passes.append(fuse_twins(lowering.dense_layout))
     if head is not None and head.bits == 4:
         passes.append(rescored_head)
@@ -67,18 +68,23 @@ def twinning(config: RiverConfig, lowering: Lowering) -> Twinning | None:
     return Twinning(config.group_size, lowering.layout, scale_inputs=config.quantizer == "awq")
 
 
-def uses_own_backbone(config: RiverConfig, lowering: Lowering) -> bool:
-    """Says whether the backbone's blocks multiply by the C++ kernels.
+def uses_own_backbone(config: RiverConfig, lowering: Lowering, is_decode: bool) -> bool:
+    """Says whether the backbone's blocks multiply by the kernels' own products.
+
+    Those of a CPU do by default; the generated ones, whose sums are in another order than the model's, where it is
+    asked for, and in decode steps alone: wider passes are a library's.
 
     Raises:
         OptionError: they are asked for, and there are none.
     """
-    if config.backbone == "river" and not lowering.native:
+    if config.backbone == "river" and not lowering.fuse:
         raise OptionError(
-            f"backbone='river' needs the C++ kernels of a CPU, and the lowering is {lowering.compiler} with layout "
-            f"{lowering.layout}; use backbone='model'"
+            f"backbone='river' needs the kernels in C++ or the generated ones, and the lowering is {lowering.compiler} "
+            f"with layout {lowering.layout}; use backbone='model'"
         )
-    return lowering.native and config.backbone != "model" and config.offload is None and not config.same_rows
+    if config.offload is not None or config.same_rows:
+        return False
+    return config.backbone != "model" if lowering.native else config.backbone == "river" and is_decode
 
 
 def head_twinning(config: RiverConfig, lowering: Lowering) -> Twinning | None:

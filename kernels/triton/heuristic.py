@@ -88,7 +88,7 @@ def candidates(spec: LinearSpec, device: Device) -> Iterator[LinearSpec]:
     else:
         tiles = _row_tiles(spec) if spec.form == "row" else _dot_tiles(spec)
     for tile in tiles:
-        if tile.split_k <= math.ceil(spec.in_features / tile.block_k):
+        if tile.split_k <= math.ceil(spec.in_features / tile.block_k) and spec.parts_fit(tile):
             candidate = dataclasses.replace(spec, tile=tile)
             if registers(candidate) <= most_registers(candidate):
                 yield candidate
@@ -221,6 +221,8 @@ def cost(spec: LinearSpec, device: Device, rows: int | None = None) -> tuple[boo
 def interpreter_tile(spec: LinearSpec) -> LinearSpec:
     """Returns `spec` with a tile for Triton's interpreter, whose time goes by operations and not by their size."""
     width = max(16, min(512, next_power_of_two(spec.out_features)))
+    if spec.matrices and not spec.gated:
+        width = math.gcd(width, *spec.matrices)
     depth = max(128, min(2048, next_power_of_two(spec.in_features)))
     return dataclasses.replace(spec, tile=LinearTile(width, depth, least_rows(spec)))
 
@@ -245,7 +247,7 @@ def untiled(rows: int, in_features: int, out_features: int, **fields: Any) -> Li
     fields = {"weights": "w4", "group_size": 64, "dtype": "bfloat16", **fields}
     row_by_row = rows == 1 or bool(exact and fields.get("experts"))
     form = form_of(fields["weights"], fields["group_size"], fields["dtype"], row_by_row)
-    tile = LinearTile(16, step, 1 if form == "row" else 16)
+    tile = LinearTile(1 if form == "row" else 16, step, 1 if form == "row" else 16)
     return LinearSpec(exact, in_features, out_features, tile, **fields)
 
 
@@ -268,7 +270,8 @@ def tuning_key(spec: LinearSpec) -> str:
     """Names what a tuned tile is for: the fields of the spec that move bytes or instructions."""
     parts = [spec.weights, spec.group_size, spec.dtype, spec.rows, spec.in_features, spec.out_features, spec.norm]
     stack = [f"of{spec.experts}"] if spec.experts else []
-    return "-".join(map(str, [*parts, "gated" if spec.gated else "single", *stack]))
+    several = [f"parts{'_'.join(map(str, spec.matrices))}"] if spec.matrices else []
+    return "-".join(map(str, [*parts, "gated" if spec.gated else "single", *stack, *several]))
 
 
 def saved_tiles(path: Path) -> dict[str, dict[str, LinearTile]]:

@@ -10,7 +10,7 @@ tensors look alike (`_chosen`). A tuning file that is written later counts in th
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from typing import Any
 
 import torch
@@ -23,7 +23,7 @@ from .devices import device_of, known
 from .exit_score import ExitScoreSpec
 from .heuristic import attention_splits, best_tile, interpreter_tile, untiled
 from .kv_fill import KvFillSpec
-from .linear import LinearSpec
+from .linear import LinearSpec, part_name
 from .loader import Launch, dtype_name, load
 from .spec import KernelSpec
 
@@ -66,8 +66,8 @@ def _there(**tensors: Tensor | None) -> dict[str, Tensor]:
 
 def linear(
     x: Tensor,
-    weight: PackedLinear | Tensor,
-    bias: Tensor | None,
+    weight: PackedLinear | Tensor | Sequence[Tensor],
+    bias: Tensor | Sequence[Tensor] | None,
     residual: Tensor | None,
     norm: str,
     norm_weight: Tensor | None,
@@ -78,6 +78,8 @@ def linear(
 ) -> Tensor:
     """Runs a linear kernel; `weight` is packed in the layout "triton" or dense, the rest as in `ops.linear`.
 
+    Several dense matrices stand for one, their rows below each other; each has a bias then, or none has.
+
     Raises:
         ValueError: a buffer of the wrong shape or dtype, or a combination that no kernel has.
     """
@@ -86,7 +88,8 @@ def linear(
         pairs = weight.scale_zero.view(torch.int32).squeeze(-1)
         matrix, weight_rows = {"qweight": weight.qweight, "scale_zero": pairs}, weight.out_features
     else:
-        matrix, weight_rows = {"weight": weight}, weight.shape[0]
+        parts = _parts(weight)
+        matrix, weight_rows = _named("weight", parts), sum(part.shape[0] for part in parts)
     n, k = weight_rows // (2 if gated else 1), x.shape[-1]
     x2 = x.reshape(-1, k)
     rows = x2.shape[0]
@@ -97,8 +100,8 @@ def linear(
         return y.reshape(*x.shape[:-1], n)
     if residual is not None:
         residual = residual.reshape(-1, n).contiguous()
-    others = _there(norm_weight=norm_weight, norm_bias=norm_bias, bias=bias, residual=residual)
-    given = {"x": x2, **matrix, **others, "y": y}
+    others = _there(norm_weight=norm_weight, norm_bias=norm_bias, residual=residual)
+    given = {"x": x2, **matrix, **others, **_named("bias", _parts(bias)), "y": y}
 
     def describe() -> LinearSpec:
         spec = untiled(
@@ -110,7 +113,7 @@ def linear(
             norm=norm,
             eps=eps,
             norm_bias=norm_bias is not None,
-            bias=bias is not None,
+            bias=bool(_parts(bias)),
             residual=residual is not None,
             activation=activation,
             gated=gated,
@@ -123,10 +126,19 @@ def linear(
     return y.reshape(*x.shape[:-1], n)
 
 
-def _weight_fields(weight: PackedLinear | Tensor) -> dict[str, Any]:
+def _weight_fields(weight: PackedLinear | Tensor | Sequence[Tensor]) -> dict[str, Any]:
     if isinstance(weight, PackedLinear):
         return {"group_size": weight.group_size, "parameter_dtype": dtype_name(weight.scale_zero)}
-    return {"weights": "dense", "group_size": 0}
+    parts = _parts(weight)
+    return {"weights": "dense", "group_size": 0, "matrices": tuple(map(len, parts)) if len(parts) > 1 else ()}
+
+
+def _parts(matrix: Tensor | Sequence[Tensor] | None) -> Sequence[Tensor]:
+    return () if matrix is None else (matrix,) if isinstance(matrix, Tensor) else matrix
+
+
+def _named(name: str, parts: Sequence[Tensor]) -> dict[str, Tensor]:
+    return {part_name(name, i): part for i, part in enumerate(parts)}
 
 
 def experts(x: Tensor, weight: PackedLinear, expert: Tensor) -> Tensor:

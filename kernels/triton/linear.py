@@ -11,6 +11,9 @@ With `experts` the weight is a stack of matrices and each row of x names the one
 made, one for each token and expert. Up to 16 rows are as many products of one row, so that only matrices that were
 chosen are read; more rows are sorted by expert, in tiles of rows of one expert.
 
+Matrices in 16 bits that meet the same x may be several tensors, whose rows `matrices` counts: q|k|v of one product,
+gate and up of another. A program finds its own, so that nothing is copied together.
+
 Not handled: float16 activations of several rows with weights beyond float16 in the form "dot", which takes both in one
 dtype; groups of 32 in the form "groups" (Triton before 3.9 passes each weight through shared memory again).
 
@@ -38,6 +41,11 @@ def form_of(weights: str, group_size: int, dtype: str, row_by_row: bool) -> str:
     if weights == "w4" and group_size >= 64 and dtype != "float32":
         return "groups"
     return "row" if row_by_row else "dot"
+
+
+def part_name(name: str, index: int) -> str:
+    """Returns the name of the buffer of one of several matrices, or of its bias."""
+    return f"{name}_{index}" if index else name
 
 
 @dataclass(frozen=True)
@@ -82,6 +90,7 @@ class LinearSpec(KernelSpec):
     gated: bool = False  # the weight holds a gate and an up projection, whose product is the result
     x_stride: int = 0  # elements between two rows of x; 0 stands for K
     experts: int = 0  # matrices of a stack, all 4-bit and of this shape; 0 for a single one
+    matrices: tuple[int, ...] = ()  # rows of each of several dense matrices, one below the other; () for a single one
 
     def __post_init__(self) -> None:
         self._check_choices()
@@ -98,6 +107,10 @@ class LinearSpec(KernelSpec):
             raise ValueError(f"block_k={self.tile.block_k} leaves {self.dot_length} features to a dot; at least 16")
         if self.norm != "none" and self.tile.split_k > 1:
             raise ValueError(f"split_k={self.tile.split_k}: a norm in front needs the whole row; use split_k=1")
+        if self.matrices and not self.parts_fit(self.tile):
+            raise ValueError(
+                f"block_n={self.tile.block_n}, split_k={self.tile.split_k} do not fit {self.matrices} rows"
+            )
         steps = math.ceil(self.in_features / self.tile.block_k)
         if self.tile.split_k > steps:
             raise ValueError(f"split_k={self.tile.split_k} exceeds the {steps} steps over K")
@@ -112,10 +125,20 @@ class LinearSpec(KernelSpec):
         check_positive(in_features=self.in_features, out_features=self.out_features)
         if self.experts and (self.weights != "w4" or self.norm != "none" or self.bias or self.residual):
             raise ValueError(f"experts={self.experts} goes with 4-bit weights, without norm, bias and residual")
+        rows = self.out_features * len(self.streams)
+        if self.matrices and (self.weights != "dense" or sum(self.matrices) != rows or len(self.matrices) < 2):
+            raise ValueError(f"matrices={self.matrices} are the rows of several dense matrices, {rows} in all")
+        if self.matrices and self.gated and self.matrices != (self.out_features,) * 2:
+            raise ValueError(f"matrices={self.matrices}: a gated kernel takes a gate and an up projection of one size")
         if self.norm_bias and self.norm != "layer":
             raise ValueError(f"norm_bias=True goes with norm='layer', not with norm={self.norm!r}")
         if self.x_stride and self.x_stride < self.in_features:
             raise ValueError(f"x_stride={self.x_stride} is smaller than the {self.in_features} features of a row")
+
+    def parts_fit(self, tile: LinearTile) -> bool:
+        """Whether each program of a tile has one of `matrices` alone; partial sums meet one bias."""
+        whole = self.gated or all(rows % tile.block_n == 0 for rows in self.matrices)
+        return whole and (tile.split_k == 1 or not self.bias)
 
     @property
     def streams(self) -> tuple[str, ...]:
@@ -190,7 +213,8 @@ class LinearSpec(KernelSpec):
             shape = (self.tile.split_k, len(self.streams), m, n)
             found["partial"] = Buffer("float32", shape, workspace=True)
         if self.bias:
-            found["bias"] = Buffer(self.dtype, (n * len(self.streams),))
+            parts = self.matrices or (n * len(self.streams),)
+            found |= {part_name("bias", i): Buffer(self.dtype, (size,)) for i, size in enumerate(parts)}
         if self.residual:
             found["residual"] = Buffer(self.dtype, (m, n))
         return {**found, "y": Buffer(self.dtype, (m, n))}
@@ -216,7 +240,8 @@ class LinearSpec(KernelSpec):
     def weight_buffers(self) -> dict[str, Buffer]:
         rows = self.out_features * len(self.streams) * max(1, self.experts)
         if self.weights == "dense":
-            return {"weight": Buffer(self.dtype, (rows, self.in_features))}
+            parts = enumerate(self.matrices or (rows,))
+            return {part_name("weight", i): Buffer(self.dtype, (size, self.in_features)) for i, size in parts}
         return {"qweight": Buffer("int32", (rows, self.row_words)), "scale_zero": Buffer("int32", (rows, self.groups))}
 
     def stages(self) -> tuple[Stage, ...]:

@@ -32,16 +32,21 @@ from .match import is_product
 from .rules import ONE_QUERY_RULES, RULES, Rule, fuse_exit_score, fuse_head
 
 
-def fuse_backbone(program: RiverProgram) -> RiverProgram:
-    """Blocks and the head become operators of the kernels, where a rule of fusion holds."""
-    blocks, fusions = [], []
-    for block in program.blocks:
-        fused, done = _fused_block(block, RULES)
-        blocks.append(fused)
-        fusions += done
-    head = program.head.copy()
-    fusions += _apply(head, [fuse_head("dense")])
-    return replace(program, blocks=tuple(blocks), head=head, fusions=(*program.fusions, *fusions))
+def fuse_backbone(dense_layout: str) -> Pass:
+    """Makes the pass below; `dense_layout` is the layout of ``river::linear`` with weights in 16 bits."""
+
+    def fuse_backbone(program: RiverProgram) -> RiverProgram:
+        """Blocks and the head become operators of the kernels, where a rule of fusion holds."""
+        blocks, fusions = [], []
+        for block in program.blocks:
+            fused, done = _fused_block(block, RULES)
+            blocks.append(fused)
+            fusions += done
+        head = program.head.copy()
+        fusions += _apply(head, [fuse_head(dense_layout)])
+        return replace(program, blocks=tuple(blocks), head=head, fusions=(*program.fusions, *fusions))
+
+    return fuse_backbone
 
 
 def fuse_twins(dense_layout: str) -> Pass:

@@ -26,11 +26,13 @@ from torch.fx.experimental.symbolic_shapes import ShapeEnv
 from river_compile.kernels import ops
 from river_compile.kernels.quant.aten_int4 import LAYOUT as ATEN_LAYOUT
 from river_compile.kernels.quant.aten_int4 import linear_aten
-from river_compile.passes.nodes import value_of
+from river_compile.passes.edits import drop_unused
+from river_compile.passes.nodes import called, value_of
 from river_compile.passes.program import Segment
 from river_compile.passes.segments import Fingerprint, fingerprint
 from river_compile.runtime.runner import Callee
 
+from .choose import TRITON_LAYOUT
 from .native import native_segment, use_native
 
 log = logging.getLogger("river_compile.lowering.compile")
@@ -195,6 +197,17 @@ def lower_ops(traced: fx.Graph, native: bool = False) -> fx.GraphModule:
             *args, layout = node.args
             if layout == ATEN_LAYOUT and not node.kwargs:
                 node.target, node.args = linear_aten, tuple(args)
+            elif layout == TRITON_LAYOUT and called(node.args[1], torch.cat):
+                _take_apart(node)
         elif node.target is torch.ops.river.exit_score.default:
             node.target = ops.smallest_cosine
     return fx.GraphModule(traced.owning_module, graph, class_name="Segment")
+
+
+def _take_apart(product: fx.Node) -> None:
+    """Turns a product with matrices that were put together into one that reads them where they are."""
+    x, weight, _, bias, *_ = product.args
+    product.target = torch.ops.river.merged.default
+    product.args = (x, list(weight.args[0]), list(bias.args[0]) if bias is not None else [])
+    for joined in filter(None, (weight, bias)):
+        drop_unused(joined)

@@ -14,7 +14,7 @@ from river_compile.kernels.triton.decode_attention import DecodeAttentionSpec
 from river_compile.kernels.triton.exit_score import ExitScoreSpec
 from river_compile.kernels.triton.kv_fill import KvFillSpec
 from river_compile.kernels.triton.launch import rows_by_expert
-from river_compile.kernels.triton.linear import LinearSpec
+from river_compile.kernels.triton.linear import LinearSpec, part_name
 from tests.kernels import reference
 from tests.kernels.harness import assert_close, assert_sqnr, poisoned, run_guarded
 
@@ -47,7 +47,7 @@ def check_linear(spec: LinearSpec, rows: int = 1, values: str = "normal", seed: 
         buffers = {"qweight": packed.qweight, "scale_zero": packed.scale_zero.view(torch.int32).squeeze(-1)}
     else:
         exact = weight.clamp(-1e4, 1e4).to(dtype)
-        buffers = {"weight": exact}
+        buffers = _in_parts("weight", exact, spec)
     x = torch.full((rows, spec.x_stride or k), float("nan"), dtype=dtype, device=device)
     # Inputs of extreme weights are small, so that the result stays within float16.
     x[:, :k] = (torch.randn(rows, k, generator=g, device=device) * (1e-4 if values == "extreme" else 1.0)).to(dtype)
@@ -58,6 +58,8 @@ def check_linear(spec: LinearSpec, rows: int = 1, values: str = "normal", seed: 
         "residual": torch.randn(rows, n, generator=g, device=device).to(dtype) if spec.residual else None,
     }
     buffers |= {name: tensor for name, tensor in extras.items() if tensor is not None}
+    if spec.matrices and spec.bias:
+        buffers |= _in_parts("bias", extras["bias"], spec)
     result = run_guarded(spec, rows, device, x=x, y=poisoned((rows, n), dtype, device), **buffers)["y"]
     h = reference.norm(x[:, :k], spec.norm, extras["norm_weight"], extras["norm_bias"], spec.eps)
     bias, residual = extras["bias"], extras["residual"]
@@ -68,6 +70,11 @@ def check_linear(spec: LinearSpec, rows: int = 1, values: str = "normal", seed: 
     assert_close(result, expected, linear_magnitude(spec, h, exact, bias, residual))
     if values == "normal" and expected.numel() >= 32:  # of fewer elements one cancellation decides the ratio
         assert_sqnr(result, expected, dtype)
+
+
+def _in_parts(name: str, whole: torch.Tensor, spec: LinearSpec) -> dict[str, torch.Tensor]:
+    """Returns the buffers of several matrices, or of the only one."""
+    return {part_name(name, i): part for i, part in enumerate(whole.split(spec.matrices or len(whole)))}
 
 
 def check_experts(

@@ -50,6 +50,9 @@ def sample_calls():
         calls[f"experts {name}"] = (random(4, 64), stack.qweight, stack.scale_zero, chosen, 16, 32, name)
     for layout in ("dense", "triton"):
         calls[f"linear 16 bits {layout}"] = (x, random(24, 64), None, None, 24, 0, layout, None, *norm)
+    pair = [random(32, 64), random(32, 64)]
+    calls["merged"] = (x, [*pair, random(16, 64)], [random(32), random(32), random(16)], None, *norm)
+    calls["merged gated"] = (x, pair, [], random(2, 1, 32), *norm, "silu", True)
     calls["norm"] = (x, "rms", random(64), None, 1e-6, random(2, 1, 64))
     calls["rescore"] = (random(2, 1, 300), x, random(300, 64), random(300), "rms", random(64), None, 1e-6)
     calls["norm alone"] = (x, "layer", random(64), random(64), 1e-6, None)

@@ -52,6 +52,20 @@ def test_rows_use_matrix_instructions_and_do_not_spill(target):
         assert {u.spills for u in (first, *rest)} == {0}
 
 
+@pytest.mark.parametrize("target", ["sm_90", "gfx942"])
+@pytest.mark.parametrize("rows", [1, 16])
+def test_matrices_of_the_backbone_that_stay_apart_are_read_in_16_bytes_without_spills(rows, target):
+    """q|k|v and gate|up of Llama-3.1-8B."""
+    dense = {"weights": "dense", "group_size": 0, "norm": "rms"}
+    pair = {"matrices": (14336, 14336), "gated": True, "activation": "silu"}
+    for spec in (
+        untiled(rows, 4096, 6144, matrices=(4096, 1024, 1024), **dense),
+        untiled(rows, 4096, 14336, **pair, **dense),
+    ):
+        (usage,) = usages(best_tile(spec, target, rows), "linear", target)
+        assert (usage.spills, usage.weight_load) == (0, 16)
+
+
 @pytest.mark.parametrize("gated", [False, True])
 @pytest.mark.parametrize("dtype", ["bfloat16", "float16", "float32"])
 def test_four_bits_become_numbers_in_one_instruction_without_a_conversion(dtype, gated):

@@ -81,6 +81,55 @@ def test_dense_weights(case):
     check_linear(*case)
 
 
+@st.composite
+def several_matrices(draw):
+    """A dense spec of a gated pair, or of a few matrices whose rows a tile divides."""
+    m, k = draw(st.sampled_from((1, 3, 16))), draw(st.integers(1, 300))
+    gated, block_n = draw(st.booleans()), 16 if m > 1 else draw(st.sampled_from((1, 4, 16)))
+    parts = draw(st.lists(st.integers(1, 4), min_size=2, max_size=4)) if not gated else [draw(st.integers(1, 4))] * 2
+    matrices = tuple(block_n * part for part in parts)
+    bias, norm = draw(st.booleans()), draw(st.sampled_from(("none", "rms", "rms_plus_one", "layer")))
+    spec = LinearSpec(
+        m,
+        k,
+        matrices[0] if gated else sum(matrices),
+        LinearTile(block_n, 64, 1 if m == 1 else 16, 1 if bias or norm != "none" else min(2, -(-k // 64))),
+        weights="dense",
+        group_size=0,
+        dtype=draw(st.sampled_from(DTYPES)),
+        norm=norm,
+        bias=bias,
+        residual=draw(st.booleans()),
+        activation=draw(st.sampled_from(ACTIVATIONS)),
+        gated=gated,
+        matrices=matrices,
+    )
+    return spec, m, "normal", draw(st.integers(0, 2**20))
+
+
+@given(several_matrices())
+@examples(30)
+def test_several_dense_matrices_are_one_product(case):
+    check_linear(*case)
+
+
+@pytest.mark.parametrize(
+    ("fields", "message"),
+    [
+        ({"matrices": (32,)}, r"matrices=\(32,\)"),
+        ({"matrices": (16, 8)}, r"matrices=\(16, 8\)"),
+        ({"matrices": (24, 8)}, "block_n=16"),
+        ({"matrices": (16, 16), "weights": "w4", "group_size": 64}, "several dense matrices"),
+        ({"matrices": (48, 16), "gated": True}, "a gate and an up projection"),
+        ({"matrices": (16, 16), "bias": True, "tile": LinearTile(16, 64, 1, split_k=2)}, "split_k=2"),
+    ],
+)
+def test_matrices_that_do_not_fit_together_are_refused(fields, message):
+    spec = {"in_features": 128, "out_features": 32, "tile": LinearTile(16, 64), "weights": "dense", "group_size": 0}
+    with pytest.raises(ValueError, match=message):
+        LinearSpec(1, **{**spec, **fields})
+
+
 @pytest.mark.parametrize("dtype", DTYPES)
 @pytest.mark.parametrize("rows", [1, 7])
 def test_results_in_the_activations_dtype_and_several_steps(dtype, rows):

@@ -1,0 +1,97 @@
+"""``backbone="river"`` with the generated kernels: the 16-bit blocks of decode steps multiply by them.
+
+Run in Triton's interpreter on CPU tensors, against the model as it is, in float32.
+"""
+
+from __future__ import annotations
+
+import pytest
+import torch
+
+from river_compile import OptionError, report
+from river_compile.kernels.triton import launch
+from river_compile.lowering.choose import Lowering
+from tests.support.decoding import cache_state, decode, new_cache
+from tests.support.families import make
+from tests.support.lowerings import BLOCK_RULES, FUSED, UNFUSED, lowered
+
+LAYERS = 2
+NEVER = [LAYERS] * 3
+OPTIONS = {"quantizer": "rtn", "group_size": 32, "first_exit": 1, "backbone": "river"}
+
+
+def compiled(name: str, lowering: Lowering = FUSED, **options):
+    torch._dynamo.reset()
+    model = make(name, layers=LAYERS)
+    model.compile(backend=lowered(lowering), options={**OPTIONS, **options})
+    return model
+
+
+@pytest.mark.parametrize("name", ["llama", "qwen2", "qwen3", "gemma3", "gpt2"])  # (GPT-2's matrices are transposed)
+def test_never_exiting_computes_what_the_model_does(name):
+    """Logits, entries and lengths, and of tokens that leave, the entries of the blocks before."""
+    model = compiled(name)
+    for depths in (NEVER, [1, LAYERS, 1]):
+        cache, plain = new_cache(model, "static"), new_cache(model, "static")
+        ours, theirs = decode(model, cache, depths), decode(model, plain, NEVER, compiled=False)
+        if depths == NEVER:
+            torch.testing.assert_close(ours, theirs, rtol=1e-4, atol=1e-4)
+        first = [cache_state(c)[0] for c in (cache, plain)]
+        torch.testing.assert_close(first[0][:2], first[1][:2], rtol=1e-4, atol=1e-4)
+        assert first[0][2] == first[1][2]
+
+
+@pytest.mark.parametrize("name", ["llama", "qwen2"])
+def test_every_product_of_a_block_is_one_launch_on_the_model_s_own_matrices(name, monkeypatch):
+    """q|k|v and gate|up are read where they are."""
+    read = []
+    linear = launch.linear
+
+    def note(x, weight, *others):
+        read.append([w.data_ptr() for w in weight] if isinstance(weight, list) else weight.data_ptr())
+        return linear(x, weight, *others)
+
+    model = compiled(name)
+    cache = new_cache(model, "static")
+    decode(model, cache, NEVER[:1])
+    monkeypatch.setattr(launch, "linear", note)
+    decode(model, new_cache(model, "static"), NEVER[:1])
+    expected = []
+    for layer in model.model.layers:
+        attention, mlp = layer.self_attn, layer.mlp
+        for matrices in (
+            [attention.q_proj, attention.k_proj, attention.v_proj],
+            attention.o_proj,
+            [mlp.gate_proj, mlp.up_proj],
+            mlp.down_proj,
+        ):
+            several = isinstance(matrices, list)
+            expected.append([m.weight.data_ptr() for m in matrices] if several else matrices.weight.data_ptr())
+    assert read == [*expected, model.lm_head.weight.data_ptr()]
+    graph = next(g for g in report(model).to_dict()["graphs"] if g["fused"])
+    # Blocks and twins take the same rules, and so do the two heads; a check takes its block's last addition.
+    assert graph["fused"] == {rule: 2 * LAYERS - (rule == "down + residual") for rule in BLOCK_RULES} | {
+        "norm + head": 2,
+        "exit score": 1,
+    }
+    assert [(miss["rule"], miss["segment"]) for miss in graph["missed"]] == [("down + residual", "block_1")]
+
+
+def test_the_products_go_through_inductor():
+    model = compiled("llama", Lowering("inductor", "triton", fuse=True))
+    ours = decode(model, new_cache(model, "static"), NEVER)
+    theirs = decode(model, new_cache(model, "static"), NEVER, compiled=False)
+    torch.testing.assert_close(ours, theirs, rtol=1e-4, atol=1e-4)
+
+
+def test_prompts_run_the_model_s_own_products():
+    model = compiled("llama")
+    decode(model, new_cache(model, "static"), NEVER)
+    prompt = next(g for g in report(model).to_dict()["graphs"] if g["kind"] != "decode")
+    assert prompt["fused"] == {}
+
+
+def test_without_such_kernels_the_option_is_refused():
+    model = compiled("llama", UNFUSED)
+    with pytest.raises(OptionError, match="backbone='river' needs the kernels in C\\+\\+ or the generated ones"):
+        decode(model, new_cache(model, "static"), NEVER)
