@@ -1,10 +1,12 @@
-"""Attention of one query position over a static cache, split over the cache and combined by log-sum-exp.
+"""Attention of one query position over a static cache, split over the cache and combined by log-sum-exp, in one launch.
 
 A mask of slots, boolean or added to the scores, and a soft cap on the scores are optional. Grouped queries share one
-program: their heads are the rows of a `tl.dot`, filled up to 16. Each of `splits` programs takes every `splits`-th
-block of slots, which keeps them equally busy wherever the slots that take part lie, and writes its sum, maximum and
-denominator; a second launch combines them (online softmax: Milakov and Gimelshein 2018; split over the keys:
-Flash-Decoding, Dao et al. 2023). Keys and values of slots that take no part are never read.
+program: their heads are the rows of a `tl.dot`, filled up to 16, and keys and values are read once for all of them.
+Each of `splits` programs takes every `splits`-th block of slots, which keeps them equally busy wherever the slots that
+take part lie, and writes its sum, maximum and denominator. The last of them to do so, which a counter tells, combines
+them and sets the counter back (online softmax: Milakov and Gimelshein 2018; split over the keys: Flash-Decoding, Dao et
+al. 2023; the last block of a grid: the sample threadFenceReduction of CUDA). In which order the others came does not
+show in the bits. Keys and values of slots that take no part are never read, and a block of nothing else costs its mask.
 
 Not handled: more than one query position, masks that differ between heads, windows and lengths (a mask says the same).
 
@@ -31,7 +33,7 @@ class DecodeAttentionSpec(CacheSpec):
     softcap: float = 0.0  # c in c tanh(score / c); 0 for none
     mask: bool = False  # whether a mask [B, S] says which slots take part
     mask_dtype: str = "bool"  # or that of a mask which is added to the scores
-    splits: int = 8  # P, programs that share the slots of one head; 1 needs no second launch
+    splits: int = 8  # P, programs that share the slots of one head
     block: int = 32  # slots of one step
     num_warps: int = 4
 
@@ -52,24 +54,22 @@ class DecodeAttentionSpec(CacheSpec):
         if self.mask:
             found["mask"] = Buffer(self.mask_dtype, (self.batch, self.slots))
         if self.splits > 1:
-            parts = (self.batch, self.heads, self.splits)
+            parts = (self.batch, self.kv_heads, self.splits, self.group)
             found["part_sum"] = Buffer("float32", (*parts, self.head_dim), workspace=True)
             found["part_scale"] = Buffer("float32", (*parts, 2), workspace=True)
+            found["arrived"] = Buffer("int32", (self.batch, self.kv_heads), workspace=True, kept_for="k_cache")
         return {**found, "out": query}
 
-    def stages(self) -> tuple[Stage, ...]:
-        *arguments, out = self.buffers()
+    @property
+    def group(self) -> int:
+        """Query heads that share a key-value head."""
+        return self.heads // self.kv_heads
 
+    def stages(self) -> tuple[Stage, ...]:
         def grid(_rows: int) -> tuple[int, int, int]:
             return self.kv_heads, self.batch, self.splits
 
-        if self.splits == 1:
-            return (Stage(self.family, (*arguments, out), grid, self.num_warps),)
-        combined = ("part_sum", "part_scale", out)
-        return (
-            Stage(f"{self.family}_split", tuple(arguments), grid, self.num_warps),
-            Stage(f"{self.family}_combine", combined, lambda _rows: (self.heads, self.batch, 1), 1, 1),
-        )
+        return (Stage(self.family, tuple(self.buffers()), grid, self.num_warps),)
 
     def flops(self, rows: int | None = None) -> int:
         return 4 * self.batch * self.heads * self.slots * self.head_dim

@@ -150,34 +150,61 @@ def check_kv_fill(spec: KvFillSpec, slot: int, seed: int = 0, device: str = "cpu
         assert torch.equal(result[name][:, :, ~written], cache[:, :, ~written]), f"{name}: another slot changed"
 
 
-def check_attention(
-    spec: DecodeAttentionSpec, padding: int = 0, seed: int = 0, device: str = "cpu", run: Run = run_guarded
-) -> None:
-    """Checks attention with the first `padding` slots of the last sequence masked, where keys and values hold NaN.
+def live_slots(spec: DecodeAttentionSpec, padding: int, window: int | None, device: str) -> torch.Tensor:
+    """Slots [B, S] that take part: of the last sequence all but the first `padding`, and of those `window` at most."""
+    live = torch.ones(spec.batch, spec.slots, dtype=torch.bool, device=device)
+    if spec.mask:
+        live[-1, :padding] = False
+        live[-1, spec.slots if window is None else padding + window :] = False
+    return live
 
-    A mask that is added to the scores also adds noise to those of the slots that take part.
-    """
+
+def mask_buffers(spec: DecodeAttentionSpec, live: torch.Tensor, g: torch.Generator) -> dict[str, torch.Tensor]:
+    """The mask that says so, where the spec has one: one that is added also holds noise for the slots that take part."""
+    if not spec.mask or spec.mask_dtype == "bool":
+        return {"mask": live} if spec.mask else {}
+    dtype = getattr(torch, spec.mask_dtype)
+    added = torch.randn(live.shape, generator=g, device=live.device).to(dtype)
+    return {"mask": added.masked_fill(~live, torch.finfo(dtype).min)}
+
+
+def added_by(buffers: dict[str, torch.Tensor], live: torch.Tensor) -> torch.Tensor:
+    """What the mask adds to the scores of the slots that take part, 0 elsewhere."""
+    mask = buffers.get("mask", live)
+    return torch.zeros(live.shape, device=live.device) if mask.dtype == torch.bool else mask.masked_fill(~live, 0.0)
+
+
+def attention_buffers(
+    spec: DecodeAttentionSpec, padding: int = 0, seed: int = 0, device: str = "cpu", window: int | None = None
+) -> dict[str, torch.Tensor]:
+    """The buffers of an attention; keys and values of slots that take no part hold NaN, and so does the output."""
     g = torch.Generator(device).manual_seed(seed)
     dtype = getattr(torch, spec.dtype)
     shape = (spec.batch, spec.kv_heads, spec.slots, spec.head_dim)
     q = torch.randn(spec.batch, spec.heads, spec.head_dim, generator=g, device=device).to(dtype)
     k, v = (torch.randn(shape, generator=g, device=device).to(dtype) for _ in range(2))
-    mask = torch.ones(spec.batch, spec.slots, dtype=torch.bool, device=device)
-    buffers = {}
-    added = torch.zeros(spec.batch, spec.slots, device=device)
-    if spec.mask:
-        mask[-1, :padding] = False
-        buffers["mask"] = mask
-    if spec.mask and spec.mask_dtype != "bool":
-        mask_dtype = getattr(torch, spec.mask_dtype)
-        added = torch.randn(spec.batch, spec.slots, generator=g, device=device).to(mask_dtype)
-        buffers["mask"] = added.masked_fill(~mask, torch.finfo(mask_dtype).min)
-    unread = ~mask[:, None, :, None].expand(shape)
-    k, v = k.masked_fill(unread, float("nan")), v.masked_fill(unread, float("nan"))
-    result = run(spec, device=device, q=q, k_cache=k, v_cache=v, out=poisoned(q.shape, dtype, device), **buffers)["out"]
-    options = {"scale": spec.scale, "softcap": spec.softcap, "mask": mask if spec.mask else None, "added": added}
-    expected = reference.attention(q, k.nan_to_num(), v.nan_to_num(), **options)
-    assert_close(result, expected, v.nan_to_num().double().abs().amax((1, 2, 3))[:, None, None].clamp_min(1.0))
+    live = live_slots(spec, padding, window, device)
+    k, v = (cache.masked_fill(~live[:, None, :, None], float("nan")) for cache in (k, v))
+    out = poisoned(q.shape, dtype, device)
+    return {"q": q, "k_cache": k, "v_cache": v, "out": out, **mask_buffers(spec, live, g)}
+
+
+def check_attention(
+    spec: DecodeAttentionSpec,
+    padding: int = 0,
+    seed: int = 0,
+    device: str = "cpu",
+    run: Run = run_guarded,
+    window: int | None = None,
+) -> None:
+    """Checks attention where of the last sequence slots before `padding`, and those after a window, take no part."""
+    buffers = attention_buffers(spec, padding, seed, device, window)
+    result = run(spec, device=device, **buffers)["out"]
+    live = live_slots(spec, padding, window, device)
+    q, k, v = buffers["q"], buffers["k_cache"].nan_to_num(), buffers["v_cache"].nan_to_num()
+    options = {"scale": spec.scale, "softcap": spec.softcap, "mask": live if spec.mask else None}
+    expected = reference.attention(q, k, v, added=added_by(buffers, live), **options)
+    assert_close(result, expected, v.double().abs().amax((1, 2, 3))[:, None, None].clamp_min(1.0))
 
 
 def exit_buffers(update: torch.Tensor, residual: torch.Tensor, previous: torch.Tensor) -> dict[str, torch.Tensor]:

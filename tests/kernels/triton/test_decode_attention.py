@@ -1,12 +1,20 @@
-"""decode_attention in Triton's interpreter against float64: slots that take no part hold NaN and are never read."""
+"""decode_attention in Triton's interpreter against float64: slots that take no part hold NaN and are never read.
+
+The interpreter runs one program after the other. Which of them comes last, and so combines, is a GPU's choice: some
+tests run them in other orders.
+"""
+
+import dataclasses
 
 import pytest
+import torch
 from hypothesis import given
+from hypothesis import strategies as st
 
 from river_compile.kernels.triton.decode_attention import DecodeAttentionSpec
 from tests.kernels.cases import attention_cases
-from tests.kernels.checks import check_attention
-from tests.kernels.harness import examples
+from tests.kernels.checks import attention_buffers, check_attention
+from tests.kernels.harness import examples, in_order, run_guarded
 
 
 @pytest.mark.core
@@ -21,6 +29,29 @@ def test_one_query_position(case):
 def test_a_row_without_any_slot_gives_zero(splits, mask_dtype):
     spec = DecodeAttentionSpec(2, 2, 1, 64, 40, 0.125, mask=True, mask_dtype=mask_dtype, splits=splits, block=16)
     check_attention(spec, padding=40)
+
+
+@given(attention_cases(), st.randoms(use_true_random=False))
+@examples(15)
+def test_whichever_program_comes_last_combines(case, random):
+    """In another order of the programs every one of them sees other counts, and the bits are the same."""
+    spec, padding, seed = case
+    spec = dataclasses.replace(spec, splits=max(2, spec.splits))
+    buffers = attention_buffers(spec, padding, seed)
+    expected = run_guarded(spec, **buffers)["out"]
+    with in_order(random.shuffle):
+        found = run_guarded(spec, **buffers)["out"]
+    assert torch.equal(found.view(torch.uint8), expected.view(torch.uint8))
+
+
+@pytest.mark.parametrize("mask_dtype", ["bool", "float32"])
+@pytest.mark.parametrize("padding", [15, 16, 17, 31, 32, 63, 64])
+def test_blocks_without_a_slot_that_takes_part(padding, mask_dtype):
+    """Dead blocks before, between and behind live ones, with borders at and beside those of blocks and of splits."""
+    for splits in (1, 2, 5):
+        spec = DecodeAttentionSpec(1, 2, 1, 16, 80, 0.25, "float32", mask=True, mask_dtype=mask_dtype, splits=splits)
+        for window in (80, 17, 1):
+            check_attention(dataclasses.replace(spec, block=16), padding, window=window)
 
 
 def test_head_dim_256():
