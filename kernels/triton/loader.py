@@ -137,9 +137,9 @@ def kept_zeros(owner: Tensor, shape: tuple[int, ...]) -> Tensor:
     """Returns int32 zeros that belong to the memory of `owner`: the same ones at every call, which leaves zeros there.
 
     Launches on different memory may run at the same time, on several streams or from several graphs, and those on the
-    same memory must not, since they write there. What was returned once stays, because captured graphs hold its address:
-    a few numbers for every address that a cache has had. A capture that nothing ran before gets zeros of its graph's
-    own, which cost it one more launch.
+    same memory must not, since they write there. What was returned once stays, because captured graphs hold its
+    address: a few numbers for every address that a cache has had. A capture that nothing ran before gets zeros of its
+    graph's own, which cost it one more launch.
     """
     import torch
 

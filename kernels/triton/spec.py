@@ -104,7 +104,7 @@ class KernelSpec:
         raise NotImplementedError
 
     def cost(self, rows: int | None = None) -> Cost:
-        """Returns what a call costs; a workspace is written and read, but for what is kept: a few numbers in a cache."""
+        """Returns what a call costs; a workspace is written and read, kept counters do not count."""
         buffers = [buffer for buffer in self.buffers(rows).values() if not buffer.kept_for]
         moved = sum((2 if buffer.workspace else 1) * buffer.bytes for buffer in buffers)
         return Cost(moved, self.flops(rows))

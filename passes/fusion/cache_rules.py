@@ -245,7 +245,7 @@ def fuse_attention(view: BlockView) -> fx.Node:
 
 
 def with_write(attention: fx.Node) -> fx.Node:
-    """Makes one operator of an attention and the write before it, where nothing comes between; returns what is there."""
+    """Makes one operator of an attention and the write before it, where nothing comes between; returns what is left."""
     query, k_cache, v_cache, *how = attention.args
     write = before_views(query)
     if not called(write, torch.ops.river.kv_fill.default) or not only_used_for(write, attention):

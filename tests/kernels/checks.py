@@ -234,7 +234,7 @@ def live_slots(spec: DecodeAttentionSpec, padding: int, window: int | None, devi
 
 
 def mask_buffers(spec: DecodeAttentionSpec, live: torch.Tensor, g: torch.Generator) -> dict[str, torch.Tensor]:
-    """The mask that says so, where the spec has one: one that is added also holds noise for the slots that take part."""
+    """The mask that says so, where the spec has one; one that is added holds noise for the slots that take part."""
     if not spec.mask or spec.mask_dtype == "bool":
         return {"mask": live} if spec.mask else {}
     dtype = getattr(torch, spec.mask_dtype)

@@ -229,7 +229,7 @@ def test_through_inductor_and_captured(name):
 
 @pytest.mark.parametrize(("name", "batch"), [("llama", 1), ("llama", 2), ("qwen3", 1), ("mistral", 1)])
 def test_a_twin_is_five_launches_and_none_of_inductors(name, batch, monkeypatch):
-    """So many count the tables of launches, too: Inductor adds nothing, not for the slot nor for the count of tokens."""
+    """The tables of launches count as many. Inductor adds none for the slot, and none for the count of tokens."""
     found, compiled = {}, compile_module._compile
 
     def counting(segment, *others):

@@ -74,7 +74,9 @@ MUTATIONS = {
     "a counter that is not set back": (
         lambda: check_attention(ATTENTION, 30), r"tl\.store\(arrived_ptr \+ group, 0\)", "head = head"
     ),
-    "a block that is left out": (lambda: check_attention(ATTENTION, 30), r"axis=0\) > 0:", "axis=0) > 0 and start > 32:"),
+    "a block that is left out": (
+        lambda: check_attention(ATTENTION, 30), r"axis=0\) > 0:", "axis=0) > 0 and start > 32:"
+    ),
     "the new slot twice": (lambda: check_attend(ATTEND, 40), r"& \(slot != skipped\)", ""),
     "the new slot by nobody": (lambda: check_attend(ATTEND, 40), r"% 2 == split", "% 2 == split + 2"),
     "an angle of the partner": (lambda: check_attend(ATTEND, 40), r"-sin, sin", "sin, -sin"),
