@@ -59,7 +59,7 @@ MUTATIONS = {
     "missing mask of columns": (  # eight rows of eight, which the guard zone has room for
         lambda: check_linear(dataclasses.replace(GROUPS, out_features=8)), r"\(column < 1\) & ", ""
     ),
-    "missing mask of slots": (lambda: check_attention(ATTENTION, 30), r"slot < 70\b", "slot >= 0"),
+    "missing mask of slots": (lambda: check_attention(ATTENTION, 30), r"slot < (70|38)\b", "slot >= 0"),
     "missing padding": (lambda: check_attention(ATTENTION, 30), r"live = live & ", "padding = "),
     "float16 accumulation": (lambda: check_linear(ROW), r"y \+= y_scale", "y += y.to(tl.float16) - y + y_scale"),
     "float16 accumulation, rows": (
