@@ -125,7 +125,9 @@ def test_these_families_use_every_kernel(name):
         assert graph["fused"] == {rule: LAYERS for rule in BLOCK_RULES} | {"norm + head": 1, "exit score": 1}
     twins = run(name)["twins"]
     assert len(twins) == LAYERS * len(graphs)
-    assert all(twin == ["linear", "attend", "linear", "linear", "linear"] for twin in twins)
+    scaled = name == "ministral3"  # (it multiplies queries by a factor of the position, between write and attention)
+    attention = ["kv_fill", "decode_attention"] if scaled else ["attend"]
+    assert all(twin == ["linear", *attention, "linear", "linear", "linear"] for twin in twins)
 
 
 @pytest.mark.parametrize(("name", "batches"), [("qwen3", (1, 2)), ("mistral", (2,)), ("gemma3", (2,))])
@@ -227,7 +229,7 @@ def test_through_inductor_and_captured(name):
     }
 
 
-@pytest.mark.parametrize(("name", "batch"), [("llama", 1), ("llama", 2), ("qwen3", 1), ("mistral", 1)])
+@pytest.mark.parametrize(("name", "batch"), [("llama", 1), ("llama", 2), ("qwen3", 1)])
 def test_a_twin_is_five_launches_and_none_of_inductors(name, batch, monkeypatch):
     """The tables of launches count as many. Inductor adds none for the slot, and none for the count of tokens."""
     found, compiled = {}, compile_module._compile
