@@ -18,6 +18,7 @@ Not handled: devices whose captures hold no decisions (`CaptureDevice.why_undeci
 
 from __future__ import annotations
 
+import math
 import threading
 from collections import OrderedDict, deque
 from collections.abc import Callable, Mapping, Sequence
@@ -74,11 +75,10 @@ class Walk:
         self._twins = [steps.get(twin) for twin in program.twins]
         self._head, self._river_head = steps.get(program.head), steps.get(program.river_head or program.head)
         self._in_place = WrittenInPlace(program)
-        place = {"device": program.plan.device}
-        with torch.inference_mode(False):
-            self.bars = torch.full((self._num_blocks + 1,), NEVER, dtype=torch.float64, **place)
-            self.given = torch.full((), float("nan"), **place)
-            self.outcome = torch.full((self._num_blocks + 2,), float("nan"), **place)
+        with torch.inference_mode(False), torch.device(program.plan.device):
+            self.bars = torch.full((self._num_blocks + 1,), NEVER, dtype=torch.float64)
+            self.given = torch.full((), math.nan, dtype=torch.float32)
+            self.outcome = torch.full((self._num_blocks + 2,), math.nan, dtype=torch.float32)
 
     def __call__(self, slots: list, outputs: Mapping[int, Tensor], when: When) -> None:
         """Runs a step on slots, copies its results into buffers, by slot, and notes the outcome."""
@@ -105,8 +105,7 @@ class Walk:
         block = self._blocks[here - 1] if here else None
         score = slots[SCORE] if block is not None and block.segment.has_score else self.given
         copy_into([self.outcome[here]], [score])
-        bar = self.bars[here]
-        stays = torch.fmax(score, bar) <= bar  # (true for a score that is no number, never for such a bar)
+        stays = stays_at(score, self.bars[here])
         when(~stays, lambda own: self._answer(own, outputs, when, here), slots)
         when(stays, lambda own: self._go_on(own, outputs, when, here, forks[1:]), slots)
 
@@ -125,9 +124,8 @@ class Walk:
             self._run([*self._blocks[depth:], self._head], own)
             self._note(own, outputs, self._num_blocks)
 
-        entropy, bar = slots[SCORE], self.bars[self._num_blocks]
-        copy_into([self.outcome[self._num_blocks]], [entropy])
-        when(entropy.nan_to_num(NEVER, NEVER, -NEVER) >= bar, once_more, slots)
+        copy_into([self.outcome[self._num_blocks]], [slots[SCORE]])
+        when(doubted_at(slots[SCORE], self.bars[self._num_blocks]), once_more, slots)
 
     def _note(self, slots: list, outputs: Mapping[int, Tensor], depth: int) -> None:
         """Copies a step's results into buffers and notes its depth."""
@@ -230,7 +228,7 @@ class DeviceExits(CapturedRunner):
         if given is not None:
             self.device.run(lambda: walk.given.copy_(given))
         elif self._was_given:
-            self.device.run(lambda: walk.given.fill_(float("nan")))
+            self.device.run(lambda: walk.given.fill_(math.nan))
         self._was_given = given is not None
 
     def _rehearse(self, slots: list) -> None:
@@ -244,7 +242,8 @@ class _Outcomes:
 
     def __init__(self, device: CaptureDevice, outcome: Tensor) -> None:
         self._device, self._outcome = device, outcome
-        self._places = deque((device.flags(len(outcome)), None) for _ in range(_PLACES))
+        self._places: deque[tuple[Tensor, _Reading | None]] = deque()
+        self._places += [(device.flags(len(outcome)), None) for _ in range(_PLACES)]
 
     def send(self) -> Outcome:
         """Copies the outcome of what was launched last, and returns what waits for that and reads it."""
@@ -258,7 +257,8 @@ class _Outcomes:
 
     def forget(self) -> None:
         """Gives up what was not read, of a step that failed too."""
-        self._places = deque((place, None) for place, _ in self._places)
+        for _ in range(_PLACES):
+            self._places.append((self._places.popleft()[0], None))
 
 
 class _Reading:
@@ -274,7 +274,7 @@ class _Reading:
             if self._values is None:
                 self._device.wait(self._mark)
                 self._values = self._place.tolist()
-                self._place.fill_(float("nan"))  # (nobody takes it for a later step's)
+                self._place.fill_(math.nan)  # (nobody takes it for a later step's)
             return self._values
 
 
@@ -299,6 +299,19 @@ def captured_runner(
             return DeviceExits(program, steps, launcher, LaunchAhead(), policy, plain)
         launcher.log.uncaptured_units["step"] = why
     return CapturedRunner(program, steps, launcher, LaunchAhead(), policy.deepest, plain)
+
+
+def stays_at(score: Tensor, bar: Tensor) -> Tensor:
+    """Returns whether a token stays: a bool of a float32 score and a float64 bar, both scalars.
+
+    It does where the score is no number, and does not at a bar that is none.
+    """
+    return torch.fmax(score, bar) <= bar
+
+
+def doubted_at(entropy: Tensor, bar: Tensor) -> Tensor:
+    """Returns whether an entropy leaves doubt, as above: it does where it is no number, but not at such a bar."""
+    return entropy.nan_to_num(NEVER, NEVER, -NEVER) >= bar
 
 
 def _now(holds: Tensor, work: Callable[[list], None], slots: list) -> None:
