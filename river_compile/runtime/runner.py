@@ -71,7 +71,7 @@ class Runner(ABC):
     and with the tail of a token that left before. `steps` has the compiled step of each segment that can be reached.
 
     Attributes:
-        decides: whether :meth:`whole` may run a step.
+        decides: whether :meth:`whole` may run a step; may be changed between two steps.
     """
 
     decides = False
