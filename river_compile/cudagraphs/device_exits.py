@@ -175,19 +175,21 @@ class DeviceExits(CapturedRunner):
         self.step = WholeStep(**vars(self.units.step(last)), walk=self.walk)
         self._kept: OrderedDict[tuple[float, ...], Tensor | None] = OrderedDict()
         self._outcomes = _Outcomes(self.device, self.walk.outcome)
-        # What the device has: the bars, and whether a score was given. Of the step that runs: whether it is noted.
+        # What the device has: the bars, and whether a score was given.
         self._bars: tuple[float, ...] | None = None
         self._was_given = True
+        # Of the step that runs: whether it is the first one on its inputs, and its outcome.
         self._is_first = False
+        self._sent: Outcome | None = None
 
     def __enter__(self) -> None:
         super().__enter__()
-        self._is_first = False
+        self._is_first, self._sent = False, None
 
     def __exit__(self, kind: type[BaseException] | None, error: object, traceback: TracebackType | None) -> None:
         if kind is not None:
             self._bars, self._was_given = None, True
-            self._outcomes.forget()
+            self._outcomes.forget(self._sent)
         super().__exit__(kind, error, traceback)
 
     def _buffers(self) -> list[Tensor]:
@@ -202,7 +204,8 @@ class DeviceExits(CapturedRunner):
             return None
         self._tell(rule, bars)
         self.launcher.launch(self.step, slots)
-        return self._outcomes.send()
+        self._sent = self._outcomes.send()
+        return self._sent
 
     def finish(self, slots: list) -> tuple:
         if self._is_first:
@@ -255,10 +258,9 @@ class _Outcomes:
         self._places.append((place, reading))
         return reading
 
-    def forget(self) -> None:
-        """Gives up what was not read, of a step that failed too."""
-        for _ in range(_PLACES):
-            self._places.append((self._places.popleft()[0], None))
+    def forget(self, failed: Outcome | None) -> None:
+        """Gives up the outcome of a step that failed after it was sent."""
+        self._places = deque((place, None if reading is failed else reading) for place, reading in self._places)
 
 
 class _Reading:
