@@ -145,7 +145,7 @@ def step(model: PreTrainedModel, cache: StaticCache, watch: Watch, depth: int) -
 def _units(runner: CapturedRunner) -> dict[str, Unit]:
     units, num_blocks = runner.units, len(runner.flags) - 1
     spans = [unit for a, b in itertools.pairwise((0, *units.ends)) for unit in units.spans(a, b)]
-    tails = [units.tail(depth) for depth in units.ends if depth < num_blocks]
+    tails = [unit for depth in units.ends if depth < num_blocks for unit in units.tail(depth)]
     return {unit.name: unit for unit in (*spans, *tails)}
 
 
