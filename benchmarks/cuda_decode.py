@@ -7,7 +7,7 @@ Models are built on the device from their configurations; nothing is downloaded.
 in the order in which they are measured (`--only` names some):
 
     river       never leaving, and leaving at each of `--depths`; static cache, captured
-    asked       the same, with the check of every block on the way read: in order, and launched ahead
+    asked       the same, with the check of every block on the way read: in order, launched ahead, and by the device
     inductor    torch.compile(mode="reduce-overhead"), static cache; an error where it leaves out its CUDA graphs
     int4        the same with torch's own 4-bit products in the linear layers (`benchmarks.int4_baseline`)
     tuned       "inductor" with coordinate_descent_tuning and max_autotune
@@ -43,6 +43,7 @@ from benchmarks import common
 
 NEVER = "never"
 GROUPS = ("river", "asked", "inductor", "int4", "tuned", "eager")
+_WAYS = {False: "in order", True: "ahead", "device": "on the device"}  # to read a check, by `launch_ahead`
 _WORKERS = {"river": "river", "asked": "river", "tuned": "inductor tuned"}  # others are called as their group
 
 
@@ -155,7 +156,7 @@ def rows_of(options: argparse.Namespace) -> list[Row]:
             if group == "river":
                 rows.append(Row(f"river {depth_name(depth)}", backend, {"depth": depth}))
             elif depth != 0:  # (before the first block nothing is asked)
-                for ahead, how in ((False, "in order"), (True, "ahead")):
+                for ahead, how in _WAYS.items():
                     job = {"depth": depth, "asked": True, "ahead": ahead, "generates": False}
                     rows.append(Row(f"asked {depth_name(depth)}, {how}", backend, job))
     if options.no_generate:
@@ -207,8 +208,8 @@ def _failure(work) -> str | None:
 def check_cost(rows: list[dict], name: str) -> dict | None:
     """Returns what one exit check costs a token that never leaves, and how many there are.
 
-    By "in order" and "ahead": its seconds, and their error, which is that of the difference of two means of a few
-    rounds. None where no row with checks or none without was measured.
+    By way (`_WAYS`): its seconds, and their error, which is that of the difference of two means of a few rounds. None
+    where no row with checks or none without was measured.
     """
     from benchmarks.roofline import MODELS
 
@@ -216,7 +217,7 @@ def check_cost(rows: list[dict], name: str) -> dict | None:
     found = {(row["asked"], row["ahead"]): row["seconds"] for row in river}
     without, checks = found.get((False, None)), MODELS[name].layers - 1
     costs = {}
-    for ahead, how in ((False, "in order"), (True, "ahead")):
+    for ahead, how in _WAYS.items():
         asked = found.get((True, ahead))
         if asked is not None and without is not None:
             seconds = (statistics.median(asked) - statistics.median(without)) / checks
@@ -255,7 +256,7 @@ def show(name: str, found: dict, copy: float, bandwidth: float) -> None:
     for missing, reason in found["missing"].items():
         print(f"{missing}: {reason.splitlines()[0]}")
     speed = {row["name"]: row["tokens_per_s"] for row in found["rows"]}
-    for how in ("in order", "ahead") if found["check"] is not None else ():
+    for how in _WAYS.values() if found["check"] is not None else ():
         if how in found["check"]:
             (one, error), count = found["check"][how].values(), found["check"]["count"]
             share = one * count * speed["river never"]

@@ -20,11 +20,12 @@ from benchmarks import common
 from benchmarks.int4_baseline import use_int4
 from benchmarks.random_llama import random_llama
 from benchmarks.roofline import Roofline
-from benchmarks.schedule import LeavesAt
+from benchmarks.schedule import leaving_at
 from river_compile import report
 from river_compile.backend import executors_of
 from river_compile.cli.timing import generate
 from river_compile.cudagraphs.device import CaptureLog
+from river_compile.cudagraphs.device_exits import DeviceExits
 from river_compile.cudagraphs.launch_ahead import LaunchAhead
 from river_compile.cudagraphs.runner import CapturedRunner
 from river_compile.exits import forced_depth
@@ -78,20 +79,23 @@ class Bench:
         elif backend == "river":
             # Checks after every block that never let a token leave: what is measured without them forces its depth.
             options = {"threshold": 2.0, "first_exit": 1, "quantizer": "rtn", "group_size": group_size}
+            options |= {"launch_ahead": "device"}  # (which rows set as they need it)
             self.model.compile(backend="river", options=options)
         return {"seconds": time.perf_counter() - start}
 
-    def row(self, depth: int | None, asked: bool = False, ahead: bool | None = None, generates: bool = True) -> dict:
+    def row(
+        self, depth: int | None, asked: bool = False, ahead: bool | str | None = None, generates: bool = True
+    ) -> dict:
         """Measures one row.
 
         Args:
             depth: River's exit depth, None for never leaving and for other backends.
             asked: whether every check on the way is read, instead of a depth that is known before.
-            ahead: whether asked steps launch ahead, None to let measurements decide.
+            ahead: whether asked steps launch ahead, None to let measurements decide, "device" to let the device.
             generates: whether `model.generate` is timed too.
 
         Raises:
-            NotGraphed: a baseline of CUDA graphs ran without them.
+            NotGraphed: a baseline of CUDA graphs ran without them, or the host decided where the device was to.
         """
         seconds, size, made = self._captured()
         self._reset_peak()
@@ -122,29 +126,33 @@ class Bench:
         }
 
     @contextlib.contextmanager
-    def leaving(self, depth: int | None, asked: bool, ahead: bool | None) -> Iterator[None]:
+    def leaving(self, depth: int | None, asked: bool, ahead: bool | str | None) -> Iterator[None]:
         """Makes River's tokens leave at a depth."""
-        blocks = self._roofline.shape.layers
         if self.backend != "river":
             yield
             return
-        if not asked:
-            with forced_depth(blocks if depth is None else depth):
-                yield
-            return
+        blocks = self._roofline.shape.layers
+        depth, on_device = blocks if depth is None else depth, ahead == "device"
         with forced_depth(blocks):  # (compiles, where no row has)
             self.loop.round(1)
         decoding = [executor for executor in executors_of(self.model) if executor.decodes]
         policies = [executor.policy for executor in decoding]
         for executor, policy in zip(decoding, policies, strict=True):
-            executor.policy = replace(policy, criterion=LeavesAt(blocks if depth is None else depth))
             if isinstance(executor.runner, CapturedRunner):
-                executor.runner.ahead = LaunchAhead(ahead)
+                executor.runner.ahead = LaunchAhead(None if on_device else ahead)
+            if isinstance(executor.runner, DeviceExits):
+                executor.runner.decides = on_device
+            if asked:
+                executor.policy = replace(policy, threshold=leaving_at(depth))
         try:
-            yield
+            with contextlib.nullcontext() if asked else forced_depth(depth):
+                yield
         finally:
             for executor, policy in zip(decoding, policies, strict=True):
                 executor.policy = policy
+        why = [log.uncaptured_units["step"] for log in self._logs() if "step" in log.uncaptured_units]
+        if on_device and why:
+            raise NotGraphed(f"the host decided: {why[-1]}")
 
     def _against_plain(self) -> dict:
         """Compares logits with those of plain transformers: equal choices, least cosine, whether any is no number."""
@@ -160,8 +168,11 @@ class Bench:
 
     def _captured(self) -> tuple[float, int, int]:
         """Returns seconds, bytes and number of the captures so far."""
-        logs = [graph.of(CaptureLog) for graph in report(self.model).graphs] if self.backend == "river" else []
+        logs = self._logs()
         return sum(log.seconds for log in logs), sum(log.bytes for log in logs), sum(log.made for log in logs)
+
+    def _logs(self) -> list[CaptureLog]:
+        return [graph.of(CaptureLog) for graph in report(self.model).graphs] if self.backend == "river" else []
 
     def _reset_peak(self) -> None:
         if self.loop.on_gpu:

@@ -14,7 +14,7 @@ from __future__ import annotations
 import argparse
 import itertools
 import sys
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, field, replace
 
@@ -28,7 +28,7 @@ from river_compile.cli import models
 from river_compile.cudagraphs.partition import Unit
 from river_compile.cudagraphs.recorder import Event
 from river_compile.cudagraphs.runner import CapturedRunner
-from river_compile.exits import Memory, Similarity
+from river_compile.exits import Similarity
 from river_compile.kernels.tools.shapes import ModelShape
 from river_compile.reporting.reads import bytes_of_token
 from river_compile.runtime.executor import RiverExecutor, on_step
@@ -50,14 +50,12 @@ class Watch:
     events: list[Event] = field(default_factory=list)
 
 
-class LeavesAt(Similarity):
-    """Reads every flag on the way and leaves at a given depth, whatever the flags say."""
+def leaving_at(depth: int) -> tuple[float, ...]:
+    """Returns thresholds for each depth at which a token is asked after every block and leaves after `depth` of them.
 
-    def __init__(self, exit_depth: int) -> None:
-        self._exit_depth = exit_depth
-
-    def leaves(self, depth: int, score: float, threshold: float, memory: Memory) -> bool:
-        return depth >= self._exit_depth
+    (Or after the first one where that is 0; at the number of blocks it never leaves.)
+    """
+    return (*[Similarity.never] * (depth - 1), Similarity.always)
 
 
 @contextmanager
@@ -69,8 +67,8 @@ def watching() -> Iterator[Watch]:
         if isinstance(executor.runner, CapturedRunner):
             watch.executor, watch.runner, watch.arguments = executor, executor.runner, arguments
             events = executor.runner.device.events
-            watch.events = list(events)
-            events.clear()
+            watch.events = list(itertools.takewhile(lambda event: event.what != "end", events))
+            events.clear()  # (after the end whoever watches waits for the depth)
 
     with on_step(note):
         yield watch
@@ -86,13 +84,13 @@ def main(arguments: list[str] | None = None) -> int:
     parser.add_argument("--timeline", action="store_true", help="draw every step")
     options = parser.parse_args(arguments)
     torch.set_grad_enabled(False)
-    for ahead in (False, True):
+    for ahead in (False, True, "device"):
         print(f"launch_ahead={ahead}\n")
         show(_model(options), options, ahead)
     return 0
 
 
-def show(model: PreTrainedModel, options: argparse.Namespace, ahead: bool) -> None:
+def show(model: PreTrainedModel, options: argparse.Namespace, ahead: bool | str) -> None:
     """Warms a model up and prints what one step at every exit depth does."""
     settings = {"cudagraphs": "record", "launch_ahead": ahead, "exit_every": options.every, "first_exit": options.first}
     model.compile(backend=river, options={**settings, "lowering": "eager", "quantizer": "rtn"})
@@ -101,8 +99,8 @@ def show(model: PreTrainedModel, options: argparse.Namespace, ahead: bool) -> No
         log = warmup(model, cache)
         depths = [*watch.runner.units.ends]
         steps = {depth: step(model, cache, watch, depth) for depth in depths}
+    units = _units(watch.runner)
     if not ahead:
-        units = _units(watch.runner)
         _print_units(watch, units)
         _print_buffers(watch.runner)
     rows = []
@@ -117,7 +115,8 @@ def show(model: PreTrainedModel, options: argparse.Namespace, ahead: bool) -> No
     print(f"\n{log.made} captures\n")
     if options.timeline:
         for depth, events in steps.items():
-            print("\n".join(timeline(f"depth {depth}", events, _units(watch.runner))), end="\n\n")
+            runs = {name: unit.steps for name, unit in units.items()} | {"step": _way(watch.runner, depth)}
+            print("\n".join(timeline(f"depth {depth}", events, runs)), end="\n\n")
 
 
 def _model(options: argparse.Namespace) -> PreTrainedModel:
@@ -137,7 +136,7 @@ def step(model: PreTrainedModel, cache: StaticCache, watch: Watch, depth: int) -
     """Decodes one token that leaves at a depth; returns what the recorder saw."""
     cache.reset()
     ids = torch.ones(1, _PROMPT, dtype=torch.long)
-    watch.executor.policy = replace(watch.executor.policy, criterion=LeavesAt(depth))
+    watch.executor.policy = replace(watch.executor.policy, threshold=leaving_at(depth))
     settings = {"attention_mask": torch.ones_like(ids), "max_new_tokens": 2, "min_new_tokens": 2, "do_sample": False}
     model.generate(ids, **settings, **{cache_argument(model): cache})
     return watch.events
@@ -146,8 +145,14 @@ def step(model: PreTrainedModel, cache: StaticCache, watch: Watch, depth: int) -
 def _units(runner: CapturedRunner) -> dict[str, Unit]:
     units, num_blocks = runner.units, len(runner.flags) - 1
     spans = [unit for a, b in itertools.pairwise((0, *units.ends)) for unit in units.spans(a, b)]
-    tails = [units.tail(depth) for depth in units.ends if depth < num_blocks]
+    tails = [unit for depth in units.ends if depth < num_blocks for unit in units.tail(depth)]
     return {unit.name: unit for unit in (*spans, *tails)}
+
+
+def _way(runner: CapturedRunner, depth: int) -> list[Step]:
+    """Returns what runs of a step that leaves at a depth."""
+    units = runner.units.spans(0, depth) + (runner.units.tail(depth) if depth < len(runner.flags) - 1 else [])
+    return [step for unit in units for step in unit.steps]
 
 
 def _print_units(watch: Watch, units: dict[str, Unit]) -> None:
@@ -179,15 +184,15 @@ def _print_buffers(runner: CapturedRunner) -> None:
     print()
 
 
-def timeline(title: str, events: Iterable[Event], units: dict[str, Unit]) -> list[str]:
-    """Draws one step as two lines: when the host launches and waits, and when the device runs what."""
+def timeline(title: str, events: Iterable[Event], runs: Mapping[str, Sequence[Step]]) -> list[str]:
+    """Draws one step as two lines: when the host launches and waits, and when the device runs what, by unit."""
     now, free = 0, 0
     host, device = {}, {}
     ends: dict[str, int] = {}
     for event in events:
         if event.what == "launch":
             host[now] = "L"
-            length = sum(_COLUMNS[step.segment.kind] for step in units[event.name].steps)
+            length = sum(_COLUMNS[step.segment.kind] for step in runs[event.name])
             start = max(now + 1, free)
             free = ends[event.name] = start + max(length, len(event.name) + 2)
             device[start] = f"[{event.name:-^{free - start - 2}}]"

@@ -21,9 +21,9 @@ from torch._inductor.compile_fx import compile_fx
 from tqdm import tqdm
 
 from river_compile.cudagraphs.device import CaptureLog
-from river_compile.cudagraphs.launch_ahead import LaunchAhead
+from river_compile.cudagraphs.device_exits import captured_runner
 from river_compile.cudagraphs.launcher import Launcher
-from river_compile.cudagraphs.runner import CapturedRunner, choose_device
+from river_compile.cudagraphs.runner import choose_device
 from river_compile.distributed.ranks import Ranks, ranks_of
 from river_compile.distributed.runner import RankRunner, called_on_shards
 from river_compile.distributed.support import check as check_supported
@@ -205,8 +205,7 @@ def _build(
         runner = RankRunner(program, steps, ranks, config.check_ranks)
     if device is not None:
         launcher = Launcher(program, device, captures, config.max_captures)
-        ahead = LaunchAhead(config.launch_ahead)
-        runner = CapturedRunner(program, steps, launcher, ahead, policy.deepest, plain=runner)
+        runner = captured_runner(program, steps, launcher, policy, config.launch_ahead, plain=runner)
     watch = TwinWatch(packed, program.slots, state) if packed else None
     executor = RiverExecutor(
         program,

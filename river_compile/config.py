@@ -178,10 +178,12 @@ class RiverConfig:
     max_captures: int = _option(
         256, integer(1), "CUDA graphs kept at the same time; the one not used for longest gives way", EXPERT
     )
-    launch_ahead: bool | None = _option(
+    launch_ahead: bool | str | None = _option(
         None,
-        one_of(None, True, False),
-        "whether the next blocks start before an exit check is known; `None`: where that was measured to help",
+        one_of(None, True, False, "device"),
+        "whether the next blocks start before an exit check is known; `None`: where that was measured to help; "
+        '`"device"`: the graph decides by itself, in one launch (CUDA 12.4, torch 2.13, '
+        "[docs/cuda.md](docs/cuda.md#exits-decided-on-the-device))",
         EXPERT,
     )
     offload_dir: str | Path | None = _option(

@@ -15,8 +15,12 @@ from collections.abc import Callable, Iterable
 import torch
 from torch import Tensor
 
+from river_compile.upstream.versions import numbers_of
+
 from .device import CaptureDevice, CaptureFailed
 from .partition import Unit
+
+_TORCH, _CUDA = (2, 13), (12, 4)  # the first ones whose graphs hold decisions
 
 
 class CudaGraphs(CaptureDevice):
@@ -37,6 +41,23 @@ class CudaGraphs(CaptureDevice):
         if self._last is not None:
             with contextlib.suppress(RuntimeError):  # (of a driver that is gone, or another process's)
                 self._last[1].synchronize()
+
+    def why_undecided(self) -> str | None:
+        if torch.version.hip is not None or torch.version.cuda is None:
+            return "HIP graphs hold no decisions"
+        if numbers_of(torch.__version__) < _TORCH:  # (2.12 has the calls, and fails after some 16 of them)
+            return f"torch {torch.__version__} captures no decisions; 2.13 and later do"
+        if numbers_of(torch.version.cuda) < _CUDA:
+            return f"graphs of CUDA {torch.version.cuda} hold no decisions; those of 12.4 and later do"
+        return None
+
+    def when(self, holds: Tensor, work: Callable[[list], None], slots: list) -> None:
+        graph = torch.cuda.CUDAGraph.get_currently_capturing_graph()
+        graph.begin_capture_to_if_node(holds)  # (which makes the node's own stream the current one)
+        try:
+            work(list(slots))
+        finally:
+            graph.end_capture_to_conditional_node()
 
     def flags(self, count: int) -> Tensor:
         with torch.inference_mode(False):
@@ -67,7 +88,7 @@ class CudaGraphs(CaptureDevice):
             try:
                 # Another thread may allocate or copy meanwhile: only what this one does must be capturable.
                 with torch.cuda.graph(graph, self._pool, self._capture_stream, capture_error_mode="thread_local"):
-                    unit.run_into(slots, outputs)
+                    unit.run_into(list(slots), outputs, self.when)
             except RuntimeError as error:
                 raise CaptureFailed(str(error).partition("\n")[0]) from error
             finally:

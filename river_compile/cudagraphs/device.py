@@ -41,6 +41,14 @@ class CaptureDevice(ABC):
         """Whether a pass of several positions of each sequence is captured."""
         return False
 
+    def why_undecided(self) -> str | None:
+        """Returns why captures cannot hold decisions, None where :meth:`when` puts them there."""
+        return f"{self.name} hold no decisions"
+
+    def when(self, holds: Tensor, work: Callable[[list], None], slots: list) -> None:
+        """In a capture: captures work on a copy of the slots that a replay runs where a boolean scalar then holds."""
+        raise CaptureFailed(f"{self.name} hold no decisions")
+
     @abstractmethod
     def flags(self, count: int) -> Tensor:
         """Returns ``[count]`` float32 values in host memory that units may write to."""

@@ -16,7 +16,7 @@ from __future__ import annotations
 import logging
 import time
 from collections import OrderedDict
-from collections.abc import Iterable, Mapping
+from collections.abc import Callable, Iterable, Mapping
 
 import torch
 from torch import Tensor, fx
@@ -74,15 +74,35 @@ class Launcher:
         """Says whether a launch would replay."""
         return (self._prepared.get(unit) or self._signature(unit, slots)) in self._captures
 
+    def capture(self, unit: Unit, slots: list, rehearse: Callable[[], object]) -> bool:
+        """Makes sure that a unit has a capture for its next launch, and runs nothing of it.
+
+        Args:
+            unit: what nothing but captures run; :meth:`note_run` tells when something else did what it does.
+            slots: what it would read.
+            rehearse: called before a capture.
+
+        Returns:
+            False where it has none: it meets its inputs for the first time, or the log says why.
+        """
+        if self._stays_uncaptured(unit):
+            return False
+        self.prepare((unit,), slots)
+        signature = self._prepared[unit]
+        return signature in self._captures or self._capture(unit, signature, slots, rehearse)
+
+    def note_run(self, unit: Unit, slots: list) -> None:
+        """Notes that others did what a unit does and left its results in the slots, so that it is captured next."""
+        if not self._stays_uncaptured(unit):
+            self._remember(unit, self._signature(unit, slots), {index: slots[index] for index in unit.writes})
+
     def launch(self, unit: Unit, slots: list) -> bool:
         """Replays a unit, or runs it where it has no capture, and leaves its results in the slots.
 
         Returns:
             True where an existing capture was replayed.
         """
-        if unit.obstacle is not None:
-            self.log.uncaptured_units.setdefault(unit.name, str(unit.obstacle))
-        if unit.obstacle is not None or unit in self._failed:
+        if self._stays_uncaptured(unit):
             self._run_uncaptured(unit, slots)
             return False
         signature = self._prepared.pop(unit, None) or self._signature(unit, slots)
@@ -97,6 +117,12 @@ class Launcher:
             slots[index] = buffer
         unit.count(slots)
         return not is_new
+
+    def _stays_uncaptured(self, unit: Unit) -> bool:
+        """Says whether a unit is never captured; the log then says why."""
+        if unit.obstacle is not None:
+            self.log.uncaptured_units.setdefault(unit.name, str(unit.obstacle))
+        return unit.obstacle is not None or unit in self._failed
 
     def _signature(self, unit: Unit, slots: list) -> tuple:
         """Returns the unit, the address of every tensor that it reads, and every number."""
@@ -131,7 +157,9 @@ class Launcher:
         unit.count(slots)
         return outputs
 
-    def _capture(self, unit: Unit, signature: tuple, slots: list) -> bool:
+    def _capture(
+        self, unit: Unit, signature: tuple, slots: list, rehearse: Callable[[], object] = lambda: None
+    ) -> bool:
         """Captures a unit whose inputs come back; returns False where they are new, or it failed (the log says why)."""
         seen = self._seen.setdefault(unit, OrderedDict())
         outputs = seen.get(signature)
@@ -140,6 +168,7 @@ class Launcher:
                 return False
             outputs = {}
         start = time.perf_counter()
+        rehearse()
         try:
             graph, size = self.device.capture(unit, slots, outputs, self._buffer)
         except CaptureFailed as error:

@@ -5,6 +5,7 @@
     tail d      twins d+1..L and the river's head
     twins d, head    both alone, where the head cannot be captured and the twins can (spans: "span a-L" and "last L-L")
     prologue    the prologue alone, where it cannot be captured (the spans then start at block 1)
+    step    all of it, for a graph that decides by itself (:mod:`river_compile.cudagraphs.device_exits`)
 
 A unit reads and writes slots. Those that other units or the caller need afterwards get buffers; all others live in the
 graph's own memory for the length of one replay.
@@ -25,7 +26,9 @@ from river_compile.passes.program import Refusal, RiverProgram, Segment
 from river_compile.runtime.runner import Step
 from river_compile.runtime.slots import SCORE
 
-Kind = Literal["prologue", "span", "last", "tail", "twins", "head"]
+Kind = Literal["prologue", "span", "last", "tail", "twins", "head", "step"]
+# Runs work on the slots, or on a copy, where a boolean scalar on the device holds at that time.
+When = Callable[[Tensor, Callable[[list], None], list], None]
 
 
 def buffer_like(value: Tensor) -> Tensor:
@@ -85,8 +88,8 @@ class Unit:
 
     @property
     def name(self) -> str:
-        """How logs and reports call it: "span 0-2", "last 3-4", "tail 2", "twins 2", "prologue" or "head"."""
-        if self.kind in ("prologue", "head"):
+        """How logs and reports call it: "span 0-2", "last 3-4", "tail 2", "twins 2", "prologue", "head" or "step"."""
+        if self.kind in ("prologue", "head", "step"):
             return self.kind
         return f"{self.kind} {self.start}" if self.kind in ("tail", "twins") else f"{self.kind} {self.start}-{self.end}"
 
@@ -102,11 +105,13 @@ class Unit:
         for index, compute, arguments in self.numbers:
             slots[index] = compute(*[slots[i] for i in arguments])
 
-    def run_into(self, slots: list, outputs: dict[int, Tensor]) -> None:
-        """Runs the steps on a copy of the slots and copies what is needed afterwards into buffers."""
-        own = list(slots)
-        self.run(own)
-        copy_into([*outputs.values()], [own[index] for index in outputs])
+    def run_into(self, slots: list, outputs: Mapping[int, Tensor], when: When) -> None:
+        """Runs the steps on the slots and copies what is needed afterwards into buffers, by slot.
+
+        `when` runs work on a copy of the slots, where a boolean on the device holds; steps alone ask for nothing.
+        """
+        self.run(slots)
+        copy_into([*outputs.values()], [slots[index] for index in outputs])
 
 
 class Partition:
@@ -155,6 +160,10 @@ class Partition:
             self._spans[start, end] = [unit for a, b in pairs for unit in self._span(a, b)]
         return self._spans[start, end]
 
+    def step(self, last: int) -> Unit:
+        """Returns all that tokens of at most `last` blocks reach, in the order of the segments and not of any token."""
+        return self._unit("step", 0, last)
+
     def after(self, depth: int) -> Unit:
         """Returns the unit that runs after the check at a depth, where the token stays."""
         return self.spans(depth, self.ends[self.ends.index(depth) + 1])[0]
@@ -201,6 +210,9 @@ class Partition:
         program = self._program
         if kind == "prologue":
             return [program.prologue]
+        if kind == "step":
+            alone = [] if self.prologue is None else [program.prologue]
+            return [segment for segment in program.segments if segment in self._steps and segment not in alone]
         twins, head = list(program.twins[start:]), program.river_head or program.head
         if kind in ("tail", "twins", "head"):
             return [*(twins if kind != "head" else []), *([head] if kind != "twins" else [])]
@@ -209,7 +221,7 @@ class Partition:
         return [*segments, program.head] if kind == "last" else segments
 
     def _make(self, kind: Kind, start: int, end: int) -> Unit:
-        slots, is_end = self._program.slots, kind in ("last", "tail", "head")
+        slots, is_end = self._program.slots, kind in ("last", "tail", "head", "step")
         segments = self._segments(kind, start, end)
         reads: dict[int, bool] = {}  # slot -> whether a capture depends on it
         written: dict[fx.Node, None] = {}
@@ -231,7 +243,7 @@ class Partition:
         writes = sorted(slots[n] for n in written if n in needed and n not in counted)
         flag = None
         if segments[-1].has_score:
-            flag = self._flags[self._num_blocks if is_end else end]
+            flag = None if kind == "step" else self._flags[self._num_blocks if is_end else end]
             writes += [SCORE] if is_end else []
         return Unit(
             kind=kind,

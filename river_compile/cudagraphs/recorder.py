@@ -4,7 +4,8 @@ A captured graph behaves unlike plain code in ways that a test on a CPU would no
 
 - a launch is put into a queue, which runs up to a mark when the host waits for it, and to its end when the step ends;
 - buffers and flags are filled with NaN (integers: their least value, booleans: True) when a step begins;
-- what a unit made for itself is filled the same way when its replay has ended;
+- what a unit made for itself is filled the same way when its replay has ended, and what it made where a decision of its
+  own held, when that part has;
 - a replay sees no slot but those that its unit reads, and raises where one of them lies elsewhere than at capture.
 
 Not handled: a GPU's behaviour. Kernels that cannot be captured, streams and memory pools are seen by the CUDA device
@@ -20,7 +21,7 @@ import torch
 from torch import Tensor
 
 from .device import CaptureDevice
-from .partition import Unit, copy_into
+from .partition import Unit
 
 
 class StaleReplay(RuntimeError):
@@ -98,7 +99,14 @@ class Recorder(CaptureDevice):
         for index in graph.unit.reads:
             own[index] = slots[index]
         self._latest = graph.unit.name
-        self._queue.append(lambda: _replay(graph, own))
+        self._queue.append(lambda: self._replay(graph, own))
+
+    def why_undecided(self) -> None:
+        return None
+
+    def when(self, holds: Tensor, work: Callable[[list], None], slots: list) -> None:
+        if holds.item():
+            self._spoiling(work, list(slots))
 
     def mark(self) -> Mark:
         mark = Mark(self._latest)
@@ -120,6 +128,17 @@ class Recorder(CaptureDevice):
     def abandon(self) -> None:
         self._queue.clear()
 
+    def _replay(self, graph: Recording, own: list) -> None:
+        self._spoiling(lambda slots: graph.unit.run_into(slots, graph.outputs, self.when), own)
+
+    def _spoiling(self, work: Callable[[list], None], own: list) -> None:
+        """Runs work on slots and spoils what it made of them."""
+        before = {t.untyped_storage().data_ptr() for t in own if isinstance(t, Tensor)}
+        work(own)
+        for tensor in own:
+            if isinstance(tensor, Tensor) and tensor.untyped_storage().data_ptr() not in before:
+                spoil(tensor)
+
     def _advance(self) -> None:
         work = self._queue.pop(0)
         if isinstance(work, Mark):
@@ -139,12 +158,3 @@ def spoil(tensor: Tensor) -> Tensor:
 
 def _address(value: object) -> object:
     return value.data_ptr() if isinstance(value, Tensor) else value
-
-
-def _replay(graph: Recording, own: list) -> None:
-    before = {t.untyped_storage().data_ptr() for t in own if isinstance(t, Tensor)}
-    graph.unit.run(own)
-    made = [t for t in own if isinstance(t, Tensor) and t.untyped_storage().data_ptr() not in before]
-    copy_into([*graph.outputs.values()], [own[index] for index in graph.outputs])
-    for tensor in made:
-        spoil(tensor)

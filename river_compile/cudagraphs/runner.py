@@ -26,8 +26,8 @@ from river_compile.lowering.choose import choose_lowering
 from river_compile.passes.graph_safety import fixed_inputs, runs_once
 from river_compile.passes.nodes import is_tensor, mutated_inputs, source_of, value_of
 from river_compile.passes.program import DecoderPlan, RiverProgram, Segment
-from river_compile.runtime.runner import Runner, Saved, Step
-from river_compile.runtime.slots import SCORE, new_slots, size_of_pass
+from river_compile.runtime.runner import Runner, Step
+from river_compile.runtime.slots import SCORE, Saved, new_slots, size_of_pass
 
 from .cuda import CudaGraphs
 from .device import CaptureDevice, CaptureLog
@@ -98,7 +98,7 @@ class CapturedRunner(Runner):
             self._lock.release()
 
     def begin(self, args: Sequence) -> list:
-        self.device.begin(lambda: [buffer for _, buffer in self.launcher.buffers()], self.flags)
+        self.device.begin(self._buffers, self.flags)
         slots = new_slots(self._program, args)
         given = {index: args[index] for index in self._copied if isinstance(args[index], Tensor)}
         for index, buffer in self.launcher.copies(given).items():
@@ -106,6 +106,10 @@ class CapturedRunner(Runner):
         if self.units.prologue is not None:
             self.launcher.launch(self.units.prologue, slots)
         return slots
+
+    def _buffers(self) -> list[Tensor]:
+        """Returns what a step leaves behind and the next one must not read."""
+        return [buffer for _, buffer in self.launcher.buffers()]
 
     def blocks(self, slots: list, start: int, end: int) -> None:
         self._note_verdict(left=False)

@@ -14,6 +14,7 @@ from typing import Any
 
 import torch
 
+from river_compile.exit_rule import Taken, rule_of
 from river_compile.exits import ExitPolicy, Memories, Memory
 from river_compile.passes.program import RiverProgram
 from river_compile.upstream.dynamo_cache import CacheEntry
@@ -82,30 +83,51 @@ class RiverExecutor:
             slots = runner.begin(args)
             filled = 0 if self.room is None else self.room.check(slots)
             memory = self._recall(slots)
-            limit = self.fill.begin(slots, memory)
-            depth, scores, entropy = self._run_blocks(runner, slots, policy, memory, limit)
-            river_from = None
-            if depth < self.num_blocks:
-                if policy.may_doubt:
-                    entropy, doubted = self._run_tail_and_doubt(runner, slots, policy, depth)
-                    if doubted:
-                        river_from, depth = depth, self.num_blocks
-                else:
-                    runner.tail(slots, depth)
-            self.fill.end(slots, memory, depth)
+            taken = self._run(runner, slots, policy, memory)
             self._keep(runner, slots, memory)
             self.sequences.left(None if not self.decodes or self._cache_out is None else slots[self._cache_out])
             outputs = runner.finish(slots)
         if self.room is not None:
             self.room.took(slots, filled)
-        seconds = time.perf_counter() - started
-        thread, model = threading.get_ident(), self._stats.model_id
-        step = StepRecord(depth, tuple(scores), self.decodes, thread, model, entropy, river_from, seconds)
-        self._stats.count(step)
-        _steps(self, args, step)
+        self._record(args, taken, started)
         _calls(self, args, outputs)
         self._on_close()
         return outputs
+
+    def _run(self, runner: Runner, slots: list, policy: ExitPolicy, memory: Memory) -> Taken | Callable[[], Taken]:
+        """Runs blocks, tail and head of a step; returns the way that it took, or what waits for the step to tell it."""
+        limit = self.fill.begin(slots, memory)
+        rule = rule_of(policy, self.program, memory) if runner.decides else None
+        outcome = None if rule is None else runner.whole(slots, rule)
+        if rule is not None and outcome is not None:
+            return lambda: rule.taken(outcome())
+        depth, scores, entropy = self._run_blocks(runner, slots, policy, memory, limit)
+        river_from = None
+        if depth < self.num_blocks:
+            if policy.may_doubt:
+                entropy, doubted = self._run_tail_and_doubt(runner, slots, policy, depth)
+                if doubted:
+                    river_from, depth = depth, self.num_blocks
+            else:
+                runner.tail(slots, depth)
+        self.fill.end(slots, memory, depth)
+        return Taken(depth, tuple(scores), entropy, river_from)
+
+    def _record(self, args: tuple, taken: Taken | Callable[[], Taken], started: float) -> None:
+        """Counts a step and shows it to those who observe steps; where there are none, it waits for nothing."""
+        decodes, thread, model = self.decodes, threading.get_ident(), self._stats.model_id
+
+        def record(way: Taken, seconds: float) -> StepRecord:
+            return StepRecord(way.depth, way.scores, decodes, thread, model, way.entropy, way.river_from, seconds)
+
+        if callable(taken) and not _steps:
+            read, seconds = taken, time.perf_counter() - started
+            self._stats.count_later(lambda: record(read(), seconds))
+            return
+        way = taken() if callable(taken) else taken
+        step = record(way, time.perf_counter() - started)
+        self._stats.count(step)
+        _steps(self, args, step)
 
     def _run_blocks(
         self, runner: Runner, slots: list, policy: ExitPolicy, memory: Memory, limit: int

@@ -1,8 +1,9 @@
 """Runs spans of a program's segments on a step's slots. The executor decides which spans; a runner knows how.
 
-Two runners exist: :class:`PlainRunner` calls compiled code segment by segment, and
-:class:`river_compile.cudagraphs.runner.CapturedRunner` launches graphs of many segments. A runner decides nothing about
-exits: it knows no thresholds and keeps no memory of a sequence.
+Three kinds exist: :class:`PlainRunner` calls compiled code segment by segment,
+:class:`river_compile.cudagraphs.runner.CapturedRunner` launches graphs of many segments, and
+:class:`river_compile.cudagraphs.device_exits.DeviceExits` one graph that follows a rule by itself. A runner makes no
+rules: it knows no thresholds but those of the rule that it is given, and keeps no memory of a sequence.
 """
 
 from __future__ import annotations
@@ -13,15 +14,16 @@ from types import TracebackType
 
 from torch import Tensor, fx
 
+from river_compile.exit_rule import Rule
 from river_compile.passes.program import RiverProgram, Segment
 
 from .fill import Fill
-from .slots import SCORE, gather, new_slots, written_in_place
+from .slots import SCORE, Saved, WrittenInPlace, gather, new_slots
 
 # What a compiled segment is: a function of a list (which it may empty) that returns a sequence.
 Callee = Callable[[list], Sequence]
-# Copies of values, each with its slot.
-Saved = Sequence[tuple[int, Tensor]]
+# Waits for a step and returns the score at each depth, the entropy of its head, and the depth.
+Outcome = Callable[[], Sequence[float]]
 
 
 class Step:
@@ -67,11 +69,16 @@ class Runner(ABC):
 
     It is entered (``with runner:``) for the length of a step. L is the number of blocks; the head runs with block L,
     and with the tail of a token that left before. `steps` has the compiled step of each segment that can be reached.
+
+    Attributes:
+        decides: whether :meth:`whole` may run a step; may be changed between two steps.
     """
+
+    decides = False
 
     def __init__(self, program: RiverProgram, steps: Mapping[Segment, Step]) -> None:
         self.steps, self._program = steps, program
-        self._counters, self._moved = written_in_place(program)
+        self._in_place = WrittenInPlace(program)
 
     def for_pass(self, args: Sequence) -> Runner:
         """Returns what runs the pass with these inputs of the graph: itself, or another one that knows it better."""
@@ -91,6 +98,14 @@ class Runner(ABC):
 
         Nothing of the caller's has been written when this returns.
         """
+
+    def whole(self, slots: list, rule: Rule) -> Outcome | None:
+        """Runs everything between :meth:`begin` and :meth:`finish` as a rule decides, without waiting for anything.
+
+        Returns:
+            What :meth:`Rule.taken` takes, which it waits for; None where nothing ran, and the caller must decide.
+        """
+        return None
 
     @abstractmethod
     def blocks(self, slots: list, start: int, end: int) -> None:
@@ -115,15 +130,11 @@ class Runner(ABC):
 
     def save(self, slots: list, depth: int) -> Saved:
         """Copies what a tail after `depth` blocks would destroy, for :meth:`rewind`."""
-        return [(i, slots[i].clone()) for block in self._moved[depth:] for i in block if slots[i] is not None]
+        return self._in_place.save(slots, depth)
 
     def rewind(self, slots: list, start: int, end: int, saved: Saved = ()) -> None:
         """Makes blocks start+1..end ready to run once more for this token."""
-        for index, value in saved:
-            slots[index].copy_(value)
-        for block in self._counters[start:end]:  # (blocks may share a counter: each of them advanced it)
-            for index in block:
-                slots[index].sub_(1)
+        self._in_place.rewind(slots, start, end, saved)
 
     @abstractmethod
     def finish(self, slots: list) -> tuple:

@@ -20,6 +20,9 @@ from river_compile.passes.segments import number_inputs
 # a fill keeps for the length of a step.
 SCORE, FILL = -2, -1
 
+# Copies of values, each with its slot.
+Saved = Sequence[tuple[int, Tensor]]
+
 
 def new_slots(program: RiverProgram, args: Sequence = ()) -> list:
     """Returns the slots of a run, the graph's inputs in theirs."""
@@ -68,11 +71,31 @@ def size_of_pass(program: RiverProgram) -> Callable[[Sequence], tuple[int, int]]
     return lambda args: tuple(compute(*[args[place] for place in places]))
 
 
-def written_in_place(program: RiverProgram) -> tuple[list[list[int]], list[list[int]]]:
-    """Returns what must be undone where a decode step's blocks run again after their twins, as if those had not run.
+class WrittenInPlace:
+    """What must be undone where a decode step's blocks run again after their twins, as if those had not run.
 
     A dynamic cache needs nothing of this, nor do entries written at a counted position (``index_copy_``): the second
     run overwrites them.
+    """
+
+    def __init__(self, program: RiverProgram) -> None:
+        self._counters, self._moved = _written_in_place(program)
+
+    def save(self, slots: list, depth: int) -> Saved:
+        """Copies what a tail after `depth` blocks would destroy, for :meth:`rewind`."""
+        return [(i, slots[i].clone()) for block in self._moved[depth:] for i in block if slots[i] is not None]
+
+    def rewind(self, slots: list, start: int, end: int, saved: Saved = ()) -> None:
+        """Makes blocks start+1..end ready to run once more for this token."""
+        for index, value in saved:
+            slots[index].copy_(value)
+        for block in self._counters[start:end]:  # (blocks may share a counter: each of them advanced it)
+            for index in block:
+                slots[index].sub_(1)
+
+
+def _written_in_place(program: RiverProgram) -> tuple[list[list[int]], list[list[int]]]:
+    """Returns what a program's blocks write in place and no second run overwrites.
 
     Returns:
         By block, the slots of the integer scalars that it advances by one token; and by block, those of whatever else

@@ -8,7 +8,7 @@ from __future__ import annotations
 import contextlib
 import itertools
 import threading
-from collections import Counter
+from collections import Counter, deque
 from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass
 from types import MappingProxyType
@@ -30,6 +30,10 @@ class Observers(Generic[P]):
         """Calls them all."""
         for function in self._functions:
             function(*args, **kwargs)
+
+    def __bool__(self) -> bool:
+        """Whether there are any."""
+        return bool(self._functions)
 
     @contextlib.contextmanager
     def added(self, function: Callable[P, object]) -> Iterator[None]:
@@ -189,27 +193,58 @@ class PayoffLog:
 class ExitStats:
     """Steps per exit depth (backbone blocks executed) of one model, and the cycles of exact mode.
 
+    Where a device decides, a step is counted when its depth is known: after the next one, or when somebody asks.
+
     Attributes:
         model_id: identifies the model in traces, unique in the process.
-        doubted: decode steps that ran through the river and then through the backbone.
         payoff: whether exact mode's drafts pay.
     """
 
     def __init__(self) -> None:
         self.model_id = next(_model_ids)
         self.num_blocks = 0
-        self.decode: Counter[int] = Counter()
-        self.prefill: Counter[int] = Counter()
-        self.doubted = 0
         self.exact = ExactStats()
         self.payoff = PayoffLog()
-        self._lock = threading.Lock()
+        self._decode: Counter[int] = Counter()
+        self._prefill: Counter[int] = Counter()
+        self._doubted = 0
+        self._late: deque[Callable[[], StepRecord]] = deque()
+        self._lock = threading.RLock()
+
+    @property
+    def decode(self) -> Counter[int]:
+        """Decode steps by depth."""
+        self._settle()
+        return self._decode
+
+    @property
+    def prefill(self) -> Counter[int]:
+        """Prompts by depth."""
+        return self._prefill
+
+    @property
+    def doubted(self) -> int:
+        """Decode steps that ran through the river and then through the backbone."""
+        self._settle()
+        return self._doubted
 
     def count(self, step: StepRecord) -> None:
         """Counts a step."""
         with self._lock:
-            (self.decode if step.decode else self.prefill)[step.depth] += 1
-            self.doubted += step.doubted
+            (self._decode if step.decode else self._prefill)[step.depth] += 1
+            self._doubted += step.doubted
+
+    def count_later(self, read: Callable[[], StepRecord]) -> None:
+        """Counts a step whose record is worth waiting for only when the next one has been launched."""
+        with self._lock:
+            self._late.append(read)
+            self._settle(but=1)
+
+    def _settle(self, but: int = 0) -> None:
+        """Counts the steps whose records were not read, the latest ones excepted."""
+        with self._lock:
+            while len(self._late) > but:
+                self.count(self._late.popleft()())
 
     def count_cycle(self, cycle: CycleRecord) -> None:
         """Counts a cycle of exact mode and shows it to those who observe cycles."""

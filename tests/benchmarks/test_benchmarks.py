@@ -9,7 +9,7 @@ import time
 import pytest
 import torch
 
-from benchmarks import common, decode, llama_cpp_runner, memory, offload, roofline
+from benchmarks import common, decode, llama_cpp_runner, memory, offload, roofline, schedule
 from benchmarks.prompts import mixed, prompts
 
 WORKER = """
@@ -246,6 +246,18 @@ def test_a_token_costs_what_its_blocks_cost():
     deeper = [line.token(depth).bytes for depth in range(33)]
     assert len({b - a for a, b in itertools.pairwise(deeper)}) == 1
     assert line.token(0).launches == 32 * 5 + 1
+
+
+def test_the_schedule_draws_all_ways_to_decide(capsys):
+    with torch.no_grad():
+        assert schedule.main(["--layers", "2", "--timeline"]) == 0
+    drawn = [way.splitlines() for way in capsys.readouterr().out.split("launch_ahead=")[1:]]
+    hosts = {way[0]: [line.split()[-1] for line in way if line.startswith("  host")] for way in drawn}
+    assert hosts == {
+        "False": ["L..........?L"] * 2,
+        "True": ["LL.........?L", "LL.........?"],
+        "device": ["L", "L"],
+    }
 
 
 def test_the_estimate_prints_costs_targets_and_the_schedule(tmp_path, capsys, monkeypatch):

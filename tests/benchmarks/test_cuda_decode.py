@@ -105,7 +105,7 @@ def test_a_process_for_each_backend_and_rivers_first(workers, card, tiny, capsys
     ]
     river = [entry[2:] for entry in workers.log if entry[:2] == ("river", "row")]
     forced = [(None, False, None), (0, False, None), (3, False, None)]
-    assert river == [*forced, *((depth, True, ahead) for depth in (None, 3) for ahead in (False, True))]
+    assert river == [*forced, *((depth, True, ahead) for depth in (None, 3) for ahead in (False, True, "device"))]
     printed = capsys.readouterr().out
     assert "One exit check ahead costs 0.00 us (+- " in printed
     assert "llama-tiny river never: 80.0 tokens/s" in printed  # as soon as it is there
@@ -196,6 +196,9 @@ def test_rivers_rows(tiny, monkeypatch, no_grad):
     asked = bench.row(1, asked=True, ahead=False, generates=False)
     assert asked["cosine"] == left["cosine"]
     assert bench.row(None, asked=True, ahead=True, generates=False)["cosine"] == never["cosine"]
+    decided = bench.row(1, asked=True, ahead="device", generates=False)
+    assert decided["cosine"] == left["cosine"]
+    assert decided["captures"] == 1
     assert all(row["tokens_per_s"] > 0 and len(row["seconds"]) == 3 for row in (never, left, asked))
     assert never["captures"] > 0
     assert bench.row(None, generates=False)["captures"] == 0
@@ -330,4 +333,6 @@ class TestInt4:
 
 def test_the_options_reach_the_rows(tiny):
     parsed = options(tiny, "--only", "asked", "--depths", "0", "2")
-    assert [row.name for row in cuda_decode.rows_of(parsed)] == ["asked depth 2, in order", "asked depth 2, ahead"]
+    assert [row.name for row in cuda_decode.rows_of(parsed)] == [
+        f"asked depth 2, {how}" for how in ("in order", "ahead", "on the device")
+    ]
