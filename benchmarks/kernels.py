@@ -15,6 +15,7 @@ there; a kernel that fails is named, and the next one is timed.
 from __future__ import annotations
 
 import argparse
+import dataclasses
 import functools
 import importlib.util
 import sys
@@ -34,7 +35,7 @@ from river_compile.kernels.triton.devices import device_name, known
 from river_compile.kernels.triton.heuristic import seconds as modelled
 from river_compile.kernels.triton.linear import LinearSpec
 from river_compile.kernels.triton.loader import load
-from river_compile.kernels.triton.spec import KernelSpec
+from river_compile.kernels.triton.spec import Buffer, KernelSpec
 
 
 @dataclass(frozen=True)
@@ -104,18 +105,24 @@ def int4_seconds(spec: LinearSpec) -> float | None:
 
 
 def attention_timing(label: str, spec: DecodeAttentionSpec) -> Timing:
-    """Times the attention kernel and SDPA over a full cache."""
+    """Times the attention kernel, with what it does before, and SDPA alone, over a full cache."""
     copies = max(1, min(64, 256 * 2**20 // spec.cost().bytes + 1))
     shape = (spec.batch, spec.kv_heads, spec.slots, spec.head_dim)
-    q = torch.randn(spec.batch, spec.heads, spec.head_dim, device="cuda", dtype=torch.bfloat16)
     caches = [[torch.randn(shape, device="cuda", dtype=torch.bfloat16) for _ in "kv"] for _ in range(copies)]
-    others = {"mask": torch.ones(spec.batch, spec.slots, dtype=torch.bool, device="cuda")} if spec.mask else {}
+    spec = dataclasses.replace(spec, advance=False)  # (a counter would run out of the cache)
+    others = {name: _some(b) for name, b in spec.buffers().items() if not (b.workspace or b.strided)}
     kernel = load(spec, interpret=False)
-    ours = [functools.partial(kernel, q=q, k_cache=k, v_cache=v, out=torch.empty_like(q), **others) for k, v in caches]
-    theirs = [
-        functools.partial(F.scaled_dot_product_attention, q[:, :, None], k, v, enable_gqa=True) for k, v in caches
-    ]
+    ours = [functools.partial(kernel, k_cache=k, v_cache=v, **others) for k, v in caches]
+    q = torch.randn(spec.batch, spec.heads, 1, spec.head_dim, device="cuda", dtype=torch.bfloat16)
+    theirs = [functools.partial(F.scaled_dot_product_attention, q, k, v, enable_gqa=True) for k, v in caches]
     return Timing(label, f"{shape}", time_calls(ours), spec.cost().bytes, time_calls(theirs))
+
+
+def _some(buffer: Buffer) -> torch.Tensor:
+    """Makes a tensor for a buffer: random numbers, a mask of which all is True, slot 1."""
+    dtype = getattr(torch, buffer.dtype)
+    make = torch.randn if dtype.is_floating_point else torch.ones
+    return make(buffer.shape, device="cuda", dtype=dtype)
 
 
 def timing(label: str, spec: KernelSpec) -> Timing | None:

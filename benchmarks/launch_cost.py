@@ -69,15 +69,15 @@ def calls(shape: ModelShape) -> dict[str, Callable[[], object]]:
     norm = ("rms", random(shape.hidden), None, 1e-6)
     residual = random(1, 1, shape.hidden)
     k_cache, v_cache = (random(1, shape.kv_heads, _SLOTS, d) for _ in "kv")
-    cos, slot = random(1, 1, d), torch.tensor([3])
-    qkv, q, mask = random(1, 1, shape.qkv), random(1, shape.heads, d), torch.ones(1, _SLOTS, dtype=torch.bool)
+    cos, counter = random(1, 1, d), torch.tensor(3)
+    qkv, mask = random(1, 1, shape.qkv), torch.ones(1, _SLOTS, dtype=torch.bool)
+    how = ("none", 1e-6, False, mask, d**-0.5, 0.0)
     none = ("none", None, None, 1e-6)
     return {
         "norm + q|k|v": product(shape.qkv, shape.hidden, None, *norm),
-        "rope + kv write": lambda: river.kv_fill(
-            qkv, None, None, cos, cos, slot, k_cache, v_cache, "none", 1e-6, False
+        "rope + kv write + attention": lambda: river.attend(
+            qkv, None, None, cos, cos, None, counter, k_cache, v_cache, *how
         ),
-        "attention": lambda: river.decode_attention(q, k_cache, v_cache, mask, d**-0.5, 0.0),
         "o + residual": product(shape.hidden, shape.heads * d, residual, *none),
         "norm + gate|up": product(2 * shape.intermediate, shape.hidden, None, *norm, "silu", True),
         "down + residual": product(shape.hidden, shape.intermediate, residual, *none),

@@ -48,7 +48,7 @@ class Roofline:
         self._head, self._head_seconds = cost_of(head), modelled(head, self._device)
         self._twin = cost_of(*kernels.values())
         self._twin_seconds = sum(modelled(spec, self._device) for spec in kernels.values())
-        cache = cost_of(kernels["attention"], kernels["rope + kv write"])
+        cache = cost_of(kernels["rope + kv write + attention"])
         self._block = TokenCost(BLOCK_LAUNCHES, _DTYPE_BYTES * block_weights(self.shape) + cache.bytes)
 
     def token(self, depth: int | None) -> TokenCost:

@@ -6,14 +6,15 @@
     experts               each row's product with the one that it chose of several stacked matrices in 4 bits
     kv_fill               q|k|v -> qk-norm, rotary embedding, cache slot; returns q and mutates the caches
     decode_attention      one query position over a static cache
+    attend                both in one launch, which counts the token too
     attention             several; plain torch, or the C++ kernels
     exit_score            smallest cosine of two hidden states, plain torch on any device
     residual_score        the same fused with the residual add
 
 Layout "triton" runs the generated kernel: compiled on a GPU, in Triton's interpreter on the CPU (slow, for tests).
 Every other layout is plain torch around the layout's own linear. An operator never falls from the one to the other by
-itself. All outputs are new tensors; the schema says what is mutated. The arguments of `kv_fill`, `decode_attention` and
-`residual_score` are those of their functions in `triton.launch`.
+itself. All outputs are new tensors; the schema says what is mutated. The arguments of `kv_fill`, `decode_attention`,
+`attend` and `residual_score` are those of their functions in `triton.launch`.
 """
 
 from __future__ import annotations
@@ -242,6 +243,7 @@ def _(
 
 kv_fill = torch.library.custom_op("river::kv_fill", launch.kv_fill, mutates_args=("k_cache", "v_cache"))
 decode_attention = torch.library.custom_op("river::decode_attention", launch.decode_attention, mutates_args=())
+attend = torch.library.custom_op("river::attend", launch.attend, mutates_args=("counter", "k_cache", "v_cache"))
 residual_score = torch.library.custom_op("river::residual_score", launch.residual_score, mutates_args=())
 
 
@@ -254,6 +256,14 @@ def _(qkv: Tensor, q_norm: Any, k_norm: Any, cos: Any, sin: Any, slot: Any, k_ca
 @decode_attention.register_fake
 def _(q: Tensor, k_cache: Tensor, v_cache: Tensor, mask: Tensor | None, scale: float, softcap: float) -> Tensor:
     return torch.empty_like(q, memory_format=torch.contiguous_format)
+
+
+@attend.register_fake
+def _(
+    qkv: Tensor, q_norm: Any, k_norm: Any, cos: Any, sin: Any, slot: Any, counter: Any, k_cache: Tensor, *_others: Any
+) -> Tensor:
+    b, kv_heads, _, d = k_cache.shape
+    return qkv.new_empty((b, qkv.shape[-1] // d - 2 * kv_heads, d))
 
 
 @torch.library.custom_op("river::attention", mutates_args=())

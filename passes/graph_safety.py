@@ -98,7 +98,7 @@ def runs_once(plan: DecoderPlan, block: Block) -> Refusal | None:
     counters: set[fx.Node] = set()
     for node in nodes:
         for written in mutated_inputs(node):
-            if _is_counter_step(node, written) and written not in counters:
+            if is_counter_step(node, written) and written not in counters:
                 counters.add(written)
             elif memory_of(written) not in nodes and not _writes_slot(node):
                 return Refusal("it changes a value otherwise than by writing to a slot or counting", source_of(node))
@@ -120,7 +120,8 @@ def _writes_slot(node: fx.Node) -> bool:
     return called(node, torch.Tensor.index_copy_) and node.args[0].op == "placeholder"
 
 
-def _is_counter_step(node: fx.Node, written: fx.Node) -> bool:
+def is_counter_step(node: fx.Node, written: fx.Node) -> bool:
+    """True where a node adds one, in place, to a counter of tokens: a number that the graph is given as a tensor."""
     by_one = called(node, torch.Tensor.add_) and node.args[1:] == (1,) and isinstance(node.args[1], int)
     return by_one and not node.kwargs and written.op == "placeholder" and rank(written) == 0
 

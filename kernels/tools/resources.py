@@ -124,8 +124,8 @@ def token_floor(shape: ModelShape, kernels: dict[str, KernelSpec], context: int)
         if spec.experts:
             weights[label] = weights[label] * shape.chosen // shape.experts
     head = weights.pop("norm + head")
-    # All slots but the newest, which the same token writes, are read from memory, keys and values in 16 bits.
-    cache = 2 * 2 * shape.kv_heads * shape.head_dim * (context + 1)
+    # The newest slot is written, and all others are read, keys and values in 16 bits.
+    cache = 2 * 2 * shape.kv_heads * shape.head_dim * context
     return shape.layers * (sum(weights.values()) + cache) + head
 
 

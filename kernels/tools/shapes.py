@@ -103,11 +103,11 @@ def model_kernels(
             "norm + gate|up": linear(shape.hidden, shape.intermediate, norm="rms", gated=True, activation="silu"),
             "down + residual": linear(shape.intermediate, shape.hidden, residual=True),
         }
-    qk_norm = "rms" if shape.qk_norm else "none"
+    fill = KvFillSpec(*heads, rotary_dim=shape.head_dim, head_norm="rms" if shape.qk_norm else "none")
+    attention = DecodeAttentionSpec(*heads, shape.head_dim**-0.5, mask=True, splits=splits, fill=fill, advance=True)
     return {
         "norm + q|k|v": linear(shape.hidden, shape.qkv, norm="rms", bias=shape.qkv_bias),
-        "rope + kv write": KvFillSpec(*heads, rotary_dim=shape.head_dim, head_norm=qk_norm),
-        "attention": DecodeAttentionSpec(*heads, shape.head_dim**-0.5, mask=True, splits=splits),
+        "rope + kv write + attention": attention,
         "o + residual": linear(shape.heads * shape.head_dim, shape.hidden, residual=True),
         **mlp,
         "exit score": ExitScoreSpec(rows, shape.hidden),

@@ -1,10 +1,17 @@
-"""Attention of one query position over a static cache, split over the cache and combined by log-sum-exp.
+"""Attention of one query position over a static cache, split over the cache and combined by log-sum-exp, in one launch.
 
 A mask of slots, boolean or added to the scores, and a soft cap on the scores are optional. Grouped queries share one
-program: their heads are the rows of a `tl.dot`, filled up to 16. Each of `splits` programs takes every `splits`-th
-block of slots, which keeps them equally busy wherever the slots that take part lie, and writes its sum, maximum and
-denominator; a second launch combines them (online softmax: Milakov and Gimelshein 2018; split over the keys:
-Flash-Decoding, Dao et al. 2023). Keys and values of slots that take no part are never read.
+program: their heads are the rows of a `tl.dot`, filled up to 16, and keys and values are read once for all of them.
+Each of `splits` programs takes every `splits`-th block of slots, which keeps them equally busy wherever the slots that
+take part lie, and writes its sum, maximum and denominator. The last of them to do so, which a counter tells, combines
+them and sets the counter back (online softmax: Milakov and Gimelshein 2018; split over the keys: Flash-Decoding, Dao et
+al. 2023; the last block of a grid: the sample threadFenceReduction of CUDA). In which order the others came does not
+show in the bits. Keys and values of slots that take no part are never read, and a block of nothing else costs its mask.
+
+With `fill` the query is not there yet: every program makes its heads of q from q|k|v (norm, rotary embedding), which is
+little beside reading the cache, and the one whose blocks hold the new slot makes key and value, writes them, and
+attends to what it has in registers. No program reads the new slot, so none waits for another. With `advance` the slot
+is a counter of tokens, which the last program of all advances when every other one has read it.
 
 Not handled: more than one query position, masks that differ between heads, windows and lengths (a mask says the same).
 
@@ -13,11 +20,12 @@ Legend: B sequences, H query heads, J key-value heads, D features of a head, S s
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, fields
 from typing import ClassVar
 
 from river_compile.kernels.checks import check_choice, check_positive
 
+from .kv_fill import KvFillSpec
 from .spec import ACTIVATION_DTYPES, Buffer, CacheSpec, Stage, is_power_of_two
 
 
@@ -31,9 +39,11 @@ class DecodeAttentionSpec(CacheSpec):
     softcap: float = 0.0  # c in c tanh(score / c); 0 for none
     mask: bool = False  # whether a mask [B, S] says which slots take part
     mask_dtype: str = "bool"  # or that of a mask which is added to the scores
-    splits: int = 8  # P, programs that share the slots of one head; 1 needs no second launch
+    splits: int = 8  # P, programs that share the slots of one head
     block: int = 32  # slots of one step
     num_warps: int = 4
+    fill: KvFillSpec | None = None  # how q comes from q|k|v and the new slot into the same cache; None: both are done
+    advance: bool = False  # whether `fill` adds one to what says which slot it writes, afterwards
 
     def __post_init__(self) -> None:
         super().__post_init__()
@@ -43,33 +53,42 @@ class DecodeAttentionSpec(CacheSpec):
             raise ValueError(f"kv_heads={self.kv_heads} does not divide heads={self.heads}")
         if self.softcap < 0:
             raise ValueError(f"softcap={self.softcap} must not be negative; 0 turns it off")
+        shared = [field.name for field in fields(CacheSpec)]
+        if self.fill is not None and any(getattr(self.fill, name) != getattr(self, name) for name in shared):
+            raise ValueError(f"fill={self.fill} is for another cache")
+        if self.advance and self.fill is None:
+            raise ValueError("advance=True needs a fill, whose slot it advances")
         if not is_power_of_two(self.block) or self.block < 16:
             raise ValueError(f"block={self.block} is not a power of two of at least 16")
 
     def buffers(self, rows: int | None = None) -> dict[str, Buffer]:
         query = Buffer(self.dtype, (self.batch, self.heads, self.head_dim))
-        found = {"q": query, "k_cache": self.cache, "v_cache": self.cache}
+        if self.fill is None:
+            found = {"q": query, "k_cache": self.cache, "v_cache": self.cache}
+        else:
+            found = {name: buffer for name, buffer in self.fill.buffers().items() if name != "q"}
         if self.mask:
             found["mask"] = Buffer(self.mask_dtype, (self.batch, self.slots))
         if self.splits > 1:
-            parts = (self.batch, self.heads, self.splits)
+            parts = (self.batch, self.kv_heads, self.splits, self.group)
             found["part_sum"] = Buffer("float32", (*parts, self.head_dim), workspace=True)
             found["part_scale"] = Buffer("float32", (*parts, 2), workspace=True)
+        groups = self.batch * self.kv_heads
+        if self.splits > 1 or (self.advance and groups > 1):  # a counter for each key-value head, and one for all
+            found["arrived"] = Buffer("int32", (groups + 1,), workspace=True, kept_for="k_cache")
         return {**found, "out": query}
 
-    def stages(self) -> tuple[Stage, ...]:
-        *arguments, out = self.buffers()
+    @property
+    def group(self) -> int:
+        """Query heads that share a key-value head."""
+        return self.heads // self.kv_heads
 
+    def stages(self) -> tuple[Stage, ...]:
         def grid(_rows: int) -> tuple[int, int, int]:
             return self.kv_heads, self.batch, self.splits
 
-        if self.splits == 1:
-            return (Stage(self.family, (*arguments, out), grid, self.num_warps),)
-        combined = ("part_sum", "part_scale", out)
-        return (
-            Stage(f"{self.family}_split", tuple(arguments), grid, self.num_warps),
-            Stage(f"{self.family}_combine", combined, lambda _rows: (self.heads, self.batch, 1), 1, 1),
-        )
+        return (Stage(self.family, tuple(self.buffers()), grid, self.num_warps),)
 
     def flops(self, rows: int | None = None) -> int:
-        return 4 * self.batch * self.heads * self.slots * self.head_dim
+        filled = 0 if self.fill is None else self.fill.flops()
+        return 4 * self.batch * self.heads * self.slots * self.head_dim + filled

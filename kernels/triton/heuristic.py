@@ -234,7 +234,7 @@ def least_rows(spec: LinearSpec) -> int:
 
 def attention_splits(heads: int, slots: int, device: Device) -> int:
     """Returns how many programs share the cache of one of all `heads` KV heads, to fill the processors twice."""
-    wanted = min(2 * device.processors // heads, math.ceil(slots / 64), 32)
+    wanted = min(2 * device.processors // heads, math.ceil(slots / 32), 32)
     return 1 << max(0, wanted.bit_length() - 1) if wanted > 1 else 1
 
 

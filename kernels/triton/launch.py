@@ -211,6 +211,71 @@ def kv_fill(
     Raises:
         ValueError: tensors whose shapes, strides or dtypes do not fit together.
     """
+    describe, given, q = _filling(qkv, q_norm, k_norm, cos, sin, slot, k_cache, v_cache, norm, eps, interleaved)
+    given["q"] = q
+    _chosen(("kv_fill", norm, eps, interleaved), given, 1, describe)(given)
+    return q
+
+
+def attend(
+    qkv: Tensor,
+    q_norm: Tensor | None,
+    k_norm: Tensor | None,
+    cos: Tensor | None,
+    sin: Tensor | None,
+    slot: Tensor | None,
+    counter: Tensor | None,
+    k_cache: Tensor,
+    v_cache: Tensor,
+    norm: str,
+    eps: float,
+    interleaved: bool,
+    mask: Tensor | None,
+    scale: float,
+    softcap: float,
+) -> Tensor:
+    """Does in one launch what `kv_fill` and then `decode_attention` do, and may count the token.
+
+    Args:
+        qkv, q_norm, k_norm, cos, sin, k_cache, v_cache, norm, eps, interleaved: as of `kv_fill`.
+        slot: the slot to write, as of `kv_fill`; None where `counter` is given.
+        counter: int32 or int64, one element: the slot to write, to which one is added afterwards; or None. Mutated.
+        mask, scale, softcap: as of `decode_attention`; the mask says of the new slot too whether it takes part.
+
+    Returns:
+        ``[B, H, D]`` in qkv.dtype.
+
+    Raises:
+        ValueError: tensors whose shapes, strides or dtypes do not fit together, or not one of slot and counter.
+    """
+    place = slot if counter is None else counter
+    if place is None or (slot is not None and counter is not None):
+        raise ValueError("give a slot or a counter, which is one that advances")
+    fill, given, out = _filling(qkv, q_norm, k_norm, cos, sin, place, k_cache, v_cache, norm, eps, interleaved)
+    advance = counter is not None
+
+    def describe() -> DecodeAttentionSpec:
+        return _attention(out, k_cache, v_cache, mask, scale, softcap, fill(), advance)
+
+    given |= _there(mask=None if mask is None else mask.contiguous()) | {"out": out}
+    _chosen(("attend", norm, eps, interleaved, scale, softcap, advance), given, 1, describe)(given)
+    return out
+
+
+def _filling(
+    qkv: Tensor,
+    q_norm: Tensor | None,
+    k_norm: Tensor | None,
+    cos: Tensor | None,
+    sin: Tensor | None,
+    slot: Tensor,
+    k_cache: Tensor,
+    v_cache: Tensor,
+    norm: str,
+    eps: float,
+    interleaved: bool,
+) -> tuple[Callable[[], KvFillSpec], dict[str, Tensor], Tensor]:
+    """Returns what describes a call that fills a slot, its buffers but for the result, and an empty ``[B, H, D]``."""
     b, kv_heads, slots, d = k_cache.shape
     heads = qkv.shape[-1] // d - 2 * kv_heads
     if qkv.numel() != b * (heads + 2 * kv_heads) * d or heads < 1:
@@ -225,9 +290,8 @@ def kv_fill(
             "cos": cos.reshape(-1, cos.shape[-1]).contiguous(),
             "sin": sin.reshape(-1, sin.shape[-1]).contiguous(),
         }
-    q = qkv.new_empty((b, heads, d))
     others = _there(q_norm=q_norm, k_norm=k_norm)
-    given = {"qkv": qkv.reshape(b, -1, d).contiguous(), "slot": slot.reshape(-1), "q": q, **others, **tables}
+    given = {"qkv": qkv.reshape(b, -1, d).contiguous(), "slot": slot.reshape(-1), **others, **tables}
     given |= {"k_cache": k_cache, "v_cache": v_cache}
 
     def describe() -> KvFillSpec:
@@ -238,8 +302,7 @@ def kv_fill(
             how |= {"rotary_dim": features, "rotary_dtype": dtype_name(tables["cos"]), "rotary_rows": rows}
         return KvFillSpec(b, heads, kv_heads, d, slots, dtype=dtype_name(qkv), interleaved=interleaved, **how)
 
-    _chosen(("kv_fill", norm, eps, interleaved), given, 1, describe)(given)
-    return q
+    return describe, given, qkv.new_empty((b, heads, d))
 
 
 def decode_attention(
@@ -261,33 +324,48 @@ def decode_attention(
     Raises:
         ValueError: tensors whose shapes, strides or dtypes do not fit together.
     """
-    b, heads, d = q.shape
-    kv_heads, slots = k_cache.shape[1:3]
+    b, _, d = q.shape
     if k_cache.shape[0] != b or k_cache.shape[3] != d:
         raise ValueError(f"q has shape {tuple(q.shape)} and the caches have {tuple(k_cache.shape)}: B or D differs")
-    out = q.new_empty((b, heads, d))
+    out = q.new_empty(q.shape)
     given = {"q": q.contiguous(), "k_cache": k_cache, "v_cache": v_cache, "out": out}
     if mask is not None:
         given["mask"] = mask.contiguous()
 
     def describe() -> DecodeAttentionSpec:
-        return DecodeAttentionSpec(
-            b,
-            heads,
-            kv_heads,
-            d,
-            slots,
-            scale,
-            dtype=dtype_name(q),
-            softcap=softcap,
-            mask=mask is not None,
-            mask_dtype="bool" if mask is None else dtype_name(mask),
-            splits=attention_splits(b * kv_heads, slots, known(device_of(q))),
-            cache_strides=_cache_strides(k_cache, v_cache),
-        )
+        return _attention(out, k_cache, v_cache, mask, scale, softcap)
 
     _chosen(("decode_attention", scale, softcap), given, 1, describe)(given)
     return out
+
+
+def _attention(
+    out: Tensor,
+    k_cache: Tensor,
+    v_cache: Tensor,
+    mask: Tensor | None,
+    scale: float,
+    softcap: float,
+    fill: KvFillSpec | None = None,
+    advance: bool = False,
+) -> DecodeAttentionSpec:
+    (b, heads, d), (kv_heads, slots) = out.shape, k_cache.shape[1:3]
+    return DecodeAttentionSpec(
+        b,
+        heads,
+        kv_heads,
+        d,
+        slots,
+        scale,
+        dtype=dtype_name(out),
+        softcap=softcap,
+        mask=mask is not None,
+        mask_dtype="bool" if mask is None else dtype_name(mask),
+        splits=attention_splits(b * kv_heads, slots, known(device_of(out))),
+        cache_strides=_cache_strides(k_cache, v_cache),
+        fill=fill,
+        advance=advance,
+    )
 
 
 def residual_score(update: Tensor, residual: Tensor, previous: Tensor) -> tuple[Tensor, Tensor]:

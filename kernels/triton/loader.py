@@ -28,6 +28,7 @@ if TYPE_CHECKING:
     from torch import Tensor
 
 _interpreter_turn = threading.Lock()
+_kept: dict[tuple[object, ...], Tensor] = {}
 
 
 def source_file(spec: KernelSpec) -> Path:
@@ -83,7 +84,7 @@ class Launch:
         self._kernel, self._interpret = kernel, kernel.interpret
         self._buffers = kernel.spec.buffers(rows)
         spaces = {name: buffer for name, buffer in self._buffers.items() if buffer.workspace}
-        self._spaces = [(name, b.shape, getattr(torch, b.dtype)) for name, b in spaces.items()]
+        self._spaces = [(name, b.shape, getattr(torch, b.dtype), b.kept_for) for name, b in spaces.items()]
         self._rows = {"rows": rows}
         self._stages = [
             (kernel.functions[stage.function][stage.grid(rows)], stage.arguments, _options(stage))
@@ -93,9 +94,9 @@ class Launch:
     def __call__(self, given: dict[str, Any]) -> None:
         """Launches on tensors that :meth:`check` lets pass, by name."""
         like = next(iter(given.values()))
-        for name, shape, dtype in self._spaces:
+        for name, shape, dtype, kept_for in self._spaces:
             if name not in given:
-                given[name] = like.new_empty(shape, dtype=dtype)
+                given[name] = kept_zeros(given[kept_for], shape) if kept_for else like.new_empty(shape, dtype=dtype)
         given |= self._rows
         if self._interpret:
             self._run_interpreted(given)
@@ -130,6 +131,25 @@ class Launch:
                 raise ValueError(f"{kernel}: {name} has shape {shape}; this call needs {wanted.shape}")
             if not (wanted.strided or tensor.is_contiguous()):
                 raise ValueError(f"{kernel}: {name} has strides {tensor.stride()}; make it contiguous")
+
+
+def kept_zeros(owner: Tensor, shape: tuple[int, ...]) -> Tensor:
+    """Returns int32 zeros that belong to the memory of `owner`: the same ones at every call, which leaves zeros there.
+
+    Launches on different memory may run at the same time, on several streams or from several graphs, and those on the
+    same memory must not, since they write there. What was returned once stays, because captured graphs hold its
+    address: a few numbers for every address that a cache has had. A capture that nothing ran before gets zeros of its
+    graph's own, which cost it one more launch.
+    """
+    import torch
+
+    key = (owner.device, owner.data_ptr(), shape)
+    found = _kept.get(key)
+    if found is None:
+        found = torch.zeros(shape, dtype=torch.int32, device=owner.device)
+        if not (owner.is_cuda and torch.cuda.is_current_stream_capturing()):
+            found = _kept.setdefault(key, found)
+    return found
 
 
 def _on_device_of(tensor: Tensor) -> contextlib.AbstractContextManager[object]:

@@ -47,7 +47,8 @@ class Buffer:
     dtype: str  # its torch name
     shape: tuple[int, ...]
     strided: bool = False  # then shape and strides are for the caller to check
-    workspace: bool = False  # passed between the stages of the kernel, allocated at the launch
+    workspace: bool = False  # passed between programs or stages of the kernel, allocated at the launch
+    kept_for: str = ""  # a workspace of zeros that the kernel leaves as zeros, one for each memory of the buffer named
 
     @property
     def bytes(self) -> int:
@@ -103,8 +104,9 @@ class KernelSpec:
         raise NotImplementedError
 
     def cost(self, rows: int | None = None) -> Cost:
-        """Returns what a call costs; a workspace is written and read."""
-        moved = sum((2 if buffer.workspace else 1) * buffer.bytes for buffer in self.buffers(rows).values())
+        """Returns what a call costs; a workspace is written and read, kept counters do not count."""
+        buffers = [buffer for buffer in self.buffers(rows).values() if not buffer.kept_for]
+        moved = sum((2 if buffer.workspace else 1) * buffer.bytes for buffer in buffers)
         return Cost(moved, self.flops(rows))
 
 

@@ -1,7 +1,8 @@
 """The fusion rules around the KV cache: the write of its slots, and attention over a static cache.
 
-Slots stay device tensors. One position of each row is for all kernels, several are for the C++ ones alone. Not handled:
-caches that grow with every token.
+Slots stay device tensors. One position of each row is for all kernels, several are for the C++ ones alone. On a GPU,
+where each operator is a launch, write and attention become one, which counts the token too; on a CPU they are phases of
+a tape, and stay apart. Not handled: caches that grow with every token.
 """
 
 from __future__ import annotations
@@ -13,13 +14,17 @@ import torch
 from torch import Tensor, fx
 
 from river_compile.passes.edits import Missed, call, drop_unused, put, require, reshaped
+from river_compile.passes.graph_safety import is_counter_step
 from river_compile.passes.nodes import (
     before_cast,
     before_views,
     called,
     closure,
+    either_way,
     is_tensor,
+    memory_of,
     mutated_inputs,
+    only_used_for,
     rank,
     shape,
     value_of,
@@ -225,7 +230,8 @@ def fuse_attention(view: BlockView) -> fx.Node:
             mask = _mask(found, node)
             query = call(torch.squeeze, (found.q, 2), q.squeeze(2), found.q)
             arguments = (query, found.k, found.v, mask, found.scale, found.softcap)
-        return put(torch.ops.river.decode_attention.default, arguments, value_of(query), node)
+        fused = put(torch.ops.river.decode_attention.default, arguments, value_of(query), node)
+        return fused if view.native else with_write(fused)
     require(view.native, f"the query has shape {shape(found.q)}, not one position of fixed heads", node)
     with view.graph.inserting_before(node):
         query = _exchanged(found.q)
@@ -236,6 +242,46 @@ def fuse_attention(view: BlockView) -> fx.Node:
     node.replace_all_uses_with(result)
     drop_unused(node)
     return fused
+
+
+def with_write(attention: fx.Node) -> fx.Node:
+    """Makes one operator of an attention and the write before it, where nothing comes between; returns what is left."""
+    query, k_cache, v_cache, *how = attention.args
+    write = before_views(query)
+    if not called(write, torch.ops.river.kv_fill.default) or not only_used_for(write, attention):
+        return attention
+    *made_of, slot, k_written, v_written, norm, eps, interleaved = write.args
+    between = [n for n in attention.graph.nodes if write < n < attention]
+    changed = {memory_of(m) for n in between for m in mutated_inputs(n)}
+    read = {n for between_node in between for n in between_node.all_input_nodes}
+    alone = not changed & {memory_of(n) for n in write.all_input_nodes} and not read & {k_cache, v_cache}
+    if (k_written, v_written) != (k_cache, v_cache) or not alone:
+        return attention
+    step = _step_of(slot, write)
+    counter = None if step is None else step.args[0]
+    where = (slot, None) if counter is None else (None, counter)
+    arguments = (*made_of, *where, k_cache, v_cache, norm, eps, interleaved, *how)
+    with attention.graph.inserting_before(attention):
+        fused = call(torch.ops.river.attend.default, arguments, value_of(attention), attention)
+    attention.replace_all_uses_with(fused)
+    for node in filter(None, (attention, write, step)):
+        drop_unused(node)
+    return fused
+
+
+def _step_of(slot: fx.Node, write: fx.Node) -> fx.Node | None:
+    """Returns the node that advances the counter which a slot is, None where the write cannot do that itself.
+
+    It can where the graph reads the counter for this slot alone, before it is advanced by one.
+    """
+    inner = before_views(slot)
+    for zero, counter in either_way(inner, operator.add):
+        first = called(zero, torch.arange) and zero.args in ((1,), (0, 1), (0, 1, 1)) and shape(zero) == (1,)
+        steps = [n for n in counter.users if is_counter_step(n, counter)] if first and is_tensor(counter) else []
+        if len(steps) == 1 and not steps[0].users and set(counter.users) == {inner, steps[0]} and inner < steps[0]:
+            alone = only_used_for(inner, write) and value_of(slot).dtype == value_of(counter).dtype
+            return steps[0] if alone else None
+    return None
 
 
 def _same_sizes(keys: Tensor, values: Tensor) -> bool:

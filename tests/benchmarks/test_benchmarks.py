@@ -245,7 +245,7 @@ def test_a_token_costs_what_its_blocks_cost():
     assert line.token(32) == line.token(None)
     deeper = [line.token(depth).bytes for depth in range(33)]
     assert len({b - a for a, b in itertools.pairwise(deeper)}) == 1
-    assert line.token(0).launches == 32 * 7 + 1
+    assert line.token(0).launches == 32 * 5 + 1
 
 
 def test_the_estimate_prints_costs_targets_and_the_schedule(tmp_path, capsys, monkeypatch):

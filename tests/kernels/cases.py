@@ -1,10 +1,13 @@
 """Random cases of the operators around the KV cache, for the kernels of every kind."""
 
+import dataclasses
+
 import torch
 from hypothesis import strategies as st
 
 from river_compile.kernels.triton.decode_attention import DecodeAttentionSpec
 from river_compile.kernels.triton.kv_fill import HEAD_NORMS, KvFillSpec
+from river_compile.kernels.triton.spec import CacheSpec
 
 DIMS = (16, 24, 64, 80, 96, 128, 256)
 NATIVE_DIMS = (8, *DIMS)
@@ -55,6 +58,20 @@ def attention_cases(draw, most_slots=150, dims=DIMS[:-1]):
     )
     padding = draw(st.integers(0, slots - 1)) if padded else 0
     return spec, padding, draw(st.integers(0, 2**20))
+
+
+@st.composite
+def attend_cases(draw, most_slots=100):
+    """A spec of attention with a fill, the slot (perhaps none of the cache's), masked slots and a window, a seed."""
+    spec, padding, seed = draw(attention_cases(most_slots))
+    fill, _, _ = draw(kv_cases())
+    shared = {f.name: getattr(spec, f.name) for f in dataclasses.fields(CacheSpec)}
+    rotary = draw(st.sampled_from((0, spec.head_dim // 4 * 2, spec.head_dim)))
+    rows = draw(st.sampled_from((1, spec.batch)))
+    fill = dataclasses.replace(fill, **shared, rotary_dim=rotary, rotary_rows=rows)
+    spec = dataclasses.replace(spec, fill=fill, advance=draw(st.booleans()))
+    window = draw(st.integers(1, spec.slots))
+    return spec, draw(st.integers(-1, spec.slots)), padding, seed, window
 
 
 def inputs(b: int, h: int, j: int, s: int, d: int, dtype: torch.dtype, seed: int = 0) -> tuple[torch.Tensor, ...]:

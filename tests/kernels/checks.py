@@ -117,67 +117,168 @@ def activated_magnitude(y: torch.Tensor, total: torch.Tensor, activation: str, g
 def check_kv_fill(spec: KvFillSpec, slot: int, seed: int = 0, device: str = "cpu", run: Run = run_guarded) -> None:
     """Checks the query, the written slot, and that every other slot keeps its bits."""
     g = torch.Generator(device).manual_seed(seed)
-    dtype, d, heads, kv = getattr(torch, spec.dtype), spec.head_dim, spec.heads, spec.kv_heads
+    buffers, (q, k, v) = filling(spec, slot, g)
+    magnitude_q, magnitude_k = (x.abs().amax(-1, keepdim=True) * 2 for x in (q, k))
+    shape = (spec.batch, spec.kv_heads, spec.slots, spec.head_dim)
+    dtype = getattr(torch, spec.dtype)
+    caches = {name: torch.randn(shape, generator=g, device=device).to(dtype) for name in ("k_cache", "v_cache")}
+    empty = poisoned(q.shape, dtype, device)
+    result = run(spec, device=device, q=empty, **buffers, **caches)
+    assert_close(result["q"], q, magnitude_q)
+    check_slot(result, caches, slot, k, v, magnitude_k)
+
+
+def filling(
+    spec: KvFillSpec, slot: int, g: torch.Generator
+) -> tuple[dict[str, torch.Tensor], tuple[torch.Tensor, ...]]:
+    """The buffers that a slot is filled from, and query, key and value in float64."""
+    device, dtype, d = g.device, getattr(torch, spec.dtype), spec.head_dim
 
     def random(*shape: int) -> torch.Tensor:
         return torch.randn(*shape, generator=g, device=device)
 
     qkv = random(spec.batch, spec.all_heads, d).to(dtype)
     buffers = {"qkv": qkv, "slot": torch.tensor([slot], dtype=getattr(torch, spec.index_dtype), device=device)}
-    x = qkv.double()
-    q, k, v = x.split([heads, kv, kv], dim=1)
+    q, k, v = qkv.double().split([spec.heads, spec.kv_heads, spec.kv_heads], dim=1)
     if spec.head_norm != "none":
         buffers |= {"q_norm": random(d).to(dtype), "k_norm": random(d).to(dtype)}
         q = reference.norm(q, spec.head_norm, buffers["q_norm"], None, spec.eps)
         k = reference.norm(k, spec.head_norm, buffers["k_norm"], None, spec.eps)
-    magnitude_q, magnitude_k = q.abs().amax(-1, keepdim=True) * 2, k.abs().amax(-1, keepdim=True) * 2
     if spec.rotary_dim:
         angle = random(spec.rotary_rows, spec.rotary_dim)
         tables = {"cos": angle.cos().to(getattr(torch, spec.rotary_dtype))}
         tables["sin"] = angle.sin().to(tables["cos"].dtype)
         buffers |= tables
         q, k = (reference.rotate(t, *(table[:, None] for table in tables.values()), spec.interleaved) for t in (q, k))
-    caches = {name: random(spec.batch, kv, spec.slots, d).to(dtype) for name in ("k_cache", "v_cache")}
-    empty = poisoned((spec.batch, heads, d), dtype, device)
-    result = run(spec, device=device, q=empty, **buffers, **caches)
-    assert_close(result["q"], q, magnitude_q)
-    written = torch.zeros(spec.slots, dtype=torch.bool, device=device)
-    if 0 <= slot < spec.slots:
+    return buffers, (q, k, v)
+
+
+def check_slot(
+    result: dict[str, torch.Tensor],
+    caches: dict[str, torch.Tensor],
+    slot: int,
+    k: torch.Tensor,
+    v: torch.Tensor,
+    magnitude_k: torch.Tensor,
+) -> None:
+    """Checks that of the caches the slot holds key and value, and that every other one kept its bits."""
+    slots = caches["k_cache"].shape[2]
+    written = torch.zeros(slots, dtype=torch.bool, device=k.device)
+    if 0 <= slot < slots:
         written[slot] = True
         assert_close(result["k_cache"][:, :, slot], k, magnitude_k)
         assert_close(result["v_cache"][:, :, slot], v, v.abs())
     for name, cache in caches.items():
-        assert torch.equal(result[name][:, :, ~written], cache[:, :, ~written]), f"{name}: another slot changed"
+        kept, before = (c[:, :, ~written].contiguous().view(torch.uint8) for c in (result[name], cache))
+        assert torch.equal(kept, before), f"{name}: another slot changed"
 
 
-def check_attention(
-    spec: DecodeAttentionSpec, padding: int = 0, seed: int = 0, device: str = "cpu", run: Run = run_guarded
+def check_attend(
+    spec: DecodeAttentionSpec,
+    slot: int,
+    padding: int = 0,
+    seed: int = 0,
+    window: int | None = None,
+    device: str = "cpu",
 ) -> None:
-    """Checks attention with the first `padding` slots of the last sequence masked, where keys and values hold NaN.
+    """Checks an attention that fills a slot first: the slot, the sum over all that take part, and what counts tokens.
 
-    A mask that is added to the scores also adds noise to those of the slots that take part.
+    The slot holds NaN before, like all that take no part: nobody may read it.
     """
+    buffers = attend_buffers(spec, slot, padding, seed, window, device)
+    caches = {name: buffers[name] for name in ("k_cache", "v_cache")}
+    result = run_guarded(spec, device=device, **buffers)
+    assert int(result["slot"]) == slot + spec.advance
+    _, (q, k, v) = filling(spec.fill, slot, torch.Generator(device).manual_seed(seed))
+    check_slot(result, caches, slot, k, v, k.abs().amax(-1, keepdim=True) * 2)
+    live = live_slots(spec, padding, window, device)
+    # Keys are what the kernel made and rounded, which was checked; the query is rounded as there.
+    k, v = (result[name].masked_fill(~live[:, None, :, None], 0.0) for name in caches)
+    options = {"scale": spec.scale, "softcap": spec.softcap, "mask": live}
+    q = as_rounded(q, getattr(torch, spec.dtype))
+    expected = reference.attention(q, k, v, added=added_by(buffers, live), **options)
+    assert_close(result["out"], expected, v.double().abs().amax((1, 2, 3))[:, None, None].clamp_min(1.0))
+
+
+def as_rounded(x: torch.Tensor, dtype: torch.dtype) -> torch.Tensor:
+    """Rounds as the device of x does: the interpreter, on the CPU, cuts bfloat16 off."""
+    if dtype == torch.bfloat16 and x.device.type == "cpu":
+        return (x.float().view(torch.int32) & -65536).view(torch.float32).to(dtype)
+    return x.to(dtype)
+
+
+def attend_buffers(
+    spec: DecodeAttentionSpec, slot: int, padding: int, seed: int, window: int | None, device: str
+) -> dict[str, torch.Tensor]:
+    """The buffers of an attention that fills a slot; the slot, and all that take no part, hold NaN before."""
+    g = torch.Generator(device).manual_seed(seed)
+    buffers, _ = filling(spec.fill, slot, g)
+    live = live_slots(spec, padding, window, device)
+    unread = ~live
+    if 0 <= slot < spec.slots:
+        unread = unread | (torch.arange(spec.slots, device=device) == slot)
+    for name in ("k_cache", "v_cache"):
+        cache = torch.randn(spec.batch, spec.kv_heads, spec.slots, spec.head_dim, generator=g, device=device)
+        buffers[name] = cache.to(getattr(torch, spec.dtype)).masked_fill(unread[:, None, :, None], float("nan"))
+    out = poisoned((spec.batch, spec.heads, spec.head_dim), getattr(torch, spec.dtype), device)
+    return {**buffers, **mask_buffers(spec, live, g), "out": out}
+
+
+def live_slots(spec: DecodeAttentionSpec, padding: int, window: int | None, device: str) -> torch.Tensor:
+    """Slots [B, S] that take part: of the last sequence all but the first `padding`, and of those `window` at most."""
+    live = torch.ones(spec.batch, spec.slots, dtype=torch.bool, device=device)
+    if spec.mask:
+        live[-1, :padding] = False
+        live[-1, spec.slots if window is None else padding + window :] = False
+    return live
+
+
+def mask_buffers(spec: DecodeAttentionSpec, live: torch.Tensor, g: torch.Generator) -> dict[str, torch.Tensor]:
+    """The mask that says so, where the spec has one; one that is added holds noise for the slots that take part."""
+    if not spec.mask or spec.mask_dtype == "bool":
+        return {"mask": live} if spec.mask else {}
+    dtype = getattr(torch, spec.mask_dtype)
+    added = torch.randn(live.shape, generator=g, device=live.device).to(dtype)
+    return {"mask": added.masked_fill(~live, torch.finfo(dtype).min)}
+
+
+def added_by(buffers: dict[str, torch.Tensor], live: torch.Tensor) -> torch.Tensor:
+    """What the mask adds to the scores of the slots that take part, 0 elsewhere."""
+    mask = buffers.get("mask", live)
+    return torch.zeros(live.shape, device=live.device) if mask.dtype == torch.bool else mask.masked_fill(~live, 0.0)
+
+
+def attention_buffers(
+    spec: DecodeAttentionSpec, padding: int = 0, seed: int = 0, device: str = "cpu", window: int | None = None
+) -> dict[str, torch.Tensor]:
+    """The buffers of an attention; keys and values of slots that take no part hold NaN, and so does the output."""
     g = torch.Generator(device).manual_seed(seed)
     dtype = getattr(torch, spec.dtype)
     shape = (spec.batch, spec.kv_heads, spec.slots, spec.head_dim)
     q = torch.randn(spec.batch, spec.heads, spec.head_dim, generator=g, device=device).to(dtype)
     k, v = (torch.randn(shape, generator=g, device=device).to(dtype) for _ in range(2))
-    mask = torch.ones(spec.batch, spec.slots, dtype=torch.bool, device=device)
-    buffers = {}
-    added = torch.zeros(spec.batch, spec.slots, device=device)
-    if spec.mask:
-        mask[-1, :padding] = False
-        buffers["mask"] = mask
-    if spec.mask and spec.mask_dtype != "bool":
-        mask_dtype = getattr(torch, spec.mask_dtype)
-        added = torch.randn(spec.batch, spec.slots, generator=g, device=device).to(mask_dtype)
-        buffers["mask"] = added.masked_fill(~mask, torch.finfo(mask_dtype).min)
-    unread = ~mask[:, None, :, None].expand(shape)
-    k, v = k.masked_fill(unread, float("nan")), v.masked_fill(unread, float("nan"))
-    result = run(spec, device=device, q=q, k_cache=k, v_cache=v, out=poisoned(q.shape, dtype, device), **buffers)["out"]
-    options = {"scale": spec.scale, "softcap": spec.softcap, "mask": mask if spec.mask else None, "added": added}
-    expected = reference.attention(q, k.nan_to_num(), v.nan_to_num(), **options)
-    assert_close(result, expected, v.nan_to_num().double().abs().amax((1, 2, 3))[:, None, None].clamp_min(1.0))
+    live = live_slots(spec, padding, window, device)
+    k, v = (cache.masked_fill(~live[:, None, :, None], float("nan")) for cache in (k, v))
+    out = poisoned(q.shape, dtype, device)
+    return {"q": q, "k_cache": k, "v_cache": v, "out": out, **mask_buffers(spec, live, g)}
+
+
+def check_attention(
+    spec: DecodeAttentionSpec,
+    padding: int = 0,
+    seed: int = 0,
+    device: str = "cpu",
+    run: Run = run_guarded,
+    window: int | None = None,
+) -> None:
+    """Checks attention where of the last sequence slots before `padding`, and those after a window, take no part."""
+    buffers = attention_buffers(spec, padding, seed, device, window)
+    result = run(spec, device=device, **buffers)["out"]
+    live = live_slots(spec, padding, window, device)
+    q, k, v = buffers["q"], buffers["k_cache"].nan_to_num(), buffers["v_cache"].nan_to_num()
+    options = {"scale": spec.scale, "softcap": spec.softcap, "mask": live if spec.mask else None}
+    expected = reference.attention(q, k, v, added=added_by(buffers, live), **options)
+    assert_close(result, expected, v.double().abs().amax((1, 2, 3))[:, None, None].clamp_min(1.0))
 
 
 def exit_buffers(update: torch.Tensor, residual: torch.Tensor, previous: torch.Tensor) -> dict[str, torch.Tensor]:

@@ -5,7 +5,11 @@ shows in the result; after the run every guard must be what it was, so a write o
 start as NaN, so an element that was never written shows.
 """
 
+import contextlib
+import itertools
 import math
+from collections.abc import Callable, Iterator
+from unittest import mock
 
 import torch
 from hypothesis import settings
@@ -57,15 +61,19 @@ def run_guarded(spec, rows: int = 1, device: str = "cpu", **buffers: torch.Tenso
     Checks every guard and that both runs are bit-identical. Returns the buffers as a run left them, on the device.
     """
     kernel = load(spec, interpret=device == "cpu")
+    kept = [name for name, buffer in spec.buffers(rows).items() if buffer.kept_for]
     for name, buffer in spec.buffers(rows).items():
         if buffer.workspace:
-            buffers[name] = poisoned(buffer.shape, getattr(torch, buffer.dtype), device)
+            fresh = torch.zeros if buffer.kept_for else poisoned
+            buffers[name] = fresh(buffer.shape, dtype=getattr(torch, buffer.dtype), device=device)
     results = []
     for _ in range(2):
         guarded = {name: Guarded(tensor, device) for name, tensor in buffers.items()}
         kernel(rows=rows, **{name: g.tensor for name, g in guarded.items()})
         for name, g in guarded.items():
             g.check(name)
+        for name in kept:
+            assert not guarded[name].tensor.any(), f"{name}: not left as zeros"
         results.append({name: g.tensor for name, g in guarded.items()})
     for name, tensor in results[0].items():
         again = results[1][name]
@@ -73,6 +81,22 @@ def run_guarded(spec, rows: int = 1, device: str = "cpu", **buffers: torch.Tenso
             f"{name}: two runs differ"
         )
     return results[0]
+
+
+@contextlib.contextmanager
+def in_order(change: Callable[[list], object]) -> Iterator[None]:
+    """Inside, the interpreter runs the programs of each launch in the order that `change` brings their list into."""
+    from triton.runtime.interpreter import interpreter_builder as builder
+
+    set_dim, set_idx, order = builder.set_grid_dim, builder.set_grid_idx, []
+
+    def begin(*sizes: int) -> None:
+        set_dim(*sizes)
+        order[:] = itertools.product(*map(range, sizes))
+        change(order)
+
+    with mock.patch.multiple(builder, set_grid_dim=begin, set_grid_idx=lambda *_: set_idx(*order.pop())):
+        yield
 
 
 def assert_close(

@@ -57,6 +57,10 @@ def sample_calls():
     cos, sin = random(1, 1, 16), random(1, 1, 16)
     slot = torch.tensor([3])
     calls["kv_fill"] = (random(2, 1, 64), None, None, cos, sin, slot, k_cache, v_cache, "none", 1e-6, False)
+    counter, step = torch.tensor(3), (random(2, 1, 64), None, None, cos, sin)
+    how = ("none", 1e-6, False, random(2, 6), 0.25, 0.0)
+    calls["attend"] = (*step, slot, None, k_cache, v_cache, *how)
+    calls["attend counting"] = (*step, None, counter, k_cache, v_cache, *how)
     calls["decode_attention"] = (random(2, 2, 16), k_cache, v_cache, None, 0.25, 0.0)
     mask = random(2, 6)
     several = torch.ones(1, 1, 3, k_cache.shape[2], dtype=torch.bool)
@@ -82,9 +86,10 @@ def test_every_operator_has_a_sample():
 def test_mutations_stand_in_the_schema():
     mutated = {
         op: [a.name for a in getattr(river, op).default._schema.arguments if a.alias_info and a.alias_info.is_write]
-        for op in ("kv_fill", "decode_attention", "linear")
+        for op in ("kv_fill", "decode_attention", "attend", "linear")
     }
-    assert mutated == {"kv_fill": ["k_cache", "v_cache"], "decode_attention": [], "linear": []}
+    caches = ["k_cache", "v_cache"]
+    assert mutated == {"kv_fill": caches, "decode_attention": [], "attend": ["counter", *caches], "linear": []}
 
 
 @LAYOUTS
@@ -143,6 +148,27 @@ def test_filling_and_attending_a_strided_cache_step_by_step():
         out = river.decode_attention(q, k_cache, v_cache, written, 0.25, 0.0)
         expected = reference.attention(q, k_cache, v_cache, scale=0.25, mask=written)
         torch.testing.assert_close(out.double(), expected, atol=1e-6, rtol=1e-5)
+
+
+def test_a_step_in_one_launch_is_that_in_two():
+    """The same tokens into two caches: q, entries and sums agree, and the counter counts what was written."""
+    apart, once = caches(), caches()
+    for a, b in zip(apart, once, strict=True):
+        b.copy_(a)
+    counter = torch.tensor(0)
+    for step in range(4):
+        qkv, cos, sin = random(2, 1, 4 * 16), random(1, 16), random(1, 16)
+        made = (qkv, random(16), random(16), cos, sin)
+        written = (torch.arange(6) <= step).expand(2, 6)
+        q = river.kv_fill(*made, torch.tensor([step]), *apart, "rms", 1e-6, True)
+        expected = river.decode_attention(q, *apart, written, 0.25, 2.0)
+        how = ("rms", 1e-6, True, written, 0.25, 2.0)
+        place = (torch.tensor([step]), None) if step == 2 else (None, counter)
+        torch.testing.assert_close(river.attend(*made, *place, *once, *how), expected, atol=1e-5, rtol=1e-5)
+        counter += step == 2
+        for a, b in zip(apart, once, strict=True):
+            torch.testing.assert_close(a, b, atol=1e-6, rtol=1e-6)
+    assert counter == 4
 
 
 @pytest.mark.parametrize("softcap", [0.0, 2.0])
@@ -228,6 +254,9 @@ def test_what_the_cache_operators_refuse():
         river.decode_attention(random(2, 2, 16), k_cache, v_cache, mask, 1.0, 0.0)
     with pytest.raises(ValueError, match="qkv has shape"):
         river.kv_fill(random(2, 2, 64), None, None, None, None, slot, k_cache, v_cache, *fill)
+    for places in ((None, None), (slot, torch.tensor(0))):
+        with pytest.raises(ValueError, match="give a slot or a counter"):
+            river.attend(qkv, None, None, None, None, *places, k_cache, v_cache, *fill, None, 1.0, 0.0)
     with pytest.raises(ValueError, match="one shape and stride"):
         river.kv_fill(qkv, None, None, None, None, slot, k_cache, v_cache[:, :, :5], *fill)
 

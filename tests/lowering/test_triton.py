@@ -16,13 +16,19 @@ from pathlib import Path
 import pytest
 import torch
 from torch import Tensor
+from torch._inductor import metrics
 
 from river_compile import OptionError, RiverWarning, report, river, save, trace
+from river_compile.backend import executors_of
 from river_compile.cli import models
 from river_compile.config import RiverConfig
 from river_compile.exits import forced_depth
+from river_compile.kernels.tools.resources import token_cost
+from river_compile.kernels.tools.shapes import ModelShape, model_kernels
 from river_compile.lowering import choose as lowering_choice
+from river_compile.lowering import compile as compile_module
 from river_compile.lowering.choose import Lowering, choose_lowering
+from river_compile.passes.program import Segment
 from tests.support.decoding import CAPACITY, cache_argument, cache_state, decode, left_padded, new_cache
 from tests.support.families import FAMILIES, REWRITTEN, make, prompt
 from tests.support.lowerings import BLOCK_RULES, CPU, FUSED, UNFUSED, lowered
@@ -81,7 +87,14 @@ def run(name: str, **options) -> dict[str, object]:
         logits = steps(model, cache)
         results[fused] = logits, cache_state(cache)
     graphs = [g for g in report(model).to_dict()["graphs"] if g["fused"]]
-    return {"results": results, "graphs": graphs, "text": str(report(model))}
+    twins = [operators(twin) for e in executors_of(model) if e.program.fusions for twin in e.program.twins]
+    return {"results": results, "graphs": graphs, "twins": twins, "text": str(report(model))}
+
+
+def operators(segment: Segment) -> list[str]:
+    """Names the river's operators in a segment: on a GPU, as many launches."""
+    targets = [node.target for node in segment.graph.nodes if getattr(node.target, "namespace", "") == "river"]
+    return [target._opname for target in targets]
 
 
 def assert_same(first, second, **tolerance: float) -> None:
@@ -110,6 +123,11 @@ def test_these_families_use_every_kernel(name):
     for graph in graphs:
         assert graph["missed"] == []
         assert graph["fused"] == {rule: LAYERS for rule in BLOCK_RULES} | {"norm + head": 1, "exit score": 1}
+    twins = run(name)["twins"]
+    assert len(twins) == LAYERS * len(graphs)
+    scaled = name == "ministral3"  # (it multiplies queries by a factor of the position, between write and attention)
+    attention = ["kv_fill", "decode_attention"] if scaled else ["attend"]
+    assert all(twin == ["linear", *attention, "linear", "linear", "linear"] for twin in twins)
 
 
 @pytest.mark.parametrize(("name", "batches"), [("qwen3", (1, 2)), ("mistral", (2,)), ("gemma3", (2,))])
@@ -209,6 +227,28 @@ def test_through_inductor_and_captured(name):
         "tail 0",
         "tail 1",
     }
+
+
+@pytest.mark.parametrize(("name", "batch"), [("llama", 1), ("llama", 2), ("qwen3", 1)])
+def test_a_twin_is_five_launches_and_none_of_inductors(name, batch, monkeypatch):
+    """The tables of launches count as many. Inductor adds none for the slot, and none for the count of tokens."""
+    found, compiled = {}, compile_module._compile
+
+    def counting(segment, *others):
+        metrics.reset()
+        result = compiled(segment, *others)
+        found[segment.name] = len(operators(segment)), metrics.generated_kernel_count
+        return result
+
+    monkeypatch.setattr(compile_module, "_compile", counting)
+    torch._dynamo.reset()
+    model = make(name, layers=LAYERS)
+    model.compile(backend=river, options={**OPTIONS, "lowering": "triton", "exit_depth": 0})
+    steps(model, new_cache(model, "static"), [0], batch)
+    twins = {name: counts for name, counts in found.items() if name.startswith("twin")}
+    assert set(twins.values()) == {(5, 0)}
+    shape = ModelShape("tiny", LAYERS, 64, 4, 2, 16, 128, 96)
+    assert token_cost(shape, model_kernels(shape))[0].launches == 5
 
 
 def test_generated_products_alone():

@@ -1,12 +1,21 @@
-"""decode_attention in Triton's interpreter against float64: slots that take no part hold NaN and are never read."""
+"""decode_attention in Triton's interpreter against float64: slots that take no part hold NaN and are never read.
+
+The interpreter runs one program after the other. Which of them comes last, and so combines, is a GPU's choice: some
+tests run them in other orders.
+"""
+
+import dataclasses
 
 import pytest
+import torch
 from hypothesis import given
+from hypothesis import strategies as st
 
 from river_compile.kernels.triton.decode_attention import DecodeAttentionSpec
-from tests.kernels.cases import attention_cases
-from tests.kernels.checks import check_attention
-from tests.kernels.harness import examples
+from river_compile.kernels.triton.kv_fill import KvFillSpec
+from tests.kernels.cases import attend_cases, attention_cases
+from tests.kernels.checks import attend_buffers, attention_buffers, check_attend, check_attention
+from tests.kernels.harness import examples, in_order, run_guarded
 
 
 @pytest.mark.core
@@ -23,6 +32,64 @@ def test_a_row_without_any_slot_gives_zero(splits, mask_dtype):
     check_attention(spec, padding=40)
 
 
+@given(attention_cases(), st.randoms(use_true_random=False))
+@examples(15)
+def test_whichever_program_comes_last_combines(case, random):
+    """In another order of the programs every one of them sees other counts, and the bits are the same."""
+    spec, padding, seed = case
+    spec = dataclasses.replace(spec, splits=max(2, spec.splits))
+    buffers = attention_buffers(spec, padding, seed)
+    expected = run_guarded(spec, **buffers)["out"]
+    with in_order(random.shuffle):
+        found = run_guarded(spec, **buffers)["out"]
+    assert torch.equal(found.view(torch.uint8), expected.view(torch.uint8))
+
+
+@pytest.mark.core
+@given(attend_cases())
+@examples(80)
+def test_one_position_is_made_written_and_attends(case):
+    check_attend(*case)
+
+
+@pytest.mark.parametrize("splits", [1, 2, 3])
+@pytest.mark.parametrize("slot", [-1, 0, 15, 16, 31, 32, 33, 39, 40])
+def test_the_new_slot_at_borders_of_blocks(slot, splits):
+    """The slots after it take no part, as in a decode step; -1 and 40 are none of the cache's."""
+    fill = KvFillSpec(1, 4, 2, 16, 40, dtype="float32", rotary_dim=16, rotary_dtype="float32")
+    spec = DecodeAttentionSpec(1, 4, 2, 16, 40, 0.25, dtype="float32", mask=True, splits=splits, block=16, fill=fill)
+    for advance in (False, True):
+        check_attend(dataclasses.replace(spec, advance=advance), slot, window=max(slot, 0) + 1)
+    check_attend(dataclasses.replace(spec, mask=False), slot)
+    check_attend(spec, slot, padding=40)  # the new slot takes no part either, and is written all the same
+
+
+@given(attend_cases(), st.randoms(use_true_random=False))
+@examples(15)
+def test_a_fill_in_any_order_of_the_programs(case, random):
+    """No program reads what another one writes before all have written: not the new slot, and not the counter."""
+    spec, slot, padding, seed, window = case
+    spec = dataclasses.replace(spec, splits=max(2, spec.splits), advance=True)
+    buffers = attend_buffers(spec, slot, padding, seed, window, "cpu")
+    expected = run_guarded(spec, **buffers)
+    with in_order(random.shuffle):
+        found = run_guarded(spec, **buffers)
+    for name in ("out", "k_cache", "v_cache", "slot"):
+        assert torch.equal(*(buffer[name].contiguous().view(torch.uint8) for buffer in (found, expected))), name
+
+
+@pytest.mark.parametrize("mask_dtype", ["bool", "float32"])
+@pytest.mark.parametrize("padding", [15, 16, 17, 31, 32, 63, 64])
+def test_blocks_without_a_slot_that_takes_part(padding, mask_dtype):
+    """Dead blocks before, between and behind live ones, with borders at and beside those of blocks and of splits."""
+    for splits in (1, 2, 5):
+        spec = DecodeAttentionSpec(
+            1, 2, 1, 16, 80, 0.25, dtype="float32", mask=True, mask_dtype=mask_dtype, splits=splits
+        )
+        for window in (80, 17, 1):
+            check_attention(dataclasses.replace(spec, block=16), padding, window=window)
+
+
 def test_head_dim_256():
     check_attention(DecodeAttentionSpec(1, 4, 1, 256, 40, 0.0625, mask=True, splits=2), padding=7)
 
@@ -37,6 +104,8 @@ def test_head_dim_256():
         ({"splits": 0}, "splits=0"),
         ({"dtype": "int8"}, "dtype='int8'"),
         ({"cache_strides": (5,)}, "cache_strides"),
+        ({"fill": KvFillSpec(1, 4, 2, 64, 9)}, "is for another cache"),
+        ({"advance": True}, "advance=True needs a fill"),
     ],
 )
 def test_what_a_spec_refuses(changes, message):

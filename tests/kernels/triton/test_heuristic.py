@@ -83,7 +83,7 @@ def test_the_roofline_is_the_longer_time():
 
 
 @pytest.mark.parametrize(
-    ("heads", "slots", "splits"), [(8, 1024, 16), (1, 8192, 32), (8, 64, 1), (8, 65, 2), (1000, 4096, 1), (3, 1024, 16)]
+    ("heads", "slots", "splits"), [(8, 1024, 32), (1, 8192, 32), (8, 32, 1), (8, 33, 2), (1000, 4096, 1), (3, 512, 16)]
 )
 def test_splits_of_attention(heads, slots, splits):
     assert attention_splits(heads, slots, DEVICES["sm_90"]) == splits

@@ -10,6 +10,7 @@ from river_compile.kernels import ops  # noqa: F401  (registers torch.ops.river)
 from river_compile.kernels.quant.layouts import pack_linear
 from river_compile.kernels.tools.shapes import ModelShape
 from river_compile.kernels.triton import launch, loader
+from river_compile.kernels.triton.decode_attention import DecodeAttentionSpec
 from river_compile.kernels.triton.exit_score import ExitScoreSpec
 from river_compile.kernels.triton.spec import KernelSpec
 
@@ -23,7 +24,7 @@ def described(monkeypatch):
     monkeypatch.setattr(launch, "best_tile", lambda spec, *_: (found.append(spec), spec)[1])
     with launch_cost.no_launches():
         monkeypatch.setattr(launch, "interpreter_tile", lambda spec: launch.best_tile(spec))
-        for name in ("KvFillSpec", "DecodeAttentionSpec", "ExitScoreSpec"):
+        for name in ("DecodeAttentionSpec", "ExitScoreSpec"):
             spec = getattr(launch, name)
             monkeypatch.setattr(launch, name, lambda *a, s=spec, **k: (found.append(s), s(*a, **k))[1])
         yield found
@@ -75,6 +76,27 @@ def test_a_wrong_tensor_is_refused_after_right_ones():
         for _ in range(2):
             with pytest.raises(ValueError, match=message):
                 linear(x, packed, wrong)
+
+
+def test_counters_belong_to_a_cache(monkeypatch):
+    """The same zeros at every call on one cache, others on another; a capture that came first has its own each time."""
+    spec = DecodeAttentionSpec(2, 2, 1, 16, 64, 1.0, dtype="float32", splits=2)
+    shape = spec.buffers()["arrived"].shape
+    first, second = torch.zeros(2, 2, 1, 64, 16)
+    counters = loader.kept_zeros(first, shape)
+    assert counters.shape == (3,)
+    assert counters.dtype == torch.int32
+    assert loader.kept_zeros(first.view(2, 64, 16), shape) is counters
+    assert loader.kept_zeros(second, shape) is not counters
+    q, seen = torch.zeros(2, 2, 16), []
+    monkeypatch.setattr(loader, "kept_zeros", lambda owner, shape: (seen.append(owner), counters)[1])
+    loader.load(spec, interpret=True)(q=q, k_cache=first, v_cache=second, out=q.clone())
+    assert seen[0] is first
+    assert not counters.any()
+    monkeypatch.undo()
+    captured = types.SimpleNamespace(is_cuda=True, device="cpu", data_ptr=lambda: -1)
+    monkeypatch.setattr(torch.cuda, "is_current_stream_capturing", lambda: True)
+    assert loader.kept_zeros(captured, shape) is not loader.kept_zeros(captured, shape)
 
 
 def test_prompts_of_all_lengths_do_not_fill_the_memory(described, monkeypatch):

@@ -10,7 +10,14 @@ from river_compile.kernels.triton.decode_attention import DecodeAttentionSpec
 from river_compile.kernels.triton.exit_score import ExitScoreSpec
 from river_compile.kernels.triton.kv_fill import KvFillSpec
 from river_compile.kernels.triton.linear import LinearSpec, LinearTile
-from tests.kernels.checks import check_attention, check_experts, check_kv_fill, check_linear, check_nan_never_exits
+from tests.kernels.checks import (
+    check_attend,
+    check_attention,
+    check_experts,
+    check_kv_fill,
+    check_linear,
+    check_nan_never_exits,
+)
 
 ROW = LinearSpec(1, 300, 21, LinearTile(8, 128), dtype="float32")
 ROWS = LinearSpec(3, 300, 21, LinearTile(16, 128, 16), dtype="float32")
@@ -20,6 +27,10 @@ STACK = dataclasses.replace(ROW, rows=3, experts=4)
 STACKS = dataclasses.replace(ROWS, rows=None, experts=4)
 FILL = KvFillSpec(2, 2, 1, 48, 6, dtype="float32", rotary_dim=48, rotary_dtype="float32")
 ATTENTION = DecodeAttentionSpec(2, 4, 2, 64, 70, 0.125, dtype="float32", mask=True, splits=2, block=16)
+ATTEND = DecodeAttentionSpec(
+    2, 2, 1, 48, 70, 0.125, dtype="float32", mask=True, splits=2, block=16, advance=True,
+    fill=KvFillSpec(2, 2, 1, 48, 70, dtype="float32", rotary_dim=48, rotary_dtype="float32", head_norm="rms"),
+)  # fmt: skip
 
 #: What is broken -> (check of the family, pattern in the source, what replaces it).
 MUTATIONS = {
@@ -48,7 +59,7 @@ MUTATIONS = {
     "missing mask of columns": (  # eight rows of eight, which the guard zone has room for
         lambda: check_linear(dataclasses.replace(GROUPS, out_features=8)), r"\(column < 1\) & ", ""
     ),
-    "missing mask of slots": (lambda: check_attention(ATTENTION, 30), r"slot < 70\b", "slot >= 0"),
+    "missing mask of slots": (lambda: check_attention(ATTENTION, 30), r"slot < (70|38)\b", "slot >= 0"),
     "missing padding": (lambda: check_attention(ATTENTION, 30), r"live = live & ", "padding = "),
     "float16 accumulation": (lambda: check_linear(ROW), r"y \+= y_scale", "y += y.to(tl.float16) - y + y_scale"),
     "float16 accumulation, rows": (
@@ -56,6 +67,21 @@ MUTATIONS = {
     ),
     "scores by position": (
         lambda: check_attention(ATTENTION, 30), r"\* 0\.125", "* 0.125 + 1e-3 * slot[None, :]"
+    ),
+    "combined too early": (
+        lambda: check_attention(dataclasses.replace(ATTENTION, splits=3), 30), r"group, 1\) == 2:", "group, 1) == 1:"
+    ),
+    "a counter that is not set back": (
+        lambda: check_attention(ATTENTION, 30), r"tl\.store\(arrived_ptr \+ group, 0\)", "head = head"
+    ),
+    "a block that is left out": (
+        lambda: check_attention(ATTENTION, 30), r"axis=0\) > 0:", "axis=0) > 0 and start > 32:"
+    ),
+    "the new slot twice": (lambda: check_attend(ATTEND, 40), r"& \(slot != skipped\)", ""),
+    "the new slot by nobody": (lambda: check_attend(ATTEND, 40), r"% 2 == split", "% 2 == split + 2"),
+    "an angle of the partner": (lambda: check_attend(ATTEND, 40), r"-sin, sin", "sin, -sin"),
+    "a counter that advances early": (
+        lambda: check_attend(ATTEND, 40), r"(batch = .*)", r"\1\n    tl.store(slot_ptr, tl.load(slot_ptr) + 1)"
     ),
     "a NaN that exits": (lambda: check_nan_never_exits(ExitScoreSpec(3, 50), 1), r"lowest \+ invalid", "lowest"),
 }  # fmt: skip
