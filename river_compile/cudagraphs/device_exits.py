@@ -213,7 +213,10 @@ class DeviceExits(CapturedRunner):
         return super().finish(slots)
 
     def _follows(self, bars: tuple[float, ...]) -> Tensor | None:
-        """Returns bars on the device, None where a token may leave at a depth that is no fork."""
+        """Returns bars on the device, None where a token may leave at a depth that is no fork.
+
+        To bring new ones there the host waits for what was launched; they are kept for the next time.
+        """
         if bars not in self._kept:
             walk, leaving = self.walk, [depth for depth, bar in enumerate(bars[:-1]) if bar != NEVER]
             here = {*walk.forks, walk.last}.issuperset(leaving)
