@@ -25,6 +25,7 @@ from river_compile.passes.graph_safety import fixed_inputs
 from river_compile.passes.nodes import input_name, is_tensor, source_of, value_of
 from river_compile.passes.program import RiverProgram
 from river_compile.runtime.slots import SCORE, new_slots
+from river_compile.upstream.tensors import lie_at
 
 from .device import CaptureDevice, CaptureFailed, CaptureLog, CaptureRecord
 from .partition import Unit, buffer_like, copy_into
@@ -34,6 +35,22 @@ log = logging.getLogger("river_compile.cudagraphs.device")
 _SEEN = 16  # sets of inputs that are remembered per unit until they come a second time
 _SHAPES = 8  # shapes of one value for which buffers are kept
 _CHANGES = 4  # uses without one repetition before the log calls an input changing
+
+
+class _Signature(tuple):
+    """What a capture is found by: a unit, the address of every tensor that it reads, and every number. Hashed once."""
+
+    def __new__(cls, unit: Unit, addresses: list[int], numbers: list) -> _Signature:
+        made = super().__new__(cls, (unit, *addresses, *numbers))
+        made.addresses, made.numbers, made.hashed = addresses, numbers, tuple.__hash__(made)
+        return made
+
+    addresses: list[int]
+    numbers: list
+    hashed: int
+
+    def __hash__(self) -> int:
+        return self.hashed
 
 
 class Launcher:
@@ -52,7 +69,8 @@ class Launcher:
         self._captures: OrderedDict[tuple, tuple[object, dict[int, Tensor]]] = OrderedDict()
         self._seen: dict[Unit, OrderedDict[tuple, dict[int, Tensor]]] = {}
         self._failed: set[Unit] = set()
-        self._prepared: dict[Unit, tuple] = {}
+        self._prepared: dict[Unit, _Signature] = {}
+        self._latest: dict[Unit, _Signature] = {}  # that most steps have again
 
     def buffers(self) -> list[tuple[str, Tensor]]:
         """Returns the buffers at the units' borders, each with the name of its value in the traced graph."""
@@ -124,12 +142,16 @@ class Launcher:
             self.log.uncaptured_units.setdefault(unit.name, str(unit.obstacle))
         return unit.obstacle is not None or unit in self._failed
 
-    def _signature(self, unit: Unit, slots: list) -> tuple:
-        """Returns the unit, the address of every tensor that it reads, and every number."""
+    def _signature(self, unit: Unit, slots: list) -> _Signature:
+        """Returns what a unit's capture on these slots is found by."""
         values = [slots[index] for index in unit.keys]
-        return (unit, *map(Tensor.data_ptr, values[: unit.tensors]), *values[unit.tensors :])
+        tensors, numbers = values[: unit.tensors], values[unit.tensors :]
+        latest = self._latest.get(unit)
+        if latest is None or latest.numbers != numbers or not lie_at(tensors, latest.addresses):
+            latest = self._latest[unit] = _Signature(unit, list(map(Tensor.data_ptr, tensors)), numbers)
+        return latest
 
-    def _remember(self, unit: Unit, signature: tuple, outputs: dict[int, Tensor]) -> None:
+    def _remember(self, unit: Unit, signature: _Signature, outputs: dict[int, Tensor]) -> None:
         """Notes the inputs that a unit ran on and the buffers of its results, so that it is captured the next time."""
         seen = self._seen.setdefault(unit, OrderedDict())
         if len(seen) >= _CHANGES and unit.name not in self.log.uncaptured_units:
@@ -158,7 +180,7 @@ class Launcher:
         return outputs
 
     def _capture(
-        self, unit: Unit, signature: tuple, slots: list, rehearse: Callable[[], object] = lambda: None
+        self, unit: Unit, signature: _Signature, slots: list, rehearse: Callable[[], object] = lambda: None
     ) -> bool:
         """Captures a unit whose inputs come back; returns False where they are new, or it failed (the log says why)."""
         seen = self._seen.setdefault(unit, OrderedDict())

@@ -9,7 +9,7 @@ import time
 import pytest
 import torch
 
-from benchmarks import common, decode, llama_cpp_runner, memory, offload, roofline, schedule
+from benchmarks import common, decode, llama_cpp_runner, memory, offload, roofline, schedule, step_cost
 from benchmarks.prompts import mixed, prompts
 
 WORKER = """
@@ -246,6 +246,14 @@ def test_a_token_costs_what_its_blocks_cost():
     deeper = [line.token(depth).bytes for depth in range(33)]
     assert len({b - a for a, b in itertools.pairwise(deeper)}) == 1
     assert line.token(0).launches == 32 * 5 + 1
+
+
+def test_a_step_s_host_time_is_measured_without_what_it_launches(tmp_path, capsys):
+    assert step_cost.main(["--layers", "2", "--repeats", "3", "--json", str(tmp_path / "cost.json")]) == 0
+    rows = json.loads((tmp_path / "cost.json").read_text())["rows"]
+    assert list(rows) == ["depth 0", "never"]
+    assert all(0 < row["addresses_us"] < row["us"] for row in rows.values())
+    assert "depth 0" in capsys.readouterr().out
 
 
 def test_the_schedule_draws_all_ways_to_decide(capsys):
