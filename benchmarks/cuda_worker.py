@@ -133,6 +133,7 @@ class Bench:
             return
         blocks = self._roofline.shape.layers
         depth, on_device = blocks if depth is None else depth, ahead == "device"
+        DeviceExits.decides = on_device  # (of graphs too that this row compiles)
         with forced_depth(blocks):  # (compiles, where no row has)
             self.loop.round(1)
         decoding = [executor for executor in executors_of(self.model) if executor.decodes]
@@ -140,14 +141,13 @@ class Bench:
         for executor, policy in zip(decoding, policies, strict=True):
             if isinstance(executor.runner, CapturedRunner):
                 executor.runner.ahead = LaunchAhead(None if on_device else ahead)
-            if isinstance(executor.runner, DeviceExits):
-                executor.runner.decides = on_device
             if asked:
                 executor.policy = replace(policy, threshold=leaving_at(depth))
         try:
             with contextlib.nullcontext() if asked else forced_depth(depth):
                 yield
         finally:
+            DeviceExits.decides = True
             for executor, policy in zip(decoding, policies, strict=True):
                 executor.policy = policy
         why = [log.uncaptured_units["step"] for log in self._logs() if "step" in log.uncaptured_units]

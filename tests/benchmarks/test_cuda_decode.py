@@ -198,7 +198,7 @@ def test_rivers_rows(tiny, monkeypatch, no_grad):
     assert bench.row(None, asked=True, ahead=True, generates=False)["cosine"] == never["cosine"]
     decided = bench.row(1, asked=True, ahead="device", generates=False)
     assert decided["cosine"] == left["cosine"]
-    assert decided["captures"] == 1
+    assert decided["captures"] == [c.unit for log in bench._logs() for c in log.captures].count("step") > 0
     assert all(row["tokens_per_s"] > 0 and len(row["seconds"]) == 3 for row in (never, left, asked))
     assert never["captures"] > 0
     assert bench.row(None, generates=False)["captures"] == 0

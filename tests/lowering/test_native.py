@@ -159,7 +159,7 @@ def test_without_a_compiler_products_are_atens_and_it_is_said_once(monkeypatch):
     ("options", "message"),
     [
         ({"lowering": "inductor", "lm_head": "int8"}, "lm_head='int8' needs the C.. kernels of a CPU"),
-        ({"lowering": "inductor", "backbone": "river"}, "backbone='river' needs the C.. kernels of a CPU"),
+        ({"lowering": "inductor", "backbone": "river"}, "backbone='river' needs the kernels in C"),
     ],
 )
 def test_what_needs_the_kernels_says_so(options, message):
