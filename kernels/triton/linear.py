@@ -107,7 +107,7 @@ class LinearSpec(KernelSpec):
             raise ValueError(f"block_k={self.tile.block_k} leaves {self.dot_length} features to a dot; at least 16")
         if self.norm != "none" and self.tile.split_k > 1:
             raise ValueError(f"split_k={self.tile.split_k}: a norm in front needs the whole row; use split_k=1")
-        if self.matrices and not self.parts_fit(self.tile):
+        if not self.parts_fit(self.tile):
             raise ValueError(
                 f"block_n={self.tile.block_n}, split_k={self.tile.split_k} do not fit {self.matrices} rows"
             )
@@ -136,7 +136,9 @@ class LinearSpec(KernelSpec):
             raise ValueError(f"x_stride={self.x_stride} is smaller than the {self.in_features} features of a row")
 
     def parts_fit(self, tile: LinearTile) -> bool:
-        """Whether each program of a tile has one of `matrices` alone; partial sums meet one bias."""
+        """Whether each program of a tile has one of `matrices` alone; partial sums of several meet no bias."""
+        if not self.matrices:
+            return True
         whole = self.gated or all(rows % tile.block_n == 0 for rows in self.matrices)
         return whole and (tile.split_k == 1 or not self.bias)
 
