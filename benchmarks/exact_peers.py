@@ -20,7 +20,6 @@ tells programs that keep the text from those that do not.
 from __future__ import annotations
 
 import argparse
-import functools
 import importlib.util
 import statistics
 import sys
@@ -56,8 +55,7 @@ def _eager(model: Any) -> Generate:
 def _river_exact(model: Any, artifact: str | None) -> Generate:
     import river_compile
 
-    twins = {"artifact": artifact} if artifact else {}
-    return _transformers(river_compile.accelerate(model, **twins), cache_implementation="static")
+    return _transformers(river_compile.accelerate(model, artifact=artifact), cache_implementation="static")
 
 
 def _lookup_compiled(model: Any) -> Generate:
@@ -114,7 +112,7 @@ def _flashspec_lookup(model: Any) -> Generate:
 
 
 # By row, the package that it needs and what makes it ready with a model of its own.
-PEERS: dict[str, tuple[str, Callable[[Any], Generate]]] = {
+PEERS: dict[str, tuple[str, Callable[..., Generate]]] = {
     "eager": ("transformers", _eager),
     "river_exact": ("river_compile", _river_exact),
     "lookup_compiled": ("transformers", _lookup_compiled),
@@ -140,8 +138,8 @@ def run(options: argparse.Namespace) -> int:
     for name, (model, _) in loaded.items():
         # One cache size, so one decode graph; transformers' prompt lookup drafts beyond the end of the text.
         model._previous_max_cache_length = longest + options.new_tokens + LOOKUP + 1
-        ready = functools.partial(_river_exact, artifact=options.artifact) if name == "river_exact" else PEERS[name][1]
-        generators[name] = ready(model)
+        given = {"artifact": options.artifact} if name == "river_exact" else {}
+        generators[name] = PEERS[name][1](model, **given)
     outcome = {**common.setting("exact_peers", options), "kinds": _measure(generators, kinds, options)}
     _show(outcome)
     common.write_outcome(outcome, options.json)

@@ -79,7 +79,7 @@ def measure(folder: str, options: dict, new_tokens: int, threads: int, exact: bo
     how = {"custom_generate": river_compile.exact} if exact else {}
     for _ in range(2):
         generate(model, ids, new_tokens, **how)
-    before = _brought_in(model)
+    before = _brought_in(river_compile.report(model))
     timed = generate(model, ids, new_tokens, **how)
     report = river_compile.report(model)
     moved = report.offloaded.moved if report.offloaded else 0
@@ -91,17 +91,14 @@ def measure(folder: str, options: dict, new_tokens: int, threads: int, exact: bo
         "prompt_s": timed.first_token_s,
         "decode_tokens_per_s": timed.decode_tokens_per_s,
         "mean_depth": report.mean_depth,
-        "brought_in_bytes_per_token": (_brought_in(model) - before) / len(timed.tokens),
+        "brought_in_bytes_per_token": (_brought_in(report) - before) / len(timed.tokens),
         "tokens": list(timed.tokens),
     }
 
 
-def _brought_in(model: Any) -> int:
-    """Returns the bytes of weights that have come in so far."""
-    import river_compile
-
-    offloaded = river_compile.report(model).offloaded
-    return offloaded.brought_in if offloaded else 0
+def _brought_in(report: Any) -> int:
+    """Returns the bytes of weights that had come in by a report."""
+    return report.offloaded.brought_in if report.offloaded else 0
 
 
 def resident_bytes() -> int:

@@ -20,7 +20,7 @@ from torch import fx
 from river_compile.kernels import ops  # noqa: F401  (registers river::linear)
 
 from .edits import call
-from .nodes import Linear, as_linear, is_ordinary, is_parameter, same_dtype, value_of
+from .nodes import Linear, as_linear, called, is_ordinary, is_parameter, same_dtype, value_of
 from .pipeline import Pass
 from .program import RiverProgram, Segment
 from .swap_ops import simplify_attention
@@ -80,6 +80,13 @@ def _merge(graph: fx.Graph, linears: Sequence[Linear], layout: str) -> None:
     for linear, result in zip(linears, results, strict=True):
         linear.node.replace_all_uses_with(result)
         graph.erase_node(linear.node)
+
+
+def parts_of(parameter: fx.Node | None) -> list[fx.Node]:
+    """Returns the parameters that a product's matrix or bias was put together from; of None, none."""
+    if parameter is None:
+        return []
+    return list(parameter.args[0]) if called(parameter, torch.cat) else [parameter]
 
 
 def _joined(parameters: list[fx.Node], like: fx.Node) -> fx.Node:

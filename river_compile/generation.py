@@ -22,7 +22,7 @@ from typing import Any
 import torch
 from torch import Tensor
 from transformers import GenerationConfig, PreTrainedModel
-from transformers.cache_utils import Cache, StaticLayer, StaticSlidingWindowLayer
+from transformers.cache_utils import Cache
 from transformers.generation import GenerateDecoderOnlyOutput, LogitsProcessorList, StoppingCriteriaList
 from transformers.generation.configuration_utils import GenerationMode
 from transformers.generation.stopping_criteria import MaxLengthCriteria
@@ -33,8 +33,7 @@ from river_compile.kept_cache import LentCache, lent_cache
 from river_compile.runtime.pass_inputs import Inputs, PassInputs
 from river_compile.speculative.hf_frames import KeepsTokenizer, argument_of_generate, shares_cache
 from river_compile.upstream.hf_cache import cache_argument, cache_of, crop
-
-STATIC = (StaticLayer, StaticSlidingWindowLayer)
+from river_compile.upstream.static_cache import is_static, sizes_of
 
 
 @dataclass(frozen=True)
@@ -126,8 +125,7 @@ class _Steps:
         assert cache is not None, "a call without a cache is refused"
         self._cache, self._inputs = cache, PassInputs(self._model)
         # (A full sliding window has forgotten what a step pushed out of it.)
-        sizes = [layer.max_cache_len for layer in cache.layers if type(layer) in STATIC]
-        self._room = min(sizes) if len(sizes) == len(cache.layers) else 0
+        self._room = min(sizes_of(cache)) if is_static(cache) else 0
 
     @property
     def may_be_taken_back(self) -> bool:

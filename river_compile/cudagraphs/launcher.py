@@ -37,22 +37,6 @@ _SHAPES = 8  # shapes of one value for which buffers are kept
 _CHANGES = 4  # uses without one repetition before the log calls an input changing
 
 
-class _Signature(tuple):
-    """What a capture is found by: a unit, the address of every tensor that it reads, and every number. Hashed once."""
-
-    def __new__(cls, unit: Unit, addresses: list[int], numbers: list) -> _Signature:
-        made = super().__new__(cls, (unit, *addresses, *numbers))
-        made.addresses, made.numbers, made.hashed = addresses, numbers, tuple.__hash__(made)
-        return made
-
-    addresses: list[int]
-    numbers: list
-    hashed: int
-
-    def __hash__(self) -> int:
-        return self.hashed
-
-
 class Launcher:
     """The captures and buffers of one program. `max_captures` may be changed between two steps."""
 
@@ -69,8 +53,8 @@ class Launcher:
         self._captures: OrderedDict[tuple, tuple[object, dict[int, Tensor]]] = OrderedDict()
         self._seen: dict[Unit, OrderedDict[tuple, dict[int, Tensor]]] = {}
         self._failed: set[Unit] = set()
-        self._prepared: dict[Unit, _Signature] = {}
-        self._latest: dict[Unit, _Signature] = {}  # that most steps have again
+        self._prepared: dict[Unit, tuple] = {}
+        self._latest: dict[Unit, tuple[list[int], list, tuple]] = {}  # addresses, numbers, signature: most come again
 
     def buffers(self) -> list[tuple[str, Tensor]]:
         """Returns the buffers at the units' borders, each with the name of its value in the traced graph."""
@@ -142,16 +126,17 @@ class Launcher:
             self.log.uncaptured_units.setdefault(unit.name, str(unit.obstacle))
         return unit.obstacle is not None or unit in self._failed
 
-    def _signature(self, unit: Unit, slots: list) -> _Signature:
-        """Returns what a unit's capture on these slots is found by."""
+    def _signature(self, unit: Unit, slots: list) -> tuple:
+        """Returns the unit, the address of every tensor that it reads, and every number."""
         values = [slots[index] for index in unit.keys]
         tensors, numbers = values[: unit.tensors], values[unit.tensors :]
         latest = self._latest.get(unit)
-        if latest is None or latest.numbers != numbers or not lie_at(tensors, latest.addresses):
-            latest = self._latest[unit] = _Signature(unit, list(map(Tensor.data_ptr, tensors)), numbers)
-        return latest
+        if latest is None or latest[1] != numbers or not lie_at(tensors, latest[0]):
+            addresses = list(map(Tensor.data_ptr, tensors))
+            latest = self._latest[unit] = addresses, numbers, (unit, *addresses, *numbers)
+        return latest[2]
 
-    def _remember(self, unit: Unit, signature: _Signature, outputs: dict[int, Tensor]) -> None:
+    def _remember(self, unit: Unit, signature: tuple, outputs: dict[int, Tensor]) -> None:
         """Notes the inputs that a unit ran on and the buffers of its results, so that it is captured the next time."""
         seen = self._seen.setdefault(unit, OrderedDict())
         if len(seen) >= _CHANGES and unit.name not in self.log.uncaptured_units:
@@ -180,7 +165,7 @@ class Launcher:
         return outputs
 
     def _capture(
-        self, unit: Unit, signature: _Signature, slots: list, rehearse: Callable[[], object] = lambda: None
+        self, unit: Unit, signature: tuple, slots: list, rehearse: Callable[[], object] = lambda: None
     ) -> bool:
         """Captures a unit whose inputs come back; returns False where they are new, or it failed (the log says why)."""
         seen = self._seen.setdefault(unit, OrderedDict())

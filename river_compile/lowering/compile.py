@@ -26,6 +26,7 @@ from torch.fx.experimental.symbolic_shapes import ShapeEnv
 from river_compile.kernels import ops
 from river_compile.kernels.quant.aten_int4 import LAYOUT as ATEN_LAYOUT
 from river_compile.kernels.quant.aten_int4 import linear_aten
+from river_compile.passes.backbone import parts_of
 from river_compile.passes.edits import drop_unused
 from river_compile.passes.nodes import called, value_of
 from river_compile.passes.program import Segment
@@ -208,6 +209,6 @@ def _take_apart(product: fx.Node) -> None:
     """Turns a product with matrices that were put together into one that reads them where they are."""
     x, weight, _, bias, *_ = product.args
     product.target = torch.ops.river.merged.default
-    product.args = (x, list(weight.args[0]), list(bias.args[0]) if bias is not None else [])
+    product.args = (x, parts_of(weight), parts_of(bias))
     for joined in filter(None, (weight, bias)):
         drop_unused(joined)

@@ -19,6 +19,7 @@ from river_compile.kernels.native import load as native
 from river_compile.kernels.native.tape import Tape
 from river_compile.kernels.portable import largest_entropy
 from river_compile.kernels.quant.layouts import LAYOUTS, NATIVE_LAYOUTS
+from river_compile.passes.backbone import parts_of
 from river_compile.passes.edits import drop_unused
 from river_compile.passes.nodes import called, is_tensor, rank, shape, value_of
 from river_compile.passes.program import Segment
@@ -125,7 +126,7 @@ def _use_native_product(node: fx.Node, native_ops: Any) -> None:
         how = group_size, LAYOUTS[layout].bits, NATIVE_LAYOUTS[layout]
         node.target, node.args = native_ops.linear.default, (x, weight, scale_zero, bias, out_features, *how)
     elif layout == "dense":
-        node.target, node.args = native_ops.dense.default, (x, _parts(weight), _parts(bias))
+        node.target, node.args = native_ops.dense.default, (x, parts_of(weight), parts_of(bias))
         for joined in filter(None, (weight, bias)):
             drop_unused(joined)
 
@@ -152,13 +153,6 @@ def _moves_up(copy: fx.Node) -> bool:
     cache, new = copy.args[:2]
     moved = called(new, torch.roll) and new.args in ((cache, -1, -2), (cache, -1, 2)) and len(new.users) == 1
     return moved and not copy.users and value_of(cache).dim() == 4
-
-
-def _parts(parameter: fx.Node | None) -> list[fx.Node]:
-    """Returns the parameters that one was put together from."""
-    if parameter is None:
-        return []
-    return list(parameter.args[0]) if called(parameter, torch.cat) else [parameter]
 
 
 def _changes_nothing(cast: fx.Node) -> bool:

@@ -17,7 +17,12 @@ _KINDS = (StaticLayer, StaticSlidingWindowLayer)
 def static_cache(model: PreTrainedModel, slots: int) -> StaticCache | None:
     """Returns a cache with room for so many tokens, whose layers have no memory yet."""
     cache = StaticCache(config=model.config.get_text_config(decoder=True), max_cache_len=slots)
-    return cache if all(type(layer) in _KINDS for layer in cache.layers) else None
+    return cache if is_static(cache) else None
+
+
+def is_static(cache: Cache) -> bool:
+    """Whether all layers of a cache are such as this module knows."""
+    return all(type(layer) in _KINDS for layer in cache.layers)
 
 
 def sizes_of(cache: Cache) -> list[int]:

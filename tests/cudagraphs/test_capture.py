@@ -158,14 +158,6 @@ def _fresh_dynamo():
     torch._dynamo.reset()
 
 
-@pytest.fixture
-def alone():
-    """For tests whose sizes would make Dynamo trace later models with dynamic ones."""
-    torch._dynamo.reset()
-    yield
-    torch._dynamo.reset()
-
-
 @pytest.fixture(scope="module", params=DEVICES)
 def shared(request) -> Decoder:
     return Decoder(device=request.param)
