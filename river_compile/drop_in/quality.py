@@ -31,6 +31,7 @@ from river_compile.kernels.checks import one_of
 from river_compile.runtime.plain_calls import CompiledOrPlain
 from river_compile.speculative.mode import ExactMode, exact
 from river_compile.speculative.refusals import check_paths
+from river_compile.upstream.growing import marks_growing
 
 from .generation import generate_as_ever, generate_exactly, generate_in_own_loop, has_generate_of_its_own
 
@@ -99,7 +100,8 @@ def accelerate(
     else:
         generate_exactly(model, exact_mode, config)
     model.compile(backend=river, options=backend_options, mode=mode)
-    model._compiled_call_impl = CompiledOrPlain(model._compiled_call_impl, model._call_impl)
+    compiled = marks_growing(model._compiled_call_impl, prompts=True)
+    model._compiled_call_impl = CompiledOrPlain(compiled, model._call_impl)
     return model
 
 

@@ -31,6 +31,8 @@ from typing import Any
 
 from torch import nn
 
+from river_compile.upstream.growing import marks_growing, unmarked
+
 from .cache_looks import count_of
 from .executor import RiverExecutor, on_call
 from .noted_step import Given, NotedStep, Ran, Surroundings
@@ -50,7 +52,7 @@ def install(model: nn.Module, missed: Callable[[], None]) -> None:
     compiled = call.compiled if chooses else call
     if compiled is None or hasattr(compiled, "river_shortcut"):
         return
-    around = Shortcut(model, compiled, missed).around()
+    around = Shortcut(model, marks_growing(compiled, prompts=False), missed).around()
     if chooses:
         call.compiled = around
     else:
@@ -60,8 +62,7 @@ def install(model: nn.Module, missed: Callable[[], None]) -> None:
 def without_shortcut(call: Any) -> Callable[..., Any] | None:
     """Returns what ``torch.compile`` returned, of a model's compiled call with whatever stands around it."""
     compiled: Any = call.compiled if isinstance(call, CompiledOrPlain) else call
-    found: Callable[..., Any] | None = compiled.__wrapped__ if hasattr(compiled, "river_shortcut") else compiled
-    return found
+    return unmarked(compiled.__wrapped__ if hasattr(compiled, "river_shortcut") else compiled)
 
 
 class _Thread:

@@ -1,18 +1,20 @@
-"""After a short warm-up nothing recompiles, whatever the prompt's length."""
+"""No graph is compiled twice because something has grown, and after a short warm-up none at all."""
 
 from __future__ import annotations
 
 import pytest
 import torch
-from transformers import StaticCache
+from transformers import DynamicCache, StaticCache
 
-from river_compile import report, river
+from river_compile import accelerate, report, river
+from river_compile.upstream.growing import mark_growing
 from tests.support.decoding import cache_argument
 from tests.support.families import make, prompt
 
 OPTIONS = {"lowering": "eager", "quantizer": "rtn", "group_size": 32, "threshold": -1.0, "first_exit": 1}
 LONGEST = 300
 NEW_TOKENS = 3
+MARK = "_dynamo_weak_dynamic_indices"  # of `torch._dynamo.maybe_mark_dynamic`
 
 
 @pytest.mark.core
@@ -39,3 +41,45 @@ def test_prompts_of_1_to_300_tokens(kind):
         for length in (*range(1, 33), *range(37, LONGEST, 13), LONGEST):
             assert generate(length).shape == (1, length + NEW_TOKENS)
     assert len(report(model).graphs) == compiled
+
+
+@pytest.mark.parametrize("padded", [False, True])
+def test_a_cache_that_grows_takes_one_graph_of_prompts_and_one_of_steps(padded):
+    model = make("llama", layers=2)
+    model.compile(backend=river, options=OPTIONS)
+    ids = prompt(7, 3)
+    mask = torch.ones_like(ids)
+    mask[0, :2] = 0 if padded else 1
+    for _ in range(2):
+        model.generate(ids, attention_mask=mask, max_new_tokens=5, do_sample=False)
+    assert len(report(model).graphs) == 2
+
+
+@pytest.mark.parametrize("static", [False, True])
+def test_an_accelerated_model_takes_three_graphs_for_prompts_of_any_length(static):
+    """Prompts, steps of the river, and passes of several tokens that verify them."""
+    model = accelerate(make("llama", layers=2), lowering="eager", quantizer="rtn", group_size=32, static_cache=static)
+    for length in (5, 9, 23):
+        model.generate(prompt(length), max_new_tokens=12, do_sample=False)
+    assert len(report(model).graphs) == 3
+
+
+def test_the_first_prompt_is_marked_only_where_all_are():
+    """A graph that was traced without marks would be traced again for marked tokens of the same number."""
+    ids, mask = prompt(4), torch.ones(1, 4, dtype=torch.int64)
+    mark_growing({"input_ids": ids, "attention_mask": mask}, prompts=False)
+    assert not hasattr(ids, MARK)
+    assert not hasattr(mask, MARK)
+    mark_growing({"input_ids": ids, "attention_mask": mask}, prompts=True)
+    assert getattr(ids, MARK) == getattr(mask, MARK) == {1}
+
+
+def test_of_a_step_the_mask_is_marked_and_what_its_cache_has_grown():
+    ids, mask, places = prompt(1), torch.ones(1, 5, dtype=torch.int64), torch.tensor([[4]])
+    cache = DynamicCache()
+    cache.update(torch.zeros(1, 2, 4, 8), torch.zeros(1, 2, 4, 8), 0)
+    mark_growing({"input_ids": ids, "attention_mask": mask, "position_ids": places, "cache": cache}, prompts=False)
+    assert not hasattr(ids, MARK)
+    assert not hasattr(places, MARK)
+    assert getattr(mask, MARK) == {1}
+    assert getattr(cache.layers[0].keys, MARK) == getattr(cache.layers[0].values, MARK) == {2}
