@@ -11,20 +11,24 @@ from typing import TYPE_CHECKING, Annotated, Any
 import typer
 
 from .output import AsJson, Dtype, Model, Threads, show, table, use_threads
-from .ways import CALIBRATED, EXACT, FAST, PLAIN
+from .ways import CALIBRATED, EXACT, FAST, PLAIN, RIVER
 
 if TYPE_CHECKING:
     from torch import Tensor
     from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
-TASKS = ("humaneval", "reasoning", "perplexity")
-WAYS = (PLAIN, EXACT, FAST)
+ROWS = {
+    "humaneval": (PLAIN, EXACT, FAST, CALIBRATED),
+    "reasoning": (PLAIN, EXACT, FAST, CALIBRATED),
+    "perplexity": (PLAIN, FAST, RIVER, CALIBRATED),  # (exact keeps the plain model's)
+}
 _SURE = 1.96  # standard errors on each side of a 95 % interval
 
 
 def evaluate(
     model: Model,
-    task: Annotated[str, typer.Option(help=f"{', '.join(TASKS)}.")] = "perplexity",
+    task: Annotated[str, typer.Option(help=f"{', '.join(ROWS)}.")] = "perplexity",
+    rows: Annotated[list[str] | None, typer.Option("--row", help="Only this row; may be repeated.")] = None,
     limit: Annotated[int, typer.Option(help="Problems or texts; 0: all there are (humaneval 164, others 40).")] = 0,
     new_tokens: Annotated[int, typer.Option(help="Of an answer, or measured in each text.")] = 128,
     texts: Annotated[Path | None, typer.Option(help="For perplexity: texts, separated by empty lines.")] = None,
@@ -42,8 +46,9 @@ def evaluate(
     """
     from .models import load, quiet
 
-    if task not in TASKS:
-        raise ValueError(f"--task {task} is not known; use one of {', '.join(TASKS)}")
+    if task not in ROWS:
+        raise ValueError(f"--task {task} is not known; use one of {', '.join(ROWS)}")
+    ways = _ways(task, rows, calibration)
     if limit < 0 or new_tokens < 2:
         raise ValueError(f"--limit {limit} --new-tokens {new_tokens} is not allowed; give 0 or more, and 2 or more")
     use_threads(threads)
@@ -55,13 +60,19 @@ def evaluate(
         from .perplexity import measure
         from .texts import passages
 
-        rows = measure(network, tokenizer, passages(texts)[: limit or 40], new_tokens, calibration, rule)
+        results = measure(network, tokenizer, passages(texts)[: limit or 40], ways, new_tokens, calibration, rule)
     else:
-        ways = (*WAYS, CALIBRATED) if calibration else WAYS
-        asked = _asked(task, limit, tokenizer)
-        rows = _answered(network, tokenizer, asked, ways, new_tokens, calibration, rule)
-    result = {"model": model, "task": task, "rows": rows}
-    show("eval", result, as_json, lambda console: console.print(_table(task, rows)))
+        results = _answered(network, tokenizer, _asked(task, limit, tokenizer), ways, new_tokens, calibration, rule)
+    result = {"model": model, "task": task, "rows": results}
+    show("eval", result, as_json, lambda console: console.print(_table(task, results)))
+
+
+def _ways(task: str, rows: Sequence[str] | None, calibration: Path | None) -> list[str]:
+    """Returns the rows that were asked for, or all that a task has, in the task's order."""
+    for row in rows or ():
+        if row not in ROWS[task]:
+            raise ValueError(f"--row {row} is not one of {task}'s; use {', '.join(ROWS[task])}")
+    return [row for row in ROWS[task] if (row in rows if rows else row != CALIBRATED or calibration)]
 
 
 @dataclass(frozen=True)
@@ -112,7 +123,7 @@ def _answered(
         right = sum(asked.judge(i, text) for i, text in enumerate(texts[way]))
         seconds = sum(run.times[-1] - run.times[0] for run in runs[1:] or runs)
         tokens = sum(len(run.tokens) - 1 for run in runs[1:] or runs)  # (the first one compiles)
-        same = sum(a == b for a, b in zip(texts[way], texts[PLAIN], strict=True))
+        same = sum(a == b for a, b in zip(texts[way], texts[PLAIN], strict=True)) if PLAIN in texts else None
         rows[way] = {
             "score": right / len(asked.prompts),
             "interval": wilson(right, len(asked.prompts)),

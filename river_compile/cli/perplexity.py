@@ -6,7 +6,7 @@ import math
 from collections.abc import Mapping, Sequence
 from typing import TYPE_CHECKING, Any
 
-from .ways import CALIBRATED, FAST, PLAIN, RIVER, running
+from .ways import FAST, RIVER, running
 
 if TYPE_CHECKING:
     from pathlib import Path
@@ -16,7 +16,6 @@ if TYPE_CHECKING:
 
     from river_compile.evaluation.decoding import TokenByToken
 
-WAYS = (PLAIN, FAST, RIVER)  # (exact and strict keep the plain model's)
 _CONTEXT = 16
 
 
@@ -24,11 +23,12 @@ def measure(
     model: PreTrainedModel,
     tokenizer: PreTrainedTokenizerBase,
     texts: Sequence[str],
+    ways: Sequence[str],
     tokens: int,
     calibration: Path | None,
     rule: Mapping[str, Any],
 ) -> dict[str, dict[str, Any]]:
-    """Returns perplexity and the number of tokens for each way; `rule` has options for "fast" and "river".
+    """Returns perplexity and the number of tokens for each of the ways; `rule` has options for "fast" and "river".
 
     Raises:
         ValueError: no text is long enough.
@@ -42,7 +42,6 @@ def measure(
     samples = [torch.tensor([row]) for row in rows if len(row) == length]
     if not samples:
         raise ValueError(f"no text has {length} tokens; give longer ones, or a smaller --new-tokens")
-    ways = (*WAYS, CALIBRATED) if calibration else WAYS
     results = {}
     for way in ways:
         with running(model, way, calibration, **(rule if way in (FAST, RIVER) else {})):

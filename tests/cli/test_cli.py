@@ -62,6 +62,7 @@ def test_every_command_has_help_and_json(command, capsys):
         (("bench", "-n", "1"), "-n 1"),
         (("bench", "-o", "xml"), "-o xml is not known; use one of md, json"),
         (("eval", "smollm2", "--task", "chess"), "--task chess is not known"),
+        (("eval", "smollm2", "--row", "exact"), "--row exact is not one of perplexity's; use plain, fast"),
         (("chat", "smollm2", "--threads", "-1"), "--threads -1 is not allowed"),
     ],
 )
@@ -209,6 +210,10 @@ def test_eval_compares_ways(tiny, tmp_path, capsys):
         capsys, "eval", tiny, "--task", "reasoning", "--limit", "2", "--new-tokens", "8", "--dtype", "float32"
     )["rows"]
     assert rows["exact"]["same_texts"] == 2
+    asked = ("--task", "reasoning", "--limit", "2", "--new-tokens", "8", "--row", "fast")
+    (alone,) = printed_json(capsys, "eval", tiny, *asked)["rows"].values()
+    assert alone["same_texts"] is None
+    assert alone["tokens_per_s"] > 0
     assert rows["plain"]["solved"] == 0
     assert rows["plain"]["interval"] == pytest.approx([0, 0.658], abs=1e-3)
     text = "a text for a test that is long enough"
