@@ -1,4 +1,4 @@
-"""What a start costs: seconds to the first two tokens and memory, with and without packed twins on disk.
+"""What a start costs: seconds to the first two tokens, and memory, with and without packed twins on disk.
 
     python -m benchmarks.start
     python -m benchmarks.start --model DIR --json start.json
@@ -11,8 +11,9 @@ Rows, each a process of its own:
     restart    the same again, with the Inductor cache that "artifact" left
 
 Peak RSS holds mapped files (weights, twins, libraries), whose pages the system shares and can drop; "own" is what is
-left at the end that no file backs. Seconds count from before the libraries are imported. The text is exact mode's, the
-C++ kernels come from the cache, where they are compiled before the first row.
+left at the end that no file backs. Seconds count from before the libraries are imported; those of the next prompt, of
+another length, from when it is asked for to its first token. The text is exact mode's, the C++ kernels come from the
+cache, where they are compiled before the first row.
 """
 
 from __future__ import annotations
@@ -28,6 +29,7 @@ from benchmarks import common, memory
 from river_compile.cli import models
 
 PROMPT = "Explain in a few sentences why the sky is blue."
+ANOTHER = "Write a function that adds up the digits of a number, and say what it returns for 1,984."
 ROWS = ("plain", "packing", "artifact", "restart")
 MODULE = "benchmarks.start"
 
@@ -49,10 +51,13 @@ def start(folder: str, row: str, artifact: str, dtype: str) -> dict:
     prompt = models.encode(AutoTokenizer.from_pretrained(folder), PROMPT)
     asked = time.perf_counter() - began
     times = generate(model, prompt, 8, stop_after=2, static_cache=False).times
+    another = models.encode(AutoTokenizer.from_pretrained(folder), ANOTHER)
+    next_times = generate(model, another, 8, stop_after=2, static_cache=False).times
     return {
         "loaded_s": loaded,
         "first_token_s": asked + times[0],
         "second_token_s": asked + times[1],
+        "next_prompt_s": next_times[0],
         "peak_rss_bytes": common.peak_rss_bytes(),
         "own_bytes": memory.of_process()["anonymous"],
         "weights_mapped_bytes": sum(memory.of_file(file)["rss"] for file in Path(folder).glob("*.safetensors")),
@@ -83,11 +88,14 @@ def main(arguments: list[str] | None = None) -> int:
     if rows is None:
         return 1
     common.print_table(
-        ["", "loaded, s", "first token, s", "second token, s", "peak RSS, MiB", "own, MiB", "twins mapped, MiB"],
+        [
+            *("", "loaded, s", "first token, s", "second token, s", "next prompt, s"),
+            *("peak RSS, MiB", "own, MiB", "twins mapped, MiB"),
+        ],
         [
             [
                 name,
-                *(row[f"{what}_s"] for what in ("loaded", "first_token", "second_token")),
+                *(row[f"{what}_s"] for what in ("loaded", "first_token", "second_token", "next_prompt")),
                 *(round(row[f"{what}_bytes"] / 2**20) for what in ("peak_rss", "own", "twins_mapped")),
             ]
             for name, row in rows.items()
