@@ -28,7 +28,8 @@ def marks_growing(compiled: Callable[..., Any], prompts: bool) -> Callable[..., 
 
     Args:
         compiled: what ``torch.compile`` returned.
-        prompts: whether tokens and masks of prompts are marked too; False where a prompt may have been traced already.
+        prompts: whether all calls are marked, for prompts of any length; False where one may have been traced already:
+            then what goes on with a cache that grows is marked, which Dynamo would have traced again anyway.
     """
     if hasattr(compiled, "river_unmarked"):
         return compiled
@@ -49,21 +50,13 @@ def unmarked(call: Callable[..., Any]) -> Callable[..., Any]:
 
 
 def mark_growing(arguments: Mapping[str, Any], prompts: bool) -> None:
-    """Marks tokens, masks and the entries of caches that grow, in the arguments of a model's forward, by name."""
+    """Marks the entries of caches that grow, and the mask over them, in the arguments of a model's forward, by name."""
     tensors = [*_entries(arguments)]
-    if prompts or not _begins(arguments):
+    if prompts or tensors:
         tensors += _by_token(arguments)
     for tensor, dim in tensors:
         if tensor.shape[dim] > 1:  # (Dynamo compiles sizes of 0 and 1 by themselves)
             maybe_mark_dynamic(tensor, dim % tensor.dim())
-
-
-def _begins(arguments: Mapping[str, Any]) -> bool:
-    """Whether a call is a prompt: several tokens, and no mask of more."""
-    given = (arguments.get(name) for name in ("input_ids", "inputs_embeds"))
-    width = next((value.shape[1] for value in given if isinstance(value, Tensor) and value.dim() > 1), 0)
-    mask = arguments.get("attention_mask")
-    return width != 1 and not (isinstance(mask, Tensor) and mask.dim() == 2 and mask.shape[1] > width)
 
 
 def _by_token(arguments: Mapping[str, Any]) -> Iterator[tuple[Tensor, int]]:

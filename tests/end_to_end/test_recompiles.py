@@ -83,3 +83,18 @@ def test_of_a_step_the_mask_is_marked_and_what_its_cache_has_grown():
     assert not hasattr(places, MARK)
     assert getattr(mask, MARK) == {1}
     assert getattr(cache.layers[0].keys, MARK) == getattr(cache.layers[0].values, MARK) == {2}
+
+
+def test_a_model_whose_first_call_is_a_step_takes_one_graph_of_steps():
+    """What was traced before anything could be marked serves what comes after."""
+    model = make("llama", layers=2)
+    model.compile(backend=river, options=OPTIONS)
+    cache = StaticCache(config=model.config, max_cache_len=12)
+    held = {cache_argument(model): cache, "use_cache": True}
+    mask = torch.ones(1, 12, dtype=torch.int64)
+    with torch.no_grad():
+        model.forward(input_ids=prompt(4), **held)
+        for position in range(4, 9):
+            places = torch.tensor([[position]])
+            model(input_ids=prompt(1), attention_mask=mask, position_ids=places, **held)
+    assert len(report(model).graphs) == 1

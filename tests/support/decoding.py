@@ -56,6 +56,7 @@ def decode(model, cache, depths: Sequence[int | None], batch: int = 2, compiled:
     tokens = prompt(len(depths), batch, seed=1).to(model.device)
     for step, depth in enumerate(depths):
         mask = torch.cat([mask, torch.ones_like(mask[:, :1])], 1)
+        torch._dynamo.maybe_mark_dynamic(mask, 1)  # one graph serves all steps, over static caches too
         position = (mask.cumsum(-1) - 1)[:, -1:].clone()  # (a view would have another stride in each step)
         arguments = {"input_ids": tokens[:, step : step + 1], "attention_mask": mask, "position_ids": position}
         with forced_depth(depth):
