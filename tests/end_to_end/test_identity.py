@@ -12,7 +12,7 @@ import torch
 from river_compile import river
 from river_compile.exits import forced_depth
 from tests.support.decoding import cache_state, decode, new_cache
-from tests.support.families import FAMILIES, make, prompt
+from tests.support.families import FAMILIES, each, make, prompt
 from tests.support.lowerings import CPU, FUSED, lowered
 
 DYNAMIC = [
@@ -28,7 +28,7 @@ EAGER = {"lowering": "eager", "quantizer": "none", "first_exit": 1}
 
 
 @pytest.mark.parametrize(
-    ("name", "kind"), [(name, "static") for name in FAMILIES] + [(name, "dynamic") for name in DYNAMIC]
+    ("name", "kind"), each([(name, "static") for name in FAMILIES] + [(name, "dynamic") for name in DYNAMIC])
 )
 def test_any_exit_of_an_unquantized_river_is_the_plain_model(name, kind):
     """Every depth from 0 to never, one token each, left padding.

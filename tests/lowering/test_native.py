@@ -13,7 +13,7 @@ from river_compile.lowering import choose
 from river_compile.lowering.choose import Lowering, choose_lowering
 from river_compile.upstream.hf_cache import cache_argument
 from tests.support.decoding import CAPACITY, cache_state, decode, left_padded, new_cache
-from tests.support.families import CONFIGS, make, prompt
+from tests.support.families import CONFIGS, each, make, prompt
 from tests.support.lowerings import UNFUSED, lowered
 
 OPTIONS = {"quantizer": "rtn", "group_size": 32, "first_exit": 1}
@@ -95,7 +95,7 @@ def passes(model, widths: list[int], batch: int = 2) -> list[torch.Tensor]:
 FEW = ("llama", "qwen3", "gpt2", "opt", "phi", "falcon", "gemma2", "gemma3", "mixtral")
 
 
-@pytest.mark.parametrize("name", FEW)
+@pytest.mark.parametrize("name", each(FEW))
 def test_passes_of_several_tokens_compute_what_the_model_does(name):
     """A prompt, and then passes of three tokens, of one and of four; nothing leaves."""
     widths = [3, 1, 4]

@@ -30,7 +30,7 @@ from river_compile.lowering import compile as compile_module
 from river_compile.lowering.choose import Lowering, choose_lowering
 from river_compile.passes.program import Segment
 from tests.support.decoding import CAPACITY, cache_argument, cache_state, decode, left_padded, new_cache
-from tests.support.families import FAMILIES, REWRITTEN, make, prompt
+from tests.support.families import FAMILIES, REWRITTEN, each, make, prompt
 from tests.support.lowerings import BLOCK_RULES, CPU, FUSED, UNFUSED, lowered
 
 PAGE = Path(__file__).parents[2] / "docs" / "lowering.md"
@@ -106,7 +106,7 @@ def assert_same(first, second, **tolerance: float) -> None:
         assert a[2] == b[2]
 
 
-@pytest.mark.parametrize("name", REWRITTEN)
+@pytest.mark.parametrize("name", each(REWRITTEN))
 def test_fused_twins_compute_what_their_nodes_did(name):
     results = run(name)["results"]
     assert_same(results[True], results[False], rtol=1e-4, atol=1e-4)
@@ -192,6 +192,7 @@ def table() -> list[str]:
     return lines
 
 
+@pytest.mark.slow
 def test_the_page_lists_what_the_rules_make_of_each_family():
     """RIVER_UPDATE_DOCS=1 replaces the table between the page's marks."""
     text = PAGE.read_text()

@@ -16,7 +16,7 @@ from river_compile.passes.nodes import is_tensor
 from river_compile.passes.normalize import normalized
 from tests.passes.graphs import GraphBuilder, random_decoder, shapes
 from tests.passes.test_random_graphs import assert_equal, clones
-from tests.support.families import FAMILIES, make, prompt
+from tests.support.families import FAMILIES, each, make, prompt
 
 
 def described(graph: fx.Graph) -> list[tuple]:
@@ -49,7 +49,7 @@ def test_random_decoders_keep_their_bits(shape, seed):
 
 
 @pytest.mark.parametrize("cache", ["dynamic", "static"])
-@pytest.mark.parametrize("family", FAMILIES)
+@pytest.mark.parametrize("family", each(FAMILIES))
 def test_families_keep_their_bits(family, cache):
     """Every graph that Dynamo makes of a prompt and of decode steps runs both ways on copies of the same inputs."""
     seen = []

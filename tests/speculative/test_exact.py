@@ -23,7 +23,7 @@ from river_compile.speculative.runner import BatchInvariantGraph, DraftVerifyRun
 from river_compile.state import state_of
 from river_compile.upstream.hf_cache import cache_argument, cache_of, crop
 from tests.support.decoding import Halved, new_cache
-from tests.support.families import REWRITTEN, prompt
+from tests.support.families import REWRITTEN, each, prompt
 from tests.support.families import make as make_family
 from tools.families.tiny import tiny_model
 
@@ -70,7 +70,7 @@ def exactly(model, ids, mask=None, **options):
     )
 
 
-@pytest.mark.parametrize(("name", "batch"), [*((name, 3) for name in REWRITTEN), ("llama", 1), ("gemma3", 1)])
+@pytest.mark.parametrize(("name", "batch"), each([*((name, 3) for name in REWRITTEN), ("llama", 1), ("gemma3", 1)]))
 def test_every_family_generates_the_plain_text_with_a_static_cache(name, batch):
     """A batch of three with left padding and prompt lookup; one row without lookup."""
     model, (ids, mask) = compiled(name), padded(batch)

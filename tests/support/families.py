@@ -9,9 +9,10 @@ These models say nothing about quality or speed; `river_compile/cli/demo_models.
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Iterable
 from functools import partial
 
+import pytest
 import torch
 import transformers
 from transformers import AutoModelForCausalLM, PretrainedConfig, PreTrainedModel
@@ -159,6 +160,16 @@ FAMILIES: dict[str, Callable[[], PreTrainedModel]] = {name: partial(make, name) 
 # With a static cache: MPT's code breaks the graph inside every block, so no piece of it holds a decoder.
 REFUSED = {"mpt": "no decoder blocks"}
 REWRITTEN = [name for name in FAMILIES if name not in REFUSED]
+
+
+# Blocks of each kind: plain, with four norms and windows, with attention beside the MLP, transposed, with experts.
+QUICK = ("llama", "gemma3", "phi", "gpt2", "mixtral")
+
+
+def each(parameters: Iterable[str | tuple]) -> list:
+    """Returns parameters of a test, which begin with the name of a family; all but those of `QUICK` are slow."""
+    tuples = [(given,) if isinstance(given, str) else given for given in parameters]
+    return [pytest.param(*given, marks=() if given[0] in QUICK else pytest.mark.slow) for given in tuples]
 
 
 def prompt(length: int = 12, batch: int = 1, seed: int = 0) -> torch.Tensor:

@@ -9,7 +9,7 @@ import torch
 
 from river_compile import report, river
 from tests.support.decoding import cache_state, decode, new_cache
-from tests.support.families import REFUSED, REWRITTEN, make
+from tests.support.families import REFUSED, REWRITTEN, each, make
 
 OPTIONS = {"lowering": "eager", "quantizer": "rtn", "group_size": 32, "first_exit": 1}
 
@@ -29,7 +29,7 @@ def twin_run(name: str) -> dict[str, object]:
     }
 
 
-@pytest.mark.parametrize("name", REWRITTEN)
+@pytest.mark.parametrize("name", each(REWRITTEN))
 def test_an_exit_fills_the_same_slots(name):
     """Lengths and written slots are the plain model's; the executed block's entries are its very bits."""
     run = twin_run(name)
@@ -42,7 +42,7 @@ def test_an_exit_fills_the_same_slots(name):
                 assert torch.equal(a, b), f"entries of layer {layer}"
 
 
-@pytest.mark.parametrize("name", REWRITTEN)
+@pytest.mark.parametrize("name", each(REWRITTEN))
 def test_four_bit_twins_are_close_to_their_blocks(name):
     """The logits after a quantized exit point the way of the plain model's, but are not its bits."""
     expected, actual = (logits.flatten().double() for logits in twin_run(name)["logits"])
