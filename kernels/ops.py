@@ -11,11 +11,12 @@
     attention             several; plain torch, or the C++ kernels
     exit_score            smallest cosine of two hidden states, plain torch on any device
     residual_score        the same fused with the residual add
+    residual_verdict      both, and whether that leaves the backbone: compared with a bar in memory, and noted there
 
 Layout "triton" runs the generated kernel: compiled on a GPU, in Triton's interpreter on the CPU (slow, for tests).
 Every other layout is plain torch around the layout's own linear. An operator never falls from the one to the other by
 itself. All outputs are new tensors; the schema says what is mutated. The arguments of `kv_fill`, `decode_attention`,
-`attend` and `residual_score` are those of their functions in `triton.launch`.
+`attend`, `residual_score` and `residual_verdict` are those of their functions in `triton.launch`.
 """
 
 from __future__ import annotations
@@ -289,6 +290,9 @@ kv_fill = torch.library.custom_op("river::kv_fill", launch.kv_fill, mutates_args
 decode_attention = torch.library.custom_op("river::decode_attention", launch.decode_attention, mutates_args=())
 attend = torch.library.custom_op("river::attend", launch.attend, mutates_args=("counter", "k_cache", "v_cache"))
 residual_score = torch.library.custom_op("river::residual_score", launch.residual_score, mutates_args=())
+residual_verdict = torch.library.custom_op(
+    "river::residual_verdict", launch.residual_verdict, mutates_args=("verdict", "past")
+)
 
 
 @kv_fill.register_fake
@@ -374,7 +378,8 @@ def _(hidden: Tensor, previous: Tensor) -> Tensor:
 
 
 @residual_score.register_fake
-def _(update: Tensor, residual: Tensor, previous: Tensor) -> tuple[Tensor, Tensor]:
+@residual_verdict.register_fake
+def _(update: Tensor, residual: Tensor, previous: Tensor, *_others: Any) -> tuple[Tensor, Tensor]:
     hidden = torch.empty_like(update, memory_format=torch.contiguous_format)
     return hidden, update.new_empty((), dtype=torch.float32)
 

@@ -10,7 +10,8 @@ tensors look alike (`_chosen`). A tuning file that is written later counts in th
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
+from types import MappingProxyType
 from typing import Any
 
 import torch
@@ -393,6 +394,37 @@ def residual_score(update: Tensor, residual: Tensor, previous: Tensor) -> tuple[
     Raises:
         ValueError: tensors of different shapes or dtypes.
     """
+    return _exit_score(update, residual, previous)
+
+
+def residual_verdict(
+    update: Tensor, residual: Tensor, previous: Tensor, rule: Tensor, verdict: Tensor, past: Tensor | None
+) -> tuple[Tensor, Tensor]:
+    """Does what `residual_score` does, decides whether the score leaves, and notes that, in one launch.
+
+    Args:
+        update, residual, previous: as of `residual_score`.
+        rule: float64 ``[2]``, the bar and whether the check is asked; see :mod:`.exit_score`.
+        verdict: float32 ``[4]``, the score and in bytes 4 and 5 the booleans "leaves" and "stays". Mutated.
+        past: float32 ``[N + 1]``, the last N scores and how many there are, where their mean decides; or None. Mutated.
+
+    Returns:
+        As `residual_score`.
+
+    Raises:
+        ValueError: tensors of different shapes, or of other shapes or dtypes than these.
+    """
+    how = {"decides": True, "history": 0 if past is None else len(past) - 1}
+    return _exit_score(update, residual, previous, how, _there(rule=rule, verdict=verdict, past=past))
+
+
+def _exit_score(
+    update: Tensor,
+    residual: Tensor,
+    previous: Tensor,
+    how: Mapping[str, Any] = MappingProxyType({}),
+    others: Mapping[str, Tensor] = MappingProxyType({}),
+) -> tuple[Tensor, Tensor]:
     if not update.shape == residual.shape == previous.shape:
         shapes = ", ".join(str(tuple(t.shape)) for t in (update, residual, previous))
         raise ValueError(f"update, residual and previous have one shape; these have {shapes}")
@@ -400,9 +432,9 @@ def residual_score(update: Tensor, residual: Tensor, previous: Tensor) -> tuple[
     given = {name: tensor.reshape(-1, update.shape[-1]).contiguous() for name, tensor in inputs.items()}
     hidden = torch.empty_like(given["update"])
     score = update.new_empty(1, dtype=torch.float32)
-    given |= {"hidden": hidden, "score": score}
+    given |= {"hidden": hidden, "score": score, **others}
     rows, features = hidden.shape
-    _chosen(("exit_score",), given, 1, lambda: ExitScoreSpec(rows, features, dtype_name(update)))(given)
+    _chosen(("exit_score",), given, 1, lambda: ExitScoreSpec(rows, features, dtype_name(update), **how))(given)
     return hidden.view(update.shape), score.view(())
 
 
