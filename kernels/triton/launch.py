@@ -26,6 +26,7 @@ from .heuristic import attention_splits, best_tile, interpreter_tile, untiled
 from .kv_fill import KvFillSpec
 from .linear import LinearSpec, part_name
 from .loader import Launch, dtype_name, load
+from .shift import ShiftSpec
 from .spec import KernelSpec
 
 _MANY = 4096  # different calls that are remembered: prompts of all lengths must not fill the memory
@@ -379,6 +380,30 @@ def _attention(
         fill=fill,
         advance=advance,
     )
+
+
+def shift(k_cache: Tensor, v_cache: Tensor) -> Tensor:
+    """Moves all entries of a full window up by one slot, and returns the slot that this frees.
+
+    Args:
+        k_cache, v_cache: ``[B, J, S, D]`` of one dtype, features contiguous. Mutated; the last slot stays as it is.
+
+    Returns:
+        S - 1, int64 ``[1]``.
+
+    Raises:
+        ValueError: caches whose shapes, strides or dtypes do not fit together.
+    """
+    b, kv_heads, slots, d = k_cache.shape
+    slot = k_cache.new_empty(1, dtype=torch.int64)
+    given = {"k_cache": k_cache, "v_cache": v_cache, "slot": slot}
+
+    def describe() -> ShiftSpec:
+        strides = _cache_strides(k_cache, v_cache)
+        return ShiftSpec(b, kv_heads, kv_heads, d, slots, dtype=dtype_name(k_cache), cache_strides=strides)
+
+    _chosen(("shift",), given, 1, describe)(given)
+    return slot
 
 
 def residual_score(update: Tensor, residual: Tensor, previous: Tensor) -> tuple[Tensor, Tensor]:

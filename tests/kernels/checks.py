@@ -18,9 +18,11 @@ from river_compile.kernels.triton.exit_score import ExitScoreSpec
 from river_compile.kernels.triton.kv_fill import KvFillSpec
 from river_compile.kernels.triton.launch import rows_by_expert
 from river_compile.kernels.triton.linear import LinearSpec, part_name
+from river_compile.kernels.triton.shift import ShiftSpec
 from tests.kernels import reference
 from tests.kernels.harness import assert_close, assert_sqnr, poisoned, run_guarded
 
+KV = ("k_cache", "v_cache")
 VALUES = ("normal", "constant", "extreme", "tiny")
 
 # Runs the kernel that a spec describes on named buffers and returns them as it left them, as `run_guarded` does.
@@ -181,6 +183,17 @@ def check_slot(
     for name, cache in caches.items():
         kept, before = (c[:, :, ~written].contiguous().view(torch.uint8) for c in (result[name], cache))
         assert torch.equal(kept, before), f"{name}: another slot changed"
+
+
+def check_shift(spec: ShiftSpec, seed: int = 0, device: str = "cpu") -> None:
+    """Checks to the bit that every entry but the first lies a slot further up, and the last one where it was too."""
+    g = torch.Generator(device).manual_seed(seed)
+    sizes = (spec.batch, spec.kv_heads, spec.slots, spec.head_dim)
+    caches = {n: torch.randn(sizes, generator=g, device=device).to(getattr(torch, spec.dtype)) for n in KV}
+    result = run_guarded(spec, device=device, **caches, slot=poisoned((1,), torch.int64, device))
+    assert result["slot"].tolist() == [spec.slots - 1]
+    for name, cache in caches.items():
+        assert torch.equal(result[name], torch.cat([cache[:, :, 1:], cache[:, :, -1:]], 2)), name
 
 
 def check_attend(

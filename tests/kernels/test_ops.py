@@ -70,6 +70,7 @@ def sample_calls():
     calls["attention"] = (random(2, 3, 2, 16), k_cache, v_cache, several, 0.25, 0.0, False)
     calls["attention capped"] = (random(2, 3, 2, 16), k_cache, v_cache, several, 0.25, 2.0, False)
     calls["decode_attention masked"] = (random(2, 2, 16), k_cache, v_cache, mask, 0.25, 0.0)
+    calls["shift"] = caches()
     calls["exit_score"] = (random(2, 1, 64), random(2, 1, 64))
     calls["residual_score"] = (random(2, 1, 64), random(2, 1, 64), random(2, 1, 64))
     verdict = (random(2).double(), random(4))
@@ -92,10 +93,15 @@ def test_every_operator_has_a_sample():
 def test_mutations_stand_in_the_schema():
     mutated = {
         op: [a.name for a in getattr(river, op).default._schema.arguments if a.alias_info and a.alias_info.is_write]
-        for op in ("kv_fill", "decode_attention", "attend", "linear", "residual_score", "residual_verdict")
+        for op in ("kv_fill", "decode_attention", "attend", "shift", "linear", "residual_score", "residual_verdict")
     }
     caches = ["k_cache", "v_cache"]
-    expected = {"kv_fill": caches, "attend": ["counter", *caches], "residual_verdict": ["verdict", "past"]}
+    expected = {
+        "kv_fill": caches,
+        "shift": caches,
+        "attend": ["counter", *caches],
+        "residual_verdict": ["verdict", "past"],
+    }
     assert mutated == {"decode_attention": [], "linear": [], "residual_score": []} | expected
 
 
