@@ -35,7 +35,7 @@ ATTEND = DecodeAttentionSpec(
     2, 2, 1, 48, 70, 0.125, dtype="float32", mask=True, splits=2, block=16, advance=True,
     fill=KvFillSpec(2, 2, 1, 48, 70, dtype="float32", rotary_dim=48, rotary_dtype="float32", head_norm="rms"),
 )  # fmt: skip
-SHIFT = ShiftSpec(2, 2, 2, 40, 21, dtype="float32", block=4)
+SHIFT = ShiftSpec(2, 2, 2, 40, 22, dtype="float32", block=4)
 VERDICT = ExitScoreSpec(2, 50, "float32", decides=True)
 HISTORY = dataclasses.replace(VERDICT, history=4)
 
@@ -91,10 +91,10 @@ MUTATIONS = {
         lambda: check_attend(ATTEND, 40), r"(batch = .*)", r"\1\n    tl.store(slot_ptr, tl.load(slot_ptr) + 1)"
     ),
     "a window moved from its end": (
-        lambda: check_shift(SHIFT), r"range\(0, 20, 4\)", "range(16, -1, -4)"
+        lambda: check_shift(SHIFT), r"range\(0, 21, 4\)", "range(20, -1, -4)"
     ),
     "a window moved by two": (lambda: check_shift(SHIFT), r"\(to \+ 1\)", "(to + 2)"),
-    "a window whose last slot moves too": (lambda: check_shift(SHIFT), r"range\(0, 20, 4\)", "range(0, 24, 4)"),
+    "a window whose last slot moves too": (lambda: check_shift(SHIFT), r"to < 21", "to < 22"),
     "a NaN that exits": (lambda: check_nan_never_exits(ExitScoreSpec(3, 50), 1), r"lowest \+ invalid", "lowest"),
     "a score at its bar that leaves": (
         lambda: check_exit_verdict(VERDICT, "at"), r"float64\) > bar", "float64) >= bar"
