@@ -173,7 +173,9 @@ def _build(
     device = choose_device(program, config, captures, lowering.native, ranks)
     offloaded.check(plan, config)
     policy = _exit_policy(program, config)
-    verdicts = device and verdicts_for(plan, policy, config.launch_ahead, device, captures)
+    verdicts = None
+    if device is not None and config.launch_ahead == "device" and plan.is_decode:
+        verdicts = verdicts_for(plan, policy, device, captures)
     packed = _pack_and_judge(program, values, lowering, state, record)
     with record.stage("rewriting"):
         keep = {site.name: made.reason for site, made in packed.items() if made.reason}

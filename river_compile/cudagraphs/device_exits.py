@@ -182,13 +182,14 @@ class DeviceExits(CapturedRunner):
         # What the device has: the bars and which blocks are asked, and whether a score was given.
         self._asked: _Asked | None = None
         self._was_given = True
-        # Of the step that runs: whether it is the first one on its inputs, and its outcome.
+        # Of the step that runs: whether it is the first one on its inputs, its rule and its outcome.
         self._is_first = False
+        self._rule: Rule | None = None
         self._sent: Outcome | None = None
 
     def __enter__(self) -> None:
         super().__enter__()
-        self._is_first, self._sent = False, None
+        self._is_first, self._rule, self._sent = False, None, None
 
     def __exit__(self, kind: type[BaseException] | None, error: object, traceback: TracebackType | None) -> None:
         if kind is not None:
@@ -209,18 +210,20 @@ class DeviceExits(CapturedRunner):
             return None
         self._tell(rule, rules)
         self.launcher.launch(self.step, slots)
-        self._sent = sent = self._outcomes.send()
-        if rule.scores is not None:
-            seen = rule._replace(scores=None).seen  # (what is kept there holds no scores)
-            rule.scores.follow(lambda: seen(sent()), _PLACES)
-        return sent
+        self._rule, self._sent = rule, self._outcomes.send()
+        return self._sent
 
     def finish(self, slots: list) -> tuple:
         if self._is_first:
             self.launcher.note_run(self.step, slots)
-        if self._sent is None:  # (checks ran in pieces, by another rule than the one that they saw)
+        results = super().finish(slots)
+        sent, rule = self._sent, self._rule
+        if sent is None or rule is None:  # (checks ran in pieces, by another rule than the one that they saw)
             self.verdicts.let_go()
-        return super().finish(slots)
+        elif rule.scores is not None:
+            seen = rule._replace(scores=None).seen  # (what is kept there holds no scores)
+            rule.scores.follow(lambda: seen(sent()), _PLACES)
+        return results
 
     def _follows(self, rule: Rule) -> Tensor | None:
         """Returns a rule's rows on the device, None where a token may leave at a depth that is no fork.
@@ -298,19 +301,15 @@ class _Reading:
             return self._values
 
 
-def verdicts_for(
-    plan: DecoderPlan, policy: ExitPolicy, launch_ahead: bool | str | None, device: CaptureDevice, log: CaptureLog
-) -> Verdicts | None:
-    """Returns what a graph's decisions on the device read and write, None where the host decides.
+def verdicts_for(plan: DecoderPlan, policy: ExitPolicy, device: CaptureDevice, captures: CaptureLog) -> Verdicts | None:
+    """Returns what the decisions of decode steps read and write on a device, None where the host must decide.
 
-    Where the option `launch_ahead` asks the device to decide and it cannot, the log says why.
+    `captures` says why then.
     """
-    if launch_ahead != "device" or not plan.is_decode:
-        return None
     why = device.why_undecided() or why_host_decides(policy, plan)
     if why is None:
         return Verdicts(plan.num_blocks, plan.device, history_of(policy))
-    log.uncaptured_units["step"] = why
+    captures.uncaptured_units["step"] = why
     return None
 
 

@@ -270,6 +270,16 @@ class TestSameBits:
         check(decoder, [STAY, STAY, LEAVE, LEAVE, STAY, LEAVE])
         assert set(decoder.captured_units) == {"step"}
 
+    @pytest.mark.core
+    def test_kernels_that_decide_among_inductors_code(self, alone):
+        """Which clones nothing that they write, and is called without wrappers."""
+        decoder = Deciding(lowering="triton", criterion="history", exit_every=2)
+        steps = [(0, None, tau) for tau in (2.0, 2.0, 0.9, -1.0, 0.95, 0.9)] + [(0, 1, None), (0, None, 2.0)]
+        assert set(check_records(decoder, steps)) >= {1, LAYERS}
+        assert set(decoder.captured_units) == {"step"}
+        (graph,) = [g for g in report(decoder.model).to_dict()["graphs"] if g["kind"] == "decode"]
+        assert all(segment["direct"] for segment in graph["segments"])
+
     def test_a_compiled_depth_is_one_launch(self):
         decoder = Deciding(exit_depth=2)
         assert check_records(decoder, [(0, None, None)] * 5) == [2] * 5
@@ -538,6 +548,27 @@ class TestCaches:
             assert all(map(torch.equal, map(torch.as_tensor, a), map(torch.as_tensor, b)))
         assert decoder.step(free, 4, threshold=-1.0).isfinite().all()
         assert stats.decode.total() == counted + CAPACITY - 6 + 1
+
+    def test_scores_of_a_step_that_fails_are_forgotten(self, monkeypatch):
+        """What the device averaged with is brought there anew."""
+        decoder = Deciding(criterion="history")
+        taus = (2.0, 2.0, 2.0, 0.9, 0.92, 0.88, 0.9, 0.94)
+
+        def go(fails: int | None) -> list:
+            cache = decoder.start()
+            with river_compile.trace() as seen:
+                for i, tau in enumerate(taus):
+                    if i == fails:
+                        with monkeypatch.context() as patch:
+                            patch.setattr(decoder.runner.launcher, "fresh", lambda values: 1 / 0)
+                            with pytest.raises(ZeroDivisionError):
+                                decoder.step(cache, 9, threshold=-1.0)
+                    decoder.step(cache, 3 + i, threshold=tau)
+            return [[len(step.similarities), step.depth] for step in seen.tokens]
+
+        go(None)
+        assert "step" in decoder.captured_units
+        assert go(5) == go(None)
 
     def test_a_step_that_fails_is_forgotten(self, decoder, monkeypatch):
         """The rule that it brought may not have arrived; the next step brings its own. The one before still counts."""
