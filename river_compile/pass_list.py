@@ -56,9 +56,7 @@ def passes_for(
     if policy.needs_entropy(plan):
         passes.append(logits_entropy)
     if lowering.fuse and leaves and not lowering.native:
-        passes.append(
-            fuse_checks(verdict)
-        )  # (which takes a block's last addition with it, so before the backbone's rules)
+        passes.append(fuse_checks(verdict))  # (takes a block's last addition with it, so before the backbone's rules)
     if own_backbone:
         passes.append(fuse_backbone(lowering.dense_layout))
     if lowering.fuse and leaves:

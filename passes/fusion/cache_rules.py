@@ -1,9 +1,9 @@
 """The fusion rules around the KV cache: the write of its slots, and attention over a static cache.
 
-Slots stay device tensors; the entries of a full window move up in place, which frees its last slot. One position of each
-row is for all kernels, several are for the C++ ones alone. On a GPU, where each operator is a launch, write and attention
-become one, which counts the token too; on a CPU they are phases of a tape, and stay apart. Not handled: caches that grow
-with every token.
+Slots stay device tensors; the entries of a full window move up in place, which frees its last slot. One position of
+each row is for all kernels, several are for the C++ ones alone. On a GPU, where each operator is a launch, write and
+attention become one, which counts the token too; on a CPU they are phases of a tape, and stay apart. Not handled:
+caches that grow with every token.
 """
 
 from __future__ import annotations
