@@ -376,12 +376,16 @@ def launches_of_forks(decoder: Deciding, monkeypatch) -> list[list[str]]:
                 launched.append(function._opname)
             return function(*args, **(kwargs or {}))
 
-    device, run = decoder.runner.device, Walk._run
+    def watched(walk, *args) -> None:
+        with Watch():  # (around the whole model it would keep Dynamo away)
+            call(walk, *args)
+
+    device, run, call = decoder.runner.device, Walk._run, Walk.__call__
     when = device.when
+    monkeypatch.setattr(Walk, "__call__", watched)
     monkeypatch.setattr(Walk, "_run", staticmethod(lambda steps, slots: (run(steps, slots), launched.append("ran"))))
     monkeypatch.setattr(device, "when", lambda *args: (launched.append("when"), when(*args)))
-    with Watch():
-        decoder.step(cache, 5, threshold=2.0)
+    decoder.step(cache, 5, threshold=2.0)
     return [fork.rpartition("ran")[2].split() for fork in " ".join(launched).split("when when")[:-1]]
 
 
@@ -399,7 +403,7 @@ class TestLaunches:
         assert launches_of_forks(Deciding(), monkeypatch) == [[*self.COMPARED]] * LAYERS
 
     def test_criteria_that_ask_no_block_pay_for_none(self, monkeypatch, alone):
-        decoder = Deciding(backend=lowered(FUSED), criterion="confidence", first_exit=2)
+        decoder = Deciding(backend=lowered(FUSED), criterion="confidence")
         assert launches_of_forks(decoder, monkeypatch) == [[*self.COMPARED]] * 2
         assert not any(block.decides for block in captured(decoder.model)[-1].program.blocks)
 
