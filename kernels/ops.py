@@ -8,14 +8,16 @@
     kv_fill               q|k|v -> qk-norm, rotary embedding, cache slot; returns q and mutates the caches
     decode_attention      one query position over a static cache
     attend                both in one launch, which counts the token too
+    shift                 a full window's entries one slot further up, which frees the last; mutates the caches
     attention             several; plain torch, or the C++ kernels
     exit_score            smallest cosine of two hidden states, plain torch on any device
     residual_score        the same fused with the residual add
+    residual_verdict      both, and whether that leaves the backbone: compared with a bar in memory, and noted there
 
 Layout "triton" runs the generated kernel: compiled on a GPU, in Triton's interpreter on the CPU (slow, for tests).
 Every other layout is plain torch around the layout's own linear. An operator never falls from the one to the other by
 itself. All outputs are new tensors; the schema says what is mutated. The arguments of `kv_fill`, `decode_attention`,
-`attend` and `residual_score` are those of their functions in `triton.launch`.
+`attend`, `shift`, `residual_score` and `residual_verdict` are those of their functions in `triton.launch`.
 """
 
 from __future__ import annotations
@@ -288,7 +290,11 @@ def _(
 kv_fill = torch.library.custom_op("river::kv_fill", launch.kv_fill, mutates_args=("k_cache", "v_cache"))
 decode_attention = torch.library.custom_op("river::decode_attention", launch.decode_attention, mutates_args=())
 attend = torch.library.custom_op("river::attend", launch.attend, mutates_args=("counter", "k_cache", "v_cache"))
+shift = torch.library.custom_op("river::shift", launch.shift, mutates_args=("k_cache", "v_cache"))
 residual_score = torch.library.custom_op("river::residual_score", launch.residual_score, mutates_args=())
+residual_verdict = torch.library.custom_op(
+    "river::residual_verdict", launch.residual_verdict, mutates_args=("verdict", "past")
+)
 
 
 @kv_fill.register_fake
@@ -308,6 +314,11 @@ def _(
 ) -> Tensor:
     b, kv_heads, _, d = k_cache.shape
     return qkv.new_empty((b, qkv.shape[-1] // d - 2 * kv_heads, d))
+
+
+@shift.register_fake
+def _(k_cache: Tensor, v_cache: Tensor) -> Tensor:
+    return k_cache.new_empty(1, dtype=torch.int64)
 
 
 @torch.library.custom_op("river::attention", mutates_args=())
@@ -374,7 +385,8 @@ def _(hidden: Tensor, previous: Tensor) -> Tensor:
 
 
 @residual_score.register_fake
-def _(update: Tensor, residual: Tensor, previous: Tensor) -> tuple[Tensor, Tensor]:
+@residual_verdict.register_fake
+def _(update: Tensor, residual: Tensor, previous: Tensor, *_others: Any) -> tuple[Tensor, Tensor]:
     hidden = torch.empty_like(update, memory_format=torch.contiguous_format)
     return hidden, update.new_empty((), dtype=torch.float32)
 

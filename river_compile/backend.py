@@ -21,7 +21,7 @@ from torch._inductor.compile_fx import compile_fx
 from tqdm import tqdm
 
 from river_compile.cudagraphs.device import CaptureLog
-from river_compile.cudagraphs.device_exits import captured_runner
+from river_compile.cudagraphs.device_exits import captured_runner, verdicts_for
 from river_compile.cudagraphs.launcher import Launcher
 from river_compile.cudagraphs.runner import choose_device
 from river_compile.distributed.ranks import Ranks, ranks_of
@@ -173,10 +173,14 @@ def _build(
     device = choose_device(program, config, captures, lowering.native, ranks)
     offloaded.check(plan, config)
     policy = _exit_policy(program, config)
+    verdicts = None
+    if device is not None and config.launch_ahead == "device" and plan.is_decode:
+        verdicts = verdicts_for(plan, policy, device, captures)
     packed = _pack_and_judge(program, values, lowering, state, record)
     with record.stage("rewriting"):
         keep = {site.name: made.reason for site, made in packed.items() if made.reason}
-        program = _rewritten(program, config, passes_for(config, plan, lowering, keep))
+        passes = passes_for(config, plan, lowering, keep, () if verdicts is None else verdicts.operands)
+        program = _rewritten(program, config, passes)
     segments = policy.reachable(program)
     if plan.is_decode:
         with state.of(PackedWeights).moving():
@@ -192,6 +196,7 @@ def _build(
             record.packed_bytes += sum(tensor.nbytes for tensor in weights)
             record.token_bytes += bytes_of_token(segment, weights, len(segment.inputs))
             weights += [wanted.list] if wanted is not None and segment.chooses_logits else []
+            weights += verdicts.of(segment.depth) if verdicts is not None and segment.decides else []
             steps[segment] = streamer.step(segment, compiler.compile(segment, weights), weights, program.slots)
     record.describe(program, compiler.compiled)
     record.put(GraphTwins(packed.values()))
@@ -205,7 +210,7 @@ def _build(
         runner = RankRunner(program, steps, ranks, config.check_ranks)
     if device is not None:
         launcher = Launcher(program, device, captures, config.max_captures)
-        runner = captured_runner(program, steps, launcher, policy, config.launch_ahead, plain=runner)
+        runner = captured_runner(program, steps, launcher, policy, config.launch_ahead, verdicts, plain=runner)
     watch = TwinWatch(packed, program.slots, state) if packed else None
     executor = RiverExecutor(
         program,

@@ -20,10 +20,12 @@ one token.
 from __future__ import annotations
 
 import contextlib
+import functools
+import operator
 import sys
 import threading
-from collections import deque
-from collections.abc import Iterator
+from collections import defaultdict, deque
+from collections.abc import Callable, Iterable, Iterator
 from dataclasses import dataclass, field, replace
 from typing import Any, ClassVar
 
@@ -38,18 +40,68 @@ WHOLE = sys.maxsize  # a forced depth: every block, however many there are
 Threshold = float | tuple[float, ...]  # a tuple has one for each depth, see threshold_after
 
 
+class Scores:
+    """The last similarities that one sequence had at each depth.
+
+    Where the device decides, it keeps the same numbers, and the host learns them later.
+
+    Attributes:
+        holder: of the device's numbers, where these are the newest; None where the host has newer ones.
+    """
+
+    def __init__(self) -> None:
+        self._seen: defaultdict[int, deque[float]] = defaultdict(lambda: deque(maxlen=HISTORY))
+        self._later: deque[Callable[[], Iterable[tuple[int, float]]]] = deque()
+        self.holder: object | None = None
+
+    def add(self, depth: int, score: float) -> None:
+        """Takes in the score that the host sees at a depth."""
+        self._read(0)
+        self.holder = None
+        self._seen[depth].append(score)
+
+    def at(self, depth: int) -> tuple[float, ...]:
+        """Returns the last scores at a depth, newest last; waits for those that the device has."""
+        self._read(0)
+        return tuple(self._seen[depth])
+
+    def mean(self, depth: int) -> float:
+        """Returns the mean of the last scores at a depth, of which there is one at least.
+
+        They are added up from the oldest on, as devices do. (`sum` rounds otherwise from Python 3.12 on.)
+        """
+        seen = self.at(depth)
+        return functools.reduce(operator.add, seen) / len(seen)
+
+    def follow(self, read: Callable[[], Iterable[tuple[int, float]]], unread: int) -> None:
+        """Takes in what a step saw on the device, depths and scores.
+
+        Args:
+            read: waits for the step and returns them.
+            unread: so many steps, the newest, are not read before somebody asks.
+        """
+        self._later.append(read)
+        self._read(unread)
+
+    def _read(self, unread: int) -> None:
+        while len(self._later) > unread:
+            for depth, score in self._later.popleft()():
+                if score == score:
+                    self._seen[depth].append(score)
+
+
 @dataclass
 class Memory:
     """What is remembered of one sequence.
 
     Attributes:
         entropy: of the last step's logits, in nats, a scalar tensor; None before any.
-        scores: the last similarities seen at each depth, newest last.
+        scores: the last similarities at each depth.
         entries: what fills remember, each under its own class.
     """
 
     entropy: Tensor | None = None
-    scores: dict[int, deque[float]] = field(default_factory=dict)
+    scores: Scores = field(default_factory=Scores)
     entries: dict[type, Any] = field(default_factory=dict)
 
 
@@ -110,9 +162,8 @@ class History(Similarity):
     def leaves(self, depth: int, score: float, threshold: float, memory: Memory) -> bool:
         if score != score:  # NaN: it would stay in the mean for several tokens
             return False
-        scores = memory.scores.setdefault(depth, deque(maxlen=HISTORY))
-        scores.append(score)
-        return sum(scores) / len(scores) > threshold
+        memory.scores.add(depth, score)
+        return memory.scores.mean(depth) > threshold
 
 
 class Confidence(Criterion):

@@ -10,7 +10,8 @@ tensors look alike (`_chosen`). A tuning file that is written later counts in th
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
+from types import MappingProxyType
 from typing import Any
 
 import torch
@@ -25,6 +26,7 @@ from .heuristic import attention_splits, best_tile, interpreter_tile, untiled
 from .kv_fill import KvFillSpec
 from .linear import LinearSpec, part_name
 from .loader import Launch, dtype_name, load
+from .shift import ShiftSpec
 from .spec import KernelSpec
 
 _MANY = 4096  # different calls that are remembered: prompts of all lengths must not fill the memory
@@ -380,6 +382,30 @@ def _attention(
     )
 
 
+def shift(k_cache: Tensor, v_cache: Tensor) -> Tensor:
+    """Moves all entries of a full window up by one slot, and returns the slot that this frees.
+
+    Args:
+        k_cache, v_cache: ``[B, J, S, D]`` of one dtype, features contiguous. Mutated; the last slot stays as it is.
+
+    Returns:
+        S - 1, int64 ``[1]``.
+
+    Raises:
+        ValueError: caches whose shapes, strides or dtypes do not fit together.
+    """
+    b, kv_heads, slots, d = k_cache.shape
+    slot = k_cache.new_empty(1, dtype=torch.int64)
+    given = {"k_cache": k_cache, "v_cache": v_cache, "slot": slot}
+
+    def describe() -> ShiftSpec:
+        strides = _cache_strides(k_cache, v_cache)
+        return ShiftSpec(b, kv_heads, kv_heads, d, slots, dtype=dtype_name(k_cache), cache_strides=strides)
+
+    _chosen(("shift",), given, 1, describe)(given)
+    return slot
+
+
 def residual_score(update: Tensor, residual: Tensor, previous: Tensor) -> tuple[Tensor, Tensor]:
     """Adds a residual and measures the exit score, in one launch (on the CPU: in Triton's interpreter).
 
@@ -393,6 +419,37 @@ def residual_score(update: Tensor, residual: Tensor, previous: Tensor) -> tuple[
     Raises:
         ValueError: tensors of different shapes or dtypes.
     """
+    return _exit_score(update, residual, previous)
+
+
+def residual_verdict(
+    update: Tensor, residual: Tensor, previous: Tensor, rule: Tensor, verdict: Tensor, past: Tensor | None
+) -> tuple[Tensor, Tensor]:
+    """Does what `residual_score` does, decides whether the score leaves, and notes that, in one launch.
+
+    Args:
+        update, residual, previous: as of `residual_score`.
+        rule: float64 ``[2]``, the bar and whether the check is asked; see :mod:`.exit_score`.
+        verdict: float32 ``[4]``, the score and in bytes 4 and 5 the booleans "leaves" and "stays". Mutated.
+        past: float32 ``[N + 1]``, the last N scores and how many there are, where their mean decides; or None. Mutated.
+
+    Returns:
+        As `residual_score`.
+
+    Raises:
+        ValueError: tensors of different shapes, or of other shapes or dtypes than these.
+    """
+    how = {"decides": True, "history": 0 if past is None else len(past) - 1}
+    return _exit_score(update, residual, previous, how, _there(rule=rule, verdict=verdict, past=past))
+
+
+def _exit_score(
+    update: Tensor,
+    residual: Tensor,
+    previous: Tensor,
+    how: Mapping[str, Any] = MappingProxyType({}),
+    others: Mapping[str, Tensor] = MappingProxyType({}),
+) -> tuple[Tensor, Tensor]:
     if not update.shape == residual.shape == previous.shape:
         shapes = ", ".join(str(tuple(t.shape)) for t in (update, residual, previous))
         raise ValueError(f"update, residual and previous have one shape; these have {shapes}")
@@ -400,9 +457,9 @@ def residual_score(update: Tensor, residual: Tensor, previous: Tensor) -> tuple[
     given = {name: tensor.reshape(-1, update.shape[-1]).contiguous() for name, tensor in inputs.items()}
     hidden = torch.empty_like(given["update"])
     score = update.new_empty(1, dtype=torch.float32)
-    given |= {"hidden": hidden, "score": score}
+    given |= {"hidden": hidden, "score": score, **others}
     rows, features = hidden.shape
-    _chosen(("exit_score",), given, 1, lambda: ExitScoreSpec(rows, features, dtype_name(update)))(given)
+    _chosen(("exit_score",), given, 1, lambda: ExitScoreSpec(rows, features, dtype_name(update), **how))(given)
     return hidden.view(update.shape), score.view(())
 
 

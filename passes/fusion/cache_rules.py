@@ -1,8 +1,9 @@
 """The fusion rules around the KV cache: the write of its slots, and attention over a static cache.
 
-Slots stay device tensors. One position of each row is for all kernels, several are for the C++ ones alone. On a GPU,
-where each operator is a launch, write and attention become one, which counts the token too; on a CPU they are phases of
-a tape, and stay apart. Not handled: caches that grow with every token.
+Slots stay device tensors; the entries of a full window move up in place, which frees its last slot. One position of
+each row is for all kernels, several are for the C++ ones alone. On a GPU, where each operator is a launch, write and
+attention become one, which counts the token too; on a CPU they are phases of a tape, and stay apart. Not handled:
+caches that grow with every token.
 """
 
 from __future__ import annotations
@@ -105,7 +106,7 @@ def fuse_kv_fill(view: BlockView) -> fx.Node:
     moved = _users_before(q.node, last)
     _check_heads(q, k, v, entries)
     _check_reads(entries, last)
-    fused = _write((q, k, v), entries, last, moved)
+    fused = _write((q, k, v), entries, last, moved, view.native)
     for entry in entries:
         view.entries[entry.cache] = replace(entry, value=k.columns.product, writer=fused, moved=None)
     return fused
@@ -169,6 +170,7 @@ def _write(
     entries: tuple[CacheEntry, CacheEntry],
     last: fx.Node,
     moved: list[fx.Node],
+    native: bool,
 ) -> fx.Node:
     q, k, v = heads
     product, batch, (_, dim) = k.columns.product, value_of(entries[0].cache).shape[0], _fixed_sizes(entries[0].cache)
@@ -184,7 +186,7 @@ def _write(
             qkv_value = value_of(product)[..., start:stop]
             qkv = call(operator.getitem, (product, (Ellipsis, slice(start, stop))), qkv_value, product)
         caches = [entry.cache for entry in entries]
-        arguments = (qkv, *weights, *tables, _slot(entries[0]), *caches, *how)
+        arguments = (qkv, *weights, *tables, _slot(entries, native), *caches, *how)
         arguments += (k.rotation is not None and k.rotation.interleaved,)
         several = _positions(q.node) != 1
         positions = value_of(entries[0].value).shape[2]
@@ -198,6 +200,9 @@ def _write(
     for entry in entries:
         entry.writer.replace_all_uses_with(entry.cache)
         drop_unused(entry.writer)
+        if entry.moved is not None and not native:
+            entry.moved.replace_all_uses_with(entry.cache)
+            drop_unused(entry.moved)
     return fused
 
 
@@ -205,13 +210,19 @@ def _exchanged(node: fx.Node) -> fx.Node:
     return call(torch.transpose, (node, 1, 2), value_of(node).transpose(1, 2), node)
 
 
-def _slot(entry: CacheEntry) -> fx.Node:
-    """Returns the slot that is written, as a tensor of one number on the cache's device."""
-    if isinstance(entry.slot, fx.Node):
-        return entry.slot
-    like = value_of(entry.cache)
+def _slot(entries: tuple[CacheEntry, CacheEntry], native: bool) -> fx.Node:
+    """Returns the slot that is written, as a tensor of one number on the cache's device.
+
+    Of a full window it is the last one, which an operator frees; the C++ kernels recognise the moves themselves.
+    """
+    slot, caches = entries[0].slot, tuple(entry.cache for entry in entries)
+    if isinstance(slot, fx.Node):
+        return slot
+    like = value_of(caches[0])
     value = like.new_empty((1,), dtype=torch.int64)
-    return call(torch.full, ((1,), entry.slot), value, entry.cache, dtype=torch.int64, device=like.device)
+    if not native:
+        return call(torch.ops.river.shift.default, caches, value, caches[0])
+    return call(torch.full, ((1,), slot), value, caches[0], dtype=torch.int64, device=like.device)
 
 
 def fuse_attention(view: BlockView) -> fx.Node:

@@ -81,13 +81,23 @@ def _fused(program: RiverProgram, dense_layout: str) -> RiverProgram:
     return replace(program, twins=tuple(twins), river_head=head, fusions=(*program.fusions, *fusions))
 
 
-def fuse_checks(program: RiverProgram) -> RiverProgram:
-    """Fuses the exit checks of decode steps with the additions before them."""
-    if not program.plan.is_decode:
-        return program
-    blocks = tuple(block.copy() if block.has_score else block for block in program.blocks)
-    fusions = [fusion for block in blocks if block.has_score for fusion in _apply(block, [fuse_exit_score])]
-    return replace(program, blocks=blocks, fusions=(*program.fusions, *fusions))
+def fuse_checks(verdict: Sequence[str] = ()) -> Pass:
+    """Makes the pass below; where the device decides, `verdict` names what the checks' kernels then take beside."""
+
+    def fuse_checks(program: RiverProgram) -> RiverProgram:
+        """Fuses the exit checks of decode steps with the additions before them."""
+        if not program.plan.is_decode:
+            return program
+        blocks, fusions = [], []
+        for block in program.blocks:
+            fused = block.copy() if block.has_score else block
+            done = _apply(fused, [fuse_exit_score(verdict)]) if block.has_score else []
+            decides = bool(verdict) and any(not fusion.missed for fusion in done)
+            blocks.append(replace(fused, decides=True) if decides else fused)
+            fusions += done
+        return replace(program, blocks=tuple(blocks), fusions=(*program.fusions, *fusions))
+
+    return fuse_checks
 
 
 def _fused_block(segment: Segment, rules: Sequence[Rule]) -> tuple[Segment, list[Fusion]]:

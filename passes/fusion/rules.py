@@ -7,7 +7,7 @@ nothing. docs/lowering.md lists what each one matches. Not handled: names of mod
 from __future__ import annotations
 
 import operator
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import replace
 
 import torch
@@ -16,7 +16,7 @@ from torch import Tensor, fx
 
 from river_compile.kernels import ops  # noqa: F401  (registers the operators)
 from river_compile.kernels.quant.layouts import NATIVE_LAYOUTS
-from river_compile.passes.edits import Missed, call, drop_unused, put, require, reshaped, way_down
+from river_compile.passes.edits import Missed, add_placeholders, call, drop_unused, put, require, reshaped, way_down
 from river_compile.passes.nodes import (
     before_views,
     called,
@@ -91,26 +91,35 @@ def fuse_head(dense_layout: str) -> Rule:
     return fuse_head
 
 
-def fuse_exit_score(view: BlockView) -> fx.Node:
-    """exit score."""
-    graph = view.graph
-    score = next(n for n in graph.nodes if n.target is torch.ops.river.exit_score.default)
-    hidden, previous = score.args
-    total = before_views(hidden)
-    found = operands(total, operator.add)
-    if found is None or not all(same_size(n, total) for n in found):
-        raise Missed("the block does not end with the addition of two values of one shape and dtype", hidden)
-    similarity = value_of(hidden).new_empty((), dtype=torch.float32)
-    with graph.inserting_before(total):
-        residual, update, before = (reshaped(n, total) for n in (*found, previous))
-        value = (value_of(total), similarity)
-        fused = call(torch.ops.river.residual_score.default, (update, residual, before), value, total)
-        parts = [call(operator.getitem, (fused, i), value[i], total) for i in range(2)]
-    score.replace_all_uses_with(parts[1])
-    graph.erase_node(score)
-    total.replace_all_uses_with(parts[0])
-    drop_unused(total)
-    return fused
+def fuse_exit_score(verdict: Sequence[str]) -> Rule:
+    """Makes the rule of exit checks; `verdict` names a verdict's operands in order, none where the host decides."""
+
+    def fuse_exit_score(view: BlockView) -> fx.Node:
+        """exit score."""
+        graph = view.graph
+        score = next(n for n in graph.nodes if n.target is torch.ops.river.exit_score.default)
+        hidden, previous = score.args
+        total = before_views(hidden)
+        found = operands(total, operator.add)
+        if found is None or not all(same_size(n, total) for n in found):
+            raise Missed("the block does not end with the addition of two values of one shape and dtype", hidden)
+        target: Callable = torch.ops.river.residual_score.default
+        others: list[fx.Node | None] = []
+        if verdict:
+            target = torch.ops.river.residual_verdict.default
+            others = [*add_placeholders(graph, verdict), *[None] * (3 - len(verdict))]
+        value = (value_of(total), value_of(hidden).new_empty((), dtype=torch.float32))
+        with graph.inserting_before(total):
+            residual, update, before = (reshaped(n, total) for n in (*found, previous))
+            fused = call(target, (update, residual, before, *others), value, total)
+            parts = [call(operator.getitem, (fused, i), value[i], total) for i in range(2)]
+        score.replace_all_uses_with(parts[1])
+        graph.erase_node(score)
+        total.replace_all_uses_with(parts[0])
+        drop_unused(total)
+        return fused
+
+    return fuse_exit_score
 
 
 def _only(products: list[fx.Node], what: str) -> fx.Node:

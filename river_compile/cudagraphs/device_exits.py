@@ -4,9 +4,10 @@
         where it leaves: the twins of the others and the river's head; where that leaves doubt, the backbone once more
         where it stays: blocks up to the next fork, ... and after the last one the head
 
-A *fork* is a depth at which tokens may part. Its bars lie on the device, so another threshold or a forced depth is a
-copy and no capture. A step is one launch and no wait: nothing runs in vain, and nothing is taken back. How it went is
-copied to the host, which reads it when somebody asks, or at the next but one step.
+A *fork* is a depth at which tokens may part. Its bar lies on the device, so another threshold or a forced depth is a
+copy and no capture. An exit check's kernel compares by itself (:mod:`river_compile.cudagraphs.verdicts`). A step is one
+launch and no wait: nothing runs in vain, and nothing is taken back. How it went is copied to the host, which reads it
+when somebody asks, or at the next but one step.
 
 The first step on a cache runs in pieces, as :mod:`river_compile.cudagraphs.runner` runs them. Before the capture both
 ways are rehearsed, as a capture can load no kernel; the blocks' writes are taken back. What the graph cannot do keeps
@@ -28,20 +29,23 @@ from types import TracebackType
 import torch
 from torch import Tensor
 
-from river_compile.exit_rule import ALWAYS, NEVER, Rule, forks, why_host_decides
+from river_compile.exit_rule import ALWAYS, NEVER, Rule, forks, history_of, why_host_decides
 from river_compile.exits import ExitPolicy
-from river_compile.passes.program import RiverProgram, Segment
+from river_compile.passes.program import DecoderPlan, RiverProgram, Segment
 from river_compile.runtime.runner import Outcome, Runner, Step
 from river_compile.runtime.slots import SCORE, WrittenInPlace
 
-from .device import CaptureDevice
+from .device import CaptureDevice, CaptureLog
 from .launch_ahead import LaunchAhead
 from .launcher import Launcher
 from .partition import Unit, When, copy_into
 from .runner import CapturedRunner
+from .verdicts import Verdicts
 
 _PLACES = 2  # steps whose outcomes may wait to be read
-_RULES = 64  # whose bars are kept on the device
+_RULES = 64  # whose rows are kept on the device
+
+_Asked = tuple[tuple[float, ...], tuple[int, ...]]  # of a rule: the bars, and the depths with a score that is asked for
 
 
 class Walk:
@@ -53,11 +57,7 @@ class Walk:
         forks: depths at which tokens may part, ascending.
         last: blocks that a token executes at most.
         doubts: whether the backbone may have to run after the river.
-
-    Attributes:
-        bars: float64 ``[L + 1]``, the rule (:mod:`river_compile.exit_rule`).
-        given: float32 scalar, the score where a fork has none of its own.
-        outcome: float32 ``[L + 2]``: the score at each fork, the entropy of a river that may be doubted, the depth.
+        verdicts: what the forks read and write.
     """
 
     def __init__(
@@ -67,33 +67,34 @@ class Walk:
         forks: tuple[int, ...],
         last: int,
         doubts: bool,
+        verdicts: Verdicts,
     ) -> None:
-        self.forks, self.last, self._doubts = forks, last, doubts
+        self.forks, self.last, self._doubts, self.verdicts = forks, last, doubts, verdicts
         self._num_blocks = program.plan.num_blocks
         self._prologue = steps.get(program.prologue)
         self._blocks = [steps.get(block) for block in program.blocks]
         self._twins = [steps.get(twin) for twin in program.twins]
         self._head, self._river_head = steps.get(program.head), steps.get(program.river_head or program.head)
         self._in_place = WrittenInPlace(program)
-        with torch.inference_mode(False), torch.device(program.plan.device):
-            self.bars = torch.full((self._num_blocks + 1,), NEVER, dtype=torch.float64)
-            self.given = torch.full((), math.nan, dtype=torch.float32)
-            self.outcome = torch.full((self._num_blocks + 2,), math.nan, dtype=torch.float32)
 
     def __call__(self, slots: list, outputs: Mapping[int, Tensor], when: When) -> None:
-        """Runs a step on slots, copies its results into buffers, by slot, and notes the outcome."""
+        """Runs a step on slots, and copies its results into buffers, by slot."""
         self._run([self._prologue] if self._prologue is not None else [], slots)
         self._go_on(slots, outputs, when, 0, self.forks)
 
     def rehearse(self, slots: list) -> None:
         """Runs every segment, in vain: as a token that leaves at once and is doubted, and as one that never leaves."""
-        saved = self._in_place.save(slots, 0)
+        saved, rules = self._in_place.save(slots, 0), self.verdicts.rules
         for first, doubt in ((ALWAYS, -NEVER), (NEVER, ALWAYS)):
-            self.bars.fill_(NEVER)
-            self.bars[:1].fill_(first)
-            self.bars[self._num_blocks :].fill_(doubt)
+            self.verdicts.forbid()
+            rules[0, 0] = first
+            rules[self._num_blocks, 0] = doubt
             self(list(slots), {}, _now)
             self._in_place.rewind(slots, 0, self._num_blocks, saved)
+
+    def read(self, outcome: Tensor) -> list[float]:
+        """Returns what :meth:`Rule.taken` takes, given a copy of the outcome in host memory."""
+        return self.verdicts.read(outcome, self.forks, self.last, self._doubts)
 
     def _go_on(self, slots: list, outputs: Mapping[int, Tensor], when: When, done: int, forks: tuple[int, ...]) -> None:
         """Runs the blocks after `done` up to the next fork, and what lies behind it."""
@@ -103,11 +104,11 @@ class Walk:
             self._answer(slots, outputs, when, here)
             return
         block = self._blocks[here - 1] if here else None
-        score = slots[SCORE] if block is not None and block.segment.has_score else self.given
-        copy_into([self.outcome[here]], [score])
-        stays = stays_at(score, self.bars[here])
-        when(~stays, lambda own: self._answer(own, outputs, when, here), slots)
-        when(stays, lambda own: self._go_on(own, outputs, when, here, forks[1:]), slots)
+        if block is None or not block.segment.decides:
+            has_score = block is not None and block.segment.has_score
+            self.verdicts.decide(here, slots[SCORE] if has_score else self.verdicts.given)
+        when(self.verdicts.leaves(here), lambda own: self._answer(own, outputs, when, here), slots)
+        when(self.verdicts.stays(here), lambda own: self._go_on(own, outputs, when, here, forks[1:]), slots)
 
     def _answer(self, slots: list, outputs: Mapping[int, Tensor], when: When, depth: int) -> None:
         """Runs what a token runs that leaves after `depth` blocks, and what its answer makes necessary."""
@@ -115,22 +116,22 @@ class Walk:
         may_doubt = self._doubts and leaves
         saved = self._in_place.save(slots, depth) if may_doubt else ()
         self._run([*self._twins[depth:], self._river_head] if leaves else [self._head], slots)
-        self._note(slots, outputs, depth)
+        self._hand_over(slots, outputs)
         if not may_doubt:
             return
 
         def once_more(own: list) -> None:
             self._in_place.rewind(own, depth, self._num_blocks, saved)
             self._run([*self._blocks[depth:], self._head], own)
-            self._note(own, outputs, self._num_blocks)
+            self._hand_over(own, outputs)
 
-        copy_into([self.outcome[self._num_blocks]], [slots[SCORE]])
-        when(doubted_at(slots[SCORE], self.bars[self._num_blocks]), once_more, slots)
+        self.verdicts.doubt(slots[SCORE])
+        when(self.verdicts.leaves(self._num_blocks), once_more, slots)
 
-    def _note(self, slots: list, outputs: Mapping[int, Tensor], depth: int) -> None:
-        """Copies a step's results into buffers and notes its depth."""
+    @staticmethod
+    def _hand_over(slots: list, outputs: Mapping[int, Tensor]) -> None:
+        """Copies a step's results into buffers."""
         copy_into([*outputs.values()], [slots[index] for index in outputs])
-        self.outcome[self._num_blocks + 1].fill_(depth)
 
     @staticmethod
     def _run(steps: Sequence[Step | None], slots: list) -> None:
@@ -154,6 +155,7 @@ class DeviceExits(CapturedRunner):
 
     Args:
         policy: of the graph, for its forks. (What a step does, its rule says.)
+        verdicts: what the program's checks note their verdicts in, where their kernels do.
     """
 
     decides = True
@@ -165,91 +167,107 @@ class DeviceExits(CapturedRunner):
         launcher: Launcher,
         ahead: LaunchAhead,
         policy: ExitPolicy,
+        verdicts: Verdicts,
         plain: Runner | None = None,
     ) -> None:
         super().__init__(program, steps, launcher, ahead, policy.deepest, plain)
         last = policy.last(program.plan.num_blocks) if policy.fixed_depth is None else policy.fixed_depth
         alone = None if self.units.prologue is None else program.prologue
         inside = {segment: step for segment, step in steps.items() if segment is not alone}
-        self.walk = Walk(program, inside, forks(policy, program.plan), last, policy.may_doubt)
+        self.verdicts = verdicts
+        self.walk = Walk(program, inside, forks(policy, program.plan), last, policy.may_doubt, verdicts)
         self.step = WholeStep(**vars(self.units.step(last)), walk=self.walk)
-        self._kept: OrderedDict[tuple[float, ...], Tensor | None] = OrderedDict()
-        self._outcomes = _Outcomes(self.device, self.walk.outcome)
-        # What the device has: the bars, and whether a score was given.
-        self._bars: tuple[float, ...] | None = None
+        self._kept: OrderedDict[_Asked, Tensor | None] = OrderedDict()
+        self._outcomes = _Outcomes(self.device, verdicts.outcome, self.walk.read)
+        # What the device has: the bars and which blocks are asked, and whether a score was given.
+        self._asked: _Asked | None = None
         self._was_given = True
-        # Of the step that runs: whether it is the first one on its inputs, and its outcome.
+        # Of the step that runs: whether it is the first one on its inputs, its rule and its outcome.
         self._is_first = False
+        self._rule: Rule | None = None
         self._sent: Outcome | None = None
 
     def __enter__(self) -> None:
         super().__enter__()
-        self._is_first, self._sent = False, None
+        self._is_first, self._rule, self._sent = False, None, None
 
     def __exit__(self, kind: type[BaseException] | None, error: object, traceback: TracebackType | None) -> None:
         if kind is not None:
-            self._bars, self._was_given = None, True
+            self._asked, self._was_given = None, True
             self._outcomes.forget(self._sent)
+            self.verdicts.let_go()
         super().__exit__(kind, error, traceback)
 
     def _buffers(self) -> list[Tensor]:
-        return [*super()._buffers(), self.walk.given, self.walk.outcome]
+        return [*super()._buffers(), self.verdicts.given, self.verdicts.outcome]
 
     def whole(self, slots: list, rule: Rule) -> Outcome | None:
-        bars = self._follows(rule.bars)
-        if bars is None:
+        rules = self._follows(rule)
+        if rules is None:
             return None
         if not self.launcher.capture(self.step, slots, lambda: self._rehearse(slots)):
             self._is_first = True
             return None
-        self._tell(rule, bars)
+        self._tell(rule, rules)
         self.launcher.launch(self.step, slots)
-        self._sent = self._outcomes.send()
+        self._rule, self._sent = rule, self._outcomes.send()
         return self._sent
 
     def finish(self, slots: list) -> tuple:
         if self._is_first:
             self.launcher.note_run(self.step, slots)
-        return super().finish(slots)
+        results = super().finish(slots)
+        sent, rule = self._sent, self._rule
+        if sent is None or rule is None:  # (checks ran in pieces, by another rule than the one that they saw)
+            self.verdicts.let_go()
+        elif rule.scores is not None:
+            seen = rule._replace(scores=None).seen  # (what is kept there holds no scores)
+            rule.scores.follow(lambda: seen(sent()), _PLACES)
+        return results
 
-    def _follows(self, bars: tuple[float, ...]) -> Tensor | None:
-        """Returns bars on the device, None where a token may leave at a depth that is no fork.
+    def _follows(self, rule: Rule) -> Tensor | None:
+        """Returns a rule's rows on the device, None where a token may leave at a depth that is no fork.
 
         To bring new ones there the host waits for what was launched; they are kept for the next time.
         """
-        if bars not in self._kept:
-            walk, leaving = self.walk, [depth for depth, bar in enumerate(bars[:-1]) if bar != NEVER]
-            here = {*walk.forks, walk.last}.issuperset(leaving)
-            self._kept[bars] = torch.tensor(bars, dtype=walk.bars.dtype, device=walk.bars.device) if here else None
+        asked = rule.bars, rule.asked
+        if asked not in self._kept:
+            walk, leaving = self.walk, [depth for depth, bar in enumerate(rule.bars[:-1]) if bar != NEVER]
+            here, rules = {*walk.forks, walk.last}.issuperset(leaving), self.verdicts.rules
+            rows = [[bar, depth in rule.asked] for depth, bar in enumerate(rule.bars)]
+            self._kept[asked] = torch.tensor(rows, dtype=rules.dtype, device=rules.device) if here else None
             if len(self._kept) > _RULES:
                 self._kept.popitem(last=False)
-        return self._kept[bars]
+        return self._kept[asked]
 
-    def _tell(self, rule: Rule, bars: Tensor) -> None:
-        """Brings a rule to where the next launch reads it."""
-        walk, given = self.walk, rule.given
-        if rule.bars != self._bars:
-            self.device.run(lambda: walk.bars.copy_(bars))
-            self._bars = rule.bars
+    def _tell(self, rule: Rule, rules: Tensor) -> None:
+        """Brings a rule to where the next launch reads it, and the scores that it counts."""
+        verdicts, given, asked = self.verdicts, rule.given, (rule.bars, rule.asked)
+        if asked != self._asked:
+            self.device.run(lambda: verdicts.rules.copy_(rules))
+            self._asked = asked
         if given is not None:
-            self.device.run(lambda: walk.given.copy_(given))
+            self.device.run(lambda: verdicts.given.copy_(given))
         elif self._was_given:
-            self.device.run(lambda: walk.given.fill_(math.nan))
+            self.device.run(lambda: verdicts.given.fill_(math.nan))
         self._was_given = given is not None
+        past, rows = verdicts.past, None if rule.scores is None else verdicts.hold(rule.scores)
+        if past is not None and rows is not None:
+            self.device.run(lambda: past.copy_(rows))
 
     def _rehearse(self, slots: list) -> None:
         if self.walk.forks and self.device.needs_a_run:
-            own, self._bars = list(slots), None
+            own, self._asked = list(slots), None
             self.device.run(lambda: self.walk.rehearse(own))
 
 
 class _Outcomes:
     """Brings outcomes to places in host memory, in turn; each is read before another step's takes its place."""
 
-    def __init__(self, device: CaptureDevice, outcome: Tensor) -> None:
-        self._device, self._outcome = device, outcome
+    def __init__(self, device: CaptureDevice, outcome: Tensor, read: Callable[[Tensor], list[float]]) -> None:
+        self._device, self._outcome, self._read = device, outcome.view(-1), read
         self._places: deque[tuple[Tensor, _Reading | None]] = deque()
-        self._places += [(device.flags(len(outcome)), None) for _ in range(_PLACES)]
+        self._places += [(device.flags(outcome.numel()), None) for _ in range(_PLACES)]
 
     def send(self) -> Outcome:
         """Copies the outcome of what was launched last, and returns what waits for that and reads it."""
@@ -257,7 +275,7 @@ class _Outcomes:
         if before is not None:
             before()
         self._device.run(lambda: place.copy_(self._outcome, non_blocking=True))
-        reading = _Reading(self._device, place)
+        reading = _Reading(self._device, place, self._read)
         self._places.append((place, reading))
         return reading
 
@@ -269,8 +287,8 @@ class _Outcomes:
 class _Reading:
     """Reads a place once the device has written to it, and remembers what was there."""
 
-    def __init__(self, device: CaptureDevice, place: Tensor) -> None:
-        self._device, self._place, self._mark = device, place, device.mark()
+    def __init__(self, device: CaptureDevice, place: Tensor, read: Callable[[Tensor], list[float]]) -> None:
+        self._device, self._place, self._mark, self._read = device, place, device.mark(), read
         self._values: list[float] | None = None
         self._lock = threading.Lock()
 
@@ -278,9 +296,21 @@ class _Reading:
         with self._lock:
             if self._values is None:
                 self._device.wait(self._mark)
-                self._values = self._place.tolist()
+                self._values = self._read(self._place)
                 self._place.fill_(math.nan)  # (nobody takes it for a later step's)
             return self._values
+
+
+def verdicts_for(plan: DecoderPlan, policy: ExitPolicy, device: CaptureDevice, captures: CaptureLog) -> Verdicts | None:
+    """Returns what the decisions of decode steps read and write on a device, None where the host must decide.
+
+    `captures` says why then.
+    """
+    why = device.why_undecided() or why_host_decides(policy, plan)
+    if why is None:
+        return Verdicts(plan.num_blocks, plan.device, history_of(policy))
+    captures.uncaptured_units["step"] = why
+    return None
 
 
 def captured_runner(
@@ -289,34 +319,14 @@ def captured_runner(
     launcher: Launcher,
     policy: ExitPolicy,
     launch_ahead: bool | str | None,
+    verdicts: Verdicts | None,
     plain: Runner,
 ) -> CapturedRunner:
-    """Returns what launches a program's captures, as the option `launch_ahead` says.
-
-    Where that asks the device to decide and it cannot, the host does, and the log says why.
-    """
-    if launch_ahead != "device":
-        ahead = LaunchAhead(None if launch_ahead is None else bool(launch_ahead))
-        return CapturedRunner(program, steps, launcher, ahead, policy.deepest, plain)
-    if program.plan.is_decode:
-        why = launcher.device.why_undecided() or why_host_decides(policy, program.plan)
-        if why is None:
-            return DeviceExits(program, steps, launcher, LaunchAhead(), policy, plain)
-        launcher.log.uncaptured_units["step"] = why
-    return CapturedRunner(program, steps, launcher, LaunchAhead(), policy.deepest, plain)
-
-
-def stays_at(score: Tensor, bar: Tensor) -> Tensor:
-    """Returns whether a token stays: a bool of a float32 score and a float64 bar, both scalars.
-
-    It does where the score is no number, and does not at a bar that is none.
-    """
-    return torch.fmax(score, bar) <= bar
-
-
-def doubted_at(entropy: Tensor, bar: Tensor) -> Tensor:
-    """Returns whether an entropy leaves doubt, as above: it does where it is no number, but not at such a bar."""
-    return entropy.nan_to_num(NEVER, NEVER, -NEVER) >= bar
+    """Returns what launches a program's captures, by `verdicts` (of :func:`verdicts_for`) or as the host decides."""
+    if verdicts is not None:
+        return DeviceExits(program, steps, launcher, LaunchAhead(), policy, verdicts, plain)
+    ahead = LaunchAhead(launch_ahead if isinstance(launch_ahead, bool) else None)
+    return CapturedRunner(program, steps, launcher, ahead, policy.deepest, plain)
 
 
 def _now(holds: Tensor, work: Callable[[list], None], slots: list) -> None:

@@ -53,9 +53,9 @@ class Decoder:
     windows make their own masks.
     """
 
-    def __init__(self, name: str = "llama", device: str = "cpu", **options) -> None:
+    def __init__(self, name: str = "llama", device: str = "cpu", backend=river, **options) -> None:
         self.model = make(name, layers=LAYERS).to(device)
-        self.model.compile(backend=river, options=capturing(device, **options))
+        self.model.compile(backend=backend, options=capturing(device, **options))
         self.device = device
 
     def start(self, seed: int = 0, capacity: int = CAPACITY, batch: int = 1) -> StaticCache:

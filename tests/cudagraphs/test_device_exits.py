@@ -18,12 +18,14 @@ import pytest
 import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
+from torch.utils._python_dispatch import TorchDispatchMode
 
 import river_compile
 from river_compile import CacheFullError, forced_threshold, report, river
 from river_compile.cudagraphs.cuda import CudaGraphs
 from river_compile.cudagraphs.device import CaptureFailed, CaptureLog
-from river_compile.cudagraphs.device_exits import DeviceExits, Walk, doubted_at, stays_at
+from river_compile.cudagraphs.device_exits import DeviceExits, Walk
+from river_compile.cudagraphs.verdicts import doubted_at, stays_at
 from river_compile.exit_rule import ALWAYS, NEVER, rule_of
 from river_compile.exits import CRITERIA, Memory
 from river_compile.lowering.choose import Lowering
@@ -46,7 +48,7 @@ from tests.cudagraphs.test_capture import (
 )
 from tests.support.decoding import cache_argument, cache_state, decode, new_cache
 from tests.support.families import SLIDING_WINDOW, make, prompt
-from tests.support.lowerings import lowered
+from tests.support.lowerings import FUSED, lowered
 
 _TAPED = {"quantizer": "rtn", "group_size": 32, "first_exit": 1, "launch_ahead": "device"}
 NO_CARD = CudaGraphs.why_undecided(None) if torch.cuda.is_available() else None  # (no card is touched for it)
@@ -98,6 +100,11 @@ def ready(decoder: Deciding, batch: int = 1):
         decoder.step(cache, 4, threshold=2.0)
     decoder.runner.device.events.clear()
     return cache
+
+
+def alone_depth(step, tau: float) -> int:
+    """The depth at which a step of `LAYERS` blocks would have left if each score had counted alone."""
+    return next((depth for depth, score in enumerate(step.similarities, 1) if score > tau), LAYERS)
 
 
 def check_records(decoder: Decoder, steps) -> list[int]:
@@ -198,12 +205,80 @@ class TestSameBits:
         check_records(decoder, [(0, depth, None) for depth in (0, 1, 2, 2, LAYERS, 0, 1)])
         assert {"step", "span 0-2", "tail 2"} == set(decoder.captured_units)
 
+    @pytest.mark.parametrize("device", DEVICES)
+    def test_history(self, device):
+        """The means that the host has: two sequences in turn, forced depths between, later first exits, new prompts."""
+        decoder = Deciding(device=device, criterion="history")
+        taus = (2.0, 2.0, 2.0, 2.0, 0.9, 0.95, 0.8, 0.9, 0.5, 0.95, 0.9, 0.8, 0.85, 0.93, 0.97, 0.9)
+        steps = [(0, None, tau) for tau in taus]
+        steps += [(i % 2, None if i % 5 else i % 3, 0.85 + 0.02 * (i % 7)) for i in range(24)]
+        with river_compile.trace() as seen:
+            depths = check_records(decoder, steps)
+        assert "step" in decoder.captured_units
+        alone = [alone_depth(step, tau) for step, (_, depth, tau) in zip(seen.tokens, steps, strict=False) if not depth]
+        assert len(set(depths)) > 3
+        assert alone != depths[: len(alone)], "a score alone would have decided the same"
+
+    def test_a_later_first_exit_asks_no_block_before_it(self):
+        """What is not asked is not remembered."""
+        decoder = Deciding(criterion="history")
+
+        def go():
+            cache = decoder.start()
+            for i in range(14):
+                with forced_threshold(0.9, first_exit=1 + (i // 2) % 3):
+                    decoder.step(cache, 3 + i)
+
+        go()
+        with river_compile.trace() as seen:
+            go()
+        with uncaptured(decoder.model), river_compile.trace() as asked:
+            go()
+        assert [(s.depth, s.similarities) for s in seen.tokens] == [(s.depth, s.similarities) for s in asked.tokens]
+        assert len({len(s.similarities) for s in seen.tokens}) > 1
+
+    @pytest.mark.parametrize("criterion", ["similarity", "history"])
+    def test_checks_whose_kernels_decide(self, criterion, alone):
+        """The generated kernels (in Triton's interpreter), a batch; forced depths, thresholds, and a NaN at the end."""
+        decoder = Deciding(backend=lowered(FUSED), criterion=criterion, exit_every=2)
+
+        def go():
+            cache = decoder.start(batch=2)
+            for i, (depth, tau) in enumerate(steps):
+                logits.append(decoder.step(cache, 3 + i, depth, tau))
+            return cache
+
+        steps = [(None, tau) for tau in (2.0, 2.0, 0.9, -1.0, 0.95)] + [(0, None), (3, None), (1, None), (LAYERS, None)]
+        steps += [(None, tau) for tau in (0.8, 0.97, 2.0)]
+        logits: list[torch.Tensor] = []
+        go()  # (compiles)
+        assert [block.decides for block in captured(decoder.model)[-1].program.blocks] == [True, False, True, False]
+        with river_compile.trace() as seen:
+            caches = [go()]
+        with uncaptured(decoder.model), river_compile.trace() as asked:
+            caches += [go()]
+        count = len(steps)
+        assert_same(steps, (logits[count : 2 * count], caches[:1]), (logits[2 * count :], caches[1:]))
+        assert [(s.depth, s.similarities) for s in seen.tokens] == [(s.depth, s.similarities) for s in asked.tokens]
+        assert {0, 1, 3, LAYERS} == {s.depth for s in seen.tokens}
+        assert set(decoder.captured_units) == {"step"}
+
     @pytest.mark.core
     def test_inductor(self):
         """Compiled segments, called without AOTAutograd's wrappers and with strides that they check."""
         decoder = Deciding(lowering="inductor", exit_every=2, first_exit=2)
         check(decoder, [STAY, STAY, LEAVE, LEAVE, STAY, LEAVE])
         assert set(decoder.captured_units) == {"step"}
+
+    @pytest.mark.core
+    def test_kernels_that_decide_among_inductors_code(self, alone):
+        """Which clones nothing that they write, and is called without wrappers."""
+        decoder = Deciding(lowering="triton", criterion="history", exit_every=2)
+        steps = [(0, None, tau) for tau in (2.0, 2.0, 0.9, -1.0, 0.95, 0.9)] + [(0, 1, None), (0, None, 2.0)]
+        assert set(check_records(decoder, steps)) >= {1, LAYERS}
+        assert set(decoder.captured_units) == {"step"}
+        (graph,) = [g for g in report(decoder.model).to_dict()["graphs"] if g["kind"] == "decode"]
+        assert all(segment["direct"] for segment in graph["segments"])
 
     def test_a_compiled_depth_is_one_launch(self):
         decoder = Deciding(exit_depth=2)
@@ -287,14 +362,59 @@ class TestOrder:
         assert missing == []
 
 
+def launches_of_forks(decoder: Deciding, monkeypatch) -> list[list[str]]:
+    """Takes a step that never leaves; returns what each fork launches before its two nodes and what sets them.
+
+    That is what follows the kernel of the score, or where there is none the last kernel of a block.
+    """
+    cache, launched = ready(decoder), []
+    decoder.runner.device.settle()
+
+    class Watch(TorchDispatchMode):
+        def __torch_dispatch__(self, function, types, args=(), kwargs=None):
+            if not function.is_view and not {"detach", "_local_scalar_dense"} & {function._opname}:
+                launched.append(function._opname)
+            return function(*args, **(kwargs or {}))
+
+    def watched(walk, *args) -> None:
+        with Watch():  # (around the whole model it would keep Dynamo away)
+            call(walk, *args)
+
+    device, run, call = decoder.runner.device, Walk._run, Walk.__call__
+    when = device.when
+    monkeypatch.setattr(Walk, "__call__", watched)
+    monkeypatch.setattr(Walk, "_run", staticmethod(lambda steps, slots: (run(steps, slots), launched.append("ran"))))
+    monkeypatch.setattr(device, "when", lambda *args: (launched.append("when"), when(*args)))
+    decoder.step(cache, 5, threshold=2.0)
+    return [fork.rpartition("ran")[2].split() for fork in " ".join(launched).split("when when")[:-1]]
+
+
+class TestLaunches:
+    """What docs/cuda.md counts for a fork."""
+
+    COMPARED = ("_foreach_copy_", "fmax", "le", "logical_not")
+
+    def test_a_fork_whose_check_decides_launches_nothing_more(self, monkeypatch, alone):
+        """Before, it launched four kernels beside its score; so does still the fork at depth 0, which has none."""
+        decoder = Deciding(backend=lowered(FUSED), exit_every=2)
+        assert launches_of_forks(decoder, monkeypatch) == [[*self.COMPARED], [], []]
+
+    def test_a_fork_with_a_score_of_another_kernel_launches_four(self, monkeypatch):
+        assert launches_of_forks(Deciding(), monkeypatch) == [[*self.COMPARED]] * LAYERS
+
+    def test_criteria_that_ask_no_block_pay_for_none(self, monkeypatch, alone):
+        decoder = Deciding(backend=lowered(FUSED), criterion="confidence")
+        assert launches_of_forks(decoder, monkeypatch) == [[*self.COMPARED]] * 2
+        assert not any(block.decides for block in captured(decoder.model)[-1].program.blocks)
+
+
 class TestStaleness:
     """The recorder can fail: it notices what a GPU would get wrong in silence."""
 
     def test_results_that_a_branch_does_not_hand_over_are_no_numbers(self, decoder, monkeypatch):
         cache = ready(decoder)
         assert decoder.step(cache, 5, threshold=-1.0).isfinite().all()
-        note = Walk._note
-        monkeypatch.setattr(Walk, "_note", lambda walk, slots, outputs, depth: note(walk, slots, {}, depth))
+        monkeypatch.setattr(Walk, "_hand_over", staticmethod(lambda slots, outputs: None))
         assert decoder.step(cache, 5, threshold=-1.0).isnan().all()
 
     def test_what_a_branch_made_is_no_number_outside_of_it(self, decoder, monkeypatch):
@@ -433,6 +553,27 @@ class TestCaches:
         assert decoder.step(free, 4, threshold=-1.0).isfinite().all()
         assert stats.decode.total() == counted + CAPACITY - 6 + 1
 
+    def test_scores_of_a_step_that_fails_are_forgotten(self, monkeypatch):
+        """What the device averaged with is brought there anew."""
+        decoder = Deciding(criterion="history")
+        taus = (2.0, 2.0, 2.0, 0.9, 0.92, 0.88, 0.9, 0.94)
+
+        def go(fails: int | None) -> list:
+            cache = decoder.start()
+            with river_compile.trace() as seen:
+                for i, tau in enumerate(taus):
+                    if i == fails:
+                        with monkeypatch.context() as patch:
+                            patch.setattr(decoder.runner.launcher, "fresh", lambda values: 1 / 0)
+                            with pytest.raises(ZeroDivisionError):
+                                decoder.step(cache, 9, threshold=-1.0)
+                    decoder.step(cache, 3 + i, threshold=tau)
+            return [[len(step.similarities), step.depth] for step in seen.tokens]
+
+        go(None)
+        assert "step" in decoder.captured_units
+        assert go(5) == go(None)
+
     def test_a_step_that_fails_is_forgotten(self, decoder, monkeypatch):
         """The rule that it brought may not have arrived; the next step brings its own. The one before still counts."""
         cache = ready(decoder)
@@ -516,7 +657,6 @@ class TestReported:
     @pytest.mark.parametrize(
         ("options", "why"),
         [
-            ({"criterion": "history"}, "criterion='history' with first_exit=1 is more than one comparison"),
             ({"offload": 2, "offload_policy": "fetch"}, "offloaded weights lie elsewhere in every run"),
         ],
     )

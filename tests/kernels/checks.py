@@ -5,7 +5,10 @@ references are made on the device: in float64 a large model's would take minutes
 """
 
 import dataclasses
-from collections.abc import Callable
+import functools
+import math
+import operator
+from collections.abc import Callable, Sequence
 
 import torch
 
@@ -15,9 +18,11 @@ from river_compile.kernels.triton.exit_score import ExitScoreSpec
 from river_compile.kernels.triton.kv_fill import KvFillSpec
 from river_compile.kernels.triton.launch import rows_by_expert
 from river_compile.kernels.triton.linear import LinearSpec, part_name
+from river_compile.kernels.triton.shift import ShiftSpec
 from tests.kernels import reference
 from tests.kernels.harness import assert_close, assert_sqnr, poisoned, run_guarded
 
+KV = ("k_cache", "v_cache")
 VALUES = ("normal", "constant", "extreme", "tiny")
 
 # Runs the kernel that a spec describes on named buffers and returns them as it left them, as `run_guarded` does.
@@ -180,6 +185,17 @@ def check_slot(
         assert torch.equal(kept, before), f"{name}: another slot changed"
 
 
+def check_shift(spec: ShiftSpec, seed: int = 0, device: str = "cpu") -> None:
+    """Checks to the bit that every entry but the first lies a slot further up, and the last one where it was too."""
+    g = torch.Generator(device).manual_seed(seed)
+    sizes = (spec.batch, spec.kv_heads, spec.slots, spec.head_dim)
+    caches = {n: torch.randn(sizes, generator=g, device=device).to(getattr(torch, spec.dtype)) for n in KV}
+    result = run_guarded(spec, device=device, **caches, slot=poisoned((1,), torch.int64, device))
+    assert result["slot"].tolist() == [spec.slots - 1]
+    for name, cache in caches.items():
+        assert torch.equal(result[name], torch.cat([cache[:, :, 1:], cache[:, :, -1:]], 2)), name
+
+
 def check_attend(
     spec: DecodeAttentionSpec,
     slot: int,
@@ -311,6 +327,63 @@ def check_exit_score(spec: ExitScoreSpec, nearness: float, seed: int = 0, device
     result = run_guarded(spec, device=device, **exit_buffers(update, residual, previous))
     assert_close(result["hidden"], hidden, update.double().abs() + residual.double().abs())
     assert_close(result["score"], reference.row_similarity(result["hidden"], previous).min(), 1.0)
+
+
+def check_exit_verdict(
+    spec: ExitScoreSpec,
+    bar: float | str = 0.5,
+    asked: bool = True,
+    earlier: Sequence[float] = (),
+    nearness: float = 0.7,
+    spoiled: int | None = None,
+    seed: int = 0,
+    device: str = "cpu",
+) -> None:
+    """Checks score and hidden state as above, and what follows from the score, which Python compares.
+
+    `bar` is a number, or "at" or "below" for what is compared with it and the next lower number; `earlier` are the
+    scores that were seen before, oldest first; `spoiled` is a row that holds a NaN.
+    """
+    g = torch.Generator(device).manual_seed(seed)
+    sizes, dtype = (spec.rows, spec.features), getattr(torch, spec.dtype)
+    update, residual, noise = (torch.randn(sizes, generator=g, device=device).to(dtype) for _ in range(3))
+    hidden = update.double() + residual.double()
+    previous = (nearness * hidden + (1 - nearness) * noise.double()).to(dtype)
+    if spoiled is not None:
+        update[spoiled, -1] = math.nan
+    earlier = torch.tensor(earlier).tolist()[-spec.history :] if spec.history else []
+
+    def run(bar: float) -> dict[str, torch.Tensor]:
+        rule = torch.tensor([bar, asked], dtype=torch.float64, device=device)
+        buffers = {"rule": rule, "verdict": poisoned((4,), torch.float32, device)}
+        buffers |= {"past": _past(spec.history, earlier).to(device)} if spec.history else {}
+        return run_guarded(spec, device=device, **exit_buffers(update, residual, previous), **buffers)
+
+    score = run(math.inf)["score"].item()
+    kept = [*earlier, score][-spec.history :] if asked and score == score else earlier
+    compared = functools.reduce(operator.add, kept) / len(kept) if spec.history and kept else score
+    if isinstance(bar, str):
+        bar = compared if bar == "at" else math.nextafter(compared, -math.inf)
+    leaves = bar != bar or (compared > bar and score == score and (asked or not spec.history))
+    result = run(bar)
+    if spoiled is None:
+        assert_close(result["hidden"], hidden, update.double().abs() + residual.double().abs())
+        assert_close(result["score"], reference.row_similarity(result["hidden"], previous).min(), 1.0)
+    assert_equal_bits(result["score"], torch.tensor([score]))
+    assert_equal_bits(result["verdict"][:1], result["score"])
+    assert result["verdict"].view(torch.uint8)[4:6].tolist() == [int(leaves), int(not leaves)]
+    if spec.history:
+        assert_equal_bits(result["past"], _past(spec.history, kept))
+
+
+def _past(history: int, scores: Sequence[float]) -> torch.Tensor:
+    """The buffer "past" of an exit score: the last scores, zeros before them, and how many there are."""
+    return torch.tensor([*[0.0] * (history - len(scores)), *scores, len(scores)])
+
+
+def assert_equal_bits(actual: torch.Tensor, expected: torch.Tensor) -> None:
+    """Compares float32 tensors to the bit, NaN too."""
+    assert actual.view(torch.int32).tolist() == expected.view(torch.int32).tolist(), f"{actual}, not {expected}"
 
 
 def check_nan_never_exits(spec: ExitScoreSpec, row: int, device: str = "cpu") -> None:

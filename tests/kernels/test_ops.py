@@ -70,8 +70,12 @@ def sample_calls():
     calls["attention"] = (random(2, 3, 2, 16), k_cache, v_cache, several, 0.25, 0.0, False)
     calls["attention capped"] = (random(2, 3, 2, 16), k_cache, v_cache, several, 0.25, 2.0, False)
     calls["decode_attention masked"] = (random(2, 2, 16), k_cache, v_cache, mask, 0.25, 0.0)
+    calls["shift"] = caches()
     calls["exit_score"] = (random(2, 1, 64), random(2, 1, 64))
     calls["residual_score"] = (random(2, 1, 64), random(2, 1, 64), random(2, 1, 64))
+    verdict = (random(2).double(), random(4))
+    calls["residual_verdict"] = (random(2, 1, 64), random(2, 1, 64), random(2, 1, 64), *verdict, None)
+    calls["residual_verdict of several"] = (random(2, 1, 64), random(2, 1, 64), random(2, 1, 64), *verdict, random(5))
     return calls
 
 
@@ -89,10 +93,16 @@ def test_every_operator_has_a_sample():
 def test_mutations_stand_in_the_schema():
     mutated = {
         op: [a.name for a in getattr(river, op).default._schema.arguments if a.alias_info and a.alias_info.is_write]
-        for op in ("kv_fill", "decode_attention", "attend", "linear")
+        for op in ("kv_fill", "decode_attention", "attend", "shift", "linear", "residual_score", "residual_verdict")
     }
     caches = ["k_cache", "v_cache"]
-    assert mutated == {"kv_fill": caches, "decode_attention": [], "attend": ["counter", *caches], "linear": []}
+    expected = {
+        "kv_fill": caches,
+        "shift": caches,
+        "attend": ["counter", *caches],
+        "residual_verdict": ["verdict", "past"],
+    }
+    assert mutated == {"decode_attention": [], "linear": [], "residual_score": []} | expected
 
 
 @LAYOUTS
@@ -238,6 +248,10 @@ def test_what_the_operators_refuse():
         river.linear(x, p.qweight.T.contiguous().T, p.scale_zero, None, 24, 32, "triton")
     with pytest.raises(ValueError, match="have one shape"):
         river.residual_score(x, x, random(2, 64))
+    with pytest.raises(ValueError, match="verdict has dtype float64"):
+        river.residual_verdict(x, x, x, random(2).double(), random(4).double(), None)
+    with pytest.raises(ValueError, match=r"rule has shape \(3,\)"):
+        river.residual_verdict(x, x, x, random(3).double(), random(4), None)
 
 
 def test_what_the_cache_operators_refuse():

@@ -125,6 +125,10 @@ def test_these_families_use_every_kernel(name):
         assert graph["fused"] == {rule: LAYERS for rule in BLOCK_RULES} | {"norm + head": 1, "exit score": 1}
     twins = run(name)["twins"]
     assert len(twins) == LAYERS * len(graphs)
+    moves = [twin for twin in twins if "shift" in twin]  # (of windows that are full)
+    assert bool(moves) == (len(graphs) == 2)
+    assert all(twin[1] == "shift" and twin.count("shift") == 1 for twin in moves)
+    twins = [[name for name in twin if name != "shift"] for twin in twins]
     scaled = name == "ministral3"  # (it multiplies queries by a factor of the position, between write and attention)
     attention = ["kv_fill", "decode_attention"] if scaled else ["attend"]
     assert all(twin == ["linear", *attention, "linear", "linear", "linear"] for twin in twins)
@@ -250,6 +254,27 @@ def test_a_twin_is_five_launches_and_none_of_inductors(name, batch, monkeypatch)
     assert set(twins.values()) == {(5, 0)}
     shape = ModelShape("tiny", LAYERS, 64, 4, 2, 16, 128, 96)
     assert token_cost(shape, model_kernels(shape))[0].launches == 5
+
+
+def test_a_twin_with_a_full_window_is_six_launches(monkeypatch):
+    """One more than another twin, for keys and values that move up by a slot; none of Inductor's."""
+    found, compiled = [], compile_module._compile
+
+    def counting(segment, *others):
+        metrics.reset()
+        result = compiled(segment, *others)
+        found.append((segment.name, operators(segment), metrics.generated_kernel_count, result[1]))
+        return result
+
+    monkeypatch.setattr(compile_module, "_compile", counting)
+    torch._dynamo.reset()
+    model = make("mistral", layers=LAYERS)
+    model.compile(backend=river, options={**OPTIONS, "lowering": "triton", "exit_depth": 0})
+    steps(model, new_cache(model, "static"), [0])  # (behind a prompt that is longer than the window)
+    twins = [(names, kernels, direct) for name, names, kernels, direct in found if name.startswith("twin")]
+    launches = ["linear", "shift", "attend", "linear", "linear", "linear"]
+    assert twins
+    assert all(twin == (launches, 0, True) for twin in twins)
 
 
 def test_generated_products_alone():

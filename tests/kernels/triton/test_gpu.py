@@ -6,6 +6,7 @@ host wait for the device.
 """
 
 import dataclasses
+import math
 
 import pytest
 import torch
@@ -18,6 +19,7 @@ from river_compile.kernels.triton.decode_attention import DecodeAttentionSpec
 from river_compile.kernels.triton.devices import DEFAULT_DEVICE, device_name
 from river_compile.kernels.triton.exit_score import ExitScoreSpec
 from river_compile.kernels.triton.linear import LinearSpec
+from river_compile.kernels.triton.shift import ShiftSpec
 from river_compile.kernels.triton.spec import KernelSpec
 from tests.kernels import checks
 from tests.kernels.test_ops import sample_calls
@@ -48,10 +50,20 @@ def check_kernel(spec: KernelSpec, rows: int, slots: int, device: str) -> None:
         for slot in (0, slots - 1, slots):  # the last one lies outside
             checks.check_kv_fill(spec.fill, slot, device=device)
             checks.check_attend(spec, slot, device=device)
+        checks.check_shift(window_of(spec), device=device)
     else:
         assert isinstance(spec, ExitScoreSpec), "another family has no check here"
         checks.check_exit_score(spec, 1.0, device=device)
         checks.check_nan_never_exits(spec, rows - 1, device=device)
+        for history, bar in ((0, "at"), (0, "below"), (4, "at"), (4, "below")):
+            decides = dataclasses.replace(spec, decides=True, history=history)
+            checks.check_exit_verdict(decides, bar, earlier=[0.9, 0.8], device=device)
+            checks.check_exit_verdict(decides, math.nan, spoiled=rows - 1, device=device)
+
+
+def window_of(spec: DecodeAttentionSpec) -> ShiftSpec:
+    """The kernel that makes room in a window of an attention's slots."""
+    return ShiftSpec(spec.batch, spec.heads, spec.kv_heads, spec.head_dim, spec.slots, dtype=spec.dtype)
 
 
 def kernel_of(shape: ModelShape, name: str, rows: int, slots: int, device: str) -> KernelSpec:

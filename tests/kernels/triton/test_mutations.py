@@ -1,6 +1,7 @@
 """Breaks generated kernels by hand and shows that the checks notice: the tests of the tests."""
 
 import dataclasses
+import math
 import re
 
 import pytest
@@ -10,13 +11,16 @@ from river_compile.kernels.triton.decode_attention import DecodeAttentionSpec
 from river_compile.kernels.triton.exit_score import ExitScoreSpec
 from river_compile.kernels.triton.kv_fill import KvFillSpec
 from river_compile.kernels.triton.linear import LinearSpec, LinearTile
+from river_compile.kernels.triton.shift import ShiftSpec
 from tests.kernels.checks import (
     check_attend,
     check_attention,
+    check_exit_verdict,
     check_experts,
     check_kv_fill,
     check_linear,
     check_nan_never_exits,
+    check_shift,
 )
 
 ROW = LinearSpec(1, 300, 21, LinearTile(8, 128), dtype="float32")
@@ -31,6 +35,9 @@ ATTEND = DecodeAttentionSpec(
     2, 2, 1, 48, 70, 0.125, dtype="float32", mask=True, splits=2, block=16, advance=True,
     fill=KvFillSpec(2, 2, 1, 48, 70, dtype="float32", rotary_dim=48, rotary_dtype="float32", head_norm="rms"),
 )  # fmt: skip
+SHIFT = ShiftSpec(2, 2, 2, 40, 22, dtype="float32", block=4)
+VERDICT = ExitScoreSpec(2, 50, "float32", decides=True)
+HISTORY = dataclasses.replace(VERDICT, history=4)
 
 #: What is broken -> (check of the family, pattern in the source, what replaces it).
 MUTATIONS = {
@@ -83,7 +90,42 @@ MUTATIONS = {
     "a counter that advances early": (
         lambda: check_attend(ATTEND, 40), r"(batch = .*)", r"\1\n    tl.store(slot_ptr, tl.load(slot_ptr) + 1)"
     ),
+    "a window moved from its end": (
+        lambda: check_shift(SHIFT), r"range\(0, 21, 4\)", "range(20, -1, -4)"
+    ),
+    "a window moved by two": (lambda: check_shift(SHIFT), r"\(to \+ 1\)", "(to + 2)"),
+    "a window whose last slot moves too": (lambda: check_shift(SHIFT), r"to < 21", "to < 22"),
     "a NaN that exits": (lambda: check_nan_never_exits(ExitScoreSpec(3, 50), 1), r"lowest \+ invalid", "lowest"),
+    "a score at its bar that leaves": (
+        lambda: check_exit_verdict(VERDICT, "at"), r"float64\) > bar", "float64) >= bar"
+    ),
+    "a bar in float32": (
+        lambda: check_exit_verdict(VERDICT, "below"), r"score.to\(tl.float64\) > bar", "score > bar.to(tl.float32)"
+    ),
+    "a NaN that leaves": (
+        lambda: check_exit_verdict(VERDICT, -2.0, spoiled=1),
+        r"leaves = score.to\(tl.float64\) > bar", "leaves = (score > bar) | (score != score)",
+    ),
+    "a forced depth that a NaN passes": (
+        lambda: check_exit_verdict(VERDICT, math.nan, spoiled=1), r"leaves = leaves \| .*", "leaves = leaves"
+    ),
+    "a NaN that is remembered": (
+        lambda: check_exit_verdict(HISTORY, 0.5, earlier=[0.5], spoiled=0), r"\(score == score\) & ", ""
+    ),
+    "a score that was not asked for and is remembered": (
+        lambda: check_exit_verdict(HISTORY, math.inf, False, [0.5]), r" & \(asked > 0.0\)", ""
+    ),
+    "a mean of too few scores": (
+        lambda: check_exit_verdict(HISTORY, "below", earlier=[0.25, 0.5]), r"seen \+ 1.0", "seen + 2.0"
+    ),
+    "scores in another order": (
+        lambda: check_exit_verdict(HISTORY, "below", earlier=[0.75 * 2**-54, 0.75 * 2**-54, 0.0]),
+        r"total = (.*) \+ (past_2.*) \+ (past_3.*) \+ (score.*)", r"total = \4 + \3 + \2 + \1",
+    ),
+    "the oldest score kept": (
+        lambda: check_exit_verdict(HISTORY, 0.5, earlier=[0.1, 0.2, 0.3, 0.4]),
+        r"past_ptr \+ 0, past_1", "past_ptr + 0, past_2",
+    ),
 }  # fmt: skip
 
 
