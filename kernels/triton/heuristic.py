@@ -194,9 +194,10 @@ def best_tile(spec: LinearSpec, device: str = DEFAULT_DEVICE, rows: int | None =
     Its own is ignored. A device that only a tuning file names counts as the default one in the model; `rows` as in
     `seconds`.
     """
-    saved = saved_tiles(tuning_file()).get(tuned_for(device), {}).get(tuning_key(spec))
-    if saved is not None:
-        return dataclasses.replace(spec, tile=saved)
+    saved = saved_tiles(tuning_file()).get(tuned_for(device), {})
+    for how in (spec, dataclasses.replace(spec, dependent=False)):  # (a dependent launch's tile, or else any launch's)
+        if tuning_key(how) in saved:
+            return dataclasses.replace(spec, tile=saved[tuning_key(how)])
     return _modelled(spec, known(device), rows)
 
 
@@ -271,7 +272,8 @@ def tuning_key(spec: LinearSpec) -> str:
     parts = [spec.weights, spec.group_size, spec.dtype, spec.rows, spec.in_features, spec.out_features, spec.norm]
     stack = [f"of{spec.experts}"] if spec.experts else []
     several = [f"parts{'_'.join(map(str, spec.matrices))}"] if spec.matrices else []
-    return "-".join(map(str, [*parts, "gated" if spec.gated else "single", *stack, *several]))
+    early = ["dependent"] if spec.dependent else []
+    return "-".join(map(str, [*parts, "gated" if spec.gated else "single", *stack, *several, *early]))
 
 
 def saved_tiles(path: Path) -> dict[str, dict[str, LinearTile]]:

@@ -19,7 +19,7 @@ from torch import Tensor
 from river_compile.kernels.quant.layouts import PackedLinear
 
 from .decode_attention import DecodeAttentionSpec
-from .devices import device_of, known
+from .devices import device_of, known, starts_early
 from .exit_score import ExitScoreSpec
 from .heuristic import attention_splits, best_tile, interpreter_tile, untiled
 from .kv_fill import KvFillSpec
@@ -60,6 +60,18 @@ def _chosen(how: tuple[object, ...], given: dict[str, Tensor], rows: int, descri
     return found
 
 
+def _if_possible(dependent: bool, tensor: Tensor) -> bool:
+    """Returns `dependent`.
+
+    Raises:
+        ValueError: it is True, and the tensor lies where no kernel can start before the one before it has ended.
+    """
+    if dependent and not (tensor.is_cuda and starts_early(device_of(tensor))):
+        where = device_of(tensor) if tensor.is_cuda else f"tensors on {tensor.device}"
+        raise ValueError(f"dependent=True needs an NVIDIA GPU from sm_90 on, not {where}; leave it out")
+    return dependent
+
+
 def _there(**tensors: Tensor | None) -> dict[str, Tensor]:
     return {name: tensor for name, tensor in tensors.items() if tensor is not None}
 
@@ -75,6 +87,7 @@ def linear(
     eps: float,
     activation: str,
     gated: bool,
+    dependent: bool = False,
 ) -> Tensor:
     """Runs a linear kernel; `weight` is packed in the layout "triton" or dense, the rest as in `ops.linear`.
 
@@ -118,11 +131,12 @@ def linear(
             activation=activation,
             gated=gated,
             x_stride=x2.stride(0) if rows > 1 and x2.stride(0) != k else 0,
+            dependent=_if_possible(dependent, x),
         )
         return best_tile(spec, device_of(x), rows) if x.is_cuda else interpreter_tile(spec)
 
     packing = (weight.group_size, weight.scale_zero.dtype) if isinstance(weight, PackedLinear) else ()
-    _chosen(("linear", *packing, norm, eps, activation, gated), given, rows, describe)(given)
+    _chosen(("linear", *packing, norm, eps, activation, gated, dependent), given, rows, describe)(given)
     return y.reshape(*x.shape[:-1], n)
 
 
@@ -141,7 +155,7 @@ def _named(name: str, parts: Sequence[Tensor]) -> dict[str, Tensor]:
     return {part_name(name, i): part for i, part in enumerate(parts)}
 
 
-def experts(x: Tensor, weight: PackedLinear, expert: Tensor) -> Tensor:
+def experts(x: Tensor, weight: PackedLinear, expert: Tensor, dependent: bool = False) -> Tensor:
     """Runs a linear kernel of stacked matrices; arguments as in `ops.experts`, `weight` in the layout "triton".
 
     Raises:
@@ -151,7 +165,8 @@ def experts(x: Tensor, weight: PackedLinear, expert: Tensor) -> Tensor:
     y = x.new_empty((rows, n))
     if rows == 0:
         return y
-    spec = untiled(rows, k, n, **_weight_fields(weight), dtype=dtype_name(x), experts=stack)
+    fields = _weight_fields(weight) | {"dtype": dtype_name(x), "dependent": _if_possible(dependent, x)}
+    spec = untiled(rows, k, n, **fields, experts=stack)
     spec = best_tile(spec, device_of(x), rows) if x.is_cuda else interpreter_tile(spec)
     matrices = {
         "qweight": weight.qweight.flatten(0, 1),
@@ -204,6 +219,7 @@ def kv_fill(
     norm: str,
     eps: float,
     interleaved: bool,
+    dependent: bool = False,
 ) -> Tensor:
     """Splits q|k|v of one position, transforms the heads, writes one slot of the caches and returns the query.
 
@@ -216,6 +232,7 @@ def kv_fill(
         norm: "rms" or "rms_plus_one" where q_norm and k_norm are given, else "none".
         eps: of the norm.
         interleaved: whether rotated pairs are neighbours instead of R / 2 apart.
+        dependent: whether the launch may start while the one before it runs (NVIDIA, from sm_90 on).
 
     Returns:
         The query ``[B, H, D]`` in qkv.dtype.
@@ -223,9 +240,10 @@ def kv_fill(
     Raises:
         ValueError: tensors whose shapes, strides or dtypes do not fit together.
     """
-    describe, given, q = _filling(qkv, q_norm, k_norm, cos, sin, slot, k_cache, v_cache, norm, eps, interleaved)
+    how = (norm, eps, interleaved, dependent)
+    describe, given, q = _filling(qkv, q_norm, k_norm, cos, sin, slot, k_cache, v_cache, *how)
     given["q"] = q
-    _chosen(("kv_fill", norm, eps, interleaved), given, 1, describe)(given)
+    _chosen(("kv_fill", *how), given, 1, describe)(given)
     return q
 
 
@@ -245,11 +263,12 @@ def attend(
     mask: Tensor | None,
     scale: float,
     softcap: float,
+    dependent: bool = False,
 ) -> Tensor:
     """Does in one launch what `kv_fill` and then `decode_attention` do, and may count the token.
 
     Args:
-        qkv, q_norm, k_norm, cos, sin, k_cache, v_cache, norm, eps, interleaved: as of `kv_fill`.
+        qkv, q_norm, k_norm, cos, sin, k_cache, v_cache, norm, eps, interleaved, dependent: as of `kv_fill`.
         slot: the slot to write, as of `kv_fill`; None where `counter` is given.
         counter: int32 or int64, one element: the slot to write, to which one is added afterwards; or None. Mutated.
         mask, scale, softcap: as of `decode_attention`; the mask says of the new slot too whether it takes part.
@@ -263,14 +282,15 @@ def attend(
     place = slot if counter is None else counter
     if place is None or (slot is not None and counter is not None):
         raise ValueError("give a slot or a counter, which is one that advances")
-    fill, given, out = _filling(qkv, q_norm, k_norm, cos, sin, place, k_cache, v_cache, norm, eps, interleaved)
+    how = (norm, eps, interleaved, dependent)
+    fill, given, out = _filling(qkv, q_norm, k_norm, cos, sin, place, k_cache, v_cache, *how)
     advance = counter is not None
 
     def describe() -> DecodeAttentionSpec:
-        return _attention(out, k_cache, v_cache, mask, scale, softcap, fill(), advance)
+        return _attention(out, k_cache, v_cache, mask, scale, softcap, dependent, fill(), advance)
 
     given |= _there(mask=None if mask is None else mask.contiguous()) | {"out": out}
-    _chosen(("attend", norm, eps, interleaved, scale, softcap, advance), given, 1, describe)(given)
+    _chosen(("attend", *how, scale, softcap, advance), given, 1, describe)(given)
     return out
 
 
@@ -286,6 +306,7 @@ def _filling(
     norm: str,
     eps: float,
     interleaved: bool,
+    dependent: bool,
 ) -> tuple[Callable[[], KvFillSpec], dict[str, Tensor], Tensor]:
     """Returns what describes a call that fills a slot, its buffers but for the result, and an empty ``[B, H, D]``."""
     b, kv_heads, slots, d = k_cache.shape
@@ -309,6 +330,7 @@ def _filling(
     def describe() -> KvFillSpec:
         strides, index = _cache_strides(k_cache, v_cache), dtype_name(slot)
         how: dict[str, Any] = {"head_norm": norm, "eps": eps, "cache_strides": strides, "index_dtype": index}
+        how["dependent"] = _if_possible(dependent, qkv)
         if tables:
             rows, features = tables["cos"].shape
             how |= {"rotary_dim": features, "rotary_dtype": dtype_name(tables["cos"]), "rotary_rows": rows}
@@ -318,7 +340,13 @@ def _filling(
 
 
 def decode_attention(
-    q: Tensor, k_cache: Tensor, v_cache: Tensor, mask: Tensor | None, scale: float, softcap: float
+    q: Tensor,
+    k_cache: Tensor,
+    v_cache: Tensor,
+    mask: Tensor | None,
+    scale: float,
+    softcap: float,
+    dependent: bool = False,
 ) -> Tensor:
     """Attends from one query position to the slots of a static cache.
 
@@ -329,6 +357,7 @@ def decode_attention(
             the dtype's least number leaves a slot out. None for all. A row without any slot gives 0.
         scale: of the scores.
         softcap: c in c tanh(score / c); 0 for none.
+        dependent: as of `kv_fill`.
 
     Returns:
         ``[B, H, D]`` in q.dtype.
@@ -345,9 +374,9 @@ def decode_attention(
         given["mask"] = mask.contiguous()
 
     def describe() -> DecodeAttentionSpec:
-        return _attention(out, k_cache, v_cache, mask, scale, softcap)
+        return _attention(out, k_cache, v_cache, mask, scale, softcap, dependent)
 
-    _chosen(("decode_attention", scale, softcap), given, 1, describe)(given)
+    _chosen(("decode_attention", scale, softcap, dependent), given, 1, describe)(given)
     return out
 
 
@@ -358,6 +387,7 @@ def _attention(
     mask: Tensor | None,
     scale: float,
     softcap: float,
+    dependent: bool,
     fill: KvFillSpec | None = None,
     advance: bool = False,
 ) -> DecodeAttentionSpec:
@@ -377,14 +407,18 @@ def _attention(
         cache_strides=_cache_strides(k_cache, v_cache),
         fill=fill,
         advance=advance,
+        dependent=_if_possible(dependent, out),
     )
 
 
-def residual_score(update: Tensor, residual: Tensor, previous: Tensor) -> tuple[Tensor, Tensor]:
+def residual_score(
+    update: Tensor, residual: Tensor, previous: Tensor, dependent: bool = False
+) -> tuple[Tensor, Tensor]:
     """Adds a residual and measures the exit score, in one launch (on the CPU: in Triton's interpreter).
 
     Args:
         update, residual, previous: ``[..., D]`` of one shape and dtype.
+        dependent: as of `kv_fill`.
 
     Returns:
         hidden = residual + update ``[..., D]``, and its smallest similarity to `previous` over all rows, float32
@@ -402,7 +436,11 @@ def residual_score(update: Tensor, residual: Tensor, previous: Tensor) -> tuple[
     score = update.new_empty(1, dtype=torch.float32)
     given |= {"hidden": hidden, "score": score}
     rows, features = hidden.shape
-    _chosen(("exit_score",), given, 1, lambda: ExitScoreSpec(rows, features, dtype_name(update)))(given)
+
+    def describe() -> ExitScoreSpec:
+        return ExitScoreSpec(rows, features, dtype_name(update), dependent=_if_possible(dependent, update))
+
+    _chosen(("exit_score", dependent), given, 1, describe)(given)
     return hidden.view(update.shape), score.view(())
 
 
