@@ -89,7 +89,7 @@ def model_kernels(
     valid slots of the cache, with the tiles of `device`; `dependent` ones start early. What Inductor writes between the
     products of experts (the choice, activations, the weighted sum) is not among them.
     """
-    early = {"dependent": dependent}
+    early: dict[str, Any] = {"dependent": dependent}
 
     def linear(k: int, n: int, each: int = 1, **fields: object) -> LinearSpec:
         fields = {"group_size": group_size, "parameter_dtype": "bfloat16", **early, **fields}
@@ -111,7 +111,7 @@ def model_kernels(
             "down + residual": linear(shape.intermediate, shape.hidden, residual=True),
         }
     fill = KvFillSpec(*heads, rotary_dim=shape.head_dim, head_norm="rms" if shape.qk_norm else "none", **early)
-    how = {"mask": True, "splits": splits, "fill": fill, "advance": True}
+    how: dict[str, Any] = {"mask": True, "splits": splits, "fill": fill, "advance": True}
     attention = DecodeAttentionSpec(*heads, shape.head_dim**-0.5, **how, **early)
     return {
         "norm + q|k|v": linear(shape.hidden, shape.qkv, norm="rms", bias=shape.qkv_bias),
