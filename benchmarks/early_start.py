@@ -3,9 +3,10 @@
     python -m benchmarks.early_start [--model llama-3.1-8b] [--context 1024] [--rounds 7] [--json FILE]
 
 A twin is five launches, each of which reads what the one before wrote, and buffers are used again by the next twin, as
-in a captured step. Both graphs hold the same kernels with the same tiles on the same tensors, and more twins than a cache
-has room for. Rounds of replays take turns, and the medians are compared. Beside the times stands whether all
-results are the same bits, for inputs that change from replay to replay: a kernel that had read too soon would show.
+in a captured step. Both graphs hold the same kernels with the same tiles on the same tensors, of more twins than fit a
+cache. Rounds of replays take turns, and the medians are compared. Beside the times stands whether all results are the
+same bits, for inputs that change from replay to replay: a kernel that had read too soon would show.
+
 Needs an NVIDIA GPU from sm_90 on; the exit status is 1 where there is none, or where a result differs.
 """
 
