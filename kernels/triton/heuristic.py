@@ -108,8 +108,10 @@ def _group_tiles(spec: LinearSpec, nvidia: bool) -> Iterator[LinearTile]:
     stages = 2 if spec.gated and spec.norm != "none" and not spec.row_by_row else None
     for block_n, block_m, warps, each in itertools.product(widths, heights, (4, 8), numbers):
         depth = warps * each * spec.group_size
+        # (Behind a norm, four steps in a pipeline of three are unrolled into too many registers by Triton 3.6 and 3.7.)
+        short = spec.norm != "none" and spec.in_features <= 4 * depth
         if depth <= deepest and (warps == 4 or block_n == 16):
-            yield LinearTile(block_n, depth, block_m, 1, warps, stages or (4 if block_n == 16 else 3))
+            yield LinearTile(block_n, depth, block_m, 1, warps, stages or (4 if block_n == 16 or short else 3))
 
 
 def _row_tiles(spec: LinearSpec) -> Iterator[LinearTile]:

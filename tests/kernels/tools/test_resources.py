@@ -93,6 +93,16 @@ def test_one_row_takes_at_most_3_2_instructions_for_a_weight(model, dependent):
             assert usage.loads_first, usage
 
 
+@pytest.mark.parametrize("model", ["llama-3.1-8b", "llama-3.2-1b"])
+def test_sixteen_rows_behind_a_norm_take_at_most_1_3_times_the_instructions_of_one(model):
+    """Every program normalises all rows again; with whatever Triton is installed, and without spills."""
+    one, sixteen = (model_kernels(MODELS[model], device="sm_90", rows=rows) for rows in (1, 16))
+    for label in ("norm + q|k|v", "norm + gate|up"):
+        ((few,), (many,)) = (usages(kernels[label], label, "sm_90") for kernels in (one, sixteen))
+        assert many.spills == 0, many
+        assert many.instructions <= 1.3 * few.instructions, (few, many)
+
+
 @pytest.mark.parametrize("target", DEVICES)
 @pytest.mark.parametrize("model", MODELS)
 def test_launches_and_bytes_of_a_token(model, target):
