@@ -56,6 +56,7 @@ def linear(
     activation: str = "none",
     gated: bool = False,
     wanted: Tensor | None = None,
+    dependent: bool = False,
 ) -> Tensor:
     """Returns ``activation(h W^T + bias) + residual``, or gated ``activation(gate) * up + residual``, with h = norm(x).
 
@@ -78,6 +79,8 @@ def linear(
         wanted: int32 ``[1 + ceil(N / 16)]``, how many blocks of 16 output features are wanted and then their numbers,
             ascending; the features of others become `UNWANTED`, and the C++ kernels do not read their weights. None:
             all are wanted.
+        dependent: for the layout "triton" alone: whether the kernel may start while the one before it runs (NVIDIA,
+            from sm_90 on).
 
     Returns:
         ``[..., N]`` (gated ``[..., N / 2]``) in x.dtype, accumulated in float32.
@@ -98,7 +101,7 @@ def linear(
     if scale_zero is not None:
         matrix = layouts.PackedLinear(layout, weight, scale_zero, group_size, x.shape[-1], out_features)
     if layout == "triton":
-        y = launch.linear(x, matrix, bias, residual, norm, norm_weight, norm_bias, eps, activation, gated)
+        y = launch.linear(x, matrix, bias, residual, norm, norm_weight, norm_bias, eps, activation, gated, dependent)
         return y if wanted is None else _without_unwanted(y, wanted)
     h = x if norm_weight is None else _normalise(x, norm, norm_weight, norm_bias, eps)
     y = F.linear(h, matrix, bias) if isinstance(matrix, Tensor) else layouts.layout(layout).linear(h, matrix, bias)
@@ -135,6 +138,7 @@ def _(
     activation: str = "none",
     gated: bool = False,
     wanted: Tensor | None = None,
+    dependent: bool = False,
 ) -> Tensor:
     return x.new_empty((*x.shape[:-1], out_features // 2 if gated else out_features))
 
@@ -151,6 +155,7 @@ def merged(
     eps: float = 1e-6,
     activation: str = "none",
     gated: bool = False,
+    dependent: bool = False,
 ) -> Tensor:
     """Returns what `linear` does in layout "triton" for matrices that stand one below the other.
 
@@ -158,12 +163,12 @@ def merged(
         x: ``[..., K]``.
         weights: two matrices ``[N_i, K]`` or more in x.dtype; gated, the gate and the up projection.
         biases: ``[N_i]`` for each, or none at all.
-        residual, norm, norm_weight, norm_bias, eps, activation, gated: as of `linear`.
+        residual, norm, norm_weight, norm_bias, eps, activation, gated, dependent: as of `linear`.
 
     Raises:
         ValueError: as of `linear`; matrices whose rows no tile divides.
     """
-    return launch.linear(x, weights, biases, residual, norm, norm_weight, norm_bias, eps, activation, gated)
+    return launch.linear(x, weights, biases, residual, norm, norm_weight, norm_bias, eps, activation, gated, dependent)
 
 
 @merged.register_fake
@@ -178,6 +183,7 @@ def _(
     eps: float = 1e-6,
     activation: str = "none",
     gated: bool = False,
+    dependent: bool = False,
 ) -> Tensor:
     return x.new_empty((*x.shape[:-1], sum(map(len, weights)) // (2 if gated else 1)))
 
@@ -245,7 +251,14 @@ def _(logits: Tensor, *_: Any) -> Tensor:
 
 @torch.library.custom_op("river::experts", mutates_args=())
 def experts(
-    x: Tensor, qweight: Tensor, scale_zero: Tensor, expert: Tensor, out_features: int, group_size: int, layout: str
+    x: Tensor,
+    qweight: Tensor,
+    scale_zero: Tensor,
+    expert: Tensor,
+    out_features: int,
+    group_size: int,
+    layout: str,
+    dependent: bool = False,
 ) -> Tensor:
     """Returns ``x[m] W[expert[m]]^T`` for every row m. Matrices that no row chose are not read.
 
@@ -256,6 +269,7 @@ def experts(
         out_features: N, the rows of each W.
         group_size: G.
         layout: name of the packing.
+        dependent: as of `linear`.
 
     Returns:
         ``[M, N]`` in x.dtype, accumulated in float32.
@@ -268,7 +282,7 @@ def experts(
         raise ValueError(f"experts takes x [M, K], expert [M] and stacked matrices; it was given {shapes}")
     stack = layouts.PackedLinear(layout, qweight, scale_zero, group_size, x.shape[1], out_features, len(qweight))
     if layout == "triton":
-        return launch.experts(x, stack, expert)
+        return launch.experts(x, stack, expert, dependent)
     linear = layouts.layout(layout).linear
     rows_of: dict[int, list[int]] = {}
     for row, chosen in enumerate(expert.tolist()):
@@ -281,9 +295,7 @@ def experts(
 
 
 @experts.register_fake
-def _(
-    x: Tensor, qweight: Tensor, scale_zero: Tensor, expert: Tensor, out_features: int, group_size: int, layout: str
-) -> Tensor:
+def _(x: Tensor, qweight: Tensor, scale_zero: Tensor, expert: Tensor, out_features: int, *_others: Any) -> Tensor:
     return x.new_empty((x.shape[0], out_features))
 
 
@@ -304,7 +316,7 @@ def _(qkv: Tensor, q_norm: Any, k_norm: Any, cos: Any, sin: Any, slot: Any, k_ca
 
 
 @decode_attention.register_fake
-def _(q: Tensor, k_cache: Tensor, v_cache: Tensor, mask: Tensor | None, scale: float, softcap: float) -> Tensor:
+def _(q: Tensor, *_others: Any) -> Tensor:
     return torch.empty_like(q, memory_format=torch.contiguous_format)
 
 
@@ -317,7 +329,7 @@ def _(
 
 
 @shift.register_fake
-def _(k_cache: Tensor, v_cache: Tensor) -> Tensor:
+def _(k_cache: Tensor, *_others: Any) -> Tensor:
     return k_cache.new_empty(1, dtype=torch.int64)
 
 
@@ -386,7 +398,7 @@ def _(hidden: Tensor, previous: Tensor) -> Tensor:
 
 @residual_score.register_fake
 @residual_verdict.register_fake
-def _(update: Tensor, residual: Tensor, previous: Tensor, *_others: Any) -> tuple[Tensor, Tensor]:
+def _(update: Tensor, *_others: Any) -> tuple[Tensor, Tensor]:
     hidden = torch.empty_like(update, memory_format=torch.contiguous_format)
     return hidden, update.new_empty((), dtype=torch.float32)
 

@@ -187,7 +187,7 @@ def _build(
             offloaded.arrange(program, values, config, sum(packed[s].nbytes for p in segments for s in p.packed))
     streamer = Streamer(offloaded, program, values, config.offload)
     settings = inductor_settings(record.mode, whole=False)
-    compiler = SegmentCompiler(lowering.compiler, settings, lowering.native, plan.is_decode)
+    compiler = SegmentCompiler(lowering, settings, plan.is_decode)
     steps: dict[Segment, Step] = {}
     wanted = WantedLogits.of(program)
     with record.stage("compiling"):

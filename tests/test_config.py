@@ -37,6 +37,7 @@ README = Path(__file__).parent.parent / "README.md"
         ({"on_unsupported": "ignore"}, ["on_unsupported='ignore'", "'inductor', 'raise'"]),
         ({"dump_dir": 3}, ["dump_dir=3", "path"]),
         ({"same_rows": 1}, ["same_rows=1", "True or False"]),
+        ({"dependent_launch": "yes"}, ["dependent_launch='yes'", "True or False"]),
     ],
 )
 def test_bad_options_are_named(options, words):

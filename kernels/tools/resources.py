@@ -1,6 +1,7 @@
 """Compiles the kernels of a model for GPUs that are not there, and prints what they use and what a token costs.
 
     python -m river_compile.kernels.tools.resources [--target sm_90 ...] [--model NAME] [--context 1024] [--json PATH]
+        [--dependent-launch]
 
 Registers, spills and shared memory come from the compiled code, widths of loads and matrix instructions from its text.
 For NVIDIA the machine code of 4-bit products is counted: instructions that a thread executes for each of its weights
@@ -136,13 +137,14 @@ def main(arguments: list[str] | None = None) -> int:
     sizes = {"context": options.context, "group_size": options.group_size}
     table: list[Usage] = []
     costs = []
+    early = options.dependent_launch
     print(f"{options.model}, one row, context {options.context}, groups of {options.group_size}\n")
     print(
         "| target | kernel | launch | registers | spills | shared | occupancy | weight load | matrix | per weight | |"
     )
     print("|---|---|---|---:|---:|---:|---:|---:|---:|---:|---|")
     for target in options.target:
-        for label, spec in model_kernels(shape, device=target, **sizes).items():
+        for label, spec in model_kernels(shape, device=target, dependent=early, **sizes).items():
             for usage in usages(spec, label, target):
                 table.append(usage)
                 load = f"{usage.weight_load} B" if usage.weight_load else ""
@@ -178,6 +180,7 @@ def _parser() -> argparse.ArgumentParser:
     parser.add_argument("--model", choices=MODELS, default="llama-3.2-1b", help="whose shapes (default %(default)s)")
     parser.add_argument("--context", type=int, default=1024, help="valid slots of the cache (default %(default)s)")
     parser.add_argument("--group-size", type=int, default=64, choices=(32, 64, 128), help="default %(default)s")
+    parser.add_argument("--dependent-launch", action="store_true", help="kernels that start early, from sm_90 on")
     parser.add_argument("--bandwidth", type=float, help="GB/s for the times; each target's data sheet if not given")
     parser.add_argument("--json", metavar="PATH", help="also write the figures there")
     return parser

@@ -108,8 +108,10 @@ def _group_tiles(spec: LinearSpec, nvidia: bool) -> Iterator[LinearTile]:
     stages = 2 if spec.gated and spec.norm != "none" and not spec.row_by_row else None
     for block_n, block_m, warps, each in itertools.product(widths, heights, (4, 8), numbers):
         depth = warps * each * spec.group_size
+        # (Behind a norm, four steps in a pipeline of three are unrolled into too many registers by Triton 3.6 and 3.7.)
+        short = spec.norm != "none" and spec.in_features <= 4 * depth
         if depth <= deepest and (warps == 4 or block_n == 16):
-            yield LinearTile(block_n, depth, block_m, 1, warps, stages or (4 if block_n == 16 else 3))
+            yield LinearTile(block_n, depth, block_m, 1, warps, stages or (4 if block_n == 16 or short else 3))
 
 
 def _row_tiles(spec: LinearSpec) -> Iterator[LinearTile]:
@@ -194,9 +196,10 @@ def best_tile(spec: LinearSpec, device: str = DEFAULT_DEVICE, rows: int | None =
     Its own is ignored. A device that only a tuning file names counts as the default one in the model; `rows` as in
     `seconds`.
     """
-    saved = saved_tiles(tuning_file()).get(tuned_for(device), {}).get(tuning_key(spec))
-    if saved is not None:
-        return dataclasses.replace(spec, tile=saved)
+    saved = saved_tiles(tuning_file()).get(tuned_for(device), {})
+    for how in (spec, dataclasses.replace(spec, dependent=False)):  # (a dependent launch's tile, or else any launch's)
+        if tuning_key(how) in saved:
+            return dataclasses.replace(spec, tile=saved[tuning_key(how)])
     return _modelled(spec, known(device), rows)
 
 
@@ -271,7 +274,8 @@ def tuning_key(spec: LinearSpec) -> str:
     parts = [spec.weights, spec.group_size, spec.dtype, spec.rows, spec.in_features, spec.out_features, spec.norm]
     stack = [f"of{spec.experts}"] if spec.experts else []
     several = [f"parts{'_'.join(map(str, spec.matrices))}"] if spec.matrices else []
-    return "-".join(map(str, [*parts, "gated" if spec.gated else "single", *stack, *several]))
+    early = ["dependent"] if spec.dependent else []
+    return "-".join(map(str, [*parts, "gated" if spec.gated else "single", *stack, *several, *early]))
 
 
 def saved_tiles(path: Path) -> dict[str, dict[str, LinearTile]]:

@@ -20,7 +20,7 @@ from torch import Tensor
 from river_compile.kernels.quant.layouts import PackedLinear
 
 from .decode_attention import DecodeAttentionSpec
-from .devices import device_of, known
+from .devices import device_of, known, starts_early
 from .exit_score import ExitScoreSpec
 from .heuristic import attention_splits, best_tile, interpreter_tile, untiled
 from .kv_fill import KvFillSpec
@@ -62,6 +62,18 @@ def _chosen(how: tuple[object, ...], given: dict[str, Tensor], rows: int, descri
     return found
 
 
+def _if_possible(dependent: bool, tensor: Tensor) -> bool:
+    """Returns `dependent`.
+
+    Raises:
+        ValueError: it is True, and the tensor lies where no kernel can start before the one before it has ended.
+    """
+    if dependent and not (tensor.is_cuda and starts_early(device_of(tensor))):
+        where = device_of(tensor) if tensor.is_cuda else f"tensors on {tensor.device}"
+        raise ValueError(f"dependent=True needs an NVIDIA GPU from sm_90 on, not {where}; leave it out")
+    return dependent
+
+
 def _there(**tensors: Tensor | None) -> dict[str, Tensor]:
     return {name: tensor for name, tensor in tensors.items() if tensor is not None}
 
@@ -77,6 +89,7 @@ def linear(
     eps: float,
     activation: str,
     gated: bool,
+    dependent: bool = False,
 ) -> Tensor:
     """Runs a linear kernel; `weight` is packed in the layout "triton" or dense, the rest as in `ops.linear`.
 
@@ -120,11 +133,12 @@ def linear(
             activation=activation,
             gated=gated,
             x_stride=x2.stride(0) if rows > 1 and x2.stride(0) != k else 0,
+            dependent=_if_possible(dependent, x),
         )
         return best_tile(spec, device_of(x), rows) if x.is_cuda else interpreter_tile(spec)
 
     packing = (weight.group_size, weight.scale_zero.dtype) if isinstance(weight, PackedLinear) else ()
-    _chosen(("linear", *packing, norm, eps, activation, gated), given, rows, describe)(given)
+    _chosen(("linear", *packing, norm, eps, activation, gated, dependent), given, rows, describe)(given)
     return y.reshape(*x.shape[:-1], n)
 
 
@@ -143,7 +157,7 @@ def _named(name: str, parts: Sequence[Tensor]) -> dict[str, Tensor]:
     return {part_name(name, i): part for i, part in enumerate(parts)}
 
 
-def experts(x: Tensor, weight: PackedLinear, expert: Tensor) -> Tensor:
+def experts(x: Tensor, weight: PackedLinear, expert: Tensor, dependent: bool = False) -> Tensor:
     """Runs a linear kernel of stacked matrices; arguments as in `ops.experts`, `weight` in the layout "triton".
 
     Raises:
@@ -153,7 +167,8 @@ def experts(x: Tensor, weight: PackedLinear, expert: Tensor) -> Tensor:
     y = x.new_empty((rows, n))
     if rows == 0:
         return y
-    spec = untiled(rows, k, n, **_weight_fields(weight), dtype=dtype_name(x), experts=stack)
+    fields = _weight_fields(weight) | {"dtype": dtype_name(x), "dependent": _if_possible(dependent, x)}
+    spec = untiled(rows, k, n, **fields, experts=stack)
     spec = best_tile(spec, device_of(x), rows) if x.is_cuda else interpreter_tile(spec)
     matrices = {
         "qweight": weight.qweight.flatten(0, 1),
@@ -206,6 +221,7 @@ def kv_fill(
     norm: str,
     eps: float,
     interleaved: bool,
+    dependent: bool = False,
 ) -> Tensor:
     """Splits q|k|v of one position, transforms the heads, writes one slot of the caches and returns the query.
 
@@ -218,6 +234,7 @@ def kv_fill(
         norm: "rms" or "rms_plus_one" where q_norm and k_norm are given, else "none".
         eps: of the norm.
         interleaved: whether rotated pairs are neighbours instead of R / 2 apart.
+        dependent: whether the launch may start while the one before it runs (NVIDIA, from sm_90 on).
 
     Returns:
         The query ``[B, H, D]`` in qkv.dtype.
@@ -225,9 +242,10 @@ def kv_fill(
     Raises:
         ValueError: tensors whose shapes, strides or dtypes do not fit together.
     """
-    describe, given, q = _filling(qkv, q_norm, k_norm, cos, sin, slot, k_cache, v_cache, norm, eps, interleaved)
+    how = (norm, eps, interleaved, dependent)
+    describe, given, q = _filling(qkv, q_norm, k_norm, cos, sin, slot, k_cache, v_cache, *how)
     given["q"] = q
-    _chosen(("kv_fill", norm, eps, interleaved), given, 1, describe)(given)
+    _chosen(("kv_fill", *how), given, 1, describe)(given)
     return q
 
 
@@ -247,11 +265,12 @@ def attend(
     mask: Tensor | None,
     scale: float,
     softcap: float,
+    dependent: bool = False,
 ) -> Tensor:
     """Does in one launch what `kv_fill` and then `decode_attention` do, and may count the token.
 
     Args:
-        qkv, q_norm, k_norm, cos, sin, k_cache, v_cache, norm, eps, interleaved: as of `kv_fill`.
+        qkv, q_norm, k_norm, cos, sin, k_cache, v_cache, norm, eps, interleaved, dependent: as of `kv_fill`.
         slot: the slot to write, as of `kv_fill`; None where `counter` is given.
         counter: int32 or int64, one element: the slot to write, to which one is added afterwards; or None. Mutated.
         mask, scale, softcap: as of `decode_attention`; the mask says of the new slot too whether it takes part.
@@ -265,14 +284,15 @@ def attend(
     place = slot if counter is None else counter
     if place is None or (slot is not None and counter is not None):
         raise ValueError("give a slot or a counter, which is one that advances")
-    fill, given, out = _filling(qkv, q_norm, k_norm, cos, sin, place, k_cache, v_cache, norm, eps, interleaved)
+    how = (norm, eps, interleaved, dependent)
+    fill, given, out = _filling(qkv, q_norm, k_norm, cos, sin, place, k_cache, v_cache, *how)
     advance = counter is not None
 
     def describe() -> DecodeAttentionSpec:
-        return _attention(out, k_cache, v_cache, mask, scale, softcap, fill(), advance)
+        return _attention(out, k_cache, v_cache, mask, scale, softcap, dependent, fill(), advance)
 
     given |= _there(mask=None if mask is None else mask.contiguous()) | {"out": out}
-    _chosen(("attend", norm, eps, interleaved, scale, softcap, advance), given, 1, describe)(given)
+    _chosen(("attend", *how, scale, softcap, advance), given, 1, describe)(given)
     return out
 
 
@@ -288,6 +308,7 @@ def _filling(
     norm: str,
     eps: float,
     interleaved: bool,
+    dependent: bool,
 ) -> tuple[Callable[[], KvFillSpec], dict[str, Tensor], Tensor]:
     """Returns what describes a call that fills a slot, its buffers but for the result, and an empty ``[B, H, D]``."""
     b, kv_heads, slots, d = k_cache.shape
@@ -311,6 +332,7 @@ def _filling(
     def describe() -> KvFillSpec:
         strides, index = _cache_strides(k_cache, v_cache), dtype_name(slot)
         how: dict[str, Any] = {"head_norm": norm, "eps": eps, "cache_strides": strides, "index_dtype": index}
+        how["dependent"] = _if_possible(dependent, qkv)
         if tables:
             rows, features = tables["cos"].shape
             how |= {"rotary_dim": features, "rotary_dtype": dtype_name(tables["cos"]), "rotary_rows": rows}
@@ -320,7 +342,13 @@ def _filling(
 
 
 def decode_attention(
-    q: Tensor, k_cache: Tensor, v_cache: Tensor, mask: Tensor | None, scale: float, softcap: float
+    q: Tensor,
+    k_cache: Tensor,
+    v_cache: Tensor,
+    mask: Tensor | None,
+    scale: float,
+    softcap: float,
+    dependent: bool = False,
 ) -> Tensor:
     """Attends from one query position to the slots of a static cache.
 
@@ -331,6 +359,7 @@ def decode_attention(
             the dtype's least number leaves a slot out. None for all. A row without any slot gives 0.
         scale: of the scores.
         softcap: c in c tanh(score / c); 0 for none.
+        dependent: as of `kv_fill`.
 
     Returns:
         ``[B, H, D]`` in q.dtype.
@@ -347,9 +376,9 @@ def decode_attention(
         given["mask"] = mask.contiguous()
 
     def describe() -> DecodeAttentionSpec:
-        return _attention(out, k_cache, v_cache, mask, scale, softcap)
+        return _attention(out, k_cache, v_cache, mask, scale, softcap, dependent)
 
-    _chosen(("decode_attention", scale, softcap), given, 1, describe)(given)
+    _chosen(("decode_attention", scale, softcap, dependent), given, 1, describe)(given)
     return out
 
 
@@ -360,6 +389,7 @@ def _attention(
     mask: Tensor | None,
     scale: float,
     softcap: float,
+    dependent: bool,
     fill: KvFillSpec | None = None,
     advance: bool = False,
 ) -> DecodeAttentionSpec:
@@ -379,14 +409,16 @@ def _attention(
         cache_strides=_cache_strides(k_cache, v_cache),
         fill=fill,
         advance=advance,
+        dependent=_if_possible(dependent, out),
     )
 
 
-def shift(k_cache: Tensor, v_cache: Tensor) -> Tensor:
+def shift(k_cache: Tensor, v_cache: Tensor, dependent: bool = False) -> Tensor:
     """Moves all entries of a full window up by one slot, and returns the slot that this frees.
 
     Args:
         k_cache, v_cache: ``[B, J, S, D]`` of one dtype, features contiguous. Mutated; the last slot stays as it is.
+        dependent: as of `kv_fill`.
 
     Returns:
         S - 1, int64 ``[1]``.
@@ -399,18 +431,23 @@ def shift(k_cache: Tensor, v_cache: Tensor) -> Tensor:
     given = {"k_cache": k_cache, "v_cache": v_cache, "slot": slot}
 
     def describe() -> ShiftSpec:
-        strides = _cache_strides(k_cache, v_cache)
-        return ShiftSpec(b, kv_heads, kv_heads, d, slots, dtype=dtype_name(k_cache), cache_strides=strides)
+        strides, early = _cache_strides(k_cache, v_cache), _if_possible(dependent, k_cache)
+        return ShiftSpec(
+            b, kv_heads, kv_heads, d, slots, dtype=dtype_name(k_cache), cache_strides=strides, dependent=early
+        )
 
-    _chosen(("shift",), given, 1, describe)(given)
+    _chosen(("shift", dependent), given, 1, describe)(given)
     return slot
 
 
-def residual_score(update: Tensor, residual: Tensor, previous: Tensor) -> tuple[Tensor, Tensor]:
+def residual_score(
+    update: Tensor, residual: Tensor, previous: Tensor, dependent: bool = False
+) -> tuple[Tensor, Tensor]:
     """Adds a residual and measures the exit score, in one launch (on the CPU: in Triton's interpreter).
 
     Args:
         update, residual, previous: ``[..., D]`` of one shape and dtype.
+        dependent: as of `kv_fill`.
 
     Returns:
         hidden = residual + update ``[..., D]``, and its smallest similarity to `previous` over all rows, float32
@@ -419,11 +456,17 @@ def residual_score(update: Tensor, residual: Tensor, previous: Tensor) -> tuple[
     Raises:
         ValueError: tensors of different shapes or dtypes.
     """
-    return _exit_score(update, residual, previous)
+    return _exit_score(update, residual, previous, dependent)
 
 
 def residual_verdict(
-    update: Tensor, residual: Tensor, previous: Tensor, rule: Tensor, verdict: Tensor, past: Tensor | None
+    update: Tensor,
+    residual: Tensor,
+    previous: Tensor,
+    rule: Tensor,
+    verdict: Tensor,
+    past: Tensor | None,
+    dependent: bool = False,
 ) -> tuple[Tensor, Tensor]:
     """Does what `residual_score` does, decides whether the score leaves, and notes that, in one launch.
 
@@ -432,6 +475,7 @@ def residual_verdict(
         rule: float64 ``[2]``, the bar and whether the check is asked; see :mod:`.exit_score`.
         verdict: float32 ``[4]``, the score and in bytes 4 and 5 the booleans "leaves" and "stays". Mutated.
         past: float32 ``[N + 1]``, the last N scores and how many there are, where their mean decides; or None. Mutated.
+        dependent: as of `kv_fill`.
 
     Returns:
         As `residual_score`.
@@ -440,13 +484,14 @@ def residual_verdict(
         ValueError: tensors of different shapes, or of other shapes or dtypes than these.
     """
     how = {"decides": True, "history": 0 if past is None else len(past) - 1}
-    return _exit_score(update, residual, previous, how, _there(rule=rule, verdict=verdict, past=past))
+    return _exit_score(update, residual, previous, dependent, how, _there(rule=rule, verdict=verdict, past=past))
 
 
 def _exit_score(
     update: Tensor,
     residual: Tensor,
     previous: Tensor,
+    dependent: bool,
     how: Mapping[str, Any] = MappingProxyType({}),
     others: Mapping[str, Tensor] = MappingProxyType({}),
 ) -> tuple[Tensor, Tensor]:
@@ -459,7 +504,12 @@ def _exit_score(
     score = update.new_empty(1, dtype=torch.float32)
     given |= {"hidden": hidden, "score": score, **others}
     rows, features = hidden.shape
-    _chosen(("exit_score",), given, 1, lambda: ExitScoreSpec(rows, features, dtype_name(update), **how))(given)
+
+    def describe() -> ExitScoreSpec:
+        early = _if_possible(dependent, update)
+        return ExitScoreSpec(rows, features, dtype_name(update), dependent=early, **how)
+
+    _chosen(("exit_score", dependent), given, 1, describe)(given)
     return hidden.view(update.shape), score.view(())
 
 

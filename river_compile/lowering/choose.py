@@ -27,6 +27,7 @@ from river_compile.kernels.native.isa import chosen
 from river_compile.kernels.quant.aten_int4 import LAYOUT as ATEN_LAYOUT
 from river_compile.kernels.quant.aten_int4 import has_fast_kernel
 from river_compile.kernels.quant.layouts import LAYOUTS, NATIVE_LAYOUTS
+from river_compile.kernels.triton.devices import device_name, starts_early
 
 TRITON_LAYOUT = "triton"
 
@@ -36,12 +37,14 @@ class Lowering:
     """How the segments of one graph are lowered.
 
     `compiler` is "inductor", or "eager" to call graphs operator by operator; `layout` is that of the 4-bit weights;
-    `fuse` says whether the generated kernels take the place of what they compute.
+    `fuse` says whether the generated kernels take the place of what they compute, and `dependent` whether they start
+    before the kernel in front of them has ended.
     """
 
     compiler: str
     layout: str
     fuse: bool
+    dependent: bool = False
 
     @property
     def native(self) -> bool:
@@ -61,13 +64,16 @@ def choose_lowering(config: RiverConfig, device: torch.device) -> Lowering:
         OptionError: the device, or this installation, does not have it.
     """
     compiler = "eager" if config.lowering == "eager" else "inductor"
+    on_gpu, early = device.type == "cuda", config.dependent_launch
+    if early and not (on_gpu and starts_early(device_name(device.index or 0))):
+        where = device_name(device.index or 0) if on_gpu else f"a model on {device}"
+        raise OptionError(f"dependent_launch=True needs an NVIDIA GPU from sm_90 on, not {where}; leave it out")
     if config.quantizer == "none":  # no 4-bit product, hence no layout and nothing to fuse
-        return Lowering(compiler, ATEN_LAYOUT, fuse=False)
+        return Lowering(compiler, ATEN_LAYOUT, False, early)
     if device.type not in ("cpu", "cuda"):
         raise OptionError(
             f"there are no 4-bit kernels for a model on {device}; move it to a CPU or a GPU, or use quantizer='none'"
         )
-    on_gpu = device.type == "cuda"
     if config.lowering == "native" or (config.lowering == "auto" and _native_pays(config, on_gpu)):
         return _native(config, on_gpu)
     fuse = config.lowering == "triton" or (config.lowering == "auto" and on_gpu)
@@ -84,7 +90,7 @@ def choose_lowering(config: RiverConfig, device: torch.device) -> Lowering:
             f"lowering={config.lowering!r} needs Triton here, which is not installed; pip install triton, or use a "
             "model on a CPU with lowering='inductor'"
         )
-    return Lowering(compiler, TRITON_LAYOUT, fuse)
+    return Lowering(compiler, TRITON_LAYOUT, fuse, early)
 
 
 def _native_pays(config: RiverConfig, on_gpu: bool) -> bool:

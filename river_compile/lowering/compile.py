@@ -33,7 +33,7 @@ from river_compile.passes.program import Segment
 from river_compile.passes.segments import Fingerprint, fingerprint
 from river_compile.runtime.runner import Callee
 
-from .choose import TRITON_LAYOUT
+from .choose import TRITON_LAYOUT, Lowering
 from .native import native_segment, use_native
 
 log = logging.getLogger("river_compile.lowering.compile")
@@ -60,14 +60,13 @@ class Compiled:
 class SegmentCompiler:
     """Compiles the segments of one traced graph, each distinct one once.
 
-    `lowering` is "inductor", or "eager" to call the segments' graphs as they are; `config_patches` are for Inductor.
-    With `native` the river's operators are those of the C++ kernels, and segments of nothing else skip Inductor. So
-    does then the prologue of a prompt (`is_decode` False), whose few operators take less time than compiling them.
+    `config_patches` are for Inductor. Where the river's operators are those of the C++ kernels, segments of nothing
+    else skip Inductor. So does then the prologue of a prompt (`is_decode` False), whose few operators take less time
+    than compiling them.
     """
 
-    lowering: str
+    lowering: Lowering
     config_patches: dict[str, object]
-    native: bool = False
     is_decode: bool = True
     compiled: list[Compiled] = field(default_factory=list)
 
@@ -82,13 +81,14 @@ class SegmentCompiler:
                 return known.callee
         start = time.perf_counter()
         guards_before = len(shape_env.guards)
-        callee: Callee | None = native_segment(segment) if self.native else None
+        native = self.lowering.native
+        callee: Callee | None = native_segment(segment) if native else None
         direct = True
-        once = self.native and not self.is_decode and segment.name == "prologue"
-        if callee is None and (once or self.lowering == "eager"):
-            callee = _by_operator(segment, self.native)
+        once = native and not self.is_decode and segment.name == "prologue"
+        if callee is None and (once or self.lowering.compiler == "eager"):
+            callee = _by_operator(segment, self.lowering)
         elif callee is None:
-            callee, direct = _compile(segment, packed, self.config_patches, self.native)
+            callee, direct = _compile(segment, packed, self.config_patches, self.lowering)
         guards = tuple(guard.expr for guard in shape_env.guards[guards_before:])
         done = Compiled(segment.name, callee, direct, time.perf_counter() - start, mark, guards)
         log.info("compiled %s in %.1f s%s", segment.name, done.seconds, "" if direct else ", called through wrappers")
@@ -130,9 +130,9 @@ def inductor_settings(mode: str | None, whole: bool = True) -> dict[str, object]
     return settings if whole else settings | {"triton.cudagraphs": False}
 
 
-def _by_operator(segment: Segment, native: bool) -> Callee:
+def _by_operator(segment: Segment, lowering: Lowering) -> Callee:
     """Returns a segment's graph as it is, under the autocast in which it was traced (compiled code has its casts)."""
-    graph_module = lower_ops(segment.graph, native)
+    graph_module = lower_ops(segment.graph, lowering.native, lowering.dependent)
     device = next((v.device.type for v in _examples(segment) if isinstance(v, Tensor)), "cpu")
     if not torch.is_autocast_enabled(device):
         return lambda inputs: graph_module(*inputs)
@@ -141,9 +141,9 @@ def _by_operator(segment: Segment, native: bool) -> Callee:
 
 
 def _compile(
-    segment: Segment, packed: Sequence[Tensor], config_patches: dict[str, object], native: bool
+    segment: Segment, packed: Sequence[Tensor], config_patches: dict[str, object], lowering: Lowering
 ) -> tuple[Callee, bool]:
-    graph_module = lower_ops(segment.graph, native)
+    graph_module = lower_ops(segment.graph, lowering.native, lowering.dependent)
     fake_mode, inputs = _fake_mode(segment), _examples(segment)
     inputs += [fake_mode.from_tensor(t, static_shapes=True) for t in packed]
     direct: list[Callee] = []
@@ -183,11 +183,11 @@ def _needs_no_wrapper(num_inner_inputs: int, num_inputs: int) -> bool:
     )
 
 
-def lower_ops(traced: fx.Graph, native: bool = False) -> fx.GraphModule:
+def lower_ops(traced: fx.Graph, native: bool = False, dependent: bool = False) -> fx.GraphModule:
     """Returns a copy of a graph in which the river's operators are functions that trace into ATen ops.
 
     Operators of the generated kernels stay, as do those of the C++ kernels, which take their place with `native`: they
-    are opaque to Inductor.
+    are opaque to Inductor. With `dependent` generated kernels start before the one in front of them has ended.
     """
     graph = fx.Graph()
     graph.output(graph.graph_copy(traced, {}))
@@ -202,7 +202,24 @@ def lower_ops(traced: fx.Graph, native: bool = False) -> fx.GraphModule:
                 _take_apart(node)
         elif node.target is torch.ops.river.exit_score.default:
             node.target = ops.smallest_cosine
+        if dependent and _is_generated(node):
+            node.kwargs = {**node.kwargs, "dependent": True}
     return fx.GraphModule(traced.owning_module, graph, class_name="Segment")
+
+
+def _is_generated(node: fx.Node) -> bool:
+    """Whether a node runs a generated kernel."""
+    if node.target in (torch.ops.river.linear.default, torch.ops.river.experts.default):
+        return TRITON_LAYOUT in (*node.args, *node.kwargs.values())
+    return node.target in (
+        torch.ops.river.merged.default,
+        torch.ops.river.kv_fill.default,
+        torch.ops.river.decode_attention.default,
+        torch.ops.river.attend.default,
+        torch.ops.river.shift.default,
+        torch.ops.river.residual_score.default,
+        torch.ops.river.residual_verdict.default,
+    )
 
 
 def _take_apart(product: fx.Node) -> None:

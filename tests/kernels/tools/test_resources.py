@@ -1,5 +1,6 @@
 """What the compiled kernels use, for GPUs that are not here: no spills, wide loads, few bytes, few launches."""
 
+import dataclasses
 import importlib.metadata
 import json
 import re
@@ -78,17 +79,29 @@ def test_four_bits_become_numbers_in_one_instruction_without_a_conversion(dtype,
     assert counted(cuobjdump(compiled.asm["cubin"], "-sass"), spec) is not None
 
 
+@pytest.mark.parametrize("dependent", [False, True])
 @pytest.mark.parametrize("model", ["llama-3.1-8b", "llama-3.2-1b"])
-def test_one_row_takes_at_most_3_2_instructions_for_a_weight(model):
+def test_one_row_takes_at_most_3_2_instructions_for_a_weight(model, dependent):
     """On an H100 4.2 take as long as a weight's bytes. Each Triton compiles differently; this holds for all of them."""
     for label, spec in model_kernels(MODELS[model], device="sm_90").items():
         if isinstance(spec, LinearSpec) and spec.weights == "w4":
+            spec = dataclasses.replace(spec, dependent=dependent)
             (usage,) = usages(spec, label, "sm_90")
             assert usage.instructions <= 3.2, usage
             assert usage.spills == 0, usage
             assert usage.occupancy >= 0.25, usage
             assert usage.registers <= MAX_REGISTERS, usage
             assert usage.loads_first, usage
+
+
+@pytest.mark.parametrize("model", ["llama-3.1-8b", "llama-3.2-1b"])
+def test_sixteen_rows_behind_a_norm_take_at_most_1_3_times_the_instructions_of_one(model):
+    """Every program normalises all rows again; with whatever Triton is installed, and without spills."""
+    one, sixteen = (model_kernels(MODELS[model], device="sm_90", rows=rows) for rows in (1, 16))
+    for label in ("norm + q|k|v", "norm + gate|up"):
+        ((few,), (many,)) = (usages(kernels[label], label, "sm_90") for kernels in (one, sixteen))
+        assert many.spills == 0, many
+        assert many.instructions <= 1.3 * few.instructions, (few, many)
 
 
 @pytest.mark.parametrize("target", DEVICES)
