@@ -1,5 +1,6 @@
 # make demo    plain model and River side by side          make bench   decode speed of every configuration
-# make test    lint, type check and all tests              make clean   remove what make built here
+# make test    lint, type check and the quick tests        make clean   remove what make built here
+# make test-all    the slow tests too: an hour on two cores
 # make gpu     on a machine with a GPU: facts, kernels, tuning, the tests that need one, decode speed against its targets,
 #              traces. Steps of ten minutes at most, each also alone (`make gpu-facts`; `make gpu ARGS=--list` names
 #              them); results in gpu/. WHEELS=folder takes what is missing from there, without network: docs/cuda.md.
@@ -17,6 +18,7 @@
 PYTHON ?= python3
 VENV ?= .venv
 ARGS ?=
+SLOW ?=
 
 # Stamps live in the environment, so that they vanish with it.
 IN_VENV := $(VENV)/bin/python
@@ -33,7 +35,7 @@ ON_GPU := $(IN_VENV)
 FOR_GPU := $(FOR_TEST)
 endif
 
-.PHONY: help demo test bench families gpu compat soak clean
+.PHONY: help demo test test-all bench families gpu compat soak clean
 .DELETE_ON_ERROR:
 
 help:
@@ -47,7 +49,10 @@ test: $(FOR_TEST)
 	$(IN_VENV) -m ruff format --check .
 	$(IN_VENV) -m tools.typecheck
 	$(IN_VENV) -m river_compile.cli.demo_models smollm2
-	$(IN_VENV) -m pytest -n 2 --dist loadfile --durations=25
+	$(IN_VENV) -m pytest -n 2 --dist loadfile --durations=25 $(SLOW)
+
+test-all:
+	$(MAKE) test SLOW=--slow
 
 bench: $(FOR_DEMO)
 	$(IN_VENV) -m benchmarks.decode $(ARGS)

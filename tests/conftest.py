@@ -1,4 +1,4 @@
-"""What all tests share: the device mark, one set of random examples, a clean Dynamo, and the converted real model."""
+"""What all tests share: marks of devices and slow tests, one set of random examples, a clean Dynamo, a real model."""
 
 from __future__ import annotations
 
@@ -18,7 +18,15 @@ settings.load_profile("deterministic")
 torch.set_num_threads(max(1, torch.get_num_threads() // int(os.environ.get("PYTEST_XDIST_WORKER_COUNT", "1"))))
 
 
-def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
+def pytest_addoption(parser: pytest.Parser) -> None:
+    parser.addoption("--slow", action="store_true", help="run the slow tests too, as -m and the name of a test do")
+
+
+def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item]) -> None:
+    asked = config.option.slow or config.option.markexpr or any("::" in argument for argument in config.args)
+    if not asked:
+        config.hook.pytest_deselected(items=[item for item in items if "slow" in item.keywords])
+        items[:] = [item for item in items if "slow" not in item.keywords]
     if torch.cuda.is_available():
         return
     skip = pytest.mark.skip(reason="needs a GPU (CUDA or ROCm)")

@@ -66,6 +66,7 @@ def test_wrapper_is_rewritten_when_called_but_its_generate_runs_the_original():
     assert [g.kind for g in report(compiled).graphs] == ["prefill"]
 
 
+@pytest.mark.slow
 def test_a_mode_reaches_inductor():
     """torch.compile takes a mode or options, not both; Inductor compiles every segment with the mode's settings."""
     step, seen = TracedStep(), []
@@ -199,6 +200,7 @@ class TestRuntime:
         assert t.tokens[0].depth == 3
         assert t.tokens[0].similarities[0] != t.tokens[0].similarities[0]
 
+    @pytest.mark.slow
     def test_depth_and_similarities_follow_the_threshold(self):
         """A threshold between two observed similarities makes the token leave at the first that exceeds it."""
         model = make("llama", layers=4)
@@ -240,6 +242,7 @@ class TestRuntime:
             logits.append(decode(model, new_cache(model, "static"), [depth if fixed is None else None], batch=1)[-1])
         assert torch.equal(*logits)
 
+    @pytest.mark.slow
     def test_a_forced_threshold_and_first_exit(self):
         """They hold for decode steps inside the context alone, need checks, and a forced depth goes before them."""
         model = make("llama", layers=4)
@@ -288,6 +291,7 @@ class TestRuntime:
         for a, b in zip(alone, together, strict=True):
             assert torch.equal(a, b)
 
+    @pytest.mark.slow
     def test_models_of_one_class_have_twins_of_their_own(self):
         """Dynamo would run the second model with the first one's graph; only the parameters would be its own."""
         models = [make("llama", layers=2, seed=seed) for seed in (0, 1)]
@@ -315,6 +319,7 @@ class TestReport:
         assert "in 16 bits" in text
         assert max(map(len, text.splitlines())) <= 120
 
+    @pytest.mark.slow
     def test_one_model_packs_once(self):
         """A second graph of the same model takes the packed weights that are there."""
         model = make("llama", layers=2)
@@ -364,6 +369,7 @@ class TestReport:
         assert "exit_score" in (checks / "block_1.after.py").read_text()
         assert "exit_score" not in (checks / "block_1.before.py").read_text()
 
+    @pytest.mark.slow
     def test_the_structured_trace_shows_the_passes(self, tmp_path):
         """TORCH_TRACE receives the plan and what each pass changed, for tlparse."""
         code = """
@@ -412,6 +418,7 @@ print(torch.nn.functional.cosine_similarity(logits[0].flatten(), plain.flatten()
 """
 
 
+@pytest.mark.slow
 def test_a_processor_without_the_fast_kernel_gives_right_answers_and_says_so_once():
     """ATen made to use no vector instructions: one warning for two graphs, and the logits of a 4-bit model."""
     environment = {**os.environ, "ATEN_CPU_CAPABILITY": "default"}

@@ -215,6 +215,7 @@ class TestDoubt:
         assert "criterion    doubt, threshold 1e-09" in str(found)
         assert seen.plot(tmp_path / "depths.png").read_bytes().startswith(b"\x89PNG")
 
+    @pytest.mark.slow
     def test_compiled_segments_run_twice_as_well(self):
         """Inductor's code, which may write into what it was given, leaves the inputs of the second run intact."""
         model = compiled(criterion="doubt", threshold=1e-9, lowering="inductor")

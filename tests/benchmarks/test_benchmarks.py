@@ -248,6 +248,7 @@ def test_a_token_costs_what_its_blocks_cost():
     assert line.token(0).launches == 32 * 5 + 1
 
 
+@pytest.mark.slow
 def test_a_step_s_host_time_is_measured_without_what_it_launches(tmp_path, capsys):
     assert step_cost.main(["--layers", "2", "--repeats", "3", "--json", str(tmp_path / "cost.json")]) == 0
     rows = json.loads((tmp_path / "cost.json").read_text())["rows"]
@@ -256,6 +257,7 @@ def test_a_step_s_host_time_is_measured_without_what_it_launches(tmp_path, capsy
     assert "depth 0" in capsys.readouterr().out
 
 
+@pytest.mark.slow
 def test_the_schedule_draws_all_ways_to_decide(capsys):
     with torch.no_grad():
         assert schedule.main(["--layers", "2", "--timeline"]) == 0
@@ -268,6 +270,7 @@ def test_the_schedule_draws_all_ways_to_decide(capsys):
     }
 
 
+@pytest.mark.slow
 def test_the_estimate_prints_costs_targets_and_the_schedule(tmp_path, capsys, monkeypatch):
     """Llama-3.1-8B with the schedule of four blocks: what a target needs is its share of the roofline's speed."""
     out = tmp_path / "out.json"

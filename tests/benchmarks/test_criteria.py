@@ -27,6 +27,7 @@ def of(rows, name):
     return [row for row in rows if row["criterion"] == name]
 
 
+@pytest.mark.slow
 def test_when_all_tokens_leave_at_once_it_does_not_matter_why(rows):
     first_exit = criteria.FIRST_EXIT
     all_left = [r for r in rows if (r["left"], r["depth"], r["first_exit"]) == (1.0, first_exit, first_exit)]

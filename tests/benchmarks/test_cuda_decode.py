@@ -180,6 +180,7 @@ def eagerly(monkeypatch):
 
 
 @pytest.mark.core
+@pytest.mark.slow
 def test_rivers_rows(tiny, monkeypatch, no_grad):
     """Forced and asked depths; those of the backbone choose as plain transformers do; caches are taken back."""
     eagerly(monkeypatch)

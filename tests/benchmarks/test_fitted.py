@@ -54,6 +54,7 @@ def test_nothing_is_learned_from_the_texts_that_are_tested():
     assert fitted.compare(texts)["fitted"][2] > fitted.compare(texts)["oracle"][2] + 0.2
 
 
+@pytest.mark.slow
 def test_a_tiny_model_is_measured_by_kind_of_text(monkeypatch):
     monkeypatch.setattr(fitted, "TOKENS", 8)
     kinds = {"one": [prompt(11, seed=seed) for seed in range(4)], "other": [prompt(11, seed=9) for _ in range(4)]}

@@ -35,6 +35,7 @@ def outcome():
     return json.loads(json.dumps(found)) | {"seconds": 0.0}
 
 
+@pytest.mark.slow
 def test_never_exit_is_the_model_and_four_bits_are_not(outcome):
     backbone, four_bits, river = outcome["rows"]
     for kind in ("own", "held_out"):

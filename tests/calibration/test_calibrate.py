@@ -67,6 +67,7 @@ def logits_of(model, ids):
     return torch.cat(steps).double().log_softmax(-1)
 
 
+@pytest.mark.slow
 def test_measured_quality_is_what_the_options_give(model, found):
     """Every rule's KL and depth on all texts, run again through the options alone, with exits leaving their mark."""
     rule = found.chosen
@@ -122,6 +123,7 @@ def test_save_load_and_picture(found, tmp_path):
     assert found.plot(tmp_path / "calibration.png").read_bytes().startswith(b"\x89PNG")
 
 
+@pytest.mark.slow
 def test_a_threshold_for_each_depth_is_chosen_where_it_is_cheapest(model, tmp_path, monkeypatch):
     """Its options decode as it was measured; text, file and picture hold it."""
     cost = Meter.cost
@@ -178,6 +180,7 @@ def test_a_budget_of_agreement(model):
     assert "mean agreement at least 0.4" in str(found)
 
 
+@pytest.mark.slow
 def test_the_short_form_of_a_budget(model, found):
     """`kl=0.3` is `budget={"kl": 0.3}`: the same texts, rules and promise, so the same measured quality."""
     short = run(model, None, kl=0.3, criterion=found.base_options["criterion"])
@@ -189,6 +192,7 @@ def test_the_short_form_of_a_budget(model, found):
 
 
 @pytest.mark.parametrize("criterion", ["similarity", "doubt"])
+@pytest.mark.slow
 def test_a_budget_that_no_exit_keeps_is_never_exits(model, criterion, tmp_path):
     """Its options decode as the plain model does, which loses nothing and takes never exit's time."""
     found = run(model, {"kl": 1e-9}, criterion=criterion)
@@ -204,6 +208,7 @@ def test_a_budget_that_no_exit_keeps_is_never_exits(model, criterion, tmp_path):
     assert [step.depth for step in seen.tokens] == [3] * TOKENS
 
 
+@pytest.mark.slow
 def test_a_tighter_budget_is_a_slower_rule(model):
     """Half of what the cheapest rule loses is kept by one that fewer tokens leave by, before none does."""
     loose = run(model, {"kl": 3.0}).chosen

@@ -81,6 +81,7 @@ def test_wrong_usage_is_code_2(capsys):
     assert error_line(ValueError()) == "ValueError"
 
 
+@pytest.mark.slow
 def test_check_counts_what_a_token_reads(tiny, capsys):
     """The parts' bytes are those of the model's parameters; predictions are the bandwidth by these bytes."""
     found = printed_json(capsys, "check", tiny, "--bandwidth", "10")
@@ -100,6 +101,7 @@ def test_check_counts_what_a_token_reads(tiny, capsys):
     assert "rewritten, 3 blocks" in page
 
 
+@pytest.mark.slow
 def test_check_of_a_model_that_is_refused_is_code_3(tmp_path, capsys):
     """MPT's code reads tensors, which breaks its graph and has nothing to read here."""
     transformers.MptConfig(vocab_size=128, d_model=64, n_heads=4, n_layers=2, max_seq_len=64).save_pretrained(tmp_path)
@@ -278,6 +280,7 @@ def test_a_painter_gives_each_token_its_source():
     assert painter.sources == {"prompt": 1, "river": 1, "backbone": 2}
 
 
+@pytest.mark.slow
 def test_the_demo_runs_to_its_picture(tiny, tmp_path, capsys):
     """Three ways, and a picture with the depth of every token after the first."""
     assert demo.main(["--model", tiny, "--new-tokens", "6", "--picture", str(tmp_path / "new" / "depths.png")]) == 0

@@ -59,6 +59,7 @@ def test_texts_are_the_plain_models_streamed_and_whole(served, tiny):
     assert sum(map(bool, pieces)) > 1
 
 
+@pytest.mark.slow
 def test_requests_side_by_side_do_not_mix(served, tiny):
     client, name = served
     questions = [f"question {i}" for i in range(4)]

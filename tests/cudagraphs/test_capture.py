@@ -209,6 +209,7 @@ class TestSameBits:
         assert decoder.log.made > before
 
     @pytest.mark.parametrize("name", ["gemma2", "mixtral"])
+    @pytest.mark.slow
     def test_families(self, name, alone):
         """Sliding windows before and after they are full, counters kept in Python, experts."""
         decoder = Decoder(name, launch_ahead=True)
@@ -327,6 +328,7 @@ class TestOrder:
         with pytest.raises(AssertionError, match="logits of step 2"):
             check(recorder, [STAY, STAY, LEAVE, LEAVE, LEAVE])
 
+    @pytest.mark.slow
     def test_rolling_caches_are_not_launched_ahead(self):
         """A full sliding window moves its entries, which cannot be done twice; the report names the line."""
         decoder = Decoder("mistral", launch_ahead=True)
@@ -388,6 +390,7 @@ class TestCaches:
     """A new KV cache means new captures, and nothing of the old one stays."""
 
     @pytest.mark.parametrize("device", DEVICES)
+    @pytest.mark.slow
     def test_a_replaced_cache_is_captured_anew_and_let_go(self, device):
         """The decoder is the test's own: a cache at the addresses of an earlier, freed one would be replayed on."""
         decoder = Decoder(device=device)
@@ -546,6 +549,7 @@ class TestReported:
 class TestSizes:
     """Sizes that differ between calls."""
 
+    @pytest.mark.slow
     def test_caches_of_several_lengths_and_batches(self):
         """A second one makes Dynamo trace with dynamic sizes: captures are distinguished by their values."""
         decoder = Decoder(launch_ahead=True)

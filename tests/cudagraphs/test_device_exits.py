@@ -138,6 +138,7 @@ def generated(decoder: Decoder, taus) -> tuple[list, list]:
 
 class TestSameBits:
     @pytest.mark.parametrize("device", DEVICES)
+    @pytest.mark.slow
     def test_any_mix_of_depths_thresholds_and_caches(self, device):
         """Logits, entries, counters, depths and scores; everything but prompts is one graph for each cache."""
         decoder = Deciding(device=device)
@@ -152,6 +153,7 @@ class TestSameBits:
         assert isinstance(decoder.runner, DeviceExits)
         assert "step" in decoder.captured_units
 
+    @pytest.mark.slow
     def test_a_batch_leaves_when_its_least_sure_row_may(self, alone):
         """Checks after every second block; depths without one can be forced all the same, in pieces."""
         decoder = Deciding(exit_every=2, first_exit=2)
@@ -180,6 +182,7 @@ class TestSameBits:
             ("mistral", {"criterion": "doubt"}, [4.0, 1e-9, 9.0, 1e-9, 4.0]),
         ],
     )
+    @pytest.mark.slow
     def test_families(self, name, options, taus, alone):
         """Sliding windows before and after they are full, counters kept in Python, experts; what a doubt puts back."""
         decoder = Deciding(name, **options)
@@ -197,6 +200,7 @@ class TestSameBits:
         ("criterion", "thresholds"), [("confidence", (0.0, 4.45, 5.0)), ("doubt", (0.0, 1e-9, 3.5, 4.0, 9.0))]
     )
     @pytest.mark.parametrize("device", DEVICES)
+    @pytest.mark.slow
     def test_other_criteria(self, criterion, thresholds, device):
         """An entropy of the step before, which the host does not wait for, and a backbone that runs after the river."""
         decoder = Deciding(device=device, criterion=criterion)
@@ -264,6 +268,7 @@ class TestSameBits:
         assert set(decoder.captured_units) == {"step"}
 
     @pytest.mark.core
+    @pytest.mark.slow
     def test_inductor(self):
         """Compiled segments, called without AOTAutograd's wrappers and with strides that they check."""
         decoder = Deciding(lowering="inductor", exit_every=2, first_exit=2)
@@ -292,6 +297,7 @@ class TestSameBits:
         assert set(check_records(decoder, [(0, None, tau) for tau in taus])) == {1, 2}
         assert set(decoder.captured_units) == {"step"}
 
+    @pytest.mark.slow
     def test_exact_mode_drafts_with_it(self):
         decoder = Deciding()
         model, ids = decoder.model, torch.arange(2, 8)[None]
@@ -496,6 +502,7 @@ class TestRules:
         executor.policy = before
         assert [step.depth for step in seen.tokens] == [3]
 
+    @pytest.mark.slow
     def test_no_number_never_leaves_but_where_a_depth_is_forced(self):
         decoder = Deciding(quantizer="none")
         run(decoder, [STAY])
@@ -512,6 +519,7 @@ class TestRules:
 
 
 class TestCaches:
+    @pytest.mark.slow
     def test_a_replaced_cache_is_captured_anew_and_let_go(self):
         """The decoder is the test's own: a cache at the addresses of an earlier, freed one would be replayed on."""
         decoder = Deciding()
@@ -635,6 +643,7 @@ def test_threads_never_mix_their_results(decoder):
 class TestReported:
     """What stays with the host, and why."""
 
+    @pytest.mark.slow
     def test_a_capture_that_fails_leaves_the_host_to_decide(self):
         decoder = Deciding()
         decoder.step(decoder.start(), 3, threshold=2.0)
@@ -666,6 +675,7 @@ class TestReported:
         assert why in decoder.log.uncaptured_units["step"]
         assert "span 0-1" in decoder.captured_units
 
+    @pytest.mark.slow
     def test_tapes_decide_nothing(self):
         """On a CPU a replay has run when it returns, and there is nothing to wait for."""
         model = make("llama", layers=2)

@@ -166,6 +166,7 @@ def test_steps_that_count_are_those_that_read():
     assert_same(steps, expected, run(decoder, steps))
 
 
+@pytest.mark.slow
 def test_a_full_cache_is_noticed_by_counting():
     model = make("llama", layers=2)
     model.compile(backend=river, options={"lowering": "eager", "quantizer": "rtn", "cudagraphs": "record"})

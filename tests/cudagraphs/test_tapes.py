@@ -73,6 +73,7 @@ def _threads():
 
 
 @pytest.mark.parametrize(("name", "dtype", "batch"), [("llama", torch.bfloat16, 1), ("qwen3", torch.float32, 2)])
+@pytest.mark.slow
 def test_replays_are_the_uncaptured_steps(name, dtype, batch):
     """Forced depths, exits by threshold, caches one after the other and again, another number of threads."""
     torch.set_num_threads(1)
@@ -96,6 +97,7 @@ def test_replays_are_the_uncaptured_steps(name, dtype, batch):
 
 
 @pytest.mark.parametrize(("name", "uncaptured"), [("gpt_neox", {"tail 0"}), ("gemma2", {"head"})])
+@pytest.mark.slow
 def test_what_is_more_than_kernels_runs_uncaptured_and_says_so(name, uncaptured):
     """Keys that lie apart in their product are no kernel's; beside a head with a soft cap twins are."""
     pair = Pair(name)

@@ -43,6 +43,7 @@ def digests(rank, case):
 
 
 class TestTheSameAnswers:
+    @pytest.mark.slow
     def test_never_exit_and_unquantized_twins_have_the_bits_of_the_traced_model(self, both):
         """At every depth; and what Dynamo's tracing alone changes against the plain model is rounding."""
         found = both[0]["unquantized"]

@@ -148,6 +148,7 @@ def test_copies_and_pickles_are_the_plain_model(tmp_path):
     assert {file.name for file in tmp_path.iterdir()} == {"config.json", "generation_config.json", "model.safetensors"}
 
 
+@pytest.mark.slow
 def test_a_prompt_that_shows_no_draft_can_be_verified_goes_on_plainly():
     """CPM-Ant reads its whole text in every pass; a streamer, the cache handed back and the text are the plain ones."""
     ours, expected = tiny_model("cpmant"), tiny_model("cpmant")
@@ -212,6 +213,7 @@ def test_fast_and_calibrated_let_tokens_leave():
     assert {step.depth for step in trace.tokens} == {1}
 
 
+@pytest.mark.slow
 def test_fast_runs_in_the_own_loop_and_what_that_refuses_in_transformers(monkeypatch):
     """The streamer gets the prompt once either way; a custom_generate of the caller's is left alone."""
     ours, taken, loop = river_compile.accelerate(plain(), "fast", exit_depth=2, **OPTIONS), [], Decode.__call__
@@ -226,6 +228,7 @@ def test_fast_runs_in_the_own_loop_and_what_that_refuses_in_transformers(monkeyp
     assert len(taken) == 1
 
 
+@pytest.mark.slow
 def test_strict_is_exact_modes_strict(monkeypatch):
     seen = []
     prefill = DraftVerifyRunner.prefill
@@ -272,6 +275,7 @@ def folder(tmp_path, monkeypatch):
     return home
 
 
+@pytest.mark.slow
 def test_a_folder_brings_its_own_generate(folder):
     """By name in one call, and for every call of a model that is loaded from it; both draft."""
     named = plain()
@@ -283,6 +287,7 @@ def test_a_folder_brings_its_own_generate(folder):
             assert trace.cycles
 
 
+@pytest.mark.slow
 def test_load_is_from_pretrained_and_accelerate(folder, tmp_path):
     """With an artifact nothing is packed, and the dtype is the folder's."""
     first = river_compile.load(folder, **EXACT)

@@ -56,6 +56,7 @@ def caches_of(model, monkeypatch):
 
 @pytest.mark.parametrize("quality", QUALITIES)
 @pytest.mark.parametrize("family", ["llama", "gemma3"])  # full attention; windows of 8 tokens beside it
+@pytest.mark.slow
 def test_texts_that_outgrow_the_cache_are_plain(family, quality):
     """Two rows, one of them padded, of which one may fall behind; the second call begins in the long cache."""
     ids = prompt(batch=2)
@@ -80,6 +81,7 @@ def test_windows_alone_stay_as_long_as_they_are():
 
 @pytest.mark.parametrize("device", ["cpu", pytest.param("cuda", marks=pytest.mark.gpu)])
 @pytest.mark.parametrize("quality", QUALITIES)
+@pytest.mark.slow
 def test_later_calls_capture_nothing(quality, device):
     """What ran once is captured the second time, on the same cache; so two calls know all, or already the first."""
     captures = {"cudagraphs": "record" if device == "cpu" else True}
@@ -108,6 +110,7 @@ def test_callers_who_say_something_of_caches_have_them(options, monkeypatch):
     assert kept(model) is None
 
 
+@pytest.mark.slow
 def test_a_static_cache_that_was_asked_for_has_its_length(monkeypatch):
     """It is kept too, and a call that needs a longer one has a longer one."""
     model = accelerated()
@@ -118,6 +121,7 @@ def test_a_static_cache_that_was_asked_for_has_its_length(monkeypatch):
     assert {type(cache) for cache in seen} == {StaticCache}
 
 
+@pytest.mark.slow
 def test_strict_texts_keep_the_cache_of_plain_decoding(monkeypatch):
     model = river_compile.accelerate(make("llama", layers=2), "strict", **OPTIONS, max_draft=1)
     seen = caches_of(model, monkeypatch)
@@ -125,6 +129,7 @@ def test_strict_texts_keep_the_cache_of_plain_decoding(monkeypatch):
     assert {type(cache) for cache in seen} == {DynamicCache}
 
 
+@pytest.mark.slow
 def test_nothing_of_a_text_reaches_the_next():
     """Not even numbers that are none, behind its end or before it."""
     model, ids = accelerated(quality="fast"), prompt()
@@ -135,6 +140,7 @@ def test_nothing_of_a_text_reaches_the_next():
     assert torch.equal(generate(model, ids), text)
 
 
+@pytest.mark.slow
 def test_a_call_that_fails_leaves_a_cache_that_works():
     model, ids = accelerated(quality="fast"), prompt()
     text = generate(model, ids)
@@ -147,6 +153,7 @@ def test_a_call_that_fails_leaves_a_cache_that_works():
     assert torch.equal(generate(model, ids), text)
 
 
+@pytest.mark.slow
 def test_calls_at_the_same_time_have_caches_of_their_own():
     model, ids = accelerated(quality="fast"), prompt()
     text, inner = generate(model, ids), []

@@ -30,6 +30,7 @@ EAGER = {"lowering": "eager", "quantizer": "none", "first_exit": 1}
 @pytest.mark.parametrize(
     ("name", "kind"), each([(name, "static") for name in FAMILIES] + [(name, "dynamic") for name in DYNAMIC])
 )
+@pytest.mark.slow
 def test_any_exit_of_an_unquantized_river_is_the_plain_model(name, kind):
     """Every depth from 0 to never, one token each, left padding.
 
@@ -83,6 +84,7 @@ before_torch_2_13 = pytest.mark.xfail(
     ("name", "attention"),
     [("llama", "sdpa"), ("gpt2", "sdpa"), pytest.param("gemma2", "eager", marks=before_torch_2_13)],
 )
+@pytest.mark.slow
 def test_inductor_gives_the_plain_model_within_rounding(name, attention):
     """Never exit, and an unquantized exit, through compiled segments: close logits and caches, equal lengths."""
     model = make(name, layers=2, attention=attention)

@@ -53,6 +53,7 @@ def held(cache) -> list[Tensor]:
 
 
 @pytest.mark.parametrize(("build", "static"), [(lfm2, False), (qwen3_next, True)])
+@pytest.mark.slow
 def test_hybrids_give_the_plain_text_and_states_at_every_depth(build: Callable[[], PreTrainedModel], static: bool):
     torch.manual_seed(0)
     model = build()

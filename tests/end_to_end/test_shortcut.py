@@ -62,6 +62,7 @@ def test_text_scores_and_entries_are_those_through_dynamo(name, kind):
 
 
 @pytest.mark.parametrize("window", [6, 12, 64])
+@pytest.mark.slow
 def test_sliding_windows_leave_dynamo_but_where_they_fill_up(window):
     """Full from the prompt on, filling up on the way, never full; they count on as Dynamo's code leaves them."""
     config = CONFIGS["gemma3"](LAYERS)
@@ -218,6 +219,7 @@ def test_a_prompt_and_a_stance_go_through_dynamo():
     assert shortcut.taken - taken == 2
 
 
+@pytest.mark.slow
 def test_exact_mode_drafts_and_verifies_by_it():
     model, ids = compiled(exit_depth=None), prompt()
     options = {"max_new_tokens": 24, "do_sample": False, "cache_implementation": "static", "disable_compile": True}
@@ -246,6 +248,7 @@ def test_threads_have_steps_of_their_own():
         assert all(all(map(torch.equal, text, expected)) for text in texts[i])
 
 
+@pytest.mark.slow
 def test_nothing_of_a_sequence_or_a_model_stays_alive():
     model, (ids, mask) = compiled(), left_padded(batch=1)
     cache = new_cache(model, "static")

@@ -67,6 +67,7 @@ def forward(model):
     return evaluated(model, quality="plain", scoring="forward")
 
 
+@pytest.mark.slow
 def test_decoded_answers_have_the_scores_of_one_pass_where_no_token_leaves(model, forward):
     found, scores = evaluated(model, quality="exact", **QUICK)
     assert torch.allclose(scores, forward[1], atol=1e-3)
@@ -74,6 +75,7 @@ def test_decoded_answers_have_the_scores_of_one_pass_where_no_token_leaves(model
     assert found["config"]["mean_depth"] == 3
 
 
+@pytest.mark.slow
 def test_one_pass_hides_what_tokens_that_leave_lose_and_decoding_shows_it(model, forward):
     """The same rule, by which every token runs through the twins alone: each result says how it was scored."""
     hidden, blind = evaluated(model, quality="fast", scoring="forward", exit_depth=0, **QUICK)

@@ -154,6 +154,7 @@ def little_model(smollm2_tokenizer, tmp_path_factory):
     return str(folder)
 
 
+@pytest.mark.slow
 def test_thresholds_are_compared_on_one_prompt(little_model, capsys):
     """The first line never exits, threshold 1 neither, and -1 lets every token leave after two blocks."""
     assert compare_thresholds.main(["--model", little_model, "--new-tokens", "8", "--thresholds", "1", "-1"]) == 0

@@ -41,6 +41,7 @@ def compiled(name, fill, **options):
     + [("propagate", "dynamic", "eager"), ("mask", "dynamic", "eager"), ("recompute", "static", "inductor")],
 )
 @torch.no_grad()
+@pytest.mark.slow
 def test_logits_and_entries_are_the_references(fill, kind, lowering):
     """Two rows, the second one padded, nine tokens at mixed depths: what is missing is zero, lengths are plain ones."""
     model = compiled("llama", fill, lowering=lowering)
@@ -100,6 +101,7 @@ def hooked(model, fill, depth, filled, missing):
     ],
 )
 @torch.no_grad()
+@pytest.mark.slow
 def test_other_families_and_sliding_windows(fill, name, kind):
     """More tokens than a sliding window has: what slid out is gone, what was masked stays masked at its new place."""
     model = compiled(name, fill)
@@ -143,6 +145,7 @@ class TestRefusals:
         ],
     )
     @torch.no_grad()
+    @pytest.mark.slow
     def test_caches_that_a_fill_cannot_write_to_are_named(self, fill, name, kind, words):
         model = compiled(name, fill)
         with pytest.raises(OptionError, match=words) as error:
@@ -150,6 +153,7 @@ class TestRefusals:
         assert "model.layers.0" in str(error.value)
 
     @torch.no_grad()
+    @pytest.mark.slow
     def test_a_cache_with_holes_takes_no_second_prompt_and_no_strangers_tokens(self):
         """One without holes does; nothing is written when a cache is refused."""
         model = compiled("llama", "mask")

@@ -112,6 +112,7 @@ def test_passes_of_several_tokens_compute_what_the_model_does(name):
 
 
 @pytest.mark.parametrize("name", ["llama", "qwen3", "phi3"])
+@pytest.mark.slow
 def test_a_token_has_the_same_bits_in_passes_of_any_width(name):
     """Nothing but the prologue of a step goes through Inductor; up to eight rows no sum depends on the others."""
     model = make(name, layers=2, dtype=torch.bfloat16)
@@ -170,6 +171,7 @@ def test_what_needs_the_kernels_says_so(options, message):
 
 
 @pytest.mark.parametrize("kv_heads", [1, 2])
+@pytest.mark.slow
 def test_passes_of_gemma_are_recorded_whole(kv_heads):
     """Heads are normalised after positions and heads change places, and one head needs no change; of each pass only the
     prologue goes through Inductor, also where the head's entropy decides."""
@@ -184,6 +186,7 @@ def test_passes_of_gemma_are_recorded_whole(kv_heads):
 
 
 @pytest.mark.parametrize(("name", "batch"), [("llama", 1), ("qwen3", 3)])
+@pytest.mark.slow
 def test_strict_verification_has_the_bits_of_decoding_without_drafts(name, batch):
     """In bfloat16, on the C++ kernels: the scores too, with drafts that are verified several at a time.
 
@@ -209,6 +212,7 @@ def test_strict_verification_has_the_bits_of_decoding_without_drafts(name, batch
     assert {cycle.width for cycle in seen.cycles} >= {min(4, 8 // batch)}
 
 
+@pytest.mark.slow
 def test_heads_of_fewer_bits_give_the_models_logits():
     """One token that left: its logits with each head, against those of the model's own head after the same twins.
 

@@ -138,6 +138,7 @@ def test_these_families_use_every_kernel(name):
 
 
 @pytest.mark.parametrize(("name", "batches"), [("qwen3", (1, 2)), ("mistral", (2,)), ("gemma3", (2,))])
+@pytest.mark.slow
 def test_generate_reaches_the_kernels_in_16_bits(name, batches):
     """`generate` computes masks outside of the graph; its second batch size makes the graph's sizes dynamic."""
     model = make(name, layers=LAYERS, dtype=torch.float16)
@@ -213,6 +214,7 @@ def test_the_page_lists_what_the_rules_make_of_each_family():
 
 
 @pytest.mark.parametrize("name", ["llama", "olmo2"])
+@pytest.mark.slow
 def test_through_inductor_and_captured(name):
     """The kernels as opaque operators among Inductor's code, and in recorded units, give what the graphs give alone.
 
@@ -295,6 +297,7 @@ def test_generated_products_alone():
 
 
 @pytest.mark.parametrize(("policy", "depths"), [("exit", DEPTHS[:2]), ("fetch", DEPTHS)])
+@pytest.mark.slow
 def test_offloaded_blocks_beside_fused_twins(policy, depths, tmp_path):
     model = make("llama", layers=LAYERS)
     options = {**OPTIONS, "offload": 1, "offload_policy": policy, "offload_dir": tmp_path, "cudagraphs": "record"}
@@ -313,6 +316,7 @@ def test_offloaded_blocks_beside_fused_twins(policy, depths, tmp_path):
     assert {"tail 0", "tail 1"} <= {c["unit"] for c in graph["captures"]["captures"]}
 
 
+@pytest.mark.slow
 def test_a_head_of_4_bits_takes_the_heads_kernel():
     found = run("llama", lm_head="w4")
     assert_same(found["results"][True], found["results"][False], rtol=1e-4, atol=1e-4)
@@ -433,6 +437,7 @@ def test_the_interpreter_is_announced_once():
         lowering_choice.warn_of_slow_lowering(FUSED, torch.device("cuda"))
 
 
+@pytest.mark.slow
 def test_tokens_of_smollm2(smollm2_folder):
     """Tokens that leave early and late: fused twins give the logits and caches of float32 products of the same grids.
 

@@ -135,6 +135,7 @@ def assert_same(expected, actual) -> None:
 
 
 @pytest.mark.parametrize("kind", ["static", "dynamic"])
+@pytest.mark.slow
 def test_fetching_gives_the_bits_of_a_model_in_memory(elsewhere, reference, kind):
     """Every depth, prompt included. A block is sent for once: where a token needs it, or may need it next."""
     model = compiled(FETCH)
@@ -150,6 +151,7 @@ def test_fetching_gives_the_bits_of_a_model_in_memory(elsewhere, reference, kind
 
 @pytest.mark.parametrize("when", ["before a prompt", "while they are on their way"])
 @pytest.mark.parametrize("how", ["in place", "replaced"])
+@pytest.mark.slow
 def test_changed_weights_are_brought_in_anew(elsewhere, when, how):
     """Whoever loads other weights into an offloaded model gets their logits, not those of a copy made before."""
 
@@ -203,6 +205,7 @@ def test_parameters_stay_usable(device, tmp_path):
         assert torch.equal(plain, model(ids).logits)
 
 
+@pytest.mark.slow
 def test_weights_can_be_loaded_into_an_offloaded_model():
     model, other = compiled(FETCH), make("llama", layers=LAYERS, seed=1)
     decode(model, new_cache(model, "static"), [LAYERS])
@@ -237,6 +240,7 @@ def test_a_prompt_that_may_exit_does_so_in_time(elsewhere):
     assert report(model).prefill_depths == {2: 1}
 
 
+@pytest.mark.slow
 def test_blocks_that_move_are_not_captured(elsewhere):
     """Pieces end before the first offloaded block; what comes after it runs uncaptured, and the report says why."""
     options = {"max_new_tokens": 6, "do_sample": False, "cache_implementation": "static", "output_logits": True}
@@ -274,6 +278,7 @@ def test_shared_weights_stay(elsewhere):
     assert report(model).offloaded.kept > 0
 
 
+@pytest.mark.slow
 def test_other_options_move_weights_back(elsewhere):
     model = compiled({"offload": 1, "offload_policy": "fetch"})
     decode(model, new_cache(model, "static"), [1])
@@ -395,6 +400,7 @@ def test_the_report_tells_what_left(tmp_path):
     assert json.loads(json.dumps(reported.to_dict()))["offloaded"]["resident"] == log.resident
 
 
+@pytest.mark.slow
 def test_nothing_of_a_freed_model_stays():
     def mapped() -> int:
         return sum("(deleted)" in line for line in Path("/proc/self/maps").read_text().splitlines())

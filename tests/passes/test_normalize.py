@@ -40,6 +40,7 @@ def assert_normal(graph_module: fx.GraphModule) -> fx.GraphModule:
 
 @settings(max_examples=60)
 @given(shape=shapes(), seed=st.integers(0, 2**16))
+@pytest.mark.slow
 def test_random_decoders_keep_their_bits(shape, seed):
     graph_module, inputs = random_decoder(shape, seed)
     normal = assert_normal(graph_module)

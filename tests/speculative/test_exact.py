@@ -92,6 +92,7 @@ def test_growing_caches_and_sliding_windows_give_the_plain_text(name, batch):
 
 
 @pytest.mark.parametrize("static", [True, False])
+@pytest.mark.slow
 def test_prompts_of_one_token_run_through_the_backbone(static):
     """Their graph is a decode step's, and tokens that may leave would leave at once."""
     model, ids = compiled(threshold=-1.0, first_exit=1), prompt(1, 3)
@@ -102,6 +103,7 @@ def test_prompts_of_one_token_run_through_the_backbone(static):
 
 @pytest.mark.core
 @pytest.mark.parametrize("name", ["mistral", "gemma3"])
+@pytest.mark.slow
 def test_static_sliding_windows_are_rewound_before_and_after_they_are_full(name):
     """A prompt shorter than the window: the text, and what the windows hold in the end, are the plain ones."""
     options = {"return_dict_in_generate": True}
@@ -115,6 +117,7 @@ def test_static_sliding_windows_are_rewound_before_and_after_they_are_full(name)
         torch.testing.assert_close(layer.values[:, :, :filled], expected.values[:, :, :filled], atol=1e-4, rtol=1e-4)
 
 
+@pytest.mark.slow
 def test_outputs_and_the_cache_are_the_plain_ones():
     """Scores and logits per token, and the cache: its length and every filled slot."""
     ids, mask = padded(3)
@@ -146,6 +149,7 @@ def test_the_cache_can_go_on_in_plain_generation():
 
 
 @pytest.mark.parametrize("kind", ["static", "dynamic"])
+@pytest.mark.slow
 def test_a_conversation_goes_on_with_the_cache_of_its_last_turn(kind):
     """Two turns in exact mode on one cache give the text of one plain generation from the whole conversation.
 
@@ -162,6 +166,7 @@ def test_a_conversation_goes_on_with_the_cache_of_its_last_turn(kind):
         assert int(held.get_seq_length()) == second.shape[1] - 1
 
 
+@pytest.mark.slow
 def test_a_quantized_cache_is_refused_by_name():
     """Nothing could be taken back from what was quantized together. An accelerated model goes on without drafts."""
     model, ids = compiled(), prompt()
@@ -212,6 +217,7 @@ class Seen(LogitsProcessor, BaseStreamer):
     ("name", "static"),
     [*((name, True) for name in ("llama", "phi", "gpt2", "mixtral")), ("llama", False), ("gemma3", False)],
 )
+@pytest.mark.slow
 def test_strict_text_in_bfloat16_has_the_bits_of_plain_decoding(name, static, recwarn):
     """Text and cache; where the library sums wide passes in another order the widths are left out with a warning."""
     ids, mask = padded(2, length=7)
@@ -258,6 +264,7 @@ def test_strict_mode_notices_passes_that_round_differently(monkeypatch):
 
 
 @pytest.mark.parametrize("static", [True, False])
+@pytest.mark.slow
 def test_after_each_cycle_the_cache_holds_what_passes_of_that_width_write(static, monkeypatch):
     """The plain model runs the same ids in the same widths: the same slots, lengths and bits, cycle by cycle."""
     ids, mask = padded(3)
@@ -313,6 +320,7 @@ def test_processors_and_streamers_see_what_plain_generation_shows_them(batch):
 
 
 @pytest.mark.parametrize("static", [True, False])
+@pytest.mark.slow
 def test_nothing_is_compiled_after_a_warm_up(static):
     """After two texts, prompts of other lengths, full caches and any draft length run in the same graphs."""
     model = compiled()
@@ -363,6 +371,7 @@ def test_traces_draw_cycles_and_the_report_tells_what_a_batch_cost(tmp_path):
 
 @pytest.mark.core
 @pytest.mark.parametrize(("name", "static"), [("llama", True), ("llama", False), ("gemma3", True)])
+@pytest.mark.slow
 def test_each_row_of_a_batch_has_its_text_and_takes_no_more_passes_than_alone(name, static):
     """Rows part: across the edges of windows, in a cache with no slot to spare, until the last one has ended."""
     ids, mask = padded(3)

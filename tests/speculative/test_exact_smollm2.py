@@ -61,6 +61,7 @@ def plainly(model, ids, **options):
         return generate(model, ids, **options)
 
 
+@pytest.mark.slow
 def test_float32_texts_are_the_plain_ones(smollm2):
     """Greedy texts equal those of the same model run eagerly, and of the compiled one's backbone."""
     model, tokenizer = smollm2
@@ -75,6 +76,7 @@ def test_float32_texts_are_the_plain_ones(smollm2):
     assert kept["river"] > kept["backbone"], "drafts were hardly ever right"
 
 
+@pytest.mark.slow
 def test_stop_strings_stop_where_plain_generation_stops(smollm2):
     """The tokenizer is given to generate, as ever; some of the strings end inside a draft."""
     model, tokenizer = smollm2

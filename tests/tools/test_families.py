@@ -16,6 +16,7 @@ WELL = ("rewritten", "partly in 16 bits")
 
 
 @pytest.mark.parametrize(("model_type", "kind"), [("deepseek_v3", "static"), ("gemma3n_text", "static")])
+@pytest.mark.slow
 def test_a_family_is_equal_at_every_depth(model_type, kind):
     """Latent attention with shared experts; several streams, and blocks that read another one's keys."""
     found = check(model_type, caches=[kind])

@@ -184,6 +184,7 @@ NEEDED = (
 )
 
 
+@pytest.mark.slow
 def test_a_bare_image_has_what_the_steps_import():
     done = subprocess.run(
         [sys.executable, "-c", BLOCK, *NEEDED.split()], cwd=ROOT, capture_output=True, text=True, timeout=500

@@ -58,6 +58,7 @@ def test_a_text_is_the_plain_models_and_one_through_a_wrong_slot_is_not(tmp_path
         text.run(CASE, tmp_path)
 
 
+@pytest.mark.slow
 def test_threads(tmp_path):
     case = threads.draw(random.Random(0))
     steps = [{**CASE["steps"][1], "seed": seed, "lengths": [3]} for seed in range(3)]
@@ -104,6 +105,7 @@ def test_a_leak_has_a_slope(monkeypatch):
     assert memory.slopes(leaks, 4000) == pytest.approx((0.0, 0.3), abs=0.01)
 
 
+@pytest.mark.slow
 def test_live_tensors_are_counted():
     kept = [torch.empty(1) for _ in range(10_000)]
     before = memory.live_tensors()

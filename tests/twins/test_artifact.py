@@ -92,6 +92,7 @@ def test_the_second_start_has_the_same_bits_and_quantizes_nothing(family, quanti
 
 
 @pytest.mark.skipif(sys.platform != "linux", reason="asks /proc what is mapped")
+@pytest.mark.slow
 def test_what_the_kernels_read_is_mapped_and_not_copied(tmp_path):
     """All packed bytes, an 8-bit head's too; a change of the weights is packed in the process's own pages."""
     how, logits, models = lowered(Lowering("eager", "native", False)), [], []
@@ -156,17 +157,20 @@ class TestMissing:
         assert len(calls) == 1
         assert Artifact(folder).folder == folder
 
+    @pytest.mark.slow
     def test_what_is_made_is_read(self, tmp_path):
         model = start()
         logits = run(model, artifact=tmp_path / "twins", on_missing_artifact="save")
         assert torch.equal(logits, run(start()))
         assert {site.artifact for site in report(model).packed} == {str(tmp_path / "twins")}
 
+    @pytest.mark.slow
     def test_it_holds_the_blocks_that_this_start_does_not_need(self, tmp_path):
         run(start(), depths=[1], artifact=tmp_path / "twins", on_missing_artifact="save", exit_depth=1)
         logits = run(start(), depths=[0], artifact=tmp_path / "twins", exit_depth=0)
         assert torch.equal(logits, run(start(), depths=[0], exit_depth=0))
 
+    @pytest.mark.slow
     def test_one_that_is_there_is_used_or_refused(self, saved):
         file = saved / FILE
         before = file.stat().st_mtime_ns

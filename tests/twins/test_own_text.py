@@ -42,6 +42,7 @@ def same(a, b):
     return a.keys() == b.keys() and all(torch.equal(x, y) for name in a for x, y in zip(a[name], b[name], strict=True))
 
 
+@pytest.mark.slow
 def test_the_same_weights_give_the_same_twins():
     torch.manual_seed(1)
     state = torch.get_rng_state()
@@ -99,6 +100,7 @@ def test_a_body_without_a_head_cannot_write():
     assert "the model wrote no text of its own (AttributeError" in str(report(model))
 
 
+@pytest.mark.slow
 def test_weights_that_changed_write_anew():
     """Their twins are those of a start with these weights."""
     model, other = packed_by_default(), make("llama", layers=2, seed=7)

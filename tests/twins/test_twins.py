@@ -51,6 +51,7 @@ def test_four_bit_twins_are_close_to_their_blocks(name):
 
 
 @pytest.mark.parametrize("name", REFUSED)
+@pytest.mark.slow
 def test_other_families_are_refused_with_a_reason(name):
     """What is not rewritten says why, and runs as the plain model."""
     run = twin_run(name)

@@ -56,6 +56,7 @@ class TestOptionsAndModels:
         assert [graph.entry.cached for graph in find_state(model).graphs] == [True]
 
     @pytest.mark.usefixtures("one_graph")
+    @pytest.mark.slow
     def test_models_of_one_class_count_for_themselves_and_freed_ones_for_nobody(self):
         models = [compiled(seed) for seed in range(2)]
         for model in models:
@@ -97,6 +98,7 @@ def test_calls_that_do_not_reach_the_river_are_warned_of_and_reported():
 
 
 @pytest.mark.filterwarnings("ignore:backend 'river' leaves a graph to Inductor")
+@pytest.mark.slow
 def test_calls_after_a_graph_broke_are_warned_of():
     """A graph breaks in the middle of the code; one warning until the river runs again, and a count in the report."""
     model = compiled()
@@ -161,6 +163,7 @@ def test_an_error_reads_as_it_was_raised():
     assert files[-1] == river_compile.config.__file__
 
 
+@pytest.mark.slow
 def test_exact_mode_takes_the_graph_that_the_prompt_runs_in():
     """Neither one of other options nor one that was refused, both traced later, stands in its way."""
     model, ids = compiled(), prompt()

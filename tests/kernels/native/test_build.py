@@ -110,6 +110,7 @@ def test_a_machine_runs_what_its_capabilities_allow(monkeypatch):
         isa.runnable.cache_clear()
 
 
+@pytest.mark.slow
 def test_operators_that_nobody_loaded_name_the_fix():
     """In a process of its own: loading is for good."""
     code = """

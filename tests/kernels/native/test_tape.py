@@ -304,6 +304,7 @@ def test_a_forked_process_replays_what_its_parent_recorded():
         assert_same_step(direct, taped, tape, outputs, step)
 
 
+@pytest.mark.slow
 def test_a_tape_that_lives_to_the_end_of_the_process_makes_no_noise():
     code = """
 import torch

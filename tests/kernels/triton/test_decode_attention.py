@@ -21,6 +21,7 @@ from tests.kernels.harness import examples, in_order, run_guarded
 @pytest.mark.core
 @given(attention_cases())
 @examples(80)
+@pytest.mark.slow
 def test_one_query_position(case):
     check_attention(*case)
 
@@ -66,6 +67,7 @@ def test_the_new_slot_at_borders_of_blocks(slot, splits):
 
 @given(attend_cases(), st.randoms(use_true_random=False))
 @examples(15)
+@pytest.mark.slow
 def test_a_fill_in_any_order_of_the_programs(case, random):
     """No program reads what another one writes before all have written: not the new slot, and not the counter."""
     spec, slot, padding, seed, window = case
