@@ -84,7 +84,7 @@ def instructions_per_weight(spec: LinearSpec) -> float:
 def candidates(spec: LinearSpec, device: Device) -> Iterator[LinearSpec]:
     """Yields `spec` with every legal tile of the search space for a device; its own tile is ignored."""
     if spec.form == "groups":
-        tiles = _group_tiles(spec, device.backend == "cuda")
+        tiles = _group_tiles(spec, device)
     else:
         tiles = _row_tiles(spec) if spec.form == "row" else _dot_tiles(spec)
     for tile in tiles:
@@ -94,9 +94,9 @@ def candidates(spec: LinearSpec, device: Device) -> Iterator[LinearSpec]:
                 yield candidate
 
 
-def _group_tiles(spec: LinearSpec, nvidia: bool) -> Iterator[LinearTile]:
+def _group_tiles(spec: LinearSpec, device: Device) -> Iterator[LinearTile]:
     # A warp has groups of its own, so a step is a number of groups for each warp, and no split-K is needed.
-    if not nvidia:  # matrix cores take 16 columns, and narrow tiles load words of 8 bytes
+    if device.backend != "cuda":  # matrix cores take 16 columns, and narrow tiles load words of 8 bytes
         yield LinearTile(32, 4 * spec.group_size, 16, 1, 4, 2)
         return
     heights = (least_rows(spec),) if spec.rows else (16, 32)
@@ -108,8 +108,9 @@ def _group_tiles(spec: LinearSpec, nvidia: bool) -> Iterator[LinearTile]:
     stages = 2 if spec.gated and spec.norm != "none" and not spec.row_by_row else None
     for block_n, block_m, warps, each in itertools.product(widths, heights, (4, 8), numbers):
         depth = warps * each * spec.group_size
-        # (Behind a norm, four steps in a pipeline of three are unrolled into too many registers by Triton 3.6 and 3.7.)
-        short = spec.norm != "none" and spec.in_features <= 4 * depth
+        # (Behind a norm, Triton 3.6 and 3.7 unroll four steps in a pipeline of three into too many registers on sm_90. On
+        # sm_100 a pipeline of four was seen to spill, with 3.9.)
+        short = device.name == "sm_90" and spec.norm != "none" and spec.in_features <= 4 * depth
         if depth <= deepest and (warps == 4 or block_n == 16):
             yield LinearTile(block_n, depth, block_m, 1, warps, stages or (4 if block_n == 16 or short else 3))
 
