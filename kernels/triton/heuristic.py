@@ -104,15 +104,28 @@ def _group_tiles(spec: LinearSpec, device: Device) -> Iterator[LinearTile]:
     # Wide tiles of eight warps, and two groups each of a gated pair, have too many sums for Triton 3.6; narrow tiles of
     # a pair were seen to spill there.
     widths, numbers = ((32,), (1,)) if spec.gated else ((16, 32, 64), (1, 2))
-    # So were pairs with a norm of several rows, beyond a pipeline of two steps (3.9).
-    stages = 2 if spec.gated and spec.norm != "none" and not spec.row_by_row else None
     for block_n, block_m, warps, each in itertools.product(widths, heights, (4, 8), numbers):
         depth = warps * each * spec.group_size
-        # (Behind a norm, Triton 3.6 and 3.7 unroll four steps in a pipeline of three into too many registers on sm_90. On
-        # sm_100 a pipeline of four was seen to spill, with 3.9.)
-        short = device.name == "sm_90" and spec.norm != "none" and spec.in_features <= 4 * depth
         if depth <= deepest and (warps == 4 or block_n == 16):
-            yield LinearTile(block_n, depth, block_m, 1, warps, stages or (4 if block_n == 16 or short else 3))
+            stages = _pipeline(spec, device, block_n, steps=math.ceil(spec.in_features / depth))
+            yield LinearTile(block_n, depth, block_m, 1, warps, stages)
+
+
+def _pipeline(spec: LinearSpec, device: Device, block_n: int, steps: int) -> int:
+    """Returns how many steps are on their way at once: three, or what was seen to keep values in registers.
+
+    Behind a norm, pairs of matrices spill with several rows in longer pipelines than two, and on sm_100 with one row in
+    shorter ones than four, where single matrices spill in longer ones than three (all with Triton 3.9). Triton 3.6 and
+    3.7 unroll four steps in a pipeline of three into too many registers.
+    """
+    behind_norm = spec.norm != "none"
+    if behind_norm and spec.gated and not spec.row_by_row:
+        return 2
+    if block_n == 16:
+        return 4
+    if behind_norm and device.name == "sm_100":
+        return 4 if spec.gated else 3
+    return 4 if behind_norm and steps <= 4 else 3
 
 
 def _row_tiles(spec: LinearSpec) -> Iterator[LinearTile]:
