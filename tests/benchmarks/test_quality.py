@@ -47,6 +47,7 @@ def test_never_exit_is_the_model_and_four_bits_are_not(outcome):
     assert [row["name"] for row in outcome["rows"]] == ["backbone", "everything 4-bit, rtn", "River, threshold 0.5"]
 
 
+@pytest.mark.slow
 def test_fills_have_the_parts_that_they_pay_for(outcome):
     """Only the river has a tail, recompute pays for repair, and every part of a token is positive."""
     for budget in fills.BUDGETS:

@@ -188,6 +188,7 @@ def test_chat_shows_depths_where_tokens_leave(tiny, capsys):
     assert {t["source"] for t in turn["tokens"][1:]} <= {"depth 2", "depth 3"}
 
 
+@pytest.mark.slow
 def test_calibrate_writes_what_calibrated_needs(tiny, tmp_path, capsys):
     texts = tmp_path / "texts.txt"
     texts.write_text("\n\n".join(f"{i} is a number, and {i + 1} comes after it." for i in range(40)))

@@ -241,7 +241,7 @@ class TestSameBits:
         assert [(s.depth, s.similarities) for s in seen.tokens] == [(s.depth, s.similarities) for s in asked.tokens]
         assert len({len(s.similarities) for s in seen.tokens}) > 1
 
-    @pytest.mark.parametrize("criterion", ["similarity", "history"])
+    @pytest.mark.parametrize("criterion", ["history", pytest.param("similarity", marks=pytest.mark.slow)])
     def test_checks_whose_kernels_decide(self, criterion, alone):
         """The generated kernels (in Triton's interpreter), a batch; forced depths, thresholds, and a NaN at the end."""
         decoder = Deciding(backend=lowered(FUSED), criterion=criterion, exit_every=2)
@@ -276,6 +276,7 @@ class TestSameBits:
         assert set(decoder.captured_units) == {"step"}
 
     @pytest.mark.core
+    @pytest.mark.slow
     def test_kernels_that_decide_among_inductors_code(self, alone):
         """Which clones nothing that they write, and is called without wrappers."""
         decoder = Deciding(lowering="triton", criterion="history", exit_every=2)

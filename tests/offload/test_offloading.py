@@ -221,6 +221,7 @@ def test_weights_can_be_loaded_into_an_offloaded_model():
     [{"threshold": 2.0}, {"criterion": "confidence", "threshold": 0, "cudagraphs": "record"}],
     ids=["similarity", "confidence, captured"],
 )
+@pytest.mark.slow
 def test_exit_makes_every_token_leave_in_time(elsewhere, reference, options):
     """The rule never lets a token leave: it leaves at depth 2, with the bits of a forced depth 2 in memory."""
     model = compiled({**options, "offload": 2})
@@ -307,6 +308,7 @@ def test_exact_mode_streams_the_backbone_once_for_many_tokens(elsewhere):
     assert log.brought_in == cycles * log.moved, "the prompt ran before they left"
 
 
+@pytest.mark.slow
 def test_exact_mode_streams_or_is_refused():
     model = make("llama", layers=LAYERS)
     ids = prompt(8)

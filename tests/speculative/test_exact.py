@@ -83,7 +83,7 @@ def test_every_family_generates_the_plain_text_with_a_static_cache(name, batch):
 
 
 @pytest.mark.core
-@pytest.mark.parametrize(("name", "batch"), [("llama", 1), *((name, 3) for name in ("llama", "gpt2", *SLIDING))])
+@pytest.mark.parametrize(("name", "batch"), each([("llama", 1), *((name, 3) for name in ("llama", "gpt2", *SLIDING))]))
 def test_growing_caches_and_sliding_windows_give_the_plain_text(name, batch):
     """The texts are longer than the sliding windows, and windows are rewound across their edge."""
     ids, mask = padded(batch)

@@ -114,6 +114,7 @@ def test_threads_want_their_own_logits():
 
 
 @pytest.mark.parametrize("sample", [False, True])
+@pytest.mark.slow
 def test_the_text_is_plains_whatever_drafts_lack(sample):
     """Texts of a random model are full of tokens that no draft may have; drafts take up what was seen."""
     model, plain = compiled(), model_of()

@@ -50,6 +50,7 @@ def test_a_decode_step_stops_itself_before_it_is_stopped():
                 assert options.json is not None
 
 
+@pytest.mark.slow
 def test_the_commands_are_commands():
     """Every module is there, and every command line is one that its program takes."""
     for step in STEPS:
