@@ -232,6 +232,7 @@ class TestRuntime:
 
     @pytest.mark.parametrize("lm_head", ["keep", "w4"])
     @pytest.mark.parametrize("depth", [0, 1, 2])
+    @pytest.mark.slow
     def test_one_depth_for_all_needs_no_other_segments(self, depth, lm_head):
         """A fixed depth compiles what it runs and gives the logits of the same depth chosen by force."""
         logits = []

@@ -137,6 +137,7 @@ verdicts = st.lists(st.tuples(st.integers(0, LAYERS - 1), st.booleans()), min_si
 
 @pytest.mark.parametrize("kind", ["static", "dynamic"])
 @pytest.mark.parametrize("name", ["llama", "gemma3", "gpt2"])
+@pytest.mark.slow
 def test_after_any_mix_of_doubts_the_cache_is_the_one_of_the_depths_that_count(name, kind, monkeypatch):
     """Logits, entries and lengths equal, to the bit, those of a run with every token's final depth forced.
 
@@ -311,6 +312,7 @@ def test_memories_die_with_the_cache():
 
 
 @pytest.mark.parametrize("name", list(CRITERIA))
+@pytest.mark.slow
 def test_exact_mode_works_with_every_criterion(name):
     """Drafts and verifications force their depths, so the text stays the plain model's, whatever decides elsewhere."""
     model = compiled(criterion=name)

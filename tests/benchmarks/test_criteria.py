@@ -36,6 +36,7 @@ def test_when_all_tokens_leave_at_once_it_does_not_matter_why(rows):
     assert all_left[0]["kl"] > 1e-5
 
 
+@pytest.mark.slow
 def test_a_token_stays_or_leaves_and_only_doubt_pays_for_both(rows):
     for row in rows:
         assert 0 <= row["left"] <= 1

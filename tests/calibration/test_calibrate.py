@@ -95,6 +95,7 @@ def assert_mean_of_held_out(mean: float, texts: Sequence[float]) -> None:
     assert sum(sorted(texts)[:32]) - 1e-4 <= mean * 32 <= sum(sorted(texts)[8:]) + 1e-4
 
 
+@pytest.mark.slow
 def test_the_chosen_rule_passed_and_is_the_cheapest_of_those(found):
     passed = [c for c in found.candidates if c.passed]
     assert found.chosen in passed

@@ -125,6 +125,7 @@ def test_autocast_reaches_every_segment():
 
 
 @pytest.mark.parametrize("lowering", [CPU, FUSED], ids=["cpu", "fused"])
+@pytest.mark.slow
 def test_twins_under_autocast_have_the_plain_models_dtypes(lowering):
     """A family with biases, through the int4 product and the generated kernels: logits close to those without."""
     model = make("phi", layers=2)

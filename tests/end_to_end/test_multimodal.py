@@ -29,6 +29,7 @@ def llava() -> tuple[AutoConfig, dict]:
     return AutoConfig.for_model("llava", image_token_id=IMAGE, **config), {"pixel_values": torch.randn(1, 3, 28, 28)}
 
 
+@pytest.mark.slow
 def test_exact_mode_reads_a_picture():
     """The text in float32 is the plain model's, drafts of the river among it, and all graphs belong to one model."""
     torch.manual_seed(0)

@@ -111,6 +111,7 @@ class Grammar(LogitsProcessor):
         return scores
 
 
+@pytest.mark.slow
 def test_a_grammar_sees_what_plain_generation_shows_it(smollm2):
     """A processor with a memory, that a rejected draft would spoil: a document of a schema comes out, plain's."""
     model, tokenizer = smollm2
