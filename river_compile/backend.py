@@ -173,9 +173,8 @@ def _build(
     device = choose_device(program, config, captures, lowering.native, ranks)
     offloaded.check(plan, config)
     policy = _exit_policy(program, config)
-    verdicts = None
-    if device is not None and config.launch_ahead == "device" and plan.is_decode:
-        verdicts = verdicts_for(plan, policy, device, captures)
+    decides = device is not None and config.launch_ahead == "device" and plan.is_decode
+    verdicts = verdicts_for(plan, policy, device, captures) if device is not None and decides else None
     packed = _pack_and_judge(program, values, lowering, state, record)
     with record.stage("rewriting"):
         keep = {site.name: made.reason for site, made in packed.items() if made.reason}
@@ -188,8 +187,7 @@ def _build(
     streamer = Streamer(offloaded, program, values, config.offload)
     settings = inductor_settings(record.mode, whole=False)
     compiler = SegmentCompiler(lowering, settings, plan.is_decode)
-    steps: dict[Segment, Step] = {}
-    wanted = WantedLogits.of(program)
+    steps, wanted = dict[Segment, Step](), WantedLogits.of(program)
     with record.stage("compiling"):
         for segment in tqdm(segments, desc="river: compiling segments", unit="segment", leave=False, delay=1):
             weights = [tensor for site in segment.packed for tensor in packed[site].tensors]
