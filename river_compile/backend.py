@@ -173,8 +173,8 @@ def _build(
     device = choose_device(program, config, captures, lowering.native, ranks)
     offloaded.check(plan, config)
     policy = _exit_policy(program, config)
-    decides = device is not None and config.launch_ahead == "device" and plan.is_decode
-    verdicts = verdicts_for(plan, policy, device, captures) if device is not None and decides else None
+    asked = device if config.launch_ahead == "device" and plan.is_decode else None  # to decide
+    verdicts = None if asked is None else verdicts_for(plan, policy, asked, captures)
     packed = _pack_and_judge(program, values, lowering, state, record)
     with record.stage("rewriting"):
         keep = {site.name: made.reason for site, made in packed.items() if made.reason}

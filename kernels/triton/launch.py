@@ -10,8 +10,7 @@ tensors look alike (`_chosen`). A tuning file that is written later counts in th
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping, Sequence
-from types import MappingProxyType
+from collections.abc import Callable, Sequence
 from typing import Any
 
 import torch
@@ -483,8 +482,7 @@ def residual_verdict(
     Raises:
         ValueError: tensors of different shapes, or of other shapes or dtypes than these.
     """
-    how = {"decides": True, "history": 0 if past is None else len(past) - 1}
-    return _exit_score(update, residual, previous, dependent, how, _there(rule=rule, verdict=verdict, past=past))
+    return _exit_score(update, residual, previous, dependent, rule, verdict, past)
 
 
 def _exit_score(
@@ -492,8 +490,9 @@ def _exit_score(
     residual: Tensor,
     previous: Tensor,
     dependent: bool,
-    how: Mapping[str, Any] = MappingProxyType({}),
-    others: Mapping[str, Tensor] = MappingProxyType({}),
+    rule: Tensor | None = None,
+    verdict: Tensor | None = None,
+    past: Tensor | None = None,
 ) -> tuple[Tensor, Tensor]:
     if not update.shape == residual.shape == previous.shape:
         shapes = ", ".join(str(tuple(t.shape)) for t in (update, residual, previous))
@@ -502,12 +501,13 @@ def _exit_score(
     given = {name: tensor.reshape(-1, update.shape[-1]).contiguous() for name, tensor in inputs.items()}
     hidden = torch.empty_like(given["update"])
     score = update.new_empty(1, dtype=torch.float32)
-    given |= {"hidden": hidden, "score": score, **others}
+    given |= {"hidden": hidden, "score": score, **_there(rule=rule, verdict=verdict, past=past)}
     rows, features = hidden.shape
 
     def describe() -> ExitScoreSpec:
-        early = _if_possible(dependent, update)
-        return ExitScoreSpec(rows, features, dtype_name(update), dependent=early, **how)
+        early, history = _if_possible(dependent, update), 0 if past is None else len(past) - 1
+        decides = rule is not None
+        return ExitScoreSpec(rows, features, dtype_name(update), decides, history, dependent=early)
 
     _chosen(("exit_score", dependent), given, 1, describe)(given)
     return hidden.view(update.shape), score.view(())

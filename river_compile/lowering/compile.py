@@ -202,24 +202,15 @@ def lower_ops(traced: fx.Graph, native: bool = False, dependent: bool = False) -
                 _take_apart(node)
         elif node.target is torch.ops.river.exit_score.default:
             node.target = ops.smallest_cosine
-        if dependent and _is_generated(node):
+        if dependent and _may_start_early(node):
             node.kwargs = {**node.kwargs, "dependent": True}
     return fx.GraphModule(traced.owning_module, graph, class_name="Segment")
 
 
-def _is_generated(node: fx.Node) -> bool:
-    """Whether a node runs a generated kernel."""
-    if node.target in (torch.ops.river.linear.default, torch.ops.river.experts.default):
-        return TRITON_LAYOUT in (*node.args, *node.kwargs.values())
-    return node.target in (
-        torch.ops.river.merged.default,
-        torch.ops.river.kv_fill.default,
-        torch.ops.river.decode_attention.default,
-        torch.ops.river.attend.default,
-        torch.ops.river.shift.default,
-        torch.ops.river.residual_score.default,
-        torch.ops.river.residual_verdict.default,
-    )
+def _may_start_early(node: fx.Node) -> bool:
+    """Whether a node's operator takes `dependent` (which those that have several layouts heed in "triton" alone)."""
+    schema = getattr(node.target, "_schema", None)
+    return schema is not None and any(argument.name == "dependent" for argument in schema.arguments)
 
 
 def _take_apart(product: fx.Node) -> None:

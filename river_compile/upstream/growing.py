@@ -39,7 +39,7 @@ def marks_growing(compiled: Callable[..., Any], prompts: bool) -> Callable[..., 
         mark_growing(kwargs, prompts)
         return compiled(*args, **kwargs)
 
-    call.river_unmarked = compiled  # type: ignore[attr-defined]
+    call.river_unmarked = compiled  # type: ignore[attr-defined]  # (a function's type declares no attributes)
     return call
 
 

@@ -10,6 +10,7 @@ from transformers import DynamicCache, PreTrainedModel, StaticCache
 from transformers.cache_utils import QuantizedLayer
 
 from river_compile.exits import forced_depth
+from river_compile.upstream.growing import mark_growing
 from river_compile.upstream.hf_cache import cache_argument
 from tests.support.families import prompt
 
@@ -56,9 +57,9 @@ def decode(model, cache, depths: Sequence[int | None], batch: int = 2, compiled:
     tokens = prompt(len(depths), batch, seed=1).to(model.device)
     for step, depth in enumerate(depths):
         mask = torch.cat([mask, torch.ones_like(mask[:, :1])], 1)
-        torch._dynamo.maybe_mark_dynamic(mask, 1)  # one graph serves all steps, over static caches too
         position = (mask.cumsum(-1) - 1)[:, -1:].clone()  # (a view would have another stride in each step)
         arguments = {"input_ids": tokens[:, step : step + 1], "attention_mask": mask, "position_ids": position}
+        mark_growing(arguments, prompts=True)  # one graph serves all steps, over static caches too
         with forced_depth(depth):
             logits.append(run(**arguments, **held).logits)
     return logits
