@@ -23,6 +23,7 @@ from benchmarks import common
 from river_compile.kernels import ops  # noqa: F401  (registers torch.ops.river)
 from river_compile.kernels.tools.shapes import MODELS, ModelShape
 from river_compile.kernels.triton import launch, loader
+from river_compile.kernels.triton.calls import linear as products
 from river_compile.kernels.triton.heuristic import best_tile
 
 _GROUP = 64
@@ -39,18 +40,18 @@ class _NoLauncher:
 @contextmanager
 def no_launches() -> Iterator[None]:
     """Inside, generated kernels are found and given their arguments as on a GPU, and nothing is launched."""
-    load, tile = launch.load, launch.interpreter_tile
+    load, tile = launch.load, products.interpreter_tile
 
     def load_without(spec: Any, *, interpret: bool) -> loader.Kernel:
         kernel = load(spec, interpret=False)
         return loader.Kernel(spec, kernel.stages, dict.fromkeys(kernel.functions, _NoLauncher()), interpret)
 
-    launch.load, launch.interpreter_tile = load_without, lambda spec: best_tile(spec, rows=spec.rows)
+    launch.load, products.interpreter_tile = load_without, lambda spec: best_tile(spec, rows=spec.rows)
     launch.forget()
     try:
         yield
     finally:
-        launch.load, launch.interpreter_tile = load, tile
+        launch.load, products.interpreter_tile = load, tile
         launch.forget()
 
 

@@ -17,7 +17,7 @@
 Layout "triton" runs the generated kernel: compiled on a GPU, in Triton's interpreter on the CPU (slow, for tests).
 Every other layout is plain torch around the layout's own linear. An operator never falls from the one to the other by
 itself. All outputs are new tensors; the schema says what is mutated. The arguments of `kv_fill`, `decode_attention`,
-`attend`, `shift`, `residual_score` and `residual_verdict` are those of their functions in `triton.launch`.
+`attend`, `shift`, `residual_score` and `residual_verdict` are those of their functions in `triton.calls`.
 """
 
 from __future__ import annotations
@@ -31,7 +31,8 @@ from torch import Tensor
 
 from river_compile.kernels.checks import check_choice
 from river_compile.kernels.quant import layouts
-from river_compile.kernels.triton import launch
+from river_compile.kernels.triton.calls import cache, exits
+from river_compile.kernels.triton.calls import linear as products
 from river_compile.kernels.triton.linear import ACTIVATIONS, NORMS
 
 RESCORED = 256
@@ -95,13 +96,9 @@ def linear(
     check_choice("activation", activation, ACTIVATIONS)
     if (norm == "none") != (norm_weight is None):
         raise ValueError(f"norm={norm!r} and norm_weight go together; give both or neither")
-    if scale_zero is None and layout not in ("dense", "triton"):
-        raise ValueError(f"layout={layout!r} has a scale_zero; without one it is 'dense' or 'triton'")
-    matrix: Tensor | layouts.PackedLinear = weight
-    if scale_zero is not None:
-        matrix = layouts.PackedLinear(layout, weight, scale_zero, group_size, x.shape[-1], out_features)
+    matrix = _matrix(weight, scale_zero, out_features, x.shape[-1], group_size, layout)
     if layout == "triton":
-        y = launch.linear(x, matrix, bias, residual, norm, norm_weight, norm_bias, eps, activation, gated, dependent)
+        y = products.linear(x, matrix, bias, residual, norm, norm_weight, norm_bias, eps, activation, gated, dependent)
         return y if wanted is None else _without_unwanted(y, wanted)
     h = x if norm_weight is None else _normalise(x, norm, norm_weight, norm_bias, eps)
     y = F.linear(h, matrix, bias) if isinstance(matrix, Tensor) else layouts.layout(layout).linear(h, matrix, bias)
@@ -113,6 +110,16 @@ def linear(
     if wanted is not None:
         return _without_unwanted(y, wanted)
     return y if residual is None else y + residual
+
+
+def _matrix(
+    weight: Tensor, scale_zero: Tensor | None, n: int, k: int, group_size: int, layout: str
+) -> Tensor | layouts.PackedLinear:
+    if scale_zero is not None:
+        return layouts.PackedLinear(layout, weight, scale_zero, group_size, k, n)
+    if layout not in ("dense", "triton"):
+        raise ValueError(f"layout={layout!r} has a scale_zero; without one it is 'dense' or 'triton'")
+    return weight
 
 
 def _without_unwanted(y: Tensor, wanted: Tensor) -> Tensor:
@@ -168,7 +175,9 @@ def merged(
     Raises:
         ValueError: as of `linear`; matrices whose rows no tile divides.
     """
-    return launch.linear(x, weights, biases, residual, norm, norm_weight, norm_bias, eps, activation, gated, dependent)
+    return products.linear(
+        x, weights, biases, residual, norm, norm_weight, norm_bias, eps, activation, gated, dependent
+    )
 
 
 @merged.register_fake
@@ -282,7 +291,7 @@ def experts(
         raise ValueError(f"experts takes x [M, K], expert [M] and stacked matrices; it was given {shapes}")
     stack = layouts.PackedLinear(layout, qweight, scale_zero, group_size, x.shape[1], out_features, len(qweight))
     if layout == "triton":
-        return launch.experts(x, stack, expert, dependent)
+        return products.experts(x, stack, expert, dependent)
     linear = layouts.layout(layout).linear
     rows_of: dict[int, list[int]] = {}
     for row, chosen in enumerate(expert.tolist()):
@@ -299,13 +308,13 @@ def _(x: Tensor, qweight: Tensor, scale_zero: Tensor, expert: Tensor, out_featur
     return x.new_empty((x.shape[0], out_features))
 
 
-kv_fill = torch.library.custom_op("river::kv_fill", launch.kv_fill, mutates_args=("k_cache", "v_cache"))
-decode_attention = torch.library.custom_op("river::decode_attention", launch.decode_attention, mutates_args=())
-attend = torch.library.custom_op("river::attend", launch.attend, mutates_args=("counter", "k_cache", "v_cache"))
-shift = torch.library.custom_op("river::shift", launch.shift, mutates_args=("k_cache", "v_cache"))
-residual_score = torch.library.custom_op("river::residual_score", launch.residual_score, mutates_args=())
+kv_fill = torch.library.custom_op("river::kv_fill", cache.kv_fill, mutates_args=("k_cache", "v_cache"))
+decode_attention = torch.library.custom_op("river::decode_attention", cache.decode_attention, mutates_args=())
+attend = torch.library.custom_op("river::attend", cache.attend, mutates_args=("counter", "k_cache", "v_cache"))
+shift = torch.library.custom_op("river::shift", cache.shift, mutates_args=("k_cache", "v_cache"))
+residual_score = torch.library.custom_op("river::residual_score", exits.residual_score, mutates_args=())
 residual_verdict = torch.library.custom_op(
-    "river::residual_verdict", launch.residual_verdict, mutates_args=("verdict", "past")
+    "river::residual_verdict", exits.residual_verdict, mutates_args=("verdict", "past")
 )
 
 

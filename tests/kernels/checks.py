@@ -13,10 +13,10 @@ from collections.abc import Callable, Sequence
 import torch
 
 from river_compile.kernels.quant.layouts import pack_linear
+from river_compile.kernels.triton.calls.linear import rows_by_expert
 from river_compile.kernels.triton.decode_attention import DecodeAttentionSpec
 from river_compile.kernels.triton.exit_score import ExitScoreSpec
 from river_compile.kernels.triton.kv_fill import KvFillSpec
-from river_compile.kernels.triton.launch import rows_by_expert
 from river_compile.kernels.triton.linear import LinearSpec, part_name
 from river_compile.kernels.triton.shift import ShiftSpec
 from tests.kernels import reference

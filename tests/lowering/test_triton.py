@@ -390,13 +390,14 @@ def test_which_lowering_is_chosen(monkeypatch):
 @pytest.mark.parametrize(("option", "compiler"), [(False, "eager"), (True, "eager"), (True, "inductor")])
 def test_whether_kernels_start_early_reaches_every_launch(option, compiler, monkeypatch):
     """Of twins, of experts, and of the backbone's merged products; the operators refuse it here, which is left out."""
-    asked: dict[int, set[bool]] = {}  # by the line that describes a kernel
+    asked: dict[tuple[str, int], set[bool]] = {}  # by the line that describes a kernel
 
     def note(dependent, _tensor):
-        asked.setdefault(inspect.stack()[1].lineno, set()).add(dependent)
+        described = inspect.stack()[1]
+        asked.setdefault((described.filename, described.lineno), set()).add(dependent)
         return False
 
-    monkeypatch.setattr(launch, "_if_possible", note)
+    monkeypatch.setattr(launch, "may_start_early", note)
     backend = lowered(Lowering(compiler, "triton", fuse=True, dependent=option))
     for name in ("llama", "mixtral") if compiler == "eager" else ("llama",):
         launch.forget()

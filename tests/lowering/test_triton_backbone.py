@@ -9,7 +9,7 @@ import pytest
 import torch
 
 from river_compile import OptionError, report
-from river_compile.kernels.triton import launch
+from river_compile.kernels.triton.calls import linear as products
 from river_compile.lowering.choose import Lowering
 from tests.support.decoding import cache_state, decode, new_cache
 from tests.support.families import make
@@ -45,7 +45,7 @@ def test_never_exiting_computes_what_the_model_does(name):
 def test_every_product_of_a_block_is_one_launch_on_the_model_s_own_matrices(name, monkeypatch):
     """q|k|v and gate|up are read where they are."""
     read = []
-    linear = launch.linear
+    linear = products.linear
 
     def note(x, weight, *others):
         read.append([w.data_ptr() for w in weight] if isinstance(weight, list) else weight.data_ptr())
@@ -54,7 +54,7 @@ def test_every_product_of_a_block_is_one_launch_on_the_model_s_own_matrices(name
     model = compiled(name)
     cache = new_cache(model, "static")
     decode(model, cache, NEVER[:1])
-    monkeypatch.setattr(launch, "linear", note)
+    monkeypatch.setattr(products, "linear", note)
     decode(model, new_cache(model, "static"), NEVER[:1])
     expected = []
     for layer in model.model.layers:

@@ -250,7 +250,7 @@ def test_operators_refuse_where_there_is_no_early_start(monkeypatch):
             run()
     monkeypatch.setattr(launch, "device_of", lambda tensor: "sm_89")
     with pytest.raises(ValueError, match="not sm_89"):
-        launch._if_possible(True, type("OnCard", (), {"is_cuda": True})())
+        launch.may_start_early(True, type("OnCard", (), {"is_cuda": True})())
 
 
 def test_a_tile_measured_for_early_starts_goes_before_one_for_any(tmp_path, monkeypatch):

@@ -7,8 +7,8 @@ import torch
 from hypothesis import given
 from hypothesis import strategies as st
 
+from river_compile.kernels.triton.calls.linear import rows_by_expert
 from river_compile.kernels.triton.heuristic import best_tile, untiled
-from river_compile.kernels.triton.launch import rows_by_expert
 from river_compile.kernels.triton.linear import LinearSpec, LinearTile, form_of
 from tests.kernels.checks import VALUES, check_experts
 from tests.kernels.harness import examples

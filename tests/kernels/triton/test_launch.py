@@ -10,6 +10,8 @@ from river_compile.kernels import ops  # noqa: F401  (registers torch.ops.river)
 from river_compile.kernels.quant.layouts import pack_linear
 from river_compile.kernels.tools.shapes import ModelShape
 from river_compile.kernels.triton import launch, loader
+from river_compile.kernels.triton.calls import cache, exits
+from river_compile.kernels.triton.calls import linear as products
 from river_compile.kernels.triton.decode_attention import DecodeAttentionSpec
 from river_compile.kernels.triton.exit_score import ExitScoreSpec
 from river_compile.kernels.triton.spec import KernelSpec
@@ -21,12 +23,12 @@ TINY = ModelShape("tiny", 1, 64, 2, 1, 32, 128, 96)
 def described(monkeypatch):
     """A list of the kernels that were described; nothing is launched, and nothing is known from before."""
     found: list[KernelSpec] = []
-    monkeypatch.setattr(launch, "best_tile", lambda spec, *_: (found.append(spec), spec)[1])
+    monkeypatch.setattr(products, "best_tile", lambda spec, *_: (found.append(spec), spec)[1])
     with launch_cost.no_launches():
-        monkeypatch.setattr(launch, "interpreter_tile", lambda spec: launch.best_tile(spec))
-        for name in ("DecodeAttentionSpec", "ExitScoreSpec"):
-            spec = getattr(launch, name)
-            monkeypatch.setattr(launch, name, lambda *a, s=spec, **k: (found.append(s), s(*a, **k))[1])
+        monkeypatch.setattr(products, "interpreter_tile", lambda spec: products.best_tile(spec))
+        for module, name in ((cache, "DecodeAttentionSpec"), (exits, "ExitScoreSpec")):
+            spec = getattr(module, name)
+            monkeypatch.setattr(module, name, lambda *a, s=spec, **k: (found.append(s), s(*a, **k))[1])
         yield found
 
 
