@@ -15,13 +15,13 @@ import typer
 from river_compile import __version__
 
 from .output import Dtype, Threads, show, use_threads
-from .ways import CALIBRATED, EXACT, INDUCTOR, PLAIN, RIVER, STRICT
+from .ways import CALIBRATED, EXACT, FAST, INDUCTOR, PLAIN, RIVER, STRICT, Rows, chosen
 
 if TYPE_CHECKING:
     from torch import Tensor
     from transformers import PreTrainedModel
 
-ROWS = (PLAIN, INDUCTOR, RIVER, CALIBRATED, EXACT, STRICT)
+ROWS = (PLAIN, INDUCTOR, RIVER, FAST, CALIBRATED, EXACT, STRICT)
 FORMATS = ("md", "json", "jsonl", "csv")
 COLUMNS = ("model", "size", "params", "backend", "threads", "test", "t/s")
 
@@ -32,7 +32,7 @@ def bench(
     n_gen: Annotated[int, typer.Option("--n-gen", "-n", help="Tokens to generate; 0: no such test.")] = 128,
     repetitions: Annotated[int, typer.Option("--repetitions", "-r", help="Of each test.")] = 5,
     output: Annotated[str, typer.Option("--output", "-o", help="md, json, jsonl or csv.")] = "md",
-    rows: Annotated[list[str] | None, typer.Option("--row", help=f"One of {', '.join(ROWS)}; may be repeated.")] = None,
+    rows: Rows = None,
     calibration: Annotated[Path | None, typer.Option(help="A file of `river calibrate`, for its row.")] = None,
     dtype: Dtype = "bfloat16",
     threads: Threads = 0,
@@ -50,10 +50,10 @@ def bench(
         raise ValueError(f"-o {output} is not known; use one of {', '.join(FORMATS)}")
     if min(n_prompt, n_gen) < 0 or n_gen == 1 or repetitions < 1 or not n_prompt + n_gen:
         raise ValueError(f"-p {n_prompt} -n {n_gen} -r {repetitions} measures nothing; give -n 2 or more, -r 1 or more")
+    wanted = chosen(rows, ROWS, calibration)
     threads = use_threads(threads)
     quiet()
     network, tokenizer = load(model, dtype)
-    wanted = rows or [row for row in ROWS if row != CALIBRATED or calibration]
     ids = beginning(tokenizer, max(n_prompt, 64))
     size = sum(p.numel() * p.element_size() for p in network.parameters())
     shared = {

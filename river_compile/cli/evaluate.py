@@ -11,7 +11,7 @@ from typing import TYPE_CHECKING, Annotated, Any
 import typer
 
 from .output import AsJson, Dtype, Model, Threads, show, table, use_threads
-from .ways import CALIBRATED, EXACT, FAST, PLAIN, RIVER
+from .ways import CALIBRATED, EXACT, FAST, PLAIN, RIVER, Rows, chosen
 
 if TYPE_CHECKING:
     from torch import Tensor
@@ -28,7 +28,7 @@ _SURE = 1.96  # standard errors on each side of a 95 % interval
 def evaluate(
     model: Model,
     task: Annotated[str, typer.Option(help=f"{', '.join(ROWS)}.")] = "perplexity",
-    rows: Annotated[list[str] | None, typer.Option("--row", help="Only this row; may be repeated.")] = None,
+    rows: Rows = None,
     limit: Annotated[int, typer.Option(help="Problems or texts; 0: all there are (humaneval 164, others 40).")] = 0,
     new_tokens: Annotated[int, typer.Option(help="Of an answer, or measured in each text.")] = 128,
     texts: Annotated[Path | None, typer.Option(help="For perplexity: texts, separated by empty lines.")] = None,
@@ -48,7 +48,7 @@ def evaluate(
 
     if task not in ROWS:
         raise ValueError(f"--task {task} is not known; use one of {', '.join(ROWS)}")
-    ways = _ways(task, rows, calibration)
+    ways = chosen(rows, ROWS[task], calibration)
     if limit < 0 or new_tokens < 2:
         raise ValueError(f"--limit {limit} --new-tokens {new_tokens} is not allowed; give 0 or more, and 2 or more")
     use_threads(threads)
@@ -65,14 +65,6 @@ def evaluate(
         results = _answered(network, tokenizer, _asked(task, limit, tokenizer), ways, new_tokens, calibration, rule)
     result = {"model": model, "task": task, "rows": results}
     show("eval", result, as_json, lambda console: console.print(_table(task, results)))
-
-
-def _ways(task: str, rows: Sequence[str] | None, calibration: Path | None) -> list[str]:
-    """Returns the rows that were asked for, or all that a task has, in the task's order."""
-    for row in rows or ():
-        if row not in ROWS[task]:
-            raise ValueError(f"--row {row} is not one of {task}'s; use {', '.join(ROWS[task])}")
-    return [row for row in ROWS[task] if (row in rows if rows else row != CALIBRATED or calibration)]
 
 
 @dataclass(frozen=True)

@@ -3,10 +3,12 @@
 from __future__ import annotations
 
 import contextlib
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from contextlib import AbstractContextManager
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Annotated, Any
+
+import typer
 
 if TYPE_CHECKING:
     from transformers import PreTrainedModel
@@ -24,6 +26,23 @@ MEANING = {
     STRICT: "the plain text to the bit",
     FAST: "tokens leave by the default rule: another text",
 }
+
+
+Rows = Annotated[list[str] | None, typer.Option("--row", help="Only this way of running; may be repeated.")]
+
+
+def chosen(rows: Sequence[str] | None, of: Sequence[str], calibration: Path | None) -> list[str]:
+    """Returns the ways that `--row` asked for, in the order of `of`; without it all, calibrated where it has a file.
+
+    Raises:
+        ValueError: a row that is none of them, or "calibrated" without a calibration.
+    """
+    for row in rows or ():
+        if row not in of:
+            raise ValueError(f"--row {row} is not known here; use one of {', '.join(of)}")
+    if CALIBRATED in (rows or ()) and calibration is None:
+        raise ValueError("--row calibrated needs --calibration FILE, which `river calibrate` writes")
+    return [row for row in of if (row in rows if rows else row != CALIBRATED or calibration)]
 
 
 @contextlib.contextmanager

@@ -62,7 +62,9 @@ def test_every_command_has_help_and_json(command, capsys):
         (("bench", "-n", "1"), "-n 1"),
         (("bench", "-o", "xml"), "-o xml is not known; use one of md, json"),
         (("eval", "smollm2", "--task", "chess"), "--task chess is not known"),
-        (("eval", "smollm2", "--row", "exact"), "--row exact is not one of perplexity's; use plain, fast"),
+        (("eval", "smollm2", "--row", "exact"), "--row exact is not known here; use one of plain, fast"),
+        (("bench", "--row", "quick"), "--row quick is not known here; use one of plain, inductor, river, fast"),
+        (("bench", "--row", "calibrated"), "--row calibrated needs --calibration FILE"),
         (("chat", "smollm2", "--threads", "-1"), "--threads -1 is not allowed"),
     ],
 )
