@@ -387,7 +387,10 @@ def test_which_lowering_is_chosen(monkeypatch):
         choose_lowering(RiverConfig(lowering="triton"), cpu)
 
 
-@pytest.mark.parametrize(("option", "compiler"), [(False, "eager"), (True, "eager"), (True, "inductor")])
+@pytest.mark.parametrize(
+    ("option", "compiler"),
+    [pytest.param(False, "eager", marks=pytest.mark.slow), (True, "eager"), (True, "inductor")],
+)
 def test_whether_kernels_start_early_reaches_every_launch(option, compiler, monkeypatch):
     """Of twins, of experts, and of the backbone's merged products; the operators refuse it here, which is left out."""
     asked: dict[tuple[str, int], set[bool]] = {}  # by the line that describes a kernel

@@ -151,6 +151,7 @@ def test_a_pipeline_takes_exact_mode(smollm2):
         assert generator(text, **options)[0]["generated_text"] == ours
 
 
+@pytest.mark.slow
 def test_strict_bfloat16_texts_are_the_plain_ones():  # (last: it drops the graphs of the tests before)
     """Where wide passes of the ordinary graph do round differently."""
     model, tokenizer = load("bfloat16")
