@@ -280,12 +280,19 @@ class ExitPolicy:
         Raises:
             ValueError: the program lacks the segments or the checks for that.
         """
-        if _forced.depth is not None:
-            self._check_depth(_forced.depth)
-            return replace(self, fixed_depth=_forced.depth)
-        if _forced.rule is None:
+        how = _forced.depth, _forced.rule
+        if how == (None, None):
             return self
-        threshold, first_exit = _forced.rule
+        if _forced.latest is None or _forced.latest[0] is not self or _forced.latest[1] != how:
+            _forced.latest = self, how, self._forced_to(*how)
+        return _forced.latest[2]
+
+    def _forced_to(self, depth: int | None, rule: tuple[Threshold, int] | None) -> ExitPolicy:
+        if depth is not None:
+            self._check_depth(depth)
+            return replace(self, fixed_depth=depth)
+        assert rule is not None
+        threshold, first_exit = rule
         if self.fixed_depth is not None:
             raise ValueError(
                 f"threshold {threshold} was asked for, but this model was compiled with "
@@ -308,10 +315,15 @@ class ExitPolicy:
 
 
 class _Forced(threading.local):
-    """What a thread forces on its decode steps: a depth, or a threshold and a first exit."""
+    """What a thread forces on its decode steps: a depth, or a threshold and a first exit.
+
+    Attributes:
+        latest: a policy, what was forced on it, and what it became: the same as in the step before, nearly always.
+    """
 
     depth: int | None = None
     rule: tuple[Threshold, int] | None = None
+    latest: tuple[ExitPolicy, object, ExitPolicy] | None = None
 
 
 _forced = _Forced()

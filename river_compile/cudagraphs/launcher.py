@@ -128,8 +128,8 @@ class Launcher:
 
     def _signature(self, unit: Unit, slots: list) -> tuple:
         """Returns the unit, the address of every tensor that it reads, and every number."""
-        values = [slots[index] for index in unit.keys]
-        tensors, numbers = values[: unit.tensors], values[unit.tensors :]
+        values = unit.inputs_in(slots)
+        tensors, numbers = [*values[: unit.tensors]], [*values[unit.tensors :]]
         latest = self._latest.get(unit)
         if latest is None or latest[1] != numbers or not lie_at(tensors, latest[0]):
             addresses = list(map(Tensor.data_ptr, tensors))

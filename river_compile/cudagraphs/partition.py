@@ -13,6 +13,7 @@ graph's own memory for the length of one replay.
 
 from __future__ import annotations
 
+import functools
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Literal
@@ -24,7 +25,7 @@ from river_compile.passes.graph_safety import HostNumber, host_numbers, idle_num
 from river_compile.passes.nodes import is_tensor
 from river_compile.passes.program import Refusal, RiverProgram, Segment
 from river_compile.runtime.runner import Step
-from river_compile.runtime.slots import SCORE
+from river_compile.runtime.slots import SCORE, gather
 
 Kind = Literal["prologue", "span", "last", "tail", "twins", "head", "step"]
 # Runs work on the slots, or on a copy, where a boolean scalar on the device holds at that time.
@@ -85,6 +86,11 @@ class Unit:
     numbers: tuple[tuple[int, Callable[..., int], tuple[int, ...]], ...]
     flag: Tensor | None
     obstacle: Refusal | None
+
+    @functools.cached_property
+    def inputs_in(self) -> Callable[[list], Sequence]:
+        """Picks what `keys` name from slots, tensors first."""
+        return gather(self.keys)
 
     @property
     def name(self) -> str:
