@@ -6,6 +6,7 @@ import csv
 import json
 import statistics
 import sys
+import tempfile
 from collections.abc import Iterator
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any
@@ -40,8 +41,8 @@ def bench(
 ) -> None:
     """Measures tokens per second: `pp512` reads a prompt, `tg128` generates after a text's beginning.
 
-    The rows take turns, in one process. Decode speed leaves the first token out. Exact and strict depend on the text:
-    theirs here is prose and code that comes with the package.
+    The rows follow one another, in one process, and are printed as they come. Decode speed leaves the first token out.
+    Exact and strict depend on the text: theirs here is prose and code that comes with the package.
     """
     from .models import load, quiet
 
@@ -65,22 +66,16 @@ def bench(
         "threads": threads,
     }
     tests = [("pp", n_prompt)] * bool(n_prompt) + [("tg", n_gen)] * bool(n_gen)
-    results = [
-        {**shared, "backend": row, "test": f"{test}{count}", **measured}
-        for row in wanted
-        for (test, count), measured in zip(tests, _row(network, row, calibration, ids, tests, repetitions), strict=True)
-    ]
-    if output in ("md", "json"):
-        show("bench", {"results": results}, output == "json", lambda console: print(markdown(results)))
-    elif output == "jsonl":
-        for result in results:
-            print(json.dumps(result))
-    else:
-        writer = csv.DictWriter(
-            sys.stdout, [name for name in results[0] if name != "samples_ts"], extrasaction="ignore"
-        )
-        writer.writeheader()
-        writer.writerows(results)
+    results: list[dict[str, Any]] = []
+    with tempfile.TemporaryDirectory() as folder:
+        packed_once = {"artifact": f"{folder}/twins", "on_missing_artifact": "save"}
+        for row in wanted:
+            measured = _row(network, row, calibration, ids, tests, repetitions, packed_once)
+            for (test, count), speed in zip(tests, measured, strict=True):
+                results.append({**shared, "backend": row, "test": f"{test}{count}", **speed})
+                _print_last(results, output)
+    if output == "json":
+        show("bench", {"results": results}, True, print)
 
 
 def beginning(tokenizer: Any, length: int) -> Tensor:
@@ -101,12 +96,13 @@ def _row(
     ids: Tensor,
     tests: list[tuple[str, int]],
     repetitions: int,
+    options: dict[str, Any],
 ) -> Iterator[dict[str, Any]]:
     """Yields what each test of a row gave; it warms up first."""
     from .ways import running
 
     more = {"adaptive": False} if way in (EXACT, STRICT) else {}  # what is asked for is what is measured
-    with running(model, way, calibration, **more):
+    with running(model, way, calibration, **options, **more):
         for test, count in tests:
             seconds = [_seconds(model, ids, test, count) for _ in range(repetitions + 1)][1:]
             tokens = count if test == "pp" else count - 1
@@ -128,12 +124,27 @@ def _seconds(model: PreTrainedModel, ids: Tensor, test: str, count: int) -> floa
     return times[-1] - times[0]
 
 
-def markdown(results: list[dict[str, Any]]) -> str:
-    """Returns the results as llama-bench prints them."""
-    lines = [f"| {' | '.join(COLUMNS)} |", "| --- | ---: | ---: | --- | ---: | ---: | ---: |"]
-    for r in results:
-        speed = f"{r['avg_ts']:.2f} ± {r['stddev_ts']:.2f}"
-        size, params = f"{r['size'] / 2**20:.2f} MiB", f"{r['params'] / 1e6:.2f} M"
-        name = f"{Path(r['model']).name} {r['dtype']}"
-        lines.append(f"| {name} | {size} | {params} | {r['backend']} | {r['threads']} | {r['test']} | {speed} |")
-    return "\n".join(lines)
+def _print_last(results: list[dict[str, Any]], output: str) -> None:
+    """Prints the last result as soon as it is there, but in one document of JSON, and the head before the first."""
+    result, is_first = results[-1], len(results) == 1
+    if output == "md":
+        if is_first:
+            print(f"| {' | '.join(COLUMNS)} |\n| --- | ---: | ---: | --- | ---: | ---: | ---: |")
+        print(markdown(result), flush=True)
+    elif output == "jsonl":
+        print(json.dumps(result), flush=True)
+    elif output == "csv":
+        columns = [name for name in result if name != "samples_ts"]
+        writer = csv.DictWriter(sys.stdout, columns, extrasaction="ignore")
+        if is_first:
+            writer.writeheader()
+        writer.writerow(result)
+        sys.stdout.flush()
+
+
+def markdown(result: dict[str, Any]) -> str:
+    """Returns a row as llama-bench prints it."""
+    speed = f"{result['avg_ts']:.2f} ± {result['stddev_ts']:.2f}"
+    size, params = f"{result['size'] / 2**20:.2f} MiB", f"{result['params'] / 1e6:.2f} M"
+    name = f"{Path(result['model']).name} {result['dtype']}"
+    return f"| {name} | {size} | {params} | {result['backend']} | {result['threads']} | {result['test']} | {speed} |"

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+import sys
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -110,7 +111,7 @@ def _answered(
     texts: dict[str, list[str]] = {}
     for way in ways:
         with running(model, way, calibration, **(rule if way == FAST else {})), trace() as steps:
-            runs = list(_generations(model, asked, new_tokens))
+            runs = list(_generations(model, asked, new_tokens, way))
         texts[way] = [tokenizer.decode(run.tokens, skip_special_tokens=True) for run in runs]
         right = sum(asked.judge(i, text) for i, text in enumerate(texts[way]))
         seconds = sum(run.times[-1] - run.times[0] for run in runs[1:] or runs)
@@ -125,6 +126,11 @@ def _answered(
             "mean_depth": steps.mean_depth if way in (FAST, CALIBRATED) and steps.tokens else None,
             "tokens_per_s": tokens / seconds if seconds else None,
         }
+        # (Rows take long: one that is done is told, whatever becomes of the others.)
+        print(
+            f"{way}: {right} of {len(asked.prompts)} solved, {tokens / max(seconds, 1e-9):.1f} tokens/s",
+            file=sys.stderr,
+        )
     return rows
 
 
@@ -136,14 +142,14 @@ def wilson(right: int, asked: int) -> tuple[float, float]:
     return max(middle - half, 0.0), min(middle + half, 1.0)
 
 
-def _generations(model: PreTrainedModel, asked: Asked, new_tokens: int) -> Iterator[Any]:
+def _generations(model: PreTrainedModel, asked: Asked, new_tokens: int, way: str) -> Iterator[Any]:
     """Generates an answer to each question, in caches of one size."""
     from tqdm import tqdm
 
     from .timing import generate
 
     room = max(ids.shape[1] for ids in asked.prompts) + new_tokens
-    for ids in tqdm(asked.prompts, unit="problem", leave=False, delay=1):
+    for ids in tqdm(asked.prompts, desc=way, unit="problem", leave=False, delay=1):
         yield generate(model, ids, room - ids.shape[1], stop_after=new_tokens, end_early=True, **asked.options)
 
 

@@ -19,6 +19,7 @@ from river_compile.cli.evaluate import wilson
 from river_compile.cli.output import error_line
 from river_compile.cli.painting import Painter
 from river_compile.runtime.stats import CycleRecord, RowCycle, cycles
+from river_compile.twins import maker
 
 ROOT = Path(__file__).parents[2]
 SCHEMA = json.loads((ROOT / "docs/river.schema.json").read_text())
@@ -139,9 +140,17 @@ def test_bench_has_llama_benchs_columns(tiny, capsys):
         ("plain", "pp8"), ("plain", "tg4"), ("exact", "pp8"), ("exact", "tg4"),
     ]  # fmt: skip
     assert all(len(r["samples_ts"]) == 2 for r in found["results"])
-    lines = markdown(found["results"]).splitlines()
-    assert lines[0] == "| model | size | params | backend | threads | test | t/s |"
-    assert len(lines) == 2 + 4
+    number = r"[\d.]+"
+    row = rf"\| \S+ bfloat16 \| {number} MiB \| {number} M \| plain \| \d+ \| pp8 \| {number} ± {number} \|"
+    assert re.fullmatch(row, markdown(found["results"][0]))
+
+
+def test_bench_packs_twins_once(tiny, capsys, monkeypatch):
+    made = []
+    quantized = maker._quantized
+    monkeypatch.setattr(maker, "_quantized", lambda *given: (made.append(given), quantized(*given))[1])
+    river(capsys, "bench", "-m", tiny, "-p", "0", "-n", "2", "-r", "1", "--row", "river", "--row", "exact")
+    assert len(made) == 3 * 4  # blocks, and a block's products
 
 
 @pytest.mark.parametrize("form", ["md", "csv", "jsonl"])
@@ -150,6 +159,8 @@ def test_bench_prints_other_forms(tiny, form, capsys):
         capsys, "bench", "-m", tiny, "-p", "0", "-n", "2", "-r", "1", "--row", "plain", "-o", form
     ).out.splitlines()
     assert len(lines) == {"md": 3, "csv": 2, "jsonl": 1}[form]
+    if form == "md":
+        assert lines[0] == "| model | size | params | backend | threads | test | t/s |"
     if form == "jsonl":
         jsonschema.validate(
             json.loads(lines[0]), {"$ref": "#/$defs/bench/properties/results/items", "$defs": SCHEMA["$defs"]}

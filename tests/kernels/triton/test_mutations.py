@@ -95,7 +95,7 @@ MUTATIONS = {
     ),
     "a window moved by two": (lambda: check_shift(SHIFT), r"\(to \+ 1\)", "(to + 2)"),
     "a window whose last slot moves too": (lambda: check_shift(SHIFT), r"to < 21", "to < 22"),
-    "a NaN that exits": (  # (whether a minimum skips NaN differs: between GPU and interpreter, and between interpreters)
+    "a NaN that exits": (  # (a GPU's minimum skips NaN, that of some interpreters does not)
         lambda: check_nan_never_exits(ExitScoreSpec(3, 50), 1),
         r"tl\.minimum\(lowest, similarity\)\n +invalid \+= .*", "tl.where(similarity < lowest, similarity, lowest)",
     ),
