@@ -127,10 +127,7 @@ def _answered(
             "tokens_per_s": tokens / seconds if seconds else None,
         }
         # (Rows take long: one that is done is told, whatever becomes of the others.)
-        print(
-            f"{way}: {right} of {len(asked.prompts)} solved, {tokens / max(seconds, 1e-9):.1f} tokens/s",
-            file=sys.stderr,
-        )
+        print(f"{way}: {right} of {len(asked.prompts)} solved", file=sys.stderr)
     return rows
 
 
