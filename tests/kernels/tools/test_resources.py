@@ -205,4 +205,4 @@ def test_everything_that_can_be_generated_compiles(target):
     for spec in unusual_kernels():
         for usage in usages(spec, spec.family, target):
             assert usage.registers > 0, usage
-            assert usage.spills == 0 or triton_version() < (3, 7), usage  # the oldest compiler spills 8 bytes of one
+            assert usage.spills <= (0 if triton_version() >= (3, 9) else 8), usage  # (older compilers: 8 bytes of one)
