@@ -115,8 +115,8 @@ def _pipeline(spec: LinearSpec, device: Device, block_n: int, steps: int) -> int
     """Returns how many steps are on their way at once: three, or what was seen to keep values in registers.
 
     Behind a norm, pairs of matrices spill with several rows in longer pipelines than two, and on sm_100 with one row in
-    shorter ones than four (with Triton 3.9), where single matrices spill in longer ones than three (3.7 and 3.9). Triton
-    3.6 and 3.7 unroll four steps in a pipeline of three into too many registers.
+    shorter ones than four (Triton 3.9), where single matrices spill in longer ones than three (3.7 and 3.9). Triton 3.6
+    and 3.7 unroll four steps in a pipeline of three into too many registers.
     """
     behind_norm = spec.norm != "none"
     if behind_norm and spec.gated and not spec.row_by_row:
