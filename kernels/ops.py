@@ -30,6 +30,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from river_compile.kernels.checks import check_choice
+from river_compile.kernels.portable import smallest_cosine
 from river_compile.kernels.quant import layouts
 from river_compile.kernels.triton.calls import cache, exits
 from river_compile.kernels.triton.calls import linear as products
@@ -376,22 +377,6 @@ def _(
     q: Tensor, k_cache: Tensor, v_cache: Tensor, mask: Tensor | None, scale: float, softcap: float, causal: bool
 ) -> Tensor:
     return torch.empty_like(q, memory_format=torch.contiguous_format)
-
-
-def smallest_cosine(hidden: Tensor, previous: Tensor) -> Tensor:
-    """Returns the smallest cosine similarity between a block's output and its input, over all rows, traceable.
-
-    Args:
-        hidden, previous: ``[..., D]``.
-
-    Returns:
-        A float32 scalar tensor, computed in float32. A row that is zero or not finite makes it NaN, which exceeds no
-        threshold.
-    """
-    hidden, previous = hidden.float(), previous.float()
-    norms = hidden.norm(dim=-1) * previous.norm(dim=-1)
-    cosines: Tensor = (hidden * previous).sum(-1) / norms
-    return cosines.amin()
 
 
 @torch.library.custom_op("river::exit_score", mutates_args=())

@@ -1,4 +1,4 @@
-"""Plain torch for what no generated kernel computes: one query position, batch-invariant operators, scores of logits.
+"""Plain torch for what no generated kernel computes: one query position, batch-invariant operators, scores.
 
 One query position. Operators made for many rows do badly with one: a fused attention kernel splits its work over query
 blocks, and a matrix product reads a large matrix slower than a plain sum of products. Written as multiply-and-sum,
@@ -147,6 +147,22 @@ def _(
     q: Tensor, k: Tensor, v: Tensor, mask: Tensor | None, scale: float | None, enable_gqa: bool, grown: bool
 ) -> Tensor:
     return q.new_empty((*q.shape[:-1], v.shape[-1]))
+
+
+def smallest_cosine(hidden: Tensor, previous: Tensor) -> Tensor:
+    """Returns the smallest cosine similarity between a block's output and its input, over all rows, traceable.
+
+    Args:
+        hidden, previous: ``[..., D]``.
+
+    Returns:
+        A float32 scalar tensor, computed in float32. A row that is zero or not finite makes it NaN, which exceeds no
+        threshold.
+    """
+    hidden, previous = hidden.float(), previous.float()
+    norms = hidden.norm(dim=-1) * previous.norm(dim=-1)
+    cosines: Tensor = (hidden * previous).sum(-1) / norms
+    return cosines.amin()
 
 
 def largest_entropy(logits: Tensor) -> Tensor:

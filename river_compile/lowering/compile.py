@@ -23,7 +23,7 @@ from torch._inductor.compile_fx import compile_fx, compile_fx_inner
 from torch._subclasses.fake_tensor import FakeTensorMode
 from torch.fx.experimental.symbolic_shapes import ShapeEnv
 
-from river_compile.kernels import ops
+from river_compile.kernels import portable
 from river_compile.kernels.quant.aten_int4 import LAYOUT as ATEN_LAYOUT
 from river_compile.kernels.quant.aten_int4 import linear_aten
 from river_compile.passes.backbone import parts_of
@@ -201,7 +201,7 @@ def lower_ops(traced: fx.Graph, native: bool = False, dependent: bool = False) -
             elif layout == TRITON_LAYOUT and called(node.args[1], torch.cat):
                 _take_apart(node)
         elif node.target is torch.ops.river.exit_score.default:
-            node.target = ops.smallest_cosine
+            node.target = portable.smallest_cosine
         if dependent and _may_start_early(node):
             node.kwargs = {**node.kwargs, "dependent": True}
     return fx.GraphModule(traced.owning_module, graph, class_name="Segment")
