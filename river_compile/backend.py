@@ -20,10 +20,11 @@ from torch import Tensor, fx, nn
 from torch._inductor.compile_fx import compile_fx
 from tqdm import tqdm
 
-from river_compile.cudagraphs.device import CaptureLog
+from river_compile.cudagraphs.device import CaptureDevice, CaptureLog
 from river_compile.cudagraphs.device_exits import captured_runner, verdicts_for
 from river_compile.cudagraphs.launcher import Launcher
 from river_compile.cudagraphs.runner import choose_device
+from river_compile.cudagraphs.verdicts import Verdicts
 from river_compile.distributed.ranks import Ranks, ranks_of
 from river_compile.distributed.runner import RankRunner, called_on_shards
 from river_compile.distributed.support import check as check_supported
@@ -37,7 +38,7 @@ from river_compile.passes.local_shards import on_local_shards
 from river_compile.passes.nodes import is_parameter
 from river_compile.passes.normalize import normalized
 from river_compile.passes.pipeline import Pass, run_passes
-from river_compile.passes.program import LinearSite, Refusal, RiverProgram, Segment
+from river_compile.passes.program import DecoderPlan, LinearSite, Refusal, RiverProgram, Segment
 from river_compile.passes.segments import segmented
 from river_compile.passes.twins import twin_sites, without_products
 from river_compile.reporting.dump import PassDump, trace_artifact
@@ -173,8 +174,7 @@ def _build(
     device = choose_device(program, config, captures, lowering.native, ranks)
     offloaded.check(plan, config)
     policy = _exit_policy(program, config)
-    asked = device if config.launch_ahead == "device" and plan.is_decode else None  # to decide
-    verdicts = None if asked is None else verdicts_for(plan, policy, asked, captures)
+    verdicts = _verdicts(plan, policy, config, device, captures)
     packed = _pack_and_judge(program, values, lowering, state, record)
     with record.stage("rewriting"):
         keep = {site.name: made.reason for site, made in packed.items() if made.reason}
@@ -187,7 +187,8 @@ def _build(
     streamer = Streamer(offloaded, program, values, config.offload)
     settings = inductor_settings(record.mode, whole=False)
     compiler = SegmentCompiler(lowering, settings, plan.is_decode)
-    steps, wanted = dict[Segment, Step](), WantedLogits.of(program)
+    steps: dict[Segment, Step] = {}
+    wanted = WantedLogits.of(program)
     with record.stage("compiling"):
         for segment in tqdm(segments, desc="river: compiling segments", unit="segment", leave=False, delay=1):
             weights = [tensor for site in segment.packed for tensor in packed[site].tensors]
@@ -240,6 +241,15 @@ def _exit_policy(program: RiverProgram, config: RiverConfig) -> ExitPolicy:
             "its hidden state); compile the model with its head, or use criterion='similarity'"
         )
     return policy
+
+
+def _verdicts(
+    plan: DecoderPlan, policy: ExitPolicy, config: RiverConfig, device: CaptureDevice | None, captures: CaptureLog
+) -> Verdicts | None:
+    """Returns what decisions on the device read and write, None where the host decides; `captures` may say why."""
+    if device is None or config.launch_ahead != "device" or not plan.is_decode:
+        return None
+    return verdicts_for(plan, policy, device, captures)
 
 
 def _rewritten(program: RiverProgram, config: RiverConfig, passes: Sequence[Pass]) -> RiverProgram:
