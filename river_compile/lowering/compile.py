@@ -202,12 +202,12 @@ def lower_ops(traced: fx.Graph, native: bool = False, dependent: bool = False) -
                 _take_apart(node)
         elif node.target is torch.ops.river.exit_score.default:
             node.target = portable.smallest_cosine
-        if dependent and _may_start_early(node):
+        if dependent and _takes_dependent(node):
             node.kwargs = {**node.kwargs, "dependent": True}
     return fx.GraphModule(traced.owning_module, graph, class_name="Segment")
 
 
-def _may_start_early(node: fx.Node) -> bool:
+def _takes_dependent(node: fx.Node) -> bool:
     """Whether a node's operator takes `dependent` (which those that have several layouts heed in "triton" alone)."""
     schema = getattr(node.target, "_schema", None)
     return schema is not None and any(argument.name == "dependent" for argument in schema.arguments)
