@@ -205,4 +205,7 @@ def test_everything_that_can_be_generated_compiles(target):
     for spec in unusual_kernels():
         for usage in usages(spec, spec.family, target):
             assert usage.registers > 0, usage
-            assert usage.spills <= (0 if triton_version() >= (3, 9) else 8), usage  # (older compilers: 8 bytes of one)
+            # The oldest compiler spills 8 bytes of one, 3.7 of attention in float32 that writes its slot too.
+            in_float32 = spec.family == "decode_attention" and spec.dtype == "float32" and spec.fill is not None
+            most = 8 if triton_version() < (3, 7) or (triton_version() == (3, 7) and in_float32) else 0
+            assert usage.spills <= most, usage
