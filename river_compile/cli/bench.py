@@ -41,8 +41,9 @@ def bench(
 ) -> None:
     """Measures tokens per second: `pp512` reads a prompt, `tg128` generates after a text's beginning.
 
-    The rows follow one another, in one process, and are printed as they come. Decode speed leaves the first token out.
-    Exact and strict depend on the text: theirs here is prose and code that comes with the package.
+    The rows follow one another, in one process, and are printed as they come; their twins are packed once, into a
+    temporary folder (TMPDIR), those of a calibration apart. Decode speed leaves the first token out. Exact and strict
+    depend on the text: theirs here is prose and code that comes with the package.
     """
     from .models import load, quiet
 
@@ -70,7 +71,8 @@ def bench(
     with tempfile.TemporaryDirectory() as folder:
         packed_once = {"artifact": f"{folder}/twins", "on_missing_artifact": "save"}
         for row in wanted:
-            measured = _row(network, row, calibration, ids, tests, repetitions, packed_once)
+            twins = {} if row == CALIBRATED else packed_once  # (a calibration says what its twins are)
+            measured = _row(network, row, calibration, ids, tests, repetitions, twins)
             for (test, count), speed in zip(tests, measured, strict=True):
                 results.append({**shared, "backend": row, "test": f"{test}{count}", **speed})
                 _print_last(results, output)
