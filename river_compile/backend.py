@@ -178,7 +178,7 @@ def _build(
     packed = _pack_and_judge(program, values, lowering, state, record)
     with record.stage("rewriting"):
         keep = {site.name: made.reason for site, made in packed.items() if made.reason}
-        passes = passes_for(config, plan, lowering, keep, () if verdicts is None else verdicts.operands)
+        passes = passes_for(config, plan, lowering, keep, decides=verdicts is not None)
         program = _rewritten(program, config, passes)
     segments = policy.reachable(program)
     if plan.is_decode:

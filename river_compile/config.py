@@ -65,15 +65,15 @@ class RiverConfig:
     criterion: str = _option(
         "similarity",
         one_of(*CRITERIA),
-        'which tokens leave: `"similarity"` (of a block\'s output to its input), `"history"` (the same, averaged over '
-        'the last tokens), `"confidence"` (the previous step\'s logits were sure), `"doubt"` (all; the backbone runs '
-        "those again whose logits are not sure) ([docs/criteria.md](docs/criteria.md))",
+        'which tokens leave: `"similarity"` (of a block\'s output to its input), `"confidence"` (the previous '
+        'step\'s logits were sure), `"doubt"` (all; the backbone runs those again whose logits are not sure) '
+        "([docs/criteria.md](docs/criteria.md))",
     )
     threshold: Threshold | None = _option(
         None,
         optional(Check(_A_SCORE.wanted, _one_or_several)),
-        "0.7 for similarity and history: a cosine to exceed (1 never leaves), or a list with one for each depth from 1 "
-        "on; 0.5 for confidence and 1.0 for doubt: nats of entropy to stay below (0 never leaves)",
+        "0.7 for similarity: a cosine to exceed (1 never leaves), or a list with one for each depth from 1 on; "
+        "0.5 for confidence and 1.0 for doubt: nats of entropy to stay below (0 never leaves)",
     )
     first_exit: int = _option(
         2, integer(0), "smallest exit depth, in backbone blocks executed; may be 0 for confidence and doubt"

@@ -6,7 +6,7 @@ Not handled: how segments are compiled (:mod:`river_compile.lowering`), and wher
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Mapping
 
 from river_compile.lowering.choose import Lowering
 from river_compile.passes.backbone import river_backbone
@@ -28,12 +28,12 @@ def passes_for(
     plan: DecoderPlan,
     lowering: Lowering,
     keep: Mapping[str, str],
-    verdict: Sequence[str] = (),
+    decides: bool = False,
 ) -> list[Pass]:
     """Returns the passes, in order, that turn a decoder into what the options ask for.
 
-    `keep` names the twins' matrices that stay in 16 bits (`LinearSite.name`), each with the reason; `verdict` what an
-    exit check's kernel takes to decide on the device, nothing where the host decides.
+    `keep` names the twins' matrices that stay in 16 bits (`LinearSite.name`), each with the reason; with `decides`
+    the kernels of exit checks decide on the device.
     """
     how = twinning(config, lowering)
     policy = config.exit_policy(plan)
@@ -56,7 +56,7 @@ def passes_for(
     if policy.needs_entropy(plan):
         passes.append(logits_entropy)
     if lowering.fuse and leaves and not lowering.native:
-        passes.append(fuse_checks(verdict))  # (takes a block's last addition with it, so before the backbone's rules)
+        passes.append(fuse_checks(decides))  # (takes a block's last addition with it, so before the backbone's rules)
     if own_backbone:
         passes.append(fuse_backbone(lowering.dense_layout))
     if lowering.fuse and leaves:

@@ -7,7 +7,7 @@ nothing. docs/lowering.md lists what each one matches. Not handled: names of mod
 from __future__ import annotations
 
 import operator
-from collections.abc import Callable, Sequence
+from collections.abc import Callable
 from dataclasses import replace
 
 import torch
@@ -91,8 +91,8 @@ def fuse_head(dense_layout: str) -> Rule:
     return fuse_head
 
 
-def fuse_exit_score(verdict: Sequence[str]) -> Rule:
-    """Makes the rule of exit checks; `verdict` names a verdict's operands in order, none where the host decides."""
+def fuse_exit_score(decides: bool) -> Rule:
+    """Makes the rule of exit checks; with `decides` their kernel takes a rule and notes a verdict."""
 
     def fuse_exit_score(view: BlockView) -> fx.Node:
         """exit score."""
@@ -104,10 +104,10 @@ def fuse_exit_score(verdict: Sequence[str]) -> Rule:
         if found is None or not all(same_size(n, total) for n in found):
             raise Missed("the block does not end with the addition of two values of one shape and dtype", hidden)
         target: Callable = torch.ops.river.residual_score.default
-        others: list[fx.Node | None] = []
-        if verdict:
+        others: list[fx.Node] = []
+        if decides:
             target = torch.ops.river.residual_verdict.default
-            others = [*add_placeholders(graph, verdict), *[None] * (3 - len(verdict))]
+            others = add_placeholders(graph, ("rule", "verdict"))
         value = (value_of(total), value_of(hidden).new_empty((), dtype=torch.float32))
         with graph.inserting_before(total):
             residual, update, before = (reshaped(n, total) for n in (*found, previous))

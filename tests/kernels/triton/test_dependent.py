@@ -54,7 +54,7 @@ SPECS = {
         fill=dataclasses.replace(FILL, dependent=True),
     ),
     "exit score": ExitScoreSpec(2, 576, dependent=True),
-    "verdict": ExitScoreSpec(2, 576, dependent=True, decides=True, history=4),
+    "verdict": ExitScoreSpec(2, 576, dependent=True, decides=True),
     "shift": ShiftSpec(2, 6, 2, 96, 500, dependent=True),
 }
 
@@ -242,7 +242,7 @@ def test_operators_refuse_where_there_is_no_early_start(monkeypatch):
         ),
         lambda: torch.ops.river.residual_score(states, states, states, dependent=True),
         lambda: torch.ops.river.residual_verdict(
-            *(states, states, states, torch.zeros(2, dtype=torch.float64), torch.zeros(4), None), dependent=True
+            *(states, states, states, torch.zeros(1, dtype=torch.float64), torch.zeros(4)), dependent=True
         ),
         lambda: torch.ops.river.shift(cache, cache.clone(), dependent=True),
     ):
