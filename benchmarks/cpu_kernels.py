@@ -73,7 +73,7 @@ def _subjects(copies: dict[str, list[PackedLinear]], k: int) -> Iterator[tuple[t
 
 def _native(x: torch.Tensor, p: PackedLinear, int8: bool) -> torch.Tensor:
     linear = torch.ops.river_native.linear.default
-    return linear(x, p.qweight, p.scale_zero, None, p.out_features, p.group_size, 4, int8)
+    return linear(x, p.qweight, p.scale_zero, None, p.out_features, p.group_size, int8)
 
 
 def _sum(qweight: torch.Tensor, scale_zero: torch.Tensor) -> None:

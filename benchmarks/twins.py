@@ -2,7 +2,7 @@
 
     python -m benchmarks.twins
     python -m benchmarks.twins --model gemma3-270m --quantizer hqq --quantizer gptq --json twins.json
-    python -m benchmarks.twins --quantizer gptq --lm-head keep int8 w4 --activations 8bit 16bit
+    python -m benchmarks.twins --quantizer gptq --lm-head keep w4 --activations 8bit 16bit
 
 Every row decodes the same texts, token by token through River: the model's own greedy answers, passages of Python's
 documentation, and HumanEval's problems with their solutions (where that package is installed). "KL" and "same" (next
@@ -227,7 +227,7 @@ def _parse(arguments: list[str] | None) -> argparse.Namespace:
     parser = common.command_line(__doc__, "model", "threads", "json")
     parser.add_argument("--quantizer", action="append", choices=ROWS, help="may be repeated (default: all)")
     parser.add_argument("--group-size", type=int, default=64, choices=(32, 64, 128, 256))
-    parser.add_argument("--lm-head", nargs="+", choices=("keep", "int8", "w4"), help="a row for each (default: one)")
+    parser.add_argument("--lm-head", nargs="+", choices=("keep", "w4"), help="a row for each (default: one)")
     parser.add_argument("--activations", nargs="+", choices=("8bit", "16bit"), help="the same")
     parser.add_argument("--texts", type=int, default=12, help="texts of each kind to measure (at most 12, the default)")
     parser.add_argument("--tokens", type=int, default=48, help="longest answer that is measured (default 48)")

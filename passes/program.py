@@ -159,7 +159,6 @@ class Product:
         layout: how its kernel wants it packed.
         scales_inputs: the inputs are divided by a scale ``[K]`` that the packing chooses.
         experts: E, the matrices of a stack; 0 for linears.
-        bits: 4 or 8.
     """
 
     name: str
@@ -170,7 +169,6 @@ class Product:
     layout: str
     scales_inputs: bool = False
     experts: int = 0
-    bits: int = 4
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -41,7 +41,6 @@ class Twinning:
     group_size: int
     layout: str
     scale_inputs: bool = False
-    bits: int = 4
 
 
 @dataclass(frozen=True)
@@ -112,7 +111,7 @@ def river_twins(how: Twinning | None, keep: Mapping[str, str] | None = None) -> 
 
 
 def river_head(how: Twinning, keep: Mapping[str, str] | None = None) -> Pass:
-    """Makes the pass that gives the head a twin of 4 or 8 bits; arguments as for `river_twins`."""
+    """Makes the pass that gives the head a twin of 4 bits; arguments as for `river_twins`."""
 
     def river_head(program: RiverProgram) -> RiverProgram:
         """Tokens that left use a head with a quantized matrix."""
@@ -206,7 +205,6 @@ def _product(linears: tuple[Linear, ...], source_of: Mapping[fx.Node, fx.Node], 
         layout=how.layout,
         scales_inputs=scale is not None,
         folds=tuple(source_of[parameter] for parameter in scale.parameters) if scale else (),
-        bits=how.bits,
     )
     return _Product(linears, scale, site, reason or _too_narrow(site))
 

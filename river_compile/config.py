@@ -98,9 +98,9 @@ class RiverConfig:
     )
     lm_head: str | None = _option(
         None,
-        one_of(None, "keep", "int8", "w4"),
-        'the head of tokens that left: `"keep"` in 16 bits, `"int8"`, or `"w4"`, its largest logits computed anew in '
-        "16 bits; `None`: w4 where the C++ kernels round activations to 8 bits, else keep "
+        one_of(None, "keep", "w4"),
+        'the head of tokens that left: `"keep"` in 16 bits, or `"w4"`, its largest logits computed anew in 16 bits; '
+        "`None`: w4 where the C++ kernels round activations to 8 bits, else keep "
         "([docs/quality.md](docs/quality.md))",
     )
     artifact: str | Path | None = _option(

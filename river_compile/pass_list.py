@@ -61,10 +61,10 @@ def passes_for(
         passes.append(fuse_backbone(lowering.dense_layout))
     if lowering.fuse and leaves:
         passes.append(fuse_twins(lowering.dense_layout))
-    if head is not None and head.bits == 4:
+    if head is not None:
         passes.append(rescored_head)
-    if head is not None and lowering.native and plan.is_decode:
-        passes.append(wanted_logits)
+        if lowering.native and plan.is_decode:
+            passes.append(wanted_logits)
     return passes
 
 
@@ -95,20 +95,6 @@ def uses_own_backbone(config: RiverConfig, lowering: Lowering, is_decode: bool) 
 
 
 def head_twinning(config: RiverConfig, lowering: Lowering) -> Twinning | None:
-    """Returns how the twin of the head is made, None where there is none.
-
-    Raises:
-        OptionError: a head in 8 bits without its kernel.
-    """
-    how = twinning(config, lowering)
+    """Returns how the twin of the head is made, None where there is none."""
     kind = config.lm_head or ("w4" if lowering.layout == "native" else "keep")
-    if how is None or kind == "keep":
-        return None
-    if kind == "w4":
-        return how
-    if not lowering.native:
-        raise OptionError(
-            f"lm_head='int8' needs the C++ kernels of a CPU, and the lowering is {lowering.compiler} with layout "
-            f"{lowering.layout}; use lm_head='w4' or 'keep'"
-        )
-    return Twinning(config.group_size, "native_int8", bits=8)
+    return twinning(config, lowering) if kind == "w4" else None

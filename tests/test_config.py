@@ -32,7 +32,7 @@ README = Path(__file__).parent.parent / "README.md"
         ({"group_size": 48}, ["group_size=48", "32, 64, 128, 256"]),
         ({"quantizer": "hqqq"}, ["quantizer='hqqq'", "did you mean 'hqq'?"]),
         ({"prefill": "Exit"}, ["prefill='Exit'", "'backbone', 'exit'"]),
-        ({"lm_head": "w3"}, ["lm_head='w3'", "'keep', 'int8', 'w4'"]),
+        ({"lm_head": "w3"}, ["lm_head='w3'", "'keep', 'w4'"]),
         ({"lowering": "inductr"}, ["did you mean 'inductor'?"]),
         ({"on_unsupported": "ignore"}, ["on_unsupported='ignore'", "'inductor', 'raise'"]),
         ({"dump_dir": 3}, ["dump_dir=3", "path"]),

@@ -12,13 +12,12 @@ Layouts (N output features, K input features padded to whole groups of G)
                 byte 4 n + j of a line of 64 holds, for output feature n of its 16, the line's input feature j in the
                 low and 4 + j in the high nibble. scale_zero bfloat16 [N' / 16, K / G, 16, 2]. Products round
                 activations to 8 bits. "native_16bit" has the same bytes, whose products read them as they are.
-    "native_int8"  the same for 8 bits: qweight uint8 [N' / 16, K / G, G / 4, 64], byte 4 n + j holds input feature j.
 
 Experts' matrices of one shape are stacked: their tensors have a dimension more in front.
 
-`scale_zero[..., 0]` is the scale, `[..., 1]` the weight that q = 8 (of 8 bits 128) stands for. A new layout is an entry
+`scale_zero[..., 0]` is the scale, `[..., 1]` the weight that q = 8 stands for. A new layout is an entry
 of `LAYOUTS`; those of `PORTABLE` have the same bytes on every machine, so that files may hold them.
-Not handled: sharing one scale between rows, groups across rows, other numbers of bits than 4, and 8 in "native_int8".
+Not handled: sharing one scale between rows, groups across rows, other numbers of bits than 4.
 """
 
 from __future__ import annotations
@@ -83,7 +82,7 @@ class PackedLinear:
 
 
 #: Layouts with the same bytes on every machine.
-PORTABLE = ("plain", "triton", "native", "native_int8")
+PORTABLE = ("plain", "triton", "native")
 _SAME_BYTES = {"native_16bit": "native"}
 
 
@@ -101,7 +100,6 @@ def tensors_of(name: str, n: int, k: int, group: int) -> dict[str, tuple[tuple[i
         "plain": (((n, k // 2), (torch.uint8,)), (pairs, (torch.float32, torch.bfloat16))),
         "triton": (((n, k // 8), (torch.int32,)), (pairs, (torch.float16, torch.bfloat16))),
         "native": (((*blocks, group // 8, 64), (torch.uint8,)), native),
-        "native_int8": (((*blocks, group // 4, 64), (torch.uint8,)), native),
     }[name]
     return {"qweight": qweight, "scale_zero": scale_zero}
 
@@ -119,14 +117,13 @@ class Layout:
         pack: grid -> (qweight, scale_zero).
         unpack: packed matrix -> grid.
         linear: (x [..., K], packed, bias or None) -> x W^T + bias in x.dtype, any device the layout is made for.
-        group_sizes, bits: what it can hold.
+        group_sizes: those that it can hold.
     """
 
     pack: Callable[[QuantizedWeight], tuple[Tensor, Tensor]]
     unpack: Callable[[PackedLinear], QuantizedWeight]
     linear: Callable[[Tensor, PackedLinear, Tensor | None], Tensor] = linear_by_dequantizing
     group_sizes: tuple[int, ...] = GROUP_SIZES
-    bits: int = 4
 
 
 def layout(name: str) -> Layout:
@@ -150,8 +147,6 @@ def pack(weight: QuantizedWeight, layout_name: str, in_features: int | None = No
     n, k = weight.shape
     in_features = k if in_features is None else in_features
     check_choice("group_size", weight.group_size, chosen.group_sizes)
-    if weight.bits != chosen.bits:
-        raise ValueError(f"layout={layout_name!r} holds {chosen.bits} bits, and this grid has {weight.bits}")
     if not k - weight.group_size < in_features <= k:
         raise ValueError(f"in_features={in_features} does not end in the last group of {k} columns")
     qweight, scale_zero = chosen.pack(weight)
@@ -263,36 +258,22 @@ def _unpack_native(packed: PackedLinear) -> QuantizedWeight:
     return QuantizedWeight(q.flatten(2).flatten(0, 1)[: packed.out_features], scale, zero, packed.group_size)
 
 
-def _pack_int8(weight: QuantizedWeight) -> tuple[Tensor, Tensor]:
-    pad = (0, 0, 0, -weight.shape[0] % 16)
-    q = F.pad(weight.q, pad).unflatten(1, (-1, weight.group_size // 4, 4)).unflatten(0, (-1, 16))
-    pairs = F.pad(_pairs(weight, torch.bfloat16), (0, 0, *pad)).unflatten(0, (-1, 16))
-    return q.permute(0, 2, 3, 1, 4).flatten(-2).contiguous(), pairs.transpose(1, 2).contiguous()
-
-
-def _unpack_int8(packed: PackedLinear) -> QuantizedWeight:
-    q = packed.qweight.unflatten(-1, (16, 4)).permute(0, 3, 1, 2, 4).flatten(2).flatten(0, 1)[: packed.out_features]
-    scale, zero = packed.scale_zero.float().transpose(1, 2).flatten(0, 1)[: packed.out_features].unbind(-1)
-    return QuantizedWeight(q, scale, zero, packed.group_size, bits=8)
-
-
 def _linear_aten(x: Tensor, packed: PackedLinear, bias: Tensor | None) -> Tensor:
     return aten_int4.linear_aten(x, packed.qweight, packed.scale_zero, bias, packed.out_features, packed.group_size)
 
 
 def _linear_native(x: Tensor, packed: PackedLinear, bias: Tensor | None) -> Tensor:
-    how = packed.out_features, packed.group_size, LAYOUTS[packed.layout].bits, NATIVE_LAYOUTS[packed.layout]
+    how = packed.out_features, packed.group_size, NATIVE_LAYOUTS[packed.layout]
     y: Tensor = native.load().linear(x, packed.qweight, packed.scale_zero, bias, *how)
     return y
 
 
 #: Layouts of the C++ kernels: whether their products round activations to 8 bits.
-NATIVE_LAYOUTS = {"native": True, "native_16bit": False, "native_int8": True}
+NATIVE_LAYOUTS = {"native": True, "native_16bit": False}
 
 LAYOUTS = {
     "triton": Layout(_pack_triton, _unpack_triton, group_sizes=GROUP_SIZES[:3]),
     "plain": Layout(_pack_plain, _unpack_plain),
     aten_int4.LAYOUT: Layout(_pack_aten, _unpack_aten, _linear_aten),
     **dict.fromkeys(("native", "native_16bit"), Layout(_pack_native, _unpack_native, _linear_native, GROUP_SIZES[:3])),
-    "native_int8": Layout(_pack_int8, _unpack_int8, _linear_native, GROUP_SIZES[:3], bits=8),
 }

@@ -1,8 +1,7 @@
 """Packed twins on disk: a folder with one file, ``twins.safetensors``.
 
     <key>.qweight, .scale_zero   as the matrix's layout has them (`river_compile.kernels.quant.layouts`); a stack of
-                                 experts has a dimension more in front. key = name/quantizer asked for/group
-                                 size; "int8" is asked for where 8 bits are
+                                 experts has a dimension more in front. key = name/quantizer asked for/group size
     <key>.input_scale            float32 ``[K]``, for a matrix whose inputs are scaled
     metadata                     "format", "version", "matrices" (JSON: the fields of `_SavedMatrix`, ratios as text,
                                  since JSON knows no infinity; one that stays in 16 bits has no tensors) and "sha256",
@@ -46,7 +45,6 @@ VERSION = 6
 FILE = "twins.safetensors"
 _MANIFEST_2 = "river.json"  # of version 2, which had a file for it
 _KINDS = {name: str for name in ("name", "quantizer", "asked", "statistics", "weights_sha256")} | {"stored": bool}
-_EIGHT_BITS = "int8"
 _NEW = "leave artifact= out and save a new one"
 
 
@@ -55,8 +53,7 @@ class _SavedMatrix(Ratios):
     """One matrix of an artifact.
 
     Attributes:
-        name, shape, group_size, experts, quantizer, statistics: as in its :class:`PackedSite`.
-        asked: as there, "int8" for 8 bits.
+        name, shape, group_size, experts, quantizer, asked, statistics: as in its :class:`PackedSite`.
         layout: of its bytes.
         weights_sha256: hash of the parameters it was made from, see :func:`digest_of`.
         stored: False where it stays in 16 bits, below the floor of `min_sqnr`.
@@ -131,7 +128,7 @@ def write_artifact(folder: Path, sites: Sequence[PackedSite]) -> None:
             "group_size": site.group_size,
             "experts": site.experts,
             "quantizer": site.quantizer,
-            "asked": _asked(site.product, site.asked),
+            "asked": site.asked,
             "statistics": site.statistics,
             "layout": portable(site.product.layout),
             "weights_sha256": site.digest,
@@ -202,18 +199,13 @@ class Artifact:
                     f"name the artifact of this model, or {_NEW}",
                 )
 
-    def find(self, site: Product, quantizer: str, digest: str, min_sqnr: float | None) -> Grid | None:
+    def find(self, site: Product, quantizer: str, digest: str, min_sqnr: float | None) -> Grid:
         """Returns what is saved of a product that was made in this way from parameters with this digest.
-
-        None for a product in 8 bits that is not saved: it is rounded to nearest in a moment.
 
         Raises:
             ArtifactError: there is none, or it was left in 16 bits and is to have 4-bit weights.
         """
-        asked, eight = _asked(site, quantizer), site.bits == 8
-        matrices = [m for m in self._matrices if m.name == site.name and (m.asked == _EIGHT_BITS) == eight]
-        if not matrices and eight:
-            return None
+        matrices = [matrix for matrix in self._matrices if matrix.name == site.name]
         if not matrices:
             raise self._refusal(
                 f"it holds no matrix {site.name}",
@@ -221,7 +213,7 @@ class Artifact:
                 "and save a new one",
             )
         ways = {(matrix.asked, matrix.group_size): matrix for matrix in matrices}
-        matrix = ways.get((asked, site.group_size))
+        matrix = ways.get((quantizer, site.group_size))
         if matrix is None:
             found = ", ".join(f"quantizer={name!r} group_size={size}" for name, size in sorted(ways))
             raise self._refusal(
@@ -301,11 +293,6 @@ class Artifact:
 
 def _other_version(version: str | None) -> str:
     return f"it has version {version}, this release reads {VERSION}"
-
-
-def _asked(product: Product, quantizer: str) -> str:
-    """Returns under which name a product is kept that the options' quantizer made; it rounds 8 bits to nearest."""
-    return _EIGHT_BITS if product.bits == 8 else quantizer
 
 
 def _tensors(key: str, packed: PackedLinear, input_scale: Tensor | None) -> dict[str, Tensor]:

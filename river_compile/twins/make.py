@@ -14,7 +14,7 @@ import torch
 from torch import Tensor
 
 from river_compile.kernels.quant.calibrated import output_energy, output_sqnr_db, quantize_observed
-from river_compile.kernels.quant.grid import QuantizedWeight, decibels, quantize, quantize_8bit, sqnr_db
+from river_compile.kernels.quant.grid import QuantizedWeight, decibels, quantize, sqnr_db
 from river_compile.kernels.quant.layouts import PackedLinear
 from river_compile.passes.program import Product
 from river_compile.upstream.tensors import as_ordinary
@@ -184,16 +184,10 @@ class PackedSite(Ratios):
 def quantize_site(
     product: Product, weights: Sequence[Tensor], quantizer: str, inputs: InputMoments | None = None
 ) -> Grid:
-    """Finds the grid of a product's weights; "awq" and "gptq" need the second moments of its inputs.
-
-    In 8 bits weights are rounded to nearest, whatever the quantizer.
-    """
+    """Finds the grid of a product's weights; "awq" and "gptq" need the second moments of its inputs."""
     weight = torch.cat([w.T if product.transposed else w for w in map(as_ordinary, weights)])
-    if inputs is None or product.bits == 8:
-        if product.bits == 8:
-            grid = quantize_8bit(weight, product.group_size, _STORED_AS)
-        else:
-            grid = quantize(weight, product.group_size, quantizer).rounded(_STORED_AS)
+    if inputs is None:
+        grid = quantize(weight, product.group_size, quantizer).rounded(_STORED_AS)
         return Grid(weight=grid, quantizer=quantizer, sqnr=sqnr_db(weight, grid.dequantize()))
     moments = inputs.matrix()
     grid, scale = quantize_observed(

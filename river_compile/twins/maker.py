@@ -49,20 +49,21 @@ class Maker:
 
     def key(self, site: LinearSite) -> tuple[object, ...]:
         """Returns what, beside the parameters, decides how a product is packed."""
-        number = self.number if self.needs_statistics(site) else 0
+        number = self.number if self.needs_statistics else 0
         how = (self.config.quantizer, self.config.min_sqnr, self.origin, number)
         return (site.name, site.group_size, site.layout, *how)
 
-    def needs_statistics(self, site: LinearSite) -> bool:
-        """Tells whether a product is made with statistics; in 8 bits all are rounded to nearest."""
-        return site.bits == 4 and self.artifact is None and self.config.quantizer in OBSERVING
+    @property
+    def needs_statistics(self) -> bool:
+        """Whether products are made with statistics."""
+        return self.artifact is None and self.config.quantizer in OBSERVING
 
     def look_up(self, site: LinearSite, sources: Sources) -> Known:
         """Returns what the artifact holds of a product, or what is known of its inputs, where that is asked for."""
         quantizer = self.config.quantizer
         if self.artifact is not None:
             return self.artifact.find(site, quantizer, sources.digest, self.config.min_sqnr)
-        if self.observation is None or not self.needs_statistics(site):
+        if self.observation is None or not self.needs_statistics:
             return None
         moments = self.observation.moments_of(sources.weights[0])
         if moments is None and not self.observation.own:
@@ -81,7 +82,7 @@ class Maker:
 
 def needs_moments(site: PackedSite) -> bool:
     """Tells whether a packed product is made again with statistics."""
-    return site.product.bits == 4 and site.asked in OBSERVING
+    return site.asked in OBSERVING
 
 
 def made_again(site: PackedSite, sources: Sources, observation: Observation | None) -> PackedSite:

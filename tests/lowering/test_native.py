@@ -159,7 +159,6 @@ def test_without_a_compiler_products_are_atens_and_it_is_said_once(monkeypatch):
 @pytest.mark.parametrize(
     ("options", "message"),
     [
-        ({"lowering": "inductor", "lm_head": "int8"}, "lm_head='int8' needs the C.. kernels of a CPU"),
         ({"lowering": "inductor", "backbone": "river"}, "backbone='river' needs the kernels in C"),
     ],
 )
@@ -213,13 +212,13 @@ def test_strict_verification_has_the_bits_of_decoding_without_drafts(name, batch
 
 
 @pytest.mark.slow
-def test_heads_of_fewer_bits_give_the_models_logits():
+def test_a_head_of_4_bits_gives_the_models_logits():
     """One token that left: its logits with each head, against those of the model's own head after the same twins.
 
     With so few logits the head in 4 bits has all of them computed anew.
     """
     ids, found = torch.arange(5, 12)[None], {}
-    for head in ("keep", "int8", "w4"):
+    for head in ("keep", "w4"):
         torch._dynamo.reset()
         model = make("llama", layers=2)
         model.compile(backend=river, options={**OPTIONS, "lowering": "native", "exit_depth": 0, "lm_head": head})
@@ -227,6 +226,4 @@ def test_heads_of_fewer_bits_give_the_models_logits():
         with torch.no_grad():
             model(input_ids=ids, past_key_values=cache)
             found[head] = model(input_ids=ids[:, -1:], past_key_values=cache).logits
-    errors = {head: (logits - found["keep"]).norm() / found["keep"].norm() for head, logits in found.items()}
-    assert 1e-4 < errors["int8"] < 0.02
-    assert errors["w4"] < 1e-5
+    assert (found["w4"] - found["keep"]).norm() < 1e-5 * found["keep"].norm()

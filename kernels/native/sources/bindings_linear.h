@@ -65,13 +65,12 @@ struct LinearCall {
 };
 
 inline void check_weight(const Tensor& weight, const Tensor& scale_zero, int64_t k, int64_t n, int64_t group_size,
-                         int64_t bits, int64_t experts = 1) {
+                         int64_t experts = 1) {
   STD_TORCH_CHECK(group_size == 32 || group_size == 64 || group_size == 128, "group_size is not 32, 64 or 128");
   STD_TORCH_CHECK(k > 0 && n > 0 && k < (1 << 30) && n < (1 << 30), "a product needs features to read and to write");
-  STD_TORCH_CHECK(bits == 4 || bits == 8, "bits is not 4 or 8");
   const int64_t blocks = (n + kBlock - 1) / kBlock, groups = (k + group_size - 1) / group_size;
   STD_TORCH_CHECK(weight.is_cpu() && weight.scalar_type() == ScalarType::Byte && weight.is_contiguous() &&
-                      weight.numel() == experts * blocks * groups * group_size * kBlock * bits / 8,
+                      weight.numel() == experts * blocks * groups * group_size * kBlock / 2,
                   "weight is not packed for layout native with these features and groups");
   STD_TORCH_CHECK(scale_zero.is_cpu() && scale_zero.scalar_type() == ScalarType::BFloat16 &&
                       scale_zero.is_contiguous() && scale_zero.numel() == experts * blocks * groups * kBlock * 2,
@@ -223,11 +222,8 @@ inline bool describe(LinearCall& call, const Tensor& x, int64_t out_features, in
   return true;
 }
 
-inline LinearCall quantized(const Tensor& weight, const Tensor& scale_zero, int64_t bits, bool int8_activations) {
-  STD_TORCH_CHECK(bits == 4 || int8_activations, "weights of 8 bits are for activations of 8 bits");
+inline LinearCall quantized(const Tensor& weight, const Tensor& scale_zero, bool int8_activations) {
   LinearCall call;
-  call.linear.bits = int32_t(bits);
-  call.prepare.middle = 1 << (bits - 1);
   call.linear.x.format = int8_activations ? kInt8 : kSingle;
   call.linear.weight = static_cast<const uint8_t*>(weight.data_ptr());
   call.linear.scale_zero = static_cast<const uint16_t*>(scale_zero.data_ptr());
@@ -244,12 +240,12 @@ inline const int32_t* blocks_wanted(const Maybe& wanted, int64_t out_features, b
 }
 
 inline void linear_into(const Tensor& x, const Tensor& weight, const Tensor& scale_zero, const Maybe& bias,
-                        int64_t out_features, int64_t group_size, int64_t bits, bool int8_activations, const Maybe& residual,
+                        int64_t out_features, int64_t group_size, bool int8_activations, const Maybe& residual,
                         const std::string& norm, const Maybe& norm_weight, const Maybe& norm_bias, double eps,
                         const std::string& activation, bool gated, const Maybe& wanted, Tensor& y) {
   check(x.dim() > 0, "x", "have a dimension of features");
-  check_weight(weight, scale_zero, columns_of(x), out_features, group_size, bits);
-  LinearCall call = quantized(weight, scale_zero, bits, int8_activations);
+  check_weight(weight, scale_zero, columns_of(x), out_features, group_size);
+  LinearCall call = quantized(weight, scale_zero, int8_activations);
   const Rows added = rows_of_one(vector_of(bias, x, out_features, "bias"), out_features);
   Tensors held;
   if (!describe(call, x, out_features, group_size,
@@ -261,32 +257,32 @@ inline void linear_into(const Tensor& x, const Tensor& weight, const Tensor& sca
 }
 
 inline void linear_out(const Tensor& x, const Tensor& weight, const Tensor& scale_zero, const Maybe& bias,
-                       int64_t out_features, int64_t group_size, int64_t bits, bool int8_activations, const Maybe& residual,
+                       int64_t out_features, int64_t group_size, bool int8_activations, const Maybe& residual,
                        const std::string& norm, const Maybe& norm_weight, const Maybe& norm_bias, double eps,
                        const std::string& activation, bool gated, Tensor y) {
-  linear_into(x, weight, scale_zero, bias, out_features, group_size, bits, int8_activations, residual, norm, norm_weight,
+  linear_into(x, weight, scale_zero, bias, out_features, group_size, int8_activations, residual, norm, norm_weight,
               norm_bias, eps, activation, gated, {}, y);
 }
 
 inline Tensor linear(const Tensor& x, const Tensor& weight, const Tensor& scale_zero, const Maybe& bias,
-                     int64_t out_features, int64_t group_size, int64_t bits, bool int8_activations, const Maybe& residual,
+                     int64_t out_features, int64_t group_size, bool int8_activations, const Maybe& residual,
                      const std::string& norm, const Maybe& norm_weight, const Maybe& norm_bias, double eps,
                      const std::string& activation, bool gated, const Maybe& wanted) {
   check(x.dim() > 0, "x", "have a dimension of features");
   Tensor y = empty_rows(x, gated ? out_features / 2 : out_features);
-  linear_into(x, weight, scale_zero, bias, out_features, group_size, bits, int8_activations, residual, norm, norm_weight,
+  linear_into(x, weight, scale_zero, bias, out_features, group_size, int8_activations, residual, norm, norm_weight,
               norm_bias, eps, activation, gated, wanted, y);
   return y;
 }
 
 inline Tensor experts(const Tensor& x, const Tensor& weight, const Tensor& scale_zero, const Tensor& expert,
-                      int64_t out_features, int64_t group_size, int64_t bits, bool int8_activations) {
+                      int64_t out_features, int64_t group_size, bool int8_activations) {
   check(x.dim() == 2 && weight.dim() > 0 && weight.size(0) > 0, "x", "be a matrix, and weight a stack");
   check(expert.is_cpu() && expert.scalar_type() == ScalarType::Long && expert.is_contiguous() && expert.dim() == 1 &&
             expert.size(0) == x.size(0),
         "expert", "be contiguous, in int64, with a number for each row of x");
-  check_weight(weight, scale_zero, columns_of(x), out_features, group_size, bits, weight.size(0));
-  LinearCall call = quantized(weight, scale_zero, bits, int8_activations);
+  check_weight(weight, scale_zero, columns_of(x), out_features, group_size, weight.size(0));
+  LinearCall call = quantized(weight, scale_zero, int8_activations);
   call.linear.expert = static_cast<const int64_t*>(expert.data_ptr());
   call.linear.experts = int32_t(weight.size(0));
   Tensor y = empty_rows(x, out_features);

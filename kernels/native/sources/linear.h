@@ -1,4 +1,4 @@
-// Products: x W^T + bias, an activation or a gate, and a residual. Those with weights of 4 and 8 bits are here, others in dense.h.
+// Products: x W^T + bias, an activation or a gate, and a residual. Those with weights of 4 bits are here, others in dense.h.
 //
 // A block of 16 output features reads its weights once, line by line; up to kRows rows of activations share what was
 // unpacked. Every output is summed in one order, whatever the number of rows, threads or parts: group by group, a
@@ -23,7 +23,6 @@ namespace river {
 
 constexpr int kRows = 8;
 constexpr int kLine = 64;
-constexpr int kWide = -1;  // beside the formats: activations in kInt8 for weights of 8 bits
 
 // Asks for the weights that this thread reads some 300 ns later: the processor's own prefetching stops at every page.
 RIVER_INLINE void fetch(const uint8_t* weight) { __builtin_prefetch(weight + 4096, 0, 2); }
@@ -68,28 +67,6 @@ RIVER_INLINE void group_int8(const uint8_t* w, const Row* x, int64_t g, int line
   }
 }
 
-// The same for weights of 8 bits, as (q - 128) x.
-template <int R>
-RIVER_INLINE void group_wide(const uint8_t* w, const Row* x, int64_t g, int lines, Floats* out) {
-  WideDots even[R], odd[R];
-  for (int r = 0; r < R; ++r) even[r].begin(x[r].start[g]), odd[r].begin(0);
-  for (int i = 0; i < lines; i += 2) {
-    const Ints first = load(w + i * kLine), second = load(w + (i + 1) * kLine);
-    fetch(w + i * kLine);
-    fetch(w + (i + 1) * kLine);
-#pragma GCC unroll 8
-    for (int r = 0; r < R; ++r) {
-      const int8_t* values = static_cast<const int8_t*>(x[r].values) + (g * lines + i) * 4;
-      even[r].add(first, values);
-      (R == 1 ? odd[r] : even[r]).add(second, values + 4);
-    }
-  }
-  for (int r = 0; r < R; ++r) {
-    const Ints total = R == 1 ? add(even[r].sum, odd[r].sum) : even[r].sum;
-    out[r] = mul(to_floats(total), every(x[r].scale[g]));
-  }
-}
-
 template <int R>
 RIVER_INLINE void group_single(const uint8_t* w, const Row* x, int64_t g, int lines, Floats* out) {
   for (int r = 0; r < R; ++r) out[r] = every(kSingleOffset * x[r].sum[g]);
@@ -111,7 +88,7 @@ RIVER_INLINE void group_single(const uint8_t* w, const Row* x, int64_t g, int li
 // One block of output features for `rows` <= R rows; the last row stands in for those that are not there.
 template <int R, int F>
 void quantized_block(const LinearArgs& a, int64_t n, int row, int rows, float (*y)[kBlock]) {
-  const int lines = a.group_size * (F == kWide ? 8 : 4) / 32;
+  const int lines = a.group_size / 8;
   const int64_t groups = (a.in_features + a.group_size - 1) / a.group_size;
   Row x[R];
   for (int r = 0; r < R; ++r) x[r] = row_of(a.x, row + std::min(r, rows - 1), groups, a.group_size);
@@ -123,7 +100,6 @@ void quantized_block(const LinearArgs& a, int64_t n, int row, int rows, float (*
   for (int64_t g = 0; g < groups; ++g, weight += lines * kLine, parameters += kLine) {
     for (int h = 0; h < kHalves; ++h) {
       if constexpr (F == kInt8) group_int8<R>(weight + h * 4 * kLanes, x, g, lines, products);
-      if constexpr (F == kWide) group_wide<R>(weight + h * 4 * kLanes, x, g, lines, products);
       if constexpr (F == kSingle) group_single<R>(weight + h * 4 * kLanes, x, g, lines, products);
       const Ints pair = load(parameters + h * 4 * kLanes);
       const Floats scale = low_bfloat16(pair), zero = high_bfloat16(pair);
@@ -306,9 +282,7 @@ inline void linear_in_tiles(const LinearArgs& a, int part, int parts) {
 
 // A product with one weight for all rows.
 inline void linear_with_one(const LinearArgs& a, int part, int parts) {
-  if (a.x.format == kInt8 && a.bits == 8)
-    linear_of<kWide>(a, part, parts);
-  else if (a.x.format == kInt8)
+  if (a.x.format == kInt8)
     linear_of<kInt8>(a, part, parts);
   else if (a.x.format == kSingle)
     linear_of<kSingle>(a, part, parts);
@@ -328,7 +302,7 @@ inline LinearArgs rows_of_expert(const LinearArgs& all, int row, int count, int6
   const Row x = row_of(a.x, row, groups, a.group_size);
   a.x = {const_cast<void*>(x.values), const_cast<float*>(x.scale), const_cast<float*>(x.sum),
          const_cast<int32_t*>(x.start), a.x.format};
-  a.weight += chosen * blocks * groups * a.group_size * kBlock * a.bits / 8;
+  a.weight += chosen * blocks * groups * a.group_size * kBlock / 2;
   a.scale_zero += chosen * blocks * groups * kBlock * 2;
   a.y = static_cast<char*>(a.y) + row * a.y_stride * bytes_of(a.dtype);
   a.rows = count;

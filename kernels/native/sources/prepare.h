@@ -67,7 +67,7 @@ inline float largest_of(const float* values, int size) {
 }
 
 // Rounds a group to -127..127 times its scale. Adding 1.5 * 2^23 rounds to the nearest integer, ties to even.
-inline void round_group(const float* values, int size, int32_t middle, int8_t* out, float* scale, int32_t* start) {
+inline void round_group(const float* values, int size, int8_t* out, float* scale, int32_t* start) {
   const float largest = largest_of(values, size);
   const float inverse = largest > 1e-36f ? 127.0f / largest : 0.0f;
   int32_t total = 0;
@@ -77,7 +77,7 @@ inline void round_group(const float* values, int size, int32_t middle, int8_t* o
     total += int8_t(rounded);
   }
   *scale = largest / 127.0f;
-  *start = -middle * total;
+  *start = -8 * total;
 }
 
 // Nibble j of a packed lane holds feature order[j] of its eight.
@@ -115,7 +115,7 @@ inline void prepare_group(const PrepareArgs& a, int64_t i, const float* values) 
   a.out.sum[i] = sum_of(values, int(size));
   if (a.out.format == kInt8) {
     auto* out = static_cast<int8_t*>(a.out.values) + i * size;
-    round_group(values, int(size), a.middle, out, a.out.scale + i, a.out.start + i);
+    round_group(values, int(size), out, a.out.scale + i, a.out.start + i);
   } else {
     float* out = static_cast<float*>(a.out.values) + i * size;
     for (int64_t k = 0; k < size; ++k) out[k] = values[k / 8 * 8 + kNibbleOrder[k % 8]];

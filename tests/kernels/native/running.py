@@ -11,7 +11,7 @@ import torch
 
 from river_compile.kernels.native.isa import runnable
 from river_compile.kernels.native.tape import Tape
-from river_compile.kernels.quant.layouts import PackedLinear, layout
+from river_compile.kernels.quant.layouts import PackedLinear
 from tests.kernels.harness import Guarded, poisoned
 
 native = torch.ops.river_native
@@ -37,7 +37,7 @@ def same_bits(a: torch.Tensor, b: torch.Tensor) -> bool:
 
 def linear(x: torch.Tensor, packed: PackedLinear, bias: torch.Tensor | None, int8: bool, *around) -> torch.Tensor:
     """Calls the operator for packed weights; `around` as the operator takes it, from the residual on."""
-    how = (packed.out_features, packed.group_size, layout(packed.layout).bits, int8)
+    how = (packed.out_features, packed.group_size, int8)
     return native.linear(x, packed.qweight, packed.scale_zero, bias, *how, *around)
 
 

@@ -42,7 +42,7 @@ def run(x, packed, bias, int8, rows_apart=0):
     given_bias = None if bias is None else Guarded(bias)
     out = y.tensor[:, :n]
     torch.ops.river_native.linear_out(
-        x, *(g.tensor for g in given), given_bias and given_bias.tensor, n, packed.group_size, 4, int8, *PLAIN, out
+        x, *(g.tensor for g in given), given_bias and given_bias.tensor, n, packed.group_size, int8, *PLAIN, out
     )
     for name, buffer in (("y", y), ("weight", given[0]), ("scale_zero", given[1])):
         buffer.check(name)
@@ -130,12 +130,12 @@ def test_any_number_of_dimensions(shape):
     load.load()
     _, packed, bias = inputs(1, 20, 100, 32, torch.float32, "normal", 0)
     x = torch.randn(shape, generator=torch.Generator().manual_seed(0))
-    y = torch.ops.river_native.linear(x, packed.qweight, packed.scale_zero, bias, 20, 32, 4, False)
+    y = torch.ops.river_native.linear(x, packed.qweight, packed.scale_zero, bias, 20, 32, False)
     assert y.shape == (*shape[:-1], 20)
     torch.testing.assert_close(y, torch.nn.functional.linear(x, packed.dequantize(), bias), atol=1e-4, rtol=1e-4)
     if x.dim() == 3:
         turned = x.transpose(0, 1)
-        again = torch.ops.river_native.linear(turned, packed.qweight, packed.scale_zero, bias, 20, 32, 4, False)
+        again = torch.ops.river_native.linear(turned, packed.qweight, packed.scale_zero, bias, 20, 32, False)
         assert torch.equal(again, y.transpose(0, 1))
 
 
@@ -168,7 +168,7 @@ def test_a_forked_process_starts_threads_of_its_own():
     child = os.fork()
     if child == 0:
         same = torch.equal(
-            torch.ops.river_native.linear(x, packed.qweight, packed.scale_zero, bias, packed.out_features, 64, 4, True),
+            torch.ops.river_native.linear(x, packed.qweight, packed.scale_zero, bias, packed.out_features, 64, True),
             first,
         )
         os._exit(0 if same else 1)
@@ -178,7 +178,7 @@ def test_a_forked_process_starts_threads_of_its_own():
 def test_the_fake_operator_gives_the_real_ones_shape_and_dtype():
     load.load()
     x, packed, bias = inputs(2, 20, 100, 32, torch.bfloat16, "normal", 0)
-    arguments = (x.clone(), packed.qweight, packed.scale_zero, bias, 20, 32, 4, True)
+    arguments = (x.clone(), packed.qweight, packed.scale_zero, bias, 20, 32, True)
     torch.library.opcheck(
         torch.ops.river_native.linear.default, arguments, test_utils=("test_schema", "test_faketensor")
     )
@@ -207,7 +207,6 @@ def test_what_is_refused(change, message):
         "bias": None,
         "out_features": 16,
         "group_size": 32,
-        "bits": 4,
         "int8_activations": True,
     }
     with pytest.raises(RuntimeError, match=message):
@@ -231,7 +230,7 @@ def test_each_row_meets_the_expert_that_it_chose(isa, chosen, sizes, dtype, int8
     experts = [inputs(1, n, k, group, dtype, "normal", seed)[1] for seed in range(4)]
     x = torch.randn(len(chosen), k, generator=torch.Generator().manual_seed(n)).to(dtype)
     scale_zero = torch.stack([e.scale_zero if i in chosen else e.scale_zero * math.nan for i, e in enumerate(experts)])
-    how = n, group, 4, int8
+    how = n, group, int8
     y = native.experts(x, torch.stack([e.qweight for e in experts]), scale_zero, torch.tensor(chosen), *how)
     for row, number in enumerate(chosen):
         alone = torch.zeros(n, dtype=dtype)
