@@ -53,7 +53,7 @@ def subjects(n: int, k: int, experts: int, chosen: int, tokens: int) -> dict[str
         stack = stack_of(n, k, experts, layout)
         operator, how = torch.ops.river.experts.default, (layout,)
         if layout == "native":
-            operator, how = native.load().experts.default, (True,)
+            operator, how = native.load().experts.default, ()
         call = functools.partial(operator, x, stack.qweight, stack.scale_zero)
         calls[name] = [functools.partial(call, route, n, stack.group_size, *how) for route in routes]
     dense = torch.randn(n, k).bfloat16().expand(experts, n, k).contiguous()

@@ -67,13 +67,12 @@ def _subjects(copies: dict[str, list[PackedLinear]], k: int) -> Iterator[tuple[t
             ("ATen int4", rows),
             [functools.partial(layout("aten_cpu").linear, x, p, None) for p in copies["aten_cpu"]],
         )
-        for kernel, int8 in (("native W4A8", True), ("native W4A16", False)):
-            yield (kernel, rows), [functools.partial(_native, x, p, int8) for p in copies["native"]]
+        yield ("native W4A8", rows), [functools.partial(_native, x, p) for p in copies["native"]]
 
 
-def _native(x: torch.Tensor, p: PackedLinear, int8: bool) -> torch.Tensor:
+def _native(x: torch.Tensor, p: PackedLinear) -> torch.Tensor:
     linear = torch.ops.river_native.linear.default
-    return linear(x, p.qweight, p.scale_zero, None, p.out_features, p.group_size, int8)
+    return linear(x, p.qweight, p.scale_zero, None, p.out_features, p.group_size)
 
 
 def _sum(qweight: torch.Tensor, scale_zero: torch.Tensor) -> None:

@@ -100,8 +100,7 @@ class RiverConfig:
         None,
         one_of(None, "keep", "w4"),
         'the head of tokens that left: `"keep"` in 16 bits, or `"w4"`, its largest logits computed anew in 16 bits; '
-        "`None`: w4 where the C++ kernels round activations to 8 bits, else keep "
-        "([docs/quality.md](docs/quality.md))",
+        "`None`: w4 with the C++ kernels, else keep ([docs/quality.md](docs/quality.md))",
     )
     artifact: str | Path | None = _option(
         None, optional(PATH), "a folder written by `river_compile.save`: its packed twins are read instead of made"
@@ -140,13 +139,6 @@ class RiverConfig:
         optional(number("it must be a number of decibels, such as 20")),
         "dB of signal-to-noise ratio below which a twin's matrix stays in 16 bits: of its outputs on the observed text "
         "with gptq and awq, else of its weights",
-        EXPERT,
-    )
-    activations: str = _option(
-        "8bit",
-        one_of("8bit", "16bit"),
-        'what `lowering="native"` multiplies 4-bit weights with: 8 bits and one scale for each group, or `"16bit"`: '
-        "activations as they are, at some seven tenths of the speed with one row",
         EXPERT,
     )
     backbone: str | None = _option(

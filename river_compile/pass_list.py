@@ -96,5 +96,5 @@ def uses_own_backbone(config: RiverConfig, lowering: Lowering, is_decode: bool) 
 
 def head_twinning(config: RiverConfig, lowering: Lowering) -> Twinning | None:
     """Returns how the twin of the head is made, None where there is none."""
-    kind = config.lm_head or ("w4" if lowering.layout == "native" else "keep")
+    kind = config.lm_head or ("w4" if lowering.native else "keep")
     return twinning(config, lowering) if kind == "w4" else None

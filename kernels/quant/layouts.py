@@ -11,7 +11,7 @@ Layouts (N output features, K input features padded to whole groups of G)
     "native"    for the C++ kernels, N' = N rounded up to a multiple of 16: qweight uint8 [N' / 16, K / G, G / 8, 64]:
                 byte 4 n + j of a line of 64 holds, for output feature n of its 16, the line's input feature j in the
                 low and 4 + j in the high nibble. scale_zero bfloat16 [N' / 16, K / G, 16, 2]. Products round
-                activations to 8 bits. "native_16bit" has the same bytes, whose products read them as they are.
+                activations to 8 bits.
 
 Experts' matrices of one shape are stacked: their tensors have a dimension more in front.
 
@@ -66,9 +66,9 @@ class PackedLinear:
         return replace(self, qweight=self.qweight.to(device), scale_zero=self.scale_zero.to(device))
 
     def as_layout(self, name: str) -> PackedLinear:
-        """Returns the matrix in another layout, with the same tensors where its bytes are the same there."""
-        if _SAME_BYTES.get(self.layout, self.layout) == _SAME_BYTES.get(name, name):
-            return replace(self, layout=name)
+        """Returns the matrix in another layout, itself in its own."""
+        if name == self.layout:
+            return self
         grid = self.unpack()
         return pack_stack(grid, name, self.experts) if self.experts else pack(grid, name, self.in_features)
 
@@ -81,15 +81,14 @@ class PackedLinear:
         return self.unpack().dequantize(dtype)[:, : self.in_features]
 
 
+NATIVE_LAYOUT = "native"  # that of the C++ kernels
 #: Layouts with the same bytes on every machine.
 PORTABLE = ("plain", "triton", "native")
-_SAME_BYTES = {"native_16bit": "native"}
 
 
 def portable(name: str) -> str:
-    """Returns the portable layout that a file holds a matrix of some layout in: the same bytes if there is one."""
-    same = _SAME_BYTES.get(name, name)
-    return same if same in PORTABLE else "plain"
+    """Returns the portable layout that a file holds a matrix of some layout in: its own if that is portable."""
+    return name if name in PORTABLE else "plain"
 
 
 def tensors_of(name: str, n: int, k: int, group: int) -> dict[str, tuple[tuple[int, ...], tuple[torch.dtype, ...]]]:
@@ -263,17 +262,14 @@ def _linear_aten(x: Tensor, packed: PackedLinear, bias: Tensor | None) -> Tensor
 
 
 def _linear_native(x: Tensor, packed: PackedLinear, bias: Tensor | None) -> Tensor:
-    how = packed.out_features, packed.group_size, NATIVE_LAYOUTS[packed.layout]
-    y: Tensor = native.load().linear(x, packed.qweight, packed.scale_zero, bias, *how)
+    sizes = packed.out_features, packed.group_size
+    y: Tensor = native.load().linear(x, packed.qweight, packed.scale_zero, bias, *sizes)
     return y
 
-
-#: Layouts of the C++ kernels: whether their products round activations to 8 bits.
-NATIVE_LAYOUTS = {"native": True, "native_16bit": False}
 
 LAYOUTS = {
     "triton": Layout(_pack_triton, _unpack_triton, group_sizes=GROUP_SIZES[:3]),
     "plain": Layout(_pack_plain, _unpack_plain),
     aten_int4.LAYOUT: Layout(_pack_aten, _unpack_aten, _linear_aten),
-    **dict.fromkeys(("native", "native_16bit"), Layout(_pack_native, _unpack_native, _linear_native, GROUP_SIZES[:3])),
+    NATIVE_LAYOUT: Layout(_pack_native, _unpack_native, _linear_native, GROUP_SIZES[:3]),
 }

@@ -15,7 +15,7 @@ import torch.nn.functional as F
 from torch import Tensor, fx
 
 from river_compile.kernels import ops  # noqa: F401  (registers the operators)
-from river_compile.kernels.quant.layouts import NATIVE_LAYOUTS
+from river_compile.kernels.quant.layouts import NATIVE_LAYOUT
 from river_compile.passes.edits import Missed, add_placeholders, call, drop_unused, put, require, reshaped, way_down
 from river_compile.passes.nodes import (
     before_views,
@@ -54,7 +54,7 @@ def fuse_gated_mlp(view: BlockView) -> fx.Node:
     product = _only(view.products("up"), "leads into an MLP")
     out, act, gated = _activated(product)
     require(only_used_for(product, out), "its result is used elsewhere too", product)
-    aligned = not gated or product.args[6] not in ("dense", *NATIVE_LAYOUTS) or product.args[4] % 32 == 0
+    aligned = not gated or product.args[6] not in ("dense", NATIVE_LAYOUT) or product.args[4] % 32 == 0
     require(aligned, f"the C++ kernels gate multiples of 16 features, not {product.args[4] // 2}", product)
     found, _ = _norm_before(product)
     return _put_linear(product.args, found, out, activation=act, gated=gated)
@@ -196,7 +196,7 @@ def _fuse_residual(product: fx.Node) -> fx.Node:
 
 def _fuse_norm_residual(product: fx.Node, normed: fx.Node, found: Normed) -> fx.Node:
     """Makes one operator of a norm after a product and the addition after it (Gemma's and OLMo's sandwich norms)."""
-    native = product.args[6] in ("dense", *NATIVE_LAYOUTS)
+    native = product.args[6] in ("dense", NATIVE_LAYOUT)
     require(native, "a norm stands between it and the addition", normed)
     last, total = way_down(normed)
     arguments = (found.x, found.kind, found.weight, found.bias, found.eps, _residual(last, total))

@@ -100,19 +100,19 @@ int64_t tape_bytes(int64_t tape) { return int64_t(tape_at(tape)->bytes()); }
 STABLE_TORCH_LIBRARY_FRAGMENT(river_native, m) {
   m.def(
       "linear(Tensor x, Tensor weight, Tensor scale_zero, Tensor? bias, int out_features, int group_size, "
-      "bool int8_activations, Tensor? residual=None, str norm='none', Tensor? norm_weight=None, "
+      "Tensor? residual=None, str norm='none', Tensor? norm_weight=None, "
       "Tensor? norm_bias=None, float eps=1e-06, str activation='none', bool gated=False, Tensor? wanted=None) -> Tensor");
   m.def(
       "linear_out(Tensor x, Tensor weight, Tensor scale_zero, Tensor? bias, int out_features, int group_size, "
-      "bool int8_activations, Tensor? residual, str norm, Tensor? norm_weight, Tensor? norm_bias, float eps, "
+      "Tensor? residual, str norm, Tensor? norm_weight, Tensor? norm_bias, float eps, "
       "str activation, bool gated, Tensor(a!) y) -> ()");
   m.def(
       "dense(Tensor x, Tensor[] weights, Tensor[] biases, Tensor? residual=None, str norm='none', "
       "Tensor? norm_weight=None, Tensor? norm_bias=None, float eps=1e-06, str activation='none', bool gated=False) "
       "-> Tensor");
   m.def(
-      "experts(Tensor x, Tensor weight, Tensor scale_zero, Tensor expert, int out_features, int group_size, "
-      "bool int8_activations) -> Tensor");
+      "experts(Tensor x, Tensor weight, Tensor scale_zero, Tensor expert, int out_features, int group_size) "
+      "-> Tensor");
   m.def(
       "norm(Tensor x, str norm, Tensor weight, Tensor? bias, float eps, Tensor? residual) -> Tensor");
   m.def(

@@ -222,9 +222,9 @@ inline bool describe(LinearCall& call, const Tensor& x, int64_t out_features, in
   return true;
 }
 
-inline LinearCall quantized(const Tensor& weight, const Tensor& scale_zero, bool int8_activations) {
+inline LinearCall quantized(const Tensor& weight, const Tensor& scale_zero) {
   LinearCall call;
-  call.linear.x.format = int8_activations ? kInt8 : kSingle;
+  call.linear.x.format = kInt8;
   call.linear.weight = static_cast<const uint8_t*>(weight.data_ptr());
   call.linear.scale_zero = static_cast<const uint16_t*>(scale_zero.data_ptr());
   return call;
@@ -240,12 +240,12 @@ inline const int32_t* blocks_wanted(const Maybe& wanted, int64_t out_features, b
 }
 
 inline void linear_into(const Tensor& x, const Tensor& weight, const Tensor& scale_zero, const Maybe& bias,
-                        int64_t out_features, int64_t group_size, bool int8_activations, const Maybe& residual,
+                        int64_t out_features, int64_t group_size, const Maybe& residual,
                         const std::string& norm, const Maybe& norm_weight, const Maybe& norm_bias, double eps,
                         const std::string& activation, bool gated, const Maybe& wanted, Tensor& y) {
   check(x.dim() > 0, "x", "have a dimension of features");
   check_weight(weight, scale_zero, columns_of(x), out_features, group_size);
-  LinearCall call = quantized(weight, scale_zero, int8_activations);
+  LinearCall call = quantized(weight, scale_zero);
   const Rows added = rows_of_one(vector_of(bias, x, out_features, "bias"), out_features);
   Tensors held;
   if (!describe(call, x, out_features, group_size,
@@ -257,32 +257,32 @@ inline void linear_into(const Tensor& x, const Tensor& weight, const Tensor& sca
 }
 
 inline void linear_out(const Tensor& x, const Tensor& weight, const Tensor& scale_zero, const Maybe& bias,
-                       int64_t out_features, int64_t group_size, bool int8_activations, const Maybe& residual,
+                       int64_t out_features, int64_t group_size, const Maybe& residual,
                        const std::string& norm, const Maybe& norm_weight, const Maybe& norm_bias, double eps,
                        const std::string& activation, bool gated, Tensor y) {
-  linear_into(x, weight, scale_zero, bias, out_features, group_size, int8_activations, residual, norm, norm_weight,
+  linear_into(x, weight, scale_zero, bias, out_features, group_size, residual, norm, norm_weight,
               norm_bias, eps, activation, gated, {}, y);
 }
 
 inline Tensor linear(const Tensor& x, const Tensor& weight, const Tensor& scale_zero, const Maybe& bias,
-                     int64_t out_features, int64_t group_size, bool int8_activations, const Maybe& residual,
+                     int64_t out_features, int64_t group_size, const Maybe& residual,
                      const std::string& norm, const Maybe& norm_weight, const Maybe& norm_bias, double eps,
                      const std::string& activation, bool gated, const Maybe& wanted) {
   check(x.dim() > 0, "x", "have a dimension of features");
   Tensor y = empty_rows(x, gated ? out_features / 2 : out_features);
-  linear_into(x, weight, scale_zero, bias, out_features, group_size, int8_activations, residual, norm, norm_weight,
+  linear_into(x, weight, scale_zero, bias, out_features, group_size, residual, norm, norm_weight,
               norm_bias, eps, activation, gated, wanted, y);
   return y;
 }
 
 inline Tensor experts(const Tensor& x, const Tensor& weight, const Tensor& scale_zero, const Tensor& expert,
-                      int64_t out_features, int64_t group_size, bool int8_activations) {
+                      int64_t out_features, int64_t group_size) {
   check(x.dim() == 2 && weight.dim() > 0 && weight.size(0) > 0, "x", "be a matrix, and weight a stack");
   check(expert.is_cpu() && expert.scalar_type() == ScalarType::Long && expert.is_contiguous() && expert.dim() == 1 &&
             expert.size(0) == x.size(0),
         "expert", "be contiguous, in int64, with a number for each row of x");
   check_weight(weight, scale_zero, columns_of(x), out_features, group_size, weight.size(0));
-  LinearCall call = quantized(weight, scale_zero, int8_activations);
+  LinearCall call = quantized(weight, scale_zero);
   call.linear.expert = static_cast<const int64_t*>(expert.data_ptr());
   call.linear.experts = int32_t(weight.size(0));
   Tensor y = empty_rows(x, out_features);

@@ -16,11 +16,10 @@ enum Dtype : int32_t { kFloat32 = 0, kBFloat16 = 1, kFloat16 = 2, kBool = 3 };
 enum Norm : int32_t { kNoNorm = 0, kRms = 1, kRmsPlusOne = 2, kLayerNorm = 3 };
 enum Activation : int32_t { kIdentity = 0, kSilu = 1, kGelu = 2, kGeluTanh = 3, kRelu = 4 };
 
-// How prepared activations lie in memory: one byte for each feature, or one float32, in the order of the packed nibbles
-// for 4-bit weights, in their own (kPlain) or of every two vectors first those with even numbers (kSplit) for others;
-// pairs of bfloat16, those of 16 rows after each other (kTiled) or of one; or as x lies, normalised, for a library's
-// product.
-enum Format : int32_t { kInt8 = 0, kSingle = 1, kPlain = 2, kAsGiven = 3, kTiled = 4, kPairs = 5, kSplit = 6 };
+// How prepared activations lie in memory: one byte for each feature, for 4-bit weights; for others one float32, in their
+// own order (kPlain) or of every two vectors first those with even numbers (kSplit), or pairs of bfloat16, those of 16
+// rows after each other (kTiled) or of one; or as x lies, normalised, for a library's product.
+enum Format : int32_t { kInt8 = 0, kPlain = 1, kAsGiven = 2, kTiled = 3, kPairs = 4, kSplit = 5 };
 
 // Activations that a product reads: K rounded up to whole groups, the padding zero.
 struct Activations {

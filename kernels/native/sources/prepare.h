@@ -1,5 +1,5 @@
-// Activations as products read them: normalised, then rounded to int8 with one scale for each group, or in the order of
-// the nibbles. Written as plain loops over one group, which compilers vectorize.
+// Activations as products read them: normalised, then rounded to int8 with one scale for each group, or in the order
+// that other weights ask for. Written as plain loops over one group, which compilers vectorize.
 #pragma once
 
 #include <algorithm>
@@ -80,9 +80,6 @@ inline void round_group(const float* values, int size, int8_t* out, float* scale
   *start = -8 * total;
 }
 
-// Nibble j of a packed lane holds feature order[j] of its eight.
-constexpr int kNibbleOrder[8] = {0, 4, 1, 5, 2, 6, 3, 7};
-
 // Writes a group as x lies, plus the residual.
 inline void write_group(const PrepareArgs& a, int64_t row, int64_t first, float* values) {
   alignas(64) float residual[kLargestGroup];
@@ -113,13 +110,7 @@ inline void prepare_group(const PrepareArgs& a, int64_t i, const float* values) 
   if (a.out.format == kTiled) return write_pairs(a, i, values);
   if (a.out.format == kPairs) return store_values(a.out.values, i * size, int(size), kBFloat16, values);
   a.out.sum[i] = sum_of(values, int(size));
-  if (a.out.format == kInt8) {
-    auto* out = static_cast<int8_t*>(a.out.values) + i * size;
-    round_group(values, int(size), out, a.out.scale + i, a.out.start + i);
-  } else {
-    float* out = static_cast<float*>(a.out.values) + i * size;
-    for (int64_t k = 0; k < size; ++k) out[k] = values[k / 8 * 8 + kNibbleOrder[k % 8]];
-  }
+  round_group(values, int(size), static_cast<int8_t*>(a.out.values) + i * size, a.out.scale + i, a.out.start + i);
 }
 
 // Format kTiled of more than 16 rows. Parts split the blocks of rows.

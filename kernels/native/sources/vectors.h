@@ -1,5 +1,5 @@
-// The vectors of one instruction set, chosen by RIVER_ISA_*: float32 and int32 lanes, and two ways to multiply a line
-// of packed weights with prepared activations. A line is 64 bytes, 16 output features by 8 input features; `kHalves`
+// The vectors of one instruction set, chosen by RIVER_ISA_*: float32 and int32 lanes, and the product of a line of
+// packed weights with prepared activations. A line is 64 bytes, 16 output features by 8 input features; `kHalves`
 // vectors make up a line, and a vector holds 16 / kHalves output features. Registers hold the sums of kMostRows rows by
 // four output features.
 #pragma once
@@ -104,13 +104,6 @@ struct Dots {
   RIVER_INLINE void widen() {}
 };
 
-// The nibbles of number j in each 32-bit lane, as q - 8. The permutation looks at four bits alone.
-RIVER_INLINE Floats weights_of(Ints x, int j) {
-  const Floats table = _mm512_setr_ps(-8, -7, -6, -5, -4, -3, -2, -1, 0, 1, 2, 3, 4, 5, 6, 7);
-  return _mm512_permutexvar_ps(j ? _mm512_srli_epi32(x, 4 * j) : x, table);
-}
-constexpr float kSingleOffset = 0;
-
 #elif defined(RIVER_AVX2)
 
 constexpr int kHalves = 2, kMostRows = 3;
@@ -167,12 +160,6 @@ struct Dots {
 #endif
 };
 
-RIVER_INLINE Floats weights_of(Ints x, int j) {
-  const Ints shifted = j ? _mm256_srli_epi32(x, 4 * j) : x;
-  return _mm256_cvtepi32_ps(_mm256_and_si256(shifted, _mm256_set1_epi32(15)));
-}
-constexpr float kSingleOffset = -8;
-
 #else
 
 constexpr int kHalves = 4, kMostRows = 2;
@@ -218,9 +205,6 @@ struct Dots {
   }
   RIVER_INLINE void widen() {}
 };
-
-RIVER_INLINE Floats weights_of(Ints x, int j) { return to_floats((Ints)((Words)x >> (4 * j)) & 15); }
-constexpr float kSingleOffset = -8;
 
 #endif
 

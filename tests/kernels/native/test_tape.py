@@ -57,7 +57,7 @@ class Block:
         self.mask.copy_((torch.arange(SLOTS) > step + 280).float() * torch.finfo(torch.float32).min)
 
     def linear(self, name: str, x: torch.Tensor, *rest) -> torch.Tensor:
-        return linear(x, self.packed[name], None, True, *rest)
+        return linear(x, self.packed[name], None, *rest)
 
     def calls(self) -> tuple[torch.Tensor, torch.Tensor]:
         """Returns logits, and the slot after this step's."""
