@@ -15,7 +15,8 @@ from dataclasses import dataclass
 import torch
 
 from river_compile.kernels.native import load
-from river_compile.kernels.quant.layouts import PackedLinear, layout, pack_linear
+from river_compile.kernels.quant.grid import quantize
+from river_compile.kernels.quant.layouts import PackedLinear, layout, pack
 
 SHAPES = ((4096, 4096), (3072, 576), (1536, 8960))
 ROWS = (1, 4, 8, 16)
@@ -44,7 +45,8 @@ def measure(group_size: int, threads: Sequence[int], repeats: int) -> list[CpuTi
     load.load()
     before, timings = torch.get_num_threads(), []
     for n, k in SHAPES:
-        packed = {name: pack_linear(torch.randn(n, k), group_size, name, "rtn") for name in ("aten_cpu", "native")}
+        grid = quantize(torch.randn(n, k), group_size, "rtn")
+        packed = {name: pack(grid, name) for name in ("aten_cpu", "native")}
         bytes_read = sum(t.numel() * t.element_size() for t in (packed["native"].qweight, packed["native"].scale_zero))
         copies = {name: _copies(one, BYTES // bytes_read) for name, one in packed.items()}
         run = max(1, RUN_BYTES // bytes_read)

@@ -33,7 +33,7 @@ from river_compile.kernels.checks import check_choice
 from river_compile.kernels.native import load as native
 
 from . import aten_int4
-from .grid import GROUP_SIZES, MID_POINT, QuantizedWeight, quantize
+from .grid import GROUP_SIZES, MID_POINT, QuantizedWeight
 
 
 @dataclass(frozen=True)
@@ -159,19 +159,6 @@ def pack_stack(weight: QuantizedWeight, layout_name: str, experts: int) -> Packe
         return pack_stack(weight.rounded(torch.bfloat16), layout_name, experts)
     qweight, scale_zero = (torch.stack([getattr(m, part) for m in packed]) for part in ("qweight", "scale_zero"))
     return replace(packed[0], qweight=qweight, scale_zero=scale_zero, experts=experts)
-
-
-def pack_linear(weight: Tensor, group_size: int, layout_name: str, quantizer: str = "hqq") -> PackedLinear:
-    """Quantizes and packs a matrix ``[N, K]`` of any K: its last group is filled up with the row's last value.
-
-    Raises:
-        ValueError: as `quantize` and `pack`.
-    """
-    k = weight.shape[-1]
-    missing = -k % group_size
-    if missing:
-        weight = torch.cat([weight, weight[:, -1:].expand(-1, missing)], dim=1)
-    return pack(quantize(weight, group_size, quantizer), layout_name, k)
 
 
 def _pairs(weight: QuantizedWeight, dtype: torch.dtype) -> Tensor:

@@ -10,7 +10,6 @@ from collections.abc import Callable
 
 import torch
 
-from river_compile.kernels.quant.layouts import pack_linear
 from river_compile.kernels.triton.calls.linear import rows_by_expert
 from river_compile.kernels.triton.decode_attention import DecodeAttentionSpec
 from river_compile.kernels.triton.exit_score import ExitScoreSpec
@@ -19,6 +18,7 @@ from river_compile.kernels.triton.linear import LinearSpec, part_name
 from river_compile.kernels.triton.shift import ShiftSpec
 from tests.kernels import reference
 from tests.kernels.harness import assert_close, assert_sqnr, poisoned, run_guarded
+from tests.kernels.packing import pack_linear
 
 KV = ("k_cache", "v_cache")
 VALUES = ("normal", "constant", "extreme", "tiny")

@@ -7,9 +7,10 @@ from hypothesis import strategies as st
 
 from river_compile.kernels import ops  # noqa: F401  (registers torch.ops.river)
 from river_compile.kernels.quant.grid import quantize
-from river_compile.kernels.quant.layouts import pack_linear, pack_stack
+from river_compile.kernels.quant.layouts import pack_stack
 from tests.kernels import reference
 from tests.kernels.harness import TOLERANCE, examples
+from tests.kernels.packing import pack_linear
 
 river = torch.ops.river
 G = torch.Generator().manual_seed(0)

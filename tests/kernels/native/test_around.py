@@ -16,11 +16,12 @@ from hypothesis import strategies as st
 from river_compile.kernels import ops  # noqa: F401  (registers river::norm)
 from river_compile.kernels.native import load
 from river_compile.kernels.native.isa import runnable
-from river_compile.kernels.quant.layouts import PackedLinear, pack_linear
+from river_compile.kernels.quant.layouts import PackedLinear
 from tests.kernels import reference
 from tests.kernels.checks import VALUES, activated_magnitude, weights
 from tests.kernels.harness import TOLERANCE, assert_rounded, examples
 from tests.kernels.native.running import DTYPES, ISAS, called, dense, linear, native, rounded
+from tests.kernels.packing import pack_linear
 
 NORMS = ("none", "rms", "rms_plus_one", "layer")
 ACTIVATIONS = ("none", "silu", "gelu", "gelu_tanh", "relu")

@@ -14,9 +14,9 @@ from torch import fx
 
 from river_compile.kernels.native import load
 from river_compile.kernels.native.tape import Tape
-from river_compile.kernels.quant.layouts import pack_linear
 from river_compile.lowering.native import CannotRecord, NativeSegment
 from tests.kernels.native.running import dense, linear, native
+from tests.kernels.packing import pack_linear
 
 BATCH, HEADS, KV_HEADS, DIM, SLOTS, HIDDEN, WIDE = 2, 4, 2, 16, 300, 64, 192
 

@@ -8,8 +8,8 @@ from hypothesis import strategies as st
 from river_compile.kernels import ops
 from river_compile.kernels.native import load
 from river_compile.kernels.native.tape import Tape
-from river_compile.kernels.quant.layouts import pack_linear
 from tests.kernels.native.running import DTYPES, ISAS, called, linear, native
+from tests.kernels.packing import pack_linear
 
 pytestmark = pytest.mark.usefixtures("restored")
 AROUND = (None, "none", None, None, 1e-6, "none", False)
