@@ -134,13 +134,6 @@ class RiverConfig:
         "the largest power of two that does, or stays in 16 bits below 32",
         EXPERT,
     )
-    min_sqnr: float | None = _option(
-        None,
-        optional(number("it must be a number of decibels, such as 20")),
-        "dB of signal-to-noise ratio below which a twin's matrix stays in 16 bits: of its outputs on the observed text "
-        "with gptq and awq, else of its weights",
-        EXPERT,
-    )
     backbone: str | None = _option(
         None,
         one_of(None, "model", "river"),

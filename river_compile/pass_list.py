@@ -6,8 +6,6 @@ Not handled: how segments are compiled (:mod:`river_compile.lowering`), and wher
 
 from __future__ import annotations
 
-from collections.abc import Mapping
-
 from river_compile.lowering.choose import Lowering
 from river_compile.passes.backbone import river_backbone
 from river_compile.passes.exit_checks import exit_checks, logits_entropy
@@ -27,13 +25,11 @@ def passes_for(
     config: RiverConfig,
     plan: DecoderPlan,
     lowering: Lowering,
-    keep: Mapping[str, str],
     decides: bool = False,
 ) -> list[Pass]:
     """Returns the passes, in order, that turn a decoder into what the options ask for.
 
-    `keep` names the twins' matrices that stay in 16 bits (`LinearSite.name`), each with the reason; with `decides`
-    the kernels of exit checks decide on the device.
+    With `decides` the kernels of exit checks decide on the device.
     """
     how = twinning(config, lowering)
     policy = config.exit_policy(plan)
@@ -41,9 +37,9 @@ def passes_for(
     passes: list[Pass] = []
     head = head_twinning(config, lowering) if leaves else None
     if leaves:
-        passes += config.filling.passes(candidates) or [river_twins(how, keep)]
+        passes += config.filling.passes(candidates) or [river_twins(how)]
         if head is not None:
-            passes.append(river_head(head, keep))
+            passes.append(river_head(head))
         elif how is not None and (plan.is_decode or not lowering.fuse):
             passes.append(one_row_head(lowering.fuse))
     own_backbone = uses_own_backbone(config, lowering, plan.is_decode)

@@ -117,7 +117,6 @@ class TestNumbersOfOtherLibraries:
             ("first_exit", np.int64(3), 3),
             ("exit_depth", torch.tensor(1), 1),
             ("group_size", np.int32(32), 32),
-            ("min_sqnr", np.float16(20), 20.0),
             ("same_rows", np.True_, True),
         ],
     )
@@ -133,7 +132,6 @@ class TestNumbersOfOtherLibraries:
             ("group_size", "64"),
             ("first_exit", np.float32(2)),
             ("exit_every", np.True_),
-            ("min_sqnr", torch.tensor([20.0])),
             ("threshold", np.array([])),
             ("threshold", np.float32("nan")),
             ("cudagraphs", 0),

@@ -4,8 +4,8 @@
                                  experts has a dimension more in front. key = name/quantizer asked for/group size
     <key>.input_scale            float32 ``[K]``, for a matrix whose inputs are scaled
     metadata                     "format", "version", "matrices" (JSON: the fields of `_SavedMatrix`, ratios as text,
-                                 since JSON knows no infinity; one that stays in 16 bits has no tensors) and "sha256",
-                                 the hash of the file with this hash taken as zeros
+                                 since JSON knows no infinity) and "sha256", the hash of the file with this hash taken
+                                 as zeros
 
 What is stored are the bytes that the kernel reads which the twins were packed for, where they are the same on every
 machine: they are mapped, and the processes that map them share one copy. For other kernels, and for ATen's, whose bytes
@@ -41,10 +41,10 @@ from .make import Grid, PackedSite, Ratios
 
 log = logging.getLogger("river_compile.twins")
 FORMAT = "river-twins"
-VERSION = 6
+VERSION = 7
 FILE = "twins.safetensors"
 _MANIFEST_2 = "river.json"  # of version 2, which had a file for it
-_KINDS = {name: str for name in ("name", "quantizer", "asked", "statistics", "weights_sha256")} | {"stored": bool}
+_KINDS = {name: str for name in ("name", "quantizer", "asked", "statistics", "weights_sha256")}
 _NEW = "leave artifact= out and save a new one"
 
 
@@ -56,7 +56,6 @@ class _SavedMatrix(Ratios):
         name, shape, group_size, experts, quantizer, asked, statistics: as in its :class:`PackedSite`.
         layout: of its bytes.
         weights_sha256: hash of the parameters it was made from, see :func:`digest_of`.
-        stored: False where it stays in 16 bits, below the floor of `min_sqnr`.
     """
 
     name: str
@@ -68,7 +67,6 @@ class _SavedMatrix(Ratios):
     statistics: str
     layout: str
     weights_sha256: str
-    stored: bool
 
     @classmethod
     def from_json(cls, entry: dict[str, Any]) -> _SavedMatrix:
@@ -99,8 +97,6 @@ class _SavedMatrix(Ratios):
 
     def tensors(self) -> dict[str, tuple[tuple[int, ...], tuple[torch.dtype, ...]]]:
         """Returns shapes and possible dtypes of its tensors, by the end of their names."""
-        if not self.stored:
-            return {}
         stack, k = (self.experts,) if self.experts else (), self.shape[1]
         packed = tensors_of(self.layout, self.rows, k, self.group_size)
         found = {part: ((*stack, *shape), dtypes) for part, (shape, dtypes) in packed.items()}
@@ -121,7 +117,7 @@ def write_artifact(folder: Path, sites: Sequence[PackedSite]) -> None:
         raise ArtifactError(f"cannot save to {folder}: it exists and is not an empty folder; name another or remove it")
     matrices: dict[str, dict[str, object]] = {}
     tensors: dict[str, Tensor] = {}
-    for site in sorted(sites, key=lambda site: not site.kept):  # with 4-bit weights rather than without
+    for site in sites:
         entry: dict[str, Any] = {
             "name": site.name,
             "shape": site.shape,
@@ -132,14 +128,12 @@ def write_artifact(folder: Path, sites: Sequence[PackedSite]) -> None:
             "statistics": site.statistics,
             "layout": portable(site.product.layout),
             "weights_sha256": site.digest,
-            "stored": not site.kept,
             "sqnr": str(site.sqnr),
             "output_sqnr": None if site.output_sqnr is None else str(site.output_sqnr),
         }
         matrix = _SavedMatrix.from_json(entry)
         matrices[matrix.key] = entry
-        if site.weight is not None:
-            tensors |= _tensors(matrix.key, site.weight.as_layout(matrix.layout), site.input_scale)
+        tensors |= _tensors(matrix.key, site.weight.as_layout(matrix.layout), site.input_scale)
     metadata = {"format": FORMAT, "version": str(VERSION), "matrices": json.dumps(list(matrices.values()))}
     try:
         with appearing(folder) as scratch:
@@ -199,11 +193,11 @@ class Artifact:
                     f"name the artifact of this model, or {_NEW}",
                 )
 
-    def find(self, site: Product, quantizer: str, digest: str, min_sqnr: float | None) -> Grid:
+    def find(self, site: Product, quantizer: str, digest: str) -> Grid:
         """Returns what is saved of a product that was made in this way from parameters with this digest.
 
         Raises:
-            ArtifactError: there is none, or it was left in 16 bits and is to have 4-bit weights.
+            ArtifactError: there is none.
         """
         matrices = [matrix for matrix in self._matrices if matrix.name == site.name]
         if not matrices:
@@ -229,18 +223,10 @@ class Artifact:
         input_scale = self._tensors.get(f"{matrix.key}.input_scale")
         if input_scale is not None and not site.scales_inputs:
             raise self._refusal(f"{site.name} has an input_scale that its twin does not apply")
-        if not matrix.stored and not matrix.below(min_sqnr):
-            raise self._refusal(
-                f"{site.name} was left in 16 bits at {matrix.quality:.2f} dB, below the min_sqnr= of that time",
-                f"pass the same min_sqnr=, or {_NEW}",
-            )
-        weight = None
-        if matrix.stored:
-            q, scale_zero = (self._tensors[f"{matrix.key}.{part}"] for part in ("qweight", "scale_zero"))
-            sizes = matrix.group_size, matrix.shape[1], matrix.rows, matrix.experts
-            weight = PackedLinear(matrix.layout, q, scale_zero, *sizes)
+        q, scale_zero = (self._tensors[f"{matrix.key}.{part}"] for part in ("qweight", "scale_zero"))
+        sizes = matrix.group_size, matrix.shape[1], matrix.rows, matrix.experts
         return Grid(
-            weight=weight,
+            weight=PackedLinear(matrix.layout, q, scale_zero, *sizes),
             quantizer=matrix.quantizer,
             statistics=matrix.statistics,
             input_scale=input_scale,

@@ -187,7 +187,7 @@ class PackedWeights:
         Args:
             sites: matrix products of twins.
             values: the real tensor of each parameter placeholder.
-            config: its `quantizer`, `min_sqnr`, `artifact` and `on_missing_artifact` say how.
+            config: its `quantizer`, `artifact` and `on_missing_artifact` say how.
             statistics: for "awq" and "gptq".
             every: names of all products that the model can have; an artifact may hold no other.
             savable: what an artifact that is missing is to hold.

@@ -222,15 +222,15 @@ def test_other_ways_to_quantize_are_refused(saved, changed):
 
 def test_another_version_is_refused(saved):
     tensors, metadata, _ = contents(saved)
-    write_back(saved, tensors, metadata, version="7")
-    with pytest.raises(ArtifactError, match=rf"{FILE}: it has version 7, this release reads 6; save"):
+    write_back(saved, tensors, metadata, version="6")
+    with pytest.raises(ArtifactError, match=rf"{FILE}: it has version 6, this release reads 7; save"):
         run(start(), artifact=saved)
 
 
 def test_version_2_with_its_two_files_is_refused(saved):
     save_file(load_file(saved / FILE), saved / FILE)
     (saved / "river.json").write_text(json.dumps({"format": "river-twins", "version": 2}))
-    with pytest.raises(ArtifactError, match=r"river.json: it has version 2, this release reads 6; save"):
+    with pytest.raises(ArtifactError, match=r"river.json: it has version 2, this release reads 7; save"):
         Artifact(saved)
 
 
@@ -316,7 +316,6 @@ class TestEdited:
             {"sqnr": "good"},
             {"colour": "red"},
             {"quantizer": ["hqq"]},
-            {"stored": "no"},
             {"shape": [64, 1e400]},
             {"experts": 3},
             {"experts": -1},
@@ -337,9 +336,9 @@ class TestEdited:
             Artifact(saved)
 
     def test_a_matrix_that_is_listed_twice(self, saved):
-        """The second entry would decide, and could keep the matrix in 16 bits."""
+        """The second entry would decide."""
         tensors, metadata, matrices = contents(saved)
-        write_back(saved, tensors, metadata, [*matrices, {**matrices[0], "stored": False}])
+        write_back(saved, tensors, metadata, [*matrices, {**matrices[0], "sqnr": "1.0"}])
         with pytest.raises(ArtifactError, match=r"/hqq/32 is in its list of matrices twice; save the artifact again"):
             Artifact(saved)
 
