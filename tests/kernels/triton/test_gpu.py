@@ -13,7 +13,6 @@ import torch
 from torch.overrides import TorchFunctionMode
 
 from river_compile.kernels import ops
-from river_compile.kernels.tools.shapes import MODELS, ModelShape, model_kernels
 from river_compile.kernels.triton import loader
 from river_compile.kernels.triton.decode_attention import DecodeAttentionSpec
 from river_compile.kernels.triton.devices import DEFAULT_DEVICE, device_name
@@ -23,6 +22,7 @@ from river_compile.kernels.triton.shift import ShiftSpec
 from river_compile.kernels.triton.spec import KernelSpec
 from tests.kernels import checks
 from tests.kernels.test_ops import sample_calls
+from tools.kernels.shapes import MODELS, ModelShape, model_kernels
 
 SHAPES = ("smollm2-135m", "llama-3.2-1b", "llama-3.1-8b", "qwen3-30b-a3b")
 TINY = ModelShape("tiny", 1, 64, 4, 2, 32, 96, 160, qkv_bias=True, qk_norm=True)
