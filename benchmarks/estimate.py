@@ -22,9 +22,9 @@ from transformers import StaticCache
 from benchmarks import common, schedule
 from benchmarks.roofline import BLOCK_LAUNCHES, CHECK_TARGET, SPEEDUP_TARGET, TARGETS, Roofline, depth_name
 from river_compile import river, warmup
-from river_compile.cudagraphs.recorder import Event
 from river_compile.exits import forced_depth
 from tools.kernels.shapes import MODELS
+from tools.recorder import Event, recording
 
 _CAPACITY = 16
 
@@ -80,13 +80,13 @@ def check_row(roofline: Roofline, bandwidth: float) -> dict:
 def schedule_rows(blocks: int, depths: list[int | None]) -> list[dict]:
     """Returns what the recorder saw of one captured token at every depth, of a random Llama with so many blocks."""
     model = schedule.small_llama(blocks)
-    settings = {"cudagraphs": "record", "launch_ahead": False, "first_exit": 1}
+    settings = {"cudagraphs": True, "launch_ahead": False, "first_exit": 1}
     model.compile(backend=river, options={**settings, "lowering": "eager", "quantizer": "rtn"})
     cache = StaticCache(config=model.config, max_cache_len=_CAPACITY)
     depths = [depth for depth in depths if depth is None or depth < blocks]
     whole = [blocks if depth is None else depth for depth in depths]
     rows = []
-    with torch.no_grad(), schedule.watching() as watch:
+    with recording(), torch.no_grad(), schedule.watching() as watch:
         warmup(model, cache, depths=whole)
         for depth, name in zip(whole, map(depth_name, depths), strict=True):
             with forced_depth(depth):

@@ -26,7 +26,6 @@ from benchmarks.random_llama import random_llama
 from river_compile import river, warmup
 from river_compile.cli import models
 from river_compile.cudagraphs.partition import Unit
-from river_compile.cudagraphs.recorder import Event
 from river_compile.cudagraphs.runner import CapturedRunner
 from river_compile.exits import Similarity
 from river_compile.reporting.reads import bytes_of_token
@@ -35,6 +34,7 @@ from river_compile.runtime.runner import Step
 from river_compile.runtime.stats import StepRecord
 from river_compile.upstream.hf_cache import cache_argument
 from tools.kernels.shapes import ModelShape
+from tools.recorder import Event, recording
 
 _PROMPT = 4
 _COLUMNS = {"block": 6, "twin": 3, "head": 2, "river_head": 2, "prologue": 1}
@@ -92,10 +92,10 @@ def main(arguments: list[str] | None = None) -> int:
 
 def show(model: PreTrainedModel, options: argparse.Namespace, ahead: bool | str) -> None:
     """Warms a model up and prints what one step at every exit depth does."""
-    settings = {"cudagraphs": "record", "launch_ahead": ahead, "exit_every": options.every, "first_exit": options.first}
+    settings = {"cudagraphs": True, "launch_ahead": ahead, "exit_every": options.every, "first_exit": options.first}
     model.compile(backend=river, options={**settings, "lowering": "eager", "quantizer": "rtn"})
     cache = StaticCache(config=model.config, max_cache_len=options.capacity)
-    with watching() as watch:
+    with recording(), watching() as watch:
         log = warmup(model, cache)
         depths = [*watch.runner.units.ends]
         steps = {depth: step(model, cache, watch, depth) for depth in depths}

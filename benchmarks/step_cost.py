@@ -29,9 +29,10 @@ from river_compile.exits import forced_depth
 from river_compile.runtime.executor import on_step
 from river_compile.upstream.hf_cache import cache_argument
 from tools.kernels.shapes import ModelShape
+from tools.recorder import recording
 
 _WARM_UP, _PROMPT = 8, 4
-_OPTIONS = {"cudagraphs": "record", "lowering": "eager", "quantizer": "rtn", "group_size": 32}
+_OPTIONS = {"cudagraphs": True, "lowering": "eager", "quantizer": "rtn", "group_size": 32}
 
 
 def measure(model: PreTrainedModel, depth: int, repeats: int) -> dict[str, float]:
@@ -49,7 +50,7 @@ def measure(model: PreTrainedModel, depth: int, repeats: int) -> dict[str, float
         for name in ("launch", "begin", "settle", "end"):
             setattr(executor.runner.device, name, lambda *given: None)
 
-    with torch.no_grad(), forced_depth(depth):
+    with recording(), torch.no_grad(), forced_depth(depth):
         model(input_ids=torch.ones(1, _PROMPT, dtype=torch.long), **held)
         for i in range(_WARM_UP):
             step(_PROMPT + i)

@@ -150,13 +150,12 @@ class RiverConfig:
         EXPERT,
         for_tests=("eager", "the rewritten graph runs operator by operator, with the bits of the model run eagerly"),
     )
-    cudagraphs: bool | str | None = _option(
+    cudagraphs: bool | None = _option(
         None,
         one_of(None, True, False),
         "whether decode steps on a static cache are captured and replayed; `None`: on a GPU "
         "([docs/cuda.md](docs/cuda.md))",
         EXPERT,
-        for_tests=("record", "a recorder that needs no GPU captures, and checks the schedule of replays"),
     )
     max_captures: int = _option(
         256, integer(1), "CUDA graphs kept at the same time; the one not used for longest gives way", EXPERT

@@ -1,15 +1,16 @@
 """What capturing a decode step means, apart from any device: devices that capture, and the record of what was captured.
 
-A *unit* is what is captured as one graph (:mod:`river_compile.cudagraphs.partition`). Three devices exist: CUDA graphs
-(:mod:`river_compile.cudagraphs.cuda`), tapes of C++ calls on a CPU (:mod:`river_compile.cudagraphs.tapes`), and for
-tests a recorder that needs no GPU (:mod:`river_compile.cudagraphs.recorder`).
+A *unit* is what is captured as one graph (:mod:`river_compile.cudagraphs.partition`). Two devices exist: CUDA graphs
+(:mod:`river_compile.cudagraphs.cuda`), and tapes of C++ calls on a CPU (:mod:`river_compile.cudagraphs.tapes`). Tests
+plug in another (:func:`captured_by`).
 """
 
 from __future__ import annotations
 
+import contextlib
 from abc import ABC, abstractmethod
 from collections import deque
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Iterator
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -180,3 +181,24 @@ class CaptureLog:
             f"    in order     {unit} is not launched ahead: {reason}"
             for unit, reason in self.never_launched_ahead.items()
         ]
+
+
+class _StandIn:
+    """What makes the device of a test, None where there is none."""
+
+    make: Callable[[], CaptureDevice] | None = None
+
+
+@contextlib.contextmanager
+def captured_by(make: Callable[[], CaptureDevice] | None) -> Iterator[None]:
+    """Inside, what `make` returns captures for models on a CPU with ``cudagraphs=True``, in all threads: for tests."""
+    before, _StandIn.make = _StandIn.make, make
+    try:
+        yield
+    finally:
+        _StandIn.make = before
+
+
+def stand_in(asked: bool | None, device: torch.device) -> CaptureDevice | None:
+    """Returns the device of a test, where captures are asked for and there is one."""
+    return _StandIn.make() if asked is True and device.type == "cpu" and _StandIn.make is not None else None

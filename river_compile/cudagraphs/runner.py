@@ -30,11 +30,10 @@ from river_compile.runtime.runner import Runner, Step
 from river_compile.runtime.slots import SCORE, Saved, new_slots, size_of_pass
 
 from .cuda import CudaGraphs
-from .device import CaptureDevice, CaptureLog
+from .device import CaptureDevice, CaptureLog, stand_in
 from .launch_ahead import LaunchAhead
 from .launcher import Launcher
 from .partition import Partition, Unit
-from .recorder import Recorder
 from .tapes import Tapes
 
 
@@ -201,7 +200,7 @@ def captures_expected(config: RiverConfig, device: torch.device, ranks: Ranks = 
     """Whether steps on a static cache are going to be captured, as far as can be told before a graph is traced."""
     if ranks.several or config.cudagraphs is False:
         return False
-    if device.type == "cuda" or config.cudagraphs == "record":
+    if device.type == "cuda" or stand_in(config.cudagraphs, device) is not None:
         return True
     try:
         return choose_lowering(config, device).native
@@ -221,10 +220,11 @@ def choose_device(
         OptionError: captures are asked for, and the model does not lie on a device that has them.
     """
     device = program.plan.device
-    if config.cudagraphs is True and device.type != "cuda" and not native:
+    plugged_in = stand_in(config.cudagraphs, device)
+    if config.cudagraphs is True and device.type != "cuda" and not native and plugged_in is None:
         raise OptionError(
             f"cudagraphs=True needs a model on a GPU or lowering='native', and this one lies on {device}; move it "
-            "there, or leave cudagraphs out ('record' checks the schedule without a GPU)"
+            "there, or leave cudagraphs out"
         )
     if ranks.several:
         captures.not_captured = NOT_CAPTURED
@@ -233,12 +233,10 @@ def choose_device(
     elif config.cudagraphs is None and device.type != "cuda" and not native:
         captures.not_captured = f"the model lies on {device}; CUDA graphs need a GPU, tapes lowering='native'"
     else:
-        captures.not_captured = _unsupported(program, native and config.cudagraphs != "record")
+        captures.not_captured = _unsupported(program, native and plugged_in is None)
     if captures.not_captured:
         return None
-    if config.cudagraphs == "record":
-        return Recorder()
-    return CudaGraphs(device) if device.type == "cuda" else Tapes()
+    return plugged_in or (CudaGraphs(device) if device.type == "cuda" else Tapes())
 
 
 def _unsupported(program: RiverProgram, several: bool) -> str | None:

@@ -17,6 +17,7 @@ from benchmarks.int4_baseline import Int4Linear, fits, packed_for_cuda, scales_a
 from benchmarks.random_llama import random_llama
 from river_compile.kernels.quant.grid import quantize
 from tools.kernels.shapes import MODELS, ModelShape
+from tools.recorder import recording
 
 SIZES = {"context": 8, "group_size": 32, "new_tokens": 5}
 
@@ -173,7 +174,7 @@ def eagerly(monkeypatch):
     compile_model = torch.nn.Module.compile
 
     def compiled(model, **settings):
-        settings["options"] |= {"lowering": "eager", "cudagraphs": "record"}
+        settings["options"] |= {"lowering": "eager", "cudagraphs": True}
         return compile_model(model, **settings)
 
     monkeypatch.setattr(torch.nn.Module, "compile", compiled)
@@ -181,6 +182,7 @@ def eagerly(monkeypatch):
 
 @pytest.mark.core
 @pytest.mark.slow
+@recording()
 def test_rivers_rows(tiny, monkeypatch, no_grad):
     """Forced and asked depths; those of the backbone choose as plain transformers do; caches are taken back."""
     eagerly(monkeypatch)

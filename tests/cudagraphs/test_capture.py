@@ -1,7 +1,7 @@
 """Captured decode steps are the uncaptured ones, to the bit, whatever the order of replays.
 
 The recorder stands in for CUDA graphs: it runs launches late, spoils every value that a real replay would not have
-written, and refuses to replay on inputs that have moved (`river_compile/cudagraphs/recorder.py`). On a machine with a
+written, and refuses to replay on inputs that have moved (`tools/recorder.py`). On a machine with a
 GPU most tests run with CUDA graphs as well (marked `gpu`), and one looks at the device's memory.
 
 Tracing takes most of the time, so one decoder serves many tests: launching ahead and the bound on captures are set on
@@ -27,14 +27,14 @@ import river_compile
 from river_compile import CacheFullError, OptionError, RiverConfig, forced_depth, forced_threshold, report, river
 from river_compile.backend import executors_of
 from river_compile.cudagraphs import partition
-from river_compile.cudagraphs.device import CaptureFailed, CaptureLog
+from river_compile.cudagraphs.device import CaptureFailed, CaptureLog, captured_by
 from river_compile.cudagraphs.launch_ahead import LaunchAhead
-from river_compile.cudagraphs.recorder import StaleReplay
 from river_compile.cudagraphs.runner import CapturedRunner
 from river_compile.runtime.executor import RiverExecutor, on_step
 from river_compile.runtime.runner import PlainRunner
 from tests.support.decoding import cache_argument, cache_state, decode, new_cache
 from tests.support.families import make, prompt
+from tools.recorder import StaleReplay, recording
 
 LAYERS = 4
 CAPACITY = 40
@@ -42,8 +42,8 @@ OPTIONS = {"lowering": "eager", "quantizer": "rtn", "group_size": 32, "first_exi
 DEVICES = ["cpu", pytest.param("cuda", marks=pytest.mark.gpu)]
 
 
-def capturing(device: str = "cpu", **options) -> dict[str, object]:
-    return {**OPTIONS, "cudagraphs": "record" if device == "cpu" else True, **options}
+def capturing(**options) -> dict[str, object]:
+    return {**OPTIONS, "cudagraphs": True, **options}
 
 
 class Decoder:
@@ -55,7 +55,7 @@ class Decoder:
 
     def __init__(self, name: str = "llama", device: str = "cpu", backend=river, **options) -> None:
         self.model = make(name, layers=LAYERS).to(device)
-        self.model.compile(backend=backend, options=capturing(device, **options))
+        self.model.compile(backend=backend, options=capturing(**options))
         self.device = device
 
     def start(self, seed: int = 0, capacity: int = CAPACITY, batch: int = 1) -> StaticCache:
@@ -153,7 +153,7 @@ STAY, LEAVE = (0, None, 2.0), (0, None, -1.0)
 def _fresh_dynamo():
     """In place of the fixture that resets Dynamo at every test: the tests of this file share traced models."""
     torch._dynamo.reset()
-    with torch._dynamo.config.patch(recompile_limit=64):
+    with torch._dynamo.config.patch(recompile_limit=64), recording():
         yield
     torch._dynamo.reset()
 
@@ -496,8 +496,9 @@ class TestReported:
         assert f"captured     {decoder.log.made} graphs" in str(report(decoder.model))
 
     def test_cuda_graphs_on_a_cpu_are_an_error(self):
-        with pytest.raises(OptionError, match="cudagraphs=True needs a model on a GPU or lowering="):
-            Decoder(cudagraphs=True).start()
+        wanted = pytest.raises(OptionError, match="cudagraphs=True needs a model on a GPU or lowering=")
+        with captured_by(None), wanted:
+            Decoder().start()
 
     @pytest.mark.parametrize(
         ("name", "value"), [("cudagraphs", "yes"), ("max_captures", 0), ("launch_ahead", 1), ("cudagraphs", 1)]

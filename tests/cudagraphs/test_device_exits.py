@@ -1,7 +1,7 @@
 """Steps that decide on the device are those that the host decides, to the bit, in one launch and without a wait.
 
 The recorder replays the step's graph late and runs what stands behind a decision where that holds at that time
-(`river_compile/cudagraphs/recorder.py`). What is expected comes from the same compiled steps in a plain runner, which
+(`tools/recorder.py`). What is expected comes from the same compiled steps in a plain runner, which
 asks the host. Tests marked `gpu` repeat the first ones with IF nodes of CUDA graphs.
 """
 
@@ -49,6 +49,7 @@ from tests.cudagraphs.test_capture import (
 from tests.support.decoding import cache_argument, cache_state, decode, new_cache
 from tests.support.families import SLIDING_WINDOW, make, prompt
 from tests.support.lowerings import FUSED, lowered
+from tools.recorder import recording
 
 _TAPED = {"quantizer": "rtn", "group_size": 32, "first_exit": 1, "launch_ahead": "device"}
 NO_CARD = CudaGraphs.why_undecided(None) if torch.cuda.is_available() else None  # (no card is touched for it)
@@ -77,7 +78,7 @@ class Deciding(Decoder):
 def _fresh_dynamo():
     """In place of the fixture that resets Dynamo at every test: the tests of this file share traced models."""
     torch._dynamo.reset()
-    with torch._dynamo.config.patch(recompile_limit=64):
+    with torch._dynamo.config.patch(recompile_limit=64), recording():
         yield
     torch._dynamo.reset()
 

@@ -14,6 +14,13 @@ from river_compile.runtime.room import Room
 from tests.cudagraphs.test_capture import LEAVE, STAY, Decoder, assert_same, captured, run
 from tests.support.decoding import cache_argument
 from tests.support.families import make, prompt
+from tools.recorder import recording
+
+
+@pytest.fixture(autouse=True)
+def _recording():
+    with recording():
+        yield
 
 
 class Reads(TorchFunctionMode):
@@ -169,7 +176,7 @@ def test_steps_that_count_are_those_that_read():
 @pytest.mark.slow
 def test_a_full_cache_is_noticed_by_counting():
     model = make("llama", layers=2)
-    model.compile(backend=river, options={"lowering": "eager", "quantizer": "rtn", "cudagraphs": "record"})
+    model.compile(backend=river, options={"lowering": "eager", "quantizer": "rtn", "cudagraphs": True})
     cache = StaticCache(config=model.config, max_cache_len=10)
     held = {cache_argument(model): cache, "use_cache": True}
     with torch.no_grad():

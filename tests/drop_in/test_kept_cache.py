@@ -15,9 +15,10 @@ from river_compile.state import find_state
 from river_compile.upstream.hf_cache import cache_of
 from river_compile.upstream.static_cache import sizes_of
 from tests.support.families import CONFIGS, make, prompt
+from tools.recorder import recording
 
 # (The recorder stands for a device that captures, so that a static cache is what pays.)
-OPTIONS = {"lowering": "eager", "group_size": 32, "cudagraphs": "record"}
+OPTIONS = {"lowering": "eager", "group_size": 32, "cudagraphs": True}
 QUALITIES = {"exact": {"max_draft": 1, "adaptive": False}, "fast": {"quantizer": "none", "threshold": 2.0}}
 
 
@@ -26,6 +27,8 @@ def _short(monkeypatch):
     """Room for a few tokens, so that a short text outgrows it."""
     monkeypatch.setattr(kept_cache, "_AHEAD", 4)
     monkeypatch.setattr(kept_cache, "_STEP", 8)
+    with recording():
+        yield
 
 
 def accelerated(family="llama", quality="exact", **options):
@@ -84,9 +87,8 @@ def test_windows_alone_stay_as_long_as_they_are():
 @pytest.mark.slow
 def test_later_calls_capture_nothing(quality, device):
     """What ran once is captured the second time, on the same cache; so two calls know all, or already the first."""
-    captures = {"cudagraphs": "record" if device == "cpu" else True}
     plain = make("llama", layers=2).to(device)
-    model = river_compile.accelerate(plain, quality, **OPTIONS | captures, **QUALITIES[quality])
+    model = river_compile.accelerate(plain, quality, **OPTIONS, **QUALITIES[quality])
     ids = prompt().to(device)
     texts = [generate(model, ids) for _ in range(2)]
     made, cache = [g.of(CaptureLog).made for g in find_state(model).graphs], kept(model)

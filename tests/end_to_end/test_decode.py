@@ -12,6 +12,7 @@ from river_compile.runtime.pass_inputs import PassInputs
 from river_compile.upstream.hf_cache import cache_argument
 from tests.support.decoding import cache_state, left_padded, new_cache
 from tests.support.families import CONFIGS, make, prompt
+from tools.recorder import recording
 
 NEW_TOKENS = 10
 
@@ -176,13 +177,14 @@ def test_steps_are_queued_before_the_host_reads_what_was_chosen(order, batch, op
 
 
 @pytest.mark.parametrize("river", [False, True], ids=["plain", "recorded"])
+@recording()
 def test_a_step_behind_the_end_of_a_text_is_taken_back(order, river):
     """The cache has the length, and the entries up to it, that transformers' loop leaves."""
     model = make("llama", layers=2)
     ends = {"eos_token_id": end_token(model, after=3), "pad_token_id": 0, "batch": 1}
     if river:
         model.compile(
-            backend="river", options={"cudagraphs": "record", "lowering": "eager", "quantizer": "rtn", "group_size": 32}
+            backend="river", options={"cudagraphs": True, "lowering": "eager", "quantizer": "rtn", "group_size": 32}
         )
     theirs = generate(model, **ends)
     ours = generate(model, custom_generate=river_compile.decode, **ends)

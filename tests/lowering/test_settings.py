@@ -8,6 +8,7 @@ import torch
 from river_compile import backend, river
 from river_compile.lowering.compile import inductor_settings
 from tests.support.families import make, prompt
+from tools.recorder import recording
 
 
 def test_a_whole_graph_has_the_modes_settings():
@@ -22,7 +23,8 @@ def test_segments_get_no_cuda_graphs_of_inductors(mode):
     assert inductor_settings(mode, whole=False) == wanted | {"triton.cudagraphs": False}
 
 
-@pytest.mark.parametrize("captures", [False, "record"])
+@pytest.mark.parametrize("captures", [False, True])
+@recording()
 def test_the_backend_asks_for_none_whether_it_captures_or_not(captures, monkeypatch):
     """Prompts and caches that grow run uncaptured."""
     seen, compiler = [], backend.SegmentCompiler

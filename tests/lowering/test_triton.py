@@ -35,6 +35,7 @@ from tests.support.families import FAMILIES, REWRITTEN, each, make, prompt
 from tests.support.lowerings import BLOCK_RULES, CPU, FUSED, UNFUSED, lowered
 from tools.kernels.resources import token_cost
 from tools.kernels.shapes import ModelShape, model_kernels
+from tools.recorder import recording
 
 PAGE = Path(__file__).parents[2] / "docs" / "lowering.md"
 LAYERS = 2
@@ -215,6 +216,7 @@ def test_the_page_lists_what_the_rules_make_of_each_family():
 
 @pytest.mark.parametrize("name", ["llama", "olmo2"])
 @pytest.mark.slow
+@recording()
 def test_through_inductor_and_captured(name):
     """The kernels as opaque operators among Inductor's code, and in recorded units, give what the graphs give alone.
 
@@ -223,7 +225,7 @@ def test_through_inductor_and_captured(name):
     """
     expected = run(name)["results"][False]
     model = make(name, layers=LAYERS)
-    model.compile(backend=river, options={**OPTIONS, "lowering": "triton", "cudagraphs": "record"})
+    model.compile(backend=river, options={**OPTIONS, "lowering": "triton", "cudagraphs": True})
     cache = new_cache(model, "static")
     for _ in range(2):  # what ran once is captured the second time
         cache.reset()
@@ -298,9 +300,10 @@ def test_generated_products_alone():
 
 @pytest.mark.parametrize(("policy", "depths"), [("exit", DEPTHS[:2]), ("fetch", DEPTHS)])
 @pytest.mark.slow
+@recording()
 def test_offloaded_blocks_beside_fused_twins(policy, depths, tmp_path):
     model = make("llama", layers=LAYERS)
-    options = {**OPTIONS, "offload": 1, "offload_policy": policy, "offload_dir": tmp_path, "cudagraphs": "record"}
+    options = {**OPTIONS, "offload": 1, "offload_policy": policy, "offload_dir": tmp_path, "cudagraphs": True}
     model.compile(backend=lowered(FUSED), options=options)
     cache = new_cache(model, "static")
     for _ in range(2):  # what ran once is captured the second time

@@ -28,6 +28,7 @@ from river_compile.offload.weights import bring_back
 from river_compile.runtime.trace import trace
 from tests.support.decoding import cache_state, decode, new_cache
 from tests.support.families import make, prompt
+from tools.recorder import recording
 
 LAYERS = 3
 DEPTHS = [LAYERS, 0, 1, 2, LAYERS]
@@ -218,10 +219,11 @@ def test_weights_can_be_loaded_into_an_offloaded_model():
 
 @pytest.mark.parametrize(
     "options",
-    [{"threshold": 2.0}, {"criterion": "confidence", "threshold": 0, "cudagraphs": "record"}],
+    [{"threshold": 2.0}, {"criterion": "confidence", "threshold": 0, "cudagraphs": True}],
     ids=["similarity", "confidence, captured"],
 )
 @pytest.mark.slow
+@recording()
 def test_exit_makes_every_token_leave_in_time(elsewhere, reference, options):
     """The rule never lets a token leave: it leaves at depth 2, with the bits of a forced depth 2 in memory."""
     model = compiled({**options, "offload": 2})
@@ -242,19 +244,20 @@ def test_a_prompt_that_may_exit_does_so_in_time(elsewhere):
 
 
 @pytest.mark.slow
+@recording()
 def test_blocks_that_move_are_not_captured(elsewhere):
     """Pieces end before the first offloaded block; what comes after it runs uncaptured, and the report says why."""
     options = {"max_new_tokens": 6, "do_sample": False, "cache_implementation": "static", "output_logits": True}
     options |= {"return_dict_in_generate": True}
     logits = {}
-    for graphs in (False, "record"):
+    for graphs in (False, True):
         torch._dynamo.reset()
         model = compiled({**FETCH, "offload": 2, "threshold": 2.0, "exit_every": 2, "cudagraphs": graphs})
         logits[graphs] = [*model.generate(prompt(), **options).logits]
         for depth in (LAYERS, 2):
             with forced_depth(depth):
                 logits[graphs] += model.generate(prompt(), **options).logits
-    assert all(map(torch.equal, logits[False], logits["record"]))
+    assert all(map(torch.equal, logits[False], logits[True]))
     captures = report(model).graphs[-1].of(CaptureLog)
     assert set(captures.uncaptured_units) == {"last 2-3"}
     assert "offloaded weights lie elsewhere in every run (at model.layers.2)" in captures.uncaptured_units["last 2-3"]

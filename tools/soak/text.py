@@ -25,6 +25,7 @@ from river_compile.exits import forced_depth
 from river_compile.upstream.hf_cache import cache_argument
 from tests.support.decoding import new_cache
 from tests.support.families import REWRITTEN, make, prompt
+from tools.recorder import recording
 from tools.soak.cases import Case, Failure, refused_by_us
 
 TOLERANCE = {"float32": 1e-3, "float64": 1e-6}
@@ -56,7 +57,7 @@ def _options(rng: random.Random, layers: int) -> dict[str, Any]:
     if rng.random() < 0.2 and criterion == "similarity":
         options["prefill"] = "exit"
     if rng.random() < 0.2:
-        options["cudagraphs"] = "record"
+        options["cudagraphs"] = True
     if rng.random() < 0.1:
         options["exit_every"] = 2
     return options
@@ -116,7 +117,8 @@ def _run(case: Case, dtype: str) -> str:
     torch._dynamo.reset()
     models = [make(case["family"], getattr(torch, dtype), case["weights"], case["layers"]) for _ in range(2)]
     walk = Walk(*models, tolerance=TOLERANCE[dtype])
-    outcomes = [walk.step(step) for step in case["steps"]]
+    with recording():
+        outcomes = [walk.step(step) for step in case["steps"]]
     return next((outcome for outcome in outcomes if outcome != "passed"), "passed")
 
 

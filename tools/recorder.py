@@ -15,13 +15,14 @@ alone.
 from __future__ import annotations
 
 from collections.abc import Callable, Iterable
+from contextlib import AbstractContextManager
 from dataclasses import dataclass, field
 
 import torch
 from torch import Tensor
 
-from .device import CaptureDevice
-from .partition import Unit
+from river_compile.cudagraphs.device import CaptureDevice, captured_by
+from river_compile.cudagraphs.partition import Unit
 
 
 class StaleReplay(RuntimeError):
@@ -145,6 +146,11 @@ class Recorder(CaptureDevice):
             work.reached = True
         else:
             work()
+
+
+def recording() -> AbstractContextManager[None]:
+    """Inside, models on a CPU with ``cudagraphs=True`` are captured by recorders."""
+    return captured_by(Recorder)
 
 
 def spoil(tensor: Tensor) -> Tensor:
