@@ -48,7 +48,7 @@ test: $(FOR_TEST)
 	$(IN_VENV) -m ruff check .
 	$(IN_VENV) -m ruff format --check .
 	$(IN_VENV) -m tools.typecheck
-	$(IN_VENV) -m river_compile.cli.demo_models smollm2
+	$(IN_VENV) -m tools.demo_models smollm2
 	$(IN_VENV) -m pytest -n 2 --dist loadfile --durations=25 $(SLOW)
 
 test-all:

