@@ -35,7 +35,7 @@ from river_compile.offload.weights import OffloadedWeights
 from river_compile.passes.decoder import find_decoder
 from river_compile.passes.exit_checks import logits_of
 from river_compile.passes.local_shards import on_local_shards
-from river_compile.passes.nodes import is_parameter
+from river_compile.passes.nodes import input_name, is_parameter
 from river_compile.passes.normalize import normalized
 from river_compile.passes.pipeline import Pass, run_passes
 from river_compile.passes.program import DecoderPlan, LinearSite, Refusal, RiverProgram, Segment
@@ -46,10 +46,10 @@ from river_compile.reporting.plain_runs import PlainRuns
 from river_compile.reporting.ranks import note_ranks
 from river_compile.reporting.reads import bytes_of_token
 from river_compile.reporting.report import graph_lines
+from river_compile.runtime.compiled_call import install
 from river_compile.runtime.executor import RiverExecutor
 from river_compile.runtime.runner import PlainRunner, Runner, Step
 from river_compile.runtime.sequences import Sequences
-from river_compile.runtime.shortcut import install
 from river_compile.runtime.stats import ExitStats
 from river_compile.runtime.wanted_logits import WantedLogits
 from river_compile.twins.make import PackedSite
@@ -108,7 +108,7 @@ def river(
         state.put(ranks)
         local = on_local_shards(traced, ranks.size, ranks.group.group_name)
         values |= {node: local_of(values[node]) for node in local}
-    record = GraphRecord(config, mode=mode)
+    record = GraphRecord(config, mode=mode, inputs=tuple(map(input_name, values)))
     state.add(record, limit=torch._dynamo.config.recompile_limit)
     for parameter in parameters[:1]:
         record.entry.belongs_to_model_of(parameter, then=functools.partial(_watch, state, record))
@@ -148,7 +148,7 @@ def executors_of(model: nn.Module) -> list[RiverExecutor]:
 def _watch(state: ModelState, record: GraphRecord, model: nn.Module) -> None:
     if record.block_paths:
         state.of(PlainRuns).watch(model, record.block_paths[0], river)
-        install(model, missed=lambda: state.of(PlainRuns).missed(state.of(ExitStats)))
+        install(model, after=lambda: state.of(PlainRuns).called(state.of(ExitStats)))
 
 
 def _needs_gradients(example_inputs: Sequence[Any]) -> Refusal | None:
@@ -186,7 +186,7 @@ def _build(
             offloaded.arrange(program, values, config, sum(packed[s].nbytes for p in segments for s in p.packed))
     streamer = Streamer(offloaded, program, values, config.offload)
     settings = inductor_settings(record.mode, whole=False)
-    compiler = SegmentCompiler(lowering, settings, plan.is_decode)
+    compiler = SegmentCompiler(lowering, settings)
     steps: dict[Segment, Step] = {}
     wanted = WantedLogits.of(program)
     with record.stage("compiling"):
@@ -223,6 +223,7 @@ def _build(
         streamer.forget,
         wanted,
         record.entry,
+        record.inputs,
     )
     record.executor = weakref.ref(executor)
     return executor
@@ -256,8 +257,6 @@ def _rewritten(program: RiverProgram, config: RiverConfig, passes: Sequence[Pass
     """Runs the passes, and writes what they did where that was asked for."""
     dump = PassDump(config.dump_dir, program.plan.kind)
     result = run_passes(program, passes, dump.after_pass)
-    if isinstance(result, Refusal) and config.same_rows:
-        raise OptionError(f"same_rows=True (exact mode's strict=True) cannot be used here: {result}; leave it out")
     if isinstance(result, Refusal):  # the river's own passes refuse nothing
         raise OptionError(f"fill={config.fill!r} cannot be used here: {result}; use another one, such as fill='river'")
     dump.program(result)

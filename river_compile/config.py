@@ -206,13 +206,6 @@ class RiverConfig:
         '`"propagate"`, `"recompute"`, `"mask"`, `"monotone"` ([docs/fills.md](docs/fills.md))',
         EXPERT,
     )
-    same_rows: bool = _option(
-        False,
-        FLAG,
-        "batch-invariant: a prompt's tokens get the bits that they have one at a time, slower; exact mode's "
-        "`strict=True` compiles its verification with it",
-        EXPERT,
-    )
     check_ranks: bool = _option(
         False,
         FLAG,

@@ -274,6 +274,22 @@ class ExitPolicy:
         """Says whether the backbone must run a token again for which the river gave logits of this entropy."""
         return self.criterion.doubts(entropy, threshold_after(self.threshold, self.first_exit))
 
+    def at(self, depth: int) -> ExitPolicy:
+        """Returns the policy by which every token leaves after `depth` blocks.
+
+        Raises:
+            ValueError: the program lacks the segments for that.
+        """
+        made = self._at.get(depth)
+        if made is None:
+            self._check_depth(depth)
+            made = self._at[depth] = replace(self, fixed_depth=depth)
+        return made
+
+    @functools.cached_property
+    def _at(self) -> dict[int, ExitPolicy]:
+        return {}
+
     def in_this_thread(self) -> ExitPolicy:
         """Returns the policy with what this thread forces on it.
 
@@ -289,8 +305,7 @@ class ExitPolicy:
 
     def _forced_to(self, depth: int | None, rule: tuple[Threshold, int] | None) -> ExitPolicy:
         if depth is not None:
-            self._check_depth(depth)
-            return replace(self, fixed_depth=depth)
+            return self.at(depth)
         assert rule is not None
         threshold, first_exit = rule
         if self.fixed_depth is not None:

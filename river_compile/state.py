@@ -10,7 +10,7 @@ import contextlib
 import threading
 import time
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
-from dataclasses import dataclass, field, replace
+from dataclasses import dataclass, field
 from typing import Any, TypeVar, cast
 
 from torch import Tensor, nn
@@ -55,6 +55,7 @@ class GraphRecord(Entries):
 
     Attributes:
         config, mode: what it was compiled with.
+        inputs: how the user's code names its inputs, in order.
         refusal: why it was not rewritten, empty where it was.
         kind: "decode", "prefill", or "other" for a graph that was refused.
         cache: "static" or "dynamic".
@@ -73,6 +74,7 @@ class GraphRecord(Entries):
 
     config: RiverConfig
     mode: str | None = None
+    inputs: tuple[str, ...] = ()
     refusal: str = ""
     kind: str = "other"
     cache: str = ""
@@ -95,8 +97,8 @@ class GraphRecord(Entries):
 
     @property
     def options(self) -> tuple[RiverConfig, str | None]:
-        """What the user compiled the model with; exact mode's strict graphs are of the same options."""
-        return replace(self.config, same_rows=False), self.mode
+        """What the user compiled the model with."""
+        return self.config, self.mode
 
     @contextlib.contextmanager
     def stage(self, name: str) -> Iterator[None]:

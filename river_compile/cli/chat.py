@@ -84,11 +84,11 @@ def _lines(as_json: bool) -> Any:
 
 
 def _compiled_so_far(model: PreTrainedModel) -> int:
-    from river_compile.speculative.runner import preparations
+    from river_compile.speculative.session import Preparations
     from river_compile.state import find_state
 
     state = find_state(model)
-    return 0 if state is None else preparations(state)
+    return 0 if state is None else Preparations(state)()
 
 
 class Conversation:

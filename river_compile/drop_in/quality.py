@@ -28,10 +28,9 @@ from river_compile.calibration.result import Calibration
 from river_compile.config import RiverConfig
 from river_compile.errors import OptionError, RiverWarning
 from river_compile.kernels.checks import one_of
-from river_compile.runtime.plain_calls import CompiledOrPlain
+from river_compile.runtime.compiled_call import install
 from river_compile.speculative.mode import ExactMode, exact
 from river_compile.speculative.refusals import check_paths
-from river_compile.upstream.growing import marks_growing
 
 from .generation import generate_as_ever, generate_exactly, generate_in_own_loop, has_generate_of_its_own
 
@@ -81,8 +80,6 @@ def accelerate(
         _nothing_of(quality, calibration=calibration, **{name: options.get(name) for name in _RULE})
         exact_mode, backend_options = _exact_mode(quality, options)
         backend_options |= _NEVER_LEAVES
-        if quality == "strict":
-            backend_options.setdefault("backbone", "model")
         _check_exact(backend_options)
     else:
         exact_mode, backend_options = None, {**_rule(quality, calibration, options), **options}
@@ -100,8 +97,7 @@ def accelerate(
     else:
         generate_exactly(model, exact_mode, config)
     model.compile(backend=river, options=backend_options, mode=mode)
-    compiled = marks_growing(model._compiled_call_impl, prompts=True)
-    model._compiled_call_impl = CompiledOrPlain(compiled, model._call_impl)
+    install(model, prompts=True)
     return model
 
 

@@ -5,7 +5,7 @@ from __future__ import annotations
 import math
 from collections import Counter, defaultdict
 from collections.abc import Iterator, Mapping, Sequence
-from dataclasses import asdict, dataclass, field, replace
+from dataclasses import asdict, dataclass, field
 
 from torch import nn
 
@@ -14,7 +14,7 @@ from river_compile.exits import threshold_text
 from river_compile.kept_cache import KeptCache
 from river_compile.offload.weights import OffloadedWeights, OffloadLog
 from river_compile.passes.program import Fusion
-from river_compile.runtime.stats import ExactStats, ExitStats, PayoffLog
+from river_compile.runtime.stats import ExactStats, ExitStats
 from river_compile.state import GraphRecord, ModelState, find_state, unwrap
 from river_compile.twins.block_errors import BlockErrors
 from river_compile.twins.loss import TwinLoss
@@ -49,7 +49,6 @@ class Report:
     decode_depths: dict[int, int]
     prefill_depths: dict[int, int]
     exact: ExactStats
-    payoff: PayoffLog
     doubted: int = 0
     own_text: OwnText = field(default_factory=OwnText)
     loss: TwinLoss | None = None
@@ -114,7 +113,6 @@ class Report:
             "mean_exit_depth": _finite(self.mean_depth),
             "doubted": self.doubted,
             "exact": {**self.exact._asdict(), "by_source": dict(self.exact.by_source)},
-            "payoff": asdict(self.payoff),
         }
 
     def __str__(self) -> str:
@@ -163,7 +161,6 @@ def report(model: nn.Module) -> Report:
         decode_depths=dict(sorted(stats.decode.items())),
         prefill_depths=dict(sorted(stats.prefill.items())),
         exact=stats.exact,
-        payoff=replace(stats.payoff),
         doubted=stats.doubted,
         own_text=state.of(OwnText),
         loss=packed.loss,
@@ -217,8 +214,7 @@ def graph_lines(graph: GraphRecord) -> Iterator[str]:
     config = graph.config
     decides = graph.kind == "decode" and config.exit_depth is None
     seconds = ", ".join(f"{stage} {s:.1f} s" for stage, s in graph.seconds.items())
-    kind = "strict pass" if config.same_rows and graph.kind == "prefill" else graph.kind
-    yield f"  {kind:<14} {graph.num_blocks} blocks, {graph.cache} cache; {seconds}"
+    yield f"  {graph.kind:<14} {graph.num_blocks} blocks, {graph.cache} cache; {seconds}"
     yield f"    segments     {', '.join(f'{c.name} x{c.uses}' for c in graph.compiled)}"
     if decides and config.threshold is not None:
         yield f"    criterion    {config.criterion}, threshold {threshold_text(config.threshold)}"
@@ -314,10 +310,6 @@ def token_lines(report: Report) -> Iterator[str]:
         yield f"  exact mode     {exact.cycles} verifying passes, {exact.kept / exact.row_cycles:.2f} tokens {each}"
     for source, (drafted, accepted) in exact.by_source.items():
         yield f"    {source:<12} {100 * accepted / drafted:.0f} % of {drafted} drafted tokens held"
-    if report.payoff.why:
-        payoff, (with_drafts, plain) = report.payoff, (f"{1e3 * seconds:.1f} ms" for seconds in report.payoff.why)
-        yield f"    drafts off   {payoff.times_off} times, for {payoff.tokens_without:.0f} tokens: a kept token took"
-        yield f"                 {with_drafts}, a plain step {plain}"
     if exact.held_back:
         held = f"{100 * exact.held_back / exact.row_cycles:.0f} % of their passes"
         yield f"    batches      rows dropped a draft that held in {held}: the slowest row decided"

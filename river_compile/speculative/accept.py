@@ -29,10 +29,11 @@ class Chooser:
         rows: B.
         do_sample: draw from the scores' softmax instead of taking their maximum.
         ranks: that share the model; all of them choose what the first one does.
+        drafts: whether some places are asked for more than once, or not in order.
     """
 
-    def __init__(self, rows: int, do_sample: bool, ranks: Ranks = ALONE) -> None:
-        self.do_sample, self._ranks = do_sample, ranks
+    def __init__(self, rows: int, do_sample: bool, ranks: Ranks = ALONE, drafts: bool = True) -> None:
+        self.do_sample, self._ranks, self._drafts = do_sample, ranks, drafts
         self._rows = rows
         self._drawn = 0  # steps whose noise was drawn
         self._steps: dict[int, tuple[Tensor, Tensor]] = {}  # the generator's state before a step, and the step's noise
@@ -41,6 +42,8 @@ class Chooser:
         """Returns a token ``[N]`` for each place, which is a row and its number of new tokens so far."""
         if not self.do_sample:
             return self._ranks.first(scores_NV.argmax(-1))
+        if not self._drafts:
+            return self._ranks.first(torch.multinomial(scores_NV.softmax(-1), num_samples=1).squeeze(1))
         noise_NV = torch.stack([self._noise(step, scores_NV)[row] for row, step in places])
         return self._ranks.first((scores_NV.softmax(-1) / noise_NV).argmax(-1))
 

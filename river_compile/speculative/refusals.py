@@ -2,24 +2,16 @@
 
 from __future__ import annotations
 
-from transformers import PreTrainedModel
-
 from river_compile.config import RiverConfig
 from river_compile.errors import ExactModeError
 from river_compile.reporting.plain_runs import PlainRuns
-from river_compile.state import ModelState, state_of_model
-
-
-def known(model: PreTrainedModel) -> ModelState:
-    """Returns what is known of a model; raises an ExactModeError where its graphs never reached the backend."""
-    try:
-        return state_of_model(model, "exact mode")
-    except ValueError as error:
-        raise ExactModeError(str(error)) from None
+from river_compile.state import ModelState
 
 
 def why_not(state: ModelState) -> str:
     """Returns why a prompt ran in none of the model's rewritten graphs."""
+    if not state.graphs:
+        return 'this model never reached it; call model.compile(backend="river")'
     plain = state.of(PlainRuns).reason
     if plain:
         return f"it ran without it: {plain}"

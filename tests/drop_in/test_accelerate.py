@@ -14,8 +14,7 @@ from transformers.generation.streamers import BaseStreamer
 
 import river_compile
 from river_compile.drop_in.quality import QUALITIES
-from river_compile.generation import Decode
-from river_compile.speculative.runner import DraftVerifyRunner
+from river_compile.speculative.mode import Decode
 from river_compile.state import find_state
 from river_compile.upstream.hf_cache import cache_argument, cache_of
 from tests.support.decoding import new_cache
@@ -228,15 +227,9 @@ def test_fast_runs_in_the_own_loop_and_what_that_refuses_in_transformers(monkeyp
     assert len(taken) == 1
 
 
-@pytest.mark.slow
-def test_strict_is_exact_modes_strict(monkeypatch):
-    seen = []
-    prefill = DraftVerifyRunner.prefill
-    monkeypatch.setattr(
-        DraftVerifyRunner, "prefill", lambda self, *a: (seen.append(self._strict), prefill(self, *a))[1]
-    )
-    generate(river_compile.accelerate(plain(), "strict", **EXACT))
-    assert seen == [True]
+def test_strict_is_an_error_where_it_cannot_be_kept():
+    with pytest.raises(river_compile.ExactModeError, match="strict=True cannot be kept"):
+        generate(river_compile.accelerate(plain(), "strict", **EXACT))
 
 
 @pytest.mark.parametrize(

@@ -122,14 +122,6 @@ def test_a_static_cache_that_was_asked_for_has_its_length(monkeypatch):
 
 
 @pytest.mark.slow
-def test_strict_texts_keep_the_cache_of_plain_decoding(monkeypatch):
-    model = river_compile.accelerate(make("llama", layers=2), "strict", **OPTIONS, max_draft=1)
-    seen = caches_of(model, monkeypatch)
-    generate(model, prompt())
-    assert {type(cache) for cache in seen} == {DynamicCache}
-
-
-@pytest.mark.slow
 def test_nothing_of_a_text_reaches_the_next():
     """Not even numbers that are none, behind its end or before it."""
     model, ids = accelerated(quality="fast"), prompt()

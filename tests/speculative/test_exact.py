@@ -17,9 +17,10 @@ from transformers.generation.streamers import BaseStreamer
 
 import river_compile
 from river_compile.drop_in.generation import generate_exactly
+from river_compile.errors import ExactModeError
 from river_compile.exits import forced_depth
 from river_compile.speculative.draft import RatesOfModel
-from river_compile.speculative.runner import BatchInvariantGraph, DraftVerifyRunner
+from river_compile.speculative.session import Session
 from river_compile.state import state_of
 from river_compile.upstream.hf_cache import cache_argument, cache_of, crop
 from tests.support.decoding import Halved, new_cache
@@ -213,54 +214,37 @@ class Seen(LogitsProcessor, BaseStreamer):
         self.ended += 1
 
 
-@pytest.mark.parametrize(
-    ("name", "static"),
-    [*((name, True) for name in ("llama", "phi", "gpt2", "mixtral")), ("llama", False), ("gemma3", False)],
-)
-@pytest.mark.slow
-def test_strict_text_in_bfloat16_has_the_bits_of_plain_decoding(name, static, recwarn):
-    """Text and cache; where the library sums wide passes in another order the widths are left out with a warning."""
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float32])
+@pytest.mark.parametrize("name", ["llama", pytest.param("gemma3", marks=pytest.mark.slow)])
+def test_strict_text_has_the_bits_of_decoding_without_drafts(name, dtype):
+    """On River's own kernels: ids, logits and cache, of rows that keep what held for each of them."""
     ids, mask = padded(2, length=7)
-    model = compiled(name, dtype=torch.bfloat16)
-    options = {"static": static, "max_new_tokens": 16, "return_dict_in_generate": True}
+    model = compiled(name, dtype=dtype, lowering="native", first_exit=1)
+    options = {"max_new_tokens": 16, "return_dict_in_generate": True, "output_logits": True}
     with river_compile.trace() as trace:
         ours = exactly(model, ids, mask, strict=True, **options)
     with forced_depth(model.config.num_hidden_layers):
-        plain = generate(model, ids, mask, **options)
+        plain = generate(model, ids, mask, custom_generate=river_compile.decode, **options)
     assert torch.equal(ours.sequences, plain.sequences)
+    assert all(map(torch.equal, ours.logits, plain.logits))
     for layer, expected in zip(cache_of(ours).layers, cache_of(plain).layers, strict=True):
         filled = expected.get_seq_length()
         assert torch.equal(layer.keys[:, :, :filled], expected.keys[:, :, :filled])
         assert torch.equal(layer.values[:, :, :filled], expected.values[:, :, :filled])
-    warned = any("rounds differently" in str(w.message) for w in recwarn)
-    assert warned or any(cycle.width > 1 for cycle in trace.cycles)
-    if name == "llama":
-        assert not warned
+    assert any(cycle.width > 1 for cycle in trace.cycles) == (name == "llama")  # (Gemma's windows are full)
 
 
-def test_strict_text_under_autocast_is_the_plain_text():
-    ids, mask = padded(2, length=7)
-    model = compiled()
-    with torch.autocast("cpu", dtype=torch.bfloat16):
-        ours = exactly(model, ids, mask, strict=True)
-        assert torch.equal(ours, generate(make("llama"), ids, mask))
-
-
-class RoundsDifferently(BatchInvariantGraph):
-    def __call__(self, model, **inputs):
-        outputs = super().__call__(model, **inputs)
-        outputs.logits = outputs.logits * (1 + 2**-7)
-        return outputs
-
-
-def test_strict_mode_notices_passes_that_round_differently(monkeypatch):
-    """It warns, verifies nothing at such a width, and keeps the text."""
-    monkeypatch.setattr("river_compile.speculative.runner.BatchInvariantGraph", RoundsDifferently)
-    ids, model = prompt(), compiled(dtype=torch.bfloat16)
-    with pytest.warns(river_compile.RiverWarning, match="a pass of . tokens rounds differently"):
-        ours = exactly(model, ids, strict=True)
-    with forced_depth(model.config.num_hidden_layers):
-        assert torch.equal(ours, generate(model, ids))
+@pytest.mark.parametrize(
+    ("options", "static", "reason"),
+    [
+        ({}, True, "not River's own"),
+        ({"lowering": "native", "backbone": "model"}, True, "not River's own"),
+        ({"lowering": "native"}, False, "its KV cache grows"),
+    ],
+)
+def test_what_strict_cannot_keep_is_an_error(options, static, reason):
+    with pytest.raises(ExactModeError, match=f"strict=True cannot be kept for this LlamaForCausalLM: .*{reason}"):
+        exactly(compiled(**options), prompt(), static=static, strict=True)
 
 
 @pytest.mark.parametrize("static", [True, False])
@@ -298,9 +282,9 @@ def test_after_each_cycle_the_cache_holds_what_passes_of_that_width_write(static
             assert torch.equal(layer.keys[:, :, :filled], ours.keys[:, :, :filled])
             assert torch.equal(layer.values[:, :, :filled], ours.values[:, :, :filled])
 
-    run_verify, run_keep = DraftVerifyRunner.verify, DraftVerifyRunner.keep
-    monkeypatch.setattr(DraftVerifyRunner, "verify", verify)
-    monkeypatch.setattr(DraftVerifyRunner, "keep", keep)
+    run_verify, run_keep = Session.verify, Session.keep
+    monkeypatch.setattr(Session, "verify", verify)
+    monkeypatch.setattr(Session, "keep", keep)
     with torch.no_grad(), torch._dynamo.config.patch(recompile_limit=64):  # (of both models together)
         # (A cache that is handed back has the rows where plain generation has them.)
         exactly(compiled(), ids, mask, static=static, max_draft=5, stop_below=0.2, return_dict_in_generate=True)

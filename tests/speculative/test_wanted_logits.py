@@ -1,17 +1,15 @@
 """Drafts from a part of the vocabulary: which part, what the river's head then computes, and that the text stays."""
 
 import threading
-from contextlib import nullcontext
 
 import pytest
 import torch
 from transformers import LlamaConfig, LlamaForCausalLM
 
 import river_compile
-from river_compile.exits import forced_depth
 from river_compile.kernels.ops import UNWANTED, WANTED_BLOCK
-from river_compile.runtime.wanted_logits import DraftTokens, WantedLogits, only_logits_of
-from tests.support.decoding import new_cache
+from river_compile.runtime.wanted_logits import DraftTokens, WantedLogits
+from tests.support.decoding import session_on
 
 VOCABULARY = 10_010  # (of a length that no block divides)
 OPTIONS = {"lowering": "native", "quantizer": "rtn", "group_size": 32, "first_exit": 1}
@@ -67,13 +65,15 @@ class TestWhichTokens:
 @torch.no_grad()
 def steps(model, depth: int, tokens: DraftTokens | None, count: int = 3) -> torch.Tensor:
     """Returns the logits of steps that leave at a depth."""
-    cache, ids = new_cache(model, "static"), torch.arange(6)[None]
-    model(input_ids=ids, past_key_values=cache)
-    logits = []
-    for token in range(count):
-        with forced_depth(depth), nullcontext() if tokens is None else only_logits_of(tokens):
-            logits.append(model(input_ids=torch.tensor([[token]]), past_key_values=cache).logits)
-    return torch.cat(logits)
+    ids = torch.arange(6)[None]
+    session, logits = session_on(model, ids), []
+    for token in range(count + 1):
+        ids = torch.cat([ids, torch.tensor([[max(token - 1, 0)]])], 1)
+        logits.append(session.step(ids, 1, depth, tokens))
+        if token == 0:  # (this one went through the model)
+            session.rewind(1)
+            ids = ids[:, :-1]
+    return torch.cat(logits[1:])
 
 
 @pytest.mark.parametrize("head", ["w4", "int8"])
@@ -134,10 +134,10 @@ def test_a_list_is_written_only_where_another_is_wanted():
     """Made in inference mode or not, in either."""
     with torch.inference_mode():
         wanted, tokens = WantedLogits(100), DraftTokens(100)
-    with wanted:
+    with wanted.only(None):
         assert wanted.list.tolist() == [7, *range(7)]
     wanted.list.fill_(-1)
-    with wanted:
+    with wanted.only(None):
         assert (wanted.list == -1).all()
-    with only_logits_of(tokens), wanted:
+    with wanted.only(tokens):
         assert wanted.list.tolist() == [7, *range(7)]

@@ -10,6 +10,8 @@ from transformers import DynamicCache, PreTrainedModel, StaticCache
 from transformers.cache_utils import QuantizedLayer
 
 from river_compile.exits import forced_depth
+from river_compile.kept_cache import LentCache
+from river_compile.speculative.session import Session
 from river_compile.upstream.growing import mark_growing
 from river_compile.upstream.hf_cache import cache_argument
 from tests.support.families import prompt
@@ -63,6 +65,15 @@ def decode(model, cache, depths: Sequence[int | None], batch: int = 2, compiled:
         with forced_depth(depth):
             logits.append(run(**arguments, **held).logits)
     return logits
+
+
+def session_on(model, ids: Tensor, kind: str = "static") -> Session:
+    """Returns a session whose prompt has run."""
+    cache = new_cache(model, kind)
+    kwargs = {"attention_mask": torch.ones_like(ids), "use_cache": True, cache_argument(model): cache}
+    session = Session(model, LentCache(model, kwargs, None, False))
+    session.prefill(ids, model.generation_config)
+    return session
 
 
 def cache_state(cache) -> list[tuple[Tensor, Tensor, int]]:

@@ -51,14 +51,6 @@ def test_twins_of_torchao_tensors(quantized):
     torch.testing.assert_close(site.dequantize(), layer.weight.dequantize(), rtol=0, atol=0.1)
 
 
-def test_torchao_tensors_cannot_be_batch_invariant(quantized):
-    torch._dynamo.reset()
-    quantized.compile(backend=river, options={**OPTIONS, "same_rows": True})
-    words = r"same_rows=True \(exact mode's strict=True\) cannot be used here: .*weight is Int8Tensor; leave it out"
-    with pytest.raises(OptionError, match=words):
-        decode(quantized, new_cache(quantized, "static"), [None])
-
-
 def test_torchao_tensors_cannot_be_offloaded(quantized):
     torch._dynamo.reset()
     quantized.compile(backend=river, options={**OPTIONS, "offload": 1, "exit_depth": 1})
