@@ -43,7 +43,7 @@ _PASSES = (
         "if site.group_size >= MIN_GROUP_SIZE:",
         "if site.group_size > MIN_GROUP_SIZE:",
         "matrices with groups of 32 stay in 16 bits",
-        ("tests/twins/test_twins.py", "tests/twins/test_quantizers.py"),
+        ("tests/twins/test_quantizers.py", "tests/twins/test_twins.py"),
     ),
     Mutation(
         "check-inputs",
@@ -51,7 +51,7 @@ _PASSES = (
         "_with_score(segment, exit_score, block.hidden_out, block.hidden_in)",
         "_with_score(segment, exit_score, block.hidden_out, block.hidden_out)",
         "a block is compared with itself, and every token leaves",
-        ("tests/test_exits.py", "tests/test_backend.py"),
+        ("tests/test_exits.py", "tests/lowering/test_triton.py"),
     ),
     Mutation(
         "fusion-residual",
@@ -121,7 +121,7 @@ _NATIVE = (
         "(slot < 0 || slot >= a.slots)",
         "(slot < 0 || slot > a.slots)",
         "the slot after the last one is written",
-        ("tests/kernels/native/test_cache.py",),
+        ("tests/kernels/native/test_cache.py::test_a_slot_outside_of_the_cache_writes_nothing",),
     ),
     Mutation(
         "kv-rotation",
@@ -145,7 +145,7 @@ _NATIVE = (
         "total += of[a.head_dim + 1] * factor;",
         "total += of[a.head_dim + 1];",
         "chunks of a long cache are weighted as if all had the same maximum",
-        ("tests/kernels/native/test_cache.py",),
+        ("tests/kernels/native/test_cache.py::test_one_query_position",),
     ),
     Mutation(
         "linear-zero",
@@ -223,7 +223,7 @@ _EXITS = (
         "return score > threshold",
         "return score >= threshold",
         "a token leaves at the threshold, though only those above it may",
-        ("tests/test_exits.py", "tests/test_backend.py", "tests/end_to_end/test_identity.py"),
+        ("tests/test_exits.py", "tests/cudagraphs/test_device_exits.py"),
     ),
     Mutation(
         "exit-by-depth",
@@ -381,7 +381,7 @@ _PROMISES = (
         "(before[0] + count, before[1] + kept[source])",
         "(before[0] + count, before[1] + count)",
         "the report says that every draft held",
-        ("tests/speculative/test_exact.py",),
+        ("tests/speculative/test_exact.py::test_traces_draw_cycles_and_the_report_tells_what_a_batch_cost",),
     ),
     Mutation(
         "config-beyond",
