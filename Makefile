@@ -1,6 +1,7 @@
 # make demo    plain model and River side by side          make bench   decode speed of every configuration
 # make test    lint, type check and the quick tests        make clean   remove what make built here
 # make test-all    the slow tests too: an hour on two cores
+# make lint    ruff, clang-format and the type checker     make wheel   the source archive and the wheel, in dist/
 # make gpu     on a machine with a GPU: facts, kernels, tuning, the tests that need one, decode speed against its targets,
 #              traces. Steps of ten minutes at most, each also alone (`make gpu-facts`; `make gpu ARGS=--list` names
 #              them); results in gpu/. WHEELS=folder takes what is missing from there, without network: docs/cuda.md.
@@ -25,6 +26,7 @@ IN_VENV := $(VENV)/bin/python
 CREATED := $(VENV)/.created
 FOR_DEMO := $(VENV)/.installed-demo
 FOR_TEST := $(VENV)/.installed-test
+LINT_LOG := $(VENV)/.lint.log
 
 # The machine's own Python with what a wheelhouse adds, or the virtual environment.
 ifdef WHEELS
@@ -35,7 +37,7 @@ ON_GPU := $(IN_VENV)
 FOR_GPU := $(FOR_TEST)
 endif
 
-.PHONY: help demo test test-all bench families gpu compat soak clean
+.PHONY: help demo test test-all lint wheel bench families gpu compat soak clean
 .DELETE_ON_ERROR:
 
 help:
@@ -44,15 +46,26 @@ help:
 demo: $(FOR_DEMO)
 	$(IN_VENV) -m examples.demo $(ARGS)
 
+# Lint runs beside the tests, and what it says comes after them; either one fails the target.
 test: $(FOR_TEST)
-	$(IN_VENV) -m ruff check .
-	$(IN_VENV) -m ruff format --check .
-	$(IN_VENV) -m tools.typecheck
 	$(IN_VENV) -m river_compile.cli.demo_models smollm2
-	$(IN_VENV) -m pytest -n 2 --dist loadfile --durations=25 $(SLOW)
+	@$(MAKE_COMMAND) --no-print-directory lint > $(LINT_LOG) 2>&1 & lint=$$!; \
+	$(IN_VENV) -m pytest -n 2 --dist loadfile --durations=25 $(SLOW); tests=$$?; \
+	wait $$lint; lint=$$?; cat $(LINT_LOG); \
+	if [ $$lint -ne 0 ]; then echo "make lint FAILED, see above" >&2; fi; \
+	exit $$((tests ? tests : lint))
 
 test-all:
 	$(MAKE) test SLOW=--slow
+
+lint: $(FOR_TEST)
+	$(IN_VENV) -m ruff check .
+	$(IN_VENV) -m ruff format --check .
+	$(VENV)/bin/clang-format --dry-run -Werror kernels/native/sources/*
+	$(IN_VENV) -m tools.typecheck
+
+wheel: $(FOR_TEST)
+	$(IN_VENV) -m build
 
 bench: $(FOR_DEMO)
 	$(IN_VENV) -m benchmarks.decode $(ARGS)

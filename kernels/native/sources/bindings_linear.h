@@ -80,9 +80,7 @@ inline void check_weight(const Tensor& weight, const Tensor& scale_zero, int64_t
 
 using Tensors = std::vector<Tensor>;
 
-inline Rows rows_of_one(const void* data, int64_t rows) {
-  return {{data}, {0, int32_t(rows)}, data ? 1 : 0};
-}
+inline Rows rows_of_one(const void* data, int64_t rows) { return {{data}, {0, int32_t(rows)}, data ? 1 : 0}; }
 
 // Returns matrices, or vectors, that belong together; `fits` says whether one has the right shape.
 template <class Fits>
@@ -197,13 +195,14 @@ inline Tensor norm(const Tensor& x, const std::string& norm, const Tensor& weigh
 
 // Describes a product whose weights and format of activations the call has already; false where there is no row.
 // `held` keeps what the call's addresses point to.
-inline bool describe(LinearCall& call, const Tensor& x, int64_t out_features, int64_t group_size,
-                     const Around& around, Tensor& y, Tensors& held) {
+inline bool describe(LinearCall& call, const Tensor& x, int64_t out_features, int64_t group_size, const Around& around,
+                     Tensor& y, Tensors& held) {
   LinearArgs& a = call.linear;
   PrepareArgs& p = call.prepare;
   describe_norm(p, x, around.norm, around.norm_weight, around.norm_bias, around.eps, held);
   const int64_t width = around.gated ? out_features / 2 : out_features;
-  STD_TORCH_CHECK(!around.gated || out_features % (2 * kBlock) == 0, "a gated product has a multiple of 32 out_features");
+  STD_TORCH_CHECK(!around.gated || out_features % (2 * kBlock) == 0,
+                  "a gated product has a multiple of 32 out_features");
   check(has_rows(y, x, width), "y", "have x's dtype and rows, and out_features columns (gated half as many)");
   check(y.is_contiguous() || (y.dim() == 2 && y.stride(1) == 1), "y", "have rows of adjacent elements");
   if (p.rows == 0) return false;
@@ -239,14 +238,16 @@ inline const int32_t* blocks_wanted(const Maybe& wanted, int64_t out_features, b
   if (!wanted) return nullptr;
   check(wanted->is_cpu() && wanted->scalar_type() == ScalarType::Int && wanted->is_contiguous() &&
             wanted->numel() == 1 + (out_features + kBlock - 1) / kBlock && !gated && !residual,
-        "wanted", "be a count and as many int32 as there are blocks of 16 out_features, of a product without gate and residual");
+        "wanted",
+        "be a count and as many int32 as there are blocks of 16 out_features, of a product without gate and residual");
   return static_cast<const int32_t*>(wanted->data_ptr());
 }
 
 inline void linear_into(const Tensor& x, const Tensor& weight, const Tensor& scale_zero, const Maybe& bias,
-                        int64_t out_features, int64_t group_size, int64_t bits, bool int8_activations, const Maybe& residual,
-                        const std::string& norm, const Maybe& norm_weight, const Maybe& norm_bias, double eps,
-                        const std::string& activation, bool gated, const Maybe& wanted, Tensor& y) {
+                        int64_t out_features, int64_t group_size, int64_t bits, bool int8_activations,
+                        const Maybe& residual, const std::string& norm, const Maybe& norm_weight,
+                        const Maybe& norm_bias, double eps, const std::string& activation, bool gated,
+                        const Maybe& wanted, Tensor& y) {
   check(x.dim() > 0, "x", "have a dimension of features");
   check_weight(weight, scale_zero, columns_of(x), out_features, group_size, bits);
   LinearCall call = quantized(weight, scale_zero, bits, int8_activations);
@@ -261,21 +262,21 @@ inline void linear_into(const Tensor& x, const Tensor& weight, const Tensor& sca
 }
 
 inline void linear_out(const Tensor& x, const Tensor& weight, const Tensor& scale_zero, const Maybe& bias,
-                       int64_t out_features, int64_t group_size, int64_t bits, bool int8_activations, const Maybe& residual,
-                       const std::string& norm, const Maybe& norm_weight, const Maybe& norm_bias, double eps,
-                       const std::string& activation, bool gated, Tensor y) {
-  linear_into(x, weight, scale_zero, bias, out_features, group_size, bits, int8_activations, residual, norm, norm_weight,
-              norm_bias, eps, activation, gated, {}, y);
+                       int64_t out_features, int64_t group_size, int64_t bits, bool int8_activations,
+                       const Maybe& residual, const std::string& norm, const Maybe& norm_weight, const Maybe& norm_bias,
+                       double eps, const std::string& activation, bool gated, Tensor y) {
+  linear_into(x, weight, scale_zero, bias, out_features, group_size, bits, int8_activations, residual, norm,
+              norm_weight, norm_bias, eps, activation, gated, {}, y);
 }
 
 inline Tensor linear(const Tensor& x, const Tensor& weight, const Tensor& scale_zero, const Maybe& bias,
-                     int64_t out_features, int64_t group_size, int64_t bits, bool int8_activations, const Maybe& residual,
-                     const std::string& norm, const Maybe& norm_weight, const Maybe& norm_bias, double eps,
-                     const std::string& activation, bool gated, const Maybe& wanted) {
+                     int64_t out_features, int64_t group_size, int64_t bits, bool int8_activations,
+                     const Maybe& residual, const std::string& norm, const Maybe& norm_weight, const Maybe& norm_bias,
+                     double eps, const std::string& activation, bool gated, const Maybe& wanted) {
   check(x.dim() > 0, "x", "have a dimension of features");
   Tensor y = empty_rows(x, gated ? out_features / 2 : out_features);
-  linear_into(x, weight, scale_zero, bias, out_features, group_size, bits, int8_activations, residual, norm, norm_weight,
-              norm_bias, eps, activation, gated, wanted, y);
+  linear_into(x, weight, scale_zero, bias, out_features, group_size, bits, int8_activations, residual, norm,
+              norm_weight, norm_bias, eps, activation, gated, wanted, y);
   return y;
 }
 
