@@ -22,7 +22,8 @@ import torch.nn.functional as F
 from benchmarks.common import command_line, print_table
 from river_compile.kernels import ops  # noqa: F401  (registers river::experts)
 from river_compile.kernels.native import load as native
-from river_compile.kernels.quant.layouts import PackedLinear, pack_linear
+from river_compile.kernels.quant.grid import quantize
+from river_compile.kernels.quant.layouts import PackedLinear, pack
 from river_compile.kernels.tools.shapes import MODELS
 
 SHAPE = MODELS["qwen3-30b-a3b"]
@@ -33,7 +34,7 @@ Call = Callable[[], object]
 
 def stack_of(n: int, k: int, experts: int, layout: str) -> PackedLinear:
     """Returns a stack whose matrices are one random matrix, each in memory of its own."""
-    one = pack_linear(torch.randn(n, k), 64, layout, "rtn")
+    one = pack(quantize(torch.randn(n, k), 64, "rtn"), layout)
     qweight, scale_zero = (t.expand(experts, *t.shape).contiguous() for t in (one.qweight, one.scale_zero))
     return replace(one, qweight=qweight, scale_zero=scale_zero, experts=experts)
 
@@ -53,7 +54,7 @@ def subjects(n: int, k: int, experts: int, chosen: int, tokens: int) -> dict[str
         stack = stack_of(n, k, experts, layout)
         operator, how = torch.ops.river.experts.default, (layout,)
         if layout == "native":
-            operator, how = native.load().experts.default, (4, True)
+            operator, how = native.load().experts.default, ()
         call = functools.partial(operator, x, stack.qweight, stack.scale_zero)
         calls[name] = [functools.partial(call, route, n, stack.group_size, *how) for route in routes]
     dense = torch.randn(n, k).bfloat16().expand(experts, n, k).contiguous()

@@ -15,7 +15,8 @@ from dataclasses import dataclass
 import torch
 
 from river_compile.kernels.native import load
-from river_compile.kernels.quant.layouts import PackedLinear, layout, pack_linear
+from river_compile.kernels.quant.grid import quantize
+from river_compile.kernels.quant.layouts import PackedLinear, layout, pack
 
 SHAPES = ((4096, 4096), (3072, 576), (1536, 8960))
 ROWS = (1, 4, 8, 16)
@@ -44,7 +45,8 @@ def measure(group_size: int, threads: Sequence[int], repeats: int) -> list[CpuTi
     load.load()
     before, timings = torch.get_num_threads(), []
     for n, k in SHAPES:
-        packed = {name: pack_linear(torch.randn(n, k), group_size, name, "rtn") for name in ("aten_cpu", "native")}
+        grid = quantize(torch.randn(n, k), group_size, "rtn")
+        packed = {name: pack(grid, name) for name in ("aten_cpu", "native")}
         bytes_read = sum(t.numel() * t.element_size() for t in (packed["native"].qweight, packed["native"].scale_zero))
         copies = {name: _copies(one, BYTES // bytes_read) for name, one in packed.items()}
         run = max(1, RUN_BYTES // bytes_read)
@@ -67,13 +69,12 @@ def _subjects(copies: dict[str, list[PackedLinear]], k: int) -> Iterator[tuple[t
             ("ATen int4", rows),
             [functools.partial(layout("aten_cpu").linear, x, p, None) for p in copies["aten_cpu"]],
         )
-        for kernel, int8 in (("native W4A8", True), ("native W4A16", False)):
-            yield (kernel, rows), [functools.partial(_native, x, p, int8) for p in copies["native"]]
+        yield ("native W4A8", rows), [functools.partial(_native, x, p) for p in copies["native"]]
 
 
-def _native(x: torch.Tensor, p: PackedLinear, int8: bool) -> torch.Tensor:
+def _native(x: torch.Tensor, p: PackedLinear) -> torch.Tensor:
     linear = torch.ops.river_native.linear.default
-    return linear(x, p.qweight, p.scale_zero, None, p.out_features, p.group_size, 4, int8)
+    return linear(x, p.qweight, p.scale_zero, None, p.out_features, p.group_size)
 
 
 def _sum(qweight: torch.Tensor, scale_zero: torch.Tensor) -> None:

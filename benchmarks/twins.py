@@ -2,7 +2,7 @@
 
     python -m benchmarks.twins
     python -m benchmarks.twins --model gemma3-270m --quantizer hqq --quantizer gptq --json twins.json
-    python -m benchmarks.twins --quantizer gptq --lm-head keep int8 w4 --activations 8bit 16bit
+    python -m benchmarks.twins --quantizer gptq --lm-head keep w4
 
 Every row decodes the same texts, token by token through River: the model's own greedy answers, passages of Python's
 documentation, and HumanEval's problems with their solutions (where that package is installed). "KL" and "same" (next
@@ -49,7 +49,6 @@ from river_compile.upstream.hf_cache import cache_argument
 PACKAGE, ANSWERS = "package's text", "answers"
 ROWS = ("rtn", "hqq", "awq", "gptq", *(f"{name}, {text}" for text in (PACKAGE, ANSWERS) for name in ("awq", "gptq")))
 KINDS = ("own", "docs", "code")
-OTHERS = ("lm_head", "activations")  # options of the backend that rows may differ in
 EXIT_DEPTH = 2
 HEADERS = (
     "quantizer", *(f"{what} {kind}" for kind in KINDS for what in ("KL", "same")), "prompt in 4 bits",
@@ -138,16 +137,14 @@ def measure(
     """Returns a row for each quantizer."""
     judged = river_compile.observe(model, inputs=[text.ids for text in texts["own"]], progress=False)
     rows, reference = [], None
-    given = [(option, getattr(options, option)) for option in OTHERS]
-    others = [[(option, value) for value in values] for option, values in given if values]
-    for name, *more in itertools.product(options.quantizer, *others):
+    for name, lm_head in itertools.product(options.quantizer, options.lm_head or [None]):
         quantizer, _, source = name.partition(", ")
-        name = ", ".join([name, *(f"{option}={value}" for option, value in more)])
+        name = name if lm_head is None else f"{name}, lm_head={lm_head}"
         print(f"measuring {name} ...", file=sys.stderr, flush=True)
         state = find_state(model)
         _observe(model, tokenizer, source, options)
         graphs_before = len(state.graphs)
-        settings = {"quantizer": quantizer, "group_size": options.group_size, **dict(more)}
+        settings = {"quantizer": quantizer, "group_size": options.group_size, "lm_head": lm_head}
         with decoding(model, texts, {**settings, "first_exit": 1}) as decoder:
             num_blocks = decoder.run(0)["own"][0].entries.shape[1]  # compiles
             reference = reference or decoder.run(num_blocks)
@@ -227,8 +224,7 @@ def _parse(arguments: list[str] | None) -> argparse.Namespace:
     parser = common.command_line(__doc__, "model", "threads", "json")
     parser.add_argument("--quantizer", action="append", choices=ROWS, help="may be repeated (default: all)")
     parser.add_argument("--group-size", type=int, default=64, choices=(32, 64, 128, 256))
-    parser.add_argument("--lm-head", nargs="+", choices=("keep", "int8", "w4"), help="a row for each (default: one)")
-    parser.add_argument("--activations", nargs="+", choices=("8bit", "16bit"), help="the same")
+    parser.add_argument("--lm-head", nargs="+", choices=("keep", "w4"), help="a row for each (default: one)")
     parser.add_argument("--texts", type=int, default=12, help="texts of each kind to measure (at most 12, the default)")
     parser.add_argument("--tokens", type=int, default=48, help="longest answer that is measured (default 48)")
     parser.add_argument("--calibration-tokens", type=int, default=128, help="longest answer observed (default 128)")

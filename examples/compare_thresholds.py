@@ -18,7 +18,6 @@ from river_compile.cli import models
 PROMPT = "Explain in a few sentences why the sky is blue."
 THRESHOLDS = {
     "similarity": [0.99, 0.95, 0.9, 0.7],
-    "history": [0.99, 0.95, 0.9, 0.7],
     "confidence": [0.1, 0.5, 1.0, 2.0],
     "doubt": [0.1, 0.5, 1.0, 2.0],
 }

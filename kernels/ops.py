@@ -314,9 +314,7 @@ decode_attention = torch.library.custom_op("river::decode_attention", cache.deco
 attend = torch.library.custom_op("river::attend", cache.attend, mutates_args=("counter", "k_cache", "v_cache"))
 shift = torch.library.custom_op("river::shift", cache.shift, mutates_args=("k_cache", "v_cache"))
 residual_score = torch.library.custom_op("river::residual_score", exits.residual_score, mutates_args=())
-residual_verdict = torch.library.custom_op(
-    "river::residual_verdict", exits.residual_verdict, mutates_args=("verdict", "past")
-)
+residual_verdict = torch.library.custom_op("river::residual_verdict", exits.residual_verdict, mutates_args=("verdict",))
 
 
 @kv_fill.register_fake

@@ -104,8 +104,8 @@ class Segment:
             where the inputs are scaled the norm's parameters or the inverse scale.
         chooses_logits: after the packed weights comes the list of wanted logits, `wanted` of `river::linear`.
         has_score: a float32 number follows the outputs: a block's exit score, or a head's entropy.
-        decides: after the packed weights come the operands of its verdict, rule, verdict and history of
-            `river::residual_verdict`, which makes it beside the score.
+        decides: after the packed weights come `rule` and `verdict` of `river::residual_verdict`, which makes the
+            verdict beside the score.
         handed_on: pairs (output, input) of values that pass through as they are; the graph does not return them.
         own_examples: the placeholders' example values live in a mode of their own, not in Dynamo's.
     """
@@ -159,7 +159,6 @@ class Product:
         layout: how its kernel wants it packed.
         scales_inputs: the inputs are divided by a scale ``[K]`` that the packing chooses.
         experts: E, the matrices of a stack; 0 for linears.
-        bits: 4 or 8.
     """
 
     name: str
@@ -170,7 +169,6 @@ class Product:
     layout: str
     scales_inputs: bool = False
     experts: int = 0
-    bits: int = 4
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -41,7 +41,6 @@ class Twinning:
     group_size: int
     layout: str
     scale_inputs: bool = False
-    bits: int = 4
 
 
 @dataclass(frozen=True)
@@ -94,29 +93,26 @@ def without_products(program: RiverProgram) -> Refusal | None:
     )
 
 
-def river_twins(how: Twinning | None, keep: Mapping[str, str] | None = None) -> Pass:
-    """Makes the pass that gives every block its river twin; without `how`, every matrix stays in 16 bits.
-
-    `keep` has the names of sites (`LinearSite.name`) that stay in 16 bits, each with the reason.
-    """
+def river_twins(how: Twinning | None) -> Pass:
+    """Makes the pass that gives every block its river twin; without `how`, every matrix stays in 16 bits."""
 
     def river_twins(program: RiverProgram) -> RiverProgram:
         """Every block gets a twin with 4-bit matrix products, which a token that left runs."""
         if how is None:
             return replace(program, twins=tuple(block.copy("twin") for block in program.blocks))
-        made = [_twin(block, "twin", how, keep or {}) for block in program.blocks]
+        made = [_twin(block, "twin", how) for block in program.blocks]
         kept = tuple(linear for _, left in made for linear in left)
         return replace(program, twins=tuple(twin for twin, _ in made), kept=(*program.kept, *kept))
 
     return river_twins
 
 
-def river_head(how: Twinning, keep: Mapping[str, str] | None = None) -> Pass:
-    """Makes the pass that gives the head a twin of 4 or 8 bits; arguments as for `river_twins`."""
+def river_head(how: Twinning) -> Pass:
+    """Makes the pass that gives the head a twin of 4 bits."""
 
     def river_head(program: RiverProgram) -> RiverProgram:
         """Tokens that left use a head with a quantized matrix."""
-        head, kept = _twin(program.head, "river_head", how, keep or {})
+        head, kept = _twin(program.head, "river_head", how)
         return replace(program, river_head=head, kept=(*program.kept, *kept))
 
     return river_head
@@ -136,7 +132,7 @@ def one_row_head(fuse: bool) -> Pass:
     return one_row_head
 
 
-def _twin(block: Segment, kind: str, how: Twinning, keep: Mapping[str, str]) -> tuple[Segment, list[KeptLinear]]:
+def _twin(block: Segment, kind: str, how: Twinning) -> tuple[Segment, list[KeptLinear]]:
     """Returns a segment's twin, and the matrices of it that stay in 16 bits, each with the reason."""
     twin = block.copy(kind)
     graph, source_of = twin.graph, twin.origins
@@ -144,10 +140,10 @@ def _twin(block: Segment, kind: str, how: Twinning, keep: Mapping[str, str]) -> 
     sites: list[LinearSite] = []
     kept: dict[fx.Node, KeptLinear] = {}
     for product in _products(twin, how):
-        site, reason = product.site, product.reason or keep.get(product.site.name, "")
-        if reason:
+        site = product.site
+        if product.reason:
             named = zip(site.weights, site.name.split("|"), strict=True)
-            kept |= {weight: KeptLinear(name, reason) for weight, name in named}
+            kept |= {weight: KeptLinear(name, product.reason) for weight, name in named}
         else:
             product.replace(graph, len(sites))
             sites.append(site)
@@ -206,7 +202,6 @@ def _product(linears: tuple[Linear, ...], source_of: Mapping[fx.Node, fx.Node], 
         layout=how.layout,
         scales_inputs=scale is not None,
         folds=tuple(source_of[parameter] for parameter in scale.parameters) if scale else (),
-        bits=how.bits,
     )
     return _Product(linears, scale, site, reason or _too_narrow(site))
 

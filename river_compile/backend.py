@@ -60,7 +60,7 @@ from river_compile.twins.watch import TwinWatch
 from .config import RiverConfig, check_mode
 from .errors import OptionError, RiverWarning, UnsupportedGraphError
 from .exits import ExitPolicy, Memories
-from .pass_list import head_twinning, passes_for, twinning, uses_own_backbone
+from .pass_list import passes_for, twinning, uses_own_backbone
 from .state import GraphRecord, ModelState, find_state, state_of
 from .upstream.compiled_calls import compiled_module
 from .upstream.inductor_builds import build_whole_files
@@ -164,7 +164,7 @@ def _build(
     state: ModelState,
     record: GraphRecord,
 ) -> RiverExecutor:
-    """Packs the twins' weights, rewrites, and compiles what tokens can reach; raises an OptionError."""
+    """Rewrites, packs the twins' weights, and compiles what tokens can reach; raises an OptionError."""
     plan, config = program.plan, record.config
     offloaded, captures = state.of(OffloadedWeights), record.of(CaptureLog)
     config.check_depths(plan.num_blocks)
@@ -175,12 +175,10 @@ def _build(
     offloaded.check(plan, config)
     policy = _exit_policy(program, config)
     verdicts = _verdicts(plan, policy, config, device, captures)
-    packed = _pack_and_judge(program, values, lowering, state, record)
     with record.stage("rewriting"):
-        keep = {site.name: made.reason for site, made in packed.items() if made.reason}
-        passes = passes_for(config, plan, lowering, keep, () if verdicts is None else verdicts.operands)
-        program = _rewritten(program, config, passes)
+        program = _rewritten(program, config, passes_for(config, plan, lowering, decides=verdicts is not None))
     segments = policy.reachable(program)
+    packed = _pack_and_judge(program, segments, values, lowering, state, record)
     if plan.is_decode:
         with state.of(PackedWeights).moving():
             offloaded.arrange(program, values, config, sum(packed[s].nbytes for p in segments for s in p.packed))
@@ -266,11 +264,16 @@ def _rewritten(program: RiverProgram, config: RiverConfig, passes: Sequence[Pass
 
 
 def _pack_and_judge(
-    program: RiverProgram, values: Mapping[fx.Node, Any], lowering: Lowering, state: ModelState, record: GraphRecord
+    program: RiverProgram,
+    segments: Sequence[Segment],
+    values: Mapping[fx.Node, Any],
+    lowering: Lowering,
+    state: ModelState,
+    record: GraphRecord,
 ) -> dict[LinearSite, PackedSite]:
     """Returns the packed weights of the twins that tokens can reach; where there are any, judges them."""
     with record.stage("packing"):
-        packed = _pack(program, values, record.config, lowering, state)
+        packed = _pack(program, segments, values, record.config, lowering, state)
     if packed:
         warn_of_slow_lowering(lowering, program.plan.device)
         with record.stage("judging"):
@@ -279,17 +282,18 @@ def _pack_and_judge(
 
 
 def _pack(
-    program: RiverProgram, values: Mapping[fx.Node, Any], config: RiverConfig, lowering: Lowering, state: ModelState
+    program: RiverProgram,
+    segments: Sequence[Segment],
+    values: Mapping[fx.Node, Any],
+    config: RiverConfig,
+    lowering: Lowering,
+    state: ModelState,
 ) -> dict[LinearSite, PackedSite]:
-    """Returns the packed weights of the twins that tokens can reach."""
+    """Returns the packed weights of segments of a rewritten program."""
     how = twinning(config, lowering)
-    if how is None or not config.exit_policy(program.plan).may_leave(program.plan):
+    if how is None or not program.twins:
         return {}
-    head = head_twinning(config, lowering)
-    every = {segment: twin_sites(segment, how) for segment in program.blocks}
-    every[program.head] = twin_sites(program.head, head or how)
-    heads = [program.head] if head is not None else []
-    reachable = [*(program.blocks[config.exit_depth or 0 :] if config.fill == "river" else ()), *heads]
-    sites, savable = ([site for s in group for site in every[s]] for group in (reachable, [*program.blocks, *heads]))
-    names = {site.name for found in every.values() for site in found}
+    sites = [site for segment in segments for site in segment.packed]
+    savable = [site for segment in (*program.twins, program.river_head) if segment for site in segment.packed]
+    names = {site.name for site in (*savable, *twin_sites(program.head, how))}
     return state.of(PackedWeights).pack(sites, values, config, Statistics.of(state), names, savable)

@@ -65,15 +65,15 @@ class RiverConfig:
     criterion: str = _option(
         "similarity",
         one_of(*CRITERIA),
-        'which tokens leave: `"similarity"` (of a block\'s output to its input), `"history"` (the same, averaged over '
-        'the last tokens), `"confidence"` (the previous step\'s logits were sure), `"doubt"` (all; the backbone runs '
-        "those again whose logits are not sure) ([docs/criteria.md](docs/criteria.md))",
+        'which tokens leave: `"similarity"` (of a block\'s output to its input), `"confidence"` (the previous '
+        'step\'s logits were sure), `"doubt"` (all; the backbone runs those again whose logits are not sure) '
+        "([docs/criteria.md](docs/criteria.md))",
     )
     threshold: Threshold | None = _option(
         None,
         optional(Check(_A_SCORE.wanted, _one_or_several)),
-        "0.7 for similarity and history: a cosine to exceed (1 never leaves), or a list with one for each depth from 1 "
-        "on; 0.5 for confidence and 1.0 for doubt: nats of entropy to stay below (0 never leaves)",
+        "0.7 for similarity: a cosine to exceed (1 never leaves), or a list with one for each depth from 1 on; "
+        "0.5 for confidence and 1.0 for doubt: nats of entropy to stay below (0 never leaves)",
     )
     first_exit: int = _option(
         2, integer(0), "smallest exit depth, in backbone blocks executed; may be 0 for confidence and doubt"
@@ -98,10 +98,9 @@ class RiverConfig:
     )
     lm_head: str | None = _option(
         None,
-        one_of(None, "keep", "int8", "w4"),
-        'the head of tokens that left: `"keep"` in 16 bits, `"int8"`, or `"w4"`, its largest logits computed anew in '
-        "16 bits; `None`: w4 where the C++ kernels round activations to 8 bits, else keep "
-        "([docs/quality.md](docs/quality.md))",
+        one_of(None, "keep", "w4"),
+        'the head of tokens that left: `"keep"` in 16 bits, or `"w4"`, its largest logits computed anew in 16 bits; '
+        "`None`: w4 with the C++ kernels, else keep ([docs/quality.md](docs/quality.md))",
     )
     artifact: str | Path | None = _option(
         None, optional(PATH), "a folder written by `river_compile.save`: its packed twins are read instead of made"
@@ -133,20 +132,6 @@ class RiverConfig:
         one_of(*GROUP_SIZES),
         "weights of a row that share a scale and a zero: 32, 64, 128 or 256; a matrix that it does not divide takes "
         "the largest power of two that does, or stays in 16 bits below 32",
-        EXPERT,
-    )
-    min_sqnr: float | None = _option(
-        None,
-        optional(number("it must be a number of decibels, such as 20")),
-        "dB of signal-to-noise ratio below which a twin's matrix stays in 16 bits: of its outputs on the observed text "
-        "with gptq and awq, else of its weights",
-        EXPERT,
-    )
-    activations: str = _option(
-        "8bit",
-        one_of("8bit", "16bit"),
-        'what `lowering="native"` multiplies 4-bit weights with: 8 bits and one scale for each group, or `"16bit"`: '
-        "activations as they are, at some seven tenths of the speed with one row",
         EXPERT,
     )
     backbone: str | None = _option(

@@ -2,9 +2,9 @@
 
 A rule has one *bar* for each depth from 0 to L, the number of blocks. A token leaves after d < L blocks where its score
 is above ``bars[d]``: no score is above `NEVER`, and at `ALWAYS` a token leaves whatever its score, NaN included. Before
-the first block, and for "confidence", the score is a number that is known before the step. For "history" it is the mean
-of the last ones that were asked for. ``bars[L]`` belongs to "doubt": the backbone answers anew unless the entropy of
-the river's logits is below it; at `ALWAYS` the river is believed.
+the first block, and for "confidence", the score is a number that is known before the step. ``bars[L]`` belongs to
+"doubt": the backbone answers anew unless the entropy of the river's logits is below it; at `ALWAYS` the river is
+believed.
 
 Not handled (the host decides): criteria that are not named here.
 """
@@ -13,25 +13,14 @@ from __future__ import annotations
 
 import functools
 import math
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Callable, Sequence
 from typing import NamedTuple
 
 from torch import Tensor
 
 from river_compile.passes.program import DecoderPlan, RiverProgram
 
-from .exits import (
-    HISTORY,
-    Confidence,
-    Criterion,
-    Doubt,
-    ExitPolicy,
-    History,
-    Memory,
-    Scores,
-    Similarity,
-    threshold_after,
-)
+from .exits import Confidence, Criterion, Doubt, ExitPolicy, Memory, Similarity, threshold_after
 
 NEVER = math.inf
 ALWAYS = math.nan  # (one object: tuples of bars are found again by it)
@@ -39,7 +28,6 @@ ALWAYS = math.nan  # (one object: tuples of bars are found again by it)
 # What a score is compared with, by a criterion's threshold. (A subclass may decide otherwise.)
 _BARS: dict[type[Criterion], Callable[[float], float]] = {
     Similarity: lambda threshold: threshold,
-    History: lambda threshold: threshold,
     Confidence: lambda threshold: -threshold,  # the score is the negative entropy
 }
 
@@ -69,7 +57,6 @@ class Rule(NamedTuple):
         first: the depth at which the token leaves, if it does, where no block is asked; None where blocks are.
         doubts: whether the river may not be believed.
         given: the score that is known before the step, a float32 scalar on the device; None: NaN.
-        scores: the sequence's, where the mean of the last ones decides; None where a score counts alone.
     """
 
     bars: tuple[float, ...]
@@ -77,7 +64,6 @@ class Rule(NamedTuple):
     first: int | None = None
     doubts: bool = False
     given: Tensor | None = None
-    scores: Scores | None = None
 
     def taken(self, outcome: Sequence[float]) -> Taken:
         """Returns the way that a step took, given the scores at each depth, the head's entropy, and the depth."""
@@ -89,24 +75,13 @@ class Rule(NamedTuple):
             return Taken(depth, (), None if self.given is None else -scores[self.first])
         return Taken(depth, tuple(scores[d] for d in self.asked if d <= depth))
 
-    def seen(self, outcome: Sequence[float]) -> Iterable[tuple[int, float]]:
-        """Returns the depths at which a step was asked, with the scores there; arguments as above."""
-        return zip(self.asked, self.taken(outcome).scores, strict=False)
-
 
 def rule_of(policy: ExitPolicy, program: RiverProgram, memory: Memory) -> Rule | None:
     """Returns a policy's rule for one step of a program, None where only the host can decide."""
     rule = _rule(policy, program.candidates, program.plan.num_blocks)
     if rule is not None and rule.first is not None and memory.entropy is not None:
         return rule._replace(given=-memory.entropy)
-    if rule is not None and policy.fixed_depth is None and history_of(policy):
-        return rule._replace(scores=memory.scores)
     return rule
-
-
-def history_of(policy: ExitPolicy) -> int:
-    """Returns how many scores of a check are averaged, 0 where one counts alone."""
-    return HISTORY if type(policy.criterion) is History else 0
 
 
 def why_host_decides(policy: ExitPolicy, plan: DecoderPlan) -> str | None:

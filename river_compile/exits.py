@@ -4,7 +4,6 @@
 criterion      looks at                                      when it is known           a token leaves when it is
 =============  ============================================  =========================  ===========================
 similarity     cosine of a block's input and output          after every candidate      above the threshold
-history        the same, averaged over the last tokens       after every candidate      above the threshold
 confidence     entropy of the previous step's logits         before the first block     below the threshold (nats)
 doubt          entropy of the logits that the river gives    after the river's head     below the threshold (nats)
 =============  ============================================  =========================  ===========================
@@ -13,19 +12,16 @@ A criterion is stateless; what is remembered of a sequence is a :class:`Memory`,
 the sequence's KV cache. A prompt begins a new memory.
 
 Not handled: rows that decide for themselves. A batch leaves when its least sure row may. Beam search puts other tensors
-in the cache's place at every step, which look like a new sequence: "confidence" then never leaves, and "history" sees
-one token.
+in the cache's place at every step, which look like a new sequence: "confidence" then never leaves.
 """
 
 from __future__ import annotations
 
 import contextlib
 import functools
-import operator
 import sys
 import threading
-from collections import defaultdict, deque
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Iterator
 from dataclasses import dataclass, field, replace
 from typing import Any, ClassVar
 
@@ -34,60 +30,9 @@ from torch.utils.weak import WeakTensorKeyDictionary
 
 from river_compile.passes.program import DecoderPlan, RiverProgram, Segment
 
-HISTORY = 4  # tokens over which "history" averages
 WHOLE = sys.maxsize  # a forced depth: every block, however many there are
 
 Threshold = float | tuple[float, ...]  # a tuple has one for each depth, see threshold_after
-
-
-class Scores:
-    """The last similarities that one sequence had at each depth.
-
-    Where the device decides, it keeps the same numbers, and the host learns them later.
-
-    Attributes:
-        holder: of the device's numbers, where these are the newest; None where the host has newer ones.
-    """
-
-    def __init__(self) -> None:
-        self._seen: defaultdict[int, deque[float]] = defaultdict(lambda: deque(maxlen=HISTORY))
-        self._later: deque[Callable[[], Iterable[tuple[int, float]]]] = deque()
-        self.holder: object | None = None
-
-    def add(self, depth: int, score: float) -> None:
-        """Takes in the score that the host sees at a depth."""
-        self._read(0)
-        self.holder = None
-        self._seen[depth].append(score)
-
-    def at(self, depth: int) -> tuple[float, ...]:
-        """Returns the last scores at a depth, newest last; waits for those that the device has."""
-        self._read(0)
-        return tuple(self._seen[depth])
-
-    def mean(self, depth: int) -> float:
-        """Returns the mean of the last scores at a depth, of which there is one at least.
-
-        They are added up from the oldest on, as devices do. (`sum` rounds otherwise from Python 3.12 on.)
-        """
-        seen = self.at(depth)
-        return functools.reduce(operator.add, seen) / len(seen)
-
-    def follow(self, read: Callable[[], Iterable[tuple[int, float]]], unread: int) -> None:
-        """Takes in what a step saw on the device, depths and scores.
-
-        Args:
-            read: waits for the step and returns them.
-            unread: so many steps, the newest, are not read before somebody asks.
-        """
-        self._later.append(read)
-        self._read(unread)
-
-    def _read(self, unread: int) -> None:
-        while len(self._later) > unread:
-            for depth, score in self._later.popleft()():
-                if score == score:
-                    self._seen[depth].append(score)
 
 
 @dataclass
@@ -96,12 +41,10 @@ class Memory:
 
     Attributes:
         entropy: of the last step's logits, in nats, a scalar tensor; None before any.
-        scores: the last similarities at each depth.
         entries: what fills remember, each under its own class.
     """
 
     entropy: Tensor | None = None
-    scores: Scores = field(default_factory=Scores)
     entries: dict[type, Any] = field(default_factory=dict)
 
 
@@ -134,7 +77,7 @@ class Criterion:
         """
         return None
 
-    def leaves(self, depth: int, score: float, threshold: float, memory: Memory) -> bool:
+    def leaves(self, depth: int, score: float, threshold: float) -> bool:
         """Says whether a token leaves after `depth` blocks with this similarity; False for NaN."""
         raise NotImplementedError(f"criterion {self.name!r} asks no block")
 
@@ -149,21 +92,8 @@ class Similarity(Criterion):
     name, threshold, never, always = "similarity", 0.7, 2.0, -2.0
     scores_blocks = True
 
-    def leaves(self, depth: int, score: float, threshold: float, memory: Memory) -> bool:
+    def leaves(self, depth: int, score: float, threshold: float) -> bool:
         return score > threshold
-
-
-class History(Similarity):
-    """The mean of a depth's last few similarities, the token's own included: one token cannot decide alone."""
-
-    name = "history"
-    remembers = True
-
-    def leaves(self, depth: int, score: float, threshold: float, memory: Memory) -> bool:
-        if score != score:  # NaN: it would stay in the mean for several tokens
-            return False
-        memory.scores.add(depth, score)
-        return memory.scores.mean(depth) > threshold
 
 
 class Confidence(Criterion):
@@ -201,7 +131,7 @@ def threshold_text(threshold: Threshold) -> str:
     return f"{min(threshold):.4g} to {max(threshold):.4g} by block"
 
 
-CRITERIA: dict[str, Criterion] = {c.name: c for c in (Similarity(), History(), Confidence(), Doubt())}
+CRITERIA: dict[str, Criterion] = {c.name: c for c in (Similarity(), Confidence(), Doubt())}
 
 
 @dataclass(frozen=True)
@@ -261,9 +191,9 @@ class ExitPolicy:
         threshold = threshold_after(self.threshold, self.first_exit)
         return self.criterion.depth_before(threshold, self.first_exit, self.last(num_blocks), entropy), entropy
 
-    def leaves(self, depth: int, score: float, memory: Memory) -> bool:
+    def leaves(self, depth: int, score: float) -> bool:
         """Says whether a token leaves after `depth` blocks with this similarity."""
-        return self.criterion.leaves(depth, score, threshold_after(self.threshold, depth), memory)
+        return self.criterion.leaves(depth, score, threshold_after(self.threshold, depth))
 
     @property
     def may_doubt(self) -> bool:

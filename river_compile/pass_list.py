@@ -6,8 +6,6 @@ Not handled: how segments are compiled (:mod:`river_compile.lowering`), and wher
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
-
 from river_compile.lowering.choose import Lowering
 from river_compile.passes.backbone import river_backbone
 from river_compile.passes.exit_checks import exit_checks, logits_entropy
@@ -26,13 +24,11 @@ def passes_for(
     config: RiverConfig,
     plan: DecoderPlan,
     lowering: Lowering,
-    keep: Mapping[str, str],
-    verdict: Sequence[str] = (),
+    decides: bool = False,
 ) -> list[Pass]:
     """Returns the passes, in order, that turn a decoder into what the options ask for.
 
-    `keep` names the twins' matrices that stay in 16 bits (`LinearSite.name`), each with the reason; `verdict` what an
-    exit check's kernel takes to decide on the device, nothing where the host decides.
+    With `decides` the kernels of exit checks decide on the device.
     """
     how = twinning(config, lowering)
     policy = config.exit_policy(plan)
@@ -40,9 +36,9 @@ def passes_for(
     passes: list[Pass] = []
     head = head_twinning(config, lowering) if leaves else None
     if leaves:
-        passes += config.filling.passes(candidates) or [river_twins(how, keep)]
+        passes += config.filling.passes(candidates) or [river_twins(how)]
         if head is not None:
-            passes.append(river_head(head, keep))
+            passes.append(river_head(head))
         elif how is not None and (plan.is_decode or not lowering.fuse):
             passes.append(one_row_head(lowering.fuse))
     own_backbone = uses_own_backbone(config, lowering, plan.is_decode)
@@ -53,15 +49,15 @@ def passes_for(
     if policy.needs_entropy(plan):
         passes.append(logits_entropy)
     if lowering.fuse and leaves and not lowering.native:
-        passes.append(fuse_checks(verdict))  # (takes a block's last addition with it, so before the backbone's rules)
+        passes.append(fuse_checks(decides))  # (takes a block's last addition with it, so before the backbone's rules)
     if own_backbone:
         passes.append(fuse_backbone(lowering.dense_layout))
     if lowering.fuse and leaves:
         passes.append(fuse_twins(lowering.dense_layout))
-    if head is not None and head.bits == 4:
+    if head is not None:
         passes.append(rescored_head)
-    if head is not None and lowering.native and plan.is_decode:
-        passes.append(wanted_logits)
+        if lowering.native and plan.is_decode:
+            passes.append(wanted_logits)
     return passes
 
 
@@ -92,20 +88,6 @@ def uses_own_backbone(config: RiverConfig, lowering: Lowering, is_decode: bool) 
 
 
 def head_twinning(config: RiverConfig, lowering: Lowering) -> Twinning | None:
-    """Returns how the twin of the head is made, None where there is none.
-
-    Raises:
-        OptionError: a head in 8 bits without its kernel.
-    """
-    how = twinning(config, lowering)
-    kind = config.lm_head or ("w4" if lowering.layout == "native" else "keep")
-    if how is None or kind == "keep":
-        return None
-    if kind == "w4":
-        return how
-    if not lowering.native:
-        raise OptionError(
-            f"lm_head='int8' needs the C++ kernels of a CPU, and the lowering is {lowering.compiler} with layout "
-            f"{lowering.layout}; use lm_head='w4' or 'keep'"
-        )
-    return Twinning(config.group_size, "native_int8", bits=8)
+    """Returns how the twin of the head is made, None where there is none."""
+    kind = config.lm_head or ("w4" if lowering.native else "keep")
+    return twinning(config, lowering) if kind == "w4" else None

@@ -7,9 +7,7 @@ the logits and the cache are, to the bit, those of a run that was given each tok
 from __future__ import annotations
 
 import math
-import statistics
 import weakref
-from collections import deque
 
 import pytest
 import torch
@@ -18,7 +16,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from river_compile import OptionError, RiverConfig, exact, report, river, trace
-from river_compile.exits import CRITERIA, HISTORY, Doubt, Memories, Memory, forced_depth, forced_threshold
+from river_compile.exits import CRITERIA, Doubt, Memories, Memory, forced_depth, forced_threshold
 from river_compile.kernels.portable import largest_entropy
 from tests.support.decoding import cache_argument, cache_state, decode, new_cache
 from tests.support.families import COMMON, SLIDING_WINDOW, make, prompt
@@ -54,7 +52,7 @@ class TestOptions:
             ({"criterion": "doubts"}, ["criterion='doubts'", "did you mean 'doubt'?"]),
             ({"criterion": "doubt", "threshold": -0.1}, ["threshold=-0.1", "nats of 0 or more", "'doubt'"]),
             ({"criterion": "confidence", "threshold": math.nan}, ["threshold=nan", "nats"]),
-            ({"criterion": "history", "first_exit": 0}, ["first_exit=0", "1 or more"]),
+            ({"criterion": "similarity", "first_exit": 0}, ["first_exit=0", "1 or more"]),
             ({"criterion": "confidence", "first_exit": -1}, ["first_exit=-1", "0 or more"]),
             ({"criterion": "doubt", "prefill": "exit"}, ["prefill='exit'", "'doubt'"]),
         ],
@@ -267,38 +265,6 @@ class TestConfidence:
         together = [t.entropy for t in seen.tokens]
         assert [together[0::2], together[1::2]] == expected
         assert expected[0] != expected[1]
-
-
-class TestHistory:
-    def test_the_mean_of_the_last_tokens_decides(self):
-        """Depths equal those of a plain reference that is given the recorded similarities; a prompt clears them."""
-        model = compiled(criterion="history", threshold=2.0)
-        steps = 3 * HISTORY
-        with trace() as seen:
-            decode_by_hand(model, "static", steps)
-        scores = [t.similarities[1] for t in seen.tokens]
-        means = [statistics.fmean(scores[max(0, i + 1 - HISTORY) : i + 1]) for i in range(len(scores))]
-        bound = statistics.median(means)  # half leave there
-        with trace() as seen, forced_threshold(bound, first_exit=1):
-            decode_by_hand(model, "static", steps)
-            decode_by_hand(model, "static", steps)
-        assert len({t.depth for t in seen.tokens}) > 1
-        assert [t.depth for t in seen.tokens[:steps]] == [t.depth for t in seen.tokens[steps:]]
-        last = {depth: deque(maxlen=HISTORY) for depth in range(1, LAYERS)}
-        for step in seen.tokens[:steps]:
-            expected = LAYERS
-            for depth, score in enumerate(step.similarities, start=1):
-                last[depth].append(score)
-                if sum(last[depth]) / len(last[depth]) > bound:
-                    expected = depth
-                    break
-            assert step.depth == expected
-
-    def test_no_number_never_leaves_and_is_forgotten(self):
-        memory = Memory()
-        history = CRITERIA["history"]
-        assert not history.leaves(1, math.nan, -2.0, memory)
-        assert history.leaves(1, 0.5, 0.4, memory)
 
 
 def test_memories_die_with_the_cache():

@@ -16,10 +16,10 @@
     record, replay     tapes of such calls: see `tape`
 
 Arguments are those of the operators ``river::*`` (see `river_compile.kernels.ops`), but for the layout: `linear` and
-`experts` take the bytes of the layouts "native", their `bits` and `int8_activations`, with which x is rounded to 8 bits
-with one scale for each group of each row; without, it is read as it is. A product's row has the same bits whatever the
-number of rows and threads, which are ``torch.get_num_threads()``, and so has attention's, of up to 16 positions and of
-more; of more than 8 rows `dense` lets a library compute it in float32, and without vectors of x86 in any dtype.
+`experts` take the bytes of the layout "native", and round x to 8 bits with one scale for each group of each row. A
+product's row has the same bits whatever the number of rows and threads, which are ``torch.get_num_threads()``, and so
+has attention's, of up to 16 positions and of more; of more than 8 rows `dense` lets a library compute it in float32,
+and without vectors of x86 in any dtype.
 
 Not handled: gradients, other devices than the CPU.
 """
@@ -115,8 +115,6 @@ def _linear_fake(
     bias: Tensor | None,
     out_features: int,
     group_size: int,
-    bits: int,
-    int8_activations: bool,
     residual: Tensor | None = None,
     norm: str = "none",
     norm_weight: Tensor | None = None,

@@ -1,16 +1,13 @@
 """Group-wise 4-bit quantization of weight matrices: round-to-nearest and HQQ, with their signal-to-noise ratio.
 
-Matrices in 8 bits are rounded to nearest whatever the quantizer: nothing is left for a better one to gain.
-
 Quantizers that look at a matrix's inputs too are in :mod:`river_compile.kernels.quant.calibrated`.
 
 Every quantizer maps a weight ``[N, K]`` (rows are output features) to a :class:`QuantizedWeight`, whose grid is
 
     w[n, k] = (q[n, k] - 8) * scale[n, k // group_size] + zero[n, k // group_size]
 
-with ``q`` in 0..15 and a floating-point ``zero`` (the value of the grid's middle point); of 8 bits, with ``q - 128``
-and ``q`` in 0..255. How the integers are packed into bytes for a kernel is a layout's matter: see
-:mod:`river_compile.kernels.quant.layouts`.
+with ``q`` in 0..15 and a floating-point ``zero`` (the value of the grid's middle point). How the integers are packed
+into bytes for a kernel is a layout's matter: see :mod:`river_compile.kernels.quant.layouts`.
 """
 
 from __future__ import annotations
@@ -38,20 +35,18 @@ _SLAB_ELEMENTS = 1 << 22
 
 @dataclass(frozen=True)
 class QuantizedWeight:
-    """A matrix of 4 bits, or 8, before packing.
+    """A matrix of 4 bits before packing.
 
     Attributes:
-        q: uint8 ``[N, K]``, values 0..15 (0..255).
-        scale, zero: float32 ``[N, K // group_size]``; zero is the weight that ``q == 8`` (128) stands for.
+        q: uint8 ``[N, K]``, values 0..15.
+        scale, zero: float32 ``[N, K // group_size]``; zero is the weight that ``q == 8`` stands for.
         group_size: consecutive input features that share a scale and a zero.
-        bits: 4 or 8.
     """
 
     q: Tensor
     scale: Tensor
     zero: Tensor
     group_size: int
-    bits: int = 4
 
     @property
     def shape(self) -> tuple[int, int]:
@@ -61,7 +56,7 @@ class QuantizedWeight:
         """Returns the matrix ``[N, K]`` that the integers stand for, computed in `dtype`."""
         n, k = self.shape
         groups = self.q.to(dtype).reshape(n, k // self.group_size, self.group_size)
-        w = (groups - 2 ** (self.bits - 1)) * self.scale.to(dtype)[..., None] + self.zero.to(dtype)[..., None]
+        w = (groups - MID_POINT) * self.scale.to(dtype)[..., None] + self.zero.to(dtype)[..., None]
         return w.reshape(n, k)
 
     def to(self, device: torch.device) -> QuantizedWeight:
@@ -158,15 +153,6 @@ def decibels(signal: float, noise: float) -> float:
     if noise <= 0:
         return math.inf
     return 10 * math.log10(signal / noise) if signal > 0 else -math.inf
-
-
-def quantize_8bit(weight: Tensor, group_size: int, dtype: torch.dtype) -> QuantizedWeight:
-    """Rounds a matrix ``[N, K]`` to 8 bits, symmetric around zero, with scales in `dtype`; raises as `quantize`."""
-    groups = check_matrix(weight, group_size).unflatten(1, (-1, group_size))
-    scale = (groups.abs().amax(-1) / 127).to(dtype).float()
-    scale = torch.where(scale < torch.finfo(torch.float32).tiny, 1.0, scale)
-    q = (groups / scale[..., None]).round_().clamp_(-128, 127) + 128
-    return QuantizedWeight(q.flatten(1).to(torch.uint8), scale, torch.zeros_like(scale), group_size, bits=8)
 
 
 def spanning_grid(groups: Tensor, dtype: torch.dtype) -> tuple[Tensor, Tensor]:

@@ -11,14 +11,13 @@ Layouts (N output features, K input features padded to whole groups of G)
     "native"    for the C++ kernels, N' = N rounded up to a multiple of 16: qweight uint8 [N' / 16, K / G, G / 8, 64]:
                 byte 4 n + j of a line of 64 holds, for output feature n of its 16, the line's input feature j in the
                 low and 4 + j in the high nibble. scale_zero bfloat16 [N' / 16, K / G, 16, 2]. Products round
-                activations to 8 bits. "native_16bit" has the same bytes, whose products read them as they are.
-    "native_int8"  the same for 8 bits: qweight uint8 [N' / 16, K / G, G / 4, 64], byte 4 n + j holds input feature j.
+                activations to 8 bits.
 
 Experts' matrices of one shape are stacked: their tensors have a dimension more in front.
 
-`scale_zero[..., 0]` is the scale, `[..., 1]` the weight that q = 8 (of 8 bits 128) stands for. A new layout is an entry
+`scale_zero[..., 0]` is the scale, `[..., 1]` the weight that q = 8 stands for. A new layout is an entry
 of `LAYOUTS`; those of `PORTABLE` have the same bytes on every machine, so that files may hold them.
-Not handled: sharing one scale between rows, groups across rows, other numbers of bits than 4, and 8 in "native_int8".
+Not handled: sharing one scale between rows, groups across rows, other numbers of bits than 4.
 """
 
 from __future__ import annotations
@@ -34,7 +33,7 @@ from river_compile.kernels.checks import check_choice
 from river_compile.kernels.native import load as native
 
 from . import aten_int4
-from .grid import GROUP_SIZES, MID_POINT, QuantizedWeight, quantize
+from .grid import GROUP_SIZES, MID_POINT, QuantizedWeight
 
 
 @dataclass(frozen=True)
@@ -67,9 +66,9 @@ class PackedLinear:
         return replace(self, qweight=self.qweight.to(device), scale_zero=self.scale_zero.to(device))
 
     def as_layout(self, name: str) -> PackedLinear:
-        """Returns the matrix in another layout, with the same tensors where its bytes are the same there."""
-        if _SAME_BYTES.get(self.layout, self.layout) == _SAME_BYTES.get(name, name):
-            return replace(self, layout=name)
+        """Returns the matrix in another layout, itself in its own."""
+        if name == self.layout:
+            return self
         grid = self.unpack()
         return pack_stack(grid, name, self.experts) if self.experts else pack(grid, name, self.in_features)
 
@@ -82,15 +81,14 @@ class PackedLinear:
         return self.unpack().dequantize(dtype)[:, : self.in_features]
 
 
+NATIVE_LAYOUT = "native"  # that of the C++ kernels
 #: Layouts with the same bytes on every machine.
-PORTABLE = ("plain", "triton", "native", "native_int8")
-_SAME_BYTES = {"native_16bit": "native"}
+PORTABLE = ("plain", "triton", "native")
 
 
 def portable(name: str) -> str:
-    """Returns the portable layout that a file holds a matrix of some layout in: the same bytes if there is one."""
-    same = _SAME_BYTES.get(name, name)
-    return same if same in PORTABLE else "plain"
+    """Returns the portable layout that a file holds a matrix of some layout in: its own if that is portable."""
+    return name if name in PORTABLE else "plain"
 
 
 def tensors_of(name: str, n: int, k: int, group: int) -> dict[str, tuple[tuple[int, ...], tuple[torch.dtype, ...]]]:
@@ -101,7 +99,6 @@ def tensors_of(name: str, n: int, k: int, group: int) -> dict[str, tuple[tuple[i
         "plain": (((n, k // 2), (torch.uint8,)), (pairs, (torch.float32, torch.bfloat16))),
         "triton": (((n, k // 8), (torch.int32,)), (pairs, (torch.float16, torch.bfloat16))),
         "native": (((*blocks, group // 8, 64), (torch.uint8,)), native),
-        "native_int8": (((*blocks, group // 4, 64), (torch.uint8,)), native),
     }[name]
     return {"qweight": qweight, "scale_zero": scale_zero}
 
@@ -119,14 +116,13 @@ class Layout:
         pack: grid -> (qweight, scale_zero).
         unpack: packed matrix -> grid.
         linear: (x [..., K], packed, bias or None) -> x W^T + bias in x.dtype, any device the layout is made for.
-        group_sizes, bits: what it can hold.
+        group_sizes: those that it can hold.
     """
 
     pack: Callable[[QuantizedWeight], tuple[Tensor, Tensor]]
     unpack: Callable[[PackedLinear], QuantizedWeight]
     linear: Callable[[Tensor, PackedLinear, Tensor | None], Tensor] = linear_by_dequantizing
     group_sizes: tuple[int, ...] = GROUP_SIZES
-    bits: int = 4
 
 
 def layout(name: str) -> Layout:
@@ -150,8 +146,6 @@ def pack(weight: QuantizedWeight, layout_name: str, in_features: int | None = No
     n, k = weight.shape
     in_features = k if in_features is None else in_features
     check_choice("group_size", weight.group_size, chosen.group_sizes)
-    if weight.bits != chosen.bits:
-        raise ValueError(f"layout={layout_name!r} holds {chosen.bits} bits, and this grid has {weight.bits}")
     if not k - weight.group_size < in_features <= k:
         raise ValueError(f"in_features={in_features} does not end in the last group of {k} columns")
     qweight, scale_zero = chosen.pack(weight)
@@ -165,19 +159,6 @@ def pack_stack(weight: QuantizedWeight, layout_name: str, experts: int) -> Packe
         return pack_stack(weight.rounded(torch.bfloat16), layout_name, experts)
     qweight, scale_zero = (torch.stack([getattr(m, part) for m in packed]) for part in ("qweight", "scale_zero"))
     return replace(packed[0], qweight=qweight, scale_zero=scale_zero, experts=experts)
-
-
-def pack_linear(weight: Tensor, group_size: int, layout_name: str, quantizer: str = "hqq") -> PackedLinear:
-    """Quantizes and packs a matrix ``[N, K]`` of any K: its last group is filled up with the row's last value.
-
-    Raises:
-        ValueError: as `quantize` and `pack`.
-    """
-    k = weight.shape[-1]
-    missing = -k % group_size
-    if missing:
-        weight = torch.cat([weight, weight[:, -1:].expand(-1, missing)], dim=1)
-    return pack(quantize(weight, group_size, quantizer), layout_name, k)
 
 
 def _pairs(weight: QuantizedWeight, dtype: torch.dtype) -> Tensor:
@@ -263,36 +244,19 @@ def _unpack_native(packed: PackedLinear) -> QuantizedWeight:
     return QuantizedWeight(q.flatten(2).flatten(0, 1)[: packed.out_features], scale, zero, packed.group_size)
 
 
-def _pack_int8(weight: QuantizedWeight) -> tuple[Tensor, Tensor]:
-    pad = (0, 0, 0, -weight.shape[0] % 16)
-    q = F.pad(weight.q, pad).unflatten(1, (-1, weight.group_size // 4, 4)).unflatten(0, (-1, 16))
-    pairs = F.pad(_pairs(weight, torch.bfloat16), (0, 0, *pad)).unflatten(0, (-1, 16))
-    return q.permute(0, 2, 3, 1, 4).flatten(-2).contiguous(), pairs.transpose(1, 2).contiguous()
-
-
-def _unpack_int8(packed: PackedLinear) -> QuantizedWeight:
-    q = packed.qweight.unflatten(-1, (16, 4)).permute(0, 3, 1, 2, 4).flatten(2).flatten(0, 1)[: packed.out_features]
-    scale, zero = packed.scale_zero.float().transpose(1, 2).flatten(0, 1)[: packed.out_features].unbind(-1)
-    return QuantizedWeight(q, scale, zero, packed.group_size, bits=8)
-
-
 def _linear_aten(x: Tensor, packed: PackedLinear, bias: Tensor | None) -> Tensor:
     return aten_int4.linear_aten(x, packed.qweight, packed.scale_zero, bias, packed.out_features, packed.group_size)
 
 
 def _linear_native(x: Tensor, packed: PackedLinear, bias: Tensor | None) -> Tensor:
-    how = packed.out_features, packed.group_size, LAYOUTS[packed.layout].bits, NATIVE_LAYOUTS[packed.layout]
-    y: Tensor = native.load().linear(x, packed.qweight, packed.scale_zero, bias, *how)
+    sizes = packed.out_features, packed.group_size
+    y: Tensor = native.load().linear(x, packed.qweight, packed.scale_zero, bias, *sizes)
     return y
 
-
-#: Layouts of the C++ kernels: whether their products round activations to 8 bits.
-NATIVE_LAYOUTS = {"native": True, "native_16bit": False, "native_int8": True}
 
 LAYOUTS = {
     "triton": Layout(_pack_triton, _unpack_triton, group_sizes=GROUP_SIZES[:3]),
     "plain": Layout(_pack_plain, _unpack_plain),
     aten_int4.LAYOUT: Layout(_pack_aten, _unpack_aten, _linear_aten),
-    **dict.fromkeys(("native", "native_16bit"), Layout(_pack_native, _unpack_native, _linear_native, GROUP_SIZES[:3])),
-    "native_int8": Layout(_pack_int8, _unpack_int8, _linear_native, GROUP_SIZES[:3], bits=8),
+    NATIVE_LAYOUT: Layout(_pack_native, _unpack_native, _linear_native, GROUP_SIZES[:3]),
 }

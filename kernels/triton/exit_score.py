@@ -7,14 +7,10 @@ overflow, NaN) makes the score NaN, which exceeds no threshold.
 With `decides` the same launch compares the score with a bar in memory and notes the verdict, for a graph that decides
 by itself:
 
-    rule      float64 [2]: the bar, which no number exceeds where it is infinite and everything does, NaN included,
-              where it is NaN; and whether the check is asked (1 or 0), which only a history needs to know
+    rule      float64 [1]: the bar, which no number exceeds where it is infinite and everything does, NaN included,
+              where it is NaN
     verdict   float32 [4]: the score; in the first two bytes of the second number "leaves" and "stays"; two of no use,
               so that each of several in a row is aligned to 16 bytes
-    past      float32 [history + 1]: with `history`, the last scores of a check, newest last, and how many there are
-
-With `history` what is compared is the mean of the last scores, this one included, in float64 and added up from the
-oldest to the newest. A score that is NaN, or that is not asked for, is not remembered, and does not leave.
 
 One program visits all rows, the batch at decode, so their minimum needs no atomics. Not handled: strided rows.
 """
@@ -39,23 +35,18 @@ class ExitScoreSpec(KernelSpec):
     features: int  # the hidden size
     dtype: str = "bfloat16"  # of update, residual, previous and hidden
     decides: bool = False
-    history: int = 0  # scores that are averaged; 0: the score alone counts
     num_warps: int = 8
 
     def __post_init__(self) -> None:
         check_positive(rows=self.rows, features=self.features)
         check_choice("dtype", self.dtype, ACTIVATION_DTYPES)
-        if self.history < 0 or (self.history and not self.decides):
-            raise ValueError(f"history={self.history} needs decides=True, whose scores it counts, or is negative")
 
     def buffers(self, rows: int | None = None) -> dict[str, Buffer]:
         states = Buffer(self.dtype, (self.rows, self.features))
         score = Buffer("float32", (1,))
         found = {"update": states, "residual": states, "previous": states, "hidden": states, "score": score}
         if self.decides:
-            found |= {"rule": Buffer("float64", (2,)), "verdict": Buffer("float32", (4,))}
-        if self.history:
-            found["past"] = Buffer("float32", (self.history + 1,))
+            found |= {"rule": Buffer("float64", (1,)), "verdict": Buffer("float32", (4,))}
         return found
 
     def stages(self) -> tuple[Stage, ...]:

@@ -13,7 +13,7 @@ import torch
 from torch import fx
 from torch.fx.node import Argument
 
-from river_compile.kernels.quant.layouts import NATIVE_LAYOUTS
+from river_compile.kernels.quant.layouts import NATIVE_LAYOUT
 from river_compile.passes.edits import Missed
 from river_compile.passes.nodes import called, closure, is_tensor, rank, shape, value_of
 
@@ -67,7 +67,7 @@ class BlockView:
     @property
     def native(self) -> bool:
         """Whether the segment's products are those of the C++ kernels."""
-        return any(is_product(n) and n.args[6] in ("dense", *NATIVE_LAYOUTS) for n in self.graph.nodes)
+        return any(is_product(n) and n.args[6] in ("dense", NATIVE_LAYOUT) for n in self.graph.nodes)
 
     def attention(self) -> tuple[fx.Node, Attention]:
         """Returns the attention over the static cache, and its node; raises `Missed` where there is none."""

@@ -81,8 +81,8 @@ def _fused(program: RiverProgram, dense_layout: str) -> RiverProgram:
     return replace(program, twins=tuple(twins), river_head=head, fusions=(*program.fusions, *fusions))
 
 
-def fuse_checks(verdict: Sequence[str] = ()) -> Pass:
-    """Makes the pass below; where the device decides, `verdict` names what the checks' kernels then take beside."""
+def fuse_checks(decides: bool = False) -> Pass:
+    """Makes the pass below; with `decides` the checks' kernels make verdicts on the device."""
 
     def fuse_checks(program: RiverProgram) -> RiverProgram:
         """Fuses the exit checks of decode steps with the additions before them."""
@@ -91,9 +91,9 @@ def fuse_checks(verdict: Sequence[str] = ()) -> Pass:
         blocks, fusions = [], []
         for block in program.blocks:
             fused = block.copy() if block.has_score else block
-            done = _apply(fused, [fuse_exit_score(verdict)]) if block.has_score else []
-            decides = bool(verdict) and any(not fusion.missed for fusion in done)
-            blocks.append(replace(fused, decides=True) if decides else fused)
+            done = _apply(fused, [fuse_exit_score(decides)]) if block.has_score else []
+            is_fused = any(not fusion.missed for fusion in done)
+            blocks.append(replace(fused, decides=True) if decides and is_fused else fused)
             fusions += done
         return replace(program, blocks=tuple(blocks), fusions=(*program.fusions, *fusions))
 

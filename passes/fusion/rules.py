@@ -7,7 +7,7 @@ nothing. docs/lowering.md lists what each one matches. Not handled: names of mod
 from __future__ import annotations
 
 import operator
-from collections.abc import Callable, Sequence
+from collections.abc import Callable
 from dataclasses import replace
 
 import torch
@@ -15,7 +15,7 @@ import torch.nn.functional as F
 from torch import Tensor, fx
 
 from river_compile.kernels import ops  # noqa: F401  (registers the operators)
-from river_compile.kernels.quant.layouts import NATIVE_LAYOUTS
+from river_compile.kernels.quant.layouts import NATIVE_LAYOUT
 from river_compile.passes.edits import Missed, add_placeholders, call, drop_unused, put, require, reshaped, way_down
 from river_compile.passes.nodes import (
     before_views,
@@ -54,7 +54,7 @@ def fuse_gated_mlp(view: BlockView) -> fx.Node:
     product = _only(view.products("up"), "leads into an MLP")
     out, act, gated = _activated(product)
     require(only_used_for(product, out), "its result is used elsewhere too", product)
-    aligned = not gated or product.args[6] not in ("dense", *NATIVE_LAYOUTS) or product.args[4] % 32 == 0
+    aligned = not gated or product.args[6] not in ("dense", NATIVE_LAYOUT) or product.args[4] % 32 == 0
     require(aligned, f"the C++ kernels gate multiples of 16 features, not {product.args[4] // 2}", product)
     found, _ = _norm_before(product)
     return _put_linear(product.args, found, out, activation=act, gated=gated)
@@ -91,8 +91,8 @@ def fuse_head(dense_layout: str) -> Rule:
     return fuse_head
 
 
-def fuse_exit_score(verdict: Sequence[str]) -> Rule:
-    """Makes the rule of exit checks; `verdict` names a verdict's operands in order, none where the host decides."""
+def fuse_exit_score(decides: bool) -> Rule:
+    """Makes the rule of exit checks; with `decides` their kernel takes a rule and notes a verdict."""
 
     def fuse_exit_score(view: BlockView) -> fx.Node:
         """exit score."""
@@ -104,10 +104,10 @@ def fuse_exit_score(verdict: Sequence[str]) -> Rule:
         if found is None or not all(same_size(n, total) for n in found):
             raise Missed("the block does not end with the addition of two values of one shape and dtype", hidden)
         target: Callable = torch.ops.river.residual_score.default
-        others: list[fx.Node | None] = []
-        if verdict:
+        others: list[fx.Node] = []
+        if decides:
             target = torch.ops.river.residual_verdict.default
-            others = [*add_placeholders(graph, verdict), *[None] * (3 - len(verdict))]
+            others = add_placeholders(graph, ("rule", "verdict"))
         value = (value_of(total), value_of(hidden).new_empty((), dtype=torch.float32))
         with graph.inserting_before(total):
             residual, update, before = (reshaped(n, total) for n in (*found, previous))
@@ -196,7 +196,7 @@ def _fuse_residual(product: fx.Node) -> fx.Node:
 
 def _fuse_norm_residual(product: fx.Node, normed: fx.Node, found: Normed) -> fx.Node:
     """Makes one operator of a norm after a product and the addition after it (Gemma's and OLMo's sandwich norms)."""
-    native = product.args[6] in ("dense", *NATIVE_LAYOUTS)
+    native = product.args[6] in ("dense", NATIVE_LAYOUT)
     require(native, "a norm stands between it and the addition", normed)
     last, total = way_down(normed)
     arguments = (found.x, found.kind, found.weight, found.bias, found.eps, _residual(last, total))

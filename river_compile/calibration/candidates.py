@@ -1,9 +1,9 @@
 """Chooses the exit rules that calibration considers, by what the pilot texts show.
 
-"similarity" and "history" decide block by block, so each rule is decoded. "confidence" and "doubt" have one exit and a
-number for each token beforehand: one run in which every token leaves gives, for every threshold at once, which tokens
-would have left and what they lost (slightly too much: the cache holds no exact entries of tokens that a rule would have
-kept). What is promised is decoded again on other texts in any case.
+"similarity" decides block by block, so each rule is decoded. "confidence" and "doubt" have one exit and a number for
+each token beforehand: one run in which every token leaves gives, for every threshold at once, which tokens would have
+left and what they lost (slightly too much: the cache holds no exact entries of tokens that a rule would have kept).
+What is promised is decoded again on other texts in any case.
 """
 
 from __future__ import annotations

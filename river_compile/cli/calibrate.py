@@ -19,7 +19,7 @@ def calibrate(
         Path | None, typer.Option(help="Texts like yours, separated by empty lines; without: Python's documentation.")
     ] = None,
     output: Annotated[Path | None, typer.Option("--output", "-o", help="Write the calibration as JSON.")] = None,
-    criterion: Annotated[str, typer.Option(help="similarity, history, confidence or doubt.")] = "confidence",
+    criterion: Annotated[str, typer.Option(help="similarity, confidence or doubt.")] = "confidence",
     tokens: Annotated[int, typer.Option(help="Measured in each text.")] = 8,
     context: Annotated[int, typer.Option(help="Tokens of each text that run as its prompt.")] = 16,
     dtype: Dtype = "bfloat16",

@@ -59,7 +59,7 @@ def pack(
     if recipe:
         copy_recipe(folder)
     report = report_of(network)
-    packed = [site for site in report.packed if not site.kept]
+    packed = report.packed
     result: dict[str, Any] = {
         "model": model,
         "folder": str(output),

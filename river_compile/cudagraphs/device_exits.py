@@ -29,7 +29,7 @@ from types import TracebackType
 import torch
 from torch import Tensor
 
-from river_compile.exit_rule import ALWAYS, NEVER, Rule, forks, history_of, why_host_decides
+from river_compile.exit_rule import ALWAYS, NEVER, Rule, forks, why_host_decides
 from river_compile.exits import ExitPolicy
 from river_compile.passes.program import DecoderPlan, RiverProgram, Segment
 from river_compile.runtime.runner import Outcome, Runner, Step
@@ -44,8 +44,6 @@ from .verdicts import Verdicts
 
 _PLACES = 2  # steps whose outcomes may wait to be read
 _RULES = 64  # whose rows are kept on the device
-
-_Asked = tuple[tuple[float, ...], tuple[int, ...]]  # of a rule: the bars, and the depths with a score that is asked for
 
 
 class Walk:
@@ -177,10 +175,10 @@ class DeviceExits(CapturedRunner):
         self.verdicts = verdicts
         self.walk = Walk(program, inside, forks(policy, program.plan), last, policy.may_doubt, verdicts)
         self.step = WholeStep(**vars(self.units.step(last)), walk=self.walk)
-        self._kept: OrderedDict[_Asked, Tensor | None] = OrderedDict()
+        self._kept: OrderedDict[tuple[float, ...], Tensor | None] = OrderedDict()
         self._outcomes = _Outcomes(self.device, verdicts.outcome, self.walk.read)
-        # What the device has: the bars and which blocks are asked, and whether a score was given.
-        self._asked: _Asked | None = None
+        # What the device has: the bars, and whether a score was given.
+        self._bars: tuple[float, ...] | None = None
         self._was_given = True
         # Of the step that runs: whether it is the first one on its inputs, its rule and its outcome.
         self._is_first = False
@@ -193,9 +191,8 @@ class DeviceExits(CapturedRunner):
 
     def __exit__(self, kind: type[BaseException] | None, error: object, traceback: TracebackType | None) -> None:
         if kind is not None:
-            self._asked, self._was_given = None, True
+            self._bars, self._was_given = None, True
             self._outcomes.forget(self._sent)
-            self.verdicts.let_go()
         super().__exit__(kind, error, traceback)
 
     def _buffers(self) -> list[Tensor]:
@@ -216,48 +213,38 @@ class DeviceExits(CapturedRunner):
     def finish(self, slots: list) -> tuple:
         if self._is_first:
             self.launcher.note_run(self.step, slots)
-        results = super().finish(slots)
-        sent, rule = self._sent, self._rule
-        if sent is None or rule is None:  # (checks ran in pieces, by another rule than the one that they saw)
-            self.verdicts.let_go()
-        elif rule.scores is not None:
-            seen = rule._replace(scores=None).seen  # (what is kept there holds no scores)
-            rule.scores.follow(lambda: seen(sent()), _PLACES)
-        return results
+        return super().finish(slots)
 
     def _follows(self, rule: Rule) -> Tensor | None:
         """Returns a rule's rows on the device, None where a token may leave at a depth that is no fork.
 
         To bring new ones there the host waits for what was launched; they are kept for the next time.
         """
-        asked = rule.bars, rule.asked
-        if asked not in self._kept:
-            walk, leaving = self.walk, [depth for depth, bar in enumerate(rule.bars[:-1]) if bar != NEVER]
+        bars = rule.bars
+        if bars not in self._kept:
+            walk, leaving = self.walk, [depth for depth, bar in enumerate(bars[:-1]) if bar != NEVER]
             here, rules = {*walk.forks, walk.last}.issuperset(leaving), self.verdicts.rules
-            rows = [[bar, depth in rule.asked] for depth, bar in enumerate(rule.bars)]
-            self._kept[asked] = torch.tensor(rows, dtype=rules.dtype, device=rules.device) if here else None
+            rows = [[bar, 0.0] for bar in bars]
+            self._kept[bars] = torch.tensor(rows, dtype=rules.dtype, device=rules.device) if here else None
             if len(self._kept) > _RULES:
                 self._kept.popitem(last=False)
-        return self._kept[asked]
+        return self._kept[bars]
 
     def _tell(self, rule: Rule, rules: Tensor) -> None:
-        """Brings a rule to where the next launch reads it, and the scores that it counts."""
-        verdicts, given, asked = self.verdicts, rule.given, (rule.bars, rule.asked)
-        if asked != self._asked:
+        """Brings a rule to where the next launch reads it."""
+        verdicts, given = self.verdicts, rule.given
+        if rule.bars != self._bars:
             self.device.run(lambda: verdicts.rules.copy_(rules))
-            self._asked = asked
+            self._bars = rule.bars
         if given is not None:
             self.device.run(lambda: verdicts.given.copy_(given))
         elif self._was_given:
             self.device.run(lambda: verdicts.given.fill_(math.nan))
         self._was_given = given is not None
-        past, rows = verdicts.past, None if rule.scores is None else verdicts.hold(rule.scores)
-        if past is not None and rows is not None:
-            self.device.run(lambda: past.copy_(rows))
 
     def _rehearse(self, slots: list) -> None:
         if self.walk.forks and self.device.needs_a_run:
-            own, self._asked = list(slots), None
+            own, self._bars = list(slots), None
             self.device.run(lambda: self.walk.rehearse(own))
 
 
@@ -308,7 +295,7 @@ def verdicts_for(plan: DecoderPlan, policy: ExitPolicy, device: CaptureDevice, c
     """
     why = device.why_undecided() or why_host_decides(policy, plan)
     if why is None:
-        return Verdicts(plan.num_blocks, plan.device, history_of(policy))
+        return Verdicts(plan.num_blocks, plan.device)
     captures.uncaptured_units["step"] = why
     return None
 

@@ -26,7 +26,7 @@ from river_compile.kernels.native.build import CannotBuild
 from river_compile.kernels.native.isa import chosen
 from river_compile.kernels.quant.aten_int4 import LAYOUT as ATEN_LAYOUT
 from river_compile.kernels.quant.aten_int4 import has_fast_kernel
-from river_compile.kernels.quant.layouts import LAYOUTS, NATIVE_LAYOUTS
+from river_compile.kernels.quant.layouts import LAYOUTS, NATIVE_LAYOUT
 from river_compile.kernels.triton.devices import device_name, starts_early
 
 TRITON_LAYOUT = "triton"
@@ -49,7 +49,7 @@ class Lowering:
     @property
     def native(self) -> bool:
         """Whether the kernels are those in C++."""
-        return self.layout in NATIVE_LAYOUTS
+        return self.layout == NATIVE_LAYOUT
 
     @property
     def dense_layout(self) -> str:
@@ -95,12 +95,11 @@ def choose_lowering(config: RiverConfig, device: torch.device) -> Lowering:
 
 def _native_pays(config: RiverConfig, on_gpu: bool) -> bool:
     """Tells whether the C++ kernels are the fastest here: the processor's vectors are known to them."""
-    return not on_gpu and config.group_size in LAYOUTS["native"].group_sizes and chosen().name != "portable"
+    return not on_gpu and config.group_size in LAYOUTS[NATIVE_LAYOUT].group_sizes and chosen().name != "portable"
 
 
 def _native(config: RiverConfig, on_gpu: bool) -> Lowering:
-    layout = "native" if config.activations == "8bit" else "native_16bit"
-    sizes = LAYOUTS[layout].group_sizes
+    sizes = LAYOUTS[NATIVE_LAYOUT].group_sizes
     if on_gpu or config.group_size not in sizes:
         wrong = "the model is on a GPU" if on_gpu else f"group_size={config.group_size} is none of {sizes}"
         raise OptionError(f"lowering='native' has no kernel here: {wrong}; use lowering='auto'")
@@ -109,7 +108,7 @@ def _native(config: RiverConfig, on_gpu: bool) -> Lowering:
     except CannotBuild as error:
         warn_once(f"twins are C++ that is compiled here, and it cannot be, so their products are ATen's: {error}")
         return Lowering("inductor", ATEN_LAYOUT, fuse=False)
-    return Lowering("inductor", layout, fuse=True)
+    return Lowering("inductor", NATIVE_LAYOUT, fuse=True)
 
 
 def warn_of_slow_lowering(lowering: Lowering, device: torch.device) -> None:
@@ -117,7 +116,7 @@ def warn_of_slow_lowering(lowering: Lowering, device: torch.device) -> None:
     if lowering.layout == ATEN_LAYOUT and not has_fast_kernel():
         capability = torch.backends.cpu.get_cpu_capability()
         warn_once(f"this processor ({capability}) has no fast int4 kernel in ATen: River's answers are right, but slow")
-    elif lowering.layout not in (ATEN_LAYOUT, *NATIVE_LAYOUTS) and device.type == "cpu":
+    elif lowering.layout == TRITON_LAYOUT and device.type == "cpu":
         warn_once(
             "lowering='triton' on a CPU runs the generated kernels in Triton's interpreter: the answers are a GPU's, "
             "up to rounding, and take thousands of times longer; use lowering='auto' for anything but a test"

@@ -18,7 +18,7 @@ from torch import Tensor, fx
 from river_compile.kernels.native import load as native
 from river_compile.kernels.native.tape import Tape
 from river_compile.kernels.portable import largest_entropy
-from river_compile.kernels.quant.layouts import LAYOUTS, NATIVE_LAYOUTS
+from river_compile.kernels.quant.layouts import NATIVE_LAYOUT
 from river_compile.passes.backbone import parts_of
 from river_compile.passes.edits import drop_unused
 from river_compile.passes.nodes import called, is_tensor, rank, shape, value_of
@@ -114,17 +114,15 @@ def use_native(graph: fx.Graph) -> None:
             node.target = alike[node.target]
         elif called(node, ours.linear.default):
             _use_native_product(node, native_ops)
-        elif called(node, ours.experts.default) and node.args[-1] in NATIVE_LAYOUTS:
-            *tensors, out_features, group_size, layout = node.args
-            how = group_size, LAYOUTS[layout].bits, NATIVE_LAYOUTS[layout]
-            node.target, node.args = native_ops.experts.default, (*tensors, out_features, *how)
+        elif called(node, ours.experts.default) and node.args[-1] == NATIVE_LAYOUT:
+            *tensors, out_features, group_size, _ = node.args
+            node.target, node.args = native_ops.experts.default, (*tensors, out_features, group_size)
 
 
 def _use_native_product(node: fx.Node, native_ops: Any) -> None:
     x, weight, scale_zero, bias, out_features, group_size, layout = node.args
-    if layout in NATIVE_LAYOUTS:
-        how = group_size, LAYOUTS[layout].bits, NATIVE_LAYOUTS[layout]
-        node.target, node.args = native_ops.linear.default, (x, weight, scale_zero, bias, out_features, *how)
+    if layout == NATIVE_LAYOUT:
+        node.target, node.args = native_ops.linear.default, (x, weight, scale_zero, bias, out_features, group_size)
     elif layout == "dense":
         node.target, node.args = native_ops.dense.default, (x, parts_of(weight), parts_of(bias))
         for joined in filter(None, (weight, bias)):

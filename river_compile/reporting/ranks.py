@@ -20,8 +20,7 @@ def note_ranks(program: RiverProgram, record: GraphRecord, ranks: Ranks) -> None
     """Notes what each rank packed for a graph, and warns of what stays in 16 bits, routers aside."""
     if not ranks.several or not program.twins:
         return
-    sites = record.of(GraphTwins)
-    packed = [site for site in sites if not site.kept]
+    packed = record.of(GraphTwins)
     mine = {
         "rank": ranks.name,
         "matrices": len(packed),

@@ -99,7 +99,6 @@ class Report:
                     "statistics": p.statistics or None,
                     "sqnr_db": _finite(p.sqnr),
                     "output_sqnr_db": _finite(p.output_sqnr),
-                    "in_16_bits": p.kept,
                     "bytes": p.nbytes,
                     "artifact": p.artifact or None,
                 }
@@ -256,7 +255,7 @@ def _fusion_lines(fusions: Sequence[Fusion]) -> Iterator[str]:
 
 
 def _packed_lines(report: Report) -> Iterator[str]:
-    packed = [p for p in report.packed if not p.kept]
+    packed = report.packed
     size = sum(p.nbytes for p in packed) / 1e6
     quantizers = ", ".join(sorted({p.quantizer for p in packed}))
     yield f"  packed         {len(packed)} matrices ({quantizers}), {size:.1f} MB, in {report.packing_seconds:.1f} s"

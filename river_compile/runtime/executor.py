@@ -216,7 +216,7 @@ class RiverExecutor:
                 runner.blocks(slots, done, depth)
             else:
                 scores.append(runner.score(slots, done, depth))
-                if policy.leaves(depth, scores[-1], memory):
+                if policy.leaves(depth, scores[-1]):
                     return depth, scores, None
             done = depth
         runner.blocks(slots, done, last)

@@ -60,12 +60,6 @@ class Trace:
         reached = [[row.accepted > i for row in rows if len(row.drafted) > i] for i in range(longest)]
         return [sum(kept) / len(kept) for kept in reached]
 
-    @property
-    def acceptance_by_source(self) -> dict[str, float]:
-        """Share of the tokens drafted by each source that exact mode kept."""
-        drafted = Counter(source for cycle in self.cycles for source in cycle.drafted)
-        return {source: self.kept_sources.get(source, 0) / count for source, count in drafted.items()}
-
     def plot(self, path: str | Path, texts: list[str] | None = None) -> Path:
         """Draws the tokens above their texts as a PNG; returns the path.
 

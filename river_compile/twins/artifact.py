@@ -1,12 +1,11 @@
 """Packed twins on disk: a folder with one file, ``twins.safetensors``.
 
     <key>.qweight, .scale_zero   as the matrix's layout has them (`river_compile.kernels.quant.layouts`); a stack of
-                                 experts has a dimension more in front. key = name/quantizer asked for/group
-                                 size; "int8" is asked for where 8 bits are
+                                 experts has a dimension more in front. key = name/quantizer asked for/group size
     <key>.input_scale            float32 ``[K]``, for a matrix whose inputs are scaled
     metadata                     "format", "version", "matrices" (JSON: the fields of `_SavedMatrix`, ratios as text,
-                                 since JSON knows no infinity; one that stays in 16 bits has no tensors) and "sha256",
-                                 the hash of the file with this hash taken as zeros
+                                 since JSON knows no infinity) and "sha256", the hash of the file with this hash taken
+                                 as zeros
 
 What is stored are the bytes that the kernel reads which the twins were packed for, where they are the same on every
 machine: they are mapped, and the processes that map them share one copy. For other kernels, and for ATen's, whose bytes
@@ -42,11 +41,10 @@ from .make import Grid, PackedSite, Ratios
 
 log = logging.getLogger("river_compile.twins")
 FORMAT = "river-twins"
-VERSION = 6
+VERSION = 7
 FILE = "twins.safetensors"
 _MANIFEST_2 = "river.json"  # of version 2, which had a file for it
-_KINDS = {name: str for name in ("name", "quantizer", "asked", "statistics", "weights_sha256")} | {"stored": bool}
-_EIGHT_BITS = "int8"
+_KINDS = {name: str for name in ("name", "quantizer", "asked", "statistics", "weights_sha256")}
 _NEW = "leave artifact= out and save a new one"
 
 
@@ -55,11 +53,9 @@ class _SavedMatrix(Ratios):
     """One matrix of an artifact.
 
     Attributes:
-        name, shape, group_size, experts, quantizer, statistics: as in its :class:`PackedSite`.
-        asked: as there, "int8" for 8 bits.
+        name, shape, group_size, experts, quantizer, asked, statistics: as in its :class:`PackedSite`.
         layout: of its bytes.
         weights_sha256: hash of the parameters it was made from, see :func:`digest_of`.
-        stored: False where it stays in 16 bits, below the floor of `min_sqnr`.
     """
 
     name: str
@@ -71,7 +67,6 @@ class _SavedMatrix(Ratios):
     statistics: str
     layout: str
     weights_sha256: str
-    stored: bool
 
     @classmethod
     def from_json(cls, entry: dict[str, Any]) -> _SavedMatrix:
@@ -102,8 +97,6 @@ class _SavedMatrix(Ratios):
 
     def tensors(self) -> dict[str, tuple[tuple[int, ...], tuple[torch.dtype, ...]]]:
         """Returns shapes and possible dtypes of its tensors, by the end of their names."""
-        if not self.stored:
-            return {}
         stack, k = (self.experts,) if self.experts else (), self.shape[1]
         packed = tensors_of(self.layout, self.rows, k, self.group_size)
         found = {part: ((*stack, *shape), dtypes) for part, (shape, dtypes) in packed.items()}
@@ -124,25 +117,23 @@ def write_artifact(folder: Path, sites: Sequence[PackedSite]) -> None:
         raise ArtifactError(f"cannot save to {folder}: it exists and is not an empty folder; name another or remove it")
     matrices: dict[str, dict[str, object]] = {}
     tensors: dict[str, Tensor] = {}
-    for site in sorted(sites, key=lambda site: not site.kept):  # with 4-bit weights rather than without
+    for site in sites:
         entry: dict[str, Any] = {
             "name": site.name,
             "shape": site.shape,
             "group_size": site.group_size,
             "experts": site.experts,
             "quantizer": site.quantizer,
-            "asked": _asked(site.product, site.asked),
+            "asked": site.asked,
             "statistics": site.statistics,
             "layout": portable(site.product.layout),
             "weights_sha256": site.digest,
-            "stored": not site.kept,
             "sqnr": str(site.sqnr),
             "output_sqnr": None if site.output_sqnr is None else str(site.output_sqnr),
         }
         matrix = _SavedMatrix.from_json(entry)
         matrices[matrix.key] = entry
-        if site.weight is not None:
-            tensors |= _tensors(matrix.key, site.weight.as_layout(matrix.layout), site.input_scale)
+        tensors |= _tensors(matrix.key, site.weight.as_layout(matrix.layout), site.input_scale)
     metadata = {"format": FORMAT, "version": str(VERSION), "matrices": json.dumps(list(matrices.values()))}
     try:
         with appearing(folder) as scratch:
@@ -202,18 +193,13 @@ class Artifact:
                     f"name the artifact of this model, or {_NEW}",
                 )
 
-    def find(self, site: Product, quantizer: str, digest: str, min_sqnr: float | None) -> Grid | None:
+    def find(self, site: Product, quantizer: str, digest: str) -> Grid:
         """Returns what is saved of a product that was made in this way from parameters with this digest.
 
-        None for a product in 8 bits that is not saved: it is rounded to nearest in a moment.
-
         Raises:
-            ArtifactError: there is none, or it was left in 16 bits and is to have 4-bit weights.
+            ArtifactError: there is none.
         """
-        asked, eight = _asked(site, quantizer), site.bits == 8
-        matrices = [m for m in self._matrices if m.name == site.name and (m.asked == _EIGHT_BITS) == eight]
-        if not matrices and eight:
-            return None
+        matrices = [matrix for matrix in self._matrices if matrix.name == site.name]
         if not matrices:
             raise self._refusal(
                 f"it holds no matrix {site.name}",
@@ -221,7 +207,7 @@ class Artifact:
                 "and save a new one",
             )
         ways = {(matrix.asked, matrix.group_size): matrix for matrix in matrices}
-        matrix = ways.get((asked, site.group_size))
+        matrix = ways.get((quantizer, site.group_size))
         if matrix is None:
             found = ", ".join(f"quantizer={name!r} group_size={size}" for name, size in sorted(ways))
             raise self._refusal(
@@ -237,18 +223,10 @@ class Artifact:
         input_scale = self._tensors.get(f"{matrix.key}.input_scale")
         if input_scale is not None and not site.scales_inputs:
             raise self._refusal(f"{site.name} has an input_scale that its twin does not apply")
-        if not matrix.stored and not matrix.below(min_sqnr):
-            raise self._refusal(
-                f"{site.name} was left in 16 bits at {matrix.quality:.2f} dB, below the min_sqnr= of that time",
-                f"pass the same min_sqnr=, or {_NEW}",
-            )
-        weight = None
-        if matrix.stored:
-            q, scale_zero = (self._tensors[f"{matrix.key}.{part}"] for part in ("qweight", "scale_zero"))
-            sizes = matrix.group_size, matrix.shape[1], matrix.rows, matrix.experts
-            weight = PackedLinear(matrix.layout, q, scale_zero, *sizes)
+        q, scale_zero = (self._tensors[f"{matrix.key}.{part}"] for part in ("qweight", "scale_zero"))
+        sizes = matrix.group_size, matrix.shape[1], matrix.rows, matrix.experts
         return Grid(
-            weight=weight,
+            weight=PackedLinear(matrix.layout, q, scale_zero, *sizes),
             quantizer=matrix.quantizer,
             statistics=matrix.statistics,
             input_scale=input_scale,
@@ -301,11 +279,6 @@ class Artifact:
 
 def _other_version(version: str | None) -> str:
     return f"it has version {version}, this release reads {VERSION}"
-
-
-def _asked(product: Product, quantizer: str) -> str:
-    """Returns under which name a product is kept that the options' quantizer made; it rounds 8 bits to nearest."""
-    return _EIGHT_BITS if product.bits == 8 else quantizer
 
 
 def _tensors(key: str, packed: PackedLinear, input_scale: Tensor | None) -> dict[str, Tensor]:

@@ -35,7 +35,7 @@ class BlockError:
         path: its module path.
         kl: mean KL divergence from the model with all its blocks, in nats per token.
         agreement: share of tokens whose most likely successor stays the same.
-        matrix: its 4-bit matrix with the least signal-to-noise ratio, empty where all stay in 16 bits.
+        matrix: its 4-bit matrix with the least signal-to-noise ratio.
         sqnr: that ratio in dB: of the outputs where they were observed, else of the weights.
     """
 
@@ -72,8 +72,7 @@ class BlockErrors:
             f"  {'block':>5} {'KL':>9} {'agreement':>10} {'least SQNR':>11}",
         ]
         for b in self.blocks:
-            least = f"{b.sqnr:>8.1f} dB  {b.matrix}" if b.matrix else f"{'16 bits':>11}"
-            lines.append(f"  {b.block:>5} {b.kl:>9.5f} {b.agreement:>10.1%} {least}")
+            lines.append(f"  {b.block:>5} {b.kl:>9.5f} {b.agreement:>10.1%} {b.sqnr:>8.1f} dB  {b.matrix}")
         return "\n".join(lines)
 
 
@@ -119,9 +118,8 @@ def block_errors(
                 bar.update()
     blocks = []
     for (number, path, packed), (kl, agreed) in zip(sites, sums, strict=True):
-        worst = min((site for site in packed if not site.kept), key=lambda site: site.quality, default=None)
-        name, quality = ("", float("inf")) if worst is None else (worst.name, worst.quality)
-        blocks.append(BlockError(number, path, kl / tokens, agreed / tokens, name, quality))
+        worst = min(packed, key=lambda site: site.quality)
+        blocks.append(BlockError(number, path, kl / tokens, agreed / tokens, worst.name, worst.quality))
     found = BlockErrors(tuple(blocks), tokens)
     state.put(found)
     return found
@@ -146,8 +144,6 @@ def _twin_weights(model: nn.Module, packed: Sequence[PackedSite]) -> dict[str, T
         sources = site.fresh_sources()
         if sources is None:
             raise ValueError(changed_since(site.name))
-        if site.kept:
-            continue
         parts = site.dequantize().split(site.out_features)
         for source, part in zip(sources.weights, parts, strict=True):
             part = part.unflatten(0, (site.experts, -1)) if site.experts else part

@@ -59,7 +59,7 @@ def export(model: nn.Module, folder: str | Path, format: str = "compressed-tenso
     if folder.exists() and (not folder.is_dir() or any(folder.iterdir())):
         raise ArtifactError(f"cannot export to {folder}: it exists and is not an empty folder; name another")
     plain: Any = unwrap(model)
-    sites = [site for site in packed_twins(model, folder) if site.product.bits == 4 and not site.kept]
+    sites = list(packed_twins(model, folder))
     _check(sites, folder)
     state: dict[str, Tensor] = dict(plain.state_dict())
     for site in sites:

@@ -72,7 +72,7 @@ class _InTwins(Products):
         super().__init__(parameters)
         self._parts: dict[int, tuple[PackedSite, int]] = {}  # by parameter: its product, and which part of it
         for site in packed:
-            sources = None if site.kept else site.sources.get()
+            sources = site.sources.get()
             if sources is not None:
                 self._parts |= {id(weight): (site, i) for i, weight in enumerate(sources.weights)}
         self._last: tuple[PackedSite, Tensor] | None = None

@@ -14,7 +14,7 @@ import torch
 from torch import Tensor
 
 from river_compile.kernels.quant.calibrated import output_energy, output_sqnr_db, quantize_observed
-from river_compile.kernels.quant.grid import QuantizedWeight, decibels, quantize, quantize_8bit, sqnr_db
+from river_compile.kernels.quant.grid import QuantizedWeight, decibels, quantize, sqnr_db
 from river_compile.kernels.quant.layouts import PackedLinear
 from river_compile.passes.program import Product
 from river_compile.upstream.tensors import as_ordinary
@@ -40,17 +40,13 @@ class Ratios:
 
     @property
     def quality(self) -> float:
-        """The ratio that a floor is about: of the outputs where they were observed."""
+        """The ratio of the outputs where they were observed, else of the weights."""
         return self.sqnr if self.output_sqnr is None else self.output_sqnr
-
-    def below(self, floor: float | None) -> str:
-        """Returns why a matrix stays in 16 bits with this floor in dB (None: no floor), empty where it does not."""
-        return f"SQNR below min_sqnr={floor:g} dB" if floor is not None and self.quality < floor else ""
 
 
 @dataclass(kw_only=True)
 class Grid(Ratios):
-    """A 4-bit matrix that was just found, or as an artifact holds it (None where it was left in 16 bits).
+    """A 4-bit matrix that was just found, or as an artifact holds it.
 
     Attributes:
         quantizer: what found it.
@@ -58,7 +54,7 @@ class Grid(Ratios):
         input_scale: what its inputs are divided by, float32 ``[K]``, None: by nothing.
     """
 
-    weight: QuantizedWeight | PackedLinear | None
+    weight: QuantizedWeight | PackedLinear
     quantizer: str
     statistics: str = ""
     input_scale: Tensor | None = None
@@ -66,7 +62,7 @@ class Grid(Ratios):
 
 @dataclass(kw_only=True, eq=False)
 class PackedSite(Ratios):
-    """One matrix product of a twin as its kernel reads it, or why it stays in 16 bits.
+    """One matrix product of a twin as its kernel reads it.
 
     It is one object, with the same tensors, for as long as graphs are compiled with them: where its parameters change
     it is packed again in place (:meth:`become`).
@@ -78,11 +74,10 @@ class PackedSite(Ratios):
         key: how it was asked for, beside its parameters.
         sources: the parameters that it stands for.
         looks, digest: how they looked when they were last compared, and their hash; see `sources.py`.
-        weight: the packed matrix, None where the product stays in 16 bits.
+        weight: the packed matrix.
         extras: what the twin's graph takes after it: the bias ``[N]`` where a linear has one, and where inputs are
             scaled the norm's parameters divided by the scale, or its inverse.
         input_scale: float32 ``[K]``, what "awq" divides the inputs by, None where they stay as they are.
-        reason: why the product stays in 16 bits, empty where it does not.
         artifact: the folder that its grid was read from, empty where it was quantized here.
     """
 
@@ -93,10 +88,9 @@ class PackedSite(Ratios):
     sources: HeldSources
     looks: Looks
     digest: str
-    weight: PackedLinear | None = None
+    weight: PackedLinear
     extras: tuple[Tensor, ...] = ()
     input_scale: Tensor | None = None
-    reason: str = ""
     artifact: str = ""
     key: tuple[object, ...] = ()
 
@@ -126,8 +120,8 @@ class PackedSite(Ratios):
 
     @property
     def tensors(self) -> tuple[Tensor, ...]:
-        """What the twin's graph takes, in order; nothing where the product stays in 16 bits."""
-        return () if self.weight is None else (self.weight.qweight, self.weight.scale_zero, *self.extras)
+        """What the twin's graph takes, in order."""
+        return self.weight.qweight, self.weight.scale_zero, *self.extras
 
     @property
     def shape(self) -> tuple[int, int]:
@@ -137,11 +131,6 @@ class PackedSite(Ratios):
     @property
     def nbytes(self) -> int:
         return sum(tensor.nbytes for tensor in self.tensors)
-
-    @property
-    def kept(self) -> bool:
-        """True for a product that stays in 16 bits."""
-        return self.weight is None
 
     def stands_for(self, sources: Sources, *, thorough: bool = False) -> bool:
         """Tells whether it was made from these parameters as they are now, by their digest where their looks differ.
@@ -162,12 +151,9 @@ class PackedSite(Ratios):
         return sources if sources is not None and self.stands_for(sources) else None
 
     def become(self, other: PackedSite) -> None:
-        """Takes over another packing of the same product, in the tensors that compiled code holds.
-
-        What is compiled decides whether it has 4 bits: a floor for the ratio changes nothing here.
-        """
+        """Takes over another packing of the same product, in the tensors that compiled code holds."""
         with torch.inference_mode():  # (which may write to any tensor)
-            for mine, new in zip(self.tensors, other.tensors, strict=True) if not self.kept else ():
+            for mine, new in zip(self.tensors, other.tensors, strict=True):
                 mine.copy_(new)
         self.quantizer, self.statistics = other.quantizer, other.statistics
         self.artifact, self.input_scale = other.artifact, other.input_scale
@@ -176,7 +162,6 @@ class PackedSite(Ratios):
 
     def dequantize(self) -> Tensor:
         """Returns the matrix ``[N, K]`` that the twin multiplies its block's inputs by, float32."""
-        assert self.weight is not None, f"{self.name} stays in 16 bits"
         weight = self.weight.dequantize()
         return weight if self.input_scale is None else weight / self.input_scale
 
@@ -184,16 +169,10 @@ class PackedSite(Ratios):
 def quantize_site(
     product: Product, weights: Sequence[Tensor], quantizer: str, inputs: InputMoments | None = None
 ) -> Grid:
-    """Finds the grid of a product's weights; "awq" and "gptq" need the second moments of its inputs.
-
-    In 8 bits weights are rounded to nearest, whatever the quantizer.
-    """
+    """Finds the grid of a product's weights; "awq" and "gptq" need the second moments of its inputs."""
     weight = torch.cat([w.T if product.transposed else w for w in map(as_ordinary, weights)])
-    if inputs is None or product.bits == 8:
-        if product.bits == 8:
-            grid = quantize_8bit(weight, product.group_size, _STORED_AS)
-        else:
-            grid = quantize(weight, product.group_size, quantizer).rounded(_STORED_AS)
+    if inputs is None:
+        grid = quantize(weight, product.group_size, quantizer).rounded(_STORED_AS)
         return Grid(weight=grid, quantizer=quantizer, sqnr=sqnr_db(weight, grid.dequantize()))
     moments = inputs.matrix()
     grid, scale = quantize_observed(

@@ -32,7 +32,7 @@ class Maker:
     """Makes packed products in one way.
 
     Attributes:
-        config: its `quantizer`, `min_sqnr` and `artifact` say how.
+        config: its `quantizer` and `artifact` say how.
         artifact: what is read instead of made.
         number: distinguishes the statistics that it was made to use.
         observation: what the matrices read, None where that is not known, or not asked for yet.
@@ -49,20 +49,20 @@ class Maker:
 
     def key(self, site: LinearSite) -> tuple[object, ...]:
         """Returns what, beside the parameters, decides how a product is packed."""
-        number = self.number if self.needs_statistics(site) else 0
-        how = (self.config.quantizer, self.config.min_sqnr, self.origin, number)
-        return (site.name, site.group_size, site.layout, *how)
+        number = self.number if self.needs_statistics else 0
+        return site.name, site.group_size, site.layout, self.config.quantizer, self.origin, number
 
-    def needs_statistics(self, site: LinearSite) -> bool:
-        """Tells whether a product is made with statistics; in 8 bits all are rounded to nearest."""
-        return site.bits == 4 and self.artifact is None and self.config.quantizer in OBSERVING
+    @property
+    def needs_statistics(self) -> bool:
+        """Whether products are made with statistics."""
+        return self.artifact is None and self.config.quantizer in OBSERVING
 
     def look_up(self, site: LinearSite, sources: Sources) -> Known:
         """Returns what the artifact holds of a product, or what is known of its inputs, where that is asked for."""
         quantizer = self.config.quantizer
         if self.artifact is not None:
-            return self.artifact.find(site, quantizer, sources.digest, self.config.min_sqnr)
-        if self.observation is None or not self.needs_statistics(site):
+            return self.artifact.find(site, quantizer, sources.digest)
+        if self.observation is None or not self.needs_statistics:
             return None
         moments = self.observation.moments_of(sources.weights[0])
         if moments is None and not self.observation.own:
@@ -74,20 +74,20 @@ class Maker:
         return moments
 
     def make(self, site: LinearSite, sources: Sources, known: Known) -> PackedSite:
-        """Quantizes, or reads, and packs a product; below the floor there is nothing to pack."""
-        made = _made(site.product, sources, self.config.quantizer, known, self.config.min_sqnr, self.observation)
+        """Quantizes, or reads, and packs a product."""
+        made = _made(site.product, sources, self.config.quantizer, known, self.observation)
         return replace(made, key=self.key(site), artifact=self.origin)
 
 
 def needs_moments(site: PackedSite) -> bool:
     """Tells whether a packed product is made again with statistics."""
-    return site.product.bits == 4 and site.asked in OBSERVING
+    return site.asked in OBSERVING
 
 
 def made_again(site: PackedSite, sources: Sources, observation: Observation | None) -> PackedSite:
     """Returns a new packing of a product from what its parameters are now, which no artifact has."""
     known = None if observation is None else observation.moments_of(sources.weights[0])
-    return _made(site.product, sources, site.asked, known if needs_moments(site) else None, None, observation)
+    return _made(site.product, sources, site.asked, known if needs_moments(site) else None, observation)
 
 
 @torch.no_grad()
@@ -96,7 +96,6 @@ def _made(
     sources: Sources,
     asked: str,
     known: Known,
-    min_sqnr: float | None,
     observation: Observation | None,
 ) -> PackedSite:
     """Packs a product from a known grid, or quantizes it with what is known of its inputs."""
@@ -104,14 +103,8 @@ def _made(
     found = known if isinstance(known, Grid) else _quantized(product, sources, asked, known)
     if observation is not None and found.output_sqnr is not None and not isinstance(known, Grid):
         found = replace(found, statistics=observation.source)
-    reason, weight, scale = found.below(min_sqnr), None, None
-    extras: tuple[torch.Tensor, ...] = ()
-    if not reason:
-        device = sources.weights[0].device
-        assert found.weight is not None, "an artifact refuses what it does not hold"
-        scale = None if found.input_scale is None else found.input_scale.to(device)
-        extras = extras_of(product, sources, scale)
-        weight = _packed(found.weight, product, device)
+    device = sources.weights[0].device
+    scale = None if found.input_scale is None else found.input_scale.to(device)
     return PackedSite(
         product=product,
         quantizer=found.quantizer,
@@ -120,10 +113,9 @@ def _made(
         sources=held,
         looks=looks,
         digest=digest,
-        weight=weight,
-        extras=extras,
+        weight=_packed(found.weight, product, device),
+        extras=extras_of(product, sources, scale),
         input_scale=scale,
-        reason=reason,
         sqnr=found.sqnr,
         output_sqnr=found.output_sqnr,
     )

@@ -187,7 +187,7 @@ class PackedWeights:
         Args:
             sites: matrix products of twins.
             values: the real tensor of each parameter placeholder.
-            config: its `quantizer`, `min_sqnr`, `artifact` and `on_missing_artifact` say how.
+            config: its `quantizer`, `artifact` and `on_missing_artifact` say how.
             statistics: for "awq" and "gptq".
             every: names of all products that the model can have; an artifact may hold no other.
             savable: what an artifact that is missing is to hold.
@@ -282,7 +282,7 @@ class PackedWeights:
         if not statistics.ranks.several or config.on_missing_artifact != "save":
             return statistics
         there = statistics.ranks.every((Path(config.artifact or "") / FILE).exists())
-        if there or not any(map(maker.needs_statistics, sites)):
+        if there or not sites or not maker.needs_statistics:
             return statistics
         return replace(statistics, observed=statistics.get())
 
@@ -299,7 +299,7 @@ class PackedWeights:
         self, maker: Maker, sites: Sequence[LinearSite], sources: Mapping[LinearSite, Sources], statistics: Statistics
     ) -> dict[LinearSite, PackedSite]:
         """Packs products; each is looked up before the first is packed, since an artifact fits as a whole or not."""
-        if any(map(maker.needs_statistics, sites)):
+        if sites and maker.needs_statistics:
             maker, self._not_judged = replace(maker, observation=statistics.get()), True
         jobs = _in_threads(lambda site: (site, sources[site], maker.look_up(site, sources[site])), sites)
         threads = threads_for(sources[sites[0]].weights[0]) if sites else None

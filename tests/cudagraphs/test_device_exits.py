@@ -102,11 +102,6 @@ def ready(decoder: Deciding, batch: int = 1):
     return cache
 
 
-def alone_depth(step, tau: float) -> int:
-    """The depth at which a step of `LAYERS` blocks would have left if each score had counted alone."""
-    return next((depth for depth, score in enumerate(step.similarities, 1) if score > tau), LAYERS)
-
-
 def check_records(decoder: Decoder, steps) -> list[int]:
     """Compares steps with those that the host decides: bits, depths, scores, entropies, doubts; returns the depths."""
     with river_compile.trace() as actual:
@@ -209,42 +204,9 @@ class TestSameBits:
         check_records(decoder, [(0, depth, None) for depth in (0, 1, 2, 2, LAYERS, 0, 1)])
         assert {"step", "span 0-2", "tail 2"} == set(decoder.captured_units)
 
-    @pytest.mark.parametrize("device", DEVICES)
-    def test_history(self, device):
-        """The means that the host has: two sequences in turn, forced depths between, later first exits, new prompts."""
-        decoder = Deciding(device=device, criterion="history")
-        taus = (2.0, 2.0, 2.0, 2.0, 0.9, 0.95, 0.8, 0.9, 0.5, 0.95, 0.9, 0.8, 0.85, 0.93, 0.97, 0.9)
-        steps = [(0, None, tau) for tau in taus]
-        steps += [(i % 2, None if i % 5 else i % 3, 0.85 + 0.02 * (i % 7)) for i in range(24)]
-        with river_compile.trace() as seen:
-            depths = check_records(decoder, steps)
-        assert "step" in decoder.captured_units
-        alone = [alone_depth(step, tau) for step, (_, depth, tau) in zip(seen.tokens, steps, strict=False) if not depth]
-        assert len(set(depths)) > 3
-        assert alone != depths[: len(alone)], "a score alone would have decided the same"
-
-    def test_a_later_first_exit_asks_no_block_before_it(self):
-        """What is not asked is not remembered."""
-        decoder = Deciding(criterion="history")
-
-        def go():
-            cache = decoder.start()
-            for i in range(14):
-                with forced_threshold(0.9, first_exit=1 + (i // 2) % 3):
-                    decoder.step(cache, 3 + i)
-
-        go()
-        with river_compile.trace() as seen:
-            go()
-        with uncaptured(decoder.model), river_compile.trace() as asked:
-            go()
-        assert [(s.depth, s.similarities) for s in seen.tokens] == [(s.depth, s.similarities) for s in asked.tokens]
-        assert len({len(s.similarities) for s in seen.tokens}) > 1
-
-    @pytest.mark.parametrize("criterion", ["history", pytest.param("similarity", marks=pytest.mark.slow)])
-    def test_checks_whose_kernels_decide(self, criterion, alone):
+    def test_checks_whose_kernels_decide(self, alone):
         """The generated kernels (in Triton's interpreter), a batch; forced depths, thresholds, and a NaN at the end."""
-        decoder = Deciding(backend=lowered(FUSED), criterion=criterion, exit_every=2)
+        decoder = Deciding(backend=lowered(FUSED), exit_every=2)
 
         def go():
             cache = decoder.start(batch=2)
@@ -279,7 +241,7 @@ class TestSameBits:
     @pytest.mark.slow
     def test_kernels_that_decide_among_inductors_code(self, alone):
         """Which clones nothing that they write, and is called without wrappers."""
-        decoder = Deciding(lowering="triton", criterion="history", exit_every=2)
+        decoder = Deciding(lowering="triton", exit_every=2)
         steps = [(0, None, tau) for tau in (2.0, 2.0, 0.9, -1.0, 0.95, 0.9)] + [(0, 1, None), (0, None, 2.0)]
         assert set(check_records(decoder, steps)) >= {1, LAYERS}
         assert set(decoder.captured_units) == {"step"}
@@ -461,7 +423,7 @@ class TestRules:
         policy, program = recorded_policy("similarity", threshold)
         bar = rule_of(policy, program, Memory()).bars[1]
         stays = stays_at(torch.tensor(score), torch.tensor(bar, dtype=torch.float64)).item()
-        assert stays is not policy.leaves(1, torch.tensor(score).item(), Memory())
+        assert stays is not policy.leaves(1, torch.tensor(score).item())
         assert not stays_at(torch.tensor(score), torch.tensor(ALWAYS, dtype=torch.float64))
         assert stays_at(torch.tensor(score), torch.tensor(NEVER, dtype=torch.float64))
 
@@ -493,7 +455,7 @@ class TestRules:
         """It may decide in any way, whatever it is derived from."""
 
         class Odd(type(CRITERIA["similarity"])):
-            def leaves(self, depth, score, threshold, memory):
+            def leaves(self, depth, score, threshold):
                 return depth == 3
 
         cache, executor = ready(decoder), captured(decoder.model)[-1]
@@ -561,27 +523,6 @@ class TestCaches:
             assert all(map(torch.equal, map(torch.as_tensor, a), map(torch.as_tensor, b)))
         assert decoder.step(free, 4, threshold=-1.0).isfinite().all()
         assert stats.decode.total() == counted + CAPACITY - 6 + 1
-
-    def test_scores_of_a_step_that_fails_are_forgotten(self, monkeypatch):
-        """What the device averaged with is brought there anew."""
-        decoder = Deciding(criterion="history")
-        taus = (2.0, 2.0, 2.0, 0.9, 0.92, 0.88, 0.9, 0.94)
-
-        def go(fails: int | None) -> list:
-            cache = decoder.start()
-            with river_compile.trace() as seen:
-                for i, tau in enumerate(taus):
-                    if i == fails:
-                        with monkeypatch.context() as patch:
-                            patch.setattr(decoder.runner.launcher, "fresh", lambda values: 1 / 0)
-                            with pytest.raises(ZeroDivisionError):
-                                decoder.step(cache, 9, threshold=-1.0)
-                    decoder.step(cache, 3 + i, threshold=tau)
-            return [[len(step.similarities), step.depth] for step in seen.tokens]
-
-        go(None)
-        assert "step" in decoder.captured_units
-        assert go(5) == go(None)
 
     def test_a_step_that_fails_is_forgotten(self, decoder, monkeypatch):
         """The rule that it brought may not have arrived; the next step brings its own. The one before still counts."""

@@ -5,14 +5,11 @@ references are made on the device: in float64 a large model's would take minutes
 """
 
 import dataclasses
-import functools
 import math
-import operator
-from collections.abc import Callable, Sequence
+from collections.abc import Callable
 
 import torch
 
-from river_compile.kernels.quant.layouts import pack_linear
 from river_compile.kernels.triton.calls.linear import rows_by_expert
 from river_compile.kernels.triton.decode_attention import DecodeAttentionSpec
 from river_compile.kernels.triton.exit_score import ExitScoreSpec
@@ -21,6 +18,7 @@ from river_compile.kernels.triton.linear import LinearSpec, part_name
 from river_compile.kernels.triton.shift import ShiftSpec
 from tests.kernels import reference
 from tests.kernels.harness import assert_close, assert_sqnr, poisoned, run_guarded
+from tests.kernels.packing import pack_linear
 
 KV = ("k_cache", "v_cache")
 VALUES = ("normal", "constant", "extreme", "tiny")
@@ -332,8 +330,6 @@ def check_exit_score(spec: ExitScoreSpec, nearness: float, seed: int = 0, device
 def check_exit_verdict(
     spec: ExitScoreSpec,
     bar: float | str = 0.5,
-    asked: bool = True,
-    earlier: Sequence[float] = (),
     nearness: float = 0.7,
     spoiled: int | None = None,
     seed: int = 0,
@@ -341,8 +337,7 @@ def check_exit_verdict(
 ) -> None:
     """Checks score and hidden state as above, and what follows from the score, which Python compares.
 
-    `bar` is a number, or "at" or "below" for what is compared with it and the next lower number; `earlier` are the
-    scores that were seen before, oldest first; `spoiled` is a row that holds a NaN.
+    `bar` is a number, or "at" or "below" for the score and the next lower number; `spoiled` is a row that holds a NaN.
     """
     g = torch.Generator(device).manual_seed(seed)
     sizes, dtype = (spec.rows, spec.features), getattr(torch, spec.dtype)
@@ -351,20 +346,16 @@ def check_exit_verdict(
     previous = (nearness * hidden + (1 - nearness) * noise.double()).to(dtype)
     if spoiled is not None:
         update[spoiled, -1] = math.nan
-    earlier = torch.tensor(earlier).tolist()[-spec.history :] if spec.history else []
 
     def run(bar: float) -> dict[str, torch.Tensor]:
-        rule = torch.tensor([bar, asked], dtype=torch.float64, device=device)
+        rule = torch.tensor([bar], dtype=torch.float64, device=device)
         buffers = {"rule": rule, "verdict": poisoned((4,), torch.float32, device)}
-        buffers |= {"past": _past(spec.history, earlier).to(device)} if spec.history else {}
         return run_guarded(spec, device=device, **exit_buffers(update, residual, previous), **buffers)
 
     score = run(math.inf)["score"].item()
-    kept = [*earlier, score][-spec.history :] if asked and score == score else earlier
-    compared = functools.reduce(operator.add, kept) / len(kept) if spec.history and kept else score
     if isinstance(bar, str):
-        bar = compared if bar == "at" else math.nextafter(compared, -math.inf)
-    leaves = bar != bar or (compared > bar and score == score and (asked or not spec.history))
+        bar = score if bar == "at" else math.nextafter(score, -math.inf)
+    leaves = bar != bar or score > bar
     result = run(bar)
     if spoiled is None:
         assert_close(result["hidden"], hidden, update.double().abs() + residual.double().abs())
@@ -372,13 +363,6 @@ def check_exit_verdict(
     assert_equal_bits(result["score"], torch.tensor([score]))
     assert_equal_bits(result["verdict"][:1], result["score"])
     assert result["verdict"].view(torch.uint8)[4:6].tolist() == [int(leaves), int(not leaves)]
-    if spec.history:
-        assert_equal_bits(result["past"], _past(spec.history, kept))
-
-
-def _past(history: int, scores: Sequence[float]) -> torch.Tensor:
-    """The buffer "past" of an exit score: the last scores, zeros before them, and how many there are."""
-    return torch.tensor([*[0.0] * (history - len(scores)), *scores, len(scores)])
 
 
 def assert_equal_bits(actual: torch.Tensor, expected: torch.Tensor) -> None:

@@ -7,9 +7,10 @@ from hypothesis import strategies as st
 
 from river_compile.kernels import ops  # noqa: F401  (registers torch.ops.river)
 from river_compile.kernels.quant.grid import quantize
-from river_compile.kernels.quant.layouts import pack_linear, pack_stack
+from river_compile.kernels.quant.layouts import pack_stack
 from tests.kernels import reference
 from tests.kernels.harness import TOLERANCE, examples
+from tests.kernels.packing import pack_linear
 
 river = torch.ops.river
 G = torch.Generator().manual_seed(0)
@@ -73,9 +74,8 @@ def sample_calls():
     calls["shift"] = caches()
     calls["exit_score"] = (random(2, 1, 64), random(2, 1, 64))
     calls["residual_score"] = (random(2, 1, 64), random(2, 1, 64), random(2, 1, 64))
-    verdict = (random(2).double(), random(4))
-    calls["residual_verdict"] = (random(2, 1, 64), random(2, 1, 64), random(2, 1, 64), *verdict, None)
-    calls["residual_verdict of several"] = (random(2, 1, 64), random(2, 1, 64), random(2, 1, 64), *verdict, random(5))
+    verdict = (random(1).double(), random(4))
+    calls["residual_verdict"] = (random(2, 1, 64), random(2, 1, 64), random(2, 1, 64), *verdict)
     return calls
 
 
@@ -100,7 +100,7 @@ def test_mutations_stand_in_the_schema():
         "kv_fill": caches,
         "shift": caches,
         "attend": ["counter", *caches],
-        "residual_verdict": ["verdict", "past"],
+        "residual_verdict": ["verdict"],
     }
     assert mutated == {"decode_attention": [], "linear": [], "residual_score": []} | expected
 
@@ -249,9 +249,9 @@ def test_what_the_operators_refuse():
     with pytest.raises(ValueError, match="have one shape"):
         river.residual_score(x, x, random(2, 64))
     with pytest.raises(ValueError, match="verdict has dtype float64"):
-        river.residual_verdict(x, x, x, random(2).double(), random(4).double(), None)
+        river.residual_verdict(x, x, x, random(1).double(), random(4).double())
     with pytest.raises(ValueError, match=r"rule has shape \(3,\)"):
-        river.residual_verdict(x, x, x, random(3).double(), random(4), None)
+        river.residual_verdict(x, x, x, random(3).double(), random(4))
 
 
 def test_what_the_cache_operators_refuse():

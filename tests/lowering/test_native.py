@@ -33,9 +33,9 @@ class Ways:
 
 @pytest.mark.parametrize(("family", "product"), [("qwen2", "linear"), ("mixtral", "experts")])
 def test_twins_compute_what_their_grids_say(family, product):
-    """Activations as they are: the logits and cache entries of float32 products; in 8 bits: close, and not the same."""
-    exact, rounded = Lowering("eager", "native_16bit", False), Lowering("eager", "native", False)
-    model, backend = make(family, layers=2), Ways(UNFUSED, exact, rounded)
+    """Logits and cache entries are close to those of float32 products, and not the same: activations have 8 bits."""
+    rounded = Lowering("eager", "native", False)
+    model, backend = make(family, layers=2), Ways(UNFUSED, rounded)
     model.compile(backend=backend)
     logits, caches = {}, {}
     for way in backend.ways:
@@ -44,14 +44,13 @@ def test_twins_compute_what_their_grids_say(family, product):
             logits[way], caches[way] = decode(model, cache, [0, 1, 2]), cache_state(cache)
         called = {event.name for event in profile.events()}
         assert (f"river_native::{product}" in called) == (way is not UNFUSED)
-    for a, b in zip(logits[UNFUSED], logits[exact], strict=True):
-        torch.testing.assert_close(a, b, rtol=1e-4, atol=1e-4)
-    for a, b in zip(caches[UNFUSED], caches[exact], strict=True):
-        torch.testing.assert_close(a[:2], b[:2], rtol=1e-4, atol=1e-4)
+    assert not torch.equal(logits[UNFUSED][1], logits[rounded][1])
+    for a, b in zip(logits[UNFUSED], logits[rounded], strict=True):
+        assert torch.cosine_similarity(a.flatten(), b.flatten(), dim=0) > 0.98
+    for a, b in zip(caches[UNFUSED], caches[rounded], strict=True):
+        for x, y in zip(a[:2], b[:2], strict=True):
+            assert torch.cosine_similarity(x.flatten(), y.flatten(), dim=0) > 0.98
         assert a[2] == b[2]
-    left, same = logits[UNFUSED][1].flatten(), logits[rounded][1].flatten()
-    assert not torch.equal(left, same)
-    assert torch.nn.functional.cosine_similarity(left, same, dim=0) > 0.98
 
 
 @torch.no_grad()
@@ -124,13 +123,8 @@ def test_a_token_has_the_same_bits_in_passes_of_any_width(name):
 
 
 def test_which_layout_is_chosen(monkeypatch):
-    chosen = {
-        bits: choose_lowering(RiverConfig(lowering="native", activations=bits), CPU) for bits in ("8bit", "16bit")
-    }
-    assert chosen == {
-        "8bit": Lowering("inductor", "native", True),
-        "16bit": Lowering("inductor", "native_16bit", True),
-    }
+    chosen = choose_lowering(RiverConfig(lowering="native"), CPU)
+    assert chosen == Lowering("inductor", "native", True)
     assert choose_lowering(RiverConfig(lowering="native", quantizer="none"), CPU).layout == "aten_cpu"
     with pytest.raises(OptionError, match=r"no kernel here: group_size=256 is none of \(32, 64, 128\)"):
         choose_lowering(RiverConfig(lowering="native", group_size=256), CPU)
@@ -141,7 +135,7 @@ def test_which_layout_is_chosen(monkeypatch):
     assert choose_lowering(RiverConfig(), CPU).layout == "aten_cpu"
     with warnings.catch_warnings():
         warnings.simplefilter("error")
-        choose.warn_of_slow_lowering(chosen["8bit"], CPU)
+        choose.warn_of_slow_lowering(chosen, CPU)
 
 
 def test_without_a_compiler_products_are_atens_and_it_is_said_once(monkeypatch):
@@ -159,7 +153,6 @@ def test_without_a_compiler_products_are_atens_and_it_is_said_once(monkeypatch):
 @pytest.mark.parametrize(
     ("options", "message"),
     [
-        ({"lowering": "inductor", "lm_head": "int8"}, "lm_head='int8' needs the C.. kernels of a CPU"),
         ({"lowering": "inductor", "backbone": "river"}, "backbone='river' needs the kernels in C"),
     ],
 )
@@ -213,13 +206,13 @@ def test_strict_verification_has_the_bits_of_decoding_without_drafts(name, batch
 
 
 @pytest.mark.slow
-def test_heads_of_fewer_bits_give_the_models_logits():
+def test_a_head_of_4_bits_gives_the_models_logits():
     """One token that left: its logits with each head, against those of the model's own head after the same twins.
 
     With so few logits the head in 4 bits has all of them computed anew.
     """
     ids, found = torch.arange(5, 12)[None], {}
-    for head in ("keep", "int8", "w4"):
+    for head in ("keep", "w4"):
         torch._dynamo.reset()
         model = make("llama", layers=2)
         model.compile(backend=river, options={**OPTIONS, "lowering": "native", "exit_depth": 0, "lm_head": head})
@@ -227,6 +220,4 @@ def test_heads_of_fewer_bits_give_the_models_logits():
         with torch.no_grad():
             model(input_ids=ids, past_key_values=cache)
             found[head] = model(input_ids=ids[:, -1:], past_key_values=cache).logits
-    errors = {head: (logits - found["keep"]).norm() / found["keep"].norm() for head, logits in found.items()}
-    assert 1e-4 < errors["int8"] < 0.02
-    assert errors["w4"] < 1e-5
+    assert (found["w4"] - found["keep"]).norm() < 1e-5 * found["keep"].norm()

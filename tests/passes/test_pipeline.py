@@ -51,7 +51,7 @@ def test_a_pass_leaves_the_program_it_was_given(options, lowering, norm, paralle
     """No pass changes a graph, or the inputs and outputs, of an earlier program: each returns another one."""
     program = planned(replace(SHAPE, norm=norm, parallel=parallel, bias=bias))
     seen: list[tuple[RiverProgram, dict[str, list[str]]]] = [(program, texts(program))]
-    passes = passes_for(RiverConfig(**options), program.plan, lowering, {})
+    passes = passes_for(RiverConfig(**options), program.plan, lowering)
     assert passes
     result = run_passes(program, passes, lambda record: seen.append((record.after, texts(record.after))))
     assert isinstance(result, RiverProgram)
@@ -71,7 +71,7 @@ def test_the_options_decide_which_passes_run():
         ("never", {"exit_depth": 3}, FUSED),
         ("fixed", {"exit_depth": 1}, UNFUSED),
     ):
-        passes = passes_for(RiverConfig(**options), planned().plan, lowering, {})
+        passes = passes_for(RiverConfig(**options), planned().plan, lowering)
         names[label] = [step.__name__ for step in passes]
     assert names == {
         "default": ["river_twins", "one_row_head", "exit_checks"],
@@ -97,7 +97,7 @@ def test_the_table_says_what_ran(caplog):
     program = planned()
     records: list[PassRecord] = []
     with caplog.at_level(logging.DEBUG, logger="river_compile.passes"):
-        run_passes(program, passes_for(RiverConfig(first_exit=1), program.plan, UNFUSED, {}), records.append)
+        run_passes(program, passes_for(RiverConfig(first_exit=1), program.plan, UNFUSED), records.append)
     lines = table(records).splitlines()
     assert [line.split()[0] for line in lines] == ["pass", "river_twins", "one_row_head", "exit_checks"]
     assert lines[3].split()[3] == "+2"  # a check after each of the candidates 1 and 2

@@ -14,8 +14,8 @@ from safetensors.torch import load_file, save_file
 
 import river_compile.twins.make
 from river_compile import ArtifactError, OptionError, RiverWarning, report, river, save
-from river_compile.kernels.quant.grid import quantize, quantize_8bit
-from river_compile.kernels.quant.layouts import PORTABLE, layout, pack, tensors_of
+from river_compile.kernels.quant.grid import quantize
+from river_compile.kernels.quant.layouts import PORTABLE, pack, tensors_of
 from river_compile.lowering.choose import Lowering
 from river_compile.twins import tensor_file
 from river_compile.twins.artifact import FILE, Artifact, write_missing
@@ -94,12 +94,12 @@ def test_the_second_start_has_the_same_bits_and_quantizes_nothing(family, quanti
 @pytest.mark.skipif(sys.platform != "linux", reason="asks /proc what is mapped")
 @pytest.mark.slow
 def test_what_the_kernels_read_is_mapped_and_not_copied(tmp_path):
-    """All packed bytes, an 8-bit head's too; a change of the weights is packed in the process's own pages."""
+    """All packed bytes, the head's too; a change of the weights is packed in the process's own pages."""
     how, logits, models = lowered(Lowering("eager", "native", False)), [], []
     for options in ({}, {"artifact": tmp_path / "twins"}):
         torch._dynamo.reset()
         model = start()
-        model.compile(backend=how, options={**OPTIONS, "lm_head": "int8", **options})
+        model.compile(backend=how, options={**OPTIONS, "lm_head": "w4", **options})
         logits.append(torch.stack(decode(model, new_cache(model, "static"), [1, 0])[1:]))
         models.append(model)
         if not options:
@@ -107,7 +107,7 @@ def test_what_the_kernels_read_is_mapped_and_not_copied(tmp_path):
     assert torch.equal(*logits)
     file = tmp_path / "twins" / FILE
     packed = [site.weight for site in report(models[1]).packed]
-    assert {weight.layout for weight in packed} == {"native", "native_int8"}
+    assert {weight.layout for weight in packed} == {"native"}
     for weight in packed:
         for tensor in (weight.qweight, weight.scale_zero):
             assert lies_in(tensor, file)
@@ -127,18 +127,15 @@ def test_what_the_kernels_read_is_mapped_and_not_copied(tmp_path):
 def test_every_portable_layout_says_what_its_tensors_are(name, n, k, group):
     torch.manual_seed(0)
     weight = torch.randn(n, k)
-    eight = layout(name).bits == 8
-    grid = quantize_8bit(weight, group, torch.bfloat16) if eight else quantize(weight, group, "rtn")
-    packed = pack(grid, name)
+    packed = pack(quantize(weight, group, "rtn"), name)
     for part, (shape, dtypes) in tensors_of(name, n, k, group).items():
         tensor = getattr(packed, part)
         assert tensor.shape == shape
         assert tensor.dtype in dtypes
     again = packed.as_layout(name)
     assert again.qweight is packed.qweight
-    if not eight:
-        other = packed.as_layout("plain")
-        assert torch.equal(other.dequantize(), packed.dequantize())
+    other = packed.as_layout("plain")
+    assert torch.equal(other.dequantize(), packed.dequantize())
 
 
 class TestMissing:
@@ -225,15 +222,15 @@ def test_other_ways_to_quantize_are_refused(saved, changed):
 
 def test_another_version_is_refused(saved):
     tensors, metadata, _ = contents(saved)
-    write_back(saved, tensors, metadata, version="7")
-    with pytest.raises(ArtifactError, match=rf"{FILE}: it has version 7, this release reads 6; save"):
+    write_back(saved, tensors, metadata, version="6")
+    with pytest.raises(ArtifactError, match=rf"{FILE}: it has version 6, this release reads 7; save"):
         run(start(), artifact=saved)
 
 
 def test_version_2_with_its_two_files_is_refused(saved):
     save_file(load_file(saved / FILE), saved / FILE)
     (saved / "river.json").write_text(json.dumps({"format": "river-twins", "version": 2}))
-    with pytest.raises(ArtifactError, match=r"river.json: it has version 2, this release reads 6; save"):
+    with pytest.raises(ArtifactError, match=r"river.json: it has version 2, this release reads 7; save"):
         Artifact(saved)
 
 
@@ -319,7 +316,6 @@ class TestEdited:
             {"sqnr": "good"},
             {"colour": "red"},
             {"quantizer": ["hqq"]},
-            {"stored": "no"},
             {"shape": [64, 1e400]},
             {"experts": 3},
             {"experts": -1},
@@ -340,9 +336,9 @@ class TestEdited:
             Artifact(saved)
 
     def test_a_matrix_that_is_listed_twice(self, saved):
-        """The second entry would decide, and could keep the matrix in 16 bits."""
+        """The second entry would decide."""
         tensors, metadata, matrices = contents(saved)
-        write_back(saved, tensors, metadata, [*matrices, {**matrices[0], "stored": False}])
+        write_back(saved, tensors, metadata, [*matrices, {**matrices[0], "sqnr": "1.0"}])
         with pytest.raises(ArtifactError, match=r"/hqq/32 is in its list of matrices twice; save the artifact again"):
             Artifact(saved)
 

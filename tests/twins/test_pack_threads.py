@@ -26,8 +26,7 @@ class Maker:
         self.log, self.most, self._now, self._lock = log, 0, 0, threading.Lock()
         self._together = threading.Event()
 
-    def needs_statistics(self, site):
-        return False
+    needs_statistics = False
 
     def look_up(self, site, sources):
         return None

@@ -6,12 +6,10 @@ import json
 
 import pytest
 import torch
-from safetensors import safe_open
 
 import river_compile.twins.make
 from river_compile import ArtifactError, OptionError, block_errors, observe, report, save
 from river_compile.kernels.quant import calibrated
-from river_compile.twins.artifact import FILE
 from river_compile.twins.pack import GraphTwins
 from tests.support.families import make, prompt
 from tests.support.traced import TracedStep, dequantized
@@ -92,50 +90,6 @@ def test_other_texts_make_other_twins():
     assert not torch.equal(step.run(quantizer="gptq"), first)
 
 
-class TestFloor:
-    """`min_sqnr`: matrices below it stay in 16 bits, and the report says so."""
-
-    @pytest.mark.parametrize("quantizer", ["rtn", "gptq"])
-    @pytest.mark.slow
-    def test_what_lies_below_stays_in_16_bits(self, quantizer):
-        step = observed()
-        step.run(quantizer=quantizer)
-        before = twins_of(step)
-        (low, worst), (_, second) = sorted(((name, s.quality) for name, s in before.items()), key=lambda x: x[1])[:2]
-        floor = (worst + second) / 2
-        logits = step.run(quantizer=quantizer, min_sqnr=floor)
-        graph = report(step.model).graphs[-1]
-        assert [kept.name for kept in graph.kept] == low.split("|")
-        assert {kept.reason for kept in graph.kept} == {f"SQNR below min_sqnr={floor:g} dB"}
-        assert [site.name for site in graph.of(GraphTwins) if site.kept] == [low]
-        others = [site for site in graph.of(GraphTwins) if not site.kept]
-        expected = step.reference(dequantized(step.model, others))
-        assert (logits - expected).norm() < 0.02 * expected.norm()
-        assert f"SQNR below min_sqnr={floor:g} dB" in str(report(step.model))
-        entry = next(m for m in report(step.model).to_dict()["matrices"] if m["in_16_bits"])
-        assert (entry["name"], entry["bytes"]) == (low, 0)
-
-    def test_a_floor_that_nothing_passes_gives_the_plain_model(self):
-        step = TracedStep()
-        torch.testing.assert_close(step.run(min_sqnr=1000), step.reference({}), rtol=1e-4, atol=1e-4)
-        assert len(report(step.model).graphs[-1].kept) == 14
-
-    def test_a_floor_that_all_pass_changes_nothing(self):
-        step = TracedStep()
-        assert torch.equal(step.run(min_sqnr=-100), step.run())
-
-    def test_a_head_may_stay_in_16_bits(self):
-        step = TracedStep()
-        head = step.run(depth=2, lm_head="w4", min_sqnr=1000)
-        torch.testing.assert_close(head, step.reference({}), rtol=1e-4, atol=1e-4)
-        assert "lm_head" in {kept.name for kept in report(step.model).graphs[-1].kept}
-
-    @pytest.mark.parametrize("floor", ["20", True, float("nan")])
-    def test_what_is_no_number_is_refused(self, floor):
-        with pytest.raises(OptionError, match=r"min_sqnr=.* is not allowed; it must be None or a number of decibels"):
-            river_compile.RiverConfig(min_sqnr=floor)
-
-
 class TestArtifacts:
     @pytest.mark.parametrize("quantizer", ["awq", "gptq"])
     def test_the_second_start_needs_no_text(self, quantizer, tmp_path, monkeypatch):
@@ -165,25 +119,6 @@ class TestArtifacts:
             second.model.model.layers[1].input_layernorm.weight[3] += 1
         with pytest.raises(ArtifactError, match=r"layers.1.self_attn.q_proj.* was made from other weights"):
             second.run(quantizer="awq", artifact=tmp_path / "twins")
-
-    def test_decisions_of_the_floor_are_kept(self, tmp_path):
-        first = observed()
-        first.run(quantizer="gptq")
-        ratios = sorted(site.quality for site in twins_of(first).values())
-        floor = (ratios[2] + ratios[3]) / 2
-        first = observed()
-        logits = first.run(quantizer="gptq", min_sqnr=floor)
-        save(first.model, tmp_path / "twins")
-        with safe_open(tmp_path / "twins" / FILE, "pt") as file:
-            stored = [matrix["stored"] for matrix in json.loads(file.metadata()["matrices"])]
-        assert (len(stored), sum(stored)) == (len(ratios), len(ratios) - 3)
-        second, saved = TracedStep(), {"quantizer": "gptq", "artifact": tmp_path / "twins"}
-        assert torch.equal(second.run(min_sqnr=floor, **saved), logits)
-        assert report(second.model).graphs[-1].kept == report(first.model).graphs[-1].kept
-        with pytest.raises(ArtifactError, match=r"was left in 16 bits at .* dB, below the min_sqnr= of that time"):
-            second.run(**saved)
-        second.run(min_sqnr=(ratios[3] + ratios[4]) / 2, **saved)  # a higher floor needs nothing that is not there
-        assert sum(site.kept for site in twins_of(second).values()) == 4
 
 
 class TestBlockErrors:
@@ -218,13 +153,6 @@ class TestBlockErrors:
         assert f"KL by block    mean {errors.mean_kl:.5f}, most {errors.worst.kl:.5f}" in str(report(step.model))
         assert json.loads(json.dumps(report(step.model).to_dict()))["block_errors"] == errors.to_dict()
         assert f"{errors.worst.kl:.5f}" in str(errors)
-
-    def test_a_block_that_stays_in_16_bits_costs_nothing(self):
-        step = TracedStep()
-        step.run(min_sqnr=1000)
-        errors = block_errors(step.model, inputs=TEXTS[:1], progress=False)
-        assert [b.kl for b in errors.blocks] == [0, 0]
-        assert "16 bits" in str(errors)
 
     def test_weights_that_changed_since_are_refused(self):
         step = TracedStep()

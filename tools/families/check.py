@@ -252,7 +252,7 @@ class Traced:
         report = river_compile.report(self._model)
         for kept in report.graphs[-1].kept:
             outcome.kept.setdefault(kept.reason, []).append(kept.name)
-        outcome.products = round(sum(not p.kept for p in report.packed) / report.graphs[-1].num_blocks, 2)
+        outcome.products = round(len(report.packed) / report.graphs[-1].num_blocks, 2)
 
 
 class Left:

@@ -1,6 +1,6 @@
 // The operators torch.ops.river_native.*: from tensors to phases. Written against torch's stable ABI.
 //
-//   linear, linear_out            a product with 4-bit weights and what is fused with it, into a new or a given tensor
+//   linear                        a product with 4-bit weights and what is fused with it
 //   dense                         the same with weights in x's dtype
 //   kv_fill, attention            positions of a static cache; decode_attention: one of each sequence
 //   norm                          a norm, and a residual
@@ -106,20 +106,16 @@ int64_t tape_bytes(int64_t tape) { return int64_t(tape_at(tape)->bytes()); }
 STABLE_TORCH_LIBRARY_FRAGMENT(river_native, m) {
   m.def(
       "linear(Tensor x, Tensor weight, Tensor scale_zero, Tensor? bias, int out_features, int group_size, "
-      "int bits, bool int8_activations, Tensor? residual=None, str norm='none', Tensor? norm_weight=None, "
+      "Tensor? residual=None, str norm='none', Tensor? norm_weight=None, "
       "Tensor? norm_bias=None, float eps=1e-06, str activation='none', bool gated=False, Tensor? wanted=None) -> "
       "Tensor");
-  m.def(
-      "linear_out(Tensor x, Tensor weight, Tensor scale_zero, Tensor? bias, int out_features, int group_size, "
-      "int bits, bool int8_activations, Tensor? residual, str norm, Tensor? norm_weight, Tensor? norm_bias, float eps, "
-      "str activation, bool gated, Tensor(a!) y) -> ()");
   m.def(
       "dense(Tensor x, Tensor[] weights, Tensor[] biases, Tensor? residual=None, str norm='none', "
       "Tensor? norm_weight=None, Tensor? norm_bias=None, float eps=1e-06, str activation='none', bool gated=False) "
       "-> Tensor");
   m.def(
-      "experts(Tensor x, Tensor weight, Tensor scale_zero, Tensor expert, int out_features, int group_size, int bits, "
-      "bool int8_activations) -> Tensor");
+      "experts(Tensor x, Tensor weight, Tensor scale_zero, Tensor expert, int out_features, int group_size) "
+      "-> Tensor");
   m.def("norm(Tensor x, str norm, Tensor weight, Tensor? bias, float eps, Tensor? residual) -> Tensor");
   m.def(
       "rescore(Tensor logits, Tensor x, Tensor weight, Tensor? bias, str norm, Tensor? norm_weight, Tensor? norm_bias, "
@@ -150,7 +146,6 @@ STABLE_TORCH_LIBRARY_FRAGMENT(river_native, m) {
 
 STABLE_TORCH_LIBRARY_IMPL(river_native, CPU, m) {
   m.impl("linear", TORCH_BOX(&river::linear));
-  m.impl("linear_out", TORCH_BOX(&river::linear_out));
   m.impl("dense", TORCH_BOX(&river::dense));
   m.impl("experts", TORCH_BOX(&river::experts));
   m.impl("norm", TORCH_BOX(&river::norm));

@@ -18,23 +18,10 @@ struct LinearCall {
     return linear.x.format == kInt8 ? 1 : linear.x.format == kTiled || linear.x.format == kPairs ? 2 : 4;
   }
 
-  // Finds room for the prepared activations.
-  void place() {
-    const auto aligned = [](size_t bytes) { return (bytes + 63) / 64 * 64; };
-    const size_t groups = groups_of_rows();
-    const size_t spare = linear.x.format == kTiled && many() ? kBlock - 1 : 0;  // of the last block of rows
-    const size_t values = aligned((groups + spare * groups / linear.rows) * linear.group_size * element_size());
-    char* memory = workspace(values + 3 * aligned(groups * 4));
-    Activations& x = linear.x;
-    x.values = memory;
-    x.scale = reinterpret_cast<float*>(memory += values);
-    x.sum = reinterpret_cast<float*>(memory += aligned(groups * 4));
-    x.start = reinterpret_cast<int32_t*>(memory + aligned(groups * 4));
-    prepare.out = x;
-  }
-
   // In one of torch's parallel loops, or one for each phase where the call lies between calls of a library.
-  void run(bool beside_library = false) const {
+  void run(bool beside_library = false) {
+    if (linear.rows == 0) return;
+    place();
     kernels();  // (throws here where there are none: a phase must not)
     const int64_t values = int64_t(groups_of_rows()) * linear.group_size;
     const int64_t weights = (linear.out_features + kBlock - 1) / kBlock * (values / linear.rows) * kBlock;
@@ -56,6 +43,21 @@ struct LinearCall {
   bool many() const { return linear.rows > kBlock; }
 
  private:
+  // Finds room for the prepared activations.
+  void place() {
+    const auto aligned = [](size_t bytes) { return (bytes + 63) / 64 * 64; };
+    const size_t groups = groups_of_rows();
+    const size_t spare = linear.x.format == kTiled && many() ? kBlock - 1 : 0;  // of the last block of rows
+    const size_t values = aligned((groups + spare * groups / linear.rows) * linear.group_size * element_size());
+    char* memory = workspace(values + 3 * aligned(groups * 4));
+    Activations& x = linear.x;
+    x.values = memory;
+    x.scale = reinterpret_cast<float*>(memory += values);
+    x.sum = reinterpret_cast<float*>(memory += aligned(groups * 4));
+    x.start = reinterpret_cast<int32_t*>(memory + aligned(groups * 4));
+    prepare.out = x;
+  }
+
   static void run_prepare(const void* call, int part, int parts) {
     kernels().prepare(&static_cast<const LinearCall*>(call)->prepare, part, parts);
   }
@@ -65,13 +67,12 @@ struct LinearCall {
 };
 
 inline void check_weight(const Tensor& weight, const Tensor& scale_zero, int64_t k, int64_t n, int64_t group_size,
-                         int64_t bits, int64_t experts = 1) {
+                         int64_t experts = 1) {
   STD_TORCH_CHECK(group_size == 32 || group_size == 64 || group_size == 128, "group_size is not 32, 64 or 128");
   STD_TORCH_CHECK(k > 0 && n > 0 && k < (1 << 30) && n < (1 << 30), "a product needs features to read and to write");
-  STD_TORCH_CHECK(bits == 4 || bits == 8, "bits is not 4 or 8");
   const int64_t blocks = (n + kBlock - 1) / kBlock, groups = (k + group_size - 1) / group_size;
   STD_TORCH_CHECK(weight.is_cpu() && weight.scalar_type() == ScalarType::Byte && weight.is_contiguous() &&
-                      weight.numel() == experts * blocks * groups * group_size * kBlock * bits / 8,
+                      weight.numel() == experts * blocks * groups * group_size * kBlock / 2,
                   "weight is not packed for layout native with these features and groups");
   STD_TORCH_CHECK(scale_zero.is_cpu() && scale_zero.scalar_type() == ScalarType::BFloat16 &&
                       scale_zero.is_contiguous() && scale_zero.numel() == experts * blocks * groups * kBlock * 2,
@@ -193,25 +194,23 @@ inline Tensor norm(const Tensor& x, const std::string& norm, const Tensor& weigh
   return y;
 }
 
-// Describes a product whose weights and format of activations the call has already; false where there is no row.
-// `held` keeps what the call's addresses point to.
-inline bool describe(LinearCall& call, const Tensor& x, int64_t out_features, int64_t group_size, const Around& around,
-                     Tensor& y, Tensors& held) {
+// Describes a product whose weights and format of activations the call has already; returns where it goes. `held` keeps
+// what the call's addresses point to.
+inline Tensor describe(LinearCall& call, const Tensor& x, int64_t out_features, int64_t group_size,
+                       const Around& around, Tensors& held) {
   LinearArgs& a = call.linear;
   PrepareArgs& p = call.prepare;
   describe_norm(p, x, around.norm, around.norm_weight, around.norm_bias, around.eps, held);
   const int64_t width = around.gated ? out_features / 2 : out_features;
   STD_TORCH_CHECK(!around.gated || out_features % (2 * kBlock) == 0,
                   "a gated product has a multiple of 32 out_features");
-  check(has_rows(y, x, width), "y", "have x's dtype and rows, and out_features columns (gated half as many)");
-  check(y.is_contiguous() || (y.dim() == 2 && y.stride(1) == 1), "y", "have rows of adjacent elements");
-  if (p.rows == 0) return false;
+  Tensor y = empty_rows(x, width);
   const Strided added = residual_of(around.residual, x, width, held);
   a.residual = added.data;
   a.residual_stride = added.stride;
   a.bias = around.bias;
   a.y = y.data_ptr();
-  a.y_stride = y.is_contiguous() ? width : y.stride(0);
+  a.y_stride = width;
   a.dtype = p.dtype;
   a.rows = p.rows;
   a.in_features = p.in_features;
@@ -219,15 +218,12 @@ inline bool describe(LinearCall& call, const Tensor& x, int64_t out_features, in
   a.group_size = p.group_size = int32_t(group_size);
   a.activation = activation_of(around.activation);
   a.gated = around.gated;
-  return true;
+  return y;
 }
 
-inline LinearCall quantized(const Tensor& weight, const Tensor& scale_zero, int64_t bits, bool int8_activations) {
-  STD_TORCH_CHECK(bits == 4 || int8_activations, "weights of 8 bits are for activations of 8 bits");
+inline LinearCall quantized(const Tensor& weight, const Tensor& scale_zero) {
   LinearCall call;
-  call.linear.bits = int32_t(bits);
-  call.prepare.middle = 1 << (bits - 1);
-  call.linear.x.format = int8_activations ? kInt8 : kSingle;
+  call.linear.x.format = kInt8;
   call.linear.weight = static_cast<const uint8_t*>(weight.data_ptr());
   call.linear.scale_zero = static_cast<const uint16_t*>(scale_zero.data_ptr());
   return call;
@@ -243,59 +239,35 @@ inline const int32_t* blocks_wanted(const Maybe& wanted, int64_t out_features, b
   return static_cast<const int32_t*>(wanted->data_ptr());
 }
 
-inline void linear_into(const Tensor& x, const Tensor& weight, const Tensor& scale_zero, const Maybe& bias,
-                        int64_t out_features, int64_t group_size, int64_t bits, bool int8_activations,
-                        const Maybe& residual, const std::string& norm, const Maybe& norm_weight,
-                        const Maybe& norm_bias, double eps, const std::string& activation, bool gated,
-                        const Maybe& wanted, Tensor& y) {
+inline Tensor linear(const Tensor& x, const Tensor& weight, const Tensor& scale_zero, const Maybe& bias,
+                     int64_t out_features, int64_t group_size, const Maybe& residual, const std::string& norm,
+                     const Maybe& norm_weight, const Maybe& norm_bias, double eps, const std::string& activation,
+                     bool gated, const Maybe& wanted) {
   check(x.dim() > 0, "x", "have a dimension of features");
-  check_weight(weight, scale_zero, columns_of(x), out_features, group_size, bits);
-  LinearCall call = quantized(weight, scale_zero, bits, int8_activations);
+  check_weight(weight, scale_zero, columns_of(x), out_features, group_size);
+  LinearCall call = quantized(weight, scale_zero);
   const Rows added = rows_of_one(vector_of(bias, x, out_features, "bias"), out_features);
   Tensors held;
-  if (!describe(call, x, out_features, group_size,
-                {added, residual, norm, norm_weight, norm_bias, eps, activation, gated}, y, held))
-    return;
+  const Tensor y = describe(call, x, out_features, group_size,
+                            {added, residual, norm, norm_weight, norm_bias, eps, activation, gated}, held);
   call.linear.wanted = blocks_wanted(wanted, out_features, gated, residual);
-  call.place();
   call.run();
-}
-
-inline void linear_out(const Tensor& x, const Tensor& weight, const Tensor& scale_zero, const Maybe& bias,
-                       int64_t out_features, int64_t group_size, int64_t bits, bool int8_activations,
-                       const Maybe& residual, const std::string& norm, const Maybe& norm_weight, const Maybe& norm_bias,
-                       double eps, const std::string& activation, bool gated, Tensor y) {
-  linear_into(x, weight, scale_zero, bias, out_features, group_size, bits, int8_activations, residual, norm,
-              norm_weight, norm_bias, eps, activation, gated, {}, y);
-}
-
-inline Tensor linear(const Tensor& x, const Tensor& weight, const Tensor& scale_zero, const Maybe& bias,
-                     int64_t out_features, int64_t group_size, int64_t bits, bool int8_activations,
-                     const Maybe& residual, const std::string& norm, const Maybe& norm_weight, const Maybe& norm_bias,
-                     double eps, const std::string& activation, bool gated, const Maybe& wanted) {
-  check(x.dim() > 0, "x", "have a dimension of features");
-  Tensor y = empty_rows(x, gated ? out_features / 2 : out_features);
-  linear_into(x, weight, scale_zero, bias, out_features, group_size, bits, int8_activations, residual, norm,
-              norm_weight, norm_bias, eps, activation, gated, wanted, y);
   return y;
 }
 
 inline Tensor experts(const Tensor& x, const Tensor& weight, const Tensor& scale_zero, const Tensor& expert,
-                      int64_t out_features, int64_t group_size, int64_t bits, bool int8_activations) {
+                      int64_t out_features, int64_t group_size) {
   check(x.dim() == 2 && weight.dim() > 0 && weight.size(0) > 0, "x", "be a matrix, and weight a stack");
   check(expert.is_cpu() && expert.scalar_type() == ScalarType::Long && expert.is_contiguous() && expert.dim() == 1 &&
             expert.size(0) == x.size(0),
         "expert", "be contiguous, in int64, with a number for each row of x");
-  check_weight(weight, scale_zero, columns_of(x), out_features, group_size, bits, weight.size(0));
-  LinearCall call = quantized(weight, scale_zero, bits, int8_activations);
+  check_weight(weight, scale_zero, columns_of(x), out_features, group_size, weight.size(0));
+  LinearCall call = quantized(weight, scale_zero);
   call.linear.expert = static_cast<const int64_t*>(expert.data_ptr());
   call.linear.experts = int32_t(weight.size(0));
-  Tensor y = empty_rows(x, out_features);
   Tensors held;
-  if (describe(call, x, out_features, group_size, {{}, {}, "none", {}, {}, 0, "none", false}, y, held)) {
-    call.place();
-    call.run();
-  }
+  const Tensor y = describe(call, x, out_features, group_size, {{}, {}, "none", {}, {}, 0, "none", false}, held);
+  call.run();
   return y;
 }
 
@@ -313,18 +285,15 @@ inline Tensor dense(const Tensor& x, Tensors weights, Tensors biases, const Mayb
   for (int i = 0; i < bias.count; ++i)
     check(bias.first[i + 1] == rows.first[i + 1], "biases", "be as long as the weights have rows");
   const int64_t n = rows.first[rows.count];
-  Tensor y = empty_rows(x, gated ? n / 2 : n);
   call.linear.x.format = x.scalar_type() == ScalarType::BFloat16 ? kernels().bfloat16 : kPlain;
   const bool half = x.scalar_type() != ScalarType::Float;
   Tensors held;
-  if (!describe(call, x, n, kLargestGroup, {bias, residual, norm, norm_weight, norm_bias, eps, activation, gated}, y,
-                held))
-    return y;
+  const Tensor y =
+      describe(call, x, n, kLargestGroup, {bias, residual, norm, norm_weight, norm_bias, eps, activation, gated}, held);
   const bool few = rows_of(x) <= few_rows(half, x.dim() == 3 ? x.size(1) : 1);
   if (!few && !any_rows(half)) {
     run_wide(call, held.empty() ? x : torch::stable::contiguous(x), weights, biases);
   } else {
-    call.place();
     call.run(!few);
   }
   return y;

@@ -1,9 +1,9 @@
-// Products: x W^T + bias, an activation or a gate, and a residual. Those with weights of 4 and 8 bits are here, others
-// in dense.h.
+// Products: x W^T + bias, an activation or a gate, and a residual. Those with weights of 4 bits are here, others in
+// dense.h.
 //
 // A block of 16 output features reads its weights once, line by line; up to kRows rows of activations share what was
 // unpacked. Every output is summed in one order, whatever the number of rows, threads or parts: group by group, a
-// group's products first (exactly, in integers, where activations are int8), then times its scale, then its zero times
+// group's products first (exactly, in integers), then times its scale, then its zero times
 // the sum of the activations. Not handled: many rows at the speed of a matrix product (no tiles beyond one block of
 // weights).
 #pragma once
@@ -24,28 +24,26 @@ namespace river {
 
 constexpr int kRows = 8;
 constexpr int kLine = 64;
-constexpr int kWide = -1;  // beside the formats: activations in kInt8 for weights of 8 bits
 
 // Asks for the weights that this thread reads some 300 ns later: the processor's own prefetching stops at every page.
 RIVER_INLINE void fetch(const uint8_t* weight) { __builtin_prefetch(weight + 4096, 0, 2); }
 
 // One row of prepared activations.
 struct Row {
-  const void* values;
+  const int8_t* values;
   const float* scale;
   const float* sum;
   const int32_t* start;
 };
 
 RIVER_INLINE Row row_of(const Activations& x, int64_t row, int64_t groups, int64_t group_size) {
-  const int64_t bytes = x.format == kInt8 ? 1 : 4;
-  const auto* values = static_cast<const char*>(x.values) + row * groups * group_size * bytes;
+  const auto* values = static_cast<const int8_t*>(x.values) + row * groups * group_size;
   return {values, x.scale + row * groups, x.sum + row * groups, x.start + row * groups};
 }
 
-// Each `group_*` returns, for R rows and one vector of output features, the sum of (q - 8) x over one group.
+// Returns, for R rows and one vector of output features, the sum of (q - 8) x over one group.
 template <int R>
-RIVER_INLINE void group_int8(const uint8_t* w, const Row* x, int64_t g, int lines, Floats* out) {
+RIVER_INLINE void sums_of_group(const uint8_t* w, const Row* x, int64_t g, int lines, Floats* out) {
   Dots low[R], high[R];
   for (int r = 0; r < R; ++r) low[r].begin(x[r].start[g]), high[r].begin(0);
   for (int i = 0; i < lines; i += 4) {
@@ -56,7 +54,7 @@ RIVER_INLINE void group_int8(const uint8_t* w, const Row* x, int64_t g, int line
       const Ints first = low_nibbles(line), second = high_nibbles(line);
 #pragma GCC unroll 8
       for (int r = 0; r < R; ++r) {
-        const int8_t* values = static_cast<const int8_t*>(x[r].values) + (g * lines + i + j) * 8;
+        const int8_t* values = x[r].values + (g * lines + i + j) * 8;
         low[r].add(first, values);
         (R == 1 ? high[r] : low[r]).add(second, values + 4);
       }
@@ -69,50 +67,10 @@ RIVER_INLINE void group_int8(const uint8_t* w, const Row* x, int64_t g, int line
   }
 }
 
-// The same for weights of 8 bits, as (q - 128) x.
-template <int R>
-RIVER_INLINE void group_wide(const uint8_t* w, const Row* x, int64_t g, int lines, Floats* out) {
-  WideDots even[R], odd[R];
-  for (int r = 0; r < R; ++r) even[r].begin(x[r].start[g]), odd[r].begin(0);
-  for (int i = 0; i < lines; i += 2) {
-    const Ints first = load(w + i * kLine), second = load(w + (i + 1) * kLine);
-    fetch(w + i * kLine);
-    fetch(w + (i + 1) * kLine);
-#pragma GCC unroll 8
-    for (int r = 0; r < R; ++r) {
-      const int8_t* values = static_cast<const int8_t*>(x[r].values) + (g * lines + i) * 4;
-      even[r].add(first, values);
-      (R == 1 ? odd[r] : even[r]).add(second, values + 4);
-    }
-  }
-  for (int r = 0; r < R; ++r) {
-    const Ints total = R == 1 ? add(even[r].sum, odd[r].sum) : even[r].sum;
-    out[r] = mul(to_floats(total), every(x[r].scale[g]));
-  }
-}
-
-template <int R>
-RIVER_INLINE void group_single(const uint8_t* w, const Row* x, int64_t g, int lines, Floats* out) {
-  for (int r = 0; r < R; ++r) out[r] = every(kSingleOffset * x[r].sum[g]);
-  for (int i = 0; i < lines; ++i) {
-    const Ints line = load(w + i * kLine);
-    fetch(w + i * kLine);
-#pragma GCC unroll 8
-    for (int j = 0; j < 8; ++j) {
-      const Floats weights = weights_of(line, j);
-#pragma GCC unroll 8
-      for (int r = 0; r < R; ++r) {
-        const float* values = static_cast<const float*>(x[r].values) + (g * lines + i) * 8;
-        out[r] = fma(weights, every(values[j]), out[r]);
-      }
-    }
-  }
-}
-
 // One block of output features for `rows` <= R rows; the last row stands in for those that are not there.
-template <int R, int F>
+template <int R>
 void quantized_block(const LinearArgs& a, int64_t n, int row, int rows, float (*y)[kBlock]) {
-  const int lines = a.group_size * (F == kWide ? 8 : 4) / 32;
+  const int lines = a.group_size / 8;
   const int64_t groups = (a.in_features + a.group_size - 1) / a.group_size;
   Row x[R];
   for (int r = 0; r < R; ++r) x[r] = row_of(a.x, row + std::min(r, rows - 1), groups, a.group_size);
@@ -123,9 +81,7 @@ void quantized_block(const LinearArgs& a, int64_t n, int row, int rows, float (*
     for (Floats& sum : half) sum = zeros();
   for (int64_t g = 0; g < groups; ++g, weight += lines * kLine, parameters += kLine) {
     for (int h = 0; h < kHalves; ++h) {
-      if constexpr (F == kInt8) group_int8<R>(weight + h * 4 * kLanes, x, g, lines, products);
-      if constexpr (F == kWide) group_wide<R>(weight + h * 4 * kLanes, x, g, lines, products);
-      if constexpr (F == kSingle) group_single<R>(weight + h * 4 * kLanes, x, g, lines, products);
+      sums_of_group<R>(weight + h * 4 * kLanes, x, g, lines, products);
       const Ints pair = load(parameters + h * 4 * kLanes);
       const Floats scale = low_bfloat16(pair), zero = high_bfloat16(pair);
       for (int r = 0; r < R; ++r) sums[h][r] = fma(zero, every(x[r].sum[g]), fma(products[r], scale, sums[h][r]));
@@ -150,8 +106,8 @@ void block(const LinearArgs& a, int64_t n, int row, int rows, float (*y)[kBlock]
     tiled_block(a, n, y);
   else if constexpr (F == kPairs)
     pairs_block(a, n, row, rows, y);
-  else if constexpr (F != kPlain)
-    quantized_block<R, F>(a, n, row, rows, y);
+  else if constexpr (F == kInt8)
+    quantized_block<R>(a, n, row, rows, y);
   else if (a.dtype == kFloat32)
     dense_block<kFloat32>(a, n, row, rows, y);
   else if (a.dtype == kBFloat16)
@@ -229,8 +185,7 @@ class BlocksOfPart {
   int64_t blocks_, count_;
 };
 
-template <int F>
-void linear_of(const LinearArgs& a, int part, int parts) {
+inline void quantized_linear(const LinearArgs& a, int part, int parts) {
   const BlocksOfPart blocks(a, part, parts);
   blocks.write_unwanted();
   for (int64_t i = blocks.first; i < blocks.end; ++i) {
@@ -238,15 +193,15 @@ void linear_of(const LinearArgs& a, int part, int parts) {
     for (int row = 0; row < a.rows; row += kRows) {
       const int rows = std::min(kRows, a.rows - row);
       if (rows == 1)
-        block_and_rest<1, F>(a, n, row, rows);
+        block_and_rest<1, kInt8>(a, n, row, rows);
       else if (rows == 2)
-        block_and_rest<2, F>(a, n, row, rows);
+        block_and_rest<2, kInt8>(a, n, row, rows);
       else if (rows <= 4)
-        block_and_rest<4, F>(a, n, row, rows);
+        block_and_rest<4, kInt8>(a, n, row, rows);
       else if (rows <= 6)
-        block_and_rest<6, F>(a, n, row, rows);
+        block_and_rest<6, kInt8>(a, n, row, rows);
       else
-        block_and_rest<8, F>(a, n, row, rows);
+        block_and_rest<8, kInt8>(a, n, row, rows);
     }
   }
 }
@@ -306,12 +261,8 @@ inline void linear_in_tiles(const LinearArgs& a, int part, int parts) {
 
 // A product with one weight for all rows.
 inline void linear_with_one(const LinearArgs& a, int part, int parts) {
-  if (a.x.format == kInt8 && a.bits == 8)
-    linear_of<kWide>(a, part, parts);
-  else if (a.x.format == kInt8)
-    linear_of<kInt8>(a, part, parts);
-  else if (a.x.format == kSingle)
-    linear_of<kSingle>(a, part, parts);
+  if (a.x.format == kInt8)
+    quantized_linear(a, part, parts);
   else if (a.x.format == kTiled)
     linear_in_tiles(a, part, parts);
   else if (a.x.format == kPairs)
@@ -320,15 +271,15 @@ inline void linear_with_one(const LinearArgs& a, int part, int parts) {
     linear_in_blocks<kPlain>(a, part, parts);
 }
 
-// `count` rows from `row` on, which meet expert number `chosen`; experts have activations in kInt8 or kSingle.
+// `count` rows from `row` on, which meet expert number `chosen`.
 inline LinearArgs rows_of_expert(const LinearArgs& all, int row, int count, int64_t chosen) {
   LinearArgs a = all;
   const int64_t groups = (a.in_features + a.group_size - 1) / a.group_size;
   const int64_t blocks = (a.out_features + kBlock - 1) / kBlock;
   const Row x = row_of(a.x, row, groups, a.group_size);
-  a.x = {const_cast<void*>(x.values), const_cast<float*>(x.scale), const_cast<float*>(x.sum),
+  a.x = {const_cast<int8_t*>(x.values), const_cast<float*>(x.scale), const_cast<float*>(x.sum),
          const_cast<int32_t*>(x.start), a.x.format};
-  a.weight += chosen * blocks * groups * a.group_size * kBlock * a.bits / 8;
+  a.weight += chosen * blocks * groups * a.group_size * kBlock / 2;
   a.scale_zero += chosen * blocks * groups * kBlock * 2;
   a.y = static_cast<char*>(a.y) + row * a.y_stride * bytes_of(a.dtype);
   a.rows = count;

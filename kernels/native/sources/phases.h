@@ -16,11 +16,10 @@ enum Dtype : int32_t { kFloat32 = 0, kBFloat16 = 1, kFloat16 = 2, kBool = 3 };
 enum Norm : int32_t { kNoNorm = 0, kRms = 1, kRmsPlusOne = 2, kLayerNorm = 3 };
 enum Activation : int32_t { kIdentity = 0, kSilu = 1, kGelu = 2, kGeluTanh = 3, kRelu = 4 };
 
-// How prepared activations lie in memory: one byte for each feature, or one float32, in the order of the packed nibbles
-// for 4-bit weights, in their own (kPlain) or of every two vectors first those with even numbers (kSplit) for others;
-// pairs of bfloat16, those of 16 rows after each other (kTiled) or of one; or as x lies, normalised, for a library's
-// product.
-enum Format : int32_t { kInt8 = 0, kSingle = 1, kPlain = 2, kAsGiven = 3, kTiled = 4, kPairs = 5, kSplit = 6 };
+// How prepared activations lie in memory: one byte for each feature, for 4-bit weights; for others one float32, in
+// their own order (kPlain) or of every two vectors first those with even numbers (kSplit), or pairs of bfloat16, those
+// of 16 rows after each other (kTiled) or of one; or as x lies, normalised, for a library's product.
+enum Format : int32_t { kInt8 = 0, kPlain = 1, kAsGiven = 2, kTiled = 3, kPairs = 4, kSplit = 5 };
 
 // Activations that a product reads: K rounded up to whole groups, the padding zero.
 struct Activations {
@@ -28,7 +27,7 @@ struct Activations {
                    // most 16 rows [K' / 2, M, 2]
   float* scale;    // [M, K' / G] of the int8 values, unused otherwise
   float* sum;      // [M, K' / G] sums of the activations before they were rounded
-  int32_t* start;  // [M, K' / G] minus the weights' middle times the sum of the int8 values, unused otherwise
+  int32_t* start;  // [M, K' / G] minus 8, the weights' middle, times the sum of the int8 values, unused otherwise
   int32_t format;
 };
 
@@ -41,7 +40,7 @@ struct PrepareArgs {
   const void* residual;     // [M, K] of `dtype`, added in format kAsGiven, or null
   int64_t residual_stride;
   Activations out;
-  int32_t dtype, rows, in_features, group_size, norm, middle;  // middle: 8 for weights of 4 bits, 128 for those of 8
+  int32_t dtype, rows, in_features, group_size, norm;
   float eps;
 };
 
@@ -59,20 +58,19 @@ struct Rows {
 struct LinearArgs {
   Activations x;
   const uint8_t* weight;  // [N' / 16, K' / G, G / 8, 64]: byte 4 n + j of line i holds the features 8 i + j and
-                          // 8 i + 4 + j of its group, the latter in the high nibble, for output feature n;
-                          // of 8 bits [N' / 16, K' / G, G / 4, 64]: byte 4 n + j of line i holds feature 4 i + j
+                          // 8 i + 4 + j of its group, the latter in the high nibble, for output feature n
   Rows dense;  // [N, K] of `dtype` in place of the 4-bit weights, for activations in format kPlain, kSplit, kTiled or
                // kPairs
-  const uint16_t* scale_zero;  // bfloat16 [N' / 16, K' / G, 16, 2]: w = (q - middle) * scale + zero
+  const uint16_t* scale_zero;  // bfloat16 [N' / 16, K' / G, 16, 2]: w = (q - 8) * scale + zero
   const int64_t* expert;       // [M] which of `experts` stacked weights a row meets, null where there is one for all;
                                // a row with none of their numbers gets zeros
   Rows bias;                   // [N] of `dtype`, or null
   const void* residual;        // [M, N] (gated [M, N / 2]) of `dtype`, or null
   const int32_t* wanted;  // how many blocks of 16 output features are wanted, and their numbers, ascending; the others
-                          // become kUnwanted. Null: all are. For weights of 4 and 8 bits, not gated, without a residual
+                          // become kUnwanted. Null: all are. For weights of 4 bits, not gated, without a residual
   void* y;                // [M, N] (gated [M, N / 2]) of `dtype`
   int64_t residual_stride, y_stride;
-  int32_t dtype, rows, in_features, out_features, group_size, bits, activation, gated;  // gated: N is a multiple of 32
+  int32_t dtype, rows, in_features, out_features, group_size, activation, gated;  // gated: N is a multiple of 32
   int32_t experts;
 };
 

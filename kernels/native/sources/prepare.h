@@ -1,5 +1,5 @@
-// Activations as products read them: normalised, then rounded to int8 with one scale for each group, or in the order of
-// the nibbles. Written as plain loops over one group, which compilers vectorize.
+// Activations as products read them: normalised, then rounded to int8 with one scale for each group, or in the order
+// that other weights ask for. Written as plain loops over one group, which compilers vectorize.
 #pragma once
 
 #include <algorithm>
@@ -67,7 +67,7 @@ inline float largest_of(const float* values, int size) {
 }
 
 // Rounds a group to -127..127 times its scale. Adding 1.5 * 2^23 rounds to the nearest integer, ties to even.
-inline void round_group(const float* values, int size, int32_t middle, int8_t* out, float* scale, int32_t* start) {
+inline void round_group(const float* values, int size, int8_t* out, float* scale, int32_t* start) {
   const float largest = largest_of(values, size);
   const float inverse = largest > 1e-36f ? 127.0f / largest : 0.0f;
   int32_t total = 0;
@@ -77,11 +77,8 @@ inline void round_group(const float* values, int size, int32_t middle, int8_t* o
     total += int8_t(rounded);
   }
   *scale = largest / 127.0f;
-  *start = -middle * total;
+  *start = -8 * total;
 }
-
-// Nibble j of a packed lane holds feature order[j] of its eight.
-constexpr int kNibbleOrder[8] = {0, 4, 1, 5, 2, 6, 3, 7};
 
 // Writes a group as x lies, plus the residual.
 inline void write_group(const PrepareArgs& a, int64_t row, int64_t first, float* values) {
@@ -113,13 +110,7 @@ inline void prepare_group(const PrepareArgs& a, int64_t i, const float* values) 
   if (a.out.format == kTiled) return write_pairs(a, i, values);
   if (a.out.format == kPairs) return store_values(a.out.values, i * size, int(size), kBFloat16, values);
   a.out.sum[i] = sum_of(values, int(size));
-  if (a.out.format == kInt8) {
-    auto* out = static_cast<int8_t*>(a.out.values) + i * size;
-    round_group(values, int(size), a.middle, out, a.out.scale + i, a.out.start + i);
-  } else {
-    float* out = static_cast<float*>(a.out.values) + i * size;
-    for (int64_t k = 0; k < size; ++k) out[k] = values[k / 8 * 8 + kNibbleOrder[k % 8]];
-  }
+  round_group(values, int(size), static_cast<int8_t*>(a.out.values) + i * size, a.out.scale + i, a.out.start + i);
 }
 
 // Format kTiled of more than 16 rows. Parts split the blocks of rows.

@@ -1,5 +1,5 @@
-// The vectors of one instruction set, chosen by RIVER_ISA_*: float32 and int32 lanes, and two ways to multiply a line
-// of packed weights with prepared activations. A line is 64 bytes, 16 output features by 8 input features; `kHalves`
+// The vectors of one instruction set, chosen by RIVER_ISA_*: float32 and int32 lanes, and the product of a line of
+// packed weights with prepared activations. A line is 64 bytes, 16 output features by 8 input features; `kHalves`
 // vectors make up a line, and a vector holds 16 / kHalves output features. Registers hold the sums of kMostRows rows by
 // four output features.
 #pragma once
@@ -103,30 +103,6 @@ struct Dots {
   RIVER_INLINE void widen() {}
 };
 
-// The same for unsigned bytes above 15, whose products by twos need more than 16 bits.
-struct WideDots {
-  Ints sum;
-  RIVER_INLINE void begin(int32_t start) { sum = every(start); }
-  RIVER_INLINE void add(Ints w, const int8_t* x) {
-    const Ints factors = every(four_bytes(x));
-#if defined(RIVER_ISA_AVX512)
-    const Ints even = _mm512_madd_epi16(_mm512_and_si512(w, _mm512_set1_epi16(255)),
-                                        _mm512_srai_epi16(_mm512_slli_epi16(factors, 8), 8));
-    const Ints odd = _mm512_madd_epi16(_mm512_srli_epi16(w, 8), _mm512_srai_epi16(factors, 8));
-    sum = _mm512_add_epi32(sum, _mm512_add_epi32(even, odd));
-#else
-    sum = _mm512_dpbusd_epi32(sum, w, factors);
-#endif
-  }
-};
-
-// The nibbles of number j in each 32-bit lane, as q - 8. The permutation looks at four bits alone.
-RIVER_INLINE Floats weights_of(Ints x, int j) {
-  const Floats table = _mm512_setr_ps(-8, -7, -6, -5, -4, -3, -2, -1, 0, 1, 2, 3, 4, 5, 6, 7);
-  return _mm512_permutexvar_ps(j ? _mm512_srli_epi32(x, 4 * j) : x, table);
-}
-constexpr float kSingleOffset = 0;
-
 #elif defined(RIVER_AVX2)
 
 constexpr int kHalves = 2, kMostRows = 3;
@@ -181,28 +157,6 @@ struct Dots {
 #endif
 };
 
-struct WideDots {
-  Ints sum;
-  RIVER_INLINE void begin(int32_t start) { sum = every(start); }
-  RIVER_INLINE void add(Ints w, const int8_t* x) {
-    const Ints factors = every(four_bytes(x));
-#if defined(RIVER_ISA_AVX_VNNI)
-    sum = _mm256_dpbusd_avx_epi32(sum, w, factors);
-#else
-    const Ints even = _mm256_madd_epi16(_mm256_and_si256(w, _mm256_set1_epi16(255)),
-                                        _mm256_srai_epi16(_mm256_slli_epi16(factors, 8), 8));
-    const Ints odd = _mm256_madd_epi16(_mm256_srli_epi16(w, 8), _mm256_srai_epi16(factors, 8));
-    sum = _mm256_add_epi32(sum, _mm256_add_epi32(even, odd));
-#endif
-  }
-};
-
-RIVER_INLINE Floats weights_of(Ints x, int j) {
-  const Ints shifted = j ? _mm256_srli_epi32(x, 4 * j) : x;
-  return _mm256_cvtepi32_ps(_mm256_and_si256(shifted, _mm256_set1_epi32(15)));
-}
-constexpr float kSingleOffset = -8;
-
 #else
 
 constexpr int kHalves = 4, kMostRows = 2;
@@ -248,17 +202,6 @@ struct Dots {
   }
   RIVER_INLINE void widen() {}
 };
-
-struct WideDots {
-  Ints sum;
-  RIVER_INLINE void begin(int32_t start) { sum = every(start); }
-  RIVER_INLINE void add(Ints w, const int8_t* x) {
-    for (int j = 0; j < 4; ++j) sum += ((w >> (8 * j)) & 255) * every(int32_t(x[j]));
-  }
-};
-
-RIVER_INLINE Floats weights_of(Ints x, int j) { return to_floats((Ints)((Words)x >> (4 * j)) & 15); }
-constexpr float kSingleOffset = -8;
 
 #endif
 

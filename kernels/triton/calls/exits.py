@@ -38,16 +38,14 @@ def residual_verdict(
     previous: Tensor,
     rule: Tensor,
     verdict: Tensor,
-    past: Tensor | None,
     dependent: bool = False,
 ) -> tuple[Tensor, Tensor]:
     """Does what `residual_score` does, decides whether the score leaves, and notes that, in one launch.
 
     Args:
         update, residual, previous: as of `residual_score`.
-        rule: float64 ``[2]``, the bar and whether the check is asked; see :mod:`.exit_score`.
+        rule: float64 ``[1]``, the bar; see :mod:`.exit_score`.
         verdict: float32 ``[4]``, the score and in bytes 4 and 5 the booleans "leaves" and "stays". Mutated.
-        past: float32 ``[N + 1]``, the last N scores and how many there are, where their mean decides; or None. Mutated.
         dependent: as of `kv_fill`.
 
     Returns:
@@ -56,7 +54,7 @@ def residual_verdict(
     Raises:
         ValueError: tensors of different shapes, or of other shapes or dtypes than these.
     """
-    return _exit_score(update, residual, previous, dependent, rule, verdict, past)
+    return _exit_score(update, residual, previous, dependent, rule, verdict)
 
 
 def _exit_score(
@@ -66,7 +64,6 @@ def _exit_score(
     dependent: bool,
     rule: Tensor | None = None,
     verdict: Tensor | None = None,
-    past: Tensor | None = None,
 ) -> tuple[Tensor, Tensor]:
     if not update.shape == residual.shape == previous.shape:
         shapes = ", ".join(str(tuple(t.shape)) for t in (update, residual, previous))
@@ -75,13 +72,12 @@ def _exit_score(
     given = {name: tensor.reshape(-1, update.shape[-1]).contiguous() for name, tensor in inputs.items()}
     hidden = torch.empty_like(given["update"])
     score = update.new_empty(1, dtype=torch.float32)
-    given |= {"hidden": hidden, "score": score, **launch.present(rule=rule, verdict=verdict, past=past)}
+    given |= {"hidden": hidden, "score": score, **launch.present(rule=rule, verdict=verdict)}
     rows, features = hidden.shape
 
     def describe() -> ExitScoreSpec:
-        early, history = launch.may_start_early(dependent, update), 0 if past is None else len(past) - 1
-        decides = rule is not None
-        return ExitScoreSpec(rows, features, dtype_name(update), decides, history, dependent=early)
+        early = launch.may_start_early(dependent, update)
+        return ExitScoreSpec(rows, features, dtype_name(update), decides=rule is not None, dependent=early)
 
     launch.chosen(("exit_score", dependent), given, 1, describe)(given)
     return hidden.view(update.shape), score.view(())

@@ -11,7 +11,7 @@ import torch
 
 from river_compile.kernels.native.isa import runnable
 from river_compile.kernels.native.tape import Tape
-from river_compile.kernels.quant.layouts import PackedLinear, layout
+from river_compile.kernels.quant.layouts import PackedLinear
 from tests.kernels.harness import Guarded, poisoned
 
 native = torch.ops.river_native
@@ -35,10 +35,10 @@ def same_bits(a: torch.Tensor, b: torch.Tensor) -> bool:
     return torch.equal(a, b)
 
 
-def linear(x: torch.Tensor, packed: PackedLinear, bias: torch.Tensor | None, int8: bool, *around) -> torch.Tensor:
+def linear(x: torch.Tensor, packed: PackedLinear, bias: torch.Tensor | None, *around) -> torch.Tensor:
     """Calls the operator for packed weights; `around` as the operator takes it, from the residual on."""
-    how = (packed.out_features, packed.group_size, layout(packed.layout).bits, int8)
-    return native.linear(x, packed.qweight, packed.scale_zero, bias, *how, *around)
+    sizes = packed.out_features, packed.group_size
+    return native.linear(x, packed.qweight, packed.scale_zero, bias, *sizes, *around)
 
 
 def dense(x: torch.Tensor, weight: torch.Tensor, bias: torch.Tensor | None = None, *around) -> torch.Tensor:

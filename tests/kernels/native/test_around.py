@@ -16,11 +16,12 @@ from hypothesis import strategies as st
 from river_compile.kernels import ops  # noqa: F401  (registers river::norm)
 from river_compile.kernels.native import load
 from river_compile.kernels.native.isa import runnable
-from river_compile.kernels.quant.layouts import PackedLinear, pack_linear
+from river_compile.kernels.quant.layouts import PackedLinear
 from tests.kernels import reference
 from tests.kernels.checks import VALUES, activated_magnitude, weights
 from tests.kernels.harness import TOLERANCE, assert_rounded, examples
 from tests.kernels.native.running import DTYPES, ISAS, called, dense, linear, native, rounded
+from tests.kernels.packing import pack_linear
 
 NORMS = ("none", "rms", "rms_plus_one", "layer")
 ACTIVATIONS = ("none", "silu", "gelu", "gelu_tanh", "relu")
@@ -51,13 +52,12 @@ class Around:
 
 @dataclass(frozen=True)
 class Case:
-    """A call: with 4-bit weights, whose activations are rounded to 8 bits or not, or with weights of x's dtype."""
+    """A call: with 4-bit weights, or with weights of x's dtype."""
 
     x: torch.Tensor
     weight: PackedLinear | torch.Tensor
     bias: torch.Tensor | None
     around: Around
-    int8: bool = False
 
     def run(self, rows: slice = slice(None)) -> torch.Tensor:
         x, a = self.x[rows], self.around
@@ -66,7 +66,7 @@ class Case:
             few = len(x) <= load.few_rows(x.dtype)
             call = called if few else lambda operator, *given: operator(*given)  # (more is not recorded)
             return call(dense, x, self.weight, self.bias, *rest)
-        return called(linear, x, self.weight, self.bias, self.int8, *rest)
+        return called(linear, x, self.weight, self.bias, *rest)
 
 
 def case_of(
@@ -75,7 +75,6 @@ def case_of(
     values: str = "normal",
     seed: int = 0,
     group: int = 0,
-    int8: bool = False,
     norm: str = "none",
     norm_bias: bool = False,
     bias: bool = False,
@@ -106,7 +105,7 @@ def case_of(
         activation,
         gated,
     )
-    return Case(rows(k, 1e-4 if values == "extreme" else 1.0), weight, random(n) if bias else None, around, int8)
+    return Case(rows(k, 1e-4 if values == "extreme" else 1.0), weight, random(n) if bias else None, around)
 
 
 @st.composite
@@ -119,7 +118,6 @@ def cases(draw, dense: bool):
         draw(st.sampled_from(VALUES)),
         draw(st.integers(0, 2**20)),
         group=0 if dense else draw(st.sampled_from((32, 64, 128))),
-        int8=not dense and draw(st.booleans()),
         norm=draw(st.sampled_from(NORMS)),
         norm_bias=draw(st.booleans()),
         bias=draw(st.booleans()),
@@ -158,10 +156,9 @@ def product(case: Case, isa: str) -> tuple[torch.Tensor, torch.Tensor]:
         grid, (n, k) = case.weight.unpack(), (case.weight.out_features, h.shape[1])
         zero = grid.zero.double().repeat_interleave(grid.group_size, 1)[:n, :k]
         steps = case.weight.dequantize(torch.float64) - zero
-        if case.int8:
-            read = rounded(h, grid.group_size)
-            if case.around.norm != "none":
-                undecided, reach = near_ties(h, reach, grid.group_size)
+        read = rounded(h, grid.group_size)
+        if case.around.norm != "none":
+            undecided, reach = near_ties(h, reach, grid.group_size)
     y = reference.linear(read, steps, bias=case.bias) + h @ zero.T
     total = reach @ (steps.abs() + zero.abs()).T + undecided @ steps.abs().T / TOLERANCE[torch.float32]
     return y, total if case.bias is None else total + case.bias.double().abs()
@@ -287,7 +284,7 @@ def test_a_rows_bits_depend_on_neither_rows_nor_threads(isa, m, n, k, group, dty
     if not group and load.few_rows(dtype) == FEW_ROWS:  # (a library multiplies more)
         m = min(m, FEW_ROWS)
     options = {"bias": True, "norm_bias": True, "residual": True, "activation": "silu"}
-    case = case_of((m, n, k), dtype, seed=seed, group=group, int8=seed % 2 == 0, norm=norm, gated=gated, **options)
+    case = case_of((m, n, k), dtype, seed=seed, group=group, norm=norm, gated=gated, **options)
     torch.set_num_threads(1)
     alone = torch.cat([case.run(slice(i, i + 1)) for i in range(m)])
     for threads in (1, 2, 3, 4):
@@ -358,7 +355,7 @@ def test_leading_dimensions_and_strides(group, change):
     case = case_of((6, 32, 100), torch.bfloat16, group=group, **options)
     x, residual = (change(t.reshape(2, 3, -1)) for t in (case.x, case.around.residual))
     rest = replace(case.around, residual=residual).arguments
-    y = linear(x, case.weight, case.bias, False, *rest) if group else dense(x, case.weight, case.bias, *rest)
+    y = linear(x, case.weight, case.bias, *rest) if group else dense(x, case.weight, case.bias, *rest)
     assert torch.equal(y, case.run().reshape(2, 3, 32))
 
 

@@ -120,7 +120,7 @@ torch.ops.load_library(str(build.build(build.find_compiler(), "bindings.cpp", "o
 x = torch.ones(1, 32)
 try:
     torch.ops.river_native.linear(x, torch.zeros(1, 1, 4, 64, dtype=torch.uint8), torch.zeros(1, 1, 16, 2).bfloat16(),
-                                  None, 16, 32, 4, True)
+                                  None, 16, 32)
 except RuntimeError as error:
     print("load()" in str(error))
 """

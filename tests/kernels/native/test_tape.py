@@ -14,9 +14,9 @@ from torch import fx
 
 from river_compile.kernels.native import load
 from river_compile.kernels.native.tape import Tape
-from river_compile.kernels.quant.layouts import pack_linear
 from river_compile.lowering.native import CannotRecord, NativeSegment
 from tests.kernels.native.running import dense, linear, native
+from tests.kernels.packing import pack_linear
 
 BATCH, HEADS, KV_HEADS, DIM, SLOTS, HIDDEN, WIDE = 2, 4, 2, 16, 300, 64, 192
 
@@ -57,7 +57,7 @@ class Block:
         self.mask.copy_((torch.arange(SLOTS) > step + 280).float() * torch.finfo(torch.float32).min)
 
     def linear(self, name: str, x: torch.Tensor, *rest) -> torch.Tensor:
-        return linear(x, self.packed[name], None, True, *rest)
+        return linear(x, self.packed[name], None, *rest)
 
     def calls(self) -> tuple[torch.Tensor, torch.Tensor]:
         """Returns logits, and the slot after this step's."""

@@ -8,9 +8,8 @@ from hypothesis import strategies as st
 from river_compile.kernels import ops
 from river_compile.kernels.native import load
 from river_compile.kernels.native.tape import Tape
-from river_compile.kernels.quant.grid import quantize_8bit
-from river_compile.kernels.quant.layouts import pack, pack_linear
 from tests.kernels.native.running import DTYPES, ISAS, called, linear, native
+from tests.kernels.packing import pack_linear
 
 pytestmark = pytest.mark.usefixtures("restored")
 AROUND = (None, "none", None, None, 1e-6, "none", False)
@@ -31,33 +30,28 @@ def cases(draw):
     rows, n, k = draw(st.integers(1, 9)), draw(st.integers(1, 400)), draw(st.integers(1, 130))
     numbers = st.integers(0, blocks_of(n) - 1)
     blocks = draw(st.lists(numbers, min_size=1, unique=True))
-    return rows, n, k, blocks, draw(st.sampled_from(DTYPES)), draw(st.sampled_from((4, 8))), draw(st.integers(0, 2**20))
+    return rows, n, k, blocks, draw(st.sampled_from(DTYPES)), draw(st.integers(0, 2**20))
 
 
 def drawn(case: tuple) -> tuple:
     """Returns activations, the packed matrix, a bias, the list, and which features are wanted."""
-    rows, n, k, blocks, dtype, bits, seed = case
+    rows, n, k, blocks, dtype, seed = case
     g = torch.Generator().manual_seed(seed)
     weight = torch.randn(n, k, generator=g)
-    if bits == 4:
-        packed = pack_linear(weight, 32, "native", "rtn")
-    else:
-        padded = torch.nn.functional.pad(weight, (0, -k % 32))
-        packed = pack(quantize_8bit(padded, 32, torch.bfloat16), "native_int8", k)
+    packed = pack_linear(weight, 32, "native", "rtn")
     x, bias = torch.randn(rows, k, generator=g).to(dtype), torch.randn(n, generator=g).to(dtype)
     is_wanted = torch.isin(torch.arange(n) // ops.WANTED_BLOCK, torch.tensor(blocks))
     return x, packed, bias, listed(blocks, n), is_wanted
 
 
 @ISAS
-@given(cases(), st.booleans(), st.integers(1, 4))
-def test_wanted_features_have_the_bits_of_a_whole_product(isa, case, int8, threads):
+@given(cases(), st.integers(1, 4))
+def test_wanted_features_have_the_bits_of_a_whole_product(isa, case, threads):
     x, packed, bias, wanted, is_wanted = drawn(case)
-    int8 = int8 or case[5] == 8
     load.load(isa)
     torch.set_num_threads(threads)
-    y = called(linear, x, packed, bias, int8, *AROUND, wanted)
-    assert torch.equal(y[:, is_wanted], linear(x, packed, bias, int8)[:, is_wanted])
+    y = called(linear, x, packed, bias, *AROUND, wanted)
+    assert torch.equal(y[:, is_wanted], linear(x, packed, bias)[:, is_wanted])
     assert (y[:, ~is_wanted] == ops.UNWANTED).all()
 
 
@@ -72,9 +66,9 @@ def test_pytorch_says_the_same(case):
 
 @ISAS
 def test_a_replay_reads_the_list_anew(isa):
-    x, packed, bias, wanted, _ = drawn((1, 100, 40, [2], torch.bfloat16, 4, 0))
+    x, packed, bias, wanted, _ = drawn((1, 100, 40, [2], torch.bfloat16, 0))
     load.load(isa)
-    tape = recorded(lambda: linear(x, packed, bias, True, *AROUND, wanted))
+    tape = recorded(lambda: linear(x, packed, bias, *AROUND, wanted))
     for blocks in ([0], [1, 6], list(range(7))):
         wanted.copy_(listed(blocks, 100))
         y = tape()
@@ -113,12 +107,12 @@ def test_no_logit_that_is_unwanted_is_computed_anew(isa, share):
 
 def test_lists_of_another_kind_are_refused():
     load.load()
-    x, packed, bias, wanted, _ = drawn((1, 96, 40, [2], torch.bfloat16, 4, 0))
+    x, packed, bias, wanted, _ = drawn((1, 96, 40, [2], torch.bfloat16, 0))
     for wrong in (wanted.long(), wanted[1:]):
         with pytest.raises(RuntimeError, match="wanted must"):
-            linear(x, packed, bias, True, *AROUND, wrong)
+            linear(x, packed, bias, *AROUND, wrong)
     with pytest.raises(RuntimeError, match="wanted must"):
-        linear(x, packed, bias, True, None, "none", None, None, 1e-6, "none", True, wanted)
+        linear(x, packed, bias, None, "none", None, None, 1e-6, "none", True, wanted)
     matrix, residual = (packed.qweight, packed.scale_zero, bias, 96, 32, "native"), torch.zeros(1, 96).bfloat16()
     with pytest.raises(ValueError, match="without gate and residual"):
         torch.ops.river.linear(x, *matrix, residual=residual, wanted=wanted)

@@ -8,6 +8,7 @@ from hypothesis import strategies as st
 from river_compile.kernels.quant import layouts as pack
 from river_compile.kernels.quant.grid import QuantizedWeight, sqnr_db
 from tests.kernels.harness import examples
+from tests.kernels.packing import pack_linear
 
 
 def grid(n: int, k: int, group: int, seed: int = 0) -> QuantizedWeight:
@@ -70,7 +71,7 @@ def test_where_a_nibble_lies_in_the_native_layout():
 @pytest.mark.parametrize("k", [1, 63, 64, 101])
 def test_any_number_of_input_features(layout, k):
     weight = torch.randn(5, k, generator=torch.Generator().manual_seed(k))
-    packed = pack.pack_linear(weight, 64, layout, "rtn")
+    packed = pack_linear(weight, 64, layout, "rtn")
     assert (packed.in_features, packed.out_features) == (k, 5)
     assert packed.dequantize().shape == (5, k)
     assert sqnr_db(weight, packed.dequantize()) > 18

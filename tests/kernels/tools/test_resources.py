@@ -197,7 +197,7 @@ def unusual_kernels():
     yield ExitScoreSpec(1, 4096, decides=True)
     yield ShiftSpec(1, 8, 8, 128, 4096)
     yield ShiftSpec(2, 4, 2, 80, 100, dtype="float32", cache_strides=(80 * 400, 80 * 100, 80))
-    yield ExitScoreSpec(4, 5000, "float16", decides=True, history=4)
+    yield ExitScoreSpec(4, 5000, "float16", decides=True)
 
 
 @pytest.mark.parametrize("target", ["sm_90", "gfx942"])

@@ -15,7 +15,6 @@ import pytest
 import torch
 
 from river_compile.kernels import ops  # noqa: F401  (registers torch.ops.river)
-from river_compile.kernels.quant.layouts import pack_linear
 from river_compile.kernels.tools.machine_code import cuobjdump
 from river_compile.kernels.triton import launch
 from river_compile.kernels.triton.decode_attention import DecodeAttentionSpec
@@ -28,6 +27,7 @@ from river_compile.kernels.triton.loader import compile_for, load_for
 from river_compile.kernels.triton.shift import ShiftSpec
 from river_compile.kernels.triton.spec import every_sector, render
 from tests.kernels import checks
+from tests.kernels.packing import pack_linear
 
 DENSE = {"weights": "dense", "group_size": 0}
 FILL = KvFillSpec(2, 6, 2, 96, 500, rotary_dim=48, rotary_rows=2, head_norm="rms")
@@ -54,7 +54,7 @@ SPECS = {
         fill=dataclasses.replace(FILL, dependent=True),
     ),
     "exit score": ExitScoreSpec(2, 576, dependent=True),
-    "verdict": ExitScoreSpec(2, 576, dependent=True, decides=True, history=4),
+    "verdict": ExitScoreSpec(2, 576, dependent=True, decides=True),
     "shift": ShiftSpec(2, 6, 2, 96, 500, dependent=True),
 }
 
@@ -242,7 +242,7 @@ def test_operators_refuse_where_there_is_no_early_start(monkeypatch):
         ),
         lambda: torch.ops.river.residual_score(states, states, states, dependent=True),
         lambda: torch.ops.river.residual_verdict(
-            *(states, states, states, torch.zeros(2, dtype=torch.float64), torch.zeros(4), None), dependent=True
+            *(states, states, states, torch.zeros(1, dtype=torch.float64), torch.zeros(4)), dependent=True
         ),
         lambda: torch.ops.river.shift(cache, cache.clone(), dependent=True),
     ):

@@ -37,7 +37,6 @@ ATTEND = DecodeAttentionSpec(
 )  # fmt: skip
 SHIFT = ShiftSpec(2, 2, 2, 40, 22, dtype="float32", block=4)
 VERDICT = ExitScoreSpec(2, 50, "float32", decides=True)
-HISTORY = dataclasses.replace(VERDICT, history=4)
 
 #: What is broken -> (check of the family, pattern in the source, what replaces it).
 MUTATIONS = {
@@ -103,31 +102,14 @@ MUTATIONS = {
         lambda: check_exit_verdict(VERDICT, "at"), r"float64\) > bar", "float64) >= bar"
     ),
     "a bar in float32": (
-        lambda: check_exit_verdict(VERDICT, "below"), r"score.to\(tl.float64\) > bar", "score > bar.to(tl.float32)"
+        lambda: check_exit_verdict(VERDICT, "below"), r"\(score.to\(tl.float64\) > bar", "(score > bar.to(tl.float32)"
     ),
     "a NaN that leaves": (
         lambda: check_exit_verdict(VERDICT, -2.0, spoiled=1),
-        r"leaves = score.to\(tl.float64\) > bar", "leaves = (score > bar) | (score != score)",
+        r"leaves = ", "leaves = (score != score) | ",
     ),
     "a forced depth that a NaN passes": (
-        lambda: check_exit_verdict(VERDICT, math.nan, spoiled=1), r"leaves = leaves \| .*", "leaves = leaves"
-    ),
-    "a NaN that is remembered": (
-        lambda: check_exit_verdict(HISTORY, 0.5, earlier=[0.5], spoiled=0), r"\(score == score\) & ", ""
-    ),
-    "a score that was not asked for and is remembered": (
-        lambda: check_exit_verdict(HISTORY, math.inf, False, [0.5]), r" & \(asked > 0.0\)", ""
-    ),
-    "a mean of too few scores": (
-        lambda: check_exit_verdict(HISTORY, "below", earlier=[0.25, 0.5]), r"seen \+ 1.0", "seen + 2.0"
-    ),
-    "scores in another order": (
-        lambda: check_exit_verdict(HISTORY, "below", earlier=[0.75 * 2**-54, 0.75 * 2**-54, 0.0]),
-        r"total = (.*) \+ (past_2.*) \+ (past_3.*) \+ (score.*)", r"total = \4 + \3 + \2 + \1",
-    ),
-    "the oldest score kept": (
-        lambda: check_exit_verdict(HISTORY, 0.5, earlier=[0.1, 0.2, 0.3, 0.4]),
-        r"past_ptr \+ 0, past_1", "past_ptr + 0, past_2",
+        lambda: check_exit_verdict(VERDICT, math.nan, spoiled=1), r" \| \(bar != bar\)", ""
     ),
 }  # fmt: skip
 
