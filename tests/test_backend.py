@@ -373,13 +373,11 @@ class TestReport:
     @pytest.mark.slow
     def test_the_structured_trace_shows_the_passes(self, tmp_path):
         """TORCH_TRACE receives the plan and what each pass changed, for tlparse."""
-        code = """
-import torch
-from tests.support.families import make
-from tests.test_backend import ALWAYS, generate
+        code = f"""
+from tests.support.families import make, prompt
 model = make("llama", layers=2)
-model.compile(backend="river", options=ALWAYS)
-generate(model, cache_implementation="static")
+model.compile(backend="river", options={ALWAYS})
+model.generate(prompt(), max_new_tokens=3, do_sample=False, cache_implementation="static")
 """
         environment = {**os.environ, "TORCH_TRACE": str(tmp_path), "PYTHONPATH": str(ROOT)}
         subprocess.run([sys.executable, "-c", code], cwd=ROOT, env=environment, check=True, timeout=300)

@@ -14,8 +14,7 @@ from torch.utils._pytree import tree_leaves
 
 from river_compile.passes.nodes import is_tensor
 from river_compile.passes.normalize import normalized
-from tests.passes.graphs import GraphBuilder, random_decoder, shapes
-from tests.passes.test_random_graphs import assert_equal, clones
+from tests.passes.graphs import GraphBuilder, assert_equal, clones, random_decoder, shapes
 from tests.support.families import FAMILIES, each, make, prompt
 
 

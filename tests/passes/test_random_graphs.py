@@ -14,7 +14,7 @@ from torch import Tensor
 
 from river_compile.backend import river
 from river_compile.exits import forced_depth
-from tests.passes.graphs import Shape, random_decoder, shapes
+from tests.passes.graphs import Shape, assert_equal, clones, random_decoder, shapes
 
 
 @settings(max_examples=60)
@@ -76,14 +76,3 @@ def written_by_a_twin(name: str, depth: int) -> bool:
 def assert_close(expected, actual, what: str) -> None:
     """Allows what 4 bits lose in up to five blocks (up to 24 % was seen); unrelated values differ by 100 % or more."""
     assert (actual - expected).norm() <= 0.4 * expected.norm(), what
-
-
-def clones(tensors):
-    return [t.clone() for t in tensors]
-
-
-def assert_equal(expected, actual):
-    assert len(expected) == len(actual)
-    for a, b in zip(expected, actual, strict=True):
-        assert a.shape == b.shape
-        assert torch.equal(a, b)

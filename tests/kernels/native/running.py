@@ -16,7 +16,12 @@ from tests.kernels.harness import Guarded, poisoned
 
 native = torch.ops.river_native
 DTYPES = (torch.float32, torch.bfloat16, torch.float16)
-ISAS = pytest.mark.parametrize("isa", runnable(), ids=lambda isa: isa.name)
+
+# By default the instruction set that this machine uses and the portable one; with --slow those in between too, each of
+# which is a build of its own.
+_QUICK = (runnable()[0], runnable()[-1])
+EACH_ISA = [pytest.param(isa, id=isa.name, marks=() if isa in _QUICK else pytest.mark.slow) for isa in runnable()]
+ISAS = pytest.mark.parametrize("isa", EACH_ISA)
 
 
 def rounded(x: torch.Tensor, group: int) -> torch.Tensor:

@@ -15,19 +15,18 @@ from hypothesis import strategies as st
 
 from river_compile.kernels import ops  # noqa: F401  (registers river::norm)
 from river_compile.kernels.native import load
-from river_compile.kernels.native.isa import runnable
 from river_compile.kernels.quant.layouts import PackedLinear, pack_linear
 from tests.kernels import reference
 from tests.kernels.checks import VALUES, activated_magnitude, weights
 from tests.kernels.harness import TOLERANCE, assert_rounded, examples
-from tests.kernels.native.running import DTYPES, ISAS, called, dense, linear, native, rounded
+from tests.kernels.native.running import DTYPES, EACH_ISA, ISAS, called, dense, linear, native, rounded
 
 NORMS = ("none", "rms", "rms_plus_one", "layer")
 ACTIVATIONS = ("none", "silu", "gelu", "gelu_tanh", "relu")
 
 pytestmark = pytest.mark.usefixtures("restored")
 
-WITH_VECTORS = [isa for isa in runnable() if isa.name != "portable"]  # 16-bit products of any number of rows
+WITH_VECTORS = [each for each in EACH_ISA if each.id != "portable"]  # 16-bit products of any number of rows
 IN_BFLOAT16 = ("amx", "avx512_bf16")  # which multiply activations in bfloat16 with weights in it
 FEW_ROWS = 8  # up to which `dense` computes the product itself
 
@@ -230,7 +229,7 @@ def test_more_rows_go_through_a_librarys_product(m, n, k, seed):
         called(dense, case.x, case.weight)
 
 
-@pytest.mark.parametrize("isa", WITH_VECTORS, ids=lambda isa: isa.name)
+@pytest.mark.parametrize("isa", WITH_VECTORS)
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
 @given(m=st.integers(17, 100), n=st.integers(1, 100), k=st.integers(1, 300), seed=st.integers(0, 2**20))
 @examples(12)

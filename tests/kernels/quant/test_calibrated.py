@@ -20,18 +20,9 @@ from river_compile.kernels.quant.calibrated import (
     round_to_grid,
 )
 from river_compile.kernels.quant.grid import quantize
+from tests.kernels.quant.observed import drawn
 
 seeds = st.integers(0, 2**31)
-
-
-def drawn(seed: int, n: int = 8, k: int = 64, tokens: int = 96, dtype=torch.float64):
-    """Returns a matrix, inputs whose features differ in size and depend on each other, and their moments."""
-    g = torch.Generator().manual_seed(seed)
-    weight = torch.randn(n, k, generator=g, dtype=dtype)
-    mixing = torch.randn(k, k, generator=g, dtype=dtype) / k**0.5 + torch.eye(k, dtype=dtype)
-    sizes = torch.randn(k, generator=g, dtype=dtype).exp()
-    x = torch.randn(tokens, k, generator=g, dtype=dtype) @ mixing * sizes
-    return weight, x, x.T @ x / tokens
 
 
 def rounded_by_definition(weight, scale, zero, group_of, moments):
