@@ -22,6 +22,7 @@ from river_compile import CacheFullError, RiverWarning, UnsupportedGraphError, o
 from river_compile.backend import executors_of
 from river_compile.exits import forced_depth, forced_threshold
 from river_compile.kernels import ops
+from river_compile.reporting.report import histogram
 from tests.support.decoding import CAPACITY, decode, new_cache
 from tests.support.families import make, prompt
 from tests.support.traced import TracedStep
@@ -306,6 +307,13 @@ class TestRuntime:
 
 
 class TestReport:
+    def test_bars_are_in_proportion_and_name_tokens_that_never_left(self):
+        lines = histogram({30: 2, 2: 8}, num_blocks=30)
+        assert [line.count("#") for line in lines] == [32, 8]
+        assert "8 (80 %)" in lines[0]
+        assert not lines[0].endswith("never left")
+        assert lines[1].endswith("never left")
+
     def test_report_is_json_and_names_what_was_done(self):
         model = make("deepseek_v3", layers=2)
         model.compile(backend=river, options={**ALWAYS, "group_size": 64})

@@ -14,13 +14,14 @@ from collections import deque
 import pytest
 import torch
 import transformers
-from hypothesis import given, settings
+from hypothesis import given
 from hypothesis import strategies as st
 
 from river_compile import OptionError, RiverConfig, exact, report, river, trace
 from river_compile.exits import CRITERIA, HISTORY, Doubt, Memories, Memory, forced_depth, forced_threshold
 from river_compile.kernels.portable import largest_entropy
 from tests.support.decoding import cache_argument, cache_state, decode, new_cache
+from tests.support.examples import examples
 from tests.support.families import COMMON, SLIDING_WINDOW, make, prompt
 
 LAYERS = 3
@@ -94,7 +95,7 @@ class TestEntropy:
         st.lists(st.lists(st.floats(-60, 60), min_size=5, max_size=5), min_size=1, max_size=3),
         st.integers(0, 4),
     )
-    @settings(max_examples=50)
+    @examples(50)
     def test_is_that_of_the_least_sure_row(self, rows, impossible):
         """Compared with the definition in float64; a token that cannot come (-inf) adds nothing."""
         logits = torch.tensor(rows)[:, None]
@@ -148,7 +149,7 @@ def test_after_any_mix_of_doubts_the_cache_is_the_one_of_the_depths_that_count(n
     model = compiled(name, criterion="doubt", first_exit=0)
 
     @given(verdicts)
-    @settings(max_examples=12)
+    @examples(12)
     def check(script):
         scripted.script, scripted.seen = script, []
         cache, expected_cache = new_cache(model, kind), new_cache(model, kind)

@@ -13,7 +13,7 @@ import torch
 import transformers
 
 from examples import demo
-from river_compile.cli import app, humaneval, reasoning
+from river_compile.cli import app, reasoning
 from river_compile.cli.bench import markdown
 from river_compile.cli.evaluate import wilson
 from river_compile.cli.output import error_line
@@ -268,12 +268,6 @@ def test_intervals_of_a_share():
     assert wilson(5, 164) == pytest.approx((0.01308, 0.06936), abs=1e-4)
     assert wilson(0, 10) == pytest.approx((0, 0.27754), abs=1e-4)
     assert wilson(10, 10)[1] == 1
-
-
-def test_humaneval_judges_completions():
-    problem = {"prompt": "def f(x):\n", "test": "def check(f):\n    assert f(2) == 4", "entry_point": "f"}
-    assert humaneval.passes(problem, "    return 2 * x\n\nprint('more')")
-    assert not humaneval.passes(problem, "    return x")
 
 
 def test_a_painter_gives_each_token_its_source():

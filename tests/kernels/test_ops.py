@@ -9,8 +9,9 @@ from river_compile.kernels import ops  # noqa: F401  (registers torch.ops.river)
 from river_compile.kernels.quant.grid import quantize
 from river_compile.kernels.quant.layouts import pack_linear, pack_stack
 from tests.kernels import reference
-from tests.kernels.harness import TOLERANCE, examples
+from tests.kernels.harness import TOLERANCE
 from tests.kernels.samples import G, caches, packed, random, sample_calls, stacked
+from tests.support.examples import examples
 
 river = torch.ops.river
 LAYOUTS = pytest.mark.parametrize("layout", ["triton", "plain"])

@@ -5,11 +5,12 @@ from __future__ import annotations
 import pytest
 import torch
 import torch.nn.functional as F
-from hypothesis import given, settings
+from hypothesis import given
 from hypothesis import strategies as st
 
 from river_compile.kernels import portable
 from river_compile.kernels.portable import batch_invariant_attention, batch_invariant_linear
+from tests.support.examples import examples
 
 DTYPES = st.sampled_from([torch.float32, torch.bfloat16, torch.float16])
 
@@ -18,7 +19,7 @@ def normal(*shape: int, dtype: torch.dtype, seed: int) -> torch.Tensor:
     return torch.randn(shape, generator=torch.Generator().manual_seed(seed)).to(dtype)
 
 
-@settings(max_examples=30)
+@examples(30)
 @given(
     batch=st.integers(1, 3),
     width=st.integers(1, 9),
@@ -35,7 +36,7 @@ def test_linear_rows_have_the_bits_of_one_position_at_a_time(batch, width, k, n,
     assert torch.equal(batch_invariant_linear(x, weight, b), torch.cat(alone, 1))
 
 
-@settings(max_examples=30)
+@examples(30)
 @given(
     batch=st.integers(1, 3),
     width=st.integers(1, 6),
@@ -101,7 +102,7 @@ def test_a_library_that_sums_wide_products_otherwise_is_called_row_by_row(alike,
     assert len(widths) - before == (1 if alike else 4), "the verdict is kept for the shape"
 
 
-@settings(max_examples=10)
+@examples(10)
 @given(width=st.integers(1, 5), grown=st.booleans())
 def test_the_compiler_sees_the_shapes_that_the_operators_return(width, grown):
     x, weight = normal(2, width, 8, dtype=torch.float32, seed=0), normal(6, 8, dtype=torch.float32, seed=1)

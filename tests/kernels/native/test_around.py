@@ -18,8 +18,9 @@ from river_compile.kernels.native import load
 from river_compile.kernels.quant.layouts import PackedLinear, pack_linear
 from tests.kernels import reference
 from tests.kernels.checks import VALUES, activated_magnitude, weights
-from tests.kernels.harness import TOLERANCE, assert_rounded, examples
+from tests.kernels.harness import TOLERANCE, assert_rounded
 from tests.kernels.native.running import DTYPES, EACH_ISA, ISAS, called, dense, linear, native, rounded
+from tests.support.examples import examples
 
 NORMS = ("none", "rms", "rms_plus_one", "layer")
 ACTIVATIONS = ("none", "silu", "gelu", "gelu_tanh", "relu")

@@ -16,8 +16,9 @@ from river_compile.kernels.native import load
 from river_compile.kernels.quant.layouts import PackedLinear, pack_linear
 from tests.kernels import reference
 from tests.kernels.checks import VALUES, weights
-from tests.kernels.harness import Guarded, assert_close, examples, poisoned
+from tests.kernels.harness import Guarded, assert_close, poisoned
 from tests.kernels.native.running import DTYPES, ISAS, rounded
+from tests.support.examples import examples
 
 PLAIN = (None, "none", None, None, 0.0, "none", False)  # no residual, norm, activation or gate
 pytestmark = pytest.mark.usefixtures("restored")
