@@ -34,7 +34,7 @@ FEW_ROWS = 8  # up to which `dense` computes the product itself
 
 @dataclass(frozen=True)
 class Around:
-    """What an operator is given besides x, weights and bias, in the order of its arguments."""
+    """What an operator is given besides x, weights and bias, by the names of its arguments."""
 
     residual: torch.Tensor | None = None
     norm: str = "none"
@@ -45,8 +45,8 @@ class Around:
     gated: bool = False
 
     @property
-    def arguments(self) -> tuple:
-        return tuple(vars(self).values())
+    def arguments(self) -> dict[str, object]:
+        return vars(self)
 
 
 @dataclass(frozen=True)
@@ -63,10 +63,10 @@ class Case:
         x, a = self.x[rows], self.around
         rest = replace(a, residual=None if a.residual is None else a.residual[rows]).arguments
         if isinstance(self.weight, torch.Tensor):
-            few = len(x) <= load.few_rows(x.dtype)
-            call = called if few else lambda operator, *given: operator(*given)  # (more is not recorded)
-            return call(dense, x, self.weight, self.bias, *rest)
-        return called(linear, x, self.weight, self.bias, self.int8, *rest)
+            if len(x) > load.few_rows(x.dtype):  # (which is not recorded)
+                return dense(x, self.weight, self.bias, **rest)
+            return called(dense, x, self.weight, self.bias, **rest)
+        return called(linear, x, self.weight, self.bias, self.int8, **rest)
 
 
 def case_of(
@@ -315,8 +315,8 @@ def test_an_activation_far_from_zero(activation):
     """Where exponentials end: the limits, and NaN for NaN."""
     load.load()
     x = torch.tensor([-1e9, -1e4, -200.0, -88.5, -87.0, -20.0, -1e-6, 0.0, 1e-6, 20.0, 87.0, 200.0, 1e9, math.nan])
-    around = (None, None, "none", None, None, 0.0, activation)
-    y = torch.cat([called(dense, part[:, None], torch.ones(1, 1), *around)[:, 0] for part in x.split(FEW_ROWS)])
+    rows = x[:, None].split(FEW_ROWS)
+    y = torch.cat([called(dense, part, torch.ones(1, 1), activation=activation)[:, 0] for part in rows])
     torch.testing.assert_close(
         y.double(), reference.activate(x.double(), activation), atol=1e-6, rtol=1e-6, equal_nan=True
     )
@@ -358,7 +358,7 @@ def test_leading_dimensions_and_strides(group, change):
     case = case_of((6, 32, 100), torch.bfloat16, group=group, **options)
     x, residual = (change(t.reshape(2, 3, -1)) for t in (case.x, case.around.residual))
     rest = replace(case.around, residual=residual).arguments
-    y = linear(x, case.weight, case.bias, False, *rest) if group else dense(x, case.weight, case.bias, *rest)
+    y = linear(x, case.weight, case.bias, False, **rest) if group else dense(x, case.weight, case.bias, **rest)
     assert torch.equal(y, case.run().reshape(2, 3, 32))
 
 
@@ -394,4 +394,4 @@ def test_what_is_refused(change, message):
     around = Around(**{name: value for name, value in change.items() if name in vars(Around())})
     product = {"x": torch.ones(1, 64), "weight": torch.ones(32, 64), "bias": None}
     with pytest.raises(RuntimeError, match=message):
-        dense(*(change.get(name, value) for name, value in product.items()), *around.arguments)
+        dense(*(change.get(name, value) for name, value in product.items()), **around.arguments)

@@ -65,7 +65,10 @@ def ordinary(spec):
     return dataclasses.replace(spec, dependent=False, **inner)
 
 
-@pytest.mark.parametrize("name", SPECS)
+QUICK = ("groups", "attend", "verdict")
+
+
+@pytest.mark.parametrize("name", [n if n in QUICK else pytest.param(n, marks=pytest.mark.slow) for n in SPECS])
 def test_nothing_is_read_or_written_before_the_wait(name):
     """In the text, and in the machine code, where the assembler may have moved something; no path leaves before."""
     for compiled in compile_for(SPECS[name], "cuda", 90):
