@@ -116,7 +116,7 @@ def test_a_model_made_in_inference_mode_is_observed_packed_and_decoded():
     assert observe(model, inputs=texts, progress=False).tokens == 16
     model.compile(backend=river, options={"lowering": "eager", "group_size": 32, "quantizer": "gptq"})
     cache = new_cache(model, "static")
-    river_logits = decode(model, cache, [0, 2])
+    river_logits = decode(model, cache, [0, 2], plain_prompt=True)
     plain = make("llama", layers=2)
     expected = decode(plain, new_cache(plain, "static"), [None, None], compiled=False)
     torch.testing.assert_close(river_logits[0], expected[0])
@@ -178,12 +178,13 @@ class TestRefusals:
 
 
 class TestRuntime:
+    @pytest.mark.usefixtures("fresh_dynamo")
     def test_a_full_cache_is_an_error_before_anything_is_written(self):
         """The message names slots, fill and fix; cache and counters stay as they were."""
         model = make("llama", layers=2)
         model.compile(backend=river, options=EAGER)
         cache = new_cache(model, "static")
-        decode(model, cache, [2] * (CAPACITY - 9))
+        decode(model, cache, [2] * (CAPACITY - 9), plain_prompt=True)
         before = [(layer.keys.clone(), int(layer.get_seq_length())) for layer in cache.layers]
         with pytest.raises(CacheFullError, match="holds 24 tokens; 24 are filled and this step adds 1"):
             decode_one(model, cache)
@@ -197,7 +198,7 @@ class TestRuntime:
             model.model.layers[1].mlp.down_proj.weight.fill_(torch.nan)
         model.compile(backend=river, options={**EAGER, "threshold": -1.0, "first_exit": 2, "quantizer": "none"})
         with trace() as t:
-            decode(model, new_cache(model, "static"), [None])
+            decode(model, new_cache(model, "static"), [None], plain_prompt=True)
         assert t.tokens[0].depth == 3
         assert t.tokens[0].similarities[0] != t.tokens[0].similarities[0]
 
@@ -229,7 +230,7 @@ class TestRuntime:
         model = make("llama", layers=2)
         model.compile(backend=river, options={**EAGER, "exit_depth": 2})
         with pytest.raises(ValueError, match="compiled with exit_depth=2 and has no other segments"):
-            decode(model, new_cache(model, "static"), [0])
+            decode(model, new_cache(model, "static"), [0], plain_prompt=True)
 
     @pytest.mark.parametrize("lm_head", ["keep", "w4"])
     @pytest.mark.parametrize("depth", [0, 1, 2])
@@ -267,7 +268,7 @@ class TestRuntime:
         for lm_head in ("keep", "w4"):
             torch._dynamo.reset()
             model.compile(backend=river, options={**EAGER, "lm_head": lm_head})
-            logits[lm_head] = decode(model, new_cache(model, "static"), [2, 1])
+            logits[lm_head] = decode(model, new_cache(model, "static"), [2, 1], plain_prompt=True)
         assert torch.equal(logits["keep"][1], logits["w4"][1])
         kept, left = logits["keep"][2], logits["w4"][2]
         alike = torch.isclose(kept, left, rtol=1e-5, atol=1e-5)
@@ -419,8 +420,7 @@ warnings.simplefilter("always", RiverWarning)
 model = make("llama", layers=2)
 model.compile(backend=river, options={"lowering": "eager", "quantizer": "rtn", "group_size": 32, "exit_depth": 0})
 logits = [decode(model, new_cache(model, "static"), [None], batch=b)[-1] for b in (1, 2)]
-model._compiled_call_impl = None
-plain = decode(model, new_cache(model, "static"), [None], batch=1)[-1]
+plain = decode(model, new_cache(model, "static"), [None], batch=1, compiled=False)[-1]
 print(torch.nn.functional.cosine_similarity(logits[0].flatten(), plain.flatten(), dim=0).item())
 """
 

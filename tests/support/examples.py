@@ -1,5 +1,10 @@
-"""How many random examples a property test takes: a share of them by default, all with --slow, very many on demand."""
+"""What a test does by default and what with --slow: how many random examples it takes, and which of its parameters."""
 
+from __future__ import annotations
+
+from collections.abc import Collection, Iterable
+
+import pytest
 from hypothesis import settings
 
 SHARES = {"quick": 0.3, "slow": 1.0, "long": 200.0}  # by the name of a profile of Hypothesis
@@ -22,3 +27,13 @@ def examples(count: int) -> settings:
     """
     most = settings.default.max_examples
     return settings(max_examples=most if most > _DEFAULT else max(_LEAST, count * most // _DEFAULT))
+
+
+def slow(*values: object) -> object:
+    """Returns a parameter of a test, or a tuple of them, that counts with --slow alone."""
+    return pytest.param(*values, marks=pytest.mark.slow)
+
+
+def slow_but(quick: Collection, parameters: Iterable) -> list:
+    """Returns parameters of a test of which all but the `quick` ones count with --slow alone."""
+    return [value if value in quick else slow(value) for value in parameters]

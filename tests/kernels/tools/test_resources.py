@@ -19,19 +19,19 @@ from river_compile.kernels.triton.kv_fill import KvFillSpec
 from river_compile.kernels.triton.linear import LinearSpec, LinearTile
 from river_compile.kernels.triton.loader import compile_for
 from river_compile.kernels.triton.shift import ShiftSpec
+from tests.support.examples import slow, slow_but
 
 
 def triton_version() -> tuple[int, ...]:
     return tuple(map(int, importlib.metadata.version("triton").split(".")[:2]))
 
 
-SLOW = pytest.mark.slow
-TARGETS = pytest.mark.parametrize("target", ["sm_90", pytest.param("gfx942", marks=SLOW)])
-LLAMAS = pytest.mark.parametrize("model", ["llama-3.2-1b", pytest.param("llama-3.1-8b", marks=SLOW)])
+TARGETS = pytest.mark.parametrize("target", ["sm_90", slow("gfx942")])
+LLAMAS = pytest.mark.parametrize("model", ["llama-3.2-1b", slow("llama-3.1-8b")])
 
 
-@pytest.mark.parametrize("target", [t if t in ("sm_90", "gfx942") else pytest.param(t, marks=SLOW) for t in DEVICES])
-@pytest.mark.parametrize("model", ["smollm2-135m", pytest.param("llama-3.2-1b", marks=SLOW)])
+@pytest.mark.parametrize("target", slow_but(("sm_90", "gfx942"), DEVICES))
+@pytest.mark.parametrize("model", ["smollm2-135m", slow("llama-3.2-1b")])
 def test_kernels_of_a_model(model, target):
     for label, spec in model_kernels(MODELS[model], device=target).items():
         found = list(usages(spec, label, target))
@@ -84,7 +84,7 @@ def test_four_bits_become_numbers_in_one_instruction_without_a_conversion(dtype,
     assert counted(cuobjdump(compiled.asm["cubin"], "-sass"), spec) is not None
 
 
-@pytest.mark.parametrize("dependent", [False, pytest.param(True, marks=SLOW)])
+@pytest.mark.parametrize("dependent", [False, slow(True)])
 @LLAMAS
 def test_one_row_takes_at_most_3_2_instructions_for_a_weight(model, dependent):
     """On an H100 4.2 take as long as a weight's bytes. Each Triton compiles differently; this holds for all of them."""
