@@ -1,6 +1,7 @@
 # make demo    plain model and River side by side          make bench   decode speed of every configuration
 # make test    lint, type check and the quick tests        make clean   remove what make built here
-# make test-all    the slow tests too: an hour on two cores
+# make test-tools    the tests of benchmarks, examples and tools; make test-all    these and the slow ones too: an hour on
+#              two cores (docs/testing.md)
 # make lint    ruff, clang-format and the type checker     make wheel   the source archive and the wheel, in dist/
 # make gpu     on a machine with a GPU: facts, kernels, tuning, the tests that need one, decode speed against its targets,
 #              traces. Steps of ten minutes at most, each also alone (`make gpu-facts`; `make gpu ARGS=--list` names
@@ -19,7 +20,7 @@
 PYTHON ?= python3
 VENV ?= .venv
 ARGS ?=
-SLOW ?=
+LAYERS ?=
 
 # Stamps live in the environment, so that they vanish with it.
 IN_VENV := $(VENV)/bin/python
@@ -27,6 +28,10 @@ CREATED := $(VENV)/.created
 FOR_DEMO := $(VENV)/.installed-demo
 FOR_TEST := $(VENV)/.installed-test
 LINT_LOG := $(VENV)/.lint.log
+
+# Each worker takes one half of the tests in their order, so that what a file's tests share is made once; the one that is
+# done first takes over from the end of the other one's.
+SIDE_BY_SIDE := -n 2 --dist worksteal --durations=25
 
 # The machine's own Python with what a wheelhouse adds, or the virtual environment.
 ifdef WHEELS
@@ -37,7 +42,7 @@ ON_GPU := $(IN_VENV)
 FOR_GPU := $(FOR_TEST)
 endif
 
-.PHONY: help demo test test-all lint wheel bench families gpu compat soak clean
+.PHONY: help demo test test-tools test-all lint wheel bench families gpu compat soak clean
 .DELETE_ON_ERROR:
 
 help:
@@ -50,13 +55,16 @@ demo: $(FOR_DEMO)
 test: $(FOR_TEST)
 	$(IN_VENV) -m river_compile.cli.demo_models smollm2
 	@$(MAKE_COMMAND) --no-print-directory lint > $(LINT_LOG) 2>&1 & lint=$$!; \
-	$(IN_VENV) -m pytest -n 2 --dist loadfile --durations=25 $(SLOW); tests=$$?; \
+	$(IN_VENV) -m pytest $(SIDE_BY_SIDE) $(LAYERS); tests=$$?; \
 	wait $$lint; lint=$$?; cat $(LINT_LOG); \
 	if [ $$lint -ne 0 ]; then echo "make lint FAILED, see above" >&2; fi; \
 	exit $$((tests ? tests : lint))
 
+test-tools: $(FOR_TEST)
+	$(IN_VENV) -m pytest $(SIDE_BY_SIDE) tests/benchmarks tests/examples tests/tools $(LAYERS)
+
 test-all:
-	$(MAKE) test SLOW=--slow
+	$(MAKE) test LAYERS="--slow --tools"
 
 lint: $(FOR_TEST)
 	$(IN_VENV) -m ruff check .

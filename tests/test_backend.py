@@ -22,6 +22,7 @@ from river_compile import CacheFullError, RiverWarning, UnsupportedGraphError, o
 from river_compile.backend import executors_of
 from river_compile.exits import forced_depth, forced_threshold
 from river_compile.kernels import ops
+from river_compile.reporting.report import histogram
 from tests.support.decoding import CAPACITY, decode, new_cache
 from tests.support.families import make, prompt
 from tests.support.traced import TracedStep
@@ -115,7 +116,7 @@ def test_a_model_made_in_inference_mode_is_observed_packed_and_decoded():
     assert observe(model, inputs=texts, progress=False).tokens == 16
     model.compile(backend=river, options={"lowering": "eager", "group_size": 32, "quantizer": "gptq"})
     cache = new_cache(model, "static")
-    river_logits = decode(model, cache, [0, 2])
+    river_logits = decode(model, cache, [0, 2], plain_prompt=True)
     plain = make("llama", layers=2)
     expected = decode(plain, new_cache(plain, "static"), [None, None], compiled=False)
     torch.testing.assert_close(river_logits[0], expected[0])
@@ -177,12 +178,13 @@ class TestRefusals:
 
 
 class TestRuntime:
+    @pytest.mark.usefixtures("fresh_dynamo")
     def test_a_full_cache_is_an_error_before_anything_is_written(self):
         """The message names slots, fill and fix; cache and counters stay as they were."""
         model = make("llama", layers=2)
         model.compile(backend=river, options=EAGER)
         cache = new_cache(model, "static")
-        decode(model, cache, [2] * (CAPACITY - 9))
+        decode(model, cache, [2] * (CAPACITY - 9), plain_prompt=True)
         before = [(layer.keys.clone(), int(layer.get_seq_length())) for layer in cache.layers]
         with pytest.raises(CacheFullError, match="holds 24 tokens; 24 are filled and this step adds 1"):
             decode_one(model, cache)
@@ -196,7 +198,7 @@ class TestRuntime:
             model.model.layers[1].mlp.down_proj.weight.fill_(torch.nan)
         model.compile(backend=river, options={**EAGER, "threshold": -1.0, "first_exit": 2, "quantizer": "none"})
         with trace() as t:
-            decode(model, new_cache(model, "static"), [None])
+            decode(model, new_cache(model, "static"), [None], plain_prompt=True)
         assert t.tokens[0].depth == 3
         assert t.tokens[0].similarities[0] != t.tokens[0].similarities[0]
 
@@ -228,7 +230,7 @@ class TestRuntime:
         model = make("llama", layers=2)
         model.compile(backend=river, options={**EAGER, "exit_depth": 2})
         with pytest.raises(ValueError, match="compiled with exit_depth=2 and has no other segments"):
-            decode(model, new_cache(model, "static"), [0])
+            decode(model, new_cache(model, "static"), [0], plain_prompt=True)
 
     @pytest.mark.parametrize("lm_head", ["keep", "w4"])
     @pytest.mark.parametrize("depth", [0, 1, 2])
@@ -266,7 +268,7 @@ class TestRuntime:
         for lm_head in ("keep", "w4"):
             torch._dynamo.reset()
             model.compile(backend=river, options={**EAGER, "lm_head": lm_head})
-            logits[lm_head] = decode(model, new_cache(model, "static"), [2, 1])
+            logits[lm_head] = decode(model, new_cache(model, "static"), [2, 1], plain_prompt=True)
         assert torch.equal(logits["keep"][1], logits["w4"][1])
         kept, left = logits["keep"][2], logits["w4"][2]
         alike = torch.isclose(kept, left, rtol=1e-5, atol=1e-5)
@@ -306,6 +308,13 @@ class TestRuntime:
 
 
 class TestReport:
+    def test_bars_are_in_proportion_and_name_tokens_that_never_left(self):
+        lines = histogram({30: 2, 2: 8}, num_blocks=30)
+        assert [line.count("#") for line in lines] == [32, 8]
+        assert "8 (80 %)" in lines[0]
+        assert not lines[0].endswith("never left")
+        assert lines[1].endswith("never left")
+
     def test_report_is_json_and_names_what_was_done(self):
         model = make("deepseek_v3", layers=2)
         model.compile(backend=river, options={**ALWAYS, "group_size": 64})
@@ -373,13 +382,11 @@ class TestReport:
     @pytest.mark.slow
     def test_the_structured_trace_shows_the_passes(self, tmp_path):
         """TORCH_TRACE receives the plan and what each pass changed, for tlparse."""
-        code = """
-import torch
-from tests.support.families import make
-from tests.test_backend import ALWAYS, generate
+        code = f"""
+from tests.support.families import make, prompt
 model = make("llama", layers=2)
-model.compile(backend="river", options=ALWAYS)
-generate(model, cache_implementation="static")
+model.compile(backend="river", options={ALWAYS})
+model.generate(prompt(), max_new_tokens=3, do_sample=False, cache_implementation="static")
 """
         environment = {**os.environ, "TORCH_TRACE": str(tmp_path), "PYTHONPATH": str(ROOT)}
         subprocess.run([sys.executable, "-c", code], cwd=ROOT, env=environment, check=True, timeout=300)
@@ -413,8 +420,7 @@ warnings.simplefilter("always", RiverWarning)
 model = make("llama", layers=2)
 model.compile(backend=river, options={"lowering": "eager", "quantizer": "rtn", "group_size": 32, "exit_depth": 0})
 logits = [decode(model, new_cache(model, "static"), [None], batch=b)[-1] for b in (1, 2)]
-model._compiled_call_impl = None
-plain = decode(model, new_cache(model, "static"), [None], batch=1)[-1]
+plain = decode(model, new_cache(model, "static"), [None], batch=1, compiled=False)[-1]
 print(torch.nn.functional.cosine_similarity(logits[0].flatten(), plain.flatten(), dim=0).item())
 """
 

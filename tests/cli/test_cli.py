@@ -13,8 +13,7 @@ import torch
 import transformers
 
 from examples import demo
-from river_compile.cli import app, humaneval, reasoning
-from river_compile.cli.bench import markdown
+from river_compile.cli import app, reasoning
 from river_compile.cli.evaluate import wilson
 from river_compile.cli.output import error_line
 from river_compile.cli.painting import Painter
@@ -114,42 +113,31 @@ def test_check_of_a_model_that_is_refused_is_code_3(tmp_path, capsys):
     assert "left to Inductor" in river(capsys, "check", tmp_path, "--bandwidth", "10", code=3).out
 
 
-def test_doctor_tells_versions_compiler_and_caches(capsys, monkeypatch):
-    found = printed_json(capsys, "doctor", "--no-self-test")
+def test_doctor_tells_versions_compiler_and_caches_and_tries_a_tiny_model(capsys, monkeypatch):
+    found = printed_json(capsys, "doctor")
     states = {finding["what"]: finding["state"] for finding in found["findings"]}
     assert {"Python", "torch", "transformers", "compiler", "processor", "GPU", "cache"} <= set(states)
+    assert states["self-test"] == "ok"
     assert found["healthy"]
     monkeypatch.setenv("CXX", "no-such-compiler")
     assert "CXX=no-such-compiler is not found" in river(capsys, "doctor", "--no-self-test", code=3).out
 
 
-def test_doctor_tries_a_tiny_model(capsys, monkeypatch):
-    from river_compile.cli import doctor
-
-    assert doctor.try_out().state == "ok"
-    monkeypatch.setattr(
-        "river_compile.drop_in.quality.accelerate", lambda model, **options: model
-    )  # (a model that never drafts)
-    assert doctor.try_out().state == "bad"
+def test_doctor_says_that_a_self_test_fails(capsys, monkeypatch):
+    """Here the tiny model never drafts."""
+    monkeypatch.setattr("river_compile.drop_in.quality.accelerate", lambda model, **options: model)
+    assert "is not its plain text" in river(capsys, "doctor", code=3).out
 
 
-def test_bench_has_llama_benchs_columns(tiny, capsys):
-    arguments = ("bench", "-m", tiny, "-p", "8", "-n", "4", "-r", "2", "--row", "plain", "--row", "exact")
-    found = printed_json(capsys, *arguments)
-    assert [(r["backend"], r["test"]) for r in found["results"]] == [
-        ("plain", "pp8"), ("plain", "tg4"), ("exact", "pp8"), ("exact", "tg4"),
-    ]  # fmt: skip
-    assert all(len(r["samples_ts"]) == 2 for r in found["results"])
-    number = r"[\d.]+"
-    row = rf"\| \S+ bfloat16 \| {number} MiB \| {number} M \| plain \| \d+ \| pp8 \| {number} ± {number} \|"
-    assert re.fullmatch(row, markdown(found["results"][0]))
-
-
-def test_bench_packs_twins_once(tiny, capsys, monkeypatch):
+def test_bench_has_a_row_of_each_test_for_each_backend_and_packs_twins_once(tiny, capsys, monkeypatch):
     made = []
     quantized = maker._quantized
     monkeypatch.setattr(maker, "_quantized", lambda *given: (made.append(given), quantized(*given))[1])
-    river(capsys, "bench", "-m", tiny, "-p", "0", "-n", "2", "-r", "1", "--row", "river", "--row", "exact")
+    rows = [part for row in ("plain", "river", "exact") for part in ("--row", row)]
+    found = printed_json(capsys, "bench", "-m", tiny, "-p", "8", "-n", "4", "-r", "2", *rows)
+    tests = [(row["backend"], row["test"]) for row in found["results"]]
+    assert tests == [(row, test) for row in ("plain", "river", "exact") for test in ("pp8", "tg4")]
+    assert all(len(row["samples_ts"]) == 2 for row in found["results"])
     assert len(made) == 3 * 4  # blocks, and a block's products
 
 
@@ -159,16 +147,20 @@ def test_bench_prints_other_forms(tiny, form, capsys):
         capsys, "bench", "-m", tiny, "-p", "0", "-n", "2", "-r", "1", "--row", "plain", "-o", form
     ).out.splitlines()
     assert len(lines) == {"md": 3, "csv": 2, "jsonl": 1}[form]
-    if form == "md":
-        assert lines[0] == "| model | size | params | backend | threads | test | t/s |"
+    if form == "md":  # (llama-bench's columns)
+        heads, row = ([cell.strip() for cell in line.strip("|").split("|")] for line in lines[::2])
+        assert heads == ["model", "size", "params", "backend", "threads", "test", "t/s"]
+        assert (row[heads.index("backend")], row[heads.index("test")]) == ("plain", "tg2")
+        mean, deviation = row[heads.index("t/s")].split(" ± ")
+        assert float(mean) > 0 <= float(deviation)
     if form == "jsonl":
         jsonschema.validate(
             json.loads(lines[0]), {"$ref": "#/$defs/bench/properties/results/items", "$defs": SCHEMA["$defs"]}
         )
 
 
-def test_pack_and_chat_with_the_twins(tiny, tmp_path, capsys, monkeypatch):
-    """The answer is the plain model's; every token has a source; commands work."""
+def test_pack_and_chat_with_the_twins(tiny, tmp_path, capsys):
+    """The answer is the plain model's, and every token has a source."""
     packed = printed_json(capsys, "pack", tiny, "-o", tmp_path / "twins", "--dtype", "float32")
     assert packed["matrices"] == 3 * 4
     options = ("--artifact", tmp_path / "twins", "--dtype", "float32", "-n", "12")
@@ -181,11 +173,6 @@ def test_pack_and_chat_with_the_twins(tiny, tmp_path, capsys, monkeypatch):
     assert turn["tokens"][0]["source"] == "prompt"
     assert {t["source"] for t in turn["tokens"]} <= {"prompt", "river", "lookup", "backbone"}
     assert len(turn["tokens"]) == 12
-    monkeypatch.setattr("sys.stdin", io.StringIO("hello\n/stats\n/help\n/reset\n/report\n/exit\nnever asked\n"))
-    out = river(capsys, "chat", tiny, *options).out
-    assert re.search(r"12 tokens, [\d.]+ tokens/s, compiling included: ", out)
-    assert "/stats" in out
-    assert "River Compile report for LlamaForCausalLM" in out
 
 
 def test_pack_puts_the_recipe_into_the_models_folder(tiny, tmp_path):
@@ -199,6 +186,14 @@ def test_pack_puts_the_recipe_into_the_models_folder(tiny, tmp_path):
 def test_chat_shows_depths_where_tokens_leave(tiny, capsys):
     turn = printed_json(capsys, "chat", tiny, "--quality", "fast", "-n", "6", "--prompt", "hello")["turns"][0]
     assert {t["source"] for t in turn["tokens"][1:]} <= {"depth 2", "depth 3"}
+
+
+def test_chat_takes_commands_between_questions(tiny, capsys, monkeypatch):
+    monkeypatch.setattr("sys.stdin", io.StringIO("hello\n/stats\n/help\n/reset\n/report\n/exit\nnever asked\n"))
+    out = river(capsys, "chat", tiny, "--quality", "fast", "-n", "6").out
+    assert re.search(r"6 tokens, [\d.]+ tokens/s, compiling included: ", out)
+    assert "/stats" in out
+    assert "River Compile report for LlamaForCausalLM" in out
 
 
 @pytest.mark.slow
@@ -222,9 +217,8 @@ def test_calibrate_writes_what_calibrated_needs(tiny, tmp_path, capsys):
 
 def test_eval_compares_ways(tiny, tmp_path, capsys):
     """A random model solves nothing; exact answers are the plain ones; its perplexity is that of its own logits."""
-    rows = printed_json(
-        capsys, "eval", tiny, "--task", "reasoning", "--limit", "2", "--new-tokens", "8", "--dtype", "float32"
-    )["rows"]
+    asked = ("--task", "reasoning", "--limit", "2", "--new-tokens", "8", "--row", "plain", "--row", "exact")
+    rows = printed_json(capsys, "eval", tiny, *asked, "--dtype", "float32")["rows"]
     assert rows["exact"]["same_texts"] == 2
     asked = ("--task", "reasoning", "--limit", "2", "--new-tokens", "8", "--row", "fast")
     (alone,) = printed_json(capsys, "eval", tiny, *asked)["rows"].values()
@@ -234,9 +228,8 @@ def test_eval_compares_ways(tiny, tmp_path, capsys):
     assert rows["plain"]["interval"] == pytest.approx([0, 0.658], abs=1e-3)
     text = "a text for a test that is long enough"
     (tmp_path / "t.txt").write_text(text)
-    rows = printed_json(capsys, "eval", tiny, "--texts", tmp_path / "t.txt", "--new-tokens", "8", "--dtype", "float32")[
-        "rows"
-    ]
+    asked = ("--texts", tmp_path / "t.txt", "--new-tokens", "8", "--row", "plain", "--row", "river")
+    rows = printed_json(capsys, "eval", tiny, *asked, "--dtype", "float32")["rows"]
     model = transformers.AutoModelForCausalLM.from_pretrained(tiny)
     ids = transformers.AutoTokenizer.from_pretrained(tiny)(text, return_tensors="pt")["input_ids"][:, :24]
     with torch.no_grad():
@@ -268,12 +261,6 @@ def test_intervals_of_a_share():
     assert wilson(5, 164) == pytest.approx((0.01308, 0.06936), abs=1e-4)
     assert wilson(0, 10) == pytest.approx((0, 0.27754), abs=1e-4)
     assert wilson(10, 10)[1] == 1
-
-
-def test_humaneval_judges_completions():
-    problem = {"prompt": "def f(x):\n", "test": "def check(f):\n    assert f(2) == 4", "entry_point": "f"}
-    assert humaneval.passes(problem, "    return 2 * x\n\nprint('more')")
-    assert not humaneval.passes(problem, "    return x")
 
 
 def test_a_painter_gives_each_token_its_source():

@@ -128,17 +128,17 @@ class TestFourBits:
 class TestOneDecision:
     def test_the_first_ranks_score_decides_for_both(self, both):
         """The second one's is five higher and alone would leave."""
-        assert [rank["agreeing"]["depths"] for rank in both] == [[LAYERS] * 3] * 2
-        assert same(both, "agreeing", "logits")
-        assert [rank["agreeing"]["leaving"] for rank in both] == [[1, 1]] * 2
+        assert [rank["scores"]["depths"] for rank in both] == [[LAYERS] * 3] * 2
+        assert same(both, "scores", "logits")
+        assert [rank["scores"]["leaving"] for rank in both] == [[1, 1]] * 2
 
     def test_without_agreement_the_ranks_part(self, both):
-        assert [rank["parting"]["depths"] for rank in both] == [[LAYERS] * 3, [1] * 3]
-        assert not torch.equal(both[0]["parting"]["logits"], both[0]["agreeing"]["logits"])
+        assert [rank["scores"]["parted"] for rank in both] == [[LAYERS] * 3, [1] * 3]
+        assert not torch.equal(both[0]["scores"]["parted logits"], both[0]["scores"]["logits"])
 
     def test_a_check_names_what_each_rank_computed(self, both):
         for rank in both:
-            assert "disagree about a score: rank 0: " in rank["agreeing"]["told"]
+            assert "disagree about a score: rank 0: " in rank["scores"]["told"]
 
     def test_sampled_text_is_the_first_ranks(self, both):
         """In exact mode and in the package's own loop, whatever the seed of the others."""

@@ -4,7 +4,7 @@ import logging
 from dataclasses import replace
 
 import pytest
-from hypothesis import given, settings
+from hypothesis import given
 from hypothesis import strategies as st
 
 from river_compile.config import RiverConfig
@@ -16,6 +16,7 @@ from river_compile.passes.pipeline import PassRecord, run_passes, table
 from river_compile.passes.program import Refusal, RiverProgram
 from river_compile.passes.segments import graph_lines, segmented
 from tests.passes.graphs import Shape, random_decoder
+from tests.support.examples import examples
 
 SHAPE = Shape(3, 1, "rms", False, "separate", False, True, False, False)
 FUSED, UNFUSED = Lowering("eager", "triton", fuse=True), Lowering("eager", "plain", fuse=False)
@@ -39,7 +40,7 @@ def texts(program: RiverProgram) -> dict[str, list[str]]:
     return {segment.name: graph_lines(segment.graph) for segment in program.segments}
 
 
-@settings(max_examples=30)
+@examples(30)
 @given(
     options=st.sampled_from(OPTIONS),
     lowering=st.sampled_from([FUSED, UNFUSED]),

@@ -45,17 +45,26 @@ def left_padded(batch: int, length: int = 9) -> tuple[Tensor, Tensor]:
 
 
 @torch.no_grad()
-def decode(model, cache, depths: Sequence[int | None], batch: int = 2, compiled: bool = True) -> list[Tensor]:
+def decode(
+    model,
+    cache,
+    depths: Sequence[int | None],
+    batch: int = 2,
+    compiled: bool = True,
+    plain_prompt: bool = False,
+) -> list[Tensor]:
     """Feeds a left-padded prompt and then fixed tokens, one step for each depth; returns every step's logits.
 
     Args:
         depths: exit depth of each step; None leaves the choice to the model's exit rule.
         compiled: False runs the model as it is (``model.compile`` changes calls, not ``forward``).
+        plain_prompt: runs the prompt as if it were not compiled, for tests of steps alone: one graph less to trace.
     """
     run = model if compiled else model.forward
+    run_prompt = model.forward if plain_prompt else run
     held = {"use_cache": True, cache_argument(model): cache}
     ids, mask = (tensor.to(model.device) for tensor in left_padded(batch))
-    logits = [run(input_ids=ids, attention_mask=mask, **held).logits]
+    logits = [run_prompt(input_ids=ids, attention_mask=mask, **held).logits]
     tokens = prompt(len(depths), batch, seed=1).to(model.device)
     for step, depth in enumerate(depths):
         mask = torch.cat([mask, torch.ones_like(mask[:, :1])], 1)
