@@ -20,6 +20,7 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Any, TypeVar
 
+import torch
 from torch import nn
 from transformers import PreTrainedModel
 
@@ -33,7 +34,7 @@ from river_compile.speculative.mode import ExactMode, exact
 from river_compile.speculative.refusals import check_paths
 from river_compile.upstream.growing import marks_growing
 
-from .generation import generate_as_ever, generate_exactly, generate_in_own_loop, has_generate_of_its_own
+from .generation import generate_exactly, generate_in_own_loop, has_generate_of_its_own
 
 Model = TypeVar("Model", bound=PreTrainedModel)
 
@@ -61,8 +62,8 @@ def accelerate(
         model: a causal language model of transformers.
         quality: "exact", "strict", "calibrated" or "fast", as the module's table says.
         calibration: for "calibrated": what :func:`river_compile.calibrate` returned, or the file it was saved to.
-        options: of the backend (such as ``artifact=``), ``mode=`` for Inductor, and with "exact" and "strict" those of
-            exact mode (such as ``max_draft=``).
+        options: of the backend (such as ``artifact=``), and with "exact" and "strict" those of exact mode (such as
+            ``max_draft=``).
 
     Returns:
         The same model.
@@ -70,13 +71,13 @@ def accelerate(
     Raises:
         OptionError: (a ``ValueError``) an unknown or bad argument, or one that does not go with the quality.
         ValueError: the calibration's file cannot be read.
+        After an error the model is what it was before the call.
     """
     if not isinstance(model, PreTrainedModel) or not hasattr(model, "generate"):
         raise OptionError(
             f"accelerate takes a transformers model that generates, not a {type(model).__name__}{_in(model)}"
         )
     quality = _QUALITY("quality", quality, OptionError)
-    mode = options.pop("mode", None)
     if quality in ("exact", "strict"):
         _nothing_of(quality, calibration=calibration, **{name: options.get(name) for name in _RULE})
         exact_mode, backend_options = _exact_mode(quality, options)
@@ -87,7 +88,9 @@ def accelerate(
     else:
         exact_mode, backend_options = None, {**_rule(quality, calibration, options), **options}
     config = RiverConfig.from_options(backend_options)
-    generate_as_ever(model)
+    compiled = marks_growing(torch.compile(model._call_impl, backend=river, options=backend_options), prompts=True)
+    call = CompiledOrPlain(compiled, model._call_impl)
+    # (The model changes last, so that whatever fails leaves it as it was.)
     if has_generate_of_its_own(model):
         warnings.warn(
             f"this {type(model).__name__} came with a generate of its own (custom_generate of its folder), which "
@@ -99,9 +102,7 @@ def accelerate(
         generate_in_own_loop(model, config)
     else:
         generate_exactly(model, exact_mode, config)
-    model.compile(backend=river, options=backend_options, mode=mode)
-    compiled = marks_growing(model._compiled_call_impl, prompts=True)
-    model._compiled_call_impl = CompiledOrPlain(compiled, model._call_impl)
+    vars(model)["_compiled_call_impl"] = call
     return model
 
 

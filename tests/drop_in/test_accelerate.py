@@ -62,6 +62,12 @@ def model():
     return river_compile.accelerate(plain(), **EXACT)
 
 
+@pytest.fixture(scope="module")
+def expected():
+    """The plain model's text."""
+    return generate(plain())
+
+
 @pytest.fixture(autouse=True)
 def _fresh_dynamo():
     """(In place of the one for all tests: graphs of the shared model stay.)"""
@@ -261,6 +267,44 @@ def test_bad_arguments_are_named_and_change_nothing(arguments, message):
         river_compile.accelerate(model, **arguments)
     assert model._compiled_call_impl is None
     assert "generate" not in vars(model)
+
+
+@pytest.mark.parametrize(
+    "step",
+    [
+        "torch.compile",
+        "river_compile.config.RiverConfig.from_options",
+        "river_compile.drop_in.quality.check_paths",
+        "river_compile.drop_in.quality.marks_growing",
+        "river_compile.drop_in.quality.CompiledOrPlain",
+        "river_compile.drop_in.quality.has_generate_of_its_own",
+        "river_compile.drop_in.quality.generate_exactly",
+        "river_compile.drop_in.generation.replace",
+        "river_compile.drop_in.generation.MethodType",
+        "river_compile.drop_in.generation.keep_out_of_copies",
+    ],
+)
+def test_an_accelerate_that_fails_leaves_the_model_as_it_was(model, expected, step, monkeypatch):
+    """Whichever step fails: no attribute of a plain model changes, and an accelerated one drafts on."""
+
+    def fail(*args, **kwargs):
+        raise MemoryError
+
+    for ours in (model, plain()):
+        before = {name: id(value) for name, value in vars(ours).items()}
+        with monkeypatch.context() as patch:
+            patch.setattr(step, fail)
+            with pytest.raises(MemoryError):
+                river_compile.accelerate(ours, **EXACT)
+        assert {name: id(value) for name, value in vars(ours).items()} == before
+    with river_compile.trace() as trace:
+        assert torch.equal(generate(model), expected)
+    assert trace.cycles
+
+
+def test_the_backends_mode_is_no_option_of_accelerate():
+    with pytest.raises(river_compile.OptionError, match="unknown option 'mode'"):
+        river_compile.accelerate(plain(), mode="max-autotune")
 
 
 @pytest.fixture
