@@ -13,7 +13,7 @@ from pathlib import Path
 from typing import Any
 
 from river_compile.fills.rivals import FILLS
-from river_compile.kernels.checks import FLAG, PATH, Check, closest, integer, number, one_of, optional
+from river_compile.kernels.checks import FLAG, PATH, Check, closest, integer, number, one_of, optional, shown
 from river_compile.kernels.quant.calibrated import OBSERVING
 from river_compile.kernels.quant.grid import GROUP_SIZES, QUANTIZERS
 from river_compile.passes.program import DecoderPlan
@@ -320,7 +320,7 @@ class RiverConfig:
         unknown = next((name for name in given if name not in names), None)
         if unknown is not None:
             raise OptionError(
-                f"unknown option {unknown!r} of backend 'river'; options are {', '.join(names)}"
+                f"unknown option {shown(unknown)} of backend 'river'; options are {', '.join(names)}"
                 f"{closest(unknown, names)}"
             )
         return cls(**given)

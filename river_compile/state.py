@@ -20,6 +20,7 @@ from river_compile.lowering.compile import Compiled
 from river_compile.passes.program import Fusion, KeptLinear, RiverProgram
 
 from .config import RiverConfig
+from .errors import OptionError
 from .upstream.dynamo_cache import CacheEntry
 
 T = TypeVar("T")
@@ -179,7 +180,8 @@ def forget(model: nn.Module) -> None:
 
 def find_state(model: nn.Module) -> ModelState | None:
     """Returns the state of a model, or of the one in torch.compile's wrapper; None where the backend never saw it."""
-    return _find([*model.parameters(), *model.buffers()])
+    module = unwrap(model)
+    return _find([*module.parameters(), *module.buffers()])
 
 
 def state_of_model(model: nn.Module, purpose: str) -> ModelState:
@@ -198,7 +200,13 @@ def state_of_model(model: nn.Module, purpose: str) -> ModelState:
 
 
 def unwrap(model: nn.Module) -> nn.Module:
-    """Returns the module in the wrapper that ``torch.compile(model)`` returns, any other module as it is."""
+    """Returns the module in the wrapper that ``torch.compile(model)`` returns, any other module as it is.
+
+    Raises:
+        OptionError: (a ``ValueError``) it is no module.
+    """
+    if not isinstance(model, nn.Module):
+        raise OptionError(f"a model is needed here, a torch.nn.Module, not a {type(model).__name__}")
     return getattr(model, "_orig_mod", model)
 
 

@@ -132,8 +132,9 @@ def _generate_by(
         return refused(self, args, kwargs, because)
 
     setattr(generate, _OURS, loops)
-    vars(model)[_GENERATE] = MethodType(generate, model)
+    method = MethodType(generate, model)
     keep_out_of_copies(model, _GENERATE)
+    vars(model)[_GENERATE] = method
 
 
 def generate_as_ever(model: nn.Module) -> None:

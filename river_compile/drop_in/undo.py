@@ -29,6 +29,9 @@ def restore(model: Module) -> Module:
 
     Returns:
         The same object.
+
+    Raises:
+        OptionError: (a ``ValueError``) it is no module.
     """
     inner = unwrap(model)
     bring_back(inner)

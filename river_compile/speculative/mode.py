@@ -183,7 +183,7 @@ class Decode:
         """Returns what the loop does not handle, and what to do about it; empty where there is nothing."""
         mode = config.get_generation_mode()
         if assistant_model is not None:
-            return f"leave out assistant_model={type(assistant_model).__name__}, or custom_generate"
+            return f"assistant_model={type(assistant_model).__name__} is not available here; leave it out"
         if mode not in (GenerationMode.GREEDY_SEARCH, GenerationMode.SAMPLE):
             return f"these options ask for {mode.value}; leave out num_beams and prompt_lookup_num_tokens"
         if model.config.is_encoder_decoder:
@@ -193,7 +193,7 @@ class Decode:
                 return f"{name}=True is not available; output_scores and output_logits are"
         if synced_gpus:
             return "synced_gpus=True is not available: processes would run other numbers of passes"
-        return "" if cache_of(model_kwargs) is not None else "there is no KV cache; leave out use_cache=False"
+        return "" if cache_of(model_kwargs) is not None else "use_cache=False leaves out the KV cache; leave out use_cache=False"
 
     def drafting(self, call: Call, session: Session, logits: Tensor, shared: bool) -> tuple[Drafter | None, bool]:
         """Returns what drafts, now that the prompt has run, and whether rows keep only what held for all of them.

@@ -2,19 +2,24 @@
 
 import io
 import json
+import logging
 import re
+import shutil
 import subprocess
 import sys
 from pathlib import Path
 
 import jsonschema
 import pytest
+import safetensors.torch
 import torch
 import transformers
 
+import river_compile
 from examples import demo
-from river_compile.cli import app, reasoning
+from river_compile.cli import app, dry_run, reasoning
 from river_compile.cli.evaluate import wilson
+from river_compile.cli.models import MODELS
 from river_compile.cli.output import error_line
 from river_compile.cli.painting import Painter
 from river_compile.runtime.stats import CycleRecord, RowCycle, cycles
@@ -76,6 +81,104 @@ def test_errors_are_one_line_and_code_1(arguments, says, capsys):
     assert printed.out == ""
 
 
+@pytest.fixture
+def damaged(tiny, tmp_path):
+    """A copy of the tiny model's folder, to be damaged."""
+    return Path(shutil.copytree(tiny, tmp_path / "damaged"))
+
+
+def failure(capsys, *arguments):
+    """Runs a command that fails; returns its one line."""
+    printed = river(capsys, *arguments, code=1)
+    assert printed.out == ""
+    lines = [line for line in printed.err.splitlines() if not line.startswith("[transformers]")]  # (of its server)
+    assert len(lines) == 1
+    assert lines[0].startswith("error: ")
+    return lines[0]
+
+
+def cut(folder):
+    weights = folder / "model.safetensors"
+    weights.write_bytes(weights.read_bytes()[:2000])
+
+
+@pytest.mark.parametrize(
+    "command",
+    [("pack", "-o", "never"), ("chat",), ("calibrate", "--kl", "1"), ("eval",), ("explain", "-o", "never"), ("serve",)],
+)
+def test_weights_that_were_cut_are_one_line_in_every_command(damaged, command, capsys):
+    if command == ("serve",):
+        pytest.importorskip("fastapi", reason="the server's packages are not installed")
+    cut(damaged)
+    assert f"{damaged} cannot be loaded: SafetensorError" in failure(capsys, command[0], damaged, *command[1:])
+
+
+@pytest.mark.parametrize(
+    ("command", "file", "content", "says"),
+    [
+        (("bench", "-m"), "model.safetensors", b"\xff" * 999, "SafetensorError: Error while deserializing header"),
+        (("pack", "-o", "never"), "model.safetensors", b"", "SafetensorError"),
+        (("pack", "-o", "never"), "tokenizer.json", b"{garbage", "JSONDecodeError"),
+        (("check",), "config.json", b'{"model_type": "llama", "vocab_size": -5}', "RuntimeError"),
+        (("check",), "config.json", b'{"model_type": "llama", "hidden_size": "abc"}', "expected int"),
+    ],
+)
+def test_files_that_no_loader_reads_are_one_line(damaged, command, file, content, says, capsys):
+    (damaged / file).write_bytes(content)
+    said = failure(capsys, *command, damaged)
+    assert said.startswith(f"error: {damaged} cannot be loaded: ")
+    assert says in said
+
+
+@pytest.mark.parametrize("command", [("check",), ("pack", "-o", "never"), ("serve",)])
+@pytest.mark.parametrize("config", [transformers.BertConfig(), transformers.BartConfig()])
+def test_models_without_a_causal_head_are_refused(command, config, tmp_path, capsys):
+    """An encoder, and an encoder-decoder; AutoModelForCausalLM would make a decoder of either."""
+    config.architectures = [f"{type(config).__name__.removesuffix('Config')}Model"]
+    config.save_pretrained(tmp_path)
+    said = failure(capsys, *command, tmp_path)
+    assert f"holds a {config.architectures[0]}, which has no causal head" in said
+
+
+def test_weights_that_a_checkpoint_lacks_are_named(damaged, capsys, caplog, monkeypatch):
+    """By transformers' own warning, which is not silenced with the rest of what it says."""
+    theirs = logging.getLogger("transformers")
+    monkeypatch.setattr(theirs, "propagate", True)  # (to caplog)
+    monkeypatch.setattr(theirs, "level", logging.ERROR)  # as the command's own process has it
+    theirs.manager._clear_cache()
+    logging.getLogger("transformers.modeling_utils").setLevel(logging.NOTSET)
+    weights = safetensors.torch.load_file(damaged / "model.safetensors")
+    del weights["model.layers.1.mlp.up_proj.weight"]
+    safetensors.torch.save_file(weights, damaged / "model.safetensors", {"format": "pt"})
+    river(capsys, "eval", damaged, "--texts", __file__, "--row", "plain", "--limit", "1", "--new-tokens", "2")
+    assert "model.layers.1.mlp.up_proj.weight" in caplog.text
+
+
+def test_check_measures_bandwidth_between_what_else_runs(monkeypatch):
+    """A machine that reads 26 GB/s, and whose scheduler takes the core away for 5 ms after every 5 ms."""
+    clock = {"reading": 0.0, "now": 0.0}
+
+    def read(tensor):
+        turns = clock["reading"] // 0.005
+        clock["reading"] += tensor.nbytes / 26e9
+        clock["now"] += tensor.nbytes / 26e9 + 0.005 * (clock["reading"] // 0.005 - turns)
+
+    with monkeypatch.context() as patch:
+        patch.setattr(dry_run.time, "perf_counter", lambda: clock["now"])
+        patch.setattr(torch.Tensor, "sum", read)
+        measured = dry_run.bandwidth()
+    assert measured == pytest.approx(26e9)
+
+
+def test_the_version_is_there_at_once(capsys):
+    assert river(capsys, "--version").out == f"river {river_compile.__version__}\n"
+
+
+def test_known_models_are_in_the_documentation():
+    for file in ("README.md", "docs/cli.md"):
+        assert all(f"`{name}`" in (ROOT / file).read_text() for name in MODELS)
+
+
 def test_wrong_usage_is_code_2(capsys):
     river(capsys, "check", code=2)
     river(capsys, "bench", "--unknown", code=2)
@@ -101,6 +204,7 @@ def test_check_counts_what_a_token_reads(tiny, capsys):
     assert speeds["river"] > speeds["plain"]
     page = river(capsys, "check", tiny, "--bandwidth", "10").out
     assert "rewritten, 3 blocks" in page
+    assert "an estimate" in page
 
 
 @pytest.mark.slow

@@ -10,6 +10,7 @@ from pathlib import Path
 
 import pytest
 import torch
+import transformers
 from transformers.generation.streamers import BaseStreamer
 
 import river_compile
@@ -19,6 +20,7 @@ from river_compile.state import find_state
 from river_compile.upstream.hf_cache import cache_argument, cache_of
 from tests.support.decoding import new_cache
 from tests.support.families import make, prompt
+from tests.support.tokenizers import byte_tokenizer
 from tools.families.tiny import tiny_model
 
 OPTIONS = {"lowering": "eager", "group_size": 32}
@@ -59,6 +61,12 @@ def streamed(model, **options):
 def model():
     """One accelerated model for the tests that change nothing of it."""
     return river_compile.accelerate(plain(), **EXACT)
+
+
+@pytest.fixture(scope="module")
+def expected():
+    """The plain model's text."""
+    return generate(plain())
 
 
 @pytest.fixture(autouse=True)
@@ -245,7 +253,12 @@ def test_strict_is_an_error_where_it_cannot_be_kept():
         ({"prefill": "exit"}, "prefill='exit'"),
         ({"group_sise": 32}, "group_sise.*group_size"),
         ({"max_draft": 0}, "max_draft=0"),
-        ({"quality": "fast", "max_draft": 3}, "max_draft"),
+        (
+            {"quality": "fast", "max_draft": 3},
+            "max_draft=3 is about drafts, .* use quality='exact' or quality='strict'",
+        ),
+        ({"quality": "calibrated", "calibration": 3}, "calibration=3 is not allowed; it must be a path"),
+        ({"artifact": "/nope"}, "/nope/twins.safetensors: No such file"),
     ],
 )
 def test_bad_arguments_are_named_and_change_nothing(arguments, message):
@@ -254,6 +267,44 @@ def test_bad_arguments_are_named_and_change_nothing(arguments, message):
         river_compile.accelerate(model, **arguments)
     assert model._compiled_call_impl is None
     assert "generate" not in vars(model)
+
+
+@pytest.mark.parametrize(
+    "step",
+    [
+        "torch.compile",
+        "river_compile.config.RiverConfig.from_options",
+        "river_compile.drop_in.quality.check_paths",
+        "river_compile.drop_in.quality.marks_growing",
+        "river_compile.drop_in.quality.CompiledOrPlain",
+        "river_compile.drop_in.quality.has_generate_of_its_own",
+        "river_compile.drop_in.quality.generate_exactly",
+        "river_compile.drop_in.generation.replace",
+        "river_compile.drop_in.generation.MethodType",
+        "river_compile.drop_in.generation.keep_out_of_copies",
+    ],
+)
+def test_an_accelerate_that_fails_leaves_the_model_as_it_was(model, expected, step, monkeypatch):
+    """Whichever step fails: no attribute of a plain model changes, and an accelerated one drafts on."""
+
+    def fail(*args, **kwargs):
+        raise MemoryError
+
+    for ours in (model, plain()):
+        before = {name: id(value) for name, value in vars(ours).items()}
+        with monkeypatch.context() as patch:
+            patch.setattr(step, fail)
+            with pytest.raises(MemoryError):
+                river_compile.accelerate(ours, **EXACT)
+        assert {name: id(value) for name, value in vars(ours).items()} == before
+    with river_compile.trace() as trace:
+        assert torch.equal(generate(model), expected)
+    assert trace.cycles
+
+
+def test_the_backends_mode_is_no_option_of_accelerate():
+    with pytest.raises(river_compile.OptionError, match="unknown option 'mode'"):
+        river_compile.accelerate(plain(), mode="max-autotune")
 
 
 @pytest.fixture
@@ -294,11 +345,39 @@ def test_load_is_from_pretrained_and_accelerate(folder, tmp_path):
     assert half.dtype == torch.bfloat16
 
 
+class Huge:
+    """What a message cannot show whole."""
+
+    def __repr__(self):
+        return "huge " * 5000
+
+
+@pytest.mark.parametrize("wrong", [3, "smollm2", {i: i for i in range(5000)}, Huge(), torch.nn.Linear])
+def test_whatever_is_no_model_is_named_by_its_type(wrong):
+    """By every function that takes a model, in one short line."""
+    for take in (river_compile.accelerate, river_compile.restore, river_compile.report, river_compile.free_cache):
+        with pytest.raises(river_compile.OptionError, match=f"model.*not a {type(wrong).__name__}$") as refused:
+            take(wrong)
+        assert len(str(refused.value)) < 100
+
+
+@pytest.mark.parametrize(
+    "name", ["quality", "calibration", "artifact", "group_size", "threshold", "max_draft", "strict"]
+)
+def test_a_wrong_value_is_shown_in_short(name):
+    for wrong in (Huge(), plain(), {i: i for i in range(5000)}):
+        with pytest.raises(river_compile.OptionError, match=f"{name}=") as refused:
+            river_compile.accelerate(plain(), **{name: wrong})
+        assert len(str(refused.value)) < 300
+
+
 def test_wrappers_are_refused_with_the_way_in():
     with pytest.raises(river_compile.OptionError, match=r"before torch\.compile"):
         river_compile.accelerate(torch.compile(plain(), backend="eager"))
     with pytest.raises(river_compile.OptionError, match="a transformers model that generates, not a Linear"):
         river_compile.accelerate(torch.nn.Linear(2, 2))
+    with pytest.raises(river_compile.OptionError, match=r"not a TextGenerationPipeline; give it pipeline\.model"):
+        river_compile.accelerate(transformers.TextGenerationPipeline(plain(), byte_tokenizer()))
 
 
 def test_every_quality_is_in_the_modules_table():

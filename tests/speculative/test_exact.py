@@ -416,7 +416,7 @@ def test_what_cannot_work_is_refused_by_name(options, message):
 @pytest.mark.core
 def test_an_assistant_model_is_refused_by_name():
     """transformers gives a callable custom_generate no assistant, so it would be ignored without a word."""
-    with pytest.raises(ValueError, match="assistant_model=LlamaForCausalLM is not available in exact mode"):
+    with pytest.raises(ValueError, match="assistant_model=LlamaForCausalLM is not available"):
         exactly(compiled(), prompt(), assistant_model=make("llama"))
 
 
