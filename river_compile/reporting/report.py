@@ -121,6 +121,7 @@ class Report:
         yield f"River Compile report for {self.model}"
         if not self.ran:
             yield f"  {_NEVER_RAN}"
+            yield from _plain_call_lines(self)
             return
         for graph in self.graphs:
             yield from graph_lines(graph)
@@ -138,8 +139,7 @@ class Report:
         if self.plain_runs:
             yield f"  without river  {self.plain_runs} forward passes, the latest because"
             yield f"    {self.plain_reason}"
-        for reason, count in self.plain_calls.items():
-            yield f"  without drafts {count} calls of generate: {reason}"
+        yield from _plain_call_lines(self)
         yield from token_lines(self)
 
 
@@ -275,6 +275,11 @@ def _packed_lines(report: Report) -> Iterator[str]:
     observed = {p.name: p.output_sqnr for p in report.packed if p.output_sqnr is not None}
     if observed:
         yield _sqnr_line("SQNR of outputs", observed)
+
+
+def _plain_call_lines(report: Report) -> Iterator[str]:
+    for reason, count in report.plain_calls.items():
+        yield f"  without drafts {count} calls of generate: {reason}"
 
 
 def _loss_lines(loss: TwinLoss | None) -> Iterator[str]:
