@@ -2,8 +2,8 @@
 
     quality       generate                                     the text
     "exact"       the river drafts, the backbone verifies      the plain model's, in 16 bits up to rounding
-    "strict"      the same, in passes with plain decoding's    the plain model's, to the bit
-                  bits
+    "strict"      the same; an error where a row of a pass     the text of the same kernels without drafts, to the bit
+                  of several tokens may have other bits
     "calibrated"  tokens leave by a calibrated rule            another one, within the promise of the calibration
     "fast"        tokens leave by the backend's default rule   another one
 

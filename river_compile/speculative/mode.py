@@ -193,7 +193,9 @@ class Decode:
                 return f"{name}=True is not available; output_scores and output_logits are"
         if synced_gpus:
             return "synced_gpus=True is not available: processes would run other numbers of passes"
-        return "" if cache_of(model_kwargs) is not None else "use_cache=False leaves out the KV cache; leave out use_cache=False"
+        if cache_of(model_kwargs) is None:
+            return "use_cache=False leaves out the KV cache; leave out use_cache=False"
+        return ""
 
     def drafting(self, call: Call, session: Session, logits: Tensor, shared: bool) -> tuple[Drafter | None, bool]:
         """Returns what drafts, now that the prompt has run, and whether rows keep only what held for all of them.
