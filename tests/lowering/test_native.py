@@ -42,7 +42,7 @@ def test_twins_compute_what_their_grids_say(family, product):
     for way in backend.ways:
         backend.now, cache = way, new_cache(model, "static")
         with torch.profiler.profile() as profile:
-            logits[way], caches[way] = decode(model, cache, [0, 1, 2]), cache_state(cache)
+            logits[way], caches[way] = decode(model, cache, [0, 1, 2], plain_prompt=True), cache_state(cache)
         called = {event.name for event in profile.events()}
         assert (f"river_native::{product}" in called) == (way is not UNFUSED)
     for a, b in zip(logits[UNFUSED], logits[exact], strict=True):
