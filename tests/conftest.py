@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import gc
 import os
+import tempfile
 from pathlib import Path
 
 import pytest
@@ -29,6 +30,10 @@ def pytest_addoption(parser: pytest.Parser) -> None:
 
 
 def pytest_configure(config: pytest.Config) -> None:
+    if not os.access(Path.home(), os.W_OK):  # what is built and compiled lies where the next run finds it, all the same
+        caches = Path(tempfile.gettempdir()) / f"river_compile_tests_{os.getuid()}"
+        for name in ("RIVER_COMPILE_CACHE", "TRITON_CACHE_DIR", "MPLCONFIGDIR"):
+            os.environ.setdefault(name, str(caches / name.lower()))
     if config.option.slow:  # (an option of Hypothesis, which is read after this, goes before)
         settings.load_profile("slow")
 

@@ -319,8 +319,8 @@ def test_calibrate_writes_what_calibrated_needs(tiny, tmp_path, capsys):
     river(capsys, "calibrate", tiny, "--kl", "5", "--texts", tmp_path / "none.txt", code=1)
 
 
-def test_eval_compares_ways(tiny, tmp_path, capsys):
-    """A random model solves nothing; exact answers are the plain ones; its perplexity is that of its own logits."""
+def test_eval_compares_answers(tiny, capsys):
+    """A random model solves nothing; exact answers are the plain ones."""
     asked = ("--task", "reasoning", "--limit", "2", "--new-tokens", "8", "--row", "plain", "--row", "exact")
     rows = printed_json(capsys, "eval", tiny, *asked, "--dtype", "float32")["rows"]
     assert rows["exact"]["same_texts"] == 2
@@ -330,6 +330,10 @@ def test_eval_compares_ways(tiny, tmp_path, capsys):
     assert alone["tokens_per_s"] > 0
     assert rows["plain"]["solved"] == 0
     assert rows["plain"]["interval"] == pytest.approx([0, 0.658], abs=1e-3)
+
+
+def test_eval_compares_perplexities(tiny, tmp_path, capsys):
+    """The plain model's is that of its own logits, token by token."""
     text = "a text for a test that is long enough"
     (tmp_path / "t.txt").write_text(text)
     asked = ("--texts", tmp_path / "t.txt", "--new-tokens", "8", "--row", "plain", "--row", "river")

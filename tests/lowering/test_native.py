@@ -42,7 +42,7 @@ def test_twins_compute_what_their_grids_say(family, product):
     for way in backend.ways:
         backend.now, cache = way, new_cache(model, "static")
         with torch.profiler.profile() as profile:
-            logits[way], caches[way] = decode(model, cache, [0, 1, 2]), cache_state(cache)
+            logits[way], caches[way] = decode(model, cache, [0, 1, 2], plain_prompt=True), cache_state(cache)
         called = {event.name for event in profile.events()}
         assert (f"river_native::{product}" in called) == (way is not UNFUSED)
     assert not torch.equal(logits[UNFUSED][1], logits[rounded][1])

@@ -15,7 +15,7 @@ from torch.utils._pytree import tree_leaves
 from river_compile.passes.nodes import is_tensor
 from river_compile.passes.normalize import normalized
 from tests.passes.graphs import GraphBuilder, assert_equal, clones, random_decoder, shapes
-from tests.support.examples import examples
+from tests.support.examples import examples, slow
 from tests.support.families import FAMILIES, each, make, prompt
 
 
@@ -40,7 +40,6 @@ def assert_normal(graph_module: fx.GraphModule) -> fx.GraphModule:
 
 @examples(60)
 @given(shape=shapes(), seed=st.integers(0, 2**16))
-@pytest.mark.slow
 def test_random_decoders_keep_their_bits(shape, seed):
     graph_module, inputs = random_decoder(shape, seed)
     normal = assert_normal(graph_module)
@@ -49,7 +48,7 @@ def test_random_decoders_keep_their_bits(shape, seed):
     assert_equal(expected, actual)
 
 
-@pytest.mark.parametrize("cache", ["dynamic", "static"])
+@pytest.mark.parametrize("cache", ["static", slow("dynamic")])
 @pytest.mark.parametrize("family", each(FAMILIES))
 def test_families_keep_their_bits(family, cache):
     """Every graph that Dynamo makes of a prompt and of decode steps runs both ways on copies of the same inputs."""

@@ -1,8 +1,6 @@
 """Building and loading: what is cached, what is built again, and what is said where nothing can be built."""
 
 import ctypes
-import subprocess
-import sys
 from concurrent.futures import ThreadPoolExecutor
 
 import pytest
@@ -10,6 +8,7 @@ import torch
 import torch._inductor.config as inductor
 
 from river_compile.kernels.native import build, isa, load
+from tests.support.layout import ROOT, run_python
 
 
 @pytest.fixture
@@ -111,7 +110,7 @@ def test_a_machine_runs_what_its_capabilities_allow(monkeypatch):
 
 
 @pytest.mark.slow
-def test_operators_that_nobody_loaded_name_the_fix():
+def test_operators_that_nobody_loaded_name_the_fix(tmp_path):
     """In a process of its own: loading is for good."""
     code = """
 import torch
@@ -125,5 +124,4 @@ except RuntimeError as error:
     print("load()" in str(error))
 """
     load.load()  # the operators are in the cache then
-    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True)
-    assert done.stdout.strip() == "True", done.stderr
+    assert run_python(code, tmp_path, ROOT).stdout.strip() == "True"
