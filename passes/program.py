@@ -106,8 +106,6 @@ class Segment:
         has_score: a float32 number follows the outputs: a block's exit score, or a head's entropy.
         decides: after the packed weights come `rule` and `verdict` of `river::residual_verdict`, which makes the
             verdict beside the score.
-        handed_on: pairs (output, input) of values that pass through as they are; the graph does not return them.
-        own_examples: the placeholders' example values live in a mode of their own, not in Dynamo's.
     """
 
     kind: str
@@ -119,8 +117,6 @@ class Segment:
     chooses_logits: bool = False
     has_score: bool = False
     decides: bool = False
-    handed_on: tuple[tuple[fx.Node, fx.Node], ...] = ()
-    own_examples: bool = False
 
     @property
     def name(self) -> str:

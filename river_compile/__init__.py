@@ -28,7 +28,6 @@ _EXPORTS = {
     "ArtifactError": "errors",
     "BudgetError": "errors",
     "CacheFullError": "errors",
-    "CacheHolesError": "errors",
     "Calibration": "calibration.result",
     "DecodeError": "errors",
     "ExactModeError": "errors",

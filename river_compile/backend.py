@@ -48,6 +48,7 @@ from river_compile.reporting.reads import bytes_of_token
 from river_compile.reporting.report import graph_lines
 from river_compile.runtime.compiled_call import install
 from river_compile.runtime.executor import RiverExecutor
+from river_compile.runtime.fill import Fill
 from river_compile.runtime.runner import PlainRunner, Runner, Step
 from river_compile.runtime.sequences import Sequences
 from river_compile.runtime.stats import ExitStats
@@ -78,6 +79,7 @@ def river(
     options: Mapping[str, object] | None = None,
     mode: str | None = None,
     lowering: Lowering | None = None,
+    fill: type[Fill] = Fill,
 ) -> Callable[..., Any]:
     """The backend of ``torch.compile(model, backend="river", options=..., mode=...)``.
 
@@ -86,7 +88,8 @@ def river(
         example_inputs: its inputs, real tensors.
         options: fields of :class:`RiverConfig`.
         mode: passed on to Inductor.
-        lowering: how segments are lowered; None: as options and device say. (`functools.partial` sets it for a model.)
+        lowering: how segments are lowered; None: as options and device say.
+        fill: what skipped blocks leave in the KV cache. (`functools.partial` sets this and the above for a model.)
 
     Raises:
         OptionError: (a ``ValueError``) an unknown option or a bad value.
@@ -115,10 +118,10 @@ def river(
     with record.stage("rewriting"):
         plan = _needs_gradients(example_inputs) or find_decoder(traced)
         program = plan if isinstance(plan, Refusal) else segmented(plan)
-        if not isinstance(program, Refusal) and config.quantizer != "none" and config.fill == "river":
+        if not isinstance(program, Refusal) and config.quantizer != "none":
             program = without_products(program) or program
     if not isinstance(program, Refusal):
-        return called_on_shards(_build(program, values, lowering, state, record), [*values], local)
+        return called_on_shards(_build(program, values, lowering, fill, state, record), [*values], local)
     record.refusal = f"{program}{_graph_break(graph_module)}"
     if config.on_unsupported == "raise":
         raise UnsupportedGraphError(f"backend 'river' cannot rewrite this graph: {record.refusal}")
@@ -161,6 +164,7 @@ def _build(
     program: RiverProgram,
     values: Mapping[fx.Node, Any],
     lowering: Lowering | None,
+    fill_type: type[Fill],
     state: ModelState,
     record: GraphRecord,
 ) -> RiverExecutor:
@@ -176,7 +180,8 @@ def _build(
     policy = _exit_policy(program, config)
     verdicts = _verdicts(plan, policy, config, device, captures)
     with record.stage("rewriting"):
-        program = _rewritten(program, config, passes_for(config, plan, lowering, decides=verdicts is not None))
+        passes = passes_for(config, plan, lowering, fill_type, decides=verdicts is not None)
+        program = _rewritten(program, config, passes)
     segments = policy.reachable(program)
     packed = _pack_and_judge(program, segments, values, lowering, state, record)
     if plan.is_decode:
@@ -201,7 +206,7 @@ def _build(
     trace_artifact(f"river_{plan.kind}_report", lambda: "\n".join(graph_lines(record)))
     stats = state.of(ExitStats)
     stats.num_blocks = plan.num_blocks
-    fill = config.filling(program)
+    fill = fill_type(program)
     runner: Runner = PlainRunner(program, steps, fill)
     if ranks.several:
         runner = RankRunner(program, steps, ranks, config.check_ranks)
@@ -256,7 +261,7 @@ def _rewritten(program: RiverProgram, config: RiverConfig, passes: Sequence[Pass
     dump = PassDump(config.dump_dir, program.plan.kind)
     result = run_passes(program, passes, dump.after_pass)
     if isinstance(result, Refusal):  # the river's own passes refuse nothing
-        raise OptionError(f"fill={config.fill!r} cannot be used here: {result}; use another one, such as fill='river'")
+        raise OptionError(f"this fill cannot be used here: {result}")
     dump.program(result)
     if dump.folder is not None:
         log.info("wrote the rewritten graph to %s", dump.folder)

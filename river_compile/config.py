@@ -12,12 +12,10 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from river_compile.fills.rivals import FILLS
 from river_compile.kernels.checks import FLAG, PATH, Check, closest, integer, number, one_of, optional, shown
 from river_compile.kernels.quant.calibrated import OBSERVING
 from river_compile.kernels.quant.grid import GROUP_SIZES, QUANTIZERS
 from river_compile.passes.program import DecoderPlan
-from river_compile.runtime.fill import Fill
 
 from .errors import OptionError
 from .exits import CRITERIA, ExitPolicy, Threshold
@@ -184,13 +182,6 @@ class RiverConfig:
         "the folder for the offloaded weights of a model on the CPU; `None`: `TMPDIR`, else `/var/tmp`",
         EXPERT,
     )
-    fill: str = _option(
-        "river",
-        one_of(*FILLS),
-        "what skipped blocks leave in the KV cache: the twins' entries, or for comparison "
-        '`"propagate"`, `"recompute"`, `"mask"`, `"monotone"` ([docs/fills.md](docs/fills.md))',
-        EXPERT,
-    )
     check_ranks: bool = _option(
         False,
         FLAG,
@@ -237,20 +228,6 @@ class RiverConfig:
             yield "on_missing_artifact='save' needs artifact=, the folder to write; name one"
         if self.artifact is not None and self.quantizer == "none":
             yield "artifact= holds 4-bit twins, which quantizer='none' does not use; leave one of them out"
-        if self.artifact is not None and self.fill != "river":
-            yield f"artifact= holds 4-bit twins, which fill={self.fill!r} does not use; leave one of them out"
-        if self.fill != "river":
-            for name, given, instead in (
-                ("prefill", self.prefill == "exit", "'backbone'"),
-                ("criterion", CRITERIA[self.criterion].may_doubt, "'similarity'"),
-                ("cudagraphs", bool(self.cudagraphs), "None"),
-                ("offload", self.offload is not None, "None"),
-            ):
-                if given:
-                    yield (
-                        f"{name}={getattr(self, name)!r} is not available with fill={self.fill!r}; use "
-                        f"{name}={instead}, or fill='river'"
-                    )
 
     def _unreachable(self) -> Iterator[str]:
         """Yields what asks for blocks that no token may reach."""
@@ -292,11 +269,6 @@ class RiverConfig:
             fixed_depth=self.exit_depth if leaves else plan.num_blocks,
             deepest=self.deepest if leaves and self.exit_depth != plan.num_blocks else None,
         )
-
-    @property
-    def filling(self) -> type[Fill]:
-        """What stands in for the KV entries of skipped blocks."""
-        return FILLS[self.fill]
 
     @classmethod
     def options(cls) -> dict[str, Option]:

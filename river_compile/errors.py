@@ -48,10 +48,6 @@ class CacheFullError(ValueError):
     """The tokens of this step do not fit into the static KV cache; nothing was written."""
 
 
-class CacheHolesError(ValueError):
-    """A fill that leaves holes in the KV cache cannot account for this one; nothing was written."""
-
-
 class ExactModeError(ValueError):
     """Exact mode cannot run this call or this model; the message gives the reason."""
 

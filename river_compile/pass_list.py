@@ -15,6 +15,7 @@ from river_compile.passes.program import DecoderPlan
 from river_compile.passes.rescored_head import rescored_head
 from river_compile.passes.twins import Twinning, one_row_head, river_head, river_twins
 from river_compile.passes.wanted_logits import wanted_logits
+from river_compile.runtime.fill import Fill
 
 from .config import RiverConfig
 from .errors import OptionError
@@ -24,11 +25,12 @@ def passes_for(
     config: RiverConfig,
     plan: DecoderPlan,
     lowering: Lowering,
+    fill: type[Fill] = Fill,
     decides: bool = False,
 ) -> list[Pass]:
     """Returns the passes, in order, that turn a decoder into what the options ask for.
 
-    With `decides` the kernels of exit checks decide on the device.
+    `fill` may put something else in the twins' place; with `decides` the kernels of exit checks decide on the device.
     """
     how = twinning(config, lowering)
     policy = config.exit_policy(plan)
@@ -36,7 +38,7 @@ def passes_for(
     passes: list[Pass] = []
     head = head_twinning(config, lowering) if leaves else None
     if leaves:
-        passes += config.filling.passes(candidates) or [river_twins(how)]
+        passes += fill.passes(candidates) or [river_twins(how)]
         if head is not None:
             passes.append(river_head(head))
         elif how is not None and (plan.is_decode or not lowering.fuse):

@@ -25,12 +25,12 @@ from torch import nn
 
 from benchmarks.criteria import least_kl
 from benchmarks.quality.session import Session, at_depth
+from benchmarks.rivals.recompute import Recompute
 from river_compile.backend import executors_of
 from river_compile.calibration.evaluate import Measured, Meter
 from river_compile.passes.program import Segment
 from river_compile.runtime.fill import Call, Fill
 from river_compile.runtime.runner import PlainRunner
-from river_compile.runtime.slots import FILL
 
 BUDGETS = {"relaxed": 1 / 6, "strict": 1 / 2}  # blocks executed in the mean, as a share of all
 FRONTIER = (1 / 8, 1 / 4, 1 / 2, 3 / 4, 7 / 8)
@@ -128,13 +128,13 @@ class _Timed:
 class _TimedBlock(_Timed):
     """A block, whose runs with skipped tokens go to a list of their own."""
 
-    def __init__(self, step: Callable, alone: list[float], together: list[float]) -> None:
+    def __init__(self, step: Callable, fill: Fill, alone: list[float], together: list[float]) -> None:
         super().__init__(step, alone)
-        self._together = together
+        self._fill, self._together = fill, together
 
     def __call__(self, slots: list) -> None:
         super().__call__(slots)
-        if getattr(slots[FILL], "batch", None) is not None:
+        if isinstance(self._fill, Recompute) and self._fill.left.batch is not None:
             self._together.append(self._seconds.pop())
 
 
@@ -147,7 +147,7 @@ class _TimedFill(Fill):
         self.begin, self.end = _Timed(fill.begin, seconds["begin"]), _Timed(fill.end, seconds["end"])
 
     def blocks(self, blocks: Sequence[Call], steps: Mapping[Segment, Call]) -> list[Call]:
-        return [_TimedBlock(block, self._alone, self._together) for block in self._fill.blocks(blocks, steps)]
+        return [_TimedBlock(b, self._fill, self._alone, self._together) for b in self._fill.blocks(blocks, steps)]
 
 
 @contextlib.contextmanager
@@ -158,7 +158,7 @@ def timed_parts(model: nn.Module) -> Iterator[Callable[[int], dict[str, float]]]
     alone = seconds["backbone"]["block"]
     before = [(executor, executor.runner, executor.fill) for executor in executors_of(model) if executor.decodes]
     for executor, runner, fill in before:
-        program, tail = executor.program, seconds["tail" if fill.name == "river" else "repair"]
+        program, tail = executor.program, seconds["tail" if type(fill) is Fill else "repair"]
         steps = dict(runner.steps)
         for segments, part in (
             ((program.prologue, program.head, program.river_head), seconds["backbone"]),

@@ -31,10 +31,11 @@ import river_compile
 from benchmarks import common
 from benchmarks.quality import entries, fills
 from benchmarks.quality.session import Row, Session, session
+from benchmarks.rivals.fills import OPTIONS, RIVALS, backend
 from benchmarks.texts import Texts, collect
+from river_compile import river
 from river_compile.cli import models
 from river_compile.config import RiverConfig
-from river_compile.fills.rivals import FILLS
 
 THRESHOLDS = (0.7, 0.95, 0.97, 0.98)
 PAPER = 0.7  # the threshold at which every quantizer is measured
@@ -107,7 +108,7 @@ def measure(
         outcome |= {"rows": [row.to_dict() for row in rows], "calibration": found}
     if "fills" in options.parts:
         for fill in options.fills:
-            with run.session({"fill": fill}) as other:
+            with run.session(OPTIONS, backend=backend(fill)) as other:
                 measured[fill] = fills.measure(other, thresholds, first.own.seconds_never)
         frontier = fills.frontiers(measured, TIMES)
         leads = fills.river_leads(frontier)
@@ -132,10 +133,14 @@ class _Run:
     texts: Texts | None = None
 
     def session(
-        self, more: Mapping[str, object], texts: Callable[[], Texts] | None = None
+        self,
+        more: Mapping[str, object],
+        texts: Callable[[], Texts] | None = None,
+        backend: Callable = river,
     ) -> contextlib.AbstractContextManager[Session]:
         """Returns a session with more options."""
-        return session(self.model, {**self.base, **more}, texts or self.texts, self.options.progress, self.first)
+        options, given = {**self.base, **more}, texts or self.texts
+        return session(self.model, options, given, self.options.progress, self.first, backend)
 
     def quantizer(self, name: str) -> list[Row]:
         """Measures another quantizer."""
@@ -231,13 +236,12 @@ def _number(value: float | None) -> str:
 
 def _parse(arguments: list[str] | None) -> argparse.Namespace:
     quantizers = [name for name in RiverConfig.choices("quantizer") if name != "none"]
-    rivals = [name for name in FILLS if name != "river"]
     parser = common.command_line(__doc__, "model", "threads", "no-progress", "json")
     parser.add_argument("--parts", nargs="+", choices=PARTS, default=PARTS, help="what to measure (default all)")
     parser.add_argument("--texts", type=int, default=5, help="texts of each kind (default 5)")
     parser.add_argument("--tokens", type=int, default=24, help="tokens measured in each text (default 24)")
     parser.add_argument("--quantizers", nargs="+", choices=quantizers, default=quantizers, help="the first one in full")
-    parser.add_argument("--fills", nargs="*", choices=rivals, default=rivals, help="besides the river")
+    parser.add_argument("--fills", nargs="*", choices=[*RIVALS], default=[*RIVALS], help="besides the river")
     parser.add_argument("--thresholds", nargs="+", type=float, default=list(THRESHOLDS))
     parser.add_argument("--kl", type=float, default=0.1, help="budget of the calibrated row (default 0.1 nats)")
     parser.add_argument(

@@ -17,6 +17,7 @@ import torch
 from transformers import PreTrainedModel
 
 from benchmarks.texts import Texts, exact_match
+from river_compile import river
 from river_compile.calibration.evaluate import Measured, Meter, Rule, compiled
 from river_compile.exits import CRITERIA
 
@@ -113,6 +114,7 @@ def session(
     texts: Texts | Callable[[], Texts],
     progress: bool,
     first: Session | None = None,
+    backend: Callable = river,
 ) -> Iterator[Session]:
     """Compiles the model for the time of a with statement.
 
@@ -122,10 +124,11 @@ def session(
         texts: what to measure on, or how to get it from the compiled model.
         progress: whether to show progress bars.
         first: the session whose runs of never exit all others are compared with.
+        backend: the river, or with another fill.
     """
     torch._dynamo.reset()
     criterion = options.get("criterion", "similarity")
     never = {"threshold": CRITERIA[criterion].never, "first_exit": 1}
-    with compiled(model, {**options, **never}), torch.inference_mode():
+    with compiled(model, {**options, **never}, backend), torch.inference_mode():
         texts = texts() if callable(texts) else texts
         yield Session(model, criterion, texts, progress, first)

@@ -21,7 +21,7 @@ import statistics
 import threading
 import time
 from collections import Counter, defaultdict
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import dataclass
 
 import torch
@@ -42,10 +42,10 @@ Rule = tuple[Threshold, int]  # threshold, first exit
 
 
 @contextlib.contextmanager
-def compiled(model: PreTrainedModel, options: dict[str, object]) -> Iterator[None]:
+def compiled(model: PreTrainedModel, options: dict[str, object], backend: Callable = river) -> Iterator[None]:
     """Compiles a model for the time of a with statement and leaves it as it was."""
     before = model._compiled_call_impl
-    model.compile(backend=river, options=options)
+    model.compile(backend=backend, options=options)
     try:
         yield
     finally:

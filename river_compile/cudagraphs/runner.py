@@ -227,7 +227,7 @@ class CapturedRunner(Runner):
 
 def captures_expected(config: RiverConfig, device: torch.device, ranks: Ranks = ALONE) -> bool:
     """Whether steps on a static cache are going to be captured, as far as can be told before a graph is traced."""
-    if ranks.several or config.cudagraphs is False or config.fill != "river":
+    if ranks.several or config.cudagraphs is False:
         return False
     if device.type == "cuda" or config.cudagraphs == "record":
         return True
@@ -258,8 +258,6 @@ def choose_device(
         captures.not_captured = NOT_CAPTURED
     elif config.cudagraphs is False:
         captures.not_captured = "cudagraphs=False"
-    elif config.fill != "river":
-        captures.not_captured = f"fill={config.fill!r} keeps count of every token on the host"
     elif config.cudagraphs is None and device.type != "cuda" and not native:
         captures.not_captured = f"the model lies on {device}; CUDA graphs need a GPU, tapes lowering='native'"
     else:

@@ -60,8 +60,6 @@ def _options(config: RiverConfig, mode: str | None) -> Iterator[str]:
     if config.cudagraphs or mode in ("reduce-overhead", "max-autotune"):
         asked = f"cudagraphs={config.cudagraphs!r}" if config.cudagraphs else f"mode={mode!r}"
         yield f"{asked} is not available under {NOT_CAPTURED}; leave it out"
-    if config.fill != "river":
-        yield f"fill={config.fill!r} is for comparisons on one device; use fill='river'"
 
 
 def _embeddings(nodes: Iterable[fx.Node]) -> Iterator[str]:

@@ -20,7 +20,7 @@ import torch
 import torch._functorch.config
 from torch import Tensor, fx
 from torch._inductor.compile_fx import compile_fx, compile_fx_inner
-from torch._subclasses.fake_tensor import FakeTensorMode
+from torch._subclasses.fake_tensor import FakeTensor, FakeTensorMode
 from torch.fx.experimental.symbolic_shapes import ShapeEnv
 
 from river_compile.kernels import portable
@@ -100,8 +100,8 @@ def _examples(segment: Segment) -> list[Any]:
 
 
 def _fake_mode(segment: Segment) -> FakeTensorMode:
-    values = _examples(segment)
-    mode = values[0].fake_mode if segment.own_examples else torch._guards.detect_fake_mode(values)
+    modes = (value.fake_mode for value in _examples(segment) if isinstance(value, FakeTensor))
+    mode = next(modes, None) or torch._guards.detect_fake_mode()
     assert isinstance(mode, FakeTensorMode), "Dynamo hands over graphs whose values are fake tensors"
     return mode
 
@@ -152,7 +152,9 @@ def _compile(
             direct.append(code.current_callable)
         return code
 
-    context = None if segment.own_examples else torch._guards.TracingContext.try_get()
+    context = torch._guards.TracingContext.try_get()
+    if context is not None and context.fake_mode is not fake_mode:  # (of a segment whose example values are its own)
+        context = None
     # AOTAutograd's own cache would skip `inner_compile` on a hit; Inductor's cache, below it, stays in use.
     with torch._guards.tracing(context), torch._functorch.config.patch(enable_autograd_cache=False):
         wrapped: Any = compile_fx(graph_module, inputs, inner_compile=inner_compile, config_patches=config_patches)

@@ -179,7 +179,6 @@ def _graph_dict(graph: GraphRecord) -> dict[str, object]:
         "refusal": graph.refusal,
         "blocks": graph.num_blocks,
         "criterion": graph.config.criterion,
-        "fill": graph.config.fill,
         "candidate_depths": list(graph.candidates),
         "segments": [
             {"name": c.name, "uses": c.uses, "compile_seconds": c.seconds, "direct": c.direct} for c in graph.compiled
@@ -221,8 +220,6 @@ def graph_lines(graph: GraphRecord) -> Iterator[str]:
         yield f"    exits after  {_ranges(graph.candidates or (config.first_exit,))}"
     if graph.kind == "decode" and config.deepest is not None:
         yield f"    at latest    after block {config.deepest} (offload_policy='exit')"
-    if config.fill != "river":
-        yield f"    fill         {config.fill}: no twins"
     for reason, count in Counter(k.reason for k in graph.kept).items():
         yield f"    in 16 bits   {count} matrices: {reason}"
     for size, count in Counter(_other_groups(graph).values()).items():

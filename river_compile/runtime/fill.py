@@ -1,6 +1,6 @@
-"""What stands in for the KV entries of the blocks that a token skipped: the interface, and the river's own answer.
+"""What stands in for the KV entries of the blocks that a token skipped: the twins' entries, or what a caller plugs in.
 
-Other fills live in :mod:`river_compile.fills`; nothing but the options knows them.
+``functools.partial(river, fill=...)`` is a backend with another fill; `benchmarks.rivals` has some, for comparison.
 """
 
 from __future__ import annotations
@@ -23,11 +23,9 @@ class Fill:
     of its own (:attr:`Memory.entries`).
 
     Attributes:
-        name: how the option ``fill=`` calls it.
         remembers: it keeps an entry in the memory of the sequence.
     """
 
-    name: ClassVar[str] = "river"
     remembers: ClassVar[bool] = False
 
     def __init__(self, program: RiverProgram) -> None:

@@ -35,7 +35,7 @@ class Step:
         moves: whether it may compute with weights at another address in every run.
     """
 
-    __slots__ = ("_callee", "_handed_on", "_outputs", "_take", "packed", "segment")
+    __slots__ = ("_callee", "_outputs", "_take", "packed", "segment")
     moves = False
 
     def __init__(
@@ -46,7 +46,6 @@ class Step:
         self._callee = callee
         self._take = gather([slots[node] for node in segment.inputs])
         self._outputs = [slots[node] for node in segment.outputs] + [SCORE] * segment.has_score
-        self._handed_on = [(slots[new], slots[old]) for new, old in segment.handed_on]
 
     @property
     def callee(self) -> Callee:
@@ -62,8 +61,6 @@ class Step:
         outputs = callee([*self._take(slots), *self.packed])
         for index, value in zip(self._outputs, outputs, strict=True):
             slots[index] = value
-        for new, old in self._handed_on:
-            slots[new] = slots[old]
 
 
 class ReplayedStep(NamedTuple):

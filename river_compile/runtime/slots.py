@@ -1,4 +1,4 @@
-"""Where a run's values lie: in a list of slots, one for each value that crosses a segment's border, and two more.
+"""Where a run's values lie: in a list of slots, one for each value that crosses a segment's border, and one more.
 
 A list belongs to one call, so threads may run one program at the same time. Not handled: writes through a view of a
 cache, which :mod:`river_compile.passes.decoder` does not take for a KV cache.
@@ -16,9 +16,8 @@ from river_compile.passes.nodes import memory_of, mutated_inputs, rank, value_of
 from river_compile.passes.program import RiverProgram
 from river_compile.passes.segments import number_inputs
 
-# The last two slots belong to no value of the graph: the number that the latest exit check or head returned, and what
-# a fill keeps for the length of a step.
-SCORE, FILL = -2, -1
+# The last slot belongs to no value of the graph: the number that the latest exit check or head returned.
+SCORE = -1
 
 # Copies of values, each with its slot.
 Saved = Sequence[tuple[int, Tensor]]
@@ -26,7 +25,7 @@ Saved = Sequence[tuple[int, Tensor]]
 
 def new_slots(program: RiverProgram, args: Sequence = ()) -> list:
     """Returns the slots of a run, the graph's inputs in theirs."""
-    return [*args, *[None] * (len(program.slots) + 2 - len(args))]
+    return [*args, *[None] * (len(program.slots) + 1 - len(args))]
 
 
 def gather(indices: Sequence[int]) -> Callable[[Sequence], Sequence]:

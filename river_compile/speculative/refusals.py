@@ -26,11 +26,6 @@ def check_paths(config: RiverConfig) -> None:
             f"prefill={config.prefill!r} lets prompts leave the backbone, so nothing could verify the drafts; compile "
             'the model with prefill="backbone"'
         )
-    if config.fill != "river":
-        raise ExactModeError(
-            f"exact mode drafts with the river, which fill={config.fill!r} replaces; compile the model with "
-            "fill='river'"
-        )
     if config.exit_depth is not None:
         raise ExactModeError(
             f"exit_depth={config.exit_depth} leaves only one path in the compiled model; exact mode needs the whole "

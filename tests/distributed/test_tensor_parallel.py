@@ -175,7 +175,6 @@ class TestRefusals:
             ({"offload": 2}, None, "offload=2"),
             ({"cudagraphs": True}, None, "cudagraphs=True"),
             ({}, "reduce-overhead", "mode='reduce-overhead'"),
-            ({"fill": "propagate"}, None, "fill='propagate'"),
         ],
     )
     def test_what_is_not_done(self, options, mode, name):

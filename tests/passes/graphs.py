@@ -17,6 +17,11 @@ from torch import Tensor, fx
 from torch._subclasses import FakeTensorMode
 from torch.fx.experimental.symbolic_shapes import ShapeEnv
 
+from river_compile.passes.decoder import find_decoder
+from river_compile.passes.normalize import normalized
+from river_compile.passes.program import RiverProgram
+from river_compile.passes.segments import graph_lines, segmented
+
 WIDTH, HEADS, SLOTS = 32, 2, 6
 
 
@@ -229,3 +234,17 @@ def assert_equal(expected: Sequence[Tensor], actual: Sequence[Tensor]) -> None:
     for a, b in zip(expected, actual, strict=True):
         assert a.shape == b.shape
         assert torch.equal(a, b)
+
+
+SHAPE = Shape(3, 1, "rms", False, "separate", False, True, False, False)
+
+
+def planned(shape: Shape = SHAPE, seed: int = 0) -> RiverProgram:
+    """A random decoder as passes are given it."""
+    graph_module, _ = random_decoder(shape, seed)
+    return segmented(find_decoder(normalized(graph_module)))
+
+
+def texts(program: RiverProgram) -> dict[str, list[str]]:
+    """The lines of each segment's graph."""
+    return {segment.name: graph_lines(segment.graph) for segment in program.segments}

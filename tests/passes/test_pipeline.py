@@ -10,34 +10,18 @@ from hypothesis import strategies as st
 from river_compile.config import RiverConfig
 from river_compile.lowering.choose import Lowering
 from river_compile.pass_list import passes_for
-from river_compile.passes.decoder import find_decoder
-from river_compile.passes.normalize import normalized
 from river_compile.passes.pipeline import PassRecord, run_passes, table
 from river_compile.passes.program import Refusal, RiverProgram
-from river_compile.passes.segments import graph_lines, segmented
-from tests.passes.graphs import Shape, random_decoder
+from tests.passes.graphs import SHAPE, planned, texts
 from tests.support.examples import examples
 
-SHAPE = Shape(3, 1, "rms", False, "separate", False, True, False, False)
 FUSED, UNFUSED = Lowering("eager", "triton", fuse=True), Lowering("eager", "plain", fuse=False)
 OPTIONS = (
     {"first_exit": 1},
     {"first_exit": 1, "quantizer": "awq", "lm_head": "w4"},
     {"criterion": "doubt"},
     {"quantizer": "none"},
-    {"fill": "propagate"},
-    {"fill": "mask", "first_exit": 1},
-    {"fill": "recompute", "first_exit": 1},
 )
-
-
-def planned(shape: Shape = SHAPE, seed: int = 0) -> RiverProgram:
-    graph_module, _ = random_decoder(shape, seed)
-    return segmented(find_decoder(normalized(graph_module)))
-
-
-def texts(program: RiverProgram) -> dict[str, list[str]]:
-    return {segment.name: graph_lines(segment.graph) for segment in program.segments}
 
 
 @examples(30)

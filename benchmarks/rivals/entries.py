@@ -48,15 +48,10 @@ def presence_masks(program: RiverProgram) -> RiverProgram | Refusal:
 
 def _only_entries(segment: Segment, block: Block) -> Segment:
     """Returns the part of a block that writes its KV entries; its hidden state passes through unchanged."""
-    output = segment.graph.output_node()
-    kept = [i for i, node in enumerate(segment.outputs) if node is not block.hidden_out]
-    output.args = (tuple(output.args[0][i] for i in kept),)
-    return replace(
-        _without_dead_code(segment),
-        kind="entries",
-        outputs=tuple(segment.outputs[i] for i in kept),
-        handed_on=((block.hidden_out, block.hidden_in),),
-    )
+    output, hidden = segment.graph.output_node(), segment.node_of(block.hidden_in)
+    pairs = zip(segment.outputs, output.args[0], strict=True)
+    output.args = (tuple(hidden if of is block.hidden_out else node for of, node in pairs),)
+    return replace(_without_dead_code(segment), kind="entries")
 
 
 def _empty_entries(segment: Segment, block: Block) -> Segment | Refusal:

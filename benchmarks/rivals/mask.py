@@ -7,13 +7,12 @@ from dataclasses import dataclass, field
 import torch
 from torch import Tensor
 
+from benchmarks.rivals.entries import presence_masks
+from benchmarks.rivals.holes import Gaps, Holes
 from river_compile.exits import Memory
-from river_compile.passes.fills.entries import presence_masks
 from river_compile.passes.pipeline import Pass
 from river_compile.passes.program import RiverProgram
 from river_compile.runtime.slots import cache_slots
-
-from .base import Gaps, Holes
 
 
 @dataclass

@@ -13,19 +13,24 @@ monotone    nothing                                            what is there: it
                                                                (SkipDecode)
 ==========  =================================================  ==================================================
 
-"river" is this project's. The others are for comparison and pay as their methods do; the last three leave holes in the
-cache and must know where (:mod:`river_compile.fills.base`).
+"river" is the package's. The others are its rivals and pay as their methods do; the last three leave holes in the cache
+and must know where (:mod:`benchmarks.rivals.holes`).
+
+Not handled: doubt, prompts that leave, captures, offloading, exact mode and several devices.
 """
 
 from __future__ import annotations
 
-from river_compile.passes.fills.entries import kv_entries
+import functools
+from collections.abc import Callable
+
+from benchmarks.rivals.entries import kv_entries
+from benchmarks.rivals.holes import Gaps, Holes
+from benchmarks.rivals.mask import Mask
+from benchmarks.rivals.recompute import Recompute
+from river_compile import river
 from river_compile.passes.pipeline import Pass
 from river_compile.runtime.fill import Fill
-
-from .base import Gaps, Holes
-from .mask import Mask
-from .recompute import Recompute
 
 
 class Propagate(Fill):
@@ -47,4 +52,11 @@ class Monotone(Holes):
         return gaps.depths[-1] if gaps.depths else self.num_blocks
 
 
-FILLS: dict[str, type[Fill]] = {fill.name: fill for fill in (Fill, Propagate, Recompute, Mask, Monotone)}
+RIVALS: dict[str, type[Fill]] = {fill.name: fill for fill in (Propagate, Recompute, Mask, Monotone)}
+# What they do not have: they keep count of every token on the host, and need no twins.
+OPTIONS = {"cudagraphs": False}
+
+
+def backend(name: str) -> Callable:
+    """Returns the backend with a rival's fill, to be used with `OPTIONS`."""
+    return functools.partial(river, fill=RIVALS[name])

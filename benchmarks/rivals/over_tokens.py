@@ -133,7 +133,7 @@ def _over_tokens(segment: Segment, block: Block, scored: bool) -> Segment | Refu
         newest = [tokens.call(torch.select, n, 0, -1) for n in (tokens.here[result], tokens.hidden)]
         outputs.append(tokens.call(torch.ops.river.exit_score.default, *newest))
     tokens.graph.output(tuple(outputs))
-    return replace(segment, kind="catch_up", graph=tokens.graph, has_score=scored, own_examples=True)
+    return replace(segment, kind="catch_up", graph=tokens.graph, has_score=scored)
 
 
 def per_token(segment: Segment, block: Block) -> tuple[fx.Node, ...]:

@@ -1,37 +1,38 @@
 """The other repairs of missing KV entries do what their methods say: logits and every cache entry, in float32.
 
-The references are :mod:`tests.support.fill_references` for Llama, and for other families the model's own eager forward
+References are :mod:`tests.benchmarks.rival_references` for Llama, and for other families the model's own eager forward
 with hooks: a hook that returns a block's input as its output is propagation.
 """
 
 from __future__ import annotations
 
 import contextlib
-import re
-from pathlib import Path
 
 import pytest
 import torch
 from transformers import DynamicCache
 
-import river_compile
-from river_compile import CacheHolesError, OptionError, RiverConfig, exact, report, river, trace
-from river_compile.fills.rivals import FILLS
+from benchmarks.rivals.fills import OPTIONS, RIVALS, backend
+from benchmarks.rivals.holes import CacheHolesError
+from river_compile import OptionError, RiverConfig, report, trace
+from river_compile.lowering.choose import Lowering
+from river_compile.pass_list import passes_for
+from river_compile.passes.pipeline import run_passes
+from river_compile.passes.program import RiverProgram
 from river_compile.upstream.hf_cache import crop
+from tests.benchmarks.rival_references import Reference
+from tests.passes.graphs import planned, texts
 from tests.support.decoding import cache_argument, cache_state, decode, left_padded, new_cache
 from tests.support.families import make, prompt
-from tests.support.fill_references import Reference
 
 LAYERS = 3
-RIVALS = [name for name in FILLS if name != "river"]
-OPTIONS = {"lowering": "eager", "first_exit": 1}
 DEPTHS = [2, 3, 1, 0, 2, 1, 3, 3, 0]
 CLOSE = {"rtol": 1e-4, "atol": 1e-5}
 
 
 def compiled(name, fill, **options):
     model = make(name, layers=LAYERS)
-    model.compile(backend=river, options={**OPTIONS, "fill": fill, **options})
+    model.compile(backend=backend(fill), options={**OPTIONS, "lowering": "eager", "first_exit": 1, **options})
     return model
 
 
@@ -121,23 +122,6 @@ def test_other_families_and_sliding_windows(fill, name, kind):
 
 class TestRefusals:
     @pytest.mark.parametrize(
-        ("options", "words"),
-        [
-            ({"fill": "propogate"}, ["fill='propogate'", "did you mean 'propagate'?"]),
-            ({"fill": "mask", "prefill": "exit"}, ["prefill='exit'", "fill='mask'", "use prefill='backbone'"]),
-            ({"fill": "propagate", "criterion": "doubt"}, ["criterion='doubt'", "use criterion='similarity'"]),
-            ({"fill": "monotone", "cudagraphs": "record"}, ["cudagraphs='record'", "use cudagraphs=None"]),
-            ({"fill": "recompute", "cudagraphs": True}, ["cudagraphs=True", "use cudagraphs=None"]),
-            ({"fill": "mask", "offload": 2}, ["offload=2", "fill='mask'", "use offload=None"]),
-            ({"fill": "propagate", "artifact": "twins"}, ["artifact=", "fill='propagate'", "leave one of them out"]),
-        ],
-    )
-    def test_what_only_the_river_has_is_named(self, options, words):
-        with pytest.raises(OptionError) as error:
-            RiverConfig.from_options(options)
-        assert all(word in str(error.value) for word in words)
-
-    @pytest.mark.parametrize(
         ("fill", "name", "kind", "words"),
         [
             ("recompute", "llama", "dynamic", 'cache_implementation="static" gives one'),
@@ -161,10 +145,10 @@ class TestRefusals:
         decode(model, cache, [LAYERS], batch=1)
         decode(model, cache, [1], batch=1)
         before = [(keys.clone(), length) for keys, _, length in cache_state(cache)]
-        with pytest.raises(CacheHolesError, match="fill='mask' takes one prompt"):
+        with pytest.raises(CacheHolesError, match="the fill 'mask' takes one prompt"):
             decode(model, cache, [], batch=1)
         crop(cache, 1)
-        with pytest.raises(CacheHolesError, match="fill='mask' must see every token"):
+        with pytest.raises(CacheHolesError, match="the fill 'mask' must see every token"):
             model(input_ids=prompt(1), **{cache_argument(model): cache})
         for (keys, length), (now, _, filled) in zip(before, cache_state(cache), strict=True):
             assert torch.equal(keys, now)
@@ -173,39 +157,30 @@ class TestRefusals:
         assert decode(model, cache, [0], batch=1)[-1].isfinite().all()
 
     @torch.no_grad()
-    def test_exact_mode_drafts_with_the_river(self):
-        model = compiled("llama", "propagate")
-        with pytest.raises(ValueError, match="fill='propagate'"):
-            model.generate(prompt(), max_new_tokens=3, custom_generate=exact)
-
-    @torch.no_grad()
     def test_beam_search_is_refused_where_it_would_read_wrong_entries(self):
         model = compiled("llama", "monotone", exit_depth=1)
         with pytest.raises(CacheHolesError, match="beam search"):
             model.generate(prompt(), max_new_tokens=4, num_beams=2)
 
 
-def test_the_core_knows_the_rivals_by_one_line():
-    """Outside the two folders of fills nothing names them but the options, whose choices they are."""
-    root = Path(river_compile.__file__).parent.parent
-    files = [file for folder in ("river_compile", "passes", "kernels") for file in (root / folder).rglob("*.py")]
-    lines = [
-        (file.relative_to(root).as_posix(), line)
-        for file in files
-        if "fills" not in file.relative_to(root).parts
-        for line in file.read_text().splitlines()
-        if "import" in line and re.search(r"\bfills\b", line)
-    ]
-    assert lines == [("river_compile/config.py", "from river_compile.fills.rivals import FILLS")]
-
-
 @torch.no_grad()
 def test_depths_of_a_monotone_sequence_fall_and_are_reported():
-    """The steps' records have the depth that really ran, and the report names the fill and no packed matrix."""
+    """The steps' records have the depth that really ran, and the report names no packed matrix."""
     model = compiled("llama", "monotone")
     with trace() as seen:
         decode(model, new_cache(model, "static"), [3, 2, 3, 1, 2], batch=1)
     assert [step.depth for step in seen.tokens] == [3, 2, 2, 1, 1]
-    reported = report(model)
-    assert "fill         monotone" in str(reported)
-    assert (reported.to_dict()["graphs"][-1]["fill"], reported.packed) == ("monotone", ())
+    assert report(model).packed == ()
+
+
+@pytest.mark.parametrize("name", RIVALS)
+def test_a_pass_leaves_the_program_it_was_given(name):
+    seen = [(program := planned(), texts(program))]
+    passes = passes_for(RiverConfig(first_exit=1), program.plan, Lowering("eager", "plain", fuse=False), RIVALS[name])
+    result = run_passes(program, passes, lambda record: seen.append((record.after, texts(record.after))))
+    assert isinstance(result, RiverProgram)
+    for earlier, expected in seen:
+        assert texts(earlier) == expected
+        for segment in earlier.segments:
+            segment.graph.lint()
+            assert len(segment.graph.output_node().args[0]) == len(segment.outputs) + segment.has_score

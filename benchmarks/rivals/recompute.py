@@ -3,6 +3,8 @@
 A token that runs block l reads the entries of all tokens before it. So those of them that left before l run l with it,
 as one batch: they are the last tokens before it, because whoever ran l before took its predecessors along. Each
 continues from the hidden state with which it left, which stays at hand until the token has run through all blocks.
+
+Not handled: threads that decode with one model at the same time.
 """
 
 from __future__ import annotations
@@ -13,14 +15,13 @@ from dataclasses import dataclass, field
 import torch
 from torch import Tensor
 
+from benchmarks.rivals.holes import Holes
+from benchmarks.rivals.over_tokens import catch_up, per_token
 from river_compile.exits import Memory
-from river_compile.passes.fills.over_tokens import catch_up, per_token
 from river_compile.passes.pipeline import Pass
 from river_compile.passes.program import RiverProgram, Segment
 from river_compile.runtime.fill import Call
-from river_compile.runtime.slots import FILL, SCORE
-
-from .base import Holes
+from river_compile.runtime.slots import SCORE
 
 
 @dataclass
@@ -64,6 +65,7 @@ class Recompute(Holes):
     Attributes:
         per_token: slots of what blocks read about a token, its hidden state left out, in the order in which they read
             it (which all graphs of a model share; the numbers differ from graph to graph).
+        left: of the sequence whose step runs.
     """
 
     name = "recompute"
@@ -74,6 +76,7 @@ class Recompute(Holes):
 
     def __init__(self, program: RiverProgram) -> None:
         super().__init__(program)
+        self.left = Left()
         pairs = zip(program.extra, program.plan.blocks, strict=False)  # (there are none, or one for each block)
         read = [node for several, block in pairs for node in per_token(several, block) if node is not block.hidden_in]
         self.per_token = [program.slots[node] for node in dict.fromkeys(read)]
@@ -87,13 +90,13 @@ class Recompute(Holes):
 
     def begin(self, slots: list, memory: Memory) -> int:
         limit = super().begin(slots, memory)
-        slots[FILL] = left = memory.entries.setdefault(Left, Left())
+        self.left = left = memory.entries.setdefault(Left, Left())
         left.batch = None
         return limit
 
     def end(self, slots: list, memory: Memory, depth: int) -> None:
         super().end(slots, memory, depth)
-        left: Left = slots[FILL]
+        left = self.left
         if left.batch is not None:
             pairs = zip(left.batch.skipped, left.batch.hidden, strict=False)  # (the newest is the last one)
             for token, hidden in pairs:
@@ -111,12 +114,12 @@ class CatchUpBlock:
     """
 
     def __init__(self, fill: Recompute, one: Call, several: Call, depth: int) -> None:
-        self._one, self._several, self._depth = one, several, depth
+        self._fill, self._one, self._several, self._depth = fill, one, several, depth
         self._before, self._after = fill.hidden[depth - 1 : depth + 1]
         self._per_token = fill.per_token
 
     def __call__(self, slots: list) -> None:
-        left: Left = slots[FILL]
+        left = self._fill.left
         missing = [token for token in left.tokens if token.depth < self._depth]
         if not missing:
             self._one(slots)

@@ -4,12 +4,15 @@ from __future__ import annotations
 
 from dataclasses import dataclass, field
 
-from river_compile.errors import CacheHolesError
+from benchmarks.rivals.entries import kv_entries
 from river_compile.exits import Memory
-from river_compile.passes.fills.entries import kv_entries
 from river_compile.passes.pipeline import Pass
 from river_compile.passes.program import RiverProgram
 from river_compile.runtime.fill import Fill
+
+
+class CacheHolesError(ValueError):
+    """A fill that leaves holes in the KV cache cannot account for this one; nothing was written."""
 
 
 @dataclass
@@ -57,15 +60,15 @@ class Holes(Fill):
         if self.program.plan.is_decode:
             if gaps is None or length not in (None, gaps.filled):
                 raise CacheHolesError(
-                    f"fill={self.name!r} must see every token of a KV cache, and this one was filled or changed "
-                    "elsewhere (beam search does so); use fill='river' or fill='propagate', which leave no holes"
+                    f"the fill {self.name!r} must see every token of a KV cache, and this one was filled or changed "
+                    "elsewhere (beam search does so); 'propagate' leaves no holes"
                 )
             return self.limit(gaps)
         empty = length == 0 or (length is None and gaps is None)
         if not empty and (gaps is None or any(depth < self.num_blocks for depth in gaps.depths)):
             raise CacheHolesError(
-                f"fill={self.name!r} takes one prompt for each KV cache, and this one has entries that tokens skipped; "
-                "start a new cache, or use fill='river' or fill='propagate', which leave no holes"
+                f"the fill {self.name!r} takes one prompt for each KV cache, and this one has entries that tokens "
+                "skipped; start a new cache"
             )
         before = gaps.filled if gaps is not None and not empty else 0
         memory.entries.clear()
