@@ -22,6 +22,7 @@ from river_compile.passes.program import Fusion, KeptLinear, RiverProgram
 from .config import RiverConfig
 from .upstream.dynamo_cache import CacheEntry
 
+BROKE = "Dynamo broke the graph here"  # stands in the refusal of a piece of a model
 T = TypeVar("T")
 
 

@@ -16,8 +16,11 @@ from __future__ import annotations
 
 import os
 import warnings
+import weakref
 from collections.abc import Mapping
+from dataclasses import dataclass
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any, TypeVar
 
 from torch import nn
@@ -26,7 +29,7 @@ from transformers import PreTrainedModel
 from river_compile.backend import river
 from river_compile.calibration.result import Calibration
 from river_compile.config import RiverConfig
-from river_compile.errors import OptionError, RiverWarning
+from river_compile.errors import ExactModeError, OptionError, RiverWarning
 from river_compile.kernels.checks import one_of
 from river_compile.runtime.plain_calls import CompiledOrPlain
 from river_compile.speculative.mode import ExactMode, exact
@@ -80,10 +83,10 @@ def accelerate(
     if quality in ("exact", "strict"):
         _nothing_of(quality, calibration=calibration, **{name: options.get(name) for name in _RULE})
         exact_mode, backend_options = _exact_mode(quality, options)
+        _check_exact(backend_options)
         backend_options |= _NEVER_LEAVES
         if quality == "strict":
             backend_options.setdefault("backbone", "model")
-        _check_exact(backend_options)
     else:
         exact_mode, backend_options = None, {**_rule(quality, calibration, options), **options}
     config = RiverConfig.from_options(backend_options)
@@ -99,10 +102,25 @@ def accelerate(
         generate_in_own_loop(model, config)
     else:
         generate_exactly(model, exact_mode, config)
-    model.compile(backend=river, options=backend_options, mode=mode)
+    model.compile(backend=_OwnBackend(weakref.ref(model)), options=backend_options, mode=mode)
     compiled = marks_growing(model._compiled_call_impl, prompts=True)
     model._compiled_call_impl = CompiledOrPlain(compiled, model._call_impl)
     return model
+
+
+@dataclass(frozen=True)
+class _OwnBackend:
+    """The backend as that of one model alone.
+
+    Dynamo runs what it keeps of a function for every model that was compiled with an equal backend. What it keeps where
+    a model's code broke its graph (at hooks, say) says nothing of the model, and would take the river from the others.
+    """
+
+    model: weakref.ref[PreTrainedModel]
+    func = staticmethod(river)
+
+    def __call__(self, *args: Any, **kwargs: Any) -> Any:
+        return river(*args, **kwargs)
 
 
 def _in(model: object) -> str:
@@ -121,12 +139,14 @@ def _exact_mode(quality: str, options: Mapping[str, Any]) -> tuple[ExactMode, di
 
 
 def _check_exact(options: Mapping[str, Any]) -> None:
-    """Raises an OptionError for options of the backend that leave a model without its river or its backbone."""
+    """Raises an OptionError for options of the backend that leave a model without its river or its backbone.
+
+    They are looked at before those that are set here, which no error is to name.
+    """
+    given: Any = SimpleNamespace(**{**vars(RiverConfig()), **options})
     try:
-        check_paths(RiverConfig.from_options(options))
-    except OptionError:
-        raise
-    except ValueError as error:
+        check_paths(given)
+    except ExactModeError as error:
         raise OptionError(str(error)) from None
 
 

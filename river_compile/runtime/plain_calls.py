@@ -7,6 +7,10 @@ import threading
 from collections.abc import Callable, Iterator
 from typing import Any
 
+from torch._dynamo.exc import TorchRuntimeError
+
+from river_compile.upstream.compiled_calls import error_of_code
+
 
 class _Thread(threading.local):
     """Whether a thread calls models as they are without compilation."""
@@ -43,4 +47,9 @@ class CompiledOrPlain:
         self.compiled, self._plain = compiled, plain
 
     def __call__(self, *args: Any, **kwargs: Any) -> Any:
-        return (self._plain if _thread.plain else self.compiled)(*args, **kwargs)
+        if _thread.plain:
+            return self._plain(*args, **kwargs)
+        try:
+            return self.compiled(*args, **kwargs)
+        except TorchRuntimeError as error:
+            raise error_of_code(error) from None

@@ -11,6 +11,7 @@ from __future__ import annotations
 
 import functools
 import itertools
+import math
 import sys
 from collections.abc import Mapping
 from dataclasses import dataclass, replace
@@ -40,7 +41,7 @@ from .processors import STATELESS, RowProcessors
 from .runner import DraftVerifyRunner, preparations
 from .texts import Texts
 
-_ROW_BY_ROW = (MaxLengthCriteria, EosTokenCriteria, StopStringCriteria)
+_ROW_BY_ROW = {MaxLengthCriteria, EosTokenCriteria, StopStringCriteria}
 
 _STOP_BELOW = 0.5  # where measured times may not decide
 
@@ -119,7 +120,10 @@ class ExactMode:
         mode = self.with_options(**{name: value for name, value in given.items() if value is not None})
         config = generation_config
         _check(model, config, synced_gpus, argument_of_generate("assistant_model"), model_kwargs)
+        _check_rows(input_ids.shape[0], model_kwargs)
         streamer = streamer or argument_of_generate("streamer")
+        if input_ids.dtype == torch.int32:
+            input_ids = input_ids.long()  # (new tokens are, and so is what generate returns)
         shared = shares_cache(config)
         with lent_cache(model, input_ids, config, model_kwargs, shared, mode.static_cache) as lent:
             runner = DraftVerifyRunner(model, lent, mode.max_draft, mode.strict)
@@ -214,7 +218,7 @@ class ExactMode:
             process=RowProcessors(processors) if processors else None,
             process_draft=RowProcessors(stateless) if stateless else None,
             stops=_ends(criteria) or criteria,
-            max_length=config.max_length,
+            max_length=math.ceil(min(config.max_length, sys.maxsize)),  # (generate takes 17.5 and inf too)
             pad_token=pad_token,
             together=together,
             scores=Outputs(len(ids_BS)) if wanted and config.output_scores else None,
@@ -236,8 +240,23 @@ def _ends(criteria: StoppingCriteriaList) -> Ends | None:
 
 
 def _row_by_row(processors: LogitsProcessorList, criteria: StoppingCriteriaList) -> bool:
-    """Whether processors and criteria are known to look at each row alone, and to remember nothing."""
-    return all(type(p) in STATELESS for p in processors) and all(type(c) in _ROW_BY_ROW for c in criteria)
+    """Whether processors and criteria are known to look at each row alone, and to remember nothing.
+
+    Without an end token there is no padding: a row that a stop string ended goes on for as long as the others do.
+    """
+    kinds = {type(criterion) for criterion in criteria}
+    ends_alone = StopStringCriteria not in kinds or EosTokenCriteria in kinds
+    return ends_alone and kinds <= _ROW_BY_ROW and all(type(p) in STATELESS for p in processors)
+
+
+def _check_rows(rows: int, model_kwargs: Mapping[str, object]) -> None:
+    """Raises an ExactModeError where others than the ids' rows were given: the plain model says what is wrong."""
+    for name, fitting in (("attention_mask", (rows,)), ("position_ids", (1, rows))):
+        given = model_kwargs.get(name)
+        if isinstance(given, Tensor) and given.ndim in (2, 3) and given.shape[-2] not in fitting:
+            raise ExactModeError(
+                f"input_ids have {rows} rows, and attention_mask or position_ids {given.shape[-2]}; give one for each text"
+            )
 
 
 def _check(

@@ -118,7 +118,7 @@ class DraftVerifyRunner:
         ran = [executor for executor, thread in steps if thread == threading.get_ident()]
         graph = next((g for g in state.graphs if g.executor() in ran), None)
         if graph is None:
-            raise ExactModeError(f"exact mode needs a model that the river backend can rewrite; {why_not(state)}")
+            raise ExactModeError(f"exact mode needs a model that the river backend can rewrite: {why_not(state)}")
         check_paths(graph.config)
         if self._max_draft is None:
             longest = _LONGEST if graph.config.offload is None else _LONGEST_OFFLOADED

@@ -21,6 +21,8 @@ from torch import nn
 from torch._C._dynamo.eval_frame import get_eval_frame_callback
 from torch._C._dynamo.guards import GlobalStateGuard
 from torch._dynamo import eval_frame, symbolic_convert
+from torch._dynamo.output_graph import GraphCompileReason
+from torch._dynamo.utils import graph_break_reasons
 from torch.nn.modules import module as nn_module
 
 
@@ -108,6 +110,13 @@ def is_plain() -> bool:
         and not nn_module._global_forward_hooks
         and not nn_module._global_forward_pre_hooks
     )
+
+
+def break_before(model: nn.Module) -> GraphCompileReason | None:
+    """Returns why Dynamo last broke a graph, where what it compiles is a piece of a model's code; None elsewhere."""
+    tx = getattr(symbolic_convert.tls, "current_tx", None)
+    piece = tx is not None and tx.f_code not in code_that_runs(model)
+    return graph_break_reasons[-1] if piece and graph_break_reasons else None
 
 
 def code_that_runs(model: nn.Module) -> Iterator[CodeType]:
