@@ -62,8 +62,9 @@ from .config import RiverConfig, check_mode
 from .errors import OptionError, RiverWarning, UnsupportedGraphError
 from .exits import ExitPolicy, Memories
 from .pass_list import passes_for, twinning, uses_own_backbone
-from .state import GraphRecord, ModelState, find_state, state_of
+from .state import BROKE, GraphRecord, ModelState, find_state, state_of
 from .upstream.compiled_calls import compiled_module
+from .upstream.dynamo_calls import break_before
 from .upstream.inductor_builds import build_whole_files
 from .upstream.tensors import local_of
 from .upstream.versions import warn_of_untested
@@ -122,7 +123,7 @@ def river(
             program = without_products(program) or program
     if not isinstance(program, Refusal):
         return called_on_shards(_build(program, values, lowering, fill, state, record), [*values], local)
-    record.refusal = f"{program}{_graph_break(graph_module)}"
+    record.refusal = f"{program}{_graph_break(graph_module, owner)}"
     if config.on_unsupported == "raise":
         raise UnsupportedGraphError(f"backend 'river' cannot rewrite this graph: {record.refusal}")
     warnings.warn(f"backend 'river' leaves a graph to Inductor: {record.refusal}", RiverWarning, stacklevel=1)
@@ -132,13 +133,15 @@ def river(
     return compiled
 
 
-def _graph_break(graph_module: fx.GraphModule) -> str:
+def _graph_break(graph_module: fx.GraphModule, model: nn.Module | None) -> str:
     """Returns where Dynamo broke the model's code, for a graph that is a piece of it for that reason."""
     why = getattr(graph_module, "compile_subgraph_reason", None)
     if why is None or not why.graph_break:
+        why = None if model is None else break_before(model)
+    if why is None:
         return ""
     line = f" ({Path(why.user_stack[-1].filename).name}:{why.user_stack[-1].lineno})" if why.user_stack else ""
-    return f"; Dynamo broke the graph here: {why.reason.partition(chr(10))[0]}{line}"
+    return f", as {BROKE}: {why.reason.partition(chr(10))[0]}{line}"
 
 
 def executors_of(model: nn.Module) -> list[RiverExecutor]:
@@ -236,10 +239,11 @@ def _exit_policy(program: RiverProgram, config: RiverConfig) -> ExitPolicy:
     """Returns when a graph's tokens leave. No pass needs to have run.
 
     Raises:
-        OptionError: the criterion reads logits and the model returns none.
+        OptionError: the criterion reads logits and the model returns none. (None are read where no token leaves, as in
+            an accelerated model whose graph breaks before the head.)
     """
     policy = config.exit_policy(program.plan)
-    if policy.needs_entropy(program.plan) and logits_of(program) is None:
+    if policy.needs_entropy(program.plan) and not policy.never_leaves and logits_of(program) is None:
         raise OptionError(
             f"criterion={config.criterion!r} reads the logits, and this model returns none (its output is as wide as "
             "its hidden state); compile the model with its head, or use criterion='similarity'"

@@ -164,6 +164,11 @@ class ExitPolicy:
             return ()
         return tuple(range(max(self.first_exit, 1), self.last(plan.num_blocks), self.exit_every))
 
+    @property
+    def never_leaves(self) -> bool:
+        """Whether no token leaves but by a forced depth."""
+        return self.threshold == self.criterion.never and not self.criterion.remembers
+
     def needs_entropy(self, plan: DecoderPlan) -> bool:
         """Says whether a graph's heads must return their logits' entropy; a prompt's only for the step after it."""
         return self.criterion.reads_logits and (plan.is_decode or self.criterion.remembers)

@@ -23,6 +23,7 @@ from .config import RiverConfig
 from .errors import OptionError
 from .upstream.dynamo_cache import CacheEntry
 
+BROKE = "Dynamo broke the graph here"  # stands in the refusal of a piece of a model
 T = TypeVar("T")
 
 

@@ -16,8 +16,11 @@ from __future__ import annotations
 
 import os
 import warnings
+import weakref
 from collections.abc import Mapping
+from dataclasses import dataclass
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any, TypeVar
 
 import torch
@@ -28,7 +31,7 @@ from river_compile.backend import river
 from river_compile.calibration.result import Calibration
 from river_compile.config import RiverConfig
 from river_compile.distributed.ranks import ranks_of
-from river_compile.errors import OptionError, RiverWarning
+from river_compile.errors import ExactModeError, OptionError, RiverWarning
 from river_compile.kernels.checks import PATH, one_of, shown
 from river_compile.runtime.compiled_call import CompiledCall
 from river_compile.speculative.mode import ExactMode, exact
@@ -83,8 +86,8 @@ def accelerate(
     if quality in ("exact", "strict"):
         _nothing_of(quality, calibration=calibration, **{name: options.get(name) for name in _RULE})
         exact_mode, backend_options = _exact_mode(quality, options)
-        backend_options |= _NEVER_LEAVES
         _check_exact(backend_options)
+        backend_options |= _NEVER_LEAVES
     else:
         for name in filter(vars(exact).__contains__, options):
             raise OptionError(
@@ -97,7 +100,7 @@ def accelerate(
         artifact = ranks_of(model.parameters()).folder(Path(config.artifact))
         if not os.path.exists(artifact / FILE):
             Artifact(artifact)  # (says what is wrong)
-    compiled = torch.compile(model._call_impl, backend=river, options=backend_options)
+    compiled = torch.compile(model._call_impl, backend=_OwnBackend(weakref.ref(model)), options=backend_options)
     call = CompiledCall(compiled, model._call_impl, prompts=True)
     # (The model changes last, so that whatever fails leaves it as it was.)
     if has_generate_of_its_own(model):
@@ -113,6 +116,21 @@ def accelerate(
         generate_exactly(model, exact_mode, config)
     vars(model)["_compiled_call_impl"] = call
     return model
+
+
+@dataclass(frozen=True)
+class _OwnBackend:
+    """The backend as that of one model alone.
+
+    Dynamo runs what it keeps of a function for every model that was compiled with an equal backend. What it keeps where
+    a model's code broke its graph (at hooks, say) says nothing of the model, and would take the river from the others.
+    """
+
+    model: weakref.ref[PreTrainedModel]
+    func = staticmethod(river)
+
+    def __call__(self, *args: Any, **kwargs: Any) -> Any:
+        return river(*args, **kwargs)
 
 
 def _in(model: object) -> str:
@@ -135,12 +153,14 @@ def _exact_mode(quality: str, options: Mapping[str, Any]) -> tuple[ExactMode, di
 
 
 def _check_exact(options: Mapping[str, Any]) -> None:
-    """Raises an OptionError for options of the backend that leave a model without its river or its backbone."""
+    """Raises an OptionError for options of the backend that leave a model without its river or its backbone.
+
+    They are looked at before those that are set here, which no error is to name.
+    """
+    given: Any = SimpleNamespace(**{**vars(RiverConfig()), **options})
     try:
-        check_paths(RiverConfig.from_options(options))
-    except OptionError:
-        raise
-    except ValueError as error:
+        check_paths(given)
+    except ExactModeError as error:
         raise OptionError(str(error)) from None
 
 

@@ -8,7 +8,9 @@ from collections.abc import Callable, Iterator
 from typing import Any
 
 from torch import nn
+from torch._dynamo.exc import TorchRuntimeError
 
+from river_compile.upstream.compiled_calls import error_of_code
 from river_compile.upstream.growing import mark_growing
 
 
@@ -53,7 +55,10 @@ class CompiledCall:
         if _thread.plain:
             return self._plain(*args, **kwargs)
         mark_growing(kwargs, self._prompts)
-        result = self.compiled(*args, **kwargs)
+        try:
+            result = self.compiled(*args, **kwargs)
+        except TorchRuntimeError as error:
+            raise error_of_code(error) from None
         if self.after is not None:
             self.after()
         return result

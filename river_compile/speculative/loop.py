@@ -93,8 +93,8 @@ class DecodeLoop:
         process_draft: those that may also see drafts; None for none.
         stops: the stopping criteria, ``(ids, scores) -> bool [N]``; or what they come to.
         max_length: ids in all, at most.
-        pad_token: what rows receive that have ended while others go on.
-        together: whether rows keep only what held for all of them.
+        pad_token: what rows receive that have ended while others go on; None where all go on until the last one's end.
+        together: whether rows keep only what held for all of them; they do where there is no such token.
         scores, logits: receive each kept token's processed scores and raw logits, None where nobody asks.
         ranks: that share the model; all of them go by what the first one's clock and stopping criteria say.
         clock: seconds, from wherever.
@@ -119,6 +119,7 @@ class DecodeLoop:
         """Generates from the prompt's last logits ``[B, 1, V]`` on; returns all ids ``[B, S]``."""
         self._rows = self.texts.running  # those in the batch; they stand in its order
         self._queued: Tensor | None = None  # logits of the next step, which runs already
+        self._waiting: set[int] = set()  # rows that have stopped, where all go on until the last one stops
         self._settle(first_logits, Draft({row: [] for row in self._rows}))
         while self.texts.running:
             self.session.make_room(self.max_length - self.texts.longest + 1)
@@ -197,7 +198,7 @@ class DecodeLoop:
         return scores
 
     def _choose_draft(self, scores_NV: Tensor, rows: Sequence[int], drafted: int) -> Tensor:
-        return self.chooser.choose(scores_NV, [(row, self.texts.step_of(row) + drafted) for row in rows])
+        return self.chooser.choose(scores_NV, [(row, self.texts.step_of(row) + drafted) for row in rows], drafts=True)
 
     def _settle(self, logits_BWV: Tensor, draft: Draft) -> tuple[RowCycle, ...]:
         """Keeps each row's tokens up to its first disagreement or its end."""
@@ -257,14 +258,21 @@ class DecodeLoop:
             self._queued = session.step(texts.aligned(self._rows))
 
     def _stopped(self, rows: list[int], tokens: list[int]) -> list[int]:
-        """Returns which of these rows end with the token that each received."""
+        """Returns which of these rows end with the token that each received.
+
+        Without a token to pad with, plain generation lets rows that have stopped go on until all have.
+        """
         texts = self.texts
         if isinstance(self.stops, Ends):
             stopped = [self.stops.stop(texts.lengths[row], token) for row, token in zip(rows, tokens, strict=True)]
         else:
             seen = tuple(self.scores.steps) if self.together and self.scores is not None else None
             stopped = self.ranks.first(self.stops(texts.of(rows), seen)).tolist()
-        return [row for row, stop in zip(rows, stopped, strict=True) if stop]
+        ended = [row for row, stop in zip(rows, stopped, strict=True) if stop]
+        if self.pad_token is not None or not self.together:
+            return ended
+        self._waiting.update(ended)
+        return rows if len(self._waiting) == len(rows) else []
 
     @property
     def _simple(self) -> bool:

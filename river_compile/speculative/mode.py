@@ -12,6 +12,7 @@ recurrent state.
 from __future__ import annotations
 
 import itertools
+import math
 import sys
 from collections.abc import Mapping
 from dataclasses import dataclass, replace
@@ -39,7 +40,7 @@ from .processors import STATELESS, RowProcessors
 from .session import LONGEST_OFFLOADED, Session, verification_widths
 from .texts import Texts
 
-_ROW_BY_ROW = (MaxLengthCriteria, EosTokenCriteria, StopStringCriteria)
+_ROW_BY_ROW = {MaxLengthCriteria, EosTokenCriteria, StopStringCriteria}
 
 _STOP_BELOW = 0.5  # where measured times may not decide
 
@@ -75,11 +76,11 @@ class Call:
             session=session,
             drafter=drafter,
             texts=Texts(self.ids_BS, pad_token, None if self.streamer is None else self.streamer.put),
-            chooser=Chooser(rows, config.do_sample, session.ranks, drafts=drafter is not None),
+            chooser=Chooser(rows, config.do_sample, session.ranks, drafting=drafter is not None),
             process=RowProcessors(self.processors) if self.processors else None,
             process_draft=RowProcessors(stateless) if stateless else None,
             stops=_ends(criteria) or criteria,
-            max_length=config.max_length,
+            max_length=math.ceil(min(config.max_length, sys.maxsize)),  # (generate takes 17.5 and inf too)
             pad_token=pad_token,
             together=together,
             scores=Outputs(rows) if wanted and config.output_scores else None,
@@ -145,10 +146,13 @@ class Decode:
         config = generation_config
         given = {name: model_kwargs.pop(name, None) for name in self.per_call}
         mode = replace(self, **{name: value for name, value in given.items() if value is not None})
-        obstacle = mode.obstacle(model, config, synced_gpus, argument_of_generate("assistant_model"), model_kwargs)
+        assistant = argument_of_generate("assistant_model")
+        obstacle = mode.obstacle(model, len(input_ids), config, synced_gpus, assistant, model_kwargs)
         if obstacle:
             raise self.refusal(obstacle)
         streamer = streamer or argument_of_generate("streamer")
+        if input_ids.dtype == torch.int32:
+            input_ids = input_ids.long()  # (new tokens are, and so is what generate returns)
         call = Call(model, input_ids, logits_processor, stopping_criteria, config, streamer)
         shared = shares_cache(config)
         with (
@@ -175,6 +179,7 @@ class Decode:
     def obstacle(
         self,
         model: PreTrainedModel,
+        rows: int,
         config: GenerationConfig,
         synced_gpus: bool,
         assistant_model: object,
@@ -195,7 +200,7 @@ class Decode:
             return "synced_gpus=True is not available: processes would run other numbers of passes"
         if cache_of(model_kwargs) is None:
             return "use_cache=False leaves out the KV cache; leave out use_cache=False"
-        return ""
+        return _other_rows(rows, model_kwargs)
 
     def drafting(self, call: Call, session: Session, logits: Tensor, shared: bool) -> tuple[Drafter | None, bool]:
         """Returns what drafts, now that the prompt has run, and whether rows keep only what held for all of them.
@@ -254,6 +259,7 @@ class ExactMode(Decode):
     def obstacle(
         self,
         model: PreTrainedModel,
+        rows: int,
         config: GenerationConfig,
         synced_gpus: bool,
         assistant_model: object,
@@ -264,7 +270,7 @@ class ExactMode(Decode):
                 f"exact mode takes drafted tokens back, which the recurrent state of {type(model).__name__} cannot; "
                 "leave out custom_generate: exits and twins work"
             )
-        return super().obstacle(model, config, synced_gpus, assistant_model, model_kwargs)
+        return super().obstacle(model, rows, config, synced_gpus, assistant_model, model_kwargs)
 
     def drafting(self, call: Call, session: Session, logits: Tensor, shared: bool) -> tuple[Drafter | None, bool]:
         session.allow_drafts(call.ids_BS, logits, self.max_draft, self.strict)
@@ -306,6 +312,19 @@ def _ends(criteria: StoppingCriteriaList) -> Ends | None:
 
 
 def _row_by_row(call: Call) -> bool:
-    """Whether processors and criteria are known to look at each row alone, and to remember nothing."""
-    stateless = all(type(p) in STATELESS for p in call.processors)
-    return stateless and all(type(c) in _ROW_BY_ROW for c in call.criteria)
+    """Whether processors and criteria are known to look at each row alone, and to remember nothing.
+
+    Without an end token there is no padding: a row that a stop string ended goes on for as long as the others do.
+    """
+    kinds = {type(criterion) for criterion in call.criteria}
+    ends_alone = StopStringCriteria not in kinds or EosTokenCriteria in kinds
+    return ends_alone and kinds <= _ROW_BY_ROW and all(type(p) in STATELESS for p in call.processors)
+
+
+def _other_rows(rows: int, model_kwargs: Mapping[str, object]) -> str:
+    """Says where others than the ids' rows were given: the plain model says what is wrong."""
+    for name, fitting in (("attention_mask", (rows,)), ("position_ids", (1, rows))):
+        given = model_kwargs.get(name)
+        if isinstance(given, Tensor) and given.ndim in (2, 3) and given.shape[-2] not in fitting:
+            return f"input_ids have {rows} rows, and {name} {given.shape[-2]}; give one for each text"
+    return ""

@@ -5,7 +5,7 @@ from __future__ import annotations
 from river_compile.config import RiverConfig
 from river_compile.errors import ExactModeError
 from river_compile.reporting.plain_runs import PlainRuns
-from river_compile.state import ModelState
+from river_compile.state import BROKE, ModelState
 
 
 def why_not(state: ModelState) -> str:
@@ -15,7 +15,8 @@ def why_not(state: ModelState) -> str:
     plain = state.of(PlainRuns).reason
     if plain:
         return f"it ran without it: {plain}"
-    refusal = next((graph.refusal for graph in reversed(state.graphs) if graph.refusal), "")
+    refusals = [graph.refusal for graph in reversed(state.graphs) if graph.refusal]
+    refusal = next((refusal for refusal in refusals if BROKE in refusal), refusals[0] if refusals else "")
     return f"it refused: {refusal}" if refusal else 'this call did not reach it: use model.compile(backend="river")'
 
 

@@ -136,7 +136,7 @@ class Session:
         """
         graph = self._graph
         if graph is None:
-            raise ExactModeError(f"exact mode needs a model that the river backend can rewrite; {why_not(self._state)}")
+            raise ExactModeError(f"exact mode needs a model that the river backend can rewrite: {why_not(self._state)}")
         check_paths(graph.config)
         if max_draft is None:
             max_draft = _LONGEST if graph.config.offload is None else LONGEST_OFFLOADED

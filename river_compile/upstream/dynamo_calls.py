@@ -14,6 +14,8 @@ from typing import Any
 
 from torch import nn
 from torch._dynamo import symbolic_convert
+from torch._dynamo.output_graph import GraphCompileReason
+from torch._dynamo.utils import graph_break_reasons
 
 
 def code_without_effects(seen: tuple[type, ...]) -> CodeType | None:
@@ -64,8 +66,20 @@ def _comes_with_arguments(source: Any) -> bool:
     return type(source).__name__ == "LocalSource"
 
 
+def break_before(model: nn.Module) -> GraphCompileReason | None:
+    """Returns why Dynamo last broke a graph, where what it compiles is a piece of a model's code; None elsewhere."""
+    tx = getattr(symbolic_convert.tls, "current_tx", None)
+    piece = tx is not None and tx.f_code not in _code_of_calls(model)
+    return graph_break_reasons[-1] if piece and graph_break_reasons else None
+
+
 def runs_one_graph(model: nn.Module, code: CodeType | None) -> bool:
     """Returns whether a call of a model is a call of the function with this code (of `code_without_effects`)."""
     if code is None or model._forward_hooks or model._forward_pre_hooks:
         return False
-    return code in (getattr(function, "__code__", None) for function in (model._call_impl, model.forward))
+    return code in _code_of_calls(model)
+
+
+def _code_of_calls(model: nn.Module) -> list[CodeType | None]:
+    """Returns the code of the functions that a call of a model without hooks runs: its own call and its forward."""
+    return [getattr(function, "__code__", None) for function in (model._call_impl, model.forward)]
