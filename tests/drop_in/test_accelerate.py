@@ -10,16 +10,16 @@ from pathlib import Path
 
 import pytest
 import torch
+from transformers import pipeline
 from transformers.generation.streamers import BaseStreamer
 
 import river_compile
 from river_compile.drop_in.quality import QUALITIES
-from river_compile.generation import Decode
-from river_compile.speculative.runner import DraftVerifyRunner
 from river_compile.state import find_state
 from river_compile.upstream.hf_cache import cache_argument, cache_of
 from tests.support.decoding import new_cache
 from tests.support.families import make, prompt
+from tests.support.tokenizers import byte_tokenizer
 from tools.families.tiny import tiny_model
 
 OPTIONS = {"lowering": "eager", "group_size": 32}
@@ -62,11 +62,6 @@ def model():
     return river_compile.accelerate(plain(), **EXACT)
 
 
-@pytest.fixture(autouse=True)
-def _fresh_dynamo():
-    """(In place of the one for all tests: graphs of the shared model stay.)"""
-
-
 @pytest.mark.core
 def test_generate_keeps_the_text_and_drafts(model):
     with warnings.catch_warnings():
@@ -76,6 +71,17 @@ def test_generate_keeps_the_text_and_drafts(model):
     assert torch.equal(text, generate(plain()))
     assert trace.cycles
     assert streamed(model) == streamed(plain())
+
+
+def test_a_pipeline_of_an_accelerated_model_drafts(model):
+    """With no argument of its own."""
+    texts = []
+    for each in (model, plain()):
+        generator = pipeline("text-generation", model=each, tokenizer=byte_tokenizer(), device="cpu")
+        with river_compile.trace() as trace:
+            texts.append(generator("abc", max_new_tokens=8, do_sample=False)[0]["generated_text"])
+        assert bool(trace.cycles) == (each is model)
+    assert texts[0] == texts[1]
 
 
 @pytest.mark.core
@@ -91,6 +97,7 @@ def test_generate_keeps_the_text_and_drafts(model):
 )
 def test_calls_that_exact_mode_refuses_run_plainly_with_one_notice(model, options, reason):
     """The text is the plain one, a second call says nothing more, and the report counts both."""
+    generate(model)
     with warnings.catch_warnings(record=True) as notices:
         warnings.simplefilter("always")
         text = texts(generate(model, **options))
@@ -129,7 +136,7 @@ def test_callers_keep_their_own_custom_generate(model):
 def test_copies_and_pickles_are_the_plain_model(tmp_path):
     """No attribute, hook or compiled call is left, and a pickle says nothing of this package."""
     model = river_compile.accelerate(plain(), **EXACT)
-    generate(model)
+    model.generate(prompt(), max_new_tokens=1, do_sample=False)
     expected = generate(plain())
     saved = io.BytesIO()
     torch.save(model, saved)
@@ -216,27 +223,26 @@ def test_fast_and_calibrated_let_tokens_leave():
 @pytest.mark.slow
 def test_fast_runs_in_the_own_loop_and_what_that_refuses_in_transformers(monkeypatch):
     """The streamer gets the prompt once either way; a custom_generate of the caller's is left alone."""
-    ours, taken, loop = river_compile.accelerate(plain(), "fast", exit_depth=2, **OPTIONS), [], Decode.__call__
-    monkeypatch.setattr(Decode, "__call__", lambda self, *a, **k: taken.append(loop(self, *a, **k)) or taken[-1])
+    ours, theirs = river_compile.accelerate(plain(), "fast", exit_depth=2, **OPTIONS), []
+    loop = type(ours)._sample
+    monkeypatch.setattr(type(ours), "_sample", lambda self, *a, **k: (theirs.append(self), loop(self, *a, **k))[1])
     whole = river_compile.restore(copy.deepcopy(ours))
     assert streamed(ours) == streamed(whole)
-    assert len(taken) == 1
+    assert theirs == [whole]
     assert torch.equal(generate(ours, num_beams=2), generate(whole, num_beams=2))
     refused = {"output_hidden_states": True, "return_dict_in_generate": True}
     assert streamed(ours, **refused) == streamed(whole, **refused)
+    assert theirs == [whole, ours, whole]
     assert generate(ours, custom_generate=lambda *_, **__: "theirs") == "theirs"
-    assert len(taken) == 1
 
 
 @pytest.mark.slow
-def test_strict_is_exact_modes_strict(monkeypatch):
-    seen = []
-    prefill = DraftVerifyRunner.prefill
-    monkeypatch.setattr(
-        DraftVerifyRunner, "prefill", lambda self, *a: (seen.append(self._strict), prefill(self, *a))[1]
-    )
-    generate(river_compile.accelerate(plain(), "strict", **EXACT))
-    assert seen == [True]
+def test_strict_verifies_in_graphs_whose_rows_have_the_bits_of_single_tokens(model):
+    generate(model)
+    strict = river_compile.accelerate(plain(), "strict", **EXACT)
+    assert torch.equal(generate(strict), generate(model))
+    same_rows = [{graph.config.same_rows for graph in river_compile.report(m).graphs} for m in (model, strict)]
+    assert same_rows == [{False}, {False, True}]
 
 
 @pytest.mark.parametrize(

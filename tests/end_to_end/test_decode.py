@@ -8,7 +8,6 @@ from transformers.generation.streamers import BaseStreamer
 
 import river_compile
 from river_compile import CacheFullError, generation
-from river_compile.runtime.pass_inputs import PassInputs
 from river_compile.upstream.hf_cache import cache_argument
 from tests.support.decoding import cache_state, left_padded, new_cache
 from tests.support.families import CONFIGS, make, prompt
@@ -41,22 +40,18 @@ def generate(model, kind="static", batch=3, **options):
     return [out.sequences, *out.scores, *out.logits, *entries, *streamed]
 
 
-@pytest.fixture
-def prepared(monkeypatch):
-    """Notes for each step whether transformers made its inputs; else they follow from those of a step before."""
-    made, of = [], PassInputs.of
+def prepared_by_transformers(model, **options) -> tuple[list[torch.Tensor], list[int]]:
+    """Generates in our loop; returns everything, and of which passes transformers made the inputs (0: the prompt)."""
+    passes, prepare = [], model.prepare_inputs_for_generation
 
-    def note(self, ids, width, slot, prepare):
-        made.append(False)
+    def note(ids, *args, **kwargs):
+        passes.append(ids.shape[1] - left_padded(1)[0].shape[1])
+        return prepare(ids, *args, **kwargs)
 
-        def prepared():
-            made[-1] = True
-            return prepare()
-
-        return of(self, ids, width, slot, prepared)
-
-    monkeypatch.setattr(PassInputs, "of", note)
-    return made
+    model.prepare_inputs_for_generation = note
+    ours = generate(model, custom_generate=river_compile.decode, **options)
+    del model.prepare_inputs_for_generation
+    return ours, passes
 
 
 @pytest.mark.parametrize(
@@ -70,22 +65,22 @@ def prepared(monkeypatch):
         ("llama", "dynamic", False),
     ],
 )
-def test_text_scores_logits_and_entries_are_those_of_transformers_loop(name, kind, own, prepared):
+def test_text_scores_logits_and_entries_are_those_of_transformers_loop(name, kind, own):
     """With left padding; transformers makes the inputs of two steps, the second one to compare."""
     model = make(name, layers=2)
-    ours = generate(model, kind, custom_generate=river_compile.decode)
+    ours, prepared = prepared_by_transformers(model, kind=kind)
     theirs = generate(model, kind)
     assert len(ours) == len(theirs)
     assert all(map(torch.equal, ours, theirs))
-    assert prepared == [True, True] + [not own] * (NEW_TOKENS - 3)
+    assert prepared == ([0, 1, 2] if own else [*range(NEW_TOKENS)])
 
 
-def test_inputs_of_windows_that_fill_up_follow_until_then(prepared):
+def test_inputs_of_windows_that_fill_up_follow_until_then():
     config = CONFIGS["gemma3"](2)
     config.sliding_window = 14  # five steps more than the prompt has tokens
     model = make("gemma3", layers=2, config=config)
-    ours = generate(model, custom_generate=river_compile.decode)
-    assert prepared == [True, True, False, False, False, True, True, True, True]
+    ours, prepared = prepared_by_transformers(model)
+    assert prepared == [0, 1, 2, 6, 7, 8, 9]
     assert all(map(torch.equal, ours, generate(model)))
 
 
@@ -107,13 +102,10 @@ def test_options_mean_the_same(options):
     assert all(map(torch.equal, ours, theirs))
 
 
-def test_compiled_steps_take_the_shortcut():
+def test_compiled_steps_are_those_of_transformers_loop_and_a_full_cache_is_an_error():
     model = make("llama", layers=2)
     model.compile(backend=river_compile.river, options={"lowering": "eager", "quantizer": "none"})
-    ours = generate(model, custom_generate=river_compile.decode)
-    taken = model._compiled_call_impl.river_shortcut.taken
-    assert taken == NEW_TOKENS - 1 - 2
-    assert all(map(torch.equal, ours, generate(model)))
+    assert all(map(torch.equal, generate(model, custom_generate=river_compile.decode), generate(model)))
     with pytest.raises(CacheFullError, match="holds 32 tokens"):
         generate(model, max_new_tokens=40, custom_generate=river_compile.decode)
 

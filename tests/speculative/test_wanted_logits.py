@@ -1,5 +1,6 @@
 """Drafts from a part of the vocabulary: which part, what the river's head then computes, and that the text stays."""
 
+import functools
 import threading
 from contextlib import nullcontext
 
@@ -11,7 +12,7 @@ import river_compile
 from river_compile.exits import forced_depth
 from river_compile.kernels.ops import UNWANTED, WANTED_BLOCK
 from river_compile.runtime.wanted_logits import DraftTokens, WantedLogits, only_logits_of
-from tests.support.decoding import new_cache
+from tests.support.decoding import new_cache, run_plainly
 
 VOCABULARY = 10_010  # (of a length that no block divides)
 OPTIONS = {"lowering": "native", "quantizer": "rtn", "group_size": 32, "first_exit": 1}
@@ -30,6 +31,12 @@ def compiled(**options) -> LlamaForCausalLM:
     model = model_of()
     model.compile(backend=river_compile.river, options={**OPTIONS, **options})
     return model
+
+
+@pytest.fixture(scope="module")
+def model_with():
+    """Returns the one compiled model of each head."""
+    return functools.cache(lambda head: compiled(lm_head=head))
 
 
 def wanted_by(tokens: DraftTokens, vocabulary: int = VOCABULARY) -> torch.Tensor:
@@ -68,7 +75,7 @@ class TestWhichTokens:
 def steps(model, depth: int, tokens: DraftTokens | None, count: int = 3) -> torch.Tensor:
     """Returns the logits of steps that leave at a depth."""
     cache, ids = new_cache(model, "static"), torch.arange(6)[None]
-    model(input_ids=ids, past_key_values=cache)
+    run_plainly(model, input_ids=ids, past_key_values=cache)
     logits = []
     for token in range(count):
         with forced_depth(depth), nullcontext() if tokens is None else only_logits_of(tokens):
@@ -77,9 +84,9 @@ def steps(model, depth: int, tokens: DraftTokens | None, count: int = 3) -> torc
 
 
 @pytest.mark.parametrize("head", ["w4", "int8"])
-def test_wanted_logits_are_those_of_all_and_the_backbone_gives_all(head):
+def test_wanted_logits_are_those_of_all_and_the_backbone_gives_all(head, model_with):
     """A head in 8 bits has the bits of a whole one; in 4, the largest logits, those that are computed anew, have."""
-    model, tokens = compiled(lm_head=head), DraftTokens(VOCABULARY)
+    model, tokens = model_with(head), DraftTokens(VOCABULARY)
     tokens.add(torch.tensor([9_999]))
     wanted = wanted_by(tokens)
     whole = steps(model, 0, None)
@@ -94,9 +101,9 @@ def test_wanted_logits_are_those_of_all_and_the_backbone_gives_all(head):
     assert torch.equal(steps(model, 2, tokens), steps(model, 2, None))
 
 
-def test_threads_want_their_own_logits():
+def test_threads_want_their_own_logits(model_with):
     """One thread drafts while another takes whole logits from the same model: both get what they get alone."""
-    model, tokens = compiled(), DraftTokens(VOCABULARY)
+    model, tokens = model_with("w4"), DraftTokens(VOCABULARY)
     alone = {None: steps(model, 0, None), tokens: steps(model, 0, tokens)}
     wrong = []
 

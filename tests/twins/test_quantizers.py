@@ -96,7 +96,6 @@ class TestFloor:
     """`min_sqnr`: matrices below it stay in 16 bits, and the report says so."""
 
     @pytest.mark.parametrize("quantizer", ["rtn", "gptq"])
-    @pytest.mark.slow
     def test_what_lies_below_stays_in_16_bits(self, quantizer):
         step = observed()
         step.run(quantizer=quantizer)

@@ -4,9 +4,12 @@ from __future__ import annotations
 
 from types import SimpleNamespace
 
+import pytest
 import torch
 
 from river_compile.upstream.dynamo_calls import CallEffects, effects_of_call
+
+pytestmark = pytest.mark.usefixtures("fresh_dynamo")
 
 
 class Kept:
