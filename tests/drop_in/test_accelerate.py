@@ -11,11 +11,11 @@ from pathlib import Path
 import pytest
 import torch
 import transformers
+from transformers import pipeline
 from transformers.generation.streamers import BaseStreamer
 
 import river_compile
 from river_compile.drop_in.quality import QUALITIES
-from river_compile.speculative.mode import Decode
 from river_compile.state import find_state
 from river_compile.upstream.hf_cache import cache_argument, cache_of
 from tests.support.decoding import new_cache
@@ -63,17 +63,6 @@ def model():
     return river_compile.accelerate(plain(), **EXACT)
 
 
-@pytest.fixture(scope="module")
-def expected():
-    """The plain model's text."""
-    return generate(plain())
-
-
-@pytest.fixture(autouse=True)
-def _fresh_dynamo():
-    """(In place of the one for all tests: graphs of the shared model stay.)"""
-
-
 @pytest.mark.core
 def test_generate_keeps_the_text_and_drafts(model):
     with warnings.catch_warnings():
@@ -83,6 +72,17 @@ def test_generate_keeps_the_text_and_drafts(model):
     assert torch.equal(text, generate(plain()))
     assert trace.cycles
     assert streamed(model) == streamed(plain())
+
+
+def test_a_pipeline_of_an_accelerated_model_drafts(model):
+    """With no argument of its own."""
+    texts = []
+    for each in (model, plain()):
+        generator = pipeline("text-generation", model=each, tokenizer=byte_tokenizer(), device="cpu")
+        with river_compile.trace() as trace:
+            texts.append(generator("abc", max_new_tokens=8, do_sample=False)[0]["generated_text"])
+        assert bool(trace.cycles) == (each is model)
+    assert texts[0] == texts[1]
 
 
 @pytest.mark.core
@@ -98,6 +98,7 @@ def test_generate_keeps_the_text_and_drafts(model):
 )
 def test_calls_that_exact_mode_refuses_run_plainly_with_one_notice(model, options, reason):
     """The text is the plain one, a second call says nothing more, and the report counts both."""
+    generate(model)
     with warnings.catch_warnings(record=True) as notices:
         warnings.simplefilter("always")
         text = texts(generate(model, **options))
@@ -136,7 +137,7 @@ def test_callers_keep_their_own_custom_generate(model):
 def test_copies_and_pickles_are_the_plain_model(tmp_path):
     """No attribute, hook or compiled call is left, and a pickle says nothing of this package."""
     model = river_compile.accelerate(plain(), **EXACT)
-    generate(model)
+    model.generate(prompt(), max_new_tokens=1, do_sample=False)
     expected = generate(plain())
     saved = io.BytesIO()
     torch.save(model, saved)
@@ -223,16 +224,17 @@ def test_fast_and_calibrated_let_tokens_leave():
 @pytest.mark.slow
 def test_fast_runs_in_the_own_loop_and_what_that_refuses_in_transformers(monkeypatch):
     """The streamer gets the prompt once either way; a custom_generate of the caller's is left alone."""
-    ours, taken, loop = river_compile.accelerate(plain(), "fast", exit_depth=2, **OPTIONS), [], Decode.__call__
-    monkeypatch.setattr(Decode, "__call__", lambda self, *a, **k: taken.append(loop(self, *a, **k)) or taken[-1])
+    ours, theirs = river_compile.accelerate(plain(), "fast", exit_depth=2, **OPTIONS), []
+    loop = type(ours)._sample
+    monkeypatch.setattr(type(ours), "_sample", lambda self, *a, **k: (theirs.append(self), loop(self, *a, **k))[1])
     whole = river_compile.restore(copy.deepcopy(ours))
     assert streamed(ours) == streamed(whole)
-    assert len(taken) == 1
+    assert theirs == [whole]
     assert torch.equal(generate(ours, num_beams=2), generate(whole, num_beams=2))
     refused = {"output_hidden_states": True, "return_dict_in_generate": True}
     assert streamed(ours, **refused) == streamed(whole, **refused)
+    assert theirs == [whole, ours, whole]
     assert generate(ours, custom_generate=lambda *_, **__: "theirs") == "theirs"
-    assert len(taken) == 1
 
 
 def test_strict_is_an_error_where_it_cannot_be_kept():

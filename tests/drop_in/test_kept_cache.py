@@ -97,12 +97,24 @@ def test_later_calls_capture_nothing(quality, device):
     assert all(torch.equal(text, texts[0]) for text in texts)
 
 
+@pytest.fixture(scope="module")
+def unkept():
+    """A model for calls of which none is lent a cache."""
+    return accelerated()
+
+
+@pytest.fixture(scope="module")
+def fast():
+    """A model for calls that are."""
+    return accelerated(quality="fast")
+
+
 @pytest.mark.parametrize(
     "options", [{"cache_implementation": "dynamic"}, {"return_dict_in_generate": True}, {"cache": DynamicCache()}]
 )
-def test_callers_who_say_something_of_caches_have_them(options, monkeypatch):
+def test_callers_who_say_something_of_caches_have_them(options, unkept, monkeypatch):
     """One that they name, one that they get back, one that they bring."""
-    model = accelerated()
+    model = unkept
     seen = caches_of(model, monkeypatch)
     options = {"past_key_values" if name == "cache" else name: value for name, value in options.items()}
     generate(model, prompt(), **options)
@@ -121,10 +133,9 @@ def test_a_static_cache_that_was_asked_for_has_its_length(monkeypatch):
     assert {type(cache) for cache in seen} == {StaticCache}
 
 
-@pytest.mark.slow
-def test_nothing_of_a_text_reaches_the_next():
+def test_nothing_of_a_text_reaches_the_next(fast):
     """Not even numbers that are none, behind its end or before it."""
-    model, ids = accelerated(quality="fast"), prompt()
+    model, ids = fast, prompt()
     text = generate(model, ids)
     for layer in kept(model).layers:
         layer.keys.fill_(float("nan"))
@@ -132,9 +143,8 @@ def test_nothing_of_a_text_reaches_the_next():
     assert torch.equal(generate(model, ids), text)
 
 
-@pytest.mark.slow
-def test_a_call_that_fails_leaves_a_cache_that_works():
-    model, ids = accelerated(quality="fast"), prompt()
+def test_a_call_that_fails_leaves_a_cache_that_works(fast):
+    model, ids = fast, prompt()
     text = generate(model, ids)
 
     def fail(ids, scores):
@@ -145,9 +155,8 @@ def test_a_call_that_fails_leaves_a_cache_that_works():
     assert torch.equal(generate(model, ids), text)
 
 
-@pytest.mark.slow
-def test_calls_at_the_same_time_have_caches_of_their_own():
-    model, ids = accelerated(quality="fast"), prompt()
+def test_calls_at_the_same_time_have_caches_of_their_own(fast):
+    model, ids = fast, prompt()
     text, inner = generate(model, ids), []
 
     def another(_, scores):

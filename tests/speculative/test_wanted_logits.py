@@ -1,5 +1,6 @@
 """Drafts from a part of the vocabulary: which part, what the river's head then computes, and that the text stays."""
 
+import functools
 import threading
 
 import pytest
@@ -28,6 +29,12 @@ def compiled(**options) -> LlamaForCausalLM:
     model = model_of()
     model.compile(backend=river_compile.river, options={**OPTIONS, **options})
     return model
+
+
+@pytest.fixture(scope="module")
+def model_with():
+    """Returns the one compiled model of each head."""
+    return functools.cache(lambda head: compiled(lm_head=head))
 
 
 def wanted_by(tokens: DraftTokens, vocabulary: int = VOCABULARY) -> torch.Tensor:
@@ -90,9 +97,9 @@ def test_wanted_logits_are_those_of_all_and_the_backbone_gives_all():
     assert torch.equal(steps(model, 2, tokens), steps(model, 2, None))
 
 
-def test_threads_want_their_own_logits():
+def test_threads_want_their_own_logits(model_with):
     """One thread drafts while another takes whole logits from the same model: both get what they get alone."""
-    model, tokens = compiled(), DraftTokens(VOCABULARY)
+    model, tokens = model_with("w4"), DraftTokens(VOCABULARY)
     alone = {None: steps(model, 0, None), tokens: steps(model, 0, tokens)}
     wrong = []
 

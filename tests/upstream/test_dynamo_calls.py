@@ -9,6 +9,8 @@ import torch
 
 from river_compile.upstream.dynamo_calls import code_without_effects
 
+pytestmark = pytest.mark.usefixtures("fresh_dynamo")
+
 
 class Kept:
     """Something that outlives the calls."""
