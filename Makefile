@@ -72,7 +72,8 @@ lint: $(FOR_TEST)
 	$(VENV)/bin/clang-format --dry-run -Werror kernels/native/sources/*
 	$(IN_VENV) -m tools.typecheck
 
-wheel: $(FOR_TEST)
+wheel: $(CREATED)
+	$(IN_VENV) -m pip install --disable-pip-version-check build
 	$(IN_VENV) -m build
 
 bench: $(FOR_DEMO)

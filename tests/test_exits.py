@@ -97,6 +97,18 @@ def decode_by_hand(model, kind, steps, ids=None, cache=None, plain_prompt=False,
     return [out.logits for out in passes]
 
 
+def cosines_of_plain_blocks(steps):
+    """Returns for each decode step the cosine of input and output of every block but the last, in float64."""
+    plain, found = make("llama", layers=LAYERS), []
+    for layer in plain.model.layers[:-1]:
+        layer.register_forward_hook(
+            lambda _, args, out: found.append(torch.cosine_similarity(args[0].double(), out.double(), dim=-1).min())
+        )
+    decode_by_hand(plain, "static", steps)
+    each = LAYERS - 1
+    return [[c.item() for c in found[i : i + each]] for i in range(each, len(found), each)]  # (the prompt comes first)
+
+
 class TestEntropy:
     @given(
         st.lists(st.lists(st.floats(-60, 60), min_size=5, max_size=5), min_size=1, max_size=3),
@@ -274,6 +286,20 @@ class TestConfidence:
         together = [t.entropy for t in seen.tokens]
         assert [together[0::2], together[1::2]] == expected
         assert expected[0] != expected[1]
+
+
+class TestSimilarity:
+    def test_the_cosine_of_a_blocks_input_and_output_must_exceed_the_threshold(self):
+        """Scores are those of the plain model's hidden states; a token whose score is the threshold stays."""
+        model = compiled(threshold=2.0)
+        with trace() as seen:
+            decode_by_hand(model, "static", STEPS)
+        scores = [step.similarities for step in seen.tokens]
+        assert scores == [pytest.approx(cosines, abs=1e-5) for cosines in cosines_of_plain_blocks(STEPS)]
+        bound = sorted(first for first, *_ in scores)[STEPS // 2]
+        with trace() as seen, forced_threshold(bound, first_exit=1):
+            decode_by_hand(model, "static", STEPS)
+        assert [step.depth == 1 for step in seen.tokens] == [first > bound for first, *_ in scores]
 
 
 def test_memories_die_with_the_cache():

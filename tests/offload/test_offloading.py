@@ -150,9 +150,15 @@ def test_fetching_gives_the_bits_of_a_model_in_memory(elsewhere, reference, kind
     assert elsewhere.brought == [block] * (2 + 2 + 1 + 2)
 
 
-@pytest.mark.parametrize("when", ["before a prompt", "while they are on their way"])
-@pytest.mark.parametrize("how", ["in place", "replaced"])
-@pytest.mark.slow
+@pytest.mark.parametrize(
+    ("when", "how"),
+    [
+        ("while they are on their way", "in place"),
+        pytest.param("while they are on their way", "replaced", marks=pytest.mark.slow),
+        pytest.param("before a prompt", "in place", marks=pytest.mark.slow),
+        pytest.param("before a prompt", "replaced", marks=pytest.mark.slow),
+    ],
+)
 def test_changed_weights_are_brought_in_anew(elsewhere, when, how):
     """Whoever loads other weights into an offloaded model gets their logits, not those of a copy made before."""
 

@@ -376,11 +376,11 @@ _PROMISES = (
         ("tests/offload/test_offloading.py",),
     ),
     Mutation(
-        "report-sources",
+        "report-rows",
         "river_compile/runtime/stats.py",
-        "(before[0] + count, before[1] + kept[source])",
-        "(before[0] + count, before[1] + count)",
-        "the report says that every draft held",
+        "self.row_cycles + len(cycle.rows),",
+        "self.row_cycles + 1,",
+        "the report counts a pass of a batch as one row's",
         ("tests/speculative/test_exact.py::test_traces_draw_cycles_and_the_report_tells_what_a_batch_cost",),
     ),
     Mutation(
