@@ -18,7 +18,7 @@ import torch
 from torch import Tensor
 
 from benchmarks import common, gpu_facts
-from river_compile.kernels.tools.tune import first_line, replay_seconds
+from tools.kernels.tune import first_line, replay_seconds
 
 _REPEATS = 200
 

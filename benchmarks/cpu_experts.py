@@ -24,7 +24,7 @@ from river_compile.kernels import ops  # noqa: F401  (registers river::experts)
 from river_compile.kernels.native import load as native
 from river_compile.kernels.quant.grid import quantize
 from river_compile.kernels.quant.layouts import PackedLinear, pack
-from river_compile.kernels.tools.shapes import MODELS
+from tools.kernels.shapes import MODELS
 
 SHAPE = MODELS["qwen3-30b-a3b"]
 LAYOUTS = {"ATen int4": "aten_cpu", "native W4A8": "native"}

@@ -83,7 +83,7 @@ def check(options: argparse.Namespace) -> None:
     Raises:
         ValueError: something is missing, unknown or not there.
     """
-    from river_compile.kernels.tools.shapes import MODELS
+    from tools.kernels.shapes import MODELS
 
     known = [name for name in MODELS if name.startswith("llama")]
     if options.random is None:

@@ -58,7 +58,7 @@ class Bench:
         """Builds the model and sends the prompt; returns the seconds that this took.
 
         Args:
-            name: a Llama of ``river_compile.kernels.tools.shapes.MODELS``.
+            name: a Llama of ``tools.kernels.shapes.MODELS``.
             backend: "eager", "river" or a key of `INDUCTOR`; "int4" has 4-bit products of torch's in its place.
             context: tokens of the prompt.
             group_size: of 4-bit weights.

@@ -22,12 +22,12 @@ import torch
 from torch import Tensor
 
 from benchmarks import common, gpu_facts
-from river_compile.kernels.tools.shapes import MODELS, ModelShape, cost_of, model_kernels
-from river_compile.kernels.tools.tune import replay_seconds
 from river_compile.kernels.triton.devices import DEFAULT_DEVICE, device_name, starts_early
 from river_compile.kernels.triton.linear import LinearSpec
 from river_compile.kernels.triton.loader import load
 from river_compile.kernels.triton.spec import Buffer, KernelSpec
+from tools.kernels.shapes import MODELS, ModelShape, cost_of, model_kernels
+from tools.kernels.tune import replay_seconds
 
 _BEYOND_CACHE = 256 * 2**20
 _REPLAYS = 20  # of one round

@@ -24,7 +24,7 @@ from benchmarks.roofline import BLOCK_LAUNCHES, CHECK_TARGET, SPEEDUP_TARGET, TA
 from river_compile import river, warmup
 from river_compile.cudagraphs.recorder import Event
 from river_compile.exits import forced_depth
-from river_compile.kernels.tools.shapes import MODELS
+from tools.kernels.shapes import MODELS
 
 _CAPACITY = 16
 

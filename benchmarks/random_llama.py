@@ -17,7 +17,7 @@ import torch
 from transformers import AutoModelForCausalLM, LlamaConfig, PreTrainedModel, PreTrainedTokenizerFast
 
 from benchmarks import common, llama_cpp_runner
-from river_compile.kernels.tools.shapes import MODELS, ModelShape
+from tools.kernels.shapes import MODELS, ModelShape
 
 _GGUF_NAMES = {
     "self_attn.q_proj": "attn_q",

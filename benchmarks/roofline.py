@@ -8,11 +8,11 @@ attention, because only Inductor on the GPU at hand knows how many more there ar
 
 from __future__ import annotations
 
-from river_compile.kernels.tools.shapes import MODELS, ModelShape, TokenCost, cost_of, model_kernels
 from river_compile.kernels.triton import heuristic
 from river_compile.kernels.triton.devices import Device, known
 from river_compile.kernels.triton.linear import LinearSpec
 from river_compile.kernels.triton.spec import KernelSpec
+from tools.kernels.shapes import MODELS, ModelShape, TokenCost, cost_of, model_kernels
 
 BLOCK_LAUNCHES = 8  # q, k, v, attention, o, gate, up, down
 LAUNCH_SECONDS = 2e-6  # of a kernel that the cost model does not know, on top of its bytes
@@ -33,7 +33,7 @@ class Roofline:
     """The costs of one model.
 
     Args:
-        model: a key of ``river_compile.kernels.tools.shapes.MODELS``.
+        model: a key of ``tools.kernels.shapes.MODELS``.
         context: valid slots of the KV cache.
         group_size: of the 4-bit weights.
         device: whose tiles the kernels get, see ``river_compile.kernels.triton.heuristic``.

@@ -29,12 +29,12 @@ from river_compile.cudagraphs.partition import Unit
 from river_compile.cudagraphs.recorder import Event
 from river_compile.cudagraphs.runner import CapturedRunner
 from river_compile.exits import Similarity
-from river_compile.kernels.tools.shapes import ModelShape
 from river_compile.reporting.reads import bytes_of_token
 from river_compile.runtime.executor import RiverExecutor, on_step
 from river_compile.runtime.runner import Step
 from river_compile.runtime.stats import StepRecord
 from river_compile.upstream.hf_cache import cache_argument
+from tools.kernels.shapes import ModelShape
 
 _PROMPT = 4
 _COLUMNS = {"block": 6, "twin": 3, "head": 2, "river_head": 2, "prologue": 1}

@@ -26,9 +26,9 @@ from benchmarks.random_llama import random_llama
 from river_compile import river
 from river_compile.cudagraphs import launcher
 from river_compile.exits import forced_depth
-from river_compile.kernels.tools.shapes import ModelShape
 from river_compile.runtime.executor import on_step
 from river_compile.upstream.hf_cache import cache_argument
+from tools.kernels.shapes import ModelShape
 
 _WARM_UP, _PROMPT = 8, 4
 _OPTIONS = {"cudagraphs": "record", "lowering": "eager", "quantizer": "rtn", "group_size": 32}

@@ -23,11 +23,11 @@ import torch
 
 from benchmarks import common, gpu_facts
 from river_compile.kernels.files import appearing, cache_folder
-from river_compile.kernels.tools.shapes import MODELS, model_kernels
-from river_compile.kernels.tools.tune import first_line
 from river_compile.kernels.triton.devices import device_name
 from river_compile.kernels.triton.exit_score import ExitScoreSpec
 from river_compile.kernels.triton.loader import load
+from tools.kernels.shapes import MODELS, model_kernels
+from tools.kernels.tune import first_line
 
 NEED = 20 * 10**9  # bytes: the 8B in 16 bits and its twins, its cache and buffers
 _ROWS, _SLOTS = 1, 1024
@@ -110,7 +110,7 @@ def a_model_generates() -> str:
     from benchmarks.random_llama import random_llama
     from river_compile import forced_depth, report
     from river_compile.cudagraphs.device import CaptureLog
-    from river_compile.kernels.tools.shapes import ModelShape
+    from tools.kernels.shapes import ModelShape
 
     model = random_llama(ModelShape("smoke", 4, 256, 4, 2, 64, 512, 1024), _DEVICE).float()
     ids = torch.arange(1, 9, device=_DEVICE)[None]

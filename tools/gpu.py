@@ -69,7 +69,7 @@ STEPS = (
         6,
         "which tiles are the fastest",
         tuple(
-            ("-m", "river_compile.kernels.tools.tune", "--model", model, "--top", top, "--budget", budget)
+            ("-m", "tools.kernels.tune", "--model", model, "--top", top, "--budget", budget)
             for model, top, budget in (("llama-3.1-8b", "40", "200"), ("llama-3.2-1b", "20", "100"))
         ),
     ),

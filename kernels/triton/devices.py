@@ -1,6 +1,6 @@
 """The GPUs that kernels are tiled and compiled for: what the cost model and the compiler must know of each.
 
-Not handled: measuring a card (see `kernels.tools.tune`); a GPU that is not in the table counts as the default one.
+Not handled: measuring a card (see `tools.kernels.tune`); a GPU that is not in the table counts as the default one.
 """
 
 from __future__ import annotations

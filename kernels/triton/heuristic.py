@@ -6,7 +6,7 @@ the order of candidates, not for the microseconds. The result depends on the sha
 on the GPU that is there.
 
 A tuning file is JSON, ``{device and Triton version: {key: tile fields}}`` (see `tuned_for`), written by
-`python -m river_compile.kernels.tools.tune` to $RIVER_COMPILE_TUNING or ``tuning.json`` in the cache directory, where
+`python -m tools.kernels.tune` to $RIVER_COMPILE_TUNING or ``tuning.json`` in the cache directory, where
 it is looked up first. What was measured with another version of Triton counts for nothing, since that compiles the same
 source to other code.
 """

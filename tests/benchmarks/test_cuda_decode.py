@@ -16,7 +16,7 @@ from benchmarks.cuda_worker import Bench, NotGraphed, counted, covered
 from benchmarks.int4_baseline import Int4Linear, fits, packed_for_cuda, scales_and_zeros, use_int4
 from benchmarks.random_llama import random_llama
 from river_compile.kernels.quant.grid import quantize
-from river_compile.kernels.tools.shapes import MODELS, ModelShape
+from tools.kernels.shapes import MODELS, ModelShape
 
 SIZES = {"context": 8, "group_size": 32, "new_tokens": 5}
 

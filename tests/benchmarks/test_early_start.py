@@ -7,7 +7,7 @@ import torch
 
 from benchmarks import early_start
 from benchmarks.early_start import Twins, same_bits
-from river_compile.kernels.tools.shapes import ModelShape
+from tools.kernels.shapes import ModelShape
 
 TINY = ModelShape("tiny", 4, 64, 4, 2, 32, 96, 160)
 

@@ -6,8 +6,8 @@ import pytest
 import torch
 
 from benchmarks import cpu_attention, cpu_experts, cpu_kernels, kernels
-from river_compile.kernels.tools.shapes import ModelShape
 from river_compile.kernels.triton.heuristic import untiled
+from tools.kernels.shapes import ModelShape
 
 
 def test_table(capsys):

@@ -24,8 +24,6 @@ from river_compile.backend import executors_of
 from river_compile.cli import models
 from river_compile.config import RiverConfig
 from river_compile.exits import forced_depth
-from river_compile.kernels.tools.resources import token_cost
-from river_compile.kernels.tools.shapes import ModelShape, model_kernels
 from river_compile.kernels.triton import launch
 from river_compile.kernels.triton.devices import device_name, starts_early
 from river_compile.lowering import choose as lowering_choice
@@ -36,6 +34,8 @@ from tests.support.decoding import CAPACITY, cache_argument, cache_state, decode
 from tests.support.examples import slow, slow_but
 from tests.support.families import FAMILIES, REWRITTEN, each, make, prompt
 from tests.support.lowerings import BLOCK_RULES, CPU, FUSED, UNFUSED, lowered
+from tools.kernels.resources import token_cost
+from tools.kernels.shapes import ModelShape, model_kernels
 
 PAGE = Path(__file__).parents[2] / "docs" / "lowering.md"
 LAYERS = 2

@@ -19,12 +19,12 @@ import torch
 
 import river_compile
 from river_compile.calibration.result import Calibration, Candidate
-from river_compile.kernels.tools import tune
 from river_compile.kernels.triton import heuristic, loader
 from river_compile.kernels.triton.exit_score import ExitScoreSpec
 from river_compile.twins.artifact import FILE, Artifact
 from tests.support.decoding import decode, new_cache
 from tests.support.families import make
+from tools.kernels import tune
 from tools.soak.cases import Failure
 
 SPEC = ExitScoreSpec(2, 48, "float32")

@@ -15,7 +15,6 @@ import pytest
 import torch
 
 from river_compile.kernels import ops  # noqa: F401  (registers torch.ops.river)
-from river_compile.kernels.tools.machine_code import cuobjdump
 from river_compile.kernels.triton import launch
 from river_compile.kernels.triton.decode_attention import DecodeAttentionSpec
 from river_compile.kernels.triton.devices import starts_early
@@ -29,6 +28,7 @@ from river_compile.kernels.triton.spec import every_sector, render
 from tests.kernels import checks
 from tests.kernels.packing import pack_linear
 from tests.support.examples import slow_but
+from tools.kernels.machine_code import cuobjdump
 
 DENSE = {"weights": "dense", "group_size": 0}
 FILL = KvFillSpec(2, 6, 2, 96, 500, rotary_dim=48, rotary_rows=2, head_norm="rms")

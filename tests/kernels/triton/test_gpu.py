@@ -12,12 +12,12 @@ import torch
 from torch.overrides import TorchFunctionMode
 
 from river_compile.kernels import ops
-from river_compile.kernels.tools.shapes import MODELS, ModelShape, model_kernels
 from river_compile.kernels.triton import loader
 from river_compile.kernels.triton.devices import DEFAULT_DEVICE, device_name
 from river_compile.kernels.triton.spec import KernelSpec
 from tests.kernels.checks import check_kernel
 from tests.kernels.samples import sample_calls
+from tools.kernels.shapes import MODELS, ModelShape, model_kernels
 
 SHAPES = ("smollm2-135m", "llama-3.2-1b", "llama-3.1-8b", "qwen3-30b-a3b")
 TINY = ModelShape("tiny", 1, 64, 4, 2, 32, 96, 160, qkv_bias=True, qk_norm=True)

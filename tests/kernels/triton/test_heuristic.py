@@ -8,7 +8,6 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from river_compile.kernels.tools.shapes import MODELS, model_kernels
 from river_compile.kernels.triton import heuristic
 from river_compile.kernels.triton.devices import DEVICES
 from river_compile.kernels.triton.heuristic import (
@@ -25,6 +24,7 @@ from river_compile.kernels.triton.heuristic import (
 from river_compile.kernels.triton.linear import NORMS, LinearTile
 from river_compile.kernels.triton.spec import Cost, render
 from tests.support.examples import examples
+from tools.kernels.shapes import MODELS, model_kernels
 
 
 @st.composite

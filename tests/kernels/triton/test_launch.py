@@ -7,7 +7,6 @@ import torch
 
 from benchmarks import launch_cost
 from river_compile.kernels import ops  # noqa: F401  (registers torch.ops.river)
-from river_compile.kernels.tools.shapes import ModelShape
 from river_compile.kernels.triton import launch, loader
 from river_compile.kernels.triton.calls import cache, exits
 from river_compile.kernels.triton.calls import linear as products
@@ -15,6 +14,7 @@ from river_compile.kernels.triton.decode_attention import DecodeAttentionSpec
 from river_compile.kernels.triton.exit_score import ExitScoreSpec
 from river_compile.kernels.triton.spec import KernelSpec
 from tests.kernels.packing import pack_linear
+from tools.kernels.shapes import ModelShape
 
 TINY = ModelShape("tiny", 1, 64, 2, 1, 32, 128, 96)
 

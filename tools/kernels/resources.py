@@ -1,6 +1,6 @@
 """Compiles the kernels of a model for GPUs that are not there, and prints what they use and what a token costs.
 
-    python -m river_compile.kernels.tools.resources [--target sm_90 ...] [--model NAME] [--context 1024] [--json PATH]
+    python -m tools.kernels.resources [--target sm_90 ...] [--model NAME] [--context 1024] [--json PATH]
         [--dependent-launch]
 
 Registers, spills and shared memory come from the compiled code, widths of loads and matrix instructions from its text.
@@ -173,9 +173,7 @@ def _print_row(*cells: object) -> None:
 
 
 def _parser() -> argparse.ArgumentParser:
-    parser = argparse.ArgumentParser(
-        prog="python -m river_compile.kernels.tools.resources", description=__doc__.split("\n")[0]
-    )
+    parser = argparse.ArgumentParser(prog="python -m tools.kernels.resources", description=__doc__.split("\n")[0])
     parser.add_argument("--target", nargs="+", choices=DEVICES, default=list(DEVICES), help="GPUs to compile for")
     parser.add_argument("--model", choices=MODELS, default="llama-3.2-1b", help="whose shapes (default %(default)s)")
     parser.add_argument("--context", type=int, default=1024, help="valid slots of the cache (default %(default)s)")

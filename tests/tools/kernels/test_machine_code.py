@@ -2,8 +2,8 @@
 
 import pytest
 
-from river_compile.kernels.tools.machine_code import counted, thread_weights
 from river_compile.kernels.triton.linear import LinearSpec, LinearTile
+from tools.kernels.machine_code import counted, thread_weights
 
 MAKES, LOAD = "LOP3.LUT R1, R2, 0xf, R3, 0xea, !PT", "LDG.E.EF.128.CONSTANT R4, desc[UR4][R2.64]"
 #: One warp with 64 weights: two of a thread.

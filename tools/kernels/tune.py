@@ -1,6 +1,6 @@
 """Measures tiles on the GPU at hand and saves the best ones, for the heuristic to look up first.
 
-    python -m river_compile.kernels.tools.tune --model llama-3.1-8b [--rows 1] [--group-size 64] [--budget 60] [--top 8]
+    python -m tools.kernels.tune --model llama-3.1-8b [--rows 1] [--group-size 64] [--budget 60] [--top 8]
 
 For every linear kernel of the model the cost model's best candidates are timed, within one budget in seconds. Each
 choice is saved as soon as it is made. Choices of other devices, versions of Triton and shapes in the file are kept; the
@@ -148,9 +148,7 @@ def random_buffers(spec: LinearSpec) -> dict[str, torch.Tensor]:
 
 def main(arguments: list[str] | None = None) -> int:
     """The command line; returns 1 where there is no GPU."""
-    parser = argparse.ArgumentParser(
-        prog="python -m river_compile.kernels.tools.tune", description=__doc__.split("\n")[0]
-    )
+    parser = argparse.ArgumentParser(prog="python -m tools.kernels.tune", description=__doc__.split("\n")[0])
     parser.add_argument("--model", choices=MODELS, default="llama-3.1-8b", help="whose shapes (default %(default)s)")
     parser.add_argument("--rows", type=int, default=1, help="sequences (default %(default)s)")
     parser.add_argument("--group-size", type=int, default=64, choices=(32, 64, 128), help="default %(default)s")

@@ -5,10 +5,10 @@ import json
 import pytest
 import torch
 
-from river_compile.kernels.tools import tune
 from river_compile.kernels.triton.devices import DEVICES
 from river_compile.kernels.triton.heuristic import best_tile, cost, saved_tiles, tuned_for, tuning_key, untiled
 from river_compile.kernels.triton.linear import LinearTile
+from tools.kernels import tune
 
 SPECS = [untiled(1, 2048, n) for n in (256, 512)]
 

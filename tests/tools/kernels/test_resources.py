@@ -7,10 +7,6 @@ import re
 
 import pytest
 
-from river_compile.kernels.tools import resources
-from river_compile.kernels.tools.machine_code import counted, cuobjdump
-from river_compile.kernels.tools.resources import token_cost, token_floor, usages, weight_load_bytes
-from river_compile.kernels.tools.shapes import MODELS, model_kernels
 from river_compile.kernels.triton.decode_attention import DecodeAttentionSpec
 from river_compile.kernels.triton.devices import DEVICES
 from river_compile.kernels.triton.exit_score import ExitScoreSpec
@@ -20,6 +16,10 @@ from river_compile.kernels.triton.linear import LinearSpec, LinearTile
 from river_compile.kernels.triton.loader import compile_for
 from river_compile.kernels.triton.shift import ShiftSpec
 from tests.support.examples import slow, slow_but
+from tools.kernels import resources
+from tools.kernels.machine_code import counted, cuobjdump
+from tools.kernels.resources import token_cost, token_floor, usages, weight_load_bytes
+from tools.kernels.shapes import MODELS, model_kernels
 
 
 def triton_version() -> tuple[int, ...]:
