@@ -279,8 +279,8 @@ _EXACT = (
     Mutation(
         "sampling-noise",
         "river_compile/speculative/accept.py",
-        "(scores_NV.softmax(-1) / noise_NV)",
-        "(scores_NV.softmax(-1) * noise_NV)",
+        "scores_NV.softmax(-1) / noise_NV",
+        "scores_NV.softmax(-1) * noise_NV",
         "sampled tokens are not multinomial's",
         ("tests/speculative/test_exact_loop.py",),
     ),
