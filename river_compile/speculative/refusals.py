@@ -32,7 +32,7 @@ def check_paths(config: RiverConfig) -> None:
             f"exit_depth={config.exit_depth} leaves only one path in the compiled model; exact mode needs the whole "
             "river and the whole backbone: compile it without exit_depth"
         )
-    if config.deepest is not None:
+    if config.offload is not None and config.offload_policy == "exit":
         raise ExactModeError(
             f"offload={config.offload} with offload_policy='exit' makes every token leave by that depth; exact mode "
             "verifies with the whole backbone: compile the model with offload_policy='fetch'"
