@@ -49,7 +49,7 @@ class _ExactOrPlain(ExactMode):
         try:
             return super().begin(runner, input_ids, config)
         except ExactModeError as refusal:
-            state = _tell(runner.model, refusal)
+            state = _tell(runner.model, refusal, by_backend=True)
             plain = PlainRunner(runner.model, runner.model_kwargs, runner.cache, runner.lent, state)
             return plain, runner.prompt_logits
 
@@ -156,9 +156,13 @@ def has_generate_of_its_own(model: nn.Module) -> bool:
     return _GENERATE in vars(model) and not has_generate_of_ours(model)
 
 
-def _tell(model: PreTrainedModel, refusal: Exception) -> Any:
-    """Counts a call that runs plainly, and returns what is known of the model."""
+def _tell(model: PreTrainedModel, refusal: Exception, by_backend: bool = False) -> Any:
+    """Counts a call that runs plainly, and returns what is known of the model.
+
+    What came `by_backend`, which warns of the graphs that it refuses, is not warned of again.
+    """
     state = state_of(model.parameters())
     reason = str(refusal).partition("; ")[0]  # (what follows is for those who asked for exact mode by name)
-    state.of(PlainCalls).count(type(model).__name__, reason)
+    told = by_backend and any(graph.refusal for graph in state.graphs)
+    state.of(PlainCalls).count(type(model).__name__, reason, told)
     return state

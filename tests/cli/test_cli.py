@@ -13,6 +13,7 @@ import jsonschema
 import pytest
 import safetensors.torch
 import torch
+import torch._inductor.config as inductor
 import transformers
 
 import river_compile
@@ -218,13 +219,22 @@ def test_check_of_a_model_that_is_refused_is_code_3(tmp_path, capsys):
     assert "left to Inductor" in river(capsys, "check", tmp_path, "--bandwidth", "10", code=3).out
 
 
-def test_doctor_tells_versions_compiler_and_caches(capsys, monkeypatch):
+def test_doctor_tells_versions_compiler_and_caches(capsys):
     found = printed_json(capsys, "doctor", "--no-self-test")
     states = {finding["what"]: finding["state"] for finding in found["findings"]}
     assert {"Python", "torch", "transformers", "compiler", "processor", "GPU", "cache"} <= set(states)
     assert found["healthy"]
-    monkeypatch.setenv("CXX", "no-such-compiler")
-    assert "CXX=no-such-compiler is not found" in river(capsys, "doctor", "--no-self-test", code=3).out
+
+
+def test_doctor_tries_the_compiler(capsys):
+    """One that is there and compiles nothing is bad, as one that is not."""
+    for compiler in ("no-such-compiler", shutil.which("false")):
+        with inductor.patch({"cpp.cxx": (None, compiler)}):
+            found = printed_json(capsys, "doctor", "--no-self-test", code=3)
+        (said,) = (finding for finding in found["findings"] if finding["what"] == "compiler")
+        assert said["state"] == "bad"
+        assert compiler in said["text"]
+        assert "install g++" in said["text"]
 
 
 def test_doctor_tries_a_tiny_model(capsys, monkeypatch):
