@@ -1,8 +1,8 @@
 """The TorchDynamo backend: a traced graph in, something callable out.
 
 A decoder that runs without gradients is rewritten by the passes, its segments are compiled and a RiverExecutor takes
-the graph's place. Every other graph runs as Inductor runs it (with ``lowering="eager"`` operator by operator), with one
-warning that names the reason.
+the graph's place. Every other graph runs as Inductor runs it (with ``lowering="eager"``, and where nothing compiles,
+operator by operator), with one warning that names the reason.
 """
 
 from __future__ import annotations
@@ -28,6 +28,7 @@ from river_compile.cudagraphs.verdicts import Verdicts
 from river_compile.distributed.ranks import Ranks, ranks_of
 from river_compile.distributed.runner import RankRunner, called_on_shards
 from river_compile.distributed.support import check as check_supported
+from river_compile.kernels.native.build import CannotBuild, working_compiler
 from river_compile.lowering.choose import Lowering, choose_lowering, warn_of_slow_lowering
 from river_compile.lowering.compile import SegmentCompiler, inductor_settings
 from river_compile.offload.streaming import Streamer
@@ -116,18 +117,21 @@ def river(
     state.add(record, limit=torch._dynamo.config.recompile_limit)
     for parameter in parameters[:1]:
         record.entry.belongs_to_model_of(parameter, then=functools.partial(_watch, state, record))
+    no_compiler = _no_compiler(config, example_inputs)
     with record.stage("rewriting"):
-        plan = _needs_gradients(example_inputs) or find_decoder(traced)
+        plan = no_compiler or _needs_gradients(example_inputs) or find_decoder(traced)
         program = plan if isinstance(plan, Refusal) else segmented(plan)
         if not isinstance(program, Refusal) and config.quantizer != "none":
             program = without_products(program) or program
     if not isinstance(program, Refusal):
         return called_on_shards(_build(program, values, lowering, fill, state, record), [*values], local)
-    record.refusal = f"{program}{_graph_break(graph_module, owner)}"
+    record.refusal = str(program) if no_compiler else f"{program}{_graph_break(graph_module, owner)}"
     if config.on_unsupported == "raise":
         raise UnsupportedGraphError(f"backend 'river' cannot rewrite this graph: {record.refusal}")
-    warnings.warn(f"backend 'river' leaves a graph to Inductor: {record.refusal}", RiverWarning, stacklevel=1)
-    if config.lowering == "eager":
+    if record.refusal not in {graph.refusal for graph in state.graphs if graph is not record}:
+        does = "runs a model uncompiled" if no_compiler else "leaves a graph to Inductor"
+        warnings.warn(f"backend 'river' {does}: {record.refusal}", RiverWarning, stacklevel=1)
+    if no_compiler or config.lowering == "eager":
         return graph_module.forward
     compiled: Any = compile_fx(graph_module, example_inputs, config_patches=inductor_settings(mode))
     return compiled
@@ -155,6 +159,17 @@ def _watch(state: ModelState, record: GraphRecord, model: nn.Module) -> None:
     if record.block_paths:
         state.of(PlainRuns).watch(model, record.block_paths[0], river)
         install(model, after=lambda: state.of(PlainRuns).called(state.of(ExitStats)))
+
+
+def _no_compiler(config: RiverConfig, example_inputs: Sequence[Any]) -> Refusal | None:
+    """Returns why Inductor could compile nothing for a CPU, None where it can or need not."""
+    if config.lowering == "eager" or any(isinstance(x, Tensor) and x.device.type != "cpu" for x in example_inputs):
+        return None
+    try:
+        working_compiler()
+    except CannotBuild as error:
+        return Refusal(str(error))
+    return None
 
 
 def _needs_gradients(example_inputs: Sequence[Any]) -> Refusal | None:

@@ -48,7 +48,7 @@ class _ExactOrPlain(ExactMode):
         except ExactModeError as refusal:
             if self.strict:
                 raise
-            _tell(call.model, refusal)
+            _tell(call.model, refusal, by_backend=True)
             return None, True
 
 
@@ -154,9 +154,13 @@ def has_generate_of_its_own(model: nn.Module) -> bool:
     return _GENERATE in vars(model) and not has_generate_of_ours(model)
 
 
-def _tell(model: PreTrainedModel, refusal: Exception) -> Any:
-    """Counts a call that runs plainly, and returns what is known of the model."""
+def _tell(model: PreTrainedModel, refusal: Exception, by_backend: bool = False) -> Any:
+    """Counts a call that runs plainly, and returns what is known of the model.
+
+    What came `by_backend`, which warns of the graphs that it refuses, is not warned of again.
+    """
     state = state_of(model.parameters())
     reason = str(refusal).partition("; ")[0]  # (what follows is for those who asked for exact mode by name)
-    state.of(PlainCalls).count(type(model).__name__, reason)
+    told = by_backend and any(graph.refusal for graph in state.graphs)
+    state.of(PlainCalls).count(type(model).__name__, reason, told)
     return state

@@ -119,7 +119,7 @@ class Report:
 
     def _lines(self) -> Iterator[str]:
         yield f"River Compile report for {self.model}"
-        if not self.ran:
+        if not (self.ran or self.plain_calls):
             yield f"  {_NEVER_RAN}"
             yield from _plain_call_lines(self)
             return
@@ -207,7 +207,7 @@ def _other_groups(graph: GraphRecord) -> dict[str, int]:
 def graph_lines(graph: GraphRecord) -> Iterator[str]:
     """Yields what became of one traced graph, for people."""
     if graph.refusal:
-        yield f"  graph          left to Inductor: {graph.refusal}"
+        yield f"  graph          not rewritten: {graph.refusal}"
         return
     config = graph.config
     decides = graph.kind == "decode" and config.exit_depth is None

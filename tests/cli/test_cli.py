@@ -13,6 +13,7 @@ import jsonschema
 import pytest
 import safetensors.torch
 import torch
+import torch._inductor.config as inductor
 import transformers
 
 import river_compile
@@ -223,8 +224,17 @@ def test_doctor_tells_versions_compiler_and_caches_and_tries_a_tiny_model(capsys
     assert {"Python", "torch", "transformers", "compiler", "processor", "GPU", "cache"} <= set(states)
     assert states["self-test"] == "ok"
     assert found["healthy"]
-    monkeypatch.setenv("CXX", "no-such-compiler")
-    assert "CXX=no-such-compiler is not found" in river(capsys, "doctor", "--no-self-test", code=3).out
+
+
+def test_doctor_tries_the_compiler(capsys):
+    """One that is there and compiles nothing is bad, as one that is not."""
+    for compiler in ("no-such-compiler", shutil.which("false")):
+        with inductor.patch({"cpp.cxx": (None, compiler)}):
+            found = printed_json(capsys, "doctor", "--no-self-test", code=3)
+        (said,) = (finding for finding in found["findings"] if finding["what"] == "compiler")
+        assert said["state"] == "bad"
+        assert compiler in said["text"]
+        assert "install g++" in said["text"]
 
 
 def test_doctor_says_that_a_self_test_fails(capsys, monkeypatch):

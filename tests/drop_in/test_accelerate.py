@@ -10,6 +10,7 @@ from pathlib import Path
 
 import pytest
 import torch
+import torch._inductor.config as inductor
 import transformers
 from transformers import pipeline
 from transformers.generation.streamers import BaseStreamer
@@ -179,6 +180,29 @@ def test_a_model_that_the_backend_cannot_reach_generates_plainly():
         out = generate(ours, return_dict_in_generate=True, **{cache_argument(ours): new_cache(ours, "dynamic")})
     assert torch.equal(out.sequences, generate(plain()))
     assert cache_of(out).get_seq_length() == out.sequences.shape[1] - 1
+
+
+@pytest.mark.parametrize("quality", ["exact", "strict", "fast"])
+def test_without_a_compiler_a_model_generates_plainly_with_one_warning(quality, expected):
+    ours = river_compile.accelerate(plain(), quality)
+    with inductor.patch({"cpp.cxx": (None, "false")}), warnings.catch_warnings(record=True) as said:
+        warnings.simplefilter("always")
+        assert torch.equal(generate(ours), expected)
+        assert torch.equal(generate(ours), expected)
+    (said,) = (str(w.message) for w in said if issubclass(w.category, river_compile.RiverWarning))
+    assert "runs a model uncompiled" in said
+    assert "install g++" in said
+    assert "install g++" in str(river_compile.report(ours))
+
+
+def test_without_a_compiler_a_model_is_refused_where_that_was_asked_for():
+    ours = plain()
+    ours.compile(backend="river", options={"on_unsupported": "raise"})
+    with (
+        inductor.patch({"cpp.cxx": (None, "false")}),
+        pytest.raises(river_compile.UnsupportedGraphError, match="install g"),
+    ):
+        generate(ours)
 
 
 def test_sampling_without_drafts_draws_what_plain_sampling_draws():

@@ -82,6 +82,48 @@ def test_without_a_compiler_the_message_says_so():
         build.find_compiler()
 
 
+def script(path, *lines):
+    path.write_text("\n".join(["#!/bin/sh", *lines]))
+    path.chmod(0o755)
+    return str(path)
+
+
+@pytest.mark.parametrize(
+    ("does", "says"),
+    [
+        ("echo the licence ran out >&2; exit 1", "the licence ran out"),
+        ("exit 7", "exit status 7"),
+        ("", "wrote nothing"),
+    ],
+)
+def test_a_compiler_counts_once_it_has_compiled_something(does, says, tmp_path):
+    """Answering with a version is not enough."""
+    assert build.working_compiler() == build.find_compiler()
+    compiler = script(tmp_path / "c++", 'case "$1" in -v|--version) echo version 1; exit;; esac', does)
+    with inductor.patch({"cpp.cxx": (None, compiler)}), pytest.raises(build.CannotBuild, match=says) as said:
+        build.working_compiler()
+    assert f"{compiler} compiles no C++ here" in str(said.value)
+    assert "install g++" in str(said.value)
+
+
+def test_a_cache_of_inductors_that_cannot_be_written_is_named(monkeypatch):
+    build._try_out.cache_clear()
+    monkeypatch.setenv("TORCHINDUCTOR_CACHE_DIR", f"{__file__}/cache")
+    with pytest.raises(build.CannotBuild, match="set TORCHINDUCTOR_CACHE_DIR to a folder that can"):
+        build.working_compiler()
+
+
+@pytest.mark.usefixtures("sources")
+def test_where_the_cache_cannot_be_written_a_process_builds_for_itself(monkeypatch):
+    """With one warning, however many libraries; a cache that has what is needed may be read-only."""
+    monkeypatch.setenv("RIVER_COMPILE_CACHE", f"{__file__}/cache")
+    with pytest.warns(UserWarning, match="cannot be written.*set RIVER_COMPILE_CACHE") as said:
+        libraries = [built("answer.cpp", name, ()) for name in ("answer", "another", "answer")]
+    assert len(said) == 1
+    assert libraries[0] == libraries[2]
+    assert [answer(library) for library in libraries] == [42, 42, 42]
+
+
 def test_a_compiler_that_refuses_is_quoted(sources):
     (sources / "answer.cpp").write_text("#error this machine is not supported\n")
     with pytest.raises(build.CannotBuild, match="this machine is not supported"):

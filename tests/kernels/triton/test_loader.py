@@ -11,7 +11,7 @@ import pytest
 import torch
 
 from river_compile.kernels.checks import check_positive
-from river_compile.kernels.triton import loader
+from river_compile.kernels.triton import heuristic, loader
 from river_compile.kernels.triton.exit_score import ExitScoreSpec
 from river_compile.kernels.triton.linear import NORMS, LinearSpec, LinearTile
 from river_compile.kernels.triton.spec import render
@@ -57,6 +57,14 @@ def test_a_damaged_file_is_rebuilt_with_a_warning(empty_cache, damage):
     with pytest.warns(UserWarning, match="damaged and is rebuilt"):
         loader.source_file(SPEC)
     assert path.read_text() == render(SPEC)
+
+
+def test_where_the_cache_cannot_be_written_a_kernel_is_written_for_the_process(monkeypatch):
+    """A home that is read-only stops no start; tuned tiles are then not there."""
+    monkeypatch.setenv("RIVER_COMPILE_CACHE", f"{__file__}/cache")
+    with pytest.warns(UserWarning, match="cannot be written.*set RIVER_COMPILE_CACHE"):
+        assert loader.source_file(SPEC).read_text() == render(SPEC)
+    assert heuristic.saved_tiles(heuristic.tuning_file()) == {}
 
 
 def test_interpreter_and_compiler_are_chosen_per_load():
