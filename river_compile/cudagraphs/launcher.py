@@ -222,7 +222,7 @@ class Launcher:
         start = time.perf_counter()
         rehearse()
         try:
-            graph, size = self.device.capture(unit, slots, outputs, self._buffer)
+            graph, size = self.device.capture(unit, slots, outputs, self.buffer)
         except CaptureFailed as error:
             self._failed.add(unit)
             self.log.uncaptured_units[unit.name] = str(error)
@@ -243,12 +243,12 @@ class Launcher:
 
     def copies(self, values: Mapping[int, Tensor]) -> dict[int, Tensor]:
         """Copies values, by slot, into the buffers of their slots and returns those."""
-        buffers = {index: self._buffer(index, value) for index, value in values.items()}
+        buffers = {index: self.buffer(index, value) for index, value in values.items()}
         if buffers:
             self.device.run(lambda: copy_into([*buffers.values()], [*values.values()]))
         return buffers
 
-    def _buffer(self, index: int, value: Tensor) -> Tensor:
+    def buffer(self, index: int, value: Tensor) -> Tensor:
         """Returns the buffer of a slot for a tensor like this one."""
         kept = self._buffers.setdefault(index, OrderedDict())
         key = (value.shape, value.stride(), value.dtype, value.device)

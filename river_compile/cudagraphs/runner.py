@@ -108,9 +108,13 @@ class CapturedRunner(Runner):
         return slots
 
     def replay(self, args: Sequence, depth: int) -> ReplayedStep | None:
+        with self._lock:  # (others' steps use the same buffers)
+            return self._replay(args, depth)
+
+    def _replay(self, args: Sequence, depth: int) -> ReplayedStep | None:
         slots = new_slots(self._program, args)
         copied = [i for i in self._copied if isinstance(args[i], Tensor)]
-        buffers = self.launcher.copies({i: args[i] for i in copied})
+        buffers = {i: self.launcher.buffer(i, args[i]) for i in copied}
         for index, buffer in buffers.items():
             slots[index] = buffer
         numbers = {i for i, arg in enumerate(args) if isinstance(arg, int)}
