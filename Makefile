@@ -1,6 +1,8 @@
 # make demo    plain model and River side by side          make bench   decode speed of every configuration
 # make test    lint, type check and the quick tests        make clean   remove what make built here
-# make test-all    the slow tests too: an hour on two cores
+# make test-tools    the tests of benchmarks, examples and tools; make test-all    these and the slow ones too: an hour on
+#              two cores (docs/testing.md)
+# make lint    ruff, clang-format and the type checker     make wheel   the source archive and the wheel, in dist/
 # make gpu     on a machine with a GPU: facts, kernels, tuning, the tests that need one, decode speed against its targets,
 #              traces. Steps of ten minutes at most, each also alone (`make gpu-facts`; `make gpu ARGS=--list` names
 #              them); results in gpu/. WHEELS=folder takes what is missing from there, without network: docs/cuda.md.
@@ -18,13 +20,18 @@
 PYTHON ?= python3
 VENV ?= .venv
 ARGS ?=
-SLOW ?=
+LAYERS ?=
 
 # Stamps live in the environment, so that they vanish with it.
 IN_VENV := $(VENV)/bin/python
 CREATED := $(VENV)/.created
 FOR_DEMO := $(VENV)/.installed-demo
 FOR_TEST := $(VENV)/.installed-test
+LINT_LOG := $(VENV)/.lint.log
+
+# Each worker takes one half of the tests in their order, so that what a file's tests share is made once; the one that is
+# done first takes over from the end of the other one's.
+SIDE_BY_SIDE := -n 2 --dist worksteal --durations=25
 
 # The machine's own Python with what a wheelhouse adds, or the virtual environment.
 ifdef WHEELS
@@ -35,7 +42,7 @@ ON_GPU := $(IN_VENV)
 FOR_GPU := $(FOR_TEST)
 endif
 
-.PHONY: help demo test test-all bench families gpu compat soak clean
+.PHONY: help demo test test-tools test-all lint wheel bench families gpu compat soak clean
 .DELETE_ON_ERROR:
 
 help:
@@ -44,15 +51,30 @@ help:
 demo: $(FOR_DEMO)
 	$(IN_VENV) -m examples.demo $(ARGS)
 
+# Lint runs beside the tests, and what it says comes after them; either one fails the target.
 test: $(FOR_TEST)
-	$(IN_VENV) -m ruff check .
-	$(IN_VENV) -m ruff format --check .
-	$(IN_VENV) -m tools.typecheck
 	$(IN_VENV) -m tools.demo_models smollm2
-	$(IN_VENV) -m pytest -n 2 --dist loadfile --durations=25 $(SLOW)
+	@$(MAKE_COMMAND) --no-print-directory lint > $(LINT_LOG) 2>&1 & lint=$$!; \
+	$(IN_VENV) -m pytest $(SIDE_BY_SIDE) $(LAYERS); tests=$$?; \
+	wait $$lint; lint=$$?; cat $(LINT_LOG); \
+	if [ $$lint -ne 0 ]; then echo "make lint FAILED, see above" >&2; fi; \
+	exit $$((tests ? tests : lint))
+
+test-tools: $(FOR_TEST)
+	$(IN_VENV) -m pytest $(SIDE_BY_SIDE) tests/benchmarks tests/examples tests/tools $(LAYERS)
 
 test-all:
-	$(MAKE) test SLOW=--slow
+	$(MAKE) test LAYERS="--slow --tools"
+
+lint: $(FOR_TEST)
+	$(IN_VENV) -m ruff check .
+	$(IN_VENV) -m ruff format --check .
+	$(VENV)/bin/clang-format --dry-run -Werror kernels/native/sources/*
+	$(IN_VENV) -m tools.typecheck
+
+wheel: $(CREATED)
+	$(IN_VENV) -m pip install --disable-pip-version-check build
+	$(IN_VENV) -m build
 
 bench: $(FOR_DEMO)
 	$(IN_VENV) -m benchmarks.decode $(ARGS)

@@ -11,7 +11,6 @@ with a static cache; the rows take turns, once to warm up and then `--repeats` t
     plain            the backbone alone, one token per pass
     exact            the river and copies from the context draft, the backbone verifies
     exact_no_lookup  only the river drafts
-    exact_strict     exact, verified in passes whose rows have the bits of plain decoding
     exact_together   (batches) exact, rows keep only what held for all of them
     prompt_lookup    transformers' prompt_lookup_num_tokens=10 on the backbone
     river            everything in 4 bits: fast, but another text
@@ -41,15 +40,13 @@ if TYPE_CHECKING:
     from torch import Tensor
 
 LOOKUP = 10  # tokens that transformers' prompt lookup drafts, its documentation's value
-ROWS = ("plain", "exact", "exact_no_lookup", "exact_strict", "prompt_lookup", "river")
-BATCH_ROWS = ("plain", "exact", "exact_together", "exact_strict")
+ROWS = ("plain", "exact", "exact_no_lookup", "prompt_lookup", "river")
+BATCH_ROWS = ("plain", "exact", "exact_together")
 RATIOS = (
     ("exact", "plain"),
     ("exact", "prompt_lookup"),
     ("exact", "exact_together"),
     ("exact_no_lookup", "plain"),
-    ("exact_strict", "plain"),
-    ("exact_strict", "exact"),
     ("river", "plain"),
 )
 
@@ -136,7 +133,6 @@ class Bench:
         special = {
             "exact": {"custom_generate": exact},
             "exact_no_lookup": {"custom_generate": exact, "prompt_lookup": False},
-            "exact_strict": {"custom_generate": exact, "strict": True},
             "exact_together": {"custom_generate": exact, "return_dict_in_generate": True},  # rows wait for each other
             "prompt_lookup": {"prompt_lookup_num_tokens": LOOKUP},
         }.get(row, {})

@@ -33,26 +33,28 @@ def passes(model: Any, rows: int, repeats: int) -> dict[str, float]:
     measured: dict[str, float] = {}
 
     def measure(model: Any, input_ids: Tensor, generation_config: Any, **arguments: Any) -> Tensor:
+        from river_compile.exits import WHOLE
         from river_compile.kept_cache import LentCache
-        from river_compile.speculative.runner import DraftVerifyRunner
+        from river_compile.speculative.session import Session
 
         given = {name: value for name, value in arguments.items() if name not in NOT_THE_MODELS}
-        runner = DraftVerifyRunner(model, LentCache(model, given, None, False), MAX_DRAFT)
-        runner.prefill(input_ids, generation_config)
+        session = Session(model, LentCache(model, given, None, False), WHOLE)
+        logits = session.prefill(input_ids, generation_config)
+        session.allow_drafts(input_ids, logits, MAX_DRAFT, strict=False)
         ids = torch.cat([input_ids, input_ids[:, -1:]], 1)
-        wide = {width: torch.cat([ids, ids[:, -1:].expand(-1, width - 1)], 1) for width in runner.widths}
+        wide = {width: torch.cat([ids, ids[:, -1:].expand(-1, width - 1)], 1) for width in session.widths}
 
         def draft() -> None:
-            runner.draft_step(ids)
-            runner.rewind(1)
+            session.draft_step(ids)
+            session.rewind(1)
 
         def verify(width: int) -> None:
-            runner.verify(wide[width], width - 1)
-            runner.rewind(width)
+            session.verify(wide[width], width - 1)
+            session.rewind(width)
 
         kinds: dict[str, Callable[[], None]] = {"draft": draft}
-        kinds |= {str(width): (lambda width=width: verify(width)) for width in runner.widths}
-        with runner.sequences.one():
+        kinds |= {str(width): (lambda width=width: verify(width)) for width in session.widths}
+        with session.sequences.one():
             for turn in range(repeats + STEPS_TO_WARM_UP):
                 for kind, run in kinds.items():
                     start = time.perf_counter()

@@ -2,7 +2,7 @@
 
     python -m benchmarks.token_split
     python -m benchmarks.token_split --model DIR --depth 2
-    python -m benchmarks.token_split --through-dynamo  # without the shortcut of runtime/shortcut.py
+    python -m benchmarks.token_split --skip-guards     # set_stance(skip_guard_eval_unsafe=True)
     python -m benchmarks.token_split --own-loop        # with river_compile.decode
     python -m benchmarks.token_split --segments        # each kind of segment by itself
 
@@ -29,8 +29,9 @@ from benchmarks.common import command_line, print_table
 from river_compile import decode, forced_depth, river
 from river_compile.backend import executors_of
 from river_compile.cli import models, timing
-from river_compile.runtime.executor import RiverExecutor
+from river_compile.runtime.executor import RiverExecutor, on_step
 from river_compile.runtime.runner import PlainRunner
+from river_compile.runtime.stats import StepRecord
 
 PROMPT = "Explain how a refrigerator works."
 NEW_TOKENS = 64
@@ -44,9 +45,7 @@ STAGES = {
     ("returned", "update"): "transformers: to the update",
     ("update", "updated"): "transformers: arguments of the next step",
     ("updated", "prepare"): "transformers: choosing the token, streamer, stopping",
-    ("returned", "call"): "river_compile.decode: all of the loop",
 }
-EXECUTOR = STAGES["executor", "ran"]
 # Methods of a runner, which an executor calls.
 PARTS = {
     "begin": "inputs and prologue",
@@ -62,6 +61,11 @@ class Marks:
     def __init__(self) -> None:
         self.times: list[tuple[str, float]] = []
         self.parts: dict[str, list[float]] = {}
+        self.steps: list[tuple[float, float]] = []  # when each ended, and its seconds
+
+    def step(self, executor: RiverExecutor, args: object, record: StepRecord) -> None:
+        """Notes a step of an executor."""
+        self.steps.append((time.perf_counter(), record.seconds))
 
     def around(self, function: Callable[..., Any], before: str, after: str) -> Callable[..., Any]:
         """Returns a function that marks when it begins and when it is done."""
@@ -123,7 +127,9 @@ def marked(model: nn.Module, marks: Marks) -> Iterator[None]:
 def main(arguments: list[str] | None = None) -> int:
     parser = command_line(__doc__, "model", "threads")
     parser.add_argument("--depth", type=int, default=0, help="exit depth of every token (default 0: all twins)")
-    parser.add_argument("--through-dynamo", action="store_true", help="every step runs Dynamo's guards")
+    parser.add_argument(
+        "--skip-guards", action="store_true", help="Dynamo skips its guards in steps that compile nothing"
+    )
     parser.add_argument("--own-loop", action="store_true", help="the loop is river_compile.decode")
     parser.add_argument("--segments", action="store_true", help="time segment by segment what is replayed as one")
     parser.add_argument("--lowering", default="auto", help="of the compiled model (default auto)")
@@ -136,8 +142,8 @@ def main(arguments: list[str] | None = None) -> int:
     loop = {"custom_generate": decode} if options.own_loop else {}
     with torch.no_grad(), forced_depth(options.depth):
         timing.generate(model, ids, NEW_TOKENS, **loop)
-        if options.through_dynamo:
-            model._compiled_call_impl = model._compiled_call_impl.__wrapped__
+        if options.skip_guards:
+            torch.compiler.set_stance(skip_guard_eval_unsafe=True)
         for executor in executors_of(model):
             if executor.decodes:
                 marks.time_parts(executor, options.segments)
@@ -146,8 +152,9 @@ def main(arguments: list[str] | None = None) -> int:
             marks.times.clear()
             for seconds in marks.parts.values():
                 seconds.clear()
-            for _ in range(2):
-                timing.generate(model, ids, NEW_TOKENS, **loop)
+            with on_step(marks.step):
+                for _ in range(2):
+                    timing.generate(model, ids, NEW_TOKENS, **loop)
     show(marks)
     return 0
 
@@ -158,11 +165,12 @@ def show(marks: Marks) -> None:
     for (name, start), (following, end) in itertools.pairwise(marks.times):
         if (name, following) in STAGES:
             stages.setdefault(STAGES[name, following], []).append(end - start)
-    tokens = len(stages[EXECUTOR])
+    tokens = len(marks.steps)
     often = [name for name in STAGES.values() if len(stages.get(name, [])) > tokens / 2]  # (more than a prompt's)
-    medians = {name: statistics.median(stages[name]) * 1e6 for name in often}
-    rows: list[list[object]] = [[name, 1, value] for name, value in medians.items()]
-    rows.append(["outside the executor", None, sum(medians.values()) - medians[EXECUTOR]])
+    rows: list[list[object]] = [[name, 1, statistics.median(stages[name]) * 1e6] for name in often]
+    outside = [end - seconds - before for (before, _), (end, seconds) in itertools.pairwise(marks.steps)]
+    rows.append(["executor", 1, statistics.median(seconds for _, seconds in marks.steps) * 1e6])
+    rows.append(["outside the executor", 1, statistics.median(outside) * 1e6])
     for name, seconds in marks.parts.items():
         if len(seconds) > tokens / 2:
             rows.append([f"  {name}", round(len(seconds) / tokens), statistics.median(seconds) * 1e6])

@@ -1,7 +1,7 @@
 """Generates one answer plainly and in exact mode, and shows the cycles that made it.
 
     python -m examples.exact
-    python -m examples.exact --prompt "Write a haiku about rivers." --strict --plot cycles.png
+    python -m examples.exact --prompt "Write a haiku about rivers." --plot cycles.png
 
 Prints each cycle: the tokens it kept, how many were drafted and held, and its milliseconds. Tokens of the river stand
 as they are, tokens copied from the context in (round) and the backbone's own in [square] brackets.
@@ -33,7 +33,6 @@ def main(arguments: list[str] | None = None) -> int:
     parser.add_argument("--prompt", default=PROMPT, help="the question (default: %(default)s)")
     parser.add_argument("--new-tokens", type=int, default=64, help="tokens to generate (default: %(default)s)")
     parser.add_argument("--dtype", default="bfloat16", choices=["bfloat16", "float16", "float32"])
-    parser.add_argument("--strict", action="store_true", help="verify with the bits of plain decoding")
     parser.add_argument("--plot", type=Path, metavar="FILE", help="draw the cycles as a PNG")
     options = parser.parse_args(arguments)
     models.quiet()
@@ -42,7 +41,7 @@ def main(arguments: list[str] | None = None) -> int:
     model, tokenizer = models.load_or_exit(options.model, dtype=options.dtype)
     ids = models.encode(tokenizer, options.prompt)
     model.compile(backend="river")
-    exact = {"custom_generate": river_compile.exact, "strict": options.strict}
+    exact = {"custom_generate": river_compile.exact}
     _generate(model, ids, options.new_tokens, **exact)  # packs and compiles, so that the cycles below do not
     with river_compile.trace() as trace:
         ours = _generate(model, ids, options.new_tokens, **exact)

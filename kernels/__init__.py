@@ -3,7 +3,7 @@
 Importing this package imports neither torch nor Triton. The modules, from what a user calls down to what they stand on:
 
     ops         the `torch.ops.river` operators
-    portable    plain torch: one query position, batch-invariant operators, scores of logits
+    portable    plain torch: one query position, scores of logits
     quant       weights -> 4 bits -> the bytes that a kernel reads
     triton      launch: tensors -> the spec of a kernel -> its launch
                 heuristic: a spec without a tile -> the tile that the cost model (or a tuning file) prefers

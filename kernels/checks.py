@@ -15,6 +15,8 @@ from collections.abc import Callable, Iterable
 from dataclasses import dataclass
 from typing import Any
 
+_LONGEST = 100  # characters of a value in a message
+
 
 @dataclass(frozen=True)
 class Check:
@@ -36,13 +38,19 @@ class Check:
         """
         plain = _plain(value)
         if not self.fits(plain):
-            raise error(f"{name}={value!r} is not allowed; {self.wanted}{closest(value, self.choices)}")
+            raise error(f"{name}={shown(value)} is not allowed; {self.wanted}{closest(value, self.choices)}")
         return plain
 
 
 def _plain(value: object) -> object:
     value = value.tolist() if hasattr(value, "tolist") else value
     return tuple(map(_plain, value)) if isinstance(value, (list, tuple)) else value
+
+
+def shown(value: object) -> str:
+    """Returns a value as messages show it: its repr, of a long one the beginning."""
+    text = repr(value)
+    return text if len(text) <= _LONGEST else f"{text[:_LONGEST]}..."
 
 
 def closest(value: object, choices: Iterable[object]) -> str:

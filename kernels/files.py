@@ -2,22 +2,64 @@
 
 from __future__ import annotations
 
+import atexit
 import glob
 import os
 import shutil
 import tempfile
-from collections.abc import Iterator
+import threading
+import warnings
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from pathlib import Path
 
 from filelock import FileLock
 
+_making_own = threading.Lock()
+_own_folders: dict[Path, Path] = {}
 _SUFFIX = "[a-z0-9_]" * 8  # that `tempfile` gives a name
 
 
 def cache_folder() -> Path:
     """Returns ``$RIVER_COMPILE_CACHE`` or ~/.cache/river_compile (not created here)."""
     return Path(os.environ.get("RIVER_COMPILE_CACHE") or "~/.cache/river_compile").expanduser()
+
+
+def in_cache(name: str, is_whole: Callable[[Path], bool], make: Callable[[Path], None]) -> Path:
+    """Returns the cache folder's file of a name, made where it is not whole.
+
+    Where the folder cannot be written, a folder of this process's own takes its place, with one warning.
+
+    Args:
+        name: relative to the folder.
+        is_whole: tells whether a file, which may be missing, is what it must be.
+        make: writes it.
+
+    Raises:
+        OSError: there is no place for temporary files either.
+    """
+    folder = cache_folder()
+    try:
+        if not is_whole(folder / name):
+            make(folder / name)
+    except OSError as error:
+        folder = _own_folder(folder, error)
+        if not is_whole(folder / name):
+            make(folder / name)
+    return folder / name
+
+
+def _own_folder(instead_of: Path, error: OSError) -> Path:
+    with _making_own:
+        if instead_of not in _own_folders:
+            folder = _own_folders[instead_of] = Path(tempfile.mkdtemp(prefix="river-compile-"))
+            atexit.register(shutil.rmtree, folder, ignore_errors=True)
+            warnings.warn(
+                f"the cache folder {instead_of} cannot be written ({error}): what is compiled lasts for this process "
+                "alone; set RIVER_COMPILE_CACHE to a folder that can be",
+                stacklevel=4,
+            )
+        return _own_folders[instead_of]
 
 
 @contextmanager

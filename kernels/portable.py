@@ -1,15 +1,8 @@
-"""Plain torch for what no generated kernel computes: one query position, batch-invariant operators, scores.
+"""Plain torch for what no generated kernel computes: one query position, scores.
 
 One query position. Operators made for many rows do badly with one: a fused attention kernel splits its work over query
 blocks, and a matrix product reads a large matrix slower than a plain sum of products. Written as multiply-and-sum,
 Inductor fuses them into loops over the cache or the weights, with float32 in between.
-
-Batch-invariant: the result for a token does not depend on how many tokens share the pass. A library sums in another
-order for eight rows than for one, so in bfloat16 a pass over several tokens gives other bits than one pass per token.
-``river::batch_invariant_linear`` gives the bits of one token per pass in a single product where the library is found to
-sum all rows as it sums one (asked once for a shape, by comparing many random products to the bit), else by one product
-per token position. ``river::batch_invariant_attention`` makes one call per query position: batching them saves 2 to 5 %
-of their time, and on some processors a library rounds a batch of problems otherwise than one.
 
 Not handled: dropout, soft caps, causal flags (a mask says the same), matrix products other than linear layers, and
 temperatures or other processing that generation applies to the logits afterwards.
@@ -17,11 +10,9 @@ temperatures or other processing that generation applies to the logits afterward
 
 from __future__ import annotations
 
-import math
 import threading
 
 import torch
-import torch.nn.functional as F
 from torch import Tensor
 
 # Two orders of summation disagree in about one of 10,000 bfloat16 outputs.
@@ -67,86 +58,6 @@ def one_row_linear(x: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
     y = (weight.to(wide) * x.reshape(1, -1).to(wide)).sum(-1)
     y = y if bias is None else y + bias
     return y.to(x.dtype).reshape(*x.shape[:-1], weight.shape[0])
-
-
-@torch.library.custom_op("river::batch_invariant_linear", mutates_args=())
-def batch_invariant_linear(x: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
-    """Returns x W^T + bias with the bits that ``F.linear(x[:, i : i + 1], weight, bias)`` gives for each i.
-
-    Args:
-        x: ``[B, W, K]``.
-        weight: ``[N, K]``.
-        bias: ``[N]`` or None.
-
-    Returns:
-        ``[B, W, N]`` in x.dtype.
-    """
-    if x.shape[1] == 1 or _sums_alike(x, weight, bias):
-        return F.linear(x, weight, bias)
-    return _by_position(x, weight, bias)
-
-
-@batch_invariant_linear.register_fake
-def _(x: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
-    return x.new_empty((*x.shape[:-1], weight.shape[0]))
-
-
-def _by_position(x: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
-    return torch.cat([F.linear(x[:, i : i + 1], weight, bias) for i in range(x.shape[1])], dim=1)
-
-
-def _sums_alike(x: Tensor, weight: Tensor, bias: Tensor | None) -> bool:
-    """Tells whether the library gives a wide product's rows the bits of products with one token position."""
-    key = (*x.shape, *weight.shape, weight.stride(), x.dtype, x.device, bias is None, torch.get_num_threads())
-    with _probing:
-        if key not in _probed:
-            _probed[key] = _probe(x, weight, bias)
-        return _probed[key]
-
-
-def _probe(x: Tensor, weight: Tensor, bias: Tensor | None) -> bool:
-    generator = torch.Generator(x.device).manual_seed(0)
-    outputs = x.shape[0] * x.shape[1] * weight.shape[0]
-    for _ in range(min(math.ceil(_PROBED_OUTPUTS / outputs), _MOST_TRIALS)):
-        trial = torch.randn(x.shape, generator=generator, device=x.device, dtype=torch.float32).to(x.dtype)
-        wide = F.linear(trial, weight, bias)
-        if not torch.equal(wide, _by_position(trial, weight, bias)):
-            return False
-    return True
-
-
-@torch.library.custom_op("river::batch_invariant_attention", mutates_args=())
-def batch_invariant_attention(
-    q: Tensor, k: Tensor, v: Tensor, mask: Tensor | None, scale: float | None, enable_gqa: bool, grown: bool
-) -> Tensor:
-    """Returns attention with the bits that each query position has in a pass of its own.
-
-    Args:
-        q: ``[B, H, W, D]``; its positions are the last W of the cache.
-        k, v: ``[B, H or H_kv, S, D]``.
-        mask: ``[B or 1, H or 1, W, S]``, as `torch.nn.functional.scaled_dot_product_attention` takes it, or None.
-        scale: of the scores, None for ``D ** -0.5``.
-        enable_gqa: as there.
-        grown: True where the cache grows by every token: a pass of one token would see a shorter one.
-
-    Returns:
-        ``[B, H, W, D]`` in q.dtype.
-    """
-    width, slots = q.shape[2], k.shape[2]
-    columns = []
-    for i in range(width):
-        seen = slots - width + 1 + i if grown else slots
-        own = None if mask is None else mask[:, :, i : i + 1, :seen]
-        query, keys, values = q[:, :, i : i + 1], k[:, :, :seen], v[:, :, :seen]
-        columns.append(F.scaled_dot_product_attention(query, keys, values, own, scale=scale, enable_gqa=enable_gqa))
-    return torch.cat(columns, dim=2)
-
-
-@batch_invariant_attention.register_fake
-def _(
-    q: Tensor, k: Tensor, v: Tensor, mask: Tensor | None, scale: float | None, enable_gqa: bool, grown: bool
-) -> Tensor:
-    return q.new_empty((*q.shape[:-1], v.shape[-1]))
 
 
 def smallest_cosine(hidden: Tensor, previous: Tensor) -> Tensor:

@@ -41,7 +41,7 @@ _EXPORTS = {
     "accelerate": "drop_in.quality",
     "block_errors": "twins.block_errors",
     "calibrate": "calibration.calibrate",
-    "decode": "generation",
+    "decode": "speculative.mode",
     "exact": "speculative.mode",
     "export": "twins.export",
     "forced_depth": "exits",

@@ -1,8 +1,8 @@
 """The TorchDynamo backend: a traced graph in, something callable out.
 
 A decoder that runs without gradients is rewritten by the passes, its segments are compiled and a RiverExecutor takes
-the graph's place. Every other graph runs as Inductor runs it (with ``lowering="eager"`` operator by operator), with one
-warning that names the reason.
+the graph's place. Every other graph runs as Inductor runs it (with ``lowering="eager"``, and where nothing compiles,
+operator by operator), with one warning that names the reason.
 """
 
 from __future__ import annotations
@@ -28,6 +28,7 @@ from river_compile.cudagraphs.verdicts import Verdicts
 from river_compile.distributed.ranks import Ranks, ranks_of
 from river_compile.distributed.runner import RankRunner, called_on_shards
 from river_compile.distributed.support import check as check_supported
+from river_compile.kernels.native.build import CannotBuild, working_compiler
 from river_compile.lowering.choose import Lowering, choose_lowering, warn_of_slow_lowering
 from river_compile.lowering.compile import SegmentCompiler, inductor_settings
 from river_compile.offload.streaming import Streamer
@@ -35,7 +36,7 @@ from river_compile.offload.weights import OffloadedWeights
 from river_compile.passes.decoder import find_decoder
 from river_compile.passes.exit_checks import logits_of
 from river_compile.passes.local_shards import on_local_shards
-from river_compile.passes.nodes import is_parameter
+from river_compile.passes.nodes import input_name, is_parameter
 from river_compile.passes.normalize import normalized
 from river_compile.passes.pipeline import Pass, run_passes
 from river_compile.passes.program import DecoderPlan, LinearSite, Refusal, RiverProgram, Segment
@@ -46,11 +47,11 @@ from river_compile.reporting.plain_runs import PlainRuns
 from river_compile.reporting.ranks import note_ranks
 from river_compile.reporting.reads import bytes_of_token
 from river_compile.reporting.report import graph_lines
+from river_compile.runtime.compiled_call import install
 from river_compile.runtime.executor import RiverExecutor
 from river_compile.runtime.fill import Fill
 from river_compile.runtime.runner import PlainRunner, Runner, Step
 from river_compile.runtime.sequences import Sequences
-from river_compile.runtime.shortcut import install
 from river_compile.runtime.stats import ExitStats
 from river_compile.runtime.wanted_logits import WantedLogits
 from river_compile.twins.make import PackedSite
@@ -62,8 +63,9 @@ from .config import RiverConfig, check_mode
 from .errors import OptionError, RiverWarning, UnsupportedGraphError
 from .exits import ExitPolicy, Memories
 from .pass_list import passes_for, twinning, uses_own_backbone
-from .state import GraphRecord, ModelState, find_state, state_of
+from .state import BROKE, GraphRecord, ModelState, find_state, state_of
 from .upstream.compiled_calls import compiled_module
+from .upstream.dynamo_calls import break_before
 from .upstream.inductor_builds import build_whole_files
 from .upstream.tensors import local_of
 from .upstream.versions import warn_of_untested
@@ -111,34 +113,39 @@ def river(
         state.put(ranks)
         local = on_local_shards(traced, ranks.size, ranks.group.group_name)
         values |= {node: local_of(values[node]) for node in local}
-    record = GraphRecord(config, mode=mode)
+    record = GraphRecord(config, mode=mode, inputs=tuple(map(input_name, values)))
     state.add(record, limit=torch._dynamo.config.recompile_limit)
     for parameter in parameters[:1]:
         record.entry.belongs_to_model_of(parameter, then=functools.partial(_watch, state, record))
+    no_compiler = _no_compiler(config, example_inputs)
     with record.stage("rewriting"):
-        plan = _needs_gradients(example_inputs) or find_decoder(traced)
+        plan = no_compiler or _needs_gradients(example_inputs) or find_decoder(traced)
         program = plan if isinstance(plan, Refusal) else segmented(plan)
         if not isinstance(program, Refusal) and config.quantizer != "none":
             program = without_products(program) or program
     if not isinstance(program, Refusal):
         return called_on_shards(_build(program, values, lowering, fill, state, record), [*values], local)
-    record.refusal = f"{program}{_graph_break(graph_module)}"
+    record.refusal = str(program) if no_compiler else f"{program}{_graph_break(graph_module, owner)}"
     if config.on_unsupported == "raise":
         raise UnsupportedGraphError(f"backend 'river' cannot rewrite this graph: {record.refusal}")
-    warnings.warn(f"backend 'river' leaves a graph to Inductor: {record.refusal}", RiverWarning, stacklevel=1)
-    if config.lowering == "eager":
+    if record.refusal not in {graph.refusal for graph in state.graphs if graph is not record}:
+        does = "runs a model uncompiled" if no_compiler else "leaves a graph to Inductor"
+        warnings.warn(f"backend 'river' {does}: {record.refusal}", RiverWarning, stacklevel=1)
+    if no_compiler or config.lowering == "eager":
         return graph_module.forward
     compiled: Any = compile_fx(graph_module, example_inputs, config_patches=inductor_settings(mode))
     return compiled
 
 
-def _graph_break(graph_module: fx.GraphModule) -> str:
+def _graph_break(graph_module: fx.GraphModule, model: nn.Module | None) -> str:
     """Returns where Dynamo broke the model's code, for a graph that is a piece of it for that reason."""
     why = getattr(graph_module, "compile_subgraph_reason", None)
     if why is None or not why.graph_break:
+        why = None if model is None else break_before(model)
+    if why is None:
         return ""
     line = f" ({Path(why.user_stack[-1].filename).name}:{why.user_stack[-1].lineno})" if why.user_stack else ""
-    return f"; Dynamo broke the graph here: {why.reason.partition(chr(10))[0]}{line}"
+    return f", as {BROKE}: {why.reason.partition(chr(10))[0]}{line}"
 
 
 def executors_of(model: nn.Module) -> list[RiverExecutor]:
@@ -151,7 +158,18 @@ def executors_of(model: nn.Module) -> list[RiverExecutor]:
 def _watch(state: ModelState, record: GraphRecord, model: nn.Module) -> None:
     if record.block_paths:
         state.of(PlainRuns).watch(model, record.block_paths[0], river)
-        install(model, missed=lambda: state.of(PlainRuns).missed(state.of(ExitStats)))
+        install(model, after=lambda: state.of(PlainRuns).called(state.of(ExitStats)))
+
+
+def _no_compiler(config: RiverConfig, example_inputs: Sequence[Any]) -> Refusal | None:
+    """Returns why Inductor could compile nothing for a CPU, None where it can or need not."""
+    if config.lowering == "eager" or any(isinstance(x, Tensor) and x.device.type != "cpu" for x in example_inputs):
+        return None
+    try:
+        working_compiler()
+    except CannotBuild as error:
+        return Refusal(str(error))
+    return None
 
 
 def _needs_gradients(example_inputs: Sequence[Any]) -> Refusal | None:
@@ -189,7 +207,7 @@ def _build(
             offloaded.arrange(program, values, config, sum(packed[s].nbytes for p in segments for s in p.packed))
     streamer = Streamer(offloaded, program, values, config.offload)
     settings = inductor_settings(record.mode, whole=False)
-    compiler = SegmentCompiler(lowering, settings, plan.is_decode)
+    compiler = SegmentCompiler(lowering, settings)
     steps: dict[Segment, Step] = {}
     wanted = WantedLogits.of(program)
     with record.stage("compiling"):
@@ -226,6 +244,7 @@ def _build(
         streamer.forget,
         wanted,
         record.entry,
+        record.inputs,
     )
     record.executor = weakref.ref(executor)
     return executor
@@ -235,10 +254,11 @@ def _exit_policy(program: RiverProgram, config: RiverConfig) -> ExitPolicy:
     """Returns when a graph's tokens leave. No pass needs to have run.
 
     Raises:
-        OptionError: the criterion reads logits and the model returns none.
+        OptionError: the criterion reads logits and the model returns none. (None are read where no token leaves, as in
+            an accelerated model whose graph breaks before the head.)
     """
     policy = config.exit_policy(program.plan)
-    if policy.needs_entropy(program.plan) and logits_of(program) is None:
+    if policy.needs_entropy(program.plan) and not policy.never_leaves and logits_of(program) is None:
         raise OptionError(
             f"criterion={config.criterion!r} reads the logits, and this model returns none (its output is as wide as "
             "its hidden state); compile the model with its head, or use criterion='similarity'"
@@ -259,8 +279,6 @@ def _rewritten(program: RiverProgram, config: RiverConfig, passes: Sequence[Pass
     """Runs the passes, and writes what they did where that was asked for."""
     dump = PassDump(config.dump_dir, program.plan.kind)
     result = run_passes(program, passes, dump.after_pass)
-    if isinstance(result, Refusal) and config.same_rows:
-        raise OptionError(f"same_rows=True (exact mode's strict=True) cannot be used here: {result}; leave it out")
     if isinstance(result, Refusal):  # the river's own passes refuse nothing
         raise OptionError(f"this fill cannot be used here: {result}")
     dump.program(result)

@@ -12,7 +12,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from river_compile.kernels.checks import FLAG, PATH, Check, closest, integer, number, one_of, optional
+from river_compile.kernels.checks import FLAG, PATH, Check, closest, integer, number, one_of, optional, shown
 from river_compile.kernels.quant.calibrated import OBSERVING
 from river_compile.kernels.quant.grid import GROUP_SIZES, QUANTIZERS
 from river_compile.passes.program import DecoderPlan
@@ -181,13 +181,6 @@ class RiverConfig:
         "the folder for the offloaded weights of a model on the CPU; `None`: `TMPDIR`, else `/var/tmp`",
         EXPERT,
     )
-    same_rows: bool = _option(
-        False,
-        FLAG,
-        "batch-invariant: a prompt's tokens get the bits that they have one at a time, slower; exact mode's "
-        "`strict=True` compiles its verification with it",
-        EXPERT,
-    )
     check_ranks: bool = _option(
         False,
         FLAG,
@@ -298,7 +291,7 @@ class RiverConfig:
         unknown = next((name for name in given if name not in names), None)
         if unknown is not None:
             raise OptionError(
-                f"unknown option {unknown!r} of backend 'river'; options are {', '.join(names)}"
+                f"unknown option {shown(unknown)} of backend 'river'; options are {', '.join(names)}"
                 f"{closest(unknown, names)}"
             )
         return cls(**given)

@@ -18,6 +18,7 @@ in the cache's place at every step, which look like a new sequence: "confidence"
 from __future__ import annotations
 
 import contextlib
+import functools
 import sys
 import threading
 from collections.abc import Iterator
@@ -163,6 +164,11 @@ class ExitPolicy:
             return ()
         return tuple(range(max(self.first_exit, 1), self.last(plan.num_blocks), self.exit_every))
 
+    @property
+    def never_leaves(self) -> bool:
+        """Whether no token leaves but by a forced depth."""
+        return self.threshold == self.criterion.never and not self.criterion.remembers
+
     def needs_entropy(self, plan: DecoderPlan) -> bool:
         """Says whether a graph's heads must return their logits' entropy; a prompt's only for the step after it."""
         return self.criterion.reads_logits and (plan.is_decode or self.criterion.remembers)
@@ -203,6 +209,22 @@ class ExitPolicy:
         """Says whether the backbone must run a token again for which the river gave logits of this entropy."""
         return self.criterion.doubts(entropy, threshold_after(self.threshold, self.first_exit))
 
+    def at(self, depth: int) -> ExitPolicy:
+        """Returns the policy by which every token leaves after `depth` blocks.
+
+        Raises:
+            ValueError: the program lacks the segments for that.
+        """
+        made = self._at.get(depth)
+        if made is None:
+            self._check_depth(depth)
+            made = self._at[depth] = replace(self, fixed_depth=depth)
+        return made
+
+    @functools.cached_property
+    def _at(self) -> dict[int, ExitPolicy]:
+        return {}
+
     def in_this_thread(self) -> ExitPolicy:
         """Returns the policy with what this thread forces on it.
 
@@ -218,8 +240,7 @@ class ExitPolicy:
 
     def _forced_to(self, depth: int | None, rule: tuple[Threshold, int] | None) -> ExitPolicy:
         if depth is not None:
-            self._check_depth(depth)
-            return replace(self, fixed_depth=depth)
+            return self.at(depth)
         assert rule is not None
         threshold, first_exit = rule
         if self.fixed_depth is not None:

@@ -13,7 +13,6 @@ from river_compile.passes.fusion.fuse import fuse_backbone, fuse_checks, fuse_tw
 from river_compile.passes.pipeline import Pass
 from river_compile.passes.program import DecoderPlan
 from river_compile.passes.rescored_head import rescored_head
-from river_compile.passes.swap_ops import batch_invariant
 from river_compile.passes.twins import Twinning, one_row_head, river_head, river_twins
 from river_compile.passes.wanted_logits import wanted_logits
 from river_compile.runtime.fill import Fill
@@ -47,8 +46,6 @@ def passes_for(
     own_backbone = uses_own_backbone(config, lowering, plan.is_decode)
     if own_backbone:
         passes.append(river_backbone(lowering.dense_layout))
-    if config.same_rows and not plan.is_decode:
-        passes.append(batch_invariant)
     if candidates:
         passes.append(exit_checks(candidates))
     if policy.needs_entropy(plan):
@@ -87,7 +84,7 @@ def uses_own_backbone(config: RiverConfig, lowering: Lowering, is_decode: bool) 
             f"backbone='river' needs the kernels in C++ or the generated ones, and the lowering is {lowering.compiler} "
             f"with layout {lowering.layout}; use backbone='model'"
         )
-    if config.offload is not None or config.same_rows:
+    if config.offload is not None:
         return False
     return config.backbone != "model" if lowering.native else config.backbone == "river" and is_decode
 

@@ -10,7 +10,7 @@ import contextlib
 import threading
 import time
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
-from dataclasses import dataclass, field, replace
+from dataclasses import dataclass, field
 from typing import Any, TypeVar, cast
 
 from torch import Tensor, nn
@@ -20,8 +20,10 @@ from river_compile.lowering.compile import Compiled
 from river_compile.passes.program import Fusion, KeptLinear, RiverProgram
 
 from .config import RiverConfig
+from .errors import OptionError
 from .upstream.dynamo_cache import CacheEntry
 
+BROKE = "Dynamo broke the graph here"  # stands in the refusal of a piece of a model
 T = TypeVar("T")
 
 
@@ -55,6 +57,7 @@ class GraphRecord(Entries):
 
     Attributes:
         config, mode: what it was compiled with.
+        inputs: how the user's code names its inputs, in order.
         refusal: why it was not rewritten, empty where it was.
         kind: "decode", "prefill", or "other" for a graph that was refused.
         cache: "static" or "dynamic".
@@ -73,6 +76,7 @@ class GraphRecord(Entries):
 
     config: RiverConfig
     mode: str | None = None
+    inputs: tuple[str, ...] = ()
     refusal: str = ""
     kind: str = "other"
     cache: str = ""
@@ -95,8 +99,8 @@ class GraphRecord(Entries):
 
     @property
     def options(self) -> tuple[RiverConfig, str | None]:
-        """What the user compiled the model with; exact mode's strict graphs are of the same options."""
-        return replace(self.config, same_rows=False), self.mode
+        """What the user compiled the model with."""
+        return self.config, self.mode
 
     @contextlib.contextmanager
     def stage(self, name: str) -> Iterator[None]:
@@ -177,7 +181,8 @@ def forget(model: nn.Module) -> None:
 
 def find_state(model: nn.Module) -> ModelState | None:
     """Returns the state of a model, or of the one in torch.compile's wrapper; None where the backend never saw it."""
-    return _find([*model.parameters(), *model.buffers()])
+    module = unwrap(model)
+    return _find([*module.parameters(), *module.buffers()])
 
 
 def state_of_model(model: nn.Module, purpose: str) -> ModelState:
@@ -196,7 +201,13 @@ def state_of_model(model: nn.Module, purpose: str) -> ModelState:
 
 
 def unwrap(model: nn.Module) -> nn.Module:
-    """Returns the module in the wrapper that ``torch.compile(model)`` returns, any other module as it is."""
+    """Returns the module in the wrapper that ``torch.compile(model)`` returns, any other module as it is.
+
+    Raises:
+        OptionError: (a ``ValueError``) it is no module.
+    """
+    if not isinstance(model, nn.Module):
+        raise OptionError(f"a model is needed here, a torch.nn.Module, not a {type(model).__name__}")
     return getattr(model, "_orig_mod", model)
 
 

@@ -2,24 +2,45 @@
 
 from __future__ import annotations
 
+import gc
 import os
+import tempfile
+from pathlib import Path
 
 import pytest
 import torch
 from hypothesis import settings
 
 from river_compile.cli import models
+from tests.support.examples import register_profiles
 
-settings.register_profile("deterministic", derandomize=True, deadline=None, database=None)
-settings.register_profile("long", max_examples=20_000, deadline=None, database=None)
-settings.load_profile("deterministic")
+register_profiles()
 
 # Processes that test side by side share the cores: threads of two that wait for each other cost more than they bring.
 torch.set_num_threads(max(1, torch.get_num_threads() // int(os.environ.get("PYTEST_XDIST_WORKER_COUNT", "1"))))
 
 
+# Folders of tests of what is no part of the installed package; docs/testing.md says what each layer promises.
+TOOLS = [Path(__file__).parent / name for name in ("benchmarks", "examples", "tools")]
+
+
 def pytest_addoption(parser: pytest.Parser) -> None:
     parser.addoption("--slow", action="store_true", help="run the slow tests too, as -m and the name of a test do")
+    parser.addoption("--tools", action="store_true", help="collect benchmarks, examples and tools, as their names do")
+
+
+def pytest_configure(config: pytest.Config) -> None:
+    if not os.access(Path.home(), os.W_OK):  # what is built and compiled lies where the next run finds it, all the same
+        caches = Path(tempfile.gettempdir()) / f"river_compile_tests_{os.getuid()}"
+        for name in ("RIVER_COMPILE_CACHE", "TRITON_CACHE_DIR", "MPLCONFIGDIR"):
+            os.environ.setdefault(name, str(caches / name.lower()))
+    if config.option.slow:  # (an option of Hypothesis, which is read after this, goes before)
+        settings.load_profile("slow")
+
+
+def pytest_ignore_collect(collection_path: Path, config: pytest.Config) -> bool | None:
+    """Leaves the tests of tools out, unless a path on the command line names them: of such pytest asks nobody."""
+    return True if collection_path in TOOLS and not config.option.tools else None
 
 
 def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item]) -> None:
@@ -35,9 +56,32 @@ def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item
             item.add_marker(skip)
 
 
-@pytest.fixture(autouse=True)
-def _fresh_dynamo():
-    """No test sees another one's compiled graphs."""
+def pytest_collection_finish(session: pytest.Session) -> None:
+    """Has garbage collected less often, and never looks at what the tests import: a sixth of Dynamo's time."""
+    gc.collect()
+    gc.freeze()
+    gc.set_threshold(50_000, 20, 50)
+
+
+def pytest_sessionfinish(session: pytest.Session) -> None:
+    gc.unfreeze()  # (libraries look for what they leaked)
+
+
+@pytest.fixture(autouse=True, scope="module")
+def _dynamo_of_the_module():
+    """No file of tests sees another one's compiled graphs. Its own tests may share them: most of the time is tracing.
+
+    A model's graphs count for that model alone, so models may share their class. Tests that count graphs, or that set
+    Dynamo's limit of them, take `fresh_dynamo`.
+    """
+    torch._dynamo.reset()
+    yield
+    torch._dynamo.reset()
+
+
+@pytest.fixture
+def fresh_dynamo():
+    """Dynamo as a process begins with it: no graph, and no size that was seen to differ between calls."""
     torch._dynamo.reset()
     yield
     torch._dynamo.reset()

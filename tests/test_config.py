@@ -36,7 +36,7 @@ README = Path(__file__).parent.parent / "README.md"
         ({"lowering": "inductr"}, ["did you mean 'inductor'?"]),
         ({"on_unsupported": "ignore"}, ["on_unsupported='ignore'", "'inductor', 'raise'"]),
         ({"dump_dir": 3}, ["dump_dir=3", "path"]),
-        ({"same_rows": 1}, ["same_rows=1", "True or False"]),
+        ({"check_ranks": 1}, ["check_ranks=1", "True or False"]),
         ({"dependent_launch": "yes"}, ["dependent_launch='yes'", "True or False"]),
     ],
 )
@@ -117,7 +117,7 @@ class TestNumbersOfOtherLibraries:
             ("first_exit", np.int64(3), 3),
             ("exit_depth", torch.tensor(1), 1),
             ("group_size", np.int32(32), 32),
-            ("same_rows", np.True_, True),
+            ("check_ranks", np.True_, True),
         ],
     )
     def test_numbers_are_kept_as_pythons(self, name, value, kept):

@@ -12,13 +12,14 @@ import weakref
 import pytest
 import torch
 import transformers
-from hypothesis import given, settings
+from hypothesis import given
 from hypothesis import strategies as st
 
 from river_compile import OptionError, RiverConfig, exact, report, river, trace
 from river_compile.exits import CRITERIA, Doubt, Memories, Memory, forced_depth, forced_threshold
 from river_compile.kernels.portable import largest_entropy
 from tests.support.decoding import cache_argument, cache_state, decode, new_cache
+from tests.support.examples import examples
 from tests.support.families import COMMON, SLIDING_WINDOW, make, prompt
 
 LAYERS = 3
@@ -27,10 +28,15 @@ STEPS = 6
 
 
 def compiled(name="llama", **options):
-    torch._dynamo.reset()
     model = make(name, layers=LAYERS)
     model.compile(backend=river, options={**OPTIONS, **options})
     return model
+
+
+@pytest.fixture(scope="module")
+def unbounded():
+    """Models by criterion whose bound lets every token leave, for tests that force another one."""
+    return {name: compiled(criterion=name, threshold=math.inf) for name in ("doubt", "confidence")}
 
 
 def entropy(logits):
@@ -76,15 +82,31 @@ class TestOptions:
 
 
 @torch.no_grad()
-def decode_by_hand(model, kind, steps, ids=None, cache=None):
-    """Runs a prompt and `steps` fixed tokens with one row; returns the last position's logits of each pass."""
+def decode_by_hand(model, kind, steps, ids=None, cache=None, plain_prompt=False, plain=False):
+    """Runs a prompt and `steps` fixed tokens with one row; returns the last position's logits of each pass.
+
+    The prompt, or all of it, runs as if the model was not compiled where that is asked for.
+    """
     cache = cache or new_cache(model, kind)
+    run, run_prompt = (model.forward if given else model for given in (plain, plain or plain_prompt))
     held = {"use_cache": True, cache_argument(model): cache}
     ids = prompt(5) if ids is None else ids
-    passes = [model(input_ids=ids, **held)]
+    passes = [run_prompt(input_ids=ids, **held)]
     for i in range(steps):
-        passes.append(model(input_ids=prompt(steps, seed=3)[:, i : i + 1], **held))
+        passes.append(run(input_ids=prompt(steps, seed=3)[:, i : i + 1], **held))
     return [out.logits for out in passes]
+
+
+def cosines_of_plain_blocks(steps):
+    """Returns for each decode step the cosine of input and output of every block but the last, in float64."""
+    plain, found = make("llama", layers=LAYERS), []
+    for layer in plain.model.layers[:-1]:
+        layer.register_forward_hook(
+            lambda _, args, out: found.append(torch.cosine_similarity(args[0].double(), out.double(), dim=-1).min())
+        )
+    decode_by_hand(plain, "static", steps)
+    each = LAYERS - 1
+    return [[c.item() for c in found[i : i + each]] for i in range(each, len(found), each)]  # (the prompt comes first)
 
 
 class TestEntropy:
@@ -92,7 +114,7 @@ class TestEntropy:
         st.lists(st.lists(st.floats(-60, 60), min_size=5, max_size=5), min_size=1, max_size=3),
         st.integers(0, 4),
     )
-    @settings(max_examples=50)
+    @examples(50)
     def test_is_that_of_the_least_sure_row(self, rows, impossible):
         """Compared with the definition in float64; a token that cannot come (-inf) adds nothing."""
         logits = torch.tensor(rows)[:, None]
@@ -146,7 +168,7 @@ def test_after_any_mix_of_doubts_the_cache_is_the_one_of_the_depths_that_count(n
     model = compiled(name, criterion="doubt", first_exit=0)
 
     @given(verdicts)
-    @settings(max_examples=12)
+    @examples(12)
     def check(script):
         scripted.script, scripted.seen = script, []
         cache, expected_cache = new_cache(model, kind), new_cache(model, kind)
@@ -177,16 +199,16 @@ class TestDoubt:
         assert [length for *_, length in cache_state(caches[0])] == [1] * LAYERS
 
     @pytest.mark.parametrize("kind", ["static", "dynamic"])
-    def test_the_backbone_answers_where_the_river_is_unsure(self, kind):
+    def test_the_backbone_answers_where_the_river_is_unsure(self, kind, unbounded):
         """Entropies are those of the river's logits; above the bound the backbone answers."""
-        model = compiled(criterion="doubt", threshold=math.inf)
+        model = unbounded["doubt"]
         with trace() as believed:
-            rivers = decode_by_hand(model, kind, STEPS)[1:]
+            rivers = decode_by_hand(model, kind, STEPS, plain_prompt=True)[1:]
         assert [t.depth for t in believed.tokens] == [1] * STEPS
         assert [t.entropy for t in believed.tokens] == pytest.approx([entropy(x) for x in rivers], abs=1e-4)
         bound = sorted(t.entropy for t in believed.tokens)[STEPS // 2]
         with trace() as seen, forced_threshold(bound, first_exit=1):
-            actual = decode_by_hand(model, kind, STEPS)[1:]
+            actual = decode_by_hand(model, kind, STEPS, plain_prompt=True)[1:]
         assert 0 < seen.doubted < STEPS
         for step, logits in zip(seen.tokens, actual, strict=True):
             assert step.doubted == (step.entropy >= bound)
@@ -197,16 +219,15 @@ class TestDoubt:
     def test_a_bound_of_zero_is_the_plain_model_and_runs_no_river(self):
         model = compiled(criterion="doubt", threshold=0)
         with trace() as seen:
-            actual = decode_by_hand(model, "static", STEPS)
+            actual = decode_by_hand(model, "static", STEPS, plain_prompt=True)
         assert {(t.depth, t.doubted) for t in seen.tokens} == {(LAYERS, False)}
-        model._compiled_call_impl = None
-        for ours, plain in zip(actual, decode_by_hand(model, "static", STEPS), strict=True):
+        for ours, plain in zip(actual, decode_by_hand(model, "static", STEPS, plain=True), strict=True):
             torch.testing.assert_close(ours, plain)
 
     def test_report_picture_and_trace_tell_of_doubted_tokens(self, tmp_path):
         model = compiled(criterion="doubt", threshold=1e-9)
         with trace() as seen:
-            decode_by_hand(model, "static", STEPS)
+            decode_by_hand(model, "static", STEPS, plain_prompt=True)
         assert seen.doubted == STEPS
         found = report(model)
         assert found.to_dict()["doubted"] == found.doubted == STEPS
@@ -231,9 +252,9 @@ class TestDoubt:
 
 class TestConfidence:
     @pytest.mark.parametrize("kind", ["static", "dynamic"])
-    def test_the_previous_logits_decide(self, kind):
+    def test_the_previous_logits_decide(self, kind, unbounded):
         """A token leaves where the entropy of the logits before it is below the bound, the prompt's included."""
-        model = compiled(criterion="confidence", threshold=math.inf)
+        model = unbounded["confidence"]
         with trace() as seen:
             before = decode_by_hand(model, kind, STEPS)[:-1]
         assert [t.entropy for t in seen.tokens] == pytest.approx([entropy(x) for x in before], abs=1e-4)
@@ -244,9 +265,9 @@ class TestConfidence:
         assert all((t.depth == 1) == (t.entropy < bound) for t in seen.tokens)
 
     @pytest.mark.parametrize("kind", ["static", "dynamic"])
-    def test_sequences_do_not_mix(self, kind):
+    def test_sequences_do_not_mix(self, kind, unbounded):
         """Two sequences decoded in turns see the entropies that each sees alone, and a new prompt starts anew."""
-        model = compiled(criterion="confidence", threshold=math.inf)
+        model = unbounded["confidence"]
         prompts = [prompt(5), prompt(7, seed=9)]
 
         def alone(ids):
@@ -265,6 +286,20 @@ class TestConfidence:
         together = [t.entropy for t in seen.tokens]
         assert [together[0::2], together[1::2]] == expected
         assert expected[0] != expected[1]
+
+
+class TestSimilarity:
+    def test_the_cosine_of_a_blocks_input_and_output_must_exceed_the_threshold(self):
+        """Scores are those of the plain model's hidden states; a token whose score is the threshold stays."""
+        model = compiled(threshold=2.0)
+        with trace() as seen:
+            decode_by_hand(model, "static", STEPS)
+        scores = [step.similarities for step in seen.tokens]
+        assert scores == [pytest.approx(cosines, abs=1e-5) for cosines in cosines_of_plain_blocks(STEPS)]
+        bound = sorted(first for first, *_ in scores)[STEPS // 2]
+        with trace() as seen, forced_threshold(bound, first_exit=1):
+            decode_by_hand(model, "static", STEPS)
+        assert [step.depth == 1 for step in seen.tokens] == [first > bound for first, *_ in scores]
 
 
 def test_memories_die_with_the_cache():
@@ -286,8 +321,7 @@ def test_exact_mode_works_with_every_criterion(name):
     ids = prompt(6)
     arguments = {"max_new_tokens": 8, "do_sample": False, "attention_mask": torch.ones_like(ids)}
     ours = model.generate(ids, custom_generate=exact, adaptive=False, cache_implementation="static", **arguments)
-    model._compiled_call_impl = None
-    assert torch.equal(ours, model.generate(ids, **arguments))
+    assert torch.equal(ours, make("llama", layers=LAYERS).generate(ids, **arguments))
 
 
 @pytest.mark.parametrize("name", list(CRITERIA))

@@ -67,7 +67,7 @@ def triton_compiles() -> str:
 
 def kernels_are_right(model: str) -> str:
     """Compares every kernel of a decode step with a float64 reference on the card."""
-    from tests.kernels.triton.test_gpu import check_kernel
+    from tests.kernels.checks import check_kernel
 
     kernels = model_kernels(MODELS[model], rows=_ROWS, context=_SLOTS, device=device_name(0))
     wrong = []

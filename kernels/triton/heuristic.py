@@ -293,10 +293,10 @@ def tuning_key(spec: LinearSpec) -> str:
 
 
 def saved_tiles(path: Path) -> dict[str, dict[str, LinearTile]]:
-    """Reads a tuning file; a missing one is empty, a damaged one is empty with a warning."""
+    """Reads a tuning file; one that is not there is empty, a damaged one is empty with a warning."""
     try:
         return _read_tiles(path, path.stat().st_mtime_ns)
-    except FileNotFoundError:
+    except (FileNotFoundError, NotADirectoryError):
         return {}
 
 

@@ -20,7 +20,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from river_compile.kernels.files import appearing, cache_folder
+from river_compile.kernels.files import appearing, in_cache
 
 from .devices import starts_early
 from .spec import DTYPES, KernelSpec, Stage, render
@@ -38,14 +38,20 @@ def source_file(spec: KernelSpec) -> Path:
     The file's name holds the hash of its text; a damaged file is rebuilt with a warning.
     """
     source = render(spec)
-    path = cache_folder() / "kernels" / f"{spec.family}_{hashlib.sha256(source.encode()).hexdigest()[:16]}.py"
-    with contextlib.suppress(FileNotFoundError):  # (whoever cleans up may come between any two looks)
-        if path.read_bytes() == source.encode():
-            return path
-        warnings.warn(f"the generated kernel {path} was damaged and is rebuilt", stacklevel=2)
-    with appearing(path) as scratch:
-        scratch.write_text(source)
-    return path
+
+    def is_whole(path: Path) -> bool:
+        with contextlib.suppress(FileNotFoundError):  # (whoever cleans up may come between any two looks)
+            if path.read_bytes() == source.encode():
+                return True
+            warnings.warn(f"the generated kernel {path} was damaged and is rebuilt", stacklevel=4)
+        return False
+
+    def make(path: Path) -> None:
+        with appearing(path) as scratch:
+            scratch.write_text(source)
+
+    digest = hashlib.sha256(source.encode()).hexdigest()[:16]
+    return in_cache(f"kernels/{spec.family}_{digest}.py", is_whole, make)
 
 
 @dataclass(frozen=True)

@@ -19,7 +19,7 @@ HELP = "/stats  speed and sources    /report  what became of the model    /reset
 
 
 def chat(
-    model: Annotated[str, typer.Argument(help="A model folder, or smollm2.")] = "smollm2",
+    model: Annotated[str, typer.Argument(help="A model folder, smollm2 or gemma3-270m.")] = "smollm2",
     quality: Annotated[str, typer.Option(help="exact, strict, calibrated or fast.")] = "exact",
     calibration: Annotated[Path | None, typer.Option(help="For calibrated: a file of `river calibrate`.")] = None,
     artifact: Annotated[Path | None, typer.Option(help="Twins of `river pack`.")] = None,
@@ -84,11 +84,11 @@ def _lines(as_json: bool) -> Any:
 
 
 def _compiled_so_far(model: PreTrainedModel) -> int:
-    from river_compile.speculative.runner import preparations
+    from river_compile.speculative.session import Preparations
     from river_compile.state import find_state
 
     state = find_state(model)
-    return 0 if state is None else preparations(state)
+    return 0 if state is None else Preparations(state)()
 
 
 class Conversation:

@@ -11,7 +11,7 @@ from .output import NO, AsJson, Dtype, Model, megabytes, show, table
 if TYPE_CHECKING:
     from rich.console import Console
 
-BASIS = "from the bytes of weights that a token reads, at the memory's bandwidth: no step reaches it"
+BASIS = "an estimate: the bytes of weights that a token reads, at the memory's bandwidth"
 
 
 def check(
@@ -68,5 +68,5 @@ def _page(console: Console, result: dict[str, Any]) -> None:
         ["whole river (drafts)", megabytes(size["twins"] + size["head"]), speed["river"]],
     ]
     console.print()
-    console.print(table(["a token", "reads", "tokens/s, at most"], rows))
+    console.print(table(["a token", "reads", "tokens/s, about"], rows))
     console.print(f"[dim]{BASIS} ({result['bandwidth_bytes_per_s'] / 1e9:.1f} GB/s)[/]")

@@ -107,6 +107,8 @@ def quiet() -> None:
     from transformers.utils import logging as transformers_logging
 
     transformers_logging.disable_progress_bar()
+    # (That a checkpoint lacks weights, which are random then, is for everybody to know.)
+    logging.getLogger("transformers.modeling_utils").setLevel(logging.WARNING)
 
 
 def _source(name: str) -> Source:

@@ -72,13 +72,14 @@ def versions() -> list[Finding]:
 
 
 def compiler() -> Finding:
-    """Looks for the C++ compiler that Inductor calls."""
-    name = os.environ.get("CXX") or next((c for c in ("g++", "clang++", "c++") if shutil.which(c)), "")
-    path = shutil.which(name) if name else None
-    if path is None:
-        missing = f"CXX={name} is not found" if name else "no g++ or clang++ is found"
-        return Finding("compiler", BAD, f"{missing}; Inductor needs one: apt-get install g++")
-    return Finding("compiler", OK, path)
+    """Compiles a few lines with the C++ compiler that Inductor calls."""
+    from river_compile.kernels.native.build import CannotBuild, working_compiler
+
+    try:
+        command = working_compiler().command
+    except CannotBuild as error:
+        return Finding("compiler", BAD, str(error))
+    return Finding("compiler", OK, shutil.which(command) or command)
 
 
 def processor() -> Finding:

@@ -17,7 +17,7 @@ from typing import Any
 
 import torch
 from torch import Tensor, fx
-from transformers import AutoConfig, AutoModelForCausalLM, PretrainedConfig, StaticCache
+from transformers import AutoModelForCausalLM, PretrainedConfig, StaticCache
 
 from river_compile.config import RiverConfig
 from river_compile.kernels.quant.aten_int4 import LAYOUT as ATEN_LAYOUT
@@ -30,6 +30,8 @@ from river_compile.passes.program import LinearSite, Refusal, RiverProgram, Segm
 from river_compile.passes.segments import segmented
 from river_compile.passes.twins import twin_sites, without_products
 from river_compile.upstream.hf_cache import cache_argument
+
+from .models import config_of, loading
 
 _PROMPT, _SLOTS = 8, 32
 _BYTES_OF_GROUP = 4  # a scale and a zero in 16 bits
@@ -65,10 +67,10 @@ def dry_run(folder: Path, dtype: str, config: RiverConfig) -> DryRun:
     """Traces a model's prompt and decode step without weights.
 
     Raises:
-        ValueError: the folder has no config of a causal language model (of transformers).
+        ValueError: the folder has no config of a causal language model.
     """
-    model_config = AutoConfig.from_pretrained(folder)
-    with torch.device("meta"):
+    model_config = config_of(folder)
+    with loading(folder), torch.device("meta"):
         model = AutoModelForCausalLM.from_config(model_config, dtype=getattr(torch, dtype)).eval()
     found = _trace(model, model_config)
     graphs: dict[str, int | str] = {}
@@ -142,12 +144,16 @@ def _packed_bytes(site: LinearSite) -> int:
     return weights // 2 + _BYTES_OF_GROUP * weights // site.group_size
 
 
-def bandwidth(megabytes: int = 256, repeats: int = 5) -> float:
-    """Measures how many bytes per second this machine's memory gives to a sum over a large tensor."""
-    values = torch.ones(megabytes << 18, dtype=torch.float32)
+def bandwidth(megabytes: int = 256, repeats: int = 6) -> float:
+    """Measures how many bytes per second this machine's memory gives to a sum: the best of many short reads.
+
+    One that takes a fraction of a millisecond is over before the scheduler lets another process have the core, however
+    busy the machine is. All together are more than most caches hold, so that each comes from memory.
+    """
+    pieces = torch.ones(megabytes << 18, dtype=torch.float32).split(1 << 20)
     best = float("inf")
-    for _ in range(repeats + 1):
+    for piece in pieces * repeats:
         start = time.perf_counter()
-        values.sum()
+        piece.sum()
         best = min(best, time.perf_counter() - start)
-    return values.nbytes / best
+    return pieces[0].nbytes / best

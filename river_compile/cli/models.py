@@ -1,11 +1,14 @@
 """Loads what a command names as a model: a demo model or a folder.
 
-Not handled: models that are no causal language models.
+Not handled: models that are no causal language models, which are refused.
 """
 
 from __future__ import annotations
 
+import contextlib
 import sys
+import textwrap
+from collections.abc import Iterator
 from pathlib import Path
 from typing import TYPE_CHECKING
 
@@ -13,11 +16,14 @@ from .demo_models import MODELS, ModelUnavailable, fetch, gguf_path, quiet
 
 if TYPE_CHECKING:
     import torch
-    from transformers import PreTrainedModel, PreTrainedTokenizerBase
+    from transformers import PretrainedConfig, PreTrainedModel, PreTrainedTokenizerBase
 
 __all__ = [
-    "MODELS", "ModelUnavailable", "encode", "fetch", "gguf_path", "load", "load_or_exit", "quiet", "resolve",
+    "MODELS", "ModelUnavailable", "config_of", "encode", "fetch", "gguf_path", "load", "load_or_exit", "loading",
+    "quiet", "resolve",
 ]  # fmt: skip
+
+_CAUSAL = ("CausalLM", "LMHead", "ConditionalGeneration", "Decoder")  # in the names of classes with a causal head
 
 
 def load(name: str | Path, dtype: torch.dtype | str = "bfloat16") -> tuple[PreTrainedModel, PreTrainedTokenizerBase]:
@@ -29,12 +35,45 @@ def load(name: str | Path, dtype: torch.dtype | str = "bfloat16") -> tuple[PreTr
 
     Returns:
         The model in eval mode on the CPU, and its tokenizer.
+
+    Raises:
+        ValueError: there is no such model, it has no causal head, or its files cannot be read.
     """
     from transformers import AutoModelForCausalLM, AutoTokenizer
 
     folder = resolve(name)
-    model = AutoModelForCausalLM.from_pretrained(folder, dtype=dtype).eval()
-    return model, AutoTokenizer.from_pretrained(folder)
+    config_of(folder)
+    with loading(folder):
+        model = AutoModelForCausalLM.from_pretrained(folder, dtype=dtype).eval()
+        return model, AutoTokenizer.from_pretrained(folder)
+
+
+@contextlib.contextmanager
+def loading(folder: Path | str) -> Iterator[None]:
+    """Inside, whatever a loader raises on a folder's files becomes a ValueError that names the folder."""
+    try:
+        yield
+    except Exception as error:  # (each library has its own)
+        why = textwrap.shorten(f"{type(error).__name__}: {error}", 400, placeholder=" ...")
+        raise ValueError(f"{folder} cannot be loaded: {why}") from error
+
+
+def config_of(folder: Path) -> PretrainedConfig:
+    """Returns the config of a causal language model.
+
+    Raises:
+        ValueError: it cannot be read, or is that of another model: an encoder, or one without a head.
+    """
+    from transformers import AutoConfig
+
+    with loading(folder):
+        config = AutoConfig.from_pretrained(folder)
+    named = config.architectures or []
+    headless = named and not any(part in name for name in named for part in _CAUSAL)
+    if headless or config.is_encoder_decoder:
+        what = named[0] if named else type(config).__name__
+        raise ValueError(f"{folder} holds a {what}, which has no causal head; name a decoder, such as LlamaForCausalLM")
+    return config
 
 
 def load_or_exit(

@@ -30,16 +30,17 @@ def serve(
     as_json: AsJson = False,
 ) -> None:
     """Serves a model to OpenAI clients, until it is interrupted. `--json` prints where, once it listens."""
-    from .models import quiet, resolve
+    from .models import config_of, quiet, resolve
 
     use_threads(threads)
     quiet()
-    folder = str(resolve(model))
+    folder = resolve(model)
+    config_of(folder)
     more = {} if artifact is None else {"artifact": artifact}
     url = f"http://{host}:{port}/v1"
     result = {"model": model, "quality": quality, "url": url}
     with accelerating(quality=quality, calibration=calibration, **more):
-        server = make_server(folder, host, port, dtype)
+        server = make_server(str(folder), host, port, dtype)
     show("serve", result, as_json, lambda console: console.print(f"serving [bold]{model}[/] ({quality}) at {url}"))
     try:
         server._thread.join()
@@ -61,9 +62,17 @@ def accelerating(**arguments: Any) -> Iterator[None]:
 
     from river_compile.drop_in.quality import accelerate
 
+    from .models import loading
+
     class Manager(model_manager.ModelManager):
-        def _load_model(self, *args: Any, **kwargs: Any) -> Any:
-            return accelerate(super()._load_model(*args, **kwargs), **arguments)
+        def _load_processor(self, name: str, *args: Any, **kwargs: Any) -> Any:
+            with loading(name):
+                return super()._load_processor(name, *args, **kwargs)
+
+        def _load_model(self, name: str, *args: Any, **kwargs: Any) -> Any:
+            with loading(name):
+                model = super()._load_model(name, *args, **kwargs)
+            return accelerate(model, **arguments)
 
     theirs = model_manager.ModelManager
     model_manager.ModelManager = Manager
@@ -77,7 +86,7 @@ def make_server(folder: str, host: str, port: int, dtype: str) -> Any:
     """Starts `transformers serve` in a thread; returns it.
 
     Raises:
-        ValueError: what it needs is not installed.
+        ValueError: what it needs is not installed, or the model cannot be loaded.
     """
     import torch
     from transformers.cli.serve import Serve

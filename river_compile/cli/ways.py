@@ -23,7 +23,7 @@ MEANING = {
     RIVER: "every token through all twins (depth 0): the fastest, and another text",
     CALIBRATED: "tokens leave by a calibrated rule",
     EXACT: "the plain text, drafted by the river",
-    STRICT: "the plain text to the bit",
+    STRICT: "exact, or an error where the bits may differ",
     FAST: "tokens leave by the default rule: another text",
 }
 

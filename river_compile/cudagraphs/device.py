@@ -8,6 +8,7 @@ plug in another (:func:`captured_by`).
 from __future__ import annotations
 
 import contextlib
+import functools
 from abc import ABC, abstractmethod
 from collections import deque
 from collections.abc import Callable, Iterable, Iterator
@@ -87,6 +88,10 @@ class CaptureDevice(ABC):
     @abstractmethod
     def launch(self, graph: Any, slots: list) -> None:
         """Replays what :meth:`capture` returned on slots at the same addresses; returns before it has run."""
+
+    def replayer(self, graph: Any, slots: list) -> Callable[[], object]:
+        """Returns what launches a graph as :meth:`launch` does, in the fewest calls."""
+        return functools.partial(self.launch, graph, slots)
 
     @abstractmethod
     def mark(self) -> object:

@@ -13,10 +13,11 @@ Not handled: when what is launched, which :mod:`river_compile.cudagraphs.runner`
 
 from __future__ import annotations
 
+import functools
 import logging
 import time
 from collections import OrderedDict
-from collections.abc import Callable, Iterable, Mapping
+from collections.abc import Callable, Iterable, Mapping, Sequence
 
 import torch
 from torch import Tensor, fx
@@ -24,7 +25,7 @@ from torch import Tensor, fx
 from river_compile.passes.graph_safety import fixed_inputs
 from river_compile.passes.nodes import input_name, is_tensor, source_of, value_of
 from river_compile.passes.program import RiverProgram
-from river_compile.runtime.slots import SCORE, new_slots
+from river_compile.runtime.slots import SCORE, gather, new_slots
 from river_compile.upstream.tensors import lie_at
 
 from .device import CaptureDevice, CaptureFailed, CaptureLog, CaptureRecord
@@ -65,12 +66,15 @@ class Launcher:
         """Returns the device's graphs of all captures, that of the latest launch last."""
         return [graph for graph, _ in self._captures.values()]
 
-    def prepare(self, units: Iterable[Unit], slots: list) -> None:
+    def prepare(self, units: Iterable[Unit] = (), slots: Sequence = ()) -> None:
         """Computes by what the captures of these units are found, for the next launch of each, and of no other.
 
         Nothing that they read may be put in another place before: what is launched in between writes other slots.
         """
-        self._prepared = {unit: self._signature(unit, slots) for unit in units if unit.obstacle is None}
+        self._prepared.clear()
+        for unit in units:
+            if unit.obstacle is None:
+                self._prepared[unit] = self._signature(unit, slots)
 
     def is_captured(self, unit: Unit, slots: list) -> bool:
         """Says whether a launch would replay."""
@@ -120,13 +124,46 @@ class Launcher:
         unit.count(slots)
         return not is_new
 
+    def replay(self, unit: Unit, slots: list, numbers: set[int]) -> Callable[[], object] | None:
+        """Returns what launches a unit again that was launched last on these slots; None where it is not captured yet.
+
+        Its results' buffers are put into the slots.
+
+        Args:
+            unit: to be launched.
+            slots: what it reads and writes, for good: all its tensors stay where they are.
+            numbers: slots of numbers that may be others in the next launch; those that follow from them are added.
+        """
+        if self._stays_uncaptured(unit):
+            buffers = {index: next(reversed(self._buffers[index].values())) for index in unit.writes}
+            launch: Callable[[], object] = functools.partial(self._run_again, unit, slots, [*buffers.values()])
+        else:
+            captured = self._captures.get(self._signature(unit, slots))
+            if captured is None or numbers & {*unit.keys[unit.tensors :]}:
+                return None
+            graph, buffers = captured
+            launch = self.device.replayer(graph, slots)
+        for index, buffer in buffers.items():
+            slots[index] = buffer
+        unit.count(slots)
+        followed = {index for index, _, arguments in unit.numbers if numbers & {*arguments}}
+        numbers |= followed
+        if not followed or self._stays_uncaptured(unit):  # (what runs as code counts for itself)
+            return launch
+
+        def launch_and_count() -> None:
+            launch()
+            unit.count(slots)
+
+        return launch_and_count
+
     def _stays_uncaptured(self, unit: Unit) -> bool:
         """Says whether a unit is never captured; the log then says why."""
         if unit.obstacle is not None:
             self.log.uncaptured_units.setdefault(unit.name, str(unit.obstacle))
         return unit.obstacle is not None or unit in self._failed
 
-    def _signature(self, unit: Unit, slots: list) -> tuple:
+    def _signature(self, unit: Unit, slots: Sequence) -> tuple:
         """Returns the unit, the address of every tensor that it reads, and every number."""
         values = unit.inputs_in(slots)
         tensors, numbers = [*values[: unit.tensors]], [*values[unit.tensors :]]
@@ -150,6 +187,14 @@ class Launcher:
         seen[signature] = outputs
         if len(seen) > _SEEN:
             seen.popitem(last=False)
+
+    def _run_again(self, unit: Unit, slots: list, buffers: list[Tensor]) -> None:
+        """Runs a unit as plain code on slots that hold the buffers of its results."""
+        own = slots.copy()
+        self.device.settle()
+        unit.run(own)
+        self.device.run(functools.partial(copy_into, buffers, gather(unit.writes)(own)))
+        unit.count(slots)
 
     def _run_uncaptured(self, unit: Unit, slots: list) -> dict[int, Tensor]:
         """Runs a unit as plain code; returns the buffers that its results were copied to."""
@@ -177,7 +222,7 @@ class Launcher:
         start = time.perf_counter()
         rehearse()
         try:
-            graph, size = self.device.capture(unit, slots, outputs, self._buffer)
+            graph, size = self.device.capture(unit, slots, outputs, self.buffer)
         except CaptureFailed as error:
             self._failed.add(unit)
             self.log.uncaptured_units[unit.name] = str(error)
@@ -198,12 +243,12 @@ class Launcher:
 
     def copies(self, values: Mapping[int, Tensor]) -> dict[int, Tensor]:
         """Copies values, by slot, into the buffers of their slots and returns those."""
-        buffers = {index: self._buffer(index, value) for index, value in values.items()}
+        buffers = {index: self.buffer(index, value) for index, value in values.items()}
         if buffers:
             self.device.run(lambda: copy_into([*buffers.values()], [*values.values()]))
         return buffers
 
-    def _buffer(self, index: int, value: Tensor) -> Tensor:
+    def buffer(self, index: int, value: Tensor) -> Tensor:
         """Returns the buffer of a slot for a tensor like this one."""
         kept = self._buffers.setdefault(index, OrderedDict())
         key = (value.shape, value.stride(), value.dtype, value.device)

@@ -88,7 +88,7 @@ class Unit:
     obstacle: Refusal | None
 
     @functools.cached_property
-    def inputs_in(self) -> Callable[[list], Sequence]:
+    def inputs_in(self) -> Callable[[Sequence], Sequence]:
         """Picks what `keys` name from slots, tensors first."""
         return gather(self.keys)
 

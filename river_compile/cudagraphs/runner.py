@@ -12,7 +12,7 @@ from __future__ import annotations
 
 import threading
 import time
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from types import TracebackType
 
 import torch
@@ -26,14 +26,14 @@ from river_compile.lowering.choose import choose_lowering
 from river_compile.passes.graph_safety import fixed_inputs, runs_once
 from river_compile.passes.nodes import is_tensor, mutated_inputs, source_of, value_of
 from river_compile.passes.program import DecoderPlan, RiverProgram, Segment
-from river_compile.runtime.runner import Runner, Step
-from river_compile.runtime.slots import SCORE, Saved, new_slots, size_of_pass
+from river_compile.runtime.runner import ReplayedStep, Runner, Step
+from river_compile.runtime.slots import SCORE, Saved, gather, new_slots, size_of_pass
 
 from .cuda import CudaGraphs
 from .device import CaptureDevice, CaptureLog, stand_in
 from .launch_ahead import LaunchAhead
 from .launcher import Launcher
-from .partition import Partition, Unit
+from .partition import Partition, Unit, copy_into
 from .tapes import Tapes
 
 
@@ -85,7 +85,7 @@ class CapturedRunner(Runner):
     def __enter__(self) -> None:
         self._lock.acquire()
         self._checked = self._launched_ahead = None
-        self.launcher.prepare((), [])
+        self.launcher.prepare()
 
     def __exit__(self, kind: type[BaseException] | None, error: object, traceback: TracebackType | None) -> None:
         try:
@@ -105,6 +105,38 @@ class CapturedRunner(Runner):
         if self.units.prologue is not None:
             self.launcher.launch(self.units.prologue, slots)
         return slots
+
+    def replay(self, args: Sequence, depth: int) -> ReplayedStep | None:
+        with self._lock:  # (others' steps use the same buffers)
+            return self._replay(args, depth)
+
+    def _replay(self, args: Sequence, depth: int) -> ReplayedStep | None:
+        slots = new_slots(self._program, args)
+        copied = [i for i in self._copied if isinstance(args[i], Tensor)]
+        buffers = {i: self.launcher.buffer(i, args[i]) for i in copied}
+        for index, buffer in buffers.items():
+            slots[index] = buffer
+        numbers = {i for i, arg in enumerate(args) if isinstance(arg, int)}
+        units = [] if self.units.prologue is None else [self.units.prologue]
+        units += self.units.spans(0, depth)
+        units += self.units.tail(depth) if depth < self._program.plan.num_blocks else []
+        launches: list[Callable[[], object]] = []
+        changing = set(numbers)
+        for unit in units:
+            launch = self.launcher.replay(unit, slots, changing)
+            if launch is None:
+                return None
+            launches.append(launch)
+
+        targets, take = [*buffers.values()], gather(copied)
+
+        def begin(args: Sequence) -> None:
+            self.device.begin(self._buffers, self.flags)
+            self.device.run(lambda: copy_into(targets, take(args)))
+            for index in numbers:
+                slots[index] = args[index]
+
+        return ReplayedStep(self, begin, launches, lambda: self.launcher.fresh(map(slots.__getitem__, self._returned)))
 
     def _buffers(self) -> list[Tensor]:
         """Returns what a step leaves behind and the next one must not read."""

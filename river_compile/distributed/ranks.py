@@ -12,7 +12,7 @@ from __future__ import annotations
 
 from collections.abc import Iterable, Iterator, Sequence
 from contextlib import contextmanager
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, TypeVar
 
@@ -36,16 +36,17 @@ class Ranks:
         rank, size: the number of this one, from 0, and of all.
         group: their process group.
         device: the kind of device that they exchange tensors of; the current one of it where there are several.
+        several: whether there are others.
     """
 
     rank: int = 0
     size: int = 1
     group: Any = None
     device: str = "cpu"
+    several: bool = field(init=False)
 
-    @property
-    def several(self) -> bool:
-        return self.size > 1
+    def __post_init__(self) -> None:
+        object.__setattr__(self, "several", self.size > 1)
 
     @property
     def name(self) -> str:

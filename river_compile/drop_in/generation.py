@@ -19,19 +19,18 @@ from types import MethodType
 from typing import Any
 
 from torch import Tensor, nn
-from transformers import GenerationConfig, PreTrainedModel
+from transformers import PreTrainedModel
 from transformers.generation.streamers import BaseStreamer
 
 from river_compile.config import RiverConfig
 from river_compile.cudagraphs.runner import captures_expected
 from river_compile.distributed.ranks import ranks_of
 from river_compile.errors import DecodeError, ExactModeError
-from river_compile.generation import decode
 from river_compile.reporting.plain_calls import PlainCalls
-from river_compile.runtime.plain_calls import plainly
-from river_compile.speculative.mode import ExactMode
-from river_compile.speculative.plain import PlainRunner
-from river_compile.speculative.runner import DraftVerifyRunner
+from river_compile.runtime.compiled_call import uncompiled
+from river_compile.speculative.draft import Drafter
+from river_compile.speculative.mode import Call, ExactMode, decode
+from river_compile.speculative.session import Session
 from river_compile.state import state_of
 from river_compile.upstream.module_state import copy_as_ever, keep_out_of_copies
 
@@ -43,15 +42,14 @@ _OURS = "river_compile_mode"  # an attribute of our function
 class _ExactOrPlain(ExactMode):
     """Exact mode that goes on without drafts where the prompt showed that they cannot be verified."""
 
-    def begin(
-        self, runner: DraftVerifyRunner, input_ids: Tensor, config: GenerationConfig
-    ) -> tuple[DraftVerifyRunner | PlainRunner, Tensor]:
+    def drafting(self, call: Call, session: Session, logits: Tensor, shared: bool) -> tuple[Drafter | None, bool]:
         try:
-            return super().begin(runner, input_ids, config)
+            return super().drafting(call, session, logits, shared)
         except ExactModeError as refusal:
-            state = _tell(runner.model, refusal)
-            plain = PlainRunner(runner.model, runner.model_kwargs, runner.cache, runner.lent, state)
-            return plain, runner.prompt_logits
+            if self.strict:
+                raise
+            _tell(call.model, refusal, by_backend=True)
+            return None, True
 
 
 class _LateStreamer(BaseStreamer):
@@ -87,15 +85,15 @@ def generate_exactly(model: PreTrainedModel, mode: ExactMode, config: RiverConfi
     options = dict(vars(mode))
 
     def refused(self: PreTrainedModel, args: tuple, kwargs: dict[str, Any], refusal: Exception) -> Any:
+        if mode.strict:
+            raise refusal
         _tell(self, refusal)
-        with plainly():
+        with uncompiled():
             theirs = {name: value for name, value in kwargs.items() if name not in options}
             return type(self).generate(self, *args, **theirs)
 
     mode = _ExactOrPlain(**options)
-    # (In strict mode a text has the bits of plain decoding on the cache that plain decoding has.)
-    static = mode if mode.strict else replace(mode, static_cache=True)
-    _generate_by(model, (mode, static), config, ExactModeError, refused)
+    _generate_by(model, (mode, replace(mode, static_cache=True)), config, ExactModeError, refused)
 
 
 def generate_in_own_loop(model: PreTrainedModel, config: RiverConfig) -> None:
@@ -134,8 +132,9 @@ def _generate_by(
         return refused(self, args, kwargs, because)
 
     setattr(generate, _OURS, loops)
-    vars(model)[_GENERATE] = MethodType(generate, model)
+    method = MethodType(generate, model)
     keep_out_of_copies(model, _GENERATE)
+    vars(model)[_GENERATE] = method
 
 
 def generate_as_ever(model: nn.Module) -> None:
@@ -155,9 +154,13 @@ def has_generate_of_its_own(model: nn.Module) -> bool:
     return _GENERATE in vars(model) and not has_generate_of_ours(model)
 
 
-def _tell(model: PreTrainedModel, refusal: Exception) -> Any:
-    """Counts a call that runs plainly, and returns what is known of the model."""
+def _tell(model: PreTrainedModel, refusal: Exception, by_backend: bool = False) -> Any:
+    """Counts a call that runs plainly, and returns what is known of the model.
+
+    What came `by_backend`, which warns of the graphs that it refuses, is not warned of again.
+    """
     state = state_of(model.parameters())
     reason = str(refusal).partition("; ")[0]  # (what follows is for those who asked for exact mode by name)
-    state.of(PlainCalls).count(type(model).__name__, reason)
+    told = by_backend and any(graph.refusal for graph in state.graphs)
+    state.of(PlainCalls).count(type(model).__name__, reason, told)
     return state

@@ -2,8 +2,8 @@
 
     quality       generate                                     the text
     "exact"       the river drafts, the backbone verifies      the plain model's, in 16 bits up to rounding
-    "strict"      the same, in passes with plain decoding's    the plain model's, to the bit
-                  bits
+    "strict"      the same; an error where a row of a pass     the text of the same kernels without drafts, to the bit
+                  of several tokens may have other bits
     "calibrated"  tokens leave by a calibrated rule            another one, within the promise of the calibration
     "fast"        tokens leave by the backend's default rule   another one
 
@@ -16,24 +16,29 @@ from __future__ import annotations
 
 import os
 import warnings
+import weakref
 from collections.abc import Mapping
+from dataclasses import dataclass
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any, TypeVar
 
+import torch
 from torch import nn
 from transformers import PreTrainedModel
 
 from river_compile.backend import river
 from river_compile.calibration.result import Calibration
 from river_compile.config import RiverConfig
-from river_compile.errors import OptionError, RiverWarning
-from river_compile.kernels.checks import one_of
-from river_compile.runtime.plain_calls import CompiledOrPlain
+from river_compile.distributed.ranks import ranks_of
+from river_compile.errors import ExactModeError, OptionError, RiverWarning
+from river_compile.kernels.checks import PATH, one_of, shown
+from river_compile.runtime.compiled_call import CompiledCall
 from river_compile.speculative.mode import ExactMode, exact
 from river_compile.speculative.refusals import check_paths
-from river_compile.upstream.growing import marks_growing
+from river_compile.twins.artifact import FILE, Artifact
 
-from .generation import generate_as_ever, generate_exactly, generate_in_own_loop, has_generate_of_its_own
+from .generation import generate_exactly, generate_in_own_loop, has_generate_of_its_own
 
 Model = TypeVar("Model", bound=PreTrainedModel)
 
@@ -61,33 +66,43 @@ def accelerate(
         model: a causal language model of transformers.
         quality: "exact", "strict", "calibrated" or "fast", as the module's table says.
         calibration: for "calibrated": what :func:`river_compile.calibrate` returned, or the file it was saved to.
-        options: of the backend (such as ``artifact=``), ``mode=`` for Inductor, and with "exact" and "strict" those of
-            exact mode (such as ``max_draft=``).
+        options: of the backend (such as ``artifact=``), and with "exact" and "strict" those of exact mode (such as
+            ``max_draft=``).
 
     Returns:
         The same model.
 
     Raises:
         OptionError: (a ``ValueError``) an unknown or bad argument, or one that does not go with the quality.
+        ArtifactError: (a ``ValueError``) there is no such artifact. (One of another model shows at the first token.)
         ValueError: the calibration's file cannot be read.
+        After an error the model is what it was before the call.
     """
     if not isinstance(model, PreTrainedModel) or not hasattr(model, "generate"):
         raise OptionError(
             f"accelerate takes a transformers model that generates, not a {type(model).__name__}{_in(model)}"
         )
     quality = _QUALITY("quality", quality, OptionError)
-    mode = options.pop("mode", None)
     if quality in ("exact", "strict"):
         _nothing_of(quality, calibration=calibration, **{name: options.get(name) for name in _RULE})
         exact_mode, backend_options = _exact_mode(quality, options)
-        backend_options |= _NEVER_LEAVES
-        if quality == "strict":
-            backend_options.setdefault("backbone", "model")
         _check_exact(backend_options)
+        backend_options |= _NEVER_LEAVES
     else:
+        for name in filter(vars(exact).__contains__, options):
+            raise OptionError(
+                f"{name}={shown(options[name])} is about drafts, and with quality={quality!r} there are none; leave it "
+                "out, or use quality='exact' or quality='strict'"
+            )
         exact_mode, backend_options = None, {**_rule(quality, calibration, options), **options}
     config = RiverConfig.from_options(backend_options)
-    generate_as_ever(model)
+    if config.artifact is not None and config.on_missing_artifact == "raise":
+        artifact = ranks_of(model.parameters()).folder(Path(config.artifact))
+        if not os.path.exists(artifact / FILE):
+            Artifact(artifact)  # (says what is wrong)
+    compiled = torch.compile(model._call_impl, backend=_OwnBackend(weakref.ref(model)), options=backend_options)
+    call = CompiledCall(compiled, model._call_impl, prompts=True)
+    # (The model changes last, so that whatever fails leaves it as it was.)
     if has_generate_of_its_own(model):
         warnings.warn(
             f"this {type(model).__name__} came with a generate of its own (custom_generate of its folder), which "
@@ -99,34 +114,53 @@ def accelerate(
         generate_in_own_loop(model, config)
     else:
         generate_exactly(model, exact_mode, config)
-    model.compile(backend=river, options=backend_options, mode=mode)
-    compiled = marks_growing(model._compiled_call_impl, prompts=True)
-    model._compiled_call_impl = CompiledOrPlain(compiled, model._call_impl)
+    vars(model)["_compiled_call_impl"] = call
     return model
+
+
+@dataclass(frozen=True)
+class _OwnBackend:
+    """The backend as that of one model alone.
+
+    Dynamo runs what it keeps of a function for every model that was compiled with an equal backend. What it keeps where
+    a model's code broke its graph (at hooks, say) says nothing of the model, and would take the river from the others.
+    """
+
+    model: weakref.ref[PreTrainedModel]
+    func = staticmethod(river)
+
+    def __call__(self, *args: Any, **kwargs: Any) -> Any:
+        return river(*args, **kwargs)
 
 
 def _in(model: object) -> str:
     """Returns how to get at the model in a wrapper, for a message."""
     if isinstance(getattr(model, "_orig_mod", None), nn.Module):
         return "; give it the model before torch.compile(model) wraps it"
-    return "; give it model.get_base_model()" if hasattr(model, "get_base_model") else ""
+    if hasattr(model, "get_base_model"):
+        return "; give it model.get_base_model()"
+    return "; give it pipeline.model" if isinstance(getattr(model, "model", None), PreTrainedModel) else ""
 
 
 def _exact_mode(quality: str, options: Mapping[str, Any]) -> tuple[ExactMode, dict[str, Any]]:
     """Returns exact mode with its options of these, and the backend's."""
     own = {name: value for name, value in options.items() if name in vars(exact)}
     if own.setdefault("strict", quality == "strict") is not (quality == "strict"):
-        raise OptionError(f"strict={own['strict']!r} does not go with quality={quality!r}; choose it by quality alone")
+        raise OptionError(
+            f"strict={shown(own['strict'])} does not go with quality={quality!r}; choose it by quality alone"
+        )
     return exact.with_options(**own), {name: value for name, value in options.items() if name not in own}
 
 
 def _check_exact(options: Mapping[str, Any]) -> None:
-    """Raises an OptionError for options of the backend that leave a model without its river or its backbone."""
+    """Raises an OptionError for options of the backend that leave a model without its river or its backbone.
+
+    They are looked at before those that are set here, which no error is to name.
+    """
+    given: Any = SimpleNamespace(**{**vars(RiverConfig()), **options})
     try:
-        check_paths(RiverConfig.from_options(options))
-    except OptionError:
-        raise
-    except ValueError as error:
+        check_paths(given)
+    except ExactModeError as error:
         raise OptionError(str(error)) from None
 
 
@@ -134,8 +168,8 @@ def _nothing_of(quality: str, **arguments: object) -> None:
     for name, value in arguments.items():
         if value is not None:
             raise OptionError(
-                f"{name}={value!r} says which tokens leave, and with quality={quality!r} none does; leave it out, or "
-                "use quality='calibrated' or quality='fast'"
+                f"{name}={shown(value)} says which tokens leave, and with quality={quality!r} none does; leave it out, "
+                "or use quality='calibrated' or quality='fast'"
             )
 
 
@@ -152,8 +186,9 @@ def _rule(
             "quality='calibrated' needs calibration=: what river_compile.calibrate(model, tokenizer, texts, kl=0.1) "
             "returns, or the file it was saved to"
         )
-    found = calibration if isinstance(calibration, Calibration) else Calibration.load(Path(calibration))
-    given = next((name for name in options if name in found.options), None)
+    if not isinstance(calibration, Calibration):
+        calibration = Calibration.load(PATH("calibration", calibration, OptionError))
+    given = next((name for name in options if name in calibration.options), None)
     if given is not None:
-        raise OptionError(f"{given}={options[given]!r} is what the calibration says; leave it out")
-    return found.options
+        raise OptionError(f"{given}={shown(options[given])} is what the calibration says; leave it out")
+    return calibration.options

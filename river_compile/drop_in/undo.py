@@ -9,7 +9,7 @@ from torch import nn
 from river_compile.backend import river
 from river_compile.offload.weights import bring_back
 from river_compile.reporting.plain_runs import PlainRuns
-from river_compile.runtime.shortcut import without_shortcut
+from river_compile.runtime.compiled_call import compiled_call
 from river_compile.state import forget, unwrap
 from river_compile.upstream.compiled_calls import compiled_with
 
@@ -29,11 +29,14 @@ def restore(model: Module) -> Module:
 
     Returns:
         The same object.
+
+    Raises:
+        OptionError: (a ``ValueError``) it is no module.
     """
     inner = unwrap(model)
     bring_back(inner)
     generate_as_ever(inner)
-    if compiled_with(river, without_shortcut(inner._compiled_call_impl)):
+    if compiled_with(river, compiled_call(inner)):
         vars(inner).pop("_compiled_call_impl")
     PlainRuns.end(inner)
     forget(inner)

@@ -12,6 +12,7 @@ The backbone goes through Inductor in all but the last.
 
 from __future__ import annotations
 
+import contextlib
 import functools
 import importlib.util
 import warnings
@@ -22,7 +23,7 @@ import torch
 from river_compile.config import RiverConfig
 from river_compile.errors import OptionError, RiverWarning
 from river_compile.kernels.native import load as native
-from river_compile.kernels.native.build import CannotBuild
+from river_compile.kernels.native.build import CannotBuild, working_compiler
 from river_compile.kernels.native.isa import chosen
 from river_compile.kernels.quant.aten_int4 import LAYOUT as ATEN_LAYOUT
 from river_compile.kernels.quant.aten_int4 import has_fast_kernel
@@ -106,7 +107,9 @@ def _native(config: RiverConfig, on_gpu: bool) -> Lowering:
     try:
         native.load()
     except CannotBuild as error:
-        warn_once(f"twins are C++ that is compiled here, and it cannot be, so their products are ATen's: {error}")
+        with contextlib.suppress(CannotBuild):  # (where nothing compiles, the backend says so, and rewrites nothing)
+            working_compiler()
+            warn_once(f"twins are C++ that is compiled here, and it cannot be, so their products are ATen's: {error}")
         return Lowering("inductor", ATEN_LAYOUT, fuse=False)
     return Lowering("inductor", NATIVE_LAYOUT, fuse=True)
 

@@ -61,13 +61,12 @@ class SegmentCompiler:
     """Compiles the segments of one traced graph, each distinct one once.
 
     `config_patches` are for Inductor. Where the river's operators are those of the C++ kernels, segments of nothing
-    else skip Inductor. So does then the prologue of a prompt (`is_decode` False), whose few operators take less time
-    than compiling them.
+    else skip Inductor. So does then the prologue: its few operators take less time than compiling them, and one by one
+    they give a token the same bits in passes of every width.
     """
 
     lowering: Lowering
     config_patches: dict[str, object]
-    is_decode: bool = True
     compiled: list[Compiled] = field(default_factory=list)
 
     def compile(self, segment: Segment, packed: Sequence[Tensor]) -> Callee:
@@ -84,8 +83,7 @@ class SegmentCompiler:
         native = self.lowering.native
         callee: Callee | None = native_segment(segment) if native else None
         direct = True
-        once = native and not self.is_decode and segment.name == "prologue"
-        if callee is None and (once or self.lowering.compiler == "eager"):
+        if callee is None and ((native and segment.name == "prologue") or self.lowering.compiler == "eager"):
             callee = _by_operator(segment, self.lowering)
         elif callee is None:
             callee, direct = _compile(segment, packed, self.config_patches, self.lowering)

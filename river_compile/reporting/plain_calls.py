@@ -18,8 +18,8 @@ class PlainCalls:
     def __init__(self) -> None:
         self.reasons: Counter[str] = Counter()
 
-    def count(self, model_name: str, reason: str) -> None:
-        """Counts a call; the first one for a reason is warned of."""
+    def count(self, model_name: str, reason: str, told: bool = False) -> None:
+        """Counts a call; the first one for a reason is warned of, where nobody has `told` why."""
         self.reasons[reason] += 1
-        if self.reasons[reason] == 1:
+        if self.reasons[reason] == 1 and not told:
             warnings.warn(f"{model_name}.generate runs plainly here: {reason}", RiverWarning, stacklevel=3)

@@ -18,7 +18,7 @@ from torch._C._dynamo.eval_frame import get_eval_frame_callback
 from torch._dynamo import eval_frame
 
 from river_compile.errors import RiverWarning
-from river_compile.runtime.plain_calls import on_purpose
+from river_compile.runtime.compiled_call import on_purpose
 from river_compile.runtime.stats import ExitStats
 from river_compile.state import find_state
 from river_compile.upstream.compiled_calls import call_through
@@ -45,7 +45,7 @@ class PlainRuns:
         self._backend: Callable[..., object] | None = None
         self._model = ""
         self._noticed = False  # a block, since the latest call that reached no graph
-        self._steps = -1
+        self._steps = self._steps_before = -1
 
     def watch(self, model: nn.Module, block_path: str, backend: Callable[..., object]) -> None:
         """Watches a model from now on.
@@ -79,18 +79,18 @@ class PlainRuns:
         self._noticed = True
         self._count(stats, _why())
 
-    def missed(self, stats: ExitStats) -> None:
+    def called(self, stats: ExitStats) -> None:
         """Counts a call that reached no rewritten graph, where no block that ran in it was noticed."""
-        if not self._noticed:
+        steps, before = stats.steps, self._steps_before
+        if steps == before and not self._noticed:
             self._count(stats, _BROKEN)
-        self._noticed = False
+        self._noticed, self._steps_before = False, stats.steps
 
     def _count(self, stats: ExitStats, reason: str) -> None:
         self.count += 1
         self.reason = reason
-        steps = stats.decode.total() + stats.prefill.total()
-        if steps != self._steps:
-            self._steps = steps
+        if stats.steps != self._steps:
+            self._steps = stats.steps
             warnings.warn(
                 f"a forward pass of {self._model} ran without the river: {self.reason}", RiverWarning, stacklevel=3
             )

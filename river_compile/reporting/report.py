@@ -5,7 +5,7 @@ from __future__ import annotations
 import math
 from collections import Counter, defaultdict
 from collections.abc import Iterator, Mapping, Sequence
-from dataclasses import asdict, dataclass, field, replace
+from dataclasses import asdict, dataclass, field
 
 from torch import nn
 
@@ -14,7 +14,7 @@ from river_compile.exits import threshold_text
 from river_compile.kept_cache import KeptCache
 from river_compile.offload.weights import OffloadedWeights, OffloadLog
 from river_compile.passes.program import Fusion
-from river_compile.runtime.stats import ExactStats, ExitStats, PayoffLog
+from river_compile.runtime.stats import ExactStats, ExitStats
 from river_compile.state import GraphRecord, ModelState, find_state, unwrap
 from river_compile.twins.block_errors import BlockErrors
 from river_compile.twins.loss import TwinLoss
@@ -49,7 +49,6 @@ class Report:
     decode_depths: dict[int, int]
     prefill_depths: dict[int, int]
     exact: ExactStats
-    payoff: PayoffLog
     doubted: int = 0
     own_text: OwnText = field(default_factory=OwnText)
     loss: TwinLoss | None = None
@@ -113,7 +112,6 @@ class Report:
             "mean_exit_depth": _finite(self.mean_depth),
             "doubted": self.doubted,
             "exact": {**self.exact._asdict(), "by_source": dict(self.exact.by_source)},
-            "payoff": asdict(self.payoff),
         }
 
     def __str__(self) -> str:
@@ -121,8 +119,9 @@ class Report:
 
     def _lines(self) -> Iterator[str]:
         yield f"River Compile report for {self.model}"
-        if not self.ran:
+        if not (self.ran or self.plain_calls):
             yield f"  {_NEVER_RAN}"
+            yield from _plain_call_lines(self)
             return
         for graph in self.graphs:
             yield from graph_lines(graph)
@@ -140,8 +139,7 @@ class Report:
         if self.plain_runs:
             yield f"  without river  {self.plain_runs} forward passes, the latest because"
             yield f"    {self.plain_reason}"
-        for reason, count in self.plain_calls.items():
-            yield f"  without drafts {count} calls of generate: {reason}"
+        yield from _plain_call_lines(self)
         yield from token_lines(self)
 
 
@@ -162,7 +160,6 @@ def report(model: nn.Module) -> Report:
         decode_depths=dict(sorted(stats.decode.items())),
         prefill_depths=dict(sorted(stats.prefill.items())),
         exact=stats.exact,
-        payoff=replace(stats.payoff),
         doubted=stats.doubted,
         own_text=state.of(OwnText),
         loss=packed.loss,
@@ -210,13 +207,12 @@ def _other_groups(graph: GraphRecord) -> dict[str, int]:
 def graph_lines(graph: GraphRecord) -> Iterator[str]:
     """Yields what became of one traced graph, for people."""
     if graph.refusal:
-        yield f"  graph          left to Inductor: {graph.refusal}"
+        yield f"  graph          not rewritten: {graph.refusal}"
         return
     config = graph.config
     decides = graph.kind == "decode" and config.exit_depth is None
     seconds = ", ".join(f"{stage} {s:.1f} s" for stage, s in graph.seconds.items())
-    kind = "strict pass" if config.same_rows and graph.kind == "prefill" else graph.kind
-    yield f"  {kind:<14} {graph.num_blocks} blocks, {graph.cache} cache; {seconds}"
+    yield f"  {graph.kind:<14} {graph.num_blocks} blocks, {graph.cache} cache; {seconds}"
     yield f"    segments     {', '.join(f'{c.name} x{c.uses}' for c in graph.compiled)}"
     if decides and config.threshold is not None:
         yield f"    criterion    {config.criterion}, threshold {threshold_text(config.threshold)}"
@@ -278,6 +274,11 @@ def _packed_lines(report: Report) -> Iterator[str]:
         yield _sqnr_line("SQNR of outputs", observed)
 
 
+def _plain_call_lines(report: Report) -> Iterator[str]:
+    for reason, count in report.plain_calls.items():
+        yield f"  without drafts {count} calls of generate: {reason}"
+
+
 def _loss_lines(loss: TwinLoss | None) -> Iterator[str]:
     if loss is not None:
         yield f"    loss         {loss}, all blocks in 4 bits"
@@ -310,10 +311,6 @@ def token_lines(report: Report) -> Iterator[str]:
         yield f"  exact mode     {exact.cycles} verifying passes, {exact.kept / exact.row_cycles:.2f} tokens {each}"
     for source, (drafted, accepted) in exact.by_source.items():
         yield f"    {source:<12} {100 * accepted / drafted:.0f} % of {drafted} drafted tokens held"
-    if report.payoff.why:
-        payoff, (with_drafts, plain) = report.payoff, (f"{1e3 * seconds:.1f} ms" for seconds in report.payoff.why)
-        yield f"    drafts off   {payoff.times_off} times, for {payoff.tokens_without:.0f} tokens: a kept token took"
-        yield f"                 {with_drafts}, a plain step {plain}"
     if exact.held_back:
         held = f"{100 * exact.held_back / exact.row_cycles:.0f} % of their passes"
         yield f"    batches      rows dropped a draft that held in {held}: the slowest row decided"

@@ -6,6 +6,7 @@ Not handled: how it runs (:mod:`river_compile.runtime.runner`) and when a token 
 from __future__ import annotations
 
 import contextlib
+import functools
 import threading
 import time
 from collections.abc import Callable, Sequence
@@ -16,6 +17,7 @@ import torch
 
 from river_compile.exit_rule import Taken, rule_of
 from river_compile.exits import ExitPolicy, Memories, Memory
+from river_compile.passes.graph_safety import fixed_inputs
 from river_compile.passes.program import RiverProgram
 from river_compile.upstream.dynamo_cache import CacheEntry
 
@@ -25,10 +27,13 @@ from .runner import Runner
 from .sequences import Sequences
 from .slots import cache_slots
 from .stats import ExitStats, Observers, StepRecord
-from .wanted_logits import WantedLogits
+from .wanted_logits import DraftTokens, WantedLogits
 
-_steps: Observers[[RiverExecutor, tuple, StepRecord]] = Observers()
-_calls: Observers[[RiverExecutor, tuple, tuple]] = Observers()
+# Runs a pass once more: (the graph's inputs, the tokens that a draft may have) -> outputs.
+Replay = Callable[[Sequence, "DraftTokens | None"], tuple]
+
+_steps: Observers[[RiverExecutor, Sequence[Any], StepRecord]] = Observers()
+_calls: Observers[[RiverExecutor, Sequence[Any], tuple]] = Observers()
 
 
 class RiverExecutor:
@@ -46,6 +51,7 @@ class RiverExecutor:
         on_close: called after each step.
         wanted: the list of logits that the river's head computes; None where it computes all.
         entry: what Dynamo keeps of the graph; None outside of Dynamo.
+        inputs: how the user's code names the graph's inputs, in order; none outside of Dynamo.
     """
 
     def __init__(
@@ -61,25 +67,40 @@ class RiverExecutor:
         on_close: Callable[[], None],
         wanted: WantedLogits | None = None,
         entry: CacheEntry | None = None,
+        inputs: Sequence[str] = (),
     ) -> None:
         self.program, self.runner, self.policy, self.fill = program, runner, policy, fill
         self.num_blocks = program.plan.num_blocks
         self.decodes = program.plan.is_decode
-        self.sequences, self.entry = sequences, entry
+        self.sequences, self.entry, self.inputs = sequences, entry, tuple(inputs)
         self._stats, self._memories = stats, memories
         self._on_begin, self._on_close = on_begin, on_close
-        self._wanted = wanted or contextlib.nullcontext()
+        self._wanted = wanted
         self.room = Room.of(program)
         self._cache_in, self._cache_out = cache_slots(program)
         self._remembers = policy.criterion.remembers or fill.remembers
 
     def __call__(self, *args: object) -> tuple:
+        return self.step(args)
+
+    def step(self, args: Sequence[Any], depth: int | None = None, tokens: DraftTokens | None = None) -> tuple:
+        """Runs a step and returns what the graph returns.
+
+        Args:
+            args: the graph's inputs.
+            depth: blocks that a decode step executes, `WHOLE` for all; None leaves it to the thread and the policy.
+            tokens: those whose logits the river's head computes, None for all.
+
+        Raises:
+            ValueError: the program lacks the segments for that depth.
+            CacheFullError: (a ``ValueError``) the tokens do not fit into a static cache.
+        """
         started = time.perf_counter()
-        policy = self.policy.in_this_thread() if self.decodes else self.policy
+        policy = self._policy_at(depth)
         runner = self.runner.for_pass(args)
         if self._on_begin is not None and self.sequences.begins(self, self._cache(args)):
             self._on_begin(args)
-        with runner, self._wanted, torch._C._DisableAutocast():
+        with runner, self._logits_of(tokens), torch._C._DisableAutocast():
             slots = runner.begin(args)
             filled = 0 if self.room is None else self.room.check(slots)
             memory = self._recall(slots)
@@ -93,6 +114,50 @@ class RiverExecutor:
         _calls(self, args, outputs)
         self._on_close()
         return outputs
+
+    def replay(self, args: Sequence, depth: int) -> Replay | None:
+        """Returns what runs a step again that has run at this depth with these inputs; None where some part is not
+        captured, or where the policy or the fill remembers something of each step.
+
+        The caller sees to it that the step's tokens have room in the cache, and that it goes on with a sequence. What
+        may differ in the inputs of a replay: tensors that are neither parameters nor the cache's, and numbers.
+        """
+        policy = self._policy_at(depth)
+        blocks = policy.fixed_depth if self.decodes else self.num_blocks
+        captured = None
+        if not self._remembers and blocks is not None:
+            captured = self.runner.for_pass(args).replay(args, min(blocks, self.num_blocks))
+        if captured is None:
+            return None
+        entered, begin, launches, finish = captured
+        way = Taken(min(blocks or 0, self.num_blocks))
+
+        def again(args: Sequence, tokens: DraftTokens | None) -> tuple:
+            started = time.perf_counter()
+            if self.room is not None:
+                self.room.forget(args)
+            with entered, self._logits_of(tokens):
+                begin(args)
+                for launch in launches:
+                    launch()
+                outputs = finish()
+            self._record(args, way, started)
+            return outputs
+
+        return again
+
+    @functools.cached_property
+    def fixed(self) -> frozenset[int]:
+        """The numbers of the inputs whose memory the caller keeps: parameters, and what the graph writes in place."""
+        return frozenset(self.program.slots[node] for node in fixed_inputs(self.program.plan))
+
+    def _policy_at(self, depth: int | None) -> ExitPolicy:
+        if not self.decodes:
+            return self.policy
+        return self.policy.in_this_thread() if depth is None else self.policy.at(depth)
+
+    def _logits_of(self, tokens: DraftTokens | None) -> AbstractContextManager[None]:
+        return contextlib.nullcontext() if self._wanted is None else self._wanted.only(tokens)
 
     def _run(self, runner: Runner, slots: list, policy: ExitPolicy, memory: Memory) -> Taken | Callable[[], Taken]:
         """Runs blocks, tail and head of a step; returns the way that it took, or what waits for the step to tell it."""
@@ -113,7 +178,7 @@ class RiverExecutor:
         self.fill.end(slots, memory, depth)
         return Taken(depth, tuple(scores), entropy, river_from)
 
-    def _record(self, args: tuple, taken: Taken | Callable[[], Taken], started: float) -> None:
+    def _record(self, args: Sequence[Any], taken: Taken | Callable[[], Taken], started: float) -> None:
         """Counts a step and shows it to those who observe steps; where there are none, it waits for nothing."""
         decodes, thread, model = self.decodes, threading.get_ident(), self._stats.model_id
 
@@ -189,11 +254,11 @@ class RiverExecutor:
             self._memories.keep(slots[self._cache_out], memory)
 
 
-def on_step(observer: Callable[[RiverExecutor, tuple, StepRecord], object]) -> AbstractContextManager[None]:
+def on_step(observer: Callable[[RiverExecutor, Sequence[Any], StepRecord], object]) -> AbstractContextManager[None]:
     """Inside, calls `observer(executor, args, record)` after every step in the process, with its graph's inputs."""
     return _steps.added(observer)
 
 
-def on_call(observer: Callable[[RiverExecutor, tuple, tuple], object]) -> AbstractContextManager[None]:
+def on_call(observer: Callable[[RiverExecutor, Sequence[Any], tuple], object]) -> AbstractContextManager[None]:
     """Inside, calls `observer(executor, args, outputs)` after every step in the process: its graph's."""
     return _calls.added(observer)

@@ -10,6 +10,7 @@ counts no change. Not noticed: a length that another program's CUDA graph advanc
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from typing import NamedTuple
 
 from torch import Tensor
@@ -76,6 +77,11 @@ class Room:
         if self.counts:
             length = slots[self._length]
             _known[length] = _Known(filled, version_of(length))
+
+    def forget(self, slots: Sequence) -> None:
+        """Notes that a step is launched which is not checked."""
+        if self.counts:
+            _known.pop(slots[self._length], None)
 
     def _new(self, slots: list) -> int:
         return 1 if self._axis is None else slots[self._hidden].shape[self._axis]

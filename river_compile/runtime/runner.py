@@ -10,7 +10,9 @@ from __future__ import annotations
 
 from abc import ABC, abstractmethod
 from collections.abc import Callable, Mapping, Sequence
+from contextlib import AbstractContextManager
 from types import TracebackType
+from typing import NamedTuple
 
 from torch import Tensor, fx
 
@@ -61,6 +63,18 @@ class Step:
             slots[index] = value
 
 
+class ReplayedStep(NamedTuple):
+    """A step that runs again: `begin` with the graph's inputs, then each of `launches`, then `finish` for its outputs.
+
+    All of it runs within `entered`, as any step does.
+    """
+
+    entered: AbstractContextManager[None]
+    begin: Callable[[Sequence], object]
+    launches: Sequence[Callable[[], object]]
+    finish: Callable[[], tuple]
+
+
 class Runner(ABC):
     """Runs one program. A step is :meth:`begin`, then blocks and scores in order, perhaps a tail, then :meth:`finish`.
 
@@ -95,6 +109,15 @@ class Runner(ABC):
 
         Nothing of the caller's has been written when this returns.
         """
+
+    def replay(self, args: Sequence, depth: int) -> ReplayedStep | None:
+        """Returns a whole step at a depth, to run again; None where not all of it is captured.
+
+        Args:
+            args: its graph's inputs. In a replay, tensors other than parameters and the cache's may be others of the
+                same shapes, and numbers may differ.
+        """
+        return None
 
     def whole(self, slots: list, rule: Rule) -> Outcome | None:
         """Runs everything between :meth:`begin` and :meth:`finish` as a rule decides, without waiting for anything.

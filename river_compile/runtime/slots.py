@@ -28,7 +28,7 @@ def new_slots(program: RiverProgram, args: Sequence = ()) -> list:
     return [*args, *[None] * (len(program.slots) + 1 - len(args))]
 
 
-def gather(indices: Sequence[int]) -> Callable[[list], Sequence]:
+def gather(indices: Sequence[int]) -> Callable[[Sequence], Sequence]:
     """Returns a function that picks these slots."""
     if len(indices) > 1:
         return operator.itemgetter(*indices)

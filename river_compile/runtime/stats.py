@@ -10,7 +10,6 @@ import itertools
 import threading
 from collections import Counter, deque
 from collections.abc import Callable, Iterator, Mapping
-from dataclasses import dataclass
 from types import MappingProxyType
 from typing import Generic, NamedTuple, ParamSpec
 
@@ -157,37 +156,27 @@ class ExactStats(NamedTuple):
 
     def plus(self, cycle: CycleRecord) -> ExactStats:
         """Returns the sums with one more cycle."""
-        drafted, kept = Counter(cycle.drafted), Counter(cycle.kept)
+        drafted = accepted = kept = held_back = 0
         by_source = dict(self.by_source)
-        for source, count in drafted.items():
-            before = by_source.get(source, (0, 0))
-            by_source[source] = (before[0] + count, before[1] + kept[source])
+        for row in cycle.rows:
+            drafted, kept, held_back = drafted + len(row.drafted), kept + len(row.kept), held_back + row.held_back
+            for source in row.drafted:
+                there, held = by_source.get(source, (0, 0))
+                by_source[source] = (there + 1, held)
+            for source in row.kept:
+                if source != "backbone":
+                    there, held = by_source[source]
+                    by_source[source] = (there, held + 1)
+                    accepted += 1
         return ExactStats(
             self.cycles + 1,
             self.row_cycles + len(cycle.rows),
-            self.drafted + len(cycle.drafted),
-            self.accepted + cycle.accepted,
-            self.kept + len(cycle.kept),
-            self.held_back + cycle.held_back,
+            self.drafted + drafted,
+            self.accepted + accepted,
+            self.kept + kept,
+            self.held_back + held_back,
             by_source,
         )
-
-
-@dataclass
-class PayoffLog:
-    """Whether exact mode's drafts pay in one model.
-
-    Attributes:
-        times_off: how often they did not, so that the next tokens were generated without.
-        tokens_without: tokens per row that were.
-        seconds: for a kept token with drafts and for a plain step, as compared last; None before.
-        why: the same, when drafts did not pay the last time.
-    """
-
-    times_off: int = 0
-    tokens_without: float = 0
-    seconds: tuple[float, float] | None = None
-    why: tuple[float, float] | None = None
 
 
 class ExitStats:
@@ -197,14 +186,12 @@ class ExitStats:
 
     Attributes:
         model_id: identifies the model in traces, unique in the process.
-        payoff: whether exact mode's drafts pay.
     """
 
     def __init__(self) -> None:
         self.model_id = next(_model_ids)
         self.num_blocks = 0
         self.exact = ExactStats()
-        self.payoff = PayoffLog()
         self._decode: Counter[int] = Counter()
         self._prefill: Counter[int] = Counter()
         self._doubted = 0
@@ -221,6 +208,11 @@ class ExitStats:
     def prefill(self) -> Counter[int]:
         """Prompts by depth."""
         return self._prefill
+
+    @property
+    def steps(self) -> int:
+        """Forward passes, those included that are not counted by depth yet."""
+        return self._decode.total() + self._prefill.total() + len(self._late)
 
     @property
     def doubted(self) -> int:

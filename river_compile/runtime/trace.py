@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import contextlib
 from collections import Counter
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 
@@ -80,7 +80,7 @@ class Trace:
             return plot_cycles(path, texts, first)
         return plot_depths(path, texts, self.tokens, self.num_blocks)
 
-    def add_step(self, executor: RiverExecutor, args: tuple[object, ...], step: StepRecord) -> None:
+    def add_step(self, executor: RiverExecutor, args: Sequence[object], step: StepRecord) -> None:
         """Adds a step that an executor took."""
         self.num_blocks = max(self.num_blocks, executor.num_blocks)
         self.steps.append(step)

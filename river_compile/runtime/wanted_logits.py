@@ -10,9 +10,7 @@ Not handled: heads in 16 bits, and others than those of the C++ kernels; they co
 
 from __future__ import annotations
 
-import contextlib
 import threading
-from collections.abc import Iterator
 
 import torch
 from torch import Tensor
@@ -58,28 +56,8 @@ class DraftTokens:
         return self._list
 
 
-class _Wanted(threading.local):
-    tokens: DraftTokens | None = None
-
-
-_wanted = _Wanted()
-
-
-@contextlib.contextmanager
-def only_logits_of(tokens: DraftTokens) -> Iterator[None]:
-    """Inside, the river's head computes for this thread's decode steps no logits but those of these tokens.
-
-    The others are `river_compile.kernels.ops.UNWANTED`, where the head can leave any out.
-    """
-    before, _wanted.tokens = _wanted.tokens, tokens
-    try:
-        yield
-    finally:
-        _wanted.tokens = before
-
-
 class WantedLogits:
-    """The list that a graph's head reads; entered for the length of a step, one thread's at a time.
+    """The list that a graph's head reads; one thread's step at a time has it (:meth:`only`).
 
     Args:
         vocabulary: V, the logits that there are.
@@ -101,11 +79,19 @@ class WantedLogits:
         head = program.river_head
         return cls(sum(head.packed[0].out_features)) if head is not None and head.chooses_logits else None
 
-    def __enter__(self) -> None:
+    def only(self, tokens: DraftTokens | None) -> WantedLogits:
+        """Inside, the head computes no logits but those of these tokens; None for all.
+
+        The others are `river_compile.kernels.ops.UNWANTED`.
+        """
         self._lock.acquire()
-        blocks = self._all if _wanted.tokens is None else _wanted.tokens.blocks
+        blocks = self._all if tokens is None else tokens.blocks
         if blocks is not self._written:
             self._write(blocks)
+        return self
+
+    def __enter__(self) -> None:
+        """(:meth:`only` has the lock.)"""
 
     def __exit__(self, *_: object) -> None:
         self._lock.release()

@@ -29,20 +29,32 @@ class Chooser:
         rows: B.
         do_sample: draw from the scores' softmax instead of taking their maximum.
         ranks: that share the model; all of them choose what the first one does.
+        drafting: whether some places are asked for more than once, or not in order.
     """
 
-    def __init__(self, rows: int, do_sample: bool, ranks: Ranks = ALONE) -> None:
-        self.do_sample, self._ranks = do_sample, ranks
+    def __init__(self, rows: int, do_sample: bool, ranks: Ranks = ALONE, drafting: bool = True) -> None:
+        self.do_sample, self._ranks, self._drafting = do_sample, ranks, drafting
         self._rows = rows
         self._drawn = 0  # steps whose noise was drawn
         self._steps: dict[int, tuple[Tensor, Tensor]] = {}  # the generator's state before a step, and the step's noise
 
-    def choose(self, scores_NV: Tensor, places: Sequence[tuple[int, int]]) -> Tensor:
-        """Returns a token ``[N]`` for each place, which is a row and its number of new tokens so far."""
+    def choose(self, scores_NV: Tensor, places: Sequence[tuple[int, int]], drafts: bool = False) -> Tensor:
+        """Returns a token ``[N]`` for each place, which is a row and its number of new tokens so far.
+
+        Raises:
+            RuntimeError: as ``torch.multinomial`` does: a row's scores are all -inf, or one of them is NaN or +inf. (A
+                draft is of any token then, since it need not hold.)
+        """
         if not self.do_sample:
             return self._ranks.first(scores_NV.argmax(-1))
+        if not self._drafting:
+            return self._ranks.first(torch.multinomial(scores_NV.softmax(-1), num_samples=1).squeeze(1))
         noise_NV = torch.stack([self._noise(step, scores_NV)[row] for row, step in places])
-        return self._ranks.first((scores_NV.softmax(-1) / noise_NV).argmax(-1))
+        shares_NV = scores_NV.softmax(-1) / noise_NV
+        tokens_N = shares_NV.argmax(-1)
+        if not drafts and shares_NV[:, 0].isnan().any():  # (the softmax of such scores is NaN everywhere)
+            raise RuntimeError("probability tensor contains either `inf`, `nan` or element < 0")
+        return self._ranks.first(tokens_N)
 
     def forget(self, before: int) -> None:
         """Drops the noise of steps that all rows have passed."""

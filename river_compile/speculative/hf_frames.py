@@ -42,7 +42,7 @@ class KeepsTokenizer:
     arguments that the signature names. While it asks, the tokenizer is put back among the arguments.
     """
 
-    def __get__(self, instance: object | None, owner: type) -> inspect.Signature:
+    def __get__(self, instance: Any, owner: type) -> inspect.Signature:
         if instance is None:
             raise AttributeError("__signature__")  # the class itself has its ordinary signature
         frame = _running("_extract_generation_mode_kwargs")
@@ -51,4 +51,6 @@ class KeepsTokenizer:
             if isinstance(taken, dict) and isinstance(left, dict) and "tokenizer" in taken:
                 left["tokenizer"] = taken["tokenizer"]
         whole = inspect.signature(owner.__call__)
-        return whole.replace(parameters=list(whole.parameters.values())[1:])
+        _, *parameters, rest = whole.parameters.values()
+        options = [inspect.Parameter(name, inspect.Parameter.KEYWORD_ONLY, default=None) for name in instance.per_call]
+        return whole.replace(parameters=[*parameters, *options, rest])

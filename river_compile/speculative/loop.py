@@ -1,4 +1,4 @@
-"""The loop of exact mode (self-speculative decoding): draft, verify, keep what agrees, rewind.
+"""The decode loop. With drafts it is self-speculative decoding: draft, verify, keep what agrees, rewind.
 
     ids      ... a b        a cached, b kept but not cached
     draft    ... a b c d e  the river proposes c d e (its cache entries are freed again)
@@ -18,6 +18,13 @@ Kept positions go one by one through the user's logits processors, stopping crit
 generation; nothing after the first disagreement or stop ever reaches them. Rows of one length go together. Where a
 processor or criterion may look at the whole batch, or remember calls, rows stay together: they keep what held for all
 of them, and the calls and arguments are those of plain generation.
+
+Without drafts each cycle is one pass that gives every row a token. On a GPU with a static cache that pass is queued
+before the host has read what the one before it chose: its ids come from the device. Where a text turns out to have
+ended, the pass is taken back from the cache, and nobody sees more of it than the report, which counts it.
+
+    host     choose t | queue step t+1 | read token t, streamer | choose t+1 | queue step t+2 | ...
+    device   ........ step t ......... | ................... step t+1 ................... | ...
 """
 
 from __future__ import annotations
@@ -36,9 +43,7 @@ from river_compile.runtime.stats import CycleRecord, RowCycle
 
 from .accept import Chooser
 from .draft import Draft, Drafter, DraftStep
-from .pays import Pays
-from .plain import PlainRunner
-from .runner import DraftVerifyRunner
+from .session import Session
 from .texts import Texts
 
 Process = Callable[[Tensor, Tensor, Sequence[int]], Tensor]
@@ -78,25 +83,25 @@ class Outputs:
 
 
 @dataclass
-class ExactLoop:
+class DecodeLoop:
     """Generates until every row has ended.
 
     Attributes:
+        session: runs the passes.
+        drafter: proposes tokens; None for a loop without drafts, whose rows stay together.
         process: the user's logits processors, ``(ids [N, S], scores [N, V], rows) -> scores``; None for none.
         process_draft: those that may also see drafts; None for none.
         stops: the stopping criteria, ``(ids, scores) -> bool [N]``; or what they come to.
         max_length: ids in all, at most.
-        pad_token: what rows receive that have ended while others go on.
-        together: whether rows keep only what held for all of them.
+        pad_token: what rows receive that have ended while others go on; None where all go on until the last one's end.
+        together: whether rows keep only what held for all of them; they do where there is no such token.
         scores, logits: receive each kept token's processed scores and raw logits, None where nobody asks.
-        pays: says when to do without drafts, None for never.
-        pays_of: returns the same for another number of rows.
         ranks: that share the model; all of them go by what the first one's clock and stopping criteria say.
         clock: seconds, from wherever.
     """
 
-    runner: DraftVerifyRunner | PlainRunner
-    drafter: Drafter
+    session: Session
+    drafter: Drafter | None
     texts: Texts
     chooser: Chooser
     process: Process | None
@@ -107,69 +112,67 @@ class ExactLoop:
     together: bool
     scores: Outputs | None = None
     logits: Outputs | None = None
-    pays: Pays | None = None
-    pays_of: Callable[[int], Pays] | None = None
     ranks: Ranks = ALONE
     clock: Callable[[], float] = time.perf_counter
 
     def run(self, first_logits: Tensor) -> Tensor:
         """Generates from the prompt's last logits ``[B, 1, V]`` on; returns all ids ``[B, S]``."""
         self._rows = self.texts.running  # those in the batch; they stand in its order
+        self._queued: Tensor | None = None  # logits of the next step, which runs already
+        self._waiting: set[int] = set()  # rows that have stopped, where all go on until the last one stops
         self._settle(first_logits, Draft({row: [] for row in self._rows}))
         while self.texts.running:
-            self._cycle()
-            self._let_leave()
-        self.chooser.close(max(self.texts.steps))
+            self.session.make_room(self.max_length - self.texts.longest + 1)
+            if self.drafter is None:
+                self._step()
+            else:
+                self._cycle(self.drafter)
+                self._let_leave(self.drafter)
+        if self._queued is not None:
+            self.session.rewind(1)
+        self.chooser.close(max(map(self.texts.step_of, range(len(self.texts.active)))))
         return self.texts.whole()
 
-    def _cycle(self) -> None:
-        self.runner.make_room(self.max_length - self.texts.longest + 1)
-        if self.pays is not None:
-            plain = self.pays.measure_plain(self._plain_pass)
-            if plain is not None:
-                self.runner.times.note(1, plain)
+    def _step(self) -> None:
+        """Gives every row one token more."""
+        logits, self._queued = self._queued, None
+        if logits is None:
+            logits = self.session.step(self.texts.aligned(self._rows))
+        self._keep_next(self._rows, logits[:, -1], [])
+        self.session.keep([1] * len(self._rows), 1)
+
+    def _cycle(self, drafter: Drafter) -> None:
         start = self.clock()
-        runner, texts = self.runner, self.texts
+        session, texts = self.session, self.texts
         ids, running, longest, before = texts.aligned(self._rows), texts.running, texts.longest, list(texts.lengths)
-        river = self.pays is None or not self.pays.resting
-        draft = self.drafter.draft(ids, self._rooms(), DraftStep(self._draft_scores, self._choose_draft), river)
-        runner.rewind(draft.steps)
+        draft = drafter.draft(ids, self._rooms(), DraftStep(self._draft_scores, self._choose_draft))
+        session.rewind(draft.steps)
         drafted_at = self.clock()
-        width = runner.width_for(draft.longest)
-        logits = runner.verify(torch.cat([ids, draft.columns(ids[:, -1])], dim=-1), draft.longest)
+        width = session.width_for(draft.longest)
+        logits = session.verify(torch.cat([ids, draft.columns(ids[:, -1])], dim=-1), draft.longest)
         verified_at = self.clock()
         rows = self._settle(logits, draft)
         # (Of a row that has ended nothing is needed any more: it goes with the longest.)
         advance = max(texts.lengths[row] for row in texts.running or running) - longest
         kept = [texts.lengths[row] - before[row] if row in running else advance for row in self._rows]
-        runner.keep(kept, advance)
+        session.keep(kept, advance)
         end = self.clock()
         took = (drafted_at - start, verified_at - drafted_at, end - verified_at)
         drafting, verifying, keeping = self.ranks.agree(took)
         seconds = drafting, verifying, keeping
-        self.drafter.note(sum(len(row.kept) for row in rows), draft.steps, width, verifying + keeping)
-        cycle = CycleRecord(rows, width, seconds, threading.get_ident(), runner.stats.model_id)
-        runner.stats.count_cycle(cycle)
-        if self.pays is not None:
-            self.pays.note(cycle)
+        drafter.note(sum(len(row.kept) for row in rows), draft.steps, width, verifying + keeping)
+        session.stats.count_cycle(CycleRecord(rows, width, seconds, threading.get_ident(), session.stats.model_id))
 
-    def _plain_pass(self) -> None:
-        """Runs what a plain step would run next, and forgets it again."""
-        self.runner.verify(self.texts.aligned(self._rows), 0).argmax(-1).tolist()
-        self.runner.rewind(1)
-
-    def _let_leave(self) -> None:
+    def _let_leave(self, drafter: Drafter) -> None:
         """Takes the rows that have ended out of the batch, where they are enough."""
         running, before = self.texts.running, len(self._rows)
         if not running or len(running) > _STAY * before or self.together:
             return
-        if not self.runner.pays_to_select(len(running), self.max_length - self.texts.longest):
+        if not self.session.pays_to_select(len(running), self.max_length - self.texts.longest):
             return
-        self.runner.select(self._places(running))
-        self.drafter.take(self.runner.times, len(running) / before)
+        self.session.select(self._places(running))
+        drafter.take(self.session.times, len(running) / before)
         self._rows = running
-        if self.pays_of is not None:
-            self.pays = self.pays_of(len(running))
 
     def _places(self, rows: Iterable[int]) -> list[int]:
         """Returns where rows stand in the batch."""
@@ -177,7 +180,7 @@ class ExactLoop:
 
     def _rooms(self) -> dict[int, int | None]:
         """Returns how many tokens each row of the batch can draft, None for rows that have ended."""
-        most, texts = self.runner.longest_draft, self.texts
+        most, texts = self.session.longest_draft, self.texts
         return {
             row: max(min(most, self.max_length - texts.lengths[row] - 1), 0) if texts.active[row] else None
             for row in self._rows
@@ -185,8 +188,7 @@ class ExactLoop:
 
     def _draft_scores(self, ids_BS: Tensor, rows: Sequence[int], drafted: int) -> Tensor:
         """Runs the river over the batch's ids, `drafted` of them not in the texts yet; returns scores ``[N, V]``."""
-        logits = self.runner.draft_step(ids_BS)
-        scores = logits[self._places(rows)].float()
+        scores = self.session.draft_step(ids_BS)[self._places(rows)].float()
         if self.process_draft is None:
             return scores
         for group, length in self._of_one_length(rows):
@@ -196,10 +198,13 @@ class ExactLoop:
         return scores
 
     def _choose_draft(self, scores_NV: Tensor, rows: Sequence[int], drafted: int) -> Tensor:
-        return self.chooser.choose(scores_NV, [(row, self.texts.steps[row] + drafted) for row in rows])
+        return self.chooser.choose(scores_NV, [(row, self.texts.step_of(row) + drafted) for row in rows], drafts=True)
 
     def _settle(self, logits_BWV: Tensor, draft: Draft) -> tuple[RowCycle, ...]:
         """Keeps each row's tokens up to its first disagreement or its end."""
+        if self.drafter is None:
+            self._keep_next(self._rows, logits_BWV[:, -1], [])
+            return ()
         going = running = self.texts.running
         sources: dict[int, list[str]] = {row: [] for row in running}
         held_back: set[int] = set()
@@ -225,32 +230,49 @@ class ExactLoop:
         """Keeps one more token of a group of rows; returns those whose drafted token it is."""
         texts, raw = self.texts, logits_BV[self._places(rows)]
         if not self._simple or self.chooser.do_sample:  # (the best token is the same in the logits' own dtype)
-            raw = raw.to(copy=True, dtype=torch.float32)
+            raw = raw.to(copy=True, dtype=torch.float32, device=texts.device)
         scores = raw if self.process is None else self.process(texts.of(rows), raw, rows)
-        step = texts.steps[rows[0]]
+        step = texts.step_of(rows[0])
         for outputs, values in ((self.scores, scores), (self.logits, raw)):
             if outputs is not None:
                 outputs.add(rows, step, values)
         tokens = self.chooser.choose(scores, [(row, step) for row in rows])
-        if self.pad_token is not None and not all(texts.active[row] for row in rows):
+        ended = len(texts.running) < len(texts.active)
+        if self.pad_token is not None and ended and not all(texts.active[row] for row in rows):
             tokens = torch.where(tokens.new_tensor([texts.active[row] for row in rows]) > 0, tokens, self.pad_token)
         texts.append(rows, tokens)
+        if self.drafter is None:
+            self._queue_next()
         ids = tokens.tolist()
-        self.drafter.extend(rows, ids)
+        if self.drafter is not None:
+            self.drafter.extend(rows, ids)
         texts.end(self._stopped(rows, ids))
         texts.show()
-        self.chooser.forget(min((texts.steps[row] for row in texts.running), default=0))
-        return [row for row, token, draft in zip(rows, ids, drafted, strict=True) if token == draft]
+        self.chooser.forget(min(map(texts.step_of, texts.running), default=0))
+        return [row for row, token, draft in zip(rows, ids, drafted, strict=False) if token == draft]
+
+    def _queue_next(self) -> None:
+        """Runs the next step before it is known that some text goes on, where that saves time and can be undone."""
+        texts, session = self.texts, self.session
+        if session.runs_late and texts.longest < self.max_length and not self.ranks.several and session.can_take_back:
+            self._queued = session.step(texts.aligned(self._rows))
 
     def _stopped(self, rows: list[int], tokens: list[int]) -> list[int]:
-        """Returns which of these rows end with the token that each received."""
+        """Returns which of these rows end with the token that each received.
+
+        Without a token to pad with, plain generation lets rows that have stopped go on until all have.
+        """
         texts = self.texts
         if isinstance(self.stops, Ends):
             stopped = [self.stops.stop(texts.lengths[row], token) for row, token in zip(rows, tokens, strict=True)]
         else:
             seen = tuple(self.scores.steps) if self.together and self.scores is not None else None
             stopped = self.ranks.first(self.stops(texts.of(rows), seen)).tolist()
-        return [row for row, stop in zip(rows, stopped, strict=True) if stop]
+        ended = [row for row, stop in zip(rows, stopped, strict=True) if stop]
+        if self.pad_token is not None or not self.together:
+            return ended
+        self._waiting.update(ended)
+        return rows if len(self._waiting) == len(rows) else []
 
     @property
     def _simple(self) -> bool:

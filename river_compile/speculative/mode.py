@@ -1,20 +1,22 @@
-"""Exact mode, self-speculative decoding: ``model.generate(**inputs, custom_generate=river_compile.exact)``.
+"""What ``model.generate(**inputs, custom_generate=...)`` is given: `decode`, and `exact` with drafts.
 
-The river drafts, the backbone verifies, and the text is the plain model's: greedy text token for token, up to how the
-hardware rounds passes of different widths (docs/exact.md), sampled text for the same seed likewise.
+`decode` generates what transformers' own loop does, in less time for each step. With `exact` the river drafts, the
+backbone verifies, and the text is the plain model's (docs/exact.md): greedy text token for token, sampled text for the
+same seed likewise.
 
-Not handled (a ValueError that says so): beams and transformers' own assisted modes, encoder-decoder models, models with
-a recurrent state, attention weights and hidden states as outputs, generation that is synchronized over processes.
+Not handled (an error that says so): beams and transformers' own assisted modes, encoder-decoder models, attention
+weights and hidden states as outputs, generation that is synchronized over processes; for drafts also models with a
+recurrent state.
 """
 
 from __future__ import annotations
 
-import functools
 import itertools
+import math
 import sys
 from collections.abc import Mapping
 from dataclasses import dataclass, replace
-from typing import Any
+from typing import Any, ClassVar, TypeAlias
 
 import torch
 from torch import Tensor
@@ -23,24 +25,22 @@ from transformers.generation import GenerateDecoderOnlyOutput, LogitsProcessorLi
 from transformers.generation.configuration_utils import GenerationMode
 from transformers.generation.stopping_criteria import EosTokenCriteria, MaxLengthCriteria, StopStringCriteria
 
-from river_compile.errors import ExactModeError, OptionError
+from river_compile.errors import DecodeError, ExactModeError, OptionError
+from river_compile.exits import WHOLE
 from river_compile.kept_cache import lent_cache
 from river_compile.kernels.checks import FLAG, integer, number, optional
-from river_compile.state import state_of_model
 from river_compile.upstream.hf_cache import cache_argument, cache_of
 
 from .accept import Chooser
 from .draft import Drafter, DraftRates
 from .hf_frames import KeepsTokenizer, argument_of_generate, shares_cache
-from .loop import Ends, ExactLoop, Outputs
-from .pays import pays_of
-from .plain import PlainRunner
+from .loop import DecodeLoop, Ends, Outputs
 from .plan import ByChance, ByGain, Rule
 from .processors import STATELESS, RowProcessors
-from .runner import DraftVerifyRunner, preparations
+from .session import LONGEST_OFFLOADED, Session, verification_widths
 from .texts import Texts
 
-_ROW_BY_ROW = (MaxLengthCriteria, EosTokenCriteria, StopStringCriteria)
+_ROW_BY_ROW = {MaxLengthCriteria, EosTokenCriteria, StopStringCriteria}
 
 _STOP_BELOW = 0.5  # where measured times may not decide
 
@@ -53,42 +53,76 @@ _CHECKS = {
     "static_cache": FLAG,
 }
 
+Generated: TypeAlias = Tensor | GenerateDecoderOnlyOutput
+
 
 @dataclass(frozen=True)
-class ExactMode:
-    """Generates exactly the plain model's text; a callable for ``generate(custom_generate=...)``.
+class Call:
+    """One call of ``generate``, as it is handed to a callable ``custom_generate``."""
 
-    Every option can also be given to ``generate`` itself, for one call.
+    model: PreTrainedModel
+    ids_BS: Tensor
+    processors: LogitsProcessorList
+    criteria: StoppingCriteriaList
+    config: GenerationConfig
+    streamer: Any | None
+
+    def loop(self, session: Session, drafter: Drafter | None, together: bool) -> DecodeLoop:
+        """Returns the loop of the call, whose prompt has run."""
+        config, criteria, rows = self.config, self.criteria, len(self.ids_BS)
+        wanted, pad_token = config.return_dict_in_generate, self.pad_token
+        stateless = LogitsProcessorList(p for p in self.processors if type(p) in STATELESS)
+        return DecodeLoop(
+            session=session,
+            drafter=drafter,
+            texts=Texts(self.ids_BS, pad_token, None if self.streamer is None else self.streamer.put),
+            chooser=Chooser(rows, config.do_sample, session.ranks, drafting=drafter is not None),
+            process=RowProcessors(self.processors) if self.processors else None,
+            process_draft=RowProcessors(stateless) if stateless else None,
+            stops=_ends(criteria) or criteria,
+            max_length=math.ceil(min(config.max_length, sys.maxsize)),  # (generate takes 17.5 and inf too)
+            pad_token=pad_token,
+            together=together,
+            scores=Outputs(rows) if wanted and config.output_scores else None,
+            logits=Outputs(rows) if wanted and config.output_logits else None,
+            ranks=session.ranks,
+        )
+
+    @property
+    def pad_token(self) -> int | None:
+        """What rows receive that have ended while others go on; None where none can end before the others."""
+        ends = any(hasattr(criterion, "eos_token_id") for criterion in self.criteria)
+        pad = self.config._pad_token_tensor
+        return int(pad) if ends and pad is not None else None
+
+    def result(self, ids_BS: Tensor, loop: DecodeLoop) -> Generated:
+        """Returns what ``generate`` does, of a loop that has ended with these ids."""
+        if not self.config.return_dict_in_generate:
+            return ids_BS
+        return GenerateDecoderOnlyOutput(
+            sequences=ids_BS,
+            scores=None if loop.scores is None else tuple(loop.scores.steps),
+            logits=None if loop.logits is None else tuple(loop.logits.steps),
+            **{cache_argument(self.model): loop.session.cache},
+        )
+
+
+@dataclass(frozen=True)
+class Decode:
+    """Greedy decoding and sampling; the callable for ``custom_generate``.
+
+    The same processors, stopping criteria and streamers in the same order with the same arguments as in transformers'
+    loop, and the same tokens.
 
     Attributes:
-        max_draft: longest draft, in tokens, at least 1. Passes are verified at widths 2, 4, 8 ... max_draft + 1, and at
-            every width up to that where strict. None for 15, and 63 where blocks of the backbone are offloaded, so that
-            a pass brings their weights in for many tokens.
-        prompt_lookup: copy drafts from the context where it repeats itself.
-        stop_below: the river ends its draft once the draft's estimated chance of holding in whole is below this, in
-            [0, 1]; 0 always drafts `max_draft` tokens. None drafts as long as it is expected to pay, by measured times,
-            or is 0.5 where not `adaptive`.
-        strict: verify in passes whose rows have the very bits of decoding without drafts, also in bfloat16.
-        adaptive: let measured times decide how long to draft, and let the river draft none where that does not pay.
-            Otherwise nothing depends on time.
         static_cache: stand a static cache for one that grows, where the caller says nothing of caches.
     """
 
-    max_draft: int | None = None
-    prompt_lookup: bool = True
-    stop_below: float | None = None
-    strict: bool = False
-    adaptive: bool = True
     static_cache: bool = False
     __signature__ = KeepsTokenizer()
-
-    def __post_init__(self) -> None:
-        for name, check in _CHECKS.items():
-            object.__setattr__(self, name, check(name, getattr(self, name), OptionError))
-
-    def with_options(self, **options: Any) -> ExactMode:
-        """Returns the same mode with other options."""
-        return replace(self, **options)
+    refusal: ClassVar[type[Exception]] = DecodeError
+    depth: ClassVar[int | None] = None  # of decode steps: by the exit policy
+    per_call: ClassVar[tuple[str, ...]] = ()  # options that ``generate`` itself takes too
 
     def __call__(
         self,
@@ -99,127 +133,169 @@ class ExactMode:
         generation_config: GenerationConfig,
         synced_gpus: bool = False,
         streamer: Any | None = None,
-        max_draft: int | None = None,
-        prompt_lookup: bool | None = None,
-        stop_below: float | None = None,
-        strict: bool | None = None,
-        adaptive: bool | None = None,
         tokenizer: object | None = None,  # of stop_strings; taking it makes generate keep it
-        **model_kwargs: object,
-    ) -> Tensor | GenerateDecoderOnlyOutput:
-        """Called by ``generate`` in place of its own loop, with its arguments.
+        **model_kwargs: Any,
+    ) -> Generated:
+        """Called by ``generate`` in place of its own loop, with its arguments, `per_call` options among them.
 
         Raises:
-            ExactModeError: (a ``ValueError``) something that exact mode does not handle.
+            DecodeError, ExactModeError: (a ``ValueError``) something that this loop does not handle.
             OptionError: (a ``ValueError``) a bad option.
             CacheFullError: (a ``ValueError``) a static cache of the user's is too small for the text.
         """
-        given = {"max_draft": max_draft, "prompt_lookup": prompt_lookup, "stop_below": stop_below, "strict": strict}
-        given["adaptive"] = adaptive
-        mode = self.with_options(**{name: value for name, value in given.items() if value is not None})
         config = generation_config
-        _check(model, config, synced_gpus, argument_of_generate("assistant_model"), model_kwargs)
+        given = {name: model_kwargs.pop(name, None) for name in self.per_call}
+        mode = replace(self, **{name: value for name, value in given.items() if value is not None})
+        assistant = argument_of_generate("assistant_model")
+        obstacle = mode.obstacle(model, len(input_ids), config, synced_gpus, assistant, model_kwargs)
+        if obstacle:
+            raise self.refusal(obstacle)
         streamer = streamer or argument_of_generate("streamer")
+        if input_ids.dtype == torch.int32:
+            input_ids = input_ids.long()  # (new tokens are, and so is what generate returns)
+        call = Call(model, input_ids, logits_processor, stopping_criteria, config, streamer)
         shared = shares_cache(config)
-        with lent_cache(model, input_ids, config, model_kwargs, shared, mode.static_cache) as lent:
-            runner = DraftVerifyRunner(model, lent, mode.max_draft, mode.strict)
-            together = len(input_ids) == 1 or shared
-            made = mode._generate(runner, input_ids, logits_processor, stopping_criteria, config, streamer, together)
+        with (
+            lent_cache(model, input_ids, config, model_kwargs, shared, self.static_cache) as lent,
+            torch._dynamo.config.patch(recompile_limit=torch._dynamo.config.recompile_limit + mode.graphs),
+        ):
+            session = Session(model, lent, self.depth)
+            logits = session.prefill(input_ids, config)
+            loop = call.loop(session, *mode.drafting(call, session, logits, shared))
+            with model._optimize_model_for_decode(), session.sequences.one():
+                ids = loop.run(logits)
         if streamer is not None:
             streamer.end()
-        return made
+        return call.result(ids, loop)
 
-    def _generate(
+    @property
+    def graphs(self) -> int:
+        """How many graphs more than plain generation a call needs.
+
+        Beyond its limit of graphs for one function Dynamo would run what is new without the backend: right, and slow.
+        """
+        return 0
+
+    def obstacle(
         self,
-        runner: DraftVerifyRunner,
-        input_ids: Tensor,
-        processors: LogitsProcessorList,
-        criteria: StoppingCriteriaList,
+        model: PreTrainedModel,
+        rows: int,
         config: GenerationConfig,
-        streamer: Any | None,
-        together: bool,
-    ) -> Tensor | GenerateDecoderOnlyOutput:
-        model = runner.model
-        # Beyond its limit of graphs for one function Dynamo would run what is new without the backend: exact, and slow.
-        # (A static sliding window has a graph for each width until it is full, and another one afterwards.)
-        dynamo = torch._dynamo.config
-        with dynamo.patch(recompile_limit=dynamo.recompile_limit + 2 * len(runner.widths)):
-            passes, first_logits = self.begin(runner, input_ids, config)
-            together = together or not (passes.can_part and _row_by_row(processors, criteria))
-            loop = self._loop(passes, input_ids, processors, criteria, config, streamer, together)
-            if self.adaptive and passes is runner:
-                state = state_of_model(model, "exact mode")
-                prepared = functools.partial(preparations, state)
-                loop.pays_of = functools.partial(pays_of, state, runner.stats.payoff, self.strict, prepared)
-                loop.pays = loop.pays_of(input_ids.shape[0])
-            with model._optimize_model_for_decode(), passes.sequences.one():
-                ids = loop.run(first_logits)
-        if not config.return_dict_in_generate:
-            return ids
-        return GenerateDecoderOnlyOutput(
-            sequences=ids,
-            scores=None if loop.scores is None else tuple(loop.scores.steps),
-            logits=None if loop.logits is None else tuple(loop.logits.steps),
-            **{cache_argument(model): passes.cache},
-        )
+        synced_gpus: bool,
+        assistant_model: object,
+        model_kwargs: Mapping[str, object],
+    ) -> str:
+        """Returns what the loop does not handle, and what to do about it; empty where there is nothing."""
+        mode = config.get_generation_mode()
+        if assistant_model is not None:
+            return f"assistant_model={type(assistant_model).__name__} is not available here; leave it out"
+        if mode not in (GenerationMode.GREEDY_SEARCH, GenerationMode.SAMPLE):
+            return f"these options ask for {mode.value}; leave out num_beams and prompt_lookup_num_tokens"
+        if model.config.is_encoder_decoder:
+            return f"{type(model).__name__} is an encoder-decoder model; leave out custom_generate"
+        for name in ("output_attentions", "output_hidden_states"):
+            if getattr(config, name) and config.return_dict_in_generate:
+                return f"{name}=True is not available; output_scores and output_logits are"
+        if synced_gpus:
+            return "synced_gpus=True is not available: processes would run other numbers of passes"
+        if cache_of(model_kwargs) is None:
+            return "use_cache=False leaves out the KV cache; leave out use_cache=False"
+        return _other_rows(rows, model_kwargs)
 
-    def begin(
-        self, runner: DraftVerifyRunner, input_ids: Tensor, config: GenerationConfig
-    ) -> tuple[DraftVerifyRunner | PlainRunner, Tensor]:
-        """Runs the prompt; returns what runs the passes from there on, and the prompt's last logits ``[B, 1, V]``.
+    def drafting(self, call: Call, session: Session, logits: Tensor, shared: bool) -> tuple[Drafter | None, bool]:
+        """Returns what drafts, now that the prompt has run, and whether rows keep only what held for all of them.
 
         Raises:
-            ExactModeError: the prompt showed that drafts cannot be verified.
+            ExactModeError: drafts cannot be verified.
         """
-        return runner, runner.prefill(input_ids, config)
+        return None, True
 
-    def _loop(
+
+decode = Decode()
+
+
+@dataclass(frozen=True)
+class ExactMode(Decode):
+    """Generates exactly the plain model's text; a callable for ``generate(custom_generate=...)``.
+
+    Every option can also be given to ``generate`` itself, for one call.
+
+    Attributes:
+        max_draft: longest draft, in tokens, at least 1. Passes are verified at widths 2, 4, 8 ... max_draft + 1. None
+            for 15, and 63 where blocks of the backbone are offloaded, so that a pass brings their weights in for many
+            tokens.
+        prompt_lookup: copy drafts from the context where it repeats itself.
+        stop_below: the river ends its draft once the draft's estimated chance of holding in whole is below this, in
+            [0, 1]; 0 always drafts `max_draft` tokens. None drafts as long as it is expected to pay, by measured times,
+            or is 0.5 where not `adaptive`.
+        strict: an error where a row of a verifying pass might have other bits than it has without drafts.
+        adaptive: let measured times decide how long to draft, and let the river draft none where that does not pay.
+            Otherwise nothing depends on time.
+    """
+
+    max_draft: int | None = None
+    prompt_lookup: bool = True
+    stop_below: float | None = None
+    strict: bool = False
+    adaptive: bool = True
+    __signature__ = KeepsTokenizer()
+    refusal: ClassVar[type[Exception]] = ExactModeError
+    depth: ClassVar[int | None] = WHOLE
+    per_call: ClassVar[tuple[str, ...]] = ("max_draft", "prompt_lookup", "stop_below", "strict", "adaptive")
+
+    def __post_init__(self) -> None:
+        for name, check in _CHECKS.items():
+            object.__setattr__(self, name, check(name, getattr(self, name), OptionError))
+
+    def with_options(self, **options: Any) -> ExactMode:
+        """Returns the same mode with other options."""
+        return replace(self, **options)
+
+    @property
+    def graphs(self) -> int:
+        """(A static sliding window has a graph for each width until it is full, and another one afterwards.)"""
+        return 2 * len(verification_widths(self.max_draft or LONGEST_OFFLOADED))
+
+    def obstacle(
         self,
-        runner: DraftVerifyRunner | PlainRunner,
-        ids_BS: Tensor,
-        processors: LogitsProcessorList,
-        criteria: StoppingCriteriaList,
+        model: PreTrainedModel,
+        rows: int,
         config: GenerationConfig,
-        streamer: Any | None,
-        together: bool,
-    ) -> ExactLoop:
-        """Returns the loop of one call, whose prompt has run."""
-        ends = any(hasattr(criterion, "eos_token_id") for criterion in criteria)
-        pad_token = int(config._pad_token_tensor) if ends and config._pad_token_tensor is not None else None
-        end_tokens = getattr(config, "_eos_token_tensor", None)
-        stateless = LogitsProcessorList(p for p in processors if type(p) in STATELESS)
+        synced_gpus: bool,
+        assistant_model: object,
+        model_kwargs: Mapping[str, object],
+    ) -> str:
+        if model._is_stateful:
+            return (
+                f"exact mode takes drafted tokens back, which the recurrent state of {type(model).__name__} cannot; "
+                "leave out custom_generate: exits and twins work"
+            )
+        return super().obstacle(model, rows, config, synced_gpus, assistant_model, model_kwargs)
+
+    def drafting(self, call: Call, session: Session, logits: Tensor, shared: bool) -> tuple[Drafter | None, bool]:
+        session.allow_drafts(call.ids_BS, logits, self.max_draft, self.strict)
+        together = len(call.ids_BS) == 1 or shared or not (session.can_part and _row_by_row(call))
+        return self._drafter(call, session, together), together
+
+    def _drafter(self, call: Call, session: Session, together: bool) -> Drafter:
+        end_tokens = getattr(call.config, "_eos_token_tensor", None)
         rule: Rule
         if self.stop_below is None and self.adaptive:
-            rule = ByGain(runner.times, runner.width_for, together)
-            rates = runner.rates.setdefault(config.do_sample, DraftRates()).go_on()
+            rule = ByGain(session.times, session.width_for, together)
+            rates = session.rates.setdefault(call.config.do_sample, DraftRates()).go_on()
         else:  # (drafts are the same in every run)
             rates = DraftRates()
-            rule = ByChance(_STOP_BELOW if self.stop_below is None else self.stop_below, runner.width_for)
-        wanted = config.return_dict_in_generate
-        return ExactLoop(
-            runner=runner,
-            drafter=Drafter(
-                ids_BS,
-                prompt_lookup=self.prompt_lookup,
-                rule=rule,
-                times=runner.times,
-                together=together,
-                pad_token=pad_token or 0,
-                end_tokens=() if end_tokens is None else end_tokens.tolist(),
-                ranks=runner.ranks,
-                rates=rates,
-            ),
-            texts=Texts(ids_BS, pad_token, None if streamer is None else streamer.put),
-            chooser=Chooser(len(ids_BS), config.do_sample, runner.ranks),
-            process=RowProcessors(processors) if processors else None,
-            process_draft=RowProcessors(stateless) if stateless else None,
-            stops=_ends(criteria) or criteria,
-            max_length=config.max_length,
-            pad_token=pad_token,
+            rule = ByChance(_STOP_BELOW if self.stop_below is None else self.stop_below, session.width_for)
+        return Drafter(
+            call.ids_BS,
+            prompt_lookup=self.prompt_lookup,
+            rule=rule,
+            times=session.times,
             together=together,
-            scores=Outputs(len(ids_BS)) if wanted and config.output_scores else None,
-            logits=Outputs(len(ids_BS)) if wanted and config.output_logits else None,
-            ranks=runner.ranks,
+            pad_token=call.pad_token or 0,
+            end_tokens=() if end_tokens is None else end_tokens.tolist(),
+            ranks=session.ranks,
+            rates=rates,
         )
 
 
@@ -235,43 +311,20 @@ def _ends(criteria: StoppingCriteriaList) -> Ends | None:
     return Ends(min(lengths, default=sys.maxsize), frozenset(itertools.chain(*tokens)))
 
 
-def _row_by_row(processors: LogitsProcessorList, criteria: StoppingCriteriaList) -> bool:
-    """Whether processors and criteria are known to look at each row alone, and to remember nothing."""
-    return all(type(p) in STATELESS for p in processors) and all(type(c) in _ROW_BY_ROW for c in criteria)
+def _row_by_row(call: Call) -> bool:
+    """Whether processors and criteria are known to look at each row alone, and to remember nothing.
+
+    Without an end token there is no padding: a row that a stop string ended goes on for as long as the others do.
+    """
+    kinds = {type(criterion) for criterion in call.criteria}
+    ends_alone = StopStringCriteria not in kinds or EosTokenCriteria in kinds
+    return ends_alone and kinds <= _ROW_BY_ROW and all(type(p) in STATELESS for p in call.processors)
 
 
-def _check(
-    model: PreTrainedModel,
-    config: GenerationConfig,
-    synced_gpus: bool,
-    assistant_model: object,
-    model_kwargs: Mapping[str, object],
-) -> None:
-    """Raises an ExactModeError for what exact mode does not handle."""
-    if assistant_model is not None:
-        raise ExactModeError(
-            f"assistant_model={type(assistant_model).__name__} is not available in exact mode, where the model's own "
-            "river drafts; leave assistant_model out, or custom_generate"
-        )
-    generation_mode = config.get_generation_mode()
-    if generation_mode not in (GenerationMode.GREEDY_SEARCH, GenerationMode.SAMPLE):
-        raise ExactModeError(
-            f"exact mode replaces greedy search and sampling, but these options ask for {generation_mode.value}; "
-            "leave out num_beams and prompt_lookup_num_tokens"
-        )
-    if model.config.is_encoder_decoder:
-        raise ExactModeError(f"exact mode works with decoders; {type(model).__name__} is an encoder-decoder model")
-    if model._is_stateful:
-        raise ExactModeError(
-            f"exact mode takes drafted tokens back, which the recurrent state of {type(model).__name__} cannot; "
-            "leave out custom_generate: exits and twins work"
-        )
-    for name in ("output_attentions", "output_hidden_states"):
-        if getattr(config, name) and config.return_dict_in_generate:
-            raise ExactModeError(f"{name}=True is not available in exact mode; output_scores and output_logits are")
-    if synced_gpus:
-        raise ExactModeError(
-            "synced_gpus=True is not available in exact mode: processes would run other numbers of passes"
-        )
-    if cache_of(model_kwargs) is None:
-        raise ExactModeError("exact mode needs a KV cache, which use_cache=False leaves out")
+def _other_rows(rows: int, model_kwargs: Mapping[str, object]) -> str:
+    """Says where others than the ids' rows were given: the plain model says what is wrong."""
+    for name, fitting in (("attention_mask", (rows,)), ("position_ids", (1, rows))):
+        given = model_kwargs.get(name)
+        if isinstance(given, Tensor) and given.ndim in (2, 3) and given.shape[-2] not in fitting:
+            return f"input_ids have {rows} rows, and {name} {given.shape[-2]}; give one for each text"
+    return ""

@@ -38,36 +38,55 @@ class RewindableCache:
 
     Args:
         cache: filled with a prompt.
-        longest: most tokens that are ever written between two calls of :meth:`mark`.
 
     Attributes:
         filled: tokens that the cache holds.
         capacity: tokens that it can hold, None where no limit applies.
         grows: whether a layer of it is no static one.
-
-    Raises:
-        ExactModeError: a layer cannot give entries back.
+        in_place: tokens up to which a pass changes nothing that is in the cache; 0 where a layer grows.
     """
 
-    def __init__(self, cache: Cache, longest: int) -> None:
-        lasting = cannot_crop(cache)
-        if lasting:
-            raise ExactModeError(
-                "exact mode rewinds the KV cache after every draft, and this cache cannot give entries back "
-                f"({', '.join(lasting)}); it works with attention and convolution layers"
-            )
-        remember_past(cache)
+    def __init__(self, cache: Cache) -> None:
         self.cache = cache
         self.filled = int(cache.get_seq_length())  # counted from here on: reading it back would wait
         static = [layer for layer in cache.layers if isinstance(layer, StaticLayer)]
         self.grows = len(static) < len(cache.layers)
-        self._longest = longest
+        self._longest, self._strict = 1, False
         self._static_windows = [layer for layer in static if isinstance(layer, StaticSlidingWindowLayer)]
         slots = [layer.max_cache_len for layer in static if layer not in self._static_windows]
         self.capacity: int | None = min(slots, default=None)
         growing = [layer.sliding_window for layer in cache.layers if hasattr(layer, "sliding_window")]
         self._sizes = sorted({*growing, *(layer.max_cache_len for layer in self._static_windows)})
+        self.in_place = 0 if self.grows else min((layer.max_cache_len for layer in static), default=0)
+        self._lengths = [layer.cumulative_length for layer in static if layer not in self._static_windows]
+        self._all_full = len(self._lengths) == len(cache.layers)  # no windows
+        self._marked = self.filled
+        self._ahead: dict[int, tuple[Tensor, ...]] = {}  # of full windows, what the next tokens push out one by one
+
+    def allow_rewinds(self, longest: int, strict: bool = False) -> None:
+        """Keeps what a rewind brings back.
+
+        Args:
+            longest: most tokens that are ever written between two calls of :meth:`mark`.
+            strict: whether there is room for one token alone where a static window is full: several see it in other
+                slots than one, and what attention sums depends on the slots.
+
+        Raises:
+            ExactModeError: a layer cannot give entries back.
+        """
+        lasting = cannot_crop(self.cache)
+        if lasting:
+            raise ExactModeError(
+                "exact mode rewinds the KV cache after every draft, and this cache cannot give entries back "
+                f"({', '.join(lasting)}); it works with attention and convolution layers"
+            )
+        remember_past(self.cache)
+        self._longest, self._strict = longest, strict
         self.mark()
+
+    def lacks_room(self, tokens: int) -> bool:
+        """Returns whether so many more tokens do not fit."""
+        return self.capacity is not None and self.filled + tokens > self.capacity
 
     @property
     def room(self) -> int:
@@ -77,11 +96,13 @@ class RewindableCache:
             rooms.append(self.capacity - self.filled)
         for layer in self._static_windows:
             size = layer.max_cache_len
-            rooms.append(size - self.filled if self.filled < size else size)
+            rooms.append(size - self.filled if self.filled < size else 1 if self._strict else size)
         return min(rooms)
 
     def phase(self, width: int) -> tuple[tuple[bool, bool], ...]:
         """Returns, for each size of window, whether it is full before and after a pass of this width."""
+        if not self._sizes:
+            return ()
         return tuple((self.filled >= size, self.filled + width > size) for size in self._sizes)
 
     @property
@@ -92,8 +113,8 @@ class RewindableCache:
     def mark(self) -> None:
         """Makes the entries that the cache holds now those that a rewind can return to."""
         self._marked = self.filled
-        self._ahead: dict[int, tuple[Tensor, ...]] = {}  # of full windows, what the next tokens push out one by one
-        for i, layer in enumerate(self.cache.layers):
+        self._ahead.clear()
+        for i, layer in enumerate(self.cache.layers if self._static_windows else ()):
             if layer in self._static_windows and self.filled >= layer.max_cache_len:
                 self._ahead[i] = tuple(tensor[:, :, : self._longest].clone() for tensor in (layer.keys, layer.values))
 
@@ -101,6 +122,9 @@ class RewindableCache:
         """Frees the last tokens, all of them written since the last mark."""
         added, self.filled = self.filled - self._marked, self.filled - tokens
         if not (self.grows or tokens):
+            return
+        if self._all_full:
+            torch._foreach_sub_(self._lengths, tokens)
             return
         for i, layer in enumerate(self.cache.layers):
             if i in self._ahead:

@@ -22,6 +22,7 @@ class Texts:
     Attributes:
         lengths: ids of each row.
         active: whether each row is still being generated.
+        running: the rows that are.
     """
 
     def __init__(self, prompt_BS: Tensor, pad_token: int | None, put: Callable[[Tensor], object] | None = None) -> None:
@@ -32,21 +33,21 @@ class Texts:
         self._put, self._shown = put, self._prompt
         self.lengths = [self._prompt] * len(prompt_BS)
         self.active = [True] * len(prompt_BS)
+        self.running = [*range(len(prompt_BS))]
 
     @property
-    def running(self) -> list[int]:
-        """The rows that are still being generated."""
-        return [row for row, active in enumerate(self.active) if active]
+    def device(self) -> torch.device:
+        """Where the ids lie."""
+        return self._ids.device
 
     @property
     def longest(self) -> int:
         """Ids of the longest row that is still being generated."""
-        return max(self.lengths[row] for row in self.running)
+        return max(map(self.lengths.__getitem__, self.running))
 
-    @property
-    def steps(self) -> list[int]:
-        """New tokens of each row."""
-        return [length - self._prompt for length in self.lengths]
+    def step_of(self, row: int) -> int:
+        """Returns how many new tokens a row has."""
+        return self.lengths[row] - self._prompt
 
     def of(self, rows: Sequence[int]) -> Tensor:
         """Returns the ids ``[N, S]`` of rows of the same length."""
@@ -60,6 +61,8 @@ class Texts:
         Of a row that has ended with more ids only the last ones are there.
         """
         longest, ids = self.longest, self._ids
+        if len(ids) == 1:
+            return ids[:, :longest]
         if list(rows) != list(range(len(ids))):
             ids = ids[list(rows)]
         shifts = [longest - self.lengths[row] for row in rows]
@@ -70,11 +73,15 @@ class Texts:
 
     def append(self, rows: Sequence[int], tokens_N: Tensor) -> None:
         """Adds one token to each of these rows."""
-        if max(self.lengths[row] for row in rows) == self._ids.shape[1]:
+        if max(map(self.lengths.__getitem__, rows)) == self._ids.shape[1]:
             room = self._ids.new_zeros(len(self.lengths), max(self._prompt, 64))  # a prompt of embeddings has no ids
             self._ids = torch.cat([self._ids, room], 1)
-        where = torch.tensor([[row, self.lengths[row]] for row in rows], device=self._ids.device)
-        self._ids[where[:, 0], where[:, 1]] = tokens_N
+        lengths = {*map(self.lengths.__getitem__, rows)}
+        if len(lengths) == 1 and len(rows) == len(self._ids):
+            self._ids[:, lengths.pop()] = tokens_N
+        else:
+            where = torch.tensor([[row, self.lengths[row]] for row in rows], device=self._ids.device)
+            self._ids[where[:, 0], where[:, 1]] = tokens_N
         for row in rows:
             self.lengths[row] += 1
 
@@ -82,6 +89,7 @@ class Texts:
         """Notes rows that have ended."""
         for row in rows:
             self.active[row] = False
+            self.running = [other for other in self.running if other != row]
 
     def show(self) -> None:
         """Shows the streamer what all rows have by now."""

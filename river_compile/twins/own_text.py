@@ -14,7 +14,7 @@ from torch import Tensor, nn
 
 from river_compile.distributed.ranks import ranks_of
 from river_compile.errors import OptionError
-from river_compile.runtime.plain_calls import plainly
+from river_compile.runtime.compiled_call import uncompiled
 
 from .loss import TwinLoss, estimate_loss
 from .make import PackedSite
@@ -58,7 +58,7 @@ class OwnText:
             return None
         start = time.perf_counter()
         try:
-            with plainly(), NativeLinear():
+            with uncompiled(), NativeLinear():
                 if anew or self._ids is None:
                     self._ids = sample(model, ROWS, enough(model, ROWS, MOST_TOKENS))
                 return record(model, self._ids.split(_ROWS_AT_ONCE), own=True)
@@ -76,7 +76,7 @@ class OwnText:
         if model is None or self.refusal:
             return None
         try:
-            with plainly(), NativeLinear():
+            with uncompiled(), NativeLinear():
                 return estimate_loss(model, packed)
         except Exception as error:  # (as above)
             _tell_ranks(model, error)

@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import functools
 import inspect
+import re
 import sys
 from collections.abc import Callable
 from types import FrameType
@@ -15,6 +16,7 @@ from typing import Any
 import torch
 from torch import nn
 from torch._dynamo import eval_frame
+from torch._dynamo.exc import TorchDynamoException, TorchRuntimeError
 
 
 def compiled_with(backend: Callable[..., object], compiled: Callable[..., object] | None) -> bool:
@@ -53,6 +55,15 @@ def compiled_module(backend: Callable[..., object] | None) -> nn.Module | None:
     compiled, arguments = inspect.unwrap(frame.f_locals["fn"]), frame.f_locals["args"]
     module = getattr(frame.f_locals["fn"], "__self__", getattr(compiled, "__self__", next(iter(arguments), None)))
     return module if isinstance(module, nn.Module) else None
+
+
+def error_of_code(error: TorchRuntimeError) -> RuntimeError:
+    """Returns what a model's code raised when Dynamo traced it, without the pages that Dynamo puts around it."""
+    own: BaseException = error
+    while isinstance(own, TorchDynamoException) and (inner := own.__cause__ or own.__context__) is not None:
+        own = inner
+    sizes = dict(re.findall(r"\((s\d+): hint = (\d+)\)", str(error)))
+    return RuntimeError(re.sub(r"\bs\d+\b", lambda name: sizes.get(name[0], name[0]), str(own)))
 
 
 def as_it_is(model: nn.Module) -> Callable[..., Any]:

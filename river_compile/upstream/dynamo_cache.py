@@ -16,6 +16,7 @@ from __future__ import annotations
 import functools
 import weakref
 from collections.abc import Callable, Iterator
+from types import CodeType
 from typing import Any
 
 import torch
@@ -25,10 +26,10 @@ from torch._guards import Guard, Source, TracingContext
 from torch.utils.hooks import RemovableHandle
 from transformers.cache_utils import Cache, CacheLayerMixin
 
-from .dynamo_calls import CallEffects, effects_of_call
+from .dynamo_calls import code_without_effects
 
-# Objects that come with a call's arguments, which whoever runs a graph without Dynamo compares for itself.
-_LOOKED_AFTER = (nn.Module, Cache, CacheLayerMixin)
+# Objects that come with a call's arguments, which whoever runs a graph without Dynamo looks after.
+_LOOKED_AFTER = (Cache, CacheLayerMixin)
 CHANGES_NOTHING = "changes_nothing"  # an attribute of hooks that graphs need not be traced anew for
 
 
@@ -46,12 +47,12 @@ class CacheEntry:
 
     Attributes:
         counts: whether Dynamo counts it among those of all models.
-        effects: what a call of the traced function does besides running the graph, None where that is not known.
+        code: of the traced function; None where a call of it may do more than to run the graph.
     """
 
     def __init__(self) -> None:
         self.counts = False
-        self.effects: CallEffects | None = None
+        self.code: CodeType | None = None
         self._hooks: _Hooks | None = None
         self._calls_model = False  # in the graph, with the hooks of the model itself
         self._guards: Any = None  # Dynamo's CheckFunctionManager
@@ -79,7 +80,7 @@ class CacheEntry:
             return
         guards, source = context.guards_context.dynamo_guards, parameter.meta["grapharg"].source
         model = _model_source(source)
-        self.effects = effects_of_call(_LOOKED_AFTER)
+        self.code = code_without_effects(_LOOKED_AFTER)
         if model is None:
             guards.add(source.make_guard(GuardBuilder.ID_MATCH))
             return

@@ -10,8 +10,7 @@ never. Not handled: masks of four dimensions, which `generate` makes for static 
 
 from __future__ import annotations
 
-import functools
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Iterator, Mapping
 from typing import Any
 
 from torch import Tensor
@@ -23,34 +22,11 @@ from .hf_cache import cache_of
 _TOKENS = {"input_ids": 1, "inputs_embeds": 1, "position_ids": -1, "cache_position": 0, "attention_mask": 1}
 
 
-def marks_growing(compiled: Callable[..., Any], prompts: bool) -> Callable[..., Any]:
-    """Returns a compiled model's call with marks on the sizes that grow; `unmarked` gives `compiled` back.
-
-    Args:
-        compiled: what ``torch.compile`` returned.
-        prompts: whether all calls are marked, for prompts of any length; False where one may have been traced already:
-            then what goes on with a cache that grows is marked, which Dynamo would have traced again anyway.
-    """
-    if hasattr(compiled, "river_unmarked"):
-        return compiled
-
-    @functools.wraps(compiled)
-    def call(*args: Any, **kwargs: Any) -> Any:
-        mark_growing(kwargs, prompts)
-        return compiled(*args, **kwargs)
-
-    call.river_unmarked = compiled  # type: ignore[attr-defined]  # (a function's type declares no attributes)
-    return call
-
-
-def unmarked(call: Callable[..., Any]) -> Callable[..., Any]:
-    """Returns what `marks_growing` was given."""
-    found: Callable[..., Any] = getattr(call, "river_unmarked", call)
-    return found
-
-
 def mark_growing(arguments: Mapping[str, Any], prompts: bool) -> None:
-    """Marks the entries of caches that grow, and the mask over them, in the arguments of a model's forward, by name."""
+    """Marks the entries of caches that grow, and the mask over them, in the arguments of a model's forward, by name.
+
+    With `prompts`, ids and masks are marked without such a cache too.
+    """
     tensors = [*_entries(arguments)]
     if prompts or tensors:
         tensors += _by_token(arguments)

@@ -37,11 +37,15 @@ def test_when_all_tokens_leave_at_once_it_does_not_matter_why(rows):
 
 
 @pytest.mark.slow
-def test_a_token_stays_or_leaves_and_only_doubt_pays_for_both(rows):
-    for row in rows:
-        assert 0 <= row["left"] <= 1
-        assert row["time"] > 0
-        assert row["doubted"] == (pytest.approx(1 - row["left"]) if row["criterion"] == "doubt" else 0)
+def test_each_threshold_lets_its_share_of_the_tokens_leave_and_the_others_are_doubted(rows):
+    """Or more of them, which leave after a later block."""
+    for name in NAMES:
+        mine = of(rows, name)[: len(criteria.SHARES)]
+        left = [row["left"] for row in mine]
+        assert left == sorted(left)
+        assert all(got >= share - 1 / (2 * TOKENS) for got, share in zip(left, criteria.SHARES, strict=True))
+        expected = [1 - share if name == "doubt" else 0 for share in left]
+        assert [row["doubted"] for row in mine] == pytest.approx(expected)
 
 
 class Scripted:
@@ -73,8 +77,9 @@ def test_frontiers_mix_rules_and_never_exit(rows, tmp_path, capsys):
     assert criteria.least_kl([(0.5, 0.2), (1.0, 0.0)], 0.75) == pytest.approx(0.1)
     assert criteria.least_kl([(0.8, 0.1)], 0.7) is None
     criteria.show("tiny", rows)
-    assert "KL at equal time" in capsys.readouterr().out
-    assert criteria.plot({"tiny": rows}, tmp_path).read_bytes().startswith(b"\x89PNG")
+    _, frontiers = capsys.readouterr().out.split("KL at equal time")
+    assert [line.split()[0] for line in frontiers.splitlines()[-4:]] == list(criteria.at_equal_time(rows))
+    assert criteria.plot({"tiny": rows}, tmp_path) == tmp_path / "criteria.png"
 
 
 def test_the_picture_shows_every_rule_and_never_exit(rows):

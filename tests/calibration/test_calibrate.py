@@ -106,6 +106,15 @@ def test_the_chosen_rule_passed_and_is_the_cheapest_of_those(found):
     assert any(c.kl > 0 for c in found.candidates)
 
 
+@pytest.mark.parametrize("found", ["confidence"], indirect=True)
+def test_a_rule_that_fails_its_test_is_not_chosen_however_cheap(model, found):
+    """A budget of just what the chosen rule loses: it is tested once more, and fails."""
+    tight = run(model, {"kl": found.chosen.kl}, criterion="confidence")
+    failed = [c for c in tight.candidates if c.passed is False]
+    assert tight.chosen.passed
+    assert min(c.cost for c in failed) < tight.chosen.cost
+
+
 def test_the_model_is_left_as_it_was(model, found):
     assert model._compiled_call_impl is None
 

@@ -1,12 +1,15 @@
-"""What the tests of captures share."""
+"""Captures without a GPU: models on a CPU that ask for CUDA graphs are captured by the recorder."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
 
 import pytest
-import torch
+
+from tools.recorder import recording
 
 
-@pytest.fixture
-def alone():
-    """For tests whose sizes would make Dynamo trace later models with dynamic ones."""
-    torch._dynamo.reset()
-    yield
-    torch._dynamo.reset()
+@pytest.fixture(autouse=True, scope="module")
+def _recording() -> Iterator[None]:
+    with recording():
+        yield

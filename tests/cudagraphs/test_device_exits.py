@@ -32,7 +32,7 @@ from river_compile.lowering.choose import Lowering
 from river_compile.runtime.runner import Step
 from river_compile.runtime.stats import ExitStats
 from river_compile.state import state_of_model
-from tests.cudagraphs.test_capture import (
+from tests.support.captured import (
     CAPACITY,
     LAYERS,
     LEAVE,
@@ -49,7 +49,6 @@ from tests.cudagraphs.test_capture import (
 from tests.support.decoding import cache_argument, cache_state, decode, new_cache
 from tests.support.families import SLIDING_WINDOW, make, prompt
 from tests.support.lowerings import FUSED, lowered
-from tools.recorder import recording
 
 _TAPED = {"quantizer": "rtn", "group_size": 32, "first_exit": 1, "launch_ahead": "device"}
 NO_CARD = CudaGraphs.why_undecided(None) if torch.cuda.is_available() else None  # (no card is touched for it)
@@ -74,18 +73,9 @@ class Deciding(Decoder):
         return [f"{e.what} {e.name}".strip() for e in self.runner.device.events]
 
 
-@pytest.fixture(autouse=True, scope="module")
-def _fresh_dynamo():
-    """In place of the fixture that resets Dynamo at every test: the tests of this file share traced models."""
-    torch._dynamo.reset()
-    with torch._dynamo.config.patch(recompile_limit=64), recording():
-        yield
-    torch._dynamo.reset()
-
-
 @pytest.fixture(scope="module")
 def shared() -> Deciding:
-    return Deciding()
+    return Deciding(compiled_prompts=True)
 
 
 @pytest.fixture
@@ -150,7 +140,7 @@ class TestSameBits:
         assert "step" in decoder.captured_units
 
     @pytest.mark.slow
-    def test_a_batch_leaves_when_its_least_sure_row_may(self, alone):
+    def test_a_batch_leaves_when_its_least_sure_row_may(self, fresh_dynamo):
         """Checks after every second block; depths without one can be forced all the same, in pieces."""
         decoder = Deciding(exit_every=2, first_exit=2)
 
@@ -179,7 +169,7 @@ class TestSameBits:
         ],
     )
     @pytest.mark.slow
-    def test_families(self, name, options, taus, alone):
+    def test_families(self, name, options, taus, fresh_dynamo):
         """Sliding windows before and after they are full, counters kept in Python, experts; what a doubt puts back."""
         decoder = Deciding(name, **options)
         generated(decoder, taus)  # (compiles)
@@ -205,7 +195,8 @@ class TestSameBits:
         check_records(decoder, [(0, depth, None) for depth in (0, 1, 2, 2, LAYERS, 0, 1)])
         assert {"step", "span 0-2", "tail 2"} == set(decoder.captured_units)
 
-    def test_checks_whose_kernels_decide(self, alone):
+    @pytest.mark.slow
+    def test_checks_whose_kernels_decide(self, fresh_dynamo):
         """The generated kernels (in Triton's interpreter), a batch; forced depths, thresholds, and a NaN at the end."""
         decoder = Deciding(backend=lowered(FUSED), exit_every=2)
 
@@ -240,7 +231,7 @@ class TestSameBits:
 
     @pytest.mark.core
     @pytest.mark.slow
-    def test_kernels_that_decide_among_inductors_code(self, alone):
+    def test_kernels_that_decide_among_inductors_code(self, fresh_dynamo):
         """Which clones nothing that they write, and is called without wrappers."""
         decoder = Deciding(lowering="triton", exit_every=2)
         steps = [(0, None, tau) for tau in (2.0, 2.0, 0.9, -1.0, 0.95, 0.9)] + [(0, 1, None), (0, None, 2.0)]
@@ -254,6 +245,7 @@ class TestSameBits:
         assert check_records(decoder, [(0, None, None)] * 5) == [2] * 5
         assert set(decoder.captured_units) == {"step"}
 
+    @pytest.mark.slow
     def test_offloaded_blocks_that_no_token_reaches(self):
         """Every token leaves after two blocks at the latest."""
         decoder = Deciding(offload=2)
@@ -308,7 +300,7 @@ class TestOrder:
             decoder.step(cache, 5, threshold=-1.0)
             assert [step.depth for step in seen.tokens] == [1]
 
-    def test_every_segment_has_run_before_the_capture(self, alone, monkeypatch):
+    def test_every_segment_has_run_before_the_capture(self, monkeypatch):
         """A capture can load no kernel. What was rehearsed is taken back."""
         decoder = Deciding(criterion="doubt")
         cache, ran, run_as = decoder.start(), set(), Step.run_as
@@ -364,15 +356,17 @@ class TestLaunches:
 
     COMPARED = ("_foreach_copy_", "fmax", "le", "logical_not")
 
-    def test_a_fork_whose_check_decides_launches_nothing_more(self, monkeypatch, alone):
+    def test_a_fork_whose_check_decides_launches_nothing_more(self, monkeypatch):
         """Before, it launched four kernels beside its score; so does still the fork at depth 0, which has none."""
         decoder = Deciding(backend=lowered(FUSED), exit_every=2)
         assert launches_of_forks(decoder, monkeypatch) == [[*self.COMPARED], [], []]
 
+    @pytest.mark.slow
     def test_a_fork_with_a_score_of_another_kernel_launches_four(self, monkeypatch):
         assert launches_of_forks(Deciding(), monkeypatch) == [[*self.COMPARED]] * LAYERS
 
-    def test_criteria_that_ask_no_block_pay_for_none(self, monkeypatch, alone):
+    @pytest.mark.slow
+    def test_criteria_that_ask_no_block_pay_for_none(self, monkeypatch):
         decoder = Deciding(backend=lowered(FUSED), criterion="confidence")
         assert launches_of_forks(decoder, monkeypatch) == [[*self.COMPARED]] * 2
         assert not any(block.decides for block in captured(decoder.model)[-1].program.blocks)
@@ -542,19 +536,6 @@ class TestCaches:
         assert [step.depth for step in seen.tokens] == [1, LAYERS, 1]
         assert state_of_model(decoder.model, "test").of(ExitStats).decode.total() == counted + 3
 
-    def test_teardown(self, alone):
-        """With the model its executor, its buffers and its graphs go, though no step was read."""
-        decoder = Deciding()
-        run(decoder, [(0, 1, None)] * 3)
-        executor = weakref.ref(captured(decoder.model)[-1])
-        buffers = [weakref.ref(buffer) for buffer in executor().runner._buffers()]
-        assert len(buffers) > 2
-        del decoder
-        torch._dynamo.reset()
-        gc.collect()
-        assert executor() is None
-        assert not any(ref() is not None for ref in buffers)
-
 
 def test_threads_never_mix_their_results(decoder):
     """Two threads decode on caches of their own at once: each gets the bits and depths that it gets alone."""
@@ -612,6 +593,7 @@ class TestReported:
             ({"offload": 2, "offload_policy": "fetch"}, "offloaded weights lie elsewhere in every run"),
         ],
     )
+    @pytest.mark.slow
     def test_what_no_graph_decides(self, options, why):
         decoder = Deciding(**options)
         check_records(decoder, [(0, None, tau) for tau in (2.0, 2.0, 0.9, 0.9, -1.0, -1.0)])
@@ -627,15 +609,16 @@ class TestReported:
         log = report(model).graphs[-1].of(CaptureLog)
         assert log.uncaptured_units["step"] == "tapes of C++ calls hold no decisions"
 
-    def test_a_growing_mask_leaves_the_host_to_decide(self, alone):
+    @pytest.mark.slow
+    def test_a_growing_mask_leaves_the_host_to_decide(self, fresh_dynamo):
         """Hand-fed 2-D masks change their length with every token: later spans are captured, the step is not."""
         model = make("llama", layers=LAYERS)
         model.compile(backend=river, options=capturing(launch_ahead="device"))
         depths = [2, 2, 2, 2, 2, 2, None, None]
         caches = [new_cache(model, "static") for _ in range(2)]
-        actual = decode(model, caches[0], depths)
+        actual = decode(model, caches[0], depths, plain_prompt=True)
         with uncaptured(model):
-            expected = decode(model, caches[1], depths)
+            expected = decode(model, caches[1], depths, plain_prompt=True)
         assert_same(["prompt", *depths], (expected, caches[1:]), (actual, caches[:1]))
         log = report(model).graphs[-1].of(CaptureLog)
         assert "tail 2" in [c.unit for c in log.captures]
@@ -647,3 +630,16 @@ class TestReported:
         check(decoder, [(i % 2, None, tau) for i, tau in enumerate((2.0, 2.0, 2.0, 2.0, -1.0, -1.0, 0.9))])
         assert decoder.log.alive == 1
         launcher.max_captures = bound
+
+
+def test_executor_buffers_and_graphs_go_with_their_model_though_no_step_was_read(fresh_dynamo):
+    decoder = Deciding()
+    run(decoder, [(0, 1, None)] * 3)
+    executor = weakref.ref(captured(decoder.model)[-1])
+    buffers = [weakref.ref(buffer) for buffer in executor().runner._buffers()]
+    assert len(buffers) > 2
+    del decoder
+    torch._dynamo.reset()
+    gc.collect()
+    assert executor() is None
+    assert not any(ref() is not None for ref in buffers)

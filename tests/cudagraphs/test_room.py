@@ -11,16 +11,9 @@ from river_compile import CacheFullError, river
 from river_compile.backend import executors_of
 from river_compile.runtime import room
 from river_compile.runtime.room import Room
-from tests.cudagraphs.test_capture import LEAVE, STAY, Decoder, assert_same, captured, run
+from tests.support.captured import LEAVE, STAY, Decoder, assert_same, captured, run
 from tests.support.decoding import cache_argument
 from tests.support.families import make, prompt
-from tools.recorder import recording
-
-
-@pytest.fixture(autouse=True)
-def _recording():
-    with recording():
-        yield
 
 
 class Reads(TorchFunctionMode):
@@ -84,7 +77,7 @@ def test_the_length_is_read_once_and_again_where_the_cache_is_full(reads, advanc
 def test_a_length_that_others_change_is_read_again(reads):
     """Emptied, cut, or filled by another pass of the model, compiled or not."""
     length, check = torch.tensor(3), decode_room()
-    compiled = torch.compile(lambda t: t.add_(2), backend="inductor")
+    compiled = torch.compile(lambda t: t.add_(2), backend="aot_eager")
     with torch.no_grad():
         for change in (lambda: length.zero_(), lambda: length.sub_(1), lambda: compiled(length)):
             step(check, length, unseen)
@@ -148,9 +141,21 @@ def before_the_first_launch(executor):
     del runner.for_pass, runner.device.launch
 
 
+@pytest.fixture(scope="module")
+def shared():
+    return Decoder(layers=2)
+
+
+@pytest.fixture
+def decoder(shared):
+    """A decoder whose executors read every length unless the test says otherwise."""
+    yield shared
+    for executor in executors_of(shared.model):
+        executor.room.counts = False
+
+
 @pytest.mark.parametrize("depth", [None, 1])
-def test_a_step_waits_for_nothing_before_its_first_launch(depth):
-    decoder = Decoder()
+def test_a_step_waits_for_nothing_before_its_first_launch(decoder, depth):
     run(decoder, [STAY, LEAVE])
     executor = captured(decoder.model)[-1]
     cache = decoder.start()
@@ -163,13 +168,11 @@ def test_a_step_waits_for_nothing_before_its_first_launch(depth):
         assert len(names) == (not counts), names
 
 
-def test_steps_that_count_are_those_that_read():
-    decoder = Decoder()
+def test_steps_that_count_are_those_that_read(decoder):
     steps = [(i % 2, None, tau) for i, tau in enumerate((2.0, 2.0, -1.0, 0.9, 2.0, -1.0, 0.9, -1.0))]
     expected = run(decoder, steps)
     for executor in executors_of(decoder.model):
-        if executor.room is not None:  # (a first prompt makes the cache)
-            executor.room.counts = True
+        executor.room.counts = True
     assert_same(steps, expected, run(decoder, steps))
 
 

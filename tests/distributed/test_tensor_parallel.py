@@ -1,7 +1,8 @@
 """Two ranks run one model together: the same answers as without River, one decision, shards in 4 bits.
 
-One pair of processes runs all cases of :mod:`tests.distributed.worker`. `python -m benchmarks.tensor_parallel` does the
-same with more families, prompts and SmolLM2.
+One pair of processes runs all cases of :mod:`tests.distributed.worker`. That takes half a minute: nothing else has two
+ranks, which alone show that they come to one decision. `python -m benchmarks.tensor_parallel` does the same with more
+families, prompts and SmolLM2.
 """
 
 from __future__ import annotations
@@ -14,7 +15,8 @@ from river_compile.config import RiverConfig
 from river_compile.distributed.ranks import ALONE, Ranks
 from river_compile.distributed.support import check
 from river_compile.passes.routing import ROUTER
-from tests.distributed.worker import DEPTHS, LAYERS
+from tests.distributed.worker import CASES, DEPTHS, LAYERS, SLOW
+from tests.support.examples import slow
 from tests.support.families import CONFIGS, HIDDEN
 from tools.ranks import run_ranks
 
@@ -22,10 +24,12 @@ TWO = Ranks(0, 2)
 
 
 @pytest.fixture(scope="module")
-def both(tmp_path_factory):
-    """What both ranks found."""
+def both(request, tmp_path_factory):
+    """What both ranks found, in the cases that the tests of this run ask for."""
     folder = tmp_path_factory.mktemp("ranks")
-    states, printed = run_ranks(["-m", "tests.distributed.worker", str(folder)], timeout=400)
+    all_of_them = any("slow" in item.keywords for item in request.session.items if item.path == request.path)
+    cases = [name for name in CASES if all_of_them or name not in SLOW]
+    states, printed = run_ranks(["-m", "tests.distributed.worker", str(folder), *cases], timeout=400)
     files = [folder / "0.pt", folder / "1.pt"]
     assert all(file.exists() for file in files), printed
     found = [torch.load(file, weights_only=False) for file in files]
@@ -48,7 +52,7 @@ class TestTheSameAnswers:
         """At every depth; and what Dynamo's tracing alone changes against the plain model is rounding."""
         found = both[0]["unquantized"]
         assert found["never depths"] == [LAYERS] * len(DEPTHS)
-        assert torch.equal(found["traced"], found["never"])
+        assert torch.equal(both[0]["traced"]["logits"], found["never"])
         assert torch.equal(found["never"], found["mixed"])
         torch.testing.assert_close(found["plain"], found["never"], rtol=0, atol=1e-5)
 
@@ -63,6 +67,7 @@ class TestTheSameAnswers:
             for ours, plain in zip(found["cache"], found["plain cache"], strict=True):
                 torch.testing.assert_close(ours, plain, rtol=0, atol=1e-5)
 
+    @pytest.mark.slow
     def test_kv_slots_of_attention_that_is_not_split_are_equal_on_both_ranks(self, both):
         one, other = (rank["replicated attention"]["cache"] for rank in both)
         assert all(map(torch.equal, one, other))
@@ -76,7 +81,7 @@ class TestTheSameAnswers:
 
 
 class TestFourBits:
-    @pytest.mark.parametrize("case", ["quantized", "experts"])
+    @pytest.mark.parametrize("case", ["quantized", slow("experts")])
     def test_all_matrices_but_routers(self, both, case):
         """Each rank's own shards, others than the other rank's, in groups that divide them; and nothing warns."""
         for rank in both:
@@ -88,11 +93,13 @@ class TestFourBits:
         assert digests(both[0], case).keys() == digests(both[1], case).keys()
         assert digests(both[0], case).items().isdisjoint(digests(both[1], case).items())
 
+    @pytest.mark.slow
     def test_what_is_not_split_has_the_same_weights_on_both_ranks(self, both):
         one, other = (digests(rank, "replicated attention") for rank in both)
         assert {name.split(".")[3] for name in one} == {"self_attn", "mlp"}
         assert {name.split(".")[3] for name, _ in one.items() & other.items()} == {"self_attn"}
 
+    @pytest.mark.slow
     def test_what_stays_in_16_bits_is_warned_of(self, both):
         """One row of it has 16 weights on each rank, and the least group is 32."""
         for number, rank in enumerate(both):
@@ -117,6 +124,7 @@ class TestFourBits:
     def test_a_weight_that_changes_on_one_rank_alone_is_packed_again(self, both):
         assert [rank["changed"]["renewals"] for rank in both] == [0, 2]
 
+    @pytest.mark.slow
     def test_artifacts_are_of_a_rank_and_of_a_number_of_ranks(self, both):
         found = both[0]["artifact"]
         assert found["same"]
@@ -128,17 +136,17 @@ class TestFourBits:
 class TestOneDecision:
     def test_the_first_ranks_score_decides_for_both(self, both):
         """The second one's is five higher and alone would leave."""
-        assert [rank["agreeing"]["depths"] for rank in both] == [[LAYERS] * 3] * 2
-        assert same(both, "agreeing", "logits")
-        assert [rank["agreeing"]["leaving"] for rank in both] == [[1, 1]] * 2
+        assert [rank["scores"]["depths"] for rank in both] == [[LAYERS] * 3] * 2
+        assert same(both, "scores", "logits")
+        assert [rank["scores"]["leaving"] for rank in both] == [[1, 1]] * 2
 
     def test_without_agreement_the_ranks_part(self, both):
-        assert [rank["parting"]["depths"] for rank in both] == [[LAYERS] * 3, [1] * 3]
-        assert not torch.equal(both[0]["parting"]["logits"], both[0]["agreeing"]["logits"])
+        assert [rank["scores"]["parted"] for rank in both] == [[LAYERS] * 3, [1] * 3]
+        assert not torch.equal(both[0]["scores"]["parted logits"], both[0]["scores"]["logits"])
 
     def test_a_check_names_what_each_rank_computed(self, both):
         for rank in both:
-            assert "disagree about a score: rank 0: " in rank["agreeing"]["told"]
+            assert "disagree about a score: rank 0: " in rank["scores"]["told"]
 
     def test_sampled_text_is_the_first_ranks(self, both):
         """In exact mode and in the package's own loop, whatever the seed of the others."""

@@ -10,16 +10,18 @@ from pathlib import Path
 
 import pytest
 import torch
+import torch._inductor.config as inductor
+import transformers
+from transformers import pipeline
 from transformers.generation.streamers import BaseStreamer
 
 import river_compile
 from river_compile.drop_in.quality import QUALITIES
-from river_compile.generation import Decode
-from river_compile.speculative.runner import DraftVerifyRunner
 from river_compile.state import find_state
 from river_compile.upstream.hf_cache import cache_argument, cache_of
 from tests.support.decoding import new_cache
 from tests.support.families import make, prompt
+from tests.support.tokenizers import byte_tokenizer
 from tools.families.tiny import tiny_model
 
 OPTIONS = {"lowering": "eager", "group_size": 32}
@@ -62,9 +64,10 @@ def model():
     return river_compile.accelerate(plain(), **EXACT)
 
 
-@pytest.fixture(autouse=True)
-def _fresh_dynamo():
-    """(In place of the one for all tests: graphs of the shared model stay.)"""
+@pytest.fixture(scope="module")
+def expected():
+    """The plain model's text."""
+    return generate(plain())
 
 
 @pytest.mark.core
@@ -76,6 +79,17 @@ def test_generate_keeps_the_text_and_drafts(model):
     assert torch.equal(text, generate(plain()))
     assert trace.cycles
     assert streamed(model) == streamed(plain())
+
+
+def test_a_pipeline_of_an_accelerated_model_drafts(model):
+    """With no argument of its own."""
+    texts = []
+    for each in (model, plain()):
+        generator = pipeline("text-generation", model=each, tokenizer=byte_tokenizer(), device="cpu")
+        with river_compile.trace() as trace:
+            texts.append(generator("abc", max_new_tokens=8, do_sample=False)[0]["generated_text"])
+        assert bool(trace.cycles) == (each is model)
+    assert texts[0] == texts[1]
 
 
 @pytest.mark.core
@@ -91,6 +105,7 @@ def test_generate_keeps_the_text_and_drafts(model):
 )
 def test_calls_that_exact_mode_refuses_run_plainly_with_one_notice(model, options, reason):
     """The text is the plain one, a second call says nothing more, and the report counts both."""
+    generate(model)
     with warnings.catch_warnings(record=True) as notices:
         warnings.simplefilter("always")
         text = texts(generate(model, **options))
@@ -129,7 +144,7 @@ def test_callers_keep_their_own_custom_generate(model):
 def test_copies_and_pickles_are_the_plain_model(tmp_path):
     """No attribute, hook or compiled call is left, and a pickle says nothing of this package."""
     model = river_compile.accelerate(plain(), **EXACT)
-    generate(model)
+    model.generate(prompt(), max_new_tokens=1, do_sample=False)
     expected = generate(plain())
     saved = io.BytesIO()
     torch.save(model, saved)
@@ -165,6 +180,29 @@ def test_a_model_that_the_backend_cannot_reach_generates_plainly():
         out = generate(ours, return_dict_in_generate=True, **{cache_argument(ours): new_cache(ours, "dynamic")})
     assert torch.equal(out.sequences, generate(plain()))
     assert cache_of(out).get_seq_length() == out.sequences.shape[1] - 1
+
+
+@pytest.mark.parametrize("quality", ["exact", "strict", "fast"])
+def test_without_a_compiler_a_model_generates_plainly_with_one_warning(quality, expected):
+    ours = river_compile.accelerate(plain(), quality)
+    with inductor.patch({"cpp.cxx": (None, "false")}), warnings.catch_warnings(record=True) as said:
+        warnings.simplefilter("always")
+        assert torch.equal(generate(ours), expected)
+        assert torch.equal(generate(ours), expected)
+    (said,) = (str(w.message) for w in said if issubclass(w.category, river_compile.RiverWarning))
+    assert "runs a model uncompiled" in said
+    assert "install g++" in said
+    assert "install g++" in str(river_compile.report(ours))
+
+
+def test_without_a_compiler_a_model_is_refused_where_that_was_asked_for():
+    ours = plain()
+    ours.compile(backend="river", options={"on_unsupported": "raise"})
+    with (
+        inductor.patch({"cpp.cxx": (None, "false")}),
+        pytest.raises(river_compile.UnsupportedGraphError, match="install g"),
+    ):
+        generate(ours)
 
 
 def test_sampling_without_drafts_draws_what_plain_sampling_draws():
@@ -216,27 +254,22 @@ def test_fast_and_calibrated_let_tokens_leave():
 @pytest.mark.slow
 def test_fast_runs_in_the_own_loop_and_what_that_refuses_in_transformers(monkeypatch):
     """The streamer gets the prompt once either way; a custom_generate of the caller's is left alone."""
-    ours, taken, loop = river_compile.accelerate(plain(), "fast", exit_depth=2, **OPTIONS), [], Decode.__call__
-    monkeypatch.setattr(Decode, "__call__", lambda self, *a, **k: taken.append(loop(self, *a, **k)) or taken[-1])
+    ours, theirs = river_compile.accelerate(plain(), "fast", exit_depth=2, **OPTIONS), []
+    loop = type(ours)._sample
+    monkeypatch.setattr(type(ours), "_sample", lambda self, *a, **k: (theirs.append(self), loop(self, *a, **k))[1])
     whole = river_compile.restore(copy.deepcopy(ours))
     assert streamed(ours) == streamed(whole)
-    assert len(taken) == 1
+    assert theirs == [whole]
     assert torch.equal(generate(ours, num_beams=2), generate(whole, num_beams=2))
     refused = {"output_hidden_states": True, "return_dict_in_generate": True}
     assert streamed(ours, **refused) == streamed(whole, **refused)
+    assert theirs == [whole, ours, whole]
     assert generate(ours, custom_generate=lambda *_, **__: "theirs") == "theirs"
-    assert len(taken) == 1
 
 
-@pytest.mark.slow
-def test_strict_is_exact_modes_strict(monkeypatch):
-    seen = []
-    prefill = DraftVerifyRunner.prefill
-    monkeypatch.setattr(
-        DraftVerifyRunner, "prefill", lambda self, *a: (seen.append(self._strict), prefill(self, *a))[1]
-    )
-    generate(river_compile.accelerate(plain(), "strict", **EXACT))
-    assert seen == [True]
+def test_strict_is_an_error_where_it_cannot_be_kept():
+    with pytest.raises(river_compile.ExactModeError, match="strict=True cannot be kept"):
+        generate(river_compile.accelerate(plain(), "strict", **EXACT))
 
 
 @pytest.mark.parametrize(
@@ -252,7 +285,12 @@ def test_strict_is_exact_modes_strict(monkeypatch):
         ({"prefill": "exit"}, "prefill='exit'"),
         ({"group_sise": 32}, "group_sise.*group_size"),
         ({"max_draft": 0}, "max_draft=0"),
-        ({"quality": "fast", "max_draft": 3}, "max_draft"),
+        (
+            {"quality": "fast", "max_draft": 3},
+            "max_draft=3 is about drafts, .* use quality='exact' or quality='strict'",
+        ),
+        ({"quality": "calibrated", "calibration": 3}, "calibration=3 is not allowed; it must be a path"),
+        ({"artifact": "/nope"}, "/nope/twins.safetensors: No such file"),
     ],
 )
 def test_bad_arguments_are_named_and_change_nothing(arguments, message):
@@ -261,6 +299,43 @@ def test_bad_arguments_are_named_and_change_nothing(arguments, message):
         river_compile.accelerate(model, **arguments)
     assert model._compiled_call_impl is None
     assert "generate" not in vars(model)
+
+
+@pytest.mark.parametrize(
+    "step",
+    [
+        "torch.compile",
+        "river_compile.config.RiverConfig.from_options",
+        "river_compile.drop_in.quality.check_paths",
+        "river_compile.drop_in.quality.CompiledCall",
+        "river_compile.drop_in.quality.has_generate_of_its_own",
+        "river_compile.drop_in.quality.generate_exactly",
+        "river_compile.drop_in.generation.replace",
+        "river_compile.drop_in.generation.MethodType",
+        "river_compile.drop_in.generation.keep_out_of_copies",
+    ],
+)
+def test_an_accelerate_that_fails_leaves_the_model_as_it_was(model, expected, step, monkeypatch):
+    """Whichever step fails: no attribute of a plain model changes, and an accelerated one drafts on."""
+
+    def fail(*args, **kwargs):
+        raise MemoryError
+
+    for ours in (model, plain()):
+        before = {name: id(value) for name, value in vars(ours).items()}
+        with monkeypatch.context() as patch:
+            patch.setattr(step, fail)
+            with pytest.raises(MemoryError):
+                river_compile.accelerate(ours, **EXACT)
+        assert {name: id(value) for name, value in vars(ours).items()} == before
+    with river_compile.trace() as trace:
+        assert torch.equal(generate(model), expected)
+    assert trace.cycles
+
+
+def test_the_backends_mode_is_no_option_of_accelerate():
+    with pytest.raises(river_compile.OptionError, match="unknown option 'mode'"):
+        river_compile.accelerate(plain(), mode="max-autotune")
 
 
 @pytest.fixture
@@ -301,11 +376,39 @@ def test_load_is_from_pretrained_and_accelerate(folder, tmp_path):
     assert half.dtype == torch.bfloat16
 
 
+class Huge:
+    """What a message cannot show whole."""
+
+    def __repr__(self):
+        return "huge " * 5000
+
+
+@pytest.mark.parametrize("wrong", [3, "smollm2", {i: i for i in range(5000)}, Huge(), torch.nn.Linear])
+def test_whatever_is_no_model_is_named_by_its_type(wrong):
+    """By every function that takes a model, in one short line."""
+    for take in (river_compile.accelerate, river_compile.restore, river_compile.report, river_compile.free_cache):
+        with pytest.raises(river_compile.OptionError, match=f"model.*not a {type(wrong).__name__}$") as refused:
+            take(wrong)
+        assert len(str(refused.value)) < 100
+
+
+@pytest.mark.parametrize(
+    "name", ["quality", "calibration", "artifact", "group_size", "threshold", "max_draft", "strict"]
+)
+def test_a_wrong_value_is_shown_in_short(name):
+    for wrong in (Huge(), plain(), {i: i for i in range(5000)}):
+        with pytest.raises(river_compile.OptionError, match=f"{name}=") as refused:
+            river_compile.accelerate(plain(), **{name: wrong})
+        assert len(str(refused.value)) < 300
+
+
 def test_wrappers_are_refused_with_the_way_in():
     with pytest.raises(river_compile.OptionError, match=r"before torch\.compile"):
         river_compile.accelerate(torch.compile(plain(), backend="eager"))
     with pytest.raises(river_compile.OptionError, match="a transformers model that generates, not a Linear"):
         river_compile.accelerate(torch.nn.Linear(2, 2))
+    with pytest.raises(river_compile.OptionError, match=r"not a TextGenerationPipeline; give it pipeline\.model"):
+        river_compile.accelerate(transformers.TextGenerationPipeline(plain(), byte_tokenizer()))
 
 
 def test_every_quality_is_in_the_modules_table():

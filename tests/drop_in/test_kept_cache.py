@@ -10,7 +10,7 @@ from transformers import DynamicCache, StaticCache
 import river_compile
 from river_compile import kept_cache
 from river_compile.cudagraphs.device import CaptureLog
-from river_compile.kept_cache import KeptCache, free_cache
+from river_compile.kept_cache import free_cache
 from river_compile.state import find_state
 from river_compile.upstream.hf_cache import cache_of
 from river_compile.upstream.static_cache import sizes_of
@@ -40,11 +40,6 @@ def generate(model, ids, tokens=8, **options):
     return model.generate(ids, attention_mask=mask, max_new_tokens=tokens, do_sample=False, **options)
 
 
-def kept(model):
-    held = find_state(model).of(KeptCache)._kept
-    return None if held is None else held[1]
-
-
 def caches_of(model, monkeypatch):
     """Returns a list that receives the cache of every forward pass."""
     seen, forward = [], type(model).prepare_inputs_for_generation
@@ -60,56 +55,68 @@ def caches_of(model, monkeypatch):
 @pytest.mark.parametrize("quality", QUALITIES)
 @pytest.mark.parametrize("family", ["llama", "gemma3"])  # full attention; windows of 8 tokens beside it
 @pytest.mark.slow
-def test_texts_that_outgrow_the_cache_are_plain(family, quality):
+def test_texts_that_outgrow_the_cache_are_plain(family, quality, monkeypatch):
     """Two rows, one of them padded, of which one may fall behind; the second call begins in the long cache."""
     ids = prompt(batch=2)
     ids[0, :2] = 0
     model, plain = accelerated(family, quality), make(family, layers=2)
+    seen = caches_of(model, monkeypatch)
     for tokens in (24, 5):
         assert torch.equal(generate(model, ids, tokens), generate(plain, ids, tokens))
-    assert max(sizes_of(kept(model))) >= ids.shape[1] + 23
+        assert max(sizes_of(seen[-1])) >= ids.shape[1] + 23
 
 
-def test_windows_alone_stay_as_long_as_they_are():
+def test_windows_alone_stay_as_long_as_they_are(monkeypatch):
     """They show no more of a longer text, and a cache that moved would be captured anew in every call."""
     config = CONFIGS["mistral"](2)
     model = river_compile.accelerate(make("mistral", config=config), "fast", **OPTIONS, **QUALITIES["fast"])
-    ids, seen = prompt(), []
+    ids, seen = prompt(), caches_of(model, monkeypatch)
     for _ in range(2):
         assert torch.equal(generate(model, ids, 24), generate(make("mistral", config=config), ids, 24))
-        seen.append(kept(model))
     assert sizes_of(seen[0]) == [config.sliding_window] * 2
-    assert seen[0] is seen[1]
+    assert all(cache is seen[0] for cache in seen)
 
 
 @pytest.mark.parametrize("device", ["cpu", pytest.param("cuda", marks=pytest.mark.gpu)])
 @pytest.mark.parametrize("quality", QUALITIES)
 @pytest.mark.slow
-def test_later_calls_capture_nothing(quality, device):
+def test_later_calls_capture_nothing(quality, device, monkeypatch):
     """What ran once is captured the second time, on the same cache; so two calls know all, or already the first."""
     plain = make("llama", layers=2).to(device)
     model = river_compile.accelerate(plain, quality, **OPTIONS, **QUALITIES[quality])
-    ids = prompt().to(device)
+    ids, seen = prompt().to(device), caches_of(model, monkeypatch)
     texts = [generate(model, ids) for _ in range(2)]
-    made, cache = [g.of(CaptureLog).made for g in find_state(model).graphs], kept(model)
+    made = [g.of(CaptureLog).made for g in river_compile.report(model).graphs]
     assert sum(made) > 0
     texts += [generate(model, ids) for _ in range(2)]
-    assert [g.of(CaptureLog).made for g in find_state(model).graphs] == made
-    assert kept(model) is cache
+    assert [g.of(CaptureLog).made for g in river_compile.report(model).graphs] == made
+    assert all(cache is seen[0] for cache in seen)
     assert all(torch.equal(text, texts[0]) for text in texts)
+
+
+@pytest.fixture(scope="module")
+def unkept():
+    """A model for calls of which none is lent a cache."""
+    return accelerated()
+
+
+@pytest.fixture(scope="module")
+def fast():
+    """A model for calls that are."""
+    return accelerated(quality="fast")
 
 
 @pytest.mark.parametrize(
     "options", [{"cache_implementation": "dynamic"}, {"return_dict_in_generate": True}, {"cache": DynamicCache()}]
 )
-def test_callers_who_say_something_of_caches_have_them(options, monkeypatch):
+def test_callers_who_say_something_of_caches_have_them(options, unkept, monkeypatch):
     """One that they name, one that they get back, one that they bring."""
-    model = accelerated()
+    model = unkept
     seen = caches_of(model, monkeypatch)
     options = {"past_key_values" if name == "cache" else name: value for name, value in options.items()}
     generate(model, prompt(), **options)
     assert {type(cache) for cache in seen} == {DynamicCache}
-    assert kept(model) is None
+    assert free_cache(model) == 0
 
 
 @pytest.mark.slow
@@ -119,32 +126,23 @@ def test_a_static_cache_that_was_asked_for_has_its_length(monkeypatch):
     seen, ids = caches_of(model, monkeypatch), prompt()
     for tokens in (8, 30):
         generate(model, ids, tokens, cache_implementation="static")
-        assert sizes_of(kept(model)) == [ids.shape[1] + tokens - 1] * 2
+        assert sizes_of(seen[-1]) == [ids.shape[1] + tokens - 1] * 2
     assert {type(cache) for cache in seen} == {StaticCache}
 
 
-@pytest.mark.slow
-def test_strict_texts_keep_the_cache_of_plain_decoding(monkeypatch):
-    model = river_compile.accelerate(make("llama", layers=2), "strict", **OPTIONS, max_draft=1)
-    seen = caches_of(model, monkeypatch)
-    generate(model, prompt())
-    assert {type(cache) for cache in seen} == {DynamicCache}
-
-
-@pytest.mark.slow
-def test_nothing_of_a_text_reaches_the_next():
+def test_nothing_of_a_text_reaches_the_next(fast, monkeypatch):
     """Not even numbers that are none, behind its end or before it."""
-    model, ids = accelerated(quality="fast"), prompt()
+    model, ids = fast, prompt()
+    seen = caches_of(model, monkeypatch)
     text = generate(model, ids)
-    for layer in kept(model).layers:
+    for layer in seen[-1].layers:
         layer.keys.fill_(float("nan"))
         layer.values.fill_(float("nan"))
     assert torch.equal(generate(model, ids), text)
 
 
-@pytest.mark.slow
-def test_a_call_that_fails_leaves_a_cache_that_works():
-    model, ids = accelerated(quality="fast"), prompt()
+def test_a_call_that_fails_leaves_a_cache_that_works(fast):
+    model, ids = fast, prompt()
     text = generate(model, ids)
 
     def fail(ids, scores):
@@ -155,9 +153,8 @@ def test_a_call_that_fails_leaves_a_cache_that_works():
     assert torch.equal(generate(model, ids), text)
 
 
-@pytest.mark.slow
-def test_calls_at_the_same_time_have_caches_of_their_own():
-    model, ids = accelerated(quality="fast"), prompt()
+def test_calls_at_the_same_time_have_caches_of_their_own(fast):
+    model, ids = fast, prompt()
     text, inner = generate(model, ids), []
 
     def another(_, scores):

@@ -4,16 +4,18 @@ from __future__ import annotations
 
 import pytest
 import torch
+from transformers.generation import StoppingCriteria
 from transformers.generation.streamers import BaseStreamer
 
 import river_compile
-from river_compile import CacheFullError, generation
-from river_compile.runtime.pass_inputs import PassInputs
+from river_compile import CacheFullError
+from river_compile.speculative.session import Session
 from river_compile.upstream.hf_cache import cache_argument
 from tests.support.decoding import cache_state, left_padded, new_cache
 from tests.support.families import CONFIGS, make, prompt
 from tools.recorder import recording
 
+PROMPT = 9  # tokens
 NEW_TOKENS = 10
 
 
@@ -42,21 +44,27 @@ def generate(model, kind="static", batch=3, **options):
     return [out.sequences, *out.scores, *out.logits, *entries, *streamed]
 
 
-@pytest.fixture
-def prepared(monkeypatch):
-    """Notes for each step whether transformers made its inputs; else they follow from those of a step before."""
-    made, of = [], PassInputs.of
+def counts_calls(model) -> list[None]:
+    """Returns a list that grows with every call of a compiled model."""
+    calls, call = [], model._compiled_call_impl
 
-    def note(self, ids, width, slot, prepare):
-        made.append(False)
+    def counted(*args, **kwargs):
+        calls.append(None)
+        return call(*args, **kwargs)
 
-        def prepared():
-            made[-1] = True
-            return prepare()
+    model._compiled_call_impl = counted
+    return calls
 
-        return of(self, ids, width, slot, prepared)
 
-    monkeypatch.setattr(PassInputs, "of", note)
+def notes_preparations(model) -> list[int]:
+    """Returns the lengths of the texts whose inputs transformers makes; those of other steps follow from them."""
+    made, prepare = [], model.prepare_inputs_for_generation
+
+    def noted(ids, *args, **kwargs):
+        made.append(ids.shape[1])
+        return prepare(ids, *args, **kwargs)
+
+    model.prepare_inputs_for_generation = noted
     return made
 
 
@@ -71,23 +79,26 @@ def prepared(monkeypatch):
         ("llama", "dynamic", False),
     ],
 )
-def test_text_scores_logits_and_entries_are_those_of_transformers_loop(name, kind, own, prepared):
-    """With left padding; transformers makes the inputs of two steps, the second one to compare."""
+def test_text_scores_logits_and_entries_are_those_of_transformers_loop(name, kind, own):
+    """With left padding; transformers makes the inputs of the prompt and two steps, the second one to compare."""
     model = make(name, layers=2)
-    ours = generate(model, kind, custom_generate=river_compile.decode)
     theirs = generate(model, kind)
+    prepared = notes_preparations(model)
+    ours = generate(model, kind, custom_generate=river_compile.decode)
     assert len(ours) == len(theirs)
     assert all(map(torch.equal, ours, theirs))
-    assert prepared == [True, True] + [not own] * (NEW_TOKENS - 3)
+    assert prepared == [PROMPT, PROMPT + 1, PROMPT + 2] + ([] if own else [*range(PROMPT + 3, PROMPT + NEW_TOKENS)])
 
 
-def test_inputs_of_windows_that_fill_up_follow_until_then(prepared):
+def test_inputs_of_windows_that_fill_up_follow_until_then():
     config = CONFIGS["gemma3"](2)
     config.sliding_window = 14  # five steps more than the prompt has tokens
     model = make("gemma3", layers=2, config=config)
+    theirs = generate(model)
+    prepared = notes_preparations(model)
     ours = generate(model, custom_generate=river_compile.decode)
-    assert prepared == [True, True, False, False, False, True, True, True, True]
-    assert all(map(torch.equal, ours, generate(model)))
+    assert prepared == [9, 10, 11, 15, 16, 17, 18]  # (14 tokens fill the window)
+    assert all(map(torch.equal, ours, theirs))
 
 
 @pytest.mark.parametrize(
@@ -108,13 +119,24 @@ def test_options_mean_the_same(options):
     assert all(map(torch.equal, ours, theirs))
 
 
-def test_compiled_steps_take_the_shortcut():
+@pytest.mark.parametrize("name", ["llama", "gpt2", "qwen2", "gemma3"])
+def test_compiled_steps_leave_the_model_after_the_first_of_a_call(name):
+    """The prompt and one step of each kind go through it and Dynamo; later ones run its graph alone."""
+    model = make(name, layers=2)
+    model.compile(backend=river_compile.river, options={"lowering": "eager", "quantizer": "none"})
+    theirs = generate(model)
+    calls = counts_calls(model)
+    ours = generate(model, custom_generate=river_compile.decode)
+    assert all(map(torch.equal, ours, theirs))
+    assert len(calls) == 2
+    calls.clear()
+    assert all(map(torch.equal, generate(model, custom_generate=river_compile.decode), theirs))
+    assert len(calls) == 2
+
+
+def test_a_full_cache_raises_what_a_step_through_the_model_does():
     model = make("llama", layers=2)
     model.compile(backend=river_compile.river, options={"lowering": "eager", "quantizer": "none"})
-    ours = generate(model, custom_generate=river_compile.decode)
-    taken = model._compiled_call_impl.river_shortcut.taken
-    assert taken == NEW_TOKENS - 1 - 2
-    assert all(map(torch.equal, ours, generate(model)))
     with pytest.raises(CacheFullError, match="holds 32 tokens"):
         generate(model, max_new_tokens=40, custom_generate=river_compile.decode)
 
@@ -134,23 +156,25 @@ def test_what_it_is_not_for_is_refused(options, message):
         make("llama", layers=1).generate(ids, custom_generate=river_compile.decode, **settings)
 
 
+class Order(list, StoppingCriteria):
+    """Notes when a step runs, and when the host has read what the one before it chose: then criteria are asked."""
+
+    def __call__(self, input_ids, scores, **kwargs):
+        self.append("read")
+        return torch.zeros(len(input_ids), dtype=torch.bool)
+
+
 @pytest.fixture
 def order(monkeypatch):
-    """Steps are queued ahead, as on a GPU; notes when one is queued and when what the one before chose is read."""
-    noted: list[str] = []
-    following, read = generation._Steps.next, generation._Told.read
+    """Steps are queued ahead, as on a GPU."""
+    noted, step = Order(), Session.step
 
-    def note_step(self):
+    def note_step(self, *args):
         noted.append("step")
-        return following(self)
+        return step(self, *args)
 
-    def note_read(self):
-        noted.append("read")
-        return read(self)
-
-    monkeypatch.setattr(generation, "runs_late", lambda device: True)
-    monkeypatch.setattr(generation._Steps, "next", note_step)
-    monkeypatch.setattr(generation._Told, "read", note_read)
+    monkeypatch.setattr(Session, "runs_late", True)
+    monkeypatch.setattr(Session, "step", note_step)
     return noted
 
 
@@ -168,12 +192,12 @@ def end_token(model, after: int) -> int:
 def test_steps_are_queued_before_the_host_reads_what_was_chosen(order, batch, options):
     """The same text, scores, entries and state of the generator; the last step of a full text is not queued."""
     model = make("llama", layers=2)
-    ours = generate(model, batch=batch, custom_generate=river_compile.decode, **options)
+    ours = generate(model, batch=batch, stopping_criteria=[order], custom_generate=river_compile.decode, **options)
     drawn = torch.rand(1)
     theirs = generate(model, batch=batch, **options)
     assert all(map(torch.equal, ours, theirs))
     assert torch.equal(drawn, torch.rand(1))
-    assert order == ["step", "read"] * (NEW_TOKENS - 1) + ["read"]
+    assert list(order) == ["step", "read"] * (NEW_TOKENS - 1) + ["read"]
 
 
 @pytest.mark.parametrize("river", [False, True], ids=["plain", "recorded"])
@@ -187,11 +211,11 @@ def test_a_step_behind_the_end_of_a_text_is_taken_back(order, river):
             backend="river", options={"cudagraphs": True, "lowering": "eager", "quantizer": "rtn", "group_size": 32}
         )
     theirs = generate(model, **ends)
-    ours = generate(model, custom_generate=river_compile.decode, **ends)
+    ours = generate(model, stopping_criteria=[order], custom_generate=river_compile.decode, **ends)
     assert ours[0].shape[1] < left_padded(1)[0].shape[1] + NEW_TOKENS
     assert len(ours) == len(theirs)
     assert all(map(torch.equal, ours, theirs))
-    assert order == ["step", "read"] * 4
+    assert list(order) == ["step", "read"] * 4
 
 
 def test_a_full_cache_queues_nothing_that_may_not_be_wanted(order):
@@ -201,13 +225,13 @@ def test_a_full_cache_queues_nothing_that_may_not_be_wanted(order):
     ends = {"eos_token_id": end_token(model, after=3), "pad_token_id": 0, "max_new_tokens": NEW_TOKENS}
     cache = new_cache(model, "static", capacity=ids.shape[1] + 3)
     arguments = {cache_argument(model): cache, "custom_generate": river_compile.decode, "do_sample": False}
-    text = model.generate(ids, attention_mask=mask, **arguments, **ends)
+    text = model.generate(ids, attention_mask=mask, stopping_criteria=[order], **arguments, **ends)
     assert text.shape[1] == ids.shape[1] + 4
-    assert order == ["step", "read"] * 3 + ["read"]
+    assert list(order) == ["step", "read"] * 3 + ["read"]
 
 
 def test_a_sliding_window_is_not_pushed_on_before_it_is_known_that_a_token_follows(order):
     model = make("gemma3", layers=2)
-    ours = generate(model, custom_generate=river_compile.decode)
+    ours = generate(model, stopping_criteria=[order], custom_generate=river_compile.decode)
     assert all(map(torch.equal, ours, generate(model)))
-    assert order == ["read", "step"] * (NEW_TOKENS - 1) + ["read"]
+    assert list(order) == ["read", "step"] * (NEW_TOKENS - 1) + ["read"]

@@ -148,8 +148,7 @@ def test_half_precision_models_keep_their_dtype(dtype):
     """A 16-bit model whose token leaves through a 4-bit twin keeps its dtype and stays close to never leaving."""
     model = make("qwen2", dtype=dtype, layers=2)
     model.compile(backend=river, options={"lowering": "eager", "quantizer": "rtn", "group_size": 32})
-    never = decode(model, new_cache(model, "static"), [model.config.num_hidden_layers])[-1]
-    left = decode(model, new_cache(model, "static"), [model.config.num_hidden_layers - 1])[-1]
+    never, left = (decode(model, new_cache(model, "static"), [depth], plain_prompt=True)[-1] for depth in (2, 1))
     assert left.dtype == never.dtype == dtype
     assert left.isfinite().all()
     assert torch.nn.functional.cosine_similarity(left.flatten().double(), never.flatten().double(), dim=0) > 0.9

@@ -11,6 +11,7 @@ from river_compile.upstream.growing import mark_growing
 from tests.support.decoding import cache_argument
 from tests.support.families import make, prompt
 
+pytestmark = pytest.mark.usefixtures("fresh_dynamo")
 OPTIONS = {"lowering": "eager", "quantizer": "rtn", "group_size": 32, "threshold": -1.0, "first_exit": 1}
 LONGEST = 300
 NEW_TOKENS = 3

@@ -16,11 +16,13 @@ from river_compile.kernels.triton.exit_score import ExitScoreSpec
 from river_compile.kernels.triton.kv_fill import KvFillSpec
 from river_compile.kernels.triton.linear import LinearSpec, part_name
 from river_compile.kernels.triton.shift import ShiftSpec
+from river_compile.kernels.triton.spec import KernelSpec
 from tests.kernels import reference
 from tests.kernels.harness import assert_close, assert_sqnr, poisoned, run_guarded
 from tests.kernels.packing import pack_linear
 
 KV = ("k_cache", "v_cache")
+_EXPERTS = 16  # of a model's, as many are checked: their float64 reference must fit the card
 VALUES = ("normal", "constant", "extreme", "tiny")
 
 # Runs the kernel that a spec describes on named buffers and returns them as it left them, as `run_guarded` does.
@@ -377,3 +379,33 @@ def check_nan_never_exits(spec: ExitScoreSpec, row: int, device: str = "cpu") ->
     spoiled[row, -1] = float("nan")
     result = run_guarded(spec, device=device, **exit_buffers(spoiled, residual, update))
     assert result["score"].isnan().all()
+
+
+def check_kernel(spec: KernelSpec, rows: int, slots: int, device: str) -> None:
+    """Checks one kernel of a model's decode step; inputs and references are made on the device."""
+    if isinstance(spec, LinearSpec) and spec.experts:
+        spec = dataclasses.replace(spec, experts=min(spec.experts, _EXPERTS))
+        check_experts(spec, [row % (spec.experts + 1) for row in range(spec.rows or rows)], device=device)
+    elif isinstance(spec, LinearSpec):
+        check_linear(spec, rows, device=device)
+    elif isinstance(spec, DecodeAttentionSpec):
+        alone = dataclasses.replace(spec, fill=None, advance=False)
+        check_attention(dataclasses.replace(alone, mask=False), device=device)
+        check_attention(alone, padding=slots // 2, device=device)
+        for slot in (0, slots - 1, slots):  # the last one lies outside
+            check_kv_fill(spec.fill, slot, device=device)
+            check_attend(spec, slot, device=device)
+        check_shift(window_of(spec), device=device)
+    else:
+        assert isinstance(spec, ExitScoreSpec), "another family has no check here"
+        check_exit_score(spec, 1.0, device=device)
+        check_nan_never_exits(spec, rows - 1, device=device)
+        for history, bar in ((0, "at"), (0, "below"), (4, "at"), (4, "below")):
+            decides = dataclasses.replace(spec, decides=True, history=history)
+            check_exit_verdict(decides, bar, earlier=[0.9, 0.8], device=device)
+            check_exit_verdict(decides, math.nan, spoiled=rows - 1, device=device)
+
+
+def window_of(spec: DecodeAttentionSpec) -> ShiftSpec:
+    """The kernel that makes room in a window of an attention's slots."""
+    return ShiftSpec(spec.batch, spec.heads, spec.kv_heads, spec.head_dim, spec.slots, dtype=spec.dtype)

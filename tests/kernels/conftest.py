@@ -1,18 +1,19 @@
-"""Generated sources and tuning files of the tests stay in a folder of their own."""
-
-import os
+"""Generated sources and tuning files of the tests stay in a folder of their own; C++ libraries, which are named by all
+that they are made from, are those of the machine: each is compiled once, whatever worker or run asks for it first.
+"""
 
 import pytest
+
+from river_compile.kernels.files import cache_folder
 
 
 @pytest.fixture(scope="package", autouse=True)
 def _own_cache(tmp_path_factory):
-    before = {name: os.environ.get(name) for name in ("RIVER_COMPILE_CACHE", "RIVER_COMPILE_TUNING")}
-    os.environ["RIVER_COMPILE_CACHE"] = str(tmp_path_factory.mktemp("river_compile"))
-    os.environ.pop("RIVER_COMPILE_TUNING", None)
-    yield
-    for name, value in before.items():
-        if value is None:
-            os.environ.pop(name, None)
-        else:
-            os.environ[name] = value
+    libraries = cache_folder().absolute() / "native"
+    libraries.mkdir(parents=True, exist_ok=True)
+    own = tmp_path_factory.mktemp("river_compile")
+    (own / "native").symlink_to(libraries)
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setenv("RIVER_COMPILE_CACHE", str(own))
+        patch.delenv("RIVER_COMPILE_TUNING", raising=False)
+        yield

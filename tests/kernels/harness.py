@@ -12,7 +12,6 @@ from collections.abc import Callable, Iterator
 from unittest import mock
 
 import torch
-from hypothesis import settings
 
 from river_compile.kernels.triton.loader import load
 
@@ -20,16 +19,7 @@ GUARD = 64
 #: Relative to the magnitudes that a result was added up from. The interpreter cuts bfloat16 off instead of rounding it.
 TOLERANCE = {torch.float32: 2e-5, torch.float16: 2e-3, torch.bfloat16: 1.6e-2}
 SQNR_FLOOR = {torch.float32: 90.0, torch.float16: 50.0, torch.bfloat16: 30.0}
-LONG = 20_000
 INTEGER_GUARD = {torch.uint8: 0x5A, torch.int32: 0x5A5A5A5A, torch.int64: 1 << 40, torch.bool: True}
-
-
-def examples(count: int) -> settings:
-    """Hypothesis settings of every property test here: the same examples each time, no clock.
-
-    The profile "long" asks for more, in the run that names it and in no other.
-    """
-    return settings(max_examples=max(count, LONG if settings.default.max_examples == LONG else 0))
 
 
 class Guarded:

@@ -9,74 +9,19 @@ from river_compile.kernels import ops  # noqa: F401  (registers torch.ops.river)
 from river_compile.kernels.quant.grid import quantize
 from river_compile.kernels.quant.layouts import pack_stack
 from tests.kernels import reference
-from tests.kernels.harness import TOLERANCE, examples
+from tests.kernels.harness import TOLERANCE
 from tests.kernels.packing import pack_linear
+from tests.kernels.samples import G, caches, packed, random, sample_calls, stacked
+from tests.support.examples import examples
 
 river = torch.ops.river
-G = torch.Generator().manual_seed(0)
-
-
-def random(*shape: int, dtype: torch.dtype = torch.float32) -> torch.Tensor:
-    return torch.randn(*shape, generator=G).to(dtype)
-
-
-def packed(n: int, k: int, layout: str, group: int = 32):
-    return pack_linear(random(n, k) / k**0.5, group, layout, "rtn")
-
-
-def stacked(experts: int, n: int, k: int, layout: str, group: int = 32):
-    grid = quantize(random(experts * n, k) / k**0.5, group, "rtn").rounded(torch.bfloat16)
-    return pack_stack(grid, layout, experts)
-
-
 LAYOUTS = pytest.mark.parametrize("layout", ["triton", "plain"])
 
 
-def caches(dtype=torch.float32):
-    return random(2, 1, 6, 16, dtype=dtype), random(2, 1, 6, 16, dtype=dtype)
-
-
-def sample_calls():
-    """Operator name -> arguments, one sample of each operator (and layout)."""
-    x, w = random(2, 1, 64), {layout: packed(24, 64, layout) for layout in ("triton", "plain", "aten_cpu")}
-    norm, bias = ("rms", random(64), None, 1e-6), random(24)
-    calls = {}
-    for name, p in w.items():
-        weights = (p.qweight, p.scale_zero, bias, 24, 32, name)
-        calls[f"linear {name}"] = (x, *weights)
-        calls[f"linear with residual {name}"] = (x, *weights, random(2, 1, 24))
-        calls[f"linear after a norm {name}"] = (x, *weights, None, *norm)
-        calls[f"linear gated {name}"] = (x, *weights, random(2, 1, 12), *norm, "silu", True)
-        stack, chosen = stacked(3, 16, 64, name), torch.tensor([2, 0, 2, -1])
-        calls[f"experts {name}"] = (random(4, 64), stack.qweight, stack.scale_zero, chosen, 16, 32, name)
-    for layout in ("dense", "triton"):
-        calls[f"linear 16 bits {layout}"] = (x, random(24, 64), None, None, 24, 0, layout, None, *norm)
-    pair = [random(32, 64), random(32, 64)]
-    calls["merged"] = (x, [*pair, random(16, 64)], [random(32), random(32), random(16)], None, *norm)
-    calls["merged gated"] = (x, pair, [], random(2, 1, 32), *norm, "silu", True)
-    calls["norm"] = (x, "rms", random(64), None, 1e-6, random(2, 1, 64))
-    calls["rescore"] = (random(2, 1, 300), x, random(300, 64), random(300), "rms", random(64), None, 1e-6)
-    calls["norm alone"] = (x, "layer", random(64), random(64), 1e-6, None)
-    k_cache, v_cache = caches()
-    cos, sin = random(1, 1, 16), random(1, 1, 16)
-    slot = torch.tensor([3])
-    calls["kv_fill"] = (random(2, 1, 64), None, None, cos, sin, slot, k_cache, v_cache, "none", 1e-6, False)
-    counter, step = torch.tensor(3), (random(2, 1, 64), None, None, cos, sin)
-    how = ("none", 1e-6, False, random(2, 6), 0.25, 0.0)
-    calls["attend"] = (*step, slot, None, k_cache, v_cache, *how)
-    calls["attend counting"] = (*step, None, counter, k_cache, v_cache, *how)
-    calls["decode_attention"] = (random(2, 2, 16), k_cache, v_cache, None, 0.25, 0.0)
-    mask = random(2, 6)
-    several = torch.ones(1, 1, 3, k_cache.shape[2], dtype=torch.bool)
-    calls["attention"] = (random(2, 3, 2, 16), k_cache, v_cache, several, 0.25, 0.0, False)
-    calls["attention capped"] = (random(2, 3, 2, 16), k_cache, v_cache, several, 0.25, 2.0, False)
-    calls["decode_attention masked"] = (random(2, 2, 16), k_cache, v_cache, mask, 0.25, 0.0)
-    calls["shift"] = caches()
-    calls["exit_score"] = (random(2, 1, 64), random(2, 1, 64))
-    calls["residual_score"] = (random(2, 1, 64), random(2, 1, 64), random(2, 1, 64))
-    verdict = (random(1).double(), random(4))
-    calls["residual_verdict"] = (random(2, 1, 64), random(2, 1, 64), random(2, 1, 64), *verdict)
-    return calls
+@pytest.fixture(autouse=True)
+def _same_numbers():
+    """A test draws the same numbers whichever ran before it."""
+    G.manual_seed(0)
 
 
 @pytest.mark.parametrize("call", sample_calls())
@@ -86,7 +31,7 @@ def test_opcheck(call):
 
 def test_every_operator_has_a_sample():
     names = {name.split("::")[1].split(".")[0] for name in torch._C._dispatch_get_all_op_names() if "river::" in name}
-    tested_elsewhere = {"batch_invariant_linear", "batch_invariant_attention"}  # in test_portable.py
+    tested_elsewhere: set[str] = set()
     assert names - tested_elsewhere == {call.split()[0] for call in sample_calls()}
 
 

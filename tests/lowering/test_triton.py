@@ -8,9 +8,9 @@ unfused ones in float32: logits, cache entries, slots and lengths agree. The sam
 from __future__ import annotations
 
 import functools
-import inspect
 import math
 import os
+import sys
 import warnings
 from pathlib import Path
 
@@ -31,6 +31,7 @@ from river_compile.lowering import compile as compile_module
 from river_compile.lowering.choose import Lowering, choose_lowering
 from river_compile.passes.program import Segment
 from tests.support.decoding import CAPACITY, cache_argument, cache_state, decode, left_padded, new_cache
+from tests.support.examples import slow, slow_but
 from tests.support.families import FAMILIES, REWRITTEN, each, make, prompt
 from tests.support.lowerings import BLOCK_RULES, CPU, FUSED, UNFUSED, lowered
 from tools.kernels.resources import token_cost
@@ -116,7 +117,10 @@ def test_fused_twins_compute_what_their_nodes_did(name):
     assert_same(results[True], results[False], rtol=1e-4, atol=1e-4)
 
 
-@pytest.mark.parametrize("name", [name for name in WHOLE if name != "qwen3_moe"])
+SHAPES = ("llama", "qwen3", "mistral")  # plain, with norms of queries and keys, with a window that is full
+
+
+@pytest.mark.parametrize("name", slow_but(SHAPES, (name for name in WHOLE if name != "qwen3_moe")))
 def test_these_families_use_every_kernel(name):
     """Llama, Qwen, Mistral and what is shaped like them: each twin takes every rule, no graph misses one.
 
@@ -241,7 +245,7 @@ def test_through_inductor_and_captured(name):
     }
 
 
-@pytest.mark.parametrize(("name", "batch"), [("llama", 1), ("llama", 2), ("qwen3", 1)])
+@pytest.mark.parametrize(("name", "batch"), [("llama", 1), slow("llama", 2), slow("qwen3", 1)])
 def test_a_twin_is_five_launches_and_none_of_inductors(name, batch, monkeypatch):
     """The tables of launches count as many. Inductor adds none for the slot, and none for the count of tokens."""
     found, compiled = {}, compile_module._compile
@@ -284,6 +288,7 @@ def test_a_twin_with_a_full_window_is_six_launches(monkeypatch):
     assert all(twin == (launches, 0, True) for twin in twins)
 
 
+@pytest.mark.slow
 def test_generated_products_alone():
     """A GPU's lowering="inductor": no rule is asked, each 4-bit product is a kernel, all else Inductor's code."""
     model = make("llama", layers=LAYERS)
@@ -390,17 +395,14 @@ def test_which_lowering_is_chosen(monkeypatch):
         choose_lowering(RiverConfig(lowering="triton"), cpu)
 
 
-@pytest.mark.parametrize(
-    ("option", "compiler"),
-    [pytest.param(False, "eager", marks=pytest.mark.slow), (True, "eager"), (True, "inductor")],
-)
+@pytest.mark.parametrize(("option", "compiler"), [(True, "eager"), slow(False, "eager"), slow(True, "inductor")])
 def test_whether_kernels_start_early_reaches_every_launch(option, compiler, monkeypatch):
     """Of twins, of experts, and of the backbone's merged products; the operators refuse it here, which is left out."""
     asked: dict[tuple[str, int], set[bool]] = {}  # by the line that describes a kernel
 
     def note(dependent, _tensor):
-        described = inspect.stack()[1]
-        asked.setdefault((described.filename, described.lineno), set()).add(dependent)
+        described = sys._getframe(1)
+        asked.setdefault((described.f_code.co_filename, described.f_lineno), set()).add(dependent)
         return False
 
     monkeypatch.setattr(launch, "may_start_early", note)

@@ -12,7 +12,7 @@ from river_compile import OptionError, report
 from river_compile.kernels.triton.calls import linear as products
 from river_compile.lowering.choose import Lowering
 from tests.support.decoding import cache_state, decode, new_cache
-from tests.support.families import make
+from tests.support.families import each, make
 from tests.support.lowerings import BLOCK_RULES, FUSED, UNFUSED, lowered
 
 LAYERS = 2
@@ -27,7 +27,7 @@ def compiled(name: str, lowering: Lowering = FUSED, **options):
     return model
 
 
-@pytest.mark.parametrize("name", ["llama", "qwen2", "qwen3", "gemma3", "gpt2"])  # (GPT-2's matrices are transposed)
+@pytest.mark.parametrize("name", each(["llama", "qwen2", "qwen3", "gemma3", "gpt2"]))  # (GPT-2's are transposed)
 def test_never_exiting_computes_what_the_model_does(name):
     """Logits, entries and lengths, and of tokens that leave, the entries of the blocks before."""
     model = compiled(name)
@@ -77,6 +77,7 @@ def test_every_product_of_a_block_is_one_launch_on_the_model_s_own_matrices(name
     assert [(miss["rule"], miss["segment"]) for miss in graph["missed"]] == [("down + residual", "block_1")]
 
 
+@pytest.mark.slow
 def test_the_products_go_through_inductor():
     model = compiled("llama", Lowering("inductor", "triton", fuse=True))
     ours = decode(model, new_cache(model, "static"), NEVER)

@@ -28,6 +28,7 @@ from river_compile.offload.weights import bring_back
 from river_compile.runtime.trace import trace
 from tests.support.decoding import cache_state, decode, new_cache
 from tests.support.families import make, prompt
+from tests.support.traced import TracedStep
 from tools.recorder import recording
 
 LAYERS = 3
@@ -150,9 +151,15 @@ def test_fetching_gives_the_bits_of_a_model_in_memory(elsewhere, reference, kind
     assert elsewhere.brought == [block] * (2 + 2 + 1 + 2)
 
 
-@pytest.mark.parametrize("when", ["before a prompt", "while they are on their way"])
-@pytest.mark.parametrize("how", ["in place", "replaced"])
-@pytest.mark.slow
+@pytest.mark.parametrize(
+    ("when", "how"),
+    [
+        ("while they are on their way", "in place"),
+        pytest.param("while they are on their way", "replaced", marks=pytest.mark.slow),
+        pytest.param("before a prompt", "in place", marks=pytest.mark.slow),
+        pytest.param("before a prompt", "replaced", marks=pytest.mark.slow),
+    ],
+)
 def test_changed_weights_are_brought_in_anew(elsewhere, when, how):
     """Whoever loads other weights into an offloaded model gets their logits, not those of a copy made before."""
 
@@ -239,7 +246,7 @@ def test_exit_makes_every_token_leave_in_time(elsewhere, reference, options):
 
 def test_a_prompt_that_may_exit_does_so_in_time(elsewhere):
     model = compiled({"threshold": 2.0, "offload": 2, "prefill": "exit"})
-    decode(model, new_cache(model, "static"), [None])
+    decode(model, new_cache(model, "static"), [])
     assert report(model).prefill_depths == {2: 1}
 
 
@@ -251,7 +258,6 @@ def test_blocks_that_move_are_not_captured(elsewhere):
     options |= {"return_dict_in_generate": True}
     logits = {}
     for graphs in (False, True):
-        torch._dynamo.reset()
         model = compiled({**FETCH, "offload": 2, "threshold": 2.0, "exit_every": 2, "cudagraphs": graphs})
         logits[graphs] = [*model.generate(prompt(), **options).logits]
         for depth in (LAYERS, 2):
@@ -272,7 +278,7 @@ def test_shared_weights_stay(elsewhere):
     whole = torch.cat([layers[2].self_attn.k_proj.weight.data, layers[2].self_attn.v_proj.weight.data])
     layers[2].self_attn.k_proj.weight.data, layers[2].self_attn.v_proj.weight.data = whole.chunk(2)
     model.compile(backend=river, options={**OPTIONS, **FETCH})
-    decode(model, new_cache(model, "static"), [LAYERS])
+    decode(model, new_cache(model, "static"), [LAYERS], plain_prompt=True)
     away = {name for name, p in model.named_parameters() if p.isnan().any()}
     assert {name.split(".")[2] for name in away} == {"1", "2"}
     matrices = {name for name, p in model.named_parameters() if "layers." in name and p.dim() == 2}
@@ -349,11 +355,10 @@ def test_bad_options_are_named(options, words):
 
 def test_depths_and_folders_are_checked_before_anything_is_packed(tmp_path, monkeypatch):
     def message(**options) -> str:
-        torch._dynamo.reset()
-        model = compiled(options)
-        with pytest.raises(OptionError) as error, torch.no_grad():
-            model(prompt())
-        assert not report(model).packed
+        step = TracedStep(layers=LAYERS)
+        with pytest.raises(OptionError) as error:
+            step.run(quantizer="rtn", **options)
+        assert not report(step.model).packed
         return str(error.value)
 
     assert "offload=3 leaves none of 3 blocks" in message(offload=3)
@@ -373,13 +378,13 @@ def test_a_disk_that_fills_up_moves_nothing(monkeypatch, tmp_path):
             raise OSError(errno.ENOSPC, "No space left on device")
         return reserve(*arguments)
 
-    model = compiled({"offload": 2, "offload_dir": tmp_path})
-    before = [p.data_ptr() for p in model.parameters()]
+    step = TracedStep(layers=LAYERS)
+    before = [p.data_ptr() for p in step.model.parameters()]
     monkeypatch.setattr(offload_file.os, "posix_fallocate", fallocate)
     with pytest.raises(OptionError, match="make room, or name another folder"):
-        decode(model, new_cache(model, "static"), [1])
-    assert [p.data_ptr() for p in model.parameters()] == before
-    assert report(model).offloaded is None
+        step.run(quantizer="rtn", offload=2, offload_dir=tmp_path)
+    assert [p.data_ptr() for p in step.model.parameters()] == before
+    assert report(step.model).offloaded is None
 
 
 def test_a_folder_in_memory_is_reported(monkeypatch, tmp_path):
@@ -390,8 +395,9 @@ def test_a_folder_in_memory_is_reported(monkeypatch, tmp_path):
 
 
 def test_the_report_tells_what_left(tmp_path):
-    model = compiled({"offload": 1, "offload_dir": tmp_path})
-    decode(model, new_cache(model, "static"), [1])
+    step = TracedStep(layers=LAYERS)
+    model = step.model
+    step.run(depth=1, quantizer="rtn", offload=1, offload_dir=tmp_path)
     reported = report(model)
     log = reported.offloaded
     matrices = sum(p.nbytes for n, p in model.named_parameters() if p.dim() == 2 and "layers" in n)

@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import contextlib
 import operator
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 
 import torch
@@ -221,6 +221,19 @@ def _fill_cache(
     b.call("index_copy_", w["keys"], 2, position, k)
     b.call("index_copy_", w["values"], 2, position, v)
     return w["keys"], w["values"], []
+
+
+def clones(tensors: Sequence[Tensor]) -> list[Tensor]:
+    """Returns copies, of which a graph may write into some."""
+    return [t.clone() for t in tensors]
+
+
+def assert_equal(expected: Sequence[Tensor], actual: Sequence[Tensor]) -> None:
+    """Compares tensors to the bit."""
+    assert len(expected) == len(actual)
+    for a, b in zip(expected, actual, strict=True):
+        assert a.shape == b.shape
+        assert torch.equal(a, b)
 
 
 SHAPE = Shape(3, 1, "rms", False, "separate", False, True, False, False)

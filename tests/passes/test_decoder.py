@@ -7,7 +7,7 @@ import operator
 
 import pytest
 import torch
-from hypothesis import given, settings
+from hypothesis import given
 from hypothesis import strategies as st
 from torch import fx
 
@@ -16,6 +16,7 @@ from river_compile.passes.nodes import shape
 from river_compile.passes.normalize import normalized
 from river_compile.passes.program import DecoderPlan, Refusal
 from tests.passes.graphs import HEADS, SLOTS, WIDTH, GraphBuilder, Shape, random_decoder, shapes
+from tests.support.examples import examples
 
 PLAIN = Shape(3, 2, "rms", False, "separate", False, True, False, False)
 
@@ -24,7 +25,7 @@ def plan_of(shape: Shape, seed: int = 0) -> DecoderPlan | Refusal:
     return find_decoder(normalized(random_decoder(shape, seed)[0]))
 
 
-@settings(max_examples=30)
+@examples(30)
 @given(shape_=shapes(), seed=st.integers(0, 2**16))
 def test_every_node_has_a_part_and_parts_run_in_order(shape_, seed):
     plan = plan_of(shape_, seed)

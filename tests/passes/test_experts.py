@@ -14,7 +14,7 @@ from river_compile.kernels.quant.grid import quantize
 from river_compile.kernels.quant.layouts import pack_stack
 from river_compile.passes.experts import as_expert_product, replace_expert_product
 from river_compile.passes.normalize import normalized
-from tests.kernels.harness import examples
+from tests.support.examples import examples
 
 EXPERTS, N, K = 5, 16, 64
 SWAPPED = "gathered right swapped", "gathered left", "grouped swapped", "batched swapped"  # [E, N, K] as it is stored

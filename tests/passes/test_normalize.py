@@ -7,15 +7,15 @@ import operator
 import pytest
 import torch
 import torch.nn.functional as F
-from hypothesis import given, settings
+from hypothesis import given
 from hypothesis import strategies as st
 from torch import Tensor, fx
 from torch.utils._pytree import tree_leaves
 
 from river_compile.passes.nodes import is_tensor
 from river_compile.passes.normalize import normalized
-from tests.passes.graphs import GraphBuilder, random_decoder, shapes
-from tests.passes.test_random_graphs import assert_equal, clones
+from tests.passes.graphs import GraphBuilder, assert_equal, clones, random_decoder, shapes
+from tests.support.examples import examples, slow
 from tests.support.families import FAMILIES, each, make, prompt
 
 
@@ -38,9 +38,8 @@ def assert_normal(graph_module: fx.GraphModule) -> fx.GraphModule:
     return normal
 
 
-@settings(max_examples=60)
+@examples(60)
 @given(shape=shapes(), seed=st.integers(0, 2**16))
-@pytest.mark.slow
 def test_random_decoders_keep_their_bits(shape, seed):
     graph_module, inputs = random_decoder(shape, seed)
     normal = assert_normal(graph_module)
@@ -49,7 +48,7 @@ def test_random_decoders_keep_their_bits(shape, seed):
     assert_equal(expected, actual)
 
 
-@pytest.mark.parametrize("cache", ["dynamic", "static"])
+@pytest.mark.parametrize("cache", ["static", slow("dynamic")])
 @pytest.mark.parametrize("family", each(FAMILIES))
 def test_families_keep_their_bits(family, cache):
     """Every graph that Dynamo makes of a prompt and of decode steps runs both ways on copies of the same inputs."""

@@ -4,7 +4,7 @@ import logging
 from dataclasses import replace
 
 import pytest
-from hypothesis import given, settings
+from hypothesis import given
 from hypothesis import strategies as st
 
 from river_compile.config import RiverConfig
@@ -13,6 +13,7 @@ from river_compile.pass_list import passes_for
 from river_compile.passes.pipeline import PassRecord, run_passes, table
 from river_compile.passes.program import Refusal, RiverProgram
 from tests.passes.graphs import SHAPE, planned, texts
+from tests.support.examples import examples
 
 FUSED, UNFUSED = Lowering("eager", "triton", fuse=True), Lowering("eager", "plain", fuse=False)
 OPTIONS = (
@@ -23,7 +24,7 @@ OPTIONS = (
 )
 
 
-@settings(max_examples=30)
+@examples(30)
 @given(
     options=st.sampled_from(OPTIONS),
     lowering=st.sampled_from([FUSED, UNFUSED]),

@@ -8,16 +8,17 @@ from __future__ import annotations
 from collections.abc import Sequence
 
 import torch
-from hypothesis import given, settings
+from hypothesis import given
 from hypothesis import strategies as st
 from torch import Tensor
 
 from river_compile.backend import river
 from river_compile.exits import forced_depth
-from tests.passes.graphs import Shape, random_decoder, shapes
+from tests.passes.graphs import Shape, assert_equal, clones, random_decoder, shapes
+from tests.support.examples import examples
 
 
-@settings(max_examples=60)
+@examples(60)
 @given(shape=shapes(), seed=st.integers(0, 2**16), data=st.data())
 def test_unquantized_river_is_the_same_function(shape, seed, data):
     depth = data.draw(st.integers(0, shape.blocks))
@@ -26,7 +27,7 @@ def test_unquantized_river_is_the_same_function(shape, seed, data):
         assert_equal(theirs, ours)
 
 
-@settings(max_examples=20)
+@examples(20)
 @given(shape=shapes(), seed=st.integers(0, 2**16), data=st.data())
 def test_quantized_river_fills_the_same_slots(shape, seed, data):
     """Same counters and slots after an exit; what executed blocks wrote is bit-identical, what twins wrote is close."""
@@ -76,14 +77,3 @@ def written_by_a_twin(name: str, depth: int) -> bool:
 def assert_close(expected, actual, what: str) -> None:
     """Allows what 4 bits lose in up to five blocks (up to 24 % was seen); unrelated values differ by 100 % or more."""
     assert (actual - expected).norm() <= 0.4 * expected.norm(), what
-
-
-def clones(tensors):
-    return [t.clone() for t in tensors]
-
-
-def assert_equal(expected, actual):
-    assert len(expected) == len(actual)
-    for a, b in zip(expected, actual, strict=True):
-        assert a.shape == b.shape
-        assert torch.equal(a, b)

@@ -1,10 +1,11 @@
 """Exact mode on real transformers models: the text, the outputs and the cache are those of the plain model.
 
-The models are tiny and run with the eager lowering, whose backbone gives the plain model's bits. Every width of a pass
-is a graph to trace, which is nearly all of the time, so models have two blocks and drafts at most three tokens.
+The models are tiny and run with the eager lowering, whose backbone gives the plain model's bits. Graphs are nearly all
+of the time, so models have two blocks, drafts at most three tokens, and tests that change nothing of a model share it.
 """
 
 import copy
+import functools
 import itertools
 from collections import Counter
 
@@ -17,9 +18,10 @@ from transformers.generation.streamers import BaseStreamer
 
 import river_compile
 from river_compile.drop_in.generation import generate_exactly
+from river_compile.errors import ExactModeError
 from river_compile.exits import forced_depth
 from river_compile.speculative.draft import RatesOfModel
-from river_compile.speculative.runner import BatchInvariantGraph, DraftVerifyRunner
+from river_compile.speculative.session import Session
 from river_compile.state import state_of
 from river_compile.upstream.hf_cache import cache_argument, cache_of, crop
 from tests.support.decoding import Halved, new_cache
@@ -31,6 +33,7 @@ NEW_TOKENS = 24
 LAYERS = 2
 MAX_DRAFT = 3
 OPTIONS = {"lowering": "eager", "group_size": 32, "quantizer": "rtn"}  # drafts need not be good
+BY_DEFAULT = ("llama", "gemma3", "mixtral")  # full attention, windows among it, experts
 SLIDING = ("mistral", "ministral", "gemma2", "gemma3")
 
 
@@ -42,6 +45,14 @@ def compiled(name="llama", dtype=torch.float32, **options):
     model = make(name, dtype)
     model.compile(backend=river_compile.river, options={**OPTIONS, **options})
     return model
+
+
+@pytest.fixture(scope="module")
+def shared():
+    """Returns the one compiled model of a family that is for tests which change nothing of it."""
+    of_family = functools.cache(compiled)
+    with torch._dynamo.config.patch(recompile_limit=64):
+        yield lambda name="llama": of_family(name)
 
 
 def padded(batch, length=12):
@@ -70,10 +81,13 @@ def exactly(model, ids, mask=None, **options):
     )
 
 
-@pytest.mark.parametrize(("name", "batch"), each([*((name, 3) for name in REWRITTEN), ("llama", 1), ("gemma3", 1)]))
-def test_every_family_generates_the_plain_text_with_a_static_cache(name, batch):
+@pytest.mark.parametrize(
+    ("name", "batch"),
+    [*each([(name, 3) for name in REWRITTEN], BY_DEFAULT), *each([("llama", 1), ("gemma3", 1)], ["llama"])],
+)
+def test_every_family_generates_the_plain_text_with_a_static_cache(name, batch, shared):
     """A batch of three with left padding and prompt lookup; one row without lookup."""
-    model, (ids, mask) = compiled(name), padded(batch)
+    model, (ids, mask) = shared(name), padded(batch)
     with river_compile.trace() as trace:
         text = exactly(model, ids, mask, prompt_lookup=batch > 1)
     assert torch.equal(text, generate(make(name), ids, mask))
@@ -83,12 +97,15 @@ def test_every_family_generates_the_plain_text_with_a_static_cache(name, batch):
 
 
 @pytest.mark.core
-@pytest.mark.parametrize(("name", "batch"), each([("llama", 1), *((name, 3) for name in ("llama", "gpt2", *SLIDING))]))
-def test_growing_caches_and_sliding_windows_give_the_plain_text(name, batch):
+@pytest.mark.parametrize(
+    ("name", "batch"),
+    each([("llama", 1), *((name, 3) for name in ("llama", "gpt2", *SLIDING))], BY_DEFAULT),
+)
+def test_growing_caches_and_sliding_windows_give_the_plain_text(name, batch, shared):
     """The texts are longer than the sliding windows, and windows are rewound across their edge."""
     ids, mask = padded(batch)
     expected = generate(make(name), ids, mask, static=False)
-    assert torch.equal(exactly(compiled(name), ids, mask, static=False), expected)
+    assert torch.equal(exactly(shared(name), ids, mask, static=False), expected)
 
 
 @pytest.mark.parametrize("static", [True, False])
@@ -104,10 +121,10 @@ def test_prompts_of_one_token_run_through_the_backbone(static):
 @pytest.mark.core
 @pytest.mark.parametrize("name", ["mistral", "gemma3"])
 @pytest.mark.slow
-def test_static_sliding_windows_are_rewound_before_and_after_they_are_full(name):
+def test_static_sliding_windows_are_rewound_before_and_after_they_are_full(name, shared):
     """A prompt shorter than the window: the text, and what the windows hold in the end, are the plain ones."""
     options = {"return_dict_in_generate": True}
-    plain, ours = generate(make(name), prompt(3), **options), exactly(compiled(name), prompt(3), **options)
+    plain, ours = generate(make(name), prompt(3), **options), exactly(shared(name), prompt(3), **options)
     assert torch.equal(ours.sequences, plain.sequences)
     for layer, expected in zip(cache_of(ours).layers, cache_of(plain).layers, strict=True):
         filled = min(int(expected.get_seq_length()), expected.max_cache_len)
@@ -118,12 +135,12 @@ def test_static_sliding_windows_are_rewound_before_and_after_they_are_full(name)
 
 
 @pytest.mark.slow
-def test_outputs_and_the_cache_are_the_plain_ones():
+def test_outputs_and_the_cache_are_the_plain_ones(shared):
     """Scores and logits per token, and the cache: its length and every filled slot."""
     ids, mask = padded(3)
     options = {"return_dict_in_generate": True, "output_scores": True, "output_logits": True}
     plain = generate(make("llama"), ids, mask, repetition_penalty=1.3, **options)
-    ours = exactly(compiled(), ids, mask, repetition_penalty=1.3, **options)
+    ours = exactly(shared(), ids, mask, repetition_penalty=1.3, **options)
     assert torch.equal(ours.sequences, plain.sequences)
     for name in ("scores", "logits"):
         assert len(getattr(ours, name)) == NEW_TOKENS
@@ -137,25 +154,25 @@ def test_outputs_and_the_cache_are_the_plain_ones():
 
 
 @pytest.mark.core
-def test_the_cache_can_go_on_in_plain_generation():
+def test_the_cache_can_go_on_in_plain_generation(shared):
     """Of a batch: rows of a cache that was given stay where plain generation has them."""
-    model, (ids, mask) = compiled(), padded(3)
-    cache = StaticCache(config=model.config, max_cache_len=60)
-    text = exactly(model, ids, mask, **{cache_argument(model): cache})
-    whole = torch.cat([mask, mask.new_ones(3, NEW_TOKENS)], dim=1)
+    model, (ids, mask) = shared(), padded(3)
+    cache = StaticCache(config=model.config, max_cache_len=ids.shape[1] + NEW_TOKENS - 1)
+    text = exactly(model, ids, mask, **{cache_argument(model): cache}, max_new_tokens=NEW_TOKENS - 8)
+    whole = torch.cat([mask, mask.new_ones(3, NEW_TOKENS - 8)], dim=1)
     with forced_depth(model.config.num_hidden_layers):
         more = generate(model, text, whole, **{cache_argument(model): cache}, max_new_tokens=8)
-    assert torch.equal(more, generate(make("llama"), ids, mask, max_new_tokens=NEW_TOKENS + 8))
+    assert torch.equal(more, generate(make("llama"), ids, mask))
 
 
 @pytest.mark.parametrize("kind", ["static", "dynamic"])
 @pytest.mark.slow
-def test_a_conversation_goes_on_with_the_cache_of_its_last_turn(kind):
+def test_a_conversation_goes_on_with_the_cache_of_its_last_turn(kind, shared):
     """Two turns in exact mode on one cache give the text of one plain generation from the whole conversation.
 
     Two second turns, each on a copy of what the first one left: a beginning that several requests share runs once.
     """
-    model, plain, ids = compiled(), make("llama"), prompt()
+    model, plain, ids = shared(), make("llama"), prompt()
     cache = new_cache(model, kind, capacity=64)
     first = exactly(model, ids, max_new_tokens=10, **{cache_argument(model): cache})
     for seed in (2, 3):
@@ -183,10 +200,10 @@ def test_a_quantized_cache_is_refused_by_name():
 
 
 @pytest.mark.parametrize("batch", [1, 3])
-def test_texts_end_inside_drafts(batch):
+def test_texts_end_inside_drafts(batch, shared):
     """For every token of a plain text as the end-of-sequence token: the same text, rows padded after their ends."""
     ids, mask = padded(batch)
-    plain, model = make("llama"), compiled()
+    plain, model = make("llama"), shared()
     for token in generate(plain, ids, mask)[0, ids.shape[1] :].unique().tolist():
         expected = generate(plain, ids, mask, eos_token_id=token)
         assert torch.equal(exactly(model, ids, mask, eos_token_id=token), expected)
@@ -213,54 +230,37 @@ class Seen(LogitsProcessor, BaseStreamer):
         self.ended += 1
 
 
-@pytest.mark.parametrize(
-    ("name", "static"),
-    [*((name, True) for name in ("llama", "phi", "gpt2", "mixtral")), ("llama", False), ("gemma3", False)],
-)
-@pytest.mark.slow
-def test_strict_text_in_bfloat16_has_the_bits_of_plain_decoding(name, static, recwarn):
-    """Text and cache; where the library sums wide passes in another order the widths are left out with a warning."""
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float32])
+@pytest.mark.parametrize("name", ["llama", pytest.param("gemma3", marks=pytest.mark.slow)])
+def test_strict_text_has_the_bits_of_decoding_without_drafts(name, dtype):
+    """On River's own kernels: ids, logits and cache, of rows that keep what held for each of them."""
     ids, mask = padded(2, length=7)
-    model = compiled(name, dtype=torch.bfloat16)
-    options = {"static": static, "max_new_tokens": 16, "return_dict_in_generate": True}
+    model = compiled(name, dtype=dtype, lowering="native", first_exit=1)
+    options = {"max_new_tokens": 16, "return_dict_in_generate": True, "output_logits": True}
     with river_compile.trace() as trace:
         ours = exactly(model, ids, mask, strict=True, **options)
     with forced_depth(model.config.num_hidden_layers):
-        plain = generate(model, ids, mask, **options)
+        plain = generate(model, ids, mask, custom_generate=river_compile.decode, **options)
     assert torch.equal(ours.sequences, plain.sequences)
+    assert all(map(torch.equal, ours.logits, plain.logits))
     for layer, expected in zip(cache_of(ours).layers, cache_of(plain).layers, strict=True):
         filled = expected.get_seq_length()
         assert torch.equal(layer.keys[:, :, :filled], expected.keys[:, :, :filled])
         assert torch.equal(layer.values[:, :, :filled], expected.values[:, :, :filled])
-    warned = any("rounds differently" in str(w.message) for w in recwarn)
-    assert warned or any(cycle.width > 1 for cycle in trace.cycles)
-    if name == "llama":
-        assert not warned
+    assert any(cycle.width > 1 for cycle in trace.cycles) == (name == "llama")  # (Gemma's windows are full)
 
 
-def test_strict_text_under_autocast_is_the_plain_text():
-    ids, mask = padded(2, length=7)
-    model = compiled()
-    with torch.autocast("cpu", dtype=torch.bfloat16):
-        ours = exactly(model, ids, mask, strict=True)
-        assert torch.equal(ours, generate(make("llama"), ids, mask))
-
-
-class RoundsDifferently(BatchInvariantGraph):
-    def __call__(self, model, **inputs):
-        outputs = super().__call__(model, **inputs)
-        outputs.logits = outputs.logits * (1 + 2**-7)
-        return outputs
-
-
-def test_strict_mode_notices_passes_that_round_differently(monkeypatch):
-    """It warns, verifies nothing at such a width, and keeps the text."""
-    monkeypatch.setattr("river_compile.speculative.runner.BatchInvariantGraph", RoundsDifferently)
-    ids, model = prompt(), compiled(dtype=torch.bfloat16)
-    with pytest.warns(river_compile.RiverWarning, match="a pass of . tokens rounds differently"):
-        ours = exactly(model, ids, strict=True)
-    with forced_depth(model.config.num_hidden_layers):
-        assert torch.equal(ours, generate(model, ids))
+@pytest.mark.parametrize(
+    ("options", "static", "reason"),
+    [
+        ({}, True, "not River's own"),
+        ({"lowering": "native", "backbone": "model"}, True, "not River's own"),
+        ({"lowering": "native"}, False, "its KV cache grows"),
+    ],
+)
+def test_what_strict_cannot_keep_is_an_error(options, static, reason):
+    with pytest.raises(ExactModeError, match=f"strict=True cannot be kept for this LlamaForCausalLM: .*{reason}"):
+        exactly(compiled(**options), prompt(), static=static, strict=True)
 
 
 @pytest.mark.parametrize("static", [True, False])
@@ -298,9 +298,9 @@ def test_after_each_cycle_the_cache_holds_what_passes_of_that_width_write(static
             assert torch.equal(layer.keys[:, :, :filled], ours.keys[:, :, :filled])
             assert torch.equal(layer.values[:, :, :filled], ours.values[:, :, :filled])
 
-    run_verify, run_keep = DraftVerifyRunner.verify, DraftVerifyRunner.keep
-    monkeypatch.setattr(DraftVerifyRunner, "verify", verify)
-    monkeypatch.setattr(DraftVerifyRunner, "keep", keep)
+    run_verify, run_keep = Session.verify, Session.keep
+    monkeypatch.setattr(Session, "verify", verify)
+    monkeypatch.setattr(Session, "keep", keep)
     with torch.no_grad(), torch._dynamo.config.patch(recompile_limit=64):  # (of both models together)
         # (A cache that is handed back has the rows where plain generation has them.)
         exactly(compiled(), ids, mask, static=static, max_draft=5, stop_below=0.2, return_dict_in_generate=True)
@@ -309,19 +309,19 @@ def test_after_each_cycle_the_cache_holds_what_passes_of_that_width_write(static
 
 @pytest.mark.core
 @pytest.mark.parametrize("batch", [1, 3])
-def test_processors_and_streamers_see_what_plain_generation_shows_them(batch):
+def test_processors_and_streamers_see_what_plain_generation_shows_them(batch, shared):
     """Call by call, in a batch too: rows wait for each other where a processor may look at all of them."""
     ids, mask = padded(batch)
     plain, ours = Seen(), Seen()
     expected = generate(make("llama"), ids, mask, logits_processor=LogitsProcessorList([plain]), streamer=plain)
-    text = exactly(compiled(), ids, mask, logits_processor=LogitsProcessorList([ours]), streamer=ours)
+    text = exactly(shared(), ids, mask, logits_processor=LogitsProcessorList([ours]), streamer=ours)
     assert torch.equal(text, expected)
     assert (ours.lengths, ours.put_ids, ours.ended) == (plain.lengths, plain.put_ids, 1)
 
 
 @pytest.mark.parametrize("static", [True, False])
 @pytest.mark.slow
-def test_nothing_is_compiled_after_a_warm_up(static):
+def test_nothing_is_compiled_after_a_warm_up(static, fresh_dynamo):
     """After two texts, prompts of other lengths, full caches and any draft length run in the same graphs."""
     model = compiled()
     model._previous_max_cache_length = 64
@@ -331,15 +331,6 @@ def test_nothing_is_compiled_after_a_warm_up(static):
     with torch.compiler.set_stance("fail_on_recompile"):
         for length, stop_below in itertools.product((8, 11, 23), (0.0, 0.4, 1.0)):
             exactly(model, prompt(length), static=static, stop_below=stop_below)
-
-
-def test_dynamos_limit_of_graphs_makes_room_for_every_width():
-    """The prompt's and the decode step's graph fill what is allowed; any further one would be an error here."""
-    with torch._dynamo.config.patch(recompile_limit=2, fail_on_recompile_limit_hit=True):
-        model, ids = compiled(), prompt()
-        assert torch.equal(generate(model, ids), generate(make("llama"), ids))
-        for stop_below in (0.0, 1.0):
-            assert torch.equal(exactly(model, ids, stop_below=stop_below), generate(make("llama"), ids))
 
 
 def test_traces_draw_cycles_and_the_report_tells_what_a_batch_cost(tmp_path):
@@ -372,10 +363,10 @@ def test_traces_draw_cycles_and_the_report_tells_what_a_batch_cost(tmp_path):
 @pytest.mark.core
 @pytest.mark.parametrize(("name", "static"), [("llama", True), ("llama", False), ("gemma3", True)])
 @pytest.mark.slow
-def test_each_row_of_a_batch_has_its_text_and_takes_no_more_passes_than_alone(name, static):
+def test_each_row_of_a_batch_has_its_text_and_takes_no_more_passes_than_alone(name, static, shared):
     """Rows part: across the edges of windows, in a cache with no slot to spare, until the last one has ended."""
     ids, mask = padded(3)
-    model, options = compiled(name), {"static": static, "stop_below": 0.0}
+    model, options = shared(name), {"static": static, "stop_below": 0.0}
     passes = []
     for row in range(3):
         with river_compile.trace() as trace:
@@ -390,7 +381,7 @@ def test_each_row_of_a_batch_has_its_text_and_takes_no_more_passes_than_alone(na
 
 
 @pytest.mark.core
-def test_sampled_text_is_plain_samplings_for_the_same_seed():
+def test_sampled_text_is_plain_samplings_for_the_same_seed(shared):
     """Two texts for each of two prompts that part, and PyTorch's generator goes on from the same place.
 
     A processor that holds a number for each row, as a repetition penalty does, is given some of the rows at a time.
@@ -404,7 +395,7 @@ def test_sampled_text_is_plain_samplings_for_the_same_seed():
         "repetition_penalty": 1.2,
     }
     texts, next_numbers = [], []
-    for model, run in ((make("llama"), generate), (compiled(), exactly)):
+    for model, run in ((make("llama"), generate), (shared(), exactly)):
         torch.manual_seed(3)
         texts.append(run(model, ids, mask, **options))
         next_numbers.append(torch.rand(3).tolist())
@@ -424,16 +415,16 @@ def test_sampled_text_is_plain_samplings_for_the_same_seed():
         ({"prompt_lookup": "yes"}, "prompt_lookup='yes'"),
     ],
 )
-def test_what_cannot_work_is_refused_by_name(options, message):
+def test_what_cannot_work_is_refused_by_name(options, message, shared):
     with pytest.raises(ValueError, match=message):
-        exactly(compiled(), prompt(), **options)
+        exactly(shared(), prompt(), **options)
 
 
 @pytest.mark.core
-def test_an_assistant_model_is_refused_by_name():
+def test_an_assistant_model_is_refused_by_name(shared):
     """transformers gives a callable custom_generate no assistant, so it would be ignored without a word."""
-    with pytest.raises(ValueError, match="assistant_model=LlamaForCausalLM is not available in exact mode"):
-        exactly(compiled(), prompt(), assistant_model=make("llama"))
+    with pytest.raises(ValueError, match="assistant_model=LlamaForCausalLM is not available"):
+        exactly(shared(), prompt(), assistant_model=make("llama"))
 
 
 def test_a_model_that_reads_the_whole_text_in_every_pass_is_refused():
@@ -450,21 +441,13 @@ def test_models_that_have_no_two_paths_are_refused():
     with pytest.raises(ValueError, match=r"the whole backbone was asked for, .* exit_depth=1"):
         exactly(compiled(exit_depth=1), prompt(1))
     for option, message in (({"prefill": "exit"}, "prefill='exit'"), ({"exit_depth": 1}, "exit_depth=1")):
-        torch._dynamo.reset()
         with pytest.raises(ValueError, match=message):
             exactly(compiled(**option), prompt())
 
 
-@pytest.mark.core
-def test_a_cache_of_the_users_that_is_too_small_is_named():
-    model = compiled()
-    with pytest.raises(river_compile.CacheFullError, match="holds 20 tokens"):
-        exactly(model, prompt(), **{cache_argument(model): StaticCache(config=model.config, max_cache_len=20)})
-
-
-def test_adaptive_calls_go_on_with_what_earlier_ones_learned():
+def test_adaptive_calls_go_on_with_what_earlier_ones_learned(shared):
     """By greedy and sampled texts; where drafts are to be the same in every run, each call begins anew."""
-    model, ids = compiled(), prompt(12)
+    model, ids = shared(), prompt(12)
     learned = state_of(model.parameters()).of(RatesOfModel)
     exactly(model, ids, max_new_tokens=8)
     assert not learned
@@ -474,3 +457,19 @@ def test_adaptive_calls_go_on_with_what_earlier_ones_learned():
     assert learned[False] is rates
     exactly(model, ids, max_new_tokens=8, adaptive=True, do_sample=True)
     assert set(learned) == {False, True}
+
+
+def test_dynamos_limit_of_graphs_makes_room_for_every_width(fresh_dynamo):
+    """The prompt's and the decode step's graph fill what is allowed; any further one would be an error here."""
+    with torch._dynamo.config.patch(recompile_limit=2, fail_on_recompile_limit_hit=True):
+        model, ids = compiled(), prompt()
+        assert torch.equal(generate(model, ids), generate(make("llama"), ids))
+        for stop_below in (0.0, 1.0):
+            assert torch.equal(exactly(model, ids, stop_below=stop_below), generate(make("llama"), ids))
+
+
+@pytest.mark.core
+def test_a_cache_of_the_users_that_is_too_small_is_named(fresh_dynamo):
+    model = compiled()
+    with pytest.raises(river_compile.CacheFullError, match="holds 20 tokens"):
+        exactly(model, prompt(), **{cache_argument(model): StaticCache(config=model.config, max_cache_len=20)})

@@ -18,7 +18,7 @@ import river_compile
 from river_compile.speculative.accept import Chooser
 from river_compile.speculative.draft import Drafter
 from river_compile.speculative.lookup import SuffixAutomaton
-from river_compile.speculative.loop import Ends, ExactLoop
+from river_compile.speculative.loop import DecodeLoop, Ends
 from river_compile.speculative.plan import ByChance, ByGain
 from river_compile.speculative.processors import RowProcessors
 from river_compile.speculative.rates import AcceptanceRate
@@ -52,8 +52,8 @@ def loop_on(runner, prompt, recorder, lookup=True, stop_below=0.3, process=None,
     )
     texts = Texts(prompt, PAD, recorder.put)
     runner.ended = lambda: [not active for active in texts.active]
-    return ExactLoop(
-        runner=runner,
+    return DecodeLoop(
+        session=runner,
         drafter=Drafter(prompt, lookup, rule, runner.times, together, PAD),
         texts=texts,
         chooser=Chooser(len(prompt), do_sample),

@@ -7,17 +7,17 @@ and, strictly verified, in bfloat16.
 import itertools
 import json
 import os
+from dataclasses import replace
 
 import llguidance.hf
 import llguidance.torch
 import pytest
 import torch
-from transformers import GenerationConfig, LogitsProcessor, LogitsProcessorList, pipeline
+from transformers import LogitsProcessor, LogitsProcessorList
 
 import river_compile
 from benchmarks.prompts import mixed
 from river_compile.cli import models
-from river_compile.drop_in.generation import generate_as_ever, generate_exactly
 from river_compile.exits import forced_depth
 
 PROMPTS, NEW_TOKENS = (int(os.environ.get(f"RIVER_EXACT_{n}", d)) for n, d in (("PROMPTS", 2), ("TOKENS", 40)))
@@ -26,7 +26,6 @@ CHATS = tuple(itertools.islice(mixed(), PROMPTS))
 
 def load(dtype):
     """Returns SmolLM2 compiled, and its tokenizer; the static cache has one size for all texts, so one decode graph."""
-    torch._dynamo.reset()
     model, tokenizer = models.load("smollm2", dtype=dtype)
     model.compile(backend=river_compile.river, options={"quantizer": "rtn"})
     longest = max(models.encode(tokenizer, chat).shape[1] for chat in CHATS)
@@ -34,16 +33,10 @@ def load(dtype):
     return model, tokenizer
 
 
-@pytest.fixture(autouse=True)
-def _fresh_dynamo():
-    """In place of the one that all tests share: the tests here share compiled graphs."""
-
-
 @pytest.fixture(scope="module")
 def smollm2():
     """In float32, compiled once for all tests here."""
-    yield load("float32")
-    torch._dynamo.reset()
+    return load("float32")
 
 
 def generate(model, ids, new_tokens=NEW_TOKENS, **options):
@@ -135,29 +128,18 @@ def test_a_grammar_sees_what_plain_generation_shows_it(smollm2):
     assert any(cycle.drafted for cycle in trace.cycles)
 
 
-def test_a_pipeline_takes_exact_mode(smollm2):
-    """With no argument where the model is accelerated (its generate is; the graphs are those of the other tests)."""
-    model, tokenizer = smollm2
-    generator = pipeline("text-generation", model=model, tokenizer=tokenizer)
-    config = GenerationConfig(max_new_tokens=20, do_sample=False, pad_token_id=0, cache_implementation="static")
-    options = {"generation_config": config, "return_full_text": False}
-    text = "Once upon a time, there was a"
-    generate_exactly(model, river_compile.exact, river_compile.RiverConfig())
-    with river_compile.trace() as trace:
-        ours = generator(text, **options)[0]["generated_text"]
-    generate_as_ever(model)
-    assert trace.cycles
-    with forced_depth(model.config.num_hidden_layers):
-        assert generator(text, **options)[0]["generated_text"] == ours
-
-
 @pytest.mark.slow
-def test_strict_bfloat16_texts_are_the_plain_ones():  # (last: it drops the graphs of the tests before)
-    """Where wide passes of the ordinary graph do round differently."""
-    model, tokenizer = load("bfloat16")
+def test_strict_bfloat16_texts_have_the_bits_of_decoding_without_drafts():  # (last: it drops the graphs before)
+    """On River's own kernels, whose sums do not depend on the width of a pass."""
+    torch._dynamo.reset()
+    model, tokenizer = models.load("smollm2", dtype="bfloat16")
+    river_compile.accelerate(model, "strict", quantizer="rtn", adaptive=False)
     for chat in CHATS:
         ids = models.encode(tokenizer, chat)
+        options = {"max_new_tokens": NEW_TOKENS, "do_sample": False, "attention_mask": torch.ones_like(ids)}
         with river_compile.trace() as trace:
-            ours = exactly(model, ids, strict=True)
-        assert torch.equal(ours, plainly(model, ids)), chat
+            ours = model.generate(ids, **options)
+        with forced_depth(model.config.num_hidden_layers):
+            own = replace(river_compile.decode, static_cache=True)
+            assert torch.equal(ours, model.generate(ids, custom_generate=own, **options)), chat
         assert sum(trace.kept_sources.values()) > len(trace.cycles), "no draft was verified"

@@ -28,7 +28,13 @@ def start(name, static, tokens):
     states = torch.arange(float(tokens))[None, None, :, None]
     for layer in range(2):
         cache.update(states, states, layer)
-    return RewindableCache(cache, LONGEST)
+    return rewindable(cache, LONGEST)
+
+
+def rewindable(cache, longest: int) -> RewindableCache:
+    entries = RewindableCache(cache)
+    entries.allow_rewinds(longest)
+    return entries
 
 
 @pytest.mark.parametrize("name", ["llama", "mistral"])
@@ -59,7 +65,7 @@ def test_quantized_caches_are_refused_by_name():
     cache = Cache(layers=[Halved()])
     cache.update(torch.ones(1, 1, 3, 8), torch.ones(1, 1, 3, 8), 0)
     with pytest.raises(ValueError, match=r"this cache cannot give entries back \(Halved\)"):
-        RewindableCache(cache, LONGEST)
+        rewindable(cache, LONGEST)
 
 
 def test_room_ends_with_the_cache_and_where_a_static_window_is_full():
@@ -88,7 +94,7 @@ def test_rows_that_free_other_numbers_of_tokens_end_in_the_same_slot(name, stati
     texts = [[100 * row + i for i in range(held)] for row in range(3)]
     for layer in range(2):
         cache.update(*[torch.tensor(texts, dtype=torch.float32)[:, None, :, None]] * 2, layer)
-    entries, number = RewindableCache(cache, LONGEST), 1000
+    entries, number = rewindable(cache, LONGEST), 1000
     entries.mark()
     for kept in ((3, 1, 2), (1, 3, 1), (1, 1, 3)):
         kept = [min(count, entries.room) for count in kept]

@@ -1,17 +1,16 @@
 """Drafts from a part of the vocabulary: which part, what the river's head then computes, and that the text stays."""
 
+import functools
 import threading
-from contextlib import nullcontext
 
 import pytest
 import torch
 from transformers import LlamaConfig, LlamaForCausalLM
 
 import river_compile
-from river_compile.exits import forced_depth
 from river_compile.kernels.ops import UNWANTED, WANTED_BLOCK
-from river_compile.runtime.wanted_logits import DraftTokens, WantedLogits, only_logits_of
-from tests.support.decoding import new_cache
+from river_compile.runtime.wanted_logits import DraftTokens, WantedLogits
+from tests.support.decoding import session_on
 
 VOCABULARY = 10_010  # (of a length that no block divides)
 OPTIONS = {"lowering": "native", "quantizer": "rtn", "group_size": 32, "first_exit": 1}
@@ -30,6 +29,12 @@ def compiled(**options) -> LlamaForCausalLM:
     model = model_of()
     model.compile(backend=river_compile.river, options={**OPTIONS, **options})
     return model
+
+
+@pytest.fixture(scope="module")
+def model_with():
+    """Returns the one compiled model of each head."""
+    return functools.cache(lambda head: compiled(lm_head=head))
 
 
 def wanted_by(tokens: DraftTokens, vocabulary: int = VOCABULARY) -> torch.Tensor:
@@ -67,13 +72,15 @@ class TestWhichTokens:
 @torch.no_grad()
 def steps(model, depth: int, tokens: DraftTokens | None, count: int = 3) -> torch.Tensor:
     """Returns the logits of steps that leave at a depth."""
-    cache, ids = new_cache(model, "static"), torch.arange(6)[None]
-    model(input_ids=ids, past_key_values=cache)
-    logits = []
-    for token in range(count):
-        with forced_depth(depth), nullcontext() if tokens is None else only_logits_of(tokens):
-            logits.append(model(input_ids=torch.tensor([[token]]), past_key_values=cache).logits)
-    return torch.cat(logits)
+    ids = torch.arange(6)[None]
+    session, logits = session_on(model, ids), []
+    for token in range(count + 1):
+        ids = torch.cat([ids, torch.tensor([[max(token - 1, 0)]])], 1)
+        logits.append(session.step(ids, 1, depth, tokens))
+        if token == 0:  # (this one went through the model)
+            session.rewind(1)
+            ids = ids[:, :-1]
+    return torch.cat(logits[1:])
 
 
 def test_wanted_logits_are_those_of_all_and_the_backbone_gives_all():
@@ -90,9 +97,9 @@ def test_wanted_logits_are_those_of_all_and_the_backbone_gives_all():
     assert torch.equal(steps(model, 2, tokens), steps(model, 2, None))
 
 
-def test_threads_want_their_own_logits():
+def test_threads_want_their_own_logits(model_with):
     """One thread drafts while another takes whole logits from the same model: both get what they get alone."""
-    model, tokens = compiled(), DraftTokens(VOCABULARY)
+    model, tokens = model_with("w4"), DraftTokens(VOCABULARY)
     alone = {None: steps(model, 0, None), tokens: steps(model, 0, tokens)}
     wrong = []
 
@@ -130,10 +137,10 @@ def test_a_list_is_written_only_where_another_is_wanted():
     """Made in inference mode or not, in either."""
     with torch.inference_mode():
         wanted, tokens = WantedLogits(100), DraftTokens(100)
-    with wanted:
+    with wanted.only(None):
         assert wanted.list.tolist() == [7, *range(7)]
     wanted.list.fill_(-1)
-    with wanted:
+    with wanted.only(None):
         assert (wanted.list == -1).all()
-    with only_logits_of(tokens), wanted:
+    with wanted.only(tokens):
         assert wanted.list.tolist() == [7, *range(7)]

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 from collections.abc import Sequence
 
 import torch
@@ -10,8 +11,10 @@ from transformers import DynamicCache, PreTrainedModel, StaticCache
 from transformers.cache_utils import QuantizedLayer
 
 from river_compile.exits import forced_depth
+from river_compile.kept_cache import LentCache
+from river_compile.speculative.session import Session
 from river_compile.upstream.growing import mark_growing
-from river_compile.upstream.hf_cache import cache_argument
+from river_compile.upstream.hf_cache import cache_argument, cache_of
 from tests.support.families import prompt
 
 CAPACITY = 24
@@ -43,17 +46,40 @@ def left_padded(batch: int, length: int = 9) -> tuple[Tensor, Tensor]:
 
 
 @torch.no_grad()
-def decode(model, cache, depths: Sequence[int | None], batch: int = 2, compiled: bool = True) -> list[Tensor]:
+def run_plainly(model, **inputs):
+    """Runs a prompt as if the model were not compiled; the cache is then as a compiled prompt leaves it.
+
+    (Outside of Dynamo transformers marks a static cache's tensors, which makes them look like weights in a graph.)
+    """
+    outputs = model.forward(**inputs)
+    for layer in cache_of(inputs).layers:
+        for tensor in vars(layer).values():
+            if isinstance(tensor, Tensor):
+                vars(tensor).pop("_dynamo_static_input_type", None)
+    return outputs
+
+
+@torch.no_grad()
+def decode(
+    model,
+    cache,
+    depths: Sequence[int | None],
+    batch: int = 2,
+    compiled: bool = True,
+    plain_prompt: bool = False,
+) -> list[Tensor]:
     """Feeds a left-padded prompt and then fixed tokens, one step for each depth; returns every step's logits.
 
     Args:
         depths: exit depth of each step; None leaves the choice to the model's exit rule.
         compiled: False runs the model as it is (``model.compile`` changes calls, not ``forward``).
+        plain_prompt: runs the prompt as if it were not compiled, for tests of steps alone: one graph less to trace.
     """
     run = model if compiled else model.forward
+    run_prompt = functools.partial(run_plainly, model) if plain_prompt else run
     held = {"use_cache": True, cache_argument(model): cache}
     ids, mask = (tensor.to(model.device) for tensor in left_padded(batch))
-    logits = [run(input_ids=ids, attention_mask=mask, **held).logits]
+    logits = [run_prompt(input_ids=ids, attention_mask=mask, **held).logits]
     tokens = prompt(len(depths), batch, seed=1).to(model.device)
     for step, depth in enumerate(depths):
         mask = torch.cat([mask, torch.ones_like(mask[:, :1])], 1)
@@ -63,6 +89,15 @@ def decode(model, cache, depths: Sequence[int | None], batch: int = 2, compiled:
         with forced_depth(depth):
             logits.append(run(**arguments, **held).logits)
     return logits
+
+
+def session_on(model, ids: Tensor, kind: str = "static") -> Session:
+    """Returns a session whose prompt has run."""
+    cache = new_cache(model, kind)
+    kwargs = {"attention_mask": torch.ones_like(ids), "use_cache": True, cache_argument(model): cache}
+    session = Session(model, LentCache(model, kwargs, None, False))
+    session.prefill(ids, model.generation_config)
+    return session
 
 
 def cache_state(cache) -> list[tuple[Tensor, Tensor, int]]:

@@ -183,7 +183,7 @@ def test_wrong_kernels_are_all_named(here, monkeypatch):
         if spec.family != "linear":
             raise AssertionError(f"relative error of {spec.family}")
 
-    monkeypatch.setattr("tests.kernels.triton.test_gpu.check_kernel", check)
+    monkeypatch.setattr("tests.kernels.checks.check_kernel", check)
     with pytest.raises(
         RuntimeError, match=r"rope \+ kv write \+ attention: .*decode_attention.*; exit score: "
     ) as raised:

@@ -8,12 +8,14 @@ import sys
 
 import pytest
 
+from tests.support.layout import ROOT
+
 
 @pytest.mark.slow
 def test_two_rounds_are_clean():
     """In a process of its own, which forks the others before it has computed anything."""
     command = [sys.executable, "-m", "tools.replicas", "--rounds", "2", "--lowering", "eager", "--seed", "1"]
-    done = subprocess.run(command, capture_output=True, text=True, timeout=900)
+    done = subprocess.run(command, cwd=ROOT, capture_output=True, text=True, timeout=900)
     assert done.returncode == 0, done.stdout + done.stderr
     assert "packed once" in done.stdout
     assert "2 of 2 rounds clean" in done.stdout

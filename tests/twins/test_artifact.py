@@ -23,15 +23,23 @@ from tests.support.decoding import decode, new_cache
 from tests.support.families import make
 from tests.support.lowerings import lowered
 from tests.support.mappings import lies_in
+from tests.support.traced import TracedStep
 
 OPTIONS = {"lowering": "eager", "quantizer": "hqq", "group_size": 32, "first_exit": 1, "threshold": -1.0}
 
 
-def run(model, depths=(1, 0), **options):
+def start_anew(model, **options):
     """Compiles the model afresh, decodes a token at each depth and returns their logits."""
     torch._dynamo.reset()
     model.compile(backend=river, options={**OPTIONS, **options})
-    return torch.stack(decode(model, new_cache(model, "static"), depths)[1:])
+    return torch.stack(decode(model, new_cache(model, "static"), (1, 0))[1:])
+
+
+def run(model, depths=(1, 0), family="llama", **options):
+    """Does what `start_anew` does with a step that was traced before: all of a start but Dynamo."""
+    step = TracedStep(family, model=model)
+    executor = step.compiled(**{**OPTIONS, **options})
+    return torch.stack([step.call(executor, depth) for depth in depths])
 
 
 def start(family="llama", seed=0):
@@ -77,11 +85,11 @@ def write_back(folder, tensors, metadata, matrices=None, **changes):
 def test_the_second_start_has_the_same_bits_and_quantizes_nothing(family, quantizer, tmp_path, monkeypatch):
     """Packed bytes, SQNR and logits are equal, with merged, transposed and biased matrices; no quantizer is called."""
     first = start(family)
-    logits = run(first, quantizer=quantizer)
+    logits = start_anew(first, quantizer=quantizer)
     save(first, tmp_path / "twins")
     monkeypatch.setattr(river_compile.twins.make, "quantize", lambda *_: pytest.fail("a matrix was quantized"))
     second = start(family)
-    assert torch.equal(run(second, quantizer=quantizer, artifact=tmp_path / "twins"), logits)
+    assert torch.equal(start_anew(second, quantizer=quantizer, artifact=tmp_path / "twins"), logits)
     before, after = report(first).packed, report(second).packed
     assert len(after) == len(before) > 0
     for a, b in zip(before, after, strict=True):
@@ -154,20 +162,17 @@ class TestMissing:
         assert len(calls) == 1
         assert Artifact(folder).folder == folder
 
-    @pytest.mark.slow
     def test_what_is_made_is_read(self, tmp_path):
         model = start()
         logits = run(model, artifact=tmp_path / "twins", on_missing_artifact="save")
         assert torch.equal(logits, run(start()))
         assert {site.artifact for site in report(model).packed} == {str(tmp_path / "twins")}
 
-    @pytest.mark.slow
     def test_it_holds_the_blocks_that_this_start_does_not_need(self, tmp_path):
         run(start(), depths=[1], artifact=tmp_path / "twins", on_missing_artifact="save", exit_depth=1)
         logits = run(start(), depths=[0], artifact=tmp_path / "twins", exit_depth=0)
         assert torch.equal(logits, run(start(), depths=[0], exit_depth=0))
 
-    @pytest.mark.slow
     def test_one_that_is_there_is_used_or_refused(self, saved):
         file = saved / FILE
         before = file.stat().st_mtime_ns
@@ -203,7 +208,7 @@ def test_an_artifact_of_another_model_is_refused(saved):
     with pytest.raises(
         ArtifactError, match=r"it holds a matrix model.layers.0.* which this model does not have; name th"
     ):
-        run(start("gpt2"), artifact=saved)
+        run(start("gpt2"), family="gpt2", artifact=saved)
 
 
 def test_an_artifact_that_lacks_a_matrix_is_refused(saved):
@@ -407,9 +412,9 @@ def test_layers_that_are_gone_are_not_saved(tmp_path):
     model = start()
     down = model.model.layers[1].mlp.down_proj
     model.model.layers[1].mlp.down_proj = torch.nn.Sequential(down)
-    run(model)
+    start_anew(model)
     model.model.layers[1].mlp.down_proj = down
-    run(model)
+    start_anew(model)
     assert any("down_proj.0" in site.name for site in report(model).packed)
     folder = save(model, tmp_path / "twins")
     assert not any("down_proj.0" in matrix["name"] for matrix in contents(folder)[2])

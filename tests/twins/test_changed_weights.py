@@ -220,7 +220,6 @@ class TestWhatElseTheyAreMadeFrom:
         save(step.model, tmp_path / "new")
 
     @pytest.mark.filterwarnings("ignore::river_compile.RiverWarning")
-    @pytest.mark.slow
     def test_a_stack_of_experts(self):
         """All experts of a stack are one product."""
         step = TracedStep("qwen3_moe", layers=2)

@@ -15,23 +15,25 @@ from river_compile.twins.export import FORMATS
 from tests.support.decoding import decode, new_cache
 from tests.support.families import make, prompt
 from tests.support.lowerings import UNFUSED, lowered
+from tests.support.traced import TracedStep
 
 OPTIONS = {"quantizer": "symmetric", "group_size": 32, "exit_depth": 0, "prefill": "exit"}
 
 
-def packed(family="llama", **options):
-    """Returns a model whose twins are packed, and their logits of a prompt and two steps."""
-    torch._dynamo.reset()
-    model = make(family, layers=2)
-    model.compile(backend=lowered(UNFUSED), options={**OPTIONS, **options})
-    return model, torch.cat(decode(model, new_cache(model, "static"), [None, None]), dim=1)
+def packed(family="llama", quantizer="symmetric"):
+    """Returns a model whose twins are packed."""
+    step = TracedStep(family)
+    step.run(quantizer=quantizer)
+    return step.model
 
 
 @pytest.mark.parametrize("family", ["llama", "qwen2"])
 def test_transformers_loads_the_twins(family, tmp_path):
     """Merged linears come apart, biases stay, the head and the embedding keep 16 bits (here 32)."""
     pytest.importorskip("compressed_tensors", reason="transformers needs it to read the format")
-    model, logits = packed(family)
+    model = make(family, layers=2)
+    model.compile(backend=lowered(UNFUSED), options=OPTIONS)
+    logits = torch.cat(decode(model, new_cache(model, "static"), [None, None]), dim=1)
     folder = export(model, tmp_path / "w4")
     loaded = AutoModelForCausalLM.from_pretrained(folder).eval()
     again = torch.cat(decode(loaded, new_cache(loaded, "static"), [None, None]), dim=1)
@@ -42,7 +44,7 @@ def test_transformers_loads_the_twins(family, tmp_path):
 
 
 def test_the_folder_holds_nibbles_and_says_so(tmp_path):
-    model, _ = packed()
+    model = packed()
     config = json.loads((export(model, tmp_path / "w4") / "config.json").read_text())["quantization_config"]
     assert (config["quant_method"], config["format"]) == ("compressed-tensors", "pack-quantized")
     assert config["config_groups"]["group_0"]["weights"]["group_size"] == 32
@@ -53,15 +55,15 @@ def test_the_folder_holds_nibbles_and_says_so(tmp_path):
 
 
 @pytest.mark.parametrize(
-    ("family", "options", "words"),
+    ("family", "quantizer", "words"),
     [
-        ("llama", {"quantizer": "hqq"}, "has zeros, which the format does not; .* quantizer='symmetric'"),
-        ("gpt2", {}, "is transposed, and only linears are"),
-        ("mixtral", {}, "is a stack of experts, and only linears are"),
+        ("llama", "hqq", "has zeros, which the format does not; .* quantizer='symmetric'"),
+        ("gpt2", "symmetric", "is transposed, and only linears are"),
+        ("mixtral", "symmetric", "is a stack of experts, and only linears are"),
     ],
 )
-def test_what_the_format_cannot_hold_is_refused(family, options, words, tmp_path):
-    model, _ = packed(family, **options)
+def test_what_the_format_cannot_hold_is_refused(family, quantizer, words, tmp_path):
+    model = packed(family, quantizer)
     with pytest.raises(ArtifactError, match=words):
         export(model, tmp_path / "w4")
     assert list(tmp_path.iterdir()) == []

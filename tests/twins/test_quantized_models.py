@@ -19,7 +19,6 @@ OPTIONS = {"lowering": "eager", "quantizer": "rtn", "group_size": 32, "first_exi
 @pytest.fixture(scope="module", params=["Int8WeightOnlyConfig", "Int8DynamicActivationInt8WeightConfig"])
 def quantized(request):
     """A model with torchao's tensors as weights."""
-    torch._dynamo.reset()
     model = make("llama", layers=2)
     with warnings.catch_warnings():
         warnings.simplefilter("ignore")
@@ -32,11 +31,10 @@ def test_twins_of_torchao_tensors(quantized):
     """Never leaving has the bits of the traced model (tracing changes those of torchao's products); twins are made from
     the values, and follow them when they change."""
     quantized.compile(backend="eager")
-    plain = decode(quantized, new_cache(quantized, "static"), [None, None])
-    torch._dynamo.reset()
+    plain = decode(quantized, new_cache(quantized, "static"), [None, None], plain_prompt=True)
     quantized.compile(backend=river, options=OPTIONS)
-    assert all(map(torch.equal, decode(quantized, new_cache(quantized, "static"), [2, 2]), plain))
-    river_logits = decode(quantized, new_cache(quantized, "static"), [0, 0])
+    assert all(map(torch.equal, decode(quantized, new_cache(quantized, "static"), [2, 2], plain_prompt=True), plain))
+    river_logits = decode(quantized, new_cache(quantized, "static"), [0, 0], plain_prompt=True)
     for mine, expected in zip(river_logits[1:], plain[1:], strict=True):
         assert torch.nn.functional.cosine_similarity(mine.flatten(), expected.flatten(), dim=0) > 0.9
         assert not torch.equal(mine, expected)
@@ -46,24 +44,15 @@ def test_twins_of_torchao_tensors(quantized):
     torch.testing.assert_close(site.dequantize(), layer.weight.dequantize(), rtol=0, atol=0.1)
     with torch.no_grad():
         layer.weight.scale.mul_(-1)
-    decode(quantized, new_cache(quantized, "static"), [0])
+    decode(quantized, new_cache(quantized, "static"), [0], plain_prompt=True)
     site = next(site for site in report(quantized).packed if site.name == name)
     torch.testing.assert_close(site.dequantize(), layer.weight.dequantize(), rtol=0, atol=0.1)
 
 
-def test_torchao_tensors_cannot_be_batch_invariant(quantized):
-    torch._dynamo.reset()
-    quantized.compile(backend=river, options={**OPTIONS, "same_rows": True})
-    words = r"same_rows=True \(exact mode's strict=True\) cannot be used here: .*weight is Int8Tensor; leave it out"
-    with pytest.raises(OptionError, match=words):
-        decode(quantized, new_cache(quantized, "static"), [None])
-
-
 def test_torchao_tensors_cannot_be_offloaded(quantized):
-    torch._dynamo.reset()
     quantized.compile(backend=river, options={**OPTIONS, "offload": 1, "exit_depth": 1})
     with pytest.raises(OptionError, match=r"offload=1 is not available where weights are Int8Tensors, such as "):
-        decode(quantized, new_cache(quantized, "static"), [None])
+        decode(quantized, new_cache(quantized, "static"), [None], plain_prompt=True)
 
 
 class PackedLinear(nn.Module):
@@ -88,8 +77,7 @@ def test_layers_that_unpack_their_own_integers_are_refused_by_name():
     model.compile(backend=river, options={**OPTIONS, "on_unsupported": "raise"})
     words = r"no linear layer with plain weights \(.*qweight is torch.int32 \[.*bitsandbytes.*loaded in 16 bits \(at "
     with pytest.raises(UnsupportedGraphError, match=words):
-        decode(model, new_cache(model, "static"), [None])
-    torch._dynamo.reset()
+        decode(model, new_cache(model, "static"), [None], plain_prompt=True)
     model.compile(backend=river, options={**OPTIONS, "quantizer": "none"})
-    decode(model, new_cache(model, "static"), [0])
+    decode(model, new_cache(model, "static"), [0], plain_prompt=True)
     assert report(model).graphs[-1].refusal == ""

@@ -20,8 +20,8 @@ def twin_run(name: str) -> dict[str, object]:
     model = make(name, layers=2)
     plain, river_cache = new_cache(model, "static"), new_cache(model, "static")
     model.compile(backend=river, options=OPTIONS)
-    expected = decode(model, plain, [model.config.num_hidden_layers])
-    actual = decode(model, river_cache, [1])
+    expected = decode(model, plain, [model.config.num_hidden_layers], plain_prompt=True)
+    actual = decode(model, river_cache, [1], plain_prompt=True)
     return {
         "logits": (expected[-1], actual[-1]),
         "caches": (cache_state(plain), cache_state(river_cache)),

@@ -19,6 +19,7 @@ from river_compile.exits import forced_depth
 from river_compile.state import find_state
 from tests.support.families import HIDDEN, make, prompt
 
+pytestmark = pytest.mark.usefixtures("fresh_dynamo")
 OPTIONS = {"lowering": "eager", "quantizer": "none", "first_exit": 1}
 WITHOUT_RIVER = r"a forward pass of LlamaForCausalLM ran without the river: "
 

@@ -1,53 +1,77 @@
-"""What Dynamo says that a call does besides running its graph."""
+"""Whether a call does more than to run its graph, by what Dynamo says."""
 
 from __future__ import annotations
 
 from types import SimpleNamespace
 
+import pytest
 import torch
 
-from river_compile.upstream.dynamo_calls import CallEffects, effects_of_call
+from river_compile.upstream.dynamo_calls import code_without_effects
+
+pytestmark = pytest.mark.usefixtures("fresh_dynamo")
 
 
 class Kept:
     """Something that outlives the calls."""
 
     def __init__(self):
-        self.count = 0
+        self.count, self.flag = 0, False
 
 
 KEPT = Kept()
 
 
-def effects_of(function, *arguments) -> list[CallEffects | None]:
-    """Compiles a function; returns what was seen of its effects while it was."""
-    seen = []
+def code_of(function, *arguments, seen=()):
+    """Compiles a function; returns what was found of each graph while it was."""
+    found = []
 
     def backend(graph, inputs):
-        seen.append(effects_of_call(()))
+        found.append(code_without_effects(seen))
         return graph
 
     torch.compile(function, backend=backend)(*arguments)
-    return seen
+    return found
 
 
-def test_attributes_of_what_does_not_come_with_the_arguments_are_named():
-    def counts(x):
-        KEPT.count += 1
-        return x + 1
-
-    (effects,) = effects_of(counts, torch.zeros(2))
-    assert [(owner(), name) for owner, name in effects.written] == [(KEPT, "count")]
+def only_computes(x):
+    return x + 1
 
 
-def test_what_cannot_be_looked_for_is_told_from_nothing():
-    """A list that comes with the arguments grows by a tensor, or by a number: nobody looks at it."""
+def resets_a_flag(x):
+    KEPT.flag = False
+    return x + 1
 
-    def grows(x, holder, more):
-        holder.items.append(x + 1 if more is None else more)
-        return x * 2
 
-    assert [e.written for e in effects_of(lambda x: x + 1, torch.zeros(2))] == [()]
-    for more in (None, 7):
-        for first in ([], [torch.ones(2)]):
-            assert effects_of(grows, torch.zeros(2), SimpleNamespace(items=list(first)), more) == [None]
+def counts(x):
+    KEPT.count += 1
+    return x + 1
+
+
+def writes_to_an_argument(x, holder):
+    holder.count = 3
+    return x * 2
+
+
+def grows_a_list(x, holder):
+    holder.items.append(7)
+    return x * 2
+
+
+def test_code_that_changes_nothing_is_told_by_itself():
+    assert code_of(only_computes, torch.zeros(2)) == [only_computes.__code__]
+    assert code_of(resets_a_flag, torch.zeros(2)) == [resets_a_flag.__code__]
+
+
+def test_an_argument_may_be_written_where_the_caller_looks_after_it():
+    holder = SimpleNamespace(count=1)
+    assert code_of(writes_to_an_argument, torch.zeros(2), holder) == [None]
+    assert code_of(writes_to_an_argument, torch.zeros(3), SimpleNamespace(count=1), seen=(SimpleNamespace,)) == [
+        writes_to_an_argument.__code__
+    ]
+
+
+@pytest.mark.parametrize("function", [counts, grows_a_list])
+def test_what_stays_changed_is_noticed(function):
+    arguments = (SimpleNamespace(items=[]),) if function is grows_a_list else ()
+    assert code_of(function, torch.zeros(2), *arguments) == [None]

@@ -84,7 +84,7 @@ def _step(rng: random.Random, layers: int) -> Case:
         step["arguments"]["repetition_penalty"] = 1.3
     if do == "exact":
         step["arguments"] |= {"max_draft": rng.choice((1, 3, 5)), "stop_below": rng.choice((0.0, 0.5, 0.9))}
-        step["arguments"] |= {"prompt_lookup": rng.random() < 0.5, "strict": rng.random() < 0.2}
+        step["arguments"]["prompt_lookup"] = rng.random() < 0.5
     return step
 
 
@@ -178,7 +178,7 @@ class Walk:
 def generate(model: PreTrainedModel, step: Case, more: dict[str, Any]) -> Any:
     """Generates as a step says; drafts' options go to exact mode alone."""
     ids, mask = padded(step["lengths"], step["seed"])
-    drafting = ("max_draft", "stop_below", "prompt_lookup", "strict")
+    drafting = ("max_draft", "stop_below", "prompt_lookup")
     arguments = {name: value for name, value in step["arguments"].items() if more or name not in drafting}
     arguments = {"do_sample": False, **arguments, **more}
     if step["cache"] == "static":

@@ -1,5 +1,5 @@
-// Attention of a few query positions over a static cache, chunk by chunk, chunks combined by log-sum-exp (online softmax:
-// Milakov and Gimelshein 2018; split over the keys: Flash-Decoding, Dao et al. 2023).
+// Attention of a few query positions over a static cache, chunk by chunk, chunks combined by log-sum-exp (online
+// softmax: Milakov and Gimelshein 2018; split over the keys: Flash-Decoding, Dao et al. 2023).
 //
 // Keys and values of slots that take no part are never read. The query heads that share a key-value head, of several
 // positions, read it once: as far as the positions of a chunk read the same slots they meet them together, and the rest
@@ -152,9 +152,8 @@ template <int D>
 void add_values(const AttentionArgs& a, const char* values, const Share& s, Meeting& m) {
   if (s.from >= s.to) return;
   for (int d = 0; d < a.head_dim; d += kPiece)
-    in_shares<kMostRows>(s.count, [&](auto r, int first, int, int) RIVER_INLINED {
-      add_piece<r, D>(a, values, s, s.first + first, d, m);
-    });
+    in_shares<kMostRows>(s.count, [&](auto r, int first, int, int)
+                                      RIVER_INLINED { add_piece<r, D>(a, values, s, s.first + first, d, m); });
 }
 
 // Reads a query as `dots` takes it.

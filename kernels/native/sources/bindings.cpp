@@ -28,14 +28,20 @@ void check_count(const Tensor& x, const char* name) {
 
 void count_into(const Tensor& a, const Maybe& b, int64_t by, const Tensor& out) {
   const auto* other = b ? static_cast<const int64_t*>(b->data_ptr()) : nullptr;
-  const CountArgs args{static_cast<const int64_t*>(a.data_ptr()), other, static_cast<int64_t*>(out.data_ptr()), by,
-                       out.numel(), a.numel() == 1, b && b->numel() == 1};
+  const CountArgs args{static_cast<const int64_t*>(a.data_ptr()),
+                       other,
+                       static_cast<int64_t*>(out.data_ptr()),
+                       by,
+                       out.numel(),
+                       a.numel() == 1,
+                       b && b->numel() == 1};
   Call<CountArgs>(args).run({{kernels().count, 1}}, 1);
 }
 
 Tensor exit_score(const Tensor& hidden, const Tensor& previous) {
   std::vector<Tensor> held;
-  check(hidden.dim() > 0 && has_rows(previous, hidden, columns_of(hidden)), "previous", "have hidden's dtype and shape");
+  check(hidden.dim() > 0 && has_rows(previous, hidden, columns_of(hidden)), "previous",
+        "have hidden's dtype and shape");
   const Strided x = rows_in(hidden, held, "hidden"), y = rows_in(previous, held, "previous");
   Tensor score = empty(nullptr, 0, aoti_torch_dtype_float32());
   const ScoreArgs args{x.data,
@@ -101,7 +107,8 @@ STABLE_TORCH_LIBRARY_FRAGMENT(river_native, m) {
   m.def(
       "linear(Tensor x, Tensor weight, Tensor scale_zero, Tensor? bias, int out_features, int group_size, "
       "Tensor? residual=None, str norm='none', Tensor? norm_weight=None, "
-      "Tensor? norm_bias=None, float eps=1e-06, str activation='none', bool gated=False, Tensor? wanted=None) -> Tensor");
+      "Tensor? norm_bias=None, float eps=1e-06, str activation='none', bool gated=False, Tensor? wanted=None) -> "
+      "Tensor");
   m.def(
       "dense(Tensor x, Tensor[] weights, Tensor[] biases, Tensor? residual=None, str norm='none', "
       "Tensor? norm_weight=None, Tensor? norm_bias=None, float eps=1e-06, str activation='none', bool gated=False) "
@@ -109,8 +116,7 @@ STABLE_TORCH_LIBRARY_FRAGMENT(river_native, m) {
   m.def(
       "experts(Tensor x, Tensor weight, Tensor scale_zero, Tensor expert, int out_features, int group_size) "
       "-> Tensor");
-  m.def(
-      "norm(Tensor x, str norm, Tensor weight, Tensor? bias, float eps, Tensor? residual) -> Tensor");
+  m.def("norm(Tensor x, str norm, Tensor weight, Tensor? bias, float eps, Tensor? residual) -> Tensor");
   m.def(
       "rescore(Tensor logits, Tensor x, Tensor weight, Tensor? bias, str norm, Tensor? norm_weight, Tensor? norm_bias, "
       "float eps) -> Tensor");

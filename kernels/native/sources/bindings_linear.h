@@ -81,9 +81,7 @@ inline void check_weight(const Tensor& weight, const Tensor& scale_zero, int64_t
 
 using Tensors = std::vector<Tensor>;
 
-inline Rows rows_of_one(const void* data, int64_t rows) {
-  return {{data}, {0, int32_t(rows)}, data ? 1 : 0};
-}
+inline Rows rows_of_one(const void* data, int64_t rows) { return {{data}, {0, int32_t(rows)}, data ? 1 : 0}; }
 
 // Returns matrices, or vectors, that belong together; `fits` says whether one has the right shape.
 template <class Fits>
@@ -204,7 +202,8 @@ inline Tensor describe(LinearCall& call, const Tensor& x, int64_t out_features, 
   PrepareArgs& p = call.prepare;
   describe_norm(p, x, around.norm, around.norm_weight, around.norm_bias, around.eps, held);
   const int64_t width = around.gated ? out_features / 2 : out_features;
-  STD_TORCH_CHECK(!around.gated || out_features % (2 * kBlock) == 0, "a gated product has a multiple of 32 out_features");
+  STD_TORCH_CHECK(!around.gated || out_features % (2 * kBlock) == 0,
+                  "a gated product has a multiple of 32 out_features");
   Tensor y = empty_rows(x, width);
   const Strided added = residual_of(around.residual, x, width, held);
   a.residual = added.data;
@@ -235,14 +234,15 @@ inline const int32_t* blocks_wanted(const Maybe& wanted, int64_t out_features, b
   if (!wanted) return nullptr;
   check(wanted->is_cpu() && wanted->scalar_type() == ScalarType::Int && wanted->is_contiguous() &&
             wanted->numel() == 1 + (out_features + kBlock - 1) / kBlock && !gated && !residual,
-        "wanted", "be a count and as many int32 as there are blocks of 16 out_features, of a product without gate and residual");
+        "wanted",
+        "be a count and as many int32 as there are blocks of 16 out_features, of a product without gate and residual");
   return static_cast<const int32_t*>(wanted->data_ptr());
 }
 
 inline Tensor linear(const Tensor& x, const Tensor& weight, const Tensor& scale_zero, const Maybe& bias,
-                     int64_t out_features, int64_t group_size, const Maybe& residual,
-                     const std::string& norm, const Maybe& norm_weight, const Maybe& norm_bias, double eps,
-                     const std::string& activation, bool gated, const Maybe& wanted) {
+                     int64_t out_features, int64_t group_size, const Maybe& residual, const std::string& norm,
+                     const Maybe& norm_weight, const Maybe& norm_bias, double eps, const std::string& activation,
+                     bool gated, const Maybe& wanted) {
   check(x.dim() > 0, "x", "have a dimension of features");
   check_weight(weight, scale_zero, columns_of(x), out_features, group_size);
   LinearCall call = quantized(weight, scale_zero);
@@ -288,8 +288,8 @@ inline Tensor dense(const Tensor& x, Tensors weights, Tensors biases, const Mayb
   call.linear.x.format = x.scalar_type() == ScalarType::BFloat16 ? kernels().bfloat16 : kPlain;
   const bool half = x.scalar_type() != ScalarType::Float;
   Tensors held;
-  const Tensor y = describe(call, x, n, kLargestGroup,
-                            {bias, residual, norm, norm_weight, norm_bias, eps, activation, gated}, held);
+  const Tensor y =
+      describe(call, x, n, kLargestGroup, {bias, residual, norm, norm_weight, norm_bias, eps, activation, gated}, held);
   const bool few = rows_of(x) <= few_rows(half, x.dim() == 3 ? x.size(1) : 1);
   if (!few && !any_rows(half)) {
     run_wide(call, held.empty() ? x : torch::stable::contiguous(x), weights, biases);

@@ -51,8 +51,8 @@ inline Tensor rescore(const Tensor& logits, const Tensor& x, const Tensor& weigh
   a.padded_features = int32_t(groups * kLargestGroup);
   a.out_features = int32_t(n);
   const int parts = norm == "none" ? 1 : std::min<int>(int(rows), 4 * most);
-  Call<RescoreCall>(call).run(
-      {{&RescoreCall::run_prepare, parts}, {&RescoreCall::run_rescore, int(rows * a.ways)}}, most);
+  Call<RescoreCall>(call).run({{&RescoreCall::run_prepare, parts}, {&RescoreCall::run_rescore, int(rows * a.ways)}},
+                              most);
   return y;
 }
 

@@ -37,19 +37,21 @@ RIVER_INLINE void for_fours(const LinearArgs& a, int64_t n, int64_t bytes, const
   }
 }
 
-// One block of output features for `rows` <= 16 rows of activations in float32, in format kPlain or, for bfloat16, kSplit.
+// One block of output features for `rows` <= 16 rows of activations in float32, in format kPlain or, for bfloat16,
+// kSplit.
 template <int D>
 void dense_block(const LinearArgs& a, int64_t n, int row, int rows, float (*y)[kBlock]) {
   const int64_t padded = padded_features(a), row_bytes = a.in_features * bytes_of(D);
   const Matrix<const float> x{static_cast<const float*>(a.x.values) + row * padded, padded};
   for_fours(a, n, bytes_of(D), [&](const char* weight, int at, auto t) RIVER_INLINED {
     const char* features[] = {weight, weight + row_bytes, weight + 2 * row_bytes, weight + 3 * row_bytes};
-    dots<t, D>(features, a.in_features, x, rows, {y[0] + at, kBlock}, [&](int64_t i, int share, int shares) RIVER_INLINED {
-      // (Each share asks for some of the features that are next.)
-      for (int ahead = t + t * share / shares; ahead < t + t * (share + 1) / shares; ++ahead)
-        for (int byte = 0; byte < kPiece * bytes_of(D); byte += 64)
-          __builtin_prefetch(weight + ahead * row_bytes + i * bytes_of(D) + byte, 0, 2);
-    });
+    dots<t, D>(features, a.in_features, x, rows, {y[0] + at, kBlock},
+               [&](int64_t i, int share, int shares) RIVER_INLINED {
+                 // (Each share asks for some of the features that are next.)
+                 for (int ahead = t + t * share / shares; ahead < t + t * (share + 1) / shares; ++ahead)
+                   for (int byte = 0; byte < kPiece * bytes_of(D); byte += 64)
+                     __builtin_prefetch(weight + ahead * row_bytes + i * bytes_of(D) + byte, 0, 2);
+               });
   });
 }
 

@@ -1,5 +1,5 @@
-// Dot products of a few rows of float32 with rows of weights or of keys, which are read once for as many rows as registers
-// hold. Each is summed in one order, whatever the number of either.
+// Dot products of a few rows of float32 with rows of weights or of keys, which are read once for as many rows as
+// registers hold. Each is summed in one order, whatever the number of either.
 #pragma once
 
 #include <algorithm>

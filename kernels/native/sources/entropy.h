@@ -33,7 +33,8 @@ inline void weigh(const void* args, int part, int parts) {
     Weighed w{-INFINITY, 0, 0};
     for (const float m : most) w.largest = m > w.largest || m != m ? m : w.largest;
     const float largest = w.largest;
-    const int weighed = largest == kUnwanted ? kLanes16 : kLogitsTogether;  // (of what nobody wants any part is nothing)
+    const int weighed =
+        largest == kUnwanted ? kLanes16 : kLogitsTogether;  // (of what nobody wants any part is nothing)
     for (int k = 0; k < weighed; k += kLanes16)
       for (int j = 0; j < kLanes16; ++j) {
         const float shifted = z[k + j] - largest, weight = exp_of(shifted);

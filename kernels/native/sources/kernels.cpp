@@ -15,8 +15,8 @@
 #define RIVER_QUOTE(x) #x
 
 extern "C" __attribute__((visibility("default"))) const river::Kernels* river_kernels() {
-  static const river::Kernels kernels = {RIVER_NAME(RIVER_ISA), river::prepare, river::linear, river::kv_fill,
-                                         river::attend,         river::combine, river::count,  river::copy,
+  static const river::Kernels kernels = {RIVER_NAME(RIVER_ISA), river::prepare, river::linear,  river::kv_fill,
+                                         river::attend,         river::combine, river::count,   river::copy,
                                          river::score,          river::finish,  river::shift,   river::kOfBfloat16,
                                          river::rescore,        river::weigh,   river::entropy, river::attend_prompt,
                                          river::kHasVectors};

@@ -1,4 +1,5 @@
-// Products: x W^T + bias, an activation or a gate, and a residual. Those with weights of 4 bits are here, others in dense.h.
+// Products: x W^T + bias, an activation or a gate, and a residual. Those with weights of 4 bits are here, others in
+// dense.h.
 //
 // A block of 16 output features reads its weights once, line by line; up to kRows rows of activations share what was
 // unpacked. Every output is summed in one order, whatever the number of rows, threads or parts: group by group, a
@@ -11,12 +12,12 @@
 #include <cstring>
 
 #include "dense.h"
-#include "pairs.h"
-#include "tiles.h"
-#include "transpose.h"
 #include "functions.h"
+#include "pairs.h"
 #include "phases.h"
 #include "scalars.h"
+#include "tiles.h"
+#include "transpose.h"
 #include "vectors.h"
 
 namespace river {
@@ -83,8 +84,7 @@ void quantized_block(const LinearArgs& a, int64_t n, int row, int rows, float (*
       sums_of_group<R>(weight + h * 4 * kLanes, x, g, lines, products);
       const Ints pair = load(parameters + h * 4 * kLanes);
       const Floats scale = low_bfloat16(pair), zero = high_bfloat16(pair);
-      for (int r = 0; r < R; ++r)
-        sums[h][r] = fma(zero, every(x[r].sum[g]), fma(products[r], scale, sums[h][r]));
+      for (int r = 0; r < R; ++r) sums[h][r] = fma(zero, every(x[r].sum[g]), fma(products[r], scale, sums[h][r]));
     }
   }
   for (int r = 0; r < R; ++r)
@@ -206,7 +206,7 @@ inline void quantized_linear(const LinearArgs& a, int part, int parts) {
   }
 }
 
-constexpr int kRowsTogether = 256;  // whose activations stay in a core's cache while weights pass by
+constexpr int kRowsTogether = 256;           // whose activations stay in a core's cache while weights pass by
 constexpr int64_t kBytesTogether = 1 << 18;  // bytes of such activations in float32
 constexpr int32_t kOfBfloat16 = kTiles ? kTiled : kHasPairs ? kPairs : kSplit;
 
@@ -295,7 +295,8 @@ inline void linear_with_chosen(const LinearArgs& a, int part, int parts) {
       linear_with_one(rows_of_expert(a, row, end - row, chosen), part, parts);
     } else if (part == 0) {
       for (int r = row; r < end; ++r)
-        std::memset(static_cast<char*>(a.y) + r * a.y_stride * bytes_of(a.dtype), 0, a.out_features * bytes_of(a.dtype));
+        std::memset(static_cast<char*>(a.y) + r * a.y_stride * bytes_of(a.dtype), 0,
+                    a.out_features * bytes_of(a.dtype));
     }
   }
 }

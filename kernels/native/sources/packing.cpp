@@ -142,7 +142,8 @@ class Rows {
  public:
   explicit Rows(int64_t columns) : columns_(columns), left_(columns * kRows), errors_(columns * kRows) {}
 
-  // Rounds features `first` to before `first + rows` of `all`; those that are missing to `kRows` stand on a grid of ones.
+  // Rounds features `first` to before `first + rows` of `all`; those that are missing to `kRows` stand on a grid of
+  // ones.
   void round(const Block& block, int64_t first, int64_t rows, int64_t all) {
     alignas(64) float scale[kRows], zero[kRows];
     std::fill(scale, scale + kRows, 1.0f);

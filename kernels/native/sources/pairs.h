@@ -1,6 +1,6 @@
 // Products of bfloat16 matrices by dot products of pairs (AVX-512 BF16), where there are no tiles: each weight is read
-// once, in place, and multiplied with up to six rows of activations in bfloat16 (`kPairs`). Every output is summed in one
-// order, whatever the number of rows.
+// once, in place, and multiplied with up to six rows of activations in bfloat16 (`kPairs`). Every output is summed in
+// one order, whatever the number of rows.
 #pragma once
 
 #include <algorithm>
@@ -18,9 +18,8 @@ constexpr int kStepOfPairs = 32;  // input features of one vector
 
 // The sums of the lanes of four vectors, each in the same order.
 RIVER_INLINE void sums_of_pairs(const __m512 (&v)[4], float* sums) {
-  const auto two_of = [](__m512 p, __m512 q) RIVER_INLINED {
-    return _mm512_add_ps(_mm512_unpacklo_ps(p, q), _mm512_unpackhi_ps(p, q));
-  };
+  const auto two_of = [](__m512 p, __m512 q)
+                          RIVER_INLINED { return _mm512_add_ps(_mm512_unpacklo_ps(p, q), _mm512_unpackhi_ps(p, q)); };
   const __m512d first = _mm512_castps_pd(two_of(v[0], v[1])), second = _mm512_castps_pd(two_of(v[2], v[3]));
   const __m512 quarters = _mm512_add_ps(_mm512_castpd_ps(_mm512_unpacklo_pd(first, second)),
                                         _mm512_castpd_ps(_mm512_unpackhi_pd(first, second)));
@@ -61,16 +60,15 @@ void pairs_tile(const LinearArgs& a, const char* weight, const char* first_x, in
 template <int T>
 void pairs_tiles(const LinearArgs& a, const char* weight, const char* x, int rows, float (*y)[kBlock]) {
   const int64_t row_bytes = padded_features(a) * 2;
-  in_shares<kMostRows>(rows, [&](auto r, int row, int, int) {
-    pairs_tile<r, T>(a, weight, x + row * row_bytes, row_bytes, y + row);
-  });
+  in_shares<kMostRows>(
+      rows, [&](auto r, int row, int, int) { pairs_tile<r, T>(a, weight, x + row * row_bytes, row_bytes, y + row); });
 }
 
 // One block of output features for `rows` <= 16 rows.
 inline void pairs_block(const LinearArgs& a, int64_t n, int row, int rows, float (*y)[kBlock]) {
   const char* x = static_cast<const char*>(a.x.values) + row * padded_features(a) * 2;
   for_fours(a, n, 2, [&](const char* weight, int at, auto t) RIVER_INLINED {
-    pairs_tiles<t>(a, weight, x, rows, reinterpret_cast<float(*)[kBlock]>(y[0] + at));
+    pairs_tiles<t>(a, weight, x, rows, reinterpret_cast<float (*)[kBlock]>(y[0] + at));
   });
 }
 

@@ -1,4 +1,5 @@
-// Products whose right operand is panels, 16 columns that are the lanes of vectors, and whose left operand is broadcast.
+// Products whose right operand is panels, 16 columns that are the lanes of vectors, and whose left operand is
+// broadcast.
 #pragma once
 
 #include <cstdint>
@@ -25,7 +26,8 @@ RIVER_INLINE Floats multiply_add(Ints a, Ints b, Floats sum) {
   return fma((Floats)a, (Floats)b, sum);
 }
 
-// Calls put(i, p, lane, sums) with sum over k of left[i line + k step] right[p][k, lane ...] for all lines and P panels.
+// Calls put(i, p, lane, sums) with sum over k of left[i line + k step] right[p][k, lane ...] for all lines and P
+// panels.
 template <bool kPairs, int P, class Put>
 RIVER_INLINE void multiply(const uint32_t* left, int64_t line, int64_t step, const uint32_t* right, int64_t panel,
                            int count, const Put& put) {

@@ -16,9 +16,9 @@ enum Dtype : int32_t { kFloat32 = 0, kBFloat16 = 1, kFloat16 = 2, kBool = 3 };
 enum Norm : int32_t { kNoNorm = 0, kRms = 1, kRmsPlusOne = 2, kLayerNorm = 3 };
 enum Activation : int32_t { kIdentity = 0, kSilu = 1, kGelu = 2, kGeluTanh = 3, kRelu = 4 };
 
-// How prepared activations lie in memory: one byte for each feature, for 4-bit weights; for others one float32, in their
-// own order (kPlain) or of every two vectors first those with even numbers (kSplit), or pairs of bfloat16, those of 16
-// rows after each other (kTiled) or of one; or as x lies, normalised, for a library's product.
+// How prepared activations lie in memory: one byte for each feature, for 4-bit weights; for others one float32, in
+// their own order (kPlain) or of every two vectors first those with even numbers (kSplit), or pairs of bfloat16, those
+// of 16 rows after each other (kTiled) or of one; or as x lies, normalised, for a library's product.
 enum Format : int32_t { kInt8 = 0, kPlain = 1, kAsGiven = 2, kTiled = 3, kPairs = 4, kSplit = 5 };
 
 // Activations that a product reads: K rounded up to whole groups, the padding zero.
@@ -57,17 +57,18 @@ struct Rows {
 // Parts split the blocks of output features.
 struct LinearArgs {
   Activations x;
-  const uint8_t* weight;       // [N' / 16, K' / G, G / 8, 64]: byte 4 n + j of line i holds the features 8 i + j and
-                               // 8 i + 4 + j of its group, the latter in the high nibble, for output feature n
-  Rows dense;                  // [N, K] of `dtype` in place of the 4-bit weights, for activations in format kPlain, kSplit, kTiled or kPairs
+  const uint8_t* weight;  // [N' / 16, K' / G, G / 8, 64]: byte 4 n + j of line i holds the features 8 i + j and
+                          // 8 i + 4 + j of its group, the latter in the high nibble, for output feature n
+  Rows dense;  // [N, K] of `dtype` in place of the 4-bit weights, for activations in format kPlain, kSplit, kTiled or
+               // kPairs
   const uint16_t* scale_zero;  // bfloat16 [N' / 16, K' / G, 16, 2]: w = (q - 8) * scale + zero
   const int64_t* expert;       // [M] which of `experts` stacked weights a row meets, null where there is one for all;
                                // a row with none of their numbers gets zeros
   Rows bias;                   // [N] of `dtype`, or null
   const void* residual;        // [M, N] (gated [M, N / 2]) of `dtype`, or null
-  const int32_t* wanted;       // how many blocks of 16 output features are wanted, and their numbers, ascending; the others
-                               // become kUnwanted. Null: all are. For weights of 4 bits, not gated, without a residual
-  void* y;                     // [M, N] (gated [M, N / 2]) of `dtype`
+  const int32_t* wanted;  // how many blocks of 16 output features are wanted, and their numbers, ascending; the others
+                          // become kUnwanted. Null: all are. For weights of 4 bits, not gated, without a residual
+  void* y;                // [M, N] (gated [M, N / 2]) of `dtype`
   int64_t residual_stride, y_stride;
   int32_t dtype, rows, in_features, out_features, group_size, activation, gated;  // gated: N is a multiple of 32
   int32_t experts;
@@ -78,7 +79,7 @@ constexpr float kUnwanted = -32768.0f;  // (all dtypes have it, and whoever mask
 // What `linear` does with a product, for one that a library computed: bias and weights are in `product` already.
 // Parts split the rows.
 struct FinishArgs {
-  Rows product;    // matrices [M, N_i] of `dtype`, contiguous, side by side
+  Rows product;     // matrices [M, N_i] of `dtype`, contiguous, side by side
   LinearArgs rest;  // its residual, y, strides, dtype, rows, out_features, activation and gated
 };
 
@@ -86,13 +87,13 @@ constexpr int kBlockOfLogits = 64;
 
 // y = logits, the largest of each row computed anew as x W^T + bias. Part `ways` m + w computes share w of row m.
 struct RescoreArgs {
-  const void* logits;    // [M, N] of `dtype`
+  const void* logits;  // [M, N] of `dtype`
   int64_t logits_stride;
-  Activations x;         // in format kPlain, rows of `padded_features`
-  const void* weight;    // [N, K] of `dtype`
-  const void* bias;      // [N] of `dtype` or null
-  void* y;               // [M, N] of `dtype`
-  float* largest;        // for each part, twice as many as there are blocks of logits
+  Activations x;       // in format kPlain, rows of `padded_features`
+  const void* weight;  // [N, K] of `dtype`
+  const void* bias;    // [N] of `dtype` or null
+  void* y;             // [M, N] of `dtype`
+  float* largest;      // for each part, twice as many as there are blocks of logits
   int32_t dtype, in_features, padded_features, out_features, ways;
 };
 
@@ -107,31 +108,33 @@ struct Cache {
 struct KvFillArgs {
   const void* qkv;  // [B T, (H + 2 J) D] of `dtype`
   int64_t qkv_stride;
-  const void *q_norm, *k_norm;  // [D] of `dtype`, null without a norm
-  const void *cos, *sin;        // [1 or B, T, R] of `rotary_dtype`, null without a rotation
+  const void *q_norm, *k_norm;               // [D] of `dtype`, null without a norm
+  const void *cos, *sin;                     // [1 or B, T, R] of `rotary_dtype`, null without a rotation
   int64_t rotary_sequence, rotary_position;  // elements between two of each; 0 for one of all sequences
-  const void* slot;             // [T] of int64 or int32
-  void* q;                      // [B, T, H, D] of `dtype`
+  const void* slot;                          // [T] of int64 or int32
+  void* q;                                   // [B, T, H, D] of `dtype`
   Cache cache;
-  int32_t dtype, rotary_dtype, slot_bytes, batch, positions, heads, kv_heads, head_dim, rotary_dim, slots, norm, interleaved;
+  int32_t dtype, rotary_dtype, slot_bytes, batch, positions, heads, kv_heads, head_dim, rotary_dim, slots, norm,
+      interleaved;
   float eps;
 };
 
 constexpr int kLargestGroup = 128;
 constexpr int kMostHeadFeatures = 512;
 constexpr int kQueries = 12;  // queries that meet the slots of a chunk together
-constexpr int kChunk = 256;  // slots whose attention is summed before chunks are put together
+constexpr int kChunk = 256;   // slots whose attention is summed before chunks are put together
 
-// out = softmax(softcap(scale q k^T) + mask) v of each of T positions, over the slots that its row of the mask lets take
-// part (causal: position t reads slots 0 to t alone); none give 0. Parts split groups of `together` positions, key-value heads and chunks of slots; of one chunk `attend` writes the result itself, of more
-// it writes `partial`, from which `combine` does (whose parts split the query heads).
+// out = softmax(softcap(scale q k^T) + mask) v of each of T positions, over the slots that its row of the mask lets
+// take part (causal: position t reads slots 0 to t alone); none give 0. Parts split groups of `together` positions,
+// key-value heads and chunks of slots; of one chunk `attend` writes the result itself, of more it writes `partial`,
+// from which `combine` does (whose parts split the query heads).
 struct AttentionArgs {
   const void* q;  // [B, T, H, D] of `dtype`
   Cache cache;
-  const void* mask;                       // [B, T, S] of `mask_dtype`, or null
+  const void* mask;                      // [B, T, S] of `mask_dtype`, or null
   int64_t mask_sequence, mask_position;  // elements between two of each; 0 for one of all
-  void* out;                              // [B, T, H, D] of `dtype`
-  float* partial;                         // [B, T, H, chunks, D + 2]: sum, maximum and denominator
+  void* out;                             // [B, T, H, D] of `dtype`
+  float* partial;                        // [B, T, H, chunks, D + 2]: sum, maximum and denominator
   int32_t dtype, mask_dtype, batch, positions, heads, kv_heads, head_dim, slots, chunks, causal;
   int32_t together;  // with all heads that share a key-value head at most kQueries queries, or 1
   float scale, softcap;
@@ -142,9 +145,9 @@ constexpr int kPromptChunk = 64;  // slots that many positions meet at a time
 // The same of many positions. Parts take blocks of positions, of one key-value head each, as long as there are any.
 struct PromptArgs {
   AttentionArgs of;
-  int64_t units;     // blocks of all sequences and heads
-  uint64_t* taken;   // how many were taken by anyone, 0 at first
-  char* scratch;     // [parts, scratch_bytes]
+  int64_t units;    // blocks of all sequences and heads
+  uint64_t* taken;  // how many were taken by anyone, 0 at first
+  char* scratch;    // [parts, scratch_bytes]
   int64_t scratch_bytes;
   int32_t block, together;  // positions of a block, a multiple of 16; query heads that are computed with one another
 };
@@ -174,8 +177,8 @@ struct ScoreArgs {
 
 constexpr int kLogitsTogether = 2048;
 
-// score = largest entropy, in nats, of the distributions that rows of logits [M, V] give. Parts of `weigh` split rows and
-// chunks of logits; `entropy` puts them together.
+// score = largest entropy, in nats, of the distributions that rows of logits [M, V] give. Parts of `weigh` split rows
+// and chunks of logits; `entropy` puts them together.
 struct EntropyArgs {
   const void* logits;  // of `dtype`
   int64_t stride;      // elements between two rows
@@ -201,22 +204,22 @@ struct Phase {
 // The phases of one instruction set. A new phase is a new entry at the end.
 struct Kernels {
   const char* isa;
-  Run prepare;  // PrepareArgs
-  Run linear;   // LinearArgs
-  Run kv_fill;  // KvFillArgs
-  Run attend;   // AttentionArgs
-  Run combine;  // AttentionArgs
-  Run count;    // CountArgs
-  Run copy;     // CopyArgs
-  Run score;    // ScoreArgs
-  Run finish;   // FinishArgs
-  Run shift;    // ShiftArgs
-  int32_t bfloat16;  // format of the activations that bfloat16 weights meet: kTiled, kPairs or kSplit
-  Run rescore;  // RescoreArgs
-  Run weigh;    // EntropyArgs
-  Run entropy;  // EntropyArgs
+  Run prepare;        // PrepareArgs
+  Run linear;         // LinearArgs
+  Run kv_fill;        // KvFillArgs
+  Run attend;         // AttentionArgs
+  Run combine;        // AttentionArgs
+  Run count;          // CountArgs
+  Run copy;           // CopyArgs
+  Run score;          // ScoreArgs
+  Run finish;         // FinishArgs
+  Run shift;          // ShiftArgs
+  int32_t bfloat16;   // format of the activations that bfloat16 weights meet: kTiled, kPairs or kSplit
+  Run rescore;        // RescoreArgs
+  Run weigh;          // EntropyArgs
+  Run entropy;        // EntropyArgs
   Run attend_prompt;  // PromptArgs
-  int32_t vectors;  // whether there are vectors that make products of 16-bit matrices of any number of rows fast
+  int32_t vectors;    // whether there are vectors that make products of 16-bit matrices of any number of rows fast
 };
 
 }  // namespace river

@@ -3,10 +3,10 @@
 //
 // A panel is 16 positions of one query head, which are the lanes of vectors: scores and sums lie transposed, [slot,
 // position] and [feature, position], so that a softmax needs no sum across lanes, and keys and values are broadcast
-// from rows as they lie in the cache. Panels of all heads that share a key-value head read a chunk once it is converted.
-// A chunk holds slots that some position of the block takes part in, so what no position reads costs nothing and is
-// never read. Products are of float32, or of pairs of bfloat16 where the processor has them (AVX-512 BF16); sums and
-// the softmax are of float32. A position's bits depend on its block alone, not on threads.
+// from rows as they lie in the cache. Panels of all heads that share a key-value head read a chunk once it is
+// converted. A chunk holds slots that some position of the block takes part in, so what no position reads costs nothing
+// and is never read. Products are of float32, or of pairs of bfloat16 where the processor has them (AVX-512 BF16); sums
+// and the softmax are of float32. A position's bits depend on its block alone, not on threads.
 //
 // Not handled: tiles (AMX), masks that differ between heads, and values that are not finite in a slot which only some
 // positions of a block read (they reach all of these).
@@ -208,15 +208,15 @@ class PromptBlock {
 
   const PromptArgs& args_;
   const AttentionArgs& a_;
-  const int features_, words_;  // of a head, filled up with zeros
-  const int panels_;            // of a query head
-  char* at_;                    // what is left of the part's memory
-  uint32_t* const q_;           // [panel, word, 16]
-  uint32_t* const keys_;        // [slot, word]
-  uint32_t* const values_;      // [slots of a word, feature]
-  float* const out_;            // [panel, feature, 16]
+  const int features_, words_;           // of a head, filled up with zeros
+  const int panels_;                     // of a query head
+  char* at_;                             // what is left of the part's memory
+  uint32_t* const q_;                    // [panel, word, 16]
+  uint32_t* const keys_;                 // [slot, word]
+  uint32_t* const values_;               // [slots of a word, feature]
+  float* const out_;                     // [panel, feature, 16]
   float *const largest_, *const total_;  // [panel, 16]
-  float* const scores_;         // [panels of one product, slot, 16]
+  float* const scores_;                  // [panels of one product, slot, 16]
   Readers read_;
   int64_t place_ = -1, sequence_ = 0, head_ = 0;
   int first_ = 0, positions_ = 0, heads_ = 0;

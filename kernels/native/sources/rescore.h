@@ -1,9 +1,9 @@
 // The largest logits computed anew from the head's own matrix, after a product with one of 4 bits has found them.
 //
 // Logits are looked at in blocks of 64 by the largest of each. The `kBlocksAnew` th largest of these is the least logit
-// that is computed anew, so at least as many are, the largest of all among them. Where logits have that very value there
-// are more. Where only some logits are wanted, `kBlocksOfSome` stands for `kBlocksAnew`, and no other is computed. NaN is
-// left as it is.
+// that is computed anew, so at least as many are, the largest of all among them. Where logits have that very value
+// there are more. Where only some logits are wanted, `kBlocksOfSome` stands for `kBlocksAnew`, and no other is
+// computed. NaN is left as it is.
 #pragma once
 
 #include <algorithm>

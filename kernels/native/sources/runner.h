@@ -5,9 +5,9 @@
 //
 // Helpers are torch's threads, as in one of its parallel loops around all phases: after each of torch's own loops they
 // spin for milliseconds and would take the core from any others. Such a loop ends when all of its threads have come to
-// its end, which takes long where another process has their core. Then helpers are threads of our own for a while, which
-// sleep when there is no work. Not handled: two callers at a time (the second one runs its phases alone), nested calls,
-// pinning to cores.
+// its end, which takes long where another process has their core. Then helpers are threads of our own for a while,
+// which sleep when there is no work. Not handled: two callers at a time (the second one runs its phases alone), nested
+// calls, pinning to cores.
 #pragma once
 
 #include <pthread.h>

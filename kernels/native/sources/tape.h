@@ -1,7 +1,8 @@
 // Where the phases of an operator go: to the threads at once, or on the tape that the calling thread records.
 //
-// A tape holds phases with everything that their arguments point to but the tensors that the operators were given, which
-// must lie where they lay. Replaying it runs all phases on the threads, without a word from Python or torch between.
+// A tape holds phases with everything that their arguments point to but the tensors that the operators were given,
+// which must lie where they lay. Replaying it runs all phases on the threads, without a word from Python or torch
+// between.
 #pragma once
 
 #include <torch/csrc/stable/tensor.h>
@@ -88,7 +89,8 @@ class Call {
   const Args* args_;
 };
 
-// Parts of a phase: as many as there is work for, four for each thread, which even out what the threads' cores are given.
+// Parts of a phase: as many as there is work for, four for each thread, which even out what the threads' cores are
+// given.
 inline int parts_of(int64_t work, int64_t least, int threads) {
   return int(std::max<int64_t>(1, std::min<int64_t>(work / least, 4 * threads)));
 }

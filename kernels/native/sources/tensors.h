@@ -27,9 +27,7 @@ inline Dtype dtype_of(const Tensor& x, const char* name) {
   }
 }
 
-inline void check(bool holds, const char* name, const char* what) {
-  STD_TORCH_CHECK(holds, name, " must ", what);
-}
+inline void check(bool holds, const char* name, const char* what) { STD_TORCH_CHECK(holds, name, " must ", what); }
 
 inline int64_t rows_of(const Tensor& x) {
   int64_t rows = 1;
@@ -111,7 +109,8 @@ inline int32_t activation_of(const std::string& name) {
   return number_of(name, names, "activation");
 }
 
-// Runs a phase on torch's own threads, which are awake between two calls of a library, and would be in the way of others.
+// Runs a phase on torch's own threads, which are awake between two calls of a library, and would be in the way of
+// others.
 inline void run_beside_library(Run run, const void* args, int parts) {
   torch::stable::parallel_for(0, parts, 1, [&](int64_t first, int64_t end) {
     for (int64_t part = first; part < end; ++part) run(args, int(part), parts);

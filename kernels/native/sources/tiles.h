@@ -20,7 +20,7 @@ namespace river {
 #if defined(RIVER_ISA_AMX)
 
 constexpr bool kTiles = true;
-constexpr int kStep = 32;         // input features of one tile
+constexpr int kStep = 32;  // input features of one tile
 
 // Tiles 0 to 3 hold sums, 4 and 5 weights, 6 and 7 activations of `rows` rows, at most 16.
 class Tiles {

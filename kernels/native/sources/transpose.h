@@ -17,9 +17,8 @@ inline void transpose(const void* from, int64_t stride, void* to) {
     b[i] = _mm512_unpacklo_ps(a[i], a[i + 1]);
     b[i + 1] = _mm512_unpackhi_ps(a[i], a[i + 1]);
   }
-  const auto two_of = [](__m512 p, __m512 q, auto unpack) RIVER_INLINED {
-    return _mm512_castpd_ps(unpack(_mm512_castps_pd(p), _mm512_castps_pd(q)));
-  };
+  const auto two_of = [](__m512 p, __m512 q, auto unpack)
+                          RIVER_INLINED { return _mm512_castpd_ps(unpack(_mm512_castps_pd(p), _mm512_castps_pd(q))); };
   const auto low = [](__m512d p, __m512d q) RIVER_INLINED { return _mm512_unpacklo_pd(p, q); };
   const auto high = [](__m512d p, __m512d q) RIVER_INLINED { return _mm512_unpackhi_pd(p, q); };
   for (int i = 0; i < 16; i += 4) {

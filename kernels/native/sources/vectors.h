@@ -30,9 +30,8 @@ namespace river {
 // unrolled later does not bring about.
 template <int N, class F>
 RIVER_INLINE void unrolled(const F& f) {
-  [&]<int... I>(std::integer_sequence<int, I...>) RIVER_INLINED {
-    (f(std::integral_constant<int, I>()), ...);
-  }(std::make_integer_sequence<int, N>());
+  [&]<int... I>(std::integer_sequence<int, I...>)
+      RIVER_INLINED { (f(std::integral_constant<int, I>()), ...); }(std::make_integer_sequence<int, N>());
 }
 
 // Splits `count` things into as few shares of at most `Most` as there can be, of nearly one size. Calls
@@ -120,9 +119,7 @@ RIVER_INLINE Floats to_floats(Ints x) { return _mm256_cvtepi32_ps(x); }
 RIVER_INLINE Ints load(const uint8_t* p) { return _mm256_loadu_si256(reinterpret_cast<const __m256i*>(p)); }
 RIVER_INLINE void store(float* p, Floats x) { _mm256_storeu_ps(p, x); }
 RIVER_INLINE Floats load_floats(const float* p) { return _mm256_loadu_ps(p); }
-RIVER_INLINE __m128 quarters_of(Floats x) {
-  return _mm_add_ps(_mm256_castps256_ps128(x), _mm256_extractf128_ps(x, 1));
-}
+RIVER_INLINE __m128 quarters_of(Floats x) { return _mm_add_ps(_mm256_castps256_ps128(x), _mm256_extractf128_ps(x, 1)); }
 RIVER_INLINE Floats load_bfloat16(const uint16_t* p) {
   const __m128i half = _mm_loadu_si128(reinterpret_cast<const __m128i*>(p));
   return _mm256_castsi256_ps(_mm256_slli_epi32(_mm256_cvtepu16_epi32(half), 16));

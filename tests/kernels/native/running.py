@@ -16,7 +16,12 @@ from tests.kernels.harness import Guarded, poisoned
 
 native = torch.ops.river_native
 DTYPES = (torch.float32, torch.bfloat16, torch.float16)
-ISAS = pytest.mark.parametrize("isa", runnable(), ids=lambda isa: isa.name)
+
+# By default the instruction set that this machine uses and the portable one; with --slow those in between too, each of
+# which is a build of its own.
+_QUICK = (runnable()[0], runnable()[-1])
+EACH_ISA = [pytest.param(isa, id=isa.name, marks=() if isa in _QUICK else pytest.mark.slow) for isa in runnable()]
+ISAS = pytest.mark.parametrize("isa", EACH_ISA)
 
 
 def rounded(x: torch.Tensor, group: int) -> torch.Tensor:
@@ -35,24 +40,24 @@ def same_bits(a: torch.Tensor, b: torch.Tensor) -> bool:
     return torch.equal(a, b)
 
 
-def linear(x: torch.Tensor, packed: PackedLinear, bias: torch.Tensor | None, *around) -> torch.Tensor:
-    """Calls the operator for packed weights; `around` as the operator takes it, from the residual on."""
+def linear(x: torch.Tensor, packed: PackedLinear, bias: torch.Tensor | None, **around) -> torch.Tensor:
+    """Calls the operator for packed weights; `around` by the names that the operator has for it."""
     sizes = packed.out_features, packed.group_size
-    return native.linear(x, packed.qweight, packed.scale_zero, bias, *sizes, *around)
+    return native.linear(x, packed.qweight, packed.scale_zero, bias, *sizes, **around)
 
 
-def dense(x: torch.Tensor, weight: torch.Tensor, bias: torch.Tensor | None = None, *around) -> torch.Tensor:
+def dense(x: torch.Tensor, weight: torch.Tensor, bias: torch.Tensor | None = None, **around) -> torch.Tensor:
     """Calls the operator for weights in x's dtype; `around` as `linear`."""
-    return native.dense(x, [weight], [] if bias is None else [bias], *around)
+    return native.dense(x, [weight], [] if bias is None else [bias], **around)
 
 
-def called(operator: Callable[..., torch.Tensor], *arguments, as_given: Collection[int] = ()) -> torch.Tensor:
+def called(operator: Callable[..., torch.Tensor], *arguments, as_given: Collection[int] = (), **named) -> torch.Tensor:
     """Returns what an operator gives: called, and replayed from a tape into an output that held NaN, to the same bits.
 
     The arguments' tensors lie between guard zones, but for strided ones and those with a number in `as_given`.
     """
 
-    def between_guards(number: int, argument: object) -> object:
+    def between_guards(number: int | str, argument: object) -> object:
         if isinstance(argument, PackedLinear):
             return replace(argument, qweight=guard(argument.qweight), scale_zero=guard(argument.scale_zero))
         plain = isinstance(argument, torch.Tensor) and argument.is_contiguous() and number not in as_given
@@ -64,9 +69,10 @@ def called(operator: Callable[..., torch.Tensor], *arguments, as_given: Collecti
 
     buffers: list[Guarded] = []
     given = [between_guards(*pair) for pair in enumerate(arguments)]
-    direct, tape = operator(*given), Tape()
+    options = {name: between_guards(name, argument) for name, argument in named.items()}
+    direct, tape = operator(*given, **options), Tape()
     with tape.recording():
-        again = operator(*given)
+        again = operator(*given, **options)
     again.fill_(math.nan)
     tape.replay()
     assert same_bits(direct, again), "a replay differs from the call"

@@ -15,27 +15,27 @@ from hypothesis import strategies as st
 
 from river_compile.kernels import ops  # noqa: F401  (registers river::norm)
 from river_compile.kernels.native import load
-from river_compile.kernels.native.isa import runnable
 from river_compile.kernels.quant.layouts import PackedLinear
 from tests.kernels import reference
 from tests.kernels.checks import VALUES, activated_magnitude, weights
-from tests.kernels.harness import TOLERANCE, assert_rounded, examples
-from tests.kernels.native.running import DTYPES, ISAS, called, dense, linear, native, rounded
+from tests.kernels.harness import TOLERANCE, assert_rounded
+from tests.kernels.native.running import DTYPES, EACH_ISA, ISAS, called, dense, linear, native, rounded
 from tests.kernels.packing import pack_linear
+from tests.support.examples import examples
 
 NORMS = ("none", "rms", "rms_plus_one", "layer")
 ACTIVATIONS = ("none", "silu", "gelu", "gelu_tanh", "relu")
 
 pytestmark = pytest.mark.usefixtures("restored")
 
-WITH_VECTORS = [isa for isa in runnable() if isa.name != "portable"]  # 16-bit products of any number of rows
+WITH_VECTORS = [each for each in EACH_ISA if each.id != "portable"]  # 16-bit products of any number of rows
 IN_BFLOAT16 = ("amx", "avx512_bf16")  # which multiply activations in bfloat16 with weights in it
 FEW_ROWS = 8  # up to which `dense` computes the product itself
 
 
 @dataclass(frozen=True)
 class Around:
-    """What an operator is given besides x, weights and bias, in the order of its arguments."""
+    """What an operator is given besides x, weights and bias, by the names of its arguments."""
 
     residual: torch.Tensor | None = None
     norm: str = "none"
@@ -46,8 +46,8 @@ class Around:
     gated: bool = False
 
     @property
-    def arguments(self) -> tuple:
-        return tuple(vars(self).values())
+    def arguments(self) -> dict[str, object]:
+        return vars(self)
 
 
 @dataclass(frozen=True)
@@ -63,10 +63,10 @@ class Case:
         x, a = self.x[rows], self.around
         rest = replace(a, residual=None if a.residual is None else a.residual[rows]).arguments
         if isinstance(self.weight, torch.Tensor):
-            few = len(x) <= load.few_rows(x.dtype)
-            call = called if few else lambda operator, *given: operator(*given)  # (more is not recorded)
-            return call(dense, x, self.weight, self.bias, *rest)
-        return called(linear, x, self.weight, self.bias, *rest)
+            if len(x) > load.few_rows(x.dtype):  # (which is not recorded)
+                return dense(x, self.weight, self.bias, **rest)
+            return called(dense, x, self.weight, self.bias, **rest)
+        return called(linear, x, self.weight, self.bias, **rest)
 
 
 def case_of(
@@ -227,7 +227,7 @@ def test_more_rows_go_through_a_librarys_product(m, n, k, seed):
         called(dense, case.x, case.weight)
 
 
-@pytest.mark.parametrize("isa", WITH_VECTORS, ids=lambda isa: isa.name)
+@pytest.mark.parametrize("isa", WITH_VECTORS)
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
 @given(m=st.integers(17, 100), n=st.integers(1, 100), k=st.integers(1, 300), seed=st.integers(0, 2**20))
 @examples(12)
@@ -312,8 +312,8 @@ def test_an_activation_far_from_zero(activation):
     """Where exponentials end: the limits, and NaN for NaN."""
     load.load()
     x = torch.tensor([-1e9, -1e4, -200.0, -88.5, -87.0, -20.0, -1e-6, 0.0, 1e-6, 20.0, 87.0, 200.0, 1e9, math.nan])
-    around = (None, None, "none", None, None, 0.0, activation)
-    y = torch.cat([called(dense, part[:, None], torch.ones(1, 1), *around)[:, 0] for part in x.split(FEW_ROWS)])
+    rows = x[:, None].split(FEW_ROWS)
+    y = torch.cat([called(dense, part, torch.ones(1, 1), activation=activation)[:, 0] for part in rows])
     torch.testing.assert_close(
         y.double(), reference.activate(x.double(), activation), atol=1e-6, rtol=1e-6, equal_nan=True
     )
@@ -355,7 +355,7 @@ def test_leading_dimensions_and_strides(group, change):
     case = case_of((6, 32, 100), torch.bfloat16, group=group, **options)
     x, residual = (change(t.reshape(2, 3, -1)) for t in (case.x, case.around.residual))
     rest = replace(case.around, residual=residual).arguments
-    y = linear(x, case.weight, case.bias, *rest) if group else dense(x, case.weight, case.bias, *rest)
+    y = linear(x, case.weight, case.bias, **rest) if group else dense(x, case.weight, case.bias, **rest)
     assert torch.equal(y, case.run().reshape(2, 3, 32))
 
 
@@ -391,4 +391,4 @@ def test_what_is_refused(change, message):
     around = Around(**{name: value for name, value in change.items() if name in vars(Around())})
     product = {"x": torch.ones(1, 64), "weight": torch.ones(32, 64), "bias": None}
     with pytest.raises(RuntimeError, match=message):
-        dense(*(change.get(name, value) for name, value in product.items()), *around.arguments)
+        dense(*(change.get(name, value) for name, value in product.items()), **around.arguments)

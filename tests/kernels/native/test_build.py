@@ -1,8 +1,6 @@
 """Building and loading: what is cached, what is built again, and what is said where nothing can be built."""
 
 import ctypes
-import subprocess
-import sys
 from concurrent.futures import ThreadPoolExecutor
 
 import pytest
@@ -10,6 +8,7 @@ import torch
 import torch._inductor.config as inductor
 
 from river_compile.kernels.native import build, isa, load
+from tests.support.layout import ROOT, run_python
 
 
 @pytest.fixture
@@ -83,6 +82,48 @@ def test_without_a_compiler_the_message_says_so():
         build.find_compiler()
 
 
+def script(path, *lines):
+    path.write_text("\n".join(["#!/bin/sh", *lines]))
+    path.chmod(0o755)
+    return str(path)
+
+
+@pytest.mark.parametrize(
+    ("does", "says"),
+    [
+        ("echo the licence ran out >&2; exit 1", "the licence ran out"),
+        ("exit 7", "exit status 7"),
+        ("", "wrote nothing"),
+    ],
+)
+def test_a_compiler_counts_once_it_has_compiled_something(does, says, tmp_path):
+    """Answering with a version is not enough."""
+    assert build.working_compiler() == build.find_compiler()
+    compiler = script(tmp_path / "c++", 'case "$1" in -v|--version) echo version 1; exit;; esac', does)
+    with inductor.patch({"cpp.cxx": (None, compiler)}), pytest.raises(build.CannotBuild, match=says) as said:
+        build.working_compiler()
+    assert f"{compiler} compiles no C++ here" in str(said.value)
+    assert "install g++" in str(said.value)
+
+
+def test_a_cache_of_inductors_that_cannot_be_written_is_named(monkeypatch):
+    build._try_out.cache_clear()
+    monkeypatch.setenv("TORCHINDUCTOR_CACHE_DIR", f"{__file__}/cache")
+    with pytest.raises(build.CannotBuild, match="set TORCHINDUCTOR_CACHE_DIR to a folder that can"):
+        build.working_compiler()
+
+
+@pytest.mark.usefixtures("sources")
+def test_where_the_cache_cannot_be_written_a_process_builds_for_itself(monkeypatch):
+    """With one warning, however many libraries; a cache that has what is needed may be read-only."""
+    monkeypatch.setenv("RIVER_COMPILE_CACHE", f"{__file__}/cache")
+    with pytest.warns(UserWarning, match="cannot be written.*set RIVER_COMPILE_CACHE") as said:
+        libraries = [built("answer.cpp", name, ()) for name in ("answer", "another", "answer")]
+    assert len(said) == 1
+    assert libraries[0] == libraries[2]
+    assert [answer(library) for library in libraries] == [42, 42, 42]
+
+
 def test_a_compiler_that_refuses_is_quoted(sources):
     (sources / "answer.cpp").write_text("#error this machine is not supported\n")
     with pytest.raises(build.CannotBuild, match="this machine is not supported"):
@@ -111,7 +152,7 @@ def test_a_machine_runs_what_its_capabilities_allow(monkeypatch):
 
 
 @pytest.mark.slow
-def test_operators_that_nobody_loaded_name_the_fix():
+def test_operators_that_nobody_loaded_name_the_fix(tmp_path):
     """In a process of its own: loading is for good."""
     code = """
 import torch
@@ -125,5 +166,4 @@ except RuntimeError as error:
     print("load()" in str(error))
 """
     load.load()  # the operators are in the cache then
-    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True)
-    assert done.stdout.strip() == "True", done.stderr
+    assert run_python(code, tmp_path, ROOT).stdout.strip() == "True"

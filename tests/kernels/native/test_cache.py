@@ -20,8 +20,9 @@ from river_compile.kernels.triton.kv_fill import KvFillSpec
 from tests.kernels import reference
 from tests.kernels.cases import CHUNK, NATIVE_DIMS, attention_cases, inputs, kv_cases, masks
 from tests.kernels.checks import check_attention, check_kv_fill
-from tests.kernels.harness import assert_rounded, examples
+from tests.kernels.harness import assert_rounded
 from tests.kernels.native.running import DTYPES, ISAS, Cache, called, native, same_bits
+from tests.support.examples import examples
 
 pytestmark = pytest.mark.usefixtures("restored")
 

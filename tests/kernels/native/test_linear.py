@@ -16,9 +16,10 @@ from river_compile.kernels.native import load
 from river_compile.kernels.quant.layouts import PackedLinear
 from tests.kernels import reference
 from tests.kernels.checks import VALUES, weights
-from tests.kernels.harness import assert_close, examples
+from tests.kernels.harness import assert_close
 from tests.kernels.native.running import DTYPES, ISAS, called, linear, rounded
 from tests.kernels.packing import pack_linear
+from tests.support.examples import examples
 
 pytestmark = pytest.mark.usefixtures("restored")
 

@@ -8,17 +8,17 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from river_compile.kernels.native import build, packing
-from river_compile.kernels.native.isa import runnable
 from river_compile.kernels.quant import calibrated
-from tests.kernels.quant.test_calibrated import drawn
+from tests.kernels.native.running import EACH_ISA
+from tests.kernels.quant.observed import drawn
 
 seeds = st.integers(0, 2**31)
 DTYPES = st.sampled_from([torch.float32, torch.bfloat16])
 
 
-@pytest.fixture(params=[isa.name for isa in runnable()], autouse=True)
+@pytest.fixture(params=EACH_ISA, autouse=True)
 def isa(request, monkeypatch):
-    monkeypatch.setenv("RIVER_COMPILE_ISA", request.param)
+    monkeypatch.setenv("RIVER_COMPILE_ISA", request.param.name)
 
 
 def in_pytorch(function, *arguments):

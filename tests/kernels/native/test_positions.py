@@ -12,8 +12,9 @@ from hypothesis import strategies as st
 from river_compile.kernels.native import load
 from tests.kernels import reference
 from tests.kernels.cases import CHUNK, NATIVE_DIMS, inputs, masks
-from tests.kernels.harness import assert_close, examples
+from tests.kernels.harness import assert_close
 from tests.kernels.native.running import DTYPES, ISAS, Cache, called, native
+from tests.support.examples import examples
 
 pytestmark = pytest.mark.usefixtures("restored")
 

@@ -12,7 +12,6 @@ from tests.kernels.native.running import DTYPES, ISAS, called, linear, native
 from tests.kernels.packing import pack_linear
 
 pytestmark = pytest.mark.usefixtures("restored")
-AROUND = (None, "none", None, None, 1e-6, "none", False)
 
 
 def blocks_of(n: int) -> int:
@@ -50,7 +49,7 @@ def test_wanted_features_have_the_bits_of_a_whole_product(isa, case, threads):
     x, packed, bias, wanted, is_wanted = drawn(case)
     load.load(isa)
     torch.set_num_threads(threads)
-    y = called(linear, x, packed, bias, *AROUND, wanted)
+    y = called(linear, x, packed, bias, wanted=wanted)
     assert torch.equal(y[:, is_wanted], linear(x, packed, bias)[:, is_wanted])
     assert (y[:, ~is_wanted] == ops.UNWANTED).all()
 
@@ -68,7 +67,7 @@ def test_pytorch_says_the_same(case):
 def test_a_replay_reads_the_list_anew(isa):
     x, packed, bias, wanted, _ = drawn((1, 100, 40, [2], torch.bfloat16, 0))
     load.load(isa)
-    tape = recorded(lambda: linear(x, packed, bias, *AROUND, wanted))
+    tape = recorded(lambda: linear(x, packed, bias, wanted=wanted))
     for blocks in ([0], [1, 6], list(range(7))):
         wanted.copy_(listed(blocks, 100))
         y = tape()
@@ -110,9 +109,9 @@ def test_lists_of_another_kind_are_refused():
     x, packed, bias, wanted, _ = drawn((1, 96, 40, [2], torch.bfloat16, 0))
     for wrong in (wanted.long(), wanted[1:]):
         with pytest.raises(RuntimeError, match="wanted must"):
-            linear(x, packed, bias, *AROUND, wrong)
+            linear(x, packed, bias, wanted=wrong)
     with pytest.raises(RuntimeError, match="wanted must"):
-        linear(x, packed, bias, None, "none", None, None, 1e-6, "none", True, wanted)
-    matrix, residual = (packed.qweight, packed.scale_zero, bias, 96, 32, "native"), torch.zeros(1, 96).bfloat16()
+        linear(x, packed, bias, gated=True, wanted=wanted)
+    matrix = (packed.qweight, packed.scale_zero, bias, 96, 32, "native")
     with pytest.raises(ValueError, match="without gate and residual"):
-        torch.ops.river.linear(x, *matrix, residual=residual, wanted=wanted)
+        torch.ops.river.linear(x, *matrix, residual=torch.zeros(1, 96).bfloat16(), wanted=wanted)

@@ -4,19 +4,20 @@ from __future__ import annotations
 
 import pytest
 import torch
-from hypothesis import given, settings
+from hypothesis import given
 from hypothesis import strategies as st
 
 from river_compile.kernels.portable import grouped_attention, one_row_linear
 from river_compile.kernels.quant.aten_int4 import LAYOUT, linear_aten
 from river_compile.kernels.quant.grid import quantize, sqnr_db
 from river_compile.kernels.quant.layouts import pack
+from tests.support.examples import examples
 
 DTYPES = st.sampled_from([torch.bfloat16, torch.float16, torch.float32])
 
 
 @pytest.mark.core
-@settings(max_examples=40)
+@examples(40)
 @given(
     n=st.integers(1, 70),
     groups=st.integers(1, 5),
@@ -51,7 +52,7 @@ def test_unpack_returns_the_grid_that_was_packed(n, k, group_size):
     assert torch.equal(back.zero, grid.zero)
 
 
-@settings(max_examples=40)
+@examples(40)
 @given(
     batch=st.integers(1, 3),
     kv_heads=st.integers(1, 3),
@@ -84,7 +85,7 @@ def test_grouped_attention_is_attention(batch, kv_heads, repeat, length, dim, ma
     torch.testing.assert_close(actual.double(), expected, rtol=tolerance, atol=tolerance)
 
 
-@settings(max_examples=30)
+@examples(30)
 @given(n=st.integers(1, 300), k=st.integers(1, 200), dtype=DTYPES, bias=st.booleans(), seed=st.integers(0, 999))
 def test_one_row_linear_is_a_linear_layer(n, k, dtype, bias, seed):
     """Against float64: as close as rounding the exact result to the dtype allows, twice."""

@@ -4,7 +4,7 @@ import math
 
 import pytest
 import torch
-from hypothesis import given, settings
+from hypothesis import given
 from hypothesis import strategies as st
 
 from river_compile.kernels.quant import calibrated
@@ -20,18 +20,10 @@ from river_compile.kernels.quant.calibrated import (
     round_to_grid,
 )
 from river_compile.kernels.quant.grid import quantize
+from tests.kernels.quant.observed import drawn
+from tests.support.examples import examples
 
 seeds = st.integers(0, 2**31)
-
-
-def drawn(seed: int, n: int = 8, k: int = 64, tokens: int = 96, dtype=torch.float64):
-    """Returns a matrix, inputs whose features differ in size and depend on each other, and their moments."""
-    g = torch.Generator().manual_seed(seed)
-    weight = torch.randn(n, k, generator=g, dtype=dtype)
-    mixing = torch.randn(k, k, generator=g, dtype=dtype) / k**0.5 + torch.eye(k, dtype=dtype)
-    sizes = torch.randn(k, generator=g, dtype=dtype).exp()
-    x = torch.randn(tokens, k, generator=g, dtype=dtype) @ mixing * sizes
-    return weight, x, x.T @ x / tokens
 
 
 def rounded_by_definition(weight, scale, zero, group_of, moments):
@@ -46,7 +38,7 @@ def rounded_by_definition(weight, scale, zero, group_of, moments):
     return (q + 8).to(torch.uint8)
 
 
-@settings(max_examples=15)
+@examples(15)
 @given(seeds, st.sampled_from([32, 64, 160]))
 def test_rounding_with_compensation_is_what_its_definition_says(seed, k):
     """Also where columns come in several blocks (more than 128), in float64."""
@@ -61,7 +53,7 @@ def test_rounding_with_compensation_is_what_its_definition_says(seed, k):
 
 
 @given(seeds)
-@settings(max_examples=10)
+@examples(10)
 def test_the_factor_is_triangular_and_gives_the_inverse(seed):
     moments = damped_moments(drawn(seed)[2], 0.01)
     factor = inverse_factor(moments)
@@ -70,7 +62,7 @@ def test_the_factor_is_triangular_and_gives_the_inverse(seed):
 
 
 @given(seeds)
-@settings(max_examples=10)
+@examples(10)
 def test_scale_and_zero_solve_the_weighted_least_squares(seed):
     """Against the solution of the normal equations in float64, group by group."""
     g = torch.Generator().manual_seed(seed)
@@ -89,7 +81,7 @@ def test_scale_and_zero_solve_the_weighted_least_squares(seed):
 
 
 @given(seeds)
-@settings(max_examples=10)
+@examples(10)
 def test_each_step_errs_less_on_the_outputs_than_the_one_before(seed):
     """Rounding to nearest, the weighted fit and AWQ in this order; GPTQ errs less than the fit it starts from."""
     weight, _, moments = drawn(seed, n=32, k=128, tokens=400, dtype=torch.float32)

@@ -7,8 +7,8 @@ from hypothesis import strategies as st
 
 from river_compile.kernels.quant import layouts as pack
 from river_compile.kernels.quant.grid import QuantizedWeight, sqnr_db
-from tests.kernels.harness import examples
 from tests.kernels.packing import pack_linear
+from tests.support.examples import examples
 
 
 def grid(n: int, k: int, group: int, seed: int = 0) -> QuantizedWeight:

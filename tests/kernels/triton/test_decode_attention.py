@@ -15,7 +15,8 @@ from river_compile.kernels.triton.decode_attention import DecodeAttentionSpec
 from river_compile.kernels.triton.kv_fill import KvFillSpec
 from tests.kernels.cases import attend_cases, attention_cases
 from tests.kernels.checks import attend_buffers, attention_buffers, check_attend, check_attention
-from tests.kernels.harness import examples, in_order, run_guarded
+from tests.kernels.harness import in_order, run_guarded
+from tests.support.examples import examples
 
 
 @pytest.mark.core

@@ -27,6 +27,7 @@ from river_compile.kernels.triton.shift import ShiftSpec
 from river_compile.kernels.triton.spec import every_sector, render
 from tests.kernels import checks
 from tests.kernels.packing import pack_linear
+from tests.support.examples import slow_but
 from tools.kernels.machine_code import cuobjdump
 
 DENSE = {"weights": "dense", "group_size": 0}
@@ -65,7 +66,7 @@ def ordinary(spec):
     return dataclasses.replace(spec, dependent=False, **inner)
 
 
-@pytest.mark.parametrize("name", SPECS)
+@pytest.mark.parametrize("name", slow_but(("groups", "attend", "verdict"), SPECS))
 def test_nothing_is_read_or_written_before_the_wait(name):
     """In the text, and in the machine code, where the assembler may have moved something; no path leaves before."""
     for compiled in compile_for(SPECS[name], "cuda", 90):

@@ -10,7 +10,7 @@ from hypothesis import strategies as st
 from river_compile.kernels import ops  # noqa: F401  registers torch.ops.river
 from river_compile.kernels.triton.exit_score import ExitScoreSpec
 from tests.kernels.checks import check_exit_score, check_exit_verdict
-from tests.kernels.harness import examples
+from tests.support.examples import examples
 
 
 @given(

@@ -11,7 +11,7 @@ from river_compile.kernels.triton.calls.linear import rows_by_expert
 from river_compile.kernels.triton.heuristic import best_tile, untiled
 from river_compile.kernels.triton.linear import LinearSpec, LinearTile, form_of
 from tests.kernels.checks import VALUES, check_experts
-from tests.kernels.harness import examples
+from tests.support.examples import examples
 
 
 @st.composite

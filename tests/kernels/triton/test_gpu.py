@@ -6,7 +6,6 @@ host wait for the device.
 """
 
 import dataclasses
-import math
 
 import pytest
 import torch
@@ -14,56 +13,21 @@ from torch.overrides import TorchFunctionMode
 
 from river_compile.kernels import ops
 from river_compile.kernels.triton import loader
-from river_compile.kernels.triton.decode_attention import DecodeAttentionSpec
 from river_compile.kernels.triton.devices import DEFAULT_DEVICE, device_name
-from river_compile.kernels.triton.exit_score import ExitScoreSpec
-from river_compile.kernels.triton.linear import LinearSpec
-from river_compile.kernels.triton.shift import ShiftSpec
 from river_compile.kernels.triton.spec import KernelSpec
-from tests.kernels import checks
-from tests.kernels.test_ops import sample_calls
+from tests.kernels.checks import check_kernel
+from tests.kernels.samples import sample_calls
 from tools.kernels.shapes import MODELS, ModelShape, model_kernels
 
 SHAPES = ("smollm2-135m", "llama-3.2-1b", "llama-3.1-8b", "qwen3-30b-a3b")
 TINY = ModelShape("tiny", 1, 64, 4, 2, 32, 96, 160, qkv_bias=True, qk_norm=True)
 TINY_EXPERTS = dataclasses.replace(TINY, name="tiny experts", experts=3, chosen=2)
 SLOTS = 1024
-_EXPERTS = 16  # of a model's, as many are checked: their float64 reference must fit the card
 LAYOUTS_OF_CPUS = ("plain", "aten_cpu")
 
 
 def names_of(shape: ModelShape) -> list[str]:
     return list(model_kernels(shape))
-
-
-def check_kernel(spec: KernelSpec, rows: int, slots: int, device: str) -> None:
-    """Checks one kernel of a model's decode step; inputs and references are made on the device."""
-    if isinstance(spec, LinearSpec) and spec.experts:
-        spec = dataclasses.replace(spec, experts=min(spec.experts, _EXPERTS))
-        checks.check_experts(spec, [row % (spec.experts + 1) for row in range(spec.rows or rows)], device=device)
-    elif isinstance(spec, LinearSpec):
-        checks.check_linear(spec, rows, device=device)
-    elif isinstance(spec, DecodeAttentionSpec):
-        alone = dataclasses.replace(spec, fill=None, advance=False)
-        checks.check_attention(dataclasses.replace(alone, mask=False), device=device)
-        checks.check_attention(alone, padding=slots // 2, device=device)
-        for slot in (0, slots - 1, slots):  # the last one lies outside
-            checks.check_kv_fill(spec.fill, slot, device=device)
-            checks.check_attend(spec, slot, device=device)
-        checks.check_shift(window_of(spec), device=device)
-    else:
-        assert isinstance(spec, ExitScoreSpec), "another family has no check here"
-        checks.check_exit_score(spec, 1.0, device=device)
-        checks.check_nan_never_exits(spec, rows - 1, device=device)
-        decides = dataclasses.replace(spec, decides=True)
-        for bar in ("at", "below"):
-            checks.check_exit_verdict(decides, bar, device=device)
-        checks.check_exit_verdict(decides, math.nan, spoiled=rows - 1, device=device)
-
-
-def window_of(spec: DecodeAttentionSpec) -> ShiftSpec:
-    """The kernel that makes room in a window of an attention's slots."""
-    return ShiftSpec(spec.batch, spec.heads, spec.kv_heads, spec.head_dim, spec.slots, dtype=spec.dtype)
 
 
 def kernel_of(shape: ModelShape, name: str, rows: int, slots: int, device: str) -> KernelSpec:

@@ -23,7 +23,7 @@ from river_compile.kernels.triton.heuristic import (
 )
 from river_compile.kernels.triton.linear import NORMS, LinearTile
 from river_compile.kernels.triton.spec import Cost, render
-from tests.kernels.harness import examples
+from tests.support.examples import examples
 from tools.kernels.shapes import MODELS, model_kernels
 
 

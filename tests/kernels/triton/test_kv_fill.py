@@ -6,7 +6,7 @@ from hypothesis import given
 from river_compile.kernels.triton.kv_fill import KvFillSpec
 from tests.kernels.cases import kv_cases
 from tests.kernels.checks import check_kv_fill
-from tests.kernels.harness import examples
+from tests.support.examples import examples
 
 
 @pytest.mark.core

@@ -9,7 +9,7 @@ from river_compile.kernels.triton.heuristic import candidates, untiled
 from river_compile.kernels.triton.linear import ACTIVATIONS, NORMS, LinearSpec, LinearTile, form_of
 from river_compile.kernels.triton.spec import render
 from tests.kernels.checks import VALUES, check_linear
-from tests.kernels.harness import examples
+from tests.support.examples import examples
 
 DTYPES = ("float32", "float16", "bfloat16")
 

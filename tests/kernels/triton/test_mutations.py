@@ -115,6 +115,7 @@ MUTATIONS = {
 
 
 @pytest.mark.parametrize("name", MUTATIONS)
+@pytest.mark.slow
 def test_a_broken_kernel_is_noticed(name, monkeypatch):
     check, old, new = MUTATIONS[name]
     check()

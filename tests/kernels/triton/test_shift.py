@@ -12,7 +12,8 @@ from river_compile.kernels import ops  # noqa: F401  registers torch.ops.river
 from river_compile.kernels.triton.loader import compile_for
 from river_compile.kernels.triton.shift import ShiftSpec
 from tests.kernels.checks import check_shift
-from tests.kernels.harness import examples, in_order
+from tests.kernels.harness import in_order
+from tests.support.examples import examples
 
 
 @given(

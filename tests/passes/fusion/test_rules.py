@@ -8,13 +8,14 @@ from __future__ import annotations
 
 import pytest
 import torch
-from hypothesis import given, settings
+from hypothesis import given
 from hypothesis import strategies as st
 
 from river_compile.exits import forced_depth
 from river_compile.state import state_of
 from tests.passes.fusion.fusion_graphs import Spelling, block_decoder
 from tests.passes.graphs import random_decoder, shapes
+from tests.support.examples import examples
 from tests.support.lowerings import BLOCK_RULES, FUSED, UNFUSED, lowered
 
 OPTIONS = {"quantizer": "rtn", "group_size": 32, "first_exit": 1}
@@ -89,7 +90,7 @@ def test_rules_match_or_say_why_not(case):
     assert applied >= {(twin, r) for twin in ("twin_1", "twin_2") for r in BLOCK_RULES if r not in missed}
 
 
-@settings(max_examples=25)
+@examples(25)
 @given(shape=shapes(most_blocks=2), seed=st.integers(0, 2**16), depth=st.integers(0, 2))
 def test_fusion_keeps_the_function_of_any_graph(shape, seed, depth):
     graph_module, inputs = random_decoder(shape, seed)

@@ -15,6 +15,7 @@ from river_compile.kernels.triton.kv_fill import KvFillSpec
 from river_compile.kernels.triton.linear import LinearSpec, LinearTile
 from river_compile.kernels.triton.loader import compile_for
 from river_compile.kernels.triton.shift import ShiftSpec
+from tests.support.examples import slow, slow_but
 from tools.kernels import resources
 from tools.kernels.machine_code import counted, cuobjdump
 from tools.kernels.resources import token_cost, token_floor, usages, weight_load_bytes
@@ -25,8 +26,12 @@ def triton_version() -> tuple[int, ...]:
     return tuple(map(int, importlib.metadata.version("triton").split(".")[:2]))
 
 
-@pytest.mark.parametrize("target", DEVICES)
-@pytest.mark.parametrize("model", ["smollm2-135m", "llama-3.2-1b"])
+TARGETS = pytest.mark.parametrize("target", ["sm_90", slow("gfx942")])
+LLAMAS = pytest.mark.parametrize("model", ["llama-3.2-1b", slow("llama-3.1-8b")])
+
+
+@pytest.mark.parametrize("target", slow_but(("sm_90", "gfx942"), DEVICES))
+@pytest.mark.parametrize("model", ["smollm2-135m", slow("llama-3.2-1b")])
 def test_kernels_of_a_model(model, target):
     for label, spec in model_kernels(MODELS[model], device=target).items():
         found = list(usages(spec, label, target))
@@ -42,7 +47,7 @@ def test_kernels_of_a_model(model, target):
             assert (usage.matrix_instructions > 0) == dots, usage
 
 
-@pytest.mark.parametrize("target", ["sm_90", "gfx942"])
+@TARGETS
 def test_rows_use_matrix_instructions_and_do_not_spill(target):
     for spec in (
         untiled(4, 576, 1536, norm="rms", gated=True, activation="silu"),
@@ -54,7 +59,7 @@ def test_rows_use_matrix_instructions_and_do_not_spill(target):
         assert {u.spills for u in (first, *rest)} == {0}
 
 
-@pytest.mark.parametrize("target", ["sm_90", "gfx942"])
+@TARGETS
 @pytest.mark.parametrize("rows", [1, 16])
 def test_matrices_of_the_backbone_that_stay_apart_are_read_in_16_bytes_without_spills(rows, target):
     """q|k|v and gate|up of Llama-3.1-8B."""
@@ -79,8 +84,8 @@ def test_four_bits_become_numbers_in_one_instruction_without_a_conversion(dtype,
     assert counted(cuobjdump(compiled.asm["cubin"], "-sass"), spec) is not None
 
 
-@pytest.mark.parametrize("dependent", [False, True])
-@pytest.mark.parametrize("model", ["llama-3.1-8b", "llama-3.2-1b"])
+@pytest.mark.parametrize("dependent", [False, slow(True)])
+@LLAMAS
 def test_one_row_takes_at_most_3_2_instructions_for_a_weight(model, dependent):
     """On an H100 4.2 take as long as a weight's bytes. Each Triton compiles differently; this holds for all of them."""
     for label, spec in model_kernels(MODELS[model], device="sm_90").items():
@@ -94,7 +99,7 @@ def test_one_row_takes_at_most_3_2_instructions_for_a_weight(model, dependent):
             assert usage.loads_first, usage
 
 
-@pytest.mark.parametrize("model", ["llama-3.1-8b", "llama-3.2-1b"])
+@LLAMAS
 def test_sixteen_rows_behind_a_norm_take_at_most_1_3_times_the_instructions_of_one(model):
     """Every program normalises all rows again; with whatever Triton is installed, and without spills."""
     one, sixteen = (model_kernels(MODELS[model], device="sm_90", rows=rows) for rows in (1, 16))
@@ -201,6 +206,7 @@ def unusual_kernels():
 
 
 @pytest.mark.parametrize("target", ["sm_90", "gfx942"])
+@pytest.mark.slow
 def test_everything_that_can_be_generated_compiles(target):
     for spec in unusual_kernels():
         for usage in usages(spec, spec.family, target):

@@ -1,7 +1,7 @@
-"""What a loop's passes are given: ids, mask and positions, those of an earlier pass of the same width moved on.
+"""What the passes of a session are given: ids, masks and positions, those of an earlier pass moved on in place.
 
 `generate` makes them anew for every pass, up to half a millisecond of it. On a static cache that no sliding window of
-has become full, a later pass sees some slots more, and positions grow by as many.
+has become full, a later pass sees some slots more or fewer, and its positions differ by as many.
 
 Not handled (transformers' own methods make every pass's inputs then): caches that grow, full sliding windows, models
 that prepare their inputs or masks in a way of their own, inputs that other things than these belong to.
@@ -10,7 +10,6 @@ that prepare their inputs or masks in a way of their own, inputs that other thin
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator
-from dataclasses import dataclass
 from typing import Any
 
 import torch
@@ -25,73 +24,40 @@ _KNOWN = {"input_ids", "attention_mask", "position_ids", "cache", "past_key_valu
 Inputs = dict[str, Any]
 
 
-@dataclass
-class _Pass:
-    """A pass that others follow from.
-
-    Attributes:
-        inputs: what transformers made for it.
-        slot: the first one that it wrote.
-        width: its tokens of each row.
-        checked: whether one that followed from it was compared with transformers'.
-    """
-
-    inputs: Inputs
-    slot: int
-    width: int
-    checked: bool = False
-
-    def moved_to(self, slot: int, ids_BS: Tensor) -> Inputs | None:
-        """Returns the inputs of a pass that begins in a slot, None where it comes before or does not fit the masks."""
-        by = slot - self.slot
-        masks = dict(_masks(self.inputs))
-        if by < 0 or any(slot + self.width > mask.shape[-1] for mask in masks.values()):
-            return None
-        moved = {**self.inputs, "input_ids": ids_BS[:, -self.width :].clone(memory_format=torch.contiguous_format)}
-        own = {kind: self._moved(mask, slot) for kind, mask in masks.items()}
-        moved["attention_mask"] = own if type(self.inputs["attention_mask"]) is dict else own[None]
-        if moved.get("position_ids") is not None:
-            moved["position_ids"] = _copied(moved["position_ids"]).add_(by)
-        return moved
-
-    def _moved(self, mask: Tensor, slot: int) -> Tensor:
-        moved, first, end = _copied(mask), self.slot, self.slot + self.width
-        moved[..., first:slot] = mask[..., -1:, end - 1 : end]  # as a token sees itself
-        moved[..., slot : slot + self.width] = mask[..., first:end]
-        return moved
-
-
 class PassInputs:
-    """The inputs of the passes of one sequence on one cache, while its rows stay where they are.
+    """The inputs of passes of one width on one cache, while its rows stay where they are.
 
     Args:
         model: the model.
+        width: tokens of each row.
     """
 
-    def __init__(self, model: PreTrainedModel) -> None:
-        self._model = model
-        self._passes: dict[int, _Pass | None] = {}  # by width; None where nothing follows
+    def __init__(self, model: PreTrainedModel, width: int) -> None:
+        self._model, self._width = model, width
+        self._own: _Moved | None = None
+        self._checked = False  # whether a pass that followed from another was compared with transformers'
+        self._given_up = False
 
-    def of(self, ids_BS: Tensor, width: int, slot: int, prepare: Callable[[], Inputs]) -> Inputs:
-        """Returns the inputs of a pass.
+    def at(self, slot: int, ids_BS: Tensor, prepare: Callable[[], Inputs]) -> Inputs:
+        """Returns the inputs of a pass: the same object as the last time, or those that transformers makes.
 
         Args:
-            ids_BS: all ids, those of the pass last.
-            width: tokens of each row.
             slot: the first one that the pass writes: as many entries as the cache holds.
+            ids_BS: all ids, those of the pass last.
             prepare: makes them by transformers' methods.
         """
-        known = self._passes.get(width)
-        ours = None if known is None else known.moved_to(slot, ids_BS)
-        if known is not None and known.checked and ours is not None:
-            return ours
+        own = self._own
+        ours = own is not None and own.move_to(slot, ids_BS)
+        if own is not None and ours and self._checked:
+            return own.inputs
         theirs = prepare()
-        if ours is not None and known is not None:
-            known.checked = _same(ours, theirs)
-            if not known.checked:
-                self._passes[width] = None
-        elif width not in self._passes or known is not None:
-            self._passes[width] = _Pass(theirs, slot, width) if self._can_follow(theirs, slot + width) else None
+        if own is not None and ours:
+            self._checked = _same(own.inputs, theirs)
+            self._given_up = not self._checked
+        if not self._checked and not self._given_up and self._can_follow(theirs, slot + self._width):
+            self._own = _Moved(theirs, slot, self._width)
+        elif not self._checked:
+            self._own = None
         return theirs
 
     def _can_follow(self, inputs: Inputs, filled: int) -> bool:
@@ -106,10 +72,54 @@ class PassInputs:
             and kind._update_model_kwargs_for_generation is GenerationMixin._update_model_kwargs_for_generation
             and not hasattr(model, "create_masks_for_generate")
             and all(isinstance(mask, Tensor) and mask.dim() == 4 for _, mask in _masks(inputs))
-            and all(filled <= mask.shape[-1] for _, mask in _masks(inputs))
+            and all(filled < mask.shape[-1] for _, mask in _masks(inputs))
             and all(map(_has_places_of_its_own, (mask for _, mask in _masks(inputs))))
             and ("position_ids" not in inputs or _has_places_of_its_own(inputs["position_ids"]))
         )
+
+
+class _Moved:
+    """Copies of a pass's inputs, which become those of a pass at another slot.
+
+    Args:
+        inputs: of a pass by transformers.
+        slot: the first one that it writes.
+        width: tokens of each row.
+    """
+
+    def __init__(self, inputs: Inputs, slot: int, width: int) -> None:
+        own = {kind: _copied(mask) for kind, mask in _masks(inputs)}
+        self.inputs = {**inputs, "input_ids": inputs["input_ids"].clone(memory_format=torch.contiguous_format)}
+        self.inputs["attention_mask"] = own if type(inputs["attention_mask"]) is dict else own[None]
+        self._positions = inputs.get("position_ids")
+        if self._positions is not None:
+            self.inputs["position_ids"] = self._positions = _copied(self._positions)
+        self._slot, self._width = slot, width
+        self._slots = min(mask.shape[-1] for mask in own.values())
+        # Of each mask: itself, how the pass's tokens see each other, and how one sees itself and what comes later.
+        end = slot + width
+        self._masks = [
+            (mask, mask[..., slot:end].clone(), mask[..., -1:, end - 1 : end].clone(), mask[..., -1:, end:][..., :1])
+            for mask in own.values()
+        ]
+        self._masks = [(mask, block, seen, hidden.clone()) for mask, block, seen, hidden in self._masks]
+
+    def move_to(self, slot: int, ids_BS: Tensor) -> bool:
+        """Makes the inputs those of a pass that begins in a slot; returns False where that does not fit the masks."""
+        before, width = self._slot, self._width
+        if slot + width > self._slots:
+            return False
+        for mask, block, seen, hidden in self._masks:
+            if slot > before:
+                mask[..., before:slot] = seen
+            elif slot < before:
+                mask[..., slot + width : before + width] = hidden
+            mask[..., slot : slot + width] = block
+        if self._positions is not None and slot != before:
+            self._positions.add_(slot - before)
+        self.inputs["input_ids"].copy_(ids_BS[:, -width:])
+        self._slot = slot
+        return True
 
 
 def _has_room(layer: Any, filled: int) -> bool:

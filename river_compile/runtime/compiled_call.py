@@ -1,0 +1,86 @@
+"""What stands as the compiled call of a model: marks the sizes that grow, and lets a thread call the model plainly."""
+
+from __future__ import annotations
+
+import contextlib
+import threading
+from collections.abc import Callable, Iterator
+from typing import Any
+
+from torch import nn
+from torch._dynamo.exc import TorchRuntimeError
+
+from river_compile.upstream.compiled_calls import error_of_code
+from river_compile.upstream.growing import mark_growing
+
+
+class _Thread(threading.local):
+    """Whether a thread calls models as they are without compilation."""
+
+    plain = False
+
+
+_thread = _Thread()
+
+
+@contextlib.contextmanager
+def uncompiled() -> Iterator[None]:
+    """Inside, this thread calls models with a :class:`CompiledCall` as they are without compilation."""
+    before, _thread.plain = _thread.plain, True
+    try:
+        yield
+    finally:
+        _thread.plain = before
+
+
+def on_purpose() -> bool:
+    """Tells whether this thread calls models plainly at the moment."""
+    return _thread.plain
+
+
+class CompiledCall:
+    """The compiled call of a model.
+
+    Attributes:
+        compiled: what ``torch.compile`` returned.
+        after: called after each call of it.
+    """
+
+    after: Callable[[], object] | None = None
+
+    def __init__(self, compiled: Callable[..., Any], plain: Callable[..., Any], prompts: bool) -> None:
+        self.compiled, self._plain, self._prompts = compiled, plain, prompts
+
+    def __call__(self, *args: Any, **kwargs: Any) -> Any:
+        if _thread.plain:
+            return self._plain(*args, **kwargs)
+        mark_growing(kwargs, self._prompts)
+        try:
+            result = self.compiled(*args, **kwargs)
+        except TorchRuntimeError as error:
+            raise error_of_code(error) from None
+        if self.after is not None:
+            self.after()
+        return result
+
+
+def install(model: nn.Module, prompts: bool = False, after: Callable[[], object] | None = None) -> None:
+    """Puts a :class:`CompiledCall` in the place of what ``model.compile`` made of a model's calls.
+
+    Args:
+        model: a model that was compiled; one that was not is left alone.
+        prompts: whether all calls are marked, for prompts of any length; False where one may have been traced already:
+            then what goes on with a cache that grows is marked, which Dynamo would have traced again anyway.
+        after: called after each compiled call; None leaves it as it is.
+    """
+    call: Any = model._compiled_call_impl
+    if call is not None and not isinstance(call, CompiledCall):
+        call = model._compiled_call_impl = CompiledCall(call, model._call_impl, prompts)
+    if call is not None and after is not None:
+        call.after = after
+
+
+def compiled_call(model: nn.Module) -> Callable[..., Any] | None:
+    """Returns what ``torch.compile`` returned for a model's calls, None where it was not asked."""
+    call: Any = model._compiled_call_impl
+    return call.compiled if isinstance(call, CompiledCall) else call

@@ -1,0 +1,39 @@
+"""What a test does by default and what with --slow: how many random examples it takes, and which of its parameters."""
+
+from __future__ import annotations
+
+from collections.abc import Collection, Iterable
+
+import pytest
+from hypothesis import settings
+
+SHARES = {"quick": 0.3, "slow": 1.0, "long": 200.0}  # by the name of a profile of Hypothesis
+_DEFAULT = 100  # of a test that names no number
+_LEAST = 3
+
+
+def register_profiles() -> None:
+    """Registers the profiles, of which "quick" counts from now on; all but "long" draw the same examples each time."""
+    for name, share in SHARES.items():
+        repeats = {"derandomize": True} if name != "long" else {}
+        settings.register_profile(name, max_examples=round(share * _DEFAULT), deadline=None, database=None, **repeats)
+    settings.load_profile("quick")
+
+
+def examples(count: int) -> settings:
+    """Returns settings for so many examples with --slow, and for the profile's share of them otherwise.
+
+    "long" asks every test for 20,000.
+    """
+    most = settings.default.max_examples
+    return settings(max_examples=most if most > _DEFAULT else max(_LEAST, count * most // _DEFAULT))
+
+
+def slow(*values: object) -> object:
+    """Returns a parameter of a test, or a tuple of them, that counts with --slow alone."""
+    return pytest.param(*values, marks=pytest.mark.slow)
+
+
+def slow_but(quick: Collection, parameters: Iterable) -> list:
+    """Returns parameters of a test of which all but the `quick` ones count with --slow alone."""
+    return [value if value in quick else slow(value) for value in parameters]

@@ -1,0 +1,76 @@
+"""What continuous integration runs: the Makefile's targets, and nothing that the Makefile does not know."""
+
+import os
+import re
+import subprocess
+from pathlib import Path
+
+import pytest
+import yaml
+
+ROOT = Path(__file__).resolve().parents[2]
+WORKFLOWS = sorted(ROOT.glob(".github/workflows/*.yml"))
+
+#: Stands in for the programs of the virtual environment: notes what is called, and fails where it is told to.
+PROGRAM = """#!/bin/sh
+echo "$(basename "$0") $*" >> "$CALLS"
+echo "said by $2"
+case "$*" in *"$FAILS"*) exit 3;; esac
+"""
+
+
+@pytest.fixture
+def make(tmp_path):
+    """Runs a target with an environment of programs that do nothing; returns its status, output and calls."""
+    (tmp_path / "bin").mkdir()
+    for name in ("python", "clang-format"):
+        program = tmp_path / "bin" / name
+        program.write_text(PROGRAM)
+        program.chmod(0o755)
+    for stamp in (".created", ".installed-demo", ".installed-test"):
+        (tmp_path / stamp).touch()
+
+    def run(target: str, fails: str = "nothing fails") -> tuple[int, str, list[str]]:
+        environment = {**os.environ, "CALLS": str(tmp_path / "calls"), "FAILS": fails, "MAKEFLAGS": ""}
+        command = ["make", target, f"VENV={tmp_path}"]
+        done = subprocess.run(
+            command, cwd=ROOT, env=environment, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True
+        )
+        return done.returncode, done.stdout, (tmp_path / "calls").read_text().splitlines()
+
+    return run
+
+
+def test_make_test_lints_checks_types_and_runs_the_tests(make):
+    status, said, calls = make("test")
+    assert status == 0, said
+    for program in ("python -m ruff check", "python -m ruff format --check", "clang-format --dry-run -Werror"):
+        assert any(call.startswith(program) for call in calls), calls
+    assert "python -m tools.typecheck" in calls
+    assert any(call.startswith("python -m pytest") and "--slow" not in call for call in calls)
+    assert any("--slow" in call for call in make("test-all")[2])
+
+
+@pytest.mark.parametrize("fails", ["ruff check", "ruff format", "--dry-run", "tools.typecheck"])
+def test_make_test_fails_with_its_lint_and_says_so_after_the_tests(make, fails):
+    status, said, _ = make("test", fails)
+    assert status != 0
+    assert "make lint FAILED, see above" in said
+    assert said.index("said by pytest") < said.index("said by ruff") < said.index("make lint FAILED")
+
+
+def test_make_test_fails_with_a_test(make):
+    status, said, _ = make("test", "pytest")
+    assert status != 0
+    assert "make lint FAILED" not in said
+
+
+@pytest.mark.parametrize("workflow", WORKFLOWS, ids=lambda path: path.stem)
+def test_workflows_call_targets_of_the_makefile_and_nothing_else(workflow):
+    targets = re.search(r"^\.PHONY: (.*)$", (ROOT / "Makefile").read_text(encoding="utf-8"), re.MULTILINE)[1].split()
+    for job in yaml.safe_load(workflow.read_text(encoding="utf-8"))["jobs"].values():
+        used = [step.get("uses", "").partition("@")[0] for step in job["steps"]]
+        assert used == ["actions/checkout", "actions/setup-python", ""]
+        make, target = job["steps"][-1]["run"].split()
+        assert make == "make"
+        assert target in targets
