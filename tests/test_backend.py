@@ -25,6 +25,7 @@ from river_compile.kernels import ops
 from river_compile.reporting.report import histogram
 from tests.support.decoding import CAPACITY, decode, new_cache
 from tests.support.families import make, prompt
+from tests.support.tokenizers import byte_tokenizer
 from tests.support.traced import TracedStep
 
 ROOT = Path(__file__).parent.parent
@@ -39,19 +40,33 @@ def generate(model, batch=1, new_tokens=6, **options):
     )
 
 
-def test_model_compile_and_compiled_forward_go_through_generate():
-    """Both ways give the same text, and the report says that tokens left."""
-    texts = []
-    for switch_on in (
-        lambda m: m.compile(backend=river, options=ALWAYS),
-        lambda m: setattr(m, "forward", torch.compile(m.forward, backend=river, options=ALWAYS)),
-    ):
-        torch._dynamo.reset()
-        model = make("llama", layers=2)
-        switch_on(model)
-        texts.append(generate(model, cache_implementation="static"))
-        assert report(model).decode_depths == {1: 5}
-    assert torch.equal(*texts)
+@pytest.fixture(scope="module")
+def always():
+    """A model whose tokens all leave after one block, for tests that change nothing of it."""
+    model = make("llama", layers=2)
+    model.compile(backend=river, options=ALWAYS)
+    return model
+
+
+@pytest.fixture(scope="module")
+def unquantized():
+    """A model whose tokens all leave, through twins that hold the weights as they are."""
+    model = make("llama", layers=2)
+    model.compile(backend=river, options={**ALWAYS, "quantizer": "none"})
+    return model
+
+
+def test_model_compile_and_compiled_forward_go_through_generate(always):
+    """Both ways give the same text, the report says that tokens left, and nothing is warned of."""
+    model = make("llama", layers=2)
+    model.forward = torch.compile(model.forward, backend=river, options=ALWAYS)
+    with warnings.catch_warnings():
+        warnings.simplefilter("error", RiverWarning)
+        with trace() as seen:
+            text = generate(always)
+        assert torch.equal(generate(model), text)
+    assert [step.depth for step in seen.tokens] == [1] * 5
+    assert report(model).decode_depths == {1: 5}
 
 
 def test_wrapper_is_rewritten_when_called_but_its_generate_runs_the_original():
@@ -83,29 +98,25 @@ def test_a_mode_reaches_inductor():
 
 
 @pytest.mark.core
-@pytest.mark.parametrize("arguments", [{"num_beams": 3}, {"do_sample": True, "top_k": 5}])
-def test_beam_search_and_sampling_run_through_the_river(arguments):
+@pytest.mark.parametrize("arguments", [{"num_beams": 3}, {"do_sample": True, "top_k": 5, "num_return_sequences": 3}])
+def test_beam_search_and_sampling_run_through_the_river(unquantized, arguments):
     """Twins that hold the weights as they are give the plain model's text, whose beams and draws change the cache."""
-    model, ids = make("llama", layers=2), prompt(batch=2)
+    ids = prompt(batch=2)
 
-    def text() -> torch.Tensor:
+    def text(model) -> torch.Tensor:
         torch.manual_seed(0)
         return model.generate(ids, attention_mask=torch.ones_like(ids), max_new_tokens=12, **arguments)
 
-    plain = text()
-    model.compile(backend=river, options={**ALWAYS, "quantizer": "none"})
-    assert torch.equal(text(), plain)
-    assert set(report(model).decode_depths) == {1}
+    with trace() as seen:
+        assert torch.equal(text(unquantized), text(make("llama", layers=2)))
+    assert {step.depth for step in seen.tokens} == {1}
 
 
-def test_pipeline_goes_through_a_compiled_model(smollm2_tokenizer):
-    model = make("llama", layers=2)
-    model.compile(backend=river, options=ALWAYS)
-    model.config.get_text_config().vocab_size = 128
-    pipe = pipeline("text-generation", model=model, tokenizer=smollm2_tokenizer, device="cpu")
-    with torch.no_grad():
-        pipe("a", max_new_tokens=3, do_sample=False)
-    assert sum(report(model).decode_depths.values()) >= 2
+def test_pipeline_goes_through_a_compiled_model(always):
+    pipe = pipeline("text-generation", model=always, tokenizer=byte_tokenizer(), device="cpu")
+    with torch.no_grad(), trace() as seen:
+        pipe("abc", max_new_tokens=3, do_sample=False)
+    assert [step.depth for step in seen.tokens] == [1, 1]
 
 
 @torch.inference_mode()
@@ -115,12 +126,10 @@ def test_a_model_made_in_inference_mode_is_observed_packed_and_decoded():
     assert next(model.parameters()).is_inference()
     assert observe(model, inputs=texts, progress=False).tokens == 16
     model.compile(backend=river, options={"lowering": "eager", "group_size": 32, "quantizer": "gptq"})
-    cache = new_cache(model, "static")
-    river_logits = decode(model, cache, [0, 2], plain_prompt=True)
-    plain = make("llama", layers=2)
-    expected = decode(plain, new_cache(plain, "static"), [None, None], compiled=False)
-    torch.testing.assert_close(river_logits[0], expected[0])
-    assert 1e-4 < (river_logits[1] - expected[1]).abs().max() < 1
+    logits = decode(model, new_cache(model, "static"), [2, 0], plain_prompt=True)
+    expected = decode(model, new_cache(model, "static"), [None, None], compiled=False)
+    torch.testing.assert_close(logits[1], expected[1])
+    assert 1e-4 < (logits[2] - expected[2]).abs().max() < 1
     assert len(report(model).packed) > 0
 
 
@@ -150,7 +159,7 @@ class TestRefusals:
 
     def test_a_graph_that_needs_gradients(self):
         model = make("llama", layers=2)
-        model.compile(backend=river)
+        model.compile(backend=river, options=EAGER)
         with pytest.warns(RiverWarning, match="needs gradients; run generation under torch.no_grad"):
             loss = model(prompt(), labels=prompt()).loss
         loss.backward()
@@ -165,7 +174,7 @@ class TestRefusals:
         )
         model = ViTModel(config).eval()
         pixels = torch.randn(1, 3, 32, 32)
-        compiled = torch.compile(model, backend=river, options={"on_unsupported": "inductor"})
+        compiled = torch.compile(model, backend=river, options={**EAGER, "on_unsupported": "inductor"})
         with torch.no_grad(), pytest.warns(RiverWarning, match="write no KV cache"):
             out = compiled(pixels).last_hidden_state
         with torch.no_grad():
@@ -178,106 +187,76 @@ class TestRefusals:
 
 
 class TestRuntime:
-    @pytest.mark.usefixtures("fresh_dynamo")
-    def test_a_full_cache_is_an_error_before_anything_is_written(self):
-        """The message names slots, fill and fix; cache and counters stay as they were."""
-        model = make("llama", layers=2)
-        model.compile(backend=river, options=EAGER)
-        cache = new_cache(model, "static")
-        decode(model, cache, [2] * (CAPACITY - 9), plain_prompt=True)
-        before = [(layer.keys.clone(), int(layer.get_seq_length())) for layer in cache.layers]
-        with pytest.raises(CacheFullError, match="holds 24 tokens; 24 are filled and this step adds 1"):
-            decode_one(model, cache)
-        for layer, (keys, length) in zip(cache.layers, before, strict=True):
-            assert torch.equal(layer.keys, keys)
-            assert int(layer.get_seq_length()) == length
-
     def test_a_score_that_is_no_number_never_leaves(self):
-        model = make("llama", layers=3)
+        step = TracedStep(layers=3)
         with torch.no_grad():
-            model.model.layers[1].mlp.down_proj.weight.fill_(torch.nan)
-        model.compile(backend=river, options={**EAGER, "threshold": -1.0, "first_exit": 2, "quantizer": "none"})
+            step.model.model.layers[1].mlp.down_proj.weight.fill_(torch.nan)
         with trace() as t:
-            decode(model, new_cache(model, "static"), [None], plain_prompt=True)
+            step.run(None, first_exit=2, quantizer="none")
         assert t.tokens[0].depth == 3
         assert t.tokens[0].similarities[0] != t.tokens[0].similarities[0]
 
-    @pytest.mark.slow
     def test_depth_and_similarities_follow_the_threshold(self):
         """A threshold between two observed similarities makes the token leave at the first that exceeds it."""
-        model = make("llama", layers=4)
-        model.compile(backend=river, options={**EAGER, "threshold": 2.0})
+        step = TracedStep(layers=4)
         with trace() as t:
-            decode(model, new_cache(model, "static"), [None])
+            step.run(None, threshold=2.0, quantizer="rtn")
         similarities = t.tokens[0].similarities
         assert t.tokens[0].depth == 4
         assert len(similarities) == 3
         tau = sorted(similarities)[1]
         expected = next(depth for depth, s in enumerate(similarities, start=1) if s > tau)
-        torch._dynamo.reset()
-        model.compile(backend=river, options={**EAGER, "threshold": tau})
         with trace() as t:
-            decode(model, new_cache(model, "static"), [None])
+            step.run(None, threshold=tau, quantizer="rtn")
         assert t.tokens[0].depth == expected
 
     def test_a_prompt_may_leave_as_a_whole(self):
         model = make("llama", layers=3)
         model.compile(backend=river, options={**ALWAYS, "prefill": "exit"})
-        generate(model, cache_implementation="static")
+        decode(model, new_cache(model, "static"), [])
         assert report(model).prefill_depths == {1: 1}
 
     def test_a_forced_depth_needs_its_segments(self):
-        model = make("llama", layers=2)
-        model.compile(backend=river, options={**EAGER, "exit_depth": 2})
         with pytest.raises(ValueError, match="compiled with exit_depth=2 and has no other segments"):
-            decode(model, new_cache(model, "static"), [0], plain_prompt=True)
+            TracedStep().run(0, exit_depth=2)
 
     @pytest.mark.parametrize("lm_head", ["keep", "w4"])
     @pytest.mark.parametrize("depth", [0, 1, 2])
-    @pytest.mark.slow
     def test_one_depth_for_all_needs_no_other_segments(self, depth, lm_head):
         """A fixed depth compiles what it runs and gives the logits of the same depth chosen by force."""
-        logits = []
-        for fixed in (depth, None):
-            torch._dynamo.reset()
-            model = make("llama", layers=2)
-            model.compile(backend=river, options={**EAGER, "exit_depth": fixed, "lm_head": lm_head})
-            logits.append(decode(model, new_cache(model, "static"), [depth if fixed is None else None], batch=1)[-1])
-        assert torch.equal(*logits)
+        step, options = TracedStep(), {"quantizer": "rtn", "lm_head": lm_head}
+        assert torch.equal(step.run(None, exit_depth=depth, **options), step.run(depth, **options))
 
-    @pytest.mark.slow
     def test_a_forced_threshold_and_first_exit(self):
         """They hold for decode steps inside the context alone, need checks, and a forced depth goes before them."""
-        model = make("llama", layers=4)
-        model.compile(backend=river, options={**EAGER, "threshold": 2.0})
-        with trace() as t, forced_threshold(-1.0, first_exit=2):
-            decode(model, new_cache(model, "static"), [None, 3])
-        with trace() as after:
-            decode(model, new_cache(model, "static"), [None])
-        assert [step.depth for step in (*t.tokens, *after.tokens)] == [2, 3, 4]
-        torch._dynamo.reset()
-        model.compile(backend=river, options={**EAGER, "exit_depth": 2})
+        step = TracedStep(layers=4)
+        executor = step.compiled(threshold=2.0, quantizer="rtn")
+        with trace() as t:
+            with forced_threshold(-1.0, first_exit=2):
+                step.call(executor, None)
+                step.call(executor, 3)
+            step.call(executor, None)
+        assert [token.depth for token in t.tokens] == [2, 3, 4]
+        executor = step.compiled(exit_depth=2, quantizer="rtn")
         with forced_threshold(0.5), pytest.raises(ValueError, match=r"threshold 0\.5 was asked for, but this model"):
-            decode(model, new_cache(model, "static"), [None])
+            step.call(executor, None)
 
     def test_the_head_in_four_bits_serves_those_who_left(self, monkeypatch):
         """lm_head="w4" changes small logits of a token that left, not the largest, and none of one that stayed."""
         monkeypatch.setattr(ops, "RESCORED", 4)
-        model = make("llama", layers=2)
-        logits = {}
+        step, logits = TracedStep(), {}
         for lm_head in ("keep", "w4"):
-            torch._dynamo.reset()
-            model.compile(backend=river, options={**EAGER, "lm_head": lm_head})
-            logits[lm_head] = decode(model, new_cache(model, "static"), [2, 1], plain_prompt=True)
-        assert torch.equal(logits["keep"][1], logits["w4"][1])
-        kept, left = logits["keep"][2], logits["w4"][2]
+            executor = step.compiled(quantizer="rtn", lm_head=lm_head)
+            logits[lm_head] = [step.call(executor, depth) for depth in (2, 1)]
+        assert torch.equal(logits["keep"][0], logits["w4"][0])
+        kept, left = logits["keep"][1], logits["w4"][1]
         alike = torch.isclose(kept, left, rtol=1e-5, atol=1e-5)
         assert (alike.sum(-1) < 8).all()
         assert alike.gather(-1, left.argmax(-1, keepdim=True)).all()
 
     def test_threads_do_not_mix(self):
         """Two threads on one model and two models, each with its own depth: every text is what it is alone."""
-        models = [make("llama", layers=3, seed=seed) for seed in (0, 0, 1)]
+        models = [make("llama", layers=2, seed=seed) for seed in (0, 0, 1)]
         models[1] = models[0]
         for model in {id(m): m for m in models}.values():
             model.compile(backend=river, options=EAGER)
@@ -306,6 +285,19 @@ class TestRuntime:
             torch._dynamo.reset()
             assert torch.equal(run_at(model, 0), ids)
 
+    def test_a_full_cache_is_an_error_before_anything_is_written(self, fresh_dynamo):
+        """The message names slots, fill and fix; cache and counters stay as they were."""
+        model = make("llama", layers=2)
+        model.compile(backend=river, options=EAGER)
+        cache = new_cache(model, "static")
+        decode(model, cache, [2] * (CAPACITY - 9), plain_prompt=True)
+        before = [(layer.keys.clone(), int(layer.get_seq_length())) for layer in cache.layers]
+        with pytest.raises(CacheFullError, match="holds 24 tokens; 24 are filled and this step adds 1"):
+            decode_one(model, cache)
+        for layer, (keys, length) in zip(cache.layers, before, strict=True):
+            assert torch.equal(layer.keys, keys)
+            assert int(layer.get_seq_length()) == length
+
 
 class TestReport:
     def test_bars_are_in_proportion_and_name_tokens_that_never_left(self):
@@ -318,7 +310,7 @@ class TestReport:
     def test_report_is_json_and_names_what_was_done(self):
         model = make("deepseek_v3", layers=2)
         model.compile(backend=river, options={**ALWAYS, "group_size": 64})
-        generate(model, cache_implementation="static")
+        decode(model, new_cache(model, "static"), [None] * 5, batch=1, plain_prompt=True)
         seen = json.loads(json.dumps(report(model).to_dict()))
         assert seen["exit_depths"] == {"1": 5}
         assert seen["packed_bytes"] > 0
@@ -341,21 +333,19 @@ class TestReport:
         assert report(model).recompiles > 0
 
     def test_changed_weights_are_packed_again(self):
-        model = make("llama", layers=2)
-        model.compile(backend=river, options=ALWAYS)
-        generate(model, cache_implementation="static")
-        before = {p.name: p.tensors[0].clone() for p in report(model).packed}
+        step = TracedStep()
+        step.run(quantizer="rtn")
+        before = {p.name: p.tensors[0].clone() for p in report(step.model).packed}
         with torch.no_grad():
-            model.model.layers[1].mlp.down_proj.weight.mul_(-1)
-        torch._dynamo.reset()
-        generate(model, cache_implementation="static")
-        changed = [p.name for p in report(model).packed if not torch.equal(p.tensors[0], before[p.name])]
+            step.model.model.layers[1].mlp.down_proj.weight.mul_(-1)
+        step.run(quantizer="rtn")
+        changed = [p.name for p in report(step.model).packed if not torch.equal(p.tensors[0], before[p.name])]
         assert changed == ["model.layers.1.mlp.down_proj"]
 
-    def test_a_freed_model_leaves_nothing_behind(self):
+    def test_a_freed_model_leaves_nothing_behind(self, fresh_dynamo):
         model = make("llama", layers=2)
         model.compile(backend=river, options=ALWAYS)
-        generate(model, cache_implementation="static")
+        decode(model, new_cache(model, "static"), [None], plain_prompt=True)
         watched = [weakref.ref(p.tensors[0]) for p in report(model).packed] + [weakref.ref(model)]
         assert len(watched) > 4
         del model
@@ -365,10 +355,8 @@ class TestReport:
 
     def test_the_rewritten_graph_can_be_read(self, tmp_path, caplog):
         """dump_dir shows checks and twins by name; the log holds the table of passes."""
-        model = make("llama", layers=2)
         with caplog.at_level(logging.DEBUG, logger="river_compile"):
-            model.compile(backend=river, options={**ALWAYS, "dump_dir": str(tmp_path)})
-            generate(model, cache_implementation="static")
+            TracedStep().run(quantizer="rtn", dump_dir=str(tmp_path))
         folder = tmp_path / "decode_1"
         assert "torch.ops.river.exit_score" in (folder / "block_1.py").read_text()
         assert "torch.ops.river.linear" in (folder / "twin_2.py").read_text()
@@ -399,11 +387,9 @@ model.generate(prompt(), max_new_tokens=3, do_sample=False, cache_implementation
         ):
             assert f'"name": "{name}"' in text, name
 
-    def test_the_picture_of_a_trace(self, tmp_path):
-        model = make("llama", layers=2)
-        model.compile(backend=river, options=ALWAYS)
+    def test_the_picture_of_a_trace(self, always, tmp_path):
         with trace() as t:
-            generate(model, new_tokens=40, cache_implementation="static")
+            generate(always, new_tokens=40)
         path = t.plot(tmp_path / "depths.png", texts=["a"] * len(t.tokens))
         assert path.read_bytes().startswith(b"\x89PNG")
         with pytest.raises(ValueError, match="texts has 1 entries for 39 decode steps"):
@@ -451,11 +437,3 @@ def decode_one(model, cache):
         input_ids=ids, attention_mask=mask, position_ids=torch.full((2, 1), CAPACITY), use_cache=True,
         **{cache_argument(model): cache},
     )  # fmt: skip
-
-
-def test_no_warning_for_a_decoder():
-    with warnings.catch_warnings():
-        warnings.simplefilter("error", RiverWarning)
-        model = make("llama", layers=2)
-        model.compile(backend=river, options=EAGER)
-        generate(model)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 from collections.abc import Sequence
 
 import torch
@@ -11,7 +12,7 @@ from transformers.cache_utils import QuantizedLayer
 
 from river_compile.exits import forced_depth
 from river_compile.upstream.growing import mark_growing
-from river_compile.upstream.hf_cache import cache_argument
+from river_compile.upstream.hf_cache import cache_argument, cache_of
 from tests.support.families import prompt
 
 CAPACITY = 24
@@ -43,6 +44,20 @@ def left_padded(batch: int, length: int = 9) -> tuple[Tensor, Tensor]:
 
 
 @torch.no_grad()
+def run_plainly(model, **inputs):
+    """Runs a prompt as if the model were not compiled; the cache is then as a compiled prompt leaves it.
+
+    (Outside of Dynamo transformers marks a static cache's tensors, which makes them look like weights in a graph.)
+    """
+    outputs = model.forward(**inputs)
+    for layer in cache_of(inputs).layers:
+        for tensor in vars(layer).values():
+            if isinstance(tensor, Tensor):
+                vars(tensor).pop("_dynamo_static_input_type", None)
+    return outputs
+
+
+@torch.no_grad()
 def decode(
     model,
     cache,
@@ -59,7 +74,7 @@ def decode(
         plain_prompt: runs the prompt as if it were not compiled, for tests of steps alone: one graph less to trace.
     """
     run = model if compiled else model.forward
-    run_prompt = model.forward if plain_prompt else run
+    run_prompt = functools.partial(run_plainly, model) if plain_prompt else run
     held = {"use_cache": True, cache_argument(model): cache}
     ids, mask = (tensor.to(model.device) for tensor in left_padded(batch))
     logits = [run_prompt(input_ids=ids, attention_mask=mask, **held).logits]

@@ -9,7 +9,7 @@ These models say nothing about quality or speed; `river_compile/cli/demo_models.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Container, Iterable
 from functools import partial
 
 import pytest
@@ -166,10 +166,10 @@ REWRITTEN = [name for name in FAMILIES if name not in REFUSED]
 QUICK = ("llama", "gemma3", "phi", "gpt2", "mixtral")
 
 
-def each(parameters: Iterable[str | tuple]) -> list:
-    """Returns parameters of a test, which begin with the name of a family; all but those of `QUICK` are slow."""
+def each(parameters: Iterable[str | tuple], quick: Container[str] = QUICK) -> list:
+    """Returns parameters of a test, which begin with the name of a family; all but those of `quick` are slow."""
     tuples = [(given,) if isinstance(given, str) else given for given in parameters]
-    return [pytest.param(*given, marks=() if given[0] in QUICK else pytest.mark.slow) for given in tuples]
+    return [pytest.param(*given, marks=() if given[0] in quick else pytest.mark.slow) for given in tuples]
 
 
 def prompt(length: int = 12, batch: int = 1, seed: int = 0) -> torch.Tensor:
