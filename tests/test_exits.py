@@ -6,6 +6,7 @@ the logits and the cache are, to the bit, those of a run that was given each tok
 
 from __future__ import annotations
 
+import functools
 import math
 import weakref
 
@@ -18,7 +19,7 @@ from hypothesis import strategies as st
 from river_compile import OptionError, RiverConfig, exact, report, river, trace
 from river_compile.exits import CRITERIA, Doubt, Memories, Memory, forced_depth, forced_threshold
 from river_compile.kernels.portable import largest_entropy
-from tests.support.decoding import cache_argument, cache_state, decode, new_cache
+from tests.support.decoding import cache_argument, cache_state, decode, new_cache, run_plainly
 from tests.support.examples import examples
 from tests.support.families import COMMON, SLIDING_WINDOW, make, prompt
 
@@ -88,7 +89,8 @@ def decode_by_hand(model, kind, steps, ids=None, cache=None, plain_prompt=False,
     The prompt, or all of it, runs as if the model was not compiled where that is asked for.
     """
     cache = cache or new_cache(model, kind)
-    run, run_prompt = (model.forward if given else model for given in (plain, plain or plain_prompt))
+    run = model.forward if plain else model
+    run_prompt = functools.partial(run_plainly, model) if plain_prompt else run
     held = {"use_cache": True, cache_argument(model): cache}
     ids = prompt(5) if ids is None else ids
     passes = [run_prompt(input_ids=ids, **held)]
