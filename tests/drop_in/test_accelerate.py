@@ -182,7 +182,15 @@ def test_a_model_that_the_backend_cannot_reach_generates_plainly():
     assert cache_of(out).get_seq_length() == out.sequences.shape[1] - 1
 
 
-@pytest.mark.parametrize("quality", ["exact", "strict", "fast"])
+def test_without_a_compiler_strict_is_an_error():
+    ours = river_compile.accelerate(plain(), "strict")
+    with inductor.patch({"cpp.cxx": (None, "false")}), warnings.catch_warnings():
+        warnings.simplefilter("ignore")
+        with pytest.raises(river_compile.ExactModeError, match="install g"):
+            generate(ours)
+
+
+@pytest.mark.parametrize("quality", ["exact", "fast"])
 def test_without_a_compiler_a_model_generates_plainly_with_one_warning(quality, expected):
     ours = river_compile.accelerate(plain(), quality)
     with inductor.patch({"cpp.cxx": (None, "false")}), warnings.catch_warnings(record=True) as said:

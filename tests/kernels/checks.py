@@ -400,10 +400,10 @@ def check_kernel(spec: KernelSpec, rows: int, slots: int, device: str) -> None:
         assert isinstance(spec, ExitScoreSpec), "another family has no check here"
         check_exit_score(spec, 1.0, device=device)
         check_nan_never_exits(spec, rows - 1, device=device)
-        for history, bar in ((0, "at"), (0, "below"), (4, "at"), (4, "below")):
-            decides = dataclasses.replace(spec, decides=True, history=history)
-            check_exit_verdict(decides, bar, earlier=[0.9, 0.8], device=device)
-            check_exit_verdict(decides, math.nan, spoiled=rows - 1, device=device)
+        decides = dataclasses.replace(spec, decides=True)
+        for bar in ("at", "below"):
+            check_exit_verdict(decides, bar, device=device)
+        check_exit_verdict(decides, math.nan, spoiled=rows - 1, device=device)
 
 
 def window_of(spec: DecodeAttentionSpec) -> ShiftSpec:

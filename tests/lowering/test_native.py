@@ -4,11 +4,11 @@ import warnings
 
 import pytest
 import torch
-import torch._inductor.config as inductor
 
 from river_compile import OptionError, RiverWarning, exact, report, river, trace
 from river_compile.config import RiverConfig
 from river_compile.exits import WHOLE, forced_depth
+from river_compile.kernels.native.build import CannotBuild
 from river_compile.lowering import choose
 from river_compile.lowering.choose import Lowering, choose_lowering
 from river_compile.upstream.hf_cache import cache_argument
@@ -143,15 +143,17 @@ def test_which_layout_is_chosen(monkeypatch):
         choose.warn_of_slow_lowering(chosen, CPU)
 
 
-def test_without_a_compiler_products_are_atens_and_it_is_said_once(monkeypatch):
+def test_where_the_compiler_refuses_the_kernels_products_are_atens_and_it_is_said_once(monkeypatch):
+    def refuses(*_):
+        raise CannotBuild("it knows no such flag")
+
     choose.warn_once.cache_clear()
-    monkeypatch.setattr(choose.native, "_tables", {})  # as in a process that has loaded nothing yet
-    with inductor.patch({"cpp.cxx": (None, "no-such-compiler")}):
-        with pytest.warns(RiverWarning, match="it cannot be, so their products are ATen's: no C.. compiler was found"):
-            lowering = choose_lowering(RiverConfig(lowering="native"), CPU)
-        with warnings.catch_warnings():
-            warnings.simplefilter("error")
-            assert choose_lowering(RiverConfig(lowering="native"), CPU) == lowering
+    monkeypatch.setattr(choose.native, "load", refuses)
+    with pytest.warns(RiverWarning, match="it cannot be, so their products are ATen's: it knows no such flag"):
+        lowering = choose_lowering(RiverConfig(lowering="native"), CPU)
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        assert choose_lowering(RiverConfig(lowering="native"), CPU) == lowering
     assert lowering.layout == "aten_cpu"
 
 

@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-from types import SimpleNamespace
-
 import pytest
 import torch
 
@@ -16,7 +14,7 @@ class Kept:
     """Something that outlives the calls."""
 
     def __init__(self):
-        self.count, self.flag = 0, False
+        self.count, self.flag, self.items = 0, False, []
 
 
 KEPT = Kept()
@@ -64,14 +62,12 @@ def test_code_that_changes_nothing_is_told_by_itself():
 
 
 def test_an_argument_may_be_written_where_the_caller_looks_after_it():
-    holder = SimpleNamespace(count=1)
-    assert code_of(writes_to_an_argument, torch.zeros(2), holder) == [None]
-    assert code_of(writes_to_an_argument, torch.zeros(3), SimpleNamespace(count=1), seen=(SimpleNamespace,)) == [
-        writes_to_an_argument.__code__
-    ]
+    assert code_of(writes_to_an_argument, torch.zeros(2), Kept()) == [None]
+    torch._dynamo.reset()
+    assert code_of(writes_to_an_argument, torch.zeros(2), Kept(), seen=(Kept,)) == [writes_to_an_argument.__code__]
 
 
 @pytest.mark.parametrize("function", [counts, grows_a_list])
 def test_what_stays_changed_is_noticed(function):
-    arguments = (SimpleNamespace(items=[]),) if function is grows_a_list else ()
+    arguments = (Kept(),) if function is grows_a_list else ()
     assert code_of(function, torch.zeros(2), *arguments) == [None]
