@@ -94,8 +94,6 @@ def _try_out(compiler: Compiler) -> None:
             source, library = Path(folder, "probe.cpp"), Path(folder, "probe.so")
             source.write_text(_PROBE)
             _run([compiler.command, *flags, str(source), "-o", str(library)])
-            if not library.exists():
-                raise CannotBuild("it wrote nothing")
     except CannotBuild as error:
         lines = str(error).splitlines()
         why = next((line for line in lines if "error" in line), lines[-1])
@@ -157,6 +155,7 @@ def _is_whole(library: Path) -> bool:
 
 
 def _run(command: list[str]) -> None:
+    """Runs a compiler's command, which ends with the file to write."""
     try:
         done = subprocess.run(command, cwd=SOURCES, capture_output=True, text=True)
     except OSError as error:
@@ -165,3 +164,5 @@ def _run(command: list[str]) -> None:
         log.info("%s failed", " ".join(command))
         last = "\n".join(done.stderr.strip().splitlines()[-20:])
         raise CannotBuild(f"{command[0]} failed:\n{last or f'exit status {done.returncode}'}")
+    if not Path(command[-1]).exists():
+        raise CannotBuild(f"{command[0]} wrote nothing")

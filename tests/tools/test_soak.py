@@ -5,12 +5,13 @@ import random
 
 import pytest
 import torch
+from torch._inductor.exc import InductorError
 
 from river_compile import trace
 from river_compile.runtime.executor import on_step
 from river_compile.twins import tensor_file
 from tools.soak import __main__ as command
-from tools.soak import cases, damage, kill, memory, stored, text, threads
+from tools.soak import cases, compilers, damage, kill, memory, stored, text, threads
 
 CASE = {
     "family": "llama",
@@ -37,11 +38,20 @@ def test_files(kind, what, tmp_path):
 
 
 def test_cases_are_data_and_their_seed_alone_decides():
-    for kind in (text, damage, kill, threads, memory):
+    for kind in (text, damage, kill, threads, memory, compilers):
         for seed in range(20):
             case = kind.draw(random.Random(seed))
             assert json.loads(json.dumps(case)) == case == kind.draw(random.Random(seed))
             assert all(simpler != case for simpler in kind.smaller(case))
+
+
+def test_without_a_compiler_the_text_is_the_plain_models(tmp_path, monkeypatch):
+    """A backend that asks nobody whether anything compiles is found."""
+    case = {"compiler": "dies", "family": "llama", "quality": "exact", "seed": 0, "lengths": [3]}
+    assert compilers.run(case, tmp_path) == "passed"
+    monkeypatch.setattr("river_compile.backend.working_compiler", lambda: None)
+    with pytest.raises(InductorError):
+        compilers.run(case, tmp_path)
 
 
 def test_a_text_is_the_plain_models_and_one_through_a_wrong_slot_is_not(tmp_path):

@@ -5,6 +5,7 @@
     kill      processes killed while they write those
     threads   threads that generate with one model or with several
     memory    memory and live tensors over many tokens
+    compiler  C++ compilers that are missing or fail
 
 Prints the seed, each failure as it is found with the command that runs it again, and a table of outcomes. The exit
 status is 1 where anything failed.
@@ -18,7 +19,7 @@ import random
 import sys
 from pathlib import Path
 
-from tools.soak import damage, kill, memory, text, threads
+from tools.soak import compilers, damage, kill, memory, text, threads
 from tools.soak.cases import Kind, attempt, soak
 
 KINDS: dict[str, tuple[Kind, float]] = {
@@ -27,6 +28,7 @@ KINDS: dict[str, tuple[Kind, float]] = {
     "kill": (kill, 0.1),
     "threads": (threads, 0.15),
     "memory": (memory, 0.15),
+    "compiler": (compilers, 0.05),
 }
 
 

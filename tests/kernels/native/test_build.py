@@ -106,6 +106,13 @@ def test_a_compiler_counts_once_it_has_compiled_something(does, says, tmp_path):
     assert "install g++" in str(said.value)
 
 
+def test_what_a_compiler_did_not_write_is_not_kept(sources, tmp_path):
+    compiler = build.Compiler(script(tmp_path / "c++"), "1")
+    with pytest.raises(build.CannotBuild, match="wrote nothing"):
+        build.build(compiler, "answer.cpp", "answer", ())
+    assert [file.suffix for file in (sources.parent / "cache/native").iterdir()] == [".lock"]
+
+
 def test_a_cache_of_inductors_that_cannot_be_written_is_named(monkeypatch):
     build._try_out.cache_clear()
     monkeypatch.setenv("TORCHINDUCTOR_CACHE_DIR", f"{__file__}/cache")
