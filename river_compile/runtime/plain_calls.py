@@ -10,6 +10,7 @@ from typing import Any
 from torch._dynamo.exc import TorchRuntimeError
 
 from river_compile.upstream.compiled_calls import error_of_code
+from river_compile.upstream.dynamo_cache import trace_anew
 
 
 class _Thread(threading.local):
@@ -45,10 +46,14 @@ class CompiledOrPlain:
 
     def __init__(self, compiled: Callable[..., Any], plain: Callable[..., Any]) -> None:
         self.compiled, self._plain = compiled, plain
+        self._called = False
 
     def __call__(self, *args: Any, **kwargs: Any) -> Any:
         if _thread.plain:
             return self._plain(*args, **kwargs)
+        if not self._called:
+            self._called = True
+            trace_anew()
         try:
             return self.compiled(*args, **kwargs)
         except TorchRuntimeError as error:
