@@ -95,7 +95,7 @@ def river(
 
     Raises:
         OptionError: (a ``ValueError``) an unknown option or a bad value.
-        UnsupportedGraphError: the graph cannot be rewritten and ``on_unsupported="raise"``.
+        UnsupportedGraphError: the graph cannot be rewritten and ``on_unsupported="raise"``, or a weight is not finite.
     """
     config = RiverConfig.from_options(options)
     mode = check_mode(mode)

@@ -33,7 +33,7 @@ class OptionError(_UserError):
 
 
 class UnsupportedGraphError(_UserError):
-    """A graph cannot be rewritten and ``on_unsupported="raise"`` asks for an error; the message gives the reason."""
+    """A graph cannot be rewritten and ``on_unsupported="raise"`` asks for an error, or a weight is not finite."""
 
 
 class ArtifactError(_UserError):

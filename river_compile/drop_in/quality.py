@@ -127,6 +127,7 @@ class _OwnBackend:
     """
 
     model: weakref.ref[PreTrainedModel]
+    __name__ = "river"
     func = staticmethod(river)
 
     def __call__(self, *args: Any, **kwargs: Any) -> Any:

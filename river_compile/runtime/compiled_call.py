@@ -11,6 +11,7 @@ from torch import nn
 from torch._dynamo.exc import TorchRuntimeError
 
 from river_compile.upstream.compiled_calls import error_of_code
+from river_compile.upstream.dynamo_cache import trace_anew
 from river_compile.upstream.growing import mark_growing
 
 
@@ -50,10 +51,14 @@ class CompiledCall:
 
     def __init__(self, compiled: Callable[..., Any], plain: Callable[..., Any], prompts: bool) -> None:
         self.compiled, self._plain, self._prompts = compiled, plain, prompts
+        self._may_be_given_up = prompts  # before the first call: Dynamo, for the sake of another model's code
 
     def __call__(self, *args: Any, **kwargs: Any) -> Any:
         if _thread.plain:
             return self._plain(*args, **kwargs)
+        if self._may_be_given_up:
+            self._may_be_given_up = False
+            trace_anew()
         mark_growing(kwargs, self._prompts)
         try:
             result = self.compiled(*args, **kwargs)

@@ -11,7 +11,7 @@ from dataclasses import dataclass, replace
 import torch
 
 from river_compile.config import RiverConfig
-from river_compile.errors import OptionError
+from river_compile.errors import OptionError, UnsupportedGraphError
 from river_compile.kernels.quant.calibrated import OBSERVING
 from river_compile.kernels.quant.grid import QuantizedWeight
 from river_compile.kernels.quant.layouts import PackedLinear, pack, pack_stack
@@ -130,6 +130,16 @@ def _packed(weight: QuantizedWeight | PackedLinear, product: Product, device: to
 
 
 def _quantized(product: Product, sources: Sources, asked: str, known: Moments | None) -> Grid:
+    """Raises an UnsupportedGraphError that names the product where its weights, or their inputs, are not finite."""
+    try:
+        return _grid(product, sources, asked, known)
+    except ValueError as error:
+        names = zip(product.name.split("|"), sources.weights, strict=not product.experts)
+        name = next((name for name, weight in names if not weight.isfinite().all()), product.name)
+        raise UnsupportedGraphError(f"no 4-bit twin can be made of {name}: {error}") from None
+
+
+def _grid(product: Product, sources: Sources, asked: str, known: Moments | None) -> Grid:
     quantizer = UNOBSERVED if known is None and asked in OBSERVING else asked
     if product.experts:
         each = known.of if isinstance(known, ExpertMoments) else None

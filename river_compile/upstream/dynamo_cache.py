@@ -21,7 +21,10 @@ from typing import Any
 
 import torch
 from torch import fx, nn
+from torch._C._dynamo.eval_frame import _debug_get_cache_entry_list, set_code_exec_strategy
+from torch._dynamo import convert_frame
 from torch._dynamo.guards import GuardBuilder
+from torch._dynamo.types import FrameAction, FrameExecStrategy
 from torch._guards import Guard, Source, TracingContext
 from torch.utils.hooks import RemovableHandle
 from transformers.cache_utils import Cache, CacheLayerMixin
@@ -39,7 +42,7 @@ class _Nobody:
 
 _NOBODY = _Nobody()
 # What Dynamo compares with a frame's locals, none of which this is: the entry then does not count for the frame.
-_COUNTS_FOR_NOBODY = {"river_compile": weakref.ref(_NOBODY)}
+_COUNTS_FOR_NOBODY: dict[str, weakref.ref[Any]] = {"river_compile": weakref.ref(_NOBODY)}
 
 
 class CacheEntry:
@@ -107,6 +110,20 @@ class CacheEntry:
         self._hooks = hooks = _Hooks(model, with_own=self._calls_model)
         builder.get_guard_manager(guard).add_lambda_guard(hooks.unchanged, ["forward hooks of its modules"], None)
         then(model)
+
+
+def trace_anew() -> None:
+    """Makes Dynamo trace code again that it gave up, for all models, where one of them broke a graph or had too many.
+
+    What it keeps of code and no model owns counts for nobody from then on.
+    """
+    again = FrameExecStrategy(FrameAction.DEFAULT, FrameAction.DEFAULT)
+    for code in filter(None, (held() for held in [*convert_frame.input_codes.seen])):
+        set_code_exec_strategy(code, again)
+        for entry in _debug_get_cache_entry_list(code):
+            if not entry.guard_manager.id_matched_objs:
+                entry.guard_manager.id_matched_objs = _COUNTS_FOR_NOBODY
+                torch._dynamo.config.accumulated_recompile_limit += 1
 
 
 def _model_source(source: Source) -> Source | None:

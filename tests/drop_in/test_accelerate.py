@@ -34,7 +34,8 @@ def plain():
 
 def generate(model, ids=None, **options):
     ids = prompt() if ids is None else ids
-    return model.generate(ids, attention_mask=torch.ones_like(ids), max_new_tokens=8, do_sample=False, **options)
+    options = {"attention_mask": torch.ones_like(ids), "max_new_tokens": 8, "do_sample": False, **options}
+    return model.generate(ids, **options)
 
 
 def texts(out):
@@ -171,6 +172,64 @@ def test_a_prompt_that_shows_no_draft_can_be_verified_goes_on_plainly():
     with pytest.warns(river_compile.RiverWarning, match="CpmAntForCausalLM takes the whole text"):
         text = generate(ours)
     assert torch.equal(text, generate(expected))
+
+
+@pytest.mark.parametrize("spoilt", [{}, {0: float("nan")}, {5: float("inf")}])
+def test_scores_that_leave_nothing_to_sample_from_are_plain_samplings_error(model, spoilt):
+    """All -inf, a NaN, an infinite one: in the fourth step of the second row, which drafts may have reached before."""
+
+    def dead_end(ids, scores):
+        if ids.shape[1] == prompt().shape[1] + 3:
+            scores[-1] = torch.full_like(scores[-1], -torch.inf) if not spoilt else scores[-1]
+            for token, score in spoilt.items():
+                scores[-1, token] = score
+        return scores
+
+    for who in (plain(), model):
+        with pytest.raises(RuntimeError, match=r"^probability tensor contains either `inf`, `nan` or element < 0"):
+            who.generate(prompt(batch=2), max_new_tokens=8, do_sample=True, logits_processor=[dead_end])
+
+
+def test_scores_with_one_token_left_are_sampled_and_greedy_text_asks_for_nothing(model):
+    """Whatever is forbidden: plain greedy decoding takes a token all the same."""
+    for options in ({"do_sample": True, "suppress_tokens": [*range(1, 128)]}, {"suppress_tokens": [*range(128)]}):
+        texts = [who.generate(prompt(), max_new_tokens=4, **options) for who in (plain(), model)]
+        assert torch.equal(*texts)
+
+
+@pytest.mark.parametrize("options", [{"ids": prompt(batch=2).int()}, {"max_new_tokens": 5.0}, {"max_new_tokens": 4.5}])
+def test_ids_in_32_bits_and_lengths_that_are_no_integers_give_plains_text(model, options):
+    expected, text = (generate(who, **options) for who in (plain(), model))
+    assert text.dtype == expected.dtype
+    assert torch.equal(text, expected)
+
+
+def test_rows_that_a_stop_string_ended_go_on_without_an_end_token_and_are_padded_with_one(model):
+    """The three rows stop after two, six and nine new tokens."""
+    for end, padding in (({}, 0), ({"eos_token_id": 127}, 7 + 3)):
+        stops = {"stop_strings": ["'", ","], "tokenizer": byte_tokenizer()}
+        expected, text = (generate(who, prompt(batch=3), max_new_tokens=12, **stops, **end) for who in (plain(), model))
+        assert torch.equal(text, expected)
+        assert (expected.shape[1] - 12, int((expected == 0).sum())) == (9, padding)
+
+
+@pytest.mark.parametrize(("shape", "error"), [((1, 5), "tensor b (5)"), ((2, 12), "mat1 and mat2 shapes")])
+def test_a_mask_of_the_wrong_shape_is_an_error_in_one_line(shape, error):
+    """As the plain model has it, and not Dynamo's pages about fake tensors."""
+    ours = river_compile.accelerate(plain(), **EXACT)
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")
+        with pytest.raises(RuntimeError) as raised:
+            generate(ours, attention_mask=torch.ones(shape, dtype=torch.long))
+    assert error in str(raised.value)
+    assert "\n" not in str(raised.value)
+
+
+def test_a_weight_that_is_no_number_is_named():
+    ours = river_compile.accelerate(plain(), **EXACT)
+    torch.nn.init.constant_(ours.model.layers[1].mlp.up_proj.weight[3:4], float("nan"))
+    with pytest.raises(river_compile.UnsupportedGraphError, match=r"twin can be made of \S*layers\.1\.mlp\.up_proj: "):
+        generate(ours)
 
 
 def test_a_model_that_the_backend_cannot_reach_generates_plainly():
