@@ -226,7 +226,7 @@ def test_a_mask_of_the_wrong_shape_is_an_error_in_one_line(shape, error):
 
 
 def test_a_weight_that_is_no_number_is_named():
-    ours = river_compile.accelerate(plain(), **EXACT)
+    ours = river_compile.accelerate(plain(), quantizer="rtn", **EXACT)
     torch.nn.init.constant_(ours.model.layers[1].mlp.up_proj.weight[3:4], float("nan"))
     with pytest.raises(river_compile.UnsupportedGraphError, match=r"twin can be made of \S*layers\.1\.mlp\.up_proj: "):
         generate(ours)

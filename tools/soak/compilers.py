@@ -36,7 +36,7 @@ def draw(rng: random.Random) -> Case:
     return {
         "compiler": rng.choice([*COMPILERS]),
         "family": rng.choice(REWRITTEN),
-        "quality": rng.choice(("exact", "strict", "fast")),
+        "quality": rng.choice(("exact", "fast")),
         "seed": rng.randrange(1000),
         "lengths": [rng.choice((1, 5, 9)) for _ in range(rng.choice((1, 2)))],
     }
