@@ -54,7 +54,7 @@ def check_family(name: str, folder: Path, lengths: int) -> None:
     """States what holds of a tiny model of a family."""
     from river_compile.backend import river
     from river_compile.exits import CRITERIA, forced_threshold
-    from river_compile.passes.routing import ROUTER
+    from river_compile.passes.moe_router import ROUTER
     from river_compile.state import find_state
     from tests.distributed.worker import DEPTHS, EAGER, LAYERS, decode, kept, load
 

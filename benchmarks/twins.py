@@ -42,9 +42,9 @@ from river_compile.exits import forced_depth
 from river_compile.kernels.portable import token_kl
 from river_compile.kernels.quant.calibrated import output_sqnr_db
 from river_compile.state import GraphRecord, find_state
-from river_compile.twins.moments import Observation
-from river_compile.twins.pack import GraphTwins
-from river_compile.upstream.hf_cache import cache_argument
+from river_compile.twins.calibration_stats import Observation
+from river_compile.twins.registry import GraphTwins
+from river_compile.upstream.transformers import cache_argument
 
 PACKAGE, ANSWERS = "package's text", "answers"
 ROWS = ("rtn", "hqq", "awq", "gptq", *(f"{name}, {text}" for text in (PACKAGE, ANSWERS) for name in ("awq", "gptq")))

@@ -8,7 +8,7 @@ Importing this package imports neither torch nor Triton and prints nothing: ever
 
 import os as _os
 
-from .noise import leave_out as _leave_out
+from river_compile.quiet_warnings import leave_out as _leave_out
 
 _leave_out()
 
@@ -36,27 +36,27 @@ _EXPORTS = {
     "Report": "reporting.report",
     "RiverConfig": "config",
     "RiverWarning": "errors",
-    "Trace": "runtime.trace",
+    "Trace": "reporting.trace",
     "UnsupportedGraphError": "errors",
-    "accelerate": "drop_in.quality",
+    "accelerate": "drop_in.accelerate",
     "block_errors": "twins.block_errors",
     "calibrate": "calibration.calibrate",
-    "decode": "speculative.mode",
-    "exact": "speculative.mode",
+    "decode": "decoding.mode",
+    "exact": "decoding.mode",
     "export": "twins.export",
     "forced_depth": "exits",
     "forced_threshold": "exits",
-    "free_cache": "kept_cache",
-    "load": "drop_in.loading",
+    "free_cache": "decoding.cache_pool",
+    "load": "drop_in.accelerate",
     "observe": "twins.observe",
-    "refresh": "twins.pack",
+    "refresh": "twins.registry",
     "report": "reporting.report",
-    "restore": "drop_in.undo",
+    "restore": "drop_in.accelerate",
     "river": "backend",
-    "save": "twins.pack",
+    "save": "twins.registry",
     "tensor_parallel_plan": "distributed.support",
-    "trace": "runtime.trace",
-    "warmup": "cudagraphs.warmup",
+    "trace": "reporting.trace",
+    "warmup": "capture.warmup",
 }
 __all__ = [*sorted(_EXPORTS)]
 

@@ -20,22 +20,27 @@ from torch import Tensor, fx, nn
 from torch._inductor.compile_fx import compile_fx
 from tqdm import tqdm
 
-from river_compile.cudagraphs.device import CaptureDevice, CaptureLog
-from river_compile.cudagraphs.device_exits import captured_runner, verdicts_for
-from river_compile.cudagraphs.launcher import Launcher
-from river_compile.cudagraphs.runner import choose_device
-from river_compile.cudagraphs.verdicts import Verdicts
+from river_compile.capture.capture_cache import CaptureCache
+from river_compile.capture.device import CaptureDevice, CaptureLog
+from river_compile.capture.device_exit_state import DeviceExitState
+from river_compile.capture.device_exits import captured_runner, verdicts_for
+from river_compile.capture.runner import choose_device
+from river_compile.choose_passes import passes_for, twinning, uses_own_backbone
+from river_compile.config import RiverConfig, check_mode
 from river_compile.distributed.ranks import Ranks, ranks_of
 from river_compile.distributed.runner import RankRunner, called_on_shards
 from river_compile.distributed.support import check as check_supported
+from river_compile.errors import OptionError, RiverWarning, UnsupportedGraphError
+from river_compile.exits import ExitPolicy, Memories
+from river_compile.fallbacks import PlainRuns
 from river_compile.kernels.native.build import CannotBuild, working_compiler
 from river_compile.lowering.choose import Lowering, choose_lowering, warn_of_slow_lowering
 from river_compile.lowering.compile import SegmentCompiler, inductor_settings
 from river_compile.offload.streaming import Streamer
 from river_compile.offload.weights import OffloadedWeights
 from river_compile.passes.decoder import find_decoder
+from river_compile.passes.dtensor_locals import on_local_shards
 from river_compile.passes.exit_checks import logits_of
-from river_compile.passes.local_shards import on_local_shards
 from river_compile.passes.nodes import input_name, is_parameter
 from river_compile.passes.normalize import normalized
 from river_compile.passes.pipeline import Pass, run_passes
@@ -43,32 +48,21 @@ from river_compile.passes.program import DecoderPlan, LinearSite, Refusal, River
 from river_compile.passes.segments import segmented
 from river_compile.passes.twins import twin_sites, without_products
 from river_compile.reporting.dump import PassDump, trace_artifact
-from river_compile.reporting.plain_runs import PlainRuns
-from river_compile.reporting.ranks import note_ranks
-from river_compile.reporting.reads import bytes_of_token
-from river_compile.reporting.report import graph_lines
+from river_compile.reporting.report import bytes_of_token, graph_lines, note_ranks
 from river_compile.runtime.compiled_call import install
+from river_compile.runtime.draft_vocab import HeadVocab
 from river_compile.runtime.executor import RiverExecutor
 from river_compile.runtime.fill import Fill
 from river_compile.runtime.runner import PlainRunner, Runner, Step
-from river_compile.runtime.sequences import Sequences
+from river_compile.runtime.sequences import SequenceTracker
 from river_compile.runtime.stats import ExitStats
-from river_compile.runtime.wanted_logits import WantedLogits
-from river_compile.twins.make import PackedSite
-from river_compile.twins.own_text import OwnText
-from river_compile.twins.pack import GraphTwins, PackedWeights, Statistics
-from river_compile.twins.watch import TwinWatch
-
-from .config import RiverConfig, check_mode
-from .errors import OptionError, RiverWarning, UnsupportedGraphError
-from .exits import ExitPolicy, Memories
-from .pass_list import passes_for, twinning, uses_own_backbone
-from .state import BROKE, GraphRecord, ModelState, find_state, state_of
-from .upstream.compiled_calls import compiled_module
-from .upstream.dynamo_calls import break_before
-from .upstream.inductor_builds import build_whole_files
-from .upstream.tensors import local_of
-from .upstream.versions import warn_of_untested
+from river_compile.state import BROKE, GraphRecord, ModelState, find_state, state_of
+from river_compile.twins.packed import PackedSite
+from river_compile.twins.registry import GraphTwins, PackedWeights, Statistics, TwinWatch
+from river_compile.twins.self_calibration import SelfCalibration
+from river_compile.upstream.dynamo import break_before, build_whole_files, compiled_module
+from river_compile.upstream.tensors import local_of
+from river_compile.upstream.versions import warn_of_untested
 
 log = logging.getLogger("river_compile")
 warn_of_untested()
@@ -107,7 +101,7 @@ def river(
     owned = [*(values[node] for node in parameters), *(owner.parameters() if owner else ())]
     state, ranks, local = state_of(owned), ranks_of(owned), frozenset[fx.Node]()
     if owner is not None:
-        state.of(OwnText).is_of(owner)
+        state.of(SelfCalibration).is_of(owner)
     if ranks.several:
         check_supported(ranks, config, mode, traced.graph)
         state.put(ranks)
@@ -209,7 +203,7 @@ def _build(
     settings = inductor_settings(record.mode, whole=False)
     compiler = SegmentCompiler(lowering, settings)
     steps: dict[Segment, Step] = {}
-    wanted = WantedLogits.of(program)
+    wanted = HeadVocab.of(program)
     with record.stage("compiling"):
         for segment in tqdm(segments, desc="river: compiling segments", unit="segment", leave=False, delay=1):
             weights = [tensor for site in segment.packed for tensor in packed[site].tensors]
@@ -229,7 +223,7 @@ def _build(
     if ranks.several:
         runner = RankRunner(program, steps, ranks, config.check_ranks)
     if device is not None:
-        launcher = Launcher(program, device, captures, config.max_captures)
+        launcher = CaptureCache(program, device, captures, config.max_captures)
         runner = captured_runner(program, steps, launcher, policy, config.launch_ahead, verdicts, plain=runner)
     watch = TwinWatch(packed, program.slots, state) if packed else None
     executor = RiverExecutor(
@@ -239,7 +233,7 @@ def _build(
         stats,
         state.of(Memories),
         fill,
-        state.of(Sequences),
+        state.of(SequenceTracker),
         watch,
         streamer.forget,
         wanted,
@@ -268,7 +262,7 @@ def _exit_policy(program: RiverProgram, config: RiverConfig) -> ExitPolicy:
 
 def _verdicts(
     plan: DecoderPlan, policy: ExitPolicy, config: RiverConfig, device: CaptureDevice | None, captures: CaptureLog
-) -> Verdicts | None:
+) -> DeviceExitState | None:
     """Returns what decisions on the device read and write, None where the host decides; `captures` may say why."""
     if device is None or config.launch_ahead != "device" or not plan.is_decode:
         return None

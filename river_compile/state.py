@@ -16,12 +16,11 @@ from typing import Any, TypeVar, cast
 from torch import Tensor, nn
 from torch.utils.weak import WeakTensorKeyDictionary
 
+from river_compile.config import RiverConfig
+from river_compile.errors import OptionError
 from river_compile.lowering.compile import Compiled
 from river_compile.passes.program import Fusion, KeptLinear, RiverProgram
-
-from .config import RiverConfig
-from .errors import OptionError
-from .upstream.dynamo_cache import CacheEntry
+from river_compile.upstream.dynamo import GraphEntry
 
 BROKE = "Dynamo broke the graph here"  # stands in the refusal of a piece of a model
 T = TypeVar("T")
@@ -91,7 +90,7 @@ class GraphRecord(Entries):
     own_backbone: bool = False
     block_paths: tuple[str, ...] = ()
     executor: Callable[[], object | None] = field(default=lambda: None)
-    entry: CacheEntry = field(default_factory=CacheEntry)
+    entry: GraphEntry = field(default_factory=GraphEntry)
     ranks: Sequence[Mapping[str, Any]] = ()
 
     def __post_init__(self) -> None:

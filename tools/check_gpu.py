@@ -109,7 +109,7 @@ def a_model_generates() -> str:
     """Generates with a tiny Llama in float32, captured; never leaving, its text is the plain model's."""
     from benchmarks.random_llama import random_llama
     from river_compile import forced_depth, report
-    from river_compile.cudagraphs.device import CaptureLog
+    from river_compile.capture.device import CaptureLog
     from tools.kernels.shapes import ModelShape
 
     model = random_llama(ModelShape("smoke", 4, 256, 4, 2, 64, 512, 1024), _DEVICE).float()

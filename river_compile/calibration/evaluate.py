@@ -33,10 +33,10 @@ from river_compile.backend import river
 from river_compile.distributed.ranks import ranks_of
 from river_compile.exits import Criterion, Memories, Memory, Threshold, forced_depth, forced_threshold
 from river_compile.kernels.portable import token_kl
+from river_compile.reporting.trace import trace
 from river_compile.runtime.stats import StepRecord
-from river_compile.runtime.trace import trace
 from river_compile.state import state_of_model
-from river_compile.upstream.hf_cache import cache_argument
+from river_compile.upstream.transformers import cache_argument
 
 Rule = tuple[Threshold, int]  # threshold, first exit
 

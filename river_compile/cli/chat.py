@@ -8,12 +8,12 @@ from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
-from .output import AsJson, Threads, show, use_threads
+from river_compile.cli.output import AsJson, Threads, show, use_threads
 
 if TYPE_CHECKING:
     from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
-    from .painting import Painter
+    from river_compile.cli.painting import Painter
 
 HELP = "/stats  speed and sources    /report  what became of the model    /reset  begin anew    /exit  (or Ctrl-D)"
 
@@ -35,9 +35,8 @@ def chat(
 
     With `--quality fast` the colour tells how many blocks a token ran through.
     """
-    from river_compile.drop_in.quality import accelerate
-
-    from .models import load, quiet
+    from river_compile.cli.models import load, quiet
+    from river_compile.drop_in.accelerate import accelerate
 
     use_threads(threads)
     quiet()
@@ -84,7 +83,7 @@ def _lines(as_json: bool) -> Any:
 
 
 def _compiled_so_far(model: PreTrainedModel) -> int:
-    from river_compile.speculative.session import Preparations
+    from river_compile.decoding.session import Preparations
     from river_compile.state import find_state
 
     state = find_state(model)
@@ -127,7 +126,7 @@ class Conversation:
         """Answers a message, streaming it to the terminal."""
         import torch
 
-        from .painting import Painter
+        from river_compile.cli.painting import Painter
 
         self._messages.append({"role": "user", "content": text})
         ids = self._encode(text)
@@ -174,7 +173,7 @@ class Conversation:
         return f"{len(self._latest.tokens)} tokens{rate}: {sources}"
 
     def _encode(self, text: str) -> Any:
-        from .models import encode
+        from river_compile.cli.models import encode
 
         if not self._tokenizer.chat_template:
             return encode(self._tokenizer, text)

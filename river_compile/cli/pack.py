@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
-from .output import AsJson, Dtype, Model, Threads, megabytes, show, use_threads
+from river_compile.cli.output import AsJson, Dtype, Model, Threads, megabytes, show, use_threads
 
 if TYPE_CHECKING:
     from rich.console import Console
@@ -34,12 +34,11 @@ def pack(
     """Packs a model's twins into a folder, for `accelerate(model, artifact=DIR)` and `river chat --artifact DIR`."""
     import time
 
-    from river_compile.drop_in.quality import accelerate
+    from river_compile.cli.models import load, quiet, resolve
+    from river_compile.drop_in.accelerate import accelerate
     from river_compile.reporting.report import report as report_of
     from river_compile.twins.export import FORMATS, export
-    from river_compile.twins.pack import save
-
-    from .models import load, quiet, resolve
+    from river_compile.twins.registry import save
 
     if format not in ("river", *FORMATS):
         raise typer.BadParameter(f"format {format!r} is none of {', '.join(('river', *FORMATS))}")

@@ -22,17 +22,17 @@ from torch import Tensor, nn
 from transformers import PreTrainedModel
 from transformers.generation.streamers import BaseStreamer
 
+from river_compile.capture.runner import captures_expected
 from river_compile.config import RiverConfig
-from river_compile.cudagraphs.runner import captures_expected
+from river_compile.decoding.drafter import Drafter
+from river_compile.decoding.mode import Call, ExactMode, decode
+from river_compile.decoding.session import Session
 from river_compile.distributed.ranks import ranks_of
 from river_compile.errors import DecodeError, ExactModeError
-from river_compile.reporting.plain_calls import PlainCalls
+from river_compile.fallbacks import PlainCalls
 from river_compile.runtime.compiled_call import uncompiled
-from river_compile.speculative.draft import Drafter
-from river_compile.speculative.mode import Call, ExactMode, decode
-from river_compile.speculative.session import Session
 from river_compile.state import state_of
-from river_compile.upstream.module_state import copy_as_ever, keep_out_of_copies
+from river_compile.upstream.transformers import keep_out_of_copies, restore_copying
 
 _GENERATE = "generate"
 _OURS = "river_compile_mode"  # an attribute of our function
@@ -137,21 +137,21 @@ def _generate_by(
     vars(model)[_GENERATE] = method
 
 
-def generate_as_ever(model: nn.Module) -> None:
+def restore_generate(model: nn.Module) -> None:
     """Gives a model the ``generate`` of its class back."""
-    if has_generate_of_ours(model):
+    if is_patched(model):
         del vars(model)[_GENERATE]
-        copy_as_ever(model)
+        restore_copying(model)
 
 
-def has_generate_of_ours(model: nn.Module) -> bool:
+def is_patched(model: nn.Module) -> bool:
     """Returns whether one of the functions above changed a model's."""
     return hasattr(vars(model).get(_GENERATE), _OURS)
 
 
 def has_generate_of_its_own(model: nn.Module) -> bool:
     """Returns whether something else put a ``generate`` on a model, such as transformers a folder's."""
-    return _GENERATE in vars(model) and not has_generate_of_ours(model)
+    return _GENERATE in vars(model) and not is_patched(model)
 
 
 def _tell(model: PreTrainedModel, refusal: Exception, by_backend: bool = False) -> Any:

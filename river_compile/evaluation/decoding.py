@@ -12,7 +12,7 @@ from transformers import PreTrainedModel, StaticCache
 
 from river_compile.exits import Memories, Memory
 from river_compile.state import find_state
-from river_compile.upstream.hf_cache import cache_argument
+from river_compile.upstream.transformers import cache_argument
 
 
 class TokenByToken:

@@ -22,14 +22,13 @@ from torch import Tensor
 from tqdm import tqdm
 
 from river_compile.config import RiverConfig
-from river_compile.drop_in.quality import accelerate
+from river_compile.decoding.mode import exact
+from river_compile.drop_in.accelerate import accelerate
 from river_compile.errors import OptionError
+from river_compile.evaluation.decoding import TokenByToken
 from river_compile.kernels.checks import one_of
 from river_compile.runtime.stats import ExitStats
-from river_compile.speculative.mode import exact
 from river_compile.state import find_state
-
-from .decoding import TokenByToken
 
 PLAIN = "plain"
 _SCORING = one_of("decode", "forward")

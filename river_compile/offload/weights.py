@@ -29,15 +29,14 @@ from tqdm import tqdm
 
 from river_compile.config import RiverConfig
 from river_compile.errors import OptionError
+from river_compile.offload.disk import MappedFiles
+from river_compile.offload.pinned import PinnedMemory
+from river_compile.offload.store import Stored, WeightStore
 from river_compile.passes.nodes import input_name, is_ordinary, is_parameter, value_of
 from river_compile.passes.program import DecoderPlan, RiverProgram
 from river_compile.state import find_state
-from river_compile.twins.pack import PackedWeights
+from river_compile.twins.registry import PackedWeights
 from river_compile.upstream.tensors import parts_of
-
-from .disk import MappedFiles
-from .pinned import PinnedMemory
-from .store import Stored, WeightStore
 
 log = logging.getLogger("river_compile.offload.weights")
 

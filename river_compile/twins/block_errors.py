@@ -19,11 +19,10 @@ from transformers import PreTrainedModel
 
 from river_compile.kernels.portable import token_kl
 from river_compile.state import ModelState, state_of_model, unwrap
+from river_compile.twins.observe import Tokenizer, windows_of
+from river_compile.twins.packed import PackedSite
+from river_compile.twins.registry import GraphTwins, changed_since
 from river_compile.upstream.tensors import as_shard_of, local_of
-
-from .make import PackedSite
-from .observe import Tokenizer, windows_of
-from .pack import GraphTwins, changed_since
 
 
 @dataclass(frozen=True)

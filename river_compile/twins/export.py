@@ -26,9 +26,8 @@ from river_compile.kernels.checks import PATH
 from river_compile.kernels.files import appearing
 from river_compile.kernels.quant.grid import QuantizedWeight
 from river_compile.state import unwrap
-
-from .make import PackedSite
-from .pack import packed_twins
+from river_compile.twins.packed import PackedSite
+from river_compile.twins.registry import packed_twins
 
 FORMATS = ("compressed-tensors",)
 

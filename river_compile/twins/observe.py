@@ -22,13 +22,11 @@ from transformers import PreTrainedModel
 from river_compile.distributed.ranks import ranks_of
 from river_compile.errors import OptionError
 from river_compile.state import state_of, unwrap
-from river_compile.upstream.compiled_calls import as_it_is
+from river_compile.twins.calibration_stats import ExpertMoments, InputMoments, Observation, Products
+from river_compile.twins.parameter_stamp import digest_of
+from river_compile.twins.sampling import everything_counts
+from river_compile.upstream.dynamo import uncompiled_forward
 from river_compile.upstream.tensors import version_of
-
-from .moments import ExpertMoments, InputMoments, Observation
-from .products import Products
-from .sampling import everything_counts
-from .sources import digest_of
 
 Tokenizer = Callable[[str], Mapping[str, Sequence[int]]]
 _WINDOW = 512  # tokens that run at once: the logits of a large vocabulary take memory
@@ -75,7 +73,7 @@ def observe(
 @torch.no_grad()
 def record(model: nn.Module, windows: Iterable[Tensor], *, own: bool = False, progress: bool = False) -> Observation:
     """Returns what the matrices of a model read in token ids ``[B, T]``; `own` says that it sampled them itself."""
-    observation, forward = Observation(own), as_it_is(model)
+    observation, forward = Observation(own), uncompiled_forward(model)
     recorder, device = _Recorder(model.parameters(), observation), next(model.parameters()).device
     bar = tqdm(windows, desc="river: observing", unit="text", leave=False, delay=1, disable=not progress)
     with one_expert_at_a_time(model):

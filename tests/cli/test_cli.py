@@ -24,7 +24,7 @@ from river_compile.cli.models import MODELS
 from river_compile.cli.output import error_line
 from river_compile.cli.painting import Painter
 from river_compile.runtime.stats import CycleRecord, RowCycle, cycles
-from river_compile.twins import maker
+from river_compile.twins import quantize
 
 ROOT = Path(__file__).parents[2]
 SCHEMA = json.loads((ROOT / "docs/river.schema.json").read_text())
@@ -240,14 +240,14 @@ def test_doctor_tries_the_compiler(capsys):
 
 def test_doctor_says_that_a_self_test_fails(capsys, monkeypatch):
     """Here the tiny model never drafts."""
-    monkeypatch.setattr("river_compile.drop_in.quality.accelerate", lambda model, **options: model)
+    monkeypatch.setattr("river_compile.drop_in.accelerate.accelerate", lambda model, **options: model)
     assert "is not its plain text" in river(capsys, "doctor", code=3).out
 
 
 def test_bench_has_a_row_of_each_test_for_each_backend_and_packs_twins_once(tiny, capsys, monkeypatch):
     made = []
-    quantized = maker._quantized
-    monkeypatch.setattr(maker, "_quantized", lambda *given: (made.append(given), quantized(*given))[1])
+    quantized = quantize._quantized
+    monkeypatch.setattr(quantize, "_quantized", lambda *given: (made.append(given), quantized(*given))[1])
     rows = [part for row in ("plain", "river", "exact") for part in ("--row", row)]
     found = printed_json(capsys, "bench", "-m", tiny, "-p", "8", "-n", "4", "-r", "2", *rows)
     tests = [(row["backend"], row["test"]) for row in found["results"]]

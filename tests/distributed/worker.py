@@ -27,9 +27,9 @@ from river_compile.exits import forced_depth, forced_threshold
 from river_compile.kernels import portable
 from river_compile.runtime.executor import on_call, on_step
 from river_compile.state import find_state
-from river_compile.twins.own_text import OwnText
-from river_compile.twins.pack import GraphTwins, PackedWeights
-from river_compile.upstream.hf_cache import cache_argument
+from river_compile.twins.registry import GraphTwins, PackedWeights
+from river_compile.twins.self_calibration import SelfCalibration
+from river_compile.upstream.transformers import cache_argument
 from tests.support.families import CONFIGS, make, prompt
 from tools.ranks import Wire
 
@@ -143,7 +143,7 @@ def quantized(folder: Path) -> dict[str, Any]:
     return {
         "told": [str(w.message) for w in told],
         "logits": logits, "text": plain, "kept": kept(model), "report": str(report), "shown": report.to_dict(),
-        "ids": find_state(model).of(OwnText)._ids,
+        "ids": find_state(model).of(SelfCalibration)._ids,
     }  # fmt: skip
 
 
@@ -188,7 +188,7 @@ def exact(folder: Path) -> dict[str, Any]:
     for name, loop, sample in (
         ("greedy", mode, False),
         ("sampled", mode, True),
-        ("own loop", river_compile.decode, True),
+        ("own loop", river_compile.decoding, True),
     ):
         torch.manual_seed(dist.get_rank())
         how = {"max_new_tokens": 12, "do_sample": sample, "cache_implementation": "static"}

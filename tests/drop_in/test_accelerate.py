@@ -16,9 +16,9 @@ from transformers import pipeline
 from transformers.generation.streamers import BaseStreamer
 
 import river_compile
-from river_compile.drop_in.quality import QUALITIES
+from river_compile.drop_in.accelerate import QUALITIES
 from river_compile.state import find_state
-from river_compile.upstream.hf_cache import cache_argument, cache_of
+from river_compile.upstream.transformers import cache_argument, cache_of
 from tests.support.decoding import new_cache
 from tests.support.families import make, prompt
 from tests.support.tokenizers import byte_tokenizer
@@ -373,10 +373,10 @@ def test_bad_arguments_are_named_and_change_nothing(arguments, message):
     [
         "torch.compile",
         "river_compile.config.RiverConfig.from_options",
-        "river_compile.drop_in.quality.check_paths",
-        "river_compile.drop_in.quality.CompiledCall",
-        "river_compile.drop_in.quality.has_generate_of_its_own",
-        "river_compile.drop_in.quality.generate_exactly",
+        "river_compile.drop_in.accelerate.check_paths",
+        "river_compile.drop_in.accelerate.CompiledCall",
+        "river_compile.drop_in.accelerate.has_generate_of_its_own",
+        "river_compile.drop_in.accelerate.generate_exactly",
         "river_compile.drop_in.generation.replace",
         "river_compile.drop_in.generation.MethodType",
         "river_compile.drop_in.generation.keep_out_of_copies",
@@ -479,6 +479,6 @@ def test_wrappers_are_refused_with_the_way_in():
 
 
 def test_every_quality_is_in_the_modules_table():
-    import river_compile.drop_in.quality as module
+    import river_compile.drop_in.accelerate as module
 
     assert all(f'    "{quality}"' in module.__doc__ for quality in QUALITIES)

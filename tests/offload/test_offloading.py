@@ -19,13 +19,13 @@ import pytest
 import torch
 
 from river_compile import OptionError, RiverConfig, RiverWarning, exact, report, river
-from river_compile.cudagraphs.device import CaptureLog
+from river_compile.capture.device import CaptureLog
 from river_compile.exits import forced_depth
 from river_compile.offload import disk as offload_file
 from river_compile.offload.disk import MappedFiles
 from river_compile.offload.store import Arrival, Stored, WeightStore
 from river_compile.offload.weights import bring_back
-from river_compile.runtime.trace import trace
+from river_compile.reporting.trace import trace
 from tests.support.decoding import cache_state, decode, new_cache
 from tests.support.families import make, prompt
 from tests.support.traced import TracedStep

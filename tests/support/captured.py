@@ -17,8 +17,8 @@ from transformers import StaticCache
 
 from river_compile import forced_depth, forced_threshold, report, river
 from river_compile.backend import executors_of
-from river_compile.cudagraphs.device import CaptureLog
-from river_compile.cudagraphs.runner import CapturedRunner
+from river_compile.capture.device import CaptureLog
+from river_compile.capture.runner import CapturedRunner
 from river_compile.runtime.executor import RiverExecutor, on_step
 from river_compile.runtime.runner import PlainRunner
 from tests.support.decoding import cache_argument, cache_state, run_plainly

@@ -10,9 +10,9 @@ import torch
 from river_compile import block_errors, observe, report, save
 from river_compile.kernels.quant.calibrated import output_energy
 from river_compile.kernels.quant.grid import decibels
-from river_compile.passes.routing import ROUTER
-from river_compile.twins.moments import ExpertMoments
-from river_compile.twins.pack import GraphTwins
+from river_compile.passes.moe_router import ROUTER
+from river_compile.twins.calibration_stats import ExpertMoments
+from river_compile.twins.registry import GraphTwins
 from tests.support.families import prompt
 from tests.support.lowerings import FUSED, UNFUSED
 from tests.support.traced import TracedStep, dequantized

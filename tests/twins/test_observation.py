@@ -11,7 +11,7 @@ from torch import nn
 
 from river_compile import OptionError, observe, river
 from river_compile.state import find_state
-from river_compile.twins.moments import InputMoments, Observation
+from river_compile.twins.calibration_stats import InputMoments, Observation
 from river_compile.twins.observe import default_texts
 from tests.support.families import make, prompt
 

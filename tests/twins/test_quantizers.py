@@ -7,10 +7,10 @@ import json
 import pytest
 import torch
 
-import river_compile.twins.make
+import river_compile.twins.packed
 from river_compile import ArtifactError, OptionError, block_errors, observe, report, save
 from river_compile.kernels.quant import calibrated
-from river_compile.twins.pack import GraphTwins
+from river_compile.twins.registry import GraphTwins
 from tests.support.families import make, prompt
 from tests.support.traced import TracedStep, dequantized
 
@@ -98,7 +98,7 @@ class TestArtifacts:
         first = observed("gpt2")
         logits = first.run(quantizer=quantizer)
         save(first.model, tmp_path / "twins")
-        monkeypatch.setattr(river_compile.twins.make, "quantize_observed", lambda *_, **__: pytest.fail("quantized"))
+        monkeypatch.setattr(river_compile.twins.packed, "quantize_observed", lambda *_, **__: pytest.fail("quantized"))
         second = TracedStep("gpt2")
         assert torch.equal(second.run(quantizer=quantizer, artifact=tmp_path / "twins"), logits)
         after = twins_of(second)

@@ -8,8 +8,8 @@ Put the folder ``custom_generate`` into a model's folder or hub repository. Then
 The first call accelerates the model in place; ``river_compile.restore(model)`` takes that back.
 """
 
-from river_compile.drop_in.generation import has_generate_of_ours
-from river_compile.drop_in.quality import accelerate
+from river_compile.drop_in.accelerate import accelerate
+from river_compile.drop_in.generation import is_patched
 
 
 def generate(*args, model, **kwargs):
@@ -17,6 +17,6 @@ def generate(*args, model, **kwargs):
     led_here = getattr(vars(model).get("generate"), "func", None)  # what from_pretrained put on the model
     if getattr(led_here, "__module__", None) == __name__:
         del model.generate
-    if not has_generate_of_ours(model):
+    if not is_patched(model):
         accelerate(model)
     return model.generate(*args, **kwargs)
