@@ -24,18 +24,16 @@ from pathlib import Path
 from typing import Any, TypeVar
 
 import torch
-from torch import Tensor, fx, nn
+from torch import Tensor, fx
 from torch.utils.weak import WeakTensorKeyDictionary
 from tqdm import tqdm
 
 from river_compile.config import RiverConfig
-from river_compile.distributed.ranks import ALONE, Ranks, ranks_of
-from river_compile.errors import ArtifactError, RiverWarning
-from river_compile.kernels.checks import PATH
+from river_compile.distributed.ranks import ALONE, Ranks
+from river_compile.errors import RiverWarning
 from river_compile.kernels.quant.grid import threads_for
 from river_compile.passes.program import LinearSite
-from river_compile.state import ModelState, adopt, find_state, unwrap
-from river_compile.twins.artifact import FILE, Artifact, write_artifact, write_missing
+from river_compile.twins.artifact import FILE, Artifact, write_missing
 from river_compile.twins.calibration_stats import Observation
 from river_compile.twins.packed import PackedSite
 from river_compile.twins.parameter_stamp import ParameterStamp, Sources
@@ -48,86 +46,10 @@ T = TypeVar("T")
 R = TypeVar("R")
 
 
-def save(model: nn.Module, folder: str | Path) -> Path:
-    """Writes the packed twins of a model; ``options={"artifact": folder}`` reads them at the next start.
-
-    Twins of weights that changed are packed again first. Of a model on several ranks each one calls this and writes its
-    own part, "rank-0-of-2" and so on.
-
-    Args:
-        model: a model that has generated with the backend, so that its twins are packed.
-        folder: where to; must not exist or be empty. It appears complete or not at all.
-
-    Returns:
-        The folder.
-
-    Raises:
-        ArtifactError: (a ``ValueError``) nothing is packed, weights were replaced since, or it cannot be written.
-    """
-    folder = Path(PATH("folder", folder, ArtifactError))
-    mine = ranks_of(unwrap(model).parameters()).folder(folder)
-    write_artifact(mine, packed_twins(model, mine))
-    return folder
-
-
-def packed_twins(model: nn.Module, folder: Path) -> list[PackedSite]:
-    """Returns the packed products of a model as its weights are now, for a folder that they are to be written to.
-
-    Raises:
-        ArtifactError: (a ``ValueError``) nothing is packed, or weights were replaced since.
-    """
-    state = find_state(model)
-    made = state.of(PackedWeights).all() if state else []
-    if not made:
-        raise ArtifactError(
-            f"cannot save to {folder}: no twin of this model is packed; generate a token with "
-            'model.compile(backend="river") first'
-        )
-    refresh(model)
-    made = [site for site in made if _has(unwrap(model), site)] or made  # (not those of adapters that are gone)
-    stale = next((site.name for site in made if site.fresh_sources() is None), None)
-    if stale is not None:
-        raise ArtifactError(f"cannot save to {folder}: {changed_since(stale)}")
-    return made
-
-
-def _has(model: nn.Module, site: PackedSite) -> bool:
-    """Tells whether all layers of a product are in the model now."""
-    paths = {path for path, _ in (*model.named_modules(), *model.named_parameters())}
-    return paths.issuperset(site.name.split("|"))
-
-
-def refresh(model: nn.Module) -> int:
-    """Packs the twins of all matrices again whose weights are not those that they were made from.
-
-    That happens by itself at the next prompt after ``load_state_dict``, an optimizer's step, ``parameter.data = ...``
-    or a merged adapter. Call it after changing single elements under ``torch.inference_mode()`` or through
-    ``parameter.data``, which PyTorch does not count. It reads all weights. Compiled code and captured graphs stay.
-
-    Args:
-        model: the module that was compiled, or the wrapper that ``torch.compile`` returned.
-
-    Returns:
-        The number of matrices that were packed again, products of several layers counting once.
-    """
-    state = find_state(model)
-    if state is None:
-        return 0
-    pairs = [(site, site.sources.get()) for site in state.of(PackedWeights).all()]
-    known = [(site, sources) for site, sources in pairs if sources is not None]
-    # (Of another dtype or device: Dynamo traces the model anew, and its twins are packed then.)
-    alike = [(site, sources) for site, sources in known if sources.kinds == site.sources.kinds]
-    return state.of(PackedWeights).renew(alike, Statistics.of(state), thorough=True)
-
-
 def changed_since(name: str) -> str:
     """Returns the message about a product whose parameters are not those that it was made from."""
     fix = "call river_compile.refresh(model) or generate a token first"
     return f"the weights of {name} changed after they were packed; {fix}"
-
-
-class GraphTwins(tuple[PackedSite, ...]):
-    """The packed matrices of one traced graph's twins."""
 
 
 @dataclass(frozen=True)
@@ -140,11 +62,6 @@ class Statistics:
     observed: Observation | None = None
     own: SelfCalibration = field(default_factory=SelfCalibration)
     ranks: Ranks = ALONE
-
-    @classmethod
-    def of(cls, state: ModelState) -> Statistics:
-        """Returns those of a model."""
-        return cls(state.find(Observation), state.of(SelfCalibration), state.of(Ranks))
 
     @property
     def number(self) -> int:
@@ -356,34 +273,41 @@ def _in_threads(function: Callable[[T], R], jobs: Sequence[T], what: str = "", t
 
 
 class TwinWatch:
-    """Looks after the twins of one graph.
+    """Repacks one graph's twins if their parameters changed.
 
     Args:
-        packed: its packed products.
+        packed: its packed matmuls.
         slots: the index of each of the graph's inputs.
-        state: of the model, with its packed weights and what was observed.
+        twins: all packed weights of the model.
+        statistics: returns what quantizers may know.
+        adopt: notes parameters that were put in the place of some of the model's.
     """
 
     def __init__(
-        self, packed: Mapping[LinearSite, PackedSite], slots: Mapping[fx.Node, int], state: ModelState
+        self,
+        packed: Mapping[LinearSite, PackedSite],
+        slots: Mapping[fx.Node, int],
+        twins: PackedWeights,
+        statistics: Callable[[], Statistics],
+        adopt: Callable[[Iterable[Tensor]], object],
     ) -> None:
         self._sites = [(made, site) for site, made in packed.items()]
         nodes = [node for site in packed for node in (*site.weights, *site.biases, *site.folds) if node is not None]
         self._slots = {node: slots[node] for node in nodes}
         self._order = [slots[node] for node in nodes]
-        self._state = state
+        self._twins, self._statistics, self._adopt = twins, statistics, adopt
         self._look()
 
     def __call__(self, args: Sequence[Any]) -> None:
-        """Packs those products again that do not stand for the parameters among the graph's inputs."""
-        if self._state.of(Ranks).every(self._looks == ParameterStamp([args[i] for i in self._order])):
+        """Packs those again that do not stand for the parameters among the graph's inputs."""
+        statistics = self._statistics()
+        if statistics.ranks.every(self._looks == ParameterStamp([args[i] for i in self._order])):
             return
         values = {node: args[i] for node, i in self._slots.items()}
-        adopt(self._state, values.values())
-        pairs = [(made, Sources.of(site, values)) for made, site in self._sites]
-        self._state.of(PackedWeights).renew(pairs, Statistics.of(self._state))
+        self._adopt(values.values())
+        self._twins.renew([(made, Sources.of(site, values)) for made, site in self._sites], statistics)
         self._look()
 
     def _look(self) -> None:
-        """Notes how the products' parameters looked when they were packed, or last compared."""
+        """Notes how the parameters looked when they were packed, or last compared."""
         self._looks = ParameterStamp.together(made.looks for made, _ in self._sites)

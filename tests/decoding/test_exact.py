@@ -17,12 +17,11 @@ from transformers.generation import LogitsProcessor, LogitsProcessorList
 from transformers.generation.streamers import BaseStreamer
 
 import river_compile
-from river_compile.decoding.drafter import RatesOfModel
+from river_compile.api.generation import generate_exactly
 from river_compile.decoding.session import Session
-from river_compile.drop_in.generation import generate_exactly
 from river_compile.errors import ExactModeError
 from river_compile.exits import forced_depth
-from river_compile.state import state_of
+from river_compile.model_record import record_of
 from river_compile.upstream.transformers import cache_argument, cache_of, crop
 from tests.support.decoding import Halved, new_cache
 from tests.support.families import REWRITTEN, each, prompt
@@ -448,7 +447,7 @@ def test_models_that_have_no_two_paths_are_refused():
 def test_adaptive_calls_go_on_with_what_earlier_ones_learned(shared):
     """By greedy and sampled texts; where drafts are to be the same in every run, each call begins anew."""
     model, ids = shared(), prompt(12)
-    learned = state_of(model.parameters()).of(RatesOfModel)
+    learned = record_of(model.parameters()).drafts.rates
     exactly(model, ids, max_new_tokens=8)
     assert not learned
     exactly(model, ids, max_new_tokens=8, adaptive=True)

@@ -20,14 +20,14 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from river_compile.api.twins import packed_twins
 from river_compile.distributed.ranks import ranks_of
 from river_compile.errors import ArtifactError, OptionError
 from river_compile.kernels.checks import PATH
 from river_compile.kernels.files import appearing
 from river_compile.kernels.quant.grid import QuantizedWeight
-from river_compile.state import unwrap
+from river_compile.model_record import unwrap
 from river_compile.twins.packed import PackedSite
-from river_compile.twins.registry import packed_twins
 
 FORMATS = ("compressed-tensors",)
 
