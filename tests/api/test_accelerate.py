@@ -120,7 +120,8 @@ def test_calls_that_exact_mode_refuses_run_plainly_with_one_notice(model, option
     assert reason in str(river_compile.report(model))
 
 
-def test_a_streamer_sees_a_call_that_starts_again_once(model):
+def test_a_streamer_sees_a_call_that_starts_again_once():
+    model = river_compile.accelerate(plain(), **EXACT)  # (its own: the notice comes once a model)
     with warnings.catch_warnings():
         warnings.simplefilter("ignore")
         assert streamed(model, use_cache=False) == streamed(plain(), use_cache=False)
