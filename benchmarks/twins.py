@@ -198,7 +198,7 @@ def packing(graphs: Sequence[GraphRecord], observation: Observation) -> dict:
     outputs = []
     for site in sites:
         weights = site.fresh_sources().weights
-        parts = [w.T if site.transposed else w for w in weights]
+        parts = [w.T if site.linear.transposed else w for w in weights]
         moments = observation.moments_of(weights[0]).matrix()
         outputs.append(output_sqnr_db(torch.cat(parts), site.dequantize(), moments))
     return {

@@ -30,8 +30,8 @@ from river_compile.runtime.fallbacks import PlainCalls, PlainRuns
 from river_compile.runtime.sequences import SequenceTracker
 from river_compile.runtime.stats import ExitStats
 from river_compile.twins.calibration_stats import Observation
-from river_compile.twins.packed import PackedSite
-from river_compile.twins.registry import PackedWeights, Statistics
+from river_compile.twins.packed import TwinWeight
+from river_compile.twins.registry import Statistics, TwinRegistry
 from river_compile.twins.self_calibration import SelfCalibration
 from river_compile.twins.twin_kl import BlockErrors
 from river_compile.upstream.dynamo import GraphEntry
@@ -84,7 +84,7 @@ class GraphRecord:
     entry: GraphEntry = field(default_factory=GraphEntry)
     ranks: Sequence[Mapping[str, Any]] = ()
     captures: CaptureLog = field(default_factory=CaptureLog)
-    twins: tuple[PackedSite, ...] = ()
+    twins: tuple[TwinWeight, ...] = ()
 
     @property
     def options(self) -> tuple[RiverConfig, str | None]:
@@ -117,7 +117,7 @@ class ModelRecord:
 
     graphs: list[GraphRecord] = field(default_factory=list)
     ranks: Ranks = ALONE  # that share it
-    twins: PackedWeights = field(default_factory=PackedWeights)
+    twins: TwinRegistry = field(default_factory=TwinRegistry)
     observation: Observation | None = None  # of texts that a user gave
     self_calibration: SelfCalibration = field(default_factory=SelfCalibration)
     block_errors: BlockErrors | None = None

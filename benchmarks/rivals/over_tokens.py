@@ -152,7 +152,7 @@ def _obstacle(segment: Segment, block: Block) -> Refusal | None:
             block.path,
         )
     if segment.outputs != (block.hidden_out,):
-        return Refusal("it hands on more than its hidden model_record", block.path)
+        return Refusal("it hands on more than its hidden state", block.path)
     if segment.graph.find_nodes(op="call_function", target=ENTER_AUTOCAST):
         return Refusal("it changes autocast inside", block.path)
     for node in segment.origins:

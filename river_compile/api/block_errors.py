@@ -19,7 +19,7 @@ from transformers import PreTrainedModel
 from river_compile.kernels.portable import token_kl
 from river_compile.model_record import ModelRecord, record_of_model, unwrap
 from river_compile.twins.observe import Tokenizer, windows_of
-from river_compile.twins.packed import PackedSite
+from river_compile.twins.packed import TwinWeight
 from river_compile.twins.registry import changed_since
 from river_compile.twins.twin_kl import BlockError, BlockErrors
 from river_compile.upstream.tensors import as_shard_of, local_of
@@ -74,7 +74,7 @@ def block_errors(
     return found
 
 
-def _sites_by_block(record: ModelRecord) -> Iterator[tuple[int, str, list[PackedSite]]]:
+def _sites_by_block(record: ModelRecord) -> Iterator[tuple[int, str, list[TwinWeight]]]:
     """Yields number, path and 4-bit products of every block whose twin the latest rewritten graph packed."""
     graph = next((graph for graph in reversed(record.graphs) if graph.twins), None)
     if graph is None:
@@ -85,7 +85,7 @@ def _sites_by_block(record: ModelRecord) -> Iterator[tuple[int, str, list[Packed
             yield number, path, packed
 
 
-def _twin_weights(model: nn.Module, packed: Sequence[PackedSite]) -> dict[str, Tensor]:
+def _twin_weights(model: nn.Module, packed: Sequence[TwinWeight]) -> dict[str, Tensor]:
     """Returns the weights of a twin by parameter name, in the model's dtype."""
     named = {id(local_of(parameter)): (name, parameter) for name, parameter in model.named_parameters()}
     weights = {}
@@ -93,11 +93,11 @@ def _twin_weights(model: nn.Module, packed: Sequence[PackedSite]) -> dict[str, T
         sources = site.fresh_sources()
         if sources is None:
             raise ValueError(changed_since(site.name))
-        parts = site.dequantize().split(site.out_features)
+        parts = site.dequantize().split(site.linear.out_features)
         for source, part in zip(sources.weights, parts, strict=True):
-            part = part.unflatten(0, (site.experts, -1)) if site.experts else part
+            part = part.unflatten(0, (site.linear.experts, -1)) if site.linear.experts else part
             name, parameter = named[id(source)]
-            weights[name] = as_shard_of((part.mT if site.transposed else part).to(source.dtype), parameter)
+            weights[name] = as_shard_of((part.mT if site.linear.transposed else part).to(source.dtype), parameter)
     return weights
 
 

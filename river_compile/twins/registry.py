@@ -1,6 +1,6 @@
 """The packed weights of a model's twins: made once, shared by all its graphs, freed with the model, saved on request.
 
-Each 4-bit matrix of a twin (a :class:`LinearSite`) is quantized from the parameters it stands for, or its grid is read
+Each 4-bit matrix of a twin (a :class:`TwinLinear`) is quantized from the parameters it stands for, or its grid is read
 from an artifact; packed in the layout of the kernel that will read it, on the parameters' device; and kept under its
 first parameter, which is held weakly: when the model goes, so do its twins.
 
@@ -24,7 +24,7 @@ from pathlib import Path
 from typing import Any, TypeVar
 
 import torch
-from torch import Tensor, fx
+from torch import Tensor
 from torch.utils.weak import WeakTensorKeyDictionary
 from tqdm import tqdm
 
@@ -32,10 +32,10 @@ from river_compile.config import RiverConfig
 from river_compile.distributed.ranks import ALONE, Ranks
 from river_compile.errors import RiverWarning
 from river_compile.kernels.quant.grid import threads_for
-from river_compile.passes.program import LinearSite
+from river_compile.passes.program import TwinLinear
 from river_compile.twins.artifact import FILE, Artifact, write_missing
 from river_compile.twins.calibration_stats import Observation
-from river_compile.twins.packed import PackedSite
+from river_compile.twins.packed import TwinWeight
 from river_compile.twins.parameter_stamp import ParameterStamp, Sources
 from river_compile.twins.quantize import UNOBSERVED, Maker, made_again, needs_moments
 from river_compile.twins.self_calibration import SelfCalibration
@@ -74,7 +74,7 @@ class Statistics:
         return self.observed if there else self.own.observation(anew=anew)
 
 
-class PackedWeights:
+class TwinRegistry:
     """All packed weights of one model.
 
     Attributes:
@@ -95,18 +95,18 @@ class PackedWeights:
 
     def pack(
         self,
-        sites: Sequence[LinearSite],
-        values: Mapping[fx.Node, Tensor],
+        sites: Sequence[TwinLinear],
+        inputs: Sequence[Any],
         config: RiverConfig,
         statistics: Statistics,
         every: Iterable[str] = (),
-        savable: Sequence[LinearSite] = (),
-    ) -> dict[LinearSite, PackedSite]:
+        savable: Sequence[TwinLinear] = (),
+    ) -> dict[TwinLinear, TwinWeight]:
         """Returns the packed weights of the sites, making those that are missing (with a progress bar when many).
 
         Args:
             sites: matrix products of twins.
-            values: the real tensor of each parameter placeholder.
+            inputs: of the graph, real tensors.
             config: its `quantizer`, `artifact` and `on_missing_artifact` say how.
             statistics: for "awq" and "gptq".
             every: names of all products that the model can have; an artifact may hold no other.
@@ -118,7 +118,7 @@ class PackedWeights:
         """
         with self._lock:
             start = time.perf_counter()
-            sources = {site: Sources.of(site, values) for site in (*sites, *savable)}
+            sources = {site: Sources.of(site, inputs) for site in (*sites, *savable)}
             artifact = None
             if config.artifact is not None:
                 config = replace(config, artifact=statistics.ranks.folder(config.artifact))
@@ -135,12 +135,12 @@ class PackedWeights:
             self.seconds += time.perf_counter() - start
             return found
 
-    def judge(self, twins: Iterable[PackedSite], statistics: Statistics) -> None:
+    def judge(self, twins: Iterable[TwinWeight], statistics: Statistics) -> None:
         """Estimates what a graph's twins lose together, where some were made with statistics since the last time."""
         if not statistics.ranks.every(not self._not_judged):
             self.loss, self._not_judged = statistics.own.loss(twins), False
 
-    def all(self) -> list[PackedSite]:
+    def all(self) -> list[TwinWeight]:
         """Returns what is packed at the moment."""
         return [site for sites in self._packed.values() for site in sites.values()]
 
@@ -150,11 +150,11 @@ class PackedWeights:
         alike = [(site, sources) for site in self.all() if (sources := site.fresh_sources()) is not None]
         yield
         for site, sources in alike:
-            site.looks = ParameterStamp(sources.tensors)
+            site.stamp = ParameterStamp(sources.tensors)
 
     def renew(
         self,
-        sites: Iterable[tuple[PackedSite, Sources]],
+        sites: Iterable[tuple[TwinWeight, Sources]],
         statistics: Statistics,
         *,
         thorough: bool = False,
@@ -193,7 +193,7 @@ class PackedWeights:
             return len(changed)
 
     def _told(
-        self, maker: Maker, sites: Sequence[LinearSite], config: RiverConfig, statistics: Statistics
+        self, maker: Maker, sites: Sequence[TwinLinear], config: RiverConfig, statistics: Statistics
     ) -> Statistics:
         """Returns the statistics for an artifact that may be missing, on several ranks taken already.
 
@@ -206,7 +206,7 @@ class PackedWeights:
             return statistics
         return replace(statistics, observed=statistics.get())
 
-    def _open(self, config: RiverConfig, make: Callable[[], Sequence[PackedSite]]) -> Artifact:
+    def _open(self, config: RiverConfig, make: Callable[[], Sequence[TwinWeight]]) -> Artifact:
         """Returns the artifact that the options name, made where it is missing and the options say so."""
         folder = Path(config.artifact or "")
         if config.on_missing_artifact == "save":
@@ -216,8 +216,8 @@ class PackedWeights:
         return self._opened
 
     def _make(
-        self, maker: Maker, sites: Sequence[LinearSite], sources: Mapping[LinearSite, Sources], statistics: Statistics
-    ) -> dict[LinearSite, PackedSite]:
+        self, maker: Maker, sites: Sequence[TwinLinear], sources: Mapping[TwinLinear, Sources], statistics: Statistics
+    ) -> dict[TwinLinear, TwinWeight]:
         """Packs products; each is looked up before the first is packed, since an artifact fits as a whole or not."""
         if sites and maker.needs_statistics:
             maker, self._not_judged = replace(maker, observation=statistics.get()), True
@@ -227,12 +227,12 @@ class PackedWeights:
             _in_threads(lambda site: sources[site].digest, sites)
         return dict(zip(sites, _in_threads(lambda job: maker.make(*job), jobs, "packing", threads), strict=True))
 
-    def _find(self, site: LinearSite, sources: Sources, maker: Maker) -> PackedSite | None:
-        made: PackedSite | None = self._packed.get(sources.weights[0], {}).get(maker.key(site))
+    def _find(self, site: TwinLinear, sources: Sources, maker: Maker) -> TwinWeight | None:
+        made: TwinWeight | None = self._packed.get(sources.weights[0], {}).get(maker.key(site))
         same = made is not None and made.sources.kinds == sources.kinds and made.stands_for(sources)
         return made if same else None
 
-    def _keep_under(self, weight: Tensor, site: PackedSite) -> None:
+    def _keep_under(self, weight: Tensor, site: TwinWeight) -> None:
         """Keeps a site under the parameter that has taken its first parameter's place."""
         sources = site.sources.get()
         if sources is None or sources.weights[0] is not weight:
@@ -240,7 +240,7 @@ class PackedWeights:
                 self._packed.get(sources.weights[0], {}).pop(site.key, None)
             self._packed.setdefault(weight, {})[site.key] = site
 
-    def _tell(self, changed: Sequence[PackedSite], seconds: float) -> None:
+    def _tell(self, changed: Sequence[TwinWeight], seconds: float) -> None:
         """Says what was packed again: the first time as a warning, then in the log, for those who train."""
         others = f" and {len(changed) - 1} more" if len(changed) > 1 else ""
         message = (
@@ -277,7 +277,6 @@ class TwinWatch:
 
     Args:
         packed: its packed matmuls.
-        slots: the index of each of the graph's inputs.
         twins: all packed weights of the model.
         statistics: returns what quantizers may know.
         adopt: notes parameters that were put in the place of some of the model's.
@@ -285,29 +284,24 @@ class TwinWatch:
 
     def __init__(
         self,
-        packed: Mapping[LinearSite, PackedSite],
-        slots: Mapping[fx.Node, int],
-        twins: PackedWeights,
+        packed: Mapping[TwinLinear, TwinWeight],
+        twins: TwinRegistry,
         statistics: Callable[[], Statistics],
         adopt: Callable[[Iterable[Tensor]], object],
     ) -> None:
-        self._sites = [(made, site) for site, made in packed.items()]
-        nodes = [node for site in packed for node in (*site.weights, *site.biases, *site.folds) if node is not None]
-        self._slots = {node: slots[node] for node in nodes}
-        self._order = [slots[node] for node in nodes]
+        self._packed, self._order = packed, [number for linear in packed for number in linear.parameters]
         self._twins, self._statistics, self._adopt = twins, statistics, adopt
         self._look()
 
-    def __call__(self, args: Sequence[Any]) -> None:
+    def __call__(self, inputs: Sequence[Any]) -> None:
         """Packs those again that do not stand for the parameters among the graph's inputs."""
-        statistics = self._statistics()
-        if statistics.ranks.every(self._looks == ParameterStamp([args[i] for i in self._order])):
+        statistics, parameters = self._statistics(), [inputs[i] for i in self._order]
+        if statistics.ranks.every(self._stamp == ParameterStamp(parameters)):
             return
-        values = {node: args[i] for node, i in self._slots.items()}
-        self._adopt(values.values())
-        self._twins.renew([(made, Sources.of(site, values)) for made, site in self._sites], statistics)
+        self._adopt(parameters)
+        self._twins.renew([(made, Sources.of(linear, inputs)) for linear, made in self._packed.items()], statistics)
         self._look()
 
     def _look(self) -> None:
         """Notes how the parameters looked when they were packed, or last compared."""
-        self._looks = ParameterStamp.together(made.looks for made, _ in self._sites)
+        self._stamp = ParameterStamp.together(made.stamp for made in self._packed.values())

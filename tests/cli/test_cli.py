@@ -221,7 +221,7 @@ def test_check_of_a_model_that_is_refused_is_code_3(tmp_path, capsys):
 
 def test_doctor_tells_versions_compiler_and_caches_and_tries_a_tiny_model(capsys, monkeypatch):
     found = printed_json(capsys, "doctor")
-    states = {finding["what"]: finding["model_record"] for finding in found["findings"]}
+    states = {finding["what"]: finding["state"] for finding in found["findings"]}
     assert {"Python", "torch", "transformers", "compiler", "processor", "GPU", "cache"} <= set(states)
     assert states["self-test"] == "ok"
     assert found["healthy"]
@@ -233,7 +233,7 @@ def test_doctor_tries_the_compiler(capsys):
         with inductor.patch({"cpp.cxx": (None, compiler)}):
             found = printed_json(capsys, "doctor", "--no-self-test", code=3)
         (said,) = (finding for finding in found["findings"] if finding["what"] == "compiler")
-        assert said["model_record"] == "bad"
+        assert said["state"] == "bad"
         assert compiler in said["text"]
         assert "install g++" in said["text"]
 

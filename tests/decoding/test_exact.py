@@ -239,7 +239,7 @@ def test_strict_text_has_the_bits_of_decoding_without_drafts(name, dtype):
     with river_compile.trace() as trace:
         ours = exactly(model, ids, mask, strict=True, **options)
     with forced_depth(model.config.num_hidden_layers):
-        plain = generate(model, ids, mask, custom_generate=river_compile.decoding, **options)
+        plain = generate(model, ids, mask, custom_generate=river_compile.decode, **options)
     assert torch.equal(ours.sequences, plain.sequences)
     assert all(map(torch.equal, ours.logits, plain.logits))
     for layer, expected in zip(cache_of(ours).layers, cache_of(plain).layers, strict=True):

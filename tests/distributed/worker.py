@@ -186,7 +186,7 @@ def exact(folder: Path) -> dict[str, Any]:
     for name, loop, sample in (
         ("greedy", mode, False),
         ("sampled", mode, True),
-        ("own loop", river_compile.decoding, True),
+        ("own loop", river_compile.decode, True),
     ):
         torch.manual_seed(dist.get_rank())
         how = {"max_new_tokens": 12, "do_sample": sample, "cache_implementation": "static"}
