@@ -138,7 +138,10 @@ class ModelRecord:
     @property
     def prepared(self) -> int:
         """How many of its graphs were compiled and captured so far."""
-        return len(self.graphs) + sum(graph.captures.made for graph in self.graphs)
+        made = len(self.graphs)
+        for graph in self.graphs:
+            made += graph.captures.made
+        return made
 
     def add(self, graph: GraphRecord, limit: int) -> None:
         """Adds a graph that Dynamo is about to keep. Where it keeps `limit` of them, those of other options give way.

@@ -12,6 +12,7 @@ captures, operations that read sizes from the device.
 
 from __future__ import annotations
 
+import functools
 import threading
 import time
 from collections import defaultdict
@@ -134,11 +135,12 @@ class CapturedRunner(Runner):
 
         def begin(args: Sequence) -> None:
             self.device.begin(self._buffers, self.flags)
-            self.device.run(lambda: copy_into(targets, take(args)))
+            self.device.run(functools.partial(copy_into, targets, take(args)))
             for index in numbers:
                 slots[index] = args[index]
 
-        return ReplayedStep(self, begin, launches, lambda: self.launcher.fresh(map(slots.__getitem__, self._returned)))
+        returned = self._returned
+        return ReplayedStep(self, begin, launches, lambda: tuple([slots[i] for i in returned]))
 
     def _buffers(self) -> list[Tensor]:
         """Returns what a step leaves behind and the next one must not read."""

@@ -50,17 +50,14 @@ class RowDraft:
         proposed: the tokens so far.
         reaches: how likely the draft is to hold up to each of them.
         copy: what a continuation from the context would add.
+        reach: how likely the whole draft is to hold.
     """
 
     room: int
     proposed: list[Proposed] = field(default_factory=list)
     reaches: list[float] = field(default_factory=list)
     copy: list[Proposed] = field(default_factory=list)
-
-    @property
-    def reach(self) -> float:
-        """How likely the whole draft is to hold."""
-        return self.reaches[-1] if self.reaches else 1.0
+    reach: float = 1.0
 
     @property
     def open(self) -> bool:
@@ -73,7 +70,8 @@ class RowDraft:
 
     def add(self, proposed: Proposed) -> None:
         """Adds a token."""
-        self.reaches.append(self.reach * proposed.chance)
+        self.reach *= proposed.chance
+        self.reaches.append(self.reach)
         self.proposed.append(proposed)
 
     def reaches_with(self, chances: Sequence[float]) -> list[float]:

@@ -115,7 +115,7 @@ class Drafter:
         running = [i for i, room in rooms.items() if room is not None]
         steps = 0
         while True:
-            for i in running:
+            for i in running if self._indices else ():
                 rows[i].copy = self._continuation(i, rows[i])
             chance = self._rates.river.chance(0.0) if river else None
             count = self.rule.verify_now([rows[i] for i in running], steps, chance)
@@ -124,7 +124,8 @@ class Drafter:
             start = time.perf_counter()
             column = self._go_on(ids_BS, rows, running, step, steps)
             ids_BS = torch.cat([ids_BS, ids_BS.new_tensor(column)[:, None]], dim=-1)
-            self._times.note(PassTimes.DRAFT, *self._ranks.agree([time.perf_counter() - start]))
+            seconds = [time.perf_counter() - start]
+            self._times.note(PassTimes.DRAFT, *(self._ranks.agree(seconds) if self._ranks.several else seconds))
             steps += 1
         for i in running:
             for proposed in rows[i].copy[: max(count - len(rows[i].proposed), 0)]:
@@ -166,7 +167,9 @@ class Drafter:
             rows[i].add(rows[i].copy[0])
         if asking:
             tokens = step.choose(scores_NV, asking, steps).tolist()
-            entropies = self._ranks.agree([entropy(scores) for scores in scores_NV])
+            entropies: Sequence[float] = [entropy(scores) for scores in scores_NV]
+            if self._ranks.several:
+                entropies = self._ranks.agree(entropies)
             for i, token, nats in zip(asking, tokens, entropies, strict=True):
                 rows[i].add(Proposed(token, "river", self._rates.by_entropy, nats))
         column = dict.fromkeys(rows, self._pad_token)
@@ -178,7 +181,7 @@ class Drafter:
 
     def _continuation(self, row: int, draft: RowDraft) -> list[Proposed]:
         """Returns what follows a draft by the context."""
-        if not self._indices or not draft.open:
+        if not draft.open:
             return []
         room = draft.room - len(draft.proposed)
         tokens, length = self._indices[row].continuation(room, [p.token for p in draft.proposed])

@@ -119,6 +119,8 @@ class DecodeLoop:
         self._rows = self.texts.running  # those in the batch; they stand in its order
         self._queued: Tensor | None = None  # logits of the next step, which runs already
         self._waiting: set[int] = set()  # rows that have stopped, where all go on until the last one stops
+        unseen = self.process is None and self.scores is None and self.logits is None
+        self._simple = unseen and isinstance(self.stops, Ends)  # nobody looks at the texts while they grow
         self._settle(first_logits, Draft({row: [] for row in self._rows}))
         while self.texts.running:
             self.session.make_room(self.max_length - self.texts.longest + 1)
@@ -177,6 +179,10 @@ class DecodeLoop:
         """Returns where rows stand in the batch."""
         return list(rows) if len(self._rows) == len(self.texts.active) else [self._rows.index(row) for row in rows]
 
+    def _of_rows(self, values_BV: Tensor, rows: Sequence[int]) -> Tensor:
+        """Returns the values of some rows of the batch, in its order."""
+        return values_BV if len(rows) == len(self._rows) else values_BV[self._places(rows)]
+
     def _rooms(self) -> dict[int, int | None]:
         """Returns how many tokens each row of the batch can draft, None for rows that have ended."""
         most, texts = self.session.longest_draft, self.texts
@@ -187,7 +193,7 @@ class DecodeLoop:
 
     def _draft_scores(self, ids_BS: Tensor, rows: Sequence[int], drafted: int) -> Tensor:
         """Runs the river over the batch's ids, `drafted` of them not in the texts yet; returns scores ``[N, V]``."""
-        scores = self.session.draft_step(ids_BS)[self._places(rows)].float()
+        scores = self._of_rows(self.session.draft_step(ids_BS), rows).float()
         if self.process_draft is None:
             return scores
         for group, length in self._of_one_length(rows):
@@ -227,7 +233,7 @@ class DecodeLoop:
 
     def _keep_next(self, rows: list[int], logits_BV: Tensor, drafted: list[int]) -> list[int]:
         """Keeps one more token of a group of rows; returns those whose drafted token it is."""
-        texts, raw = self.texts, logits_BV[self._places(rows)]
+        texts, raw = self.texts, self._of_rows(logits_BV, rows)
         if not self._simple or self.chooser.do_sample:  # (the best token is the same in the logits' own dtype)
             raw = raw.to(copy=True, dtype=torch.float32, device=texts.device)
         scores = raw if self.process is None else self.process(texts.of(rows), raw, rows)
@@ -247,7 +253,8 @@ class DecodeLoop:
             self.drafter.extend(rows, ids)
         texts.end(self._stopped(rows, ids))
         texts.show()
-        self.chooser.forget(min(map(texts.step_of, texts.running), default=0))
+        if self.chooser.do_sample:
+            self.chooser.forget(min(map(texts.step_of, texts.running), default=0))
         return [row for row, token, draft in zip(rows, ids, drafted, strict=False) if token == draft]
 
     def _queue_next(self) -> None:
@@ -272,12 +279,6 @@ class DecodeLoop:
             return ended
         self._waiting.update(ended)
         return rows if len(self._waiting) == len(rows) else []
-
-    @property
-    def _simple(self) -> bool:
-        """Whether nobody looks at the texts while they grow."""
-        unseen = self.process is None and self.scores is None and self.logits is None
-        return unseen and isinstance(self.stops, Ends)
 
     def _groups(self, rows: list[int]) -> list[list[int]]:
         """Returns rows that go on together: in calls of the user's, whose ids have one length, or all at once."""

@@ -48,7 +48,8 @@ class Chooser:
                 draft is of any token then, since it need not hold.)
         """
         if not self.do_sample:
-            return self._ranks.first(scores_NV.argmax(-1))
+            tokens_N = scores_NV.argmax(-1)
+            return self._ranks.first(tokens_N) if self._ranks.several else tokens_N
         if not self._drafting:
             return self._ranks.first(torch.multinomial(scores_NV.softmax(-1), num_samples=1).squeeze(1))
         noise_NV = torch.stack([self._noise(step, scores_NV)[row] for row, step in places])

@@ -8,9 +8,9 @@ import torch
 from transformers import DynamicCache, StaticCache
 
 import river_compile
+from river_compile.api.accelerate import free_cache
 from river_compile.model_record import find_record
 from river_compile.runtime import cache_pool
-from river_compile.runtime.cache_pool import free_cache
 from river_compile.upstream.transformers import cache_of, sizes_of
 from tests.support.families import CONFIGS, make, prompt
 from tools.recorder import recording
