@@ -90,7 +90,7 @@ class DeviceWalk(Walk):
     """A step that leaves its decisions to `when`, and copies its results into buffers, by slot."""
 
     def __init__(self, step: WholeStep, outputs: Mapping[int, Tensor], when: When) -> None:
-        super().__init__(step.runner, step.program.plan.num_blocks, step.doubts)
+        self.runner, self.num_blocks, self.doubts = step.runner, step.program.plan.num_blocks, step.doubts
         self._blocks, self._state, self._outputs, self._when = step.program.blocks, step.state, outputs, when
 
     def fork(self, slots: list, done: int, depth: int, rest: tuple[int, ...], last: int) -> None:

@@ -167,7 +167,8 @@ class RiverExecutor:
         outcome = runner.whole(slots, bars) if runner.decides and bars.for_device else None
         if outcome is not None:
             return lambda: bars.taken(outcome())
-        taken = HostWalk(runner, bars).taken(slots, limit)
+        walk = HostWalk(runner, bars, limit)
+        taken = walk.taken(walk.run(slots, walk.stops, walk.last))
         self.fill.end(slots, memory, taken.depth)
         return taken
 

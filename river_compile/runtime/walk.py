@@ -16,14 +16,17 @@ from river_compile.runtime.runner import Runner
 class Walk(ABC):
     """One step.
 
-    Args:
+    Attributes:
         runner: runs the spans.
         num_blocks: L.
         doubts: whether the backbone may have to run after the river.
+        hand_over: sees to the results of a head that has run; None: nothing is to be done with them.
     """
 
-    def __init__(self, runner: Runner, num_blocks: int, doubts: bool) -> None:
-        self.runner, self.num_blocks, self._doubts = runner, num_blocks, doubts
+    runner: Runner
+    num_blocks: int
+    doubts: bool
+    hand_over: Callable[[list], None] | None = None
 
     def run(self, slots: list, stops: tuple[int, ...], last: int, done: int = 0) -> int:
         """Runs what follows `done` blocks of a token that leaves at one of `stops`, or after `last` blocks."""
@@ -37,17 +40,19 @@ class Walk(ABC):
                 break
         else:
             self.runner.blocks(slots, done, last)
-        may_doubt = self._doubts and last < self.num_blocks
+        may_doubt = self.doubts and last < self.num_blocks
         saved = self.runner.save(slots, last) if may_doubt else ()
         if last < self.num_blocks:
             self.runner.tail(slots, last)
-        self.hand_over(slots)
+        if self.hand_over is not None:
+            self.hand_over(slots)
         if may_doubt:
 
             def once_more(own: list) -> None:
                 self.runner.rewind(own, last, self.num_blocks, saved)
                 self.runner.blocks(own, last, self.num_blocks)
-                self.hand_over(own)
+                if self.hand_over is not None:
+                    self.hand_over(own)
 
             self.doubt(slots, once_more)
         return last
@@ -60,28 +65,27 @@ class Walk(ABC):
     def doubt(self, slots: list, once_more: Callable[[list], None]) -> None:
         """Runs the backbone once more where the river's answer is not believed."""
 
-    def hand_over(self, slots: list) -> None:  # noqa: B027
-        """Sees to the results of a head that has run, where something is to be done with them."""
-
 
 class HostWalk(Walk):
-    """A step whose scores the host waits for and compares."""
+    """A step whose scores the host waits for and compares; `stops` and `last` are for :meth:`run`.
 
-    def __init__(self, runner: Runner, bars: ExitBars) -> None:
-        super().__init__(runner, len(bars.bars) - 1, bars.reads == "answer")
-        self._bars = bars
+    Args:
+        limit: blocks that the token may execute before its exit.
+    """
+
+    def __init__(self, runner: Runner, bars: ExitBars, limit: int) -> None:
+        self.runner, self.num_blocks, self.doubts = runner, len(bars.bars) - 1, bars.reads == "answer"
+        self._bars, last = bars, bars.last
+        self.stops = bars.stops if limit >= last else tuple(stop for stop in bars.stops if stop <= limit)
+        self._entropy = None if bars.given is None else bars.given.item()
+        if self._entropy is not None and bars.leaves(bars.first, -self._entropy):
+            last = bars.first
+        self.last = min(last, limit)
         self._scores: list[float] = []
-        self._entropy: float | None = None
         self._doubted = False
 
-    def taken(self, slots: list, limit: int) -> Taken:
-        """Runs the step, at most `limit` blocks of it before the exit; returns the way that it took."""
-        bars, last = self._bars, self._bars.last
-        stops = bars.stops if limit >= last else tuple(stop for stop in bars.stops if stop <= limit)
-        if bars.given is not None:
-            self._entropy = bars.given.item()
-            last = bars.first if bars.leaves(bars.first, -self._entropy) else last
-        depth = self.run(slots, stops, min(last, limit))
+    def taken(self, depth: int) -> Taken:
+        """Returns the way that the step took, given the depth at which the token left."""
         end, river_from = (self.num_blocks, depth) if self._doubted else (depth, None)
         return Taken(end, tuple(self._scores), self._entropy, river_from)
 
