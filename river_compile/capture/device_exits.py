@@ -285,7 +285,7 @@ def captured_runner(
     return CapturedRunner(program, steps, launcher, ahead, policy.deepest, plain)
 
 
-def _now(holds: Tensor, work: Callable[[list], None], slots: list) -> None:
+def _now(holds: Tensor, work: Callable[[list], object], slots: list) -> None:
     """Runs work where a boolean holds, for which this waits."""
     if holds.item():
         work(slots)

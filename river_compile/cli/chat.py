@@ -35,8 +35,8 @@ def chat(
 
     With `--quality fast` the colour tells how many blocks a token ran through.
     """
+    from river_compile.api.accelerate import accelerate
     from river_compile.cli.models import load, quiet
-    from river_compile.drop_in.accelerate import accelerate
 
     use_threads(threads)
     quiet()
@@ -83,11 +83,10 @@ def _lines(as_json: bool) -> Any:
 
 
 def _compiled_so_far(model: PreTrainedModel) -> int:
-    from river_compile.decoding.session import Preparations
-    from river_compile.state import find_state
+    from river_compile.model_record import find_record
 
-    state = find_state(model)
-    return 0 if state is None else Preparations(state)()
+    record = find_record(model)
+    return 0 if record is None else record.prepared
 
 
 class Conversation:

@@ -57,9 +57,9 @@ def _run(
     """Generates the sample text with every graph written to a folder; returns what the page shows of it."""
     import torch
 
+    from river_compile.api.accelerate import accelerate
     from river_compile.cli.models import encode
     from river_compile.cli.painting import Painter
-    from river_compile.drop_in.accelerate import accelerate
     from river_compile.reporting.report import report as report_of
 
     accelerate(model, "fast", threshold=threshold, dump_dir=dump)

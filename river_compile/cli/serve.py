@@ -60,8 +60,8 @@ def accelerating(**arguments: Any) -> Iterator[None]:
     except ImportError as error:
         raise ValueError(f'this server needs more packages: pip install "river-compile[serve]" ({error})') from None
 
+    from river_compile.api.accelerate import accelerate
     from river_compile.cli.models import loading
-    from river_compile.drop_in.accelerate import accelerate
 
     class Manager(model_manager.ModelManager):
         def _load_processor(self, name: str, *args: Any, **kwargs: Any) -> Any:
