@@ -94,7 +94,7 @@ def check_family(name: str, folder: Path, lengths: int) -> None:
         torch._dynamo.reset()
         model.compile(backend=river, options={**EAGER, "quantizer": "rtn", "criterion": criterion})
         decode(model, none)
-        with forced_threshold(0.3 if CRITERIA[criterion].scores_blocks else 4.5):  # (some tokens leave)
+        with forced_threshold(0.3 if CRITERIA[criterion].reads == "block" else 4.5):  # (some tokens leave)
             logits, seen, _ = decode(model, none)
         claim(f"{name}: criterion {criterion}, one decision", alike((seen, logits.tolist())), f"depths {seen}")
     torch._dynamo.reset()

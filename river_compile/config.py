@@ -198,7 +198,7 @@ class RiverConfig:
         criterion = CRITERIA[self.criterion]
         if self.threshold is None:
             object.__setattr__(self, "threshold", criterion.threshold)
-        if criterion.scores_blocks:
+        if criterion.reads == "block":
             self._set("first_exit", integer(1))
         else:
             wanted = f"an entropy in nats of 0 or more, such as {criterion.threshold}"
@@ -210,7 +210,7 @@ class RiverConfig:
         object.__setattr__(self, name, check(name, getattr(self, name), OptionError))
 
     def _contradictions(self) -> Iterator[str]:
-        if self.prefill == "exit" and not CRITERIA[self.criterion].scores_blocks:
+        if self.prefill == "exit" and CRITERIA[self.criterion].reads != "block":
             yield (
                 f"prefill='exit' is not available with criterion={self.criterion!r}, which knows a prompt's entropy "
                 "only afterwards; use prefill='backbone', or criterion='similarity'"
@@ -244,7 +244,7 @@ class RiverConfig:
                 f"first_exit={self.first_exit} lies beyond {nowhere}; "
                 f"use offload={self.first_exit} or more, exit_depth={k} or offload_policy='fetch'"
             )
-        elif CRITERIA[self.criterion].may_doubt:
+        elif CRITERIA[self.criterion].reads == "answer":
             yield (
                 f"criterion={self.criterion!r} sends tokens through the whole backbone, where offload_policy='exit' "
                 "lets none go; use offload_policy='fetch'"

@@ -105,7 +105,7 @@ class Recorder(CaptureDevice):
     def why_undecided(self) -> None:
         return None
 
-    def when(self, holds: Tensor, work: Callable[[list], None], slots: list) -> None:
+    def when(self, holds: Tensor, work: Callable[[list], object], slots: list) -> None:
         if holds.item():
             self._spoiling(work, list(slots))
 
@@ -132,7 +132,7 @@ class Recorder(CaptureDevice):
     def _replay(self, graph: Recording, own: list) -> None:
         self._spoiling(lambda slots: graph.unit.run_into(slots, graph.outputs, self.when), own)
 
-    def _spoiling(self, work: Callable[[list], None], own: list) -> None:
+    def _spoiling(self, work: Callable[[list], object], own: list) -> None:
         """Runs work on slots and spoils what it made of them."""
         before = {t.untyped_storage().data_ptr() for t in own if isinstance(t, Tensor)}
         work(own)

@@ -77,7 +77,7 @@ def _runs(record: GraphRecord, depths: Iterable[int]) -> Iterator[AbstractContex
         yield forced_threshold(criterion.never, first)
         for depth in record.candidates or (first,):
             yield forced_threshold(criterion.always, depth)
-        if criterion.may_doubt:
+        if criterion.reads == "answer":
             yield forced_threshold(sys.float_info.min, first)  # the river runs and is never believed
     for depth in depths:
         yield forced_depth(depth)

@@ -20,7 +20,7 @@ _SHARES = (0.05, 0.1, 0.2, 0.3, 0.4, 0.5, 0.6, 0.7, 0.8, 0.9)  # of the tokens t
 
 def candidate_rules(meter: Meter, criterion: Criterion, texts: Sequence[int], every: int) -> list[Measured]:
     """Returns rules that spread over costs, each with what it does to the pilot texts."""
-    if not criterion.reads_logits:
+    if criterion.reads == "block":
         return [meter.measure(rule, texts, "pilot texts") for rule in _score_rules(meter, criterion, texts, every)]
     found = []
     # With one exit there are none, few, or a quarter of the blocks before the river.
@@ -57,7 +57,7 @@ def _at_thresholds(
 ) -> list[Measured]:
     """Works out from a run in which every token left what rules with lower thresholds would have done."""
     first_exit = all_left.rule[1]
-    kept = Kind(num_blocks, first_exit) if criterion.may_doubt else Kind(num_blocks)
+    kept = Kind(num_blocks, first_exit) if criterion.reads == "answer" else Kind(num_blocks)
     ordered = sorted(entropy for text in entropies for entropy in text)
     found = []
     for threshold in dict.fromkeys(ordered[int(share * len(ordered))] for share in _SHARES):

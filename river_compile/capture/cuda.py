@@ -50,7 +50,7 @@ class CudaGraphs(CaptureDevice):
             return f"graphs of CUDA {torch.version.cuda} hold no decisions; those of 12.4 and later do"
         return None
 
-    def when(self, holds: Tensor, work: Callable[[list], None], slots: list) -> None:
+    def when(self, holds: Tensor, work: Callable[[list], object], slots: list) -> None:
         graph = torch.cuda.CUDAGraph.get_currently_capturing_graph()
         graph.begin_capture_to_if_node(holds)  # (which makes the node's own stream the current one)
         try:

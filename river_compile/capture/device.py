@@ -46,7 +46,7 @@ class CaptureDevice(ABC):
         """Returns why captures cannot hold decisions, None where :meth:`when` puts them there."""
         return f"{self.name} hold no decisions"
 
-    def when(self, holds: Tensor, work: Callable[[list], None], slots: list) -> None:
+    def when(self, holds: Tensor, work: Callable[[list], object], slots: list) -> None:
         """In a capture: captures work on a copy of the slots that a replay runs where a boolean scalar then holds."""
         raise CaptureFailed(f"{self.name} hold no decisions")
 

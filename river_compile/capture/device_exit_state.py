@@ -16,7 +16,7 @@ import torch
 from torch import Tensor
 
 from river_compile.capture.units import copy_into
-from river_compile.exit_bars import NEVER
+from river_compile.exits import NEVER
 
 _LEAVES, _STAYS = 4, 5  # the bytes of a row of `outcome` behind the score
 
@@ -29,9 +29,9 @@ class DeviceExitState:
         device: where they lie.
 
     Attributes:
-        rules: float64 ``[L + 1, 2]``: at each depth the bar (:mod:`river_compile.exit_bars`), and a number of no use.
+        rules: float64 ``[L + 1, 2]``: at each depth the bar (:mod:`river_compile.exits`), and a number of no use.
         outcome: float32 ``[L + 1, 4]``: the score, in the next number's bytes the booleans "leaves" and "stays", and
-            two of no use. The last row is the entropy of a river that may be doubted, and "leaves" where it is.
+            two of no use. The last row is of the river's answer, and has "stays" alone: where it is doubted.
         given: float32 scalar, the score where a fork has none of its own.
     """
 
@@ -49,11 +49,11 @@ class DeviceExitState:
         return [self.rules[depth, :1], self.outcome[depth]]
 
     def leaves(self, depth: int) -> Tensor:
-        """Returns the boolean scalar that holds where a token leaves at a fork; at L, where the river is doubted."""
+        """Returns the boolean scalar that holds where a token leaves at a fork."""
         return self._flags[depth, _LEAVES]
 
     def stays(self, depth: int) -> Tensor:
-        """Returns the boolean scalar that holds where a token does not leave at a fork."""
+        """Returns the boolean scalar that holds where a token stays at a fork; at L, where the river is doubted."""
         return self._flags[depth, _STAYS]
 
     def forbid(self) -> None:
@@ -67,12 +67,12 @@ class DeviceExitState:
         torch.logical_not(self.stays(depth), out=self.leaves(depth))
 
     def doubt(self, entropy: Tensor) -> None:
-        """Decides in the same way whether the entropy of the river's logits, a float32 scalar, leaves doubt."""
-        copy_into([self.outcome[self._last, 0]], [entropy])
-        doubted_at(entropy, self.rules[self._last, 0], self.leaves(self._last))
+        """Decides in the same way about the river's answer, by the entropy of its logits; "stays": it is doubted."""
+        score = torch.neg(entropy, out=self.outcome[self._last, 0])
+        stays_at(score, self.rules[self._last, 0], self.stays(self._last))
 
     def read(self, outcome: Tensor, forks: Sequence[int], last: int, doubts: bool) -> list[float]:
-        """Returns the score at each depth, the entropy of a doubted river, and the depth at which a token left.
+        """Returns the score at each depth, that of the river's answer, and the depth at which a token left.
 
         Args:
             outcome: a copy of the attribute in host memory, float32 ``[4 L + 4]``.
@@ -87,7 +87,7 @@ class DeviceExitState:
         flags = rows.view(torch.uint8)[:, [_LEAVES, _STAYS]].tolist()
         decided = ((depth, leaves, stays) for depth in forks for leaves, stays in [flags[depth]])
         depth: float = next((d if leaves else math.nan for d, leaves, stays in decided if leaves or not stays), last)
-        if doubts and depth < self._last and flags[self._last][0]:
+        if doubts and depth < self._last and flags[self._last][1]:
             depth = self._last
         return [*rows[:, 0].tolist(), depth]
 
@@ -98,8 +98,3 @@ def stays_at(score: Tensor, bar: Tensor, out: Tensor | None = None) -> Tensor:
     It does where the score is no number, and does not at a bar that is none.
     """
     return torch.le(torch.fmax(score, bar), bar, out=out)
-
-
-def doubted_at(entropy: Tensor, bar: Tensor, out: Tensor | None = None) -> Tensor:
-    """Returns whether an entropy leaves doubt, as above: it does where it is no number, but not at such a bar."""
-    return torch.ge(entropy.nan_to_num(NEVER, NEVER, -NEVER), bar, out=out)

@@ -22,7 +22,7 @@ from __future__ import annotations
 import math
 import threading
 from collections import OrderedDict, deque
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from types import TracebackType
 
@@ -34,116 +34,79 @@ from river_compile.capture.device import CaptureDevice, CaptureLog
 from river_compile.capture.device_exit_state import DeviceExitState
 from river_compile.capture.runner import CapturedRunner, LaunchAhead
 from river_compile.capture.units import CaptureUnit, When, copy_into
-from river_compile.exit_bars import ALWAYS, NEVER, ExitBars, forks, why_host_decides
-from river_compile.exits import ExitPolicy
+from river_compile.exits import ALWAYS, NEVER, ExitBars, ExitPolicy
 from river_compile.passes.program import DecoderPlan, RiverProgram, Segment
-from river_compile.runtime.runner import Outcome, Runner, Step
-from river_compile.runtime.slots import SCORE, WrittenInPlace
+from river_compile.runtime.runner import Outcome, PlainRunner, Runner, Step
+from river_compile.runtime.slots import SCORE
+from river_compile.runtime.walk import Walk
 
 _PLACES = 2  # steps whose outcomes may wait to be read
 _RULES = 64  # whose rows are kept on the device
 
 
-class Walk:
-    """A program's step as code that leaves its decisions to `when`.
+@dataclass(frozen=True, eq=False)
+class WholeStep(CaptureUnit):
+    """A step as a unit, which runs by a :class:`DeviceWalk`.
 
-    Args:
+    Attributes:
         program: with twins for every fork.
-        steps: of all segments that can be reached, but of a prologue that runs on its own.
+        runner: runs the segments.
+        state: what the forks read and write.
+        prologue: comes before the first block; None where it runs on its own.
         forks: depths at which tokens may part, ascending.
         last: blocks that a token executes at most.
         doubts: whether the backbone may have to run after the river.
-        verdicts: what the forks read and write.
     """
 
-    def __init__(
-        self,
-        program: RiverProgram,
-        steps: Mapping[Segment, Step],
-        forks: tuple[int, ...],
-        last: int,
-        doubts: bool,
-        verdicts: DeviceExitState,
-    ) -> None:
-        self.forks, self.last, self._doubts, self.verdicts = forks, last, doubts, verdicts
-        self._num_blocks = program.plan.num_blocks
-        self._prologue = steps.get(program.prologue)
-        self._blocks = [steps.get(block) for block in program.blocks]
-        self._twins = [steps.get(twin) for twin in program.twins]
-        self._head, self._river_head = steps.get(program.head), steps.get(program.river_head or program.head)
-        self._in_place = WrittenInPlace(program)
+    program: RiverProgram
+    runner: PlainRunner
+    state: DeviceExitState
+    prologue: Step | None
+    forks: tuple[int, ...]
+    last: int
+    doubts: bool
 
-    def __call__(self, slots: list, outputs: Mapping[int, Tensor], when: When) -> None:
-        """Runs a step on slots, and copies its results into buffers, by slot."""
-        self._run([self._prologue] if self._prologue is not None else [], slots)
-        self._go_on(slots, outputs, when, 0, self.forks)
+    def run_into(self, slots: list, outputs: Mapping[int, Tensor], when: When) -> None:
+        if self.prologue is not None:
+            self.prologue(slots)
+        DeviceWalk(self, outputs, when).run(slots, self.forks, self.last)
 
     def rehearse(self, slots: list) -> None:
         """Runs every segment, in vain: as a token that leaves at once and is doubted, and as one that never leaves."""
-        saved, rules = self._in_place.save(slots, 0), self.verdicts.rules
-        for first, doubt in ((ALWAYS, -NEVER), (NEVER, ALWAYS)):
-            self.verdicts.forbid()
-            rules[0, 0] = first
-            rules[self._num_blocks, 0] = doubt
-            self(list(slots), {}, _now)
-            self._in_place.rewind(slots, 0, self._num_blocks, saved)
+        num_blocks, rules = self.program.plan.num_blocks, self.state.rules
+        saved = self.runner.save(slots, 0)
+        for first, answer in ((ALWAYS, NEVER), (NEVER, ALWAYS)):
+            self.state.forbid()
+            rules[0, 0], rules[num_blocks, 0] = first, answer
+            self.run_into(list(slots), {}, _now)
+            self.runner.rewind(slots, 0, num_blocks, saved)
 
     def read(self, outcome: Tensor) -> list[float]:
         """Returns what :meth:`ExitBars.taken` takes, given a copy of the outcome in host memory."""
-        return self.verdicts.read(outcome, self.forks, self.last, self._doubts)
-
-    def _go_on(self, slots: list, outputs: Mapping[int, Tensor], when: When, done: int, forks: tuple[int, ...]) -> None:
-        """Runs the blocks after `done` up to the next fork, and what lies behind it."""
-        here = forks[0] if forks else self.last
-        self._run(self._blocks[done:here], slots)
-        if not forks:
-            self._answer(slots, outputs, when, here)
-            return
-        block = self._blocks[here - 1] if here else None
-        if block is None or not block.segment.decides:
-            has_score = block is not None and block.segment.has_score
-            self.verdicts.decide(here, slots[SCORE] if has_score else self.verdicts.given)
-        when(self.verdicts.leaves(here), lambda own: self._answer(own, outputs, when, here), slots)
-        when(self.verdicts.stays(here), lambda own: self._go_on(own, outputs, when, here, forks[1:]), slots)
-
-    def _answer(self, slots: list, outputs: Mapping[int, Tensor], when: When, depth: int) -> None:
-        """Runs what a token runs that leaves after `depth` blocks, and what its answer makes necessary."""
-        leaves = depth < self._num_blocks
-        may_doubt = self._doubts and leaves
-        saved = self._in_place.save(slots, depth) if may_doubt else ()
-        self._run([*self._twins[depth:], self._river_head] if leaves else [self._head], slots)
-        self._hand_over(slots, outputs)
-        if not may_doubt:
-            return
-
-        def once_more(own: list) -> None:
-            self._in_place.rewind(own, depth, self._num_blocks, saved)
-            self._run([*self._blocks[depth:], self._head], own)
-            self._hand_over(own, outputs)
-
-        self.verdicts.doubt(slots[SCORE])
-        when(self.verdicts.leaves(self._num_blocks), once_more, slots)
-
-    @staticmethod
-    def _hand_over(slots: list, outputs: Mapping[int, Tensor]) -> None:
-        """Copies a step's results into buffers."""
-        copy_into([*outputs.values()], [slots[index] for index in outputs])
-
-    @staticmethod
-    def _run(steps: Sequence[Step | None], slots: list) -> None:
-        for step in steps:
-            assert step is not None, "a token took a way that its exit policy does not allow"
-            step(slots)
+        return self.state.read(outcome, self.forks, self.last, self.doubts)
 
 
-@dataclass(frozen=True, eq=False)
-class WholeStep(CaptureUnit):
-    """A step as a unit; `walk` runs it."""
+class DeviceWalk(Walk):
+    """A step that leaves its decisions to `when`, and copies its results into buffers, by slot."""
 
-    walk: Walk
+    def __init__(self, step: WholeStep, outputs: Mapping[int, Tensor], when: When) -> None:
+        self.runner, self.num_blocks, self.doubts = step.runner, step.program.plan.num_blocks, step.doubts
+        self._blocks, self._state, self._outputs, self._when = step.program.blocks, step.state, outputs, when
 
-    def run_into(self, slots: list, outputs: Mapping[int, Tensor], when: When) -> None:
-        self.walk(slots, outputs, when)
+    def fork(self, slots: list, done: int, depth: int, rest: tuple[int, ...], last: int) -> None:
+        self.runner.blocks(slots, done, depth)
+        block, state = self._blocks[depth - 1] if depth else None, self._state
+        if block is None or not block.decides:
+            state.decide(depth, slots[SCORE] if block is not None and block.has_score else state.given)
+        self._when(state.leaves(depth), lambda own: self.run(own, (), depth, depth), slots)
+        self._when(state.stays(depth), lambda own: self.run(own, rest, last, depth), slots)
+
+    def doubt(self, slots: list, once_more: Callable[[list], None]) -> None:
+        self._state.doubt(slots[SCORE])
+        self._when(self._state.stays(self.num_blocks), once_more, slots)
+
+    def hand_over(self, slots: list) -> None:
+        copy_into([*self._outputs.values()], [slots[index] for index in self._outputs])
 
 
 class DeviceExits(CapturedRunner):
@@ -168,13 +131,19 @@ class DeviceExits(CapturedRunner):
     ) -> None:
         super().__init__(program, steps, launcher, ahead, policy.deepest, plain)
         last = policy.last(program.plan.num_blocks) if policy.fixed_depth is None else policy.fixed_depth
-        alone = None if self.units.prologue is None else program.prologue
-        inside = {segment: step for segment, step in steps.items() if segment is not alone}
         self.verdicts = verdicts
-        self.walk = Walk(program, inside, forks(policy, program.plan), last, policy.may_doubt, verdicts)
-        self.step = WholeStep(**vars(self.units.step(last)), walk=self.walk)
+        self.step = WholeStep(
+            **vars(self.units.step(last)),
+            program=program,
+            runner=PlainRunner(program, steps),
+            state=verdicts,
+            prologue=steps[program.prologue] if self.units.prologue is None else None,
+            forks=policy.forks(program.plan),
+            last=last,
+            doubts=policy.fixed_depth is None and policy.criterion.reads == "answer",
+        )
         self._kept: OrderedDict[tuple[float, ...], Tensor | None] = OrderedDict()
-        self._outcomes = _Outcomes(self.device, verdicts.outcome, self.walk.read)
+        self._outcomes = _Outcomes(self.device, verdicts.outcome, self.step.read)
         # What the device has: the bars, and whether a score was given.
         self._bars: tuple[float, ...] | None = None
         self._was_given = True
@@ -220,8 +189,8 @@ class DeviceExits(CapturedRunner):
         """
         bars = rule.bars
         if bars not in self._kept:
-            walk, leaving = self.walk, [depth for depth, bar in enumerate(bars[:-1]) if bar != NEVER]
-            here, rules = {*walk.forks, walk.last}.issuperset(leaving), self.verdicts.rules
+            step, leaving = self.step, [depth for depth, bar in enumerate(bars[:-1]) if bar != NEVER]
+            here, rules = {*step.forks, step.last}.issuperset(leaving), self.verdicts.rules
             rows = [[bar, 0.0] for bar in bars]
             self._kept[bars] = torch.tensor(rows, dtype=rules.dtype, device=rules.device) if here else None
             if len(self._kept) > _RULES:
@@ -235,15 +204,15 @@ class DeviceExits(CapturedRunner):
             self.device.run(lambda: verdicts.rules.copy_(rules))
             self._bars = rule.bars
         if given is not None:
-            self.device.run(lambda: verdicts.given.copy_(given))
+            self.device.run(lambda: torch.neg(given, out=verdicts.given))
         elif self._was_given:
             self.device.run(lambda: verdicts.given.fill_(math.nan))
         self._was_given = given is not None
 
     def _rehearse(self, slots: list) -> None:
-        if self.walk.forks and self.device.needs_a_run:
+        if self.step.forks and self.device.needs_a_run:
             own, self._bars = list(slots), None
-            self.device.run(lambda: self.walk.rehearse(own))
+            self.device.run(lambda: self.step.rehearse(own))
 
 
 class _Outcomes:
@@ -293,7 +262,7 @@ def verdicts_for(
 
     `captures` says why then.
     """
-    why = device.why_undecided() or why_host_decides(policy, plan)
+    why = device.why_undecided() or policy.why_host_decides(plan)
     if why is None:
         return DeviceExitState(plan.num_blocks, plan.device)
     captures.uncaptured_units["step"] = why
@@ -316,7 +285,7 @@ def captured_runner(
     return CapturedRunner(program, steps, launcher, ahead, policy.deepest, plain)
 
 
-def _now(holds: Tensor, work: Callable[[list], None], slots: list) -> None:
+def _now(holds: Tensor, work: Callable[[list], object], slots: list) -> None:
     """Runs work where a boolean holds, for which this waits."""
     if holds.item():
         work(slots)

@@ -29,7 +29,7 @@ from river_compile.runtime.slots import SCORE, gather
 
 Kind = Literal["prologue", "span", "last", "tail", "twins", "head", "step"]
 # Runs work on the slots, or on a copy, where a boolean scalar on the device holds at that time.
-When = Callable[[Tensor, Callable[[list], None], list], None]
+When = Callable[[Tensor, Callable[[list], object], list], None]
 
 
 def buffer_like(value: Tensor) -> Tensor:

@@ -15,8 +15,7 @@ from typing import Any
 
 import torch
 
-from river_compile.exit_bars import Taken, rule_of
-from river_compile.exits import ExitPolicy, Memories, Memory
+from river_compile.exits import ExitPolicy, Memories, Memory, Taken, bars_of
 from river_compile.passes.capture_safety import fixed_inputs
 from river_compile.passes.program import RiverProgram
 from river_compile.runtime.capacity import Capacity
@@ -26,6 +25,7 @@ from river_compile.runtime.runner import Runner
 from river_compile.runtime.sequences import SequenceTracker
 from river_compile.runtime.slots import cache_slots
 from river_compile.runtime.stats import ExitStats, Observers, StepRecord
+from river_compile.runtime.walk import HostWalk
 from river_compile.upstream.dynamo import GraphEntry
 
 # Runs a pass once more: (the graph's inputs, the tokens that a draft may have) -> outputs.
@@ -77,7 +77,7 @@ class RiverExecutor:
         self._wanted = wanted
         self.room = Capacity.of(program)
         self._cache_in, self._cache_out = cache_slots(program)
-        self._remembers = policy.criterion.remembers or fill.remembers
+        self._remembers = policy.criterion.reads == "previous" or fill.remembers
 
     def __call__(self, *args: object) -> tuple:
         return self.step(args)
@@ -162,21 +162,16 @@ class RiverExecutor:
     def _run(self, runner: Runner, slots: list, policy: ExitPolicy, memory: Memory) -> Taken | Callable[[], Taken]:
         """Runs blocks, tail and head of a step; returns the way that it took, or what waits for the step to tell it."""
         limit = self.fill.begin(slots, memory)
-        rule = rule_of(policy, self.program, memory) if runner.decides else None
-        outcome = None if rule is None else runner.whole(slots, rule)
-        if rule is not None and outcome is not None:
-            return lambda: rule.taken(outcome())
-        depth, scores, entropy = self._run_blocks(runner, slots, policy, memory, limit)
-        river_from = None
-        if depth < self.num_blocks:
-            if policy.may_doubt:
-                entropy, doubted = self._run_tail_and_doubt(runner, slots, policy, depth)
-                if doubted:
-                    river_from, depth = depth, self.num_blocks
-            else:
-                runner.tail(slots, depth)
-        self.fill.end(slots, memory, depth)
-        return Taken(depth, tuple(scores), entropy, river_from)
+        bars = bars_of(policy, self.program.candidates, self.num_blocks)
+        if bars.reads == "previous":
+            bars = bars._replace(given=memory.entropy)
+        outcome = runner.whole(slots, bars) if runner.decides and bars.for_device else None
+        if outcome is not None:
+            return lambda: bars.taken(outcome())
+        walk = HostWalk(runner, bars, limit)
+        taken = walk.taken(walk.run(slots, walk.stops, walk.last))
+        self.fill.end(slots, memory, taken.depth)
+        return taken
 
     def _record(self, args: Sequence[Any], taken: Taken | Callable[[], Taken], started: float) -> None:
         """Counts a step and shows it to those who observe steps; where there are none, it waits for nothing."""
@@ -194,49 +189,6 @@ class RiverExecutor:
         self._stats.count(step)
         _steps(self, args, step)
 
-    def _run_blocks(
-        self, runner: Runner, slots: list, policy: ExitPolicy, memory: Memory, limit: int
-    ) -> tuple[int, list[float], float | None]:
-        """Runs backbone blocks until the exit, which comes after `limit` of them at the latest.
-
-        Returns:
-            The exit depth, the similarities that were asked for, and the entropy that decided, if one did.
-        """
-        depth, entropy = policy.depth_before(memory, self.num_blocks)
-        if depth is not None:
-            depth = min(depth, limit)
-            runner.blocks(slots, 0, depth)
-            return depth, [], entropy
-        last, done = policy.last(limit), 0
-        scores: list[float] = []
-        for depth in self.program.candidates:
-            if depth > last:
-                break
-            if depth < policy.first_exit:
-                runner.blocks(slots, done, depth)
-            else:
-                scores.append(runner.score(slots, done, depth))
-                if policy.leaves(depth, scores[-1]):
-                    return depth, scores, None
-            done = depth
-        runner.blocks(slots, done, last)
-        return last, scores, None
-
-    def _run_tail_and_doubt(self, runner: Runner, slots: list, policy: ExitPolicy, depth: int) -> tuple[float, bool]:
-        """Runs the tail and, where its logits leave doubt, the backbone's blocks as if the tail had not run.
-
-        Returns:
-            The entropy of the tail's logits, and whether it left doubt.
-        """
-        saved = runner.save(slots, depth)
-        runner.tail(slots, depth)
-        entropy = runner.read_head(slots)
-        doubted = policy.doubts(entropy)
-        if doubted:
-            runner.rewind(slots, depth, self.num_blocks, saved)
-            runner.blocks(slots, depth, self.num_blocks)
-        return entropy, doubted
-
     def _cache(self, args: Sequence[Any]) -> Any:
         """Returns the tensor of the KV cache that tells sequences apart, before the step."""
         return None if self._cache_in is None or self._cache_in >= len(args) else args[self._cache_in]
@@ -250,7 +202,7 @@ class RiverExecutor:
 
     def _keep(self, runner: Runner, slots: list, memory: Memory) -> None:
         if self._remembers and self._cache_out is not None:
-            memory.entropy = runner.head_score(slots) if self.policy.criterion.reads_logits else None
+            memory.entropy = runner.head_score(slots) if self.policy.criterion.reads != "block" else None
             self._memories.keep(slots[self._cache_out], memory)
 
 

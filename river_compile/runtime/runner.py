@@ -2,8 +2,8 @@
 
 Three kinds exist: :class:`PlainRunner` calls compiled code segment by segment,
 :class:`river_compile.capture.runner.CapturedRunner` launches graphs of many segments, and
-:class:`river_compile.capture.device_exits.DeviceExits` one graph that follows a rule by itself. A runner makes no
-rules: it knows no thresholds but those of the rule that it is given, and keeps no memory of a sequence.
+:class:`river_compile.capture.device_exits.DeviceExits` one graph that follows bars by itself. A runner makes no
+rules: it knows no thresholds but the bars that it is given, and keeps no memory of a sequence.
 """
 
 from __future__ import annotations
@@ -16,14 +16,14 @@ from typing import NamedTuple
 
 from torch import Tensor, fx
 
-from river_compile.exit_bars import ExitBars
+from river_compile.exits import ExitBars
 from river_compile.passes.program import RiverProgram, Segment
 from river_compile.runtime.fill import Fill
 from river_compile.runtime.slots import SCORE, Saved, WrittenInPlace, gather, new_slots
 
 # What a compiled segment is: a function of a list (which it may empty) that returns a sequence.
 Callee = Callable[[list], Sequence]
-# Waits for a step and returns the score at each depth, the entropy of its head, and the depth.
+# Waits for a step and returns the score at each depth, that of its answer, and the depth.
 Outcome = Callable[[], Sequence[float]]
 
 
@@ -118,8 +118,8 @@ class Runner(ABC):
         """
         return None
 
-    def whole(self, slots: list, rule: ExitBars) -> Outcome | None:
-        """Runs everything between :meth:`begin` and :meth:`finish` as a rule decides, without waiting for anything.
+    def whole(self, slots: list, bars: ExitBars) -> Outcome | None:
+        """Runs everything between :meth:`begin` and :meth:`finish` as bars decide, without waiting for anything.
 
         Returns:
             What :meth:`ExitBars.taken` takes, which it waits for; None where nothing ran, and the caller must decide.
@@ -170,7 +170,7 @@ class PlainRunner(Runner):
         super().__init__(program, steps)
         self._num_blocks = program.plan.num_blocks
         self._return = gather([program.slots[node] for node in program.returned])
-        self._prologue = steps[program.prologue]
+        self.prologue = steps[program.prologue]
         blocks = [steps.get(block, _missing) for block in program.blocks]
         self._blocks = blocks if fill is None else fill.blocks(blocks, steps)
         self._twins = [steps.get(twin, _missing) for twin in program.twins]
@@ -185,7 +185,7 @@ class PlainRunner(Runner):
 
     def begin(self, args: Sequence) -> list:
         slots = new_slots(self._program, args)
-        self._prologue(slots)
+        self.prologue(slots)
         return slots
 
     def blocks(self, slots: list, start: int, end: int) -> None:

@@ -24,13 +24,12 @@ import river_compile
 from river_compile import CacheFullError, forced_threshold, report, river
 from river_compile.capture.cuda import CudaGraphs
 from river_compile.capture.device import CaptureFailed
-from river_compile.capture.device_exit_state import doubted_at, stays_at
-from river_compile.capture.device_exits import DeviceExits, Walk
-from river_compile.exit_bars import ALWAYS, NEVER, rule_of
-from river_compile.exits import CRITERIA, Memory
+from river_compile.capture.device_exit_state import stays_at
+from river_compile.capture.device_exits import DeviceExits, DeviceWalk, WholeStep
+from river_compile.exits import ALWAYS, CRITERIA, NEVER, bars_of
 from river_compile.lowering.choose import Lowering
 from river_compile.model_record import record_of_model
-from river_compile.runtime.runner import Step
+from river_compile.runtime.runner import PlainRunner, Step
 from tests.support.captured import (
     CAPACITY,
     LAYERS,
@@ -341,10 +340,10 @@ def launches_of_forks(decoder: Deciding, monkeypatch) -> list[list[str]]:
         with Watch():  # (around the whole model it would keep Dynamo away)
             call(walk, *args)
 
-    device, run, call = decoder.runner.device, Walk._run, Walk.__call__
+    device, run, call = decoder.runner.device, PlainRunner.blocks, WholeStep.run_into
     when = device.when
-    monkeypatch.setattr(Walk, "__call__", watched)
-    monkeypatch.setattr(Walk, "_run", staticmethod(lambda steps, slots: (run(steps, slots), launched.append("ran"))))
+    monkeypatch.setattr(WholeStep, "run_into", watched)
+    monkeypatch.setattr(PlainRunner, "blocks", lambda *args: (run(*args), launched.append("ran")))
     monkeypatch.setattr(device, "when", lambda *args: (launched.append("when"), when(*args)))
     decoder.step(cache, 5, threshold=2.0)
     return [fork.rpartition("ran")[2].split() for fork in " ".join(launched).split("when when")[:-1]]
@@ -377,19 +376,19 @@ class TestStaleness:
     def test_results_that_a_branch_does_not_hand_over_are_no_numbers(self, decoder, monkeypatch):
         cache = ready(decoder)
         assert decoder.step(cache, 5, threshold=-1.0).isfinite().all()
-        monkeypatch.setattr(Walk, "_hand_over", staticmethod(lambda slots, outputs: None))
+        monkeypatch.setattr(DeviceWalk, "hand_over", lambda walk, slots: None)
         assert decoder.step(cache, 5, threshold=-1.0).isnan().all()
 
     def test_what_a_branch_made_is_no_number_outside_of_it(self, decoder, monkeypatch):
         """Results copied after the decision, from where the branch left them."""
         cache, left = ready(decoder), []
-        answer = Walk._answer
+        hand_over = DeviceWalk.hand_over
 
-        def keep(walk, slots, outputs, when, depth):
-            answer(walk, slots, outputs, when, depth)
+        def keep(walk, slots):
+            hand_over(walk, slots)
             left.append(slots)
 
-        monkeypatch.setattr(Walk, "_answer", keep)
+        monkeypatch.setattr(DeviceWalk, "hand_over", keep)
         decoder.step(cache, 5, threshold=-1.0)
         (slots,) = left
         logits = [slots[i] for i in decoder.runner.step.writes if slots[i].is_floating_point()]
@@ -407,43 +406,45 @@ class TestStaleness:
         assert reading is None or not math.isnan(reading()[-1])
 
 
-class TestRules:
-    """A rule says what its policy says."""
+class TestBars:
+    """A device compares with a bar as the host does, and as the criteria are described."""
 
     NUMBERS = (math.nan, -math.inf, math.inf, -1.0, 0.0, 0.7, 1.0, float(torch.tensor(0.7)))
 
     @pytest.mark.parametrize(("score", "threshold"), [*itertools.product(NUMBERS, NUMBERS)])
-    def test_scores_are_compared_as_the_host_does(self, recorded_policy, score, threshold):
-        policy, program = recorded_policy("similarity", threshold)
-        bar = rule_of(policy, program, Memory()).bars[1]
-        stays = stays_at(torch.tensor(score), torch.tensor(bar, dtype=torch.float64)).item()
-        assert stays is not policy.leaves(1, torch.tensor(score).item())
-        assert not stays_at(torch.tensor(score), torch.tensor(ALWAYS, dtype=torch.float64))
-        assert stays_at(torch.tensor(score), torch.tensor(NEVER, dtype=torch.float64))
+    def test_scores_are_compared_as_the_host_does(self, bars_with, score, threshold):
+        bars, score = bars_with("similarity", threshold), torch.tensor(score)
+        leaves = score.item() > threshold
+        assert bars.leaves(1, score.item()) is leaves
+        assert self.leaves_on_device(score, bars.bars[1]) is leaves
+        assert self.leaves_on_device(score, ALWAYS)
+        assert not self.leaves_on_device(score, NEVER)
 
     @pytest.mark.parametrize(("entropy", "threshold"), [*itertools.product(NUMBERS, NUMBERS)])
-    def test_entropies_are_compared_as_the_host_does(self, recorded_policy, entropy, threshold):
-        policy, program = recorded_policy("confidence", threshold)
-        memory = Memory(entropy=torch.tensor(entropy))
-        rule, (depth, _) = rule_of(policy, program, memory), policy.depth_before(memory, LAYERS)
-        stays = stays_at(rule.given, torch.tensor(rule.bars[1], dtype=torch.float64)).item()
-        assert depth == (LAYERS if stays else 1)
-        policy, program = recorded_policy("doubt", threshold)
-        rule, (depth, _) = rule_of(policy, program, Memory()), policy.depth_before(Memory(), LAYERS)
-        assert rule.bars[1] is (NEVER if depth == LAYERS else ALWAYS)
-        if rule.doubts:
-            bar = torch.tensor(rule.bars[LAYERS], dtype=torch.float64)
-            assert doubted_at(torch.tensor(entropy), bar).item() is policy.doubts(torch.tensor(entropy).item())
-        assert not doubted_at(torch.tensor(entropy), torch.tensor(ALWAYS, dtype=torch.float64))
+    def test_entropies_are_compared_as_the_host_does(self, bars_with, entropy, threshold):
+        bars, score = bars_with("confidence", threshold), -torch.tensor(entropy)
+        leaves = torch.tensor(entropy).item() < threshold
+        assert bars.leaves(1, score.item()) is leaves
+        assert self.leaves_on_device(score, bars.bars[1]) is leaves
+        bars = bars_with("doubt", threshold)
+        assert bars.bars[1] is (ALWAYS if threshold > 0 else NEVER)
+        if threshold > 0:
+            assert bars.leaves(LAYERS, score.item()) is leaves
+            assert self.leaves_on_device(score, bars.bars[LAYERS]) is leaves
+
+    @staticmethod
+    def leaves_on_device(score, bar):
+        return not stays_at(score, torch.tensor(bar, dtype=torch.float64)).item()
 
     @pytest.fixture
-    def recorded_policy(self, decoder):
+    def bars_with(self, decoder):
         executor = captured(decoder.model)[-1]
 
-        def policy(criterion, threshold):
-            return replace(executor.policy, criterion=CRITERIA[criterion], threshold=threshold), executor.program
+        def bars(criterion, threshold):
+            policy = replace(executor.policy, criterion=CRITERIA[criterion], threshold=threshold)
+            return bars_of(policy, executor.program.candidates, LAYERS)
 
-        return policy
+        return bars
 
     def test_a_criterion_of_ones_own_is_asked_on_the_host(self, decoder):
         """It may decide in any way, whatever it is derived from."""
