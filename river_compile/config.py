@@ -1,7 +1,7 @@
 """The options of the backend: ``torch.compile(model, backend="river", options={...})``.
 
 Each option stands once, in :class:`RiverConfig`: its default, what is allowed, one sentence, and who it is for.
-README's tables are made from there (``python -m tools.options README.md``).
+The tables of README and docs/options.md are made from there (``python -m tools.options``).
 """
 
 from __future__ import annotations

@@ -77,8 +77,8 @@ class Follow:
     """Follows one parameter from the module to its packed operand.
 
     A value is the followed weight's if it is that parameter, the placeholder that stands for it in a graph, a tensor
-    of some size that a function made of it, or an instance of the product's classes that holds one of these and
-    nothing of other weights.
+    of as many elements or of 4 bits each that a function made of it, or an instance of the product's classes that holds
+    one of these and nothing of other weights.
 
     Args:
         parameters: by name; with those of `OTHERS`.
@@ -87,7 +87,7 @@ class Follow:
 
     def __init__(self, parameters: Mapping[str, Any], followed: str = FOLLOWED) -> None:
         self._followed = followed
-        self._sizes = {name: p.numel() * p.element_size() for name, p in parameters.items()}
+        self._sizes = {name: p.numel() for name, p in parameters.items()}
         self._marked = {id(p): (name, p) for name, p in parameters.items()}  # (kept alive, so that ids stay theirs)
         self._placeholders = {_placeholder(name): name for name in parameters}
         self._calls: dict[int, set[str]] = {}
@@ -97,7 +97,8 @@ class Follow:
     def see(self, path: str, frame: FrameType, event: str, value: Any) -> None:
         """Looks at a call's arguments, or at its result."""
         if event == "call":
-            names = set().union(*(self._of(argument) for argument in [*frame.f_locals.values()]))
+            found = [self._of(argument) for argument in [*frame.f_locals.values()]]
+            names = set().union(*(of for of in found if len(of) == 1))  # (an argument of many weights tells nothing)
             self._calls[id(frame)] = names
         else:
             given = self._calls.pop(id(frame), set())
@@ -122,11 +123,12 @@ class Follow:
         return names
 
     def _mark(self, value: Any, name: str, level: int = _LEVELS) -> None:
-        """Notes the tensors in a result that are large enough to be the weight in another form."""
+        """Notes the tensors in a result that have the size of the weight, packed or not."""
         from torch import Tensor
 
         if isinstance(value, Tensor):
-            if value.numel() * value.element_size() >= self._sizes[name] / 5:  # (4 bits are a quarter of 16)
+            size = self._sizes[name]
+            if value.numel() == size or 0.5 * size <= value.numel() * value.element_size() < 0.75 * size:
                 self._marked.setdefault(id(value), (name, value))
         elif level and (type(value).__module__.partition(".")[0] in FOLDERS or isinstance(value, (tuple, list))):
             for part in _parts(value):
