@@ -61,7 +61,7 @@ def count_walks() -> list[Count]:
         Count("files of a warm exact generate", len(found.warm.files), 18, [*found.warm.files]),
         Count("own calls a token of it", round(found.warm.calls / found.tokens, 1), 120, most),
         Count("own frames of it (9, and 2 around generate)", found.warm.frames, 11),
-        Count("files that a weight goes through", len(found.weight_files), 9, found.weight_files),
+        Count("files that a weight goes through", len(found.weight_files), 12, found.weight_files),
         Count("types that a weight goes through", len(found.weight_types), 6, found.weight_types),
     ]
 
