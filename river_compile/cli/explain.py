@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING, Annotated, Any
 import typer
 
 from river_compile import __version__
-from river_compile.cli.output import AsJson, Dtype, Model, Threads, show, use_threads
+from river_compile.cli.output import AsJson, Dtype, Model, Threads, show
 
 if TYPE_CHECKING:
     from transformers import PreTrainedModel, PreTrainedTokenizerBase
@@ -31,13 +31,11 @@ def explain(
 
     The page needs no server and no other file.
     """
-    from river_compile.cli.models import load, quiet
+    from river_compile.cli.models import start
 
     if new_tokens < 2:
         raise ValueError(f"--new-tokens {new_tokens} is too few; give 2 or more")
-    use_threads(threads)
-    quiet()
-    network, tokenizer = load(model, dtype)
+    network, tokenizer = start(model, dtype, threads)
     with tempfile.TemporaryDirectory() as dump:
         found = _run(network, tokenizer, prompt, new_tokens, threshold, dump)
         found |= {"model": Path(model).name, "graphs": graphs(Path(dump))}
@@ -58,7 +56,7 @@ def _run(
     import torch
 
     from river_compile.cli.models import encode
-    from river_compile.cli.painting import Painter
+    from river_compile.cli.timing import Painter
     from river_compile.drop_in.accelerate import accelerate
     from river_compile.reporting.report import report as report_of
 
@@ -122,10 +120,7 @@ def page(found: dict[str, Any]) -> str:
     import jinja2
 
     environment = jinja2.Environment(
-        loader=jinja2.FileSystemLoader(Path(__file__).parent),
-        autoescape=True,
-        undefined=jinja2.StrictUndefined,
-        trim_blocks=True,
-        lstrip_blocks=True,
-    )
+        loader=jinja2.FileSystemLoader(Path(__file__).parent), autoescape=True, undefined=jinja2.StrictUndefined,
+        trim_blocks=True, lstrip_blocks=True,
+    )  # fmt: skip
     return environment.get_template("explain.html.jinja").render(**found)
