@@ -115,47 +115,31 @@ class CaptureDevice(ABC):
 
 @dataclass(frozen=True)
 class CaptureRecord:
-    """One capture of the unit with that name, for so many rows.
-
-    Attributes:
-        depth: the exit depth: of a span the blocks executed at its end, of a tail those before it.
-        seconds: time that capturing took.
-        bytes: device memory that the graph holds beyond the buffers.
-    """
+    """One capture of the unit with that name, for so many rows."""
 
     unit: str
-    depth: int
+    depth: int  # the exit depth: of a span the blocks executed at its end, of a tail those before it
     batch: int
-    seconds: float
-    bytes: int
+    seconds: float  # time that capturing took
+    bytes: int  # device memory that the graph holds beyond the buffers
 
 
 @dataclass
 class CaptureLog:
-    """What was captured of one traced graph, what was not, and why. Holds no tensor and no graph.
+    """What was captured of one traced graph, what was not, and why. Holds no tensor and no graph."""
 
-    Attributes:
-        device: the device's name, empty where nothing is captured.
-        not_captured: why nothing is captured, None where something may be.
-        captures: the newest captures, at most 512; those that were dropped since included.
-        made, seconds, bytes: number and sums of all captures.
-        alive: captures that are kept at the moment.
-        dropped: captures that gave way to `max_captures`.
-        buffer_bytes: bytes of the buffers at the units' borders.
-        uncaptured_units: by name, why they run uncaptured.
-        never_launched_ahead: by name, why units are not launched ahead of the exit check before them.
-    """
-
-    device: str = ""
-    not_captured: str | None = None
+    device: str = ""  # the device's name, empty where nothing is captured
+    not_captured: str | None = None  # why nothing is captured, None where something may be
+    # the newest captures, at most 512; those that were dropped since included
     captures: deque[CaptureRecord] = field(default_factory=lambda: deque(maxlen=512))
-    made: int = 0
+    made: int = 0  # made, seconds, bytes: number and sums of all captures
     seconds: float = 0.0
     bytes: int = 0
-    alive: int = 0
-    dropped: int = 0
-    buffer_bytes: int = 0
-    uncaptured_units: dict[str, str] = field(default_factory=dict)
+    alive: int = 0  # captures that are kept at the moment
+    dropped: int = 0  # captures that gave way to `max_captures`
+    buffer_bytes: int = 0  # bytes of the buffers at the units' borders
+    uncaptured_units: dict[str, str] = field(default_factory=dict)  # by name, why they run uncaptured
+    # by name, why units are not launched ahead of the exit check before them
     never_launched_ahead: dict[str, str] = field(default_factory=dict)
 
     def add(self, record: CaptureRecord) -> None:

@@ -304,14 +304,10 @@ _MEMORY = 0.95  # weight that an older observation keeps at each new one: about 
 
 @dataclass
 class LaunchAhead:
-    """Learns from every check and answers for the next.
+    """Learns from every check and answers for the next."""
 
-    Attributes:
-        always: True or False to answer the same every time, None to decide by measurement.
-        left: by depth, the share of recent tokens that left there.
-    """
-
-    always: bool | None = None
+    always: bool | None = None  # True or False to answer the same every time, None to decide by measurement
+    # by depth, the share of recent tokens that left there
     left: dict[int, float] = field(default_factory=lambda: defaultdict(lambda: 0.5))
     _round_trip: float | None = None
     _span: dict[int, float] = field(default_factory=dict)

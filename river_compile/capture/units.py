@@ -61,31 +61,21 @@ def copy_into(buffers: Sequence[Tensor], values: Sequence[Tensor]) -> None:
 
 @dataclass(frozen=True, eq=False)
 class CaptureUnit:
-    """Steps that are captured as one graph.
-
-    Attributes:
-        start: blocks executed before it.
-        end: of a span the blocks executed at its end, otherwise `start`.
-        reads: slots whose values must be there when it starts, ascending.
-        keys: those of them whose address or value a capture depends on, tensors first.
-        tensors: how many of these are tensors.
-        writes: slots of the tensors that are needed when it has ended.
-        numbers: what it hands on besides, computed by the host: slot, function, slots of its arguments.
-        flag: where its score (of the exit check or the head) goes in host memory, a float32 scalar; None without one.
-        obstacle: why it cannot be captured, if it cannot.
-    """
+    """Steps that are captured as one graph."""
 
     kind: Kind
-    start: int
-    end: int
+    start: int  # blocks executed before it
+    end: int  # of a span the blocks executed at its end, otherwise `start`
     steps: tuple[Step, ...]
-    reads: tuple[int, ...]
-    keys: tuple[int, ...]
-    tensors: int
-    writes: tuple[int, ...]
+    reads: tuple[int, ...]  # slots whose values must be there when it starts, ascending
+    keys: tuple[int, ...]  # those of them whose address or value a capture depends on, tensors first
+    tensors: int  # how many of these are tensors
+    writes: tuple[int, ...]  # slots of the tensors that are needed when it has ended
+    # what it hands on besides, computed by the host: slot, function, slots of its arguments
     numbers: tuple[tuple[int, Callable[..., int], tuple[int, ...]], ...]
+    # where its score (of the exit check or the head) goes in host memory, a float32 scalar; None without one
     flag: Tensor | None
-    obstacle: Refusal | None
+    obstacle: Refusal | None  # why it cannot be captured, if it cannot
 
     @functools.cached_property
     def inputs_in(self) -> Callable[[Sequence], Sequence]:

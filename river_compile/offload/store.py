@@ -15,29 +15,20 @@ from torch import Tensor
 
 @dataclass(frozen=True)
 class Stored:
-    """A tensor that lies elsewhere.
+    """A tensor that lies elsewhere."""
 
-    Attributes:
-        tensor: has the shape, strides, dtype and device of the original, and may be used in its place: it takes no
-            device memory, and is slow to read.
-        source: what a store brings in from, `tensor` itself where there is no difference.
-    """
-
+    # has the shape, strides, dtype and device of the original, and may be used in its place: it takes no device memory,
+    # and is slow to read
     tensor: Tensor
-    source: Tensor
+    source: Tensor  # what a store brings in from, `tensor` itself where there is no difference
 
 
 @dataclass(frozen=True)
 class Arrival:
-    """Weights on their way in.
+    """Weights on their way in."""
 
-    Attributes:
-        tensors: the tensors to compute with, once :meth:`WeightStore.await_arrival` has returned.
-        event: what the device must have reached before, None where there is nothing to wait for.
-    """
-
-    tensors: tuple[Tensor, ...]
-    event: Any = None
+    tensors: tuple[Tensor, ...]  # the tensors to compute with, once :meth:`WeightStore.await_arrival` has returned
+    event: Any = None  # what the device must have reached before, None where there is nothing to wait for
 
 
 class WeightStore:

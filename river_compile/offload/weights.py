@@ -45,27 +45,17 @@ _PAGE = 4096  # bytes; smaller weights are not worth a mapping
 
 @dataclass
 class OffloadLog:
-    """What left device memory. Sizes in bytes; holds no tensor.
+    """What left device memory. Sizes in bytes; holds no tensor."""
 
-    Attributes:
-        blocks: depths (from 1) of the first and the last offloaded block.
-        moved: of the weights that left.
-        kept: of weights of these blocks that stay, because something resident reads them.
-        weights: of the model's parameters and of the packed twins, before anything left.
-        peak_before: peak memory (of the process on a CPU, of the device on a GPU) until the weights left.
-        peak_after: largest memory seen since, at the borders of blocks that were brought in and when asked for.
-        brought_in: of weights that were sent for since, by prompts and by tokens.
-    """
-
-    blocks: tuple[int, int]
+    blocks: tuple[int, int]  # depths (from 1) of the first and the last offloaded block
     policy: str
     where: str
-    moved: int
-    kept: int
-    weights: int
-    peak_before: int
-    peak_after: int = 0
-    brought_in: int = 0
+    moved: int  # of the weights that left
+    kept: int  # of weights of these blocks that stay, because something resident reads them
+    weights: int  # of the model's parameters and of the packed twins, before anything left
+    peak_before: int  # peak memory (of the process on a CPU, of the device on a GPU) until the weights left
+    peak_after: int = 0  # largest memory seen since, at the borders of blocks that were brought in and when asked for
+    brought_in: int = 0  # of weights that were sent for since, by prompts and by tokens
 
     @property
     def resident(self) -> int:
