@@ -1,4 +1,4 @@
-"""Gives passes a backbone of the kernels' own products, in 16 bits.
+"""Gives passes a backbone of the kernels' own 16-bit matmuls.
 
 Linear layers become ``river::linear`` in layout "dense", the C++ kernels', which sum an output in one order whatever
 the number of rows, or "triton", the generated ones', for decode steps. Those that share an input become one product,
@@ -32,7 +32,7 @@ def river_backbone(layout: str) -> Pass:
     """Makes the pass below; `layout` is that of ``river::linear`` with weights in 16 bits."""
 
     def river_backbone(program: RiverProgram) -> RiverProgram:
-        """Blocks and the head multiply by the kernels' own products of a few rows."""
+        """Blocks and the head use the kernels' own matmuls of a few rows."""
         blocks = tuple(_with_products(block, layout) for block in program.blocks)
         return replace(program, blocks=blocks, head=_with_products(program.head, layout))
 
@@ -63,7 +63,7 @@ def _fits(linear: Linear) -> bool:
 
 
 def _merge(graph: fx.Graph, linears: Sequence[Linear], layout: str) -> None:
-    """Puts one product in the place of linear layers that share their input, and splits what it gives."""
+    """Replaces linear layers that share their input by one matmul, and splits its result."""
     first, sizes = linears[0], [linear.out_features for linear in linears]
     with graph.inserting_before(first.node):
         weight = _joined([linear.weight for linear in linears], first.node)

@@ -1,4 +1,4 @@
-"""Makes river twins: a decoder block's graph with 4-bit matrix products in place of its linears.
+"""Makes river twins: a decoder block's graph with 4-bit matmuls in place of its linears.
 
 Everything else of the block is kept, node for node, so that a twin reads and writes exactly what its block does.
 Linears that share an input become one product whose result is split (q|k|v, gate|up, the MLP too where it is parallel
@@ -54,7 +54,7 @@ class Twinning:
 
 @dataclass(frozen=True)
 class _Product:
-    """Linears of a segment that share their input, in order, how that can be scaled, and the 4-bit product they become.
+    """Linears of a segment that share their input, in order, how that can be scaled, and the 4-bit matmul they become.
 
     `reason` says why it stays in 16 bits, empty where it can be made.
     """
@@ -70,7 +70,7 @@ class _Product:
 
 @dataclass(frozen=True)
 class _Stack:
-    """A product with stacked experts, and the 4-bit product it becomes."""
+    """A product with stacked experts, and the 4-bit matmul it becomes."""
 
     product: ExpertProduct
     site: LinearSite
@@ -81,7 +81,7 @@ class _Stack:
 
 
 def twin_sites(segment: Segment, how: Twinning) -> list[LinearSite]:
-    """Returns the 4-bit products that the twin of a segment can have."""
+    """Returns the 4-bit matmuls that the twin of a segment can have."""
     return [p.site for p in _products(segment, how) if not p.reason]
 
 
@@ -106,7 +106,7 @@ def river_twins(how: Twinning | None) -> Pass:
     """Makes the pass that gives every block its river twin; without `how`, every matrix stays in 16 bits."""
 
     def river_twins(program: RiverProgram) -> RiverProgram:
-        """Every block gets a twin with 4-bit matrix products, which a token that left runs."""
+        """Every block gets a twin with 4-bit matmuls, which a token that left runs."""
         if how is None:
             return replace(program, twins=tuple(block.copy("twin") for block in program.blocks))
         made = [_twin(block, "twin", how) for block in program.blocks]
@@ -134,7 +134,7 @@ def one_row_head(fuse: bool) -> Pass:
     """
 
     def one_row_head(program: RiverProgram) -> RiverProgram:
-        """Tokens that left use a head whose matrix product is made for one row."""
+        """Tokens that left use a head whose matmul is made for one row."""
         head = program.head.copy("river_head")
         return replace(program, river_head=head) if fuse or simplify_linears(head.graph) else program
 
@@ -216,7 +216,7 @@ def _product(linears: tuple[Linear, ...], source_of: Mapping[fx.Node, fx.Node], 
 
 
 def _too_narrow(site: LinearSite) -> str:
-    """Returns why a product cannot be made in 4 bits, empty where it can."""
+    """Returns why a product cannot be made in 4 bits, empty if it can."""
     if site.group_size >= MIN_GROUP_SIZE:
         return ""
     return f"{site.in_features} input features have no group of {MIN_GROUP_SIZE} or more"

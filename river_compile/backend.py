@@ -156,7 +156,7 @@ def _watch(state: ModelState, record: GraphRecord, model: nn.Module) -> None:
 
 
 def _no_compiler(config: RiverConfig, example_inputs: Sequence[Any]) -> Refusal | None:
-    """Returns why Inductor could compile nothing for a CPU, None where it can or need not."""
+    """Returns why Inductor could compile nothing for a CPU, None if it can or need not."""
     if config.lowering == "eager" or any(isinstance(x, Tensor) and x.device.type != "cpu" for x in example_inputs):
         return None
     try:
@@ -263,7 +263,7 @@ def _exit_policy(program: RiverProgram, config: RiverConfig) -> ExitPolicy:
 def _verdicts(
     plan: DecoderPlan, policy: ExitPolicy, config: RiverConfig, device: CaptureDevice | None, captures: CaptureLog
 ) -> DeviceExitState | None:
-    """Returns what decisions on the device read and write, None where the host decides; `captures` may say why."""
+    """Returns what decisions on the device read and write, None if the host decides; `captures` may say why."""
     if device is None or config.launch_ahead != "device" or not plan.is_decode:
         return None
     return verdicts_for(plan, policy, device, captures)

@@ -62,7 +62,7 @@ def passes_for(
 
 
 def twinning(config: RiverConfig, lowering: Lowering) -> Twinning | None:
-    """Returns how twins are made, None where they keep the backbone's weights."""
+    """Returns how twins are made, None if they keep the backbone's weights."""
     if config.quantizer == "none":
         return None
     return Twinning(config.group_size, lowering.layout, scale_inputs=config.quantizer == "awq")
@@ -88,6 +88,6 @@ def uses_own_backbone(config: RiverConfig, lowering: Lowering, is_decode: bool) 
 
 
 def head_twinning(config: RiverConfig, lowering: Lowering) -> Twinning | None:
-    """Returns how the twin of the head is made, None where there is none."""
+    """Returns how the twin of the head is made, None if there is none."""
     kind = config.lm_head or ("w4" if lowering.native else "keep")
     return twinning(config, lowering) if kind == "w4" else None

@@ -76,7 +76,7 @@ class ExitBars(NamedTuple):
 
 
 def rule_of(policy: ExitPolicy, program: RiverProgram, memory: Memory) -> ExitBars | None:
-    """Returns a policy's rule for one step of a program, None where only the host can decide."""
+    """Returns a policy's rule for one step of a program, None if only the host can decide."""
     rule = _rule(policy, program.candidates, program.plan.num_blocks)
     if rule is not None and rule.first is not None and memory.entropy is not None:
         return rule._replace(given=-memory.entropy)
@@ -84,7 +84,7 @@ def rule_of(policy: ExitPolicy, program: RiverProgram, memory: Memory) -> ExitBa
 
 
 def why_host_decides(policy: ExitPolicy, plan: DecoderPlan) -> str | None:
-    """Returns why a policy has no rule, None where it has one."""
+    """Returns why a policy has no rule, None if it has one."""
     if _rule(policy, policy.candidates(plan), plan.num_blocks) is not None:
         return None
     return f"criterion={policy.criterion.name!r} with first_exit={policy.first_exit} is more than one comparison"

@@ -71,7 +71,7 @@ class Criterion:
     may_doubt: ClassVar[bool] = False
 
     def depth_before(self, threshold: float, first_exit: int, num_blocks: int, entropy: float | None) -> int | None:
-        """Returns the depth where it is known before the first block, None where the blocks' scores decide.
+        """Returns the depth where it is known before the first block, None if the blocks' scores decide.
 
         `entropy` is that of the previous step's logits, None where it is not known.
         """

@@ -34,7 +34,7 @@ class Entries:
         self._lock = threading.Lock()
 
     def find(self, kind: type[T]) -> T | None:
-        """Returns the object of this class, None where there is none."""
+        """Returns the object of this class, None if there is none."""
         return cast("T | None", self._entries.get(kind))
 
     def of(self, kind: type[T]) -> T:
@@ -179,7 +179,7 @@ def forget(model: nn.Module) -> None:
 
 
 def find_state(model: nn.Module) -> ModelState | None:
-    """Returns the state of a model, or of the one in torch.compile's wrapper; None where the backend never saw it."""
+    """Returns the state of a model, or of the one in torch.compile's wrapper; None if the backend never saw it."""
     module = unwrap(model)
     return _find([*module.parameters(), *module.buffers()])
 

@@ -1,4 +1,4 @@
-"""What a calibration found: the options to pass on, the quality that was measured, and what it was chosen among."""
+"""The result of a calibration: options to pass on, measured quality, and the candidates."""
 
 from __future__ import annotations
 
@@ -19,7 +19,7 @@ _VERDICTS = ((True, "passed", "tab:green"), (False, "failed", "tab:orange"), (No
 
 @dataclass(frozen=True)
 class Candidate:
-    """An exit rule and what was measured of it, each number a mean over texts."""
+    """An exit rule and its measurements, each a mean over texts."""
 
     threshold: Threshold  # of the criterion; a tuple where each depth has its own
     first_exit: int  # smallest exit depth
@@ -46,7 +46,7 @@ def _candidate(entry: dict[str, Any]) -> Candidate:
 
 
 def _content_hash(content: dict[str, Any]) -> str:
-    """Returns the SHA-256 of a calibration's fields, whatever spaces or order its file has them in."""
+    """Returns the SHA-256 of a calibration's fields, independent of their spaces and order in the file."""
     return hashlib.sha256(json.dumps(content, sort_keys=True).encode()).hexdigest()
 
 
@@ -99,7 +99,7 @@ class Calibration:
 
     @classmethod
     def load(cls, path: str | Path) -> Calibration:
-        """Reads what :meth:`save` wrote.
+        """Reads a file of :meth:`save`.
 
         Raises:
             ValueError: the file cannot be read, is no calibration, of another version, or was changed.

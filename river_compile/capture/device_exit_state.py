@@ -1,4 +1,4 @@
-"""What decisions on the device read and write: one row for each depth, in memory that stays where it is.
+"""The inputs and outcomes of decisions on the device: one row for each depth, at fixed addresses.
 
 A fork's *verdict* says whether a token leaves there. Where the kernel of an exit check makes it
 (``river::residual_verdict``), rule and verdict are operands of that kernel; elsewhere :meth:`DeviceExitState.decide`
@@ -49,11 +49,11 @@ class DeviceExitState:
         return [self.rules[depth, :1], self.outcome[depth]]
 
     def leaves(self, depth: int) -> Tensor:
-        """Returns the boolean scalar that holds where a token leaves at a fork; at L, where the river is doubted."""
+        """Returns the boolean scalar "a token leaves at this fork"; at L "the river is doubted"."""
         return self._flags[depth, _LEAVES]
 
     def stays(self, depth: int) -> Tensor:
-        """Returns the boolean scalar that holds where a token does not leave at a fork."""
+        """Returns the boolean scalar "a token does not leave at this fork"."""
         return self._flags[depth, _STAYS]
 
     def forbid(self) -> None:

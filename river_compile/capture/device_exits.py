@@ -89,11 +89,11 @@ class Walk:
             self._in_place.rewind(slots, 0, self._num_blocks, saved)
 
     def read(self, outcome: Tensor) -> list[float]:
-        """Returns what :meth:`ExitBars.taken` takes, given a copy of the outcome in host memory."""
+        """Returns the arguments of :meth:`ExitBars.taken` from a copy of the outcome in host memory."""
         return self.verdicts.read(outcome, self.forks, self.last, self._doubts)
 
     def _go_on(self, slots: list, outputs: Mapping[int, Tensor], when: When, done: int, forks: tuple[int, ...]) -> None:
-        """Runs the blocks after `done` up to the next fork, and what lies behind it."""
+        """Runs the blocks after `done` up to the next fork, and both branches."""
         here = forks[0] if forks else self.last
         self._run(self._blocks[done:here], slots)
         if not forks:
@@ -107,7 +107,7 @@ class Walk:
         when(self.verdicts.stays(here), lambda own: self._go_on(own, outputs, when, here, forks[1:]), slots)
 
     def _answer(self, slots: list, outputs: Mapping[int, Tensor], when: When, depth: int) -> None:
-        """Runs what a token runs that leaves after `depth` blocks, and what its answer makes necessary."""
+        """Runs the tail after `depth` blocks, and the backbone if the answer is doubted."""
         leaves = depth < self._num_blocks
         may_doubt = self._doubts and leaves
         saved = self._in_place.save(slots, depth) if may_doubt else ()
@@ -214,7 +214,7 @@ class DeviceExits(CapturedRunner):
         return super().finish(slots)
 
     def _follows(self, rule: ExitBars) -> Tensor | None:
-        """Returns a rule's rows on the device, None where a token may leave at a depth that is no fork.
+        """Returns a rule's rows on the device, None if a token may leave at a depth that is no fork.
 
         To bring new ones there the host waits for what was launched; they are kept for the next time.
         """
@@ -229,7 +229,7 @@ class DeviceExits(CapturedRunner):
         return self._kept[bars]
 
     def _tell(self, rule: ExitBars, rules: Tensor) -> None:
-        """Brings a rule to where the next launch reads it."""
+        """Copies a rule to the device for the next launch."""
         verdicts, given = self.verdicts, rule.given
         if rule.bars != self._bars:
             self.device.run(lambda: verdicts.rules.copy_(rules))
@@ -255,7 +255,7 @@ class _Outcomes:
         self._places += [(device.flags(outcome.numel()), None) for _ in range(_PLACES)]
 
     def send(self) -> Outcome:
-        """Copies the outcome of what was launched last, and returns what waits for that and reads it."""
+        """Copies the outcome of the last launch; returns a function that waits for the copy and reads it."""
         place, before = self._places.popleft()
         if before is not None:
             before()
@@ -270,7 +270,7 @@ class _Outcomes:
 
 
 class _Reading:
-    """Reads a place once the device has written to it, and remembers what was there."""
+    """Reads a place once the device has written to it, and remembers the value."""
 
     def __init__(self, device: CaptureDevice, place: Tensor, read: Callable[[Tensor], list[float]]) -> None:
         self._device, self._place, self._mark, self._read = device, place, device.mark(), read
@@ -289,7 +289,7 @@ class _Reading:
 def verdicts_for(
     plan: DecoderPlan, policy: ExitPolicy, device: CaptureDevice, captures: CaptureLog
 ) -> DeviceExitState | None:
-    """Returns what the decisions of decode steps read and write on a device, None where the host must decide.
+    """Returns the state of decisions on a device, None if the host must decide.
 
     `captures` says why then.
     """
@@ -309,7 +309,7 @@ def captured_runner(
     verdicts: DeviceExitState | None,
     plain: Runner,
 ) -> CapturedRunner:
-    """Returns what launches a program's captures, by `verdicts` (of :func:`verdicts_for`) or as the host decides."""
+    """Returns the runner of a program's captures, by `verdicts` (of :func:`verdicts_for`) or as the host decides."""
     if verdicts is not None:
         return DeviceExits(program, steps, launcher, LaunchAhead(), policy, verdicts, plain)
     ahead = LaunchAhead(launch_ahead if isinstance(launch_ahead, bool) else None)
@@ -317,6 +317,6 @@ def captured_runner(
 
 
 def _now(holds: Tensor, work: Callable[[list], None], slots: list) -> None:
-    """Runs work where a boolean holds, for which this waits."""
+    """Waits for a boolean, and runs work if it holds."""
     if holds.item():
         work(slots)

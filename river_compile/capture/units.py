@@ -79,7 +79,7 @@ class CaptureUnit:
 
     @functools.cached_property
     def inputs_in(self) -> Callable[[Sequence], Sequence]:
-        """Picks what `keys` name from slots, tensors first."""
+        """Picks the slots that `keys` name, tensors first."""
         return gather(self.keys)
 
     @property
@@ -102,7 +102,7 @@ class CaptureUnit:
             slots[index] = compute(*[slots[i] for i in arguments])
 
     def run_into(self, slots: list, outputs: Mapping[int, Tensor], when: When) -> None:
-        """Runs the steps on the slots and copies what is needed afterwards into buffers, by slot.
+        """Runs the steps on the slots and copies the later needed values into buffers, by slot.
 
         `when` runs work on a copy of the slots, where a boolean on the device holds; steps alone ask for nothing.
         """
@@ -147,7 +147,7 @@ class Partition:
             self.prologue = self._unit("prologue", 0, 0)
 
     def spans(self, start: int, end: int) -> list[CaptureUnit]:
-        """Returns the units of blocks start+1..end, and the head's: more than one where not all can be captured."""
+        """Returns the units of blocks start+1..end, and the head's: several if not all can be captured."""
         if start == end and (start or self.prologue is not None):
             return []
         if (start, end) not in self._spans:
@@ -161,11 +161,11 @@ class Partition:
         return self._unit("step", 0, last)
 
     def after(self, depth: int) -> CaptureUnit:
-        """Returns the unit that runs after the check at a depth, where the token stays."""
+        """Returns the unit that runs after the check at a depth if the token stays."""
         return self.spans(depth, self.ends[self.ends.index(depth) + 1])[0]
 
     def tail(self, depth: int) -> list[CaptureUnit]:
-        """Returns the units of twins depth+1..L and the head that they take: two where the head alone has obstacles."""
+        """Returns the units of twins depth+1..L and their head: two if the head alone has obstacles."""
         if depth not in self._tails:
             alone = self._head_is_alone("tail", depth)
             units = [self._unit("twins", depth, depth), self._head()] if alone else [self._unit("tail", depth, depth)]

@@ -93,7 +93,7 @@ def bench(
 
 
 def beginning(tokenizer: Any, length: int) -> Tensor:
-    """Returns the first ids ``[1, length]`` of the package's texts, which are repeated where they are too short."""
+    """Returns the first ids ``[1, length]`` of the package's texts, repeated if they are too short."""
     import torch
 
     text = (Path(__file__).parents[1] / "twins" / "default_texts.txt").read_text(encoding="utf-8")

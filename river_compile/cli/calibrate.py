@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 from pathlib import Path
-from typing import Annotated
+from typing import Annotated, Any
 
 import typer
 
@@ -30,7 +30,7 @@ def calibrate(
     from river_compile.cli.texts import passages
 
     network, tokenizer = start(model, dtype, threads)
-    how = {"criterion": criterion, "tokens": tokens, "context": context, "progress": not as_json}
+    how: dict[str, Any] = {"criterion": criterion, "tokens": tokens, "context": context, "progress": not as_json}
     found = find_rule(network, tokenizer, passages(texts), kl=kl, agreement=agreement, **how)
     if output is not None:
         found.save(output)

@@ -1,4 +1,4 @@
-"""``river chat MODEL``: a conversation in which every token shows where it came from."""
+"""``river chat MODEL``: a conversation in which every token shows its source."""
 
 from __future__ import annotations
 
@@ -57,7 +57,7 @@ def chat(
 
 
 def _lines(as_json: bool) -> Any:
-    """Yields what a person types, or the lines of standard input."""
+    """Yields a person's messages, or the lines of standard input."""
     if as_json or not sys.stdin.isatty():
         yield from (line.strip() for line in sys.stdin if line.strip())
         return
@@ -129,7 +129,7 @@ class Conversation:
         return painter
 
     def command(self, text: str) -> bool:
-        """Does what a command says; returns False for the end."""
+        """Runs a command; returns False for the end."""
         from river_compile.reporting.report import report
 
         if text in ("/exit", "/quit"):
@@ -145,7 +145,7 @@ class Conversation:
         return True
 
     def stats(self) -> str:
-        """Returns the latest answer's speed, and where its tokens came from."""
+        """Returns the latest answer's speed, and the sources of its tokens."""
         if self._latest is None:
             return "nothing was answered yet"
         speed = self._latest.tokens_per_s

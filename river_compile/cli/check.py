@@ -1,4 +1,4 @@
-"""``river check MODEL``: what would be found, rewritten and refused, and how many tokens per second that could give."""
+"""``river check MODEL``: predicts blocks, refusals and tokens per second from the config alone."""
 
 from __future__ import annotations
 

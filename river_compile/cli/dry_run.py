@@ -75,7 +75,7 @@ def _outcome(found: RiverProgram | Refusal) -> int | str:
 
 
 def _trace(model: Any, config: PretrainedConfig) -> list[RiverProgram | Refusal]:
-    """Returns what was found in the graph of a prompt and of a decode step."""
+    """Returns the program or the refusal of a prompt's graph and of a decode step's."""
     found: list[RiverProgram | Refusal] = []
 
     def look(graph_module: fx.GraphModule, example_inputs: list[Any]) -> Any:

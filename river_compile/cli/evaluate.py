@@ -111,7 +111,7 @@ def _answers(
     new_tokens: int,
     **options: Any,
 ) -> Measure:
-    """Returns what generates answers, in caches of one size, judges each and compares them with the plain model's."""
+    """Returns a task of answers: generated in caches of one size, judged, and compared with the plain model's."""
     from tqdm import tqdm
 
     from river_compile.cli.timing import generate
@@ -141,7 +141,7 @@ def _answers(
 
 
 def _perplexity(texts: list[list[int]], tokens: int) -> Measure:
-    """Returns what computes the perplexity of texts that are decoded one token at a time, as generation runs them.
+    """Returns the perplexity task: texts are decoded one token at a time, as generation runs them.
 
     Raises:
         ValueError: no text is long enough.
@@ -169,7 +169,7 @@ def _perplexity(texts: list[list[int]], tokens: int) -> Measure:
 
 
 def _of_lm_eval(task: str, tokenizer: PreTrainedTokenizerBase, limit: int) -> Measure:
-    """Returns what scores a task of lm-eval, by the first of its metrics."""
+    """Returns a task of lm-eval, scored by the first of its metrics."""
     from lm_eval import simple_evaluate
 
     from river_compile.evaluation.harness import RiverLM

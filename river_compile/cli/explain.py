@@ -1,4 +1,4 @@
-"""``river explain MODEL``: an HTML page of what the backend made of a model, and of a text that it wrote."""
+"""``river explain MODEL``: an HTML page of a model's graphs and twins, and of a text that it wrote."""
 
 from __future__ import annotations
 
@@ -52,7 +52,7 @@ def _run(
     threshold: float,
     dump: str,
 ) -> dict[str, Any]:
-    """Generates the sample text with every graph written to a folder; returns what the page shows of it."""
+    """Generates the sample text with every graph written to a folder; returns the page's facts of it."""
     import torch
 
     from river_compile.cli.models import encode
@@ -84,7 +84,7 @@ def _run(
 
 
 def graphs(dump: Path) -> list[dict[str, Any]]:
-    """Returns what each rewritten graph's folder holds: its plan, blocks beside twins, and what each pass changed."""
+    """Returns each rewritten graph's plan, blocks beside twins, and changes by pass."""
     return [
         {
             "name": folder.name,

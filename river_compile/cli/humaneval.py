@@ -47,7 +47,7 @@ def passes(problem: Mapping[str, str], text: str) -> bool:
 
 
 def cut(text: str) -> str:
-    """Returns what stands before the first of `STOPS`."""
+    """Returns the text before the first of `STOPS`."""
     return text[: min((text.index(stop) for stop in STOPS if stop in text), default=len(text))]
 
 
@@ -86,7 +86,7 @@ def verdict(program: str, seconds: int = SECONDS, memory_mb: int = MEMORY_MB) ->
 
 
 def _end_group(child: subprocess.Popen) -> None:
-    """Kills the child and whatever it started."""
+    """Kills the child and its descendants."""
     with contextlib.suppress(ProcessLookupError):  # it has ended, and so has everything it started
         os.killpg(child.pid, signal.SIGKILL)
     child.wait()

@@ -71,7 +71,7 @@ MODELS = {
 def start(
     name: str | Path, dtype: torch.dtype | str, threads: int = 0
 ) -> tuple[PreTrainedModel, PreTrainedTokenizerBase]:
-    """Loads a model for a command, on so many threads, without what libraries say meanwhile."""
+    """Loads a model for a command, on so many threads and with quiet libraries."""
     use_threads(threads)
     quiet()
     return load(name, dtype)

@@ -60,7 +60,7 @@ def show(command: str, result: dict[str, Any], as_json: bool, page: Callable[[Co
 
 
 def _sayable(value: Any) -> Any:
-    """Returns a value without what JSON has no word for: infinite numbers as "inf" or "-inf", NaN as None."""
+    """Returns a value as JSON can hold it: infinite numbers as "inf" or "-inf", NaN as None."""
     if isinstance(value, dict):
         return {key: _sayable(entry) for key, entry in value.items()}
     if isinstance(value, (list, tuple)):

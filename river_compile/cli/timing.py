@@ -153,7 +153,7 @@ class Painter(_Clock):
 
     @contextlib.contextmanager
     def watching(self) -> Iterator[Painter]:
-        """Inside, steps and cycles tell where tokens come from."""
+        """Inside, steps and cycles give tokens their sources."""
         with on_step(self._stepped), cycles.added(self._cycled):
             yield self
 

@@ -112,7 +112,7 @@ class Ranks:
             raise RankError(f"the {self.size} ranks of this model disagree about {what}: {each}")
 
     def folder(self, folder: str | Path) -> Path:
-        """Returns where this rank's part of an artifact lies: the folder itself where there is one rank.
+        """Returns the folder of this rank's part of an artifact: the artifact itself if there is one rank.
 
         Raises:
             ArtifactError: the artifact is of another number of ranks.

@@ -1,4 +1,4 @@
-"""Where offloaded weights lie: the interface that a file and pinned host memory share.
+"""The interface of stores of offloaded weights: a file, and pinned host memory.
 
 Not handled: which weights leave, and when (:mod:`river_compile.offload.weights`).
 """
@@ -72,7 +72,7 @@ class WeightStore:
         return Arrival(tuple(stored.tensor for stored in weights))
 
     def await_arrival(self, arrival: Arrival) -> None:
-        """Makes what is called from here on run after the arrival."""
+        """Orders later calls after the arrival."""
 
     def release(self, weights: Sequence[Stored]) -> None:
         """Lets weights go that were brought in and have been used."""

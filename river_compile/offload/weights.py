@@ -45,7 +45,7 @@ _PAGE = 4096  # bytes; smaller weights are not worth a mapping
 
 @dataclass
 class OffloadLog:
-    """What left device memory. Sizes in bytes; holds no tensor."""
+    """The weights that left device memory. Sizes in bytes; holds no tensor."""
 
     blocks: tuple[int, int]  # depths (from 1) of the first and the last offloaded block
     policy: str
@@ -94,7 +94,7 @@ class OffloadedWeights:
         self.log: OffloadLog | None = None
 
     def find(self, weight: Tensor) -> Stored | None:
-        """Returns where a weight lies, None where it is in device memory (the caller may have put it back)."""
+        """Returns where a weight lies, None if it is in device memory (the caller may have put it back)."""
         stored = self._stored.get(weight)
         return stored if stored is not None and stored.tensor.data_ptr() == weight.data_ptr() else None
 
@@ -236,7 +236,7 @@ def _movable(program: RiverProgram, values: Mapping[fx.Node, Any], resident: int
 
 
 def _is_dense(weight: Tensor) -> bool:
-    """True where a tensor's elements lie side by side, in whatever order."""
+    """True if a tensor's elements lie side by side, in any order."""
     span = 1 + sum((size - 1) * stride for size, stride in zip(weight.shape, weight.stride(), strict=True))
     return span == weight.numel()
 

@@ -1,4 +1,4 @@
-"""What each twin costs alone: ``block_errors(model, tokenizer, texts)``, the KL of the final logits per block.
+"""The loss of each twin alone: ``block_errors(model, tokenizer, texts)``, the KL of the final logits per block.
 
 One block after another is replaced by its twin, in a pass over the whole text through the model as it is, not compiled;
 the twin's 4-bit matrices are read back from what is packed.
@@ -27,7 +27,7 @@ from river_compile.upstream.tensors import as_shard_of, local_of
 
 @dataclass(frozen=True)
 class BlockError:
-    """What one twin costs.
+    """The loss of one twin.
 
     Attributes:
         block: number of the block, from 1.
@@ -48,7 +48,7 @@ class BlockError:
 
 @dataclass(frozen=True)
 class BlockErrors:
-    """What every twin of a model costs, and on how many tokens that was measured."""
+    """The loss of every twin of a model, and the number of tokens that it was measured on."""
 
     blocks: tuple[BlockError, ...]
     tokens: int
@@ -125,7 +125,7 @@ def block_errors(
 
 
 def _sites_by_block(state: ModelState) -> Iterator[tuple[int, str, list[PackedSite]]]:
-    """Yields number, path and 4-bit products of every block whose twin the latest rewritten graph packed."""
+    """Yields number, path and 4-bit matmuls of every block whose twin the latest rewritten graph packed."""
     graph = next((graph for graph in reversed(state.graphs) if graph.of(GraphTwins)), None)
     if graph is None:
         return

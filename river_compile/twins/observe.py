@@ -1,4 +1,4 @@
-"""Calibration statistics for "awq" and "gptq": ``observe(model, tokenizer, texts)`` records what each matrix reads.
+"""Calibration statistics for "awq" and "gptq": ``observe(model, tokenizer, texts)`` records each matrix's inputs.
 
 Texts run through the model as it is, never through compiled code, one after another. Every product of an input with a
 two-dimensional parameter is seen where it happens, and the input's second moments are kept under that parameter, as
@@ -40,7 +40,7 @@ def observe(
     inputs: Iterable[Tensor] | None = None,
     progress: bool = True,
 ) -> Observation:
-    """Records what every matrix of a model reads, for ``options={"quantizer": "gptq"}`` and ``"awq"``.
+    """Records every matrix's inputs in a model, for ``options={"quantizer": "gptq"}`` and ``"awq"``.
 
     Call it before the first generation with such a quantizer, before or after ``model.compile``; twins that are packed
     already stay as they are. A later call replaces what an earlier one recorded.
@@ -72,7 +72,7 @@ def observe(
 
 @torch.no_grad()
 def record(model: nn.Module, windows: Iterable[Tensor], *, own: bool = False, progress: bool = False) -> Observation:
-    """Returns what the matrices of a model read in token ids ``[B, T]``; `own` says that it sampled them itself."""
+    """Returns the statistics of a model's matrices on token ids ``[B, T]``; `own` says that it sampled them itself."""
     observation, forward = Observation(own), uncompiled_forward(model)
     recorder, device = _Recorder(model.parameters(), observation), next(model.parameters()).device
     bar = tqdm(windows, desc="river: observing", unit="text", leave=False, delay=1, disable=not progress)

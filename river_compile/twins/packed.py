@@ -1,4 +1,4 @@
-"""One 4-bit matrix product of a twin: its grid, what the grid costs, and what the twin's graph takes of it.
+"""One 4-bit matmul of a twin: its grid, what the grid costs, and what the twin's graph takes of it.
 
 Not handled: which products are made, and from what; see :mod:`river_compile.twins.registry`.
 """
@@ -27,7 +27,7 @@ _ROWS_COMPARED = 256  # output features by which the outputs' ratio is known to 
 
 @dataclass(kw_only=True)
 class Ratios:
-    """What a 4-bit matrix costs, in dB of signal to quantization noise.
+    """The loss of a 4-bit matrix, in dB of signal to quantization noise.
 
     Attributes:
         sqnr: of the weights.
@@ -61,7 +61,7 @@ class Grid(Ratios):
 
 @dataclass(kw_only=True, eq=False)
 class PackedSite(Ratios):
-    """One matrix product of a twin as its kernel reads it.
+    """One matmul of a twin as its kernel reads it.
 
     It is one object, with the same tensors, for as long as graphs are compiled with them: where its parameters change
     it is packed again in place (:meth:`become`).
@@ -119,7 +119,7 @@ class PackedSite(Ratios):
 
     @property
     def tensors(self) -> tuple[Tensor, ...]:
-        """What the twin's graph takes, in order."""
+        """The operands of the twin's graph, in order."""
         return self.weight.qweight, self.weight.scale_zero, *self.extras
 
     @property
@@ -145,7 +145,7 @@ class PackedSite(Ratios):
         return True
 
     def fresh_sources(self) -> Sources | None:
-        """Returns the parameters it was made from, None where one of them changed since or is gone."""
+        """Returns the parameters it was made from, None if one of them changed since or is gone."""
         sources = self.sources.get()
         return sources if sources is not None and self.stands_for(sources) else None
 
@@ -216,7 +216,7 @@ def quantize_stack(
 
 
 def extras_of(product: Product, sources: Sources, scale: Tensor | None) -> tuple[Tensor, ...]:
-    """Returns what a twin's graph takes beside the packed matrix (see `PackedSite`)."""
+    """Returns the twin graph's operands beside the packed matrix (see `PackedSite`)."""
     like = sources.weights[0]
     extras: list[Tensor] = []
     if any(bias is not None for bias in sources.biases):

@@ -1,4 +1,4 @@
-"""Makes packed products:from a known grid, or from weights and what is known of their inputs.
+"""Makes packed matmuls:from a known grid, or from weights and what is known of their inputs.
 
 Where a quantizer asks for statistics and there are none, one that looks at weights alone takes its place, and the
 product says so. Not handled: which products are made, and when; see :mod:`river_compile.twins.registry`.
@@ -28,7 +28,7 @@ Known = Grid | Moments | None  # of a product, before it is quantized
 
 @dataclass(frozen=True)
 class Maker:
-    """Makes packed products in one way.
+    """Makes packed matmuls in one way.
 
     Attributes:
         config: its `quantizer` and `artifact` say how.
@@ -47,7 +47,7 @@ class Maker:
         return str(self.artifact.folder) if self.artifact else ""
 
     def key(self, site: LinearSite) -> tuple[object, ...]:
-        """Returns what, beside the parameters, decides how a product is packed."""
+        """Returns the key of a packing beside its parameters."""
         number = self.number if self.needs_statistics else 0
         return site.name, site.group_size, site.layout, self.config.quantizer, self.origin, number
 
@@ -57,7 +57,7 @@ class Maker:
         return self.artifact is None and self.config.quantizer in OBSERVING
 
     def look_up(self, site: LinearSite, sources: Sources) -> Known:
-        """Returns what the artifact holds of a product, or what is known of its inputs, where that is asked for."""
+        """Returns the artifact's entry of a matmul, or the moments of its inputs if they are asked for."""
         quantizer = self.config.quantizer
         if self.artifact is not None:
             return self.artifact.find(site, quantizer, sources.digest)
@@ -79,12 +79,12 @@ class Maker:
 
 
 def needs_moments(site: PackedSite) -> bool:
-    """Tells whether a packed product is made again with statistics."""
+    """Tells whether a packed matmul is made again with statistics."""
     return site.asked in OBSERVING
 
 
 def made_again(site: PackedSite, sources: Sources, observation: Observation | None) -> PackedSite:
-    """Returns a new packing of a product from what its parameters are now, which no artifact has."""
+    """Returns a new packing of a matmul from its current parameters, which no artifact has."""
     known = None if observation is None else observation.moments_of(sources.weights[0])
     return _made(site.product, sources, site.asked, known if needs_moments(site) else None, observation)
 
