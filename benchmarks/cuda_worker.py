@@ -171,7 +171,7 @@ class Bench:
         return sum(log.seconds for log in logs), sum(log.bytes for log in logs), sum(log.made for log in logs)
 
     def _logs(self) -> list[CaptureLog]:
-        return [graph.of(CaptureLog) for graph in report(self.model).graphs] if self.backend == "river" else []
+        return [graph.captures for graph in report(self.model).graphs] if self.backend == "river" else []
 
     def _reset_peak(self) -> None:
         if self.loop.on_gpu:

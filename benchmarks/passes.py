@@ -33,9 +33,9 @@ def passes(model: Any, rows: int, repeats: int) -> dict[str, float]:
     measured: dict[str, float] = {}
 
     def measure(model: Any, input_ids: Tensor, generation_config: Any, **arguments: Any) -> Tensor:
-        from river_compile.decoding.cache_pool import BorrowedCache
         from river_compile.decoding.session import Session
         from river_compile.exits import WHOLE
+        from river_compile.runtime.cache_pool import BorrowedCache
 
         given = {name: value for name, value in arguments.items() if name not in NOT_THE_MODELS}
         session = Session(model, BorrowedCache(model, given, None, False), WHOLE)

@@ -11,7 +11,7 @@ use the backbone's); a draft vocabulary for a head of several matmuls, or whose 
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import replace
 
 import torch
@@ -21,7 +21,7 @@ from river_compile.kernels import ops  # noqa: F401  (registers river::rescore)
 from river_compile.passes.edits import Missed, add_placeholders, call, require
 from river_compile.passes.exit_checks import logits_of
 from river_compile.passes.nodes import called, is_ordinary, same_dtype, shape, source_of, value_of
-from river_compile.passes.program import Fusion, LinearSite, RiverProgram, Segment
+from river_compile.passes.program import Fusion, RiverProgram, Segment
 
 
 def change_head(program: RiverProgram, rule: str, change: Callable[[Segment], Segment], otherwise: str) -> RiverProgram:
@@ -61,7 +61,7 @@ def _with_list(head: Segment, logits: fx.Node | None) -> Segment:
     plain = product.kwargs.get("residual") is None and not product.kwargs.get("gated", False)
     all_of_them = logits is not None and shape(logits)[-1] == product.args[4]
     require(plain and all_of_them, "the product's outputs are not the logits", product)
-    (wanted,) = add_placeholders(head.graph, ["heads"])
+    (wanted,) = add_placeholders(head.graph, ["wanted"])
     product.kwargs = {**product.kwargs, "wanted": wanted}
     return replace(head, chooses_logits=True)
 
@@ -71,12 +71,13 @@ _NORM = {"norm": "none", "norm_weight": None, "norm_bias": None, "eps": 1e-6}
 
 def rescored_head(program: RiverProgram) -> RiverProgram:
     """The largest logits of tokens that left are computed anew from the head's 16-bit matrix."""
-    return change_head(program, "head + largest logits anew", _rescored, "the head stays in 16 bits")
+    rule, otherwise = "head + largest logits anew", "the head stays in 16 bits"
+    return change_head(program, rule, lambda head: _rescored(head, program.inputs), otherwise)
 
 
-def _rescored(head: Segment) -> Segment:
+def _rescored(head: Segment, inputs: Sequence[fx.Node]) -> Segment:
     product, site = product_of(head), head.packed[0]
-    head, weight = _with_input(head, site)
+    head, weight = _with_input(head, inputs[site.weights[0]])
     fits = is_ordinary(value_of(weight)) and value_of(weight).is_contiguous() and not site.transposed
     fits = fits and not site.scales_inputs and same_dtype(product.args[0], weight) and same_dtype(product, weight)
     require(fits, "its matrix is not an ordinary parameter of the activations' dtype", product)
@@ -88,9 +89,8 @@ def _rescored(head: Segment) -> Segment:
     return head
 
 
-def _with_input(head: Segment, site: LinearSite) -> tuple[Segment, fx.Node]:
-    """Returns a segment that takes a product's 16-bit matrix too, and the placeholder of it."""
-    (source,) = site.weights
+def _with_input(head: Segment, source: fx.Node) -> tuple[Segment, fx.Node]:
+    """Returns a segment that takes one more input of the graph, and the placeholder of it."""
     placeholders = head.graph.find_nodes(op="placeholder")
     if source in head.inputs:
         return head, placeholders[head.inputs.index(source)]

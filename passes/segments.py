@@ -18,10 +18,21 @@ import torch
 from torch import fx
 from torch.fx.experimental.symbolic_shapes import free_symbols
 
+from river_compile.passes.decoder import find_decoder
+from river_compile.passes.linears import without_matmuls
 from river_compile.passes.nodes import read_by, value_of
 from river_compile.passes.program import DecoderPlan, Refusal, RiverProgram, Segment
 
 _SYMBOL = re.compile(r"\b[su]\d+\b")
+
+
+def recognise(normal: fx.GraphModule, twins: bool = True) -> RiverProgram | Refusal:
+    """Returns the decoder in a normalized graph, cut into segments; with `twins` one that can have them."""
+    plan = find_decoder(normal)
+    program = plan if isinstance(plan, Refusal) else segmented(plan)
+    if twins and isinstance(program, RiverProgram):
+        return without_matmuls(program) or program
+    return program
 
 
 def segmented(plan: DecoderPlan) -> RiverProgram | Refusal:

@@ -35,7 +35,7 @@ def chat(
     With `--quality fast` the colour tells how many blocks a token ran through.
     """
     from river_compile.cli.models import start
-    from river_compile.drop_in.accelerate import accelerate
+    from river_compile.api.accelerate import accelerate
 
     network, tokenizer = start(model, dtype, threads)
     more = {} if artifact is None else {"artifact": artifact}
@@ -75,11 +75,10 @@ def _lines(as_json: bool) -> Any:
 
 
 def _compiled_so_far(model: PreTrainedModel) -> int:
-    from river_compile.decoding.session import Preparations
-    from river_compile.state import find_state
+    from river_compile.model_record import find_record
 
-    state = find_state(model)
-    return 0 if state is None else Preparations(state)()
+    record = find_record(model)
+    return 0 if record is None else record.prepared
 
 
 class Conversation:

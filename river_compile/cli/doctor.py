@@ -129,7 +129,7 @@ def try_out() -> Finding:
     import torch
     from transformers import LlamaConfig, LlamaForCausalLM
 
-    from river_compile.drop_in.accelerate import accelerate, restore
+    from river_compile.api.accelerate import accelerate, restore
     from river_compile.errors import RiverWarning
     from river_compile.reporting.trace import trace
 

@@ -18,17 +18,16 @@ import torch
 from torch import Tensor, fx
 from transformers import AutoModelForCausalLM, PretrainedConfig, StaticCache
 
-from river_compile.choose_passes import twinning
+from river_compile.choices import choose
 from river_compile.cli.models import config_of, loading
 from river_compile.config import RiverConfig
 from river_compile.kernels.quant.aten_int4 import LAYOUT as ATEN_LAYOUT
 from river_compile.lowering.choose import Lowering
-from river_compile.passes.decoder import find_decoder
 from river_compile.passes.nodes import is_parameter, value_of
 from river_compile.passes.normalize import normalized
-from river_compile.passes.program import LinearSite, Refusal, RiverProgram, Segment
-from river_compile.passes.segments import segmented
-from river_compile.passes.twins import twin_sites, without_products
+from river_compile.passes.program import Refusal, RiverProgram, Segment, TwinLinear
+from river_compile.passes.segments import recognise
+from river_compile.passes.twins import river_twins
 from river_compile.upstream.transformers import cache_argument
 
 _PROMPT, _SLOTS = 8, 32
@@ -54,10 +53,11 @@ def dry_run(folder: Path, dtype: str, config: RiverConfig) -> dict[str, Any]:
     }
     if isinstance(decode, Refusal):
         return found | {"refusal": str(decode), "blocks": 0, "twin_products": 0, "bytes": None}
-    how = twinning(config, Lowering("inductor", ATEN_LAYOUT, fuse=False))
-    assert how is not None, "the default quantizer makes twins"
-    sites = [site for block in decode.blocks for site in twin_sites(block, how)]
-    packed = {weight for site in sites for weight in site.weights}
+    how = choose(decode, config, Lowering("inductor", ATEN_LAYOUT, fuse=False)).twinning
+    twinned = river_twins(how)(decode)
+    assert isinstance(twinned, RiverProgram), "the pass of twins refuses nothing"
+    sites = [linear for twin in twinned.twins for linear in twin.packed]
+    packed = {decode.inputs[weight] for linear in sites for weight in linear.weights}
     return found | {
         "refusal": None,
         "blocks": decode.plan.num_blocks,
@@ -79,9 +79,7 @@ def _trace(model: Any, config: PretrainedConfig) -> list[RiverProgram | Refusal]
     found: list[RiverProgram | Refusal] = []
 
     def look(graph_module: fx.GraphModule, example_inputs: list[Any]) -> Any:
-        plan = find_decoder(normalized(graph_module))
-        program = plan if isinstance(plan, Refusal) else segmented(plan)
-        found.append(program if isinstance(program, Refusal) else without_products(program) or program)
+        found.append(recognise(normalized(graph_module)))
         return graph_module.forward
 
     with torch.device("meta"), torch.no_grad():
@@ -117,7 +115,7 @@ def _bytes(segments: Iterable[Segment], without: Iterable[fx.Node] = ()) -> int:
     return sum(value.numel() * value.element_size() for value in values.values())
 
 
-def _packed_bytes(site: LinearSite) -> int:
+def _packed_bytes(site: TwinLinear) -> int:
     weights = sum(site.out_features) * site.in_features * max(site.experts, 1)
     return weights // 2 + _BYTES_OF_GROUP * weights // site.group_size
 

@@ -55,9 +55,10 @@ def _run(
     """Generates the sample text with every graph written to a folder; returns the page's facts of it."""
     import torch
 
+    from river_compile.api.accelerate import accelerate
     from river_compile.cli.models import encode
     from river_compile.cli.timing import Painter
-    from river_compile.drop_in.accelerate import accelerate
+    from river_compile.api.accelerate import accelerate
     from river_compile.reporting.report import report as report_of
 
     accelerate(model, "fast", threshold=threshold, dump_dir=dump)

@@ -35,10 +35,8 @@ def pack(
     import time
 
     from river_compile.cli.models import resolve, start
-    from river_compile.drop_in.accelerate import accelerate
+    from river_compile.api.accelerate import accelerate
     from river_compile.reporting.report import report as report_of
-    from river_compile.twins.export import FORMATS, export
-    from river_compile.twins.registry import save
 
     if format not in ("river", *FORMATS):
         raise typer.BadParameter(f"format {format!r} is none of {', '.join(('river', *FORMATS))}")
@@ -71,7 +69,7 @@ def pack(
 
 def copy_recipe(folder: Path) -> None:
     """Puts ``custom_generate`` into a model's folder."""
-    source = Path(__file__).parents[1] / "drop_in" / "custom_generate"
+    source = Path(__file__).parents[1] / "api" / "custom_generate"
     shutil.copytree(source, folder / source.name, dirs_exist_ok=True, ignore=shutil.ignore_patterns("__pycache__"))
 
 

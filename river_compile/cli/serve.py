@@ -68,8 +68,8 @@ def accelerating(**arguments: Any) -> Iterator[None]:
     with needs("serve"):
         from transformers.cli.serving import model_manager
 
+    from river_compile.api.accelerate import accelerate
     from river_compile.cli.models import loading
-    from river_compile.drop_in.accelerate import accelerate
 
     class Manager(model_manager.ModelManager):
         def _load_processor(self, name: str, *args: Any, **kwargs: Any) -> Any:

@@ -42,7 +42,7 @@ def chosen(rows: Sequence[str] | None, of: Sequence[str], calibration: Path | No
 @contextlib.contextmanager
 def running(model: PreTrainedModel, way: str, calibration: Path | None = None, **options: Any) -> Iterator[None]:
     """Inside, a plain model runs in one of `WAYS`, with options of the backend; afterwards it is plain again."""
-    from river_compile.drop_in.accelerate import accelerate, restore
+    from river_compile.api.accelerate import accelerate, restore
     from river_compile.exits import forced_depth
 
     if way == INDUCTOR:

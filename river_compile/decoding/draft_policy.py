@@ -16,7 +16,7 @@ from itertools import accumulate
 from operator import mul
 from typing import NamedTuple, Protocol
 
-from river_compile.decoding.draft_stats import AcceptanceRate, PassTimes
+from river_compile.runtime.draft_stats import AcceptanceRate, PassTimes
 
 _RATE_FADES_BY = 0.95  # what a cycle leaves of the average before it
 

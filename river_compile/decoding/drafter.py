@@ -10,7 +10,6 @@ alternatives (trees).
 
 from __future__ import annotations
 
-import math
 import time
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
@@ -19,45 +18,10 @@ import torch
 from torch import Tensor
 
 from river_compile.decoding.draft_policy import DraftPolicy, Proposed, RowDraft
-from river_compile.decoding.draft_stats import AcceptanceRate, PassTimes
 from river_compile.decoding.lookup import SuffixAutomaton
 from river_compile.distributed.ranks import ALONE, Ranks
 from river_compile.kernels.native.load import entropy
-
-# Upper edges of the bins in which acceptance rates are learned: nats of entropy, and tokens of the repeated ending.
-ENTROPY_EDGES = (0.02, 0.05, 0.1, 0.2, 0.4, 0.7, 1.0, 1.5, 2.0, 3.0)
-MATCH_EDGES = (2.5, 3.5, 4.5, 6.5, 9.5)
-# What the rates are before anything was judged: exp(-entropy / 2), about what a 4-bit twin shows; longer repetitions go
-# on more often.
-_BY_ENTROPY = [math.exp(-(a + b) / 4) for a, b in zip((0.0, *ENTROPY_EDGES), (*ENTROPY_EDGES, 4.0), strict=True)]
-_BY_MATCH = [0.15, 0.3, 0.5, 0.75, 0.9, 0.97]
-_FROM_OTHER_TEXTS = 16.0  # judged tokens
-_RIVER = 0.7  # of the river's next token, whose entropy is not known yet
-
-
-class DraftRates:
-    """How often drafted tokens held so far: in one call, or in all calls of a model that go on with the same object.
-
-    Attributes:
-        by_entropy: the river's, by the entropy of what it drew them from.
-        by_match: copied ones, by the length of the ending that repeats.
-        river: the river's next one, of which nothing is known yet.
-    """
-
-    def __init__(self) -> None:
-        self.by_entropy = AcceptanceRate(ENTROPY_EDGES, _BY_ENTROPY)
-        self.by_match = AcceptanceRate(MATCH_EDGES, _BY_MATCH)
-        self.river = AcceptanceRate([], [_RIVER])
-
-    def go_on(self) -> DraftRates:
-        """Returns these for another text, of which they say as much as a few tokens of its own."""
-        for rate in (self.by_entropy, self.by_match, self.river):
-            rate.weigh(_FROM_OTHER_TEXTS)
-        return self
-
-
-class RatesOfModel(dict[bool, DraftRates]):
-    """The acceptance rates of a model's adaptive calls, by whether they sample."""
+from river_compile.runtime.draft_stats import AcceptanceRate, DraftRates, PassTimes
 
 
 @dataclass(frozen=True)

@@ -25,9 +25,8 @@ from transformers.generation import GenerateDecoderOnlyOutput, LogitsProcessorLi
 from transformers.generation.configuration_utils import GenerationMode
 from transformers.generation.stopping_criteria import EosTokenCriteria, MaxLengthCriteria, StopStringCriteria
 
-from river_compile.decoding.cache_pool import borrowed_cache
 from river_compile.decoding.draft_policy import ByChance, ByGain, DraftPolicy
-from river_compile.decoding.drafter import Drafter, DraftRates
+from river_compile.decoding.drafter import Drafter
 from river_compile.decoding.loop import DecodeLoop, Ends, Outputs
 from river_compile.decoding.sampling import STATELESS, Chooser, RowProcessors
 from river_compile.decoding.sequences import Sequences
@@ -35,6 +34,9 @@ from river_compile.decoding.session import LONGEST_OFFLOADED, Session, verificat
 from river_compile.errors import DecodeError, ExactModeError, OptionError
 from river_compile.exits import WHOLE
 from river_compile.kernels.checks import FLAG, integer, number, optional
+from river_compile.model_record import record_of
+from river_compile.runtime.cache_pool import borrowed_cache
+from river_compile.runtime.draft_stats import DraftRates
 from river_compile.upstream.transformers import (
     KeepsTokenizer,
     argument_of_generate,
@@ -159,7 +161,15 @@ class Decode:
         call = Call(model, input_ids, logits_processor, stopping_criteria, config, streamer)
         shared = shares_cache(config)
         with (
-            borrowed_cache(model, input_ids, config, model_kwargs, shared, self.static_cache) as lent,
+            borrowed_cache(
+                record_of(model.parameters()).cache_pool,
+                model,
+                input_ids,
+                config,
+                model_kwargs,
+                shared,
+                self.static_cache,
+            ) as lent,
             torch._dynamo.config.patch(recompile_limit=torch._dynamo.config.recompile_limit + mode.graphs),
         ):
             session = Session(model, lent, self.depth)
@@ -285,7 +295,7 @@ class ExactMode(Decode):
         rule: DraftPolicy
         if self.stop_below is None and self.adaptive:
             rule = ByGain(session.times, session.width_for, together)
-            rates = session.rates.setdefault(call.config.do_sample, DraftRates()).go_on()
+            rates = session.record.drafts.rates.setdefault(call.config.do_sample, DraftRates()).go_on()
         else:  # (drafts are the same in every run)
             rates = DraftRates()
             rule = ByChance(_STOP_BELOW if self.stop_below is None else self.stop_below, session.width_for)

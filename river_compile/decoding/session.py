@@ -20,7 +20,6 @@ forward passes the river backend did not rewrite.
 from __future__ import annotations
 
 import functools
-import operator
 from bisect import bisect_right
 from collections.abc import Sequence
 
@@ -29,23 +28,17 @@ from torch import Tensor
 from transformers import GenerationConfig, PreTrainedModel
 from transformers.cache_utils import Cache
 
-from river_compile.capture.device import CaptureLog
 from river_compile.config import RiverConfig
 from river_compile.decoding.bound_pass import BoundPass, graph_calls
-from river_compile.decoding.cache_pool import BorrowedCache
-from river_compile.decoding.draft_stats import PassTimes
-from river_compile.decoding.drafter import RatesOfModel
 from river_compile.decoding.inputs import Inputs, PassInputs
 from river_compile.decoding.rewind import BY_SLOT, RewindableCache, moved_inputs, selected_inputs
-from river_compile.distributed.ranks import Ranks
 from river_compile.errors import ExactModeError
 from river_compile.exits import forced_depth
-from river_compile.fallbacks import PlainRuns
 from river_compile.kernels.native.load import few_rows
+from river_compile.model_record import BROKE, GraphRecord, ModelRecord, record_of
+from river_compile.runtime.cache_pool import BorrowedCache
+from river_compile.runtime.draft_stats import PassTimes
 from river_compile.runtime.draft_vocab import DraftVocab
-from river_compile.runtime.sequences import SequenceTracker
-from river_compile.runtime.stats import ExitStats
-from river_compile.state import BROKE, GraphRecord, ModelState, state_of
 from river_compile.upstream.transformers import cache_argument, cache_of, with_rows
 
 _LONGEST = 15  # tokens of a draft, where the caller does not say
@@ -55,26 +48,6 @@ LONGEST_OFFLOADED = 63  # where a pass waits for weights to come in, once for al
 def verification_widths(max_draft: int) -> tuple[int, ...]:
     """Returns the query lengths at which the backbone verifies: powers of two, the last one max_draft + 1."""
     return (*(2**i for i in range(max_draft.bit_length())), max_draft + 1)
-
-
-class _TimesByBatch(dict[int, PassTimes]):
-    """How long one model's passes take, by rows."""
-
-
-class Preparations:
-    """Counts how many graphs of a model were compiled and captured so far."""
-
-    def __init__(self, state: ModelState) -> None:
-        self._graphs = state.graphs
-        self._logs: list[CaptureLog] = []
-
-    def __call__(self) -> int:
-        if len(self._logs) != len(self._graphs):
-            self._logs = [graph.of(CaptureLog) for graph in self._graphs]
-        return len(self._logs) + sum(map(_MADE, self._logs))
-
-
-_MADE = operator.attrgetter("made")
 
 
 class Session:
@@ -87,8 +60,8 @@ class Session:
 
     Attributes:
         widths: query lengths at which the backbone may verify drafts, ascending from 1.
-        cache, stats, sequences, times, ranks, rates: the KV cache, what counts the model's cycles, what tells its
-            sequences apart, how long its passes take, the ranks that share it, and how often its drafts held, from
+        record, cache, stats, sequences, times, ranks: the model's record, the KV cache, what counts the model's cycles,
+            what tells its sequences apart, how long its passes take, and the ranks that share it, from
             :meth:`prefill` on.
     """
 
@@ -111,11 +84,10 @@ class Session:
         self._kwargs = model._update_model_kwargs_for_generation(outputs, self.lent.kwargs)
         cache = cache_of(self._kwargs)
         assert cache is not None, "a generation without a cache is refused"
-        self._state = state = state_of(model.parameters())
+        self.record = record = record_of(model.parameters())
         ran = [executor for executor, *_ in calls]
-        self._graph = next((graph for graph in state.graphs if graph.executor() in ran), None)
-        self.stats, self.sequences, self.ranks = state.of(ExitStats), state.of(SequenceTracker), state.of(Ranks)
-        self.rates = state.of(RatesOfModel)
+        self._graph = next((graph for graph in record.graphs if graph.executor() in ran), None)
+        self.stats, self.sequences, self.ranks = record.exit_stats, record.sequences, record.ranks
         self._use(cache)
         self._of_rows(ids_BS.shape[0])
         self._kept = self._kept_by_kwargs = self.entries.filled + 1
@@ -136,7 +108,7 @@ class Session:
         """
         graph = self._graph
         if graph is None:
-            raise ExactModeError(f"exact mode needs a model that the river backend can rewrite: {why_not(self._state)}")
+            raise ExactModeError(f"exact mode needs a model that the river backend can rewrite: {why_not(self.record)}")
         check_paths(graph.config)
         if max_draft is None:
             max_draft = _LONGEST if graph.config.offload is None else LONGEST_OFFLOADED
@@ -182,8 +154,10 @@ class Session:
 
     def _of_rows(self, rows: int) -> None:
         self._rows = rows
-        self._all_times = self._state.of(_TimesByBatch)
-        self.times = self._all_times.get(rows) or self._all_times.setdefault(rows, PassTimes(Preparations(self._state)))
+        record, times = self.record, self.record.drafts.times
+        if rows not in times:
+            times[rows] = PassTimes(lambda: record.prepared)
+        self.times = times[rows]
 
     @property
     def runs_late(self) -> bool:
@@ -215,7 +189,7 @@ class Session:
         others = [n for n, value in self._kwargs.items() if n not in BY_SLOT and isinstance(value, Tensor)]
         if others or not self.can_part:
             return False
-        known = self._all_times.get(rows)
+        known = self.record.drafts.times.get(rows)
         saved = tokens * self.times.of(1) * (1 - rows / self._rows)
         return (known is not None and known.measured) or saved > self.times.preparing
 
@@ -343,14 +317,14 @@ class Session:
         return inputs
 
 
-def why_not(state: ModelState) -> str:
+def why_not(record: ModelRecord) -> str:
     """Returns why a prompt ran in none of the model's rewritten graphs."""
-    if not state.graphs:
+    if not record.graphs:
         return 'this model never reached it; call model.compile(backend="river")'
-    plain = state.of(PlainRuns).reason
+    plain = record.plain_runs.reason
     if plain:
         return f"it ran without it: {plain}"
-    refusals = [graph.refusal for graph in reversed(state.graphs) if graph.refusal]
+    refusals = [graph.refusal for graph in reversed(record.graphs) if graph.refusal]
     refusal = next((refusal for refusal in refusals if BROKE in refusal), refusals[0] if refusals else "")
     return f"it refused: {refusal}" if refusal else 'this call did not reach it: use model.compile(backend="river")'
 

@@ -16,9 +16,12 @@ import contextlib
 import functools
 import importlib.util
 import warnings
+from collections.abc import Sequence
 from dataclasses import dataclass
+from typing import Any
 
 import torch
+from torch import Tensor
 
 from river_compile.config import RiverConfig
 from river_compile.errors import OptionError, RiverWarning
@@ -29,6 +32,7 @@ from river_compile.kernels.quant.aten_int4 import LAYOUT as ATEN_LAYOUT
 from river_compile.kernels.quant.aten_int4 import has_fast_kernel
 from river_compile.kernels.quant.layouts import LAYOUTS, NATIVE_LAYOUT
 from river_compile.kernels.triton.devices import device_name, starts_early
+from river_compile.passes.program import Refusal
 
 TRITON_LAYOUT = "triton"
 
@@ -92,6 +96,17 @@ def choose_lowering(config: RiverConfig, device: torch.device) -> Lowering:
             "model on a CPU with lowering='inductor'"
         )
     return Lowering(compiler, TRITON_LAYOUT, fuse, early)
+
+
+def no_compiler(config: RiverConfig, example_inputs: Sequence[Any]) -> Refusal | None:
+    """Returns why Inductor could compile nothing for a CPU, None if it can or need not."""
+    if config.lowering == "eager" or any(isinstance(x, Tensor) and x.device.type != "cpu" for x in example_inputs):
+        return None
+    try:
+        working_compiler()
+    except CannotBuild as error:
+        return Refusal(str(error))
+    return None
 
 
 def _native_pays(config: RiverConfig, on_gpu: bool) -> bool:

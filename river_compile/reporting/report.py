@@ -15,23 +15,18 @@ from dataclasses import asdict, dataclass, field
 
 from torch import Tensor, nn
 
-from river_compile.capture.device import CaptureLog
-from river_compile.decoding.cache_pool import CachePool
 from river_compile.distributed.ranks import Ranks
 from river_compile.errors import RiverWarning
 from river_compile.exits import threshold_text
-from river_compile.fallbacks import PlainCalls, PlainRuns
-from river_compile.offload.weights import OffloadedWeights, OffloadLog
+from river_compile.model_record import GraphRecord, ModelRecord, find_record, unwrap
+from river_compile.offload.weights import OffloadLog
 from river_compile.passes.moe_router import ROUTER, chosen_experts
 from river_compile.passes.program import Fusion, RiverProgram, Segment
-from river_compile.runtime.stats import ExactStats, ExitStats
-from river_compile.state import GraphRecord, ModelState, find_state, unwrap
-from river_compile.twins.block_errors import BlockErrors
-from river_compile.twins.packed import PackedSite
+from river_compile.runtime.stats import ExactStats
+from river_compile.twins.packed import TwinWeight
 from river_compile.twins.quantize import UNOBSERVED
-from river_compile.twins.registry import GraphTwins, PackedWeights
 from river_compile.twins.self_calibration import SelfCalibration
-from river_compile.twins.twin_kl import TwinLoss
+from river_compile.twins.twin_kl import BlockErrors, TwinLoss
 
 _NEVER_RAN = (
     "never ran: no graph of this model reached the backend. torch.compile(model).generate runs the original model; "
@@ -50,7 +45,7 @@ class Report:
 
     model: str
     graphs: tuple[GraphRecord, ...]
-    packed: tuple[PackedSite, ...]
+    packed: tuple[TwinWeight, ...]
     packing_seconds: float
     packed_again: tuple[int, int]
     decode_depths: dict[int, int]
@@ -156,11 +151,11 @@ def report(model: nn.Module) -> Report:
     Args:
         model: the module that was compiled, or the wrapper that ``torch.compile`` returned.
     """
-    state = find_state(model) or ModelState()
-    stats, packed = state.of(ExitStats), state.of(PackedWeights)
+    record = find_record(model) or ModelRecord()
+    stats, packed = record.exit_stats, record.twins
     return Report(
         model=type(unwrap(model)).__name__,
-        graphs=tuple(state.graphs),
+        graphs=tuple(record.graphs),
         packed=tuple(sorted(packed.all(), key=lambda p: _natural(p.name))),
         packing_seconds=packed.seconds,
         packed_again=(packed.renewals, packed.renewed),
@@ -168,14 +163,14 @@ def report(model: nn.Module) -> Report:
         prefill_depths=dict(sorted(stats.prefill.items())),
         exact=stats.exact,
         doubted=stats.doubted,
-        own_text=state.of(SelfCalibration),
+        own_text=record.self_calibration,
         loss=packed.loss,
-        block_errors=state.find(BlockErrors),
-        offloaded=state.of(OffloadedWeights).snapshot(),
-        kept_cache=state.of(CachePool).bytes,
-        plain_runs=state.of(PlainRuns).count,
-        plain_reason=state.of(PlainRuns).reason,
-        plain_calls=dict(state.of(PlainCalls).reasons),
+        block_errors=record.block_errors,
+        offloaded=record.offloaded.snapshot(),
+        kept_cache=record.cache_pool.bytes,
+        plain_runs=record.plain_runs.count,
+        plain_reason=record.plain_runs.reason,
+        plain_calls=dict(record.plain_calls.reasons),
     )
 
 
@@ -201,14 +196,14 @@ def _graph_dict(graph: GraphRecord) -> dict[str, object]:
             for f in graph.fusions
             if f.missed
         ],
-        "captures": graph.of(CaptureLog).to_dict(),
+        "captures": graph.captures.to_dict(),
         "ranks": [dict(rank) for rank in graph.ranks],
     }
 
 
 def _other_groups(graph: GraphRecord) -> dict[str, int]:
     """Returns the matrices, by name, that did not take the group size that was asked for."""
-    return {p.name: p.group_size for p in graph.of(GraphTwins) if p.group_size != graph.config.group_size}
+    return {p.name: p.group_size for p in graph.twins if p.group_size != graph.config.group_size}
 
 
 def graph_lines(graph: GraphRecord) -> Iterator[str]:
@@ -240,7 +235,7 @@ def graph_lines(graph: GraphRecord) -> Iterator[str]:
             f"{rank['in_16_bits']} in 16 bits; least SQNR {rank['least_sqnr']:.1f} dB"
         )
     yield from _fusion_lines(graph.fusions)
-    yield from graph.of(CaptureLog).lines()
+    yield from graph.captures.lines()
 
 
 def _fusion_lines(fusions: Sequence[Fusion]) -> Iterator[str]:
@@ -352,7 +347,7 @@ def note_ranks(program: RiverProgram, record: GraphRecord, ranks: Ranks) -> None
     """Notes each rank's packed matrices of a graph; warns of matrices that stay in 16 bits, routers aside."""
     if not ranks.several or not program.twins:
         return
-    packed = record.of(GraphTwins)
+    packed = record.twins
     mine = {
         "rank": ranks.name,
         "matrices": len(packed),

@@ -1,4 +1,4 @@
-"""Calibration statistics for "awq" and "gptq": ``observe(model, tokenizer, texts)`` records each matrix's inputs.
+"""Calibration statistics for "awq" and "gptq": records what each matrix of a model reads in some texts.
 
 Texts run through the model as it is, never through compiled code, one after another. Every product of an input with a
 two-dimensional parameter is seen where it happens, and the input's second moments are kept under that parameter, as
@@ -17,57 +17,15 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 from tqdm import tqdm
-from transformers import PreTrainedModel
 
-from river_compile.distributed.ranks import ranks_of
 from river_compile.errors import OptionError
-from river_compile.state import state_of, unwrap
 from river_compile.twins.calibration_stats import ExpertMoments, InputMoments, Observation, Products
-from river_compile.twins.parameter_stamp import digest_of
 from river_compile.twins.sampling import everything_counts
 from river_compile.upstream.dynamo import uncompiled_forward
 from river_compile.upstream.tensors import version_of
 
 Tokenizer = Callable[[str], Mapping[str, Sequence[int]]]
 _WINDOW = 512  # tokens that run at once: the logits of a large vocabulary take memory
-
-
-def observe(
-    model: PreTrainedModel,
-    tokenizer: Tokenizer | None = None,
-    texts: Sequence[str] | None = None,
-    *,
-    inputs: Iterable[Tensor] | None = None,
-    progress: bool = True,
-) -> Observation:
-    """Records every matrix's inputs in a model, for ``options={"quantizer": "gptq"}`` and ``"awq"``.
-
-    Call it before the first generation with such a quantizer, before or after ``model.compile``; twins that are packed
-    already stay as they are. A later call replaces what an earlier one recorded.
-
-    Args:
-        model: a causal language model in eval mode.
-        tokenizer: maps a text to ``{"input_ids": [...]}``.
-        texts: like those that the model will see and write, chat template included; some thousand tokens in all. None
-            takes a few short ones that come with the package: :func:`default_texts`.
-        inputs: token ids ``[T]`` or ``[B, T]`` without padding, in place of tokenizer and texts.
-        progress: whether to show a progress bar.
-
-    Returns:
-        What was recorded; the model keeps it too, until ``observation.clear()``.
-
-    Raises:
-        OptionError: (a ``ValueError``) neither or both of tokenizer and inputs, or no token in them.
-        RankError: ranks that share the model were given different texts.
-    """
-    model = unwrap(model)
-    windows = windows_of(tokenizer, texts, inputs, "observe")
-    ranks = ranks_of(model.parameters())
-    if ranks.several:
-        ranks.check_alike("the texts to observe", digest_of(windows))
-    observation = record(model, windows, progress=progress)
-    state_of(model.parameters()).put(observation)
-    return observation
 
 
 @torch.no_grad()

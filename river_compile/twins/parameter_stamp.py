@@ -1,8 +1,8 @@
 """The parameters that a packed matmul was made from, and the detection of changes.
 
-    looks    which tensors they are, PyTorch's count of their changes in place, their addresses, and a few of their
+    stamp    which tensors they are, PyTorch's count of their changes in place, their addresses, and a few of their
              elements: about 5 microseconds for each matrix, before every sequence
-    digest   SHA-256 of all their bytes: taken when they are packed, and again where looks differ
+    digest   SHA-256 of all their bytes: taken when they are packed, and again if the stamp differs
 
 Counts and addresses miss what is written through ``parameter.data`` (as merging adapters does) and under
 ``torch.inference_mode()``; the elements catch such a change where it reaches one of them, as one of the whole model
@@ -13,15 +13,15 @@ from __future__ import annotations
 
 import functools
 import hashlib
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 from typing import Any
 
 import torch
-from torch import Tensor, fx
+from torch import Tensor
 from torch.utils.weak import TensorWeakRef
 
-from river_compile.passes.program import LinearSite
+from river_compile.passes.program import TwinLinear
 from river_compile.upstream.tensors import parts_of, version_of
 
 _SAMPLE = 64  # elements of each matrix
@@ -29,19 +29,19 @@ _SAMPLE = 64  # elements of each matrix
 
 @dataclass(frozen=True)
 class Sources:
-    """The parameters of one product; see :class:`LinearSite`."""
+    """The parameters of one product; see :class:`TwinLinear`."""
 
     weights: tuple[Tensor, ...]
     biases: tuple[Tensor | None, ...]
     folds: tuple[Tensor, ...]
 
     @classmethod
-    def of(cls, site: LinearSite, values: Mapping[fx.Node, Tensor]) -> Sources:
-        """Returns them, given the real tensor of each parameter placeholder."""
+    def of(cls, linear: TwinLinear, inputs: Sequence[Any]) -> Sources:
+        """Returns them, given the real inputs of the graph."""
         return cls(
-            tuple(values[node] for node in site.weights),
-            tuple(None if node is None else values[node] for node in site.biases),
-            tuple(values[node] for node in site.folds),
+            tuple(inputs[i] for i in linear.weights),
+            tuple(None if i is None else inputs[i] for i in linear.biases),
+            tuple(inputs[i] for i in linear.folds),
         )
 
     @property
@@ -87,9 +87,9 @@ class ParameterStamp:
         self._samples = _samples(parts)
 
     @classmethod
-    def together(cls, looks: Iterable[ParameterStamp]) -> ParameterStamp:
-        """Returns the stamps of several groups of tensors, one after another."""
-        parts, whole = list(looks), cls(())
+    def together(cls, stamps: Iterable[ParameterStamp]) -> ParameterStamp:
+        """Returns the stamp of several groups of tensors, one after another."""
+        parts, whole = list(stamps), cls(())
         whole._ids = [number for part in parts for number in part._ids]
         whole._stamps = [stamp for part in parts for stamp in part._stamps]
         keys = dict.fromkeys(key for part in parts for key in part._samples)

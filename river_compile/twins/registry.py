@@ -1,6 +1,6 @@
 """The packed weights of a model's twins: made once, shared by all its graphs, freed with the model, saved on request.
 
-Each 4-bit matrix of a twin (a :class:`LinearSite`) is quantized from the parameters it stands for, or its grid is read
+Each 4-bit matrix of a twin (a :class:`TwinLinear`) is quantized from the parameters it stands for, or its grid is read
 from an artifact; packed in the layout of the kernel that will read it, on the parameters' device; and kept under its
 first parameter, which is held weakly: when the model goes, so do its twins.
 
@@ -24,20 +24,18 @@ from pathlib import Path
 from typing import Any, TypeVar
 
 import torch
-from torch import Tensor, fx, nn
+from torch import Tensor
 from torch.utils.weak import WeakTensorKeyDictionary
 from tqdm import tqdm
 
 from river_compile.config import RiverConfig
-from river_compile.distributed.ranks import ALONE, Ranks, ranks_of
-from river_compile.errors import ArtifactError, RiverWarning
-from river_compile.kernels.checks import PATH
+from river_compile.distributed.ranks import ALONE, Ranks
+from river_compile.errors import RiverWarning
 from river_compile.kernels.quant.grid import threads_for
-from river_compile.passes.program import LinearSite
-from river_compile.state import ModelState, adopt, find_state, unwrap
-from river_compile.twins.artifact import FILE, Artifact, write_artifact, write_missing
+from river_compile.passes.program import TwinLinear
+from river_compile.twins.artifact import FILE, Artifact, write_missing
 from river_compile.twins.calibration_stats import Observation
-from river_compile.twins.packed import PackedSite
+from river_compile.twins.packed import TwinWeight
 from river_compile.twins.parameter_stamp import ParameterStamp, Sources
 from river_compile.twins.quantize import UNOBSERVED, Maker, made_again, needs_moments
 from river_compile.twins.self_calibration import SelfCalibration
@@ -48,86 +46,10 @@ T = TypeVar("T")
 R = TypeVar("R")
 
 
-def save(model: nn.Module, folder: str | Path) -> Path:
-    """Writes the packed twins of a model; ``options={"artifact": folder}`` reads them at the next start.
-
-    Twins of weights that changed are packed again first. Of a model on several ranks each one calls this and writes its
-    own part, "rank-0-of-2" and so on.
-
-    Args:
-        model: a model that has generated with the backend, so that its twins are packed.
-        folder: where to; must not exist or be empty. It appears complete or not at all.
-
-    Returns:
-        The folder.
-
-    Raises:
-        ArtifactError: (a ``ValueError``) nothing is packed, weights were replaced since, or it cannot be written.
-    """
-    folder = Path(PATH("folder", folder, ArtifactError))
-    mine = ranks_of(unwrap(model).parameters()).folder(folder)
-    write_artifact(mine, packed_twins(model, mine))
-    return folder
-
-
-def packed_twins(model: nn.Module, folder: Path) -> list[PackedSite]:
-    """Returns the packed matmuls of a model as its weights are now, for a folder that they are to be written to.
-
-    Raises:
-        ArtifactError: (a ``ValueError``) nothing is packed, or weights were replaced since.
-    """
-    state = find_state(model)
-    made = state.of(PackedWeights).all() if state else []
-    if not made:
-        raise ArtifactError(
-            f"cannot save to {folder}: no twin of this model is packed; generate a token with "
-            'model.compile(backend="river") first'
-        )
-    refresh(model)
-    made = [site for site in made if _has(unwrap(model), site)] or made  # (not those of adapters that are gone)
-    stale = next((site.name for site in made if site.fresh_sources() is None), None)
-    if stale is not None:
-        raise ArtifactError(f"cannot save to {folder}: {changed_since(stale)}")
-    return made
-
-
-def _has(model: nn.Module, site: PackedSite) -> bool:
-    """Tells whether all layers of a product are in the model now."""
-    paths = {path for path, _ in (*model.named_modules(), *model.named_parameters())}
-    return paths.issuperset(site.name.split("|"))
-
-
-def refresh(model: nn.Module) -> int:
-    """Packs the twins of all matrices again whose weights are not those that they were made from.
-
-    That happens by itself at the next prompt after ``load_state_dict``, an optimizer's step, ``parameter.data = ...``
-    or a merged adapter. Call it after changing single elements under ``torch.inference_mode()`` or through
-    ``parameter.data``, which PyTorch does not count. It reads all weights. Compiled code and captured graphs stay.
-
-    Args:
-        model: the module that was compiled, or the wrapper that ``torch.compile`` returned.
-
-    Returns:
-        The number of matrices that were packed again, products of several layers counting once.
-    """
-    state = find_state(model)
-    if state is None:
-        return 0
-    pairs = [(site, site.sources.get()) for site in state.of(PackedWeights).all()]
-    known = [(site, sources) for site, sources in pairs if sources is not None]
-    # (Of another dtype or device: Dynamo traces the model anew, and its twins are packed then.)
-    alike = [(site, sources) for site, sources in known if sources.kinds == site.sources.kinds]
-    return state.of(PackedWeights).renew(alike, Statistics.of(state), thorough=True)
-
-
 def changed_since(name: str) -> str:
     """Returns the message about a product whose parameters are not those that it was made from."""
     fix = "call river_compile.refresh(model) or generate a token first"
     return f"the weights of {name} changed after they were packed; {fix}"
-
-
-class GraphTwins(tuple[PackedSite, ...]):
-    """The packed matrices of one traced graph's twins."""
 
 
 @dataclass(frozen=True)
@@ -141,11 +63,6 @@ class Statistics:
     own: SelfCalibration = field(default_factory=SelfCalibration)
     ranks: Ranks = ALONE
 
-    @classmethod
-    def of(cls, state: ModelState) -> Statistics:
-        """Returns those of a model."""
-        return cls(state.find(Observation), state.of(SelfCalibration), state.of(Ranks))
-
     @property
     def number(self) -> int:
         """A number of the observation, whether it is still there or not."""
@@ -157,7 +74,7 @@ class Statistics:
         return self.observed if there else self.own.observation(anew=anew)
 
 
-class PackedWeights:
+class TwinRegistry:
     """All packed weights of one model.
 
     Attributes:
@@ -178,18 +95,18 @@ class PackedWeights:
 
     def pack(
         self,
-        sites: Sequence[LinearSite],
-        values: Mapping[fx.Node, Tensor],
+        sites: Sequence[TwinLinear],
+        inputs: Sequence[Any],
         config: RiverConfig,
         statistics: Statistics,
         every: Iterable[str] = (),
-        savable: Sequence[LinearSite] = (),
-    ) -> dict[LinearSite, PackedSite]:
+        savable: Sequence[TwinLinear] = (),
+    ) -> dict[TwinLinear, TwinWeight]:
         """Returns the packed weights of the sites, making those that are missing (with a progress bar when many).
 
         Args:
             sites: matrix products of twins.
-            values: the real tensor of each parameter placeholder.
+            inputs: of the graph, real tensors.
             config: its `quantizer`, `artifact` and `on_missing_artifact` say how.
             statistics: for "awq" and "gptq".
             every: names of all products that the model can have; an artifact may hold no other.
@@ -201,7 +118,7 @@ class PackedWeights:
         """
         with self._lock:
             start = time.perf_counter()
-            sources = {site: Sources.of(site, values) for site in (*sites, *savable)}
+            sources = {site: Sources.of(site, inputs) for site in (*sites, *savable)}
             artifact = None
             if config.artifact is not None:
                 config = replace(config, artifact=statistics.ranks.folder(config.artifact))
@@ -218,12 +135,12 @@ class PackedWeights:
             self.seconds += time.perf_counter() - start
             return found
 
-    def judge(self, twins: Iterable[PackedSite], statistics: Statistics) -> None:
+    def judge(self, twins: Iterable[TwinWeight], statistics: Statistics) -> None:
         """Estimates the joint loss of a graph's twins, if some were made with statistics since the last time."""
         if not statistics.ranks.every(not self._not_judged):
             self.loss, self._not_judged = statistics.own.loss(twins), False
 
-    def all(self) -> list[PackedSite]:
+    def all(self) -> list[TwinWeight]:
         """Returns all packed matmuls."""
         return [site for sites in self._packed.values() for site in sites.values()]
 
@@ -233,11 +150,11 @@ class PackedWeights:
         alike = [(site, sources) for site in self.all() if (sources := site.fresh_sources()) is not None]
         yield
         for site, sources in alike:
-            site.looks = ParameterStamp(sources.tensors)
+            site.stamp = ParameterStamp(sources.tensors)
 
     def renew(
         self,
-        sites: Iterable[tuple[PackedSite, Sources]],
+        sites: Iterable[tuple[TwinWeight, Sources]],
         statistics: Statistics,
         *,
         thorough: bool = False,
@@ -276,7 +193,7 @@ class PackedWeights:
             return len(changed)
 
     def _told(
-        self, maker: Maker, sites: Sequence[LinearSite], config: RiverConfig, statistics: Statistics
+        self, maker: Maker, sites: Sequence[TwinLinear], config: RiverConfig, statistics: Statistics
     ) -> Statistics:
         """Returns the statistics for an artifact that may be missing, on several ranks taken already.
 
@@ -289,7 +206,7 @@ class PackedWeights:
             return statistics
         return replace(statistics, observed=statistics.get())
 
-    def _open(self, config: RiverConfig, make: Callable[[], Sequence[PackedSite]]) -> Artifact:
+    def _open(self, config: RiverConfig, make: Callable[[], Sequence[TwinWeight]]) -> Artifact:
         """Returns the artifact that the options name, made where it is missing and the options say so."""
         folder = Path(config.artifact or "")
         if config.on_missing_artifact == "save":
@@ -299,8 +216,8 @@ class PackedWeights:
         return self._opened
 
     def _make(
-        self, maker: Maker, sites: Sequence[LinearSite], sources: Mapping[LinearSite, Sources], statistics: Statistics
-    ) -> dict[LinearSite, PackedSite]:
+        self, maker: Maker, sites: Sequence[TwinLinear], sources: Mapping[TwinLinear, Sources], statistics: Statistics
+    ) -> dict[TwinLinear, TwinWeight]:
         """Packs products; each is looked up before the first is packed, since an artifact fits as a whole or not."""
         if sites and maker.needs_statistics:
             maker, self._not_judged = replace(maker, observation=statistics.get()), True
@@ -310,12 +227,12 @@ class PackedWeights:
             _in_threads(lambda site: sources[site].digest, sites)
         return dict(zip(sites, _in_threads(lambda job: maker.make(*job), jobs, "packing", threads), strict=True))
 
-    def _find(self, site: LinearSite, sources: Sources, maker: Maker) -> PackedSite | None:
-        made: PackedSite | None = self._packed.get(sources.weights[0], {}).get(maker.key(site))
+    def _find(self, site: TwinLinear, sources: Sources, maker: Maker) -> TwinWeight | None:
+        made: TwinWeight | None = self._packed.get(sources.weights[0], {}).get(maker.key(site))
         same = made is not None and made.sources.kinds == sources.kinds and made.stands_for(sources)
         return made if same else None
 
-    def _keep_under(self, weight: Tensor, site: PackedSite) -> None:
+    def _keep_under(self, weight: Tensor, site: TwinWeight) -> None:
         """Keeps a site under the parameter that has taken its first parameter's place."""
         sources = site.sources.get()
         if sources is None or sources.weights[0] is not weight:
@@ -323,7 +240,7 @@ class PackedWeights:
                 self._packed.get(sources.weights[0], {}).pop(site.key, None)
             self._packed.setdefault(weight, {})[site.key] = site
 
-    def _tell(self, changed: Sequence[PackedSite], seconds: float) -> None:
+    def _tell(self, changed: Sequence[TwinWeight], seconds: float) -> None:
         """Reports packings that were made again: the first time as a warning, then in the log, for those who train."""
         others = f" and {len(changed) - 1} more" if len(changed) > 1 else ""
         message = (
@@ -356,34 +273,35 @@ def _in_threads(function: Callable[[T], R], jobs: Sequence[T], what: str = "", t
 
 
 class TwinWatch:
-    """Looks after the twins of one graph.
+    """Repacks one graph's twins if their parameters changed.
 
     Args:
-        packed: its packed products.
-        slots: the index of each of the graph's inputs.
-        state: of the model, with its packed weights and what was observed.
+        packed: its packed matmuls.
+        twins: all packed weights of the model.
+        statistics: returns what quantizers may know.
+        adopt: notes parameters that were put in the place of some of the model's.
     """
 
     def __init__(
-        self, packed: Mapping[LinearSite, PackedSite], slots: Mapping[fx.Node, int], state: ModelState
+        self,
+        packed: Mapping[TwinLinear, TwinWeight],
+        twins: TwinRegistry,
+        statistics: Callable[[], Statistics],
+        adopt: Callable[[Iterable[Tensor]], object],
     ) -> None:
-        self._sites = [(made, site) for site, made in packed.items()]
-        nodes = [node for site in packed for node in (*site.weights, *site.biases, *site.folds) if node is not None]
-        self._slots = {node: slots[node] for node in nodes}
-        self._order = [slots[node] for node in nodes]
-        self._state = state
+        self._packed, self._order = packed, [number for linear in packed for number in linear.parameters]
+        self._twins, self._statistics, self._adopt = twins, statistics, adopt
         self._look()
 
-    def __call__(self, args: Sequence[Any]) -> None:
-        """Packs those products again that do not stand for the parameters among the graph's inputs."""
-        if self._state.of(Ranks).every(self._looks == ParameterStamp([args[i] for i in self._order])):
+    def __call__(self, inputs: Sequence[Any]) -> None:
+        """Packs those again that do not stand for the parameters among the graph's inputs."""
+        statistics, parameters = self._statistics(), [inputs[i] for i in self._order]
+        if statistics.ranks.every(self._stamp == ParameterStamp(parameters)):
             return
-        values = {node: args[i] for node, i in self._slots.items()}
-        adopt(self._state, values.values())
-        pairs = [(made, Sources.of(site, values)) for made, site in self._sites]
-        self._state.of(PackedWeights).renew(pairs, Statistics.of(self._state))
+        self._adopt(parameters)
+        self._twins.renew([(made, Sources.of(linear, inputs)) for linear, made in self._packed.items()], statistics)
         self._look()
 
     def _look(self) -> None:
-        """Notes how the products' parameters looked when they were packed, or last compared."""
-        self._looks = ParameterStamp.together(made.looks for made, _ in self._sites)
+        """Notes how the parameters looked when they were packed, or last compared."""
+        self._stamp = ParameterStamp.together(made.stamp for made in self._packed.values())

@@ -18,7 +18,7 @@ from river_compile.runtime.compiled_call import uncompiled
 from river_compile.twins.calibration_stats import Observation
 from river_compile.twins.native_linear import NativeLinear
 from river_compile.twins.observe import record
-from river_compile.twins.packed import PackedSite
+from river_compile.twins.packed import TwinWeight
 from river_compile.twins.sampling import enough, sample
 from river_compile.twins.twin_kl import TwinLoss, estimate_loss
 
@@ -69,7 +69,7 @@ class SelfCalibration:
         finally:
             self.seconds += time.perf_counter() - start
 
-    def loss(self, packed: Iterable[PackedSite]) -> TwinLoss | None:
+    def loss(self, packed: Iterable[TwinWeight]) -> TwinLoss | None:
         """Estimates the joint loss of these twins on other text; None if the model cannot write it."""
         model = self._model()
         if model is None or self.refusal:

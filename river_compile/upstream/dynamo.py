@@ -13,7 +13,7 @@ entry also ends when a forward hook is added to or taken from the model. (Dynamo
 the process that holds it; after a killed process the others fail at every start. `build_whole_files` makes the compiler
 write beside the place, and moves the result there.
 
-Not handled: calls that do not reach Dynamo's cache (:mod:`river_compile.fallbacks` counts them), code that
+Not handled: calls that do not reach Dynamo's cache (:mod:`river_compile.runtime.fallbacks` counts them), code that
 Dynamo does not see, such as hooks that it skips, calls that go on in other threads, and command lines without ``-o``.
 """
 

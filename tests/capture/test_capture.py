@@ -26,7 +26,7 @@ from transformers import StaticCache
 import river_compile
 from river_compile import CacheFullError, OptionError, RiverConfig, forced_threshold, report, river
 from river_compile.capture import units
-from river_compile.capture.device import CaptureFailed, CaptureLog, captured_by
+from river_compile.capture.device import CaptureFailed, captured_by
 from river_compile.capture.runner import LaunchAhead
 from tests.support.captured import (
     CAPACITY,
@@ -105,7 +105,7 @@ class TestSameBits:
         """Sliding windows before and after they are full, counters kept in Python, experts."""
         decoder = Decoder(name, launch_ahead=True)
         check(decoder, [(0, None, tau) for tau in (2.0, 2.0, -1.0, -1.0, 0.9, 2.0, 2.0, 0.9, 0.95, -1.0)])
-        assert any(g.of(CaptureLog).made for g in report(decoder.model).graphs)
+        assert any(g.captures.made for g in report(decoder.model).graphs)
 
     @pytest.mark.parametrize(
         ("criterion", "thresholds"), [("confidence", (0.0, 4.45, 5.0)), ("doubt", (0.0, 1e-9, 3.5, 4.0, 9.0))]
@@ -441,7 +441,7 @@ class TestSizes:
         with uncaptured(decoder.model):
             expected = run_all()
         assert_same([*range(12)], expected, actual)
-        assert {c.batch for g in report(decoder.model).graphs for c in g.of(CaptureLog).captures} == {1, 2, 3}
+        assert {c.batch for g in report(decoder.model).graphs for c in g.captures.captures} == {1, 2, 3}
 
     def test_a_growing_mask_leaves_the_prologue_uncaptured(self):
         """Hand-fed 2-D masks change their length with every token: later spans are captured, the first one is not."""
@@ -453,7 +453,7 @@ class TestSizes:
         with uncaptured(model):
             expected = decode(model, caches[1], depths, plain_prompt=True)
         assert_same(["prompt", *depths], (expected, caches[1:]), (actual, caches[:1]))
-        log = report(model).graphs[-1].of(CaptureLog)
+        log = report(model).graphs[-1].captures
         assert "tail 2" in [c.unit for c in log.captures]
         assert "attention_mask" in log.uncaptured_units["span 0-2"]
 
@@ -461,7 +461,7 @@ class TestSizes:
         model = make("llama", layers=2)
         model.compile(backend=river, options=capturing())
         decode(model, new_cache(model, "dynamic"), [None])
-        prefill, step = [g.of(CaptureLog).not_captured for g in report(model).graphs]
+        prefill, step = [g.captures.not_captured for g in report(model).graphs]
         assert "a prompt's length differs" in prefill
         assert "the cache grows with every token" in step
         assert "cache_utils.py:" in step
@@ -470,7 +470,7 @@ class TestSizes:
         model = make("llama", layers=2)
         model.compile(backend=river, options=OPTIONS)
         decode(model, new_cache(model, "static"), [None])
-        assert {g.of(CaptureLog).not_captured for g in report(model).graphs} == {
+        assert {g.captures.not_captured for g in report(model).graphs} == {
             "the model lies on cpu; CUDA graphs need a GPU, tapes lowering='native'"
         }
 

@@ -23,15 +23,14 @@ from torch.utils._python_dispatch import TorchDispatchMode
 import river_compile
 from river_compile import CacheFullError, forced_threshold, report, river
 from river_compile.capture.cuda import CudaGraphs
-from river_compile.capture.device import CaptureFailed, CaptureLog
+from river_compile.capture.device import CaptureFailed
 from river_compile.capture.device_exit_state import doubted_at, stays_at
 from river_compile.capture.device_exits import DeviceExits, Walk
 from river_compile.exit_bars import ALWAYS, NEVER, rule_of
 from river_compile.exits import CRITERIA, Memory
 from river_compile.lowering.choose import Lowering
+from river_compile.model_record import record_of_model
 from river_compile.runtime.runner import Step
-from river_compile.runtime.stats import ExitStats
-from river_compile.state import state_of_model
 from tests.support.captured import (
     CAPACITY,
     LAYERS,
@@ -157,7 +156,7 @@ class TestSameBits:
             expected = run_all()
         assert_same([*range(40)], expected, actual)
         assert [(s.depth, s.similarities) for s in seen.steps] == [(s.depth, s.similarities) for s in asked.steps]
-        units = {c.unit for g in report(decoder.model).graphs if g.kind == "decode" for c in g.of(CaptureLog).captures}
+        units = {c.unit for g in report(decoder.model).graphs if g.kind == "decode" for c in g.captures.captures}
         assert units == {"step", "span 0-1", "tail 1", "span 0-3", "tail 3"}
 
     @pytest.mark.parametrize(
@@ -180,7 +179,7 @@ class TestSameBits:
         assert_same([*range(len(actual[0]))], expected, actual)
         assert [step[:2] + step[5:7] for step in seen.steps] == [step[:2] + step[5:7] for step in asked.steps]
         assert {1, LAYERS} <= {step.depth for step in seen.tokens}
-        assert {c.unit for g in report(decoder.model).graphs for c in g.of(CaptureLog).captures} == {"step"}
+        assert {c.unit for g in report(decoder.model).graphs for c in g.captures.captures} == {"step"}
 
     @pytest.mark.parametrize(
         ("criterion", "thresholds"), [("confidence", (0.0, 4.45, 5.0)), ("doubt", (0.0, 1e-9, 3.5, 4.0, 9.0))]
@@ -284,7 +283,7 @@ class TestOrder:
 
     def test_a_step_is_read_when_the_next_one_has_been_launched(self, decoder):
         cache = ready(decoder)
-        stats = state_of_model(decoder.model, "test").of(ExitStats)
+        stats = record_of_model(decoder.model, "test").exit_stats
         before = stats.decode.total()
         decoder.runner.device.events.clear()
         for _ in range(3):
@@ -507,7 +506,7 @@ class TestCaches:
 
     def test_a_full_cache_is_an_error_before_anything_is_written(self, decoder):
         full, free = decoder.start(0), decoder.start(1)
-        stats = state_of_model(decoder.model, "test").of(ExitStats)
+        stats = record_of_model(decoder.model, "test").exit_stats
         counted = stats.decode.total()
         for _ in range(CAPACITY - 6):
             decoder.step(full, 4, threshold=-1.0)
@@ -522,7 +521,7 @@ class TestCaches:
     def test_a_step_that_fails_is_forgotten(self, decoder, monkeypatch):
         """The rule that it brought may not have arrived; the next step brings its own. The one before still counts."""
         cache = ready(decoder)
-        counted = state_of_model(decoder.model, "test").of(ExitStats).decode.total()
+        counted = record_of_model(decoder.model, "test").exit_stats.decode.total()
         decoder.step(cache, 5, threshold=2.0)
         counted += 1
         finish = decoder.runner.finish
@@ -534,7 +533,7 @@ class TestCaches:
             for tau in (-1.0, 2.0, -1.0):
                 decoder.step(cache, 5, threshold=tau)
         assert [step.depth for step in seen.tokens] == [1, LAYERS, 1]
-        assert state_of_model(decoder.model, "test").of(ExitStats).decode.total() == counted + 3
+        assert record_of_model(decoder.model, "test").exit_stats.decode.total() == counted + 3
 
 
 def test_threads_never_mix_their_results(decoder):
@@ -551,7 +550,7 @@ def test_threads_never_mix_their_results(decoder):
     together: list[list] = [[], []]
     caches = [decoder.start(seed) for seed in range(2)]
     threads = [threading.Thread(target=go, args=(caches[s], s, together[s])) for s in range(2)]
-    stats = state_of_model(decoder.model, "test").of(ExitStats)
+    stats = record_of_model(decoder.model, "test").exit_stats
     counted = stats.decode.copy()
     for thread in threads:
         thread.start()
@@ -606,7 +605,7 @@ class TestReported:
         model = make("llama", layers=2)
         model.compile(backend=lowered(Lowering("eager", "native", fuse=True)), options=_TAPED)
         decode(model, new_cache(model, "static"), [None])
-        log = report(model).graphs[-1].of(CaptureLog)
+        log = report(model).graphs[-1].captures
         assert log.uncaptured_units["step"] == "tapes of C++ calls hold no decisions"
 
     @pytest.mark.slow
@@ -620,7 +619,7 @@ class TestReported:
         with uncaptured(model):
             expected = decode(model, caches[1], depths, plain_prompt=True)
         assert_same(["prompt", *depths], (expected, caches[1:]), (actual, caches[:1]))
-        log = report(model).graphs[-1].of(CaptureLog)
+        log = report(model).graphs[-1].captures
         assert "tail 2" in [c.unit for c in log.captures]
         assert "attention_mask" in log.uncaptured_units["step"]
 

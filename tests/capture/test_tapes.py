@@ -62,7 +62,7 @@ class Pair:
     @property
     def log(self) -> CaptureLog:
         """What the report knows of the captures of the newest decode graph."""
-        return [g for g in report(self.models[0]).graphs if g.kind == "decode"][-1].of(CaptureLog)
+        return [g for g in report(self.models[0]).graphs if g.kind == "decode"][-1].captures
 
 
 @pytest.fixture(autouse=True)
@@ -83,7 +83,7 @@ def test_replays_are_the_uncaptured_steps(name, dtype, batch):
     assert pair.log.device == "tapes of C++ calls"
     assert {"tail 0", "tail 1"} <= {c.unit for c in pair.log.captures}
     assert "by tapes of C++ calls" in str(report(pair.models[0]))
-    assert report(pair.models[1]).graphs[-1].of(CaptureLog).not_captured == "cudagraphs=False"
+    assert report(pair.models[1]).graphs[-1].captures.not_captured == "cudagraphs=False"
     assert pair.check(CHOSEN, batch, threshold=-1.0, caches=second) == {1}
     assert pair.check(CHOSEN, batch, threshold=2.0) == {LAYERS}
     pair.check(CHOSEN, batch, threshold=0.9)

@@ -240,7 +240,7 @@ def test_doctor_tries_the_compiler(capsys):
 
 def test_doctor_says_that_a_self_test_fails(capsys, monkeypatch):
     """Here the tiny model never drafts."""
-    monkeypatch.setattr("river_compile.drop_in.accelerate.accelerate", lambda model, **options: model)
+    monkeypatch.setattr("river_compile.api.accelerate.accelerate", lambda model, **options: model)
     assert "is not its plain text" in river(capsys, "doctor", code=3).out
 
 

@@ -3,8 +3,8 @@
 import pytest
 
 from river_compile.decoding.draft_policy import ByChance, ByGain, Proposed, RowDraft
-from river_compile.decoding.draft_stats import AcceptanceRate, PassTimes
 from river_compile.decoding.drafter import DraftRates
+from river_compile.runtime.draft_stats import AcceptanceRate, PassTimes
 
 
 def width(drafted):

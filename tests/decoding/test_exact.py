@@ -17,12 +17,11 @@ from transformers.generation import LogitsProcessor, LogitsProcessorList
 from transformers.generation.streamers import BaseStreamer
 
 import river_compile
-from river_compile.decoding.drafter import RatesOfModel
+from river_compile.api.generation import generate_exactly
 from river_compile.decoding.session import Session
-from river_compile.drop_in.generation import generate_exactly
 from river_compile.errors import ExactModeError
 from river_compile.exits import forced_depth
-from river_compile.state import state_of
+from river_compile.model_record import record_of
 from river_compile.upstream.transformers import cache_argument, cache_of, crop
 from tests.support.decoding import Halved, new_cache
 from tests.support.families import REWRITTEN, each, prompt
@@ -240,7 +239,7 @@ def test_strict_text_has_the_bits_of_decoding_without_drafts(name, dtype):
     with river_compile.trace() as trace:
         ours = exactly(model, ids, mask, strict=True, **options)
     with forced_depth(model.config.num_hidden_layers):
-        plain = generate(model, ids, mask, custom_generate=river_compile.decoding, **options)
+        plain = generate(model, ids, mask, custom_generate=river_compile.decode, **options)
     assert torch.equal(ours.sequences, plain.sequences)
     assert all(map(torch.equal, ours.logits, plain.logits))
     for layer, expected in zip(cache_of(ours).layers, cache_of(plain).layers, strict=True):
@@ -448,7 +447,7 @@ def test_models_that_have_no_two_paths_are_refused():
 def test_adaptive_calls_go_on_with_what_earlier_ones_learned(shared):
     """By greedy and sampled texts; where drafts are to be the same in every run, each call begins anew."""
     model, ids = shared(), prompt(12)
-    learned = state_of(model.parameters()).of(RatesOfModel)
+    learned = record_of(model.parameters()).drafts.rates
     exactly(model, ids, max_new_tokens=8)
     assert not learned
     exactly(model, ids, max_new_tokens=8, adaptive=True)

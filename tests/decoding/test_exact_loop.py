@@ -16,12 +16,12 @@ from transformers.generation import (
 
 import river_compile
 from river_compile.decoding.draft_policy import ByChance, ByGain
-from river_compile.decoding.draft_stats import AcceptanceRate
 from river_compile.decoding.drafter import Drafter
 from river_compile.decoding.lookup import SuffixAutomaton
 from river_compile.decoding.loop import DecodeLoop, Ends
 from river_compile.decoding.sampling import Chooser, RowProcessors
 from river_compile.decoding.sequences import Sequences
+from river_compile.runtime.draft_stats import AcceptanceRate
 from tests.support.scripted import VOCABULARY, ScriptedRunner
 
 PAD = 0

@@ -140,6 +140,6 @@ def test_strict_bfloat16_texts_have_the_bits_of_decoding_without_drafts():  # (l
         with river_compile.trace() as trace:
             ours = model.generate(ids, **options)
         with forced_depth(model.config.num_hidden_layers):
-            own = replace(river_compile.decoding, static_cache=True)
+            own = replace(river_compile.decode, static_cache=True)
             assert torch.equal(ours, model.generate(ids, custom_generate=own, **options)), chat
         assert sum(trace.kept_sources.values()) > len(trace.cycles), "no draft was verified"

@@ -10,9 +10,9 @@ from torch import Tensor
 from transformers import DynamicCache, PreTrainedModel, StaticCache
 from transformers.cache_utils import QuantizedLayer
 
-from river_compile.decoding.cache_pool import BorrowedCache
 from river_compile.decoding.session import Session
 from river_compile.exits import forced_depth
+from river_compile.runtime.cache_pool import BorrowedCache
 from river_compile.upstream.transformers import cache_argument, cache_of, mark_growing
 from tests.support.families import prompt
 

@@ -12,7 +12,7 @@ from collections.abc import Callable, Sequence
 import torch
 from torch import Tensor
 
-from river_compile.decoding.draft_stats import PassTimes
+from river_compile.runtime.draft_stats import PassTimes
 from river_compile.runtime.stats import ExitStats
 
 VOCABULARY = 11

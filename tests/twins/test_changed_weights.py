@@ -12,11 +12,10 @@ from river_compile import RiverWarning, exact, observe, refresh, report, river, 
 from river_compile.backend import executors_of
 from river_compile.exits import forced_depth
 from river_compile.kernels.quant.grid import quantize
+from river_compile.model_record import find_record
 from river_compile.runtime.sequences import SequenceTracker
-from river_compile.state import find_state
 from river_compile.twins import parameter_stamp
 from river_compile.twins.parameter_stamp import ParameterStamp
-from river_compile.twins.registry import PackedWeights
 from tests.support.families import make, prompt
 from tests.support.traced import TracedStep, dequantized
 
@@ -105,7 +104,7 @@ def twin_weights(model):
 
 
 def state_of(model):
-    return find_state(model).of(PackedWeights)
+    return find_record(model).twins
 
 
 def test_weights_put_elsewhere_or_loaded_again_are_the_same(step, executor):

@@ -10,7 +10,6 @@ import torch
 import river_compile.twins.packed
 from river_compile import ArtifactError, OptionError, block_errors, observe, report, save
 from river_compile.kernels.quant import calibrated
-from river_compile.twins.registry import GraphTwins
 from tests.support.families import make, prompt
 from tests.support.traced import TracedStep, dequantized
 
@@ -26,7 +25,7 @@ def observed(family="llama"):
 
 def twins_of(step):
     """Returns the 4-bit products, by name, of the step's latest twins."""
-    return {site.name: site for site in report(step.model).graphs[-1].of(GraphTwins)}
+    return {site.name: site for site in report(step.model).graphs[-1].twins}
 
 
 @pytest.mark.parametrize(

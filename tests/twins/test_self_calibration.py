@@ -12,11 +12,10 @@ from transformers import DynamicCache
 
 from river_compile import RiverWarning, observe, report, river, save
 from river_compile.kernels.portable import token_kl
-from river_compile.state import find_state, state_of
+from river_compile.model_record import find_record, record_of
 from river_compile.twins import self_calibration
 from river_compile.twins.artifact import FILE
 from river_compile.twins.sampling import sample
-from river_compile.twins.self_calibration import SelfCalibration
 from river_compile.twins.twin_kl import SEED, TwinLoss, estimate_loss
 from tests.support.decoding import decode, new_cache
 from tests.support.families import VOCABULARY, make, prompt
@@ -36,7 +35,7 @@ def started(family="llama", **options):
 def packed_by_default(family="llama", step=None, **options):
     """Does what `started` does with a step that was traced before, of which Dynamo would tell whose it is."""
     step = TracedStep(family) if step is None else step
-    state_of(step.model.parameters()).of(SelfCalibration).is_of(step.model)
+    record_of(step.model.parameters()).self_calibration.is_of(step.model)
     step.run(**options)
     return step.model
 
@@ -79,7 +78,7 @@ def test_what_was_observed_goes_first():
     observe(step.model, inputs=[prompt(40, 2)], progress=False)
     model = packed_by_default(step=step)
     assert {p.statistics for p in report(model).packed} == {"80 observed tokens"}
-    assert find_state(model).of(SelfCalibration).seconds == 0
+    assert find_record(model).self_calibration.seconds == 0
 
 
 def test_a_model_that_cannot_write_takes_hqq_and_says_so(monkeypatch):
@@ -132,7 +131,7 @@ def test_an_artifact_says_what_its_twins_knew(tmp_path):
     second = packed_by_default(artifact=tmp_path / "twins")
     assert same(bytes_of(first), bytes_of(second))
     assert {p.statistics for p in report(second).packed} == {"128 tokens that the model sampled"}
-    assert find_state(second).of(SelfCalibration).seconds == 0
+    assert find_record(second).self_calibration.seconds == 0
 
 
 def test_an_artifact_keeps_what_took_the_place_of_statistics(tmp_path, monkeypatch):

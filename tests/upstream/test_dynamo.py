@@ -16,7 +16,7 @@ from torch import nn
 import river_compile
 from river_compile import OptionError, RiverWarning, UnsupportedGraphError, report, river
 from river_compile.exits import forced_depth
-from river_compile.state import find_state
+from river_compile.model_record import find_record
 from tests.support.families import HIDDEN, make, prompt
 
 pytestmark = pytest.mark.usefixtures("fresh_dynamo")
@@ -54,7 +54,7 @@ class TestOptionsAndModels:
             assert prompts_through_river(model) == calls
             (graph,) = report(model).graphs
             assert graph.config.threshold == threshold
-        assert [graph.entry.cached for graph in find_state(model).graphs] == [True]
+        assert [graph.entry.cached for graph in find_record(model).graphs] == [True]
 
     @pytest.mark.usefixtures("one_graph")
     @pytest.mark.slow
@@ -63,7 +63,7 @@ class TestOptionsAndModels:
         for model in models:
             assert prompts_through_river(model) == 1
         assert [prompts_through_river(model) for model in models] == [2, 2]
-        entries = [find_state(model).graphs[0].entry for model in models]
+        entries = [find_record(model).graphs[0].entry for model in models]
         assert [entry.cached for entry in entries] == [True, True]
         del models, model
         gc.collect()

@@ -326,11 +326,11 @@ _EXACT = (
     ),
     Mutation(
         "cache-reset",
-        "river_compile/decoding/cache_pool.py",
+        "river_compile/runtime/cache_pool.py",
         "        kept[1].reset()\n",
         "",
         "a call begins with the last one's cache filled",
-        ("tests/decoding/test_cache_pool.py", "tests/drop_in/test_accelerate.py"),
+        ("tests/api/test_cache_pool.py", "tests/api/test_accelerate.py"),
     ),
 )
 

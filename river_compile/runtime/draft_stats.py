@@ -1,14 +1,24 @@
 """Statistics of generation: acceptance rates of drafted tokens, and times of passes.
 
-Not handled: what to do with it (:mod:`.plan`).
+Not handled: what to do with it (:mod:`river_compile.decoding.draft_policy`).
 """
 
 from __future__ import annotations
 
+import math
 from bisect import bisect
 from collections import deque
 from collections.abc import Callable, Hashable, Sequence
 
+# Upper edges of the bins in which acceptance rates are learned: nats of entropy, and tokens of the repeated ending.
+ENTROPY_EDGES = (0.02, 0.05, 0.1, 0.2, 0.4, 0.7, 1.0, 1.5, 2.0, 3.0)
+MATCH_EDGES = (2.5, 3.5, 4.5, 6.5, 9.5)
+# What the rates are before anything was judged: exp(-entropy / 2), about what a 4-bit twin shows; longer repetitions go
+# on more often.
+_BY_ENTROPY = [math.exp(-(a + b) / 4) for a, b in zip((0.0, *ENTROPY_EDGES), (*ENTROPY_EDGES, 4.0), strict=True)]
+_BY_MATCH = [0.15, 0.3, 0.5, 0.75, 0.9, 0.97]
+_FROM_OTHER_TEXTS = 16.0  # judged tokens
+_RIVER = 0.7  # of the river's next token, whose entropy is not known yet
 _PRIOR_WEIGHT = 4.0
 _MEMORY = 200.0  # judged tokens per bin after which older ones fade
 _FADES_BY = 0.97  # what is left of what was learned after a cycle in which nothing was judged
@@ -125,3 +135,32 @@ def _width(kind: Hashable) -> int:
 
 def _part(kind: Hashable) -> float:
     return 0.3 if kind == PassTimes.DRAFT else 1.0
+
+
+class DraftRates:
+    """How often drafted tokens held so far: in one call, or in all calls of a model that go on with the same object.
+
+    Attributes:
+        by_entropy: the river's, by the entropy of what it drew them from.
+        by_match: copied ones, by the length of the ending that repeats.
+        river: the river's next one, of which nothing is known yet.
+    """
+
+    def __init__(self) -> None:
+        self.by_entropy = AcceptanceRate(ENTROPY_EDGES, _BY_ENTROPY)
+        self.by_match = AcceptanceRate(MATCH_EDGES, _BY_MATCH)
+        self.river = AcceptanceRate([], [_RIVER])
+
+    def go_on(self) -> DraftRates:
+        """Returns these for another text, of which they say as much as a few tokens of its own."""
+        for rate in (self.by_entropy, self.by_match, self.river):
+            rate.weigh(_FROM_OTHER_TEXTS)
+        return self
+
+
+class DraftHistory:
+    """What one model's calls of generate learned: rates by whether they sample, and times of passes by rows."""
+
+    def __init__(self) -> None:
+        self.rates: dict[bool, DraftRates] = {}
+        self.times: dict[int, PassTimes] = {}

@@ -14,7 +14,7 @@ from transformers.cache_utils import Cache
 
 from river_compile.capture.device import CaptureLog
 from river_compile.exits import CRITERIA, forced_depth, forced_threshold
-from river_compile.state import GraphRecord, state_of_model
+from river_compile.model_record import GraphRecord, record_of_model
 from river_compile.upstream.transformers import cache_argument
 
 _PROMPT = 4  # tokens of a prompt that says nothing
@@ -67,7 +67,7 @@ def warmup(
                 run_once()
             bar.update()
     cache.reset()
-    return record.of(CaptureLog)
+    return record.captures
 
 
 def _runs(record: GraphRecord, depths: Iterable[int]) -> Iterator[AbstractContextManager[None]]:
@@ -84,7 +84,7 @@ def _runs(record: GraphRecord, depths: Iterable[int]) -> Iterator[AbstractContex
 
 
 def _decode_record(model: nn.Module) -> GraphRecord:
-    graphs = state_of_model(model, "warmup").graphs
+    graphs = record_of_model(model, "warmup").graphs
     decode = [g for g in graphs if g.kind == "decode"]
     if not decode:
         raise ValueError(f"nothing to capture: {graphs[-1].refusal or 'generation ran no decode step'}")

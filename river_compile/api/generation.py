@@ -29,9 +29,8 @@ from river_compile.decoding.mode import Call, ExactMode, decode
 from river_compile.decoding.session import Session
 from river_compile.distributed.ranks import ranks_of
 from river_compile.errors import DecodeError, ExactModeError
-from river_compile.fallbacks import PlainCalls
+from river_compile.model_record import record_of
 from river_compile.runtime.compiled_call import uncompiled
-from river_compile.state import state_of
 from river_compile.upstream.transformers import keep_out_of_copies, restore_copying
 
 _GENERATE = "generate"
@@ -159,8 +158,8 @@ def _tell(model: PreTrainedModel, refusal: Exception, by_backend: bool = False) 
 
     What came `by_backend`, which warns of the graphs that it refuses, is not warned of again.
     """
-    state = state_of(model.parameters())
+    record = record_of(model.parameters())
     reason = str(refusal).partition("; ")[0]  # (what follows is for those who asked for exact mode by name)
-    told = by_backend and any(graph.refusal for graph in state.graphs)
-    state.of(PlainCalls).count(type(model).__name__, reason, told)
-    return state
+    told = by_backend and any(graph.refusal for graph in record.graphs)
+    record.plain_calls.count(type(model).__name__, reason, told)
+    return record

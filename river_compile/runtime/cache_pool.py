@@ -20,11 +20,10 @@ from collections.abc import Hashable, Iterator
 from typing import Any
 
 import torch
-from torch import Tensor, nn
+from torch import Tensor
 from transformers import DynamicCache, GenerationConfig, PreTrainedModel, StaticCache
 from transformers.cache_utils import Cache
 
-from river_compile.state import find_state, state_of, unwrap
 from river_compile.upstream.transformers import (
     allocate,
     bytes_of,
@@ -116,11 +115,18 @@ class BorrowedCache:
 
 @contextlib.contextmanager
 def borrowed_cache(
-    model: PreTrainedModel, ids_BS: Tensor, config: GenerationConfig, kwargs: dict[str, Any], shared: bool, static: bool
+    pool: CachePool,
+    model: PreTrainedModel,
+    ids_BS: Tensor,
+    config: GenerationConfig,
+    kwargs: dict[str, Any],
+    shared: bool,
+    static: bool,
 ) -> Iterator[BorrowedCache]:
     """Lends a call the pooled cache, or a new one that joins the pool afterwards.
 
     Args:
+        pool: of the model.
         model: generates.
         ids_BS: of the prompt.
         config: of this call.
@@ -140,8 +146,8 @@ def borrowed_cache(
         yield BorrowedCache(model, kwargs, None, False)
         return
     rows = ids_BS.shape[0]
-    keep, key = state_of(model.parameters()).of(CachePool), _key(model, rows)
-    cache = keep.take(key, sizes_of(wanted))
+    key = _key(model, rows)
+    cache = pool.take(key, sizes_of(wanted))
     if cache is None:
         cache = wanted
         allocate(cache, model, rows)
@@ -149,20 +155,7 @@ def borrowed_cache(
     try:
         yield lent
     finally:
-        keep.put(key, lent.cache)
-
-
-def free_cache(model: nn.Module) -> int:
-    """Frees the KV cache that a model's latest call of generate left for the next one; that one makes its own.
-
-    Args:
-        model: the module that was compiled, or the wrapper that ``torch.compile`` returned.
-
-    Returns:
-        The bytes of its keys and values, 0 where none was kept.
-    """
-    state = find_state(unwrap(model))
-    return 0 if state is None else state.of(CachePool).free()
+        pool.put(key, lent.cache)
 
 
 def _rounded(slots: int) -> int:

@@ -10,8 +10,8 @@ from transformers import AutoModelForCausalLM
 
 import river_compile
 from river_compile import ArtifactError, OptionError, export, report
+from river_compile.api.export import FORMATS
 from river_compile.kernels.quant.grid import quantize
-from river_compile.twins.export import FORMATS
 from tests.support.decoding import decode, new_cache
 from tests.support.families import make, prompt
 from tests.support.lowerings import UNFUSED, lowered

@@ -10,8 +10,10 @@ Not handled: models that never reached the backend; their report says so.
 from __future__ import annotations
 
 import warnings
+import weakref
 from collections import Counter
 from collections.abc import Callable
+from typing import Any
 
 import torch
 from torch import nn
@@ -21,7 +23,6 @@ from torch._dynamo import eval_frame
 from river_compile.errors import RiverWarning
 from river_compile.runtime.compiled_call import on_purpose
 from river_compile.runtime.stats import ExitStats
-from river_compile.state import find_state
 from river_compile.upstream.dynamo import CHANGES_NOTHING, call_through
 from river_compile.upstream.transformers import keep_out_of_copies, restore_copying
 
@@ -63,21 +64,24 @@ class PlainRuns:
         self._backend: Callable[..., object] | None = None
         self._model = ""
         self._noticed = False  # a block, since the latest call that reached no graph
+        self._stats = ExitStats()
         self._steps = self._steps_before = -1
 
-    def watch(self, model: nn.Module, block_path: str, backend: Callable[..., object]) -> None:
+    def watch(self, model: nn.Module, block_path: str, backend: Callable[..., object], stats: ExitStats) -> None:
         """Watches a model from now on.
 
         Args:
             model: the model, whose calls go through `torch.compile`.
             block_path: module path of its first block, seen from the model or from what holds it.
             backend: the function that compiles it.
+            stats: what counts the model's steps.
         """
-        self._backend, self._model = backend, type(model).__name__
+        self._backend, self._model, self._stats = backend, type(model).__name__, stats
         for name, module in model.named_modules():
             if block_path == name or block_path.endswith(f".{name}"):
-                if all(hook is not _block_runs for hook in module._forward_pre_hooks.values()):
-                    module.register_forward_pre_hook(_block_runs)
+                hooks = module._forward_pre_hooks.values()
+                if not any(_is_ours(hook) and hook.tells() is self for hook in hooks):
+                    module.register_forward_pre_hook(_hook_of(self))
                     keep_out_of_copies(module)
                 return
 
@@ -86,43 +90,53 @@ class PlainRuns:
         """Stops watching a model."""
         for module in model.modules():
             for number, hook in list(module._forward_pre_hooks.items()):
-                if hook is _block_runs:
+                if _is_ours(hook):
                     del module._forward_pre_hooks[number]
                     restore_copying(module)
 
-    def notice(self, stats: ExitStats) -> None:
-        """Counts a plain run of a block; warns where the river ran since the last one, by the model's `stats`."""
+    def notice(self) -> None:
+        """Counts a plain run of a block; warns if the river ran since the last one."""
         if call_through(self._backend) is None or on_purpose():
             return
         self._noticed = True
-        self._count(stats, _why())
+        self._count(_why())
 
-    def called(self, stats: ExitStats) -> None:
+    def called(self) -> None:
         """Counts a call that reached no rewritten graph, where no block that ran in it was noticed."""
-        steps, before = stats.steps, self._steps_before
-        if steps == before and not self._noticed:
-            self._count(stats, _BROKEN)
-        self._noticed, self._steps_before = False, stats.steps
+        steps = self._stats.steps
+        if steps == self._steps_before and not self._noticed:
+            self._count(_BROKEN)
+        self._noticed, self._steps_before = False, steps
 
-    def _count(self, stats: ExitStats, reason: str) -> None:
+    def _count(self, reason: str) -> None:
         self.count += 1
         self.reason = reason
-        if stats.steps != self._steps:
-            self._steps = stats.steps
+        if self._stats.steps != self._steps:
+            self._steps = self._stats.steps
             warnings.warn(
                 f"a forward pass of {self._model} ran without the river: {self.reason}", RiverWarning, stacklevel=3
             )
 
 
-def _block_runs(block: nn.Module, args: object) -> None:
-    if torch.compiler.is_compiling():
-        return
-    state = find_state(block)
-    if state is not None:
-        state.of(PlainRuns).notice(state.of(ExitStats))
+def _hook_of(runs: PlainRuns) -> Any:
+    """Returns the hook of a model's first block. It holds weakly what it tells."""
+    told = weakref.ref(runs)
+
+    def block_runs(block: nn.Module, args: object) -> None:
+        if torch.compiler.is_compiling():
+            return
+        found = told()
+        if found is not None:
+            found.notice()
+
+    hook: Any = block_runs
+    hook.tells = told
+    setattr(hook, CHANGES_NOTHING, True)
+    return hook
 
 
-setattr(_block_runs, CHANGES_NOTHING, True)
+def _is_ours(hook: Any) -> bool:
+    return hasattr(hook, "tells")
 
 
 def _why() -> str:

@@ -8,8 +8,8 @@ Put the folder ``custom_generate`` into a model's folder or hub repository. Then
 The first call accelerates the model in place; ``river_compile.restore(model)`` takes that back.
 """
 
-from river_compile.drop_in.accelerate import accelerate
-from river_compile.drop_in.generation import is_patched
+from river_compile.api.accelerate import accelerate
+from river_compile.api.generation import is_patched
 
 
 def generate(*args, model, **kwargs):

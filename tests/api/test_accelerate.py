@@ -16,8 +16,8 @@ from transformers import pipeline
 from transformers.generation.streamers import BaseStreamer
 
 import river_compile
-from river_compile.drop_in.accelerate import QUALITIES
-from river_compile.state import find_state
+from river_compile.api.accelerate import QUALITIES
+from river_compile.model_record import find_record
 from river_compile.upstream.transformers import cache_argument, cache_of
 from tests.support.decoding import new_cache
 from tests.support.families import make, prompt
@@ -120,7 +120,8 @@ def test_calls_that_exact_mode_refuses_run_plainly_with_one_notice(model, option
     assert reason in str(river_compile.report(model))
 
 
-def test_a_streamer_sees_a_call_that_starts_again_once(model):
+def test_a_streamer_sees_a_call_that_starts_again_once():
+    model = river_compile.accelerate(plain(), **EXACT)  # (its own: the notice comes once a model)
     with warnings.catch_warnings():
         warnings.simplefilter("ignore")
         assert streamed(model, use_cache=False) == streamed(plain(), use_cache=False)
@@ -292,7 +293,7 @@ def test_restore_takes_everything_back(model):
     assert set(vars(ours)) == set(vars(plain()))
     assert ours._compiled_call_impl is None
     assert not any(module._forward_pre_hooks for module in ours.modules())
-    assert find_state(ours) is None
+    assert find_record(ours) is None
     with river_compile.trace() as trace:
         assert torch.equal(generate(ours), generate(plain()))
     assert not trace.tokens
@@ -373,13 +374,13 @@ def test_bad_arguments_are_named_and_change_nothing(arguments, message):
     [
         "torch.compile",
         "river_compile.config.RiverConfig.from_options",
-        "river_compile.drop_in.accelerate.check_paths",
-        "river_compile.drop_in.accelerate.CompiledCall",
-        "river_compile.drop_in.accelerate.has_generate_of_its_own",
-        "river_compile.drop_in.accelerate.generate_exactly",
-        "river_compile.drop_in.generation.replace",
-        "river_compile.drop_in.generation.MethodType",
-        "river_compile.drop_in.generation.keep_out_of_copies",
+        "river_compile.api.accelerate.check_paths",
+        "river_compile.api.accelerate.CompiledCall",
+        "river_compile.api.accelerate.has_generate_of_its_own",
+        "river_compile.api.accelerate.generate_exactly",
+        "river_compile.api.generation.replace",
+        "river_compile.api.generation.MethodType",
+        "river_compile.api.generation.keep_out_of_copies",
     ],
 )
 def test_an_accelerate_that_fails_leaves_the_model_as_it_was(model, expected, step, monkeypatch):
@@ -412,7 +413,7 @@ def folder(tmp_path, monkeypatch):
     monkeypatch.setattr(sys, "path", list(sys.path))
     home = tmp_path / "model"
     plain().save_pretrained(home)
-    recipe = Path(river_compile.drop_in.__path__[0]) / "custom_generate"
+    recipe = Path(river_compile.api.__path__[0]) / "custom_generate"
     shutil.copytree(recipe, home / "custom_generate", ignore=shutil.ignore_patterns("__pycache__"))
     return home
 
@@ -479,6 +480,6 @@ def test_wrappers_are_refused_with_the_way_in():
 
 
 def test_every_quality_is_in_the_modules_table():
-    import river_compile.drop_in.accelerate as module
+    import river_compile.api.accelerate as module
 
     assert all(f'    "{quality}"' in module.__doc__ for quality in QUALITIES)

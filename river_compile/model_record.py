@@ -1,7 +1,7 @@
-"""What is known of each model that the backend has seen.
+"""The record of each model that the backend has seen: its graphs, and what is known of it, in named fields.
 
-A model is recognised by its parameters, which are held weakly. This registry is the package's only global state. Each
-feature keeps what it knows of a model, or of one traced graph, under a class of its own (``state.of(PackedWeights)``).
+A model is recognised by its parameters, which are held weakly: when they go, so does its record. This registry is the
+package's only global state of models.
 """
 
 from __future__ import annotations
@@ -11,47 +11,36 @@ import threading
 import time
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
-from typing import Any, TypeVar, cast
+from typing import Any
 
 from torch import Tensor, nn
 from torch.utils.weak import WeakTensorKeyDictionary
 
+from river_compile.capture.device import CaptureLog
 from river_compile.config import RiverConfig
+from river_compile.distributed.ranks import ALONE, Ranks
 from river_compile.errors import OptionError
+from river_compile.exits import Memories
 from river_compile.lowering.compile import Compiled
+from river_compile.offload.weights import OffloadedWeights
 from river_compile.passes.program import Fusion, KeptLinear, RiverProgram
+from river_compile.runtime.cache_pool import CachePool
+from river_compile.runtime.draft_stats import DraftHistory
+from river_compile.runtime.fallbacks import PlainCalls, PlainRuns
+from river_compile.runtime.sequences import SequenceTracker
+from river_compile.runtime.stats import ExitStats
+from river_compile.twins.calibration_stats import Observation
+from river_compile.twins.packed import TwinWeight
+from river_compile.twins.registry import Statistics, TwinRegistry
+from river_compile.twins.self_calibration import SelfCalibration
+from river_compile.twins.twin_kl import BlockErrors
 from river_compile.upstream.dynamo import GraphEntry
 
 BROKE = "Dynamo broke the graph here"  # stands in the refusal of a piece of a model
-T = TypeVar("T")
-
-
-class Entries:
-    """Holds at most one object of each class, under that class."""
-
-    def __init__(self) -> None:
-        self._entries: dict[type, object] = {}
-        self._lock = threading.Lock()
-
-    def find(self, kind: type[T]) -> T | None:
-        """Returns the object of this class, None if there is none."""
-        return cast("T | None", self._entries.get(kind))
-
-    def of(self, kind: type[T]) -> T:
-        """Returns the object of this class, made without arguments where there is none."""
-        with self._lock:
-            if kind not in self._entries:
-                self._entries[kind] = kind()
-            return cast(T, self._entries[kind])
-
-    def put(self, entry: object) -> None:
-        """Keeps an object under its class, in the place of an earlier one."""
-        with self._lock:
-            self._entries[type(entry)] = entry
 
 
 @dataclass(eq=False)
-class GraphRecord(Entries):
+class GraphRecord:
     """What became of one traced graph.
 
     Attributes:
@@ -71,6 +60,8 @@ class GraphRecord(Entries):
         executor: returns what runs the graph while Dynamo keeps it, None for a graph that was refused.
         entry: what Dynamo keeps of it.
         ranks: of each of the ranks that share the model, what is packed for it; none where it has no others.
+        captures: what was captured of it.
+        twins: the packed matrices of its twins.
     """
 
     config: RiverConfig
@@ -92,9 +83,8 @@ class GraphRecord(Entries):
     executor: Callable[[], object | None] = field(default=lambda: None)
     entry: GraphEntry = field(default_factory=GraphEntry)
     ranks: Sequence[Mapping[str, Any]] = ()
-
-    def __post_init__(self) -> None:
-        super().__init__()
+    captures: CaptureLog = field(default_factory=CaptureLog)
+    twins: tuple[TwinWeight, ...] = ()
 
     @property
     def options(self) -> tuple[RiverConfig, str | None]:
@@ -121,12 +111,34 @@ class GraphRecord(Entries):
         self.block_paths = tuple(block.path for block in plan.blocks)
 
 
-class ModelState(Entries):
-    """What is known of one model: its traced graphs, in the order of their compilation, and the features' entries."""
+@dataclass(eq=False)
+class ModelRecord:
+    """What is known of one model; `graphs` in the order of their compilation."""
 
-    def __init__(self) -> None:
-        super().__init__()
-        self.graphs: list[GraphRecord] = []
+    graphs: list[GraphRecord] = field(default_factory=list)
+    ranks: Ranks = ALONE  # that share it
+    twins: TwinRegistry = field(default_factory=TwinRegistry)
+    observation: Observation | None = None  # of texts that a user gave
+    self_calibration: SelfCalibration = field(default_factory=SelfCalibration)
+    block_errors: BlockErrors | None = None
+    offloaded: OffloadedWeights = field(default_factory=OffloadedWeights)
+    exit_stats: ExitStats = field(default_factory=ExitStats)
+    exit_memories: Memories = field(default_factory=Memories)
+    sequences: SequenceTracker = field(default_factory=SequenceTracker)
+    drafts: DraftHistory = field(default_factory=DraftHistory)
+    cache_pool: CachePool = field(default_factory=CachePool)
+    plain_calls: PlainCalls = field(default_factory=PlainCalls)
+    plain_runs: PlainRuns = field(default_factory=PlainRuns)
+
+    @property
+    def statistics(self) -> Statistics:
+        """What quantizers may know of the inputs of its matrices."""
+        return Statistics(self.observation, self.self_calibration, self.ranks)
+
+    @property
+    def prepared(self) -> int:
+        """How many of its graphs were compiled and captured so far."""
+        return len(self.graphs) + sum(graph.captures.made for graph in self.graphs)
 
     def add(self, graph: GraphRecord, limit: int) -> None:
         """Adds a graph that Dynamo is about to keep. Where it keeps `limit` of them, those of other options give way.
@@ -146,57 +158,57 @@ class ModelState(Entries):
         self.graphs.append(graph)
 
 
-_states: WeakTensorKeyDictionary = WeakTensorKeyDictionary()
+_records: WeakTensorKeyDictionary = WeakTensorKeyDictionary()
 _lock = threading.Lock()
 
 
-def state_of(parameters: Iterable[object]) -> ModelState:
-    """Returns the state of the model that owns these parameters, a new one where there is none yet."""
+def record_of(parameters: Iterable[object]) -> ModelRecord:
+    """Returns the record of the model that owns these parameters, a new one where there is none yet."""
     tensors = [p for p in parameters if isinstance(p, Tensor)]
     with _lock:
-        state = _find(tensors) or ModelState()
+        record = _find(tensors) or ModelRecord()
         for tensor in tensors:
-            _states[tensor] = state
-        return state
+            _records[tensor] = record
+        return record
 
 
-def adopt(state: ModelState, parameters: Iterable[Tensor]) -> None:
+def adopt(record: ModelRecord, parameters: Iterable[Tensor]) -> None:
     """Notes parameters that were put in the place of some of a model's."""
     with _lock:
         for tensor in parameters:
-            _states[tensor] = state
+            _records[tensor] = record
 
 
 def forget(model: nn.Module) -> None:
     """Forgets a model, and lets Dynamo drop its graphs; what was packed for it is freed with them."""
     tensors = [*model.parameters(), *model.buffers()]
-    state = _find(tensors)
-    for graph in state.graphs if state else ():
+    record = _find(tensors)
+    for graph in record.graphs if record else ():
         graph.entry.drop()
     with _lock:
         for tensor in tensors:
-            _states.pop(tensor, None)
+            _records.pop(tensor, None)
 
 
-def find_state(model: nn.Module) -> ModelState | None:
-    """Returns the state of a model, or of the one in torch.compile's wrapper; None if the backend never saw it."""
+def find_record(model: nn.Module) -> ModelRecord | None:
+    """Returns the record of a model, or of the one in torch.compile's wrapper; None if the backend never saw it."""
     module = unwrap(model)
     return _find([*module.parameters(), *module.buffers()])
 
 
-def state_of_model(model: nn.Module, purpose: str) -> ModelState:
-    """Returns the state of a model that has run.
+def record_of_model(model: nn.Module, purpose: str) -> ModelRecord:
+    """Returns the record of a model that has run.
 
     Raises:
-        ValueError: none of its graphs reached the backend; the message begins with what the state is wanted for.
+        ValueError: none of its graphs reached the backend; the message begins with what the record is wanted for.
     """
-    state = find_state(model)
-    if state is None or not state.graphs:
+    record = find_record(model)
+    if record is None or not record.graphs:
         raise ValueError(
             f"{purpose}: this model never reached the river backend; "
             'call model.compile(backend="river") and generate a token first'
         )
-    return state
+    return record
 
 
 def unwrap(model: nn.Module) -> nn.Module:
@@ -210,5 +222,5 @@ def unwrap(model: nn.Module) -> nn.Module:
     return getattr(model, "_orig_mod", model)
 
 
-def _find(tensors: Iterable[Tensor]) -> ModelState | None:
-    return next((state for state in map(_states.get, tensors) if state is not None), None)
+def _find(tensors: Iterable[Tensor]) -> ModelRecord | None:
+    return next((record for record in map(_records.get, tensors) if record is not None), None)

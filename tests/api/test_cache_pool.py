@@ -8,10 +8,9 @@ import torch
 from transformers import DynamicCache, StaticCache
 
 import river_compile
-from river_compile.capture.device import CaptureLog
-from river_compile.decoding import cache_pool
-from river_compile.decoding.cache_pool import free_cache
-from river_compile.state import find_state
+from river_compile.model_record import find_record
+from river_compile.runtime import cache_pool
+from river_compile.runtime.cache_pool import free_cache
 from river_compile.upstream.transformers import cache_of, sizes_of
 from tests.support.families import CONFIGS, make, prompt
 from tools.recorder import recording
@@ -85,10 +84,10 @@ def test_later_calls_capture_nothing(quality, device, monkeypatch):
     model = river_compile.accelerate(plain, quality, **OPTIONS, **QUALITIES[quality])
     ids, seen = prompt().to(device), caches_of(model, monkeypatch)
     texts = [generate(model, ids) for _ in range(2)]
-    made = [g.of(CaptureLog).made for g in river_compile.report(model).graphs]
+    made = [g.captures.made for g in river_compile.report(model).graphs]
     assert sum(made) > 0
     texts += [generate(model, ids) for _ in range(2)]
-    assert [g.of(CaptureLog).made for g in river_compile.report(model).graphs] == made
+    assert [g.captures.made for g in river_compile.report(model).graphs] == made
     assert all(cache is seen[0] for cache in seen)
     assert all(torch.equal(text, texts[0]) for text in texts)
 
@@ -176,4 +175,4 @@ def test_the_cache_can_be_freed():
     assert free_cache(model) == 0
     generate(model, prompt())
     river_compile.restore(model)
-    assert find_state(model) is None
+    assert find_record(model) is None

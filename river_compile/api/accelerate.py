@@ -29,24 +29,23 @@ import torch
 from torch import nn
 from transformers import AutoModelForCausalLM, PreTrainedModel
 
+from river_compile.api.generation import (
+    generate_exactly,
+    generate_in_own_loop,
+    has_generate_of_its_own,
+    restore_generate,
+)
 from river_compile.backend import river
 from river_compile.calibration.result import Calibration
 from river_compile.config import RiverConfig
 from river_compile.decoding.mode import ExactMode, exact
 from river_compile.decoding.session import check_paths
 from river_compile.distributed.ranks import ranks_of
-from river_compile.drop_in.generation import (
-    generate_exactly,
-    generate_in_own_loop,
-    has_generate_of_its_own,
-    restore_generate,
-)
 from river_compile.errors import ExactModeError, OptionError, RiverWarning
-from river_compile.fallbacks import PlainRuns
 from river_compile.kernels.checks import PATH, one_of, shown
-from river_compile.offload.weights import bring_back
+from river_compile.model_record import find_record, forget, unwrap
 from river_compile.runtime.compiled_call import CompiledCall, compiled_call
-from river_compile.state import forget, unwrap
+from river_compile.runtime.fallbacks import PlainRuns
 from river_compile.twins.artifact import FILE, Artifact
 from river_compile.upstream.dynamo import compiled_with
 
@@ -258,3 +257,35 @@ def restore(model: Module) -> Module:
     PlainRuns.end(inner)
     forget(inner)
     return model
+
+
+def free_cache(model: nn.Module) -> int:
+    """Frees the KV cache that a model's latest call of generate left for the next one; that one makes its own.
+
+    Args:
+        model: the module that was compiled, or the wrapper that ``torch.compile`` returned.
+
+    Returns:
+        The bytes of its keys and values, 0 where none was kept.
+    """
+    record = find_record(model)
+    return 0 if record is None else record.cache_pool.free()
+
+
+def bring_back(model: nn.Module) -> int:
+    """Brings a model's offloaded weights back into device memory, bit for bit.
+
+    The model, compiled or not, computes the same before and after. With ``offload_policy="exit"`` tokens still leave by
+    that depth. The next decode graph that is compiled with ``offload=`` offloads again.
+
+    Args:
+        model: the module that was compiled, or the wrapper that ``torch.compile`` returned.
+
+    Returns:
+        The bytes that came back, 0 where nothing was offloaded.
+    """
+    record = find_record(model)
+    if record is None:
+        return 0
+    with record.twins.moving():
+        return record.offloaded.restore([*model.parameters(), *model.buffers()])

@@ -9,7 +9,6 @@ Not handled: how errors of several twins add up (``benchmarks.twins`` measures a
 from __future__ import annotations
 
 from collections.abc import Iterable, Iterator, Mapping, Sequence
-from dataclasses import asdict, dataclass
 
 import torch
 from torch import Tensor, nn
@@ -18,61 +17,12 @@ from tqdm import tqdm
 from transformers import PreTrainedModel
 
 from river_compile.kernels.portable import token_kl
-from river_compile.state import ModelState, state_of_model, unwrap
+from river_compile.model_record import ModelRecord, record_of_model, unwrap
 from river_compile.twins.observe import Tokenizer, windows_of
-from river_compile.twins.packed import PackedSite
-from river_compile.twins.registry import GraphTwins, changed_since
+from river_compile.twins.packed import TwinWeight
+from river_compile.twins.registry import changed_since
+from river_compile.twins.twin_kl import BlockError, BlockErrors
 from river_compile.upstream.tensors import as_shard_of, local_of
-
-
-@dataclass(frozen=True)
-class BlockError:
-    """The loss of one twin.
-
-    Attributes:
-        block: number of the block, from 1.
-        path: its module path.
-        kl: mean KL divergence from the model with all its blocks, in nats per token.
-        agreement: share of tokens whose most likely successor stays the same.
-        matrix: its 4-bit matrix with the least signal-to-noise ratio.
-        sqnr: that ratio in dB: of the outputs where they were observed, else of the weights.
-    """
-
-    block: int
-    path: str
-    kl: float
-    agreement: float
-    matrix: str
-    sqnr: float
-
-
-@dataclass(frozen=True)
-class BlockErrors:
-    """The loss of every twin of a model, and the number of tokens that it was measured on."""
-
-    blocks: tuple[BlockError, ...]
-    tokens: int
-
-    @property
-    def worst(self) -> BlockError:
-        return max(self.blocks, key=lambda block: block.kl)
-
-    @property
-    def mean_kl(self) -> float:
-        return sum(block.kl for block in self.blocks) / len(self.blocks)
-
-    def to_dict(self) -> dict[str, object]:
-        """Returns the same as values that ``json.dumps`` takes."""
-        return {"tokens": self.tokens, "blocks": [asdict(block) for block in self.blocks]}
-
-    def __str__(self) -> str:
-        lines = [
-            f"KL of the logits with one block in 4 bits, on {self.tokens} tokens",
-            f"  {'block':>5} {'KL':>9} {'agreement':>10} {'least SQNR':>11}",
-        ]
-        for b in self.blocks:
-            lines.append(f"  {b.block:>5} {b.kl:>9.5f} {b.agreement:>10.1%} {b.sqnr:>8.1f} dB  {b.matrix}")
-        return "\n".join(lines)
 
 
 @torch.no_grad()
@@ -99,8 +49,8 @@ def block_errors(
     """
     model = unwrap(model)
     windows = windows_of(tokenizer, texts, inputs, "block_errors")
-    state = state_of_model(model, "block_errors")
-    sites = list(_sites_by_block(state))
+    record = record_of_model(model, "block_errors")
+    sites = list(_sites_by_block(record))
     if not sites:
         raise ValueError("no twin of this model is packed; generate a token with another quantizer than 'none' first")
     sums = [[0.0, 0.0] for _ in sites]
@@ -120,22 +70,22 @@ def block_errors(
         worst = min(packed, key=lambda site: site.quality)
         blocks.append(BlockError(number, path, kl / tokens, agreed / tokens, worst.name, worst.quality))
     found = BlockErrors(tuple(blocks), tokens)
-    state.put(found)
+    record.block_errors = found
     return found
 
 
-def _sites_by_block(state: ModelState) -> Iterator[tuple[int, str, list[PackedSite]]]:
+def _sites_by_block(record: ModelRecord) -> Iterator[tuple[int, str, list[TwinWeight]]]:
     """Yields number, path and 4-bit matmuls of every block whose twin the latest rewritten graph packed."""
-    graph = next((graph for graph in reversed(state.graphs) if graph.of(GraphTwins)), None)
+    graph = next((graph for graph in reversed(record.graphs) if graph.twins), None)
     if graph is None:
         return
     for number, path in enumerate(graph.block_paths, start=1):
-        packed = [site for site in graph.of(GraphTwins) if site.name.startswith(f"{path}.")]
+        packed = [site for site in graph.twins if site.name.startswith(f"{path}.")]
         if packed:
             yield number, path, packed
 
 
-def _twin_weights(model: nn.Module, packed: Sequence[PackedSite]) -> dict[str, Tensor]:
+def _twin_weights(model: nn.Module, packed: Sequence[TwinWeight]) -> dict[str, Tensor]:
     """Returns the weights of a twin by parameter name, in the model's dtype."""
     named = {id(local_of(parameter)): (name, parameter) for name, parameter in model.named_parameters()}
     weights = {}
@@ -143,11 +93,11 @@ def _twin_weights(model: nn.Module, packed: Sequence[PackedSite]) -> dict[str, T
         sources = site.fresh_sources()
         if sources is None:
             raise ValueError(changed_since(site.name))
-        parts = site.dequantize().split(site.out_features)
+        parts = site.dequantize().split(site.linear.out_features)
         for source, part in zip(sources.weights, parts, strict=True):
-            part = part.unflatten(0, (site.experts, -1)) if site.experts else part
+            part = part.unflatten(0, (site.linear.experts, -1)) if site.linear.experts else part
             name, parameter = named[id(source)]
-            weights[name] = as_shard_of((part.mT if site.transposed else part).to(source.dtype), parameter)
+            weights[name] = as_shard_of((part.mT if site.linear.transposed else part).to(source.dtype), parameter)
     return weights
 
 
