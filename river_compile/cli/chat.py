@@ -34,8 +34,8 @@ def chat(
 
     With `--quality fast` the colour tells how many blocks a token ran through.
     """
-    from river_compile.cli.models import start
     from river_compile.api.accelerate import accelerate
+    from river_compile.cli.models import start
 
     network, tokenizer = start(model, dtype, threads)
     more = {} if artifact is None else {"artifact": artifact}

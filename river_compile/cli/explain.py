@@ -58,7 +58,6 @@ def _run(
     from river_compile.api.accelerate import accelerate
     from river_compile.cli.models import encode
     from river_compile.cli.timing import Painter
-    from river_compile.api.accelerate import accelerate
     from river_compile.reporting.report import report as report_of
 
     accelerate(model, "fast", threshold=threshold, dump_dir=dump)

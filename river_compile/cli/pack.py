@@ -34,8 +34,10 @@ def pack(
     """Packs a model's twins into a folder, for `accelerate(model, artifact=DIR)` and `river chat --artifact DIR`."""
     import time
 
-    from river_compile.cli.models import resolve, start
     from river_compile.api.accelerate import accelerate
+    from river_compile.api.export import FORMATS, export
+    from river_compile.api.twins import save
+    from river_compile.cli.models import resolve, start
     from river_compile.reporting.report import report as report_of
 
     if format not in ("river", *FORMATS):
