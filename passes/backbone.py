@@ -31,7 +31,7 @@ def river_backbone(layout: str) -> Pass:
     """Makes the pass below; `layout` is that of ``river::linear`` with weights in 16 bits."""
 
     def river_backbone(program: RiverProgram) -> RiverProgram:
-        """Blocks and the head multiply by the kernels' own products of a few rows."""
+        """Blocks and the head use the kernels' own matmuls of a few rows."""
         blocks = tuple(_with_products(block, layout) for block in program.blocks)
         return replace(program, blocks=blocks, head=_with_products(program.head, layout))
 

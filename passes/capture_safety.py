@@ -1,4 +1,4 @@
-"""Finds out from the graph alone what a step that is captured as a CUDA graph may take for granted.
+"""Derives from the graph alone the invariants of a step that is captured as a CUDA graph.
 
 These are which inputs keep their address from token to token, which operations cannot be captured, and whether a block
 may run a second time for the same token (a block that was launched ahead of its exit check runs again as a twin).
@@ -32,7 +32,7 @@ from river_compile.passes.segments import number_inputs
 
 
 def fixed_inputs(plan: DecoderPlan) -> frozenset[fx.Node]:
-    """Returns the placeholders whose memory the caller keeps: parameters, and what the graph writes in place.
+    """Returns the placeholders whose memory the caller keeps: parameters, and tensors written in place.
 
     All others may be copied into a buffer, because nobody looks at them after the step.
     """
@@ -43,7 +43,7 @@ def fixed_inputs(plan: DecoderPlan) -> frozenset[fx.Node]:
 
 
 def obstacle(segment: Segment, home: torch.device) -> Refusal | None:
-    """Returns why a segment cannot be captured, naming the node and its source line; None where it can.
+    """Returns why a segment cannot be captured, naming the node and its source line; None if it can.
 
     Captured kernels cannot report a size to the host, and a captured copy from ordinary host memory would repeat the
     bytes that lay there at capture. `home` is the device of the hidden state.
@@ -98,7 +98,7 @@ def _is_number(node: fx.Node) -> bool:
 
 
 def runs_once(plan: DecoderPlan, block: Block) -> Refusal | None:
-    """Returns why a block must not run a second time for the same token; None where it may, its counters taken back.
+    """Returns why a block must not run a second time for the same token; None if it may, its counters taken back.
 
     It may where everything that it writes in place is either a counter, advanced once by one, or a KV tensor, written
     by ``index_copy_`` alone at positions that follow from the counters and from inputs that nobody changes, and read
@@ -131,7 +131,7 @@ def _writes_slot(node: fx.Node) -> bool:
 
 
 def is_counter_step(node: fx.Node, written: fx.Node) -> bool:
-    """True where a node adds one, in place, to a counter of tokens: a number that the graph is given as a tensor."""
+    """True if a node adds one, in place, to a counter of tokens: a number that the graph is given as a tensor."""
     by_one = called(node, torch.Tensor.add_) and node.args[1:] == (1,) and isinstance(node.args[1], int)
     return by_one and not node.kwargs and written.op == "placeholder" and rank(written) == 0
 

@@ -1,4 +1,4 @@
-"""Turns what Dynamo traced of one rank under tensor parallelism into a graph of plain tensors and collectives.
+"""Turns one rank's traced graph under tensor parallelism into one of plain tensors and collectives.
 
 transformers reads each parameter that is spread over ranks as ``parameter.to_local()``. Here the parameter's input
 becomes that local shard, so that every pass meets plain matrices; what gathers logits becomes the collective that it
@@ -61,7 +61,7 @@ def on_local_shards(traced: fx.GraphModule, ranks: int, group: str) -> frozenset
 
 
 def _read_as_local(parameter: fx.Node) -> bool:
-    """Makes a parameter's input its shard, where everything reads that; says whether it is so now."""
+    """Makes a parameter's input its shard, if all users read that; returns whether it is one now."""
     if not is_parameter(parameter) or not is_shard(value_of(parameter)) or not parameter.users:
         return False
     reads = list(parameter.users)
@@ -76,7 +76,7 @@ def _read_as_local(parameter: fx.Node) -> bool:
 
 
 def _aliases(node: fx.Node) -> Iterator[fx.Node]:
-    """Yields what shows the same memory in the same shape, the last ones first."""
+    """Yields aliases of the same memory in the same shape, the last ones first."""
     for user in list(node.users):
         alias = called(user, *_ALIASES) or is_reshape(user)
         if alias and user.args[0] is node and shape(user) == shape(node):

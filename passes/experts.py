@@ -1,4 +1,4 @@
-"""Finds products of rows with the experts that a router chose for them, and makes them ``river::experts``.
+"""Finds matmuls of rows with the experts that a router chose, and makes them ``river::experts``.
 
 The experts' matrices are stacked in one parameter, ``[E, N, K]`` or ``[E, K, N]``. Three spellings say which of them a
 row meets:
@@ -55,7 +55,7 @@ class ExpertProduct:
         return (e, k, n) if self.transposed else (e, n, k)
 
     def twin_linear(self, number_of: Mapping[fx.Node, int], group_size: int, layout: str) -> TwinLinear:
-        """Returns the 4-bit product that this becomes."""
+        """Returns the 4-bit matmul that this becomes."""
         experts, out_features, in_features = self.shape
         return TwinLinear(
             name=input_name(self.weight),

@@ -1,4 +1,4 @@
-"""Finds routers, the products whose results choose what else is computed, and what a token reads of stacked experts.
+"""Finds routers, the matmuls whose results choose experts, and the number of experts that a token reads.
 
 A router is recognised by where its result goes: into a top-k or a maximum, with no other product in between. The twin
 keeps it in 16 bits: a matrix of one row for each expert costs little, and where its rounding turns a choice over, the
@@ -27,7 +27,7 @@ _PRODUCTS = (
 
 
 def is_router(product: fx.Node) -> bool:
-    """Tells whether the result of a product chooses, and nothing else multiplies it on the way."""
+    """Returns whether the result of a matmul chooses experts, and nothing else multiplies it on the way."""
     return any(map(_chooses, closure(product.users, lambda node: () if _multiplies(node) else node.users)))
 
 
@@ -49,7 +49,7 @@ def _stacks(node: fx.Node) -> tuple[fx.Node, ...]:
 
 
 def _top_k(node: fx.Node) -> int | None:
-    """Returns how many the top-k chooses that comes closest before a node, None where none does."""
+    """Returns k of the nearest top-k before a node, None if there is none."""
     seen, latest = {node}, [node]
     while latest:
         for found in latest:

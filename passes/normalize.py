@@ -50,7 +50,7 @@ def _normalize(node: fx.Node) -> None:
 
 
 def _function(node: fx.Node) -> Callable | None:
-    """Returns what a node calls: a function, or the function of a tensor's method; None for everything else."""
+    """Returns a node's function, or the function of a tensor's method; None for other nodes."""
     if node.op == "call_method" and is_tensor(node.args[0]):
         return getattr(Tensor, node.target, None)
     if node.op != "call_function":

@@ -26,7 +26,7 @@ class Refusal:
 
 @dataclass(frozen=True)
 class KVSlot:
-    """What one block keeps of a step's tokens: written in place ("static" cache), or returned longer ("dynamic").
+    """One block's cache: written in place ("static"), or returned longer ("dynamic").
 
     Attributes:
         writes: the nodes that write or return keys and values, or the state of a recurrence or a convolution; none
@@ -75,7 +75,7 @@ class DecoderPlan:
 
     @property
     def cache(self) -> str:
-        """What the blocks keep: "dynamic" where any of them returns it, else "static"."""
+        """The kind of the blocks' caches: "dynamic" if any block returns its cache, else "static"."""
         return "dynamic" if any(block.kv.kind == "dynamic" for block in self.blocks) else "static"
 
     @property
@@ -178,7 +178,7 @@ class TwinLinear:
 
 @dataclass(frozen=True)
 class KeptLinear:
-    """A matrix product of a twin that stays in 16 bits, and why."""
+    """A matmul of a twin that stays in 16 bits, and why."""
 
     name: str
     reason: str
@@ -186,7 +186,7 @@ class KeptLinear:
 
 @dataclass(frozen=True)
 class Fusion:
-    """What became of a fusion rule in a segment: why it missed ("" where it applied), at which node and source line."""
+    """The outcome of a fusion rule in a segment: why it missed ("" if it applied), at which node and source line."""
 
     rule: str
     segment: str
@@ -229,7 +229,7 @@ class RiverProgram:
 
     @functools.cached_property
     def slots(self) -> dict[fx.Node, int]:
-        """Numbers the values that a run keeps: the graph's inputs in order, then what crosses segments' borders."""
+        """Numbers a run's slots: the graph's inputs in order, then values that cross segments' borders."""
         crossing = [n for s in (self.prologue, *self.blocks, self.head) for n in s.outputs]
         return {node: i for i, node in enumerate([*self.inputs, *crossing, *self.added_inputs])}
 

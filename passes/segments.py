@@ -36,7 +36,7 @@ def recognise(normal: fx.GraphModule, twins: bool = True) -> RiverProgram | Refu
 
 
 def segmented(plan: DecoderPlan) -> RiverProgram | Refusal:
-    """Returns the decoder as it is, cut into prologue, blocks and head: what the passes start from."""
+    """Returns the decoder cut into prologue, blocks and head, for the passes to start from."""
     returned = plan.graph_module.graph.output_node().args[0]
     if not isinstance(returned, (tuple, list)) or not all(isinstance(value, fx.Node) for value in returned):
         return Refusal("the graph returns something other than a flat tuple of values", "output")

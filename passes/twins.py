@@ -98,7 +98,7 @@ def river_twins(how: Twinning | None) -> Pass:
     """Makes the pass that gives every block its river twin; without `how`, every matrix stays in 16 bits."""
 
     def river_twins(program: RiverProgram) -> RiverProgram:
-        """Every block gets a twin with 4-bit matrix products, which a token that left runs."""
+        """Every block gets a twin with 4-bit matmuls, which a token that left runs."""
         if how is None:
             return replace(program, twins=tuple(block.copy("twin") for block in program.blocks))
         made = [_twin(block, "twin", how, program.slots) for block in program.blocks]
@@ -126,7 +126,7 @@ def one_row_head(fuse: bool) -> Pass:
     """
 
     def one_row_head(program: RiverProgram) -> RiverProgram:
-        """Tokens that left use a head whose matrix product is made for one row."""
+        """Tokens that left use a head whose matmul is made for one row."""
         head = program.head.copy("river_head")
         return replace(program, river_head=head) if fuse or simplify_linears(head.graph) else program
 
@@ -207,7 +207,7 @@ def _merged(linears: tuple[Linear, ...], number_of: Mapping[fx.Node, int], how: 
 
 
 def _too_narrow(linear: TwinLinear) -> str:
-    """Returns why a matmul cannot be made in 4 bits, empty where it can."""
+    """Returns why a matmul cannot be made in 4 bits, empty if it can."""
     if linear.group_size >= MIN_GROUP_SIZE:
         return ""
     return f"{linear.in_features} input features have no group of {MIN_GROUP_SIZE} or more"

@@ -1,7 +1,7 @@
 """The options of the backend: ``torch.compile(model, backend="river", options={...})``.
 
 Each option stands once, in :class:`RiverConfig`: its default, what is allowed, one sentence, and who it is for.
-README's tables are made from there (``python -m tools.options README.md``).
+The tables of README and docs/options.md are made from there (``python -m tools.options``).
 """
 
 from __future__ import annotations
@@ -105,7 +105,7 @@ class RiverConfig:
     on_missing_artifact: str = _option(
         "raise",
         one_of("raise", "save"),
-        '`"save"`: where `artifact` does not exist, one process packs the twins and writes it, and those that start at '
+        '`"save"`: if `artifact` does not exist, one process packs the twins and writes it, and those that start at '
         "the same time wait; all of them map it ([docs/twins.md](docs/twins.md#many-processes))",
     )
     offload: int | None = _option(
@@ -134,8 +134,8 @@ class RiverConfig:
     backbone: str | None = _option(
         None,
         one_of(None, "model", "river"),
-        'what multiplies in the 16-bit blocks of decode steps: the `"model"`\'s own operators, or `"river"`: the C++ '
-        "kernels, which give a row the same bits among any number of rows, or the generated ones; `None`: river where "
+        'the matmuls of the 16-bit blocks in decode steps: the `"model"`\'s own operators, or `"river"`: the C++ '
+        "kernels, which give a row the same bits among any number of rows, or the generated ones; `None`: river if "
         "twins are C++ ([docs/lowering.md](docs/lowering.md))",
         EXPERT,
     )
@@ -144,8 +144,8 @@ class RiverConfig:
         "auto",
         one_of("auto", "inductor", "triton", "native"),
         '`"triton"`: twins become generated kernels, the default on a GPU (on a CPU in Triton\'s interpreter, very '
-        'slow); `"inductor"`: 4-bit products are operators of their own, the default on a CPU; `"native"`: on a CPU, '
-        "products are C++ that is compiled for it ([docs/lowering.md](docs/lowering.md))",
+        'slow); `"inductor"`: 4-bit matmuls are operators of their own, the default on a CPU; `"native"`: on a CPU, '
+        "matmuls are C++ that is compiled for it ([docs/lowering.md](docs/lowering.md))",
         EXPERT,
         for_tests=("eager", "the rewritten graph runs operator by operator, with the bits of the model run eagerly"),
     )
@@ -162,7 +162,7 @@ class RiverConfig:
     launch_ahead: bool | str | None = _option(
         None,
         one_of(None, True, False, "device"),
-        "whether the next blocks start before an exit check is known; `None`: where that was measured to help; "
+        "whether the next blocks start before an exit check is known; `None`: if that was measured to help; "
         '`"device"`: the graph decides by itself, in one launch (CUDA 12.4, torch 2.13, '
         "[docs/cuda.md](docs/cuda.md#exits-decided-on-the-device))",
         EXPERT,
@@ -183,7 +183,7 @@ class RiverConfig:
     check_ranks: bool = _option(
         False,
         FLAG,
-        "under tensor parallelism: an error where ranks are given other tokens or compute other scores, before they "
+        "under tensor parallelism: an error if ranks are given other tokens or compute other scores, before they "
         "agree on the first one's; slower ([docs/distributed.md](docs/distributed.md))",
         EXPERT,
     )
@@ -252,7 +252,7 @@ class RiverConfig:
 
     @property
     def deepest(self) -> int | None:
-        """Blocks that a token which may leave executes at most; None where that is all of them."""
+        """Blocks that a token which may leave executes at most; None if that is all of them."""
         return self.offload if self.offload_policy == "exit" else None
 
     def exit_policy(self, plan: DecoderPlan) -> ExitPolicy:

@@ -194,7 +194,7 @@ def forget(model: nn.Module) -> None:
 
 
 def find_record(model: nn.Module) -> ModelRecord | None:
-    """Returns the record of a model, or of the one in torch.compile's wrapper; None where the backend never saw it."""
+    """Returns the record of a model, or of the one in torch.compile's wrapper; None if the backend never saw it."""
     module = unwrap(model)
     return _find([*module.parameters(), *module.buffers()])
 

@@ -1,4 +1,4 @@
-"""What a fusion rule sees of a segment: its matrix products by role, its cache entries, its attention.
+"""A fusion rule's view of a segment: matmuls by role, cache entries, attention.
 
 Roles follow from the flow of values alone. Not handled: cache entries at other places than a slot or the end.
 """
@@ -43,7 +43,7 @@ class BlockView:
         self.grown = tuple(node for node in graph.nodes if _grows_a_cache(node))
 
     def products(self, role: str) -> list[fx.Node]:
-        """Returns the matrix products of a role.
+        """Returns the matmuls of a role.
 
         "cache" feeds the KV cache, "attention" reads what attention gives, "up" reads the residual stream for an MLP,
         and "down" reads another product's activations.

@@ -35,7 +35,7 @@ def fuse_backbone(dense_layout: str) -> Pass:
     """Makes the pass below; `dense_layout` is the layout of ``river::linear`` with weights in 16 bits."""
 
     def fuse_backbone(program: RiverProgram) -> RiverProgram:
-        """Blocks and the head become operators of the kernels, where a rule of fusion holds."""
+        """Blocks and the head become operators of the kernels, if a fusion rule holds."""
         blocks, fusions = [], []
         for block in program.blocks:
             fused, done = _fused_block(block, RULES)
@@ -52,7 +52,7 @@ def fuse_twins(dense_layout: str) -> Pass:
     """Makes the pass below; `dense_layout` is the layout of ``river::linear`` with weights in 16 bits."""
 
     def fuse_twins(program: RiverProgram) -> RiverProgram:
-        """Twins and the head of tokens that left become operators of the kernels, where a rule of fusion holds."""
+        """Twins and the head of tokens that left become operators of the kernels, if a fusion rule holds."""
         return _fused(program, dense_layout)
 
     return fuse_twins

@@ -1,4 +1,4 @@
-"""Recognises what a few nodes compute together: norms, activations, rotary embeddings, attention.
+"""Recognises computations of a few nodes: norms, activations, rotary embeddings, attention.
 
 Each function looks at one node of a segment's graph, walks towards its inputs and returns what it found, or None.
 
@@ -167,7 +167,7 @@ def _is_table(node: Argument, x: fx.Node) -> bool:
 
 
 def _is_turned(node: Argument, x: Argument) -> bool | None:
-    """Whether pairs lie interleaved, where a node holds those of x turned by 90 degrees; None where it does not."""
+    """Whether pairs lie interleaved, where a node holds those of x turned by 90 degrees; None if it does not."""
     if not is_tensor(x):
         return None
     *others, features = shape(x)

@@ -1,4 +1,4 @@
-"""The rules that put operators of the generated kernels in the place of what a twin's graph computes.
+"""The rules that replace nodes of a twin's graph by operators of the generated kernels.
 
 A rule looks first and changes the graph when everything fits; otherwise it raises :class:`Missed` and has changed
 nothing. docs/lowering.md lists what each one matches. Not handled: names of model families, which no rule knows.
@@ -203,7 +203,7 @@ def _fuse_norm_residual(product: fx.Node, normed: fx.Node, found: Normed) -> fx.
 
 
 def _residual(last: fx.Node, total: fx.Node) -> fx.Node:
-    """Returns what an addition adds to a value."""
+    """Returns the other operand of an addition."""
     found = operands(total, operator.add, Tensor.add_)
     if found is None or found[0] is found[1]:
         raise Missed(f"{getattr(total.target, '__name__', total.op)} stands between it and the addition", total)

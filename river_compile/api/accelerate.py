@@ -64,7 +64,7 @@ def accelerate(
     calibration: Calibration | str | os.PathLike[str] | None = None,
     **options: Any,
 ) -> Model:
-    """Makes a model generate faster, by ``model.generate``, ``pipeline(model=model)`` and whatever else asks the model.
+    """Makes a model generate faster, by ``model.generate``, ``pipeline(model=model)`` and all other callers.
 
     The model is compiled in place, at its first calls. A call that exact mode does not handle (beams, assisted modes,
     attention weights as outputs, ...) runs plainly; a warning names the reason, once for each. `deepcopy`, `pickle` and
@@ -235,7 +235,7 @@ Module = TypeVar("Module", bound=nn.Module)
 
 
 def restore(model: Module) -> Module:
-    """Makes a model what it was before ``accelerate`` or ``model.compile(backend="river")``, and frees its twins.
+    """Undoes ``accelerate`` and ``model.compile(backend="river")``, and frees the twins.
 
     Offloaded weights come back, bit for bit. What ``torch.compile(model, backend="river")`` returned cannot be taken
     back: such a wrapper compiles again at its next call.

@@ -1,4 +1,4 @@
-"""What each twin costs alone: ``block_errors(model, tokenizer, texts)``, the KL of the final logits per block.
+"""The loss of each twin alone: ``block_errors(model, tokenizer, texts)``, the KL of the final logits per block.
 
 One block after another is replaced by its twin, in a pass over the whole text through the model as it is, not compiled;
 the twin's 4-bit matrices are read back from what is packed.
@@ -75,7 +75,7 @@ def block_errors(
 
 
 def _sites_by_block(record: ModelRecord) -> Iterator[tuple[int, str, list[TwinWeight]]]:
-    """Yields number, path and 4-bit products of every block whose twin the latest rewritten graph packed."""
+    """Yields number, path and 4-bit matmuls of every block whose twin the latest rewritten graph packed."""
     graph = next((graph for graph in reversed(record.graphs) if graph.twins), None)
     if graph is None:
         return

@@ -123,7 +123,7 @@ def _tensors(name: str, grid: QuantizedWeight, dtype: torch.dtype, folder: Path)
 
 
 def _quantization(group_size: int, left: Sequence[str]) -> dict[str, Any]:
-    """Returns what transformers and vLLM read of the format: which layers have 4 bits, and how."""
+    """Returns the quantization config for transformers and vLLM: which layers have 4 bits, and how."""
     weights = {"num_bits": 4, "type": "int", "symmetric": True, "strategy": "group", "group_size": group_size}
     return {
         "quant_method": "compressed-tensors",

@@ -1,4 +1,4 @@
-"""The ``generate`` of an accelerated model: a loop of the package's own where it can run, and what runs where not.
+"""The ``generate`` of an accelerated model: the package's own loop if it can run, else transformers'.
 
 It stands on the model itself, in front of the class's method. Everything that generates with the model asks the model:
 ``pipeline``, chat programs, servers, PEFT. Calls with a ``custom_generate`` of their own are left alone, and so are
@@ -39,7 +39,7 @@ _OURS = "river_compile_mode"  # an attribute of our function
 
 @dataclass(frozen=True)
 class _ExactOrPlain(ExactMode):
-    """Exact mode that goes on without drafts where the prompt showed that they cannot be verified."""
+    """Exact mode that goes on without drafts if the prompt showed that they cannot be verified."""
 
     def drafting(self, call: Call, session: Session, logits: Tensor, shared: bool) -> tuple[Drafter | None, bool]:
         try:
@@ -111,7 +111,7 @@ def _generate_by(
     refusal: type[Exception],
     refused: Callable[[PreTrainedModel, tuple, dict[str, Any], Exception], Any],
 ) -> None:
-    """Gives a model a ``generate`` that goes through a loop, and through `refused` what that refuses.
+    """Gives a model a ``generate`` that goes through a loop, and through `refused` if the loop refuses.
 
     Of the two loops the second one is used where static caches are faster.
     """
@@ -154,7 +154,7 @@ def has_generate_of_its_own(model: nn.Module) -> bool:
 
 
 def _tell(model: PreTrainedModel, refusal: Exception, by_backend: bool = False) -> Any:
-    """Counts a call that runs plainly, and returns what is known of the model.
+    """Counts a call that runs plainly, and returns the model's state.
 
     What came `by_backend`, which warns of the graphs that it refuses, is not warned of again.
     """

@@ -31,7 +31,7 @@ def observe(
     inputs: Iterable[Tensor] | None = None,
     progress: bool = True,
 ) -> Observation:
-    """Records what every matrix of a model reads, for ``options={"quantizer": "gptq"}`` and ``"awq"``.
+    """Records every matrix's inputs in a model, for ``options={"quantizer": "gptq"}`` and ``"awq"``.
 
     Call it before the first generation with such a quantizer, before or after ``model.compile``; twins that are packed
     already stay as they are. A later call replaces what an earlier one recorded.
@@ -84,7 +84,7 @@ def save(model: nn.Module, folder: str | Path) -> Path:
 
 
 def packed_twins(model: nn.Module, folder: Path) -> list[TwinWeight]:
-    """Returns the packed products of a model as its weights are now, for a folder that they are to be written to.
+    """Returns the packed matmuls of a model as its weights are now, for a folder that they are to be written to.
 
     Raises:
         ArtifactError: (a ``ValueError``) nothing is packed, or weights were replaced since.

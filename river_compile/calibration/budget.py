@@ -24,21 +24,13 @@ _ASKED = {
 
 @dataclass(frozen=True)
 class Budget:
-    """A limit on the mean loss of a text: KL, or disagreement.
+    """A limit on the mean loss of a text: KL, or disagreement."""
 
-    Attributes:
-        metric: "kl" or "agreement".
-        asked: as it was given.
-        limit: what the mean loss may be.
-        clip: largest loss that a text counts with.
-        confidence: probability, over the draw of the texts, that a promise holds.
-    """
-
-    metric: str
-    asked: float
-    limit: float
-    clip: float
-    confidence: float
+    metric: str  # "kl" or "agreement"
+    asked: float  # as it was given
+    limit: float  # what the mean loss may be
+    clip: float  # largest loss that a text counts with
+    confidence: float  # probability, over the draw of the texts, that a promise holds
 
     @classmethod
     def of(

@@ -1,4 +1,4 @@
-"""Chooses the exit rules that calibration considers, by what the pilot texts show.
+"""Chooses the exit rules that calibration considers, by the pilot texts.
 
 "similarity" decides block by block, so each rule is decoded. "confidence" and "doubt" have one exit and a number for
 each token beforehand: one run in which every token leaves gives, for every threshold at once, which tokens would have
@@ -55,7 +55,7 @@ def _score_rules(meter: Meter, criterion: Criterion, texts: Sequence[int], every
 def _at_thresholds(
     all_left: Measured, entropies: Sequence[Sequence[float]], criterion: Criterion, num_blocks: int
 ) -> list[Measured]:
-    """Works out from a run in which every token left what rules with lower thresholds would have done."""
+    """Predicts rules with lower thresholds from a run in which every token left."""
     first_exit = all_left.rule[1]
     kept = Kind(num_blocks, first_exit) if criterion.reads == "answer" else Kind(num_blocks)
     ordered = sorted(entropy for text in entropies for entropy in text)

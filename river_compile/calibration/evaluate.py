@@ -62,7 +62,7 @@ class Run:
 
 @dataclass(frozen=True)
 class Kind:
-    """What a step costs depends on: the backbone blocks it ran, and where the river of a doubted step began."""
+    """The kind of a step, by its cost: backbone blocks, and the depth at which the river of a doubted step began."""
 
     depth: int
     river_from: int | None = None
@@ -137,7 +137,7 @@ class Meter:
             return self.run_at(index, itertools.repeat(None))
 
     def run_at(self, index: int, depths: Iterable[int | None]) -> Run:
-        """Decodes one text with a given exit depth for each token, None where the rule decides."""
+        """Decodes one text with a given exit depth for each token, None if the rule decides."""
         ids = self._samples[index].to(self._model.device)
         self._prompt(index, ids)
         logits, seconds = [], []

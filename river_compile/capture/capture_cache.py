@@ -1,4 +1,4 @@
-"""Launches units: replays their captures, makes these where inputs come back, and keeps the buffers between units.
+"""Launches units: replays captures, makes them when inputs recur, and owns the buffers between units.
 
 The first time that a unit meets its inputs' addresses it runs uncaptured, which is also the warm-up that a capture
 needs; the second time it is captured, and from then on replayed. (A device that needs no warm-up captures at once.) A
@@ -68,7 +68,7 @@ class CaptureCache:
         return [graph for graph, _ in self._captures.values()]
 
     def prepare(self, units: Iterable[CaptureUnit] = (), slots: Sequence = ()) -> None:
-        """Computes by what the captures of these units are found, for the next launch of each, and of no other.
+        """Computes the keys of these units' captures for the next launch of each.
 
         Nothing that they read may be put in another place before: what is launched in between writes other slots.
         """
@@ -99,12 +99,12 @@ class CaptureCache:
         return signature in self._captures or self._capture(unit, signature, slots, rehearse)
 
     def note_run(self, unit: CaptureUnit, slots: list) -> None:
-        """Notes that others did what a unit does and left its results in the slots, so that it is captured next."""
+        """Notes that a unit's results are in the slots already, so that it is captured next."""
         if not self._stays_uncaptured(unit):
             self._remember(unit, self._signature(unit, slots), {index: slots[index] for index in unit.writes})
 
     def launch(self, unit: CaptureUnit, slots: list) -> bool:
-        """Replays a unit, or runs it where it has no capture, and leaves its results in the slots.
+        """Replays a unit, or runs it if it has no capture, and leaves its results in the slots.
 
         Returns:
             True where an existing capture was replayed.
@@ -126,7 +126,7 @@ class CaptureCache:
         return not is_new
 
     def replay(self, unit: CaptureUnit, slots: list, numbers: set[int]) -> Callable[[], object] | None:
-        """Returns what launches a unit again that was launched last on these slots; None where it is not captured yet.
+        """Returns a repeated launch of a unit on these slots; None if it is not captured yet.
 
         Its results' buffers are put into the slots.
 
@@ -213,7 +213,7 @@ class CaptureCache:
     def _capture(
         self, unit: CaptureUnit, signature: tuple, slots: list, rehearse: Callable[[], object] = lambda: None
     ) -> bool:
-        """Captures a unit whose inputs come back; returns False where they are new, or it failed (the log says why)."""
+        """Captures a unit whose inputs recur; returns False if they are new, or it failed (the log says why)."""
         seen = self._seen.setdefault(unit, OrderedDict())
         outputs = seen.get(signature)
         if outputs is None:

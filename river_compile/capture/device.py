@@ -1,4 +1,4 @@
-"""What capturing a decode step means, apart from any device: devices that capture, and the record of what was captured.
+"""The interface of devices that capture decode steps, and the log of captures.
 
 A *unit* is what is captured as one graph (:mod:`river_compile.capture.partition`). Two devices exist: CUDA graphs
 (:mod:`river_compile.capture.cuda`), and tapes of C++ calls on a CPU (:mod:`river_compile.capture.tapes`). Tests
@@ -24,7 +24,7 @@ from river_compile.runtime.runner import Step
 
 
 class CaptureFailed(RuntimeError):
-    """A unit cannot be captured; the message holds what the device said."""
+    """A unit cannot be captured; the message has the device's."""
 
 
 class CaptureDevice(ABC):
@@ -35,7 +35,7 @@ class CaptureDevice(ABC):
     needs_a_run = True  # before a unit is captured: what it returns, and whatever it sets up, is known afterwards
 
     def obstacle(self, step: Step) -> Refusal | None:
-        """Returns why the device cannot capture what a step of a capturable graph runs, None where it can."""
+        """Returns why the device cannot capture a step of a capturable graph, None if it can."""
         return None
 
     def takes_pass(self, dtype: torch.dtype, sequences: int, positions: int) -> bool:
@@ -43,7 +43,7 @@ class CaptureDevice(ABC):
         return False
 
     def why_undecided(self) -> str | None:
-        """Returns why captures cannot hold decisions, None where :meth:`when` puts them there."""
+        """Returns why captures cannot hold decisions, None if :meth:`when` puts them there."""
         return f"{self.name} hold no decisions"
 
     def when(self, holds: Tensor, work: Callable[[list], object], slots: list) -> None:
@@ -56,7 +56,7 @@ class CaptureDevice(ABC):
 
     @abstractmethod
     def begin(self, buffers: Callable[[], Iterable[Tensor]], flags: Tensor) -> None:
-        """Starts a step: what an earlier one left in the flags and in what `buffers` returns means nothing any more."""
+        """Starts a step: the flags and `buffers` of an earlier one mean nothing any more."""
 
     @abstractmethod
     def run(self, work: Callable[[], object]) -> None:
@@ -86,10 +86,10 @@ class CaptureDevice(ABC):
 
     @abstractmethod
     def launch(self, graph: Any, slots: list) -> None:
-        """Replays what :meth:`capture` returned on slots at the same addresses; returns before it has run."""
+        """Replays a capture on slots at the same addresses; returns before it has run."""
 
     def replayer(self, graph: Any, slots: list) -> Callable[[], object]:
-        """Returns what launches a graph as :meth:`launch` does, in the fewest calls."""
+        """Returns a function that launches a graph as :meth:`launch` does, in the fewest calls."""
         return functools.partial(self.launch, graph, slots)
 
     @abstractmethod
@@ -102,7 +102,7 @@ class CaptureDevice(ABC):
 
     @abstractmethod
     def seconds_between(self, first: Any, second: Any) -> float | None:
-        """Returns the device's time between two marks that were reached, None where it keeps no time."""
+        """Returns the device's time between two marks that were reached, None if it keeps no time."""
 
     @abstractmethod
     def end(self) -> None:
@@ -115,47 +115,31 @@ class CaptureDevice(ABC):
 
 @dataclass(frozen=True)
 class CaptureRecord:
-    """One capture of the unit with that name, for so many rows.
-
-    Attributes:
-        depth: the exit depth: of a span the blocks executed at its end, of a tail those before it.
-        seconds: time that capturing took.
-        bytes: device memory that the graph holds beyond the buffers.
-    """
+    """One capture of the unit with that name, for so many rows."""
 
     unit: str
-    depth: int
+    depth: int  # the exit depth: of a span the blocks executed at its end, of a tail those before it
     batch: int
-    seconds: float
-    bytes: int
+    seconds: float  # time that capturing took
+    bytes: int  # device memory that the graph holds beyond the buffers
 
 
 @dataclass
 class CaptureLog:
-    """What was captured of one traced graph, what was not, and why. Holds no tensor and no graph.
+    """The captures of one traced graph, and the reasons for missing ones. Holds no tensor and no graph."""
 
-    Attributes:
-        device: the device's name, empty where nothing is captured.
-        not_captured: why nothing is captured, None where something may be.
-        captures: the newest captures, at most 512; those that were dropped since included.
-        made, seconds, bytes: number and sums of all captures.
-        alive: captures that are kept at the moment.
-        dropped: captures that gave way to `max_captures`.
-        buffer_bytes: bytes of the buffers at the units' borders.
-        uncaptured_units: by name, why they run uncaptured.
-        never_launched_ahead: by name, why units are not launched ahead of the exit check before them.
-    """
-
-    device: str = ""
-    not_captured: str | None = None
+    device: str = ""  # the device's name, empty where nothing is captured
+    not_captured: str | None = None  # why nothing is captured, None where something may be
+    # the newest captures, at most 512; those that were dropped since included
     captures: deque[CaptureRecord] = field(default_factory=lambda: deque(maxlen=512))
-    made: int = 0
+    made: int = 0  # made, seconds, bytes: number and sums of all captures
     seconds: float = 0.0
     bytes: int = 0
-    alive: int = 0
-    dropped: int = 0
-    buffer_bytes: int = 0
-    uncaptured_units: dict[str, str] = field(default_factory=dict)
+    alive: int = 0  # captures that are kept at the moment
+    dropped: int = 0  # captures that gave way to `max_captures`
+    buffer_bytes: int = 0  # bytes of the buffers at the units' borders
+    uncaptured_units: dict[str, str] = field(default_factory=dict)  # by name, why they run uncaptured
+    # by name, why units are not launched ahead of the exit check before them
     never_launched_ahead: dict[str, str] = field(default_factory=dict)
 
     def add(self, record: CaptureRecord) -> None:
@@ -188,14 +172,14 @@ class CaptureLog:
 
 
 class _StandIn:
-    """What makes the device of a test, None where there is none."""
+    """The factory of a test's device, None if there is none."""
 
     make: Callable[[], CaptureDevice] | None = None
 
 
 @contextlib.contextmanager
 def captured_by(make: Callable[[], CaptureDevice] | None) -> Iterator[None]:
-    """Inside, what `make` returns captures for models on a CPU with ``cudagraphs=True``, in all threads: for tests."""
+    """Inside, the device of `make` captures for models on a CPU with ``cudagraphs=True``, in all threads: for tests."""
     before, _StandIn.make = _StandIn.make, make
     try:
         yield
@@ -204,5 +188,5 @@ def captured_by(make: Callable[[], CaptureDevice] | None) -> Iterator[None]:
 
 
 def stand_in(asked: bool | None, device: torch.device) -> CaptureDevice | None:
-    """Returns the device of a test, where captures are asked for and there is one."""
+    """Returns the device of a test, if captures are asked for and there is one."""
     return _StandIn.make() if asked is True and device.type == "cpu" and _StandIn.make is not None else None

@@ -1,4 +1,4 @@
-"""What decisions on the device read and write: one row for each depth, in memory that stays where it is.
+"""The inputs and outcomes of decisions on the device: one row for each depth, at fixed addresses.
 
 A fork's *verdict* says whether a token leaves there. Where the kernel of an exit check makes it
 (``river::residual_verdict``), rule and verdict are operands of that kernel; elsewhere :meth:`DeviceExitState.decide`

@@ -183,7 +183,7 @@ class DeviceExits(CapturedRunner):
         return super().finish(slots)
 
     def _follows(self, rule: ExitBars) -> Tensor | None:
-        """Returns a rule's rows on the device, None where a token may leave at a depth that is no fork.
+        """Returns a rule's rows on the device, None if a token may leave at a depth that is no fork.
 
         To bring new ones there the host waits for what was launched; they are kept for the next time.
         """
@@ -198,7 +198,7 @@ class DeviceExits(CapturedRunner):
         return self._kept[bars]
 
     def _tell(self, rule: ExitBars, rules: Tensor) -> None:
-        """Brings a rule to where the next launch reads it."""
+        """Copies a rule to the device for the next launch."""
         verdicts, given = self.verdicts, rule.given
         if rule.bars != self._bars:
             self.device.run(lambda: verdicts.rules.copy_(rules))
@@ -224,7 +224,7 @@ class _Outcomes:
         self._places += [(device.flags(outcome.numel()), None) for _ in range(_PLACES)]
 
     def send(self) -> Outcome:
-        """Copies the outcome of what was launched last, and returns what waits for that and reads it."""
+        """Copies the outcome of the last launch; returns a function that waits for the copy and reads it."""
         place, before = self._places.popleft()
         if before is not None:
             before()
@@ -239,7 +239,7 @@ class _Outcomes:
 
 
 class _Reading:
-    """Reads a place once the device has written to it, and remembers what was there."""
+    """Reads a place once the device has written to it, and remembers the value."""
 
     def __init__(self, device: CaptureDevice, place: Tensor, read: Callable[[Tensor], list[float]]) -> None:
         self._device, self._place, self._mark, self._read = device, place, device.mark(), read
@@ -258,7 +258,7 @@ class _Reading:
 def verdicts_for(
     plan: DecoderPlan, policy: ExitPolicy, device: CaptureDevice, captures: CaptureLog
 ) -> DeviceExitState | None:
-    """Returns what the decisions of decode steps read and write on a device, None where the host must decide.
+    """Returns the state of decisions on a device, None if the host must decide.
 
     `captures` says why then.
     """
@@ -278,7 +278,7 @@ def captured_runner(
     verdicts: DeviceExitState | None,
     plain: Runner,
 ) -> CapturedRunner:
-    """Returns what launches a program's captures, by `verdicts` (of :func:`verdicts_for`) or as the host decides."""
+    """Returns the runner of a program's captures, by `verdicts` (of :func:`verdicts_for`) or as the host decides."""
     if verdicts is not None:
         return DeviceExits(program, steps, launcher, LaunchAhead(), policy, verdicts, plain)
     ahead = LaunchAhead(launch_ahead if isinstance(launch_ahead, bool) else None)

@@ -143,7 +143,7 @@ class CapturedRunner(Runner):
         return ReplayedStep(self, begin, launches, lambda: tuple([slots[i] for i in returned]))
 
     def _buffers(self) -> list[Tensor]:
-        """Returns what a step leaves behind and the next one must not read."""
+        """Returns the slots that a step leaves behind and the next one must not read."""
         return [buffer for _, buffer in self.launcher.buffers()]
 
     def blocks(self, slots: list, start: int, end: int) -> None:
@@ -201,7 +201,7 @@ class CapturedRunner(Runner):
         return self.launcher.fresh(slots[i] for i in self._returned)
 
     def _note_verdict(self, left: bool) -> None:
-        """Notes what the executor decided at the check that was read last."""
+        """Notes the executor's decision at the check that was read last."""
         if self._checked is not None:
             self.ahead.saw(self._checked, left)
             self._checked = None
@@ -214,7 +214,7 @@ class CapturedRunner(Runner):
         self._launched_ahead = None
 
     def _launch_ahead(self, depth: int, slots: list) -> None:
-        """Launches the unit after the check at a depth before the check's result is known, where that pays."""
+        """Launches the unit after a check before the check's result is known, if that pays."""
         unit = self.units.after(depth)
         if (
             unit.name not in self.launcher.log.never_launched_ahead
@@ -233,7 +233,7 @@ class CapturedRunner(Runner):
 
 
 def captures_expected(config: RiverConfig, device: torch.device, ranks: Ranks = ALONE) -> bool:
-    """Whether steps on a static cache are going to be captured, as far as can be told before a graph is traced."""
+    """Whether steps on a static cache will be captured, as far as is known before a graph is traced."""
     if ranks.several or config.cudagraphs is False:
         return False
     if device.type == "cuda" or stand_in(config.cudagraphs, device) is not None:
@@ -247,7 +247,7 @@ def captures_expected(config: RiverConfig, device: torch.device, ranks: Ranks = 
 def choose_device(
     program: RiverProgram, config: RiverConfig, captures: CaptureLog, native: bool = False, ranks: Ranks = ALONE
 ) -> CaptureDevice | None:
-    """Returns what captures a program's decode steps; None where nothing is captured, and `captures` says why.
+    """Returns the device that captures a program's decode steps; None if none does, and `captures` says why.
 
     No pass needs to have run. `native` says whether twins become C++ calls, which a CPU captures; `ranks` are those
     that share the model.
@@ -276,7 +276,7 @@ def choose_device(
 
 
 def _unsupported(program: RiverProgram, several: bool) -> str | None:
-    """Returns why no unit of a graph can be captured, naming the node where there is one; None where some can.
+    """Returns why no unit of a graph can be captured, with the node if there is one; None if some can.
 
     `several` says whether the device captures passes of several tokens.
     """
@@ -306,14 +306,10 @@ _MEMORY = 0.95  # weight that an older observation keeps at each new one: about 
 
 @dataclass
 class LaunchAhead:
-    """Learns from every check and answers for the next.
+    """Learns from every check and answers for the next."""
 
-    Attributes:
-        always: True or False to answer the same every time, None to decide by measurement.
-        left: by depth, the share of recent tokens that left there.
-    """
-
-    always: bool | None = None
+    always: bool | None = None  # True or False to answer the same every time, None to decide by measurement
+    # by depth, the share of recent tokens that left there
     left: dict[int, float] = field(default_factory=lambda: defaultdict(lambda: 0.5))
     _round_trip: float | None = None
     _span: dict[int, float] = field(default_factory=dict)

@@ -61,35 +61,25 @@ def copy_into(buffers: Sequence[Tensor], values: Sequence[Tensor]) -> None:
 
 @dataclass(frozen=True, eq=False)
 class CaptureUnit:
-    """Steps that are captured as one graph.
-
-    Attributes:
-        start: blocks executed before it.
-        end: of a span the blocks executed at its end, otherwise `start`.
-        reads: slots whose values must be there when it starts, ascending.
-        keys: those of them whose address or value a capture depends on, tensors first.
-        tensors: how many of these are tensors.
-        writes: slots of the tensors that are needed when it has ended.
-        numbers: what it hands on besides, computed by the host: slot, function, slots of its arguments.
-        flag: where its score (of the exit check or the head) goes in host memory, a float32 scalar; None without one.
-        obstacle: why it cannot be captured, if it cannot.
-    """
+    """Steps that are captured as one graph."""
 
     kind: Kind
-    start: int
-    end: int
+    start: int  # blocks executed before it
+    end: int  # of a span the blocks executed at its end, otherwise `start`
     steps: tuple[Step, ...]
-    reads: tuple[int, ...]
-    keys: tuple[int, ...]
-    tensors: int
-    writes: tuple[int, ...]
+    reads: tuple[int, ...]  # slots whose values must be there when it starts, ascending
+    keys: tuple[int, ...]  # those of them whose address or value a capture depends on, tensors first
+    tensors: int  # how many of these are tensors
+    writes: tuple[int, ...]  # slots of the tensors that are needed when it has ended
+    # what it hands on besides, computed by the host: slot, function, slots of its arguments
     numbers: tuple[tuple[int, Callable[..., int], tuple[int, ...]], ...]
+    # where its score (of the exit check or the head) goes in host memory, a float32 scalar; None without one
     flag: Tensor | None
-    obstacle: Refusal | None
+    obstacle: Refusal | None  # why it cannot be captured, if it cannot
 
     @functools.cached_property
     def inputs_in(self) -> Callable[[Sequence], Sequence]:
-        """Picks what `keys` name from slots, tensors first."""
+        """Picks the slots that `keys` name, tensors first."""
         return gather(self.keys)
 
     @property
@@ -112,7 +102,7 @@ class CaptureUnit:
             slots[index] = compute(*[slots[i] for i in arguments])
 
     def run_into(self, slots: list, outputs: Mapping[int, Tensor], when: When) -> None:
-        """Runs the steps on the slots and copies what is needed afterwards into buffers, by slot.
+        """Runs the steps on the slots and copies the later needed values into buffers, by slot.
 
         `when` runs work on a copy of the slots, where a boolean on the device holds; steps alone ask for nothing.
         """
@@ -157,7 +147,7 @@ class Partition:
             self.prologue = self._unit("prologue", 0, 0)
 
     def spans(self, start: int, end: int) -> list[CaptureUnit]:
-        """Returns the units of blocks start+1..end, and the head's: more than one where not all can be captured."""
+        """Returns the units of blocks start+1..end, and the head's: several if not all can be captured."""
         if start == end and (start or self.prologue is not None):
             return []
         if (start, end) not in self._spans:
@@ -171,11 +161,11 @@ class Partition:
         return self._unit("step", 0, last)
 
     def after(self, depth: int) -> CaptureUnit:
-        """Returns the unit that runs after the check at a depth, where the token stays."""
+        """Returns the unit that runs after the check at a depth if the token stays."""
         return self.spans(depth, self.ends[self.ends.index(depth) + 1])[0]
 
     def tail(self, depth: int) -> list[CaptureUnit]:
-        """Returns the units of twins depth+1..L and the head that they take: two where the head alone has obstacles."""
+        """Returns the units of twins depth+1..L and their head: two if the head alone has obstacles."""
         if depth not in self._tails:
             alone = self._head_is_alone("tail", depth)
             units = [self._unit("twins", depth, depth), self._head()] if alone else [self._unit("tail", depth, depth)]

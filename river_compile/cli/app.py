@@ -1,4 +1,4 @@
-"""The `river` command: which commands there are, and what becomes of their errors.
+"""The `river` command: the list of its commands, and the handling of their errors.
 
 Nothing here or at the top of a command's module imports torch, so that ``river --help`` is there at once; a command
 imports what it needs when it runs.

@@ -1,4 +1,4 @@
-"""A pass of one width that a session runs again: what its graph was given, and what changes from pass to pass.
+"""A pass of one width that a session runs again: its graph's inputs, those that change moved on in place.
 
 Between a model's call and its graph stands Dynamo. It checks thousands of guards and gathers the graph's inputs from
 hundreds of modules, about a millisecond a token. Within one session the same graph runs with the same parameters and
@@ -45,7 +45,7 @@ def graph_calls() -> Iterator[list[Call]]:
 
 
 class BoundPass:
-    """Runs a graph again with what it was given once; see :meth:`of`.
+    """Runs a graph again with its first inputs; see :meth:`of`.
 
     The model is not looked at again: a session's contract says that it does not change.
     """

@@ -37,7 +37,7 @@ class Proposed(NamedTuple):
 
     @property
     def chance(self) -> float:
-        """How likely it is to hold, where those before it did."""
+        """How likely it is to hold, given that those before it did."""
         return self.rate.chance(self.evidence)
 
 
@@ -94,7 +94,7 @@ class DraftPolicy(Protocol):
         ...
 
     def note(self, tokens: int, steps: int, width: int) -> None:
-        """Takes in what a cycle kept, how many draft steps it took, and the width of its verification."""
+        """Learns from a cycle: kept tokens, draft steps, and the width of its verification."""
         ...
 
     def take(self, times: PassTimes, share: float) -> None:

@@ -1,4 +1,4 @@
-"""Proposes tokens for the backbone to verify: copied from the context where it repeats itself, else by the river.
+"""Drafts tokens for the backbone to verify: copied from the context if it repeats itself, else by the river.
 
 A copied continuation costs nothing (:mod:`.lookup`); the river drafts token after token. Which of both a row takes, and
 how long it drafts, is decided by how likely the tokens are to hold (:mod:`.plan`). That is learned while generating:
@@ -140,7 +140,7 @@ class Drafter:
         return Draft({i: row.proposed for i, row in rows.items()}, steps)
 
     def note(self, tokens: int, steps: int, width: int, seconds: float) -> None:
-        """Takes in what a cycle kept of all rows, its draft steps, and the width and time of its verification."""
+        """Learns from a cycle: kept tokens of all rows, draft steps, width and time of its verification."""
         self._times.note(width, seconds)
         self.rule.note(tokens, steps, width)
 
@@ -158,7 +158,7 @@ class Drafter:
     def _go_on(
         self, ids_BS: Tensor, rows: Mapping[int, RowDraft], running: Sequence[int], step: DraftStep, steps: int
     ) -> list[int]:
-        """Adds a token to each draft that is open: a copied one where that is as likely to hold, else the river's."""
+        """Adds a token to each open draft: a copied one if that is as likely to hold, else the river's."""
         river = self._rates.river.chance(0.0)
         copying = {i for i in running if rows[i].open and rows[i].copies(river)}
         asking = [i for i in running if rows[i].open and i not in copying]

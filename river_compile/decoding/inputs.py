@@ -1,4 +1,4 @@
-"""What the passes of a session are given: ids, masks and positions, those of an earlier pass moved on in place.
+"""The inputs of a session's passes: ids, masks and positions, moved on in place from pass to pass.
 
 `generate` makes them anew for every pass, up to half a millisecond of it. On a static cache that no sliding window of
 has become full, a later pass sees some slots more or fewer, and its positions differ by as many.
@@ -25,7 +25,7 @@ Inputs = dict[str, Any]
 
 
 class PassInputs:
-    """The inputs of passes of one width on one cache, while its rows stay where they are.
+    """The inputs of passes of one width on one cache, while its rows do not move.
 
     Args:
         model: the model.
@@ -105,7 +105,7 @@ class _Moved:
         self._masks = [(mask, block, seen, hidden.clone()) for mask, block, seen, hidden in self._masks]
 
     def move_to(self, slot: int, ids_BS: Tensor) -> bool:
-        """Makes the inputs those of a pass that begins in a slot; returns False where that does not fit the masks."""
+        """Makes the inputs those of a pass that begins in a slot; returns False if that does not fit the masks."""
         before, width = self._slot, self._width
         if slot + width > self._slots:
             return False

@@ -1,4 +1,4 @@
-"""Copied continuations: what followed the longest ending of the text that occurred before in it.
+"""Prompt lookup: copies the continuation of the longest ending of the text that occurred before in it.
 
 Prompt lookup (Saxena, "Prompt Lookup Decoding", 2023) by a suffix automaton (Blumer et al., 1985; for drafts: Hu et
 al., "SAM Decoding", arXiv 2411.10666), which knows every ending at once: a state stands for endings that occur at the

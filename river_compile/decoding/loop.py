@@ -165,7 +165,7 @@ class DecodeLoop:
         session.stats.count_cycle(CycleRecord(rows, width, seconds, threading.get_ident(), session.stats.model_id))
 
     def _let_leave(self, drafter: Drafter) -> None:
-        """Takes the rows that have ended out of the batch, where they are enough."""
+        """Takes the rows that have ended out of the batch, if they are enough."""
         running, before = self.texts.running, len(self._rows)
         if not running or len(running) > _STAY * before or self.together:
             return
@@ -176,7 +176,7 @@ class DecodeLoop:
         self._rows = running
 
     def _places(self, rows: Iterable[int]) -> list[int]:
-        """Returns where rows stand in the batch."""
+        """Returns the positions of rows in the batch."""
         return list(rows) if len(self._rows) == len(self.texts.active) else [self._rows.index(row) for row in rows]
 
     def _of_rows(self, values_BV: Tensor, rows: Sequence[int]) -> Tensor:
@@ -258,7 +258,7 @@ class DecodeLoop:
         return [row for row, token, draft in zip(rows, ids, drafted, strict=False) if token == draft]
 
     def _queue_next(self) -> None:
-        """Runs the next step before it is known that some text goes on, where that saves time and can be undone."""
+        """Runs the next step before it is known that some text goes on, if that saves time and can be undone."""
         texts, session = self.texts, self.session
         if session.runs_late and texts.longest < self.max_length and not self.ranks.several and session.can_take_back:
             self._queued = session.step(texts.aligned(self._rows))

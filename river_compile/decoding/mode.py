@@ -1,4 +1,4 @@
-"""What ``model.generate(**inputs, custom_generate=...)`` is given: `decode`, and `exact` with drafts.
+"""The values of ``model.generate(**inputs, custom_generate=...)``: `decode`, and `exact` with drafts.
 
 `decode` generates what transformers' own loop does, in less time for each step. With `exact` the river drafts, the
 backbone verifies, and the text is the plain model's (docs/exact.md): greedy text token for token, sampled text for the
@@ -95,13 +95,13 @@ class Call:
 
     @property
     def pad_token(self) -> int | None:
-        """What rows receive that have ended while others go on; None where none can end before the others."""
+        """What rows receive that have ended while others go on; None if none can end before the others."""
         ends = any(hasattr(criterion, "eos_token_id") for criterion in self.criteria)
         pad = self.config._pad_token_tensor
         return int(pad) if ends and pad is not None else None
 
     def result(self, ids_BS: Tensor, loop: DecodeLoop) -> Generated:
-        """Returns what ``generate`` does, of a loop that has ended with these ids."""
+        """Returns the result of ``generate`` for a loop that has ended with these ids."""
         if not self.config.return_dict_in_generate:
             return ids_BS
         return GenerateDecoderOnlyOutput(
@@ -198,7 +198,7 @@ class Decode:
         assistant_model: object,
         model_kwargs: Mapping[str, object],
     ) -> str:
-        """Returns what the loop does not handle, and what to do about it; empty where there is nothing."""
+        """Returns the request that the loop does not handle, with the fix; empty if there is none."""
         mode = config.get_generation_mode()
         if assistant_model is not None:
             return f"assistant_model={type(assistant_model).__name__} is not available here; leave it out"
@@ -216,7 +216,7 @@ class Decode:
         return _other_rows(rows, model_kwargs)
 
     def drafting(self, call: Call, session: Session, logits: Tensor, shared: bool) -> tuple[Drafter | None, bool]:
-        """Returns what drafts, now that the prompt has run, and whether rows keep only what held for all of them.
+        """Returns the drafter, after the prompt, and whether rows keep only tokens that held for all of them.
 
         Raises:
             ExactModeError: drafts cannot be verified.
@@ -316,7 +316,7 @@ exact = ExactMode()
 
 
 def _ends(criteria: StoppingCriteriaList) -> Ends | None:
-    """Returns what stopping criteria come to, None where they must be asked."""
+    """Returns the ends that stopping criteria amount to, None if they must be asked."""
     if not criteria or any(type(c) not in (MaxLengthCriteria, EosTokenCriteria) for c in criteria):
         return None
     lengths = [c.max_length for c in criteria if isinstance(c, MaxLengthCriteria)]
@@ -335,7 +335,7 @@ def _row_by_row(call: Call) -> bool:
 
 
 def _other_rows(rows: int, model_kwargs: Mapping[str, object]) -> str:
-    """Says where others than the ids' rows were given: the plain model says what is wrong."""
+    """Returns a message if inputs have another number of rows than the ids: the plain model reports the error."""
     for name, fitting in (("attention_mask", (rows,)), ("position_ids", (1, rows))):
         given = model_kwargs.get(name)
         if isinstance(given, Tensor) and given.ndim in (2, 3) and given.shape[-2] not in fitting:

@@ -64,7 +64,7 @@ class RewindableCache:
         self._ahead: dict[int, tuple[Tensor, ...]] = {}  # of full windows, what the next tokens push out one by one
 
     def allow_rewinds(self, longest: int, strict: bool = False) -> None:
-        """Keeps what a rewind brings back.
+        """Saves the state that a rewind restores.
 
         Args:
             longest: most tokens that are ever written between two calls of :meth:`mark`.
@@ -90,7 +90,7 @@ class RewindableCache:
 
     @property
     def room(self) -> int:
-        """How many tokens can be written before the next mark; a pass ends where a static window is full."""
+        """How many tokens can be written before the next mark; a pass ends when a static window is full."""
         rooms = [self._longest]
         if self.capacity is not None:
             rooms.append(self.capacity - self.filled)
@@ -221,7 +221,7 @@ def selected_inputs(kwargs: Mapping[str, object], rows: Sequence[int]) -> dict:
 
 
 def tensors_of(layer: object) -> Iterator[tuple[dict, Any]]:
-    """Yields where a cache layer holds each of its tensors, as a dict and a key: keys, values, a convolution's inputs.
+    """Yields the places of a cache layer's tensors, as a dict and a key: keys, values, a convolution's inputs.
 
     (A recurrent state cannot be rewound, so no such layer comes here.)
     """

@@ -1,4 +1,4 @@
-"""Chooses tokens from processed scores, so that the text is plain generation's whatever was drafted.
+"""Chooses tokens from processed scores, so that the text is plain generation's for any drafts.
 
 Greedy: the best token. Sampling: the token that ``torch.multinomial`` would draw. That function divides the
 probabilities by exponential noise and takes the largest (the Gumbel-max trick), so the noise of a position can be drawn
@@ -65,7 +65,7 @@ class Chooser:
             del self._steps[step]
 
     def close(self, steps: int) -> None:
-        """Leaves PyTorch's generator where plain sampling of this many steps leaves it."""
+        """Leaves PyTorch's generator in the state after plain sampling of this many steps."""
         if steps in self._steps:
             state, noise = self._steps[steps]
             _set_state(noise.device, state)
@@ -117,7 +117,7 @@ STATELESS = (
 
 
 class RowProcessors:
-    """Logits processors that are told which rows they are given.
+    """Logits processors that know the rows of their scores.
 
     Args:
         processors: they take rows of one length.
@@ -127,7 +127,7 @@ class RowProcessors:
         self._processors = processors
 
     def __call__(self, ids_NS: Tensor, scores_NV: Tensor, rows: Sequence[int]) -> Tensor:
-        """Returns what the processors make of the scores of these rows of the batch."""
+        """Returns the processed scores of these rows of the batch."""
         return LogitsProcessorList(_for_rows(p, rows) for p in self._processors)(ids_NS, scores_NV)
 
 

@@ -1,4 +1,4 @@
-"""The texts of a batch's rows, which grow at their own pace, and what plain generation would have shown of them.
+"""The texts of a batch's rows, which grow at their own pace, and plain generation's view of them.
 
 A streamer gets a column ``[B]`` once every row that still runs has come that far, so in plain generation's order.
 """
@@ -37,7 +37,7 @@ class Sequences:
 
     @property
     def device(self) -> torch.device:
-        """Where the ids lie."""
+        """The device of the ids."""
         return self._ids.device
 
     @property
@@ -92,7 +92,7 @@ class Sequences:
             self.running = [other for other in self.running if other != row]
 
     def show(self) -> None:
-        """Shows the streamer what all rows have by now."""
+        """Shows the streamer the tokens that all rows have by now."""
         if self._put is None:
             return
         reached = min((self.lengths[row] for row in self.running), default=max(self.lengths))

@@ -161,7 +161,7 @@ class Session:
 
     @property
     def runs_late(self) -> bool:
-        """Whether what is called on the model's device has run when the call returns, or later."""
+        """Whether calls on the model's device have run when they return."""
         return self.model.device.type == "cuda"
 
     @property
@@ -171,7 +171,7 @@ class Session:
 
     @property
     def can_part(self) -> bool:
-        """Whether rows may keep other numbers of tokens: what else the model reads by slot can be moved with them.
+        """Whether rows may keep different numbers of tokens: all state by slot can be moved with them.
 
         A model without position ids may count slots, padding among them.
         """
@@ -311,7 +311,7 @@ class Session:
         return self.model._update_model_kwargs_for_generation({}, kwargs, num_new_tokens=more) if more else kwargs
 
     def _prepared(self, ids_BS: Tensor, width: int) -> Inputs:
-        """Makes what a pass over the last `width` ids takes, by transformers' methods."""
+        """Makes the model kwargs of a pass over the last `width` ids, by transformers' methods."""
         kwargs = self._lengthened(self.entries.filled + width)
         if width > 1 and "logits_to_keep" in kwargs:
             kwargs["logits_to_keep"] = 0  # all of them; any other number would be a graph of its own
@@ -332,7 +332,7 @@ def why_not(record: ModelRecord) -> str:
 
 
 def check_paths(config: RiverConfig) -> None:
-    """Raises an ExactModeError where a model was compiled without its whole river or its whole backbone."""
+    """Raises an ExactModeError if a model was compiled without its whole river or its whole backbone."""
     if config.prefill != "backbone":
         raise ExactModeError(
             f"prefill={config.prefill!r} lets prompts leave the backbone, so nothing could verify the drafts; compile "

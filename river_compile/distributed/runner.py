@@ -31,7 +31,7 @@ class RankRunner(PlainRunner):
         self._ranks, self._checks = ranks, checks
 
     def __exit__(self, kind: object, error: object, traceback: object) -> None:
-        """Ends a step; raises a RankError where it failed because another rank is gone."""
+        """Ends a step; raises a RankError if it failed because another rank is gone."""
         self._ranks.explain(error)
 
     def begin(self, args: Sequence) -> list:

@@ -42,7 +42,7 @@ class TokenByToken:
         return torch.cat(found)
 
     def _begin(self) -> None:
-        """Empties the cache, and what exit criteria remember of the text before (a prompt of one token goes on)."""
+        """Empties the cache and the exit criteria's memory of the last text (a prompt of one token goes on)."""
         self._cache.reset()
         record, keys = find_record(self._model), self._cache.layers[0].keys
         if record is not None and keys is not None:

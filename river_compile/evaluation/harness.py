@@ -91,7 +91,7 @@ class RiverLM(HFLM):
         return found
 
     def _decoder_for(self, ids_1S: Tensor) -> TokenByToken:
-        """Returns a decoder with room for a text: that of the text before, or one of twice as many tokens or more."""
+        """Returns a decoder with capacity for a text: the last one, or a new one of a power of two."""
         needed = ids_1S.shape[1]
         if self._decoder is None or self._decoder[0] < needed:
             room = max(_SMALLEST_ROOM, 1 << (needed - 1).bit_length())
@@ -99,7 +99,7 @@ class RiverLM(HFLM):
         return self._decoder[1]
 
     def get_model_info(self) -> dict[str, Any]:
-        """Returns what lm-eval writes of a model into its results, with how it ran and how deep tokens went."""
+        """Returns the model's entry in lm-eval's results, with its quality, scoring and mean depth."""
         record = find_record(self.model)
         depths = record.exit_stats.decode if record is not None else {}
         steps = sum(depths.values())

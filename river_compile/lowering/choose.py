@@ -99,7 +99,7 @@ def choose_lowering(config: RiverConfig, device: torch.device) -> Lowering:
 
 
 def no_compiler(config: RiverConfig, example_inputs: Sequence[Any]) -> Refusal | None:
-    """Returns why Inductor could compile nothing for a CPU, None where it can or need not."""
+    """Returns why Inductor could compile nothing for a CPU, None if it can or need not."""
     if config.lowering == "eager" or any(isinstance(x, Tensor) and x.device.type != "cpu" for x in example_inputs):
         return None
     try:
@@ -110,7 +110,7 @@ def no_compiler(config: RiverConfig, example_inputs: Sequence[Any]) -> Refusal |
 
 
 def _native_pays(config: RiverConfig, on_gpu: bool) -> bool:
-    """Tells whether the C++ kernels are the fastest here: the processor's vectors are known to them."""
+    """Returns whether the C++ kernels are the fastest here: they know the processor's vectors."""
     return not on_gpu and config.group_size in LAYOUTS[NATIVE_LAYOUT].group_sizes and chosen().name != "portable"
 
 
@@ -130,7 +130,7 @@ def _native(config: RiverConfig, on_gpu: bool) -> Lowering:
 
 
 def warn_of_slow_lowering(lowering: Lowering, device: torch.device) -> None:
-    """Says once that what was chosen is slow on this machine, where it is."""
+    """Warns once if the chosen lowering is slow on this machine."""
     if lowering.layout == ATEN_LAYOUT and not has_fast_kernel():
         capability = torch.backends.cpu.get_cpu_capability()
         warn_once(f"this processor ({capability}) has no fast int4 kernel in ATen: River's answers are right, but slow")

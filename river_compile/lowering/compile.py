@@ -213,7 +213,7 @@ def _takes_dependent(node: fx.Node) -> bool:
 
 
 def _take_apart(product: fx.Node) -> None:
-    """Turns a product with matrices that were put together into one that reads them where they are."""
+    """Makes a matmul with concatenated matrices read them in place."""
     x, weight, _, bias, *_ = product.args
     product.target = torch.ops.river.merged.default
     product.args = (x, parts_of(weight), parts_of(bias))

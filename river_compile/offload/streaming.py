@@ -43,7 +43,7 @@ class _Brought:
 
 
 class _Ahead(threading.local):
-    """What a thread began to bring in for the next block."""
+    """A thread's prefetch of the next block."""
 
     brought: _Brought | None = None
 
@@ -68,13 +68,13 @@ class Streamer:
         return StreamedStep(segment, functools.partial(self._run, segment, parameters, callee), packed, slots)
 
     def forget(self) -> None:
-        """Drops what was brought in and not used, at the end of a step."""
+        """Drops unused prefetched weights, at the end of a step."""
         ahead, self._ahead.brought = self._ahead.brought, None
         if ahead is not None:
             self._offloaded.store.release(ahead.stored)
 
     def _run(self, block: Segment, parameters: Sequence[int], callee: Callee, args: list[Any]) -> Sequence[Any]:
-        """Runs a block with its weights brought in, where they are elsewhere."""
+        """Runs a block, with its weights brought in if they are elsewhere."""
         away = [i for i in parameters if self._offloaded.find(args[i]) is not None]
         if not away:
             return callee(args)

@@ -43,27 +43,17 @@ _PAGE = 4096  # bytes; smaller weights are not worth a mapping
 
 @dataclass
 class OffloadLog:
-    """What left device memory. Sizes in bytes; holds no tensor.
+    """The weights that left device memory. Sizes in bytes; holds no tensor."""
 
-    Attributes:
-        blocks: depths (from 1) of the first and the last offloaded block.
-        moved: of the weights that left.
-        kept: of weights of these blocks that stay, because something resident reads them.
-        weights: of the model's parameters and of the packed twins, before anything left.
-        peak_before: peak memory (of the process on a CPU, of the device on a GPU) until the weights left.
-        peak_after: largest memory seen since, at the borders of blocks that were brought in and when asked for.
-        brought_in: of weights that were sent for since, by prompts and by tokens.
-    """
-
-    blocks: tuple[int, int]
+    blocks: tuple[int, int]  # depths (from 1) of the first and the last offloaded block
     policy: str
     where: str
-    moved: int
-    kept: int
-    weights: int
-    peak_before: int
-    peak_after: int = 0
-    brought_in: int = 0
+    moved: int  # of the weights that left
+    kept: int  # of weights of these blocks that stay, because something resident reads them
+    weights: int  # of the model's parameters and of the packed twins, before anything left
+    peak_before: int  # peak memory (of the process on a CPU, of the device on a GPU) until the weights left
+    peak_after: int = 0  # largest memory seen since, at the borders of blocks that were brought in and when asked for
+    brought_in: int = 0  # of weights that were sent for since, by prompts and by tokens
 
     @property
     def resident(self) -> int:
@@ -102,7 +92,7 @@ class OffloadedWeights:
         self.log: OffloadLog | None = None
 
     def find(self, weight: Tensor) -> Stored | None:
-        """Returns where a weight lies, None where it is in device memory (the caller may have put it back)."""
+        """Returns where a weight lies, None if it is in device memory (the caller may have put it back)."""
         stored = self._stored.get(weight)
         return stored if stored is not None and stored.tensor.data_ptr() == weight.data_ptr() else None
 
@@ -225,7 +215,7 @@ def _movable(program: RiverProgram, values: Mapping[fx.Node, Any], resident: int
 
 
 def _is_dense(weight: Tensor) -> bool:
-    """True where a tensor's elements lie side by side, in whatever order."""
+    """True if a tensor's elements lie side by side, in any order."""
     span = 1 + sum((size - 1) * stride for size, stride in zip(weight.shape, weight.stride(), strict=True))
     return span == weight.numel()
 

@@ -94,7 +94,7 @@ def plot_cycles(path: str | Path, texts: Sequence[str] | None, cycles: Sequence[
 
 
 def _names(texts: Sequence[str] | None, count: int, what: str, first: int) -> list[str]:
-    """Returns what stands under each bar: its token's text, cut to a dozen characters, or its number."""
+    """Returns each bar's label: its token's text, cut to a dozen characters, or its number."""
     if texts is None:
         return [str(first + i) for i in range(count)]
     if len(texts) != count:

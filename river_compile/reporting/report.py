@@ -1,4 +1,4 @@
-"""What the backend did to a model, for people (``print``) and programs (``to_dict``).
+"""Reports the backend's work on a model, for people (``print``) and programs (``to_dict``).
 
 What each of several ranks packed is exchanged when a graph is made, so that any rank can report it later.
 
@@ -207,7 +207,7 @@ def _other_groups(graph: GraphRecord) -> dict[str, int]:
 
 
 def graph_lines(graph: GraphRecord) -> Iterator[str]:
-    """Yields what became of one traced graph, for people."""
+    """Yields the outcome of one traced graph, for people."""
     if graph.refusal:
         yield f"  graph          not rewritten: {graph.refusal}"
         return
@@ -344,7 +344,7 @@ def _natural(name: str) -> list[object]:
 
 
 def note_ranks(program: RiverProgram, record: GraphRecord, ranks: Ranks) -> None:
-    """Notes what each rank packed for a graph, and warns of what stays in 16 bits, routers aside."""
+    """Notes each rank's packed matrices of a graph; warns of matrices that stay in 16 bits, routers aside."""
     if not ranks.several or not program.twins:
         return
     packed = record.twins

@@ -19,16 +19,11 @@ from river_compile.runtime.stats import CycleRecord, StepRecord, cycles
 
 @dataclass
 class Trace:
-    """Steps recorded while a ``trace()`` was open, in order.
+    """Steps recorded while a ``trace()`` was open, in order."""
 
-    Attributes:
-        steps: every forward pass, prompts included.
-        num_blocks: of the largest model that ran.
-        cycles: every cycle of exact mode; its drafts and verifications are among the steps too.
-    """
-
-    steps: list[StepRecord] = field(default_factory=list)
-    num_blocks: int = 0
+    steps: list[StepRecord] = field(default_factory=list)  # every forward pass, prompts included
+    num_blocks: int = 0  # of the largest model that ran
+    # every cycle of exact mode; its drafts and verifications are among the steps too
     cycles: list[CycleRecord] = field(default_factory=list)
 
     @property

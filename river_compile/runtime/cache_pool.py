@@ -39,14 +39,14 @@ _STEP = 256  # slots are a multiple of this, so that prompts of similar lengths 
 
 
 class CachePool:
-    """What a model keeps between two calls: at most one cache."""
+    """A model's pool of at most one cache between two calls."""
 
     def __init__(self) -> None:
         self._lock = threading.Lock()
         self._kept: tuple[Hashable, StaticCache] | None = None
 
     def take(self, key: Hashable, sizes: list[int]) -> StaticCache | None:
-        """Returns the cache, emptied, where it is of this kind and has as many slots in each layer; None elsewhere."""
+        """Returns the cache, emptied, where it is of this kind and has as many slots in each layer; None otherwise."""
         with self._lock:
             kept, self._kept = self._kept, None
         if kept is None or kept[0] != key or any(map(int.__lt__, sizes_of(kept[1]), sizes)):
@@ -68,7 +68,7 @@ class CachePool:
 
     @property
     def bytes(self) -> int:
-        """The memory of what is kept, without a cache that a call uses now."""
+        """The bytes of the pool, without a borrowed cache."""
         kept = self._kept
         return 0 if kept is None else bytes_of(kept[1])
 
@@ -93,7 +93,7 @@ class BorrowedCache:
         self._slots = 0 if cache is None else max(sizes_of(cache))
 
     def longer(self, cache: Cache, filled: int, tokens: int) -> StaticCache | None:
-        """Returns a longer cache with the entries of the one in use, None where that has room or does not grow.
+        """Returns a longer cache with the entries of the borrowed one, None if that has capacity or does not grow.
 
         Args:
             cache: in use: the one that was lent, perhaps with fewer rows by now.
@@ -123,7 +123,7 @@ def borrowed_cache(
     shared: bool,
     static: bool,
 ) -> Iterator[BorrowedCache]:
-    """Lends a call the kept cache, or a new one that is kept afterwards.
+    """Lends a call the pooled cache, or a new one that joins the pool afterwards.
 
     Args:
         pool: of the model.

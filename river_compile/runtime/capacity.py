@@ -1,4 +1,4 @@
-"""Whether a step's tokens have room in a static KV cache, told on a GPU without waiting for the device.
+"""Checks a static KV cache for capacity without a device sync.
 
 The filled length lies on the device. To read it is to wait for everything launched so far, so that nothing could be
 queued ahead. On a GPU it is therefore read once and counted by the host from there on, for as long as PyTorch counts
@@ -44,7 +44,7 @@ class Capacity:
 
     @classmethod
     def of(cls, program: RiverProgram) -> Capacity | None:
-        """Returns the check of a program's steps, None where no block has such a cache."""
+        """Returns the check of a program's steps, None if no block has such a cache."""
         plan = program.plan
         kv = next((block.kv for block in plan.blocks if block.kv.capacity is not None and block.kv.lengths), None)
         if kv is None or kv.capacity is None:
@@ -88,5 +88,5 @@ class Capacity:
 
 
 def _read(length: Tensor) -> int:
-    """Returns the length, for which the host waits where it lies on a GPU."""
+    """Returns the length, for which the host waits if it is on a GPU."""
     return int(length)

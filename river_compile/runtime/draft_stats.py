@@ -1,4 +1,4 @@
-"""What is learned while generating: how often drafted tokens hold, and how long passes take.
+"""Statistics of generation: acceptance rates of drafted tokens, and times of passes.
 
 Not handled: what to do with it (:mod:`river_compile.decoding.draft_policy`).
 """

@@ -75,7 +75,7 @@ class HeadVocab:
 
     @classmethod
     def of(cls, program: RiverProgram) -> HeadVocab | None:
-        """Returns the list that a program's head reads, None where it reads none."""
+        """Returns the list that a program's head reads, None if it reads none."""
         head = program.river_head
         return cls(sum(head.packed[0].out_features)) if head is not None and head.chooses_logits else None
 

@@ -1,4 +1,4 @@
-"""Decides for every step of a RiverProgram what runs: backbone blocks until an exit, twins for the rest, then the head.
+"""Runs the steps of a RiverProgram: backbone blocks until an exit, twins for the rest, then the head.
 
 Not handled: how it runs (:mod:`river_compile.runtime.runner`) and when a token leaves (:mod:`river_compile.exits`).
 """
@@ -83,7 +83,7 @@ class RiverExecutor:
         return self.step(args)
 
     def step(self, args: Sequence[Any], depth: int | None = None, tokens: DraftVocab | None = None) -> tuple:
-        """Runs a step and returns what the graph returns.
+        """Runs a step and returns the graph's outputs.
 
         Args:
             args: the graph's inputs.
@@ -115,7 +115,7 @@ class RiverExecutor:
         return outputs
 
     def replay(self, args: Sequence, depth: int) -> Replay | None:
-        """Returns what runs a step again that has run at this depth with these inputs; None where some part is not
+        """Returns what runs a step again that has run at this depth with these inputs; None if some part is not
         captured, or where the policy or the fill remembers something of each step.
 
         The caller sees to it that the step's tokens have room in the cache, and that it goes on with a sequence. What
@@ -174,7 +174,7 @@ class RiverExecutor:
         return taken
 
     def _record(self, args: Sequence[Any], taken: Taken | Callable[[], Taken], started: float) -> None:
-        """Counts a step and shows it to those who observe steps; where there are none, it waits for nothing."""
+        """Counts a step and shows it to observers; without any it waits for nothing."""
         decodes, thread, model = self.decodes, threading.get_ident(), self._stats.model_id
 
         def record(way: Taken, seconds: float) -> StepRecord:
@@ -194,7 +194,7 @@ class RiverExecutor:
         return None if self._cache_in is None or self._cache_in >= len(args) else args[self._cache_in]
 
     def _recall(self, slots: list) -> Memory:
-        """Returns what is remembered of the sequence; for a prompt only what its fill knows of the cache."""
+        """Returns the sequence's memory; for a prompt only that of its fill."""
         if not self._remembers or self._cache_in is None:
             return Memory()
         memory = self._memories.recall(slots[self._cache_in])

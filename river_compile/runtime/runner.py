@@ -28,7 +28,7 @@ Outcome = Callable[[], Sequence[float]]
 
 
 class Step:
-    """A segment bound to its slots and to the tensors of its 4-bit products, `packed`.
+    """A segment bound to its slots and to the tensors of its 4-bit matmuls, `packed`.
 
     Attributes:
         moves: whether it may compute with weights at another address in every run.
@@ -91,7 +91,7 @@ class Runner(ABC):
         self._in_place = WrittenInPlace(program)
 
     def for_pass(self, args: Sequence) -> Runner:
-        """Returns what runs the pass with these inputs of the graph: itself, or another one that knows it better."""
+        """Returns the runner of the pass with these inputs of the graph: itself, or a better suited one."""
         return self
 
     @abstractmethod
@@ -104,13 +104,13 @@ class Runner(ABC):
 
     @abstractmethod
     def begin(self, args: Sequence) -> list:
-        """Returns the step's slots, given the graph's inputs, and runs what comes before the first block.
+        """Returns the step's slots, given the graph's inputs, and runs the prologue.
 
         Nothing of the caller's has been written when this returns.
         """
 
     def replay(self, args: Sequence, depth: int) -> ReplayedStep | None:
-        """Returns a whole step at a depth, to run again; None where not all of it is captured.
+        """Returns a whole step at a depth, to run again; None if not all of it is captured.
 
         Args:
             args: its graph's inputs. In a replay, tensors other than parameters and the cache's may be others of the
@@ -137,7 +137,7 @@ class Runner(ABC):
 
     @abstractmethod
     def tail(self, slots: list, depth: int) -> None:
-        """Runs what a token runs that leaves after `depth` blocks: the twins of the others and the head."""
+        """Runs the tail after `depth` blocks: the twins of the others and the head."""
 
     @abstractmethod
     def read_head(self, slots: list) -> float:
@@ -148,7 +148,7 @@ class Runner(ABC):
         """Returns the score of the head that ran last as a scalar tensor, which no later step overwrites."""
 
     def save(self, slots: list, depth: int) -> Saved:
-        """Copies what a tail after `depth` blocks would destroy, for :meth:`rewind`."""
+        """Saves the state that a tail after `depth` blocks would destroy, for :meth:`rewind`."""
         return self._in_place.save(slots, depth)
 
     def rewind(self, slots: list, start: int, end: int, saved: Saved = ()) -> None:
@@ -157,7 +157,7 @@ class Runner(ABC):
 
     @abstractmethod
     def finish(self, slots: list) -> tuple:
-        """Returns what the graph returns, which no later step overwrites."""
+        """Returns the graph's outputs, which no later step overwrites."""
 
 
 class PlainRunner(Runner):

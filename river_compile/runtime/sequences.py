@@ -1,4 +1,4 @@
-"""Tells a decode step that goes on with a sequence from one that begins another.
+"""Distinguishes decode steps that continue a sequence from those that begin one.
 
 A step goes on where it brings the cache that the thread's latest decode step left, the same tensor with no change in
 place since that PyTorch counts. A prompt in between makes the next step a beginning. So do beams that swap rows and

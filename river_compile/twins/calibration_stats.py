@@ -57,7 +57,7 @@ class InputMoments:
 
 
 class ExpertMoments:
-    """Second moments of what each of E stacked matrices with K `features` reads."""
+    """Second moments of the inputs of each of E stacked matrices with K `features`."""
 
     def __init__(self, experts: int, features: int) -> None:
         self._each = [InputMoments(features) for _ in range(experts)]
@@ -83,7 +83,7 @@ class ExpertMoments:
 
 
 class Observation:
-    """Calibration statistics of a model: the second moments of what its matrices read; see :func:`observe`.
+    """Calibration statistics of a model: the second moments of its matrices' inputs; see :func:`observe`.
 
     Attributes:
         own: whether the model sampled the text itself.
@@ -106,11 +106,11 @@ class Observation:
 
     @property
     def source(self) -> str:
-        """What was observed, in words."""
+        """A description of the observed text."""
         return f"{self.tokens} tokens that the model sampled" if self.own else f"{self.tokens} observed tokens"
 
     def moments_of(self, weight: Tensor) -> InputMoments | ExpertMoments | None:
-        """Returns the moments of a parameter's inputs, of each expert's for a stack; None where no text reached it."""
+        """Returns the moments of a parameter's inputs, of each expert's for a stack; None if no text reached it."""
         return self.moments.get(weight)
 
     def clear(self) -> None:
@@ -146,7 +146,7 @@ class Products(TorchFunctionMode):
         """Sees inputs ``[..., K]`` of a matrix; of a stack, of the one with this index."""
 
     def instead(self, matrix: Tensor, parameter: Tensor, index: int | None) -> Tensor:
-        """Returns what to multiply by in a matrix's place; index None: by a whole stack."""
+        """Returns the operand in a matrix's place; index None: a whole stack."""
         return matrix
 
     def __torch_function__(

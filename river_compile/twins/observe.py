@@ -30,7 +30,7 @@ _WINDOW = 512  # tokens that run at once: the logits of a large vocabulary take 
 
 @torch.no_grad()
 def record(model: nn.Module, windows: Iterable[Tensor], *, own: bool = False, progress: bool = False) -> Observation:
-    """Returns what the matrices of a model read in token ids ``[B, T]``; `own` says that it sampled them itself."""
+    """Returns the statistics of a model's matrices on token ids ``[B, T]``; `own` says that it sampled them itself."""
     observation, forward = Observation(own), uncompiled_forward(model)
     recorder, device = _Recorder(model.parameters(), observation), next(model.parameters()).device
     bar = tqdm(windows, desc="river: observing", unit="text", leave=False, delay=1, disable=not progress)

@@ -44,7 +44,7 @@ class Quantized:
 
 @dataclass(kw_only=True, eq=False)
 class TwinWeight(Quantized):
-    """One matrix product of a twin as its kernel reads it.
+    """One matmul of a twin as its kernel reads it.
 
     It is one object, with the same tensors, for as long as graphs are compiled with them: where its parameters change
     it is packed again in place (:meth:`become`).
@@ -77,7 +77,7 @@ class TwinWeight(Quantized):
 
     @property
     def tensors(self) -> tuple[Tensor, ...]:
-        """What the twin's graph takes, in order."""
+        """The operands of the twin's graph, in order."""
         return self.weight.qweight, self.weight.scale_zero, *self.extras
 
     @property
@@ -98,7 +98,7 @@ class TwinWeight(Quantized):
         return True
 
     def fresh_sources(self) -> Sources | None:
-        """Returns the parameters it was made from, None where one of them changed since or is gone."""
+        """Returns the parameters it was made from, None if one of them changed since or is gone."""
         sources = self.sources.get()
         return sources if sources is not None and self.stands_for(sources) else None
 

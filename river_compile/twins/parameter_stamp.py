@@ -1,4 +1,4 @@
-"""The parameters that a packed product was made from, and how it is noticed that they are other ones by now.
+"""The parameters that a packed matmul was made from, and the detection of changes.
 
     stamp    which tensors they are, PyTorch's count of their changes in place, their addresses, and a few of their
              elements: about 5 microseconds for each matrix, before every sequence
@@ -69,7 +69,7 @@ class HeldSources:
         self.kinds = sources.kinds
 
     def get(self) -> Sources | None:
-        """Returns them, None where one is gone."""
+        """Returns them, None if one is gone."""
         groups = [[ref and ref() for ref in refs] for refs in (self._weights, self._biases, self._folds)]
         wanted = sum(ref is not None for ref in (*self._weights, *self._biases, *self._folds))
         found: Any = map(tuple, groups)  # (None where a tensor is gone, which a `Sources` never has for a weight)

@@ -28,7 +28,7 @@ Known = Quantized | Moments | None  # of a product, before it is quantized
 
 @dataclass(frozen=True)
 class Maker:
-    """Makes packed products in one way.
+    """Makes packed matmuls in one way.
 
     Attributes:
         config: its `quantizer` and `artifact` say how.
@@ -47,7 +47,7 @@ class Maker:
         return str(self.artifact.folder) if self.artifact else ""
 
     def key(self, site: TwinLinear) -> tuple[object, ...]:
-        """Returns what, beside the parameters, decides how a product is packed."""
+        """Returns the key of a packing beside its parameters."""
         number = self.number if self.needs_statistics else 0
         return site.name, site.group_size, site.layout, self.config.quantizer, self.origin, number
 
@@ -57,7 +57,7 @@ class Maker:
         return self.artifact is None and self.config.quantizer in OBSERVING
 
     def look_up(self, site: TwinLinear, sources: Sources) -> Known:
-        """Returns what the artifact holds of a product, or what is known of its inputs, where that is asked for."""
+        """Returns the artifact's entry of a matmul, or the moments of its inputs if they are asked for."""
         quantizer = self.config.quantizer
         if self.artifact is not None:
             return self.artifact.find(site, quantizer, sources.digest)
@@ -79,12 +79,12 @@ class Maker:
 
 
 def needs_moments(site: TwinWeight) -> bool:
-    """Tells whether a packed product is made again with statistics."""
+    """Tells whether a packed matmul is made again with statistics."""
     return site.asked in OBSERVING
 
 
 def made_again(site: TwinWeight, sources: Sources, observation: Observation | None) -> TwinWeight:
-    """Returns a new packing of a product from what its parameters are now, which no artifact has."""
+    """Returns a new packing of a matmul from its current parameters, which no artifact has."""
     known = None if observation is None else observation.moments_of(sources.weights[0])
     return _made(site.linear, sources, site.asked, known if needs_moments(site) else None, observation)
 

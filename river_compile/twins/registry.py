@@ -54,7 +54,7 @@ def changed_since(name: str) -> str:
 
 @dataclass(frozen=True)
 class Statistics:
-    """What quantizers may know of the inputs of a model's matrices: what was observed, else text of its own.
+    """The quantizers' statistics of a model's matrices: observed, else from text of its own.
 
     `ranks` share the model: they take statistics together or not at all.
     """
@@ -65,11 +65,11 @@ class Statistics:
 
     @property
     def number(self) -> int:
-        """Distinguishes what was observed, whether it is still there or not."""
+        """A number of the observation, whether it is still there or not."""
         return 0 if self.observed is None else self.observed.number
 
     def get(self, *, anew: bool = False) -> Observation | None:
-        """Returns them, None where there are none; `anew`: of weights that changed, where it is text of its own."""
+        """Returns them, None if there are none; `anew`: of weights that changed, where it is text of its own."""
         there = self.observed is not None and self.observed.moments
         return self.observed if there else self.own.observation(anew=anew)
 
@@ -136,12 +136,12 @@ class TwinRegistry:
             return found
 
     def judge(self, twins: Iterable[TwinWeight], statistics: Statistics) -> None:
-        """Estimates what a graph's twins lose together, where some were made with statistics since the last time."""
+        """Estimates the joint loss of a graph's twins, if some were made with statistics since the last time."""
         if not statistics.ranks.every(not self._not_judged):
             self.loss, self._not_judged = statistics.own.loss(twins), False
 
     def all(self) -> list[TwinWeight]:
-        """Returns what is packed at the moment."""
+        """Returns all packed matmuls."""
         return [site for sites in self._packed.values() for site in sites.values()]
 
     @contextmanager
@@ -241,7 +241,7 @@ class TwinRegistry:
             self._packed.setdefault(weight, {})[site.key] = site
 
     def _tell(self, changed: Sequence[TwinWeight], seconds: float) -> None:
-        """Says what was packed again: the first time as a warning, then in the log, for those who train."""
+        """Reports packings that were made again: the first time as a warning, then in the log, for those who train."""
         others = f" and {len(changed) - 1} more" if len(changed) > 1 else ""
         message = (
             f"weights changed after their 4-bit twins were packed ({changed[0].name}{others}); the twins were packed "

@@ -1,4 +1,4 @@
-"""What a model samples for its own twins: statistics for quantizers that need them, and how much the twins then lose.
+"""Self-calibration: statistics from text that a model samples, and the loss of the twins on it.
 
 Not handled: models that cannot be sampled from token ids alone. Their `refusal` says why; on several ranks they raise.
 """
@@ -47,7 +47,7 @@ class SelfCalibration:
             self._model, self._ids, self.refusal = weakref.ref(model), None, ""
 
     def observation(self, *, anew: bool = False) -> Observation | None:
-        """Returns what the model's matrices read in it, None where the model cannot write it.
+        """Returns the statistics of the model's matrices on it, None if the model cannot write it.
 
         Args:
             anew: sample again, since the weights are others.
@@ -70,7 +70,7 @@ class SelfCalibration:
             self.seconds += time.perf_counter() - start
 
     def loss(self, packed: Iterable[TwinWeight]) -> TwinLoss | None:
-        """Estimates what these twins lose together, on other text; None where the model cannot write it."""
+        """Estimates the joint loss of these twins on other text; None if the model cannot write it."""
         model = self._model()
         if model is None or self.refusal:
             return None

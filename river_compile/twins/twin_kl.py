@@ -1,4 +1,4 @@
-"""What the twins of a model cost together, estimated on a few tokens that the model samples itself.
+"""The joint loss of a model's twins, estimated on a few tokens that the model samples itself.
 
 The text is sampled with another seed than the statistics' text, so that nothing was fitted to it. It runs twice, in one
 pass each: as the model is, and with every packed matrix in its place, read back from its 4 bits when it is needed, one
@@ -28,7 +28,7 @@ _AT_ONCE = 64  # tokens: large vocabularies take memory in float32
 
 @dataclass(frozen=True)
 class TwinLoss:
-    """What all twins of a model cost together.
+    """The joint loss of all twins of a model.
 
     Attributes:
         kl: mean KL divergence from the backbone, in nats per token.
@@ -51,7 +51,7 @@ class TwinLoss:
 
 @dataclass(frozen=True)
 class BlockError:
-    """What one twin costs.
+    """The loss of one twin.
 
     Attributes:
         block: number of the block, from 1.
@@ -72,7 +72,7 @@ class BlockError:
 
 @dataclass(frozen=True)
 class BlockErrors:
-    """What every twin of a model costs, and on how many tokens that was measured."""
+    """The loss of every twin of a model, and the number of tokens that it was measured on."""
 
     blocks: tuple[BlockError, ...]
     tokens: int

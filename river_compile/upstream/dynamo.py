@@ -1,4 +1,4 @@
-"""What the backend needs of TorchDynamo and Inductor beyond their public API, in one place.
+"""All uses of TorchDynamo and Inductor beyond their public API.
 
 *Calls.* Dynamo's code for a call reads the graph's inputs from where they are kept, runs the graph, writes back what
 the function changed in Python, and builds what it returns. `code_without_effects` says whether that is all.
@@ -48,7 +48,7 @@ from river_compile.kernels.files import appearing
 
 
 def code_without_effects(seen: tuple[type, ...]) -> CodeType | None:
-    """Returns the code of the function that Dynamo is compiling; None where it does more than to run one graph.
+    """Returns the code of the function that Dynamo is compiling; None if it does more than to run one graph.
 
     Args:
         seen: classes of objects among the arguments whose attributes it may write: the caller looks after them.
@@ -96,7 +96,7 @@ def _comes_with_arguments(source: Any) -> bool:
 
 
 def break_before(model: nn.Module) -> GraphCompileReason | None:
-    """Returns why Dynamo last broke a graph, where what it compiles is a piece of a model's code; None elsewhere."""
+    """Returns why Dynamo last broke a graph, if it compiles a piece of a model's code; None otherwise."""
     tx = getattr(symbolic_convert.tls, "current_tx", None)
     piece = tx is not None and tx.f_code not in _code_of_calls(model)
     return graph_break_reasons[-1] if piece and graph_break_reasons else None
@@ -210,7 +210,7 @@ def trace_anew() -> None:
 
 
 def _model_source(source: Source) -> Source | None:
-    """Returns where the outermost module comes from that a parameter was read through."""
+    """Returns the source of the outermost module that a parameter was read through."""
     outermost: Source | None = None
     while isinstance(base := getattr(source, "base", None), Source):
         if "NNModuleSource" in type(source).__name__:
@@ -220,7 +220,7 @@ def _model_source(source: Source) -> Source | None:
 
 
 class _Hooks:
-    """The forward hooks of a model's modules when its graph was traced, which holds what they did.
+    """The forward hooks of a model's modules when its graph was traced.
 
     Args:
         model: the model.
@@ -253,7 +253,7 @@ class _Hooks:
 
 
 def compiled_with(backend: Callable[..., object], compiled: Callable[..., object] | None) -> bool:
-    """Returns whether a function is what `torch.compile` returned for a backend."""
+    """Returns whether a function was compiled by `torch.compile` for a backend."""
     held = {} if compiled is None else inspect.getclosurevars(compiled).nonlocals
     return hasattr(held.get("self"), "callback") and _backend_of(held["self"]) is backend
 
@@ -271,7 +271,7 @@ def call_through(backend: Callable[..., object] | None) -> FrameType | None:
 
 
 def _backend_of(context: Any) -> object:
-    """Returns the function in what Dynamo keeps of one `torch.compile`."""
+    """Returns the function in Dynamo's entry of one `torch.compile`."""
     compiler: Any = eval_frame.innermost_backend(context.callback)
     compiler = getattr(compiler, "compiler_fn", compiler)
     return getattr(compiler, "func", compiler)
@@ -291,7 +291,7 @@ def compiled_module(backend: Callable[..., object] | None) -> nn.Module | None:
 
 
 def error_of_code(error: TorchRuntimeError) -> RuntimeError:
-    """Returns what a model's code raised when Dynamo traced it, without the pages that Dynamo puts around it."""
+    """Returns the error of a model's code under Dynamo's tracing, without Dynamo's pages around it."""
     own: BaseException = error
     while isinstance(own, TorchDynamoException) and (inner := own.__cause__ or own.__context__) is not None:
         own = inner

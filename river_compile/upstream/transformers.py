@@ -1,4 +1,4 @@
-"""What the backend needs of transformers beyond its public API, in the spelling of every supported release.
+"""All uses of transformers beyond its public API, in the spelling of every supported release.
 
 *KV caches.* Newer releases call a model's cache ``cache`` and can free the last slots of a static one; older ones call
 it ``past_key_values`` and cannot, and their sliding windows that remember what left them show it to attention too.
@@ -51,7 +51,7 @@ def cache_argument(model: nn.Module) -> str:
 
 
 def cache_of(arguments: Mapping[str, Any]) -> Cache | None:
-    """Returns the cache among a forward's arguments, None where there is none."""
+    """Returns the cache among a forward's arguments, None if there is none."""
     return next((arguments[name] for name in _NAMES if arguments.get(name) is not None), None)
 
 
@@ -70,7 +70,7 @@ def cannot_crop(cache: Cache) -> list[str]:
 
 
 def remember_past(cache: Cache) -> None:
-    """Makes sliding windows that grow keep what leaves them until the next `crop`, which may bring it back."""
+    """Makes growing sliding windows keep evicted entries until the next `crop`, which may restore them."""
     cache.activate_past_recording()
     for layer in cache.layers if _shows_the_past(DynamicSlidingWindowLayer) else ():
         if type(layer) is DynamicSlidingWindowLayer:
@@ -160,7 +160,7 @@ _KINDS = (StaticLayer, StaticSlidingWindowLayer)
 
 
 def static_cache(model: PreTrainedModel, slots: int) -> StaticCache | None:
-    """Returns a cache with room for so many tokens, whose layers have no memory yet."""
+    """Returns a cache with capacity for so many tokens, whose layers have no memory yet."""
     cache = StaticCache(config=model.config.get_text_config(decoder=True), max_cache_len=slots)
     return cache if is_static(cache) else None
 
@@ -181,7 +181,7 @@ def bytes_of(cache: Cache) -> int:
 
 
 def allocate(cache: StaticCache, model: PreTrainedModel, rows: int) -> None:
-    """Gives a cache its memory before the first pass, where the shapes of a model's heads are known beyond doubt.
+    """Gives a cache its memory before the first pass, if the shapes of a model's heads are certain.
 
     That is, where transformers reads from the configuration what the layers that make the keys are. Elsewhere the first
     prompt allocates it, in a graph that no later prompt can use.
@@ -247,7 +247,7 @@ def keep_out_of_copies(module: nn.Module, *attributes: str) -> None:
 
 
 def restore_copying(module: nn.Module) -> None:
-    """Takes back what :func:`keep_out_of_copies` did."""
+    """Undoes :func:`keep_out_of_copies`."""
     if isinstance(vars(module).get(_GETSTATE), _PlainState):
         del vars(module)[_GETSTATE]
 
@@ -274,7 +274,7 @@ class _PlainState:
 
 
 def argument_of_generate(name: str) -> Any:
-    """Returns an argument of the generate call that is running, None where it has none."""
+    """Returns an argument of the generate call that is running, None if it has none."""
     frame = _running("generate")
     return None if frame is None else frame.f_locals.get(name)
 
