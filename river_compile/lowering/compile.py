@@ -62,7 +62,8 @@ class SegmentCompiler:
 
     `config_patches` are for Inductor. Where the river's operators are those of the C++ kernels, segments of nothing
     else skip Inductor. So does then the prologue: its few operators take less time than compiling them, and one by one
-    they give a token the same bits in passes of every width.
+    they give a token the same bits in passes of every width. Flex attention on a CPU is called operator by operator
+    with any lowering.
     """
 
     lowering: Lowering
@@ -83,7 +84,8 @@ class SegmentCompiler:
         native = self.lowering.native
         callee: Callee | None = native_segment(segment) if native else None
         direct = True
-        if callee is None and ((native and segment.name == "prologue") or self.lowering.compiler == "eager"):
+        by_operator = (native and segment.name == "prologue") or self.lowering.compiler == "eager"
+        if callee is None and (by_operator or _attends_flexibly_on_cpu(segment)):
             callee = _by_operator(segment, self.lowering)
         elif callee is None:
             callee, direct = _compile(segment, packed, self.config_patches, self.lowering)
@@ -97,6 +99,12 @@ class SegmentCompiler:
 def _examples(segment: Segment) -> list[Any]:
     """Returns example values of a segment's inputs; the placeholders of packed weights, which come last, have none."""
     return [value_of(node) for node in segment.graph.find_nodes(op="placeholder")][: len(segment.inputs)]
+
+
+def _attends_flexibly_on_cpu(segment: Segment) -> bool:
+    """Whether a segment calls flex attention on a CPU: Inductor has no code for some of it there, and raises."""
+    flex = torch.ops.higher_order.flex_attention
+    return any(called(node, flex) and value_of(node)[0].device.type == "cpu" for node in segment.graph.nodes)
 
 
 def _fake_mode(segment: Segment) -> FakeTensorMode:
