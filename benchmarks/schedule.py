@@ -24,15 +24,15 @@ from transformers import PreTrainedModel, StaticCache
 from benchmarks.common import command_line, print_table
 from benchmarks.random_llama import random_llama
 from river_compile import river, warmup
+from river_compile.capture.runner import CapturedRunner
+from river_compile.capture.units import Unit
 from river_compile.cli import models
-from river_compile.cudagraphs.partition import Unit
-from river_compile.cudagraphs.runner import CapturedRunner
 from river_compile.exits import Similarity
-from river_compile.reporting.reads import bytes_of_token
+from river_compile.reporting.report import bytes_of_token
 from river_compile.runtime.executor import RiverExecutor, on_step
 from river_compile.runtime.runner import Step
 from river_compile.runtime.stats import StepRecord
-from river_compile.upstream.hf_cache import cache_argument
+from river_compile.upstream.transformers import cache_argument
 from tools.kernels.shapes import ModelShape
 from tools.recorder import Event, recording
 

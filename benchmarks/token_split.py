@@ -3,7 +3,7 @@
     python -m benchmarks.token_split
     python -m benchmarks.token_split --model DIR --depth 2
     python -m benchmarks.token_split --skip-guards     # set_stance(skip_guard_eval_unsafe=True)
-    python -m benchmarks.token_split --own-loop        # with river_compile.decode
+    python -m benchmarks.token_split --own-loop        # with river_compile.decoding
     python -m benchmarks.token_split --segments        # each kind of segment by itself
 
 Every part is timed in its place in a whole token, so it finds in the cache what a token leaves there, and the parts add
@@ -130,7 +130,7 @@ def main(arguments: list[str] | None = None) -> int:
     parser.add_argument(
         "--skip-guards", action="store_true", help="Dynamo skips its guards in steps that compile nothing"
     )
-    parser.add_argument("--own-loop", action="store_true", help="the loop is river_compile.decode")
+    parser.add_argument("--own-loop", action="store_true", help="the loop is river_compile.decoding")
     parser.add_argument("--segments", action="store_true", help="time segment by segment what is replayed as one")
     parser.add_argument("--lowering", default="auto", help="of the compiled model (default auto)")
     options = parser.parse_args(arguments)

@@ -18,12 +18,11 @@ import torch
 from torch import fx
 
 from river_compile.kernels import ops  # noqa: F401  (registers river::linear)
-
-from .edits import call
-from .nodes import Linear, as_linear, called, is_ordinary, is_parameter, same_dtype, value_of
-from .pipeline import Pass
-from .program import RiverProgram, Segment
-from .swap_ops import simplify_attention
+from river_compile.passes.attention import simplify_attention
+from river_compile.passes.edits import call
+from river_compile.passes.nodes import Linear, as_linear, called, is_ordinary, is_parameter, same_dtype, value_of
+from river_compile.passes.pipeline import Pass
+from river_compile.passes.program import RiverProgram, Segment
 
 MOST_MERGED = 4  # matrices of one product
 _MERGED_ROWS = 16  # of which a generated kernel's matrices have a multiple

@@ -18,7 +18,7 @@ from collections.abc import Callable, Iterable, Iterator
 import torch
 from torch import fx
 
-from .nodes import (
+from river_compile.passes.nodes import (
     ancestors,
     clean_path,
     is_hidden,
@@ -32,7 +32,7 @@ from .nodes import (
     shape,
     value_of,
 )
-from .program import Block, DecoderPlan, KVSlot, Refusal
+from river_compile.passes.program import Block, DecoderPlan, KVSlot, Refusal
 
 # `...layers.5`, `...layers[5]` and `getattr(...layers, '5')` all name child 5 of a module list.
 _CHILD = re.compile(r"^(?P<list>.*?)(?:\.|\[|, ')(?P<index>\d+)(?:'\)|\])?$")

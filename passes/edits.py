@@ -10,7 +10,7 @@ from collections.abc import Callable, Iterable
 import torch
 from torch import fx
 
-from .nodes import is_reshape, mutated_inputs, plain, shape, sizes_of, value_of
+from river_compile.passes.nodes import is_reshape, mutated_inputs, plain, shape, sizes_of, value_of
 
 _KEPT_META = ("nn_module_stack", "stack_trace")
 

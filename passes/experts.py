@@ -24,10 +24,9 @@ from torch import Tensor, fx
 
 from river_compile.kernels import ops  # noqa: F401  (registers river::experts)
 from river_compile.kernels.quant.grid import fitting_group_size
-
-from .edits import add_placeholders, call, drop_unused, in_dtype_of, reshaped
-from .nodes import called, input_name, is_parameter, is_tensor, rank, shape, value_of
-from .program import LinearSite
+from river_compile.passes.edits import add_placeholders, call, drop_unused, in_dtype_of, reshaped
+from river_compile.passes.nodes import called, input_name, is_parameter, is_tensor, rank, shape, value_of
+from river_compile.passes.program import LinearSite
 
 
 @dataclass(frozen=True)

@@ -16,8 +16,8 @@ from dataclasses import dataclass
 import torch.nn.functional as F
 from torch import Tensor, fx
 
-from .edits import call
-from .nodes import called, is_parameter, is_reshape, is_tensor, shape, value_of
+from river_compile.passes.edits import call
+from river_compile.passes.nodes import called, is_parameter, is_reshape, is_tensor, shape, value_of
 
 
 @dataclass(frozen=True)

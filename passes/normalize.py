@@ -18,7 +18,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, fx
 
-from .nodes import WITH_INPLACE, is_tensor, rank, value_of
+from river_compile.passes.nodes import WITH_INPLACE, is_tensor, rank, value_of
 
 Arguments = tuple[tuple, Mapping[str, object]]
 Form = Callable[[tuple, Mapping[str, object]], Arguments | None]

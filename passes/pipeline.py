@@ -11,7 +11,7 @@ import time
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 
-from .program import Block, Refusal, RiverProgram, Segment
+from river_compile.passes.program import Block, Refusal, RiverProgram, Segment
 
 log = logging.getLogger("river_compile.passes")
 

@@ -18,8 +18,8 @@ import torch
 from torch import fx
 from torch.fx.experimental.symbolic_shapes import free_symbols
 
-from .nodes import read_by, value_of
-from .program import DecoderPlan, Refusal, RiverProgram, Segment
+from river_compile.passes.nodes import read_by, value_of
+from river_compile.passes.program import DecoderPlan, Refusal, RiverProgram, Segment
 
 _SYMBOL = re.compile(r"\b[su]\d+\b")
 

@@ -18,15 +18,24 @@ from torch import fx
 
 from river_compile.kernels import ops  # noqa: F401  (registers river::linear)
 from river_compile.kernels.quant.grid import GROUP_SIZES, fitting_group_size
-
-from .edits import add_placeholders, call, in_dtype_of
-from .experts import ExpertProduct, as_expert_product, replace_expert_product
-from .input_scales import InputScale, find_input_scale, scale_inputs
-from .nodes import Linear, as_linear, called, input_name, is_parameter, is_tensor, mutated_inputs, rank, value_of
-from .pipeline import Pass
-from .program import KeptLinear, LinearSite, Refusal, RiverProgram, Segment
-from .routing import ROUTER, is_router
-from .swap_ops import simplify_attention, simplify_linears
+from river_compile.passes.attention import simplify_attention, simplify_linears
+from river_compile.passes.edits import add_placeholders, call, in_dtype_of
+from river_compile.passes.experts import ExpertProduct, as_expert_product, replace_expert_product
+from river_compile.passes.input_scales import InputScale, find_input_scale, scale_inputs
+from river_compile.passes.moe_router import ROUTER, is_router
+from river_compile.passes.nodes import (
+    Linear,
+    as_linear,
+    called,
+    input_name,
+    is_parameter,
+    is_tensor,
+    mutated_inputs,
+    rank,
+    value_of,
+)
+from river_compile.passes.pipeline import Pass
+from river_compile.passes.program import KeptLinear, LinearSite, Refusal, RiverProgram, Segment
 
 MIN_GROUP_SIZE = min(GROUP_SIZES)
 

@@ -12,13 +12,12 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+from river_compile.errors import OptionError
+from river_compile.exits import CRITERIA, ExitPolicy, Threshold
 from river_compile.kernels.checks import FLAG, PATH, Check, closest, integer, number, one_of, optional, shown
 from river_compile.kernels.quant.calibrated import OBSERVING
 from river_compile.kernels.quant.grid import GROUP_SIZES, QUANTIZERS
 from river_compile.passes.program import DecoderPlan
-
-from .errors import OptionError
-from .exits import CRITERIA, ExitPolicy, Threshold
 
 USER, EXPERT = "user", "expert"
 _A_SCORE = number("it must be a number, such as 0.7, a list with one for each depth from 1 on, or nats of entropy")

@@ -53,7 +53,7 @@ class ExactModeError(ValueError):
 
 
 class DecodeError(ValueError):
-    """``river_compile.decode`` does not handle this call; the message gives the reason. Nothing was computed."""
+    """``river_compile.decoding`` does not handle this call; the message gives the reason. Nothing was computed."""
 
 
 class RankError(RuntimeError):

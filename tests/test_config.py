@@ -10,9 +10,9 @@ import torch
 
 from river_compile import OptionError, RiverConfig, river
 from river_compile.config import check_mode
+from river_compile.decoding.mode import ExactMode
 from river_compile.exits import threshold_after
 from river_compile.kernels.triton.exit_score import ExitScoreSpec
-from river_compile.speculative.mode import ExactMode
 from tests.support.families import make, prompt
 from tools import options
 

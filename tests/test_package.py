@@ -226,7 +226,7 @@ def test_a_wheel_holds_every_module_below_river_compile(wheel):
     for file in SOURCES:
         folder, *rest = file.relative_to(ROOT).parts
         assert "/".join([FOLDERS[folder].replace(".", "/"), *rest]) in names
-    data = ("py.typed", "twins/default_texts.txt", "cli/explain.html.jinja", "drop_in/custom_generate/requirements.txt")
+    data = ("py.typed", "twins/default_texts.txt", "cli/explain.html.jinja", "api/custom_generate/requirements.txt")
     assert {f"river_compile/{name}" for name in data} <= names
     for folder in ("triton/templates", "native/sources"):
         texts = {path.name for path in ROOT.glob(f"kernels/{folder}/*")}

@@ -15,10 +15,9 @@ from torch.fx.node import Argument
 
 from river_compile.kernels.quant.layouts import NATIVE_LAYOUT
 from river_compile.passes.edits import Missed
+from river_compile.passes.fusion.match import WHOLE, is_product
+from river_compile.passes.fusion.recognise import Attention, attention
 from river_compile.passes.nodes import called, closure, is_tensor, rank, shape, value_of
-
-from .match import WHOLE, is_product
-from .recognise import Attention, attention
 
 
 @dataclass(frozen=True)

@@ -14,8 +14,11 @@ from dataclasses import dataclass, replace
 import torch
 from torch import Tensor, fx
 
+from river_compile.passes.capture_safety import is_counter_step
 from river_compile.passes.edits import Missed, call, drop_unused, put, require, reshaped
-from river_compile.passes.graph_safety import is_counter_step
+from river_compile.passes.fusion.block import BlockView, CacheEntry
+from river_compile.passes.fusion.match import Columns, columns
+from river_compile.passes.fusion.recognise import Attention, Normed, Rotation, norm, rotation
 from river_compile.passes.nodes import (
     before_cast,
     before_views,
@@ -30,10 +33,6 @@ from river_compile.passes.nodes import (
     shape,
     value_of,
 )
-
-from .block import BlockView, CacheEntry
-from .match import Columns, columns
-from .recognise import Attention, Normed, Rotation, norm, rotation
 
 _MASKS = (torch.bool, torch.float32, torch.bfloat16, torch.float16)
 

@@ -12,6 +12,9 @@ from dataclasses import replace
 from torch import Tensor, fx
 
 from river_compile.passes.edits import Missed, call, drop_unused, put
+from river_compile.passes.fusion.block import BlockView
+from river_compile.passes.fusion.match import is_product
+from river_compile.passes.fusion.rules import ONE_QUERY_RULES, RULES, Rule, fuse_exit_score, fuse_head
 from river_compile.passes.nodes import (
     before_views,
     either_way,
@@ -26,10 +29,6 @@ from river_compile.passes.nodes import (
 )
 from river_compile.passes.pipeline import Pass
 from river_compile.passes.program import Fusion, RiverProgram, Segment
-
-from .block import BlockView
-from .match import is_product
-from .rules import ONE_QUERY_RULES, RULES, Rule, fuse_exit_score, fuse_head
 
 
 def fuse_backbone(dense_layout: str) -> Pass:

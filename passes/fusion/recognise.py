@@ -18,6 +18,7 @@ from torch import Tensor, fx
 from torch.fx.node import Argument
 
 from river_compile.kernels.portable import grouped_attention
+from river_compile.passes.fusion.match import WHOLE, Part, part
 from river_compile.passes.nodes import (
     before_cast,
     beside,
@@ -33,8 +34,6 @@ from river_compile.passes.nodes import (
     shape,
     value_of,
 )
-
-from .match import WHOLE, Part, part
 
 
 @dataclass(frozen=True)

@@ -17,6 +17,10 @@ from torch import Tensor, fx
 from river_compile.kernels import ops  # noqa: F401  (registers the operators)
 from river_compile.kernels.quant.layouts import NATIVE_LAYOUT
 from river_compile.passes.edits import Missed, add_placeholders, call, drop_unused, put, require, reshaped, way_down
+from river_compile.passes.fusion.block import BlockView, sources
+from river_compile.passes.fusion.cache_rules import fuse_attention, fuse_kv_fill
+from river_compile.passes.fusion.match import WHOLE, Columns, columns, is_product
+from river_compile.passes.fusion.recognise import Normed, activation, norm
 from river_compile.passes.nodes import (
     before_views,
     called,
@@ -30,11 +34,6 @@ from river_compile.passes.nodes import (
     shape,
     value_of,
 )
-
-from .block import BlockView, sources
-from .cache_rules import fuse_attention, fuse_kv_fill
-from .match import WHOLE, Columns, columns, is_product
-from .recognise import Normed, activation, norm
 
 
 def fuse_norm_qkv(view: BlockView) -> fx.Node:

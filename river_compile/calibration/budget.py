@@ -6,11 +6,10 @@ import math
 from collections.abc import Mapping
 from dataclasses import dataclass
 
+from river_compile.calibration.evaluate import Measured
+from river_compile.calibration.risk import texts_needed
 from river_compile.errors import BudgetError, OptionError
 from river_compile.kernels.checks import Check, number
-
-from .evaluate import Measured
-from .risk import texts_needed
 
 _CLIP = 5  # largest KL of a text, in budgets
 _ANY = number("it must be a number")

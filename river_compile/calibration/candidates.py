@@ -11,9 +11,8 @@ from __future__ import annotations
 import statistics
 from collections.abc import Sequence
 
+from river_compile.calibration.evaluate import Kind, Measured, Meter, Rule
 from river_compile.exits import Criterion
-
-from .evaluate import Kind, Measured, Meter, Rule
 
 _FIRST_EXITS = 5
 _SHARES = (0.05, 0.1, 0.2, 0.3, 0.4, 0.5, 0.6, 0.7, 0.8, 0.9)  # of the tokens that a threshold lets leave

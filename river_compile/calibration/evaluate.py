@@ -31,12 +31,12 @@ from transformers import PreTrainedModel, StaticCache
 
 from river_compile.backend import river
 from river_compile.distributed.ranks import ranks_of
-from river_compile.exits import Criterion, Memories, Memory, Threshold, forced_depth, forced_threshold
+from river_compile.exits import Criterion, Memory, Threshold, forced_depth, forced_threshold
 from river_compile.kernels.portable import token_kl
+from river_compile.model_record import record_of_model
+from river_compile.reporting.trace import trace
 from river_compile.runtime.stats import StepRecord
-from river_compile.runtime.trace import trace
-from river_compile.state import state_of_model
-from river_compile.upstream.hf_cache import cache_argument
+from river_compile.upstream.transformers import cache_argument
 
 Rule = tuple[Threshold, int]  # threshold, first exit
 
@@ -207,7 +207,7 @@ class Meter:
         if known is None:
             self.cache.reset()
             self._step(ids, 0, self._context)
-        memories = state_of_model(self._model, "calibration").of(Memories)
+        memories = record_of_model(self._model, "calibration").exit_memories
         if known is None:
             memory = copy.deepcopy(memories.recall(layers[0].keys))
             self._prompts[index] = [_contents(layer) for layer in layers], memory

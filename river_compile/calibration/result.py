@@ -11,7 +11,7 @@ from typing import Any
 
 from river_compile.exits import Threshold, threshold_text
 from river_compile.kernels.files import appearing
-from river_compile.runtime.plots import new_figure, save_figure
+from river_compile.reporting.plots import new_figure, save_figure
 
 VERSION = 3
 _VERDICTS = ((True, "passed", "tab:green"), (False, "failed", "tab:orange"), (None, "pilot texts only", "lightgray"))

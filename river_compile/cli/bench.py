@@ -14,9 +14,8 @@ from typing import TYPE_CHECKING, Annotated, Any
 import typer
 
 from river_compile import __version__
-
-from .output import Dtype, Threads, show, use_threads
-from .ways import CALIBRATED, EXACT, FAST, INDUCTOR, PLAIN, RIVER, STRICT, Rows, chosen
+from river_compile.cli.output import Dtype, Threads, show, use_threads
+from river_compile.cli.ways import CALIBRATED, EXACT, FAST, INDUCTOR, PLAIN, RIVER, STRICT, Rows, chosen
 
 if TYPE_CHECKING:
     from torch import Tensor
@@ -45,7 +44,7 @@ def bench(
     temporary folder (TMPDIR), those of a calibration apart. Decode speed leaves the first token out. Exact and strict
     depend on the text: theirs here is prose and code that comes with the package.
     """
-    from .models import load, quiet
+    from river_compile.cli.models import load, quiet
 
     output = "json" if as_json else output
     if output not in FORMATS:
@@ -101,7 +100,7 @@ def _row(
     options: dict[str, Any],
 ) -> Iterator[dict[str, Any]]:
     """Yields what each test of a row gave; it warms up first."""
-    from .ways import running
+    from river_compile.cli.ways import running
 
     more = {"adaptive": False} if way in (EXACT, STRICT) else {}  # what is asked for is what is measured
     with running(model, way, calibration, **options, **more):
@@ -118,7 +117,7 @@ def _row(
 
 def _seconds(model: PreTrainedModel, ids: Tensor, test: str, count: int) -> float:
     """Returns the seconds that a prompt takes, or that generation takes after its first token."""
-    from .timing import generate
+    from river_compile.cli.timing import generate
 
     if test == "pp":
         return generate(model, ids[:, :count], 2, stop_after=1).first_token_s

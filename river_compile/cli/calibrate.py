@@ -8,7 +8,7 @@ from typing import Annotated, Any
 
 import typer
 
-from .output import AsJson, Dtype, Model, Threads, show, use_threads
+from river_compile.cli.output import AsJson, Dtype, Model, Threads, show, use_threads
 
 
 def calibrate(
@@ -28,9 +28,8 @@ def calibrate(
 ) -> None:
     """Finds the cheapest exit rule that keeps a promise on texts like yours, for `quality="calibrated"`."""
     from river_compile.calibration.calibrate import calibrate as find_rule
-
-    from .models import load, quiet
-    from .texts import passages
+    from river_compile.cli.models import load, quiet
+    from river_compile.cli.texts import passages
 
     use_threads(threads)
     quiet()

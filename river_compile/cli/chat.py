@@ -8,12 +8,12 @@ from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
-from .output import AsJson, Threads, show, use_threads
+from river_compile.cli.output import AsJson, Threads, show, use_threads
 
 if TYPE_CHECKING:
     from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
-    from .painting import Painter
+    from river_compile.cli.painting import Painter
 
 HELP = "/stats  speed and sources    /report  what became of the model    /reset  begin anew    /exit  (or Ctrl-D)"
 
@@ -35,9 +35,8 @@ def chat(
 
     With `--quality fast` the colour tells how many blocks a token ran through.
     """
-    from river_compile.drop_in.quality import accelerate
-
-    from .models import load, quiet
+    from river_compile.api.accelerate import accelerate
+    from river_compile.cli.models import load, quiet
 
     use_threads(threads)
     quiet()
@@ -84,11 +83,10 @@ def _lines(as_json: bool) -> Any:
 
 
 def _compiled_so_far(model: PreTrainedModel) -> int:
-    from river_compile.speculative.session import Preparations
-    from river_compile.state import find_state
+    from river_compile.model_record import find_record
 
-    state = find_state(model)
-    return 0 if state is None else Preparations(state)()
+    record = find_record(model)
+    return 0 if record is None else record.prepared
 
 
 class Conversation:
@@ -127,7 +125,7 @@ class Conversation:
         """Answers a message, streaming it to the terminal."""
         import torch
 
-        from .painting import Painter
+        from river_compile.cli.painting import Painter
 
         self._messages.append({"role": "user", "content": text})
         ids = self._encode(text)
@@ -174,7 +172,7 @@ class Conversation:
         return f"{len(self._latest.tokens)} tokens{rate}: {sources}"
 
     def _encode(self, text: str) -> Any:
-        from .models import encode
+        from river_compile.cli.models import encode
 
         if not self._tokenizer.chat_template:
             return encode(self._tokenizer, text)

@@ -6,7 +6,7 @@ from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
-from .output import NO, AsJson, Dtype, Model, megabytes, show, table
+from river_compile.cli.output import NO, AsJson, Dtype, Model, megabytes, show, table
 
 if TYPE_CHECKING:
     from rich.console import Console
@@ -24,11 +24,10 @@ def check(
 
     Exit code 3 where decode steps would not be rewritten.
     """
+    from river_compile.cli.dry_run import bandwidth as measure
+    from river_compile.cli.dry_run import dry_run
+    from river_compile.cli.models import resolve
     from river_compile.config import RiverConfig
-
-    from .dry_run import bandwidth as measure
-    from .dry_run import dry_run
-    from .models import resolve
 
     found = dry_run(resolve(model), dtype, RiverConfig())
     rate = bandwidth * 1e9 or measure()

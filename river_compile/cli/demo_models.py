@@ -24,9 +24,8 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING
 
+from river_compile.cli.output import ModelUnavailable
 from river_compile.kernels.files import appearing, as_umask_allows, cache_folder
-
-from .output import ModelUnavailable
 
 if TYPE_CHECKING:
     import torch

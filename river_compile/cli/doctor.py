@@ -11,7 +11,7 @@ from typing import TYPE_CHECKING, Annotated
 
 import typer
 
-from .output import NO, AsJson, megabytes, show
+from river_compile.cli.output import NO, AsJson, megabytes, show
 
 if TYPE_CHECKING:
     from rich.console import Console
@@ -129,10 +129,9 @@ def try_out() -> Finding:
     import torch
     from transformers import LlamaConfig, LlamaForCausalLM
 
-    from river_compile.drop_in.quality import accelerate
-    from river_compile.drop_in.undo import restore
+    from river_compile.api.accelerate import accelerate, restore
     from river_compile.errors import RiverWarning
-    from river_compile.runtime.trace import trace
+    from river_compile.reporting.trace import trace
 
     start = time.perf_counter()
     torch.manual_seed(0)

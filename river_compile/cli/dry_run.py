@@ -19,19 +19,18 @@ import torch
 from torch import Tensor, fx
 from transformers import AutoModelForCausalLM, PretrainedConfig, StaticCache
 
+from river_compile.choose_passes import twinning
+from river_compile.cli.models import config_of, loading
 from river_compile.config import RiverConfig
 from river_compile.kernels.quant.aten_int4 import LAYOUT as ATEN_LAYOUT
 from river_compile.lowering.choose import Lowering
-from river_compile.pass_list import twinning
 from river_compile.passes.decoder import find_decoder
 from river_compile.passes.nodes import is_parameter, value_of
 from river_compile.passes.normalize import normalized
 from river_compile.passes.program import LinearSite, Refusal, RiverProgram, Segment
 from river_compile.passes.segments import segmented
 from river_compile.passes.twins import twin_sites, without_products
-from river_compile.upstream.hf_cache import cache_argument
-
-from .models import config_of, loading
+from river_compile.upstream.transformers import cache_argument
 
 _PROMPT, _SLOTS = 8, 32
 _BYTES_OF_GROUP = 4  # a scale and a zero in 16 bits

@@ -11,8 +11,8 @@ from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
-from .output import AsJson, Dtype, Model, Threads, show, table, use_threads
-from .ways import CALIBRATED, EXACT, FAST, PLAIN, RIVER, Rows, chosen
+from river_compile.cli.output import AsJson, Dtype, Model, Threads, show, table, use_threads
+from river_compile.cli.ways import CALIBRATED, EXACT, FAST, PLAIN, RIVER, Rows, chosen
 
 if TYPE_CHECKING:
     from torch import Tensor
@@ -45,7 +45,7 @@ def evaluate(
 
     `humaneval` runs programs that the model wrote: with limits, in a process of their own, but in no sandbox.
     """
-    from .models import load, quiet
+    from river_compile.cli.models import load, quiet
 
     if task not in ROWS:
         raise ValueError(f"--task {task} is not known; use one of {', '.join(ROWS)}")
@@ -58,8 +58,8 @@ def evaluate(
     given = {"criterion": criterion or None, "threshold": threshold, "quantizer": quantizer or None}
     rule = {name: value for name, value in given.items() if value is not None}
     if task == "perplexity":
-        from .perplexity import measure
-        from .texts import passages
+        from river_compile.cli.perplexity import measure
+        from river_compile.cli.texts import passages
 
         results = measure(network, tokenizer, passages(texts)[: limit or 40], ways, new_tokens, calibration, rule)
     else:
@@ -78,16 +78,16 @@ class Asked:
 
 
 def _asked(task: str, limit: int, tokenizer: PreTrainedTokenizerBase) -> Asked:
-    from .models import encode
+    from river_compile.cli.models import encode
 
     if task == "humaneval":  # a completion of the problem's own text
-        from . import humaneval
+        from river_compile.cli import humaneval
 
         problems = humaneval.problems()[: limit or None]
         prompts = [tokenizer(p["prompt"].rstrip("\n"), return_tensors="pt")["input_ids"] for p in problems]
         stops = {"stop_strings": list(humaneval.STOPS), "tokenizer": tokenizer}
         return Asked(prompts, lambda i, text: humaneval.passes(problems[i], text), stops)
-    from . import reasoning
+    from river_compile.cli import reasoning
 
     made = reasoning.problems(limit or 40)
     prompts = [encode(tokenizer, problem.question) for problem in made]
@@ -103,9 +103,8 @@ def _answered(
     calibration: Path | None,
     rule: dict[str, Any],
 ) -> dict[str, dict[str, Any]]:
-    from river_compile.runtime.trace import trace
-
-    from .ways import running
+    from river_compile.cli.ways import running
+    from river_compile.reporting.trace import trace
 
     rows: dict[str, dict[str, Any]] = {}
     texts: dict[str, list[str]] = {}
@@ -143,7 +142,7 @@ def _generations(model: PreTrainedModel, asked: Asked, new_tokens: int, way: str
     """Generates an answer to each question, in caches of one size."""
     from tqdm import tqdm
 
-    from .timing import generate
+    from river_compile.cli.timing import generate
 
     room = max(ids.shape[1] for ids in asked.prompts) + new_tokens
     for ids in tqdm(asked.prompts, desc=way, unit="problem", leave=False, delay=1):

@@ -9,8 +9,7 @@ from typing import TYPE_CHECKING, Annotated, Any
 import typer
 
 from river_compile import __version__
-
-from .output import AsJson, Dtype, Model, Threads, show, use_threads
+from river_compile.cli.output import AsJson, Dtype, Model, Threads, show, use_threads
 
 if TYPE_CHECKING:
     from transformers import PreTrainedModel, PreTrainedTokenizerBase
@@ -32,7 +31,7 @@ def explain(
 
     The page needs no server and no other file.
     """
-    from .models import load, quiet
+    from river_compile.cli.models import load, quiet
 
     if new_tokens < 2:
         raise ValueError(f"--new-tokens {new_tokens} is too few; give 2 or more")
@@ -58,11 +57,10 @@ def _run(
     """Generates the sample text with every graph written to a folder; returns what the page shows of it."""
     import torch
 
-    from river_compile.drop_in.quality import accelerate
+    from river_compile.api.accelerate import accelerate
+    from river_compile.cli.models import encode
+    from river_compile.cli.painting import Painter
     from river_compile.reporting.report import report as report_of
-
-    from .models import encode
-    from .painting import Painter
 
     accelerate(model, "fast", threshold=threshold, dump_dir=dump)
     ids = encode(tokenizer, prompt)

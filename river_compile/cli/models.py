@@ -12,7 +12,7 @@ from collections.abc import Iterator
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from .demo_models import MODELS, ModelUnavailable, fetch, gguf_path, quiet
+from river_compile.cli.demo_models import MODELS, ModelUnavailable, fetch, gguf_path, quiet
 
 if TYPE_CHECKING:
     import torch

@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
-from .output import AsJson, Dtype, Model, Threads, megabytes, show, use_threads
+from river_compile.cli.output import AsJson, Dtype, Model, Threads, megabytes, show, use_threads
 
 if TYPE_CHECKING:
     from rich.console import Console
@@ -34,12 +34,11 @@ def pack(
     """Packs a model's twins into a folder, for `accelerate(model, artifact=DIR)` and `river chat --artifact DIR`."""
     import time
 
-    from river_compile.drop_in.quality import accelerate
+    from river_compile.api.accelerate import accelerate
+    from river_compile.api.export import FORMATS, export
+    from river_compile.api.twins import save
+    from river_compile.cli.models import load, quiet, resolve
     from river_compile.reporting.report import report as report_of
-    from river_compile.twins.export import FORMATS, export
-    from river_compile.twins.pack import save
-
-    from .models import load, quiet, resolve
 
     if format not in ("river", *FORMATS):
         raise typer.BadParameter(f"format {format!r} is none of {', '.join(('river', *FORMATS))}")
@@ -75,7 +74,7 @@ def pack(
 
 def copy_recipe(folder: Path) -> None:
     """Puts ``custom_generate`` into a model's folder."""
-    source = Path(__file__).parents[1] / "drop_in" / "custom_generate"
+    source = Path(__file__).parents[1] / "api" / "custom_generate"
     shutil.copytree(source, folder / source.name, dirs_exist_ok=True, ignore=shutil.ignore_patterns("__pycache__"))
 
 

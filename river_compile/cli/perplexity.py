@@ -6,7 +6,7 @@ import math
 from collections.abc import Mapping, Sequence
 from typing import TYPE_CHECKING, Any
 
-from .ways import FAST, RIVER, running
+from river_compile.cli.ways import FAST, RIVER, running
 
 if TYPE_CHECKING:
     from pathlib import Path

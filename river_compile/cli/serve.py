@@ -15,7 +15,7 @@ from typing import Annotated, Any
 
 import typer
 
-from .output import AsJson, Dtype, Model, Threads, show, use_threads
+from river_compile.cli.output import AsJson, Dtype, Model, Threads, show, use_threads
 
 
 def serve(
@@ -30,7 +30,7 @@ def serve(
     as_json: AsJson = False,
 ) -> None:
     """Serves a model to OpenAI clients, until it is interrupted. `--json` prints where, once it listens."""
-    from .models import config_of, quiet, resolve
+    from river_compile.cli.models import config_of, quiet, resolve
 
     use_threads(threads)
     quiet()
@@ -60,9 +60,8 @@ def accelerating(**arguments: Any) -> Iterator[None]:
     except ImportError as error:
         raise ValueError(f'this server needs more packages: pip install "river-compile[serve]" ({error})') from None
 
-    from river_compile.drop_in.quality import accelerate
-
-    from .models import loading
+    from river_compile.api.accelerate import accelerate
+    from river_compile.cli.models import loading
 
     class Manager(model_manager.ModelManager):
         def _load_processor(self, name: str, *args: Any, **kwargs: Any) -> Any:

@@ -58,8 +58,7 @@ def running(model: PreTrainedModel, way: str, calibration: Path | None = None, *
     Raises:
         ValueError: no such way, or "calibrated" without a calibration.
     """
-    from river_compile.drop_in.quality import accelerate
-    from river_compile.drop_in.undo import restore
+    from river_compile.api.accelerate import accelerate, restore
     from river_compile.exits import forced_depth
 
     if way not in WAYS:

@@ -11,12 +11,11 @@ from typing import Any
 
 from torch import Tensor, fx
 
+from river_compile.distributed.ranks import Ranks
 from river_compile.passes.program import RiverProgram, Segment
 from river_compile.runtime.runner import PlainRunner, Step
 from river_compile.runtime.slots import SCORE
 from river_compile.upstream.tensors import local_of
-
-from .ranks import Ranks
 
 
 class RankRunner(PlainRunner):

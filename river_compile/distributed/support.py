@@ -11,11 +11,10 @@ from torch import fx
 from transformers import PretrainedConfig
 
 from river_compile.config import RiverConfig
+from river_compile.distributed.ranks import Ranks
 from river_compile.errors import OptionError
-from river_compile.passes.local_shards import is_shard
+from river_compile.passes.dtensor_locals import is_shard
 from river_compile.passes.nodes import called, value_of
-
-from .ranks import Ranks
 
 NOT_CAPTURED = "tensor parallelism: collectives inside of captured graphs were not tried on a GPU yet"
 

@@ -21,15 +21,13 @@ from lm_eval.models.huggingface import HFLM
 from torch import Tensor
 from tqdm import tqdm
 
+from river_compile.api.accelerate import accelerate
 from river_compile.config import RiverConfig
-from river_compile.drop_in.quality import accelerate
+from river_compile.decoding.mode import exact
 from river_compile.errors import OptionError
+from river_compile.evaluation.decoding import TokenByToken
 from river_compile.kernels.checks import one_of
-from river_compile.runtime.stats import ExitStats
-from river_compile.speculative.mode import exact
-from river_compile.state import find_state
-
-from .decoding import TokenByToken
+from river_compile.model_record import find_record
 
 PLAIN = "plain"
 _SCORING = one_of("decode", "forward")
@@ -102,8 +100,8 @@ class RiverLM(HFLM):
 
     def get_model_info(self) -> dict[str, Any]:
         """Returns what lm-eval writes of a model into its results, with how it ran and how deep tokens went."""
-        state = find_state(self.model)
-        depths = state.of(ExitStats).decode if state is not None else {}
+        record = find_record(self.model)
+        depths = record.exit_stats.decode if record is not None else {}
         steps = sum(depths.values())
         return {
             **super().get_model_info(),

@@ -22,8 +22,7 @@ import torch
 from torch import Tensor
 
 from river_compile.errors import OptionError, RiverWarning
-
-from .store import Arrival, Stored, WeightStore
+from river_compile.offload.store import Arrival, Stored, WeightStore
 
 _PAGEOUT = 21  # MADV_PAGEOUT of Linux 5.4; changes no content, unlike MADV_DONTNEED on a private mapping
 _TMPFS = {"tmpfs", "ramfs"}

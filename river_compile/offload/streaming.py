@@ -19,13 +19,12 @@ from typing import Any
 from torch import Tensor, fx
 from torch.utils.weak import TensorWeakRef
 
+from river_compile.offload.store import Arrival, Stored
+from river_compile.offload.weights import OffloadedWeights
 from river_compile.passes.nodes import is_parameter
 from river_compile.passes.program import RiverProgram, Segment
 from river_compile.runtime.runner import Callee, Step
 from river_compile.upstream.tensors import version_of
-
-from .store import Arrival, Stored
-from .weights import OffloadedWeights
 
 
 @dataclass(frozen=True)

@@ -23,21 +23,18 @@ from dataclasses import asdict, dataclass, replace
 from typing import Any
 
 import torch
-from torch import Tensor, fx, nn
+from torch import Tensor, fx
 from torch.utils.weak import WeakTensorKeyDictionary
 from tqdm import tqdm
 
 from river_compile.config import RiverConfig
 from river_compile.errors import OptionError
+from river_compile.offload.disk import MappedFiles
+from river_compile.offload.pinned import PinnedMemory
+from river_compile.offload.store import Stored, WeightStore
 from river_compile.passes.nodes import input_name, is_ordinary, is_parameter, value_of
 from river_compile.passes.program import DecoderPlan, RiverProgram
-from river_compile.state import find_state
-from river_compile.twins.pack import PackedWeights
 from river_compile.upstream.tensors import parts_of
-
-from .disk import MappedFiles
-from .pinned import PinnedMemory
-from .store import Stored, WeightStore
 
 log = logging.getLogger("river_compile.offload.weights")
 
@@ -209,25 +206,6 @@ class OffloadedWeights:
                 size += weight.nbytes
             self._stored.pop(weight, None)
         return size
-
-
-def bring_back(model: nn.Module) -> int:
-    """Brings a model's offloaded weights back into device memory, bit for bit.
-
-    The model, compiled or not, computes the same before and after. With ``offload_policy="exit"`` tokens still leave by
-    that depth. The next decode graph that is compiled with ``offload=`` offloads again.
-
-    Args:
-        model: the module that was compiled, or the wrapper that ``torch.compile`` returned.
-
-    Returns:
-        The bytes that came back, 0 where nothing was offloaded.
-    """
-    state = find_state(model)
-    if state is None:
-        return 0
-    with state.of(PackedWeights).moving():
-        return state.of(OffloadedWeights).restore([*model.parameters(), *model.buffers()])
 
 
 def _movable(program: RiverProgram, values: Mapping[fx.Node, Any], resident: int) -> tuple[list[Tensor], list[Tensor]]:

@@ -10,9 +10,8 @@ from typing import Any
 from torch import nn
 from torch._dynamo.exc import TorchRuntimeError
 
-from river_compile.upstream.compiled_calls import error_of_code
-from river_compile.upstream.dynamo_cache import trace_anew
-from river_compile.upstream.growing import mark_growing
+from river_compile.upstream.dynamo import error_of_code, trace_anew
+from river_compile.upstream.transformers import mark_growing
 
 
 class _Thread(threading.local):

@@ -15,22 +15,21 @@ from typing import Any
 
 import torch
 
-from river_compile.exit_rule import Taken, rule_of
+from river_compile.exit_bars import Taken, rule_of
 from river_compile.exits import ExitPolicy, Memories, Memory
-from river_compile.passes.graph_safety import fixed_inputs
+from river_compile.passes.capture_safety import fixed_inputs
 from river_compile.passes.program import RiverProgram
-from river_compile.upstream.dynamo_cache import CacheEntry
-
-from .fill import Fill
-from .room import Room
-from .runner import Runner
-from .sequences import Sequences
-from .slots import cache_slots
-from .stats import ExitStats, Observers, StepRecord
-from .wanted_logits import DraftTokens, WantedLogits
+from river_compile.runtime.capacity import Capacity
+from river_compile.runtime.draft_vocab import DraftVocab, HeadVocab
+from river_compile.runtime.fill import Fill
+from river_compile.runtime.runner import Runner
+from river_compile.runtime.sequences import SequenceTracker
+from river_compile.runtime.slots import cache_slots
+from river_compile.runtime.stats import ExitStats, Observers, StepRecord
+from river_compile.upstream.dynamo import GraphEntry
 
 # Runs a pass once more: (the graph's inputs, the tokens that a draft may have) -> outputs.
-Replay = Callable[[Sequence, "DraftTokens | None"], tuple]
+Replay = Callable[[Sequence, "DraftVocab | None"], tuple]
 
 _steps: Observers[[RiverExecutor, Sequence[Any], StepRecord]] = Observers()
 _calls: Observers[[RiverExecutor, Sequence[Any], tuple]] = Observers()
@@ -62,11 +61,11 @@ class RiverExecutor:
         stats: ExitStats,
         memories: Memories,
         fill: Fill,
-        sequences: Sequences,
+        sequences: SequenceTracker,
         on_begin: Callable[[Sequence[Any]], None] | None,
         on_close: Callable[[], None],
-        wanted: WantedLogits | None = None,
-        entry: CacheEntry | None = None,
+        wanted: HeadVocab | None = None,
+        entry: GraphEntry | None = None,
         inputs: Sequence[str] = (),
     ) -> None:
         self.program, self.runner, self.policy, self.fill = program, runner, policy, fill
@@ -76,14 +75,14 @@ class RiverExecutor:
         self._stats, self._memories = stats, memories
         self._on_begin, self._on_close = on_begin, on_close
         self._wanted = wanted
-        self.room = Room.of(program)
+        self.room = Capacity.of(program)
         self._cache_in, self._cache_out = cache_slots(program)
         self._remembers = policy.criterion.remembers or fill.remembers
 
     def __call__(self, *args: object) -> tuple:
         return self.step(args)
 
-    def step(self, args: Sequence[Any], depth: int | None = None, tokens: DraftTokens | None = None) -> tuple:
+    def step(self, args: Sequence[Any], depth: int | None = None, tokens: DraftVocab | None = None) -> tuple:
         """Runs a step and returns what the graph returns.
 
         Args:
@@ -132,7 +131,7 @@ class RiverExecutor:
         entered, begin, launches, finish = captured
         way = Taken(min(blocks or 0, self.num_blocks))
 
-        def again(args: Sequence, tokens: DraftTokens | None) -> tuple:
+        def again(args: Sequence, tokens: DraftVocab | None) -> tuple:
             started = time.perf_counter()
             if self.room is not None:
                 self.room.forget(args)
@@ -156,7 +155,7 @@ class RiverExecutor:
             return self.policy
         return self.policy.in_this_thread() if depth is None else self.policy.at(depth)
 
-    def _logits_of(self, tokens: DraftTokens | None) -> AbstractContextManager[None]:
+    def _logits_of(self, tokens: DraftVocab | None) -> AbstractContextManager[None]:
         return contextlib.nullcontext() if self._wanted is None else self._wanted.only(tokens)
 
     def _run(self, runner: Runner, slots: list, policy: ExitPolicy, memory: Memory) -> Taken | Callable[[], Taken]:

@@ -1,8 +1,8 @@
 """Runs spans of a program's segments on a step's slots. The executor decides which spans; a runner knows how.
 
 Three kinds exist: :class:`PlainRunner` calls compiled code segment by segment,
-:class:`river_compile.cudagraphs.runner.CapturedRunner` launches graphs of many segments, and
-:class:`river_compile.cudagraphs.device_exits.DeviceExits` one graph that follows a rule by itself. A runner makes no
+:class:`river_compile.capture.runner.CapturedRunner` launches graphs of many segments, and
+:class:`river_compile.capture.device_exits.DeviceExits` one graph that follows a rule by itself. A runner makes no
 rules: it knows no thresholds but those of the rule that it is given, and keeps no memory of a sequence.
 """
 
@@ -16,11 +16,10 @@ from typing import NamedTuple
 
 from torch import Tensor, fx
 
-from river_compile.exit_rule import Rule
+from river_compile.exit_bars import ExitBars
 from river_compile.passes.program import RiverProgram, Segment
-
-from .fill import Fill
-from .slots import SCORE, Saved, WrittenInPlace, gather, new_slots
+from river_compile.runtime.fill import Fill
+from river_compile.runtime.slots import SCORE, Saved, WrittenInPlace, gather, new_slots
 
 # What a compiled segment is: a function of a list (which it may empty) that returns a sequence.
 Callee = Callable[[list], Sequence]
@@ -119,11 +118,11 @@ class Runner(ABC):
         """
         return None
 
-    def whole(self, slots: list, rule: Rule) -> Outcome | None:
+    def whole(self, slots: list, rule: ExitBars) -> Outcome | None:
         """Runs everything between :meth:`begin` and :meth:`finish` as a rule decides, without waiting for anything.
 
         Returns:
-            What :meth:`Rule.taken` takes, which it waits for; None where nothing ran, and the caller must decide.
+            What :meth:`ExitBars.taken` takes, which it waits for; None where nothing ran, and the caller must decide.
         """
         return None
 

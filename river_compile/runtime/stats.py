@@ -1,6 +1,6 @@
 """What is counted and recorded of a model's steps and of exact mode's cycles, and who else sees each of them.
 
-Not handled: what to do with it; :mod:`river_compile.runtime.trace` keeps it, the report shows the sums.
+Not handled: what to do with it; :mod:`river_compile.reporting.trace` keeps it, the report shows the sums.
 """
 
 from __future__ import annotations

@@ -35,9 +35,8 @@ from river_compile.kernels.files import appearing, making
 from river_compile.kernels.quant.grid import GROUP_SIZES
 from river_compile.kernels.quant.layouts import PORTABLE, PackedLinear, portable, tensors_of
 from river_compile.passes.program import Product
-
-from . import tensor_file
-from .make import Grid, PackedSite, Ratios
+from river_compile.twins import tensor_file
+from river_compile.twins.packed import Grid, PackedSite, Ratios
 
 log = logging.getLogger("river_compile.twins")
 FORMAT = "river-twins"

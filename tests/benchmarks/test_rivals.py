@@ -15,11 +15,11 @@ from transformers import DynamicCache
 from benchmarks.rivals.fills import OPTIONS, RIVALS, backend
 from benchmarks.rivals.holes import CacheHolesError
 from river_compile import OptionError, RiverConfig, report, trace
+from river_compile.choose_passes import passes_for
 from river_compile.lowering.choose import Lowering
-from river_compile.pass_list import passes_for
 from river_compile.passes.pipeline import run_passes
 from river_compile.passes.program import RiverProgram
-from river_compile.upstream.hf_cache import crop
+from river_compile.upstream.transformers import crop
 from tests.benchmarks.rival_references import Reference
 from tests.passes.graphs import planned, texts
 from tests.support.decoding import cache_argument, cache_state, decode, left_padded, new_cache

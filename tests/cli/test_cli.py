@@ -24,7 +24,7 @@ from river_compile.cli.models import MODELS
 from river_compile.cli.output import error_line
 from river_compile.cli.painting import Painter
 from river_compile.runtime.stats import CycleRecord, RowCycle, cycles
-from river_compile.twins import maker
+from river_compile.twins import quantize
 
 ROOT = Path(__file__).parents[2]
 SCHEMA = json.loads((ROOT / "docs/river.schema.json").read_text())
@@ -221,7 +221,7 @@ def test_check_of_a_model_that_is_refused_is_code_3(tmp_path, capsys):
 
 def test_doctor_tells_versions_compiler_and_caches_and_tries_a_tiny_model(capsys, monkeypatch):
     found = printed_json(capsys, "doctor")
-    states = {finding["what"]: finding["state"] for finding in found["findings"]}
+    states = {finding["what"]: finding["model_record"] for finding in found["findings"]}
     assert {"Python", "torch", "transformers", "compiler", "processor", "GPU", "cache"} <= set(states)
     assert states["self-test"] == "ok"
     assert found["healthy"]
@@ -233,21 +233,21 @@ def test_doctor_tries_the_compiler(capsys):
         with inductor.patch({"cpp.cxx": (None, compiler)}):
             found = printed_json(capsys, "doctor", "--no-self-test", code=3)
         (said,) = (finding for finding in found["findings"] if finding["what"] == "compiler")
-        assert said["state"] == "bad"
+        assert said["model_record"] == "bad"
         assert compiler in said["text"]
         assert "install g++" in said["text"]
 
 
 def test_doctor_says_that_a_self_test_fails(capsys, monkeypatch):
     """Here the tiny model never drafts."""
-    monkeypatch.setattr("river_compile.drop_in.quality.accelerate", lambda model, **options: model)
+    monkeypatch.setattr("river_compile.api.accelerate.accelerate", lambda model, **options: model)
     assert "is not its plain text" in river(capsys, "doctor", code=3).out
 
 
 def test_bench_has_a_row_of_each_test_for_each_backend_and_packs_twins_once(tiny, capsys, monkeypatch):
     made = []
-    quantized = maker._quantized
-    monkeypatch.setattr(maker, "_quantized", lambda *given: (made.append(given), quantized(*given))[1])
+    quantized = quantize._quantized
+    monkeypatch.setattr(quantize, "_quantized", lambda *given: (made.append(given), quantized(*given))[1])
     rows = [part for row in ("plain", "river", "exact") for part in ("--row", row)]
     found = printed_json(capsys, "bench", "-m", tiny, "-p", "8", "-n", "4", "-r", "2", *rows)
     tests = [(row["backend"], row["test"]) for row in found["results"]]

@@ -1,4 +1,4 @@
-"""``custom_generate=river_compile.decode`` generates what transformers' own loop does, to the bit, in fewer calls."""
+"""``custom_generate=river_compile.decoding`` generates what transformers' own loop does, to the bit, in fewer calls."""
 
 from __future__ import annotations
 
@@ -9,8 +9,8 @@ from transformers.generation.streamers import BaseStreamer
 
 import river_compile
 from river_compile import CacheFullError
-from river_compile.speculative.session import Session
-from river_compile.upstream.hf_cache import cache_argument
+from river_compile.decoding.session import Session
+from river_compile.upstream.transformers import cache_argument
 from tests.support.decoding import cache_state, left_padded, new_cache
 from tests.support.families import CONFIGS, make, prompt
 from tools.recorder import recording
@@ -84,7 +84,7 @@ def test_text_scores_logits_and_entries_are_those_of_transformers_loop(name, kin
     model = make(name, layers=2)
     theirs = generate(model, kind)
     prepared = notes_preparations(model)
-    ours = generate(model, kind, custom_generate=river_compile.decode)
+    ours = generate(model, kind, custom_generate=river_compile.decoding)
     assert len(ours) == len(theirs)
     assert all(map(torch.equal, ours, theirs))
     assert prepared == [PROMPT, PROMPT + 1, PROMPT + 2] + ([] if own else [*range(PROMPT + 3, PROMPT + NEW_TOKENS)])
@@ -96,7 +96,7 @@ def test_inputs_of_windows_that_fill_up_follow_until_then():
     model = make("gemma3", layers=2, config=config)
     theirs = generate(model)
     prepared = notes_preparations(model)
-    ours = generate(model, custom_generate=river_compile.decode)
+    ours = generate(model, custom_generate=river_compile.decoding)
     assert prepared == [9, 10, 11, 15, 16, 17, 18]  # (14 tokens fill the window)
     assert all(map(torch.equal, ours, theirs))
 
@@ -113,7 +113,7 @@ def test_inputs_of_windows_that_fill_up_follow_until_then():
 )
 def test_options_mean_the_same(options):
     model = make("llama", layers=2, attention="eager" if options.pop("eager", False) else None)
-    ours = generate(model, custom_generate=river_compile.decode, **options)
+    ours = generate(model, custom_generate=river_compile.decoding, **options)
     theirs = generate(model, **options)
     assert len(ours) == len(theirs)
     assert all(map(torch.equal, ours, theirs))
@@ -126,11 +126,11 @@ def test_compiled_steps_leave_the_model_after_the_first_of_a_call(name):
     model.compile(backend=river_compile.river, options={"lowering": "eager", "quantizer": "none"})
     theirs = generate(model)
     calls = counts_calls(model)
-    ours = generate(model, custom_generate=river_compile.decode)
+    ours = generate(model, custom_generate=river_compile.decoding)
     assert all(map(torch.equal, ours, theirs))
     assert len(calls) == 2
     calls.clear()
-    assert all(map(torch.equal, generate(model, custom_generate=river_compile.decode), theirs))
+    assert all(map(torch.equal, generate(model, custom_generate=river_compile.decoding), theirs))
     assert len(calls) == 2
 
 
@@ -138,7 +138,7 @@ def test_a_full_cache_raises_what_a_step_through_the_model_does():
     model = make("llama", layers=2)
     model.compile(backend=river_compile.river, options={"lowering": "eager", "quantizer": "none"})
     with pytest.raises(CacheFullError, match="holds 32 tokens"):
-        generate(model, max_new_tokens=40, custom_generate=river_compile.decode)
+        generate(model, max_new_tokens=40, custom_generate=river_compile.decoding)
 
 
 @pytest.mark.parametrize(
@@ -153,7 +153,7 @@ def test_what_it_is_not_for_is_refused(options, message):
     ids = prompt()
     settings = {"max_new_tokens": 2, "do_sample": False, "attention_mask": torch.ones_like(ids), **options}
     with pytest.raises(ValueError, match=message):
-        make("llama", layers=1).generate(ids, custom_generate=river_compile.decode, **settings)
+        make("llama", layers=1).generate(ids, custom_generate=river_compile.decoding, **settings)
 
 
 class Order(list, StoppingCriteria):
@@ -192,7 +192,7 @@ def end_token(model, after: int) -> int:
 def test_steps_are_queued_before_the_host_reads_what_was_chosen(order, batch, options):
     """The same text, scores, entries and state of the generator; the last step of a full text is not queued."""
     model = make("llama", layers=2)
-    ours = generate(model, batch=batch, stopping_criteria=[order], custom_generate=river_compile.decode, **options)
+    ours = generate(model, batch=batch, stopping_criteria=[order], custom_generate=river_compile.decoding, **options)
     drawn = torch.rand(1)
     theirs = generate(model, batch=batch, **options)
     assert all(map(torch.equal, ours, theirs))
@@ -211,7 +211,7 @@ def test_a_step_behind_the_end_of_a_text_is_taken_back(order, river):
             backend="river", options={"cudagraphs": True, "lowering": "eager", "quantizer": "rtn", "group_size": 32}
         )
     theirs = generate(model, **ends)
-    ours = generate(model, stopping_criteria=[order], custom_generate=river_compile.decode, **ends)
+    ours = generate(model, stopping_criteria=[order], custom_generate=river_compile.decoding, **ends)
     assert ours[0].shape[1] < left_padded(1)[0].shape[1] + NEW_TOKENS
     assert len(ours) == len(theirs)
     assert all(map(torch.equal, ours, theirs))
@@ -224,7 +224,7 @@ def test_a_full_cache_queues_nothing_that_may_not_be_wanted(order):
     ids, mask = left_padded(1)
     ends = {"eos_token_id": end_token(model, after=3), "pad_token_id": 0, "max_new_tokens": NEW_TOKENS}
     cache = new_cache(model, "static", capacity=ids.shape[1] + 3)
-    arguments = {cache_argument(model): cache, "custom_generate": river_compile.decode, "do_sample": False}
+    arguments = {cache_argument(model): cache, "custom_generate": river_compile.decoding, "do_sample": False}
     text = model.generate(ids, attention_mask=mask, stopping_criteria=[order], **arguments, **ends)
     assert text.shape[1] == ids.shape[1] + 4
     assert list(order) == ["step", "read"] * 3 + ["read"]
@@ -232,6 +232,6 @@ def test_a_full_cache_queues_nothing_that_may_not_be_wanted(order):
 
 def test_a_sliding_window_is_not_pushed_on_before_it_is_known_that_a_token_follows(order):
     model = make("gemma3", layers=2)
-    ours = generate(model, stopping_criteria=[order], custom_generate=river_compile.decode)
+    ours = generate(model, stopping_criteria=[order], custom_generate=river_compile.decoding)
     assert all(map(torch.equal, ours, generate(model)))
     assert list(order) == ["read", "step"] * (NEW_TOKENS - 1) + ["read"]

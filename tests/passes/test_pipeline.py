@@ -7,9 +7,9 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
+from river_compile.choose_passes import passes_for
 from river_compile.config import RiverConfig
 from river_compile.lowering.choose import Lowering
-from river_compile.pass_list import passes_for
 from river_compile.passes.pipeline import PassRecord, run_passes, table
 from river_compile.passes.program import Refusal, RiverProgram
 from tests.passes.graphs import SHAPE, planned, texts

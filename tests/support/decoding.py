@@ -10,11 +10,10 @@ from torch import Tensor
 from transformers import DynamicCache, PreTrainedModel, StaticCache
 from transformers.cache_utils import QuantizedLayer
 
+from river_compile.decoding.session import Session
 from river_compile.exits import forced_depth
-from river_compile.kept_cache import LentCache
-from river_compile.speculative.session import Session
-from river_compile.upstream.growing import mark_growing
-from river_compile.upstream.hf_cache import cache_argument, cache_of
+from river_compile.runtime.cache_pool import BorrowedCache
+from river_compile.upstream.transformers import cache_argument, cache_of, mark_growing
 from tests.support.families import prompt
 
 CAPACITY = 24
@@ -95,7 +94,7 @@ def session_on(model, ids: Tensor, kind: str = "static") -> Session:
     """Returns a session whose prompt has run."""
     cache = new_cache(model, kind)
     kwargs = {"attention_mask": torch.ones_like(ids), "use_cache": True, cache_argument(model): cache}
-    session = Session(model, LentCache(model, kwargs, None, False))
+    session = Session(model, BorrowedCache(model, kwargs, None, False))
     session.prefill(ids, model.generation_config)
     return session
 

@@ -12,7 +12,7 @@ from torch import Tensor, nn
 from river_compile import river
 from river_compile.exits import forced_depth
 from river_compile.lowering.choose import Lowering
-from river_compile.twins.make import PackedSite
+from river_compile.twins.packed import PackedSite
 from tests.support.decoding import cache_argument, new_cache, run_plainly
 from tests.support.families import VOCABULARY, make, prompt
 

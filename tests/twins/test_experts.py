@@ -10,9 +10,8 @@ import torch
 from river_compile import block_errors, observe, report, save
 from river_compile.kernels.quant.calibrated import output_energy
 from river_compile.kernels.quant.grid import decibels
-from river_compile.passes.routing import ROUTER
-from river_compile.twins.moments import ExpertMoments
-from river_compile.twins.pack import GraphTwins
+from river_compile.passes.moe_router import ROUTER
+from river_compile.twins.calibration_stats import ExpertMoments
 from tests.support.families import prompt
 from tests.support.lowerings import FUSED, UNFUSED
 from tests.support.traced import TracedStep, dequantized
@@ -128,7 +127,7 @@ def test_experts_are_saved_and_read(tmp_path):
     save(first.model, tmp_path / "twins")
     second = TracedStep("gpt_oss")
     assert torch.equal(second.run(quantizer="rtn", artifact=tmp_path / "twins"), logits)
-    sites = {site.name: site for site in report(second.model).graphs[-1].of(GraphTwins)}
+    sites = {site.name: site for site in report(second.model).graphs[-1].twins}
     assert sum(site.experts == 4 and str(tmp_path) in site.artifact for site in sites.values()) == 4
 
 
@@ -146,4 +145,4 @@ def _sites(step):
 
 
 def _graph(step):
-    return report(step.model).graphs[-1].of(GraphTwins)
+    return report(step.model).graphs[-1].twins

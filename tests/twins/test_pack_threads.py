@@ -7,7 +7,7 @@ import pytest
 import torch
 
 from river_compile.kernels.quant.grid import threads_for
-from river_compile.twins.pack import PackedWeights, Statistics
+from river_compile.twins.registry import PackedWeights, Statistics
 
 
 class Sources(types.SimpleNamespace):
