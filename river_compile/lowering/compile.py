@@ -103,7 +103,11 @@ def _examples(segment: Segment) -> list[Any]:
 def _attends_flexibly_on_cpu(segment: Segment) -> bool:
     """Whether a segment calls flex attention on a CPU: Inductor has no code for some of it there, and raises."""
     flex = torch.ops.higher_order.flex_attention
-    return any(called(node, flex) and value_of(node)[0].device.type == "cpu" for node in segment.graph.nodes)
+    return _device_type(segment) == "cpu" and any(called(node, flex) for node in segment.graph.nodes)
+
+
+def _device_type(segment: Segment) -> str:
+    return next((value.device.type for value in _examples(segment) if isinstance(value, Tensor)), "cpu")
 
 
 def _fake_mode(segment: Segment) -> FakeTensorMode:
@@ -138,7 +142,7 @@ def inductor_settings(mode: str | None, whole: bool = True) -> dict[str, object]
 def _by_operator(segment: Segment, lowering: Lowering) -> Callee:
     """Returns a segment's graph as it is, under the autocast in which it was traced (compiled code has its casts)."""
     graph_module = lower_ops(segment.graph, lowering.native, lowering.dependent)
-    device = next((v.device.type for v in _examples(segment) if isinstance(v, Tensor)), "cpu")
+    device = _device_type(segment)
     if not torch.is_autocast_enabled(device):
         return lambda inputs: graph_module(*inputs)
     autocast = torch.autocast(device, torch.get_autocast_dtype(device), cache_enabled=False)
