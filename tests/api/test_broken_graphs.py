@@ -63,7 +63,7 @@ def test_a_model_whose_hooks_break_its_graph_takes_the_river_from_no_other_one(h
 
 
 def test_flex_attention_is_rewritten_with_the_lowering_of_a_cpu():
-    """Inductor raises for it, or compiles for minutes. No error and no warning names an option that nobody gave."""
+    """Inductor raises for it there. No error and no warning names an option that nobody gave."""
     expected = make("llama", layers=2, attention="flex_attention")
     ours = river_compile.accelerate(make("llama", layers=2, attention="flex_attention"), max_draft=1, adaptive=False)
     text, trace, said = generated(ours)
