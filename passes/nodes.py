@@ -132,6 +132,11 @@ def _shows(schema: torch.FunctionSchema) -> bool:
     )
 
 
+def calls_flex_attention(nodes: Iterable[fx.Node]) -> bool:
+    """Whether one of the nodes is a flex attention."""
+    return any(called(node, torch.ops.higher_order.flex_attention) for node in nodes)
+
+
 def nesting(node: fx.Node) -> int:
     """Returns 1 where a node begins an autocast or a ``vmap``, -1 where it ends one, 0 for others."""
     return _NESTING.get(getattr(node.target, "__name__", ""), 0)

@@ -24,6 +24,7 @@ from river_compile.lowering.compile import SegmentCompiler, inductor_settings
 from river_compile.model_record import GraphRecord, ModelRecord, adopt
 from river_compile.offload.streaming import Streamer
 from river_compile.passes.linears import matrix_names
+from river_compile.passes.nodes import calls_flex_attention
 from river_compile.passes.pipeline import run_passes
 from river_compile.passes.program import Refusal, RiverProgram, Segment, TwinLinear
 from river_compile.reporting.dump import PassDump, trace_artifact
@@ -60,7 +61,8 @@ def build(
         OptionError: (a ``ValueError``) options that do not go together, or with this model.
     """
     config, plan = graph.config, found.plan
-    choices = choose(found, config, lowering or choose_lowering(config, plan.device), fill)
+    lowering = lowering or choose_lowering(config, plan.device, calls_flex_attention(plan.graph_module.graph.nodes))
+    choices = choose(found, config, lowering, fill)
     choices = choices.captured_by(found, graph.captures, model.ranks)
     graph.own_backbone = choices.lowering.native and choices.own_backbone
     model.offloaded.check(plan, config)

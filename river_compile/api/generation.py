@@ -123,7 +123,9 @@ def _generate_by(
             return plain(self, *args, **kwargs)
         streamer = kwargs.get("streamer")
         late = {} if streamer is None else {"streamer": _LateStreamer(streamer)}
-        loop = loops[captures_expected(config, self.device, ranks_of(self.parameters()))]
+        # (Its masks for a long static cache are code that Inductor's C++ does not compile for every size.)
+        flex = getattr(self.config, "_attn_implementation", None) == "flex_attention"
+        loop = loops[not flex and captures_expected(config, self.device, ranks_of(self.parameters()))]
         try:
             return plain(self, *args, **{**kwargs, "custom_generate": loop, **late})
         except refusal as reason:

@@ -62,13 +62,19 @@ class Lowering:
         return "dense" if self.native else TRITON_LAYOUT
 
 
-def choose_lowering(config: RiverConfig, device: torch.device) -> Lowering:
-    """Returns the lowering of a graph whose hidden state lies on a device.
+def choose_lowering(config: RiverConfig, device: torch.device, flex: bool = False) -> Lowering:
+    """Returns the lowering of a graph whose hidden state lies on a device; `flex`: it calls flex attention.
 
     Raises:
         OptionError: the device, or this installation, does not have it.
     """
     compiler = "eager" if config.lowering == "eager" else "inductor"
+    if flex and device.type == "cpu" and compiler != "eager":
+        warn_once(
+            "attn_implementation='flex_attention' has no code in Inductor for every case on a CPU, so this model runs "
+            "operator by operator; load it with attn_implementation='sdpa', which the kernels of a CPU compute"
+        )
+        return Lowering("eager", ATEN_LAYOUT, fuse=False)
     on_gpu, early = device.type == "cuda", config.dependent_launch
     if early and not (on_gpu and starts_early(device_name(device.index or 0))):
         where = device_name(device.index or 0) if on_gpu else f"a model on {device}"

@@ -99,3 +99,12 @@ def test_a_model_whose_first_call_is_a_step_takes_one_graph_of_steps():
             places = torch.tensor([[position]])
             model(input_ids=prompt(1), attention_mask=mask, position_ids=places, **held)
     assert len(report(model).graphs) == 1
+
+
+def test_batches_of_any_size_run_in_the_graphs_of_the_first_batch():
+    """One text has graphs of its own; two rows make the number of rows dynamic, and three to seven compile nothing."""
+    model, compiled = accelerate(make("llama", layers=2), lowering="eager", quantizer="rtn", group_size=32), []
+    for rows in (1, 2, 3, 4, 7):
+        model.generate(prompt(6, rows), max_new_tokens=6, do_sample=False)
+        compiled.append(len(report(model).graphs))
+    assert compiled[1:] == [compiled[1]] * 4

@@ -46,8 +46,12 @@ def test_cases_are_data_and_their_seed_alone_decides():
 
 
 def test_without_a_compiler_the_text_is_the_plain_models(tmp_path, monkeypatch):
-    """A backend that asks nobody whether anything compiles is found."""
+    """A backend that asks nobody whether anything compiles is found.
+
+    Blocks go through Inductor here: C++ kernels that the process has loaded for another test need no compiler.
+    """
     case = {"compiler": "dies", "family": "llama", "quality": "exact", "seed": 0, "lengths": [3]}
+    case["lowering"] = "inductor"
     assert compilers.run(case, tmp_path) == "passed"
     monkeypatch.setattr("river_compile.lowering.choose.working_compiler", lambda: None)
     with pytest.raises(InductorError):
@@ -66,6 +70,23 @@ def test_a_text_is_the_plain_models_and_one_through_a_wrong_slot_is_not(tmp_path
 
     with on_step(wrong_slot), pytest.raises(text.Differs, match="row 0, token 2: logits are off by"):
         text.run(CASE, tmp_path)
+
+
+@pytest.mark.parametrize(
+    "odd",
+    [
+        {"ids": "int32"},
+        {"stop": ["'", ","]},
+        {"dead_end": "greedy"},
+        {"dead_end": "sampled"},
+        {"do": "hooked sibling"},
+    ],
+)
+def test_calls_that_few_make_are_the_plain_models(odd, tmp_path):
+    """In exact mode, in a batch; scores that leave no token to sample raise what they raise there."""
+    exact = {"do": "exact", "arguments": {"max_new_tokens": 6, "max_draft": 1, "adaptive": False}}
+    case = {**CASE, "steps": [CASE["steps"][0], {**CASE["steps"][1], **exact, **odd}]}
+    assert text.run(case, tmp_path) == ("plain's error" if odd.get("dead_end") == "sampled" else "passed")
 
 
 @pytest.mark.slow

@@ -5,6 +5,9 @@ to rounding. What is compared is more than text: each step's logits, up to the f
 may differ only where the logits agree, which makes it a near-tie; where they do not, the case runs again in float64,
 and a difference that is gone there was rounding (experts chosen by a near-tie, say), and is counted as such.
 
+Among the calls are ids in 32 bits, rows that stop strings end, and scores that leave no token, where sampling raises
+the plain model's error. A model that breaks its own graph (with hooks) leaves the next one of its class its river.
+
 Not handled: text of exact mode with sampling, which is equal in distribution alone.
 """
 
@@ -17,14 +20,15 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 from transformers import PreTrainedModel
 
 import river_compile
 from river_compile.exits import forced_depth
 from river_compile.upstream.transformers import cache_argument
 from tests.support.decoding import new_cache
-from tests.support.families import REWRITTEN, make, prompt
+from tests.support.families import REWRITTEN, VOCABULARY, make, prompt
+from tests.support.tokenizers import byte_tokenizer
 from tools.recorder import recording
 from tools.soak.cases import Case, Failure, refused_by_us
 
@@ -64,7 +68,8 @@ def _options(rng: random.Random, layers: int) -> dict[str, Any]:
 
 
 def _step(rng: random.Random, layers: int) -> Case:
-    do = rng.choice(("generate",) * 5 + ("exact",) * 3 + ("compile", "weights", "gradient", "no cache", "reset"))
+    others = ("compile", "weights", "gradient", "no cache", "reset", "hooked sibling")
+    do = rng.choice(("generate",) * 5 + ("exact",) * 3 + others)
     step: Case = {"do": do, "seed": rng.randrange(1000)}
     if do == "compile":
         step["options"] = _options(rng, layers)
@@ -82,10 +87,24 @@ def _step(rng: random.Random, layers: int) -> Case:
         step["depth"] = rng.randint(0, layers)
     if do in ("generate", "exact") and rng.random() < 0.2:
         step["arguments"]["repetition_penalty"] = 1.3
+    if do in ("generate", "exact"):
+        step |= _oddities(rng)
     if do == "exact":
         step["arguments"] |= {"max_draft": rng.choice((1, 3, 5)), "stop_below": rng.choice((0.0, 0.5, 0.9))}
         step["arguments"]["prompt_lookup"] = rng.random() < 0.5
     return step
+
+
+def _oddities(rng: random.Random) -> Case:
+    """Returns what few calls have. (Dead ends are sampled in exact mode too: there is no text to compare.)"""
+    odd: Case = {}
+    if rng.random() < 0.15:
+        odd["ids"] = "int32"
+    if rng.random() < 0.15:
+        odd["stop"] = [chr(rng.randrange(33, 127)) for _ in range(8)]
+    if rng.random() < 0.1:
+        odd["dead_end"] = rng.choice(("greedy", "sampled"))
+    return odd
 
 
 def run(case: Case, folder: Path) -> str:
@@ -102,6 +121,10 @@ def smaller(case: Case) -> Iterator[Case]:
     for i in range(1, len(steps)):
         yield {**case, "steps": [*steps[:i], *steps[i + 1 :]]}
     for i, step in enumerate(steps):
+        for name in ("ids", "stop", "dead_end"):
+            if name in step:
+                less = {key: value for key, value in step.items() if key != name}
+                yield {**case, "steps": [*steps[:i], less, *steps[i + 1 :]]}
         for part in ("options", "arguments"):
             for name in step.get(part, {}):
                 if name != "max_new_tokens":
@@ -116,7 +139,7 @@ def smaller(case: Case) -> Iterator[Case]:
 def _run(case: Case, dtype: str) -> str:
     torch._dynamo.reset()
     models = [make(case["family"], getattr(torch, dtype), case["weights"], case["layers"]) for _ in range(2)]
-    walk = Walk(*models, tolerance=TOLERANCE[dtype])
+    walk = Walk(case["family"], *models, tolerance=TOLERANCE[dtype])
     with recording():
         outcomes = [walk.step(step) for step in case["steps"]]
     return next((outcome for outcome in outcomes if outcome != "passed"), "passed")
@@ -125,8 +148,8 @@ def _run(case: Case, dtype: str) -> str:
 class Walk:
     """The plain model and the same one compiled, which take the same steps."""
 
-    def __init__(self, plain: PreTrainedModel, ours: PreTrainedModel, tolerance: float) -> None:
-        self.plain, self.ours, self.tolerance = plain, ours, tolerance
+    def __init__(self, family: str, plain: PreTrainedModel, ours: PreTrainedModel, tolerance: float) -> None:
+        self.family, self.plain, self.ours, self.tolerance = family, plain, ours, tolerance
 
     def step(self, step: Case) -> str:
         """Takes one step and returns its outcome; raises a Failure, or what the product raised and must not."""
@@ -140,6 +163,8 @@ class Walk:
                 change_weights(model, step["how"], step["seed"])
         elif do in ("gradient", "no cache"):
             self._forward(step)
+        elif do == "hooked sibling":
+            self._hooked_sibling(step)
         else:
             return self._generate(step)
         return "passed"
@@ -154,8 +179,23 @@ class Walk:
         counts = mask.bool()
         check_close(ours.detach()[counts], expected.detach()[counts], self.tolerance, step["do"])
 
+    def _hooked_sibling(self, step: Case) -> None:
+        """A model of the same class breaks its graph at hooks, and the next one runs through the river all the same."""
+        dtype, call = self.plain.dtype, {**step, "lengths": [5], "cache": "dynamic", "arguments": {"max_new_tokens": 4}}
+        hooked, whole = (make(self.family, dtype, step["seed"] + i, layers=2) for i in range(2))
+        expected = [generate(model, call, {}) for model in (hooked, whole)]
+        for block in (block for blocks in hooked.modules() if isinstance(blocks, nn.ModuleList) for block in blocks):
+            block.register_forward_hook(torch.compiler.disable(lambda module, args, output: output))
+        for model, wanted in zip((hooked, whole), expected, strict=True):
+            river_compile.accelerate(model, **ALWAYS)
+            with warnings.catch_warnings(), river_compile.trace() as trace:
+                warnings.simplefilter("ignore", river_compile.RiverWarning)
+                compare(generate(model, call, {}), wanted, 1, self.tolerance)
+        if not trace.steps:
+            raise Failure(f"the river of a {type(whole).__name__} is off after one with hooks")
+
     def _generate(self, step: Case) -> str:
-        expected = generate(self.plain, step, {})
+        expected = outcome_of(self.plain, step, {})
         more = {"custom_generate": river_compile.exact} if step["do"] == "exact" else {}
         with (
             warnings.catch_warnings(record=True) as said,
@@ -164,23 +204,43 @@ class Walk:
         ):
             warnings.simplefilter("always")
             try:
-                ours = generate(self.ours, step, more)
+                ours = outcome_of(self.ours, step, more)
             except ValueError as error:
                 if refused_by_us(error):
                     return f"refused ({type(error).__name__})"
                 raise
-        passes = step["arguments"]["max_new_tokens"] if step["do"] == "generate" else 1
+        if isinstance(ours, str) or isinstance(expected, str):
+            if ours == expected:
+                return "plain's error"
+            raise Failure(f"{ours if isinstance(ours, str) else 'a text'} instead of {expected}")
+        passes = len(expected.logits) if step["do"] == "generate" else 1
         if len(trace.steps) < passes and not any(issubclass(w.category, river_compile.RiverWarning) for w in said):
             raise Failure(f"{len(trace.steps)} of {passes} passes reached the river in step {step}, without a word")
         return compare(ours, expected, len(step["lengths"]), self.tolerance)
 
 
+def outcome_of(model: PreTrainedModel, step: Case, more: dict[str, Any]) -> Any:
+    """Returns what `generate` returns, or what its error says where scores that leave no token are sampled from."""
+    if step.get("dead_end") != "sampled":
+        return generate(model, step, more)
+    try:
+        return generate(model, step, more)
+    except RuntimeError as error:
+        return str(error)
+
+
 def generate(model: PreTrainedModel, step: Case, more: dict[str, Any]) -> Any:
     """Generates as a step says; drafts' options go to exact mode alone."""
     ids, mask = padded(step["lengths"], step["seed"])
-    drafting = ("max_draft", "stop_below", "prompt_lookup")
+    drafting = ("max_draft", "stop_below", "prompt_lookup", "adaptive")
     arguments = {name: value for name, value in step["arguments"].items() if more or name not in drafting}
     arguments = {"do_sample": False, **arguments, **more}
+    if step.get("ids") == "int32":
+        ids = ids.int()
+    if "stop" in step:
+        arguments |= {"stop_strings": step["stop"], "tokenizer": byte_tokenizer()}
+    if "dead_end" in step:
+        arguments |= {"suppress_tokens": [*range(VOCABULARY)], "do_sample": step["dead_end"] == "sampled"}
     if step["cache"] == "static":
         arguments["cache_implementation"] = "static"
     elif step["cache"] == "mine":

@@ -1,0 +1,76 @@
+"""A model that breaks its graph breaks no other model's, and attention that Inductor has no code for runs."""
+
+import warnings
+
+import pytest
+import torch
+from accelerate.hooks import ModelHook, add_hook_to_module
+
+import river_compile
+from river_compile.lowering.choose import warn_once
+from tests.support.families import make, prompt
+
+OPTIONS = {"lowering": "eager", "group_size": 32, "max_draft": 1, "adaptive": False}
+
+pytestmark = pytest.mark.usefixtures("fresh_dynamo")
+
+
+def generate(model):
+    ids = prompt()
+    return model.generate(ids, attention_mask=torch.ones_like(ids), max_new_tokens=6, do_sample=False)
+
+
+def generated(model):
+    """Returns the text, the trace and the river's warnings."""
+    with warnings.catch_warnings(record=True) as said, river_compile.trace() as trace:
+        warnings.simplefilter("always")
+        text = generate(model)
+    return text, trace, [str(w.message) for w in said if issubclass(w.category, river_compile.RiverWarning)]
+
+
+class Breaks(ModelHook):
+    """What accelerate puts around a block whose weights it moves: code that Dynamo does not trace."""
+
+    @torch.compiler.disable
+    def pre_forward(self, module, *args, **kwargs):
+        return args, kwargs
+
+
+def with_accelerates_hooks(model):
+    for block in model.model.layers:
+        add_hook_to_module(block, Breaks())
+    return model
+
+
+def with_forward_hooks(model):
+    for block in model.model.layers:
+        block.register_forward_hook(torch.compiler.disable(lambda module, args, output: output))
+    return model
+
+
+@pytest.mark.parametrize("hooked", [with_accelerates_hooks, with_forward_hooks])
+def test_a_model_whose_hooks_break_its_graph_takes_the_river_from_no_other_one(hooked):
+    """It keeps its text and a warning names the break; the next model of its class is rewritten and drafts."""
+    broken, whole = (river_compile.accelerate(make("llama", layers=2, seed=i), **OPTIONS) for i in range(2))
+    text, _, said = generated(hooked(broken))
+    assert torch.equal(text, generate(make("llama", layers=2, seed=0)))
+    assert any("Dynamo broke the graph here: " in line for line in said)
+    text, trace, said = generated(whole)
+    assert torch.equal(text, generate(make("llama", layers=2, seed=1)))
+    assert trace.cycles
+    assert not said
+    assert [graph.refusal for graph in river_compile.report(whole).graphs if graph.refusal] == []
+    assert river_compile.report(whole).plain_runs == 0
+
+
+def test_flex_attention_on_a_cpu_is_rewritten_and_runs_operator_by_operator():
+    """Inductor may raise for it there. One warning names it and the way out, and no option that nobody gave."""
+    expected = make("llama", layers=2, attention="flex_attention")
+    ours = river_compile.accelerate(make("llama", layers=2, attention="flex_attention"), max_draft=1, adaptive=False)
+    warn_once.cache_clear()  # (it comes once a process)
+    text, trace, said = generated(ours)
+    assert torch.equal(text, generate(expected))
+    assert trace.cycles
+    assert len(said) == 1
+    assert "flex_attention" in said[0]
+    assert "sdpa" in said[0]
