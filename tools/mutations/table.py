@@ -31,7 +31,7 @@ _PASSES = (
     ),
     Mutation(
         "twins-parts",
-        "passes/twins.py",
+        "passes/linears.py",
         "(parts, i), value, first) for i, value in enumerate(values)",
         "(parts, len(values) - 1 - i), value, first) for i, value in enumerate(values)",
         "q, k and v are handed out of their product in the wrong order",
@@ -40,8 +40,8 @@ _PASSES = (
     Mutation(
         "twins-narrow",
         "passes/twins.py",
-        "if site.group_size >= MIN_GROUP_SIZE:",
-        "if site.group_size > MIN_GROUP_SIZE:",
+        "if linear.group_size >= MIN_GROUP_SIZE:",
+        "if linear.group_size > MIN_GROUP_SIZE:",
         "matrices with groups of 32 stay in 16 bits",
         ("tests/twins/test_quantizers.py", "tests/twins/test_twins.py"),
     ),
