@@ -182,7 +182,6 @@ const Operator kOnNumbers[] = {
 }  // namespace
 }  // namespace river
 
-// (In this order: a library's registrations run in the order in which they stand.)
 STABLE_TORCH_LIBRARY_FRAGMENT(river_native, m) {
   for (const auto& of : river::kOnTensors) m.def((of.name + of.schema).c_str());
   for (const auto& of : river::kOnNumbers) m.def((of.name + of.schema).c_str());

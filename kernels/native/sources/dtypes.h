@@ -83,6 +83,12 @@ inline void store_values(void* p, int64_t first, int count, int32_t dtype, const
 template <int kColumns>
 constexpr int kMostLoaded = kColumns == kBlock ? 16 * kBlock : kColumns;
 
+// How many values such rows are: of a block whole vectors, so that no loop has a remainder.
+template <int kColumns>
+constexpr int values_of(int rows, int count) {
+  return kColumns == kBlock ? rows * kBlock : count;
+}
+
 // Reads `count` <= kColumns values of each of some rows, which are `stride` apart, to rows of kColumns: 16 rows of a
 // block, or a single one. (All of them are converted in one loop: compilers make no vector of a loop over sixteen.)
 template <int kColumns = kBlock>
@@ -95,14 +101,14 @@ void load_block(const void* p, int64_t first, int64_t stride, int rows, int coun
       std::memcpy(halves + r * kColumns, static_cast<const uint16_t*>(p) + first + r * stride,
                   count * sizeof(uint16_t));
   }
-  if (dtype != kFloat32) load_values(halves, 0, (rows - 1) * kColumns + count, dtype, values);
+  if (dtype != kFloat32) load_values(halves, 0, values_of<kColumns>(rows, count), dtype, values);
 }
 
 // The same the other way round.
 template <int kColumns = kBlock>
 void store_block(void* p, int64_t first, int64_t stride, int rows, int count, int32_t dtype, const float* values) {
   uint16_t halves[kMostLoaded<kColumns>];
-  if (dtype != kFloat32) store_values(halves, 0, (rows - 1) * kColumns + count, dtype, values);
+  if (dtype != kFloat32) store_values(halves, 0, values_of<kColumns>(rows, count), dtype, values);
   for (int r = 0; r < rows; ++r) {
     if (dtype == kFloat32)
       std::memcpy(static_cast<float*>(p) + first + r * stride, values + r * kColumns, count * sizeof(float));

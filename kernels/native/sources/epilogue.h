@@ -25,7 +25,7 @@ inline void add_bias(const Epilogue& e, int64_t first, int count, int rows, int 
 // Finishes and writes the sums of features `first` to `first + kColumns - 1`, [rows, kColumns]; `up` if it is gated.
 template <int kColumns = kBlock>
 void epilogue(const Epilogue& e, int64_t first, int row, int rows, float* y, float* up) {
-  const int count = int(std::min<int64_t>(kColumns, e.width() - first)), all = (rows - 1) * kColumns + count;
+  const int count = int(std::min<int64_t>(kColumns, e.width() - first)), all = values_of<kColumns>(rows, count);
   if (e.bias.count) {
     add_bias(e, first, count, rows, kColumns, y);
     if (e.gated) add_bias(e, e.width() + first, count, rows, kColumns, up);

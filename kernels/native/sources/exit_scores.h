@@ -38,29 +38,29 @@ struct Weighed {
 
 inline void weigh(const void* args, int part, int parts) {
   const auto& a = *static_cast<const EntropyArgs*>(args);
-  constexpr int kLanes16 = 16;
+  constexpr int kWidth = 16;
   alignas(64) float z[kLogitsTogether];
   for (auto [i, end] = share_of(int64_t(a.rows) * a.chunks, part, parts); i < end; ++i) {
     const int64_t first = i % a.chunks * kLogitsTogether;
     const int count = int(std::min<int64_t>(kLogitsTogether, a.logits_each - first));
     load_values(a.logits, i / a.chunks * a.stride + first, count, a.dtype, z);
     std::fill(z + count, z + kLogitsTogether, -INFINITY);
-    float most[kLanes16], totals[kLanes16] = {}, spreads[kLanes16] = {};
-    std::fill(most, most + kLanes16, -INFINITY);
-    for (int k = 0; k < kLogitsTogether; k += kLanes16)
-      for (int j = 0; j < kLanes16; ++j) most[j] = z[k + j] > most[j] || z[k + j] != z[k + j] ? z[k + j] : most[j];
+    float most[kWidth], totals[kWidth] = {}, spreads[kWidth] = {};
+    std::fill(most, most + kWidth, -INFINITY);
+    for (int k = 0; k < kLogitsTogether; k += kWidth)
+      for (int j = 0; j < kWidth; ++j) most[j] = z[k + j] > most[j] || z[k + j] != z[k + j] ? z[k + j] : most[j];
     Weighed w{-INFINITY, 0, 0};
     for (const float m : most) w.largest = m > w.largest || m != m ? m : w.largest;
     const float largest = w.largest;
-    const int weighed =
-        largest == kUnwanted ? kLanes16 : kLogitsTogether;  // (of what nobody wants any part is nothing)
-    for (int k = 0; k < weighed; k += kLanes16)
-      for (int j = 0; j < kLanes16; ++j) {
+    // (Of what nobody wants any part is nothing.)
+    const int weighed = largest == kUnwanted ? kWidth : kLogitsTogether;
+    for (int k = 0; k < weighed; k += kWidth)
+      for (int j = 0; j < kWidth; ++j) {
         const float shifted = z[k + j] - largest, weight = exp_of(shifted);
         totals[j] += weight;
         spreads[j] += weight * (shifted < -1e4f ? -1e4f : shifted);  // (0 times -inf would be NaN)
       }
-    for (int j = 0; j < kLanes16; ++j) {
+    for (int j = 0; j < kWidth; ++j) {
       w.total += totals[j];
       w.spread += spreads[j];
     }
