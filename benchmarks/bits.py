@@ -38,7 +38,7 @@ from river_compile.cli import models
 from river_compile.cli.texts import topics
 from river_compile.kernels.portable import token_kl
 from river_compile.kernels.quant.calibrated import damped_moments, output_energy, quantize_observed
-from river_compile.twins.moments import InputMoments
+from river_compile.twins.calibration_stats import InputMoments
 from river_compile.twins.observe import record
 from river_compile.twins.sampling import sample
 

@@ -98,7 +98,7 @@ def measure(
             texts = range(len(samples))
             for rule in _rules(meter, criterion, texts):
                 found.append((criterion.name, meter.measure(rule, texts, f"{criterion.name} {rule}")))
-            if criterion.may_doubt:
+            if criterion.reads == "answer":
                 found += _reference_lines(meter, criterion, texts)
                 prices = meter
     return [_row(name, measured, prices) for name, measured in found]
@@ -106,7 +106,7 @@ def measure(
 
 def _rules(meter: Meter, criterion: Criterion, texts: Sequence[int]) -> list[Rule]:
     """Returns thresholds under which shares of the tokens leave, and some other first exits."""
-    if criterion.scores_blocks:
+    if criterion.reads == "block":
         scores = [s.similarities[FIRST_EXIT - 1] for i in texts for s in meter.references[i].steps]
         later = [round(meter.num_blocks * part) for part in (0.25, 0.5, 0.75)]
         rules = [(_quantile(scores, 1 - share), FIRST_EXIT) for share in SHARES]

@@ -23,13 +23,12 @@ from benchmarks.roofline import Roofline
 from benchmarks.schedule import leaving_at
 from river_compile import report
 from river_compile.backend import executors_of
+from river_compile.capture.device import CaptureLog
+from river_compile.capture.device_exits import DeviceExits
+from river_compile.capture.runner import CapturedRunner, LaunchAhead
 from river_compile.cli.timing import generate
-from river_compile.cudagraphs.device import CaptureLog
-from river_compile.cudagraphs.device_exits import DeviceExits
-from river_compile.cudagraphs.launch_ahead import LaunchAhead
-from river_compile.cudagraphs.runner import CapturedRunner
 from river_compile.exits import forced_depth
-from river_compile.upstream.hf_cache import cache_argument, crop
+from river_compile.upstream.transformers import cache_argument, crop
 
 _WARM_UP = 4  # tokens: the first runs, the second is captured
 _ASKED_WARM_UP = 64  # until what decides about launching ahead has seen enough
@@ -172,7 +171,7 @@ class Bench:
         return sum(log.seconds for log in logs), sum(log.bytes for log in logs), sum(log.made for log in logs)
 
     def _logs(self) -> list[CaptureLog]:
-        return [graph.of(CaptureLog) for graph in report(self.model).graphs] if self.backend == "river" else []
+        return [graph.captures for graph in report(self.model).graphs] if self.backend == "river" else []
 
     def _reset_peak(self) -> None:
         if self.loop.on_gpu:

@@ -33,12 +33,12 @@ def passes(model: Any, rows: int, repeats: int) -> dict[str, float]:
     measured: dict[str, float] = {}
 
     def measure(model: Any, input_ids: Tensor, generation_config: Any, **arguments: Any) -> Tensor:
+        from river_compile.decoding.session import Session
         from river_compile.exits import WHOLE
-        from river_compile.kept_cache import LentCache
-        from river_compile.speculative.session import Session
+        from river_compile.runtime.cache_pool import BorrowedCache
 
         given = {name: value for name, value in arguments.items() if name not in NOT_THE_MODELS}
-        session = Session(model, LentCache(model, given, None, False), WHOLE)
+        session = Session(model, BorrowedCache(model, given, None, False), WHOLE)
         logits = session.prefill(input_ids, generation_config)
         session.allow_drafts(input_ids, logits, MAX_DRAFT, strict=False)
         ids = torch.cat([input_ids, input_ids[:, -1:]], 1)

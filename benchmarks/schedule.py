@@ -24,15 +24,15 @@ from transformers import PreTrainedModel, StaticCache
 from benchmarks.common import command_line, print_table
 from benchmarks.random_llama import random_llama
 from river_compile import river, warmup
+from river_compile.capture.runner import CapturedRunner
+from river_compile.capture.units import CaptureUnit
 from river_compile.cli import models
-from river_compile.cudagraphs.partition import Unit
-from river_compile.cudagraphs.runner import CapturedRunner
 from river_compile.exits import Similarity
-from river_compile.reporting.reads import bytes_of_token
+from river_compile.reporting.report import bytes_of_token
 from river_compile.runtime.executor import RiverExecutor, on_step
 from river_compile.runtime.runner import Step
 from river_compile.runtime.stats import StepRecord
-from river_compile.upstream.hf_cache import cache_argument
+from river_compile.upstream.transformers import cache_argument
 from tools.kernels.shapes import ModelShape
 from tools.recorder import Event, recording
 
@@ -142,7 +142,7 @@ def step(model: PreTrainedModel, cache: StaticCache, watch: Watch, depth: int) -
     return watch.events
 
 
-def _units(runner: CapturedRunner) -> dict[str, Unit]:
+def _units(runner: CapturedRunner) -> dict[str, CaptureUnit]:
     units, num_blocks = runner.units, len(runner.flags) - 1
     spans = [unit for a, b in itertools.pairwise((0, *units.ends)) for unit in units.spans(a, b)]
     tails = [unit for depth in units.ends if depth < num_blocks for unit in units.tail(depth)]
@@ -155,7 +155,7 @@ def _way(runner: CapturedRunner, depth: int) -> list[Step]:
     return [step for unit in units for step in unit.steps]
 
 
-def _print_units(watch: Watch, units: dict[str, Unit]) -> None:
+def _print_units(watch: Watch, units: dict[str, CaptureUnit]) -> None:
     """Bytes read are those of weights, packed weights and the whole KV cache; of an embedding, one row; of
     experts, those that a token chooses."""
     rows = []

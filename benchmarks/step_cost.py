@@ -24,10 +24,10 @@ from transformers import PreTrainedModel, StaticCache
 from benchmarks import common
 from benchmarks.random_llama import random_llama
 from river_compile import river
-from river_compile.cudagraphs import launcher
+from river_compile.capture import capture_cache
 from river_compile.exits import forced_depth
 from river_compile.runtime.executor import on_step
-from river_compile.upstream.hf_cache import cache_argument
+from river_compile.upstream.transformers import cache_argument
 from tools.kernels.shapes import ModelShape
 from tools.recorder import recording
 
@@ -65,7 +65,7 @@ def measure(model: PreTrainedModel, depth: int, repeats: int) -> dict[str, float
 @contextmanager
 def _timed(seconds: list[float]) -> Iterator[None]:
     """Inside, notes the seconds of every comparison of addresses."""
-    compare = launcher.lie_at
+    compare = capture_cache.lie_at
 
     def timed(tensors: list[Tensor], addresses: list[int]) -> bool:
         start = time.perf_counter()
@@ -73,11 +73,11 @@ def _timed(seconds: list[float]) -> Iterator[None]:
         seconds.append(time.perf_counter() - start)
         return same
 
-    launcher.lie_at = timed
+    capture_cache.lie_at = timed
     try:
         yield
     finally:
-        launcher.lie_at = compare
+        capture_cache.lie_at = compare
 
 
 def main(arguments: list[str] | None = None) -> int:

@@ -54,8 +54,8 @@ def check_family(name: str, folder: Path, lengths: int) -> None:
     """States what holds of a tiny model of a family."""
     from river_compile.backend import river
     from river_compile.exits import CRITERIA, forced_threshold
-    from river_compile.passes.routing import ROUTER
-    from river_compile.state import find_state
+    from river_compile.model_record import find_record
+    from river_compile.passes.moe_router import ROUTER
     from tests.distributed.worker import DEPTHS, EAGER, LAYERS, decode, kept, load
 
     depths = (*DEPTHS, *range(LAYERS + 1))
@@ -86,15 +86,15 @@ def check_family(name: str, folder: Path, lengths: int) -> None:
         25,
     ):  # (a sliding window of 8 has graphs of its own before, when and after it is full)
         decode(model, (0,), length)
-    before = len(find_state(model).graphs)
+    before = len(find_record(model).graphs)
     for length in range(1, lengths + 1):
         decode(model, (0,), length % 30 + 2)
-    claim(f"{name}: {lengths} prompts, no new graph", len(find_state(model).graphs) == before)
+    claim(f"{name}: {lengths} prompts, no new graph", len(find_record(model).graphs) == before)
     for criterion in sorted(CRITERIA.keys() - {"similarity"}) if name == "llama" else ():
         torch._dynamo.reset()
         model.compile(backend=river, options={**EAGER, "quantizer": "rtn", "criterion": criterion})
         decode(model, none)
-        with forced_threshold(0.3 if CRITERIA[criterion].scores_blocks else 4.5):  # (some tokens leave)
+        with forced_threshold(0.3 if CRITERIA[criterion].reads == "block" else 4.5):  # (some tokens leave)
             logits, seen, _ = decode(model, none)
         claim(f"{name}: criterion {criterion}, one decision", alike((seen, logits.tolist())), f"depths {seen}")
     torch._dynamo.reset()

@@ -17,7 +17,7 @@ from transformers import PreTrainedModel, PreTrainedTokenizerBase, StaticCache
 
 from river_compile.cli import models
 from river_compile.cli.texts import topics
-from river_compile.upstream.hf_cache import cache_argument
+from river_compile.upstream.transformers import cache_argument
 
 PROMPTS = (
     "Explain how a refrigerator works.",

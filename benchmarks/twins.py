@@ -41,10 +41,9 @@ from river_compile.cli.texts import topics
 from river_compile.exits import forced_depth
 from river_compile.kernels.portable import token_kl
 from river_compile.kernels.quant.calibrated import output_sqnr_db
-from river_compile.state import GraphRecord, find_state
-from river_compile.twins.moments import Observation
-from river_compile.twins.pack import GraphTwins
-from river_compile.upstream.hf_cache import cache_argument
+from river_compile.model_record import GraphRecord, find_record
+from river_compile.twins.calibration_stats import Observation
+from river_compile.upstream.transformers import cache_argument
 
 PACKAGE, ANSWERS = "package's text", "answers"
 ROWS = ("rtn", "hqq", "awq", "gptq", *(f"{name}, {text}" for text in (PACKAGE, ANSWERS) for name in ("awq", "gptq")))
@@ -141,7 +140,7 @@ def measure(
         quantizer, _, source = name.partition(", ")
         name = name if lm_head is None else f"{name}, lm_head={lm_head}"
         print(f"measuring {name} ...", file=sys.stderr, flush=True)
-        state = find_state(model)
+        state = find_record(model)
         _observe(model, tokenizer, source, options)
         graphs_before = len(state.graphs)
         settings = {"quantizer": quantizer, "group_size": options.group_size, "lm_head": lm_head}
@@ -165,7 +164,7 @@ def _observe(
         found = answers(model, tokenizer, CALIBRATION, options.calibration_tokens)
         river_compile.observe(model, inputs=[text.ids for text in found], progress=False)
     else:
-        find_state(model).put(Observation())
+        find_record(model).observation = Observation()
 
 
 @contextlib.contextmanager
@@ -195,11 +194,11 @@ def quality(decoder: Decoder, reference: Passes) -> dict:
 
 def packing(graphs: Sequence[GraphRecord], observation: Observation) -> dict:
     """Returns signal-to-noise ratios, seconds and bytes of the twins of some graphs."""
-    sites = graphs[-1].of(GraphTwins)
+    sites = graphs[-1].twins
     outputs = []
     for site in sites:
         weights = site.fresh_sources().weights
-        parts = [w.T if site.transposed else w for w in weights]
+        parts = [w.T if site.linear.transposed else w for w in weights]
         moments = observation.moments_of(weights[0]).matrix()
         outputs.append(output_sqnr_db(torch.cat(parts), site.dequantize(), moments))
     return {

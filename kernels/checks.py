@@ -54,7 +54,7 @@ def shown(value: object) -> str:
 
 
 def closest(value: object, choices: Iterable[object]) -> str:
-    """Returns the end of a message that names the choice most like `value`, empty where none is."""
+    """Returns the end of a message that names the choice most like `value`, empty if none is."""
     match = difflib.get_close_matches(str(value), [c for c in choices if isinstance(c, str)], n=1)
     return f" (did you mean {match[0]!r}?)" if match else ""
 

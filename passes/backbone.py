@@ -1,4 +1,4 @@
-"""Gives passes a backbone of the kernels' own products, in 16 bits.
+"""Gives passes a backbone that multiplies by the package's own kernels, in 16 bits.
 
 Linear layers become ``river::linear`` in layout "dense", the C++ kernels', which sum an output in one order whatever
 the number of rows, or "triton", the generated ones', for decode steps. Those that share an input become one product,
@@ -10,20 +10,18 @@ Not handled: weights of another dtype than their input, transposed ones (GPT-2's
 
 from __future__ import annotations
 
-import operator
 from collections.abc import Sequence
 from dataclasses import replace
 
 import torch
 from torch import fx
 
-from river_compile.kernels import ops  # noqa: F401  (registers river::linear)
-
-from .edits import call
-from .nodes import Linear, as_linear, called, is_ordinary, is_parameter, same_dtype, value_of
-from .pipeline import Pass
-from .program import RiverProgram, Segment
-from .swap_ops import simplify_attention
+from river_compile.passes.attention import simplify_attention
+from river_compile.passes.edits import call
+from river_compile.passes.linears import replace_linears, sharing_input
+from river_compile.passes.nodes import Linear, called, is_ordinary, is_parameter, same_dtype, value_of
+from river_compile.passes.pipeline import Pass
+from river_compile.passes.program import RiverProgram, Segment
 
 MOST_MERGED = 4  # matrices of one product
 _MERGED_ROWS = 16  # of which a generated kernel's matrices have a multiple
@@ -33,7 +31,7 @@ def river_backbone(layout: str) -> Pass:
     """Makes the pass below; `layout` is that of ``river::linear`` with weights in 16 bits."""
 
     def river_backbone(program: RiverProgram) -> RiverProgram:
-        """Blocks and the head multiply by the kernels' own products of a few rows."""
+        """Blocks and the head use the kernels' own matmuls of a few rows."""
         blocks = tuple(_with_products(block, layout) for block in program.blocks)
         return replace(program, blocks=blocks, head=_with_products(program.head, layout))
 
@@ -43,11 +41,8 @@ def river_backbone(layout: str) -> Pass:
 def _with_products(segment: Segment, layout: str) -> Segment:
     made = segment.copy()
     simplify_attention(made.graph)
-    groups: dict[tuple[fx.Node, bool], list[Linear]] = {}
-    for linear in filter(None, map(as_linear, made.graph.nodes)):
-        if _fits(linear):
-            groups.setdefault((linear.x, linear.bias is None), []).append(linear)
-    for linears in groups.values():
+    groups = sharing_input(made.graph, lambda linear: linear.bias is None if _fits(linear) else None)
+    for linears in groups:
         aligned = layout == "dense" or all(linear.out_features % _MERGED_ROWS == 0 for linear in linears)
         together = MOST_MERGED if aligned else 1
         for start in range(0, len(linears), together):
@@ -64,22 +59,12 @@ def _fits(linear: Linear) -> bool:
 
 
 def _merge(graph: fx.Graph, linears: Sequence[Linear], layout: str) -> None:
-    """Puts one product in the place of linear layers that share their input, and splits what it gives."""
-    first, sizes = linears[0], [linear.out_features for linear in linears]
+    """Puts one matmul in the place of linear layers, with a matrix that is put together from theirs."""
+    first = linears[0]
     with graph.inserting_before(first.node):
         weight = _joined([linear.weight for linear in linears], first.node)
         bias = first.bias and _joined([linear.bias for linear in linears if linear.bias], first.node)
-        value = value_of(first.node).new_empty((*value_of(first.node).shape[:-1], sum(sizes)))
-        arguments = (first.x, weight, None, bias, sum(sizes), 0, layout)
-        merged = call(torch.ops.river.linear.default, arguments, value, first.node)
-        results = [merged]
-        if len(linears) > 1:
-            values = tuple(value_of(linear.node) for linear in linears)
-            parts = call(torch.split, (merged, sizes, -1), values, first.node)
-            results = [call(operator.getitem, (parts, i), value, first.node) for i, value in enumerate(values)]
-    for linear, result in zip(linears, results, strict=True):
-        linear.node.replace_all_uses_with(result)
-        graph.erase_node(linear.node)
+    replace_linears(linears, first.x, weight, None, bias, 0, layout)
 
 
 def parts_of(parameter: fx.Node | None) -> list[fx.Node]:

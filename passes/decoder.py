@@ -1,4 +1,4 @@
-"""Finds the decoder in a traced graph: prologue, repeated blocks, what they keep of their tokens, head.
+"""Finds the decoder in a traced graph: prologue, repeated blocks, their caches, head.
 
 The blocks are the children of one ModuleList with consecutive indices, which write a cache; no name of a model family
 anywhere. Each node belongs to the block whose module it was traced in; nodes outside of every block go to the
@@ -18,7 +18,7 @@ from collections.abc import Callable, Iterable, Iterator
 import torch
 from torch import fx
 
-from .nodes import (
+from river_compile.passes.nodes import (
     ancestors,
     clean_path,
     is_hidden,
@@ -32,7 +32,7 @@ from .nodes import (
     shape,
     value_of,
 )
-from .program import Block, DecoderPlan, KVSlot, Refusal
+from river_compile.passes.program import Block, DecoderPlan, KVSlot, Refusal
 
 # `...layers.5`, `...layers[5]` and `getattr(...layers, '5')` all name child 5 of a module list.
 _CHILD = re.compile(r"^(?P<list>.*?)(?:\.|\[|, ')(?P<index>\d+)(?:'\)|\])?$")
@@ -204,7 +204,7 @@ def _token_axis(hidden: fx.Node) -> int | None:
 
 
 def _kv_slot(nodes: list[fx.Node], hidden_in: fx.Node, hidden_out: fx.Node) -> KVSlot:
-    """Finds what a block keeps of its tokens: tensors of the caller's that it writes, or longer ones that it returns.
+    """Finds a block's caches: tensors of the caller's that it writes, or longer ones that it returns.
 
     Those have four dimensions, or three where the state of a recurrence or of a convolution stands in for the tokens.
     A block that is an MLP alone, or reads another one's keys, keeps nothing.

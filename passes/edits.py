@@ -1,4 +1,4 @@
-"""Changes of a segment's graph that passes share: one operator for many nodes, and what falls away then.
+"""Edits of a segment's graph that passes share: one operator for many nodes, and dead code removal.
 
 Every operation that is put in records its value, as the traced ones do, so that the next pass can look at it.
 """
@@ -10,7 +10,7 @@ from collections.abc import Callable, Iterable
 import torch
 from torch import fx
 
-from .nodes import is_reshape, mutated_inputs, plain, shape, sizes_of, value_of
+from river_compile.passes.nodes import is_reshape, mutated_inputs, plain, shape, sizes_of, value_of
 
 _KEPT_META = ("nn_module_stack", "stack_trace")
 
@@ -25,7 +25,7 @@ class Missed(Exception):
 
 
 def require(fits: bool, reason: str, node: fx.Node | None = None) -> None:
-    """Raises `Missed` where a condition of a rule does not hold."""
+    """Raises `Missed` if a condition of a rule does not hold."""
     if not fits:
         raise Missed(reason, node)
 
@@ -40,7 +40,7 @@ def add_placeholders(graph: fx.Graph, names: Iterable[str]) -> list[fx.Node]:
 
 
 def put(target: Callable, arguments: tuple, value: torch.Tensor, old: fx.Node, **kwargs: object) -> fx.Node:
-    """Puts an operator that does not read it in a node's place, in its shape; what only served the old one falls away.
+    """Replaces a node by an operator that does not read it, in its shape; erases nodes that only served the old one.
 
     `value` is a fake tensor like the result, which holds as many elements as the old node's. Raises `Missed` where the
     old shape cannot be restored, because several of its sizes are dynamic.
@@ -56,7 +56,7 @@ def put(target: Callable, arguments: tuple, value: torch.Tensor, old: fx.Node, *
 
 
 def call(target: Callable, arguments: tuple, value: object, like: fx.Node, **kwargs: object) -> fx.Node:
-    """Adds a call that records its value, and says that it comes from where `like` came from."""
+    """Adds a call that records its value, with the source location of `like`."""
     node = like.graph.call_function(target, arguments, kwargs)
     node.meta = {key: like.meta[key] for key in _KEPT_META if key in like.meta} | {"example_value": value}
     return node
@@ -83,7 +83,7 @@ def reshaped(node: fx.Node, like: fx.Node) -> fx.Node:
 
 
 def drop_unused(last: fx.Node) -> None:
-    """Erases an unused operation, and what only served it as far as that has no effects of its own."""
+    """Erases an unused operation, and the nodes without effects that only served it."""
     stack = [last]
     erased: set[fx.Node] = set()
     while stack:
@@ -97,7 +97,7 @@ def drop_unused(last: fx.Node) -> None:
 
 
 def way_down(node: fx.Node) -> tuple[fx.Node, fx.Node]:
-    """Follows a value through views and what `plain` looks through; returns the last of them and what uses that.
+    """Follows a value through views and the operations of `plain`; returns the last of them and its users.
 
     Raises `Missed` where there are several uses.
     """

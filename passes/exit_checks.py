@@ -15,10 +15,9 @@ from torch import fx
 
 from river_compile.kernels import ops  # noqa: F401  (registers river::exit_score)
 from river_compile.kernels.portable import largest_entropy
-
-from .nodes import is_hidden, value_of
-from .pipeline import Pass
-from .program import RiverProgram, Segment
+from river_compile.passes.nodes import is_hidden, value_of
+from river_compile.passes.pipeline import Pass
+from river_compile.passes.program import RiverProgram, Segment
 
 
 def exit_checks(candidates: tuple[int, ...]) -> Pass:

@@ -1,4 +1,4 @@
-"""Finds products of rows with the experts that a router chose for them, and makes them ``river::experts``.
+"""Finds matmuls of rows with the experts that a router chose, and makes them ``river::experts``.
 
 The experts' matrices are stacked in one parameter, ``[E, N, K]`` or ``[E, K, N]``. Three spellings say which of them a
 row meets:
@@ -24,10 +24,9 @@ from torch import Tensor, fx
 
 from river_compile.kernels import ops  # noqa: F401  (registers river::experts)
 from river_compile.kernels.quant.grid import fitting_group_size
-
-from .edits import add_placeholders, call, drop_unused, in_dtype_of, reshaped
-from .nodes import called, input_name, is_parameter, is_tensor, rank, shape, value_of
-from .program import LinearSite
+from river_compile.passes.edits import add_placeholders, call, drop_unused, in_dtype_of, reshaped
+from river_compile.passes.nodes import called, input_name, is_parameter, is_tensor, rank, shape, value_of
+from river_compile.passes.program import TwinLinear
 
 
 @dataclass(frozen=True)
@@ -55,12 +54,12 @@ class ExpertProduct:
         e, n, k = value_of(self.weight).shape
         return (e, k, n) if self.transposed else (e, n, k)
 
-    def site(self, source_of: Mapping[fx.Node, fx.Node], group_size: int, layout: str) -> LinearSite:
-        """Returns the 4-bit product that this becomes."""
+    def twin_linear(self, number_of: Mapping[fx.Node, int], group_size: int, layout: str) -> TwinLinear:
+        """Returns the 4-bit matmul that this becomes."""
         experts, out_features, in_features = self.shape
-        return LinearSite(
+        return TwinLinear(
             name=input_name(self.weight),
-            weights=(source_of[self.weight],),
+            weights=(number_of[self.weight],),
             biases=(None,),
             in_features=in_features,
             out_features=(experts * out_features,),
@@ -93,7 +92,7 @@ def as_expert_product(node: fx.Node) -> ExpertProduct | None:
     return None
 
 
-def replace_expert_product(graph: fx.Graph, product: ExpertProduct, site: LinearSite, index: int) -> None:
+def replace_expert_product(graph: fx.Graph, product: ExpertProduct, linear: TwinLinear, index: int) -> None:
     """Puts one ``river::experts`` in place of a product, the `index`-th one of its twin."""
     node, x = product.node, product.x
     experts, out_features, in_features = product.shape
@@ -107,7 +106,7 @@ def replace_expert_product(graph: fx.Graph, product: ExpertProduct, site: Linear
         x = in_dtype_of(node, x)
         chosen = value_of(x).new_empty((many,), dtype=torch.int64)
         expert = call(product.expert, (x, product.route, experts), chosen, node)
-        arguments = (x, qweight, scale_zero, expert, out_features, site.group_size, site.layout)
+        arguments = (x, qweight, scale_zero, expert, out_features, linear.group_size, linear.layout)
         value = value_of(x).new_empty((many, out_features))
         result = reshaped(call(torch.ops.river.experts.default, arguments, value, node), node)
     node.replace_all_uses_with(result)

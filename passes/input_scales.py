@@ -1,4 +1,4 @@
-"""Where a twin's linears may have their inputs divided by a scale, as AWQ asks, and how the division is made free.
+"""Folds AWQ's division of a twin's linear inputs by a scale into the norm before them, if it can.
 
 what feeds these linears alone                        what becomes of it
 a norm whose last step is a product with its weight   the twin's copies of its parameters are divided by the scale
@@ -16,20 +16,20 @@ from dataclasses import dataclass
 import torch.nn.functional as F
 from torch import Tensor, fx
 
-from .edits import call
-from .nodes import called, is_parameter, is_reshape, is_tensor, shape, value_of
+from river_compile.passes.edits import call
+from river_compile.passes.nodes import called, is_parameter, is_reshape, is_tensor, shape, value_of
 
 
 @dataclass(frozen=True)
 class InputScale:
-    """What makes the inputs, and the norm's parameters that take the scale up; none where the inputs are multiplied."""
+    """What makes the inputs, and the norm's parameters that take the scale up; none if the inputs are multiplied."""
 
     node: fx.Node
     parameters: tuple[fx.Node, ...]
 
 
 def find_input_scale(x: fx.Node, readers: Collection[fx.Node], features: int) -> InputScale | None:
-    """Returns how the inputs `x` ``[..., features]`` of some linears can be scaled, None where they cannot."""
+    """Returns how the inputs `x` ``[..., features]`` of some linears can be scaled, None if they cannot."""
     if set(x.users) != set(readers):
         return None
     node = x

@@ -35,7 +35,7 @@ _IN_PLACE_OPERATORS = (
 
 
 def value_of(node: fx.Node) -> Any:
-    """Returns the fake tensor or number that Dynamo recorded for a node, None where it recorded none."""
+    """Returns the fake tensor or number that Dynamo recorded for a node, None if it recorded none."""
     return node.meta.get("example_value")
 
 
@@ -171,7 +171,7 @@ def ancestors(nodes: Iterable[fx.Node]) -> set[fx.Node]:
 
 
 def read_by(nodes: Sequence[fx.Node]) -> list[fx.Node]:
-    """Returns what nodes read of others, in order of appearance."""
+    """Returns the inputs of nodes from other nodes, in order of appearance."""
     inside = set(nodes)
     return list(dict.fromkeys(a for n in nodes for a in n.all_input_nodes if a not in inside))
 
@@ -234,7 +234,7 @@ def _is_cast(node: Argument) -> TypeGuard[fx.Node]:
 
 
 def plain(node: Argument) -> Argument:
-    """Looks through what changes no value: dropout at inference, casts to the same dtype, ``contiguous``, ``x[:]``."""
+    """Looks through operations that change no value: dropout at inference, casts to the same dtype, ``x[:]``."""
     while (
         called(node, Tensor.contiguous)
         or (called(node, F.dropout) and node.args[2] is False)
@@ -255,7 +255,7 @@ def same_size(a: Argument, b: Argument) -> bool:
 
 
 def only_used_for(node: fx.Node, end: fx.Node) -> bool:
-    """True where every use of a value leads to `end`, through operations without effects."""
+    """True if every use of a value leads to `end`, through operations without effects."""
     return bool(node.users) and all(
         user is end or (user.op != "output" and not mutated_inputs(user) and only_used_for(user, end))
         for user in node.users

@@ -18,7 +18,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, fx
 
-from .nodes import WITH_INPLACE, is_tensor, rank, value_of
+from river_compile.passes.nodes import WITH_INPLACE, is_tensor, rank, value_of
 
 Arguments = tuple[tuple, Mapping[str, object]]
 Form = Callable[[tuple, Mapping[str, object]], Arguments | None]
@@ -50,7 +50,7 @@ def _normalize(node: fx.Node) -> None:
 
 
 def _function(node: fx.Node) -> Callable | None:
-    """Returns what a node calls: a function, or the function of a tensor's method; None for everything else."""
+    """Returns a node's function, or the function of a tensor's method; None for other nodes."""
     if node.op == "call_method" and is_tensor(node.args[0]):
         return getattr(Tensor, node.target, None)
     if node.op != "call_function":

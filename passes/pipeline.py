@@ -11,7 +11,7 @@ import time
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 
-from .program import Block, Refusal, RiverProgram, Segment
+from river_compile.passes.program import Block, Refusal, RiverProgram, Segment
 
 log = logging.getLogger("river_compile.passes")
 
@@ -20,7 +20,7 @@ Pass = Callable[[RiverProgram], RiverProgram | Refusal]
 
 @dataclass(frozen=True)
 class PassRecord:
-    """One pass that ran: its name, what it says that it does, its time, and the programs before and after it."""
+    """One pass that ran: its name, description, time, and the programs before and after it."""
 
     name: str
     text: str
@@ -55,7 +55,7 @@ def run_passes(
 def each_block(
     program: RiverProgram, change: Callable[[Segment, Block], Segment | Refusal]
 ) -> tuple[Segment, ...] | Refusal:
-    """Returns what a function makes of each block's segment, given as a copy that it may change, or its refusal."""
+    """Maps a function over copies of the blocks' segments; returns the results, or a refusal."""
     made = []
     for segment, block in zip(program.blocks, program.plan.blocks, strict=True):
         result = change(segment.copy(), block)
@@ -66,7 +66,7 @@ def each_block(
 
 
 def table(records: Sequence[PassRecord]) -> str:
-    """Returns what ran as a table: milliseconds, operations afterwards, their change, and what each pass does."""
+    """Returns a table of the passes: milliseconds, operations afterwards, their change, and descriptions."""
     lines = [f"{'pass':<18} {'ms':>8} {'ops':>7} {'change':>7}  what it does"]
     for record in records:
         ops = _num_ops(record.after)

@@ -7,7 +7,7 @@ segments exchange values.
 from __future__ import annotations
 
 import functools
-from dataclasses import dataclass, field, fields, replace
+from dataclasses import dataclass, field, replace
 
 import torch
 from torch import fx
@@ -26,7 +26,7 @@ class Refusal:
 
 @dataclass(frozen=True)
 class KVSlot:
-    """What one block keeps of a step's tokens: written in place ("static" cache), or returned longer ("dynamic").
+    """One block's cache: written in place ("static"), or returned longer ("dynamic").
 
     Attributes:
         writes: the nodes that write or return keys and values, or the state of a recurrence or a convolution; none
@@ -75,7 +75,7 @@ class DecoderPlan:
 
     @property
     def cache(self) -> str:
-        """What the blocks keep: "dynamic" where any of them returns it, else "static"."""
+        """The kind of the blocks' caches: "dynamic" if any block returns its cache, else "static"."""
         return "dynamic" if any(block.kv.kind == "dynamic" for block in self.blocks) else "static"
 
     @property
@@ -113,7 +113,7 @@ class Segment:
     graph: fx.Graph = field(repr=False)
     inputs: tuple[fx.Node, ...]
     outputs: tuple[fx.Node, ...]
-    packed: tuple[LinearSite, ...] = ()
+    packed: tuple[TwinLinear, ...] = ()
     chooses_logits: bool = False
     has_score: bool = False
     decides: bool = False
@@ -142,59 +142,43 @@ class Segment:
 
 
 @dataclass(frozen=True, kw_only=True)
-class Product:
-    """One 4-bit matrix product: a linear layer, several that share their input, or a stack of experts.
+class TwinLinear:
+    """One 4-bit matmul of a twin: a linear layer, several that share their input, or a stack of experts.
 
-    Linears are merged along the rows, and so are, to quantize them, the matrices of a stack.
-
-    Attributes:
-        name: module paths of the linears, joined by "|"; the path of a stack's parameter.
-        in_features, out_features: K, and N_i of each matrix.
-        transposed: weights are ``[K, N_i]``, as GPT-2's Conv1D stores them, instead of ``[N_i, K]``.
-        group_size: consecutive input features that share a scale and a zero.
-        layout: how its kernel wants it packed.
-        scales_inputs: the inputs are divided by a scale ``[K]`` that the packing chooses.
-        experts: E, the matrices of a stack; 0 for linears.
+    Linears are merged along the rows, and so are, to quantize them, the matrices of a stack. Parameters are numbers of
+    the graph's inputs, so that it keeps no graph alive.
     """
 
-    name: str
-    in_features: int
-    out_features: tuple[int, ...]
-    transposed: bool
-    group_size: int
-    layout: str
-    scales_inputs: bool = False
-    experts: int = 0
-
-
-@dataclass(frozen=True, kw_only=True)
-class LinearSite(Product):
-    """A product of a twin, with the placeholders of its parameters.
-
-    Attributes:
-        weights: one for each linear; a stack's one ``[E, N, K]`` (``[E, K, N]``).
-        biases: each ``[N_i]``, None where a linear has none.
-        folds: the norm's parameters that take the scale of the inputs up; where there are none, the inputs are
-            multiplied by its inverse.
-    """
-
-    weights: tuple[fx.Node, ...]
-    biases: tuple[fx.Node | None, ...]
-    folds: tuple[fx.Node, ...] = ()
-
-    @property
-    def product(self) -> Product:
-        """The product alone, which keeps no graph alive."""
-        return Product(**{field.name: getattr(self, field.name) for field in fields(Product)})
+    name: str  # module paths of the linears, joined by "|"; the path of a stack's parameter
+    weights: tuple[int, ...]  # one for each linear; a stack's one [E, N, K] ([E, K, N])
+    biases: tuple[int | None, ...]  # each [N_i], None for a linear without one
+    in_features: int  # K
+    out_features: tuple[int, ...]  # N_i of each matrix
+    transposed: bool  # weights are [K, N_i], as GPT-2's Conv1D stores them, instead of [N_i, K]
+    group_size: int  # consecutive input features that share a scale and a zero
+    layout: str  # how its kernel wants it packed
+    scales_inputs: bool = False  # the inputs are divided by a scale [K] that the packing chooses
+    folds: tuple[int, ...] = ()  # the norm's parameters that take that scale up; without, inputs times its inverse
+    experts: int = 0  # E, the matrices of a stack; 0 for linears
 
     @property
     def has_bias(self) -> bool:
         return any(bias is not None for bias in self.biases)
 
+    @property
+    def shape(self) -> tuple[int, int]:
+        """(out_features, in_features) of the merged matrix; the experts of a stack lie one below the other."""
+        return sum(self.out_features), self.in_features
+
+    @property
+    def parameters(self) -> tuple[int, ...]:
+        """The numbers of all its parameters."""
+        return tuple(number for number in (*self.weights, *self.biases, *self.folds) if number is not None)
+
 
 @dataclass(frozen=True)
 class KeptLinear:
-    """A matrix product of a twin that stays in 16 bits, and why."""
+    """A matmul of a twin that stays in 16 bits, and why."""
 
     name: str
     reason: str
@@ -202,7 +186,7 @@ class KeptLinear:
 
 @dataclass(frozen=True)
 class Fusion:
-    """What became of a fusion rule in a segment: why it missed ("" where it applied), at which node and source line."""
+    """The outcome of a fusion rule in a segment: why it missed ("" if it applied), at which node and source line."""
 
     rule: str
     segment: str
@@ -239,11 +223,15 @@ class RiverProgram:
     fusions: tuple[Fusion, ...] = ()
 
     @functools.cached_property
+    def inputs(self) -> tuple[fx.Node, ...]:
+        """The graph's inputs, in order."""
+        return tuple(self.plan.graph_module.graph.find_nodes(op="placeholder"))
+
+    @functools.cached_property
     def slots(self) -> dict[fx.Node, int]:
-        """Numbers the values that a run keeps: the graph's inputs in order, then what crosses segments' borders."""
-        placeholders = self.plan.graph_module.graph.find_nodes(op="placeholder")
+        """Numbers a run's slots: the graph's inputs in order, then values that cross segments' borders."""
         crossing = [n for s in (self.prologue, *self.blocks, self.head) for n in s.outputs]
-        return {node: i for i, node in enumerate([*placeholders, *crossing, *self.added_inputs])}
+        return {node: i for i, node in enumerate([*self.inputs, *crossing, *self.added_inputs])}
 
     @property
     def segments(self) -> tuple[Segment, ...]:

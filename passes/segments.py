@@ -18,14 +18,25 @@ import torch
 from torch import fx
 from torch.fx.experimental.symbolic_shapes import free_symbols
 
-from .nodes import read_by, value_of
-from .program import DecoderPlan, Refusal, RiverProgram, Segment
+from river_compile.passes.decoder import find_decoder
+from river_compile.passes.linears import without_matmuls
+from river_compile.passes.nodes import read_by, value_of
+from river_compile.passes.program import DecoderPlan, Refusal, RiverProgram, Segment
 
 _SYMBOL = re.compile(r"\b[su]\d+\b")
 
 
+def recognise(normal: fx.GraphModule, twins: bool = True) -> RiverProgram | Refusal:
+    """Returns the decoder in a normalized graph, cut into segments; with `twins` one that can have them."""
+    plan = find_decoder(normal)
+    program = plan if isinstance(plan, Refusal) else segmented(plan)
+    if twins and isinstance(program, RiverProgram):
+        return without_matmuls(program) or program
+    return program
+
+
 def segmented(plan: DecoderPlan) -> RiverProgram | Refusal:
-    """Returns the decoder as it is, cut into prologue, blocks and head: what the passes start from."""
+    """Returns the decoder cut into prologue, blocks and head, for the passes to start from."""
     returned = plan.graph_module.graph.output_node().args[0]
     if not isinstance(returned, (tuple, list)) or not all(isinstance(value, fx.Node) for value in returned):
         return Refusal("the graph returns something other than a flat tuple of values", "output")

@@ -8,7 +8,7 @@ Importing this package imports neither torch nor Triton and prints nothing: ever
 
 import os as _os
 
-from .noise import leave_out as _leave_out
+from river_compile.quiet_warnings import leave_out as _leave_out
 
 _leave_out()
 
@@ -36,27 +36,27 @@ _EXPORTS = {
     "Report": "reporting.report",
     "RiverConfig": "config",
     "RiverWarning": "errors",
-    "Trace": "runtime.trace",
+    "Trace": "reporting.trace",
     "UnsupportedGraphError": "errors",
-    "accelerate": "drop_in.quality",
-    "block_errors": "twins.block_errors",
+    "accelerate": "api.accelerate",
+    "block_errors": "api.block_errors",
     "calibrate": "calibration.calibrate",
-    "decode": "speculative.mode",
-    "exact": "speculative.mode",
-    "export": "twins.export",
+    "decode": "decoding.mode",
+    "exact": "decoding.mode",
+    "export": "api.export",
     "forced_depth": "exits",
     "forced_threshold": "exits",
-    "free_cache": "kept_cache",
-    "load": "drop_in.loading",
-    "observe": "twins.observe",
-    "refresh": "twins.pack",
+    "free_cache": "api.accelerate",
+    "load": "api.accelerate",
+    "observe": "api.twins",
+    "refresh": "api.twins",
     "report": "reporting.report",
-    "restore": "drop_in.undo",
+    "restore": "api.accelerate",
     "river": "backend",
-    "save": "twins.pack",
+    "save": "api.twins",
     "tensor_parallel_plan": "distributed.support",
-    "trace": "runtime.trace",
-    "warmup": "cudagraphs.warmup",
+    "trace": "reporting.trace",
+    "warmup": "api.warmup",
 }
 __all__ = [*sorted(_EXPORTS)]
 

@@ -10,7 +10,6 @@ from __future__ import annotations
 import functools
 import logging
 import warnings
-import weakref
 from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
@@ -18,57 +17,27 @@ from typing import Any
 import torch
 from torch import Tensor, fx, nn
 from torch._inductor.compile_fx import compile_fx
-from tqdm import tqdm
 
-from river_compile.cudagraphs.device import CaptureDevice, CaptureLog
-from river_compile.cudagraphs.device_exits import captured_runner, verdicts_for
-from river_compile.cudagraphs.launcher import Launcher
-from river_compile.cudagraphs.runner import choose_device
-from river_compile.cudagraphs.verdicts import Verdicts
-from river_compile.distributed.ranks import Ranks, ranks_of
-from river_compile.distributed.runner import RankRunner, called_on_shards
+from river_compile.building import build
+from river_compile.config import RiverConfig, check_mode
+from river_compile.distributed.ranks import ranks_of
+from river_compile.distributed.runner import called_on_shards
 from river_compile.distributed.support import check as check_supported
-from river_compile.kernels.native.build import CannotBuild, working_compiler
-from river_compile.lowering.choose import Lowering, choose_lowering, warn_of_slow_lowering
-from river_compile.lowering.compile import SegmentCompiler, inductor_settings
-from river_compile.offload.streaming import Streamer
-from river_compile.offload.weights import OffloadedWeights
-from river_compile.passes.decoder import find_decoder
-from river_compile.passes.exit_checks import logits_of
-from river_compile.passes.local_shards import on_local_shards
+from river_compile.errors import RiverWarning, UnsupportedGraphError
+from river_compile.lowering.choose import Lowering, no_compiler
+from river_compile.lowering.compile import inductor_settings
+from river_compile.model_record import BROKE, GraphRecord, ModelRecord, find_record, record_of
+from river_compile.passes.dtensor_locals import on_local_shards
 from river_compile.passes.nodes import input_name, is_parameter
 from river_compile.passes.normalize import normalized
-from river_compile.passes.pipeline import Pass, run_passes
-from river_compile.passes.program import DecoderPlan, LinearSite, Refusal, RiverProgram, Segment
-from river_compile.passes.segments import segmented
-from river_compile.passes.twins import twin_sites, without_products
-from river_compile.reporting.dump import PassDump, trace_artifact
-from river_compile.reporting.plain_runs import PlainRuns
-from river_compile.reporting.ranks import note_ranks
-from river_compile.reporting.reads import bytes_of_token
-from river_compile.reporting.report import graph_lines
+from river_compile.passes.program import Refusal
+from river_compile.passes.segments import recognise
 from river_compile.runtime.compiled_call import install
 from river_compile.runtime.executor import RiverExecutor
 from river_compile.runtime.fill import Fill
-from river_compile.runtime.runner import PlainRunner, Runner, Step
-from river_compile.runtime.sequences import Sequences
-from river_compile.runtime.stats import ExitStats
-from river_compile.runtime.wanted_logits import WantedLogits
-from river_compile.twins.make import PackedSite
-from river_compile.twins.own_text import OwnText
-from river_compile.twins.pack import GraphTwins, PackedWeights, Statistics
-from river_compile.twins.watch import TwinWatch
-
-from .config import RiverConfig, check_mode
-from .errors import OptionError, RiverWarning, UnsupportedGraphError
-from .exits import ExitPolicy, Memories
-from .pass_list import passes_for, twinning, uses_own_backbone
-from .state import BROKE, GraphRecord, ModelState, find_state, state_of
-from .upstream.compiled_calls import compiled_module
-from .upstream.dynamo_calls import break_before
-from .upstream.inductor_builds import build_whole_files
-from .upstream.tensors import local_of
-from .upstream.versions import warn_of_untested
+from river_compile.upstream.dynamo import break_before, build_whole_files, compiled_module
+from river_compile.upstream.tensors import local_of
+from river_compile.upstream.versions import warn_of_untested
 
 log = logging.getLogger("river_compile")
 warn_of_untested()
@@ -105,33 +74,31 @@ def river(
     parameters = [node for node in values if is_parameter(node)]
     owner = compiled_module(river)  # of the pieces of a broken graph, each of which reads some of its parameters
     owned = [*(values[node] for node in parameters), *(owner.parameters() if owner else ())]
-    state, ranks, local = state_of(owned), ranks_of(owned), frozenset[fx.Node]()
+    model, ranks, local = record_of(owned), ranks_of(owned), frozenset[fx.Node]()
     if owner is not None:
-        state.of(OwnText).is_of(owner)
+        model.self_calibration.is_of(owner)
     if ranks.several:
         check_supported(ranks, config, mode, traced.graph)
-        state.put(ranks)
+        model.ranks = ranks
         local = on_local_shards(traced, ranks.size, ranks.group.group_name)
         values |= {node: local_of(values[node]) for node in local}
-    record = GraphRecord(config, mode=mode, inputs=tuple(map(input_name, values)))
-    state.add(record, limit=torch._dynamo.config.recompile_limit)
+    graph = GraphRecord(config, mode=mode, inputs=tuple(map(input_name, values)))
+    model.add(graph, limit=torch._dynamo.config.recompile_limit)
     for parameter in parameters[:1]:
-        record.entry.belongs_to_model_of(parameter, then=functools.partial(_watch, state, record))
-    no_compiler = _no_compiler(config, example_inputs)
-    with record.stage("rewriting"):
-        plan = no_compiler or _needs_gradients(example_inputs) or find_decoder(traced)
-        program = plan if isinstance(plan, Refusal) else segmented(plan)
-        if not isinstance(program, Refusal) and config.quantizer != "none":
-            program = without_products(program) or program
+        graph.entry.belongs_to_model_of(parameter, then=functools.partial(_watch, model, graph))
+    unbuildable = no_compiler(config, example_inputs)
+    with graph.stage("rewriting"):
+        refusal = unbuildable or _needs_gradients(example_inputs)
+        program = refusal or recognise(traced, twins=config.quantizer != "none")
     if not isinstance(program, Refusal):
-        return called_on_shards(_build(program, values, lowering, fill, state, record), [*values], local)
-    record.refusal = str(program) if no_compiler else f"{program}{_graph_break(graph_module, owner)}"
+        return called_on_shards(build(program, values, lowering, fill, model, graph), [*values], local)
+    graph.refusal = str(program) if unbuildable else f"{program}{_graph_break(graph_module, owner)}"
     if config.on_unsupported == "raise":
-        raise UnsupportedGraphError(f"backend 'river' cannot rewrite this graph: {record.refusal}")
-    if record.refusal not in {graph.refusal for graph in state.graphs if graph is not record}:
-        does = "runs a model uncompiled" if no_compiler else "leaves a graph to Inductor"
-        warnings.warn(f"backend 'river' {does}: {record.refusal}", RiverWarning, stacklevel=1)
-    if no_compiler or config.lowering == "eager":
+        raise UnsupportedGraphError(f"backend 'river' cannot rewrite this graph: {graph.refusal}")
+    if graph.refusal not in {other.refusal for other in model.graphs if other is not graph}:
+        does = "runs a model uncompiled" if unbuildable else "leaves a graph to Inductor"
+        warnings.warn(f"backend 'river' {does}: {graph.refusal}", RiverWarning, stacklevel=1)
+    if unbuildable or config.lowering == "eager":
         return graph_module.forward
     compiled: Any = compile_fx(graph_module, example_inputs, config_patches=inductor_settings(mode))
     return compiled
@@ -150,174 +117,18 @@ def _graph_break(graph_module: fx.GraphModule, model: nn.Module | None) -> str:
 
 def executors_of(model: nn.Module) -> list[RiverExecutor]:
     """Returns the executors of a model's rewritten graphs that are alive, in the order of their compilation."""
-    state = find_state(model)
-    graphs = [] if state is None else state.graphs
+    record = find_record(model)
+    graphs = [] if record is None else record.graphs
     return [executor for graph in graphs if isinstance(executor := graph.executor(), RiverExecutor)]
 
 
-def _watch(state: ModelState, record: GraphRecord, model: nn.Module) -> None:
-    if record.block_paths:
-        state.of(PlainRuns).watch(model, record.block_paths[0], river)
-        install(model, after=lambda: state.of(PlainRuns).called(state.of(ExitStats)))
-
-
-def _no_compiler(config: RiverConfig, example_inputs: Sequence[Any]) -> Refusal | None:
-    """Returns why Inductor could compile nothing for a CPU, None where it can or need not."""
-    if config.lowering == "eager" or any(isinstance(x, Tensor) and x.device.type != "cpu" for x in example_inputs):
-        return None
-    try:
-        working_compiler()
-    except CannotBuild as error:
-        return Refusal(str(error))
-    return None
+def _watch(model: ModelRecord, graph: GraphRecord, module: nn.Module) -> None:
+    if graph.block_paths:
+        model.plain_runs.watch(module, graph.block_paths[0], river, model.exit_stats)
+        install(module, after=model.plain_runs.called)
 
 
 def _needs_gradients(example_inputs: Sequence[Any]) -> Refusal | None:
     if torch.is_grad_enabled() and any(isinstance(x, Tensor) and x.requires_grad for x in example_inputs):
         return Refusal("the graph needs gradients; run generation under torch.no_grad() or torch.inference_mode()")
     return None
-
-
-def _build(
-    program: RiverProgram,
-    values: Mapping[fx.Node, Any],
-    lowering: Lowering | None,
-    fill_type: type[Fill],
-    state: ModelState,
-    record: GraphRecord,
-) -> RiverExecutor:
-    """Rewrites, packs the twins' weights, and compiles what tokens can reach; raises an OptionError."""
-    plan, config = program.plan, record.config
-    offloaded, captures = state.of(OffloadedWeights), record.of(CaptureLog)
-    config.check_depths(plan.num_blocks)
-    lowering = lowering or choose_lowering(config, plan.device)
-    record.own_backbone = lowering.native and uses_own_backbone(config, lowering, plan.is_decode)
-    ranks = state.of(Ranks)
-    device = choose_device(program, config, captures, lowering.native, ranks)
-    offloaded.check(plan, config)
-    policy = _exit_policy(program, config)
-    verdicts = _verdicts(plan, policy, config, device, captures)
-    with record.stage("rewriting"):
-        passes = passes_for(config, plan, lowering, fill_type, decides=verdicts is not None)
-        program = _rewritten(program, config, passes)
-    segments = policy.reachable(program)
-    packed = _pack_and_judge(program, segments, values, lowering, state, record)
-    if plan.is_decode:
-        with state.of(PackedWeights).moving():
-            offloaded.arrange(program, values, config, sum(packed[s].nbytes for p in segments for s in p.packed))
-    streamer = Streamer(offloaded, program, values, config.offload)
-    settings = inductor_settings(record.mode, whole=False)
-    compiler = SegmentCompiler(lowering, settings)
-    steps: dict[Segment, Step] = {}
-    wanted = WantedLogits.of(program)
-    with record.stage("compiling"):
-        for segment in tqdm(segments, desc="river: compiling segments", unit="segment", leave=False, delay=1):
-            weights = [tensor for site in segment.packed for tensor in packed[site].tensors]
-            record.packed_bytes += sum(tensor.nbytes for tensor in weights)
-            record.token_bytes += bytes_of_token(segment, weights, len(segment.inputs))
-            weights += [wanted.list] if wanted is not None and segment.chooses_logits else []
-            weights += verdicts.of(segment.depth) if verdicts is not None and segment.decides else []
-            steps[segment] = streamer.step(segment, compiler.compile(segment, weights), weights, program.slots)
-    record.describe(program, compiler.compiled)
-    record.put(GraphTwins(packed.values()))
-    note_ranks(program, record, ranks)
-    trace_artifact(f"river_{plan.kind}_report", lambda: "\n".join(graph_lines(record)))
-    stats = state.of(ExitStats)
-    stats.num_blocks = plan.num_blocks
-    fill = fill_type(program)
-    runner: Runner = PlainRunner(program, steps, fill)
-    if ranks.several:
-        runner = RankRunner(program, steps, ranks, config.check_ranks)
-    if device is not None:
-        launcher = Launcher(program, device, captures, config.max_captures)
-        runner = captured_runner(program, steps, launcher, policy, config.launch_ahead, verdicts, plain=runner)
-    watch = TwinWatch(packed, program.slots, state) if packed else None
-    executor = RiverExecutor(
-        program,
-        runner,
-        policy,
-        stats,
-        state.of(Memories),
-        fill,
-        state.of(Sequences),
-        watch,
-        streamer.forget,
-        wanted,
-        record.entry,
-        record.inputs,
-    )
-    record.executor = weakref.ref(executor)
-    return executor
-
-
-def _exit_policy(program: RiverProgram, config: RiverConfig) -> ExitPolicy:
-    """Returns when a graph's tokens leave. No pass needs to have run.
-
-    Raises:
-        OptionError: the criterion reads logits and the model returns none. (None are read where no token leaves, as in
-            an accelerated model whose graph breaks before the head.)
-    """
-    policy = config.exit_policy(program.plan)
-    if policy.needs_entropy(program.plan) and not policy.never_leaves and logits_of(program) is None:
-        raise OptionError(
-            f"criterion={config.criterion!r} reads the logits, and this model returns none (its output is as wide as "
-            "its hidden state); compile the model with its head, or use criterion='similarity'"
-        )
-    return policy
-
-
-def _verdicts(
-    plan: DecoderPlan, policy: ExitPolicy, config: RiverConfig, device: CaptureDevice | None, captures: CaptureLog
-) -> Verdicts | None:
-    """Returns what decisions on the device read and write, None where the host decides; `captures` may say why."""
-    if device is None or config.launch_ahead != "device" or not plan.is_decode:
-        return None
-    return verdicts_for(plan, policy, device, captures)
-
-
-def _rewritten(program: RiverProgram, config: RiverConfig, passes: Sequence[Pass]) -> RiverProgram:
-    """Runs the passes, and writes what they did where that was asked for."""
-    dump = PassDump(config.dump_dir, program.plan.kind)
-    result = run_passes(program, passes, dump.after_pass)
-    if isinstance(result, Refusal):  # the river's own passes refuse nothing
-        raise OptionError(f"this fill cannot be used here: {result}")
-    dump.program(result)
-    if dump.folder is not None:
-        log.info("wrote the rewritten graph to %s", dump.folder)
-    return result
-
-
-def _pack_and_judge(
-    program: RiverProgram,
-    segments: Sequence[Segment],
-    values: Mapping[fx.Node, Any],
-    lowering: Lowering,
-    state: ModelState,
-    record: GraphRecord,
-) -> dict[LinearSite, PackedSite]:
-    """Returns the packed weights of the twins that tokens can reach; where there are any, judges them."""
-    with record.stage("packing"):
-        packed = _pack(program, segments, values, record.config, lowering, state)
-    if packed:
-        warn_of_slow_lowering(lowering, program.plan.device)
-        with record.stage("judging"):
-            state.of(PackedWeights).judge(packed.values(), Statistics.of(state))
-    return packed
-
-
-def _pack(
-    program: RiverProgram,
-    segments: Sequence[Segment],
-    values: Mapping[fx.Node, Any],
-    config: RiverConfig,
-    lowering: Lowering,
-    state: ModelState,
-) -> dict[LinearSite, PackedSite]:
-    """Returns the packed weights of segments of a rewritten program."""
-    how = twinning(config, lowering)
-    if how is None or not program.twins:
-        return {}
-    sites = [site for segment in segments for site in segment.packed]
-    savable = [site for segment in (*program.twins, program.river_head) if segment for site in segment.packed]
-    names = {site.name for site in (*savable, *twin_sites(program.head, how))}
-    return state.of(PackedWeights).pack(sites, values, config, Statistics.of(state), names, savable)

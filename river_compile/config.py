@@ -1,7 +1,7 @@
 """The options of the backend: ``torch.compile(model, backend="river", options={...})``.
 
 Each option stands once, in :class:`RiverConfig`: its default, what is allowed, one sentence, and who it is for.
-README's tables are made from there (``python -m tools.options README.md``).
+The tables of README and docs/options.md are made from there (``python -m tools.options``).
 """
 
 from __future__ import annotations
@@ -12,13 +12,12 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+from river_compile.errors import OptionError
+from river_compile.exits import CRITERIA, ExitPolicy, Threshold
 from river_compile.kernels.checks import FLAG, PATH, Check, closest, integer, number, one_of, optional, shown
 from river_compile.kernels.quant.calibrated import OBSERVING
 from river_compile.kernels.quant.grid import GROUP_SIZES, QUANTIZERS
 from river_compile.passes.program import DecoderPlan
-
-from .errors import OptionError
-from .exits import CRITERIA, ExitPolicy, Threshold
 
 USER, EXPERT = "user", "expert"
 _A_SCORE = number("it must be a number, such as 0.7, a list with one for each depth from 1 on, or nats of entropy")
@@ -106,7 +105,7 @@ class RiverConfig:
     on_missing_artifact: str = _option(
         "raise",
         one_of("raise", "save"),
-        '`"save"`: where `artifact` does not exist, one process packs the twins and writes it, and those that start at '
+        '`"save"`: if `artifact` does not exist, one process packs the twins and writes it, and those that start at '
         "the same time wait; all of them map it ([docs/twins.md](docs/twins.md#many-processes))",
     )
     offload: int | None = _option(
@@ -135,8 +134,8 @@ class RiverConfig:
     backbone: str | None = _option(
         None,
         one_of(None, "model", "river"),
-        'what multiplies in the 16-bit blocks of decode steps: the `"model"`\'s own operators, or `"river"`: the C++ '
-        "kernels, which give a row the same bits among any number of rows, or the generated ones; `None`: river where "
+        'the matmuls of the 16-bit blocks in decode steps: the `"model"`\'s own operators, or `"river"`: the C++ '
+        "kernels, which give a row the same bits among any number of rows, or the generated ones; `None`: river if "
         "twins are C++ ([docs/lowering.md](docs/lowering.md))",
         EXPERT,
     )
@@ -145,8 +144,8 @@ class RiverConfig:
         "auto",
         one_of("auto", "inductor", "triton", "native"),
         '`"triton"`: twins become generated kernels, the default on a GPU (on a CPU in Triton\'s interpreter, very '
-        'slow); `"inductor"`: 4-bit products are operators of their own, the default on a CPU; `"native"`: on a CPU, '
-        "products are C++ that is compiled for it ([docs/lowering.md](docs/lowering.md))",
+        'slow); `"inductor"`: 4-bit matmuls are operators of their own, the default on a CPU; `"native"`: on a CPU, '
+        "matmuls are C++ that is compiled for it ([docs/lowering.md](docs/lowering.md))",
         EXPERT,
         for_tests=("eager", "the rewritten graph runs operator by operator, with the bits of the model run eagerly"),
     )
@@ -163,7 +162,7 @@ class RiverConfig:
     launch_ahead: bool | str | None = _option(
         None,
         one_of(None, True, False, "device"),
-        "whether the next blocks start before an exit check is known; `None`: where that was measured to help; "
+        "whether the next blocks start before an exit check is known; `None`: if that was measured to help; "
         '`"device"`: the graph decides by itself, in one launch (CUDA 12.4, torch 2.13, '
         "[docs/cuda.md](docs/cuda.md#exits-decided-on-the-device))",
         EXPERT,
@@ -184,7 +183,7 @@ class RiverConfig:
     check_ranks: bool = _option(
         False,
         FLAG,
-        "under tensor parallelism: an error where ranks are given other tokens or compute other scores, before they "
+        "under tensor parallelism: an error if ranks are given other tokens or compute other scores, before they "
         "agree on the first one's; slower ([docs/distributed.md](docs/distributed.md))",
         EXPERT,
     )
@@ -199,7 +198,7 @@ class RiverConfig:
         criterion = CRITERIA[self.criterion]
         if self.threshold is None:
             object.__setattr__(self, "threshold", criterion.threshold)
-        if criterion.scores_blocks:
+        if criterion.reads == "block":
             self._set("first_exit", integer(1))
         else:
             wanted = f"an entropy in nats of 0 or more, such as {criterion.threshold}"
@@ -211,7 +210,7 @@ class RiverConfig:
         object.__setattr__(self, name, check(name, getattr(self, name), OptionError))
 
     def _contradictions(self) -> Iterator[str]:
-        if self.prefill == "exit" and not CRITERIA[self.criterion].scores_blocks:
+        if self.prefill == "exit" and CRITERIA[self.criterion].reads != "block":
             yield (
                 f"prefill='exit' is not available with criterion={self.criterion!r}, which knows a prompt's entropy "
                 "only afterwards; use prefill='backbone', or criterion='similarity'"
@@ -245,7 +244,7 @@ class RiverConfig:
                 f"first_exit={self.first_exit} lies beyond {nowhere}; "
                 f"use offload={self.first_exit} or more, exit_depth={k} or offload_policy='fetch'"
             )
-        elif CRITERIA[self.criterion].may_doubt:
+        elif CRITERIA[self.criterion].reads == "answer":
             yield (
                 f"criterion={self.criterion!r} sends tokens through the whole backbone, where offload_policy='exit' "
                 "lets none go; use offload_policy='fetch'"
@@ -253,7 +252,7 @@ class RiverConfig:
 
     @property
     def deepest(self) -> int | None:
-        """Blocks that a token which may leave executes at most; None where that is all of them."""
+        """Blocks that a token which may leave executes at most; None if that is all of them."""
         return self.offload if self.offload_policy == "exit" else None
 
     def exit_policy(self, plan: DecoderPlan) -> ExitPolicy:

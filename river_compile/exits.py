@@ -1,29 +1,37 @@
-"""When a token leaves the backbone: the criteria, the policy of one graph, and what is remembered of a sequence.
+"""When a token leaves the backbone: criteria as bars, the policy of one graph, and what is remembered of a sequence.
 
-=============  ============================================  =========================  ===========================
-criterion      looks at                                      when it is known           a token leaves when it is
-=============  ============================================  =========================  ===========================
-similarity     cosine of a block's input and output          after every candidate      above the threshold
-confidence     entropy of the previous step's logits         before the first block     below the threshold (nats)
-doubt          entropy of the logits that the river gives    after the river's head     below the threshold (nats)
-=============  ============================================  =========================  ===========================
+A token leaves after d of L blocks where its *score* is above ``bars[d]``. No score is above `NEVER`; at `ALWAYS` a
+token leaves whatever its score. A criterion says which score is read, and turns its threshold into a bar:
 
-A criterion is stateless; what is remembered of a sequence is a :class:`Memory`, found again by the tensor that holds
-the sequence's KV cache. A prompt begins a new memory.
+===========  ===========================================  ==========================  ==========
+criterion    score                                        read                        bar
+===========  ===========================================  ==========================  ==========
+similarity   cosine of a block's input and output         after every candidate       threshold
+confidence   minus the entropy of the previous logits     before the first block      -threshold
+doubt        minus the entropy of the river's own logits  after the river's head      -threshold
+===========  ===========================================  ==========================  ==========
+
+"doubt" compares with ``bars[L]``: the backbone answers anew unless the score is above it. A score that is no number is
+above no bar. Bars are numbers that a device compares with as well, so that a step needs no host to decide.
+
+What is remembered of a sequence is a :class:`Memory`, found again by the tensor that holds the sequence's KV cache. A
+prompt begins a new memory.
 
 Not handled: rows that decide for themselves. A batch leaves when its least sure row may. Beam search puts other tensors
-in the cache's place at every step, which look like a new sequence: "confidence" then never leaves.
+in the cache's place at every step, which look like a new sequence: "confidence" then never leaves. A device follows no
+criterion that decides otherwise than by a bar (the host does).
 """
 
 from __future__ import annotations
 
 import contextlib
 import functools
+import math
 import sys
 import threading
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, field, replace
-from typing import Any, ClassVar
+from typing import Any, ClassVar, Literal, NamedTuple
 
 from torch import Tensor
 from torch.utils.weak import WeakTensorKeyDictionary
@@ -31,6 +39,8 @@ from torch.utils.weak import WeakTensorKeyDictionary
 from river_compile.passes.program import DecoderPlan, RiverProgram, Segment
 
 WHOLE = sys.maxsize  # a forced depth: every block, however many there are
+NEVER = math.inf
+ALWAYS = math.nan  # (one object: tuples of bars are found again by it)
 
 Threshold = float | tuple[float, ...]  # a tuple has one for each depth, see threshold_after
 
@@ -49,74 +59,47 @@ class Memory:
 
 
 class Criterion:
-    """When a token leaves: asked before the first block, after each candidate block, and after the river's head.
+    """Which score is read, and what it must be above for a token to leave. Stateless.
 
     Attributes:
         name: how the option ``criterion=`` calls it.
         threshold: the default.
         never, always: thresholds at which no token leaves, and every one that has a score.
-        scores_blocks: candidate blocks return their similarity.
-        reads_logits: heads return the entropy of their logits.
-        remembers: it uses the memory of the sequence.
-        may_doubt: tokens may run through both paths.
+        reads: the score: of a "block", of the "previous" step's logits, or of the river's "answer".
     """
 
     name: ClassVar[str]
     threshold: ClassVar[float]
     never: ClassVar[float]
     always: ClassVar[float]
-    scores_blocks: ClassVar[bool] = False
-    reads_logits: ClassVar[bool] = False
-    remembers: ClassVar[bool] = False
-    may_doubt: ClassVar[bool] = False
+    reads: ClassVar[Literal["block", "previous", "answer"]]
 
-    def depth_before(self, threshold: float, first_exit: int, num_blocks: int, entropy: float | None) -> int | None:
-        """Returns the depth where it is known before the first block, None where the blocks' scores decide.
-
-        `entropy` is that of the previous step's logits, None where it is not known.
-        """
-        return None
+    def bar(self, threshold: float) -> float:
+        """Returns what a score must be above."""
+        height = float(threshold if self.reads == "block" else -threshold)
+        return NEVER if math.isnan(height) else height
 
     def leaves(self, depth: int, score: float, threshold: float) -> bool:
-        """Says whether a token leaves after `depth` blocks with this similarity; False for NaN."""
-        raise NotImplementedError(f"criterion {self.name!r} asks no block")
-
-    def doubts(self, entropy: float, threshold: float) -> bool:
-        """Says whether the backbone must run a token again for which the river gave logits of this entropy."""
-        return False
+        """Says whether a token leaves after `depth` blocks. A class with another answer is asked on the host alone."""
+        return score > self.bar(threshold)
 
 
 class Similarity(Criterion):
     """The paper's: leave once a block hardly turns the hidden state."""
 
-    name, threshold, never, always = "similarity", 0.7, 2.0, -2.0
-    scores_blocks = True
-
-    def leaves(self, depth: int, score: float, threshold: float) -> bool:
-        return score > threshold
+    name, threshold, never, always, reads = "similarity", 0.7, 2.0, -2.0, "block"
 
 
 class Confidence(Criterion):
     """Leave at the first exit when the model was sure of the token that it is now given."""
 
-    name, threshold, never, always = "confidence", 0.5, 0.0, float("inf")
-    reads_logits = remembers = True
-
-    def depth_before(self, threshold: float, first_exit: int, num_blocks: int, entropy: float | None) -> int:
-        return first_exit if entropy is not None and entropy < threshold else num_blocks
+    name, threshold, never, always, reads = "confidence", 0.5, 0.0, math.inf, "previous"
 
 
 class Doubt(Criterion):
     """Leave at the first exit; where the river is not sure of its answer, the backbone answers instead."""
 
-    name, threshold, never, always = "doubt", 1.0, 0.0, float("inf")
-    reads_logits = may_doubt = True
-
-    def depth_before(self, threshold: float, first_exit: int, num_blocks: int, entropy: float | None) -> int:
-        return first_exit if threshold > 0 else num_blocks  # a river that is never believed need not run
-
-    def doubts(self, entropy: float, threshold: float) -> bool:
-        return not entropy < threshold  # true for NaN
+    name, threshold, never, always, reads = "doubt", 1.0, 0.0, math.inf, "answer"
 
 
 def threshold_after(threshold: Threshold, depth: int) -> float:
@@ -132,6 +115,63 @@ def threshold_text(threshold: Threshold) -> str:
 
 
 CRITERIA: dict[str, Criterion] = {c.name: c for c in (Similarity(), Confidence(), Doubt())}
+
+
+class Taken(NamedTuple):
+    """The way that a step took.
+
+    Attributes:
+        depth: backbone blocks executed before it left; all of them for a doubted step.
+        scores: those that were asked for after blocks.
+        entropy: of the logits that decided, None where none did.
+        river_from: backbone blocks before the river's part of a doubted step, None for other steps.
+    """
+
+    depth: int
+    scores: tuple[float, ...] = ()
+    entropy: float | None = None
+    river_from: int | None = None
+
+
+class ExitBars(NamedTuple):
+    """When the token of one step leaves.
+
+    Attributes:
+        bars: by depth, from 0 to L.
+        last: the depth at which it leaves where no score let it leave before.
+        stops: depths with a check.
+        first: the first depth whose score counts.
+        reads: as in :class:`Criterion`; None where the depth is known.
+        judge: says in the place of the bars whether a token leaves, given depth and score; None: the bars decide.
+        given: the entropy of the previous step's logits, a float32 scalar where these lie; None: none is known.
+    """
+
+    bars: tuple[float, ...]
+    last: int
+    stops: tuple[int, ...] = ()
+    first: int = 0
+    reads: str | None = None
+    judge: Callable[[int, float], bool] | None = None
+    given: Tensor | None = None
+
+    @property
+    def for_device(self) -> bool:
+        """Whether a device can follow."""
+        return self.judge is None and (self.reads != "previous" or self.first < self.last)
+
+    def leaves(self, depth: int, score: float) -> bool:
+        """Says whether a token with this score leaves; at L, whether its answer is believed."""
+        return score > self.bars[depth] if self.judge is None else self.judge(depth, score)
+
+    def taken(self, outcome: Sequence[float]) -> Taken:
+        """Returns the way that a step took, given the scores at each depth, the answer's score, and the depth."""
+        *scores, answer, end = outcome
+        depth = int(end)
+        if self.reads == "answer":
+            return Taken(depth, (), -answer, self.last if depth == len(scores) else None)
+        if self.reads == "previous":
+            return Taken(depth, (), None if self.given is None else -scores[self.first])
+        return Taken(depth, tuple(scores[d] for d in self.stops if self.first <= d <= depth))
 
 
 @dataclass(frozen=True)
@@ -160,18 +200,18 @@ class ExitPolicy:
 
     def candidates(self, plan: DecoderPlan) -> tuple[int, ...]:
         """Returns the depths after which a check stands. Depth 0 has nothing to compare and is not one of them."""
-        if self.fixed_depth is not None or not self.criterion.scores_blocks:
+        if self.fixed_depth is not None or self.criterion.reads != "block":
             return ()
         return tuple(range(max(self.first_exit, 1), self.last(plan.num_blocks), self.exit_every))
 
     @property
     def never_leaves(self) -> bool:
         """Whether no token leaves but by a forced depth."""
-        return self.threshold == self.criterion.never and not self.criterion.remembers
+        return self.threshold == self.criterion.never and self.criterion.reads != "previous"
 
     def needs_entropy(self, plan: DecoderPlan) -> bool:
         """Says whether a graph's heads must return their logits' entropy; a prompt's only for the step after it."""
-        return self.criterion.reads_logits and (plan.is_decode or self.criterion.remembers)
+        return self.criterion.reads == "previous" or (self.criterion.reads == "answer" and plan.is_decode)
 
     def reachable(self, program: RiverProgram) -> list[Segment]:
         """Returns the segments that some token may run through: all of them, but where depths are fixed or bounded."""
@@ -185,29 +225,18 @@ class ExitPolicy:
         """Returns the depth at which a token leaves that no check sent away before, with so many blocks to run."""
         return num_blocks if self.deepest is None else min(num_blocks, self.deepest)
 
-    def depth_before(self, memory: Memory, num_blocks: int) -> tuple[int | None, float | None]:
-        """Returns the depth where it is known before the first block, and the entropy that decided it.
-
-        Where the criterion remembers an entropy that lies on an accelerator, this waits for the step before.
-        """
+    def forks(self, plan: DecoderPlan) -> tuple[int, ...]:
+        """Returns the depths at which a graph's tokens may part: 0, where a depth can be forced, and each check."""
         if self.fixed_depth is not None:
-            return self.fixed_depth, None
-        entropy = None if memory.entropy is None else memory.entropy.item()
-        threshold = threshold_after(self.threshold, self.first_exit)
-        return self.criterion.depth_before(threshold, self.first_exit, self.last(num_blocks), entropy), entropy
+            return ()
+        checks = self.candidates(plan) if self.criterion.reads == "block" else (self.first_exit,)
+        return tuple(depth for depth in sorted({0, *checks}) if depth < self.last(plan.num_blocks))
 
-    def leaves(self, depth: int, score: float) -> bool:
-        """Says whether a token leaves after `depth` blocks with this similarity."""
-        return self.criterion.leaves(depth, score, threshold_after(self.threshold, depth))
-
-    @property
-    def may_doubt(self) -> bool:
-        """Whether a token that left may have to run through the backbone as well."""
-        return self.fixed_depth is None and self.criterion.may_doubt
-
-    def doubts(self, entropy: float) -> bool:
-        """Says whether the backbone must run a token again for which the river gave logits of this entropy."""
-        return self.criterion.doubts(entropy, threshold_after(self.threshold, self.first_exit))
+    def why_host_decides(self, plan: DecoderPlan) -> str | None:
+        """Returns why no device can follow, None where one can."""
+        if bars_of(self, self.candidates(plan), plan.num_blocks).for_device:
+            return None
+        return f"criterion={self.criterion.name!r} with first_exit={self.first_exit} is more than one comparison"
 
     def at(self, depth: int) -> ExitPolicy:
         """Returns the policy by which every token leaves after `depth` blocks.
@@ -262,6 +291,37 @@ class ExitPolicy:
                 f"{asked} was asked for, but this model was compiled with exit_depth={self.fixed_depth} "
                 "and has no other segments; compile it without exit_depth"
             )
+
+
+@functools.lru_cache(maxsize=256)
+def bars_of(policy: ExitPolicy, candidates: tuple[int, ...], num_blocks: int) -> ExitBars:
+    """Returns the bars of a policy for a graph with checks after `candidates`."""
+    bars, last = [NEVER] * num_blocks + [ALWAYS], policy.last(num_blocks)
+    if policy.fixed_depth is not None:
+        last = min(policy.fixed_depth, num_blocks)
+        bars[last] = ALWAYS
+        return ExitBars(tuple(bars), last)
+    criterion, first = policy.criterion, policy.first_exit
+    stops: tuple[int, ...] = ()
+
+    def judge(depth: int, score: float) -> bool:
+        at = depth if criterion.reads == "block" else policy.first_exit
+        return criterion.leaves(at, score, threshold_after(policy.threshold, at))
+
+    bar = criterion.bar(threshold_after(policy.threshold, first))
+    if criterion.reads == "block":
+        stops = tuple(depth for depth in candidates if depth <= last)
+        for depth in stops:
+            bars[depth] = criterion.bar(threshold_after(policy.threshold, depth)) if depth >= first else NEVER
+    elif criterion.reads == "previous":
+        first = min(first, last)
+        bars[first] = bar
+    elif first < last and bar < 0:
+        bars[first], bars[num_blocks], last = ALWAYS, bar, first
+    else:  # (a river that is never believed need not run)
+        return ExitBars(tuple(bars), last)
+    is_own = type(criterion).leaves is not Criterion.leaves
+    return ExitBars(tuple(bars), last, stops, first, criterion.reads, judge if is_own else None)
 
 
 class _Forced(threading.local):

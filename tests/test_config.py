@@ -2,21 +2,17 @@
 
 from __future__ import annotations
 
-from pathlib import Path
-
 import numpy as np
 import pytest
 import torch
 
 from river_compile import OptionError, RiverConfig, river
 from river_compile.config import check_mode
+from river_compile.decoding.mode import ExactMode
 from river_compile.exits import threshold_after
 from river_compile.kernels.triton.exit_score import ExitScoreSpec
-from river_compile.speculative.mode import ExactMode
 from tests.support.families import make, prompt
 from tools import options
-
-README = Path(__file__).parent.parent / "README.md"
 
 
 @pytest.mark.parametrize(
@@ -157,13 +153,21 @@ def test_exact_modes_settings_and_kernel_specs_are_refused_in_the_same_words():
 
 
 class TestTable:
-    def test_the_readme_has_the_options_of_the_code(self):
-        """``python -m tools.options README.md`` changes nothing."""
-        text = README.read_text(encoding="utf-8")
-        assert options.replaced(text) == text
+    @pytest.mark.parametrize("document", [options.README, options.DOCS], ids=lambda path: path.name)
+    def test_the_documents_have_the_options_of_the_code(self, document):
+        """``python -m tools.options`` changes nothing."""
+        assert options.replaced(document) == document.read_text(encoding="utf-8")
+
+    def test_the_documentation_has_every_argument_of_accelerate_and_the_readme_stays_short(self):
+        text = options.DOCS.read_text(encoding="utf-8")
+        of_accelerate, of_backend = text.split("## Of the backend")
+        named = {"quality", "calibration", *ExactMode.per_call} - {"strict"}  # (that is a quality)
+        assert all(f"| `{name}` |" in of_accelerate for name in named)
+        assert all(f"| `{name}` |" in of_backend for name in RiverConfig.options())
+        assert options.tables(options.README).count("\n| `") <= 16
 
     def test_every_option_names_its_audience_and_values_for_tests_are_marked(self):
-        user, expert, tests = options.markdown().split("\nFor ")
+        user, expert, tests = options.tables(options.DOCS).split("\nFor ")
         named = {name: (f"| `{name}` |" in user, f"| `{name}` |" in expert) for name in RiverConfig.options()}
         assert all(in_user != in_expert for in_user, in_expert in named.values())
         for name, value in [("quantizer", "none"), ("lowering", "eager")]:

@@ -135,23 +135,19 @@ class TestEntropy:
         logits = torch.zeros(2, 1, 8)
         logits[1, 0, 0] = torch.nan
         assert math.isnan(largest_entropy(logits).item())
-        assert Doubt().doubts(math.nan, math.inf)
-        assert CRITERIA["confidence"].depth_before(math.inf, 1, LAYERS, math.nan) == LAYERS
+        assert not any(criterion.leaves(1, math.nan, criterion.always) for criterion in CRITERIA.values())
 
 
 class ScriptedDoubt(Doubt):
-    """Takes each token's first exit and verdict from a list."""
+    """Takes each token's verdict from a list."""
 
     def __init__(self):
         self.script = []
         self.seen = []
 
-    def depth_before(self, threshold, first_exit, num_blocks, entropy):
-        return self.script[len(self.seen)][0]
-
-    def doubts(self, entropy, threshold):
-        self.seen.append(entropy)
-        return self.script[len(self.seen) - 1][1]
+    def leaves(self, depth, score, threshold):
+        self.seen.append(depth)
+        return not self.script[len(self.seen) - 1][1]
 
 
 verdicts = st.lists(st.tuples(st.integers(0, LAYERS - 1), st.booleans()), min_size=STEPS, max_size=STEPS)
@@ -174,8 +170,8 @@ def test_after_any_mix_of_doubts_the_cache_is_the_one_of_the_depths_that_count(n
     def check(script):
         scripted.script, scripted.seen = script, []
         cache, expected_cache = new_cache(model, kind), new_cache(model, kind)
-        actual = decode(model, cache, [None] * STEPS)
-        assert len(scripted.seen) == STEPS
+        actual = decode(model, cache, [forced_threshold(1.0, depth) for depth, _ in script])
+        assert scripted.seen == [depth for depth, _ in script]
         expected = decode(model, expected_cache, [LAYERS if doubted else depth for depth, doubted in script])
         assert all(map(torch.equal, actual, expected))
         for ours, theirs in zip(cache_state(cache), cache_state(expected_cache), strict=True):
@@ -217,6 +213,15 @@ class TestDoubt:
             assert (step.depth, step.river_from) == ((LAYERS, 1) if step.doubted else (1, None))
             if not step.doubted:
                 assert entropy(logits) == pytest.approx(step.entropy, abs=1e-4)
+
+    def test_logits_that_are_no_numbers_are_not_believed_whatever_the_bound(self):
+        model = make("llama", layers=LAYERS)
+        with torch.no_grad():
+            model.lm_head.weight[3] = math.nan
+        model.compile(backend=river, options={**OPTIONS, "criterion": "doubt", "threshold": math.inf})
+        with trace() as seen:
+            decode_by_hand(model, "static", 2, plain_prompt=True)
+        assert [(t.depth, t.river_from, math.isnan(t.entropy)) for t in seen.tokens] == [(LAYERS, 1, True)] * 2
 
     def test_a_bound_of_zero_is_the_plain_model_and_runs_no_river(self):
         model = compiled(criterion="doubt", threshold=0)

@@ -7,17 +7,14 @@ Neither files nor folders import each other in a circle, wherever in a file an i
 """
 
 import ast
-import graphlib
 import importlib
-import importlib.util
 import itertools
 import zipfile
-from collections.abc import Iterator, Mapping
-from pathlib import Path
 
 import pytest
 
 from tests.support.layout import FOLDERS, ROOT, SOURCES, build_wheel, run_python
+from tools.house.sources import Source, circle, import_graph, imported_modules, part_of, parts_graph, read
 
 MAY_IMPORT = {
     "river_compile": {"river_compile", "passes", "kernels"},
@@ -36,25 +33,9 @@ def layer_of(module: str) -> str | None:
     return parts[1] if len(parts) > 1 and parts[1] in ("passes", "kernels") else "river_compile"
 
 
-def imported_modules(source: str, package: str) -> Iterator[str]:
-    """Yields the absolute name of everything that `source`, a module of `package`, imports anywhere."""
-    for node in ast.walk(ast.parse(source)):
-        if isinstance(node, ast.Import):
-            yield from (alias.name for alias in node.names)
-        elif isinstance(node, ast.ImportFrom):
-            name = "." * node.level + (node.module or "")
-            base = importlib.util.resolve_name(name, package) if node.level else name
-            # `from river_compile import passes` names a subpackage, `from river_compile import trace` does not.
-            yield from (f"{base}.{alias.name}" for alias in node.names)
-        elif isinstance(node, ast.Call) and isinstance(node.func, (ast.Attribute, ast.Name)):
-            called = node.func.attr if isinstance(node.func, ast.Attribute) else node.func.id
-            if called in ("import_module", "__import__") and node.args and isinstance(node.args[0], ast.Constant):
-                yield node.args[0].value
-
-
 def forbidden_imports(source: str, layer: str, package: str) -> list[str]:
     """Returns the imports of `source`, a module of `layer`, that the rule forbids."""
-    layers = {module: layer_of(module) for module in imported_modules(source, package)}
+    layers = {module: layer_of(module) for module in imported_modules(ast.parse(source), package)}
     return [module for module, imported in layers.items() if imported and imported not in MAY_IMPORT[layer]]
 
 
@@ -100,66 +81,15 @@ def test_the_check_lets_allowed_imports_pass(layer, source):
     assert forbidden_imports(source, layer, FOLDERS[layer]) == []
 
 
-def module_of(file: Path) -> str:
-    """Returns the installed name of a product file."""
-    folder, *rest = file.relative_to(ROOT).with_suffix("").parts
-    return ".".join([FOLDERS[folder], *rest]).removesuffix(".__init__")
-
-
-def part_of(module: str) -> str:
-    """Returns the folder's subfolder that a module lies in, or the module itself where it lies in none."""
-    root = max((name for name in FOLDERS.values() if f"{module}.".startswith(f"{name}.")), key=len)
-    return ".".join(module.split(".")[: root.count(".") + 2])
-
-
-def import_graph(sources: Mapping[str, tuple[str, str]]) -> dict[str, set[str]]:
-    """Returns which modules each one imports anywhere, of {module: (its package, its source)}."""
-    graph: dict[str, set[str]] = {}
-    for module, (package, source) in sources.items():
-        found = set()
-        for name in imported_modules(source, package):
-            while name and name not in sources:
-                name = name.rpartition(".")[0]
-            found.add(name)
-        graph[module] = found - {module, ""}
-    return graph
-
-
-def parts_graph(graph: Mapping[str, set[str]]) -> dict[str, set[str]]:
-    """Returns the same between subfolders; modules outside of any stand for themselves."""
-    parts: dict[str, set[str]] = {}
-    for module, imported in graph.items():
-        parts.setdefault(part_of(module), set()).update(map(part_of, imported))
-    return {part: imported - {part} for part, imported in parts.items()}
-
-
-def circle(graph: Mapping[str, set[str]]) -> str:
-    """Returns a circle of imports, "a -> b -> a", empty where there is none."""
-    try:
-        graphlib.TopologicalSorter(graph).prepare()
-    except graphlib.CycleError as error:
-        return " -> ".join(reversed(error.args[1]))
-    return ""
-
-
-def product_graph() -> dict[str, set[str]]:
-    sources = {}
-    for file in SOURCES:
-        module = module_of(file)
-        package = module if file.name == "__init__.py" else module.rpartition(".")[0]
-        sources[module] = (package, file.read_text(encoding="utf-8"))
-    return import_graph(sources)
-
-
 def test_no_files_import_each_other_in_a_circle():
     """Imports inside functions and those for type checkers count too."""
-    found = circle(product_graph())
+    found = circle(import_graph(read()))
     assert not found, f"files import each other in a circle: {found}"
 
 
 def test_no_folders_import_each_other_in_a_circle():
     """The subfolders form a layered whole: each can be understood with those below it."""
-    graph = product_graph()
+    graph = import_graph(read())
     found = circle(parts_graph(graph))
     hops = set(itertools.pairwise(found.split(" -> ")))
     files = [f"{a} imports {b}" for a in graph for b in graph[a] if (part_of(a), part_of(b)) in hops]
@@ -181,7 +111,7 @@ def test_no_folders_import_each_other_in_a_circle():
 def test_the_check_sees_circles_of_files(imports):
     """The tests above can fail: on lazy imports, on those for type checkers, and on longer circles."""
     modules = {f"river_compile.{name}": source for name, source in imports.items()}
-    graph = import_graph({name: (name.rpartition(".")[0], source) for name, source in modules.items()})
+    graph = import_graph({name: Source(name, f"{name}.py", source) for name, source in modules.items()})
     found = circle(graph).split(" -> ")
     assert found[0] == found[-1]
     assert set(found) == set(modules)
@@ -195,7 +125,7 @@ def test_the_check_sees_circles_of_folders():
         "river_compile.offload.b": "",
         "river_compile.offload.d": "import river_compile.runtime.c",
     }
-    graph = import_graph({name: (name.rpartition(".")[0], source) for name, source in sources.items()})
+    graph = import_graph({name: Source(name, f"{name}.py", source) for name, source in sources.items()})
     assert circle(graph) == ""
     assert set(circle(parts_graph(graph)).split(" -> ")) == {"river_compile.runtime", "river_compile.offload"}
 
@@ -226,7 +156,7 @@ def test_a_wheel_holds_every_module_below_river_compile(wheel):
     for file in SOURCES:
         folder, *rest = file.relative_to(ROOT).parts
         assert "/".join([FOLDERS[folder].replace(".", "/"), *rest]) in names
-    data = ("py.typed", "twins/default_texts.txt", "cli/explain.html.jinja", "drop_in/custom_generate/requirements.txt")
+    data = ("py.typed", "twins/default_texts.txt", "cli/explain.html.jinja", "api/custom_generate/requirements.txt")
     assert {f"river_compile/{name}" for name in data} <= names
     for folder in ("triton/templates", "native/sources"):
         texts = {path.name for path in ROOT.glob(f"kernels/{folder}/*")}

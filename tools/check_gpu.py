@@ -109,7 +109,6 @@ def a_model_generates() -> str:
     """Generates with a tiny Llama in float32, captured; never leaving, its text is the plain model's."""
     from benchmarks.random_llama import random_llama
     from river_compile import forced_depth, report
-    from river_compile.cudagraphs.device import CaptureLog
     from tools.kernels.shapes import ModelShape
 
     model = random_llama(ModelShape("smoke", 4, 256, 4, 2, 64, 512, 1024), _DEVICE).float()
@@ -122,7 +121,7 @@ def a_model_generates() -> str:
         found = [model.generate(ids, **settings) for _ in range(2)]
     if not all(torch.equal(text, plain) for text in found):
         raise RuntimeError(f"another text than the plain model's: {found} and {plain}")
-    made = sum(graph.of(CaptureLog).made for graph in report(model).graphs)
+    made = sum(graph.captures.made for graph in report(model).graphs)
     if not made:
         raise RuntimeError(f"nothing was captured:\n{report(model)}")
     with forced_depth(0):
@@ -156,7 +155,7 @@ def run(named: dict[str, Callable[[], str]], keep: Callable[[dict], object]) -> 
             failed += 1
         seconds = time.perf_counter() - start
         print(f"{state:6}  {name:14} {seconds:6.1f} s  {text}", flush=True)
-        keep({"check": name, "state": state, "seconds": seconds, "text": text})
+        keep({"check": name, "model_record": state, "seconds": seconds, "text": text})
     return failed
 
 

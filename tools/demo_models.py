@@ -1,4 +1,4 @@
-"""Makes the folder of a demo model, of `river_compile.cli.demo_models`.
+"""Makes the folder of a demo model, of `river_compile.cli.models`.
 
 python -m tools.demo_models smollm2                 # convert into the cache, print the folder
 python -m tools.demo_models gemma3-270m --to DIR    # also copy the folder to DIR
@@ -12,7 +12,7 @@ import sys
 import time
 from pathlib import Path
 
-from river_compile.cli.demo_models import MODELS, ModelUnavailable, fetch, new_folder, quiet
+from river_compile.cli.models import MODELS, ModelUnavailable, fetch, new_folder, quiet
 
 
 def copy_to(folder: Path, destination: Path) -> None:

@@ -101,7 +101,7 @@ STEPS = (
         "tests-graphs",
         10,
         "whether captured steps, compiled models and offloaded weights are right",
-        (_tests("tests-graphs", "6", "tests/cudagraphs", "tests/drop_in", "tests/lowering", "tests/offload"),),
+        (_tests("tests-graphs", "6", "tests/capture", "tests/api", "tests/lowering", "tests/offload"),),
     ),
     Step("decode-1b", 9, "tokens/s of the 1B against its targets", (_decode("llama-3.2-1b", "decode-1b", 8),)),
     Step("decode-8b", 10, "tokens/s of the 8B against its targets", (_decode("llama-3.1-8b", "decode-8b", 9),)),
@@ -135,7 +135,7 @@ def run_step(step: Step, out: Path) -> dict:
                 state = "stopped"
                 break
             state = "failed" if status else state
-    return {"step": step.name, "state": state, "seconds": time.monotonic() - start}
+    return {"step": step.name, "model_record": state, "seconds": time.monotonic() - start}
 
 
 def _filled(command: Sequence[str], out: Path) -> list[str]:
@@ -200,12 +200,12 @@ def main(arguments: list[str] | None = None) -> int:
     end, done = time.monotonic() + 60 * options.minutes, []
     for step in steps:
         if time.monotonic() + 60 * step.minutes > end:
-            done.append({"step": step.name, "state": "no time", "seconds": 0.0})
+            done.append({"step": step.name, "model_record": "no time", "seconds": 0.0})
         else:
             done.append(run_step(step, options.out))
         common.write_json(options.out / "steps.json", done)
-    common.print_table(["step", "", "seconds"], [[d["step"], d["state"], round(d["seconds"])] for d in done])
-    return sum(d["state"] != "ok" for d in done)
+    common.print_table(["step", "", "seconds"], [[d["step"], d["model_record"], round(d["seconds"])] for d in done])
+    return sum(d["model_record"] != "ok" for d in done)
 
 
 if __name__ == "__main__":

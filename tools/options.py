@@ -1,6 +1,6 @@
-"""Writes the options of the backend into README.md: ``python -m tools.options README.md``.
+"""Writes the backend's options into README.md (those of users) and docs/options.md (all): ``python -m tools.options``.
 
-The tables stand between two marks there. Without a file the tables are printed.
+The tables stand between two marks there.
 """
 
 from __future__ import annotations
@@ -10,38 +10,50 @@ from pathlib import Path
 
 from river_compile.config import EXPERT, USER, RiverConfig
 
-BEGIN, END = "<!-- options: python -m tools.options README.md -->\n", "<!-- end of options -->\n"
+ROOT = Path(__file__).resolve().parent.parent
+README, DOCS = ROOT / "README.md", ROOT / "docs/options.md"
+BEGIN, END = "<!-- options: python -m tools.options -->\n", "<!-- end of options -->\n"
 
 
-def markdown() -> str:
-    """Returns three tables: what everyone sets, what experts set, what is for tests."""
-    return (
-        _table(USER)
-        + "\nFor experts:\n\n"
-        + _table(EXPERT)
-        + "\nFor tests and debugging:\n\n| value | meaning |\n|---|---|\n"
-        + "".join(
-            f"| `{name}={_text(option.for_tests[0])}` | {option.for_tests[1]} |\n"
-            for name, option in RiverConfig.options().items()
-            if option.for_tests
-        )
+def tables(document: Path) -> str:
+    """Returns a document's tables: README's has what most users set, the page in docs/ everything, with types."""
+    if document == README:
+        return _table(USER, typed=False)
+    whole = "\n".join(
+        [
+            _table(USER),
+            f"For experts:\n\n{_table(EXPERT)}",
+            "For tests and debugging:\n\n| value | meaning |\n|---|---|",
+            *(
+                f"| `{name}={_text(option.for_tests[0])}` | {option.for_tests[1]} |"
+                for name, option in RiverConfig.options().items()
+                if option.for_tests
+            ),
+        ]
     )
+    return whole.replace("[docs/", "[").replace("](docs/", "](") + "\n"
 
 
-def replaced(text: str) -> str:
-    """Returns a document with the tables between its marks."""
-    before, rest = text.split(BEGIN)
-    return before + BEGIN + "\n" + markdown() + "\n" + END + rest.split(END)[1]
+def replaced(document: Path) -> str:
+    """Returns a document's text with its tables between the marks."""
+    before, rest = document.read_text(encoding="utf-8").split(BEGIN)
+    return before + BEGIN + "\n" + tables(document) + "\n" + END + rest.split(END)[1]
 
 
-def _table(audience: str) -> str:
-    defaults = vars(RiverConfig)
-    rows = [
-        f"| `{name}` | {_code(defaults[name])} | {option.text} |\n"
-        for name, option in RiverConfig.options().items()
-        if option.audience == audience
-    ]
-    return "| option | default | meaning |\n|---|---|---|\n" + "".join(rows)
+def _table(audience: str, typed: bool = True) -> str:
+    head = (
+        "| option | type | default | meaning |\n|---|---|---|---|\n"
+        if typed
+        else "| option | default | meaning |\n|---|---|---|\n"
+    )
+    defaults, types = vars(RiverConfig), RiverConfig.__annotations__
+    rows = []
+    for name, option in RiverConfig.options().items():
+        if option.audience == audience:
+            kind = types[name].replace("Threshold", "float | list[float]").replace(" | ", "` or `")
+            kind = f"`{kind}` | " if typed else ""
+            rows.append(f"| `{name}` | {kind}{_code(defaults[name])} | {option.text} |\n")
+    return head + "".join(rows)
 
 
 def _code(default: object) -> str:
@@ -54,13 +66,9 @@ def _text(value: object) -> str:
 
 def main(arguments: list[str] | None = None) -> int:
     """Runs the command line and returns the exit status."""
-    parser = argparse.ArgumentParser(description="Writes the tables of the backend's options into a document.")
-    parser.add_argument("document", type=Path, nargs="?", help="the file, such as README.md; none: print the tables")
-    document = parser.parse_args(arguments).document
-    if document is None:
-        print(markdown(), end="")
-    else:
-        document.write_text(replaced(document.read_text(encoding="utf-8")), encoding="utf-8")
+    argparse.ArgumentParser(description="Writes the tables of the backend's options.").parse_args(arguments)
+    for document in (README, DOCS):
+        document.write_text(replaced(document), encoding="utf-8")
     return 0
 
 

@@ -21,8 +21,8 @@ from dataclasses import dataclass, field
 import torch
 from torch import Tensor
 
-from river_compile.cudagraphs.device import CaptureDevice, captured_by
-from river_compile.cudagraphs.partition import Unit
+from river_compile.capture.device import CaptureDevice, captured_by
+from river_compile.capture.units import CaptureUnit
 
 
 class StaleReplay(RuntimeError):
@@ -33,7 +33,7 @@ class StaleReplay(RuntimeError):
 class Recording:
     """A captured unit: what it reads, where that lay, and the buffers it writes."""
 
-    unit: Unit
+    unit: CaptureUnit
     addresses: tuple[object, ...]
     outputs: dict[int, Tensor]
 
@@ -85,7 +85,7 @@ class Recorder(CaptureDevice):
             self._advance()
 
     def capture(
-        self, unit: Unit, slots: list, outputs: dict[int, Tensor], buffer: Callable[[int, Tensor], Tensor]
+        self, unit: CaptureUnit, slots: list, outputs: dict[int, Tensor], buffer: Callable[[int, Tensor], Tensor]
     ) -> tuple[Recording, int]:
         self.events.append(Event("capture", unit.name))
         addresses = tuple(_address(slots[i]) for i in unit.keys)
@@ -105,7 +105,7 @@ class Recorder(CaptureDevice):
     def why_undecided(self) -> None:
         return None
 
-    def when(self, holds: Tensor, work: Callable[[list], None], slots: list) -> None:
+    def when(self, holds: Tensor, work: Callable[[list], object], slots: list) -> None:
         if holds.item():
             self._spoiling(work, list(slots))
 
@@ -132,7 +132,7 @@ class Recorder(CaptureDevice):
     def _replay(self, graph: Recording, own: list) -> None:
         self._spoiling(lambda slots: graph.unit.run_into(slots, graph.outputs, self.when), own)
 
-    def _spoiling(self, work: Callable[[list], None], own: list) -> None:
+    def _spoiling(self, work: Callable[[list], object], own: list) -> None:
         """Runs work on slots and spoils what it made of them."""
         before = {t.untyped_storage().data_ptr() for t in own if isinstance(t, Tensor)}
         work(own)

@@ -27,6 +27,7 @@ from torch._dynamo.source import ConstantSource
 from torch._subclasses.fake_tensor import FakeTensorMode
 from torch.fx.experimental.symbolic_shapes import DimDynamic, ShapeEnv, StatelessSymbolicContext
 
+from river_compile.passes.attention import simplify_attention
 from river_compile.passes.nodes import (
     ENTER_AUTOCAST,
     ancestors,
@@ -41,7 +42,6 @@ from river_compile.passes.nodes import (
 from river_compile.passes.pipeline import Pass, each_block
 from river_compile.passes.program import Block, Refusal, RiverProgram, Segment
 from river_compile.passes.segments import graph_lines, subgraph
-from river_compile.passes.swap_ops import simplify_attention
 
 _EXAMPLE = 5  # tokens of the example inputs; their number is a symbol
 

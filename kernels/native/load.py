@@ -36,10 +36,9 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from river_compile.kernels.native.build import Compiler, build, find_compiler, torch_flags
+from river_compile.kernels.native.isa import Isa, chosen
 from river_compile.kernels.portable import fused_width, largest_entropy
-
-from .build import Compiler, build, find_compiler, torch_flags
-from .isa import Isa, chosen
 
 _loading = threading.Lock()
 _tables: dict[str, int] = {}

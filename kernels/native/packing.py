@@ -16,8 +16,8 @@ import logging
 import torch
 from torch import Tensor
 
-from .build import CannotBuild, build, find_compiler
-from .isa import Isa, chosen
+from river_compile.kernels.native.build import CannotBuild, build, find_compiler
+from river_compile.kernels.native.isa import Isa, chosen
 
 log = logging.getLogger("river_compile.kernels.native.packing")
 

@@ -1,4 +1,4 @@
-"""4-bit matrix products on CPUs through ATen's int4 kernels.
+"""4-bit matmuls on CPUs through ATen's int4 kernels.
 
 ATen's kernel computes ``y[M, N] = x[M, K] W^T`` with ``W = (q - 8) * scale + zero``, a bfloat16 scale and zero for
 each group of 32, 64, 128 or 256 input features. It is fast for bfloat16 activations alone, so other dtypes are cast

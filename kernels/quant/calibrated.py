@@ -24,8 +24,7 @@ from torch import Tensor
 
 from river_compile.kernels.checks import check_choice
 from river_compile.kernels.native import packing
-
-from .grid import (
+from river_compile.kernels.quant.grid import (
     MAX_Q,
     MID_POINT,
     QuantizedWeight,

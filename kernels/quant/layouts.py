@@ -31,9 +31,8 @@ from torch import Tensor
 
 from river_compile.kernels.checks import check_choice
 from river_compile.kernels.native import load as native
-
-from . import aten_int4
-from .grid import GROUP_SIZES, MID_POINT, QuantizedWeight
+from river_compile.kernels.quant import aten_int4
+from river_compile.kernels.quant.grid import GROUP_SIZES, MID_POINT, QuantizedWeight
 
 
 @dataclass(frozen=True)

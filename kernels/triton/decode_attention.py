@@ -24,9 +24,8 @@ from dataclasses import dataclass, fields
 from typing import ClassVar
 
 from river_compile.kernels.checks import check_choice, check_positive
-
-from .kv_fill import KvFillSpec
-from .spec import ACTIVATION_DTYPES, Buffer, CacheSpec, Stage, is_power_of_two
+from river_compile.kernels.triton.kv_fill import KvFillSpec
+from river_compile.kernels.triton.spec import ACTIVATION_DTYPES, Buffer, CacheSpec, Stage, is_power_of_two
 
 
 @dataclass(frozen=True)

@@ -21,8 +21,7 @@ from dataclasses import dataclass
 from typing import ClassVar
 
 from river_compile.kernels.checks import check_choice, check_positive
-
-from .spec import ACTIVATION_DTYPES, Buffer, KernelSpec, Stage
+from river_compile.kernels.triton.spec import ACTIVATION_DTYPES, Buffer, KernelSpec, Stage
 
 
 @dataclass(frozen=True)

@@ -26,10 +26,9 @@ from pathlib import Path
 from typing import Any
 
 from river_compile.kernels.files import cache_folder
-
-from .devices import DEFAULT_DEVICE, Device, known
-from .linear import MAX_EXACT_ROWS, LinearSpec, LinearTile, form_of
-from .spec import next_power_of_two
+from river_compile.kernels.triton.devices import DEFAULT_DEVICE, Device, known
+from river_compile.kernels.triton.linear import MAX_EXACT_ROWS, LinearSpec, LinearTile, form_of
+from river_compile.kernels.triton.spec import next_power_of_two
 
 MAX_REGISTERS = 168
 #: Of the form "groups": with four warps, a quarter of a processor's warps are resident.

@@ -15,8 +15,7 @@ from dataclasses import dataclass
 from typing import ClassVar
 
 from river_compile.kernels.checks import check_choice
-
-from .spec import ACTIVATION_DTYPES, Buffer, CacheSpec, Cost, Stage
+from river_compile.kernels.triton.spec import ACTIVATION_DTYPES, Buffer, CacheSpec, Cost, Stage
 
 HEAD_NORMS = ("none", "rms", "rms_plus_one")
 

@@ -14,9 +14,9 @@ from collections.abc import Callable
 
 from torch import Tensor
 
-from .devices import device_of, starts_early
-from .loader import Launch, load
-from .spec import KernelSpec
+from river_compile.kernels.triton.devices import device_of, starts_early
+from river_compile.kernels.triton.loader import Launch, load
+from river_compile.kernels.triton.spec import KernelSpec
 
 _MANY = 4096  # different calls that are remembered: prompts of all lengths must not fill the memory
 _launches: dict[tuple[object, ...], Launch] = {}

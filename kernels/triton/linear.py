@@ -27,8 +27,15 @@ from dataclasses import dataclass
 from typing import ClassVar
 
 from river_compile.kernels.checks import check_choice, check_positive
-
-from .spec import ACTIVATION_DTYPES, DTYPES, Buffer, Cost, KernelSpec, Stage, is_power_of_two
+from river_compile.kernels.triton.spec import (
+    ACTIVATION_DTYPES,
+    DTYPES,
+    Buffer,
+    Cost,
+    KernelSpec,
+    Stage,
+    is_power_of_two,
+)
 
 GROUP_SIZES = (32, 64, 128)
 NORMS = ("none", "rms", "rms_plus_one", "layer")

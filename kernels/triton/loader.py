@@ -21,9 +21,8 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from river_compile.kernels.files import appearing, in_cache
-
-from .devices import starts_early
-from .spec import DTYPES, KernelSpec, Stage, render
+from river_compile.kernels.triton.devices import starts_early
+from river_compile.kernels.triton.spec import DTYPES, KernelSpec, Stage, render
 
 if TYPE_CHECKING:
     from torch import Tensor

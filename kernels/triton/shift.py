@@ -17,8 +17,7 @@ from dataclasses import dataclass
 from typing import ClassVar
 
 from river_compile.kernels.checks import check_positive
-
-from .spec import DTYPES, Buffer, CacheSpec, Cost, Stage, is_power_of_two, next_power_of_two
+from river_compile.kernels.triton.spec import DTYPES, Buffer, CacheSpec, Cost, Stage, is_power_of_two, next_power_of_two
 
 _SLICE = 32  # bytes of each slot that a program owns: what memory moves at once, so that many programs share a head
 

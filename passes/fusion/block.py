@@ -1,4 +1,4 @@
-"""What a fusion rule sees of a segment: its matrix products by role, its cache entries, its attention.
+"""A fusion rule's view of a segment: matmuls by role, cache entries, attention.
 
 Roles follow from the flow of values alone. Not handled: cache entries at other places than a slot or the end.
 """
@@ -15,10 +15,9 @@ from torch.fx.node import Argument
 
 from river_compile.kernels.quant.layouts import NATIVE_LAYOUT
 from river_compile.passes.edits import Missed
+from river_compile.passes.fusion.match import WHOLE, is_product
+from river_compile.passes.fusion.recognise import Attention, attention
 from river_compile.passes.nodes import called, closure, is_tensor, rank, shape, value_of
-
-from .match import WHOLE, is_product
-from .recognise import Attention, attention
 
 
 @dataclass(frozen=True)
@@ -44,7 +43,7 @@ class BlockView:
         self.grown = tuple(node for node in graph.nodes if _grows_a_cache(node))
 
     def products(self, role: str) -> list[fx.Node]:
-        """Returns the matrix products of a role.
+        """Returns the matmuls of a role.
 
         "cache" feeds the KV cache, "attention" reads what attention gives, "up" reads the residual stream for an MLP,
         and "down" reads another product's activations.

@@ -14,8 +14,11 @@ from dataclasses import dataclass, replace
 import torch
 from torch import Tensor, fx
 
+from river_compile.passes.capture_safety import is_counter_step
 from river_compile.passes.edits import Missed, call, drop_unused, put, require, reshaped
-from river_compile.passes.graph_safety import is_counter_step
+from river_compile.passes.fusion.block import BlockView, CacheEntry
+from river_compile.passes.fusion.match import Columns, columns
+from river_compile.passes.fusion.recognise import Attention, Normed, Rotation, norm, rotation
 from river_compile.passes.nodes import (
     before_cast,
     before_views,
@@ -30,10 +33,6 @@ from river_compile.passes.nodes import (
     shape,
     value_of,
 )
-
-from .block import BlockView, CacheEntry
-from .match import Columns, columns
-from .recognise import Attention, Normed, Rotation, norm, rotation
 
 _MASKS = (torch.bool, torch.float32, torch.bfloat16, torch.float16)
 
@@ -68,7 +67,7 @@ def _positions(heads: fx.Node) -> int | str:
 
 
 def _before_exchange(node: fx.Node, exchanges: list[fx.Node]) -> fx.Node:
-    """Looks through views, and where positions and heads change places, which it notes."""
+    """Looks through views, and notes transposed positions and heads."""
     node = before_views(node)
     swapped = called(node, torch.transpose) and {d % 4 for d in node.args[1:]} == {1, 2}
     if rank(node) == 4 and (swapped or (called(node, torch.permute) and tuple(node.args[1]) == (0, 2, 1, 3))):
@@ -78,7 +77,7 @@ def _before_exchange(node: fx.Node, exchanges: list[fx.Node]) -> fx.Node:
 
 
 def _keeps_positions(node: fx.Node, exchanges: list[fx.Node], product: fx.Node) -> bool:
-    """True where a product's rows became ``[B, T, H, D]`` and that ``[B, H, T, D]``, once, or not yet.
+    """True if a product's rows became ``[B, T, H, D]`` and that ``[B, H, T, D]``, once, or not yet.
 
     Of one head either has the other's order.
     """
@@ -150,7 +149,7 @@ def _check_heads(q: _Heads, k: _Heads, v: _Heads, entries: tuple[CacheEntry, Cac
 
 
 def _users_before(node: fx.Node, last: fx.Node) -> list[fx.Node]:
-    """Returns what depends on a value and stands before a node, in order: it must move after that node."""
+    """Returns the users of a value before a node, in order: they must move after that node."""
     changed = {m for n in node.graph.nodes if n < last for m in mutated_inputs(n)}
     early = sorted(closure([node], lambda n: (user for user in n.users if user < last)) - {node})
     bad = next((user for user in early if mutated_inputs(user) or changed & set(user.all_input_nodes)), None)
@@ -256,7 +255,7 @@ def fuse_attention(view: BlockView) -> fx.Node:
 
 
 def with_write(attention: fx.Node) -> fx.Node:
-    """Makes one operator of an attention and the write before it, where nothing comes between; returns what is left."""
+    """Fuses an attention and the write before it, if nothing comes between; returns the remaining ones."""
     query, k_cache, v_cache, *how = attention.args
     write = before_views(query)
     if not called(write, torch.ops.river.kv_fill.default) or not only_used_for(write, attention):
@@ -281,7 +280,7 @@ def with_write(attention: fx.Node) -> fx.Node:
 
 
 def _step_of(slot: fx.Node, write: fx.Node) -> fx.Node | None:
-    """Returns the node that advances the counter which a slot is, None where the write cannot do that itself.
+    """Returns the node that advances the counter which a slot is, None if the write cannot do that itself.
 
     It can where the graph reads the counter for this slot alone, before it is advanced by one.
     """

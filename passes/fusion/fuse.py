@@ -12,6 +12,9 @@ from dataclasses import replace
 from torch import Tensor, fx
 
 from river_compile.passes.edits import Missed, call, drop_unused, put
+from river_compile.passes.fusion.block import BlockView
+from river_compile.passes.fusion.match import is_product
+from river_compile.passes.fusion.rules import ONE_QUERY_RULES, RULES, Rule, fuse_exit_score, fuse_head
 from river_compile.passes.nodes import (
     before_views,
     either_way,
@@ -27,16 +30,12 @@ from river_compile.passes.nodes import (
 from river_compile.passes.pipeline import Pass
 from river_compile.passes.program import Fusion, RiverProgram, Segment
 
-from .block import BlockView
-from .match import is_product
-from .rules import ONE_QUERY_RULES, RULES, Rule, fuse_exit_score, fuse_head
-
 
 def fuse_backbone(dense_layout: str) -> Pass:
     """Makes the pass below; `dense_layout` is the layout of ``river::linear`` with weights in 16 bits."""
 
     def fuse_backbone(program: RiverProgram) -> RiverProgram:
-        """Blocks and the head become operators of the kernels, where a rule of fusion holds."""
+        """Blocks and the head become operators of the kernels, if a fusion rule holds."""
         blocks, fusions = [], []
         for block in program.blocks:
             fused, done = _fused_block(block, RULES)
@@ -53,7 +52,7 @@ def fuse_twins(dense_layout: str) -> Pass:
     """Makes the pass below; `dense_layout` is the layout of ``river::linear`` with weights in 16 bits."""
 
     def fuse_twins(program: RiverProgram) -> RiverProgram:
-        """Twins and the head of tokens that left become operators of the kernels, where a rule of fusion holds."""
+        """Twins and the head of tokens that left become operators of the kernels, if a fusion rule holds."""
         return _fused(program, dense_layout)
 
     return fuse_twins

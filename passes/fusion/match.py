@@ -1,4 +1,4 @@
-"""Which part of a matrix product a value consists of: ranges of one dimension, and columns.
+"""Which part of a matmul a value consists of: ranges of one dimension, and columns.
 
 Nothing here changes a graph or adds a guard. Not handled: ranges of several dimensions at once.
 """
@@ -63,7 +63,7 @@ def part(node: Argument) -> Part | None:
 
 @dataclass(frozen=True)
 class Columns:
-    """Columns start..stop - 1 of every row of a matrix product, in their order."""
+    """Columns start..stop - 1 of every row of a matmul, in their order."""
 
     product: fx.Node
     start: int
@@ -76,7 +76,7 @@ def is_product(node: Argument) -> TypeGuard[fx.Node]:
 
 
 def columns(node: Argument) -> Columns | None:
-    """Returns the columns of a matrix product that a value consists of, in any view with the rows in front."""
+    """Returns the columns of a matmul that a value consists of, in any view with the rows in front."""
     inner = before_views(node)
     if not is_tensor(node) or not is_tensor(inner) or shape(inner)[0] != shape(node)[0]:
         return None

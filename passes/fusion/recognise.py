@@ -1,4 +1,4 @@
-"""Recognises what a few nodes compute together: norms, activations, rotary embeddings, attention.
+"""Recognises computations of a few nodes: norms, activations, rotary embeddings, attention.
 
 Each function looks at one node of a segment's graph, walks towards its inputs and returns what it found, or None.
 
@@ -18,6 +18,7 @@ from torch import Tensor, fx
 from torch.fx.node import Argument
 
 from river_compile.kernels.portable import grouped_attention
+from river_compile.passes.fusion.match import WHOLE, Part, part
 from river_compile.passes.nodes import (
     before_cast,
     beside,
@@ -33,8 +34,6 @@ from river_compile.passes.nodes import (
     shape,
     value_of,
 )
-
-from .match import WHOLE, Part, part
 
 
 @dataclass(frozen=True)
@@ -168,7 +167,7 @@ def _is_table(node: Argument, x: fx.Node) -> bool:
 
 
 def _is_turned(node: Argument, x: Argument) -> bool | None:
-    """Whether pairs lie interleaved, where a node holds those of x turned by 90 degrees; None where it does not."""
+    """Whether pairs lie interleaved, where a node holds those of x turned by 90 degrees; None if it does not."""
     if not is_tensor(x):
         return None
     *others, features = shape(x)

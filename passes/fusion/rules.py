@@ -1,4 +1,4 @@
-"""The rules that put operators of the generated kernels in the place of what a twin's graph computes.
+"""The rules that replace nodes of a twin's graph by operators of the generated kernels.
 
 A rule looks first and changes the graph when everything fits; otherwise it raises :class:`Missed` and has changed
 nothing. docs/lowering.md lists what each one matches. Not handled: names of model families, which no rule knows.
@@ -17,6 +17,10 @@ from torch import Tensor, fx
 from river_compile.kernels import ops  # noqa: F401  (registers the operators)
 from river_compile.kernels.quant.layouts import NATIVE_LAYOUT
 from river_compile.passes.edits import Missed, add_placeholders, call, drop_unused, put, require, reshaped, way_down
+from river_compile.passes.fusion.block import BlockView, sources
+from river_compile.passes.fusion.cache_rules import fuse_attention, fuse_kv_fill
+from river_compile.passes.fusion.match import WHOLE, Columns, columns, is_product
+from river_compile.passes.fusion.recognise import Normed, activation, norm
 from river_compile.passes.nodes import (
     before_views,
     called,
@@ -30,11 +34,6 @@ from river_compile.passes.nodes import (
     shape,
     value_of,
 )
-
-from .block import BlockView, sources
-from .cache_rules import fuse_attention, fuse_kv_fill
-from .match import WHOLE, Columns, columns, is_product
-from .recognise import Normed, activation, norm
 
 
 def fuse_norm_qkv(view: BlockView) -> fx.Node:
@@ -204,7 +203,7 @@ def _fuse_norm_residual(product: fx.Node, normed: fx.Node, found: Normed) -> fx.
 
 
 def _residual(last: fx.Node, total: fx.Node) -> fx.Node:
-    """Returns what an addition adds to a value."""
+    """Returns the other operand of an addition."""
     found = operands(total, operator.add, Tensor.add_)
     if found is None or found[0] is found[1]:
         raise Missed(f"{getattr(total.target, '__name__', total.op)} stands between it and the addition", total)

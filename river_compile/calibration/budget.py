@@ -6,11 +6,10 @@ import math
 from collections.abc import Mapping
 from dataclasses import dataclass
 
+from river_compile.calibration.evaluate import Measured
+from river_compile.calibration.risk import texts_needed
 from river_compile.errors import BudgetError, OptionError
 from river_compile.kernels.checks import Check, number
-
-from .evaluate import Measured
-from .risk import texts_needed
 
 _CLIP = 5  # largest KL of a text, in budgets
 _ANY = number("it must be a number")
@@ -25,21 +24,13 @@ _ASKED = {
 
 @dataclass(frozen=True)
 class Budget:
-    """A limit on the mean loss of a text: KL, or disagreement.
+    """A limit on the mean loss of a text: KL, or disagreement."""
 
-    Attributes:
-        metric: "kl" or "agreement".
-        asked: as it was given.
-        limit: what the mean loss may be.
-        clip: largest loss that a text counts with.
-        confidence: probability, over the draw of the texts, that a promise holds.
-    """
-
-    metric: str
-    asked: float
-    limit: float
-    clip: float
-    confidence: float
+    metric: str  # "kl" or "agreement"
+    asked: float  # as it was given
+    limit: float  # what the mean loss may be
+    clip: float  # largest loss that a text counts with
+    confidence: float  # probability, over the draw of the texts, that a promise holds
 
     @classmethod
     def of(

@@ -23,17 +23,16 @@ import torch
 from torch import Tensor
 from transformers import PreTrainedModel
 
+from river_compile.calibration.budget import Budget
+from river_compile.calibration.candidates import candidate_rules
+from river_compile.calibration.evaluate import Measured, Meter, compiled
+from river_compile.calibration.result import Calibration, Candidate
+from river_compile.calibration.risk import fixed_sequence
 from river_compile.config import RiverConfig
 from river_compile.errors import OptionError
 from river_compile.exits import CRITERIA
 from river_compile.kernels.checks import integer
 from river_compile.twins.observe import checked_texts
-
-from .budget import Budget
-from .candidates import candidate_rules
-from .evaluate import Measured, Meter, compiled
-from .result import Calibration, Candidate
-from .risk import fixed_sequence
 
 Tokenizer = Callable[[str], Mapping[str, Sequence[int]]]
 

@@ -1,4 +1,4 @@
-"""Chooses the exit rules that calibration considers, by what the pilot texts show.
+"""Chooses the exit rules that calibration considers, by the pilot texts.
 
 "similarity" decides block by block, so each rule is decoded. "confidence" and "doubt" have one exit and a number for
 each token beforehand: one run in which every token leaves gives, for every threshold at once, which tokens would have
@@ -11,9 +11,8 @@ from __future__ import annotations
 import statistics
 from collections.abc import Sequence
 
+from river_compile.calibration.evaluate import Kind, Measured, Meter, Rule
 from river_compile.exits import Criterion
-
-from .evaluate import Kind, Measured, Meter, Rule
 
 _FIRST_EXITS = 5
 _SHARES = (0.05, 0.1, 0.2, 0.3, 0.4, 0.5, 0.6, 0.7, 0.8, 0.9)  # of the tokens that a threshold lets leave
@@ -21,7 +20,7 @@ _SHARES = (0.05, 0.1, 0.2, 0.3, 0.4, 0.5, 0.6, 0.7, 0.8, 0.9)  # of the tokens t
 
 def candidate_rules(meter: Meter, criterion: Criterion, texts: Sequence[int], every: int) -> list[Measured]:
     """Returns rules that spread over costs, each with what it does to the pilot texts."""
-    if not criterion.reads_logits:
+    if criterion.reads == "block":
         return [meter.measure(rule, texts, "pilot texts") for rule in _score_rules(meter, criterion, texts, every)]
     found = []
     # With one exit there are none, few, or a quarter of the blocks before the river.
@@ -56,9 +55,9 @@ def _score_rules(meter: Meter, criterion: Criterion, texts: Sequence[int], every
 def _at_thresholds(
     all_left: Measured, entropies: Sequence[Sequence[float]], criterion: Criterion, num_blocks: int
 ) -> list[Measured]:
-    """Works out from a run in which every token left what rules with lower thresholds would have done."""
+    """Predicts rules with lower thresholds from a run in which every token left."""
     first_exit = all_left.rule[1]
-    kept = Kind(num_blocks, first_exit) if criterion.may_doubt else Kind(num_blocks)
+    kept = Kind(num_blocks, first_exit) if criterion.reads == "answer" else Kind(num_blocks)
     ordered = sorted(entropy for text in entropies for entropy in text)
     found = []
     for threshold in dict.fromkeys(ordered[int(share * len(ordered))] for share in _SHARES):

@@ -31,12 +31,12 @@ from transformers import PreTrainedModel, StaticCache
 
 from river_compile.backend import river
 from river_compile.distributed.ranks import ranks_of
-from river_compile.exits import Criterion, Memories, Memory, Threshold, forced_depth, forced_threshold
+from river_compile.exits import Criterion, Memory, Threshold, forced_depth, forced_threshold
 from river_compile.kernels.portable import token_kl
+from river_compile.model_record import record_of_model
+from river_compile.reporting.trace import trace
 from river_compile.runtime.stats import StepRecord
-from river_compile.runtime.trace import trace
-from river_compile.state import state_of_model
-from river_compile.upstream.hf_cache import cache_argument
+from river_compile.upstream.transformers import cache_argument
 
 Rule = tuple[Threshold, int]  # threshold, first exit
 
@@ -62,7 +62,7 @@ class Run:
 
 @dataclass(frozen=True)
 class Kind:
-    """What a step costs depends on: the backbone blocks it ran, and where the river of a doubted step began."""
+    """The kind of a step, by its cost: backbone blocks, and the depth at which the river of a doubted step began."""
 
     depth: int
     river_from: int | None = None
@@ -137,7 +137,7 @@ class Meter:
             return self.run_at(index, itertools.repeat(None))
 
     def run_at(self, index: int, depths: Iterable[int | None]) -> Run:
-        """Decodes one text with a given exit depth for each token, None where the rule decides."""
+        """Decodes one text with a given exit depth for each token, None if the rule decides."""
         ids = self._samples[index].to(self._model.device)
         self._prompt(index, ids)
         logits, seconds = [], []
@@ -207,7 +207,7 @@ class Meter:
         if known is None:
             self.cache.reset()
             self._step(ids, 0, self._context)
-        memories = state_of_model(self._model, "calibration").of(Memories)
+        memories = record_of_model(self._model, "calibration").exit_memories
         if known is None:
             memory = copy.deepcopy(memories.recall(layers[0].keys))
             self._prompts[index] = [_contents(layer) for layer in layers], memory

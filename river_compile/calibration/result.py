@@ -1,4 +1,4 @@
-"""What a calibration found: the options to pass on, the quality that was measured, and what it was chosen among."""
+"""The result of a calibration: options to pass on, measured quality, and the candidates."""
 
 from __future__ import annotations
 
@@ -11,7 +11,7 @@ from typing import Any
 
 from river_compile.exits import Threshold, threshold_text
 from river_compile.kernels.files import appearing
-from river_compile.runtime.plots import new_figure, save_figure
+from river_compile.reporting.plots import new_figure, save_figure
 
 VERSION = 3
 _VERDICTS = ((True, "passed", "tab:green"), (False, "failed", "tab:orange"), (None, "pilot texts only", "lightgray"))
@@ -19,31 +19,19 @@ _VERDICTS = ((True, "passed", "tab:green"), (False, "failed", "tab:orange"), (No
 
 @dataclass(frozen=True)
 class Candidate:
-    """An exit rule and what was measured of it, each number a mean over texts.
+    """An exit rule and its measurements, each a mean over texts."""
 
-    Attributes:
-        threshold: of the criterion; a tuple where each depth has its own.
-        first_exit: smallest exit depth.
-        kl: KL divergence from the model that never exits, in nats per token, not clipped.
-        agreement: share of tokens with the same most likely next token.
-        loss: what the budget limits: KL or disagreement of a text, clipped.
-        mean_depth: backbone blocks executed; all of them for a token that ran through both paths.
-        doubted: share of the tokens that ran through both paths.
-        cost: time of a decode step as a share of never exit's, see :mod:`river_compile.calibration.evaluate`.
-        texts: how many texts were measured.
-        passed: whether it passed the test of the budget, None where it was only looked at on the pilot texts (for an
-            entropy criterion: worked out from runs in which every token left).
-    """
-
-    threshold: Threshold
-    first_exit: int
-    kl: float
-    agreement: float
-    loss: float
-    mean_depth: float
-    doubted: float
-    cost: float
-    texts: int
+    threshold: Threshold  # of the criterion; a tuple where each depth has its own
+    first_exit: int  # smallest exit depth
+    kl: float  # KL divergence from the model that never exits, in nats per token, not clipped
+    agreement: float  # share of tokens with the same most likely next token
+    loss: float  # what the budget limits: KL or disagreement of a text, clipped
+    mean_depth: float  # backbone blocks executed; all of them for a token that ran through both paths
+    doubted: float  # share of the tokens that ran through both paths
+    cost: float  # time of a decode step as a share of never exit's, see :mod:`river_compile.calibration.evaluate`
+    texts: int  # how many texts were measured
+    # whether it passed the test of the budget, None where it was only looked at on the pilot texts (for an entropy
+    # criterion: worked out from runs in which every token left)
     passed: bool | None = None
 
     @property
@@ -58,35 +46,23 @@ def _candidate(entry: dict[str, Any]) -> Candidate:
 
 
 def _content_hash(content: dict[str, Any]) -> str:
-    """Returns the SHA-256 of a calibration's fields, whatever spaces or order its file has them in."""
+    """Returns the SHA-256 of a calibration's fields, independent of their spaces and order in the file."""
     return hashlib.sha256(json.dumps(content, sort_keys=True).encode()).hexdigest()
 
 
 @dataclass(frozen=True)
 class Calibration:
-    """The result of :func:`river_compile.calibrate`.
+    """The result of :func:`river_compile.calibrate`."""
 
-    Attributes:
-        metric: "kl" or "agreement".
-        budget: as asked for.
-        confidence: probability, over the draw of the texts, that the promise holds for the texts' source.
-        clip: largest loss that one text counts with (nats for KL, share of tokens for disagreement).
-        num_blocks: blocks of the model.
-        seconds_never: median time of a decode step that never exits, on this machine.
-        chosen: the exit rule of least cost that passed, as measured on the texts that tested it.
-        candidates: all rules, as measured last.
-        base_options: the options that calibration was given.
-    """
-
-    metric: str
-    budget: float
-    confidence: float
-    clip: float
-    num_blocks: int
-    seconds_never: float
-    chosen: Candidate
-    candidates: tuple[Candidate, ...]
-    base_options: dict[str, object]
+    metric: str  # "kl" or "agreement"
+    budget: float  # as asked for
+    confidence: float  # probability, over the draw of the texts, that the promise holds for the texts' source
+    clip: float  # largest loss that one text counts with (nats for KL, share of tokens for disagreement)
+    num_blocks: int  # blocks of the model
+    seconds_never: float  # median time of a decode step that never exits, on this machine
+    chosen: Candidate  # the exit rule of least cost that passed, as measured on the texts that tested it
+    candidates: tuple[Candidate, ...]  # all rules, as measured last
+    base_options: dict[str, object]  # the options that calibration was given
 
     @property
     def options(self) -> dict[str, object]:
@@ -123,7 +99,7 @@ class Calibration:
 
     @classmethod
     def load(cls, path: str | Path) -> Calibration:
-        """Reads what :meth:`save` wrote.
+        """Reads a file of :meth:`save`.
 
         Raises:
             ValueError: the file cannot be read, is no calibration, of another version, or was changed.

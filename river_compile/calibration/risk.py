@@ -23,7 +23,7 @@ _BETS = (0.1, 0.3, 0.5, 0.7, 0.9)
 
 
 def p_value(losses: Sequence[float], budget: float) -> float:
-    """Returns a p-value for "the mean loss is at least `budget`": small where the losses speak against it.
+    """Returns a p-value for "the mean loss is at least `budget`": small if the losses speak against it.
 
     A gambler who bets a share c of the most he may on every loss being below the budget multiplies his wealth by
     ``1 + c (budget - loss) / (1 - budget)`` each time. If the mean loss is at least `budget`, his expected wealth is

@@ -1,4 +1,4 @@
-"""The `river` command: which commands there are, and what becomes of their errors.
+"""The `river` command: the list of its commands, and the handling of their errors.
 
 Nothing here or at the top of a command's module imports torch, so that ``river --help`` is there at once; a command
 imports what it needs when it runs.
@@ -14,9 +14,8 @@ from typing import Annotated
 import typer
 
 from river_compile import __version__
-
-from . import bench, calibrate, chat, check, doctor, evaluate, explain, pack, serve
-from .output import FAILED, ModelUnavailable, error_line
+from river_compile.cli import bench, calibrate, chat, check, doctor, evaluate, explain, pack, serve
+from river_compile.cli.output import FAILED, ModelUnavailable, error_line
 
 EPILOG = """Exit codes: **0** done; **1** it failed, with one line that says why; **2** wrong usage; **3** the answer is
 no (`check`: nothing would be rewritten; `doctor`: something is wrong); **130** interrupted."""

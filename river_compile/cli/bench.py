@@ -7,16 +7,26 @@ import json
 import statistics
 import sys
 import tempfile
-from collections.abc import Iterator
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
 from river_compile import __version__
-
-from .output import Dtype, Threads, show, use_threads
-from .ways import CALIBRATED, EXACT, FAST, INDUCTOR, PLAIN, RIVER, STRICT, Rows, chosen
+from river_compile.cli.output import Dtype, Threads, show
+from river_compile.cli.ways import (
+    CALIBRATED,
+    EXACT,
+    FAST,
+    INDUCTOR,
+    PLAIN,
+    RIVER,
+    STRICT,
+    Calibrated,
+    Rows,
+    chosen,
+    running,
+)
 
 if TYPE_CHECKING:
     from torch import Tensor
@@ -34,7 +44,7 @@ def bench(
     repetitions: Annotated[int, typer.Option("--repetitions", "-r", help="Of each test.")] = 5,
     output: Annotated[str, typer.Option("--output", "-o", help="md, json, jsonl or csv.")] = "md",
     rows: Rows = None,
-    calibration: Annotated[Path | None, typer.Option(help="A file of `river calibrate`, for its row.")] = None,
+    calibration: Calibrated = None,
     dtype: Dtype = "bfloat16",
     threads: Threads = 0,
     as_json: Annotated[bool, typer.Option("--json", help="The same as -o json.")] = False,
@@ -45,7 +55,9 @@ def bench(
     temporary folder (TMPDIR), those of a calibration apart. Decode speed leaves the first token out. Exact and strict
     depend on the text: theirs here is prose and code that comes with the package.
     """
-    from .models import load, quiet
+    import torch
+
+    from river_compile.cli.models import start
 
     output = "json" if as_json else output
     if output not in FORMATS:
@@ -53,35 +65,35 @@ def bench(
     if min(n_prompt, n_gen) < 0 or n_gen == 1 or repetitions < 1 or not n_prompt + n_gen:
         raise ValueError(f"-p {n_prompt} -n {n_gen} -r {repetitions} measures nothing; give -n 2 or more, -r 1 or more")
     wanted = chosen(rows, ROWS, calibration)
-    threads = use_threads(threads)
-    quiet()
-    network, tokenizer = load(model, dtype)
+    network, tokenizer = start(model, dtype, threads)
     ids = beginning(tokenizer, max(n_prompt, 64))
-    size = sum(p.numel() * p.element_size() for p in network.parameters())
     shared = {
         "build": __version__,
         "model": model,
-        "size": size,
+        "size": sum(p.numel() * p.element_size() for p in network.parameters()),
         "params": network.num_parameters(),
         "dtype": dtype,
-        "threads": threads,
+        "threads": torch.get_num_threads(),
     }
     tests = [("pp", n_prompt)] * bool(n_prompt) + [("tg", n_gen)] * bool(n_gen)
     results: list[dict[str, Any]] = []
     with tempfile.TemporaryDirectory() as folder:
-        packed_once = {"artifact": f"{folder}/twins", "on_missing_artifact": "save"}
+        packed_once: dict[str, Any] = {"artifact": f"{folder}/twins", "on_missing_artifact": "save"}
         for row in wanted:
-            twins = {} if row == CALIBRATED else packed_once  # (a calibration says what its twins are)
-            measured = _row(network, row, calibration, ids, tests, repetitions, twins)
-            for (test, count), speed in zip(tests, measured, strict=True):
-                results.append({**shared, "backend": row, "test": f"{test}{count}", **speed})
-                _print_last(results, output)
+            options = {} if row == CALIBRATED else packed_once.copy()  # (a calibration says what its twins are)
+            if row in (EXACT, STRICT):
+                options["adaptive"] = False  # what is asked for is what is measured
+            with running(network, row, calibration, **options):
+                for test, count in tests:
+                    speed = _measured(network, ids, test, count, repetitions)
+                    results.append({**shared, "backend": row, "test": f"{test}{count}", **speed})
+                    _print_last(results, output)
     if output == "json":
         show("bench", {"results": results}, True, print)
 
 
 def beginning(tokenizer: Any, length: int) -> Tensor:
-    """Returns the first ids ``[1, length]`` of the package's texts, which are repeated where they are too short."""
+    """Returns the first ids ``[1, length]`` of the package's texts, repeated if they are too short."""
     import torch
 
     text = (Path(__file__).parents[1] / "twins" / "default_texts.txt").read_text(encoding="utf-8")
@@ -91,34 +103,17 @@ def beginning(tokenizer: Any, length: int) -> Tensor:
     return torch.tensor([(ids * (length // len(ids) + 1))[:length]])
 
 
-def _row(
-    model: PreTrainedModel,
-    way: str,
-    calibration: Path | None,
-    ids: Tensor,
-    tests: list[tuple[str, int]],
-    repetitions: int,
-    options: dict[str, Any],
-) -> Iterator[dict[str, Any]]:
-    """Yields what each test of a row gave; it warms up first."""
-    from .ways import running
-
-    more = {"adaptive": False} if way in (EXACT, STRICT) else {}  # what is asked for is what is measured
-    with running(model, way, calibration, **options, **more):
-        for test, count in tests:
-            seconds = [_seconds(model, ids, test, count) for _ in range(repetitions + 1)][1:]
-            tokens = count if test == "pp" else count - 1
-            speeds = [tokens / s for s in seconds]
-            yield {
-                "avg_ts": statistics.fmean(speeds),
-                "stddev_ts": statistics.stdev(speeds) if len(speeds) > 1 else 0.0,
-                "samples_ts": speeds,
-            }
+def _measured(model: PreTrainedModel, ids: Tensor, test: str, count: int, repetitions: int) -> dict[str, Any]:
+    """Returns the speeds of a test, which warms up first."""
+    seconds = [_seconds(model, ids, test, count) for _ in range(repetitions + 1)][1:]
+    speeds = [(count if test == "pp" else count - 1) / s for s in seconds]
+    deviation = statistics.stdev(speeds) if len(speeds) > 1 else 0.0
+    return {"avg_ts": statistics.fmean(speeds), "stddev_ts": deviation, "samples_ts": speeds}
 
 
 def _seconds(model: PreTrainedModel, ids: Tensor, test: str, count: int) -> float:
     """Returns the seconds that a prompt takes, or that generation takes after its first token."""
-    from .timing import generate
+    from river_compile.cli.timing import generate
 
     if test == "pp":
         return generate(model, ids[:, :count], 2, stop_after=1).first_token_s

@@ -8,16 +8,14 @@ from typing import Annotated, Any
 
 import typer
 
-from .output import AsJson, Dtype, Model, Threads, show, use_threads
+from river_compile.cli.output import AsJson, Dtype, Model, Texts, Threads, show
 
 
 def calibrate(
     model: Model,
     kl: Annotated[float | None, typer.Option(help="Budget: mean KL from the plain model, nats per token.")] = None,
     agreement: Annotated[float | None, typer.Option(help="Or: least share of tokens as the plain model's.")] = None,
-    texts: Annotated[
-        Path | None, typer.Option(help="Texts like yours, separated by empty lines; without: Python's documentation.")
-    ] = None,
+    texts: Texts = None,
     output: Annotated[Path | None, typer.Option("--output", "-o", help="Write the calibration as JSON.")] = None,
     criterion: Annotated[str, typer.Option(help="similarity, confidence or doubt.")] = "confidence",
     tokens: Annotated[int, typer.Option(help="Measured in each text.")] = 8,
@@ -28,27 +26,15 @@ def calibrate(
 ) -> None:
     """Finds the cheapest exit rule that keeps a promise on texts like yours, for `quality="calibrated"`."""
     from river_compile.calibration.calibrate import calibrate as find_rule
+    from river_compile.cli.models import start
+    from river_compile.cli.texts import passages
 
-    from .models import load, quiet
-    from .texts import passages
-
-    use_threads(threads)
-    quiet()
-    network, tokenizer = load(model, dtype)
-    found = find_rule(
-        network,
-        tokenizer,
-        passages(texts),
-        kl=kl,
-        agreement=agreement,
-        criterion=criterion,
-        tokens=tokens,
-        context=context,
-        progress=not as_json,
-    )
+    network, tokenizer = start(model, dtype, threads)
+    how: dict[str, Any] = {"criterion": criterion, "tokens": tokens, "context": context, "progress": not as_json}
+    found = find_rule(network, tokenizer, passages(texts), kl=kl, agreement=agreement, **how)
     if output is not None:
         found.save(output)
-    result: dict[str, Any] = {
+    result = {
         "model": model,
         "options": found.options,
         "budget": {found.metric: found.budget},

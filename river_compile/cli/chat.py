@@ -1,28 +1,27 @@
-"""``river chat MODEL``: a conversation in which every token shows where it came from."""
+"""``river chat MODEL``: a conversation in which every token shows its source."""
 
 from __future__ import annotations
 
 import sys
-from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
-from .output import AsJson, Threads, show, use_threads
+from river_compile.cli.output import Artifact, AsJson, Calibration, Quality, Threads, show
 
 if TYPE_CHECKING:
     from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
-    from .painting import Painter
+    from river_compile.cli.timing import Painter
 
 HELP = "/stats  speed and sources    /report  what became of the model    /reset  begin anew    /exit  (or Ctrl-D)"
 
 
 def chat(
     model: Annotated[str, typer.Argument(help="A model folder, smollm2 or gemma3-270m.")] = "smollm2",
-    quality: Annotated[str, typer.Option(help="exact, strict, calibrated or fast.")] = "exact",
-    calibration: Annotated[Path | None, typer.Option(help="For calibrated: a file of `river calibrate`.")] = None,
-    artifact: Annotated[Path | None, typer.Option(help="Twins of `river pack`.")] = None,
+    quality: Quality = "exact",
+    calibration: Calibration = None,
+    artifact: Artifact = None,
     prompt: Annotated[list[str] | None, typer.Option(help="Ask this and end; may be repeated.")] = None,
     system: Annotated[str, typer.Option(help="The system's message.")] = "",
     max_new_tokens: Annotated[int, typer.Option("--max-new-tokens", "-n", help="Of an answer.")] = 512,
@@ -35,38 +34,30 @@ def chat(
 
     With `--quality fast` the colour tells how many blocks a token ran through.
     """
-    from river_compile.drop_in.quality import accelerate
+    from river_compile.api.accelerate import accelerate
+    from river_compile.cli.models import start
 
-    from .models import load, quiet
-
-    use_threads(threads)
-    quiet()
-    network, tokenizer = load(model, dtype)
+    network, tokenizer = start(model, dtype, threads)
     more = {} if artifact is None else {"artifact": artifact}
     accelerate(network, quality, calibration, **more)
-    talk = Conversation(network, tokenizer, quality in ("exact", "strict"), system, max_new_tokens, temperature)
-    asked = prompt if prompt is not None else _lines(as_json)
+    options = {"max_new_tokens": max_new_tokens, "do_sample": temperature > 0, "temperature": temperature or None}
+    talk = Conversation(network, tokenizer, quality in ("exact", "strict"), system, **options)
     turns = []
-    for text in asked:
+    for text in prompt if prompt is not None else _lines(as_json):
         if text.startswith("/"):
             if not talk.command(text):
                 break
             continue
         painter = talk.answer(text, quiet=as_json)
-        turns.append(
-            {
-                "user": text,
-                "assistant": painter.text,
-                "tokens": [{"text": piece, "source": source} for piece, source in painter.tokens],
-                "tokens_per_s": painter.tokens_per_s,
-            }
-        )
+        tokens = [{"text": piece, "source": source} for piece, source in painter.tokens]
+        turn = {"user": text, "assistant": painter.text, "tokens": tokens, "tokens_per_s": painter.tokens_per_s}
+        turns.append(turn)
     if as_json:
         show("chat", {"model": model, "quality": quality, "turns": turns}, True, lambda console: None)
 
 
 def _lines(as_json: bool) -> Any:
-    """Yields what a person types, or the lines of standard input."""
+    """Yields a person's messages, or the lines of standard input."""
     if as_json or not sys.stdin.isatty():
         yield from (line.strip() for line in sys.stdin if line.strip())
         return
@@ -84,41 +75,29 @@ def _lines(as_json: bool) -> Any:
 
 
 def _compiled_so_far(model: PreTrainedModel) -> int:
-    from river_compile.speculative.session import Preparations
-    from river_compile.state import find_state
+    from river_compile.model_record import find_record
 
-    state = find_state(model)
-    return 0 if state is None else Preparations(state)()
+    record = find_record(model)
+    return 0 if record is None else record.prepared
 
 
 class Conversation:
-    """Asks a model turn by turn.
+    """Asks an accelerated model turn by turn. Without a chat template every turn stands for itself.
 
     Args:
-        model: an accelerated model.
-        tokenizer: with a chat template, or every turn stands for itself.
         by_cycle: whether exact mode generates.
         system: the system's message, empty for none.
-        max_new_tokens, temperature: of an answer.
+        options: of `generate`.
     """
 
     def __init__(
-        self,
-        model: PreTrainedModel,
-        tokenizer: PreTrainedTokenizerBase,
-        by_cycle: bool,
-        system: str,
-        max_new_tokens: int,
-        temperature: float,
+        self, model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase, by_cycle: bool, system: str, **options: Any
     ) -> None:
         from rich.console import Console
 
-        self._model, self._tokenizer, self._by_cycle = model, tokenizer, by_cycle
+        self._model, self._tokenizer, self._by_cycle, self._options = model, tokenizer, by_cycle, options
         self._first = [{"role": "system", "content": system}] if system else []
         self._messages: list[dict[str, str]] = [*self._first]
-        self._options: dict[str, Any] = {"max_new_tokens": max_new_tokens, "do_sample": temperature > 0}
-        if temperature > 0:
-            self._options["temperature"] = temperature
         self._console = Console(highlight=False, soft_wrap=True)
         self._latest: Painter | None = None
         self._compiled = False  # something was, for the latest answer
@@ -127,10 +106,11 @@ class Conversation:
         """Answers a message, streaming it to the terminal."""
         import torch
 
-        from .painting import Painter
+        from river_compile.cli.models import encode_chat
+        from river_compile.cli.timing import Painter
 
         self._messages.append({"role": "user", "content": text})
-        ids = self._encode(text)
+        ids = encode_chat(self._tokenizer, self._messages)
         tokenizer = self._tokenizer
         painter = Painter(
             decode=lambda ids: tokenizer.decode(ids, skip_special_tokens=True),
@@ -148,7 +128,7 @@ class Conversation:
         return painter
 
     def command(self, text: str) -> bool:
-        """Does what a command says; returns False for the end."""
+        """Runs a command; returns False for the end."""
         from river_compile.reporting.report import report
 
         if text in ("/exit", "/quit"):
@@ -164,7 +144,7 @@ class Conversation:
         return True
 
     def stats(self) -> str:
-        """Returns the latest answer's speed, and where its tokens came from."""
+        """Returns the latest answer's speed, and the sources of its tokens."""
         if self._latest is None:
             return "nothing was answered yet"
         speed = self._latest.tokens_per_s
@@ -172,12 +152,3 @@ class Conversation:
         rate = "" if speed is None else f", {speed:.1f} tokens/s{with_it}"
         sources = ", ".join(f"{source} {count}" for source, count in self._latest.sources.items())
         return f"{len(self._latest.tokens)} tokens{rate}: {sources}"
-
-    def _encode(self, text: str) -> Any:
-        from .models import encode
-
-        if not self._tokenizer.chat_template:
-            return encode(self._tokenizer, text)
-        return self._tokenizer.apply_chat_template(
-            self._messages, add_generation_prompt=True, return_tensors="pt", return_dict=True
-        )["input_ids"]

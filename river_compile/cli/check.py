@@ -1,4 +1,4 @@
-"""``river check MODEL``: what would be found, rewritten and refused, and how many tokens per second that could give."""
+"""``river check MODEL``: predicts blocks, refusals and tokens per second from the config alone."""
 
 from __future__ import annotations
 
@@ -6,7 +6,7 @@ from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
-from .output import NO, AsJson, Dtype, Model, megabytes, show, table
+from river_compile.cli.output import NO, AsJson, Dtype, Model, megabytes, show, table
 
 if TYPE_CHECKING:
     from rich.console import Console
@@ -24,32 +24,23 @@ def check(
 
     Exit code 3 where decode steps would not be rewritten.
     """
+    from river_compile.cli.dry_run import bandwidth as measure
+    from river_compile.cli.dry_run import dry_run
+    from river_compile.cli.models import resolve
     from river_compile.config import RiverConfig
 
-    from .dry_run import bandwidth as measure
-    from .dry_run import dry_run
-    from .models import resolve
-
     found = dry_run(resolve(model), dtype, RiverConfig())
-    rate = bandwidth * 1e9 or measure()
+    rate, size = bandwidth * 1e9 or measure(), found["bytes"]
+    reads = size and {"plain": size["blocks"] + size["head"], "river": size["twins"] + size["head"]}
     result: dict[str, Any] = {
         "model": model,
         "dtype": dtype,
-        "parameters": found.parameters,
-        "graphs": found.graphs,
-        "refusal": found.refusal or None,
-        "blocks": found.blocks,
-        "twin_products": len(found.twins),
+        **found,
         "bandwidth_bytes_per_s": rate,
-        "bytes": None,
-        "predicted_tokens_per_s": None,
+        "predicted_tokens_per_s": reads and {name: rate / count for name, count in reads.items()},
     }
-    if not found.refusal:
-        tokens = {"plain": found.bytes_per_token(found.blocks), "river": found.bytes_per_token(0)}
-        result["bytes"] = {"blocks": found.block_bytes, "twins": found.twin_bytes, "head": found.head_bytes}
-        result["predicted_tokens_per_s"] = {name: rate / size for name, size in tokens.items()}
     show("check", result, as_json, lambda console: _page(console, result))
-    if found.refusal:
+    if found["refusal"]:
         raise typer.Exit(NO)
 
 

@@ -11,7 +11,7 @@ from typing import TYPE_CHECKING, Annotated
 
 import typer
 
-from .output import NO, AsJson, megabytes, show
+from river_compile.cli.output import NO, AsJson, megabytes, show
 
 if TYPE_CHECKING:
     from rich.console import Console
@@ -23,7 +23,7 @@ _MARKS = {OK: "[green]ok     [/]", WARN: "[yellow]warning[/]", BAD: "[red]bad   
 
 @dataclass(frozen=True)
 class Finding:
-    """One thing that was looked at: "ok", "warning" or "bad", and what to know of it."""
+    """The result of one check: "ok", "warning" or "bad", with a text."""
 
     what: str
     state: str
@@ -53,7 +53,7 @@ def _page(console: Console, findings: list[Finding]) -> None:
 
 
 def versions() -> list[Finding]:
-    """Compares what is installed with what was tested."""
+    """Compares installed versions with the tested ones."""
     from importlib import metadata
 
     from river_compile.upstream.versions import TESTED, installed, untested
@@ -83,7 +83,7 @@ def compiler() -> Finding:
 
 
 def processor() -> Finding:
-    """Tells the processor, and which of its instructions matter."""
+    """Names the processor, and its instructions that matter."""
     import torch
 
     from river_compile.kernels.quant.aten_int4 import has_fast_kernel
@@ -99,7 +99,7 @@ def processor() -> Finding:
 
 
 def gpu() -> Finding:
-    """Tells the GPU, if there is one."""
+    """Names the GPU, if there is one."""
     import torch
 
     if not torch.cuda.is_available():
@@ -109,7 +109,7 @@ def gpu() -> Finding:
 
 
 def cache() -> Finding:
-    """Tells the folder of converted models and generated kernels."""
+    """Names the folder of converted models and generated kernels."""
     from river_compile.kernels.files import cache_folder
 
     folder = cache_folder()
@@ -129,10 +129,9 @@ def try_out() -> Finding:
     import torch
     from transformers import LlamaConfig, LlamaForCausalLM
 
-    from river_compile.drop_in.quality import accelerate
-    from river_compile.drop_in.undo import restore
+    from river_compile.api.accelerate import accelerate, restore
     from river_compile.errors import RiverWarning
-    from river_compile.runtime.trace import trace
+    from river_compile.reporting.trace import trace
 
     start = time.perf_counter()
     torch.manual_seed(0)

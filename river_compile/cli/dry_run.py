@@ -1,4 +1,4 @@
-"""What the backend would make of a model, worked out from its config: no weight is read, nothing is compiled.
+"""Works out from a model's config how the backend would rewrite it: no weight is read, nothing is compiled.
 
 The model is built on torch's meta device, which has shapes and no memory, and traced once as a prompt and once as a
 decode step. What it costs to read the weights of a token is counted from the shapes.
@@ -11,7 +11,6 @@ from __future__ import annotations
 import inspect
 import time
 from collections.abc import Iterable
-from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -19,52 +18,27 @@ import torch
 from torch import Tensor, fx
 from transformers import AutoModelForCausalLM, PretrainedConfig, StaticCache
 
+from river_compile.choices import choose
+from river_compile.cli.models import config_of, loading
 from river_compile.config import RiverConfig
 from river_compile.kernels.quant.aten_int4 import LAYOUT as ATEN_LAYOUT
 from river_compile.lowering.choose import Lowering
-from river_compile.pass_list import twinning
-from river_compile.passes.decoder import find_decoder
 from river_compile.passes.nodes import is_parameter, value_of
 from river_compile.passes.normalize import normalized
-from river_compile.passes.program import LinearSite, Refusal, RiverProgram, Segment
-from river_compile.passes.segments import segmented
-from river_compile.passes.twins import twin_sites, without_products
-from river_compile.upstream.hf_cache import cache_argument
-
-from .models import config_of, loading
+from river_compile.passes.program import Refusal, RiverProgram, Segment, TwinLinear
+from river_compile.passes.segments import recognise
+from river_compile.passes.twins import river_twins
+from river_compile.upstream.transformers import cache_argument
 
 _PROMPT, _SLOTS = 8, 32
 _BYTES_OF_GROUP = 4  # a scale and a zero in 16 bits
 
 
-@dataclass(frozen=True)
-class DryRun:
-    """What would become of a model.
+def dry_run(folder: Path, dtype: str, config: RiverConfig) -> dict[str, Any]:
+    """Traces a model's prompt and decode step without weights; returns a part of the result of ``river check``.
 
-    Attributes:
-        graphs: for "prefill" and "decode" the number of blocks that were found, or why nothing was.
-        refusal: why decode steps would not be rewritten; empty where they would.
-        twins: the products of the twins that become 4-bit ones.
-        block_bytes, twin_bytes, head_bytes: read for each token, by all blocks, by all twins, by the head.
-    """
-
-    graphs: dict[str, int | str]
-    refusal: str
-    blocks: int
-    twins: tuple[LinearSite, ...]
-    block_bytes: int
-    twin_bytes: int
-    head_bytes: int
-    parameters: int
-
-    def bytes_per_token(self, depth: int) -> float:
-        """Returns the weights that a token reads which leaves after `depth` blocks."""
-        share = depth / self.blocks
-        return share * self.block_bytes + (1 - share) * self.twin_bytes + self.head_bytes
-
-
-def dry_run(folder: Path, dtype: str, config: RiverConfig) -> DryRun:
-    """Traces a model's prompt and decode step without weights.
+    "graphs" has for "prefill" and "decode" the number of blocks, or why nothing would be rewritten; "bytes" the weights
+    that each token reads in all blocks, in all twins and in the head, None if decode steps would not be rewritten.
 
     Raises:
         ValueError: the folder has no config of a causal language model.
@@ -72,38 +46,40 @@ def dry_run(folder: Path, dtype: str, config: RiverConfig) -> DryRun:
     model_config = config_of(folder)
     with loading(folder), torch.device("meta"):
         model = AutoModelForCausalLM.from_config(model_config, dtype=getattr(torch, dtype)).eval()
-    found = _trace(model, model_config)
-    graphs: dict[str, int | str] = {}
-    for kind, program in zip(("prefill", "decode"), found, strict=True):
-        graphs[kind] = str(program) if isinstance(program, Refusal) else program.plan.num_blocks
-    parameters = sum(p.numel() for p in model.parameters())
-    program = found[1]
-    if isinstance(program, Refusal):
-        return DryRun(graphs, str(program), 0, (), 0, 0, 0, parameters)
-    how = twinning(config, Lowering("inductor", ATEN_LAYOUT, fuse=False))
-    assert how is not None, "the default quantizer makes twins"
-    sites = [site for block in program.blocks for site in twin_sites(block, how)]
-    packed = {weight for site in sites for weight in site.weights}
-    return DryRun(
-        graphs=graphs,
-        refusal="",
-        blocks=program.plan.num_blocks,
-        twins=tuple(sites),
-        block_bytes=_bytes(program.blocks),
-        twin_bytes=_bytes(program.blocks, without=packed) + sum(map(_packed_bytes, sites)),
-        head_bytes=_bytes([program.head]),
-        parameters=parameters,
-    )
+    prefill, decode = _trace(model, model_config)
+    found: dict[str, Any] = {
+        "parameters": sum(p.numel() for p in model.parameters()),
+        "graphs": {"prefill": _outcome(prefill), "decode": _outcome(decode)},
+    }
+    if isinstance(decode, Refusal):
+        return found | {"refusal": str(decode), "blocks": 0, "twin_products": 0, "bytes": None}
+    how = choose(decode, config, Lowering("inductor", ATEN_LAYOUT, fuse=False)).twinning
+    twinned = river_twins(how)(decode)
+    assert isinstance(twinned, RiverProgram), "the pass of twins refuses nothing"
+    sites = [linear for twin in twinned.twins for linear in twin.packed]
+    packed = {decode.inputs[weight] for linear in sites for weight in linear.weights}
+    return found | {
+        "refusal": None,
+        "blocks": decode.plan.num_blocks,
+        "twin_products": len(sites),
+        "bytes": {
+            "blocks": _bytes(decode.blocks),
+            "twins": _bytes(decode.blocks, without=packed) + sum(map(_packed_bytes, sites)),
+            "head": _bytes([decode.head]),
+        },
+    }
+
+
+def _outcome(found: RiverProgram | Refusal) -> int | str:
+    return str(found) if isinstance(found, Refusal) else found.plan.num_blocks
 
 
 def _trace(model: Any, config: PretrainedConfig) -> list[RiverProgram | Refusal]:
-    """Returns what was found in the graph of a prompt and of a decode step."""
+    """Returns the program or the refusal of a prompt's graph and of a decode step's."""
     found: list[RiverProgram | Refusal] = []
 
     def look(graph_module: fx.GraphModule, example_inputs: list[Any]) -> Any:
-        plan = find_decoder(normalized(graph_module))
-        program = plan if isinstance(plan, Refusal) else segmented(plan)
-        found.append(program if isinstance(program, Refusal) else without_products(program) or program)
+        found.append(recognise(normalized(graph_module)))
         return graph_module.forward
 
     with torch.device("meta"), torch.no_grad():
@@ -139,7 +115,7 @@ def _bytes(segments: Iterable[Segment], without: Iterable[fx.Node] = ()) -> int:
     return sum(value.numel() * value.element_size() for value in values.values())
 
 
-def _packed_bytes(site: LinearSite) -> int:
+def _packed_bytes(site: TwinLinear) -> int:
     weights = sum(site.out_features) * site.in_features * max(site.experts, 1)
     return weights // 2 + _BYTES_OF_GROUP * weights // site.group_size
 

@@ -1,4 +1,4 @@
-"""``river explain MODEL``: an HTML page of what the backend made of a model, and of a text that it wrote."""
+"""``river explain MODEL``: an HTML page of a model's graphs and twins, and of a text that it wrote."""
 
 from __future__ import annotations
 
@@ -9,8 +9,7 @@ from typing import TYPE_CHECKING, Annotated, Any
 import typer
 
 from river_compile import __version__
-
-from .output import AsJson, Dtype, Model, Threads, show, use_threads
+from river_compile.cli.output import AsJson, Dtype, Model, Threads, show
 
 if TYPE_CHECKING:
     from transformers import PreTrainedModel, PreTrainedTokenizerBase
@@ -32,13 +31,11 @@ def explain(
 
     The page needs no server and no other file.
     """
-    from .models import load, quiet
+    from river_compile.cli.models import start
 
     if new_tokens < 2:
         raise ValueError(f"--new-tokens {new_tokens} is too few; give 2 or more")
-    use_threads(threads)
-    quiet()
-    network, tokenizer = load(model, dtype)
+    network, tokenizer = start(model, dtype, threads)
     with tempfile.TemporaryDirectory() as dump:
         found = _run(network, tokenizer, prompt, new_tokens, threshold, dump)
         found |= {"model": Path(model).name, "graphs": graphs(Path(dump))}
@@ -55,14 +52,13 @@ def _run(
     threshold: float,
     dump: str,
 ) -> dict[str, Any]:
-    """Generates the sample text with every graph written to a folder; returns what the page shows of it."""
+    """Generates the sample text with every graph written to a folder; returns the page's facts of it."""
     import torch
 
-    from river_compile.drop_in.quality import accelerate
+    from river_compile.api.accelerate import accelerate
+    from river_compile.cli.models import encode
+    from river_compile.cli.timing import Painter
     from river_compile.reporting.report import report as report_of
-
-    from .models import encode
-    from .painting import Painter
 
     accelerate(model, "fast", threshold=threshold, dump_dir=dump)
     ids = encode(tokenizer, prompt)
@@ -88,7 +84,7 @@ def _run(
 
 
 def graphs(dump: Path) -> list[dict[str, Any]]:
-    """Returns what each rewritten graph's folder holds: its plan, blocks beside twins, and what each pass changed."""
+    """Returns each rewritten graph's plan, blocks beside twins, and changes by pass."""
     return [
         {
             "name": folder.name,
@@ -124,10 +120,7 @@ def page(found: dict[str, Any]) -> str:
     import jinja2
 
     environment = jinja2.Environment(
-        loader=jinja2.FileSystemLoader(Path(__file__).parent),
-        autoescape=True,
-        undefined=jinja2.StrictUndefined,
-        trim_blocks=True,
-        lstrip_blocks=True,
-    )
+        loader=jinja2.FileSystemLoader(Path(__file__).parent), autoescape=True, undefined=jinja2.StrictUndefined,
+        trim_blocks=True, lstrip_blocks=True,
+    )  # fmt: skip
     return environment.get_template("explain.html.jinja").render(**found)

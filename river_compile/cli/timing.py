@@ -1,36 +1,36 @@
-"""Greedy generation with a time stamp per token, shared by the demo and the benchmarks.
+"""Greedy generation with a time stamp per token, and a streamer that paints tokens by their source.
 
-Handles one model at a time. Times are wall clock, taken when `generate` hands a token to its streamer, so
-they hold everything a user waits for: the forward pass, the choice of the token and transformers' own loop.
+Handles one model at a time. Times are wall clock, taken when `generate` hands a token to its streamer, so they hold
+everything that a user waits for: the forward pass, the choice of the token and transformers' own loop.
 """
 
 from __future__ import annotations
 
+import contextlib
 import time
+from collections import Counter
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass
+from typing import Any
 
 import torch
-from transformers import (
-    LogitsProcessor,
-    LogitsProcessorList,
-    PreTrainedModel,
-    StoppingCriteria,
-    StoppingCriteriaList,
-)
+from transformers import LogitsProcessor, LogitsProcessorList, MaxLengthCriteria, PreTrainedModel, StoppingCriteriaList
 from transformers.generation.streamers import BaseStreamer
+
+from river_compile.runtime.executor import on_step
+from river_compile.runtime.stats import CycleRecord, StepRecord, cycles
+
+STYLES = {"river": "green", "lookup": "cyan", "backbone": "default", "prompt": "default"}
+_SHADES = ("green", "cyan", "blue", "magenta", "default")  # from the first blocks to all of them
+_HALF = "\ufffd"  # what a tokenizer gives for half a character
 
 
 @dataclass(frozen=True)
 class Generation:
-    """One generated text.
+    """One generated text."""
 
-    Attributes:
-        tokens: ids of the new tokens, of a batch its first text's.
-        times: seconds from the call of `generate` to each new token.
-    """
-
-    tokens: tuple[int, ...]
-    times: tuple[float, ...]
+    tokens: tuple[int, ...]  # ids of the new tokens, of a batch its first text's
+    times: tuple[float, ...]  # seconds from the call of `generate` to each of them
 
     @property
     def first_token_s(self) -> float:
@@ -62,7 +62,7 @@ def generate(
     """Generates greedily and times every token.
 
     Args:
-        model: whatever ``model(...)`` runs is what is timed, compiled or not.
+        model: plain or compiled.
         input_ids: the prompts ``[batch, length]``, every token of which counts.
         new_tokens: how many tokens to generate; a static cache is made for that many.
         static_cache: use a static cache rather than one that grows.
@@ -87,23 +87,26 @@ def generate(
         disable_compile=True,  # transformers must not compile on its own what is timed as plain
         **options,
     )
-    return Generation(tuple(clock.tokens), tuple(stamp - start for stamp in clock.stamps))
+    return Generation(tuple(clock.ids), tuple(stamp - start for stamp in clock.times))
+
+
+class _StopAfter(MaxLengthCriteria):
+    """Ends generation at a length, beside that of ``max_new_tokens``, which one of the same class would replace."""
 
 
 class _Clock(BaseStreamer):
-    """Notes the time of every new token; the first call brings the prompt."""
+    """Notes the time of every new token, of a batch its first text's; the first call brings the prompt."""
 
     def __init__(self) -> None:
-        self.tokens: list[int] = []
-        self.stamps: list[float] = []
+        self.ids: list[int] = []
+        self.times: list[float] = []
         self._prompt_seen = False
 
     def put(self, value: torch.Tensor) -> None:
-        if not self._prompt_seen:
-            self._prompt_seen = True
-            return
-        self.stamps.append(time.perf_counter())
-        self.tokens.append(int(value.flatten()[0]))
+        if self._prompt_seen:
+            self.times.append(time.perf_counter())
+            self.ids.append(int(value.flatten()[0]))
+        self._prompt_seen = True
 
     def end(self) -> None:
         pass
@@ -127,12 +130,69 @@ class _NoEnd(LogitsProcessor):
         return scores
 
 
-class _StopAfter(StoppingCriteria):
-    """Ends generation once the sequence has `length` tokens."""
+class Painter(_Clock):
+    """Streams a text, each token in the colour of its source or of its depth.
 
-    def __init__(self, length: int) -> None:
-        self.length = length
+    In exact mode a cycle tells the sources of its tokens after it has handed them over, so they appear at once.
 
-    def __call__(self, input_ids: torch.Tensor, scores: torch.Tensor, **kwargs) -> torch.Tensor:
-        done = input_ids.shape[1] >= self.length
-        return torch.full((input_ids.shape[0],), done, device=input_ids.device, dtype=torch.bool)
+    Args:
+        decode: ids to text.
+        write: takes a piece of text and its style.
+        by_cycle: tokens wait for their cycle (exact mode); else each has the depth of the step before it.
+        blocks: of the model.
+    """
+
+    def __init__(
+        self, decode: Callable[[list[int]], str], write: Callable[[str, str], object], by_cycle: bool, blocks: int
+    ) -> None:
+        super().__init__()
+        self._decode, self._write, self._by_cycle, self._blocks = decode, write, by_cycle, blocks
+        self._depth = blocks
+        self.text = ""
+        self.tokens: list[tuple[str, str]] = []  # text and source of each; the source of a step is "depth 3"
+
+    @contextlib.contextmanager
+    def watching(self) -> Iterator[Painter]:
+        """Inside, steps and cycles give tokens their sources."""
+        with on_step(self._stepped), cycles.added(self._cycled):
+            yield self
+
+    @property
+    def sources(self) -> dict[str, int]:
+        return dict(Counter(source for _, source in self.tokens))
+
+    @property
+    def tokens_per_s(self) -> float | None:
+        """Speed after the first token, None if there is no second one."""
+        return decode_rate(self.times) if len(self.times) > 1 else None
+
+    def put(self, value: torch.Tensor) -> None:
+        super().put(value)
+        if len(self.ids) == 1:
+            self._show("prompt", self._blocks)
+        elif self.ids and not self._by_cycle:
+            self._show(f"depth {self._depth}", self._depth)
+
+    def end(self) -> None:
+        while self._waits:
+            self._show("backbone", self._blocks)
+
+    @property
+    def _waits(self) -> bool:
+        return len(self.tokens) < len(self.ids)
+
+    def _show(self, source: str, depth: int) -> None:
+        text = self._decode(self.ids[: len(self.tokens) + 1])
+        piece = "" if text.endswith(_HALF) else text[len(self.text) :]
+        self.text += piece
+        self.tokens.append((piece, source))
+        shade = _SHADES[min(len(_SHADES) - 1, depth * len(_SHADES) // max(self._blocks, 1))]
+        self._write(piece, STYLES.get(source, shade))
+
+    def _cycled(self, cycle: CycleRecord) -> None:
+        for source in cycle.kept:
+            if self._waits:
+                self._show(source, self._blocks)
+
+    def _stepped(self, executor: Any, args: object, step: StepRecord) -> None:
+        self._depth = step.depth

@@ -1,10 +1,9 @@
-"""The ways of running a model that commands compare: how each is set up, and what one generation costs."""
+"""The ways of running a model that commands compare, and how each is set up."""
 
 from __future__ import annotations
 
 import contextlib
 from collections.abc import Iterator, Sequence
-from contextlib import AbstractContextManager
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any
 
@@ -13,26 +12,21 @@ import typer
 if TYPE_CHECKING:
     from transformers import PreTrainedModel
 
-PLAIN, INDUCTOR, RIVER, CALIBRATED, EXACT, STRICT, FAST = (
-    "plain", "inductor", "river", "calibrated", "exact", "strict", "fast",
-)  # fmt: skip
-WAYS = (PLAIN, INDUCTOR, RIVER, CALIBRATED, EXACT, STRICT, FAST)
-MEANING = {
-    PLAIN: "the model as it is",
-    INDUCTOR: "torch.compile with Inductor",
-    RIVER: "every token through all twins (depth 0): the fastest, and another text",
-    CALIBRATED: "tokens leave by a calibrated rule",
-    EXACT: "the plain text, drafted by the river",
-    STRICT: "exact, or an error where the bits may differ",
-    FAST: "tokens leave by the default rule: another text",
-}
-
-
+PLAIN, INDUCTOR, RIVER, CALIBRATED, EXACT, STRICT, FAST = WAYS = (
+    "plain",  # the model as it is
+    "inductor",  # torch.compile with Inductor
+    "river",  # every token through all twins (depth 0): the fastest, and another text
+    "calibrated",  # tokens leave by a calibrated rule
+    "exact",  # the plain text, drafted by the river
+    "strict",  # exact, or an error if the bits may differ
+    "fast",  # tokens leave by the default rule: another text
+)
 Rows = Annotated[list[str] | None, typer.Option("--row", help="Only this way of running; may be repeated.")]
+Calibrated = Annotated[Path | None, typer.Option(help="A file of `river calibrate`, for its row.")]
 
 
 def chosen(rows: Sequence[str] | None, of: Sequence[str], calibration: Path | None) -> list[str]:
-    """Returns the ways that `--row` asked for, in the order of `of`; without it all, calibrated where it has a file.
+    """Returns the ways that `--row` asked for, in the order of `of`; without it all, calibrated if it has a file.
 
     Raises:
         ValueError: a row that is none of them, or "calibrated" without a calibration.
@@ -47,35 +41,16 @@ def chosen(rows: Sequence[str] | None, of: Sequence[str], calibration: Path | No
 
 @contextlib.contextmanager
 def running(model: PreTrainedModel, way: str, calibration: Path | None = None, **options: Any) -> Iterator[None]:
-    """Inside, a model runs in one of the ways; afterwards it is plain again.
-
-    Args:
-        model: a plain model.
-        way: one of `WAYS`.
-        calibration: the file of a calibration, for "calibrated".
-        options: of the backend.
-
-    Raises:
-        ValueError: no such way, or "calibrated" without a calibration.
-    """
-    from river_compile.drop_in.quality import accelerate
-    from river_compile.drop_in.undo import restore
+    """Inside, a plain model runs in one of `WAYS`, with options of the backend; afterwards it is plain again."""
+    from river_compile.api.accelerate import accelerate, restore
     from river_compile.exits import forced_depth
 
-    if way not in WAYS:
-        raise ValueError(f"way {way!r} is not known; use one of {', '.join(WAYS)}")
-    depth: AbstractContextManager[None] = contextlib.nullcontext()
     if way == INDUCTOR:
         model.compile()
-    elif way == RIVER:
-        accelerate(model, FAST, **options)
-        depth = forced_depth(0)
-    elif way in (EXACT, STRICT):
-        accelerate(model, way, **options)
     elif way != PLAIN:
-        accelerate(model, way, calibration if way == CALIBRATED else None, **options)
+        accelerate(model, FAST if way == RIVER else way, calibration if way == CALIBRATED else None, **options)
     try:
-        with depth:
+        with forced_depth(0) if way == RIVER else contextlib.nullcontext():
             yield
     finally:
         restore(model)

@@ -30,20 +30,14 @@ _LOST = ("gloo", "NCCL", "Connection closed by peer", "Connection reset by peer"
 
 @dataclass(frozen=True)
 class Ranks:
-    """The ranks of one model, seen from one of them; without arguments a model of this process alone.
+    """The ranks of one model, seen from one of them; without arguments a model of this process alone."""
 
-    Attributes:
-        rank, size: the number of this one, from 0, and of all.
-        group: their process group.
-        device: the kind of device that they exchange tensors of; the current one of it where there are several.
-        several: whether there are others.
-    """
-
-    rank: int = 0
+    rank: int = 0  # rank, size: the number of this one, from 0, and of all
     size: int = 1
-    group: Any = None
+    group: Any = None  # their process group
+    # the kind of device that they exchange tensors of; the current one of it where there are several
     device: str = "cpu"
-    several: bool = field(init=False)
+    several: bool = field(init=False)  # whether there are others
 
     def __post_init__(self) -> None:
         object.__setattr__(self, "several", self.size > 1)
@@ -118,7 +112,7 @@ class Ranks:
             raise RankError(f"the {self.size} ranks of this model disagree about {what}: {each}")
 
     def folder(self, folder: str | Path) -> Path:
-        """Returns where this rank's part of an artifact lies: the folder itself where there is one rank.
+        """Returns the folder of this rank's part of an artifact: the artifact itself if there is one rank.
 
         Raises:
             ArtifactError: the artifact is of another number of ranks.

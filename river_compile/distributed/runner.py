@@ -11,12 +11,11 @@ from typing import Any
 
 from torch import Tensor, fx
 
+from river_compile.distributed.ranks import Ranks
 from river_compile.passes.program import RiverProgram, Segment
 from river_compile.runtime.runner import PlainRunner, Step
 from river_compile.runtime.slots import SCORE
 from river_compile.upstream.tensors import local_of
-
-from .ranks import Ranks
 
 
 class RankRunner(PlainRunner):
@@ -32,7 +31,7 @@ class RankRunner(PlainRunner):
         self._ranks, self._checks = ranks, checks
 
     def __exit__(self, kind: object, error: object, traceback: object) -> None:
-        """Ends a step; raises a RankError where it failed because another rank is gone."""
+        """Ends a step; raises a RankError if it failed because another rank is gone."""
         self._ranks.explain(error)
 
     def begin(self, args: Sequence) -> list:

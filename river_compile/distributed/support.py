@@ -1,4 +1,4 @@
-"""What River does not do under tensor parallelism, refused before anything is packed, and the plan that works."""
+"""Refuses unsupported tensor parallelism before anything is packed, and makes the plan that works."""
 
 from __future__ import annotations
 
@@ -11,11 +11,10 @@ from torch import fx
 from transformers import PretrainedConfig
 
 from river_compile.config import RiverConfig
+from river_compile.distributed.ranks import Ranks
 from river_compile.errors import OptionError
-from river_compile.passes.local_shards import is_shard
+from river_compile.passes.dtensor_locals import is_shard
 from river_compile.passes.nodes import called, value_of
-
-from .ranks import Ranks
 
 NOT_CAPTURED = "tensor parallelism: collectives inside of captured graphs were not tried on a GPU yet"
 
@@ -42,7 +41,7 @@ def tensor_parallel_plan(config: PretrainedConfig, ranks: int) -> dict[str, str]
 
 
 def check(ranks: Ranks, config: RiverConfig, mode: str | None, traced: fx.Graph) -> None:
-    """Checks what was asked for of a model on several ranks.
+    """Checks the options of a model on several ranks.
 
     Raises:
         OptionError: something that does not work there; the message names the fix.
@@ -63,7 +62,7 @@ def _options(config: RiverConfig, mode: str | None) -> Iterator[str]:
 
 
 def _embeddings(nodes: Iterable[fx.Node]) -> Iterator[str]:
-    """Yields what torch fails at in the next graph: tables that are looked up in parts, under dynamic sizes."""
+    """Yields tables that torch fails at in the next graph: looked up in parts, under dynamic sizes."""
     dynamo: Any = torch._dynamo.config
     if dynamo.automatic_dynamic_shapes and any(
         called(node, F.embedding) and any(is_shard(value_of(n)) for n in node.all_input_nodes) for node in nodes

@@ -10,9 +10,9 @@ import torch
 from torch import Tensor
 from transformers import PreTrainedModel, StaticCache
 
-from river_compile.exits import Memories, Memory
-from river_compile.state import find_state
-from river_compile.upstream.hf_cache import cache_argument
+from river_compile.exits import Memory
+from river_compile.model_record import find_record
+from river_compile.upstream.transformers import cache_argument
 
 
 class TokenByToken:
@@ -42,11 +42,11 @@ class TokenByToken:
         return torch.cat(found)
 
     def _begin(self) -> None:
-        """Empties the cache, and what exit criteria remember of the text before (a prompt of one token goes on)."""
+        """Empties the cache and the exit criteria's memory of the last text (a prompt of one token goes on)."""
         self._cache.reset()
-        state, keys = find_state(self._model), self._cache.layers[0].keys
-        if state is not None and keys is not None:
-            state.of(Memories).keep(keys, Memory())
+        record, keys = find_record(self._model), self._cache.layers[0].keys
+        if record is not None and keys is not None:
+            record.exit_memories.keep(keys, Memory())
 
     def _step(self, ids_1S: Tensor, start: int, stop: int) -> Tensor:
         """Returns the logits ``[stop - start, V]``."""

@@ -21,15 +21,13 @@ from lm_eval.models.huggingface import HFLM
 from torch import Tensor
 from tqdm import tqdm
 
+from river_compile.api.accelerate import accelerate
 from river_compile.config import RiverConfig
-from river_compile.drop_in.quality import accelerate
+from river_compile.decoding.mode import exact
 from river_compile.errors import OptionError
+from river_compile.evaluation.decoding import TokenByToken
 from river_compile.kernels.checks import one_of
-from river_compile.runtime.stats import ExitStats
-from river_compile.speculative.mode import exact
-from river_compile.state import find_state
-
-from .decoding import TokenByToken
+from river_compile.model_record import find_record
 
 PLAIN = "plain"
 _SCORING = one_of("decode", "forward")
@@ -93,7 +91,7 @@ class RiverLM(HFLM):
         return found
 
     def _decoder_for(self, ids_1S: Tensor) -> TokenByToken:
-        """Returns a decoder with room for a text: that of the text before, or one of twice as many tokens or more."""
+        """Returns a decoder with capacity for a text: the last one, or a new one of a power of two."""
         needed = ids_1S.shape[1]
         if self._decoder is None or self._decoder[0] < needed:
             room = max(_SMALLEST_ROOM, 1 << (needed - 1).bit_length())
@@ -101,9 +99,9 @@ class RiverLM(HFLM):
         return self._decoder[1]
 
     def get_model_info(self) -> dict[str, Any]:
-        """Returns what lm-eval writes of a model into its results, with how it ran and how deep tokens went."""
-        state = find_state(self.model)
-        depths = state.of(ExitStats).decode if state is not None else {}
+        """Returns the model's entry in lm-eval's results, with its quality, scoring and mean depth."""
+        record = find_record(self.model)
+        depths = record.exit_stats.decode if record is not None else {}
         steps = sum(depths.values())
         return {
             **super().get_model_info(),

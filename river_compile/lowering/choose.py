@@ -16,9 +16,12 @@ import contextlib
 import functools
 import importlib.util
 import warnings
+from collections.abc import Sequence
 from dataclasses import dataclass
+from typing import Any
 
 import torch
+from torch import Tensor
 
 from river_compile.config import RiverConfig
 from river_compile.errors import OptionError, RiverWarning
@@ -29,6 +32,7 @@ from river_compile.kernels.quant.aten_int4 import LAYOUT as ATEN_LAYOUT
 from river_compile.kernels.quant.aten_int4 import has_fast_kernel
 from river_compile.kernels.quant.layouts import LAYOUTS, NATIVE_LAYOUT
 from river_compile.kernels.triton.devices import device_name, starts_early
+from river_compile.passes.program import Refusal
 
 TRITON_LAYOUT = "triton"
 
@@ -94,8 +98,19 @@ def choose_lowering(config: RiverConfig, device: torch.device) -> Lowering:
     return Lowering(compiler, TRITON_LAYOUT, fuse, early)
 
 
+def no_compiler(config: RiverConfig, example_inputs: Sequence[Any]) -> Refusal | None:
+    """Returns why Inductor could compile nothing for a CPU, None if it can or need not."""
+    if config.lowering == "eager" or any(isinstance(x, Tensor) and x.device.type != "cpu" for x in example_inputs):
+        return None
+    try:
+        working_compiler()
+    except CannotBuild as error:
+        return Refusal(str(error))
+    return None
+
+
 def _native_pays(config: RiverConfig, on_gpu: bool) -> bool:
-    """Tells whether the C++ kernels are the fastest here: the processor's vectors are known to them."""
+    """Returns whether the C++ kernels are the fastest here: they know the processor's vectors."""
     return not on_gpu and config.group_size in LAYOUTS[NATIVE_LAYOUT].group_sizes and chosen().name != "portable"
 
 
@@ -115,7 +130,7 @@ def _native(config: RiverConfig, on_gpu: bool) -> Lowering:
 
 
 def warn_of_slow_lowering(lowering: Lowering, device: torch.device) -> None:
-    """Says once that what was chosen is slow on this machine, where it is."""
+    """Warns once if the chosen lowering is slow on this machine."""
     if lowering.layout == ATEN_LAYOUT and not has_fast_kernel():
         capability = torch.backends.cpu.get_cpu_capability()
         warn_once(f"this processor ({capability}) has no fast int4 kernel in ATen: River's answers are right, but slow")

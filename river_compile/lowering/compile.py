@@ -26,15 +26,14 @@ from torch.fx.experimental.symbolic_shapes import ShapeEnv
 from river_compile.kernels import portable
 from river_compile.kernels.quant.aten_int4 import LAYOUT as ATEN_LAYOUT
 from river_compile.kernels.quant.aten_int4 import linear_aten
+from river_compile.lowering.choose import TRITON_LAYOUT, Lowering
+from river_compile.lowering.native import native_segment, use_native
 from river_compile.passes.backbone import parts_of
 from river_compile.passes.edits import drop_unused
 from river_compile.passes.nodes import called, value_of
 from river_compile.passes.program import Segment
 from river_compile.passes.segments import Fingerprint, fingerprint
 from river_compile.runtime.runner import Callee
-
-from .choose import TRITON_LAYOUT, Lowering
-from .native import native_segment, use_native
 
 log = logging.getLogger("river_compile.lowering.compile")
 
@@ -214,7 +213,7 @@ def _takes_dependent(node: fx.Node) -> bool:
 
 
 def _take_apart(product: fx.Node) -> None:
-    """Turns a product with matrices that were put together into one that reads them where they are."""
+    """Makes a matmul with concatenated matrices read them in place."""
     x, weight, _, bias, *_ = product.args
     product.target = torch.ops.river.merged.default
     product.args = (x, parts_of(weight), parts_of(bias))

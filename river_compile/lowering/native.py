@@ -1,4 +1,4 @@
-"""Segments as calls of the C++ operators, without Inductor where nothing else is left to compute.
+"""Runs segments as calls of the C++ operators, without Inductor if nothing else is left to compute.
 
 A segment whose nodes are operators of the C++ kernels, counters and views runs as those calls, and can be recorded
 (:mod:`river_compile.kernels.native.tape`). In any other the operators stand among what Inductor compiles.
@@ -89,7 +89,7 @@ class _Recording(fx.Interpreter):
 
 
 def native_segment(segment: Segment) -> NativeSegment | None:
-    """Returns a segment as calls of the C++ operators, None where something else is computed in it."""
+    """Returns a segment as calls of the C++ operators, None if it computes something else."""
     graph = fx.Graph()
     graph.output(graph.graph_copy(segment.graph, {}))
     use_native(graph)
@@ -103,7 +103,7 @@ def native_segment(segment: Segment) -> NativeSegment | None:
 
 
 def use_native(graph: fx.Graph) -> None:
-    """Turns the river's operators into those of the C++ kernels, products where their layout is a native one."""
+    """Turns the river's operators into those of the C++ kernels, matmuls if their layout is a native one."""
     ours, native_ops = torch.ops.river, native.load()
     alike = {
         getattr(ours, name).default: getattr(native_ops, name).default
@@ -130,7 +130,7 @@ def _use_native_product(node: fx.Node, native_ops: Any) -> None:
 
 
 def _use_native_bookkeeping(graph: fx.Graph) -> None:
-    """Turns counters, scores of heads, and windows that make room for a token, into what a tape can hold."""
+    """Turns counters, scores of heads and rolling windows into operators that a tape can hold."""
     native_ops = native.load()
     for node in list(graph.nodes):
         if called(node, Tensor.copy_) and _moves_up(node):
@@ -147,7 +147,7 @@ def _use_native_bookkeeping(graph: fx.Graph) -> None:
 
 
 def _moves_up(copy: fx.Node) -> bool:
-    """True for ``cache.copy_(cache.roll(-1, dim of slots))``: a full sliding window makes room for a token."""
+    """True for ``cache.copy_(cache.roll(-1, dim of slots))``: a full sliding window frees a slot."""
     cache, new = copy.args[:2]
     moved = called(new, torch.roll) and new.args in ((cache, -1, -2), (cache, -1, 2)) and len(new.users) == 1
     return moved and not copy.users and value_of(cache).dim() == 4

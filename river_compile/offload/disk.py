@@ -22,8 +22,7 @@ import torch
 from torch import Tensor
 
 from river_compile.errors import OptionError, RiverWarning
-
-from .store import Arrival, Stored, WeightStore
+from river_compile.offload.store import Arrival, Stored, WeightStore
 
 _PAGEOUT = 21  # MADV_PAGEOUT of Linux 5.4; changes no content, unlike MADV_DONTNEED on a private mapping
 _TMPFS = {"tmpfs", "ramfs"}
@@ -48,7 +47,7 @@ class MappedFiles(WeightStore):
         self.where = f"memory-mapped files in {self._folder}"
 
     def check_room(self, nbytes: int) -> None:
-        """Makes sure that the folder can hold so many bytes, and warns where it lies in memory."""
+        """Makes sure that the folder can hold so many bytes, and warns if it lies in memory."""
         free = shutil.disk_usage(self._folder).free
         if nbytes > free:
             raise self._no_room(nbytes, free)
@@ -107,14 +106,14 @@ class MappedFiles(WeightStore):
 
 
 def trim_heap() -> None:
-    """Gives memory back to the system that the allocator holds though nothing uses it, where it is glibc's."""
+    """Returns unused memory of the allocator to the system, if it is glibc's."""
     trim = getattr(ctypes.CDLL(None), "malloc_trim", None)
     if trim is not None:
         trim(0)
 
 
 def file_system(folder: Path) -> str:
-    """Returns the type of the file system that a folder lies on, empty where the system does not report it."""
+    """Returns the type of the file system that a folder lies on, empty if the system does not report it."""
     try:
         mounts = Path("/proc/self/mounts").read_text().splitlines()
     except OSError:

@@ -16,8 +16,7 @@ import torch
 from torch import Tensor
 
 from river_compile.errors import OptionError
-
-from .store import Arrival, Stored, WeightStore
+from river_compile.offload.store import Arrival, Stored, WeightStore
 
 
 class _DevicePointer:

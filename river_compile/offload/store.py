@@ -1,4 +1,4 @@
-"""Where offloaded weights lie: the interface that a file and pinned host memory share.
+"""The interface of stores of offloaded weights: a file, and pinned host memory.
 
 Not handled: which weights leave, and when (:mod:`river_compile.offload.weights`).
 """
@@ -15,29 +15,20 @@ from torch import Tensor
 
 @dataclass(frozen=True)
 class Stored:
-    """A tensor that lies elsewhere.
+    """A tensor that lies elsewhere."""
 
-    Attributes:
-        tensor: has the shape, strides, dtype and device of the original, and may be used in its place: it takes no
-            device memory, and is slow to read.
-        source: what a store brings in from, `tensor` itself where there is no difference.
-    """
-
+    # has the shape, strides, dtype and device of the original, and may be used in its place: it takes no device memory,
+    # and is slow to read
     tensor: Tensor
-    source: Tensor
+    source: Tensor  # what a store brings in from, `tensor` itself where there is no difference
 
 
 @dataclass(frozen=True)
 class Arrival:
-    """Weights on their way in.
+    """Weights on their way in."""
 
-    Attributes:
-        tensors: the tensors to compute with, once :meth:`WeightStore.await_arrival` has returned.
-        event: what the device must have reached before, None where there is nothing to wait for.
-    """
-
-    tensors: tuple[Tensor, ...]
-    event: Any = None
+    tensors: tuple[Tensor, ...]  # the tensors to compute with, once :meth:`WeightStore.await_arrival` has returned
+    event: Any = None  # what the device must have reached before, None where there is nothing to wait for
 
 
 class WeightStore:
@@ -81,7 +72,7 @@ class WeightStore:
         return Arrival(tuple(stored.tensor for stored in weights))
 
     def await_arrival(self, arrival: Arrival) -> None:
-        """Makes what is called from here on run after the arrival."""
+        """Orders later calls after the arrival."""
 
     def release(self, weights: Sequence[Stored]) -> None:
         """Lets weights go that were brought in and have been used."""

@@ -19,13 +19,12 @@ from typing import Any
 from torch import Tensor, fx
 from torch.utils.weak import TensorWeakRef
 
+from river_compile.offload.store import Arrival, Stored
+from river_compile.offload.weights import OffloadedWeights
 from river_compile.passes.nodes import is_parameter
 from river_compile.passes.program import RiverProgram, Segment
 from river_compile.runtime.runner import Callee, Step
 from river_compile.upstream.tensors import version_of
-
-from .store import Arrival, Stored
-from .weights import OffloadedWeights
 
 
 @dataclass(frozen=True)
@@ -44,7 +43,7 @@ class _Brought:
 
 
 class _Ahead(threading.local):
-    """What a thread began to bring in for the next block."""
+    """A thread's prefetch of the next block."""
 
     brought: _Brought | None = None
 
@@ -69,13 +68,13 @@ class Streamer:
         return StreamedStep(segment, functools.partial(self._run, segment, parameters, callee), packed, slots)
 
     def forget(self) -> None:
-        """Drops what was brought in and not used, at the end of a step."""
+        """Drops unused prefetched weights, at the end of a step."""
         ahead, self._ahead.brought = self._ahead.brought, None
         if ahead is not None:
             self._offloaded.store.release(ahead.stored)
 
     def _run(self, block: Segment, parameters: Sequence[int], callee: Callee, args: list[Any]) -> Sequence[Any]:
-        """Runs a block with its weights brought in, where they are elsewhere."""
+        """Runs a block, with its weights brought in if they are elsewhere."""
         away = [i for i in parameters if self._offloaded.find(args[i]) is not None]
         if not away:
             return callee(args)

@@ -23,21 +23,18 @@ from dataclasses import asdict, dataclass, replace
 from typing import Any
 
 import torch
-from torch import Tensor, fx, nn
+from torch import Tensor, fx
 from torch.utils.weak import WeakTensorKeyDictionary
 from tqdm import tqdm
 
 from river_compile.config import RiverConfig
 from river_compile.errors import OptionError
+from river_compile.offload.disk import MappedFiles
+from river_compile.offload.pinned import PinnedMemory
+from river_compile.offload.store import Stored, WeightStore
 from river_compile.passes.nodes import input_name, is_ordinary, is_parameter, value_of
 from river_compile.passes.program import DecoderPlan, RiverProgram
-from river_compile.state import find_state
-from river_compile.twins.pack import PackedWeights
 from river_compile.upstream.tensors import parts_of
-
-from .disk import MappedFiles
-from .pinned import PinnedMemory
-from .store import Stored, WeightStore
 
 log = logging.getLogger("river_compile.offload.weights")
 
@@ -46,27 +43,17 @@ _PAGE = 4096  # bytes; smaller weights are not worth a mapping
 
 @dataclass
 class OffloadLog:
-    """What left device memory. Sizes in bytes; holds no tensor.
+    """The weights that left device memory. Sizes in bytes; holds no tensor."""
 
-    Attributes:
-        blocks: depths (from 1) of the first and the last offloaded block.
-        moved: of the weights that left.
-        kept: of weights of these blocks that stay, because something resident reads them.
-        weights: of the model's parameters and of the packed twins, before anything left.
-        peak_before: peak memory (of the process on a CPU, of the device on a GPU) until the weights left.
-        peak_after: largest memory seen since, at the borders of blocks that were brought in and when asked for.
-        brought_in: of weights that were sent for since, by prompts and by tokens.
-    """
-
-    blocks: tuple[int, int]
+    blocks: tuple[int, int]  # depths (from 1) of the first and the last offloaded block
     policy: str
     where: str
-    moved: int
-    kept: int
-    weights: int
-    peak_before: int
-    peak_after: int = 0
-    brought_in: int = 0
+    moved: int  # of the weights that left
+    kept: int  # of weights of these blocks that stay, because something resident reads them
+    weights: int  # of the model's parameters and of the packed twins, before anything left
+    peak_before: int  # peak memory (of the process on a CPU, of the device on a GPU) until the weights left
+    peak_after: int = 0  # largest memory seen since, at the borders of blocks that were brought in and when asked for
+    brought_in: int = 0  # of weights that were sent for since, by prompts and by tokens
 
     @property
     def resident(self) -> int:
@@ -105,7 +92,7 @@ class OffloadedWeights:
         self.log: OffloadLog | None = None
 
     def find(self, weight: Tensor) -> Stored | None:
-        """Returns where a weight lies, None where it is in device memory (the caller may have put it back)."""
+        """Returns where a weight lies, None if it is in device memory (the caller may have put it back)."""
         stored = self._stored.get(weight)
         return stored if stored is not None and stored.tensor.data_ptr() == weight.data_ptr() else None
 
@@ -211,25 +198,6 @@ class OffloadedWeights:
         return size
 
 
-def bring_back(model: nn.Module) -> int:
-    """Brings a model's offloaded weights back into device memory, bit for bit.
-
-    The model, compiled or not, computes the same before and after. With ``offload_policy="exit"`` tokens still leave by
-    that depth. The next decode graph that is compiled with ``offload=`` offloads again.
-
-    Args:
-        model: the module that was compiled, or the wrapper that ``torch.compile`` returned.
-
-    Returns:
-        The bytes that came back, 0 where nothing was offloaded.
-    """
-    state = find_state(model)
-    if state is None:
-        return 0
-    with state.of(PackedWeights).moving():
-        return state.of(OffloadedWeights).restore([*model.parameters(), *model.buffers()])
-
-
 def _movable(program: RiverProgram, values: Mapping[fx.Node, Any], resident: int) -> tuple[list[Tensor], list[Tensor]]:
     """Returns the weights of the blocks after the first `resident` that can leave, and those of them that stay."""
     blocks = program.blocks[resident:]
@@ -247,7 +215,7 @@ def _movable(program: RiverProgram, values: Mapping[fx.Node, Any], resident: int
 
 
 def _is_dense(weight: Tensor) -> bool:
-    """True where a tensor's elements lie side by side, in whatever order."""
+    """True if a tensor's elements lie side by side, in any order."""
     span = 1 + sum((size - 1) * stride for size, stride in zip(weight.shape, weight.stride(), strict=True))
     return span == weight.numel()
 

@@ -35,7 +35,7 @@ class PassDump:
         self.folder = None if folder is None else _new_folder(Path(folder), kind)
 
     def after_pass(self, record: PassRecord) -> None:
-        """Writes what a pass changed."""
+        """Writes the segments that a pass changed."""
         self._passes += 1
         name = f"{self._passes}_{record.name}"
         trace_artifact(f"river_{self._kind}_{name}", lambda: "\n".join(text for _, text in _changes(record)))
@@ -65,12 +65,12 @@ def _new_folder(root: Path, kind: str) -> Path:
 
 
 def trace_artifact(name: str, text: Callable[[], str]) -> None:
-    """Adds a text to torch's structured trace; it is only made where one is written."""
+    """Adds a text to torch's structured trace; it is made only if one is written."""
     trace_structured("artifact", lambda: {"name": name, "encoding": "string"}, payload_fn=text)
 
 
 def plan_text(program: RiverProgram) -> str:
-    """Returns the decoder's blocks with their KV caches, its segments, and what stays in 16 bits."""
+    """Returns the decoder's blocks with their KV caches, its segments, and the matrices in 16 bits."""
     plan = program.plan
     lines = [
         f"{plan.num_blocks} blocks, batch {plan.batch}, {plan.query_length} tokens per row",
@@ -93,7 +93,7 @@ def plan_text(program: RiverProgram) -> str:
 
 
 def segment_text(segment: Segment) -> str:
-    """Returns a segment's graph as Python code, its 4-bit products named above it."""
+    """Returns a segment's graph as Python code, its 4-bit matmuls named above it."""
     sites = [f"#   4-bit product {i}: {s.name}, groups of {s.group_size}" for i, s in enumerate(segment.packed)]
     module = fx.GraphModule(segment.graph.owning_module, segment.copy().graph, class_name="Segment")
     return "\n".join([f"# {segment.name}", *sites, module.print_readable(print_output=False), ""])

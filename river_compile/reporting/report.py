@@ -1,30 +1,32 @@
-"""What the backend did to a model, for people (``print``) and programs (``to_dict``)."""
+"""Reports the backend's work on a model, for people (``print``) and programs (``to_dict``).
+
+What each of several ranks packed is exchanged when a graph is made, so that any rank can report it later.
+
+Not handled: several tokens at once in the bytes that a token reads, which may choose different experts.
+"""
 
 from __future__ import annotations
 
 import math
+import warnings
 from collections import Counter, defaultdict
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import asdict, dataclass, field
 
-from torch import nn
+from torch import Tensor, nn
 
-from river_compile.cudagraphs.device import CaptureLog
+from river_compile.distributed.ranks import Ranks
+from river_compile.errors import RiverWarning
 from river_compile.exits import threshold_text
-from river_compile.kept_cache import KeptCache
-from river_compile.offload.weights import OffloadedWeights, OffloadLog
-from river_compile.passes.program import Fusion
-from river_compile.runtime.stats import ExactStats, ExitStats
-from river_compile.state import GraphRecord, ModelState, find_state, unwrap
-from river_compile.twins.block_errors import BlockErrors
-from river_compile.twins.loss import TwinLoss
-from river_compile.twins.make import PackedSite
-from river_compile.twins.maker import UNOBSERVED
-from river_compile.twins.own_text import OwnText
-from river_compile.twins.pack import GraphTwins, PackedWeights
-
-from .plain_calls import PlainCalls
-from .plain_runs import PlainRuns
+from river_compile.model_record import GraphRecord, ModelRecord, find_record, unwrap
+from river_compile.offload.weights import OffloadLog
+from river_compile.passes.moe_router import ROUTER, chosen_experts
+from river_compile.passes.program import Fusion, RiverProgram, Segment
+from river_compile.runtime.stats import ExactStats
+from river_compile.twins.packed import TwinWeight
+from river_compile.twins.quantize import UNOBSERVED
+from river_compile.twins.self_calibration import SelfCalibration
+from river_compile.twins.twin_kl import BlockErrors, TwinLoss
 
 _NEVER_RAN = (
     "never ran: no graph of this model reached the backend. torch.compile(model).generate runs the original model; "
@@ -43,14 +45,14 @@ class Report:
 
     model: str
     graphs: tuple[GraphRecord, ...]
-    packed: tuple[PackedSite, ...]
+    packed: tuple[TwinWeight, ...]
     packing_seconds: float
     packed_again: tuple[int, int]
     decode_depths: dict[int, int]
     prefill_depths: dict[int, int]
     exact: ExactStats
     doubted: int = 0
-    own_text: OwnText = field(default_factory=OwnText)
+    own_text: SelfCalibration = field(default_factory=SelfCalibration)
     loss: TwinLoss | None = None
     block_errors: BlockErrors | None = None
     offloaded: OffloadLog | None = None
@@ -149,11 +151,11 @@ def report(model: nn.Module) -> Report:
     Args:
         model: the module that was compiled, or the wrapper that ``torch.compile`` returned.
     """
-    state = find_state(model) or ModelState()
-    stats, packed = state.of(ExitStats), state.of(PackedWeights)
+    record = find_record(model) or ModelRecord()
+    stats, packed = record.exit_stats, record.twins
     return Report(
         model=type(unwrap(model)).__name__,
-        graphs=tuple(state.graphs),
+        graphs=tuple(record.graphs),
         packed=tuple(sorted(packed.all(), key=lambda p: _natural(p.name))),
         packing_seconds=packed.seconds,
         packed_again=(packed.renewals, packed.renewed),
@@ -161,14 +163,14 @@ def report(model: nn.Module) -> Report:
         prefill_depths=dict(sorted(stats.prefill.items())),
         exact=stats.exact,
         doubted=stats.doubted,
-        own_text=state.of(OwnText),
+        own_text=record.self_calibration,
         loss=packed.loss,
-        block_errors=state.find(BlockErrors),
-        offloaded=state.of(OffloadedWeights).snapshot(),
-        kept_cache=state.of(KeptCache).bytes,
-        plain_runs=state.of(PlainRuns).count,
-        plain_reason=state.of(PlainRuns).reason,
-        plain_calls=dict(state.of(PlainCalls).reasons),
+        block_errors=record.block_errors,
+        offloaded=record.offloaded.snapshot(),
+        kept_cache=record.cache_pool.bytes,
+        plain_runs=record.plain_runs.count,
+        plain_reason=record.plain_runs.reason,
+        plain_calls=dict(record.plain_calls.reasons),
     )
 
 
@@ -194,18 +196,18 @@ def _graph_dict(graph: GraphRecord) -> dict[str, object]:
             for f in graph.fusions
             if f.missed
         ],
-        "captures": graph.of(CaptureLog).to_dict(),
+        "captures": graph.captures.to_dict(),
         "ranks": [dict(rank) for rank in graph.ranks],
     }
 
 
 def _other_groups(graph: GraphRecord) -> dict[str, int]:
     """Returns the matrices, by name, that did not take the group size that was asked for."""
-    return {p.name: p.group_size for p in graph.of(GraphTwins) if p.group_size != graph.config.group_size}
+    return {p.name: p.group_size for p in graph.twins if p.group_size != graph.config.group_size}
 
 
 def graph_lines(graph: GraphRecord) -> Iterator[str]:
-    """Yields what became of one traced graph, for people."""
+    """Yields the outcome of one traced graph, for people."""
     if graph.refusal:
         yield f"  graph          not rewritten: {graph.refusal}"
         return
@@ -233,7 +235,7 @@ def graph_lines(graph: GraphRecord) -> Iterator[str]:
             f"{rank['in_16_bits']} in 16 bits; least SQNR {rank['least_sqnr']:.1f} dB"
         )
     yield from _fusion_lines(graph.fusions)
-    yield from graph.of(CaptureLog).lines()
+    yield from graph.captures.lines()
 
 
 def _fusion_lines(fusions: Sequence[Fusion]) -> Iterator[str]:
@@ -339,3 +341,43 @@ def _finite(value: float | None) -> float | None:
 
 def _natural(name: str) -> list[object]:
     return [(0, int(part), "") if part.isdigit() else (1, 0, part) for part in name.split(".")]
+
+
+def note_ranks(program: RiverProgram, record: GraphRecord, ranks: Ranks) -> None:
+    """Notes each rank's packed matrices of a graph; warns of matrices that stay in 16 bits, routers aside."""
+    if not ranks.several or not program.twins:
+        return
+    packed = record.twins
+    mine = {
+        "rank": ranks.name,
+        "matrices": len(packed),
+        "bytes": sum(site.nbytes for site in packed),
+        "in_16_bits": len(program.kept),
+        "least_sqnr": min((site.quality for site in packed), default=math.inf),
+    }
+    record.ranks = ranks.gather(mine)
+    kept = [linear for linear in program.kept if linear.reason != ROUTER]
+    if kept:
+        warnings.warn(
+            f"{len(kept)} matrices of the twins of a {program.plan.kind} graph stay in 16 bits on {ranks.name}, so "
+            f"that tokens that leave read more than they need to; the first is {kept[0].name}: {kept[0].reason}",
+            RiverWarning,
+            stacklevel=2,
+        )
+
+
+def bytes_of_token(segment: Segment, values: Sequence[object], first: int = 0) -> int:
+    """Returns the bytes that one token reads of the values of a segment's placeholders.
+
+    Args:
+        segment: what reads them.
+        values: tensors, and others that do not count, in the order of the placeholders.
+        first: the placeholder of the first of them.
+    """
+    chosen = chosen_experts(segment)
+    placeholders = segment.graph.find_nodes(op="placeholder")[first:]
+    return sum(
+        (value[: chosen[placeholder]] if placeholder in chosen else value).nbytes
+        for placeholder, value in zip(placeholders, values, strict=False)
+        if isinstance(value, Tensor)
+    )

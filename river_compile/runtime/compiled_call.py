@@ -1,4 +1,4 @@
-"""What stands as the compiled call of a model: marks the sizes that grow, and lets a thread call the model plainly."""
+"""The compiled call of a model: marks the sizes that grow, and lets a thread call the model plainly."""
 
 from __future__ import annotations
 
@@ -10,9 +10,8 @@ from typing import Any
 from torch import nn
 from torch._dynamo.exc import TorchRuntimeError
 
-from river_compile.upstream.compiled_calls import error_of_code
-from river_compile.upstream.dynamo_cache import trace_anew
-from river_compile.upstream.growing import mark_growing
+from river_compile.upstream.dynamo import error_of_code, trace_anew
+from river_compile.upstream.transformers import mark_growing
 
 
 class _Thread(threading.local):
@@ -70,7 +69,7 @@ class CompiledCall:
 
 
 def install(model: nn.Module, prompts: bool = False, after: Callable[[], object] | None = None) -> None:
-    """Puts a :class:`CompiledCall` in the place of what ``model.compile`` made of a model's calls.
+    """Puts a :class:`CompiledCall` in place of the compiled call that ``model.compile`` set.
 
     Args:
         model: a model that was compiled; one that was not is left alone.
@@ -86,6 +85,6 @@ def install(model: nn.Module, prompts: bool = False, after: Callable[[], object]
 
 
 def compiled_call(model: nn.Module) -> Callable[..., Any] | None:
-    """Returns what ``torch.compile`` returned for a model's calls, None where it was not asked."""
+    """Returns the compiled function of a model's calls, None if it was not compiled."""
     call: Any = model._compiled_call_impl
     return call.compiled if isinstance(call, CompiledCall) else call

@@ -1,4 +1,4 @@
-"""Decides for every step of a RiverProgram what runs: backbone blocks until an exit, twins for the rest, then the head.
+"""Runs the steps of a RiverProgram: backbone blocks until an exit, twins for the rest, then the head.
 
 Not handled: how it runs (:mod:`river_compile.runtime.runner`) and when a token leaves (:mod:`river_compile.exits`).
 """
@@ -15,22 +15,21 @@ from typing import Any
 
 import torch
 
-from river_compile.exit_rule import Taken, rule_of
-from river_compile.exits import ExitPolicy, Memories, Memory
-from river_compile.passes.graph_safety import fixed_inputs
+from river_compile.exits import ExitPolicy, Memories, Memory, Taken, bars_of
+from river_compile.passes.capture_safety import fixed_inputs
 from river_compile.passes.program import RiverProgram
-from river_compile.upstream.dynamo_cache import CacheEntry
-
-from .fill import Fill
-from .room import Room
-from .runner import Runner
-from .sequences import Sequences
-from .slots import cache_slots
-from .stats import ExitStats, Observers, StepRecord
-from .wanted_logits import DraftTokens, WantedLogits
+from river_compile.runtime.capacity import Capacity
+from river_compile.runtime.draft_vocab import DraftVocab, HeadVocab
+from river_compile.runtime.fill import Fill
+from river_compile.runtime.runner import Runner
+from river_compile.runtime.sequences import SequenceTracker
+from river_compile.runtime.slots import cache_slots
+from river_compile.runtime.stats import ExitStats, Observers, StepRecord
+from river_compile.runtime.walk import HostWalk
+from river_compile.upstream.dynamo import GraphEntry
 
 # Runs a pass once more: (the graph's inputs, the tokens that a draft may have) -> outputs.
-Replay = Callable[[Sequence, "DraftTokens | None"], tuple]
+Replay = Callable[[Sequence, "DraftVocab | None"], tuple]
 
 _steps: Observers[[RiverExecutor, Sequence[Any], StepRecord]] = Observers()
 _calls: Observers[[RiverExecutor, Sequence[Any], tuple]] = Observers()
@@ -62,11 +61,11 @@ class RiverExecutor:
         stats: ExitStats,
         memories: Memories,
         fill: Fill,
-        sequences: Sequences,
+        sequences: SequenceTracker,
         on_begin: Callable[[Sequence[Any]], None] | None,
         on_close: Callable[[], None],
-        wanted: WantedLogits | None = None,
-        entry: CacheEntry | None = None,
+        wanted: HeadVocab | None = None,
+        entry: GraphEntry | None = None,
         inputs: Sequence[str] = (),
     ) -> None:
         self.program, self.runner, self.policy, self.fill = program, runner, policy, fill
@@ -76,15 +75,15 @@ class RiverExecutor:
         self._stats, self._memories = stats, memories
         self._on_begin, self._on_close = on_begin, on_close
         self._wanted = wanted
-        self.room = Room.of(program)
+        self.room = Capacity.of(program)
         self._cache_in, self._cache_out = cache_slots(program)
-        self._remembers = policy.criterion.remembers or fill.remembers
+        self._remembers = policy.criterion.reads == "previous" or fill.remembers
 
     def __call__(self, *args: object) -> tuple:
         return self.step(args)
 
-    def step(self, args: Sequence[Any], depth: int | None = None, tokens: DraftTokens | None = None) -> tuple:
-        """Runs a step and returns what the graph returns.
+    def step(self, args: Sequence[Any], depth: int | None = None, tokens: DraftVocab | None = None) -> tuple:
+        """Runs a step and returns the graph's outputs.
 
         Args:
             args: the graph's inputs.
@@ -116,11 +115,12 @@ class RiverExecutor:
         return outputs
 
     def replay(self, args: Sequence, depth: int) -> Replay | None:
-        """Returns what runs a step again that has run at this depth with these inputs; None where some part is not
+        """Returns what runs a step again that has run at this depth with these inputs; None if some part is not
         captured, or where the policy or the fill remembers something of each step.
 
         The caller sees to it that the step's tokens have room in the cache, and that it goes on with a sequence. What
-        may differ in the inputs of a replay: tensors that are neither parameters nor the cache's, and numbers.
+        may differ in the inputs of a replay: tensors that are neither parameters nor the cache's, and numbers. The next
+        step overwrites what a replay returns.
         """
         policy = self._policy_at(depth)
         blocks = policy.fixed_depth if self.decodes else self.num_blocks
@@ -132,7 +132,7 @@ class RiverExecutor:
         entered, begin, launches, finish = captured
         way = Taken(min(blocks or 0, self.num_blocks))
 
-        def again(args: Sequence, tokens: DraftTokens | None) -> tuple:
+        def again(args: Sequence, tokens: DraftVocab | None) -> tuple:
             started = time.perf_counter()
             if self.room is not None:
                 self.room.forget(args)
@@ -156,30 +156,25 @@ class RiverExecutor:
             return self.policy
         return self.policy.in_this_thread() if depth is None else self.policy.at(depth)
 
-    def _logits_of(self, tokens: DraftTokens | None) -> AbstractContextManager[None]:
+    def _logits_of(self, tokens: DraftVocab | None) -> AbstractContextManager[None]:
         return contextlib.nullcontext() if self._wanted is None else self._wanted.only(tokens)
 
     def _run(self, runner: Runner, slots: list, policy: ExitPolicy, memory: Memory) -> Taken | Callable[[], Taken]:
         """Runs blocks, tail and head of a step; returns the way that it took, or what waits for the step to tell it."""
         limit = self.fill.begin(slots, memory)
-        rule = rule_of(policy, self.program, memory) if runner.decides else None
-        outcome = None if rule is None else runner.whole(slots, rule)
-        if rule is not None and outcome is not None:
-            return lambda: rule.taken(outcome())
-        depth, scores, entropy = self._run_blocks(runner, slots, policy, memory, limit)
-        river_from = None
-        if depth < self.num_blocks:
-            if policy.may_doubt:
-                entropy, doubted = self._run_tail_and_doubt(runner, slots, policy, depth)
-                if doubted:
-                    river_from, depth = depth, self.num_blocks
-            else:
-                runner.tail(slots, depth)
-        self.fill.end(slots, memory, depth)
-        return Taken(depth, tuple(scores), entropy, river_from)
+        bars = bars_of(policy, self.program.candidates, self.num_blocks)
+        if bars.reads == "previous":
+            bars = bars._replace(given=memory.entropy)
+        outcome = runner.whole(slots, bars) if runner.decides and bars.for_device else None
+        if outcome is not None:
+            return lambda: bars.taken(outcome())
+        walk = HostWalk(runner, bars, limit)
+        taken = walk.taken(walk.run(slots, walk.stops, walk.last))
+        self.fill.end(slots, memory, taken.depth)
+        return taken
 
     def _record(self, args: Sequence[Any], taken: Taken | Callable[[], Taken], started: float) -> None:
-        """Counts a step and shows it to those who observe steps; where there are none, it waits for nothing."""
+        """Counts a step and shows it to observers; without any it waits for nothing."""
         decodes, thread, model = self.decodes, threading.get_ident(), self._stats.model_id
 
         def record(way: Taken, seconds: float) -> StepRecord:
@@ -194,55 +189,12 @@ class RiverExecutor:
         self._stats.count(step)
         _steps(self, args, step)
 
-    def _run_blocks(
-        self, runner: Runner, slots: list, policy: ExitPolicy, memory: Memory, limit: int
-    ) -> tuple[int, list[float], float | None]:
-        """Runs backbone blocks until the exit, which comes after `limit` of them at the latest.
-
-        Returns:
-            The exit depth, the similarities that were asked for, and the entropy that decided, if one did.
-        """
-        depth, entropy = policy.depth_before(memory, self.num_blocks)
-        if depth is not None:
-            depth = min(depth, limit)
-            runner.blocks(slots, 0, depth)
-            return depth, [], entropy
-        last, done = policy.last(limit), 0
-        scores: list[float] = []
-        for depth in self.program.candidates:
-            if depth > last:
-                break
-            if depth < policy.first_exit:
-                runner.blocks(slots, done, depth)
-            else:
-                scores.append(runner.score(slots, done, depth))
-                if policy.leaves(depth, scores[-1]):
-                    return depth, scores, None
-            done = depth
-        runner.blocks(slots, done, last)
-        return last, scores, None
-
-    def _run_tail_and_doubt(self, runner: Runner, slots: list, policy: ExitPolicy, depth: int) -> tuple[float, bool]:
-        """Runs the tail and, where its logits leave doubt, the backbone's blocks as if the tail had not run.
-
-        Returns:
-            The entropy of the tail's logits, and whether it left doubt.
-        """
-        saved = runner.save(slots, depth)
-        runner.tail(slots, depth)
-        entropy = runner.read_head(slots)
-        doubted = policy.doubts(entropy)
-        if doubted:
-            runner.rewind(slots, depth, self.num_blocks, saved)
-            runner.blocks(slots, depth, self.num_blocks)
-        return entropy, doubted
-
     def _cache(self, args: Sequence[Any]) -> Any:
         """Returns the tensor of the KV cache that tells sequences apart, before the step."""
         return None if self._cache_in is None or self._cache_in >= len(args) else args[self._cache_in]
 
     def _recall(self, slots: list) -> Memory:
-        """Returns what is remembered of the sequence; for a prompt only what its fill knows of the cache."""
+        """Returns the sequence's memory; for a prompt only that of its fill."""
         if not self._remembers or self._cache_in is None:
             return Memory()
         memory = self._memories.recall(slots[self._cache_in])
@@ -250,7 +202,7 @@ class RiverExecutor:
 
     def _keep(self, runner: Runner, slots: list, memory: Memory) -> None:
         if self._remembers and self._cache_out is not None:
-            memory.entropy = runner.head_score(slots) if self.policy.criterion.reads_logits else None
+            memory.entropy = runner.head_score(slots) if self.policy.criterion.reads != "block" else None
             self._memories.keep(slots[self._cache_out], memory)
 
 

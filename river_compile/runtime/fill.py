@@ -1,4 +1,4 @@
-"""What stands in for the KV entries of the blocks that a token skipped: the twins' entries, or what a caller plugs in.
+"""KV imputation: the entries of the blocks that a token skipped, by the twins or by a caller's own passes.
 
 ``functools.partial(river, fill=...)`` is a backend with another fill; `benchmarks.rivals` has some, for comparison.
 """
@@ -34,11 +34,11 @@ class Fill:
 
     @classmethod
     def passes(cls, candidates: tuple[int, ...]) -> list[Pass]:
-        """Returns the passes that make, in the twins' place, what a token runs that left after one of `candidates`."""
+        """Returns the passes that make the tail after one of `candidates`, in the twins' place."""
         return []
 
     def blocks(self, blocks: Sequence[Call], steps: Mapping[Segment, Call]) -> list[Call]:
-        """Returns what runs as the backbone's blocks, given their steps and those of all segments."""
+        """Returns the runnable backbone blocks, given their steps and those of all segments."""
         return list(blocks)
 
     def begin(self, slots: list, memory: Memory) -> int:

@@ -1,9 +1,9 @@
 """Runs spans of a program's segments on a step's slots. The executor decides which spans; a runner knows how.
 
 Three kinds exist: :class:`PlainRunner` calls compiled code segment by segment,
-:class:`river_compile.cudagraphs.runner.CapturedRunner` launches graphs of many segments, and
-:class:`river_compile.cudagraphs.device_exits.DeviceExits` one graph that follows a rule by itself. A runner makes no
-rules: it knows no thresholds but those of the rule that it is given, and keeps no memory of a sequence.
+:class:`river_compile.capture.runner.CapturedRunner` launches graphs of many segments, and
+:class:`river_compile.capture.device_exits.DeviceExits` one graph that follows bars by itself. A runner makes no
+rules: it knows no thresholds but the bars that it is given, and keeps no memory of a sequence.
 """
 
 from __future__ import annotations
@@ -16,20 +16,19 @@ from typing import NamedTuple
 
 from torch import Tensor, fx
 
-from river_compile.exit_rule import Rule
+from river_compile.exits import ExitBars
 from river_compile.passes.program import RiverProgram, Segment
-
-from .fill import Fill
-from .slots import SCORE, Saved, WrittenInPlace, gather, new_slots
+from river_compile.runtime.fill import Fill
+from river_compile.runtime.slots import SCORE, Saved, WrittenInPlace, gather, new_slots
 
 # What a compiled segment is: a function of a list (which it may empty) that returns a sequence.
 Callee = Callable[[list], Sequence]
-# Waits for a step and returns the score at each depth, the entropy of its head, and the depth.
+# Waits for a step and returns the score at each depth, that of its answer, and the depth.
 Outcome = Callable[[], Sequence[float]]
 
 
 class Step:
-    """A segment bound to its slots and to the tensors of its 4-bit products, `packed`.
+    """A segment bound to its slots and to the tensors of its 4-bit matmuls, `packed`.
 
     Attributes:
         moves: whether it may compute with weights at another address in every run.
@@ -66,7 +65,7 @@ class Step:
 class ReplayedStep(NamedTuple):
     """A step that runs again: `begin` with the graph's inputs, then each of `launches`, then `finish` for its outputs.
 
-    All of it runs within `entered`, as any step does.
+    All of it runs within `entered`, as any step does. The outputs are buffers that the next step overwrites.
     """
 
     entered: AbstractContextManager[None]
@@ -92,7 +91,7 @@ class Runner(ABC):
         self._in_place = WrittenInPlace(program)
 
     def for_pass(self, args: Sequence) -> Runner:
-        """Returns what runs the pass with these inputs of the graph: itself, or another one that knows it better."""
+        """Returns the runner of the pass with these inputs of the graph: itself, or a better suited one."""
         return self
 
     @abstractmethod
@@ -105,13 +104,13 @@ class Runner(ABC):
 
     @abstractmethod
     def begin(self, args: Sequence) -> list:
-        """Returns the step's slots, given the graph's inputs, and runs what comes before the first block.
+        """Returns the step's slots, given the graph's inputs, and runs the prologue.
 
         Nothing of the caller's has been written when this returns.
         """
 
     def replay(self, args: Sequence, depth: int) -> ReplayedStep | None:
-        """Returns a whole step at a depth, to run again; None where not all of it is captured.
+        """Returns a whole step at a depth, to run again; None if not all of it is captured.
 
         Args:
             args: its graph's inputs. In a replay, tensors other than parameters and the cache's may be others of the
@@ -119,11 +118,11 @@ class Runner(ABC):
         """
         return None
 
-    def whole(self, slots: list, rule: Rule) -> Outcome | None:
-        """Runs everything between :meth:`begin` and :meth:`finish` as a rule decides, without waiting for anything.
+    def whole(self, slots: list, bars: ExitBars) -> Outcome | None:
+        """Runs everything between :meth:`begin` and :meth:`finish` as bars decide, without waiting for anything.
 
         Returns:
-            What :meth:`Rule.taken` takes, which it waits for; None where nothing ran, and the caller must decide.
+            What :meth:`ExitBars.taken` takes, which it waits for; None where nothing ran, and the caller must decide.
         """
         return None
 
@@ -138,7 +137,7 @@ class Runner(ABC):
 
     @abstractmethod
     def tail(self, slots: list, depth: int) -> None:
-        """Runs what a token runs that leaves after `depth` blocks: the twins of the others and the head."""
+        """Runs the tail after `depth` blocks: the twins of the others and the head."""
 
     @abstractmethod
     def read_head(self, slots: list) -> float:
@@ -149,7 +148,7 @@ class Runner(ABC):
         """Returns the score of the head that ran last as a scalar tensor, which no later step overwrites."""
 
     def save(self, slots: list, depth: int) -> Saved:
-        """Copies what a tail after `depth` blocks would destroy, for :meth:`rewind`."""
+        """Saves the state that a tail after `depth` blocks would destroy, for :meth:`rewind`."""
         return self._in_place.save(slots, depth)
 
     def rewind(self, slots: list, start: int, end: int, saved: Saved = ()) -> None:
@@ -158,7 +157,7 @@ class Runner(ABC):
 
     @abstractmethod
     def finish(self, slots: list) -> tuple:
-        """Returns what the graph returns, which no later step overwrites."""
+        """Returns the graph's outputs, which no later step overwrites."""
 
 
 class PlainRunner(Runner):
@@ -171,7 +170,7 @@ class PlainRunner(Runner):
         super().__init__(program, steps)
         self._num_blocks = program.plan.num_blocks
         self._return = gather([program.slots[node] for node in program.returned])
-        self._prologue = steps[program.prologue]
+        self.prologue = steps[program.prologue]
         blocks = [steps.get(block, _missing) for block in program.blocks]
         self._blocks = blocks if fill is None else fill.blocks(blocks, steps)
         self._twins = [steps.get(twin, _missing) for twin in program.twins]
@@ -186,7 +185,7 @@ class PlainRunner(Runner):
 
     def begin(self, args: Sequence) -> list:
         slots = new_slots(self._program, args)
-        self._prologue(slots)
+        self.prologue(slots)
         return slots
 
     def blocks(self, slots: list, start: int, end: int) -> None:

@@ -1,8 +1,8 @@
-"""Tells a decode step that goes on with a sequence from one that begins another.
+"""Distinguishes decode steps that continue a sequence from those that begin one.
 
 A step goes on where it brings the cache that the thread's latest decode step left, the same tensor with no change in
 place since that PyTorch counts. A prompt in between makes the next step a beginning. So do beams that swap rows and
-caches that are cut: too many beginnings cost a look each (`twins/watch.py`).
+caches that are cut: too many beginnings cost a look each (`twins/registry.py`).
 
 Not handled: a static cache made under ``torch.inference_mode()`` that comes back for a prompt of one token.
 """
@@ -19,7 +19,7 @@ from torch.utils.weak import TensorWeakRef
 from river_compile.upstream.tensors import version_of
 
 
-class Sequences(threading.local):
+class SequenceTracker(threading.local):
     """The latest sequence of one model, in each thread."""
 
     def __init__(self) -> None:

@@ -1,4 +1,4 @@
-"""Where a run's values lie: in a list of slots, one for each value that crosses a segment's border, and one more.
+"""The slots of a run: one for each value that crosses a segment's border, and one more.
 
 A list belongs to one call, so threads may run one program at the same time. Not handled: writes through a view of a
 cache, which :mod:`river_compile.passes.decoder` does not take for a KV cache.
@@ -36,7 +36,7 @@ def gather(indices: Sequence[int]) -> Callable[[Sequence], Sequence]:
 
 
 def cache_slots(program: RiverProgram, block: int | None = None) -> tuple[int | None, int | None]:
-    """Returns the slots of a tensor that a block keeps its tokens in, before a step and after it, None where unknown.
+    """Returns the slots of a tensor that a block keeps its tokens in, before a step and after it, None if unknown.
 
     That is the tensor that is written in place, or the one that a step gets and the longer one that it returns, which
     the next step gets. Without `block` it is the first one that keeps anything, which tells sequences apart.
@@ -59,7 +59,7 @@ def cache_slots(program: RiverProgram, block: int | None = None) -> tuple[int | 
 
 
 def size_of_pass(program: RiverProgram) -> Callable[[Sequence], tuple[int, int]] | None:
-    """Returns a pass's sequences and positions of each, by the graph's inputs; None where those do not tell."""
+    """Returns a pass's sequences and positions of each, by the graph's inputs; None if those do not tell."""
     plan, slots = program.plan, program.slots
     sizes = [sympy.sympify(s if isinstance(s, int) else s.node.expr) for s in (plan.batch, plan.query_length)]
     holders = number_inputs(node for node in slots if node.op == "placeholder")
@@ -71,7 +71,7 @@ def size_of_pass(program: RiverProgram) -> Callable[[Sequence], tuple[int, int]]
 
 
 class WrittenInPlace:
-    """What must be undone where a decode step's blocks run again after their twins, as if those had not run.
+    """The writes to undo before a decode step's blocks run again after their twins.
 
     A dynamic cache needs nothing of this, nor do entries written at a counted position (``index_copy_``): the second
     run overwrites them.
@@ -81,7 +81,7 @@ class WrittenInPlace:
         self._counters, self._moved = _written_in_place(program)
 
     def save(self, slots: list, depth: int) -> Saved:
-        """Copies what a tail after `depth` blocks would destroy, for :meth:`rewind`."""
+        """Saves the state that a tail after `depth` blocks would destroy, for :meth:`rewind`."""
         return [(i, slots[i].clone()) for block in self._moved[depth:] for i in block if slots[i] is not None]
 
     def rewind(self, slots: list, start: int, end: int, saved: Saved = ()) -> None:
@@ -94,7 +94,7 @@ class WrittenInPlace:
 
 
 def _written_in_place(program: RiverProgram) -> tuple[list[list[int]], list[list[int]]]:
-    """Returns what a program's blocks write in place and no second run overwrites.
+    """Returns the tensors that a program's blocks write in place and no second run overwrites.
 
     Returns:
         By block, the slots of the integer scalars that it advances by one token; and by block, those of whatever else

@@ -1,6 +1,6 @@
-"""What is counted and recorded of a model's steps and of exact mode's cycles, and who else sees each of them.
+"""Counters and records of a model's steps and of exact mode's cycles, and their observers.
 
-Not handled: what to do with it; :mod:`river_compile.runtime.trace` keeps it, the report shows the sums.
+Not handled: what to do with it; :mod:`river_compile.reporting.trace` keeps it, the report shows the sums.
 """
 
 from __future__ import annotations
@@ -76,7 +76,7 @@ class StepRecord(NamedTuple):
 
 
 class RowCycle(NamedTuple):
-    """What one row of a batch had of a cycle of exact mode.
+    """One row's part of a cycle of exact mode.
 
     Attributes:
         row: its number in the batch.
@@ -97,7 +97,7 @@ class RowCycle(NamedTuple):
 
 
 class CycleRecord(NamedTuple):
-    """One cycle of exact mode: drafts, the pass that verified them, and what was kept of them.
+    """One cycle of exact mode: drafts, the pass that verified them, and the kept tokens.
 
     Attributes:
         rows: the rows that were being generated.
@@ -135,7 +135,7 @@ class CycleRecord(NamedTuple):
 
 
 class ExactStats(NamedTuple):
-    """What exact mode did with one model: sums over its cycles and their rows.
+    """Exact mode's totals of one model: sums over its cycles and their rows.
 
     Attributes:
         cycles: verifying passes.

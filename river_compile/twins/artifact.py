@@ -34,10 +34,9 @@ from river_compile.errors import ArtifactError
 from river_compile.kernels.files import appearing, making
 from river_compile.kernels.quant.grid import GROUP_SIZES
 from river_compile.kernels.quant.layouts import PORTABLE, PackedLinear, portable, tensors_of
-from river_compile.passes.program import Product
-
-from . import tensor_file
-from .make import Grid, PackedSite, Ratios
+from river_compile.passes.program import TwinLinear
+from river_compile.twins import tensor_file
+from river_compile.twins.packed import Quantized, TwinWeight
 
 log = logging.getLogger("river_compile.twins")
 FORMAT = "river-twins"
@@ -49,11 +48,11 @@ _NEW = "leave artifact= out and save a new one"
 
 
 @dataclass(kw_only=True)
-class _SavedMatrix(Ratios):
+class _SavedMatrix:
     """One matrix of an artifact.
 
     Attributes:
-        name, shape, group_size, experts, quantizer, asked, statistics: as in its :class:`PackedSite`.
+        name, shape, group_size, experts, quantizer, asked, statistics: as in its :class:`TwinWeight`.
         layout: of its bytes.
         weights_sha256: hash of the parameters it was made from, see :func:`digest_of`.
     """
@@ -67,6 +66,8 @@ class _SavedMatrix(Ratios):
     statistics: str
     layout: str
     weights_sha256: str
+    sqnr: float
+    output_sqnr: float | None = None
 
     @classmethod
     def from_json(cls, entry: dict[str, Any]) -> _SavedMatrix:
@@ -103,7 +104,7 @@ class _SavedMatrix(Ratios):
         return {**found, "input_scale": ((k,), (torch.float32,))}
 
 
-def write_artifact(folder: Path, sites: Sequence[PackedSite]) -> None:
+def write_artifact(folder: Path, sites: Sequence[TwinWeight]) -> None:
     """Writes products whose parameters did not change since; the folder appears complete or not at all.
 
     Raises:
@@ -122,11 +123,11 @@ def write_artifact(folder: Path, sites: Sequence[PackedSite]) -> None:
             "name": site.name,
             "shape": site.shape,
             "group_size": site.group_size,
-            "experts": site.experts,
+            "experts": site.linear.experts,
             "quantizer": site.quantizer,
             "asked": site.asked,
             "statistics": site.statistics,
-            "layout": portable(site.product.layout),
+            "layout": portable(site.linear.layout),
             "weights_sha256": site.digest,
             "sqnr": str(site.sqnr),
             "output_sqnr": None if site.output_sqnr is None else str(site.output_sqnr),
@@ -143,7 +144,7 @@ def write_artifact(folder: Path, sites: Sequence[PackedSite]) -> None:
         raise ArtifactError(f"cannot save to {folder}: {error}") from error
 
 
-def write_missing(folder: Path, make: Callable[[], Sequence[PackedSite]]) -> None:
+def write_missing(folder: Path, make: Callable[[], Sequence[TwinWeight]]) -> None:
     """Writes an artifact where there is none; of processes that call this at once one does, and the others wait.
 
     Args:
@@ -193,7 +194,7 @@ class Artifact:
                     f"name the artifact of this model, or {_NEW}",
                 )
 
-    def find(self, site: Product, quantizer: str, digest: str) -> Grid:
+    def find(self, site: TwinLinear, quantizer: str, digest: str) -> Quantized:
         """Returns what is saved of a product that was made in this way from parameters with this digest.
 
         Raises:
@@ -215,7 +216,7 @@ class Artifact:
                 "for",
                 f"pass the options it was made with, or {_NEW}",
             )
-        if matrix.weights_sha256 != digest or matrix.shape != (sum(site.out_features), site.in_features):
+        if matrix.weights_sha256 != digest or matrix.shape != site.shape:
             raise self._refusal(
                 f"{site.name} was made from other weights than this model's",
                 f"name the artifact of this model, or {_NEW}",
@@ -225,7 +226,7 @@ class Artifact:
             raise self._refusal(f"{site.name} has an input_scale that its twin does not apply")
         q, scale_zero = (self._tensors[f"{matrix.key}.{part}"] for part in ("qweight", "scale_zero"))
         sizes = matrix.group_size, matrix.shape[1], matrix.rows, matrix.experts
-        return Grid(
+        return Quantized(
             weight=PackedLinear(matrix.layout, q, scale_zero, *sizes),
             quantizer=matrix.quantizer,
             statistics=matrix.statistics,

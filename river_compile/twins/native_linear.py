@@ -16,7 +16,7 @@ from river_compile.kernels.native.load import loaded
 
 
 class NativeLinear(TorchFunctionMode):
-    """Computes products of plain tensors in 16 bits with the C++ kernels, where those are loaded."""
+    """Computes matmuls of plain 16-bit tensors with the C++ kernels, if those are loaded."""
 
     def __torch_function__(
         self,

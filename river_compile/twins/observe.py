@@ -1,4 +1,4 @@
-"""Calibration statistics for "awq" and "gptq": ``observe(model, tokenizer, texts)`` records what each matrix reads.
+"""Calibration statistics for "awq" and "gptq": records what each matrix of a model reads in some texts.
 
 Texts run through the model as it is, never through compiled code, one after another. Every product of an input with a
 two-dimensional parameter is seen where it happens, and the input's second moments are kept under that parameter, as
@@ -17,65 +17,21 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 from tqdm import tqdm
-from transformers import PreTrainedModel
 
-from river_compile.distributed.ranks import ranks_of
 from river_compile.errors import OptionError
-from river_compile.state import state_of, unwrap
-from river_compile.upstream.compiled_calls import as_it_is
+from river_compile.twins.calibration_stats import ExpertMoments, InputMoments, Observation, Products
+from river_compile.twins.sampling import everything_counts
+from river_compile.upstream.dynamo import uncompiled_forward
 from river_compile.upstream.tensors import version_of
-
-from .moments import ExpertMoments, InputMoments, Observation
-from .products import Products
-from .sampling import everything_counts
-from .sources import digest_of
 
 Tokenizer = Callable[[str], Mapping[str, Sequence[int]]]
 _WINDOW = 512  # tokens that run at once: the logits of a large vocabulary take memory
 
 
-def observe(
-    model: PreTrainedModel,
-    tokenizer: Tokenizer | None = None,
-    texts: Sequence[str] | None = None,
-    *,
-    inputs: Iterable[Tensor] | None = None,
-    progress: bool = True,
-) -> Observation:
-    """Records what every matrix of a model reads, for ``options={"quantizer": "gptq"}`` and ``"awq"``.
-
-    Call it before the first generation with such a quantizer, before or after ``model.compile``; twins that are packed
-    already stay as they are. A later call replaces what an earlier one recorded.
-
-    Args:
-        model: a causal language model in eval mode.
-        tokenizer: maps a text to ``{"input_ids": [...]}``.
-        texts: like those that the model will see and write, chat template included; some thousand tokens in all. None
-            takes a few short ones that come with the package: :func:`default_texts`.
-        inputs: token ids ``[T]`` or ``[B, T]`` without padding, in place of tokenizer and texts.
-        progress: whether to show a progress bar.
-
-    Returns:
-        What was recorded; the model keeps it too, until ``observation.clear()``.
-
-    Raises:
-        OptionError: (a ``ValueError``) neither or both of tokenizer and inputs, or no token in them.
-        RankError: ranks that share the model were given different texts.
-    """
-    model = unwrap(model)
-    windows = windows_of(tokenizer, texts, inputs, "observe")
-    ranks = ranks_of(model.parameters())
-    if ranks.several:
-        ranks.check_alike("the texts to observe", digest_of(windows))
-    observation = record(model, windows, progress=progress)
-    state_of(model.parameters()).put(observation)
-    return observation
-
-
 @torch.no_grad()
 def record(model: nn.Module, windows: Iterable[Tensor], *, own: bool = False, progress: bool = False) -> Observation:
-    """Returns what the matrices of a model read in token ids ``[B, T]``; `own` says that it sampled them itself."""
-    observation, forward = Observation(own), as_it_is(model)
+    """Returns the statistics of a model's matrices on token ids ``[B, T]``; `own` says that it sampled them itself."""
+    observation, forward = Observation(own), uncompiled_forward(model)
     recorder, device = _Recorder(model.parameters(), observation), next(model.parameters()).device
     bar = tqdm(windows, desc="river: observing", unit="text", leave=False, delay=1, disable=not progress)
     with one_expert_at_a_time(model):

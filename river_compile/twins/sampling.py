@@ -18,8 +18,8 @@ import torch
 from torch import Tensor, nn
 
 from river_compile.distributed.ranks import ranks_of
-from river_compile.upstream.compiled_calls import as_it_is
-from river_compile.upstream.hf_cache import cache_argument
+from river_compile.upstream.dynamo import uncompiled_forward
+from river_compile.upstream.transformers import cache_argument
 
 
 @torch.no_grad()
@@ -31,7 +31,7 @@ def sample(model: nn.Module, rows: int, tokens: int, seed: int = 0) -> Tensor:
         Exception: what a model raises that cannot be sampled.
     """
     network: Any = model
-    forward, device = as_it_is(model), next(model.parameters()).device
+    forward, device = uncompiled_forward(model), next(model.parameters()).device
     ranks = ranks_of(model.parameters())
     draws = torch.Generator(device).manual_seed(seed)
     vocabulary = network.config.get_text_config().vocab_size

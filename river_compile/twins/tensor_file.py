@@ -1,4 +1,4 @@
-"""A safetensors file that states its own hash, and whose tensors are mapped into memory where they lie.
+"""A safetensors file that states its own hash, with memory-mapped tensors.
 
 Whoever maps the same file shares one copy of its bytes, in the operating system's page cache; what a process writes to
 a tensor is its own. Tensors begin at multiples of 64 bytes, a line of a processor's cache, if their sizes are such

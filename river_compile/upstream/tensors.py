@@ -1,4 +1,4 @@
-"""What a tensor is made of, and whether it has changed.
+"""The plain tensors inside a tensor, and whether it has changed.
 
 A parameter under tensor parallelism is a DTensor, which holds the rank's own part of it.
 
@@ -26,7 +26,7 @@ def lie_at(tensors: list[Tensor], addresses: list[int]) -> bool:
 
 
 def parts_of(tensor: Tensor) -> list[Tensor]:
-    """Returns the ordinary tensors that hold a tensor's data: itself, or what a quantized one is made of."""
+    """Returns the ordinary tensors that hold a tensor's data: itself, or the parts of a quantized one."""
     if is_ordinary(tensor):
         return [tensor]
     subclass: Any = tensor

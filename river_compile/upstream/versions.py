@@ -42,7 +42,7 @@ def installed(name: str) -> str:
 
 
 def untested(version_of: Callable[[str], str] = installed) -> Iterator[str]:
-    """Yields "torch 2.16.0 (tested: 2.11 to 2.15)" for whatever is installed and lies outside."""
+    """Yields "torch 2.16.0 (tested: 2.11 to 2.15)" for each installed version outside."""
     for name, (oldest, newest) in TESTED.items():
         try:
             version = version_of(name)
@@ -53,7 +53,7 @@ def untested(version_of: Callable[[str], str] = installed) -> Iterator[str]:
 
 
 def warn_of_untested() -> None:
-    """Warns where something lies outside; the backend calls it when it is imported, so once in a process."""
+    """Warns of versions outside; the backend calls it when it is imported, so once in a process."""
     found = ", ".join(untested())
     if found:
         warnings.warn(

@@ -15,11 +15,11 @@ from transformers import DynamicCache
 from benchmarks.rivals.fills import OPTIONS, RIVALS, backend
 from benchmarks.rivals.holes import CacheHolesError
 from river_compile import OptionError, RiverConfig, report, trace
+from river_compile.choices import choose, passes_for
 from river_compile.lowering.choose import Lowering
-from river_compile.pass_list import passes_for
 from river_compile.passes.pipeline import run_passes
 from river_compile.passes.program import RiverProgram
-from river_compile.upstream.hf_cache import crop
+from river_compile.upstream.transformers import crop
 from tests.benchmarks.rival_references import Reference
 from tests.passes.graphs import planned, texts
 from tests.support.decoding import cache_argument, cache_state, decode, left_padded, new_cache
@@ -176,7 +176,8 @@ def test_depths_of_a_monotone_sequence_fall_and_are_reported():
 @pytest.mark.parametrize("name", RIVALS)
 def test_a_pass_leaves_the_program_it_was_given(name):
     seen = [(program := planned(), texts(program))]
-    passes = passes_for(RiverConfig(first_exit=1), program.plan, Lowering("eager", "plain", fuse=False), RIVALS[name])
+    lowering = Lowering("eager", "plain", fuse=False)
+    passes = passes_for(choose(program, RiverConfig(first_exit=1), lowering, RIVALS[name]), program.plan)
     result = run_passes(program, passes, lambda record: seen.append((record.after, texts(record.after))))
     assert isinstance(result, RiverProgram)
     for earlier, expected in seen:

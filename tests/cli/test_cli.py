@@ -22,9 +22,9 @@ from river_compile.cli import app, dry_run, reasoning
 from river_compile.cli.evaluate import wilson
 from river_compile.cli.models import MODELS
 from river_compile.cli.output import error_line
-from river_compile.cli.painting import Painter
+from river_compile.cli.timing import Painter
 from river_compile.runtime.stats import CycleRecord, RowCycle, cycles
-from river_compile.twins import maker
+from river_compile.twins import quantize
 
 ROOT = Path(__file__).parents[2]
 SCHEMA = json.loads((ROOT / "docs/river.schema.json").read_text())
@@ -240,14 +240,14 @@ def test_doctor_tries_the_compiler(capsys):
 
 def test_doctor_says_that_a_self_test_fails(capsys, monkeypatch):
     """Here the tiny model never drafts."""
-    monkeypatch.setattr("river_compile.drop_in.quality.accelerate", lambda model, **options: model)
+    monkeypatch.setattr("river_compile.api.accelerate.accelerate", lambda model, **options: model)
     assert "is not its plain text" in river(capsys, "doctor", code=3).out
 
 
 def test_bench_has_a_row_of_each_test_for_each_backend_and_packs_twins_once(tiny, capsys, monkeypatch):
     made = []
-    quantized = maker._quantized
-    monkeypatch.setattr(maker, "_quantized", lambda *given: (made.append(given), quantized(*given))[1])
+    quantized = quantize._quantized
+    monkeypatch.setattr(quantize, "_quantized", lambda *given: (made.append(given), quantized(*given))[1])
     rows = [part for row in ("plain", "river", "exact") for part in ("--row", row)]
     found = printed_json(capsys, "bench", "-m", tiny, "-p", "8", "-n", "4", "-r", "2", *rows)
     tests = [(row["backend"], row["test"]) for row in found["results"]]
@@ -357,6 +357,30 @@ def test_eval_compares_perplexities(tiny, tmp_path, capsys):
     assert rows["plain"]["score"] == pytest.approx(expected, rel=1e-4)
     assert rows["plain"]["scoring"] == "decode"
     assert rows["river"]["score"] != rows["plain"]["score"]
+
+
+@pytest.mark.slow
+def test_eval_scores_a_task_of_lm_eval_through_the_exits(tiny, tmp_path, capsys):
+    """A task in a file of the user's; the share of choices that a random model gets right, and how deep it went."""
+    (tmp_path / "texts.jsonl").write_text("".join(json.dumps({"text": f"question {n}:"}) + "\n" for n in range(4)))
+    (tmp_path / "made_up.yaml").write_text(
+        f"""
+task: made_up
+dataset_path: json
+dataset_kwargs: {{data_files: {{test: {tmp_path / "texts.jsonl"}}}}}
+test_split: test
+output_type: multiple_choice
+doc_to_text: "{{{{text}}}}"
+doc_to_choice: [" a b", " cd"]
+doc_to_target: 0
+"""
+    )
+    asked = ("--task", tmp_path / "made_up.yaml", "--limit", "3", "--row", "plain", "--row", "fast")
+    rows = printed_json(capsys, "eval", tiny, *asked)["rows"]
+    assert rows.keys() == {"plain", "fast"}
+    assert all(row["metric"] == "acc" and row["scoring"] == "decode" for row in rows.values())
+    assert all(row["score"] * 3 in (0, 1, 2, 3) for row in rows.values())
+    assert rows["fast"]["mean_depth"] < 3
 
 
 def test_reasoning_problems_have_answers():

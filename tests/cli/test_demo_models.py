@@ -5,7 +5,7 @@ Conversion itself is replaced by a stub that writes a small folder; the tests on
 
 import pytest
 
-from river_compile.cli import demo_models as models
+from river_compile.cli import models
 from river_compile.cli.models import load_or_exit, resolve
 from tools.demo_models import copy_to
 

@@ -25,11 +25,9 @@ from river_compile.backend import river
 from river_compile.distributed.ranks import ALONE, Ranks
 from river_compile.exits import forced_depth, forced_threshold
 from river_compile.kernels import portable
+from river_compile.model_record import find_record
 from river_compile.runtime.executor import on_call, on_step
-from river_compile.state import find_state
-from river_compile.twins.own_text import OwnText
-from river_compile.twins.pack import GraphTwins, PackedWeights
-from river_compile.upstream.hf_cache import cache_argument
+from river_compile.upstream.transformers import cache_argument
 from tests.support.families import CONFIGS, make, prompt
 from tools.ranks import Wire
 
@@ -126,8 +124,8 @@ def experts(folder: Path) -> dict[str, Any]:
 
 def kept(model: PreTrainedModel) -> dict[str, Any]:
     """Returns what of a model's twins has 4 bits, and why the rest has not."""
-    graphs = [graph for graph in find_state(model).graphs if graph.of(GraphTwins)]
-    twins = {site.name: (site.shape, site.group_size, site.digest) for site in graphs[-1].of(GraphTwins)}
+    graphs = [graph for graph in find_record(model).graphs if graph.twins]
+    twins = {site.name: (site.shape, site.group_size, site.digest) for site in graphs[-1].twins}
     return {"packed": twins, "reasons": sorted({linear.reason for linear in graphs[-1].kept})}
 
 
@@ -143,7 +141,7 @@ def quantized(folder: Path) -> dict[str, Any]:
     return {
         "told": [str(w.message) for w in told],
         "logits": logits, "text": plain, "kept": kept(model), "report": str(report), "shown": report.to_dict(),
-        "ids": find_state(model).of(OwnText)._ids,
+        "ids": find_record(model).self_calibration._ids,
     }  # fmt: skip
 
 
@@ -216,10 +214,10 @@ def lengths(folder: Path) -> dict[str, Any]:
     model = held["model"]
     for length in (3, 5):
         decode(model, (0,), length)
-    before = len(find_state(model).graphs)
+    before = len(find_record(model).graphs)
     for length in range(2, 30, 3):
         decode(model, (0,), length)
-    return {"new graphs": len(find_state(model).graphs) - before}
+    return {"new graphs": len(find_record(model).graphs) - before}
 
 
 def changed(folder: Path) -> dict[str, Any]:
@@ -232,7 +230,7 @@ def changed(folder: Path) -> dict[str, Any]:
         decode(model, (0,))
         weight.div_(1 + dist.get_rank())
         decode(model, (0,))
-    return {"renewals": find_state(model).of(PackedWeights).renewals}
+    return {"renewals": find_record(model).twins.renewals}
 
 
 def artifact(folder: Path) -> dict[str, Any]:

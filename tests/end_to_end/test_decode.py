@@ -9,8 +9,8 @@ from transformers.generation.streamers import BaseStreamer
 
 import river_compile
 from river_compile import CacheFullError
-from river_compile.speculative.session import Session
-from river_compile.upstream.hf_cache import cache_argument
+from river_compile.decoding.session import Session
+from river_compile.upstream.transformers import cache_argument
 from tests.support.decoding import cache_state, left_padded, new_cache
 from tests.support.families import CONFIGS, make, prompt
 from tools.recorder import recording

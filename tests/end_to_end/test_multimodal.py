@@ -10,7 +10,7 @@ import torch
 from transformers import AutoConfig, AutoModelForImageTextToText, PreTrainedModel
 
 import river_compile
-from river_compile.state import find_state
+from river_compile.model_record import find_record
 
 IMAGE, BEGIN, END = 100, 101, 102
 TEXT = {
@@ -46,4 +46,4 @@ def test_exact_mode_reads_a_picture():
         ours = model.generate(ids, **picture, **options, **exactly)
     assert torch.equal(ours, plain)
     assert trace.kept_sources["river"] > 0
-    assert {find_state(part) for part in model.model.children()} == {find_state(model)}
+    assert {find_record(part) for part in model.model.children()} == {find_record(model)}

@@ -7,7 +7,7 @@ import torch
 from transformers import DynamicCache, StaticCache
 
 from river_compile import accelerate, report, river
-from river_compile.upstream.growing import mark_growing
+from river_compile.upstream.transformers import mark_growing
 from tests.support.decoding import cache_argument
 from tests.support.families import make, prompt
 

@@ -16,7 +16,7 @@ from torch import nn
 from transformers.generation import LogitsProcessor, LogitsProcessorList
 
 import river_compile
-from river_compile.upstream.hf_cache import cache_argument
+from river_compile.upstream.transformers import cache_argument
 from tests.support.decoding import cache_state, left_padded, new_cache
 from tests.support.families import CONFIGS, HIDDEN, make, prompt
 

@@ -11,7 +11,7 @@ from river_compile.exits import WHOLE, forced_depth
 from river_compile.kernels.native.build import CannotBuild
 from river_compile.lowering import choose
 from river_compile.lowering.choose import Lowering, choose_lowering
-from river_compile.upstream.hf_cache import cache_argument
+from river_compile.upstream.transformers import cache_argument
 from tests.support.decoding import CAPACITY, cache_state, decode, left_padded, new_cache
 from tests.support.examples import slow
 from tests.support.families import CONFIGS, each, make, prompt

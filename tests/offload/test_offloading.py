@@ -19,13 +19,12 @@ import pytest
 import torch
 
 from river_compile import OptionError, RiverConfig, RiverWarning, exact, report, river
-from river_compile.cudagraphs.device import CaptureLog
+from river_compile.api.accelerate import bring_back
 from river_compile.exits import forced_depth
 from river_compile.offload import disk as offload_file
 from river_compile.offload.disk import MappedFiles
 from river_compile.offload.store import Arrival, Stored, WeightStore
-from river_compile.offload.weights import bring_back
-from river_compile.runtime.trace import trace
+from river_compile.reporting.trace import trace
 from tests.support.decoding import cache_state, decode, new_cache
 from tests.support.families import make, prompt
 from tests.support.traced import TracedStep
@@ -264,7 +263,7 @@ def test_blocks_that_move_are_not_captured(elsewhere):
             with forced_depth(depth):
                 logits[graphs] += model.generate(prompt(), **options).logits
     assert all(map(torch.equal, logits[False], logits[True]))
-    captures = report(model).graphs[-1].of(CaptureLog)
+    captures = report(model).graphs[-1].captures
     assert set(captures.uncaptured_units) == {"last 2-3"}
     assert "offloaded weights lie elsewhere in every run (at model.layers.2)" in captures.uncaptured_units["last 2-3"]
     assert {c.unit for c in captures.captures} == {"span 0-1", "span 1-2", "span 0-2", "tail 2"}

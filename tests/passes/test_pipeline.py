@@ -7,9 +7,9 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
+from river_compile.choices import choose, passes_for
 from river_compile.config import RiverConfig
 from river_compile.lowering.choose import Lowering
-from river_compile.pass_list import passes_for
 from river_compile.passes.pipeline import PassRecord, run_passes, table
 from river_compile.passes.program import Refusal, RiverProgram
 from tests.passes.graphs import SHAPE, planned, texts
@@ -36,7 +36,7 @@ def test_a_pass_leaves_the_program_it_was_given(options, lowering, norm, paralle
     """No pass changes a graph, or the inputs and outputs, of an earlier program: each returns another one."""
     program = planned(replace(SHAPE, norm=norm, parallel=parallel, bias=bias))
     seen: list[tuple[RiverProgram, dict[str, list[str]]]] = [(program, texts(program))]
-    passes = passes_for(RiverConfig(**options), program.plan, lowering)
+    passes = passes_for(choose(program, RiverConfig(**options), lowering), program.plan)
     assert passes
     result = run_passes(program, passes, lambda record: seen.append((record.after, texts(record.after))))
     assert isinstance(result, RiverProgram)
@@ -56,7 +56,8 @@ def test_the_options_decide_which_passes_run():
         ("never", {"exit_depth": 3}, FUSED),
         ("fixed", {"exit_depth": 1}, UNFUSED),
     ):
-        passes = passes_for(RiverConfig(**options), planned().plan, lowering)
+        program = planned()
+        passes = passes_for(choose(program, RiverConfig(**options), lowering), program.plan)
         names[label] = [step.__name__ for step in passes]
     assert names == {
         "default": ["river_twins", "one_row_head", "exit_checks"],
@@ -82,7 +83,8 @@ def test_the_table_says_what_ran(caplog):
     program = planned()
     records: list[PassRecord] = []
     with caplog.at_level(logging.DEBUG, logger="river_compile.passes"):
-        run_passes(program, passes_for(RiverConfig(first_exit=1), program.plan, UNFUSED), records.append)
+        choices = choose(program, RiverConfig(first_exit=1), UNFUSED)
+        run_passes(program, passes_for(choices, program.plan), records.append)
     lines = table(records).splitlines()
     assert [line.split()[0] for line in lines] == ["pass", "river_twins", "one_row_head", "exit_checks"]
     assert lines[3].split()[3] == "+2"  # a check after each of the candidates 1 and 2

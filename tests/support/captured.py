@@ -17,8 +17,7 @@ from transformers import StaticCache
 
 from river_compile import forced_depth, forced_threshold, report, river
 from river_compile.backend import executors_of
-from river_compile.cudagraphs.device import CaptureLog
-from river_compile.cudagraphs.runner import CapturedRunner
+from river_compile.capture.runner import CapturedRunner
 from river_compile.runtime.executor import RiverExecutor, on_step
 from river_compile.runtime.runner import PlainRunner
 from tests.support.decoding import cache_argument, cache_state, run_plainly
@@ -97,7 +96,7 @@ class Decoder:
     @property
     def log(self):
         """What the report knows of the captures of the newest decode graph."""
-        return [g for g in report(self.model).graphs if g.kind == "decode"][-1].of(CaptureLog)
+        return [g for g in report(self.model).graphs if g.kind == "decode"][-1].captures
 
 
 def captured(model) -> list[RiverExecutor]:

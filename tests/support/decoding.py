@@ -4,17 +4,17 @@ from __future__ import annotations
 
 import functools
 from collections.abc import Sequence
+from contextlib import AbstractContextManager
 
 import torch
 from torch import Tensor
 from transformers import DynamicCache, PreTrainedModel, StaticCache
 from transformers.cache_utils import QuantizedLayer
 
+from river_compile.decoding.session import Session
 from river_compile.exits import forced_depth
-from river_compile.kept_cache import LentCache
-from river_compile.speculative.session import Session
-from river_compile.upstream.growing import mark_growing
-from river_compile.upstream.hf_cache import cache_argument, cache_of
+from river_compile.runtime.cache_pool import BorrowedCache
+from river_compile.upstream.transformers import cache_argument, cache_of, mark_growing
 from tests.support.families import prompt
 
 CAPACITY = 24
@@ -63,7 +63,7 @@ def run_plainly(model, **inputs):
 def decode(
     model,
     cache,
-    depths: Sequence[int | None],
+    depths: Sequence[int | AbstractContextManager[None] | None],
     batch: int = 2,
     compiled: bool = True,
     plain_prompt: bool = False,
@@ -71,7 +71,7 @@ def decode(
     """Feeds a left-padded prompt and then fixed tokens, one step for each depth; returns every step's logits.
 
     Args:
-        depths: exit depth of each step; None leaves the choice to the model's exit rule.
+        depths: exit depth of each step; None leaves the choice to the model's exit rule, a context to what it sets.
         compiled: False runs the model as it is (``model.compile`` changes calls, not ``forward``).
         plain_prompt: runs the prompt as if it were not compiled, for tests of steps alone: one graph less to trace.
     """
@@ -86,7 +86,7 @@ def decode(
         position = (mask.cumsum(-1) - 1)[:, -1:].clone()  # (a view would have another stride in each step)
         arguments = {"input_ids": tokens[:, step : step + 1], "attention_mask": mask, "position_ids": position}
         mark_growing(arguments, prompts=True)  # one graph serves all steps, over static caches too
-        with forced_depth(depth):
+        with depth if isinstance(depth, AbstractContextManager) else forced_depth(depth):
             logits.append(run(**arguments, **held).logits)
     return logits
 
@@ -95,7 +95,7 @@ def session_on(model, ids: Tensor, kind: str = "static") -> Session:
     """Returns a session whose prompt has run."""
     cache = new_cache(model, kind)
     kwargs = {"attention_mask": torch.ones_like(ids), "use_cache": True, cache_argument(model): cache}
-    session = Session(model, LentCache(model, kwargs, None, False))
+    session = Session(model, BorrowedCache(model, kwargs, None, False))
     session.prefill(ids, model.generation_config)
     return session
 

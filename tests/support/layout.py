@@ -6,8 +6,8 @@ import subprocess
 import sys
 from pathlib import Path
 
-ROOT = Path(__file__).resolve().parents[2]
-FOLDERS = {"river_compile": "river_compile", "passes": "river_compile.passes", "kernels": "river_compile.kernels"}
+from tools.house.sources import FOLDERS, ROOT
+
 SOURCES = [file for folder in FOLDERS for file in sorted((ROOT / folder).rglob("*.py"))]
 
 

@@ -12,8 +12,8 @@ from collections.abc import Callable, Sequence
 import torch
 from torch import Tensor
 
+from river_compile.runtime.draft_stats import PassTimes
 from river_compile.runtime.stats import ExitStats
-from river_compile.speculative.rates import PassTimes
 
 VOCABULARY = 11
 

@@ -18,7 +18,7 @@ NAMES = [step.name for step in STEPS]
 
 
 def results(out):
-    return [(row["step"], row["state"]) for row in json.loads((out / "steps.json").read_text())]
+    return [(row["step"], row["model_record"]) for row in json.loads((out / "steps.json").read_text())]
 
 
 def python(code):
@@ -110,7 +110,7 @@ def test_outcomes_are_written_after_every_step(steps, tmp_path, monkeypatch):
     def run(step, out):
         if step.name == "b":
             raise KeyboardInterrupt
-        return {"step": step.name, "state": "ok", "seconds": 1.0}
+        return {"step": step.name, "model_record": "ok", "seconds": 1.0}
 
     monkeypatch.setattr(gpu, "run_step", run)
     with pytest.raises(KeyboardInterrupt):
@@ -162,7 +162,7 @@ for name in sys.argv[1:]:
 NEEDED = (
     "benchmarks.decode benchmarks.cuda_worker benchmarks.cuda_trace benchmarks.kernels benchmarks.conditional "
     "tools.kernels.tune tools.check_gpu tools.gpu tests.conftest tests.kernels.triton.test_gpu "
-    "tests.cudagraphs.test_capture tests.lowering.test_triton tests.offload.test_offloading"
+    "tests.capture.test_capture tests.lowering.test_triton tests.offload.test_offloading"
 )
 
 

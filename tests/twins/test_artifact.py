@@ -12,7 +12,7 @@ import torch
 from safetensors import safe_open
 from safetensors.torch import load_file, save_file
 
-import river_compile.twins.make
+import river_compile.twins.packed
 from river_compile import ArtifactError, OptionError, RiverWarning, report, river, save
 from river_compile.kernels.quant.grid import quantize
 from river_compile.kernels.quant.layouts import PORTABLE, pack, tensors_of
@@ -87,7 +87,7 @@ def test_the_second_start_has_the_same_bits_and_quantizes_nothing(family, quanti
     first = start(family)
     logits = start_anew(first, quantizer=quantizer)
     save(first, tmp_path / "twins")
-    monkeypatch.setattr(river_compile.twins.make, "quantize", lambda *_: pytest.fail("a matrix was quantized"))
+    monkeypatch.setattr(river_compile.twins.packed, "quantize", lambda *_: pytest.fail("a matrix was quantized"))
     second = start(family)
     assert torch.equal(start_anew(second, quantizer=quantizer, artifact=tmp_path / "twins"), logits)
     before, after = report(first).packed, report(second).packed

@@ -12,11 +12,10 @@ from river_compile import RiverWarning, exact, observe, refresh, report, river, 
 from river_compile.backend import executors_of
 from river_compile.exits import forced_depth
 from river_compile.kernels.quant.grid import quantize
-from river_compile.runtime.sequences import Sequences
-from river_compile.state import find_state
-from river_compile.twins import sources
-from river_compile.twins.pack import PackedWeights
-from river_compile.twins.sources import Looks
+from river_compile.model_record import find_record
+from river_compile.runtime.sequences import SequenceTracker
+from river_compile.twins import parameter_stamp
+from river_compile.twins.parameter_stamp import ParameterStamp
 from tests.support.families import make, prompt
 from tests.support.traced import TracedStep, dequantized
 
@@ -105,11 +104,11 @@ def twin_weights(model):
 
 
 def state_of(model):
-    return find_state(model).of(PackedWeights)
+    return find_record(model).twins
 
 
 def test_weights_put_elsewhere_or_loaded_again_are_the_same(step, executor):
-    """Looks decide nothing alone: with the same bytes nothing is packed and nothing is said."""
+    """ParameterStamp decide nothing alone: with the same bytes nothing is packed and nothing is said."""
     step.call(executor)
     renewals = state_of(step.model).renewals
     layer = step.model.get_submodule(DOWN)
@@ -237,8 +236,10 @@ class TestWhatElseTheyAreMadeFrom:
         step = TracedStep()
         executor = step.compiled(**RTN)
         state = state_of(step.model)
-        digest = sources.digest_of
-        monkeypatch.setattr("river_compile.twins.sources.digest_of", lambda tensors: pytest.fail("weights were read"))
+        digest = parameter_stamp.digest_of
+        monkeypatch.setattr(
+            "river_compile.twins.parameter_stamp.digest_of", lambda tensors: pytest.fail("weights were read")
+        )
         with state.moving():
             layer = step.model.get_submodule(DOWN)
             layer.weight.data = layer.weight.data.clone()
@@ -306,8 +307,10 @@ class TestWhenItIsLookedAt:
     def test_a_step_that_goes_on_looks_at_nothing(self, step, executor, monkeypatch):
         """Looking takes a millisecond for 200 matrices, and is for the first token of a sequence."""
         seen = []
-        take = Looks.__init__
-        monkeypatch.setattr(Looks, "__init__", lambda self, tensors: seen.append(len(tensors)) or take(self, tensors))
+        take = ParameterStamp.__init__
+        monkeypatch.setattr(
+            ParameterStamp, "__init__", lambda self, tensors: seen.append(len(tensors)) or take(self, tensors)
+        )
         step.call(executor)
         seen.clear()
         inputs = step.inputs()
@@ -320,7 +323,7 @@ class TestWhenItIsLookedAt:
 
     def test_when_a_sequence_begins(self):
         """With another cache tensor, with one that somebody wrote to, and after a prompt."""
-        sequences, cache = Sequences(), torch.zeros(3)
+        sequences, cache = SequenceTracker(), torch.zeros(3)
         assert sequences.begins("graph", cache)
         sequences.left(cache)
         assert not sequences.begins("graph", cache)

@@ -10,9 +10,8 @@ import torch
 from river_compile import block_errors, observe, report, save
 from river_compile.kernels.quant.calibrated import output_energy
 from river_compile.kernels.quant.grid import decibels
-from river_compile.passes.routing import ROUTER
-from river_compile.twins.moments import ExpertMoments
-from river_compile.twins.pack import GraphTwins
+from river_compile.passes.moe_router import ROUTER
+from river_compile.twins.calibration_stats import ExpertMoments
 from tests.support.families import prompt
 from tests.support.lowerings import FUSED, UNFUSED
 from tests.support.traced import TracedStep, dequantized
@@ -57,8 +56,8 @@ def test_a_token_reads_the_experts_that_it_chose(name):
     step = traced(name)
     step.run(quantizer="rtn")
     graph = report(step.model).graphs[-1]
-    stacks = sum(site.nbytes for site in _graph(step) if site.experts)
-    others = sum(site.nbytes for site in _graph(step) if not site.experts)
+    stacks = sum(site.nbytes for site in _graph(step) if site.linear.experts)
+    others = sum(site.nbytes for site in _graph(step) if not site.linear.experts)
     assert graph.packed_bytes == stacks + others
     assert graph.token_bytes == stacks * MODELS[name][3] // 4 + others
     assert "experts      a token reads" in str(report(step.model))
@@ -98,12 +97,12 @@ def test_what_experts_read_makes_their_outputs_better(name, quantizer):
     assert sum(tokens) == 240 * step.model.config.num_experts_per_tok
     assert min(tokens) > 0
     step.run(quantizer="rtn")
-    plain = {site.name: site for site in _graph(step) if site.experts}
+    plain = {site.name: site for site in _graph(step) if site.linear.experts}
     step.run(quantizer=quantizer)
-    for site in (site for site in _graph(step) if site.experts):
+    for site in (site for site in _graph(step) if site.linear.experts):
         moments = observed.moments_of(step.model.get_parameter(site.name))
         weight = step.model.get_parameter(site.name)
-        weight = (weight.mT if site.transposed else weight).detach()
+        weight = (weight.mT if site.linear.transposed else weight).detach()
         signal = noise = 0.0
         for expert, near in enumerate(plain[site.name].dequantize().view(weight.shape)):
             inputs, count = moments.of(expert)
@@ -128,8 +127,8 @@ def test_experts_are_saved_and_read(tmp_path):
     save(first.model, tmp_path / "twins")
     second = TracedStep("gpt_oss")
     assert torch.equal(second.run(quantizer="rtn", artifact=tmp_path / "twins"), logits)
-    sites = {site.name: site for site in report(second.model).graphs[-1].of(GraphTwins)}
-    assert sum(site.experts == 4 and str(tmp_path) in site.artifact for site in sites.values()) == 4
+    sites = {site.name: site for site in report(second.model).graphs[-1].twins}
+    assert sum(site.linear.experts == 4 and str(tmp_path) in site.artifact for site in sites.values()) == 4
 
 
 def test_the_error_of_a_block_counts_its_experts():
@@ -146,4 +145,4 @@ def _sites(step):
 
 
 def _graph(step):
-    return report(step.model).graphs[-1].of(GraphTwins)
+    return report(step.model).graphs[-1].twins

@@ -10,8 +10,8 @@ import torch
 from torch import nn
 
 from river_compile import OptionError, observe, river
-from river_compile.state import find_state
-from river_compile.twins.moments import InputMoments, Observation
+from river_compile.model_record import find_record
+from river_compile.twins.calibration_stats import InputMoments
 from river_compile.twins.observe import default_texts
 from tests.support.families import make, prompt
 
@@ -73,9 +73,9 @@ def test_a_compiled_model_is_observed_as_it_is():
         after = observe(model, inputs=[prompt(20)], progress=False)
         weight = model.model.layers[0].mlp.down_proj.weight
         assert torch.equal(before.moments_of(weight).matrix(), after.moments_of(weight).matrix())
-    state = find_state(model)
+    state = find_record(model)
     assert state.graphs == []
-    assert state.find(Observation) is after
+    assert state.observation is after
 
 
 def test_inputs_are_summed_up_when_they_take_more_room_than_moments():
@@ -116,7 +116,7 @@ def test_texts_that_come_with_the_package():
 def test_a_later_call_replaces_the_earlier_one_and_clear_frees():
     model = make("llama", layers=2)
     first, second = (observe(model, inputs=[prompt(20, seed=i)], progress=False) for i in range(2))
-    assert find_state(model).find(Observation) is second
+    assert find_record(model).observation is second
     assert first.number != second.number
     assert second.nbytes > 0
     second.clear()

@@ -7,7 +7,7 @@ import pytest
 import torch
 
 from river_compile.kernels.quant.grid import threads_for
-from river_compile.twins.pack import PackedWeights, Statistics
+from river_compile.twins.registry import Statistics, TwinRegistry
 
 
 class Sources(types.SimpleNamespace):
@@ -50,7 +50,7 @@ def test_a_device_packs_one_matrix_after_the_other(device, threads, monkeypatch)
     monkeypatch.setattr(torch, "get_num_threads", lambda: 3)
     log: list[str] = []
     maker, weight, sites = Maker(log), torch.empty(4, 4, device=device), list("abcdef")
-    made = PackedWeights()._make(maker, sites, dict.fromkeys(sites, Sources(weights=(weight,), log=log)), Statistics())
+    made = TwinRegistry()._make(maker, sites, dict.fromkeys(sites, Sources(weights=(weight,), log=log)), Statistics())
     assert list(made) == list(made.values()) == sites
     assert threads_for(weight) == threads
     assert (maker.most > 1) == (threads > 1)

@@ -7,10 +7,9 @@ import json
 import pytest
 import torch
 
-import river_compile.twins.make
+import river_compile.twins.packed
 from river_compile import ArtifactError, OptionError, block_errors, observe, report, save
 from river_compile.kernels.quant import calibrated
-from river_compile.twins.pack import GraphTwins
 from tests.support.families import make, prompt
 from tests.support.traced import TracedStep, dequantized
 
@@ -26,7 +25,7 @@ def observed(family="llama"):
 
 def twins_of(step):
     """Returns the 4-bit products, by name, of the step's latest twins."""
-    return {site.name: site for site in report(step.model).graphs[-1].of(GraphTwins)}
+    return {site.name: site for site in report(step.model).graphs[-1].twins}
 
 
 @pytest.mark.parametrize(
@@ -98,7 +97,7 @@ class TestArtifacts:
         first = observed("gpt2")
         logits = first.run(quantizer=quantizer)
         save(first.model, tmp_path / "twins")
-        monkeypatch.setattr(river_compile.twins.make, "quantize_observed", lambda *_, **__: pytest.fail("quantized"))
+        monkeypatch.setattr(river_compile.twins.packed, "quantize_observed", lambda *_, **__: pytest.fail("quantized"))
         second = TracedStep("gpt2")
         assert torch.equal(second.run(quantizer=quantizer, artifact=tmp_path / "twins"), logits)
         after = twins_of(second)

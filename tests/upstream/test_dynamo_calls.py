@@ -5,7 +5,7 @@ from __future__ import annotations
 import pytest
 import torch
 
-from river_compile.upstream.dynamo_calls import code_without_effects
+from river_compile.upstream.dynamo import code_without_effects
 
 pytestmark = pytest.mark.usefixtures("fresh_dynamo")
 

@@ -6,7 +6,7 @@ import pytest
 from torch._inductor import cpp_builder
 from torch._inductor.exc import CppCompileError
 
-from river_compile.upstream.inductor_builds import build_whole_files
+from river_compile.upstream.dynamo import build_whole_files
 
 
 @pytest.fixture

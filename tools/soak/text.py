@@ -22,7 +22,7 @@ from transformers import PreTrainedModel
 
 import river_compile
 from river_compile.exits import forced_depth
-from river_compile.upstream.hf_cache import cache_argument
+from river_compile.upstream.transformers import cache_argument
 from tests.support.decoding import new_cache
 from tests.support.families import REWRITTEN, make, prompt
 from tools.recorder import recording

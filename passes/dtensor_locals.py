@@ -1,0 +1,137 @@
+"""Turns one rank's traced graph under tensor parallelism into one of plain tensors and collectives.
+
+transformers reads each parameter that is spread over ranks as ``parameter.to_local()``. Here the parameter's input
+becomes that local shard, so that every pass meets plain matrices; what gathers logits becomes the collective that it
+is, and sums over ranks stand where they were, without the copy back into the partial sum:
+
+    to_local(p)                                                  p
+    x.copy_(wait(all_reduce(x))), x                              wait(all_reduce(x))
+    from_local(x, Shard(-1)).redistribute(Replicate).to_local()  cat of wait(all_gather(x))
+
+The bits stay the same. Not handled: shards of unequal width in the last of these, and parameters that are read in
+other ways (a table that is looked up in parts); they stay as they are.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+
+import torch
+from torch import Tensor, fx
+from torch.fx.node import Argument
+
+from river_compile.passes.edits import call
+from river_compile.passes.nodes import called, is_parameter, is_reshape, memory_of, shape, value_of
+
+_COLLECTIVES = torch.ops._c10d_functional
+_ALIASES = (Tensor.detach, Tensor.view_as, torch.ops.aten.alias.default, torch.ops.aten.detach.default)
+
+
+def is_shard(value: object) -> bool:
+    """True for a DTensor, real or fake."""
+    return isinstance(value, Tensor) and hasattr(value, "device_mesh")
+
+
+def collective(node: Argument, name: str) -> bool:
+    """True for a functional collective: "all_reduce", "wait_tensor" ..."""
+    packet = getattr(_COLLECTIVES, name)
+    return called(node, packet, packet.default)
+
+
+def on_local_shards(traced: fx.GraphModule, ranks: int, group: str) -> frozenset[fx.Node]:
+    """Changes a normalized graph as the module's text says.
+
+    Args:
+        traced: the graph, whose placeholders keep their places.
+        ranks: how many share the model.
+        group: the name of their process group.
+
+    Returns:
+        The placeholders that stand for the local shards of what the caller brings.
+    """
+    graph = traced.graph
+    local = frozenset(node for node in graph.find_nodes(op="placeholder") if _read_as_local(node))
+    for node in list(graph.nodes):
+        if collective(node, "wait_tensor"):
+            _without_copy(node)
+        elif _calls(node, "from_local"):
+            _as_gather(node, ranks, group)
+    traced.recompile()
+    return local
+
+
+def _read_as_local(parameter: fx.Node) -> bool:
+    """Makes a parameter's input its shard, if all users read that; returns whether it is one now."""
+    if not is_parameter(parameter) or not is_shard(value_of(parameter)) or not parameter.users:
+        return False
+    reads = list(parameter.users)
+    if not all(_calls(user, "to_local") for user in reads):
+        return False
+    parameter.meta["example_value"] = value_of(reads[0])
+    for read in reads:
+        for same in (*_aliases(read), read):
+            same.replace_all_uses_with(parameter)
+            same.graph.erase_node(same)
+    return True
+
+
+def _aliases(node: fx.Node) -> Iterator[fx.Node]:
+    """Yields aliases of the same memory in the same shape, the last ones first."""
+    for user in list(node.users):
+        alias = called(user, *_ALIASES) or is_reshape(user)
+        if alias and user.args[0] is node and shape(user) == shape(node):
+            yield from _aliases(user)
+            yield user
+
+
+def _without_copy(wait: fx.Node) -> None:
+    """Uses a sum over ranks itself where it was copied back into the rank's own part, which is read only afterwards."""
+    reduced = wait.args[0]
+    if not collective(reduced, "all_reduce") or len(wait.users) != 1:
+        return
+    part, (copy,) = reduced.args[0], wait.users
+    if not called(copy, Tensor.copy_) or copy.args[:2] != (part, wait):
+        return
+    after = [user for user in part.users if user not in (reduced, copy)]
+    if part.op != "placeholder" and memory_of(part) is part and all(user > copy for user in after):
+        for user in after:
+            user.replace_input_with(part, wait)
+        copy.replace_all_uses_with(wait)
+        copy.graph.erase_node(copy)
+
+
+def _as_gather(shards: fx.Node, ranks: int, group: str) -> None:
+    """Gathers equal shards of the last dimension as a collective of plain tensors."""
+    whole = _only_user(shards, "redistribute")
+    result = None if whole is None else _only_user(whole, "to_local")
+    if whole is None or result is None:
+        return
+    x, _, (before,) = shards.args[:3]
+    (after,) = whole.kwargs.get("placements") or whole.args[2]
+    last = value_of(x).dim() - 1
+    split = type(before).__name__ == "Shard" and before.dim in (-1, last)
+    if not split or not after.is_replicate() or value_of(x).shape[-1] * ranks != value_of(result).shape[-1]:
+        return
+    order = (*range(1, last + 1), 0, last + 1)
+    with shards.graph.inserting_before(result):
+        one = value_of(x).unsqueeze(0)
+        every = one.new_empty((ranks, *one.shape[1:]))
+        part = call(torch.unsqueeze, (x, 0), one, result)
+        gathered = call(_COLLECTIVES.all_gather_into_tensor.default, (part, ranks, group), every, result)
+        waited = call(_COLLECTIVES.wait_tensor.default, (gathered,), every, result)
+        side_by_side = call(torch.permute, (waited, order), every.permute(order), result)
+        joined = call(torch.flatten, (side_by_side, -2, -1), value_of(result), result)
+    result.replace_all_uses_with(joined)
+    for node in (result, whole, shards):
+        node.graph.erase_node(node)
+
+
+def _only_user(node: fx.Node, name: str) -> fx.Node | None:
+    """Returns the call of this name that alone uses a node."""
+    users = list(node.users)
+    return users[0] if len(users) == 1 and _calls(users[0], name) else None
+
+
+def _calls(node: fx.Node, name: str) -> bool:
+    called_name = node.target if node.op == "call_method" else getattr(node.target, "__name__", "")
+    return node.op in ("call_method", "call_function") and called_name == name

@@ -1,0 +1,183 @@
+"""Builds what runs a rewritten decoder, in one direction: choose, rewrite, pack what the twins pass made, compile.
+
+Not handled: whether a graph is a decoder (:mod:`river_compile.backend` refuses others before).
+"""
+
+from __future__ import annotations
+
+import functools
+import logging
+import weakref
+from collections.abc import Mapping, Sequence
+from typing import Any
+
+from torch import fx
+from tqdm import tqdm
+
+from river_compile.capture.capture_cache import CaptureCache
+from river_compile.capture.device_exits import captured_runner
+from river_compile.choices import Choices, choose, passes_for
+from river_compile.distributed.runner import RankRunner
+from river_compile.errors import OptionError
+from river_compile.lowering.choose import Lowering, choose_lowering, warn_of_slow_lowering
+from river_compile.lowering.compile import SegmentCompiler, inductor_settings
+from river_compile.model_record import GraphRecord, ModelRecord, adopt
+from river_compile.offload.streaming import Streamer
+from river_compile.passes.linears import matrix_names
+from river_compile.passes.pipeline import run_passes
+from river_compile.passes.program import Refusal, RiverProgram, Segment, TwinLinear
+from river_compile.reporting.dump import PassDump, trace_artifact
+from river_compile.reporting.report import bytes_of_token, graph_lines, note_ranks
+from river_compile.runtime.draft_vocab import HeadVocab
+from river_compile.runtime.executor import RiverExecutor
+from river_compile.runtime.fill import Fill
+from river_compile.runtime.runner import PlainRunner, Runner, Step
+from river_compile.twins.packed import TwinWeight
+from river_compile.twins.registry import TwinWatch
+
+log = logging.getLogger("river_compile")
+Packed = dict[TwinLinear, TwinWeight]
+
+
+def build(
+    found: RiverProgram,
+    values: Mapping[fx.Node, Any],
+    lowering: Lowering | None,
+    fill: type[Fill],
+    model: ModelRecord,
+    graph: GraphRecord,
+) -> RiverExecutor:
+    """Rewrites a decoder, packs its twins' weights, and compiles what tokens can reach.
+
+    Args:
+        found: the decoder's segments, as they were recognised.
+        values: the graph's inputs, real tensors, in order.
+        lowering: how segments are lowered; None: as options and device say.
+        fill: what skipped blocks leave in the KV cache.
+        model, graph: the records to fill in.
+
+    Raises:
+        OptionError: (a ``ValueError``) options that do not go together, or with this model.
+    """
+    config, plan = graph.config, found.plan
+    choices = choose(found, config, lowering or choose_lowering(config, plan.device), fill)
+    choices = choices.captured_by(found, graph.captures, model.ranks)
+    graph.own_backbone = choices.lowering.native and choices.own_backbone
+    model.offloaded.check(plan, config)
+    with graph.stage("rewriting"):
+        program = _rewritten(found, choices)
+    segments = choices.policy.reachable(program)
+    packed = _packed(program, found, segments, [*values.values()], choices, model, graph)
+    if plan.is_decode:
+        resident = sum(packed[linear].nbytes for segment in segments for linear in segment.packed)
+        with model.twins.moving():
+            model.offloaded.arrange(program, values, config, resident)
+    streamer = Streamer(model.offloaded, program, values, config.offload)
+    vocabulary = HeadVocab.of(program)
+    steps = _compiled(program, segments, packed, choices, streamer, vocabulary, graph)
+    note_ranks(program, graph, model.ranks)
+    trace_artifact(f"river_{plan.kind}_report", lambda: "\n".join(graph_lines(graph)))
+    model.exit_stats.num_blocks = plan.num_blocks
+    filled = fill(program)
+    watch = None
+    if packed:
+        watch = TwinWatch(packed, model.twins, lambda: model.statistics, functools.partial(adopt, model))
+    executor = RiverExecutor(
+        program,
+        _runner(program, steps, filled, choices, model, graph),
+        choices.policy,
+        model.exit_stats,
+        model.exit_memories,
+        filled,
+        model.sequences,
+        watch,
+        streamer.forget,
+        vocabulary,
+        graph.entry,
+        graph.inputs,
+    )
+    graph.executor = weakref.ref(executor)
+    return executor
+
+
+def _rewritten(found: RiverProgram, choices: Choices) -> RiverProgram:
+    """Runs the passes, and writes what they did if that was asked for."""
+    dump = PassDump(choices.config.dump_dir, found.plan.kind)
+    result = run_passes(found, passes_for(choices, found.plan), dump.after_pass)
+    if isinstance(result, Refusal):  # the river's own passes refuse nothing
+        raise OptionError(f"this fill cannot be used here: {result}")
+    dump.program(result)
+    if dump.folder is not None:
+        log.info("wrote the rewritten graph to %s", dump.folder)
+    return result
+
+
+def _packed(
+    program: RiverProgram,
+    found: RiverProgram,
+    segments: Sequence[Segment],
+    inputs: Sequence[Any],
+    choices: Choices,
+    model: ModelRecord,
+    graph: GraphRecord,
+) -> Packed:
+    """Returns the packed weights of the matmuls that the twins pass made and tokens can reach; judges them."""
+    twins = model.twins
+    with graph.stage("packing"):
+        every = [linear for segment in program.segments for linear in segment.packed]
+        reached = [linear for segment in segments for linear in segment.packed]
+        if not every or not program.twins:
+            return {}
+        packed = twins.pack(reached, inputs, choices.config, model.statistics, matrix_names(found), every)
+    if packed:
+        warn_of_slow_lowering(choices.lowering, program.plan.device)
+        with graph.stage("judging"):
+            twins.judge(packed.values(), model.statistics)
+    graph.twins = tuple(packed.values())
+    return packed
+
+
+def _compiled(
+    program: RiverProgram,
+    segments: Sequence[Segment],
+    packed: Packed,
+    choices: Choices,
+    streamer: Streamer,
+    vocabulary: HeadVocab | None,
+    graph: GraphRecord,
+) -> dict[Segment, Step]:
+    """Returns the steps of the segments, each with the operands that follow its inputs."""
+    compiler = SegmentCompiler(choices.lowering, inductor_settings(graph.mode, whole=False))
+    steps: dict[Segment, Step] = {}
+    with graph.stage("compiling"):
+        for segment in tqdm(segments, desc="river: compiling segments", unit="segment", leave=False, delay=1):
+            operands = [tensor for linear in segment.packed for tensor in packed[linear].tensors]
+            graph.packed_bytes += sum(tensor.nbytes for tensor in operands)
+            graph.token_bytes += bytes_of_token(segment, operands, len(segment.inputs))
+            if vocabulary is not None and segment.chooses_logits:
+                operands.append(vocabulary.list)
+            if choices.verdicts is not None and segment.decides:
+                operands += choices.verdicts.of(segment.depth)
+            steps[segment] = streamer.step(segment, compiler.compile(segment, operands), operands, program.slots)
+    graph.describe(program, compiler.compiled)
+    return steps
+
+
+def _runner(
+    program: RiverProgram,
+    steps: Mapping[Segment, Step],
+    fill: Fill,
+    choices: Choices,
+    model: ModelRecord,
+    graph: GraphRecord,
+) -> Runner:
+    config = choices.config
+    runner: Runner = PlainRunner(program, steps, fill)
+    if model.ranks.several:
+        runner = RankRunner(program, steps, model.ranks, config.check_ranks)
+    if choices.device is None:
+        return runner
+    captures = CaptureCache(program, choices.device, graph.captures, config.max_captures)
+    return captured_runner(
+        program, steps, captures, choices.policy, config.launch_ahead, choices.verdicts, plain=runner
+    )

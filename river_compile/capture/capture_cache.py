@@ -1,0 +1,273 @@
+"""Launches units: replays captures, makes them when inputs recur, and owns the buffers between units.
+
+The first time that a unit meets its inputs' addresses it runs uncaptured, which is also the warm-up that a capture
+needs; the second time it is captured, and from then on replayed. (A device that needs no warm-up captures at once.) A
+unit whose inputs never repeat (a mask that grows) stays uncaptured, and the log names the input that changes.
+
+A capture is found by the addresses of what it reads and by the sizes among its inputs; shapes and strides follow from
+those. A new KV cache leads to new captures, or takes over those of a freed one whose addresses it got. No cache and no
+parameter is held here. The oldest capture gives way when there are `max_captures`.
+
+Not handled: when what is launched, which :mod:`river_compile.capture.runner` says; two steps at a time.
+"""
+
+from __future__ import annotations
+
+import functools
+import logging
+import time
+from collections import OrderedDict
+from collections.abc import Callable, Iterable, Mapping, Sequence
+
+import torch
+from torch import Tensor, fx
+
+from river_compile.capture.device import CaptureDevice, CaptureFailed, CaptureLog, CaptureRecord
+from river_compile.capture.units import CaptureUnit, buffer_like, copy_into
+from river_compile.passes.capture_safety import fixed_inputs
+from river_compile.passes.nodes import input_name, is_tensor, source_of, value_of
+from river_compile.passes.program import RiverProgram
+from river_compile.runtime.slots import SCORE, gather, new_slots
+from river_compile.upstream.tensors import lie_at
+
+log = logging.getLogger("river_compile.capture.device")
+
+_SEEN = 16  # sets of inputs that are remembered per unit until they come a second time
+_SHAPES = 8  # shapes of one value for which buffers are kept
+_CHANGES = 4  # uses without one repetition before the log calls an input changing
+
+
+class CaptureCache:
+    """The captures and buffers of one program. `max_captures` may be changed between two steps."""
+
+    def __init__(self, program: RiverProgram, device: CaptureDevice, log: CaptureLog, max_captures: int) -> None:
+        self.device, self.log, self.max_captures = device, log, max_captures
+        self._program = program
+        self._nodes: list[fx.Node] = list(program.slots)
+        fixed = fixed_inputs(program.plan)
+        self._batch_of = next(
+            i for i, node in enumerate(self._nodes) if node in fixed and is_tensor(node) and value_of(node).dim() == 4
+        )
+        self._buffers: dict[int, OrderedDict[tuple, Tensor]] = {}
+        # By what was read: the graph and the buffers of its results; and these where a unit was not captured so far.
+        self._captures: OrderedDict[tuple, tuple[object, dict[int, Tensor]]] = OrderedDict()
+        self._seen: dict[CaptureUnit, OrderedDict[tuple, dict[int, Tensor]]] = {}
+        self._failed: set[CaptureUnit] = set()
+        self._prepared: dict[CaptureUnit, tuple] = {}
+        self._latest: dict[
+            CaptureUnit, tuple[list[int], list, tuple]
+        ] = {}  # addresses, numbers, signature: most come again
+
+    def buffers(self) -> list[tuple[str, Tensor]]:
+        """Returns the buffers at the units' borders, each with the name of its value in the traced graph."""
+        names = {i: node.name for i, node in enumerate(self._nodes)} | {SCORE: "score of the head"}
+        return [(name, b) for i, name in names.items() for b in self._buffers.get(i, {}).values()]
+
+    def graphs(self) -> list[object]:
+        """Returns the device's graphs of all captures, that of the latest launch last."""
+        return [graph for graph, _ in self._captures.values()]
+
+    def prepare(self, units: Iterable[CaptureUnit] = (), slots: Sequence = ()) -> None:
+        """Computes the keys of these units' captures for the next launch of each.
+
+        Nothing that they read may be put in another place before: what is launched in between writes other slots.
+        """
+        self._prepared.clear()
+        for unit in units:
+            if unit.obstacle is None:
+                self._prepared[unit] = self._signature(unit, slots)
+
+    def is_captured(self, unit: CaptureUnit, slots: list) -> bool:
+        """Says whether a launch would replay."""
+        return (self._prepared.get(unit) or self._signature(unit, slots)) in self._captures
+
+    def capture(self, unit: CaptureUnit, slots: list, rehearse: Callable[[], object]) -> bool:
+        """Makes sure that a unit has a capture for its next launch, and runs nothing of it.
+
+        Args:
+            unit: what nothing but captures run; :meth:`note_run` tells when something else did what it does.
+            slots: what it would read.
+            rehearse: called before a capture.
+
+        Returns:
+            False where it has none: it meets its inputs for the first time, or the log says why.
+        """
+        if self._stays_uncaptured(unit):
+            return False
+        self.prepare((unit,), slots)
+        signature = self._prepared[unit]
+        return signature in self._captures or self._capture(unit, signature, slots, rehearse)
+
+    def note_run(self, unit: CaptureUnit, slots: list) -> None:
+        """Notes that a unit's results are in the slots already, so that it is captured next."""
+        if not self._stays_uncaptured(unit):
+            self._remember(unit, self._signature(unit, slots), {index: slots[index] for index in unit.writes})
+
+    def launch(self, unit: CaptureUnit, slots: list) -> bool:
+        """Replays a unit, or runs it if it has no capture, and leaves its results in the slots.
+
+        Returns:
+            True where an existing capture was replayed.
+        """
+        if self._stays_uncaptured(unit):
+            self._run_uncaptured(unit, slots)
+            return False
+        signature = self._prepared.pop(unit, None) or self._signature(unit, slots)
+        is_new = signature not in self._captures
+        if is_new and not self._capture(unit, signature, slots):
+            self._remember(unit, signature, self._run_uncaptured(unit, slots))
+            return False
+        graph, outputs = self._captures[signature]
+        self._captures.move_to_end(signature)
+        self.device.launch(graph, slots)
+        for index, buffer in outputs.items():
+            slots[index] = buffer
+        unit.count(slots)
+        return not is_new
+
+    def replay(self, unit: CaptureUnit, slots: list, numbers: set[int]) -> Callable[[], object] | None:
+        """Returns a repeated launch of a unit on these slots; None if it is not captured yet.
+
+        Its results' buffers are put into the slots.
+
+        Args:
+            unit: to be launched.
+            slots: what it reads and writes, for good: all its tensors stay where they are.
+            numbers: slots of numbers that may be others in the next launch; those that follow from them are added.
+        """
+        if self._stays_uncaptured(unit):
+            buffers = {index: next(reversed(self._buffers[index].values())) for index in unit.writes}
+            launch: Callable[[], object] = functools.partial(self._run_again, unit, slots, [*buffers.values()])
+        else:
+            captured = self._captures.get(self._signature(unit, slots))
+            if captured is None or numbers & {*unit.keys[unit.tensors :]}:
+                return None
+            graph, buffers = captured
+            launch = self.device.replayer(graph, slots)
+        for index, buffer in buffers.items():
+            slots[index] = buffer
+        unit.count(slots)
+        followed = {index for index, _, arguments in unit.numbers if numbers & {*arguments}}
+        numbers |= followed
+        if not followed or self._stays_uncaptured(unit):  # (what runs as code counts for itself)
+            return launch
+
+        def launch_and_count() -> None:
+            launch()
+            unit.count(slots)
+
+        return launch_and_count
+
+    def _stays_uncaptured(self, unit: CaptureUnit) -> bool:
+        """Says whether a unit is never captured; the log then says why."""
+        if unit.obstacle is not None:
+            self.log.uncaptured_units.setdefault(unit.name, str(unit.obstacle))
+        return unit.obstacle is not None or unit in self._failed
+
+    def _signature(self, unit: CaptureUnit, slots: Sequence) -> tuple:
+        """Returns the unit, the address of every tensor that it reads, and every number."""
+        values = unit.inputs_in(slots)
+        tensors, numbers = [*values[: unit.tensors]], [*values[unit.tensors :]]
+        latest = self._latest.get(unit)
+        if latest is None or latest[1] != numbers or not lie_at(tensors, latest[0]):
+            addresses = list(map(Tensor.data_ptr, tensors))
+            latest = self._latest[unit] = addresses, numbers, (unit, *addresses, *numbers)
+        return latest[2]
+
+    def _remember(self, unit: CaptureUnit, signature: tuple, outputs: dict[int, Tensor]) -> None:
+        """Notes the inputs that a unit ran on and the buffers of its results, so that it is captured the next time."""
+        seen = self._seen.setdefault(unit, OrderedDict())
+        if len(seen) >= _CHANGES and unit.name not in self.log.uncaptured_units:
+            latest = next(reversed(seen))
+            pairs = zip(unit.keys, latest[1:], signature[1:], strict=True)
+            differing = [self._nodes[index] for index, before, now in pairs if before != now]
+            names = [input_name(node) if node.op == "placeholder" else source_of(node) for node in differing]
+            self.log.uncaptured_units[unit.name] = (
+                f"its inputs have not come twice so far; the latest differ at {', '.join(dict.fromkeys(names))}"
+            )
+        seen[signature] = outputs
+        if len(seen) > _SEEN:
+            seen.popitem(last=False)
+
+    def _run_again(self, unit: CaptureUnit, slots: list, buffers: list[Tensor]) -> None:
+        """Runs a unit as plain code on slots that hold the buffers of its results."""
+        own = slots.copy()
+        self.device.settle()
+        unit.run(own)
+        self.device.run(functools.partial(copy_into, buffers, gather(unit.writes)(own)))
+        unit.count(slots)
+
+    def _run_uncaptured(self, unit: CaptureUnit, slots: list) -> dict[int, Tensor]:
+        """Runs a unit as plain code; returns the buffers that its results were copied to."""
+        own = new_slots(self._program)
+        for index in unit.reads:
+            own[index] = slots[index]
+        self.device.settle()
+        unit.run(own)
+        outputs = self.copies({index: own[index] for index in unit.writes})
+        for index, buffer in outputs.items():
+            slots[index] = buffer
+        unit.count(slots)
+        return outputs
+
+    def _capture(
+        self, unit: CaptureUnit, signature: tuple, slots: list, rehearse: Callable[[], object] = lambda: None
+    ) -> bool:
+        """Captures a unit whose inputs recur; returns False if they are new, or it failed (the log says why)."""
+        seen = self._seen.setdefault(unit, OrderedDict())
+        outputs = seen.get(signature)
+        if outputs is None:
+            if self.device.needs_a_run:
+                return False
+            outputs = {}
+        start = time.perf_counter()
+        rehearse()
+        try:
+            graph, size = self.device.capture(unit, slots, outputs, self.buffer)
+        except CaptureFailed as error:
+            self._failed.add(unit)
+            self.log.uncaptured_units[unit.name] = str(error)
+            log.warning("%s runs uncaptured: %s", unit.name, error)
+            return False
+        seconds = time.perf_counter() - start
+        record = CaptureRecord(unit.name, unit.end, slots[self._batch_of].shape[0], seconds, size)
+        log.info("captured %s: depth %d, batch %d, %.3f s, %d bytes", *vars(record).values())
+        while len(self._captures) >= self.max_captures:
+            self._captures.popitem(last=False)
+            self.log.dropped += 1
+        self._captures[signature] = graph, outputs
+        seen.pop(signature, None)
+        self.log.add(record)
+        self.log.alive = len(self._captures)
+        self.log.uncaptured_units.pop(unit.name, None)
+        return True
+
+    def copies(self, values: Mapping[int, Tensor]) -> dict[int, Tensor]:
+        """Copies values, by slot, into the buffers of their slots and returns those."""
+        buffers = {index: self.buffer(index, value) for index, value in values.items()}
+        if buffers:
+            self.device.run(lambda: copy_into([*buffers.values()], [*values.values()]))
+        return buffers
+
+    def buffer(self, index: int, value: Tensor) -> Tensor:
+        """Returns the buffer of a slot for a tensor like this one."""
+        kept = self._buffers.setdefault(index, OrderedDict())
+        key = (value.shape, value.stride(), value.dtype, value.device)
+        buffer = kept.get(key)
+        if buffer is None:
+            buffer = kept[key] = buffer_like(value)
+            if len(kept) > _SHAPES:
+                kept.popitem(last=False)
+            self.log.buffer_bytes = sum(b.nbytes for k in self._buffers.values() for b in k.values())
+        kept.move_to_end(key)
+        return buffer
+
+    def fresh(self, values: Iterable[object]) -> tuple:
+        """Returns copies that no later step overwrites, in order with the launches."""
+        values = list(values)
+        fresh = [torch.empty_like(v) if isinstance(v, Tensor) else v for v in values]
+        both = zip(fresh, values, strict=True)
+        pairs = [(a, b) for a, b in both if isinstance(a, Tensor) and isinstance(b, Tensor)]
+        if pairs:
+            self.device.run(lambda: copy_into(*zip(*pairs, strict=True)))
+        return tuple(fresh)

@@ -1,0 +1,143 @@
+"""What one graph is built with, decided once: kernels, exits, passes, and what captures its steps.
+
+Not handled: how segments are compiled (:mod:`river_compile.lowering`), and where their weights come from
+(:mod:`river_compile.twins`).
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, replace
+
+from river_compile.capture.device import CaptureDevice, CaptureLog
+from river_compile.capture.device_exit_state import DeviceExitState
+from river_compile.capture.device_exits import verdicts_for
+from river_compile.capture.runner import choose_device
+from river_compile.config import RiverConfig
+from river_compile.distributed.ranks import Ranks
+from river_compile.errors import OptionError
+from river_compile.exits import ExitPolicy
+from river_compile.lowering.choose import Lowering
+from river_compile.passes.backbone import river_backbone
+from river_compile.passes.exit_checks import exit_checks, logits_entropy, logits_of
+from river_compile.passes.fusion.fuse import fuse_backbone, fuse_checks, fuse_twins
+from river_compile.passes.heads import rescored_head, wanted_logits
+from river_compile.passes.pipeline import Pass
+from river_compile.passes.program import DecoderPlan, RiverProgram
+from river_compile.passes.twins import Twinning, one_row_head, river_head, river_twins
+from river_compile.runtime.fill import Fill
+
+
+@dataclass(frozen=True)
+class Choices:
+    """The decisions for one graph; `device` and `verdicts` are None until :meth:`captured_by` finds them."""
+
+    config: RiverConfig
+    lowering: Lowering
+    policy: ExitPolicy  # when tokens leave
+    twinning: Twinning | None  # of the blocks; None: twins keep the backbone's weights
+    head_twinning: Twinning | None  # None: tokens that left use the head's own weights
+    own_backbone: bool  # whether the backbone's blocks multiply by the package's kernels
+    fill: type[Fill] = Fill  # what writes the KV entries of skipped blocks
+    device: CaptureDevice | None = None  # captures the steps
+    verdicts: DeviceExitState | None = None  # exits that the device decides; None: the host does
+
+    def captured_by(self, program: RiverProgram, log: CaptureLog, ranks: Ranks) -> Choices:
+        """Returns the choices with what captures the program's steps; `log` says why nothing does.
+
+        Raises:
+            OptionError: captures are asked for, and the model does not lie on a device that has them.
+        """
+        device, plan = choose_device(program, self.config, log, self.lowering.native, ranks), program.plan
+        decides = device is not None and self.config.launch_ahead == "device" and plan.is_decode
+        verdicts = verdicts_for(plan, self.policy, device, log) if device is not None and decides else None
+        return replace(self, device=device, verdicts=verdicts)
+
+
+def choose(program: RiverProgram, config: RiverConfig, lowering: Lowering, fill: type[Fill] = Fill) -> Choices:
+    """Decides what a program is built with. No pass needs to have run.
+
+    Raises:
+        OptionError: (a ``ValueError``) options that do not go together, or with this model.
+    """
+    plan = program.plan
+    config.check_depths(plan.num_blocks)
+    twinning = None
+    if config.quantizer != "none":
+        twinning = Twinning(config.group_size, lowering.layout, scale_inputs=config.quantizer == "awq")
+    head = config.lm_head or ("w4" if lowering.native else "keep")
+    return Choices(
+        config=config,
+        lowering=lowering,
+        policy=_exit_policy(program, config),
+        twinning=twinning,
+        head_twinning=twinning if head == "w4" else None,
+        own_backbone=_uses_own_backbone(config, lowering, plan.is_decode),
+        fill=fill,
+    )
+
+
+def passes_for(choices: Choices, plan: DecoderPlan) -> list[Pass]:
+    """Returns the passes, in order, that turn a decoder into what was chosen."""
+    lowering, policy = choices.lowering, choices.policy
+    leaves, candidates = policy.may_leave(plan), policy.candidates(plan)
+    passes: list[Pass] = []
+    head = choices.head_twinning if leaves else None
+    if leaves:
+        passes += choices.fill.passes(candidates) or [river_twins(choices.twinning)]
+        if head is not None:
+            passes.append(river_head(head))
+        elif choices.twinning is not None and (plan.is_decode or not lowering.fuse):
+            passes.append(one_row_head(lowering.fuse))
+    if choices.own_backbone:
+        passes.append(river_backbone(lowering.dense_layout))
+    if candidates:
+        passes.append(exit_checks(candidates))
+    if policy.needs_entropy(plan):
+        passes.append(logits_entropy)
+    if lowering.fuse and leaves and not lowering.native:
+        # (takes a block's last addition with it, so before the backbone's rules)
+        passes.append(fuse_checks(choices.verdicts is not None))
+    if choices.own_backbone:
+        passes.append(fuse_backbone(lowering.dense_layout))
+    if lowering.fuse and leaves:
+        passes.append(fuse_twins(lowering.dense_layout))
+    if head is not None:
+        passes.append(rescored_head)
+        if lowering.native and plan.is_decode:
+            passes.append(wanted_logits)
+    return passes
+
+
+def _exit_policy(program: RiverProgram, config: RiverConfig) -> ExitPolicy:
+    """Returns when a graph's tokens leave.
+
+    Raises:
+        OptionError: the criterion reads logits and the model returns none. (None are read if no token leaves, as in an
+            accelerated model whose graph breaks before the head.)
+    """
+    policy = config.exit_policy(program.plan)
+    if policy.needs_entropy(program.plan) and not policy.never_leaves and logits_of(program) is None:
+        raise OptionError(
+            f"criterion={config.criterion!r} reads the logits, and this model returns none (its output is as wide as "
+            "its hidden state); compile the model with its head, or use criterion='similarity'"
+        )
+    return policy
+
+
+def _uses_own_backbone(config: RiverConfig, lowering: Lowering, is_decode: bool) -> bool:
+    """Says whether the backbone's blocks multiply by the package's own kernels.
+
+    Those of a CPU do by default; the generated ones, whose sums are in another order than the model's, if it is asked
+    for, and in decode steps alone: wider passes are a library's.
+
+    Raises:
+        OptionError: they are asked for, and there are none.
+    """
+    if config.backbone == "river" and not lowering.fuse:
+        raise OptionError(
+            f"backbone='river' needs the kernels in C++ or the generated ones, and the lowering is {lowering.compiler} "
+            f"with layout {lowering.layout}; use backbone='model'"
+        )
+    if config.offload is not None:
+        return False
+    return config.backbone != "model" if lowering.native else config.backbone == "river" and is_decode

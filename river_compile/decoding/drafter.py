@@ -1,0 +1,188 @@
+"""Drafts tokens for the backbone to verify: copied from the context if it repeats itself, else by the river.
+
+A copied continuation costs nothing (:mod:`.lookup`); the river drafts token after token. Which of both a row takes, and
+how long it drafts, is decided by how likely the tokens are to hold (:mod:`.plan`). That is learned while generating:
+from the entropy of the river's distribution, or from the length of the repeated ending.
+
+Every row has a draft of its own length; a step of the river is a pass of the whole batch. Not handled: drafts with
+alternatives (trees).
+"""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+from river_compile.decoding.draft_policy import DraftPolicy, Proposed, RowDraft
+from river_compile.decoding.lookup import SuffixAutomaton
+from river_compile.distributed.ranks import ALONE, Ranks
+from river_compile.kernels.native.load import entropy
+from river_compile.runtime.draft_stats import AcceptanceRate, DraftRates, PassTimes
+
+
+@dataclass(frozen=True)
+class DraftStep:
+    """How the river drafts one token further.
+
+    Attributes:
+        scores: (aligned ids of the batch ``[B, S]``, rows, tokens drafted so far) -> scores for the next tokens of
+            these rows ``[N, V]``.
+        choose: (scores ``[N, V]``, rows, tokens drafted so far) -> tokens ``[N]``.
+    """
+
+    scores: Callable[[Tensor, Sequence[int], int], Tensor]
+    choose: Callable[[Tensor, Sequence[int], int], Tensor]
+
+
+@dataclass(frozen=True)
+class Draft:
+    """What is proposed for each row of a batch, in its order, and how many steps the river took for it."""
+
+    rows: dict[int, list[Proposed]]
+    steps: int = 0
+
+    @property
+    def longest(self) -> int:
+        return max(map(len, self.rows.values()))
+
+    def columns(self, filler: Tensor) -> Tensor:
+        """Returns the tokens ``[B, longest]``; shorter drafts end with their row's filler ``[B]``."""
+        longest = self.longest
+        ends = filler.tolist()
+        tokens = [
+            [p.token for p in row] + [end] * (longest - len(row))
+            for row, end in zip(self.rows.values(), ends, strict=True)
+        ]
+        return filler.new_tensor(tokens).reshape(len(ends), longest)
+
+    def at(self, position: int, rows: Sequence[int]) -> list[int]:
+        """Returns the token that was drafted for each of these rows at a position, -1 for none."""
+        return [self.rows[row][position].token if position < len(self.rows[row]) else -1 for row in rows]
+
+
+class Drafter:
+    """Drafts for one call of generate; learns from verdict to verdict.
+
+    Args:
+        prompt_ids: ``[B, S]``.
+        prompt_lookup: copy continuations from the context.
+        rule: how long to draft.
+        times: of passes, which it notes.
+        together: rows keep only what held for all of them, so drafts have the length of the shortest.
+        pad_token: stands in for the tokens of rows that draft nothing more.
+        end_tokens: a draft ends after any of these.
+        ranks: that share the model; all of them go by the first one's entropies and times.
+        rates: what is known of earlier drafts, and learns from these.
+    """
+
+    def __init__(
+        self,
+        prompt_ids: Tensor,
+        prompt_lookup: bool,
+        rule: DraftPolicy,
+        times: PassTimes,
+        together: bool,
+        pad_token: int,
+        end_tokens: Sequence[int] = (),
+        ranks: Ranks = ALONE,
+        rates: DraftRates | None = None,
+    ) -> None:
+        self._ranks = ranks
+        self._rates = DraftRates() if rates is None else rates
+        self._indices = [SuffixAutomaton(row) for row in prompt_ids.tolist()] if prompt_lookup else []
+        self.rule, self._times, self._together = rule, times, together
+        self._pad_token, self._end_tokens = pad_token, frozenset(end_tokens)
+
+    def extend(self, rows: Sequence[int], tokens: Sequence[int]) -> None:
+        """Takes in a token that each of these rows received."""
+        for row, token in zip(rows, tokens, strict=True) if self._indices else ():
+            self._indices[row].extend([token])
+
+    def draft(self, ids_BS: Tensor, rooms: Mapping[int, int | None], step: DraftStep, river: bool = True) -> Draft:
+        """Proposes tokens for each row of the batch.
+
+        Args:
+            ids_BS: the ids so far, aligned to their ends.
+            rooms: by row, in the batch's order, as many as can be verified and used; None for rows that have ended.
+            step: runs the river over the ids that it is given, one token further per call.
+            river: whether it drafts at all, or the context alone.
+        """
+        rows = {i: RowDraft(room or 0) for i, room in rooms.items()}
+        running = [i for i, room in rooms.items() if room is not None]
+        steps = 0
+        while True:
+            for i in running if self._indices else ():
+                rows[i].copy = self._continuation(i, rows[i])
+            chance = self._rates.river.chance(0.0) if river else None
+            count = self.rule.verify_now([rows[i] for i in running], steps, chance)
+            if count is not None:
+                break
+            start = time.perf_counter()
+            column = self._go_on(ids_BS, rows, running, step, steps)
+            ids_BS = torch.cat([ids_BS, ids_BS.new_tensor(column)[:, None]], dim=-1)
+            seconds = [time.perf_counter() - start]
+            self._times.note(PassTimes.DRAFT, *(self._ranks.agree(seconds) if self._ranks.several else seconds))
+            steps += 1
+        for i in running:
+            for proposed in rows[i].copy[: max(count - len(rows[i].proposed), 0)]:
+                rows[i].add(proposed)
+        if self._together:
+            shortest = min(len(rows[i].proposed) for i in running)
+            for i, row in rows.items():
+                pads = [Proposed(self._pad_token, "river", AcceptanceRate([], [1.0]), 0.0)] * shortest
+                row.proposed = row.proposed[:shortest] if i in running else pads
+        if not steps:
+            self._rates.river.fade()
+        return Draft({i: row.proposed for i, row in rows.items()}, steps)
+
+    def note(self, tokens: int, steps: int, width: int, seconds: float) -> None:
+        """Learns from a cycle: kept tokens of all rows, draft steps, width and time of its verification."""
+        self._times.note(width, seconds)
+        self.rule.note(tokens, steps, width)
+
+    def take(self, times: PassTimes, share: float) -> None:
+        """Goes on with passes of fewer rows: `share` of those before."""
+        self._times = times
+        self.rule.take(times, share)
+
+    def learn(self, proposed: Proposed, held: bool) -> None:
+        """Takes in the verdict on a drafted token."""
+        proposed.rate.learn(proposed.evidence, held)
+        if proposed.source == "river":
+            self._rates.river.learn(0.0, held)
+
+    def _go_on(
+        self, ids_BS: Tensor, rows: Mapping[int, RowDraft], running: Sequence[int], step: DraftStep, steps: int
+    ) -> list[int]:
+        """Adds a token to each open draft: a copied one if that is as likely to hold, else the river's."""
+        river = self._rates.river.chance(0.0)
+        copying = {i for i in running if rows[i].open and rows[i].copies(river)}
+        asking = [i for i in running if rows[i].open and i not in copying]
+        scores_NV = step.scores(ids_BS, asking, steps)
+        for i in copying:
+            rows[i].add(rows[i].copy[0])
+        if asking:
+            tokens = step.choose(scores_NV, asking, steps).tolist()
+            entropies: Sequence[float] = [entropy(scores) for scores in scores_NV]
+            if self._ranks.several:
+                entropies = self._ranks.agree(entropies)
+            for i, token, nats in zip(asking, tokens, entropies, strict=True):
+                rows[i].add(Proposed(token, "river", self._rates.by_entropy, nats))
+        column = dict.fromkeys(rows, self._pad_token)
+        for i in (*copying, *asking):
+            column[i] = rows[i].proposed[-1].token
+            if column[i] in self._end_tokens:
+                rows[i].room = len(rows[i].proposed)
+        return list(column.values())
+
+    def _continuation(self, row: int, draft: RowDraft) -> list[Proposed]:
+        """Returns what follows a draft by the context."""
+        if not draft.open:
+            return []
+        room = draft.room - len(draft.proposed)
+        tokens, length = self._indices[row].continuation(room, [p.token for p in draft.proposed])
+        return [Proposed(token, "lookup", self._rates.by_match, length + i) for i, token in enumerate(tokens)]

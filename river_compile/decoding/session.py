@@ -1,0 +1,350 @@
+"""One call of generate: a model, its KV cache, and the passes that run on them.
+
+    session = Session(model, borrowed, depth=WHOLE)
+    logits = session.prefill(ids, config)             # through the model, and so through Dynamo and all its guards
+    logits = session.step(ids)                        # the last id
+    session.rewind(1)                                 # and its entries are gone
+    logits = session.step(ids, width=4)               # the last four at once
+
+The first pass of each width goes through the model. From then on its graph is known, and runs again with other ids,
+masks and positions (`bound.py`, `inputs.py`). Inputs are prepared by transformers' own methods, so masks and positions
+are those of plain generation.
+
+The contract: within one call of generate nobody changes the model, its configuration, its hooks or its weights. A
+change takes effect with the next call.
+
+Not handled (refused with the reason, where drafts are asked for): caches that cannot be rewound, and models whose
+forward passes the river backend did not rewrite.
+"""
+
+from __future__ import annotations
+
+import functools
+from bisect import bisect_right
+from collections.abc import Sequence
+
+import torch
+from torch import Tensor
+from transformers import GenerationConfig, PreTrainedModel
+from transformers.cache_utils import Cache
+
+from river_compile.config import RiverConfig
+from river_compile.decoding.bound_pass import BoundPass, graph_calls
+from river_compile.decoding.inputs import Inputs, PassInputs
+from river_compile.decoding.rewind import BY_SLOT, RewindableCache, moved_inputs, selected_inputs
+from river_compile.errors import ExactModeError
+from river_compile.exits import forced_depth
+from river_compile.kernels.native.load import few_rows
+from river_compile.model_record import BROKE, GraphRecord, ModelRecord, record_of
+from river_compile.runtime.cache_pool import BorrowedCache
+from river_compile.runtime.draft_stats import PassTimes
+from river_compile.runtime.draft_vocab import DraftVocab
+from river_compile.upstream.transformers import cache_argument, cache_of, with_rows
+
+_LONGEST = 15  # tokens of a draft, where the caller does not say
+LONGEST_OFFLOADED = 63  # where a pass waits for weights to come in, once for all of its tokens
+
+
+def verification_widths(max_draft: int) -> tuple[int, ...]:
+    """Returns the query lengths at which the backbone verifies: powers of two, the last one max_draft + 1."""
+    return (*(2**i for i in range(max_draft.bit_length())), max_draft + 1)
+
+
+class Session:
+    """The passes of one call of generate.
+
+    Args:
+        model: the model, compiled or not.
+        lent: what generate prepared for the forward passes, with the cache that they use.
+        depth: blocks of the backbone that its decode steps execute, `WHOLE` for all; None leaves it to the exit policy.
+
+    Attributes:
+        widths: query lengths at which the backbone may verify drafts, ascending from 1.
+        record, cache, stats, sequences, times, ranks: the model's record, the KV cache, what counts the model's cycles,
+            what tells its sequences apart, how long its passes take, and the ranks that share it, from
+            :meth:`prefill` on.
+    """
+
+    cache: Cache
+    entries: RewindableCache
+    times: PassTimes
+
+    def __init__(self, model: PreTrainedModel, lent: BorrowedCache, depth: int | None = None) -> None:
+        self.model, self.lent, self.depth = model, lent, depth
+        self.widths: tuple[int, ...] = (1,)
+        self._graph: GraphRecord | None = None
+        self._tokens: DraftVocab | None = None
+        self._strict = False
+
+    def prefill(self, ids_BS: Tensor, config: GenerationConfig) -> Tensor:
+        """Runs the prompt ``[B, S]`` and returns the logits ``[B, 1, V]`` of its last position."""
+        model = self.model
+        with graph_calls() as calls, forced_depth(self.depth):  # (a prompt of one token is a decode step)
+            outputs = model._prefill(ids_BS, config, self.lent.kwargs, not config.is_assistant)
+        self._kwargs = model._update_model_kwargs_for_generation(outputs, self.lent.kwargs)
+        cache = cache_of(self._kwargs)
+        assert cache is not None, "a generation without a cache is refused"
+        self.record = record = record_of(model.parameters())
+        ran = [executor for executor, *_ in calls]
+        self._graph = next((graph for graph in record.graphs if graph.executor() in ran), None)
+        self.stats, self.sequences, self.ranks = record.exit_stats, record.sequences, record.ranks
+        self._use(cache)
+        self._of_rows(ids_BS.shape[0])
+        self._kept = self._kept_by_kwargs = self.entries.filled + 1
+        return outputs.logits[:, -1:]
+
+    def allow_drafts(self, ids_BS: Tensor, logits_B1V: Tensor, max_draft: int | None, strict: bool) -> None:
+        """Makes drafts possible, which the backbone verifies.
+
+        Args:
+            ids_BS: the prompt.
+            logits_B1V: of its last position.
+            max_draft: longest draft; None for 15, and 63 where blocks of the backbone are offloaded.
+            strict: whether every row must have the bits that it has without drafts.
+
+        Raises:
+            ExactModeError: the cache cannot be rewound, the river backend did not rewrite the model, or rows of a pass
+                of several tokens have other bits than alone.
+        """
+        graph = self._graph
+        if graph is None:
+            raise ExactModeError(f"exact mode needs a model that the river backend can rewrite: {why_not(self.record)}")
+        check_paths(graph.config)
+        if max_draft is None:
+            max_draft = _LONGEST if graph.config.offload is None else LONGEST_OFFLOADED
+        widths = verification_widths(max_draft)
+        self.entries.allow_rewinds(widths[-1], strict)
+        if strict:
+            widths = self._strict_widths(graph, widths, ids_BS.shape[0])
+        inputs = self._prepared(torch.cat([ids_BS, ids_BS.new_zeros(ids_BS.shape[0], 1)], dim=1), 1)
+        given = inputs["input_ids"].shape[1]
+        if given != 1:  # (CPM-Ant, where every position attends to all others, those that follow too)
+            raise ExactModeError(
+                "exact mode verifies several tokens in one pass over what is new, and "
+                f"{type(self.model).__name__} takes the whole text in every pass ({given} tokens in place of 1); leave "
+                "out custom_generate"
+            )
+        self.widths, self._strict = widths, strict
+        self._tokens = DraftVocab(logits_B1V.shape[-1])
+        self._tokens.add(ids_BS)
+
+    def _strict_widths(self, graph: GraphRecord, widths: tuple[int, ...], rows: int) -> tuple[int, ...]:
+        """Returns the widths at which a row has the same bits as alone.
+
+        Raises:
+            ExactModeError: there is none.
+        """
+        reason = ""
+        if not graph.own_backbone:
+            reason = "its backbone's matmuls are not River's own, whose sums do not depend on the width of a pass"
+        elif self.entries.grows:
+            reason = 'its KV cache grows; leave cache_implementation out, or use cache_implementation="static"'
+        if reason:
+            raise ExactModeError(f"strict=True cannot be kept for this {type(self.model).__name__}: {reason}")
+        return tuple(width for width in widths if width == 1 or width * rows <= few_rows(self.model.dtype, width))
+
+    def _use(self, cache: Cache) -> None:
+        """Goes on with a cache, of which no pass is known."""
+        self.cache = cache
+        self.entries = RewindableCache(cache)
+        if self.widths[-1] > 1:
+            self.entries.allow_rewinds(self.widths[-1], self._strict)
+        self._bound: dict[tuple, BoundPass | None] = {}
+        self._inputs: dict[int, PassInputs] = {}
+
+    def _of_rows(self, rows: int) -> None:
+        self._rows = rows
+        record, times = self.record, self.record.drafts.times
+        if rows not in times:
+            times[rows] = PassTimes(lambda: record.prepared)
+        self.times = times[rows]
+
+    @property
+    def runs_late(self) -> bool:
+        """Whether calls on the model's device have run when they return."""
+        return self.model.device.type == "cuda"
+
+    @property
+    def can_take_back(self) -> bool:
+        """Whether one more token's entries can be freed again without being asked for beforehand."""
+        return self.entries.filled < self.entries.in_place
+
+    @property
+    def can_part(self) -> bool:
+        """Whether rows may keep different numbers of tokens: all state by slot can be moved with them.
+
+        A model without position ids may count slots, padding among them.
+        """
+        mask, positions = (self._kwargs.get(name) for name in ("attention_mask", "position_ids"))
+        if self._tokens is None or not (isinstance(mask, Tensor) and isinstance(positions, Tensor) and mask.ndim == 2):
+            return False
+        return positions.shape[-2:-1] == mask.shape[:1] and self.entries.can_part
+
+    def pays_to_select(self, rows: int, tokens: int) -> bool:
+        """Whether rows may leave, and the others, `rows`, then generate so many tokens at most in less time.
+
+        Nothing but the cache and what `selected_inputs` knows may have a row for each. Graphs for a batch of another
+        size are compiled once, which may take as long as hundreds of passes.
+        """
+        others = [n for n, value in self._kwargs.items() if n not in BY_SLOT and isinstance(value, Tensor)]
+        if others or not self.can_part:
+            return False
+        known = self.record.drafts.times.get(rows)
+        saved = tokens * self.times.of(1) * (1 - rows / self._rows)
+        return (known is not None and known.measured) or saved > self.times.preparing
+
+    def select(self, rows: Sequence[int]) -> None:
+        """Goes on with these rows of the batch alone, between two cycles: passes and cache become smaller."""
+        self._kwargs = selected_inputs(self._kwargs, rows)
+        self._move_to(with_rows(self.cache, rows))
+        self._of_rows(len(rows))
+
+    def make_room(self, tokens: int) -> None:
+        """Moves to a longer cache, between two cycles, where the next `tokens` do not fit and a cache that grows was
+        asked for; no cycle writes more than its widest pass."""
+        longer = self.lent.longer(self.cache, self.entries.filled, min(tokens, self.widths[-1]))
+        if longer is not None:
+            self._move_to(longer)
+
+    def _move_to(self, cache: Cache) -> None:
+        self._use(cache)
+        self._kwargs = {**self._kwargs, cache_argument(self.model): cache}
+
+    def width_for(self, drafted: int) -> int:
+        """Returns the smallest verification width for a number of drafted tokens."""
+        return self.widths[bisect_right(self.widths, drafted)]
+
+    @property
+    def longest_draft(self) -> int:
+        """How many tokens can be drafted and verified in the slots that the cache has left."""
+        return self.widths[max(bisect_right(self.widths, self.entries.room), 1) - 1] - 1
+
+    def draft_step(self, ids_BS: Tensor) -> Tensor:
+        """Runs the last id through the whole river, one slot further; returns the next token's logits ``[B, V]``.
+
+        Of a token that is rare and not in the text, they may be `UNWANTED`.
+        """
+        return self.step(ids_BS, 1, 0, self._tokens)[:, -1]
+
+    def verify(self, ids_BS: Tensor, drafted: int) -> Tensor:
+        """Runs the last verified id and the `drafted` ids after it at the session's depth.
+
+        Returns:
+            The logits ``[B, drafted + 1, V]``. The pass is as wide as one of the fixed widths: copies of the last id
+            fill it up, whose logits are dropped and whose slots the next rewind frees.
+        """
+        if self._tokens is not None:
+            self._tokens.add(ids_BS[:, -1 - drafted :])
+        width = self.width_for(drafted)
+        if width > drafted + 1:
+            ids_BS = torch.cat([ids_BS, ids_BS[:, -1:].expand(-1, width - drafted - 1)], dim=-1)
+        return self.step(ids_BS, width)[:, : drafted + 1]
+
+    def step(
+        self, ids_BS: Tensor, width: int = 1, depth: int | None = None, tokens: DraftVocab | None = None
+    ) -> Tensor:
+        """Runs the last `width` ids, the first of which has no entry yet, and returns their logits ``[B, width, V]``.
+
+        The next pass may overwrite them.
+
+        Args:
+            ids_BS: all ids so far.
+            width: how many of them run.
+            depth: blocks to execute; None for the session's.
+            tokens: those whose logits the river's head computes, None for all.
+
+        Raises:
+            CacheFullError: (a ``ValueError``) they do not fit into a static cache.
+        """
+        depth, entries = self.depth if depth is None else depth, self.entries
+        if width not in self._inputs:
+            self._inputs[width] = PassInputs(self.model, width)
+        inputs = self._inputs[width].at(entries.filled, ids_BS, functools.partial(self._prepared, ids_BS, width))
+        key = (width, *entries.phase(width))
+        bound = None if entries.lacks_room(width) else self._bound.get(key)  # (the model's graph tells the user)
+        logits = self._through_model(key, inputs, width, depth) if bound is None else bound(inputs, depth, tokens)
+        entries.filled += width
+        return logits[:, -width:]
+
+    def _through_model(self, key: tuple, inputs: Inputs, width: int, depth: int | None) -> Tensor:
+        """Runs a pass through the model; binds the first one of its kind."""
+        with graph_calls() as calls, forced_depth(depth):
+            logits: Tensor = self.model(**inputs, return_dict=True).logits
+        if key not in self._bound:
+            self._bound[key] = BoundPass.of(self.model, inputs, self.cache, calls, logits, width)
+        return logits
+
+    def rewind(self, slots: int) -> None:
+        """Frees the last slots of the cache."""
+        self.entries.rewind(slots)
+
+    def keep(self, kept: Sequence[int], advance: int) -> None:
+        """Ends a cycle: all slots but those of kept tokens are freed.
+
+        The last kept token of a row has no slot yet, as in plain generation.
+
+        Args:
+            kept: tokens that each row kept.
+            advance: by how many tokens the cache grows (or shrinks, where the longest row has ended). Rows that kept
+                other numbers are moved so that all end in its last slot.
+        """
+        if self._tokens is None:  # (nothing was drafted)
+            self._kept += advance
+            return
+        if set(kept) == {advance}:
+            self._kept += advance
+            self.rewind(self.entries.filled - (self._kept - 1))
+        else:
+            most = max(kept)
+            shifts = [most - count for count in kept]
+            self._kwargs = moved_inputs(self._lengthened(self._kept + most), shifts, most - advance)
+            freed = [self.entries.filled - (self._kept - 1) - count for count in kept]
+            self._kept += advance
+            self._kept_by_kwargs = self._kept
+            self.entries.part(freed, self._kept - 1)
+            self._inputs.clear()
+        self.entries.mark()
+
+    def _lengthened(self, tokens: int) -> dict:
+        """Returns a forward's arguments, as `generate` keeps them, for so many tokens."""
+        kwargs, more = dict(self._kwargs), tokens - self._kept_by_kwargs
+        return self.model._update_model_kwargs_for_generation({}, kwargs, num_new_tokens=more) if more else kwargs
+
+    def _prepared(self, ids_BS: Tensor, width: int) -> Inputs:
+        """Makes the model kwargs of a pass over the last `width` ids, by transformers' methods."""
+        kwargs = self._lengthened(self.entries.filled + width)
+        if width > 1 and "logits_to_keep" in kwargs:
+            kwargs["logits_to_keep"] = 0  # all of them; any other number would be a graph of its own
+        inputs: Inputs = self.model.prepare_inputs_for_generation(ids_BS, next_sequence_length=width, **kwargs)
+        return inputs
+
+
+def why_not(record: ModelRecord) -> str:
+    """Returns why a prompt ran in none of the model's rewritten graphs."""
+    if not record.graphs:
+        return 'this model never reached it; call model.compile(backend="river")'
+    plain = record.plain_runs.reason
+    if plain:
+        return f"it ran without it: {plain}"
+    refusals = [graph.refusal for graph in reversed(record.graphs) if graph.refusal]
+    refusal = next((refusal for refusal in refusals if BROKE in refusal), refusals[0] if refusals else "")
+    return f"it refused: {refusal}" if refusal else 'this call did not reach it: use model.compile(backend="river")'
+
+
+def check_paths(config: RiverConfig) -> None:
+    """Raises an ExactModeError if a model was compiled without its whole river or its whole backbone."""
+    if config.prefill != "backbone":
+        raise ExactModeError(
+            f"prefill={config.prefill!r} lets prompts leave the backbone, so nothing could verify the drafts; compile "
+            'the model with prefill="backbone"'
+        )
+    if config.exit_depth is not None:
+        raise ExactModeError(
+            f"exit_depth={config.exit_depth} leaves only one path in the compiled model; exact mode needs the whole "
+            "river and the whole backbone: compile it without exit_depth"
+        )
+    if config.offload is not None and config.offload_policy == "exit":
+        raise ExactModeError(
+            f"offload={config.offload} with offload_policy='exit' makes every token leave by that depth; exact mode "
+            "verifies with the whole backbone: compile the model with offload_policy='fetch'"
+        )

@@ -1,0 +1,229 @@
+"""The record of each model that the backend has seen: its graphs, and what is known of it, in named fields.
+
+A model is recognised by its parameters, which are held weakly: when they go, so does its record. This registry is the
+package's only global state of models.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import threading
+import time
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from dataclasses import dataclass, field
+from typing import Any
+
+from torch import Tensor, nn
+from torch.utils.weak import WeakTensorKeyDictionary
+
+from river_compile.capture.device import CaptureLog
+from river_compile.config import RiverConfig
+from river_compile.distributed.ranks import ALONE, Ranks
+from river_compile.errors import OptionError
+from river_compile.exits import Memories
+from river_compile.lowering.compile import Compiled
+from river_compile.offload.weights import OffloadedWeights
+from river_compile.passes.program import Fusion, KeptLinear, RiverProgram
+from river_compile.runtime.cache_pool import CachePool
+from river_compile.runtime.draft_stats import DraftHistory
+from river_compile.runtime.fallbacks import PlainCalls, PlainRuns
+from river_compile.runtime.sequences import SequenceTracker
+from river_compile.runtime.stats import ExitStats
+from river_compile.twins.calibration_stats import Observation
+from river_compile.twins.packed import TwinWeight
+from river_compile.twins.registry import Statistics, TwinRegistry
+from river_compile.twins.self_calibration import SelfCalibration
+from river_compile.twins.twin_kl import BlockErrors
+from river_compile.upstream.dynamo import GraphEntry
+
+BROKE = "Dynamo broke the graph here"  # stands in the refusal of a piece of a model
+
+
+@dataclass(eq=False)
+class GraphRecord:
+    """What became of one traced graph.
+
+    Attributes:
+        config, mode: what it was compiled with.
+        inputs: how the user's code names its inputs, in order.
+        refusal: why it was not rewritten, empty where it was.
+        kind: "decode", "prefill", or "other" for a graph that was refused.
+        cache: "static" or "dynamic".
+        candidates: exit depths with a check.
+        compiled: the distinct segments.
+        seconds: by stage: rewriting, packing, compiling.
+        kept: matrices of the twins that stay in 16 bits.
+        token_bytes, packed_bytes: of its twins' packed weights, what a token reads where all blocks are twins, and all.
+        fusions: what became of each fusion rule in each segment that it is for.
+        own_backbone: whether its passes multiply by the C++ kernels in the backbone's blocks.
+        block_paths: module paths of the blocks.
+        executor: returns what runs the graph while Dynamo keeps it, None for a graph that was refused.
+        entry: what Dynamo keeps of it.
+        ranks: of each of the ranks that share the model, what is packed for it; none where it has no others.
+        captures: what was captured of it.
+        twins: the packed matrices of its twins.
+    """
+
+    config: RiverConfig
+    mode: str | None = None
+    inputs: tuple[str, ...] = ()
+    refusal: str = ""
+    kind: str = "other"
+    cache: str = ""
+    num_blocks: int = 0
+    candidates: tuple[int, ...] = ()
+    compiled: tuple[Compiled, ...] = ()
+    seconds: dict[str, float] = field(default_factory=dict)
+    kept: tuple[KeptLinear, ...] = ()
+    token_bytes: int = 0
+    packed_bytes: int = 0
+    fusions: tuple[Fusion, ...] = ()
+    own_backbone: bool = False
+    block_paths: tuple[str, ...] = ()
+    executor: Callable[[], object | None] = field(default=lambda: None)
+    entry: GraphEntry = field(default_factory=GraphEntry)
+    ranks: Sequence[Mapping[str, Any]] = ()
+    captures: CaptureLog = field(default_factory=CaptureLog)
+    twins: tuple[TwinWeight, ...] = ()
+
+    @property
+    def options(self) -> tuple[RiverConfig, str | None]:
+        """What the user compiled the model with."""
+        return self.config, self.mode
+
+    @contextlib.contextmanager
+    def stage(self, name: str) -> Iterator[None]:
+        """Adds the seconds that its body takes to a stage."""
+        start = time.perf_counter()
+        yield
+        self.seconds[name] = self.seconds.get(name, 0.0) + time.perf_counter() - start
+
+    def describe(self, program: RiverProgram, compiled: Iterable[Compiled]) -> None:
+        """Fills in what a rewritten graph turned out to be."""
+        plan = program.plan
+        self.kind = plan.kind
+        self.cache = plan.cache
+        self.num_blocks = plan.num_blocks
+        self.candidates = program.candidates
+        self.compiled = tuple(compiled)
+        self.kept = program.kept
+        self.fusions = program.fusions
+        self.block_paths = tuple(block.path for block in plan.blocks)
+
+
+@dataclass(eq=False)
+class ModelRecord:
+    """What is known of one model; `graphs` in the order of their compilation."""
+
+    graphs: list[GraphRecord] = field(default_factory=list)
+    ranks: Ranks = ALONE  # that share it
+    twins: TwinRegistry = field(default_factory=TwinRegistry)
+    observation: Observation | None = None  # of texts that a user gave
+    self_calibration: SelfCalibration = field(default_factory=SelfCalibration)
+    block_errors: BlockErrors | None = None
+    offloaded: OffloadedWeights = field(default_factory=OffloadedWeights)
+    exit_stats: ExitStats = field(default_factory=ExitStats)
+    exit_memories: Memories = field(default_factory=Memories)
+    sequences: SequenceTracker = field(default_factory=SequenceTracker)
+    drafts: DraftHistory = field(default_factory=DraftHistory)
+    cache_pool: CachePool = field(default_factory=CachePool)
+    plain_calls: PlainCalls = field(default_factory=PlainCalls)
+    plain_runs: PlainRuns = field(default_factory=PlainRuns)
+
+    @property
+    def statistics(self) -> Statistics:
+        """What quantizers may know of the inputs of its matrices."""
+        return Statistics(self.observation, self.self_calibration, self.ranks)
+
+    @property
+    def prepared(self) -> int:
+        """How many of its graphs were compiled and captured so far."""
+        made = len(self.graphs)
+        for graph in self.graphs:
+            made += graph.captures.made
+        return made
+
+    def add(self, graph: GraphRecord, limit: int) -> None:
+        """Adds a graph that Dynamo is about to keep. Where it keeps `limit` of them, those of other options give way.
+
+        The options that were compiled first go first.
+        """
+        cached = [g for g in self.graphs if g.entry.cached]
+        others = [g for g in cached if g.options != graph.options]
+        while others and len(cached) >= limit:
+            oldest = others[0].options
+            for old in others:
+                if old.options == oldest:
+                    old.entry.drop()
+                    self.graphs.remove(old)
+            cached, others = ([g for g in graphs if g.entry.cached] for graphs in (cached, others))
+        graph.entry.counts = len(cached) - len(others) >= limit
+        self.graphs.append(graph)
+
+
+_records: WeakTensorKeyDictionary = WeakTensorKeyDictionary()
+_lock = threading.Lock()
+
+
+def record_of(parameters: Iterable[object]) -> ModelRecord:
+    """Returns the record of the model that owns these parameters, a new one where there is none yet."""
+    tensors = [p for p in parameters if isinstance(p, Tensor)]
+    with _lock:
+        record = _find(tensors) or ModelRecord()
+        for tensor in tensors:
+            _records[tensor] = record
+        return record
+
+
+def adopt(record: ModelRecord, parameters: Iterable[Tensor]) -> None:
+    """Notes parameters that were put in the place of some of a model's."""
+    with _lock:
+        for tensor in parameters:
+            _records[tensor] = record
+
+
+def forget(model: nn.Module) -> None:
+    """Forgets a model, and lets Dynamo drop its graphs; what was packed for it is freed with them."""
+    tensors = [*model.parameters(), *model.buffers()]
+    record = _find(tensors)
+    for graph in record.graphs if record else ():
+        graph.entry.drop()
+    with _lock:
+        for tensor in tensors:
+            _records.pop(tensor, None)
+
+
+def find_record(model: nn.Module) -> ModelRecord | None:
+    """Returns the record of a model, or of the one in torch.compile's wrapper; None if the backend never saw it."""
+    module = unwrap(model)
+    return _find([*module.parameters(), *module.buffers()])
+
+
+def record_of_model(model: nn.Module, purpose: str) -> ModelRecord:
+    """Returns the record of a model that has run.
+
+    Raises:
+        ValueError: none of its graphs reached the backend; the message begins with what the record is wanted for.
+    """
+    record = find_record(model)
+    if record is None or not record.graphs:
+        raise ValueError(
+            f"{purpose}: this model never reached the river backend; "
+            'call model.compile(backend="river") and generate a token first'
+        )
+    return record
+
+
+def unwrap(model: nn.Module) -> nn.Module:
+    """Returns the module in the wrapper that ``torch.compile(model)`` returns, any other module as it is.
+
+    Raises:
+        OptionError: (a ``ValueError``) it is no module.
+    """
+    if not isinstance(model, nn.Module):
+        raise OptionError(f"a model is needed here, a torch.nn.Module, not a {type(model).__name__}")
+    return getattr(model, "_orig_mod", model)
+
+
+def _find(tensors: Iterable[Tensor]) -> ModelRecord | None:
+    return next((record for record in map(_records.get, tensors) if record is not None), None)

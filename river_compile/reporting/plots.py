@@ -1,0 +1,115 @@
+"""Draws rows of bars above tokens' texts, for :meth:`river_compile.Trace.plot`, and makes and saves figures.
+
+matplotlib is imported when something is drawn.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+from river_compile.runtime.stats import RowCycle, StepRecord
+
+if TYPE_CHECKING:
+    from matplotlib.figure import Figure
+
+_PER_LINE = 32
+_SOURCES = {  # of a token in exact mode: colour and meaning
+    "river": ("#2a78b5", "drafted by the river"),
+    "lookup": ("#3a9a5c", "copied from the context"),
+    "backbone": ("#d98324", "the backbone's own"),
+}
+
+
+def new_figure(width: float, height: float) -> Figure:
+    """Returns an empty figure of a size in inches that no window will show."""
+    from matplotlib.backends.backend_agg import FigureCanvasAgg
+    from matplotlib.figure import Figure
+
+    figure = Figure(figsize=(width, height), layout="constrained")
+    FigureCanvasAgg(figure)
+    return figure
+
+
+def save_figure(figure: Figure, path: str | Path) -> Path:
+    """Writes a figure as a PNG without the frames' upper and right edges; returns the path."""
+    for axes in figure.axes:
+        axes.spines[["top", "right"]].set_visible(False)
+    figure.savefig(Path(path), format="png", dpi=110)
+    return Path(path)
+
+
+def plot_depths(path: str | Path, texts: Sequence[str] | None, steps: Sequence[StepRecord], num_blocks: int) -> Path:
+    """Draws each decode step's exit depth, hatched for doubted steps, above the text of its token."""
+    from matplotlib import colormaps
+
+    if not steps:
+        raise ValueError("nothing to draw: the trace holds no decode step (generate inside `with trace() as t:`)")
+    names = _names(texts, len(steps), "decode steps", first=1)
+    mean = sum(step.depth for step in steps) / len(steps)
+    title = f"Exit depth of {len(steps)} tokens, mean {mean:.2f} of {num_blocks} blocks"
+    doubted = sum(step.doubted for step in steps)
+    if doubted:
+        title += f"; {doubted} doubted (hatched): river, then backbone"
+    highest = max(num_blocks, 1)
+    colours = colormaps["viridis_r"]
+    figure = _lines_of_tokens(names, highest, room=1.15)
+    figure.suptitle(title)
+    for i, step in enumerate(steps):
+        axes, x = figure.axes[i // _PER_LINE], i % _PER_LINE
+        axes.bar(x, step.depth, color=colours(step.depth / highest), width=0.9, hatch="///" if step.doubted else "")
+        axes.text(x, step.depth, str(step.depth), ha="center", va="bottom", fontsize=7)
+    return save_figure(figure, path)
+
+
+def plot_cycles(path: str | Path, texts: Sequence[str] | None, cycles: Sequence[RowCycle]) -> Path:
+    """Draws each token that exact mode kept as high as its place in its cycle, coloured by where it came from.
+
+    The cycles are those of one row. Each climbs like a staircase; grey outlines on its last step are drafted tokens
+    that did not hold.
+    """
+    from matplotlib.patches import Patch
+
+    kept = sum(len(cycle.kept) for cycle in cycles)
+    names = _names(texts, kept, "tokens kept in cycles", first=2)
+    dropped = [len(cycle.drafted) - cycle.accepted for cycle in cycles]
+    highest = max(len(cycle.kept) + more for cycle, more in zip(cycles, dropped, strict=True))
+    figure = _lines_of_tokens(names, highest, room=1.05)
+    figure.suptitle(f"{kept} tokens in {len(cycles)} verifying passes, {kept / len(cycles):.2f} tokens per pass")
+    bars = iter(range(kept))
+    for cycle, more in zip(cycles, dropped, strict=True):
+        for height, source in enumerate(cycle.kept, start=1):
+            i = next(bars)
+            axes, x = figure.axes[i // _PER_LINE], i % _PER_LINE
+            axes.bar(x, height, color=_SOURCES[source][0], width=0.9)
+            if height == 1 and x:
+                axes.axvline(x - 0.5, color="0.85", linewidth=0.8, zorder=0)
+        if more:
+            axes.bar(x, more, bottom=height, facecolor="none", edgecolor="0.6", linewidth=0.8, width=0.9)
+    handles = [Patch(color=colour, label=meaning) for colour, meaning in _SOURCES.values()]
+    handles.append(Patch(facecolor="none", edgecolor="0.6", label="drafted, did not hold"))
+    figure.legend(handles=handles, loc="outside lower center", ncols=4, frameon=False, fontsize=8)
+    return save_figure(figure, path)
+
+
+def _names(texts: Sequence[str] | None, count: int, what: str, first: int) -> list[str]:
+    """Returns each bar's label: its token's text, cut to a dozen characters, or its number."""
+    if texts is None:
+        return [str(first + i) for i in range(count)]
+    if len(texts) != count:
+        raise ValueError(f"texts has {len(texts)} entries for {count} {what}; give one for each")
+    shown = [text.replace("\n", "⏎").strip(" ") or "␣" for text in texts]
+    return [text if len(text) <= 12 else text[:11] + "…" for text in shown]
+
+
+def _lines_of_tokens(names: Sequence[str], highest: int, room: float) -> Figure:
+    """Returns a figure with lines of 32 tokens, their names below, for bars up to `highest`."""
+    lines = [names[start : start + _PER_LINE] for start in range(0, len(names), _PER_LINE)]
+    figure = new_figure(14, 1 + 1.2 * len(lines))
+    for axes, line in zip(figure.subplots(len(lines), squeeze=False)[:, 0], lines, strict=True):
+        axes.set_xticks(range(len(line)), line, fontsize=7, rotation=35, ha="right", parse_math=False)
+        axes.set_xlim(-0.6, _PER_LINE - 0.4)
+        axes.set_ylim(0, highest * room)
+        axes.set_yticks([0, highest])
+    return figure

@@ -1,0 +1,92 @@
+"""Checks a static KV cache for capacity without a device sync.
+
+The filled length lies on the device. To read it is to wait for everything launched so far, so that nothing could be
+queued ahead. On a GPU it is therefore read once and counted by the host from there on, for as long as PyTorch counts
+no other change of that tensor: the captured steps that this package launches are the ones that it does not count.
+
+Not handled (the length is read before every step): caches made under ``torch.inference_mode()``, of which PyTorch
+counts no change. Not noticed: a length that another program's CUDA graph advances between two steps.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import NamedTuple
+
+from torch import Tensor
+from torch.utils.weak import WeakTensorKeyDictionary
+
+from river_compile.errors import CacheFullError
+from river_compile.passes.program import RiverProgram
+from river_compile.upstream.tensors import version_of
+
+
+class _Known(NamedTuple):
+    """The tokens that are in a cache once all steps launched so far have run, and the version of the tensor then."""
+
+    filled: int
+    version: int
+
+
+_known: WeakTensorKeyDictionary = WeakTensorKeyDictionary()  # by the tensor of the length; graphs share the caches
+
+
+class Capacity:
+    """Checks one program's steps against the capacity of its first static cache that is filled from the front.
+
+    Attributes:
+        counts: whether the host counts, instead of reading the length before every step.
+    """
+
+    def __init__(self, length: int, hidden: int, capacity: int, axis: int | None, counts: bool) -> None:
+        self._length, self._hidden, self._capacity, self._axis = length, hidden, capacity, axis
+        self.counts = counts
+
+    @classmethod
+    def of(cls, program: RiverProgram) -> Capacity | None:
+        """Returns the check of a program's steps, None if no block has such a cache."""
+        plan = program.plan
+        kv = next((block.kv for block in plan.blocks if block.kv.capacity is not None and block.kv.lengths), None)
+        if kv is None or kv.capacity is None:
+            return None
+        hidden = program.slots[plan.blocks[0].hidden_in]
+        axis = None if plan.is_decode else plan.token_axis
+        return cls(program.slots[kv.lengths[0]], hidden, kv.capacity, axis, plan.device.type != "cpu")
+
+    def check(self, slots: list) -> int:
+        """Returns how many tokens are in the cache after a step, whose slots it checks before anything is written.
+
+        Raises:
+            CacheFullError: its tokens have no room.
+        """
+        length, new = slots[self._length], self._new(slots)
+        known = _known.pop(length, None) if self.counts else None  # (a step that fails leaves nothing known)
+        if known is None or length.is_inference() or known.version != version_of(length):
+            filled = _read(length)
+        else:
+            filled = known.filled if known.filled + new <= self._capacity else _read(length)
+        if filled + new > self._capacity:
+            raise CacheFullError(
+                f"the static KV cache holds {self._capacity} tokens; {filled} are filled and this step adds {new}. "
+                f"Make it larger (max_cache_len or max_new_tokens, at least {filled + new}) or use a dynamic cache"
+            )
+        return filled + new
+
+    def took(self, slots: list, filled: int) -> None:
+        """Notes that a step has been launched for which :meth:`check` returned this."""
+        if self.counts:
+            length = slots[self._length]
+            _known[length] = _Known(filled, version_of(length))
+
+    def forget(self, slots: Sequence) -> None:
+        """Notes that a step is launched which is not checked."""
+        if self.counts:
+            _known.pop(slots[self._length], None)
+
+    def _new(self, slots: list) -> int:
+        return 1 if self._axis is None else slots[self._hidden].shape[self._axis]
+
+
+def _read(length: Tensor) -> int:
+    """Returns the length, for which the host waits if it is on a GPU."""
+    return int(length)

@@ -1,0 +1,307 @@
+"""The packed weights of a model's twins: made once, shared by all its graphs, freed with the model, saved on request.
+
+Each 4-bit matrix of a twin (a :class:`TwinLinear`) is quantized from the parameters it stands for, or its grid is read
+from an artifact; packed in the layout of the kernel that will read it, on the parameters' device; and kept under its
+first parameter, which is held weakly: when the model goes, so do its twins.
+
+At the beginning of every sequence a graph's parameters are compared with those that its twins were made from. They are
+inputs of the graph, so replaced parameters are seen too. If all look as they did (`parameter_stamp.py`), that takes a
+millisecond for 200 matrices; otherwise their digests decide, and what changed is packed again in the tensors that
+compiled code and captured graphs hold.
+"""
+
+from __future__ import annotations
+
+import logging
+import threading
+import time
+import warnings
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from concurrent.futures import ThreadPoolExecutor
+from contextlib import contextmanager
+from dataclasses import dataclass, field, replace
+from pathlib import Path
+from typing import Any, TypeVar
+
+import torch
+from torch import Tensor
+from torch.utils.weak import WeakTensorKeyDictionary
+from tqdm import tqdm
+
+from river_compile.config import RiverConfig
+from river_compile.distributed.ranks import ALONE, Ranks
+from river_compile.errors import RiverWarning
+from river_compile.kernels.quant.grid import threads_for
+from river_compile.passes.program import TwinLinear
+from river_compile.twins.artifact import FILE, Artifact, write_missing
+from river_compile.twins.calibration_stats import Observation
+from river_compile.twins.packed import TwinWeight
+from river_compile.twins.parameter_stamp import ParameterStamp, Sources
+from river_compile.twins.quantize import UNOBSERVED, Maker, made_again, needs_moments
+from river_compile.twins.self_calibration import SelfCalibration
+from river_compile.twins.twin_kl import TwinLoss
+
+log = logging.getLogger("river_compile.twins")
+T = TypeVar("T")
+R = TypeVar("R")
+
+
+def changed_since(name: str) -> str:
+    """Returns the message about a product whose parameters are not those that it was made from."""
+    fix = "call river_compile.refresh(model) or generate a token first"
+    return f"the weights of {name} changed after they were packed; {fix}"
+
+
+@dataclass(frozen=True)
+class Statistics:
+    """The quantizers' statistics of a model's matrices: observed, else from text of its own.
+
+    `ranks` share the model: they take statistics together or not at all.
+    """
+
+    observed: Observation | None = None
+    own: SelfCalibration = field(default_factory=SelfCalibration)
+    ranks: Ranks = ALONE
+
+    @property
+    def number(self) -> int:
+        """A number of the observation, whether it is still there or not."""
+        return 0 if self.observed is None else self.observed.number
+
+    def get(self, *, anew: bool = False) -> Observation | None:
+        """Returns them, None if there are none; `anew`: of weights that changed, where it is text of its own."""
+        there = self.observed is not None and self.observed.moments
+        return self.observed if there else self.own.observation(anew=anew)
+
+
+class TwinRegistry:
+    """All packed weights of one model.
+
+    Attributes:
+        seconds: the time that making them took.
+        loss: what the latest ones lose together, None where that is not known.
+        renewals: how often weights were found changed.
+        renewed: the number of matrices that were packed again the last time.
+    """
+
+    def __init__(self) -> None:
+        self._packed: WeakTensorKeyDictionary = WeakTensorKeyDictionary()  # by first parameter, then by how
+        self._lock = threading.Lock()
+        self._opened: Artifact | None = None
+        self.seconds = 0.0
+        self.loss: TwinLoss | None = None
+        self._not_judged = False
+        self.renewals = self.renewed = 0
+
+    def pack(
+        self,
+        sites: Sequence[TwinLinear],
+        inputs: Sequence[Any],
+        config: RiverConfig,
+        statistics: Statistics,
+        every: Iterable[str] = (),
+        savable: Sequence[TwinLinear] = (),
+    ) -> dict[TwinLinear, TwinWeight]:
+        """Returns the packed weights of the sites, making those that are missing (with a progress bar when many).
+
+        Args:
+            sites: matrix products of twins.
+            inputs: of the graph, real tensors.
+            config: its `quantizer`, `artifact` and `on_missing_artifact` say how.
+            statistics: for "awq" and "gptq".
+            every: names of all products that the model can have; an artifact may hold no other.
+            savable: what an artifact that is missing is to hold.
+
+        Raises:
+            ArtifactError: (a ``ValueError``) the artifact is damaged or not this model's; nothing of it is used.
+            OptionError: (a ``ValueError``) a matrix was read by nothing that was observed.
+        """
+        with self._lock:
+            start = time.perf_counter()
+            sources = {site: Sources.of(site, inputs) for site in (*sites, *savable)}
+            artifact = None
+            if config.artifact is not None:
+                config = replace(config, artifact=statistics.ranks.folder(config.artifact))
+                unsaved = Maker(replace(config, artifact=None, on_missing_artifact="raise"), None, statistics.number)
+                told = self._told(unsaved, savable, config, statistics)
+                artifact = self._open(config, lambda: [*self._make(unsaved, savable, sources, told).values()])
+                artifact.check_names(every)
+            maker = Maker(config, artifact, statistics.number)
+            found = {site: made for site in sites if (made := self._find(site, sources[site], maker)) is not None}
+            missing = [site for site in sites if site not in found]
+            for site, made in self._make(maker, missing, sources, statistics).items():
+                self._packed.setdefault(sources[site].weights[0], {})[made.key] = made
+                found[site] = made
+            self.seconds += time.perf_counter() - start
+            return found
+
+    def judge(self, twins: Iterable[TwinWeight], statistics: Statistics) -> None:
+        """Estimates the joint loss of a graph's twins, if some were made with statistics since the last time."""
+        if not statistics.ranks.every(not self._not_judged):
+            self.loss, self._not_judged = statistics.own.loss(twins), False
+
+    def all(self) -> list[TwinWeight]:
+        """Returns all packed matmuls."""
+        return [site for sites in self._packed.values() for site in sites.values()]
+
+    @contextmanager
+    def moving(self) -> Iterator[None]:
+        """Inside, parameters may move to other addresses, with the values that they have."""
+        alike = [(site, sources) for site in self.all() if (sources := site.fresh_sources()) is not None]
+        yield
+        for site, sources in alike:
+            site.stamp = ParameterStamp(sources.tensors)
+
+    def renew(
+        self,
+        sites: Iterable[tuple[TwinWeight, Sources]],
+        statistics: Statistics,
+        *,
+        thorough: bool = False,
+    ) -> int:
+        """Packs those sites again, in place, that do not stand for the parameters beside them; says so once.
+
+        Args:
+            sites: each with the parameters that it is to stand for, of the shapes, dtypes and devices of its own.
+            statistics: what was observed before the change is used, and text of the model's own is sampled anew; a
+                matrix that neither reached is quantized from its weights alone.
+            thorough: read all weights, instead of those that look different.
+
+        Returns:
+            The number of those sites.
+        """
+        with self._lock:
+            start = time.perf_counter()
+            pairs = list(sites)
+            for site, sources in pairs:
+                self._keep_under(sources.weights[0], site)
+            alike = _in_threads(lambda pair: pair[0].stands_for(pair[1], thorough=thorough), pairs)
+            changed = [pair for pair, same in zip(pairs, alike, strict=True) if not same]
+            unneeded = statistics.ranks.every(not any(needs_moments(site) for site, _ in changed))
+            observation = None if unneeded else statistics.get(anew=True)
+            threads = threads_for(changed[0][1].weights[0]) if changed else None
+            what = "packing changed weights as"
+            made = _in_threads(lambda pair: made_again(*pair, observation), changed, what, threads)
+            for (site, _), new in zip(changed, made, strict=True):
+                site.become(new)
+            if changed:
+                self.loss = None
+                seconds = time.perf_counter() - start
+                self.seconds += seconds
+                self.renewals, self.renewed = self.renewals + 1, len(changed)
+                self._tell([site for site, _ in changed], seconds)
+            return len(changed)
+
+    def _told(
+        self, maker: Maker, sites: Sequence[TwinLinear], config: RiverConfig, statistics: Statistics
+    ) -> Statistics:
+        """Returns the statistics for an artifact that may be missing, on several ranks taken already.
+
+        They run the model on all ranks, which a rank must not do while others wait for the artifact's lock.
+        """
+        if not statistics.ranks.several or config.on_missing_artifact != "save":
+            return statistics
+        there = statistics.ranks.every((Path(config.artifact or "") / FILE).exists())
+        if there or not sites or not maker.needs_statistics:
+            return statistics
+        return replace(statistics, observed=statistics.get())
+
+    def _open(self, config: RiverConfig, make: Callable[[], Sequence[TwinWeight]]) -> Artifact:
+        """Returns the artifact that the options name, made where it is missing and the options say so."""
+        folder = Path(config.artifact or "")
+        if config.on_missing_artifact == "save":
+            write_missing(folder, make)
+        if self._opened is None or self._opened.folder != folder:
+            self._opened = Artifact(folder)
+        return self._opened
+
+    def _make(
+        self, maker: Maker, sites: Sequence[TwinLinear], sources: Mapping[TwinLinear, Sources], statistics: Statistics
+    ) -> dict[TwinLinear, TwinWeight]:
+        """Packs products; each is looked up before the first is packed, since an artifact fits as a whole or not."""
+        if sites and maker.needs_statistics:
+            maker, self._not_judged = replace(maker, observation=statistics.get()), True
+        jobs = _in_threads(lambda site: (site, sources[site], maker.look_up(site, sources[site])), sites)
+        threads = threads_for(sources[sites[0]].weights[0]) if sites else None
+        if threads == 1:  # (hashing is the host's work: it needs no memory of the device)
+            _in_threads(lambda site: sources[site].digest, sites)
+        return dict(zip(sites, _in_threads(lambda job: maker.make(*job), jobs, "packing", threads), strict=True))
+
+    def _find(self, site: TwinLinear, sources: Sources, maker: Maker) -> TwinWeight | None:
+        made: TwinWeight | None = self._packed.get(sources.weights[0], {}).get(maker.key(site))
+        same = made is not None and made.sources.kinds == sources.kinds and made.stands_for(sources)
+        return made if same else None
+
+    def _keep_under(self, weight: Tensor, site: TwinWeight) -> None:
+        """Keeps a site under the parameter that has taken its first parameter's place."""
+        sources = site.sources.get()
+        if sources is None or sources.weights[0] is not weight:
+            if sources is not None:
+                self._packed.get(sources.weights[0], {}).pop(site.key, None)
+            self._packed.setdefault(weight, {})[site.key] = site
+
+    def _tell(self, changed: Sequence[TwinWeight], seconds: float) -> None:
+        """Reports packings that were made again: the first time as a warning, then in the log, for those who train."""
+        others = f" and {len(changed) - 1} more" if len(changed) > 1 else ""
+        message = (
+            f"weights changed after their 4-bit twins were packed ({changed[0].name}{others}); the twins were packed "
+            f"again in {seconds:.1f} s"
+        )
+        observed = sum(site.statistics.endswith("observed tokens") for site in changed)
+        if observed:
+            message += f", {observed} with what was observed before; river_compile.observe takes new statistics"
+        if any(site.quantizer == UNOBSERVED != site.asked for site in changed):
+            message += f". Matrices that were not observed took quantizer={UNOBSERVED!r}"
+        if self.renewals == 1:
+            hint = "Later changes are only logged and counted in the report."
+            warnings.warn(f"{message}. {hint}", RiverWarning, stacklevel=2)
+        log.info("%s", message)
+
+
+def _in_threads(function: Callable[[T], R], jobs: Sequence[T], what: str = "", threads: int | None = None) -> list[R]:
+    """Maps in so many threads (None: torch's number), under a progress bar with a title where it may take long."""
+    title = f"river: {what} 4-bit twins" if what else None
+    with (
+        ThreadPoolExecutor(threads or max(1, torch.get_num_threads())) as pool,
+        tqdm(total=len(jobs), desc=title, unit="matrix", leave=False, delay=1, disable=not what) as bar,
+    ):
+        results = []
+        for result in pool.map(function, jobs):
+            results.append(result)
+            bar.update()
+        return results
+
+
+class TwinWatch:
+    """Repacks one graph's twins if their parameters changed.
+
+    Args:
+        packed: its packed matmuls.
+        twins: all packed weights of the model.
+        statistics: returns what quantizers may know.
+        adopt: notes parameters that were put in the place of some of the model's.
+    """
+
+    def __init__(
+        self,
+        packed: Mapping[TwinLinear, TwinWeight],
+        twins: TwinRegistry,
+        statistics: Callable[[], Statistics],
+        adopt: Callable[[Iterable[Tensor]], object],
+    ) -> None:
+        self._packed, self._order = packed, [number for linear in packed for number in linear.parameters]
+        self._twins, self._statistics, self._adopt = twins, statistics, adopt
+        self._look()
+
+    def __call__(self, inputs: Sequence[Any]) -> None:
+        """Packs those again that do not stand for the parameters among the graph's inputs."""
+        statistics, parameters = self._statistics(), [inputs[i] for i in self._order]
+        if statistics.ranks.every(self._stamp == ParameterStamp(parameters)):
+            return
+        self._adopt(parameters)
+        self._twins.renew([(made, Sources.of(linear, inputs)) for linear, made in self._packed.items()], statistics)
+        self._look()
+
+    def _look(self) -> None:
+        """Notes how the parameters looked when they were packed, or last compared."""
+        self._stamp = ParameterStamp.together(made.stamp for made in self._packed.values())

@@ -1,0 +1,104 @@
+"""Self-calibration: statistics from text that a model samples, and the loss of the twins on it.
+
+Not handled: models that cannot be sampled from token ids alone. Their `refusal` says why; on several ranks they raise.
+"""
+
+from __future__ import annotations
+
+import logging
+import time
+import weakref
+from collections.abc import Callable, Iterable
+
+from torch import Tensor, nn
+
+from river_compile.distributed.ranks import ranks_of
+from river_compile.errors import OptionError
+from river_compile.runtime.compiled_call import uncompiled
+from river_compile.twins.calibration_stats import Observation
+from river_compile.twins.native_linear import NativeLinear
+from river_compile.twins.observe import record
+from river_compile.twins.packed import TwinWeight
+from river_compile.twins.sampling import enough, sample
+from river_compile.twins.twin_kl import TwinLoss, estimate_loss
+
+log = logging.getLogger("river_compile.twins")
+ROWS, MOST_TOKENS = 32, 32  # (a longer row takes a step more)
+_ROWS_AT_ONCE = 16
+
+
+class SelfCalibration:
+    """Text of one model's own, kept as token ids until its weights change.
+
+    Attributes:
+        refusal: why there is none, empty where there is.
+        seconds: what sampling and recording took.
+    """
+
+    def __init__(self) -> None:
+        self._model: Callable[[], nn.Module | None] = lambda: None
+        self._ids: Tensor | None = None
+        self.refusal = "torch.compile was not given a model"
+        self.seconds = 0.0
+
+    def is_of(self, model: nn.Module) -> None:
+        """Says which model it is."""
+        if self._model() is not model:
+            self._model, self._ids, self.refusal = weakref.ref(model), None, ""
+
+    def observation(self, *, anew: bool = False) -> Observation | None:
+        """Returns the statistics of the model's matrices on it, None if the model cannot write it.
+
+        Args:
+            anew: sample again, since the weights are others.
+        """
+        model = self._model()
+        if model is None or self.refusal:
+            return None
+        start = time.perf_counter()
+        try:
+            with uncompiled(), NativeLinear():
+                if anew or self._ids is None:
+                    self._ids = sample(model, ROWS, enough(model, ROWS, MOST_TOKENS))
+                return record(model, self._ids.split(_ROWS_AT_ONCE), own=True)
+        except Exception as error:  # (the code of any model, which was not made for this)
+            _tell_ranks(model, error)
+            self.refusal = _why(error)
+            log.info("%s writes no text for its twins: %s", type(model).__name__, self.refusal)
+            return None
+        finally:
+            self.seconds += time.perf_counter() - start
+
+    def loss(self, packed: Iterable[TwinWeight]) -> TwinLoss | None:
+        """Estimates the joint loss of these twins on other text; None if the model cannot write it."""
+        model = self._model()
+        if model is None or self.refusal:
+            return None
+        try:
+            with uncompiled(), NativeLinear():
+                return estimate_loss(model, packed)
+        except Exception as error:  # (as above)
+            _tell_ranks(model, error)
+            log.info("the loss of the twins of %s is not known: %s", type(model).__name__, _why(error))
+            return None
+
+
+def _tell_ranks(model: nn.Module, error: Exception) -> None:
+    """Raises an error of a model that several ranks share: going on with other twins than the others would part them.
+
+    Raises:
+        RankError: another rank is gone.
+        OptionError: (a ``ValueError``) the model cannot be sampled.
+    """
+    ranks = ranks_of(model.parameters())
+    if not ranks.several:
+        return
+    ranks.explain(error)
+    raise OptionError(
+        f"{type(model).__name__} on {ranks.size} ranks cannot write the text that its twins' statistics are taken from "
+        f"({_why(error)}); use river_compile.observe, or quantizer='hqq'"
+    ) from error
+
+
+def _why(error: Exception) -> str:
+    return f"{type(error).__name__}: {str(error).partition(chr(10))[0]:.200}"

@@ -1,0 +1,104 @@
+"""Exported twins: transformers loads them as a 4-bit model whose logits are the twins'."""
+
+from __future__ import annotations
+
+import json
+
+import pytest
+import torch
+from transformers import AutoModelForCausalLM
+
+import river_compile
+from river_compile import ArtifactError, OptionError, export, report
+from river_compile.api.export import FORMATS
+from river_compile.kernels.quant.grid import quantize
+from tests.support.decoding import decode, new_cache
+from tests.support.families import make, prompt
+from tests.support.lowerings import UNFUSED, lowered
+from tests.support.traced import TracedStep
+
+OPTIONS = {"quantizer": "symmetric", "group_size": 32, "exit_depth": 0, "prefill": "exit"}
+
+
+def packed(family="llama", quantizer="symmetric"):
+    """Returns a model whose twins are packed."""
+    step = TracedStep(family)
+    step.run(quantizer=quantizer)
+    return step.model
+
+
+@pytest.mark.parametrize("family", ["llama", "qwen2"])
+def test_transformers_loads_the_twins(family, tmp_path):
+    """Merged linears come apart, biases stay, the head and the embedding keep 16 bits (here 32)."""
+    pytest.importorskip("compressed_tensors", reason="transformers needs it to read the format")
+    model = make(family, layers=2)
+    model.compile(backend=lowered(UNFUSED), options=OPTIONS)
+    logits = torch.cat(decode(model, new_cache(model, "static"), [None, None]), dim=1)
+    folder = export(model, tmp_path / "w4")
+    loaded = AutoModelForCausalLM.from_pretrained(folder).eval()
+    again = torch.cat(decode(loaded, new_cache(loaded, "static"), [None, None]), dim=1)
+    torch.testing.assert_close(again, logits, rtol=1e-4, atol=1e-4)
+    plain = torch.cat(decode(model, new_cache(model, "static"), [None, None], compiled=False), dim=1)
+    assert (again - logits).norm() < (plain - logits).norm() / 100
+    assert torch.equal(loaded.generate(prompt(), max_new_tokens=2)[:, :-2], prompt())
+
+
+def test_the_folder_holds_nibbles_and_says_so(tmp_path):
+    model = packed()
+    config = json.loads((export(model, tmp_path / "w4") / "config.json").read_text())["quantization_config"]
+    assert (config["quant_method"], config["format"]) == ("compressed-tensors", "pack-quantized")
+    assert config["config_groups"]["group_0"]["weights"]["group_size"] == 32
+    assert config["ignore"] == ["lm_head"]
+    weights = sum(n * k for n, k in (site.shape for site in report(model).packed))
+    saved = sum(p.nbytes for p in model.parameters()) - 4 * weights
+    assert (tmp_path / "w4" / "model.safetensors").stat().st_size < saved + weights * (0.5 + 4 / 32) + 20_000
+
+
+@pytest.mark.parametrize(
+    ("family", "quantizer", "words"),
+    [
+        ("llama", "hqq", "has zeros, which the format does not; .* quantizer='symmetric'"),
+        ("gpt2", "symmetric", "is transposed, and only linears are"),
+        ("mixtral", "symmetric", "is a stack of experts, and only linears are"),
+    ],
+)
+def test_what_the_format_cannot_hold_is_refused(family, quantizer, words, tmp_path):
+    model = packed(family, quantizer)
+    with pytest.raises(ArtifactError, match=words):
+        export(model, tmp_path / "w4")
+    assert list(tmp_path.iterdir()) == []
+
+
+def test_arguments(tmp_path):
+    with pytest.raises(OptionError, match=f"format='gguf' is unknown; use {FORMATS[0]!r}"):
+        export(make("llama"), tmp_path / "w4", format="gguf")
+    with pytest.raises(ArtifactError, match="no twin of this model is packed"):
+        export(make("llama"), tmp_path / "w4")
+    (tmp_path / "notes.txt").write_text("mine")
+    with pytest.raises(ArtifactError, match="it exists and is not an empty folder"):
+        river_compile.export(make("llama"), tmp_path)
+
+
+class TestSymmetric:
+    """``quantizer="symmetric"``: multiples of a scale."""
+
+    @pytest.mark.parametrize("shift", [0.0, 0.01, -3.0])
+    def test_zero_is_zero_and_scales_are_bfloat16(self, shift):
+        """Also of groups far from zero, the largest weight of which the grid reaches."""
+        torch.manual_seed(0)
+        weight = torch.randn(8, 64) * 0.02 + shift
+        grid = quantize(weight, 32, "symmetric")
+        assert not grid.zero.any()
+        assert torch.equal(grid.scale, grid.scale.bfloat16().float())
+        assert (grid.dequantize() - weight).abs().max() <= grid.scale.abs().max() * 2
+
+    @pytest.mark.parametrize("value", [0.0, 0.02, -3.0])
+    def test_constant_groups_are_met(self, value):
+        weight = torch.full((2, 32), value)
+        torch.testing.assert_close(quantize(weight, 32, "symmetric").dequantize(), weight, rtol=1e-2, atol=0)
+
+    def test_it_loses_little_to_grids_with_zeros(self):
+        torch.manual_seed(0)
+        weight = torch.randn(64, 256) * 0.02
+        noise = {how: (quantize(weight, 64, how).dequantize() - weight).norm() for how in ("rtn", "symmetric")}
+        assert noise["symmetric"] < 1.1 * noise["rtn"]

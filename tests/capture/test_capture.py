@@ -1,0 +1,522 @@
+"""Captured decode steps are the uncaptured ones, to the bit, whatever the order of replays.
+
+The recorder stands in for CUDA graphs: it runs launches late, spoils every value that a real replay would not have
+written, and refuses to replay on inputs that have moved (`tools/recorder.py`). On a machine with a
+GPU most tests run with CUDA graphs as well (marked `gpu`), and one looks at the device's memory.
+
+Tracing takes most of the time, so one decoder serves many tests: launching ahead and the bound on captures are set on
+its runner, and what is expected of it comes from the same compiled steps in a plain runner.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import gc
+import logging
+import threading
+import weakref
+from collections.abc import Iterator
+
+import pytest
+import torch
+from hypothesis import given, settings
+from hypothesis import strategies as st
+from transformers import StaticCache
+
+import river_compile
+from river_compile import CacheFullError, OptionError, RiverConfig, forced_threshold, report, river
+from river_compile.capture import units
+from river_compile.capture.device import CaptureFailed, captured_by
+from river_compile.capture.runner import LaunchAhead
+from tests.support.captured import (
+    CAPACITY,
+    DEVICES,
+    LAYERS,
+    LEAVE,
+    OPTIONS,
+    STAY,
+    STEP,
+    Decoder,
+    assert_same,
+    captured,
+    capturing,
+    check,
+    run,
+    uncaptured,
+)
+from tests.support.decoding import cache_argument, decode, new_cache
+from tests.support.families import make, prompt
+from tools.recorder import StaleReplay
+
+
+@pytest.fixture(scope="module")
+def recorded() -> Decoder:
+    """A decoder on the recorder, for tests that look into it."""
+    return Decoder(compiled_prompts=True)
+
+
+@pytest.fixture(scope="module", params=DEVICES)
+def shared(request, recorded) -> Decoder:
+    return recorded if request.param == "cpu" else Decoder(device=request.param, compiled_prompts=True)
+
+
+@pytest.fixture
+def decoder(shared) -> Iterator[Decoder]:
+    """A decoder that launches in order unless the test says otherwise."""
+    run(shared, [STAY])
+    yield from _in_order(shared)
+
+
+@pytest.fixture
+def recorder(recorded) -> Iterator[Decoder]:
+    run(recorded, [STAY])
+    yield from _in_order(recorded)
+
+
+def _in_order(decoder: Decoder) -> Iterator[Decoder]:
+    launcher = decoder.runner.launcher
+    bound = launcher.max_captures
+    decoder.runner.ahead = LaunchAhead(False)
+    yield decoder
+    launcher.max_captures = bound
+    decoder.runner.ahead = LaunchAhead(False)
+
+
+class TestSameBits:
+    """What a captured decoder computes is what the uncaptured one computes."""
+
+    @pytest.mark.parametrize("ahead", [False, True], ids=["in order", "ahead"])
+    def test_any_mix_of_depths_and_caches(self, decoder, ahead):
+        """Two caches in turn, forced depths, thresholds in between: logits, entries and counters."""
+        decoder.runner.ahead = LaunchAhead(ahead)
+        before = decoder.log.made
+
+        @settings(max_examples=15)
+        @given(st.lists(STEP, min_size=6, max_size=14))
+        def try_out(steps):
+            check(decoder, steps)
+
+        try_out()
+        assert decoder.log.made > before
+
+    @pytest.mark.parametrize("name", ["gemma2", "mixtral"])
+    @pytest.mark.slow
+    def test_families(self, name):
+        """Sliding windows before and after they are full, counters kept in Python, experts."""
+        decoder = Decoder(name, launch_ahead=True)
+        check(decoder, [(0, None, tau) for tau in (2.0, 2.0, -1.0, -1.0, 0.9, 2.0, 2.0, 0.9, 0.95, -1.0)])
+        assert any(g.captures.made for g in report(decoder.model).graphs)
+
+    @pytest.mark.parametrize(
+        ("criterion", "thresholds"), [("confidence", (0.0, 4.45, 5.0)), ("doubt", (0.0, 1e-9, 3.5, 4.0, 9.0))]
+    )
+    def test_other_criteria(self, criterion, thresholds):
+        """What is remembered between tokens, entropies, and a backbone that runs after the river."""
+        decoder = Decoder(criterion=criterion, first_exit=2)
+        steps = [(i % 2, None, tau) for tau in thresholds * 2 for i in range(4)]
+        with river_compile.trace() as actual:
+            a = run(decoder, steps)
+        with uncaptured(decoder.model), river_compile.trace() as expected:
+            b = run(decoder, steps)
+        assert_same(steps, b, a)
+        assert [(s.depth, s.entropy, s.doubted) for s in actual.steps] == [
+            (s.depth, s.entropy, s.doubted) for s in expected.steps
+        ]
+        assert {s.depth for s in actual.tokens} == {1, LAYERS}
+        assert "tail 1" in {c.unit for c in decoder.log.captures}
+
+    @pytest.mark.core
+    def test_inductor(self):
+        """Compiled segments, called without AOTAutograd's wrappers and with strides that they check."""
+        check(Decoder(lowering="inductor", layers=2), [STAY, STAY, LEAVE, LEAVE, STAY, LEAVE])
+
+    @pytest.mark.core
+    def test_exact_mode_and_warmup(self):
+        """Drafts at depth 0 are captured, and after a warm-up nothing more is, whatever the depth."""
+        model, ids = Decoder(layers=2).model, prompt()
+        cache = StaticCache(config=model.config, max_cache_len=CAPACITY)
+        settings = {"attention_mask": torch.ones_like(ids), "max_new_tokens": 12, "do_sample": False}
+        plain = make("llama", layers=2).generate(ids, **settings)
+        held = {cache_argument(model): cache}
+        log = river_compile.warmup(model, cache, depths=(0, 2))
+        assert {c.unit for c in log.captures} >= {"span 0-0", "span 0-1", "last 1-2", "last 0-2", "tail 0", "tail 1"}
+        assert int(cache.get_seq_length()) == 0
+        made = log.made
+        for tau in (-1.0, 0.9, 2.0):
+            cache.reset()
+            with forced_threshold(tau):
+                model.generate(ids, **settings, **held)
+        assert log.made == made
+        cache.reset()
+        assert torch.equal(
+            model.generate(ids, **settings, **held, custom_generate=river_compile.exact, adaptive=False), plain
+        )
+
+    def test_what_a_warmup_cannot_do_is_an_error(self):
+        model = make("llama", layers=2)
+        with pytest.raises(ValueError, match="never reached the river backend"):
+            river_compile.warmup(model, StaticCache(config=model.config, max_cache_len=CAPACITY))
+        with pytest.raises(ValueError, match="a cache of 7 tokens or more, this one holds 6"):
+            river_compile.warmup(model, StaticCache(config=model.config, max_cache_len=6))
+
+
+class TestOrder:
+    """What is launched when, as the recorder saw it."""
+
+    def ready(self, recorder, ahead):
+        recorder.runner.ahead = LaunchAhead(ahead)
+        cache = recorder.start()
+        for tau in (2.0, 2.0, -1.0, -1.0):
+            recorder.step(cache, 4, threshold=tau)
+        return cache
+
+    def events(self, recorder, cache, tau):
+        events = recorder.runner.device.events
+        events.clear()
+        recorder.step(cache, 5, threshold=tau)
+        return [f"{e.what} {e.name}".strip() for e in events if e.what != "run"]
+
+    def test_in_order_every_flag_is_awaited_before_the_next_launch(self, recorder):
+        cache = self.ready(recorder, ahead=False)
+        spans = ["span 0-1", "span 1-2", "span 2-3"]
+        never = [f"{what} {span}" for span in spans for what in ("launch", "wait")]
+        assert self.events(recorder, cache, 2.0) == [*never, "launch last 3-4", "end"]
+        assert self.events(recorder, cache, -1.0) == [*never[:2], "launch tail 1", "end"]
+
+    def test_ahead_the_next_span_is_launched_before_the_flag_is_awaited(self, recorder):
+        cache = self.ready(recorder, ahead=True)
+        start = ["launch span 0-1", "launch span 1-2", "wait span 0-1"]
+        assert self.events(recorder, cache, -1.0) == [*start, "launch tail 1", "end"]
+        rest = ["launch span 2-3", "wait span 1-2", "launch last 3-4", "wait span 2-3", "end"]
+        assert self.events(recorder, cache, 2.0) == [*start, *rest]
+
+    @pytest.mark.parametrize(("tau", "unit"), [(2.0, "span 1-2"), (-1.0, "tail 1")])
+    def test_while_the_device_works_the_host_finds_what_either_verdict_launches(self, recorder, monkeypatch, tau, unit):
+        """Addresses are compared before the flag is waited for; nothing is found twice."""
+        cache = self.ready(recorder, ahead=False)
+        seen: list[str] = []
+        launcher, device = recorder.runner.launcher, recorder.runner.device
+        find, wait, launch = launcher._signature, device.wait, device.launch
+        monkeypatch.setattr(launcher, "_signature", lambda u, slots: (seen.append(u.name), find(u, slots))[1])
+        monkeypatch.setattr(device, "wait", lambda mark: (seen.append("wait"), wait(mark)))
+        monkeypatch.setattr(device, "launch", lambda g, slots: (seen.append(f"launch {g.unit.name}"), launch(g, slots)))
+        recorder.step(cache, 5, threshold=tau)
+        assert seen[:6] == ["span 0-1", "launch span 0-1", "span 1-2", "tail 1", "wait", f"launch {unit}"]
+
+    def test_inputs_are_copied_by_one_call_and_results_by_another(self, recorder):
+        cache = self.ready(recorder, ahead=False)
+        events = recorder.runner.device.events
+        events.clear()
+        recorder.step(cache, 5, depth=1)
+        assert [e.what for e in events] == ["run", "launch", "launch", "run", "end"]
+
+    def test_a_span_launched_ahead_gives_its_counters_back(self, recorder):
+        """Else the twins would write one slot too far: every block has one entry more after a step, however it left."""
+        cache = self.ready(recorder, ahead=True)
+        for tau in (-1.0, -1.0, 2.0, -1.0):
+            filled = int(cache.get_seq_length())
+            assert "launch span 1-2" in self.events(recorder, cache, tau)
+            assert [int(layer.get_seq_length()) for layer in cache.layers] == [filled + 1] * LAYERS
+
+    @pytest.mark.slow
+    def test_rolling_caches_are_not_launched_ahead(self):
+        """A full sliding window moves its entries, which cannot be done twice; the report names the line."""
+        decoder = Decoder("mistral", launch_ahead=True)
+        check(decoder, [STAY] * 6 + [LEAVE] * 3)
+        text = str(report(decoder.model))
+        assert "span 1-2 is not launched ahead: it changes a value otherwise than by writing to a slot" in text
+        assert "cache_utils.py:" in text
+
+
+class TestStaleness:
+    """The recorder can fail: it notices what a GPU would get wrong in silence."""
+
+    @pytest.fixture
+    def cache(self, recorder):
+        cache = recorder.start()
+        for tau in (2.0, 2.0, -1.0, -1.0):
+            recorder.step(cache, 4, threshold=tau)
+        return cache
+
+    def test_a_replay_on_moved_inputs_is_refused(self, recorder, cache):
+        graph = recorder.runner.launcher.graphs()[-1]
+        slots = [torch.zeros(1) if i in graph.unit.keys else None for i in range(max(graph.unit.reads) + 1)]
+        with pytest.raises(StaleReplay, match="has moved since the capture"):
+            recorder.runner.device.launch(graph, slots)
+
+    def test_a_buffer_that_nobody_wrote_in_this_step_is_no_number(self, recorder, cache, monkeypatch):
+        """A tail whose span was left out reads an earlier token's hidden state: NaN here."""
+        assert recorder.step(cache, 5, threshold=-1.0).isfinite().all()
+        runner = recorder.runner
+        launch = runner.device.launch
+
+        def leave_out(graph, slots):
+            if graph.unit.name == "span 0-1":
+                runner.flags[1] = 1.0
+            else:
+                launch(graph, slots)
+
+        monkeypatch.setattr(runner.device, "launch", leave_out)
+        assert recorder.step(cache, 5, threshold=-1.0).isnan().all()
+
+    def test_a_flag_read_without_waiting_is_no_number(self, recorder, cache, monkeypatch):
+        """Then no token ever leaves."""
+        monkeypatch.setattr(recorder.runner.device, "wait", lambda mark: None)
+        with river_compile.trace() as seen:
+            recorder.step(cache, 5, threshold=-1.0)
+        assert [step.depth for step in seen.tokens] == [LAYERS]
+
+    def test_results_outlive_the_next_step(self, decoder):
+        cache = decoder.start()
+        for _ in range(3):
+            decoder.step(cache, 4, depth=1)
+        first = decoder.step(cache, 5, depth=1)
+        copy = first.clone()
+        decoder.step(cache, 9, depth=1)
+        assert torch.equal(first, copy)
+
+
+class TestCaches:
+    """A new KV cache means new captures, and nothing of the old one stays."""
+
+    @pytest.mark.parametrize("device", DEVICES)
+    @pytest.mark.slow
+    def test_a_replaced_cache_is_captured_anew_and_let_go(self, device):
+        """The decoder is the test's own: a cache at the addresses of an earlier, freed one would be replayed on."""
+        decoder = Decoder(device=device)
+        run(decoder, [STAY])
+        caches = [decoder.start(seed) for seed in range(2)]
+        for cache in caches:
+            before = decoder.log.made
+            for _ in range(3):
+                decoder.step(cache, 4, depth=1)
+            assert [c.unit for c in decoder.log.captures][before - decoder.log.made :] == ["span 0-1", "tail 1"]
+        gone = [weakref.ref(layer.keys) for cache in caches for layer in cache.layers]
+        del caches, cache
+        gc.collect()
+        assert [ref() for ref in gone] == [None] * 2 * LAYERS
+
+    def test_captures_are_bounded_and_the_oldest_gives_way(self, decoder):
+        decoder.runner.launcher.max_captures = 3
+        dropped = decoder.log.dropped
+        check(decoder, [(0, depth, None) for depth in (0, 0, 1, 1, 2, 2, 0, 0, 1, 1)])
+        assert decoder.log.alive == 3
+        assert decoder.log.dropped > dropped
+        assert "dropped (max_captures)" in str(report(decoder.model))
+
+    @pytest.mark.gpu
+    def test_device_memory_returns(self):
+        """A model after whose end libraries keep their workspaces, then another one, of which nothing is left."""
+
+        def live_and_die() -> int:
+            decoder = Decoder(device="cuda")
+            run(decoder, [(0, depth, None) for depth in (0, 0, 1, 1, 2, 2)])
+            assert decoder.log.made
+            del decoder
+            torch._dynamo.reset()
+            gc.collect()
+            torch.cuda.empty_cache()
+            return torch.cuda.memory_reserved()
+
+        first = live_and_die()
+        assert live_and_die() <= first
+
+
+def test_threads_never_mix_their_results(decoder):
+    """Two threads decode on caches of their own at once: each gets the bits that it gets alone."""
+    decoder.runner.ahead = LaunchAhead(True)
+    steps = [2.0, 2.0, -1.0, -1.0, 0.9, 2.0, -1.0, 0.9, 2.0, -1.0]
+
+    def go(cache, seed, out):
+        on_gpu = decoder.device == "cuda"
+        with torch.cuda.stream(torch.cuda.Stream()) if on_gpu else contextlib.nullcontext():
+            out += [decoder.step(cache, 3 + seed + i, threshold=tau) for i, tau in enumerate(steps)]
+            if on_gpu:
+                torch.cuda.synchronize()
+
+    alone: list[list] = [[], []]
+    for seed in range(2):
+        go(decoder.start(seed), seed, alone[seed])
+    together: list[list] = [[], []]
+    caches = [decoder.start(seed) for seed in range(2)]
+    threads = [threading.Thread(target=go, args=(caches[s], s, together[s])) for s in range(2)]
+    for thread in threads:
+        thread.start()
+    for thread in threads:
+        thread.join()
+    for a, b in zip(alone, together, strict=True):
+        assert len(b) == len(steps)
+        assert all(map(torch.equal, a, b))
+
+
+class TestReported:
+    """Captures are logged and reported; what is not captured says why and where."""
+
+    @pytest.mark.parametrize("device", DEVICES)
+    def test_every_capture_is_logged_and_listed(self, device, caplog):
+        """The decoder is the test's own: on a cache at a freed one's addresses nothing would be captured anew."""
+        decoder = Decoder(device=device, layers=2)
+        run(decoder, [STAY])
+        decoder.runner.ahead = LaunchAhead(False)
+        with caplog.at_level(logging.INFO, logger="river_compile.capture.device"):
+            run(decoder, [(0, 1, None)] * 3)
+        lines = [r.getMessage() for r in caplog.records if r.getMessage().startswith("captured")]
+        assert len(lines) == 2
+        assert lines[0].startswith("captured span 0-1: depth 1, batch 1, ")
+        assert lines[1].startswith("captured tail 1: depth 1, batch 1, ")
+        listed = report(decoder.model).to_dict()["graphs"][-1]["captures"]
+        assert [(c["unit"], c["depth"], c["batch"]) for c in listed["captures"][-2:]] == [
+            ("span 0-1", 1, 1),
+            ("tail 1", 1, 1),
+        ]
+        assert listed["buffer_bytes"] > 0
+        assert f"captured     {decoder.log.made} graphs" in str(report(decoder.model))
+
+    def test_cuda_graphs_on_a_cpu_are_an_error(self):
+        wanted = pytest.raises(OptionError, match="cudagraphs=True needs a model on a GPU or lowering=")
+        with captured_by(None), wanted:
+            Decoder(compiled_prompts=True).start()
+
+    @pytest.mark.parametrize(
+        ("name", "value"), [("cudagraphs", "yes"), ("max_captures", 0), ("launch_ahead", 1), ("cudagraphs", 1)]
+    )
+    def test_bad_values(self, name, value):
+        with pytest.raises(OptionError, match=f"{name}={value!r} is not allowed"):
+            RiverConfig.from_options({name: value})
+
+    def test_a_unit_whose_capture_fails_runs_uncaptured_and_says_so(self):
+        """The others are captured, and the failed one is not tried again."""
+        decoder = Decoder(layers=2)
+        decoder.step(decoder.start(), 3, depth=1)
+        device, tries = decoder.runner.device, []
+        capture = device.capture
+
+        def fail(unit, slots, outputs, buffer):
+            if unit.name == "tail 1":
+                tries.append(unit)
+                raise CaptureFailed("operation not permitted when stream is capturing")
+            return capture(unit, slots, outputs, buffer)
+
+        device.capture = fail
+        check(decoder, [(0, 1, None)] * 4)
+        assert decoder.log.uncaptured_units["tail 1"] == "operation not permitted when stream is capturing"
+        assert {c.unit for c in decoder.log.captures} == {"span 0-1"}
+        assert len(tries) == 1
+
+    def test_what_stands_in_the_way_is_worked_out_once(self, decoder, monkeypatch):
+        """Looking a unit up must not walk its graphs: it happens at every check of every token."""
+        cache, walks = decoder.start(), []
+        ways = [{"threshold": 2.0}, {"threshold": -1.0}, {"depth": 0}, {"depth": LAYERS}]
+        for way in ways:
+            decoder.step(cache, 3, **way)
+        monkeypatch.setattr(units, "obstacle", lambda segment, _home: walks.append(segment.name))
+        for way in ways:
+            decoder.step(cache, 4, **way)
+        assert walks == []
+
+    def test_a_full_cache_is_an_error_and_the_executor_goes_on(self, decoder):
+        full, free = decoder.start(0), decoder.start(1)
+        for _ in range(CAPACITY - 6):
+            decoder.step(full, 4, depth=1)
+        with pytest.raises(CacheFullError, match="holds 40 tokens; 40 are filled"):
+            decoder.step(full, 4, depth=1)
+        assert decoder.step(free, 4, depth=1).isfinite().all()
+
+
+@pytest.mark.usefixtures("fresh_dynamo")
+class TestSizes:
+    """Sizes that differ between calls."""
+
+    @pytest.mark.slow
+    def test_caches_of_several_lengths_and_batches(self):
+        """A second one makes Dynamo trace with dynamic sizes: captures are distinguished by their values."""
+        decoder = Decoder(launch_ahead=True)
+
+        def run_all():
+            sizes = [(40, 1), (24, 2), (32, 3)]
+            caches = [decoder.start(seed, *size) for seed, size in enumerate(sizes)]
+            return [decoder.step(caches[i % 3], 3 + i, threshold=(2.0, -1.0)[i // 3 % 2]) for i in range(12)], caches
+
+        actual = run_all()
+        with uncaptured(decoder.model):
+            expected = run_all()
+        assert_same([*range(12)], expected, actual)
+        assert {c.batch for g in report(decoder.model).graphs for c in g.captures.captures} == {1, 2, 3}
+
+    def test_a_growing_mask_leaves_the_prologue_uncaptured(self):
+        """Hand-fed 2-D masks change their length with every token: later spans are captured, the first one is not."""
+        model = make("llama", layers=3)
+        model.compile(backend=river, options=capturing())
+        depths = [2, 2, 2, 2, 2, 2, None, None]
+        caches = [new_cache(model, "static") for _ in range(2)]
+        actual = decode(model, caches[0], depths, plain_prompt=True)
+        with uncaptured(model):
+            expected = decode(model, caches[1], depths, plain_prompt=True)
+        assert_same(["prompt", *depths], (expected, caches[1:]), (actual, caches[:1]))
+        log = report(model).graphs[-1].captures
+        assert "tail 2" in [c.unit for c in log.captures]
+        assert "attention_mask" in log.uncaptured_units["span 0-2"]
+
+    def test_dynamic_caches_and_prompts_are_not_captured(self):
+        model = make("llama", layers=2)
+        model.compile(backend=river, options=capturing())
+        decode(model, new_cache(model, "dynamic"), [None])
+        prefill, step = [g.captures.not_captured for g in report(model).graphs]
+        assert "a prompt's length differs" in prefill
+        assert "the cache grows with every token" in step
+        assert "cache_utils.py:" in step
+
+    def test_on_a_cpu_nothing_is_captured_by_default(self):
+        model = make("llama", layers=2)
+        model.compile(backend=river, options=OPTIONS)
+        decode(model, new_cache(model, "static"), [None])
+        assert {g.captures.not_captured for g in report(model).graphs} == {
+            "the model lies on cpu; CUDA graphs need a GPU, tapes lowering='native'"
+        }
+
+
+def test_executor_buffers_and_graphs_go_with_their_model(fresh_dynamo):
+    decoder = Decoder(layers=2)
+    run(decoder, [(0, 1, None)] * 3)
+    executor = weakref.ref(captured(decoder.model)[-1])
+    buffers = [weakref.ref(buffer) for _, buffer in executor().runner.launcher.buffers()]
+    assert buffers
+    del decoder
+    torch._dynamo.reset()
+    gc.collect()
+    assert executor() is None
+    assert not any(ref() is not None for ref in buffers)
+
+
+class TestLaunchAhead:
+    """When starting early pays."""
+
+    def test_it_measures_first(self):
+        ahead = LaunchAhead()
+        assert not ahead.pays(1, 2)
+        ahead.timed(1, 100e-6, 130e-6)
+        assert not ahead.pays(1, 2)  # the next span was never timed
+
+    @pytest.mark.parametrize(("left", "expected"), [(False, True), (True, False)])
+    def test_tokens_that_stay_make_it_pay(self, left, expected):
+        """A span of 100 us against a round trip of 30 us: worth it where fewer than 3 of 13 tokens leave."""
+        ahead = LaunchAhead()
+        for depth in (1, 2):
+            ahead.timed(depth, 100e-6, 130e-6)
+        for _ in range(60):
+            ahead.saw(1, left)
+        assert ahead.pays(1, 2) is expected
+
+    def test_the_formula(self):
+        """p = 3/13 is where both sides are equal."""
+        ahead = LaunchAhead()
+        for depth in (1, 2):
+            ahead.timed(depth, 100e-6, 130e-6)
+        ahead.left[1] = 3 / 13 - 0.01
+        assert ahead.pays(1, 2)
+        ahead.left[1] = 3 / 13 + 0.01
+        assert not ahead.pays(1, 2)
+
+    @pytest.mark.parametrize("always", [True, False])
+    def test_an_option_decides_instead(self, always):
+        assert LaunchAhead(always).pays(1, 2) is always

@@ -1,0 +1,181 @@
+"""CUDA graphs without a card: what is asked of `torch.cuda`, by doubles of its streams, events and graphs."""
+
+import contextlib
+import types
+
+import pytest
+import torch
+from torch.utils._python_dispatch import TorchDispatchMode
+
+from river_compile.capture.cuda import CudaGraphs
+from river_compile.capture.device import CaptureFailed
+from river_compile.capture.units import buffer_like, copy_into
+
+DEVICE = torch.device("cuda", 1)
+
+
+class FakeEvent:
+    made: list
+
+    def __init__(self, enable_timing=False):
+        self.timing, self.waited = enable_timing, False
+        self.made.append(self)
+
+    def record(self, stream):
+        self.stream = stream
+
+    def synchronize(self):
+        self.waited = True
+
+
+class FakeCuda(types.SimpleNamespace):
+    """What of torch.cuda is used to capture and to replay; `said` is what it was asked."""
+
+    def __init__(self) -> None:
+        super().__init__(said=[])
+        self.CUDAGraph = lambda: types.SimpleNamespace(replay=lambda: self.said.append("replay"))
+        self.graph_pool_handle = lambda: "pool"
+        self.Stream = lambda device: f"stream of {device}"
+        self.Event = type("Event", (FakeEvent,), {"made": []})
+        self.current_stream = lambda device: f"current stream of {device}"
+        self.synchronize = lambda: self.said.append("synchronize")
+        self.empty_cache = lambda: self.said.append("empty_cache")
+        self.mem_get_info = lambda: (1000 - 10 * self.said.count("captured"), 1000)
+
+    @contextlib.contextmanager
+    def device(self, device):
+        self.said.append(f"on {device}")
+        yield
+
+    @contextlib.contextmanager
+    def graph(self, graph, pool, stream, *, capture_error_mode):
+        self.said.append((pool, stream, capture_error_mode))
+        yield
+        self.said.append("captured")
+
+
+@pytest.fixture
+def cuda(monkeypatch):
+    fake = FakeCuda()
+    monkeypatch.setattr("river_compile.capture.cuda.torch.cuda", fake)
+    monkeypatch.setattr(torch._C, "_cuda_clearCublasWorkspaces", lambda: fake.said.append("clear"), raising=False)
+    monkeypatch.setattr(torch, "full", lambda size, fill, pin_memory: torch.tensor([fill] * size[0]))
+    return fake
+
+
+def unit(work):
+    return types.SimpleNamespace(run_into=work)
+
+
+def test_captures_run_on_a_stream_of_the_models_device(cuda):
+    """torch's own stream for captures belongs to the device of the process's first one."""
+    device = CudaGraphs(DEVICE)
+    graph, size = device.capture(unit(lambda slots, outputs, when: cuda.said.append("run")), [], {}, None)
+    assert size == 10
+    stream = ("pool", "stream of cuda:1", "thread_local")
+    before = ["on cuda:1", "synchronize", "empty_cache", "clear"]
+    assert cuda.said == [*before, stream, "run", "captured", "clear"]
+    device.launch(graph, [])
+    assert cuda.said[-1] == "replay"
+
+
+def test_a_capture_that_fails_says_what_the_driver_said(cuda):
+    def fail(slots, outputs, when):
+        raise RuntimeError("CUDA error: operation not permitted\nmore lines")
+
+    with pytest.raises(CaptureFailed, match=r"^CUDA error: operation not permitted$"):
+        CudaGraphs(DEVICE).capture(unit(fail), [], {}, None)
+    assert cuda.said[-1] == "clear"
+
+
+def test_a_decision_is_a_node_of_the_graph_and_what_depends_on_it_its_body(cuda):
+    """Bodies have slots of their own, and end where what they hold has failed, too."""
+    graph = types.SimpleNamespace(
+        begin_capture_to_if_node=lambda holds: cuda.said.append(f"if {holds}"),
+        end_capture_to_conditional_node=lambda: cuda.said.append("end"),
+    )
+    cuda.CUDAGraph = type("Graph", (), {"get_currently_capturing_graph": staticmethod(lambda: graph)})
+    device, slots = CudaGraphs(DEVICE), [1, 2]
+
+    def inner(own):
+        cuda.said.append("body")
+        own[0] = 7
+
+    def outer(own):
+        device.when("b", inner, own)
+        device.when("c", lambda own: own[5], own)
+
+    with pytest.raises(IndexError):
+        device.when("a", outer, slots)
+    assert cuda.said == ["if a", "if b", "body", "end", "if c", "end", "end"]
+    assert slots == [1, 2]
+
+
+@pytest.mark.parametrize(
+    ("torch_version", "cuda_version", "hip", "why"),
+    [
+        ("2.13.0+cu130", "13.0", None, None),
+        ("2.14.1", "12.4", None, None),
+        ("2.12.1", "13.0", None, "torch 2.12.1 captures no decisions; 2.13 and later do"),
+        ("2.13.0", "12.3", None, "graphs of CUDA 12.3 hold no decisions; those of 12.4 and later do"),
+        ("2.13.0", None, "7.0", "HIP graphs hold no decisions"),
+    ],
+)
+def test_which_graphs_hold_decisions(cuda, monkeypatch, torch_version, cuda_version, hip, why):
+    monkeypatch.setattr(torch, "__version__", torch_version)
+    monkeypatch.setattr(torch.version, "cuda", cuda_version)
+    monkeypatch.setattr(torch.version, "hip", hip)
+    assert CudaGraphs(DEVICE).why_undecided() == why
+
+
+def test_flags_outlive_the_replays_that_write_them(cuda):
+    """The last one is waited for before the device lets go of their memory."""
+    device = CudaGraphs(DEVICE)
+    flags = device.flags(3)
+    assert any(held is flags for held in device._flags)
+    device.end()
+    *_, event = cuda.Event.made
+    assert not event.timing  # (one with a time takes longer to record, and nobody asks for it)
+    assert not event.waited
+    del device
+    assert event.waited
+
+
+def test_a_step_on_another_stream_waits_for_the_one_before(cuda, monkeypatch):
+    device, waited = CudaGraphs(DEVICE), []
+    device.end()
+    monkeypatch.setattr(cuda, "current_stream", lambda device: types.SimpleNamespace(wait_event=waited.append))
+    device.begin(lambda: [], torch.zeros(1))
+    assert waited == [cuda.Event.made[-1]]
+
+
+class Copies(TorchDispatchMode):
+    """Counts the operations that copy."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.names: list[str] = []
+
+    def __torch_dispatch__(self, func, types, args=(), kwargs=None):
+        if "copy" in func.name():
+            self.names.append(func.name())
+        return func(*args, **(kwargs or {}))
+
+
+def test_values_of_one_dtype_are_copied_by_one_operation():
+    """Strided, expanded and 0-dim ones too; each reaches its own buffer."""
+    values = [
+        torch.randn(2, 3),
+        torch.randn(4, 1).expand(4, 5),
+        torch.arange(3),
+        torch.tensor(7),
+        torch.randn(3, 2).T,
+        torch.tensor([True, False]),
+    ]
+    buffers = [buffer_like(value) for value in values]
+    with Copies() as copies:
+        copy_into(buffers, values)
+    assert copies.names == ["aten::_foreach_copy_"] * 3  # float32, int64, bool
+    for buffer, value in zip(buffers, values, strict=True):
+        assert torch.equal(buffer, value)
+        assert buffer.stride() == value.stride()

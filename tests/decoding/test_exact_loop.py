@@ -1,0 +1,262 @@
+"""The loop of exact mode on a scripted model: it keeps plain generation's text, calls and cache, whatever the drafts.
+
+Also proved here: sampled text has the plain model's distribution, and the parts of a drafter do what they say.
+"""
+
+import pytest
+import torch
+from hypothesis import given, settings
+from hypothesis import strategies as st
+from transformers.generation import (
+    LogitsProcessorList,
+    RepetitionPenaltyLogitsProcessor,
+    TemperatureLogitsWarper,
+    TopPLogitsWarper,
+)
+
+import river_compile
+from river_compile.decoding.draft_policy import ByChance, ByGain
+from river_compile.decoding.drafter import Drafter
+from river_compile.decoding.lookup import SuffixAutomaton
+from river_compile.decoding.loop import DecodeLoop, Ends
+from river_compile.decoding.sampling import Chooser, RowProcessors
+from river_compile.decoding.sequences import Sequences
+from river_compile.runtime.draft_stats import AcceptanceRate
+from tests.support.scripted import VOCABULARY, ScriptedRunner
+
+PAD = 0
+TEXTS = 5_000
+
+
+class Recorder:
+    """Stopping criteria and a streamer that note what they are given; rows end at `eos` or at `max_length` ids."""
+
+    def __init__(self, eos, max_length):
+        self.eos, self.max_length = eos, max_length
+        self.seen, self.streamed = [], []
+
+    def stops(self, ids, scores):
+        self.seen.append(ids.tolist())
+        return (ids[:, -1] == self.eos) | (ids.shape[1] >= self.max_length)
+
+    def put(self, tokens):
+        self.streamed.append(tokens.tolist())
+
+
+def loop_on(runner, prompt, recorder, lookup=True, stop_below=0.3, process=None, do_sample=False, together=True):
+    rule = (
+        ByGain(runner.times, runner.width_for, together)
+        if stop_below is None
+        else ByChance(stop_below, runner.width_for)
+    )
+    texts = Sequences(prompt, PAD, recorder.put)
+    runner.ended = lambda: [not active for active in texts.active]
+    return DecodeLoop(
+        session=runner,
+        drafter=Drafter(prompt, lookup, rule, runner.times, together, PAD),
+        texts=texts,
+        chooser=Chooser(len(prompt), do_sample),
+        process=None if process is None else RowProcessors(process),
+        process_draft=None if process is None else RowProcessors(process),
+        stops=recorder.stops,
+        max_length=recorder.max_length,
+        pad_token=PAD,
+        together=together,
+    )
+
+
+def first_logits(runner, prompt):
+    return torch.stack([runner.logits(row) for row in prompt.tolist()])[:, None]
+
+
+def plain(runner, prompt, recorder):
+    """Plain greedy generation, as transformers does it."""
+    ids, active = prompt, torch.ones(len(prompt), dtype=torch.bool)
+    while active.any():
+        tokens = first_logits(runner, ids)[:, 0].argmax(-1)
+        tokens = torch.where(active, tokens, PAD)
+        ids = torch.cat([ids, tokens[:, None]], dim=-1)
+        active = active & ~recorder.stops(ids, None)
+        recorder.put(tokens)
+    return ids
+
+
+@settings(max_examples=150)
+@given(
+    seed=st.integers(0, 10_000),
+    batch=st.integers(1, 3),
+    river_right=st.integers(0, 10),
+    max_draft=st.sampled_from([1, 3, 7, 15]),
+    new_tokens=st.integers(1, 40),
+    spare_slots=st.integers(-1, 8),
+    eos=st.integers(-1, VOCABULARY - 1),
+    memory=st.integers(1, 6),
+    lookup=st.booleans(),
+    stop_below=st.sampled_from([0.0, 0.3, 0.9, 1.0, None]),
+    together=st.booleans(),
+    asked=st.booleans(),
+)
+def test_text_calls_and_cache_are_those_of_plain_generation(
+    seed, batch, river_right, max_draft, new_tokens, spare_slots, eos, memory, lookup, stop_below, together, asked
+):
+    """Whatever agrees, wherever the texts end, however few slots are left: ids and streamer match.
+
+    The calls of criteria (where they are asked) and the cache match too where rows stay together; where they part, each
+    row's calls do.
+    """
+    prompt = torch.randint(1, VOCABULARY, (batch, 5), generator=torch.Generator().manual_seed(seed))
+    max_length = 5 + new_tokens
+    expected_calls, calls = Recorder(eos, max_length), Recorder(eos, max_length)
+    runner = ScriptedRunner(prompt, seed, river_right, max_draft, max_length + spare_slots, memory)
+    expected = plain(runner, prompt, expected_calls)
+    loop = loop_on(runner, prompt, calls, lookup, stop_below, together=together)
+    if not asked:
+        loop.stops = Ends(max_length, frozenset({eos}))
+    ids = loop.run(first_logits(runner, prompt))
+    assert ids.tolist() == expected.tolist()
+    assert calls.streamed == expected_calls.streamed
+    if together:
+        assert calls.seen == (expected_calls.seen if asked else [])
+        assert runner.slots == [[(token, True) for token in row[:-1]] for row in expected.tolist()]
+    elif asked:
+        seen = [row for rows in calls.seen for row in rows]
+        assert len(seen) == len(set(map(tuple, seen))) or batch > 1, "a position was judged twice"
+        assert all(row in seen for rows in expected_calls.seen[:1] for row in rows)
+
+
+def test_rows_that_part_take_fewer_passes_than_rows_that_wait():
+    """The same batch both ways: the same text, and no row takes more passes than it takes alone."""
+    prompt = torch.tensor([[1, 2, 3], [4, 5, 6], [7, 8, 9]])
+    passes = {}
+    for rows, together in ((prompt, True), (prompt, False), *((prompt[i : i + 1], True) for i in range(3))):
+        runner = ScriptedRunner(rows, 11, 7, 7, capacity=100, memory=3)
+        with river_compile.trace() as trace:
+            ids = loop_on(runner, rows, Recorder(-1, 60), False, 0.0, together=together).run(first_logits(runner, rows))
+        passes[len(rows), together, int(rows[0, 0])] = len(trace.cycles)
+        assert ids.tolist() == plain(runner, rows, Recorder(-1, 60)).tolist()
+    alone = [passes[1, True, first] for first in (1, 4, 7)]
+    assert passes[3, False, 1] == max(alone) < passes[3, True, 1]
+
+
+def test_rows_that_have_ended_leave_the_batch():
+    """Three of four end early: passes are of one row from then on; unless rows stay together, or it costs more."""
+    prompt = torch.tensor([[1, 2, 3], [4, 5, 6], [7, 8, 9], [1, 1, 2]])
+    script = ScriptedRunner(prompt, 11, 7, 7, capacity=100, memory=3)
+    texts = plain(script, prompt, Recorder(-1, 60))[:, 3:].tolist()
+    eos = min(range(VOCABULARY), key=lambda token: sum(token in text for text in texts) or len(texts) + 1)
+    expected = plain(script, prompt, Recorder(eos, 60)).tolist()
+    for together, least_tokens in ((False, 0), (True, 0), (False, 1000)):
+        runner = ScriptedRunner(prompt, 11, 7, 7, capacity=100, memory=3)
+        runner.least_tokens = least_tokens
+        ids = loop_on(runner, prompt, Recorder(eos, 60), False, together=together).run(first_logits(runner, prompt))
+        assert ids.tolist() == expected
+        assert (len(runner.rows) == 4) == (together or least_tokens > 0)
+
+
+def test_rows_that_part_are_streamed_without_padding():
+    """Sequences end together, at their longest, so generate knows of no token that stands for padding."""
+    prompt = torch.tensor([[1, 2, 3], [4, 5, 6]])
+    runner, ours, expected = ScriptedRunner(prompt, 3, 5, 7, 60, memory=3), Recorder(-1, 40), Recorder(-1, 40)
+    loop = loop_on(runner, prompt, ours, together=False)
+    loop.texts, loop.pad_token = Sequences(prompt, None, ours.put), None
+    runner.ended = lambda: [not active for active in loop.texts.active]
+    assert loop.run(first_logits(runner, prompt)).tolist() == plain(runner, prompt, expected).tolist()
+    assert ours.streamed == expected.streamed
+
+
+@pytest.mark.parametrize("free", range(1, 10))
+def test_a_nearly_full_cache_is_filled_to_its_last_slot(free):
+    prompt = torch.tensor([[1, 2, 3]])
+    recorder = Recorder(-1, 3 + free + 1)
+    runner = ScriptedRunner(prompt, 3, 10, 15, capacity=3 + free, memory=6)
+    ids = loop_on(runner, prompt, recorder).run(first_logits(runner, prompt))
+    assert ids.shape[1] == 3 + free + 1
+    assert runner.filled == 3 + free
+
+
+def test_good_drafts_save_passes_and_the_trace_tells_where_tokens_came_from():
+    prompt = torch.tensor([[1, 2, 3]])
+    runner = ScriptedRunner(prompt, 5, 10, 7, capacity=100, memory=6)
+    with river_compile.trace() as trace:
+        loop_on(runner, prompt, Recorder(-1, 43), lookup=False, stop_below=0.0).run(first_logits(runner, prompt))
+    kept = trace.kept_sources
+    assert sum(kept.values()) == 39  # the first of 40 tokens comes from the prompt's own pass
+    assert kept == {"river": 34, "backbone": 5}  # four cycles of 7 + 1, and one of 6 + 1 at the end
+    assert trace.acceptance_by_position == [1.0] * 7
+    assert all(cycle.width == 8 for cycle in trace.cycles)
+
+
+def test_rows_held_back_by_another_row_are_counted():
+    prompt = torch.tensor([[1, 2, 3], [4, 5, 6]])
+    runner = ScriptedRunner(prompt, 11, 5, 3, capacity=100, memory=6)
+    with river_compile.trace() as trace:
+        loop_on(runner, prompt, Recorder(-1, 40), lookup=False, stop_below=0.0).run(first_logits(runner, prompt))
+    assert sum(cycle.held_back for cycle in trace.cycles) > 0
+
+
+def chi_square(counts, expected):
+    return (((counts - expected) ** 2) / expected).sum().item()
+
+
+def test_tokens_are_those_that_multinomial_draws():
+    """For one seed: in any order of asking, and with the generator left where as many draws leave it."""
+    scores = torch.randn(5, 3, 8, generator=torch.Generator().manual_seed(0))
+    torch.manual_seed(7)
+    expected = [torch.multinomial(s.softmax(-1), num_samples=1)[:, 0].tolist() for s in scores]
+    after = torch.rand(1)
+    torch.manual_seed(7)
+    chooser = Chooser(3, do_sample=True)
+    ours = [[0] * 3 for _ in range(5)]
+    for row, step in [(2, 1), (0, 4), (0, 0), (2, 0), (1, 3), (0, 1), (0, 2), (1, 0), (1, 1), (2, 2)]:
+        ours[step][row] = chooser.choose(scores[step, row : row + 1], [(row, step)]).item()
+        assert ours[step][row] == expected[step][row]
+    chooser.forget(5)
+    chooser.choose(scores[0, :1], [(0, 9)])  # a draft that reached beyond the end
+    chooser.close(5)
+    assert torch.equal(torch.rand(1), after)
+
+
+@pytest.mark.parametrize(("lookup", "together"), [(False, True), (True, False)])
+def test_sampled_texts_have_the_plain_models_distribution(lookup, together):
+    """Pairs of tokens, with temperature, top-p and a repetition penalty, of ten rows that are drafted for at once."""
+    torch.manual_seed(1)
+    process = LogitsProcessorList(
+        [RepetitionPenaltyLogitsProcessor(1.3), TemperatureLogitsWarper(0.8), TopPLogitsWarper(0.9)]
+    )
+    prompt = torch.tensor([[1, 2, 1, 2, 1]])
+    script = ScriptedRunner(prompt, 4, 3, 3, capacity=100, memory=2)
+    expected = torch.zeros(VOCABULARY, VOCABULARY)
+    first = process(prompt, first_logits(script, prompt)[:, 0]).softmax(-1)[0]
+    for token in range(VOCABULARY):
+        ids = torch.cat([prompt, torch.tensor([[token]])], dim=1)
+        expected[token] = first[token] * process(ids, first_logits(script, ids)[:, 0]).softmax(-1)[0]
+    rows = 10
+    batch = prompt.expand(rows, -1)
+    counts = torch.zeros(VOCABULARY * VOCABULARY)
+    for _ in range(TEXTS // rows):
+        runner = ScriptedRunner(batch, 4, 8, 3, capacity=100, memory=2)
+        loop = loop_on(runner, batch, Recorder(-1, 8), lookup, 0.0, process, do_sample=True, together=together)
+        ids = loop.run(first_logits(runner, batch))
+        counts += (ids[:, 5] * VOCABULARY + ids[:, 6]).bincount(minlength=VOCABULARY**2)
+    likely = expected.flatten() * TEXTS >= 5
+    assert counts[expected.flatten() == 0].sum() == 0  # top-p leaves no such text
+    degrees = int(likely.sum()) - 1
+    assert degrees > 10
+    assert chi_square(counts[likely], expected.flatten()[likely] * TEXTS) < degrees + 4 * (2 * degrees) ** 0.5
+
+
+def test_a_repeated_ngram_is_continued_and_the_longest_wins():
+    index = SuffixAutomaton([1, 2, 3, 4, 9, 2, 3, 7, 7, 1, 2, 3])
+    assert index.continuation(3) == ([4, 9, 2], 3)  # 1 2 3 occurred first; 2 3 alone was last followed by 7
+    assert index.continuation(2, ahead=[7]) == ([7, 1], 3)
+    assert SuffixAutomaton([1, 2, 3]).continuation(3) == ([], 0)
+    assert SuffixAutomaton([5, 6, 5, 6]).continuation(5) == ([5, 6, 5, 6, 5], 2)
+
+
+def test_acceptance_is_learned_per_bin():
+    estimate = AcceptanceRate([1.0], [0.5, 0.5])
+    for _ in range(1000):
+        estimate.learn(0.5, True)
+        estimate.learn(2.0, False)
+    assert estimate.chance(0.1) > 0.98
+    assert estimate.chance(5.0) < 0.02

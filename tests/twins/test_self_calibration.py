@@ -1,0 +1,191 @@
+"""The default twins know the model without a text: it samples one, the same every time, and says what they lose."""
+
+from __future__ import annotations
+
+import json
+from itertools import accumulate
+
+import pytest
+import torch
+from safetensors import safe_open
+from transformers import DynamicCache
+
+from river_compile import RiverWarning, observe, report, river, save
+from river_compile.kernels.portable import token_kl
+from river_compile.model_record import find_record, record_of
+from river_compile.twins import self_calibration
+from river_compile.twins.artifact import FILE
+from river_compile.twins.sampling import sample
+from river_compile.twins.twin_kl import SEED, TwinLoss, estimate_loss
+from tests.support.decoding import decode, new_cache
+from tests.support.families import VOCABULARY, make, prompt
+from tests.support.traced import TracedStep, dequantized
+
+OPTIONS = {"lowering": "eager", "group_size": 32, "threshold": -1.0}
+
+
+def started(family="llama", **options):
+    """Returns a model whose twins the default options packed, in a call through Dynamo."""
+    model = make(family, layers=2)
+    model.compile(backend=river, options={**OPTIONS, **options})
+    decode(model, new_cache(model, "static"), [0])
+    return model
+
+
+def packed_by_default(family="llama", step=None, **options):
+    """Does what `started` does with a step that was traced before, of which Dynamo would tell whose it is."""
+    step = TracedStep(family) if step is None else step
+    record_of(step.model.parameters()).self_calibration.is_of(step.model)
+    step.run(**options)
+    return step.model
+
+
+def bytes_of(model):
+    return {site.name: [tensor.clone() for tensor in site.tensors] for site in report(model).packed}
+
+
+def same(a, b):
+    return a.keys() == b.keys() and all(torch.equal(x, y) for name in a for x, y in zip(a[name], b[name], strict=True))
+
+
+@pytest.mark.slow
+def test_the_same_weights_give_the_same_twins():
+    torch.manual_seed(1)
+    state = torch.get_rng_state()
+    first = started()
+    assert torch.equal(torch.get_rng_state(), state)  # the caller's random numbers go on as if nothing was drawn
+    torch.manual_seed(2)
+    twins = bytes_of(first)
+    assert same(twins, bytes_of(started()))
+    assert same(twins, bytes_of(packed_by_default()))
+    assert not same(twins, bytes_of(packed_by_default(quantizer="hqq")))
+    assert report(first).plain_runs == 0
+
+
+@pytest.mark.parametrize("family", ["gpt2", "mixtral", "qwen3_moe", "gemma3"])
+def test_what_the_report_says(family):
+    found = report((started if family == "gpt2" else packed_by_default)(family))
+    text, entries = str(found), found.to_dict()
+    assert {p.quantizer for p in found.packed} == {"gptq"}
+    assert f"{len(found.packed)} matrices know what they read, from 128 tokens that the model sampled" in text
+    assert f"loss         KL {found.loss.kl:.3f}" in text
+    assert entries["twin_loss"]["kl"] == found.loss.kl > 0
+    assert {m["statistics"] for m in entries["matrices"]} == {"128 tokens that the model sampled"}
+
+
+def test_what_was_observed_goes_first():
+    step = TracedStep()
+    observe(step.model, inputs=[prompt(40, 2)], progress=False)
+    model = packed_by_default(step=step)
+    assert {p.statistics for p in report(model).packed} == {"80 observed tokens"}
+    assert find_record(model).self_calibration.seconds == 0
+
+
+def test_a_model_that_cannot_write_takes_hqq_and_says_so(monkeypatch):
+    def fails(*_):
+        raise TypeError("no text from me")
+
+    monkeypatch.setattr(self_calibration, "sample", fails)
+    model = packed_by_default()
+    assert same(bytes_of(model), bytes_of(packed_by_default(quantizer="hqq")))
+    assert {p.asked for p in report(model).packed} == {"gptq"}
+    reason = "took quantizer='hqq': the model wrote no text of its own (TypeError: no text from me)"
+    assert reason in str(report(model))
+    assert report(model).to_dict()["own_text_refused"] == "TypeError: no text from me"
+    assert report(model).loss is None
+
+
+def test_a_body_without_a_head_cannot_write():
+    model = make("llama", layers=2).model
+    model.compile(backend=river, options=OPTIONS)
+    cache = DynamicCache(config=model.config)
+    with torch.no_grad():
+        for tokens in (9, 1):
+            model(input_ids=prompt(tokens), cache=cache, use_cache=True)
+    assert {p.quantizer for p in report(model).packed} == {"hqq"}
+    assert "the model wrote no text of its own (AttributeError" in str(report(model))
+
+
+@pytest.mark.slow
+def test_weights_that_changed_write_anew():
+    """Their twins are those of a start with these weights."""
+    model, other = started(), make("llama", layers=2, seed=7)
+    model.load_state_dict(other.state_dict())
+    with pytest.warns(RiverWarning, match="weights changed after their 4-bit twins were packed"):
+        decode(model, new_cache(model, "static"), [0])
+    other.compile(backend=river, options=OPTIONS)
+    decode(other, new_cache(other, "static"), [0])
+    assert same(bytes_of(model), bytes_of(other))
+    assert report(model).plain_runs == 0
+    assert report(model).loss is None  # of other weights
+
+
+def test_an_artifact_says_what_its_twins_knew(tmp_path):
+    first = packed_by_default()
+    save(first, tmp_path / "twins")
+    with safe_open(tmp_path / "twins" / FILE, "pt") as file:
+        matrices = json.loads(file.metadata()["matrices"])
+    assert {(m["asked"], m["quantizer"], m["statistics"]) for m in matrices} == {
+        ("gptq", "gptq", "128 tokens that the model sampled")
+    }
+    second = packed_by_default(artifact=tmp_path / "twins")
+    assert same(bytes_of(first), bytes_of(second))
+    assert {p.statistics for p in report(second).packed} == {"128 tokens that the model sampled"}
+    assert find_record(second).self_calibration.seconds == 0
+
+
+def test_an_artifact_keeps_what_took_the_place_of_statistics(tmp_path, monkeypatch):
+    monkeypatch.setattr(self_calibration, "sample", lambda *_: 1 / 0)
+    first = packed_by_default()
+    save(first, tmp_path / "twins")
+    second = packed_by_default(artifact=tmp_path / "twins")
+    assert same(bytes_of(first), bytes_of(second))
+    assert {(p.asked, p.quantizer, p.statistics) for p in report(second).packed} == {("gptq", "hqq", "")}
+
+
+def test_sampled_text_is_the_models():
+    """Token by token with a cache it is what passes over all tokens so far give for the same draws."""
+    model = make("llama", layers=2)
+    ids = sample(model, 3, 6, seed=5)
+    draws = torch.Generator().manual_seed(5)
+    expected = torch.randint(VOCABULARY, (3, 1), generator=draws)
+    with torch.no_grad():
+        for _ in range(5):
+            chances = model(input_ids=expected).logits[:, -1].softmax(-1).tolist()
+            points = torch.rand(3, 1, generator=draws)[:, 0].tolist()
+            drawn = [
+                [next(i for i, up_to in enumerate(accumulate(c)) if up_to > p)]
+                for c, p in zip(chances, points, strict=True)
+            ]
+            expected = torch.cat([expected, torch.tensor(drawn)], dim=1)
+    assert torch.equal(ids, expected)
+    assert torch.equal(ids, sample(model, 3, 6, seed=5))
+    assert not torch.equal(ids, sample(model, 3, 6, seed=6))
+
+
+@pytest.mark.parametrize("family", ["llama", "gpt2", "falcon", "mixtral", "llama4"])
+def test_the_loss_is_that_of_all_twins_together(family):
+    """Falcon multiplies by transposed parameters, GPT-2 stores them transposed, others stack experts."""
+    step = TracedStep(family)
+    step.run(quantizer="rtn")
+    sites = report(step.model).packed
+    loss = estimate_loss(step.model, sites)
+    ids = sample(step.model, 32, 4, SEED)
+    other = make(family, layers=2)
+    other.load_state_dict(dequantized(other, sites), strict=False)
+    with torch.no_grad():
+        p, q = (model(input_ids=ids).logits.flatten(0, 1) for model in (step.model, other))
+    assert loss.tokens == 128
+    assert loss.kl == pytest.approx(token_kl(p, q).mean().item(), rel=1e-3)
+    assert loss.agreement == (p.argmax(-1) == q.argmax(-1)).float().mean().item()
+    assert loss.kl > 0
+
+
+def test_a_large_loss_is_warned_of():
+    model = packed_by_default()
+    report_before = str(report(model))
+    assert "WARNING" not in report_before
+    object.__setattr__(report(model).loss, "kl", 3.0)
+    assert "KL 3.000" in str(report(model))
+    assert "WARNING" in str(report(model))
+    assert TwinLoss(3.0, 0.5, 10).large
