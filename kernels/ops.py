@@ -30,7 +30,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from river_compile.kernels.checks import check_choice
-from river_compile.kernels.portable import smallest_cosine
+from river_compile.kernels.portable import fused_width, smallest_cosine
 from river_compile.kernels.quant import layouts
 from river_compile.kernels.triton.calls import cache, exits
 from river_compile.kernels.triton.calls import linear as products
@@ -130,72 +130,34 @@ def _without_unwanted(y: Tensor, wanted: Tensor) -> Tensor:
 
 
 @linear.register_fake
-def _(
-    x: Tensor,
-    weight: Tensor,
-    scale_zero: Tensor | None,
-    bias: Tensor | None,
-    out_features: int,
-    group_size: int,
-    layout: str,
-    residual: Tensor | None = None,
-    norm: str = "none",
-    norm_weight: Tensor | None = None,
-    norm_bias: Tensor | None = None,
-    eps: float = 1e-6,
-    activation: str = "none",
-    gated: bool = False,
-    wanted: Tensor | None = None,
-    dependent: bool = False,
-) -> Tensor:
-    return x.new_empty((*x.shape[:-1], out_features // 2 if gated else out_features))
+def _(x: Tensor, _w: Any, _s: Any, _b: Any, out_features: int, _g: Any, _layout: Any, *fused: Any) -> Tensor:
+    return x.new_empty((*x.shape[:-1], fused_width(out_features, fused)))
 
 
-@torch.library.custom_op("river::merged", mutates_args=())
-def merged(
-    x: Tensor,
-    weights: Sequence[Tensor],
-    biases: Sequence[Tensor],
-    residual: Tensor | None = None,
-    norm: str = "none",
-    norm_weight: Tensor | None = None,
-    norm_bias: Tensor | None = None,
-    eps: float = 1e-6,
-    activation: str = "none",
-    gated: bool = False,
-    dependent: bool = False,
-) -> Tensor:
+_MERGED = """(Tensor x, Tensor[] weights, Tensor[] biases, Tensor? residual=None, str norm='none',
+Tensor? norm_weight=None, Tensor? norm_bias=None, float eps=1e-06, str activation='none', bool gated=False,
+bool dependent=False) -> Tensor"""
+
+
+@torch.library.custom_op("river::merged", mutates_args=(), schema=_MERGED)
+def merged(x: Tensor, weights: Sequence[Tensor], biases: Sequence[Tensor], *fused: Any) -> Tensor:
     """Returns what `linear` does in layout "triton" for matrices that stand one below the other.
 
     Args:
         x: ``[..., K]``.
         weights: two matrices ``[N_i, K]`` or more in x.dtype; gated, the gate and the up projection.
         biases: ``[N_i]`` for each, or none at all.
-        residual, norm, norm_weight, norm_bias, eps, activation, gated, dependent: as of `linear`.
+        fused: residual, norm, norm_weight, norm_bias, eps, activation, gated, dependent, as of `linear`.
 
     Raises:
         ValueError: as of `linear`; matrices whose rows no tile divides.
     """
-    return products.linear(
-        x, weights, biases, residual, norm, norm_weight, norm_bias, eps, activation, gated, dependent
-    )
+    return products.linear(x, weights, biases, *fused)
 
 
 @merged.register_fake
-def _(
-    x: Tensor,
-    weights: Sequence[Tensor],
-    biases: Sequence[Tensor],
-    residual: Tensor | None = None,
-    norm: str = "none",
-    norm_weight: Tensor | None = None,
-    norm_bias: Tensor | None = None,
-    eps: float = 1e-6,
-    activation: str = "none",
-    gated: bool = False,
-    dependent: bool = False,
-) -> Tensor:
-    return x.new_empty((*x.shape[:-1], sum(map(len, weights)) // (2 if gated else 1)))
+def _(x: Tensor, weights: Sequence[Tensor], _biases: Any, *fused: Any) -> Tensor:
+    return x.new_empty((*x.shape[:-1], fused_width(sum(map(len, weights)), fused)))
 
 
 @torch.library.custom_op("river::norm", mutates_args=())

@@ -11,6 +11,7 @@ temperatures or other processing that generation applies to the logits afterward
 from __future__ import annotations
 
 import threading
+from collections.abc import Sequence
 
 import torch
 from torch import Tensor
@@ -92,6 +93,17 @@ def largest_entropy(logits: Tensor) -> Tensor:
     # (0 * -inf would be NaN: a token that cannot come counts with a finite number times zero)
     spread = (weights * shifted.clamp(min=-1e4)).sum(-1)
     return (total.log() - spread / total).amax()
+
+
+def fused_width(out_features: int, fused: Sequence[object]) -> int:
+    """Returns the columns of a linear layer's output.
+
+    Args:
+        out_features: rows of the weight.
+        fused: the operator's arguments from `residual` on, as far as they were given: residual, norm, norm_weight,
+            norm_bias, eps, activation, gated.
+    """
+    return out_features // 2 if any(fused[6:7]) else out_features
 
 
 def token_kl(reference: Tensor, other: Tensor) -> Tensor:

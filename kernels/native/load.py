@@ -38,7 +38,7 @@ from torch import Tensor
 
 from river_compile.kernels.native.build import Compiler, build, find_compiler, torch_flags
 from river_compile.kernels.native.isa import Isa, chosen
-from river_compile.kernels.portable import largest_entropy
+from river_compile.kernels.portable import fused_width, largest_entropy
 
 _loading = threading.Lock()
 _tables: dict[str, int] = {}
@@ -97,8 +97,8 @@ def entropy(logits_V: Tensor) -> float:
 
 
 def _build_kernels(compiler: Compiler, isa: Isa) -> Path:
-    defined = (f"-DRIVER_ISA={isa.name}", f"-DRIVER_ISA_{isa.name.upper()}")
-    return build(compiler, "kernels.cpp", f"kernels_{isa.name}", [*isa.flags, *defined])
+    flags = [*isa.flags, f"-DRIVER_ISA_{isa.name.upper()}"]
+    return build(compiler, "kernels.cpp", f"kernels_{isa.name}", flags)
 
 
 def _table(library: Path) -> int:
@@ -107,39 +107,12 @@ def _table(library: Path) -> int:
     return function()
 
 
-def _linear_fake(
-    x: Tensor,
-    weight: Tensor,
-    scale_zero: Tensor,
-    bias: Tensor | None,
-    out_features: int,
-    group_size: int,
-    residual: Tensor | None = None,
-    norm: str = "none",
-    norm_weight: Tensor | None = None,
-    norm_bias: Tensor | None = None,
-    eps: float = 1e-6,
-    activation: str = "none",
-    gated: bool = False,
-    wanted: Tensor | None = None,
-) -> Tensor:
-    return x.new_empty((*x.shape[:-1], out_features // 2 if gated else out_features))
+def _linear_fake(x: Tensor, _w: Any, _s: Any, _b: Any, out_features: int, _group_size: int, *fused: Any) -> Tensor:
+    return x.new_empty((*x.shape[:-1], fused_width(out_features, fused)))
 
 
-def _dense_fake(
-    x: Tensor,
-    weights: list[Tensor],
-    biases: list[Tensor],
-    residual: Tensor | None = None,
-    norm: str = "none",
-    norm_weight: Tensor | None = None,
-    norm_bias: Tensor | None = None,
-    eps: float = 1e-6,
-    activation: str = "none",
-    gated: bool = False,
-) -> Tensor:
-    n = sum(weight.shape[0] for weight in weights)
-    return x.new_empty((*x.shape[:-1], n // 2 if gated else n))
+def _dense_fake(x: Tensor, weights: list[Tensor], _biases: list[Tensor], *fused: Any) -> Tensor:
+    return x.new_empty((*x.shape[:-1], fused_width(sum(map(len, weights)), fused)))
 
 
 def _kv_fill_fake(

@@ -1,7 +1,7 @@
 """Tapes: calls of the C++ operators, recorded once and replayed by one call.
 
 While a thread records, the operators compute nothing: their outputs are made, and the phases that would fill them go on
-the tape. A replay runs these on the threads of the runner, with no torch between them, on the memory that the tensors
+the tape. A replay runs these on the threads of the pool, with no torch between them, on the memory that the tensors
 had when they were recorded: whoever replays keeps the given ones where they are. The tape keeps what it made.
 
 Not handled: other operators, which would run at once, on values that are not there yet; see `lowering.native`.

@@ -133,7 +133,7 @@ _NATIVE = (
     ),
     Mutation(
         "attention-causal",
-        f"{SOURCES}/attention.h",
+        f"{SOURCES}/attention_mask.h",
         "int(std::min<int64_t>(a.slots, row % a.positions + 1))",
         "int(std::min<int64_t>(a.slots, row % a.positions))",
         "a position does not attend to itself",
@@ -149,7 +149,7 @@ _NATIVE = (
     ),
     Mutation(
         "linear-zero",
-        f"{SOURCES}/linear.h",
+        f"{SOURCES}/gemv_int4.h",
         "fma(zero, every(x[r].sum[g]), fma(products[r], scale, sums[h][r]))",
         "fma(zero, every(x[r].sum[0]), fma(products[r], scale, sums[h][r]))",
         "every group's zero meets the first group's activations",
@@ -157,15 +157,15 @@ _NATIVE = (
     ),
     Mutation(
         "linear-tail",
-        f"{SOURCES}/linear.h",
-        "blocks_ = (width + kBlock - 1) / kBlock;",
-        "blocks_ = std::max<int64_t>(width / kBlock, 1);",
+        f"{SOURCES}/phases.h",
+        "blocks() const { return ceil_div(width(), kBlock); }",
+        "blocks() const { return ceil_div(width() - kBlock + 1, kBlock); }",
         "output features after the last whole block are not computed",
         ("tests/kernels/native/test_linear.py",),
     ),
     Mutation(
         "prepare-scale",
-        f"{SOURCES}/prepare.h",
+        f"{SOURCES}/activations.h",
         "*scale = largest / 127.0f;",
         "*scale = largest / 128.0f;",
         "activations in 8 bits come out 0.8 % too small",
@@ -311,8 +311,8 @@ _EXACT = (
     Mutation(
         "draft-reach",
         "river_compile/decoding/draft_policy.py",
-        "self.reaches.append(self.reach * proposed.chance)",
-        "self.reaches.append(proposed.chance)",
+        "self.reach *= proposed.chance",
+        "self.reach = proposed.chance",
         "a long draft counts as likely to hold as its last token",
         ("tests/decoding/test_draft_policy.py",),
     ),

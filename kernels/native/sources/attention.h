@@ -9,72 +9,15 @@
 #pragma once
 
 #include <algorithm>
-#include <cmath>
 #include <cstring>
-#include <limits>
 
-#include "dots.h"
-#include "functions.h"
-#include "phases.h"
-#include "scalars.h"
+#include "attention_mask.h"
+#include "gemm_f32.h"
 
 namespace river {
 
-constexpr float kMinusInfinity = -std::numeric_limits<float>::infinity();
-
-// Slots of one chunk that take part, and what the mask adds to their scores.
-struct Live {
-  int32_t slots[kChunk];
-  float added[kChunk];
-  int count = 0;
-};
-
-// Whether slot number `slot` of the mask's row at `at` takes part, and what is added to its score.
-inline bool takes_part(const AttentionArgs& a, int64_t at, int slot, float& added) {
-  added = 0;
-  if (!a.mask) return true;
-  if (a.mask_dtype == kBool) return static_cast<const uint8_t*>(a.mask)[at + slot];
-  const float least = a.mask_dtype == kFloat16 ? -65504.0f : -3.3895e38f;
-  added = load_scalar(a.mask, at + slot, a.mask_dtype);
-  return !(added <= least / 2);
-}
-
-// The first of a row's slots that takes part, `slots` where none does. Every chunk asks, and padding or a window may
-// put it far behind.
-inline int first_live(const AttentionArgs& a, int64_t at, int slots) {
-  if (a.mask && a.mask_dtype == kBool) {
-    const void* mask = static_cast<const uint8_t*>(a.mask) + at;
-    const void* found = std::memchr(mask, 1, slots);
-    return found ? int(static_cast<const uint8_t*>(found) - static_cast<const uint8_t*>(mask)) : slots;
-  }
-  float added;
-  int first = 0;
-  while (first < slots && !takes_part(a, at, first, added)) ++first;
-  return first;
-}
-
-// Finds those of chunk number `chunk` of a row.
-inline void find_live(const AttentionArgs& a, int64_t row, int chunk, Live& live) {
-  const int64_t at = row / a.positions * a.mask_sequence + row % a.positions * a.mask_position;
-  const int slots = a.causal ? int(std::min<int64_t>(a.slots, row % a.positions + 1)) : a.slots;
-  const int first = first_live(a, at, slots) + chunk * kChunk;
-  float added;
-  for (int slot = first; slot < std::min(first + kChunk, slots); ++slot) {
-    if (!takes_part(a, at, slot, added)) continue;
-    live.slots[live.count] = slot;
-    live.added[live.count++] = added;
-  }
-  for (int i = live.count; i % 16; ++i) live.added[i] = 0;
-}
-
-// Reads one vector of a head as float32, filled up with zeros to a multiple of 16.
-inline void load_head(const void* p, int64_t at, const AttentionArgs& a, float* x) {
-  load_values(p, at, a.head_dim, a.dtype, x);
-  std::fill(x + a.head_dim, x + (a.head_dim + 15) / 16 * 16, 0.0f);
-}
-
 // What one part needs for up to kQueries queries, heads of positions, that meet a chunk of slots.
-struct Meeting {
+struct Scratch {
   alignas(64) float q[kQueries][kMostHeadFeatures], sums[kQueries][kMostHeadFeatures];
   alignas(64) float scores[kQueries][kChunk + 16];
   float largest[kQueries], total[kQueries];
@@ -82,13 +25,13 @@ struct Meeting {
 };
 
 // What `count` queries from number `first` on read of the slots `from` to `to - 1` of a list.
-struct Share {
+struct SlotRange {
   const int32_t* slots;
   int from, to, first, count;
 };
 
 template <int D>
-void score(const AttentionArgs& a, const char* keys, const Share& s, Meeting& m) {
+void score(const AttentionArgs& a, const char* keys, const SlotRange& s, Scratch& m) {
   const int64_t slot_bytes = a.cache.slot * bytes_of(D);
   for (int i = s.from; i < s.to; i += 4) {
     const char* four[4];
@@ -99,7 +42,7 @@ void score(const AttentionArgs& a, const char* keys, const Share& s, Meeting& m)
 }
 
 // Scales and caps the scores of one query and turns them into weights, zeros up to a multiple of 16.
-inline void weigh(const AttentionArgs& a, const Live& live, int query, Meeting& m) {
+inline void weigh(const AttentionArgs& a, const Live& live, int query, Scratch& m) {
   float* const scores = m.scores[query];
   const int count = live.count, whole = (count + 15) / 16 * 16;
   const auto each = [&](const auto& f) RIVER_INLINED {
@@ -127,7 +70,8 @@ inline void weigh(const AttentionArgs& a, const Live& live, int query, Meeting& 
 
 // Adds a piece of the values of some slots, times their weights, to the sums of R queries.
 template <int R, int D>
-RIVER_INLINE void add_piece(const AttentionArgs& a, const char* values, const Share& s, int first, int d, Meeting& m) {
+RIVER_INLINE void add_piece(const AttentionArgs& a, const char* values, const SlotRange& s, int first, int d,
+                            Scratch& m) {
   constexpr int kVectors = kPiece / kLanes;
   const int64_t slot_bytes = a.cache.slot * bytes_of(D);
   const int missing = std::max(d + kPiece - a.head_dim, 0);
@@ -149,11 +93,11 @@ RIVER_INLINE void add_piece(const AttentionArgs& a, const char* values, const Sh
 }
 
 template <int D>
-void add_values(const AttentionArgs& a, const char* values, const Share& s, Meeting& m) {
+void add_values(const AttentionArgs& a, const char* values, const SlotRange& s, Scratch& m) {
   if (s.from >= s.to) return;
   for (int d = 0; d < a.head_dim; d += kPiece)
-    in_shares<kMostRows>(s.count, [&](auto r, int first, int, int)
-                                      RIVER_INLINED { add_piece<r, D>(a, values, s, s.first + first, d, m); });
+    in_batches<kMostRows>(s.count, [&](auto r, int first, int, int)
+                                       RIVER_INLINED { add_piece<r, D>(a, values, s, s.first + first, d, m); });
 }
 
 // Reads a query as `dots` takes it.
@@ -161,8 +105,7 @@ template <int D>
 void load_query(const AttentionArgs& a, int64_t at, float* q) {
   alignas(64) float values[kMostHeadFeatures];
   const int size = (a.head_dim + kPiece - 1) / kPiece * kPiece;
-  load_values(a.q, at * a.head_dim, a.head_dim, D, values);
-  std::fill(values + a.head_dim, values + size, 0.0f);
+  load_filled(a.q, at * a.head_dim, a.head_dim, size, D, values);
   if (D == kBFloat16)
     split(values, size, q);
   else
@@ -171,7 +114,7 @@ void load_query(const AttentionArgs& a, int64_t at, float* q) {
 
 // Writes what was summed for query number `at` of all: the result where there is one chunk, else a part of it.
 template <int D>
-void store_sums(const AttentionArgs& a, int64_t at, int chunk, int query, const Meeting& m) {
+void store_sums(const AttentionArgs& a, int64_t at, int chunk, int query, const Scratch& m) {
   alignas(64) float sums[kMostHeadFeatures];
   if (D == kBFloat16)
     join(m.sums[query], (a.head_dim + kPiece - 1) / kPiece * kPiece, sums);
@@ -204,23 +147,23 @@ void attend_chunk(const AttentionArgs& a, int64_t row, int positions, int64_t kv
   const int shared = a.heads / a.kv_heads;
   const int64_t cache_at = (row / a.positions * a.cache.sequence + kv_head * a.cache.head) * bytes_of(D);
   const char *keys = a.cache.keys + cache_at, *values = a.cache.values + cache_at;
-  Meeting m;
+  Scratch m;
   for (int p = 0; p < positions; ++p) find_live(a, row + p, chunk, m.live[p]);
   const int common = common_slots(m.live, positions);
   for (int done = 0; done < shared; done += kQueries) {
     const int heads = std::min(kQueries, shared - done), queries = positions * heads;
     const auto number_of = [&](int q) { return (row + q / heads) * a.heads + kv_head * shared + done + q % heads; };
-    const auto each_share = [&](const auto& f) {
+    const auto each_range = [&](const auto& f) {
       f({m.live[0].slots, 0, common, 0, queries});
       for (int p = 0; p < positions; ++p) f({m.live[p].slots, common, m.live[p].count, p * heads, heads});
     };
     for (int q = 0; q < queries; ++q) load_query<D>(a, number_of(q), m.q[q]);
-    each_share([&](const Share& s) { score<D>(a, keys, s, m); });
+    each_range([&](const SlotRange& s) { score<D>(a, keys, s, m); });
     for (int q = 0; q < queries; ++q) {
       weigh(a, m.live[q / heads], q, m);
       std::fill(m.sums[q], m.sums[q] + (a.head_dim + kPiece - 1) / kPiece * kPiece, 0.0f);
     }
-    each_share([&](const Share& s) { add_values<D>(a, values, s, m); });
+    each_range([&](const SlotRange& s) { add_values<D>(a, values, s, m); });
     for (int q = 0; q < queries; ++q) store_sums<D>(a, number_of(q), chunk, q, m);
   }
 }
@@ -228,8 +171,8 @@ void attend_chunk(const AttentionArgs& a, int64_t row, int positions, int64_t kv
 // Parts split groups of `together` positions, key-value heads and chunks.
 template <int D>
 void attend_all(const AttentionArgs& a, int part, int parts) {
-  const int64_t groups = (a.positions + a.together - 1) / a.together, all = a.batch * groups * a.kv_heads * a.chunks;
-  for (int64_t i = all * part / parts; i < all * (part + 1) / parts; ++i) {
+  const int64_t groups = ceil_div(a.positions, a.together);
+  for (auto [i, end] = share_of(a.batch * groups * a.kv_heads * a.chunks, part, parts); i < end; ++i) {
     const int64_t group = i / a.chunks / a.kv_heads, first = group % groups * a.together;
     attend_chunk<D>(a, group / groups * a.positions + first, int(std::min<int64_t>(a.together, a.positions - first)),
                     i / a.chunks % a.kv_heads, int(i % a.chunks));
@@ -238,19 +181,14 @@ void attend_all(const AttentionArgs& a, int part, int parts) {
 
 inline void attend(const void* args, int part, int parts) {
   const auto& a = *static_cast<const AttentionArgs*>(args);
-  if (a.dtype == kFloat32)
-    attend_all<kFloat32>(a, part, parts);
-  else if (a.dtype == kBFloat16)
-    attend_all<kBFloat16>(a, part, parts);
-  else
-    attend_all<kFloat16>(a, part, parts);
+  with_dtype(a.dtype, [&](auto d) { attend_all<d>(a, part, parts); });
 }
 
 inline void combine(const void* args, int part, int parts) {
   const auto& a = *static_cast<const AttentionArgs*>(args);
-  const int64_t all = int64_t(a.batch) * a.positions * a.heads, each = a.head_dim + 2;
+  const int64_t each = a.head_dim + 2;
   alignas(64) float sum[kMostHeadFeatures];
-  for (int64_t i = all * part / parts; i < all * (part + 1) / parts; ++i) {
+  for (auto [i, end] = share_of(int64_t(a.batch) * a.positions * a.heads, part, parts); i < end; ++i) {
     const float* partial = a.partial + i * a.chunks * each;
     float largest = kMinusInfinity, total = 0;
     for (int c = 0; c < a.chunks; ++c) {

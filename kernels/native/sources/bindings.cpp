@@ -1,21 +1,10 @@
-// The operators torch.ops.river_native.*: from tensors to phases. Written against torch's stable ABI.
-//
-//   linear                        a product with 4-bit weights and what is fused with it
-//   dense                         the same with weights in x's dtype
-//   kv_fill, attention            positions of a static cache; decode_attention: one of each sequence
-//   norm                          a norm, and a residual
-//   rescore                       the largest logits computed anew
-//   shift                         the entries of a full window moved up by one slot
-//   few_rows                      of a product of 16-bit matrices that is computed here
-//   exit_score, largest_entropy   the least cosine of rows, the largest entropy of rows of logits
-//   add, advance, copy            counters, and tensors at the borders of what is recorded
-//   record, recorded, replay, ... tapes, known by their address
-//   use_kernels                   chooses the library of phases, by the address of its table
+// The operators torch.ops.river_native.*, from tensors to phases: `load.py` says what each computes. Written against
+// torch's stable ABI.
 #include <torch/csrc/stable/library.h>
 
 #include "bindings_cache.h"
 #include "bindings_linear.h"
-#include "bindings_rescore.h"
+#include "bindings_logits.h"
 #include "tape.h"
 
 namespace river {
@@ -26,33 +15,37 @@ void check_count(const Tensor& x, const char* name) {
         "be int64 in the CPU's memory, adjacent");
 }
 
+// out = a + b + by, int64s; a and b hold one, or as many as out, and b may be null.
+struct CountArgs {
+  const int64_t *a, *b;
+  int64_t* out;
+  int64_t by, count;
+  bool one_a, one_b;
+};
+
+void count(const void* args, int, int) {
+  const auto& a = *static_cast<const CountArgs*>(args);
+  for (int64_t i = 0; i < a.count; ++i) a.out[i] = a.a[a.one_a ? 0 : i] + (a.b ? a.b[a.one_b ? 0 : i] : 0) + a.by;
+}
+
 void count_into(const Tensor& a, const Maybe& b, int64_t by, const Tensor& out) {
-  const auto* other = b ? static_cast<const int64_t*>(b->data_ptr()) : nullptr;
-  const CountArgs args{static_cast<const int64_t*>(a.data_ptr()),
-                       other,
-                       static_cast<int64_t*>(out.data_ptr()),
-                       by,
-                       out.numel(),
-                       a.numel() == 1,
-                       b && b->numel() == 1};
-  Call<CountArgs>(args).run({{kernels().count, 1}}, 1);
+  const auto numbers = [](const Tensor& x) { return static_cast<int64_t*>(x.data_ptr()); };
+  const CountArgs args{numbers(a),     b ? numbers(*b) : nullptr, numbers(out), by, out.numel(),
+                       a.numel() == 1, b && b->numel() == 1};
+  run_phases(args, {{count, &args, 1}});
 }
 
 Tensor exit_score(const Tensor& hidden, const Tensor& previous) {
-  std::vector<Tensor> held;
+  Tensors held;
   check(hidden.dim() > 0 && has_rows(previous, hidden, columns_of(hidden)), "previous",
         "have hidden's dtype and shape");
-  const Strided x = rows_in(hidden, held, "hidden"), y = rows_in(previous, held, "previous");
   Tensor score = empty(nullptr, 0, aoti_torch_dtype_float32());
-  const ScoreArgs args{x.data,
-                       y.data,
-                       x.stride,
-                       y.stride,
-                       static_cast<float*>(score.data_ptr()),
-                       dtype_of(hidden, "hidden"),
-                       int32_t(rows_of(hidden)),
-                       int32_t(columns_of(hidden))};
-  Call<ScoreArgs>(args).run({{kernels().score, 1}}, 1);
+  ScoreArgs args{rows_in(hidden, held, "hidden"), rows_in(previous, held, "previous")};
+  args.score = static_cast<float*>(score.data_ptr());
+  args.dtype = dtype_of(hidden, "hidden");
+  args.rows = int32_t(rows_of(hidden));
+  args.features = int32_t(columns_of(hidden));
+  run_phases(args, {{kernels().exit_score, &args, 1}});
   return score;
 }
 
@@ -74,12 +67,23 @@ void advance(Tensor counter, int64_t by) {
   count_into(counter, std::nullopt, by, counter);
 }
 
+struct CopyArgs {
+  const void* from;
+  void* to;
+  int64_t bytes;
+};
+
+void copy(const void* args, int, int) {
+  const auto& a = *static_cast<const CopyArgs*>(args);
+  std::memcpy(a.to, a.from, a.bytes);
+}
+
 void copy_to(const Tensor& from, Tensor to) {
   check(from.is_cpu() && to.is_cpu() && from.is_contiguous() && to.is_contiguous() &&
             from.scalar_type() == to.scalar_type() && from.numel() == to.numel(),
         "a copy's tensors", "be contiguous, of one dtype and size");
-  const int64_t bytes = from.numel() * from.element_size();
-  Call<CopyArgs>({from.data_ptr(), to.data_ptr(), bytes}).run({{kernels().copy, 1}}, 1);
+  const CopyArgs args{from.data_ptr(), to.data_ptr(), from.numel() * from.element_size()};
+  run_phases(args, {{copy, &args, 1}});
 }
 
 Tape* tape_at(int64_t address) {
@@ -96,78 +100,95 @@ int64_t record() {
 void recorded() { Tape::recording() = nullptr; }
 void replay(int64_t tape) { tape_at(tape)->replay(threads()); }
 void drop(int64_t tape) { delete tape_at(tape); }
-int64_t few_rows_of(bool half, int64_t positions) { return few_rows(half, positions); }
 int64_t tape_phases(int64_t tape) { return int64_t(tape_at(tape)->phases()); }
 int64_t tape_bytes(int64_t tape) { return int64_t(tape_at(tape)->bytes()); }
+
+// Takes arguments off torch's stack, in the schema's order: a `Fused` is several.
+struct Stack {
+  StableIValue* next;
+
+  template <class T>
+  T take() {
+    if constexpr (std::is_same_v<T, NormOf>)
+      return {take<std::string>(), take<Maybe>(), take<Maybe>(), take<double>()};
+    else if constexpr (std::is_same_v<T, Fused>)
+      return {take<Maybe>(), take<NormOf>(), take<std::string>(), take<bool>()};
+    else
+      return torch::stable::detail::to<T>(*next++);
+  }
+};
+
+template <class Result, class... Args>
+void run(Result (*f)(Args...), StableIValue* stack, uint64_t given) {
+  Stack arguments{stack};
+  const std::tuple<std::decay_t<Args>...> taken{arguments.take<std::decay_t<Args>>()...};
+  STD_TORCH_CHECK(arguments.next == stack + given, "an operator's schema is not that of its function");
+  if constexpr (std::is_void_v<Result>)
+    std::apply(f, taken);
+  else
+    stack[0] = torch::stable::detail::from(std::apply(f, taken));
+}
+
+// TORCH_BOX, for arguments that are several of the schema's.
+template <auto f>
+void boxed(StableIValue* stack, uint64_t given, uint64_t) {
+  run(f, stack, given);
+}
+
+struct Operator {
+  std::string name, schema;
+  void (*run)(StableIValue* stack, uint64_t given, uint64_t returned);
+};
+
+const std::string kNorm = "str norm='none', Tensor? norm_weight=None, Tensor? norm_bias=None, float eps=1e-06";
+const std::string kFused = "Tensor? residual=None, " + kNorm + ", str activation='none', bool gated=False";
+const std::string kAttention = "(Tensor q, Tensor k_cache, Tensor v_cache, Tensor? mask, float scale, float softcap";
+
+const Operator kOnTensors[] = {
+    {"linear",
+     "(Tensor x, Tensor weight, Tensor scale_zero, Tensor? bias, int out_features, int group_size, " + kFused +
+         ", Tensor? wanted=None) -> Tensor",
+     boxed<linear>},
+    {"dense", "(Tensor x, Tensor[] weights, Tensor[] biases, " + kFused + ") -> Tensor", boxed<dense>},
+    {"experts",
+     "(Tensor x, Tensor weight, Tensor scale_zero, Tensor expert, int out_features, int group_size) -> Tensor",
+     boxed<experts>},
+    {"norm", "(Tensor x, " + kNorm + ", Tensor? residual=None) -> Tensor", boxed<norm>},
+    {"rescore", "(Tensor logits, Tensor x, Tensor weight, Tensor? bias, " + kNorm + ") -> Tensor", boxed<rescore>},
+    {"kv_fill",
+     "(Tensor qkv, Tensor? q_norm, Tensor? k_norm, Tensor? cos, Tensor? sin, Tensor slot, Tensor(a!) k_cache, "
+     "Tensor(b!) v_cache, str norm, float eps, bool interleaved) -> Tensor",
+     boxed<kv_fill>},
+    {"decode_attention", kAttention + ") -> Tensor", boxed<decode_attention>},
+    {"attention", kAttention + ", bool causal) -> Tensor", boxed<attention>},
+    {"shift", "(Tensor(a!) cache) -> ()", boxed<shift>},
+    {"exit_score", "(Tensor hidden, Tensor previous) -> Tensor", boxed<exit_score>},
+    {"largest_entropy", "(Tensor logits) -> Tensor", boxed<largest_entropy>},
+    {"add", "(Tensor a, Tensor b) -> Tensor", boxed<add>},
+    {"advance", "(Tensor(a!) counter, int by) -> ()", boxed<advance>},
+    {"copy", "(Tensor from_, Tensor(a!) to) -> ()", boxed<copy_to>},
+};
+const Operator kOnNumbers[] = {
+    {"few_rows", "(bool half, int positions) -> int", boxed<few_rows>},
+    {"record", "() -> int", boxed<record>},
+    {"recorded", "() -> ()", boxed<recorded>},
+    {"replay", "(int tape) -> ()", boxed<replay>},
+    {"drop", "(int tape) -> ()", boxed<drop>},
+    {"tape_phases", "(int tape) -> int", boxed<tape_phases>},
+    {"tape_bytes", "(int tape) -> int", boxed<tape_bytes>},
+    {"use_kernels", "(int address) -> ()", boxed<use_kernels>},
+};
 
 }  // namespace
 }  // namespace river
 
 STABLE_TORCH_LIBRARY_FRAGMENT(river_native, m) {
-  m.def(
-      "linear(Tensor x, Tensor weight, Tensor scale_zero, Tensor? bias, int out_features, int group_size, "
-      "Tensor? residual=None, str norm='none', Tensor? norm_weight=None, "
-      "Tensor? norm_bias=None, float eps=1e-06, str activation='none', bool gated=False, Tensor? wanted=None) -> "
-      "Tensor");
-  m.def(
-      "dense(Tensor x, Tensor[] weights, Tensor[] biases, Tensor? residual=None, str norm='none', "
-      "Tensor? norm_weight=None, Tensor? norm_bias=None, float eps=1e-06, str activation='none', bool gated=False) "
-      "-> Tensor");
-  m.def(
-      "experts(Tensor x, Tensor weight, Tensor scale_zero, Tensor expert, int out_features, int group_size) "
-      "-> Tensor");
-  m.def("norm(Tensor x, str norm, Tensor weight, Tensor? bias, float eps, Tensor? residual) -> Tensor");
-  m.def(
-      "rescore(Tensor logits, Tensor x, Tensor weight, Tensor? bias, str norm, Tensor? norm_weight, Tensor? norm_bias, "
-      "float eps) -> Tensor");
-  m.def(
-      "kv_fill(Tensor qkv, Tensor? q_norm, Tensor? k_norm, Tensor? cos, Tensor? sin, Tensor slot, "
-      "Tensor(a!) k_cache, Tensor(b!) v_cache, str norm, float eps, bool interleaved) -> Tensor");
-  m.def(
-      "decode_attention(Tensor q, Tensor k_cache, Tensor v_cache, Tensor? mask, float scale, float softcap) -> Tensor");
-  m.def(
-      "attention(Tensor q, Tensor k_cache, Tensor v_cache, Tensor? mask, float scale, float softcap, bool causal) "
-      "-> Tensor");
-  m.def("shift(Tensor(a!) cache) -> ()");
-  m.def("exit_score(Tensor hidden, Tensor previous) -> Tensor");
-  m.def("largest_entropy(Tensor logits) -> Tensor");
-  m.def("add(Tensor a, Tensor b) -> Tensor");
-  m.def("advance(Tensor(a!) counter, int by) -> ()");
-  m.def("copy(Tensor from_, Tensor(a!) to) -> ()");
-  m.def("few_rows(bool half, int positions) -> int");
-  m.def("record() -> int");
-  m.def("recorded() -> ()");
-  m.def("replay(int tape) -> ()");
-  m.def("drop(int tape) -> ()");
-  m.def("tape_phases(int tape) -> int");
-  m.def("tape_bytes(int tape) -> int");
-  m.def("use_kernels(int address) -> ()");
+  for (const auto& of : river::kOnTensors) m.def((of.name + of.schema).c_str());
+  for (const auto& of : river::kOnNumbers) m.def((of.name + of.schema).c_str());
 }
-
 STABLE_TORCH_LIBRARY_IMPL(river_native, CPU, m) {
-  m.impl("linear", TORCH_BOX(&river::linear));
-  m.impl("dense", TORCH_BOX(&river::dense));
-  m.impl("experts", TORCH_BOX(&river::experts));
-  m.impl("norm", TORCH_BOX(&river::norm));
-  m.impl("rescore", TORCH_BOX(&river::rescore));
-  m.impl("kv_fill", TORCH_BOX(&river::kv_fill));
-  m.impl("decode_attention", TORCH_BOX(&river::decode_attention));
-  m.impl("attention", TORCH_BOX(&river::attention));
-  m.impl("shift", TORCH_BOX(&river::shift));
-  m.impl("exit_score", TORCH_BOX(&river::exit_score));
-  m.impl("largest_entropy", TORCH_BOX(&river::largest_entropy));
-  m.impl("add", TORCH_BOX(&river::add));
-  m.impl("advance", TORCH_BOX(&river::advance));
-  m.impl("copy", TORCH_BOX(&river::copy_to));
+  for (const auto& of : river::kOnTensors) m.impl(of.name.c_str(), of.run);
 }
-
 STABLE_TORCH_LIBRARY_IMPL(river_native, CompositeExplicitAutograd, m) {
-  m.impl("few_rows", TORCH_BOX(&river::few_rows_of));
-  m.impl("record", TORCH_BOX(&river::record));
-  m.impl("recorded", TORCH_BOX(&river::recorded));
-  m.impl("replay", TORCH_BOX(&river::replay));
-  m.impl("drop", TORCH_BOX(&river::drop));
-  m.impl("tape_phases", TORCH_BOX(&river::tape_phases));
-  m.impl("tape_bytes", TORCH_BOX(&river::tape_bytes));
-  m.impl("use_kernels", TORCH_BOX(&river::use_kernels));
+  for (const auto& of : river::kOnNumbers) m.impl(of.name.c_str(), of.run);
 }

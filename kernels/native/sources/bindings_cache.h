@@ -1,7 +1,6 @@
 // Operators around the key-value cache: from tensors to phases.
 #pragma once
 
-#include "bindings_kernels.h"
 #include "tensors.h"
 
 namespace river {
@@ -18,7 +17,7 @@ inline Cache cache_of(const Tensor& k_cache, const Tensor& v_cache) {
 }
 
 // Describes the tables of a rotation, which hold a row for each position, of all sequences or of each.
-inline void describe_rotation(KvFillArgs& a, const Tensor& cos, const Tensor& sin, std::vector<Tensor>& held) {
+inline void describe_rotation(KvFillArgs& a, const Tensor& cos, const Tensor& sin, Tensors& held) {
   check(cos.scalar_type() == sin.scalar_type() && columns_of(cos) <= a.head_dim && columns_of(cos) % 2 == 0 &&
             columns_of(sin) == columns_of(cos) && rows_of(sin) == rows_of(cos),
         "cos and sin", "have one shape and dtype and an even number of features, at most the head's");
@@ -37,28 +36,25 @@ inline void describe_rotation(KvFillArgs& a, const Tensor& cos, const Tensor& si
 inline Tensor kv_fill(const Tensor& qkv, const Maybe& q_norm, const Maybe& k_norm, const Maybe& cos, const Maybe& sin,
                       const Tensor& slot, Tensor k_cache, Tensor v_cache, const std::string& norm, double eps,
                       bool interleaved) {
-  std::vector<Tensor> held;
+  Tensors held;
   KvFillArgs a{};
   a.cache = cache_of(k_cache, v_cache);
-  const int64_t batch = k_cache.size(0), kv_heads = k_cache.size(1), dim = k_cache.size(3);
-  const int64_t heads = columns_of(qkv) / dim - 2 * kv_heads, positions = slot.numel();
-  check(qkv.numel() == batch * positions * (heads + 2 * kv_heads) * dim && heads > 0 &&
+  a.dtype = dtype_of(qkv, "qkv");
+  a.batch = int32_t(k_cache.size(0));
+  a.positions = int32_t(slot.numel());
+  a.kv_heads = int32_t(k_cache.size(1));
+  a.slots = int32_t(k_cache.size(2));
+  a.head_dim = int32_t(k_cache.size(3));
+  a.heads = int32_t(columns_of(qkv) / a.head_dim - 2 * a.kv_heads);
+  check(qkv.numel() == int64_t(a.batch) * a.positions * (a.heads + 2 * a.kv_heads) * a.head_dim && a.heads > 0 &&
             qkv.scalar_type() == k_cache.scalar_type(),
         "qkv", "be a position of q|k|v for each slot, for the caches, in their dtype");
-  a.batch = int32_t(batch);
-  a.positions = int32_t(positions);
-  a.heads = int32_t(heads);
-  a.kv_heads = int32_t(kv_heads);
-  a.head_dim = int32_t(dim);
-  a.dtype = dtype_of(qkv, "qkv");
-  const Strided in = rows_in(qkv, held, "qkv");
-  a.qkv = in.data;
-  a.qkv_stride = in.stride;
+  a.qkv = rows_in(qkv, held, "qkv");
   a.norm = norm_of(norm);
   check((a.norm == kNoNorm) == !q_norm && !q_norm == !k_norm && a.norm != kLayerNorm, "q_norm and k_norm",
         "be given where there is a norm, which is rms or rms_plus_one");
-  a.q_norm = vector_of(q_norm, qkv, dim, "q_norm");
-  a.k_norm = vector_of(k_norm, qkv, dim, "k_norm");
+  a.q_norm = vector_of(q_norm, qkv, a.head_dim, "q_norm");
+  a.k_norm = vector_of(k_norm, qkv, a.head_dim, "k_norm");
   a.eps = float(eps);
   check(!cos == !sin, "cos and sin", "go together");
   if (cos) describe_rotation(a, *cos, *sin, held);
@@ -67,16 +63,11 @@ inline Tensor kv_fill(const Tensor& qkv, const Maybe& q_norm, const Maybe& k_nor
         "be int64 or int32 in the CPU's memory, one for each position");
   a.slot = slot.data_ptr();
   a.slot_bytes = wide ? 8 : 4;
-  const int64_t sizes[] = {batch, positions, heads, dim}, one[] = {batch, heads, dim};
-  Tensor q = positions == 1 ? empty(one, 3, qkv) : empty(sizes, 4, qkv);
+  const int64_t sizes[] = {a.batch, a.positions, a.heads, a.head_dim}, one[] = {a.batch, a.heads, a.head_dim};
+  Tensor q = a.positions == 1 ? empty(one, 3, qkv) : empty(sizes, 4, qkv);
   a.q = q.data_ptr();
-  a.slots = int32_t(k_cache.size(2));
   a.interleaved = interleaved;
-  const int most = threads(), parts = parts_of(qkv.numel(), 1 << 14, most);
-  if (positions > kFewPositions && !Tape::recording())
-    run_beside_library(kernels().kv_fill, &a, parts);
-  else
-    Call<KvFillArgs>(a).run({{kernels().kv_fill, parts}}, most);
+  run_phases(a, {{kernels().kv_fill, &a, parts_of(qkv.numel(), 1 << 14)}}, a.positions > kFewPositions);
   return q;
 }
 
@@ -91,7 +82,7 @@ inline void describe_attention(AttentionArgs& a, const Tensor& q, int64_t positi
   a.kv_heads = int32_t(k_cache.size(1));
   a.head_dim = int32_t(k_cache.size(3));
   a.slots = int32_t(k_cache.size(2));
-  a.chunks = int32_t((a.slots + kChunk - 1) / kChunk);
+  a.chunks = int32_t(ceil_div(a.slots, kChunk));
   a.scale = float(scale);
   a.softcap = float(softcap);
   check(q.size(0) == a.batch && columns_of(q) == a.head_dim && a.heads % a.kv_heads == 0 &&
@@ -112,13 +103,12 @@ inline void run_few(AttentionArgs& a) {
   const int64_t partials = int64_t(a.batch) * a.positions * a.heads * a.chunks;
   a.together = std::clamp(kQueries / (a.heads / a.kv_heads), 1, (a.positions + 1) / 2);  // (two threads have work)
   if (a.chunks > 1) a.partial = reinterpret_cast<float*>(workspace(partials * (a.head_dim + 2) * sizeof(float)));
-  const int most = threads(), groups = (a.positions + a.together - 1) / a.together;
-  const int parts = int(std::min<int64_t>(int64_t(a.batch) * groups * a.kv_heads * a.chunks, 4 * most));
-  const Call<AttentionArgs> call(a);
+  const int64_t units = a.batch * ceil_div(a.positions, a.together) * a.kv_heads * a.chunks;
+  const Phase attend{kernels().attend, &a, int(std::min<int64_t>(units, 4 * threads()))};
   if (a.chunks == 1)
-    call.run({{kernels().attend, parts}}, most);
+    run_phases(a, {attend});
   else
-    call.run({{kernels().attend, parts}, {kernels().combine, parts_of(partials * a.head_dim, 1 << 14, most)}}, most);
+    run_phases(a, {attend, {kernels().combine, &a, parts_of(partials * a.head_dim, 1 << 14)}});
 }
 
 // (Blocks depend on a model's heads alone: a row's bits must not depend on threads or other rows.)
@@ -127,20 +117,16 @@ inline void run_many(const AttentionArgs& of) {
   const int shared = of.heads / of.kv_heads, features = (of.head_dim + 15) / 16 * 16;
   a.block = shared == 1 ? 48 : shared == 2 ? 32 : 16;
   a.together = std::min(shared, 8);
-  const int64_t groups = (shared + a.together - 1) / a.together, blocks = (of.positions + a.block - 1) / a.block;
-  a.units = of.batch * blocks * of.kv_heads * groups;
+  a.units = of.batch * ceil_div(of.positions, a.block) * of.kv_heads * ceil_div(shared, a.together);
   const int64_t rows = int64_t(a.together) * a.block;
   const int64_t words = 2 * rows * (features + 1) + kPromptChunk * (2 * features + 3 * kBlock + a.block);
   a.scratch_bytes = (words * 4 + of.slots + 63) / 64 * 64;
-  const int most = threads(), parts = int(std::min<int64_t>(a.units, most));
+  const int parts = int(std::min<int64_t>(a.units, threads()));
   char* memory = workspace(parts * a.scratch_bytes + 64);
   a.taken = reinterpret_cast<uint64_t*>(memory);
   *a.taken = 0;
   a.scratch = memory + 64;
-  if (Tape::recording())
-    Call<PromptArgs>(a).run({{kernels().attend_prompt, parts}}, most);
-  else
-    run_beside_library(kernels().attend_prompt, &a, parts);
+  run_phases(a, {{kernels().attend_prompt, &a, parts}}, true);
 }
 
 inline Tensor run_attention(AttentionArgs& a, const Tensor& q) {
@@ -149,10 +135,7 @@ inline Tensor run_attention(AttentionArgs& a, const Tensor& q) {
   Tensor out = empty_rows(q, a.head_dim);
   a.q = query.data_ptr();
   a.out = out.data_ptr();
-  if (a.positions > kFewPositions)
-    run_many(a);
-  else
-    run_few(a);
+  a.positions > kFewPositions ? run_many(a) : run_few(a);
   return out;
 }
 
@@ -184,17 +167,30 @@ inline Tensor attention(const Tensor& q, const Tensor& k_cache, const Tensor& v_
   return run_attention(a, q);
 }
 
+// The entries of a cache [B, J, S, D], moved up by one slot, over the oldest. Parts split sequences and heads.
+struct ShiftArgs {
+  char* cache;
+  int64_t sequence, head, slot;  // bytes between two of each
+  int64_t batch, heads, slots;
+};
+
+inline void move_up(const void* args, int part, int parts) {
+  const auto& a = *static_cast<const ShiftArgs*>(args);
+  for (auto [i, end] = share_of(a.batch * a.heads, part, parts); i < end; ++i) {
+    char* entries = a.cache + i / a.heads * a.sequence + i % a.heads * a.head;
+    std::memmove(entries, entries + a.slot, (a.slots - 1) * a.slot);
+  }
+}
+
 inline void shift(Tensor cache) {
   check(cache.is_cpu() && cache.dim() == 4 && cache.stride(3) == 1 && cache.stride(2) == cache.size(3), "cache",
         "be [B, J, S, D] in the CPU's memory, slots adjacent");
-  const int64_t size = cache.element_size();
-  ShiftArgs a{static_cast<char*>(cache.data_ptr()), cache.stride(0) * size, cache.stride(1) * size,
-              cache.stride(2) * size};
-  a.batch = int32_t(cache.size(0));
-  a.heads = int32_t(cache.size(1));
-  a.slots = int32_t(cache.size(2));
-  const int most = threads();
-  if (cache.numel() > 0) Call<ShiftArgs>(a).run({{kernels().shift, parts_of(cache.numel(), 1 << 16, most)}}, most);
+  const auto bytes = [&](int dim) { return cache.stride(dim) * int64_t(cache.element_size()); };
+  ShiftArgs a{static_cast<char*>(cache.data_ptr()), bytes(0), bytes(1), bytes(2)};
+  a.batch = cache.size(0);
+  a.heads = cache.size(1);
+  a.slots = cache.size(2);
+  if (cache.numel() > 0) run_phases(a, {{move_up, &a, parts_of(cache.numel(), 1 << 16)}});
 }
 
 }  // namespace river

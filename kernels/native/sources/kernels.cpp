@@ -1,24 +1,28 @@
 // The library of one instruction set: its table of phases.
+#include "activations.h"
 #include "attention.h"
-#include "entropy.h"
-#include "finish.h"
+#include "exit_scores.h"
+#include "gemm.h"
+#include "gemm_library.h"
 #include "kv_fill.h"
-#include "linear.h"
-#include "phases.h"
-#include "plumbing.h"
-#include "prepare.h"
 #include "prompt_attention.h"
 #include "rescore.h"
-#include "tiles.h"
-
-#define RIVER_NAME(x) RIVER_QUOTE(x)
-#define RIVER_QUOTE(x) #x
 
 extern "C" __attribute__((visibility("default"))) const river::Kernels* river_kernels() {
-  static const river::Kernels kernels = {RIVER_NAME(RIVER_ISA), river::prepare, river::linear,  river::kv_fill,
-                                         river::attend,         river::combine, river::count,   river::copy,
-                                         river::score,          river::finish,  river::shift,   river::kOfBfloat16,
-                                         river::rescore,        river::weigh,   river::entropy, river::attend_prompt,
-                                         river::kHasVectors};
+  static constexpr river::Kernels kernels{
+      .prepare = river::prepare,
+      .gemm = river::gemm,
+      .gemm_epilogue = river::gemm_epilogue,
+      .kv_fill = river::kv_fill,
+      .attend = river::attend,
+      .combine = river::combine,
+      .attend_prompt = river::attend_prompt,
+      .rescore = river::rescore,
+      .exit_score = river::exit_score,
+      .weigh = river::weigh,
+      .entropy = river::entropy,
+      .bfloat16 = river::kBFloat16Format,
+      .vectors = river::kHasVectors,
+  };
   return &kernels;
 }

@@ -4,9 +4,7 @@
 #include <algorithm>
 #include <cmath>
 
-#include "functions.h"
-#include "phases.h"
-#include "scalars.h"
+#include "dtypes.h"
 
 namespace river {
 
@@ -40,14 +38,14 @@ inline int64_t slot_of(const KvFillArgs& a, int64_t position) {
 
 inline void kv_fill(const void* args, int part, int parts) {
   const auto& a = *static_cast<const KvFillArgs*>(args);
-  const int64_t each = a.heads + 2 * a.kv_heads, all = each * a.batch * a.positions, bytes = bytes_of(a.dtype);
+  const int64_t each = a.heads + 2 * a.kv_heads, bytes = bytes_of(a.dtype);
   alignas(64) float x[kMostHeadFeatures];
-  for (int64_t i = all * part / parts; i < all * (part + 1) / parts; ++i) {
+  for (auto [i, end] = share_of(each * a.batch * a.positions, part, parts); i < end; ++i) {
     const int64_t row = i / each, head = i % each, kv_head = (head - a.heads) % a.kv_heads;
     const bool is_query = head < a.heads, is_key = !is_query && head < a.heads + a.kv_heads;
     const int64_t slot = slot_of(a, row % a.positions);
     if (!is_query && (slot < 0 || slot >= a.slots)) continue;
-    load_values(a.qkv, row * a.qkv_stride + head * a.head_dim, a.head_dim, a.dtype, x);
+    load_values(a.qkv.data, row * a.qkv.stride + head * a.head_dim, a.head_dim, a.dtype, x);
     if ((is_query || is_key) && a.norm) normalise_head(a, is_query ? a.q_norm : a.k_norm, x);
     if ((is_query || is_key) && a.cos) rotate_head(a, row, x);
     if (is_query) {

@@ -9,6 +9,8 @@
 #include <cstring>
 #include <vector>
 
+#include "dtypes.h"
+
 namespace {
 
 typedef float Lanes __attribute__((vector_size(64)));
@@ -46,14 +48,6 @@ inline Lanes nearest(Lanes weight, Lanes scale, Lanes zero) {
   return (q + large) - large;
 }
 
-float to_bfloat16(float x) {
-  uint32_t bits;
-  std::memcpy(&bits, &x, sizeof bits);
-  bits = (bits + 0x7fff + (bits >> 16 & 1)) & 0xffff0000u;
-  std::memcpy(&x, &bits, sizeof x);
-  return x;
-}
-
 struct Grid {
   float scale, zero;
 };
@@ -72,10 +66,10 @@ struct Group {
   }
 
   Grid storable(float scale, float zero) const {
-    if (bfloat16) scale = to_bfloat16(scale);
+    if (bfloat16) scale = river::from_bfloat16(river::to_bfloat16(scale));
     const bool constant = scale < FLT_MIN;
     zero = constant ? low : zero;
-    return {constant ? 1.0f : scale, bfloat16 ? to_bfloat16(zero) : zero};
+    return {constant ? 1.0f : scale, bfloat16 ? river::from_bfloat16(river::to_bfloat16(zero)) : zero};
   }
 
   float noise(Grid grid) const {
@@ -128,58 +122,21 @@ struct Group {
   }
 };
 
-struct Block {
-  const float *left, *scale, *zero;
-  const int64_t* group_of;
-  const float* factor;
-  int64_t factor_stride;
-  float* errors;
-  uint8_t* q;
-};
-
-// Some output features of a block of columns: a column is one run of memory.
-class Rows {
- public:
-  explicit Rows(int64_t columns) : columns_(columns), left_(columns * kRows), errors_(columns * kRows) {}
-
-  // Rounds features `first` to before `first + rows` of `all`; those that are missing to `kRows` stand on a grid of
-  // ones.
-  void round(const Block& block, int64_t first, int64_t rows, int64_t all) {
-    alignas(64) float scale[kRows], zero[kRows];
-    std::fill(scale, scale + kRows, 1.0f);
-    std::fill(zero, zero + kRows, 0.0f);
-    std::fill(left_.begin(), left_.end(), 0.0f);
-    for (int64_t k = 0; k < columns_; ++k) std::copy_n(block.left + k * all + first, rows, &left_[k * kRows]);
-    for (int64_t k = 0; k < columns_; ++k) {
-      const int64_t at = block.group_of[k] * all + first;
-      std::copy_n(block.scale + at, rows, scale);
-      std::copy_n(block.zero + at, rows, zero);
-      round_column(k, scale, zero, block.factor + k * block.factor_stride);
-      std::copy_n(&errors_[k * kRows], rows, block.errors + k * all + first);
-      for (int64_t row = 0; row < rows; ++row)
-        block.q[k * all + first + row] = uint8_t(int(left_[k * kRows + row]) - kLeast);
+// Rounds column `k` of some output features and moves those after it; leaves q - 8 in its place.
+void round_column(int64_t k, int64_t columns, const float* scales, const float* zeros, const float* factors,
+                  float* lefts, float* errors) {
+  for (int v = 0; v < kRows; v += kLanes) {
+    const Lanes scale = load(scales + v), zero = load(zeros + v);
+    const Lanes w = load(lefts + k * kRows + v), q = nearest(w, scale, zero);
+    const Lanes error = (w - (q * scale + zero)) / factors[k];
+    store(lefts + k * kRows + v, q);
+    store(errors + v, error);
+    for (int64_t j = k + 1; j < columns; ++j) {
+      float* const other = lefts + j * kRows + v;
+      store(other, load(other) - error * factors[j]);
     }
   }
-
- private:
-  // Leaves q - 8 in the column's place, and moves those after it.
-  void round_column(int64_t k, const float* scales, const float* zeros, const float* factors) {
-    const float own = factors[k];
-    for (int v = 0; v < kRows; v += kLanes) {
-      const Lanes scale = load(scales + v), zero = load(zeros + v);
-      const Lanes w = load(&left_[k * kRows + v]), q = nearest(w, scale, zero), error = (w - (q * scale + zero)) / own;
-      store(&left_[k * kRows + v], q);
-      store(&errors_[k * kRows + v], error);
-      for (int64_t j = k + 1; j < columns_; ++j) {
-        float* const other = &left_[j * kRows + v];
-        store(other, load(other) - error * factors[j]);
-      }
-    }
-  }
-
-  const int64_t columns_;
-  std::vector<float> left_, errors_;
-};
+}
 
 }  // namespace
 
@@ -200,11 +157,25 @@ RIVER_EXPORTED void river_fit_grid(const float* weight, const float* importance,
 }
 
 // A block of consecutive columns: left, errors, q: [columns, rows]; scale, zero: [groups, rows]; group_of: [columns];
-// factor: upper triangular [columns, columns], `factor_stride` apart.
+// factor: upper triangular [columns, columns], `factor_stride` apart. Of kRows output features a column is one run of
+// memory; those that are missing at the end stand on a grid of ones.
 RIVER_EXPORTED void river_round_block(const float* left, const float* scale, const float* zero, const int64_t* group_of,
                                       const float* factor, int64_t factor_stride, int64_t columns, int64_t rows,
                                       float* errors, uint8_t* q) {
-  const Block block{left, scale, zero, group_of, factor, factor_stride, errors, q};
-  Rows some(columns);
-  for (int64_t row = 0; row < rows; row += kRows) some.round(block, row, std::min<int64_t>(kRows, rows - row), rows);
+  std::vector<float> lefts(columns * kRows), scales(kRows), zeros(kRows), wrong(kRows);
+  for (int64_t first = 0; first < rows; first += kRows) {
+    const int64_t count = std::min<int64_t>(kRows, rows - first);
+    std::fill(scales.begin(), scales.end(), 1.0f);
+    std::fill(zeros.begin(), zeros.end(), 0.0f);
+    std::fill(lefts.begin(), lefts.end(), 0.0f);
+    for (int64_t k = 0; k < columns; ++k) std::copy_n(left + k * rows + first, count, &lefts[k * kRows]);
+    for (int64_t k = 0; k < columns; ++k) {
+      const int64_t grid = group_of[k] * rows + first, at = k * rows + first;
+      std::copy_n(scale + grid, count, scales.data());
+      std::copy_n(zero + grid, count, zeros.data());
+      round_column(k, columns, scales.data(), zeros.data(), factor + k * factor_stride, lefts.data(), wrong.data());
+      std::copy_n(wrong.data(), count, errors + at);
+      for (int64_t row = 0; row < count; ++row) q[at + row] = uint8_t(int(lefts[k * kRows + row]) - kLeast);
+    }
+  }
 }

@@ -12,36 +12,53 @@ namespace river {
 
 constexpr int kBlock = 16;  // output features that lie side by side in the packed weights
 
+constexpr auto ceil_div(auto a, auto b) { return (a + b - 1) / b; }  // (of int32s in 32 bits, a faster division)
+
+// What part `part` of `parts` takes of `count` things.
+struct Share {
+  int64_t first, end;
+};
+constexpr Share share_of(int64_t count, int part, int parts) {
+  return {count * part / parts, count * (part + 1) / parts};
+}
+
+// Where a matrix's rows begin, null without one, and elements between two of them.
+template <class T>
+struct Matrix {
+  T* data;
+  int64_t stride;
+};
+using Strided = Matrix<void>;
+
 enum Dtype : int32_t { kFloat32 = 0, kBFloat16 = 1, kFloat16 = 2, kBool = 3 };
 enum Norm : int32_t { kNoNorm = 0, kRms = 1, kRmsPlusOne = 2, kLayerNorm = 3 };
 enum Activation : int32_t { kIdentity = 0, kSilu = 1, kGelu = 2, kGeluTanh = 3, kRelu = 4 };
 
-// How prepared activations lie in memory: one byte for each feature, for 4-bit weights; for others one float32, in
-// their own order (kPlain) or of every two vectors first those with even numbers (kSplit), or pairs of bfloat16, those
-// of 16 rows after each other (kTiled) or of one; or as x lies, normalised, for a library's product.
-enum Format : int32_t { kInt8 = 0, kPlain = 1, kAsGiven = 2, kTiled = 3, kPairs = 4, kSplit = 5 };
+// How prepared activations lie in memory. For 4-bit weights: int8. For others: float32 in order, or of every two
+// vectors first the features with even numbers and then those with odd ones; bfloat16 rows, or bfloat16 as tiles take
+// it. For a library's matmul: as x lies, normalised.
+enum Format : int32_t { kInt8, kFloats, kEvenOdd, kBFloat16Rows, kAmxTiles, kUnchanged };
 
-// Activations that a product reads: K rounded up to whole groups, the padding zero.
+// Activations that a matmul reads: K rounded up to whole groups, the padding zero.
 struct Activations {
-  void* values;    // [M, K'] int8_t, float or bfloat16 by `format`, bfloat16 [M / 16, K' / 2, 16, 2] for kTiled, of at
-                   // most 16 rows [K' / 2, M, 2]
+  void* values;    // [M, K'] by `format`; kAmxTiles: [M / 16, K' / 2, 16, 2], of at most 16 rows [K' / 2, M, 2]
   float* scale;    // [M, K' / G] of the int8 values, unused otherwise
-  float* sum;      // [M, K' / G] sums of the activations before they were rounded
+  float* sum;      // [M, K' / G] sums of the activations before they were rounded, unused otherwise
   int32_t* start;  // [M, K' / G] minus 8, the weights' middle, times the sum of the int8 values, unused otherwise
   int32_t format;
 };
 
-// Normalises x and prepares it for the products that read it. Parts split the rows, without a norm their groups.
+// Normalises x and prepares it for the matmuls that read it. Parts split the rows, without a norm their groups.
 struct PrepareArgs {
-  const void* x;            // [M, K] of `dtype`
-  int64_t x_stride;         // elements between two rows
+  Strided x;                // [M, K] of `dtype`
   const void* norm_weight;  // [K] of `dtype`, null without a norm
   const void* norm_bias;    // [K] of `dtype` or null
-  const void* residual;     // [M, K] of `dtype`, added in format kAsGiven, or null
-  int64_t residual_stride;
+  Strided residual;         // [M, K] of `dtype`, added in format kUnchanged, or null
   Activations out;
   int32_t dtype, rows, in_features, group_size, norm;
   float eps;
+
+  int64_t groups() const { return ceil_div(in_features, group_size); }
 };
 
 constexpr int kMatrices = 4;
@@ -53,43 +70,51 @@ struct Rows {
   int32_t count;                 // 0: there is nothing
 };
 
-// y = activation(x W^T + bias) + residual, summed in float32; gated, activation(first half) * second half + residual.
-// Parts split the blocks of output features.
-struct LinearArgs {
+// What follows the sums of a matmul: y = activation(sums + bias) + residual, gated
+// y = activation(first half) * second half + residual.
+struct Epilogue {
+  Rows bias;                                       // [N] of `dtype`, or none
+  Strided residual;                                // [M, N] (gated [M, N / 2]) of `dtype`, or null
+  Strided y;                                       // as the residual
+  int32_t dtype, out_features, activation, gated;  // gated: N is a multiple of 32
+
+  int64_t width() const { return gated ? out_features / 2 : out_features; }
+  int64_t blocks() const { return ceil_div(width(), kBlock); }
+};
+
+// y = epilogue(x W^T), summed in float32. Parts split the blocks of output features.
+struct GemmArgs {
   Activations x;
-  const uint8_t* weight;  // [N' / 16, K' / G, G / 8, 64]: byte 4 n + j of line i holds the features 8 i + j and
-                          // 8 i + 4 + j of its group, the latter in the high nibble, for output feature n
-  Rows dense;  // [N, K] of `dtype` in place of the 4-bit weights, for activations in format kPlain, kSplit, kTiled or
-               // kPairs
+  const uint8_t* weight;       // [N' / 16, K' / G, G / 8, 64]: byte 4 n + j of line i holds the features 8 i + j and
+                               // 8 i + 4 + j of its group, the latter in the high nibble, for output feature n
   const uint16_t* scale_zero;  // bfloat16 [N' / 16, K' / G, 16, 2]: w = (q - 8) * scale + zero
-  const int64_t* expert;       // [M] which of `experts` stacked weights a row meets, null where there is one for all;
+  Rows dense;                  // [N, K] of the epilogue's dtype, in place of the 4-bit weights
+  const int64_t* expert;       // [M] which of `experts` stacked weights a row meets, null if there is one for all;
                                // a row with none of their numbers gets zeros
-  Rows bias;                   // [N] of `dtype`, or null
-  const void* residual;        // [M, N] (gated [M, N / 2]) of `dtype`, or null
-  const int32_t* wanted;  // how many blocks of 16 output features are wanted, and their numbers, ascending; the others
-                          // become kUnwanted. Null: all are. For weights of 4 bits, not gated, without a residual
-  void* y;                // [M, N] (gated [M, N / 2]) of `dtype`
-  int64_t residual_stride, y_stride;
-  int32_t dtype, rows, in_features, out_features, group_size, activation, gated;  // gated: N is a multiple of 32
-  int32_t experts;
+  const int32_t* wanted;       // how many blocks of 16 output features are wanted, and their numbers, ascending; the
+                               // others become kUnwanted. Null: all are. For 4-bit weights, not gated, no residual
+  int32_t rows, in_features, group_size, experts;
+  Epilogue epilogue;
+
+  int64_t groups() const { return ceil_div(in_features, group_size); }
+  int64_t padded_features() const { return groups() * group_size; }
 };
 
 constexpr float kUnwanted = -32768.0f;  // (all dtypes have it, and whoever masks logits further meets no NaN)
 
-// What `linear` does with a product, for one that a library computed: bias and weights are in `product` already.
-// Parts split the rows.
-struct FinishArgs {
-  Rows product;     // matrices [M, N_i] of `dtype`, contiguous, side by side
-  LinearArgs rest;  // its residual, y, strides, dtype, rows, out_features, activation and gated
+// The epilogue of a matmul that a library computed: bias and weights are in `product` already. Parts split the rows.
+struct LibraryEpilogueArgs {
+  Rows product;  // matrices [M, N_i] of `dtype`, contiguous, side by side
+  Epilogue epilogue;
+  int32_t rows;
 };
 
 constexpr int kBlockOfLogits = 64;
 
 // y = logits, the largest of each row computed anew as x W^T + bias. Part `ways` m + w computes share w of row m.
 struct RescoreArgs {
-  const void* logits;  // [M, N] of `dtype`
-  int64_t logits_stride;
-  Activations x;       // in format kPlain, rows of `padded_features`
+  Strided logits;      // [M, N] of `dtype`
+  Activations x;       // in format kFloats, rows of `padded_features`
   const void* weight;  // [N, K] of `dtype`
   const void* bias;    // [N] of `dtype` or null
   void* y;             // [M, N] of `dtype`
@@ -106,8 +131,7 @@ struct Cache {
 // T positions of q|k|v: heads normalised and rotated, keys and values into slots of the cache, the query to q.
 // Parts split the heads of all rows. A slot outside of the cache is not written.
 struct KvFillArgs {
-  const void* qkv;  // [B T, (H + 2 J) D] of `dtype`
-  int64_t qkv_stride;
+  Strided qkv;                               // [B T, (H + 2 J) D] of `dtype`
   const void *q_norm, *k_norm;               // [D] of `dtype`, null without a norm
   const void *cos, *sin;                     // [1 or B, T, R] of `rotary_dtype`, null without a rotation
   int64_t rotary_sequence, rotary_position;  // elements between two of each; 0 for one of all sequences
@@ -152,25 +176,9 @@ struct PromptArgs {
   int32_t block, together;  // positions of a block, a multiple of 16; query heads that are computed with one another
 };
 
-// out = a + b + by, int64s; a and b hold one, or as many as out, and b may be null.
-struct CountArgs {
-  const int64_t *a, *b;
-  int64_t* out;
-  int64_t by, count;
-  bool one_a, one_b;
-};
-
-// Moves the entries of a cache [B, J, S, D] up by one slot, over the oldest. Parts split sequences and heads.
-struct ShiftArgs {
-  char* cache;
-  int64_t sequence, head, slot;  // bytes between two of each
-  int32_t batch, heads, slots;
-};
-
 // score = least cosine of the rows of two matrices [M, D], NaN where a row is zero or not finite.
 struct ScoreArgs {
-  const void *hidden, *previous;  // of `dtype`
-  int64_t hidden_stride, previous_stride;
+  Strided hidden, previous;  // of `dtype`
   float* score;
   int32_t dtype, rows, features;
 };
@@ -187,12 +195,6 @@ struct EntropyArgs {
   int32_t dtype, rows, logits_each, chunks;
 };
 
-struct CopyArgs {
-  const void* from;
-  void* to;
-  int64_t bytes;
-};
-
 using Run = void (*)(const void* args, int part, int parts);
 
 struct Phase {
@@ -201,25 +203,21 @@ struct Phase {
   int32_t parts;
 };
 
-// The phases of one instruction set. A new phase is a new entry at the end.
+// The phases of one instruction set.
 struct Kernels {
-  const char* isa;
   Run prepare;        // PrepareArgs
-  Run linear;         // LinearArgs
+  Run gemm;           // GemmArgs
+  Run gemm_epilogue;  // LibraryEpilogueArgs
   Run kv_fill;        // KvFillArgs
   Run attend;         // AttentionArgs
   Run combine;        // AttentionArgs
-  Run count;          // CountArgs
-  Run copy;           // CopyArgs
-  Run score;          // ScoreArgs
-  Run finish;         // FinishArgs
-  Run shift;          // ShiftArgs
-  int32_t bfloat16;   // format of the activations that bfloat16 weights meet: kTiled, kPairs or kSplit
+  Run attend_prompt;  // PromptArgs
   Run rescore;        // RescoreArgs
+  Run exit_score;     // ScoreArgs
   Run weigh;          // EntropyArgs
   Run entropy;        // EntropyArgs
-  Run attend_prompt;  // PromptArgs
-  int32_t vectors;    // whether there are vectors that make products of 16-bit matrices of any number of rows fast
+  int32_t bfloat16;   // format of the activations that bfloat16 weights meet
+  bool vectors;       // whether matmuls of 16-bit weights and any number of rows are fast
 };
 
 }  // namespace river

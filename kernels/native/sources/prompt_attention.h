@@ -16,15 +16,39 @@
 #include <limits>
 
 #include "attention.h"
-#include "functions.h"
-#include "panels.h"
-#include "phases.h"
-#include "readers.h"
-#include "scalars.h"
-#include "transpose.h"
-#include "vectors.h"
 
 namespace river {
+
+// A matmul whose right operand is panels, 16 columns that are the lanes of vectors, and whose left operand is
+// broadcast, kLines lines of words: float32, or pairs of bfloat16. Calls put(i, p, lane, sums) with sum over k of
+// left[i line + k step] right[p][k, lane ...] for all lines and P panels.
+template <bool kPairs, int P, class Put>
+RIVER_INLINE void multiply(const uint32_t* left, int64_t line, int64_t step, const uint32_t* right, int64_t panel,
+                           int count, const Put& put) {
+  constexpr int kVectors = P * kHalves;
+  Floats sums[kLines][kVectors];
+  unrolled<kLines * kVectors>([&](auto i) RIVER_INLINED { sums[i / kVectors][i % kVectors] = zeros(); });
+  for (int k = 0; k < count; ++k) {
+    Ints lanes[kVectors];
+    unrolled<kVectors>([&](auto v) RIVER_INLINED {
+      const uint32_t* from = right + v / kHalves * panel + k * kBlock + v % kHalves * kLanes;
+      lanes[v] = load(reinterpret_cast<const uint8_t*>(from));
+    });
+    unrolled<kLines>([&](auto i) RIVER_INLINED {
+      const Ints one = every(int32_t(left[i * line + k * step]));
+      unrolled<kVectors>([&](auto v) RIVER_INLINED {
+        if constexpr (kPairs)
+          sums[i][v] = dot_pairs(sums[i][v], one, lanes[v]);
+        else
+          sums[i][v] = fma((Floats)one, (Floats)lanes[v], sums[i][v]);
+      });
+    });
+  }
+  unrolled<kLines * kVectors>([&](auto i) RIVER_INLINED {
+    constexpr int kVector = i % kVectors;
+    put(i / kVectors, kVector / kHalves, kVector % kHalves * kLanes, sums[i / kVectors][kVector]);
+  });
+}
 
 // The work of one part: one block of positions for one key-value head after the other, in memory that it keeps.
 template <bool kPairs>
@@ -66,7 +90,7 @@ class PromptBlock {
     std::fill(total_, total_ + panels * kBlock, 0.0f);
     for (read_.rewind(); read_.next();) {
       load_chunk(sequence_ * a_.cache.sequence + kv_head * a_.cache.head);
-      in_shares<kPanels>(panels, [&](auto count, int panel, int, int) { attend_panels<count>(panel); });
+      in_batches<kPanels>(panels, [&](auto count, int panel, int, int) { attend_panels<count>(panel); });
     }
     store_result();
   }
@@ -124,8 +148,8 @@ class PromptBlock {
         else
           for (int d = 0; d < features; ++d) value[d] = from[d];
       } else {
-        load_head(a_.cache.keys, at, a_, reinterpret_cast<float*>(key));
-        load_head(a_.cache.values, at, a_, reinterpret_cast<float*>(value));
+        load_filled(a_.cache.keys, at, features, features_, a_.dtype, reinterpret_cast<float*>(key));
+        load_filled(a_.cache.values, at, features, features_, a_.dtype, reinterpret_cast<float*>(value));
       }
     }
   }
@@ -217,7 +241,7 @@ class PromptBlock {
   float* const out_;                     // [panel, feature, 16]
   float *const largest_, *const total_;  // [panel, 16]
   float* const scores_;                  // [panels of one product, slot, 16]
-  Readers read_;
+  SlotsOfBlock read_;
   int64_t place_ = -1, sequence_ = 0, head_ = 0;
   int first_ = 0, positions_ = 0, heads_ = 0;
 };
@@ -232,10 +256,11 @@ inline void attend_prompt(const void* args, int part, int parts) {
       block.attend(number);
     }
   };
-#if defined(RIVER_ISA_AVX512_BF16)
-  if (a.of.dtype == kBFloat16) return attend_all(PromptBlock<true>(a, part));
-#endif
-  attend_all(PromptBlock<false>(a, part));
+  // (Without such products nothing of theirs is instantiated.)
+  if (kHasPairs && a.of.dtype == kBFloat16)
+    attend_all(PromptBlock<kHasPairs>(a, part));
+  else
+    attend_all(PromptBlock<false>(a, part));
 }
 
 }  // namespace river

@@ -10,9 +10,7 @@
 #include <cmath>
 #include <functional>
 
-#include "functions.h"
-#include "phases.h"
-#include "scalars.h"
+#include "vector_math.h"
 
 namespace river {
 
@@ -22,7 +20,7 @@ constexpr int kBlocksAnew = 256, kBlocksOfSome = 64;
 class RowOfLogits {
  public:
   RowOfLogits(const RescoreArgs& a, int64_t row, float* largest)
-      : a_(a), row_(row), blocks_((a.out_features + kBlockOfLogits - 1) / kBlockOfLogits), largest_(largest) {
+      : a_(a), row_(row), blocks_(ceil_div(a.out_features, kBlockOfLogits)), largest_(largest) {
     for (int64_t block = 0; block < blocks_; ++block) {
       std::fill(values_ + load(block), values_ + kBlockOfLogits, -INFINITY);
       largest_[block] = largest_of(values_);
@@ -65,7 +63,7 @@ class RowOfLogits {
   int load(int64_t block) {
     const int64_t first = block * kBlockOfLogits;
     const int count = int(std::min<int64_t>(kBlockOfLogits, a_.out_features - first));
-    load_values(a_.logits, row_ * a_.logits_stride + first, count, a_.dtype, values_);
+    load_values(a_.logits.data, row_ * a_.logits.stride + first, count, a_.dtype, values_);
     return count;
   }
 
@@ -87,8 +85,7 @@ class RowOfLogits {
     float sum = a_.bias ? load_scalar(a_.bias, block * kBlockOfLogits + i, a_.dtype) : 0.0f;
     for (int first = 0; first < a_.in_features; first += kFeatures) {
       const int count = std::min(kFeatures, a_.in_features - first), padded = (count + 15) / 16 * 16;
-      load_values(weight, first, count, a_.dtype, w);
-      std::fill(w + count, w + padded, 0.0f);
+      load_filled(weight, first, count, padded, a_.dtype, w);
       sum += dot_of(w, x + first, padded);
     }
     return sum;
@@ -104,9 +101,10 @@ class RowOfLogits {
 inline void rescore(const void* args, int part, int) {
   const auto& a = *static_cast<const RescoreArgs*>(args);
   const int64_t row = part / a.ways, way = part % a.ways;
-  const int64_t blocks = (a.out_features + kBlockOfLogits - 1) / kBlockOfLogits;
+  const int64_t blocks = ceil_div(a.out_features, kBlockOfLogits);
   RowOfLogits logits(a, row, a.largest + 2 * blocks * part);
-  logits.write(blocks * way / a.ways, blocks * (way + 1) / a.ways);
+  const Share share = share_of(blocks, int(way), a.ways);
+  logits.write(share.first, share.end);
 }
 
 }  // namespace river

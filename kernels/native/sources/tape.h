@@ -13,7 +13,7 @@
 #include <vector>
 
 #include "phases.h"
-#include "runner.h"
+#include "thread_pool.h"
 
 namespace river {
 
@@ -43,7 +43,7 @@ class Tape {
   }
   void add(const Phase& phase) { phases_.push_back(phase); }
   void hold(const torch::stable::Tensor& tensor) { tensors_.push_back(tensor); }
-  void replay(int threads) const { Runner::instance().run(phases_.data(), int(phases_.size()), threads); }
+  void replay(int threads) const { ThreadPool::instance().run(phases_.data(), int(phases_.size()), threads); }
   size_t phases() const { return phases_.size(); }
   size_t bytes() const { return bytes_; }
 
@@ -57,42 +57,38 @@ class Tape {
 // Memory that lives as long as one call's phases: the tape's, or the calling thread's, which grows and is kept.
 inline char* workspace(size_t bytes) {
   if (Tape* tape = Tape::recording()) return tape->memory(bytes);
-  static thread_local struct Kept {
-    Memory memory;
-    size_t size = 0;
-  } kept;
-  if (kept.size < bytes) {
-    kept.memory = allocate(bytes);
-    kept.size = bytes;
-  }
-  return kept.memory.get();
+  static thread_local Memory kept;
+  static thread_local size_t size = 0;
+  if (size < bytes) kept = allocate(bytes), size = bytes;
+  return kept.get();
 }
 
-// Runs the phases of a call, whose arguments are `Args`, or puts them on the tape.
-template <class Args>
-class Call {
- public:
-  explicit Call(const Args& args) : tape_(Tape::recording()) {
-    args_ = tape_ ? new (tape_->memory(sizeof(Args))) Args(args) : &args;
-  }
-
-  void run(std::initializer_list<std::pair<Run, int>> phases, int threads) const {
-    Phase made[4];
-    int count = 0;
-    for (const auto& [run, parts] : phases) made[count++] = {run, args_, parts};
-    if (!tape_) return Runner::instance().run(made, count, threads);
-    for (int i = 0; i < count; ++i) tape_->add(made[i]);
-  }
-
- private:
-  Tape* tape_;
-  const Args* args_;
-};
+inline int threads() { return int(torch::stable::get_num_threads()); }
 
 // Parts of a phase: as many as there is work for, four for each thread, which even out what the threads' cores are
 // given.
-inline int parts_of(int64_t work, int64_t least, int threads) {
-  return int(std::max<int64_t>(1, std::min<int64_t>(work / least, 4 * threads)));
+inline int parts_of(int64_t work, int64_t least) {
+  return int(std::max<int64_t>(1, std::min<int64_t>(work / least, 4 * threads())));
+}
+
+// Runs phases, whose arguments lie within `args`, or puts them on the tape with a copy of these. Between two calls of a
+// library they run on torch's own threads, which are awake then and would be in the way of others.
+template <class Args>
+void run_phases(const Args& args, std::initializer_list<Phase> phases, bool beside_library = false) {
+  if (Tape* tape = Tape::recording()) {
+    const auto* copy = reinterpret_cast<const char*>(new (tape->memory(sizeof(Args))) Args(args));
+    for (Phase phase : phases) {
+      phase.args = copy + (static_cast<const char*>(phase.args) - reinterpret_cast<const char*>(&args));
+      tape->add(phase);
+    }
+  } else if (!beside_library) {
+    ThreadPool::instance().run(phases.begin(), int(phases.size()), threads());
+  } else {
+    for (const Phase& phase : phases)
+      torch::stable::parallel_for(0, phase.parts, 1, [&](int64_t first, int64_t end) {
+        for (int64_t part = first; part < end; ++part) phase.run(phase.args, int(part), phase.parts);
+      });
+  }
 }
 
 }  // namespace river

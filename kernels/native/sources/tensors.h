@@ -5,6 +5,7 @@
 #include <torch/csrc/stable/ops.h>
 #include <torch/csrc/stable/tensor.h>
 
+#include <atomic>
 #include <optional>
 #include <string>
 #include <vector>
@@ -17,6 +18,7 @@ namespace river {
 using torch::headeronly::ScalarType;
 using torch::stable::Tensor;
 using Maybe = std::optional<Tensor>;
+using Tensors = std::vector<Tensor>;
 
 inline Dtype dtype_of(const Tensor& x, const char* name) {
   switch (x.scalar_type()) {
@@ -37,15 +39,9 @@ inline int64_t rows_of(const Tensor& x) {
 
 inline int64_t columns_of(const Tensor& x) { return x.size(x.dim() - 1); }
 
-// A matrix in the caller's memory: where its rows begin, and elements between them.
-struct Strided {
-  void* data;
-  int64_t stride;
-};
-
 // Returns the rows of a tensor of adjacent features; `held` keeps the copy that this may take. On a tape there is none,
 // since it would hold the values of one step.
-inline Strided rows_in(const Tensor& x, std::vector<Tensor>& held, const char* name) {
+inline Strided rows_in(const Tensor& x, Tensors& held, const char* name) {
   check(x.is_cpu() && x.dim() > 0, name, "lie in the CPU's memory and have a dimension of features");
   if (x.is_contiguous()) return {x.data_ptr(), columns_of(x)};
   if (x.dim() == 2 && x.stride(1) == 1) return {x.data_ptr(), x.stride(0)};
@@ -92,33 +88,29 @@ inline Tensor empty_rows(const Tensor& x, int64_t columns) {
   return empty(sizes.data(), x.dim(), x);
 }
 
-// The number of a name in a list that ends with nullptr.
-inline int32_t number_of(const std::string& name, const char* const* names, const char* what) {
-  for (int32_t i = 0; names[i]; ++i)
-    if (name == names[i]) return i;
-  STD_TORCH_CHECK(false, what, "='", name, "' is not known");
+inline int32_t number_of(const std::string& name, std::initializer_list<const char*> names, const char* what) {
+  const auto found = std::find(names.begin(), names.end(), name);
+  STD_TORCH_CHECK(found != names.end(), what, "='", name, "' is not known");
+  return int32_t(found - names.begin());
 }
-
 inline int32_t norm_of(const std::string& name) {
-  static const char* const names[] = {"none", "rms", "rms_plus_one", "layer", nullptr};
-  return number_of(name, names, "norm");
+  return number_of(name, {"none", "rms", "rms_plus_one", "layer"}, "norm");
 }
-
 inline int32_t activation_of(const std::string& name) {
-  static const char* const names[] = {"none", "silu", "gelu", "gelu_tanh", "relu", nullptr};
-  return number_of(name, names, "activation");
-}
-
-// Runs a phase on torch's own threads, which are awake between two calls of a library, and would be in the way of
-// others.
-inline void run_beside_library(Run run, const void* args, int parts) {
-  torch::stable::parallel_for(0, parts, 1, [&](int64_t first, int64_t end) {
-    for (int64_t part = first; part < end; ++part) run(args, int(part), parts);
-  });
+  return number_of(name, {"none", "silu", "gelu", "gelu_tanh", "relu"}, "activation");
 }
 
 constexpr int kFewPositions = 16;  // up to which each attends by itself, and passes run on our threads
 
-inline int threads() { return int(torch::stable::get_num_threads()); }
+// The library of phases that the operators use, chosen by the address of its table.
+inline std::atomic<const Kernels*> chosen{nullptr};
+
+inline void use_kernels(int64_t address) { chosen = reinterpret_cast<const Kernels*>(address); }
+
+inline const Kernels& kernels() {
+  const Kernels* table = chosen.load(std::memory_order_acquire);
+  STD_TORCH_CHECK(table, "no library of kernels was chosen; call river_compile.kernels.native.load()");
+  return *table;
+}
 
 }  // namespace river

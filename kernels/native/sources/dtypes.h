@@ -2,8 +2,10 @@
 // many of them are plain, for compilers to vectorize.
 #pragma once
 
+#include <algorithm>
 #include <cstdint>
 #include <cstring>
+#include <type_traits>
 
 #include "phases.h"
 
@@ -62,6 +64,12 @@ inline void load_values(const void* p, int64_t first, int count, int32_t dtype, 
     for (int i = 0; i < count; ++i) values[i] = from_float16(half[i]);
 }
 
+// The same, filled up with zeros to `size` values.
+inline void load_filled(const void* p, int64_t first, int count, int size, int32_t dtype, float* values) {
+  load_values(p, first, count, dtype, values);
+  std::fill(values + count, values + size, 0.0f);
+}
+
 inline void store_values(void* p, int64_t first, int count, int32_t dtype, const float* values) {
   auto* half = static_cast<uint16_t*>(p) + first;
   if (dtype == kFloat32)
@@ -72,33 +80,51 @@ inline void store_values(void* p, int64_t first, int count, int32_t dtype, const
     for (int i = 0; i < count; ++i) half[i] = to_float16(values[i]);
 }
 
-// Reads `count` <= 16 values of each of at most 16 rows, which are `stride` apart, to rows of 16. (All of them are
-// converted in one loop: compilers make no vector of a loop over sixteen.)
-inline void load_block(const void* p, int64_t first, int64_t stride, int rows, int count, int32_t dtype,
-                       float* values) {
-  uint16_t halves[16 * kBlock] = {};
+template <int kColumns>
+constexpr int kMostLoaded = kColumns == kBlock ? 16 * kBlock : kColumns;
+
+// How many values such rows are: of a block whole vectors, so that no loop has a remainder.
+template <int kColumns>
+constexpr int values_of(int rows, int count) {
+  return kColumns == kBlock ? rows * kBlock : count;
+}
+
+// Reads `count` <= kColumns values of each of some rows, which are `stride` apart, to rows of kColumns: 16 rows of a
+// block, or a single one. (All of them are converted in one loop: compilers make no vector of a loop over sixteen.)
+template <int kColumns = kBlock>
+void load_block(const void* p, int64_t first, int64_t stride, int rows, int count, int32_t dtype, float* values) {
+  uint16_t halves[kMostLoaded<kColumns>] = {};
   for (int r = 0; r < rows; ++r) {
     if (dtype == kFloat32)
-      std::memcpy(values + r * kBlock, static_cast<const float*>(p) + first + r * stride, count * sizeof(float));
+      std::memcpy(values + r * kColumns, static_cast<const float*>(p) + first + r * stride, count * sizeof(float));
     else
-      std::memcpy(halves + r * kBlock, static_cast<const uint16_t*>(p) + first + r * stride, count * sizeof(uint16_t));
+      std::memcpy(halves + r * kColumns, static_cast<const uint16_t*>(p) + first + r * stride,
+                  count * sizeof(uint16_t));
   }
-  if (dtype != kFloat32) load_values(halves, 0, rows * kBlock, dtype, values);
+  if (dtype != kFloat32) load_values(halves, 0, values_of<kColumns>(rows, count), dtype, values);
 }
 
 // The same the other way round.
-inline void store_block(void* p, int64_t first, int64_t stride, int rows, int count, int32_t dtype,
-                        const float* values) {
-  uint16_t halves[16 * kBlock];
-  if (dtype != kFloat32) store_values(halves, 0, rows * kBlock, dtype, values);
+template <int kColumns = kBlock>
+void store_block(void* p, int64_t first, int64_t stride, int rows, int count, int32_t dtype, const float* values) {
+  uint16_t halves[kMostLoaded<kColumns>];
+  if (dtype != kFloat32) store_values(halves, 0, values_of<kColumns>(rows, count), dtype, values);
   for (int r = 0; r < rows; ++r) {
     if (dtype == kFloat32)
-      std::memcpy(static_cast<float*>(p) + first + r * stride, values + r * kBlock, count * sizeof(float));
+      std::memcpy(static_cast<float*>(p) + first + r * stride, values + r * kColumns, count * sizeof(float));
     else
-      std::memcpy(static_cast<uint16_t*>(p) + first + r * stride, halves + r * kBlock, count * sizeof(uint16_t));
+      std::memcpy(static_cast<uint16_t*>(p) + first + r * stride, halves + r * kColumns, count * sizeof(uint16_t));
   }
 }
 
 constexpr int64_t bytes_of(int32_t dtype) { return dtype == kFloat32 ? 4 : dtype == kBool ? 1 : 2; }
+
+// Calls f with a tensor's dtype as a constant.
+template <class F>
+void with_dtype(int32_t dtype, const F& f) {
+  if (dtype == kFloat32) return f(std::integral_constant<int, kFloat32>());
+  if (dtype == kBFloat16) return f(std::integral_constant<int, kBFloat16>());
+  f(std::integral_constant<int, kFloat16>());
+}
 
 }  // namespace river

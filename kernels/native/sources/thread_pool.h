@@ -31,7 +31,10 @@
 
 namespace river {
 
-inline void relax() {
+constexpr int kSpins = 1000;  // pauses
+
+inline void wait(int spins) {
+  if (spins >= kSpins) return std::this_thread::yield();
 #if defined(__x86_64__)
   _mm_pause();
 #elif defined(__aarch64__)
@@ -39,13 +42,13 @@ inline void relax() {
 #endif
 }
 
-class Runner {
+class ThreadPool {
   using Clock = std::chrono::steady_clock;
 
  public:
-  static Runner& instance() {
-    static Runner* const runner = make();  // never destroyed: its threads may outlive static objects
-    return *runner;
+  static ThreadPool& instance() {
+    static ThreadPool* const pool = make();  // never destroyed: its threads may outlive static objects
+    return *pool;
   }
 
   // Runs `count` phases on at most `threads` threads.
@@ -75,11 +78,11 @@ class Runner {
   static int next_of(uint64_t cursor) { return int(cursor & 0xffff); }
   static bool has_work(uint64_t cursor) { return next_of(cursor) < parts_of(cursor); }
 
-  static Runner* make() {
-    // The child of a fork has none of the threads: it starts with a runner that knows of none.
+  static ThreadPool* make() {
+    // The child of a fork has none of the threads: it starts with a pool that knows of none.
     // (Nor may it use torch's, which are gone too.)
-    pthread_atfork(nullptr, nullptr, [] { (new (&instance()) Runner)->forked_ = true; });
-    return new Runner;
+    pthread_atfork(nullptr, nullptr, [] { (new (&instance()) ThreadPool)->forked_ = true; });
+    return new ThreadPool;
   }
 
   // Returns when the last phase ended.
@@ -106,10 +109,8 @@ class Runner {
       if (has_work(cursor_.load(std::memory_order_acquire))) {
         work();
         spins = 0;
-      } else if (spins < kSpins) {
-        relax();
       } else {
-        std::this_thread::yield();
+        wait(spins);
       }
     }
   }
@@ -124,12 +125,7 @@ class Runner {
       wake_.notify_all();
     }
     work();
-    for (int spins = 0; done_.load(std::memory_order_acquire) < phase.parts; ++spins) {
-      if (spins < kSpins)
-        relax();
-      else
-        std::this_thread::yield();
-    }
+    for (int spins = 0; done_.load(std::memory_order_acquire) < phase.parts; ++spins) wait(spins);
   }
 
   // Takes parts of the present phase until none is left. A part that was taken keeps the phase from ending.
@@ -151,7 +147,7 @@ class Runner {
         work();
         spins = 0;
       } else if (++spins < kSpins) {
-        relax();
+        wait(spins);
       } else {
         sleep(number);
         spins = 0;
@@ -168,10 +164,9 @@ class Runner {
 
   void ensure(int helpers) {
     helpers_.store(helpers, std::memory_order_relaxed);
-    for (; started_ < helpers; ++started_) std::thread(&Runner::help, this, started_).detach();
+    for (; started_ < helpers; ++started_) std::thread(&ThreadPool::help, this, started_).detach();
   }
 
-  static constexpr int kSpins = 1000;  // pauses
   static constexpr auto kLate = std::chrono::microseconds(300), kApart = std::chrono::milliseconds(500);
 
   std::mutex turn_, sleep_;

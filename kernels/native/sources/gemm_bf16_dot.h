@@ -1,20 +1,15 @@
-// Products of bfloat16 matrices by dot products of pairs (AVX-512 BF16), where there are no tiles: each weight is read
-// once, in place, and multiplied with up to six rows of activations in bfloat16 (`kPairs`). Every output is summed in
-// one order, whatever the number of rows.
+// Matmuls of bfloat16 by dot products of pairs (AVX-512 BF16): each weight is read once, in place, and multiplied with
+// up to six rows of activations in bfloat16 (`kBFloat16Rows`). Every output is summed in one order, whatever the number
+// of rows.
 #pragma once
 
 #include <algorithm>
 
-#include "dense.h"
-#include "phases.h"
-#include "vectors.h"
+#include "gemm_blocked.h"
 
 namespace river {
 
-#if defined(RIVER_ISA_AVX512_BF16)
-
-constexpr bool kHasPairs = true;
-constexpr int kStepOfPairs = 32;  // input features of one vector
+constexpr int kStep = 32;  // input features of one vector
 
 // The sums of the lanes of four vectors, each in the same order.
 RIVER_INLINE void sums_of_pairs(const __m512 (&v)[4], float* sums) {
@@ -29,8 +24,8 @@ RIVER_INLINE void sums_of_pairs(const __m512 (&v)[4], float* sums) {
 
 // `T` <= 4 output features for R rows, the first of which is `first_x`: y[r][t] = sum over k of weight[t, k] x[r, k].
 template <int R, int T>
-void pairs_tile(const LinearArgs& a, const char* weight, const char* first_x, int64_t row_bytes, float (*y)[kBlock]) {
-  const int64_t k = a.in_features, whole = k / kStepOfPairs * kStepOfPairs;
+void dots_of_pairs(const GemmArgs& a, const char* weight, const char* first_x, int64_t row_bytes, float (*y)[kBlock]) {
+  const int64_t k = a.in_features, whole = k / kStep * kStep;
   __m512 sums[R][4] = {};
   const auto add = [&](int64_t i, auto load_weights) RIVER_INLINED {
     unrolled<T>([&](auto t) RIVER_INLINED {
@@ -40,7 +35,7 @@ void pairs_tile(const LinearArgs& a, const char* weight, const char* first_x, in
       });
     });
   };
-  for (int64_t i = 0; i < whole; i += kStepOfPairs)
+  for (int64_t i = 0; i < whole; i += kStep)
     add(i, [&](const char* w) RIVER_INLINED {
       __builtin_prefetch(w + T * k * 2, 0, 2);
       return _mm512_loadu_si512(w);
@@ -56,28 +51,19 @@ void pairs_tile(const LinearArgs& a, const char* weight, const char* first_x, in
   });
 }
 
-// The same for up to 16 rows, in shares of at most six.
-template <int T>
-void pairs_tiles(const LinearArgs& a, const char* weight, const char* x, int rows, float (*y)[kBlock]) {
-  const int64_t row_bytes = padded_features(a) * 2;
-  in_shares<kMostRows>(
-      rows, [&](auto r, int row, int, int) { pairs_tile<r, T>(a, weight, x + row * row_bytes, row_bytes, y + row); });
-}
-
-// One block of output features for `rows` <= 16 rows.
-inline void pairs_block(const LinearArgs& a, int64_t n, int row, int rows, float (*y)[kBlock]) {
-  const char* x = static_cast<const char*>(a.x.values) + row * padded_features(a) * 2;
-  for_fours(a, n, 2, [&](const char* weight, int at, auto t) RIVER_INLINED {
-    pairs_tiles<t>(a, weight, x, rows, reinterpret_cast<float (*)[kBlock]>(y[0] + at));
+inline void microkernel_bf16_dot(const GemmArgs& a, int64_t n, int row, int rows, float (*y)[kBlock]) {
+  const int64_t row_bytes = a.padded_features() * 2;
+  const char* x = static_cast<const char*>(a.x.values) + row * row_bytes;
+  for_fours(a, n, 2, [&](const char* weight, int at, auto t) {
+    in_batches<kMostRows>(rows, [&](auto r, int first, int, int) {
+      dots_of_pairs<r, t>(a, weight, x + first * row_bytes, row_bytes,
+                          reinterpret_cast<float (*)[kBlock]>(y[first] + at));
+    });
   });
 }
 
-#else
-
-constexpr bool kHasPairs = false;
-
-inline void pairs_block(const LinearArgs&, int64_t, int, int, float (*)[kBlock]) {}
-
-#endif
+inline void gemm_bf16_dot(const GemmArgs& a, int part, int parts) {
+  gemm_blocked<microkernel_bf16_dot>(a, part, parts);
+}
 
 }  // namespace river

@@ -3,8 +3,6 @@
 
 #include <cmath>
 
-#include "phases.h"
-#include "scalars.h"
 #include "vectors.h"
 
 namespace river {

@@ -1,15 +1,35 @@
-// The entropy of a head's distribution, for those who decide by it: of each row chunk by chunk, which are then put
-// together as those of attention are. So its bits depend on no number of threads.
+// What exits are decided by: the cosine of two hidden states, and the entropy of a head's distribution, of each row
+// chunk by chunk, which are then put together as those of attention are. So its bits depend on no number of threads.
 #pragma once
 
 #include <algorithm>
 #include <cmath>
 
-#include "functions.h"
-#include "phases.h"
-#include "scalars.h"
+#include "vector_math.h"
 
 namespace river {
+
+// (The least of the cosines, NaN where there is one.)
+inline void exit_score(const void* args, int, int) {
+  const auto& a = *static_cast<const ScoreArgs*>(args);
+  constexpr int kFeatures = 256;
+  alignas(64) float x[kFeatures], y[kFeatures];
+  float least = INFINITY;
+  for (int row = 0; row < a.rows; ++row) {
+    float xy = 0, xx = 0, yy = 0;
+    for (int first = 0; first < a.features; first += kFeatures) {
+      const int count = std::min(kFeatures, a.features - first), padded = (count + 15) / 16 * 16;
+      load_filled(a.hidden.data, row * a.hidden.stride + first, count, padded, a.dtype, x);
+      load_filled(a.previous.data, row * a.previous.stride + first, count, padded, a.dtype, y);
+      xy += dot_of(x, y, padded);
+      xx += dot_of(x, x, padded);
+      yy += dot_of(y, y, padded);
+    }
+    const float cosine = xy / (std::sqrt(xx) * std::sqrt(yy));
+    least = cosine < least || cosine != cosine ? cosine : least;
+  }
+  *a.score = least;
+}
 
 // A chunk's largest logit m, and the sums of e^(z - m) and of (z - m) e^(z - m).
 struct Weighed {
@@ -18,30 +38,29 @@ struct Weighed {
 
 inline void weigh(const void* args, int part, int parts) {
   const auto& a = *static_cast<const EntropyArgs*>(args);
-  constexpr int kLanes16 = 16;
+  constexpr int kWidth = 16;
   alignas(64) float z[kLogitsTogether];
-  const int64_t all = int64_t(a.rows) * a.chunks;
-  for (int64_t i = all * part / parts; i < all * (part + 1) / parts; ++i) {
+  for (auto [i, end] = share_of(int64_t(a.rows) * a.chunks, part, parts); i < end; ++i) {
     const int64_t first = i % a.chunks * kLogitsTogether;
     const int count = int(std::min<int64_t>(kLogitsTogether, a.logits_each - first));
     load_values(a.logits, i / a.chunks * a.stride + first, count, a.dtype, z);
     std::fill(z + count, z + kLogitsTogether, -INFINITY);
-    float most[kLanes16], totals[kLanes16] = {}, spreads[kLanes16] = {};
-    std::fill(most, most + kLanes16, -INFINITY);
-    for (int k = 0; k < kLogitsTogether; k += kLanes16)
-      for (int j = 0; j < kLanes16; ++j) most[j] = z[k + j] > most[j] || z[k + j] != z[k + j] ? z[k + j] : most[j];
+    float most[kWidth], totals[kWidth] = {}, spreads[kWidth] = {};
+    std::fill(most, most + kWidth, -INFINITY);
+    for (int k = 0; k < kLogitsTogether; k += kWidth)
+      for (int j = 0; j < kWidth; ++j) most[j] = z[k + j] > most[j] || z[k + j] != z[k + j] ? z[k + j] : most[j];
     Weighed w{-INFINITY, 0, 0};
     for (const float m : most) w.largest = m > w.largest || m != m ? m : w.largest;
     const float largest = w.largest;
-    const int weighed =
-        largest == kUnwanted ? kLanes16 : kLogitsTogether;  // (of what nobody wants any part is nothing)
-    for (int k = 0; k < weighed; k += kLanes16)
-      for (int j = 0; j < kLanes16; ++j) {
+    // (Of what nobody wants any part is nothing.)
+    const int weighed = largest == kUnwanted ? kWidth : kLogitsTogether;
+    for (int k = 0; k < weighed; k += kWidth)
+      for (int j = 0; j < kWidth; ++j) {
         const float shifted = z[k + j] - largest, weight = exp_of(shifted);
         totals[j] += weight;
         spreads[j] += weight * (shifted < -1e4f ? -1e4f : shifted);  // (0 times -inf would be NaN)
       }
-    for (int j = 0; j < kLanes16; ++j) {
+    for (int j = 0; j < kWidth; ++j) {
       w.total += totals[j];
       w.spread += spreads[j];
     }

@@ -1,20 +1,19 @@
-// Dot products of a few rows of float32 with rows of weights or of keys, which are read once for as many rows as
-// registers hold. Each is summed in one order, whatever the number of either.
+// Dot products in float32 of a few rows with rows of weights or keys, which are converted as they are read, once for as
+// many rows as registers hold, and the matmul that is made of them. Each is summed in one order, whatever the number of
+// either.
 #pragma once
 
 #include <algorithm>
 #include <cstring>
 
-#include "phases.h"
-#include "scalars.h"
-#include "vectors.h"
+#include "gemm_blocked.h"
 
 namespace river {
 
 constexpr int kPiece = 32;  // features that are read at a time; rows of float32 are filled up to whole pieces
 
 // Reads vector number U of a piece, in the order of prepared activations: of bfloat16 those with even numbers and those
-// with odd ones in turn (kSplit), which takes one instruction each.
+// with odd ones in turn (kEvenOdd), which takes one instruction each.
 template <int D, int U>
 RIVER_INLINE Floats load_vector(const char* piece) {
   if constexpr (D == kFloat32) return load_floats(reinterpret_cast<const float*>(piece) + U * kLanes);
@@ -25,7 +24,7 @@ RIVER_INLINE Floats load_vector(const char* piece) {
   }
 }
 
-// To and from the order of kSplit; `size` is a multiple of 32.
+// To and from the order of kEvenOdd; `size` is a multiple of 32.
 inline void split(const float* values, int64_t size, float* out) {
   for (int64_t k = 0; k < size; k += 2 * kLanes)
     for (int i = 0; i < kLanes; ++i) {
@@ -40,13 +39,6 @@ inline void join(const float* values, int64_t size, float* out) {
       out[k + 2 * i + 1] = values[k + kLanes + i];
     }
 }
-
-// Rows of float32, or what is written for each of them: where they begin, and elements between two.
-template <class T>
-struct Matrix {
-  T* data;
-  int64_t stride;
-};
 
 // y[r][t] = sum over i < k of rows[t][i] x[r][i]; `fetch` is called with the number of each piece's first feature.
 template <int R, int T, int D, class Fetch>
@@ -81,13 +73,37 @@ RIVER_INLINE void dots_of_tile(const char* const* rows, int64_t k, Matrix<const 
   });
 }
 
-// The same of `count` rows, in shares; `fetch` is called with the share and their number too.
+// The same of `count` rows, in batches that registers hold; `fetch` is called with the batch and their number too.
 template <int T, int D, class Fetch>
 void dots(const char* const* rows, int64_t k, Matrix<const float> x, int count, Matrix<float> y, const Fetch& fetch) {
-  in_shares<kMostRows>(count, [&](auto r, int row, int share, int shares) RIVER_INLINED {
+  in_batches<kMostRows>(count, [&](auto r, int row, int batch, int batches) RIVER_INLINED {
     dots_of_tile<r, T, D>(rows, k, {x.data + row * x.stride, x.stride}, {y.data + row * y.stride, y.stride},
-                          [&](int64_t i) RIVER_INLINED { fetch(i, share, shares); });
+                          [&](int64_t i) RIVER_INLINED { fetch(i, batch, batches); });
   });
+}
+
+// Weights of dtype D; activations in format kFloats or, for bfloat16, kEvenOdd.
+template <int D>
+void microkernel_f32(const GemmArgs& a, int64_t n, int row, int rows, float (*y)[kBlock]) {
+  const int64_t padded = a.padded_features(), row_bytes = a.in_features * bytes_of(D);
+  const Matrix<const float> x{static_cast<const float*>(a.x.values) + row * padded, padded};
+  for_fours(a, n, bytes_of(D), [&](const char* weight, int at, auto t) RIVER_INLINED {
+    const char* features[] = {weight, weight + row_bytes, weight + 2 * row_bytes, weight + 3 * row_bytes};
+    dots<t, D>(features, a.in_features, x, rows, {y[0] + at, kBlock},
+               [&](int64_t i, int batch, int batches) RIVER_INLINED {
+                 // (Each batch asks for some of the features that are next.)
+                 for (int ahead = t + t * batch / batches; ahead < t + t * (batch + 1) / batches; ++ahead)
+                   for (int byte = 0; byte < kPiece * bytes_of(D); byte += 64)
+                     __builtin_prefetch(weight + ahead * row_bytes + i * bytes_of(D) + byte, 0, 2);
+               });
+  });
+}
+
+inline void gemm_f32(const GemmArgs& a, int part, int parts) {
+  constexpr int64_t kBytesTogether = 1 << 18;  // of activations
+  const int fit = int(std::max<int64_t>(kBytesTogether / 4 / a.padded_features() / kBlock, 1)) * kBlock;
+  with_dtype(a.epilogue.dtype,
+             [&](auto d) { gemm_blocked<microkernel_f32<d>>(a, part, parts, std::min(fit, kRowsTogether)); });
 }
 
 }  // namespace river

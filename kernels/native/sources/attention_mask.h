@@ -1,18 +1,67 @@
-// The slots that a block of query positions reads, in chunks, and what the mask adds to the scores of each position.
+// Which slots of a static cache a mask lets query positions read, and what it adds to their scores: of one position, or
+// of a block of them.
 #pragma once
 
 #include <algorithm>
 #include <cstring>
+#include <limits>
 
-#include "attention.h"
-#include "phases.h"
+#include "dtypes.h"
 
 namespace river {
 
-class Readers {
+constexpr float kMinusInfinity = -std::numeric_limits<float>::infinity();
+
+// Slots of one chunk that take part, and what the mask adds to their scores.
+struct Live {
+  int32_t slots[kChunk];
+  float added[kChunk];
+  int count = 0;
+};
+
+// Whether slot number `slot` of the mask's row at `at` takes part, and what is added to its score.
+inline bool takes_part(const AttentionArgs& a, int64_t at, int slot, float& added) {
+  added = 0;
+  if (!a.mask) return true;
+  if (a.mask_dtype == kBool) return static_cast<const uint8_t*>(a.mask)[at + slot];
+  const float least = a.mask_dtype == kFloat16 ? -65504.0f : -3.3895e38f;
+  added = load_scalar(a.mask, at + slot, a.mask_dtype);
+  return !(added <= least / 2);
+}
+
+// The first of a row's slots that takes part, `slots` where none does. Every chunk asks, and padding or a window may
+// put it far behind.
+inline int first_live(const AttentionArgs& a, int64_t at, int slots) {
+  if (a.mask && a.mask_dtype == kBool) {
+    const void* mask = static_cast<const uint8_t*>(a.mask) + at;
+    const void* found = std::memchr(mask, 1, slots);
+    return found ? int(static_cast<const uint8_t*>(found) - static_cast<const uint8_t*>(mask)) : slots;
+  }
+  float added;
+  int first = 0;
+  while (first < slots && !takes_part(a, at, first, added)) ++first;
+  return first;
+}
+
+// Finds those of chunk number `chunk` of a row.
+inline void find_live(const AttentionArgs& a, int64_t row, int chunk, Live& live) {
+  const int64_t at = row / a.positions * a.mask_sequence + row % a.positions * a.mask_position;
+  const int slots = a.causal ? int(std::min<int64_t>(a.slots, row % a.positions + 1)) : a.slots;
+  const int first = first_live(a, at, slots) + chunk * kChunk;
+  float added;
+  for (int slot = first; slot < std::min(first + kChunk, slots); ++slot) {
+    if (!takes_part(a, at, slot, added)) continue;
+    live.slots[live.count] = slot;
+    live.added[live.count++] = added;
+  }
+  for (int i = live.count; i % 16; ++i) live.added[i] = 0;
+}
+
+// The slots that some position of a block reads, in chunks.
+class SlotsOfBlock {
  public:
   // `memory` has room for kPromptChunk times `block` floats, and a byte for each slot of the cache.
-  Readers(const AttentionArgs& a, int block, float* memory)
+  SlotsOfBlock(const AttentionArgs& a, int block, float* memory)
       : a_(a), block_(block), added_(memory), readers_(reinterpret_cast<uint8_t*>(memory + kPromptChunk * block)) {}
 
   // Turns to the positions `first` to `first + positions - 1` of a sequence.

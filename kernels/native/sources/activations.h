@@ -1,4 +1,4 @@
-// Activations as products read them: normalised, then rounded to int8 with one scale for each group, or in the order
+// Activations as matmuls read them: normalised, then rounded to int8 with one scale for each group, or in the order
 // that other weights ask for. Written as plain loops over one group, which compilers vectorize.
 #pragma once
 
@@ -6,18 +6,14 @@
 #include <cmath>
 #include <cstring>
 
-#include "functions.h"
-#include "phases.h"
-#include "scalars.h"
-#include "transpose.h"
+#include "gemm_f32.h"
 
 namespace river {
 
 // Reads the group that starts at feature `first` of a row as float32; what lies beyond K is zero.
 inline void load_group(const PrepareArgs& a, const void* x, int64_t row_start, int64_t first, float* values) {
   const int count = int(std::min<int64_t>(a.group_size, a.in_features - first));
-  load_values(x, row_start + first, count, a.dtype, values);
-  std::fill(values + count, values + a.group_size, 0.0f);
+  load_filled(x, row_start + first, count, a.group_size, a.dtype, values);
 }
 
 // A norm of one row: (x - shift) * factor, times the weight, plus the bias.
@@ -28,18 +24,18 @@ struct Moments {
 inline Moments moments_of(const PrepareArgs& a, int64_t row) {
   alignas(64) float values[kLargestGroup];
   Moments moments;
-  const int64_t at = row * a.x_stride, size = a.group_size;
+  const int64_t at = row * a.x.stride, size = a.group_size;
   if (a.norm == kLayerNorm) {
     float total = 0;
     for (int64_t first = 0; first < a.in_features; first += size) {
-      load_group(a, a.x, at, first, values);
+      load_group(a, a.x.data, at, first, values);
       total += sum_of(values, int(size));
     }
     moments.shift = total / float(a.in_features);
   }
   float squares = 0;
   for (int64_t first = 0; first < a.in_features; first += size) {
-    load_group(a, a.x, at, first, values);
+    load_group(a, a.x.data, at, first, values);
     const int count = int(std::min<int64_t>(size, a.in_features - first));
     for (int i = 0; i < count; ++i) values[i] -= moments.shift;
     squares += dot_of(values, values, int(size));
@@ -84,49 +80,50 @@ inline void round_group(const float* values, int size, int8_t* out, float* scale
 inline void write_group(const PrepareArgs& a, int64_t row, int64_t first, float* values) {
   alignas(64) float residual[kLargestGroup];
   const int count = int(std::min<int64_t>(a.group_size, a.in_features - first));
-  if (a.residual) {
-    load_group(a, a.residual, row * a.residual_stride, first, residual);
+  if (a.residual.data) {
+    load_group(a, a.residual.data, row * a.residual.stride, first, residual);
     for (int i = 0; i < count; ++i) values[i] += residual[i];
   }
   store_values(a.out.values, row * a.in_features + first, count, a.dtype, values);
 }
 
-// Format kTiled of at most 16 rows.
+// Format kAmxTiles of at most 16 rows.
 inline void write_pairs(const PrepareArgs& a, int64_t i, const float* values) {
-  const int64_t groups = (a.in_features + a.group_size - 1) / a.group_size, row = i / groups;
+  const int64_t group = i % a.groups(), row = i / a.groups();
   uint16_t rounded[kLargestGroup];
   store_values(rounded, 0, a.group_size, kBFloat16, values);
-  char* out = static_cast<char*>(a.out.values) + (i % groups * a.group_size / 2 * a.rows + row) * 4;
+  char* out = static_cast<char*>(a.out.values) + (group * a.group_size / 2 * a.rows + row) * 4;
   for (int k = 0; k < a.group_size; k += 2, out += 4 * a.rows) std::memcpy(out, rounded + k, 4);
 }
 
-inline void prepare_group(const PrepareArgs& a, int64_t i, const float* values) {
+// Writes group number `i` of all rows.
+inline void write_prepared(const PrepareArgs& a, int64_t i, float* values) {
   const int64_t size = a.group_size;
-  if (a.out.format == kPlain) {
-    std::copy(values, values + size, static_cast<float*>(a.out.values) + i * size);
-    return;
+  float* const floats = static_cast<float*>(a.out.values) + i * size;
+  switch (a.out.format) {
+    case kFloats: std::copy(values, values + size, floats); return;
+    case kEvenOdd: return split(values, size, floats);
+    case kBFloat16Rows: return store_values(a.out.values, i * size, int(size), kBFloat16, values);
+    case kAmxTiles: return write_pairs(a, i, values);
+    case kUnchanged: return write_group(a, i / a.groups(), i % a.groups() * size, values);
   }
-  if (a.out.format == kSplit) return split(values, size, static_cast<float*>(a.out.values) + i * size);
-  if (a.out.format == kTiled) return write_pairs(a, i, values);
-  if (a.out.format == kPairs) return store_values(a.out.values, i * size, int(size), kBFloat16, values);
   a.out.sum[i] = sum_of(values, int(size));
   round_group(values, int(size), static_cast<int8_t*>(a.out.values) + i * size, a.out.scale + i, a.out.start + i);
 }
 
-// Format kTiled of more than 16 rows. Parts split the blocks of rows.
+// Format kAmxTiles of more than 16 rows. Parts split the blocks of rows.
 inline void prepare_blocks(const PrepareArgs& a, int part, int parts) {
-  const int64_t size = a.group_size, groups = (a.in_features + size - 1) / size;
-  const int64_t blocks = (a.rows + kBlock - 1) / kBlock;
+  const int64_t size = a.group_size, groups = a.groups();
   alignas(64) float values[kLargestGroup];
   alignas(64) uint16_t rounded[kBlock][kLargestGroup] = {};
   Moments moments[kBlock];
-  for (int64_t block = blocks * part / parts; block < blocks * (part + 1) / parts; ++block) {
+  for (auto [block, end] = share_of(ceil_div(a.rows, kBlock), part, parts); block < end; ++block) {
     const int64_t row = block * kBlock;
     const int rows = int(std::min<int64_t>(kBlock, a.rows - row));
     for (int r = 0; a.norm && r < rows; ++r) moments[r] = moments_of(a, row + r);
     for (int64_t group = 0; group < groups; ++group) {
       for (int r = 0; r < rows; ++r) {
-        load_group(a, a.x, (row + r) * a.x_stride, group * size, values);
+        load_group(a, a.x.data, (row + r) * a.x.stride, group * size, values);
         if (a.norm) normalise(a, moments[r], group * size, values);
         store_values(rounded[r], 0, int(size), kBFloat16, values);
       }
@@ -138,20 +135,17 @@ inline void prepare_blocks(const PrepareArgs& a, int part, int parts) {
 
 inline void prepare(const void* args, int part, int parts) {
   const auto& a = *static_cast<const PrepareArgs*>(args);
-  if (a.out.format == kTiled && a.rows > kBlock) return prepare_blocks(a, part, parts);
-  const int64_t size = a.group_size, groups = (a.in_features + size - 1) / size;
-  const int64_t together = a.norm ? groups : 1, all = groups * a.rows / together;
+  if (a.out.format == kAmxTiles && a.rows > kBlock) return prepare_blocks(a, part, parts);
+  const int64_t size = a.group_size, groups = a.groups(), together = a.norm ? groups : 1;
+  const Share share = share_of(groups * a.rows / together, part, parts);
   alignas(64) float values[kLargestGroup];
   Moments moments;
-  for (int64_t i = all * part / parts * together; i < all * (part + 1) / parts * together; ++i) {
+  for (int64_t i = share.first * together; i < share.end * together; ++i) {
     const int64_t row = i / groups, first = i % groups * size;
     if (a.norm && first == 0) moments = moments_of(a, row);
-    load_group(a, a.x, row * a.x_stride, first, values);
+    load_group(a, a.x.data, row * a.x.stride, first, values);
     if (a.norm) normalise(a, moments, first, values);
-    if (a.out.format == kAsGiven)
-      write_group(a, row, first, values);
-    else
-      prepare_group(a, i, values);
+    write_prepared(a, i, values);
   }
 }
 

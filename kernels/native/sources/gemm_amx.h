@@ -1,25 +1,20 @@
-// Products of bfloat16 matrices in tiles (AMX): 16 output features times 32 input features times 16 rows are one
-// instruction, which reads the weights where the model keeps them. Up to 16 rows cost what one costs, the weights' way
-// from memory. Of more rows, two blocks of 16 meet two blocks of features, so that each tile is multiplied twice.
+// Matmuls of bfloat16 in tiles (AMX): 16 output features times 32 input features times 16 rows are one instruction,
+// which reads the weights where the model keeps them. Up to 16 rows cost what one costs, the weights' way from memory.
+// Of more rows, two blocks of 16 meet two blocks of features, so that each tile is multiplied twice.
 //
 // Weights are the left operand, 16 rows of 64 bytes; activations are the right one, prepared so that the two values of
-// a pair lie side by side, and the pairs of a block of rows after each other (`kTiled`). Every output is summed in one
-// order, whatever the number of rows. A block of features that no tile can read in place, because it ends early or
+// a pair lie side by side, and the pairs of a block of rows after each other (`kAmxTiles`). Every output is summed in
+// one order, whatever the number of rows. A block of features that no tile can read in place, because it ends early or
 // belongs to two matrices, is read from a copy.
 #pragma once
 
 #include <algorithm>
 #include <cstring>
 
-#include "dense.h"
-#include "phases.h"
-#include "vectors.h"
+#include "gemm_blocked.h"
 
 namespace river {
 
-#if defined(RIVER_ISA_AMX)
-
-constexpr bool kTiles = true;
 constexpr int kStep = 32;  // input features of one tile
 
 // Tiles 0 to 3 hold sums, 4 and 5 weights, 6 and 7 activations of `rows` rows, at most 16.
@@ -41,23 +36,17 @@ class Tiles {
   ~Tiles() { _tile_release(); }
 };
 
-// Where 16 rows of weights lie, and how far apart.
-struct Weights {
-  const char* data;
-  int64_t bytes;
-};
-
 // The weights of one block of features.
 class BlockOfWeights {
  public:
-  BlockOfWeights(const LinearArgs& a, int64_t n)
-      : a_(a), first_(n * kBlock), count_(int(std::min<int64_t>(kBlock, a.out_features - first_))) {
+  BlockOfWeights(const GemmArgs& a, int64_t n)
+      : a_(a), first_(n * kBlock), count_(int(std::min<int64_t>(kBlock, a.epilogue.out_features - first_))) {
     const int matrix = matrix_of(a.dense, first_);
     if (count_ == kBlock && first_ + kBlock <= a.dense.first[matrix + 1]) in_place_ = row(0);
   }
 
-  // Input features i to i + 31, zeros where there are none.
-  Weights at(int64_t i) {
+  // Input features i to i + 31, zeros where there are none; the stride is of bytes.
+  Matrix<const char> at(int64_t i) {
     if (in_place_ && i + kStep <= a_.in_features) return {in_place_ + i * 2, int64_t(a_.in_features) * 2};
     std::memset(copy_, 0, sizeof copy_);
     const int64_t features = std::min<int64_t>(a_.in_features - i, kStep);
@@ -78,24 +67,24 @@ class BlockOfWeights {
     return static_cast<const char*>(a_.dense.data[of]) + (first_ + j - a_.dense.first[of]) * a_.in_features * 2;
   }
 
-  const LinearArgs& a_;
+  const GemmArgs& a_;
   const int64_t first_;
   const int count_;
   const char* in_place_ = nullptr;
   alignas(64) uint16_t copy_[kBlock * kStep];
 };
 
-// One block of output features for all rows, of which there are at most 16.
-inline void tiled_block(const LinearArgs& a, int64_t n, float (*y)[kBlock]) {
+// All rows, of which there are at most 16.
+inline void microkernel_amx(const GemmArgs& a, int64_t n, int, int, float (*y)[kBlock]) {
   alignas(64) float sums[kBlock * kBlock];
   BlockOfWeights weights(a, n);
   const int wide = 4 * a.rows;
   const char* x = static_cast<const char*>(a.x.values);
   _tile_zero(0);
   for (int64_t i = 0; i < a.in_features; i += kStep) {
-    const Weights w = weights.at(i);
+    const Matrix<const char> w = weights.at(i);
     weights.fetch(i / kStep, 1);
-    _tile_loadd(4, w.data, w.bytes);
+    _tile_loadd(4, w.data, w.stride);
     _tile_loadd(6, x + i / 2 * wide, wide);
     _tile_dpbf16ps(0, 4, 6);
   }
@@ -104,13 +93,18 @@ inline void tiled_block(const LinearArgs& a, int64_t n, float (*y)[kBlock]) {
     for (int i = 0; i < kBlock; ++i) y[r][i] = sums[i * a.rows + r];
 }
 
+inline void gemm_amx(const GemmArgs& a, int part, int parts) {
+  const Tiles tiles(a.rows);
+  gemm_blocked<microkernel_amx>(a, part, parts);
+}
+
 // Of two blocks of features and two blocks of rows: [features, rows, 16 features, 16 rows].
 using Sums = float[2][2][kBlock * kBlock];
 
 // Sums two blocks of features for blocks `rows` of rows; asks for the weights that lie `ahead` blocks behind, if any.
-inline void multiply_blocks(const LinearArgs& a, BlockOfWeights& weights, BlockOfWeights& others,
-                            const int64_t (&rows)[2], int ahead, Sums& sums) {
-  const int64_t k = a.in_features, bytes = padded_features(a) * kBlock * 2;
+inline void microkernel_amx_multi(const GemmArgs& a, BlockOfWeights& weights, BlockOfWeights& others,
+                                  const int64_t (&rows)[2], int ahead, Sums& sums) {
+  const int64_t k = a.in_features, bytes = a.padded_features() * kBlock * 2;
   const auto* values = static_cast<const char*>(a.x.values);
   const char *x = values + rows[0] * bytes, *other_x = values + rows[1] * bytes;
   _tile_zero(0);
@@ -118,17 +112,17 @@ inline void multiply_blocks(const LinearArgs& a, BlockOfWeights& weights, BlockO
   _tile_zero(2);
   _tile_zero(3);
   for (int64_t i = 0; i < k; i += kStep) {
-    const Weights w = weights.at(i), other = others.at(i);
+    const Matrix<const char> w = weights.at(i), other = others.at(i);
     if (ahead) {
       weights.fetch(i / kStep, ahead);
       others.fetch(i / kStep, ahead);
     }
-    _tile_loadd(4, w.data, w.bytes);
+    _tile_loadd(4, w.data, w.stride);
     _tile_loadd(6, x + i * kBlock * 2, 64);
     _tile_dpbf16ps(0, 4, 6);
     _tile_loadd(7, other_x + i * kBlock * 2, 64);
     _tile_dpbf16ps(1, 4, 7);
-    _tile_loadd(5, other.data, other.bytes);
+    _tile_loadd(5, other.data, other.stride);
     _tile_dpbf16ps(2, 5, 6);
     _tile_dpbf16ps(3, 5, 7);
   }
@@ -138,21 +132,28 @@ inline void multiply_blocks(const LinearArgs& a, BlockOfWeights& weights, BlockO
   _tile_stored(3, sums[1][1], 64);
 }
 
-#else
-
-constexpr bool kTiles = false;
-
-struct Tiles {
-  explicit Tiles(int) {}
-};
-
-using Sums = float[2][2][kBlock * kBlock];
-inline void tiled_block(const LinearArgs&, int64_t, float (*)[kBlock]) {}
-struct BlockOfWeights {
-  BlockOfWeights(const LinearArgs&, int64_t) {}
-};
-inline void multiply_blocks(const LinearArgs&, BlockOfWeights&, BlockOfWeights&, const int64_t (&)[2], int, Sums&) {}
-
-#endif
+inline void gemm_amx_multi(const GemmArgs& a, int part, int parts) {
+  const Tiles tiles(kBlock);
+  alignas(64) Sums sums;
+  alignas(64) float y[2][kBlock][kBlock];
+  const Epilogue& e = a.epilogue;
+  const int64_t blocks = ceil_div(e.out_features, kBlock), pairs = (blocks + 1) / 2, last = (a.rows - 1) / kBlock;
+  for (int first = 0; first < a.rows; first += kRowsTogether)
+    for (auto [pair, end] = share_of(pairs, part, parts); pair < end; ++pair) {
+      const int64_t n = e.gated ? pair : 2 * pair, other = e.gated ? pair + pairs : std::min(n + 1, blocks - 1);
+      BlockOfWeights weights(a, n), others(a, other);
+      for (int row = first; row < std::min(first + kRowsTogether, a.rows); row += 2 * kBlock) {
+        const int ahead = row > first ? 0 : e.gated ? 1 : 2;
+        microkernel_amx_multi(a, weights, others, {row / kBlock, std::min<int64_t>(row / kBlock + 1, last)}, ahead,
+                              sums);
+        for (int half = 0, at = row; half < 2 && at < a.rows; ++half, at += kBlock) {
+          const int rows = std::min(kBlock, a.rows - at);
+          for (int which = 0; which < 2; ++which) transpose(sums[which][half], kBlock, y[which]);
+          epilogue(e, n * kBlock, at, rows, y[0][0], y[1][0]);
+          if (!e.gated && other != n) epilogue(e, other * kBlock, at, rows, y[1][0], nullptr);
+        }
+      }
+    }
+}
 
 }  // namespace river

@@ -1,0 +1,53 @@
+// The loop around a microkernel that sums up to 16 rows for a block of 16 output features, and what weights of 16 or 32
+// bits, several matrices one below the other, ask of it.
+#pragma once
+
+#include <algorithm>
+
+#include "epilogue.h"
+
+namespace river {
+
+// y[r][i] = sum over k of weight[16 n + i, k] x[row + r, k], for `rows` rows.
+using Microkernel = void(const GemmArgs& a, int64_t n, int row, int rows, float (*y)[kBlock]);
+
+// `R`: the most rows there can be.
+template <int R, Microkernel kMicrokernel>
+void gemm_block(const GemmArgs& a, int64_t n, int row, int rows) {
+  float y[R][kBlock], up[R][kBlock];
+  kMicrokernel(a, n, row, rows, y);
+  if (a.epilogue.gated) kMicrokernel(a, n + a.epilogue.blocks(), row, rows, up);
+  epilogue(a.epilogue, n * kBlock, row, rows, y[0], up[0]);
+}
+
+constexpr int kRowsTogether = 256;  // whose activations stay in a core's cache while weights pass by
+
+// Blocks of 16 rows, one after the other for each block of features.
+template <Microkernel kMicrokernel>
+void gemm_blocked(const GemmArgs& a, int part, int parts, int together = kRowsTogether) {
+  for (int first = 0; first < a.rows; first += together)
+    for (auto [n, end] = share_of(a.epilogue.blocks(), part, parts); n < end; ++n)
+      for (int row = first; row < std::min(first + together, a.rows); row += kBlock)
+        gemm_block<16, kMicrokernel>(a, n, row, std::min(kBlock, a.rows - row));
+}
+
+// Calls f(weights, number within the block, how many) for the features of block `n`, by fours if they belong to one
+// matrix, else one by one.
+template <class F>
+RIVER_INLINE void for_fours(const GemmArgs& a, int64_t n, int64_t bytes, const F& f) {
+  const int64_t first = n * kBlock;
+  const int count = int(std::min<int64_t>(kBlock, a.epilogue.out_features - first));
+  for (int i = 0; i < count;) {
+    const int matrix = matrix_of(a.dense, first + i);
+    const int64_t at = first + i - a.dense.first[matrix];
+    const char* weight = static_cast<const char*>(a.dense.data[matrix]) + at * a.in_features * bytes;
+    if (i + 4 <= count && first + i + 4 <= a.dense.first[matrix + 1]) {
+      f(weight, i, std::integral_constant<int, 4>());
+      i += 4;
+    } else {
+      f(weight, i++, std::integral_constant<int, 1>());
+    }
+  }
+}
+
+}  // namespace river
