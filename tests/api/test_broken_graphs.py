@@ -64,13 +64,12 @@ def test_a_model_whose_hooks_break_its_graph_takes_the_river_from_no_other_one(h
 
 
 def test_flex_attention_on_a_cpu_is_rewritten_and_runs_operator_by_operator():
-    """Inductor may raise for it there. One warning names it and the way out, and no option that nobody gave."""
+    """Inductor may raise for it there. A warning names it and the way out; none names an option that nobody gave."""
     expected = make("llama", layers=2, attention="flex_attention")
     ours = river_compile.accelerate(make("llama", layers=2, attention="flex_attention"), max_draft=1, adaptive=False)
     warn_once.cache_clear()  # (it comes once a process)
     text, trace, said = generated(ours)
     assert torch.equal(text, generate(expected))
     assert trace.cycles
-    assert len(said) == 1
-    assert "flex_attention" in said[0]
-    assert "sdpa" in said[0]
+    assert any("flex_attention" in line and "sdpa" in line for line in said)
+    assert not any("criterion" in line for line in said)
