@@ -5,7 +5,7 @@ import functools
 import pytest
 import torch
 
-from river_compile import backend, river
+from river_compile import building, river
 from river_compile.lowering.compile import inductor_settings
 from tests.support.families import make, prompt
 from tools.recorder import recording
@@ -27,13 +27,13 @@ def test_segments_get_no_cuda_graphs_of_inductors(mode):
 @recording()
 def test_the_backend_asks_for_none_whether_it_captures_or_not(captures, monkeypatch):
     """Prompts and caches that grow run uncaptured."""
-    seen, compiler = [], backend.SegmentCompiler
+    seen, compiler = [], building.SegmentCompiler
 
     def note(lowering, settings, *rest):
         seen.append(settings)
         return compiler(lowering, settings, *rest)
 
-    monkeypatch.setattr(backend, "SegmentCompiler", note)
+    monkeypatch.setattr(building, "SegmentCompiler", note)
     model = make("llama", layers=2)
     options = {"lowering": "eager", "quantizer": "none", "cudagraphs": captures}
     model.compile(backend=functools.partial(river, options=options, mode="reduce-overhead"))
