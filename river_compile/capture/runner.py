@@ -139,8 +139,8 @@ class CapturedRunner(Runner):
             for index in numbers:
                 slots[index] = args[index]
 
-        returned = self._returned
-        return ReplayedStep(self, begin, launches, lambda: tuple([slots[i] for i in returned]))
+        # (Copies: another thread's step on the same captures would overwrite them.)
+        return ReplayedStep(self, begin, launches, lambda: self.launcher.fresh(map(slots.__getitem__, self._returned)))
 
     def _buffers(self) -> list[Tensor]:
         """Returns the slots that a step leaves behind and the next one must not read."""

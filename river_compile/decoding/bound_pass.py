@@ -103,7 +103,7 @@ class BoundPass:
         return bound
 
     def __call__(self, inputs: Mapping[str, Any], depth: int | None, tokens: DraftVocab | None) -> Tensor:
-        """Runs the graph with other inputs of the same shapes; returns the logits ``[B, W, V]``, until the next pass.
+        """Runs the graph with other inputs of the same shapes; returns the logits ``[B, W, V]``.
 
         Args:
             inputs: as the model takes them, by name.

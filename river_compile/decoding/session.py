@@ -245,8 +245,6 @@ class Session:
     ) -> Tensor:
         """Runs the last `width` ids, the first of which has no entry yet, and returns their logits ``[B, width, V]``.
 
-        The next pass may overwrite them.
-
         Args:
             ids_BS: all ids so far.
             width: how many of them run.

@@ -119,8 +119,7 @@ class RiverExecutor:
         captured, or where the policy or the fill remembers something of each step.
 
         The caller sees to it that the step's tokens have room in the cache, and that it goes on with a sequence. What
-        may differ in the inputs of a replay: tensors that are neither parameters nor the cache's, and numbers. The next
-        step overwrites what a replay returns.
+        may differ in the inputs of a replay: tensors that are neither parameters nor the cache's, and numbers.
         """
         policy = self._policy_at(depth)
         blocks = policy.fixed_depth if self.decodes else self.num_blocks

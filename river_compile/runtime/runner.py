@@ -65,7 +65,7 @@ class Step:
 class ReplayedStep(NamedTuple):
     """A step that runs again: `begin` with the graph's inputs, then each of `launches`, then `finish` for its outputs.
 
-    All of it runs within `entered`, as any step does. The outputs are buffers that the next step overwrites.
+    All of it runs within `entered`, as any step does.
     """
 
     entered: AbstractContextManager[None]
