@@ -63,6 +63,7 @@ def test_a_model_whose_hooks_break_its_graph_takes_the_river_from_no_other_one(h
     assert river_compile.report(whole).plain_runs == 0
 
 
+@pytest.mark.slow  # (transformers compiles its masks with the compiler of the machine: half a minute)
 def test_flex_attention_on_a_cpu_is_rewritten_and_runs_operator_by_operator():
     """Inductor may raise for it there. A warning names it and the way out; none names an option that nobody gave."""
     expected = make("llama", layers=2, attention="flex_attention")
