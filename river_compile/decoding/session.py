@@ -77,7 +77,7 @@ class Session:
         self._strict = False
 
     def prefill(self, ids_BS: Tensor, config: GenerationConfig) -> Tensor:
-        """Runs the prompt ``[B, S]`` and returns the logits ``[B, 1, V]`` of its last position."""
+        """Runs the prompt ``[B, S]`` and returns the logits that the model gives: of every position, or of the last."""
         model = self.model
         with graph_calls() as calls, forced_depth(self.depth):  # (a prompt of one token is a decode step)
             outputs = model._prefill(ids_BS, config, self.lent.kwargs, not config.is_assistant)
@@ -91,7 +91,8 @@ class Session:
         self._use(cache)
         self._of_rows(ids_BS.shape[0])
         self._kept = self._kept_by_kwargs = self.entries.filled + 1
-        return outputs.logits[:, -1:]
+        logits: Tensor = outputs.logits
+        return logits
 
     def allow_drafts(self, ids_BS: Tensor, logits_B1V: Tensor, max_draft: int | None, strict: bool) -> None:
         """Makes drafts possible, which the backbone verifies.
