@@ -177,6 +177,7 @@ class Decode:
             loop = call.loop(session, *mode.drafting(call, session, logits, shared))
             with model._optimize_model_for_decode(), session.sequences.one():
                 ids = loop.run(logits)
+            session.record.write_programs()
         if streamer is not None:
             streamer.end()
         return call.result(ids, loop)
