@@ -41,7 +41,7 @@ from river_compile.runtime.draft_stats import PassTimes
 from river_compile.runtime.draft_vocab import DraftVocab
 from river_compile.runtime.executor import RiverExecutor
 from river_compile.store.programs import Programs
-from river_compile.upstream.transformers import cache_argument, cache_of, is_static, with_rows
+from river_compile.upstream.transformers import cache_argument, cache_of, is_allocated, is_static, with_rows
 
 _LONGEST = 15  # tokens of a draft, where the caller does not say
 LONGEST_OFFLOADED = 63  # where a pass waits for weights to come in, once for all of its tokens
@@ -106,8 +106,8 @@ class Session:
         cache = cache_of(kwargs)
         if programs is None or cache is None or config.prefill_chunk_size is not None or not KNOWN.issuperset(kwargs):
             return None
-        if not is_static(cache) or cache.get_seq_length() or not programs.begin(self.model):
-            return None
+        if not is_static(cache) or not is_allocated(cache) or cache.get_seq_length() or not programs.begin(self.model):
+            return None  # (a prompt that allocates the cache does more than its graph)
         self._programs = programs
         inputs: Inputs = self.model.prepare_inputs_for_generation(
             ids_BS, is_first_iteration=not config.is_assistant, **kwargs

@@ -11,20 +11,22 @@ values of other kinds.
 
 from __future__ import annotations
 
+import importlib
 import io
 import pickle
 from collections.abc import Iterable, Mapping
 from contextvars import ContextVar
+from types import BuiltinFunctionType
 from typing import Any, NamedTuple
 
 import sympy
 import torch
 from torch import Tensor, fx, nn
 from torch._dynamo.source import ConstantSource
-from torch._ops import OpOverload
+from torch._ops import OpOverload, OpOverloadPacket
 from torch._subclasses.fake_tensor import FakeTensor, FakeTensorMode
 from torch.fx.experimental.symbolic_shapes import DimDynamic, ShapeEnv
-from torch.fx.node import map_arg
+from torch.fx.node import _get_qualified_name, map_arg
 
 from river_compile.kernels import ops  # noqa: F401  (registers what programs call)
 
@@ -131,6 +133,10 @@ class _Writer(pickle.Pickler):
             return _condition, (value.expr,)
         if isinstance(value, OpOverload):
             return _operator, (value._schema.name, value._overloadname)
+        if isinstance(value, OpOverloadPacket):
+            return _operator, (value._qualified_op_name, None)
+        if isinstance(value, BuiltinFunctionType) and value.__module__ != "builtins":
+            return _function, (_find_name(value),)
         if isinstance(value, (Tensor, nn.Module)):
             raise NotStorable(f"a {type(value).__name__} is no part of a program")
         return NotImplemented
@@ -210,10 +216,26 @@ def _condition(expr: sympy.Basic) -> Condition:
     return _reading.get().condition(expr)
 
 
-def _operator(name: str, overload: str) -> OpOverload:
+def _operator(name: str, overload: str | None) -> OpOverload | OpOverloadPacket:
     namespace, _, short = name.partition("::")
-    found: OpOverload = getattr(getattr(getattr(torch.ops, namespace), short), overload or "default")
-    return found
+    try:
+        packet: OpOverloadPacket = getattr(getattr(torch.ops, namespace), short)
+    except AttributeError as error:
+        raise NotStorable(f"nobody has registered {name} in this process") from error
+    return packet if overload is None else getattr(packet, overload or "default")
+
+
+def _find_name(function: BuiltinFunctionType) -> str:
+    """Returns where a function of an extension module is found. (Pickle knows some of them by no name.)"""
+    name = _get_qualified_name(function)
+    if _function(name) is not function:
+        raise NotStorable(f"{name} is another function than {function!r}")
+    return name
+
+
+def _function(name: str) -> Any:
+    module, _, attribute = name.rpartition(".")
+    return getattr(importlib.import_module(module), attribute)
 
 
 def dumps(value: object) -> bytes:
@@ -225,7 +247,7 @@ def dumps(value: object) -> bytes:
     file = io.BytesIO()
     try:
         _Writer(file).dump(value)
-    except (pickle.PicklingError, TypeError, AttributeError) as error:
+    except (pickle.PicklingError, TypeError, AttributeError, ImportError, RuntimeError) as error:
         raise NotStorable(str(error)) from error
     return file.getvalue()
 
@@ -248,6 +270,7 @@ def loads(data: bytes) -> Any:
     """Returns what was written; with symbols and fake tensors that belong to nothing else.
 
     Raises:
+        NotStorable: (a ``ValueError``) an operator in it is missing in this process.
         Exception: whatever damaged bytes lead to.
     """
     token = _reading.set(_Reading())

@@ -138,6 +138,8 @@ def _read(entry: Entry, signature: str) -> list[StoredPass]:
             continue
         try:
             found.append(loads(content))
+        except NotStorable as why:
+            log.info("%s is left out: %s", name, why)
         except Exception as error:  # (whatever bytes of another kind lead to)
             entry.damaged(name, f"{type(error).__name__}: {error}")
     return found

@@ -18,7 +18,7 @@ from river_compile import accelerate, report, restore
 from river_compile.cli.app import main
 from river_compile.store import folder
 from river_compile.store.identity import identity_of
-from tests.support.families import each, make, prompt
+from tests.support.families import FAMILIES, each, make, prompt
 
 OPTIONS = {"lowering": "native", "group_size": 32, "quantizer": "rtn"}
 
@@ -63,7 +63,7 @@ class TestASecondStart:
         assert torch.equal(first, second)
         assert "rewriting" not in {stage for graph in found.graphs for stage in graph.seconds}
 
-    @pytest.mark.parametrize("name", each(["gemma2", "mixtral", "qwen3", "mistral", "gpt2"], quick=["gemma2"]))
+    @pytest.mark.parametrize("name", each(FAMILIES, quick=["gemma2", "gpt2"]))
     def test_of_each_family(self, store, name):
         """Windows that fill up on the way, experts: whatever is recalled, the text is plain generation's."""
         start(name)
