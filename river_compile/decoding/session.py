@@ -102,13 +102,14 @@ class Session:
 
     def _prompt_inputs(self, ids_BS: Tensor, config: GenerationConfig) -> Inputs | None:
         """Returns what the model is given for a prompt whose pass may be stored; None where transformers runs it."""
-        kwargs, programs = self.lent.kwargs, self.record.programs
-        cache = cache_of(kwargs)
-        if programs is None or cache is None or config.prefill_chunk_size is not None or not KNOWN.issuperset(kwargs):
+        kwargs, cache = self.lent.kwargs, cache_of(self.lent.kwargs)
+        if cache is None or config.prefill_chunk_size is not None or not KNOWN.issuperset(kwargs):
             return None
-        if not is_static(cache) or not is_allocated(cache) or cache.get_seq_length() or not programs.begin(self.model):
+        if not is_static(cache) or not is_allocated(cache) or cache.get_seq_length():
             return None  # (a prompt that allocates the cache does more than its graph)
-        self._programs = programs
+        self._programs = self.record.stored_programs(self.model)
+        if self._programs is None:
+            return None
         inputs: Inputs = self.model.prepare_inputs_for_generation(
             ids_BS, is_first_iteration=not config.is_assistant, **kwargs
         )

@@ -8,7 +8,8 @@ from __future__ import annotations
 import math
 from bisect import bisect
 from collections import deque
-from collections.abc import Callable, Hashable, Sequence
+from collections.abc import Callable, Hashable, Mapping, Sequence
+from typing import Any
 
 # Upper edges of the bins in which acceptance rates are learned: nats of entropy, and tokens of the repeated ending.
 ENTROPY_EDGES = (0.02, 0.05, 0.1, 0.2, 0.4, 0.7, 1.0, 1.5, 2.0, 3.0)
@@ -58,6 +59,20 @@ class AcceptanceRate:
         for i, judged in enumerate(self._judged):
             share = min(most / judged, 1.0)
             self._kept[i], self._judged[i] = share * self._kept[i], share * judged
+
+    def to_json(self) -> list[list[float]]:
+        """Returns what was learned, by bin."""
+        return [self._kept, self._judged]
+
+    def restore(self, learned: Sequence[Sequence[float]]) -> None:
+        """Begins with what :meth:`to_json` returned.
+
+        Raises:
+            ValueError: it has other bins.
+        """
+        self._kept, self._judged = (
+            [float(value) for value, _ in zip(values, self._prior, strict=True)] for values in learned
+        )
 
     def fade(self) -> None:
         """Forgets a little, so that drafts which stopped paying are tried again after a while."""
@@ -113,6 +128,18 @@ class PassTimes:
         at_best = max(_at_best(kind, k, seconds) for k, seconds in (passes or known or {1: 1.0}).items())
         return min([*times, at_best])
 
+    def to_json(self) -> list[Any]:
+        """Returns the latest times of each kind."""
+        return [[kind, [*times]] for kind, times in self._times.items()]
+
+    @classmethod
+    def from_json(cls, times: Sequence[Any], preparations: Callable[[], int]) -> PassTimes:
+        """Returns times that begin with those."""
+        found = cls(preparations)
+        found._times = {kind: deque(map(float, seconds), maxlen=_SAMPLES) for kind, seconds in times}
+        found._measured = dict.fromkeys(found._times, 0)
+        return found
+
     @property
     def measured(self) -> bool:
         """Whether any pass was."""
@@ -151,6 +178,18 @@ class DraftRates:
         self.by_match = AcceptanceRate(MATCH_EDGES, _BY_MATCH)
         self.river = AcceptanceRate([], [_RIVER])
 
+    def to_json(self) -> list[Any]:
+        """Returns what was learned."""
+        return [rate.to_json() for rate in (self.by_entropy, self.by_match, self.river)]
+
+    @classmethod
+    def from_json(cls, learned: Sequence[Any]) -> DraftRates:
+        """Returns rates that begin with it."""
+        rates = cls()
+        for rate, known in zip((rates.by_entropy, rates.by_match, rates.river), learned, strict=True):
+            rate.restore(known)
+        return rates
+
     def go_on(self) -> DraftRates:
         """Returns these for another text, of which they say as much as a few tokens of its own."""
         for rate in (self.by_entropy, self.by_match, self.river):
@@ -164,3 +203,15 @@ class DraftHistory:
     def __init__(self) -> None:
         self.rates: dict[bool, DraftRates] = {}
         self.times: dict[int, PassTimes] = {}
+
+    def to_json(self) -> dict[str, Any]:
+        """Returns what was learned, for another process on this machine."""
+        return {
+            "rates": [[samples, rates.to_json()] for samples, rates in self.rates.items()],
+            "times": [[rows, times.to_json()] for rows, times in self.times.items()],
+        }
+
+    def restore(self, learned: Mapping[str, Any], preparations: Callable[[], int]) -> None:
+        """Begins with what :meth:`to_json` returned."""
+        self.rates = {samples: DraftRates.from_json(rates) for samples, rates in learned["rates"]}
+        self.times = {rows: PassTimes.from_json(times, preparations) for rows, times in learned["times"]}

@@ -10,7 +10,9 @@ share a model, offloaded blocks.
 from __future__ import annotations
 
 import hashlib
+import json
 import logging
+import threading
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, replace
 from typing import Any, NamedTuple
@@ -29,6 +31,7 @@ from river_compile.store.stored_pass import StoredPass, named
 
 log = logging.getLogger("river_compile.store")
 _ENDING = ".pass"
+_LEARNED = "learned.json"
 # Builds a stored program: (what is stored, the graph's inputs) -> what runs it.
 Build = Callable[[StoredPass, list[Any]], RiverExecutor]
 
@@ -63,30 +66,39 @@ class Programs:
         self._known: dict[str, list[_Known]] = {}
         self._kept: set[tuple[str, int]] = set()
         self._new: list[tuple[str, StoredPass]] = []
+        self._lock = threading.Lock()  # (threads may generate with one model)
+        self._calls = 0
+        self._about = ""
 
     def begin(self, model: PreTrainedModel) -> bool:
         """Looks at a model at the beginning of a call; returns whether programs can be recalled and kept for it."""
         if not (self._usable and enabled() and model.device.type == "cpu"):
             return False
         identity = identity_of(model, self._options)
-        self._about = f"programs of {type(model).__name__}, {sum(p.numel() for p in model.parameters()) / 1e6:.0f}M"
-        if identity != self._identity:
-            self._identity, self._known, self._kept, self._new = identity, {}, set(), []
+        with self._lock:
+            if identity != self._identity:
+                size = sum(parameter.numel() for parameter in model.parameters()) / 1e6
+                self._about = f"programs of {type(model).__name__}, {size:.0f}M parameters"
+                self._identity, self._known, self._kept, self._new, self._calls = identity, {}, set(), [], 0
         return identity is not None
 
     def recall(self, model: PreTrainedModel, kind: object, inputs: Mapping[str, Any], cache: Cache) -> Recalled | None:
         """Returns a pass for inputs of a model's forward; None if none is stored."""
         assert self._identity is not None, "begin() found an identity"
-        signature = _signature(kind, inputs, cache)
+        with self._lock:
+            return self._find(_signature(kind, inputs, cache), model, inputs, cache)
+
+    def _find(self, signature: str, model: PreTrainedModel, inputs: Mapping[str, Any], cache: Cache) -> Recalled | None:
+        entry = Entry(str(self._identity))
         if signature not in self._known:
-            self._known[signature] = [*map(_Known, _read(Entry(self._identity), signature))]
+            self._known[signature] = [*map(_Known, _read(entry, signature))]
         for known in self._known[signature]:
             args = known.stored.arguments(model, inputs, cache)
             if args is None:
                 continue
             if known.executor is None:
                 known.executor = self._build(known.stored, args)
-                Entry(self._identity).used()
+                entry.used()
             return Recalled(known.executor, args, known.stored)
         return None
 
@@ -115,18 +127,38 @@ class Programs:
         else:
             self._new.append((kept[0], stored))
 
-    def write(self) -> None:
-        """Writes what is to be stored, at the end of a call."""
-        while self._new:
-            signature, stored = self._new.pop()
-            assert self._identity is not None, "begin() found an identity"
+    def learned(self) -> Any:
+        """Returns what earlier processes learned of passes and drafts, None where they left nothing."""
+        assert self._identity is not None, "begin() found an identity"
+        entry = Entry(self._identity)
+        content = entry.read(_LEARNED)
+        if content is None:
+            return None
+        try:
+            return json.loads(content)
+        except ValueError as error:
+            entry.damaged(_LEARNED, error)
+            return None
+
+    def write(self, learned: Any) -> None:
+        """Writes, at the end of a call, what is to be stored; of what was `learned` that of calls 1, 2, 4, 8 ..."""
+        with self._lock:
+            new, self._new = self._new, []
+            self._calls += 1
+            identity, due = self._identity, not self._calls & (self._calls - 1)
+        if identity is None:
+            return
+        entry = Entry(identity, self._about)
+        for signature, stored in new:
             try:
                 content = dumps(stored)
             except NotStorable as why:
                 log.info("a pass is not stored: %s", why)
                 continue
-            name = f"{signature}-{hashlib.sha256(content).hexdigest()[:16]}{_ENDING}"
-            Entry(self._identity, self._about).write(name, content)
+            entry.write(f"{signature}-{hashlib.sha256(content).hexdigest()[:16]}{_ENDING}", content)
+        if due:
+            entry.write(_LEARNED, json.dumps(learned).encode(), anew=True)
+        if new or due:
             keep_bound()
 
 

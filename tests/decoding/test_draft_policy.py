@@ -1,10 +1,11 @@
 """How long to draft: by what drafts gain and cost, on numbers alone."""
 
+import json
+
 import pytest
 
 from river_compile.decoding.draft_policy import ByChance, ByGain, Proposed, RowDraft
-from river_compile.decoding.drafter import DraftRates
-from river_compile.runtime.draft_stats import AcceptanceRate, PassTimes
+from river_compile.runtime.draft_stats import AcceptanceRate, DraftHistory, DraftRates, PassTimes
 
 
 def width(drafted):
@@ -160,3 +161,25 @@ def test_what_other_texts_taught_is_unlearned_quickly():
         rates.by_match.learn(3, False)
     assert rates.by_match.chance(3) < 0.55
     assert anew.go_on().by_match.chance(3) == anew.by_match.chance(3)
+
+
+def test_what_was_learned_is_the_same_in_another_process():
+    """Rates and times go through JSON."""
+    history, other = DraftHistory(), DraftHistory()
+    rates = history.rates[True] = DraftRates()
+    for i in range(50):
+        rates.by_entropy.learn(0.1 * (i % 7), held=i % 3 > 0)
+        rates.by_match.learn(i % 9, held=i % 2 > 0)
+    times = history.times[2] = PassTimes()
+    for kind, seconds in ((PassTimes.DRAFT, 0.25), (1, 1.0), (4, 1.5)):
+        for _ in range(3):
+            times.note(kind, seconds)
+    other.restore(json.loads(json.dumps(history.to_json())), lambda: 0)
+    assert [other.rates[True].by_entropy.chance(x) for x in (0.0, 0.3, 9.0)] == [
+        rates.by_entropy.chance(x) for x in (0.0, 0.3, 9.0)
+    ]
+    assert other.rates[True].by_match.chance(3) == rates.by_match.chance(3)
+    kinds = (PassTimes.DRAFT, 1, 2, 4, 8)
+    assert [other.times[2].of(kind) for kind in kinds] == [times.of(kind) for kind in kinds]
+    with pytest.raises(ValueError, match="zip"):
+        other.rates[True].river.restore([[1.0, 2.0], [1.0]])
