@@ -133,6 +133,7 @@ class ModelRecord:
     plain_calls: PlainCalls = field(default_factory=PlainCalls)
     plain_runs: PlainRuns = field(default_factory=PlainRuns)
     programs: Programs | None = None  # that are stored, of an accelerated model
+    told_of_batches: bool = False  # that another number of rows is compiled anew
 
     @property
     def statistics(self) -> Statistics:

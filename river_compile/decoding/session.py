@@ -19,9 +19,12 @@ forward passes the river backend did not rewrite.
 
 from __future__ import annotations
 
+import contextlib
 import functools
+import time
+import warnings
 from bisect import bisect_right
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 
 import torch
 from torch import Tensor
@@ -32,7 +35,7 @@ from river_compile.config import RiverConfig
 from river_compile.decoding.bound_pass import BoundPass, graph_calls
 from river_compile.decoding.inputs import KNOWN, Inputs, PassInputs
 from river_compile.decoding.rewind import BY_SLOT, RewindableCache, moved_inputs, selected_inputs, window_phase
-from river_compile.errors import ExactModeError
+from river_compile.errors import ExactModeError, RiverWarning
 from river_compile.exits import forced_depth
 from river_compile.kernels.native.load import few_rows
 from river_compile.model_record import BROKE, GraphRecord, ModelRecord, record_of
@@ -99,6 +102,21 @@ class Session:
         self._of_rows(ids_BS.shape[0])
         self._kept = self._kept_by_kwargs = self.entries.filled + 1
         return logits
+
+    @contextlib.contextmanager
+    def told_if_compiled(self, rows: int) -> Iterator[None]:
+        """Warns, once for a model, if its body waits for graphs since no batch of so many rows has run before."""
+        record, start = record_of(self.model.parameters()), time.perf_counter()
+        graphs, others = len(record.graphs), record.drafts.times.keys() - {rows}
+        yield
+        if others and len(record.graphs) > graphs and not record.told_of_batches:
+            record.told_of_batches = True
+            warnings.warn(
+                f"a prompt of {rows} rows was compiled anew, in {time.perf_counter() - start:.0f} s, and the next steps "
+                "will be; later batches of two rows and more, of any size, run in the same graphs",
+                RiverWarning,
+                stacklevel=6,
+            )
 
     def _prompt_inputs(self, ids_BS: Tensor, config: GenerationConfig) -> Inputs | None:
         """Returns what the model is given for a prompt whose pass may be stored; None where transformers runs it."""

@@ -102,9 +102,14 @@ def test_a_model_whose_first_call_is_a_step_takes_one_graph_of_steps():
 
 
 def test_batches_of_any_size_run_in_the_graphs_of_the_first_batch():
-    """One text has graphs of its own; two rows make the number of rows dynamic, and three to seven compile nothing."""
+    """One text has graphs of its own; two rows make the number of rows dynamic, and three to seven compile nothing.
+
+    One warning says so, with the seconds that the two rows took.
+    """
     model, compiled = accelerate(make("llama", layers=2), lowering="eager", quantizer="rtn", group_size=32), []
-    for rows in (1, 2, 3, 4, 7):
-        model.generate(prompt(6, rows), max_new_tokens=6, do_sample=False)
-        compiled.append(len(report(model).graphs))
+    with pytest.warns(RiverWarning, match=r"2 rows was compiled anew, in \d+ s") as told:
+        for rows in (1, 2, 3, 4, 7):
+            model.generate(prompt(6, rows), max_new_tokens=6, do_sample=False)
+            compiled.append(len(report(model).graphs))
     assert compiled[1:] == [compiled[1]] * 4
+    assert sum("compiled anew" in str(warning.message) for warning in told) == 1
