@@ -398,6 +398,13 @@ def test_eval_compares_perplexities(tiny, tmp_path, capsys):
     assert rows["river"]["score"] != rows["plain"]["score"]
 
 
+def test_a_task_that_is_no_yaml_is_one_line(tiny, tmp_path, capsys):
+    pytest.importorskip("lm_eval", reason="lm-eval is not installed")
+    (tmp_path / "task.yaml").write_text("task: [")
+    said = failure(capsys, "eval", tiny, "--task", tmp_path / "task.yaml")
+    assert f"{tmp_path / 'task.yaml'} cannot be loaded: ParserError" in said
+
+
 @pytest.mark.slow
 def test_eval_scores_a_task_of_lm_eval_through_the_exits(tiny, tmp_path, capsys):
     """A task in a file of the user's; the share of choices that a random model gets right, and how deep it went."""
