@@ -19,7 +19,7 @@ from __future__ import annotations
 import argparse
 import itertools
 import sys
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from typing import TYPE_CHECKING, Any
 
 from benchmarks import common
@@ -32,22 +32,12 @@ if TYPE_CHECKING:
 ROWS = ("eager", "inductor", "river")
 
 
-def forced_logits(model: Any, ids: Tensor, prompt: int) -> Tensor:
-    """Returns the logits ``[T - prompt, V]`` after each token of ids ``[1, T]`` from the prompt's last one on."""
-    import torch
-    from transformers import StaticCache
+def forced_logits(model: Any, texts: Sequence[Tensor], prompts: Sequence[int]) -> list[Tensor]:
+    """Returns each text's logits ``[T - prompt, V]`` for the tokens of ids ``[1, T]`` behind its prompt."""
+    from river_compile.decoding.given_text import TextDecoder
 
-    from river_compile.upstream.transformers import cache_argument
-
-    cache = StaticCache(config=model.config.get_text_config(), max_cache_len=ids.shape[1])
-    held: dict[str, Any] = {cache_argument(model): cache, "use_cache": True}
-    found, start = [], 0
-    with torch.no_grad():
-        for end in range(prompt, ids.shape[1]):
-            positions = torch.arange(start, end)[None]
-            found.append(model(input_ids=ids[:, start:end], position_ids=positions, **held).logits[0, -1].float())
-            start = end
-    return torch.stack(found)
+    decoder = TextDecoder(model, max(ids.shape[1] for ids in texts))  # (another capacity would be another graph)
+    return [decoder.logits(ids[:, :-1], prompt - 1).float() for ids, prompt in zip(texts, prompts, strict=True)]
 
 
 def compare(reference: Tensor, logits: Tensor) -> tuple[float, int]:
@@ -70,7 +60,7 @@ def measure(name: str, count: int, tokens: int, dtype: str) -> dict[str, dict[st
     with torch.no_grad():
         texts = [greedy(exact, prompt, prompt.shape[1] + tokens) for prompt in prompts]
     lengths = [prompt.shape[1] for prompt in prompts]
-    references = [forced_logits(exact, ids, length) for ids, length in zip(texts, lengths, strict=True)]
+    references = forced_logits(exact, texts, lengths)
     del exact
     make: dict[str, Callable[[Any], object]] = {
         "eager": lambda model: None,
@@ -82,8 +72,8 @@ def measure(name: str, count: int, tokens: int, dtype: str) -> dict[str, dict[st
         model, _ = models.load(name, dtype)
         make[row](model)
         sums = [0.0, 0]
-        for ids, length, reference in zip(texts, lengths, references, strict=True):
-            kl, agreed = compare(reference, forced_logits(model, ids, length))
+        for reference, logits in zip(references, forced_logits(model, texts, lengths), strict=True):
+            kl, agreed = compare(reference, logits)
             sums = [sums[0] + kl, sums[1] + agreed]
         total = sum(map(len, references))
         rows[row] = {"kl": sums[0] / total, "agreement": sums[1] / total, "tokens": total}

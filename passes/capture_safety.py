@@ -36,7 +36,7 @@ def fixed_inputs(plan: DecoderPlan) -> frozenset[fx.Node]:
 
     All others may be copied into a buffer, because nobody looks at them after the step.
     """
-    graph, marked = plan.graph_module.graph, "_dynamo_static_input_type"
+    graph, marked = plan.graph, "_dynamo_static_input_type"
     written = {memory_of(m) for node in graph.nodes for m in mutated_inputs(node)}
     placeholders = graph.find_nodes(op="placeholder")
     return frozenset(n for n in placeholders if n in written or marked in n.meta.get("tensor_dict", {}))

@@ -71,7 +71,7 @@ def _decoder_of(graph_module: fx.GraphModule, list_path: str, num_blocks: int) -
     if axis is None:
         return Refusal("which axis of the hidden state counts the tokens cannot be told", flows[0].name)
     batch, query_length = value_of(flows[0]).shape[axis - 1 : axis + 1]
-    return DecoderPlan(graph_module, tuple(blocks), part_of, query_length, batch, axis)
+    return DecoderPlan(graph, tuple(blocks), part_of, query_length, batch, axis)
 
 
 def _module_lists(graph: fx.Graph) -> list[tuple[str, int]]:

@@ -62,7 +62,7 @@ class DecoderPlan:
     `part_of` has, for each node but placeholders and the output: 0 prologue, 1..L block, L + 1 head.
     """
 
-    graph_module: fx.GraphModule
+    graph: fx.Graph = field(repr=False)
     blocks: tuple[Block, ...]
     part_of: dict[fx.Node, int] = field(repr=False)
     query_length: int | torch.SymInt
@@ -225,7 +225,7 @@ class RiverProgram:
     @functools.cached_property
     def inputs(self) -> tuple[fx.Node, ...]:
         """The graph's inputs, in order."""
-        return tuple(self.plan.graph_module.graph.find_nodes(op="placeholder"))
+        return tuple(self.plan.graph.find_nodes(op="placeholder"))
 
     @functools.cached_property
     def slots(self) -> dict[fx.Node, int]:

@@ -15,7 +15,7 @@ from dataclasses import dataclass
 
 import sympy
 import torch
-from torch import fx
+from torch import fx, nn
 from torch.fx.experimental.symbolic_shapes import free_symbols
 
 from river_compile.passes.decoder import find_decoder
@@ -37,7 +37,7 @@ def recognise(normal: fx.GraphModule, twins: bool = True) -> RiverProgram | Refu
 
 def segmented(plan: DecoderPlan) -> RiverProgram | Refusal:
     """Returns the decoder cut into prologue, blocks and head, for the passes to start from."""
-    returned = plan.graph_module.graph.output_node().args[0]
+    returned = plan.graph.output_node().args[0]
     if not isinstance(returned, (tuple, list)) or not all(isinstance(value, fx.Node) for value in returned):
         return Refusal("the graph returns something other than a flat tuple of values", "output")
     last = plan.num_blocks + 1
@@ -46,17 +46,19 @@ def segmented(plan: DecoderPlan) -> RiverProgram | Refusal:
 
 
 def _cut(plan: DecoderPlan, part: int, kind: str) -> Segment:
-    nodes = [n for n in plan.graph_module.graph.nodes if plan.part_of.get(n) == part]
+    nodes = [n for n in plan.graph.nodes if plan.part_of.get(n) == part]
     inputs = read_by(nodes)
     sizes = _sizes_of(plan, inputs, nodes)
     inputs = [n for n in inputs if n not in sizes] + sizes
     inside = set(nodes)
     outputs = [n for n in nodes if not inside.issuperset(n.users)]
-    return Segment(kind, part, subgraph(plan.graph_module, nodes, inputs, outputs), tuple(inputs), tuple(outputs))
+    return Segment(
+        kind, part, subgraph(plan.graph.owning_module, nodes, inputs, outputs), tuple(inputs), tuple(outputs)
+    )
 
 
 def subgraph(
-    root: fx.GraphModule, nodes: Sequence[fx.Node], inputs: Sequence[fx.Node], outputs: Sequence[fx.Node]
+    root: nn.Module | None, nodes: Sequence[fx.Node], inputs: Sequence[fx.Node], outputs: Sequence[fx.Node]
 ) -> fx.Graph:
     """Returns a graph of copies of nodes, with a placeholder for each input."""
     graph = fx.Graph(owning_module=root)
@@ -145,5 +147,5 @@ def _sizes_of(plan: DecoderPlan, inputs: list[fx.Node], nodes: list[fx.Node]) ->
     """Returns the graph's placeholders for the dynamic sizes that occur in a segment, in order of appearance."""
     values = [v for n in [*inputs, *nodes] if isinstance(v := value_of(n), (torch.Tensor, torch.SymInt))]
     symbols = dict.fromkeys(s for v in values for s in sorted(free_symbols(v), key=str))
-    holders = number_inputs(plan.graph_module.graph.find_nodes(op="placeholder"))
+    holders = number_inputs(plan.graph.find_nodes(op="placeholder"))
     return [holders[s] for s in symbols if s in holders]

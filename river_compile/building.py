@@ -60,16 +60,43 @@ def build(
     Raises:
         OptionError: (a ``ValueError``) options that do not go together, or with this model.
     """
-    config, plan = graph.config, found.plan
-    lowering = lowering or choose_lowering(config, plan.device, calls_flex_attention(plan.graph_module.graph.nodes))
-    choices = choose(found, config, lowering, fill)
-    choices = choices.captured_by(found, graph.captures, model.ranks)
-    graph.own_backbone = choices.lowering.native and choices.own_backbone
-    model.offloaded.check(plan, config)
+    choices = _choose(found, lowering, fill, model, graph)
+    model.offloaded.check(found.plan, graph.config)
+    graph.matrices = tuple(sorted(matrix_names(found)))
     with graph.stage("rewriting"):
         program = _rewritten(found, choices)
+    return _assembled(program, values, choices, model, graph)
+
+
+def rebuild(program: RiverProgram, inputs: Sequence[Any], model: ModelRecord, graph: GraphRecord) -> RiverExecutor:
+    """Builds a program that was rewritten before, in another process perhaps.
+
+    Args:
+        program: what the passes made of a decoder with the same options on a machine alike.
+        inputs: of its graph, real tensors, in order.
+        model, graph: the records to fill in; `graph` has the program's matrices.
+    """
+    choices = _choose(program, None, Fill, model, graph)
+    return _assembled(program, dict(zip(program.inputs, inputs, strict=True)), choices, model, graph)
+
+
+def _choose(
+    program: RiverProgram, lowering: Lowering | None, fill: type[Fill], model: ModelRecord, graph: GraphRecord
+) -> Choices:
+    config, plan = graph.config, program.plan
+    lowering = lowering or choose_lowering(config, plan.device, calls_flex_attention(plan.graph.nodes))
+    choices = choose(program, config, lowering, fill).captured_by(program, graph.captures, model.ranks)
+    graph.own_backbone = choices.lowering.native and choices.own_backbone
+    return choices
+
+
+def _assembled(
+    program: RiverProgram, values: Mapping[fx.Node, Any], choices: Choices, model: ModelRecord, graph: GraphRecord
+) -> RiverExecutor:
+    """Packs the twins of a rewritten program, compiles its segments, and puts them together."""
+    config, plan, fill = choices.config, program.plan, choices.fill
     segments = choices.policy.reachable(program)
-    packed = _packed(program, found, segments, [*values.values()], choices, model, graph)
+    packed = _packed(program, segments, [*values.values()], choices, model, graph)
     if plan.is_decode:
         resident = sum(packed[linear].nbytes for segment in segments for linear in segment.packed)
         with model.twins.moving():
@@ -116,7 +143,6 @@ def _rewritten(found: RiverProgram, choices: Choices) -> RiverProgram:
 
 def _packed(
     program: RiverProgram,
-    found: RiverProgram,
     segments: Sequence[Segment],
     inputs: Sequence[Any],
     choices: Choices,
@@ -130,7 +156,7 @@ def _packed(
         reached = [linear for segment in segments for linear in segment.packed]
         if not every or not program.twins:
             return {}
-        packed = twins.pack(reached, inputs, choices.config, model.statistics, matrix_names(found), every)
+        packed = twins.pack(reached, inputs, choices.config, model.statistics, graph.matrices, every)
     if packed:
         warn_of_slow_lowering(choices.lowering, program.plan.device)
         with graph.stage("judging"):

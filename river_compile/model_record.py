@@ -29,6 +29,7 @@ from river_compile.runtime.draft_stats import DraftHistory
 from river_compile.runtime.fallbacks import PlainCalls, PlainRuns
 from river_compile.runtime.sequences import SequenceTracker
 from river_compile.runtime.stats import ExitStats
+from river_compile.store.programs import Programs
 from river_compile.twins.calibration_stats import Observation
 from river_compile.twins.packed import TwinWeight
 from river_compile.twins.registry import Statistics, TwinRegistry
@@ -47,6 +48,7 @@ class GraphRecord:
         config, mode: what it was compiled with.
         inputs: how the user's code names its inputs, in order.
         refusal: why it was not rewritten, empty where it was.
+        matrices: names of all matmuls of which the model can have twins.
         kind: "decode", "prefill", or "other" for a graph that was refused.
         cache: "static" or "dynamic".
         candidates: exit depths with a check.
@@ -68,6 +70,7 @@ class GraphRecord:
     mode: str | None = None
     inputs: tuple[str, ...] = ()
     refusal: str = ""
+    matrices: tuple[str, ...] = ()
     kind: str = "other"
     cache: str = ""
     num_blocks: int = 0
@@ -129,6 +132,7 @@ class ModelRecord:
     cache_pool: CachePool = field(default_factory=CachePool)
     plain_calls: PlainCalls = field(default_factory=PlainCalls)
     plain_runs: PlainRuns = field(default_factory=PlainRuns)
+    programs: Programs | None = None  # that are stored, of an accelerated model
 
     @property
     def statistics(self) -> Statistics:
@@ -142,6 +146,11 @@ class ModelRecord:
         for graph in self.graphs:
             made += graph.captures.made
         return made
+
+    def write_programs(self) -> None:
+        """Writes what was traced, for other processes."""
+        if self.programs is not None:
+            self.programs.write()
 
     def add(self, graph: GraphRecord, limit: int) -> None:
         """Adds a graph that Dynamo is about to keep. Where it keeps `limit` of them, those of other options give way.

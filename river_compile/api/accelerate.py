@@ -16,6 +16,7 @@ that are no causal language models, and of quantized folders that need arguments
 
 from __future__ import annotations
 
+import functools
 import os
 import warnings
 import weakref
@@ -36,16 +37,20 @@ from river_compile.api.generation import (
     restore_generate,
 )
 from river_compile.backend import river
+from river_compile.building import rebuild
 from river_compile.calibration.result import Calibration
 from river_compile.config import RiverConfig
 from river_compile.decoding.mode import ExactMode, exact
 from river_compile.decoding.session import check_paths
 from river_compile.distributed.ranks import ranks_of
 from river_compile.errors import ExactModeError, OptionError, RiverWarning
-from river_compile.kernels.checks import PATH, one_of, shown
-from river_compile.model_record import find_record, forget, unwrap
+from river_compile.kernels.checks import FLAG, PATH, one_of, shown
+from river_compile.model_record import GraphRecord, ModelRecord, find_record, forget, record_of, unwrap
 from river_compile.runtime.compiled_call import CompiledCall, compiled_call
+from river_compile.runtime.executor import RiverExecutor
 from river_compile.runtime.fallbacks import PlainRuns
+from river_compile.store.programs import Programs
+from river_compile.store.stored_pass import StoredPass
 from river_compile.twins.artifact import FILE, Artifact
 from river_compile.upstream.dynamo import compiled_with
 
@@ -62,6 +67,8 @@ def accelerate(
     model: Model,
     quality: str = "exact",
     calibration: Calibration | str | os.PathLike[str] | None = None,
+    *,
+    store: bool = True,
     **options: Any,
 ) -> Model:
     """Makes a model generate faster, by ``model.generate``, ``pipeline(model=model)`` and all other callers.
@@ -75,6 +82,7 @@ def accelerate(
         model: a causal language model of transformers.
         quality: "exact", "strict", "calibrated" or "fast", as the module's table says.
         calibration: for "calibrated": what :func:`river_compile.calibrate` returned, or the file it was saved to.
+        store: whether what is built is left for other processes, and what they left is used (docs/usage.md).
         options: of the backend (such as ``artifact=``), and with "exact" and "strict" those of exact mode (such as
             ``max_draft=``).
 
@@ -91,7 +99,7 @@ def accelerate(
         raise OptionError(
             f"accelerate takes a transformers model that generates, not a {type(model).__name__}{_in(model)}"
         )
-    quality = _QUALITY("quality", quality, OptionError)
+    quality, store = _QUALITY("quality", quality, OptionError), FLAG("store", store, OptionError)
     if quality in ("exact", "strict"):
         _nothing_of(quality, calibration=calibration, **{name: options.get(name) for name in _RULE})
         exact_mode, backend_options = _exact_mode(quality, options)
@@ -124,7 +132,23 @@ def accelerate(
     else:
         generate_exactly(model, exact_mode, config)
     vars(model)["_compiled_call_impl"] = call
+    record = record_of(model.parameters())
+    record.twins.stores = store
+    rebuilt = functools.partial(_rebuilt, weakref.ref(model), record, config)
+    record.programs = Programs(config, rebuilt) if store else None
     return model
+
+
+def _rebuilt(
+    model: weakref.ref[PreTrainedModel], record: ModelRecord, config: RiverConfig, stored: StoredPass, args: list[Any]
+) -> RiverExecutor:
+    """Builds a stored program for a model."""
+    owner = model()
+    assert owner is not None, "the model that is being called is there"
+    record.self_calibration.is_of(owner)
+    graph = GraphRecord(config, inputs=stored.inputs, matrices=stored.matrices)
+    record.graphs.append(graph)
+    return rebuild(stored.program, args, record, graph)
 
 
 @dataclass(frozen=True)
@@ -227,7 +251,7 @@ def load(
     """
     arguments = {"dtype": "auto", **({} if loading is None else loading)}
     model: PreTrainedModel = AutoModelForCausalLM.from_pretrained(folder, **arguments).eval()
-    given = {} if artifact is None else {"artifact": os.fspath(artifact)}
+    given: dict[str, Any] = {} if artifact is None else {"artifact": os.fspath(artifact)}
     return accelerate(model, quality, calibration, **given, **options)
 
 

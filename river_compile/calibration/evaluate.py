@@ -15,7 +15,6 @@ Not handled: prompts that exit (``prefill="exit"``), and batches.
 from __future__ import annotations
 
 import contextlib
-import copy
 import itertools
 import statistics
 import threading
@@ -27,16 +26,15 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 from tqdm import tqdm
-from transformers import PreTrainedModel, StaticCache
+from transformers import PreTrainedModel
 
 from river_compile.backend import river
+from river_compile.decoding.given_text import AfterPrompt, TextDecoder
 from river_compile.distributed.ranks import ranks_of
-from river_compile.exits import Criterion, Memory, Threshold, forced_depth, forced_threshold
+from river_compile.exits import Criterion, Threshold, forced_depth, forced_threshold
 from river_compile.kernels.portable import token_kl
-from river_compile.model_record import record_of_model
 from river_compile.reporting.trace import trace
 from river_compile.runtime.stats import StepRecord
-from river_compile.upstream.transformers import cache_argument
 
 Rule = tuple[Threshold, int]  # threshold, first exit
 
@@ -118,10 +116,9 @@ class Meter:
         self._model, self._samples, self._context, self._progress = model, samples, context, progress
         self._never = (criterion.never, 1)
         self._ranks = ranks_of(model.parameters())
-        config = model.config.get_text_config()
-        self.cache = StaticCache(config=config, max_cache_len=samples[0].shape[1])
-        self._held = {cache_argument(model): self.cache, "use_cache": True}
-        self._prompts: dict[int, tuple[list[dict[str, Tensor | int]], Memory]] = {}
+        self._decoder = decoder = TextDecoder(model, samples[0].shape[1])
+        self.cache = decoder.cache
+        self._prompts: dict[int, AfterPrompt] = {}
         self._seconds: defaultdict[Kind, list[float]] = defaultdict(list)
         for rule in (self._never, self._never, (criterion.always, 1)):  # these runs pack and compile
             self.run(0, rule)
@@ -145,7 +142,7 @@ class Meter:
             for position, depth in zip(range(self._context, ids.shape[1]), depths, strict=False):
                 with forced_depth(depth):
                     start = time.perf_counter()
-                    logits.append(self._step(ids, position, position + 1))
+                    logits.append(self._decoder.step(ids[:, : position + 1]))
                     seconds.append(time.perf_counter() - start)
         steps = [step for step in seen.tokens if step.thread == threading.get_ident()]
         if len(steps) != len(seconds):
@@ -154,7 +151,7 @@ class Meter:
             )
         for step, spent in zip(steps, self._ranks.agree(seconds), strict=True):
             self._seconds[_kind(step)].append(spent)
-        return Run(torch.cat(logits), tuple(steps))
+        return Run(torch.stack(logits), tuple(steps))
 
     def measure(self, rule: Rule, texts: Sequence[int], title: str) -> Measured:
         """Decodes texts, given by their index, with (threshold, first exit)."""
@@ -203,36 +200,14 @@ class Meter:
 
     def _prompt(self, index: int, ids: Tensor) -> None:
         """Brings cache and memory to the end of a text's prompt."""
-        layers, known = self.cache.layers, self._prompts.get(index)
-        if known is None:
-            self.cache.reset()
-            self._step(ids, 0, self._context)
-        memories = record_of_model(self._model, "calibration").exit_memories
-        if known is None:
-            memory = copy.deepcopy(memories.recall(layers[0].keys))
-            self._prompts[index] = [_contents(layer) for layer in layers], memory
-            return
-        saved, memory = known
-        for layer, held in zip(layers, saved, strict=True):
-            for name, value in held.items():
-                if isinstance(value, Tensor):
-                    getattr(layer, name).copy_(value)
-                else:
-                    setattr(layer, name, value)
-        memories.keep(layers[0].keys, copy.deepcopy(memory))
-
-    def _step(self, ids: Tensor, start: int, stop: int) -> Tensor:
-        positions = torch.arange(start, stop, device=ids.device)[None]
-        return self._model(input_ids=ids[:, start:stop], position_ids=positions, **self._held).logits[:, -1]
+        if index in self._prompts:
+            self._decoder.resume(self._prompts[index])
+        else:
+            self._decoder.prompt(ids[:, : self._context])
+            self._prompts[index] = self._decoder.save()
 
     def _bar(self, texts: Sequence[int], title: str) -> tqdm:
         return tqdm(texts, desc=f"river: {title}", unit="text", leave=False, disable=not self._progress)
-
-
-def _contents(layer: object) -> dict[str, Tensor | int]:
-    """Returns copies of a cache layer's tensors and lengths."""
-    held = {name: value for name, value in vars(layer).items() if isinstance(value, (Tensor, int))}
-    return {name: value.clone() if isinstance(value, Tensor) else value for name, value in held.items()}
 
 
 def _kind(step: StepRecord) -> Kind:

@@ -38,7 +38,7 @@ def chat(
     from river_compile.cli.models import start
 
     network, tokenizer = start(model, dtype, threads)
-    more = {} if artifact is None else {"artifact": artifact}
+    more: dict[str, Any] = {} if artifact is None else {"artifact": artifact}
     accelerate(network, quality, calibration, **more)
     options = {"max_new_tokens": max_new_tokens, "do_sample": temperature > 0, "temperature": temperature or None}
     person = prompt is None and not as_json and sys.stdin.isatty()

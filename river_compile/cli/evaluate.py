@@ -155,7 +155,7 @@ def _perplexity(texts: list[list[int]], tokens: int) -> Measure:
     import torch
     from torch.nn.functional import cross_entropy
 
-    from river_compile.evaluation.decoding import TokenByToken
+    from river_compile.decoding.given_text import TextDecoder
 
     length = _CONTEXT + tokens
     samples = [torch.tensor([ids[:length]]) for ids in texts if len(ids) >= length]
@@ -163,7 +163,7 @@ def _perplexity(texts: list[list[int]], tokens: int) -> Measure:
         raise ValueError(f"no text has {length} tokens; give longer ones, or a smaller --new-tokens")
 
     def measure(model: PreTrainedModel, way: str) -> dict[str, Any]:
-        decoder = TokenByToken(model, length)
+        decoder = TextDecoder(model, length)
         losses: list[float] = []
         for ids in samples:
             logits = decoder.logits(ids[:, :-1], _CONTEXT).float()

@@ -21,6 +21,7 @@ from transformers.cache_utils import Cache, StaticSlidingWindowLayer
 
 from river_compile.runtime.draft_vocab import DraftVocab
 from river_compile.runtime.executor import Replay, RiverExecutor, on_call
+from river_compile.store.stored_pass import named
 from river_compile.upstream.dynamo import runs_one_graph
 from river_compile.upstream.transformers import is_static
 
@@ -48,17 +49,31 @@ class BoundPass:
     """Runs a graph again with its first inputs; see :meth:`of`.
 
     The model is not looked at again: a session's contract says that it does not change.
+
+    Args:
+        executor: runs the graph.
+        args: the graph's inputs.
+        given: the numbers of those among them that the model is given, with their names.
+        width: tokens of each row.
+        logits: which of the graph's outputs they are.
+        cache: the KV cache.
     """
 
     def __init__(
-        self, executor: RiverExecutor, args: Sequence, given: Sequence[tuple[int, Any]], width: int, logits: int
+        self,
+        executor: RiverExecutor,
+        args: Sequence,
+        given: Sequence[tuple[int, Any]],
+        width: int,
+        logits: int,
+        cache: Cache,
     ) -> None:
-        self._executor, self._args, self._given = executor, list(args), given
-        self._width, self._logits = width, logits
+        self.executor, self.args, self._given = executor, list(args), given
+        self._width, self.logits = width, logits
         self._latest: Mapping[str, Any] | None = None  # what the inputs in the list were taken from
         self._replays: dict[int, Replay] = {}
         self._counters = [i for i, name in enumerate(executor.inputs) if name.endswith(COUNTER)]
-        self._windows: list[Any] = []
+        self._windows: list[Any] = [layer for layer in cache.layers if type(layer) is StaticSlidingWindowLayer]
 
     @classmethod
     def of(
@@ -98,9 +113,7 @@ class BoundPass:
                 given.append((number, names[id(arg)]))
             elif isinstance(arg, Tensor) and id(arg) not in held and number not in executor.fixed:
                 return None
-        bound = cls(executor, args, given, width, made)
-        bound._windows = [layer for layer in cache.layers if type(layer) is StaticSlidingWindowLayer]
-        return bound
+        return cls(executor, args, given, width, made, cache)
 
     def __call__(self, inputs: Mapping[str, Any], depth: int | None, tokens: DraftVocab | None) -> Tensor:
         """Runs the graph with other inputs of the same shapes; returns the logits ``[B, W, V]``.
@@ -110,7 +123,7 @@ class BoundPass:
             depth: blocks to execute; None leaves it to the exit policy.
             tokens: those whose logits the river's head computes, None for all.
         """
-        args = self._args
+        args = self.args
         if inputs is not self._latest:
             values = dict(named(inputs))
             for number, name in self._given:
@@ -122,21 +135,12 @@ class BoundPass:
         if replay is not None:
             outputs = replay(args, tokens)
         else:
-            outputs = self._executor.step(args, depth, tokens)
+            outputs = self.executor.step(args, depth, tokens)
             if depth is not None:
-                found = self._executor.replay(args, depth)
+                found = self.executor.replay(args, depth)
                 if found is not None:
                     self._replays[depth] = found
         for window in self._windows:
             window.cumulative_length_int += self._width
-        logits: Tensor = outputs[self._logits]
+        logits: Tensor = outputs[self.logits]
         return logits
-
-
-def named(inputs: Mapping[str, Any]) -> Iterator[tuple[Any, Any]]:
-    """Yields a forward's arguments with their names, those in a dict (masks by kind of attention) one by one."""
-    for name, value in inputs.items():
-        if type(value) is dict:
-            yield from (((name, key), inner) for key, inner in value.items())
-        else:
-            yield name, value

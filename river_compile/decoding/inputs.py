@@ -19,7 +19,7 @@ from transformers.cache_utils import StaticLayer, StaticSlidingWindowLayer
 
 from river_compile.upstream.transformers import cache_of
 
-_KNOWN = {"input_ids", "attention_mask", "position_ids", "cache", "past_key_values", "logits_to_keep", "use_cache"}
+KNOWN = {"input_ids", "attention_mask", "position_ids", "cache", "past_key_values", "logits_to_keep", "use_cache"}
 
 Inputs = dict[str, Any]
 
@@ -65,7 +65,7 @@ class PassInputs:
         model, cache = self._model, cache_of(inputs)
         kind = type(model)
         return (
-            inputs.keys() <= _KNOWN
+            inputs.keys() <= KNOWN
             and cache is not None
             and all(_has_room(layer, filled) for layer in cache.layers)
             and kind.prepare_inputs_for_generation is GenerationMixin.prepare_inputs_for_generation

@@ -173,10 +173,11 @@ class Decode:
             torch._dynamo.config.patch(recompile_limit=torch._dynamo.config.recompile_limit + mode.graphs),
         ):
             session = Session(model, lent, self.depth)
-            logits = session.prefill(input_ids, config)
+            logits = session.prefill(input_ids, config)[:, -1:]
             loop = call.loop(session, *mode.drafting(call, session, logits, shared))
             with model._optimize_model_for_decode(), session.sequences.one():
                 ids = loop.run(logits)
+            session.record.write_programs()
         if streamer is not None:
             streamer.end()
         return call.result(ids, loop)

@@ -30,8 +30,8 @@ from transformers.cache_utils import Cache
 
 from river_compile.config import RiverConfig
 from river_compile.decoding.bound_pass import BoundPass, graph_calls
-from river_compile.decoding.inputs import Inputs, PassInputs
-from river_compile.decoding.rewind import BY_SLOT, RewindableCache, moved_inputs, selected_inputs
+from river_compile.decoding.inputs import KNOWN, Inputs, PassInputs
+from river_compile.decoding.rewind import BY_SLOT, RewindableCache, moved_inputs, selected_inputs, window_phase
 from river_compile.errors import ExactModeError
 from river_compile.exits import forced_depth
 from river_compile.kernels.native.load import few_rows
@@ -39,7 +39,9 @@ from river_compile.model_record import BROKE, GraphRecord, ModelRecord, record_o
 from river_compile.runtime.cache_pool import BorrowedCache
 from river_compile.runtime.draft_stats import PassTimes
 from river_compile.runtime.draft_vocab import DraftVocab
-from river_compile.upstream.transformers import cache_argument, cache_of, with_rows
+from river_compile.runtime.executor import RiverExecutor
+from river_compile.store.programs import Programs
+from river_compile.upstream.transformers import cache_argument, cache_of, is_allocated, is_static, with_rows
 
 _LONGEST = 15  # tokens of a draft, where the caller does not say
 LONGEST_OFFLOADED = 63  # where a pass waits for weights to come in, once for all of its tokens
@@ -75,23 +77,69 @@ class Session:
         self._graph: GraphRecord | None = None
         self._tokens: DraftVocab | None = None
         self._strict = False
+        self._programs: Programs | None = None  # those stored; None where passes cannot be
 
     def prefill(self, ids_BS: Tensor, config: GenerationConfig) -> Tensor:
-        """Runs the prompt ``[B, S]`` and returns the logits ``[B, 1, V]`` of its last position."""
-        model = self.model
-        with graph_calls() as calls, forced_depth(self.depth):  # (a prompt of one token is a decode step)
-            outputs = model._prefill(ids_BS, config, self.lent.kwargs, not config.is_assistant)
-        self._kwargs = model._update_model_kwargs_for_generation(outputs, self.lent.kwargs)
+        """Runs the prompt ``[B, S]`` and returns the logits that the model gives: of every position, or of the last."""
+        model, kwargs = self.model, self.lent.kwargs
+        self.record = record = record_of(model.parameters())
+        inputs = self._prompt_inputs(ids_BS, config)
+        if inputs is None:
+            with graph_calls() as calls, forced_depth(self.depth):  # (a prompt of one token is a decode step)
+                outputs = model._prefill(ids_BS, config, kwargs, not config.is_assistant)
+            ran, logits = [executor for executor, *_ in calls], outputs.logits
+        else:
+            ran, logits, outputs = *self._run_prompt(inputs, ids_BS.shape[1]), {}
+        self._kwargs = model._update_model_kwargs_for_generation(outputs, kwargs)
         cache = cache_of(self._kwargs)
         assert cache is not None, "a generation without a cache is refused"
-        self.record = record = record_of(model.parameters())
-        ran = [executor for executor, *_ in calls]
         self._graph = next((graph for graph in record.graphs if graph.executor() in ran), None)
         self.stats, self.sequences, self.ranks = record.exit_stats, record.sequences, record.ranks
         self._use(cache)
         self._of_rows(ids_BS.shape[0])
         self._kept = self._kept_by_kwargs = self.entries.filled + 1
-        return outputs.logits[:, -1:]
+        return logits
+
+    def _prompt_inputs(self, ids_BS: Tensor, config: GenerationConfig) -> Inputs | None:
+        """Returns what the model is given for a prompt whose pass may be stored; None where transformers runs it."""
+        kwargs, programs = self.lent.kwargs, self.record.programs
+        cache = cache_of(kwargs)
+        if programs is None or cache is None or config.prefill_chunk_size is not None or not KNOWN.issuperset(kwargs):
+            return None
+        if not is_static(cache) or not is_allocated(cache) or cache.get_seq_length() or not programs.begin(self.model):
+            return None  # (a prompt that allocates the cache does more than its graph)
+        self._programs = programs
+        inputs: Inputs = self.model.prepare_inputs_for_generation(
+            ids_BS, is_first_iteration=not config.is_assistant, **kwargs
+        )
+        return inputs
+
+    def _run_prompt(self, inputs: Inputs, width: int) -> tuple[list[RiverExecutor], Tensor]:
+        """Runs a prompt, from the store where it is there; returns what ran, and the logits."""
+        cache = cache_of(inputs)
+        assert cache is not None, "a prompt that may be stored has a static cache"
+        kind = ("prompt", window_phase(cache, 0, width))
+        bound = self._recalled(kind, inputs, cache, width)
+        if bound is not None:
+            return [bound.executor], bound(inputs, self.depth, None)
+        with graph_calls() as calls, forced_depth(self.depth):
+            logits: Tensor = self.model(**inputs, return_dict=True).logits
+        self._keep(kind, inputs, cache, BoundPass.of(self.model, inputs, cache, calls, logits, width))
+        return [executor for executor, *_ in calls], logits
+
+    def _recalled(self, kind: tuple, inputs: Inputs, cache: Cache, width: int) -> BoundPass | None:
+        """Returns a pass that an earlier process traced, bound to these inputs."""
+        found = None if self._programs is None else self._programs.recall(self.model, kind, inputs, cache)
+        if found is None:
+            return None
+        return BoundPass(found.executor, found.args, found.stored.given, width, found.stored.logits, cache)
+
+    def _keep(self, kind: tuple, inputs: Inputs, cache: Cache, bound: BoundPass | None) -> None:
+        """Has a pass that Dynamo traced stored at the end of the call."""
+        if self._programs is None or bound is None:
+            return
+        graph = next(graph for graph in self.record.graphs if graph.executor() is bound.executor)
+        self._programs.keep(kind, self.model, inputs, cache, bound.executor, bound.args, bound.logits, graph.matrices)
 
     def allow_drafts(self, ids_BS: Tensor, logits_B1V: Tensor, max_draft: int | None, strict: bool) -> None:
         """Makes drafts possible, which the backbone verifies.
@@ -260,6 +308,10 @@ class Session:
         inputs = self._inputs[width].at(entries.filled, ids_BS, functools.partial(self._prepared, ids_BS, width))
         key = (width, *entries.phase(width))
         bound = None if entries.lacks_room(width) else self._bound.get(key)  # (the model's graph tells the user)
+        if bound is None and key not in self._bound:
+            bound = self._recalled(("step", key[1:]), inputs, self.cache, width)
+            if bound is not None:
+                self._bound[key] = bound
         logits = self._through_model(key, inputs, width, depth) if bound is None else bound(inputs, depth, tokens)
         entries.filled += width
         return logits[:, -width:]
@@ -269,7 +321,8 @@ class Session:
         with graph_calls() as calls, forced_depth(depth):
             logits: Tensor = self.model(**inputs, return_dict=True).logits
         if key not in self._bound:
-            self._bound[key] = BoundPass.of(self.model, inputs, self.cache, calls, logits, width)
+            self._bound[key] = bound = BoundPass.of(self.model, inputs, self.cache, calls, logits, width)
+            self._keep(("step", key[1:]), inputs, self.cache, bound)
         return logits
 
     def rewind(self, slots: int) -> None:

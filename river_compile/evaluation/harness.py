@@ -23,15 +23,15 @@ from tqdm import tqdm
 
 from river_compile.api.accelerate import accelerate
 from river_compile.config import RiverConfig
+from river_compile.decoding.given_text import TextDecoder
 from river_compile.decoding.mode import exact
 from river_compile.errors import OptionError
-from river_compile.evaluation.decoding import TokenByToken
 from river_compile.kernels.checks import one_of
 from river_compile.model_record import find_record
 
 PLAIN = "plain"
 _SCORING = one_of("decode", "forward")
-_SMALLEST_ROOM = 64
+_SMALLEST_CACHE = 64
 
 Request = tuple[Any, list[int], list[int]]  # what it is called in lm-eval's cache, context, continuation
 
@@ -70,7 +70,7 @@ class RiverLM(HFLM):
             accelerate(self.model, quality, calibration, **self._river)
         elif self._river:
             raise OptionError(f"{next(iter(self._river))}= says how river runs, and with quality='plain' it does not")
-        self._decoder: tuple[int, TokenByToken] | None = None
+        self._decoder: tuple[int, TextDecoder] | None = None
 
     def _loglikelihood_tokens(
         self, requests: list[Request], disable_tqdm: bool = False, override_bs: int | None = None
@@ -90,12 +90,12 @@ class RiverLM(HFLM):
                 self.cache_hook.add_partial("loglikelihood", name, found[-1])
         return found
 
-    def _decoder_for(self, ids_1S: Tensor) -> TokenByToken:
+    def _decoder_for(self, ids_1S: Tensor) -> TextDecoder:
         """Returns a decoder with capacity for a text: the last one, or a new one of a power of two."""
         needed = ids_1S.shape[1]
         if self._decoder is None or self._decoder[0] < needed:
-            room = max(_SMALLEST_ROOM, 1 << (needed - 1).bit_length())
-            self._decoder = room, TokenByToken(self.model, room)
+            capacity = max(_SMALLEST_CACHE, 1 << (needed - 1).bit_length())
+            self._decoder = capacity, TextDecoder(self.model, capacity)
         return self._decoder[1]
 
     def get_model_info(self) -> dict[str, Any]:

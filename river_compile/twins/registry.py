@@ -33,12 +33,14 @@ from river_compile.distributed.ranks import ALONE, Ranks
 from river_compile.errors import RiverWarning
 from river_compile.kernels.quant.grid import threads_for
 from river_compile.passes.program import TwinLinear
+from river_compile.store.folder import enabled
 from river_compile.twins.artifact import FILE, Artifact, write_missing
 from river_compile.twins.calibration_stats import Observation
 from river_compile.twins.packed import TwinWeight
 from river_compile.twins.parameter_stamp import ParameterStamp, Sources
 from river_compile.twins.quantize import UNOBSERVED, Maker, made_again, needs_moments
 from river_compile.twins.self_calibration import SelfCalibration
+from river_compile.twins.stored import StoredTwins
 from river_compile.twins.twin_kl import TwinLoss
 
 log = logging.getLogger("river_compile.twins")
@@ -78,6 +80,7 @@ class TwinRegistry:
     """All packed weights of one model.
 
     Attributes:
+        stores: whether they are left for other processes, and taken from them.
         seconds: the time that making them took.
         loss: what the latest ones lose together, None where that is not known.
         renewals: how often weights were found changed.
@@ -88,9 +91,11 @@ class TwinRegistry:
         self._packed: WeakTensorKeyDictionary = WeakTensorKeyDictionary()  # by first parameter, then by how
         self._lock = threading.Lock()
         self._opened: Artifact | None = None
+        self.stores = True
         self.seconds = 0.0
         self.loss: TwinLoss | None = None
         self._not_judged = False
+        self._stored: StoredTwins | None = None
         self.renewals = self.renewed = 0
 
     def pack(
@@ -129,7 +134,7 @@ class TwinRegistry:
             maker = Maker(config, artifact, statistics.number)
             found = {site: made for site in sites if (made := self._find(site, sources[site], maker)) is not None}
             missing = [site for site in sites if site not in found]
-            for site, made in self._make(maker, missing, sources, statistics).items():
+            for site, made in self._make_or_recall(maker, missing, sources, statistics).items():
                 self._packed.setdefault(sources[site].weights[0], {})[made.key] = made
                 found[site] = made
             self.seconds += time.perf_counter() - start
@@ -139,6 +144,8 @@ class TwinRegistry:
         """Estimates the joint loss of a graph's twins, if some were made with statistics since the last time."""
         if not statistics.ranks.every(not self._not_judged):
             self.loss, self._not_judged = statistics.own.loss(twins), False
+            if self._stored is not None:
+                self._stored.write_loss(self.loss)
 
     def all(self) -> list[TwinWeight]:
         """Returns all packed matmuls."""
@@ -214,6 +221,26 @@ class TwinRegistry:
         if self._opened is None or self._opened.folder != folder:
             self._opened = Artifact(folder)
         return self._opened
+
+    def _make_or_recall(
+        self, maker: Maker, sites: Sequence[TwinLinear], sources: Mapping[TwinLinear, Sources], statistics: Statistics
+    ) -> dict[TwinLinear, TwinWeight]:
+        """Packs products, unless an earlier process has left them in the store."""
+        told = (
+            not self.stores or maker.artifact is not None or statistics.observed is not None or statistics.ranks.several
+        )
+        if told or not sites or not enabled():
+            return self._make(maker, sites, sources, statistics)
+        _in_threads(lambda site: sources[site].digest, sites)
+        self._stored = StoredTwins(sites, sources, maker.config)
+        artifact = self._stored.open()
+        if artifact is None:
+            made = self._make(maker, sites, sources, statistics)
+            self._stored.write([*made.values()])
+            return made
+        made = self._make(replace(maker, artifact=artifact), sites, sources, statistics)
+        self.loss = self._stored.loss
+        return {site: replace(twin, key=maker.key(site)) for site, twin in made.items()}
 
     def _make(
         self, maker: Maker, sites: Sequence[TwinLinear], sources: Mapping[TwinLinear, Sources], statistics: Statistics

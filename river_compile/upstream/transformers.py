@@ -170,6 +170,11 @@ def is_static(cache: Cache) -> bool:
     return all(type(layer) in _KINDS for layer in cache.layers)
 
 
+def is_allocated(cache: Cache) -> bool:
+    """Whether all layers of a static cache have their memory, which else the first pass allocates."""
+    return all(getattr(layer, "keys", None) is not None for layer in cache.layers)
+
+
 def sizes_of(cache: Cache) -> list[int]:
     """Returns the slots of each layer: a sliding window has no more than it shows."""
     return [layer.max_cache_len for layer in cache.layers]

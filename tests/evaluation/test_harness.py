@@ -14,7 +14,7 @@ from lm_eval.api.registry import get_model
 from lm_eval.api.task import ConfigurableTask
 
 from river_compile import OptionError, restore, trace
-from river_compile.evaluation.decoding import TokenByToken
+from river_compile.decoding.given_text import TextDecoder
 from river_compile.evaluation.harness import RiverLM
 from tests.support.families import make
 from tests.support.tokenizers import byte_tokenizer
@@ -100,7 +100,7 @@ def test_texts_share_nothing_but_their_cache():
     """A text has the logits that it has alone, whatever was decoded before it, also where it begins with one token."""
     network, texts = make("llama", layers=2), [torch.tensor([[9, 8, 7, 6]]), torch.tensor([[3]])]
     network.compile(backend="river", options={**QUICK, "criterion": "confidence", "threshold": 9.0, "first_exit": 0})
-    together, each = TokenByToken(network, 8), [TokenByToken(network, 8) for _ in texts]
+    together, each = TextDecoder(network, 8), [TextDecoder(network, 8) for _ in texts]
     for text, alone in zip(texts, each, strict=True):
         assert torch.equal(together.logits(text, 0), alone.logits(text, 0))
     restore(network)

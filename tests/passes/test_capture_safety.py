@@ -58,7 +58,7 @@ class BlockGraph:
         self.graph.output(tuple(self.steps[-1:]))
         block = Block(0, "layers.0", self.hidden, self.steps[-1], KVSlot("static", (), (self.counter,), 8))
         module = fx.GraphModule({}, self.graph)
-        return DecoderPlan(module, (block,), dict.fromkeys(self.steps, 1), 1, 1)
+        return DecoderPlan(module.graph, (block,), dict.fromkeys(self.steps, 1), 1, 1)
 
 
 def plain(b: BlockGraph) -> None:
@@ -157,7 +157,7 @@ def test_a_write_through_a_view_keeps_its_input_in_place():
 
 class TestObstacles:
     def segment(self, block: BlockGraph) -> Segment:
-        return Segment("block", 1, block.plan.graph_module.graph, (), ())
+        return Segment("block", 1, block.plan.graph, (), ())
 
     def test_none(self):
         block = BlockGraph()

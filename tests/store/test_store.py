@@ -1,0 +1,245 @@
+"""What one process built the next one runs without Dynamo: the same text, and never from another model."""
+
+from __future__ import annotations
+
+import gc
+import json
+import os
+import weakref
+from importlib import metadata
+from pathlib import Path
+
+import pytest
+import torch
+from torch._dynamo.utils import counters
+from transformers.models.llama import modeling_llama
+
+from river_compile import accelerate, report, restore
+from river_compile.cli.app import main
+from river_compile.store import folder
+from river_compile.store.identity import identity_of
+from tests.support.families import FAMILIES, each, make, prompt
+
+OPTIONS = {"lowering": "native", "group_size": 32, "quantizer": "rtn"}
+
+
+@pytest.fixture
+def store(tmp_path, monkeypatch) -> Path:
+    monkeypatch.setenv("RIVER_COMPILE_STORE", str(tmp_path / "store"))
+    return tmp_path / "store"
+
+
+def generate(model, ids, **arguments):
+    arguments = {"max_new_tokens": 12, "do_sample": False, **arguments}
+    return model.generate(ids, attention_mask=torch.ones_like(ids), **arguments)
+
+
+def start(name: str = "llama", quality: str = "exact", ids=None, change=None, **options):
+    """Does what a process does: makes a model, accelerates it, generates. Returns the text, and graphs traced."""
+    torch._dynamo.reset()
+    counters.clear()
+    model = make(name, layers=3)
+    if change is not None:
+        change(model)
+    accelerate(model, quality, **{**OPTIONS, **options})
+    text = generate(model, prompt() if ids is None else ids)
+    traced = counters["frames"]["ok"]
+    found = report(model)
+    restore(model)
+    return text, traced, found
+
+
+def files(store: Path) -> list[Path]:
+    return sorted(path for path in store.rglob("*") if path.is_file() and path.name[0] != ".")
+
+
+class TestASecondStart:
+    @pytest.mark.parametrize("quality", ["exact", "fast"])
+    def test_traces_nothing_and_writes_the_same_text(self, store, quality):
+        first, traced, _ = start(quality=quality)
+        second, none, found = start(quality=quality)
+        assert traced > 0
+        assert none == 0
+        assert torch.equal(first, second)
+        assert "rewriting" not in {stage for graph in found.graphs for stage in graph.seconds}
+
+    @pytest.mark.parametrize("name", each(FAMILIES, quick=["gemma2", "gpt2"]))
+    def test_of_each_family(self, store, name):
+        """Windows that fill up on the way, experts: whatever is recalled, the text is plain generation's."""
+        start(name)
+        second, _, _ = start(name)
+        assert torch.equal(second, generate(make(name, layers=3), prompt()))
+
+    def test_runs_prompts_of_other_lengths_in_the_same_program(self, store):
+        start(ids=prompt(12))
+        for length in (2, 5, 40):
+            text, none, _ = start(ids=prompt(length, seed=length))
+            assert none == 0
+            assert torch.equal(text, generate(make("llama", layers=3), prompt(length, seed=length)))
+
+    def test_reads_its_twins(self, store):
+        start()
+        _, _, found = start()
+        assert {twin.artifact for graph in found.graphs for twin in graph.twins} == {
+            str(next(store.glob("twins-*/packed")))
+        }
+
+    def test_may_have_a_batch_that_the_first_had_not(self, store):
+        start()
+        text, traced, _ = start(ids=prompt(9, batch=3))
+        assert traced > 0
+        assert torch.equal(text, generate(make("llama", layers=3), prompt(9, batch=3)))
+
+    def test_frees_the_model_with_all_that_was_recalled(self, store):
+        start()
+        torch._dynamo.reset()
+        model = accelerate(make("llama", layers=3), **OPTIONS)
+        generate(model, prompt())
+        gone = weakref.ref(model.get_parameter("model.layers.0.mlp.up_proj.weight"))
+        del model
+        gc.collect()
+        assert gone() is None
+
+
+CHANGES = {
+    "a setting": lambda model: setattr(model.config, "rms_norm_eps", 1e-3),
+    "an attribute of a module": lambda model: setattr(model.model.layers[1].self_attn, "scaling", 0.5),
+    "a dtype": lambda model: model.bfloat16(),
+    "a shape": lambda model: model.resize_token_embeddings(130),
+    "attention": lambda model: setattr(model.config, "_attn_implementation", "eager"),
+    "a class": lambda model: setattr(model.model.layers[0].mlp, "act_fn", torch.nn.GELU().eval()),
+}
+
+
+HOOKED = {
+    "in training": lambda model: model.train(),
+    "with a hook": lambda model: model.model.layers[1].register_forward_hook(lambda *_: None),
+}
+
+
+class TestAnotherModel:
+    def test_gets_twins_of_its_own_after_one_element_changed(self, store):
+        """The programs are the same, so only the weights' hash can tell."""
+
+        def change(model):
+            with torch.no_grad():
+                model.get_parameter("model.layers.1.mlp.up_proj.weight")[3, 5] += 1.0
+
+        start(quality="fast", exit_depth=0)
+        text, none, found = start(quality="fast", exit_depth=0, change=change)
+        assert none == 0
+        assert {twin.artifact for graph in found.graphs for twin in graph.twins} == {""}
+        os.environ["RIVER_COMPILE_STORE"] = "0"
+        assert torch.equal(text, start(quality="fast", exit_depth=0, change=change)[0])
+
+    def test_of_other_code_is_traced_anew(self, store, monkeypatch):
+        """One line of the model's class is another one."""
+
+        def halved(self, x):
+            return 0.5 * self.down_proj(self.act_fn(self.gate_proj(x)) * self.up_proj(x))
+
+        start()
+        monkeypatch.setattr(modeling_llama.LlamaMLP, "forward", halved)
+        _forget_code()
+        text, traced, _ = start()
+        assert traced > 0
+        assert torch.equal(text, generate(make("llama", layers=3), prompt()))
+        monkeypatch.undo()
+        _forget_code()
+
+    @pytest.mark.parametrize("change", CHANGES.values(), ids=CHANGES)
+    def test_has_another_identity(self, change):
+        model, other = make("llama", layers=2), make("llama", layers=2)
+        assert identity_of(model, "") == identity_of(other, "") != identity_of(other, "other options")
+        change(other)
+        assert identity_of(other, "") not in (None, identity_of(model, ""))
+
+    @pytest.mark.parametrize("library", ["torch", "transformers"])
+    def test_has_another_identity_with_another_version(self, library, monkeypatch):
+        model = make("llama", layers=2)
+        before = identity_of(model, "")
+        version = metadata.version
+        monkeypatch.setattr(metadata, "version", lambda name: "99.0" if name == library else version(name))
+        _forget_code()
+        assert identity_of(model, "") not in (None, before)
+        monkeypatch.undo()
+        _forget_code()
+
+    @pytest.mark.parametrize("change", HOOKED.values(), ids=HOOKED)
+    def test_has_none(self, change):
+        model = make("llama", layers=2)
+        change(model)
+        assert identity_of(model, "") is None
+
+
+def _forget_code():
+    """As a new process: code and versions are looked at once in one."""
+    from river_compile.store import identity
+
+    identity._codes_of.cache_clear()
+    identity._versions.cache_clear()
+
+
+DAMAGE = {
+    "cut": lambda content: content[: len(content) // 2],
+    "empty": lambda content: b"",
+    "one byte": lambda content: content[:-9] + bytes([content[-9] ^ 1]) + content[-8:],
+    "foreign": lambda content: b"\x80\x05 something else altogether",
+}
+
+
+class TestADamagedStore:
+    @pytest.mark.parametrize("damage", DAMAGE.values(), ids=DAMAGE)
+    def test_costs_a_warning_and_a_fresh_build(self, store, damage):
+        first, _, _ = start()
+        for file in files(store):
+            file.write_bytes(damage(file.read_bytes()))
+        with pytest.warns(match="made anew"):
+            second, traced, _ = start()
+        assert traced > 0
+        assert torch.equal(first, second)
+        third, none, _ = start()
+        assert none == 0
+        assert torch.equal(first, third)
+
+    def test_that_cannot_be_written_is_told_once(self, tmp_path, monkeypatch, recwarn):
+        blocked = tmp_path / "a file"
+        blocked.write_text("")
+        monkeypatch.setenv("RIVER_COMPILE_STORE", str(blocked))
+        start()
+        start()
+        told = [str(warning.message) for warning in recwarn if "the store" in str(warning.message)]
+        assert len(told) == 1
+        assert "RIVER_COMPILE_STORE=0" in told[0]
+
+
+class TestWithoutIt:
+    def test_nothing_is_written_if_the_environment_says_so(self, tmp_path, monkeypatch):
+        monkeypatch.setenv("RIVER_COMPILE_CACHE", str(tmp_path))
+        monkeypatch.setenv("RIVER_COMPILE_STORE", "0")
+        start(lowering="auto")
+        assert not (tmp_path / "store").exists()
+
+    def test_nothing_is_written_if_the_call_says_so(self, store):
+        start(store=False)
+        assert not store.exists()
+
+
+def test_the_oldest_entries_give_way(store, monkeypatch):
+    for number in range(4):
+        folder.Entry(f"entry{number}").write("x", bytes(1000))
+        os.utime(store / f"entry{number}", (number, number))
+    monkeypatch.setenv("RIVER_COMPILE_STORE_GB", str(2500 / 1e9))
+    folder.keep_bound()
+    assert sorted(path.name for path in store.iterdir()) == ["entry2", "entry3"]
+
+
+def test_the_command_lists_sizes_and_clears(store, capsys):
+    start()
+    assert main(["cache", "--json"]) == 0
+    listed = json.loads(capsys.readouterr().out)
+    assert {entry["about"].split()[0] for entry in listed["entries"]} == {"programs", "twins"}
+    assert sum(entry["bytes"] for entry in listed["entries"]) >= sum(file.stat().st_size for file in files(store))
+    assert main(["cache", "--clear"]) == 0
+    assert "freed" in capsys.readouterr().out
+    assert files(store) == []
