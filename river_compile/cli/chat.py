@@ -41,9 +41,10 @@ def chat(
     more: dict[str, Any] = {} if artifact is None else {"artifact": artifact}
     accelerate(network, quality, calibration, **more)
     options = {"max_new_tokens": max_new_tokens, "do_sample": temperature > 0, "temperature": temperature or None}
-    talk = Conversation(network, tokenizer, quality in ("exact", "strict"), system, **options)
+    person = prompt is None and not as_json and sys.stdin.isatty()
+    talk = Conversation(network, tokenizer, quality in ("exact", "strict"), system, person, **options)
     turns = []
-    for text in prompt if prompt is not None else _lines(as_json):
+    for text in prompt if prompt is not None else _lines(person):
         if text.startswith("/"):
             if not talk.command(text):
                 break
@@ -56,15 +57,15 @@ def chat(
         show("chat", {"model": model, "quality": quality, "turns": turns}, True, lambda console: None)
 
 
-def _lines(as_json: bool) -> Any:
+def _lines(person: bool) -> Any:
     """Yields a person's messages, or the lines of standard input."""
-    if as_json or not sys.stdin.isatty():
+    if not person:
         yield from (line.strip() for line in sys.stdin if line.strip())
         return
     from rich.console import Console
 
     console = Console(highlight=False)
-    console.print(f"[dim]{HELP}[/]")
+    console.print(f"[dim]{HELP}    Ctrl-C  end an answer[/]")
     while True:
         try:
             text = console.input("[bold]> [/]").strip()
@@ -87,15 +88,23 @@ class Conversation:
     Args:
         by_cycle: whether exact mode generates.
         system: the system's message, empty for none.
+        goes_on: whether an interrupt ends an answer alone, which then stands as far as it came.
         options: of `generate`.
     """
 
     def __init__(
-        self, model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase, by_cycle: bool, system: str, **options: Any
+        self,
+        model: PreTrainedModel,
+        tokenizer: PreTrainedTokenizerBase,
+        by_cycle: bool,
+        system: str,
+        goes_on: bool = False,
+        **options: Any,
     ) -> None:
         from rich.console import Console
 
         self._model, self._tokenizer, self._by_cycle, self._options = model, tokenizer, by_cycle, options
+        self._goes_on = goes_on
         self._first = [{"role": "system", "content": system}] if system else []
         self._messages: list[dict[str, str]] = [*self._first]
         self._console = Console(highlight=False, soft_wrap=True)
@@ -120,7 +129,12 @@ class Conversation:
         )
         before = _compiled_so_far(self._model)
         with painter.watching():
-            self._model.generate(ids, attention_mask=torch.ones_like(ids), streamer=painter, **self._options)
+            try:
+                self._model.generate(ids, attention_mask=torch.ones_like(ids), streamer=painter, **self._options)
+            except KeyboardInterrupt:
+                if not self._goes_on:
+                    raise
+                painter.end()
         if not quiet:
             self._console.print()
         self._messages.append({"role": "assistant", "content": painter.text})

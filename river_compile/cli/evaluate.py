@@ -75,9 +75,15 @@ def evaluate(
 
 
 def _check_task(task: str) -> None:
+    from river_compile.cli.models import loading
+
     with needs("eval"):
+        import yaml
         from lm_eval.tasks import TaskManager
-    if task not in TaskManager().all_tasks and not Path(task).is_file():
+    if Path(task).is_file():
+        with loading(task):
+            yaml.compose(Path(task).read_text(encoding="utf-8"))  # (lm-eval would say so after the model is loaded)
+    elif task not in TaskManager().all_tasks:
         raise ValueError(f"--task {task} is not known; use one of {', '.join(ROWS)}, or a task of lm-eval")
 
 

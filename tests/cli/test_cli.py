@@ -1,10 +1,12 @@
 """Each command of `river` on a tiny model: what it prints, as people and the published schema want it; errors."""
 
 import io
+import itertools
 import json
 import logging
 import re
 import shutil
+import signal
 import subprocess
 import sys
 from pathlib import Path
@@ -23,6 +25,7 @@ from river_compile.cli.evaluate import wilson
 from river_compile.cli.models import MODELS
 from river_compile.cli.output import error_line
 from river_compile.cli.timing import Painter
+from river_compile.runtime.executor import on_step
 from river_compile.runtime.stats import CycleRecord, RowCycle, cycles
 from river_compile.twins import quantize
 
@@ -238,6 +241,17 @@ def test_doctor_tries_the_compiler(capsys):
         assert "install g++" in said["text"]
 
 
+def test_a_self_test_without_a_compiler_says_what_to_install(capsys, monkeypatch):
+    """In the words of the backend's warning, without Dynamo's around them."""
+    monkeypatch.undo()  # (the backend's own defaults need a compiler)
+    with inductor.patch({"cpp.cxx": (None, shutil.which("false"))}):
+        found = printed_json(capsys, "doctor", code=3)
+    (said,) = (finding for finding in found["findings"] if finding["what"] == "self-test")
+    assert said["state"] == "bad"
+    assert said["text"].startswith("backend 'river' runs a model uncompiled: ")
+    assert "install g++" in said["text"]
+
+
 def test_doctor_says_that_a_self_test_fails(capsys, monkeypatch):
     """Here the tiny model never drafts."""
     monkeypatch.setattr("river_compile.api.accelerate.accelerate", lambda model, **options: model)
@@ -311,6 +325,31 @@ def test_chat_takes_commands_between_questions(tiny, capsys, monkeypatch):
     assert "River Compile report for LlamaForCausalLM" in out
 
 
+class Typed(io.StringIO):
+    """What a person types."""
+
+    def isatty(self):
+        return True
+
+
+@pytest.mark.parametrize("quality", ["exact", "fast"])
+def test_ctrl_c_ends_an_answer_and_at_a_terminal_not_the_conversation(quality, tiny, capsys, monkeypatch):
+    """The answer stands as far as it came, and the next one is as long as it was to be."""
+
+    def interrupt(*step):
+        if next(steps) == 3:
+            signal.raise_signal(signal.SIGINT)
+
+    for stdin, code, answers in ((Typed, 0, 2), (io.StringIO, 130, 0)):
+        steps = itertools.count()
+        monkeypatch.setattr("sys.stdin", stdin("hello\n/stats\nagain\n/stats\n"))
+        with on_step(interrupt):
+            out = river(capsys, "chat", tiny, "--quality", quality, "-n", "12", code=code).out
+        lengths = [int(tokens) for tokens in re.findall(r"(\d+) tokens[,:]", out)]
+        assert len(lengths) == answers
+        assert lengths == [] or (1 <= lengths[0] < 12 and lengths[1] == 12)
+
+
 @pytest.mark.slow
 def test_calibrate_writes_what_calibrated_needs(tiny, tmp_path, capsys):
     texts = tmp_path / "texts.txt"
@@ -357,6 +396,13 @@ def test_eval_compares_perplexities(tiny, tmp_path, capsys):
     assert rows["plain"]["score"] == pytest.approx(expected, rel=1e-4)
     assert rows["plain"]["scoring"] == "decode"
     assert rows["river"]["score"] != rows["plain"]["score"]
+
+
+def test_a_task_that_is_no_yaml_is_one_line(tiny, tmp_path, capsys):
+    pytest.importorskip("lm_eval", reason="lm-eval is not installed")
+    (tmp_path / "task.yaml").write_text("task: [")
+    said = failure(capsys, "eval", tiny, "--task", tmp_path / "task.yaml")
+    assert f"{tmp_path / 'task.yaml'} cannot be loaded: ParserError" in said
 
 
 @pytest.mark.slow

@@ -39,12 +39,26 @@ inline int64_t rows_of(const Tensor& x) {
 
 inline int64_t columns_of(const Tensor& x) { return x.size(x.dim() - 1); }
 
+// Whether all rows of adjacent features lie `stride` elements apart, as those of every text's last position do.
+inline bool rows_apart(const Tensor& x, int64_t* stride) {
+  int64_t rows = 1;
+  *stride = columns_of(x);
+  for (int64_t i = x.dim() - 2; i >= 0; --i) {
+    if (x.size(i) == 1) continue;
+    if (rows == 1) *stride = x.stride(i);
+    if (x.stride(i) != *stride * rows) return false;
+    rows *= x.size(i);
+  }
+  return x.stride(x.dim() - 1) == 1;
+}
+
 // Returns the rows of a tensor of adjacent features; `held` keeps the copy that this may take. On a tape there is none,
 // since it would hold the values of one step.
 inline Strided rows_in(const Tensor& x, Tensors& held, const char* name) {
   check(x.is_cpu() && x.dim() > 0, name, "lie in the CPU's memory and have a dimension of features");
   if (x.is_contiguous()) return {x.data_ptr(), columns_of(x)};
-  if (x.dim() == 2 && x.stride(1) == 1) return {x.data_ptr(), x.stride(0)};
+  int64_t stride;
+  if (rows_apart(x, &stride)) return {x.data_ptr(), stride};
   check(!Tape::recording(), name, "be contiguous to be recorded");
   held.push_back(torch::stable::contiguous(x));
   return {held.back().data_ptr(), columns_of(x)};

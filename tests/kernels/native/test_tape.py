@@ -101,6 +101,18 @@ def test_replays_are_the_calls_on_what_the_inputs_hold_by_then():
     assert outputs[1].item() == 6
 
 
+def test_the_last_position_of_each_text_of_a_batch_is_read_where_it_lies():
+    """Its rows are as far apart as texts are long."""
+    block, tape, g = Block(), Tape(), torch.Generator().manual_seed(0)
+    hidden = torch.randn(3, 5, HIDDEN, generator=g).bfloat16()
+    with tape.recording():
+        logits = dense(hidden[:, -1:], block.head, norm="rms", norm_weight=block.norm)
+    hidden.copy_(torch.randn(hidden.shape, generator=g))
+    tape.replay()
+    last = hidden[:, -1:].contiguous()
+    assert torch.equal(logits, dense(last, block.head, norm="rms", norm_weight=block.norm))
+
+
 def test_counters_move_in_the_order_of_the_calls():
     a, b, tape = torch.tensor([10]), torch.tensor([100]), Tape()
     with tape.recording():
