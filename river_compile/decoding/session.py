@@ -112,8 +112,8 @@ class Session:
         if others and len(record.graphs) > graphs and not record.told_of_batches:
             record.told_of_batches = True
             warnings.warn(
-                f"a prompt of {rows} rows was compiled anew, in {time.perf_counter() - start:.0f} s, and its steps will "
-                "be; later batches of two rows and more, of any size, run in the same graphs",
+                f"a prompt of {rows} rows was compiled anew, in {time.perf_counter() - start:.0f} s, and its steps are "
+                "next; later batches of two rows and more, of any size, run in the same graphs",
                 RiverWarning,
                 stacklevel=6,
             )
