@@ -15,6 +15,7 @@ sliding windows. Of calls at the same time one is lent what is kept.
 from __future__ import annotations
 
 import contextlib
+import sys
 import threading
 from collections.abc import Hashable, Iterator
 from typing import Any
@@ -102,7 +103,7 @@ class BorrowedCache:
         """
         if not self._grows or filled + tokens <= self._slots:
             return None
-        self._slots = max(2 * self._slots, _rounded(filled + tokens))
+        self._slots = _rounded(max(2 * self._slots, filled + tokens), self._model)
         longer = static_cache(self._model, self._slots)
         assert longer is not None, "the one in use has layers of the same kinds"
         if sizes_of(longer) == sizes_of(cache):  # (sliding windows alone, which show no more)
@@ -141,7 +142,7 @@ def borrowed_cache(
     if grows:
         embeds = kwargs.get("inputs_embeds")  # (in place of ids, or of some before them)
         tokens = max(ids.shape[1] for ids in (ids_BS, embeds) if ids is not None)
-        wanted = static_cache(model, _rounded(tokens + _AHEAD))
+        wanted = static_cache(model, _rounded(tokens + _AHEAD, model))
     if wanted is None or wanted.get_seq_length():
         yield BorrowedCache(model, kwargs, None, False)
         return
@@ -158,8 +159,9 @@ def borrowed_cache(
         pool.put(key, lent.cache)
 
 
-def _rounded(slots: int) -> int:
-    return -(-slots // _STEP) * _STEP
+def _rounded(slots: int, model: PreTrainedModel) -> int:
+    """Returns a number of slots that many texts have in common; no more than a model has positions (MPT's bias)."""
+    return min(-(-slots // _STEP) * _STEP, getattr(model.config, "max_seq_len", None) or sys.maxsize)
 
 
 def _key(model: PreTrainedModel, rows: int) -> Hashable:

@@ -11,6 +11,7 @@ values of other kinds.
 
 from __future__ import annotations
 
+import gc
 import importlib
 import io
 import pickle
@@ -273,8 +274,11 @@ def loads(data: bytes) -> Any:
         NotStorable: (a ``ValueError``) an operator in it is missing in this process.
         Exception: whatever damaged bytes lead to.
     """
-    token = _reading.set(_Reading())
+    token, collects = _reading.set(_Reading()), gc.isenabled()
+    gc.disable()  # (thousands of new nodes make it look at all that torch imports, which takes longer than they do)
     try:
         return pickle.loads(data)
     finally:
         _reading.reset(token)
+        if collects:
+            gc.enable()

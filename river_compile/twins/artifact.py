@@ -4,7 +4,7 @@
                                  experts has a dimension more in front. key = name/quantizer asked for/group size
     <key>.input_scale            float32 ``[K]``, for a matrix whose inputs are scaled
     metadata                     "format", "version", "matrices" (JSON: the fields of `_SavedMatrix`, ratios as text,
-                                 since JSON knows no infinity) and "sha256", the hash of the file with this hash taken
+                                 since JSON knows no infinity) and "xxh3", the hash of the file with this hash taken
                                  as zeros
 
 What is stored are the bytes that the kernel reads which the twins were packed for, where they are the same on every
@@ -40,10 +40,10 @@ from river_compile.twins.packed import Quantized, TwinWeight
 
 log = logging.getLogger("river_compile.twins")
 FORMAT = "river-twins"
-VERSION = 7
+VERSION = 8
 FILE = "twins.safetensors"
 _MANIFEST_2 = "river.json"  # of version 2, which had a file for it
-_KINDS = {name: str for name in ("name", "quantizer", "asked", "statistics", "weights_sha256")}
+_KINDS = {name: str for name in ("name", "quantizer", "asked", "statistics", "weights_hash")}
 _NEW = "leave artifact= out and save a new one"
 
 
@@ -54,7 +54,7 @@ class _SavedMatrix:
     Attributes:
         name, shape, group_size, experts, quantizer, asked, statistics: as in its :class:`TwinWeight`.
         layout: of its bytes.
-        weights_sha256: hash of the parameters it was made from, see :func:`digest_of`.
+        weights_hash: hash of the parameters it was made from, see :func:`digest_of`.
     """
 
     name: str
@@ -65,7 +65,7 @@ class _SavedMatrix:
     asked: str
     statistics: str
     layout: str
-    weights_sha256: str
+    weights_hash: str
     sqnr: float
     output_sqnr: float | None = None
 
@@ -128,7 +128,7 @@ def write_artifact(folder: Path, sites: Sequence[TwinWeight]) -> None:
             "asked": site.asked,
             "statistics": site.statistics,
             "layout": portable(site.linear.layout),
-            "weights_sha256": site.digest,
+            "weights_hash": site.digest,
             "sqnr": str(site.sqnr),
             "output_sqnr": None if site.output_sqnr is None else str(site.output_sqnr),
         }
@@ -216,7 +216,7 @@ class Artifact:
                 "for",
                 f"pass the options it was made with, or {_NEW}",
             )
-        if matrix.weights_sha256 != digest or matrix.shape != site.shape:
+        if matrix.weights_hash != digest or matrix.shape != site.shape:
             raise self._refusal(
                 f"{site.name} was made from other weights than this model's",
                 f"name the artifact of this model, or {_NEW}",

@@ -2,7 +2,8 @@
 
     stamp    which tensors they are, PyTorch's count of their changes in place, their addresses, and a few of their
              elements: about 5 microseconds for each matrix, before every sequence
-    digest   SHA-256 of all their bytes: taken when they are packed, and again if the stamp differs
+    digest   XXH3 (128 bits) of all their bytes, at the speed of memory: taken when they are packed, and again if the
+             stamp differs
 
 Counts and addresses miss what is written through ``parameter.data`` (as merging adapters does) and under
 ``torch.inference_mode()``; the elements catch such a change where it reaches one of them, as one of the whole model
@@ -12,7 +13,6 @@ does. Not handled: a change of single elements in these ways. ``river_compile.re
 from __future__ import annotations
 
 import functools
-import hashlib
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 from typing import Any
@@ -20,6 +20,7 @@ from typing import Any
 import torch
 from torch import Tensor
 from torch.utils.weak import TensorWeakRef
+from xxhash import xxh3_128
 
 from river_compile.passes.program import TwinLinear
 from river_compile.upstream.tensors import parts_of, version_of
@@ -116,8 +117,8 @@ def _samples(tensors: Sequence[Tensor]) -> dict[tuple[torch.device, torch.dtype]
 
 
 def digest_of(tensors: Iterable[Tensor]) -> str:
-    """Returns the SHA-256 of dtypes, shapes and bytes of some tensors."""
-    digest = hashlib.sha256()
+    """Returns the XXH3 (128 bits) of dtypes, shapes and bytes of some tensors."""
+    digest = xxh3_128()
     for part in (part for tensor in tensors for part in parts_of(tensor)):
         here = part.detach().cpu().contiguous()
         digest.update(f"{here.dtype}{tuple(here.shape)}".encode())

@@ -9,7 +9,6 @@ Not handled: files that change after they were checked, and dtypes other than th
 
 from __future__ import annotations
 
-import hashlib
 import json
 from collections.abc import Mapping
 from pathlib import Path
@@ -18,6 +17,7 @@ import torch
 from safetensors import safe_open
 from safetensors.torch import load_file
 from torch import Tensor
+from xxhash import xxh3_128
 
 _DTYPES = {
     torch.float32: "F32",
@@ -26,7 +26,7 @@ _DTYPES = {
     torch.bfloat16: "BF16",
     torch.uint8: "U8",
 }
-_NO_HASH = "0" * 64
+_NO_HASH = "0" * 32  # XXH3 has 128 bits
 _PAGE = 4096  # where the tensors begin
 
 
@@ -36,14 +36,14 @@ def write(file: Path, tensors: Mapping[str, Tensor], metadata: Mapping[str, str]
     Args:
         file: where to; its folder exists.
         tensors: contiguous, on the CPU, each with memory of its own.
-        metadata: goes into the header, and "sha256" with it.
+        metadata: goes into the header, and "xxh3" with it.
 
     Raises:
         OSError: it cannot be written.
     """
     ordered = sorted(tensors.items(), key=lambda item: (-item[1].itemsize, item[0]))  # (as safetensors aligns them)
-    header = _header(ordered, {**metadata, "sha256": _NO_HASH})
-    digest = hashlib.sha256(header)
+    header = _header(ordered, {**metadata, "xxh3": _NO_HASH})
+    digest = xxh3_128(header)
     for _, tensor in ordered:
         digest.update(_content(tensor))
     with file.open("xb") as out:
@@ -65,11 +65,11 @@ def read_metadata(file: Path) -> dict[str, str]:
 
 def is_whole(file: Path, metadata: Mapping[str, str]) -> bool:
     """Tells whether a file's bytes have the hash that its metadata states; reads it once, in pieces."""
-    stated = metadata.get("sha256", "")
+    stated = metadata.get("xxh3", "")
     with file.open("rb") as content:
         length = content.read(8)
         header = content.read(int.from_bytes(length, "little"))
-        digest = hashlib.sha256(length + header.replace(_statement(stated), _statement(_NO_HASH)))
+        digest = xxh3_128(length + header.replace(_statement(stated), _statement(_NO_HASH)))
         while chunk := content.read(1 << 22):
             digest.update(chunk)
     return digest.hexdigest() == stated
@@ -97,7 +97,7 @@ def _header(tensors: list[tuple[str, Tensor]], metadata: Mapping[str, str]) -> b
 
 
 def _statement(digest: str) -> bytes:
-    return f'"sha256":"{digest}"'.encode()
+    return f'"xxh3":"{digest}"'.encode()
 
 
 def _content(tensor: Tensor) -> memoryview:

@@ -354,7 +354,7 @@ _PROMISES = (
     Mutation(
         "artifact-weights",
         "river_compile/twins/artifact.py",
-        "if matrix.weights_sha256 != digest or matrix.shape",
+        "if matrix.weights_hash != digest or matrix.shape",
         "if matrix.shape",
         "twins of other weights are used",
         ("tests/twins/test_artifact.py",),
