@@ -1,68 +1,81 @@
-"""What a start costs: seconds to the first two tokens, and memory, with and without packed twins on disk.
+"""What a start costs: seconds from the call of `generate`, and memory, without a store and with what it keeps.
 
     python -m benchmarks.start
-    python -m benchmarks.start --model DIR --json start.json
+    python -m benchmarks.start --model DIR --rows plain exact --json start.json
 
-Rows, each a process of its own:
+Rows, each in processes of their own:
 
-    plain      from_pretrained alone
-    packing    river_compile.load, with an empty Inductor cache: the twins are packed
-    artifact   river_compile.load(artifact=...), with an empty Inductor cache: the twins are mapped
-    restart    the same again, with the Inductor cache that "artifact" left
+    plain           transformers
+    exact, fast     `river_compile.accelerate`, cold: the store is empty; the model is traced, and its twins are packed
+    ... again       the same in another process, which finds both in the store
+    llama_cpp       llama.cpp on the GGUF file that the model was made of, where its Python package is installed
 
-Peak RSS holds mapped files (weights, twins, libraries), whose pages the system shares and can drop; "own" is what is
-left at the end that no file backs. Seconds count from before the libraries are imported; those of the next prompt, of
-another length, from when it is asked for to its first token. The text is exact mode's, the C++ kernels come from the
-cache, where they are compiled before the first row.
+A process asks for the same text three times. The last time is steady; what the first two take longer is the row's
+*start*. A row *pays* from so many tokens in a process on for which plain, its own start included, takes as long. Peak
+RSS holds mapped files (weights, twins, libraries), whose pages the system shares and can drop; "own" is what no file
+backs. The C++ kernels are compiled before the first row.
 """
 
 from __future__ import annotations
 
 import argparse
+import math
 import sys
 import tempfile
-import time
 from contextlib import closing
-from pathlib import Path
 
-from benchmarks import common, memory
+from benchmarks import common, llama_cpp_runner, memory
 from river_compile.cli import models
 
 PROMPT = "Explain in a few sentences why the sky is blue."
-ANOTHER = "Write a function that adds up the digits of a number, and say what it returns for 1,984."
-ROWS = ("plain", "packing", "artifact", "restart")
+ROWS = ("plain", "exact", "fast", "llama_cpp")
 MODULE = "benchmarks.start"
+_CALLS = 3
 
 
-def start(folder: str, row: str, artifact: str, dtype: str) -> dict:
-    """Loads a model and generates two tokens; returns seconds since the beginning, and memory."""
-    began = time.perf_counter()
+def start(folder: str, row: str, dtype: str, tokens: int) -> dict:
+    """Loads a model and generates; returns seconds from the calls of `generate`, and memory."""
     from transformers import AutoModelForCausalLM, AutoTokenizer
 
     import river_compile
-    from river_compile.cli.timing import generate
+    from river_compile.cli.timing import decode_rate, generate
 
     models.quiet()
-    if row == "plain":
-        model = AutoModelForCausalLM.from_pretrained(folder, dtype=dtype).eval()
-    else:
-        model = river_compile.load(folder, artifact=artifact, loading={"dtype": dtype}, on_missing_artifact="save")
-    loaded = time.perf_counter() - began
+    model = AutoModelForCausalLM.from_pretrained(folder, dtype=dtype).eval()
+    loaded = common.peak_rss_bytes()
+    if row != "plain":
+        river_compile.accelerate(model, row)
     prompt = models.encode(AutoTokenizer.from_pretrained(folder), PROMPT)
-    asked = time.perf_counter() - began
-    times = generate(model, prompt, 8, stop_after=2, static_cache=False).times
-    another = models.encode(AutoTokenizer.from_pretrained(folder), ANOTHER)
-    next_times = generate(model, another, 8, stop_after=2, static_cache=False).times
+    calls = [generate(model, prompt, tokens, static_cache=False).times for _ in range(_CALLS)]
     return {
-        "loaded_s": loaded,
-        "first_token_s": asked + times[0],
-        "second_token_s": asked + times[1],
-        "next_prompt_s": next_times[0],
+        **_seconds(calls),
+        "tokens_per_s": decode_rate(calls[-1]),
+        "loaded_bytes": loaded,
         "peak_rss_bytes": common.peak_rss_bytes(),
         "own_bytes": memory.of_process()["anonymous"],
-        "weights_mapped_bytes": sum(memory.of_file(file)["rss"] for file in Path(folder).glob("*.safetensors")),
-        "twins_mapped_bytes": memory.of_file(Path(artifact) / "twins.safetensors")["rss"],
     }
+
+
+def start_llama_cpp(job: dict) -> dict:
+    """The same for llama.cpp."""
+    from river_compile.cli.timing import decode_rate
+
+    runner = llama_cpp_runner.build(job)
+    calls = [tuple(runner._generate(job["new_tokens"])) for _ in range(_CALLS)]
+    peak = common.peak_rss_bytes()
+    return {**_seconds(calls), "tokens_per_s": decode_rate(calls[-1]), "peak_rss_bytes": peak}
+
+
+def _seconds(calls: list[tuple[float, ...]]) -> dict:
+    steady = calls[-1][-1]
+    late = sum(max(call[-1] - steady, 0.0) for call in calls[:-1])
+    return {"first_token_s": calls[0][0], "second_token_s": calls[0][1], "start_s": late}
+
+
+def pays_from(row: dict, plain: dict) -> float:
+    """Returns the tokens of a process from which a row takes less time than plain; infinite if it never does."""
+    saved = 1 / plain["tokens_per_s"] - 1 / row["tokens_per_s"]
+    return max(row["start_s"] - plain["start_s"], 0.0) / saved if saved > 0 else math.inf
 
 
 def compile_kernels() -> dict:
@@ -79,45 +92,63 @@ def compile_kernels() -> dict:
 
 def main(arguments: list[str] | None = None) -> int:
     """Runs the command line and returns the exit status."""
-    parser = common.command_line(__doc__, "model", "dtype", "threads", "json", "worker")
+    parser = common.command_line(__doc__, "model", "dtype", "new-tokens", "threads", "json", "worker", new_tokens=48)
+    parser.add_argument("--rows", nargs="+", choices=ROWS, default=[*ROWS], help="which rows (all)")
     options: argparse.Namespace = parser.parse_args(arguments)
     if options.worker:
-        common.serve({"start": start, "compile_kernels": compile_kernels})
+        handlers = {"start": start, "start_llama_cpp": start_llama_cpp, "compile_kernels": compile_kernels}
+        common.serve(handlers)
         return 0
     rows = common.attempted(_measure, options)
     if rows is None:
         return 1
+    plain = rows.get("plain")
+    for row in rows.values():
+        row["pays_from_tokens"] = None if plain in (None, row) else pays_from(row, plain)
+    outcome = {**common.setting("start", options), "rows": rows}
+    common.print_setting(outcome)
     common.print_table(
-        [
-            *("", "loaded, s", "first token, s", "second token, s", "next prompt, s"),
-            *("peak RSS, MiB", "own, MiB", "twins mapped, MiB"),
-        ],
+        ["", "first token, s", "second, s", "start, s", "tokens/s", "pays from", "peak RSS, MiB", "own, MiB"],
         [
             [
                 name,
-                *(row[f"{what}_s"] for what in ("loaded", "first_token", "second_token", "next_prompt")),
-                *(round(row[f"{what}_bytes"] / 2**20) for what in ("peak_rss", "own", "twins_mapped")),
+                *(row[key] for key in ("first_token_s", "second_token_s", "start_s", "tokens_per_s")),
+                None if row["pays_from_tokens"] in (None, math.inf) else round(row["pays_from_tokens"]),
+                *(row.get(key) and round(row[key] / 2**20) for key in ("peak_rss_bytes", "own_bytes")),
             ]
             for name, row in rows.items()
         ],
     )
-    common.write_outcome({"benchmark": "start", "model": str(options.model), "rows": rows}, options.json)
+    common.write_outcome(outcome, options.json)
     return 0
 
 
 def _measure(options: argparse.Namespace) -> dict[str, dict]:
-    folder = str(models.resolve(options.model))
-    rows = {}
-    with tempfile.TemporaryDirectory() as scratch:
-        with closing(common.Worker(MODULE, "the kernels' compiler", options.threads)) as worker:
-            worker.ask("compile_kernels")
-        artifact, inductor = (str(Path(scratch) / name) for name in ("twins", "inductor"))
-        for row in ROWS:
-            caches = {"TORCHINDUCTOR_CACHE_DIR": inductor} if row in ("artifact", "restart") else None
-            with closing(common.Worker(MODULE, row, options.threads, caches)) as worker:
-                given = artifact if row != "plain" else ""
-                rows[row] = worker.ask("start", folder=folder, row=row, artifact=given, dtype=options.dtype)
+    folder, rows = str(models.resolve(options.model)), {}
+    with closing(common.Worker(MODULE, "the kernels' compiler", options.threads)) as worker:
+        worker.ask("compile_kernels")
+    given = {"folder": folder, "dtype": options.dtype, "tokens": options.new_tokens}
+    for row in options.rows:
+        if row == "llama_cpp":
+            rows |= _llama_cpp(options, folder)
+            continue
+        with tempfile.TemporaryDirectory() as store:
+            for name in (row,) if row == "plain" else (row, f"{row}, again"):
+                print(f"{name} ...", file=sys.stderr)
+                with closing(common.Worker(MODULE, name, options.threads, {"RIVER_COMPILE_STORE": store})) as worker:
+                    rows[name] = worker.ask("start", row=row, **given)
     return rows
+
+
+def _llama_cpp(options: argparse.Namespace, folder: str) -> dict[str, dict]:
+    reason = llama_cpp_runner.why_not(None, str(options.model), 1)
+    if reason:
+        print(f"llama_cpp is left out: {reason}", file=sys.stderr)
+        return {}
+    gguf = str(llama_cpp_runner.gguf_file(None, options.model))
+    job = {"folder": folder, "gguf": gguf, "prompt": PROMPT, "prompts": [], "new_tokens": options.new_tokens}
+    with closing(common.Worker(MODULE, "llama_cpp", options.threads)) as worker:
+        return {"llama_cpp": worker.ask("start_llama_cpp", job={**job, "threads": options.threads})}
 
 
 if __name__ == "__main__":

@@ -61,6 +61,7 @@ class _Example(NamedTuple):
     stride: tuple[_Size, ...]
     dtype: torch.dtype
     device: torch.device
+    requires_grad: bool
 
 
 class _Reading:
@@ -98,6 +99,7 @@ class _Reading:
         if made is None:
             shape, stride = (tuple(map(self.number, sizes)) for sizes in (example.shape, example.stride))
             meta = torch.empty_strided(shape, stride, dtype=example.dtype, device="meta")
+            meta.requires_grad_(example.requires_grad)
             made = self._tensors[example] = FakeTensor(self._mode, meta, example.device)
         return made
 
@@ -127,7 +129,7 @@ class _Writer(pickle.Pickler):
             return _node, (value.graph, self._nodes(value.graph)[value])
         if isinstance(value, FakeTensor):
             shape, stride = (tuple(map(_size, sizes)) for sizes in (value.shape, value.stride()))
-            return _fake, (_Example(shape, stride, value.dtype, value.device),)
+            return _fake, (_Example(shape, stride, value.dtype, value.device, value.requires_grad),)
         if isinstance(value, torch.SymInt):
             return _number, (_size(value),)
         if isinstance(value, Condition):
@@ -175,6 +177,7 @@ def _own(example: Any) -> Any:
     if not isinstance(example, FakeTensor):
         return example
     meta = torch.empty_strided(example.shape, example.stride(), dtype=example.dtype, device="meta")
+    meta.requires_grad_(example.requires_grad)
     return FakeTensor(example.fake_mode, meta, example.device)
 
 

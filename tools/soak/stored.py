@@ -18,9 +18,13 @@ from pathlib import Path
 import torch
 
 import river_compile
+from river_compile.backend import executors_of
 from river_compile.calibration.result import Calibration, Candidate
 from river_compile.kernels.triton import heuristic, loader
 from river_compile.kernels.triton.exit_score import ExitScoreSpec
+from river_compile.passes.segments import fingerprint
+from river_compile.store import graphs
+from river_compile.store.folder import Entry
 from river_compile.twins.artifact import FILE, Artifact
 from tests.support.decoding import decode, new_cache
 from tests.support.families import make
@@ -137,7 +141,46 @@ def _read_calibration(folder: Path) -> None:
         raise Failure("a damaged calibration was taken for whole")
 
 
+@functools.cache
+def _program() -> tuple[bytes, list[str]]:
+    """Returns a program as the store has it, and what its segments are."""
+    program = executors_of(packed_model())[-1].program
+    return graphs.dumps(program), [fingerprint(segment).digest for segment in program.segments]
+
+
+@contextmanager
+def _entry(folder: Path) -> Iterator[Entry]:
+    """An entry of a store in a folder."""
+    before = os.environ.get("RIVER_COMPILE_STORE")
+    os.environ["RIVER_COMPILE_STORE"] = str(folder)
+    try:
+        with warnings.catch_warnings():
+            warnings.filterwarnings("ignore", message=".*is damaged and is made anew")
+            yield Entry("entry")
+    finally:
+        if before is None:
+            del os.environ["RIVER_COMPILE_STORE"]
+        else:
+            os.environ["RIVER_COMPILE_STORE"] = before
+
+
+def _write_program(folder: Path) -> None:
+    with _entry(folder) as entry:
+        entry.write("a.pass", _program()[0], anew=True)
+
+
+def _read_program(folder: Path) -> None:
+    """What is read is what was written, or there is nothing."""
+    with _entry(folder) as entry:
+        content = entry.read("a.pass")
+    if content is None:
+        return
+    if [fingerprint(segment).digest for segment in graphs.loads(content).segments] != _program()[1]:
+        raise Failure("a damaged program was taken for whole")
+
+
 STORED = {
+    "program": Stored(_write_program, _read_program, ("entry/a.pass",)),
     "artifact": Stored(
         lambda folder: river_compile.save(packed_model(), folder / "twins"), _read_artifact, (f"twins/{FILE}",)
     ),

@@ -1,0 +1,45 @@
+"""A program that was written is read as the same program; what cannot be written says why."""
+
+from __future__ import annotations
+
+import pytest
+import sympy
+import torch
+from torch import fx, nn
+
+from river_compile import accelerate
+from river_compile.backend import executors_of
+from river_compile.passes.segments import fingerprint
+from river_compile.store.graphs import Condition, NotStorable, dumps, loads
+from tests.support.families import make, prompt
+
+
+@pytest.mark.parametrize("name", ["llama", "gemma2"])
+def test_every_segment_reads_and_computes_the_same(name):
+    """Targets, arguments, sizes (dynamic ones too), strides, dtypes; slots, and what the graph returns."""
+    model = accelerate(make(name, layers=2), lowering="eager", quantizer="rtn", group_size=32)
+    model.generate(prompt(), attention_mask=torch.ones_like(prompt()), max_new_tokens=6, do_sample=False)
+    executors = executors_of(model)
+    assert {executor.decodes for executor in executors} == {True, False}
+    for executor in executors:
+        before, after = executor.program, loads(dumps(executor.program))
+        assert [fingerprint(x).digest for x in after.segments] == [fingerprint(x).digest for x in before.segments]
+        assert [(n.name, after.slots[n]) for n in after.slots] == [(n.name, before.slots[n]) for n in before.slots]
+        assert [n.name for n in after.returned] == [n.name for n in before.returned]
+        assert (after.plan.kind, after.plan.cache) == (before.plan.kind, before.plan.cache)
+
+
+def test_a_graph_with_a_tensor_of_its_own_is_refused():
+    owner = nn.Module()
+    owner.constant = torch.ones(2)
+    graph = fx.Graph(owner)
+    graph.output((graph.get_attr("constant"),))
+    with pytest.raises(NotStorable, match="reads constant"):
+        dumps(graph)
+
+
+def test_a_condition_holds_only_if_that_is_certain():
+    size, other = sympy.symbols("s0 s1", positive=True, integer=True)
+    assert Condition(size < 8).holds({size: sympy.Integer(7)})
+    assert not Condition(size < 8).holds({size: sympy.Integer(8)})
+    assert not Condition(other < 8).holds({size: sympy.Integer(7)})
