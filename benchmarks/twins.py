@@ -13,7 +13,7 @@ mean and the smallest layer.
 
 "gptq" and "awq" know what the matrices read in text that the model samples, in the package's texts, or in the model's
 answers to other questions, as a user's. "packing s" has the sampling in it, but neither what `observe` takes nor the
-estimate of the loss ("judging" in the report). SQNR is in dB, a mean over matrices; of outputs on the measured answers.
+estimate of the loss (by the first report). SQNR is in dB, a mean over matrices; of outputs on the measured answers.
 """
 
 from __future__ import annotations

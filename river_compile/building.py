@@ -149,7 +149,7 @@ def _packed(
     model: ModelRecord,
     graph: GraphRecord,
 ) -> Packed:
-    """Returns the packed weights of the matmuls that the twins pass made and tokens can reach; judges them."""
+    """Returns the packed weights of the matmuls that the twins pass made and tokens can reach."""
     twins = model.twins
     with graph.stage("packing"):
         every = [linear for segment in program.segments for linear in segment.packed]
@@ -159,7 +159,7 @@ def _packed(
         packed = twins.pack(reached, inputs, choices.config, model.statistics, graph.matrices, every)
     if packed:
         warn_of_slow_lowering(choices.lowering, program.plan.device)
-        with graph.stage("judging"):
+        if model.ranks.several:  # (which judge together or not at all; else the first report does)
             twins.judge(packed.values(), model.statistics)
     graph.twins = tuple(packed.values())
     return packed

@@ -240,6 +240,7 @@ class TwinRegistry:
             return made
         made = self._make(replace(maker, artifact=artifact), sites, sources, statistics)
         self.loss = self._stored.loss
+        self._not_judged = maker.needs_statistics and self.loss is None
         return {site: replace(twin, key=maker.key(site)) for site, twin in made.items()}
 
     def _make(
