@@ -209,7 +209,7 @@ def test_an_empty_tape_is_refused():
 
 COPYING = {
     "x": lambda x: dense(x.transpose(0, 1), torch.ones(8, 64)),
-    "residual": lambda x: dense(x, torch.ones(8, 64), residual=torch.ones(2, 3, 16)[..., :8]),
+    "residual": lambda x: dense(x, torch.ones(8, 64), residual=torch.ones(3, 2, 8).transpose(0, 1)),
     "q": lambda x: native.decode_attention(x[:, :2].mT, *torch.ones(2, 2, 1, 4, 2), None, 1.0, 0.0),
     "a copy's tensors": lambda x: native.copy(x.mT, torch.ones(2, 64, 3)),
 }
