@@ -1,7 +1,9 @@
 """Rewritten programs as bytes, and back.
 
 What is kept of an fx graph: its nodes, and of each node its example value (dtype, device, sizes, strides) and whether
-it is a parameter. Sizes that Dynamo took for dynamic are symbols again afterwards, in a ShapeEnv of their own.
+it is a parameter. Sizes that Dynamo took for dynamic are symbols again afterwards, in a ShapeEnv of their own. Of the
+traced graph, whose nodes are the names of values, only those stay that segments exchange or that write in place: a
+program that was read can run on a CPU, but no pass can change it, and no block of it may be launched ahead.
 
 Only bytes that this package wrote may be read: like every pickle they can name any function.
 
@@ -30,6 +32,8 @@ from torch.fx.experimental.symbolic_shapes import DimDynamic, ShapeEnv
 from torch.fx.node import _get_qualified_name, map_arg
 
 from river_compile.kernels import ops  # noqa: F401  (registers what programs call)
+from river_compile.passes.nodes import memory_of, mutated_inputs
+from river_compile.passes.program import DecoderPlan, RiverProgram
 
 _STATIC = "_dynamo_static_input_type"
 
@@ -125,6 +129,11 @@ class _Writer(pickle.Pickler):
     def reducer_override(self, value: Any) -> Any:
         if isinstance(value, fx.Graph):
             return _graph, (tuple(map(self._kept, self._nodes(value))),)
+        if isinstance(value, RiverProgram) and value.plan.graph not in self._numbers:
+            self._leave_out_of(value)
+        if isinstance(value, DecoderPlan):
+            parts = {node: part for node, part in value.part_of.items() if node in self._nodes(value.graph)}
+            return DecoderPlan, (value.graph, value.blocks, parts, value.query_length, value.batch, value.token_axis)
         if isinstance(value, fx.Node):
             return _node, (value.graph, self._nodes(value.graph)[value])
         if isinstance(value, FakeTensor):
@@ -144,6 +153,17 @@ class _Writer(pickle.Pickler):
             raise NotStorable(f"a {type(value).__name__} is no part of a program")
         return NotImplemented
 
+    def _leave_out_of(self, program: RiverProgram) -> None:
+        """Leaves out of the traced graph of a program what nobody reads once it was rewritten."""
+        plan = program.plan
+        kept = {*program.slots, *program.returned, plan.graph.output_node()}
+        for block in plan.blocks:
+            kept |= {block.hidden_in, block.hidden_out, *block.kv.writes, *block.kv.lengths}
+        for writer in filter(mutated_inputs, plan.graph.nodes):
+            kept |= {writer, *writer.all_input_nodes, *map(memory_of, mutated_inputs(writer))}
+        numbered = enumerate(node for node in plan.graph.nodes if node in kept)
+        self._numbers[plan.graph] = {node: number for number, node in numbered}
+
     def _nodes(self, graph: fx.Graph) -> dict[fx.Node, int]:
         """Returns a graph's nodes with their numbers."""
         if graph not in self._numbers:
@@ -154,7 +174,7 @@ class _Writer(pickle.Pickler):
         if node.op in ("get_attr", "call_module"):
             raise NotStorable(f"{node.name} reads {node.target}")
         numbers = self._nodes(node.graph)
-        args, kwargs = map_arg((node.args, node.kwargs), lambda n: _Own(numbers[n]))
+        args, kwargs = map_arg((node.args, node.kwargs), lambda n: _Own(numbers[n]) if n in numbers else None)
         static = _STATIC in node.meta.get("tensor_dict", {})
         return node.op, node.target, args, dict(kwargs), node.name, node.meta.get("example_value"), static
 
