@@ -360,6 +360,22 @@ _PROMISES = (
         ("tests/twins/test_artifact.py",),
     ),
     Mutation(
+        "store-identity",
+        "river_compile/store/identity.py",
+        "parts += (name, type(module).__qualname__, _plain(held))",
+        "parts += (name, type(module).__qualname__)",
+        "a stored program runs for a model whose modules have other attributes",
+        ("tests/store/test_store.py::TestAnotherModel",),
+    ),
+    Mutation(
+        "store-unallocated",
+        "river_compile/upstream/transformers.py",
+        'all(getattr(layer, "keys", None) is not None for layer in cache.layers)',
+        "True",
+        "a prompt that allocates its cache is stored without that",
+        ("tests/store/test_store.py::TestASecondStart",),
+    ),
+    Mutation(
         "weights-count",
         "river_compile/twins/parameter_stamp.py",
         "(self._ids, self._stamps) != (other._ids, other._stamps)",
