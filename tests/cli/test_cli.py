@@ -332,6 +332,15 @@ class Typed(io.StringIO):
         return True
 
 
+@pytest.fixture
+def interruptible():
+    """Ctrl-C raises, also where whoever started the tests (a shell's background job, say) ignores it."""
+    before = signal.signal(signal.SIGINT, signal.default_int_handler)
+    yield
+    signal.signal(signal.SIGINT, before)
+
+
+@pytest.mark.usefixtures("interruptible")
 @pytest.mark.parametrize("quality", ["exact", "fast"])
 def test_ctrl_c_ends_an_answer_and_at_a_terminal_not_the_conversation(quality, tiny, capsys, monkeypatch):
     """The answer stands as far as it came, and the next one is as long as it was to be."""
