@@ -49,6 +49,7 @@ class GraphRecord:
         inputs: how the user's code names its inputs, in order.
         refusal: why it was not rewritten, empty where it was.
         matrices: names of all matmuls of which the model can have twins.
+        stored: whether it came from the store, and was not traced here.
         kind: "decode", "prefill", or "other" for a graph that was refused.
         cache: "static" or "dynamic".
         candidates: exit depths with a check.
@@ -71,6 +72,7 @@ class GraphRecord:
     inputs: tuple[str, ...] = ()
     refusal: str = ""
     matrices: tuple[str, ...] = ()
+    stored: bool = False
     kind: str = "other"
     cache: str = ""
     num_blocks: int = 0

@@ -146,7 +146,7 @@ def _rebuilt(
     owner = model()
     assert owner is not None, "the model that is being called is there"
     record.self_calibration.is_of(owner)
-    graph = GraphRecord(config, inputs=stored.inputs, matrices=stored.matrices)
+    graph = GraphRecord(config, inputs=stored.inputs, matrices=stored.matrices, stored=True)
     record.graphs.append(graph)
     return rebuild(stored.program, args, record, graph)
 

@@ -182,6 +182,7 @@ def _graph_dict(graph: GraphRecord) -> dict[str, object]:
     return {
         "kind": graph.kind,
         "cache": graph.cache,
+        "from_store": graph.stored,
         "refusal": graph.refusal,
         "blocks": graph.num_blocks,
         "criterion": graph.config.criterion,
@@ -218,7 +219,8 @@ def graph_lines(graph: GraphRecord) -> Iterator[str]:
     config = graph.config
     decides = graph.kind == "decode" and config.exit_depth is None
     seconds = ", ".join(f"{stage} {s:.1f} s" for stage, s in graph.seconds.items())
-    yield f"  {graph.kind:<14} {graph.num_blocks} blocks, {graph.cache} cache; {seconds}"
+    stored = ", from the store" if graph.stored else ""
+    yield f"  {graph.kind:<14} {graph.num_blocks} blocks, {graph.cache} cache{stored}; {seconds}"
     yield f"    segments     {', '.join(f'{c.name} x{c.uses}' for c in graph.compiled)}"
     if decides and config.threshold is not None:
         yield f"    criterion    {config.criterion}, threshold {threshold_text(config.threshold)}"

@@ -78,7 +78,8 @@ class TestASecondStart:
         second, none, found = start()
         assert none == 0
         assert torch.equal(first[1], second)
-        assert "rewriting" not in {stage for graph in found.graphs for stage in graph.seconds}
+        assert {graph.stored for graph in found.graphs} == {True}
+        assert "prefill        3 blocks, static cache, from the store;" in str(found)
         assert {twin.artifact for graph in found.graphs for twin in graph.twins} == {
             str(next(used.glob("twins-*/packed")))
         }
