@@ -22,6 +22,7 @@ from types import CodeType, FunctionType
 import torch
 from torch import nn
 from transformers import PreTrainedConfig, PreTrainedModel
+from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS
 
 import river_compile
 from river_compile import kernels, passes
@@ -73,18 +74,24 @@ def _plain(held: Mapping[str, object]) -> list[tuple[str, object]]:
     """Returns attributes that traced code may read as they are; of a function that was put there, its code."""
     found: list[tuple[str, object]] = []
     for name, value in held.items():
-        if type(value) in _PLAIN or (isinstance(value, (tuple, list)) and all(type(v) in _PLAIN for v in value)):
+        if _is_plain(value):
             found.append((name, value))
         elif isinstance(value, FunctionType):
             found.append((name, value.__code__.co_code))
     return found
 
 
+def _is_plain(value: object) -> bool:
+    if isinstance(value, (tuple, list)):
+        return all(map(_is_plain, value))
+    return all(map(_is_plain, value.values())) if type(value) is dict else type(value) in _PLAIN
+
+
 def _settings(config: PreTrainedConfig) -> list[object]:
     held = vars(config)
     inner = [_settings(value) for value in held.values() if isinstance(value, PreTrainedConfig)]
-    dicts = [(name, repr(value)) for name, value in held.items() if isinstance(value, dict)]
-    return [_plain(held), dicts, inner]
+    attention = ALL_ATTENTION_FUNCTIONS.get(config._attn_implementation)  # (which anybody may register)
+    return [_plain(held), inner, getattr(getattr(attention, "__code__", None), "co_code", None)]
 
 
 @functools.cache

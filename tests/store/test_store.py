@@ -13,6 +13,7 @@ from pathlib import Path
 import pytest
 import torch
 from torch._dynamo.utils import counters
+from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS
 from transformers.models.llama import modeling_llama
 
 from river_compile import accelerate, report, restore
@@ -122,6 +123,7 @@ class TestASecondStart:
 CHANGES = {
     "a setting": lambda model: setattr(model.config, "rms_norm_eps", 1e-3),
     "an attribute of a module": lambda model: setattr(model.model.layers[1].self_attn, "scaling", 0.5),
+    "a dict of a module": lambda model: setattr(model.model.layers[1].self_attn, "scales", {"a": [1.0, 2.0]}),
     "a dtype": lambda model: model.bfloat16(),
     "a shape": lambda model: model.resize_token_embeddings(130),
     "attention": lambda model: setattr(model.config, "_attn_implementation", "eager"),
@@ -170,6 +172,12 @@ class TestAnotherModel:
         assert identity_of(model, "") == identity_of(other, "") != identity_of(other, "other options")
         change(other)
         assert identity_of(other, "") not in (None, identity_of(model, ""))
+
+    def test_has_another_identity_with_another_attention_of_the_same_name(self, monkeypatch):
+        model = make("llama", layers=2)
+        before = identity_of(model, "")
+        monkeypatch.setitem(ALL_ATTENTION_FUNCTIONS, model.config._attn_implementation, lambda *args, **kwargs: args)
+        assert identity_of(model, "") not in (None, before)
 
     @pytest.mark.parametrize("library", ["torch", "transformers"])
     def test_has_another_identity_with_another_version(self, library, monkeypatch):
