@@ -74,7 +74,7 @@ def _plain(held: Mapping[str, object]) -> list[tuple[str, object]]:
     """Returns attributes that traced code may read as they are; of a function that was put there, its code."""
     found: list[tuple[str, object]] = []
     for name, value in held.items():
-        if _is_plain(value):
+        if type(value) in _PLAIN or _is_plain(value):
             found.append((name, value))
         elif isinstance(value, FunctionType):
             found.append((name, value.__code__.co_code))

@@ -8,9 +8,10 @@ Not handled (a :class:`NotStorable`): graphs with inputs from elsewhere.
 
 from __future__ import annotations
 
+import functools
 import operator
 import re
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any, Literal, NamedTuple
 
@@ -119,19 +120,36 @@ class StoredPass:
             cache: the KV cache among them.
         """
         call, sizes = dict(named(inputs)), dict[sympy.Symbol, sympy.Integer]()
-        args: list[Any] = [_read(source, model, cache, call) for source in self.sources]
-        for node, arg, source in zip(self.program.inputs, args, self.sources, strict=True):
-            if source.kind != "size" and not _fits(value_of(node), arg, sizes):
+        args: list[Any] = [None] * len(self.sources)
+        for number, parameter in self._parameters:  # (which are what they were, as the model's identity is)
+            args[number] = parameter(model)
+        for number in self._others:
+            source, example = self.sources[number], self._examples[number]
+            args[number] = arg = _read(source, cache, call)
+            if source.kind != "size" and not _fits(example, arg, sizes):
                 return None
-        for number, (node, source) in enumerate(zip(self.program.inputs, self.sources, strict=True)):
-            if source.kind == "size":
-                size = value_of(node)  # (a number where Dynamo found that it is always the same)
+        for number in self._others:
+            if self.sources[number].kind == "size":
+                size = self._examples[number]  # (a number where Dynamo found that it is always the same)
                 if isinstance(size, torch.SymInt):
                     size = size.node.expr.xreplace(sizes)
                     if not size.is_Integer:
                         return None
                 args[number] = int(size)
         return args if all(condition.holds(sizes) for condition in self.conditions) else None
+
+    @functools.cached_property
+    def _parameters(self) -> list[tuple[int, Callable[[nn.Module], Any]]]:
+        found = ((number, source) for number, source in enumerate(self.sources) if source.kind == "model")
+        return [(number, operator.attrgetter(source.name)) for number, source in found]
+
+    @functools.cached_property
+    def _others(self) -> list[int]:
+        return [number for number, source in enumerate(self.sources) if source.kind != "model"]
+
+    @functools.cached_property
+    def _examples(self) -> list[Any]:
+        return [value_of(node) for node in self.program.inputs]
 
 
 def _source(node: fx.Node, arg: Any, name: str, known: Mapping[int, Source]) -> Source:
@@ -143,10 +161,8 @@ def _source(node: fx.Node, arg: Any, name: str, known: Mapping[int, Source]) -> 
     raise NotStorable(f"it is not known where {name} comes from")
 
 
-def _read(source: Source, model: nn.Module, cache: Cache, call: Mapping[Any, Any]) -> Any:
-    """Returns an input, None where there is none."""
-    if source.kind == "model":
-        return operator.attrgetter(source.name)(model)
+def _read(source: Source, cache: Cache, call: Mapping[Any, Any]) -> Any:
+    """Returns an input that is no parameter, None where there is none."""
     if source.kind == "cache":
         return getattr(cache.layers[source.layer], source.name, None) if source.layer < len(cache.layers) else None
     return call.get(source.name)
