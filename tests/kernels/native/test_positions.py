@@ -20,14 +20,20 @@ pytestmark = pytest.mark.usefixtures("restored")
 
 
 @ISAS
-@given(st.data(), st.integers(1, 3), st.integers(2, 16), st.sampled_from((24, CHUNK + 40)), st.sampled_from(DTYPES))
-@examples(12)
-def test_few_positions_attend_as_each_does_alone(isa, data, batch, positions, slots, dtype):
+@pytest.mark.parametrize("causal", [False, True])
+@given(
+    data=st.data(),
+    batch=st.integers(1, 3),
+    positions=st.integers(2, 16),
+    slots=st.sampled_from((24, CHUNK + 40)),
+    dtype=st.sampled_from(DTYPES),
+)
+@examples(6)
+def test_few_positions_attend_as_each_does_alone(isa, causal, data, batch, positions, slots, dtype):
     load.load(isa)
     seed, softcap = data.draw(st.integers(0, 2**20)), data.draw(st.sampled_from((0.0, 3.0)))
     q = torch.randn(batch, positions, 6, 24, generator=torch.Generator().manual_seed(seed)).to(dtype)
     _, k, v = inputs(batch, 6, 2, slots, 24, dtype, seed)
-    causal = data.draw(st.booleans())
     of_each = data.draw(st.booleans())
     mask = torch.stack([data.draw(masks(batch if of_each else 1, slots)) for _ in range(positions)], 1)[:, None]
     if causal:
