@@ -80,6 +80,19 @@ def test_one_query_position(isa, case, runs, threads):
 
 
 @ISAS
+@pytest.mark.parametrize("threads", [1, 3])
+def test_the_chunks_of_a_long_cache_are_put_together(isa, threads):
+    """Each has a maximum of its own, and weighs by it."""
+    load.load(isa)
+    torch.set_num_threads(threads)
+    q, k, v = inputs(2, 4, 2, 3 * CHUNK - 5, 16, torch.float32, 7)
+    k[:, :, CHUNK : 2 * CHUNK] *= 3
+    out = called(native.decode_attention, q, k, v, None, 1.0, 0.0)
+    expected = reference.attention(q, k, v, scale=1.0)
+    assert_rounded(out, expected, v.double().abs().amax((1, 2, 3))[:, None, None].expand(expected.shape))
+
+
+@ISAS
 @given(
     st.data(), st.sampled_from(("bool", -math.inf, "least", "half")), st.sampled_from(DTYPES), st.sampled_from(DTYPES)
 )
