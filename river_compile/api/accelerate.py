@@ -132,11 +132,15 @@ def accelerate(
     else:
         generate_exactly(model, exact_mode, config)
     vars(model)["_compiled_call_impl"] = call
+    _use_store(model, config, store)
+    return model
+
+
+def _use_store(model: PreTrainedModel, config: RiverConfig, store: bool) -> None:
     record = record_of(model.parameters())
     record.twins.stores = store
     rebuilt = functools.partial(_rebuilt, weakref.ref(model), record, config)
     record.programs = Programs(config, rebuilt) if store else None
-    return model
 
 
 def _rebuilt(
