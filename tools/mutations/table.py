@@ -277,7 +277,7 @@ _EXACT = (
         ("tests/decoding/test_exact_loop.py",),
     ),
     Mutation(
-        "sampling-quiet_warnings",
+        "sampling-noise",
         "river_compile/decoding/sampling.py",
         "scores_NV.softmax(-1) / noise_NV",
         "scores_NV.softmax(-1) * noise_NV",
