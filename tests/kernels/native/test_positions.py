@@ -64,7 +64,7 @@ def masks_of_many(draw, batch: int, positions: int, slots: int) -> torch.Tensor:
     positions=st.sampled_from((17, 32, 49, 70)),
     slots=st.sampled_from((1, 7, 64, 65, 200)),
     dim=st.sampled_from(NATIVE_DIMS),
-    kind=st.sampled_from(("none", "causal", "bool", "-inf", "least", "quiet_warnings")),
+    kind=st.sampled_from(("none", "causal", "bool", "-inf", "least", "noise")),
     layout=st.tuples(st.sampled_from((0, 3)), st.booleans()),
     threads=st.integers(1, 3),
 )
@@ -81,9 +81,9 @@ def test_many_positions(isa, data, batch, heads, positions, slots, dim, kind, la
     live = {"none": live, "causal": live.tril()}.get(kind)
     live = data.draw(masks_of_many(of, positions, slots)) if live is None else live
     mask, added = {"none": None, "causal": None}.get(kind, live), torch.zeros(live.shape)
-    if kind in ("-inf", "least", "quiet_warnings"):
+    if kind in ("-inf", "least", "noise"):
         mask_dtype = data.draw(st.sampled_from(DTYPES))
-        added = torch.randn(live.shape, generator=torch.Generator().manual_seed(seed)) * (kind == "quiet_warnings")
+        added = torch.randn(live.shape, generator=torch.Generator().manual_seed(seed)) * (kind == "noise")
         least = -math.inf if kind == "-inf" else torch.finfo(mask_dtype).min
         mask, added = added.to(mask_dtype).masked_fill(~live, least), added.to(mask_dtype)
     live, added = (x.expand(batch, positions, slots) for x in (live, added))
