@@ -17,7 +17,7 @@ from tests.support.examples import register_profiles
 register_profiles()
 
 # What one test built must not change what another one does; those of the store give it a folder of their own. (With a
-# folder in RIVER_TEST_STORE all tests share one: those that count graphs or warnings fail then, and no text may differ.)
+# folder in RIVER_TEST_STORE all tests share one: those that count graphs may fail then, and no text may differ.)
 os.environ["RIVER_COMPILE_STORE"] = os.environ.get("RIVER_TEST_STORE", "0")
 
 # Processes that test side by side share the cores: threads of two that wait for each other cost more than they bring.
