@@ -162,7 +162,7 @@ class ModelRecord:
     def write_programs(self) -> None:
         """Writes what was traced and learned, for other processes."""
         if self.programs is not None:
-            self.programs.write(self.drafts.to_json())
+            self.programs.write(self.drafts.to_json)
 
     def add(self, graph: GraphRecord, limit: int) -> None:
         """Adds a graph that Dynamo is about to keep. Where it keeps `limit` of them, those of other options give way.

@@ -101,7 +101,7 @@ class RewindableCache:
 
     def phase(self, width: int) -> tuple[tuple[bool, bool], ...]:
         """Returns, for each size of window, whether it is full before and after a pass of this width."""
-        return _phase(self._sizes, self.filled, width) if self._sizes else ()
+        return _phase(self._sizes, self.filled, width)
 
     @property
     def can_part(self) -> bool:

@@ -65,9 +65,9 @@ class Session:
 
     Attributes:
         widths: query lengths at which the backbone may verify drafts, ascending from 1.
-        record, cache, stats, sequences, times, ranks: the model's record, the KV cache, what counts the model's cycles,
-            what tells its sequences apart, how long its passes take, and the ranks that share it, from
-            :meth:`prefill` on.
+        record: of the model.
+        cache, stats, sequences, times, ranks: the KV cache, what counts the model's cycles, what tells its sequences
+            apart, how long its passes take, and the ranks that share it, from :meth:`prefill` on.
     """
 
     cache: Cache
@@ -76,6 +76,7 @@ class Session:
 
     def __init__(self, model: PreTrainedModel, lent: BorrowedCache, depth: int | None = None) -> None:
         self.model, self.lent, self.depth = model, lent, depth
+        self.record = record_of(model.parameters())
         self.widths: tuple[int, ...] = (1,)
         self._graph: GraphRecord | None = None
         self._tokens: DraftVocab | None = None
@@ -85,7 +86,7 @@ class Session:
     def prefill(self, ids_BS: Tensor, config: GenerationConfig) -> Tensor:
         """Runs the prompt ``[B, S]`` and returns the logits that the model gives: of every position, or of the last."""
         model, kwargs = self.model, self.lent.kwargs
-        self.record = record = record_of(model.parameters())
+        record = self.record
         inputs = self._prompt_inputs(ids_BS, config)
         if inputs is None:
             with graph_calls() as calls, forced_depth(self.depth):  # (a prompt of one token is a decode step)
@@ -106,7 +107,7 @@ class Session:
     @contextlib.contextmanager
     def told_if_compiled(self, rows: int) -> Iterator[None]:
         """Warns, once for a model, if its body waits for graphs since no batch of so many rows has run before."""
-        record, start = record_of(self.model.parameters()), time.perf_counter()
+        record, start = self.record, time.perf_counter()
         graphs, others = len(record.graphs), record.drafts.times.keys() - {rows}
         yield
         if others and len(record.graphs) > graphs and not record.told_of_batches:

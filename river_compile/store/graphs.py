@@ -75,6 +75,7 @@ class _Reading:
         self._shapes = ShapeEnv()
         self._mode = FakeTensorMode(shape_env=self._shapes)
         self.owner = nn.Module()
+        self.nodes: dict[fx.Graph, list[fx.Node]] = {}
         self._symbols: dict[sympy.Symbol, sympy.Symbol] = {}
         self._numbers: dict[sympy.Expr, torch.SymInt] = {}
         self._tensors: dict[_Example, FakeTensor] = {}
@@ -180,8 +181,9 @@ class _Writer(pickle.Pickler):
 
 
 def _graph(kept: tuple) -> fx.Graph:
-    graph = fx.Graph(owning_module=_reading.get().owner)
-    nodes: list[fx.Node] = []
+    reading = _reading.get()
+    graph = fx.Graph(owning_module=reading.owner)
+    nodes = reading.nodes[graph] = []
     for op, target, args, kwargs, name, example, static in kept:
         node = graph.create_node(op, target, _with_nodes(args, nodes), _with_nodes(kwargs, nodes), name)
         if example is not None:
@@ -212,11 +214,7 @@ def _with_nodes(value: Any, nodes: list[fx.Node]) -> Any:
 
 
 def _node(graph: fx.Graph, number: int) -> fx.Node:
-    nodes = graph.__dict__.get("river_nodes")
-    if nodes is None:
-        nodes = graph.__dict__["river_nodes"] = list(graph.nodes)
-    found: fx.Node = nodes[number]
-    return found
+    return _reading.get().nodes[graph][number]
 
 
 def _size(size: int | torch.SymInt) -> _Size:

@@ -140,8 +140,8 @@ class Programs:
             entry.damaged(_LEARNED, error)
             return None
 
-    def write(self, learned: Any) -> None:
-        """Writes, at the end of a call, what is to be stored; of what was `learned` that of calls 1, 2, 4, 8 ..."""
+    def write(self, learned: Callable[[], Any]) -> None:
+        """Writes, at the end of a call, what is to be stored, and after calls 1, 2, 4, 8 ... what was `learned`."""
         with self._lock:
             new, self._new = self._new, []
             self._calls += 1
@@ -157,7 +157,7 @@ class Programs:
                 continue
             entry.write(f"{signature}-{hashlib.sha256(content).hexdigest()[:16]}{_ENDING}", content)
         if due:
-            entry.write(_LEARNED, json.dumps(learned).encode(), anew=True)
+            entry.write(_LEARNED, json.dumps(learned()).encode(), anew=True)
         if new or due:
             keep_bound()
 

@@ -226,10 +226,10 @@ class TwinRegistry:
         self, maker: Maker, sites: Sequence[TwinLinear], sources: Mapping[TwinLinear, Sources], statistics: Statistics
     ) -> dict[TwinLinear, TwinWeight]:
         """Packs products, unless an earlier process has left them in the store."""
-        told = (
+        apart = (
             not self.stores or maker.artifact is not None or statistics.observed is not None or statistics.ranks.several
         )
-        if told or not sites or not enabled():
+        if apart or not sites or not enabled():
             return self._make(maker, sites, sources, statistics)
         _in_threads(lambda site: sources[site].digest, sites)
         self._stored = StoredTwins(sites, sources, maker.config)

@@ -13,7 +13,7 @@ import json
 import math
 import shutil
 import warnings
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import asdict
 from pathlib import Path
 
@@ -40,11 +40,11 @@ class StoredTwins:
     """
 
     def __init__(
-        self, linears: Iterable[TwinLinear], sources: Mapping[TwinLinear, Sources], config: RiverConfig
+        self, linears: Sequence[TwinLinear], sources: Mapping[TwinLinear, Sources], config: RiverConfig
     ) -> None:
         made_from = sorted((x.name, x.group_size, x.scales_inputs, sources[x].digest) for x in linears)
         identity = hashlib.sha256(repr((VERSION, config.quantizer, made_from)).encode()).hexdigest()
-        size = sum(math.prod(x.shape) for x in sources) / 1e6
+        size = sum(math.prod(x.shape) for x in linears) / 1e6
         about = f"twins by {config.quantizer}, {len(made_from)} matrices of {size:.0f}M weights"
         self._entry = Entry(f"twins-{identity[:40]}", about)
 
