@@ -26,8 +26,8 @@ FOLDER = Path(".test_time")
 # Where a cause begins and ends: (cause, module, attribute).
 _CAUSES = [
     ("Dynamo", "torch._dynamo.convert_frame", "_compile"),
-    ("River's build", "river_compile.backend", "_build"),
     ("Inductor", "torch._inductor.compile_fx", "compile_fx"),
+    ("River's build", "river_compile.backend", "build"),
     ("River's C++ builds", "river_compile.kernels.native.build", "_run"),
     ("Triton's interpreter", "triton.runtime.interpreter", "GridExecutor.__call__"),
     ("Triton's compiler", "triton.compiler.compiler", "compile"),

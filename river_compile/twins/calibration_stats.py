@@ -82,6 +82,9 @@ class ExpertMoments:
         return torch.stack([moments.matrix() * (moments.tokens / total) for moments in reached]).sum(0)
 
 
+Moments = InputMoments | ExpertMoments
+
+
 class Observation:
     """Calibration statistics of a model: the second moments of its matrices' inputs; see :func:`observe`.
 
@@ -109,7 +112,7 @@ class Observation:
         """A description of the observed text."""
         return f"{self.tokens} tokens that the model sampled" if self.own else f"{self.tokens} observed tokens"
 
-    def moments_of(self, weight: Tensor) -> InputMoments | ExpertMoments | None:
+    def moments_of(self, weight: Tensor) -> Moments | None:
         """Returns the moments of a parameter's inputs, of each expert's for a stack; None if no text reached it."""
         return self.moments.get(weight)
 

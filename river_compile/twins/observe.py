@@ -1,9 +1,9 @@
-"""Calibration statistics for "awq" and "gptq": records what each matrix of a model reads in some texts.
+"""Calibration statistics for "awq" and "gptq": what each matrix of a model reads in some texts.
 
-Texts run through the model as it is, never through compiled code, one after another. Every product of an input with a
-two-dimensional parameter is seen where it happens, and the input's second moments are kept under that parameter, as
-long as it lives. Experts that are stacked in one parameter run one after another meanwhile, and each has moments of its
-own.
+Texts run through the model as it is, never through compiled code. Every product of an input with a two-dimensional
+parameter is seen where it happens. Experts that are stacked in one parameter run one after another meanwhile, and each
+has moments of its own. :func:`record` keeps the moments of all matrices, over any number of texts; :func:`visit` hands
+those of each matrix over in the middle of one forward pass, so that nobody holds the moments of more than a few.
 """
 
 from __future__ import annotations
@@ -19,7 +19,7 @@ from torch import Tensor, nn
 from tqdm import tqdm
 
 from river_compile.errors import OptionError
-from river_compile.twins.calibration_stats import ExpertMoments, InputMoments, Observation, Products
+from river_compile.twins.calibration_stats import ExpertMoments, InputMoments, Moments, Observation, Products
 from river_compile.twins.sampling import everything_counts
 from river_compile.upstream.dynamo import uncompiled_forward
 from river_compile.upstream.tensors import version_of
@@ -40,6 +40,23 @@ def record(model: nn.Module, windows: Iterable[Tensor], *, own: bool = False, pr
                 forward(input_ids=ids.to(device), use_cache=False, **everything_counts(model, ids.to(device)))
             observation.tokens += ids.numel()
     return observation
+
+
+@torch.no_grad()
+def visit(model: nn.Module, ids_BT: Tensor, weights: Iterable[Tensor], see: Callable[[Tensor, Moments], None]) -> None:
+    """Runs token ids through a model until it has read these matrices, and calls `see` with the moments of each.
+
+    The logits are never computed. A matrix that the model reads several times is seen the first time; one that it does
+    not read, or an expert's, not at all.
+
+    Raises:
+        Exception: whatever the model or `see` raises.
+    """
+    visitor, device = _Visitor(model.parameters(), weights, see), next(model.parameters()).device
+    ids_BT = ids_BT.to(device)
+    with one_expert_at_a_time(model), contextlib.suppress(_AllSeen), visitor:
+        uncompiled_forward(model)(input_ids=ids_BT, use_cache=False, **everything_counts(model, ids_BT))
+        visitor.see_stacks()
 
 
 @contextlib.contextmanager
@@ -128,3 +145,49 @@ class _Recorder(Products):
             moments = self._observation.moments[weight] = InputMoments(x.shape[-1])
         moments.add(x)
         self._last = (x, version_of(x), moments)
+
+
+class _AllSeen(BaseException):
+    """Ends a forward pass. (No error: the code of any model may catch those.)"""
+
+
+class _Visitor(Products):
+    """Hands over the moments of each wanted matrix when the model reads it; see :func:`visit`."""
+
+    def __init__(
+        self, parameters: Iterable[Tensor], weights: Iterable[Tensor], see: Callable[[Tensor, Moments], None]
+    ) -> None:
+        super().__init__(parameters)
+        self._wanted = {id(weight) for weight in weights}
+        self._stacks_met: dict[int, tuple[Tensor, ExpertMoments]] = {}
+        self._see = see
+
+    def meets(self, x: Tensor, parameter: Tensor, index: int) -> None:
+        if parameter.dim() == 3:
+            self._meets_expert(x, parameter, index)
+            return
+        self.see_stacks()  # (all experts of a block have run when the next matrix is read)
+        if id(parameter) in self._wanted:
+            moments = InputMoments(x.shape[-1])
+            moments.add(x)
+            self._hand_over(parameter, moments)
+
+    def _meets_expert(self, x: Tensor, stack: Tensor, expert: int) -> None:
+        if id(stack) not in self._wanted:
+            return
+        met = self._stacks_met.setdefault(id(stack), (stack, ExpertMoments(len(stack), x.shape[-1])))
+        if x.numel():
+            met[1].add(expert, x)
+
+    def see_stacks(self) -> None:
+        """Hands over the moments of experts that have all run."""
+        met, self._stacks_met = self._stacks_met, {}
+        for stack, moments in met.values():
+            if moments.nbytes:
+                self._hand_over(stack, moments)
+
+    def _hand_over(self, parameter: Tensor, moments: Moments) -> None:
+        self._wanted.remove(id(parameter))
+        self._see(parameter, moments)
+        if not self._wanted:
+            raise _AllSeen

@@ -17,12 +17,11 @@ from river_compile.kernels.quant.grid import QuantizedWeight
 from river_compile.kernels.quant.layouts import PackedLinear, pack, pack_stack
 from river_compile.passes.program import TwinLinear
 from river_compile.twins.artifact import Artifact
-from river_compile.twins.calibration_stats import ExpertMoments, InputMoments, Observation
+from river_compile.twins.calibration_stats import ExpertMoments, InputMoments, Moments, Observation
 from river_compile.twins.packed import Quantized, TwinWeight, extras_of, quantize_site, quantize_stack
 from river_compile.twins.parameter_stamp import HeldSources, ParameterStamp, Sources
 
 UNOBSERVED = "hqq"  # what looks at weights alone, for those without statistics
-Moments = InputMoments | ExpertMoments
 Known = Quantized | Moments | None  # of a product, before it is quantized
 
 
@@ -34,7 +33,7 @@ class Maker:
         config: its `quantizer` and `artifact` say how.
         artifact: what is read instead of made.
         number: distinguishes the statistics that it was made to use.
-        observation: what the matrices read, None where that is not known, or not asked for yet.
+        observation: what the matrices read, where that was recorded before.
     """
 
     config: RiverConfig
@@ -57,7 +56,7 @@ class Maker:
         return self.artifact is None and self.config.quantizer in OBSERVING
 
     def look_up(self, site: TwinLinear, sources: Sources) -> Known:
-        """Returns the artifact's entry of a matmul, or the moments of its inputs if they are asked for."""
+        """Returns the artifact's entry of a matmul, or the recorded moments of its inputs, None if there are none."""
         quantizer = self.config.quantizer
         if self.artifact is not None:
             return self.artifact.find(site, quantizer, sources.digest)
@@ -74,7 +73,7 @@ class Maker:
 
     def make(self, site: TwinLinear, sources: Sources, known: Known) -> TwinWeight:
         """Quantizes, or reads, and packs a linear."""
-        made = _made(site, sources, self.config.quantizer, known, self.observation)
+        made = _made(site, sources, self.config.quantizer, known)
         return replace(made, key=self.key(site), artifact=self.origin)
 
 
@@ -83,10 +82,9 @@ def needs_moments(site: TwinWeight) -> bool:
     return site.asked in OBSERVING
 
 
-def made_again(site: TwinWeight, sources: Sources, observation: Observation | None) -> TwinWeight:
+def made_again(site: TwinWeight, sources: Sources, known: Known) -> TwinWeight:
     """Returns a new packing of a matmul from its current parameters, which no artifact has."""
-    known = None if observation is None else observation.moments_of(sources.weights[0])
-    return _made(site.linear, sources, site.asked, known if needs_moments(site) else None, observation)
+    return _made(site.linear, sources, site.asked, known)
 
 
 @torch.no_grad()
@@ -95,13 +93,10 @@ def _made(
     sources: Sources,
     asked: str,
     known: Known,
-    observation: Observation | None,
 ) -> TwinWeight:
     """Packs a product from a known grid, or quantizes it with what is known of its inputs."""
     held, stamp, digest = HeldSources(sources), ParameterStamp(sources.tensors), sources.digest
     found = known if isinstance(known, Quantized) else _quantized(linear, sources, asked, known)
-    if observation is not None and found.output_sqnr is not None and not isinstance(known, Quantized):
-        found = replace(found, statistics=observation.source)
     device = sources.weights[0].device
     scale = None if found.input_scale is None else found.input_scale.to(device)
     return TwinWeight(

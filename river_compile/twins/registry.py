@@ -12,10 +12,12 @@ compiled code and captured graphs hold.
 
 from __future__ import annotations
 
+import functools
 import logging
 import threading
 import time
 import warnings
+from collections import defaultdict
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import contextmanager
@@ -35,10 +37,10 @@ from river_compile.kernels.quant.grid import threads_for
 from river_compile.passes.program import TwinLinear
 from river_compile.store.folder import enabled
 from river_compile.twins.artifact import FILE, Artifact, write_missing
-from river_compile.twins.calibration_stats import Observation
-from river_compile.twins.packed import TwinWeight
+from river_compile.twins.calibration_stats import Moments, Observation
+from river_compile.twins.packed import Quantized, TwinWeight
 from river_compile.twins.parameter_stamp import ParameterStamp, Sources
-from river_compile.twins.quantize import UNOBSERVED, Maker, made_again, needs_moments
+from river_compile.twins.quantize import UNOBSERVED, Known, Maker, made_again, needs_moments
 from river_compile.twins.self_calibration import SelfCalibration
 from river_compile.twins.stored import StoredTwins
 from river_compile.twins.twin_kl import TwinLoss
@@ -46,6 +48,7 @@ from river_compile.twins.twin_kl import TwinLoss
 log = logging.getLogger("river_compile.twins")
 T = TypeVar("T")
 R = TypeVar("R")
+_TOGETHER = 4  # products for each thread: those of a block or two, so that no thread waits long
 
 
 def changed_since(name: str) -> str:
@@ -70,10 +73,10 @@ class Statistics:
         """A number of the observation, whether it is still there or not."""
         return 0 if self.observed is None else self.observed.number
 
-    def get(self, *, anew: bool = False) -> Observation | None:
-        """Returns them, None if there are none; `anew`: of weights that changed, where it is text of its own."""
-        there = self.observed is not None and self.observed.moments
-        return self.observed if there else self.own.observation(anew=anew)
+    @property
+    def recorded(self) -> Observation | None:
+        """Returns what was recorded beforehand; None where the model reads text of its own while it is packed."""
+        return self.observed if self.observed is not None and self.observed.moments else None
 
 
 class TwinRegistry:
@@ -185,10 +188,13 @@ class TwinRegistry:
             alike = _in_threads(lambda pair: pair[0].stands_for(pair[1], thorough=thorough), pairs)
             changed = [pair for pair, same in zip(pairs, alike, strict=True) if not same]
             unneeded = statistics.ranks.every(not any(needs_moments(site) for site, _ in changed))
-            observation = None if unneeded else statistics.get(anew=True)
-            threads = threads_for(changed[0][1].weights[0]) if changed else None
-            what = "packing changed weights as"
-            made = _in_threads(lambda pair: made_again(*pair, observation), changed, what, threads)
+            recorded = None if unneeded else statistics.recorded
+            known = [
+                recorded.moments_of(sources.weights[0]) if recorded is not None and needs_moments(site) else None
+                for site, sources in changed
+            ]
+            own = functools.partial(statistics.own.visit, anew=True) if recorded is None and not unneeded else None
+            made = _packed(changed, known, recorded, made_again, "packing changed weights as", own)
             for (site, _), new in zip(changed, made, strict=True):
                 site.become(new)
             if changed:
@@ -211,7 +217,7 @@ class TwinRegistry:
         there = statistics.ranks.every((Path(config.artifact or "") / FILE).exists())
         if there or not sites or not maker.needs_statistics:
             return statistics
-        return replace(statistics, observed=statistics.get())
+        return replace(statistics, observed=statistics.recorded or statistics.own.observation())
 
     def _open(self, config: RiverConfig, make: Callable[[], Sequence[TwinWeight]]) -> Artifact:
         """Returns the artifact that the options name, made where it is missing and the options say so."""
@@ -247,13 +253,16 @@ class TwinRegistry:
         self, maker: Maker, sites: Sequence[TwinLinear], sources: Mapping[TwinLinear, Sources], statistics: Statistics
     ) -> dict[TwinLinear, TwinWeight]:
         """Packs products; each is looked up before the first is packed, since an artifact fits as a whole or not."""
+        own = None
         if sites and maker.needs_statistics:
-            maker, self._not_judged = replace(maker, observation=statistics.get()), True
-        jobs = _in_threads(lambda site: (site, sources[site], maker.look_up(site, sources[site])), sites)
-        threads = threads_for(sources[sites[0]].weights[0]) if sites else None
-        if threads == 1:  # (hashing is the host's work: it needs no memory of the device)
-            _in_threads(lambda site: sources[site].digest, sites)
-        return dict(zip(sites, _in_threads(lambda job: maker.make(*job), jobs, "packing", threads), strict=True))
+            maker, self._not_judged = replace(maker, observation=statistics.recorded), True
+            own = statistics.own.visit if maker.observation is None else None
+        pairs = [(site, sources[site]) for site in sites]
+        known = _in_threads(lambda pair: maker.look_up(*pair), pairs)
+        if sites and threads_for(sources[sites[0]].weights[0]) == 1:  # (hashing needs no memory of the device)
+            _in_threads(lambda pair: pair[1].digest, pairs)
+        made = _packed(pairs, known, maker.observation, maker.make, "packing", own)
+        return dict(zip(sites, made, strict=True))
 
     def _find(self, site: TwinLinear, sources: Sources, maker: Maker) -> TwinWeight | None:
         made: TwinWeight | None = self._packed.get(sources.weights[0], {}).get(maker.key(site))
@@ -286,18 +295,91 @@ class TwinRegistry:
         log.info("%s", message)
 
 
-def _in_threads(function: Callable[[T], R], jobs: Sequence[T], what: str = "", threads: int | None = None) -> list[R]:
-    """Maps in so many threads (None: torch's number), under a progress bar with a title where it may take long."""
-    title = f"river: {what} 4-bit twins" if what else None
-    with (
-        ThreadPoolExecutor(threads or max(1, torch.get_num_threads())) as pool,
-        tqdm(total=len(jobs), desc=title, unit="matrix", leave=False, delay=1, disable=not what) as bar,
-    ):
+class _Threads:
+    """Calls functions in so many threads (None: torch's number), under a progress bar where there is a title."""
+
+    def __init__(self, total: int, what: str = "", threads: int | None = None) -> None:
+        title = f"river: {what} 4-bit twins" if what else None
+        self.number = threads or max(1, torch.get_num_threads())
+        self._pool = ThreadPoolExecutor(self.number)
+        self._bar = tqdm(total=total, desc=title, unit="matrix", leave=False, delay=1, disable=not what)
+
+    def __enter__(self) -> _Threads:
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        self._pool.shutdown()
+        self._bar.close()
+
+    def map(self, function: Callable[[T], R], jobs: Iterable[T]) -> list[R]:
         results = []
-        for result in pool.map(function, jobs):
+        for result in self._pool.map(function, jobs):
             results.append(result)
-            bar.update()
+            self._bar.update()
         return results
+
+
+def _in_threads(function: Callable[[T], R], jobs: Sequence[T]) -> list[R]:
+    with _Threads(len(jobs)) as threads:
+        return threads.map(function, jobs)
+
+
+def _packed(
+    pairs: Sequence[tuple[T, Sources]],
+    known: Sequence[Known],
+    recorded: Observation | None,
+    make: Callable[[T, Sources, Known], TwinWeight],
+    what: str,
+    read: Callable[[Sequence[Tensor], Callable[[Tensor, Moments], None]], str] | None,
+) -> list[TwinWeight]:
+    """Packs products in threads, in the order in which the model reads them where it is to.
+
+    Args:
+        pairs: the products, each with its parameters.
+        known: what is known of each.
+        recorded: where moments among that are from.
+        make: packs one.
+        what: says what goes on.
+        read: has the model read matrices (those given), calls back with the moments of each, and returns what was read.
+            Products are packed some at a time, in the middle of that, so that few moments are held at once.
+    """
+    if not pairs:
+        return []
+    made: dict[int, TwinWeight] = {}
+    waiting: list[tuple[int, Known]] = []
+    failed: list[Exception] = []
+    numbers = defaultdict[int, list[int]](list)  # by the matrix that stands for all of a product
+    for number, (_, sources) in enumerate(pairs):
+        numbers[id(sources.weights[0])].append(number)
+
+    with _Threads(len(pairs), what, threads_for(pairs[0][1].weights[0])) as threads:
+
+        def work() -> None:
+            jobs = waiting.copy()
+            waiting.clear()
+            packed = threads.map(lambda job: make(*pairs[job[0]], job[1]), jobs)
+            made.update(zip((number for number, _ in jobs), packed, strict=True))
+
+        def see(weight: Tensor, moments: Moments) -> None:
+            waiting.extend((number, moments) for number in numbers[id(weight)])
+            if len(waiting) >= _TOGETHER * threads.number and not failed:
+                try:
+                    work()
+                except Exception as error:  # (which is not the model's)
+                    failed.append(error)
+
+        source = "" if recorded is None else recorded.source
+        if read is not None:
+            source = read([sources.weights[0] for _, sources in pairs], see)
+        if failed:
+            raise failed[0]
+        seen = {*made, *(number for number, _ in waiting)}
+        waiting += [(number, known[number]) for number in range(len(pairs)) if number not in seen]
+        work()
+    for number, twin in made.items():
+        if twin.output_sqnr is not None and not isinstance(known[number], Quantized):
+            twin.statistics = source
+    return [made[number] for number in range(len(pairs))]
 
 
 class TwinWatch:

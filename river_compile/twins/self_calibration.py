@@ -8,21 +8,23 @@ from __future__ import annotations
 import logging
 import time
 import weakref
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Sequence
+from typing import TypeVar
 
 from torch import Tensor, nn
 
 from river_compile.distributed.ranks import ranks_of
 from river_compile.errors import OptionError
 from river_compile.runtime.compiled_call import uncompiled
-from river_compile.twins.calibration_stats import Observation
+from river_compile.twins.calibration_stats import Moments, Observation
 from river_compile.twins.native_linear import NativeLinear
-from river_compile.twins.observe import record
+from river_compile.twins.observe import record, visit
 from river_compile.twins.packed import TwinWeight
 from river_compile.twins.sampling import enough, sample
 from river_compile.twins.twin_kl import TwinLoss, estimate_loss
 
 log = logging.getLogger("river_compile.twins")
+R = TypeVar("R")
 ROWS, MOST_TOKENS = 32, 32  # (a longer row takes a step more)
 _ROWS_AT_ONCE = 16
 
@@ -32,7 +34,7 @@ class SelfCalibration:
 
     Attributes:
         refusal: why there is none, empty where there is.
-        seconds: what sampling and recording took.
+        seconds: what sampling and reading it took, with all that was done meanwhile.
     """
 
     def __init__(self) -> None:
@@ -46,21 +48,38 @@ class SelfCalibration:
         if self._model() is not model:
             self._model, self._ids, self.refusal = weakref.ref(model), None, ""
 
-    def observation(self, *, anew: bool = False) -> Observation | None:
-        """Returns the statistics of the model's matrices on it, None if the model cannot write it.
+    def visit(self, weights: Sequence[Tensor], see: Callable[[Tensor, Moments], None], *, anew: bool = False) -> str:
+        """Calls `see` for each of these matrices that the model reads on it, with the moments of its inputs.
 
         Args:
+            weights: matrices, or stacks of them.
+            see: called in the order of reading, before the model goes on; raises nothing.
             anew: sample again, since the weights are others.
+
+        Returns:
+            What the text is, in words; empty if the model cannot write it.
         """
+
+        def run(model: nn.Module) -> str:
+            ids = self._text(model, anew)
+            visit(model, ids, weights, see)
+            return f"{ids.numel()} tokens that the model sampled"
+
+        return self._run(run) or ""
+
+    def observation(self) -> Observation | None:
+        """Returns the statistics of all the model's matrices on it, None if the model cannot write it."""
+        return self._run(lambda model: record(model, self._text(model).split(_ROWS_AT_ONCE), own=True))
+
+    def _run(self, what: Callable[[nn.Module], R]) -> R | None:
+        """Returns what something returns for the uncompiled model, None if the code of the model fails."""
         model = self._model()
         if model is None or self.refusal:
             return None
         start = time.perf_counter()
         try:
             with uncompiled(), NativeLinear():
-                if anew or self._ids is None:
-                    self._ids = sample(model, ROWS, enough(model, ROWS, MOST_TOKENS))
-                return record(model, self._ids.split(_ROWS_AT_ONCE), own=True)
+                return what(model)
         except Exception as error:  # (the code of any model, which was not made for this)
             _tell_ranks(model, error)
             self.refusal = _why(error)
@@ -68,6 +87,11 @@ class SelfCalibration:
             return None
         finally:
             self.seconds += time.perf_counter() - start
+
+    def _text(self, model: nn.Module, anew: bool = False) -> Tensor:
+        if anew or self._ids is None:
+            self._ids = sample(model, ROWS, enough(model, ROWS, MOST_TOKENS))
+        return self._ids
 
     def loss(self, packed: Iterable[TwinWeight]) -> TwinLoss | None:
         """Estimates the joint loss of these twins on other text; None if the model cannot write it."""

@@ -12,7 +12,7 @@ from torch import nn
 from river_compile import OptionError, observe, river
 from river_compile.model_record import find_record
 from river_compile.twins.calibration_stats import InputMoments
-from river_compile.twins.observe import default_texts
+from river_compile.twins.observe import default_texts, record, visit
 from tests.support.families import make, prompt
 
 
@@ -59,6 +59,43 @@ def test_matrices_that_read_one_value_share_its_moments():
     assert q is k is v
     assert gate is up
     assert len({id(m) for m in (q, o, gate)}) == 3
+
+
+@pytest.mark.parametrize("family", ["llama", "gpt2", "falcon", "mixtral"])
+def test_a_visit_hands_over_what_a_record_keeps(family):
+    """One matrix after another, and nobody computes logits."""
+    model, ids, seen, alive = make(family, layers=2), prompt(20, 3), {}, []
+    recorded = record(model, [ids])
+    weights = [weight for weight in model.parameters() if weight in recorded.moments]
+
+    def see(weight, moments):
+        of = moments.of if weight.dim() == 3 else lambda _: (moments.matrix(), moments.tokens)
+        seen[weight] = [of(expert) for expert in range(len(weight) if weight.dim() == 3 else 1)]
+        alive.append(weakref.ref(moments))
+        assert sum(reference() is not None for reference in alive) <= 2  # (the two stacks of a block)
+
+    def never(*_):
+        raise AssertionError("logits were computed")
+
+    handle = model.get_output_embeddings().register_forward_hook(never)
+    visit(model, ids, weights, see)
+    handle.remove()
+    assert list(seen)[-1] is model.get_output_embeddings().weight
+    assert set(seen) == set(weights)
+    for weight, found in seen.items():
+        expected = recorded.moments_of(weight)
+        for expert, (matrix, tokens) in enumerate(found):
+            of = expected.of(expert) if weight.dim() == 3 else (expected.matrix(), expected.tokens)
+            assert tokens == of[1]
+            torch.testing.assert_close(matrix, of[0])
+
+
+def test_a_visit_ends_with_the_last_matrix_that_is_wanted():
+    model, ran = make("llama", layers=2), []
+    for layer in model.model.layers:
+        layer.register_forward_hook(lambda *_: ran.append("block"))
+    visit(model, prompt(20), [model.model.layers[0].mlp.down_proj.weight], lambda *_: ran.append("seen"))
+    assert ran == ["seen"]
 
 
 def test_a_compiled_model_is_observed_as_it_is():
