@@ -10,13 +10,15 @@ import functools
 import inspect
 import operator
 import re
-from collections.abc import Callable, Iterable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any, TypeGuard
 
+import sympy
 import torch
 import torch.nn.functional as F
 from torch import Tensor, fx
+from torch.fx.experimental.symbolic_shapes import ShapeEnv
 from torch.fx.node import Argument
 from torch.utils._python_dispatch import is_traceable_wrapper_subclass
 
@@ -37,6 +39,12 @@ _IN_PLACE_OPERATORS = (
 def value_of(node: fx.Node) -> Any:
     """Returns the fake tensor or number that Dynamo recorded for a node, None if it recorded none."""
     return node.meta.get("example_value")
+
+
+def hints_of(shapes: ShapeEnv) -> Mapping[sympy.Symbol, int]:
+    """Returns what dynamic sizes were when they were traced."""
+    known: Mapping[sympy.Symbol, int] = getattr(shapes, "backed_var_to_val", None) or shapes.var_to_val
+    return known  # (the second is its name up to torch 2.12)
 
 
 def is_tensor(node: object) -> TypeGuard[fx.Node]:

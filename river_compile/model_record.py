@@ -29,7 +29,7 @@ from river_compile.runtime.draft_stats import DraftHistory
 from river_compile.runtime.fallbacks import PlainCalls, PlainRuns
 from river_compile.runtime.sequences import SequenceTracker
 from river_compile.runtime.stats import ExitStats
-from river_compile.store.programs import Programs
+from river_compile.store.programs import Origin, Programs
 from river_compile.twins.calibration_stats import Observation
 from river_compile.twins.packed import TwinWeight
 from river_compile.twins.registry import Statistics, TwinRegistry
@@ -49,7 +49,7 @@ class GraphRecord:
         inputs: how the user's code names its inputs, in order.
         refusal: why it was not rewritten, empty where it was.
         matrices: names of all matmuls of which the model can have twins.
-        stored: whether it came from the store, and was not traced here.
+        origin: "traced" by Dynamo, "stored" by an earlier process, or "derived" from a graph of several tokens.
         kind: "decode", "prefill", or "other" for a graph that was refused.
         cache: "static" or "dynamic".
         candidates: exit depths with a check.
@@ -72,7 +72,7 @@ class GraphRecord:
     inputs: tuple[str, ...] = ()
     refusal: str = ""
     matrices: tuple[str, ...] = ()
-    stored: bool = False
+    origin: Origin = "traced"
     kind: str = "other"
     cache: str = ""
     num_blocks: int = 0
@@ -150,7 +150,7 @@ class ModelRecord:
             made += graph.captures.made
         return made
 
-    def stored_programs(self, model: nn.Module) -> Programs | None:
+    def known_programs(self, model: nn.Module) -> Programs | None:
         """Returns the programs that a call of `generate` may recall and keep; None where there can be none."""
         if self.programs is None or not self.programs.begin(model):
             return None

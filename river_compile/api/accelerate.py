@@ -37,7 +37,7 @@ from river_compile.api.generation import (
     restore_generate,
 )
 from river_compile.backend import river
-from river_compile.building import rebuild
+from river_compile.building import build, rebuild
 from river_compile.calibration.result import Calibration
 from river_compile.config import RiverConfig
 from river_compile.decoding.mode import ExactMode, exact
@@ -49,7 +49,8 @@ from river_compile.model_record import GraphRecord, ModelRecord, find_record, fo
 from river_compile.runtime.compiled_call import CompiledCall, compiled_call
 from river_compile.runtime.executor import RiverExecutor
 from river_compile.runtime.fallbacks import PlainRuns
-from river_compile.store.programs import Programs
+from river_compile.runtime.fill import Fill
+from river_compile.store.programs import Origin, Programs
 from river_compile.store.stored_pass import StoredPass
 from river_compile.twins.artifact import FILE, Artifact
 from river_compile.upstream.dynamo import compiled_with
@@ -139,20 +140,26 @@ def accelerate(
 def _use_store(model: PreTrainedModel, config: RiverConfig, store: bool) -> None:
     record = record_of(model.parameters())
     record.twins.stores = store
-    rebuilt = functools.partial(_rebuilt, weakref.ref(model), record, config)
-    record.programs = Programs(config, rebuilt) if store else None
+    record.programs = Programs(config, functools.partial(_built, weakref.ref(model), record, config), store)
 
 
-def _rebuilt(
-    model: weakref.ref[PreTrainedModel], record: ModelRecord, config: RiverConfig, stored: StoredPass, args: list[Any]
+def _built(
+    model: weakref.ref[PreTrainedModel],
+    record: ModelRecord,
+    config: RiverConfig,
+    found: StoredPass,
+    args: list[Any],
+    origin: Origin,
 ) -> RiverExecutor:
-    """Builds a stored program for a model."""
+    """Builds a program that Dynamo did not trace here for a model."""
     owner = model()
     assert owner is not None, "the model that is being called is there"
     record.self_calibration.is_of(owner)
-    graph = GraphRecord(config, inputs=stored.inputs, matrices=stored.matrices, stored=True)
+    graph = GraphRecord(config, inputs=found.inputs, matrices=found.matrices, origin=origin)
     record.graphs.append(graph)
-    return rebuild(stored.program, args, record, graph)
+    if origin == "derived":
+        return build(found.program, dict(zip(found.program.inputs, args, strict=True)), None, Fill, record, graph)
+    return rebuild(found.program, args, record, graph)
 
 
 @dataclass(frozen=True)

@@ -115,13 +115,16 @@ class BoundPass:
                 return None
         return cls(executor, args, given, width, made, cache)
 
-    def __call__(self, inputs: Mapping[str, Any], depth: int | None, tokens: DraftVocab | None) -> Tensor:
+    def __call__(
+        self, inputs: Mapping[str, Any], depth: int | None, tokens: DraftVocab | None, last_token: bool = False
+    ) -> Tensor:
         """Runs the graph with other inputs of the same shapes; returns the logits ``[B, W, V]``.
 
         Args:
             inputs: as the model takes them, by name.
             depth: blocks to execute; None leaves it to the exit policy.
             tokens: those whose logits the river's head computes, None for all.
+            last_token: the caller reads no logits but those of the last token; there may be no others.
         """
         args = self.args
         if inputs is not self._latest:
@@ -135,8 +138,8 @@ class BoundPass:
         if replay is not None:
             outputs = replay(args, tokens)
         else:
-            outputs = self.executor.step(args, depth, tokens)
-            if depth is not None:
+            outputs = self.executor.step(args, depth, tokens, last_token)
+            if depth is not None and not last_token:
                 found = self.executor.replay(args, depth)
                 if found is not None:
                     self._replays[depth] = found

@@ -53,7 +53,7 @@ class TextDecoder:
         self._memories.keep(self.cache.layers[0].keys, Memory())  # (a prompt of one token goes on with a memory)
         kwargs = {cache_argument(self._model): self.cache, "use_cache": True, **everything_counts(self._model, ids_1S)}
         self._session = Session(self._model, BorrowedCache(self._model, kwargs, None, False))
-        return self._session.prefill(ids_1S, GenerationConfig())[0]
+        return self._session.prefill(ids_1S, GenerationConfig(), all_logits=True)[0]
 
     def step(self, ids_1S: Tensor) -> Tensor:
         """Runs the last token of a text, all before it being in the cache; returns its logits ``[V]``."""

@@ -9,7 +9,7 @@ that prepare their inputs or masks in a way of their own, inputs that other thin
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from typing import Any
 
 import torch
@@ -17,7 +17,7 @@ from torch import Tensor
 from transformers import GenerationMixin, PreTrainedModel
 from transformers.cache_utils import StaticLayer, StaticSlidingWindowLayer
 
-from river_compile.upstream.transformers import cache_of
+from river_compile.upstream.transformers import cache_of, masks_of
 
 KNOWN = {"input_ids", "attention_mask", "position_ids", "cache", "past_key_values", "logits_to_keep", "use_cache"}
 
@@ -62,20 +62,50 @@ class PassInputs:
 
     def _can_follow(self, inputs: Inputs, filled: int) -> bool:
         """Whether the inputs of later passes follow from these, after which the cache holds so many entries."""
-        model, cache = self._model, cache_of(inputs)
-        kind = type(model)
+        cache = cache_of(inputs)
         return (
             inputs.keys() <= KNOWN
             and cache is not None
             and all(_has_room(layer, filled) for layer in cache.layers)
-            and kind.prepare_inputs_for_generation is GenerationMixin.prepare_inputs_for_generation
-            and kind._update_model_kwargs_for_generation is GenerationMixin._update_model_kwargs_for_generation
-            and not hasattr(model, "create_masks_for_generate")
-            and all(isinstance(mask, Tensor) and mask.dim() == 4 for _, mask in _masks(inputs))
-            and all(filled < mask.shape[-1] for _, mask in _masks(inputs))
-            and all(map(_has_places_of_its_own, (mask for _, mask in _masks(inputs))))
+            and _prepares_as_most_do(self._model)
+            and all(isinstance(mask, Tensor) and mask.dim() == 4 for _, mask in masks_of(inputs))
+            and all(filled < mask.shape[-1] for _, mask in masks_of(inputs))
+            and all(map(_has_places_of_its_own, (mask for _, mask in masks_of(inputs))))
             and ("position_ids" not in inputs or _has_places_of_its_own(inputs["position_ids"]))
         )
+
+
+def with_all_logits(inputs: Inputs) -> Inputs:
+    """Returns inputs that ask for the logits of all tokens: another number would be a graph of its own."""
+    return {**inputs, "logits_to_keep": 0} if "logits_to_keep" in inputs else inputs
+
+
+def with_masks(model: PreTrainedModel, inputs: Inputs) -> Inputs:
+    """Returns the inputs of a prompt with the masks that transformers leaves out since attention is causal anyway.
+
+    They are then those of any pass of several tokens, and one graph serves both.
+    """
+    ids_BS, cache = inputs["input_ids"], cache_of(inputs)
+    missing = [kind for kind, mask in masks_of(inputs) if mask is None]
+    if not missing or cache is None or not _prepares_as_most_do(model) or model.config._attn_implementation != "sdpa":
+        return inputs
+    batch, width = ids_BS.shape
+    slots = {layer.max_cache_len for layer in cache.layers}
+    if len(slots) != 1:  # (which kind of attention has which is the model's to say)
+        return inputs
+    places = torch.arange(slots.pop(), device=ids_BS.device)
+    mask = (places <= places[:width, None]).expand(batch, 1, width, -1).contiguous()
+    given = inputs.get("attention_mask")
+    return {**inputs, "attention_mask": {**given, **dict.fromkeys(missing, mask)} if given is not None else mask}
+
+
+def _prepares_as_most_do(model: PreTrainedModel) -> bool:
+    kind = type(model)
+    return (
+        kind.prepare_inputs_for_generation is GenerationMixin.prepare_inputs_for_generation
+        and kind._update_model_kwargs_for_generation is GenerationMixin._update_model_kwargs_for_generation
+        and not hasattr(model, "create_masks_for_generate")
+    )
 
 
 class _Moved:
@@ -88,7 +118,7 @@ class _Moved:
     """
 
     def __init__(self, inputs: Inputs, slot: int, width: int) -> None:
-        own = {kind: _copied(mask) for kind, mask in _masks(inputs)}
+        own = {kind: _copied(mask) for kind, mask in masks_of(inputs)}
         self.inputs = {**inputs, "input_ids": inputs["input_ids"].clone(memory_format=torch.contiguous_format)}
         self.inputs["attention_mask"] = own if type(inputs["attention_mask"]) is dict else own[None]
         self._positions = inputs.get("position_ids")
@@ -149,17 +179,11 @@ def _alike(a: Tensor, b: Tensor) -> bool:
     return all(x.dtype == y.dtype and _place(x) == _place(y) for x, y in pairs)
 
 
-def _masks(inputs: Inputs) -> Iterator[tuple[str | None, Any]]:
-    """Yields the mask of each kind of attention, or the one of all."""
-    mask = inputs.get("attention_mask")
-    yield from mask.items() if type(mask) is dict else [(None, mask)]
-
-
 def _same(ours: Inputs, theirs: Inputs) -> bool:
     """Whether two passes are given the same, to the bit."""
-    if ours.keys() != theirs.keys() or [kind for kind, _ in _masks(ours)] != [kind for kind, _ in _masks(theirs)]:
+    if ours.keys() != theirs.keys() or [kind for kind, _ in masks_of(ours)] != [kind for kind, _ in masks_of(theirs)]:
         return False
-    pairs = [(a, b) for (_, a), (_, b) in zip(_masks(ours), _masks(theirs), strict=True)]
+    pairs = [(a, b) for (_, a), (_, b) in zip(masks_of(ours), masks_of(theirs), strict=True)]
     pairs += [(ours[name], theirs[name]) for name in ours if name != "attention_mask"]
     return all(
         _alike(a, b) and torch.equal(a, b) if isinstance(a, Tensor) and isinstance(b, Tensor) else a is b

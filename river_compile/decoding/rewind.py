@@ -101,7 +101,7 @@ class RewindableCache:
 
     def phase(self, width: int) -> tuple[tuple[bool, bool], ...]:
         """Returns, for each size of window, whether it is full before and after a pass of this width."""
-        return _phase(self._sizes, self.filled, width)
+        return tuple((self.filled >= size, self.filled + width > size) for size in self._sizes)
 
     @property
     def can_part(self) -> bool:
@@ -161,16 +161,6 @@ class RewindableCache:
                 else:
                     held[name] = moved
             set_length(layer, filled)
-
-
-def window_phase(cache: Cache, filled: int, width: int) -> tuple[tuple[bool, bool], ...]:
-    """Returns the same of a static cache that holds so many tokens, whose layers may have no memory yet."""
-    windows = {layer.max_cache_len for layer in cache.layers if isinstance(layer, StaticSlidingWindowLayer)}
-    return _phase(sorted(windows), filled, width)
-
-
-def _phase(sizes: Sequence[int], filled: int, width: int) -> tuple[tuple[bool, bool], ...]:
-    return tuple((filled >= size, filled + width > size) for size in sizes)
 
 
 class _Move:

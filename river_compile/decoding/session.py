@@ -25,6 +25,7 @@ import time
 import warnings
 from bisect import bisect_right
 from collections.abc import Iterator, Sequence
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -33,8 +34,8 @@ from transformers.cache_utils import Cache
 
 from river_compile.config import RiverConfig
 from river_compile.decoding.bound_pass import BoundPass, graph_calls
-from river_compile.decoding.inputs import KNOWN, Inputs, PassInputs
-from river_compile.decoding.rewind import BY_SLOT, RewindableCache, moved_inputs, selected_inputs, window_phase
+from river_compile.decoding.inputs import KNOWN, Inputs, PassInputs, with_all_logits, with_masks
+from river_compile.decoding.rewind import BY_SLOT, RewindableCache, moved_inputs, selected_inputs
 from river_compile.errors import ExactModeError, RiverWarning
 from river_compile.exits import forced_depth
 from river_compile.kernels.native.load import few_rows
@@ -42,7 +43,7 @@ from river_compile.model_record import BROKE, GraphRecord, ModelRecord, record_o
 from river_compile.runtime.cache_pool import BorrowedCache
 from river_compile.runtime.draft_stats import PassTimes
 from river_compile.runtime.draft_vocab import DraftVocab
-from river_compile.runtime.executor import RiverExecutor
+from river_compile.runtime.executor import RiverExecutor, last_token_alone
 from river_compile.store.programs import Programs
 from river_compile.upstream.transformers import cache_argument, cache_of, is_allocated, is_static, with_rows
 
@@ -79,30 +80,36 @@ class Session:
         self.record = record_of(model.parameters())
         self.widths: tuple[int, ...] = (1,)
         self._graph: GraphRecord | None = None
+        self._ran: list[RiverExecutor] = []  # in the latest pass that went through the model
         self._tokens: DraftVocab | None = None
         self._strict = False
         self._programs: Programs | None = None  # those stored; None where passes cannot be
 
-    def prefill(self, ids_BS: Tensor, config: GenerationConfig) -> Tensor:
-        """Runs the prompt ``[B, S]`` and returns the logits that the model gives: of every position, or of the last."""
-        model, kwargs = self.model, self.lent.kwargs
-        record = self.record
-        inputs = self._prompt_inputs(ids_BS, config)
+    def prefill(self, ids_BS: Tensor, config: GenerationConfig, all_logits: bool = False) -> Tensor:
+        """Runs the prompt ``[B, S]`` and returns its logits: of the last position, or of all that the model gives."""
+        model, kwargs, record = self.model, self.lent.kwargs, self.record
+        inputs: Inputs | None = self._prompt_inputs(ids_BS, config)
+        outputs: Any = {}
         if inputs is None:
             with graph_calls() as calls, forced_depth(self.depth):  # (a prompt of one token is a decode step)
                 outputs = model._prefill(ids_BS, config, kwargs, not config.is_assistant)
-            ran, logits = [executor for executor, *_ in calls], outputs.logits
+            logits = outputs.logits
+            self._ran = [executor for executor, *_ in calls]
         else:
-            ran, logits, outputs = *self._run_prompt(inputs, ids_BS.shape[1]), {}
+            cache = cache_of(inputs)
+            assert cache is not None, "a prompt that may be stored has a static cache"
+            self._use(cache)
+            logits = self._pass(inputs, ids_BS.shape[1], self.depth, prompt=True, last_token=not all_logits)
+            self._ran = [bound.executor for bound in self._bound.values() if bound is not None] or self._ran
         self._kwargs = model._update_model_kwargs_for_generation(outputs, kwargs)
-        cache = cache_of(self._kwargs)
-        assert cache is not None, "a generation without a cache is refused"
-        self._graph = next((graph for graph in record.graphs if graph.executor() in ran), None)
+        used = cache_of(self._kwargs)
+        assert used is not None, "a generation without a cache is refused"
+        self._graph = next((graph for graph in record.graphs if graph.executor() in self._ran), None)
         self.stats, self.sequences, self.ranks = record.exit_stats, record.sequences, record.ranks
-        self._use(cache)
+        self._use(used)
         self._of_rows(ids_BS.shape[0])
         self._kept = self._kept_by_kwargs = self.entries.filled + 1
-        return logits
+        return logits if all_logits else logits[:, -1:]
 
     @contextlib.contextmanager
     def told_if_compiled(self, rows: int) -> Iterator[None]:
@@ -120,46 +127,35 @@ class Session:
             )
 
     def _prompt_inputs(self, ids_BS: Tensor, config: GenerationConfig) -> Inputs | None:
-        """Returns what the model is given for a prompt whose pass may be stored; None where transformers runs it."""
+        """Returns what the model is given for a prompt that is a pass like others; None where transformers runs it."""
         kwargs, cache = self.lent.kwargs, cache_of(self.lent.kwargs)
         if cache is None or config.prefill_chunk_size is not None or not KNOWN.issuperset(kwargs):
             return None
         if not is_static(cache) or not is_allocated(cache) or cache.get_seq_length():
             return None  # (a prompt that allocates the cache does more than its graph)
-        self._programs = self.record.stored_programs(self.model)
+        self._programs = self.record.known_programs(self.model)
         if self._programs is None:
             return None
         inputs: Inputs = self.model.prepare_inputs_for_generation(
             ids_BS, is_first_iteration=not config.is_assistant, **kwargs
         )
-        return inputs
+        return with_all_logits(with_masks(self.model, inputs))
 
-    def _run_prompt(self, inputs: Inputs, width: int) -> tuple[list[RiverExecutor], Tensor]:
-        """Runs a prompt, from the store where it is there; returns what ran, and the logits."""
-        cache = cache_of(inputs)
-        assert cache is not None, "a prompt that may be stored has a static cache"
-        kind = ("prompt", window_phase(cache, 0, width))
-        bound = self._recalled(kind, inputs, cache, width)
-        if bound is not None:
-            return [bound.executor], bound(inputs, self.depth, None)
-        with graph_calls() as calls, forced_depth(self.depth):
-            logits: Tensor = self.model(**inputs, return_dict=True).logits
-        self._keep(kind, inputs, cache, BoundPass.of(self.model, inputs, cache, calls, logits, width))
-        return [executor for executor, *_ in calls], logits
-
-    def _recalled(self, kind: tuple, inputs: Inputs, cache: Cache, width: int) -> BoundPass | None:
-        """Returns a pass that an earlier process traced, bound to these inputs."""
-        found = None if self._programs is None else self._programs.recall(self.model, kind, inputs, cache)
+    def _recalled(self, kind: tuple, inputs: Inputs, width: int) -> BoundPass | None:
+        """Returns a pass that was traced before, in this process or another one, bound to these inputs."""
+        found = None if self._programs is None else self._programs.recall(self.model, kind, inputs, self.cache)
         if found is None:
             return None
-        return BoundPass(found.executor, found.args, found.stored.given, width, found.stored.logits, cache)
+        return BoundPass(found.executor, found.args, found.stored.given, width, found.stored.logits, self.cache)
 
-    def _keep(self, kind: tuple, inputs: Inputs, cache: Cache, bound: BoundPass | None) -> None:
-        """Has a pass that Dynamo traced stored at the end of the call."""
+    def _keep(self, kind: tuple, inputs: Inputs, bound: BoundPass | None) -> None:
+        """Has a pass that Dynamo traced known from now on, and stored at the end of the call."""
         if self._programs is None or bound is None:
             return
         graph = next(graph for graph in self.record.graphs if graph.executor() is bound.executor)
-        self._programs.keep(kind, self.model, inputs, cache, bound.executor, bound.args, bound.logits, graph.matrices)
+        self._programs.keep(
+            kind, self.model, inputs, self.cache, bound.executor, bound.args, bound.logits, graph.matrices
+        )
 
     def allow_drafts(self, ids_BS: Tensor, logits_B1V: Tensor, max_draft: int | None, strict: bool) -> None:
         """Makes drafts possible, which the backbone verifies.
@@ -322,27 +318,43 @@ class Session:
         Raises:
             CacheFullError: (a ``ValueError``) they do not fit into a static cache.
         """
-        depth, entries = self.depth if depth is None else depth, self.entries
         if width not in self._inputs:
             self._inputs[width] = PassInputs(self.model, width)
-        inputs = self._inputs[width].at(entries.filled, ids_BS, functools.partial(self._prepared, ids_BS, width))
-        key = (width, *entries.phase(width))
-        bound = None if entries.lacks_room(width) else self._bound.get(key)  # (the model's graph tells the user)
-        if bound is None and key not in self._bound:
-            bound = self._recalled(("step", key[1:]), inputs, self.cache, width)
-            if bound is not None:
-                self._bound[key] = bound
-        logits = self._through_model(key, inputs, width, depth) if bound is None else bound(inputs, depth, tokens)
-        entries.filled += width
-        return logits[:, -width:]
+        filled = self.entries.filled
+        inputs = self._inputs[width].at(filled, ids_BS, functools.partial(self._prepared, ids_BS, width))
+        return self._pass(inputs, width, self.depth if depth is None else depth, tokens)[:, -width:]
 
-    def _through_model(self, key: tuple, inputs: Inputs, width: int, depth: int | None) -> Tensor:
+    def _pass(
+        self,
+        inputs: Inputs,
+        width: int,
+        depth: int | None,
+        tokens: DraftVocab | None = None,
+        prompt: bool = False,
+        last_token: bool = False,
+    ) -> Tensor:
+        """Runs a pass of some width: again, where one of its kind is known, else through the model."""
+        phase = self.entries.phase(width)
+        key = (prompt, width, *phase)
+        # (What counts the tokens of a sliding window in Python is a constant of a graph that begins a text.)
+        kind = (prompt and bool(phase), *phase)
+        bound = self._bound[key] if key in self._bound else self._recalled(kind, inputs, width)
+        if bound is None or self.entries.lacks_room(width):  # (the model's graph tells the user)
+            logits = self._through_model(key, kind, inputs, depth, last_token)
+        else:
+            self._bound[key] = bound
+            logits = bound(inputs, depth, tokens, last_token)
+        self.entries.filled += width
+        return logits
+
+    def _through_model(self, key: tuple, kind: tuple, inputs: Inputs, depth: int | None, last_token: bool) -> Tensor:
         """Runs a pass through the model; binds the first one of its kind."""
-        with graph_calls() as calls, forced_depth(depth):
+        with graph_calls() as calls, forced_depth(depth), last_token_alone(last_token):
             logits: Tensor = self.model(**inputs, return_dict=True).logits
+        self._ran = [executor for executor, *_ in calls]
         if key not in self._bound:
-            self._bound[key] = bound = BoundPass.of(self.model, inputs, self.cache, calls, logits, width)
-            self._keep(("step", key[1:]), inputs, self.cache, bound)
+            self._bound[key] = bound = BoundPass.of(self.model, inputs, self.cache, calls, logits, key[1])
+            self._keep(kind, inputs, bound)
         return logits
 
     def rewind(self, slots: int) -> None:
@@ -384,10 +396,7 @@ class Session:
     def _prepared(self, ids_BS: Tensor, width: int) -> Inputs:
         """Makes the model kwargs of a pass over the last `width` ids, by transformers' methods."""
         kwargs = self._lengthened(self.entries.filled + width)
-        if width > 1 and "logits_to_keep" in kwargs:
-            kwargs["logits_to_keep"] = 0  # all of them; any other number would be a graph of its own
-        inputs: Inputs = self.model.prepare_inputs_for_generation(ids_BS, next_sequence_length=width, **kwargs)
-        return inputs
+        return with_all_logits(self.model.prepare_inputs_for_generation(ids_BS, next_sequence_length=width, **kwargs))
 
 
 def why_not(record: ModelRecord) -> str:

@@ -33,6 +33,7 @@ _NEVER_RAN = (
     'use model.compile(backend="river") or model.forward = torch.compile(model.forward, backend="river"), then '
     "generate. Where another model reached Dynamo's recompile_limit before, torch._dynamo.reset() first"
 )
+_ORIGINS = {"traced": "", "stored": ", from the store", "derived": ", from the graph of several tokens"}
 _BAR = 32
 
 
@@ -182,7 +183,7 @@ def _graph_dict(graph: GraphRecord) -> dict[str, object]:
     return {
         "kind": graph.kind,
         "cache": graph.cache,
-        "from_store": graph.stored,
+        "origin": graph.origin,
         "refusal": graph.refusal,
         "blocks": graph.num_blocks,
         "criterion": graph.config.criterion,
@@ -219,8 +220,7 @@ def graph_lines(graph: GraphRecord) -> Iterator[str]:
     config = graph.config
     decides = graph.kind == "decode" and config.exit_depth is None
     seconds = ", ".join(f"{stage} {s:.1f} s" for stage, s in graph.seconds.items())
-    stored = ", from the store" if graph.stored else ""
-    yield f"  {graph.kind:<14} {graph.num_blocks} blocks, {graph.cache} cache{stored}; {seconds}"
+    yield f"  {graph.kind:<14} {graph.num_blocks} blocks, {graph.cache} cache{_ORIGINS[graph.origin]}; {seconds}"
     yield f"    segments     {', '.join(f'{c.name} x{c.uses}' for c in graph.compiled)}"
     if decides and config.threshold is not None:
         yield f"    criterion    {config.criterion}, threshold {threshold_text(config.threshold)}"

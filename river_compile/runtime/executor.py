@@ -9,8 +9,9 @@ import contextlib
 import functools
 import threading
 import time
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import AbstractContextManager
+from contextvars import ContextVar
 from typing import Any
 
 import torch
@@ -31,6 +32,7 @@ from river_compile.upstream.dynamo import GraphEntry
 # Runs a pass once more: (the graph's inputs, the tokens that a draft may have) -> outputs.
 Replay = Callable[[Sequence, "DraftVocab | None"], tuple]
 
+_last_token: ContextVar[bool] = ContextVar("_last_token", default=False)
 _steps: Observers[[RiverExecutor, Sequence[Any], StepRecord]] = Observers()
 _calls: Observers[[RiverExecutor, Sequence[Any], tuple]] = Observers()
 
@@ -82,13 +84,20 @@ class RiverExecutor:
     def __call__(self, *args: object) -> tuple:
         return self.step(args)
 
-    def step(self, args: Sequence[Any], depth: int | None = None, tokens: DraftVocab | None = None) -> tuple:
+    def step(
+        self,
+        args: Sequence[Any],
+        depth: int | None = None,
+        tokens: DraftVocab | None = None,
+        last_token: bool = False,
+    ) -> tuple:
         """Runs a step and returns the graph's outputs.
 
         Args:
             args: the graph's inputs.
             depth: blocks that a decode step executes, `WHOLE` for all; None leaves it to the thread and the policy.
             tokens: those whose logits the river's head computes, None for all.
+            last_token: the caller reads no logits but those of the last token.
 
         Raises:
             ValueError: the program lacks the segments for that depth.
@@ -97,6 +106,8 @@ class RiverExecutor:
         started = time.perf_counter()
         policy = self._policy_at(depth)
         runner = self.runner.for_pass(args)
+        if last_token or _last_token.get():
+            runner = runner.for_last_token()
         if self._on_begin is not None and self.sequences.begins(self, self._cache(args)):
             self._on_begin(args)
         with runner, self._logits_of(tokens), torch._C._DisableAutocast():
@@ -203,6 +214,16 @@ class RiverExecutor:
         if self._remembers and self._cache_out is not None:
             memory.entropy = runner.head_score(slots) if self.policy.criterion.reads != "block" else None
             self._memories.keep(slots[self._cache_out], memory)
+
+
+@contextlib.contextmanager
+def last_token_alone(alone: bool = True) -> Iterator[None]:
+    """Inside, passes that this thread runs through a model may leave out the logits of all tokens but the last."""
+    before = _last_token.set(alone)
+    try:
+        yield
+    finally:
+        _last_token.reset(before)
 
 
 def on_step(observer: Callable[[RiverExecutor, Sequence[Any], StepRecord], object]) -> AbstractContextManager[None]:

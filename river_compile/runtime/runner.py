@@ -8,6 +8,8 @@ rules: it knows no thresholds but the bars that it is given, and keeps no memory
 
 from __future__ import annotations
 
+import copy
+import functools
 from abc import ABC, abstractmethod
 from collections.abc import Callable, Mapping, Sequence
 from contextlib import AbstractContextManager
@@ -19,7 +21,7 @@ from torch import Tensor, fx
 from river_compile.exits import ExitBars
 from river_compile.passes.program import RiverProgram, Segment
 from river_compile.runtime.fill import Fill
-from river_compile.runtime.slots import SCORE, Saved, WrittenInPlace, gather, new_slots
+from river_compile.runtime.slots import SCORE, LastToken, Saved, WrittenInPlace, gather, new_slots
 
 # What a compiled segment is: a function of a list (which it may empty) that returns a sequence.
 Callee = Callable[[list], Sequence]
@@ -92,6 +94,10 @@ class Runner(ABC):
 
     def for_pass(self, args: Sequence) -> Runner:
         """Returns the runner of the pass with these inputs of the graph: itself, or a better suited one."""
+        return self
+
+    def for_last_token(self) -> Runner:
+        """Returns a runner of the same passes whose logits may be those of the last token alone."""
         return self
 
     @abstractmethod
@@ -174,8 +180,28 @@ class PlainRunner(Runner):
         blocks = [steps.get(block, _missing) for block in program.blocks]
         self._blocks = blocks if fill is None else fill.blocks(blocks, steps)
         self._twins = [steps.get(twin, _missing) for twin in program.twins]
-        self._head = steps.get(program.head, _missing)
-        self._river_head = steps.get(program.river_head or program.head, _missing)
+        self._head: Callable[[list], None] = steps.get(program.head, _missing)
+        self._river_head: Callable[[list], None] = steps.get(program.river_head or program.head, _missing)
+
+    def for_last_token(self) -> Runner:
+        return self._of_last_token
+
+    @functools.cached_property
+    def _of_last_token(self) -> Runner:
+        last = LastToken.of(self._program)
+        if last is None:
+            return self
+        other = copy.copy(self)
+
+        def after(head: Callable[[list], None]) -> Callable[[list], None]:
+            def run(slots: list) -> None:
+                last.leave(slots)
+                head(slots)
+
+            return run
+
+        other._head, other._river_head = after(self._head), after(self._river_head)
+        return other
 
     def __enter__(self) -> None:
         pass

@@ -8,9 +8,11 @@ from __future__ import annotations
 
 import operator
 from collections.abc import Callable, Sequence
+from typing import NamedTuple
 
 import sympy
 from torch import Tensor, fx
+from torch.fx.experimental.symbolic_shapes import free_symbols
 
 from river_compile.passes.nodes import memory_of, mutated_inputs, rank, value_of
 from river_compile.passes.program import RiverProgram
@@ -68,6 +70,39 @@ def size_of_pass(program: RiverProgram) -> Callable[[Sequence], tuple[int, int]]
         return None
     compute, places = sympy.lambdify(symbols, sizes, "math"), [slots[holders[symbol]] for symbol in symbols]
     return lambda args: tuple(compute(*[args[place] for place in places]))
+
+
+class LastToken(NamedTuple):
+    """Where a pass of many tokens holds what makes its head one of the last token alone.
+
+    Attributes:
+        hidden, size: the slots of the last hidden state and of the number of tokens.
+        axis: that counts the tokens.
+    """
+
+    hidden: int
+    size: int
+    axis: int
+
+    @classmethod
+    def of(cls, program: RiverProgram) -> LastToken | None:
+        """Returns them; None where the heads read more of each token than its hidden state, or others read that."""
+        plan, hidden = program.plan, program.plan.blocks[-1].hidden_out
+        length = plan.query_length
+        symbol = None if isinstance(length, int) else length.node.expr
+        holder = number_inputs(node for node in program.slots if node.op == "placeholder").get(symbol)
+        if holder is None or hidden in program.returned:
+            return None
+        for head in filter(None, (program.head, program.river_head)):
+            if any(symbol in free_symbols(value_of(n)) for n in head.inputs if n not in (hidden, holder)):
+                return None
+        return cls(program.slots[hidden], program.slots[holder], plan.token_axis)
+
+    def leave(self, slots: list) -> None:
+        """Makes the hidden state that of the last token."""
+        hidden = slots[self.hidden]
+        slots[self.hidden] = hidden.narrow(self.axis, hidden.shape[self.axis] - 1, 1).contiguous()
+        slots[self.size] = 1
 
 
 class WrittenInPlace:

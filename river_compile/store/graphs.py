@@ -32,7 +32,7 @@ from torch.fx.experimental.symbolic_shapes import DimDynamic, ShapeEnv
 from torch.fx.node import _get_qualified_name, map_arg
 
 from river_compile.kernels import ops  # noqa: F401  (registers what programs call)
-from river_compile.passes.nodes import memory_of, mutated_inputs
+from river_compile.passes.nodes import hints_of, memory_of, mutated_inputs
 from river_compile.passes.program import DecoderPlan, RiverProgram
 
 _STATIC = "_dynamo_static_input_type"
@@ -221,7 +221,7 @@ def _size(size: int | torch.SymInt) -> _Size:
     if isinstance(size, int):
         return size
     expr, shapes = size.node.expr, size.node.shape_env
-    known = getattr(shapes, "backed_var_to_val", None) or shapes.var_to_val  # (its name up to torch 2.12)
+    known = hints_of(shapes)
     hints = ((symbol, int(known[symbol])) for symbol in sorted(expr.free_symbols, key=str))
     return _Symbolic(expr, tuple(hints)) if expr.free_symbols else int(expr)
 

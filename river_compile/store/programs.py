@@ -1,7 +1,8 @@
-"""A model's programs from earlier processes, run without Dynamo, and those of this one, kept for later ones.
+"""A model's programs: those that Dynamo traced in this process, those of earlier ones, and those that follow from them.
 
-A pass has a *signature*: whether it is a prompt, how full sliding windows are, and what its inputs are but for their
-sizes. Of the stored passes of a signature the first one that fits the inputs' sizes is built, once in a process.
+A pass has a *signature*: how full sliding windows are, and what its inputs are but for their sizes. Of the known passes
+of a signature the first one that fits the inputs' sizes runs; one from the store is built then, once in a process. A
+pass of one token follows from one of several, and Dynamo need not trace it.
 
 Not handled (such passes go through Dynamo in every process): caches that grow, devices other than a CPU, ranks that
 share a model, offloaded blocks.
@@ -9,13 +10,15 @@ share a model, offloaded blocks.
 
 from __future__ import annotations
 
+import functools
 import hashlib
 import json
 import logging
 import threading
+import weakref
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, replace
-from typing import Any, NamedTuple
+from typing import Any, Literal, NamedTuple
 
 import torch
 from torch import Tensor
@@ -32,8 +35,9 @@ from river_compile.store.stored_pass import StoredPass, named
 log = logging.getLogger("river_compile.store")
 _ENDING = ".pass"
 _LEARNED = "learned.json"
-# Builds a stored program: (what is stored, the graph's inputs) -> what runs it.
-Build = Callable[[StoredPass, list[Any]], RiverExecutor]
+Origin = Literal["traced", "stored", "derived"]
+# Builds a program, a derived one after rewriting it: (the pass, the graph's inputs, its origin) -> what runs it.
+Build = Callable[[StoredPass, list[Any], Origin], RiverExecutor]
 
 
 class Recalled(NamedTuple):
@@ -46,25 +50,28 @@ class Recalled(NamedTuple):
 
 @dataclass
 class _Known:
+    """A pass, and what returns its executor: None where there is none yet, or none any more."""
+
     stored: StoredPass
-    executor: RiverExecutor | None = None
+    executor: Callable[[], RiverExecutor | None]
+    origin: Origin
 
 
 class Programs:
-    """The stored programs of one accelerated model.
+    """The programs of one accelerated model.
 
     Args:
         config: what the model is compiled with.
         build: builds a program.
+        stores: whether programs are left for other processes, and taken from them.
     """
 
-    def __init__(self, config: RiverConfig, build: Build) -> None:
+    def __init__(self, config: RiverConfig, build: Build, stores: bool) -> None:
         self._options = replace(config, artifact=None, on_missing_artifact="raise")
-        self._build = build
+        self._build, self._stores = build, stores
         self._usable = config.dump_dir is None and config.offload is None
         self._identity: str | None = None
         self._known: dict[str, list[_Known]] = {}
-        self._kept: set[tuple[str, int]] = set()
         self._new: list[tuple[str, StoredPass]] = []
         self._lock = threading.Lock()  # (threads may generate with one model)
         self._calls = 0
@@ -72,14 +79,14 @@ class Programs:
 
     def begin(self, model: PreTrainedModel) -> bool:
         """Looks at a model at the beginning of a call; returns whether programs can be recalled and kept for it."""
-        if not (self._usable and enabled() and model.device.type == "cpu"):
+        if not (self._usable and model.device.type == "cpu"):
             return False
         identity = identity_of(model, self._options)
         with self._lock:
             if identity != self._identity:
                 size = sum(parameter.numel() for parameter in model.parameters()) / 1e6
                 self._about = f"programs of {type(model).__name__}, {size:.0f}M parameters"
-                self._identity, self._known, self._kept, self._new, self._calls = identity, {}, set(), [], 0
+                self._identity, self._known, self._new, self._calls = identity, {}, [], 0
         return identity is not None
 
     def recall(self, model: PreTrainedModel, kind: object, inputs: Mapping[str, Any], cache: Cache) -> Recalled | None:
@@ -89,18 +96,48 @@ class Programs:
             return self._find(_signature(kind, inputs, cache), model, inputs, cache)
 
     def _find(self, signature: str, model: PreTrainedModel, inputs: Mapping[str, Any], cache: Cache) -> Recalled | None:
-        entry = Entry(str(self._identity))
+        entry = self._entry()
         if signature not in self._known:
-            self._known[signature] = [*map(_Known, _read(entry, signature))]
+            read = [] if entry is None else _read(entry, signature)
+            self._known[signature] = [_Known(stored, lambda: None, "stored") for stored in read]
         for known in self._known[signature]:
             args = known.stored.arguments(model, inputs, cache)
             if args is None:
                 continue
-            if known.executor is None:
-                known.executor = self._build(known.stored, args)
-                entry.used()
-            return Recalled(known.executor, args, known.stored)
+            executor = known.executor()
+            if executor is None:
+                executor = self._build(known.stored, args, "stored")
+                known.executor = functools.partial(_same, executor)
+                if entry is not None:
+                    entry.used()
+            return Recalled(executor, args, known.stored)
+        return self._follow(signature, model, inputs, cache)
+
+    def _follow(
+        self, signature: str, model: PreTrainedModel, inputs: Mapping[str, Any], cache: Cache
+    ) -> Recalled | None:
+        """Returns a pass of one token that follows from one of several, None if none does."""
+        if inputs["input_ids"].shape[1] != 1:
+            return None
+        for known in self._known[signature]:
+            found = known.stored.of_one_token() if known.origin == "traced" else None
+            args = None if found is None else found.arguments(model, inputs, cache)
+            if found is None or args is None:
+                continue
+            executor = self._build(found, args, "derived")
+            stored = replace(found, program=executor.program)
+            self._add(signature, _Known(stored, functools.partial(_same, executor), "derived"))
+            return Recalled(executor, args, stored)
         return None
+
+    def _add(self, signature: str, known: _Known) -> None:
+        self._known.setdefault(signature, []).append(known)
+        self._new.append((signature, known.stored))
+
+    def _entry(self, about: str = "") -> Entry | None:
+        """Returns the model's folder in the store, None where nothing is stored."""
+        assert self._identity is not None, "begin() found an identity"
+        return Entry(self._identity, about) if self._stores and enabled() else None
 
     def keep(
         self,
@@ -113,11 +150,10 @@ class Programs:
         logits: int,
         matrices: tuple[str, ...],
     ) -> None:
-        """Has a pass stored that Dynamo traced in this call, with the graph's inputs; see :class:`StoredPass`."""
-        kept = _signature(kind, inputs, cache), id(executor)
-        if kept in self._kept:  # (one graph may serve several widths)
-            return
-        self._kept.add(kept)
+        """Keeps a pass that Dynamo traced in this call, with the graph's inputs; see :class:`StoredPass`."""
+        signature = _signature(kind, inputs, cache)
+        if any(known.executor() is executor for known in self._known.get(signature, ())):
+            return  # (one graph may serve several widths)
         try:
             stored = StoredPass.of(
                 executor.program, executor.inputs, matrices, logits, model=model, args=args, inputs=inputs, cache=cache
@@ -125,14 +161,14 @@ class Programs:
         except NotStorable as why:
             log.info("a pass is not stored: %s", why)
         else:
-            self._new.append((kept[0], stored))
+            with self._lock:
+                self._add(signature, _Known(stored, weakref.ref(executor), "traced"))  # (Dynamo may drop it)
 
     def learned(self) -> Any:
         """Returns what earlier processes learned of passes and drafts, None where they left nothing."""
-        assert self._identity is not None, "begin() found an identity"
-        entry = Entry(self._identity)
-        content = entry.read(_LEARNED)
-        if content is None:
+        entry = self._entry()
+        content = None if entry is None else entry.read(_LEARNED)
+        if entry is None or content is None:
             return None
         try:
             return json.loads(content)
@@ -145,10 +181,10 @@ class Programs:
         with self._lock:
             new, self._new = self._new, []
             self._calls += 1
-            identity, due = self._identity, not self._calls & (self._calls - 1)
-        if identity is None:
+            due = not self._calls & (self._calls - 1)
+        entry = None if self._identity is None else self._entry(self._about)
+        if entry is None:
             return
-        entry = Entry(identity, self._about)
         for signature, stored in new:
             try:
                 content = dumps(stored)
@@ -160,6 +196,10 @@ class Programs:
             entry.write(_LEARNED, json.dumps(learned()).encode(), anew=True)
         if new or due:
             keep_bound()
+
+
+def _same(executor: RiverExecutor) -> RiverExecutor:
+    return executor
 
 
 def _read(entry: Entry, signature: str) -> list[StoredPass]:

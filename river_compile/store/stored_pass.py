@@ -9,10 +9,11 @@ Not handled (a :class:`NotStorable`): graphs with inputs from elsewhere.
 from __future__ import annotations
 
 import functools
+import logging
 import operator
 import re
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any, Literal, NamedTuple
 
 import sympy
@@ -21,9 +22,12 @@ from torch import Tensor, fx, nn
 from transformers.cache_utils import Cache
 
 from river_compile.passes.nodes import value_of
-from river_compile.passes.program import RiverProgram
+from river_compile.passes.program import Refusal, RiverProgram
+from river_compile.passes.segments import recognise
+from river_compile.passes.sizes import with_size
 from river_compile.store.graphs import Condition, NotStorable, conditions_on
 
+log = logging.getLogger("river_compile.store")
 _IN_CACHE = re.compile(r"layers\[(\d+)\]\.(\w+)$")
 
 
@@ -105,6 +109,36 @@ class StoredPass:
         nodes = program.inputs
         sources = tuple(_source(node, arg, name, known) for node, arg, name in zip(nodes, args, names, strict=True))
         return cls(program, names, sources, logits, matrices, conditions_on(map(value_of, nodes)))
+
+    def of_one_token(self) -> StoredPass | None:
+        """Returns the pass of one token in each row that follows from one of several, with a program that has yet to be
+        rewritten; None, and a line in the log, where none follows.
+
+        Only of a pass that Dynamo traced in this process, the graph of which is whole.
+        """
+        length = self.program.plan.query_length
+        if isinstance(length, int) or not length.node.expr.is_Symbol:
+            return None
+        symbol = length.node.expr
+        try:
+            found = recognise(with_size(self.program.plan.graph, symbol, 1), twins=False)
+        except Exception as error:  # (whatever operators raise)
+            found = Refusal(f"{type(error).__name__}: {error}")
+        if isinstance(found, Refusal):
+            log.info("no pass of one token follows from one of several: %s", found)
+            return None
+        left = {node.name for node in found.inputs}
+        inputs, sources = zip(
+            *(
+                (name, source)
+                for node, name, source in zip(self.program.inputs, self.inputs, self.sources, strict=True)
+                if node.name in left
+            ),
+            strict=True,
+        )
+        assumed = conditions_on(map(value_of, found.inputs))
+        conditions = tuple(condition for condition in assumed if symbol not in condition.expr.free_symbols)
+        return replace(self, program=found, inputs=inputs, sources=sources, conditions=conditions)
 
     @property
     def given(self) -> list[tuple[int, Any]]:

@@ -14,7 +14,7 @@ itself leaves out what was put there, and itself: a copy is of the plain model, 
 tokenizer of ``stop_strings`` before a callable. They are read from the local variables of its running frames.
 
 Not handled: caches of encoder-decoder models; static caches with layers other than full attention and sliding windows
-(None); masks of four dimensions, whose sizes are constant; classes whose ``__getstate__`` does not return a dict.
+(None); classes whose ``__getstate__`` does not return a dict.
 """
 
 from __future__ import annotations
@@ -232,6 +232,15 @@ def _by_token(arguments: Mapping[str, Any]) -> Iterator[tuple[Tensor, int]]:
         value = arguments.get(name)
         if isinstance(value, Tensor) and 1 <= value.dim() < 4:
             yield value, dim
+    for _, mask in masks_of(arguments):
+        if isinstance(mask, Tensor) and mask.dim() == 4:
+            yield mask, 2
+
+
+def masks_of(arguments: Mapping[str, Any]) -> Iterator[tuple[str | None, Any]]:
+    """Yields the mask of each kind of attention with its name, or the one of all with None."""
+    mask = arguments.get("attention_mask")
+    yield from mask.items() if type(mask) is dict else [(None, mask)]
 
 
 def _entries(arguments: Mapping[str, Any]) -> Iterator[tuple[Tensor, int]]:

@@ -79,7 +79,7 @@ class TestASecondStart:
         second, none, found = start()
         assert none == 0
         assert torch.equal(first[1], second)
-        assert {graph.stored for graph in found.graphs} == {True}
+        assert {graph.origin for graph in found.graphs} == {"stored"}
         assert "prefill        3 blocks, static cache, from the store;" in str(found)
         assert {twin.artifact for graph in found.graphs for twin in graph.twins} == {
             str(next(used.glob("twins-*/packed")))
