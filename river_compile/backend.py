@@ -86,19 +86,20 @@ def river(
     model.add(graph, limit=torch._dynamo.config.recompile_limit)
     for parameter in parameters[:1]:
         graph.entry.belongs_to_model_of(parameter, then=functools.partial(_watch, model, graph))
-    unbuildable = no_compiler(config, example_inputs)
+    unbuildable = no_compiler(config, example_inputs, rewritten=True)
     with graph.stage("rewriting"):
         refusal = unbuildable or _needs_gradients(example_inputs)
         program = refusal or recognise(traced, twins=config.quantizer != "none")
     if not isinstance(program, Refusal):
         return called_on_shards(build(program, values, lowering, fill, model, graph), [*values], local)
     graph.refusal = str(program) if unbuildable else f"{program}{_graph_break(graph_module, owner)}"
+    plainly = unbuildable or no_compiler(config, example_inputs, rewritten=False)
     if config.on_unsupported == "raise":
         raise UnsupportedGraphError(f"backend 'river' cannot rewrite this graph: {graph.refusal}")
     if graph.refusal not in {other.refusal for other in model.graphs if other is not graph}:
-        does = "runs a model uncompiled" if unbuildable else "leaves a graph to Inductor"
+        does = "runs a model uncompiled" if plainly else "leaves a graph to Inductor"
         warnings.warn(f"backend 'river' {does}: {graph.refusal}", RiverWarning, stacklevel=1)
-    if unbuildable or config.lowering == "eager":
+    if plainly or config.lowering == "eager":
         return graph_module.forward
     compiled: Any = compile_fx(graph_module, example_inputs, config_patches=inductor_settings(mode))
     return compiled

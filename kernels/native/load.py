@@ -36,8 +36,8 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from river_compile.kernels.native.build import Compiler, build, find_compiler, torch_flags
 from river_compile.kernels.native.isa import Isa, chosen
+from river_compile.kernels.native.libraries import kernels_for, operators
 from river_compile.kernels.portable import fused_width, largest_entropy
 
 _loading = threading.Lock()
@@ -45,7 +45,7 @@ _tables: dict[str, int] = {}
 
 
 def load(isa: Isa | None = None) -> Any:
-    """Returns ``torch.ops.river_native``, compiling what is not in the cache folder.
+    """Returns ``torch.ops.river_native``, compiling what neither the wheel nor the cache folder has.
 
     Args:
         isa: the instruction set that the operators use, None for what `chosen` says. The last call decides for the
@@ -58,16 +58,13 @@ def load(isa: Isa | None = None) -> Any:
     isa = isa or chosen()
     with _loading:
         if isa.name not in _tables:
-            registered, compiler = bool(_tables), find_compiler()
             with ThreadPoolExecutor(2) as pool:
-                kernels = pool.submit(_build_kernels, compiler, isa)
-                operators = pool.submit(build, compiler, "bindings.cpp", "operators", torch_flags())
-                paths = kernels.result(), operators.result()
-            if not registered:
-                torch.ops.load_library(str(paths[1]))
+                kernels, bindings = (made.result() for made in (pool.submit(kernels_for, isa), pool.submit(operators)))
+            if not _tables:
+                torch.ops.load_library(str(bindings))
                 for name, fake in _FAKES.items():
                     torch.library.register_fake(f"river_native::{name}", fake)
-            _tables[isa.name] = _table(paths[0])
+            _tables[isa.name] = _table(kernels)
         torch.ops.river_native.use_kernels(_tables[isa.name])
     return torch.ops.river_native
 
@@ -94,11 +91,6 @@ def entropy(logits_V: Tensor) -> float:
     if _tables and logits.is_cpu:
         return float(torch.ops.river_native.largest_entropy(logits))
     return float(largest_entropy(logits))
-
-
-def _build_kernels(compiler: Compiler, isa: Isa) -> Path:
-    flags = [*isa.flags, f"-DRIVER_ISA_{isa.name.upper()}"]
-    return build(compiler, "kernels.cpp", f"kernels_{isa.name}", flags)
 
 
 def _table(library: Path) -> int:

@@ -16,14 +16,14 @@ import logging
 import torch
 from torch import Tensor
 
-from river_compile.kernels.native.build import CannotBuild, build, find_compiler
+from river_compile.kernels.native.build import CannotBuild
 from river_compile.kernels.native.isa import Isa, chosen
+from river_compile.kernels.native.libraries import packing_for
 
 log = logging.getLogger("river_compile.kernels.native.packing")
 
 _STORED_AS = (torch.float32, torch.bfloat16)
 _LANES = 16
-_FLAGS = ("-ffp-contract=fast", "-fno-math-errno", "-fno-trapping-math")
 
 
 def usable(weight: Tensor, group_size: int = _LANES, dtype: torch.dtype = torch.float32) -> bool:
@@ -69,7 +69,7 @@ def _call(name: str, *arguments: Tensor | ctypes._SimpleCData) -> None:
 @functools.cache
 def _library(isa: Isa) -> ctypes.CDLL | None:
     try:
-        library = ctypes.CDLL(str(build(find_compiler(), "packing.cpp", f"packing_{isa.name}", [*isa.flags, *_FLAGS])))
+        library = ctypes.CDLL(str(packing_for(isa)))
     except CannotBuild as error:
         log.info("matrices are packed in PyTorch: %s", error)
         return None

@@ -74,10 +74,13 @@ def versions() -> list[Finding]:
 def compiler() -> Finding:
     """Compiles a few lines with the C++ compiler that Inductor calls."""
     from river_compile.kernels.native.build import CannotBuild, working_compiler
+    from river_compile.kernels.native.libraries import all_ready_made
 
     try:
         command = working_compiler().command
     except CannotBuild as error:
+        if all_ready_made():
+            return Finding("compiler", WARN, f"the kernels came compiled, and models need no more than these: {error}")
         return Finding("compiler", BAD, str(error))
     return Finding("compiler", OK, shutil.which(command) or command)
 

@@ -28,6 +28,7 @@ from river_compile.errors import OptionError, RiverWarning
 from river_compile.kernels.native import load as native
 from river_compile.kernels.native.build import CannotBuild, working_compiler
 from river_compile.kernels.native.isa import chosen
+from river_compile.kernels.native.libraries import all_ready_made
 from river_compile.kernels.quant.aten_int4 import LAYOUT as ATEN_LAYOUT
 from river_compile.kernels.quant.aten_int4 import has_fast_kernel
 from river_compile.kernels.quant.layouts import LAYOUTS, NATIVE_LAYOUT
@@ -104,9 +105,15 @@ def choose_lowering(config: RiverConfig, device: torch.device, flex: bool = Fals
     return Lowering(compiler, TRITON_LAYOUT, fuse, early)
 
 
-def no_compiler(config: RiverConfig, example_inputs: Sequence[Any]) -> Refusal | None:
-    """Returns why Inductor could compile nothing for a CPU, None if it can or need not."""
+def no_compiler(config: RiverConfig, example_inputs: Sequence[Any], rewritten: bool) -> Refusal | None:
+    """Returns why a graph cannot be compiled for a CPU, None if it can or need not.
+
+    A rewritten one needs no compiler where the wheel brought the C++ kernels: what they do not compute runs operator by
+    operator then.
+    """
     if config.lowering == "eager" or any(isinstance(x, Tensor) and x.device.type != "cpu" for x in example_inputs):
+        return None
+    if rewritten and all_ready_made() and config.lowering in ("auto", "native") and _native_pays(config, on_gpu=False):
         return None
     try:
         working_compiler()

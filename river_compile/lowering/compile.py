@@ -9,8 +9,10 @@ Not handled: graphs that need gradients (the backend gives those to Inductor who
 
 from __future__ import annotations
 
+import functools
 import logging
 import time
+import warnings
 from collections.abc import Sequence
 from dataclasses import dataclass, field
 from typing import Any
@@ -23,7 +25,9 @@ from torch._inductor.compile_fx import compile_fx, compile_fx_inner
 from torch._subclasses.fake_tensor import FakeTensor, FakeTensorMode
 from torch.fx.experimental.symbolic_shapes import ShapeEnv
 
+from river_compile.errors import RiverWarning
 from river_compile.kernels import portable
+from river_compile.kernels.native.build import CannotBuild, working_compiler
 from river_compile.kernels.quant.aten_int4 import LAYOUT as ATEN_LAYOUT
 from river_compile.kernels.quant.aten_int4 import linear_aten
 from river_compile.lowering.choose import TRITON_LAYOUT, Lowering
@@ -82,7 +86,7 @@ class SegmentCompiler:
         native = self.lowering.native
         callee: Callee | None = native_segment(segment) if native else None
         direct = True
-        if callee is None and ((native and segment.name == "prologue") or self.lowering.compiler == "eager"):
+        if callee is None and self._runs_by_operator(segment):
             callee = _by_operator(segment, self.lowering)
         elif callee is None:
             callee, direct = _compile(segment, packed, self.config_patches, self.lowering)
@@ -91,6 +95,23 @@ class SegmentCompiler:
         log.info("compiled %s in %.1f s%s", segment.name, done.seconds, "" if direct else ", called through wrappers")
         self.compiled.append(done)
         return callee
+
+    def _runs_by_operator(self, segment: Segment) -> bool:
+        if self.lowering.native:
+            return segment.name == "prologue" or _lacks_compiler()
+        return self.lowering.compiler == "eager"
+
+
+@functools.cache
+def _lacks_compiler() -> bool:
+    """Whether there is none, which says so once: the kernels are the wheel's."""
+    try:
+        working_compiler()
+    except CannotBuild as error:
+        message = f"what the compiled kernels do not compute of a model runs operator by operator: {error}"
+        warnings.warn(message, RiverWarning, stacklevel=5)
+        return True
+    return False
 
 
 def _examples(segment: Segment) -> list[Any]:

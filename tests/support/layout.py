@@ -11,15 +11,20 @@ from tools.house.sources import FOLDERS, ROOT
 SOURCES = [file for folder in FOLDERS for file in sorted((ROOT / folder).rglob("*.py"))]
 
 
-def build_wheel(folder: Path) -> Path:
-    """Builds a wheel from a copy of the sources, so that the checkout stays clean and no stale build leaks in."""
+def build_wheel(folder: Path, kernels: bool = False) -> Path:
+    """Builds a wheel from a copy of the sources, so that the checkout stays clean and no stale build leaks in.
+
+    With `kernels` it has the compiled kernels, which takes a minute or two where the cache has none of them.
+    """
     copy, out = folder / "sources", folder / "out"
     for name in FOLDERS:
         shutil.copytree(ROOT / name, copy / name, ignore=shutil.ignore_patterns("__pycache__"))
-    for name in ("pyproject.toml", "README.md", "LICENSE"):
-        shutil.copy(ROOT / name, copy)
+    for name in ("pyproject.toml", "MANIFEST.in", "README.md", "LICENSE", "tools/build_backend.py"):
+        (copy / name).parent.mkdir(exist_ok=True)
+        shutil.copy(ROOT / name, copy / name)
     command = [sys.executable, "-m", "build", "--wheel", "--no-isolation", "--outdir", str(out), str(copy)]
-    built = subprocess.run(command, capture_output=True, text=True)
+    environment = {**os.environ, "RIVER_COMPILE_KERNELS_IN_WHEEL": str(int(kernels))}
+    built = subprocess.run(command, capture_output=True, text=True, env=environment)
     assert built.returncode == 0, built.stdout + built.stderr
     (wheel,) = out.glob("*.whl")
     return wheel

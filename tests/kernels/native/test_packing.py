@@ -98,7 +98,7 @@ def test_without_a_compiler_pytorch_does_it(monkeypatch):
     def none():
         raise build.CannotBuild("no compiler")
 
-    monkeypatch.setattr(packing, "find_compiler", none)
+    monkeypatch.setattr(packing, "packing_for", none)
     packing._library.cache_clear()
     try:
         assert not packing.usable(torch.zeros(2, 64))

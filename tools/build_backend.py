@@ -1,0 +1,66 @@
+"""What `python -m build` and pip call: setuptools, and the C++ kernels in a wheel for Linux on x86-64.
+
+    python -m build                                    # the source archive, and the wheel with compiled kernels
+    RIVER_COMPILE_KERNELS_IN_WHEEL=0 python -m build   # the wheel with their sources alone, for any machine
+
+The kernels are compiled from the sources that the wheel also carries (:mod:`river_compile.kernels.native.libraries`).
+torch is needed for that, for its headers; an editable installation compiles nothing and needs no torch.
+
+Not handled: other machines, whose wheels carry sources alone; the tag of a wheel for many distributions, which
+auditwheel gives (`auditwheel repair --exclude libtorch_cpu.so`).
+"""
+
+from __future__ import annotations
+
+import contextlib
+import os
+import platform
+import shutil
+import sys
+from collections.abc import Iterator, Mapping
+from pathlib import Path
+from typing import Any
+
+from setuptools import build_meta
+from setuptools.build_meta import *  # noqa: F403  (the other hooks)
+
+_ROOT = Path(__file__).parents[1]
+_NEEDED = ("torch>=2.11", "filelock>=3.12", "numpy")  # numpy spares a warning of torch's
+_TAG = "linux_x86_64"
+
+Settings = Mapping[str, Any] | None
+
+
+def get_requires_for_build_wheel(config_settings: Settings = None) -> list[str]:
+    """Returns what a wheel's build needs beside setuptools."""
+    return [*build_meta.get_requires_for_build_wheel(config_settings), *(_NEEDED if _compiles() else ())]
+
+
+def build_wheel(wheel_directory: str, config_settings: Settings = None, metadata_directory: str | None = None) -> str:
+    """Builds the wheel; returns its name."""
+    settings = dict(config_settings or {})
+    if not _compiles():
+        return build_meta.build_wheel(wheel_directory, settings, metadata_directory)
+    given = settings.get("--build-option", [])
+    settings["--build-option"] = [*([given] if isinstance(given, str) else given), f"--plat-name={_TAG}"]
+    with _compiled():
+        return build_meta.build_wheel(wheel_directory, settings, metadata_directory)
+
+
+def _compiles() -> bool:
+    here = sys.platform == "linux" and platform.machine() == "x86_64"
+    return here and os.environ.get("RIVER_COMPILE_KERNELS_IN_WHEEL", "1") != "0"
+
+
+@contextlib.contextmanager
+def _compiled() -> Iterator[None]:
+    """Inside, the libraries lie beside their sources, where the wheel takes them from."""
+    sys.path.insert(0, str(_ROOT))
+    from river_compile.kernels.native.libraries import BUILT, build_all
+
+    print(f"compiled kernels: {build_all(BUILT) / 1e6:.1f} MB")
+    try:
+        yield
+    finally:
+        shutil.rmtree(BUILT)
+        sys.path.remove(str(_ROOT))
