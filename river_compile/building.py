@@ -12,7 +12,6 @@ from collections.abc import Mapping, Sequence
 from typing import Any
 
 from torch import fx
-from tqdm import tqdm
 
 from river_compile.capture.capture_cache import CaptureCache
 from river_compile.capture.device_exits import captured_runner
@@ -178,7 +177,8 @@ def _compiled(
     compiler = SegmentCompiler(choices.lowering, inductor_settings(graph.mode, whole=False))
     steps: dict[Segment, Step] = {}
     with graph.stage("compiling"):
-        for segment in tqdm(segments, desc="river: compiling segments", unit="segment", leave=False, delay=1):
+        for number, segment in enumerate(segments):
+            graph.progress.reached(number / len(segments))
             operands = [tensor for linear in segment.packed for tensor in packed[linear].tensors]
             graph.packed_bytes += sum(tensor.nbytes for tensor in operands)
             graph.token_bytes += bytes_of_token(segment, operands, len(segment.inputs))

@@ -24,6 +24,7 @@ from river_compile.exits import Memories
 from river_compile.lowering.compile import Compiled
 from river_compile.offload.weights import OffloadedWeights
 from river_compile.passes.program import Fusion, KeptLinear, RiverProgram
+from river_compile.progress import StartProgress
 from river_compile.runtime.cache_pool import CachePool
 from river_compile.runtime.draft_stats import DraftHistory
 from river_compile.runtime.fallbacks import PlainCalls, PlainRuns
@@ -65,6 +66,7 @@ class GraphRecord:
         ranks: of each of the ranks that share the model, what is packed for it; none where it has no others.
         captures: what was captured of it.
         twins: the packed matrices of its twins.
+        progress: of the model's start.
     """
 
     config: RiverConfig
@@ -90,6 +92,7 @@ class GraphRecord:
     ranks: Sequence[Mapping[str, Any]] = ()
     captures: CaptureLog = field(default_factory=CaptureLog)
     twins: tuple[TwinWeight, ...] = ()
+    progress: StartProgress = field(default_factory=StartProgress)
 
     @property
     def options(self) -> tuple[RiverConfig, str | None]:
@@ -98,9 +101,10 @@ class GraphRecord:
 
     @contextlib.contextmanager
     def stage(self, name: str) -> Iterator[None]:
-        """Adds the seconds that its body takes to a stage."""
+        """Adds the seconds that its body takes to a stage, and shows it as a part of the model's start."""
         start = time.perf_counter()
-        yield
+        with self.progress.part(name):
+            yield
         self.seconds[name] = self.seconds.get(name, 0.0) + time.perf_counter() - start
 
     def describe(self, program: RiverProgram, compiled: Iterable[Compiled]) -> None:
@@ -136,6 +140,10 @@ class ModelRecord:
     plain_runs: PlainRuns = field(default_factory=PlainRuns)
     programs: Programs | None = None  # that are stored, of an accelerated model
     told_of_batches: bool = False  # that another number of rows is compiled anew
+    progress: StartProgress = field(default_factory=StartProgress)
+
+    def __post_init__(self) -> None:
+        self.twins.progress = self.self_calibration.progress = self.progress
 
     @property
     def statistics(self) -> Statistics:

@@ -64,11 +64,14 @@ class Programs:
         config: what the model is compiled with.
         build: builds a program.
         stores: whether programs are left for other processes, and taken from them.
+
+    Attributes:
+        quantizer: of the twins.
     """
 
     def __init__(self, config: RiverConfig, build: Build, stores: bool) -> None:
         self._options = replace(config, artifact=None, on_missing_artifact="raise")
-        self._build, self._stores = build, stores
+        self._build, self._stores, self.quantizer = build, stores, config.quantizer
         self._usable = config.dump_dir is None and config.offload is None
         self._identity: str | None = None
         self._known: dict[str, list[_Known]] = {}

@@ -12,6 +12,7 @@ compiled code and captured graphs hold.
 
 from __future__ import annotations
 
+import contextlib
 import functools
 import logging
 import threading
@@ -20,7 +21,6 @@ import warnings
 from collections import defaultdict
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
-from contextlib import contextmanager
 from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any, TypeVar
@@ -28,13 +28,13 @@ from typing import Any, TypeVar
 import torch
 from torch import Tensor
 from torch.utils.weak import WeakTensorKeyDictionary
-from tqdm import tqdm
 
 from river_compile.config import RiverConfig
 from river_compile.distributed.ranks import ALONE, Ranks
 from river_compile.errors import RiverWarning
 from river_compile.kernels.quant.grid import threads_for
 from river_compile.passes.program import TwinLinear
+from river_compile.progress import StartProgress
 from river_compile.store.folder import enabled
 from river_compile.twins.artifact import FILE, Artifact, write_missing
 from river_compile.twins.calibration_stats import Moments, Observation
@@ -88,6 +88,7 @@ class TwinRegistry:
         loss: what the latest ones lose together, None where that is not known.
         renewals: how often weights were found changed.
         renewed: the number of matrices that were packed again the last time.
+        progress: of the model's start.
     """
 
     def __init__(self) -> None:
@@ -100,6 +101,7 @@ class TwinRegistry:
         self._not_judged = False
         self._stored: StoredTwins | None = None
         self.renewals = self.renewed = 0
+        self.progress = StartProgress()
 
     def pack(
         self,
@@ -110,7 +112,7 @@ class TwinRegistry:
         every: Iterable[str] = (),
         savable: Sequence[TwinLinear] = (),
     ) -> dict[TwinLinear, TwinWeight]:
-        """Returns the packed weights of the sites, making those that are missing (with a progress bar when many).
+        """Returns the packed weights of the sites, making those that are missing.
 
         Args:
             sites: matrix products of twins.
@@ -154,7 +156,7 @@ class TwinRegistry:
         """Returns all packed matmuls."""
         return [site for sites in self._packed.values() for site in sites.values()]
 
-    @contextmanager
+    @contextlib.contextmanager
     def moving(self) -> Iterator[None]:
         """Inside, parameters may move to other addresses, with the values that they have."""
         alike = [(site, sources) for site in self.all() if (sources := site.fresh_sources()) is not None]
@@ -194,7 +196,8 @@ class TwinRegistry:
                 for site, sources in changed
             ]
             own = functools.partial(statistics.own.visit, anew=True) if recorded is None and not unneeded else None
-            made = _packed(changed, known, recorded, made_again, "packing changed weights as", own)
+            with self.progress.part("packing changed weights") if changed else contextlib.nullcontext():
+                made = _packed(changed, known, recorded, made_again, self.progress, own)
             for (site, _), new in zip(changed, made, strict=True):
                 site.become(new)
             if changed:
@@ -261,7 +264,7 @@ class TwinRegistry:
         known = _in_threads(lambda pair: maker.look_up(*pair), pairs)
         if sites and threads_for(sources[sites[0]].weights[0]) == 1:  # (hashing needs no memory of the device)
             _in_threads(lambda pair: pair[1].digest, pairs)
-        made = _packed(pairs, known, maker.observation, maker.make, "packing", own)
+        made = _packed(pairs, known, maker.observation, maker.make, self.progress, own)
         return dict(zip(sites, made, strict=True))
 
     def _find(self, site: TwinLinear, sources: Sources, maker: Maker) -> TwinWeight | None:
@@ -295,33 +298,9 @@ class TwinRegistry:
         log.info("%s", message)
 
 
-class _Threads:
-    """Calls functions in so many threads (None: torch's number), under a progress bar where there is a title."""
-
-    def __init__(self, total: int, what: str = "", threads: int | None = None) -> None:
-        title = f"river: {what} 4-bit twins" if what else None
-        self.number = threads or max(1, torch.get_num_threads())
-        self._pool = ThreadPoolExecutor(self.number)
-        self._bar = tqdm(total=total, desc=title, unit="matrix", leave=False, delay=1, disable=not what)
-
-    def __enter__(self) -> _Threads:
-        return self
-
-    def __exit__(self, *_: object) -> None:
-        self._pool.shutdown()
-        self._bar.close()
-
-    def map(self, function: Callable[[T], R], jobs: Iterable[T]) -> list[R]:
-        results = []
-        for result in self._pool.map(function, jobs):
-            results.append(result)
-            self._bar.update()
-        return results
-
-
-def _in_threads(function: Callable[[T], R], jobs: Sequence[T]) -> list[R]:
-    with _Threads(len(jobs)) as threads:
-        return threads.map(function, jobs)
+def _in_threads(function: Callable[[T], R], jobs: Iterable[T]) -> list[R]:
+    with ThreadPoolExecutor(max(1, torch.get_num_threads())) as pool:
+        return [*pool.map(function, jobs)]
 
 
 def _packed(
@@ -329,7 +308,7 @@ def _packed(
     known: Sequence[Known],
     recorded: Observation | None,
     make: Callable[[T, Sources, Known], TwinWeight],
-    what: str,
+    progress: StartProgress,
     read: Callable[[Sequence[Tensor], Callable[[Tensor, Moments], None]], str] | None,
 ) -> list[TwinWeight]:
     """Packs products in threads, in the order in which the model reads them where it is to.
@@ -339,7 +318,7 @@ def _packed(
         known: what is known of each.
         recorded: where moments among that are from.
         make: packs one.
-        what: says what goes on.
+        progress: is told how far it is.
         read: has the model read matrices (those given), calls back with the moments of each, and returns what was read.
             Products are packed some at a time, in the middle of that, so that few moments are held at once.
     """
@@ -352,17 +331,23 @@ def _packed(
     for number, (_, sources) in enumerate(pairs):
         numbers[id(sources.weights[0])].append(number)
 
-    with _Threads(len(pairs), what, threads_for(pairs[0][1].weights[0])) as threads:
+    threads = threads_for(pairs[0][1].weights[0])
+    with ThreadPoolExecutor(threads) as pool:
+
+        def one(job: tuple[int, Known]) -> TwinWeight:
+            product, sources = pairs[job[0]]
+            return make(product, sources, job[1])
 
         def work() -> None:
             jobs = waiting.copy()
             waiting.clear()
-            packed = threads.map(lambda job: make(*pairs[job[0]], job[1]), jobs)
-            made.update(zip((number for number, _ in jobs), packed, strict=True))
+            for (number, _), twin in zip(jobs, pool.map(one, jobs), strict=True):
+                made[number] = twin
+                progress.reached(len(made) / len(pairs))
 
         def see(weight: Tensor, moments: Moments) -> None:
             waiting.extend((number, moments) for number in numbers[id(weight)])
-            if len(waiting) >= _TOGETHER * threads.number and not failed:
+            if len(waiting) >= _TOGETHER * threads and not failed:
                 try:
                     work()
                 except Exception as error:  # (which is not the model's)
