@@ -22,6 +22,7 @@ from river_compile.backend import executors_of
 from river_compile.calibration.result import Calibration, Candidate
 from river_compile.kernels.triton import heuristic, loader
 from river_compile.kernels.triton.exit_score import ExitScoreSpec
+from river_compile.passes.program import RiverProgram
 from river_compile.passes.segments import fingerprint
 from river_compile.store import graphs
 from river_compile.store.folder import Entry
@@ -51,15 +52,20 @@ class Stored:
     files: tuple[str, ...]
 
 
-@functools.cache
 def packed_model() -> torch.nn.Module:
     """Returns a model whose twins are packed."""
+    return _built()[0]
+
+
+@functools.cache
+def _built() -> tuple[torch.nn.Module, RiverProgram]:
+    """Returns it with a program of its own, which lasts longer than what Dynamo keeps."""
     torch._dynamo.reset()
     model = make("llama", layers=2)
     options = {"lowering": "eager", "quantizer": "rtn", "group_size": 32, "exit_depth": 1}
     model.compile(backend=river_compile.river, options=options)
     decode(model, new_cache(model, "static"), [1])
-    return model
+    return model, executors_of(model)[-1].program
 
 
 @functools.cache
@@ -144,7 +150,7 @@ def _read_calibration(folder: Path) -> None:
 @functools.cache
 def _program() -> tuple[bytes, list[str]]:
     """Returns a program as the store has it, and what its segments are."""
-    program = executors_of(packed_model())[-1].program
+    program = _built()[1]
     return graphs.dumps(program), [fingerprint(segment).digest for segment in program.segments]
 
 
