@@ -97,9 +97,8 @@ class SegmentCompiler:
         return callee
 
     def _runs_by_operator(self, segment: Segment) -> bool:
-        if self.lowering.native:
-            return segment.name == "prologue" or _lacks_compiler()
-        return self.lowering.compiler == "eager"
+        by_choice = self.lowering.compiler == "eager" or (self.lowering.native and segment.name == "prologue")
+        return by_choice or (self.lowering.native and _lacks_compiler())
 
 
 @functools.cache
