@@ -4,7 +4,8 @@
     RIVER_COMPILE_KERNELS_IN_WHEEL=0 python -m build   # the wheel with their sources alone, for any machine
 
 The kernels are compiled from the sources that the wheel also carries (:mod:`river_compile.kernels.native.libraries`).
-torch is needed for that, for its headers; an editable installation compiles nothing and needs no torch.
+torch is needed for that, for its headers. So a wheel from a source archive has them, and `pip install .` in a checkout,
+which is to be quick, compiles nothing and fetches no second torch; the variable says otherwise.
 
 Not handled: other machines, whose wheels carry sources alone; the tag of a wheel for many distributions, which
 auditwheel gives (`auditwheel repair --exclude libtorch_cpu.so`).
@@ -48,8 +49,9 @@ def build_wheel(wheel_directory: str, config_settings: Settings = None, metadata
 
 
 def _compiles() -> bool:
-    here = sys.platform == "linux" and platform.machine() == "x86_64"
-    return here and os.environ.get("RIVER_COMPILE_KERNELS_IN_WHEEL", "1") != "0"
+    asked = os.environ.get("RIVER_COMPILE_KERNELS_IN_WHEEL")
+    wanted = (_ROOT / "PKG-INFO").exists() if asked is None else asked != "0"  # (which every source archive has)
+    return wanted and sys.platform == "linux" and platform.machine() == "x86_64"
 
 
 @contextlib.contextmanager

@@ -17,7 +17,7 @@ from torch import Tensor
 from transformers import GenerationMixin, PreTrainedModel
 from transformers.cache_utils import StaticLayer, StaticSlidingWindowLayer
 
-from river_compile.upstream.transformers import cache_of, masks_of
+from river_compile.upstream.transformers import cache_of, is_of_transformers, masks_of
 
 KNOWN = {"input_ids", "attention_mask", "position_ids", "cache", "past_key_values", "logits_to_keep", "use_cache"}
 
@@ -102,7 +102,8 @@ def with_masks(model: PreTrainedModel, inputs: Inputs) -> Inputs:
 def _prepares_as_most_do(model: PreTrainedModel) -> bool:
     kind = type(model)
     return (
-        kind.prepare_inputs_for_generation is GenerationMixin.prepare_inputs_for_generation
+        is_of_transformers(model)
+        and kind.prepare_inputs_for_generation is GenerationMixin.prepare_inputs_for_generation
         and kind._update_model_kwargs_for_generation is GenerationMixin._update_model_kwargs_for_generation
         and not hasattr(model, "create_masks_for_generate")
     )

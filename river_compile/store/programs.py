@@ -32,6 +32,7 @@ from river_compile.store.folder import Entry, enabled, keep_bound
 from river_compile.store.graphs import NotStorable, dumps, loads
 from river_compile.store.identity import identity_of
 from river_compile.store.stored_pass import StoredPass, named
+from river_compile.upstream.transformers import is_of_transformers
 
 log = logging.getLogger("river_compile.store")
 _ENDING = ".pass"
@@ -123,7 +124,7 @@ class Programs:
         self, signature: str, model: PreTrainedModel, inputs: Mapping[str, Any], cache: Cache
     ) -> Recalled | None:
         """Returns a pass of one token that follows from one of several, None if none does."""
-        if inputs["input_ids"].shape[1] != 1:
+        if inputs["input_ids"].shape[1] != 1 or not is_of_transformers(model):
             return None
         for known in self._known[signature]:
             found = known.stored.of_one_token() if known.origin == "traced" else None

@@ -55,6 +55,11 @@ def cache_of(arguments: Mapping[str, Any]) -> Cache | None:
     return next((arguments[name] for name in _NAMES if arguments.get(name) is not None), None)
 
 
+def is_of_transformers(model: nn.Module) -> bool:
+    """Whether a model's class is one that came with transformers, whose code is known."""
+    return type(model).__module__.partition(".")[0] == "transformers"
+
+
 def cannot_crop(cache: Cache) -> list[str]:
     """Returns the names of the classes of those layers whose last slots cannot be freed, sorted.
 
