@@ -1,0 +1,85 @@
+"""A traced pass of several tokens, with one of them: what the model makes of one token, in every family."""
+
+from __future__ import annotations
+
+import pytest
+import sympy
+import torch
+from torch import Tensor
+
+from river_compile.passes.normalize import normalized
+from river_compile.passes.segments import recognise
+from river_compile.passes.sizes import with_size
+from river_compile.upstream.transformers import crop, mark_growing
+from tests.support.decoding import cache_argument, cache_state, new_cache, run_plainly
+from tests.support.families import FAMILIES, each, make, prompt
+
+PROMPT, TOKENS, SLOTS = 3, 2, 8  # (as many slots as a window has)
+OTHER_MASKS = {"bloom", "falcon_alibi", "gpt_neo", "mpt"}  # families that make theirs of one of two dimensions
+
+
+def given(first: int, tokens: int) -> dict[str, Tensor]:
+    """Returns ids, positions and mask of the tokens from a slot on."""
+    ids, places = prompt(8, seed=3)[:, first : first + tokens], torch.arange(first, first + tokens)
+    mask = (torch.arange(SLOTS) <= places[:, None])[None, None]
+    return {"input_ids": ids.contiguous(), "position_ids": places[None], "attention_mask": mask}
+
+
+def prompted(model):
+    """Returns a static cache with a prompt in it, and a forward's arguments for it."""
+    cache = new_cache(model, "static", SLOTS)
+    held = {"use_cache": True, cache_argument(model): cache}
+    run_plainly(model, **given(0, PROMPT), **held)
+    return cache, held
+
+
+@pytest.mark.parametrize("family", each([f for f in FAMILIES if f not in OTHER_MASKS], quick=["llama", "mixtral"]))
+@torch.no_grad()
+def test_one_of_several_tokens_is_what_the_model_makes_of_one(family):
+    torch._dynamo.reset()
+    model, traced = make(family, layers=2), []
+    cache, held = prompted(model)
+
+    def keep(graph, inputs):
+        traced.append((normalized(graph), [*inputs]))
+        return graph.forward
+
+    several = given(PROMPT, TOKENS)
+    mark_growing({**several, **held}, prompts=True)
+    torch.compile(model.forward, backend=keep, fullgraph=True)(**several, **held)
+    ((graph, inputs),) = traced
+    length = recognise(graph, twins=False).plan.query_length.node.expr
+    assert isinstance(length, sympy.Symbol)
+
+    one = with_size(graph.graph, length, 1)
+    assert recognise(one, twins=False).plan.query_length == 1
+    crop(cache, TOKENS)
+    own = given(PROMPT, 1)
+    instead = {id(several[name]): own[name] for name in own}
+    named = {n.name: value for n, value in zip(graph.graph.find_nodes(op="placeholder"), inputs, strict=True)}
+    kept = [named[node.name] for node in one.graph.find_nodes(op="placeholder")]
+    logits = one(*(instead.get(id(value), value) for value in kept))[-1]
+
+    other, held = prompted(model)
+    torch.testing.assert_close(logits, run_plainly(model, **own, **held).logits)
+    for a, b in zip(cache_state(cache), cache_state(other), strict=True):
+        assert a[2] == b[2] == PROMPT + 1
+        for x, y in zip(a[:2], b[:2], strict=True):
+            torch.testing.assert_close(x[:, :, : a[2]], y[:, :, : a[2]])
+
+
+def test_a_size_that_an_operator_does_not_take_is_its_error():
+    """Of two rows the second can be picked, of one it cannot."""
+    traced = []
+
+    def keep(graph, inputs):
+        traced.append(normalized(graph))
+        return graph.forward
+
+    x = torch.ones(4, 3)
+    torch._dynamo.mark_dynamic(x, 0)
+    torch.compile(lambda x: x.select(0, 1), backend=keep)(x)
+    examples = (node.meta.get("example_value") for node in traced[0].graph.nodes)
+    rows = next(value for value in examples if isinstance(value, torch.SymInt))
+    with pytest.raises(IndexError):
+        with_size(traced[0].graph, rows.node.expr, 1)
