@@ -353,7 +353,7 @@ class Session:
         progress = self.record.progress
         if not self.record.graphs and self._programs is not None:
             progress.expect(estimate(self.model, self._programs.quantizer))
-            if self._programs.reads_own_text and self.record.statistics.recorded is None:
+            if self._programs.reads_own_text and not self.record.statistics.observes:
                 self.record.self_calibration.is_of(self.model)
                 self.record.self_calibration.begin()
         tracing = contextlib.nullcontext() if key in self._bound else progress.part("tracing")

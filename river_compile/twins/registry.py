@@ -74,9 +74,18 @@ class Statistics:
         return 0 if self.observed is None else self.observed.number
 
     @property
-    def recorded(self) -> Observation | None:
-        """Returns what was recorded beforehand; None where the model reads text of its own while it is packed."""
-        return self.observed if self.observed is not None and self.observed.moments else None
+    def observes(self) -> bool:
+        """Whether texts were observed, so that the model need write none."""
+        return self.observed is not None and bool(self.observed.moments)
+
+    def beforehand(self, *, anew: bool = False) -> Observation | None:
+        """Returns what is known before a matrix is packed; None where the model reads its own text meanwhile.
+
+        Ranks run the model together, and may pack different matrices, so there the text is read before.
+        """
+        if self.observes:
+            return self.observed
+        return self.own.observation(anew=anew) if self.ranks.several else None
 
 
 class TwinRegistry:
@@ -190,12 +199,13 @@ class TwinRegistry:
             alike = _in_threads(lambda pair: pair[0].stands_for(pair[1], thorough=thorough), pairs)
             changed = [pair for pair, same in zip(pairs, alike, strict=True) if not same]
             unneeded = statistics.ranks.every(not any(needs_moments(site) for site, _ in changed))
-            recorded = None if unneeded else statistics.recorded
+            recorded = None if unneeded else statistics.beforehand(anew=True)
             known = [
                 recorded.moments_of(sources.weights[0]) if recorded is not None and needs_moments(site) else None
                 for site, sources in changed
             ]
-            own = functools.partial(statistics.own.visit, anew=True) if recorded is None and not unneeded else None
+            alone = recorded is None and not unneeded and not statistics.ranks.several
+            own = functools.partial(statistics.own.visit, anew=True) if alone else None
             with self.progress.part("packing changed weights") if changed else contextlib.nullcontext():
                 made = _packed(changed, known, recorded, made_again, self.progress, own)
             for (site, _), new in zip(changed, made, strict=True):
@@ -220,7 +230,7 @@ class TwinRegistry:
         there = statistics.ranks.every((Path(config.artifact or "") / FILE).exists())
         if there or not sites or not maker.needs_statistics:
             return statistics
-        return replace(statistics, observed=statistics.recorded or statistics.own.observation())
+        return replace(statistics, observed=statistics.beforehand())
 
     def _open(self, config: RiverConfig, make: Callable[[], Sequence[TwinWeight]]) -> Artifact:
         """Returns the artifact that the options name, made where it is missing and the options say so."""
@@ -258,8 +268,8 @@ class TwinRegistry:
         """Packs products; each is looked up before the first is packed, since an artifact fits as a whole or not."""
         own = None
         if sites and maker.needs_statistics:
-            maker, self._not_judged = replace(maker, observation=statistics.recorded), True
-            own = statistics.own.visit if maker.observation is None else None
+            maker, self._not_judged = replace(maker, observation=statistics.beforehand()), True
+            own = statistics.own.visit if maker.observation is None and not statistics.ranks.several else None
         pairs = [(site, sources[site]) for site in sites]
         known = _in_threads(lambda pair: maker.look_up(*pair), pairs)
         if sites and threads_for(sources[sites[0]].weights[0]) == 1:  # (hashing needs no memory of the device)

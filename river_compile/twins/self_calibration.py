@@ -81,9 +81,9 @@ class SelfCalibration:
 
         return self._run(run) or ""
 
-    def observation(self) -> Observation | None:
+    def observation(self, *, anew: bool = False) -> Observation | None:
         """Returns the statistics of all the model's matrices on it, None if the model cannot write it."""
-        return self._run(lambda model: record(model, self._text(model).split(_ROWS_AT_ONCE), own=True))
+        return self._run(lambda model: record(model, self._text(model, anew).split(_ROWS_AT_ONCE), own=True))
 
     def _run(self, what: Callable[[nn.Module], R]) -> R | None:
         """Returns what something returns for the uncompiled model, None if the code of the model fails."""
@@ -102,7 +102,7 @@ class SelfCalibration:
         finally:
             self.seconds += time.perf_counter() - start
 
-    def _text(self, model: nn.Module, anew: bool = False) -> Tensor:
+    def _text(self, model: nn.Module, anew: bool) -> Tensor:
         writing, self._writing = self._writing, None
         if anew or self._ids is None:
             with self.progress.part("reading own text"):
