@@ -95,8 +95,8 @@ def test_what_they_do_not_take_is_left_to_pytorch():
 
 
 def test_without_a_compiler_pytorch_does_it(monkeypatch):
-    def none():
-        raise build.CannotBuild("no compiler")
+    def none(isa):
+        raise build.CannotBuild(f"no compiler for {isa.name}")
 
     monkeypatch.setattr(packing, "packing_for", none)
     packing._library.cache_clear()
