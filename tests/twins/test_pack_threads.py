@@ -26,7 +26,7 @@ class Maker:
         self.log, self.most, self._now, self._lock = log, 0, 0, threading.Lock()
         self._together = threading.Event()
 
-    needs_statistics = False
+    needs_statistics, observation = False, None
 
     def look_up(self, site, sources):
         return None
@@ -41,7 +41,7 @@ class Maker:
         with self._lock:
             self._now -= 1
             self.log.append("make")
-        return site
+        return types.SimpleNamespace(site=site, output_sqnr=None)
 
 
 @pytest.mark.parametrize(("device", "threads"), [("cpu", 3), ("meta", 1)])
@@ -51,7 +51,7 @@ def test_a_device_packs_one_matrix_after_the_other(device, threads, monkeypatch)
     log: list[str] = []
     maker, weight, sites = Maker(log), torch.empty(4, 4, device=device), list("abcdef")
     made = TwinRegistry()._make(maker, sites, dict.fromkeys(sites, Sources(weights=(weight,), log=log)), Statistics())
-    assert list(made) == list(made.values()) == sites
+    assert list(made) == [twin.site for twin in made.values()] == sites
     assert threads_for(weight) == threads
     assert (maker.most > 1) == (threads > 1)
     assert log == ["hash"] * 6 * (threads == 1) + ["make"] * 6
