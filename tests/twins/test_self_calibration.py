@@ -110,6 +110,7 @@ def test_a_body_without_a_head_cannot_write():
 def test_weights_that_changed_write_anew():
     """Their twins are those of a start with these weights."""
     model, other = started(), make("llama", layers=2, seed=7)
+    assert report(model).loss is not None
     model.load_state_dict(other.state_dict())
     with pytest.warns(RiverWarning, match="weights changed after their 4-bit twins were packed"):
         decode(model, new_cache(model, "static"), [0])
