@@ -353,9 +353,6 @@ class Session:
         progress = self.record.progress
         if not self.record.graphs and self._programs is not None:
             progress.expect(estimate(self.model, self._programs.quantizer))
-            if self._programs.reads_own_text and not self.record.statistics.observes:
-                self.record.self_calibration.is_of(self.model)
-                self.record.self_calibration.begin()
         tracing = contextlib.nullcontext() if key in self._bound else progress.part("tracing")
         with graph_calls() as calls, forced_depth(depth), last_token_alone(last_token), tracing:
             logits: Tensor = self.model(**inputs, return_dict=True).logits

@@ -26,7 +26,6 @@ from transformers import PreTrainedModel
 from transformers.cache_utils import Cache
 
 from river_compile.config import RiverConfig
-from river_compile.kernels.quant.calibrated import OBSERVING
 from river_compile.runtime.executor import RiverExecutor
 from river_compile.store.folder import Entry, enabled, keep_bound
 from river_compile.store.graphs import NotStorable, dumps, loads
@@ -69,13 +68,11 @@ class Programs:
 
     Attributes:
         quantizer: of the twins.
-        reads_own_text: whether the model writes text for them, where none was observed.
     """
 
     def __init__(self, config: RiverConfig, build: Build, stores: bool) -> None:
         self._options = replace(config, artifact=None, on_missing_artifact="raise")
         self._build, self._stores, self.quantizer = build, stores, config.quantizer
-        self.reads_own_text = config.quantizer in OBSERVING and config.artifact is None
         self._usable = config.dump_dir is None and config.offload is None
         self._identity: str | None = None
         self._known: dict[str, list[_Known]] = {}

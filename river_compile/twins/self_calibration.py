@@ -9,10 +9,8 @@ import logging
 import time
 import weakref
 from collections.abc import Callable, Iterable, Sequence
-from concurrent.futures import Future, ThreadPoolExecutor
 from typing import TypeVar
 
-import torch
 from torch import Tensor, nn
 
 from river_compile.distributed.ranks import ranks_of
@@ -44,7 +42,6 @@ class SelfCalibration:
     def __init__(self) -> None:
         self._model: Callable[[], nn.Module | None] = lambda: None
         self._ids: Tensor | None = None
-        self._writing: Future[Tensor] | None = None
         self.refusal = "torch.compile was not given a model"
         self.progress = StartProgress()
         self.seconds = 0.0
@@ -52,15 +49,7 @@ class SelfCalibration:
     def is_of(self, model: nn.Module) -> None:
         """Says which model it is."""
         if self._model() is not model:
-            self._model, self._ids, self._writing, self.refusal = weakref.ref(model), None, None, ""
-
-    def begin(self) -> None:
-        """Begins to write the text in another thread, while this one traces the model, which takes one core."""
-        model = self._model()
-        if model is not None and not self.refusal and self._ids is None and self._writing is None:
-            writer = ThreadPoolExecutor(1)
-            self._writing = writer.submit(_write, model)
-            writer.shutdown(wait=False)
+            self._model, self._ids, self.refusal = weakref.ref(model), None, ""
 
     def visit(self, weights: Sequence[Tensor], see: Callable[[Tensor, Moments], None], *, anew: bool = False) -> str:
         """Calls `see` for each of these matrices that the model reads on it, with the moments of its inputs.
@@ -103,10 +92,9 @@ class SelfCalibration:
             self.seconds += time.perf_counter() - start
 
     def _text(self, model: nn.Module, anew: bool) -> Tensor:
-        writing, self._writing = self._writing, None
         if anew or self._ids is None:
             with self.progress.part("reading own text"):
-                self._ids = _write(model) if anew or writing is None else writing.result()
+                self._ids = sample(model, ROWS, enough(model, ROWS, MOST_TOKENS))
         return self._ids
 
     def loss(self, packed: Iterable[TwinWeight]) -> TwinLoss | None:
@@ -121,13 +109,6 @@ class SelfCalibration:
             _tell_ranks(model, error)
             log.info("the loss of the twins of %s is not known: %s", type(model).__name__, _why(error))
             return None
-
-
-@torch.no_grad()
-def _write(model: nn.Module) -> Tensor:
-    """Returns the text ``[ROWS, T]``."""
-    with uncompiled(), NativeLinear():
-        return sample(model, ROWS, enough(model, ROWS, MOST_TOKENS))
 
 
 def _tell_ranks(model: nn.Module, error: Exception) -> None:
