@@ -228,9 +228,7 @@ def _kv_slot(nodes: list[fx.Node], hidden_in: fx.Node, hidden_out: fx.Node) -> K
     lengths = [m for n in nodes for m in mutated_inputs(n) if m.op == "placeholder" and rank(m) == 0]
     # (Other caches than those written by `index_copy_(dim, position, new)` roll and never overflow.)
     sizes = (value_of(n.args[0]).shape[n.args[1]] for n in in_place if n.target is torch.Tensor.index_copy_)
-    size = next(sizes, None)
-    capacity = size if isinstance(size, int) else None
-    return KVSlot("static", tuple(in_place), tuple(dict.fromkeys(lengths)), capacity)
+    return KVSlot("static", tuple(in_place), tuple(dict.fromkeys(lengths)), next(sizes, None))
 
 
 def _outlives(memory: fx.Node, hidden_in: fx.Node) -> bool:

@@ -32,13 +32,14 @@ class KVSlot:
         writes: the nodes that write or return keys and values, or the state of a recurrence or a convolution; none
             for a block that keeps nothing. Those that return something come first.
         lengths: integer placeholders that the block advances in place, the number of filled slots.
-        capacity: slots of a static cache that is filled from the front, None where no limit applies.
+        capacity: slots of a static cache that is filled from the front, None where no limit applies. It is dynamic
+            where Dynamo has seen caches of several sizes.
     """
 
     kind: str
     writes: tuple[fx.Node, ...]
     lengths: tuple[fx.Node, ...] = ()
-    capacity: int | None = None
+    capacity: int | torch.SymInt | None = None
 
 
 @dataclass(frozen=True)

@@ -83,6 +83,13 @@ def _dynamo_of_the_module():
     torch._dynamo.reset()
 
 
+@pytest.fixture(autouse=True)
+def _dynamo_of_a_slow_test(request):
+    """A slow test finds Dynamo as a process begins with it: of what runs beside it there are too many ways."""
+    if "slow" in request.node.keywords:
+        torch._dynamo.reset()
+
+
 @pytest.fixture
 def fresh_dynamo():
     """Dynamo as a process begins with it: no graph, and no size that was seen to differ between calls."""

@@ -28,6 +28,13 @@ class _Known(NamedTuple):
     version: int
 
 
+class Slots(NamedTuple):
+    """Where a capacity is read that differs from cache to cache: the slot of the keys or values, and the dimension."""
+
+    cache: int
+    dim: int
+
+
 _known: WeakTensorKeyDictionary = WeakTensorKeyDictionary()  # by the tensor of the length; graphs share the caches
 
 
@@ -38,20 +45,30 @@ class Capacity:
         counts: whether the host counts, instead of reading the length before every step.
     """
 
-    def __init__(self, length: int, hidden: int, capacity: int, axis: int | None, counts: bool) -> None:
-        self._length, self._hidden, self._capacity, self._axis = length, hidden, capacity, axis
+    def __init__(self, length: int, hidden: int, capacity: int | Slots, axis: int | None, counts: bool) -> None:
+        self._length, self._hidden, self._slots, self._axis = length, hidden, capacity, axis
         self.counts = counts
 
     @classmethod
     def of(cls, program: RiverProgram) -> Capacity | None:
-        """Returns the check of a program's steps, None if no block has such a cache."""
+        """Returns the check of a program's steps, None if no block has such a cache whose size can be read."""
         plan = program.plan
         kv = next((block.kv for block in plan.blocks if block.kv.capacity is not None and block.kv.lengths), None)
         if kv is None or kv.capacity is None:
             return None
         hidden = program.slots[plan.blocks[0].hidden_in]
         axis = None if plan.is_decode else plan.token_axis
-        return cls(program.slots[kv.lengths[0]], hidden, kv.capacity, axis, plan.device.type != "cpu")
+        capacity: int | Slots
+        if isinstance(kv.capacity, int):
+            capacity = kv.capacity
+        else:
+            written = next(
+                (n for n in kv.writes if n.target is Tensor.index_copy_ and n.args[0] in program.slots), None
+            )
+            if written is None:
+                return None
+            capacity = Slots(program.slots[written.args[0]], written.args[1])
+        return cls(program.slots[kv.lengths[0]], hidden, capacity, axis, plan.device.type != "cpu")
 
     def check(self, slots: list) -> int:
         """Returns how many tokens are in the cache after a step, whose slots it checks before anything is written.
@@ -59,15 +76,15 @@ class Capacity:
         Raises:
             CacheFullError: its tokens have no room.
         """
-        length, new = slots[self._length], self._new(slots)
+        length, new, capacity = slots[self._length], self._new(slots), self._capacity(slots)
         known = _known.pop(length, None) if self.counts else None  # (a step that fails leaves nothing known)
         if known is None or length.is_inference() or known.version != version_of(length):
             filled = _read(length)
         else:
-            filled = known.filled if known.filled + new <= self._capacity else _read(length)
-        if filled + new > self._capacity:
+            filled = known.filled if known.filled + new <= capacity else _read(length)
+        if filled + new > capacity:
             raise CacheFullError(
-                f"the static KV cache holds {self._capacity} tokens; {filled} are filled and this step adds {new}. "
+                f"the static KV cache holds {capacity} tokens; {filled} are filled and this step adds {new}. "
                 f"Make it larger (max_cache_len or max_new_tokens, at least {filled + new}) or use a dynamic cache"
             )
         return filled + new
@@ -82,6 +99,9 @@ class Capacity:
         """Notes that a step is launched which is not checked."""
         if self.counts:
             _known.pop(slots[self._length], None)
+
+    def _capacity(self, slots: list) -> int:
+        return self._slots if isinstance(self._slots, int) else slots[self._slots.cache].shape[self._slots.dim]
 
     def _new(self, slots: list) -> int:
         return 1 if self._axis is None else slots[self._hidden].shape[self._axis]

@@ -193,3 +193,20 @@ def test_a_full_cache_is_noticed_by_counting():
         with pytest.raises(CacheFullError, match="holds 10 tokens; 10 are filled"):
             model(prompt(1), **held)
     assert int(cache.get_seq_length()) == 10
+
+
+def test_caches_of_several_sizes_have_each_its_own_capacity(fresh_dynamo):
+    """From the second size on Dynamo traces the number of slots as dynamic."""
+    model = make("llama", layers=2)
+    model.compile(backend=river, options={"lowering": "eager", "quantizer": "rtn", "exit_depth": 1})
+    for slots in (8, 9, 10):
+        cache = StaticCache(config=model.config, max_cache_len=slots)
+        held = {cache_argument(model): cache, "use_cache": True}
+        with torch.no_grad():
+            model(prompt(7), **held)
+            for _ in range(slots - 7):
+                model(prompt(1), **held)
+            before = [layer.keys.clone() for layer in cache.layers]
+            with pytest.raises(CacheFullError, match=f"holds {slots} tokens; {slots} are filled"):
+                model(prompt(1), **held)
+        assert all(torch.equal(layer.keys, keys) for layer, keys in zip(cache.layers, before, strict=True))
