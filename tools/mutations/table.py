@@ -30,6 +30,30 @@ _PASSES = (
         ("tests/passes/test_decoder.py",),
     ),
     Mutation(
+        "sizes-stale",
+        "passes/sizes.py",
+        'elif node.op != "output" and not changed.isdisjoint(node.all_input_nodes):',
+        'elif node.op != "output" and not changed.isdisjoint(node.args[:1]):',
+        "values that depend on a size through other arguments than the first keep the size of the trace",
+        ("tests/passes/test_sizes.py", "tests/decoding/test_one_trace.py"),
+    ),
+    Mutation(
+        "last-token",
+        "river_compile/runtime/slots.py",
+        "hidden.narrow(self.axis, hidden.shape[self.axis] - 1, 1)",
+        "hidden.narrow(self.axis, 0, 1)",
+        "a prompt's logits are those of its first token",
+        ("tests/decoding/test_one_trace.py", "tests/decoding/test_exact_loop.py"),
+    ),
+    Mutation(
+        "prompt-mask",
+        "river_compile/decoding/inputs.py",
+        "mask = (places <= places[:width, None])",
+        "mask = (places < places[:width, None] + 2)",
+        "a prompt's tokens see the one after them",
+        ("tests/decoding/test_one_trace.py", "tests/decoding/test_exact_loop.py"),
+    ),
+    Mutation(
         "twins-parts",
         "passes/linears.py",
         "(parts, i), value, first) for i, value in enumerate(values)",
@@ -417,4 +441,65 @@ _PROMISES = (
     ),
 )
 
-MUTATIONS: tuple[Mutation, ...] = (*_PASSES, *_QUANT, *_NATIVE, *_TRITON, *_EXITS, *_EXACT, *_PROMISES)
+_TRIALS = (  # faults that trial found: their mends, taken back
+    Mutation(
+        "trial-hooks",
+        "river_compile/runtime/compiled_call.py",
+        "            trace_anew()\n",
+        "            pass\n",
+        "a model whose hooks break its graph takes the river from later ones of its class",
+        ("tests/api/test_broken_graphs.py",),
+    ),
+    Mutation(
+        "trial-stop-rows",
+        "river_compile/decoding/mode.py",
+        "ends_alone = StopStringCriteria not in kinds or EosTokenCriteria in kinds",
+        "ends_alone = True",
+        "rows that a stop string ends part where nothing can pad them",
+        ("tests/api/test_accelerate.py",),
+    ),
+    Mutation(
+        "trial-half-accelerated",
+        "river_compile/api/accelerate.py",
+        "    # (The model changes last, so that whatever fails leaves it as it was.)\n",
+        '    vars(model)["_compiled_call_impl"] = call\n',
+        "an accelerate that fails leaves a compiled model",
+        ("tests/api/test_accelerate.py",),
+    ),
+    Mutation(
+        "trial-flex",
+        "river_compile/lowering/choose.py",
+        'if flex and device.type == "cpu"',
+        'if flex and device.type == "cuda"',
+        "flex attention goes to Inductor on a CPU, which has no code for it",
+        ("tests/api/test_broken_graphs.py",),
+    ),
+    Mutation(
+        "trial-int32",
+        "river_compile/decoding/mode.py",
+        "if input_ids.dtype == torch.int32:",
+        "if input_ids.dtype == torch.int16:",
+        "ids of 32 bits stay what new tokens cannot be joined to",
+        ("tests/api/test_accelerate.py",),
+    ),
+    Mutation(
+        "trial-loaders",
+        "river_compile/cli/models.py",
+        "except Exception as error:  # (each library has its own)",
+        "except OSError as error:",
+        "a file that was cut is a traceback",
+        ("tests/cli/test_cli.py",),
+    ),
+    Mutation(
+        "trial-compiler",
+        "river_compile/backend.py",
+        "unbuildable = no_compiler(config, example_inputs, rewritten=True)",
+        "unbuildable = None",
+        "without a compiler generate ends in Inductor's error",
+        ("tests/api/test_accelerate.py",),
+    ),
+)
+
+MUTATIONS: tuple[Mutation, ...] = (
+    *_PASSES, *_QUANT, *_NATIVE, *_TRITON, *_EXITS, *_EXACT, *_PROMISES, *_TRIALS,
+)  # fmt: skip
