@@ -99,9 +99,13 @@ class RewindableCache:
             rooms.append(size - self.filled if self.filled < size else 1 if self._strict else size)
         return min(rooms)
 
-    def phase(self, width: int) -> tuple[tuple[bool, bool], ...]:
-        """Returns, for each size of window, whether it is full before and after a pass of this width."""
-        return tuple((self.filled >= size, self.filled + width > size) for size in self._sizes)
+    def phase(self, width: int) -> tuple[object, ...]:
+        """Returns what graphs of passes of one width differ in: whether windows are full before and after it.
+
+        Where one becomes full on the way it counts its tokens in Python, so the graph is one for their number alone.
+        """
+        phase = tuple((self.filled >= size, self.filled + width > size) for size in self._sizes)
+        return (*phase, self.filled) if (False, True) in phase else phase
 
     @property
     def can_part(self) -> bool:

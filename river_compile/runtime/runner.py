@@ -195,8 +195,8 @@ class PlainRunner(Runner):
 
         def after(head: Callable[[list], None]) -> Callable[[list], None]:
             def run(slots: list) -> None:
-                last.leave(slots)
-                head(slots)
+                with last.alone(slots):
+                    head(slots)
 
             return run
 

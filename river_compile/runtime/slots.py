@@ -6,8 +6,9 @@ cache, which :mod:`river_compile.passes.decoder` does not take for a KV cache.
 
 from __future__ import annotations
 
+import contextlib
 import operator
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from typing import NamedTuple
 
 import sympy
@@ -98,11 +99,14 @@ class LastToken(NamedTuple):
                 return None
         return cls(program.slots[hidden], program.slots[holder], plan.token_axis)
 
-    def leave(self, slots: list) -> None:
-        """Makes the hidden state that of the last token."""
-        hidden = slots[self.hidden]
+    @contextlib.contextmanager
+    def alone(self, slots: list) -> Iterator[None]:
+        """Inside, the hidden state is that of the last token. (The number of tokens may be a result of the graph.)"""
+        hidden, size = slots[self.hidden], slots[self.size]
         slots[self.hidden] = hidden.narrow(self.axis, hidden.shape[self.axis] - 1, 1).contiguous()
         slots[self.size] = 1
+        yield
+        slots[self.hidden], slots[self.size] = hidden, size
 
 
 class WrittenInPlace:

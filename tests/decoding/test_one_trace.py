@@ -64,3 +64,11 @@ def test_code_from_elsewhere_is_traced_for_each_kind_of_pass(traced):
     assert torch.equal(generate(accelerate(model, **OPTIONS), prompt()), generate(make("llama", layers=2), prompt()))
     assert traced() == 3
     assert {graph.origin for graph in report(model).graphs} == {"traced"}
+
+
+def test_a_window_counts_the_tokens_of_a_second_prompt(traced):
+    """Its number of tokens is a result of the graph by then, as is that of the prompt's: not of the head's one row."""
+    plain, model = make("gemma3", layers=2), accelerate(make("gemma3", layers=2), **OPTIONS)
+    for length in (12, 10):
+        ids = prompt(length, seed=length)
+        assert torch.equal(generate(model, ids, tokens=5), generate(plain, ids, tokens=5))
