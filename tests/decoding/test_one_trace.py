@@ -66,6 +66,7 @@ def test_code_from_elsewhere_is_traced_for_each_kind_of_pass(traced):
     assert {graph.origin for graph in report(model).graphs} == {"traced"}
 
 
+@pytest.mark.slow
 def test_a_window_counts_the_tokens_of_a_second_prompt(traced):
     """Its number of tokens is a result of the graph by then, as is that of the prompt's: not of the head's one row."""
     plain, model = make("gemma3", layers=2), accelerate(make("gemma3", layers=2), **OPTIONS)
