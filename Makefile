@@ -1,7 +1,7 @@
 # make demo    plain model and River side by side          make bench   decode speed of every configuration
 # make test    lint, type check and the quick tests        make clean   remove what make built here
-# make test-tools    the tests of benchmarks, examples and tools; make test-all    these and the slow ones too: an hour on
-#              two cores (docs/testing.md)
+# make test-tools    the tests of benchmarks, examples and tools; make test-all    these and the slow ones too: an hour or
+#              two on two cores (docs/testing.md)
 # make lint    ruff, clang-format and the type checker     make wheel   the source archive and the wheel, in dist/
 # make gpu     on a machine with a GPU: facts, kernels, tuning, the tests that need one, decode speed against its targets,
 #              traces. Steps of ten minutes at most, each also alone (`make gpu-facts`; `make gpu ARGS=--list` names
