@@ -443,14 +443,6 @@ _PROMISES = (
 
 _TRIALS = (  # faults that trial found: their mends, taken back
     Mutation(
-        "trial-hooks",
-        "river_compile/runtime/compiled_call.py",
-        "            trace_anew()\n",
-        "            pass\n",
-        "a model whose hooks break its graph takes the river from later ones of its class",
-        ("tests/api/test_broken_graphs.py",),
-    ),
-    Mutation(
         "trial-half-accelerated",
         "river_compile/api/accelerate.py",
         "    # (The model changes last, so that whatever fails leaves it as it was.)\n",
