@@ -48,7 +48,7 @@ def with_size(graph: fx.Graph, symbol: sympy.Symbol, size: int) -> fx.GraphModul
                 value = _run(node, *map_arg((args, kwargs), value_of))
             if value is not before:
                 changed.add(node)
-            if isinstance(value, (int, bool)) and value is not before:
+            if isinstance(value, int) and value is not before:
                 made[node] = value
                 continue
             copy = made[node] = new.create_node(node.op, node.target, args, kwargs, node.name)

@@ -158,6 +158,18 @@ class ModelRecord:
             made += graph.captures.made
         return made
 
+    @property
+    def why_not(self) -> str:
+        """Why a prompt ran in none of the model's rewritten graphs, given that it did."""
+        if not self.graphs:
+            return 'this model never reached it; call model.compile(backend="river")'
+        plain = self.plain_runs.reason
+        if plain:
+            return f"it ran without it: {plain}"
+        refusals = [graph.refusal for graph in reversed(self.graphs) if graph.refusal]
+        refusal = next((refusal for refusal in refusals if BROKE in refusal), refusals[0] if refusals else "")
+        return f"it refused: {refusal}" if refusal else 'this call did not reach it: use model.compile(backend="river")'
+
     def known_programs(self, model: nn.Module) -> Programs | None:
         """Returns the programs that a call of `generate` may recall and keep; None where there can be none."""
         if self.programs is None or not self.programs.begin(model):

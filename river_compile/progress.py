@@ -29,13 +29,22 @@ _ALMOST = 0.97  # of a part that takes longer than was estimated
 
 
 def estimate(model: nn.Module, quantizer: str) -> dict[str, float]:
-    """Returns the seconds that the parts of a model's first start took on two cores of a Xeon, by its size."""
+    """Returns the seconds that the parts of a model's first start are likely to take, by its size.
+
+    The factors are those of SmolLM2 on two cores of a Xeon with AVX-512 (docs/performance.md).
+    """
     modules = sum(1 for _ in model.modules())
     matrices = [p.shape for p in model.parameters() if p.dim() >= _MATRIX]
     weights = sum(shape.numel() for shape in matrices)
     cubes = sum(shape[-1] ** 3 for shape in matrices)
-    packing = weights * 6e-8 + cubes * 1.5e-11 if quantizer == "gptq" else weights * 5e-8
-    return {"tracing": 0.02 * modules, "reading own text": weights * 3e-8, "packing": packing, "compiling": 1.0}
+    packing = weights * 1.3e-7 + cubes * 3.2e-11 if quantizer == "gptq" else weights * 5e-8
+    return {
+        "tracing": 0.045 * modules,
+        "rewriting": 0.013 * modules,
+        "reading own text": weights * 7e-8,
+        "packing": packing,
+        "compiling": 0.2,
+    }
 
 
 class StartProgress:

@@ -87,7 +87,8 @@ def with_masks(model: PreTrainedModel, inputs: Inputs) -> Inputs:
     """
     ids_BS, cache = inputs["input_ids"], cache_of(inputs)
     missing = [kind for kind, mask in masks_of(inputs) if mask is None]
-    if not missing or cache is None or not _prepares_as_most_do(model) or model.config._attn_implementation != "sdpa":
+    known = is_of_transformers(model) and _prepares_as_most_do(model) and model.config._attn_implementation == "sdpa"
+    if not missing or cache is None or not known:
         return inputs
     batch, width = ids_BS.shape
     slots = {layer.max_cache_len for layer in cache.layers}
@@ -102,8 +103,7 @@ def with_masks(model: PreTrainedModel, inputs: Inputs) -> Inputs:
 def _prepares_as_most_do(model: PreTrainedModel) -> bool:
     kind = type(model)
     return (
-        is_of_transformers(model)
-        and kind.prepare_inputs_for_generation is GenerationMixin.prepare_inputs_for_generation
+        kind.prepare_inputs_for_generation is GenerationMixin.prepare_inputs_for_generation
         and kind._update_model_kwargs_for_generation is GenerationMixin._update_model_kwargs_for_generation
         and not hasattr(model, "create_masks_for_generate")
     )

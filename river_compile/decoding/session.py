@@ -39,12 +39,12 @@ from river_compile.decoding.rewind import BY_SLOT, RewindableCache, moved_inputs
 from river_compile.errors import ExactModeError, RiverWarning
 from river_compile.exits import forced_depth
 from river_compile.kernels.native.load import few_rows
-from river_compile.model_record import BROKE, GraphRecord, ModelRecord, record_of
+from river_compile.model_record import GraphRecord, record_of
 from river_compile.progress import estimate
 from river_compile.runtime.cache_pool import BorrowedCache
 from river_compile.runtime.draft_stats import PassTimes
 from river_compile.runtime.draft_vocab import DraftVocab
-from river_compile.runtime.executor import RiverExecutor, last_token_alone
+from river_compile.runtime.executor import last_token_alone
 from river_compile.store.programs import Programs
 from river_compile.upstream.transformers import cache_argument, cache_of, is_allocated, is_static, with_rows
 
@@ -81,7 +81,6 @@ class Session:
         self.record = record_of(model.parameters())
         self.widths: tuple[int, ...] = (1,)
         self._graph: GraphRecord | None = None
-        self._ran: list[RiverExecutor] = []  # in the latest pass that went through the model
         self._tokens: DraftVocab | None = None
         self._strict = False
         self._programs: Programs | None = None  # those stored; None where passes cannot be
@@ -89,25 +88,21 @@ class Session:
     def prefill(self, ids_BS: Tensor, config: GenerationConfig, all_logits: bool = False) -> Tensor:
         """Runs the prompt ``[B, S]`` and returns its logits: of the last position, or of all that the model gives."""
         model, kwargs, record = self.model, self.lent.kwargs, self.record
-        inputs: Inputs | None = self._prompt_inputs(ids_BS, config)
+        inputs = self._prompt_inputs(ids_BS, config)
         outputs: Any = {}
-        if inputs is None:
-            with graph_calls() as calls, forced_depth(self.depth):  # (a prompt of one token is a decode step)
-                outputs = model._prefill(ids_BS, config, kwargs, not config.is_assistant)
-            logits = outputs.logits
-            self._ran = [executor for executor, *_ in calls]
-        else:
-            cache = cache_of(inputs)
-            assert cache is not None, "a prompt that may be stored has a static cache"
-            self._use(cache)
-            logits = self._pass(inputs, ids_BS.shape[1], self.depth, prompt=True, last_token=not all_logits)
-            self._ran = [bound.executor for bound in self._bound.values() if bound is not None] or self._ran
+        with graph_calls() as calls:
+            if inputs is None:
+                with forced_depth(self.depth):  # (a prompt of one token is a decode step)
+                    outputs = model._prefill(ids_BS, config, kwargs, not config.is_assistant)
+                logits = outputs.logits
+            else:
+                self._use(cache_of(inputs))
+                logits = self._pass(inputs, ids_BS.shape[1], self.depth, prompt=True, last_token=not all_logits)
+        ran = [executor for executor, *_ in calls]
         self._kwargs = model._update_model_kwargs_for_generation(outputs, kwargs)
-        used = cache_of(self._kwargs)
-        assert used is not None, "a generation without a cache is refused"
-        self._graph = next((graph for graph in record.graphs if graph.executor() in self._ran), None)
+        self._graph = next((graph for graph in record.graphs if graph.executor() in ran), None)
         self.stats, self.sequences, self.ranks = record.exit_stats, record.sequences, record.ranks
-        self._use(used)
+        self._use(cache_of(self._kwargs))
         self._of_rows(ids_BS.shape[0])
         self._kept = self._kept_by_kwargs = self.entries.filled + 1
         return logits if all_logits else logits[:, -1:]
@@ -142,18 +137,20 @@ class Session:
         )
         return with_all_logits(with_masks(self.model, inputs))
 
-    def _recalled(self, kind: tuple, inputs: Inputs, width: int) -> BoundPass | None:
+    def _recalled(self, key: tuple, inputs: Inputs) -> BoundPass | None:
         """Returns a pass that was traced before, in this process or another one, bound to these inputs."""
+        width, *kind = key
         found = None if self._programs is None else self._programs.recall(self.model, kind, inputs, self.cache)
         if found is None:
             return None
         return BoundPass(found.executor, found.args, found.stored.given, width, found.stored.logits, self.cache)
 
-    def _keep(self, kind: tuple, inputs: Inputs, bound: BoundPass | None) -> None:
+    def _keep(self, key: tuple, inputs: Inputs, bound: BoundPass | None) -> None:
         """Has a pass that Dynamo traced known from now on, and stored at the end of the call."""
         if self._programs is None or bound is None:
             return
         graph = next(graph for graph in self.record.graphs if graph.executor() is bound.executor)
+        _, *kind = key
         self._programs.keep(
             kind, self.model, inputs, self.cache, bound.executor, bound.args, bound.logits, graph.matrices
         )
@@ -173,7 +170,7 @@ class Session:
         """
         graph = self._graph
         if graph is None:
-            raise ExactModeError(f"exact mode needs a model that the river backend can rewrite: {why_not(self.record)}")
+            raise ExactModeError(f"exact mode needs a model that the river backend can rewrite: {self.record.why_not}")
         check_paths(graph.config)
         if max_draft is None:
             max_draft = _LONGEST if graph.config.offload is None else LONGEST_OFFLOADED
@@ -208,8 +205,9 @@ class Session:
             raise ExactModeError(f"strict=True cannot be kept for this {type(self.model).__name__}: {reason}")
         return tuple(width for width in widths if width == 1 or width * rows <= few_rows(self.model.dtype, width))
 
-    def _use(self, cache: Cache) -> None:
+    def _use(self, cache: Cache | None) -> None:
         """Goes on with a cache, of which no pass is known."""
+        assert cache is not None, "a generation without a cache is refused"
         self.cache = cache
         self.entries = RewindableCache(cache)
         if self.widths[-1] > 1:
@@ -336,19 +334,18 @@ class Session:
     ) -> Tensor:
         """Runs a pass of some width: again, where one of its kind is known, else through the model."""
         phase = self.entries.phase(width)
-        key = (prompt, width, *phase)
         # (What counts the tokens of a sliding window in Python is a constant of a graph that begins a text.)
-        kind = (prompt and bool(phase), *phase)
-        bound = self._bound[key] if key in self._bound else self._recalled(kind, inputs, width)
+        key = (width, prompt and bool(phase), *phase)
+        bound = self._bound[key] if key in self._bound else self._recalled(key, inputs)
         if bound is None or self.entries.lacks_room(width):  # (the model's graph tells the user)
-            logits = self._through_model(key, kind, inputs, depth, last_token)
+            logits = self._through_model(key, inputs, depth, last_token)
         else:
             self._bound[key] = bound
             logits = bound(inputs, depth, tokens, last_token)
         self.entries.filled += width
         return logits
 
-    def _through_model(self, key: tuple, kind: tuple, inputs: Inputs, depth: int | None, last_token: bool) -> Tensor:
+    def _through_model(self, key: tuple, inputs: Inputs, depth: int | None, last_token: bool) -> Tensor:
         """Runs a pass through the model; binds the first one of its kind."""
         progress = self.record.progress
         if not self.record.graphs and self._programs is not None:
@@ -356,10 +353,9 @@ class Session:
         tracing = contextlib.nullcontext() if key in self._bound else progress.part("tracing")
         with graph_calls() as calls, forced_depth(depth), last_token_alone(last_token), tracing:
             logits: Tensor = self.model(**inputs, return_dict=True).logits
-        self._ran = [executor for executor, *_ in calls]
         if key not in self._bound:
-            self._bound[key] = bound = BoundPass.of(self.model, inputs, self.cache, calls, logits, key[1])
-            self._keep(kind, inputs, bound)
+            self._bound[key] = bound = BoundPass.of(self.model, inputs, self.cache, calls, logits, key[0])
+            self._keep(key, inputs, bound)
         return logits
 
     def rewind(self, slots: int) -> None:
@@ -402,18 +398,6 @@ class Session:
         """Makes the model kwargs of a pass over the last `width` ids, by transformers' methods."""
         kwargs = self._lengthened(self.entries.filled + width)
         return with_all_logits(self.model.prepare_inputs_for_generation(ids_BS, next_sequence_length=width, **kwargs))
-
-
-def why_not(record: ModelRecord) -> str:
-    """Returns why a prompt ran in none of the model's rewritten graphs."""
-    if not record.graphs:
-        return 'this model never reached it; call model.compile(backend="river")'
-    plain = record.plain_runs.reason
-    if plain:
-        return f"it ran without it: {plain}"
-    refusals = [graph.refusal for graph in reversed(record.graphs) if graph.refusal]
-    refusal = next((refusal for refusal in refusals if BROKE in refusal), refusals[0] if refusals else "")
-    return f"it refused: {refusal}" if refusal else 'this call did not reach it: use model.compile(backend="river")'
 
 
 def check_paths(config: RiverConfig) -> None:

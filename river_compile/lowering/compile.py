@@ -9,10 +9,8 @@ Not handled: graphs that need gradients (the backend gives those to Inductor who
 
 from __future__ import annotations
 
-import functools
 import logging
 import time
-import warnings
 from collections.abc import Sequence
 from dataclasses import dataclass, field
 from typing import Any
@@ -25,12 +23,11 @@ from torch._inductor.compile_fx import compile_fx, compile_fx_inner
 from torch._subclasses.fake_tensor import FakeTensor, FakeTensorMode
 from torch.fx.experimental.symbolic_shapes import ShapeEnv
 
-from river_compile.errors import RiverWarning
 from river_compile.kernels import portable
 from river_compile.kernels.native.build import CannotBuild, working_compiler
 from river_compile.kernels.quant.aten_int4 import LAYOUT as ATEN_LAYOUT
 from river_compile.kernels.quant.aten_int4 import linear_aten
-from river_compile.lowering.choose import TRITON_LAYOUT, Lowering
+from river_compile.lowering.choose import TRITON_LAYOUT, Lowering, warn_once
 from river_compile.lowering.native import native_segment, use_native
 from river_compile.passes.backbone import parts_of
 from river_compile.passes.edits import drop_unused
@@ -101,14 +98,12 @@ class SegmentCompiler:
         return by_choice or (self.lowering.native and _lacks_compiler())
 
 
-@functools.cache
 def _lacks_compiler() -> bool:
-    """Whether there is none, which says so once: the kernels are the wheel's."""
+    """Whether there is none, which it says once: the kernels are the wheel's."""
     try:
         working_compiler()
     except CannotBuild as error:
-        message = f"what the compiled kernels do not compute of a model runs operator by operator: {error}"
-        warnings.warn(message, RiverWarning, stacklevel=5)
+        warn_once(f"what the compiled kernels do not compute of a model runs operator by operator: {error}")
         return True
     return False
 

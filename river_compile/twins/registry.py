@@ -48,6 +48,8 @@ from river_compile.twins.twin_kl import TwinLoss
 log = logging.getLogger("river_compile.twins")
 T = TypeVar("T")
 R = TypeVar("R")
+# Has the model read matrices (those given), calls back with the moments of each, and returns what was read.
+Read = Callable[[Sequence[Tensor], Callable[[Tensor, Moments], None]], str]
 _TOGETHER = 4  # products for each thread: those of a block or two, so that no thread waits long
 
 
@@ -73,19 +75,17 @@ class Statistics:
         """A number of the observation, whether it is still there or not."""
         return 0 if self.observed is None else self.observed.number
 
-    @property
-    def observes(self) -> bool:
-        """Whether texts were observed, so that the model need write none."""
-        return self.observed is not None and bool(self.observed.moments)
+    def take(self, *, anew: bool = False) -> tuple[Observation | None, Read | None]:
+        """Returns what is known before a matrix is packed, and what has the model read text of its own meanwhile.
 
-    def beforehand(self, *, anew: bool = False) -> Observation | None:
-        """Returns what is known before a matrix is packed; None where the model reads its own text meanwhile.
-
-        Ranks run the model together, and may pack different matrices, so there the text is read before.
+        There is one of the two at most. Ranks run the model together, and may pack different matrices, so there the
+        text is read before. `anew`: of weights that changed.
         """
-        if self.observes:
-            return self.observed
-        return self.own.observation(anew=anew) if self.ranks.several else None
+        if self.observed is not None and self.observed.moments:
+            return self.observed, None
+        if self.ranks.several:
+            return self.own.observation(anew=anew), None
+        return None, functools.partial(self.own.visit, anew=anew)
 
 
 class TwinRegistry:
@@ -199,15 +199,13 @@ class TwinRegistry:
             alike = _in_threads(lambda pair: pair[0].stands_for(pair[1], thorough=thorough), pairs)
             changed = [pair for pair, same in zip(pairs, alike, strict=True) if not same]
             unneeded = statistics.ranks.every(not any(needs_moments(site) for site, _ in changed))
-            recorded = None if unneeded else statistics.beforehand(anew=True)
+            recorded, read = (None, None) if unneeded else statistics.take(anew=True)
             known = [
                 recorded.moments_of(sources.weights[0]) if recorded is not None and needs_moments(site) else None
                 for site, sources in changed
             ]
-            alone = recorded is None and not unneeded and not statistics.ranks.several
-            own = functools.partial(statistics.own.visit, anew=True) if alone else None
             with self.progress.part("packing changed weights") if changed else contextlib.nullcontext():
-                made = _packed(changed, known, recorded, made_again, self.progress, own)
+                made = _packed(changed, known, recorded, made_again, self.progress, read)
             for (site, _), new in zip(changed, made, strict=True):
                 site.become(new)
             if changed:
@@ -230,7 +228,7 @@ class TwinRegistry:
         there = statistics.ranks.every((Path(config.artifact or "") / FILE).exists())
         if there or not sites or not maker.needs_statistics:
             return statistics
-        return replace(statistics, observed=statistics.beforehand())
+        return replace(statistics, observed=statistics.take()[0])
 
     def _open(self, config: RiverConfig, make: Callable[[], Sequence[TwinWeight]]) -> Artifact:
         """Returns the artifact that the options name, made where it is missing and the options say so."""
@@ -266,15 +264,15 @@ class TwinRegistry:
         self, maker: Maker, sites: Sequence[TwinLinear], sources: Mapping[TwinLinear, Sources], statistics: Statistics
     ) -> dict[TwinLinear, TwinWeight]:
         """Packs products; each is looked up before the first is packed, since an artifact fits as a whole or not."""
-        own = None
+        read = None
         if sites and maker.needs_statistics:
-            maker, self._not_judged = replace(maker, observation=statistics.beforehand()), True
-            own = statistics.own.visit if maker.observation is None and not statistics.ranks.several else None
+            recorded, read = statistics.take()
+            maker, self._not_judged = replace(maker, observation=recorded), True
         pairs = [(site, sources[site]) for site in sites]
         known = _in_threads(lambda pair: maker.look_up(*pair), pairs)
         if sites and threads_for(sources[sites[0]].weights[0]) == 1:  # (hashing needs no memory of the device)
             _in_threads(lambda pair: pair[1].digest, pairs)
-        made = _packed(pairs, known, maker.observation, maker.make, self.progress, own)
+        made = _packed(pairs, known, maker.observation, maker.make, self.progress, read)
         return dict(zip(sites, made, strict=True))
 
     def _find(self, site: TwinLinear, sources: Sources, maker: Maker) -> TwinWeight | None:
@@ -319,7 +317,7 @@ def _packed(
     recorded: Observation | None,
     make: Callable[[T, Sources, Known], TwinWeight],
     progress: StartProgress,
-    read: Callable[[Sequence[Tensor], Callable[[Tensor, Moments], None]], str] | None,
+    read: Read | None,
 ) -> list[TwinWeight]:
     """Packs products in threads, in the order in which the model reads them where it is to.
 
@@ -329,8 +327,8 @@ def _packed(
         recorded: where moments among that are from.
         make: packs one.
         progress: is told how far it is.
-        read: has the model read matrices (those given), calls back with the moments of each, and returns what was read.
-            Products are packed some at a time, in the middle of that, so that few moments are held at once.
+        read: has the model read them. Products are packed some at a time, in the middle of that, so that few moments
+            are held at once.
     """
     if not pairs:
         return []
