@@ -31,7 +31,8 @@ def make(tmp_path):
         (tmp_path / stamp).touch()
 
     def run(target: str, fails: str = "nothing fails") -> tuple[int, str, list[str]]:
-        environment = {**os.environ, "CALLS": str(tmp_path / "calls"), "FAILS": fails, "MAKEFLAGS": ""}
+        # (Without what a make that runs this test has been told.)
+        environment = {**os.environ, "CALLS": str(tmp_path / "calls"), "FAILS": fails, "MAKEFLAGS": "", "LAYERS": ""}
         command = ["make", target, f"VENV={tmp_path}"]
         done = subprocess.run(
             command, cwd=ROOT, env=environment, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True

@@ -24,7 +24,7 @@ def test_what_a_mutation_replaces_occurs_once_and_python_takes_what_it_puts_ther
     for test in mutation.tests:
         path, _, name = test.partition("::")
         text = (ROOT / path).read_text(encoding="utf-8")
-        assert not name or re.search(rf"def {name.rpartition('::')[2]}\(", text)
+        assert not name or re.search(rf"(def|class) {name.rpartition('::')[2]}\b", text)
 
 
 def test_no_two_mutations_share_a_name_or_a_change():

@@ -204,8 +204,9 @@ class TestWhatElseTheyAreMadeFrom:
         assert found == {"awq": "awq", "gptq": "hqq"}
 
     @pytest.mark.filterwarnings("ignore::river_compile.RiverWarning")
-    def test_twins_of_an_artifact(self, step, tmp_path):
+    def test_twins_of_an_artifact(self, tmp_path):
         """Its grids are those of the old weights: the new ones are quantized, and can be saved in their turn."""
+        step = TracedStep()
         hqq = step.compiled(quantizer="hqq")
         step.call(hqq)
         folder = save(step.model, tmp_path / "old")
