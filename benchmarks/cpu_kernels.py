@@ -1,8 +1,8 @@
-"""Times 4-bit products on this CPU: `benchmarks.kernels --device cpu` prints what this module measures.
+"""Times products on this CPU, of weights in 4 bits, in bfloat16 and in its 12 bits: `benchmarks.kernels --device cpu`.
 
 Every product reads weights that no cache holds, and its rate counts those bytes: packed weights, scales and zeros.
-Beside it stands the rate at which torch sums the same bytes on the same threads. Subjects take turns and the least time
-of each counts, so that a busy neighbour costs repeats rather than figures.
+Beside it stands the rate at which torch sums bytes on the same threads. Subjects take turns and the least time of each
+counts, so that a busy neighbour costs repeats rather than figures.
 """
 
 from __future__ import annotations
@@ -10,13 +10,13 @@ from __future__ import annotations
 import functools
 import time
 from collections.abc import Callable, Iterator, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import torch
 
-from river_compile.kernels.native import load
+from river_compile.kernels.native import load, packing
 from river_compile.kernels.quant.grid import quantize
-from river_compile.kernels.quant.layouts import PackedLinear, layout, pack
+from river_compile.kernels.quant.layouts import PackedLinear, layout, pack, pack_lossless
 
 SHAPES = ((4096, 4096), (3072, 576), (1536, 8960))
 ROWS = (1, 4, 8, 16)
@@ -28,7 +28,7 @@ Call = Callable[[], object]
 
 @dataclass(frozen=True)
 class CpuTiming:
-    """Least seconds of one call; `sum_seconds` of reading the same bytes by a plain sum."""
+    """Least seconds of one call; `sum_seconds` of reading as many bytes by a plain sum."""
 
     kernel: str
     out_features: int
@@ -45,36 +45,55 @@ def measure(group_size: int, threads: Sequence[int], repeats: int) -> list[CpuTi
     load.load()
     before, timings = torch.get_num_threads(), []
     for n, k in SHAPES:
-        grid = quantize(torch.randn(n, k), group_size, "rtn")
-        packed = {name: pack(grid, name) for name in ("aten_cpu", "native")}
-        bytes_read = sum(t.numel() * t.element_size() for t in (packed["native"].qweight, packed["native"].scale_zero))
-        copies = {name: _copies(one, BYTES // bytes_read) for name, one in packed.items()}
-        run = max(1, RUN_BYTES // bytes_read)
+        subjects = [*_subjects(n, k, group_size)]
         for count in threads:
             torch.set_num_threads(count)
-            seconds = _least(dict(_subjects(copies, k)), run, repeats)
-            for (kernel, rows), best in seconds.items():
-                if rows:
-                    timings.append(CpuTiming(kernel, n, k, rows, count, bytes_read, best, seconds["sum", 0]))
+            seconds = _least(subjects, repeats)
+            for subject, best in zip(subjects, seconds, strict=True):
+                if subject.rows:
+                    sum_seconds = seconds[0] * subject.bytes / subjects[0].bytes
+                    timing = CpuTiming(subject.kernel, n, k, subject.rows, count, subject.bytes, best, sum_seconds)
+                    timings.append(timing)
     torch.set_num_threads(before)
     return timings
 
 
-def _subjects(copies: dict[str, list[PackedLinear]], k: int) -> Iterator[tuple[tuple[str, int], list[Call]]]:
-    """Yields (kernel, rows) and the calls of one subject; the plain sum has no rows."""
-    yield ("sum", 0), [functools.partial(_sum, one.qweight, one.scale_zero) for one in copies["native"]]
+@dataclass(frozen=True)
+class _Subject:
+    """Calls of one kernel, each of which reads `bytes`; the plain sum has no rows."""
+
+    kernel: str
+    rows: int
+    bytes: int
+    calls: list[Call]
+
+
+def _subjects(n: int, k: int, group_size: int) -> Iterator[_Subject]:
+    """Yields a plain sum first, and then each kernel at each number of rows."""
+    weight = torch.randn(n, k) * k**-0.5
+    grid, in_16_bits = quantize(weight, group_size, "rtn"), weight.bfloat16()
+    ops = torch.ops.river_native
+    fours, aten = _copies(pack(grid, "native")), _copies(pack(grid, "aten_cpu"))
+    sixteens = _copies(PackedLinear("dense", in_16_bits, torch.zeros(0), 0, k, n))
+    twelves = _copies(pack_lossless([in_16_bits])) if packing.available() else []
+    yield _Subject("sum", 0, _bytes(fours[0]), [functools.partial(_sum, one.qweight, one.scale_zero) for one in fours])
     for rows in ROWS:
         x = torch.randn(rows, k).bfloat16()
-        yield (
-            ("ATen int4", rows),
-            [functools.partial(layout("aten_cpu").linear, x, p, None) for p in copies["aten_cpu"]],
-        )
-        yield ("native W4A8", rows), [functools.partial(_native, x, p) for p in copies["native"]]
+
+        def linear(p: PackedLinear, x: torch.Tensor = x) -> Call:
+            return functools.partial(ops.linear.default, x, p.qweight, p.scale_zero, None, n, p.group_size)
+
+        atens = [functools.partial(layout("aten_cpu").linear, x, p, None) for p in aten]
+        yield _Subject("ATen int4", rows, _bytes(fours[0]), atens)
+        yield _Subject("native W4A8", rows, _bytes(fours[0]), [*map(linear, fours)])
+        dense = [functools.partial(ops.dense.default, x, [p.qweight], []) for p in sixteens]
+        yield _Subject("native bfloat16", rows, _bytes(sixteens[0]), dense)
+        if twelves:  # (of whose second tensor a few patches are read, and the rest is room)
+            yield _Subject("the same in 12 bits", rows, twelves[0].qweight.nbytes, [*map(linear, twelves)])
 
 
-def _native(x: torch.Tensor, p: PackedLinear) -> torch.Tensor:
-    linear = torch.ops.river_native.linear.default
-    return linear(x, p.qweight, p.scale_zero, None, p.out_features, p.group_size)
+def _bytes(packed: PackedLinear) -> int:
+    return packed.qweight.nbytes + packed.scale_zero.nbytes
 
 
 def _sum(qweight: torch.Tensor, scale_zero: torch.Tensor) -> None:
@@ -82,23 +101,24 @@ def _sum(qweight: torch.Tensor, scale_zero: torch.Tensor) -> None:
     scale_zero.view(-1).view(torch.int64).sum()
 
 
-def _copies(packed: PackedLinear, count: int) -> list[PackedLinear]:
-    sizes = packed.group_size, packed.in_features, packed.out_features
+def _copies(packed: PackedLinear) -> list[PackedLinear]:
     return [
-        PackedLinear(packed.layout, packed.qweight.clone(), packed.scale_zero.clone(), *sizes) for _ in range(count)
+        replace(packed, qweight=packed.qweight.clone(), scale_zero=packed.scale_zero.clone())
+        for _ in range(max(2, BYTES // packed.qweight.nbytes))
     ]
 
 
-def _least(subjects: dict[tuple[str, int], list[Call]], run: int, repeats: int) -> dict[tuple[str, int], float]:
-    best = dict.fromkeys(subjects, float("inf"))
+def _least(subjects: Sequence[_Subject], repeats: int) -> list[float]:
+    best = [float("inf")] * len(subjects)
     with torch.inference_mode():
         for repeat in range(repeats):
-            for subject, calls in subjects.items():
-                first = repeat * run % (len(calls) - run + 1)
+            for number, subject in enumerate(subjects):
+                run = min(max(1, RUN_BYTES // subject.bytes), len(subject.calls))
+                first = repeat * run % (len(subject.calls) - run + 1)
                 start = time.perf_counter()
-                for call in calls[first : first + run]:
+                for call in subject.calls[first : first + run]:
                     call()
-                best[subject] = min(best[subject], (time.perf_counter() - start) / run)
+                best[number] = min(best[number], (time.perf_counter() - start) / run)
     return best
 
 

@@ -61,7 +61,8 @@ ROWS = {
     "eager": Row("eager"),
     "inductor": Row("inductor"),
     "inductor_fp16": Row("inductor", dtype="float16"),
-    "river_never": Row("river", options={"exit_depth": NEVER}),
+    "river_never": Row("river", options={"exit_depth": NEVER, "backbone_weights": "model"}),
+    "river_never_12bit": Row("river", options={"exit_depth": NEVER, "backbone_weights": "12bit"}),
     "river_never_checks": Row("river", options={"threshold": 1.0}),  # checks run after every block and never fire
     "river_depth0": Row("river", options={"exit_depth": 0}),
     "river": Row("river"),
@@ -76,6 +77,8 @@ SPEED_RATIOS = (
     ("river", "inductor_fp16"),
     ("river_depth0", "llama_cpp"),
     ("river_never", "llama_cpp_bf16"),
+    ("river_never_12bit", "river_never"),
+    ("river_never_12bit", "llama_cpp_bf16"),
     ("river_never_checks", "river_never"),
 )
 FIRST_TOKEN_RATIOS = (("river", "inductor"),)

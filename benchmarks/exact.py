@@ -25,6 +25,7 @@ from __future__ import annotations
 
 import argparse
 import contextlib
+import copy
 import itertools
 import statistics
 import sys
@@ -42,7 +43,10 @@ if TYPE_CHECKING:
 LOOKUP = 10  # tokens that transformers' prompt lookup drafts, its documentation's value
 ROWS = ("plain", "exact", "exact_no_lookup", "prompt_lookup", "river")
 BATCH_ROWS = ("plain", "exact", "exact_together")
+IN_12_BITS = {"plain_12bit": "plain", "exact_12bit": "exact"}  # rows of the model with packed weights, as these
 RATIOS = (
+    ("plain_12bit", "plain"),
+    ("exact_12bit", "exact"),
     ("exact", "plain"),
     ("exact", "prompt_lookup"),
     ("exact", "exact_together"),
@@ -82,6 +86,7 @@ class Bench:
 
     Attributes:
         rows: what is measured.
+        packed: a second model, whose backbone's weights are packed in 12 bits, if it was asked for.
         batches: by kind, the calls of one measurement.
     """
 
@@ -95,17 +100,24 @@ class Bench:
         self.model, tokenizer = models.load(options.model, dtype=options.dtype)
         self.ends = set(tokenizer.convert_tokens_to_ids([tokenizer.eos_token])) if options.own_ends else set()
         self.model.generation_config.eos_token_id = list(self.ends) or None
-        self.model.compile(backend=river_compile.river, options={"artifact": options.artifact})
+        options_of = {"artifact": options.artifact, "backbone_weights": "model"}
+        self.model.compile(backend=river_compile.river, options=options_of)
+        self.packed = None
+        if options.twelve:
+            self.packed = copy.deepcopy(self.model)
+            self.packed.compile(backend=river_compile.river, options={**options_of, "backbone_weights": "12bit"})
         if options.batch:
             self.rows = BATCH_ROWS
             texts = {f"batches of {n} mixed": [list(itertools.islice(mixed(), n))] for n in options.batch}
         else:
             self.rows = ROWS
             texts = {f"{group} prompts": [[p] for p in prompts(group, options.prompts)] for group in options.groups}
+        self.rows += tuple(IN_12_BITS) if options.twelve else ()
         self.batches = {kind: [_batch(tokenizer, call) for call in calls] for kind, calls in texts.items()}
         longest = max(batch.ids.shape[1] for batches in self.batches.values() for batch in batches)
         # One cache size, so one decode graph; transformers' prompt lookup drafts beyond the end of the text.
-        self.model._previous_max_cache_length = longest + options.new_tokens + LOOKUP + 1
+        for model in filter(None, (self.model, self.packed)):
+            model._previous_max_cache_length = longest + options.new_tokens + LOOKUP + 1
         self.new_tokens = options.new_tokens
 
     def run(self, row: str, kind: str) -> dict:
@@ -129,6 +141,8 @@ class Bench:
         import river_compile
         from river_compile.exits import forced_depth
 
+        model = self.packed if row in IN_12_BITS else self.model
+        row = IN_12_BITS.get(row, row)
         exact = river_compile.exact  # as users get it: where drafts do not pay it does without
         special = {
             "exact": {"custom_generate": exact},
@@ -139,7 +153,7 @@ class Bench:
         depths = {"plain": self.model.config.num_hidden_layers, "river": 0}
         depths["prompt_lookup"] = depths["plain"]
         with forced_depth(depths[row]) if row in depths else contextlib.nullcontext():
-            made = self.model.generate(
+            made = model.generate(
                 batch.ids,
                 attention_mask=batch.mask,
                 max_new_tokens=self.new_tokens,
@@ -271,6 +285,7 @@ def _parse(arguments: list[str] | None) -> argparse.Namespace:
     )
     parser.add_argument("--own-ends", action="store_true", help="texts end where the model ends them, not all together")
     parser.add_argument("--peers", action="store_true", help="other programs instead, where installed")
+    parser.add_argument("--twelve", action="store_true", help="also with the backbone's weights packed in 12 bits")
     parser.add_argument("--artifact", metavar="DIR", help="packed twins, as `river pack` writes them")
     return parser.parse_args(arguments)
 

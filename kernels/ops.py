@@ -31,7 +31,7 @@ from torch import Tensor
 
 from river_compile.kernels.checks import check_choice
 from river_compile.kernels.portable import fused_width, smallest_cosine
-from river_compile.kernels.quant import layouts
+from river_compile.kernels.quant import bf12, layouts
 from river_compile.kernels.triton.calls import cache, exits
 from river_compile.kernels.triton.calls import linear as products
 from river_compile.kernels.triton.linear import ACTIVATIONS, NORMS
@@ -72,6 +72,7 @@ def linear(
         out_features: N, the rows of W.
         group_size: G; 0 for a weight in x.dtype.
         layout: name of the packing; for a weight in x.dtype "triton" (the generated kernel) or "dense" (plain torch).
+            In "12bit" the C++ kernels read bfloat16 without loss (`quant.bf12`), and plain torch unpacks it.
         residual: ``[..., N]`` (gated ``[..., N / 2]``) in x.dtype or None.
         norm: "rms", "rms_plus_one" (Gemma), "layer" or "none".
         norm_weight, norm_bias: ``[K]`` in x.dtype; the bias for "layer" alone.
@@ -98,6 +99,8 @@ def linear(
     if (norm == "none") != (norm_weight is None):
         raise ValueError(f"norm={norm!r} and norm_weight go together; give both or neither")
     matrix = _matrix(weight, scale_zero, out_features, x.shape[-1], group_size, layout)
+    if layout == bf12.LAYOUT and isinstance(matrix, layouts.PackedLinear):
+        matrix = matrix.dequantize(x.dtype)
     if layout == "triton":
         y = products.linear(x, matrix, bias, residual, norm, norm_weight, norm_bias, eps, activation, gated, dependent)
         return y if wanted is None else _without_unwanted(y, wanted)

@@ -144,7 +144,9 @@ class Segment:
 
 @dataclass(frozen=True, kw_only=True)
 class TwinLinear:
-    """One 4-bit matmul of a twin: a linear layer, several that share their input, or a stack of experts.
+    """One matmul with packed weights: a linear layer, several that share their input, or a stack of experts.
+
+    Those of twins have 4 bits, those of the backbone (`lossless`) the values of their parameters.
 
     Linears are merged along the rows, and so are, to quantize them, the matrices of a stack. Parameters are numbers of
     the graph's inputs, so that it keeps no graph alive.
@@ -156,11 +158,16 @@ class TwinLinear:
     in_features: int  # K
     out_features: tuple[int, ...]  # N_i of each matrix
     transposed: bool  # weights are [K, N_i], as GPT-2's Conv1D stores them, instead of [N_i, K]
-    group_size: int  # consecutive input features that share a scale and a zero
+    group_size: int  # consecutive input features that share a scale and a zero; 0: lossless
     layout: str  # how its kernel wants it packed
     scales_inputs: bool = False  # the inputs are divided by a scale [K] that the packing chooses
     folds: tuple[int, ...] = ()  # the norm's parameters that take that scale up; without, inputs times its inverse
     experts: int = 0  # E, the matrices of a stack; 0 for linears
+
+    @property
+    def lossless(self) -> bool:
+        """Whether the packed weights are those of the parameters, to the bit."""
+        return self.group_size == 0
 
     @property
     def has_bias(self) -> bool:

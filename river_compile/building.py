@@ -11,6 +11,7 @@ import weakref
 from collections.abc import Mapping, Sequence
 from typing import Any
 
+import torch
 from torch import fx
 
 from river_compile.capture.capture_cache import CaptureCache
@@ -34,6 +35,7 @@ from river_compile.runtime.fill import Fill
 from river_compile.runtime.runner import PlainRunner, Runner, Step
 from river_compile.twins.packed import TwinWeight
 from river_compile.twins.registry import TwinWatch
+from river_compile.upstream.memory import give_back
 
 log = logging.getLogger("river_compile")
 Packed = dict[TwinLinear, TwinWeight]
@@ -85,6 +87,11 @@ def _choose(
     config, plan = graph.config, program.plan
     lowering = lowering or choose_lowering(config, plan.device, calls_flex_attention(plan.graph.nodes))
     choices = choose(program, config, lowering, fill).captured_by(program, graph.captures, model.ranks)
+    if choices.packed_backbone and model.ranks.several:
+        raise OptionError(
+            f"backbone_weights={config.backbone_weights!r} is not for ranks that share a model; use "
+            "backbone_weights='model'"
+        )
     graph.own_backbone = choices.lowering.native and choices.own_backbone
     return choices
 
@@ -148,19 +155,31 @@ def _packed(
     model: ModelRecord,
     graph: GraphRecord,
 ) -> Packed:
-    """Returns the packed weights of the matmuls that the twins pass made and tokens can reach."""
+    """Returns the packed weights of the matmuls that passes made and tokens can reach."""
     twins = model.twins
     with graph.stage("packing"):
         every = [linear for segment in program.segments for linear in segment.packed]
-        reached = [linear for segment in segments for linear in segment.packed]
-        if not every or not program.twins:
+        packable = [linear for segment in segments for linear in segment.packed]
+        reached = [linear for linear in packable if linear.lossless or program.twins]
+        if choices.config.backbone_weights == "12bit" and not any(linear.lossless for linear in packable):
+            raise OptionError(
+                "backbone_weights='12bit' is for weights in bfloat16, and no matrix of the blocks is; call "
+                "model.bfloat16(), or use backbone_weights='model'"
+            )
+        if not reached:
             return {}
-        packed = twins.pack(reached, inputs, choices.config, model.statistics, graph.matrices, every)
-    if packed:
+        savable = [linear for linear in every if not linear.lossless]
+        packed = twins.pack(reached, inputs, choices.config, model.statistics, graph.matrices, savable)
+    graph.twins = tuple(made for made in packed.values() if not made.linear.lossless)
+    # (Every time: what was packed just now read the parameters again.)
+    in_12_bits = [
+        linear for linear, made in packed.items() if made.weight.qweight.dtype == torch.uint8 and linear.lossless
+    ]
+    graph.given_back = give_back({id(inputs[i]): inputs[i] for linear in in_12_bits for i in linear.weights}.values())
+    if graph.twins:
         warn_of_slow_lowering(choices.lowering, program.plan.device)
         if model.ranks.several:  # (which judge together or not at all; else the first report does)
-            twins.judge(packed.values(), model.statistics)
-    graph.twins = tuple(packed.values())
+            twins.judge(graph.twins, model.statistics)
     return packed
 
 
@@ -180,8 +199,11 @@ def _compiled(
         for number, segment in enumerate(segments):
             graph.progress.reached(number / len(segments))
             operands = [tensor for linear in segment.packed for tensor in packed[linear].tensors]
-            graph.packed_bytes += sum(tensor.nbytes for tensor in operands)
-            graph.token_bytes += bytes_of_token(segment, operands, len(segment.inputs))
+            if all(linear.lossless for linear in segment.packed):
+                graph.lossless_bytes += sum(packed[linear].weight.qweight.nbytes for linear in segment.packed)
+            else:
+                graph.packed_bytes += sum(tensor.nbytes for tensor in operands)
+                graph.token_bytes += bytes_of_token(segment, operands, len(segment.inputs))
             if vocabulary is not None and segment.chooses_logits:
                 operands.append(vocabulary.list)
             if choices.verdicts is not None and segment.decides:

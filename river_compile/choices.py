@@ -8,6 +8,8 @@ from __future__ import annotations
 
 from dataclasses import dataclass, replace
 
+import torch
+
 from river_compile.capture.device import CaptureDevice, CaptureLog
 from river_compile.capture.device_exit_state import DeviceExitState
 from river_compile.capture.device_exits import verdicts_for
@@ -16,15 +18,21 @@ from river_compile.config import RiverConfig
 from river_compile.distributed.ranks import Ranks
 from river_compile.errors import OptionError
 from river_compile.exits import ExitPolicy
+from river_compile.kernels.native.isa import chosen
+from river_compile.kernels.quant import bf12
 from river_compile.lowering.choose import Lowering
 from river_compile.passes.backbone import river_backbone
 from river_compile.passes.exit_checks import exit_checks, logits_entropy, logits_of
 from river_compile.passes.fusion.fuse import fuse_backbone, fuse_checks, fuse_twins
 from river_compile.passes.heads import rescored_head, wanted_logits
+from river_compile.passes.nodes import is_parameter, value_of
+from river_compile.passes.packed_backbone import packed_backbone
 from river_compile.passes.pipeline import Pass
 from river_compile.passes.program import DecoderPlan, RiverProgram
 from river_compile.passes.twins import Twinning, one_row_head, river_head, river_twins
 from river_compile.runtime.fill import Fill
+
+_LEAST_GAIN = 1.1  # of products with weights in 12 bits, to be worth that they are packed
 
 
 @dataclass(frozen=True)
@@ -37,6 +45,7 @@ class Choices:
     twinning: Twinning | None  # of the blocks; None: twins keep the backbone's weights
     head_twinning: Twinning | None  # None: tokens that left use the head's own weights
     own_backbone: bool  # whether the backbone's blocks multiply by the package's kernels
+    packed_backbone: bool  # whether these read weights in 12 bits
     fill: type[Fill] = Fill  # what writes the KV entries of skipped blocks
     device: CaptureDevice | None = None  # captures the steps
     verdicts: DeviceExitState | None = None  # exits that the device decides; None: the host does
@@ -65,13 +74,15 @@ def choose(program: RiverProgram, config: RiverConfig, lowering: Lowering, fill:
     if config.quantizer != "none":
         twinning = Twinning(config.group_size, lowering.layout, scale_inputs=config.quantizer == "awq")
     head = config.lm_head or ("w4" if lowering.native else "keep")
+    own_backbone = _uses_own_backbone(config, lowering, plan.is_decode)
     return Choices(
         config=config,
         lowering=lowering,
         policy=_exit_policy(program, config),
         twinning=twinning,
         head_twinning=twinning if head == "w4" else None,
-        own_backbone=_uses_own_backbone(config, lowering, plan.is_decode),
+        own_backbone=own_backbone,
+        packed_backbone=_packs_backbone(program, config, lowering, own_backbone),
         fill=fill,
     )
 
@@ -105,6 +116,8 @@ def passes_for(choices: Choices, plan: DecoderPlan) -> list[Pass]:
         passes.append(rescored_head)
         if lowering.native and plan.is_decode:
             passes.append(wanted_logits)
+    if choices.packed_backbone:
+        passes.append(packed_backbone)
     return passes
 
 
@@ -122,6 +135,31 @@ def _exit_policy(program: RiverProgram, config: RiverConfig) -> ExitPolicy:
             "its hidden state); compile the model with its head, or use criterion='similarity'"
         )
     return policy
+
+
+def _packs_backbone(program: RiverProgram, config: RiverConfig, lowering: Lowering, own_backbone: bool) -> bool:
+    """Says whether the backbone's weights are packed without loss.
+
+    Raises:
+        OptionError: that is asked for, and the backbone does not multiply by C++ kernels that have vectors.
+    """
+    asked = config.backbone_weights
+    if asked == "auto":
+        return lowering.native and own_backbone and _is_bfloat16(program) and bf12.gain() >= _LEAST_GAIN
+    if asked == "model":
+        return False
+    if not (lowering.native and own_backbone):
+        raise OptionError(
+            "backbone_weights='12bit' is for the C++ kernels on a CPU, and this backbone multiplies by others; use "
+            "backbone_weights='model'"
+        )
+    if chosen().name == "portable":
+        raise OptionError("backbone_weights='12bit' needs a processor with AVX2; use backbone_weights='model'")
+    return True
+
+
+def _is_bfloat16(program: RiverProgram) -> bool:
+    return any(is_parameter(node) and value_of(node).dtype == torch.bfloat16 for node in program.blocks[0].inputs)
 
 
 def _uses_own_backbone(config: RiverConfig, lowering: Lowering, is_decode: bool) -> bool:

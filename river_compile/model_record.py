@@ -58,6 +58,8 @@ class GraphRecord:
         seconds: by stage: rewriting, packing, compiling.
         kept: matrices of the twins that stay in 16 bits.
         token_bytes, packed_bytes: of its twins' packed weights, what a token reads where all blocks are twins, and all.
+        lossless_bytes, given_back: of its backbone's weights that are packed without loss, and of their parameters
+            that a file holds, which leave the process's memory until somebody reads them.
         fusions: what became of each fusion rule in each segment that it is for.
         own_backbone: whether its passes multiply by the C++ kernels in the backbone's blocks.
         block_paths: module paths of the blocks.
@@ -84,6 +86,8 @@ class GraphRecord:
     kept: tuple[KeptLinear, ...] = ()
     token_bytes: int = 0
     packed_bytes: int = 0
+    lossless_bytes: int = 0
+    given_back: int = 0
     fusions: tuple[Fusion, ...] = ()
     own_backbone: bool = False
     block_paths: tuple[str, ...] = ()

@@ -1,6 +1,6 @@
-"""Finding 4-bit grids in C++: what takes longest of packing, several times as fast as in PyTorch.
+"""What takes longest of packing, in C++: 4-bit grids several times as fast as in PyTorch, and weights in 12 bits.
 
-The two functions are `fit_grid` and `_round_block` of `river_compile.kernels.quant.calibrated`, for float32 on a CPU.
+Of grids these are `fit_grid` and `_round_block` of `river_compile.kernels.quant.calibrated`, for float32 on a CPU.
 One thread runs each call, without Python's lock: whoever packs several matrices calls from several threads.
 
 Not handled: other dtypes and devices, groups whose size is no multiple of 16, and machines without a compiler.
@@ -26,10 +26,15 @@ _STORED_AS = (torch.float32, torch.bfloat16)
 _LANES = 16
 
 
+def available() -> bool:
+    """Says whether there is a library of these functions, which a machine without a compiler may lack."""
+    return _library(chosen()) is not None
+
+
 def usable(weight: Tensor, group_size: int = _LANES, dtype: torch.dtype = torch.float32) -> bool:
     """Says whether the functions here take a matrix, with scales and zeros stored in `dtype`."""
     fits = weight.dtype == torch.float32 and weight.device.type == "cpu" and not group_size % _LANES
-    return fits and dtype in _STORED_AS and _library(chosen()) is not None
+    return fits and dtype in _STORED_AS and available()
 
 
 def fit_grid(weight: Tensor, group_size: int, importance: Tensor, dtype: torch.dtype) -> tuple[Tensor, Tensor]:
@@ -59,6 +64,19 @@ def round_block(
     _call("river_round_block", left_KN, scale_GN, zero_GN, group_of, factor, *sizes, errors_KN, q_KN)
 
 
+def count_upper(weight: Tensor) -> Tensor:
+    """Returns how many elements of a contiguous bfloat16 tensor have each upper byte, int64 ``[256]``."""
+    counts = torch.zeros(256, dtype=torch.int64)
+    _call("river_count_upper", weight, ctypes.c_int64(weight.numel()), counts)
+    return counts
+
+
+def pack_bf12(weight: Tensor, palette: Tensor, units: Tensor, first: Tensor, patches: Tensor) -> None:
+    """Packs a contiguous bfloat16 matrix ``[N, K]`` in 12 bits a weight, into what `kernels.quant.bf12` has made."""
+    rows, features = map(ctypes.c_int64, weight.shape)
+    _call("river_pack_bf12", weight, rows, features, palette, units, ctypes.c_int64(len(first) - 1), first, patches)
+
+
 def _call(name: str, *arguments: Tensor | ctypes._SimpleCData) -> None:
     library = _library(chosen())
     assert library is not None, "`usable` was not asked"
@@ -73,5 +91,6 @@ def _library(isa: Isa) -> ctypes.CDLL | None:
     except CannotBuild as error:
         log.info("matrices are packed in PyTorch: %s", error)
         return None
-    library.river_fit_grid.restype = library.river_round_block.restype = None
+    for name in ("fit_grid", "round_block", "count_upper", "pack_bf12"):
+        getattr(library, f"river_{name}").restype = None
     return library

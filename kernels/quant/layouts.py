@@ -13,6 +13,10 @@ Layouts (N output features, K input features padded to whole groups of G)
                 low and 4 + j in the high nibble. scale_zero bfloat16 [N' / 16, K / G, 16, 2]. Products round
                 activations to 8 bits.
 
+A matrix of the backbone may lie in layout "12bit" (:mod:`river_compile.kernels.quant.bf12`), which has no grid:
+qweight are its units and scale_zero its side; or, where its weights are of too many magnitudes for that, qweight is the
+bfloat16 matrix itself and scale_zero empty.
+
 Experts' matrices of one shape are stacked: their tensors have a dimension more in front.
 
 `scale_zero[..., 0]` is the scale, `[..., 1]` the weight that q = 8 stands for. A new layout is an entry
@@ -22,7 +26,7 @@ Not handled: sharing one scale between rows, groups across rows, other numbers o
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
 
 import torch
@@ -31,7 +35,7 @@ from torch import Tensor
 
 from river_compile.kernels.checks import check_choice
 from river_compile.kernels.native import load as native
-from river_compile.kernels.quant import aten_int4
+from river_compile.kernels.quant import aten_int4, bf12
 from river_compile.kernels.quant.grid import GROUP_SIZES, MID_POINT, QuantizedWeight
 
 
@@ -77,7 +81,20 @@ class PackedLinear:
 
     def dequantize(self, dtype: torch.dtype = torch.float32) -> Tensor:
         """Returns the matrix ``[N, K]`` in `dtype`, of E stacked ones ``[E N, K]``."""
+        if self.layout == bf12.LAYOUT:
+            packed = self.qweight.dtype == torch.uint8
+            sizes = self.out_features, self.in_features
+            return (bf12.unpack(self.qweight, self.scale_zero, *sizes) if packed else self.qweight).to(dtype)
         return self.unpack().dequantize(dtype)[:, : self.in_features]
+
+
+def pack_lossless(weights: Sequence[Tensor]) -> PackedLinear:
+    """Returns matrices ``[N_i, K]`` of bfloat16, one below the other, in layout "12bit"."""
+    weight = torch.cat([part.detach() for part in weights]) if len(weights) > 1 else weights[0].detach()
+    n, k = weight.shape
+    if bf12.patched_share(weight) > bf12.MOST_PATCHED:
+        return PackedLinear(bf12.LAYOUT, weight.clone(), torch.zeros(0, dtype=torch.int32), 0, k, n)
+    return PackedLinear(bf12.LAYOUT, *bf12.pack(weight), 0, k, n)
 
 
 NATIVE_LAYOUT = "native"  # that of the C++ kernels

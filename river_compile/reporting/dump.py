@@ -18,7 +18,7 @@ from torch._logging import trace_structured
 
 from river_compile.errors import OptionError
 from river_compile.passes.pipeline import PassRecord
-from river_compile.passes.program import RiverProgram, Segment
+from river_compile.passes.program import RiverProgram, Segment, TwinLinear
 from river_compile.passes.segments import fingerprint
 
 
@@ -94,7 +94,7 @@ def plan_text(program: RiverProgram) -> str:
 
 def segment_text(segment: Segment) -> str:
     """Returns a segment's graph as Python code, its 4-bit matmuls named above it."""
-    sites = [f"#   4-bit product {i}: {s.name}, groups of {s.group_size}" for i, s in enumerate(segment.packed)]
+    sites = [_site_line(*site) for site in enumerate(segment.packed)]
     module = fx.GraphModule(segment.graph.owning_module, segment.copy().graph, class_name="Segment")
     return "\n".join([f"# {segment.name}", *sites, module.print_readable(print_output=False), ""])
 
@@ -108,3 +108,9 @@ def _changes(record: PassRecord) -> Iterator[tuple[str, str]]:
             yield f"{segment.name}.before.py", segment_text(old)
         if old is not segment:
             yield f"{segment.name}.after.py", segment_text(segment)
+
+
+def _site_line(number: int, linear: TwinLinear) -> str:
+    if linear.lossless:
+        return f"#   12-bit product {number}: {linear.name}"
+    return f"#   4-bit product {number}: {linear.name}, groups of {linear.group_size}"

@@ -195,6 +195,8 @@ def _graph_dict(graph: GraphRecord) -> dict[str, object]:
         "kept_in_16_bits": [{"name": k.name, "reason": k.reason} for k in graph.kept],
         "other_group_sizes": _other_groups(graph),
         "packed_bytes": graph.packed_bytes,
+        "lossless_bytes": graph.lossless_bytes,
+        "given_back_bytes": graph.given_back,
         "token_bytes": graph.token_bytes,
         "fused": dict(Counter(f.rule for f in graph.fusions if not f.missed)),
         "missed": [
@@ -228,6 +230,9 @@ def graph_lines(graph: GraphRecord) -> Iterator[str]:
         yield f"    exits after  {_ranges(graph.candidates or (config.first_exit,))}"
     if graph.kind == "decode" and config.deepest is not None:
         yield f"    at latest    after block {config.deepest} (offload_policy='exit')"
+    if graph.lossless_bytes:
+        back = f"; {graph.given_back / 1e6:.1f} MB of parameters lie in their file alone" if graph.given_back else ""
+        yield f"    backbone     {graph.lossless_bytes / 1e6:.1f} MB of weights in 12 bits, without loss{back}"
     for reason, count in Counter(k.reason for k in graph.kept).items():
         yield f"    in 16 bits   {count} matrices: {reason}"
     for size, count in Counter(_other_groups(graph).values()).items():

@@ -13,6 +13,7 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
+from river_compile.errors import UnsupportedGraphError
 from river_compile.kernels.quant.calibrated import output_energy, output_sqnr_db, quantize_observed
 from river_compile.kernels.quant.grid import QuantizedWeight, decibels, quantize, sqnr_db
 from river_compile.kernels.quant.layouts import PackedLinear
@@ -103,7 +104,16 @@ class TwinWeight(Quantized):
         return sources if sources is not None and self.stands_for(sources) else None
 
     def become(self, other: TwinWeight) -> None:
-        """Takes over another packing of the same linear, in the tensors that compiled code holds."""
+        """Takes over another packing of the same linear, in the tensors that compiled code holds.
+
+        Raises:
+            UnsupportedGraphError: weights of the backbone have so many magnitudes now that they do not fit there.
+        """
+        if [mine.shape for mine in self.tensors] != [new.shape for new in other.tensors]:
+            raise UnsupportedGraphError(
+                f"the weights of {self.name} changed, and 12 bits have no room for their magnitudes; use "
+                "backbone_weights='model'"
+            )
         with torch.inference_mode():  # (which may write to any tensor)
             for mine, new in zip(self.tensors, other.tensors, strict=True):
                 mine.copy_(new)

@@ -6,6 +6,7 @@ product says so. Not handled: which products are made, and when; see :mod:`river
 
 from __future__ import annotations
 
+import math
 from dataclasses import dataclass, replace
 
 import torch
@@ -14,7 +15,7 @@ from river_compile.config import RiverConfig
 from river_compile.errors import OptionError, UnsupportedGraphError
 from river_compile.kernels.quant.calibrated import OBSERVING
 from river_compile.kernels.quant.grid import QuantizedWeight
-from river_compile.kernels.quant.layouts import PackedLinear, pack, pack_stack
+from river_compile.kernels.quant.layouts import PackedLinear, pack, pack_lossless, pack_stack
 from river_compile.passes.program import TwinLinear
 from river_compile.twins.artifact import Artifact
 from river_compile.twins.calibration_stats import ExpertMoments, InputMoments, Moments, Observation
@@ -47,6 +48,8 @@ class Maker:
 
     def key(self, site: TwinLinear) -> tuple[object, ...]:
         """Returns the key of a packing beside its parameters."""
+        if site.lossless:
+            return site.name, site.layout
         number = self.number if self.needs_statistics else 0
         return site.name, site.group_size, site.layout, self.config.quantizer, self.origin, number
 
@@ -58,6 +61,8 @@ class Maker:
     def look_up(self, site: TwinLinear, sources: Sources) -> Known:
         """Returns the artifact's entry of a matmul, or the recorded moments of its inputs, None if there are none."""
         quantizer = self.config.quantizer
+        if site.lossless:
+            return None
         if self.artifact is not None:
             return self.artifact.find(site, quantizer, sources.digest)
         if self.observation is None or not self.needs_statistics:
@@ -74,12 +79,12 @@ class Maker:
     def make(self, site: TwinLinear, sources: Sources, known: Known) -> TwinWeight:
         """Quantizes, or reads, and packs a linear."""
         made = _made(site, sources, self.config.quantizer, known)
-        return replace(made, key=self.key(site), artifact=self.origin)
+        return replace(made, key=self.key(site), artifact="" if site.lossless else self.origin)
 
 
 def needs_moments(site: TwinWeight) -> bool:
     """Tells whether a packed matmul is made again with statistics."""
-    return site.asked in OBSERVING
+    return site.asked in OBSERVING and not site.linear.lossless
 
 
 def made_again(site: TwinWeight, sources: Sources, known: Known) -> TwinWeight:
@@ -118,7 +123,7 @@ def _made(
 def _packed(weight: QuantizedWeight | PackedLinear, linear: TwinLinear, device: torch.device) -> PackedLinear:
     """Returns a grid as a product's kernel reads it: the artifact's own tensors where they are that on a CPU."""
     if isinstance(weight, PackedLinear):
-        return weight.to(device).as_layout(linear.layout)
+        return weight if linear.lossless else weight.to(device).as_layout(linear.layout)
     grid, experts = weight.to(device), linear.experts
     return pack_stack(grid, linear.layout, experts) if experts else pack(grid, linear.layout)
 
@@ -134,6 +139,8 @@ def _quantized(linear: TwinLinear, sources: Sources, asked: str, known: Moments 
 
 
 def _grid(linear: TwinLinear, sources: Sources, asked: str, known: Moments | None) -> Quantized:
+    if linear.lossless:
+        return Quantized(weight=pack_lossless(sources.weights), quantizer="lossless", sqnr=math.inf)
     quantizer = UNOBSERVED if known is None and asked in OBSERVING else asked
     if linear.experts:
         each = known.of if isinstance(known, ExpertMoments) else None

@@ -124,7 +124,7 @@ class TwinRegistry:
         """Returns the packed weights of the sites, making those that are missing.
 
         Args:
-            sites: matrix products of twins.
+            sites: matmuls of twins, and of the backbone, whose weights are packed without loss.
             inputs: of the graph, real tensors.
             config: its `quantizer`, `artifact` and `on_missing_artifact` say how.
             statistics: for "awq" and "gptq".
@@ -148,7 +148,12 @@ class TwinRegistry:
             maker = Maker(config, artifact, statistics.number)
             found = {site: made for site in sites if (made := self._find(site, sources[site], maker)) is not None}
             missing = [site for site in sites if site not in found]
-            for site, made in self._make_or_recall(maker, missing, sources, statistics).items():
+            lossless = [(site, sources[site]) for site in missing if site.lossless]
+            exact = _packed(lossless, [None] * len(lossless), None, maker.make, self.progress, None)
+            quantized = [site for site in missing if not site.lossless]
+            all_made = self._make_or_recall(maker, quantized, sources, statistics)
+            all_made |= {site: made for (site, _), made in zip(lossless, exact, strict=True)}
+            for site, made in all_made.items():
                 self._packed.setdefault(sources[site].weights[0], {})[made.key] = made
                 found[site] = made
             self.seconds += time.perf_counter() - start
@@ -161,14 +166,15 @@ class TwinRegistry:
             if self._stored is not None:
                 self._stored.write_loss(self.loss)
 
-    def all(self) -> list[TwinWeight]:
-        """Returns all packed matmuls."""
-        return [site for sites in self._packed.values() for site in sites.values()]
+    def all(self, *, lossless: bool = False) -> list[TwinWeight]:
+        """Returns all packed matmuls of twins; if that is asked for, those of the backbone too."""
+        made = [site for sites in self._packed.values() for site in sites.values()]
+        return [site for site in made if lossless or not site.linear.lossless]
 
     @contextlib.contextmanager
     def moving(self) -> Iterator[None]:
         """Inside, parameters may move to other addresses, with the values that they have."""
-        alike = [(site, sources) for site in self.all() if (sources := site.fresh_sources()) is not None]
+        alike = [(site, sources) for site in self.all(lossless=True) if (sources := site.fresh_sources()) is not None]
         yield
         for site, sources in alike:
             site.stamp = ParameterStamp(sources.tensors)
@@ -208,13 +214,14 @@ class TwinRegistry:
                 made = _packed(changed, known, recorded, made_again, self.progress, read)
             for (site, _), new in zip(changed, made, strict=True):
                 site.become(new)
-            if changed:
+            twins = [site for site, _ in changed if not site.linear.lossless]
+            if twins:
                 self.loss = None
                 seconds = time.perf_counter() - start
                 self.seconds += seconds
-                self.renewals, self.renewed = self.renewals + 1, len(changed)
-                self._tell([site for site, _ in changed], seconds)
-            return len(changed)
+                self.renewals, self.renewed = self.renewals + 1, len(twins)
+                self._tell(twins, seconds)
+            return len(twins)
 
     def _told(
         self, maker: Maker, sites: Sequence[TwinLinear], config: RiverConfig, statistics: Statistics

@@ -94,8 +94,9 @@ def test_products_are_timed_on_a_cpu(monkeypatch, tmp_path):
     file = tmp_path / "figures.json"
     assert kernels.main(["--device", "cpu", "--repeats", "2", "--threads", "1", "--json", str(file)]) == 0
     found = json.loads(file.read_text())["kernels"]
-    assert len(found) == 2 * len(cpu_kernels.ROWS)
-    assert {row["bytes"] for row in found} == {32 * 32 + 32 * 4}
+    assert len(found) == 4 * len(cpu_kernels.ROWS)
+    in_4_bits, in_12_bits, in_16_bits = 32 * 32 + 32 * 4, 32 * 64 * 3 // 2, 32 * 64 * 2
+    assert {row["bytes"] for row in found} == {in_4_bits, in_12_bits, in_16_bits}
     assert all(row["seconds"] > 0 and row["sum_seconds"] > 0 for row in found)
 
 

@@ -19,6 +19,7 @@ import river_compile
 from benchmarks.prompts import mixed
 from river_compile.cli import models
 from river_compile.exits import forced_depth
+from river_compile.kernels.native.isa import chosen
 
 PROMPTS, NEW_TOKENS = (int(os.environ.get(f"RIVER_EXACT_{n}", d)) for n, d in (("PROMPTS", 2), ("TOKENS", 40)))
 CHATS = tuple(itertools.islice(mixed(), PROMPTS))
@@ -143,3 +144,18 @@ def test_strict_bfloat16_texts_have_the_bits_of_decoding_without_drafts():  # (l
             own = replace(river_compile.decode, static_cache=True)
             assert torch.equal(ours, model.generate(ids, custom_generate=own, **options)), chat
         assert sum(trace.kept_sources.values()) > len(trace.cycles), "no draft was verified"
+
+
+@pytest.mark.slow
+@pytest.mark.skipif(chosen().name == "portable", reason="needs vectors")
+def test_bfloat16_texts_of_weights_in_12_bits_are_those_of_16():
+    """Without loss, so to the bit, in exact mode and without drafts."""
+    torch._dynamo.reset()
+    accelerated = []
+    for weights in ("model", "12bit"):
+        model, tokenizer = models.load("smollm2", dtype="bfloat16")
+        accelerated.append(river_compile.accelerate(model, "strict", quantizer="rtn", backbone_weights=weights))
+    for chat in CHATS:
+        ids = models.encode(tokenizer, chat)
+        options = {"max_new_tokens": NEW_TOKENS, "do_sample": False, "attention_mask": torch.ones_like(ids)}
+        assert torch.equal(*(model.generate(ids, **options) for model in accelerated)), chat

@@ -213,6 +213,32 @@ _NATIVE = (
     ),
 )
 
+_TWELVE_BITS = (
+    Mutation(
+        "bf12-patches",
+        f"{SOURCES}/bf12.h",
+        "out[next[0] % kFour * stride + next[0] / kFour - i] = uint16_t(next[1]);",
+        "out[(next[0] + 1) % kFour * stride + next[0] / kFour - i] = uint16_t(next[1]);",
+        "patches of weights in 12 bits belong to the next output feature",
+        ("tests/kernels/native/test_bf12.py",),
+    ),
+    Mutation(
+        "bf12-nibbles",
+        f"{SOURCES}/bf12.h",
+        "T % 2 ? high_nibbles(codes) : low_nibbles(codes)",
+        "T % 2 ? low_nibbles(codes) : high_nibbles(codes)",
+        "two output features in 12 bits have each other's exponents",
+        ("tests/kernels/native/test_bf12.py",),
+    ),
+    Mutation(
+        "bf12-stale",
+        "river_compile/building.py",
+        "    if packed:",
+        "    if graph.twins:",
+        "a prompt meets the packed weights of before a change",
+        ("tests/lowering/test_packed_backbone.py",),
+    ),
+)
 _TRITON = (
     Mutation(
         "triton-midpoint",
@@ -477,5 +503,5 @@ _TRIALS = (  # faults that trial found: their mends, taken back
 )
 
 MUTATIONS: tuple[Mutation, ...] = (
-    *_PASSES, *_QUANT, *_NATIVE, *_TRITON, *_EXITS, *_EXACT, *_PROMISES, *_TRIALS,
+    *_PASSES, *_QUANT, *_NATIVE, *_TWELVE_BITS, *_TRITON, *_EXITS, *_EXACT, *_PROMISES, *_TRIALS,
 )  # fmt: skip

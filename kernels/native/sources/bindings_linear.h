@@ -1,4 +1,4 @@
-// Operators for matmuls with weights in 4 bits, or in the activations' dtype: from tensors to phases.
+// Operators for matmuls with weights in 4 bits, in 12, or in the activations' dtype: from tensors to phases.
 #pragma once
 
 #include "tensors.h"
@@ -72,6 +72,24 @@ inline LinearCall quantized(const Tensor& weight, const Tensor& scale_zero, int6
   call.gemm.weight = static_cast<const uint8_t*>(weight.data_ptr());
   call.gemm.scale_zero = static_cast<const uint16_t*>(scale_zero.data_ptr());
   call.gemm.experts = int32_t(experts);
+  return call;
+}
+
+// A matmul with weights of bfloat16 in 12 bits; `side` is what GemmArgs::palette says.
+inline LinearCall in_12_bits(const Tensor& x, const Tensor& units, const Tensor& side, int64_t n) {
+  const int64_t k = columns_of(x), fours = ceil_div(n, kBlock) * kBlock / 4, across = ceil_div(k, int64_t(64));
+  STD_TORCH_CHECK(x.scalar_type() == ScalarType::BFloat16, "x must be bfloat16, as the weights in 12 bits are");
+  STD_TORCH_CHECK(n > 0 && k > 0 && units.is_cpu() && units.scalar_type() == ScalarType::Byte &&
+                      units.is_contiguous() && units.numel() == fours * across * 6 * 64,
+                  "weight is not packed in 12 bits with these features");
+  const auto* numbers = static_cast<const int32_t*>(side.data_ptr());
+  STD_TORCH_CHECK(side.is_cpu() && side.scalar_type() == ScalarType::Int && side.is_contiguous() &&
+                      side.numel() >= 5 + fours && side.numel() >= 5 + fours + 2 * int64_t(numbers[4 + fours]),
+                  "scale_zero is not the palette and the patches of weights in 12 bits with these features");
+  LinearCall call;
+  call.gemm.x.format = kernels().bfloat16;
+  call.gemm.weight = static_cast<const uint8_t*>(units.data_ptr());
+  call.gemm.palette = numbers;
   return call;
 }
 
@@ -199,15 +217,22 @@ inline const int32_t* blocks_wanted(const Maybe& wanted, int64_t out_features, c
   return static_cast<const int32_t*>(wanted->data_ptr());
 }
 
+inline Tensor dense(const Tensor& x, const Tensors& weights, const Tensors& biases, const Fused& fused);
+
 inline Tensor linear(const Tensor& x, const Tensor& weight, const Tensor& scale_zero, const Maybe& bias,
                      int64_t out_features, int64_t group_size, const Fused& fused, const Maybe& wanted) {
   check(x.dim() > 0, "x", "have a dimension of features");
-  LinearCall call = quantized(weight, scale_zero, columns_of(x), out_features, group_size);
+  const bool lossless = group_size == 0;
+  if (lossless && weight.scalar_type() != ScalarType::Byte)  // (a matrix that would not become smaller)
+    return dense(x, {weight}, bias ? Tensors{*bias} : Tensors{}, fused);
+  check(!lossless || !wanted, "wanted", "be for products with weights in 4 bits");
+  LinearCall call = lossless ? in_12_bits(x, weight, scale_zero, out_features)
+                             : quantized(weight, scale_zero, columns_of(x), out_features, group_size);
   const Rows added{{vector_of(bias, x, out_features, "bias")}, {0, int32_t(out_features)}, bias.has_value()};
   Tensors held;
-  const Tensor y = describe(call, x, out_features, group_size, added, fused, held);
+  const Tensor y = describe(call, x, out_features, lossless ? kLargestGroup : group_size, added, fused, held);
   call.gemm.wanted = blocks_wanted(wanted, out_features, fused);
-  call.run();
+  call.run(lossless && rows_of(x) > few_rows(true, x.dim() == 3 ? x.size(1) : 1));
   return y;
 }
 

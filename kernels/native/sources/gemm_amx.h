@@ -10,7 +10,9 @@
 
 #include <algorithm>
 #include <cstring>
+#include <optional>
 
+#include "bf12.h"
 #include "gemm_blocked.h"
 
 namespace river {
@@ -39,14 +41,24 @@ class Tiles {
 // The weights of one block of features.
 class BlockOfWeights {
  public:
-  BlockOfWeights(const GemmArgs& a, int64_t n)
+  // Of two blocks that are in use at a time `which` tells which one this is.
+  BlockOfWeights(const GemmArgs& a, int64_t n, int which)
       : a_(a), first_(n * kBlock), count_(int(std::min<int64_t>(kBlock, a.epilogue.out_features - first_))) {
+    if (a.palette) {
+      unpacked_.emplace(a, which);
+      unpacked_->begin(n);
+      return;
+    }
     const int matrix = matrix_of(a.dense, first_);
     if (count_ == kBlock && first_ + kBlock <= a.dense.first[matrix + 1]) in_place_ = row(0);
   }
 
   // Input features i to i + 31, zeros where there are none; the stride is of bytes.
   Matrix<const char> at(int64_t i) {
+    if (a_.palette) {
+      for (int four = 0; four < kBlock / kFour; ++four) unpacked_->reach(four, i);
+      return {reinterpret_cast<const char*>(unpacked_->row(0) + i), unpacked_->in_features() * 2};
+    }
     if (in_place_ && i + kStep <= a_.in_features) return {in_place_ + i * 2, int64_t(a_.in_features) * 2};
     std::memset(copy_, 0, sizeof copy_);
     const int64_t features = std::min<int64_t>(a_.in_features - i, kStep);
@@ -71,13 +83,14 @@ class BlockOfWeights {
   const int64_t first_;
   const int count_;
   const char* in_place_ = nullptr;
+  std::optional<UnpackedBlock> unpacked_;  // of weights in 12 bits
   alignas(64) uint16_t copy_[kBlock * kStep];
 };
 
 // All rows, of which there are at most 16.
 inline void microkernel_amx(const GemmArgs& a, int64_t n, int, int, float (*y)[kBlock]) {
   alignas(64) float sums[kBlock * kBlock];
-  BlockOfWeights weights(a, n);
+  BlockOfWeights weights(a, n, 0);
   const int wide = 4 * a.rows;
   const char* x = static_cast<const char*>(a.x.values);
   _tile_zero(0);
@@ -95,7 +108,7 @@ inline void microkernel_amx(const GemmArgs& a, int64_t n, int, int, float (*y)[k
 
 inline void gemm_amx(const GemmArgs& a, int part, int parts) {
   const Tiles tiles(a.rows);
-  gemm_blocked<microkernel_amx>(a, part, parts);
+  gemm_blocked(a, part, parts, microkernel_amx);
 }
 
 // Of two blocks of features and two blocks of rows: [features, rows, 16 features, 16 rows].
@@ -141,7 +154,7 @@ inline void gemm_amx_multi(const GemmArgs& a, int part, int parts) {
   for (int first = 0; first < a.rows; first += kRowsTogether)
     for (auto [pair, end] = share_of(pairs, part, parts); pair < end; ++pair) {
       const int64_t n = e.gated ? pair : 2 * pair, other = e.gated ? pair + pairs : std::min(n + 1, blocks - 1);
-      BlockOfWeights weights(a, n), others(a, other);
+      BlockOfWeights weights(a, n, 0), others(a, other, 1);
       for (int row = first; row < std::min(first + kRowsTogether, a.rows); row += 2 * kBlock) {
         const int ahead = row > first ? 0 : e.gated ? 1 : 2;
         microkernel_amx_multi(a, weights, others, {row / kBlock, std::min<int64_t>(row / kBlock + 1, last)}, ahead,

@@ -5,6 +5,7 @@
 
 #include <algorithm>
 
+#include "bf12.h"
 #include "gemm_blocked.h"
 
 namespace river {
@@ -23,9 +24,11 @@ RIVER_INLINE void sums_of_pairs(const __m512 (&v)[4], float* sums) {
 }
 
 // `T` <= 4 output features for R rows, the first of which is `first_x`: y[r][t] = sum over k of weight[t, k] x[r, k].
-template <int R, int T>
-void dots_of_pairs(const GemmArgs& a, const char* weight, const char* first_x, int64_t row_bytes, float (*y)[kBlock]) {
-  const int64_t k = a.in_features, whole = k / kStep * kStep;
+// `fetch` is called with the number of each vector's first feature.
+template <int R, int T, class Fetch>
+void dots_of_pairs(int64_t k, const char* weight, const char* first_x, int64_t row_bytes, Matrix<float> y,
+                   const Fetch& fetch) {
+  const int64_t whole = k / kStep * kStep;
   __m512 sums[R][4] = {};
   const auto add = [&](int64_t i, auto load_weights) RIVER_INLINED {
     unrolled<T>([&](auto t) RIVER_INLINED {
@@ -35,11 +38,10 @@ void dots_of_pairs(const GemmArgs& a, const char* weight, const char* first_x, i
       });
     });
   };
-  for (int64_t i = 0; i < whole; i += kStep)
-    add(i, [&](const char* w) RIVER_INLINED {
-      __builtin_prefetch(w + T * k * 2, 0, 2);
-      return _mm512_loadu_si512(w);
-    });
+  for (int64_t i = 0; i < whole; i += kStep) {
+    fetch(i);
+    add(i, [&](const char* w) RIVER_INLINED { return _mm512_loadu_si512(w); });
+  }
   if (whole < k) {
     const auto rest = __mmask32((1u << (k - whole)) - 1);
     add(whole, [&](const char* w) RIVER_INLINED { return _mm512_maskz_loadu_epi16(rest, w); });
@@ -47,23 +49,51 @@ void dots_of_pairs(const GemmArgs& a, const char* weight, const char* first_x, i
   unrolled<R>([&](auto r) RIVER_INLINED {
     float total[4];
     sums_of_pairs(sums[r], total);
-    std::copy(total, total + T, y[r]);
+    std::copy(total, total + T, y.data + r * y.stride);
+  });
+}
+
+// The same of `rows` rows from `row` on.
+template <int T, class Fetch>
+void dots_of_rows(const GemmArgs& a, int64_t k, const char* weight, int row, int rows, Matrix<float> y,
+                  const Fetch& fetch) {
+  const int64_t row_bytes = a.padded_features() * 2;
+  const char* x = static_cast<const char*>(a.x.values) + row * row_bytes;
+  in_batches<kMostRows>(rows, [&](auto r, int first, int, int) {
+    dots_of_pairs<r, T>(k, weight, x + first * row_bytes, row_bytes, {y.data + first * y.stride, y.stride}, fetch);
   });
 }
 
 inline void microkernel_bf16_dot(const GemmArgs& a, int64_t n, int row, int rows, float (*y)[kBlock]) {
-  const int64_t row_bytes = a.padded_features() * 2;
-  const char* x = static_cast<const char*>(a.x.values) + row * row_bytes;
+  const int64_t k = a.in_features;
   for_fours(a, n, 2, [&](const char* weight, int at, auto t) {
-    in_batches<kMostRows>(rows, [&](auto r, int first, int, int) {
-      dots_of_pairs<r, t>(a, weight, x + first * row_bytes, row_bytes,
-                          reinterpret_cast<float (*)[kBlock]>(y[first] + at));
+    dots_of_rows<t>(a, k, weight, row, rows, {y[0] + at, kBlock}, [&](int64_t i) RIVER_INLINED {
+      for (int ahead = t; ahead < 2 * t; ++ahead) __builtin_prefetch(weight + (ahead * k + i) * 2, 0, 2);
     });
   });
 }
 
 inline void gemm_bf16_dot(const GemmArgs& a, int part, int parts) {
-  gemm_blocked<microkernel_bf16_dot>(a, part, parts);
+  if (!a.palette) return gemm_blocked(a, part, parts, microkernel_bf16_dot);
+  Bf12Blocks blocks(a);
+  gemm_blocked(a, part, parts, [&](const GemmArgs& a, int64_t n, int row, int rows, float (*y)[kBlock]) {
+    const int64_t row_bytes = a.padded_features() * 2;
+    const char* x = static_cast<const char*>(a.x.values) + row * row_bytes;
+    const auto few = [&](const UnpackedBlock& block, int four, auto r, Matrix<float> to) RIVER_INLINED {
+      dots_of_four<r>(
+          block.four(four), block.palette(), block.in_features(), to,
+          [&](Floats sum, Ints weights, int64_t i, int row) RIVER_INLINED {
+            return dot_pairs(sum, weights, load(reinterpret_cast<const uint8_t*>(x + row * row_bytes + i * 2)));
+          },
+          [](const Floats(&sums)[kFour], float* total) RIVER_INLINED { sums_of_pairs(sums, total); });
+    };
+    const auto many = [&](UnpackedBlock& block, int four, Matrix<float> to) {
+      const char* weight = reinterpret_cast<const char*>(block.row(kFour * four));
+      dots_of_rows<kFour>(a, block.in_features(), weight, row, rows, to,
+                          [&](int64_t i) RIVER_INLINED { block.reach(four, i); });
+    };
+    blocks.sum(a, n, rows, y, few, many);
+  });
 }
 
 }  // namespace river

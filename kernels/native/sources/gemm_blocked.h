@@ -8,27 +8,28 @@
 
 namespace river {
 
-// y[r][i] = sum over k of weight[16 n + i, k] x[row + r, k], for `rows` rows.
-using Microkernel = void(const GemmArgs& a, int64_t n, int row, int rows, float (*y)[kBlock]);
-
+// A microkernel is called with (a, n, row, rows, y) and leaves, for `rows` rows,
+// y[r][i] = sum over k of weight[16 n + i, k] x[row + r, k].
+//
 // `R`: the most rows there can be.
-template <int R, Microkernel kMicrokernel>
-void gemm_block(const GemmArgs& a, int64_t n, int row, int rows) {
+template <int R, class Microkernel>
+void gemm_block(const GemmArgs& a, int64_t n, int row, int rows, const Microkernel& microkernel) {
   float y[R][kBlock], up[R][kBlock];
-  kMicrokernel(a, n, row, rows, y);
-  if (a.epilogue.gated) kMicrokernel(a, n + a.epilogue.blocks(), row, rows, up);
+  microkernel(a, n, row, rows, y);
+  if (a.epilogue.gated) microkernel(a, n + a.epilogue.blocks(), row, rows, up);
   epilogue(a.epilogue, n * kBlock, row, rows, y[0], up[0]);
 }
 
 constexpr int kRowsTogether = 256;  // whose activations stay in a core's cache while weights pass by
 
 // Blocks of 16 rows, one after the other for each block of features.
-template <Microkernel kMicrokernel>
-void gemm_blocked(const GemmArgs& a, int part, int parts, int together = kRowsTogether) {
+template <class Microkernel>
+void gemm_blocked(const GemmArgs& a, int part, int parts, const Microkernel& microkernel,
+                  int together = kRowsTogether) {
   for (int first = 0; first < a.rows; first += together)
     for (auto [n, end] = share_of(a.epilogue.blocks(), part, parts); n < end; ++n)
       for (int row = first; row < std::min(first + together, a.rows); row += kBlock)
-        gemm_block<16, kMicrokernel>(a, n, row, std::min(kBlock, a.rows - row));
+        gemm_block<16>(a, n, row, std::min(kBlock, a.rows - row), microkernel);
 }
 
 // Calls f(weights, number within the block, how many) for the features of block `n`, by fours if they belong to one

@@ -6,6 +6,7 @@
 #include <algorithm>
 #include <cstring>
 
+#include "bf12.h"
 #include "gemm_blocked.h"
 
 namespace river {
@@ -99,11 +100,43 @@ void microkernel_f32(const GemmArgs& a, int64_t n, int row, int rows, float (*y)
   });
 }
 
+// The same of weights in 12 bits.
+class MicrokernelF32Bf12 {
+ public:
+  explicit MicrokernelF32Bf12(const GemmArgs& a) : blocks_(a) {}
+
+  void operator()(const GemmArgs& a, int64_t n, int row, int rows, float (*y)[kBlock]) const {
+    const int64_t padded = a.padded_features();
+    const Matrix<const float> x{static_cast<const float*>(a.x.values) + row * padded, padded};
+    const auto few = [&](const UnpackedBlock& block, int four, auto r, Matrix<float> to) RIVER_INLINED {
+      dots_of_four<r>(
+          block.four(four), block.palette(), block.in_features(), to,
+          [&](Floats sum, Ints weights, int64_t i, int row) RIVER_INLINED {
+            const float* at = x.data + row * x.stride + i;
+            sum = fma(low_bfloat16(weights), load_floats(at), sum);
+            return fma(high_bfloat16(weights), load_floats(at + kLanes), sum);
+          },
+          [](const Floats(&sums)[kFour], float* total) RIVER_INLINED { sums_of_four(sums, total); });
+    };
+    const auto many = [&](UnpackedBlock& block, int four, Matrix<float> to) {
+      const char* features[kFour];
+      for (int t = 0; t < kFour; ++t) features[t] = reinterpret_cast<const char*>(block.row(kFour * four + t));
+      dots<kFour, kBFloat16>(features, block.in_features(), x, rows, to,
+                             [&](int64_t i, int, int) RIVER_INLINED { block.reach(four, i); });
+    };
+    blocks_.sum(a, n, rows, y, few, many);
+  }
+
+ private:
+  mutable Bf12Blocks blocks_;
+};
+
 inline void gemm_f32(const GemmArgs& a, int part, int parts) {
   constexpr int64_t kBytesTogether = 1 << 18;  // of activations
   const int fit = int(std::max<int64_t>(kBytesTogether / 4 / a.padded_features() / kBlock, 1)) * kBlock;
-  with_dtype(a.epilogue.dtype,
-             [&](auto d) { gemm_blocked<microkernel_f32<d>>(a, part, parts, std::min(fit, kRowsTogether)); });
+  const int together = std::min(fit, kRowsTogether);
+  if (a.palette) return gemm_blocked(a, part, parts, MicrokernelF32Bf12(a), together);
+  with_dtype(a.epilogue.dtype, [&](auto d) { gemm_blocked(a, part, parts, microkernel_f32<d>, together); });
 }
 
 }  // namespace river

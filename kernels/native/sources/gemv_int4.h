@@ -83,7 +83,7 @@ void microkernel_int4(const GemmArgs& a, int64_t n, int row, int rows, float (*y
 inline void gemv_rows(const GemmArgs& a, int64_t n, int row, int rows) {
   unrolled<kRows / 2 + 1>([&](auto half) {
     constexpr int kSize = half ? 2 * half : 1;
-    if (rows == kSize || (rows > 2 && rows + 1 == kSize)) gemm_block<kSize, microkernel_int4<kSize>>(a, n, row, rows);
+    if (rows == kSize || (rows > 2 && rows + 1 == kSize)) gemm_block<kSize>(a, n, row, rows, microkernel_int4<kSize>);
   });
 }
 

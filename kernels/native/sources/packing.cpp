@@ -1,6 +1,7 @@
 // Finding 4-bit grids, apart from the kernels: weighted fits of scale and zero, and rounding of a block of columns in
 // order with each one's error made up for by those that follow in it (GPTQ). What is computed is written down in
-// `kernels/quant/calibrated.py`, whose PyTorch code is the reference; one thread runs each call.
+// `kernels/quant/calibrated.py`, whose PyTorch code is the reference. And packing in 12 bits, which
+// `kernels/quant/bf12.py` unpacks. One thread runs each call.
 //
 // Vectors are of 16 floats on every processor: what has no such registers gets several instructions.
 #include <algorithm>
@@ -178,4 +179,44 @@ RIVER_EXPORTED void river_round_block(const float* left, const float* scale, con
       for (int64_t row = 0; row < count; ++row) q[at + row] = uint8_t(int(lefts[k * kRows + row]) - kLeast);
     }
   }
+}
+
+// counts: [256], how many weights have each upper byte; those of earlier calls are added to.
+RIVER_EXPORTED void river_count_upper(const uint16_t* weights, int64_t count, int64_t* counts) {
+  int64_t several[4][256] = {};  // (neighbours mostly have the same one, and an addition waits for the one before it)
+  for (int64_t i = 0; i < count; ++i) ++several[i % 4][weights[i] >> 8];
+  for (const auto& of : several)
+    for (int byte = 0; byte < 256; ++byte) counts[byte] += of[byte];
+}
+
+// Packs weights [rows, features] in 12 bits (bf12.h), four output features at a time: units [fours, units, 6, 64], zero
+// where there are no weights; first: [fours + 1]; patches: as many as there are weights of other upper bytes.
+RIVER_EXPORTED void river_pack_bf12(const uint16_t* weights, int64_t rows, int64_t features, const uint8_t* palette,
+                                    uint8_t* units, int64_t fours, int32_t* first, int32_t* patches) {
+  constexpr int kFour = 4, kUnit = 64, kUnitBytes = 6 * kUnit;
+  int code_of[256];
+  std::fill(code_of, code_of + 256, -1);
+  for (int code = 15; code >= 0; --code) code_of[palette[code]] = code;
+  const int64_t across = (features + kUnit - 1) / kUnit;
+  std::memset(units, 0, fours * across * kUnitBytes);
+  int32_t* next = patches;
+  for (int64_t four = 0; four < fours; ++four) {
+    first[four] = int32_t((next - patches) / 2);
+    for (int64_t k = 0; k < features; ++k) {
+      const int64_t i = k % kUnit, place = i % 32 / 8 * 16 + i / 32 * 8 + i % 8;
+      uint8_t* const unit = units + (four * across + k / kUnit) * kUnitBytes + place;
+      for (int n = 0; n < std::min<int64_t>(kFour, rows - kFour * four); ++n) {
+        const uint16_t weight = weights[(kFour * four + n) * features + k];
+        const int code = code_of[weight >> 8];
+        if (code < 0) {
+          *next++ = int32_t(kFour * k + n);
+          *next++ = weight;
+          continue;
+        }
+        unit[(2 + n) * kUnit] = uint8_t(weight);
+        unit[n / 2 * kUnit] |= uint8_t(code << n % 2 * 4);
+      }
+    }
+  }
+  first[fours] = int32_t((next - patches) / 2);
 }

@@ -89,6 +89,9 @@ struct GemmArgs {
                                // 8 i + 4 + j of its group, the latter in the high nibble, for output feature n
   const uint16_t* scale_zero;  // bfloat16 [N' / 16, K' / G, 16, 2]: w = (q - 8) * scale + zero
   Rows dense;                  // [N, K] of the epilogue's dtype, in place of the 4-bit weights
+  const int32_t* palette;      // of weights of bfloat16 in 12 bits, null otherwise; then `weight` is [N' / 4, K'' / 64,
+                               // 6, 64], K'' of 64 features (bf12.h). 16 bytes, the number of each four's first patch
+                               // [N' / 4 + 1], and the patches [2]: 4 k + n within the four, and the weight
   const int64_t* expert;       // [M] which of `experts` stacked weights a row meets, null if there is one for all;
                                // a row with none of their numbers gets zeros
   const int32_t* wanted;       // how many blocks of 16 output features are wanted, and their numbers, ascending; the

@@ -1,6 +1,7 @@
 // The vectors of one instruction set, chosen by RIVER_ISA_*: float32 and int32 lanes, dot products of bytes and of
-// pairs of bfloat16, transposition. `kHalves` vectors make up 64 bytes, such as a line of packed weights. Registers
-// hold the sums of kMostRows rows by four output features, or of kLines lines by kPanels panels of 16 lanes.
+// pairs of bfloat16, tables of 16 bytes, transposition. (Tables and interleaved bytes: 16 bytes at a time.) `kHalves`
+// vectors make up 64 bytes, such as a line of packed weights. Registers hold the sums of kMostRows rows by four output
+// features, or of kLines lines by kPanels panels of 16 lanes.
 #pragma once
 
 #include <cstdint>
@@ -79,6 +80,13 @@ RIVER_INLINE Floats high_bfloat16(Ints x) {
 }
 RIVER_INLINE Ints low_nibbles(Ints x) { return _mm512_and_si512(x, _mm512_set1_epi8(15)); }
 RIVER_INLINE Ints high_nibbles(Ints x) { return low_nibbles(_mm512_srli_epi32(x, 4)); }
+RIVER_INLINE void store(uint16_t* p, Ints x) { _mm512_storeu_si512(p, x); }
+RIVER_INLINE Ints repeated(const uint8_t* p) {
+  return _mm512_broadcast_i32x4(_mm_loadu_si128(reinterpret_cast<const __m128i*>(p)));
+}
+RIVER_INLINE Ints look_up(Ints table, Ints x) { return _mm512_shuffle_epi8(table, x); }
+RIVER_INLINE Ints interleave_low(Ints x, Ints y) { return _mm512_unpacklo_epi8(x, y); }
+RIVER_INLINE Ints interleave_high(Ints x, Ints y) { return _mm512_unpackhi_epi8(x, y); }
 
 RIVER_INLINE Ints add_dots(Ints sum, Ints w, const int8_t* x) {
   const Ints factors = every(four_bytes(x));
@@ -114,6 +122,13 @@ RIVER_INLINE Floats high_bfloat16(Ints x) {
 }
 RIVER_INLINE Ints low_nibbles(Ints x) { return _mm256_and_si256(x, _mm256_set1_epi8(15)); }
 RIVER_INLINE Ints high_nibbles(Ints x) { return low_nibbles(_mm256_srli_epi32(x, 4)); }
+RIVER_INLINE void store(uint16_t* p, Ints x) { _mm256_storeu_si256(reinterpret_cast<__m256i*>(p), x); }
+RIVER_INLINE Ints repeated(const uint8_t* p) {
+  return _mm256_broadcastsi128_si256(_mm_loadu_si128(reinterpret_cast<const __m128i*>(p)));
+}
+RIVER_INLINE Ints look_up(Ints table, Ints x) { return _mm256_shuffle_epi8(table, x); }
+RIVER_INLINE Ints interleave_low(Ints x, Ints y) { return _mm256_unpacklo_epi8(x, y); }
+RIVER_INLINE Ints interleave_high(Ints x, Ints y) { return _mm256_unpackhi_epi8(x, y); }
 
 RIVER_INLINE Ints add_dots(Ints sum, Ints w, const int8_t* x) {
 #if defined(RIVER_ISA_AVX_VNNI)
@@ -129,6 +144,7 @@ constexpr int kHalves = 4, kMostRows = 2, kLines = 2, kPanels = 1;
 typedef float Floats __attribute__((vector_size(16)));
 typedef int32_t Ints __attribute__((vector_size(16)));
 typedef uint32_t Words __attribute__((vector_size(16)));
+typedef uint8_t Bytes __attribute__((vector_size(16)));
 
 RIVER_INLINE Floats every(float x) { return Floats{x, x, x, x}; }
 RIVER_INLINE Ints every(int32_t x) { return Ints{x, x, x, x}; }
@@ -153,6 +169,20 @@ RIVER_INLINE Floats low_bfloat16(Ints x) { return (Floats)((Words)x << 16); }
 RIVER_INLINE Floats high_bfloat16(Ints x) { return (Floats)((Words)x & 0xffff0000u); }
 RIVER_INLINE Ints low_nibbles(Ints x) { return x & 0x0f0f0f0f; }
 RIVER_INLINE Ints high_nibbles(Ints x) { return (Ints)((Words)x >> 4) & 0x0f0f0f0f; }
+RIVER_INLINE void store(uint16_t* p, Ints x) { std::memcpy(p, &x, sizeof x); }
+RIVER_INLINE Ints repeated(const uint8_t* p) { return load(p); }
+RIVER_INLINE Ints look_up(Ints table, Ints x) {
+  Bytes found;
+  for (int i = 0; i < 16; ++i) found[i] = ((Bytes)table)[((Bytes)x)[i]];
+  return (Ints)found;
+}
+RIVER_INLINE Ints interleave(Ints x, Ints y, int first) {
+  Bytes mixed;
+  for (int i = 0; i < 16; ++i) mixed[i] = ((Bytes)(i % 2 ? y : x))[first + i / 2];
+  return (Ints)mixed;
+}
+RIVER_INLINE Ints interleave_low(Ints x, Ints y) { return interleave(x, y, 0); }
+RIVER_INLINE Ints interleave_high(Ints x, Ints y) { return interleave(x, y, 8); }
 
 RIVER_INLINE Ints add_dots(Ints sum, Ints w, const int8_t* x) {
   for (int j = 0; j < 4; ++j) sum += ((w >> (8 * j)) & 15) * every(int32_t(x[j]));

@@ -1,0 +1,164 @@
+// Matrices of bfloat16 in 12 bits a weight, bit for bit: the lower byte as it is, and 4 bits that choose the upper byte
+// (sign and the upper seven bits of the exponent) among the 16 most frequent ones of the matrix. A weight whose upper
+// byte is none of these is listed apart, as a patch.
+//
+// Weights become bfloat16 again, patches included, before they are multiplied, so a matmul's sums are those of the
+// matrix in 16 bits: of a few rows in registers, of more in memory that stays in the first cache, once for all rows.
+// Not handled: matrices of other dtypes.
+#pragma once
+
+#include <algorithm>
+#include <memory>
+
+#include "vectors.h"
+
+namespace river {
+
+constexpr int kFour = 4;               // output features that lie together
+constexpr int kUnit = 64;              // input features of a unit
+constexpr int kUnitBytes = 6 * kUnit;  // lines of 64: upper bytes of features 0 and 1, of 2 and 3, lower bytes of each
+constexpr int kUnitAhead = 4096;       // bytes that are asked for ahead
+constexpr int kUnitVectors = 2 * kHalves;
+
+// The weights of output feature T of a unit, in order. Byte 16 l + j of a line is input feature 8 l + j, or for j >= 8
+// feature 24 + 8 l + j.
+template <int T>
+RIVER_INLINE void load_weights(const uint8_t* unit, Ints palette, Ints (&weights)[kUnitVectors]) {
+  constexpr int kBytes = 4 * kLanes;
+  unrolled<kHalves>([&](auto h) RIVER_INLINED {
+    const Ints codes = load(unit + T / 2 * kUnit + h * kBytes), low = load(unit + (2 + T) * kUnit + h * kBytes);
+    const Ints high = look_up(palette, T % 2 ? high_nibbles(codes) : low_nibbles(codes));
+    weights[h] = interleave_low(low, high);
+    weights[kHalves + h] = interleave_high(low, high);
+  });
+}
+
+RIVER_INLINE void fetch_unit(const uint8_t* unit) {
+  for (int line = 0; line < kUnitBytes; line += 64) __builtin_prefetch(unit + kUnitAhead + line, 0, 2);
+}
+
+// Four output features of a matrix: their units, and the patches that are left.
+struct Four {
+  const uint8_t* units;
+  const int32_t *next, *end;
+
+  // Whether some of the unit of input feature `i` are patched.
+  RIVER_INLINE bool patched(int64_t i) const {
+    return __builtin_expect(next < end && next[0] < kFour * (i + kUnit), 0);
+  }
+
+  // Unpacks the unit of input feature `i` to `out`, whose rows are `stride` apart; units are taken in order.
+  RIVER_INLINE void unpack(Ints palette, int64_t i, uint16_t* out, int64_t stride) {
+    unrolled<kFour>([&](auto t) RIVER_INLINED {
+      Ints weights[kUnitVectors];
+      load_weights<t>(units + i / kUnit * kUnitBytes, palette, weights);
+      for (int v = 0; v < kUnitVectors; ++v) store(out + t * stride + v * 2 * kLanes, weights[v]);
+    });
+    for (; patched(i); next += 2) out[next[0] % kFour * stride + next[0] / kFour - i] = uint16_t(next[1]);
+  }
+};
+
+// Memory of this thread for `count` weights, aligned to lines, which is kept.
+inline uint16_t* room_for(int64_t count) {
+  static thread_local std::unique_ptr<uint16_t[]> memory;
+  static thread_local int64_t size = 0;
+  if (size < count + 32) memory.reset(new uint16_t[size = count + 32]);
+  return reinterpret_cast<uint16_t*>((reinterpret_cast<uintptr_t>(memory.get()) + 63) / 64 * 64);
+}
+
+// One block of 16 output features, and as much of it as was unpacked to memory.
+class UnpackedBlock {
+ public:
+  // Of two blocks that are in use at a time `which` tells which one this is.
+  UnpackedBlock(const GemmArgs& a, int which)
+      : a_(a),
+        padded_(ceil_div(int64_t(a.in_features), kUnit) * kUnit),
+        palette_(repeated(reinterpret_cast<const uint8_t*>(a.palette))),
+        memory_(room_for(2 * kBlock * padded_) + which * kBlock * padded_) {}
+
+  // Goes to block `n`.
+  void begin(int64_t n) {
+    if (block_ == n) return;
+    block_ = n;
+    for (int four = 0; four < kFours; ++four) fours_[four] = this->four(four), done_[four] = 0;
+  }
+
+  // The block's output features 4 i to 4 i + 3.
+  Four four(int i) const {
+    const int64_t number = block_ * kFours + i, all = ceil_div(int64_t(a_.epilogue.out_features), kBlock) * kFours;
+    const int32_t *first = a_.palette + 4 + number, *patches = a_.palette + 4 + all + 1;
+    return {a_.weight + number * padded_ / kUnit * kUnitBytes, patches + 2 * first[0], patches + 2 * first[1]};
+  }
+
+  // Unpacks the unit of input feature `i` of four output features to memory, unless that was done.
+  RIVER_INLINE void reach(int four, int64_t i) {
+    if (i < done_[four]) return;
+    done_[four] = i + kUnit;
+    fetch_unit(fours_[four].units + i / kUnit * kUnitBytes);
+    fours_[four].unpack(palette_, i, row(kFour * four) + i, padded_);
+  }
+
+  uint16_t* row(int feature) const { return memory_ + feature * padded_; }
+  int64_t in_features() const { return padded_; }
+  Ints palette() const { return palette_; }
+
+ private:
+  static constexpr int kFours = kBlock / kFour;
+
+  const GemmArgs& a_;
+  const int64_t padded_;
+  const Ints palette_;
+  uint16_t* const memory_;
+  int64_t block_ = -1, done_[kFours];
+  Four fours_[kFours];
+};
+
+// y[r][t] for R rows and the output features of a `Four`; `add(sum, weights, i, r)` adds the products of a vector of
+// weights, the first of which is of input feature `i`.
+template <int R, class Add, class Total>
+RIVER_INLINE void dots_of_four(Four four, Ints palette, int64_t in_features, Matrix<float> y, const Add& add,
+                               const Total& total) {
+  Floats sums[R][kFour];
+  unrolled<R>([&](auto r) RIVER_INLINED { unrolled<kFour>([&](auto t) RIVER_INLINED { sums[r][t] = zeros(); }); });
+  for (int64_t i = 0; i < in_features; i += kUnit) {
+    const uint8_t* unit = four.units + i / kUnit * kUnitBytes;
+    alignas(64) uint16_t unpacked[kFour * kUnit];
+    fetch_unit(unit);
+    const bool patched = four.patched(i);
+    if (patched) four.unpack(palette, i, unpacked, kUnit);
+    unrolled<kFour>([&](auto t) RIVER_INLINED {
+      Ints weights[kUnitVectors];
+      load_weights<t>(unit, palette, weights);
+      if (patched) std::memcpy(weights, unpacked + t * kUnit, sizeof weights);
+      unrolled<kUnitVectors>([&](auto v) RIVER_INLINED {
+        unrolled<R>([&](auto r) RIVER_INLINED { sums[r][t] = add(sums[r][t], weights[v], i + v * 2 * kLanes, r); });
+      });
+    });
+  }
+  unrolled<R>([&](auto r) RIVER_INLINED { total(sums[r], y.data + r * y.stride); });
+}
+
+// What a matmul sums for weights in 12 bits: of at most kMostRows rows by `few(four, r, y)`, which is given how many
+// as a constant, of more by `many(block, number of the four, y)`.
+class Bf12Blocks {
+ public:
+  explicit Bf12Blocks(const GemmArgs& a) : first_(a, 0), second_(a, 1) {}
+
+  template <class Few, class Many>
+  void sum(const GemmArgs& a, int64_t n, int rows, float (*y)[kBlock], const Few& few, const Many& many) {
+    UnpackedBlock& block = n < a.epilogue.blocks() ? first_ : second_;
+    block.begin(n);
+    for (int four = 0; four < kBlock / kFour; ++four) {
+      const Matrix<float> to{y[0] + kFour * four, kBlock};
+      if (rows > kMostRows) many(block, four, to);
+      unrolled<kMostRows>([&](auto r) RIVER_INLINED {
+        if (r + 1 == rows) few(block, four, std::integral_constant<int, r + 1>(), to);
+      });
+    }
+  }
+
+ private:
+  UnpackedBlock first_, second_;
+};
+
+}  // namespace river

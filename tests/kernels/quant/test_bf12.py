@@ -1,0 +1,64 @@
+"""Matrices of bfloat16 in 12 bits: any matrix at all comes back to the bit."""
+
+from __future__ import annotations
+
+import pytest
+import torch
+from hypothesis import given
+from hypothesis import strategies as st
+
+from river_compile.kernels.quant import bf12
+from tests.support.examples import examples
+
+KINDS = ("normal", "bits", "zeros", "minus_zero", "one_exponent", "subnormal", "not_finite", "dequantized")
+
+
+def matrix(n: int, k: int, kind: str, seed: int) -> torch.Tensor:
+    g = torch.Generator().manual_seed(seed)
+    normal = (torch.randn(n, k, generator=g) * 0.02).bfloat16()
+    if kind == "bits":
+        return torch.randint(-(2**15), 2**15, (n, k), generator=g).to(torch.int16).view(torch.bfloat16)
+    if kind == "zeros":
+        return torch.zeros_like(normal)
+    if kind == "minus_zero":
+        return torch.where(torch.rand(n, k, generator=g) < 0.3, torch.tensor(-0.0).bfloat16(), normal)
+    if kind == "one_exponent":
+        return (torch.rand(n, k, generator=g) + 1).bfloat16()
+    if kind == "subnormal":
+        return (normal.view(torch.int16) & -0x7F81).view(torch.bfloat16)
+    if kind == "not_finite":
+        special = torch.tensor([torch.inf, -torch.inf, torch.nan]).bfloat16()
+        return torch.where(torch.rand(n, k, generator=g) < 0.1, special[torch.randint(3, (n, k), generator=g)], normal)
+    if kind == "dequantized":
+        return (torch.randint(-8, 8, (n, k), generator=g) * 0.013).bfloat16()
+    return normal
+
+
+def bits(x: torch.Tensor) -> torch.Tensor:
+    return x.view(torch.int16)
+
+
+@given(st.integers(1, 70), st.integers(1, 300), st.sampled_from(KINDS), st.integers(0, 2**20))
+@examples(60)
+def test_every_matrix_comes_back_to_the_bit(n, k, kind, seed):
+    weight = matrix(n, k, kind, seed)
+    units, side = bf12.pack(weight)
+    assert torch.equal(bits(bf12.unpack(units, side, n, k)), bits(weight))
+    first = side[4 : 5 + units.shape[0]]
+    assert len(side) >= 5 + units.shape[0] + 2 * first[-1]
+    assert first[-1] / weight.numel() == pytest.approx(bf12.patched_share(weight), abs=1e-6)
+
+
+def test_trained_like_weights_take_12_bits_and_have_few_patches():
+    weight = matrix(512, 1024, "normal", 0)
+    units, side = bf12.pack(weight)
+    assert units.nbytes * 8 == 12 * weight.numel()
+    assert 0 < bf12.patched_share(weight) < 5e-4
+    assert 8 * side.nbytes < 0.7 * weight.numel(), "room for 1 % of patches, which is memory where it is written alone"
+    assert bf12.patched_share(matrix(512, 1024, "bits", 0)) > 0.9
+
+
+@pytest.mark.parametrize("weight", [torch.zeros(3, 4), torch.zeros(3, dtype=torch.bfloat16)])
+def test_what_is_no_matrix_of_bfloat16_is_refused(weight):
+    with pytest.raises(ValueError, match="12 bits are for matrices of bfloat16"):
+        bf12.pack(weight)

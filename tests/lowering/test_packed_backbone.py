@@ -1,0 +1,140 @@
+"""A backbone whose weights are packed in 12 bits: the text and the scores of the one in 16 bits, to the bit."""
+
+from __future__ import annotations
+
+import copy
+import warnings
+
+import pytest
+import torch
+from transformers import LogitsProcessor, LogitsProcessorList
+
+import river_compile
+from river_compile import OptionError, RiverWarning, report
+from river_compile.kernels.native.isa import chosen
+from tests.support.families import each, make, prompt
+
+pytestmark = pytest.mark.skipif(chosen().name == "portable", reason="needs vectors")
+
+DOWN = "model.layers.1.mlp.down_proj"
+
+
+def model_of(family="llama", **options):
+    return make(family, layers=2, dtype=torch.bfloat16, **options)
+
+
+def accelerated(model, weights, quality="exact", **options):
+    options = {"quantizer": "rtn", "group_size": 32, "lowering": "native", **options}
+    return river_compile.accelerate(model, quality, backbone_weights=weights, **options)
+
+
+class Recorder(LogitsProcessor):
+    """Keeps the scores of each step, as asking `generate` for them does, and lets it choose the cache."""
+
+    def __init__(self) -> None:
+        self.scores: list[torch.Tensor] = []
+
+    def __call__(self, input_ids, scores):
+        self.scores.append(scores.clone())
+        return scores
+
+
+def generate(model, rows=1):
+    """Returns text and scores of each step."""
+    ids, recorder = prompt(9, seed=3).repeat(rows, 1), Recorder()
+    text = model.generate(
+        ids,
+        attention_mask=torch.ones_like(ids),
+        max_new_tokens=12,
+        do_sample=False,
+        pad_token_id=0,
+        logits_processor=LogitsProcessorList([recorder]),
+    )
+    return text, torch.cat([scores.flatten() for scores in recorder.scores])
+
+
+def assert_alike(a, b):
+    assert all(map(torch.equal, generate(a), generate(b)))
+
+
+@pytest.mark.parametrize("family", each(("llama", "qwen2", "gemma2", "phi3", "gpt_neox", "mixtral")))
+def test_texts_and_scores_are_those_of_weights_in_16_bits(family):
+    """With biases, merged and gated products, tied and untied heads; where experts stay in 16 bits too."""
+    packed, plain = accelerated(model_of(family), "12bit"), accelerated(model_of(family), "model")
+    assert_alike(packed, plain)
+    assert all(map(torch.equal, generate(packed, 3), generate(plain, 3)))
+    sizes = [graph["lossless_bytes"] for graph in report(packed).to_dict()["graphs"]]
+    assert all(sizes)
+    assert "in 12 bits, without loss" in str(report(packed))
+    assert all(graph["lossless_bytes"] == 0 for graph in report(plain).to_dict()["graphs"])
+
+
+def in_place(model):
+    model.get_submodule(DOWN).weight.mul_(-1)
+
+
+def other_parameter(model):
+    layer = model.get_submodule(DOWN)
+    layer.weight = torch.nn.Parameter(-layer.weight.detach())
+
+
+def other_values(model):
+    """Of other magnitudes, and so with another palette and other patches."""
+    model.get_submodule(DOWN).weight.copy_(torch.randn_like(model.get_submodule(DOWN).weight) * 0.3)
+
+
+@pytest.mark.parametrize("change", [in_place, other_parameter, other_values])
+@pytest.mark.filterwarnings("ignore::river_compile.RiverWarning")
+@torch.no_grad()
+def test_weights_that_change_are_packed_again(change):
+    """The next text is that of the new weights, and nothing else in the model's state has changed."""
+    torch.manual_seed(0)
+    model = accelerated(model_of(), "12bit")
+    before = generate(model)
+    change(model)
+    fresh = model_of()
+    fresh.load_state_dict(model.state_dict())
+    after = generate(model)
+    assert all(map(torch.equal, after, generate(accelerated(fresh, "model"))))
+    assert not torch.equal(after[1], before[1])
+
+
+@torch.no_grad()
+def test_a_matrix_of_too_many_magnitudes_stays_in_16_bits():
+    models = [model_of(), model_of()]
+    for model in models:
+        weight = model.get_submodule(DOWN).weight
+        weight.copy_(weight * torch.logspace(-30, 0, weight.numel()).view_as(weight).bfloat16())
+    packed, plain = accelerated(models[0], "12bit"), accelerated(models[1], "model")
+    assert_alike(packed, plain)
+
+
+def test_the_model_keeps_its_tensors():
+    model = model_of()
+    before = copy.deepcopy(model.state_dict())
+    generate(accelerated(model, "12bit"))
+    after = model.state_dict()
+    assert {name: tensor.dtype for name, tensor in after.items()} == {name: t.dtype for name, t in before.items()}
+    assert all(torch.equal(tensor, before[name]) for name, tensor in after.items())
+
+
+@pytest.mark.parametrize("quality", ["fast", "strict"])
+def test_other_qualities_have_it_too(quality):
+    with warnings.catch_warnings():
+        warnings.simplefilter("error", RiverWarning)
+        packed, plain = (accelerated(model_of(), weights, quality) for weights in ("12bit", "model"))
+        assert_alike(packed, plain)
+
+
+@pytest.mark.parametrize(
+    ("options", "dtype", "message"),
+    [
+        ({"lowering": "eager"}, torch.bfloat16, "is for the C.. kernels on a CPU"),
+        ({"backbone": "model"}, torch.bfloat16, "is for the C.. kernels on a CPU"),
+        ({}, torch.float32, "is for weights in bfloat16, and no matrix of the blocks is"),
+    ],
+)
+def test_where_it_is_not_possible_it_says_so(options, dtype, message):
+    model = accelerated(make("llama", layers=2, dtype=dtype), "12bit", **options)
+    with pytest.raises(OptionError, match=message):
+        generate(model)

@@ -1,0 +1,59 @@
+"""Memory that lies in a file: given back to the system, and read again as if nothing had happened."""
+
+from __future__ import annotations
+
+import sys
+
+import pytest
+import torch
+from safetensors import safe_open
+from safetensors.torch import save_file
+
+from river_compile.upstream.memory import give_back
+
+pytestmark = pytest.mark.skipif(sys.platform != "linux", reason="for Linux")
+
+
+def resident(path) -> int:
+    """Bytes of a mapped file that this process holds."""
+    held, of_file = 0, False
+    with open("/proc/self/smaps", encoding="utf-8") as lines:
+        for line in lines:
+            if "-" in line.split(" ", 1)[0] and ":" not in line.split(" ", 1)[0]:
+                of_file = str(path) in line
+            elif of_file and line.startswith("Rss:"):
+                held += 1024 * int(line.split()[1])
+    return held
+
+
+@pytest.fixture
+def mapped(tmp_path):
+    """A file, and a tensor of 4 MB that is mapped from it."""
+    path = tmp_path / "model.safetensors"
+    save_file({"weight": torch.randn(1024, 1024)}, path)
+    with safe_open(path, framework="pt") as file:
+        return path, file.get_tensor("weight")
+
+
+def test_what_a_file_holds_leaves_the_process_and_comes_back(mapped):
+    path, weight = mapped
+    before = weight.clone()
+    assert resident(path) >= weight.nbytes
+    assert give_back([weight]) == weight.nbytes
+    assert resident(path) < weight.nbytes / 2
+    assert torch.equal(weight, before)
+
+
+def test_what_was_changed_stays_changed(mapped):
+    _, weight = mapped
+    weight.mul_(2)
+    expected = weight.clone()
+    give_back([weight])
+    assert torch.equal(weight, expected)
+
+
+def test_what_no_file_holds_stays():
+    weight = torch.randn(1024, 1024)
+    expected = weight.clone()
+    assert give_back([weight]) == 0
+    assert torch.equal(weight, expected)
