@@ -93,7 +93,7 @@ def plan_text(program: RiverProgram) -> str:
 
 
 def segment_text(segment: Segment) -> str:
-    """Returns a segment's graph as Python code, its 4-bit matmuls named above it."""
+    """Returns a segment's graph as Python code, its packed matmuls named above it."""
     sites = [_site_line(*site) for site in enumerate(segment.packed)]
     module = fx.GraphModule(segment.graph.owning_module, segment.copy().graph, class_name="Segment")
     return "\n".join([f"# {segment.name}", *sites, module.print_readable(print_output=False), ""])

@@ -109,13 +109,16 @@ class TwinWeight(Quantized):
         Raises:
             UnsupportedGraphError: weights of the backbone have so many magnitudes now that they do not fit there.
         """
-        if [mine.shape for mine in self.tensors] != [new.shape for new in other.tensors]:
+        taken = other.tensors
+        if self.weight.qweight.dtype == torch.bfloat16:  # (of the backbone, and in no other form before either)
+            taken = (other.weight.dequantize(torch.bfloat16), self.weight.scale_zero, *other.extras)
+        if [mine.shape for mine in self.tensors] != [new.shape for new in taken]:
             raise UnsupportedGraphError(
                 f"the weights of {self.name} changed, and 12 bits have no room for their magnitudes; use "
                 "backbone_weights='model'"
             )
         with torch.inference_mode():  # (which may write to any tensor)
-            for mine, new in zip(self.tensors, other.tensors, strict=True):
+            for mine, new in zip(self.tensors, taken, strict=True):
                 mine.copy_(new)
         self.quantizer, self.statistics = other.quantizer, other.statistics
         self.artifact, self.input_scale = other.artifact, other.input_scale

@@ -22,6 +22,7 @@ from river_compile.twins.calibration_stats import ExpertMoments, InputMoments, M
 from river_compile.twins.packed import Quantized, TwinWeight, extras_of, quantize_site, quantize_stack
 from river_compile.twins.parameter_stamp import HeldSources, ParameterStamp, Sources
 
+LOSSLESS = "lossless"  # stands for a quantizer where weights stay what they are
 UNOBSERVED = "hqq"  # what looks at weights alone, for those without statistics
 Known = Quantized | Moments | None  # of a product, before it is quantized
 
@@ -35,12 +36,18 @@ class Maker:
         artifact: what is read instead of made.
         number: distinguishes the statistics that it was made to use.
         observation: what the matrices read, where that was recorded before.
+        lossless: of the backbone's matmuls, which no quantizer and no artifact changes.
     """
 
     config: RiverConfig
     artifact: Artifact | None
     number: int
     observation: Observation | None = None
+    lossless: bool = False
+
+    @property
+    def quantizer(self) -> str:
+        return LOSSLESS if self.lossless else self.config.quantizer
 
     @property
     def origin(self) -> str:
@@ -48,21 +55,17 @@ class Maker:
 
     def key(self, site: TwinLinear) -> tuple[object, ...]:
         """Returns the key of a packing beside its parameters."""
-        if site.lossless:
-            return site.name, site.layout
         number = self.number if self.needs_statistics else 0
-        return site.name, site.group_size, site.layout, self.config.quantizer, self.origin, number
+        return site.name, site.group_size, site.layout, self.quantizer, self.origin, number
 
     @property
     def needs_statistics(self) -> bool:
         """Whether products are made with statistics."""
-        return self.artifact is None and self.config.quantizer in OBSERVING
+        return self.artifact is None and self.quantizer in OBSERVING
 
     def look_up(self, site: TwinLinear, sources: Sources) -> Known:
         """Returns the artifact's entry of a matmul, or the recorded moments of its inputs, None if there are none."""
-        quantizer = self.config.quantizer
-        if site.lossless:
-            return None
+        quantizer = self.quantizer
         if self.artifact is not None:
             return self.artifact.find(site, quantizer, sources.digest)
         if self.observation is None or not self.needs_statistics:
@@ -78,13 +81,13 @@ class Maker:
 
     def make(self, site: TwinLinear, sources: Sources, known: Known) -> TwinWeight:
         """Quantizes, or reads, and packs a linear."""
-        made = _made(site, sources, self.config.quantizer, known)
-        return replace(made, key=self.key(site), artifact="" if site.lossless else self.origin)
+        made = _made(site, sources, self.quantizer, known)
+        return replace(made, key=self.key(site), artifact=self.origin)
 
 
 def needs_moments(site: TwinWeight) -> bool:
     """Tells whether a packed matmul is made again with statistics."""
-    return site.asked in OBSERVING and not site.linear.lossless
+    return site.asked in OBSERVING
 
 
 def made_again(site: TwinWeight, sources: Sources, known: Known) -> TwinWeight:
@@ -123,7 +126,7 @@ def _made(
 def _packed(weight: QuantizedWeight | PackedLinear, linear: TwinLinear, device: torch.device) -> PackedLinear:
     """Returns a grid as a product's kernel reads it: the artifact's own tensors where they are that on a CPU."""
     if isinstance(weight, PackedLinear):
-        return weight if linear.lossless else weight.to(device).as_layout(linear.layout)
+        return weight.to(device).as_layout(linear.layout)
     grid, experts = weight.to(device), linear.experts
     return pack_stack(grid, linear.layout, experts) if experts else pack(grid, linear.layout)
 
@@ -139,8 +142,8 @@ def _quantized(linear: TwinLinear, sources: Sources, asked: str, known: Moments 
 
 
 def _grid(linear: TwinLinear, sources: Sources, asked: str, known: Moments | None) -> Quantized:
-    if linear.lossless:
-        return Quantized(weight=pack_lossless(sources.weights), quantizer="lossless", sqnr=math.inf)
+    if asked == LOSSLESS:
+        return Quantized(weight=pack_lossless(sources.weights), quantizer=asked, sqnr=math.inf)
     quantizer = UNOBSERVED if known is None and asked in OBSERVING else asked
     if linear.experts:
         each = known.of if isinstance(known, ExpertMoments) else None

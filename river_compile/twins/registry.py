@@ -146,14 +146,14 @@ class TwinRegistry:
                 artifact = self._open(config, lambda: [*self._make(unsaved, savable, sources, told).values()])
                 artifact.check_names(every)
             maker = Maker(config, artifact, statistics.number)
-            found = {site: made for site in sites if (made := self._find(site, sources[site], maker)) is not None}
+            lossless = Maker(config, None, 0, lossless=True)
+            maker_of = {site: lossless if site.lossless else maker for site in sites}
+            found = {s: made for s in sites if (made := self._find(s, sources[s], maker_of[s])) is not None}
             missing = [site for site in sites if site not in found]
-            lossless = [(site, sources[site]) for site in missing if site.lossless]
-            exact = _packed(lossless, [None] * len(lossless), None, maker.make, self.progress, None)
+            made_now = self._make(lossless, [site for site in missing if site.lossless], sources, statistics)
             quantized = [site for site in missing if not site.lossless]
-            all_made = self._make_or_recall(maker, quantized, sources, statistics)
-            all_made |= {site: made for (site, _), made in zip(lossless, exact, strict=True)}
-            for site, made in all_made.items():
+            made_now |= self._make_or_recall(maker, quantized, sources, statistics)
+            for site, made in made_now.items():
                 self._packed.setdefault(sources[site].weights[0], {})[made.key] = made
                 found[site] = made
             self.seconds += time.perf_counter() - start

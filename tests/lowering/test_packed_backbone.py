@@ -12,6 +12,7 @@ from transformers import LogitsProcessor, LogitsProcessorList
 import river_compile
 from river_compile import OptionError, RiverWarning, report
 from river_compile.kernels.native.isa import chosen
+from river_compile.kernels.quant import bf12
 from tests.support.families import each, make, prompt
 
 pytestmark = pytest.mark.skipif(chosen().name == "portable", reason="needs vectors")
@@ -107,6 +108,19 @@ def test_a_matrix_of_too_many_magnitudes_stays_in_16_bits():
         weight.copy_(weight * torch.logspace(-30, 0, weight.numel()).view_as(weight).bfloat16())
     packed, plain = accelerated(models[0], "12bit"), accelerated(models[1], "model")
     assert_alike(packed, plain)
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore", RiverWarning)  # (twins are packed again)
+        for model in models:
+            model.get_submodule(DOWN).weight.copy_(model.model.layers[0].mlp.down_proj.weight)
+        assert_alike(packed, plain)
+
+
+@pytest.mark.parametrize(("gain", "packs"), [(1.2, True), (1.05, False)])
+def test_auto_packs_where_that_was_measured_to_pay(monkeypatch, gain, packs):
+    monkeypatch.setattr(bf12, "gain", lambda: gain)
+    model = accelerated(model_of(), "auto")
+    generate(model)
+    assert {graph["lossless_bytes"] > 0 for graph in report(model).to_dict()["graphs"]} == {packs}
 
 
 def test_the_model_keeps_its_tensors():

@@ -14,10 +14,7 @@
 
 namespace river {
 
-constexpr int kFour = 4;               // output features that lie together
-constexpr int kUnit = 64;              // input features of a unit
-constexpr int kUnitBytes = 6 * kUnit;  // lines of 64: upper bytes of features 0 and 1, of 2 and 3, lower bytes of each
-constexpr int kUnitAhead = 4096;       // bytes that are asked for ahead
+constexpr int kUnitAhead = 4096;  // bytes that are asked for ahead
 constexpr int kUnitVectors = 2 * kHalves;
 
 // The weights of output feature T of a unit, in order. Byte 16 l + j of a line is input feature 8 l + j, or for j >= 8

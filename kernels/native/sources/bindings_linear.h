@@ -77,10 +77,10 @@ inline LinearCall quantized(const Tensor& weight, const Tensor& scale_zero, int6
 
 // A matmul with weights of bfloat16 in 12 bits; `side` is what GemmArgs::palette says.
 inline LinearCall in_12_bits(const Tensor& x, const Tensor& units, const Tensor& side, int64_t n) {
-  const int64_t k = columns_of(x), fours = ceil_div(n, kBlock) * kBlock / 4, across = ceil_div(k, int64_t(64));
+  const int64_t k = columns_of(x), fours = ceil_div(n, kBlock) * kBlock / kFour, across = ceil_div(k, kUnit);
   STD_TORCH_CHECK(x.scalar_type() == ScalarType::BFloat16, "x must be bfloat16, as the weights in 12 bits are");
   STD_TORCH_CHECK(n > 0 && k > 0 && units.is_cpu() && units.scalar_type() == ScalarType::Byte &&
-                      units.is_contiguous() && units.numel() == fours * across * 6 * 64,
+                      units.is_contiguous() && units.numel() == fours * across * kUnitBytes,
                   "weight is not packed in 12 bits with these features");
   const auto* numbers = static_cast<const int32_t*>(side.data_ptr());
   STD_TORCH_CHECK(side.is_cpu() && side.scalar_type() == ScalarType::Int && side.is_contiguous() &&

@@ -193,7 +193,7 @@ RIVER_EXPORTED void river_count_upper(const uint16_t* weights, int64_t count, in
 // where there are no weights; first: [fours + 1]; patches: as many as there are weights of other upper bytes.
 RIVER_EXPORTED void river_pack_bf12(const uint16_t* weights, int64_t rows, int64_t features, const uint8_t* palette,
                                     uint8_t* units, int64_t fours, int32_t* first, int32_t* patches) {
-  constexpr int kFour = 4, kUnit = 64, kUnitBytes = 6 * kUnit;
+  using river::kFour, river::kUnit, river::kUnitBytes;
   int code_of[256];
   std::fill(code_of, code_of + 256, -1);
   for (int code = 15; code >= 0; --code) code_of[palette[code]] = code;

@@ -11,6 +11,9 @@
 namespace river {
 
 constexpr int kBlock = 16;  // output features that lie side by side in the packed weights
+// Of weights in 12 bits: output features that lie together, input features of a unit of them, and its bytes, which are
+// lines of 64: the upper bytes of output features 0 and 1, of 2 and 3, and the lower bytes of each.
+constexpr int kFour = 4, kUnit = 64, kUnitBytes = 6 * kUnit;
 
 constexpr auto ceil_div(auto a, auto b) { return (a + b - 1) / b; }  // (of int32s in 32 bits, a faster division)
 
