@@ -72,7 +72,8 @@ def linear(
         out_features: N, the rows of W.
         group_size: G; 0 for a weight in x.dtype.
         layout: name of the packing; for a weight in x.dtype "triton" (the generated kernel) or "dense" (plain torch).
-            In "12bit" the C++ kernels read bfloat16 without loss (`quant.bf12`), and plain torch unpacks it.
+            Two are of bfloat16 without loss (`quant.bf12`): "12bit" for the C++ kernels, which plain torch unpacks
+            here, and "12bit_triton" for the generated one.
         residual: ``[..., N]`` (gated ``[..., N / 2]``) in x.dtype or None.
         norm: "rms", "rms_plus_one" (Gemma), "layer" or "none".
         norm_weight, norm_bias: ``[K]`` in x.dtype; the bias for "layer" alone.
@@ -99,9 +100,9 @@ def linear(
     if (norm == "none") != (norm_weight is None):
         raise ValueError(f"norm={norm!r} and norm_weight go together; give both or neither")
     matrix = _matrix(weight, scale_zero, out_features, x.shape[-1], group_size, layout)
-    if layout == bf12.LAYOUT and isinstance(matrix, layouts.PackedLinear):
+    if isinstance(matrix, layouts.PackedLinear) and (layout == bf12.LAYOUT or matrix.unpacked):
         matrix = matrix.dequantize(x.dtype)
-    if layout == "triton":
+    if layout in ("triton", bf12.GENERATED):
         y = products.linear(x, matrix, bias, residual, norm, norm_weight, norm_bias, eps, activation, gated, dependent)
         return y if wanted is None else _without_unwanted(y, wanted)
     h = x if norm_weight is None else _normalise(x, norm, norm_weight, norm_bias, eps)

@@ -1,7 +1,8 @@
 """Gives blocks and the head weights that are packed without loss: 12 bits for each of bfloat16.
 
-It comes after the rules of fusion: a ``river::linear`` in layout "dense" reads the packed form in place of the
-parameters, which then are no inputs of the segment any more. What is computed stays the same to the bit.
+It comes after the rules of fusion: a ``river::linear`` with weights in 16 bits reads the packed form in place of the
+parameters, which then are no inputs of the segment any more. The C++ kernels compute the same to the bit; the generated
+ones add in another order.
 
 Not handled: weights of other dtypes, and what is no ``river::linear``; they stay as they are.
 """
@@ -34,10 +35,13 @@ def _packed(segment: Segment, program: RiverProgram) -> Segment:
     packed: list[TwinLinear] = []
     read: dict[fx.Node, None] = {}  # parameters, in order
     for node in list(made.graph.find_nodes(op="call_function", target=torch.ops.river.linear.default)):
-        x, weight, _, bias, out_features, _, layout = node.args
+        x, weight, scale_zero, bias, out_features, _, layout = node.args
         weights, biases = parts_of(weight), parts_of(bias)
-        if layout != "dense" or not all(map(_fits, weights)) or not all(map(is_parameter, biases)):
+        if scale_zero is not None or not all(map(_fits, weights)) or not all(map(is_parameter, biases)):
             continue
+        if layout != "dense" and node.kwargs.get("gated") and out_features // 2 % bf12.FOUR:
+            continue  # (the up projection would begin within a unit)
+        layout = bf12.LAYOUT if layout == "dense" else bf12.GENERATED
         linear = TwinLinear(
             name="|".join(input_name(origins[part]).removesuffix(".weight") for part in weights),
             weights=tuple(number_of[part] for part in weights),
@@ -46,13 +50,13 @@ def _packed(segment: Segment, program: RiverProgram) -> Segment:
             out_features=tuple(value_of(part).shape[0] for part in weights),
             transposed=False,
             group_size=0,
-            layout=bf12.LAYOUT,
+            layout=layout,
         )
         names = ["units", "side", *(["bias"] if biases else [])]
         new = add_placeholders(made.graph, [f"packed_{len(packed)}_{name}" for name in names])
         if biases:
             new[2].meta["example_value"] = value_of(biases[0]).new_empty(out_features)
-        node.args = (x, new[0], new[1], new[2] if biases else None, out_features, 0, bf12.LAYOUT)
+        node.args = (x, new[0], new[1], new[2] if biases else None, out_features, 0, layout)
         for joined in (weight, bias):
             if joined is not None and joined.op != "placeholder":
                 drop_unused(joined)

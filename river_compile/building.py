@@ -161,7 +161,8 @@ def _packed(
         every = [linear for segment in program.segments for linear in segment.packed]
         packable = [linear for segment in segments for linear in segment.packed]
         reached = [linear for linear in packable if linear.lossless or program.twins]
-        if choices.config.backbone_weights == "12bit" and not any(linear.lossless for linear in packable):
+        asked = choices.packed_backbone and choices.config.backbone_weights == "12bit"
+        if asked and not any(linear.lossless for linear in packable):
             raise OptionError(
                 "backbone_weights='12bit' is for weights in bfloat16, and no matrix of the blocks is; call "
                 "model.bfloat16(), or use backbone_weights='model'"

@@ -141,17 +141,20 @@ def _packs_backbone(program: RiverProgram, config: RiverConfig, lowering: Loweri
     """Says whether the backbone's weights are packed without loss.
 
     Raises:
-        OptionError: that is asked for, and the backbone does not multiply by C++ kernels that have vectors.
+        OptionError: that is asked for, and the backbone multiplies by neither C++ kernels that have vectors nor the
+            generated ones.
     """
     asked = config.backbone_weights
     if asked == "auto":
         return lowering.native and own_backbone and _is_bfloat16(program) and bf12.gain() >= _LEAST_GAIN
     if asked == "model":
         return False
-    if not (lowering.native and own_backbone):
+    if config.backbone == "river" and not lowering.native:
+        return own_backbone  # (that of decode steps)
+    if not own_backbone:
         raise OptionError(
-            "backbone_weights='12bit' is for the C++ kernels on a CPU, and this backbone multiplies by others; use "
-            "backbone_weights='model'"
+            "backbone_weights='12bit' is for the C++ kernels on a CPU, and on a GPU for backbone='river', and this "
+            "backbone multiplies by others; use backbone_weights='model'"
         )
     if chosen().name == "portable":
         raise OptionError("backbone_weights='12bit' needs a processor with AVX2; use backbone_weights='model'")

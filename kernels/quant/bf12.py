@@ -12,6 +12,8 @@ that a code of variable length would save one bit more, and could not be read at
     side        int32: the 16 upper bytes, ascending [4]; the number of each four's first patch [N' / 4 + 1]; patches
                 [P, 2], ascending: 4 k + n for input feature k and output feature n of the four, and the weight's bits
 
+Generated kernels (layout "12bit_triton") read the same tensors on a GPU.
+
 Not handled: other dtypes (float16 has 10 bits of mantissa and would save one bit), and packing without a C++ compiler.
 """
 
@@ -35,11 +37,14 @@ from river_compile.kernels.native.isa import chosen
 
 log = logging.getLogger("river_compile.kernels.quant.bf12")
 
-LAYOUT = "12bit"
-UNIT = 64
+LAYOUT = "12bit"  # of `ops.linear` for the C++ kernels
+GENERATED = "12bit_triton"  # for the generated ones
+LAYOUTS = (LAYOUT, GENERATED)
+UNIT = 64  # input features of a unit
+UNIT_BYTES = 6 * UNIT
+FOUR = 4  # output features of a unit
+BLOCK = 16  # output features of a block of the C++ kernels
 MOST_PATCHED = 0.01  # of a matrix: beyond, patches cost more than they save
-_FOUR = 4
-_BLOCK = 16  # output features of a block of the C++ kernels
 _PALETTE = 16
 # Of what `gain` measures: square matrices, 96 MiB in 16 bits, as many times.
 _MEASURED, _MATRICES, _ROUNDS = 4096, 3, 5
@@ -67,15 +72,32 @@ def pack(weight: Tensor) -> tuple[Tensor, Tensor]:
     counts = packing.count_upper(weight)
     palette = counts.topk(_PALETTE).indices.sort().values.to(torch.uint8)
     patches = int(weight.numel() - counts[palette.long()].sum())
-    fours = -(-n // _BLOCK) * _BLOCK // _FOUR
-    units = torch.empty(fours, -(-k // UNIT), 6, UNIT, dtype=torch.uint8)
-    # With room for as many patches as a matrix may have, so that weights that change can be packed in place: memory
-    # that is not written costs nothing.
-    room = max(patches, int(MOST_PATCHED * weight.numel()))
-    side = torch.empty(4 + fours + 1 + 2 * room, dtype=torch.int32)
+    shape, length = shapes(n, k, patches)
+    units, side = torch.empty(shape, dtype=torch.uint8), torch.zeros(length, dtype=torch.int32)
+    fours = len(units)
     side[:4] = palette.view(torch.int32)
     packing.pack_bf12(weight, palette, units, side[4 : 5 + fours], side[5 + fours :])
     return units, side
+
+
+def shapes(n: int, k: int, patches: int = 0) -> tuple[tuple[int, ...], tuple[int]]:
+    """Returns the shapes of units and side of a matrix ``[N, K]``.
+
+    There is room for as many patches as a matrix may have at least, so that weights that change can be packed in place:
+    memory that is not written costs nothing.
+    """
+    fours, room = -(-n // BLOCK) * BLOCK // FOUR, max(patches, int(MOST_PATCHED * n * k))
+    return (fours, -(-k // UNIT), 6, UNIT), (4 + fours + 1 + 2 * room,)
+
+
+def is_sound(side: Tensor, n: int, k: int) -> bool:
+    """Tells whether the patches of a matrix ``[N, K]`` are in its bounds; kernels do not look."""
+    fours = shapes(n, k)[0][0]
+    first, patches = side[4 : 5 + fours], side[5 + fours :].view(-1, 2)
+    if first[0] != 0 or (first.diff() < 0).any() or first[-1] > len(patches):
+        return False
+    places = patches[: int(first[-1]), 0]
+    return bool(((places >= 0) & (places < FOUR * k)).all())
 
 
 def unpack(units: Tensor, side: Tensor, n: int, k: int) -> Tensor:
@@ -86,11 +108,11 @@ def unpack(units: Tensor, side: Tensor, n: int, k: int) -> Tensor:
     upper = side[:4].view(torch.uint8)[codes.long()]
     bits = lower.to(torch.int32) | upper.to(torch.int32) << 8  # [fours, across, 4, 64]
     in_order = bits.unflatten(-1, (4, 2, 8)).transpose(-3, -2).flatten(-3)
-    weights = in_order.transpose(1, 2).reshape(fours, _FOUR, across * UNIT)
+    weights = in_order.transpose(1, 2).reshape(fours, FOUR, across * UNIT)
     first, patches = side[4 : 5 + fours].long(), side[5 + fours :].view(-1, 2)[: int(side[4 + fours])]
     of = torch.repeat_interleave(torch.arange(fours), first.diff())
-    weights[of, patches[:, 0].long() % _FOUR, patches[:, 0].long() // _FOUR] = patches[:, 1]
-    return weights.reshape(fours * _FOUR, -1)[:n, :k].to(torch.int16).contiguous().view(torch.bfloat16)
+    weights[of, patches[:, 0].long() % FOUR, patches[:, 0].long() // FOUR] = patches[:, 1]
+    return weights.reshape(fours * FOUR, -1)[:n, :k].to(torch.int16).contiguous().view(torch.bfloat16)
 
 
 @functools.cache

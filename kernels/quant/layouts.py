@@ -64,6 +64,11 @@ class PackedLinear:
             return layout(self.layout).unpack(self)
         return QuantizedWeight.stacked([self.matrix(i).unpack() for i in range(self.experts)])
 
+    @property
+    def unpacked(self) -> bool:
+        """Whether it is a matrix of bfloat16 as it was, which 12 bits would hold badly."""
+        return self.layout in bf12.LAYOUTS and self.qweight.dtype == torch.bfloat16
+
     def to(self, device: torch.device) -> PackedLinear:
         """Returns the same matrix on a device."""
         return replace(self, qweight=self.qweight.to(device), scale_zero=self.scale_zero.to(device))
@@ -81,20 +86,24 @@ class PackedLinear:
 
     def dequantize(self, dtype: torch.dtype = torch.float32) -> Tensor:
         """Returns the matrix ``[N, K]`` in `dtype`, of E stacked ones ``[E N, K]``."""
-        if self.layout == bf12.LAYOUT:
-            packed = self.qweight.dtype == torch.uint8
+        if self.layout in bf12.LAYOUTS:
             sizes = self.out_features, self.in_features
-            return (bf12.unpack(self.qweight, self.scale_zero, *sizes) if packed else self.qweight).to(dtype)
+            weight = self.qweight if self.unpacked else bf12.unpack(self.qweight, self.scale_zero, *sizes)
+            return weight.to(dtype)
         return self.unpack().dequantize(dtype)[:, : self.in_features]
 
 
-def pack_lossless(weights: Sequence[Tensor]) -> PackedLinear:
-    """Returns matrices ``[N_i, K]`` of bfloat16, one below the other, in layout "12bit"."""
-    weight = torch.cat([part.detach() for part in weights]) if len(weights) > 1 else weights[0].detach()
+def pack_lossless(weights: Sequence[Tensor], layout_name: str = bf12.LAYOUT) -> PackedLinear:
+    """Returns matrices ``[N_i, K]`` of bfloat16, one below the other, in a layout of 12 bits.
+
+    It lies on the CPU. One with more than `bf12.MOST_PATCHED` patches stays what it is, in ``qweight`` (`unpacked`).
+    """
+    parts = [part.detach().cpu() for part in weights]
+    weight = torch.cat(parts) if len(parts) > 1 else parts[0]
     n, k = weight.shape
     if bf12.patched_share(weight) > bf12.MOST_PATCHED:
-        return PackedLinear(bf12.LAYOUT, weight.clone(), torch.zeros(0, dtype=torch.int32), 0, k, n)
-    return PackedLinear(bf12.LAYOUT, *bf12.pack(weight), 0, k, n)
+        return PackedLinear(layout_name, weight.clone(), torch.zeros(0, dtype=torch.int32), 0, k, n)
+    return PackedLinear(layout_name, *bf12.pack(weight), 0, k, n)
 
 
 NATIVE_LAYOUT = "native"  # that of the C++ kernels
@@ -104,11 +113,14 @@ PORTABLE = ("plain", "triton", "native")
 
 def portable(name: str) -> str:
     """Returns the portable layout that a file holds a matrix of some layout in: its own if that is portable."""
-    return name if name in PORTABLE else "plain"
+    return name if name in (*PORTABLE, *bf12.LAYOUTS) else "plain"
 
 
 def tensors_of(name: str, n: int, k: int, group: int) -> dict[str, tuple[tuple[int, ...], tuple[torch.dtype, ...]]]:
-    """Returns shapes and possible dtypes of the tensors of a matrix ``[N, K]`` in a portable layout."""
+    """Returns shapes and possible dtypes of the tensors of a matrix ``[N, K]`` in a layout that files have."""
+    if name in bf12.LAYOUTS:
+        units, side = bf12.shapes(n, k)
+        return {"qweight": (units, (torch.uint8,)), "scale_zero": (side, (torch.int32,))}
     blocks, pairs = (-(-n // 16), k // group), (n, k // group, 2)
     native = ((*blocks, 16, 2), (torch.bfloat16,))
     qweight, scale_zero = {

@@ -26,6 +26,7 @@ from pathlib import Path
 from typing import Any
 
 from river_compile.kernels.files import cache_folder
+from river_compile.kernels.quant.bf12 import UNIT
 from river_compile.kernels.triton.devices import DEFAULT_DEVICE, Device, known
 from river_compile.kernels.triton.linear import MAX_EXACT_ROWS, LinearSpec, LinearTile, form_of
 from river_compile.kernels.triton.spec import next_power_of_two
@@ -33,8 +34,9 @@ from river_compile.kernels.triton.spec import next_power_of_two
 MAX_REGISTERS = 168
 #: Of the form "groups": with four warps, a quarter of a processor's warps are resident.
 MAX_GROUP_REGISTERS = 128
-#: Instructions per 4-bit weight (and, read plain) and per activation of a row, counted in the generated code.
-INSTRUCTIONS = {"w4": 4.8, "dense": 2.0, "x": 4.0}
+#: Instructions per weight of each kind and per activation of a row, counted in the generated code.
+INSTRUCTIONS = {"w4": 4.8, "dense": 2.0, "bf12": 5.5, "x": 4.0}
+_BITS = {"w4": 4, "dense": 16, "bf12": 12}
 
 
 #: Per weight of the form "groups", where a tile allows it: with up to 8 rows, and with more. (An H100 takes as long for
@@ -52,10 +54,12 @@ def registers(spec: LinearSpec) -> int:
     columns = matrices * tile.block_n
     if spec.form == "groups":  # two sums, and an operand
         return math.ceil(60 + 3 * columns * tile.block_m * (tile.block_k // spec.group_size) / threads)
+    if spec.weights == "bf12" and spec.form == "row":
+        return math.ceil(16 + columns * tile.block_k / threads)
     if spec.form == "row":  # a word (or two weights), two sums and an operand of each
         return math.ceil(32 + 4 * columns * tile.block_k / (8 if spec.weights == "w4" else 2) / threads)
-    length = tile.block_k // 8
-    return math.ceil(48 + (tile.block_m * columns + 3 * columns * length + tile.block_m * length / 2) / threads)
+    length, operands = (tile.block_k // 4, 5) if spec.weights == "bf12" else (tile.block_k // 8, 3)
+    return math.ceil(48 + (tile.block_m * columns + operands * columns * length + tile.block_m * length / 2) / threads)
 
 
 def most_registers(spec: LinearSpec) -> int:
@@ -132,9 +136,11 @@ def _row_tiles(spec: LinearSpec) -> Iterator[LinearTile]:
     # whole lines and a lane needs few activations; more rows of W then only repeat the pattern.
     splits = (1,) if spec.norm != "none" else (1, 2, 4)
     per_warp = 1024 if spec.weights == "w4" else 512
-    deepest = max(spec.group_size or 32, next_power_of_two(spec.in_features))
+    twelve = spec.weights == "bf12"
+    deepest = max(spec.group_size or (UNIT if twelve else 32), next_power_of_two(spec.in_features))
     depths = {min(per_warp * warps, deepest): warps for warps in (8, 4, 2, 1)}
-    for (depth, warps), block_n, split_k in itertools.product(depths.items(), (1, 2, 4, 8, 16, 32), splits):
+    widths = (4, 8, 16) if twelve else (1, 2, 4, 8, 16, 32)
+    for (depth, warps), block_n, split_k in itertools.product(depths.items(), widths, splits):
         yield LinearTile(block_n, depth, 1, split_k, warps)
 
 
@@ -149,6 +155,8 @@ def _dot_tiles(spec: LinearSpec) -> Iterator[LinearTile]:
         widths, depths = (32,), (128,)
     if spec.weights == "dense" and spec.dtype != "float32":
         widths, depths = (32, 64), (128,)
+    if spec.weights == "bf12":
+        widths, depths = (64,), (64, 128)
     splits = (1,) if spec.norm != "none" else (1, 2, 4)
     for block_n, block_m, depth, split_k in itertools.product(widths, heights, depths, splits):
         yield LinearTile(block_n, depth, block_m, split_k, 4, 1 if heavy else 2)
@@ -185,7 +193,7 @@ def _bandwidth_share(spec: LinearSpec, device: Device, programs: float) -> float
     About 48 KiB in flight do; copies into shared memory are always on their way, so that the latency itself, of 0.9 us,
     is all that there is to cover.
     """
-    tile, bits = spec.tile, 4 if spec.weights == "w4" else 16
+    tile, bits = spec.tile, _BITS[spec.weights]
     step_bytes = len(spec.streams) * tile.block_n * tile.block_k * bits / 8
     if spec.form == "groups":
         ahead = max(1, min(tile.num_stages - 1, spec.steps))
@@ -200,7 +208,8 @@ def _instructions(spec: LinearSpec, programs: int) -> float:
     tile = spec.tile
     weights = programs * spec.steps * tile.block_k * tile.block_n * len(spec.streams)
     activations = programs * spec.steps * tile.block_k * tile.block_m / (1 if spec.form == "row" else 4)
-    return weights * INSTRUCTIONS[spec.weights] + activations * INSTRUCTIONS["x"]
+    once = 250 * programs * 32 * tile.num_warps if spec.weights == "bf12" else 0  # sums of lanes and warps, patches
+    return weights * INSTRUCTIONS[spec.weights] + activations * INSTRUCTIONS["x"] + once
 
 
 def best_tile(spec: LinearSpec, device: str = DEFAULT_DEVICE, rows: int | None = None) -> LinearSpec:
@@ -236,7 +245,7 @@ def cost(spec: LinearSpec, device: Device, rows: int | None = None) -> tuple[boo
 
 def interpreter_tile(spec: LinearSpec) -> LinearSpec:
     """Returns `spec` with a tile for Triton's interpreter, whose time goes by operations and not by their size."""
-    width = max(16, min(512, next_power_of_two(spec.out_features)))
+    width = max(64 if spec.weights == "bf12" else 16, min(512, next_power_of_two(spec.out_features)))
     if spec.matrices and not spec.gated:
         width = math.gcd(width, *spec.matrices)
     depth = max(128, min(2048, next_power_of_two(spec.in_features)))
@@ -263,7 +272,8 @@ def untiled(rows: int, in_features: int, out_features: int, **fields: Any) -> Li
     fields = {"weights": "w4", "group_size": 64, "dtype": "bfloat16", **fields}
     row_by_row = rows == 1 or bool(exact and fields.get("experts"))
     form = form_of(fields["weights"], fields["group_size"], fields["dtype"], row_by_row)
-    tile = LinearTile(1 if form == "row" else 16, step, 1 if form == "row" else 16)
+    one, several = (4, 64) if fields["weights"] == "bf12" else (1, 16)
+    tile = LinearTile(one if form == "row" else several, step, 1 if form == "row" else 16)
     return LinearSpec(exact, in_features, out_features, tile, **fields)
 
 

@@ -1,8 +1,9 @@
-"""Specs of the linear kernels: y = epilogue(norm(x) W^T), with W in 4 bits or in 16.
+"""Specs of the linear kernels: y = epilogue(norm(x) W^T), with W in 4 bits, in 16, or in 12 that stand for 16.
 
 Three forms (see the template): "groups" for 4-bit weights in groups of 64 or 128 and activations of 16 bits, whatever
-the number of rows: one `tl.dot` for each group, on the bits as they are. Other 4-bit weights, and those of 16 bits, are
-a matrix-vector product on ordinary multiply-adds for one row ("row"), else `tl.dot` on weights made beforehand ("dot").
+the number of rows: one `tl.dot` for each group, on the bits as they are. Other 4-bit weights, and those of 16 and 12
+bits, are a matrix-vector product on ordinary multiply-adds for one row ("row"), else `tl.dot` on weights made
+beforehand ("dot").
 
 Split-K writes partial sums that a second launch adds in a fixed order: no atomics, so two runs are bit-identical. A
 norm in front needs the whole row and excludes split-K.
@@ -14,8 +15,11 @@ chosen are read; more rows are sorted by expert, in tiles of rows of one expert.
 Matrices in 16 bits that meet the same x may be several tensors, whose rows `matrices` counts: q|k|v of one product,
 gate and up of another. A program finds its own, so that nothing is copied together.
 
+Weights in 12 bits are those of `quant.bf12`: four rows make a unit, and patches are added to the sums afterwards.
+
 Not handled: float16 activations of several rows with weights beyond float16 in the form "dot", which takes both in one
-dtype; groups of 32 in the form "groups" (Triton before 3.9 passes each weight through shared memory again).
+dtype; requests ahead of a dependent launch for weights in 12 bits; groups of 32 in the form "groups" (Triton before 3.9
+passes each weight through shared memory again).
 
 Legend: M rows, N output features, K input features, G group size, all of one weight matrix of a gated pair.
 """
@@ -27,6 +31,7 @@ from dataclasses import dataclass
 from typing import ClassVar
 
 from river_compile.kernels.checks import check_choice, check_positive
+from river_compile.kernels.quant.bf12 import BLOCK, FOUR, UNIT, UNIT_BYTES
 from river_compile.kernels.triton.spec import (
     ACTIVATION_DTYPES,
     DTYPES,
@@ -103,8 +108,8 @@ class LinearSpec(KernelSpec):
     in_features: int
     out_features: int  # of the result; a gated kernel reads 2 N weight rows, the gate's first
     tile: LinearTile
-    weights: str = "w4"  # the layout "triton" of `quant.layouts`; or "dense", [N, K] in `dtype`
-    group_size: int = 64  # 32, 64 or 128; 0 for dense weights
+    weights: str = "w4"  # the layout "triton" of `quant.layouts`; "dense", [N, K] in `dtype`; "bf12" of `quant.bf12`
+    group_size: int = 64  # 32, 64 or 128; 0 for weights that have no groups
     dtype: str = "bfloat16"  # of the activations, the norm's weight, the bias, the residual and the result
     parameter_dtype: str = "float16"  # of scale and zero: float16 or bfloat16
     norm: str = "none"  # "rms": x / rms(x) * w; "rms_plus_one": Gemma's (1 + w); "layer"
@@ -133,6 +138,9 @@ class LinearSpec(KernelSpec):
             raise ValueError(f"block_k={self.tile.block_k} leaves {self.dot_length} features to a dot; at least 16")
         if self.norm != "none" and self.tile.split_k > 1:
             raise ValueError(f"split_k={self.tile.split_k}: a norm in front needs the whole row; use split_k=1")
+        if self.weights == "bf12" and (self.tile.block_k % UNIT or self.tile.block_n % (64 if least > 1 else FOUR)):
+            sizes = f"block_n={self.tile.block_n}, block_k={self.tile.block_k}"
+            raise ValueError(f"{sizes} do not hold whole units of weights in 12 bits, of several rows 16 of them")
         if not self.parts_fit(self.tile):
             raise ValueError(
                 f"block_n={self.tile.block_n}, split_k={self.tile.split_k} do not fit {self.matrices} rows"
@@ -142,8 +150,8 @@ class LinearSpec(KernelSpec):
             raise ValueError(f"split_k={self.tile.split_k} exceeds the {steps} steps over K")
 
     def _check_choices(self) -> None:
-        check_choice("weights", self.weights, ("w4", "dense"))
-        check_choice("dtype", self.dtype, ACTIVATION_DTYPES)
+        check_choice("weights", self.weights, ("w4", "dense", "bf12"))
+        check_choice("dtype", self.dtype, ACTIVATION_DTYPES if self.weights != "bf12" else ("bfloat16",))
         check_choice("parameter_dtype", self.parameter_dtype, ("float16", "bfloat16"))
         check_choice("norm", self.norm, NORMS)
         check_choice("activation", self.activation, ACTIVATIONS)
@@ -156,6 +164,8 @@ class LinearSpec(KernelSpec):
             raise ValueError(f"matrices={self.matrices} are the rows of several dense matrices, {rows} in all")
         if self.matrices and self.gated and self.matrices != (self.out_features,) * 2:
             raise ValueError(f"matrices={self.matrices}: a gated kernel takes a gate and an up projection of one size")
+        if self.weights == "bf12" and self.gated and self.out_features % FOUR:
+            raise ValueError(f"out_features={self.out_features}: a pair in 12 bits has a multiple of {FOUR}")
         if self.norm_bias and self.norm != "layer":
             raise ValueError(f"norm_bias=True goes with norm='layer', not with norm={self.norm!r}")
         if self.x_stride and self.x_stride < self.in_features:
@@ -199,8 +209,8 @@ class LinearSpec(KernelSpec):
 
     @property
     def weights_made_at_once(self) -> int:
-        """4-bit weights that one instruction turns into numbers."""
-        return 2 if self.form == "groups" else 1
+        """Packed weights that the instructions which are counted turn into numbers, each."""
+        return 2 if self.form == "groups" or self.weights == "bf12" else 1
 
     @property
     def groups(self) -> int:
@@ -209,13 +219,20 @@ class LinearSpec(KernelSpec):
 
     @property
     def row_words(self) -> int:
-        """32-bit words of one weight row, 8 weights each."""
+        """32-bit words of one row of 4-bit weights, 8 each; of four rows in 12 bits, those of their units."""
+        if self.weights == "bf12":
+            return math.ceil(self.in_features / UNIT) * UNIT_BYTES // 4
         return self.groups * self.group_size // 8
+
+    @property
+    def fours(self) -> int:
+        """Fours of output features that weights in 12 bits have."""
+        return math.ceil(self.out_features * len(self.streams) / BLOCK) * BLOCK // FOUR
 
     @property
     def dot_length(self) -> int:
         """Input features that one `tl.dot` sums."""
-        return self.tile.block_k // 8 if self.weights == "w4" else self.tile.block_k
+        return self.tile.block_k // {"w4": 8, "bf12": 4}.get(self.weights, 1)
 
     @property
     def steps(self) -> int:
@@ -270,11 +287,16 @@ class LinearSpec(KernelSpec):
         if self.weights == "dense":
             parts = enumerate(self.matrices or (rows,))
             return {part_name("weight", i): Buffer(self.dtype, (size, self.in_features)) for i, size in parts}
+        if self.weights == "bf12":  # (as if there were no patches, which lie at the end)
+            side = Buffer("int32", (4 + self.fours + 1,), strided=True)
+            return {"units": Buffer("int32", (self.fours, self.row_words)), "side": side}
         return {"qweight": Buffer("int32", (rows, self.row_words)), "scale_zero": Buffer("int32", (rows, self.groups))}
 
     @property
     def starts(self) -> dict[str, Start]:
         """By buffer of weights, what a dependent launch asks for: the steps that its pipeline starts with."""
+        if self.weights == "bf12":
+            return {}
         size = 4 if self.weights == "w4" else 8 * DTYPES[self.dtype][1]  # bits of a weight
         line = max(256 // size, self.group_size)
         steps = min(self.steps, max(1, self.tile.num_stages - 1))

@@ -32,6 +32,7 @@ from torch import Tensor
 
 from river_compile.errors import ArtifactError
 from river_compile.kernels.files import appearing, making
+from river_compile.kernels.quant import bf12
 from river_compile.kernels.quant.grid import GROUP_SIZES
 from river_compile.kernels.quant.layouts import PORTABLE, PackedLinear, portable, tensors_of
 from river_compile.passes.program import TwinLinear
@@ -79,11 +80,12 @@ class _SavedMatrix:
         ratios = {"sqnr": float(entry["sqnr"]), "output_sqnr": None if ratio is None else float(ratio)}
         matrix = cls(**{**entry, "shape": tuple(entry["shape"]), **ratios})
         n, k = matrix.shape
-        if min(n, k) < 1 or matrix.group_size not in GROUP_SIZES or k % matrix.group_size:
+        lossless = matrix.layout in bf12.LAYOUTS and matrix.group_size == 0
+        if min(n, k) < 1 or not (lossless or (matrix.group_size in GROUP_SIZES and k % matrix.group_size == 0)):
             raise ValueError(f"{matrix.name} has shape {matrix.shape} in groups of {matrix.group_size}")
         if matrix.experts < 0 or (matrix.experts and n % matrix.experts):
             raise ValueError(f"{matrix.name} has {n} rows of {matrix.experts} experts")
-        if matrix.layout not in PORTABLE:
+        if matrix.layout not in PORTABLE and not lossless:
             raise ValueError(f"{matrix.name} has layout {matrix.layout!r}, which is none of {PORTABLE}")
         return matrix
 
@@ -184,6 +186,11 @@ class Artifact:
             raise self._refusal(f"it is damaged or cannot be read ({error})") from error
         self._check_tensors()
 
+    @property
+    def names(self) -> set[str]:
+        """Of its matrices."""
+        return {matrix.name for matrix in self._matrices}
+
     def check_names(self, names: Iterable[str]) -> None:
         """Refuses an artifact with a matrix of none of these products, merged with others or not."""
         linears = {linear for name in names for linear in name.split("|")}
@@ -271,6 +278,9 @@ class Artifact:
                     )
                 if tensor is not None and part != "qweight" and not torch.isfinite(tensor).all():
                     raise self._refusal(f"{name} holds infinite or NaN values")
+            side = self._tensors[f"{matrix.key}.scale_zero"]
+            if matrix.layout in bf12.LAYOUTS and not bf12.is_sound(side, *matrix.shape):
+                raise self._refusal(f"{matrix.key} has patches outside of its matrix")
         if left:
             raise self._refusal(f"{next(iter(left))} belongs to no matrix")
 

@@ -22,6 +22,7 @@ from river_compile.twins.calibration_stats import InputMoments
 from river_compile.twins.parameter_stamp import HeldSources, ParameterStamp, Sources
 from river_compile.upstream.tensors import as_ordinary
 
+LOSSLESS = "lossless"  # stands for a quantizer where weights stay what they are
 _STORED_AS = torch.bfloat16  # scale and zero, in the CPU's kernel; others store what is exact for them
 _ROWS_COMPARED = 256  # output features by which the outputs' ratio is known to a few hundredths of a dB
 

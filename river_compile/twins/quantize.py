@@ -19,10 +19,9 @@ from river_compile.kernels.quant.layouts import PackedLinear, pack, pack_lossles
 from river_compile.passes.program import TwinLinear
 from river_compile.twins.artifact import Artifact
 from river_compile.twins.calibration_stats import ExpertMoments, InputMoments, Moments, Observation
-from river_compile.twins.packed import Quantized, TwinWeight, extras_of, quantize_site, quantize_stack
+from river_compile.twins.packed import LOSSLESS, Quantized, TwinWeight, extras_of, quantize_site, quantize_stack
 from river_compile.twins.parameter_stamp import HeldSources, ParameterStamp, Sources
 
-LOSSLESS = "lossless"  # stands for a quantizer where weights stay what they are
 UNOBSERVED = "hqq"  # what looks at weights alone, for those without statistics
 Known = Quantized | Moments | None  # of a product, before it is quantized
 
@@ -66,7 +65,7 @@ class Maker:
     def look_up(self, site: TwinLinear, sources: Sources) -> Known:
         """Returns the artifact's entry of a matmul, or the recorded moments of its inputs, None if there are none."""
         quantizer = self.quantizer
-        if self.artifact is not None:
+        if self.artifact is not None and (not self.lossless or site.name in self.artifact.names):
             return self.artifact.find(site, quantizer, sources.digest)
         if self.observation is None or not self.needs_statistics:
             return None
@@ -143,7 +142,7 @@ def _quantized(linear: TwinLinear, sources: Sources, asked: str, known: Moments 
 
 def _grid(linear: TwinLinear, sources: Sources, asked: str, known: Moments | None) -> Quantized:
     if asked == LOSSLESS:
-        return Quantized(weight=pack_lossless(sources.weights), quantizer=asked, sqnr=math.inf)
+        return Quantized(weight=pack_lossless(sources.weights, linear.layout), quantizer=asked, sqnr=math.inf)
     quantizer = UNOBSERVED if known is None and asked in OBSERVING else asked
     if linear.experts:
         each = known.of if isinstance(known, ExpertMoments) else None

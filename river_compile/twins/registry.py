@@ -150,9 +150,10 @@ class TwinRegistry:
             maker_of = {site: lossless if site.lossless else maker for site in sites}
             found = {s: made for s in sites if (made := self._find(s, sources[s], maker_of[s])) is not None}
             missing = [site for site in sites if site not in found]
-            made_now = self._make(lossless, [site for site in missing if site.lossless], sources, statistics)
-            quantized = [site for site in missing if not site.lossless]
-            made_now |= self._make_or_recall(maker, quantized, sources, statistics)
+            made_now: dict[TwinLinear, TwinWeight] = {}
+            for how in (lossless, maker):
+                sites_of = [site for site in missing if maker_of[site] is how]
+                made_now |= self._make_or_recall(how, sites_of, sources, statistics)
             for site, made in made_now.items():
                 self._packed.setdefault(sources[site].weights[0], {})[made.key] = made
                 found[site] = made
@@ -250,21 +251,22 @@ class TwinRegistry:
         self, maker: Maker, sites: Sequence[TwinLinear], sources: Mapping[TwinLinear, Sources], statistics: Statistics
     ) -> dict[TwinLinear, TwinWeight]:
         """Packs products, unless an earlier process has left them in the store."""
-        apart = (
-            not self.stores or maker.artifact is not None or statistics.observed is not None or statistics.ranks.several
-        )
-        if apart or not sites or not enabled():
+        own = maker.artifact is not None or (statistics.observed is not None and not maker.lossless)
+        if own or not self.stores or statistics.ranks.several or not sites or not enabled():
             return self._make(maker, sites, sources, statistics)
         _in_threads(lambda site: sources[site].digest, sites)
-        self._stored = StoredTwins(sites, sources, maker.config)
-        artifact = self._stored.open()
+        stored = StoredTwins(sites, sources, maker.quantizer)
+        if not maker.lossless:
+            self._stored = stored
+        artifact = stored.open()
         if artifact is None:
             made = self._make(maker, sites, sources, statistics)
-            self._stored.write([*made.values()])
+            stored.write([*made.values()])
             return made
         made = self._make(replace(maker, artifact=artifact), sites, sources, statistics)
-        self.loss = self._stored.loss
-        self._not_judged = maker.needs_statistics and self.loss is None
+        if not maker.lossless:
+            self.loss = stored.loss
+            self._not_judged = maker.needs_statistics and self.loss is None
         return {site: replace(twin, key=maker.key(site)) for site, twin in made.items()}
 
     def _make(

@@ -1,4 +1,6 @@
-"""Packed twins that one process leaves for the next ones without being asked: artifacts in the store.
+"""Packed weights that one process leaves for the next ones without being asked: artifacts in the store.
+
+Those of twins, and those of a backbone in 12 bits, each in an entry of its own.
 
 An artifact there is named by the hash of everything that its matrices are made from: the digests of their weights, the
 quantizer, the sizes of groups, and the format's version. So it fits, or there is none.
@@ -17,13 +19,12 @@ from collections.abc import Mapping, Sequence
 from dataclasses import asdict
 from pathlib import Path
 
-from river_compile.config import RiverConfig
 from river_compile.errors import ArtifactError, RiverWarning
 from river_compile.kernels.files import making
 from river_compile.passes.program import TwinLinear
 from river_compile.store.folder import Entry, cannot_write, keep_bound
 from river_compile.twins.artifact import FILE, VERSION, Artifact, write_artifact
-from river_compile.twins.packed import TwinWeight
+from river_compile.twins.packed import LOSSLESS, TwinWeight
 from river_compile.twins.parameter_stamp import Sources
 from river_compile.twins.twin_kl import TwinLoss
 
@@ -31,22 +32,21 @@ _LOSS = "loss.json"
 
 
 class StoredTwins:
-    """The twins of some matrices as the store has them.
+    """The packed weights of some matmuls as the store has them.
 
     Args:
         linears: the matmuls.
         sources: what each of them is made from.
-        config: its `quantizer` says how.
+        quantizer: says how, or `LOSSLESS`.
     """
 
-    def __init__(
-        self, linears: Sequence[TwinLinear], sources: Mapping[TwinLinear, Sources], config: RiverConfig
-    ) -> None:
+    def __init__(self, linears: Sequence[TwinLinear], sources: Mapping[TwinLinear, Sources], quantizer: str) -> None:
         made_from = sorted((x.name, x.group_size, x.scales_inputs, sources[x].digest) for x in linears)
-        identity = hashlib.sha256(repr((VERSION, config.quantizer, made_from)).encode()).hexdigest()
+        identity = hashlib.sha256(repr((VERSION, quantizer, made_from)).encode()).hexdigest()
         size = sum(math.prod(x.shape) for x in linears) / 1e6
-        about = f"twins by {config.quantizer}, {len(made_from)} matrices of {size:.0f}M weights"
-        self._entry = Entry(f"twins-{identity[:40]}", about)
+        what, kind = ("a backbone", "backbone") if quantizer == LOSSLESS else (f"twins by {quantizer}", "twins")
+        about = f"{what}, {len(made_from)} matrices of {size:.0f}M weights"
+        self._entry = Entry(f"{kind}-{identity[:40]}", about)
 
     @property
     def _folder(self) -> Path:
@@ -59,14 +59,20 @@ class StoredTwins:
         try:
             found = Artifact(self._folder)
         except ArtifactError as error:
-            warnings.warn(f"stored twins cannot be used and are made anew: {error}", RiverWarning, stacklevel=2)
+            warnings.warn(f"stored weights cannot be used and are packed anew: {error}", RiverWarning, stacklevel=2)
             shutil.rmtree(self._entry.folder, ignore_errors=True)
             return None
         self._entry.used()
         return found
 
     def write(self, twins: Sequence[TwinWeight]) -> None:
-        """Writes the twins, unless another process has done so; a place that cannot be written is told."""
+        """Writes them, unless another process has done so; a place that cannot be written is told.
+
+        Matrices that 12 bits would hold badly are not written: they are the model's own.
+        """
+        twins = [twin for twin in twins if not twin.weight.unpacked]
+        if not twins:
+            return
         try:
             with making(self._folder):
                 if not (self._folder / FILE).exists():

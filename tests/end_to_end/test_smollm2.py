@@ -57,10 +57,10 @@ def test_default_river_leaves_early_and_stays_sensible(smollm2):
         text = answer(model, tokenizer)
     assert 2 <= t.mean_depth < 4
     assert "light" in text
-    graphs = report(model).to_dict()["graphs"]
-    first = {g["kind"]: {s["name"]: s["uses"] for s in g["segments"]} for g in reversed(graphs)}
-    assert sorted(first["prefill"].values()) == [1, 1, 30]
-    assert first["decode"] == {"prologue": 1, "block_1": 2, "block_2": 28, "twin_1": 30, "head": 1, "river_head": 1}
+    graphs = [(g["kind"], {s["name"]: s["uses"] for s in g["segments"]}) for g in report(model).to_dict()["graphs"]]
+    assert [1, 1, 30] in [sorted(uses.values()) for kind, uses in graphs if kind == "prefill"]
+    steps = {"prologue": 1, "block_1": 2, "block_2": 28, "twin_1": 30, "head": 1, "river_head": 1}
+    assert ("decode", steps) in graphs
     with forced_depth(len(model.model.layers)):
         assert answer(model, tokenizer) == plain_text
 

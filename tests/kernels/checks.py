@@ -10,6 +10,7 @@ from collections.abc import Callable
 
 import torch
 
+from river_compile.kernels.quant import bf12
 from river_compile.kernels.triton.calls.linear import rows_by_expert
 from river_compile.kernels.triton.decode_attention import DecodeAttentionSpec
 from river_compile.kernels.triton.exit_score import ExitScoreSpec
@@ -50,6 +51,10 @@ def check_linear(spec: LinearSpec, rows: int = 1, values: str = "normal", seed: 
         exact = packed.dequantize(torch.float64)
         spec = dataclasses.replace(spec, parameter_dtype=str(packed.scale_zero.dtype).removeprefix("torch."))
         buffers = {"qweight": packed.qweight, "scale_zero": packed.scale_zero.view(torch.int32).squeeze(-1)}
+    elif spec.weights == "bf12":
+        exact = (_with_patches(weight, g) if values == "constant" else weight).bfloat16()
+        units, side = (part.to(device) for part in bf12.pack(exact.cpu()))
+        buffers = {"units": units.flatten(1).view(torch.int32), "side": side}
     else:
         exact = weight.clamp(-1e4, 1e4).to(dtype)
         buffers = _in_parts("weight", exact, spec)
@@ -75,6 +80,15 @@ def check_linear(spec: LinearSpec, rows: int = 1, values: str = "normal", seed: 
     assert_close(result, expected, linear_magnitude(spec, h, exact, bias, residual))
     if values == "normal" and expected.numel() >= 32:  # of fewer elements one cancellation decides the ratio
         assert_sqnr(result, expected, dtype)
+
+
+def _with_patches(weight: torch.Tensor, g: torch.Generator) -> torch.Tensor:
+    """Small negative weights, tiny ones that are patches, and 15 large ones, of which one is the palette's first."""
+    weight = -(1 + torch.rand(weight.shape, generator=g, device=g.device)) / 1024
+    larger = (4.0 ** torch.arange(1, 16, device=g.device)).repeat(4)[: weight.shape[1]]
+    weight[0, : len(larger)] = larger
+    tiny = -(2.0 ** -torch.randint(20, 120, weight.shape, generator=g, device=g.device))
+    return weight.where(torch.rand(weight.shape, generator=g, device=g.device) > 0.003, tiny)
 
 
 def _in_parts(name: str, whole: torch.Tensor, spec: LinearSpec) -> dict[str, torch.Tensor]:

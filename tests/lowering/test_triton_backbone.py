@@ -20,9 +20,9 @@ NEVER = [LAYERS] * 3
 OPTIONS = {"quantizer": "rtn", "group_size": 32, "first_exit": 1, "backbone": "river"}
 
 
-def compiled(name: str, lowering: Lowering = FUSED, **options):
+def compiled(name: str, lowering: Lowering = FUSED, dtype: torch.dtype = torch.float32, **options):
     torch._dynamo.reset()
-    model = make(name, layers=LAYERS)
+    model = make(name, layers=LAYERS, dtype=dtype)
     model.compile(backend=lowered(lowering), options={**OPTIONS, **options})
     return model
 
@@ -75,6 +75,29 @@ def test_every_product_of_a_block_is_one_launch_on_the_model_s_own_matrices(name
         "exit score": 1,
     }
     assert [(miss["rule"], miss["segment"]) for miss in graph["missed"]] == [("down + residual", "block_1")]
+
+
+@pytest.mark.parametrize("name", each(["qwen2", "llama", "gemma3"]))
+def test_decode_steps_read_weights_in_12_bits(name):
+    """Blocks and the head, with their norms, biases, gates and residuals; prompts read the model's own tensors."""
+    outcomes = []
+    for weights in ("model", "12bit"):
+        model = compiled(name, dtype=torch.bfloat16, backbone_weights=weights)
+        outcomes.append(decode(model, new_cache(model, "static"), NEVER))
+        packed = {g["kind"]: g["lossless_bytes"] > 0 for g in report(model).to_dict()["graphs"]}
+        assert packed == {"prefill": False, "decode": weights == "12bit"}
+    torch.testing.assert_close(outcomes[1], outcomes[0], rtol=0.05, atol=0.05)
+
+
+@torch.no_grad()
+def test_a_matrix_that_12_bits_would_hold_badly_is_read_in_16():
+    outcomes = []
+    for weights in ("model", "12bit"):
+        model = compiled("llama", dtype=torch.bfloat16, backbone_weights=weights)
+        weight = model.model.layers[1].mlp.down_proj.weight
+        weight.mul_(torch.logspace(-30, 0, weight.numel()).view_as(weight).bfloat16())
+        outcomes.append(decode(model, new_cache(model, "static"), NEVER))
+    torch.testing.assert_close(outcomes[1], outcomes[0], rtol=0.05, atol=0.05)
 
 
 @pytest.mark.slow

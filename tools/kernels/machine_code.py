@@ -1,9 +1,10 @@
-"""Counts the machine code of a 4-bit product for an NVIDIA GPU: how many instructions each weight costs a thread.
+"""Counts the machine code of a product with packed weights for an NVIDIA GPU: a thread's instructions for each weight.
 
 Loops count as often as they run. How often that is follows from the instructions that turn bits into numbers, since a
 thread must execute one of them for every weight (or pair of weights) that it has: `LinearSpec` says how many those are.
 
-Not handled: loops without weights in them, such as those of row statistics, which make a kernel uncountable; AMD.
+Not handled: loops without weights in them, such as those of row statistics, which make a kernel uncountable (those of
+patches count as if they ran once); AMD.
 """
 
 from __future__ import annotations
@@ -17,8 +18,11 @@ from river_compile.kernels.triton.linear import LinearSpec
 
 _INSTRUCTION = re.compile(r"^\s*/\*([0-9a-f]{4,})\*/\s+(.*?)\s*;", re.MULTILINE)
 _BRANCH = re.compile(r"\bBRA\b.*\b0x([0-9a-f]+)")
-#: Bits that are OR-ed into a float: by the table of (a & b) | c, or with the constant alone.
-_MAKES_WEIGHTS = re.compile(r"\bLOP3\.LUT\b.*(, 0xea,|0x4b000000)")
+#: Of 4 bits, what is OR-ed into a float: by the table of (a & b) | c, or with the constant alone.
+_MAKES_WEIGHTS = {
+    "w4": re.compile(r"\bLOP3\.LUT\b.*(, 0xea,|0x4b000000)"),
+    "bf12": re.compile(r"\bPRMT\b.*(0x5140|0x7362)"),  # (bytes that are put together to a pair)
+}
 #: Loads of weights into registers: those that must not push anything out of the cache.
 _WEIGHT_LOAD = re.compile(r"\bLDG\S*\.EF\b")
 
@@ -62,8 +66,10 @@ def counted(text: str, spec: LinearSpec) -> Code | None:
         for address, instruction in code
         if (found := _BRANCH.search(instruction)) and int(found[1], 16) < address
     ]
-    makers = [address for address, instruction in code if _MAKES_WEIGHTS.search(instruction)]
+    makers = [address for address, instruction in code if _MAKES_WEIGHTS[spec.weights].search(instruction)]
     loads = [address for address, instruction in code if _WEIGHT_LOAD.search(instruction)]
+    if spec.weights == "bf12":
+        loops = [(first, end) for first, end in loops if any(first <= address <= end for address in makers)]
     weights = thread_weights(spec)
     inside = [sum(first <= address <= end for address in makers) for first, end in loops]
     if len(loops) > 1 or 0 in inside:

@@ -1,11 +1,11 @@
 """Compiles the kernels of a model for GPUs that are not there, and prints what they use and what a token costs.
 
     python -m tools.kernels.resources [--target sm_90 ...] [--model NAME] [--context 1024] [--json PATH]
-        [--dependent-launch]
+        [--dependent-launch] [--backbone dense|bf12 [--rows 8]]
 
 Registers, spills and shared memory come from the compiled code, widths of loads and matrix instructions from its text.
-For NVIDIA the machine code of 4-bit products is counted: instructions that a thread executes for each of its weights
-(see `machine_code`). Times are what the bytes alone cost at the given bandwidth: nothing here has run.
+For NVIDIA the machine code of products with packed weights is counted: instructions that a thread executes for each of
+its weights (see `machine_code`). Times are what the bytes alone cost at the given bandwidth: nothing here has run.
 """
 
 from __future__ import annotations
@@ -25,7 +25,7 @@ from river_compile.kernels.triton.loader import compile_for, source_file
 from river_compile.kernels.triton.spec import KernelSpec
 
 from .machine_code import counted, cuobjdump
-from .shapes import MODELS, ModelShape, TokenCost, cost_of, model_kernels
+from .shapes import MODELS, ModelShape, TokenCost, backbone_kernels, cost_of, model_kernels
 
 _MATRIX = re.compile(r"\b(mma\.sync|wgmma\.mma_async|tcgen05\.mma|v_mfma)")
 _PTX_LOAD = re.compile(
@@ -48,7 +48,7 @@ class Usage:
     occupancy: float  # part of the processor's warps that can be resident
     weight_load: int | None  # bytes of the narrowest load of weights, None for kernels without
     matrix_instructions: int  # of tensor cores (matrix cores) in the code
-    instructions: float | None  # that a thread executes per 4-bit weight; None where they are not counted
+    instructions: float | None  # that a thread executes per packed weight; None where they are not counted
     loads_first: bool | None  # whether no load of weights waits behind the first use of some; None as above
 
 
@@ -66,7 +66,7 @@ def usages(spec: KernelSpec, label: str, target: str) -> Iterator[Usage]:
         occupancy = _occupancy(device, registers, stage.num_warps, shared)
         load, matrix = weight_load_bytes(text, source, nvidia), len(_MATRIX.findall(text))
         code = None
-        if nvidia and isinstance(spec, LinearSpec) and spec.weights == "w4" and load:
+        if nvidia and isinstance(spec, LinearSpec) and spec.weights != "dense" and load:
             code = counted(cuobjdump(compiled.asm["cubin"], "-sass"), spec)
         counts = (code.per_weight, code.loads_first) if code else (None, None)
         yield Usage(target, label, stage.function, registers, spills, shared, occupancy, load, matrix, *counts)
@@ -86,7 +86,7 @@ def weight_load_bytes(text: str, source: list[str], nvidia: bool) -> int | None:
         if location and not inline:
             line = int(location[1])
         found = (_PTX_LOAD if nvidia else _AMD_LOAD).search(row)
-        if found and 0 < line <= len(source) and re.search(r"load\((q?weight|half)_ptr", source[line - 1]):
+        if found and 0 < line <= len(source) and re.search(r"load\((q?weight|half|units)_ptr", source[line - 1]):
             if not nvidia:
                 width = _AMD_BYTES.get(found[1], 2)
             elif found[3]:  # an asynchronous copy names its bytes
@@ -144,7 +144,10 @@ def main(arguments: list[str] | None = None) -> int:
     )
     print("|---|---|---|---:|---:|---:|---:|---:|---:|---:|---|")
     for target in options.target:
-        for label, spec in model_kernels(shape, device=target, dependent=early, **sizes).items():
+        kernels = model_kernels(shape, device=target, dependent=early, **sizes)
+        if options.backbone:
+            kernels |= backbone_kernels(shape, options.backbone, rows=options.rows, device=target)
+        for label, spec in kernels.items():
             for usage in usages(spec, label, target):
                 table.append(usage)
                 load = f"{usage.weight_load} B" if usage.weight_load else ""
@@ -179,6 +182,8 @@ def _parser() -> argparse.ArgumentParser:
     parser.add_argument("--context", type=int, default=1024, help="valid slots of the cache (default %(default)s)")
     parser.add_argument("--group-size", type=int, default=64, choices=(32, 64, 128), help="default %(default)s")
     parser.add_argument("--dependent-launch", action="store_true", help="kernels that start early, from sm_90 on")
+    parser.add_argument("--backbone", choices=("dense", "bf12"), help="its matmuls too, with such weights")
+    parser.add_argument("--rows", type=int, default=1, help="of the backbone's matmuls (default %(default)s)")
     parser.add_argument("--bandwidth", type=float, help="GB/s for the times; each target's data sheet if not given")
     parser.add_argument("--json", metavar="PATH", help="also write the figures there")
     return parser

@@ -128,3 +128,24 @@ def model_kernels(
         "exit score": ExitScoreSpec(rows, shape.hidden, dependent=dependent),
         "norm + head": linear(shape.hidden, shape.vocabulary, norm="rms", **dense),
     }
+
+
+def backbone_kernels(
+    shape: ModelShape, weights: str, *, rows: int = 1, device: str = DEFAULT_DEVICE
+) -> dict[str, KernelSpec]:
+    """Returns the matmuls of a block of the backbone, and the head, with "dense" weights or those in 12 bits ("bf12").
+
+    Not handled: models with experts, whose backbone has matmuls of Inductor's.
+    """
+
+    def linear(k: int, n: int, **fields: Any) -> LinearSpec:
+        return best_tile(untiled(rows, k, n, weights=weights, group_size=0, **fields), device, rows)
+
+    hidden, intermediate = shape.hidden, shape.intermediate
+    return {
+        "backbone: norm + q|k|v": linear(hidden, shape.qkv, norm="rms", bias=shape.qkv_bias),
+        "backbone: o + residual": linear(shape.heads * shape.head_dim, hidden, residual=True),
+        "backbone: norm + gate|up": linear(hidden, intermediate, norm="rms", gated=True, activation="silu"),
+        "backbone: down + residual": linear(intermediate, hidden, residual=True),
+        "backbone: norm + head": linear(hidden, shape.vocabulary, norm="rms"),
+    }

@@ -12,6 +12,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from river_compile.kernels.quant import bf12
 from river_compile.kernels.quant.layouts import PackedLinear
 from river_compile.kernels.triton import launch
 from river_compile.kernels.triton.devices import device_of
@@ -33,7 +34,7 @@ def linear(
     gated: bool = False,
     dependent: bool = False,
 ) -> Tensor:
-    """Runs a linear kernel; `weight` is packed in the layout "triton" or dense, the rest as in `ops.linear`.
+    """Runs a linear kernel; `weight` is packed for the generated kernels or dense, the rest as in `ops.linear`.
 
     Several dense matrices stand for one, their rows below each other; each has a bias then, or none has.
 
@@ -42,8 +43,7 @@ def linear(
     """
     matrix: dict[str, Tensor]
     if isinstance(weight, PackedLinear):
-        pairs = weight.scale_zero.view(torch.int32).squeeze(-1)
-        matrix, weight_rows = {"qweight": weight.qweight, "scale_zero": pairs}, weight.out_features
+        matrix, weight_rows = _packed(weight), weight.out_features
     else:
         parts = _parts(weight)
         matrix, weight_rows = _named("weight", parts), sum(part.shape[0] for part in parts)
@@ -84,7 +84,15 @@ def linear(
     return y.reshape(*x.shape[:-1], n)
 
 
+def _packed(weight: PackedLinear) -> dict[str, Tensor]:
+    if weight.layout == bf12.GENERATED:
+        return {"units": weight.qweight.flatten(1).view(torch.int32), "side": weight.scale_zero}
+    return {"qweight": weight.qweight, "scale_zero": weight.scale_zero.view(torch.int32).squeeze(-1)}
+
+
 def _weight_fields(weight: PackedLinear | Tensor | Sequence[Tensor]) -> dict[str, Any]:
+    if isinstance(weight, PackedLinear) and weight.layout == bf12.GENERATED:
+        return {"weights": "bf12", "group_size": 0}
     if isinstance(weight, PackedLinear):
         return {"group_size": weight.group_size, "parameter_dtype": dtype_name(weight.scale_zero)}
     parts = _parts(weight)

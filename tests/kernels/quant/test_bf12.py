@@ -49,6 +49,20 @@ def test_every_matrix_comes_back_to_the_bit(n, k, kind, seed):
     assert first[-1] / weight.numel() == pytest.approx(bf12.patched_share(weight), abs=1e-6)
 
 
+def test_patches_outside_of_their_matrix_are_noticed():
+    n, k = 16, 64
+    weight = torch.ones(n, k).bfloat16()
+    weight[:, 3] = torch.logspace(-30, 30, n).bfloat16()
+    weight[:, 9] = -weight[:, 3]
+    side, first = bf12.pack(weight)[1], slice(4, 5 + n // bf12.FOUR)
+    assert bf12.is_sound(side, n, k)
+    assert side[first][-1] > 10
+    for place, value in ((first.start, 1), (first.stop - 2, -1), (first.stop - 1, 10**6), (first.stop, 4 * k)):
+        wrong = side.clone()
+        wrong[place] = value
+        assert not bf12.is_sound(wrong, n, k)
+
+
 def test_trained_like_weights_take_12_bits_and_have_few_patches():
     weight = matrix(512, 1024, "normal", 0)
     units, side = bf12.pack(weight)

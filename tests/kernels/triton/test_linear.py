@@ -1,5 +1,7 @@
 """The linear kernels in Triton's interpreter against float64: shapes, dtypes, tiles, epilogues, extreme values."""
 
+import contextlib
+
 import pytest
 from hypothesis import given
 from hypothesis import strategies as st
@@ -81,6 +83,67 @@ def test_rows_of_4_bit_weights(case):
 @examples(20)
 def test_dense_weights(case):
     check_linear(*case)
+
+
+@st.composite
+def cases_in_12_bits(draw, rows):
+    """A spec of weights in 12 bits with a tile that need not fit the shape well, and the rows of the call."""
+    m, gated = draw(rows), draw(st.booleans())
+    k, n = draw(st.integers(1, 300)), draw(st.integers(1, 70))
+    norm = draw(st.sampled_from(NORMS))
+    depth = 64 * draw(st.sampled_from((1, 2, 4)))
+    spec = LinearSpec(
+        m if m <= 16 else None,
+        k,
+        4 * n if gated else n,
+        LinearTile(
+            draw(st.sampled_from((4, 8, 32) if m == 1 else (64, 128))),
+            depth,
+            1 if m == 1 else 16,
+            draw(st.integers(1, min(3, -(-k // depth)))) if norm == "none" else 1,
+        ),
+        weights="bf12",
+        group_size=0,
+        norm=norm,
+        norm_bias=norm == "layer" and draw(st.booleans()),
+        bias=draw(st.booleans()),
+        residual=draw(st.booleans()),
+        activation=draw(st.sampled_from(ACTIVATIONS)),
+        gated=gated,
+        x_stride=k + draw(st.sampled_from((0, 5))),
+    )
+    return spec, m, draw(st.sampled_from(VALUES)), draw(st.integers(0, 2**20))
+
+
+@given(cases_in_12_bits(st.just(1)))
+@examples(20)
+def test_one_row_of_weights_in_12_bits(case):
+    """Against the bfloat16 matrix in float64, which has patches in it."""
+    check_linear(*case)
+
+
+@given(cases_in_12_bits(st.integers(2, 20)))
+@examples(20)
+def test_rows_of_weights_in_12_bits(case):
+    check_linear(*case)
+
+
+@pytest.mark.parametrize(
+    ("fields", "message"),
+    [
+        ({"tile": LinearTile(6 + 2, 96 + 32)}, None),
+        ({"tile": LinearTile(2, 64)}, "whole units"),
+        ({"tile": LinearTile(4, 32)}, "whole units"),
+        ({"rows": 3, "tile": LinearTile(32, 64, 16)}, "whole units"),
+        ({"dtype": "float16"}, "float16"),
+        ({"gated": True, "out_features": 30}, "out_features=30"),
+    ],
+)
+def test_what_weights_in_12_bits_do_not_have_is_refused(fields, message):
+    spec = {"rows": 1, "in_features": 128, "out_features": 32, "tile": LinearTile(4, 64)}
+    spec |= {"weights": "bf12", "group_size": 0, **fields}
+    with pytest.raises(ValueError, match=message) if message else contextlib.nullcontext():
+        LinearSpec(**spec)
 
 
 @st.composite
