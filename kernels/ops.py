@@ -31,7 +31,7 @@ from torch import Tensor
 
 from river_compile.kernels.checks import check_choice
 from river_compile.kernels.portable import fused_width, smallest_cosine
-from river_compile.kernels.quant import bf12, layouts
+from river_compile.kernels.quant import bf12, bits8, layouts
 from river_compile.kernels.triton.calls import cache, exits
 from river_compile.kernels.triton.calls import linear as products
 from river_compile.kernels.triton.linear import ACTIVATIONS, NORMS
@@ -72,8 +72,8 @@ def linear(
         out_features: N, the rows of W.
         group_size: G; 0 for a weight in x.dtype.
         layout: name of the packing; for a weight in x.dtype "triton" (the generated kernel) or "dense" (plain torch).
-            Two are of bfloat16 without loss (`quant.bf12`): "12bit" for the C++ kernels, which plain torch unpacks
-            here, and "12bit_triton" for the generated one.
+            Three keep the weights' values: "12bit" and "8bit" for the C++ kernels (`quant.bf12`, `quant.bits8`), which
+            plain torch unpacks here, and "12bit_triton" for the generated one.
         residual: ``[..., N]`` (gated ``[..., N / 2]``) in x.dtype or None.
         norm: "rms", "rms_plus_one" (Gemma), "layer" or "none".
         norm_weight, norm_bias: ``[K]`` in x.dtype; the bias for "layer" alone.
@@ -100,13 +100,16 @@ def linear(
     if (norm == "none") != (norm_weight is None):
         raise ValueError(f"norm={norm!r} and norm_weight go together; give both or neither")
     matrix = _matrix(weight, scale_zero, out_features, x.shape[-1], group_size, layout)
-    if isinstance(matrix, layouts.PackedLinear) and (layout == bf12.LAYOUT or matrix.unpacked):
-        matrix = matrix.dequantize(x.dtype)
+    if isinstance(matrix, layouts.PackedLinear) and (layout in (bf12.LAYOUT, bits8.LAYOUT) or matrix.unpacked):
+        matrix = matrix.dequantize(torch.float32 if layout == bits8.LAYOUT else x.dtype)
     if layout in ("triton", bf12.GENERATED):
         y = products.linear(x, matrix, bias, residual, norm, norm_weight, norm_bias, eps, activation, gated, dependent)
         return y if wanted is None else _without_unwanted(y, wanted)
     h = x if norm_weight is None else _normalise(x, norm, norm_weight, norm_bias, eps)
-    y = F.linear(h, matrix, bias) if isinstance(matrix, Tensor) else layouts.layout(layout).linear(h, matrix, bias)
+    if isinstance(matrix, layouts.PackedLinear):
+        y = layouts.layout(layout).linear(h, matrix, bias)
+    else:
+        y = F.linear(h.to(matrix.dtype), matrix, None if bias is None else bias.to(matrix.dtype)).to(x.dtype)
     if gated:
         gate, up = y.chunk(2, dim=-1)
         y = _ACTIVATIONS[activation](gate) * up

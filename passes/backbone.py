@@ -3,7 +3,8 @@
 Linear layers become ``river::linear`` in layout "dense", the C++ kernels', which sum an output in one order whatever
 the number of rows, or "triton", the generated ones', for decode steps. Those that share an input become one product,
 whose weights stay where they are: its matrix is a ``torch.cat`` that the lowering takes apart again. The rules of
-fusion then see a block as they see a twin.
+fusion then see a block as they see a twin. Torchao's weight-only tensors of 8 bits are for the C++ kernels too, which
+read them packed (:mod:`river_compile.passes.packed_backbone`).
 
 Not handled: weights of another dtype than their input, transposed ones (GPT-2's Conv1D), experts; they stay so.
 """
@@ -16,6 +17,7 @@ from dataclasses import replace
 import torch
 from torch import fx
 
+from river_compile.kernels.quant import bits8
 from river_compile.passes.attention import simplify_attention
 from river_compile.passes.edits import call
 from river_compile.passes.linears import replace_linears, sharing_input
@@ -41,7 +43,7 @@ def river_backbone(layout: str) -> Pass:
 def _with_products(segment: Segment, layout: str) -> Segment:
     made = segment.copy()
     simplify_attention(made.graph)
-    groups = sharing_input(made.graph, lambda linear: linear.bias is None if _fits(linear) else None)
+    groups = sharing_input(made.graph, lambda linear: _kind(linear, layout))
     for linears in groups:
         aligned = layout == "dense" or all(linear.out_features % _MERGED_ROWS == 0 for linear in linears)
         together = MOST_MERGED if aligned else 1
@@ -50,12 +52,17 @@ def _with_products(segment: Segment, layout: str) -> Segment:
     return made
 
 
-def _fits(linear: Linear) -> bool:
+def _kind(linear: Linear, layout: str) -> tuple[object, ...] | None:
+    """Returns what linear layers have in common that may be one matmul, None for one that stays as it is."""
     parameters = [linear.weight] if linear.bias is None else [linear.weight, linear.bias]
-    return not linear.transposed and all(
-        is_parameter(p) and is_ordinary(value_of(p)) and value_of(p).is_contiguous() and same_dtype(p, linear.x)
-        for p in parameters
-    )
+    if linear.transposed or not all(is_parameter(p) and same_dtype(p, linear.x) for p in parameters):
+        return None
+    values = [value_of(p) for p in parameters]
+    held = bits8.held_by(values[0]) if layout == "dense" else None
+    plain = values if held is None else values[1:]
+    if not all(is_ordinary(value) and value.is_contiguous() for value in plain):
+        return None
+    return linear.bias is None, held and held[0].dtype
 
 
 def _merge(graph: fx.Graph, linears: Sequence[Linear], layout: str) -> None:
@@ -77,6 +84,6 @@ def parts_of(parameter: fx.Node | None) -> list[fx.Node]:
 def _joined(parameters: list[fx.Node], like: fx.Node) -> fx.Node:
     if len(parameters) == 1:
         return parameters[0]
-    value = value_of(parameters[0])
+    value, like_of = value_of(parameters[0]), value_of(like)
     rows = sum(value_of(p).shape[0] for p in parameters)
-    return call(torch.cat, (parameters, 0), value.new_empty((rows, *value.shape[1:])), like)
+    return call(torch.cat, (parameters, 0), like_of.new_empty((rows, *value.shape[1:])), like)

@@ -1,10 +1,12 @@
-"""Gives blocks and the head weights that are packed without loss: 12 bits for each of bfloat16.
+"""Gives blocks and the head weights that are packed without loss: 12 bits for each of bfloat16, or 8.
+
+Those of 8 bits are torchao's weight-only tensors, and float32 matrices that 8 bits hold (`kernels.quant.bits8`).
 
 It comes after the rules of fusion: a ``river::linear`` with weights in 16 bits reads the packed form in place of the
 parameters, which then are no inputs of the segment any more. The C++ kernels compute the same to the bit; the generated
 ones add in another order.
 
-Not handled: weights of other dtypes, and what is no ``river::linear``; they stay as they are.
+Not handled: other weights, and what is no ``river::linear``; they stay as they are.
 """
 
 from __future__ import annotations
@@ -15,20 +17,26 @@ import torch
 from torch import fx
 
 from river_compile.kernels import ops  # noqa: F401  (registers river::linear)
-from river_compile.kernels.quant import bf12
+from river_compile.kernels.quant import bf12, bits8
 from river_compile.passes.backbone import parts_of
 from river_compile.passes.edits import add_placeholders, drop_unused
 from river_compile.passes.nodes import input_name, is_parameter, value_of
+from river_compile.passes.pipeline import Pass
 from river_compile.passes.program import RiverProgram, Segment, TwinLinear
 
 
-def packed_backbone(program: RiverProgram) -> RiverProgram:
-    """Blocks and the head read their weights in 12 bits, without loss."""
-    blocks = tuple(_packed(block, program) for block in program.blocks)
-    return replace(program, blocks=blocks, head=_packed(program.head, program))
+def packed_backbone(weights: str) -> Pass:
+    """Makes the pass below; `weights` are read in "12bit", "8bit" or as the "model" has them, torchao's in 8."""
+
+    def packed_backbone(program: RiverProgram) -> RiverProgram:
+        """Blocks and the head read their weights packed without loss."""
+        blocks = tuple(_packed(block, program, weights) for block in program.blocks)
+        return replace(program, blocks=blocks, head=_packed(program.head, program, weights))
+
+    return packed_backbone
 
 
-def _packed(segment: Segment, program: RiverProgram) -> Segment:
+def _packed(segment: Segment, program: RiverProgram, how: str) -> Segment:
     made = segment.copy()
     origins = made.origins
     number_of = {placeholder: program.slots[value] for placeholder, value in origins.items()}
@@ -37,11 +45,13 @@ def _packed(segment: Segment, program: RiverProgram) -> Segment:
     for node in list(made.graph.find_nodes(op="call_function", target=torch.ops.river.linear.default)):
         x, weight, scale_zero, bias, out_features, _, layout = node.args
         weights, biases = parts_of(weight), parts_of(bias)
-        if scale_zero is not None or not all(map(_fits, weights)) or not all(map(is_parameter, biases)):
+        if scale_zero is not None or not all(map(is_parameter, [*weights, *biases])):
             continue
-        if layout != "dense" and node.kwargs.get("gated") and out_features // 2 % bf12.FOUR:
+        layout = _layout(layout, [value_of(part) for part in weights], how)
+        if layout is None:
+            continue
+        if layout == bf12.GENERATED and node.kwargs.get("gated") and out_features // 2 % bf12.FOUR:
             continue  # (the up projection would begin within a unit)
-        layout = bf12.LAYOUT if layout == "dense" else bf12.GENERATED
         linear = TwinLinear(
             name="|".join(input_name(origins[part]).removesuffix(".weight") for part in weights),
             weights=tuple(number_of[part] for part in weights),
@@ -52,7 +62,7 @@ def _packed(segment: Segment, program: RiverProgram) -> Segment:
             group_size=0,
             layout=layout,
         )
-        names = ["units", "side", *(["bias"] if biases else [])]
+        names = ["weight", "scale_zero", *(["bias"] if biases else [])]
         new = add_placeholders(made.graph, [f"packed_{len(packed)}_{name}" for name in names])
         if biases:
             new[2].meta["example_value"] = value_of(biases[0]).new_empty(out_features)
@@ -69,5 +79,11 @@ def _packed(segment: Segment, program: RiverProgram) -> Segment:
     return replace(made, inputs=inputs, packed=(*made.packed, *packed))
 
 
-def _fits(parameter: fx.Node) -> bool:
-    return is_parameter(parameter) and value_of(parameter).dtype == torch.bfloat16
+def _layout(kernels: str, weights: list[torch.Tensor], how: str) -> str | None:
+    """Returns the layout in which matrices of a matmul are packed, None if they are not; `kernels` is its layout."""
+    if all(bits8.held_by(weight) is not None for weight in weights):
+        return bits8.LAYOUT
+    dtypes = {weight.dtype for weight in weights}
+    if how == "12bit" and dtypes == {torch.bfloat16}:
+        return bf12.LAYOUT if kernels == "dense" else bf12.GENERATED
+    return bits8.LAYOUT if how == "8bit" and dtypes == {torch.float32} else None

@@ -11,7 +11,6 @@ import weakref
 from collections.abc import Mapping, Sequence
 from typing import Any
 
-import torch
 from torch import fx
 
 from river_compile.capture.capture_cache import CaptureCache
@@ -87,7 +86,7 @@ def _choose(
     config, plan = graph.config, program.plan
     lowering = lowering or choose_lowering(config, plan.device, calls_flex_attention(plan.graph.nodes))
     choices = choose(program, config, lowering, fill).captured_by(program, graph.captures, model.ranks)
-    if choices.packed_backbone and model.ranks.several:
+    if choices.backbone_weights != "model" and model.ranks.several:
         raise OptionError(
             f"backbone_weights={config.backbone_weights!r} is not for ranks that share a model; use "
             "backbone_weights='model'"
@@ -161,22 +160,27 @@ def _packed(
         every = [linear for segment in program.segments for linear in segment.packed]
         packable = [linear for segment in segments for linear in segment.packed]
         reached = [linear for linear in packable if linear.lossless or program.twins]
-        asked = choices.packed_backbone and choices.config.backbone_weights == "12bit"
-        if asked and not any(linear.lossless for linear in packable):
+        how = choices.backbone_weights if choices.own_backbone else "model"
+        if how != "model" and not any(linear.lossless for linear in packable):
+            dtype = "bfloat16" if how == "12bit" else "float32"
             raise OptionError(
-                "backbone_weights='12bit' is for weights in bfloat16, and no matrix of the blocks is; call "
-                "model.bfloat16(), or use backbone_weights='model'"
+                f"backbone_weights={how!r} is for weights in {dtype}, and no matrix of the blocks is; call "
+                f"model.to(torch.{dtype}), or use backbone_weights='model'"
             )
         if not reached:
             return {}
         savable = [linear for linear in every if not linear.lossless]
         packed = twins.pack(reached, inputs, choices.config, model.statistics, graph.matrices, savable)
     graph.twins = tuple(made for made in packed.values() if not made.linear.lossless)
+    lossless = [linear for linear in packed if linear.lossless]
+    smaller = [linear for linear in lossless if not packed[linear].weight.unpacked]
+    if how == "8bit" and not smaller:
+        raise OptionError(
+            "backbone_weights='8bit' is for float32 weights that are integers of 8 bits times the scales of 32 "
+            "neighbours, as a GGUF file in Q8_0 is loaded, and none of this model's are; use backbone_weights='model'"
+        )
     # (Every time: what was packed just now read the parameters again.)
-    in_12_bits = [
-        linear for linear, made in packed.items() if made.weight.qweight.dtype == torch.uint8 and linear.lossless
-    ]
-    graph.given_back = give_back({id(inputs[i]): inputs[i] for linear in in_12_bits for i in linear.weights}.values())
+    graph.given_back = give_back({id(inputs[i]): inputs[i] for linear in smaller for i in linear.weights}.values())
     if graph.twins:
         warn_of_slow_lowering(choices.lowering, program.plan.device)
         if model.ranks.several:  # (which judge together or not at all; else the first report does)

@@ -45,7 +45,7 @@ class Choices:
     twinning: Twinning | None  # of the blocks; None: twins keep the backbone's weights
     head_twinning: Twinning | None  # None: tokens that left use the head's own weights
     own_backbone: bool  # whether the backbone's blocks multiply by the package's kernels
-    packed_backbone: bool  # whether these read weights in 12 bits
+    backbone_weights: str  # how these read weights: as the "model" has them, or packed in "12bit" or "8bit"
     fill: type[Fill] = Fill  # what writes the KV entries of skipped blocks
     device: CaptureDevice | None = None  # captures the steps
     verdicts: DeviceExitState | None = None  # exits that the device decides; None: the host does
@@ -82,7 +82,7 @@ def choose(program: RiverProgram, config: RiverConfig, lowering: Lowering, fill:
         twinning=twinning,
         head_twinning=twinning if head == "w4" else None,
         own_backbone=own_backbone,
-        packed_backbone=_packs_backbone(program, config, lowering, own_backbone),
+        backbone_weights=_backbone_weights(program, config, lowering, own_backbone),
         fill=fill,
     )
 
@@ -116,8 +116,8 @@ def passes_for(choices: Choices, plan: DecoderPlan) -> list[Pass]:
         passes.append(rescored_head)
         if lowering.native and plan.is_decode:
             passes.append(wanted_logits)
-    if choices.packed_backbone:
-        passes.append(packed_backbone)
+    if choices.own_backbone and (lowering.native or choices.backbone_weights != "model"):
+        passes.append(packed_backbone(choices.backbone_weights))
     return passes
 
 
@@ -137,8 +137,8 @@ def _exit_policy(program: RiverProgram, config: RiverConfig) -> ExitPolicy:
     return policy
 
 
-def _packs_backbone(program: RiverProgram, config: RiverConfig, lowering: Lowering, own_backbone: bool) -> bool:
-    """Says whether the backbone's weights are packed without loss.
+def _backbone_weights(program: RiverProgram, config: RiverConfig, lowering: Lowering, own_backbone: bool) -> str:
+    """Says how the backbone's weights are read: "model", "12bit" or "8bit".
 
     Raises:
         OptionError: that is asked for, and the backbone multiplies by neither C++ kernels that have vectors nor the
@@ -146,19 +146,19 @@ def _packs_backbone(program: RiverProgram, config: RiverConfig, lowering: Loweri
     """
     asked = config.backbone_weights
     if asked == "auto":
-        return lowering.native and own_backbone and _is_bfloat16(program) and bf12.gain() >= _LEAST_GAIN
-    if asked == "model":
-        return False
-    if config.backbone == "river" and not lowering.native:
-        return own_backbone  # (that of decode steps)
-    if not own_backbone:
+        pays = lowering.native and own_backbone and _is_bfloat16(program) and bf12.gain() >= _LEAST_GAIN
+        return "12bit" if pays else "model"
+    if asked == "12bit" and config.backbone == "river" and not lowering.native:
+        return asked if own_backbone else "model"  # (decode steps alone have one)
+    if asked != "model" and not (own_backbone and lowering.native):
+        on_gpu = ", and on a GPU for backbone='river'" if asked == "12bit" else ""
         raise OptionError(
-            "backbone_weights='12bit' is for the C++ kernels on a CPU, and on a GPU for backbone='river', and this "
-            "backbone multiplies by others; use backbone_weights='model'"
+            f"backbone_weights={asked!r} is for the C++ kernels on a CPU{on_gpu}, and this backbone multiplies by "
+            "others; use backbone_weights='model'"
         )
-    if chosen().name == "portable":
+    if asked == "12bit" and chosen().name == "portable":
         raise OptionError("backbone_weights='12bit' needs a processor with AVX2; use backbone_weights='model'")
-    return True
+    return asked
 
 
 def _is_bfloat16(program: RiverProgram) -> bool:

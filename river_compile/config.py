@@ -141,10 +141,10 @@ class RiverConfig:
     )
     backbone_weights: str = _option(
         "model",
-        one_of("auto", "model", "12bit"),
-        'how the C++ kernels read the weights of the 16-bit blocks: the `"model"`\'s own tensors, or `"12bit"`: '
-        'bfloat16 packed without loss, a quarter fewer bytes and the same bits in every result; `"auto"`: 12bit where '
-        "it was measured to be faster on this machine ([docs/lowering.md](docs/lowering.md#weights-in-12-bits))",
+        one_of("auto", "model", "12bit", "8bit"),
+        'how the kernels read the weights of the 16-bit blocks: the `"model"`\'s own tensors, or packed without loss: '
+        '`"12bit"`, of bfloat16, and `"8bit"`, of float32 that a Q8_0 file was loaded to; `"auto"`: 12bit where it was '
+        "measured to be faster on this machine ([docs/lowering.md](docs/lowering.md#weights-in-12-bits))",
     )
     exit_every: int = _option(1, integer(1), "distance between depths with a check", EXPERT)
     lowering: str = _option(

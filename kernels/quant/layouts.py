@@ -13,9 +13,9 @@ Layouts (N output features, K input features padded to whole groups of G)
                 low and 4 + j in the high nibble. scale_zero bfloat16 [N' / 16, K / G, 16, 2]. Products round
                 activations to 8 bits.
 
-A matrix of the backbone may lie in layout "12bit" (:mod:`river_compile.kernels.quant.bf12`), which has no grid:
-qweight are its units and scale_zero its side; or, where its weights are of too many magnitudes for that, qweight is the
-bfloat16 matrix itself and scale_zero empty.
+A matrix of the backbone may lie in a layout of `LOSSLESS`, which have no grid: "12bit" and "12bit_triton" (`bf12`),
+where qweight are its units and scale_zero its side, or "8bit" (`bits8`), where scale_zero is its scale. One that does
+not fit there is qweight itself, as it was, and scale_zero is empty.
 
 Experts' matrices of one shape are stacked: their tensors have a dimension more in front.
 
@@ -35,7 +35,7 @@ from torch import Tensor
 
 from river_compile.kernels.checks import check_choice
 from river_compile.kernels.native import load as native
-from river_compile.kernels.quant import aten_int4, bf12
+from river_compile.kernels.quant import aten_int4, bf12, bits8
 from river_compile.kernels.quant.grid import GROUP_SIZES, MID_POINT, QuantizedWeight
 
 
@@ -66,8 +66,8 @@ class PackedLinear:
 
     @property
     def unpacked(self) -> bool:
-        """Whether it is a matrix of bfloat16 as it was, which 12 bits would hold badly."""
-        return self.layout in bf12.LAYOUTS and self.qweight.dtype == torch.bfloat16
+        """Whether it is a matrix as it was, which a layout of `LOSSLESS` does not hold, or badly."""
+        return self.layout in LOSSLESS and self.qweight.is_floating_point() and self.qweight.itemsize > 1
 
     def to(self, device: torch.device) -> PackedLinear:
         """Returns the same matrix on a device."""
@@ -86,26 +86,40 @@ class PackedLinear:
 
     def dequantize(self, dtype: torch.dtype = torch.float32) -> Tensor:
         """Returns the matrix ``[N, K]`` in `dtype`, of E stacked ones ``[E N, K]``."""
+        if self.unpacked:
+            return self.qweight.to(dtype)
+        if self.layout == bits8.LAYOUT:
+            return bits8.dequantize(self.qweight, self.scale_zero).to(dtype)
         if self.layout in bf12.LAYOUTS:
-            sizes = self.out_features, self.in_features
-            weight = self.qweight if self.unpacked else bf12.unpack(self.qweight, self.scale_zero, *sizes)
-            return weight.to(dtype)
+            return bf12.unpack(self.qweight, self.scale_zero, self.out_features, self.in_features).to(dtype)
         return self.unpack().dequantize(dtype)[:, : self.in_features]
 
 
 def pack_lossless(weights: Sequence[Tensor], layout_name: str = bf12.LAYOUT) -> PackedLinear:
-    """Returns matrices ``[N_i, K]`` of bfloat16, one below the other, in a layout of 12 bits.
+    """Returns matrices ``[N_i, K]``, one below the other, in a layout of `LOSSLESS`.
 
-    It lies on the CPU. One with more than `bf12.MOST_PATCHED` patches stays what it is, in ``qweight`` (`unpacked`).
+    It lies on the CPU. One with more than `bf12.MOST_PATCHED` patches, or that is none of 8 bits, stays what it is
+    (`unpacked`).
     """
-    parts = [part.detach().cpu() for part in weights]
+    n, k = sum(map(len, weights)), weights[0].shape[1]
+    if layout_name == bits8.LAYOUT:
+        found = bits8.pack(weights)
+        if found is not None:
+            return PackedLinear(layout_name, *found, 0, k, n)
+    parts = [part.detach().cpu() if is_plain(part) else part.dequantize().to(part.dtype) for part in weights]
     weight = torch.cat(parts) if len(parts) > 1 else parts[0]
-    n, k = weight.shape
-    if bf12.patched_share(weight) > bf12.MOST_PATCHED:
+    if layout_name == bits8.LAYOUT or bf12.patched_share(weight) > bf12.MOST_PATCHED:
         return PackedLinear(layout_name, weight.clone(), torch.zeros(0, dtype=torch.int32), 0, k, n)
     return PackedLinear(layout_name, *bf12.pack(weight), 0, k, n)
 
 
+def is_plain(tensor: Tensor) -> bool:
+    """False for a tensor that is made of others, such as a quantized one."""
+    return type(tensor) in (Tensor, torch.nn.Parameter)
+
+
+#: Layouts of matrices that keep their values.
+LOSSLESS = (*bf12.LAYOUTS, bits8.LAYOUT)
 NATIVE_LAYOUT = "native"  # that of the C++ kernels
 #: Layouts with the same bytes on every machine.
 PORTABLE = ("plain", "triton", "native")

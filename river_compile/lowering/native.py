@@ -18,7 +18,7 @@ from torch import Tensor, fx
 from river_compile.kernels.native import load as native
 from river_compile.kernels.native.tape import Tape
 from river_compile.kernels.portable import largest_entropy
-from river_compile.kernels.quant import bf12
+from river_compile.kernels.quant import bf12, bits8
 from river_compile.kernels.quant.layouts import NATIVE_LAYOUT
 from river_compile.passes.backbone import parts_of
 from river_compile.passes.edits import drop_unused
@@ -122,7 +122,7 @@ def use_native(graph: fx.Graph) -> None:
 
 def _use_native_product(node: fx.Node, native_ops: Any) -> None:
     x, weight, scale_zero, bias, out_features, group_size, layout = node.args
-    if layout in (NATIVE_LAYOUT, bf12.LAYOUT):
+    if layout in (NATIVE_LAYOUT, bf12.LAYOUT, bits8.LAYOUT):
         node.target, node.args = native_ops.linear.default, (x, weight, scale_zero, bias, out_features, group_size)
     elif layout == "dense":
         node.target, node.args = native_ops.dense.default, (x, parts_of(weight), parts_of(bias))

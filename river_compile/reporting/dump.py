@@ -112,5 +112,5 @@ def _changes(record: PassRecord) -> Iterator[tuple[str, str]]:
 
 def _site_line(number: int, linear: TwinLinear) -> str:
     if linear.lossless:
-        return f"#   12-bit product {number}: {linear.name}"
+        return f"#   {linear.layout} product {number}: {linear.name}"
     return f"#   4-bit product {number}: {linear.name}, groups of {linear.group_size}"

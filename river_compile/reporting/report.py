@@ -232,7 +232,7 @@ def graph_lines(graph: GraphRecord) -> Iterator[str]:
         yield f"    at latest    after block {config.deepest} (offload_policy='exit')"
     if graph.lossless_bytes:
         back = f"; {graph.given_back / 1e6:.1f} MB of parameters lie in their file alone" if graph.given_back else ""
-        yield f"    backbone     {graph.lossless_bytes / 1e6:.1f} MB of weights in 12 bits, without loss{back}"
+        yield f"    backbone     {graph.lossless_bytes / 1e6:.1f} MB of weights, packed without loss{back}"
     for reason, count in Counter(k.reason for k in graph.kept).items():
         yield f"    in 16 bits   {count} matrices: {reason}"
     for size, count in Counter(_other_groups(graph).values()).items():

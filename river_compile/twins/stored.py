@@ -21,6 +21,7 @@ from pathlib import Path
 
 from river_compile.errors import ArtifactError, RiverWarning
 from river_compile.kernels.files import making
+from river_compile.kernels.quant import bits8
 from river_compile.passes.program import TwinLinear
 from river_compile.store.folder import Entry, cannot_write, keep_bound
 from river_compile.twins.artifact import FILE, VERSION, Artifact, write_artifact
@@ -68,9 +69,9 @@ class StoredTwins:
     def write(self, twins: Sequence[TwinWeight]) -> None:
         """Writes them, unless another process has done so; a place that cannot be written is told.
 
-        Matrices that 12 bits would hold badly are not written: they are the model's own.
+        Matrices that stayed what they were are not written, nor are those of 8 bits, which take no time to pack.
         """
-        twins = [twin for twin in twins if not twin.weight.unpacked]
+        twins = [twin for twin in twins if not twin.weight.unpacked and twin.weight.layout != bits8.LAYOUT]
         if not twins:
             return
         try:

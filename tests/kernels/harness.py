@@ -19,7 +19,7 @@ GUARD = 64
 #: Relative to the magnitudes that a result was added up from. The interpreter cuts bfloat16 off instead of rounding it.
 TOLERANCE = {torch.float32: 2e-5, torch.float16: 2e-3, torch.bfloat16: 1.6e-2}
 SQNR_FLOOR = {torch.float32: 90.0, torch.float16: 50.0, torch.bfloat16: 30.0}
-INTEGER_GUARD = {torch.uint8: 0x5A, torch.int32: 0x5A5A5A5A, torch.int64: 1 << 40, torch.bool: True}
+INTEGER_GUARD = {torch.uint8: 0x5A, torch.int8: 0x5A, torch.int32: 0x5A5A5A5A, torch.int64: 1 << 40, torch.bool: True}
 
 
 class Guarded:

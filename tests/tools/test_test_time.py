@@ -17,7 +17,8 @@ def test_waits():
 def test_a_run_is_told_by_cause_and_test(tmp_path):
     """The whole product is imported, so a function that was renamed is missed here."""
     (tmp_path / "test_toy.py").write_text(SLEEPS)
-    environment = {**os.environ, "PYTHONPATH": str(ROOT), "PYTEST_ADDOPTS": ""}
+    around = {name: value for name, value in os.environ.items() if not name.startswith("PYTEST_")}
+    environment = {**around, "PYTHONPATH": str(ROOT)}
     for module in ("pytest -p tools.test_time -p no:cacheprovider -q test_toy.py", "tools.test_time"):
         command = [sys.executable, "-m", *module.split()]
         done = subprocess.run(command, cwd=tmp_path, env=environment, capture_output=True, text=True)

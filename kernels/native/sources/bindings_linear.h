@@ -1,4 +1,4 @@
-// Operators for matmuls with weights in 4 bits, in 12, or in the activations' dtype: from tensors to phases.
+// Operators for matmuls with weights in 4 bits, in 8, in 12, or in the activations' dtype: from tensors to phases.
 #pragma once
 
 #include "tensors.h"
@@ -90,6 +90,25 @@ inline LinearCall in_12_bits(const Tensor& x, const Tensor& units, const Tensor&
   call.gemm.x.format = kernels().bfloat16;
   call.gemm.weight = static_cast<const uint8_t*>(units.data_ptr());
   call.gemm.palette = numbers;
+  return call;
+}
+
+// A matmul with weights [N, K] in 8 bits; scales [N, 1], or of integers [N, K / 32].
+inline LinearCall in_8_bits(const Tensor& x, const Tensor& weight, const Tensor& scale, int64_t n) {
+  const int64_t k = columns_of(x), groups = scale.dim() == 2 ? scale.size(1) : 0;
+  const bool floats = weight.scalar_type() == ScalarType::Float8_e4m3fn;
+  STD_TORCH_CHECK(n > 0 && k > 0 && weight.is_cpu() && weight.is_contiguous() && weight.dim() == 2 &&
+                      weight.size(0) == n && weight.size(1) == k,
+                  "weight in 8 bits does not have these features");
+  STD_TORCH_CHECK(scale.is_cpu() && scale.scalar_type() == ScalarType::Float && scale.is_contiguous() && groups > 0 &&
+                      scale.size(0) == n && (groups == 1 || (!floats && k == 32 * groups)),
+                  "scale_zero must be float32, with a scale for each row of the weight, or for 32 integers of it");
+  LinearCall call;
+  call.gemm.x.format = kFloats;
+  call.gemm.weight = static_cast<const uint8_t*>(weight.data_ptr());
+  call.gemm.scale = static_cast<const float*>(scale.data_ptr());
+  call.gemm.in_8_bits = floats ? kFloat8s : kInt8s;
+  call.gemm.grouped = groups > 1;
   return call;
 }
 
@@ -223,11 +242,14 @@ inline Tensor linear(const Tensor& x, const Tensor& weight, const Tensor& scale_
                      int64_t out_features, int64_t group_size, const Fused& fused, const Maybe& wanted) {
   check(x.dim() > 0, "x", "have a dimension of features");
   const bool lossless = group_size == 0;
-  if (lossless && weight.scalar_type() != ScalarType::Byte)  // (a matrix that would not become smaller)
+  const ScalarType kind = weight.scalar_type();
+  const bool bytes = kind == ScalarType::Char || kind == ScalarType::Float8_e4m3fn;
+  if (lossless && kind != ScalarType::Byte && !bytes)  // (a matrix that would not become smaller)
     return dense(x, {weight}, bias ? Tensors{*bias} : Tensors{}, fused);
   check(!lossless || !wanted, "wanted", "be for products with weights in 4 bits");
-  LinearCall call = lossless ? in_12_bits(x, weight, scale_zero, out_features)
-                             : quantized(weight, scale_zero, columns_of(x), out_features, group_size);
+  LinearCall call = !lossless ? quantized(weight, scale_zero, columns_of(x), out_features, group_size)
+                    : bytes   ? in_8_bits(x, weight, scale_zero, out_features)
+                              : in_12_bits(x, weight, scale_zero, out_features);
   const Rows added{{vector_of(bias, x, out_features, "bias")}, {0, int32_t(out_features)}, bias.has_value()};
   Tensors held;
   const Tensor y = describe(call, x, out_features, lossless ? kLargestGroup : group_size, added, fused, held);

@@ -117,7 +117,7 @@ void store_block(void* p, int64_t first, int64_t stride, int rows, int count, in
   }
 }
 
-constexpr int64_t bytes_of(int32_t dtype) { return dtype == kFloat32 ? 4 : dtype == kBool ? 1 : 2; }
+constexpr int64_t bytes_of(int32_t dtype) { return dtype == kFloat32 ? 4 : dtype >= kBool ? 1 : 2; }
 
 // Calls f with a tensor's dtype as a constant.
 template <class F>

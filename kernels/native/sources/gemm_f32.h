@@ -1,6 +1,6 @@
 // Dot products in float32 of a few rows with rows of weights or keys, which are converted as they are read, once for as
-// many rows as registers hold, and the matmul that is made of them. Each is summed in one order, whatever the number of
-// either.
+// many rows as registers hold, and the matmuls that are made of them: with weights of 16 and 32 bits, those in 12, and
+// integers or floats of 8 bits with scales. Each is summed in one order, whatever the number of either.
 #pragma once
 
 #include <algorithm>
@@ -23,6 +23,8 @@ RIVER_INLINE Floats load_vector(const char* piece) {
     const Ints pairs = load(reinterpret_cast<const uint8_t*>(piece) + U / 2 * kLanes * 4);
     return U % 2 ? high_bfloat16(pairs) : low_bfloat16(pairs);
   }
+  if constexpr (D == kInt8s) return load_int8(reinterpret_cast<const uint8_t*>(piece) + U * kLanes);
+  if constexpr (D == kFloat8s) return load_float8(reinterpret_cast<const uint8_t*>(piece) + U * kLanes);
 }
 
 // To and from the order of kEvenOdd; `size` is a multiple of 32.
@@ -41,31 +43,36 @@ inline void join(const float* values, int64_t size, float* out) {
     }
 }
 
-// y[r][t] = sum over i < k of rows[t][i] x[r][i]; `fetch` is called with the number of each piece's first feature.
-template <int R, int T, int D, class Fetch>
+struct AsTheyAre {
+  RIVER_INLINE Floats operator()(Floats values, int, int64_t) const { return values; }
+};
+
+// y[r][t] = sum over i < k of rows[t][i] x[r][i]; `fetch` is called with the number of each piece's first feature, and
+// `scaled` with values, their row and that number.
+template <int R, int T, int D, class Fetch, class Scaled>
 RIVER_INLINE void dots_of_tile(const char* const* rows, int64_t k, Matrix<const float> x, Matrix<float> y,
-                               const Fetch& fetch) {
+                               const Fetch& fetch, const Scaled& scaled) {
   const int64_t whole = k / kPiece * kPiece;
   Floats sums[R][4];
   unrolled<R>([&](auto r) RIVER_INLINED { unrolled<4>([&](auto t) RIVER_INLINED { sums[r][t] = zeros(); }); });
-  const auto add = [&](const auto& piece_of, const float* at) RIVER_INLINED {
+  const auto add = [&](const auto& piece_of, int64_t i) RIVER_INLINED {
     unrolled<kPiece / kLanes>([&](auto u) RIVER_INLINED {
       unrolled<T>([&](auto t) RIVER_INLINED {
-        const Floats values = load_vector<D, u>(piece_of(t));
+        const Floats values = scaled(load_vector<D, u>(piece_of(t)), t, i);
         unrolled<R>([&](auto r) RIVER_INLINED {
-          sums[r][t] = fma(values, load_floats(at + r * x.stride + u * kLanes), sums[r][t]);
+          sums[r][t] = fma(values, load_floats(x.data + i + r * x.stride + u * kLanes), sums[r][t]);
         });
       });
     });
   };
   for (int64_t i = 0; i < whole; i += kPiece) {
     fetch(i);
-    add([&](int t) RIVER_INLINED { return rows[t] + i * bytes_of(D); }, x.data + i);
+    add([&](int t) RIVER_INLINED { return rows[t] + i * bytes_of(D); }, i);
   }
   if (whole < k) {
     char last[T][kPiece * bytes_of(D)] = {};
     for (int t = 0; t < T; ++t) std::memcpy(last[t], rows[t] + whole * bytes_of(D), (k - whole) * bytes_of(D));
-    add([&](int t) RIVER_INLINED { return last[t]; }, x.data + whole);
+    add([&](int t) RIVER_INLINED { return last[t]; }, whole);
   }
   unrolled<R>([&](auto r) RIVER_INLINED {
     float total[4];
@@ -75,11 +82,13 @@ RIVER_INLINE void dots_of_tile(const char* const* rows, int64_t k, Matrix<const 
 }
 
 // The same of `count` rows, in batches that registers hold; `fetch` is called with the batch and their number too.
-template <int T, int D, class Fetch>
-void dots(const char* const* rows, int64_t k, Matrix<const float> x, int count, Matrix<float> y, const Fetch& fetch) {
+template <int T, int D, class Fetch, class Scaled = AsTheyAre>
+void dots(const char* const* rows, int64_t k, Matrix<const float> x, int count, Matrix<float> y, const Fetch& fetch,
+          const Scaled& scaled = {}) {
   in_batches<kMostRows>(count, [&](auto r, int row, int batch, int batches) RIVER_INLINED {
-    dots_of_tile<r, T, D>(rows, k, {x.data + row * x.stride, x.stride}, {y.data + row * y.stride, y.stride},
-                          [&](int64_t i) RIVER_INLINED { fetch(i, batch, batches); });
+    dots_of_tile<r, T, D>(
+        rows, k, {x.data + row * x.stride, x.stride}, {y.data + row * y.stride, y.stride},
+        [&](int64_t i) RIVER_INLINED { fetch(i, batch, batches); }, scaled);
   });
 }
 
@@ -98,6 +107,37 @@ void microkernel_f32(const GemmArgs& a, int64_t n, int row, int rows, float (*y)
                      __builtin_prefetch(weight + ahead * row_bytes + i * bytes_of(D) + byte, 0, 2);
                });
   });
+}
+
+// The same of weights in 8 bits with scales, either one for each output feature, which its sums meet, or one for every
+// piece. Floats of 8 bits are read as those of 16, whose exponents are greater by 8.
+template <int D, bool kGrouped>
+void microkernel_8_bits(const GemmArgs& a, int64_t n, int row, int rows, float (*y)[kBlock]) {
+  const int64_t k = a.in_features, padded = a.padded_features(), groups = kGrouped ? k / kPiece : 1;
+  const Matrix<const float> x{static_cast<const float*>(a.x.values) + row * padded, padded};
+  const int count = int(std::min<int64_t>(kBlock, a.epilogue.out_features - n * kBlock));
+  const auto some = [&](int at, auto t) RIVER_INLINED {
+    const int64_t first = n * kBlock + at;
+    const char* weight = reinterpret_cast<const char*>(a.weight) + first * k;
+    const char* features[] = {weight, weight + k, weight + 2 * k, weight + 3 * k};
+    const float* scale = a.scale + first * groups;
+    dots<t, D>(
+        features, k, x, rows, {y[0] + at, kBlock},
+        [&](int64_t i, int batch, int) RIVER_INLINED {
+          if (batch == 0 && i % 64 == 0)
+            for (int ahead = t; ahead < 2 * t; ++ahead) __builtin_prefetch(weight + ahead * k + i, 0, 2);
+        },
+        [&](Floats values, int of, int64_t i) RIVER_INLINED {
+          if constexpr (kGrouped) return values * every(scale[of * groups + i / kPiece]);
+          return values;
+        });
+    if constexpr (!kGrouped)
+      for (int r = 0; r < rows; ++r)
+        for (int i = 0; i < t; ++i) y[r][at + i] *= scale[i] * (D == kFloat8s ? 256.0f : 1.0f);
+  };
+  int at = 0;
+  for (; at + 4 <= count; at += 4) some(at, std::integral_constant<int, 4>());
+  for (; at < count; ++at) some(at, std::integral_constant<int, 1>());
 }
 
 // The same of weights in 12 bits.
@@ -135,6 +175,9 @@ inline void gemm_f32(const GemmArgs& a, int part, int parts) {
   constexpr int64_t kBytesTogether = 1 << 18;  // of activations
   const int fit = int(std::max<int64_t>(kBytesTogether / 4 / a.padded_features() / kBlock, 1)) * kBlock;
   const int together = std::min(fit, kRowsTogether);
+  if (a.in_8_bits == kFloat8s) return gemm_blocked(a, part, parts, microkernel_8_bits<kFloat8s, false>, together);
+  if (a.in_8_bits && a.grouped) return gemm_blocked(a, part, parts, microkernel_8_bits<kInt8s, true>, together);
+  if (a.in_8_bits) return gemm_blocked(a, part, parts, microkernel_8_bits<kInt8s, false>, together);
   if (a.palette) return gemm_blocked(a, part, parts, MicrokernelF32Bf12(a), together);
   with_dtype(a.epilogue.dtype, [&](auto d) { gemm_blocked(a, part, parts, microkernel_f32<d>, together); });
 }

@@ -33,7 +33,7 @@ struct Matrix {
 };
 using Strided = Matrix<void>;
 
-enum Dtype : int32_t { kFloat32 = 0, kBFloat16 = 1, kFloat16 = 2, kBool = 3 };
+enum Dtype : int32_t { kFloat32 = 0, kBFloat16 = 1, kFloat16 = 2, kBool = 3, kInt8s = 4, kFloat8s = 5 };
 enum Norm : int32_t { kNoNorm = 0, kRms = 1, kRmsPlusOne = 2, kLayerNorm = 3 };
 enum Activation : int32_t { kIdentity = 0, kSilu = 1, kGelu = 2, kGeluTanh = 3, kRelu = 4 };
 
@@ -95,11 +95,13 @@ struct GemmArgs {
   const int32_t* palette;      // of weights of bfloat16 in 12 bits, null otherwise; then `weight` is [N' / 4, K'' / 64,
                                // 6, 64], K'' of 64 features (bf12.h). 16 bytes, the number of each four's first patch
                                // [N' / 4 + 1], and the patches [2]: 4 k + n within the four, and the weight
+  const float* scale;          // [N, 1 or K / 32] of weights in 8 bits, null otherwise; then `weight` is [N, K]
   const int64_t* expert;       // [M] which of `experts` stacked weights a row meets, null if there is one for all;
                                // a row with none of their numbers gets zeros
   const int32_t* wanted;       // how many blocks of 16 output features are wanted, and their numbers, ascending; the
                                // others become kUnwanted. Null: all are. For 4-bit weights, not gated, no residual
   int32_t rows, in_features, group_size, experts;
+  int32_t in_8_bits, grouped;  // kInt8s or kFloat8s, and whether every 32 input features have a scale; 0 otherwise
   Epilogue epilogue;
 
   int64_t groups() const { return ceil_div(in_features, group_size); }

@@ -74,6 +74,13 @@ RIVER_INLINE __m128 quarters_of(Floats x) {
 RIVER_INLINE Floats load_float16(const uint16_t* p) {
   return _mm512_cvtph_ps(_mm256_loadu_si256(reinterpret_cast<const __m256i*>(p)));
 }
+RIVER_INLINE Floats load_int8(const uint8_t* p) {
+  return to_floats(_mm512_cvtepi8_epi32(_mm_loadu_si128(reinterpret_cast<const __m128i*>(p))));
+}
+RIVER_INLINE Floats load_float8(const uint8_t* p) {
+  const __m256i x = _mm256_cvtepi8_epi16(_mm_loadu_si128(reinterpret_cast<const __m128i*>(p)));
+  return _mm512_cvtph_ps(_mm256_and_si256(_mm256_slli_epi16(x, 7), _mm256_set1_epi16(int16_t(0xbf80))));
+}
 RIVER_INLINE Floats low_bfloat16(Ints x) { return _mm512_castsi512_ps(_mm512_slli_epi32(x, 16)); }
 RIVER_INLINE Floats high_bfloat16(Ints x) {
   return _mm512_castsi512_ps(_mm512_and_si512(x, _mm512_set1_epi32(int32_t(0xffff0000))));
@@ -115,6 +122,13 @@ RIVER_INLINE Floats load_floats(const float* p) { return _mm256_loadu_ps(p); }
 RIVER_INLINE __m128 quarters_of(Floats x) { return _mm_add_ps(_mm256_castps256_ps128(x), _mm256_extractf128_ps(x, 1)); }
 RIVER_INLINE Floats load_float16(const uint16_t* p) {
   return _mm256_cvtph_ps(_mm_loadu_si128(reinterpret_cast<const __m128i*>(p)));
+}
+RIVER_INLINE Floats load_int8(const uint8_t* p) {
+  return to_floats(_mm256_cvtepi8_epi32(_mm_loadl_epi64(reinterpret_cast<const __m128i*>(p))));
+}
+RIVER_INLINE Floats load_float8(const uint8_t* p) {
+  const __m128i x = _mm_cvtepi8_epi16(_mm_loadl_epi64(reinterpret_cast<const __m128i*>(p)));
+  return _mm256_cvtph_ps(_mm_and_si128(_mm_slli_epi16(x, 7), _mm_set1_epi16(int16_t(0xbf80))));
 }
 RIVER_INLINE Floats low_bfloat16(Ints x) { return _mm256_castsi256_ps(_mm256_slli_epi32(x, 16)); }
 RIVER_INLINE Floats high_bfloat16(Ints x) {
@@ -164,6 +178,14 @@ RIVER_INLINE Floats load_floats(const float* p) {
 }
 RIVER_INLINE Floats load_float16(const uint16_t* p) {
   return Floats{from_float16(p[0]), from_float16(p[1]), from_float16(p[2]), from_float16(p[3])};
+}
+RIVER_INLINE Floats load_int8(const uint8_t* p) {
+  return Floats{float(int8_t(p[0])), float(int8_t(p[1])), float(int8_t(p[2])), float(int8_t(p[3]))};
+}
+RIVER_INLINE Floats load_float8(const uint8_t* p) {
+  uint16_t halves[4];
+  for (int i = 0; i < 4; ++i) halves[i] = uint16_t(int8_t(p[i]) << 7 & 0xbf80);
+  return load_float16(halves);
 }
 RIVER_INLINE Floats low_bfloat16(Ints x) { return (Floats)((Words)x << 16); }
 RIVER_INLINE Floats high_bfloat16(Ints x) { return (Floats)((Words)x & 0xffff0000u); }
