@@ -47,14 +47,16 @@ class Row:
     """One configuration.
 
     Attributes:
-        backend: "eager", "inductor", "river" or "llama_cpp".
+        backend: "eager", "inductor", "river", "exact" (an accelerated model) or "llama_cpp".
         dtype: None for the dtype of the command line.
         options: of the River backend.
+        file: the kind of GGUF file that llama.cpp writes the weights to first, "" for the model as it is.
     """
 
     backend: str
     dtype: str | None = None
     options: dict = field(default_factory=dict)
+    file: str = ""
 
 
 ROWS = {
@@ -67,9 +69,13 @@ ROWS = {
     "river_depth0": Row("river", options={"exit_depth": 0}),
     "river": Row("river"),
     "llama_cpp": Row("llama_cpp"),
-    "llama_cpp_bf16": Row("llama_cpp", dtype="bfloat16"),  # the same weights, written in 16 bits
+    "llama_cpp_bf16": Row("llama_cpp", file="BF16"),
+    "llama_cpp_q8": Row("llama_cpp", file="Q8_0"),
+    "river_exact": Row("exact", options={"backbone_weights": "model"}),
+    "river_exact_12bit": Row("exact", options={"backbone_weights": "12bit"}),
+    "river_never_q8": Row("river", "float32", {"exit_depth": NEVER, "backbone_weights": "8bit"}, "Q8_0"),
+    "river_exact_q8": Row("exact", "float32", {"backbone_weights": "8bit"}, "Q8_0"),
 }
-_LLAMA_CPP = ("llama_cpp", "llama_cpp_bf16")
 SPEED_RATIOS = (
     ("river", "river_never"),
     ("river", "eager"),
@@ -79,6 +85,11 @@ SPEED_RATIOS = (
     ("river_never", "llama_cpp_bf16"),
     ("river_never_12bit", "river_never"),
     ("river_never_12bit", "llama_cpp_bf16"),
+    ("river_exact", "llama_cpp_bf16"),
+    ("river_exact_12bit", "river_exact"),
+    ("river_exact_12bit", "llama_cpp_bf16"),
+    ("river_never_q8", "llama_cpp_q8"),
+    ("river_exact_q8", "llama_cpp_q8"),
     ("river_never_checks", "river_never"),
 )
 FIRST_TOKEN_RATIOS = (("river", "inductor"),)
@@ -98,12 +109,8 @@ def main(arguments: list[str] | None = None) -> int:
         folder = models.resolve(options.model)
         absent = _absent_rows(options)
         rows = [name for name in options.rows if name not in absent]
-        gguf = llama_cpp_runner.gguf_file(options.gguf, options.model) if set(rows) & set(_LLAMA_CPP) else None
         with tempfile.TemporaryDirectory() as scratch:
-            files = {"llama_cpp": gguf}
-            if gguf is not None and "llama_cpp_bf16" in rows:
-                files["llama_cpp_bf16"] = llama_cpp_runner.requantize(gguf, Path(scratch, "bf16.gguf"), "BF16")
-            results = run(rows, folder, files, options)
+            results = run(rows, _files(rows, folder, options, Path(scratch)), options)
     except (ValueError, models.ModelUnavailable, common.WorkerFailed) as error:
         print(f"error: {error}", file=sys.stderr)
         return 1
@@ -113,7 +120,31 @@ def main(arguments: list[str] | None = None) -> int:
     return 0
 
 
-def run(rows: list[str], folder: Path, gguf: Mapping[str, Path | None], options: argparse.Namespace) -> dict[str, dict]:
+def _files(rows: list[str], folder: Path, options: argparse.Namespace, scratch: Path) -> dict[str, Path]:
+    """Returns the GGUF file or the model folder of each row, writing those that need it."""
+    written: dict[str, Path] = {}
+    if any(map(needs_llama_cpp, rows)):
+        written[""] = llama_cpp_runner.gguf_file(options.gguf, options.model)
+    for kind in {ROWS[name].file for name in rows} - {""}:
+        written[kind] = llama_cpp_runner.requantize(written[""], scratch / f"{kind}.gguf", kind)
+    files = {}
+    for name in rows:
+        row, files[name] = ROWS[name], folder
+        if row.backend == "llama_cpp":
+            files[name] = written[row.file]
+        elif row.file:
+            files[name] = scratch / f"{row.file}-model"
+            if not files[name].exists():
+                models.convert(f"the {row.file} file", written[row.file], files[name], row.dtype or options.dtype)
+    return files
+
+
+def needs_llama_cpp(name: str) -> bool:
+    """Whether a row runs llama.cpp, or a file that it has written."""
+    return ROWS[name].backend == "llama_cpp" or bool(ROWS[name].file)
+
+
+def run(rows: list[str], files: Mapping[str, Path], options: argparse.Namespace) -> dict[str, dict]:
     """Prepares all rows one after another, then lets them take turns; returns the raw results of each."""
     from tqdm import tqdm
 
@@ -126,7 +157,7 @@ def run(rows: list[str], folder: Path, gguf: Mapping[str, Path | None], options:
         for name in rows:
             bar.set_postfix_str(f"preparing {name}")
             workers[name] = stack.enter_context(closing(common.Worker("benchmarks.decode", name, options.threads)))
-            results[name] = workers[name].ask("prepare", **_job(name, folder, gguf.get(name), options))
+            results[name] = workers[name].ask("prepare", **_job(name, files[name], options))
             results[name].update({setting: [] for setting in settings}, prompts={str(n): [] for n in options.prompts})
             bar.update()
         for turn, (name, worker), setting in itertools.product(range(options.repeats), workers.items(), settings):
@@ -231,7 +262,11 @@ class TorchRunner:
         """Compiles and returns the seconds from there to the first and to the second new token."""
         start = time.perf_counter()
         options = {k: self.model.config.num_hidden_layers if v == NEVER else v for k, v in self.job["options"].items()}
-        if self.job["backend"] != "eager":
+        if self.job["backend"] == "exact":
+            import river_compile
+
+            river_compile.accelerate(self.model, "exact", **options)
+        elif self.job["backend"] != "eager":
             self.model.compile(backend=self.job["backend"], options=options)
         setup = time.perf_counter() - start
         first, second = self._generate(stop_after=2).times
@@ -259,7 +294,8 @@ class TorchRunner:
     def _generate(self, stop_after: int | None = None, prompt=None):
         from river_compile.cli.timing import generate
 
-        static, prompt = self.job["backend"] != "eager", self.prompt if prompt is None else prompt
+        # (Exact mode has a static cache of its own.)
+        static, prompt = self.job["backend"] not in ("eager", "exact"), self.prompt if prompt is None else prompt
         return generate(self.model, prompt, self.job["new_tokens"], static_cache=static, stop_after=stop_after)
 
 
@@ -276,16 +312,17 @@ def _torch_runner(job: dict) -> TorchRunner:
     return TorchRunner(model, prompt, text, job)
 
 
-def _job(name: str, folder: Path, gguf: Path | None, options: argparse.Namespace) -> dict:
+def _job(name: str, file: Path, options: argparse.Namespace) -> dict:
     """Returns what a worker must know to prepare a row."""
     row = ROWS[name]
-    twins = {"artifact": options.artifact} if row.backend == "river" and options.artifact else {}
+    own = row.backend in ("river", "exact") and not row.file
+    twins = {"artifact": options.artifact} if own and options.artifact else {}
     return {
         **asdict(row),
         "options": row.options | twins,
         "dtype": row.dtype or options.dtype,
-        "folder": str(folder),
-        "gguf": str(gguf),
+        "folder": str(models.resolve(options.model) if row.backend == "llama_cpp" else file),
+        "gguf": str(file),
         "new_tokens": options.new_tokens,
         "threads": options.threads,
         "batch": options.batch,
@@ -297,7 +334,7 @@ def _job(name: str, folder: Path, gguf: Path | None, options: argparse.Namespace
 def _absent_rows(options: argparse.Namespace) -> dict[str, str]:
     """Returns the wanted rows that cannot run here, each with the reason."""
     reason = llama_cpp_runner.why_not(options.gguf, options.model, options.batch)
-    return {name: reason for name in _LLAMA_CPP if name in options.rows and reason}
+    return {name: reason for name in options.rows if reason and needs_llama_cpp(name)}
 
 
 def _parse(arguments: list[str] | None) -> argparse.Namespace:

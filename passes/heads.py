@@ -49,7 +49,7 @@ def product_of(head: Segment) -> fx.Node:
     return products[0]
 
 
-def wanted_logits(program: RiverProgram) -> RiverProgram:
+def draft_vocab(program: RiverProgram) -> RiverProgram:
     """The product of the river's head takes a list of the blocks of logits that are wanted."""
     logits = logits_of(program)
     rule, otherwise = "head + list of wanted logits", "drafts compute all logits"

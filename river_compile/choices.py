@@ -24,7 +24,7 @@ from river_compile.lowering.choose import Lowering
 from river_compile.passes.backbone import river_backbone
 from river_compile.passes.exit_checks import exit_checks, logits_entropy, logits_of
 from river_compile.passes.fusion.fuse import fuse_backbone, fuse_checks, fuse_twins
-from river_compile.passes.heads import rescored_head, wanted_logits
+from river_compile.passes.heads import draft_vocab, rescored_head
 from river_compile.passes.nodes import is_parameter, value_of
 from river_compile.passes.packed_backbone import packed_backbone
 from river_compile.passes.pipeline import Pass
@@ -115,7 +115,7 @@ def passes_for(choices: Choices, plan: DecoderPlan) -> list[Pass]:
     if head is not None:
         passes.append(rescored_head)
         if lowering.native and plan.is_decode:
-            passes.append(wanted_logits)
+            passes.append(draft_vocab)
     if choices.own_backbone and (lowering.native or choices.backbone_weights != "model"):
         passes.append(packed_backbone(choices.backbone_weights))
     return passes

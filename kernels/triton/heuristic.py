@@ -139,7 +139,7 @@ def _row_tiles(spec: LinearSpec) -> Iterator[LinearTile]:
     twelve = spec.weights == "bf12"
     deepest = max(spec.group_size or (UNIT if twelve else 32), next_power_of_two(spec.in_features))
     depths = {min(per_warp * warps, deepest): warps for warps in (8, 4, 2, 1)}
-    widths = (4, 8, 16) if twelve else (1, 2, 4, 8, 16, 32)
+    widths = (4,) if twelve else (1, 2, 4, 8, 16, 32)
     for (depth, warps), block_n, split_k in itertools.product(depths.items(), widths, splits):
         yield LinearTile(block_n, depth, 1, split_k, warps)
 

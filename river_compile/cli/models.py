@@ -187,7 +187,7 @@ def fetch(name: str) -> Path:
     if not folder.exists():
         gguf = gguf_path(name)
         with new_folder(folder) as scratch:
-            _convert(source.title, gguf, scratch)
+            convert(source.title, gguf, scratch)
     return folder
 
 
@@ -250,8 +250,12 @@ def _concatenate(pieces: list[Path], whole: Path) -> None:
                 shutil.copyfileobj(part, joined, 1 << 20)
 
 
-def _convert(title: str, gguf: Path, folder: Path) -> None:
-    """Writes the model in `gguf` to `folder`: config, bfloat16 weights, tokenizer."""
+def convert(title: str, gguf: Path, folder: Path, dtype: str = "bfloat16") -> None:
+    """Writes the model in `gguf` to `folder`: config, weights in `dtype`, tokenizer.
+
+    Raises:
+        ModelUnavailable: a package that this takes is not installed.
+    """
     for module in ("gguf", "accelerate"):
         if importlib.util.find_spec(module) is None:
             raise ModelUnavailable(f"converting {title} needs {module}; run `pip install gguf accelerate`")
@@ -267,8 +271,8 @@ def _convert(title: str, gguf: Path, folder: Path) -> None:
         steps.set_postfix_str("unpacking the weights")
         packed = AutoModelForCausalLM.from_pretrained(gguf.parent, **_dense_gguf(gguf.name), dtype=torch.float32)
         steps.update()
-        steps.set_postfix_str("rounding to bfloat16")
-        model = _plain_copy(packed, torch.bfloat16)
+        steps.set_postfix_str(f"rounding to {dtype}")
+        model = _plain_copy(packed, getattr(torch, dtype))
         steps.update()
         steps.set_postfix_str("saving")
         model.save_pretrained(folder)

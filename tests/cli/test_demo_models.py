@@ -22,7 +22,7 @@ def conversions(tmp_path, monkeypatch):
 
     monkeypatch.setenv("RIVER_COMPILE_CACHE", str(tmp_path))
     monkeypatch.setattr(models, "gguf_path", lambda name: tmp_path / "unused.gguf")
-    monkeypatch.setattr(models, "_convert", convert)
+    monkeypatch.setattr(models, "convert", convert)
     return runs
 
 
@@ -36,21 +36,21 @@ def test_an_interrupted_conversion_leaves_nothing(conversions, tmp_path, monkeyp
         (folder / "config.json").write_text("{}")
         raise KeyboardInterrupt
 
-    monkeypatch.setattr(models, "_convert", interrupted)
+    monkeypatch.setattr(models, "convert", interrupted)
     with pytest.raises(KeyboardInterrupt):
         models.fetch("smollm2")
     assert list((tmp_path / "models").iterdir()) == []
 
 
 def test_the_first_of_two_concurrent_conversions_stays(conversions, tmp_path, monkeypatch):
-    convert = models._convert
+    convert = models.convert
 
     def overtaken(title, gguf, folder):
-        monkeypatch.setattr(models, "_convert", convert)
+        monkeypatch.setattr(models, "convert", convert)
         models.fetch("smollm2")
         convert(title, gguf, folder)
 
-    monkeypatch.setattr(models, "_convert", overtaken)
+    monkeypatch.setattr(models, "convert", overtaken)
     assert models.fetch("smollm2").is_dir()
     assert [path.name for path in (tmp_path / "models").iterdir()] == ["smollm2"]
 

@@ -83,12 +83,13 @@ def check_linear(spec: LinearSpec, rows: int = 1, values: str = "normal", seed: 
 
 
 def _with_patches(weight: torch.Tensor, g: torch.Generator) -> torch.Tensor:
-    """Small negative weights, tiny ones that are patches, and 15 large ones, of which one is the palette's first."""
-    weight = -(1 + torch.rand(weight.shape, generator=g, device=g.device)) / 1024
-    larger = (4.0 ** torch.arange(1, 16, device=g.device)).repeat(4)[: weight.shape[1]]
-    weight[0, : len(larger)] = larger
-    tiny = -(2.0 ** -torch.randint(20, 120, weight.shape, generator=g, device=g.device))
-    return weight.where(torch.rand(weight.shape, generator=g, device=g.device) > 0.003, tiny)
+    """Weights around 1, larger ones that fill the palette, and tiny ones, which are patches."""
+    weight = 1 + torch.rand(weight.shape, generator=g, device=g.device)
+    tiny = 2.0 ** -torch.randint(20, 120, weight.shape, generator=g, device=g.device)
+    weight = weight.where(torch.rand(weight.shape, generator=g, device=g.device) > 0.05, tiny)
+    larger = (4.0 ** torch.arange(1, 16, device=g.device)).repeat(8)[: weight.numel()]
+    weight.view(-1)[: len(larger)] = larger
+    return weight
 
 
 def _in_parts(name: str, whole: torch.Tensor, spec: LinearSpec) -> dict[str, torch.Tensor]:

@@ -238,6 +238,30 @@ _TWELVE_BITS = (
         "a prompt meets the packed weights of before a change",
         ("tests/lowering/test_packed_backbone.py",),
     ),
+    Mutation(
+        "bits8-scales",
+        f"{SOURCES}/gemm_f32.h",
+        "every(scale[of * groups + i / kPiece])",
+        "every(scale[of * groups])",
+        "every group of integers of 8 bits has its row's first scale",
+        ("tests/kernels/native/test_bits8.py",),
+    ),
+    Mutation(
+        "bits8-zero-points",
+        "kernels/quant/bits8.py",
+        "if held is None or (isinstance(zero, Tensor) and bool(zero.any())):",
+        "if held is None:",
+        "zero points of torchao's tensors are forgotten",
+        ("tests/kernels/quant/test_bits8.py",),
+    ),
+    Mutation(
+        "bf12-generated",
+        f"{TEMPLATES}/linear.py.jinja",
+        "(patch[None, :] >= ends[:, None])",
+        "(patch[None, :] > ends[:, None])",
+        "the generated kernel gives patches to the four before theirs",
+        ("tests/kernels/triton/test_linear.py",),
+    ),
 )
 _TRITON = (
     Mutation(

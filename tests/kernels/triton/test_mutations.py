@@ -28,7 +28,8 @@ ROWS = LinearSpec(3, 300, 21, LinearTile(16, 128, 16), dtype="float32")
 GROUPS = LinearSpec(1, 300, 21, LinearTile(16, 128, 8), dtype="float16")
 GROUPS_ROWS = LinearSpec(3, 300, 21, LinearTile(16, 128, 8), dtype="float16", norm="rms")
 TWELVE = LinearSpec(1, 300, 21, LinearTile(8, 128), weights="bf12", group_size=0)
-TWELVE_ROWS = dataclasses.replace(TWELVE, rows=3, tile=LinearTile(64, 128, 16))
+PATCHED = dataclasses.replace(TWELVE, in_features=5, out_features=70)
+PATCHED_ROWS = dataclasses.replace(PATCHED, rows=3, tile=LinearTile(64, 128, 16))
 STACK = dataclasses.replace(ROW, rows=3, experts=4)
 STACKS = dataclasses.replace(ROWS, rows=None, experts=4)
 FILL = KvFillSpec(2, 2, 1, 48, 6, dtype="float32", rotary_dim=48, rotary_dtype="float32")
@@ -56,9 +57,12 @@ MUTATIONS = {
     "sum of half a group": (lambda: check_linear(GROUPS), r"tl\.dot\(ones, x,", "tl.dot(ones * 0.5, x,"),
     "upper byte of another number": (lambda: check_linear(TWELVE, values="constant"), r"code % 4", "code % 2"),
     "feature of another word": (lambda: check_linear(TWELVE, values="constant"), r"// 2 \* 24", "// 2 * 32"),
-    "patches of another four": (lambda: check_linear(TWELVE, values="constant"), r">= ends", "> ends"),
-    "patches lost, rows": (lambda: check_linear(TWELVE_ROWS, 3, "constant"), r"patch < last\)\[", "patch < 0)["),
-    "what patches replace stays": (lambda: check_linear(TWELVE_ROWS, 3, "constant"), r"-patched", "0.0 * patched"),
+    "patches of another four": (lambda: check_linear(PATCHED, values="constant"), r">= ends", "> ends"),
+    "patches lost, rows": (lambda: check_linear(PATCHED_ROWS, 3, "constant"), r"patch < last\)\[", "patch < 0)["),
+    "what patches replace stays": (
+        lambda: check_linear(PATCHED, values="constant"), r"\(weight - patched\)", "weight"
+    ),
+    "what patches replace stays, rows": (lambda: check_linear(PATCHED_ROWS, 3, "constant"), r"-patched", "0.0 * patched"),
     "expert off by one": (lambda: check_experts(STACK, [2, 0, 2]), r"(qweight_ptr \+=) expert", r"\1 (3 - expert)"),
     "expert off by one, rows": (
         lambda: check_experts(STACKS, [2, 0, 2]), r"(qweight_ptr \+=) expert", r"\1 (3 - expert)"
