@@ -9,10 +9,12 @@ Not handled: compilers other than GCC and Clang, and Windows.
 
 from __future__ import annotations
 
+import errno
 import functools
 import hashlib
 import logging
 import os
+import shutil
 import subprocess
 import sys
 import sysconfig
@@ -32,6 +34,7 @@ log = logging.getLogger("river_compile.kernels.native.build")
 
 SOURCES = Path(__file__).parent / "sources"
 _FLAGS = ("-O3", "-std=c++20", "-fPIC", "-shared", "-fvisibility=hidden", "-ffp-contract=off", "-pthread", "-w")
+_ROOM = 16 << 20  # bytes, of which a library takes a few
 _DIGEST = hashlib.sha256().digest_size
 _INSTALL = "install g++ (Debian and Ubuntu: apt-get install g++), or set CXX to a compiler that works"
 # What code of Inductor's includes and is linked with.
@@ -132,6 +135,8 @@ def _make(command: list[str], library: Path) -> None:
             return
         if library.exists():
             warnings.warn(f"the compiled kernels {library} were damaged and are rebuilt", stacklevel=4)
+        if shutil.disk_usage(library.parent).free < _ROOM:  # (or a compiler works for a minute and fails)
+            raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC), str(library.parent))
         start = time.perf_counter()
         with appearing(library) as scratch:
             _run([*command, "-o", str(scratch)])

@@ -9,10 +9,10 @@ that a code of variable length would save one bit more, and could not be read at
                 input features the numbers of upper bytes of the first two output features (in the low and the high
                 nibble), of the other two, and the lower bytes of each. Byte 16 l + j of a line is input feature
                 8 l + j, or 24 + 8 l + j for j >= 8: so vectors of any length interleave them to the weights in order.
-    side        int32: the 16 upper bytes, by ascending magnitude [4]; the number of each four's first patch [N' / 4 + 1]; patches
-                [P, 2], ascending: 4 k + n for input feature k and output feature n of the four, and the weight's bits.
-                The units have number 0 and a lower byte of 0 there: a small magnitude, which leaves no trace in a sum
-                that adds the difference
+    side        int32: the 16 upper bytes, by ascending magnitude [4]; the number of each four's first patch
+                [N' / 4 + 1]; patches [P, 2], ascending: 4 k + n for input feature k and output feature n of the four,
+                and the weight's bits. The units have number 0 and a lower byte of 0 there: a small magnitude, which
+                leaves no trace in a sum that adds the difference.
 
 Generated kernels (layout "12bit_triton") read the same tensors on a GPU.
 

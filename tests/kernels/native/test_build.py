@@ -2,6 +2,7 @@
 
 import ctypes
 from concurrent.futures import ThreadPoolExecutor
+from pathlib import Path
 
 import pytest
 import torch
@@ -129,6 +130,20 @@ def test_where_the_cache_cannot_be_written_a_process_builds_for_itself(monkeypat
     assert len(said) == 1
     assert libraries[0] == libraries[2]
     assert [answer(library) for library in libraries] == [42, 42, 42]
+
+
+def test_on_a_full_disk_a_process_builds_elsewhere_before_it_compiles(sources, tmp_path, monkeypatch):
+    usage = build.shutil.disk_usage
+    full = tmp_path / "cache"
+    monkeypatch.setattr(
+        build.shutil,
+        "disk_usage",
+        lambda path: usage(path)._replace(free=1000 if full in Path(path).parents else 10**9),
+    )
+    with pytest.warns(UserWarning, match="cannot be written.*No space left on device"):
+        library = built("answer.cpp", "answer", ())
+    assert full not in library.parents
+    assert answer(library) == 42
 
 
 def test_a_compiler_that_refuses_is_quoted(sources):

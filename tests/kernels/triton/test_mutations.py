@@ -62,7 +62,9 @@ MUTATIONS = {
     "what patches replace stays": (
         lambda: check_linear(PATCHED, values="constant"), r"\(weight - patched\)", "weight"
     ),
-    "what patches replace stays, rows": (lambda: check_linear(PATCHED_ROWS, 3, "constant"), r"-patched", "0.0 * patched"),
+    "what patches replace stays, rows": (
+        lambda: check_linear(PATCHED_ROWS, 3, "constant"), r"-patched", "0.0 * patched"
+    ),
     "expert off by one": (lambda: check_experts(STACK, [2, 0, 2]), r"(qweight_ptr \+=) expert", r"\1 (3 - expert)"),
     "expert off by one, rows": (
         lambda: check_experts(STACKS, [2, 0, 2]), r"(qweight_ptr \+=) expert", r"\1 (3 - expert)"
