@@ -16,6 +16,19 @@ from tests.support.examples import examples
 DTYPES = ("float32", "float16", "bfloat16")
 
 
+def around(draw, k: int, norm: str) -> dict:
+    """What stands around a product of K input features, behind such a norm, and where its rows lie."""
+    return {
+        "norm": norm,
+        "norm_bias": norm == "layer" and draw(st.booleans()),
+        "bias": draw(st.booleans()),
+        "residual": draw(st.booleans()),
+        "activation": draw(st.sampled_from(ACTIVATIONS)),
+        "gated": draw(st.booleans()),
+        "x_stride": k + draw(st.sampled_from((0, 5))),
+    }
+
+
 @st.composite
 def linear_cases(draw, rows, weights, norms):
     """A spec with a tile that need not fit the shape well, and the rows of the call."""
@@ -45,7 +58,6 @@ def linear_cases(draw, rows, weights, norms):
     norm = draw(st.sampled_from(norms))
     steps = -(-k // depth)
     split = draw(st.integers(1, min(3, steps))) if norm == "none" else 1
-    gated = draw(st.booleans())
     spec = LinearSpec(
         m if m <= 16 else None,
         k,
@@ -54,13 +66,7 @@ def linear_cases(draw, rows, weights, norms):
         weights=weights,
         group_size=group,
         dtype=dtype,
-        norm=norm,
-        norm_bias=norm == "layer" and draw(st.booleans()),
-        bias=draw(st.booleans()),
-        residual=draw(st.booleans()),
-        activation=draw(st.sampled_from(ACTIVATIONS)),
-        gated=gated,
-        x_stride=k + draw(st.sampled_from((0, 5))),
+        **around(draw, k, norm),
     )
     return spec, m, draw(st.sampled_from(VALUES)), draw(st.integers(0, 2**20))
 
@@ -88,14 +94,13 @@ def test_dense_weights(case):
 @st.composite
 def cases_in_12_bits(draw, rows):
     """A spec of weights in 12 bits with a tile that need not fit the shape well, and the rows of the call."""
-    m, gated = draw(rows), draw(st.booleans())
-    k, n = draw(st.integers(1, 300)), draw(st.integers(1, 70))
+    m, k, n = draw(rows), draw(st.integers(1, 300)), draw(st.integers(1, 70))
     norm = draw(st.sampled_from(NORMS))
-    depth = 64 * draw(st.sampled_from((1, 2, 4)))
+    depth, others = 64 * draw(st.sampled_from((1, 2, 4))), around(draw, k, norm)
     spec = LinearSpec(
         m if m <= 16 else None,
         k,
-        4 * n if gated else n,
+        4 * n if others["gated"] else n,
         LinearTile(
             draw(st.sampled_from((4, 8, 32) if m == 1 else (64, 128))),
             depth,
@@ -104,13 +109,7 @@ def cases_in_12_bits(draw, rows):
         ),
         weights="bf12",
         group_size=0,
-        norm=norm,
-        norm_bias=norm == "layer" and draw(st.booleans()),
-        bias=draw(st.booleans()),
-        residual=draw(st.booleans()),
-        activation=draw(st.sampled_from(ACTIVATIONS)),
-        gated=gated,
-        x_stride=k + draw(st.sampled_from((0, 5))),
+        **others,
     )
     return spec, m, draw(st.sampled_from(VALUES)), draw(st.integers(0, 2**20))
 
