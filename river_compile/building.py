@@ -160,7 +160,7 @@ def _packed(
         every = [linear for segment in program.segments for linear in segment.packed]
         packable = [linear for segment in segments for linear in segment.packed]
         reached = [linear for linear in packable if linear.lossless or program.twins]
-        how = choices.backbone_weights if choices.own_backbone else "model"
+        how = choices.backbone_weights
         if how != "model" and not any(linear.lossless for linear in packable):
             dtype = "bfloat16" if how == "12bit" else "float32"
             raise OptionError(

@@ -52,14 +52,22 @@ _PALETTE = 16
 _MEASURED, _MATRICES, _ROUNDS = 4096, 3, 5
 
 
-def patched_share(weight: Tensor) -> float:
-    """Returns which share of a bfloat16 matrix would be patches."""
-    counts = packing.count_upper(weight.detach().contiguous())
-    return 1 - counts.topk(_PALETTE).values.sum().item() / max(1, weight.numel())
+def count(weight: Tensor) -> Tensor:
+    """Returns how many weights of a bfloat16 matrix have each upper byte, int64 ``[256]``."""
+    return packing.count_upper(weight.detach().contiguous())
 
 
-def pack(weight: Tensor) -> tuple[Tensor, Tensor]:
+def patched_share(counts: Tensor) -> float:
+    """Returns which share of a matrix with these upper bytes would be patches."""
+    return 1 - counts.topk(_PALETTE).values.sum().item() / max(1, counts.sum().item())
+
+
+def pack(weight: Tensor, counts: Tensor | None = None) -> tuple[Tensor, Tensor]:
     """Returns units and side of a bfloat16 matrix ``[N, K]`` on the CPU (see the module's docstring).
+
+    Args:
+        weight: the matrix.
+        counts: what `count` says of it, if that is known.
 
     Raises:
         ValueError: it is no matrix of bfloat16 on the CPU.
@@ -71,7 +79,7 @@ def pack(weight: Tensor) -> tuple[Tensor, Tensor]:
         )
     weight = weight.detach().contiguous()
     n, k = weight.shape
-    counts = packing.count_upper(weight)
+    counts = count(weight) if counts is None else counts
     palette = counts.topk(_PALETTE).indices
     palette = palette[(palette % 128 * 2 + palette // 128).argsort()].to(torch.uint8)
     patches = int(weight.numel() - counts[palette.long()].sum())

@@ -106,16 +106,12 @@ def pack_lossless(weights: Sequence[Tensor], layout_name: str = bf12.LAYOUT) -> 
         found = bits8.pack(weights)
         if found is not None:
             return PackedLinear(layout_name, *found, 0, k, n)
-    parts = [part.detach().cpu() if is_plain(part) else part.dequantize().to(part.dtype) for part in weights]
+    parts = [part.dequantize().to(part.dtype) if bits8.held_by(part) else part.detach().cpu() for part in weights]
     weight = torch.cat(parts) if len(parts) > 1 else parts[0]
-    if layout_name == bits8.LAYOUT or bf12.patched_share(weight) > bf12.MOST_PATCHED:
+    counts = bf12.count(weight) if layout_name in bf12.LAYOUTS else None
+    if counts is None or bf12.patched_share(counts) > bf12.MOST_PATCHED:
         return PackedLinear(layout_name, weight.clone(), torch.zeros(0, dtype=torch.int32), 0, k, n)
-    return PackedLinear(layout_name, *bf12.pack(weight), 0, k, n)
-
-
-def is_plain(tensor: Tensor) -> bool:
-    """False for a tensor that is made of others, such as a quantized one."""
-    return type(tensor) in (Tensor, torch.nn.Parameter)
+    return PackedLinear(layout_name, *bf12.pack(weight, counts), 0, k, n)
 
 
 #: Layouts of matrices that keep their values.

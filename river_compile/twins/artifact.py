@@ -18,6 +18,7 @@ artifact in place (folders cannot be swapped atomically), and files that change 
 
 from __future__ import annotations
 
+import functools
 import json
 import logging
 from collections import Counter
@@ -187,7 +188,7 @@ class Artifact:
             raise self._refusal(f"it is damaged or cannot be read ({error})") from error
         self._check_tensors()
 
-    @property
+    @functools.cached_property
     def names(self) -> set[str]:
         """Of its matrices."""
         return {matrix.name for matrix in self._matrices}

@@ -108,15 +108,15 @@ class TwinWeight(Quantized):
         """Takes over another packing of the same linear, in the tensors that compiled code holds.
 
         Raises:
-            UnsupportedGraphError: weights of the backbone have so many magnitudes now that they do not fit there.
+            UnsupportedGraphError: weights of the backbone have values now that these do not hold.
         """
         taken = other.tensors
-        if self.weight.qweight.dtype == torch.bfloat16:  # (of the backbone, and in no other form before either)
-            taken = (other.weight.dequantize(torch.bfloat16), self.weight.scale_zero, *other.extras)
+        if self.weight.unpacked:
+            taken = (other.weight.dequantize(self.weight.qweight.dtype), self.weight.scale_zero, *other.extras)
         if [mine.shape for mine in self.tensors] != [new.shape for new in taken]:
             raise UnsupportedGraphError(
-                f"the weights of {self.name} changed, and 12 bits have no room for their magnitudes; use "
-                "backbone_weights='model'"
+                f"the weights of {self.name} changed, and what they were packed in ({self.weight.layout}) does not "
+                "hold them; use backbone_weights='model'"
             )
         with torch.inference_mode():  # (which may write to any tensor)
             for mine, new in zip(self.tensors, taken, strict=True):

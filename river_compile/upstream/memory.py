@@ -27,7 +27,8 @@ def give_back(tensors: Iterable[Tensor]) -> int:
     Returns:
         The number of bytes of tensors that lie in files.
     """
-    if sys.platform != "linux":
+    tensors = [*tensors]
+    if sys.platform != "linux" or not tensors:
         return 0
     files, given = _mapped_files(), 0
     libc = ctypes.CDLL(None)

@@ -8,7 +8,7 @@ import pytest
 import torch
 
 import river_compile
-from river_compile import OptionError, report
+from river_compile import OptionError, UnsupportedGraphError, report
 from river_compile.kernels.native.isa import chosen
 from river_compile.kernels.quant import bits8
 from tests.lowering.test_packed_backbone import DOWN, generate
@@ -98,6 +98,23 @@ def test_what_a_file_in_q8_0_is_loaded_to_has_the_text_of_its_float32(family):
     size = sum(p.numel() for n, p in models[0].named_parameters() if p.dim() == 2 and "embed" not in n)
     for graph in report(packed).to_dict()["graphs"]:
         assert graph["lossless_bytes"] >= 0.9 * size
+
+
+@torch.no_grad()
+def test_weights_that_leave_their_integers_are_an_error_and_floats_stay_floats():
+    """A matrix that was none of 8 bits is read as it is, whatever it becomes."""
+    models = [as_of_q8_0(make("llama", layers=2)) for _ in range(2)]
+    for model in models:
+        weight = model.get_submodule(DOWN).weight
+        weight.mul_(torch.linspace(0.5, 1.5, weight.shape[1]))
+    packed, plain = (accelerated(models[i], backbone_weights=how) for i, how in enumerate(("8bit", "model")))
+    assert torch.equal(generate(packed)[0], generate(plain)[0])
+    for model in models:
+        model.get_submodule(DOWN).weight.copy_(model.model.layers[0].mlp.down_proj.weight)
+    assert torch.equal(generate(packed)[0], generate(plain)[0])
+    packed.model.layers[0].mlp.up_proj.weight[3, 5] += 1e-4
+    with pytest.raises(UnsupportedGraphError, match=r"up_proj changed, and what they were packed in \(8bit\)"):
+        generate(packed)
 
 
 def test_other_weights_are_no_such_file():

@@ -136,7 +136,7 @@ class TestTheStore:
     def packed(self, monkeypatch):
         """How many matrices were packed."""
         numbers, pack = [], bf12.pack
-        monkeypatch.setattr(bf12, "pack", lambda weight: numbers.append(len(weight)) or pack(weight))
+        monkeypatch.setattr(bf12, "pack", lambda weight, *counts: numbers.append(len(weight)) or pack(weight, *counts))
         return numbers
 
     def test_keeps_them_for_the_next_process(self, store, packed):
