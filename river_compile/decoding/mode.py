@@ -27,6 +27,7 @@ from transformers.generation.stopping_criteria import EosTokenCriteria, MaxLengt
 
 from river_compile.decoding.draft_policy import ByChance, ByGain, DraftPolicy
 from river_compile.decoding.drafter import Drafter
+from river_compile.decoding.kept_prefix import prompt_of
 from river_compile.decoding.loop import DecodeLoop, Ends, Outputs
 from river_compile.decoding.sampling import STATELESS, Chooser, RowProcessors
 from river_compile.decoding.sequences import Sequences
@@ -160,25 +161,25 @@ class Decode:
             input_ids = input_ids.long()  # (new tokens are, and so is what generate returns)
         call = Call(model, input_ids, logits_processor, stopping_criteria, config, streamer)
         shared = shares_cache(config)
+        record = record_of(model.parameters())
+        look = record.look_at(model)
+        prompt = None if shared else prompt_of(model, input_ids, config, model_kwargs, look, mode.to_the_bit)
         with (
             borrowed_cache(
-                record_of(model.parameters()).cache_pool,
-                model,
-                input_ids,
-                config,
-                model_kwargs,
-                shared,
-                self.static_cache,
+                record.cache_pool, model, input_ids, config, model_kwargs, shared, self.static_cache, prompt
             ) as lent,
             torch._dynamo.config.patch(recompile_limit=torch._dynamo.config.recompile_limit + mode.graphs),
         ):
-            session = Session(model, lent, self.depth)
+            session = Session(model, lent, self.depth, look)
             with session.told_if_compiled(len(input_ids)):
                 logits = session.prefill(input_ids, config)[:, -1:]
             loop = call.loop(session, *mode.drafting(call, session, logits, shared))
             with model._optimize_model_for_decode(), session.sequences.one():
                 ids = loop.run(logits)
-            session.record.write_programs()
+            if prompt is not None:  # (where tokens may leave, those of the new ones are twins')
+                given_ids = len(prompt.ids)
+                lent.keep_text(ids[0], given_ids, session.entries.filled if self.depth == WHOLE else given_ids)
+            record.write_programs()
         if streamer is not None:
             streamer.end()
         return call.result(ids, loop)
@@ -189,7 +190,12 @@ class Decode:
 
         Beyond its limit of graphs for one function Dynamo would run what is new without the backend: right, and slow.
         """
-        return 0
+        return 1  # of a prompt's rest
+
+    @property
+    def to_the_bit(self) -> bool:
+        """Whether texts must have the bits that they have where nothing is kept from the call before."""
+        return False
 
     def obstacle(
         self,
@@ -269,7 +275,11 @@ class ExactMode(Decode):
     @property
     def graphs(self) -> int:
         """(A static sliding window has a graph for each width until it is full, and another one afterwards.)"""
-        return 2 * len(verification_widths(self.max_draft or LONGEST_OFFLOADED))
+        return super().graphs + 2 * len(verification_widths(self.max_draft or LONGEST_OFFLOADED))
+
+    @property
+    def to_the_bit(self) -> bool:
+        return self.strict
 
     def obstacle(
         self,
