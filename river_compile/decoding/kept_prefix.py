@@ -2,7 +2,8 @@
 
 Its entries must depend on its ids alone, beside what the model is at the moment. Not handled (a fresh prompt, of which
 nothing is kept): batches, padding, positions or embeddings that the caller gives, prompts in chunks; models that were
-not accelerated, or that prepare their inputs in a way of their own; prompts that leave the backbone.
+not accelerated, or that prepare their inputs in a way of their own; prompts that leave the backbone; `strict` where a
+library multiplies the rows of a prompt, whose sums may depend on how many there are.
 """
 
 from __future__ import annotations
@@ -14,6 +15,7 @@ from torch import Tensor
 from transformers import GenerationConfig, PreTrainedModel
 
 from river_compile.decoding.inputs import KNOWN, prepares_as_most_do
+from river_compile.kernels.native.load import any_rows, loaded
 from river_compile.model_state import ModelLook
 from river_compile.runtime.kept_texts import Prompt
 from river_compile.upstream.transformers import is_of_transformers
@@ -39,10 +41,12 @@ def prompt_of(
     """
     if look is None or look.config.prefill != "backbone":
         return None
+    if strict and loaded() and not any_rows(model.dtype):
+        return None
     known = is_of_transformers(model) and prepares_as_most_do(model) and KNOWN.issuperset(kwargs)
     if not known or config.prefill_chunk_size is not None or len(ids_BS) != 1 or not _counts_all(ids_BS, kwargs):
         return None
-    return Prompt(ids_BS[0].cpu(), lambda: look.state, to_the_bit=strict)
+    return Prompt(ids_BS[0].cpu(), lambda: look.state)
 
 
 def _counts_all(ids_1S: Tensor, kwargs: Mapping[str, object]) -> bool:

@@ -163,7 +163,8 @@ class Decode:
         shared = shares_cache(config)
         record = record_of(model.parameters())
         look = record.look_at(model)
-        prompt = None if shared else prompt_of(model, input_ids, config, model_kwargs, look, mode.to_the_bit)
+        strict = isinstance(mode, ExactMode) and mode.strict
+        prompt = None if shared else prompt_of(model, input_ids, config, model_kwargs, look, strict)
         with (
             borrowed_cache(
                 record.cache_pool, model, input_ids, config, model_kwargs, shared, self.static_cache, prompt
@@ -191,11 +192,6 @@ class Decode:
         Beyond its limit of graphs for one function Dynamo would run what is new without the backend: right, and slow.
         """
         return 1  # of a prompt's rest
-
-    @property
-    def to_the_bit(self) -> bool:
-        """Whether texts must have the bits that they have where nothing is kept from the call before."""
-        return False
 
     def obstacle(
         self,
@@ -276,10 +272,6 @@ class ExactMode(Decode):
     def graphs(self) -> int:
         """(A static sliding window has a graph for each width until it is full, and another one afterwards.)"""
         return super().graphs + 2 * len(verification_widths(self.max_draft or LONGEST_OFFLOADED))
-
-    @property
-    def to_the_bit(self) -> bool:
-        return self.strict
 
     def obstacle(
         self,

@@ -31,7 +31,7 @@ from transformers import DynamicCache, GenerationConfig, PreTrainedModel, Static
 from transformers.cache_utils import Cache
 
 from river_compile.kernels.native.load import any_rows
-from river_compile.runtime.kept_texts import MANY, Prompt, SavedText, SavedTexts, Text
+from river_compile.runtime.kept_texts import MANY, Prompt, SavedText, SavedTexts
 from river_compile.upstream.transformers import (
     allocate,
     bytes_of,
@@ -54,11 +54,11 @@ _SAVED = 512 * 2**20
 
 
 class _Kept(NamedTuple):
-    """A cache between two calls: its kind, and the text in it."""
+    """A cache between two calls: its kind, and the tokens of the text in it."""
 
     key: Hashable
     cache: StaticCache
-    text: Text | None
+    text: Tensor | None
 
 
 class KeptTexts(NamedTuple):
@@ -86,16 +86,19 @@ class CachePool:
         self._state: object | None = None  # of the model, which all texts are of
         self._reused = 0
 
-    def take(self, key: Hashable, wanted: StaticCache, prompt: Prompt | None) -> tuple[StaticCache, Text | None]:
-        """Returns a cache for a call, and the text that the prompt shares with it.
+    def take(
+        self, key: Hashable, wanted: StaticCache, least: int, prompt: Prompt | None = None
+    ) -> tuple[StaticCache, int]:
+        """Returns a cache for a call, and how many tokens of its prompt have entries in it; nothing else is in it.
 
         Args:
             key: the kind of cache.
-            wanted: a new cache of that kind. It is returned unless the kept one has as many slots in each layer.
+            wanted: a new cache of that kind.
+            least: slots with which the kept one is taken nevertheless.
             prompt: of the call; None begins with nothing.
 
         Returns:
-            The cache has those entries that the text has, and else none; without a text a new one has no memory.
+            The kept cache or the one that is wanted, which has no memory yet where it has no entries.
         """
         state = None if prompt is None else prompt.state()
         with self._lock:
@@ -104,29 +107,29 @@ class CachePool:
                 self._forget(state)
                 kept = None if kept is None else kept._replace(text=None)
             shared, source = (0, None) if prompt is None or state is None else self._saved.longest(prompt)
-        fits = kept is not None and kept.key == key and not any(map(int.__lt__, sizes_of(kept.cache), sizes_of(wanted)))
-        cache = kept.cache if kept is not None and fits else wanted
         in_place = None if kept is None or kept.text is None else SavedText.of(kept.text, kept.cache)
         if in_place is not None:
-            here = 0 if prompt is None or state is None else prompt.shares(in_place.text)
+            here = 0 if prompt is None or state is None else prompt.shares(in_place.ids)
             if here and here >= shared:
                 shared, source = here, in_place
-            if len(in_place.text) - (shared if source is in_place else 0) >= MANY:
+            if len(in_place.ids) - (shared if source is in_place else 0) >= MANY:
                 self.save(in_place)
+        needed = [min(size, least) for size in sizes_of(wanted)]
+        fits = kept is not None and kept.key == key and not any(map(int.__lt__, sizes_of(kept.cache), needed))
+        cache = kept.cache if kept is not None and fits else wanted
         if source is None:
             if fits:
                 cache.reset()
-            return cache, None
-        if source is in_place and fits:
+        elif source is in_place and fits:
             keep_first(cache, shared)
         else:
             put_entries(cache, source.layers, shared)
         with self._lock:
             self._reused += shared
-        return cache, Text(source.text.ids[:shared], min(source.text.prompt, shared))
+        return cache, shared
 
-    def put(self, key: Hashable, cache: StaticCache, text: Text | None = None, state: object | None = None) -> None:
-        """Keeps a cache in the place of the one before, with a text that was made in a state of the model."""
+    def put(self, key: Hashable, cache: StaticCache, text: Tensor | None = None, state: object | None = None) -> None:
+        """Keeps a cache in the place of the one before, with a text's first entries that a state of the model made."""
         with self._lock:
             others, self._kept = self._kept, _Kept(key, cache, text if state == self._state else None)
         if others is not None and others.text is not None:  # (of a call at the same time)
@@ -135,7 +138,7 @@ class CachePool:
     def save(self, text: SavedText) -> None:
         """Saves a copy of a text whose entries were made in the state of the model that the latest call found."""
         with self._lock:
-            state, lacks = self._state, len(text.text) >= MANY and self._saved.lacks(text)
+            state, lacks = self._state, self._saved.lacks(text)
         copied = text.copied() if lacks else None
         with self._lock:
             if copied is not None and state is self._state:
@@ -181,13 +184,13 @@ class BorrowedCache:
         model: generates.
         kwargs: arguments of its forward passes, the cache among them.
         grows: whether a longer one takes its place where it is full.
-        begun: what of the call's prompt is in the cache, None for nothing.
+        filled: tokens of the prompt that have entries in the cache.
 
     Attributes:
         kwargs: the arguments with the cache that was lent.
         cache: to keep after the call, None where none was lent.
-        filled: tokens of the prompt that have entries in it.
-        text: to keep with the cache, None for none.
+        filled: as above.
+        text: tokens of the text to keep with the cache, None for none.
     """
 
     def __init__(
@@ -196,13 +199,11 @@ class BorrowedCache:
         kwargs: dict[str, Any],
         cache: StaticCache | None,
         grows: bool,
-        begun: Text | None = None,
+        filled: int = 0,
     ) -> None:
         self._model, self._grows = model, grows
-        self.cache = cache
-        self.filled = 0 if begun is None else len(begun)
-        self.text: Text | None = None
-        self._begun = begun
+        self.cache, self.filled = cache, filled
+        self.text: Tensor | None = None
         self.kwargs = kwargs if cache is None else {**kwargs, cache_argument(model): cache}
         self._slots = 0 if cache is None else max(sizes_of(cache))
 
@@ -229,6 +230,9 @@ class BorrowedCache:
     def keep_text(self, ids_S: Tensor, prompt: int, filled: int) -> None:
         """Has the text kept that is in the cache at the end of a call.
 
+        Where a row of a pass has the same bits whatever their number, those of new tokens go: a later prompt that has
+        them too makes others.
+
         Args:
             ids_S: its tokens, and perhaps some without entries.
             prompt: how many of them are the prompt.
@@ -236,10 +240,10 @@ class BorrowedCache:
         """
         if self.cache is None or filled > min(sizes_of(self.cache)):  # (a window was full, and forgot)
             return
-        before, alike = (0, 0) if self._begun is None else (len(self._begun), self._begun.prompt)
-        if alike == before and prompt >= MANY and any_rows(self._model.dtype):
-            alike = prompt
-        self.text = Text(ids_S[:filled].cpu(), min(alike, filled))
+        if self._model.device.type == "cpu" and any_rows(self._model.dtype):
+            filled = prompt
+        if filled >= MANY:
+            self.text = ids_S[:filled].cpu()
 
 
 @contextlib.contextmanager
@@ -276,9 +280,10 @@ def borrowed_cache(
     if wanted is None or wanted.get_seq_length():
         yield BorrowedCache(model, kwargs, None, False)
         return
-    rows = ids_BS.shape[0]
-    cache, begun = lend(pool, model, rows, wanted, prompt)
-    lent = BorrowedCache(model, kwargs, cache, grows, begun)
+    rows = len(ids_BS)
+    least = tokens + _AHEAD // 2 if grows else max(sizes_of(wanted))
+    cache, filled = lend(pool, model, rows, wanted, least, prompt)
+    lent = BorrowedCache(model, kwargs, cache, grows, filled)
     try:
         yield lent
     finally:
@@ -286,24 +291,26 @@ def borrowed_cache(
 
 
 def lend(
-    pool: CachePool, model: PreTrainedModel, rows: int, wanted: StaticCache, prompt: Prompt | None
-) -> tuple[StaticCache, Text | None]:
-    """Returns a cache of a pool's, or `wanted`, with the entries of that part of a prompt which was kept; see
-    :meth:`CachePool.take`. Nothing else is in it, and `CachePool.put` gives it back.
+    pool: CachePool, model: PreTrainedModel, rows: int, wanted: StaticCache, least: int, prompt: Prompt | None
+) -> tuple[StaticCache, int]:
+    """Returns a cache, and how many tokens of a prompt have entries in it; nothing else is in it.
+
+    `CachePool.put` gives it back.
 
     Args:
         pool: of the model.
         model: whose cache it is.
         rows: of the cache.
-        wanted: a new cache, with as many slots as are needed.
+        wanted: a new cache.
+        least: slots with which the kept one is taken nevertheless.
         prompt: None begins with nothing; of several rows, and where a window would become full, nothing was kept.
     """
     if rows > 1 or not is_static(wanted) or (prompt is not None and len(prompt.ids) > min(sizes_of(wanted))):
         prompt = None
-    cache, begun = pool.take(_key(model, rows), wanted, prompt)
+    cache, filled = pool.take(_key(model, rows), wanted, least, prompt)
     if not is_allocated(cache):
         allocate(cache, model, rows)
-    return cache, begun
+    return cache, filled
 
 
 def _rounded(slots: int, model: PreTrainedModel) -> int:

@@ -239,20 +239,26 @@ def entries_of(cache: Cache, tokens: int) -> list[LayerEntries]:
 def put_entries(cache: Cache, entries: Sequence[LayerEntries], tokens: int) -> None:
     """Makes a static cache of one row hold the first of these entries and nothing else."""
     for layer, saved in zip(cache.layers, entries, strict=True):
-        if not layer.is_initialized:
-            like = [tensor[None, :, :0].to(saved.device) for tensor in (saved.keys, saved.values)]
-            layer.lazy_initialization(*like)
+        if layer.is_initialized:
+            _empty_from(layer, tokens)
+        else:
+            layer.lazy_initialization(*(t[None, :, :0].to(saved.device) for t in (saved.keys, saved.values)))
         layer.keys[0, :, :tokens].copy_(saved.keys[:, :tokens])
         layer.values[0, :, :tokens].copy_(saved.values[:, :tokens])
-    keep_first(cache, tokens)
+        set_length(layer, tokens)
 
 
 def keep_first(cache: Cache, tokens: int) -> None:
     """Empties a static cache but for its first entries, none of which fell behind for lack of slots."""
     for layer in cache.layers:
-        layer.keys[:, :, tokens:].zero_()  # (what attention masks out may be multiplied by 0 all the same)
-        layer.values[:, :, tokens:].zero_()
+        _empty_from(layer, tokens)
         set_length(layer, tokens)
+
+
+def _empty_from(layer: Any, tokens: int) -> None:
+    """Zeroes the slots of a layer but for the first: what a mask hides may be multiplied by 0 all the same."""
+    layer.keys[:, :, tokens:].zero_()
+    layer.values[:, :, tokens:].zero_()
 
 
 _TOKENS = {"input_ids": 1, "inputs_embeds": 1, "position_ids": -1, "cache_position": 0, "attention_mask": 1}
