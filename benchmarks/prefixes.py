@@ -6,7 +6,7 @@
 The first turn is a prompt of `--tokens` tokens with an answer of `--new-tokens`; the second adds a message of
 `--message` tokens. Rows, each in a process of its own, which take turns:
 
-    exact, strict, fast   `river_compile.accelerate`; a fresh prompt is one after `free_cache`
+    exact, strict, fast   `river_compile.accelerate`; a fresh prompt runs on the same cache, whose text is forgotten
     plain                 transformers, which keeps nothing
     llama_cpp             llama.cpp on the GGUF file that the model was made of, where its Python package is installed;
                           it keeps what its cache holds, unless it is told to forget that
@@ -53,23 +53,16 @@ class Conversation:
         import river_compile
         from river_compile.cli.timing import generate
 
-        self._forget()
         answer = generate(self._model, self._first, self._job["new_tokens"], static_cache=False)
         second = torch.cat([self._first, torch.tensor([answer.tokens]), self._message], dim=1)
         if self._job["row"] == "plain":
             return {"kept_s": None, "fresh_s": generate(self._model, second, 2, static_cache=False).first_token_s}
         before = river_compile.report(self._model).kept_texts.reused
-        kept = generate(self._model, second, 2, static_cache=False)
+        kept = generate(self._model, second, 2, static_cache=False, fresh=False)
         found = river_compile.report(self._model).kept_texts.reused - before
-        self._forget()
         fresh = generate(self._model, second, 2, static_cache=False)
         same = kept.tokens == fresh.tokens
         return {"kept_s": kept.first_token_s, "fresh_s": fresh.first_token_s, "kept_tokens": found, "same": same}
-
-    def _forget(self) -> None:
-        import river_compile
-
-        river_compile.free_cache(self._model)
 
 
 class LlamaCppConversation:

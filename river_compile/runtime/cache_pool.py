@@ -102,10 +102,9 @@ class CachePool:
         """
         state = None if prompt is None else prompt.state()
         with self._lock:
-            kept, self._kept = self._kept, None
             if state is not None and state != self._state:
                 self._forget(state)
-                kept = None if kept is None else kept._replace(text=None)
+            kept, self._kept = self._kept, None
             shared, source = (0, None) if prompt is None or state is None else self._saved.longest(prompt)
         in_place = None if kept is None or kept.text is None else SavedText.of(kept.text, kept.cache)
         if in_place is not None:
@@ -152,6 +151,8 @@ class CachePool:
     def _forget(self, state: object | None) -> None:
         self._saved.clear()
         self._state = state
+        if self._kept is not None:
+            self._kept = self._kept._replace(text=None)
 
     def free(self) -> int:
         """Lets go of the cache and all texts; returns how many bytes that frees."""
