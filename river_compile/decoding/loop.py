@@ -161,7 +161,7 @@ class DecodeLoop:
         took = (drafted_at - start, verified_at - drafted_at, end - verified_at)
         drafting, verifying, keeping = self.ranks.agree(took)
         seconds = drafting, verifying, keeping
-        drafter.note(sum(len(row.kept) for row in rows), draft.steps, width, verifying + keeping)
+        drafter.note({row.row: len(row.kept) for row in rows}, draft.steps, width, verifying + keeping)
         session.stats.count_cycle(CycleRecord(rows, width, seconds, threading.get_ident(), session.stats.model_id))
 
     def _let_leave(self, drafter: Drafter) -> None:
@@ -172,7 +172,7 @@ class DecodeLoop:
         if not self.session.pays_to_select(len(running), self.max_length - self.texts.longest):
             return
         self.session.select(self._places(running))
-        drafter.take(self.session.times, len(running) / before)
+        drafter.take(self.session.times)
         self._rows = running
 
     def _places(self, rows: Iterable[int]) -> list[int]:

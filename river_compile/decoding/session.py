@@ -88,6 +88,7 @@ class Session:
     def prefill(self, ids_BS: Tensor, config: GenerationConfig, all_logits: bool = False) -> Tensor:
         """Runs the prompt ``[B, S]`` and returns its logits: of the last position, or of all that the model gives."""
         model, kwargs, record = self.model, self.lent.kwargs, self.record
+        self._began = time.perf_counter(), record.prepared
         inputs = self._prompt_inputs(ids_BS, config)
         outputs: Any = {}
         with graph_calls() as calls:
@@ -168,6 +169,7 @@ class Session:
             ExactModeError: the cache cannot be rewound, the river backend did not rewrite the model, or rows of a pass
                 of several tokens have other bits than alone.
         """
+        self._note_prompt(*ids_BS.shape)
         graph = self._graph
         if graph is None:
             raise ExactModeError(f"exact mode needs a model that the river backend can rewrite: {self.record.why_not}")
@@ -189,6 +191,15 @@ class Session:
         self.widths, self._strict = widths, strict
         self._tokens = DraftVocab(logits_B1V.shape[-1])
         self._tokens.add(ids_BS)
+
+    def _note_prompt(self, rows: int, width: int) -> None:
+        """Takes in how long the prompt took, if nothing was prepared for it: wide passes take no more than its share."""
+        if self.runs_late:
+            torch.cuda.synchronize(self.model.device)
+        began, prepared = self._began
+        seconds, made = self.ranks.agree([time.perf_counter() - began, self.record.prepared - prepared])
+        if not made:
+            self.times.note_prompt(width, seconds)
 
     def _strict_widths(self, graph: GraphRecord, widths: tuple[int, ...], rows: int) -> tuple[int, ...]:
         """Returns the widths at which a row has the same bits as alone.
@@ -217,10 +228,8 @@ class Session:
 
     def _of_rows(self, rows: int) -> None:
         self._rows = rows
-        record, times = self.record, self.record.drafts.times
-        if rows not in times:
-            times[rows] = PassTimes(lambda: record.prepared)
-        self.times = times[rows]
+        record = self.record
+        self.times = record.drafts.times_of(rows, lambda: record.prepared)
 
     @property
     def runs_late(self) -> bool:
