@@ -138,12 +138,13 @@ class PassTimes:
 
     def of(self, kind: int | str) -> float:
         """Returns the seconds of a pass, at best those of a kind that is not known."""
-        times = list(self._times.get(kind, ()))
+        times = self._times.get(kind, ())
         enough = _ENOUGH if self.rows == 1 else 1  # (a batch does not try dear passes again so soon)
-        known: dict[Hashable, float] = {k: min(of_k) for k, of_k in list(self._times.items()) if len(of_k) >= enough}
-        if kind in known and self._passes - self._measured[kind] <= _LONG_AGO:
-            return known[kind]
-        known.pop(kind, None)
+        if len(times) >= enough and self._passes - self._measured[kind] <= _LONG_AGO:
+            return min(times)
+        known: dict[Hashable, float] = {
+            k: min(of_k) for k, of_k in list(self._times.items()) if len(of_k) >= enough and k != kind
+        }
         passes = {k: seconds for k, seconds in known.items() if k != PassTimes.DRAFT}
         at_best = max(_at_best(kind, k, seconds) for k, seconds in (passes or known or {1: 1.0}).items())
         return min([*times, at_best])
