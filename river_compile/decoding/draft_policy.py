@@ -11,7 +11,7 @@ from __future__ import annotations
 
 import functools
 import math
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Hashable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from itertools import accumulate, zip_longest
 from operator import mul
@@ -97,12 +97,12 @@ class DraftPolicy(Protocol):
         """
         ...
 
-    def note(self, kept: Mapping[int, int], steps: int, width: int) -> None:
+    def note(self, kept: Mapping[Hashable, int], steps: int, width: int) -> None:
         """Learns from a cycle: tokens that each row kept, draft steps, and the width of its verification."""
         ...
 
     def take(self, times: PassTimes) -> None:
-        """Goes on with passes of fewer rows."""
+        """Goes on with passes of another number of rows."""
         ...
 
 
@@ -123,7 +123,7 @@ class ByGain:
     def __init__(self, times: PassTimes, width: Callable[[int], int], together: bool) -> None:
         self._times, self._width, self._together = times, width, together
         self._kept = self._seconds = 0.0  # tokens of a row, and their time; earlier ones fade
-        self._leads: dict[int, float] = {}  # of the rows: tokens that drafts brought less passes that they took
+        self._leads: dict[Hashable, float] = {}  # of the rows: tokens that drafts brought less passes that they took
         self._least = 0.0  # of them
 
     def verify_now(self, rows: Sequence[RowDraft], drafted: int, river: float | None) -> int | None:
@@ -154,7 +154,7 @@ class ByGain:
                 return None
         return count
 
-    def note(self, kept: Mapping[int, int], steps: int, width: int) -> None:
+    def note(self, kept: Mapping[Hashable, int], steps: int, width: int) -> None:
         times = self._times
         self._kept = _RATE_FADES_BY * self._kept + sum(kept.values()) / len(kept)
         self._seconds = _RATE_FADES_BY * self._seconds + steps * times.of(PassTimes.DRAFT) + times.of(width)
@@ -222,7 +222,7 @@ class ByChance:
             return None
         return self._width(drafted) - 1 if drafted else max(len(row.copy) for row in rows)
 
-    def note(self, kept: Mapping[int, int], steps: int, width: int) -> None:
+    def note(self, kept: Mapping[Hashable, int], steps: int, width: int) -> None:
         pass  # nothing depends on it
 
     def take(self, times: PassTimes) -> None:
