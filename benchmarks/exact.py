@@ -3,6 +3,7 @@
     python -m benchmarks.exact
     python -m benchmarks.exact --model gemma3-270m --new-tokens 64 --repeats 2 --json exact.json
     python -m benchmarks.exact --batch 2 4 8 16   # batches of mixed prompts, beside plain batches; --own-ends
+    python -m benchmarks.exact --batch 1 8 --rows plain exact --repeats 3
     python -m benchmarks.exact --peers            # beside other programs: benchmarks/exact_peers.py
 
 One compiled model in one process runs every row on every prompt of six groups (benchmarks/prompts.py), batch 1, greedy,
@@ -15,9 +16,10 @@ with a static cache; the rows take turns, once to warm up and then `--repeats` t
     prompt_lookup    transformers' prompt_lookup_num_tokens=10 on the backbone
     river            everything in 4 bits: fast, but another text
 
-Columns: decode tokens/s (median over the repeats of the time for all prompts, prefill excluded), tokens kept by a row
-per verifying pass, share of the drafted tokens that held, share of the time spent drafting, verifying and choosing, and
-how many of the texts are the plain one's. In bfloat16 a text may differ where two tokens all but tie: passes of
+Columns: decode tokens/s (median over the repeats of the time for all prompts, prefill excluded; in the first repeat,
+which follows the call that compiled, and in the last one), tokens kept by a row per verifying pass, share of the
+drafted tokens that held, share of the time spent drafting, verifying and choosing, and how many of the texts are the
+plain one's. Ratios are those of the medians, of the first repeat and of the last one. In bfloat16 a text may differ where two tokens all but tie: passes of
 different widths round differently.
 """
 
@@ -113,6 +115,7 @@ class Bench:
             self.rows = ROWS
             texts = {f"{group} prompts": [[p] for p in prompts(group, options.prompts)] for group in options.groups}
         self.rows += tuple(IN_12_BITS) if options.twelve else ()
+        self.rows = tuple(row for row in self.rows if row in {"plain", *(options.rows or self.rows)})
         self.batches = {kind: [_batch(tokenizer, call) for call in calls] for kind, calls in texts.items()}
         longest = max(batch.ids.shape[1] for batches in self.batches.values() for batch in batches)
         # One cache size, so one decode graph; transformers' prompt lookup drafts beyond the end of the text.
@@ -225,6 +228,9 @@ def summarize(results: dict[tuple[str, str], list[dict]], options: argparse.Name
         rows = {row: _row(r, results[kind, "plain"][0]["texts"]) for (of, row), r in results.items() if of == kind}
         speeds = {row: values["tokens_per_s"] for row, values in rows.items()}
         kinds[kind] = {"rows": rows, "ratios": common.ratios(speeds, RATIOS)}
+        for turn, name in ((0, "first"), (-1, "last")):
+            in_turn = {row: values["by_repeat"][turn] for row, values in rows.items()}
+            kinds[kind][f"{name}_ratios"] = common.ratios(in_turn, RATIOS)
     return {
         **common.setting("exact", options),
         "kinds": kinds,
@@ -235,9 +241,10 @@ def _row(repeats: list[dict], plain_texts: list[list[int]]) -> dict:
     cycles = repeats[0]["cycles"]
     drafted = sum(len(c.drafted) for c in cycles)
     spent = [statistics.median(sum(c.seconds[i] for c in r["cycles"]) for r in repeats) for i in range(3)]
-    texts = repeats[0]["texts"]
+    texts, speeds = repeats[0]["texts"], [r["tokens"] / r["seconds"] for r in repeats]
     return {
-        "tokens_per_s": statistics.median(r["tokens"] / r["seconds"] for r in repeats),
+        "tokens_per_s": statistics.median(speeds),
+        "by_repeat": speeds,
         "tokens_per_cycle": sum(len(c.kept) for c in cycles) / sum(len(c.rows) for c in cycles) if cycles else None,
         "acceptance": sum(c.accepted for c in cycles) / drafted if drafted else None,
         "time_shares": [s / sum(spent) for s in spent] if cycles else None,
@@ -258,11 +265,13 @@ def show(outcome: dict) -> None:
     for kind, result in outcome["kinds"].items():
         print(f"\n{kind}")
         common.print_table(
-            ["", "tokens/s", "tokens/cycle", "held", "draft", "verify", "choose", "same texts"],
+            ["", "tokens/s", "first", "last", "tokens/cycle", "held", "draft", "verify", "choose", "same texts"],
             [
                 [
                     name,
                     row["tokens_per_s"],
+                    row["by_repeat"][0],
+                    row["by_repeat"][-1],
                     row["tokens_per_cycle"],
                     row["acceptance"],
                     *(row["time_shares"] or [None] * 3),
@@ -272,17 +281,20 @@ def show(outcome: dict) -> None:
             ],
         )
         for pair, value in result["ratios"].items():
-            print(f"  {pair:26} {value:.2f}")
+            first, last = (result[f"{name}_ratios"][pair] for name in ("first", "last"))
+            print(f"  {pair:26} {value:.2f} (first {first:.2f}, last {last:.2f})")
 
 
 def _parse(arguments: list[str] | None) -> argparse.Namespace:
     parser = common.command_line(__doc__, "model", "dtype", "threads", "repeats", "json")
+    all_rows = {*ROWS, *BATCH_ROWS, *IN_12_BITS}
     parser.add_argument("--new-tokens", type=common.number(16), default=96, help="tokens per text (%(default)s)")
     parser.add_argument("--groups", nargs="+", choices=GROUPS, default=GROUPS, help="of prompts (all)")
     parser.add_argument("--prompts", type=common.number(1), default=2, help="of each group (%(default)s)")
     parser.add_argument(
         "--batch", nargs="+", type=common.number(1), metavar="N", help="batches of mixed prompts instead"
     )
+    parser.add_argument("--rows", nargs="+", choices=all_rows, metavar="ROW", help="beside plain (all; see above)")
     parser.add_argument("--own-ends", action="store_true", help="texts end where the model ends them, not all together")
     parser.add_argument("--peers", action="store_true", help="other programs instead, where installed")
     parser.add_argument("--twelve", action="store_true", help="also with the backbone's weights packed in 12 bits")

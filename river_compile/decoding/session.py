@@ -99,12 +99,14 @@ class Session:
         self._strict = False
         self._window: int | None = None  # entries that a draft's attention sees; 0 for all, None by their bytes
         self._programs: Programs | None = None  # those stored; None where passes cannot be
+        self._began: tuple[float, int] | None = None  # the prompt: at what time, and how many graphs there were
         self._whole: Cache | None = None  # of a batch that rows join: the memory of all rows that there may be
         self._rows = 0
 
     def prefill(self, ids_BS: Tensor, config: GenerationConfig, all_logits: bool = False) -> Tensor:
         """Runs the prompt ``[B, S]`` and returns its logits: of the last position, or of all that the model gives."""
         model, kwargs, record = self.model, self.lent.kwargs, self.record
+        self._began = time.perf_counter(), record.prepared
         inputs = self._prompt_inputs(ids_BS, config)
         outputs: Any = {}
         with graph_calls() as calls:
@@ -208,6 +210,7 @@ class Session:
             ExactModeError: the cache cannot be rewound, the river backend did not rewrite the model, or rows of a pass
                 of several tokens have other bits than alone.
         """
+        self._note_prompt(ids_BS.shape[1])
         graph = self._graph
         if graph is None:
             raise ExactModeError(f"exact mode needs a model that the river backend can rewrite: {self.record.why_not}")
@@ -229,6 +232,17 @@ class Session:
         self.widths, self._strict, self._window = widths, strict, window
         self._tokens = DraftVocab(logits_B1V.shape[-1])
         self._tokens.add(ids_BS)
+
+    def _note_prompt(self, width: int) -> None:
+        """Takes in how long the prompt took, unless something was prepared for it: it bounds what wide passes take."""
+        if self._began is None:
+            return
+        if self.runs_late:
+            torch.cuda.synchronize(self.model.device)
+        began, prepared = self._began
+        seconds, made = self.ranks.agree([time.perf_counter() - began, self.record.prepared - prepared])
+        if not made:
+            self.times.note_prompt(width, seconds)
 
     def _strict_widths(self, graph: GraphRecord, widths: tuple[int, ...], rows: int) -> tuple[int, ...]:
         """Returns the widths at which a row has the same bits as alone.
@@ -264,10 +278,8 @@ class Session:
     def _of_rows(self, rows: int) -> None:
         self._rows = rows
         self._bound = self._bound_of.setdefault(rows, {})
-        record, times = self.record, self.record.drafts.times
-        if rows not in times:
-            times[rows] = PassTimes(lambda: record.prepared)
-        self.times = times[rows]
+        record = self.record
+        self.times = record.drafts.times_of(rows, lambda: record.prepared)
 
     @property
     def runs_late(self) -> bool:
