@@ -15,7 +15,7 @@ from collections.abc import Callable, Hashable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from itertools import accumulate, zip_longest
 from operator import mul
-from typing import NamedTuple, Protocol
+from typing import Any, NamedTuple, Protocol
 
 from river_compile.runtime.draft_stats import AcceptanceRate, PassTimes
 
@@ -97,7 +97,7 @@ class DraftPolicy(Protocol):
         """
         ...
 
-    def note(self, kept: Mapping[Hashable, int], steps: int, width: int) -> None:
+    def note(self, kept: Mapping[Any, int], steps: int, width: int) -> None:
         """Learns from a cycle: tokens that each row kept, draft steps, and the width of its verification."""
         ...
 
@@ -154,7 +154,7 @@ class ByGain:
                 return None
         return count
 
-    def note(self, kept: Mapping[Hashable, int], steps: int, width: int) -> None:
+    def note(self, kept: Mapping[Any, int], steps: int, width: int) -> None:
         times = self._times
         self._kept = _RATE_FADES_BY * self._kept + sum(kept.values()) / len(kept)
         self._seconds = _RATE_FADES_BY * self._seconds + steps * times.of(PassTimes.DRAFT) + times.of(width)
@@ -222,7 +222,7 @@ class ByChance:
             return None
         return self._width(drafted) - 1 if drafted else max(len(row.copy) for row in rows)
 
-    def note(self, kept: Mapping[Hashable, int], steps: int, width: int) -> None:
+    def note(self, kept: Mapping[Any, int], steps: int, width: int) -> None:
         pass  # nothing depends on it
 
     def take(self, times: PassTimes) -> None:

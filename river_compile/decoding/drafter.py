@@ -146,7 +146,7 @@ class Drafter:
             self._rates.river.fade()
         return Draft({i: row.proposed for i, row in rows.items()}, steps)
 
-    def note(self, kept: Mapping[Hashable, int], steps: int, width: int, seconds: float) -> None:
+    def note(self, kept: Mapping[Any, int], steps: int, width: int, seconds: float) -> None:
         """Learns from a cycle: tokens that each row kept, draft steps, width and time of its verification."""
         self._times.note(width, seconds)
         self.rule.note(kept, steps, width)

@@ -37,7 +37,7 @@ from river_compile.decoding.bound_pass import BoundPass, graph_calls
 from river_compile.decoding.inputs import KNOWN, Inputs, PassInputs, with_all_logits, with_masks
 from river_compile.decoding.rewind import BY_SLOT, RewindableCache, joined_inputs, moved_inputs, selected_inputs
 from river_compile.errors import ExactModeError, RiverWarning
-from river_compile.exits import WHOLE, forced_depth
+from river_compile.exits import forced_depth
 from river_compile.kernels.native.load import few_rows
 from river_compile.model_record import GraphRecord, record_of
 from river_compile.progress import estimate
@@ -127,23 +127,23 @@ class Session:
         return logits if all_logits else logits[:, -1:]
 
     def prefill_piece(self, ids_BS: Tensor, config: GenerationConfig, tokens: int) -> Tensor | None:
-        """Runs the next `tokens` of a prompt of one row, or what is left; returns its last logits ``[1, 1, V]``.
+        """Runs the next `tokens` of a prompt of one row, or all that are left if these are less than twice as many.
 
         Returns:
-            None while there are more.
+            The last logits ``[1, 1, V]``, None while there are more.
         """
-        if not self._rows:
-            kwargs, first = self.lent.kwargs, ids_BS[:, :tokens]
-            cut = {name: kwargs[name][..., :tokens] for name in BY_SLOT if isinstance(kwargs.get(name), Tensor)}
+        whole, filled = ids_BS.shape[1], self.entries.filled if self._rows else 0
+        # (The last piece is as wide as to run like a prompt, and not like a few decode steps.)
+        upto = whole if whole - filled < 2 * tokens else filled + tokens
+        if not filled:
+            kwargs = self.lent.kwargs
+            cut = {name: kwargs[name][..., :upto] for name in BY_SLOT if isinstance(kwargs.get(name), Tensor)}
             self.lent.kwargs = {**kwargs, **cut}
-            logits = self.prefill(first, config)
+            logits = self.prefill(ids_BS[:, :upto], config)
         else:
-            upto = min(self.entries.filled + tokens, ids_BS.shape[1])
-            width = upto - self.entries.filled
-            # (One token is a decode step elsewhere, which may leave early.)
-            logits = self.step(ids_BS[:, :upto], width, WHOLE if width == 1 else None, last_token=True)[:, -1:]
+            logits = self.step(ids_BS[:, :upto], upto - filled, last_token=True)[:, -1:]
             self._kept = upto + 1
-        return logits if self.entries.filled == ids_BS.shape[1] else None
+        return logits if upto == whole else None
 
     @contextlib.contextmanager
     def told_if_compiled(self, rows: int) -> Iterator[None]:
