@@ -185,6 +185,7 @@ class BorrowedCache:
         model: generates.
         kwargs: arguments of its forward passes, the cache among them.
         grows: whether a longer one takes its place where it is full.
+        prompt: of the call, where its text may be kept; None where it may not.
         filled: tokens of the prompt that have entries in the cache.
 
     Attributes:
@@ -200,9 +201,10 @@ class BorrowedCache:
         kwargs: dict[str, Any],
         cache: StaticCache | None,
         grows: bool,
+        prompt: Prompt | None = None,
         filled: int = 0,
     ) -> None:
-        self._model, self._grows = model, grows
+        self._model, self._grows, self._prompt = model, grows, prompt
         self.cache, self.filled = cache, filled
         self.text: Tensor | None = None
         self.kwargs = kwargs if cache is None else {**kwargs, cache_argument(model): cache}
@@ -228,23 +230,22 @@ class BorrowedCache:
             self.cache = longer
         return longer
 
-    def keep_text(self, ids_S: Tensor, prompt: int, filled: int) -> None:
-        """Has the text kept that is in the cache at the end of a call.
+    def keep_text(self, ids_BS: Tensor, filled: int) -> None:
+        """Has the text kept that is in the cache at the end of a call, if the call's may be.
 
-        Where a row of a pass has the same bits whatever their number, those of new tokens go: a later prompt that has
-        them too makes others.
+        Where a row of a pass has the same bits whatever their number, only the prompt's entries are: a later prompt
+        that has the new tokens too makes other ones of them.
 
         Args:
-            ids_S: its tokens, and perhaps some without entries.
-            prompt: how many of them are the prompt.
-            filled: how many have entries that the backbone made.
+            ids_BS: its tokens, and perhaps some without entries.
+            filled: how many of them have entries that the backbone made.
         """
-        if self.cache is None or filled > min(sizes_of(self.cache)):  # (a window was full, and forgot)
-            return
+        if self._prompt is None or self.cache is None or filled > min(sizes_of(self.cache)):
+            return  # (a window that was full has forgotten its first tokens)
         if self._model.device.type == "cpu" and any_rows(self._model.dtype):
-            filled = prompt
+            filled = min(filled, len(self._prompt.ids))
         if filled >= MANY:
-            self.text = ids_S[:filled].cpu()
+            self.text = ids_BS[0, :filled].cpu()
 
 
 @contextlib.contextmanager
@@ -284,7 +285,7 @@ def borrowed_cache(
     rows = len(ids_BS)
     least = tokens + _AHEAD // 2 if grows else max(sizes_of(wanted))
     cache, filled = lend(pool, model, rows, wanted, least, prompt)
-    lent = BorrowedCache(model, kwargs, cache, grows, filled)
+    lent = BorrowedCache(model, kwargs, cache, grows, prompt, filled)
     try:
         yield lent
     finally:
