@@ -11,7 +11,7 @@ import threading
 import time
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
-from typing import Any
+from typing import Any, Protocol
 
 from torch import Tensor, nn
 from torch.utils.weak import WeakTensorKeyDictionary
@@ -124,6 +124,14 @@ class GraphRecord:
         self.block_paths = tuple(block.path for block in plan.blocks)
 
 
+class Joinable(Protocol):
+    """A batch that calls of generate may join."""
+
+    def join(self, call: Any, mode: Any, kwargs: Mapping[str, Any], shared: bool) -> object | None:
+        """Takes over a call of the batch's own thread, and returns what stands for its result; None if it does not."""
+        ...
+
+
 @dataclass(eq=False)
 class ModelRecord:
     """What is known of one model; `graphs` in the order of their compilation."""
@@ -143,6 +151,7 @@ class ModelRecord:
     plain_calls: PlainCalls = field(default_factory=PlainCalls)
     plain_runs: PlainRuns = field(default_factory=PlainRuns)
     programs: Programs | None = None  # that are stored, of an accelerated model
+    batch: Joinable | None = None  # that calls of generate may join
     told_of_batches: bool = False  # that another number of rows is compiled anew
     progress: StartProgress = field(default_factory=StartProgress)
 

@@ -24,7 +24,7 @@ import functools
 import time
 import warnings
 from bisect import bisect_right
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from typing import Any
 
 import torch
@@ -35,9 +35,9 @@ from transformers.cache_utils import Cache
 from river_compile.config import RiverConfig
 from river_compile.decoding.bound_pass import BoundPass, graph_calls
 from river_compile.decoding.inputs import KNOWN, Inputs, PassInputs, with_all_logits, with_masks
-from river_compile.decoding.rewind import BY_SLOT, RewindableCache, moved_inputs, selected_inputs
+from river_compile.decoding.rewind import BY_SLOT, RewindableCache, joined_inputs, moved_inputs, selected_inputs
 from river_compile.errors import ExactModeError, RiverWarning
-from river_compile.exits import forced_depth
+from river_compile.exits import WHOLE, forced_depth
 from river_compile.kernels.native.load import few_rows
 from river_compile.model_record import GraphRecord, record_of
 from river_compile.progress import estimate
@@ -46,7 +46,18 @@ from river_compile.runtime.draft_stats import PassTimes
 from river_compile.runtime.draft_vocab import DraftVocab
 from river_compile.runtime.executor import last_token_alone
 from river_compile.store.programs import Programs
-from river_compile.upstream.transformers import cache_argument, cache_of, is_allocated, is_static, with_rows
+from river_compile.upstream.transformers import (
+    cache_argument,
+    cache_of,
+    front_rows,
+    is_allocated,
+    is_static,
+    put_rows,
+    set_length,
+    sizes_of,
+    static_cache,
+    with_rows,
+)
 
 _LONGEST = 15  # tokens of a draft, where the caller does not say
 LONGEST_OFFLOADED = 63  # where a pass waits for weights to come in, once for all of its tokens
@@ -84,6 +95,8 @@ class Session:
         self._tokens: DraftVocab | None = None
         self._strict = False
         self._programs: Programs | None = None  # those stored; None where passes cannot be
+        self._whole: Cache | None = None  # of a batch that rows join: the memory of all rows that there may be
+        self._rows = 0
 
     def prefill(self, ids_BS: Tensor, config: GenerationConfig, all_logits: bool = False) -> Tensor:
         """Runs the prompt ``[B, S]`` and returns its logits: of the last position, or of all that the model gives."""
@@ -106,6 +119,25 @@ class Session:
         self._of_rows(ids_BS.shape[0])
         self._kept = self._kept_by_kwargs = self.entries.filled + 1
         return logits if all_logits else logits[:, -1:]
+
+    def prefill_piece(self, ids_BS: Tensor, config: GenerationConfig, tokens: int) -> Tensor | None:
+        """Runs the next `tokens` of a prompt of one row, or what is left; returns its last logits ``[1, 1, V]``.
+
+        Returns:
+            None while there are more.
+        """
+        if not self._rows:
+            kwargs, first = self.lent.kwargs, ids_BS[:, :tokens]
+            cut = {name: kwargs[name][..., :tokens] for name in BY_SLOT if isinstance(kwargs.get(name), Tensor)}
+            self.lent.kwargs = {**kwargs, **cut}
+            logits = self.prefill(first, config)
+        else:
+            upto = min(self.entries.filled + tokens, ids_BS.shape[1])
+            width = upto - self.entries.filled
+            # (One token is a decode step elsewhere, which may leave early.)
+            logits = self.step(ids_BS[:, :upto], width, WHOLE if width == 1 else None, last_token=True)[:, -1:]
+            self._kept = upto + 1
+        return logits if self.entries.filled == ids_BS.shape[1] else None
 
     @contextlib.contextmanager
     def told_if_compiled(self, rows: int) -> Iterator[None]:
@@ -208,6 +240,11 @@ class Session:
     def _use(self, cache: Cache | None) -> None:
         """Goes on with a cache, of which no pass is known."""
         assert cache is not None, "a generation without a cache is refused"
+        self._bound_of: dict[int, dict[tuple, BoundPass | None]] = {}  # passes by rows
+        self._see(cache)
+
+    def _see(self, cache: Cache) -> None:
+        """Goes on with a cache whose memory passes may be known of, with other rows than before."""
         self.cache = cache
         self.entries = RewindableCache(cache)
         if self.widths[-1] > 1:
@@ -217,6 +254,7 @@ class Session:
 
     def _of_rows(self, rows: int) -> None:
         self._rows = rows
+        self._bound = self._bound_of.setdefault(rows, {})
         record, times = self.record, self.record.drafts.times
         if rows not in times:
             times[rows] = PassTimes(lambda: record.prepared)
@@ -258,14 +296,93 @@ class Session:
 
     def select(self, rows: Sequence[int]) -> None:
         """Goes on with these rows of the batch alone, between two cycles: passes and cache become smaller."""
-        self._kwargs = selected_inputs(self._kwargs, rows)
-        self._move_to(with_rows(self.cache, rows))
+        if not rows:  # (of a batch that others may join)
+            self._rows = 0
+            return
+        cache = with_rows(self.cache, rows)
+        self._kwargs = {**selected_inputs(self._kwargs, rows), cache_argument(self.model): cache}
+        if self.entries.stays:
+            self._see(cache)
+        else:
+            self._use(cache)
         self._of_rows(len(rows))
+
+    @classmethod
+    def of_batch(cls, prompt: Session, rows: int) -> Session:
+        """Returns a batch for up to `rows` rows like that of a session whose prompt has run, in which there are none
+        yet."""
+        batch = cls(prompt.model, prompt.lent, prompt.depth)
+        batch._graph, batch._programs = prompt._graph, prompt._programs
+        batch.stats, batch.sequences, batch.ranks = prompt.stats, prompt.sequences, prompt.ranks
+        batch._allocate(max(sizes_of(prompt.cache)), rows, prompt.cache)
+        return batch
+
+    def _allocate(self, slots: int, rows: int, like: Cache) -> None:
+        """Makes the memory of a batch that rows join, of the heads that another cache has."""
+        whole = static_cache(self.model, slots)
+        assert whole is not None, "the rows' own caches have layers of the same kinds"
+        for layer, other in zip(whole.layers, like.layers, strict=True):
+            keys, values = ((t[:1, :, :0].expand(rows, -1, -1, -1)) for t in (other.keys, other.values))
+            layer.lazy_initialization(keys, values)
+        self._whole = whole
+        self._use(whole)
+
+    def join(self, prompt: Session, ids_BS: Tensor) -> None:
+        """Takes in the row of a session whose prompt has run, between two cycles: it becomes the last one.
+
+        Args:
+            prompt: the session.
+            ids_BS: its prompt.
+        """
+        rows, entries = self._rows, prompt.entries.filled
+        kwargs = prompt._lengthened(entries + 1)
+        if kwargs.get("attention_mask") is None:  # (of a text without padding, which rows beside it will have)
+            kwargs["attention_mask"] = ids_BS.new_ones(1, entries + 1)
+        filled = max(entries, self.entries.filled) if rows else entries
+        self._has_slots(filled + self.widths[-1])
+        assert self._whole is not None, "only batches are joined"
+        if rows:
+            if filled > self.entries.filled:
+                self.entries.part([0] * rows, filled)
+            kwargs = joined_inputs(self._lengthened(self._kept), kwargs)
+        put_rows(self._whole, rows, prompt.cache, filled)
+        self._show(kwargs, rows + 1, filled)
+        self._kept = self._kept_by_kwargs = filled + 1
+        if self._tokens is not None:
+            self._tokens = self._tokens if rows else DraftVocab(self._tokens.vocabulary)
+            self._tokens.add(ids_BS)
+
+    def _show(self, kwargs: Mapping[str, Any], rows: int, filled: int) -> None:
+        """Goes on with the first rows of a batch's memory, which hold so many tokens."""
+        assert self._whole is not None, "only batches are joined"
+        for layer in self._whole.layers:
+            set_length(layer, filled)
+        view = front_rows(self._whole, rows)
+        self._kwargs = {**kwargs, cache_argument(self.model): view}
+        self._see(view)
+        self._of_rows(rows)
+
+    def _has_slots(self, slots: int) -> None:
+        """Moves a batch to longer memory where it has fewer slots."""
+        before = self._whole
+        assert before is not None, "only batches are joined"
+        size = max(sizes_of(before))
+        if slots <= size:
+            return
+        rows, filled = self._rows, self.entries.filled
+        self._allocate(max(2 * size, slots), len(before.layers[0].keys), before)
+        if rows:
+            put_rows(self._whole, 0, front_rows(before, rows), filled)
+            self._show(self._kwargs, rows, filled)
 
     def make_room(self, tokens: int) -> None:
         """Moves to a longer cache, between two cycles, where the next `tokens` do not fit and a cache that grows was
         asked for; no cycle writes more than its widest pass."""
-        longer = self.lent.longer(self.cache, self.entries.filled, min(tokens, self.widths[-1]))
+        next_tokens = min(tokens, self.widths[-1])
+        if self._whole is not None:
+            self._has_slots(self.entries.filled + next_tokens)
+            return
+        longer = self.lent.longer(self.cache, self.entries.filled, next_tokens)
         if longer is not None:
             self._move_to(longer)
 
@@ -304,7 +421,12 @@ class Session:
         return self.step(ids_BS, width)[:, : drafted + 1]
 
     def step(
-        self, ids_BS: Tensor, width: int = 1, depth: int | None = None, tokens: DraftVocab | None = None
+        self,
+        ids_BS: Tensor,
+        width: int = 1,
+        depth: int | None = None,
+        tokens: DraftVocab | None = None,
+        last_token: bool = False,
     ) -> Tensor:
         """Runs the last `width` ids, the first of which has no entry yet, and returns their logits ``[B, width, V]``.
 
@@ -313,6 +435,7 @@ class Session:
             width: how many of them run.
             depth: blocks to execute; None for the session's.
             tokens: those whose logits the river's head computes, None for all.
+            last_token: nobody reads other logits than the last token's, and there may be no others.
 
         Raises:
             CacheFullError: (a ``ValueError``) they do not fit into a static cache.
@@ -321,7 +444,8 @@ class Session:
             self._inputs[width] = PassInputs(self.model, width)
         filled = self.entries.filled
         inputs = self._inputs[width].at(filled, ids_BS, functools.partial(self._prepared, ids_BS, width))
-        return self._pass(inputs, width, self.depth if depth is None else depth, tokens)[:, -width:]
+        depth = self.depth if depth is None else depth
+        return self._pass(inputs, width, depth, tokens, last_token=last_token)[:, -width:]
 
     def _pass(
         self,
@@ -372,11 +496,10 @@ class Session:
             advance: by how many tokens the cache grows (or shrinks, where the longest row has ended). Rows that kept
                 other numbers are moved so that all end in its last slot.
         """
-        if self._tokens is None:  # (nothing was drafted)
-            self._kept += advance
-            return
         if set(kept) == {advance}:
             self._kept += advance
+            if self._tokens is None:  # (nothing was drafted)
+                return
             self.rewind(self.entries.filled - (self._kept - 1))
         else:
             most = max(kept)

@@ -127,21 +127,52 @@ def with_rows(cache: Cache, rows: Sequence[int]) -> Cache:
     Those of static layers move to the front of the same memory, so that what knows its address finds them; the cache
     that was given is of no use afterwards.
     """
+    return _of_layers(cache, [_layer_with_rows(layer, rows) for layer in cache.layers])
+
+
+def front_rows(cache: Cache, rows: int) -> Cache:
+    """Returns a view of a static cache's first rows."""
+    return _of_layers(cache, [_with_tensors(layer, layer.keys[:rows], layer.values[:rows]) for layer in cache.layers])
+
+
+def put_rows(cache: Cache, first: int, other: Cache, last: int) -> None:
+    """Copies the entries of another static cache into rows of this one, from the `first` on, so that they end at slot
+    `last`."""
+    for here, there in zip(cache.layers, other.layers, strict=True):
+        count = int(there.cumulative_length)
+        for name in ("keys", "values"):
+            entries = getattr(there, name)[:, :, :count]
+            getattr(here, name)[first : first + len(entries), :, last - count : last].copy_(entries)
+
+
+def _of_layers(cache: Cache, layers: list[Any]) -> Cache:
     chosen = copy.copy(cache)
-    chosen.layers = [_layer_with_rows(layer, rows) for layer in cache.layers]
+    chosen.layers = layers
     return chosen
 
 
 def _layer_with_rows(layer: Any, rows: Sequence[int]) -> Any:
+    moved = [_moved_rows(tensor, rows, isinstance(layer, StaticLayer)) for tensor in (layer.keys, layer.values)]
+    return _with_tensors(layer, *moved)
+
+
+def _moved_rows(tensor: Tensor, rows: Sequence[int], in_place: bool) -> Tensor:
+    """Returns some rows of a tensor, at the front of its memory if that is asked for."""
+    count = len(rows)
+    if in_place and all(row == place or row >= count for place, row in enumerate(rows)):  # (none is written over)
+        for place, row in enumerate(rows):
+            if row != place:
+                tensor[place].copy_(tensor[row])
+        return tensor[:count]
+    moved = tensor.index_select(0, torch.tensor(rows, device=tensor.device))
+    return tensor[:count].copy_(moved) if in_place else moved
+
+
+def _with_tensors(layer: Any, keys: Tensor, values: Tensor) -> Any:
     chosen = copy.copy(layer)
-    for name in ("keys", "values"):
-        tensor = getattr(layer, name)
-        moved = tensor.index_select(0, torch.tensor(rows, device=tensor.device))
-        if isinstance(layer, StaticLayer):
-            moved = tensor[: len(rows)].copy_(moved)
-        setattr(chosen, name, moved)
+    chosen.keys, chosen.values = keys, values
     if hasattr(layer, "batch_size"):
-        chosen.batch_size = len(rows)
+        chosen.batch_size = len(keys)
     return chosen
 
 
