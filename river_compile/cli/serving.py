@@ -23,6 +23,7 @@ from typing import Any
 from fastapi import FastAPI
 from transformers import GenerationConfig
 from transformers.cli.serving import model_manager, server, utils
+from transformers.generation.streamers import BaseStreamer
 
 from river_compile.api.accelerate import accelerate
 from river_compile.cli.models import loading
@@ -89,7 +90,7 @@ class Manager(utils.GenerateManager):
         call = self.submit(fn, *args, **kwargs)
         try:
             return await asyncio.shield(asyncio.wrap_future(call))
-        except asyncio.CancelledError:
+        except (asyncio.CancelledError, utils._GenerationCancelled):
             if call.done():  # it was cancelled, and not the task that waits for it
                 raise Refused(CLIENT_GONE, "client_gone", "the client has gone") from None
             raise
@@ -102,8 +103,15 @@ class Manager(utils.GenerateManager):
         self, model: Any, processor: Any, inputs: Any, gen_config: GenerationConfig, request_id: str
     ) -> tuple[str, int, Any]:
         """Generates a whole text (transformers' interface)."""
-        prepare(gen_config, model, inputs["input_ids"].shape[-1])
-        return await super().generate_non_streaming(model, processor, inputs, gen_config, request_id)
+        length = inputs["input_ids"].shape[-1]
+        prepare(gen_config, model, length)
+        streamer = None if (gen_config.num_beams or 1) > 1 else Whole(self.first_token)  # (beams cannot be streamed)
+        if streamer is not None:
+            ends_with_request(streamer.cancel)
+        ids = await self.async_submit(
+            model.generate, **self._arguments(model, processor, inputs, gen_config), streamer=streamer
+        )
+        return processor.decode(ids[0, length:], skip_special_tokens=True), length, ids[0, length:]
 
     def generate_streaming(
         self,
@@ -119,12 +127,15 @@ class Manager(utils.GenerateManager):
         loop, queue = asyncio.get_running_loop(), asyncio.Queue[Any]()
         tokenizer = getattr(processor, "tokenizer", processor)._tokenizer
         streamer = Streamer(tokenizer, loop, queue, response_parser=response_parser, first_token=self.first_token)
-        more = {"generation_mode": "text"} if hasattr(model, "has_talker") else {}
-        call = self.submit(
-            model.generate, **inputs, streamer=streamer, generation_config=gen_config, tokenizer=processor, **more
-        )
+        ends_with_request(streamer.cancel)
+        call = self.submit(model.generate, **self._arguments(model, processor, inputs, gen_config), streamer=streamer)
         call.add_done_callback(functools.partial(_tell_end, loop, queue))
         return queue, streamer
+
+    @staticmethod
+    def _arguments(model: Any, processor: Any, inputs: Any, config: GenerationConfig) -> dict[str, Any]:
+        only_text = {"generation_mode": "text"} if hasattr(model, "has_talker") else {}
+        return {**inputs, "generation_config": config, "tokenizer": processor, **only_text}
 
     @property
     def alive(self) -> bool:
@@ -135,18 +146,47 @@ class Manager(utils.GenerateManager):
         self.batch.close()
 
 
+class FirstToken:
+    """Tells the seconds from now to the first token of a call."""
+
+    def __init__(self, tell: Callable[[float], object]) -> None:
+        self._tell, self._began, self._puts = tell, time.monotonic(), 0
+
+    def put(self) -> None:
+        """Called whenever `generate` gives its streamer something: the prompt comes first, then tokens."""
+        self._puts += 1
+        if self._puts == 2:
+            self._tell(time.monotonic() - self._began)
+
+
 class Streamer(utils.DirectStreamer):
-    """transformers' streamer, which also measures the time to the first token."""
+    """Streams a text; a call whose client has gone ends at the next token (transformers' part)."""
 
     def __init__(self, *args: Any, first_token: Callable[[float], object], **kwargs: Any) -> None:
         super().__init__(*args, **kwargs)
-        self.first_token, self.began = first_token, time.monotonic()
+        self._first_token = FirstToken(first_token)
 
     def put(self, value: Any) -> None:
-        before = self.total_tokens
         super().put(value)
-        if before == 0 < self.total_tokens:
-            self.first_token(time.monotonic() - self.began)
+        self._first_token.put()
+
+
+class Whole(BaseStreamer):
+    """Goes with a text that is not streamed, for the same two purposes."""
+
+    def __init__(self, first_token: Callable[[float], object]) -> None:
+        self._first_token, self._cancelled = FirstToken(first_token), False
+
+    def put(self, value: Any) -> None:
+        if self._cancelled:
+            raise utils._GenerationCancelled
+        self._first_token.put()
+
+    def end(self) -> None:
+        pass
+
+    def cancel(self) -> None:
+        self._cancelled = True
 
 
 class State(utils.GenerationState):

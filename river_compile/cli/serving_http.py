@@ -135,7 +135,7 @@ class Metrics:
         self.requests = Counter("river_requests", "Requests, by path and status.", labels, registry=self.registry)
         self.first_token = Histogram(
             "river_first_token_seconds",
-            "From a streamed request to its first token, the wait for a row included.",
+            "From a request to its first token, the wait for a row included.",
             buckets=_FIRST_TOKEN,
             registry=self.registry,
         )
