@@ -341,7 +341,7 @@ class ContinuousBatch:
             else:
                 loop.session.join(session, call.ids_BS)
                 if loop.drafter is not None:
-                    loop.drafter.take(loop.session.times, (len(loop.rows) + 1) / max(len(loop.rows), 1))
+                    loop.drafter.take(loop.session.times)
             generator = torch.Generator(self._model.device)
             generator.set_state(prompt.waiting.random_state)
             prompt.request = call.request(session.ranks, loop.drafter is not None, True, generator)

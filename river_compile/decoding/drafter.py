@@ -146,15 +146,15 @@ class Drafter:
             self._rates.river.fade()
         return Draft({i: row.proposed for i, row in rows.items()}, steps)
 
-    def note(self, tokens: int, steps: int, width: int, seconds: float) -> None:
-        """Learns from a cycle: kept tokens of all rows, draft steps, width and time of its verification."""
+    def note(self, kept: Mapping[Any, int], steps: int, width: int, seconds: float) -> None:
+        """Learns from a cycle: tokens that each row kept, draft steps, width and time of its verification."""
         self._times.note(width, seconds)
-        self.rule.note(tokens, steps, width)
+        self.rule.note(kept, steps, width)
 
-    def take(self, times: PassTimes, share: float) -> None:
-        """Goes on with passes of fewer rows: `share` of those before."""
+    def take(self, times: PassTimes) -> None:
+        """Goes on with passes of another number of rows."""
         self._times = times
-        self.rule.take(times, share)
+        self.rule.take(times)
 
     def learn(self, proposed: Proposed, held: bool) -> None:
         """Takes in the verdict on a drafted token."""

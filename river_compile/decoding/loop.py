@@ -162,7 +162,8 @@ class DecodeLoop:
         took = (drafted_at - start, verified_at - drafted_at, end - verified_at)
         drafting, verifying, keeping = self.ranks.agree(took)
         seconds = drafting, verifying, keeping
-        drafter.note(sum(len(row.kept) for row in cycles), draft.steps, width, verifying + keeping)
+        kept = {row: _length(row) - length for row, length in before.items()}
+        drafter.note(kept, draft.steps, width, verifying + keeping)
         session.stats.count_cycle(
             CycleRecord(tuple(cycles), width, seconds, threading.get_ident(), session.stats.model_id)
         )
@@ -188,7 +189,7 @@ class DecodeLoop:
         self.rows = [self.rows[i] for i in order]
         self.session.select(order)
         if self.drafter is not None:
-            self.drafter.take(self.session.times, max(len(order), 1) / before)
+            self.drafter.take(self.session.times)
 
     def _may_leave(self, running: Sequence[Row]) -> bool:
         """Whether rows that have ended leave, and these go on without them."""

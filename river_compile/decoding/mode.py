@@ -55,6 +55,7 @@ _STOP_BELOW = 0.5  # where measured times may not decide
 _CHECKS = {
     "max_draft": optional(integer(1)),
     "prompt_lookup": FLAG,
+    "draft_window": optional(integer(0)),
     "stop_below": optional(number("it must be a number from 0 to 1", least=0, most=1)),
     "strict": FLAG,
     "adaptive": FLAG,
@@ -270,6 +271,8 @@ class ExactMode(Decode):
         stop_below: the river ends its draft once the draft's estimated chance of holding in whole is below this, in
             [0, 1]; 0 always drafts `max_draft` tokens. None drafts as long as it is expected to pay, by measured times,
             or is 0.5 where not `adaptive`.
+        draft_window: entries of the KV cache that a draft's attention sees, the last ones, beside the first four; 0 for
+            all. None for as many as take half of the time that its weights take.
         strict: an error where a row of a verifying pass might have other bits than it has without drafts.
         adaptive: let measured times decide how long to draft, and let the river draft none where that does not pay.
             Otherwise nothing depends on time.
@@ -278,12 +281,20 @@ class ExactMode(Decode):
     max_draft: int | None = None
     prompt_lookup: bool = True
     stop_below: float | None = None
+    draft_window: int | None = None
     strict: bool = False
     adaptive: bool = True
     __signature__ = KeepsTokenizer()
     refusal: ClassVar[type[Exception]] = ExactModeError
     depth: ClassVar[int | None] = WHOLE
-    per_call: ClassVar[tuple[str, ...]] = ("max_draft", "prompt_lookup", "stop_below", "strict", "adaptive")
+    per_call: ClassVar[tuple[str, ...]] = (
+        "max_draft",
+        "prompt_lookup",
+        "stop_below",
+        "draft_window",
+        "strict",
+        "adaptive",
+    )
 
     def __post_init__(self) -> None:
         for name, check in _CHECKS.items():
@@ -317,7 +328,7 @@ class ExactMode(Decode):
     def drafting(
         self, call: Call, session: Session, logits: Tensor, shared: bool, joins: bool = False
     ) -> tuple[Drafter | None, bool]:
-        session.allow_drafts(call.ids_BS, logits, self.max_draft, self.strict)
+        session.allow_drafts(call.ids_BS, logits, self.max_draft, self.strict, self.draft_window)
         together = not joins and (len(call.ids_BS) == 1 or shared or not (session.can_part and _row_by_row(call)))
         return self._drafter(call, session, together), together
 

@@ -37,7 +37,7 @@ from river_compile.decoding.bound_pass import BoundPass, graph_calls
 from river_compile.decoding.inputs import KNOWN, Inputs, PassInputs, with_all_logits, with_masks
 from river_compile.decoding.rewind import BY_SLOT, RewindableCache, joined_inputs, moved_inputs, selected_inputs
 from river_compile.errors import ExactModeError, RiverWarning
-from river_compile.exits import WHOLE, forced_depth
+from river_compile.exits import forced_depth
 from river_compile.kernels.native.load import few_rows
 from river_compile.model_record import GraphRecord, record_of
 from river_compile.progress import estimate
@@ -47,6 +47,7 @@ from river_compile.runtime.draft_vocab import DraftVocab
 from river_compile.runtime.executor import last_token_alone
 from river_compile.store.programs import Programs
 from river_compile.upstream.transformers import (
+    bytes_of,
     cache_argument,
     cache_of,
     front_rows,
@@ -59,6 +60,8 @@ from river_compile.upstream.transformers import (
     with_rows,
 )
 
+_WINDOW_BYTES = 0.5  # what a draft's attention reads of keys and values at most, in weights of its twins
+_LEAST_WINDOW = 256  # slots
 _LONGEST = 15  # tokens of a draft, where the caller does not say
 LONGEST_OFFLOADED = 63  # where a pass waits for weights to come in, once for all of its tokens
 
@@ -94,13 +97,16 @@ class Session:
         self._graph: GraphRecord | None = None
         self._tokens: DraftVocab | None = None
         self._strict = False
+        self._window: int | None = None  # entries that a draft's attention sees; 0 for all, None by their bytes
         self._programs: Programs | None = None  # those stored; None where passes cannot be
+        self._began: tuple[float, int] | None = None  # the prompt: at what time, and how many graphs there were
         self._whole: Cache | None = None  # of a batch that rows join: the memory of all rows that there may be
         self._rows = 0
 
     def prefill(self, ids_BS: Tensor, config: GenerationConfig, all_logits: bool = False) -> Tensor:
         """Runs the prompt ``[B, S]`` and returns its logits: of the last position, or of all that the model gives."""
         model, kwargs, record = self.model, self.lent.kwargs, self.record
+        self._began = time.perf_counter(), record.prepared
         inputs = self._prompt_inputs(ids_BS, config)
         outputs: Any = {}
         with graph_calls() as calls:
@@ -121,23 +127,23 @@ class Session:
         return logits if all_logits else logits[:, -1:]
 
     def prefill_piece(self, ids_BS: Tensor, config: GenerationConfig, tokens: int) -> Tensor | None:
-        """Runs the next `tokens` of a prompt of one row, or what is left; returns its last logits ``[1, 1, V]``.
+        """Runs the next `tokens` of a prompt of one row, or all that are left if these are less than twice as many.
 
         Returns:
-            None while there are more.
+            The last logits ``[1, 1, V]``, None while there are more.
         """
-        if not self._rows:
-            kwargs, first = self.lent.kwargs, ids_BS[:, :tokens]
-            cut = {name: kwargs[name][..., :tokens] for name in BY_SLOT if isinstance(kwargs.get(name), Tensor)}
+        whole, filled = ids_BS.shape[1], self.entries.filled if self._rows else 0
+        # (The last piece is as wide as to run like a prompt, and not like a few decode steps.)
+        upto = whole if whole - filled < 2 * tokens else filled + tokens
+        if not filled:
+            kwargs = self.lent.kwargs
+            cut = {name: kwargs[name][..., :upto] for name in BY_SLOT if isinstance(kwargs.get(name), Tensor)}
             self.lent.kwargs = {**kwargs, **cut}
-            logits = self.prefill(first, config)
+            logits = self.prefill(ids_BS[:, :upto], config)
         else:
-            upto = min(self.entries.filled + tokens, ids_BS.shape[1])
-            width = upto - self.entries.filled
-            # (One token is a decode step elsewhere, which may leave early.)
-            logits = self.step(ids_BS[:, :upto], width, WHOLE if width == 1 else None, last_token=True)[:, -1:]
+            logits = self.step(ids_BS[:, :upto], upto - filled, last_token=True)[:, -1:]
             self._kept = upto + 1
-        return logits if self.entries.filled == ids_BS.shape[1] else None
+        return logits if upto == whole else None
 
     @contextlib.contextmanager
     def told_if_compiled(self, rows: int) -> Iterator[None]:
@@ -187,7 +193,9 @@ class Session:
             kind, self.model, inputs, self.cache, bound.executor, bound.args, bound.logits, graph.matrices
         )
 
-    def allow_drafts(self, ids_BS: Tensor, logits_B1V: Tensor, max_draft: int | None, strict: bool) -> None:
+    def allow_drafts(
+        self, ids_BS: Tensor, logits_B1V: Tensor, max_draft: int | None, strict: bool, window: int | None = None
+    ) -> None:
         """Makes drafts possible, which the backbone verifies.
 
         Args:
@@ -195,11 +203,14 @@ class Session:
             logits_B1V: of its last position.
             max_draft: longest draft; None for 15, and 63 where blocks of the backbone are offloaded.
             strict: whether every row must have the bits that it has without drafts.
+            window: how many of the last entries a draft's attention sees, beside the first few; 0 for all, None for as
+                many as take half of the time that its weights take.
 
         Raises:
             ExactModeError: the cache cannot be rewound, the river backend did not rewrite the model, or rows of a pass
                 of several tokens have other bits than alone.
         """
+        self._note_prompt(ids_BS.shape[1])
         graph = self._graph
         if graph is None:
             raise ExactModeError(f"exact mode needs a model that the river backend can rewrite: {self.record.why_not}")
@@ -218,9 +229,20 @@ class Session:
                 f"{type(self.model).__name__} takes the whole text in every pass ({given} tokens in place of 1); leave "
                 "out custom_generate"
             )
-        self.widths, self._strict = widths, strict
+        self.widths, self._strict, self._window = widths, strict, window
         self._tokens = DraftVocab(logits_B1V.shape[-1])
         self._tokens.add(ids_BS)
+
+    def _note_prompt(self, width: int) -> None:
+        """Takes in how long the prompt took, unless something was prepared for it: it bounds what wide passes take."""
+        if self._began is None:
+            return
+        if self.runs_late:
+            torch.cuda.synchronize(self.model.device)
+        began, prepared = self._began
+        seconds, made = self.ranks.agree([time.perf_counter() - began, self.record.prepared - prepared])
+        if not made:
+            self.times.note_prompt(width, seconds)
 
     def _strict_widths(self, graph: GraphRecord, widths: tuple[int, ...], rows: int) -> tuple[int, ...]:
         """Returns the widths at which a row has the same bits as alone.
@@ -251,14 +273,13 @@ class Session:
             self.entries.allow_rewinds(self.widths[-1], self._strict)
         self._bound: dict[tuple, BoundPass | None] = {}
         self._inputs: dict[int, PassInputs] = {}
+        self._narrowest: int | None = None  # the window that follows from the cache's rows
 
     def _of_rows(self, rows: int) -> None:
         self._rows = rows
         self._bound = self._bound_of.setdefault(rows, {})
-        record, times = self.record, self.record.drafts.times
-        if rows not in times:
-            times[rows] = PassTimes(lambda: record.prepared)
-        self.times = times[rows]
+        record = self.record
+        self.times = record.drafts.times_of(rows, lambda: record.prepared)
 
     @property
     def runs_late(self) -> bool:
@@ -404,7 +425,16 @@ class Session:
 
         Of a token that is rare and not in the text, they may be `UNWANTED`.
         """
-        return self.step(ids_BS, 1, 0, self._tokens)[:, -1]
+        return self.step(ids_BS, 1, 0, self._tokens, window=self._draft_window)[:, -1]
+
+    @property
+    def _draft_window(self) -> int:
+        """Entries that a draft's attention sees, 0 for all: those whose bytes are a part of the twins'."""
+        if self._window is None and self._narrowest is None:
+            capacity, weights = self.entries.capacity, 0 if self._graph is None else self._graph.token_bytes
+            slots = int(_WINDOW_BYTES * weights * capacity / bytes_of(self.cache)) if capacity else 0
+            self._narrowest = max(_LEAST_WINDOW, slots) if slots else 0
+        return (self._narrowest if self._window is None else self._window) or 0
 
     def verify(self, ids_BS: Tensor, drafted: int) -> Tensor:
         """Runs the last verified id and the `drafted` ids after it at the session's depth.
@@ -427,6 +457,7 @@ class Session:
         depth: int | None = None,
         tokens: DraftVocab | None = None,
         last_token: bool = False,
+        window: int = 0,
     ) -> Tensor:
         """Runs the last `width` ids, the first of which has no entry yet, and returns their logits ``[B, width, V]``.
 
@@ -436,6 +467,7 @@ class Session:
             depth: blocks to execute; None for the session's.
             tokens: those whose logits the river's head computes, None for all.
             last_token: nobody reads other logits than the last token's, and there may be no others.
+            window: attention may see the first few entries and so many of the last ones alone; 0 for all.
 
         Raises:
             CacheFullError: (a ``ValueError``) they do not fit into a static cache.
@@ -443,7 +475,7 @@ class Session:
         if width not in self._inputs:
             self._inputs[width] = PassInputs(self.model, width)
         filled = self.entries.filled
-        inputs = self._inputs[width].at(filled, ids_BS, functools.partial(self._prepared, ids_BS, width))
+        inputs = self._inputs[width].at(filled, ids_BS, functools.partial(self._prepared, ids_BS, width), window)
         depth = self.depth if depth is None else depth
         return self._pass(inputs, width, depth, tokens, last_token=last_token)[:, -width:]
 
