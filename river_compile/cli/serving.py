@@ -21,6 +21,7 @@ from concurrent.futures import CancelledError, Future
 from typing import Any
 
 from fastapi import FastAPI
+from torch import Tensor
 from transformers import GenerationConfig
 from transformers.cli.serving import model_manager, server, utils
 from transformers.generation.streamers import BaseStreamer
@@ -60,11 +61,11 @@ class Manager(utils.GenerateManager):
         model: an accelerated model.
         rows: calls that generate at once.
         queue: calls more that may wait.
-        first_token: is told the seconds to each call's first token.
+        metrics: are told of tokens.
     """
 
-    def __init__(self, model: Any, rows: int, queue: int, first_token: Callable[[float], object]) -> None:
-        self.model, self.rows, self.queue, self.first_token = model, rows, queue, first_token
+    def __init__(self, model: Any, rows: int, queue: int, metrics: Metrics) -> None:
+        self.model, self.rows, self.queue, self.metrics = model, rows, queue, metrics
         self.batch = ContinuousBatch(model, rows)
         self._calls: list[Future[Any]] = []
 
@@ -105,7 +106,7 @@ class Manager(utils.GenerateManager):
         """Generates a whole text (transformers' interface)."""
         length = inputs["input_ids"].shape[-1]
         prepare(gen_config, model, length)
-        streamer = None if (gen_config.num_beams or 1) > 1 else Whole(self.first_token)  # (beams cannot be streamed)
+        streamer = None if (gen_config.num_beams or 1) > 1 else Whole(self.metrics)  # (beams cannot be streamed)
         if streamer is not None:
             ends_with_request(streamer.cancel)
         ids = await self.async_submit(
@@ -126,7 +127,7 @@ class Manager(utils.GenerateManager):
         prepare(gen_config, model, inputs["input_ids"].shape[-1])
         loop, queue = asyncio.get_running_loop(), asyncio.Queue[Any]()
         tokenizer = getattr(processor, "tokenizer", processor)._tokenizer
-        streamer = Streamer(tokenizer, loop, queue, response_parser=response_parser, first_token=self.first_token)
+        streamer = Streamer(tokenizer, loop, queue, response_parser=response_parser, metrics=self.metrics)
         ends_with_request(streamer.cancel)
         call = self.submit(model.generate, **self._arguments(model, processor, inputs, gen_config), streamer=streamer)
         call.add_done_callback(functools.partial(_tell_end, loop, queue))
@@ -146,41 +147,43 @@ class Manager(utils.GenerateManager):
         self.batch.close()
 
 
-class FirstToken:
-    """Tells the seconds from now to the first token of a call."""
+class Tokens:
+    """Tells a server's metrics of one call's tokens."""
 
-    def __init__(self, tell: Callable[[float], object]) -> None:
-        self._tell, self._began, self._puts = tell, time.monotonic(), 0
+    def __init__(self, metrics: Metrics) -> None:
+        self._metrics, self._began, self._puts = metrics, time.monotonic(), 0
 
-    def put(self) -> None:
+    def put(self, value: Tensor) -> None:
         """Called whenever `generate` gives its streamer something: the prompt comes first, then tokens."""
         self._puts += 1
         if self._puts == 2:
-            self._tell(time.monotonic() - self._began)
+            self._metrics.first_token.observe(time.monotonic() - self._began)
+        if self._puts > 1:
+            self._metrics.tokens.inc(value.numel())
 
 
 class Streamer(utils.DirectStreamer):
     """Streams a text; a call whose client has gone ends at the next token (transformers' part)."""
 
-    def __init__(self, *args: Any, first_token: Callable[[float], object], **kwargs: Any) -> None:
+    def __init__(self, *args: Any, metrics: Metrics, **kwargs: Any) -> None:
         super().__init__(*args, **kwargs)
-        self._first_token = FirstToken(first_token)
+        self._tokens = Tokens(metrics)
 
-    def put(self, value: Any) -> None:
+    def put(self, value: Tensor) -> None:
+        self._tokens.put(value)
         super().put(value)
-        self._first_token.put()
 
 
 class Whole(BaseStreamer):
     """Goes with a text that is not streamed, for the same two purposes."""
 
-    def __init__(self, first_token: Callable[[float], object]) -> None:
-        self._first_token, self._cancelled = FirstToken(first_token), False
+    def __init__(self, metrics: Metrics) -> None:
+        self._tokens, self._cancelled = Tokens(metrics), False
 
-    def put(self, value: Any) -> None:
+    def put(self, value: Tensor) -> None:
         if self._cancelled:
             raise utils._GenerationCancelled
-        self._first_token.put()
+        self._tokens.put(value)
 
     def end(self) -> None:
         pass
@@ -214,7 +217,7 @@ class State(utils.GenerationState):
         if manager is None or manager.model is not model:
             if manager is not None:
                 manager.stop()
-            manager = Manager(model, self.rows, self.queue, self.metrics.first_token.observe)
+            manager = Manager(model, self.rows, self.queue, self.metrics)
             self._generate_managers[model_id] = manager
         return manager
 

@@ -32,7 +32,6 @@ _ends: ContextVar[list[Callable[[], object]]] = ContextVar("what ends with the r
 
 _COUNTERS = {
     "calls": "Calls of generate that have ended, well or not.",
-    "tokens": "New tokens of these; their rate is the tokens/s of all clients.",
     "drafted": "Tokens that were drafted.",
     "held": "Drafted tokens that held.",
     "prompt_tokens": "Tokens of prompts.",
@@ -121,7 +120,7 @@ def _end_all(ends: list[Callable[[], object]]) -> None:
 
 
 class Metrics:
-    """A server's metrics; `requests` and `first_token` are told what happens, the rest is read when somebody asks.
+    """A server's metrics: some are told as things happen, the rest is read from the batches when somebody asks.
 
     Args:
         rows: of a batch.
@@ -133,6 +132,8 @@ class Metrics:
         self.registry = CollectorRegistry()  # (the package's global one would mix the servers of a process)
         labels = ("path", "status")
         self.requests = Counter("river_requests", "Requests, by path and status.", labels, registry=self.registry)
+        meaning = "New tokens, as they come; their rate is the tokens/s of all clients."
+        self.tokens = Counter("river_tokens", meaning, registry=self.registry)
         self.first_token = Histogram(
             "river_first_token_seconds",
             "From a request to its first token, the wait for a row included.",

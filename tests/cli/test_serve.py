@@ -37,7 +37,7 @@ class Served:
         with socket.socket() as free:
             free.bind(("127.0.0.1", 0))
             self.port = free.getsockname()[1]
-        options = {"max_draft": 1, "adaptive": False, "lowering": "eager", "group_size": 32}
+        options = {"max_draft": 1, "adaptive": False, "lowering": "auto", "group_size": 32}
         self.server = serve.make_server(folder, "127.0.0.1", self.port, "float32", **more, **options)
         self.url, self.name = f"http://127.0.0.1:{self.port}", folder
         self.client = openai.OpenAI(base_url=f"{self.url}/v1", api_key="none", timeout=60, max_retries=0)
@@ -133,17 +133,19 @@ def test_texts_are_the_plain_models_streamed_and_whole(served, plain):
 
 @pytest.mark.parametrize("sampled", [False, True])
 def test_four_clients_at_once_get_the_texts_that_each_gets_alone(served, plain, sampled):
-    """Two are streamed; the model takes no step until all of them are there."""
+    """Two are streamed; the first step ends when all of them are there, and as many as there are rows run together."""
     questions = [("question", 9), ("another question, a longer one", 5), ("why", 12), ("hm", 7)]
     settings = [{"seed": seed, **SAMPLED} if sampled else {} for seed in range(4)]
     expected = [plain(question, count, **more) for (question, count), more in zip(questions, settings, strict=True)]
-    with held() as (release, _), ThreadPoolExecutor(2) as pool:
+    with river_compile.trace() as trace, held() as (release, _), ThreadPoolExecutor(2) as pool:
         streams = [served.ask(*questions[i], stream=True, **settings[i]) for i in (0, 1)]
         texts = [pool.submit(served.text, *questions[i], **settings[i]) for i in (2, 3)]
         served.until(lambda found: found["river_rows_in_use",] + found["river_queued",] == 4)
         release.set()
         found = [whole("".join(pieces(stream))) for stream in streams] + [text.result() for text in texts]
+        cycles = trace.cycles
     assert found == expected
+    assert max(len(cycle.rows) for cycle in cycles) == ROWS
 
 
 def test_a_seed_is_its_clients_alone(served, plain):
@@ -232,6 +234,7 @@ def test_a_prompt_beyond_the_models_context_is_its_clients_error(served, plain, 
     assert bad.value.code == "context_length_exceeded"
 
 
+@pytest.mark.slow
 def test_a_text_ends_where_the_models_context_does(served):
     answer = served.ask("x" * (CONTEXT - 22), 50)
     assert answer.usage.completion_tokens == CONTEXT - answer.usage.prompt_tokens == 4
