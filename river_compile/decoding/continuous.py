@@ -36,6 +36,7 @@ import torch
 from torch import Tensor
 from transformers import PreTrainedModel
 
+from river_compile.decoding.kept_prefix import prompt_of
 from river_compile.decoding.loop import DecodeLoop
 from river_compile.decoding.mode import Call, Decode, ExactMode
 from river_compile.decoding.request import Request
@@ -64,7 +65,7 @@ class BatchCounters:
         queued: calls that wait for a row.
         calls: that have ended, well or not.
         tokens: new ones, of calls that have ended.
-        prompt_tokens: of calls that have joined.
+        prompt_tokens, prompt_tokens_kept: of calls that have joined, and those of them that a kept text began with.
         drafted, held: tokens that the river or the context drafted in this model, and those of them that held.
         first_token_seconds: from `submit` to the first token, of the latest calls, oldest first.
         busy_seconds: in which the thread had work.
@@ -76,6 +77,7 @@ class BatchCounters:
     calls: int
     tokens: int
     prompt_tokens: int
+    prompt_tokens_kept: int
     drafted: int
     held: int
     first_token_seconds: tuple[float, ...]
@@ -131,7 +133,7 @@ class ContinuousBatch:
         self._held = contextlib.ExitStack()  # while there are rows
         self._closed = False
         self._dead: BaseException | None = None
-        self._calls = self._tokens = self._prompt_tokens = 0
+        self._calls = self._tokens = self._prompt_tokens = self._prompt_tokens_kept = 0
         self._first: deque[float] = deque(maxlen=_RECENT)
         self._busy = 0.0
         self._thread = threading.Thread(target=self._run, name="river continuous batch", daemon=True)
@@ -212,6 +214,7 @@ class ContinuousBatch:
                 calls=self._calls,
                 tokens=self._tokens,
                 prompt_tokens=self._prompt_tokens,
+                prompt_tokens_kept=self._prompt_tokens_kept,
                 drafted=exact.drafted,
                 held=exact.accepted,
                 first_token_seconds=tuple(self._first),
@@ -231,15 +234,19 @@ class ContinuousBatch:
             return None
         held = contextlib.ExitStack()
         pool, ids = self._record.cache_pool, call.ids_BS
+        look = self._record.look_at(self._model)
+        prompt = prompt_of(self._model, ids, call.config, kwargs, look, strict=False)
         lent = held.enter_context(
-            borrowed_cache(pool, self._model, ids, call.config, dict(kwargs), shared, mode.static_cache)
+            borrowed_cache(pool, self._model, ids, call.config, dict(kwargs), shared, mode.static_cache, prompt)
         )
         cache = lent.cache
         if cache is None or not is_static(cache) or any(layer.is_sliding for layer in cache.layers):
+            lent.keep_text(ids, lent.filled)
             held.close()
             return None
-        self._prompt = _Joined(waiting, call, mode, Session(self._model, lent, mode.depth), held)
+        self._prompt = _Joined(waiting, call, mode, Session(self._model, lent, mode.depth, look), held)
         self._prompt_tokens += ids.shape[1]
+        self._prompt_tokens_kept += lent.filled
         return self._prompt
 
     def _can_join(self, call: Call, mode: Decode, kwargs: Mapping[str, Any], shared: bool) -> bool:
@@ -300,6 +307,7 @@ class ContinuousBatch:
             logits = prompt.session.prefill_piece(call.ids_BS, call.config, _PIECE)
             if logits is None:
                 return
+            prompt.session.lent.keep_text(call.ids_BS, call.ids_BS.shape[1])
             self._become_row(prompt, logits)
         except Exception as error:
             self._end(prompt, error)

@@ -71,7 +71,7 @@ class PassInputs:
             inputs.keys() <= KNOWN
             and cache is not None
             and all(_has_room(layer, filled) for layer in cache.layers)
-            and _prepares_as_most_do(self._model)
+            and prepares_as_most_do(self._model)
             and all(isinstance(mask, Tensor) and mask.dim() == 4 for _, mask in masks_of(inputs))
             and all(filled < mask.shape[-1] for _, mask in masks_of(inputs))
             and all(map(_has_places_of_its_own, (mask for _, mask in masks_of(inputs))))
@@ -91,7 +91,7 @@ def with_masks(model: PreTrainedModel, inputs: Inputs) -> Inputs:
     """
     ids_BS, cache = inputs["input_ids"], cache_of(inputs)
     missing = [kind for kind, mask in masks_of(inputs) if mask is None]
-    known = is_of_transformers(model) and _prepares_as_most_do(model) and model.config._attn_implementation == "sdpa"
+    known = is_of_transformers(model) and prepares_as_most_do(model) and model.config._attn_implementation == "sdpa"
     if not missing or cache is None or not known:
         return inputs
     batch, width = ids_BS.shape
@@ -104,7 +104,8 @@ def with_masks(model: PreTrainedModel, inputs: Inputs) -> Inputs:
     return {**inputs, "attention_mask": {**given, **dict.fromkeys(missing, mask)} if given is not None else mask}
 
 
-def _prepares_as_most_do(model: PreTrainedModel) -> bool:
+def prepares_as_most_do(model: PreTrainedModel) -> bool:
+    """Whether a model's inputs and masks are made by the methods that nearly all have in common."""
     kind = type(model)
     return (
         kind.prepare_inputs_for_generation is GenerationMixin.prepare_inputs_for_generation

@@ -28,6 +28,7 @@ from transformers.generation.stopping_criteria import EosTokenCriteria, MaxLengt
 
 from river_compile.decoding.draft_policy import ByChance, ByGain, DraftPolicy
 from river_compile.decoding.drafter import Drafter
+from river_compile.decoding.kept_prefix import prompt_of
 from river_compile.decoding.loop import DecodeLoop
 from river_compile.decoding.request import Ends, Outputs, Request
 from river_compile.decoding.sampling import STATELESS, Chooser, RowProcessors
@@ -178,26 +179,25 @@ class Decode:
         joined = None if record.batch is None else record.batch.join(call, mode, model_kwargs, shared)
         if joined is not None:
             return joined
+        look = record.look_at(model)
+        strict = isinstance(mode, ExactMode) and mode.strict
+        prompt = None if shared else prompt_of(model, input_ids, config, model_kwargs, look, strict)
         with (
             borrowed_cache(
-                record.cache_pool,
-                model,
-                input_ids,
-                config,
-                model_kwargs,
-                shared,
-                self.static_cache,
+                record.cache_pool, model, input_ids, config, model_kwargs, shared, self.static_cache, prompt
             ) as lent,
             torch._dynamo.config.patch(recompile_limit=torch._dynamo.config.recompile_limit + mode.graphs),
         ):
-            session = Session(model, lent, self.depth)
+            session = Session(model, lent, self.depth, look)
             with session.told_if_compiled(len(input_ids)):
                 logits = session.prefill(input_ids, config)[:, -1:]
             drafter, together = mode.drafting(call, session, logits, shared)
             request = call.request(session.ranks, drafter is not None, together)
             with model._optimize_model_for_decode(), session.sequences.one():
                 ids = DecodeLoop(session, drafter, session.ranks).run(request, logits)
-            session.record.write_programs()
+            # (Where tokens may leave, some entries of new ones are twins'.)
+            lent.keep_text(ids, session.entries.filled if self.depth == WHOLE else input_ids.shape[1])
+            record.write_programs()
         if streamer is not None:
             streamer.end()
         return call.result(ids, request, session.cache)
@@ -208,7 +208,7 @@ class Decode:
 
         Beyond its limit of graphs for one function Dynamo would run what is new without the backend: right, and slow.
         """
-        return 0
+        return 1  # of a prompt's rest
 
     def obstacle(
         self,
@@ -307,7 +307,7 @@ class ExactMode(Decode):
     @property
     def graphs(self) -> int:
         """(A static sliding window has a graph for each width until it is full, and another one afterwards.)"""
-        return 2 * len(verification_widths(self.max_draft or LONGEST_OFFLOADED))
+        return super().graphs + 2 * len(verification_widths(self.max_draft or LONGEST_OFFLOADED))
 
     def obstacle(
         self,

@@ -40,6 +40,7 @@ from river_compile.errors import ExactModeError, RiverWarning
 from river_compile.exits import forced_depth
 from river_compile.kernels.native.load import few_rows
 from river_compile.model_record import GraphRecord, record_of
+from river_compile.model_state import ModelLook
 from river_compile.progress import estimate
 from river_compile.runtime.cache_pool import BorrowedCache
 from river_compile.runtime.draft_stats import PassTimes
@@ -78,6 +79,7 @@ class Session:
         model: the model, compiled or not.
         lent: what generate prepared for the forward passes, with the cache that they use.
         depth: blocks of the backbone that its decode steps execute, `WHOLE` for all; None leaves it to the exit policy.
+        look: at the model, of this call; None for one of its own.
 
     Attributes:
         widths: query lengths at which the backbone may verify drafts, ascending from 1.
@@ -90,9 +92,12 @@ class Session:
     entries: RewindableCache
     times: PassTimes
 
-    def __init__(self, model: PreTrainedModel, lent: BorrowedCache, depth: int | None = None) -> None:
+    def __init__(
+        self, model: PreTrainedModel, lent: BorrowedCache, depth: int | None = None, look: ModelLook | None = None
+    ) -> None:
         self.model, self.lent, self.depth = model, lent, depth
         self.record = record_of(model.parameters())
+        self._look = look or self.record.look_at(model)
         self.widths: tuple[int, ...] = (1,)
         self._graph: GraphRecord | None = None
         self._tokens: DraftVocab | None = None
@@ -104,10 +109,13 @@ class Session:
         self._rows = 0
 
     def prefill(self, ids_BS: Tensor, config: GenerationConfig, all_logits: bool = False) -> Tensor:
-        """Runs the prompt ``[B, S]`` and returns its logits: of the last position, or of all that the model gives."""
-        model, kwargs, record = self.model, self.lent.kwargs, self.record
+        """Runs the prompt ``[B, S]`` and returns its logits: of the last position, or of all that the model gives.
+
+        Of a prompt that begins with what is in the cache only the rest runs.
+        """
+        model, kwargs, record, new = self.model, self.lent.kwargs, self.record, ids_BS.shape[1] - self.lent.filled
         self._began = time.perf_counter(), record.prepared
-        inputs = self._prompt_inputs(ids_BS, config)
+        inputs = self._rest_of_prompt(ids_BS, new) if self.lent.filled else self._prompt_inputs(ids_BS, config)
         outputs: Any = {}
         with graph_calls() as calls:
             if inputs is None:
@@ -116,7 +124,8 @@ class Session:
                 logits = outputs.logits
             else:
                 self._use(cache_of(inputs))
-                logits = self._pass(inputs, ids_BS.shape[1], self.depth, prompt=True, last_token=not all_logits)
+                begins = not self.lent.filled
+                logits = self._pass(inputs, new, self.depth, prompt=begins, last_token=not all_logits)
         ran = [executor for executor, *_ in calls]
         self._kwargs = model._update_model_kwargs_for_generation(outputs, kwargs)
         self._graph = next((graph for graph in record.graphs if graph.executor() in ran), None)
@@ -132,10 +141,10 @@ class Session:
         Returns:
             The last logits ``[1, 1, V]``, None while there are more.
         """
-        whole, filled = ids_BS.shape[1], self.entries.filled if self._rows else 0
+        whole, filled = ids_BS.shape[1], self.entries.filled if self._rows else self.lent.filled
         # (The last piece is as wide as to run like a prompt, and not like a few decode steps.)
         upto = whole if whole - filled < 2 * tokens else filled + tokens
-        if not filled:
+        if not self._rows:
             kwargs = self.lent.kwargs
             cut = {name: kwargs[name][..., :upto] for name in BY_SLOT if isinstance(kwargs.get(name), Tensor)}
             self.lent.kwargs = {**kwargs, **cut}
@@ -167,13 +176,20 @@ class Session:
             return None
         if not is_static(cache) or not is_allocated(cache) or cache.get_seq_length():
             return None  # (a prompt that allocates the cache does more than its graph)
-        self._programs = self.record.known_programs(self.model)
+        self._programs = self.record.known_programs(self.model, self._look)
         if self._programs is None:
             return None
         inputs: Inputs = self.model.prepare_inputs_for_generation(
             ids_BS, is_first_iteration=not config.is_assistant, **kwargs
         )
         return with_all_logits(with_masks(self.model, inputs))
+
+    def _rest_of_prompt(self, ids_BS: Tensor, width: int) -> Inputs:
+        """Returns what the model is given for the last tokens of a prompt, the others of which are in the cache."""
+        self._programs = self.record.known_programs(self.model, self._look)
+        self._use(cache_of(self.lent.kwargs))
+        self._kwargs, self._kept_by_kwargs = self.lent.kwargs, ids_BS.shape[1]
+        return self._prepared(ids_BS, width)
 
     def _recalled(self, key: tuple, inputs: Inputs) -> BoundPass | None:
         """Returns a pass that was traced before, in this process or another one, bound to these inputs."""
@@ -210,7 +226,7 @@ class Session:
             ExactModeError: the cache cannot be rewound, the river backend did not rewrite the model, or rows of a pass
                 of several tokens have other bits than alone.
         """
-        self._note_prompt(ids_BS.shape[1])
+        self._note_prompt(ids_BS.shape[1] - self.lent.filled)
         graph = self._graph
         if graph is None:
             raise ExactModeError(f"exact mode needs a model that the river backend can rewrite: {self.record.why_not}")

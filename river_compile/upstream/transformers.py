@@ -25,7 +25,7 @@ import inspect
 import weakref
 from collections.abc import Iterator, Mapping, Sequence
 from types import FrameType
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor, nn
@@ -245,6 +245,51 @@ def copy_entries(cache: Cache, longer: Cache, tokens: int) -> None:
             entries = getattr(old, name)
             getattr(new, name)[:, :, : entries.shape[2]].copy_(entries)
         set_length(new, tokens)
+
+
+class LayerEntries(NamedTuple):
+    """The entries of one row in a layer, ``[H, tokens, D]``, and the device that their cache lies on."""
+
+    keys: Tensor
+    values: Tensor
+    device: torch.device
+
+    def copied(self) -> LayerEntries:
+        """Returns a copy in the host's memory."""
+        keys, values = (torch.empty(t.shape, dtype=t.dtype).copy_(t) for t in (self.keys, self.values))
+        return LayerEntries(keys, values, self.device)
+
+
+def entries_of(cache: Cache, tokens: int) -> list[LayerEntries]:
+    """Returns the first entries of a static cache of one row, as views of it."""
+    return [
+        LayerEntries(layer.keys[0, :, :tokens], layer.values[0, :, :tokens], layer.device) for layer in cache.layers
+    ]
+
+
+def put_entries(cache: Cache, entries: Sequence[LayerEntries], tokens: int) -> None:
+    """Makes a static cache of one row hold the first of these entries and nothing else."""
+    for layer, saved in zip(cache.layers, entries, strict=True):
+        if layer.is_initialized:
+            _empty_from(layer, tokens)
+        else:
+            layer.lazy_initialization(*(t[None, :, :0].to(saved.device) for t in (saved.keys, saved.values)))
+        layer.keys[0, :, :tokens].copy_(saved.keys[:, :tokens])
+        layer.values[0, :, :tokens].copy_(saved.values[:, :tokens])
+        set_length(layer, tokens)
+
+
+def keep_first(cache: Cache, tokens: int) -> None:
+    """Empties a static cache but for its first entries, none of which fell behind for lack of slots."""
+    for layer in cache.layers:
+        _empty_from(layer, tokens)
+        set_length(layer, tokens)
+
+
+def _empty_from(layer: Any, tokens: int) -> None:
+    """Zeroes the slots of a layer but for the first: what a mask hides may be multiplied by 0 all the same."""
+    layer.keys[:, :, tokens:].zero_()
+    layer.values[:, :, tokens:].zero_()
 
 
 _TOKENS = {"input_ids": 1, "inputs_embeds": 1, "position_ids": -1, "cache_position": 0, "attention_mask": 1}

@@ -63,6 +63,25 @@ def test_texts_are_those_of_calls_alone(kind, request):
     assert (counters.rows_in_use, counters.queued) == (0, 0)
 
 
+def test_prompts_that_begin_with_a_kept_text_run_only_what_is_new(exact):
+    """In pieces or at once, after one another in the batch."""
+    system, sizes = ids_of(200), (30, 300, 17)
+    prompts = [torch.cat([system, ids_of(size, seed=7)], dim=1) for size in sizes]
+    calls = [
+        lambda ids=ids: exact.generate(ids, attention_mask=torch.ones_like(ids), max_new_tokens=12, pad_token_id=0)
+        for ids in prompts
+    ]
+    expected = []
+    for call in calls:
+        river_compile.free_cache(exact)
+        expected.append(call().tolist())
+    river_compile.free_cache(exact)
+    with river_compile.ContinuousBatch(exact, rows=ROWS) as batch:
+        futures = [batch.submit(call) for call in calls]
+        assert [future.result(60).tolist() for future in futures] == expected
+        assert batch.counters.prompt_tokens_kept == 2 * 200
+
+
 def test_calls_from_threads_share_the_batch(exact):
     expected = [call_of(exact, tokens, 20)().tolist() for tokens in (4, 5, 6, 7)]
     with river_compile.ContinuousBatch(exact, rows=4) as batch:
