@@ -61,7 +61,7 @@ class BatchCounters:
 
     Attributes:
         rows: that there may be.
-        rows_in_use: calls whose texts are being generated, one whose prompt runs included.
+        rows_in_use: calls whose texts are being generated, one whose prompt runs and one that runs by itself included.
         queued: calls that wait for a row.
         calls: that have ended, well or not.
         tokens: new ones, of calls that have ended.
@@ -206,10 +206,11 @@ class ContinuousBatch:
         """What it has done so far."""
         exact = self._record.exit_stats.exact
         with self._changed:
+            running = {self._starting, *(joined.waiting for joined in self._held_calls)} - {None}
             return BatchCounters(
                 rows=self._limit,
-                rows_in_use=len(self._held_calls),
-                queued=len(self._queue),
+                rows_in_use=len(running),
+                queued=sum(not waiting.future.done() for waiting in self._queue),  # (a cancelled one stays in it)
                 calls=self._calls,
                 tokens=self._tokens,
                 prompt_tokens=self._prompt_tokens,
