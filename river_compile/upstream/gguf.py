@@ -33,9 +33,10 @@ def reading_once() -> Iterator[None]:
         def data(self, mapped: np.memmap) -> None:
             self._bytes = mapped.view(np.ndarray)
 
-    before = gguf.GGUFReader, gguf.get_tensor_name_map
-    gguf.GGUFReader, gguf.get_tensor_name_map = functools.cache(Reader), functools.cache(gguf.get_tensor_name_map)
+    names = {"GGUFReader": functools.cache(Reader), "get_tensor_name_map": functools.cache(gguf.get_tensor_name_map)}
+    before = {name: vars(gguf)[name] for name in names}
+    vars(gguf).update(names)
     try:
         yield
     finally:
-        gguf.GGUFReader, gguf.get_tensor_name_map = before
+        vars(gguf).update(before)
