@@ -1,8 +1,8 @@
 """Drafts tokens for the backbone to verify: copied from the context if it repeats itself, else by the river.
 
 A copied continuation costs nothing (:mod:`.lookup`); the river drafts token after token. Which of both a row takes, and
-how long it drafts, is decided by how likely the tokens are to hold (:mod:`.plan`). That is learned while generating:
-from the entropy of the river's distribution, or from the length of the repeated ending.
+how long it drafts, is decided by how likely the tokens are to hold (:mod:`.draft_policy`). That is learned while
+generating: from the entropy of the river's distribution, or from the length of the repeated ending.
 
 Every row has a draft of its own length; a step of the river is a pass of the whole batch. Not handled: drafts with
 alternatives (trees).

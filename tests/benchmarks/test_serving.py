@@ -1,5 +1,6 @@
 """`benchmarks.serving`: when clients come, and what is made of the answers."""
 
+import itertools
 import statistics
 
 import pytest
@@ -10,7 +11,7 @@ from benchmarks.serving import Answer, arrivals, summary
 def test_clients_come_at_random_from_a_seed():
     """The first at once, the others after gaps whose mean is what the rate says."""
     times = arrivals(2000, rate=4.0, seed=1)
-    gaps = [later - earlier for earlier, later in zip(times, times[1:], strict=False)]
+    gaps = [later - earlier for earlier, later in itertools.pairwise(times)]
     assert times == arrivals(2000, 4.0, 1) != arrivals(2000, 4.0, 2)
     assert times[0] == 0.0
     assert statistics.mean(gaps) == pytest.approx(0.25, rel=0.1)
