@@ -150,19 +150,16 @@ def arrivals(clients: int, rate: float, seed: int) -> list[float]:
     return [0.0, *itertools.accumulate(gaps.expovariate(rate) for _ in range(clients - 1))]
 
 
-def visit(server: Server, clients: int, options: argparse.Namespace) -> list[Answer]:
-    """Lets clients come to a server; returns all answers."""
-    questions = [*itertools.islice(itertools.cycle(mixed()), clients * options.requests)]
+def visit(server: Server, questions: Sequence[Sequence[str]], times: Sequence[float], new_tokens: int) -> list[Answer]:
+    """Lets clients come to a server at these times, each with its questions; returns all answers."""
     began = time.perf_counter()
 
-    def client(number: int, comes: float) -> list[Answer]:
+    def client(own: Sequence[str], comes: float) -> list[Answer]:
         threading.Event().wait(max(0.0, began + comes - time.perf_counter()))
-        own = questions[number::clients]
-        return [server.ask(question, options.new_tokens) for question in own]
+        return [server.ask(question, new_tokens) for question in own]
 
-    with ThreadPoolExecutor(clients) as pool:
-        answers = pool.map(client, range(clients), arrivals(clients, options.rate, options.seed))
-        return [*itertools.chain.from_iterable(answers)]
+    with ThreadPoolExecutor(len(questions)) as pool:
+        return [*itertools.chain.from_iterable(pool.map(client, questions, times))]
 
 
 def summary(answers: Sequence[Answer]) -> dict[str, float]:
@@ -216,18 +213,23 @@ def _measure(options: argparse.Namespace) -> dict:
     models.resolve(options.model)  # (made once, before several servers want it)
     outcome = {**common.setting("serving", options), "rows": options.rows, "requests": options.requests}
     outcome |= {"rate": options.rate, "seed": options.seed, "found": []}
+    prompts = itertools.cycle(mixed())  # (each once: servers keep what they have read)
     threads = {"OMP_NUM_THREADS": str(options.threads)}
     with tempfile.TemporaryDirectory(prefix="river_benchmark_") as scratch, contextlib.ExitStack() as stack:
         servers = []
         for name, command in commands(options, Path(scratch)).items():
             server = Server(name, command, threads)
             stack.callback(server.close)
-            server.wait()
-            visit(server, options.rows, argparse.Namespace(**{**vars(options), "requests": 1, "rate": 100.0}))
             servers.append(server)
+        warm = [[next(prompts)] for _ in range(options.rows)]
+        for server in servers:
+            server.wait()
+            visit(server, warm, [0.0] * len(warm), options.new_tokens)
         for clients in options.clients:
+            questions = [[next(prompts) for _ in range(options.requests)] for _ in range(clients)]
+            times = arrivals(clients, options.rate, options.seed)
             for server in servers:
-                found = summary(visit(server, clients, options))
+                found = summary(visit(server, questions, times, options.new_tokens))
                 outcome["found"].append({"clients": clients, "server": server.name, **found})
     for clients in options.clients:
         rates = {row["server"]: row["tokens_per_s"] for row in outcome["found"] if row["clients"] == clients}

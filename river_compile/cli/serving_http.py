@@ -35,6 +35,7 @@ _COUNTERS = {
     "drafted": "Tokens that were drafted.",
     "held": "Drafted tokens that held.",
     "prompt_tokens": "Tokens of prompts.",
+    "prompt_tokens_kept": "Tokens of prompts that a kept text began with, so that they did not run again.",
     "busy_seconds": "Time in which there was something to generate.",
 }
 _GAUGES = {"rows_in_use": "Rows that generate now.", "queued": "Calls that wait for a row."}
