@@ -83,14 +83,18 @@ def host_numbers(segment: Segment) -> tuple[HostNumber, ...]:
     return tuple(numbers)
 
 
-def idle_numbers(segment: Segment) -> frozenset[fx.Node]:
-    """Returns the numbers among a segment's inputs that no tensor in it depends on."""
+def idle_numbers(segment: Segment) -> frozenset[int]:
+    """Returns which of a segment's inputs are numbers that no tensor in it depends on, by their places."""
+    inputs = segment.graph.find_nodes(op="placeholder")[: len(segment.inputs)]
+    numbers = {place: free_symbols(value_of(n)) for place, n in enumerate(inputs) if _is_number(n)}
+    if not numbers:
+        return frozenset()
     operations = [n for n in segment.graph.nodes if n.op not in ("placeholder", "output")]
     tensors = [n for n in segment.graph.nodes if is_tensor(n)]
     readers = {*tensors, *(n for n in operations if value_of(n) is None)}
     feeding = ancestors(a for n in readers for a in n.all_input_nodes if _is_number(a))
     used = {s for n in (*tensors, *filter(_is_number, feeding)) for s in free_symbols(value_of(n))}
-    return frozenset(n for n in segment.inputs if _is_number(n) and not free_symbols(value_of(n)) & used)
+    return frozenset(place for place, symbols in numbers.items() if not symbols & used)
 
 
 def _is_number(node: fx.Node) -> bool:

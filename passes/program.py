@@ -93,6 +93,17 @@ class DecoderPlan:
         return "decode" if self.is_decode else "prefill"
 
 
+@dataclass(frozen=True)
+class Fingerprint:
+    """A digest that is equal for segments which compute the same function of their inputs.
+
+    `symbols` are the names of the dynamic sizes in order of appearance; equal digests use them alike.
+    """
+
+    digest: str
+    symbols: tuple[str, ...]
+
+
 @dataclass(frozen=True, eq=False)
 class Segment:
     """A part of the graph that is compiled and called as one function. Two segments are equal only if they are one.
@@ -107,6 +118,7 @@ class Segment:
         has_score: a float32 number follows the outputs: a block's exit score, or a head's entropy.
         decides: after the packed weights come `rule` and `verdict` of `river::residual_verdict`, which makes the
             verdict beside the score.
+        fingerprint: of a rewritten program, in which segments of equal ones have one graph.
     """
 
     kind: str
@@ -118,6 +130,7 @@ class Segment:
     chooses_logits: bool = False
     has_score: bool = False
     decides: bool = False
+    fingerprint: Fingerprint | None = None
 
     @property
     def name(self) -> str:
@@ -139,7 +152,7 @@ class Segment:
         """Returns the segment with a graph of its own, which a pass may change."""
         graph = fx.Graph(owning_module=self.graph.owning_module)
         graph.output(graph.graph_copy(self.graph, {}))
-        return replace(self, graph=graph, kind=kind or self.kind)
+        return replace(self, graph=graph, kind=kind or self.kind, fingerprint=None)
 
 
 @dataclass(frozen=True, kw_only=True)

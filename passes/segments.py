@@ -11,7 +11,7 @@ import hashlib
 import operator
 import re
 from collections.abc import Iterable, Sequence
-from dataclasses import dataclass
+from dataclasses import replace
 
 import sympy
 import torch
@@ -21,7 +21,7 @@ from torch.fx.experimental.symbolic_shapes import free_symbols
 from river_compile.passes.decoder import find_decoder
 from river_compile.passes.linears import without_matmuls
 from river_compile.passes.nodes import read_by, value_of
-from river_compile.passes.program import DecoderPlan, Refusal, RiverProgram, Segment
+from river_compile.passes.program import DecoderPlan, Fingerprint, Refusal, RiverProgram, Segment
 
 _SYMBOL = re.compile(r"\b[su]\d+\b")
 
@@ -72,15 +72,23 @@ def subgraph(
     return graph
 
 
-@dataclass(frozen=True)
-class Fingerprint:
-    """A digest that is equal for segments which compute the same function of their inputs.
+def with_shared_graphs(program: RiverProgram) -> RiverProgram:
+    """Returns a rewritten program in which segments that are the same function have one graph, that of the first."""
+    graphs: dict[Fingerprint, fx.Graph] = {}
 
-    `symbols` are the names of the dynamic sizes in order of appearance; equal digests use them alike.
-    """
+    def shared(segment: Segment) -> Segment:
+        mark = fingerprint(segment)
+        return replace(segment, graph=graphs.setdefault(mark, segment.graph), fingerprint=mark)
 
-    digest: str
-    symbols: tuple[str, ...]
+    return replace(
+        program,
+        prologue=shared(program.prologue),
+        blocks=tuple(map(shared, program.blocks)),
+        head=shared(program.head),
+        twins=tuple(map(shared, program.twins)),
+        river_head=None if program.river_head is None else shared(program.river_head),
+        extra=tuple(map(shared, program.extra)),
+    )
 
 
 def fingerprint(segment: Segment) -> Fingerprint:

@@ -26,6 +26,7 @@ from river_compile.passes.linears import matrix_names
 from river_compile.passes.nodes import calls_flex_attention
 from river_compile.passes.pipeline import run_passes
 from river_compile.passes.program import Refusal, RiverProgram, Segment, TwinLinear
+from river_compile.passes.segments import with_shared_graphs
 from river_compile.reporting.dump import PassDump, trace_artifact
 from river_compile.reporting.report import bytes_of_token, graph_lines, note_ranks
 from river_compile.runtime.draft_vocab import HeadVocab
@@ -135,7 +136,7 @@ def _assembled(
 
 
 def _rewritten(found: RiverProgram, choices: Choices) -> RiverProgram:
-    """Runs the passes, and writes what they did if that was asked for."""
+    """Runs the passes, and writes what they did if that was asked for; blocks that are alike share a graph then."""
     dump = PassDump(choices.config.dump_dir, found.plan.kind)
     result = run_passes(found, passes_for(choices, found.plan), dump.after_pass)
     if isinstance(result, Refusal):  # the river's own passes refuse nothing
@@ -143,7 +144,7 @@ def _rewritten(found: RiverProgram, choices: Choices) -> RiverProgram:
     dump.program(result)
     if dump.folder is not None:
         log.info("wrote the rewritten graph to %s", dump.folder)
-    return result
+    return with_shared_graphs(result)
 
 
 def _packed(

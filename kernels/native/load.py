@@ -29,19 +29,21 @@ from __future__ import annotations
 import ctypes
 import threading
 from collections.abc import Callable
-from concurrent.futures import ThreadPoolExecutor
+from concurrent.futures import Future, ThreadPoolExecutor
 from pathlib import Path
 from typing import Any
 
 import torch
 from torch import Tensor
 
+from river_compile.kernels.native.build import find_compiler
 from river_compile.kernels.native.isa import Isa, chosen
-from river_compile.kernels.native.libraries import kernels_for, operators
+from river_compile.kernels.native.libraries import all_ready_made, kernels_for, operators, packing_for
 from river_compile.kernels.portable import fused_width, largest_entropy
 
 _loading = threading.Lock()
 _tables: dict[str, int] = {}
+_begun: dict[str, tuple[Future[Path], Future[Path]]] = {}  # by instruction set: its kernels, and the operators
 
 
 def load(isa: Isa | None = None) -> Any:
@@ -58,8 +60,7 @@ def load(isa: Isa | None = None) -> Any:
     isa = isa or chosen()
     with _loading:
         if isa.name not in _tables:
-            with ThreadPoolExecutor(2) as pool:
-                kernels, bindings = (made.result() for made in (pool.submit(kernels_for, isa), pool.submit(operators)))
+            kernels, bindings = (made.result() for made in _making(isa))
             if not _tables:
                 torch.ops.load_library(str(bindings))
                 for name, fake in _FAKES.items():
@@ -67,6 +68,32 @@ def load(isa: Isa | None = None) -> Any:
             _tables[isa.name] = _table(kernels)
         torch.ops.river_native.use_kernels(_tables[isa.name])
     return torch.ops.river_native
+
+
+def begin() -> None:
+    """Begins to compile what `load` and packing will need, unless it is there, so that others can work meanwhile.
+
+    Raises:
+        CannotBuild: there is no compiler.
+        ValueError: as `chosen`.
+    """
+    if not all_ready_made():
+        find_compiler()
+    with _loading:
+        _making(chosen(), packing_for)
+
+
+def _making(isa: Isa, *others: Callable[[Isa], Path]) -> tuple[Future[Path], Future[Path]]:
+    """Returns what makes an instruction set's kernels and the operators, and begins that; `others` come after them."""
+    if any(made.done() and made.exception() for made in _begun.get(isa.name, ())):
+        del _begun[isa.name]  # (what was in the way may be gone)
+    if isa.name not in _begun:
+        pool = ThreadPoolExecutor(2)
+        _begun[isa.name] = pool.submit(kernels_for, isa), pool.submit(operators)
+        for other in others:
+            pool.submit(other, isa)
+        pool.shutdown(wait=False)
+    return _begun[isa.name]
 
 
 def loaded() -> bool:

@@ -29,6 +29,7 @@ from river_compile.passes.nodes import (
 )
 from river_compile.passes.pipeline import Pass
 from river_compile.passes.program import Fusion, RiverProgram, Segment
+from river_compile.passes.segments import fingerprint
 
 
 def fuse_backbone(dense_layout: str) -> Pass:
@@ -36,14 +37,10 @@ def fuse_backbone(dense_layout: str) -> Pass:
 
     def fuse_backbone(program: RiverProgram) -> RiverProgram:
         """Blocks and the head become operators of the kernels, if a fusion rule holds."""
-        blocks, fusions = [], []
-        for block in program.blocks:
-            fused, done = _fused_block(block, RULES)
-            blocks.append(fused)
-            fusions += done
+        blocks, fusions = _fused_blocks(program.blocks, RULES)
         head = program.head.copy()
         fusions += _apply(head, [fuse_head(dense_layout)])
-        return replace(program, blocks=tuple(blocks), head=head, fusions=(*program.fusions, *fusions))
+        return replace(program, blocks=blocks, head=head, fusions=(*program.fusions, *fusions))
 
     return fuse_backbone
 
@@ -66,18 +63,13 @@ def _fused(program: RiverProgram, dense_layout: str) -> RiverProgram:
     """
     several = program.plan.is_decode or dense_layout == "dense"
     rules = [rule for rule in RULES if several or rule not in ONE_QUERY_RULES]
-    fusions: list[Fusion] = []
-    twins = []
-    for twin in program.twins:
-        fused, done = _fused_block(twin, rules) if twin.packed else (twin, [])
-        twins.append(fused)
-        fusions += done
+    twins, fusions = _fused_blocks(program.twins, rules, twins=True)
     head = program.river_head and program.river_head.copy()
     if head is not None:
         fusions += _apply(head, [fuse_head(dense_layout)])
         if fusions[-1].missed and not head.packed:
             head = None
-    return replace(program, twins=tuple(twins), river_head=head, fusions=(*program.fusions, *fusions))
+    return replace(program, twins=twins, river_head=head, fusions=(*program.fusions, *fusions))
 
 
 def fuse_checks(decides: bool = False) -> Pass:
@@ -97,6 +89,28 @@ def fuse_checks(decides: bool = False) -> Pass:
         return replace(program, blocks=tuple(blocks), fusions=(*program.fusions, *fusions))
 
     return fuse_checks
+
+
+def _fused_blocks(
+    segments: Sequence[Segment], rules: Sequence[Rule], twins: bool = False
+) -> tuple[tuple[Segment, ...], list[Fusion]]:
+    """Fuses blocks; those that are the same function are fused once, and share the graph.
+
+    With `twins`, those without 4-bit products stay as they are.
+    """
+    known: dict[object, tuple[Segment, list[Fusion]]] = {}
+    made, fusions = [], []
+    for segment in segments:
+        if twins and not segment.packed:
+            made.append(segment)
+            continue
+        key = fingerprint(segment), *map(is_parameter, segment.inputs)
+        if key not in known:
+            known[key] = _fused_block(segment, rules)
+        fused, done = known[key]
+        made.append(replace(segment, graph=fused.graph))
+        fusions += [replace(fusion, segment=segment.name) for fusion in done]
+    return tuple(made), fusions
 
 
 def _fused_block(segment: Segment, rules: Sequence[Rule]) -> tuple[Segment, list[Fusion]]:

@@ -233,13 +233,16 @@ class CapturedRunner(Runner):
 
 
 def captures_expected(config: RiverConfig, device: torch.device, ranks: Ranks = ALONE) -> bool:
-    """Whether steps on a static cache will be captured, as far as is known before a graph is traced."""
+    """Whether steps on a static cache will be captured, as far as is known before a graph is traced.
+
+    Kernels that are not there yet compile from now on, while the graph is traced.
+    """
     if ranks.several or config.cudagraphs is False:
         return False
     if device.type == "cuda" or stand_in(config.cudagraphs, device) is not None:
         return True
     try:
-        return choose_lowering(config, device).native
+        return choose_lowering(config, device, wait=False).native
     except OptionError:  # (whoever lowers a graph raises it)
         return False
 

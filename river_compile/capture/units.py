@@ -142,6 +142,7 @@ class Partition:
         self._units: dict[tuple[Kind, int, int], CaptureUnit] = {}
         self._tails: dict[int, list[CaptureUnit]] = {}
         self._spans: dict[tuple[int, int], list[CaptureUnit]] = {}
+        self._judged: dict[fx.Graph, tuple[Refusal | None, frozenset[int]]] = {}  # (which many segments share)
         self.prologue: CaptureUnit | None = None
         if self._obstacle(program.prologue) is not None:
             self.prologue = self._unit("prologue", 0, 0)
@@ -200,7 +201,14 @@ class Partition:
         if self._steps[segment].moves:
             path = self._program.plan.blocks[segment.depth - 1].path
             return Refusal("offloaded weights lie elsewhere in every run", path)
-        return obstacle(segment, self._program.plan.device) or self._device_obstacle(self._steps[segment])
+        return self._judge(segment)[0] or self._device_obstacle(self._steps[segment])
+
+    def _judge(self, segment: Segment) -> tuple[Refusal | None, frozenset[int]]:
+        """Returns why a segment's graph cannot be captured, and which of its inputs are idle numbers."""
+        if segment.graph not in self._judged:
+            found = obstacle(segment, self._program.plan.device), idle_numbers(segment)
+            self._judged[segment.graph] = found
+        return self._judged[segment.graph]
 
     def _segments(self, kind: Kind, start: int, end: int) -> list[Segment]:
         program = self._program
@@ -223,10 +231,10 @@ class Partition:
         written: dict[fx.Node, None] = {}
         numbers: list[HostNumber] = []
         for segment in segments:
-            idle = idle_numbers(segment)
-            for node in segment.inputs:
+            _, idle = self._judge(segment)
+            for place, node in enumerate(segment.inputs):
                 if node not in written:
-                    reads[slots[node]] = reads.get(slots[node], False) or node not in idle
+                    reads[slots[node]] = reads.get(slots[node], False) or place not in idle
             written |= dict.fromkeys(segment.outputs)
             numbers += host_numbers(segment)
         tensors = {slots[node] for segment in segments for node in segment.inputs if is_tensor(node)}

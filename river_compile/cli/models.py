@@ -28,6 +28,7 @@ from typing import TYPE_CHECKING
 
 from river_compile.cli.output import ModelUnavailable, use_threads
 from river_compile.kernels.files import appearing, as_umask_allows, cache_folder
+from river_compile.upstream.gguf import reading_once
 
 if TYPE_CHECKING:
     import torch
@@ -263,7 +264,8 @@ def convert(title: str, gguf: Path, folder: Path, dtype: str = "bfloat16") -> No
     from tqdm import tqdm
     from transformers import AutoModelForCausalLM, AutoTokenizer
 
-    with tqdm(total=4, desc=f"Converting {title}", unit="step") as steps, warnings.catch_warnings():
+    steps = tqdm(total=4, desc=f"Converting {title}", unit="step")
+    with steps, warnings.catch_warnings(), reading_once():
         warnings.simplefilter("ignore")
         steps.set_postfix_str("reading the tokenizer")
         tokenizer = AutoTokenizer.from_pretrained(gguf.parent, gguf_file=gguf.name)
@@ -293,15 +295,21 @@ def _dense_gguf(filename: str) -> dict:
 
 
 def _plain_copy(packed: PreTrainedModel, dtype: torch.dtype) -> PreTrainedModel:
-    """Returns a fresh model with the weights of `packed` and no sign in its config that they were quantized."""
+    """Returns a model to save, with the weights of `packed` and no sign in its config that they were quantized.
+
+    Buffers that are no part of a checkpoint have no values in it.
+    """
+    import torch
     from transformers import AutoModelForCausalLM
 
     config = packed.config
     if hasattr(config, "quantization_config"):
         del config.quantization_config
     config.architectures = [type(packed).__name__]
-    plain = AutoModelForCausalLM.from_config(config, dtype=dtype)
-    plain.load_state_dict(packed.state_dict())
+    with torch.device("meta"):  # (or each weight would be drawn at random first)
+        plain = AutoModelForCausalLM.from_config(config, dtype=dtype)
+    plain.load_state_dict(packed.to(dtype).state_dict(), assign=True)
+    plain.tie_weights()
     plain.generation_config = packed.generation_config
     return plain
 

@@ -63,8 +63,14 @@ class Lowering:
         return "dense" if self.native else TRITON_LAYOUT
 
 
-def choose_lowering(config: RiverConfig, device: torch.device, flex: bool = False) -> Lowering:
-    """Returns the lowering of a graph whose hidden state lies on a device; `flex`: it calls flex attention.
+def choose_lowering(config: RiverConfig, device: torch.device, flex: bool = False, wait: bool = True) -> Lowering:
+    """Returns the lowering of a graph whose hidden state lies on a device.
+
+    Args:
+        config: the options.
+        device: where it lies.
+        flex: it calls flex attention.
+        wait: for the C++ kernels; else they only begin to compile, and may turn out not to.
 
     Raises:
         OptionError: the device, or this installation, does not have it.
@@ -87,7 +93,7 @@ def choose_lowering(config: RiverConfig, device: torch.device, flex: bool = Fals
             f"there are no 4-bit kernels for a model on {device}; move it to a CPU or a GPU, or use quantizer='none'"
         )
     if config.lowering == "native" or (config.lowering == "auto" and _native_pays(config, on_gpu)):
-        return _native(config, on_gpu)
+        return _native(config, on_gpu, wait)
     fuse = config.lowering == "triton" or (config.lowering == "auto" and on_gpu)
     if not (fuse or on_gpu):
         return Lowering(compiler, ATEN_LAYOUT, fuse=False)
@@ -127,13 +133,13 @@ def _native_pays(config: RiverConfig, on_gpu: bool) -> bool:
     return not on_gpu and config.group_size in LAYOUTS[NATIVE_LAYOUT].group_sizes and chosen().name != "portable"
 
 
-def _native(config: RiverConfig, on_gpu: bool) -> Lowering:
+def _native(config: RiverConfig, on_gpu: bool, wait: bool) -> Lowering:
     sizes = LAYOUTS[NATIVE_LAYOUT].group_sizes
     if on_gpu or config.group_size not in sizes:
         wrong = "the model is on a GPU" if on_gpu else f"group_size={config.group_size} is none of {sizes}"
         raise OptionError(f"lowering='native' has no kernel here: {wrong}; use lowering='auto'")
     try:
-        native.load()
+        native.load() if wait else native.begin()
     except CannotBuild as error:
         with contextlib.suppress(CannotBuild):  # (where nothing compiles, the backend says so, and rewrites nothing)
             working_compiler()

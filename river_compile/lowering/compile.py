@@ -32,8 +32,8 @@ from river_compile.lowering.native import native_segment, use_native
 from river_compile.passes.backbone import parts_of
 from river_compile.passes.edits import drop_unused
 from river_compile.passes.nodes import called, value_of
-from river_compile.passes.program import Segment
-from river_compile.passes.segments import Fingerprint, fingerprint
+from river_compile.passes.program import Fingerprint, Segment
+from river_compile.passes.segments import fingerprint
 from river_compile.runtime.runner import Callee
 
 log = logging.getLogger("river_compile.lowering.compile")
@@ -71,7 +71,7 @@ class SegmentCompiler:
 
     def compile(self, segment: Segment, packed: Sequence[Tensor]) -> Callee:
         """Returns a callable for the segment; `packed` are the real tensors of its 4-bit weights."""
-        mark = fingerprint(segment)
+        mark = segment.fingerprint or fingerprint(segment)
         shape_env = _fake_mode(segment).shape_env
         assert shape_env is not None, "Dynamo's fake tensors know their dynamic sizes"
         for known in self.compiled:

@@ -8,8 +8,9 @@ Not handled: prompts at the speed of a library's wide products.
 
 from __future__ import annotations
 
+import functools
 import operator
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from typing import Any
 
 import torch
@@ -64,29 +65,37 @@ class NativeSegment:
         Raises:
             CannotRecord: a view turned out to be a copy, which would be made of values that are not there.
         """
-        return _Recording(self._graph_module, tape).run(*inputs)
+        return self._recorded(tape, *inputs)
+
+    @functools.cached_property
+    def _recorded(self) -> Callable[..., Sequence[Any]]:
+        """The same calls with more between them: views must be views, and constants are kept as long as the tape."""
+        graph = fx.Graph()
+        graph.output(graph.graph_copy(self._graph_module.graph, {}))
+        first, *_ = graph.nodes
+        with graph.inserting_before(first):
+            tape = graph.placeholder("tape")
+        for node in [node for node in graph.nodes if node.op == "call_function"]:
+            with graph.inserting_after(node):
+                if node.target is torch.zeros:
+                    graph.call_function(_refuse, (node.name,))
+                elif node.target in _CONSTANTS:
+                    graph.call_method("keep", (tape, node))
+                elif node.target in _VIEWS:
+                    graph.call_function(_check_view, (node.name, node, *node.all_input_nodes))
+        return fx.GraphModule(self._graph_module, graph, class_name="Recorded").forward
 
 
-class _Recording(fx.Interpreter):
-    """Calls node by node, makes sure that views are views, and keeps constants as long as the tape."""
+def _refuse(name: str) -> None:
+    raise CannotRecord(f"{name} makes a tensor that is written")
 
-    def __init__(self, graph_module: fx.GraphModule, tape: Tape) -> None:
-        super().__init__(graph_module)
-        self._tape = tape
 
-    def run_node(self, n: fx.Node) -> Any:
-        if n.target is torch.zeros:
-            raise CannotRecord(f"{n.name} makes a tensor that is written")
-        result = super().run_node(n)
-        if n.op == "call_function" and n.target in _CONSTANTS:
-            self._tape.keep(result)
-        if n.op == "call_function" and n.target in _VIEWS:
-            sources = [value for value in map(self.env.get, n.all_input_nodes) if isinstance(value, Tensor)]
-            places = {value.untyped_storage().data_ptr() for value in sources}
-            for value in result if isinstance(result, tuple) else [result]:
-                if isinstance(value, Tensor) and places and value.untyped_storage().data_ptr() not in places:
-                    raise CannotRecord(f"{n.name} ({n.target}) copies what is computed before it")
-        return result
+def _check_view(name: str, results: Tensor | Sequence[Any], *sources: object) -> None:
+    """Raises a CannotRecord for results of which one has other memory than what it was made from."""
+    places = {source.untyped_storage().data_ptr() for source in sources if isinstance(source, Tensor)}
+    for value in results if isinstance(results, (tuple, list)) else [results]:
+        if isinstance(value, Tensor) and places and value.untyped_storage().data_ptr() not in places:
+            raise CannotRecord(f"{name} copies what is computed before it")
 
 
 def native_segment(segment: Segment) -> NativeSegment | None:

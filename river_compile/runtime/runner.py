@@ -90,7 +90,10 @@ class Runner(ABC):
 
     def __init__(self, program: RiverProgram, steps: Mapping[Segment, Step]) -> None:
         self.steps, self._program = steps, program
-        self._in_place = WrittenInPlace(program)
+
+    @functools.cached_property
+    def _in_place(self) -> WrittenInPlace:
+        return WrittenInPlace(self._program)
 
     def for_pass(self, args: Sequence) -> Runner:
         """Returns the runner of the pass with these inputs of the graph: itself, or a better suited one."""

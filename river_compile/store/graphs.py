@@ -23,6 +23,7 @@ from types import BuiltinFunctionType
 from typing import Any, NamedTuple
 
 import sympy
+import sympy.tensor.tensor  # (what a sum of symbols imports when the first one is made)
 import torch
 from torch import Tensor, fx, nn
 from torch._dynamo.source import ConstantSource
@@ -126,11 +127,12 @@ class _Writer(pickle.Pickler):
     def __init__(self, file: io.BytesIO) -> None:
         super().__init__(file, protocol=5)
         self._numbers: dict[fx.Graph, dict[fx.Node, int]] = {}
+        self._traced: set[fx.Graph] = set()
 
     def reducer_override(self, value: Any) -> Any:
         if isinstance(value, fx.Graph):
-            return _graph, (tuple(map(self._kept, self._nodes(value))),)
-        if isinstance(value, RiverProgram) and value.plan.graph not in self._numbers:
+            return _graph, (tuple(map(self._kept, self._nodes(value))), value in self._traced)
+        if isinstance(value, RiverProgram) and value.plan.graph not in self._traced:
             self._leave_out_of(value)
         if isinstance(value, DecoderPlan):
             parts = {node: part for node, part in value.part_of.items() if node in self._nodes(value.graph)}
@@ -164,6 +166,7 @@ class _Writer(pickle.Pickler):
             kept |= {writer, *writer.all_input_nodes, *map(memory_of, mutated_inputs(writer))}
         numbered = enumerate(node for node in plan.graph.nodes if node in kept)
         self._numbers[plan.graph] = {node: number for number, node in numbered}
+        self._traced.add(plan.graph)
 
     def _nodes(self, graph: fx.Graph) -> dict[fx.Node, int]:
         """Returns a graph's nodes with their numbers."""
@@ -180,14 +183,15 @@ class _Writer(pickle.Pickler):
         return node.op, node.target, args, dict(kwargs), node.name, node.meta.get("example_value"), static
 
 
-def _graph(kept: tuple) -> fx.Graph:
+def _graph(kept: tuple, traced: bool) -> fx.Graph:
+    """Makes a graph anew; a traced one is not compiled, so its inputs may share their examples."""
     reading = _reading.get()
     graph = fx.Graph(owning_module=reading.owner)
     nodes = reading.nodes[graph] = []
     for op, target, args, kwargs, name, example, static in kept:
         node = graph.create_node(op, target, _with_nodes(args, nodes), _with_nodes(kwargs, nodes), name)
         if example is not None:
-            node.meta["example_value"] = _own(example) if op == "placeholder" else example
+            node.meta["example_value"] = _own(example) if op == "placeholder" and not traced else example
         if static:
             node.meta["tensor_dict"] = {_STATIC: "unguarded"}
         nodes.append(node)

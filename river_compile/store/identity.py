@@ -33,6 +33,8 @@ from river_compile.upstream.versions import installed
 
 # What models call beside their own module.
 _CALLED = ("masking_utils", "cache_utils", "modeling_rope_utils", "activations", "integrations.sdpa_attention")
+# What no forward calls, or what the versions tell.
+_NOT_TRACED = ("torch.", "builtins", "transformers.generation.")
 _PLAIN = {bool, int, float, complex, str, bytes, type(None), torch.dtype, torch.device}
 _HOOKS = ("_forward_hooks", "_forward_pre_hooks", "_backward_hooks", "_backward_pre_hooks")
 
@@ -124,7 +126,7 @@ def _torch_state() -> tuple[object, ...]:
 def _codes_of(kinds: frozenset[type[nn.Module]]) -> str:
     """Returns a hash of every function of the modules that classes are from, and their bases, as they are now."""
     names = {base.__module__ for kind in kinds for base in kind.__mro__}
-    names = {name for name in names if name.partition(".")[0] not in ("torch", "builtins")}
+    names = {name for name in names if not name.startswith(_NOT_TRACED)}
     names |= {f"transformers.{name}" for name in _CALLED}
     digest = hashlib.sha256()
     for name in sorted(names):

@@ -1,8 +1,9 @@
 """A model's programs: those that Dynamo traced in this process, those of earlier ones, and those that follow from them.
 
-A pass has a *signature*: how full sliding windows are, and what its inputs are but for their sizes. Of the known passes
-of a signature the first one that fits the inputs' sizes runs; one from the store is built then, once in a process. A
-pass of one token follows from one of several, and Dynamo need not trace it.
+A pass has a *signature*: how full sliding windows are, whether it is of one token, and what its inputs are but for
+their sizes. Of the known passes of a signature the first one that fits the inputs' sizes runs; those in the store are
+read when their signature first comes, and the one that fits is built, once in a process. A pass of one token follows
+from one of several, and Dynamo need not trace it.
 
 Not handled (such passes go through Dynamo in every process): caches that grow, devices other than a CPU, ranks that
 share a model, offloaded blocks.
@@ -102,10 +103,10 @@ class Programs:
         """Returns a pass for inputs of a model's forward; None if none is stored."""
         assert self._identity is not None, "begin() found an identity"
         with self._lock:
-            return self._find(_signature(kind, inputs, cache), model, inputs, cache)
+            return self._find(kind, model, inputs, cache) or self._follow(kind, model, inputs, cache)
 
-    def _find(self, signature: str, model: PreTrainedModel, inputs: Mapping[str, Any], cache: Cache) -> Recalled | None:
-        entry = self._entry()
+    def _find(self, kind: object, model: PreTrainedModel, inputs: Mapping[str, Any], cache: Cache) -> Recalled | None:
+        entry, signature = self._entry(), _signature(kind, inputs, cache)
         if signature not in self._known:
             read = [] if entry is None else _read(entry, signature)
             self._known[signature] = [_Known(stored, lambda: None, "stored") for stored in read]
@@ -120,15 +121,14 @@ class Programs:
                 if entry is not None:
                     entry.used()
             return Recalled(executor, args, known.stored)
-        return self._follow(signature, model, inputs, cache)
+        return None
 
-    def _follow(
-        self, signature: str, model: PreTrainedModel, inputs: Mapping[str, Any], cache: Cache
-    ) -> Recalled | None:
+    def _follow(self, kind: object, model: PreTrainedModel, inputs: Mapping[str, Any], cache: Cache) -> Recalled | None:
         """Returns a pass of one token that follows from one of several, None if none does."""
-        if inputs["input_ids"].shape[1] != 1 or not is_of_transformers(model):
+        if not _is_of_one_token(inputs) or not is_of_transformers(model):
             return None
-        for known in self._known[signature]:
+        signature = _signature(kind, inputs, cache)
+        for known in self._known.get(_signature(kind, inputs, cache, one_token=False), ()):
             found = known.stored.of_one_token() if known.origin == "traced" else None
             args = None if found is None else found.arguments(model, inputs, cache)
             if found is None or args is None:
@@ -226,7 +226,14 @@ def _read(entry: Entry, signature: str) -> list[StoredPass]:
     return found
 
 
-def _signature(kind: object, inputs: Mapping[str, Any], cache: Cache) -> str:
+def _is_of_one_token(inputs: Mapping[str, Any]) -> bool:
+    return bool(inputs["input_ids"].shape[1] == 1)
+
+
+def _signature(kind: object, inputs: Mapping[str, Any], cache: Cache, one_token: bool | None = None) -> str:
+    """Returns the signature of passes with inputs like these; `one_token` says otherwise than they do."""
+    one_token = _is_of_one_token(inputs) if one_token is None else one_token
+
     def of(value: object) -> object:
         if isinstance(value, Tensor):
             return value.dtype, value.dim()
@@ -235,4 +242,4 @@ def _signature(kind: object, inputs: Mapping[str, Any], cache: Cache) -> str:
     arguments = sorted((str(name), str(of(value))) for name, value in named(inputs))
     layers = [type(layer).__qualname__ for layer in cache.layers]
     modes = torch.is_grad_enabled(), torch.is_inference_mode_enabled()
-    return hashlib.sha256(repr((kind, arguments, layers, modes)).encode()).hexdigest()[:24]
+    return hashlib.sha256(repr((kind, one_token, arguments, layers, modes)).encode()).hexdigest()[:24]

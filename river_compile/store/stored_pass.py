@@ -155,8 +155,6 @@ class StoredPass:
         """
         call, sizes = dict(named(inputs)), dict[sympy.Symbol, sympy.Integer]()
         args: list[Any] = [None] * len(self.sources)
-        for number, parameter in self._parameters:  # (which are what they were, as the model's identity is)
-            args[number] = parameter(model)
         for number in self._others:
             source, example = self.sources[number], self._examples[number]
             args[number] = arg = _read(source, cache, call)
@@ -170,7 +168,11 @@ class StoredPass:
                     if not size.is_Integer:
                         return None
                 args[number] = int(size)
-        return args if all(condition.holds(sizes) for condition in self.conditions) else None
+        if not all(condition.holds(sizes) for condition in self.conditions):
+            return None
+        for number, parameter in self._parameters:  # (which are what they were, as the model's identity is)
+            args[number] = parameter(model)
+        return args
 
     @functools.cached_property
     def _parameters(self) -> list[tuple[int, Callable[[nn.Module], Any]]]:

@@ -29,6 +29,18 @@ def test_every_segment_reads_and_computes_the_same(name):
         assert (after.plan.kind, after.plan.cache) == (before.plan.kind, before.plan.cache)
 
 
+def test_blocks_that_are_alike_share_a_graph_before_and_after():
+    """So a program takes the room, and the time to read, of its distinct parts."""
+    torch._dynamo.reset()  # (or cache sizes of earlier tests make some of this one's dynamic)
+    model = accelerate(make("llama", layers=3), lowering="native", quantizer="rtn", group_size=32)
+    model.generate(prompt(), attention_mask=torch.ones_like(prompt()), max_new_tokens=6, do_sample=False)
+    for program in (executor.program for executor in executors_of(model)):
+        for found in (program, loads(dumps(program))):
+            for alike in filter(None, (found.blocks, found.twins)):
+                assert len({id(segment.graph) for segment in alike}) == 1
+                assert len({segment.inputs for segment in alike}) == len({segment.outputs for segment in alike}) == 3
+
+
 def _calls(segment):
     return [(node.op, node.name, node.target, str(node.args), str(node.kwargs)) for node in segment.graph.nodes]
 

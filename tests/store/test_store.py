@@ -6,6 +6,7 @@ import gc
 import json
 import os
 import shutil
+import warnings
 import weakref
 from importlib import metadata
 from pathlib import Path
@@ -37,7 +38,7 @@ def generate(model, ids, **arguments):
     return model.generate(ids, attention_mask=torch.ones_like(ids), **arguments)
 
 
-def start(name: str = "llama", quality: str = "exact", ids=None, change=None, **options):
+def start(name: str = "llama", quality: str = "exact", ids=None, change=None, max_new_tokens=12, **options):
     """Does what a process does: makes a model, accelerates it, generates. Returns the text, and graphs traced."""
     torch._dynamo.reset()
     counters.clear()
@@ -45,7 +46,7 @@ def start(name: str = "llama", quality: str = "exact", ids=None, change=None, **
     if change is not None:
         change(model)
     accelerate(model, quality, **{**OPTIONS, **options})
-    text = generate(model, prompt() if ids is None else ids)
+    text = generate(model, prompt() if ids is None else ids, max_new_tokens=max_new_tokens)
     traced = counters["frames"]["ok"]
     found = report(model)
     restore(model)
@@ -237,6 +238,19 @@ class TestADamagedStore:
             file.relative_to(first[0]).parts[0] for file in files(first[0])
         ]
         assert torch.equal(first[1], start()[0])
+
+    def test_is_noticed_where_it_is_read(self, used):
+        """A prompt waits for its own program alone: that of decode steps is read with the first of them."""
+        told = []
+        for file in (file for file in files(used) if file.suffix == ".pass"):
+            whole = file.read_bytes()
+            file.write_bytes(DAMAGE["one byte"](whole))
+            with warnings.catch_warnings(record=True) as caught:
+                warnings.simplefilter("always")
+                start(max_new_tokens=1)
+            told.append(any("made anew" in str(warning.message) for warning in caught))
+            file.write_bytes(whole)
+        assert sorted(told) == [False, True]
 
     def test_that_cannot_be_written_is_told_once(self, tmp_path, monkeypatch, recwarn):
         blocked = tmp_path / "a file"

@@ -110,11 +110,8 @@ struct Group {
     Grid best = storable(step, low + 8 * step);
     float least = noise(best);
     for (int i = 0; i < kShrinks + kRefits; ++i) {
-      Grid next = refitted(best);
-      if (i < kShrinks) {
-        const float scale = (high - low) * (1 - 0.04f * float(i + 1)) / 15;
-        next = {scale, (low + high + scale) / 2};
-      }
+      const float scale = (high - low) * (1 - 0.04f * float(i + 1)) / 15;
+      Grid next = i < kShrinks ? Grid{scale, (low + high + scale) / 2} : refitted(best);
       next = storable(next.scale, next.zero);
       const float of_next = noise(next);
       if (of_next < least) best = next, least = of_next;

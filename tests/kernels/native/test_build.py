@@ -153,6 +153,31 @@ def test_a_compiler_that_refuses_is_quoted(sources):
     assert [file.suffix for file in (sources.parent / "cache/native").iterdir()] == [".lock"]
 
 
+@pytest.mark.slow
+def test_what_began_to_compile_is_what_is_loaded(tmp_path):
+    """In a process of its own, with a compiler that writes down what it is asked for: nothing twice."""
+    log = tmp_path / "log"
+    logged = f'case "$*" in *.cpp*) echo "$*" >> {log};; esac'
+    compiler = script(tmp_path / "c++", logged, f'exec {build.find_compiler().command} "$@"')
+    code = """
+from river_compile.kernels.native import load
+load.begin()
+load.begin()
+assert not load.loaded()
+load.load()
+assert load.loaded()
+"""
+    where = {"RIVER_COMPILE_CACHE": str(tmp_path / "cache"), "RIVER_COMPILE_ISA": "portable"}
+    run_python(code, tmp_path, ROOT, CXX=compiler, **where)
+    asked = [word for line in log.read_text().splitlines() for word in line.split() if word.endswith(".cpp")]
+    assert sorted(asked) == ["bindings.cpp", "kernels.cpp", "packing.cpp"]
+
+
+def test_where_there_is_no_compiler_nothing_begins():
+    with inductor.patch({"cpp.cxx": (None, "no-such-compiler")}), pytest.raises(build.CannotBuild, match="install g"):
+        load.begin()
+
+
 def test_the_instruction_set_is_chosen_by_the_environment(monkeypatch):
     monkeypatch.delenv("RIVER_COMPILE_ISA", raising=False)
     assert isa.chosen() == isa.runnable()[0]
