@@ -33,9 +33,10 @@ def reading_once() -> Iterator[None]:
         def data(self, mapped: np.memmap) -> None:
             self._bytes = mapped.view(np.ndarray)
 
-    before = gguf.GGUFReader, gguf.get_tensor_name_map
-    gguf.GGUFReader, gguf.get_tensor_name_map = functools.cache(Reader), functools.cache(gguf.get_tensor_name_map)
+    module: Any = gguf
+    before = module.GGUFReader, module.get_tensor_name_map
+    module.GGUFReader, module.get_tensor_name_map = functools.cache(Reader), functools.cache(before[1])
     try:
         yield
     finally:
-        gguf.GGUFReader, gguf.get_tensor_name_map = before
+        module.GGUFReader, module.get_tensor_name_map = before
