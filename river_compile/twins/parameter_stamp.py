@@ -59,6 +59,18 @@ class Sources:
         return [(tensor.dtype, tensor.device) for tensor in self.tensors]
 
 
+def sources_of(linears: Iterable[TwinLinear], inputs: Sequence[Any]) -> dict[TwinLinear, Sources]:
+    """Returns the parameters of products, given the real inputs of the graph.
+
+    What a twin and the backbone make of the same parameters has the same object, which hashes them once.
+    """
+    known: dict[tuple[object, ...], Sources] = {}
+    return {
+        linear: known.setdefault((linear.weights, linear.biases, linear.folds), Sources.of(linear, inputs))
+        for linear in linears
+    }
+
+
 class HeldSources:
     """The same, held weakly."""
 

@@ -39,7 +39,7 @@ from river_compile.store.folder import enabled
 from river_compile.twins.artifact import FILE, Artifact, write_missing
 from river_compile.twins.calibration_stats import Moments, Observation
 from river_compile.twins.packed import Quantized, TwinWeight
-from river_compile.twins.parameter_stamp import ParameterStamp, Sources
+from river_compile.twins.parameter_stamp import ParameterStamp, Sources, sources_of
 from river_compile.twins.quantize import UNOBSERVED, Known, Maker, made_again, needs_moments
 from river_compile.twins.self_calibration import SelfCalibration
 from river_compile.twins.stored import StoredTwins
@@ -137,7 +137,7 @@ class TwinRegistry:
         """
         with self._lock:
             start = time.perf_counter()
-            sources = {site: Sources.of(site, inputs) for site in (*sites, *savable)}
+            sources = sources_of((*sites, *savable), inputs)
             artifact = None
             if config.artifact is not None:
                 config = replace(config, artifact=statistics.ranks.folder(config.artifact))
@@ -411,7 +411,8 @@ class TwinWatch:
         if statistics.ranks.every(self._stamp == ParameterStamp(parameters)):
             return
         self._adopt(parameters)
-        self._twins.renew([(made, Sources.of(linear, inputs)) for linear, made in self._packed.items()], statistics)
+        sources = sources_of(self._packed, inputs)
+        self._twins.renew([(made, sources[linear]) for linear, made in self._packed.items()], statistics)
         self._look()
 
     def _look(self) -> None:
