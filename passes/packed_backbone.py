@@ -1,6 +1,6 @@
 """Gives blocks and the head weights that are packed without loss: 12 bits for each of bfloat16, or 8.
 
-Those of 8 bits are torchao's weight-only tensors, and float32 matrices that 8 bits hold (`kernels.quant.bits8`).
+Those of 8 bits are torchao's weight-only tensors, and matrices of floats that 8 bits stand for (`kernels.quant.bits8`).
 
 It comes after the rules of fusion: a ``river::linear`` with weights in 16 bits reads the packed form in place of the
 parameters, which then are no inputs of the segment any more. The C++ kernels compute the same to the bit; the generated
@@ -86,4 +86,4 @@ def _layout(kernels: str, weights: list[torch.Tensor], how: str) -> str | None:
     dtypes = {weight.dtype for weight in weights}
     if how == "12bit" and dtypes == {torch.bfloat16}:
         return bf12.LAYOUT if kernels == "dense" else bf12.GENERATED
-    return bits8.LAYOUT if how == "8bit" and dtypes == {torch.float32} else None
+    return bits8.LAYOUT if how == "8bit" and len(dtypes) == 1 else None
