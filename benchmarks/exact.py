@@ -3,6 +3,8 @@
     python -m benchmarks.exact
     python -m benchmarks.exact --model gemma3-270m --new-tokens 64 --repeats 2 --json exact.json
     python -m benchmarks.exact --batch 2 4 8 16   # batches of mixed prompts, beside plain batches; --own-ends
+    python -m benchmarks.exact --batch 1 8 --rows plain exact --repeats 3
+    python -m benchmarks.exact --context 256 1024 4096   # long prompts, drafts that see a window of them or all
     python -m benchmarks.exact --peers            # beside other programs: benchmarks/exact_peers.py
 
 One compiled model in one process runs every row on every prompt of six groups (benchmarks/prompts.py), batch 1, greedy,
@@ -11,14 +13,16 @@ with a static cache; the rows take turns, once to warm up and then `--repeats` t
     plain            the backbone alone, one token per pass
     exact            the river and copies from the context draft, the backbone verifies
     exact_no_lookup  only the river drafts
+    exact_whole      (long prompts) exact, drafts attend to the whole context and not to its end alone
     exact_together   (batches) exact, rows keep only what held for all of them
     prompt_lookup    transformers' prompt_lookup_num_tokens=10 on the backbone
     river            everything in 4 bits: fast, but another text
 
-Columns: decode tokens/s (median over the repeats of the time for all prompts, prefill excluded), tokens kept by a row
-per verifying pass, share of the drafted tokens that held, share of the time spent drafting, verifying and choosing, and
-how many of the texts are the plain one's. In bfloat16 a text may differ where two tokens all but tie: passes of
-different widths round differently.
+Columns: decode tokens/s (median over the repeats of the time for all prompts, prefill excluded; in the first repeat,
+which follows the call that compiled, and in the last one), tokens kept by a row per verifying pass, share of the
+drafted tokens that held, share of the time spent drafting, verifying and choosing, and how many of the texts are the
+plain one's. Ratios are those of the medians, of the first repeat and of the last one. In bfloat16 a text may differ
+where two tokens all but tie: passes of different widths round differently.
 """
 
 from __future__ import annotations
@@ -31,6 +35,7 @@ import statistics
 import sys
 import time
 from dataclasses import dataclass
+from pathlib import Path
 from typing import TYPE_CHECKING
 
 from benchmarks import common
@@ -43,6 +48,7 @@ if TYPE_CHECKING:
 LOOKUP = 10  # tokens that transformers' prompt lookup drafts, its documentation's value
 ROWS = ("plain", "exact", "exact_no_lookup", "prompt_lookup", "river")
 BATCH_ROWS = ("plain", "exact", "exact_together")
+CONTEXT_ROWS = ("plain", "exact", "exact_whole")
 IN_12_BITS = {"plain_12bit": "plain", "exact_12bit": "exact"}  # rows of the model with packed weights, as these
 RATIOS = (
     ("plain_12bit", "plain"),
@@ -50,6 +56,7 @@ RATIOS = (
     ("exact", "plain"),
     ("exact", "prompt_lookup"),
     ("exact", "exact_together"),
+    ("exact", "exact_whole"),
     ("exact_no_lookup", "plain"),
     ("river", "plain"),
 )
@@ -109,11 +116,16 @@ class Bench:
         if options.batch:
             self.rows = BATCH_ROWS
             texts = {f"batches of {n} mixed": [list(itertools.islice(mixed(), n))] for n in options.batch}
+        elif options.context:
+            self.rows, texts = CONTEXT_ROWS, {}
         else:
             self.rows = ROWS
             texts = {f"{group} prompts": [[p] for p in prompts(group, options.prompts)] for group in options.groups}
         self.rows += tuple(IN_12_BITS) if options.twelve else ()
+        self.rows = tuple(row for row in self.rows if row in {"plain", *(options.rows or self.rows)})
         self.batches = {kind: [_batch(tokenizer, call) for call in calls] for kind, calls in texts.items()}
+        for tokens in options.context or ():
+            self.batches[f"{tokens} tokens of documents"] = [_documents(tokenizer, tokens)]
         longest = max(batch.ids.shape[1] for batches in self.batches.values() for batch in batches)
         # One cache size, so one decode graph; transformers' prompt lookup drafts beyond the end of the text.
         for model in filter(None, (self.model, self.packed)):
@@ -146,6 +158,7 @@ class Bench:
         exact = river_compile.exact  # as users get it: where drafts do not pay it does without
         special = {
             "exact": {"custom_generate": exact},
+            "exact_whole": {"custom_generate": exact, "draft_window": 0},  # drafts see all of the context
             "exact_no_lookup": {"custom_generate": exact, "prompt_lookup": False},
             "exact_together": {"custom_generate": exact, "return_dict_in_generate": True},  # rows wait for each other
             "prompt_lookup": {"prompt_lookup_num_tokens": LOOKUP},
@@ -180,6 +193,16 @@ def _batch(tokenizer, texts: list[str]) -> Batch:
         ids[i, longest - len(row) :] = row
         mask[i, longest - len(row) :] = 1
     return Batch(ids, mask)
+
+
+def _documents(tokenizer, tokens: int) -> Batch:
+    """Returns a prompt of so many tokens: the project's documents, one after the other."""
+    import torch
+
+    folder = Path(__file__).parents[1] / "docs"
+    text = "\n\n".join(file.read_text(encoding="utf-8") for file in sorted(folder.glob("*.md")))
+    ids = torch.tensor([tokenizer(text)["input_ids"][:tokens]])
+    return Batch(ids, torch.ones_like(ids))
 
 
 def main(arguments: list[str] | None = None) -> int:
@@ -225,6 +248,9 @@ def summarize(results: dict[tuple[str, str], list[dict]], options: argparse.Name
         rows = {row: _row(r, results[kind, "plain"][0]["texts"]) for (of, row), r in results.items() if of == kind}
         speeds = {row: values["tokens_per_s"] for row, values in rows.items()}
         kinds[kind] = {"rows": rows, "ratios": common.ratios(speeds, RATIOS)}
+        for turn, name in ((0, "first"), (-1, "last")):
+            in_turn = {row: values["by_repeat"][turn] for row, values in rows.items()}
+            kinds[kind][f"{name}_ratios"] = common.ratios(in_turn, RATIOS)
     return {
         **common.setting("exact", options),
         "kinds": kinds,
@@ -235,9 +261,10 @@ def _row(repeats: list[dict], plain_texts: list[list[int]]) -> dict:
     cycles = repeats[0]["cycles"]
     drafted = sum(len(c.drafted) for c in cycles)
     spent = [statistics.median(sum(c.seconds[i] for c in r["cycles"]) for r in repeats) for i in range(3)]
-    texts = repeats[0]["texts"]
+    texts, speeds = repeats[0]["texts"], [r["tokens"] / r["seconds"] for r in repeats]
     return {
-        "tokens_per_s": statistics.median(r["tokens"] / r["seconds"] for r in repeats),
+        "tokens_per_s": statistics.median(speeds),
+        "by_repeat": speeds,
         "tokens_per_cycle": sum(len(c.kept) for c in cycles) / sum(len(c.rows) for c in cycles) if cycles else None,
         "acceptance": sum(c.accepted for c in cycles) / drafted if drafted else None,
         "time_shares": [s / sum(spent) for s in spent] if cycles else None,
@@ -258,11 +285,13 @@ def show(outcome: dict) -> None:
     for kind, result in outcome["kinds"].items():
         print(f"\n{kind}")
         common.print_table(
-            ["", "tokens/s", "tokens/cycle", "held", "draft", "verify", "choose", "same texts"],
+            ["", "tokens/s", "first", "last", "tokens/cycle", "held", "draft", "verify", "choose", "same texts"],
             [
                 [
                     name,
                     row["tokens_per_s"],
+                    row["by_repeat"][0],
+                    row["by_repeat"][-1],
                     row["tokens_per_cycle"],
                     row["acceptance"],
                     *(row["time_shares"] or [None] * 3),
@@ -272,17 +301,23 @@ def show(outcome: dict) -> None:
             ],
         )
         for pair, value in result["ratios"].items():
-            print(f"  {pair:26} {value:.2f}")
+            first, last = (result[f"{name}_ratios"][pair] for name in ("first", "last"))
+            print(f"  {pair:26} {value:.2f} (first {first:.2f}, last {last:.2f})")
 
 
 def _parse(arguments: list[str] | None) -> argparse.Namespace:
     parser = common.command_line(__doc__, "model", "dtype", "threads", "repeats", "json")
+    all_rows = {*ROWS, *BATCH_ROWS, *CONTEXT_ROWS, *IN_12_BITS}
     parser.add_argument("--new-tokens", type=common.number(16), default=96, help="tokens per text (%(default)s)")
     parser.add_argument("--groups", nargs="+", choices=GROUPS, default=GROUPS, help="of prompts (all)")
     parser.add_argument("--prompts", type=common.number(1), default=2, help="of each group (%(default)s)")
     parser.add_argument(
         "--batch", nargs="+", type=common.number(1), metavar="N", help="batches of mixed prompts instead"
     )
+    parser.add_argument(
+        "--context", nargs="+", type=common.number(16), metavar="N", help="prompts of so many tokens instead"
+    )
+    parser.add_argument("--rows", nargs="+", choices=all_rows, metavar="ROW", help="beside plain (all; see above)")
     parser.add_argument("--own-ends", action="store_true", help="texts end where the model ends them, not all together")
     parser.add_argument("--peers", action="store_true", help="other programs instead, where installed")
     parser.add_argument("--twelve", action="store_true", help="also with the backbone's weights packed in 12 bits")

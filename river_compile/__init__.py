@@ -29,6 +29,7 @@ _EXPORTS = {
     "BudgetError": "errors",
     "CacheFullError": "errors",
     "Calibration": "calibration.result",
+    "ContinuousBatch": "decoding.continuous",
     "DecodeError": "errors",
     "ExactModeError": "errors",
     "OptionError": "errors",

@@ -11,10 +11,11 @@ import threading
 import time
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
-from typing import Any
+from typing import Any, Protocol
 
 from torch import Tensor, nn
 from torch.utils.weak import WeakTensorKeyDictionary
+from transformers import PreTrainedModel
 
 from river_compile.capture.device import CaptureLog
 from river_compile.config import RiverConfig
@@ -22,6 +23,7 @@ from river_compile.distributed.ranks import ALONE, Ranks
 from river_compile.errors import OptionError
 from river_compile.exits import Memories
 from river_compile.lowering.compile import Compiled
+from river_compile.model_state import ModelLook
 from river_compile.offload.weights import OffloadedWeights
 from river_compile.passes.program import Fusion, KeptLinear, RiverProgram
 from river_compile.progress import StartProgress
@@ -124,6 +126,14 @@ class GraphRecord:
         self.block_paths = tuple(block.path for block in plan.blocks)
 
 
+class Joinable(Protocol):
+    """A batch that calls of generate may join."""
+
+    def join(self, call: Any, mode: Any, kwargs: Mapping[str, Any], shared: bool) -> object | None:
+        """Takes over a call of the batch's own thread, and returns what stands for its result; None if it does not."""
+        ...
+
+
 @dataclass(eq=False)
 class ModelRecord:
     """What is known of one model; `graphs` in the order of their compilation."""
@@ -143,6 +153,7 @@ class ModelRecord:
     plain_calls: PlainCalls = field(default_factory=PlainCalls)
     plain_runs: PlainRuns = field(default_factory=PlainRuns)
     programs: Programs | None = None  # that are stored, of an accelerated model
+    batch: Joinable | None = None  # that calls of generate may join
     told_of_batches: bool = False  # that another number of rows is compiled anew
     progress: StartProgress = field(default_factory=StartProgress)
 
@@ -174,9 +185,13 @@ class ModelRecord:
         refusal = next((refusal for refusal in refusals if BROKE in refusal), refusals[0] if refusals else "")
         return f"it refused: {refusal}" if refusal else 'this call did not reach it: use model.compile(backend="river")'
 
-    def known_programs(self, model: nn.Module) -> Programs | None:
+    def look_at(self, model: PreTrainedModel) -> ModelLook | None:
+        """Returns a look at the model for one call of `generate`; None where it is not accelerated."""
+        return None if self.programs is None else ModelLook(model, self.programs.config)
+
+    def known_programs(self, model: PreTrainedModel, look: ModelLook | None) -> Programs | None:
         """Returns the programs that a call of `generate` may recall and keep; None where there can be none."""
-        if self.programs is None or not self.programs.begin(model):
+        if self.programs is None or look is None or not self.programs.begin(model, lambda: look.identity):
             return None
         learned = None if self.drafts.times else self.programs.learned()
         if learned is not None:

@@ -85,6 +85,14 @@ def few_rows(dtype: torch.dtype, positions: int = 1) -> int:
     return rows
 
 
+def any_rows(dtype: torch.dtype) -> bool:
+    """Returns whether `dense` multiplies any number of rows of a dtype itself, and no library more than a few.
+
+    A row's bits do not depend on the others then. False where the kernels are not loaded.
+    """
+    return loaded() and few_rows(dtype) > few_rows(torch.float32)
+
+
 def entropy(logits_V: Tensor) -> float:
     """Returns the entropy of softmax(logits), in nats: by the C++ kernels where they are loaded, else by torch."""
     logits = logits_V[None, None]

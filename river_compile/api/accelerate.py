@@ -299,13 +299,13 @@ def restore(model: Module) -> Module:
 
 
 def free_cache(model: nn.Module) -> int:
-    """Frees the KV cache that a model's latest call of generate left for the next one; that one makes its own.
+    """Frees the KV cache and the texts that a model keeps for its next call of generate; that one makes its own.
 
     Args:
         model: the module that was compiled, or the wrapper that ``torch.compile`` returned.
 
     Returns:
-        The bytes of its keys and values, 0 where none was kept.
+        The bytes of their keys and values, 0 where none were kept.
     """
     record = find_record(model)
     return 0 if record is None else record.cache_pool.free()

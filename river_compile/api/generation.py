@@ -41,9 +41,11 @@ _OURS = "river_compile_mode"  # an attribute of our function
 class _ExactOrPlain(ExactMode):
     """Exact mode that goes on without drafts if the prompt showed that they cannot be verified."""
 
-    def drafting(self, call: Call, session: Session, logits: Tensor, shared: bool) -> tuple[Drafter | None, bool]:
+    def drafting(
+        self, call: Call, session: Session, logits: Tensor, shared: bool, joins: bool = False
+    ) -> tuple[Drafter | None, bool]:
         try:
-            return super().drafting(call, session, logits, shared)
+            return super().drafting(call, session, logits, shared, joins)
         except ExactModeError as refusal:
             if self.strict:
                 raise

@@ -115,7 +115,8 @@ def refresh(model: nn.Module) -> int:
 
     That happens by itself at the next prompt after ``load_state_dict``, an optimizer's step, ``parameter.data = ...``
     or a merged adapter. Call it after changing single elements under ``torch.inference_mode()`` or through
-    ``parameter.data``, which PyTorch does not count. It reads all weights. Compiled code and captured graphs stay.
+    ``parameter.data``, which PyTorch does not count. It reads all weights. Compiled code and captured graphs stay;
+    texts that were kept for the next call of generate do not.
 
     Args:
         model: the module that was compiled, or the wrapper that ``torch.compile`` returned.
@@ -126,6 +127,7 @@ def refresh(model: nn.Module) -> int:
     record = find_record(model)
     if record is None:
         return 0
+    record.cache_pool.forget_texts()
     pairs = [(site, site.sources.get()) for site in record.twins.all(lossless=True)]
     known = [(site, sources) for site, sources in pairs if sources is not None]
     # (Of another dtype or device: Dynamo traces the model anew, and its twins are packed then.)

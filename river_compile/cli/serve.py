@@ -1,15 +1,12 @@
-"""``river serve MODEL``: transformers' own OpenAI-compatible server with an accelerated model under it.
+"""``river serve MODEL``: an OpenAI-compatible server that answers several clients at once.
 
-Everything that speaks HTTP is `transformers serve`: requests take turns on one thread, a client that goes away ends its
-generation. One class of it is replaced while it starts: the one that loads models.
+Everything that speaks HTTP is transformers' (`transformers serve`); `serving.py` has what stands under it here.
 
-Not handled: `--continuous-batching`, whose scheduler does not call `generate`.
+Not handled: several models; a model that the server's clients choose.
 """
 
 from __future__ import annotations
 
-import contextlib
-from collections.abc import Iterator
 from typing import Annotated, Any
 
 import typer
@@ -32,6 +29,8 @@ def serve(
     model: Model,
     host: Annotated[str, typer.Option(help="Address to listen at.")] = "localhost",
     port: Annotated[int, typer.Option(help="Port to listen at.")] = 8000,
+    rows: Annotated[int, typer.Option(help="Requests that generate at once.")] = 8,
+    queue: Annotated[int, typer.Option(help="Requests more that may wait; those after them get 429.")] = 32,
     quality: Quality = "exact",
     calibration: Calibration = None,
     artifact: Artifact = None,
@@ -42,6 +41,10 @@ def serve(
     """Serves a model to OpenAI clients, until it is interrupted. `--json` prints where, once it listens."""
     from river_compile.cli.models import config_of, quiet, resolve
 
+    if rows < 1:
+        raise ValueError(f"--rows {rows} is not allowed; give 1 or more")
+    if queue < 0:
+        raise ValueError(f"--queue {queue} is not allowed; give 0 (nobody waits) or more")
     use_threads(threads)
     quiet()
     folder = resolve(model)
@@ -49,8 +52,7 @@ def serve(
     more = {} if artifact is None else {"artifact": artifact}
     url = f"http://{host}:{port}/v1"
     result = {"model": model, "quality": quality, "url": url}
-    with accelerating(quality=quality, calibration=calibration, **more):
-        server = make_server(str(folder), host, port, dtype)
+    server = make_server(str(folder), host, port, dtype, rows, queue, quality=quality, calibration=calibration, **more)
     show("serve", result, as_json, lambda console: console.print(f"serving [bold]{model}[/] ({quality}) at {url}"))
     try:
         server._thread.join()
@@ -58,46 +60,25 @@ def serve(
         server.kill_server()
 
 
-@contextlib.contextmanager
-def accelerating(**arguments: Any) -> Iterator[None]:
-    """Inside, `transformers serve` loads models that are accelerated with these arguments.
+def make_server(
+    folder: str, host: str, port: int, dtype: str, rows: int = 8, queue: int = 32, **acceleration: Any
+) -> Any:
+    """Starts a server in a thread; returns it.
 
-    Raises:
-        ValueError: this release of transformers has no such server, or what it needs is not installed.
-    """
-    with needs("serve"):
-        from transformers.cli.serving import model_manager
-
-    from river_compile.api.accelerate import accelerate
-    from river_compile.cli.models import loading
-
-    class Manager(model_manager.ModelManager):
-        def _load_processor(self, name: str, *args: Any, **kwargs: Any) -> Any:
-            with loading(name):
-                return super()._load_processor(name, *args, **kwargs)
-
-        def _load_model(self, name: str, *args: Any, **kwargs: Any) -> Any:
-            with loading(name):
-                model = super()._load_model(name, *args, **kwargs)
-            return accelerate(model, **arguments)
-
-    theirs = model_manager.ModelManager
-    model_manager.ModelManager = Manager
-    try:
-        yield
-    finally:
-        model_manager.ModelManager = theirs
-
-
-def make_server(folder: str, host: str, port: int, dtype: str) -> Any:
-    """Starts `transformers serve` in a thread; returns it.
+    Args:
+        folder: the model's.
+        host, port: where to listen.
+        dtype: of the weights.
+        rows: requests that generate at once.
+        queue: requests more that may wait.
+        acceleration: arguments of `accelerate`.
 
     Raises:
         ValueError: what it needs is not installed, or the model cannot be loaded.
     """
     import torch
-    from transformers.cli.serve import Serve
 
     device = "cuda" if torch.cuda.is_available() else "cpu"
     with needs("serve"):
-        return Serve(force_model=folder, host=host, port=port, dtype=dtype, device=device, non_blocking=True)
+        from river_compile.cli import serving
+    return serving.start(folder, host, port, dtype, device, rows, queue, acceleration)

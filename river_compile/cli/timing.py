@@ -17,6 +17,7 @@ import torch
 from transformers import LogitsProcessor, LogitsProcessorList, MaxLengthCriteria, PreTrainedModel, StoppingCriteriaList
 from transformers.generation.streamers import BaseStreamer
 
+from river_compile.model_record import find_record
 from river_compile.runtime.executor import on_step
 from river_compile.runtime.stats import CycleRecord, StepRecord, cycles
 
@@ -57,6 +58,7 @@ def generate(
     static_cache: bool = True,
     stop_after: int | None = None,
     end_early: bool = False,
+    fresh: bool = True,
     **more: object,
 ) -> Generation:
     """Generates greedily and times every token.
@@ -68,8 +70,12 @@ def generate(
         static_cache: use a static cache rather than one that grows.
         stop_after: stop after this many tokens, with a cache of the same size as without; for warming up.
         end_early: let the end-of-sequence token end the text after at least two tokens, which a rate needs.
+        fresh: begin with nothing of the texts that earlier calls left, so that the whole prompt runs.
         more: further arguments of the model's `generate`.
     """
+    record = find_record(model)
+    if fresh and record is not None:
+        record.cache_pool.forget_texts()
     clock = _Clock()
     ends = _NoEnd(model.generation_config.eos_token_id, input_ids.shape[1] + (2 if end_early else new_tokens))
     options = {"logits_processor": LogitsProcessorList([ends]), **more}

@@ -1,8 +1,8 @@
 """Drafts tokens for the backbone to verify: copied from the context if it repeats itself, else by the river.
 
 A copied continuation costs nothing (:mod:`.lookup`); the river drafts token after token. Which of both a row takes, and
-how long it drafts, is decided by how likely the tokens are to hold (:mod:`.plan`). That is learned while generating:
-from the entropy of the river's distribution, or from the length of the repeated ending.
+how long it drafts, is decided by how likely the tokens are to hold (:mod:`.draft_policy`). That is learned while
+generating: from the entropy of the river's distribution, or from the length of the repeated ending.
 
 Every row has a draft of its own length; a step of the river is a pass of the whole batch. Not handled: drafts with
 alternatives (trees).
@@ -11,8 +11,9 @@ alternatives (trees).
 from __future__ import annotations
 
 import time
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Hashable, Iterable, Mapping, Sequence
 from dataclasses import dataclass
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -34,15 +35,15 @@ class DraftStep:
         choose: (scores ``[N, V]``, rows, tokens drafted so far) -> tokens ``[N]``.
     """
 
-    scores: Callable[[Tensor, Sequence[int], int], Tensor]
-    choose: Callable[[Tensor, Sequence[int], int], Tensor]
+    scores: Callable[[Tensor, Sequence[Any], int], Tensor]
+    choose: Callable[[Tensor, Sequence[Any], int], Tensor]
 
 
 @dataclass(frozen=True)
 class Draft:
     """What is proposed for each row of a batch, in its order, and how many steps the river took for it."""
 
-    rows: dict[int, list[Proposed]]
+    rows: dict[Hashable, list[Proposed]]
     steps: int = 0
 
     @property
@@ -59,50 +60,56 @@ class Draft:
         ]
         return filler.new_tensor(tokens).reshape(len(ends), longest)
 
-    def at(self, position: int, rows: Sequence[int]) -> list[int]:
-        """Returns the token that was drafted for each of these rows at a position, -1 for none."""
-        return [self.rows[row][position].token if position < len(self.rows[row]) else -1 for row in rows]
-
 
 class Drafter:
-    """Drafts for one call of generate; learns from verdict to verdict.
+    """Drafts for the rows of a batch; learns from verdict to verdict.
 
     Args:
-        prompt_ids: ``[B, S]``.
         prompt_lookup: copy continuations from the context.
         rule: how long to draft.
         times: of passes, which it notes.
         together: rows keep only what held for all of them, so drafts have the length of the shortest.
         pad_token: stands in for the tokens of rows that draft nothing more.
-        end_tokens: a draft ends after any of these.
         ranks: that share the model; all of them go by the first one's entropies and times.
         rates: what is known of earlier drafts, and learns from these.
     """
 
     def __init__(
         self,
-        prompt_ids: Tensor,
         prompt_lookup: bool,
         rule: DraftPolicy,
         times: PassTimes,
         together: bool,
         pad_token: int,
-        end_tokens: Sequence[int] = (),
         ranks: Ranks = ALONE,
         rates: DraftRates | None = None,
     ) -> None:
         self._ranks = ranks
         self._rates = DraftRates() if rates is None else rates
-        self._indices = [SuffixAutomaton(row) for row in prompt_ids.tolist()] if prompt_lookup else []
+        self._lookup = prompt_lookup
+        self._indices: dict[Hashable, SuffixAutomaton] = {}
+        self._ends: dict[Hashable, frozenset[int]] = {}
         self.rule, self._times, self._together = rule, times, together
-        self._pad_token, self._end_tokens = pad_token, frozenset(end_tokens)
+        self._pad_token = pad_token
 
-    def extend(self, rows: Sequence[int], tokens: Sequence[int]) -> None:
+    def admit(self, rows: Sequence[Hashable], prompts_NS: Tensor, end_tokens: frozenset[int]) -> None:
+        """Takes in rows by their prompts; their drafts end after any of the end tokens."""
+        self._ends |= dict.fromkeys(rows, end_tokens)
+        if self._lookup:
+            self._indices |= {row: SuffixAutomaton(ids) for row, ids in zip(rows, prompts_NS.tolist(), strict=True)}
+
+    def leave(self, rows: Iterable[Hashable]) -> None:
+        """Forgets rows that have ended."""
+        for row in rows:
+            del self._ends[row]
+            self._indices.pop(row, None)
+
+    def extend(self, rows: Sequence[Hashable], tokens: Sequence[int]) -> None:
         """Takes in a token that each of these rows received."""
-        for row, token in zip(rows, tokens, strict=True) if self._indices else ():
+        for row, token in zip(rows, tokens, strict=True) if self._lookup else ():
             self._indices[row].extend([token])
 
-    def draft(self, ids_BS: Tensor, rooms: Mapping[int, int | None], step: DraftStep, river: bool = True) -> Draft:
+    def draft(self, ids_BS: Tensor, rooms: Mapping[Any, int | None], step: DraftStep, river: bool = True) -> Draft:
         """Proposes tokens for each row of the batch.
 
         Args:
@@ -115,7 +122,7 @@ class Drafter:
         running = [i for i, room in rooms.items() if room is not None]
         steps = 0
         while True:
-            for i in running if self._indices else ():
+            for i in running if self._lookup else ():
                 rows[i].copy = self._continuation(i, rows[i])
             chance = self._rates.river.chance(0.0) if river else None
             count = self.rule.verify_now([rows[i] for i in running], steps, chance)
@@ -139,15 +146,15 @@ class Drafter:
             self._rates.river.fade()
         return Draft({i: row.proposed for i, row in rows.items()}, steps)
 
-    def note(self, tokens: int, steps: int, width: int, seconds: float) -> None:
-        """Learns from a cycle: kept tokens of all rows, draft steps, width and time of its verification."""
+    def note(self, kept: Mapping[Any, int], steps: int, width: int, seconds: float) -> None:
+        """Learns from a cycle: tokens that each row kept, draft steps, width and time of its verification."""
         self._times.note(width, seconds)
-        self.rule.note(tokens, steps, width)
+        self.rule.note(kept, steps, width)
 
-    def take(self, times: PassTimes, share: float) -> None:
-        """Goes on with passes of fewer rows: `share` of those before."""
+    def take(self, times: PassTimes) -> None:
+        """Goes on with passes of another number of rows."""
         self._times = times
-        self.rule.take(times, share)
+        self.rule.take(times)
 
     def learn(self, proposed: Proposed, held: bool) -> None:
         """Takes in the verdict on a drafted token."""
@@ -156,7 +163,7 @@ class Drafter:
             self._rates.river.learn(0.0, held)
 
     def _go_on(
-        self, ids_BS: Tensor, rows: Mapping[int, RowDraft], running: Sequence[int], step: DraftStep, steps: int
+        self, ids_BS: Tensor, rows: Mapping[Hashable, RowDraft], running: Sequence[Any], step: DraftStep, steps: int
     ) -> list[int]:
         """Adds a token to each open draft: a copied one if that is as likely to hold, else the river's."""
         river = self._rates.river.chance(0.0)
@@ -175,11 +182,11 @@ class Drafter:
         column = dict.fromkeys(rows, self._pad_token)
         for i in (*copying, *asking):
             column[i] = rows[i].proposed[-1].token
-            if column[i] in self._end_tokens:
+            if column[i] in self._ends[i]:
                 rows[i].room = len(rows[i].proposed)
         return list(column.values())
 
-    def _continuation(self, row: int, draft: RowDraft) -> list[Proposed]:
+    def _continuation(self, row: Hashable, draft: RowDraft) -> list[Proposed]:
         """Returns what follows a draft by the context."""
         if not draft.open:
             return []

@@ -9,6 +9,7 @@ that prepare their inputs or masks in a way of their own, inputs that other thin
 
 from __future__ import annotations
 
+import functools
 from collections.abc import Callable
 from typing import Any
 
@@ -18,6 +19,8 @@ from transformers import GenerationMixin, PreTrainedModel
 from transformers.cache_utils import StaticLayer, StaticSlidingWindowLayer
 
 from river_compile.upstream.transformers import cache_of, is_of_transformers, masks_of
+
+_SINKS = 4  # first entries of a text, which attention leans on whatever they are (Xiao et al., arXiv 2309.17453)
 
 KNOWN = {"input_ids", "attention_mask", "position_ids", "cache", "past_key_values", "logits_to_keep", "use_cache"}
 
@@ -38,18 +41,19 @@ class PassInputs:
         self._checked = False  # whether a pass that followed from another was compared with transformers'
         self._given_up = False
 
-    def at(self, slot: int, ids_BS: Tensor, prepare: Callable[[], Inputs]) -> Inputs:
+    def at(self, slot: int, ids_BS: Tensor, prepare: Callable[[], Inputs], window: int = 0) -> Inputs:
         """Returns the inputs of a pass: the same object as the last time, or those that transformers makes.
 
         Args:
             slot: the first one that the pass writes: as many entries as the cache holds.
             ids_BS: all ids, those of the pass last.
             prepare: makes them by transformers' methods.
+            window: the pass may see the first few entries and so many of the last ones alone; 0 for all.
         """
         own = self._own
         ours = own is not None and own.move_to(slot, ids_BS)
         if own is not None and ours and self._checked:
-            return own.inputs
+            return own.with_window(window) if 0 < window < slot - _SINKS else own.inputs
         theirs = prepare()
         if own is not None and ours:
             self._checked = _same(own.inputs, theirs)
@@ -67,7 +71,7 @@ class PassInputs:
             inputs.keys() <= KNOWN
             and cache is not None
             and all(_has_room(layer, filled) for layer in cache.layers)
-            and _prepares_as_most_do(self._model)
+            and prepares_as_most_do(self._model)
             and all(isinstance(mask, Tensor) and mask.dim() == 4 for _, mask in masks_of(inputs))
             and all(filled < mask.shape[-1] for _, mask in masks_of(inputs))
             and all(map(_has_places_of_its_own, (mask for _, mask in masks_of(inputs))))
@@ -87,7 +91,7 @@ def with_masks(model: PreTrainedModel, inputs: Inputs) -> Inputs:
     """
     ids_BS, cache = inputs["input_ids"], cache_of(inputs)
     missing = [kind for kind, mask in masks_of(inputs) if mask is None]
-    known = is_of_transformers(model) and _prepares_as_most_do(model) and model.config._attn_implementation == "sdpa"
+    known = is_of_transformers(model) and prepares_as_most_do(model) and model.config._attn_implementation == "sdpa"
     if not missing or cache is None or not known:
         return inputs
     batch, width = ids_BS.shape
@@ -100,7 +104,8 @@ def with_masks(model: PreTrainedModel, inputs: Inputs) -> Inputs:
     return {**inputs, "attention_mask": {**given, **dict.fromkeys(missing, mask)} if given is not None else mask}
 
 
-def _prepares_as_most_do(model: PreTrainedModel) -> bool:
+def prepares_as_most_do(model: PreTrainedModel) -> bool:
+    """Whether a model's inputs and masks are made by the methods that nearly all have in common."""
     kind = type(model)
     return (
         kind.prepare_inputs_for_generation is GenerationMixin.prepare_inputs_for_generation
@@ -134,6 +139,25 @@ class _Moved:
             for mask in own.values()
         ]
         self._masks = [(mask, block, seen, hidden.clone()) for mask, block, seen, hidden in self._masks]
+        self._windowed: Inputs | None = None
+
+    def with_window(self, window: int) -> Inputs:
+        """Returns the inputs with masks that hide all but each row's first few entries and the last `window`."""
+        if self._windowed is None:
+            own = {kind: _copied(mask) for kind, mask in masks_of(self.inputs)}
+            self._windowed = {**self.inputs, "attention_mask": own.get(None, own)}
+        for (mask, _, _, hidden), (_, narrow) in zip(self._masks, masks_of(self._windowed), strict=True):
+            narrow.copy_(mask)
+            for row, first in enumerate(self._firsts):
+                narrow[row, :, :, first + _SINKS : self._slot - window] = hidden[row]
+        return self._windowed
+
+    @functools.cached_property
+    def _firsts(self) -> list[int]:
+        """The first slot of each row that is no padding."""
+        mask, _, _, hidden = self._masks[0]
+        shown = (mask != hidden)[:, 0, -1]
+        return shown.int().argmax(-1).tolist()
 
     def move_to(self, slot: int, ids_BS: Tensor) -> bool:
         """Makes the inputs those of a pass that begins in a slot; returns False if that does not fit the masks."""

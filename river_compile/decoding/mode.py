@@ -21,16 +21,20 @@ from typing import Any, ClassVar, TypeAlias
 import torch
 from torch import Tensor
 from transformers import GenerationConfig, PreTrainedModel
+from transformers.cache_utils import Cache
 from transformers.generation import GenerateDecoderOnlyOutput, LogitsProcessorList, StoppingCriteriaList
 from transformers.generation.configuration_utils import GenerationMode
 from transformers.generation.stopping_criteria import EosTokenCriteria, MaxLengthCriteria, StopStringCriteria
 
 from river_compile.decoding.draft_policy import ByChance, ByGain, DraftPolicy
 from river_compile.decoding.drafter import Drafter
-from river_compile.decoding.loop import DecodeLoop, Ends, Outputs
+from river_compile.decoding.kept_prefix import prompt_of
+from river_compile.decoding.loop import DecodeLoop
+from river_compile.decoding.request import Ends, Outputs, Request
 from river_compile.decoding.sampling import STATELESS, Chooser, RowProcessors
 from river_compile.decoding.sequences import Sequences
 from river_compile.decoding.session import LONGEST_OFFLOADED, Session, verification_widths
+from river_compile.distributed.ranks import Ranks
 from river_compile.errors import DecodeError, ExactModeError, OptionError
 from river_compile.exits import WHOLE
 from river_compile.kernels.checks import FLAG, integer, number, optional
@@ -52,13 +56,15 @@ _STOP_BELOW = 0.5  # where measured times may not decide
 _CHECKS = {
     "max_draft": optional(integer(1)),
     "prompt_lookup": FLAG,
+    "draft_window": optional(integer(0)),
     "stop_below": optional(number("it must be a number from 0 to 1", least=0, most=1)),
     "strict": FLAG,
     "adaptive": FLAG,
     "static_cache": FLAG,
 }
 
-Generated: TypeAlias = Tensor | GenerateDecoderOnlyOutput
+# (The last one is what stands for the result of a call that joined a batch.)
+Generated: TypeAlias = Tensor | GenerateDecoderOnlyOutput | object
 
 
 @dataclass(frozen=True)
@@ -72,25 +78,34 @@ class Call:
     config: GenerationConfig
     streamer: Any | None
 
-    def loop(self, session: Session, drafter: Drafter | None, together: bool) -> DecodeLoop:
-        """Returns the loop of the call, whose prompt has run."""
+    def request(
+        self, ranks: Ranks, drafting: bool, together: bool, generator: torch.Generator | None = None
+    ) -> Request:
+        """Returns the call as a decode loop takes it.
+
+        Args:
+            ranks: that share the model.
+            drafting: whether drafts are verified.
+            together: whether rows keep only what held for all of them.
+            generator: of random numbers; None for PyTorch's.
+        """
         config, criteria, rows = self.config, self.criteria, len(self.ids_BS)
         wanted, pad_token = config.return_dict_in_generate, self.pad_token
         stateless = LogitsProcessorList(p for p in self.processors if type(p) in STATELESS)
-        return DecodeLoop(
-            session=session,
-            drafter=drafter,
+        ends = getattr(config, "_eos_token_tensor", None)
+        return Request(
             texts=Sequences(self.ids_BS, pad_token, None if self.streamer is None else self.streamer.put),
-            chooser=Chooser(rows, config.do_sample, session.ranks, drafting=drafter is not None),
+            chooser=Chooser(rows, config.do_sample, ranks, drafting, generator),
             process=RowProcessors(self.processors) if self.processors else None,
             process_draft=RowProcessors(stateless) if stateless else None,
             stops=_ends(criteria) or criteria,
             max_length=math.ceil(min(config.max_length, sys.maxsize)),  # (generate takes 17.5 and inf too)
             pad_token=pad_token,
             together=together,
+            end_tokens=frozenset(() if ends is None else ends.tolist()),
             scores=Outputs(rows) if wanted and config.output_scores else None,
             logits=Outputs(rows) if wanted and config.output_logits else None,
-            ranks=session.ranks,
+            ranks=ranks,
         )
 
     @property
@@ -100,15 +115,15 @@ class Call:
         pad = self.config._pad_token_tensor
         return int(pad) if ends and pad is not None else None
 
-    def result(self, ids_BS: Tensor, loop: DecodeLoop) -> Generated:
-        """Returns the result of ``generate`` for a loop that has ended with these ids."""
+    def result(self, ids_BS: Tensor, request: Request, cache: Cache) -> Generated:
+        """Returns the result of ``generate`` for texts that have ended with these ids."""
         if not self.config.return_dict_in_generate:
             return ids_BS
         return GenerateDecoderOnlyOutput(
             sequences=ids_BS,
-            scores=None if loop.scores is None else tuple(loop.scores.steps),
-            logits=None if loop.logits is None else tuple(loop.logits.steps),
-            **{cache_argument(self.model): loop.session.cache},
+            scores=None if request.scores is None else tuple(request.scores.steps),
+            logits=None if request.logits is None else tuple(request.logits.steps),
+            **{cache_argument(self.model): cache},
         )
 
 
@@ -160,28 +175,32 @@ class Decode:
             input_ids = input_ids.long()  # (new tokens are, and so is what generate returns)
         call = Call(model, input_ids, logits_processor, stopping_criteria, config, streamer)
         shared = shares_cache(config)
+        record = record_of(model.parameters())
+        joined = None if record.batch is None else record.batch.join(call, mode, model_kwargs, shared)
+        if joined is not None:
+            return joined
+        look = record.look_at(model)
+        strict = isinstance(mode, ExactMode) and mode.strict
+        prompt = None if shared else prompt_of(model, input_ids, config, model_kwargs, look, strict)
         with (
             borrowed_cache(
-                record_of(model.parameters()).cache_pool,
-                model,
-                input_ids,
-                config,
-                model_kwargs,
-                shared,
-                self.static_cache,
+                record.cache_pool, model, input_ids, config, model_kwargs, shared, self.static_cache, prompt
             ) as lent,
             torch._dynamo.config.patch(recompile_limit=torch._dynamo.config.recompile_limit + mode.graphs),
         ):
-            session = Session(model, lent, self.depth)
+            session = Session(model, lent, self.depth, look)
             with session.told_if_compiled(len(input_ids)):
                 logits = session.prefill(input_ids, config)[:, -1:]
-            loop = call.loop(session, *mode.drafting(call, session, logits, shared))
+            drafter, together = mode.drafting(call, session, logits, shared)
+            request = call.request(session.ranks, drafter is not None, together)
             with model._optimize_model_for_decode(), session.sequences.one():
-                ids = loop.run(logits)
-            session.record.write_programs()
+                ids = DecodeLoop(session, drafter, session.ranks).run(request, logits)
+            # (Where tokens may leave, some entries of new ones are twins'.)
+            lent.keep_text(ids, session.entries.filled if self.depth == WHOLE else input_ids.shape[1])
+            record.write_programs()
         if streamer is not None:
             streamer.end()
-        return call.result(ids, loop)
+        return call.result(ids, request, session.cache)
 
     @property
     def graphs(self) -> int:
@@ -189,7 +208,7 @@ class Decode:
 
         Beyond its limit of graphs for one function Dynamo would run what is new without the backend: right, and slow.
         """
-        return 0
+        return 1  # of a prompt's rest
 
     def obstacle(
         self,
@@ -217,8 +236,17 @@ class Decode:
             return "use_cache=False leaves out the KV cache; leave out use_cache=False"
         return _other_rows(rows, model_kwargs)
 
-    def drafting(self, call: Call, session: Session, logits: Tensor, shared: bool) -> tuple[Drafter | None, bool]:
+    def drafting(
+        self, call: Call, session: Session, logits: Tensor, shared: bool, joins: bool = False
+    ) -> tuple[Drafter | None, bool]:
         """Returns the drafter, after the prompt, and whether rows keep only tokens that held for all of them.
+
+        Args:
+            call: whose prompt has run.
+            session: in which it did.
+            logits: of its last position.
+            shared: whether the caller brings or gets back the cache.
+            joins: whether rows of other calls follow.
 
         Raises:
             ExactModeError: drafts cannot be verified.
@@ -243,6 +271,8 @@ class ExactMode(Decode):
         stop_below: the river ends its draft once the draft's estimated chance of holding in whole is below this, in
             [0, 1]; 0 always drafts `max_draft` tokens. None drafts as long as it is expected to pay, by measured times,
             or is 0.5 where not `adaptive`.
+        draft_window: entries of the KV cache that a draft's attention sees, the last ones, beside the first four; 0 for
+            all. None for as many as take half of the time that its weights take.
         strict: an error where a row of a verifying pass might have other bits than it has without drafts.
         adaptive: let measured times decide how long to draft, and let the river draft none where that does not pay.
             Otherwise nothing depends on time.
@@ -251,12 +281,20 @@ class ExactMode(Decode):
     max_draft: int | None = None
     prompt_lookup: bool = True
     stop_below: float | None = None
+    draft_window: int | None = None
     strict: bool = False
     adaptive: bool = True
     __signature__ = KeepsTokenizer()
     refusal: ClassVar[type[Exception]] = ExactModeError
     depth: ClassVar[int | None] = WHOLE
-    per_call: ClassVar[tuple[str, ...]] = ("max_draft", "prompt_lookup", "stop_below", "strict", "adaptive")
+    per_call: ClassVar[tuple[str, ...]] = (
+        "max_draft",
+        "prompt_lookup",
+        "stop_below",
+        "draft_window",
+        "strict",
+        "adaptive",
+    )
 
     def __post_init__(self) -> None:
         for name, check in _CHECKS.items():
@@ -269,7 +307,7 @@ class ExactMode(Decode):
     @property
     def graphs(self) -> int:
         """(A static sliding window has a graph for each width until it is full, and another one afterwards.)"""
-        return 2 * len(verification_widths(self.max_draft or LONGEST_OFFLOADED))
+        return super().graphs + 2 * len(verification_widths(self.max_draft or LONGEST_OFFLOADED))
 
     def obstacle(
         self,
@@ -287,13 +325,14 @@ class ExactMode(Decode):
             )
         return super().obstacle(model, rows, config, synced_gpus, assistant_model, model_kwargs)
 
-    def drafting(self, call: Call, session: Session, logits: Tensor, shared: bool) -> tuple[Drafter | None, bool]:
-        session.allow_drafts(call.ids_BS, logits, self.max_draft, self.strict)
-        together = len(call.ids_BS) == 1 or shared or not (session.can_part and _row_by_row(call))
+    def drafting(
+        self, call: Call, session: Session, logits: Tensor, shared: bool, joins: bool = False
+    ) -> tuple[Drafter | None, bool]:
+        session.allow_drafts(call.ids_BS, logits, self.max_draft, self.strict, self.draft_window)
+        together = not joins and (len(call.ids_BS) == 1 or shared or not (session.can_part and _row_by_row(call)))
         return self._drafter(call, session, together), together
 
     def _drafter(self, call: Call, session: Session, together: bool) -> Drafter:
-        end_tokens = getattr(call.config, "_eos_token_tensor", None)
         rule: DraftPolicy
         if self.stop_below is None and self.adaptive:
             rule = ByGain(session.times, session.width_for, together)
@@ -302,13 +341,11 @@ class ExactMode(Decode):
             rates = DraftRates()
             rule = ByChance(_STOP_BELOW if self.stop_below is None else self.stop_below, session.width_for)
         return Drafter(
-            call.ids_BS,
             prompt_lookup=self.prompt_lookup,
             rule=rule,
             times=session.times,
             together=together,
             pad_token=call.pad_token or 0,
-            end_tokens=() if end_tokens is None else end_tokens.tolist(),
             ranks=session.ranks,
             rates=rates,
         )

@@ -17,6 +17,7 @@ from typing import Any
 
 import torch
 from torch import Tensor
+from torch.nn.functional import pad
 from transformers.cache_utils import Cache, StaticLayer, StaticSlidingWindowLayer
 
 from river_compile.errors import ExactModeError
@@ -106,6 +107,11 @@ class RewindableCache:
         """
         phase = tuple((self.filled >= size, self.filled + width > size) for size in self._sizes)
         return (*phase, self.filled) if (False, True) in phase else phase
+
+    @property
+    def stays(self) -> bool:
+        """Whether every layer is a static one of full attention, whose memory other passes may know."""
+        return self._all_full
 
     @property
     def can_part(self) -> bool:
@@ -210,6 +216,17 @@ def moved_inputs(kwargs: Mapping[str, object], freed: Sequence[int], fewer: int)
             new = held.gather(-1, index.clamp(min=0).expand(shape))
             moved[name] = new.masked_fill(index < 0, 0) if name == "attention_mask" else new
     return moved
+
+
+def joined_inputs(kwargs: Mapping[str, object], others: Mapping[str, object]) -> dict:
+    """Returns a forward's arguments, as `generate` keeps them, for the rows of both; all end in the same column."""
+    joined = dict(kwargs)
+    for name in BY_SLOT:
+        held, other = kwargs.get(name), others.get(name)
+        if isinstance(held, Tensor) and isinstance(other, Tensor):
+            most = max(held.shape[-1], other.shape[-1])
+            joined[name] = torch.cat([pad(t, (most - t.shape[-1], 0)) for t in (held, other)], dim=-2)
+    return joined
 
 
 def selected_inputs(kwargs: Mapping[str, object], rows: Sequence[int]) -> dict:

@@ -32,10 +32,19 @@ class Chooser:
         do_sample: draw from the scores' softmax instead of taking their maximum.
         ranks: that share the model; all of them choose what the first one does.
         drafting: whether some places are asked for more than once, or not in order.
+        generator: of random numbers, on the scores' device; None for PyTorch's.
     """
 
-    def __init__(self, rows: int, do_sample: bool, ranks: Ranks = ALONE, drafting: bool = True) -> None:
+    def __init__(
+        self,
+        rows: int,
+        do_sample: bool,
+        ranks: Ranks = ALONE,
+        drafting: bool = True,
+        generator: torch.Generator | None = None,
+    ) -> None:
         self.do_sample, self._ranks, self._drafting = do_sample, ranks, drafting
+        self._generator = generator
         self._rows = rows
         self._drawn = 0  # steps whose noise was drawn
         self._steps: dict[int, tuple[Tensor, Tensor]] = {}  # the generator's state before a step, and the step's noise
@@ -51,7 +60,8 @@ class Chooser:
             tokens_N = scores_NV.argmax(-1)
             return self._ranks.first(tokens_N) if self._ranks.several else tokens_N
         if not self._drafting:
-            return self._ranks.first(torch.multinomial(scores_NV.softmax(-1), num_samples=1).squeeze(1))
+            shares_NV = scores_NV.softmax(-1)
+            return self._ranks.first(torch.multinomial(shares_NV, num_samples=1, generator=self._generator).squeeze(1))
         noise_NV = torch.stack([self._noise(step, scores_NV)[row] for row, step in places])
         shares_NV = scores_NV.softmax(-1) / noise_NV
         tokens_N = shares_NV.argmax(-1)
@@ -66,7 +76,7 @@ class Chooser:
 
     def close(self, steps: int) -> None:
         """Leaves PyTorch's generator in the state after plain sampling of this many steps."""
-        if steps in self._steps:
+        if steps in self._steps and self._generator is None:
             state, noise = self._steps[steps]
             _set_state(noise.device, state)
         self._steps.clear()
@@ -75,7 +85,8 @@ class Chooser:
         """Returns the noise ``[B, V]`` that plain sampling would draw in a step."""
         while self._drawn <= step:
             state = _state(like_NV.device)
-            noise = torch.empty(self._rows, like_NV.shape[-1], device=like_NV.device).exponential_()
+            noise = torch.empty(self._rows, like_NV.shape[-1], device=like_NV.device)
+            noise.exponential_(generator=self._generator)
             self._steps[self._drawn] = state, noise
             self._drawn += 1
         return self._steps[step][1]

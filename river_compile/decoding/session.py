@@ -24,7 +24,7 @@ import functools
 import time
 import warnings
 from bisect import bisect_right
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from typing import Any
 
 import torch
@@ -35,19 +35,34 @@ from transformers.cache_utils import Cache
 from river_compile.config import RiverConfig
 from river_compile.decoding.bound_pass import BoundPass, graph_calls
 from river_compile.decoding.inputs import KNOWN, Inputs, PassInputs, with_all_logits, with_masks
-from river_compile.decoding.rewind import BY_SLOT, RewindableCache, moved_inputs, selected_inputs
+from river_compile.decoding.rewind import BY_SLOT, RewindableCache, joined_inputs, moved_inputs, selected_inputs
 from river_compile.errors import ExactModeError, RiverWarning
 from river_compile.exits import forced_depth
 from river_compile.kernels.native.load import few_rows
 from river_compile.model_record import GraphRecord, record_of
+from river_compile.model_state import ModelLook
 from river_compile.progress import estimate
 from river_compile.runtime.cache_pool import BorrowedCache
 from river_compile.runtime.draft_stats import PassTimes
 from river_compile.runtime.draft_vocab import DraftVocab
 from river_compile.runtime.executor import last_token_alone
 from river_compile.store.programs import Programs
-from river_compile.upstream.transformers import cache_argument, cache_of, is_allocated, is_static, with_rows
+from river_compile.upstream.transformers import (
+    bytes_of,
+    cache_argument,
+    cache_of,
+    front_rows,
+    is_allocated,
+    is_static,
+    put_rows,
+    set_length,
+    sizes_of,
+    static_cache,
+    with_rows,
+)
 
+_WINDOW_BYTES = 0.5  # what a draft's attention reads of keys and values at most, in weights of its twins
+_LEAST_WINDOW = 256  # slots
 _LONGEST = 15  # tokens of a draft, where the caller does not say
 LONGEST_OFFLOADED = 63  # where a pass waits for weights to come in, once for all of its tokens
 
@@ -64,6 +79,7 @@ class Session:
         model: the model, compiled or not.
         lent: what generate prepared for the forward passes, with the cache that they use.
         depth: blocks of the backbone that its decode steps execute, `WHOLE` for all; None leaves it to the exit policy.
+        look: at the model, of this call; None for one of its own.
 
     Attributes:
         widths: query lengths at which the backbone may verify drafts, ascending from 1.
@@ -76,19 +92,30 @@ class Session:
     entries: RewindableCache
     times: PassTimes
 
-    def __init__(self, model: PreTrainedModel, lent: BorrowedCache, depth: int | None = None) -> None:
+    def __init__(
+        self, model: PreTrainedModel, lent: BorrowedCache, depth: int | None = None, look: ModelLook | None = None
+    ) -> None:
         self.model, self.lent, self.depth = model, lent, depth
         self.record = record_of(model.parameters())
+        self._look = look or self.record.look_at(model)
         self.widths: tuple[int, ...] = (1,)
         self._graph: GraphRecord | None = None
         self._tokens: DraftVocab | None = None
         self._strict = False
+        self._window: int | None = None  # entries that a draft's attention sees; 0 for all, None by their bytes
         self._programs: Programs | None = None  # those stored; None where passes cannot be
+        self._began: tuple[float, int] | None = None  # the prompt: at what time, and how many graphs there were
+        self._whole: Cache | None = None  # of a batch that rows join: the memory of all rows that there may be
+        self._rows = 0
 
     def prefill(self, ids_BS: Tensor, config: GenerationConfig, all_logits: bool = False) -> Tensor:
-        """Runs the prompt ``[B, S]`` and returns its logits: of the last position, or of all that the model gives."""
-        model, kwargs, record = self.model, self.lent.kwargs, self.record
-        inputs = self._prompt_inputs(ids_BS, config)
+        """Runs the prompt ``[B, S]`` and returns its logits: of the last position, or of all that the model gives.
+
+        Of a prompt that begins with what is in the cache only the rest runs.
+        """
+        model, kwargs, record, new = self.model, self.lent.kwargs, self.record, ids_BS.shape[1] - self.lent.filled
+        self._began = time.perf_counter(), record.prepared
+        inputs = self._rest_of_prompt(ids_BS, new) if self.lent.filled else self._prompt_inputs(ids_BS, config)
         outputs: Any = {}
         with graph_calls() as calls:
             if inputs is None:
@@ -97,7 +124,8 @@ class Session:
                 logits = outputs.logits
             else:
                 self._use(cache_of(inputs))
-                logits = self._pass(inputs, ids_BS.shape[1], self.depth, prompt=True, last_token=not all_logits)
+                begins = not self.lent.filled
+                logits = self._pass(inputs, new, self.depth, prompt=begins, last_token=not all_logits)
         ran = [executor for executor, *_ in calls]
         self._kwargs = model._update_model_kwargs_for_generation(outputs, kwargs)
         self._graph = next((graph for graph in record.graphs if graph.executor() in ran), None)
@@ -106,6 +134,25 @@ class Session:
         self._of_rows(ids_BS.shape[0])
         self._kept = self._kept_by_kwargs = self.entries.filled + 1
         return logits if all_logits else logits[:, -1:]
+
+    def prefill_piece(self, ids_BS: Tensor, config: GenerationConfig, tokens: int) -> Tensor | None:
+        """Runs the next `tokens` of a prompt of one row, or all that are left if these are less than twice as many.
+
+        Returns:
+            The last logits ``[1, 1, V]``, None while there are more.
+        """
+        whole, filled = ids_BS.shape[1], self.entries.filled if self._rows else self.lent.filled
+        # (The last piece is as wide as to run like a prompt, and not like a few decode steps.)
+        upto = whole if whole - filled < 2 * tokens else filled + tokens
+        if not self._rows:
+            kwargs = self.lent.kwargs
+            cut = {name: kwargs[name][..., :upto] for name in BY_SLOT if isinstance(kwargs.get(name), Tensor)}
+            self.lent.kwargs = {**kwargs, **cut}
+            logits = self.prefill(ids_BS[:, :upto], config)
+        else:
+            logits = self.step(ids_BS[:, :upto], upto - filled, last_token=True)[:, -1:]
+            self._kept = upto + 1
+        return logits if upto == whole else None
 
     @contextlib.contextmanager
     def told_if_compiled(self, rows: int) -> Iterator[None]:
@@ -129,13 +176,20 @@ class Session:
             return None
         if not is_static(cache) or not is_allocated(cache) or cache.get_seq_length():
             return None  # (a prompt that allocates the cache does more than its graph)
-        self._programs = self.record.known_programs(self.model)
+        self._programs = self.record.known_programs(self.model, self._look)
         if self._programs is None:
             return None
         inputs: Inputs = self.model.prepare_inputs_for_generation(
             ids_BS, is_first_iteration=not config.is_assistant, **kwargs
         )
         return with_all_logits(with_masks(self.model, inputs))
+
+    def _rest_of_prompt(self, ids_BS: Tensor, width: int) -> Inputs:
+        """Returns what the model is given for the last tokens of a prompt, the others of which are in the cache."""
+        self._programs = self.record.known_programs(self.model, self._look)
+        self._use(cache_of(self.lent.kwargs))
+        self._kwargs, self._kept_by_kwargs = self.lent.kwargs, ids_BS.shape[1]
+        return self._prepared(ids_BS, width)
 
     def _recalled(self, key: tuple, inputs: Inputs) -> BoundPass | None:
         """Returns a pass that was traced before, in this process or another one, bound to these inputs."""
@@ -155,7 +209,9 @@ class Session:
             kind, self.model, inputs, self.cache, bound.executor, bound.args, bound.logits, graph.matrices
         )
 
-    def allow_drafts(self, ids_BS: Tensor, logits_B1V: Tensor, max_draft: int | None, strict: bool) -> None:
+    def allow_drafts(
+        self, ids_BS: Tensor, logits_B1V: Tensor, max_draft: int | None, strict: bool, window: int | None = None
+    ) -> None:
         """Makes drafts possible, which the backbone verifies.
 
         Args:
@@ -163,11 +219,14 @@ class Session:
             logits_B1V: of its last position.
             max_draft: longest draft; None for 15, and 63 where blocks of the backbone are offloaded.
             strict: whether every row must have the bits that it has without drafts.
+            window: how many of the last entries a draft's attention sees, beside the first few; 0 for all, None for as
+                many as take half of the time that its weights take.
 
         Raises:
             ExactModeError: the cache cannot be rewound, the river backend did not rewrite the model, or rows of a pass
                 of several tokens have other bits than alone.
         """
+        self._note_prompt(ids_BS.shape[1] - self.lent.filled)
         graph = self._graph
         if graph is None:
             raise ExactModeError(f"exact mode needs a model that the river backend can rewrite: {self.record.why_not}")
@@ -186,9 +245,20 @@ class Session:
                 f"{type(self.model).__name__} takes the whole text in every pass ({given} tokens in place of 1); leave "
                 "out custom_generate"
             )
-        self.widths, self._strict = widths, strict
+        self.widths, self._strict, self._window = widths, strict, window
         self._tokens = DraftVocab(logits_B1V.shape[-1])
         self._tokens.add(ids_BS)
+
+    def _note_prompt(self, width: int) -> None:
+        """Takes in how long the prompt took, unless something was prepared for it: it bounds what wide passes take."""
+        if self._began is None:
+            return
+        if self.runs_late:
+            torch.cuda.synchronize(self.model.device)
+        began, prepared = self._began
+        seconds, made = self.ranks.agree([time.perf_counter() - began, self.record.prepared - prepared])
+        if not made:
+            self.times.note_prompt(width, seconds)
 
     def _strict_widths(self, graph: GraphRecord, widths: tuple[int, ...], rows: int) -> tuple[int, ...]:
         """Returns the widths at which a row has the same bits as alone.
@@ -208,19 +278,24 @@ class Session:
     def _use(self, cache: Cache | None) -> None:
         """Goes on with a cache, of which no pass is known."""
         assert cache is not None, "a generation without a cache is refused"
+        self._bound_of: dict[int, dict[tuple, BoundPass | None]] = {}  # passes by rows
+        self._see(cache)
+
+    def _see(self, cache: Cache) -> None:
+        """Goes on with a cache whose memory passes may be known of, with other rows than before."""
         self.cache = cache
         self.entries = RewindableCache(cache)
         if self.widths[-1] > 1:
             self.entries.allow_rewinds(self.widths[-1], self._strict)
         self._bound: dict[tuple, BoundPass | None] = {}
         self._inputs: dict[int, PassInputs] = {}
+        self._narrowest: int | None = None  # the window that follows from the cache's rows
 
     def _of_rows(self, rows: int) -> None:
         self._rows = rows
-        record, times = self.record, self.record.drafts.times
-        if rows not in times:
-            times[rows] = PassTimes(lambda: record.prepared)
-        self.times = times[rows]
+        self._bound = self._bound_of.setdefault(rows, {})
+        record = self.record
+        self.times = record.drafts.times_of(rows, lambda: record.prepared)
 
     @property
     def runs_late(self) -> bool:
@@ -258,14 +333,93 @@ class Session:
 
     def select(self, rows: Sequence[int]) -> None:
         """Goes on with these rows of the batch alone, between two cycles: passes and cache become smaller."""
-        self._kwargs = selected_inputs(self._kwargs, rows)
-        self._move_to(with_rows(self.cache, rows))
+        if not rows:  # (of a batch that others may join)
+            self._rows = 0
+            return
+        cache = with_rows(self.cache, rows)
+        self._kwargs = {**selected_inputs(self._kwargs, rows), cache_argument(self.model): cache}
+        if self.entries.stays:
+            self._see(cache)
+        else:
+            self._use(cache)
         self._of_rows(len(rows))
+
+    @classmethod
+    def of_batch(cls, prompt: Session, rows: int) -> Session:
+        """Returns a batch for up to `rows` rows like that of a session whose prompt has run, in which there are none
+        yet."""
+        batch = cls(prompt.model, prompt.lent, prompt.depth)
+        batch._graph, batch._programs = prompt._graph, prompt._programs
+        batch.stats, batch.sequences, batch.ranks = prompt.stats, prompt.sequences, prompt.ranks
+        batch._allocate(max(sizes_of(prompt.cache)), rows, prompt.cache)
+        return batch
+
+    def _allocate(self, slots: int, rows: int, like: Cache) -> None:
+        """Makes the memory of a batch that rows join, of the heads that another cache has."""
+        whole = static_cache(self.model, slots)
+        assert whole is not None, "the rows' own caches have layers of the same kinds"
+        for layer, other in zip(whole.layers, like.layers, strict=True):
+            keys, values = ((t[:1, :, :0].expand(rows, -1, -1, -1)) for t in (other.keys, other.values))
+            layer.lazy_initialization(keys, values)
+        self._whole = whole
+        self._use(whole)
+
+    def join(self, prompt: Session, ids_BS: Tensor) -> None:
+        """Takes in the row of a session whose prompt has run, between two cycles: it becomes the last one.
+
+        Args:
+            prompt: the session.
+            ids_BS: its prompt.
+        """
+        rows, entries = self._rows, prompt.entries.filled
+        kwargs = prompt._lengthened(entries + 1)
+        if kwargs.get("attention_mask") is None:  # (of a text without padding, which rows beside it will have)
+            kwargs["attention_mask"] = ids_BS.new_ones(1, entries + 1)
+        filled = max(entries, self.entries.filled) if rows else entries
+        self._has_slots(filled + self.widths[-1])
+        assert self._whole is not None, "only batches are joined"
+        if rows:
+            if filled > self.entries.filled:
+                self.entries.part([0] * rows, filled)
+            kwargs = joined_inputs(self._lengthened(self._kept), kwargs)
+        put_rows(self._whole, rows, prompt.cache, filled)
+        self._show(kwargs, rows + 1, filled)
+        self._kept = self._kept_by_kwargs = filled + 1
+        if self._tokens is not None:
+            self._tokens = self._tokens if rows else DraftVocab(self._tokens.vocabulary)
+            self._tokens.add(ids_BS)
+
+    def _show(self, kwargs: Mapping[str, Any], rows: int, filled: int) -> None:
+        """Goes on with the first rows of a batch's memory, which hold so many tokens."""
+        assert self._whole is not None, "only batches are joined"
+        for layer in self._whole.layers:
+            set_length(layer, filled)
+        view = front_rows(self._whole, rows)
+        self._kwargs = {**kwargs, cache_argument(self.model): view}
+        self._see(view)
+        self._of_rows(rows)
+
+    def _has_slots(self, slots: int) -> None:
+        """Moves a batch to longer memory where it has fewer slots."""
+        before = self._whole
+        assert before is not None, "only batches are joined"
+        size = max(sizes_of(before))
+        if slots <= size:
+            return
+        rows, filled = self._rows, self.entries.filled
+        self._allocate(max(2 * size, slots), len(before.layers[0].keys), before)
+        if rows:
+            put_rows(self._whole, 0, front_rows(before, rows), filled)
+            self._show(self._kwargs, rows, filled)
 
     def make_room(self, tokens: int) -> None:
         """Moves to a longer cache, between two cycles, where the next `tokens` do not fit and a cache that grows was
         asked for; no cycle writes more than its widest pass."""
-        longer = self.lent.longer(self.cache, self.entries.filled, min(tokens, self.widths[-1]))
+        next_tokens = min(tokens, self.widths[-1])
+        if self._whole is not None:
+            self._has_slots(self.entries.filled + next_tokens)
+            return
+        longer = self.lent.longer(self.cache, self.entries.filled, next_tokens)
         if longer is not None:
             self._move_to(longer)
 
@@ -287,7 +441,16 @@ class Session:
 
         Of a token that is rare and not in the text, they may be `UNWANTED`.
         """
-        return self.step(ids_BS, 1, 0, self._tokens)[:, -1]
+        return self.step(ids_BS, 1, 0, self._tokens, window=self._draft_window)[:, -1]
+
+    @property
+    def _draft_window(self) -> int:
+        """Entries that a draft's attention sees, 0 for all: those whose bytes are a part of the twins'."""
+        if self._window is None and self._narrowest is None:
+            capacity, weights = self.entries.capacity, 0 if self._graph is None else self._graph.token_bytes
+            slots = int(_WINDOW_BYTES * weights * capacity / bytes_of(self.cache)) if capacity else 0
+            self._narrowest = max(_LEAST_WINDOW, slots) if slots else 0
+        return (self._narrowest if self._window is None else self._window) or 0
 
     def verify(self, ids_BS: Tensor, drafted: int) -> Tensor:
         """Runs the last verified id and the `drafted` ids after it at the session's depth.
@@ -304,7 +467,13 @@ class Session:
         return self.step(ids_BS, width)[:, : drafted + 1]
 
     def step(
-        self, ids_BS: Tensor, width: int = 1, depth: int | None = None, tokens: DraftVocab | None = None
+        self,
+        ids_BS: Tensor,
+        width: int = 1,
+        depth: int | None = None,
+        tokens: DraftVocab | None = None,
+        last_token: bool = False,
+        window: int = 0,
     ) -> Tensor:
         """Runs the last `width` ids, the first of which has no entry yet, and returns their logits ``[B, width, V]``.
 
@@ -313,6 +482,8 @@ class Session:
             width: how many of them run.
             depth: blocks to execute; None for the session's.
             tokens: those whose logits the river's head computes, None for all.
+            last_token: nobody reads other logits than the last token's, and there may be no others.
+            window: attention may see the first few entries and so many of the last ones alone; 0 for all.
 
         Raises:
             CacheFullError: (a ``ValueError``) they do not fit into a static cache.
@@ -320,8 +491,9 @@ class Session:
         if width not in self._inputs:
             self._inputs[width] = PassInputs(self.model, width)
         filled = self.entries.filled
-        inputs = self._inputs[width].at(filled, ids_BS, functools.partial(self._prepared, ids_BS, width))
-        return self._pass(inputs, width, self.depth if depth is None else depth, tokens)[:, -width:]
+        inputs = self._inputs[width].at(filled, ids_BS, functools.partial(self._prepared, ids_BS, width), window)
+        depth = self.depth if depth is None else depth
+        return self._pass(inputs, width, depth, tokens, last_token=last_token)[:, -width:]
 
     def _pass(
         self,
@@ -372,11 +544,10 @@ class Session:
             advance: by how many tokens the cache grows (or shrinks, where the longest row has ended). Rows that kept
                 other numbers are moved so that all end in its last slot.
         """
-        if self._tokens is None:  # (nothing was drafted)
-            self._kept += advance
-            return
         if set(kept) == {advance}:
             self._kept += advance
+            if self._tokens is None:  # (nothing was drafted)
+                return
             self.rewind(self.entries.filled - (self._kept - 1))
         else:
             most = max(kept)

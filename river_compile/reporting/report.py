@@ -22,6 +22,7 @@ from river_compile.model_record import GraphRecord, ModelRecord, find_record, un
 from river_compile.offload.weights import OffloadLog
 from river_compile.passes.moe_router import ROUTER, chosen_experts
 from river_compile.passes.program import Fusion, RiverProgram, Segment
+from river_compile.runtime.cache_pool import KeptTexts
 from river_compile.runtime.stats import ExactStats
 from river_compile.twins.packed import TwinWeight
 from river_compile.twins.quantize import UNOBSERVED
@@ -58,6 +59,7 @@ class Report:
     block_errors: BlockErrors | None = None
     offloaded: OffloadLog | None = None
     kept_cache: int = 0  # bytes of keys and values
+    kept_texts: KeptTexts = field(default_factory=KeptTexts)
     plain_runs: int = 0
     plain_reason: str = ""
     plain_calls: dict[str, int] = field(default_factory=dict)
@@ -86,6 +88,7 @@ class Report:
             "graphs": [_graph_dict(g) for g in self.graphs],
             "recompiles": self.recompiles,
             "kept_cache_bytes": self.kept_cache,
+            "kept_texts": self.kept_texts._asdict(),
             "plain_runs": self.plain_runs,
             "plain_reason": self.plain_reason,
             "plain_calls": dict(self.plain_calls),
@@ -139,6 +142,12 @@ class Report:
         yield f"  recompiles     {self.recompiles}"
         if self.kept_cache:
             yield f"  kept cache     {self.kept_cache / 1e6:.1f} MB of keys and values, for the next call of generate"
+        kept = self.kept_texts
+        if kept.texts or kept.reused:
+            yield (
+                f"  kept texts     {kept.texts} of {kept.tokens} tokens, {kept.saved_bytes / 1e6:.1f} MB beside the "
+                f"cache; {kept.reused} tokens of prompts were there already"
+            )
         if self.plain_runs:
             yield f"  without river  {self.plain_runs} forward passes, the latest because"
             yield f"    {self.plain_reason}"
@@ -173,6 +182,7 @@ def report(model: nn.Module) -> Report:
         block_errors=record.block_errors,
         offloaded=record.offloaded.snapshot(),
         kept_cache=record.cache_pool.bytes,
+        kept_texts=record.cache_pool.texts,
         plain_runs=record.plain_runs.count,
         plain_reason=record.plain_runs.reason,
         plain_calls=dict(record.plain_calls.reasons),

@@ -6,9 +6,10 @@ Not handled: what to do with it (:mod:`river_compile.decoding.draft_policy`).
 from __future__ import annotations
 
 import math
-from bisect import bisect
+from bisect import bisect, bisect_left
 from collections import deque
 from collections.abc import Callable, Hashable, Mapping, Sequence
+from types import MappingProxyType
 from typing import Any
 
 # Upper edges of the bins in which acceptance rates are learned: nats of entropy, and tokens of the repeated ending.
@@ -26,6 +27,7 @@ _FADES_BY = 0.97  # what is left of what was learned after a cycle in which noth
 _SAMPLES = 9  # latest times of a kind of pass, the least of which counts
 _ENOUGH = 3  # times of a kind of pass that are believed
 _LONG_AGO = 500  # passes after which a kind that was not measured since is tried again
+_FORMAT = 2  # of what is stored
 
 
 class AcceptanceRate:
@@ -83,27 +85,40 @@ class AcceptanceRate:
 
 
 class PassTimes:
-    """How long draft steps and verifying passes of each width take, for one model and batch.
+    """How long draft steps and verifying passes of each width take, for one model and number of rows.
 
     Of the latest ones the shortest counts, and none in which something was compiled or captured. A kind of pass that
-    was measured a few times only, or long ago, costs at most what it would at best beside each of those that are known:
-    what is thought to be dear would not be tried again.
+    was measured a few times only, or long ago, costs at best what it would beside each of those that are known: what is
+    thought to be dear would not be tried again. At most it costs what the passes of any number of rows say, whose time
+    is about a function of their tokens: flat while weights are waited for, then in proportion, so convex.
 
     Args:
         preparations: returns how many graphs were compiled and captured so far.
+        rows: of the batch.
+        all_rows: the model's times by number of rows, these among them.
 
     Attributes:
         preparing: seconds of those passes in which something was compiled or captured.
+        lead: by how many passes of one token a batch is ahead of doing without drafts; what it may risk.
     """
 
     DRAFT = "draft"
 
-    def __init__(self, preparations: Callable[[], int] = lambda: 0) -> None:
+    def __init__(
+        self,
+        preparations: Callable[[], int] = lambda: 0,
+        rows: int = 1,
+        all_rows: Mapping[int, PassTimes] = MappingProxyType({}),
+    ) -> None:
+        self.rows = rows
         self._preparations, self._prepared = preparations, preparations()
+        self._all_rows = all_rows
         self._times: dict[Hashable, deque[float]] = {}
         self._measured: dict[Hashable, int] = {}  # when a kind was measured last, in passes
         self._passes = 0
+        self._prompt: tuple[int, float] | None = None  # tokens of the latest one, in all rows, and its seconds
         self.preparing = 0.0
+        self.lead = math.inf if rows == 1 else 0.0
 
     def note(self, kind: int | str, seconds: float) -> None:
         """Takes in the time of one pass: `DRAFT`, or the width of a verification."""
@@ -117,33 +132,100 @@ class PassTimes:
         self._passes += 1
         self._measured[kind] = self._passes
 
+    def note_prompt(self, width: int, seconds: float) -> None:
+        """Takes in the time of a prompt's pass in which nothing was compiled or captured."""
+        self._prompt = self.rows * width, seconds
+
     def of(self, kind: int | str) -> float:
-        """Returns the seconds of a pass."""
-        times = list(self._times.get(kind, ()))
-        known: dict[Hashable, float] = {k: min(of_k) for k, of_k in list(self._times.items()) if len(of_k) >= _ENOUGH}
-        if kind in known and self._passes - self._measured[kind] <= _LONG_AGO:
-            return known[kind]
-        known.pop(kind, None)
+        """Returns the seconds of a pass, at best those of a kind that is not known."""
+        times = self._times.get(kind, ())
+        enough = _ENOUGH if self.rows == 1 else 1  # (a batch does not try dear passes again so soon)
+        if len(times) >= enough and self._passes - self._measured[kind] <= _LONG_AGO:
+            return min(times)
+        known: dict[Hashable, float] = {
+            k: min(of_k) for k, of_k in list(self._times.items()) if len(of_k) >= enough and k != kind
+        }
         passes = {k: seconds for k, seconds in known.items() if k != PassTimes.DRAFT}
         at_best = max(_at_best(kind, k, seconds) for k, seconds in (passes or known or {1: 1.0}).items())
         return min([*times, at_best])
 
-    def to_json(self) -> list[Any]:
-        """Returns the latest times of each kind."""
-        return [[kind, [*times]] for kind, times in self._times.items()]
+    def at_most(self, kind: int | str) -> float:
+        """Returns the seconds that a pass takes at most; infinity where no pass of one token each is known.
 
-    @classmethod
-    def from_json(cls, times: Sequence[Any], preparations: Callable[[], int]) -> PassTimes:
-        """Returns times that begin with those."""
-        found = cls(preparations)
-        found._times = {kind: deque(map(float, seconds), maxlen=_SAMPLES) for kind, seconds in times}
-        found._measured = dict.fromkeys(found._times, 0)
-        return found
+        (One row, which tries what it does not know, goes by its best.)
+        """
+        if self.rows == 1:
+            return self.of(kind)
+        if kind in self._times:
+            return min(self._times[kind])
+        if 1 not in self._times:
+            return math.inf
+        one, others = self.at_most(1), [times for rows, times in list(self._all_rows.items()) if rows != self.rows]
+        if kind == PassTimes.DRAFT:  # (a row more takes as many sums in a draft step as in a pass)
+            drafts = [times._draft_and_one for times in others]
+            return min([one, *(draft + max(one - their_one, 0.0) for draft, their_one in drafts)])
+        points: dict[int, float] = {}
+        for times in others:
+            for n, seconds in times._by_tokens(_ENOUGH).items():
+                points[n] = max(seconds, points.get(n, 0.0))
+        # (More rows see more caches, so a pass of as many tokens of fewer rows takes less.)
+        slower = max(one / most_at(self.rows, points), 1.0) if points else 1.0
+        points = {n: slower * seconds for n, seconds in points.items()} | self._by_tokens(1)
+        return most_at(self.rows * int(kind), points)
+
+    def typical(self, kind: int | str) -> float:
+        """Returns what the latest passes of a kind took, neither the fastest nor the slowest; or the most."""
+        times = sorted(self._times.get(kind, ()))
+        return times[len(times) // 2] if times else self.at_most(kind)
+
+    @property
+    def _draft_and_one(self) -> tuple[float, float]:
+        """The seconds of a draft step, infinity where they are not known, and of a pass of one token."""
+        draft, one = self._times.get(PassTimes.DRAFT, ()), self._times.get(1, ())
+        return (min(draft), min(one)) if min(len(draft), len(one)) >= _ENOUGH else (math.inf, 0.0)
+
+    def _by_tokens(self, enough: int) -> dict[int, float]:
+        """Returns the seconds of passes by their tokens in all rows."""
+        passes = {
+            self.rows * kind: min(times)
+            for kind, times in list(self._times.items())
+            if isinstance(kind, int) and len(times) >= enough
+        }
+        return passes if self._prompt is None else {**dict([self._prompt]), **passes}
+
+    def to_json(self) -> dict[str, Any]:
+        """Returns the latest times of each kind."""
+        return {"passes": [[kind, [*times]] for kind, times in self._times.items()], "prompt": self._prompt}
+
+    def restore(self, learned: Mapping[str, Any]) -> None:
+        """Begins with what :meth:`to_json` returned."""
+        self._times = {kind: deque(map(float, seconds), maxlen=_SAMPLES) for kind, seconds in learned["passes"]}
+        self._measured = dict.fromkeys(self._times, 0)
+        self._prompt = learned["prompt"] and (int(learned["prompt"][0]), float(learned["prompt"][1]))
 
     @property
     def measured(self) -> bool:
         """Whether any pass was."""
         return bool(self._times)
+
+
+def most_at(tokens: int, seconds: Mapping[int, float]) -> float:
+    """Returns the most that a pass of so many tokens takes, given passes of other numbers, if times are convex.
+
+    Between two of them that is on the line through both. Beyond the last one they grow in proportion at least, which is
+    the most where they were flat until there, and as between the last two.
+    """
+    known = sorted(seconds)
+    after = bisect_left(known, tokens)
+    if after < len(known) and (known[after] == tokens or after == 0):
+        return seconds[known[after]]
+    last = known[after - 1]
+    if after < len(known):
+        share = (tokens - last) / (known[after] - last)
+        return (1 - share) * seconds[last] + share * seconds[known[after]]
+    before = known[-2] if len(known) > 1 else 0
+    slope = (seconds[last] - seconds.get(before, 0.0)) / (last - before)
+    return seconds[last] + max(slope, seconds[last] / last) * (tokens - last)
 
 
 def _at_best(kind: Hashable, known: Hashable, seconds: float) -> float:
@@ -204,14 +286,25 @@ class DraftHistory:
         self.rates: dict[bool, DraftRates] = {}
         self.times: dict[int, PassTimes] = {}
 
+    def times_of(self, rows: int, preparations: Callable[[], int]) -> PassTimes:
+        """Returns the times of so many rows, new ones where no batch of that size has run."""
+        if rows not in self.times:
+            self.times[rows] = PassTimes(preparations, rows, self.times)
+        return self.times[rows]
+
     def to_json(self) -> dict[str, Any]:
         """Returns what was learned, for another process on this machine."""
         return {
+            "format": _FORMAT,
             "rates": [[samples, rates.to_json()] for samples, rates in self.rates.items()],
             "times": [[rows, times.to_json()] for rows, times in self.times.items()],
         }
 
     def restore(self, learned: Mapping[str, Any], preparations: Callable[[], int]) -> None:
-        """Begins with what :meth:`to_json` returned."""
+        """Begins with what :meth:`to_json` returned, unless a release wrote it that counted otherwise."""
+        if learned.get("format") != _FORMAT:
+            return
         self.rates = {samples: DraftRates.from_json(rates) for samples, rates in learned["rates"]}
-        self.times = {rows: PassTimes.from_json(times, preparations) for rows, times in learned["times"]}
+        self.times = {}
+        for rows, times in learned["times"]:
+            self.times_of(rows, preparations).restore(times)

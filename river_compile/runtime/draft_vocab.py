@@ -31,6 +31,7 @@ class DraftVocab:
     """
 
     def __init__(self, vocabulary: int) -> None:
+        self.vocabulary = vocabulary
         self._chosen = torch.zeros(blocks_of(vocabulary), dtype=torch.bool)
         first = vocabulary if vocabulary <= _WHOLE else min(vocabulary // _FIRST, _AT_MOST)
         self._chosen[: blocks_of(first)] = True

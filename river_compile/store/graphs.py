@@ -275,14 +275,20 @@ def dumps(value: object) -> bytes:
 
 
 def conditions_on(values: Iterable[object]) -> tuple[Condition, ...]:
-    """Returns what was assumed so far about the dynamic sizes of a graph, given its example values."""
-    sizes = (size for value in values for size in (value.shape if isinstance(value, Tensor) else (value,)))
-    shapes = next((size.node.shape_env for size in sizes if isinstance(size, torch.SymInt)), None)
-    if shapes is None:
+    """Returns what was assumed so far about the dynamic sizes of a graph, given the example values of its inputs.
+
+    The range of a number that no input has (a capacity that only Python reads) is no matter of the graph's.
+    """
+    found = (size for value in values for size in (value.shape if isinstance(value, Tensor) else (value,)))
+    sizes = [size.node for size in found if isinstance(size, torch.SymInt)]
+    if not sizes:
         return ()
+    shapes, known = sizes[0].shape_env, {symbol for size in sizes for symbol in size.expr.free_symbols}
     assumed = [shapes.replace(guard.expr) for guard in shapes.guards]
     for symbol, bounds in shapes.var_to_range.items():
         here = shapes.replace(symbol)
+        if not known.issuperset(here.free_symbols):
+            continue
         assumed += [sympy.Ge(here, bounds.lower)] if bounds.lower.is_Integer else []
         assumed += [sympy.Le(here, bounds.upper)] if bounds.upper.is_Integer else []
     return tuple(Condition(expr) for expr in dict.fromkeys(assumed) if expr != sympy.true)

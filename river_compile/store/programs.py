@@ -29,7 +29,6 @@ from river_compile.config import RiverConfig
 from river_compile.runtime.executor import RiverExecutor
 from river_compile.store.folder import Entry, enabled, keep_bound
 from river_compile.store.graphs import NotStorable, dumps, loads
-from river_compile.store.identity import identity_of
 from river_compile.store.stored_pass import StoredPass, named
 from river_compile.upstream.transformers import is_of_transformers
 
@@ -67,11 +66,12 @@ class Programs:
         stores: whether programs are left for other processes, and taken from them.
 
     Attributes:
+        config: the same, but for where twins come from.
         quantizer: of the twins.
     """
 
     def __init__(self, config: RiverConfig, build: Build, stores: bool) -> None:
-        self._options = replace(config, artifact=None, on_missing_artifact="raise")
+        self.config = replace(config, artifact=None, on_missing_artifact="raise")
         self._build, self._stores, self.quantizer = build, stores, config.quantizer
         self._usable = config.dump_dir is None and config.offload is None
         self._identity: str | None = None
@@ -81,17 +81,22 @@ class Programs:
         self._calls = 0
         self._about = ""
 
-    def begin(self, model: PreTrainedModel) -> bool:
-        """Looks at a model at the beginning of a call; returns whether programs can be recalled and kept for it."""
+    def begin(self, model: PreTrainedModel, identity: Callable[[], str | None]) -> bool:
+        """Begins a call; returns whether programs can be recalled and kept for the model.
+
+        Args:
+            model: the model.
+            identity: returns its identity now, as `config` compiles it.
+        """
         if not (self._usable and model.device.type == "cpu"):
             return False
-        identity = identity_of(model, self._options)
+        found = identity()
         with self._lock:
-            if identity != self._identity:
+            if found != self._identity:
                 size = sum(parameter.numel() for parameter in model.parameters()) / 1e6
                 self._about = f"programs of {type(model).__name__}, {size:.0f}M parameters"
-                self._identity, self._known, self._new, self._calls = identity, {}, [], 0
-        return identity is not None
+                self._identity, self._known, self._new, self._calls = found, {}, [], 0
+        return found is not None
 
     def recall(self, model: PreTrainedModel, kind: object, inputs: Mapping[str, Any], cache: Cache) -> Recalled | None:
         """Returns a pass for inputs of a model's forward; None if none is stored."""

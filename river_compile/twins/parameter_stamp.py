@@ -116,11 +116,11 @@ class ParameterStamp:
 
 
 def _samples(tensors: Sequence[Tensor]) -> dict[tuple[torch.device, torch.dtype], Tensor]:
-    """Returns the bytes of a few elements from the middle row of every matrix, by device and dtype."""
+    """Returns the bytes of a few elements of every vector, and of every matrix's middle row, by device and dtype."""
     rows: dict[tuple[torch.device, torch.dtype], list[Tensor]] = {}
     with torch.inference_mode():
         for tensor in tensors:
-            if tensor.dim() > 1:
+            if tensor.dim() and tensor.numel():
                 *above, k = tensor.shape
                 middle = sum(size // 2 * step for size, step in zip(above, tensor.stride(), strict=False))
                 row = tensor.as_strided((min(k, _SAMPLE),), tensor.stride()[-1:], tensor.storage_offset() + middle)

@@ -25,7 +25,7 @@ import inspect
 import weakref
 from collections.abc import Iterator, Mapping, Sequence
 from types import FrameType
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor, nn
@@ -127,21 +127,52 @@ def with_rows(cache: Cache, rows: Sequence[int]) -> Cache:
     Those of static layers move to the front of the same memory, so that what knows its address finds them; the cache
     that was given is of no use afterwards.
     """
+    return _of_layers(cache, [_layer_with_rows(layer, rows) for layer in cache.layers])
+
+
+def front_rows(cache: Cache, rows: int) -> Cache:
+    """Returns a view of a static cache's first rows."""
+    return _of_layers(cache, [_with_tensors(layer, layer.keys[:rows], layer.values[:rows]) for layer in cache.layers])
+
+
+def put_rows(cache: Cache, first: int, other: Cache, last: int) -> None:
+    """Copies the entries of another static cache into rows of this one, from the `first` on, so that they end at slot
+    `last`."""
+    for here, there in zip(cache.layers, other.layers, strict=True):
+        count = int(there.cumulative_length)
+        for name in ("keys", "values"):
+            entries = getattr(there, name)[:, :, :count]
+            getattr(here, name)[first : first + len(entries), :, last - count : last].copy_(entries)
+
+
+def _of_layers(cache: Cache, layers: list[Any]) -> Cache:
     chosen = copy.copy(cache)
-    chosen.layers = [_layer_with_rows(layer, rows) for layer in cache.layers]
+    chosen.layers = layers
     return chosen
 
 
 def _layer_with_rows(layer: Any, rows: Sequence[int]) -> Any:
+    moved = [_moved_rows(tensor, rows, isinstance(layer, StaticLayer)) for tensor in (layer.keys, layer.values)]
+    return _with_tensors(layer, *moved)
+
+
+def _moved_rows(tensor: Tensor, rows: Sequence[int], in_place: bool) -> Tensor:
+    """Returns some rows of a tensor, at the front of its memory if that is asked for."""
+    count = len(rows)
+    if in_place and all(row == place or row >= count for place, row in enumerate(rows)):  # (none is written over)
+        for place, row in enumerate(rows):
+            if row != place:
+                tensor[place].copy_(tensor[row])
+        return tensor[:count]
+    moved = tensor.index_select(0, torch.tensor(rows, device=tensor.device))
+    return tensor[:count].copy_(moved) if in_place else moved
+
+
+def _with_tensors(layer: Any, keys: Tensor, values: Tensor) -> Any:
     chosen = copy.copy(layer)
-    for name in ("keys", "values"):
-        tensor = getattr(layer, name)
-        moved = tensor.index_select(0, torch.tensor(rows, device=tensor.device))
-        if isinstance(layer, StaticLayer):
-            moved = tensor[: len(rows)].copy_(moved)
-        setattr(chosen, name, moved)
+    chosen.keys, chosen.values = keys, values
     if hasattr(layer, "batch_size"):
-        chosen.batch_size = len(rows)
+        chosen.batch_size = len(keys)
     return chosen
 
 
@@ -214,6 +245,51 @@ def copy_entries(cache: Cache, longer: Cache, tokens: int) -> None:
             entries = getattr(old, name)
             getattr(new, name)[:, :, : entries.shape[2]].copy_(entries)
         set_length(new, tokens)
+
+
+class LayerEntries(NamedTuple):
+    """The entries of one row in a layer, ``[H, tokens, D]``, and the device that their cache lies on."""
+
+    keys: Tensor
+    values: Tensor
+    device: torch.device
+
+    def copied(self) -> LayerEntries:
+        """Returns a copy in the host's memory."""
+        keys, values = (torch.empty(t.shape, dtype=t.dtype).copy_(t) for t in (self.keys, self.values))
+        return LayerEntries(keys, values, self.device)
+
+
+def entries_of(cache: Cache, tokens: int) -> list[LayerEntries]:
+    """Returns the first entries of a static cache of one row, as views of it."""
+    return [
+        LayerEntries(layer.keys[0, :, :tokens], layer.values[0, :, :tokens], layer.device) for layer in cache.layers
+    ]
+
+
+def put_entries(cache: Cache, entries: Sequence[LayerEntries], tokens: int) -> None:
+    """Makes a static cache of one row hold the first of these entries and nothing else."""
+    for layer, saved in zip(cache.layers, entries, strict=True):
+        if layer.is_initialized:
+            _empty_from(layer, tokens)
+        else:
+            layer.lazy_initialization(*(t[None, :, :0].to(saved.device) for t in (saved.keys, saved.values)))
+        layer.keys[0, :, :tokens].copy_(saved.keys[:, :tokens])
+        layer.values[0, :, :tokens].copy_(saved.values[:, :tokens])
+        set_length(layer, tokens)
+
+
+def keep_first(cache: Cache, tokens: int) -> None:
+    """Empties a static cache but for its first entries, none of which fell behind for lack of slots."""
+    for layer in cache.layers:
+        _empty_from(layer, tokens)
+        set_length(layer, tokens)
+
+
+def _empty_from(layer: Any, tokens: int) -> None:
+    """Zeroes the slots of a layer but for the first: what a mask hides may be multiplied by 0 all the same."""
+    layer.keys[:, :, tokens:].zero_()
+    layer.values[:, :, tokens:].zero_()
 
 
 _TOKENS = {"input_ids": 1, "inputs_embeds": 1, "position_ids": -1, "cache_position": 0, "attention_mask": 1}

@@ -8,7 +8,7 @@ import sys
 import pytest
 import torch
 
-from benchmarks import common, decode, llama_cpp_runner, memory, offload, roofline, schedule, step_cost
+from benchmarks import common, decode, llama_cpp_runner, memory, offload, prefixes, roofline, schedule, step_cost
 from benchmarks.prompts import mixed, prompts
 
 WORKER = """
@@ -351,3 +351,15 @@ def test_offloading_is_compared_with_a_model_in_memory(monkeypatch, tmp_path, ca
     lines = capsys.readouterr().out.splitlines()
     assert [line.split()[-1] for line in lines[-4:]] == ["no", "no", "yes", "yes"]
     assert [line.split()[-7] for line in lines[-4:]] == ["40%"] * 4
+
+
+def test_kept_prefixes_are_compared_round_by_round():
+    """A machine that was slow in one round was so for both of it."""
+    rounds = [
+        {"kept_s": kept, "fresh_s": fresh, "kept_tokens": 64, "same": same}
+        for kept, fresh, same in ((1.0, 10.0, True), (4.0, 20.0, True), (1.0, 4.0, False))
+    ]
+    row = prefixes.summary(rounds)
+    assert (row["kept_s"], row["fresh_s"], row["ratio"]) == (1.0, 10.0, 0.2)
+    assert row["same_token"] == "no"
+    assert prefixes.summary([{"kept_s": None, "fresh_s": 2.0}])["ratio"] is None

@@ -1,40 +1,80 @@
-"""`river serve` as OpenAI's client sees it: streamed and whole texts, requests side by side, one that is left."""
+"""`river serve` as its clients see it: texts side by side, limits, clients that leave, metrics.
 
+A step that is held holds whoever generates, so that what happens meanwhile does not depend on time.
+"""
+
+import contextlib
+import http.client
 import json
 import socket
 import threading
+import time
 from concurrent.futures import ThreadPoolExecutor
+from urllib.request import urlopen
 
 import pytest
+import torch
 import transformers
 
 import river_compile
 from river_compile.cli import app, serve
+from river_compile.runtime.executor import on_step
 
 openai = pytest.importorskip("openai", reason="the server's packages are not installed")
-for package in ("fastapi", "uvicorn"):
+for package in ("fastapi", "uvicorn", "prometheus_client"):
     pytest.importorskip(package, reason="the server's packages are not installed")
 
+from prometheus_client.parser import text_string_to_metric_families  # noqa: E402
 
-@pytest.fixture(scope="module")
-def served(tiny):
-    """A client, and the model's name."""
-    with socket.socket() as free:
-        free.bind(("127.0.0.1", 0))
-        port = free.getsockname()[1]
-    with serve.accelerating(max_draft=1, adaptive=False, lowering="eager", group_size=32):
-        server = serve.make_server(tiny, "127.0.0.1", port, "float32")
-    client = openai.OpenAI(base_url=f"http://127.0.0.1:{port}/v1", api_key="none", timeout=60, max_retries=20)
-    yield client, tiny
-    server.kill_server()
+CONTEXT, LONG = 2048, 1500  # the tiny model's; tokens that take far longer than any other request here
+CHAT = "/v1/chat/completions"
+WAIT = 600  # seconds, for what a busy machine compiles first; no test waits so long where nothing is wrong
+SAMPLED = {"temperature": 0.9, "top_p": 0.95}
 
 
-def plain(tiny, text, count):
-    model = transformers.AutoModelForCausalLM.from_pretrained(tiny)
-    tokenizer = transformers.AutoTokenizer.from_pretrained(tiny)
-    ids = tokenizer(f"user: {text}\nassistant: ", return_tensors="pt")["input_ids"]
-    out = model.generate(ids, max_new_tokens=count, do_sample=False)[0, ids.shape[1] :]
-    return whole(tokenizer.decode(out, skip_special_tokens=True))
+class Served:
+    """A server in this process, and a client."""
+
+    def __init__(self, folder, **more):
+        with socket.socket() as free:
+            free.bind(("127.0.0.1", 0))
+            self.port = free.getsockname()[1]
+        options = {"max_draft": 1, "adaptive": False, "lowering": "auto", "group_size": 32}
+        self.server = serve.make_server(folder, "127.0.0.1", self.port, "float32", **more, **options)
+        self.url, self.name = f"http://127.0.0.1:{self.port}", folder
+        self.client = openai.OpenAI(base_url=f"{self.url}/v1", api_key="none", timeout=WAIT, max_retries=0)
+        while not self.server.server.started:
+            self.server._thread.join(0.01)
+
+    def ask(self, text, count=8, **options):
+        options = {"temperature": 0, **options}
+        messages = [{"role": "user", "content": text}]
+        return self.client.chat.completions.create(model=self.name, messages=messages, max_tokens=count, **options)
+
+    def text(self, text, count=8, **options):
+        return whole(self.ask(text, count, **options).choices[0].message.content)
+
+    def metrics(self):
+        with urlopen(f"{self.url}/metrics") as page:
+            families = text_string_to_metric_families(page.read().decode())
+        return {(s.name, *s.labels.values()): s.value for family in families for s in family.samples}
+
+    def until(self, true):
+        """Asks for metrics until they are as wanted."""
+        end = time.monotonic() + WAIT
+        while not true(self.metrics()):
+            assert time.monotonic() < end
+
+    def until_free(self):
+        """Waits until no row generates."""
+        self.until(lambda found: found["river_rows_in_use",] == found["river_queued",] == 0)
+
+    def close(self):
+        self.server.kill_server()
+
+
+def pieces(stream):
+    return [c.choices[0].delta.content or "" for c in stream if c.choices]
 
 
 def whole(text):
@@ -42,43 +82,221 @@ def whole(text):
     return text.rstrip("\ufffd")
 
 
-def ask(client, model, text, count=8, **options):
-    return client.chat.completions.create(
-        model=model, messages=[{"role": "user", "content": text}], max_tokens=count, temperature=0, **options
-    )
+ROWS = 3
 
 
-def test_texts_are_the_plain_models_streamed_and_whole(served, tiny):
-    client, name = served
-    expected = plain(tiny, "hello", 8)
+@pytest.fixture(scope="module")
+def served(tiny):
+    """A server with three rows and one place to wait."""
+    made = Served(tiny, rows=ROWS, queue=1)
+    yield made
+    made.close()
+
+
+@contextlib.contextmanager
+def held():
+    """Steps wait inside: yields an event that lets them go on, and one that says that the first step is there."""
+    release, begun = threading.Event(), threading.Event()
+
+    def step(*_):
+        begun.set()
+        release.wait(WAIT)
+
+    with on_step(step):
+        try:
+            yield release, begun
+        finally:
+            release.set()
+
+
+@pytest.fixture(scope="module")
+def plain(tiny):
+    """A function that returns the plain model's text."""
+    model = transformers.AutoModelForCausalLM.from_pretrained(tiny)
+    tokenizer = transformers.AutoTokenizer.from_pretrained(tiny)
+
+    def text(question, count=8, seed=None, **sampled):
+        if seed is not None:
+            torch.manual_seed(seed)
+        ids = tokenizer(f"user: {question}\nassistant: ", return_tensors="pt")["input_ids"]
+        out = model.generate(ids, max_new_tokens=count, do_sample=seed is not None, **sampled)[0, ids.shape[1] :]
+        return whole(tokenizer.decode(out, skip_special_tokens=True))
+
+    return text
+
+
+def test_texts_are_the_plain_models_streamed_and_whole(served, plain):
+    expected = plain("hello")
     with river_compile.trace() as trace:
-        assert whole(ask(client, name, "hello").choices[0].message.content) == expected
+        assert served.text("hello") == expected
     assert trace.cycles
-    pieces = [c.choices[0].delta.content or "" for c in ask(client, name, "hello", stream=True) if c.choices]
-    assert whole("".join(pieces)) == expected
-    assert sum(map(bool, pieces)) > 1
+    found = pieces(served.ask("hello", stream=True))
+    assert whole("".join(found)) == expected
+    assert sum(map(bool, found)) > 1
+
+
+@pytest.mark.parametrize("sampled", [False, True])
+def test_four_clients_at_once_get_the_texts_that_each_gets_alone(served, plain, sampled):
+    """Two are streamed; the first step ends when all of them are there, and as many as there are rows run together."""
+    questions = [("question", 9), ("another question, a longer one", 5), ("why", 12), ("hm", 7)]
+    settings = [{"seed": seed, **SAMPLED} if sampled else {} for seed in range(4)]
+    expected = [plain(question, count, **more) for (question, count), more in zip(questions, settings, strict=True)]
+    with river_compile.trace() as trace, held() as (release, _), ThreadPoolExecutor(2) as pool:
+        streams = [served.ask(*questions[i], stream=True, **settings[i]) for i in (0, 1)]
+        texts = [pool.submit(served.text, *questions[i], **settings[i]) for i in (2, 3)]
+        served.until(lambda found: found["river_rows_in_use",] + found["river_queued",] == 4)
+        release.set()
+        found = [whole("".join(pieces(stream))) for stream in streams] + [text.result() for text in texts]
+        cycles = trace.cycles
+    assert found == expected
+    assert max(len(cycle.rows) for cycle in cycles) == ROWS
+
+
+def test_a_seed_is_its_clients_alone(served, plain):
+    """The same question with the same seed has the same text, whoever comes between."""
+    first = served.text("dice", seed=3, **SAMPLED)
+    assert first == plain("dice", seed=3, **SAMPLED)
+    with ThreadPoolExecutor(3) as pool:
+        others = [pool.submit(served.text, "dice", seed=seed, **SAMPLED) for seed in (4, 3, 5)]
+        assert others[1].result() == first
+        assert others[0].result() != first
+
+
+def test_stop_strings_and_lengths_are_each_clients_own(served, plain):
+    text = plain("hello", 12)
+    stop = next(character for character in text[2:] if character.isascii())
+    with ThreadPoolExecutor(2) as pool:
+        stopped = pool.submit(served.ask, "hello", 12, stop=[stop])
+        other = pool.submit(served.ask, "hello", 12)
+        assert whole(other.result().choices[0].message.content) == text
+        assert other.result().choices[0].finish_reason == "length"
+        assert stopped.result().choices[0].message.content == text[: text.index(stop) + 1]
+        assert stopped.result().choices[0].finish_reason == "stop"
+
+
+def test_a_client_that_leaves_its_stream_frees_its_row(served):
+    with river_compile.trace() as trace:
+        stream = served.ask("hello", LONG, stream=True)
+        next(iter(stream))
+        stream.close()
+        served.until_free()
+        steps = trace.steps
+    assert len(steps) < LONG / 2
+
+
+@pytest.mark.parametrize("streamed", [False, True])
+def test_a_client_that_hangs_up_frees_its_row(served, streamed):
+    """A socket is closed while the answer is still being made; it counts as 499."""
+    gone = ("river_requests_total", CHAT, "499")
+    before = served.metrics().get(gone, 0)
+    with river_compile.trace() as trace:
+        with held() as (_, begun):
+            connection = post(served, "hello", max_tokens=LONG, stream=streamed)
+            assert begun.wait(WAIT)
+            connection.close()
+        served.until(lambda found: found.get(gone, 0) == before + 1)
+        served.until_free()
+        steps = trace.steps
+    assert len(steps) < LONG / 2
+
+
+def post(served, text, **settings):
+    """Sends a request and does not wait for its answer; returns the connection."""
+    connection = http.client.HTTPConnection("127.0.0.1", served.port)
+    body = {"messages": [{"role": "user", "content": text}], "temperature": 0, **settings}
+    connection.request("POST", CHAT, json.dumps(body), {"Content-Type": "application/json"})
+    return connection
+
+
+def test_a_full_queue_is_429_and_places_come_back(served, plain):
+    """All rows generate, one client waits, the next is told to come back; a client that hung up gives its place."""
+    with held() as (release, _):
+        streams = [served.ask(f"row {i}", 4, stream=True) for i in range(ROWS)]
+        left = post(served, "left", max_tokens=4)
+        served.until(lambda found: found["river_rows_in_use",] + found["river_queued",] == ROWS + 1)
+        with pytest.raises(openai.RateLimitError, match=f"{ROWS} requests are being answered and 1 ") as refused:
+            served.ask("too many")
+        assert refused.value.code == "queue_full"
+        assert refused.value.response.headers["retry-after"] == "1"
+        gone = served.metrics().get(("river_requests_total", CHAT, "499"), 0)
+        left.close()
+        served.until(lambda found: found.get(("river_requests_total", CHAT, "499"), 0) == gone + 1)
+        streams.append(served.ask("row 3", 4, stream=True))
+        release.set()
+        assert [whole("".join(pieces(s))) for s in streams] == [plain(f"row {i}", 4) for i in range(ROWS + 1)]
+    assert served.metrics()["river_requests_total", CHAT, "429"] == 1
+
+
+@pytest.mark.parametrize("stream", [False, True])
+def test_a_prompt_beyond_the_models_context_is_its_clients_error(served, plain, stream):
+    with held() as (release, _):
+        other = served.ask("hello", stream=True)
+        with pytest.raises(openai.BadRequestError, match=r"context length is 2048 .* your prompt has 3018") as bad:
+            served.ask("x" * 3000, stream=stream)
+        release.set()
+        assert whole("".join(pieces(other))) == plain("hello")
+    assert bad.value.code == "context_length_exceeded"
 
 
 @pytest.mark.slow
-def test_requests_side_by_side_do_not_mix(served, tiny):
-    client, name = served
-    questions = [f"question {i}" for i in range(4)]
-    with ThreadPoolExecutor(4) as pool:
-        answers = list(pool.map(lambda q: whole(ask(client, name, q).choices[0].message.content), questions))
-    assert answers == [plain(tiny, question, 8) for question in questions]
+def test_a_text_ends_where_the_models_context_does(served):
+    answer = served.ask("x" * (CONTEXT - 22), 50)
+    assert answer.usage.completion_tokens == CONTEXT - answer.usage.prompt_tokens == 4
+    assert answer.choices[0].finish_reason == "length"
 
 
-def test_a_client_that_goes_away_ends_its_generation(served):
-    """The next request is answered although the first one asked for far more tokens than it took."""
-    client, name = served
-    steps = []
-    with river_compile.trace() as trace:
-        stream = ask(client, name, "hello", count=1500, stream=True)
-        next(iter(stream))
-        stream.close()
-        assert ask(client, name, "again", count=2).choices[0].message.content is not None
-        steps = trace.steps
-    assert len(steps) < 1000
+@pytest.mark.parametrize("stream", [False, True])
+@pytest.mark.parametrize("bad", [{"temperature": -1}, {"top_p": 3}, {"max_tokens": 0}, {"max_tokens": "many"}])
+def test_a_bad_value_is_its_clients_error(served, bad, stream):
+    """It is named, and the next client is answered."""
+    response = post(served, "hello", stream=stream, **bad).getresponse()
+    error = json.load(response)["error"]
+    assert response.status == 400
+    assert str(next(iter(bad.values()))) in error["message"]
+    assert error["code"] == "invalid_value"
+    assert served.text("hello", 1)
+
+
+def test_metrics_count_what_was_asked_of_one_server(served, tiny):
+    """Another server of the process has metrics of its own."""
+    before = served.metrics()
+    served.ask("hello", 5)
+    pieces(served.ask("hello", 6, stream=True))
+    served.until_free()
+    after = served.metrics()
+
+    def more(*name):
+        return after[name] - before.get(name, 0)
+
+    assert more("river_tokens_total") == 11
+    assert more("river_calls_total") == 2
+    assert more("river_requests_total", CHAT, "200") == 2
+    assert more("river_first_token_seconds_count") == 2
+    assert more("river_first_token_seconds_sum") > 0
+    assert 0 <= more("river_held_total") <= more("river_drafted_total")
+    assert more("river_busy_seconds_total") > 0
+    assert after["river_rows",] == ROWS
+    other = Served(tiny)
+    try:
+        assert other.metrics()["river_tokens_total",] == 0
+    finally:
+        other.close()
+
+
+def test_health_is_503_where_the_thread_that_generates_has_ended(tiny, caplog):
+    dying = Served(tiny)
+    try:
+        with urlopen(f"{dying.url}/health") as answer:
+            assert json.load(answer) == {"status": "ok"}
+        dying.server._generation_state.get_manager(tiny).batch.close()
+        with pytest.raises(OSError, match="503"):
+            urlopen(f"{dying.url}/health")
+        assert "the thread that generates has ended" in caplog.text
+        with pytest.raises(openai.InternalServerError, match="the thread that generates has ended") as refused:
+            dying.ask("hello")
+        assert refused.value.status_code == 503
+    finally:
+        dying.close()
 
 
 def test_serve_says_where_it_listens(tiny, capsys, monkeypatch):
@@ -89,6 +307,12 @@ def test_serve_says_where_it_listens(tiny, capsys, monkeypatch):
             self.killed = True
 
     Ended._thread.start()
-    monkeypatch.setattr(serve, "make_server", lambda *arguments: Ended())
+    monkeypatch.setattr(serve, "make_server", lambda *arguments, **more: Ended())
     assert app.main(["serve", tiny, "--port", "1234", "--json"]) == 0
     assert json.loads(capsys.readouterr().out)["url"] == "http://localhost:1234/v1"
+
+
+@pytest.mark.parametrize("bad", [("--rows", "0"), ("--queue", "-1")])
+def test_bad_limits_are_named(tiny, capsys, bad):
+    assert app.main(["serve", tiny, *bad]) == 1
+    assert " ".join(bad) in capsys.readouterr().err

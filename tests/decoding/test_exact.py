@@ -107,6 +107,18 @@ def test_growing_caches_and_sliding_windows_give_the_plain_text(name, batch, sha
     assert torch.equal(exactly(shared(name), ids, mask, static=False), expected)
 
 
+@pytest.mark.parametrize("batch", [1, 3])
+def test_drafts_that_see_a_window_leave_the_text_as_it_is(batch, shared):
+    """Four tokens of a text of 36: other drafts hold than with all of it in sight, and the text is the plain one's."""
+    model, (ids, mask), held = shared(), padded(batch), {}
+    for window in (0, 4, 1000):
+        with river_compile.trace() as trace:
+            text = exactly(model, ids, mask, prompt_lookup=False, stop_below=0.0, draft_window=window)
+        assert torch.equal(text, generate(make("llama"), ids, mask))
+        held[window] = [cycle.accepted for cycle in trace.cycles]
+    assert held[1000] == held[0] != held[4]
+
+
 @pytest.mark.parametrize("static", [True, False])
 @pytest.mark.slow
 def test_prompts_of_one_token_run_through_the_backbone(static):

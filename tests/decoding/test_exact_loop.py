@@ -18,7 +18,8 @@ import river_compile
 from river_compile.decoding.draft_policy import ByChance, ByGain
 from river_compile.decoding.drafter import Drafter
 from river_compile.decoding.lookup import SuffixAutomaton
-from river_compile.decoding.loop import DecodeLoop, Ends
+from river_compile.decoding.loop import DecodeLoop
+from river_compile.decoding.request import Ends, Request
 from river_compile.decoding.sampling import Chooser, RowProcessors
 from river_compile.decoding.sequences import Sequences
 from river_compile.runtime.draft_stats import AcceptanceRate
@@ -51,9 +52,8 @@ def loop_on(runner, prompt, recorder, lookup=True, stop_below=0.3, process=None,
     )
     texts = Sequences(prompt, PAD, recorder.put)
     runner.ended = lambda: [not active for active in texts.active]
-    return DecodeLoop(
-        session=runner,
-        drafter=Drafter(prompt, lookup, rule, runner.times, together, PAD),
+    loop = DecodeLoop(runner, Drafter(lookup, rule, runner.times, together, PAD))
+    return loop, Request(
         texts=texts,
         chooser=Chooser(len(prompt), do_sample),
         process=None if process is None else RowProcessors(process),
@@ -63,6 +63,11 @@ def loop_on(runner, prompt, recorder, lookup=True, stop_below=0.3, process=None,
         pad_token=PAD,
         together=together,
     )
+
+
+def run_on(runner, prompt, *arguments, **options):
+    loop, request = loop_on(runner, prompt, *arguments, **options)
+    return loop.run(request, first_logits(runner, prompt))
 
 
 def first_logits(runner, prompt):
@@ -109,10 +114,10 @@ def test_text_calls_and_cache_are_those_of_plain_generation(
     expected_calls, calls = Recorder(eos, max_length), Recorder(eos, max_length)
     runner = ScriptedRunner(prompt, seed, river_right, max_draft, max_length + spare_slots, memory)
     expected = plain(runner, prompt, expected_calls)
-    loop = loop_on(runner, prompt, calls, lookup, stop_below, together=together)
+    loop, request = loop_on(runner, prompt, calls, lookup, stop_below, together=together)
     if not asked:
-        loop.stops = Ends(max_length, frozenset({eos}))
-    ids = loop.run(first_logits(runner, prompt))
+        request.stops = Ends(max_length, frozenset({eos}))
+    ids = loop.run(request, first_logits(runner, prompt))
     assert ids.tolist() == expected.tolist()
     assert calls.streamed == expected_calls.streamed
     if together:
@@ -131,7 +136,7 @@ def test_rows_that_part_take_fewer_passes_than_rows_that_wait():
     for rows, together in ((prompt, True), (prompt, False), *((prompt[i : i + 1], True) for i in range(3))):
         runner = ScriptedRunner(rows, 11, 7, 7, capacity=100, memory=3)
         with river_compile.trace() as trace:
-            ids = loop_on(runner, rows, Recorder(-1, 60), False, 0.0, together=together).run(first_logits(runner, rows))
+            ids = run_on(runner, rows, Recorder(-1, 60), False, 0.0, together=together)
         passes[len(rows), together, int(rows[0, 0])] = len(trace.cycles)
         assert ids.tolist() == plain(runner, rows, Recorder(-1, 60)).tolist()
     alone = [passes[1, True, first] for first in (1, 4, 7)]
@@ -148,7 +153,7 @@ def test_rows_that_have_ended_leave_the_batch():
     for together, least_tokens in ((False, 0), (True, 0), (False, 1000)):
         runner = ScriptedRunner(prompt, 11, 7, 7, capacity=100, memory=3)
         runner.least_tokens = least_tokens
-        ids = loop_on(runner, prompt, Recorder(eos, 60), False, together=together).run(first_logits(runner, prompt))
+        ids = run_on(runner, prompt, Recorder(eos, 60), False, together=together)
         assert ids.tolist() == expected
         assert (len(runner.rows) == 4) == (together or least_tokens > 0)
 
@@ -157,10 +162,10 @@ def test_rows_that_part_are_streamed_without_padding():
     """Sequences end together, at their longest, so generate knows of no token that stands for padding."""
     prompt = torch.tensor([[1, 2, 3], [4, 5, 6]])
     runner, ours, expected = ScriptedRunner(prompt, 3, 5, 7, 60, memory=3), Recorder(-1, 40), Recorder(-1, 40)
-    loop = loop_on(runner, prompt, ours, together=False)
-    loop.texts, loop.pad_token = Sequences(prompt, None, ours.put), None
-    runner.ended = lambda: [not active for active in loop.texts.active]
-    assert loop.run(first_logits(runner, prompt)).tolist() == plain(runner, prompt, expected).tolist()
+    loop, request = loop_on(runner, prompt, ours, together=False)
+    request.texts, request.pad_token = Sequences(prompt, None, ours.put), None
+    runner.ended = lambda: [not active for active in request.texts.active]
+    assert loop.run(request, first_logits(runner, prompt)).tolist() == plain(runner, prompt, expected).tolist()
     assert ours.streamed == expected.streamed
 
 
@@ -169,7 +174,7 @@ def test_a_nearly_full_cache_is_filled_to_its_last_slot(free):
     prompt = torch.tensor([[1, 2, 3]])
     recorder = Recorder(-1, 3 + free + 1)
     runner = ScriptedRunner(prompt, 3, 10, 15, capacity=3 + free, memory=6)
-    ids = loop_on(runner, prompt, recorder).run(first_logits(runner, prompt))
+    ids = run_on(runner, prompt, recorder)
     assert ids.shape[1] == 3 + free + 1
     assert runner.filled == 3 + free
 
@@ -178,7 +183,7 @@ def test_good_drafts_save_passes_and_the_trace_tells_where_tokens_came_from():
     prompt = torch.tensor([[1, 2, 3]])
     runner = ScriptedRunner(prompt, 5, 10, 7, capacity=100, memory=6)
     with river_compile.trace() as trace:
-        loop_on(runner, prompt, Recorder(-1, 43), lookup=False, stop_below=0.0).run(first_logits(runner, prompt))
+        run_on(runner, prompt, Recorder(-1, 43), lookup=False, stop_below=0.0)
     kept = trace.kept_sources
     assert sum(kept.values()) == 39  # the first of 40 tokens comes from the prompt's own pass
     assert kept == {"river": 34, "backbone": 5}  # four cycles of 7 + 1, and one of 6 + 1 at the end
@@ -190,7 +195,7 @@ def test_rows_held_back_by_another_row_are_counted():
     prompt = torch.tensor([[1, 2, 3], [4, 5, 6]])
     runner = ScriptedRunner(prompt, 11, 5, 3, capacity=100, memory=6)
     with river_compile.trace() as trace:
-        loop_on(runner, prompt, Recorder(-1, 40), lookup=False, stop_below=0.0).run(first_logits(runner, prompt))
+        run_on(runner, prompt, Recorder(-1, 40), lookup=False, stop_below=0.0)
     assert sum(cycle.held_back for cycle in trace.cycles) > 0
 
 
@@ -235,8 +240,7 @@ def test_sampled_texts_have_the_plain_models_distribution(lookup, together):
     counts = torch.zeros(VOCABULARY * VOCABULARY)
     for _ in range(TEXTS // rows):
         runner = ScriptedRunner(batch, 4, 8, 3, capacity=100, memory=2)
-        loop = loop_on(runner, batch, Recorder(-1, 8), lookup, 0.0, process, do_sample=True, together=together)
-        ids = loop.run(first_logits(runner, batch))
+        ids = run_on(runner, batch, Recorder(-1, 8), lookup, 0.0, process, do_sample=True, together=together)
         counts += (ids[:, 5] * VOCABULARY + ids[:, 6]).bincount(minlength=VOCABULARY**2)
     likely = expected.flatten() * TEXTS >= 5
     assert counts[expected.flatten() == 0].sum() == 0  # top-p leaves no such text

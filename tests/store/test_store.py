@@ -105,6 +105,17 @@ class TestASecondStart:
             assert none == 0
             assert torch.equal(text, generate(make("llama", layers=3), prompt(length, seed=length)))
 
+    def test_runs_in_longer_caches_if_the_first_had_two_lengths(self, store):
+        """What Dynamo traces of a second length is for all."""
+        for lengths in ((9, 300), (700, 9, 1200)):
+            torch._dynamo.reset()
+            counters.clear()
+            model = accelerate(make("llama", layers=3), **OPTIONS)
+            for length in lengths:
+                ids = prompt(length, seed=length)
+                assert torch.equal(generate(model, ids), generate(make("llama", layers=3), ids))
+        assert counters["frames"]["ok"] == 0
+
     def test_may_have_a_batch_that_the_first_had_not(self, used):
         text, traced, _ = start(ids=prompt(9, batch=3))
         assert traced > 0

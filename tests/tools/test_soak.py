@@ -11,7 +11,7 @@ from river_compile import trace
 from river_compile.runtime.executor import on_step
 from river_compile.twins import tensor_file
 from tools.soak import __main__ as command
-from tools.soak import cases, compilers, damage, kill, memory, stored, text, threads
+from tools.soak import cases, compilers, damage, kill, memory, serving, stored, text, threads
 
 CASE = {
     "family": "llama",
@@ -38,7 +38,7 @@ def test_files(kind, what, tmp_path):
 
 
 def test_cases_are_data_and_their_seed_alone_decides():
-    for kind in (text, damage, kill, threads, memory, compilers):
+    for kind in (text, damage, kill, threads, serving, memory, compilers):
         for seed in range(20):
             case = kind.draw(random.Random(seed))
             assert json.loads(json.dumps(case)) == case == kind.draw(random.Random(seed))
@@ -95,6 +95,18 @@ def test_threads(tmp_path):
     steps = [{**CASE["steps"][1], "seed": seed, "lengths": [3]} for seed in range(3)]
     case |= {"family": "llama", "models": 1, "threads": 2, "warm": False, "texts": steps}
     assert threads.run(case, tmp_path) == "passed"
+
+
+@pytest.mark.slow
+def test_clients_of_a_server_get_their_texts_whoever_else_is_there(tmp_path, capsys):
+    """One leaves and one asks nonsense; with as many places as clients nobody is refused."""
+    pytest.importorskip("prometheus_client", reason="the server's packages are not installed")
+    asks = {"text": "abc", "settings": {"max_tokens": 6, "temperature": 0}, "bad": {}, "stream": True, "reads": 1}
+    others = [{**asks, "end": "leaves"}, {**asks, "end": "bad", "bad": {"top_p": 7}}]
+    clients = [[{**asks, "end": "answered"}], *([other] for other in others)]
+    case = {"rows": 2, "queue": 8, "quality": "exact", "clients": clients}
+    assert serving.run(case, tmp_path) == "passed"
+    assert "bytes" in capsys.readouterr().out
 
 
 def test_a_broken_check_is_found_kept_and_found_again(tmp_path, monkeypatch, capsys):

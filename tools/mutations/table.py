@@ -344,7 +344,7 @@ _EXITS = (
 _EXACT = (
     Mutation(
         "accept-rule",
-        "river_compile/decoding/loop.py",
+        "river_compile/decoding/request.py",
         "going = [row for row in going if row in agreed and self.texts.active[row]]",
         "going = [row for row in going if self.texts.active[row]]",
         "what was verified after a rejected draft is kept",
@@ -360,11 +360,27 @@ _EXACT = (
     ),
     Mutation(
         "stop-length",
-        "river_compile/decoding/loop.py",
+        "river_compile/decoding/request.py",
         "return length >= self.max_length or",
         "return length > self.max_length or",
         "a text has one token more than was asked for",
         ("tests/decoding/test_exact_loop.py",),
+    ),
+    Mutation(
+        "joined-slot",
+        "river_compile/upstream/transformers.py",
+        "[first : first + len(entries), :, last - count : last]",
+        "[first : first + len(entries), :, :count]",
+        "a row that joins a batch has its entries in slots that are not its own",
+        ("tests/decoding/test_continuous.py",),
+    ),
+    Mutation(
+        "joined-random",
+        "river_compile/decoding/continuous.py",
+        "generator.set_state(prompt.waiting.random_state)",
+        "generator.manual_seed(0)",
+        "a call's seed does not reach the tokens that are drawn in a batch",
+        ("tests/decoding/test_continuous.py",),
     ),
     Mutation(
         "rewind-window",
@@ -401,8 +417,8 @@ _EXACT = (
     Mutation(
         "cache-reset",
         "river_compile/runtime/cache_pool.py",
-        "        kept[1].reset()\n",
-        "",
+        "                cache.reset()\n",
+        "                pass\n",
         "a call begins with the last one's cache filled",
         ("tests/api/test_cache_pool.py", "tests/api/test_accelerate.py"),
     ),

@@ -4,6 +4,7 @@
     damage    artifacts, calibrations, generated kernels and tuned tiles that were damaged between two uses
     kill      processes killed while they write those
     threads   threads that generate with one model or with several
+    serving   clients of a server, some of whom leave, ask nonsense or ask too much
     memory    memory and live tensors over many tokens
     compiler  C++ compilers that are missing or fail
 
@@ -19,14 +20,15 @@ import random
 import sys
 from pathlib import Path
 
-from tools.soak import compilers, damage, kill, memory, text, threads
+from tools.soak import compilers, damage, kill, memory, serving, text, threads
 from tools.soak.cases import Kind, attempt, soak
 
 KINDS: dict[str, tuple[Kind, float]] = {
-    "text": (text, 0.5),
+    "text": (text, 0.4),
     "damage": (damage, 0.1),
     "kill": (kill, 0.1),
     "threads": (threads, 0.15),
+    "serving": (serving, 0.1),
     "memory": (memory, 0.15),
     "compiler": (compilers, 0.05),
 }

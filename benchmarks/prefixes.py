@@ -1,0 +1,177 @@
+"""A conversation's second turn: seconds to its first token with the first turn kept, and with a fresh prompt.
+
+    python -m benchmarks.prefixes
+    python -m benchmarks.prefixes --model DIR --tokens 4000 --rows exact --json prefixes.json
+
+The first turn is a prompt of `--tokens` tokens with an answer of `--new-tokens`; the second adds a message of
+`--message` tokens. Rows, each in a process of its own, which take turns:
+
+    exact, strict, fast   `river_compile.accelerate`; a fresh prompt runs on the same cache, whose text is forgotten
+    plain                 transformers, which keeps nothing
+    llama_cpp             llama.cpp on the GGUF file that the model was made of, where its Python package is installed;
+                          it keeps what its cache holds, unless it is told to forget that
+
+Each row runs both turns once before it is timed. Medians; "ratio" is that of kept to fresh, a median of each round's.
+"""
+
+from __future__ import annotations
+
+import argparse
+import statistics
+import sys
+import time
+from contextlib import ExitStack, closing
+
+from benchmarks import common, llama_cpp_runner
+from river_compile.cli import models
+
+ROWS = ("exact", "strict", "fast", "plain", "llama_cpp")
+MODULE = "benchmarks.prefixes"
+
+
+class Conversation:
+    """Two turns of a model by transformers, accelerated or not."""
+
+    def __init__(self, job: dict) -> None:
+        from transformers import AutoModelForCausalLM, AutoTokenizer
+
+        import river_compile
+        from river_compile.cli.bench import beginning
+
+        models.quiet()
+        self._job = job
+        self._model = AutoModelForCausalLM.from_pretrained(job["folder"], dtype=job["dtype"]).eval()
+        if job["row"] != "plain":
+            river_compile.accelerate(self._model, job["row"])
+        text = beginning(AutoTokenizer.from_pretrained(job["folder"]), job["tokens"] + job["message"])
+        self._first, self._message = text[:, : job["tokens"]], text[:, job["tokens"] :]
+
+    def turns(self) -> dict:
+        """Returns the seconds to the first token of the second turn, kept (None for plain) and fresh."""
+        import torch
+
+        import river_compile
+        from river_compile.cli.timing import generate
+
+        answer = generate(self._model, self._first, self._job["new_tokens"], static_cache=False)
+        second = torch.cat([self._first, torch.tensor([answer.tokens]), self._message], dim=1)
+        if self._job["row"] == "plain":
+            return {"kept_s": None, "fresh_s": generate(self._model, second, 2, static_cache=False).first_token_s}
+        before = river_compile.report(self._model).kept_texts.reused
+        kept = generate(self._model, second, 2, static_cache=False, fresh=False)
+        found = river_compile.report(self._model).kept_texts.reused - before
+        fresh = generate(self._model, second, 2, static_cache=False)
+        same = kept.tokens == fresh.tokens
+        return {"kept_s": kept.first_token_s, "fresh_s": fresh.first_token_s, "kept_tokens": found, "same": same}
+
+
+class LlamaCppConversation:
+    """The same by llama.cpp."""
+
+    def __init__(self, job: dict) -> None:
+        self._job = job
+        whole = {**job, "prompts": [job["tokens"] + job["message"] + job["new_tokens"] + 2]}
+        self._runner = llama_cpp_runner.build(whole)
+
+    def turns(self) -> dict:
+        """As above; the tokens that llama.cpp keeps are those before the message but the last."""
+        job, text, llama = self._job, self._runner.text, self._runner.llama
+        first, message = text[: job["tokens"]], text[job["tokens"] : job["tokens"] + job["message"]]
+        llama.reset()
+        answer = self._answer(first, job["new_tokens"])[1]
+        second = [*first, *answer, *message]
+        kept, kept_token = self._answer(second, 1)
+        llama.reset()
+        fresh, fresh_token = self._answer(second, 1)
+        return {"kept_s": kept, "fresh_s": fresh, "kept_tokens": None, "same": kept_token == fresh_token}
+
+    def _answer(self, ids: list[int], tokens: int) -> tuple[float, list[int]]:
+        """Returns the seconds to the first token, and so many tokens."""
+        start, seconds, found = time.perf_counter(), 0.0, []
+        for token in self._runner.llama.generate(ids, top_k=1, temp=0.0, repeat_penalty=1.0, reset=True):
+            seconds = seconds or time.perf_counter() - start
+            found.append(int(token))
+            if len(found) == tokens:
+                break
+        return seconds, found
+
+
+_conversations: list[Conversation | LlamaCppConversation] = []  # of a worker
+
+
+def begin(job: dict) -> dict:
+    """Makes a worker's conversation, and runs it once."""
+    _conversations.append(LlamaCppConversation(job) if job["row"] == "llama_cpp" else Conversation(job))
+    return _conversations[-1].turns()
+
+
+def turns() -> dict:
+    """Runs it again."""
+    return _conversations[-1].turns()
+
+
+def main(arguments: list[str] | None = None) -> int:
+    """Runs the command line and returns the exit status."""
+    shared = ("model", "dtype", "new-tokens", "repeats", "threads", "json", "worker")
+    parser = common.command_line(__doc__, *shared, new_tokens=64)
+    parser.add_argument("--rows", nargs="+", choices=ROWS, default=[*ROWS], help="which rows (all)")
+    parser.add_argument("--tokens", type=common.number(32), default=2000, help="of the first prompt (%(default)s)")
+    parser.add_argument("--message", type=common.number(1), default=32, help="tokens of the second (%(default)s)")
+    options: argparse.Namespace = parser.parse_args(arguments)
+    if options.worker:
+        common.serve({"begin": begin, "turns": turns})
+        return 0
+    rows = common.attempted(_measure, options)
+    if rows is None:
+        return 1
+    outcome = {**common.setting("prefixes", options), "tokens": options.tokens, "message": options.message}
+    outcome["rows"] = {name: summary(measured) for name, measured in rows.items()}
+    common.print_setting(outcome)
+    common.print_table(
+        ["", "kept, s", "fresh, s", "ratio", "tokens kept", "same token"],
+        [[name, *row.values()] for name, row in outcome["rows"].items()],
+    )
+    common.write_outcome(outcome, options.json)
+    return 0
+
+
+def summary(measured: list[dict]) -> dict:
+    """Returns a row's medians."""
+    kept = [turn["kept_s"] for turn in measured]
+    fresh = [turn["fresh_s"] for turn in measured]
+    keeps = None not in kept
+    return {
+        "kept_s": statistics.median(kept) if keeps else None,
+        "fresh_s": statistics.median(fresh),
+        "ratio": statistics.median(k / f for k, f in zip(kept, fresh, strict=True)) if keeps else None,
+        "kept_tokens": measured[-1].get("kept_tokens"),
+        "same_token": "yes" if all(turn.get("same", True) for turn in measured) else "no",
+    }
+
+
+def _measure(options: argparse.Namespace) -> dict[str, list[dict]]:
+    folder = str(models.resolve(options.model))
+    job = {name: getattr(options, name) for name in ("dtype", "tokens", "message", "new_tokens", "threads")}
+    job |= {"folder": folder, "prompt": "."}
+    rows: dict[str, list[dict]] = {}
+    with ExitStack() as stack:
+        workers = {}
+        for row in options.rows:
+            more = {}
+            if row == "llama_cpp":
+                reason = llama_cpp_runner.why_not(None, str(options.model), 1)
+                if reason:
+                    print(f"llama_cpp is left out: {reason}", file=sys.stderr)
+                    continue
+                more = {"gguf": str(llama_cpp_runner.gguf_file(None, options.model))}
+            print(f"{row} ...", file=sys.stderr)
+            workers[row] = stack.enter_context(closing(common.Worker(MODULE, row, options.threads)))
+            workers[row].ask("begin", job={**job, **more, "row": row})
+        for _ in range(options.repeats):
+            for row, worker in workers.items():
+                rows.setdefault(row, []).append(worker.ask("turns"))
+    return rows
+
+
+if __name__ == "__main__":
+    sys.exit(main())

@@ -1,0 +1,252 @@
+"""Clients that come at random to one server: tokens/s of all of them, and how long each waits for its first token.
+
+    python -m benchmarks.serving
+    python -m benchmarks.serving --clients 8 --requests 4 --new-tokens 128 --json serving.json
+
+The k-th client comes after a Poisson process of `--rate` a second, from a seed, and asks its questions one after
+another; each server meets the same clients with the same questions at the same times, and the servers take turns. Rows:
+
+    river         river serve
+    river_1       river serve --rows 1: the same engine, requests one after another
+    llama_cpp     llama.cpp's own server with as many slots (pip install xllamacpp), from the GGUF file that the model
+                  was made of; llama_cpp_bf16: with its weights in bfloat16 (pip install llama-cpp-python too)
+
+Not handled: llama-cpp-python's server (`python -m llama_cpp.server`), which holds a lock while it answers: one after
+another. Other machines for clients and server; both share the processor here.
+"""
+
+from __future__ import annotations
+
+import argparse
+import contextlib
+import http.client
+import importlib.util
+import itertools
+import json
+import os
+import random
+import socket
+import statistics
+import subprocess
+import sys
+import tempfile
+import threading
+import time
+from collections.abc import Iterator, Mapping, Sequence
+from concurrent.futures import ThreadPoolExecutor
+from dataclasses import dataclass
+from pathlib import Path
+
+from benchmarks import common, llama_cpp_runner
+from benchmarks.prompts import mixed
+from river_compile.cli import models
+
+START_S = 600.0  # to load, trace and pack where nothing is stored
+PAIRS = (("river", "river_1"), ("river", "llama_cpp"), ("river", "llama_cpp_bf16"))
+
+
+@dataclass(frozen=True)
+class Answer:
+    """What one client saw of one answer; times by the clock of this process."""
+
+    asked: float
+    first: float
+    ended: float
+    tokens: int
+
+
+class Server:
+    """A server in a process of its own.
+
+    Args:
+        name: of its row.
+        command: its arguments; "PORT" among them becomes a free port.
+        environment: more variables of its process.
+    """
+
+    def __init__(self, name: str, command: Sequence[str], environment: Mapping[str, str]) -> None:
+        with socket.socket() as free:
+            free.bind(("127.0.0.1", 0))
+            self.port = free.getsockname()[1]
+        self.name = name
+        self._folder = tempfile.TemporaryDirectory(prefix="river_benchmark_")
+        self._log = Path(self._folder.name) / "log.txt"
+        with self._log.open("w") as log:
+            self._process = subprocess.Popen(
+                [word.replace("PORT", str(self.port)) for word in command],
+                stdout=log,
+                stderr=log,
+                cwd=common.ROOT,
+                env={**os.environ, **environment},
+            )
+
+    def wait(self) -> None:
+        """Waits until it is healthy.
+
+        Raises:
+            WorkerFailed: it has ended, or takes too long.
+        """
+        end = time.monotonic() + START_S
+        while time.monotonic() < end and self._process.poll() is None:
+            with contextlib.suppress(OSError, http.client.HTTPException):
+                connection = http.client.HTTPConnection("127.0.0.1", self.port, timeout=5)
+                connection.request("GET", "/health")
+                if connection.getresponse().status == 200:
+                    return
+            time.sleep(0.2)
+        said = "\n".join(self._log.read_text(errors="replace").splitlines()[-common.LOG_LINES :])
+        raise common.WorkerFailed(f"{self.name} did not start:\n{said}")
+
+    def ask(self, question: str, new_tokens: int) -> Answer:
+        """Asks one question and reads the answer as it is streamed.
+
+        Raises:
+            WorkerFailed: it has refused the request.
+        """
+        body = {
+            "messages": [{"role": "user", "content": question}],
+            "max_tokens": new_tokens,
+            "temperature": 0,
+            "stream": True,
+            "stream_options": {"include_usage": True},
+        }
+        asked, first, tokens = time.perf_counter(), None, 0
+        connection = http.client.HTTPConnection("127.0.0.1", self.port, timeout=START_S)
+        connection.request("POST", "/v1/chat/completions", json.dumps(body), {"Content-Type": "application/json"})
+        response = connection.getresponse()
+        if response.status != 200:
+            raise common.WorkerFailed(f"{self.name} answered {response.status}: {response.read(500)!r}")
+        for chunk in _events(response):
+            if first is None and any(choice["delta"].get("content") for choice in chunk["choices"]):
+                first = time.perf_counter()
+            tokens = (chunk.get("usage") or {}).get("completion_tokens", tokens)
+        connection.close()
+        ended = time.perf_counter()
+        return Answer(asked, ended if first is None else first, ended, tokens)
+
+    def close(self) -> None:
+        self._process.terminate()
+        try:
+            self._process.wait(10)
+        except subprocess.TimeoutExpired:
+            self._process.kill()
+            self._process.wait()
+        self._folder.cleanup()
+
+
+def _events(response: http.client.HTTPResponse) -> Iterator[dict]:
+    for line in response:
+        said = line.decode().strip().removeprefix("data: ")
+        if said.startswith("{"):
+            chunk = json.loads(said)
+            if "error" in chunk:
+                raise common.WorkerFailed(f"an answer broke off: {chunk['error']}")
+            yield chunk
+
+
+def arrivals(clients: int, rate: float, seed: int) -> list[float]:
+    """Returns the seconds at which clients come, of a Poisson process of so many a second."""
+    gaps = random.Random(seed)
+    return [0.0, *itertools.accumulate(gaps.expovariate(rate) for _ in range(clients - 1))]
+
+
+def visit(server: Server, questions: Sequence[Sequence[str]], times: Sequence[float], new_tokens: int) -> list[Answer]:
+    """Lets clients come to a server at these times, each with its questions; returns all answers."""
+    began = time.perf_counter()
+
+    def client(own: Sequence[str], comes: float) -> list[Answer]:
+        threading.Event().wait(max(0.0, began + comes - time.perf_counter()))
+        return [server.ask(question, new_tokens) for question in own]
+
+    with ThreadPoolExecutor(len(questions)) as pool:
+        return [*itertools.chain.from_iterable(pool.map(client, questions, times))]
+
+
+def summary(answers: Sequence[Answer]) -> dict[str, float]:
+    """Returns tokens/s of all answers together, and the median and 95th percentile of seconds to a first token."""
+    waits = sorted(answer.first - answer.asked for answer in answers)
+    span = max(answer.ended for answer in answers) - min(answer.asked for answer in answers)
+    return {
+        "tokens_per_s": sum(answer.tokens for answer in answers) / span,
+        "tokens": sum(answer.tokens for answer in answers),
+        "first_token_s": statistics.median(waits),
+        "first_token_p95_s": waits[min(len(waits) - 1, int(0.95 * len(waits)))],
+    }
+
+
+def main(arguments: list[str] | None = None) -> int:
+    """Runs the command line and returns the exit status."""
+    parser = common.command_line(__doc__, "model", "dtype", "new-tokens", "threads", "json", new_tokens=48)
+    parser.add_argument("--clients", type=common.number(1), nargs="+", default=[1, 4, 8, 16], help="(%(default)s)")
+    parser.add_argument("--requests", type=common.number(1), default=2, help="of each client (%(default)s)")
+    parser.add_argument("--rate", type=float, default=4.0, help="clients that come a second (%(default)s)")
+    parser.add_argument("--rows", type=common.number(1), default=8, help="of the batch, and slots (%(default)s)")
+    parser.add_argument("--seed", type=int, default=0, help="of the times at which clients come (%(default)s)")
+    parser.add_argument("--gguf", type=Path, metavar="FILE", help="the file that the model was made of")
+    options = parser.parse_args(arguments)
+    outcome = common.attempted(_measure, options)
+    if outcome is None:
+        return 1
+    _show(outcome)
+    common.write_outcome(outcome, options.json)
+    return 0
+
+
+def commands(options: argparse.Namespace, scratch: Path) -> dict[str, list[str]]:
+    """Returns the command of each server that can run here."""
+    river = [sys.executable, "-m", "river_compile", "serve", str(options.model), "--host", "127.0.0.1"]
+    river += ["--port", "PORT", "--dtype", options.dtype, "--threads", str(options.threads), "--queue", "64"]
+    found = {"river": [*river, "--rows", str(options.rows)], "river_1": [*river, "--rows", "1"]}
+    if importlib.util.find_spec("xllamacpp") is None or (options.gguf is None and options.model not in models.MODELS):
+        return found
+    gguf = llama_cpp_runner.gguf_file(options.gguf, options.model)
+    files = {"llama_cpp": gguf}
+    if importlib.util.find_spec("llama_cpp") is not None:
+        files["llama_cpp_bf16"] = llama_cpp_runner.requantize(gguf, scratch / "bf16.gguf", "BF16")
+    for name, file in files.items():
+        theirs = [sys.executable, "-m", "benchmarks.llama_cpp_server", str(file), "PORT"]
+        found[name] = [*theirs, str(options.rows), str(options.threads)]
+    return found
+
+
+def _measure(options: argparse.Namespace) -> dict:
+    models.resolve(options.model)  # (made once, before several servers want it)
+    outcome = {**common.setting("serving", options), "rows": options.rows, "requests": options.requests}
+    outcome |= {"rate": options.rate, "seed": options.seed, "found": []}
+    prompts = itertools.cycle(mixed())  # (each once: servers keep what they have read)
+    threads = {"OMP_NUM_THREADS": str(options.threads)}
+    with tempfile.TemporaryDirectory(prefix="river_benchmark_") as scratch, contextlib.ExitStack() as stack:
+        servers = []
+        for name, command in commands(options, Path(scratch)).items():
+            server = Server(name, command, threads)
+            stack.callback(server.close)
+            servers.append(server)
+        warm = [[next(prompts)] for _ in range(options.rows)]
+        for server in servers:
+            server.wait()
+            visit(server, warm, [0.0] * len(warm), options.new_tokens)
+        for clients in options.clients:
+            questions = [[next(prompts) for _ in range(options.requests)] for _ in range(clients)]
+            times = arrivals(clients, options.rate, options.seed)
+            for server in servers:
+                found = summary(visit(server, questions, times, options.new_tokens))
+                outcome["found"].append({"clients": clients, "server": server.name, **found})
+    for clients in options.clients:
+        rates = {row["server"]: row["tokens_per_s"] for row in outcome["found"] if row["clients"] == clients}
+        outcome.setdefault("ratios", {})[str(clients)] = common.ratios(rates, PAIRS)
+    return outcome
+
+
+def _show(outcome: dict) -> None:
+    common.print_setting(outcome)
+    print(f"{outcome['requests']} questions a client, {outcome['rate']:g} clients a second, {outcome['rows']} rows\n")
+    names = ("clients", "server", "tokens", "tokens_per_s", "first_token_s", "first_token_p95_s")
+    heads = ["clients", "server", "tokens", "tokens/s of all", "first token, median s", "95 %, s"]
+    common.print_table(heads, [[row[name] for name in names] for row in outcome["found"]])
+    for clients, ratios in outcome["ratios"].items():
+        said = ", ".join(f"{pair} {ratio:.2f}" for pair, ratio in ratios.items())
+        print(f"tokens/s at {clients} clients: {said}")
+
+
+if __name__ == "__main__":
+    sys.exit(main())

@@ -1,0 +1,234 @@
+"""Calls that join a running batch have the texts that they have alone, and end without the others' noticing.
+
+Float32 and tiny models, so texts are compared token for token. Rows come and go in an order that the calls' lengths
+make: prompts longer and shorter than the batch, texts that end first, in the middle and last.
+"""
+
+import threading
+from concurrent.futures import CancelledError
+
+import pytest
+import torch
+from transformers.generation import LogitsProcessor, LogitsProcessorList
+from transformers.generation.streamers import BaseStreamer
+
+import river_compile
+from river_compile.errors import OptionError
+from tests.support.families import make
+
+OPTIONS = {"max_draft": 3, "adaptive": False, "stop_below": 0.1}
+TWINS = {"group_size": 32, "quantizer": "rtn"}
+CALLS = ((5, 30), (140, 8), (3, 4), (12, 50), (20, 1), (7, 17), (260, 6))  # tokens of the prompt, new ones
+ROWS = 3
+WAIT = 600  # seconds, for a result that a busy machine compiles first; no test waits so long where nothing is wrong
+
+
+@pytest.fixture(scope="module")
+def exact():
+    model = make("llama", torch.float32, layers=2)
+    return river_compile.accelerate(model, quality="exact", **OPTIONS, **TWINS)
+
+
+@pytest.fixture(scope="module")
+def never():
+    """A model that decodes without drafts, and that no token leaves early."""
+    model = make("llama", torch.float32, layers=2)
+    return river_compile.accelerate(model, quality="fast", threshold=1.0, **TWINS)
+
+
+def ids_of(tokens, seed=0):
+    return torch.randint(5, 90, (1, tokens), generator=torch.Generator().manual_seed(seed + tokens))
+
+
+def call_of(model, tokens, new, **options):
+    ids = ids_of(tokens)
+    given = {"attention_mask": torch.ones_like(ids), "pad_token_id": 0, "do_sample": False, **options}
+    return lambda: model.generate(ids, max_new_tokens=new, min_new_tokens=min(new, 3), **given)
+
+
+@pytest.mark.parametrize("kind", ["exact", "never"])
+def test_texts_are_those_of_calls_alone(kind, request):
+    model = request.getfixturevalue(kind)
+    calls = [call_of(model, *sizes) for sizes in CALLS]
+    expected = [call().tolist() for call in calls]
+    with river_compile.ContinuousBatch(model, rows=ROWS) as batch, river_compile.trace() as trace:
+        futures = [batch.submit(call) for call in calls]
+        assert [future.result(WAIT).tolist() for future in futures] == expected
+        counters = batch.counters
+    if kind == "exact":
+        assert {len(cycle.rows) for cycle in trace.cycles} == {1, 2, 3}
+    assert counters.calls == len(calls)
+    assert counters.tokens == sum(len(text[0]) - size for text, (size, _) in zip(expected, CALLS, strict=True))
+    assert counters.prompt_tokens == sum(size for size, _ in CALLS)
+    assert len(counters.first_token_seconds) == len(calls)
+    assert (counters.rows_in_use, counters.queued) == (0, 0)
+
+
+def test_prompts_that_begin_with_a_kept_text_run_only_what_is_new(exact):
+    """In pieces or at once, after one another in the batch."""
+    system, sizes = ids_of(200), (30, 300, 17)
+    prompts = [torch.cat([system, ids_of(size, seed=7)], dim=1) for size in sizes]
+    calls = [
+        lambda ids=ids: exact.generate(ids, attention_mask=torch.ones_like(ids), max_new_tokens=12, pad_token_id=0)
+        for ids in prompts
+    ]
+    expected = []
+    for call in calls:
+        river_compile.free_cache(exact)
+        expected.append(call().tolist())
+    river_compile.free_cache(exact)
+    with river_compile.ContinuousBatch(exact, rows=ROWS) as batch:
+        futures = [batch.submit(call) for call in calls]
+        assert [future.result(WAIT).tolist() for future in futures] == expected
+        assert batch.counters.prompt_tokens_kept == 2 * 200
+
+
+def test_calls_from_threads_share_the_batch(exact):
+    expected = [call_of(exact, tokens, 20)().tolist() for tokens in (4, 5, 6, 7)]
+    with river_compile.ContinuousBatch(exact, rows=4) as batch:
+        texts = {}
+
+        def ask(tokens):
+            ids = ids_of(tokens)
+            texts[tokens] = batch.generate(
+                ids, attention_mask=torch.ones_like(ids), max_new_tokens=20, min_new_tokens=3, pad_token_id=0
+            ).tolist()
+
+        threads = [threading.Thread(target=ask, args=(tokens,)) for tokens in (4, 5, 6, 7)]
+        for thread in threads:
+            thread.start()
+        for thread in threads:
+            thread.join()
+    assert [texts[tokens] for tokens in (4, 5, 6, 7)] == expected
+
+
+@pytest.mark.parametrize("kind", ["exact", "never"])
+def test_sampled_texts_follow_from_the_seed_of_their_call(kind, request):
+    model = request.getfixturevalue(kind)
+    calls = [call_of(model, tokens, 15, do_sample=True, temperature=0.9, top_k=20) for tokens in (4, 30, 9)]
+    expected = []
+    for seed, call in enumerate(calls):
+        torch.manual_seed(seed)
+        expected.append(call().tolist())
+    with river_compile.ContinuousBatch(model, rows=ROWS) as batch:
+        futures = []
+        for seed, call in enumerate(calls):
+            torch.manual_seed(seed)
+            futures.append(batch.submit(call))
+        assert [future.result(WAIT).tolist() for future in futures] == expected
+        torch.manual_seed(0)
+        unseeded = [batch.submit(calls[0]) for _ in range(2)]
+        assert unseeded[0].result(WAIT).tolist() != unseeded[1].result(WAIT).tolist()
+
+
+class Raises(BaseStreamer):
+    """Raises when so many tokens have come."""
+
+    def __init__(self, after):
+        self.left, self.ended = after, False
+
+    def put(self, value):
+        self.left -= 1
+        if self.left < 0:
+            raise ConnectionError("the client has gone")
+
+    def end(self):
+        self.ended = True
+
+
+class RaisesToo(LogitsProcessor):
+    def __call__(self, ids, scores):
+        if ids.shape[1] > 8:
+            raise ZeroDivisionError("a processor of the user's")
+        return scores
+
+
+@pytest.mark.parametrize("kind", ["exact", "never"])
+def test_an_error_ends_its_call_alone(kind, request):
+    model = request.getfixturevalue(kind)
+    fine = call_of(model, 6, 40)
+    expected = fine().tolist()
+    with river_compile.ContinuousBatch(model, rows=ROWS) as batch:
+        left = batch.submit(call_of(model, 5, 40, streamer=Raises(4)))
+        goes_on = batch.submit(fine)
+        wrong = batch.submit(call_of(model, 4, 40, logits_processor=LogitsProcessorList([RaisesToo()])))
+        refused = batch.submit(call_of(model, 4, 40, temperature=-1.0, do_sample=True))
+        with pytest.raises(ConnectionError, match="gone"):
+            left.result(WAIT)
+        with pytest.raises(ZeroDivisionError, match="user's"):
+            wrong.result(WAIT)
+        with pytest.raises(ValueError, match="temperature"):
+            refused.result(WAIT)
+        assert goes_on.result(WAIT).tolist() == expected
+        assert batch.alive
+
+
+class Tells(BaseStreamer):
+    """Tells when the first token has come, and waits then until it may go on."""
+
+    def __init__(self):
+        self.came, self.go_on, self.puts = threading.Event(), threading.Event(), 0
+
+    def put(self, value):
+        self.puts += 1
+        if self.puts == 2:
+            self.came.set()
+            assert self.go_on.wait(WAIT)
+
+    def end(self):
+        pass
+
+
+def test_calls_are_cancelled_where_they_wait_and_where_they_run(exact):
+    streamer = Tells()
+    with river_compile.ContinuousBatch(exact, rows=1) as batch:
+        running = batch.submit(call_of(exact, 5, 400, streamer=streamer))
+        waiting = batch.submit(call_of(exact, 6, 10))
+        assert streamer.came.wait(WAIT)
+        assert batch.counters.queued == 1
+        batch.cancel(waiting)
+        batch.cancel(running)
+        streamer.go_on.set()
+        with pytest.raises(CancelledError):
+            running.result(WAIT)
+        assert waiting.cancelled()
+        assert batch.submit(call_of(exact, 5, 3)).result(WAIT).shape[1] == 8
+
+
+def test_calls_that_cannot_join_run_by_themselves(exact):
+    pair = ids_of(6).expand(2, -1)
+    calls = [
+        lambda: exact.generate(pair, attention_mask=torch.ones_like(pair), max_new_tokens=5, pad_token_id=0),
+        call_of(exact, 5, 5, num_beams=2),
+        call_of(exact, 5, 5, strict=True),
+        call_of(exact, 5, 9),
+    ]
+    expected = [call().tolist() for call in calls]
+    with river_compile.ContinuousBatch(exact, rows=ROWS) as batch:
+        futures = [batch.submit(call) for call in (calls[-1], *calls)]
+        assert [future.result(WAIT).tolist() for future in futures] == [expected[-1], *expected]
+        assert batch.counters.calls == 5
+
+
+def test_closing_ends_what_runs_and_what_waits(exact):
+    streamer = Tells()
+    batch = river_compile.ContinuousBatch(exact, rows=1)
+    futures = [batch.submit(call_of(exact, 5, 400, streamer=streamer)), batch.submit(call_of(exact, 6, 10))]
+    assert streamer.came.wait(WAIT)
+    closing = threading.Thread(target=batch.close)
+    closing.start()
+    streamer.go_on.set()
+    closing.join()
+    for future in futures:
+        with pytest.raises(RuntimeError, match="closed"):
+            future.result(WAIT)
+    assert not batch.alive
+    with pytest.raises(RuntimeError, match="closed"):
+        batch.submit(call_of(exact, 5, 3))
+
+
+def test_bad_arguments_are_named(exact):
+    with pytest.raises(OptionError, match="rows=0"):
+        river_compile.ContinuousBatch(exact, rows=0)
+    with river_compile.ContinuousBatch(exact), pytest.raises(OptionError, match="close it first"):
+        river_compile.ContinuousBatch(exact)
