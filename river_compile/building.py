@@ -25,19 +25,19 @@ from river_compile.offload.streaming import Streamer
 from river_compile.passes.linears import matrix_names
 from river_compile.passes.nodes import calls_flex_attention
 from river_compile.passes.pipeline import run_passes
-from river_compile.passes.program import Refusal, RiverProgram, Segment, TwinLinear
+from river_compile.passes.program import Matmul, Refusal, RiverProgram, Segment
 from river_compile.reporting.dump import PassDump, trace_artifact
 from river_compile.reporting.report import bytes_of_token, graph_lines, note_ranks
 from river_compile.runtime.draft_vocab import HeadVocab
 from river_compile.runtime.executor import RiverExecutor
 from river_compile.runtime.fill import Fill
 from river_compile.runtime.runner import PlainRunner, Runner, Step
-from river_compile.twins.packed import TwinWeight
+from river_compile.twins.packed import PackedMatmul
 from river_compile.twins.registry import TwinWatch
 from river_compile.upstream.memory import give_back
 
 log = logging.getLogger("river_compile")
-Packed = dict[TwinLinear, TwinWeight]
+Packed = dict[Matmul, PackedMatmul]
 
 
 def build(
