@@ -26,7 +26,7 @@ from river_compile.kernels import ops  # noqa: F401  (registers river::experts)
 from river_compile.kernels.quant.grid import fitting_group_size
 from river_compile.passes.edits import add_placeholders, call, drop_unused, in_dtype_of, reshaped
 from river_compile.passes.nodes import called, input_name, is_parameter, is_tensor, rank, shape, value_of
-from river_compile.passes.program import TwinLinear
+from river_compile.passes.program import Matmul
 
 
 @dataclass(frozen=True)
@@ -54,10 +54,10 @@ class ExpertProduct:
         e, n, k = value_of(self.weight).shape
         return (e, k, n) if self.transposed else (e, n, k)
 
-    def twin_linear(self, number_of: Mapping[fx.Node, int], group_size: int, layout: str) -> TwinLinear:
+    def matmul(self, number_of: Mapping[fx.Node, int], group_size: int, layout: str) -> Matmul:
         """Returns the 4-bit matmul that this becomes."""
         experts, out_features, in_features = self.shape
-        return TwinLinear(
+        return Matmul(
             name=input_name(self.weight),
             weights=(number_of[self.weight],),
             biases=(None,),
@@ -92,7 +92,7 @@ def as_expert_product(node: fx.Node) -> ExpertProduct | None:
     return None
 
 
-def replace_expert_product(graph: fx.Graph, product: ExpertProduct, linear: TwinLinear, index: int) -> None:
+def replace_expert_product(graph: fx.Graph, product: ExpertProduct, linear: Matmul, index: int) -> None:
     """Puts one ``river::experts`` in place of a product, the `index`-th one of its twin."""
     node, x = product.node, product.x
     experts, out_features, in_features = product.shape

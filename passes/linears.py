@@ -71,6 +71,6 @@ def without_matmuls(program: RiverProgram) -> Refusal | None:
     )
     return Refusal(
         f"the blocks have no linear layer with plain weights{holds}, so that no twin could be made of them; a model "
-        "that was quantized by bitsandbytes, GPTQ, AWQ or compressed-tensors must be loaded in 16 bits",
+        "that was quantized by bitsandbytes, GPTQ or AWQ must be loaded in 16 bits",
         program.plan.blocks[0].path,
     )

@@ -1,6 +1,6 @@
 """Gives blocks and the head weights that are packed without loss: 12 bits for each of bfloat16, or 8.
 
-Those of 8 bits are torchao's weight-only tensors, and float32 matrices that 8 bits hold (`kernels.quant.bits8`).
+Those of 8 bits are torchao's weight-only tensors, and matrices of floats that 8 bits stand for (`kernels.quant.bits8`).
 
 It comes after the rules of fusion: a ``river::linear`` with weights in 16 bits reads the packed form in place of the
 parameters, which then are no inputs of the segment any more. The C++ kernels compute the same to the bit; the generated
@@ -22,7 +22,7 @@ from river_compile.passes.backbone import parts_of
 from river_compile.passes.edits import add_placeholders, drop_unused
 from river_compile.passes.nodes import input_name, is_parameter, value_of
 from river_compile.passes.pipeline import Pass
-from river_compile.passes.program import RiverProgram, Segment, TwinLinear
+from river_compile.passes.program import Matmul, RiverProgram, Segment
 
 
 def packed_backbone(weights: str) -> Pass:
@@ -40,7 +40,7 @@ def _packed(segment: Segment, program: RiverProgram, how: str) -> Segment:
     made = segment.copy()
     origins = made.origins
     number_of = {placeholder: program.slots[value] for placeholder, value in origins.items()}
-    packed: list[TwinLinear] = []
+    packed: list[Matmul] = []
     read: dict[fx.Node, None] = {}  # parameters, in order
     for node in list(made.graph.find_nodes(op="call_function", target=torch.ops.river.linear.default)):
         x, weight, scale_zero, bias, out_features, _, layout = node.args
@@ -52,7 +52,7 @@ def _packed(segment: Segment, program: RiverProgram, how: str) -> Segment:
             continue
         if layout == bf12.GENERATED and node.kwargs.get("gated") and out_features // 2 % bf12.FOUR:
             continue  # (the up projection would begin within a unit)
-        linear = TwinLinear(
+        linear = Matmul(
             name="|".join(input_name(origins[part]).removesuffix(".weight") for part in weights),
             weights=tuple(number_of[part] for part in weights),
             biases=tuple(number_of[part] for part in biases) or (None,) * len(weights),
@@ -86,4 +86,4 @@ def _layout(kernels: str, weights: list[torch.Tensor], how: str) -> str | None:
     dtypes = {weight.dtype for weight in weights}
     if how == "12bit" and dtypes == {torch.bfloat16}:
         return bf12.LAYOUT if kernels == "dense" else bf12.GENERATED
-    return bits8.LAYOUT if how == "8bit" and dtypes == {torch.float32} else None
+    return bits8.LAYOUT if how == "8bit" and len(dtypes) == 1 else None

@@ -126,7 +126,7 @@ class Segment:
     graph: fx.Graph = field(repr=False)
     inputs: tuple[fx.Node, ...]
     outputs: tuple[fx.Node, ...]
-    packed: tuple[TwinLinear, ...] = ()
+    packed: tuple[Matmul, ...] = ()
     chooses_logits: bool = False
     has_score: bool = False
     decides: bool = False
@@ -156,7 +156,7 @@ class Segment:
 
 
 @dataclass(frozen=True, kw_only=True)
-class TwinLinear:
+class Matmul:
     """One matmul with packed weights: a linear layer, several that share their input, or a stack of experts.
 
     Those of twins have 4 bits, those of the backbone (`lossless`) the values of their parameters.

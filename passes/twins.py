@@ -35,7 +35,7 @@ from river_compile.passes.nodes import (
     value_of,
 )
 from river_compile.passes.pipeline import Pass
-from river_compile.passes.program import KeptLinear, RiverProgram, Segment, TwinLinear
+from river_compile.passes.program import KeptLinear, Matmul, RiverProgram, Segment
 
 MIN_GROUP_SIZE = min(GROUP_SIZES)
 
@@ -61,7 +61,7 @@ class _Linears:
 
     linears: tuple[Linear, ...]
     scale: InputScale | None
-    linear: TwinLinear
+    linear: Matmul
     reason: str
 
     def replace(self, graph: fx.Graph, index: int) -> None:
@@ -87,7 +87,7 @@ class _Experts:
     """A matmul with stacked experts, and the 4-bit one it becomes."""
 
     product: ExpertProduct
-    linear: TwinLinear
+    linear: Matmul
     reason: str
 
     def replace(self, graph: fx.Graph, index: int) -> None:
@@ -139,7 +139,7 @@ def _twin(block: Segment, kind: str, how: Twinning, slots: Mapping[fx.Node, int]
     graph, source_of = twin.graph, twin.origins
     number_of = {placeholder: slots[value] for placeholder, value in source_of.items()}
     simplify_attention(graph)
-    made: list[TwinLinear] = []
+    made: list[Matmul] = []
     kept: dict[int, KeptLinear] = {}
     for matmul in _matmuls(graph, number_of, how):
         linear = matmul.linear
@@ -182,7 +182,7 @@ def _matmuls(graph: fx.Graph, number_of: Mapping[fx.Node, int], how: Twinning) -
         reason = ROUTER if is_router(linears[0].node) else ""
         found.append(_merged(tuple(linears), number_of, how, reason))
     for stack in filter(None, map(as_expert_product, graph.nodes)):
-        linear = stack.twin_linear(number_of, how.group_size, how.layout)
+        linear = stack.matmul(number_of, how.group_size, how.layout)
         found.append(_Experts(stack, linear, _too_narrow(linear)))
     return found
 
@@ -191,7 +191,7 @@ def _merged(linears: tuple[Linear, ...], number_of: Mapping[fx.Node, int], how: 
     first = linears[0]
     nodes = [linear.node for linear in linears]
     scale = find_input_scale(first.x, nodes, first.in_features) if how.scale_inputs and not reason else None
-    merged = TwinLinear(
+    merged = Matmul(
         name="|".join(linear.name for linear in linears),
         weights=tuple(number_of[linear.weight] for linear in linears),
         biases=tuple(number_of[linear.bias] if linear.bias else None for linear in linears),
@@ -206,7 +206,7 @@ def _merged(linears: tuple[Linear, ...], number_of: Mapping[fx.Node, int], how: 
     return _Linears(linears, scale, merged, reason or _too_narrow(merged))
 
 
-def _too_narrow(linear: TwinLinear) -> str:
+def _too_narrow(linear: Matmul) -> str:
     """Returns why a matmul cannot be made in 4 bits, empty if it can."""
     if linear.group_size >= MIN_GROUP_SIZE:
         return ""

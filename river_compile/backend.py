@@ -35,7 +35,7 @@ from river_compile.passes.segments import recognise
 from river_compile.runtime.compiled_call import install
 from river_compile.runtime.executor import RiverExecutor
 from river_compile.runtime.fill import Fill
-from river_compile.upstream.dynamo import break_before, build_whole_files, compiled_module
+from river_compile.upstream.dynamo import break_before, build_whole_files, compiled_module, untraceable
 from river_compile.upstream.tensors import local_of
 from river_compile.upstream.versions import warn_of_untested
 
@@ -88,7 +88,7 @@ def river(
         graph.entry.belongs_to_model_of(parameter, then=functools.partial(_watch, model, graph))
     unbuildable = no_compiler(config, example_inputs, rewritten=True)
     with graph.stage("rewriting"):
-        refusal = unbuildable or _needs_gradients(example_inputs)
+        refusal = unbuildable or _untraceable(owner) or _needs_gradients(example_inputs)
         program = refusal or recognise(traced, twins=config.quantizer != "none")
     if not isinstance(program, Refusal):
         return called_on_shards(build(program, values, lowering, fill, model, graph), [*values], local)
@@ -127,6 +127,11 @@ def _watch(model: ModelRecord, graph: GraphRecord, module: nn.Module) -> None:
     if graph.block_paths:
         model.plain_runs.watch(module, graph.block_paths[0], river, model.exit_stats)
         install(module, after=model.plain_runs.called)
+
+
+def _untraceable(model: nn.Module | None) -> Refusal | None:
+    why = "" if model is None else untraceable(model)
+    return Refusal(why) if why else None
 
 
 def _needs_gradients(example_inputs: Sequence[Any]) -> Refusal | None:

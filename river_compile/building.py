@@ -25,7 +25,7 @@ from river_compile.offload.streaming import Streamer
 from river_compile.passes.linears import matrix_names
 from river_compile.passes.nodes import calls_flex_attention
 from river_compile.passes.pipeline import run_passes
-from river_compile.passes.program import Refusal, RiverProgram, Segment, TwinLinear
+from river_compile.passes.program import Matmul, Refusal, RiverProgram, Segment
 from river_compile.passes.segments import with_shared_graphs
 from river_compile.reporting.dump import PassDump, trace_artifact
 from river_compile.reporting.report import bytes_of_token, graph_lines, note_ranks
@@ -33,12 +33,12 @@ from river_compile.runtime.draft_vocab import HeadVocab
 from river_compile.runtime.executor import RiverExecutor
 from river_compile.runtime.fill import Fill
 from river_compile.runtime.runner import PlainRunner, Runner, Step
-from river_compile.twins.packed import TwinWeight
+from river_compile.twins.packed import PackedMatmul
 from river_compile.twins.registry import TwinWatch
 from river_compile.upstream.memory import give_back
 
 log = logging.getLogger("river_compile")
-Packed = dict[TwinLinear, TwinWeight]
+Packed = dict[Matmul, PackedMatmul]
 
 
 def build(
@@ -162,23 +162,23 @@ def _packed(
         packable = [linear for segment in segments for linear in segment.packed]
         reached = [linear for linear in packable if linear.lossless or program.twins]
         how = choices.backbone_weights
-        if how != "model" and not any(linear.lossless for linear in packable):
-            dtype = "bfloat16" if how == "12bit" else "float32"
+        if how == "12bit" and not any(linear.lossless for linear in packable):
             raise OptionError(
-                f"backbone_weights={how!r} is for weights in {dtype}, and no matrix of the blocks is; call "
-                f"model.to(torch.{dtype}), or use backbone_weights='model'"
+                "backbone_weights='12bit' is for weights in bfloat16, and no matrix of the blocks is; call "
+                "model.to(torch.bfloat16), or use backbone_weights='model'"
             )
-        if not reached:
-            return {}
         savable = [linear for linear in every if not linear.lossless]
-        packed = twins.pack(reached, inputs, choices.config, model.statistics, graph.matrices, savable)
+        packed = {}
+        if reached:
+            packed = twins.pack(reached, inputs, choices.config, model.statistics, graph.matrices, savable)
     graph.twins = tuple(made for made in packed.values() if not made.linear.lossless)
     lossless = [linear for linear in packed if linear.lossless]
     smaller = [linear for linear in lossless if not packed[linear].weight.unpacked]
     if how == "8bit" and not smaller:
         raise OptionError(
-            "backbone_weights='8bit' is for float32 weights that are integers of 8 bits times the scales of 32 "
-            "neighbours, as a GGUF file in Q8_0 is loaded, and none of this model's are; use backbone_weights='model'"
+            "backbone_weights='8bit' is for weights that are numbers of 8 bits times a scale of their row or group, as "
+            "those of a file in Q8_0 or of compressed-tensors are in the dtype of its scales, and none of this model's "
+            "are; load that with dtype='auto', or use backbone_weights='model'"
         )
     # (Every time: what was packed just now read the parameters again.)
     graph.given_back = give_back({id(inputs[i]): inputs[i] for linear in smaller for i in linear.weights}.values())

@@ -143,7 +143,7 @@ class RiverConfig:
         "model",
         one_of("auto", "model", "12bit", "8bit"),
         'how the kernels read the weights of the 16-bit blocks: the `"model"`\'s own tensors, or packed without loss: '
-        '`"12bit"`, of bfloat16, and `"8bit"`, of float32 that a Q8_0 file was loaded to; `"auto"`: 12bit where it was '
+        '`"12bit"`, of bfloat16, and `"8bit"`, of what a file in 8 bits was loaded to; `"auto"`: 12bit where it was '
         "measured to be faster on this machine ([docs/lowering.md](docs/lowering.md#weights-in-12-bits))",
     )
     exit_every: int = _option(1, integer(1), "distance between depths with a check", EXPERT)

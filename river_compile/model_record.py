@@ -34,7 +34,7 @@ from river_compile.runtime.sequences import SequenceTracker
 from river_compile.runtime.stats import ExitStats
 from river_compile.store.programs import Origin, Programs
 from river_compile.twins.calibration_stats import Observation
-from river_compile.twins.packed import TwinWeight
+from river_compile.twins.packed import PackedMatmul
 from river_compile.twins.registry import Statistics, TwinRegistry
 from river_compile.twins.self_calibration import SelfCalibration
 from river_compile.twins.twin_kl import BlockErrors
@@ -97,7 +97,7 @@ class GraphRecord:
     entry: GraphEntry = field(default_factory=GraphEntry)
     ranks: Sequence[Mapping[str, Any]] = ()
     captures: CaptureLog = field(default_factory=CaptureLog)
-    twins: tuple[TwinWeight, ...] = ()
+    twins: tuple[PackedMatmul, ...] = ()
     progress: StartProgress = field(default_factory=StartProgress)
 
     @property

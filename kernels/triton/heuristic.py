@@ -28,7 +28,7 @@ from typing import Any
 from river_compile.kernels.files import cache_folder
 from river_compile.kernels.quant.bf12 import UNIT
 from river_compile.kernels.triton.devices import DEFAULT_DEVICE, Device, known
-from river_compile.kernels.triton.linear import MAX_EXACT_ROWS, LinearSpec, LinearTile, form_of
+from river_compile.kernels.triton.linear import MAX_EXACT_ROWS, LinearSpec, LinearTile, form_of, least_columns
 from river_compile.kernels.triton.spec import next_power_of_two
 
 MAX_REGISTERS = 168
@@ -136,10 +136,10 @@ def _row_tiles(spec: LinearSpec) -> Iterator[LinearTile]:
     # whole lines and a lane needs few activations; more rows of W then only repeat the pattern.
     splits = (1,) if spec.norm != "none" else (1, 2, 4)
     per_warp = 1024 if spec.weights == "w4" else 512
-    twelve = spec.weights == "bf12"
+    twelve, least = spec.weights == "bf12", least_columns(spec.weights, spec.form)
     deepest = max(spec.group_size or (UNIT if twelve else 32), next_power_of_two(spec.in_features))
     depths = {min(per_warp * warps, deepest): warps for warps in (8, 4, 2, 1)}
-    widths = (4,) if twelve else (1, 2, 4, 8, 16, 32)
+    widths = (least,) if twelve else (1, 2, 4, 8, 16, 32)
     for (depth, warps), block_n, split_k in itertools.product(depths.items(), widths, splits):
         yield LinearTile(block_n, depth, 1, split_k, warps)
 
@@ -156,7 +156,7 @@ def _dot_tiles(spec: LinearSpec) -> Iterator[LinearTile]:
     if spec.weights == "dense" and spec.dtype != "float32":
         widths, depths = (32, 64), (128,)
     if spec.weights == "bf12":
-        widths, depths = (64,), (64, 128)
+        widths, depths = (least_columns(spec.weights, spec.form),), (64, 128)
     splits = (1,) if spec.norm != "none" else (1, 2, 4)
     for block_n, block_m, depth, split_k in itertools.product(widths, heights, depths, splits):
         yield LinearTile(block_n, depth, block_m, split_k, 4, 1 if heavy else 2)
@@ -245,7 +245,7 @@ def cost(spec: LinearSpec, device: Device, rows: int | None = None) -> tuple[boo
 
 def interpreter_tile(spec: LinearSpec) -> LinearSpec:
     """Returns `spec` with a tile for Triton's interpreter, whose time goes by operations and not by their size."""
-    width = max(64 if spec.weights == "bf12" else 16, min(512, next_power_of_two(spec.out_features)))
+    width = max(16, least_columns(spec.weights, spec.form), min(512, next_power_of_two(spec.out_features)))
     if spec.matrices and not spec.gated:
         width = math.gcd(width, *spec.matrices)
     depth = max(128, min(2048, next_power_of_two(spec.in_features)))
@@ -272,8 +272,7 @@ def untiled(rows: int, in_features: int, out_features: int, **fields: Any) -> Li
     fields = {"weights": "w4", "group_size": 64, "dtype": "bfloat16", **fields}
     row_by_row = rows == 1 or bool(exact and fields.get("experts"))
     form = form_of(fields["weights"], fields["group_size"], fields["dtype"], row_by_row)
-    one, several = (4, 64) if fields["weights"] == "bf12" else (1, 16)
-    tile = LinearTile(one if form == "row" else several, step, 1 if form == "row" else 16)
+    tile = LinearTile(least_columns(fields["weights"], form), step, 1 if form == "row" else 16)
     return LinearSpec(exact, in_features, out_features, tile, **fields)
 
 

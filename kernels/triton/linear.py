@@ -58,6 +58,12 @@ def form_of(weights: str, group_size: int, dtype: str, row_by_row: bool) -> str:
     return "row" if row_by_row else "dot"
 
 
+def least_columns(weights: str, form: str) -> int:
+    """Returns the least output features of a tile: one, or a dot's 16; of weights in 12 bits as many units."""
+    one = FOUR if weights == "bf12" else 1
+    return one if form == "row" else 16 * one
+
+
 def part_name(name: str, index: int) -> str:
     """Returns the name of the buffer of one of several matrices, or of its bias."""
     return f"{name}_{index}" if index else name
@@ -132,15 +138,15 @@ class LinearSpec(KernelSpec):
         least = {"row": 1, "groups": 8, "dot": 16}[self.form]
         if self.tile.block_m < least or (self.form == "row" and self.tile.block_m > 1):
             raise ValueError(f"block_m={self.tile.block_m} does not fit the form {self.form!r}: {least} for one row")
-        if self.form == "groups" and self.tile.block_n < 16:
-            raise ValueError(f"block_n={self.tile.block_n} is too narrow for a dot; at least 16")
+        columns = least_columns(self.weights, self.form)
+        if self.tile.block_n < columns:
+            raise ValueError(f"block_n={self.tile.block_n} is too narrow for form={self.form!r}; at least {columns}")
         if self.form == "dot" and self.dot_length < 16:
             raise ValueError(f"block_k={self.tile.block_k} leaves {self.dot_length} features to a dot; at least 16")
         if self.norm != "none" and self.tile.split_k > 1:
             raise ValueError(f"split_k={self.tile.split_k}: a norm in front needs the whole row; use split_k=1")
-        if self.weights == "bf12" and (self.tile.block_k % UNIT or self.tile.block_n % (64 if least > 1 else FOUR)):
-            sizes = f"block_n={self.tile.block_n}, block_k={self.tile.block_k}"
-            raise ValueError(f"{sizes} do not hold whole units of weights in 12 bits, of several rows 16 of them")
+        if self.weights == "bf12" and self.tile.block_k % UNIT:
+            raise ValueError(f"block_k={self.tile.block_k} does not hold whole units of {UNIT} weights in 12 bits")
         if not self.parts_fit(self.tile):
             raise ValueError(
                 f"block_n={self.tile.block_n}, split_k={self.tile.split_k} do not fit {self.matrices} rows"

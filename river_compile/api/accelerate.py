@@ -53,7 +53,7 @@ from river_compile.runtime.fill import Fill
 from river_compile.store.programs import Origin, Programs
 from river_compile.store.stored_pass import StoredPass
 from river_compile.twins.artifact import FILE, Artifact
-from river_compile.upstream.dynamo import compiled_with
+from river_compile.upstream.dynamo import compiled_with, untraceable
 
 Model = TypeVar("Model", bound=PreTrainedModel)
 
@@ -91,7 +91,8 @@ def accelerate(
         The same model.
 
     Raises:
-        OptionError: (a ``ValueError``) an unknown or bad argument, or one that does not go with the quality.
+        OptionError: (a ``ValueError``) an unknown or bad argument, one that does not go with the quality, or a model
+            whose layers unpack their weights by code of compressed-tensors.
         ArtifactError: (a ``ValueError``) there is no such artifact. (One of another model shows at the first token.)
         ValueError: the calibration's file cannot be read.
         After an error the model is what it was before the call.
@@ -100,6 +101,9 @@ def accelerate(
         raise OptionError(
             f"accelerate takes a transformers model that generates, not a {type(model).__name__}{_in(model)}"
         )
+    why_not = untraceable(model)
+    if why_not:
+        raise OptionError(f"this {type(model).__name__} cannot be accelerated: {why_not}")
     quality, store = _QUALITY("quality", quality, OptionError), FLAG("store", store, OptionError)
     if quality in ("exact", "strict"):
         _nothing_of(quality, calibration=calibration, **{name: options.get(name) for name in _RULE})

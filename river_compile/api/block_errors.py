@@ -19,7 +19,7 @@ from transformers import PreTrainedModel
 from river_compile.kernels.portable import token_kl
 from river_compile.model_record import ModelRecord, record_of_model, unwrap
 from river_compile.twins.observe import Tokenizer, windows_of
-from river_compile.twins.packed import TwinWeight
+from river_compile.twins.packed import PackedMatmul
 from river_compile.twins.registry import changed_since
 from river_compile.twins.twin_kl import BlockError, BlockErrors
 from river_compile.upstream.tensors import as_shard_of, local_of
@@ -74,7 +74,7 @@ def block_errors(
     return found
 
 
-def _sites_by_block(record: ModelRecord) -> Iterator[tuple[int, str, list[TwinWeight]]]:
+def _sites_by_block(record: ModelRecord) -> Iterator[tuple[int, str, list[PackedMatmul]]]:
     """Yields number, path and 4-bit matmuls of every block whose twin the latest rewritten graph packed."""
     graph = next((graph for graph in reversed(record.graphs) if graph.twins), None)
     if graph is None:
@@ -85,7 +85,7 @@ def _sites_by_block(record: ModelRecord) -> Iterator[tuple[int, str, list[TwinWe
             yield number, path, packed
 
 
-def _twin_weights(model: nn.Module, packed: Sequence[TwinWeight]) -> dict[str, Tensor]:
+def _twin_weights(model: nn.Module, packed: Sequence[PackedMatmul]) -> dict[str, Tensor]:
     """Returns the weights of a twin by parameter name, in the model's dtype."""
     named = {id(local_of(parameter)): (name, parameter) for name, parameter in model.named_parameters()}
     weights = {}

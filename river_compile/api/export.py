@@ -27,7 +27,7 @@ from river_compile.kernels.checks import PATH
 from river_compile.kernels.files import appearing
 from river_compile.kernels.quant.grid import QuantizedWeight
 from river_compile.model_record import unwrap
-from river_compile.twins.packed import TwinWeight
+from river_compile.twins.packed import PackedMatmul
 
 FORMATS = ("compressed-tensors",)
 
@@ -77,7 +77,7 @@ def export(model: nn.Module, folder: str | Path, format: str = "compressed-tenso
     return folder
 
 
-def _check(sites: Sequence[TwinWeight], folder: Path) -> None:
+def _check(sites: Sequence[PackedMatmul], folder: Path) -> None:
     """Refuses twins that the format cannot hold."""
     why = ""
     for site in sites:
@@ -96,7 +96,7 @@ def _check(sites: Sequence[TwinWeight], folder: Path) -> None:
         raise ArtifactError(f"cannot export to {folder}: all twins stay in 16 bits")
 
 
-def _linears(site: TwinWeight) -> Iterator[tuple[str, QuantizedWeight]]:
+def _linears(site: PackedMatmul) -> Iterator[tuple[str, QuantizedWeight]]:
     """Yields the module path and the grid of each linear of a product."""
     assert site.weight is not None
     grid = site.weight.unpack()

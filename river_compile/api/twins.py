@@ -18,7 +18,7 @@ from river_compile.model_record import find_record, record_of, unwrap
 from river_compile.twins.artifact import write_artifact
 from river_compile.twins.calibration_stats import Observation
 from river_compile.twins.observe import Tokenizer, record, windows_of
-from river_compile.twins.packed import TwinWeight
+from river_compile.twins.packed import PackedMatmul
 from river_compile.twins.parameter_stamp import digest_of
 from river_compile.twins.registry import changed_since
 
@@ -83,7 +83,7 @@ def save(model: nn.Module, folder: str | Path) -> Path:
     return folder
 
 
-def packed_twins(model: nn.Module, folder: Path) -> list[TwinWeight]:
+def packed_twins(model: nn.Module, folder: Path) -> list[PackedMatmul]:
     """Returns the packed matmuls of a model as its weights are now, for a folder that they are to be written to.
 
     Raises:
@@ -104,7 +104,7 @@ def packed_twins(model: nn.Module, folder: Path) -> list[TwinWeight]:
     return made
 
 
-def _has(model: nn.Module, site: TwinWeight) -> bool:
+def _has(model: nn.Module, site: PackedMatmul) -> bool:
     """Tells whether all layers of a product are in the model now."""
     paths = {path for path, _ in (*model.named_modules(), *model.named_parameters())}
     return paths.issuperset(site.name.split("|"))

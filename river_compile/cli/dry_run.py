@@ -25,7 +25,7 @@ from river_compile.kernels.quant.aten_int4 import LAYOUT as ATEN_LAYOUT
 from river_compile.lowering.choose import Lowering
 from river_compile.passes.nodes import is_parameter, value_of
 from river_compile.passes.normalize import normalized
-from river_compile.passes.program import Refusal, RiverProgram, Segment, TwinLinear
+from river_compile.passes.program import Matmul, Refusal, RiverProgram, Segment
 from river_compile.passes.segments import recognise
 from river_compile.passes.twins import river_twins
 from river_compile.upstream.transformers import cache_argument
@@ -115,7 +115,7 @@ def _bytes(segments: Iterable[Segment], without: Iterable[fx.Node] = ()) -> int:
     return sum(value.numel() * value.element_size() for value in values.values())
 
 
-def _packed_bytes(site: TwinLinear) -> int:
+def _packed_bytes(site: Matmul) -> int:
     weights = sum(site.out_features) * site.in_features * max(site.experts, 1)
     return weights // 2 + _BYTES_OF_GROUP * weights // site.group_size
 

@@ -18,7 +18,7 @@ from torch._logging import trace_structured
 
 from river_compile.errors import OptionError
 from river_compile.passes.pipeline import PassRecord
-from river_compile.passes.program import RiverProgram, Segment, TwinLinear
+from river_compile.passes.program import Matmul, RiverProgram, Segment
 from river_compile.passes.segments import fingerprint
 
 
@@ -110,7 +110,7 @@ def _changes(record: PassRecord) -> Iterator[tuple[str, str]]:
             yield f"{segment.name}.after.py", segment_text(segment)
 
 
-def _site_line(number: int, linear: TwinLinear) -> str:
+def _site_line(number: int, linear: Matmul) -> str:
     if linear.lossless:
         return f"#   {linear.layout} product {number}: {linear.name}"
     return f"#   4-bit product {number}: {linear.name}, groups of {linear.group_size}"

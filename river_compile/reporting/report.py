@@ -24,7 +24,7 @@ from river_compile.passes.moe_router import ROUTER, chosen_experts
 from river_compile.passes.program import Fusion, RiverProgram, Segment
 from river_compile.runtime.cache_pool import KeptTexts
 from river_compile.runtime.stats import ExactStats
-from river_compile.twins.packed import TwinWeight
+from river_compile.twins.packed import PackedMatmul
 from river_compile.twins.quantize import UNOBSERVED
 from river_compile.twins.self_calibration import SelfCalibration
 from river_compile.twins.twin_kl import BlockErrors, TwinLoss
@@ -47,7 +47,7 @@ class Report:
 
     model: str
     graphs: tuple[GraphRecord, ...]
-    packed: tuple[TwinWeight, ...]
+    packed: tuple[PackedMatmul, ...]
     packing_seconds: float
     packed_again: tuple[int, int]
     decode_depths: dict[int, int]

@@ -36,9 +36,9 @@ from river_compile.kernels.files import appearing, making
 from river_compile.kernels.quant import bf12
 from river_compile.kernels.quant.grid import GROUP_SIZES
 from river_compile.kernels.quant.layouts import PORTABLE, PackedLinear, portable, tensors_of
-from river_compile.passes.program import TwinLinear
+from river_compile.passes.program import Matmul
 from river_compile.twins import tensor_file
-from river_compile.twins.packed import Quantized, TwinWeight
+from river_compile.twins.packed import PackedMatmul, Quantized
 
 log = logging.getLogger("river_compile.twins")
 FORMAT = "river-twins"
@@ -55,7 +55,7 @@ class _SavedMatrix:
     """One matrix of an artifact.
 
     Attributes:
-        name, shape, group_size, experts, quantizer, asked, statistics: as in its :class:`TwinWeight`.
+        name, shape, group_size, experts, quantizer, asked, statistics: as in its :class:`PackedMatmul`.
         layout: of its bytes.
         weights_hash: hash of the parameters it was made from, see :func:`digest_of`.
     """
@@ -108,7 +108,7 @@ class _SavedMatrix:
         return {**found, "input_scale": ((k,), (torch.float32,))}
 
 
-def write_artifact(folder: Path, sites: Sequence[TwinWeight]) -> None:
+def write_artifact(folder: Path, sites: Sequence[PackedMatmul]) -> None:
     """Writes products whose parameters did not change since; the folder appears complete or not at all.
 
     Raises:
@@ -148,7 +148,7 @@ def write_artifact(folder: Path, sites: Sequence[TwinWeight]) -> None:
         raise ArtifactError(f"cannot save to {folder}: {error}") from error
 
 
-def write_missing(folder: Path, make: Callable[[], Sequence[TwinWeight]]) -> None:
+def write_missing(folder: Path, make: Callable[[], Sequence[PackedMatmul]]) -> None:
     """Writes an artifact where there is none; of processes that call this at once one does, and the others wait.
 
     Args:
@@ -203,7 +203,7 @@ class Artifact:
                     f"name the artifact of this model, or {_NEW}",
                 )
 
-    def find(self, site: TwinLinear, quantizer: str, digest: str) -> Quantized:
+    def find(self, site: Matmul, quantizer: str, digest: str) -> Quantized:
         """Returns what is saved of a product that was made in this way from parameters with this digest.
 
         Raises:

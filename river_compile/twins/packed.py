@@ -17,7 +17,7 @@ from river_compile.errors import UnsupportedGraphError
 from river_compile.kernels.quant.calibrated import output_energy, output_sqnr_db, quantize_observed
 from river_compile.kernels.quant.grid import QuantizedWeight, decibels, quantize, sqnr_db
 from river_compile.kernels.quant.layouts import PackedLinear
-from river_compile.passes.program import TwinLinear
+from river_compile.passes.program import Matmul
 from river_compile.twins.calibration_stats import InputMoments
 from river_compile.twins.parameter_stamp import HeldSources, ParameterStamp, Sources
 from river_compile.upstream.tensors import as_ordinary
@@ -45,15 +45,15 @@ class Quantized:
 
 
 @dataclass(kw_only=True, eq=False)
-class TwinWeight(Quantized):
-    """One matmul of a twin as its kernel reads it.
+class PackedMatmul(Quantized):
+    """One matmul of a twin, or of a packed backbone, as its kernel reads it.
 
     It is one object, with the same tensors, for as long as graphs are compiled with them: where its parameters change
     it is packed again in place (:meth:`become`).
     """
 
     weight: PackedLinear
-    linear: TwinLinear  # the matmul
+    linear: Matmul  # which it is
     asked: str  # the quantizer that the options ask for
     sources: HeldSources  # the parameters that it stands for
     stamp: ParameterStamp  # how they looked when they were last compared
@@ -104,7 +104,7 @@ class TwinWeight(Quantized):
         sources = self.sources.get()
         return sources if sources is not None and self.stands_for(sources) else None
 
-    def become(self, other: TwinWeight) -> None:
+    def become(self, other: PackedMatmul) -> None:
         """Takes over another packing of the same linear, in the tensors that compiled code holds.
 
         Raises:
@@ -133,7 +133,7 @@ class TwinWeight(Quantized):
 
 
 def quantize_site(
-    linear: TwinLinear, weights: Sequence[Tensor], quantizer: str, inputs: InputMoments | None = None
+    linear: Matmul, weights: Sequence[Tensor], quantizer: str, inputs: InputMoments | None = None
 ) -> Quantized:
     """Finds the grid of a product's weights; "awq" and "gptq" need the second moments of its inputs."""
     weight = torch.cat([w.T if linear.transposed else w for w in map(as_ordinary, weights)])
@@ -156,7 +156,7 @@ def quantize_site(
 
 
 def quantize_stack(
-    linear: TwinLinear, stack: Tensor, quantizer: str, moments: Callable[[int], tuple[Tensor, int]] | None = None
+    linear: Matmul, stack: Tensor, quantizer: str, moments: Callable[[int], tuple[Tensor, int]] | None = None
 ) -> Quantized:
     """Finds the grids of experts, one after another, so that only one of them is held in float32.
 
@@ -182,8 +182,8 @@ def quantize_stack(
     return Quantized(weight=weight, quantizer=quantizer, sqnr=of_weights, output_sqnr=output_sqnr)
 
 
-def extras_of(linear: TwinLinear, sources: Sources, scale: Tensor | None) -> tuple[Tensor, ...]:
-    """Returns what a twin's graph takes beside the packed matrix (see `TwinWeight`)."""
+def extras_of(linear: Matmul, sources: Sources, scale: Tensor | None) -> tuple[Tensor, ...]:
+    """Returns what a twin's graph takes beside the packed matrix (see `PackedMatmul`)."""
     like = sources.weights[0]
     extras: list[Tensor] = []
     if any(bias is not None for bias in sources.biases):

@@ -22,7 +22,7 @@ from torch import Tensor
 from torch.utils.weak import TensorWeakRef
 from xxhash import xxh3_128
 
-from river_compile.passes.program import TwinLinear
+from river_compile.passes.program import Matmul
 from river_compile.upstream.tensors import parts_of, version_of
 
 _SAMPLE = 64  # elements of each matrix
@@ -30,14 +30,14 @@ _SAMPLE = 64  # elements of each matrix
 
 @dataclass(frozen=True)
 class Sources:
-    """The parameters of one product; see :class:`TwinLinear`."""
+    """The parameters of one product; see :class:`Matmul`."""
 
     weights: tuple[Tensor, ...]
     biases: tuple[Tensor | None, ...]
     folds: tuple[Tensor, ...]
 
     @classmethod
-    def of(cls, linear: TwinLinear, inputs: Sequence[Any]) -> Sources:
+    def of(cls, linear: Matmul, inputs: Sequence[Any]) -> Sources:
         """Returns them, given the real inputs of the graph."""
         return cls(
             tuple(inputs[i] for i in linear.weights),
@@ -57,6 +57,18 @@ class Sources:
     @property
     def kinds(self) -> list[tuple[torch.dtype, torch.device]]:
         return [(tensor.dtype, tensor.device) for tensor in self.tensors]
+
+
+def sources_of(linears: Iterable[Matmul], inputs: Sequence[Any]) -> dict[Matmul, Sources]:
+    """Returns the parameters of products, given the real inputs of the graph.
+
+    What a twin and the backbone make of the same parameters has the same object, which hashes them once.
+    """
+    known: dict[tuple[object, ...], Sources] = {}
+    return {
+        linear: known.setdefault((linear.weights, linear.biases, linear.folds), Sources.of(linear, inputs))
+        for linear in linears
+    }
 
 
 class HeldSources:

@@ -16,10 +16,10 @@ from river_compile.errors import OptionError, UnsupportedGraphError
 from river_compile.kernels.quant.calibrated import OBSERVING
 from river_compile.kernels.quant.grid import QuantizedWeight
 from river_compile.kernels.quant.layouts import PackedLinear, pack, pack_lossless, pack_stack
-from river_compile.passes.program import TwinLinear
+from river_compile.passes.program import Matmul
 from river_compile.twins.artifact import Artifact
 from river_compile.twins.calibration_stats import ExpertMoments, InputMoments, Moments, Observation
-from river_compile.twins.packed import LOSSLESS, Quantized, TwinWeight, extras_of, quantize_site, quantize_stack
+from river_compile.twins.packed import LOSSLESS, PackedMatmul, Quantized, extras_of, quantize_site, quantize_stack
 from river_compile.twins.parameter_stamp import HeldSources, ParameterStamp, Sources
 
 UNOBSERVED = "hqq"  # what looks at weights alone, for those without statistics
@@ -52,7 +52,7 @@ class Maker:
     def origin(self) -> str:
         return str(self.artifact.folder) if self.artifact else ""
 
-    def key(self, site: TwinLinear) -> tuple[object, ...]:
+    def key(self, site: Matmul) -> tuple[object, ...]:
         """Returns the key of a packing beside its parameters."""
         number = self.number if self.needs_statistics else 0
         return site.name, site.group_size, site.layout, self.quantizer, self.origin, number
@@ -62,7 +62,7 @@ class Maker:
         """Whether products are made with statistics."""
         return self.artifact is None and self.quantizer in OBSERVING
 
-    def look_up(self, site: TwinLinear, sources: Sources) -> Known:
+    def look_up(self, site: Matmul, sources: Sources) -> Known:
         """Returns the artifact's entry of a matmul, or the recorded moments of its inputs, None if there are none."""
         quantizer = self.quantizer
         if self.artifact is not None and (not self.lossless or site.name in self.artifact.names):
@@ -78,35 +78,35 @@ class Maker:
             )
         return moments
 
-    def make(self, site: TwinLinear, sources: Sources, known: Known) -> TwinWeight:
+    def make(self, site: Matmul, sources: Sources, known: Known) -> PackedMatmul:
         """Quantizes, or reads, and packs a linear."""
         made = _made(site, sources, self.quantizer, known)
         return replace(made, key=self.key(site), artifact=self.origin)
 
 
-def needs_moments(site: TwinWeight) -> bool:
+def needs_moments(site: PackedMatmul) -> bool:
     """Tells whether a packed matmul is made again with statistics."""
     return site.asked in OBSERVING
 
 
-def made_again(site: TwinWeight, sources: Sources, known: Known) -> TwinWeight:
+def made_again(site: PackedMatmul, sources: Sources, known: Known) -> PackedMatmul:
     """Returns a new packing of a matmul from its current parameters, which no artifact has."""
     return _made(site.linear, sources, site.asked, known)
 
 
 @torch.no_grad()
 def _made(
-    linear: TwinLinear,
+    linear: Matmul,
     sources: Sources,
     asked: str,
     known: Known,
-) -> TwinWeight:
+) -> PackedMatmul:
     """Packs a product from a known grid, or quantizes it with what is known of its inputs."""
     held, stamp, digest = HeldSources(sources), ParameterStamp(sources.tensors), sources.digest
     found = known if isinstance(known, Quantized) else _quantized(linear, sources, asked, known)
     device = sources.weights[0].device
     scale = None if found.input_scale is None else found.input_scale.to(device)
-    return TwinWeight(
+    return PackedMatmul(
         linear=linear,
         quantizer=found.quantizer,
         asked=asked,
@@ -122,7 +122,7 @@ def _made(
     )
 
 
-def _packed(weight: QuantizedWeight | PackedLinear, linear: TwinLinear, device: torch.device) -> PackedLinear:
+def _packed(weight: QuantizedWeight | PackedLinear, linear: Matmul, device: torch.device) -> PackedLinear:
     """Returns a grid as a product's kernel reads it: the artifact's own tensors where they are that on a CPU."""
     if isinstance(weight, PackedLinear):
         return weight.to(device).as_layout(linear.layout)
@@ -130,7 +130,7 @@ def _packed(weight: QuantizedWeight | PackedLinear, linear: TwinLinear, device: 
     return pack_stack(grid, linear.layout, experts) if experts else pack(grid, linear.layout)
 
 
-def _quantized(linear: TwinLinear, sources: Sources, asked: str, known: Moments | None) -> Quantized:
+def _quantized(linear: Matmul, sources: Sources, asked: str, known: Moments | None) -> Quantized:
     """Raises an UnsupportedGraphError that names the product where its weights, or their inputs, are not finite."""
     try:
         return _grid(linear, sources, asked, known)
@@ -140,7 +140,7 @@ def _quantized(linear: TwinLinear, sources: Sources, asked: str, known: Moments 
         raise UnsupportedGraphError(f"no 4-bit twin can be made of {name}: {error}") from None
 
 
-def _grid(linear: TwinLinear, sources: Sources, asked: str, known: Moments | None) -> Quantized:
+def _grid(linear: Matmul, sources: Sources, asked: str, known: Moments | None) -> Quantized:
     if asked == LOSSLESS:
         return Quantized(weight=pack_lossless(sources.weights, linear.layout), quantizer=asked, sqnr=math.inf)
     quantizer = UNOBSERVED if known is None and asked in OBSERVING else asked

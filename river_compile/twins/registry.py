@@ -1,6 +1,6 @@
 """The packed weights of a model's twins: made once, shared by all its graphs, freed with the model, saved on request.
 
-Each 4-bit matrix of a twin (a :class:`TwinLinear`) is quantized from the parameters it stands for, or its grid is read
+Each 4-bit matrix of a twin (a :class:`Matmul`) is quantized from the parameters it stands for, or its grid is read
 from an artifact; packed in the layout of the kernel that will read it, on the parameters' device; and kept under its
 first parameter, which is held weakly: when the model goes, so do its twins.
 
@@ -33,13 +33,13 @@ from river_compile.config import RiverConfig
 from river_compile.distributed.ranks import ALONE, Ranks
 from river_compile.errors import RiverWarning
 from river_compile.kernels.quant.grid import threads_for
-from river_compile.passes.program import TwinLinear
+from river_compile.passes.program import Matmul
 from river_compile.progress import StartProgress
 from river_compile.store.folder import enabled
 from river_compile.twins.artifact import FILE, Artifact, write_missing
 from river_compile.twins.calibration_stats import Moments, Observation
-from river_compile.twins.packed import Quantized, TwinWeight
-from river_compile.twins.parameter_stamp import ParameterStamp, Sources
+from river_compile.twins.packed import PackedMatmul, Quantized
+from river_compile.twins.parameter_stamp import ParameterStamp, Sources, sources_of
 from river_compile.twins.quantize import UNOBSERVED, Known, Maker, made_again, needs_moments
 from river_compile.twins.self_calibration import SelfCalibration
 from river_compile.twins.stored import StoredTwins
@@ -114,13 +114,13 @@ class TwinRegistry:
 
     def pack(
         self,
-        sites: Sequence[TwinLinear],
+        sites: Sequence[Matmul],
         inputs: Sequence[Any],
         config: RiverConfig,
         statistics: Statistics,
         every: Iterable[str] = (),
-        savable: Sequence[TwinLinear] = (),
-    ) -> dict[TwinLinear, TwinWeight]:
+        savable: Sequence[Matmul] = (),
+    ) -> dict[Matmul, PackedMatmul]:
         """Returns the packed weights of the sites, making those that are missing.
 
         Args:
@@ -137,7 +137,7 @@ class TwinRegistry:
         """
         with self._lock:
             start = time.perf_counter()
-            sources = {site: Sources.of(site, inputs) for site in (*sites, *savable)}
+            sources = sources_of((*sites, *savable), inputs)
             artifact = None
             if config.artifact is not None:
                 config = replace(config, artifact=statistics.ranks.folder(config.artifact))
@@ -150,7 +150,7 @@ class TwinRegistry:
             maker_of = {site: lossless if site.lossless else maker for site in sites}
             found = {s: made for s in sites if (made := self._find(s, sources[s], maker_of[s])) is not None}
             missing = [site for site in sites if site not in found]
-            made_now: dict[TwinLinear, TwinWeight] = {}
+            made_now: dict[Matmul, PackedMatmul] = {}
             for how in (lossless, maker):
                 sites_of = [site for site in missing if maker_of[site] is how]
                 made_now |= self._make_or_recall(how, sites_of, sources, statistics)
@@ -160,14 +160,14 @@ class TwinRegistry:
             self.seconds += time.perf_counter() - start
             return found
 
-    def judge(self, twins: Iterable[TwinWeight], statistics: Statistics) -> None:
+    def judge(self, twins: Iterable[PackedMatmul], statistics: Statistics) -> None:
         """Estimates the joint loss of a graph's twins, if some were made with statistics since the last time."""
         if not statistics.ranks.every(not self._not_judged):
             self.loss, self._not_judged = statistics.own.loss(twins), False
             if self._stored is not None:
                 self._stored.write_loss(self.loss)
 
-    def all(self, *, lossless: bool = False) -> list[TwinWeight]:
+    def all(self, *, lossless: bool = False) -> list[PackedMatmul]:
         """Returns all packed matmuls of twins; if that is asked for, those of the backbone too."""
         made = [site for sites in self._packed.values() for site in sites.values()]
         return [site for site in made if lossless or not site.linear.lossless]
@@ -182,7 +182,7 @@ class TwinRegistry:
 
     def renew(
         self,
-        sites: Iterable[tuple[TwinWeight, Sources]],
+        sites: Iterable[tuple[PackedMatmul, Sources]],
         statistics: Statistics,
         *,
         thorough: bool = False,
@@ -224,9 +224,7 @@ class TwinRegistry:
                 self._tell(twins, seconds)
             return len(twins)
 
-    def _told(
-        self, maker: Maker, sites: Sequence[TwinLinear], config: RiverConfig, statistics: Statistics
-    ) -> Statistics:
+    def _told(self, maker: Maker, sites: Sequence[Matmul], config: RiverConfig, statistics: Statistics) -> Statistics:
         """Returns the statistics for an artifact that may be missing, on several ranks taken already.
 
         They run the model on all ranks, which a rank must not do while others wait for the artifact's lock.
@@ -238,7 +236,7 @@ class TwinRegistry:
             return statistics
         return replace(statistics, observed=statistics.take()[0])
 
-    def _open(self, config: RiverConfig, make: Callable[[], Sequence[TwinWeight]]) -> Artifact:
+    def _open(self, config: RiverConfig, make: Callable[[], Sequence[PackedMatmul]]) -> Artifact:
         """Returns the artifact that the options name, made where it is missing and the options say so."""
         folder = Path(config.artifact or "")
         if config.on_missing_artifact == "save":
@@ -248,8 +246,8 @@ class TwinRegistry:
         return self._opened
 
     def _make_or_recall(
-        self, maker: Maker, sites: Sequence[TwinLinear], sources: Mapping[TwinLinear, Sources], statistics: Statistics
-    ) -> dict[TwinLinear, TwinWeight]:
+        self, maker: Maker, sites: Sequence[Matmul], sources: Mapping[Matmul, Sources], statistics: Statistics
+    ) -> dict[Matmul, PackedMatmul]:
         """Packs products, unless an earlier process has left them in the store."""
         own = maker.artifact is not None or (statistics.observed is not None and not maker.lossless)
         if own or not self.stores or statistics.ranks.several or not sites or not enabled():
@@ -270,8 +268,8 @@ class TwinRegistry:
         return {site: replace(twin, key=maker.key(site)) for site, twin in made.items()}
 
     def _make(
-        self, maker: Maker, sites: Sequence[TwinLinear], sources: Mapping[TwinLinear, Sources], statistics: Statistics
-    ) -> dict[TwinLinear, TwinWeight]:
+        self, maker: Maker, sites: Sequence[Matmul], sources: Mapping[Matmul, Sources], statistics: Statistics
+    ) -> dict[Matmul, PackedMatmul]:
         """Packs products; each is looked up before the first is packed, since an artifact fits as a whole or not."""
         read = None
         if sites and maker.needs_statistics:
@@ -284,12 +282,12 @@ class TwinRegistry:
         made = _packed(pairs, known, maker.observation, maker.make, self.progress, read)
         return dict(zip(sites, made, strict=True))
 
-    def _find(self, site: TwinLinear, sources: Sources, maker: Maker) -> TwinWeight | None:
-        made: TwinWeight | None = self._packed.get(sources.weights[0], {}).get(maker.key(site))
+    def _find(self, site: Matmul, sources: Sources, maker: Maker) -> PackedMatmul | None:
+        made: PackedMatmul | None = self._packed.get(sources.weights[0], {}).get(maker.key(site))
         same = made is not None and made.sources.kinds == sources.kinds and made.stands_for(sources)
         return made if same else None
 
-    def _keep_under(self, weight: Tensor, site: TwinWeight) -> None:
+    def _keep_under(self, weight: Tensor, site: PackedMatmul) -> None:
         """Keeps a site under the parameter that has taken its first parameter's place."""
         sources = site.sources.get()
         if sources is None or sources.weights[0] is not weight:
@@ -297,7 +295,7 @@ class TwinRegistry:
                 self._packed.get(sources.weights[0], {}).pop(site.key, None)
             self._packed.setdefault(weight, {})[site.key] = site
 
-    def _tell(self, changed: Sequence[TwinWeight], seconds: float) -> None:
+    def _tell(self, changed: Sequence[PackedMatmul], seconds: float) -> None:
         """Reports packings that were made again: the first time as a warning, then in the log, for those who train."""
         others = f" and {len(changed) - 1} more" if len(changed) > 1 else ""
         message = (
@@ -324,10 +322,10 @@ def _packed(
     pairs: Sequence[tuple[T, Sources]],
     known: Sequence[Known],
     recorded: Observation | None,
-    make: Callable[[T, Sources, Known], TwinWeight],
+    make: Callable[[T, Sources, Known], PackedMatmul],
     progress: StartProgress,
     read: Read | None,
-) -> list[TwinWeight]:
+) -> list[PackedMatmul]:
     """Packs products in threads, in the order in which the model reads them where it is to.
 
     Args:
@@ -341,7 +339,7 @@ def _packed(
     """
     if not pairs:
         return []
-    made: dict[int, TwinWeight] = {}
+    made: dict[int, PackedMatmul] = {}
     waiting: list[tuple[int, Known]] = []
     failed: list[Exception] = []
     numbers = defaultdict[int, list[int]](list)  # by the matrix that stands for all of a product
@@ -351,7 +349,7 @@ def _packed(
     threads = threads_for(pairs[0][1].weights[0])
     with ThreadPoolExecutor(threads) as pool:
 
-        def one(job: tuple[int, Known]) -> TwinWeight:
+        def one(job: tuple[int, Known]) -> PackedMatmul:
             product, sources = pairs[job[0]]
             return make(product, sources, job[1])
 
@@ -396,7 +394,7 @@ class TwinWatch:
 
     def __init__(
         self,
-        packed: Mapping[TwinLinear, TwinWeight],
+        packed: Mapping[Matmul, PackedMatmul],
         twins: TwinRegistry,
         statistics: Callable[[], Statistics],
         adopt: Callable[[Iterable[Tensor]], object],
@@ -411,7 +409,8 @@ class TwinWatch:
         if statistics.ranks.every(self._stamp == ParameterStamp(parameters)):
             return
         self._adopt(parameters)
-        self._twins.renew([(made, Sources.of(linear, inputs)) for linear, made in self._packed.items()], statistics)
+        sources = sources_of(self._packed, inputs)
+        self._twins.renew([(made, sources[linear]) for linear, made in self._packed.items()], statistics)
         self._look()
 
     def _look(self) -> None:

@@ -22,10 +22,10 @@ from pathlib import Path
 from river_compile.errors import ArtifactError, RiverWarning
 from river_compile.kernels.files import making
 from river_compile.kernels.quant import bits8
-from river_compile.passes.program import TwinLinear
+from river_compile.passes.program import Matmul
 from river_compile.store.folder import Entry, cannot_write, keep_bound
 from river_compile.twins.artifact import FILE, VERSION, Artifact, write_artifact
-from river_compile.twins.packed import LOSSLESS, TwinWeight
+from river_compile.twins.packed import LOSSLESS, PackedMatmul
 from river_compile.twins.parameter_stamp import Sources
 from river_compile.twins.twin_kl import TwinLoss
 
@@ -41,7 +41,7 @@ class StoredTwins:
         quantizer: says how, or `LOSSLESS`.
     """
 
-    def __init__(self, linears: Sequence[TwinLinear], sources: Mapping[TwinLinear, Sources], quantizer: str) -> None:
+    def __init__(self, linears: Sequence[Matmul], sources: Mapping[Matmul, Sources], quantizer: str) -> None:
         made_from = sorted((x.name, x.group_size, x.scales_inputs, sources[x].digest) for x in linears)
         identity = hashlib.sha256(repr((VERSION, quantizer, made_from)).encode()).hexdigest()
         size = sum(math.prod(x.shape) for x in linears) / 1e6
@@ -66,7 +66,7 @@ class StoredTwins:
         self._entry.used()
         return found
 
-    def write(self, twins: Sequence[TwinWeight]) -> None:
+    def write(self, twins: Sequence[PackedMatmul]) -> None:
         """Writes them, unless another process has done so; a place that cannot be written is told.
 
         Matrices that stayed what they were are not written, nor are those of 8 bits, which take no time to pack.

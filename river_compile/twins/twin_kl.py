@@ -17,7 +17,7 @@ from torch import Tensor, nn
 from river_compile.kernels.portable import token_kl
 from river_compile.twins.calibration_stats import Products
 from river_compile.twins.observe import one_expert_at_a_time
-from river_compile.twins.packed import TwinWeight
+from river_compile.twins.packed import PackedMatmul
 from river_compile.twins.sampling import enough, everything_counts, sample
 from river_compile.upstream.dynamo import uncompiled_forward
 
@@ -100,7 +100,7 @@ class BlockErrors:
 
 
 @torch.no_grad()
-def estimate_loss(model: nn.Module, packed: Iterable[TwinWeight]) -> TwinLoss:
+def estimate_loss(model: nn.Module, packed: Iterable[PackedMatmul]) -> TwinLoss:
     """Samples a little text and compares the logits of the model in 16 and in 4 bits; raises as `sample` does."""
     ids = sample(model, ROWS, enough(model, ROWS, MOST_TOKENS), SEED)
     forward, inputs = uncompiled_forward(model), {"input_ids": ids, "use_cache": False, **everything_counts(model, ids)}
@@ -117,14 +117,14 @@ def estimate_loss(model: nn.Module, packed: Iterable[TwinWeight]) -> TwinLoss:
 class _InTwins(Products):
     """Multiplies by the 4-bit matrices of twins."""
 
-    def __init__(self, parameters: Iterable[Tensor], packed: Sequence[TwinWeight]) -> None:
+    def __init__(self, parameters: Iterable[Tensor], packed: Sequence[PackedMatmul]) -> None:
         super().__init__(parameters)
-        self._parts: dict[int, tuple[TwinWeight, int]] = {}  # by parameter: its product, and which part of it
+        self._parts: dict[int, tuple[PackedMatmul, int]] = {}  # by parameter: its product, and which part of it
         for site in packed:
             sources = site.sources.get()
             if sources is not None:
                 self._parts |= {id(weight): (site, i) for i, weight in enumerate(sources.weights)}
-        self._last: tuple[TwinWeight, Tensor] | None = None
+        self._last: tuple[PackedMatmul, Tensor] | None = None
 
     def instead(self, matrix: Tensor, parameter: Tensor, index: int | None) -> Tensor:
         found = self._parts.get(id(parameter))
@@ -143,7 +143,7 @@ class _InTwins(Products):
         same = matrix.stride()[-2:] == parameter.stride()[-2:] and matrix.shape[-2:] == parameter.shape[-2:]
         return as_stored if same else as_stored.mT
 
-    def _of(self, site: TwinWeight) -> Tensor:
+    def _of(self, site: PackedMatmul) -> Tensor:
         if self._last is None or self._last[0] is not site:
             self._last = site, site.dequantize()
         return self._last[1]

@@ -290,6 +290,19 @@ def compiled_module(backend: Callable[..., object] | None) -> nn.Module | None:
     return module if isinstance(module, nn.Module) else None
 
 
+def untraceable(model: nn.Module) -> str:
+    """Returns why Dynamo cannot trace a model whose layers are compressed-tensors' own, empty for others.
+
+    They are unpacked by the model's first call, and have a forward that changes their weights around the product.
+    """
+    layer = next((path for path, module in model.named_modules() if hasattr(module, "quantization_scheme")), "")
+    return layer and (
+        f"{layer} is a layer of compressed-tensors, whose code cannot be traced; load the model with "
+        "quantization_config=CompressedTensorsConfig(dequantize=True), of transformers 5.21 or newer "
+        "(backbone_weights='8bit' reads weights of 8 bits in 8 bits all the same)"
+    )
+
+
 def error_of_code(error: TorchRuntimeError) -> RuntimeError:
     """Returns the error of a model's code under Dynamo's tracing, without Dynamo's pages around it."""
     own: BaseException = error

@@ -13,6 +13,7 @@ import river_compile
 from river_compile import OptionError, RiverWarning, report
 from river_compile.kernels.native.isa import chosen
 from river_compile.kernels.quant import bf12
+from river_compile.twins import parameter_stamp
 from tests.support.families import each, make, prompt
 
 pytestmark = pytest.mark.skipif(chosen().name == "portable", reason="needs vectors")
@@ -159,6 +160,25 @@ class TestTheStore:
             assert all(map(torch.equal, generate(accelerated(self.model(), "12bit")), store[1]))
         assert len(packed) > 5
         assert store[0].read_bytes() != content
+
+
+@pytest.mark.parametrize("start", ["that packs", "that finds changed weights"])
+@pytest.mark.filterwarnings("ignore::river_compile.RiverWarning")
+@torch.no_grad()
+def test_a_start_hashes_each_weight_once(start, monkeypatch):
+    """For its twin and for its packed form, which are made of the same."""
+    hashed, digest = [], parameter_stamp.digest_of
+    monkeypatch.setattr(parameter_stamp, "digest_of", lambda some: hashed.extend(map(id, some)) or digest(some))
+    model = accelerated(model_of(), "12bit")
+    generate(model)
+    if start == "that finds changed weights":
+        hashed.clear()
+        for parameter in model.model.layers.parameters():
+            parameter.mul_(-1)
+        generate(model)
+    matrices = {id(parameter) for parameter in model.model.layers.parameters() if parameter.dim() == 2}
+    assert matrices <= set(hashed)
+    assert len(hashed) == len(set(hashed))
 
 
 @pytest.mark.parametrize(("gain", "packs"), [(1.2, True), (1.05, False)])

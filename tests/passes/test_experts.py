@@ -70,7 +70,7 @@ def test_every_spelling_becomes_one_operator_of_the_same_result(spelling, chosen
     graph = graph_module.graph
     (found,) = filter(None, map(as_expert_product, graph.nodes))
     assert (found.shape, found.transposed) == ((EXPERTS, N, K), weight is not exact)
-    site = found.twin_linear({n: number for number, n in enumerate(graph.nodes)}, 32, "plain")
+    site = found.matmul({n: number for number, n in enumerate(graph.nodes)}, 32, "plain")
     assert (site.in_features, site.out_features, site.group_size, site.experts) == (K, (EXPERTS * N,), 32, EXPERTS)
     replace_expert_product(graph, found, site, 0)
     graph.lint()

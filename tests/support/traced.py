@@ -12,12 +12,12 @@ from torch import Tensor, nn
 from river_compile import river
 from river_compile.exits import forced_depth
 from river_compile.lowering.choose import Lowering
-from river_compile.twins.packed import TwinWeight
+from river_compile.twins.packed import PackedMatmul
 from tests.support.decoding import cache_argument, new_cache, run_plainly
 from tests.support.families import VOCABULARY, make, prompt
 
 
-def dequantized(model: nn.Module, sites: Iterable[TwinWeight]) -> dict[str, Tensor]:
+def dequantized(model: nn.Module, sites: Iterable[PackedMatmul]) -> dict[str, Tensor]:
     """Returns what twins multiply by in place of the weights, by parameter name, in the model's dtype."""
     named = dict(model.named_parameters())
     weights = {}

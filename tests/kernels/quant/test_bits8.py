@@ -1,4 +1,4 @@
-"""Weights of 8 bits: what torchao and files in Q8_0 hold comes back as it was, and nothing else is taken for them."""
+"""Weights of 8 bits: what torchao and files in 8 bits hold comes back as it was, and nothing else is taken for them."""
 
 from __future__ import annotations
 
@@ -11,6 +11,8 @@ from hypothesis import strategies as st
 
 from river_compile.kernels.quant import bits8
 from tests.support.examples import examples
+
+DTYPES = (torch.float32, torch.bfloat16, torch.float16)
 
 
 @given(st.integers(1, 20), st.integers(1, 8), st.integers(0, 2**20))
@@ -32,9 +34,57 @@ def test_what_a_file_in_q8_0_gives_comes_back_to_the_bit(n, groups, seed):
     assert torch.equal(bits8.dequantize(*packed), weight)
 
 
-@pytest.mark.parametrize("weight", [torch.randn(4, 64), torch.ones(4, 60), torch.ones(4, 64).bfloat16()])
-def test_other_matrices_are_not_taken_for_it(weight):
-    assert bits8.pack([weight]) is None
+@given(
+    n=st.integers(1, 12),
+    groups=st.integers(1, 3),
+    kind=st.sampled_from((torch.int8, torch.float8_e4m3fn)),
+    group=st.sampled_from((None, 128, 64, 32)),
+    dtype=st.sampled_from(DTYPES),
+    of_scales=st.sampled_from(DTYPES),
+    largest=st.sampled_from((127.5, 127, 120)),
+    seed=st.integers(0, 2**20),
+)
+@examples(60)
+def test_what_a_matrix_was_rounded_from_comes_back(n, groups, kind, group, dtype, of_scales, largest, seed):
+    """The numbers as they were; products of the scales round to the matrix, and are the file's if these were short."""
+    g = torch.Generator().manual_seed(seed)
+    group = None if kind != torch.int8 else group
+    shape = (n, groups, group) if group else (n, 1, 128 * groups + seed % 7)
+    x = torch.randn(*shape, generator=g) * 0.02
+    scale = (x.abs().amax(-1, keepdim=True) / (largest if kind == torch.int8 else 448)).to(of_scales).float()
+    q = x / scale
+    q = (q.round().clamp(-128, 127) if kind == torch.int8 else q.clamp(-448, 448).to(kind)).float()
+    weight = (q * scale).to(dtype).flatten(1)
+    qweight, found = bits8.pack([weight])
+    assert qweight.dtype == kind
+    assert torch.equal(qweight.float(), q.flatten(1))
+    assert torch.equal(bits8.dequantize(qweight, found).to(dtype), weight)
+    if group and groups > 1:
+        assert torch.equal(found, found[:, :: group // 32].repeat_interleave(group // 32, 1))
+    if of_scales == torch.bfloat16:
+        assert torch.equal(found.unique(), scale.unique())
+
+
+@pytest.mark.parametrize("dtype", DTYPES)
+def test_other_matrices_are_not_taken_for_it(dtype):
+    """Nor those of which some values, or all in some rows, are of 8 bits."""
+    weight = torch.randn(40, 256, generator=torch.Generator().manual_seed(0))
+    weight[:20] = (weight[:20] * 60).round().clamp(-127, 127) / 64
+    assert bits8.pack([weight.to(dtype)]) is None
+    almost = ((weight * 60).round().clamp(-127, 127) / 64).to(dtype)
+    assert bits8.pack([almost]) is not None
+    almost[37, 250] = 0.0151
+    assert bits8.pack([almost]) is None
+    almost[37, 250] = torch.nan
+    assert bits8.pack([almost]) is None
+    assert bits8.pack([torch.ones(4, 64, dtype=torch.float64)]) is None
+
+
+def test_rows_of_zeros_have_any_scale():
+    weight = torch.zeros(40, 64)
+    weight[::2] = torch.randint(-127, 128, (20, 64), generator=torch.Generator().manual_seed(0)) * 0.01
+    weight[::2, 0] = 1.27
+    assert torch.equal(bits8.dequantize(*bits8.pack([weight.bfloat16()])).bfloat16(), weight.bfloat16())
 
 
 class TestTorchao:

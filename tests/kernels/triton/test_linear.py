@@ -131,9 +131,9 @@ def test_rows_of_weights_in_12_bits(case):
     ("fields", "message"),
     [
         ({"tile": LinearTile(6 + 2, 96 + 32)}, None),
-        ({"tile": LinearTile(2, 64)}, "whole units"),
+        ({"tile": LinearTile(2, 64)}, "block_n=2 .* at least 4"),
         ({"tile": LinearTile(4, 32)}, "whole units"),
-        ({"rows": 3, "tile": LinearTile(32, 64, 16)}, "whole units"),
+        ({"rows": 3, "tile": LinearTile(32, 64, 16)}, "block_n=32 .* at least 64"),
         ({"dtype": "float16"}, "float16"),
         ({"gated": True, "out_features": 30}, "out_features=30"),
     ],
@@ -239,6 +239,7 @@ def test_hidden_size_576_has_groups_of_64_and_no_masks_where_the_tile_fits():
         ({"tile": LinearTile(8, 64, 16), "dtype": "float32"}, "block_m=16"),
         ({"tile": LinearTile(16, 64, 8, split_k=2)}, "split_k=2"),
         ({"rows": 2, "tile": LinearTile(16, 64, 16), "dtype": "float32"}, "block_k=64"),
+        ({"rows": 2, "tile": LinearTile(8, 128, 16), "dtype": "float32"}, "block_n=8"),
     ],
 )
 def test_what_a_spec_refuses(changes, message):
