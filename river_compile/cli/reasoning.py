@@ -1,6 +1,6 @@
 """Arithmetic and word problems from reasoning-gym's seeded generators, and its verdict on answers.
 
-Not handled: what other collections of problems measure; these are short enough for small models.
+Task "gsm" is word problems alone, made like those of GSM8K. Not handled: what other collections of problems measure.
 """
 
 from __future__ import annotations
@@ -14,6 +14,7 @@ from river_compile.cli.output import needs
 
 _SMALL = {"min_terms": 2, "max_terms": 3, "min_digits": 1, "max_digits": 2}
 _GENERATORS: dict[str, dict[str, int]] = {"chain_sum": _SMALL, "basic_arithmetic": _SMALL, "gsm_symbolic": {}}
+TASKS = {"reasoning": tuple(_GENERATORS), "gsm": ("gsm_symbolic",)}
 _ASK = "Think step by step and end with the number."
 
 
@@ -26,12 +27,12 @@ class Problem:
     entry: dict[str, Any]
 
 
-def problems(count: int, seed: int = 0) -> list[Problem]:
+def problems(count: int, seed: int = 0, generators: Sequence[str] = TASKS["reasoning"]) -> list[Problem]:
     """Returns so many problems, each generator's in turn, always the same for one seed."""
     with needs("eval"):
         from reasoning_gym import create_dataset
-    each = -(-count // len(_GENERATORS))
-    sources = [create_dataset(name, size=each, seed=seed, **options) for name, options in _GENERATORS.items()]
+    each = -(-count // len(generators))
+    sources = [create_dataset(name, size=each, seed=seed, **_GENERATORS[name]) for name in generators]
     made = [Problem(f"{source[i]['question']} {_ASK}", source, source[i]) for i in range(each) for source in sources]
     return made[:count]
 

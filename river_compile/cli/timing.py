@@ -76,13 +76,13 @@ def generate(
     record = find_record(model)
     if fresh and record is not None:
         record.cache_pool.forget_texts()
-    clock = _Clock()
+    clock = Clock()
     ends = _NoEnd(model.generation_config.eos_token_id, input_ids.shape[1] + (2 if end_early else new_tokens))
     options = {"logits_processor": LogitsProcessorList([ends]), **more}
     if static_cache:
         options["cache_implementation"] = "static"
     if stop_after is not None:
-        options["stopping_criteria"] = StoppingCriteriaList([_StopAfter(input_ids.shape[1] + stop_after)])
+        options["stopping_criteria"] = StoppingCriteriaList([StopAfter(input_ids.shape[1] + stop_after)])
     start = time.perf_counter()
     model.generate(
         input_ids,
@@ -96,11 +96,11 @@ def generate(
     return Generation(tuple(clock.ids), tuple(stamp - start for stamp in clock.times))
 
 
-class _StopAfter(MaxLengthCriteria):
+class StopAfter(MaxLengthCriteria):
     """Ends generation at a length, beside that of ``max_new_tokens``, which one of the same class would replace."""
 
 
-class _Clock(BaseStreamer):
+class Clock(BaseStreamer):
     """Notes the time of every new token, of a batch its first text's; the first call brings the prompt."""
 
     def __init__(self) -> None:
@@ -136,7 +136,7 @@ class _NoEnd(LogitsProcessor):
         return scores
 
 
-class Painter(_Clock):
+class Painter(Clock):
     """Streams a text, each token in the colour of its source or of its depth.
 
     In exact mode a cycle tells the sources of its tokens after it has handed them over, so they appear at once.

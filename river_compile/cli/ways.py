@@ -12,9 +12,10 @@ import typer
 if TYPE_CHECKING:
     from transformers import PreTrainedModel
 
-PLAIN, INDUCTOR, RIVER, CALIBRATED, EXACT, STRICT, FAST = WAYS = (
+PLAIN, INDUCTOR, NEVER, RIVER, CALIBRATED, EXACT, STRICT, FAST = WAYS = (
     "plain",  # the model as it is
     "inductor",  # torch.compile with Inductor
+    "never",  # the kernels, and no token leaves: the plain text, up to rounding
     "river",  # every token through all twins (depth 0): the fastest, and another text
     "calibrated",  # tokens leave by a calibrated rule
     "exact",  # the plain text, drafted by the river
@@ -25,18 +26,28 @@ Rows = Annotated[list[str] | None, typer.Option("--row", help="Only this way of 
 Calibrated = Annotated[Path | None, typer.Option(help="A file of `river calibrate`, for its row.")]
 
 
-def chosen(rows: Sequence[str] | None, of: Sequence[str], calibration: Path | None) -> list[str]:
+def chosen(
+    rows: Sequence[str] | None, of: Sequence[str], calibration: Path | None, if_asked: Sequence[str] = ()
+) -> list[str]:
     """Returns the ways that `--row` asked for, in the order of `of`; without it all, calibrated if it has a file.
+
+    Args:
+        rows: what was asked for.
+        of: the command's ways.
+        calibration: the file.
+        if_asked: further ways, which run only where somebody asks for them.
 
     Raises:
         ValueError: a row that is none of them, or "calibrated" without a calibration.
     """
     for row in rows or ():
-        if row not in of:
-            raise ValueError(f"--row {row} is not known here; use one of {', '.join(of)}")
+        if row not in (*of, *if_asked):
+            raise ValueError(f"--row {row} is not known here; use one of {', '.join((*of, *if_asked))}")
     if CALIBRATED in (rows or ()) and calibration is None:
         raise ValueError("--row calibrated needs --calibration FILE, which `river calibrate` writes")
-    return [row for row in of if (row in rows if rows else row != CALIBRATED or calibration)]
+    if rows:
+        return [row for row in (*of, *if_asked) if row in rows]
+    return [row for row in of if row != CALIBRATED or calibration]
 
 
 @contextlib.contextmanager
@@ -48,7 +59,10 @@ def running(model: PreTrainedModel, way: str, calibration: Path | None = None, *
     if way == INDUCTOR:
         model.compile()
     elif way != PLAIN:
-        accelerate(model, FAST if way == RIVER else way, calibration if way == CALIBRATED else None, **options)
+        if way == NEVER:
+            options["exit_depth"] = model.config.get_text_config().num_hidden_layers
+        quality = FAST if way in (NEVER, RIVER) else way
+        accelerate(model, quality, calibration if way == CALIBRATED else None, **options)
     try:
         with forced_depth(0) if way == RIVER else contextlib.nullcontext():
             yield

@@ -84,9 +84,16 @@ def _plain(held: Mapping[str, object]) -> list[tuple[str, object]]:
 
 
 def _is_plain(value: object) -> bool:
-    if isinstance(value, (tuple, list)):
-        return all(map(_is_plain, value))
-    return all(map(_is_plain, value.values())) if type(value) is dict else type(value) in _PLAIN
+    left = [value]
+    while left:
+        value = left.pop()
+        if isinstance(value, (tuple, list)):
+            left += value
+        elif type(value) is dict:
+            left += value.values()
+        elif type(value) not in _PLAIN:
+            return False
+    return True
 
 
 def _settings(config: PreTrainedConfig) -> list[object]:

@@ -216,12 +216,10 @@ def _fits(example: Any, value: Any, sizes: dict[sympy.Symbol, sympy.Integer]) ->
     # (The stride of a dimension of one says nothing.)
     strides = zip(example.stride(), value.stride(), value.shape, strict=True)
     pairs += [(known, stride) for known, stride, size in strides if size != 1]
-    return all(_same(known, size, sizes) for known, size in pairs)
+    return all(_same(known, size, sizes) if isinstance(known, torch.SymInt) else known == size for known, size in pairs)
 
 
-def _same(known: int | torch.SymInt, size: int, sizes: dict[sympy.Symbol, sympy.Integer]) -> bool:
-    if isinstance(known, int):
-        return known == size
+def _same(known: torch.SymInt, size: int, sizes: dict[sympy.Symbol, sympy.Integer]) -> bool:
     expr = known.node.expr
     if expr.is_Symbol:
         return bool(sizes.setdefault(expr, sympy.Integer(size)) == size)

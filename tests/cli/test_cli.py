@@ -21,7 +21,7 @@ import transformers
 import river_compile
 from examples import demo
 from river_compile.cli import app, dry_run, reasoning
-from river_compile.cli.evaluate import wilson
+from river_compile.cli.answers import wilson
 from river_compile.cli.models import MODELS
 from river_compile.cli.output import error_line
 from river_compile.cli.timing import Painter
@@ -389,6 +389,36 @@ def test_eval_compares_answers(tiny, capsys):
     assert alone["tokens_per_s"] > 0
     assert rows["plain"]["solved"] == 0
     assert rows["plain"]["interval"] == pytest.approx([0, 0.658], abs=1e-3)
+
+
+def test_eval_answers_several_problems_at_once_and_goes_on_with_its_file(tiny, tmp_path, capsys):
+    """Each answer is what it is alone; a run that was killed while it wrote asks for what is missing."""
+    file = tmp_path / "answers.jsonl"
+    asked = ("--task", "gsm", "--limit", "3", "--new-tokens", "6", "--dtype", "float32", "--answers", file)
+
+    def texts(ways):
+        found = {}
+        for line in file.read_text().splitlines():
+            one = json.loads(line)
+            found.setdefault(one["run"], {})[one["problem"]] = one["answer"]["text"]
+        return [found[run] for run in found if run[2:].startswith(ways)]
+
+    alone = printed_json(capsys, "eval", tiny, *asked, "--row", "never")["rows"]
+    several = printed_json(capsys, "eval", tiny, *asked, "--row", "never", "--row", "exact", "--batch", "2")["rows"]
+    assert several["exact"]["same_texts"] == 3
+    first, second, exact = texts(("never", "exact"))
+    assert first == second == exact
+    lines = file.read_text().splitlines(keepends=True)
+    assert len(lines) == 9
+    file.write_text("".join(lines[:4]) + lines[4][:30])
+    again = printed_json(capsys, "eval", tiny, *asked, "--row", "never", "--batch", "2")["rows"]
+    assert file.read_text().startswith("".join(lines[:4]))
+    assert len(file.read_text().splitlines()) == 6
+    assert texts("never") == [first, first]
+    assert again["never"]["solved"] == alone["never"]["solved"]
+    file.write_text("[]\n")
+    assert f"{file}, line 1, is no answer of `river eval`" in failure(capsys, "eval", tiny, *asked, "--row", "never")
+    assert "--batch does not go with --task perplexity" in failure(capsys, "eval", tiny, "--batch", "2")
 
 
 def test_eval_compares_perplexities(tiny, tmp_path, capsys):

@@ -72,7 +72,7 @@ def test_copies_go_only_into_new_or_empty_folders(conversions, tmp_path):
 
 
 def test_unknown_models_are_named():
-    with pytest.raises(ValueError, match=r"model='smollm3' is unknown; choose one of smollm2, gemma3-270m"):
+    with pytest.raises(ValueError, match=r"model='smollm3' is unknown; choose one of smollm2, gemma3-270m, "):
         models.fetch("smollm3")
     with pytest.raises(ValueError, match=r"model='/no/such' is neither one of smollm2"):
         resolve("/no/such")

@@ -1,0 +1,266 @@
+"""Answers of a model to problems: asked one by one or several at a time, judged as they come, and kept in a file.
+
+A run that was stopped goes on where its file ends. Several at a time are rows of a
+:class:`river_compile.ContinuousBatch`, so a model has to be accelerated for that.
+
+Not handled: sampled answers.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import math
+import queue
+import time
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from concurrent.futures import Future
+from dataclasses import asdict, dataclass, field
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from river_compile.cli import humaneval, reasoning
+from river_compile.cli.output import error_line
+
+if TYPE_CHECKING:
+    from torch import Tensor
+    from transformers import PreTrainedModel, PreTrainedTokenizerBase
+
+    from river_compile.cli.timing import Clock
+
+_SURE = 1.96  # standard errors on each side of a 95 % interval
+_WARM_UP = 16  # tokens of an answer that nobody times
+
+
+@dataclass(frozen=True)
+class Problems:
+    """What a model is asked.
+
+    Attributes:
+        tokenizer: the model's.
+        prompts: ids ``[1, S]`` each.
+        solves: whether a text answers the problem of this number.
+        new_tokens: of an answer, at most.
+        options: of generate.
+    """
+
+    tokenizer: PreTrainedTokenizerBase
+    prompts: Sequence[Tensor]
+    solves: Callable[[int, str], bool]
+    new_tokens: int
+    options: Mapping[str, Any] = field(default_factory=dict)
+
+    @classmethod
+    def of(cls, task: str, tokenizer: PreTrainedTokenizerBase, limit: int, new_tokens: int) -> Problems:
+        """Returns the first problems of a task, all (or 40) for a limit of 0."""
+        from river_compile.cli.models import encode
+
+        if task == "humaneval":  # a completion of the problem's own text
+            asked = humaneval.problems()[: limit or None]
+            prompts = [tokenizer(p["prompt"].rstrip("\n"), return_tensors="pt")["input_ids"] for p in asked]
+            stops = {"stop_strings": list(humaneval.STOPS), "tokenizer": tokenizer}
+            return cls(tokenizer, prompts, lambda i, text: humaneval.passes(asked[i], text), new_tokens, stops)
+        made = reasoning.problems(limit or 40, generators=reasoning.TASKS[task])
+        prompts = [encode(tokenizer, problem.question) for problem in made]
+        return cls(tokenizer, prompts, lambda i, text: reasoning.solved(made[i], text), new_tokens)
+
+
+@dataclass(frozen=True)
+class Answer:
+    """One answer.
+
+    Attributes:
+        text: of it.
+        solved: whether it is right.
+        tokens: new ones, without the first where they come one by one.
+        seconds: that these took.
+        steps: of decoding meanwhile.
+        depth: in which tokens left, in the mean of these steps; 0 where there are none.
+    """
+
+    text: str
+    solved: bool
+    tokens: int
+    seconds: float
+    steps: int
+    depth: float
+
+
+class AnswerFile:
+    """Answers by what was asked of whom, a line of JSON for each, written as it comes.
+
+    Args:
+        path: of the file, which need not exist; None keeps nothing.
+
+    Raises:
+        ValueError: the file holds something else. (A last line that a killed run left half written is dropped.)
+    """
+
+    def __init__(self, path: Path | None) -> None:
+        self._path = path
+        self._known: dict[str, dict[str, Answer]] = {}
+        if path is None or not path.exists():
+            return
+        lines = path.read_text(encoding="utf-8").splitlines(keepends=True)
+        if lines and not lines[-1].endswith("\n"):
+            path.write_text("".join(lines[:-1]), encoding="utf-8")
+            lines.pop()
+        for number, line in enumerate(lines, 1):
+            try:
+                found = json.loads(line)
+                self._known.setdefault(found["run"], {})[found["problem"]] = Answer(**found["answer"])
+            except (ValueError, TypeError, KeyError) as error:
+                what = f"{path}, line {number}, is no answer of `river eval`; name another file"
+                raise ValueError(f"{what} ({error_line(error)})") from None
+
+    def of(self, run: str) -> Mapping[str, Answer]:
+        """Returns the answers of a run, by problem."""
+        return self._known.get(run, {})
+
+    def add(self, run: str, problem: str, answer: Answer) -> None:
+        """Keeps an answer."""
+        self._known.setdefault(run, {})[problem] = answer
+        if self._path is not None:
+            line = json.dumps({"run": run, "problem": problem, "answer": asdict(answer)})
+            with self._path.open("a", encoding="utf-8") as file:
+                file.write(line + "\n")
+
+
+def ask(
+    model: PreTrainedModel, problems: Problems, file: AnswerFile, run: str, at_once: int = 1, said: str = ""
+) -> list[Answer]:
+    """Returns a model's answers to all problems, with progress on standard error.
+
+    Args:
+        model: as it is to run.
+        problems: to solve.
+        file: has answers of earlier runs, and gets the new ones.
+        run: what the answers depend on beside the problems, as text.
+        at_once: problems at a time; more than 1 need an accelerated model.
+        said: what the progress is called.
+    """
+    from tqdm import tqdm
+
+    names = [_name(ids) for ids in problems.prompts]
+    known = file.of(run)
+    left = [number for number, name in enumerate(names) if name not in known]
+    solved = sum(known[name].solved for name in names if name in known)
+    with tqdm(total=len(names), initial=len(names) - len(left), desc=said, unit="problem", leave=False) as progress:
+        for number, answer in _answers(model, problems, left, at_once) if left else ():
+            file.add(run, names[number], answer)
+            solved += answer.solved
+            progress.update()
+            progress.set_postfix_str(f"{solved} of {progress.n} solved")
+    return [file.of(run)[name] for name in names]
+
+
+def _answers(
+    model: PreTrainedModel, problems: Problems, left: Sequence[int], at_once: int
+) -> Iterator[tuple[int, Answer]]:
+    """Yields the answers to some problems as they come, with the problems' numbers."""
+    from river_compile.reporting.trace import trace
+
+    asking = _one_by_one(model, problems, left) if at_once == 1 else _several(model, problems, left, at_once)
+    with trace() as steps:
+        for number, clock, tokens, seconds in asking:
+            decoded, steps.steps = steps.tokens, []
+            text = problems.tokenizer.decode(clock.ids, skip_special_tokens=True)
+            depth = sum(step.depth for step in decoded) / max(len(decoded), 1)
+            yield number, Answer(text, problems.solves(number, text), tokens, seconds, len(decoded), depth)
+
+
+Asked = Iterator[tuple[int, "Clock", int, float]]  # a problem's number, its answer, tokens that were timed, and seconds
+
+
+def _one_by_one(model: PreTrainedModel, problems: Problems, left: Sequence[int]) -> Asked:
+    from river_compile.cli.timing import Clock
+    from river_compile.model_record import find_record
+
+    _generate(model, problems, left[0], Clock(), _WARM_UP)
+    for number in left:
+        record, clock = find_record(model), Clock()
+        if record is not None:
+            record.cache_pool.forget_texts()
+        _generate(model, problems, number, clock, problems.new_tokens)
+        yield number, clock, len(clock.ids) - 1, clock.times[-1] - clock.times[0]
+
+
+def _several(model: PreTrainedModel, problems: Problems, left: Sequence[int], at_once: int) -> Asked:
+    from river_compile.cli.timing import Clock
+    from river_compile.decoding.continuous import ContinuousBatch
+
+    done: queue.SimpleQueue[tuple[int, Clock, Future[Any], float]] = queue.SimpleQueue()
+    with ContinuousBatch(model, at_once) as batch:
+
+        def submit(number: int, new_tokens: int) -> None:
+            clock = Clock()
+            future = batch.submit(lambda: _generate(model, problems, number, clock, new_tokens))
+            future.add_done_callback(lambda future: done.put((number, clock, future, time.perf_counter())))
+
+        for number in left[:at_once]:
+            submit(number, _WARM_UP)
+        for _ in left[:at_once]:
+            *_, future, before = done.get()
+            future.result()
+        for number in left:
+            submit(number, problems.new_tokens)
+        for _ in left:
+            number, clock, future, at = done.get()
+            future.result()
+            yield number, clock, len(clock.ids), at - before
+            before = at
+
+
+def _generate(model: PreTrainedModel, problems: Problems, number: int, clock: Clock, new_tokens: int) -> Any:
+    import torch
+    from transformers import StoppingCriteriaList
+
+    from river_compile.cli.timing import StopAfter
+
+    ids = problems.prompts[number]
+    length = max(ids.shape[1] for ids in problems.prompts) + problems.new_tokens  # (all caches have one size)
+    return model.generate(
+        ids,
+        attention_mask=torch.ones_like(ids),
+        max_new_tokens=length - ids.shape[1],
+        stopping_criteria=StoppingCriteriaList([StopAfter(ids.shape[1] + new_tokens)]),
+        cache_implementation="static",
+        do_sample=False,
+        streamer=clock,
+        disable_compile=True,  # transformers must not compile on its own what is timed as plain
+        **problems.options,
+    )
+
+
+def _name(ids_1S: Tensor) -> str:
+    """Returns what a problem is called in a file."""
+    return hashlib.sha256(repr(ids_1S.tolist()).encode()).hexdigest()[:16]
+
+
+def wilson(right: int, asked: int) -> tuple[float, float]:
+    """Returns Wilson's 95 % interval of a share, which holds for few problems and for shares near 0 and 1."""
+    share, spread = right / asked, _SURE**2 / asked
+    middle = (share + spread / 2) / (1 + spread)
+    half = _SURE * math.sqrt(share * (1 - share) / asked + spread / asked / 4) / (1 + spread)
+    return max(middle - half, 0.0), min(middle + half, 1.0)
+
+
+def summary(answers: Sequence[Answer], plain: Sequence[Answer] | None) -> dict[str, Any]:
+    """Returns what a table says of a run's answers.
+
+    Args:
+        answers: to all problems.
+        plain: those whose texts are plain, None where they are not known.
+    """
+    right, asked = sum(answer.solved for answer in answers), len(answers)
+    steps = sum(answer.steps for answer in answers)
+    seconds, tokens = sum(answer.seconds for answer in answers), sum(answer.tokens for answer in answers)
+    return {
+        "score": right / asked,
+        "interval": wilson(right, asked),
+        "solved": right,
+        "problems": asked,
+        "same_texts": None if plain is None else sum(a.text == b.text for a, b in zip(answers, plain, strict=True)),
+        "mean_depth": sum(answer.steps * answer.depth for answer in answers) / steps if steps else None,
+        "tokens_per_s": tokens / seconds if seconds else None,
+    }
