@@ -22,10 +22,9 @@ from river_compile.cli.ways import CALIBRATED, EXACT, FAST, NEVER, PLAIN, RIVER,
 if TYPE_CHECKING:
     from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
-ANSWERS = (PLAIN, EXACT, FAST, CALIBRATED)
+ANSWERS = (PLAIN, NEVER, EXACT, FAST, RIVER, CALIBRATED)
 SCORES = (PLAIN, FAST, RIVER, CALIBRATED)  # (exact keeps the plain model's)
 ROWS = {"humaneval": ANSWERS, "reasoning": ANSWERS, "gsm": ANSWERS, "perplexity": SCORES}
-_IF_ASKED = {ANSWERS: (NEVER, RIVER)}
 _CONTEXT = 16  # tokens of a text that run as its prompt
 
 Measure = Callable[[Any, str], dict[str, Any]]  # (model, way) -> a row
@@ -59,10 +58,11 @@ def evaluate(
 
     if task not in ROWS:
         _check_task(task)
+    answering = ROWS.get(task) == ANSWERS
     for name, given, why in (("--batch", batch != 1, "one text after another"), ("--answers", answers, "no answers")):
-        if given and ROWS.get(task) != ANSWERS:
+        if given and not answering:
             raise ValueError(f"{name} does not go with --task {task}, which has {why}; leave it out")
-    ways = chosen(rows, ROWS.get(task, SCORES), calibration, _IF_ASKED.get(ROWS.get(task, SCORES), ()))
+    ways = chosen(rows, ROWS.get(task, SCORES), calibration, (NEVER, RIVER) if answering else ())
     if limit < 0 or new_tokens < 2 or batch < 1:
         raise ValueError(
             f"--limit {limit} --new-tokens {new_tokens} --batch {batch} is not allowed; give 0 or more, 2 or more, and "
@@ -73,7 +73,7 @@ def evaluate(
     options = {"criterion": criterion or None, "threshold": threshold, "quantizer": quantizer or None}
     rule = {name: value for name, value in options.items() if value is not None}
     settings = {way: rule if way in (FAST, RIVER) else {} for way in ways}
-    if ROWS.get(task) == ANSWERS:
+    if answering:
         asked = [str(model), dtype, new_tokens, calibration and hashlib.sha256(calibration.read_bytes()).hexdigest()]
         problems = Problems.of(task, tokenizer, limit, new_tokens)
         measure = _answering(problems, file, batch, lambda way: repr([way, settings[way], *asked]))

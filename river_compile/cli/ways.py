@@ -35,19 +35,18 @@ def chosen(
         rows: what was asked for.
         of: the command's ways.
         calibration: the file.
-        if_asked: further ways, which run only where somebody asks for them.
+        if_asked: those of the ways that run only where somebody asks for them.
 
     Raises:
         ValueError: a row that is none of them, or "calibrated" without a calibration.
     """
     for row in rows or ():
-        if row not in (*of, *if_asked):
-            raise ValueError(f"--row {row} is not known here; use one of {', '.join((*of, *if_asked))}")
+        if row not in of:
+            raise ValueError(f"--row {row} is not known here; use one of {', '.join(of)}")
     if CALIBRATED in (rows or ()) and calibration is None:
         raise ValueError("--row calibrated needs --calibration FILE, which `river calibrate` writes")
-    if rows:
-        return [row for row in (*of, *if_asked) if row in rows]
-    return [row for row in of if row != CALIBRATED or calibration]
+    default = [row for row in of if row not in if_asked and (row != CALIBRATED or calibration)]
+    return [row for row in of if row in rows] if rows else default
 
 
 @contextlib.contextmanager

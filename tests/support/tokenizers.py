@@ -1,7 +1,10 @@
-"""A tokenizer that needs no file."""
+"""A tokenizer that needs no file, and the folder of a model that goes with it."""
 
 from __future__ import annotations
 
+from pathlib import Path
+
+import torch
 import transformers
 from tokenizers import Tokenizer, decoders, pre_tokenizers
 from tokenizers.models import BPE
@@ -17,3 +20,16 @@ def byte_tokenizer() -> transformers.PreTrainedTokenizerFast:
     tokenizer = transformers.PreTrainedTokenizerFast(tokenizer_object=made, eos_token="<end>", pad_token="<end>")
     tokenizer.chat_template = TEMPLATE
     return tokenizer
+
+
+def save_tiny_llama(folder: Path) -> str:
+    """Makes the folder of a Llama with three blocks, random weights and the tokenizer; returns its path."""
+    tokenizer = byte_tokenizer()
+    config = transformers.LlamaConfig(
+        vocab_size=len(tokenizer), hidden_size=64, intermediate_size=128, num_hidden_layers=3, num_attention_heads=4,
+        num_key_value_heads=2, eos_token_id=None, pad_token_id=0, max_position_embeddings=2048,
+    )  # fmt: skip
+    torch.manual_seed(0)
+    transformers.LlamaForCausalLM(config).save_pretrained(folder)
+    tokenizer.save_pretrained(folder)
+    return str(folder)

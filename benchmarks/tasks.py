@@ -1,0 +1,161 @@
+"""The paper's table: problems that a model solves, its speed and depth, by exit rule and quantizer.
+
+    python -m benchmarks.tasks --answers answers.jsonl
+    python -m benchmarks.tasks --model smollm2 --task gsm --limit 200 --quantizers hqq --answers answers.jsonl
+
+Rows:
+
+    never          the backbone by River's kernels: the plain text, up to rounding
+    exact          the same text, with the river's drafts
+    4-bit          every token through all twins
+    similarity     tokens leave by the paper's rule, above each of `--similarity`
+    confidence     by the model's certainty of the token before, above its default
+    calibrated     by each file of `--calibration`, as `river calibrate` writes them
+
+Every answer goes into `--answers` when it is known, so a run may be stopped at any time and goes on where it was.
+Where rows of a batch do not wait for each other, `--batch` problems are answered at once; with an exit rule they would,
+so those rows answer one after another. Speed is that of the first `--timed` problems, one after another, in every row.
+
+Not handled: the plain model by PyTorch's own kernels (`river eval --row plain`).
+"""
+
+from __future__ import annotations
+
+import argparse
+import sys
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass, field, replace
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from benchmarks import common
+from river_compile.cli import models
+from river_compile.cli.answers import Answer, AnswerFile, Problems, ask, summary
+from river_compile.cli.ways import CALIBRATED, EXACT, FAST, NEVER, RIVER, running
+
+if TYPE_CHECKING:
+    from transformers import PreTrainedModel
+
+TASKS = ("humaneval", "gsm", "reasoning")
+KINDS = ("never", "exact", "4-bit", "similarity", "confidence", "calibrated")
+
+
+@dataclass(frozen=True)
+class Rule:
+    """One row of the table.
+
+    Attributes:
+        name: of the row.
+        way: of running, see `river_compile.cli.ways`.
+        options: of the backend.
+        calibration: a file, for "calibrated".
+    """
+
+    name: str
+    way: str
+    options: dict[str, Any] = field(default_factory=dict)
+    calibration: Path | None = None
+
+    @property
+    def leaves(self) -> bool:
+        """Whether a score decides where a token leaves; rows of a batch then leave together."""
+        return self.way in (FAST, CALIBRATED)
+
+
+def rules(options: argparse.Namespace) -> Iterator[Rule]:
+    """Yields the rows that were asked for; those with twins once for each quantizer."""
+    if "never" in options.rules:
+        yield Rule("never", NEVER)
+    for quantizer in options.quantizers:
+        twins = {"quantizer": quantizer}
+        if "exact" in options.rules:
+            yield Rule(f"exact, {quantizer}", EXACT, twins)
+        if "4-bit" in options.rules:
+            yield Rule(f"4-bit, {quantizer}", RIVER, twins)
+        leaving = [("similarity", threshold) for threshold in options.similarity] + [("confidence", None)]
+        for criterion, threshold in leaving:
+            if criterion in options.rules:
+                given = {**twins, "criterion": criterion} | ({} if threshold is None else {"threshold": threshold})
+                yield Rule(f"{criterion}{'' if threshold is None else f' {threshold:g}'}, {quantizer}", FAST, given)
+    for file in options.calibration if "calibrated" in options.rules else ():
+        yield Rule(f"calibrated, {file.stem}", CALIBRATED, calibration=file)
+
+
+def main(arguments: list[str] | None = None) -> int:
+    """Runs the benchmark; returns the exit status."""
+    options = _parse(arguments)
+    try:
+        file = AnswerFile(options.answers)
+        model, tokenizer = models.start(options.model, options.dtype, options.threads)
+        problems = Problems.of(options.task, tokenizer, options.limit, options.new_tokens)
+    except (ValueError, models.ModelUnavailable) as error:
+        sys.exit(f"error: {error}")
+    asked = [options.model, options.dtype, options.task, options.new_tokens]
+    told: dict[str, list[Answer]] = {}
+    speeds: dict[str, float | None] = {}
+    for rule in rules(options):
+        with running(model, rule.way, rule.calibration, **rule.options):
+            told[rule.name] = _answers(model, problems, file, rule, asked, options.batch)
+            few = replace(problems, prompts=problems.prompts[: options.timed])
+            speeds[rule.name] = summary(_answers(model, few, file, rule, asked, 1), None)["tokens_per_s"]
+        solved = sum(answer.solved for answer in told[rule.name])
+        print(f"{rule.name}: {solved} of {len(problems.prompts)} solved", file=sys.stderr, flush=True)
+    rows = {
+        rule.name: summary(told[rule.name], told.get("never"))
+        | {"tokens_per_s": speeds[rule.name]}
+        | ({} if rule.leaves else {"mean_depth": None})
+        for rule in rules(options)
+    }
+    outcome = {**common.setting("tasks", options), "task": options.task, "rows": rows}
+    show(outcome)
+    common.write_outcome(outcome, options.json)
+    return 0
+
+
+def _answers(
+    model: PreTrainedModel, problems: Problems, file: AnswerFile, rule: Rule, asked: Sequence[object], batch: int
+) -> list[Answer]:
+    at_once = 1 if rule.leaves else batch
+    calibration = rule.calibration and rule.calibration.read_text(encoding="utf-8")
+    run = repr([*asked, rule.way, rule.options, calibration, at_once])
+    return ask(model, problems, file, run, at_once, f"{rule.name}, {at_once} at once")
+
+
+def show(outcome: dict) -> None:
+    """Prints the table."""
+    common.print_setting(outcome)
+    print(outcome["task"])
+    rows = outcome["rows"]
+    never = rows.get("never", {}).get("tokens_per_s")
+    cells = [
+        [
+            name,
+            f"{row['solved']} of {row['problems']}",
+            "{:.1%} to {:.1%}".format(*row["interval"]),
+            row["same_texts"],
+            row["mean_depth"],
+            row["tokens_per_s"],
+            row["tokens_per_s"] / never if never and row["tokens_per_s"] else None,
+        ]
+        for name, row in rows.items()
+    ]
+    common.print_table(["", "solved", "95 %", "never's texts", "depth", "tokens/s", "of never"], cells)
+
+
+def _parse(arguments: list[str] | None) -> argparse.Namespace:
+    parser = common.command_line(__doc__, "model", "dtype", "threads", "json", model="qwen-coder-1.5b")
+    parser.add_argument("--task", choices=TASKS, default=TASKS[0], help="%(choices)s (default: %(default)s)")
+    parser.add_argument("--limit", type=common.number(0), default=0, help="problems; 0: all of humaneval, 40 of others")
+    parser.add_argument("--new-tokens", type=common.number(2), default=200, help="of an answer, at most (%(default)s)")
+    parser.add_argument("--quantizers", nargs="*", default=["gptq"], help="of the twins (gptq)")
+    parser.add_argument("--rules", nargs="+", choices=KINDS, default=KINDS, help="rows (all)")
+    parser.add_argument("--similarity", nargs="*", type=float, default=[0.5, 0.7, 0.9], help="thresholds (0.5 0.7 0.9)")
+    parser.add_argument("--calibration", nargs="*", type=Path, default=[], metavar="FILE", help="of `river calibrate`")
+    parser.add_argument("--batch", type=common.number(1), default=8, help="problems at once (%(default)s)")
+    parser.add_argument("--timed", type=common.number(1), default=6, help="problems for the speed (%(default)s)")
+    parser.add_argument("--answers", type=Path, metavar="FILE", help="where answers are kept, and looked for")
+    return parser.parse_args(arguments)
+
+
+if __name__ == "__main__":
+    sys.exit(main())
