@@ -58,7 +58,6 @@ def linear(
     activation: str = "none",
     gated: bool = False,
     wanted: Tensor | None = None,
-    dependent: bool = False,
 ) -> Tensor:
     """Returns ``activation(h W^T + bias) + residual``, or gated ``activation(gate) * up + residual``, with h = norm(x).
 
@@ -83,8 +82,6 @@ def linear(
         wanted: int32 ``[1 + ceil(N / 16)]``, how many blocks of 16 output features are wanted and then their numbers,
             ascending; the features of others become `UNWANTED`, and the C++ kernels do not read their weights. None:
             all are wanted.
-        dependent: for the layout "triton" alone: whether the kernel may start while the one before it runs (NVIDIA,
-            from sm_90 on).
 
     Returns:
         ``[..., N]`` (gated ``[..., N / 2]``) in x.dtype, accumulated in float32.
@@ -103,7 +100,7 @@ def linear(
     if isinstance(matrix, layouts.PackedLinear) and (layout in (bf12.LAYOUT, bits8.LAYOUT) or matrix.unpacked):
         matrix = matrix.dequantize(torch.float32 if layout == bits8.LAYOUT else x.dtype)
     if layout in ("triton", bf12.GENERATED):
-        y = products.linear(x, matrix, bias, residual, norm, norm_weight, norm_bias, eps, activation, gated, dependent)
+        y = products.linear(x, matrix, bias, residual, norm, norm_weight, norm_bias, eps, activation, gated)
         return y if wanted is None else _without_unwanted(y, wanted)
     h = x if norm_weight is None else _normalise(x, norm, norm_weight, norm_bias, eps)
     if isinstance(matrix, layouts.PackedLinear):
@@ -142,8 +139,7 @@ def _(x: Tensor, _w: Any, _s: Any, _b: Any, out_features: int, _g: Any, _layout:
 
 
 _MERGED = """(Tensor x, Tensor[] weights, Tensor[] biases, Tensor? residual=None, str norm='none',
-Tensor? norm_weight=None, Tensor? norm_bias=None, float eps=1e-06, str activation='none', bool gated=False,
-bool dependent=False) -> Tensor"""
+Tensor? norm_weight=None, Tensor? norm_bias=None, float eps=1e-06, str activation='none', bool gated=False) -> Tensor"""
 
 
 @torch.library.custom_op("river::merged", mutates_args=(), schema=_MERGED)
@@ -154,7 +150,7 @@ def merged(x: Tensor, weights: Sequence[Tensor], biases: Sequence[Tensor], *fuse
         x: ``[..., K]``.
         weights: two matrices ``[N_i, K]`` or more in x.dtype; gated, the gate and the up projection.
         biases: ``[N_i]`` for each, or none at all.
-        fused: residual, norm, norm_weight, norm_bias, eps, activation, gated, dependent, as of `linear`.
+        fused: residual, norm, norm_weight, norm_bias, eps, activation, gated, as of `linear`.
 
     Raises:
         ValueError: as of `linear`; matrices whose rows no tile divides.
@@ -237,7 +233,6 @@ def experts(
     out_features: int,
     group_size: int,
     layout: str,
-    dependent: bool = False,
 ) -> Tensor:
     """Returns ``x[m] W[expert[m]]^T`` for every row m. Matrices that no row chose are not read.
 
@@ -248,7 +243,6 @@ def experts(
         out_features: N, the rows of each W.
         group_size: G.
         layout: name of the packing.
-        dependent: as of `linear`.
 
     Returns:
         ``[M, N]`` in x.dtype, accumulated in float32.
@@ -261,7 +255,7 @@ def experts(
         raise ValueError(f"experts takes x [M, K], expert [M] and stacked matrices; it was given {shapes}")
     stack = layouts.PackedLinear(layout, qweight, scale_zero, group_size, x.shape[1], out_features, len(qweight))
     if layout == "triton":
-        return products.experts(x, stack, expert, dependent)
+        return products.experts(x, stack, expert)
     linear = layouts.layout(layout).linear
     rows_of: dict[int, list[int]] = {}
     for row, chosen in enumerate(expert.tolist()):

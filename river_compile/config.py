@@ -174,13 +174,6 @@ class RiverConfig:
         "[docs/cuda.md](docs/cuda.md#exits-decided-on-the-device))",
         EXPERT,
     )
-    dependent_launch: bool = _option(
-        False,
-        FLAG,
-        "whether generated kernels start while the one before them still runs, to ask for their first weights (NVIDIA, "
-        "from sm_90 on; no card has run it yet: [docs/kernels.md](docs/kernels.md#how-a-kernel-starts-early))",
-        EXPERT,
-    )
     offload_dir: str | Path | None = _option(
         None,
         optional(PATH),

@@ -33,7 +33,6 @@ from tools import options
         ({"on_unsupported": "ignore"}, ["on_unsupported='ignore'", "'inductor', 'raise'"]),
         ({"dump_dir": 3}, ["dump_dir=3", "path"]),
         ({"check_ranks": 1}, ["check_ranks=1", "True or False"]),
-        ({"dependent_launch": "yes"}, ["dependent_launch='yes'", "True or False"]),
     ],
 )
 def test_bad_options_are_named(options, words):

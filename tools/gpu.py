@@ -80,17 +80,6 @@ STEPS = (
         (_kernels("llama-3.1-8b", "kernels-tuned-8b"), _kernels("llama-3.2-1b", "kernels-tuned-1b")),
     ),
     Step(
-        "early-start",
-        3,
-        "what kernels gain that start before the one in front of them has ended, and whether they are right",
-        (
-            (
-                *("-m", "benchmarks.early_start", "--model", "llama-3.1-8b", "llama-3.2-1b"),
-                *("--json", "{out}/early-start.json"),
-            ),
-        ),
-    ),
-    Step(
         "tests-kernels",
         8,
         "whether every kernel is right at model shapes and can be captured",

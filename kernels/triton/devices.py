@@ -53,11 +53,6 @@ def device_name(index: int) -> str:
     return architecture.split(":")[0] or f"sm_{properties.major}{properties.minor}"
 
 
-def starts_early(device: str) -> bool:
-    """Whether a GPU of that name can start a kernel while the one before it runs: NVIDIA's, from sm_90 on."""
-    return device.startswith("sm_") and int(device.removeprefix("sm_")) >= 90
-
-
 def device_of(tensor: torch.Tensor) -> str:
     """Names the device that the heuristic tiles for; a CPU tensor's attention is split as on the default GPU."""
     return device_name(tensor.device.index or 0) if tensor.is_cuda else DEFAULT_DEVICE

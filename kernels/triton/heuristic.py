@@ -219,9 +219,8 @@ def best_tile(spec: LinearSpec, device: str = DEFAULT_DEVICE, rows: int | None =
     `seconds`.
     """
     saved = saved_tiles(tuning_file()).get(tuned_for(device), {})
-    for how in (spec, dataclasses.replace(spec, dependent=False)):  # (a dependent launch's tile, or else any launch's)
-        if tuning_key(how) in saved:
-            return dataclasses.replace(spec, tile=saved[tuning_key(how)])
+    if tuning_key(spec) in saved:
+        return dataclasses.replace(spec, tile=saved[tuning_key(spec)])
     return _modelled(spec, known(device), rows)
 
 
@@ -296,8 +295,7 @@ def tuning_key(spec: LinearSpec) -> str:
     parts = [spec.weights, spec.group_size, spec.dtype, spec.rows, spec.in_features, spec.out_features, spec.norm]
     stack = [f"of{spec.experts}"] if spec.experts else []
     several = [f"parts{'_'.join(map(str, spec.matrices))}"] if spec.matrices else []
-    early = ["dependent"] if spec.dependent else []
-    return "-".join(map(str, [*parts, "gated" if spec.gated else "single", *stack, *several, *early]))
+    return "-".join(map(str, [*parts, "gated" if spec.gated else "single", *stack, *several]))
 
 
 def saved_tiles(path: Path) -> dict[str, dict[str, LinearTile]]:

@@ -14,7 +14,6 @@ from collections.abc import Callable
 
 from torch import Tensor
 
-from river_compile.kernels.triton.devices import device_of, starts_early
 from river_compile.kernels.triton.loader import Launch, load
 from river_compile.kernels.triton.spec import KernelSpec
 
@@ -49,18 +48,6 @@ def chosen(how: tuple[object, ...], given: dict[str, Tensor], rows: int, describ
             forget()
         _launches[key] = found
     return found
-
-
-def may_start_early(dependent: bool, tensor: Tensor) -> bool:
-    """Returns `dependent`.
-
-    Raises:
-        ValueError: it is True, and the tensor lies where no kernel can start before the one before it has ended.
-    """
-    if dependent and not (tensor.is_cuda and starts_early(device_of(tensor))):
-        where = device_of(tensor) if tensor.is_cuda else f"tensors on {tensor.device}"
-        raise ValueError(f"dependent=True needs an NVIDIA GPU from sm_90 on, not {where}; leave it out")
-    return dependent
 
 
 def present(**tensors: Tensor | None) -> dict[str, Tensor]:

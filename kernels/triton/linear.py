@@ -18,7 +18,7 @@ gate and up of another. A program finds its own, so that nothing is copied toget
 Weights in 12 bits are those of `quant.bf12`: four rows make a unit, and patches are added to the sums afterwards.
 
 Not handled: float16 activations of several rows with weights beyond float16 in the form "dot", which takes both in one
-dtype; requests ahead of a dependent launch for weights in 12 bits; groups of 32 in the form "groups" (Triton before 3.9
+dtype; groups of 32 in the form "groups" (Triton before 3.9
 passes each weight through shared memory again).
 
 Legend: M rows, N output features, K input features, G group size, all of one weight matrix of a gated pair.
@@ -34,7 +34,6 @@ from river_compile.kernels.checks import check_choice, check_positive
 from river_compile.kernels.quant.bf12 import BLOCK, FOUR, UNIT, UNIT_BYTES
 from river_compile.kernels.triton.spec import (
     ACTIVATION_DTYPES,
-    DTYPES,
     Buffer,
     Cost,
     KernelSpec,
@@ -46,9 +45,6 @@ GROUP_SIZES = (32, 64, 128)
 NORMS = ("none", "rms", "rms_plus_one", "layer")
 ACTIVATIONS = ("none", "silu", "gelu", "gelu_tanh", "relu")
 MAX_EXACT_ROWS = 16
-#: Bytes of weights that a program of a dependent launch asks for before it may read, at most. Those of all programs
-#: that a GPU holds are some 10 MB, a few microseconds of its memory and a fifth of its cache.
-ASKED_BYTES = 16384
 
 
 def form_of(weights: str, group_size: int, dtype: str, row_by_row: bool) -> str:
@@ -67,22 +63,6 @@ def least_columns(weights: str, form: str) -> int:
 def part_name(name: str, index: int) -> str:
     """Returns the name of the buffer of one of several matrices, or of its bias."""
     return f"{name}_{index}" if index else name
-
-
-@dataclass(frozen=True)
-class Start:
-    """What a program reads first of each of its rows of a buffer, in elements."""
-
-    dtype: str
-    row: int  # of a whole row
-    length: int  # of them that are asked for
-    split: int  # from where one program of split-K begins to where the next one does
-
-    @property
-    def aligned(self) -> bool:
-        """Whether each row's part begins where a sector of 32 bytes does."""
-        size = DTYPES[self.dtype][1]
-        return self.row * size % 32 == 0 and self.split * size % 32 == 0
 
 
 @dataclass(frozen=True)
@@ -297,25 +277,6 @@ class LinearSpec(KernelSpec):
             side = Buffer("int32", (4 + self.fours + 1,), strided=True)
             return {"units": Buffer("int32", (self.fours, self.row_words)), "side": side}
         return {"qweight": Buffer("int32", (rows, self.row_words)), "scale_zero": Buffer("int32", (rows, self.groups))}
-
-    @property
-    def starts(self) -> dict[str, Start]:
-        """By buffer of weights, what a dependent launch asks for: the steps that its pipeline starts with."""
-        if self.weights == "bf12":
-            return {}
-        size = 4 if self.weights == "w4" else 8 * DTYPES[self.dtype][1]  # bits of a weight
-        line = max(256 // size, self.group_size)
-        steps = min(self.steps, max(1, self.tile.num_stages - 1))
-        fits = 8 * ASKED_BYTES // (size * len(self.streams) * self.tile.block_n) // line * line
-        features = min(steps * self.tile.block_k, max(line, fits))
-        split = self.steps * self.tile.block_k
-        if self.weights == "dense":
-            return {"weight": Start(self.dtype, self.in_features, min(features, self.in_features), split)}
-        words, groups = min(features // 8, self.row_words), min(math.ceil(features / self.group_size), self.groups)
-        return {
-            "qweight": Start("int32", self.row_words, words, split // 8),
-            "scale_zero": Start("int32", self.groups, groups, split // self.group_size),
-        }
 
     def stages(self) -> tuple[Stage, ...]:
         tile, n = self.tile, self.out_features

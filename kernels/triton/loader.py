@@ -21,7 +21,6 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from river_compile.kernels.files import appearing, in_cache
-from river_compile.kernels.triton.devices import starts_early
 from river_compile.kernels.triton.spec import DTYPES, KernelSpec, Stage, render
 
 if TYPE_CHECKING:
@@ -93,7 +92,7 @@ class Launch:
         self._spaces = [(name, b.shape, getattr(torch, b.dtype), b.kept_for) for name, b in spaces.items()]
         self._rows = {"rows": rows}
         self._stages = [
-            (kernel.functions[stage.function][stage.grid(rows)], stage.arguments, _options(stage, kernel.spec))
+            (kernel.functions[stage.function][stage.grid(rows)], stage.arguments, _options(stage))
             for stage in kernel.stages
         ]
 
@@ -185,12 +184,7 @@ def load_for(spec: KernelSpec, target: str) -> Kernel:
     """Generates, imports and wraps the kernel of `spec` for "cuda", "hip" or the "interpreter".
 
     The same spec and target give the same object. NVIDIA's instructions are left out for all but "cuda".
-
-    Raises:
-        ValueError: a dependent launch on AMD's GPUs, which have none.
     """
-    if spec.dependent and target == "hip":
-        raise ValueError("dependent=True is for NVIDIA's GPUs; leave it out")
     import triton.language as tl
     from triton.runtime.interpreter import InterpretedFunction
     from triton.runtime.jit import JITFunction
@@ -213,12 +207,7 @@ def compile_for(spec: KernelSpec, backend: str, arch: int | str) -> list[Any]:
 
     Pointers count as 16-byte aligned, as torch allocates them. A GPU's code is kept by Triton's own cache. A target is
     "cuda" with a compute capability such as 90, or "hip" with a name such as "gfx942".
-
-    Raises:
-        ValueError: a dependent launch on a GPU that has none.
     """
-    if spec.dependent and not (backend == "cuda" and starts_early(f"sm_{arch}")):
-        raise ValueError(f"dependent=True needs an NVIDIA GPU from sm_90 on, not {backend} {arch}; leave it out")
     import triton
     from triton.backends.compiler import GPUTarget
     from triton.compiler import ASTSource
@@ -232,14 +221,13 @@ def compile_for(spec: KernelSpec, backend: str, arch: int | str) -> list[Any]:
         types = [pointers.get(name, "i32") for name in stage.arguments]
         aligned = {(i,): [["tt.divisibility", 16]] for i, name in enumerate(stage.arguments) if name in pointers}
         source = ASTSource(function, dict(zip(function.arg_names, types, strict=True)), {}, aligned)
-        compiled.append(triton.compile(source, target=target, options=_options(stage, spec)))
+        compiled.append(triton.compile(source, target=target, options=_options(stage)))
     return compiled
 
 
-def _options(stage: Stage, spec: KernelSpec) -> dict[str, int]:
+def _options(stage: Stage) -> dict[str, int]:
     # Fused multiply-adds are asked for: Triton 3.9 warns without a choice, and its successor changes the default.
-    options = {"num_warps": stage.num_warps, "num_stages": stage.num_stages, "enable_fp_fusion": True}
-    return options | {"launch_pdl": True} if spec.dependent else options  # (an option that AMD's compiler has not)
+    return {"num_warps": stage.num_warps, "num_stages": stage.num_stages, "enable_fp_fusion": True}
 
 
 def _import(path: Path, mode: str) -> types.ModuleType:

@@ -93,10 +93,6 @@ class KernelSpec:
 
     family: ClassVar[str]
 
-    # Whether each launch may start while the one before it still runs (NVIDIA's programmatic dependent launch, from
-    # sm_90 on): it asks for parameters to come into the cache, then waits before it reads or writes anything.
-    dependent: bool = field(default=False, kw_only=True)
-
     def buffers(self, rows: int | None = None) -> dict[str, Buffer]:
         """Returns every buffer of a call, in the order of the parameters."""
         raise NotImplementedError
@@ -156,7 +152,7 @@ def _templates() -> jinja2.Environment:
         keep_trailing_newline=True,
         autoescape=False,  # what comes out is a program, not a page
     )
-    environment.globals |= {"masked": masked, "next_power_of_two": next_power_of_two, "every_sector": every_sector}
+    environment.globals |= {"masked": masked, "next_power_of_two": next_power_of_two}
     environment.filters["repr"] = repr
     return environment
 
@@ -172,19 +168,6 @@ def masked(*conditions: str | None, other: str | None = "0.0") -> str:
         return ""
     text = used[0][1:-1] if len(used) == 1 else " & ".join(used)
     return f", mask={text}" + (f", other={other}" if other is not None else "")
-
-
-def every_sector(length: int, dtype: str, aligned: bool = True) -> str:
-    """Returns a vector of offsets, as text, one in each sector of 32 bytes that so many elements lie in.
-
-    Without `aligned` they may start in the middle of a sector. Offsets stay within the elements: the vector's length is
-    a power of two, and its end repeats the last one.
-    """
-    step = 32 // DTYPES[dtype][1]
-    sectors = math.ceil(length / step) if aligned else math.ceil((length - 1) / step) + 1
-    points = next_power_of_two(sectors)
-    text = f"tl.arange(0, {points}) * {step}"
-    return f"tl.minimum({text}, {length - 1})" if (points - 1) * step >= length else text
 
 
 def render(spec: KernelSpec) -> str:

@@ -32,7 +32,6 @@ from river_compile.kernels.native.libraries import all_ready_made
 from river_compile.kernels.quant.aten_int4 import LAYOUT as ATEN_LAYOUT
 from river_compile.kernels.quant.aten_int4 import has_fast_kernel
 from river_compile.kernels.quant.layouts import LAYOUTS, NATIVE_LAYOUT
-from river_compile.kernels.triton.devices import device_name, starts_early
 from river_compile.passes.program import Refusal
 
 TRITON_LAYOUT = "triton"
@@ -43,14 +42,12 @@ class Lowering:
     """How the segments of one graph are lowered.
 
     `compiler` is "inductor", or "eager" to call graphs operator by operator; `layout` is that of the 4-bit weights;
-    `fuse` says whether the generated kernels take the place of what they compute, and `dependent` whether they start
-    before the kernel in front of them has ended.
+    `fuse` says whether the generated kernels take the place of what they compute.
     """
 
     compiler: str
     layout: str
     fuse: bool
-    dependent: bool = False
 
     @property
     def native(self) -> bool:
@@ -82,12 +79,9 @@ def choose_lowering(config: RiverConfig, device: torch.device, flex: bool = Fals
             "operator by operator; load it with attn_implementation='sdpa', which the kernels of a CPU compute"
         )
         return Lowering("eager", ATEN_LAYOUT, fuse=False)
-    on_gpu, early = device.type == "cuda", config.dependent_launch
-    if early and not (on_gpu and starts_early(device_name(device.index or 0))):
-        where = device_name(device.index or 0) if on_gpu else f"a model on {device}"
-        raise OptionError(f"dependent_launch=True needs an NVIDIA GPU from sm_90 on, not {where}; leave it out")
+    on_gpu = device.type == "cuda"
     if config.quantizer == "none":  # no 4-bit product, hence no layout and nothing to fuse
-        return Lowering(compiler, ATEN_LAYOUT, False, early)
+        return Lowering(compiler, ATEN_LAYOUT, False)
     if device.type not in ("cpu", "cuda"):
         raise OptionError(
             f"there are no 4-bit kernels for a model on {device}; move it to a CPU or a GPU, or use quantizer='none'"
@@ -108,7 +102,7 @@ def choose_lowering(config: RiverConfig, device: torch.device, flex: bool = Fals
             f"lowering={config.lowering!r} needs Triton here, which is not installed; pip install triton, or use a "
             "model on a CPU with lowering='inductor'"
         )
-    return Lowering(compiler, TRITON_LAYOUT, fuse, early)
+    return Lowering(compiler, TRITON_LAYOUT, fuse)
 
 
 def no_compiler(config: RiverConfig, example_inputs: Sequence[Any], rewritten: bool) -> Refusal | None:

@@ -144,7 +144,7 @@ def inductor_settings(mode: str | None, whole: bool = True) -> dict[str, object]
 
 def _by_operator(segment: Segment, lowering: Lowering) -> Callee:
     """Returns a segment's graph as it is, under the autocast in which it was traced (compiled code has its casts)."""
-    graph_module = lower_ops(segment.graph, lowering.native, lowering.dependent)
+    graph_module = lower_ops(segment.graph, lowering.native)
     device = next((v.device.type for v in _examples(segment) if isinstance(v, Tensor)), "cpu")
     if not torch.is_autocast_enabled(device):
         return lambda inputs: graph_module(*inputs)
@@ -155,7 +155,7 @@ def _by_operator(segment: Segment, lowering: Lowering) -> Callee:
 def _compile(
     segment: Segment, packed: Sequence[Tensor], config_patches: dict[str, object], lowering: Lowering
 ) -> tuple[Callee, bool]:
-    graph_module = lower_ops(segment.graph, lowering.native, lowering.dependent)
+    graph_module = lower_ops(segment.graph, lowering.native)
     fake_mode, inputs = _fake_mode(segment), _examples(segment)
     inputs += [fake_mode.from_tensor(t, static_shapes=True) for t in packed]
     direct: list[Callee] = []
@@ -197,11 +197,11 @@ def _needs_no_wrapper(num_inner_inputs: int, num_inputs: int) -> bool:
     )
 
 
-def lower_ops(traced: fx.Graph, native: bool = False, dependent: bool = False) -> fx.GraphModule:
+def lower_ops(traced: fx.Graph, native: bool = False) -> fx.GraphModule:
     """Returns a copy of a graph in which the river's operators are functions that trace into ATen ops.
 
     Operators of the generated kernels stay, as do those of the C++ kernels, which take their place with `native`: they
-    are opaque to Inductor. With `dependent` generated kernels start before the one in front of them has ended.
+    are opaque to Inductor.
     """
     graph = fx.Graph()
     graph.output(graph.graph_copy(traced, {}))
@@ -216,15 +216,7 @@ def lower_ops(traced: fx.Graph, native: bool = False, dependent: bool = False) -
                 _take_apart(node)
         elif node.target is torch.ops.river.exit_score.default:
             node.target = portable.smallest_cosine
-        if dependent and _takes_dependent(node):
-            node.kwargs = {**node.kwargs, "dependent": True}
     return fx.GraphModule(traced.owning_module, graph, class_name="Segment")
-
-
-def _takes_dependent(node: fx.Node) -> bool:
-    """Whether a node's operator takes `dependent` (which those that have several layouts heed in "triton" alone)."""
-    schema = getattr(node.target, "_schema", None)
-    return schema is not None and any(argument.name == "dependent" for argument in schema.arguments)
 
 
 def _take_apart(product: fx.Node) -> None:

@@ -10,7 +10,6 @@ from __future__ import annotations
 import functools
 import math
 import os
-import sys
 import warnings
 from pathlib import Path
 
@@ -24,8 +23,6 @@ from river_compile.backend import executors_of
 from river_compile.cli import models
 from river_compile.config import RiverConfig
 from river_compile.exits import forced_depth
-from river_compile.kernels.triton import launch
-from river_compile.kernels.triton.devices import device_name, starts_early
 from river_compile.lowering import choose as lowering_choice
 from river_compile.lowering import compile as compile_module
 from river_compile.lowering.choose import Lowering, choose_lowering
@@ -395,47 +392,6 @@ def test_which_lowering_is_chosen(monkeypatch):
         choose_lowering(RiverConfig(lowering="triton"), cpu)
 
 
-@pytest.mark.parametrize(("option", "compiler"), [(True, "eager"), slow(False, "eager"), slow(True, "inductor")])
-def test_whether_kernels_start_early_reaches_every_launch(option, compiler, monkeypatch):
-    """Of twins, of experts, and of the backbone's merged products; the operators refuse it here, which is left out."""
-    asked: dict[tuple[str, int], set[bool]] = {}  # by the line that describes a kernel
-
-    def note(dependent, _tensor):
-        described = sys._getframe(1)
-        asked.setdefault((described.f_code.co_filename, described.f_lineno), set()).add(dependent)
-        return False
-
-    monkeypatch.setattr(launch, "may_start_early", note)
-    backend = lowered(Lowering(compiler, "triton", fuse=True, dependent=option))
-    for name in ("llama", "mixtral") if compiler == "eager" else ("llama",):
-        launch.forget()
-        torch._dynamo.reset()
-        model = make(name, layers=LAYERS)
-        model.compile(backend=backend, options=OPTIONS | {"backbone": "river"})
-        steps(model, new_cache(model, "static"))
-    assert set().union(*asked.values()) == {option}
-    # Products, slots, attention and the exit score; experts.
-    assert len(asked) == (5 if compiler == "eager" else 4)
-    launch.forget()
-
-
-def test_where_kernels_cannot_start_early_the_option_is_refused(monkeypatch):
-    early = RiverConfig(dependent_launch=True)
-    model = make("llama", layers=LAYERS)
-    model.compile(backend=river, options={**OPTIONS, "dependent_launch": True})
-    with pytest.raises(
-        OptionError, match="dependent_launch=True needs an NVIDIA GPU from sm_90 on, not a model on cpu"
-    ):
-        steps(model, new_cache(model, "static"))
-    for name in ("sm_80", "gfx942"):
-        monkeypatch.setattr(lowering_choice, "device_name", lambda index, name=name: name)
-        with pytest.raises(OptionError, match=f"from sm_90 on, not {name}; leave it out"):
-            choose_lowering(early, torch.device("cuda", 0))
-    monkeypatch.setattr(lowering_choice, "device_name", lambda index: "sm_100")
-    assert choose_lowering(early, torch.device("cuda", 0)) == Lowering("inductor", "triton", True, dependent=True)
-    assert choose_lowering(RiverConfig(dependent_launch=True, quantizer="none"), torch.device("cuda")).dependent
-
-
 def test_the_interpreter_is_announced_once():
     lowering_choice.warn_once.cache_clear()
     with pytest.warns(RiverWarning, match="Triton's interpreter"):
@@ -495,23 +451,3 @@ def test_compiled_kernels_on_the_card(name, dtype):
     graphs = report(model).to_dict()["graphs"]
     assert [g["fused"] for g in graphs] == [g["fused"] for g in expected["graphs"]]
     assert any(g["captures"]["alive"] > 0 for g in graphs)
-
-
-@pytest.mark.gpu
-@pytest.mark.parametrize("name", ["llama", "qwen3", "mixtral"])
-def test_captured_kernels_that_start_early_give_the_same_bits(name):
-    """Logits and caches of replays, of tokens that leave at every depth, with and without `dependent_launch`."""
-    if not starts_early(device_name(0)):
-        pytest.skip("needs an NVIDIA GPU from sm_90 on")
-    results = []
-    for early in (False, True):
-        torch._dynamo.reset()
-        model = make(name, layers=LAYERS).to("cuda", torch.bfloat16)
-        model.compile(backend=river, options={**OPTIONS, "dependent_launch": early})
-        cache = new_cache(model, "static")
-        for _ in range(4):  # run, captured, and replayed
-            cache.reset()
-            logits = steps(model, cache)
-        assert any(g["captures"]["alive"] > 0 for g in report(model).to_dict()["graphs"])
-        results.append((logits, cache_state(cache)))
-    assert_same(*results, rtol=0, atol=0)

@@ -1,7 +1,7 @@
 """Compiles the kernels of a model for GPUs that are not there, and prints what they use and what a token costs.
 
     python -m tools.kernels.resources [--target sm_90 ...] [--model NAME] [--context 1024] [--json PATH]
-        [--dependent-launch] [--backbone dense|bf12 [--rows 8]]
+        [--backbone dense|bf12 [--rows 8]]
 
 Registers, spills and shared memory come from the compiled code, widths of loads and matrix instructions from its text.
 For NVIDIA the machine code of products with packed weights is counted: instructions that a thread executes for each of
@@ -137,14 +137,13 @@ def main(arguments: list[str] | None = None) -> int:
     sizes = {"context": options.context, "group_size": options.group_size}
     table: list[Usage] = []
     costs = []
-    early = options.dependent_launch
     print(f"{options.model}, one row, context {options.context}, groups of {options.group_size}\n")
     print(
         "| target | kernel | launch | registers | spills | shared | occupancy | weight load | matrix | per weight | |"
     )
     print("|---|---|---|---:|---:|---:|---:|---:|---:|---:|---|")
     for target in options.target:
-        kernels = model_kernels(shape, device=target, dependent=early, **sizes)
+        kernels = model_kernels(shape, device=target, **sizes)
         if options.backbone:
             kernels |= backbone_kernels(shape, options.backbone, rows=options.rows, device=target)
         for label, spec in kernels.items():
@@ -181,7 +180,6 @@ def _parser() -> argparse.ArgumentParser:
     parser.add_argument("--model", choices=MODELS, default="llama-3.2-1b", help="whose shapes (default %(default)s)")
     parser.add_argument("--context", type=int, default=1024, help="valid slots of the cache (default %(default)s)")
     parser.add_argument("--group-size", type=int, default=64, choices=(32, 64, 128), help="default %(default)s")
-    parser.add_argument("--dependent-launch", action="store_true", help="kernels that start early, from sm_90 on")
     parser.add_argument("--backbone", choices=("dense", "bf12"), help="its matmuls too, with such weights")
     parser.add_argument("--rows", type=int, default=1, help="of the backbone's matmuls (default %(default)s)")
     parser.add_argument("--bandwidth", type=float, help="GB/s for the times; each target's data sheet if not given")

@@ -81,17 +81,16 @@ def model_kernels(
     context: int = 1024,
     group_size: int = 64,
     device: str = DEFAULT_DEVICE,
-    dependent: bool = False,
 ) -> dict[str, KernelSpec]:
     """Returns the kernels of a decode step: those of one river twin, the exit score, and the 16-bit head with the norm.
 
     The twin's come first, in launch order, as the fusion rules put them in. They are for `rows` sequences and `context`
-    valid slots of the cache, with the tiles of `device`; `dependent` ones start early. What Inductor writes between the
-    products of experts (the choice, activations, the weighted sum) is not among them.
+    valid slots of the cache, with the tiles of `device`. What Inductor writes between the products of experts (the
+    choice, activations, the weighted sum) is not among them.
     """
 
     def linear(k: int, n: int, each: int = 1, **fields: object) -> LinearSpec:
-        fields = {"group_size": group_size, "parameter_dtype": "bfloat16", "dependent": dependent, **fields}
+        fields = {"group_size": group_size, "parameter_dtype": "bfloat16", **fields}
         return best_tile(untiled(rows * each, k, n, **fields), device, rows * each)
 
     heads = (rows, shape.heads, shape.kv_heads, shape.head_dim, context)
@@ -110,7 +109,7 @@ def model_kernels(
             "down + residual": linear(shape.intermediate, shape.hidden, residual=True),
         }
     norm = "rms" if shape.qk_norm else "none"
-    fill = KvFillSpec(*heads, rotary_dim=shape.head_dim, head_norm=norm, dependent=dependent)
+    fill = KvFillSpec(*heads, rotary_dim=shape.head_dim, head_norm=norm)
     attention = DecodeAttentionSpec(
         *heads,
         shape.head_dim**-0.5,
@@ -118,14 +117,13 @@ def model_kernels(
         splits=splits,
         fill=fill,
         advance=True,
-        dependent=dependent,
     )
     return {
         "norm + q|k|v": linear(shape.hidden, shape.qkv, norm="rms", bias=shape.qkv_bias),
         "rope + kv write + attention": attention,
         "o + residual": linear(shape.heads * shape.head_dim, shape.hidden, residual=True),
         **mlp,
-        "exit score": ExitScoreSpec(rows, shape.hidden, dependent=dependent),
+        "exit score": ExitScoreSpec(rows, shape.hidden),
         "norm + head": linear(shape.hidden, shape.vocabulary, norm="rms", **dense),
     }
 

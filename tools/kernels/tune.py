@@ -152,7 +152,6 @@ def main(arguments: list[str] | None = None) -> int:
     parser.add_argument("--model", choices=MODELS, default="llama-3.1-8b", help="whose shapes (default %(default)s)")
     parser.add_argument("--rows", type=int, default=1, help="sequences (default %(default)s)")
     parser.add_argument("--group-size", type=int, default=64, choices=(32, 64, 128), help="default %(default)s")
-    parser.add_argument("--dependent-launch", action="store_true", help="of kernels that start early, from sm_90 on")
     parser.add_argument("--budget", type=float, default=60.0, help="seconds for everything (default %(default)s)")
     parser.add_argument("--top", type=int, default=8, help="candidates of each kernel (default %(default)s)")
     options = parser.parse_args(arguments)
@@ -161,7 +160,7 @@ def main(arguments: list[str] | None = None) -> int:
         return 1
     device = device_name(torch.cuda.current_device())
     sizes = {"rows": options.rows, "group_size": options.group_size}
-    kernels = model_kernels(MODELS[options.model], dependent=options.dependent_launch, **sizes)
+    kernels = model_kernels(MODELS[options.model], **sizes)
     specs = [spec for spec in kernels.values() if isinstance(spec, LinearSpec)]
 
     def keep(key: str, tile: LinearTile) -> None:

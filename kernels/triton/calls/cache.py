@@ -33,7 +33,6 @@ def kv_fill(
     norm: str,
     eps: float,
     interleaved: bool,
-    dependent: bool = False,
 ) -> Tensor:
     """Splits q|k|v of one position, transforms the heads, writes one slot of the caches and returns the query.
 
@@ -46,7 +45,6 @@ def kv_fill(
         norm: "rms" or "rms_plus_one" where q_norm and k_norm are given, else "none".
         eps: of the norm.
         interleaved: whether rotated pairs are neighbours instead of R / 2 apart.
-        dependent: whether the launch may start while the one before it runs (NVIDIA, from sm_90 on).
 
     Returns:
         The query ``[B, H, D]`` in qkv.dtype.
@@ -54,7 +52,7 @@ def kv_fill(
     Raises:
         ValueError: tensors whose shapes, strides or dtypes do not fit together.
     """
-    how = (norm, eps, interleaved, dependent)
+    how = (norm, eps, interleaved)
     describe, given, q = _filling(qkv, q_norm, k_norm, cos, sin, slot, k_cache, v_cache, *how)
     given["q"] = q
     launch.chosen(("kv_fill", *how), given, 1, describe)(given)
@@ -77,12 +75,11 @@ def attend(
     mask: Tensor | None,
     scale: float,
     softcap: float,
-    dependent: bool = False,
 ) -> Tensor:
     """Does in one launch what `kv_fill` and then `decode_attention` do, and may count the token.
 
     Args:
-        qkv, q_norm, k_norm, cos, sin, k_cache, v_cache, norm, eps, interleaved, dependent: as of `kv_fill`.
+        qkv, q_norm, k_norm, cos, sin, k_cache, v_cache, norm, eps, interleaved: as of `kv_fill`.
         slot: the slot to write, as of `kv_fill`; None where `counter` is given.
         counter: int32 or int64, one element: the slot to write, to which one is added afterwards; or None. Mutated.
         mask, scale, softcap: as of `decode_attention`; the mask says of the new slot too whether it takes part.
@@ -96,12 +93,12 @@ def attend(
     place = slot if counter is None else counter
     if place is None or (slot is not None and counter is not None):
         raise ValueError("give a slot or a counter, which is one that advances")
-    how = (norm, eps, interleaved, dependent)
+    how = (norm, eps, interleaved)
     fill, given, out = _filling(qkv, q_norm, k_norm, cos, sin, place, k_cache, v_cache, *how)
     advance = counter is not None
 
     def describe() -> DecodeAttentionSpec:
-        return _attention(out, k_cache, v_cache, mask, scale, softcap, dependent, fill(), advance)
+        return _attention(out, k_cache, v_cache, mask, scale, softcap, fill(), advance)
 
     given |= launch.present(mask=None if mask is None else mask.contiguous()) | {"out": out}
     launch.chosen(("attend", *how, scale, softcap, advance), given, 1, describe)(given)
@@ -120,7 +117,6 @@ def _filling(
     norm: str,
     eps: float,
     interleaved: bool,
-    dependent: bool,
 ) -> tuple[Callable[[], KvFillSpec], dict[str, Tensor], Tensor]:
     """Returns what describes a call that fills a slot, its buffers but for the result, and an empty ``[B, H, D]``."""
     b, kv_heads, slots, d = k_cache.shape
@@ -144,7 +140,6 @@ def _filling(
     def describe() -> KvFillSpec:
         strides, index = _cache_strides(k_cache, v_cache), dtype_name(slot)
         how: dict[str, Any] = {"head_norm": norm, "eps": eps, "cache_strides": strides, "index_dtype": index}
-        how["dependent"] = launch.may_start_early(dependent, qkv)
         if tables:
             rows, features = tables["cos"].shape
             how |= {"rotary_dim": features, "rotary_dtype": dtype_name(tables["cos"]), "rotary_rows": rows}
@@ -160,7 +155,6 @@ def decode_attention(
     mask: Tensor | None,
     scale: float,
     softcap: float,
-    dependent: bool = False,
 ) -> Tensor:
     """Attends from one query position to the slots of a static cache.
 
@@ -171,7 +165,6 @@ def decode_attention(
             the dtype's least number leaves a slot out. None for all. A row without any slot gives 0.
         scale: of the scores.
         softcap: c in c tanh(score / c); 0 for none.
-        dependent: as of `kv_fill`.
 
     Returns:
         ``[B, H, D]`` in q.dtype.
@@ -188,9 +181,9 @@ def decode_attention(
         given["mask"] = mask.contiguous()
 
     def describe() -> DecodeAttentionSpec:
-        return _attention(out, k_cache, v_cache, mask, scale, softcap, dependent)
+        return _attention(out, k_cache, v_cache, mask, scale, softcap)
 
-    launch.chosen(("decode_attention", scale, softcap, dependent), given, 1, describe)(given)
+    launch.chosen(("decode_attention", scale, softcap), given, 1, describe)(given)
     return out
 
 
@@ -201,7 +194,6 @@ def _attention(
     mask: Tensor | None,
     scale: float,
     softcap: float,
-    dependent: bool,
     fill: KvFillSpec | None = None,
     advance: bool = False,
 ) -> DecodeAttentionSpec:
@@ -221,16 +213,14 @@ def _attention(
         cache_strides=_cache_strides(k_cache, v_cache),
         fill=fill,
         advance=advance,
-        dependent=launch.may_start_early(dependent, out),
     )
 
 
-def shift(k_cache: Tensor, v_cache: Tensor, dependent: bool = False) -> Tensor:
+def shift(k_cache: Tensor, v_cache: Tensor) -> Tensor:
     """Moves all entries of a full window up by one slot, and returns the slot that this frees.
 
     Args:
         k_cache, v_cache: ``[B, J, S, D]`` of one dtype, features contiguous. Mutated; the last slot stays as it is.
-        dependent: as of `kv_fill`.
 
     Returns:
         S - 1, int64 ``[1]``.
@@ -243,12 +233,10 @@ def shift(k_cache: Tensor, v_cache: Tensor, dependent: bool = False) -> Tensor:
     given = {"k_cache": k_cache, "v_cache": v_cache, "slot": slot}
 
     def describe() -> ShiftSpec:
-        strides, early = _cache_strides(k_cache, v_cache), launch.may_start_early(dependent, k_cache)
-        return ShiftSpec(
-            b, kv_heads, kv_heads, d, slots, dtype=dtype_name(k_cache), cache_strides=strides, dependent=early
-        )
+        strides = _cache_strides(k_cache, v_cache)
+        return ShiftSpec(b, kv_heads, kv_heads, d, slots, dtype=dtype_name(k_cache), cache_strides=strides)
 
-    launch.chosen(("shift", dependent), given, 1, describe)(given)
+    launch.chosen(("shift",), given, 1, describe)(given)
     return slot
 
 

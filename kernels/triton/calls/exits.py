@@ -13,14 +13,11 @@ from river_compile.kernels.triton.exit_score import ExitScoreSpec
 from river_compile.kernels.triton.loader import dtype_name
 
 
-def residual_score(
-    update: Tensor, residual: Tensor, previous: Tensor, dependent: bool = False
-) -> tuple[Tensor, Tensor]:
+def residual_score(update: Tensor, residual: Tensor, previous: Tensor) -> tuple[Tensor, Tensor]:
     """Adds a residual and measures the exit score, in one launch (on the CPU: in Triton's interpreter).
 
     Args:
         update, residual, previous: ``[..., D]`` of one shape and dtype.
-        dependent: as of `kv_fill`.
 
     Returns:
         hidden = residual + update ``[..., D]``, and its smallest similarity to `previous` over all rows, float32
@@ -29,7 +26,7 @@ def residual_score(
     Raises:
         ValueError: tensors of different shapes or dtypes.
     """
-    return _exit_score(update, residual, previous, dependent)
+    return _exit_score(update, residual, previous)
 
 
 def residual_verdict(
@@ -38,7 +35,6 @@ def residual_verdict(
     previous: Tensor,
     rule: Tensor,
     verdict: Tensor,
-    dependent: bool = False,
 ) -> tuple[Tensor, Tensor]:
     """Does what `residual_score` does, decides whether the score leaves, and notes that, in one launch.
 
@@ -46,7 +42,6 @@ def residual_verdict(
         update, residual, previous: as of `residual_score`.
         rule: float64 ``[1]``, the bar; see :mod:`.exit_score`.
         verdict: float32 ``[4]``, the score and in bytes 4 and 5 the booleans "leaves" and "stays". Mutated.
-        dependent: as of `kv_fill`.
 
     Returns:
         As `residual_score`.
@@ -54,14 +49,13 @@ def residual_verdict(
     Raises:
         ValueError: tensors of different shapes, or of other shapes or dtypes than these.
     """
-    return _exit_score(update, residual, previous, dependent, rule, verdict)
+    return _exit_score(update, residual, previous, rule, verdict)
 
 
 def _exit_score(
     update: Tensor,
     residual: Tensor,
     previous: Tensor,
-    dependent: bool,
     rule: Tensor | None = None,
     verdict: Tensor | None = None,
 ) -> tuple[Tensor, Tensor]:
@@ -76,8 +70,7 @@ def _exit_score(
     rows, features = hidden.shape
 
     def describe() -> ExitScoreSpec:
-        early = launch.may_start_early(dependent, update)
-        return ExitScoreSpec(rows, features, dtype_name(update), decides=rule is not None, dependent=early)
+        return ExitScoreSpec(rows, features, dtype_name(update), decides=rule is not None)
 
-    launch.chosen(("exit_score", dependent), given, 1, describe)(given)
+    launch.chosen(("exit_score",), given, 1, describe)(given)
     return hidden.view(update.shape), score.view(())

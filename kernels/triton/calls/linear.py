@@ -32,7 +32,6 @@ def linear(
     eps: float = 1e-6,
     activation: str = "none",
     gated: bool = False,
-    dependent: bool = False,
 ) -> Tensor:
     """Runs a linear kernel; `weight` is packed for the generated kernels or dense, the rest as in `ops.linear`.
 
@@ -75,12 +74,11 @@ def linear(
             activation=activation,
             gated=gated,
             x_stride=x2.stride(0) if rows > 1 and x2.stride(0) != k else 0,
-            dependent=launch.may_start_early(dependent, x),
         )
         return best_tile(spec, device_of(x), rows) if x.is_cuda else interpreter_tile(spec)
 
     packing = (weight.group_size, weight.scale_zero.dtype) if isinstance(weight, PackedLinear) else ()
-    launch.chosen(("linear", *packing, norm, eps, activation, gated, dependent), given, rows, describe)(given)
+    launch.chosen(("linear", *packing, norm, eps, activation, gated), given, rows, describe)(given)
     return y.reshape(*x.shape[:-1], n)
 
 
@@ -107,7 +105,7 @@ def _named(name: str, parts: Sequence[Tensor]) -> dict[str, Tensor]:
     return {part_name(name, i): part for i, part in enumerate(parts)}
 
 
-def experts(x: Tensor, weight: PackedLinear, expert: Tensor, dependent: bool = False) -> Tensor:
+def experts(x: Tensor, weight: PackedLinear, expert: Tensor) -> Tensor:
     """Runs a linear kernel of stacked matrices; arguments as in `ops.experts`, `weight` in the layout "triton".
 
     Raises:
@@ -117,7 +115,7 @@ def experts(x: Tensor, weight: PackedLinear, expert: Tensor, dependent: bool = F
     y = x.new_empty((rows, n))
     if rows == 0:
         return y
-    fields = _weight_fields(weight) | {"dtype": dtype_name(x), "dependent": launch.may_start_early(dependent, x)}
+    fields = _weight_fields(weight) | {"dtype": dtype_name(x)}
     spec = untiled(rows, k, n, **fields, experts=stack)
     spec = best_tile(spec, device_of(x), rows) if x.is_cuda else interpreter_tile(spec)
     matrices = {
