@@ -155,7 +155,7 @@ def run(named: dict[str, Callable[[], str]], keep: Callable[[dict], object]) -> 
             failed += 1
         seconds = time.perf_counter() - start
         print(f"{state:6}  {name:14} {seconds:6.1f} s  {text}", flush=True)
-        keep({"check": name, "model_record": state, "seconds": seconds, "text": text})
+        keep({"check": name, "state": state, "seconds": seconds, "text": text})
     return failed
 
 

@@ -124,7 +124,7 @@ def run_step(step: Step, out: Path) -> dict:
                 state = "stopped"
                 break
             state = "failed" if status else state
-    return {"step": step.name, "model_record": state, "seconds": time.monotonic() - start}
+    return {"step": step.name, "state": state, "seconds": time.monotonic() - start}
 
 
 def _filled(command: Sequence[str], out: Path) -> list[str]:
@@ -189,12 +189,12 @@ def main(arguments: list[str] | None = None) -> int:
     end, done = time.monotonic() + 60 * options.minutes, []
     for step in steps:
         if time.monotonic() + 60 * step.minutes > end:
-            done.append({"step": step.name, "model_record": "no time", "seconds": 0.0})
+            done.append({"step": step.name, "state": "no time", "seconds": 0.0})
         else:
             done.append(run_step(step, options.out))
         common.write_json(options.out / "steps.json", done)
-    common.print_table(["step", "", "seconds"], [[d["step"], d["model_record"], round(d["seconds"])] for d in done])
-    return sum(d["model_record"] != "ok" for d in done)
+    common.print_table(["step", "", "seconds"], [[d["step"], d["state"], round(d["seconds"])] for d in done])
+    return sum(d["state"] != "ok" for d in done)
 
 
 if __name__ == "__main__":

@@ -118,7 +118,7 @@ def test_blocks_without_a_cache_are_blocks_beside_others_and_none_alone():
 def test_a_state_of_three_dimensions_is_kept_like_keys_and_values():
     """A convolution's inputs are copied in place; a state that the prompt makes is returned, and is no hidden state."""
     blocks = Blocks()
-    state = blocks.b.placeholder("model_record", torch.zeros(1, 8, 3))
+    state = blocks.b.placeholder("state", torch.zeros(1, 8, 3))
     hidden = blocks.block(0, blocks.b.call("neg", blocks.hidden), write=False)
     with blocks.b.module("L['self'].layers.0"):
         blocks.b.call("copy_", state, blocks.b.call("expand", blocks.b.call("view", hidden, 1, 8, 1), -1, -1, 3))

@@ -112,12 +112,12 @@ def test_a_check_that_fails_is_named_and_the_next_begins(capsys):
     kept = []
 
     def fail():
-        assert kept == [{**kept[0], "check": "first", "model_record": "ok"}]
+        assert kept == [{**kept[0], "check": "first", "state": "ok"}]
         raise RuntimeError("no ptxas\nand more")
 
     named = {"first": lambda: "fine", "second": fail, "third": lambda: "fine too"}
     assert check_gpu.run(named, kept.append) == 1
-    assert [(row["model_record"], row["text"]) for row in kept] == [
+    assert [(row["state"], row["text"]) for row in kept] == [
         ("ok", "fine"),
         ("FAILED", "RuntimeError: no ptxas"),
         ("ok", "fine too"),

@@ -18,7 +18,7 @@ NAMES = [step.name for step in STEPS]
 
 
 def results(out):
-    return [(row["step"], row["model_record"]) for row in json.loads((out / "steps.json").read_text())]
+    return [(row["step"], row["state"]) for row in json.loads((out / "steps.json").read_text())]
 
 
 def python(code):
@@ -110,7 +110,7 @@ def test_outcomes_are_written_after_every_step(steps, tmp_path, monkeypatch):
     def run(step, out):
         if step.name == "b":
             raise KeyboardInterrupt
-        return {"step": step.name, "model_record": "ok", "seconds": 1.0}
+        return {"step": step.name, "state": "ok", "seconds": 1.0}
 
     monkeypatch.setattr(gpu, "run_step", run)
     with pytest.raises(KeyboardInterrupt):
