@@ -3,6 +3,8 @@
     linear             activation(norm(x) W^T + bias) + residual with 4-bit weights; gated as in `ops.linear`
     dense              the same with up to four weights ``[N_i, K]`` in x's dtype, one below the other, and biases
     experts            each row's product with the one that it chose of several stacked weights in 4 bits
+    embed              rows of a table, one for each id; an error for an id that has none
+    turns              cosines or sines of positions times frequencies ``[..., 2 F]``, as rotary embeddings take them
     norm               norm(x) + residual
     rescore            logits, the largest of them computed anew from a matrix in x's dtype
     kv_fill            q|k|v -> qk-norm, rotary embedding, cache slot; returns q and mutates the caches
@@ -165,6 +167,10 @@ _FAKES: dict[str, Callable[..., Tensor | None]] = {
     "decode_attention": _attention_fake,
     "attention": _attention_fake,
     "experts": lambda x, _weight, _scale_zero, _expert, out_features, *_: x.new_empty((x.shape[0], out_features)),
+    "embed": lambda ids, table: table.new_empty((*ids.shape, table.shape[1])),
+    "turns": lambda positions, frequencies, _scale, _sine, like: like.new_empty(
+        (*positions.shape, 2 * len(frequencies))
+    ),
     "norm": lambda x, *_: torch.empty_like(x, memory_format=torch.contiguous_format),
     "rescore": lambda logits, *_: torch.empty_like(logits, memory_format=torch.contiguous_format),
     "exit_score": lambda hidden, _previous: hidden.new_empty((), dtype=torch.float32),

@@ -14,6 +14,7 @@ from collections.abc import Callable, Sequence
 from typing import Any
 
 import torch
+import torch.nn.functional as F
 from torch import Tensor, fx
 
 from river_compile.kernels.native import load as native
@@ -104,6 +105,7 @@ def native_segment(segment: Segment) -> NativeSegment | None:
     graph.output(graph.graph_copy(segment.graph, {}))
     use_native(graph)
     _use_native_bookkeeping(graph)
+    _use_native_inputs(graph)
     for node in reversed(graph.nodes):
         if node.op == "call_function" and not node.users and node.target in (torch.roll, torch._C._log_api_usage_once):
             graph.erase_node(node)
@@ -156,6 +158,67 @@ def _use_native_bookkeeping(graph: fx.Graph) -> None:
             node.target = native_ops.advance.default
 
 
+def _use_native_inputs(graph: fx.Graph) -> None:
+    """Turns the embedding, and the tables of rotary embeddings in its dtype, into operators that a tape can hold."""
+    native_ops = native.load()
+    table: fx.Node | None = None
+    for node in list(graph.nodes):
+        if called(node, F.embedding) and _looks_up(node):
+            table = node.args[1]
+            node.target, node.args, node.kwargs = native_ops.embed.default, node.args[:2], {}
+        elif table is not None and (called(node, Tensor.cos) or called(node, Tensor.sin)):
+            angles = _angles(node.args[0])
+            last, scale = _scaled(node)
+            if angles is None or value_of(last).dtype != value_of(table).dtype:
+                continue
+            sine = called(node, Tensor.sin)
+            with graph.inserting_before(last):
+                turns = graph.call_function(native_ops.turns.default, (*angles, scale, sine, table))
+            turns.meta.update(last.meta)
+            last.replace_all_uses_with(turns)
+            drop_unused(last)
+
+
+def _is_int64(node: object) -> bool:
+    return is_tensor(node) and value_of(node).dtype == torch.int64
+
+
+def _looks_up(embedding: fx.Node) -> bool:
+    """True for rows of a table as they are, without a norm that they may have at most."""
+    ids, table, *others = embedding.args
+    return others[1:2] in ([], [None]) and not embedding.kwargs.get("max_norm") and _is_int64(ids) and rank(table) == 2
+
+
+def _angles(node: object) -> tuple[fx.Node, fx.Node] | None:
+    """Returns positions and frequencies of ``cat((a, a), -1)``, ``a`` being their product in float32."""
+    if not called(node, torch.cat) or node.kwargs or node.args[1:] not in ((-1,), (2,)) or len({*node.args[0]}) != 1:
+        return None
+    product = node.args[0][0]
+    if len(node.args[0]) != 2 or not called(product, operator.mul):
+        return None
+    for cast, frequencies in (product.args, product.args[::-1]):
+        if called(cast, Tensor.to) and cast.args[1:] == (torch.float32,) and called(cast.args[0], operator.getitem):
+            positions, place = cast.args[0].args
+            flat = is_tensor(frequencies) and rank(frequencies) == 1
+            if place == (..., None) and _is_int64(positions) and flat and value_of(frequencies).dtype == torch.float32:
+                return positions, frequencies
+    return None
+
+
+def _scaled(node: fx.Node) -> tuple[fx.Node, float]:
+    """Returns what a node is after it was multiplied by a number and cast, if it was, and that number."""
+    scale = 1.0
+    for target in (operator.mul, Tensor.to):
+        (user, *others) = [*node.users, None]
+        if others != [None] or not called(user, target) or user.args[0] is not node or user.kwargs:
+            continue
+        if target is operator.mul and type(user.args[1]) in (int, float):
+            node, scale = user, float(user.args[1])
+        elif target is Tensor.to and len(user.args) == 2 and isinstance(user.args[1], torch.dtype):
+            node = user
+    return node, scale
+
+
 def _moves_up(copy: fx.Node) -> bool:
     """True for ``cache.copy_(cache.roll(-1, dim of slots))``: a full sliding window frees a slot."""
     cache, new = copy.args[:2]
@@ -170,14 +233,14 @@ def _changes_nothing(cast: fx.Node) -> bool:
 
 def _counts(node: object) -> bool:
     """True for a tensor of one int64."""
-    return is_tensor(node) and value_of(node).dtype == torch.int64 and shape(node) in [(1,) * n for n in range(9)]
+    return _is_int64(node) and shape(node) in [(1,) * n for n in range(9)]
 
 
 def _are_slots(a: object, b: object) -> bool:
     """True for two counters, or a counter and a vector of int64."""
     if not _counts(a):
         a, b = b, a
-    return _counts(a) and (_counts(b) or (is_tensor(b) and value_of(b).dtype == torch.int64 and rank(b) == 1))
+    return _counts(a) and (_counts(b) or (_is_int64(b) and rank(b) == 1))
 
 
 def _is_number(argument: object) -> bool:

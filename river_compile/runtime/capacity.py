@@ -10,7 +10,7 @@ counts no change. Not noticed: a length that another program's CUDA graph advanc
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from typing import NamedTuple
 
 from torch import Tensor
@@ -18,6 +18,7 @@ from torch.utils.weak import WeakTensorKeyDictionary
 
 from river_compile.errors import CacheFullError
 from river_compile.passes.program import RiverProgram
+from river_compile.runtime.slots import size_of_pass
 from river_compile.upstream.tensors import version_of
 
 
@@ -45,8 +46,8 @@ class Capacity:
         counts: whether the host counts, instead of reading the length before every step.
     """
 
-    def __init__(self, length: int, hidden: int, capacity: int | Slots, axis: int | None, counts: bool) -> None:
-        self._length, self._hidden, self._slots, self._axis = length, hidden, capacity, axis
+    def __init__(self, length: int, new: int | Callable[[Sequence], int], capacity: int | Slots, counts: bool) -> None:
+        self._length, self._new, self._slots = length, new, capacity
         self.counts = counts
 
     @classmethod
@@ -56,8 +57,6 @@ class Capacity:
         kv = next((block.kv for block in plan.blocks if block.kv.capacity is not None and block.kv.lengths), None)
         if kv is None or kv.capacity is None:
             return None
-        hidden = program.slots[plan.blocks[0].hidden_in]
-        axis = None if plan.is_decode else plan.token_axis
         capacity: int | Slots
         if isinstance(kv.capacity, int):
             capacity = kv.capacity
@@ -68,7 +67,7 @@ class Capacity:
             if written is None:
                 return None
             capacity = Slots(program.slots[written.args[0]], written.args[1])
-        return cls(program.slots[kv.lengths[0]], hidden, capacity, axis, plan.device.type != "cpu")
+        return cls(program.slots[kv.lengths[0]], _new_tokens(program), capacity, plan.device.type != "cpu")
 
     def check(self, slots: list) -> int:
         """Returns how many tokens are in the cache after a step, whose slots it checks before anything is written.
@@ -76,7 +75,8 @@ class Capacity:
         Raises:
             CacheFullError: its tokens have no room.
         """
-        length, new, capacity = slots[self._length], self._new(slots), self._capacity(slots)
+        length, capacity = slots[self._length], self._capacity(slots)
+        new = self._new if isinstance(self._new, int) else self._new(slots)
         known = _known.pop(length, None) if self.counts else None  # (a step that fails leaves nothing known)
         if known is None or length.is_inference() or known.version != version_of(length):
             filled = _read(length)
@@ -103,8 +103,16 @@ class Capacity:
     def _capacity(self, slots: list) -> int:
         return self._slots if isinstance(self._slots, int) else slots[self._slots.cache].shape[self._slots.dim]
 
-    def _new(self, slots: list) -> int:
-        return 1 if self._axis is None else slots[self._hidden].shape[self._axis]
+
+def _new_tokens(program: RiverProgram) -> int | Callable[[Sequence], int]:
+    """Returns how many tokens of each row a step adds, or what tells it from the step's slots."""
+    plan = program.plan
+    if isinstance(plan.query_length, int):
+        return plan.query_length
+    size, hidden = size_of_pass(program), program.slots[plan.blocks[0].hidden_in]
+    if size is not None:
+        return lambda slots: size(slots)[1]
+    return lambda slots: slots[hidden].shape[plan.token_axis]  # (such a pass is not captured: its prologue has run)
 
 
 def _read(length: Tensor) -> int:

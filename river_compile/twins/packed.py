@@ -93,6 +93,7 @@ class PackedMatmul(Quantized):
         """
         stamp = ParameterStamp(sources.tensors)
         if not thorough and stamp == self.stamp:
+            sources.known_as(self.digest)
             return True
         if sources.digest != self.digest:
             return False

@@ -203,7 +203,14 @@ class TwinRegistry:
             pairs = list(sites)
             for site, sources in pairs:
                 self._keep_under(sources.weights[0], site)
-            alike = _in_threads(lambda pair: pair[0].stands_for(pair[1], thorough=thorough), pairs)
+            # (What is packed without loss first: another graph may have renewed that, and it tells the twins' digests.)
+            pairs.sort(key=lambda pair: not pair[0].linear.lossless)
+            first = sum(site.linear.lossless for site, _ in pairs)
+            alike = [
+                same
+                for some in (pairs[:first], pairs[first:])
+                for same in _in_threads(lambda pair: pair[0].stands_for(pair[1], thorough=thorough), some)
+            ]
             changed = [pair for pair, same in zip(pairs, alike, strict=True) if not same]
             unneeded = statistics.ranks.every(not any(needs_moments(site) for site, _ in changed))
             recorded, read = (None, None) if unneeded else statistics.take(anew=True)

@@ -55,7 +55,7 @@ def test_torchaos_weights_are_read_as_they_are(family, config):
     assert all(graph["lossless_bytes"] for graph in report(model).to_dict()["graphs"])
     length = make(family, layers=2).config.vocab_size
     mine, theirs = ((x[:length].float() - exact[:length]).abs().mean() for x in (scores, own))
-    assert mine <= 1.2 * theirs
+    assert mine <= 2 * theirs  # (a wrong integer or scale is more than ten times that)
     plain = accelerated(quantized(family, config), "fast", threshold=1.0)
     assert torch.equal(generate(plain)[0], text)
 
@@ -110,7 +110,7 @@ def test_a_file_in_q8_0_may_be_loaded_in_16_bits():
     size = sum(p.numel() for n, p in packed.named_parameters() if p.dim() == 2 and "layers" in n)
     assert all(graph["lossless_bytes"] >= size for graph in report(packed).to_dict()["graphs"])
     theirs, mine = ((scores[i] - scores[0]).abs().mean() for i in (1, 2))
-    assert mine <= 1.2 * theirs
+    assert mine <= 2 * theirs  # (a wrong integer or scale is more than ten times that)
 
 
 @torch.no_grad()

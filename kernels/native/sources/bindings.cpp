@@ -3,6 +3,7 @@
 #include <torch/csrc/stable/library.h>
 
 #include "bindings_cache.h"
+#include "bindings_inputs.h"
 #include "bindings_linear.h"
 #include "bindings_logits.h"
 #include "tape.h"
@@ -153,6 +154,8 @@ const Operator kOnTensors[] = {
     {"experts",
      "(Tensor x, Tensor weight, Tensor scale_zero, Tensor expert, int out_features, int group_size) -> Tensor",
      boxed<experts>},
+    {"embed", "(Tensor ids, Tensor table) -> Tensor", boxed<embed>},
+    {"turns", "(Tensor positions, Tensor frequencies, float scale, bool sine, Tensor like) -> Tensor", boxed<turns>},
     {"norm", "(Tensor x, " + kNorm + ", Tensor? residual=None) -> Tensor", boxed<norm>},
     {"rescore", "(Tensor logits, Tensor x, Tensor weight, Tensor? bias, " + kNorm + ") -> Tensor", boxed<rescore>},
     {"kv_fill",

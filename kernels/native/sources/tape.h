@@ -10,6 +10,7 @@
 #include <cstdlib>
 #include <memory>
 #include <new>
+#include <utility>
 #include <vector>
 
 #include "phases.h"
@@ -43,12 +44,22 @@ class Tape {
   }
   void add(const Phase& phase) { phases_.push_back(phase); }
   void hold(const torch::stable::Tensor& tensor) { tensors_.push_back(tensor); }
-  void replay(int threads) const { ThreadPool::instance().run(phases_.data(), int(phases_.size()), threads); }
+  // After each replay `failed` must be 0; else the replay says `what`.
+  void watch(int32_t* failed, const char* what) { watched_.push_back({failed, what}); }
+  void replay(int threads) const {
+    ThreadPool::instance().run(phases_.data(), int(phases_.size()), threads);
+    for (const Watched& watched : watched_) STD_TORCH_CHECK(!std::exchange(*watched.failed, 0), watched.what);
+  }
   size_t phases() const { return phases_.size(); }
   size_t bytes() const { return bytes_; }
 
  private:
+  struct Watched {
+    int32_t* failed;
+    const char* what;
+  };
   std::vector<Phase> phases_;
+  std::vector<Watched> watched_;
   std::vector<Memory> memory_;
   std::vector<torch::stable::Tensor> tensors_;
   size_t bytes_ = 0;
@@ -89,6 +100,14 @@ void run_phases(const Args& args, std::initializer_list<Phase> phases, bool besi
         for (int64_t part = first; part < end; ++part) phase.run(phase.args, int(part), phase.parts);
       });
   }
+}
+
+// What the phases of a call noted as wrong becomes an error: at once, or after each replay of the tape.
+inline void expect_zero(int32_t* failed, const char* what) {
+  if (Tape* tape = Tape::recording())
+    tape->watch(failed, what);
+  else
+    STD_TORCH_CHECK(!*failed, what);
 }
 
 }  // namespace river
