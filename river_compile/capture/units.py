@@ -2,9 +2,9 @@
 
     span a-b    [prologue,] blocks a+1..b, and the flag of the check after block b
     last a-L    [prologue,] blocks a+1..L and the head
-    tail d      twins d+1..L and the river's head
+    tail d      [prologue,] twins d+1..L and the river's head
     twins d, head    both alone, where the head cannot be captured and the twins can (spans: "span a-L" and "last L-L")
-    prologue    the prologue alone, where it cannot be captured (the spans then start at block 1)
+    prologue    the prologue alone, where it cannot be captured (spans then start at block 1, and tails with twins)
     step    all of it, for a graph that decides by itself (:mod:`river_compile.capture.device_exits`)
 
 A unit reads and writes slots. Those that other units or the caller need afterwards get buffers; all others live in the
@@ -149,7 +149,7 @@ class Partition:
 
     def spans(self, start: int, end: int) -> list[CaptureUnit]:
         """Returns the units of blocks start+1..end, and the head's: several if not all can be captured."""
-        if start == end and (start or self.prologue is not None):
+        if start == end:
             return []
         if (start, end) not in self._spans:
             cut = [self._resident] if start < self._resident < end else []
@@ -218,10 +218,10 @@ class Partition:
             alone = [] if self.prologue is None else [program.prologue]
             return [segment for segment in program.segments if segment in self._steps and segment not in alone]
         twins, head = list(program.twins[start:]), program.river_head or program.head
+        first = [] if start or self.prologue is not None else [program.prologue]
         if kind in ("tail", "twins", "head"):
-            return [*(twins if kind != "head" else []), *([head] if kind != "twins" else [])]
-        segments = [] if start or self.prologue is not None else [program.prologue]
-        segments += program.blocks[start:end]
+            return [*([*first, *twins] if kind != "head" else []), *([head] if kind != "twins" else [])]
+        segments = [*first, *program.blocks[start:end]]
         return [*segments, program.head] if kind == "last" else segments
 
     def _make(self, kind: Kind, start: int, end: int) -> CaptureUnit:

@@ -44,7 +44,7 @@ def reads(monkeypatch):
 
 
 def decode_room(capacity=8, counts=True):
-    return Capacity(length=0, hidden=1, capacity=capacity, axis=None, counts=counts)
+    return Capacity(length=0, new=1, capacity=capacity, counts=counts)
 
 
 def step(check: Capacity, length: torch.Tensor, advance) -> None:

@@ -234,7 +234,6 @@ def test_through_inductor_and_captured(name):
     (graph,) = report(model).to_dict()["graphs"]
     assert all(s["direct"] for s in graph["segments"])
     assert {c["unit"] for c in graph["captures"]["captures"]} == {
-        "span 0-0",
         "span 0-1",
         "last 0-2",
         "tail 0",
