@@ -9,6 +9,7 @@ Not handled: graphs that need gradients (the backend gives those to Inductor who
 
 from __future__ import annotations
 
+import hashlib
 import logging
 import time
 from collections.abc import Sequence
@@ -169,12 +170,24 @@ def _compile(
     context = torch._guards.TracingContext.try_get()
     if context is not None and context.fake_mode is not fake_mode:  # (of a segment whose example values are its own)
         context = None
+    tag = torch.compiler.config.cache_key_tag + _operators()
     # AOTAutograd's own cache would skip `inner_compile` on a hit; Inductor's cache, below it, stays in use.
-    with torch._guards.tracing(context), torch._functorch.config.patch(enable_autograd_cache=False):
+    with (
+        torch._guards.tracing(context),
+        torch._functorch.config.patch(enable_autograd_cache=False),
+        torch.compiler.config.patch(cache_key_tag=tag),
+    ):
         wrapped: Any = compile_fx(graph_module, inputs, inner_compile=inner_compile, config_patches=config_patches)
     if len(direct) == 1:
         return direct[0], True
     return lambda args: wrapped(*args), False
+
+
+def _operators() -> str:
+    """Returns a hash of the operators' schemas, which Inductor's cache does not look at."""
+    names = [name for name in torch._C._dispatch_get_all_op_names() if name.startswith(("river::", "river_native::"))]
+    found = (getattr(getattr(torch.ops, space), name) for space, name in (name.split("::") for name in sorted(names)))
+    return hashlib.sha256("".join(str(packet.default._schema) for packet in found).encode()).hexdigest()[:16]
 
 
 def _needs_no_wrapper(num_inner_inputs: int, num_inputs: int) -> bool:
