@@ -170,12 +170,12 @@ def _compile(
     context = torch._guards.TracingContext.try_get()
     if context is not None and context.fake_mode is not fake_mode:  # (of a segment whose example values are its own)
         context = None
-    tag = torch.compiler.config.cache_key_tag + _operators()
+    settings: Any = torch.compiler.config
     # AOTAutograd's own cache would skip `inner_compile` on a hit; Inductor's cache, below it, stays in use.
     with (
         torch._guards.tracing(context),
         torch._functorch.config.patch(enable_autograd_cache=False),
-        torch.compiler.config.patch(cache_key_tag=tag),
+        settings.patch(cache_key_tag=settings.cache_key_tag + _operators()),
     ):
         wrapped: Any = compile_fx(graph_module, inputs, inner_compile=inner_compile, config_patches=config_patches)
     if len(direct) == 1:

@@ -209,8 +209,8 @@ def _scaled(node: fx.Node) -> tuple[fx.Node, float]:
     """Returns what a node is after it was multiplied by a number and cast, if it was, and that number."""
     scale = 1.0
     for target in (operator.mul, Tensor.to):
-        (user, *others) = [*node.users, None]
-        if others != [None] or not called(user, target) or user.args[0] is not node or user.kwargs:
+        user = next(iter(node.users), None)
+        if user is None or len(node.users) > 1 or not called(user, target) or user.args[0] is not node or user.kwargs:
             continue
         if target is operator.mul and type(user.args[1]) in (int, float):
             node, scale = user, float(user.args[1])

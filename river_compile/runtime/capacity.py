@@ -110,9 +110,14 @@ def _new_tokens(program: RiverProgram) -> int | Callable[[Sequence], int]:
     if isinstance(plan.query_length, int):
         return plan.query_length
     size, hidden = size_of_pass(program), program.slots[plan.blocks[0].hidden_in]
-    if size is not None:
-        return lambda slots: size(slots)[1]
-    return lambda slots: slots[hidden].shape[plan.token_axis]  # (such a pass is not captured: its prologue has run)
+
+    def new(slots: Sequence) -> int:
+        state = slots[
+            hidden
+        ]  # (None where the prologue is captured with what follows, which is for passes of known size)
+        return int(state.shape[plan.token_axis]) if size is None or state is not None else size(slots)[1]
+
+    return new
 
 
 def _read(length: Tensor) -> int:
