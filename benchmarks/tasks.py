@@ -23,14 +23,14 @@ from __future__ import annotations
 
 import argparse
 import sys
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator
 from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from benchmarks import common
 from river_compile.cli import models
-from river_compile.cli.answers import Answer, AnswerFile, Problems, ask, summary
+from river_compile.cli.answers import Answer, AnswerFile, Problems, ask, run_of, summary
 from river_compile.cli.ways import CALIBRATED, EXACT, FAST, NEVER, RIVER, running
 
 if TYPE_CHECKING:
@@ -90,14 +90,13 @@ def main(arguments: list[str] | None = None) -> int:
         problems = Problems.of(options.task, tokenizer, options.limit, options.new_tokens)
     except (ValueError, models.ModelUnavailable) as error:
         sys.exit(f"error: {error}")
-    asked = [options.model, options.dtype, options.task, options.new_tokens]
     told: dict[str, list[Answer]] = {}
     speeds: dict[str, float | None] = {}
     for rule in rules(options):
         with running(model, rule.way, rule.calibration, **rule.options):
-            told[rule.name] = _answers(model, problems, file, rule, asked, options.batch)
+            told[rule.name] = _answers(model, problems, file, rule, options, options.batch)
             few = replace(problems, prompts=problems.prompts[: options.timed])
-            speeds[rule.name] = summary(_answers(model, few, file, rule, asked, 1), None)["tokens_per_s"]
+            speeds[rule.name] = summary(_answers(model, few, file, rule, options, 1), None)["tokens_per_s"]
         solved = sum(answer.solved for answer in told[rule.name])
         print(f"{rule.name}: {solved} of {len(problems.prompts)} solved", file=sys.stderr, flush=True)
     rows = {
@@ -113,11 +112,10 @@ def main(arguments: list[str] | None = None) -> int:
 
 
 def _answers(
-    model: PreTrainedModel, problems: Problems, file: AnswerFile, rule: Rule, asked: Sequence[object], batch: int
+    model: PreTrainedModel, problems: Problems, file: AnswerFile, rule: Rule, options: argparse.Namespace, batch: int
 ) -> list[Answer]:
     at_once = 1 if rule.leaves else batch
-    calibration = rule.calibration and rule.calibration.read_text(encoding="utf-8")
-    run = repr([*asked, rule.way, rule.options, calibration, at_once])
+    run = run_of(options.model, options.dtype, rule.way, rule.options, rule.calibration)
     return ask(model, problems, file, run, at_once, f"{rule.name}, {at_once} at once")
 
 

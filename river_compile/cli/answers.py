@@ -126,6 +126,11 @@ class AnswerFile:
                 file.write(line + "\n")
 
 
+def run_of(model: str, dtype: str, way: str, options: Mapping[str, Any], calibration: Path | None) -> str:
+    """Returns what answers depend on beside the problems: a model's name, and how it runs, as `ways.running` has it."""
+    return repr([way, dict(options), model, dtype, calibration and calibration.read_text(encoding="utf-8")])
+
+
 def ask(
     model: PreTrainedModel, problems: Problems, file: AnswerFile, run: str, at_once: int = 1, said: str = ""
 ) -> list[Answer]:
@@ -135,12 +140,13 @@ def ask(
         model: as it is to run.
         problems: to solve.
         file: has answers of earlier runs, and gets the new ones.
-        run: what the answers depend on beside the problems, as text.
+        run: as :func:`run_of`.
         at_once: problems at a time; more than 1 need an accelerated model.
         said: what the progress is called.
     """
     from tqdm import tqdm
 
+    run = f"{run} {problems.new_tokens} {at_once}"
     names = [_name(ids) for ids in problems.prompts]
     known = file.of(run)
     left = [number for number, name in enumerate(names) if name not in known]

@@ -6,7 +6,6 @@ are scored through the exits, as the model `river` scores them (evaluation/harne
 
 from __future__ import annotations
 
-import hashlib
 import math
 import sys
 from collections.abc import Callable, Mapping
@@ -15,7 +14,7 @@ from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
-from river_compile.cli.answers import AnswerFile, Problems, ask, summary
+from river_compile.cli.answers import AnswerFile, Problems, ask, run_of, summary
 from river_compile.cli.output import AsJson, Dtype, Model, Texts, Threads, needs, show, table
 from river_compile.cli.ways import CALIBRATED, EXACT, FAST, NEVER, PLAIN, RIVER, Calibrated, Rows, chosen, running
 
@@ -74,9 +73,10 @@ def evaluate(
     rule = {name: value for name, value in options.items() if value is not None}
     settings = {way: rule if way in (FAST, RIVER) else {} for way in ways}
     if answering:
-        asked = [str(model), dtype, new_tokens, calibration and hashlib.sha256(calibration.read_bytes()).hexdigest()]
-        problems = Problems.of(task, tokenizer, limit, new_tokens)
-        measure = _answering(problems, file, batch, lambda way: repr([way, settings[way], *asked]))
+        runs = {
+            way: run_of(model, dtype, way, settings[way], calibration if way == CALIBRATED else None) for way in ways
+        }
+        measure = _answering(Problems.of(task, tokenizer, limit, new_tokens), file, batch, runs)
     elif task == "perplexity":
         from river_compile.cli.texts import passages
 
@@ -108,20 +108,20 @@ def _check_task(task: str) -> None:
         raise ValueError(f"--task {task} is not known; use one of {', '.join(ROWS)}, or a task of lm-eval")
 
 
-def _answering(problems: Problems, file: AnswerFile, batch: int, run: Callable[[str], str]) -> Measure:
+def _answering(problems: Problems, file: AnswerFile, batch: int, runs: Mapping[str, str]) -> Measure:
     """Returns a task of answers, which are judged and compared with the plain model's.
 
     Args:
         problems: to solve.
         file: of answers.
         batch: answers at once.
-        run: what a way's answers depend on.
+        runs: what each way's answers depend on.
     """
     told = {}
 
     def measure(model: PreTrainedModel, way: str) -> dict[str, Any]:
         at_once = 1 if way == PLAIN else batch
-        told[way] = ask(model, problems, file, f"{run(way)} {at_once}", at_once, way)
+        told[way] = ask(model, problems, file, runs[way], at_once, way)
         return summary(told[way], told.get(PLAIN, told.get(NEVER)))
 
     return measure

@@ -62,8 +62,8 @@ class SegmentCompiler:
     """Compiles the segments of one traced graph, each distinct one once.
 
     `config_patches` are for Inductor. Where the river's operators are those of the C++ kernels, segments of nothing
-    else skip Inductor. So does then the prologue: its few operators take less time than compiling them, and one by one
-    they give a token the same bits in passes of every width.
+    else skip Inductor. So does then any other prologue: its few operators take less time than compiling them, and one
+    by one they give a token the same bits in passes of every width.
     """
 
     lowering: Lowering

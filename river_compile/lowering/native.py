@@ -1,7 +1,8 @@
 """Runs segments as calls of the C++ operators, without Inductor if nothing else is left to compute.
 
-A segment whose nodes are operators of the C++ kernels, counters and views runs as those calls, and can be recorded
-(:mod:`river_compile.kernels.native.tape`). In any other the operators stand among what Inductor compiles.
+A segment whose nodes are operators of the C++ kernels, an embedding, rotary tables, counters and views runs as those
+calls, and can be recorded (:mod:`river_compile.kernels.native.tape`). In any other the operators stand among what
+Inductor compiles.
 
 Not handled: prompts at the speed of a library's wide products.
 """

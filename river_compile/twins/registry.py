@@ -203,15 +203,11 @@ class TwinRegistry:
             pairs = list(sites)
             for site, sources in pairs:
                 self._keep_under(sources.weights[0], site)
-            # (What is packed without loss first: another graph may have renewed that, and it tells the twins' digests.)
-            pairs.sort(key=lambda pair: not pair[0].linear.lossless)
-            first = sum(site.linear.lossless for site, _ in pairs)
-            alike = [
-                same
-                for some in (pairs[:first], pairs[first:])
-                for same in _in_threads(lambda pair: pair[0].stands_for(pair[1], thorough=thorough), some)
-            ]
-            changed = [pair for pair, same in zip(pairs, alike, strict=True) if not same]
+            changed = []
+            for lossless in (True, False):  # (another graph may have renewed the former, which tells twins' digests)
+                some = [pair for pair in pairs if pair[0].linear.lossless == lossless]
+                alike = _in_threads(lambda pair: pair[0].stands_for(pair[1], thorough=thorough), some)
+                changed += [pair for pair, same in zip(some, alike, strict=True) if not same]
             unneeded = statistics.ranks.every(not any(needs_moments(site) for site, _ in changed))
             recorded, read = (None, None) if unneeded else statistics.take(anew=True)
             known = [
@@ -224,8 +220,7 @@ class TwinRegistry:
                 site.become(new)
             twins = [site for site, _ in changed if not site.linear.lossless]
             if twins:
-                self.loss = None
-                seconds = time.perf_counter() - start
+                self.loss, seconds = None, time.perf_counter() - start
                 self.seconds += seconds
                 self.renewals, self.renewed = self.renewals + 1, len(twins)
                 self._tell(twins, seconds)

@@ -5,6 +5,7 @@ import warnings
 import pytest
 import torch
 
+import river_compile
 from river_compile import OptionError, RiverWarning, exact, report, river, trace
 from river_compile.config import RiverConfig
 from river_compile.exits import WHOLE, forced_depth
@@ -125,6 +126,19 @@ def test_a_token_has_the_same_bits_in_passes_of_any_width(name):
     assert all(torch.equal(logits, found[0]) for logits in found[1:])
     for graph in report(model).to_dict()["graphs"]:
         assert graph["missed"] == []
+
+
+@torch.no_grad()
+def test_a_prologue_of_an_embedding_and_rotary_tables_is_recorded_with_what_follows():
+    """Every unit of a step is captured; with another prologue that would be one of its own, which is not."""
+    model = make("llama", layers=2, dtype=torch.bfloat16)
+    model.model.rotary_emb.float()  # (as a model that is loaded has it)
+    options = {"quantizer": "rtn", "group_size": 32, "lowering": "native", "exit_depth": 0}
+    river_compile.accelerate(model, "fast", store=False, **options)
+    model.generate(prompt(), max_new_tokens=4, do_sample=False, pad_token_id=0)
+    graphs = [graph for graph in report(model).to_dict()["graphs"] if graph["captures"]["captures"]]
+    assert all(graph["captures"]["uncaptured_units"] == {} for graph in graphs)
+    assert "tail 0" in {capture["unit"] for graph in graphs for capture in graph["captures"]["captures"]}
 
 
 def test_which_layout_is_chosen(monkeypatch):

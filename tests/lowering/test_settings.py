@@ -6,6 +6,7 @@ import pytest
 import torch
 
 from river_compile import building, river
+from river_compile.lowering import compile as compile_module
 from river_compile.lowering.compile import inductor_settings
 from tests.support.families import make, prompt
 from tools.recorder import recording
@@ -21,6 +22,36 @@ def test_segments_get_no_cuda_graphs_of_inductors(mode):
     """Their weights and caches are plain inputs, which Inductor's graphs would copy in every step."""
     wanted = dict(torch._inductor.list_mode_options(mode)) if mode else {}
     assert inductor_settings(mode, whole=False) == wanted | {"triton.cudagraphs": False}
+
+
+def test_inductors_cache_tells_versions_of_the_operators_apart(monkeypatch):
+    """Compiled code calls them by their schemas, which its key does not have by itself."""
+    tags = []
+
+    def note(graph_module, *_args, **_options):
+        tags.append(torch.compiler.config.cache_key_tag)
+        return graph_module
+
+    monkeypatch.setattr(compile_module, "compile_fx", note)
+
+    def compiled():
+        torch._dynamo.reset()
+        model = make("llama", layers=2)
+        model.compile(backend=river, options={"lowering": "inductor", "quantizer": "none"})
+        with torch.no_grad():
+            model(prompt())
+        return {*tags}
+
+    before = compiled()
+    assert len(before) == 1
+    library = torch.library.Library("river", "FRAGMENT")
+    library.define("of_a_test(Tensor x) -> Tensor")
+    try:
+        assert len(compiled()) == 2
+    finally:
+        library._destroy()
+    assert compiled() - before != set()
+    assert torch.compiler.config.cache_key_tag not in tags
 
 
 @pytest.mark.parametrize("captures", [False, True])
