@@ -14,7 +14,9 @@ Rows:
 
 Every answer goes into `--answers` when it is known, so a run may be stopped at any time and goes on where it was.
 Where rows of a batch do not wait for each other, `--batch` problems are answered at once; with an exit rule they would,
-so those rows answer one after another. Speed is that of the first `--timed` problems, one after another, in every row.
+so those rows answer one after another. Speed is that of the first `--timed` problems, asked once more one after another in
+every row: texts do not depend on what else the machine does, so they may come from a busy hour and the speed from a
+quiet one (`--timed 0` first, and the same command without it later).
 
 Not handled: the plain model by PyTorch's own kernels (`river eval --row plain`).
 """
@@ -96,7 +98,8 @@ def main(arguments: list[str] | None = None) -> int:
         with running(model, rule.way, rule.calibration, **rule.options):
             told[rule.name] = _answers(model, problems, file, rule, options, options.batch)
             few = replace(problems, prompts=problems.prompts[: options.timed])
-            speeds[rule.name] = summary(_answers(model, few, file, rule, options, 1), None)["tokens_per_s"]
+            timed = _answers(model, few, file, rule, options, 1, "timed ") if options.timed else []
+            speeds[rule.name] = summary(timed, None)["tokens_per_s"] if timed else None
         solved = sum(answer.solved for answer in told[rule.name])
         print(f"{rule.name}: {solved} of {len(problems.prompts)} solved", file=sys.stderr, flush=True)
     rows = {
@@ -112,11 +115,18 @@ def main(arguments: list[str] | None = None) -> int:
 
 
 def _answers(
-    model: PreTrainedModel, problems: Problems, file: AnswerFile, rule: Rule, options: argparse.Namespace, batch: int
+    model: PreTrainedModel,
+    problems: Problems,
+    file: AnswerFile,
+    rule: Rule,
+    options: argparse.Namespace,
+    batch: int,
+    mark: str = "",
 ) -> list[Answer]:
+    """Returns the answers of a rule; `mark` sets them apart from those of the same rule that were asked otherwise."""
     at_once = 1 if rule.leaves else batch
-    run = run_of(options.model, options.dtype, rule.way, rule.options, rule.calibration)
-    return ask(model, problems, file, run, at_once, f"{rule.name}, {at_once} at once")
+    run = mark + run_of(options.model, options.dtype, rule.way, rule.options, rule.calibration)
+    return ask(model, problems, file, run, at_once, f"{rule.name}, {mark}{at_once} at once")
 
 
 def show(outcome: dict) -> None:
@@ -150,7 +160,7 @@ def _parse(arguments: list[str] | None) -> argparse.Namespace:
     parser.add_argument("--similarity", nargs="*", type=float, default=[0.5, 0.7, 0.9], help="thresholds (0.5 0.7 0.9)")
     parser.add_argument("--calibration", nargs="*", type=Path, default=[], metavar="FILE", help="of `river calibrate`")
     parser.add_argument("--batch", type=common.number(1), default=8, help="problems at once (%(default)s)")
-    parser.add_argument("--timed", type=common.number(1), default=6, help="problems for the speed (%(default)s)")
+    parser.add_argument("--timed", type=common.number(0), default=6, help="problems for the speed (%(default)s)")
     parser.add_argument("--answers", type=Path, metavar="FILE", help="where answers are kept, and looked for")
     return parser.parse_args(arguments)
 
