@@ -38,7 +38,7 @@ from river_compile.cli.ways import CALIBRATED, EXACT, FAST, NEVER, RIVER, runnin
 if TYPE_CHECKING:
     from transformers import PreTrainedModel
 
-TASKS = ("humaneval", "gsm", "reasoning")
+TASKS = ("humaneval-chat", "humaneval", "gsm", "reasoning")
 KINDS = ("never", "exact", "4-bit", "similarity", "confidence", "calibrated")
 
 

@@ -55,9 +55,12 @@ class Problems:
         """Returns the first problems of a task, all (or 40) for a limit of 0."""
         from river_compile.cli.models import encode
 
-        if task == "humaneval":  # a completion of the problem's own text
+        if task in ("humaneval", "humaneval-chat"):
             asked = humaneval.problems()[: limit or None]
-            prompts = [tokenizer(p["prompt"].rstrip("\n"), return_tensors="pt")["input_ids"] for p in asked]
+            if task == "humaneval":  # a completion of the problem's own text
+                prompts = [tokenizer(p["prompt"].rstrip("\n"), return_tensors="pt")["input_ids"] for p in asked]
+            else:  # an answer whose beginning is given
+                prompts = [encode(tokenizer, humaneval.question(p), humaneval.beginning(p)) for p in asked]
             stops = {"stop_strings": list(humaneval.STOPS), "tokenizer": tokenizer}
             return cls(tokenizer, prompts, lambda i, text: humaneval.passes(asked[i], text), new_tokens, stops)
         made = reasoning.problems(limit or 40, generators=reasoning.TASKS[task])

@@ -23,7 +23,7 @@ if TYPE_CHECKING:
 
 ANSWERS = (PLAIN, NEVER, EXACT, FAST, RIVER, CALIBRATED)
 SCORES = (PLAIN, FAST, RIVER, CALIBRATED)  # (exact keeps the plain model's)
-ROWS = {"humaneval": ANSWERS, "reasoning": ANSWERS, "gsm": ANSWERS, "perplexity": SCORES}
+ROWS = {"humaneval": ANSWERS, "humaneval-chat": ANSWERS, "reasoning": ANSWERS, "gsm": ANSWERS, "perplexity": SCORES}
 _CONTEXT = 16  # tokens of a text that run as its prompt
 
 Measure = Callable[[Any, str], dict[str, Any]]  # (model, way) -> a row

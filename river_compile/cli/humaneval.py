@@ -40,9 +40,20 @@ def problems() -> list[dict[str, str]]:
     return list(read_problems().values())
 
 
+def question(problem: Mapping[str, str]) -> str:
+    """Returns what a model that was trained to chat is asked: the words of lm-eval's ``humaneval_instruct``."""
+    asked = "Write a solution to the following problem and make sure that it passes the tests:"
+    return f"{asked}\n```python\n{problem['prompt']}\n```\n"
+
+
+def beginning(problem: Mapping[str, str]) -> str:
+    """Returns how its answer begins, which makes the rest a completion of the problem's own text."""
+    return f"Here is the completed function:\n```python\n{problem['prompt'].rstrip()}\n"
+
+
 def passes(problem: Mapping[str, str], text: str) -> bool:
     """Returns whether a completion of a problem's prompt passes its tests."""
-    program = f"{problem['prompt'].rstrip()}{cut(text)}\n{problem['test']}\ncheck({problem['entry_point']})\n"
+    program = f"{problem['prompt'].rstrip()}\n{cut(text)}\n{problem['test']}\ncheck({problem['entry_point']})\n"
     return verdict(program) == "passed"
 
 
