@@ -25,7 +25,8 @@ from river_compile import report
 from river_compile.backend import executors_of
 from river_compile.capture.device import CaptureLog
 from river_compile.capture.device_exits import DeviceExits
-from river_compile.capture.runner import CapturedRunner, LaunchAhead
+from river_compile.capture.launch_ahead import LaunchAhead
+from river_compile.capture.runner import CapturedRunner
 from river_compile.cli.timing import generate
 from river_compile.exits import forced_depth
 from river_compile.upstream.transformers import cache_argument, crop

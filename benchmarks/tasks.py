@@ -14,8 +14,8 @@ Rows:
 
 Every answer goes into `--answers` when it is known, so a run may be stopped at any time and goes on where it was.
 Where rows of a batch do not wait for each other, `--batch` problems are answered at once; with an exit rule they would,
-so those rows answer one after another. Speed is that of the first `--timed` problems, asked once more one after another in
-every row: texts do not depend on what else the machine does, so they may come from a busy hour and the speed from a
+so those rows answer one after another. Speed is that of the first `--timed` problems, asked once more one after another
+in every row: texts do not depend on what else the machine does, so they may come from a busy hour and the speed from a
 quiet one (`--timed 0` first, and the same command without it later).
 
 Not handled: the plain model by PyTorch's own kernels (`river eval --row plain`).

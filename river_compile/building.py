@@ -14,7 +14,7 @@ from typing import Any
 from torch import fx
 
 from river_compile.capture.capture_cache import CaptureCache
-from river_compile.capture.device_exits import captured_runner
+from river_compile.capture.choose import captured_runner
 from river_compile.choices import Choices, choose, passes_for
 from river_compile.distributed.runner import RankRunner
 from river_compile.errors import OptionError

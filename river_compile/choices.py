@@ -10,10 +10,8 @@ from dataclasses import dataclass, replace
 
 import torch
 
+from river_compile.capture.choose import Verdicts, choose_device, verdicts_for
 from river_compile.capture.device import CaptureDevice, CaptureLog
-from river_compile.capture.device_exit_state import DeviceExitState
-from river_compile.capture.device_exits import verdicts_for
-from river_compile.capture.runner import choose_device
 from river_compile.config import RiverConfig
 from river_compile.distributed.ranks import Ranks
 from river_compile.errors import OptionError
@@ -48,7 +46,7 @@ class Choices:
     backbone_weights: str  # how these read weights: as the "model" has them, or packed in "12bit" or "8bit"
     fill: type[Fill] = Fill  # what writes the KV entries of skipped blocks
     device: CaptureDevice | None = None  # captures the steps
-    verdicts: DeviceExitState | None = None  # exits that the device decides; None: the host does
+    verdicts: Verdicts | None = None  # exits that the device decides; None: the host does
 
     def captured_by(self, program: RiverProgram, log: CaptureLog, ranks: Ranks) -> Choices:
         """Returns the choices with what captures the program's steps; `log` says why nothing does.

@@ -22,7 +22,7 @@ from torch import Tensor, nn
 from transformers import PreTrainedModel
 from transformers.generation.streamers import BaseStreamer
 
-from river_compile.capture.runner import captures_expected
+from river_compile.capture.choose import captures_expected
 from river_compile.config import RiverConfig
 from river_compile.decoding.drafter import Drafter
 from river_compile.decoding.mode import Call, ExactMode, decode

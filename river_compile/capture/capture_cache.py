@@ -5,19 +5,20 @@ needs; the second time it is captured, and from then on replayed. (A device that
 unit whose inputs never repeat (a mask that grows) stays uncaptured, and the log names the input that changes.
 
 A capture is found by the addresses of what it reads and by the sizes among its inputs; shapes and strides follow from
-those. A new KV cache leads to new captures, or takes over those of a freed one whose addresses it got. No cache and no
-parameter is held here. The oldest capture gives way when there are `max_captures`.
+those. A step on an earlier one's slots finds it there: nothing has moved. A new KV cache leads to new captures, or
+takes over those of a freed one whose addresses it got. No cache and no parameter is held here. The oldest capture gives
+way when there are `max_captures`.
 
 Not handled: when what is launched, which :mod:`river_compile.capture.runner` says; two steps at a time.
 """
 
 from __future__ import annotations
 
-import functools
 import logging
 import time
 from collections import OrderedDict
 from collections.abc import Callable, Iterable, Mapping, Sequence
+from dataclasses import dataclass, field
 
 import torch
 from torch import Tensor, fx
@@ -27,7 +28,7 @@ from river_compile.capture.units import CaptureUnit, buffer_like, copy_into
 from river_compile.passes.capture_safety import fixed_inputs
 from river_compile.passes.nodes import input_name, is_tensor, source_of, value_of
 from river_compile.passes.program import RiverProgram
-from river_compile.runtime.slots import SCORE, gather, new_slots
+from river_compile.runtime.slots import SCORE, Slots, gather, new_slots
 from river_compile.upstream.tensors import lie_at
 
 log = logging.getLogger("river_compile.capture.device")
@@ -35,6 +36,23 @@ log = logging.getLogger("river_compile.capture.device")
 _SEEN = 16  # sets of inputs that are remembered per unit until they come a second time
 _SHAPES = 8  # shapes of one value for which buffers are kept
 _CHANGES = 4  # uses without one repetition before the log calls an input changing
+
+
+@dataclass
+class Bound:
+    """What is known of slots on which several steps run.
+
+    Attributes:
+        take: picks the inputs that are copied.
+        targets: the buffers that they are copied into.
+        numbers: slots of the inputs that are numbers.
+        launches: what replays units, and the buffers of their results, by slot.
+    """
+
+    take: Callable[[Sequence], Sequence]
+    targets: list[Tensor]
+    numbers: list[int]
+    launches: dict[CaptureUnit, tuple[Callable[[], object], dict[int, Tensor]]] = field(default_factory=dict)
 
 
 class CaptureCache:
@@ -53,10 +71,8 @@ class CaptureCache:
         self._captures: OrderedDict[tuple, tuple[object, dict[int, Tensor]]] = OrderedDict()
         self._seen: dict[CaptureUnit, OrderedDict[tuple, dict[int, Tensor]]] = {}
         self._failed: set[CaptureUnit] = set()
-        self._prepared: dict[CaptureUnit, tuple] = {}
-        self._latest: dict[
-            CaptureUnit, tuple[list[int], list, tuple]
-        ] = {}  # addresses, numbers, signature: most come again
+        # Addresses, numbers and signature of the latest launch: most come again.
+        self._latest: dict[CaptureUnit, tuple[list[int], list, tuple]] = {}
 
     def buffers(self) -> list[tuple[str, Tensor]]:
         """Returns the buffers at the units' borders, each with the name of its value in the traced graph."""
@@ -67,21 +83,21 @@ class CaptureCache:
         """Returns the device's graphs of all captures, that of the latest launch last."""
         return [graph for graph, _ in self._captures.values()]
 
-    def prepare(self, units: Iterable[CaptureUnit] = (), slots: Sequence = ()) -> None:
-        """Computes the keys of these units' captures for the next launch of each.
+    def bind(self, args: Sequence, copied: Sequence[int]) -> Slots:
+        """Returns the slots of steps with inputs like these, of which tensors among `copied` are copied."""
+        slots = new_slots(self._program, args)
+        copied = [index for index in copied if isinstance(args[index], Tensor)]
+        numbers = [index for index, arg in enumerate(args) if isinstance(arg, int)]
+        slots.bound = Bound(gather(copied), [self.buffer(index, args[index]) for index in copied], numbers)
+        for index, buffer in zip(copied, slots.bound.targets, strict=True):
+            slots[index] = buffer
+        return slots
 
-        Nothing that they read may be put in another place before: what is launched in between writes other slots.
-        """
-        self._prepared.clear()
-        for unit in units:
-            if unit.obstacle is None:
-                self._prepared[unit] = self._signature(unit, slots)
-
-    def is_captured(self, unit: CaptureUnit, slots: list) -> bool:
+    def is_captured(self, unit: CaptureUnit, slots: Slots) -> bool:
         """Says whether a launch would replay."""
-        return (self._prepared.get(unit) or self._signature(unit, slots)) in self._captures
+        return unit in slots.bound.launches or self._signature(unit, slots) in self._captures
 
-    def capture(self, unit: CaptureUnit, slots: list, rehearse: Callable[[], object]) -> bool:
+    def capture(self, unit: CaptureUnit, slots: Slots, rehearse: Callable[[], object]) -> bool:
         """Makes sure that a unit has a capture for its next launch, and runs nothing of it.
 
         Args:
@@ -92,71 +108,46 @@ class CaptureCache:
         Returns:
             False where it has none: it meets its inputs for the first time, or the log says why.
         """
+        if unit in slots.bound.launches:
+            return True
         if self._stays_uncaptured(unit):
             return False
-        self.prepare((unit,), slots)
-        signature = self._prepared[unit]
+        signature = self._signature(unit, slots)
         return signature in self._captures or self._capture(unit, signature, slots, rehearse)
 
-    def note_run(self, unit: CaptureUnit, slots: list) -> None:
+    def note_run(self, unit: CaptureUnit, slots: Slots) -> None:
         """Notes that a unit's results are in the slots already, so that it is captured next."""
         if not self._stays_uncaptured(unit):
             self._remember(unit, self._signature(unit, slots), {index: slots[index] for index in unit.writes})
 
-    def launch(self, unit: CaptureUnit, slots: list) -> bool:
+    def launch(self, unit: CaptureUnit, slots: Slots) -> bool:
         """Replays a unit, or runs it if it has no capture, and leaves its results in the slots.
 
         Returns:
             True where an existing capture was replayed.
         """
-        if self._stays_uncaptured(unit):
-            self._run_uncaptured(unit, slots)
-            return False
-        signature = self._prepared.pop(unit, None) or self._signature(unit, slots)
-        is_new = signature not in self._captures
-        if is_new and not self._capture(unit, signature, slots):
-            self._remember(unit, signature, self._run_uncaptured(unit, slots))
-            return False
-        graph, outputs = self._captures[signature]
-        self._captures.move_to_end(signature)
-        self.device.launch(graph, slots)
+        known, is_new = slots.bound.launches.get(unit), False
+        if known is None:
+            if self._stays_uncaptured(unit):
+                self._run_uncaptured(unit, slots)
+                return False
+            signature = self._signature(unit, slots)
+            is_new = signature not in self._captures
+            if is_new and not self._capture(unit, signature, slots):
+                self._remember(unit, signature, self._run_uncaptured(unit, slots))
+                return False
+            self._captures.move_to_end(signature)
+            graph, outputs = self._captures[signature]
+            known = self.device.replayer(graph, slots), outputs
+            if unit.tensors == len(unit.keys):  # (numbers may be others in the next step)
+                slots.bound.launches[unit] = known
+        replay, outputs = known
+        replay()
         for index, buffer in outputs.items():
             slots[index] = buffer
-        unit.count(slots)
-        return not is_new
-
-    def replay(self, unit: CaptureUnit, slots: list, numbers: set[int]) -> Callable[[], object] | None:
-        """Returns a repeated launch of a unit on these slots; None if it is not captured yet.
-
-        Its results' buffers are put into the slots.
-
-        Args:
-            unit: to be launched.
-            slots: what it reads and writes, for good: all its tensors stay where they are.
-            numbers: slots of numbers that may be others in the next launch; those that follow from them are added.
-        """
-        if self._stays_uncaptured(unit):
-            buffers = {index: next(reversed(self._buffers[index].values())) for index in unit.writes}
-            launch: Callable[[], object] = functools.partial(self._run_again, unit, slots, [*buffers.values()])
-        else:
-            captured = self._captures.get(self._signature(unit, slots))
-            if captured is None or numbers & {*unit.keys[unit.tensors :]}:
-                return None
-            graph, buffers = captured
-            launch = self.device.replayer(graph, slots)
-        for index, buffer in buffers.items():
-            slots[index] = buffer
-        unit.count(slots)
-        followed = {index for index, _, arguments in unit.numbers if numbers & {*arguments}}
-        numbers |= followed
-        if not followed or self._stays_uncaptured(unit):  # (what runs as code counts for itself)
-            return launch
-
-        def launch_and_count() -> None:
-            launch()
+        if unit.numbers:
             unit.count(slots)
-
-        return launch_and_count
+        return not is_new
 
     def _stays_uncaptured(self, unit: CaptureUnit) -> bool:
         """Says whether a unit is never captured; the log then says why."""
@@ -189,15 +180,7 @@ class CaptureCache:
         if len(seen) > _SEEN:
             seen.popitem(last=False)
 
-    def _run_again(self, unit: CaptureUnit, slots: list, buffers: list[Tensor]) -> None:
-        """Runs a unit as plain code on slots that hold the buffers of its results."""
-        own = slots.copy()
-        self.device.settle()
-        unit.run(own)
-        self.device.run(functools.partial(copy_into, buffers, gather(unit.writes)(own)))
-        unit.count(slots)
-
-    def _run_uncaptured(self, unit: CaptureUnit, slots: list) -> dict[int, Tensor]:
+    def _run_uncaptured(self, unit: CaptureUnit, slots: Slots) -> dict[int, Tensor]:
         """Runs a unit as plain code; returns the buffers that its results were copied to."""
         own = new_slots(self._program)
         for index in unit.reads:
@@ -211,7 +194,7 @@ class CaptureCache:
         return outputs
 
     def _capture(
-        self, unit: CaptureUnit, signature: tuple, slots: list, rehearse: Callable[[], object] = lambda: None
+        self, unit: CaptureUnit, signature: tuple, slots: Slots, rehearse: Callable[[], object] = lambda: None
     ) -> bool:
         """Captures a unit whose inputs recur; returns False if they are new, or it failed (the log says why)."""
         seen = self._seen.setdefault(unit, OrderedDict())

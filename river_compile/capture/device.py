@@ -1,7 +1,7 @@
 """The interface of devices that capture decode steps, and the log of captures.
 
-A *unit* is what is captured as one graph (:mod:`river_compile.capture.partition`). Two devices exist: CUDA graphs
-(:mod:`river_compile.capture.cuda`), and tapes of C++ calls on a CPU (:mod:`river_compile.capture.tapes`). Tests
+A *unit* is what is captured as one graph (:mod:`river_compile.capture.units`). Two devices exist: CUDA graphs
+(:mod:`river_compile.capture.cuda`), and tapes of C++ calls on a CPU (:mod:`river_compile.capture.cpu_tape`). Tests
 plug in another (:func:`captured_by`).
 """
 

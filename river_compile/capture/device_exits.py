@@ -30,14 +30,14 @@ import torch
 from torch import Tensor
 
 from river_compile.capture.capture_cache import CaptureCache
-from river_compile.capture.device import CaptureDevice, CaptureLog
+from river_compile.capture.device import CaptureDevice
 from river_compile.capture.device_exit_state import DeviceExitState
-from river_compile.capture.runner import CapturedRunner, LaunchAhead
+from river_compile.capture.runner import Ahead, CapturedRunner
 from river_compile.capture.units import CaptureUnit, When, copy_into
 from river_compile.exits import ALWAYS, NEVER, ExitBars, ExitPolicy
-from river_compile.passes.program import DecoderPlan, RiverProgram, Segment
+from river_compile.passes.program import RiverProgram, Segment
 from river_compile.runtime.runner import Outcome, PlainRunner, Runner, Step
-from river_compile.runtime.slots import SCORE
+from river_compile.runtime.slots import SCORE, Slots
 from river_compile.runtime.walk import Walk
 
 _PLACES = 2  # steps whose outcomes may wait to be read
@@ -124,7 +124,7 @@ class DeviceExits(CapturedRunner):
         program: RiverProgram,
         steps: Mapping[Segment, Step],
         launcher: CaptureCache,
-        ahead: LaunchAhead,
+        ahead: Ahead | None,
         policy: ExitPolicy,
         verdicts: DeviceExitState,
         plain: Runner | None = None,
@@ -165,7 +165,7 @@ class DeviceExits(CapturedRunner):
     def _buffers(self) -> list[Tensor]:
         return [*super()._buffers(), self.verdicts.given, self.verdicts.outcome]
 
-    def whole(self, slots: list, rule: ExitBars) -> Outcome | None:
+    def whole(self, slots: Slots, rule: ExitBars) -> Outcome | None:
         rules = self._follows(rule)
         if rules is None:
             return None
@@ -177,7 +177,7 @@ class DeviceExits(CapturedRunner):
         self._rule, self._sent = rule, self._outcomes.send()
         return self._sent
 
-    def finish(self, slots: list) -> tuple:
+    def finish(self, slots: Slots) -> tuple:
         if self._is_first:
             self.launcher.note_run(self.step, slots)
         return super().finish(slots)
@@ -209,7 +209,7 @@ class DeviceExits(CapturedRunner):
             self.device.run(lambda: verdicts.given.fill_(math.nan))
         self._was_given = given is not None
 
-    def _rehearse(self, slots: list) -> None:
+    def _rehearse(self, slots: Slots) -> None:
         if self.step.forks and self.device.needs_a_run:
             own, self._bars = list(slots), None
             self.device.run(lambda: self.step.rehearse(own))
@@ -253,36 +253,6 @@ class _Reading:
                 self._values = self._read(self._place)
                 self._place.fill_(math.nan)  # (nobody takes it for a later step's)
             return self._values
-
-
-def verdicts_for(
-    plan: DecoderPlan, policy: ExitPolicy, device: CaptureDevice, captures: CaptureLog
-) -> DeviceExitState | None:
-    """Returns the state of decisions on a device, None if the host must decide.
-
-    `captures` says why then.
-    """
-    why = device.why_undecided() or policy.why_host_decides(plan)
-    if why is None:
-        return DeviceExitState(plan.num_blocks, plan.device)
-    captures.uncaptured_units["step"] = why
-    return None
-
-
-def captured_runner(
-    program: RiverProgram,
-    steps: Mapping[Segment, Step],
-    launcher: CaptureCache,
-    policy: ExitPolicy,
-    launch_ahead: bool | str | None,
-    verdicts: DeviceExitState | None,
-    plain: Runner,
-) -> CapturedRunner:
-    """Returns the runner of a program's captures, by `verdicts` (of :func:`verdicts_for`) or as the host decides."""
-    if verdicts is not None:
-        return DeviceExits(program, steps, launcher, LaunchAhead(), policy, verdicts, plain)
-    ahead = LaunchAhead(launch_ahead if isinstance(launch_ahead, bool) else None)
-    return CapturedRunner(program, steps, launcher, ahead, policy.deepest, plain)
 
 
 def _now(holds: Tensor, work: Callable[[list], object], slots: list) -> None:

@@ -71,7 +71,7 @@ class BoundPass:
         self.executor, self.args, self._given = executor, list(args), given
         self._width, self.logits = width, logits
         self._latest: Mapping[str, Any] | None = None  # what the inputs in the list were taken from
-        self._replays: dict[int, Replay] = {}
+        self._replays: dict[int | None, Replay] = {}  # by depth
         self._counters = [i for i, name in enumerate(executor.inputs) if name.endswith(COUNTER)]
         self._windows: list[Any] = [layer for layer in cache.layers if type(layer) is StaticSlidingWindowLayer]
 
@@ -134,12 +134,12 @@ class BoundPass:
             self._latest = inputs
         for number in self._counters:
             args[number] = self._windows[0].cumulative_length_int
-        replay = None if depth is None else self._replays.get(depth)
+        replay = None if last_token else self._replays.get(depth)
         if replay is not None:
             outputs = replay(args, tokens)
         else:
             outputs = self.executor.step(args, depth, tokens, last_token)
-            if depth is not None and not last_token:
+            if not last_token:
                 found = self.executor.replay(args, depth)
                 if found is not None:
                     self._replays[depth] = found

@@ -14,7 +14,7 @@ from torch import Tensor, fx
 from river_compile.distributed.ranks import Ranks
 from river_compile.passes.program import RiverProgram, Segment
 from river_compile.runtime.runner import PlainRunner, Step
-from river_compile.runtime.slots import SCORE
+from river_compile.runtime.slots import SCORE, Slots
 from river_compile.upstream.tensors import local_of
 
 
@@ -34,11 +34,11 @@ class RankRunner(PlainRunner):
         """Ends a step; raises a RankError if it failed because another rank is gone."""
         self._ranks.explain(error)
 
-    def begin(self, args: Sequence) -> list:
+    def begin(self, args: Sequence, slots: Slots | None = None) -> Slots:
         if self._checks:
             ids = [arg for arg in args if isinstance(arg, Tensor) and not arg.is_floating_point() and arg.dim() == 2]
             self._ranks.check_alike("the tokens, positions and masks that they are given", list(map(_digest, ids)))
-        return super().begin(args)
+        return super().begin(args, slots)
 
     def read_head(self, slots: list) -> float:
         return self.head_score(slots).item()

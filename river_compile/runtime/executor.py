@@ -24,7 +24,7 @@ from river_compile.runtime.draft_vocab import DraftVocab, HeadVocab
 from river_compile.runtime.fill import Fill
 from river_compile.runtime.runner import Runner
 from river_compile.runtime.sequences import SequenceTracker
-from river_compile.runtime.slots import cache_slots
+from river_compile.runtime.slots import Slots, cache_slots
 from river_compile.runtime.stats import ExitStats, Observers, StepRecord
 from river_compile.runtime.walk import HostWalk
 from river_compile.upstream.dynamo import GraphEntry
@@ -125,33 +125,32 @@ class RiverExecutor:
         self._on_close()
         return outputs
 
-    def replay(self, args: Sequence, depth: int) -> Replay | None:
-        """Returns what runs a step again that has run at this depth with these inputs; None if some part is not
-        captured, or where the policy or the fill remembers something of each step.
+    def replay(self, args: Sequence, depth: int | None) -> Replay | None:
+        """Returns what runs steps like this one again, with `depth` as :meth:`step` has it.
 
-        The caller sees to it that the step's tokens have room in the cache, and that it goes on with a sequence. What
-        may differ in the inputs of a replay: tensors that are neither parameters nor the cache's, and numbers.
+        None where that saves nothing. The caller sees to it that the tokens have room in the cache, and that they go on
+        with a sequence. What may differ in the inputs: tensors that are neither parameters nor the cache's, and
+        numbers.
         """
-        policy = self._policy_at(depth)
-        blocks = policy.fixed_depth if self.decodes else self.num_blocks
-        captured = None
-        if not self._remembers and blocks is not None:
-            captured = self.runner.for_pass(args).replay(args, min(blocks, self.num_blocks))
-        if captured is None:
+        runner = self.runner.for_pass(args)
+        if not runner.binds:
             return None
-        entered, begin, launches, finish = captured
-        way = Taken(min(blocks or 0, self.num_blocks))
+        slots: Slots | None = None
 
         def again(args: Sequence, tokens: DraftVocab | None) -> tuple:
+            nonlocal slots
             started = time.perf_counter()
+            policy = self._policy_at(depth)
             if self.room is not None:
                 self.room.forget(args)
-            with entered, self._logits_of(tokens):
-                begin(args)
-                for launch in launches:
-                    launch()
-                outputs = finish()
-            self._record(args, way, started)
+            with runner, self._logits_of(tokens):
+                slots = runner.begin(args, slots)
+                memory = self._recall(slots)
+                taken = self._run(runner, slots, policy, memory)
+                self._keep(runner, slots, memory)
+                outputs = runner.finish(slots)
+            self._record(args, taken, started)
+            self._on_close()
             return outputs
 
         return again

@@ -12,16 +12,14 @@ import copy
 import functools
 from abc import ABC, abstractmethod
 from collections.abc import Callable, Mapping, Sequence
-from contextlib import AbstractContextManager
 from types import TracebackType
-from typing import NamedTuple
 
 from torch import Tensor, fx
 
 from river_compile.exits import ExitBars
 from river_compile.passes.program import RiverProgram, Segment
 from river_compile.runtime.fill import Fill
-from river_compile.runtime.slots import SCORE, LastToken, Saved, WrittenInPlace, gather, new_slots
+from river_compile.runtime.slots import SCORE, LastToken, Saved, Slots, WrittenInPlace, gather, new_slots
 
 # What a compiled segment is: a function of a list (which it may empty) that returns a sequence.
 Callee = Callable[[list], Sequence]
@@ -64,18 +62,6 @@ class Step:
             slots[index] = value
 
 
-class ReplayedStep(NamedTuple):
-    """A step that runs again: `begin` with the graph's inputs, then each of `launches`, then `finish` for its outputs.
-
-    All of it runs within `entered`, as any step does.
-    """
-
-    entered: AbstractContextManager[None]
-    begin: Callable[[Sequence], object]
-    launches: Sequence[Callable[[], object]]
-    finish: Callable[[], tuple]
-
-
 class Runner(ABC):
     """Runs one program. A step is :meth:`begin`, then blocks and scores in order, perhaps a tail, then :meth:`finish`.
 
@@ -84,9 +70,11 @@ class Runner(ABC):
 
     Attributes:
         decides: whether :meth:`whole` may run a step; may be changed between two steps.
+        binds: whether a step on an earlier one's slots is any faster.
     """
 
     decides = False
+    binds = False
 
     def __init__(self, program: RiverProgram, steps: Mapping[Segment, Step]) -> None:
         self.steps, self._program = steps, program
@@ -112,20 +100,16 @@ class Runner(ABC):
         """Ends a step that ran, or failed."""
 
     @abstractmethod
-    def begin(self, args: Sequence) -> list:
+    def begin(self, args: Sequence, slots: Slots | None = None) -> Slots:
         """Returns the step's slots, given the graph's inputs, and runs the prologue.
 
         Nothing of the caller's has been written when this returns.
-        """
-
-    def replay(self, args: Sequence, depth: int) -> ReplayedStep | None:
-        """Returns a whole step at a depth, to run again; None if not all of it is captured.
 
         Args:
-            args: its graph's inputs. In a replay, tensors other than parameters and the cache's may be others of the
-                same shapes, and numbers may differ.
+            args: the inputs.
+            slots: of an earlier step, to be used again. Its parameters and its cache lay where these do, and its other
+                tensors had these shapes.
         """
-        return None
 
     def whole(self, slots: list, bars: ExitBars) -> Outcome | None:
         """Runs everything between :meth:`begin` and :meth:`finish` as bars decide, without waiting for anything.
@@ -212,7 +196,7 @@ class PlainRunner(Runner):
     def __exit__(self, kind: object, error: object, traceback: object) -> None:
         pass
 
-    def begin(self, args: Sequence) -> list:
+    def begin(self, args: Sequence, slots: Slots | None = None) -> Slots:
         slots = new_slots(self._program, args)
         self.prologue(slots)
         return slots

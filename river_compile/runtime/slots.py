@@ -1,6 +1,7 @@
 """The slots of a run: one for each value that crosses a segment's border, and one more.
 
-A list belongs to one call, so threads may run one program at the same time. Not handled: writes through a view of a
+A list belongs to one step, or to steps of one caller that follow each other, so threads may run one program at the same
+time. Not handled: writes through a view of a
 cache, which :mod:`river_compile.passes.decoder` does not take for a KV cache.
 """
 
@@ -9,7 +10,7 @@ from __future__ import annotations
 import contextlib
 import operator
 from collections.abc import Callable, Iterator, Sequence
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import sympy
 from torch import Tensor, fx
@@ -26,9 +27,15 @@ SCORE = -1
 Saved = Sequence[tuple[int, Tensor]]
 
 
-def new_slots(program: RiverProgram, args: Sequence = ()) -> list:
+class Slots(list[Any]):
+    """The slots of a step, and `bound`, what a runner found out of them that holds for the next step on them too."""
+
+    bound: Any = None
+
+
+def new_slots(program: RiverProgram, args: Sequence = ()) -> Slots:
     """Returns the slots of a run, the graph's inputs in theirs."""
-    return [*args, *[None] * (len(program.slots) + 1 - len(args))]
+    return Slots([*args, *[None] * (len(program.slots) + 1 - len(args))])
 
 
 def gather(indices: Sequence[int]) -> Callable[[Sequence], Sequence]:

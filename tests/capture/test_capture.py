@@ -25,9 +25,10 @@ from transformers import StaticCache
 
 import river_compile
 from river_compile import CacheFullError, OptionError, RiverConfig, forced_threshold, report, river
-from river_compile.capture import units
+from river_compile.capture import capture_cache, units
 from river_compile.capture.device import CaptureFailed, captured_by
-from river_compile.capture.runner import LaunchAhead
+from river_compile.capture.launch_ahead import LaunchAhead
+from river_compile.upstream.tensors import lie_at
 from tests.support.captured import (
     CAPACITY,
     DEVICES,
@@ -190,18 +191,23 @@ class TestOrder:
         rest = ["launch span 2-3", "wait span 1-2", "launch last 3-4", "wait span 2-3", "end"]
         assert self.events(recorder, cache, 2.0) == [*start, *rest]
 
-    @pytest.mark.parametrize(("tau", "unit"), [(2.0, "span 1-2"), (-1.0, "tail 1")])
-    def test_while_the_device_works_the_host_finds_what_either_verdict_launches(self, recorder, monkeypatch, tau, unit):
-        """Addresses are compared before the flag is waited for; nothing is found twice."""
-        cache = self.ready(recorder, ahead=False)
-        seen: list[str] = []
-        launcher, device = recorder.runner.launcher, recorder.runner.device
-        find, wait, launch = launcher._signature, device.wait, device.launch
-        monkeypatch.setattr(launcher, "_signature", lambda u, slots: (seen.append(u.name), find(u, slots))[1])
-        monkeypatch.setattr(device, "wait", lambda mark: (seen.append("wait"), wait(mark)))
-        monkeypatch.setattr(device, "launch", lambda g, slots: (seen.append(f"launch {g.unit.name}"), launch(g, slots)))
-        recorder.step(cache, 5, threshold=tau)
-        assert seen[:6] == ["span 0-1", "launch span 0-1", "span 1-2", "tail 1", "wait", f"launch {unit}"]
+    def test_a_session_compares_addresses_of_its_first_steps_alone(self, monkeypatch):
+        """Parameters and cache stay where they are for a call of generate: more tokens compare nothing more."""
+        model = river_compile.accelerate(
+            make("llama"), "fast", store=False, **capturing(launch_ahead=False, threshold=0.85)
+        )
+        ids, compared = prompt(), []
+        monkeypatch.setattr(capture_cache, "lie_at", lambda *given: (compared.append(1), lie_at(*given))[1])
+        counts, texts = [], []
+        for tokens in (12, 12, 24):  # (the first call captures)
+            compared.clear()
+            with river_compile.trace() as steps:
+                texts.append(model.generate(ids, attention_mask=torch.ones_like(ids), max_new_tokens=tokens))
+            counts.append(len(compared))
+        assert len({step.depth for step in steps.tokens}) > 1
+        assert counts[2] == counts[1] < 12
+        assert texts[0].equal(texts[1])
+        assert texts[0].equal(texts[2][:, : texts[0].shape[1]])
 
     def test_inputs_are_copied_by_one_call_and_results_by_another(self, recorder):
         cache = self.ready(recorder, ahead=False)

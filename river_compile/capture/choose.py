@@ -1,0 +1,148 @@
+"""Chooses what captures a program's steps, and who answers its exit checks.
+
+The answer comes from the host in order, from the host behind what it launched ahead, or from the device. This module
+alone imports the two that are more than :mod:`river_compile.capture.runner`.
+
+Not handled: whether a single unit can be captured, which the units and the device say.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from typing import TypeAlias
+
+import torch
+from torch import Tensor
+
+from river_compile.capture.capture_cache import CaptureCache
+from river_compile.capture.cpu_tape import Tapes
+from river_compile.capture.cuda import CudaGraphs
+from river_compile.capture.device import CaptureDevice, CaptureLog, stand_in
+from river_compile.capture.device_exit_state import DeviceExitState
+from river_compile.capture.device_exits import DeviceExits
+from river_compile.capture.launch_ahead import LaunchAhead, note_order
+from river_compile.capture.runner import CapturedRunner
+from river_compile.config import RiverConfig
+from river_compile.distributed.ranks import ALONE, Ranks
+from river_compile.distributed.support import NOT_CAPTURED
+from river_compile.errors import OptionError
+from river_compile.exits import ExitPolicy
+from river_compile.lowering.choose import choose_lowering
+from river_compile.passes.nodes import is_tensor, mutated_inputs, source_of, value_of
+from river_compile.passes.program import DecoderPlan, RiverProgram, Segment
+from river_compile.runtime.runner import Runner, Step
+
+Verdicts: TypeAlias = DeviceExitState  # what a device that answers reads and writes
+
+
+def captures_expected(config: RiverConfig, device: torch.device, ranks: Ranks = ALONE) -> bool:
+    """Whether steps on a static cache will be captured, as far as is known before a graph is traced.
+
+    Kernels that are not there yet compile from now on, while the graph is traced.
+    """
+    if ranks.several or config.cudagraphs is False:
+        return False
+    if device.type == "cuda" or stand_in(config.cudagraphs, device) is not None:
+        return True
+    try:
+        return choose_lowering(config, device, wait=False).native
+    except OptionError:  # (whoever lowers a graph raises it)
+        return False
+
+
+def choose_device(
+    program: RiverProgram, config: RiverConfig, captures: CaptureLog, native: bool = False, ranks: Ranks = ALONE
+) -> CaptureDevice | None:
+    """Returns the device that captures a program's decode steps; None if none does, and `captures` says why.
+
+    No pass needs to have run. `native` says whether twins become C++ calls, which a CPU captures; `ranks` are those
+    that share the model.
+
+    Raises:
+        OptionError: captures are asked for, and the model does not lie on a device that has them.
+    """
+    device = program.plan.device
+    plugged_in = stand_in(config.cudagraphs, device)
+    if config.cudagraphs is True and device.type != "cuda" and not native and plugged_in is None:
+        raise OptionError(
+            f"cudagraphs=True needs a model on a GPU or lowering='native', and this one lies on {device}; move it "
+            "there, or leave cudagraphs out"
+        )
+    if ranks.several:
+        captures.not_captured = NOT_CAPTURED
+    elif config.cudagraphs is False:
+        captures.not_captured = "cudagraphs=False"
+    elif config.cudagraphs is None and device.type != "cuda" and not native:
+        captures.not_captured = f"the model lies on {device}; CUDA graphs need a GPU, tapes lowering='native'"
+    else:
+        captures.not_captured = _unsupported(program, native and plugged_in is None)
+    if captures.not_captured:
+        return None
+    return plugged_in or (CudaGraphs(device) if device.type == "cuda" else Tapes())
+
+
+def _unsupported(program: RiverProgram, several: bool) -> str | None:
+    """Returns why no unit of a graph can be captured, with the node if there is one; None if some can.
+
+    `several` says whether the device captures passes of several tokens.
+    """
+    plan = program.plan
+    if not plan.is_decode and not several:
+        return "a prompt's length differs from call to call; decode steps are captured"
+    for block in plan.blocks:
+        if block.kv.kind != "static":
+            where = source_of(block.kv.writes[0])
+            return f'the cache grows with every token; cache_implementation="static" keeps it in place (at {where})'
+    for block in plan.blocks:
+        made = next((c for w in block.kv.writes for c in mutated_inputs(w) if c.op != "placeholder"), None)
+        if made is not None:
+            return f"the cache is made in this pass (at {source_of(made)})"
+    for node in (n for segment in program.segments for n in segment.outputs):
+        if not isinstance(value_of(node), (Tensor, int, torch.SymInt)):
+            return f"a value that is neither tensor nor number goes from block to block (at {source_of(node)})"
+    written = {node for block in plan.blocks for node in block.kv.writes}
+    for node in program.returned:
+        if node in written or (node.op == "placeholder" and is_tensor(node)):
+            return f"the graph returns a tensor of the caller's, which must not become a copy (at {source_of(node)})"
+    return None
+
+
+def verdicts_for(plan: DecoderPlan, policy: ExitPolicy, device: CaptureDevice, captures: CaptureLog) -> Verdicts | None:
+    """Returns the state of decisions on a device, None if the host must decide.
+
+    `captures` says why then.
+    """
+    why = device.why_undecided() or policy.why_host_decides(plan)
+    if why is None:
+        return DeviceExitState(plan.num_blocks, plan.device)
+    captures.uncaptured_units["step"] = why
+    return None
+
+
+def captured_runner(
+    program: RiverProgram,
+    steps: Mapping[Segment, Step],
+    launcher: CaptureCache,
+    policy: ExitPolicy,
+    launch_ahead: bool | str | None,
+    verdicts: Verdicts | None,
+    plain: Runner,
+) -> CapturedRunner:
+    """Returns the runner of a program's captures.
+
+    Args:
+        program, steps, launcher, plain: see :class:`CapturedRunner`.
+        policy: when tokens leave.
+        launch_ahead: the option: True or False to launch ahead every time or never, else where measurements say so.
+        verdicts: of :func:`verdicts_for`, for a device that answers; None: the host does.
+    """
+    ahead = None
+    if launcher.device.runs_late and launch_ahead is not False:
+        ahead = LaunchAhead(True if launch_ahead is True else None)
+    if verdicts is not None:
+        runner: CapturedRunner = DeviceExits(program, steps, launcher, ahead, policy, verdicts, plain)
+    else:
+        runner = CapturedRunner(program, steps, launcher, ahead, policy.deepest, plain)
+    if ahead is not None:
+        note_order(program.plan, runner.units, launcher.log)
+    return runner
