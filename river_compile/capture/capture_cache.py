@@ -70,7 +70,7 @@ class CaptureCache:
         # By what was read: the graph and the buffers of its results; and these where a unit was not captured so far.
         self._captures: OrderedDict[tuple, tuple[object, dict[int, Tensor]]] = OrderedDict()
         self._seen: dict[CaptureUnit, OrderedDict[tuple, dict[int, Tensor]]] = {}
-        self._failed: set[CaptureUnit] = set()
+        self._uncaptured: set[CaptureUnit] = set()  # for good
         # Addresses, numbers and signature of the latest launch: most come again.
         self._latest: dict[CaptureUnit, tuple[list[int], list, tuple]] = {}
 
@@ -151,9 +151,10 @@ class CaptureCache:
 
     def _stays_uncaptured(self, unit: CaptureUnit) -> bool:
         """Says whether a unit is never captured; the log then says why."""
-        if unit.obstacle is not None:
+        if unit.obstacle is not None and unit not in self._uncaptured:
             self.log.uncaptured_units.setdefault(unit.name, str(unit.obstacle))
-        return unit.obstacle is not None or unit in self._failed
+            self._uncaptured.add(unit)
+        return unit in self._uncaptured
 
     def _signature(self, unit: CaptureUnit, slots: Sequence) -> tuple:
         """Returns the unit, the address of every tensor that it reads, and every number."""
@@ -208,7 +209,7 @@ class CaptureCache:
         try:
             graph, size = self.device.capture(unit, slots, outputs, self.buffer)
         except CaptureFailed as error:
-            self._failed.add(unit)
+            self._uncaptured.add(unit)
             self.log.uncaptured_units[unit.name] = str(error)
             log.warning("%s runs uncaptured: %s", unit.name, error)
             return False

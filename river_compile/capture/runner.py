@@ -127,6 +127,10 @@ class CapturedRunner(Runner):
             if self.ahead is None or not self.ahead.has(unit):
                 self.launcher.launch(unit, slots)
 
+    def through(self, slots: Slots, depth: int) -> None:
+        for unit in self.units.way(depth):
+            self.launcher.launch(unit, slots)
+
     def score(self, slots: Slots, start: int, end: int) -> float:
         *before, unit = self.units.spans(start, end)
         if before:

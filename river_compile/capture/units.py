@@ -142,6 +142,7 @@ class Partition:
         self._units: dict[tuple[Kind, int, int], CaptureUnit] = {}
         self._tails: dict[int, list[CaptureUnit]] = {}
         self._spans: dict[tuple[int, int], list[CaptureUnit]] = {}
+        self._ways: dict[int, list[CaptureUnit]] = {}
         self._judged: dict[fx.Graph, tuple[Refusal | None, frozenset[int]]] = {}  # (which many segments share)
         self.prologue: CaptureUnit | None = None
         if self._obstacle(program.prologue) is not None:
@@ -156,6 +157,13 @@ class Partition:
             pairs = zip((start, *cut), (*cut, end), strict=True)
             self._spans[start, end] = [unit for a, b in pairs for unit in self._span(a, b)]
         return self._spans[start, end]
+
+    def way(self, depth: int) -> list[CaptureUnit]:
+        """Returns the units of a token that leaves after `depth` blocks."""
+        if depth not in self._ways:
+            tail = self.tail(depth) if depth < self._num_blocks else []
+            self._ways[depth] = [*self.spans(0, depth), *tail]
+        return self._ways[depth]
 
     def step(self, last: int) -> CaptureUnit:
         """Returns all that tokens of at most `last` blocks reach, in the order of the segments and not of any token."""
@@ -172,10 +180,6 @@ class Partition:
             units = [self._unit("twins", depth, depth), self._head()] if alone else [self._unit("tail", depth, depth)]
             self._tails[depth] = units
         return self._tails[depth]
-
-    def next_units(self, depth: int) -> list[CaptureUnit]:
-        """Returns the first units of either verdict at a depth, of tails one that some token has taken."""
-        return [self.after(depth), *self._tails.get(depth, [])[:1]]
 
     def _span(self, start: int, end: int) -> list[CaptureUnit]:
         if end < self._num_blocks:

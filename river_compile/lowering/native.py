@@ -191,19 +191,30 @@ def _looks_up(embedding: fx.Node) -> bool:
 
 
 def _angles(node: object) -> tuple[fx.Node, fx.Node] | None:
-    """Returns positions and frequencies of ``cat((a, a), -1)``, ``a`` being their product in float32."""
+    """Returns positions and frequencies of ``cat((a, a), -1)``, ``a`` being their product in float32.
+
+    (Frequencies are of another dtype where the whole model was cast.)
+    """
     if not called(node, torch.cat) or node.kwargs or node.args[1:] not in ((-1,), (2,)) or len({*node.args[0]}) != 1:
         return None
     product = node.args[0][0]
-    if len(node.args[0]) != 2 or not called(product, operator.mul):
+    if len(node.args[0]) != 2 or not called(product, operator.mul) or value_of(product).dtype != torch.float32:
         return None
     for cast, frequencies in (product.args, product.args[::-1]):
         if called(cast, Tensor.to) and cast.args[1:] == (torch.float32,) and called(cast.args[0], operator.getitem):
             positions, place = cast.args[0].args
-            flat = is_tensor(frequencies) and rank(frequencies) == 1
-            if place == (..., None) and _is_int64(positions) and flat and value_of(frequencies).dtype == torch.float32:
+            if called(frequencies, Tensor.to) and value_of(frequencies).dtype == torch.float32:
+                frequencies = frequencies.args[0]  # (of a model that was cast; the operator reads them so)
+            if place == (..., None) and _is_int64(positions) and _is_row_of_floats(frequencies):
                 return positions, frequencies
     return None
+
+
+def _is_row_of_floats(node: object) -> bool:
+    floats = (torch.float32, torch.bfloat16, torch.float16)
+    return (
+        is_tensor(node) and rank(node) == 1 and value_of(node).dtype in floats and value_of(node).device.type == "cpu"
+    )
 
 
 def _scaled(node: fx.Node) -> tuple[fx.Node, float]:

@@ -136,18 +136,25 @@ class RiverExecutor:
         if not runner.binds:
             return None
         slots: Slots | None = None
+        way: Taken | None = None  # where it is known
+        if not self._remembers and (depth is not None or not self.decodes):
+            last = self._policy_at(depth).fixed_depth if self.decodes else None
+            way = Taken(self.num_blocks if last is None else min(last, self.num_blocks))
 
         def again(args: Sequence, tokens: DraftVocab | None) -> tuple:
             nonlocal slots
             started = time.perf_counter()
-            policy = self._policy_at(depth)
             if self.room is not None:
                 self.room.forget(args)
             with runner, self._logits_of(tokens):
                 slots = runner.begin(args, slots)
-                memory = self._recall(slots)
-                taken = self._run(runner, slots, policy, memory)
-                self._keep(runner, slots, memory)
+                if way is None:
+                    memory = self._recall(slots)
+                    taken = self._run(runner, slots, self._policy_at(depth), memory)
+                    self._keep(runner, slots, memory)
+                else:
+                    taken = way
+                    runner.through(slots, way.depth)
                 outputs = runner.finish(slots)
             self._record(args, taken, started)
             self._on_close()

@@ -123,6 +123,12 @@ class Runner(ABC):
     def blocks(self, slots: list, start: int, end: int) -> None:
         """Runs blocks start+1..end, whatever their checks say, and the head where `end` is L."""
 
+    def through(self, slots: list, depth: int) -> None:
+        """Runs everything between :meth:`begin` and :meth:`finish` of a token that leaves after `depth` blocks."""
+        self.blocks(slots, 0, depth)
+        if depth < self._program.plan.num_blocks:
+            self.tail(slots, depth)
+
     def score(self, slots: list, start: int, end: int) -> float:
         """Runs blocks start+1..end and returns the exit score after the last of them, for which it waits."""
         self.blocks(slots, start, end)

@@ -128,11 +128,12 @@ def test_a_token_has_the_same_bits_in_passes_of_any_width(name):
         assert graph["missed"] == []
 
 
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
 @torch.no_grad()
-def test_a_prologue_of_an_embedding_and_rotary_tables_is_recorded_with_what_follows():
+def test_a_prologue_of_an_embedding_and_rotary_tables_is_recorded_with_what_follows(dtype):
     """Every unit of a step is captured; with another prologue that would be one of its own, which is not."""
     model = make("llama", layers=2, dtype=torch.bfloat16)
-    model.model.rotary_emb.float()  # (as a model that is loaded has it)
+    model.model.rotary_emb.to(dtype)  # (float32 where a model is loaded, the model's where it was cast)
     options = {"quantizer": "rtn", "group_size": 32, "lowering": "native", "exit_depth": 0}
     river_compile.accelerate(model, "fast", store=False, **options)
     model.generate(prompt(), max_new_tokens=4, do_sample=False, pad_token_id=0)

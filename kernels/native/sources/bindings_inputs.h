@@ -65,20 +65,21 @@ inline Tensor embed(const Tensor& ids, const Tensor& table) {
 // cos or sin of position times frequency, times a scale: [P, 2 F], the second half as the first.
 struct TurnArgs {
   const int64_t* positions;
-  const float* frequencies;
+  const void* frequencies;
   void* out;
   int64_t count;
-  int32_t half, dtype;
+  int32_t half, dtype, given;  // dtypes of the result and of the frequencies
   float scale;
   bool sine;
 };
 
 inline void make_turns(const void* args, int part, int parts) {
   const auto& a = *static_cast<const TurnArgs*>(args);
-  float values[kMostHeadFeatures];
+  float values[kMostHeadFeatures], frequencies[kMostHeadFeatures / 2];
+  load_values(a.frequencies, 0, a.half, a.given, frequencies);
   for (auto [i, end] = share_of(a.count, part, parts); i < end; ++i) {
     for (int j = 0; j < a.half; ++j) {
-      const float angle = float(a.positions[i]) * a.frequencies[j];
+      const float angle = float(a.positions[i]) * frequencies[j];
       values[j] = values[j + a.half] = (a.sine ? std::sin(angle) : std::cos(angle)) * a.scale;
     }
     store_values(a.out, i * 2 * a.half, 2 * a.half, a.dtype, values);
@@ -88,14 +89,14 @@ inline void make_turns(const void* args, int part, int parts) {
 inline Tensor turns(const Tensor& positions, const Tensor& frequencies, double scale, bool sine, const Tensor& like) {
   Tensors held;
   const int64_t half = frequencies.numel();
-  check(frequencies.is_cpu() && frequencies.scalar_type() == ScalarType::Float && frequencies.dim() == 1 &&
-            frequencies.is_contiguous() && 2 * half <= kMostHeadFeatures,
-        "frequencies", "be float32 in the CPU's memory, for half of a head's features at most");
+  check(frequencies.is_cpu() && frequencies.dim() == 1 && frequencies.is_contiguous() && 2 * half <= kMostHeadFeatures,
+        "frequencies", "be one row in the CPU's memory, for half of a head's features at most");
   Tensor out = empty_behind(positions, 2 * half, like);
-  TurnArgs a{numbers_in(positions, held, "positions"), static_cast<float*>(frequencies.data_ptr()), out.data_ptr()};
+  TurnArgs a{numbers_in(positions, held, "positions"), frequencies.data_ptr(), out.data_ptr()};
   a.count = positions.numel();
   a.half = int32_t(half);
   a.dtype = dtype_of(like, "like");
+  a.given = dtype_of(frequencies, "frequencies");
   a.scale = float(scale);
   a.sine = sine;
   run_phases(a, {{make_turns, &a, parts_of(a.count * half, 1 << 10)}}, a.count > kFewPositions);

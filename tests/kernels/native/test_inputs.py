@@ -62,16 +62,17 @@ def test_an_id_without_a_row_is_an_error_of_its_own_step(wrong):
     scale=st.sampled_from([1.0, 0.7, 1.3]),
     sine=st.booleans(),
     dtype=st.sampled_from(DTYPES),
+    given=st.sampled_from(DTYPES),
     seed=st.integers(0, 999),
 )
-def test_tables_are_cosines_and_sines_of_angles_in_float32(half, sizes, farthest, scale, sine, dtype, seed):
-    """The second half repeats the first; the angle is float32's product, as models compute it."""
+def test_tables_are_cosines_and_sines_of_angles_in_float32(half, sizes, farthest, scale, sine, dtype, given, seed):
+    """The second half repeats the first; the angle is float32's product, as models compute it, of whatever dtype."""
     g = torch.Generator().manual_seed(seed)
     positions = torch.randint(farthest, sizes, generator=g)
-    frequencies = 10000.0 ** -torch.rand(half, generator=g)
+    frequencies = (10000.0 ** -torch.rand(half, generator=g)).to(given)
     found = called(native.turns, positions, frequencies, scale, sine, torch.zeros(1, dtype=dtype))
     assert found.dtype == dtype
-    angles = (positions[..., None].float() * frequencies).double()
+    angles = (positions[..., None].float() * frequencies.float()).double()
     expected = (angles.sin() if sine else angles.cos()) * scale
     torch.testing.assert_close(found.double(), torch.cat((expected, expected), -1), rtol=0, atol=2 * CLOSE[dtype])
 
