@@ -53,7 +53,6 @@ def evaluate(
     `humaneval` runs programs that the model wrote: with limits, in a process of their own, but in no sandbox.
     """
     from river_compile.cli.models import start
-    from river_compile.reporting.trace import trace
 
     if task not in ROWS:
         _check_task(task)
@@ -81,14 +80,13 @@ def evaluate(
         from river_compile.cli.texts import passages
 
         ids = [tokenizer(text)["input_ids"] for text in passages(texts)[: limit or 40]]
-        measure = _perplexity(ids, new_tokens)
+        measure = _traced(_perplexity(ids, new_tokens))
     else:
-        measure = _of_lm_eval(task, tokenizer, limit)
+        measure = _traced(_of_lm_eval(task, tokenizer, limit))
     results: dict[str, dict[str, Any]] = {}
     for way in ways:
-        with running(network, way, calibration, **settings[way]), trace() as steps:
+        with running(network, way, calibration, **settings[way]):
             row = measure(network, way)
-            row.setdefault("mean_depth", steps.mean_depth if steps.tokens else None)
         results[way] = row if way in (FAST, RIVER, CALIBRATED) else {**row, "mean_depth": None}
         # (Rows take long: one that is done is told, whatever becomes of the others.)
         print(f"{way}: {_said(results[way])}", file=sys.stderr)
@@ -125,6 +123,18 @@ def _answering(problems: Problems, file: AnswerFile, batch: int, runs: Mapping[s
         return summary(told[way], told.get(PLAIN, told.get(NEVER)))
 
     return measure
+
+
+def _traced(measure: Measure) -> Measure:
+    """Returns a measure whose rows tell the mean depth of all steps."""
+    from river_compile.reporting.trace import trace
+
+    def traced(model: PreTrainedModel, way: str) -> dict[str, Any]:
+        with trace() as steps:
+            row = measure(model, way)
+        return {**row, "mean_depth": steps.mean_depth if steps.tokens else None}
+
+    return traced
 
 
 def _perplexity(texts: list[list[int]], tokens: int) -> Measure:

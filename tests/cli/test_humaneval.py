@@ -3,7 +3,9 @@
 import pytest
 
 from river_compile.cli import humaneval
+from river_compile.cli.answers import Problems
 from tests.support.processes import ends
+from tests.support.tokenizers import byte_tokenizer
 
 
 @pytest.mark.parametrize(
@@ -49,3 +51,17 @@ def test_humaneval_judges_completions():
     problem = {"prompt": "def f(x):\n", "test": "def check(f):\n    assert f(2) == 4", "entry_point": "f"}
     assert humaneval.passes(problem, "    return 2 * x\n\nprint('more')")
     assert not humaneval.passes(problem, "    return x")
+
+
+def test_a_chat_model_is_asked_and_its_answer_begins_with_the_problem():
+    """What it writes completes the problem's own text, as for a model that is not asked."""
+    tokenizer = byte_tokenizer()
+    asked = Problems.of("humaneval-chat", tokenizer, 2, 16)
+    for number, problem in enumerate(humaneval.problems()[:2]):
+        text = tokenizer.decode(asked.prompts[number][0])
+        question, _, begun = text.partition("assistant: ")
+        assert question.startswith("user: Write a solution")
+        assert problem["prompt"] in question
+        assert begun.endswith(f"```python\n{problem['prompt'].rstrip()}\n")
+        assert asked.solves(number, problem["canonical_solution"] + "```\nThis function ...")
+        assert not asked.solves(number, "    return None\n")
