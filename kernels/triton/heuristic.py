@@ -36,6 +36,8 @@ MAX_REGISTERS = 168
 MAX_GROUP_REGISTERS = 128
 #: Instructions per weight of each kind and per activation of a row, counted in the generated code.
 INSTRUCTIONS = {"w4": 4.8, "dense": 2.0, "bf12": 5.5, "x": 4.0}
+#: In the form "dot", per weight in 12 bits, and per activation and warp behind a norm.
+BF12_DOT, NORMALISE = 7.0, {"dense": 1.8, "bf12": 5.7}
 _BITS = {"w4": 4, "dense": 16, "bf12": 12}
 ATTENTION_BLOCK = 32  # slots of a step of attention
 LAUNCH_SECONDS = 2e-6  # from the end of one kernel of a graph until the next one works
@@ -59,7 +61,9 @@ def registers(spec: LinearSpec) -> int:
         return math.ceil(16 + columns * tile.block_k / threads)
     if spec.form == "row":  # a word (or two weights), two sums and an operand of each
         return math.ceil(32 + 4 * columns * tile.block_k / (8 if spec.weights == "w4" else 2) / threads)
-    length, operands = (tile.block_k // 4, 5) if spec.weights == "bf12" else (tile.block_k // 8, 3)
+    length, operands = tile.block_k // 8, 3.0
+    if spec.weights == "bf12":  # wide tiles unpack one of a unit's rows after another
+        length, operands = tile.block_k // 4, 5.0 if tile.block_n == least_columns(spec.weights, spec.form) else 2.5
     return math.ceil(48 + (tile.block_m * columns + operands * columns * length + tile.block_m * length / 2) / threads)
 
 
@@ -162,10 +166,9 @@ def _dot_tiles(spec: LinearSpec, device: Device) -> Iterator[LinearTile]:
         heights = (16,) if spec.rows or spec.norm != "none" or spec.gated else (16, 32, 64)
         cuts = [(width, 128, 4, 4 if device.backend == "cuda" else 2) for width in (32, 64)]
     else:
-        # Eight warps of wide tiles normalise half as much for each weight.
+        # Every warp normalises all activations, so wide tiles of few warps do it for the most weights.
         heights, wide = (16,), 2 * least_columns(spec.weights, spec.form)
-        cuts = [(wide // 2, 64, 4, 2), (wide // 2, 128, 4, 2), (wide, 64, 8, 3)]
-        cuts += [(wide // 2, 128, 8, 3)] if spec.norm == "none" else []
+        cuts = [(wide, 64, 4, 3), (wide // 2, 128, 4, 2)]
     for (block_n, depth, warps, stages), block_m, split_k in itertools.product(cuts, heights, splits):
         yield LinearTile(block_n, depth, block_m, split_k, warps, stages)
 
@@ -300,12 +303,20 @@ def _shared(spec: LinearSpec) -> int:
 
 
 def _instructions(spec: LinearSpec, programs: int) -> float:
-    """Returns the instructions of all threads: every weight of each tile, and the activations in every program."""
+    """Returns the instructions of all threads: every weight of each tile, and the activations in every program.
+
+    In the form "dot" each warp makes operands of all of them, and normalises them if there is a norm.
+    """
     tile = spec.tile
     weights = programs * spec.steps * tile.block_k * tile.block_n * len(spec.streams)
     activations = programs * spec.steps * tile.block_k * tile.block_m / (1 if spec.form == "row" else 4)
+    each, x = INSTRUCTIONS[spec.weights], INSTRUCTIONS["x"]
+    if spec.form == "dot" and spec.weights == "bf12":
+        each = BF12_DOT
+    if spec.form == "dot" and spec.norm != "none" and spec.weights != "w4":
+        x *= tile.num_warps * NORMALISE[spec.weights]
     once = 250 * programs * 32 * tile.num_warps if spec.weights == "bf12" else 0  # sums of lanes and warps, patches
-    return weights * INSTRUCTIONS[spec.weights] + activations * INSTRUCTIONS["x"] + once
+    return weights * each + activations * x + once
 
 
 def best_tile(spec: LinearSpec, device: str = DEFAULT_DEVICE, rows: int | None = None) -> LinearSpec:
@@ -330,11 +341,11 @@ def cost(spec: LinearSpec, device: Device, rows: int | None = None) -> tuple[boo
 
     The form "groups" has too many where a weight takes more than `MOST_INSTRUCTIONS`, or where fewer than three steps
     leave the start of the pipeline the larger part. (Times of two tiles are closer than their estimate is good, and
-    fewer instructions leave a processor's issue slots to others.) Small matrices, and programs for less than half
-    of the processors, are a matter of latencies alone.
+    fewer instructions leave a processor's issue slots to others.) Small matrices, and those of programs for less
+    than a third of the processors, are a matter of latencies alone.
     """
     large = spec.form == "groups" and spec.in_features * spec.out_features * len(spec.streams) > 2**21
-    large = large and 2 * math.ceil(spec.out_features / spec.tile.block_n) >= device.processors
+    large = large and 3 * math.ceil(spec.out_features / 32) >= device.processors
     limit = MOST_INSTRUCTIONS[spec.tile.block_m > 8]
     many = large and (spec.steps < 3 or instructions_per_weight(spec) > limit)
     return many, seconds(spec, device, rows)

@@ -90,7 +90,7 @@ def usages(spec: KernelSpec, label: str, target: str) -> Iterator[Usage]:
         load, matrix = weight_load_bytes(text, source, nvidia), len(_MATRIX.findall(text))
         code = None
         product = isinstance(spec, LinearSpec) and not spec.experts and not stage.function.endswith("_reduce")
-        if nvidia and product and load:
+        if nvidia and product and load and (spec.weights, spec.dtype) != ("dense", "float32"):
             code = counted(cuobjdump(compiled.asm["cubin"], "-sass"), spec)
         counts = (code.per_weight, code.loads_first) if code else (None, None)
         if not nvidia and product:

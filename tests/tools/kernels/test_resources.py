@@ -126,8 +126,7 @@ def test_steps_on_amd_are_counted_by_their_matrix_instructions():
     step = ["\tv_mfma_f32_16x16x16_bf16 v[0:3], v[4:5], v[6:7], 0", "\tv_add_f32_e32 v0, v1, v2"]
     text = "\n".join(["\ts_mov_b32 s0, 1", ".LBB0_1:", *step, "\ts_cbranch_scc1 .LBB0_1", *step, "\ts_endpgm"])
     assert counted_amd(text, spec) == (1 + 3 * 3 + 2 + 1) / (32 * 1024 / 256)
-    with pytest.raises(ValueError, match="are not 4 steps"):
-        counted_amd(text.replace(step[0], step[0] + "\n" + step[0], 1), spec)
+    assert counted_amd(text.replace(step[0], step[0] + "\n" + step[0], 1), spec) is None  # (not a step at a time)
 
 
 @pytest.mark.parametrize("target", DEVICES)
@@ -194,7 +193,7 @@ def test_command_line(tmp_path, capsys):
     assert sum(shares.values()) == pytest.approx(1)
     by_bytes = token["bytes"] / token["bandwidth"]
     assert by_bytes < token["modelled"] < by_bytes + 3e-6 * token["launches"] + 2e-3
-    assert {label for label, _, _ in token["others"]} < set(shares)
+    assert {label for label, _, _ in token["others"]} <= set(shares)
     with pytest.raises(SystemExit):
         resources.main(["--model", "gpt-5"])
 
