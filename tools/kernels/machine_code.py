@@ -95,18 +95,22 @@ def counted(text: str, spec: LinearSpec) -> Code | None:
 
 
 def counted_amd(text: str, spec: LinearSpec) -> float | None:
-    """Counts a launch of `spec` in AMD's assembly, per weight; None where no loop goes over its steps, one at a time."""
+    """Counts a launch of `spec` in AMD's assembly, per weight; None where no loop takes its steps one at a time."""
     code = re.findall(r"^(\.LBB\w+):|^\t((?:[vs]_|ds_|global_|buffer_)\S+(?: +\S.*)?)$", text, re.MULTILINE)
     labels = {label: place for place, (label, _) in enumerate(code) if label}
     jumps = [
         (place, re.search(r"^s_c?branch\S* (\.LBB\w+)", instruction)) for place, (_, instruction) in enumerate(code)
     ]
     loops = [(labels[to[1]], place) for place, to in jumps if to and labels[to[1]] < place]
-    if not loops:
+    if not loops and spec.steps > 1:
         return None
-    first, end = max(loops, key=lambda loop: loop[1] - loop[0])
     matrix = [place for place, (_, instruction) in enumerate(code) if instruction.startswith("v_mfma")]
-    inside = sum(first <= place <= end for place in matrix)
+
+    def size(loop: tuple[int, int]) -> tuple[int, int]:
+        return sum(loop[0] <= place <= loop[1] for place in matrix), loop[1] - loop[0]
+
+    first, end = max(loops, key=size, default=(0, -1))
+    inside = size((first, end))[0]
     times = spec.steps - ((len(matrix) - inside) / inside if inside else 0)
     if times != round(times) or times < 1:
         return None

@@ -112,7 +112,7 @@ def test_weights_in_16_bits_are_counted_too(target, rows):
     """A weight takes a few instructions in either form; the loops over K are counted as often as they run."""
     spec = best_tile(untiled(rows, 2048, 1024, weights="dense", group_size=0, norm="rms"), target)
     (usage,) = usages(spec, "linear", target)
-    assert 1 < usage.instructions < 20
+    assert 1 < usage.instructions < (60 if target == "gfx942" else 20)  # (which rounds to bfloat16 by hand)
     found = bounded(usage, spec)
     assert found.seconds > spec.cost().bytes / DEVICES[target].bandwidth
     assert found.waves == spec.stages()[0].grid(rows)[0] / DEVICES[target].processors / round(
