@@ -66,6 +66,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     gpu.add_argument("--context", type=common.number(1), default=1024, help="tokens of the prompt (%(default)s)")
     gpu.add_argument("--group-size", type=int, default=64, choices=(32, 64, 128), help="of the twins (%(default)s)")
     gpu.add_argument("--bandwidth", type=_positive, default=3350.0, help="GB/s of the estimate (%(default)s, an H100)")
+    gpu.add_argument("--hold", nargs="+", type=float, default=[0.7, 0.88], help="of exact mode's drafts (%(default)s)")
     gpu.add_argument("--only", nargs="+", choices=GROUPS, default=list(GROUPS), metavar="ROWS", help=", ".join(GROUPS))
     gpu.add_argument("--no-generate", action="store_true", help="time the loop alone, not `model.generate`")
     gpu.add_argument("--minutes", type=_positive, default=math.inf, help="begin no row that would end after these")

@@ -10,6 +10,13 @@ bytes alone cost at a named bandwidth, and no kernel reaches that. Beside the ta
 The schedule is that of a random Llama with the model's number of blocks and small matrices, captured by the recorder:
 graph launches, flags that the host waits for, and other calls (copies into buffers and of results) per token. "asked"
 reads the check of every block on the way, "forced" none.
+
+Exact mode is on paper alone. A cycle drafts n tokens with the twins at depth 0, one captured pass each, and verifies
+them in one pass of the backbone over n + 1 positions; then the host reads what was kept. A drafted token holds with
+the probability p of `--hold` where all before it did, so that a cycle keeps 1 + p + ... + p^n tokens; n is the length
+with the most tokens/s. If none is given there are two: 0.70, of SmolLM2's drafts of four tokens (docs/twins.md: 72, 50,
+36 and 23 % held up to each position), and 0.88, how often its 4-bit twins name the backbone's next token on its own
+text (docs/quality.md). Passes start 5 us after one another; reading back takes 30 us (docs/cuda.md, a flag in order).
 """
 
 from __future__ import annotations
@@ -27,6 +34,8 @@ from tools.kernels.shapes import MODELS
 from tools.recorder import Event, recording
 
 _CAPACITY = 16
+_MAX_DRAFT = 15
+_PASS_SECONDS, _READ_SECONDS = 5e-6, 30e-6  # from one captured pass to the next; until the host has read a result
 
 
 def main(options: argparse.Namespace) -> int:
@@ -40,6 +49,7 @@ def main(options: argparse.Namespace) -> int:
         found = {
             "tokens": [token_row(roofline, depth, bandwidth) for depth in options.depths],
             "check": check_row(roofline, bandwidth),
+            "exact": exact_rows(roofline, options.hold),
             "schedule": schedule_rows(options.blocks or MODELS[name].layers, options.depths),
         }
         show(name, found)
@@ -65,6 +75,38 @@ def token_row(roofline: Roofline, depth: int | None, bandwidth: float) -> dict:
         "over_never": roofline.token(None).bytes / cost.bytes,
         "modelled_tokens_per_s": 1 / roofline.seconds(depth),
     }
+
+
+def exact_rows(roofline: Roofline, holds: list[float]) -> list[dict]:
+    """Returns what exact mode makes of a model, for each probability that a drafted token holds, backbone and head."""
+    return [
+        max(
+            (exact_cycle(roofline, hold, weights, head, n) for n in range(_MAX_DRAFT + 1)),
+            key=lambda row: row["tokens_per_s"],
+        )
+        for hold in holds
+        for weights in ("dense", "bf12")
+        for head in ("dense", "w4")
+    ]
+
+
+def exact_cycle(roofline: Roofline, hold: float, weights: str, head: str, drafted: int) -> dict:
+    """Returns one cycle of exact mode with so many drafted tokens; without any it is plain decoding.
+
+    Args:
+        roofline: the model's.
+        hold: probability that a drafted token holds if the one before it did.
+        weights: of the backbone, "dense" or "bf12".
+        head: of the drafts, "dense" or "w4".
+        drafted: tokens.
+    """
+    draft, verify = roofline.draft(head), roofline.verification(drafted + 1, weights)
+    plain = roofline.verification(1, weights) + _PASS_SECONDS + _READ_SECONDS
+    seconds = drafted * (draft + _PASS_SECONDS) + verify + _PASS_SECONDS + _READ_SECONDS
+    kept = sum(hold**position for position in range(drafted + 1))
+    sizes = {"hold": hold, "weights": weights, "head": head, "drafted": drafted, "tokens_per_cycle": kept}
+    times = {"draft_seconds": draft, "verify_seconds": verify, "seconds": seconds}
+    return {**sizes, **times, "tokens_per_s": kept / seconds, "over_plain": kept / seconds * plain}
 
 
 def check_row(roofline: Roofline, bandwidth: float) -> dict:
@@ -125,6 +167,15 @@ def show(name: str, found: dict) -> None:
     depth_3 = next((row["over_never"] for row in found["tokens"] if row["exit"] == "depth 3"), None)
     if depth_3 is not None:
         print(f"Depth 3 over the 16-bit model: {depth_3:.2f} by bytes, {SPEEDUP_TARGET} to reach.")
+    bits = {"dense": 16, "bf12": 12, "w4": 4}
+    print("\nExact mode by the kernels' cost model; bits of the backbone's weights and of the drafts' head.\n")
+    headers = ["holds", "backbone", "head", "drafted", "tokens/cycle", "draft us", "verify us", "tokens/s", "x plain"]
+    lines = []
+    for row in found["exact"]:
+        times = [round(row[key] * 1e6) for key in ("draft_seconds", "verify_seconds")]
+        lines.append([row["hold"], bits[row["weights"]], bits[row["head"]], row["drafted"], row["tokens_per_cycle"]])
+        lines[-1] += [*times, round(row["tokens_per_s"]), row["over_plain"]]
+    common.print_table(headers, lines)
     print()
     headers = ["schedule", "", "graph launches", "flags", "other calls"]
     common.print_table(

@@ -1,5 +1,5 @@
 """What a token of a known model costs at an exit depth, from shapes alone: launches, bytes, the time of the bytes, and
-what the kernels' cost model says (`heuristic.seconds`), which knows instructions too.
+what the kernels' cost model says (`heuristic.estimate`), which knows instructions too.
 
 Twins, exit check and head are counted as the generated kernels' own reports count them (every buffer of every launch
 once). A backbone block counts its 16-bit weights and its KV cache; its launches are at least its seven products and its
@@ -8,14 +8,11 @@ attention, because only Inductor on the GPU at hand knows how many more there ar
 
 from __future__ import annotations
 
-from river_compile.kernels.triton import heuristic
-from river_compile.kernels.triton.devices import Device, known
-from river_compile.kernels.triton.linear import LinearSpec
-from river_compile.kernels.triton.spec import KernelSpec
-from tools.kernels.shapes import MODELS, ModelShape, TokenCost, cost_of, model_kernels
+from river_compile.kernels.triton.devices import known
+from river_compile.kernels.triton.heuristic import LAUNCH_SECONDS, best_tile, untiled
+from tools.kernels.shapes import MODELS, ModelShape, TokenCost, backbone_kernels, cost_of, estimate_of, model_kernels
 
 BLOCK_LAUNCHES = 8  # q, k, v, attention, o, gate, up, down
-LAUNCH_SECONDS = 2e-6  # of a kernel that the cost model does not know, on top of its bytes
 _DTYPE_BYTES = 2
 
 #: Decoded tokens per second on an H100, batch 1, 1K context: by model and exit depth (None: never).
@@ -45,10 +42,12 @@ class Roofline:
         self.check = cost_of(kernels.pop("exit score"))
         self._device = known(device)
         head = kernels.pop("norm + head")
-        self._head, self._head_seconds = cost_of(head), modelled(head, self._device)
+        self._head, self._head_seconds = cost_of(head), estimate_of(head, self._device).total
         self._twin = cost_of(*kernels.values())
-        self._twin_seconds = sum(modelled(spec, self._device) for spec in kernels.values())
-        cache = cost_of(kernels["rope + kv write + attention"])
+        self._twin_seconds = sum(estimate_of(spec, self._device).total for spec in kernels.values())
+        attention = kernels["rope + kv write + attention"]
+        self._attention_seconds, cache = estimate_of(attention, self._device).total, cost_of(attention)
+        self._group_size = group_size
         self._block = TokenCost(BLOCK_LAUNCHES, _DTYPE_BYTES * block_weights(self.shape) + cache.bytes)
 
     def token(self, depth: int | None) -> TokenCost:
@@ -62,13 +61,24 @@ class Roofline:
         block = self._block.seconds(self._device.bandwidth) + self._block.launches * LAUNCH_SECONDS
         return blocks * block + (self.shape.layers - blocks) * self._twin_seconds + self._head_seconds
 
+    def verification(self, positions: int, weights: str) -> float:
+        """Returns the modelled seconds of a pass of the backbone over `positions` new tokens of one sequence.
 
-def modelled(spec: KernelSpec, device: Device) -> float:
-    """Returns the estimated seconds of a kernel: by the cost model if it is a product, else by bytes and launches."""
-    if isinstance(spec, LinearSpec):
-        return heuristic.seconds(spec, device)
-    cost = cost_of(spec)
-    return cost.seconds(device.bandwidth) + cost.launches * LAUNCH_SECONDS
+        Its matmuls are the generated kernels at so many rows, with "dense" weights or those in 12 bits ("bf12"). No
+        generated kernel attends from several positions: what stands for it reads the cache once, as that of one
+        position does, and writes its slots in a launch of its own. One token is verified as two: kernels of one row
+        sum in another order, and a row's bits are to be the same in every pass.
+        """
+        kernels = backbone_kernels(self.shape, weights, rows=max(2, positions), device=self._device.name)
+        head = estimate_of(kernels.pop("norm + head"), self._device).total
+        matmuls = sum(estimate_of(spec, self._device).total for spec in kernels.values())
+        return self.shape.layers * (matmuls + self._attention_seconds + LAUNCH_SECONDS) + head
+
+    def draft(self, head: str) -> float:
+        """Returns the modelled seconds of a drafted token: all twins, a head in 16 bits ("dense") or 4 ("w4")."""
+        packed = untiled(1, self.shape.hidden, self.shape.vocabulary, norm="rms", group_size=self._group_size)
+        small = estimate_of(best_tile(packed, self._device.name), self._device).total
+        return self.shape.layers * self._twin_seconds + (small if head == "w4" else self._head_seconds)
 
 
 def block_weights(shape: ModelShape) -> int:

@@ -29,15 +29,18 @@ from river_compile.kernels.files import cache_folder
 from river_compile.kernels.quant.bf12 import UNIT
 from river_compile.kernels.triton.devices import DEFAULT_DEVICE, Device, known
 from river_compile.kernels.triton.linear import MAX_EXACT_ROWS, LinearSpec, LinearTile, form_of, least_columns
-from river_compile.kernels.triton.spec import next_power_of_two
+from river_compile.kernels.triton.spec import DTYPES, next_power_of_two
 
 MAX_REGISTERS = 168
 #: Of the form "groups": with four warps, a quarter of a processor's warps are resident.
 MAX_GROUP_REGISTERS = 128
 #: Instructions per weight of each kind and per activation of a row, counted in the generated code.
 INSTRUCTIONS = {"w4": 4.8, "dense": 2.0, "bf12": 5.5, "x": 4.0}
+#: In the form "dot", per weight in 12 bits, and per activation and warp behind a norm.
+BF12_DOT, NORMALISE = 7.0, {"dense": 1.8, "bf12": 5.7}
 _BITS = {"w4": 4, "dense": 16, "bf12": 12}
-
+ATTENTION_BLOCK = 32  # slots of a step of attention
+LAUNCH_SECONDS = 2e-6  # from the end of one kernel of a graph until the next one works
 
 #: Per weight of the form "groups", where a tile allows it: with up to 8 rows, and with more. (An H100 takes as long for
 #: 4.2 as for the weight's bytes.)
@@ -58,7 +61,9 @@ def registers(spec: LinearSpec) -> int:
         return math.ceil(16 + columns * tile.block_k / threads)
     if spec.form == "row":  # a word (or two weights), two sums and an operand of each
         return math.ceil(32 + 4 * columns * tile.block_k / (8 if spec.weights == "w4" else 2) / threads)
-    length, operands = (tile.block_k // 4, 5) if spec.weights == "bf12" else (tile.block_k // 8, 3)
+    length, operands = tile.block_k // 8, 3.0
+    if spec.weights == "bf12":  # wide tiles unpack one of a unit's rows after another
+        length, operands = tile.block_k // 4, 5.0 if tile.block_n == least_columns(spec.weights, spec.form) else 2.5
     return math.ceil(48 + (tile.block_m * columns + operands * columns * length + tile.block_m * length / 2) / threads)
 
 
@@ -89,7 +94,7 @@ def candidates(spec: LinearSpec, device: Device) -> Iterator[LinearSpec]:
     if spec.form == "groups":
         tiles = _group_tiles(spec, device)
     else:
-        tiles = _row_tiles(spec) if spec.form == "row" else _dot_tiles(spec)
+        tiles = _row_tiles(spec) if spec.form == "row" else _dot_tiles(spec, device)
     for tile in tiles:
         if tile.split_k <= math.ceil(spec.in_features / tile.block_k) and spec.parts_fit(tile):
             candidate = dataclasses.replace(spec, tile=tile)
@@ -104,12 +109,13 @@ def _group_tiles(spec: LinearSpec, device: Device) -> Iterator[LinearTile]:
         return
     heights = (least_rows(spec),) if spec.rows else (16, 32)
     deepest = max(4 * spec.group_size, spec.in_features // 2)  # a single step would not be pipelined
-    # Wide tiles of eight warps, and two groups each of a gated pair, have too many sums for Triton 3.6; narrow tiles of
-    # a pair were seen to spill there.
+    # Two groups each of a gated pair, and wide tiles of eight warps but those below, have too many sums for Triton 3.6;
+    # narrow tiles of a pair were seen to spill there. Start and end of eight warps take too long for less than 8 steps.
     widths, numbers = ((32,), (1,)) if spec.gated else ((16, 32, 64), (1, 2))
     for block_n, block_m, warps, each in itertools.product(widths, heights, (4, 8), numbers):
         depth = warps * each * spec.group_size
-        if depth <= deepest and (warps == 4 or block_n == 16):
+        wide = block_n == 32 and each == 1 and (block_m == 8 or spec.norm == "none") and spec.in_features >= 8 * depth
+        if depth <= deepest and (warps == 4 or block_n == 16 or wide):
             stages = _pipeline(spec, device, block_n, steps=math.ceil(spec.in_features / depth))
             yield LinearTile(block_n, depth, block_m, 1, warps, stages)
 
@@ -144,47 +150,118 @@ def _row_tiles(spec: LinearSpec) -> Iterator[LinearTile]:
         yield LinearTile(block_n, depth, 1, split_k, warps)
 
 
-def _dot_tiles(spec: LinearSpec) -> Iterator[LinearTile]:
-    # What stands in front of the dot is unrolled eight times: deeper steps or a pipeline on top of a norm, two
-    # products or exact float32 run out of registers.
-    heavy = spec.norm != "none" or spec.gated or spec.dtype == "float32"
-    widths = (16,) if spec.dtype == "float32" else (16, 32)
-    heights = (16,) if spec.rows or heavy else (16, 32, 64)
-    depths = (128,) if spec.dtype == "float32" else (128, 256)
-    if spec.norm != "none" and spec.gated and spec.dtype != "float32":
-        widths, depths = (32,), (128,)
-    if spec.weights == "dense" and spec.dtype != "float32":
-        widths, depths = (32, 64), (128,)
-    if spec.weights == "bf12":
-        widths, depths = (least_columns(spec.weights, spec.form),), (64, 128)
+def _dot_tiles(spec: LinearSpec, device: Device) -> Iterator[LinearTile]:
     splits = (1,) if spec.norm != "none" else (1, 2, 4)
-    for block_n, block_m, depth, split_k in itertools.product(widths, heights, depths, splits):
-        yield LinearTile(block_n, depth, block_m, split_k, 4, 1 if heavy else 2)
+    if spec.weights == "w4" or spec.dtype == "float32":
+        # What stands in front of the dot is unrolled eight times: deeper steps or a pipeline on top of a norm, two
+        # products or exact float32 run out of registers.
+        heavy = spec.norm != "none" or spec.gated or spec.dtype == "float32"
+        widths, depths = ((16,), (128,)) if spec.dtype == "float32" else ((16, 32), (128, 256))
+        heights = (16,) if spec.rows or heavy else (16, 32, 64)
+        if spec.norm != "none" and spec.gated and spec.dtype != "float32":
+            widths, depths = (32,), (128,)
+        cuts = [(width, depth, 4, 1 if heavy else 2) for width in widths for depth in depths]
+    elif spec.weights == "dense":
+        # Weights go to the dot as they are, so that copies of steps to come cost no registers but shared memory.
+        heights = (16,) if spec.rows or spec.norm != "none" or spec.gated else (16, 32, 64)
+        cuts = [(width, 128, 4, 4 if device.backend == "cuda" else 2) for width in (32, 64)]
+    else:
+        # Every warp normalises all activations, so wide tiles of few warps do it for the most weights.
+        heights, wide = (16,), 2 * least_columns(spec.weights, spec.form)
+        cuts = [(wide, 64, 4, 3), (wide // 2, 128, 4, 2)]
+    for (block_n, depth, warps, stages), block_m, split_k in itertools.product(cuts, heights, splits):
+        yield LinearTile(block_n, depth, block_m, split_k, warps, stages)
+
+
+@dataclasses.dataclass(frozen=True)
+class Estimate:
+    """Where the seconds of a kernel go: memory, cache and instructions side by side, and what is waited for."""
+
+    bytes: float  # what memory takes at its full bandwidth
+    in_flight: float  # and longer, since too few bytes are on their way
+    tail: float  # and longer, since processors are idle in the last wave
+    cache: float  # the cache that all processors share: weights, and the activations that each program reads
+    instructions: float
+    waits: float  # steps that follow one another, and launches
+    waves: float  # of programs, the last one as the part that it fills
+
+    @property
+    def total(self) -> float:
+        return max(self.bytes + self.in_flight + self.tail, self.cache, self.instructions) + self.waits
+
+    @property
+    def bound(self) -> str:
+        """What most of the time is spent on; "bytes" where those alone are four fifths of memory's part or more."""
+        memory = self.bytes + self.in_flight + self.tail
+        longest = max(memory, self.cache, self.instructions)
+        if self.waits > longest:
+            return "latency"
+        if longest > memory:
+            return "cache" if self.cache == longest else "instructions"
+        if self.bytes >= 0.8 * memory:
+            return "bytes"
+        return "in flight" if self.in_flight > self.tail else "tail"
+
+
+@dataclasses.dataclass(frozen=True)
+class Compiled:
+    """What a compiler made of a kernel, in the place of the model's estimates."""
+
+    resident: int  # programs that a processor holds at once
+    instructions: float | None = None  # of a thread, all steps together; None where they were not counted
 
 
 def seconds(spec: LinearSpec, device: Device, rows: int | None = None) -> float:
     """Estimates the time of a kernel in seconds; `rows` (64 if None) counts where the spec leaves M open."""
+    return estimate(spec, device, rows).total
+
+
+def estimate(spec: LinearSpec, device: Device, rows: int | None = None, compiled: Compiled | None = None) -> Estimate:
+    """Estimates the parts of `seconds`, by what was compiled where that is given."""
     tile, m = spec.tile, spec.rows or rows or 64
     threads = 32 * tile.num_warps
     programs = math.ceil(spec.out_features / tile.block_n) * spec.blocks(m) * tile.split_k
-    resident = max(1, min(32, 2048 // threads, 65536 // (registers(spec) * threads)))
+    resident = min(32, 2048 // threads, 65536 // (registers(spec) * threads), device.shared // _shared(spec))
+    resident = max(1, resident)
+    of_thread = thread_instructions(spec) if spec.form == "groups" else None
+    if compiled is not None:
+        resident = max(1, compiled.resident)
+        if compiled.instructions is not None:
+            of_thread, threads = compiled.instructions, device.warp * tile.num_warps
     per_processor = programs / device.processors
     waves = math.ceil(per_processor / resident)
-    memory = spec.cost(m).bytes / device.bandwidth / _bandwidth_share(spec, device, min(per_processor, resident))
-    memory *= max(1.0, waves / max(per_processor / resident, 1e-9)) if per_processor > resident else 1.0
-    if spec.form == "groups":
+    moved = spec.cost(m).bytes / device.bandwidth
+    memory = moved / _bandwidth_share(spec, device, min(per_processor, resident))
+    idle = max(1.0, waves / max(per_processor / resident, 1e-9)) if per_processor > resident else 1.0
+    if of_thread is None:
+        issued = _instructions(spec, programs)
+    elif spec.form == "groups":
         # A processor with one program more than others is what the kernel waits for; ten warps hide their latencies.
         most = math.ceil(per_processor)
-        issued = thread_instructions(spec) * threads * most * device.processors
+        issued = of_thread * threads * most * device.processors
         issued /= min(1.0, min(most, resident) * tile.num_warps / 10)
     else:
-        issued = _instructions(spec, programs)
+        issued = of_thread * threads * programs
     instructions = issued / (device.processors * device.lanes * device.clock * 0.7)
     if spec.form == "dot":
         weights = programs * spec.steps * tile.block_k * tile.block_n * len(spec.streams)
         instructions += weights * tile.block_m * 2 / (device.dot_flops * 0.3)
-    turns = waves * spec.steps * (0.05e-6 if spec.form == "groups" else 0.3e-6)  # pipelined, or each waits for memory
-    return max(memory, instructions) + turns + 2e-6 * len(spec.stages())
+    turns = waves * spec.steps * (0.05e-6 if _pipelined(spec) else 0.3e-6)  # or each waits for memory
+    cache = (spec.cost(m).bytes + shared_bytes(spec, m)) / device.cache
+    waits = turns + LAUNCH_SECONDS * len(spec.stages())
+    return Estimate(moved, memory - moved, memory * (idle - 1), cache, instructions, waits, per_processor / resident)
+
+
+def shared_bytes(spec: LinearSpec, rows: int | None = None) -> int:
+    """Returns the bytes of activations and of the norm's weight that all programs read, of which memory sends few.
+
+    A norm in front of the form "dot" goes through the rows once more than the product.
+    """
+    tile, m = spec.tile, spec.rows or rows or 64
+    programs = math.ceil(spec.out_features / tile.block_n) * spec.blocks(m)
+    passes = 2 if spec.form == "dot" and spec.norm != "none" else 1
+    lines = passes * min(m, tile.block_m) + (spec.norm != "none")
+    return programs * lines * spec.in_features * DTYPES[spec.dtype][1]
 
 
 def _bandwidth_share(spec: LinearSpec, device: Device, programs: float) -> float:
@@ -194,22 +271,52 @@ def _bandwidth_share(spec: LinearSpec, device: Device, programs: float) -> float
     is all that there is to cover.
     """
     tile, bits = spec.tile, _BITS[spec.weights]
-    step_bytes = len(spec.streams) * tile.block_n * tile.block_k * bits / 8
-    if spec.form == "groups":
-        ahead = max(1, min(tile.num_stages - 1, spec.steps))
-        return min(1.0, programs * step_bytes * ahead / (device.bandwidth / device.processors * 0.9e-6))
-    share = min(1.0, programs * step_bytes / 49152)
+    if _pipelined(spec):
+        return min(1.0, programs * bytes_ahead(spec) / (device.bandwidth / device.processors * 0.9e-6))
+    share = min(1.0, programs * bytes_ahead(spec) / 49152)
     narrow = bits == 4 and tile.block_n * tile.block_k / 8 / (32 * tile.num_warps) < 8  # than 16 bytes of a lane
     return share / 1.5 if narrow else share
 
 
+def bytes_ahead(spec: LinearSpec) -> float:
+    """Returns the bytes of weights that a program has on their way before it uses the first of them."""
+    ahead = max(1, min(spec.tile.num_stages - 1, spec.steps)) if _pipelined(spec) else 1
+    return _step_bytes(spec) * ahead
+
+
+def _pipelined(spec: LinearSpec) -> bool:
+    """Whether weights of the steps to come are copied into shared memory while a step is computed."""
+    return spec.form == "groups" or (spec.form == "dot" and spec.tile.num_stages > 1)
+
+
+def _step_bytes(spec: LinearSpec) -> float:
+    """Returns the bytes of weights of one step of a program."""
+    return len(spec.streams) * spec.tile.block_n * spec.tile.block_k * _BITS[spec.weights] / 8
+
+
+def _shared(spec: LinearSpec) -> int:
+    """Estimates the shared memory of a program: steps on their way, with their rows of activations, and some more."""
+    if not _pipelined(spec):
+        return 4096
+    rows = spec.tile.block_m * spec.tile.block_k * DTYPES[spec.dtype][1]
+    return math.ceil((spec.tile.num_stages - 1) * (_step_bytes(spec) + rows)) + 4096
+
+
 def _instructions(spec: LinearSpec, programs: int) -> float:
-    """Returns the instructions of all threads: every weight of each tile, and the activations in every program."""
+    """Returns the instructions of all threads: every weight of each tile, and the activations in every program.
+
+    In the form "dot" each warp makes operands of all of them, and normalises them if there is a norm.
+    """
     tile = spec.tile
     weights = programs * spec.steps * tile.block_k * tile.block_n * len(spec.streams)
     activations = programs * spec.steps * tile.block_k * tile.block_m / (1 if spec.form == "row" else 4)
+    each, x = INSTRUCTIONS[spec.weights], INSTRUCTIONS["x"]
+    if spec.form == "dot" and spec.weights == "bf12":
+        each = BF12_DOT
+    if spec.form == "dot" and spec.norm != "none" and spec.weights != "w4":
+        x *= tile.num_warps * NORMALISE[spec.weights]
     once = 250 * programs * 32 * tile.num_warps if spec.weights == "bf12" else 0  # sums of lanes and warps, patches
-    return weights * INSTRUCTIONS[spec.weights] + activations * INSTRUCTIONS["x"] + once
+    return weights * each + activations * x + once
 
 
 def best_tile(spec: LinearSpec, device: str = DEFAULT_DEVICE, rows: int | None = None) -> LinearSpec:
@@ -234,9 +341,11 @@ def cost(spec: LinearSpec, device: Device, rows: int | None = None) -> tuple[boo
 
     The form "groups" has too many where a weight takes more than `MOST_INSTRUCTIONS`, or where fewer than three steps
     leave the start of the pipeline the larger part. (Times of two tiles are closer than their estimate is good, and
-    fewer instructions leave a processor's issue slots to others.) Small matrices are a matter of latencies alone.
+    fewer instructions leave a processor's issue slots to others.) Small matrices, and those of programs for less
+    than a third of the processors, are a matter of latencies alone.
     """
     large = spec.form == "groups" and spec.in_features * spec.out_features * len(spec.streams) > 2**21
+    large = large and 3 * math.ceil(spec.out_features / 32) >= device.processors
     limit = MOST_INSTRUCTIONS[spec.tile.block_m > 8]
     many = large and (spec.steps < 3 or instructions_per_weight(spec) > limit)
     return many, seconds(spec, device, rows)
@@ -258,10 +367,45 @@ def least_rows(spec: LinearSpec) -> int:
     return 1 if spec.row_by_row else 16
 
 
-def attention_splits(heads: int, slots: int, device: Device) -> int:
-    """Returns how many programs share the cache of one of all `heads` KV heads, to fill the processors twice."""
-    wanted = min(2 * device.processors // heads, math.ceil(slots / 32), 32)
-    return 1 << max(0, wanted.bit_length() - 1) if wanted > 1 else 1
+def attention_splits(heads: int, slots: int, device: Device, group: int, head_dim: int) -> int:
+    """Returns how many programs share the cache of one of all `heads` KV heads, of `group` query heads each."""
+    most = math.ceil(slots / ATTENTION_BLOCK).bit_length() - 1
+
+    def time(splits: int) -> float:
+        return attention_estimate(heads, slots, device, group, head_dim, splits).total
+
+    return min((1 << power for power in range(most + 1)), key=time)
+
+
+def attention_estimate(
+    heads: int, slots: int, device: Device, group: int, head_dim: int, splits: int, resident: int = 6
+) -> Estimate:
+    """Estimates attention of one position in 16 bits, split so often, with so many programs resident on a processor.
+
+    The loop over blocks is not pipelined: each waits for memory's 0.9 us and for 300 instructions that follow one
+    another (counted for heads of 128, 190 for 64), while the other programs of a processor have their turns. The last
+    program puts the parts together, 16 KB of them in 0.3 us.
+    """
+    programs, block = heads * splits, 4 * ATTENTION_BLOCK * head_dim
+    per_processor = programs / device.processors
+    waves = math.ceil(per_processor / resident)
+    at_once = min(math.ceil(per_processor), resident)
+    instructions = (80 + 1.72 * head_dim) * 128  # of a program's threads, for a block
+    moved = 4 * slots * head_dim * heads / device.bandwidth
+    issued = device.lanes * device.clock * 0.7
+    turns, most = math.ceil(math.ceil(slots / ATTENTION_BLOCK) / splits), math.ceil(per_processor)
+    chain = 0.9e-6 + instructions / 128 * 5 / device.clock
+    read, issued = block * device.processors / device.bandwidth, instructions / (device.lanes * device.clock * 0.7)
+    parts = 1.5e-6 + 4 * splits * group * head_dim / (16384 / 0.3e-6) if splits > 1 else 0.0
+    return Estimate(
+        bytes=moved,
+        in_flight=turns * waves * max(0.0, chain - at_once * max(read, issued)),
+        tail=max(0.0, turns * most * read - moved),
+        cache=moved * device.bandwidth / device.cache,
+        instructions=turns * most * issued,
+        waits=parts + waves * 1e-6 + LAUNCH_SECONDS,  # (a program begins with its query)
+        waves=per_processor / resident,
+    )
 
 
 def untiled(rows: int, in_features: int, out_features: int, **fields: Any) -> LinearSpec:

@@ -1,10 +1,12 @@
-"""Counts the machine code of a product with packed weights for an NVIDIA GPU: a thread's instructions for each weight.
+"""Counts the machine code of a product: a thread's instructions for each weight.
 
 Loops count as often as they run. How often that is follows from the instructions that turn bits into numbers, since a
 thread must execute one of them for every weight (or pair of weights) that it has: `LinearSpec` says how many those are.
+Weights in 16 bits need none; of those the loads or the matrix instructions are counted. On AMD every step of a product
+has the same matrix instructions.
 
-Not handled: loops without weights in them, such as those of row statistics, which make a kernel uncountable (those of
-patches count as if they ran once); AMD.
+Not handled: loops without weights in them make a kernel with 4-bit weights uncountable; those of others, of row
+statistics and patches, count as if they ran once.
 """
 
 from __future__ import annotations
@@ -22,7 +24,10 @@ _BRANCH = re.compile(r"\bBRA\b.*\b0x([0-9a-f]+)")
 _MAKES_WEIGHTS = {
     "w4": re.compile(r"\bLOP3\.LUT\b.*(, 0xea,|0x4b000000)"),
     "bf12": re.compile(r"\bPRMT\b.*(0x5140|0x7362)"),  # (bytes that are put together to a pair)
+    "dense row": re.compile(r"\bLDG\S*\.EF\S*\.128\b"),
+    "dense dot": re.compile(r"\bHMMA\.16816\b"),
 }
+_DENSE_AT_ONCE = {"row": 8, "dot": 4}  # of a thread: 16 bytes, or its part of 8 x 16 weights that meet 16 rows
 #: Loads of weights into registers: those that must not push anything out of the cache.
 _WEIGHT_LOAD = re.compile(r"\bLDG\S*\.EF\b")
 
@@ -53,7 +58,7 @@ def cuobjdump(cubin: bytes, what: str) -> str:
 
 
 def counted(text: str, spec: LinearSpec) -> Code | None:
-    """Counts a launch of `spec` in its disassembly; None where a loop has no weights in it.
+    """Counts a launch of `spec`, of activations in 16 bits, in its disassembly; None where a loop has no weights in it.
 
     Raises:
         ValueError: the loops cannot make the weights that a thread of this kernel has.
@@ -66,24 +71,55 @@ def counted(text: str, spec: LinearSpec) -> Code | None:
         for address, instruction in code
         if (found := _BRANCH.search(instruction)) and int(found[1], 16) < address
     ]
-    makers = [address for address, instruction in code if _MAKES_WEIGHTS[spec.weights].search(instruction)]
+    dense = spec.weights == "dense"
+    made_by = _MAKES_WEIGHTS[f"dense {spec.form}" if dense else spec.weights]
+    makers = [address for address, instruction in code if made_by.search(instruction)]
     loads = [address for address, instruction in code if _WEIGHT_LOAD.search(instruction)]
-    if spec.weights == "bf12":
+    if dense and not makers:  # (loads of less than 16 bytes)
+        return None
+    if spec.weights != "w4":
         loops = [(first, end) for first, end in loops if any(first <= address <= end for address in makers)]
     weights = thread_weights(spec)
     inside = [sum(first <= address <= end for address in makers) for first, end in loops]
     if len(loops) > 1 or 0 in inside:
         return None
-    made = weights / spec.weights_made_at_once
+    made = weights / (_DENSE_AT_ONCE[spec.form] if dense else spec.weights_made_at_once)
+    if dense and spec.form == "dot":
+        made *= spec.tile.block_m // 16
     times = (made - len(makers) + inside[0]) / inside[0] if loops else 1.0
     if times != round(times) or times < 1 or (not loops and made != len(makers)):
         raise ValueError(f"{len(makers)} instructions, {inside} of them in a loop, do not make {made:g} weights")
     looped = sum(loops[0][0] <= address <= loops[0][1] for address, _ in code) if loops else 0
     executed = len(code) + looped * (times - 1)
-    return Code(executed / weights, not (loads and makers and max(loads) > min(makers)))
+    return Code(executed / weights, dense or not (loads and makers and max(loads) > min(makers)))
 
 
-def thread_weights(spec: LinearSpec) -> float:
+def counted_amd(text: str, spec: LinearSpec) -> float | None:
+    """Counts a launch of `spec` in AMD's assembly, per weight; None where no loop takes its steps one at a time."""
+    code = re.findall(r"^(\.LBB\w+):|^\t((?:[vs]_|ds_|global_|buffer_)\S+(?: +\S.*)?)$", text, re.MULTILINE)
+    labels = {label: place for place, (label, _) in enumerate(code) if label}
+    jumps = [
+        (place, re.search(r"^s_c?branch\S* (\.LBB\w+)", instruction)) for place, (_, instruction) in enumerate(code)
+    ]
+    loops = [(labels[to[1]], place) for place, to in jumps if to and labels[to[1]] < place]
+    if not loops and spec.steps > 1:
+        return None
+    matrix = [place for place, (_, instruction) in enumerate(code) if instruction.startswith("v_mfma")]
+
+    def size(loop: tuple[int, int]) -> tuple[int, int]:
+        return sum(loop[0] <= place <= loop[1] for place in matrix), loop[1] - loop[0]
+
+    first, end = max(loops, key=size, default=(0, -1))
+    inside = size((first, end))[0]
+    times = spec.steps - ((len(matrix) - inside) / inside if inside else 0)
+    if times != round(times) or times < 1:
+        return None
+    executed = sum(bool(instruction) for _, instruction in code)
+    executed += (times - 1) * sum(bool(instruction) for _, instruction in code[first : end + 1])
+    return executed / thread_weights(spec, 64)
+
+
+def thread_weights(spec: LinearSpec, warp: int = 32) -> float:
     """Returns how many weights a thread of the kernel has, those beyond the matrix included."""
     tile = spec.tile
-    return len(spec.streams) * tile.block_n * tile.block_k * spec.steps / (32 * tile.num_warps)
+    return len(spec.streams) * tile.block_n * tile.block_k * spec.steps / (warp * tile.num_warps)

@@ -2,11 +2,13 @@
 
 from __future__ import annotations
 
+import math
 from dataclasses import dataclass
 from typing import Any
 
+from river_compile.kernels.triton import heuristic
 from river_compile.kernels.triton.decode_attention import DecodeAttentionSpec
-from river_compile.kernels.triton.devices import DEFAULT_DEVICE, known
+from river_compile.kernels.triton.devices import DEFAULT_DEVICE, Device, known
 from river_compile.kernels.triton.exit_score import ExitScoreSpec
 from river_compile.kernels.triton.heuristic import attention_splits, best_tile, untiled
 from river_compile.kernels.triton.kv_fill import KvFillSpec
@@ -46,6 +48,8 @@ MODELS = {
         ModelShape("llama-3.2-1b", 16, 2048, 32, 8, 64, 8192, 128256),
         ModelShape("qwen2.5-1.5b", 28, 1536, 12, 2, 128, 8960, 151936, qkv_bias=True),
         ModelShape("llama-3.1-8b", 32, 4096, 32, 8, 128, 14336, 128256),
+        # One rank of eight: its heads and its part of each MLP and of the head.
+        ModelShape("llama-3.1-70b/8", 80, 8192, 8, 1, 128, 3584, 16032),
         ModelShape("qwen3-30b-a3b", 48, 2048, 32, 4, 128, 768, 151936, qk_norm=True, experts=128, chosen=8),
     )
 }
@@ -94,7 +98,8 @@ def model_kernels(
         return best_tile(untiled(rows * each, k, n, **fields), device, rows * each)
 
     heads = (rows, shape.heads, shape.kv_heads, shape.head_dim, context)
-    splits = attention_splits(rows * shape.kv_heads, context, known(device))
+    group = shape.heads // shape.kv_heads
+    splits = attention_splits(rows * shape.kv_heads, context, known(device), group, shape.head_dim)
     dense: dict[str, Any] = {"weights": "dense", "group_size": 0}
     if shape.experts:
         stack = {"each": shape.chosen, "experts": shape.experts}
@@ -128,6 +133,19 @@ def model_kernels(
     }
 
 
+def estimate_of(spec: KernelSpec, device: Device, compiled: heuristic.Compiled | None = None) -> heuristic.Estimate:
+    """Returns where the time of a kernel goes by the cost model; of one that it does not know, bytes and launches."""
+    if isinstance(spec, LinearSpec):
+        return heuristic.estimate(spec, device, compiled=compiled)
+    if isinstance(spec, DecodeAttentionSpec):
+        resident = {} if compiled is None else {"resident": compiled.resident}
+        heads = (spec.batch * spec.kv_heads, spec.slots, device, spec.group, spec.head_dim, spec.splits)
+        return heuristic.attention_estimate(*heads, **resident)
+    cost, programs = cost_of(spec), math.prod(spec.stages()[0].grid(1))
+    waits, waves = heuristic.LAUNCH_SECONDS * cost.launches, programs / device.processors
+    return heuristic.Estimate(cost.bytes / device.bandwidth, 0.0, 0.0, 0.0, 0.0, waits, waves)
+
+
 def backbone_kernels(
     shape: ModelShape, weights: str, *, rows: int = 1, device: str = DEFAULT_DEVICE
 ) -> dict[str, KernelSpec]:
@@ -141,9 +159,9 @@ def backbone_kernels(
 
     hidden, intermediate = shape.hidden, shape.intermediate
     return {
-        "backbone: norm + q|k|v": linear(hidden, shape.qkv, norm="rms", bias=shape.qkv_bias),
-        "backbone: o + residual": linear(shape.heads * shape.head_dim, hidden, residual=True),
-        "backbone: norm + gate|up": linear(hidden, intermediate, norm="rms", gated=True, activation="silu"),
-        "backbone: down + residual": linear(intermediate, hidden, residual=True),
-        "backbone: norm + head": linear(hidden, shape.vocabulary, norm="rms"),
+        "norm + q|k|v": linear(hidden, shape.qkv, norm="rms", bias=shape.qkv_bias),
+        "o + residual": linear(shape.heads * shape.head_dim, hidden, residual=True),
+        "norm + gate|up": linear(hidden, intermediate, norm="rms", gated=True, activation="silu"),
+        "down + residual": linear(intermediate, hidden, residual=True),
+        "norm + head": linear(hidden, shape.vocabulary, norm="rms"),
     }

@@ -209,7 +209,7 @@ def _attention(
         softcap=softcap,
         mask=mask is not None,
         mask_dtype="bool" if mask is None else dtype_name(mask),
-        splits=attention_splits(b * kv_heads, slots, known(device_of(out))),
+        splits=attention_splits(b * kv_heads, slots, known(device_of(out)), heads // kv_heads, d),
         cache_strides=_cache_strides(k_cache, v_cache),
         fill=fill,
         advance=advance,

@@ -2,6 +2,7 @@
 
 import dataclasses
 import json
+import math
 import os
 
 import pytest
@@ -12,19 +13,23 @@ from river_compile.kernels.triton import heuristic
 from river_compile.kernels.triton.devices import DEVICES
 from river_compile.kernels.triton.heuristic import (
     MAX_REGISTERS,
+    Compiled,
+    attention_estimate,
     attention_splits,
     best_tile,
     candidates,
     cost,
+    estimate,
     most_registers,
     registers,
     seconds,
+    shared_bytes,
     untiled,
 )
 from river_compile.kernels.triton.linear import NORMS, LinearTile
 from river_compile.kernels.triton.spec import Cost, render
 from tests.support.examples import examples
-from tools.kernels.shapes import MODELS, model_kernels
+from tools.kernels.shapes import MODELS, backbone_kernels, model_kernels
 
 
 @st.composite
@@ -83,10 +88,70 @@ def test_the_roofline_is_the_longer_time():
 
 
 @pytest.mark.parametrize(
-    ("heads", "slots", "splits"), [(8, 1024, 32), (1, 8192, 32), (8, 32, 1), (8, 33, 2), (1000, 4096, 1), (3, 512, 16)]
+    ("heads", "slots", "group", "splits"),
+    [(8, 1024, 4, 32), (8, 32768, 4, 64), (128, 1024, 4, 4), (1, 8192, 8, 64), (1, 32768, 8, 128), (8, 32, 4, 1)],
 )
-def test_splits_of_attention(heads, slots, splits):
-    assert attention_splits(heads, slots, DEVICES["sm_90"]) == splits
+def test_splits_of_attention(heads, slots, group, splits):
+    """Llama-3.1-8B with one row and with 16, and one rank of eight of the 70B: half and twice as many take longer."""
+    sizes = (heads, slots, DEVICES["sm_90"], group, 128)
+    assert attention_splits(*sizes) == splits
+    halved, chosen, doubled = (attention_estimate(*sizes, n).total for n in (splits / 2, splits, 2 * splits))
+    assert chosen < min(halved if splits > 1 else math.inf, doubled)
+
+
+def test_attention_of_a_long_context_is_bound_by_bytes():
+    sizes = (8, 32768, DEVICES["sm_90"], 4, 128)
+    chosen = attention_estimate(*sizes, attention_splits(*sizes))
+    assert chosen.bound == "bytes"
+    assert pytest.approx(chosen.bytes) == 4 * 8 * 32768 * 128 / 3.35e12
+    assert attention_estimate(*sizes, 8).bound in ("in flight", "tail")
+
+
+@pytest.mark.parametrize("weights", ["dense", "bf12"])
+def test_rows_of_the_backbone_wait_for_bytes(weights):
+    """Copies of the steps to come are on their way; to unpack 12 bits takes about as long as to read them."""
+    kernels = backbone_kernels(MODELS["llama-3.1-8b"], weights, rows=4)
+    for label in ("norm + gate|up", "down + residual", "norm + head"):
+        found = estimate(kernels[label], DEVICES["sm_90"])
+        assert found.bound == "bytes" or weights == "bf12", (label, found)
+        assert found.total < 1.5 * found.bytes, (label, found)
+        alone = dataclasses.replace(kernels[label].tile, num_stages=1)
+        assert estimate(dataclasses.replace(kernels[label], tile=alone), DEVICES["sm_90"]).total > found.total
+
+
+@pytest.mark.parametrize("weights", ["dense", "bf12"])
+@pytest.mark.parametrize("model", ["llama-3.2-1b", "llama-3.1-8b"])
+def test_rows_are_summed_in_one_order_whatever_their_number(model, weights):
+    """From two rows on steps and splits over K are the same, which is what a row's bits depend on."""
+    orders = {}
+    for rows in range(2, 17):
+        for label, spec in backbone_kernels(MODELS[model], weights, rows=rows).items():
+            orders.setdefault(label, set()).add((spec.form, spec.tile.block_k, spec.tile.split_k))
+    assert {len(found) for found in orders.values()} == {1}, orders
+
+
+def test_what_all_programs_read_counted_by_hand():
+    tile = LinearTile(16, 512, 8)
+    spec = dataclasses.replace(untiled(8, 4096, 1024, residual=True), tile=tile)
+    assert shared_bytes(spec) == 64 * 8 * 4096 * 2
+    behind_norm = dataclasses.replace(untiled(8, 4096, 1024, norm="rms"), tile=tile)
+    assert shared_bytes(behind_norm) == 64 * (8 + 1) * 4096 * 2
+    twice = untiled(8, 4096, 1024, norm="rms", weights="dense", group_size=0)
+    assert shared_bytes(best_tile(twice)) == 1024 // best_tile(twice).tile.block_n * (2 * 8 + 1) * 4096 * 2
+
+
+def test_an_estimate_goes_by_what_was_compiled():
+    spec, device = best_tile(untiled(1, 4096, 14336, norm="rms", gated=True)), DEVICES["sm_90"]
+    many = estimate(spec, device, compiled=Compiled(resident=6, instructions=1e5))
+    assert many.bound == "instructions"
+    assert many.instructions > 10 * estimate(spec, device).instructions
+    assert estimate(spec, device, compiled=Compiled(resident=1)).total > estimate(spec, device).total
+
+
+def test_few_programs_get_more_warps():
+    """q|k|v of one rank of eight of the 70B has programs for a third of the processors."""
+    spec = model_kernels(MODELS["llama-3.1-70b/8"])["norm + q|k|v"]
+    assert spec.out_features // spec.tile.block_n * spec.tile.num_warps >= 2 * DEVICES["sm_90"].processors
 
 
 def test_a_saved_tile_goes_before_the_model(tmp_path, monkeypatch):

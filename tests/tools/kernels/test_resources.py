@@ -16,8 +16,8 @@ from river_compile.kernels.triton.loader import compile_for
 from river_compile.kernels.triton.shift import ShiftSpec
 from tests.support.examples import slow, slow_but
 from tools.kernels import resources
-from tools.kernels.machine_code import counted, cuobjdump
-from tools.kernels.resources import token_cost, token_floor, usages, weight_load_bytes
+from tools.kernels.machine_code import counted, counted_amd, cuobjdump
+from tools.kernels.resources import bounded, token_cost, token_floor, usages, weight_load_bytes
 from tools.kernels.shapes import MODELS, model_kernels
 
 
@@ -106,6 +106,29 @@ def test_sixteen_rows_behind_a_norm_take_at_most_1_3_times_the_instructions_of_o
         assert many.instructions <= 1.3 * few.instructions, (few, many)
 
 
+@pytest.mark.parametrize("target", slow_but(("sm_90",), DEVICES))
+@pytest.mark.parametrize("rows", [1, 4])
+def test_weights_in_16_bits_are_counted_too(target, rows):
+    """A weight takes a few instructions in either form; the loops over K are counted as often as they run."""
+    spec = best_tile(untiled(rows, 2048, 1024, weights="dense", group_size=0, norm="rms"), target)
+    (usage,) = usages(spec, "linear", target)
+    assert 1 < usage.instructions < (60 if target == "gfx942" else 20)  # (which rounds to bfloat16 by hand)
+    found = bounded(usage, spec)
+    assert found.seconds > spec.cost().bytes / DEVICES[target].bandwidth
+    assert found.waves == spec.stages()[0].grid(rows)[0] / DEVICES[target].processors / round(
+        usage.occupancy * DEVICES[target].warps / spec.tile.num_warps
+    )
+
+
+def test_steps_on_amd_are_counted_by_their_matrix_instructions():
+    """A loop over three of four steps, whose last stands behind it."""
+    spec = LinearSpec(1, 1024, 32, LinearTile(32, 256, 16))
+    step = ["\tv_mfma_f32_16x16x16_bf16 v[0:3], v[4:5], v[6:7], 0", "\tv_add_f32_e32 v0, v1, v2"]
+    text = "\n".join(["\ts_mov_b32 s0, 1", ".LBB0_1:", *step, "\ts_cbranch_scc1 .LBB0_1", *step, "\ts_endpgm"])
+    assert counted_amd(text, spec) == (1 + 3 * 3 + 2 + 1) / (32 * 1024 / 256)
+    assert counted_amd(text.replace(step[0], step[0] + "\n" + step[0], 1), spec) is None  # (not a step at a time)
+
+
 @pytest.mark.parametrize("target", DEVICES)
 @pytest.mark.parametrize("model", MODELS)
 def test_launches_and_bytes_of_a_token(model, target):
@@ -163,8 +186,14 @@ def test_command_line(tmp_path, capsys):
     assert "| sm_90 | norm + gate\\|up | linear |" in shown
     figures = json.loads(path.read_text())
     launches = sum(len(s.stages()) for s in model_kernels(MODELS["smollm2-135m"]).values())
-    assert len(figures["kernels"]) == launches
-    assert figures["tokens"][0]["launches_per_block"] == 5
+    assert len(figures["kernels"]) == launches + 1  # (and the write of keys and values alone)
+    token = figures["tokens"][0]
+    assert token["launches_per_block"] == 5
+    shares = {row["kernel"]: row["share"] for row in figures["kernels"] if row["share"] is not None}
+    assert sum(shares.values()) == pytest.approx(1)
+    by_bytes = token["bytes"] / token["bandwidth"]
+    assert by_bytes < token["modelled"] < by_bytes + 3e-6 * token["launches"] + 2e-3
+    assert {label for label, _, _ in token["others"]} <= set(shares)
     with pytest.raises(SystemExit):
         resources.main(["--model", "gpt-5"])
 
