@@ -66,7 +66,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     gpu.add_argument("--context", type=common.number(1), default=1024, help="tokens of the prompt (%(default)s)")
     gpu.add_argument("--group-size", type=int, default=64, choices=(32, 64, 128), help="of the twins (%(default)s)")
     gpu.add_argument("--bandwidth", type=_positive, default=3350.0, help="GB/s of the estimate (%(default)s, an H100)")
-    gpu.add_argument("--hold", nargs="+", type=float, default=[0.7, 0.88], help="of exact mode's drafts (%(default)s)")
+    gpu.add_argument("--hold", nargs="+", type=_share, default=[0.7, 0.88], help="of exact mode's drafts (%(default)s)")
     gpu.add_argument("--only", nargs="+", choices=GROUPS, default=list(GROUPS), metavar="ROWS", help=", ".join(GROUPS))
     gpu.add_argument("--no-generate", action="store_true", help="time the loop alone, not `model.generate`")
     gpu.add_argument("--minutes", type=_positive, default=math.inf, help="begin no row that would end after these")
@@ -275,6 +275,13 @@ def _percent(share: float | None) -> str | None:
 def depth(text: str) -> int | None:
     """Returns an exit depth of a command line, None for never leaving."""
     return None if text == NEVER else common.number(0)(text)
+
+
+def _share(text: str) -> float:
+    value = float(text)
+    if not 0 <= value <= 1:
+        raise argparse.ArgumentTypeError(f"{text} is not a probability; give a number from 0 to 1, such as 0.85")
+    return value
 
 
 def _positive(text: str) -> float:

@@ -297,7 +297,7 @@ def test_the_estimate_prints_costs_targets_and_the_schedule(tmp_path, capsys, mo
     assert steps == {
         ("never", "forced"): (1, 0),
         ("never", "asked"): (4, 3),
-        ("depth 0", "forced"): (2, 0),
+        ("depth 0", "forced"): (1, 0),  # (the prologue is in it)
         ("depth 3", "forced"): (2, 0),
         ("depth 3", "asked"): (4, 3),
     }
@@ -328,6 +328,12 @@ def test_a_bandwidth_is_positive(bandwidth, capsys):
     with pytest.raises(SystemExit):
         decode.main(["--random", "llama-3.2-1b", "--estimate", "--bandwidth", bandwidth])
     assert f"{bandwidth} is not a bandwidth" in capsys.readouterr().err
+
+
+def test_drafts_hold_with_a_probability(capsys):
+    with pytest.raises(SystemExit):
+        decode.main(["--random", "llama-3.2-1b", "--estimate", "--hold", "1.5"])
+    assert "1.5 is not a probability" in capsys.readouterr().err
 
 
 def test_offloading_is_compared_with_a_model_in_memory(monkeypatch, tmp_path, capsys):
