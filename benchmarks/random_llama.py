@@ -58,7 +58,7 @@ def random_llama(shape: ModelShape, device: str = "cpu") -> PreTrainedModel:
         num_attention_heads=shape.heads,
         num_key_value_heads=shape.kv_heads,
         head_dim=shape.head_dim,
-        tie_word_embeddings=shape.name == "llama-3.2-1b",
+        tie_word_embeddings=shape.name.startswith("llama-3.2"),
         eos_token_id=None,
         pad_token_id=0,
     )

@@ -47,6 +47,7 @@ MODELS = {
         ModelShape("smollm2-135m", 30, 576, 9, 3, 64, 1536, 49152),
         ModelShape("llama-3.2-1b", 16, 2048, 32, 8, 64, 8192, 128256),
         ModelShape("qwen2.5-1.5b", 28, 1536, 12, 2, 128, 8960, 151936, qkv_bias=True),
+        ModelShape("llama-3.2-3b", 28, 3072, 24, 8, 128, 8192, 128256),
         ModelShape("llama-3.1-8b", 32, 4096, 32, 8, 128, 14336, 128256),
         # One rank of eight: its heads and its part of each MLP and of the head.
         ModelShape("llama-3.1-70b/8", 80, 8192, 8, 1, 128, 3584, 16032),
