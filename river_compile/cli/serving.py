@@ -3,7 +3,7 @@
 Routes, schemas, the parsing of answers and streaming are transformers'. Three of its names are replaced while it
 starts: the class that loads models, which accelerates them here, the one that keeps a manager of calls for each, and
 the function that builds the app. What a call needs to know of its client comes with the call: settings by its
-generation config, a seed by torch's generator, which the server has set right before and the batch takes a copy of.
+generation config, and a seed by the request's task: transformers sets torch's generator, which is the whole process's.
 
 Not handled: `--continuous-batching`, transformers' own, whose scheduler does not call `generate`; audio, whose calls
 take turns.
@@ -15,9 +15,11 @@ import asyncio
 import contextlib
 import functools
 import logging
+import random
 import time
 from collections.abc import Callable, Iterator
 from concurrent.futures import CancelledError, Future
+from contextvars import ContextVar
 from typing import Any
 
 from fastapi import FastAPI
@@ -34,6 +36,7 @@ from river_compile.decoding.continuous import ContinuousBatch
 
 logger = logging.getLogger(__name__)
 
+_seed: ContextVar[int | None] = ContextVar("_seed", default=None)  # of the request that this task answers
 ENDED = "the thread that generates has ended; its log says why. Start the server anew"
 
 
@@ -81,7 +84,10 @@ class Manager(utils.GenerateManager):
         if len(self._calls) >= self.rows + self.queue:
             busy = f"{self.rows} requests are being answered and {self.queue} wait, which is all; try again later"
             raise Refused(429, "queue_full", busy, {"Retry-After": "1"})
-        call = self.batch.submit(functools.partial(fn, *args, **kwargs))
+        seed = _seed.get()
+        # (Never PyTorch's generator: a call that cannot join draws from it meanwhile, in the batch's thread.)
+        seed = random.SystemRandom().getrandbits(63) if seed is None else seed
+        call = self.batch.submit(functools.partial(fn, *args, **kwargs), seed)
         self._calls.append(call)
         ends_with_request(functools.partial(self.batch.cancel, call))
         return call
@@ -286,6 +292,9 @@ def start(
 
     def build(models: Any, *handlers: Any, generation_state: State, **more: Any) -> FastAPI:
         generation_state.models = models
+        for handler in handlers:
+            if hasattr(handler, "_build_generation_config"):
+                handler._build_generation_config = functools.partial(_configured, handler._build_generation_config)
         app = build_server(models, *handlers, generation_state=generation_state, **more)
         return extend(app, generation_state.metrics)
 
@@ -295,6 +304,12 @@ def start(
         _replaced(server, "build_server", build),
     ):
         return Serve(force_model=folder, host=host, port=port, dtype=dtype, device=device, non_blocking=True)
+
+
+def _configured(build: Callable[..., GenerationConfig], body: dict[str, Any], *given: Any, **more: Any) -> Any:
+    """Returns what transformers makes of a request's settings, and keeps its seed for the call."""
+    _seed.set(body.get("seed"))
+    return build({**body, "seed": None}, *given, **more)
 
 
 @contextlib.contextmanager

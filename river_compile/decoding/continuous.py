@@ -140,22 +140,30 @@ class ContinuousBatch:
         self._record.batch = self
         self._thread.start()
 
-    def submit(self, generate: Callable[[], Any]) -> Future[Any]:
+    def submit(self, generate: Callable[[], Any], seed: int | None = None) -> Future[Any]:
         """Has a call made in the batch's thread; returns at once.
 
         Args:
             generate: calls the model's generate and returns what that returns.
+            seed: of its random numbers. None: it draws them as the calling thread's next call of generate would, from
+                PyTorch's generator, which then moves on. That is the process's: where several threads draw, and while
+                the batch makes a call that does not join, a seed that was set right before may be another's by now.
 
         Returns:
-            The call's result, or what it raised. It draws its random numbers as the calling thread's next call of
-            generate would, so a seed that was set right before counts. (PyTorch's generator then moves on.)
+            The call's result, or what it raised.
 
         Raises:
             RuntimeError: the batch was closed, or its thread has died.
         """
         device = self._model.device
-        state = torch.get_rng_state() if device.type == "cpu" else torch.get_device_module(device).get_rng_state(device)
-        torch.empty((), device=device).uniform_()
+        if seed is not None:
+            state = torch.Generator(device).manual_seed(seed).get_state()
+        elif device.type == "cpu":
+            state = torch.get_rng_state()
+        else:
+            state = torch.get_device_module(device).get_rng_state(device)
+        if seed is None:
+            torch.empty((), device=device).uniform_()
         waiting = _Waiting(generate, Future(), state)
         with self._changed:
             if self._closed or self._dead is not None:
