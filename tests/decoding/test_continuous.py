@@ -111,14 +111,34 @@ def test_sampled_texts_follow_from_the_seed_of_their_call(kind, request):
         torch.manual_seed(seed)
         expected.append(call().tolist())
     with river_compile.ContinuousBatch(model, rows=ROWS) as batch:
-        futures = []
-        for seed, call in enumerate(calls):
-            torch.manual_seed(seed)
-            futures.append(batch.submit(call))
+        futures = [batch.submit(call, seed) for seed, call in enumerate(calls)]
         assert [future.result(WAIT).tolist() for future in futures] == expected
+        torch.manual_seed(1)
+        assert batch.submit(calls[1]).result(WAIT).tolist() == expected[1]
         torch.manual_seed(0)
         unseeded = [batch.submit(calls[0]) for _ in range(2)]
         assert unseeded[0].result(WAIT).tolist() != unseeded[1].result(WAIT).tolist()
+
+
+def test_a_seeded_call_disturbs_none_that_runs_by_itself(exact):
+    """One that cannot join draws from PyTorch's generator; another is submitted in the midst of it."""
+    batch, other, futures = river_compile.ContinuousBatch(exact, rows=ROWS), call_of(exact, 5, 3), []
+
+    def submits(ids, scores):
+        if ids.shape[1] == 9:
+            thread = threading.Thread(target=lambda: futures.append(batch.submit(other, 5)))
+            thread.start()
+            thread.join()
+        return scores
+
+    sampled = {"do_sample": True, "strict": True}  # (strict texts do not join)
+    torch.manual_seed(3)
+    expected = call_of(exact, 6, 9, **sampled)().tolist()
+    with batch:
+        found = batch.submit(call_of(exact, 6, 9, logits_processor=LogitsProcessorList([submits]), **sampled), 3)
+        assert found.result(WAIT).tolist() == expected
+        assert len(futures) == 1
+        assert futures[0].result(WAIT).shape[1] == 8
 
 
 class Raises(BaseStreamer):
