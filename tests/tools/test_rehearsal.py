@@ -18,9 +18,9 @@ pytestmark = pytest.mark.skipif(torch.backends.cuda.is_built(), reason="torch ha
 #: Runs every block of the text that `CARD` holds, in one process.
 CARD = """
 import torch
-from torch.profiler import ProfilerActivity, profile
 from tools.rehearsal import card
 card.install()
+from torch.profiler import ProfilerActivity, profile
 
 def refused(work, *, says):
     try:
@@ -43,6 +43,7 @@ view = x.view(2, 3)[:, 1:]
 view += 10
 assert x.tolist() == [0, 11, 12, 3, 14, 15]  # (a view shares its memory)
 assert torch.isfinite(x).all() and (x.abs() != 0).sum().item() == 5
+assert (x.to(torch.uint8)[1:] & 9).tolist() == [9, 8, 1, 8, 9]
 drawn = [torch.randn(3, generator=torch.Generator("cuda").manual_seed(1), device="cuda") for _ in range(2)]
 assert torch.equal(*drawn) and drawn[0].is_cuda
 
@@ -66,7 +67,6 @@ for wait, says in (
     (lambda: graph.replay(), "replayed"),
 ):
     refused(lambda wait=wait: captured(wait), says=says)
-    torch.cuda.CUDAGraph.get_currently_capturing_graph  # (what failed has ended its capture)
 flag = torch.zeros(6, pin_memory=True)
 captured(lambda: flag.copy_(x, non_blocking=True))[0].replay()
 assert flag.tolist() == [4] * 6
@@ -210,4 +210,4 @@ def test_every_step_of_a_card_runs_without_one(tmp_path, capfd):
     assert gpu.main(["--rehearse", "--out", str(tmp_path)]) == 0, capfd.readouterr().out
     done = json.loads((tmp_path / "steps.json").read_text())
     assert [(row["step"], row["state"]) for row in done] == [(step.name, "ok") for step in STEPS]
-    assert all(0 < sum(row["card_seconds"].values()) for row in done)
+    assert all(sum(row["card_seconds"].values()) > 0 for row in done)

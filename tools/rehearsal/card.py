@@ -54,6 +54,7 @@ _turn = threading.Lock()  # of kernels: what rounds is the whole interpreter's
 _numbers = itertools.count()  # of streams
 counts: Counter[str] = Counter()  # what this process did
 kernels: set[str] = set()  # and the sources that Triton would have compiled
+_WIDEST = {bool: torch.bool, int: torch.int64, float: torch.float64}
 _kept: list[object] = []  # what lives as long as the process
 _real_load_for = loader.load_for
 
@@ -237,6 +238,13 @@ def _operator(op: Any, *arguments: Any, **named: Any) -> Any:
     returns = op._schema.returns
     if any(r.alias_info is not None and not r.alias_info.is_write for r in returns):  # a view: no memory is touched
         return op.redispatch(_CPU, *arguments, **named)
+    # A number that stands for a tensor of no dimensions arrives as the number.
+    arguments = tuple(
+        torch.tensor(value, dtype=_WIDEST[type(value)])
+        if type(value) in _WIDEST and str(parameter.type) == "Tensor"
+        else value
+        for value, parameter in zip(arguments, op._schema.arguments, strict=False)
+    )
     generators: list[tuple[torch.Generator, torch.Generator]] = []  # the card's, and the host's that draws
     seen: dict[int, tuple[Tensor, Tensor]] = {}  # by the id of the CPU's tensor: it, and the card's
 
@@ -271,7 +279,7 @@ def _operator(op: Any, *arguments: Any, **named: Any) -> Any:
         lambda value: metas.get(id(value), torch.device("meta") if isinstance(value, torch.device) else value),
         (given, options),
     )
-    found = op(*shapes[0], **shapes[1])
+    found = run(*shapes[0], **shapes[1])
     resized = [_resized(seen[key][1], meta) for key, meta in metas.items() if seen[key][0].shape != meta.shape]
     if resized:
         return _operator(op, *arguments, **named)
@@ -279,8 +287,10 @@ def _operator(op: Any, *arguments: Any, **named: Any) -> Any:
     result = tree_map_only(Tensor, lambda t: known[id(t)] if id(t) in known else _like(t, "cuda"), found)
     targets = [torch.ops.rehearsal.host(t) for t in tree_leaves(result) if not any(t is k for k in known.values())]
 
+    known_ids = set(seen)  # (a graph keeps no tensor of its caller's alive, only memory)
+
     def replay() -> None:
-        made = [t for t in tree_leaves(run(*given, **options)) if id(t) not in seen]
+        made = [t for t in tree_leaves(run(*given, **options)) if id(t) not in known_ids]
         for target, tensor in zip(targets, made, strict=True):
             target.copy_(tensor)
 
