@@ -311,8 +311,13 @@ def _int4_product(x: Tensor, weight: Tensor, group: int, table: Tensor) -> Tenso
     return (x.float() @ ((q - 8) * scale + zero).T).to(x.dtype)
 
 
-#: Operators that a CPU has not.
+def _histc(x: Tensor, bins: int = 100, low: float = 0, high: float = 0) -> Tensor:
+    return torch.histc(x.float(), bins, low, high).to(x.dtype)
+
+
+#: Operators that a CPU has not, or not for integers.
 _ONLY_ON_CARDS = {
+    "aten::histc": _histc,
     "aten::_convert_weight_to_int4pack": _int4_weight,
     "aten::_weight_int4pack_mm": _int4_product,
 }
@@ -350,8 +355,8 @@ class _Launched:
     It runs with the interpreter's own tile, whose time goes by operations: a card's takes minutes.
     """
 
-    def __init__(self, stage: Stage, last: bool, interpreted: loader.Kernel) -> None:
-        self._stage, self._last, self._kernel = stage, last, interpreted
+    def __init__(self, stage: Stage, last: bool, whole: loader.Launch, name: str) -> None:
+        self._stage, self._last, self._whole, self._name = stage, last, whole, name
 
     def __getitem__(self, grid: Any) -> Callable[..., None]:
         return self._launch
@@ -364,15 +369,14 @@ class _Launched:
         if not self._last:
             return
         given, _here.given = _here.given, {}
-        launch = self._kernel.launch(given.pop("rows", 1))
-        wanted = launch._buffers  # (other tiles have other workspaces, which the launch makes)
+        wanted = self._whole._buffers  # (other tiles have other workspaces, which the launch makes)
         seen = {n: torch.ops.rehearsal.host(t) for n, t in given.items() if n in wanted and not wanted[n].workspace}
 
         def work() -> None:
             with _turn, _rounded():
-                launch(dict(seen))
+                self._whole(dict(seen))
 
-        _run(self._kernel.spec.family, work)
+        _run(self._name, work)
 
 
 def _rounded() -> contextlib.AbstractContextManager[object]:
@@ -385,7 +389,7 @@ def _rounded() -> contextlib.AbstractContextManager[object]:
     def cast_impl(source: Any, to: Any) -> Any:
         if (source.dtype.scalar, to.scalar) == (tl.float32, tl.bfloat16):
             bits = numpy.ascontiguousarray(source.data).view(numpy.uint32)
-            nearest = bits + 0x7FFF + ((bits >> 16) & 1)
+            nearest = (bits + 0x7FFF + ((bits >> 16) & 1)) & 0xFFFF0000
             data = numpy.where(numpy.isnan(source.data), bits, nearest).astype(numpy.uint32).view(numpy.float32)
             source = interpreter.TensorHandle(data, source.dtype)
         return cast(source, to)
@@ -398,11 +402,25 @@ def _load_for(spec: KernelSpec, target: str) -> loader.Kernel:
     kernel = _real_load_for(spec, target)
     if target != "interpreter":
         kernels.add(loader.source_file(spec).name)
-        quick = interpreter_tile(spec) if isinstance(spec, LinearSpec) else spec
-        interpreted, last = _real_load_for(quick, "interpreter"), kernel.stages[-1]
-        functions = {s.function: _Launched(s, s is last, interpreted) for s in kernel.stages}
-        kernel = dataclasses.replace(kernel, functions=functions)
+        quick = spec
+        if isinstance(spec, LinearSpec):  # (rows of experts come sorted into the blocks of the tile that was asked for)
+            tile = interpreter_tile(spec).tile
+            tile = dataclasses.replace(tile, block_m=spec.tile.block_m) if spec.experts else tile
+            quick = dataclasses.replace(spec, tile=tile)
+        kernel = _Kernel(spec, kernel.stages, kernel.functions, False, _real_load_for(quick, "interpreter"))
     return kernel
+
+
+@dataclasses.dataclass(frozen=True)
+class _Kernel(loader.Kernel):
+    """A kernel that Triton would compile, and what runs in its place."""
+
+    interpreted: loader.Kernel
+
+    def launch(self, rows: int) -> loader.Launch:
+        whole, last = self.interpreted.launch(rows), self.stages[-1]
+        functions = {s.function: _Launched(s, s is last, whole, self.spec.family) for s in self.stages}
+        return loader.Launch(loader.Kernel(self.spec, self.stages, functions, False), rows)
 
 
 class Profile(torch.profiler.profile):
