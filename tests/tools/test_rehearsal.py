@@ -4,6 +4,9 @@ A process that has the card keeps it, so what asks for one runs in a process of 
 """
 
 import json
+import re
+import subprocess
+import sys
 from pathlib import Path
 
 import pytest
@@ -12,6 +15,7 @@ import torch
 from tests.support.layout import ROOT, run_python
 from tools import gpu, rehearsal
 from tools.gpu import STEPS, Step
+from tools.rehearsal import left_out
 
 pytestmark = pytest.mark.skipif(torch.backends.cuda.is_built(), reason="torch has a card of its own")
 
@@ -178,6 +182,26 @@ def test_kernels_that_are_missing_or_left_out_are_failures(out):
     ]  # fmt: skip
     step = written(out, "tune", "left out w4 with a tile: no\n4 of 5 kernels tuned for sm_90\n5 of 5 kernels tuned\n")
     assert rehearsal.shortcomings(step, out) == ["left out w4 with a tile: no", "4 of 5 kernels tuned"]
+
+
+def test_tests_that_were_left_out_are_named_and_count_on_a_card(out):
+    skip = '<testcase name="a"><skipped message="no room" /></testcase>'
+    (out / "some.xml").write_text(f"<suite>{skip}{skip}<testcase name='b' /></suite>")
+    step = Step("some", 5, "", (("-m", "pytest", "--junitxml", "{out}/some.xml"),))
+    assert rehearsal.unrehearsed(step, out) == ["2 tests: no room"]
+    assert rehearsal.terms(step, out, set()) == {"tests": 3 * rehearsal.SECONDS["tests"]}
+
+
+@pytest.mark.slow
+def test_what_is_left_out_is_there():
+    """A name that matches no test any more would leave out nothing, or hide that another one is left out."""
+    command = [sys.executable, "-m", "pytest", "-m", "gpu", "--collect-only", "-q", "-n", "0"]
+    command += [
+        part for step in STEPS for c in step.commands if "pytest" in c for part in c if part.startswith("tests/")
+    ]
+    found = subprocess.run([*command, "-o", "addopts="], cwd=ROOT, capture_output=True, text=True).stdout
+    for name in left_out.LEFT_OUT:
+        assert re.search(name, found), name
 
 
 def test_a_step_is_estimated_from_what_it_did_and_from_what_its_arguments_say(out):

@@ -14,6 +14,7 @@ import json
 import os
 import re
 import xml.etree.ElementTree as ET
+from collections import Counter
 from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING
@@ -28,20 +29,6 @@ if TYPE_CHECKING:
 
 COUNTS = "RIVER_REHEARSAL_COUNTS"  # a variable: the file of counts
 MINUTES = 600.0  # of a rehearsed step: its limit is the card's, and a machine without one may be slow
-#: Tests that are not rehearsed, by step: as pytest selects them, and why.
-LEFT_OUT = {
-    "tests-kernels": {
-        "test_numerics_at_model_shapes and (smollm2 or 3.2-1b)": "at these sizes they are the kernels of llama-3.1-8b",
-        "test_numerics_at_model_shapes and 4]": "the interpreter runs the same programs for 16 rows",
-    },
-    "tests-graphs": {
-        "test_parameters_stay_usable": "copying a model is torch's C++, which asks for a torch with CUDA",
-        "test_compiled_kernels_on_the_card and mixtral-dtype1": "operator by operator each value is rounded to bfloat16, "
-        "and experts are chosen by it: the cosine is 0.988, and 0.99 is asked",
-        "test_compiled_kernels_on_the_card and not (llama or mixtral)": "minutes; other families are other graphs, and "
-        "their kernels run in the interpreter in the default tests",
-    },
-}
 #: What a program is asked beside what a card is asked: later options win.
 SMALLER = {
     "benchmarks.kernels": ("--context", "64"),
@@ -51,7 +38,7 @@ SMALLER = {
     ),
     "benchmarks.cuda_trace": ("--context", "8"),
     "benchmarks.conditional": ("--levels", "1", "3"),
-    "pytest": ("-n", "0", "--timeout", "0"),
+    "pytest": ("-n", "0", "--timeout", "0", "-p", "tools.rehearsal.left_out"),
 }
 #: Assumed of a card's machine. A kernel is compiled once, by one core; a graph is Inductor's, with its own kernels.
 SECONDS = {"processes": 15.0, "kernels": 2.0, "graphs": 6.0, "captures": 0.1, "timings": 0.3, "tests": 1.5}
@@ -76,10 +63,7 @@ def prepare(out: Path) -> None:
 
 def rehearsed(step: Step) -> Step:
     """Returns a step whose commands run on no card."""
-    some = ("-k", " and ".join(f"not ({tests})" for tests in LEFT_OUT[step.name])) if step.name in LEFT_OUT else ()
-    commands = tuple(
-        ("-m", "tools.rehearsal", *command[1:], *SMALLER.get(command[1], ()), *some) for command in step.commands
-    )
+    commands = tuple(("-m", "tools.rehearsal", *command[1:], *SMALLER.get(command[1], ())) for command in step.commands)
     return step._replace(commands=commands, minutes=MINUTES)
 
 
@@ -103,12 +87,9 @@ def shortcomings(step: Step, out: Path) -> list[str]:
 
 
 def unrehearsed(step: Step, out: Path) -> list[str]:
-    """Returns the tests of a step that were left out or skipped, with the reason."""
-    skipped = [f"{tests}: {why}" for tests, why in LEFT_OUT.get(step.name, {}).items()]
-    for case in _tests(step, out):
-        for reason in case.iter("skipped"):
-            skipped.append(f"{case.get('classname')}::{case.get('name')}: {reason.get('message')}")
-    return skipped
+    """Returns why tests of a step were skipped, each reason with their number."""
+    reasons = Counter(skip.get("message", "") for case in _tests(step, out) for skip in case.iter("skipped"))
+    return [f"{count} {'test' if count == 1 else 'tests'}: {why}" for why, count in reasons.items()]
 
 
 def _tests(step: Step, out: Path) -> Iterator[ET.Element]:
