@@ -5,7 +5,8 @@
 # make lint    ruff, clang-format and the type checker     make wheel   the source archive and the wheel, in dist/
 # make gpu     on a machine with a GPU: facts, kernels, tuning, the tests that need one, decode speed against its targets,
 #              traces. Steps of ten minutes at most, each also alone (`make gpu-facts`; `make gpu ARGS=--list` names
-#              them); results in gpu/. WHEELS=folder takes what is missing from there, without network: docs/cuda.md.
+#              them); results in gpu/. ARGS=--rehearse runs them, small, where there is no GPU. WHEELS=folder takes what
+#              is missing from there, without network: docs/cuda.md.
 # make compat  a short core of the tests with the oldest and newest versions of Python, torch and transformers, each in a
 #              fresh environment (5 GB of disk while it runs; "not available here" where a Python is missing)
 # make soak    random cases for an hour: calls against the plain model, damaged files, kills, threads, memory
@@ -69,7 +70,7 @@ test-all:
 lint: $(FOR_TEST)
 	$(IN_VENV) -m ruff check .
 	$(IN_VENV) -m ruff format --check .
-	$(VENV)/bin/clang-format --dry-run -Werror kernels/native/sources/*
+	$(VENV)/bin/clang-format --dry-run -Werror kernels/native/sources/* tools/rehearsal/card.cpp
 	$(IN_VENV) -m tools.typecheck
 
 wheel: $(CREATED)

@@ -28,6 +28,7 @@ from river_compile.cli import models
 T = TypeVar("T")
 ROOT = Path(__file__).parents[1]  # where `benchmarks` and what it measures are found
 LOG_LINES = 20
+RUNNER = ("-m",)  # what Python is told to run a worker's module with
 DTYPES = ("bfloat16", "float16", "float32")
 
 
@@ -60,7 +61,7 @@ class Worker:
         environment.update(caches or {})
         with self._log.open("w") as log:
             self._process = subprocess.Popen(
-                [sys.executable, "-m", module, "--worker"],
+                [sys.executable, *RUNNER, module, "--worker"],
                 stdin=subprocess.PIPE,
                 stdout=subprocess.PIPE,
                 stderr=log,

@@ -106,7 +106,7 @@ def int4_seconds(spec: LinearSpec) -> float | None:
 
 def attention_timing(label: str, spec: DecodeAttentionSpec) -> Timing:
     """Times the attention kernel, with what it does before, and SDPA alone, over a full cache."""
-    copies = max(1, min(64, 256 * 2**20 // spec.cost().bytes + 1))
+    copies = copies_beyond_cache(spec)
     shape = (spec.batch, spec.kv_heads, spec.slots, spec.head_dim)
     caches = [[torch.randn(shape, device="cuda", dtype=torch.bfloat16) for _ in "kv"] for _ in range(copies)]
     spec = dataclasses.replace(spec, advance=False)  # (a counter would run out of the cache)

@@ -114,8 +114,11 @@ def a_model_generates() -> str:
     model = random_llama(ModelShape("smoke", 4, 256, 4, 2, 64, 512, 1024), _DEVICE).float()
     ids = torch.arange(1, 9, device=_DEVICE)[None]
     settings: dict[str, Any] = {"max_new_tokens": 8, "do_sample": False, "cache_implementation": "static"}
-    settings["attention_mask"] = torch.ones_like(ids)
-    plain = model.generate(ids, disable_compile=True, **settings)
+    settings |= {
+        "attention_mask": torch.ones_like(ids),
+        "disable_compile": True,
+    }  # (else transformers compiles it itself)
+    plain = model.generate(ids, **settings)
     model.compile(backend="river", options={"quantizer": "rtn", "threshold": 2.0})
     with forced_depth(4):
         found = [model.generate(ids, **settings) for _ in range(2)]

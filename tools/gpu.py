@@ -4,11 +4,13 @@
     python -m tools.gpu                   # all of them, in order
     python -m tools.gpu facts decode-8b   # these
     make gpu, make gpu-facts, ...         # the same
+    make gpu ARGS=--rehearse              # every step without a GPU, at small sizes, into gpu/rehearsal
 
 A step is a command of its own, stopped with its children at its limit. Its output goes to the terminal and to
 OUT/<step>.log, its figures to OUT/<step>*.json row by row, and what became of it to OUT/steps.json as soon as it ends:
 a run that is stopped keeps what it has. Steps that failed are named at the end; the exit status is their number.
-Tiles that the step "tune" has measured are used by those after it (OUT/tuning.json).
+Tiles that the step "tune" has measured are used by those after it (OUT/tuning.json). A rehearsal (`tools.rehearsal`)
+says what each step would take on a card beside its limit, and which tests it could not run.
 """
 
 from __future__ import annotations
@@ -160,6 +162,29 @@ def _end(process: subprocess.Popen) -> None:
     process.wait()
 
 
+def rehearse(steps: Sequence[Step], out: Path) -> int:
+    """Runs steps without a card; returns how many failed, or would take longer than they may on one."""
+    from tools import rehearsal
+
+    rehearsal.prepare(out)
+    done, rows, kernels = [], [], set()
+    for step in steps:
+        ran = run_step(rehearsal.rehearsed(step), out)
+        terms = rehearsal.terms(step, out, kernels)
+        wrong = rehearsal.shortcomings(step, out)
+        wrong += ["it would take longer than it may"] if sum(terms.values()) > 60 * step.minutes else []
+        ran["state"] = "failed" if wrong and ran["state"] == "ok" else ran["state"]
+        done.append({**ran, "wrong": wrong, "card_seconds": terms, "not_rehearsed": rehearsal.unrehearsed(step, out)})
+        common.write_json(out / "steps.json", done)
+        card = [sum(terms.values()) / 60, step.minutes, ", ".join(f"{t} {s:.0f} s" for t, s in terms.items())]
+        rows.append([step.name, ran["state"], round(ran["seconds"]), *card])
+    common.print_table(["step", "", "seconds here", "minutes on a card", "limit", "of these"], rows)
+    for row in done:
+        for line in [*row["wrong"], *(f"not rehearsed: {test}" for test in row["not_rehearsed"])]:
+            print(f"{row['step']}: {line}")
+    return sum(row["state"] != "ok" for row in done)
+
+
 def listing(steps: Sequence[Step], out: Path) -> str:
     """Returns the steps as text: name, limit, what they answer, and their commands."""
     lines = []
@@ -175,17 +200,21 @@ def main(arguments: list[str] | None = None) -> int:
     known = {step.name: step for step in STEPS}
     parser.add_argument("steps", nargs="*", metavar="step", help=f"of {', '.join(known)}; all of them")
     parser.add_argument("--list", action="store_true", help="print the steps and run none")
-    parser.add_argument("--out", type=Path, default=Path("gpu"), help="the folder of results (%(default)s)")
+    parser.add_argument("--rehearse", action="store_true", help="run on a stand-in for a card, at small sizes")
+    parser.add_argument("--out", type=Path, help="the folder of results (gpu, of a rehearsal gpu/rehearsal)")
     parser.add_argument("--minutes", type=float, default=float("inf"), help="begin no step that may end after these")
     options = parser.parse_args(arguments)
     unknown = [name for name in options.steps if name not in known]
     if unknown:
         parser.error(f"no step {unknown[0]!r}; there are {', '.join(known)}")
     steps = [known[name] for name in options.steps] or list(STEPS)
+    options.out = options.out or Path("gpu/rehearsal" if options.rehearse else "gpu")
     if options.list:
         print(listing(steps, options.out))
         return 0
     options.out.mkdir(parents=True, exist_ok=True)
+    if options.rehearse:
+        return rehearse(steps, options.out)
     end, done = time.monotonic() + 60 * options.minutes, []
     for step in steps:
         if time.monotonic() + 60 * step.minutes > end:

@@ -494,6 +494,7 @@ def test_device_memory_shrinks_by_what_left():
     model.compile(backend=river, options={"quantizer": "rtn", "offload": 2})
     ids = torch.ones(1, 16, dtype=torch.long, device="cuda")
     settings = {"max_new_tokens": 4, "do_sample": False, "cache_implementation": "static"}
+    settings["disable_compile"] = True  # (on a GPU transformers would compile the call, past the river)
     model.generate(ids, attention_mask=torch.ones_like(ids), **settings)
     log = report(model).offloaded
     packed = sum(p.nbytes for p in report(model).packed)
@@ -516,6 +517,9 @@ def test_streams_give_the_bits_of_a_model_in_memory(graphs):
         torch._dynamo.reset()
         model = compiled({**options, "threshold": 2.0, "cudagraphs": graphs}, "cuda")
         settings = {"max_new_tokens": 9, "do_sample": False, "cache_implementation": "static"}
-        return [model.generate(prompt().cuda(), **settings) for _ in range(2)]
+        settings["disable_compile"] = True  # (on a GPU transformers would compile the call, past the river)
+        texts = [model.generate(prompt().cuda(), **settings) for _ in range(2)]
+        assert bool(report(model).offloaded) == ("offload" in options)
+        return texts
 
     assert all(map(torch.equal, run({}), run(FETCH)))

@@ -25,6 +25,7 @@ from river_compile.kernels.triton.devices import device_name, known
 from river_compile.kernels.triton.heuristic import candidates, cost, saved_tiles, tuned_for, tuning_file, tuning_key
 from river_compile.kernels.triton.linear import LinearSpec, LinearTile
 from river_compile.kernels.triton.loader import load
+from river_compile.kernels.triton.spec import KernelSpec
 
 from .shapes import MODELS, model_kernels
 
@@ -126,8 +127,8 @@ def replay_seconds(graph: torch.cuda.CUDAGraph, repeats: int) -> float:
     return sorted(times)[repeats // 2]
 
 
-def copies_beyond_cache(spec: LinearSpec) -> int:
-    """Returns how many copies of the weights exceed 256 MB, so that a cache keeps none of them until its turn."""
+def copies_beyond_cache(spec: KernelSpec) -> int:
+    """Returns how many copies of what a call reads exceed 256 MB, so that a cache keeps none of them until its turn."""
     return max(1, min(64, 256 * 2**20 // spec.cost(64).bytes + 1))
 
 

@@ -10,6 +10,7 @@ import dataclasses
 import pytest
 import torch
 from torch.overrides import TorchFunctionMode
+from torch.utils._pytree import tree_map_only
 
 from river_compile.kernels import ops
 from river_compile.kernels.triton import loader
@@ -57,7 +58,7 @@ def captured_calls() -> list[str]:
 @pytest.mark.parametrize("call", captured_calls())
 def test_graph_capture(call):
     operator = getattr(torch.ops.river, call.split()[0])
-    arguments = [a.cuda() if isinstance(a, torch.Tensor) else a for a in sample_calls()[call]]
+    arguments = tree_map_only(torch.Tensor, torch.Tensor.cuda, sample_calls()[call])  # (some are lists of matrices)
     before = [a.clone() if isinstance(a, torch.Tensor) else a for a in arguments]
     expected = operator(*arguments)
     graph = torch.cuda.CUDAGraph()
