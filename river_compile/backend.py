@@ -37,10 +37,12 @@ from river_compile.runtime.executor import RiverExecutor
 from river_compile.runtime.fill import Fill
 from river_compile.upstream.dynamo import break_before, build_whole_files, compiled_module, untraceable
 from river_compile.upstream.tensors import local_of
+from river_compile.upstream.transformers import leave_compiled_models_alone
 from river_compile.upstream.versions import warn_of_untested
 
 log = logging.getLogger("river_compile")
 warn_of_untested()
+leave_compiled_models_alone()
 
 
 def river(

@@ -10,6 +10,9 @@ marks does not serve marked tensors, so the same kind of call has to be marked a
 *Copies.* ``copy``, ``pickle`` and ``torch.save`` ask an object, not its class, for ``__getstate__``. One on the module
 itself leaves out what was put there, and itself: a copy is of the plain model, and is read without this package.
 
+*Compiled twice.* On a GPU `generate` compiles the steps on a static cache by itself, with Inductor. Dynamo looks through
+the call that somebody compiled before, and nothing of its backend is left.
+
 *Arguments of generate.* transformers passes a streamer and an assistant model on to its own loops only, and drops the
 tokenizer of ``stop_strings`` before a callable. They are read from the local variables of its running frames.
 
@@ -30,7 +33,7 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor, nn
 from torch._dynamo import maybe_mark_dynamic
-from transformers import GenerationConfig, PreTrainedModel, StaticCache
+from transformers import GenerationConfig, GenerationMixin, PreTrainedModel, StaticCache
 from transformers.cache_utils import (
     Cache,
     DynamicLayer,
@@ -43,6 +46,22 @@ from transformers.cache_utils import (
 from river_compile.upstream.dynamo import CHANGES_NOTHING
 
 _NAMES = ("cache", "past_key_values")
+
+
+def leave_compiled_models_alone() -> None:
+    """Has `generate` compile no model by itself that is compiled already; a `compile_config` still asks for it."""
+    theirs: Any = GenerationMixin._valid_auto_compile_criteria
+    if getattr(theirs, "leaves_compiled", False):
+        return
+
+    @functools.wraps(theirs)
+    def criteria(model: Any, kwargs: dict[str, Any], config: GenerationConfig) -> bool:
+        if model._compiled_call_impl is not None and config.compile_config is None:
+            return False
+        return bool(theirs(model, kwargs, config))
+
+    setattr(criteria, "leaves_compiled", True)  # noqa: B010 (a function's own attribute)
+    setattr(GenerationMixin, "_valid_auto_compile_criteria", criteria)  # noqa: B010
 
 
 def cache_argument(model: nn.Module) -> str:

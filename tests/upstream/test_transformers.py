@@ -1,9 +1,12 @@
 """KV caches as every supported release of transformers has them; `make compat` runs this with old and new ones."""
 
+import copy
+
 import pytest
 import torch
-from transformers import DynamicCache, StaticCache
+from transformers import CompileConfig, DynamicCache, StaticCache
 
+from river_compile import river
 from river_compile.upstream.transformers import (
     DynamicSlidingWindowLayer,
     _RememberingWindow,
@@ -59,3 +62,19 @@ def test_a_window_that_shows_what_it_remembers_is_told_from_one_that_does_not():
 
     assert _shows_the_past(Shows)
     assert not _shows_the_past(_RememberingWindow)
+
+
+def test_generate_on_a_gpu_does_not_compile_a_compiled_model_again(monkeypatch):
+    """With Inductor around it nothing of the river would be left; who asks for that gets it."""
+    model = make("llama", layers=2)
+    monkeypatch.setattr(type(model), "device", torch.device("cuda"))
+    cache, config = StaticCache(config=model.config, max_cache_len=8), copy.deepcopy(model.generation_config)
+
+    def compiles() -> bool:
+        return model._valid_auto_compile_criteria({"cache": cache, "past_key_values": cache}, config)
+
+    assert compiles()
+    model.compile(backend=river)
+    assert not compiles()
+    config.compile_config = CompileConfig()
+    assert compiles()
