@@ -10,8 +10,8 @@ marks does not serve marked tensors, so the same kind of call has to be marked a
 *Copies.* ``copy``, ``pickle`` and ``torch.save`` ask an object, not its class, for ``__getstate__``. One on the module
 itself leaves out what was put there, and itself: a copy is of the plain model, and is read without this package.
 
-*Compiled twice.* On a GPU `generate` compiles the steps on a static cache by itself, with Inductor. Dynamo looks through
-the call that somebody compiled before, and nothing of its backend is left.
+*Compiled twice.* On a GPU `generate` compiles the steps on a static cache by itself, with Inductor. Dynamo looks
+through the call that somebody compiled before, and nothing of its backend is left.
 
 *Arguments of generate.* transformers passes a streamer and an assistant model on to its own loops only, and drops the
 tokenizer of ``stop_strings`` before a callable. They are read from the local variables of its running frames.
