@@ -46,13 +46,13 @@ class Bound:
         take: picks the inputs that are copied.
         targets: the buffers that they are copied into.
         numbers: slots of the inputs that are numbers.
-        launches: what replays units, and the buffers of their results, by slot.
+        launches: what replays units, the buffers of their results, by slot, and the numbers that this holds for.
     """
 
     take: Callable[[Sequence], Sequence]
     targets: list[Tensor]
     numbers: list[int]
-    launches: dict[CaptureUnit, tuple[Callable[[], object], dict[int, Tensor]]] = field(default_factory=dict)
+    launches: dict[CaptureUnit, tuple[Callable[[], object], dict[int, Tensor], list]] = field(default_factory=dict)
 
 
 class CaptureCache:
@@ -95,7 +95,7 @@ class CaptureCache:
 
     def is_captured(self, unit: CaptureUnit, slots: Slots) -> bool:
         """Says whether a launch would replay."""
-        return unit in slots.bound.launches or self._signature(unit, slots) in self._captures
+        return self._is_bound(unit, slots) or self._signature(unit, slots) in self._captures
 
     def capture(self, unit: CaptureUnit, slots: Slots, rehearse: Callable[[], object]) -> bool:
         """Makes sure that a unit has a capture for its next launch, and runs nothing of it.
@@ -108,7 +108,7 @@ class CaptureCache:
         Returns:
             False where it has none: it meets its inputs for the first time, or the log says why.
         """
-        if unit in slots.bound.launches:
+        if self._is_bound(unit, slots):
             return True
         if self._stays_uncaptured(unit):
             return False
@@ -126,8 +126,8 @@ class CaptureCache:
         Returns:
             True where an existing capture was replayed.
         """
-        known, is_new = slots.bound.launches.get(unit), False
-        if known is None:
+        launches, is_new = slots.bound.launches, False
+        if unit not in launches or (unit.sizes and not self._is_bound(unit, slots)):
             if self._stays_uncaptured(unit):
                 self._run_uncaptured(unit, slots)
                 return False
@@ -138,16 +138,20 @@ class CaptureCache:
                 return False
             self._captures.move_to_end(signature)
             graph, outputs = self._captures[signature]
-            known = self.device.replayer(graph, slots), outputs
-            if unit.tensors == len(unit.keys):  # (numbers may be others in the next step)
-                slots.bound.launches[unit] = known
-        replay, outputs = known
+            launches[unit] = self.device.replayer(graph, slots), outputs, [slots[i] for i in unit.sizes]
+        replay, outputs, _ = launches[unit]
         replay()
         for index, buffer in outputs.items():
             slots[index] = buffer
         if unit.numbers:
             unit.count(slots)
         return not is_new
+
+    @staticmethod
+    def _is_bound(unit: CaptureUnit, slots: Slots) -> bool:
+        """Says whether the slots know what replays a unit. (Its numbers may be others than in the step before.)"""
+        known = slots.bound.launches.get(unit)
+        return known is not None and known[2] == [slots[i] for i in unit.sizes]
 
     def _stays_uncaptured(self, unit: CaptureUnit) -> bool:
         """Says whether a unit is never captured; the log then says why."""

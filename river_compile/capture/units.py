@@ -82,6 +82,11 @@ class CaptureUnit:
         """Picks the slots that `keys` name, tensors first."""
         return gather(self.keys)
 
+    @functools.cached_property
+    def sizes(self) -> tuple[int, ...]:
+        """The slots among `keys` that hold numbers."""
+        return self.keys[self.tensors :]
+
     @property
     def name(self) -> str:
         """How logs and reports call it: "span 0-2", "last 3-4", "tail 2", "twins 2", "prologue", "head" or "step"."""
