@@ -9,8 +9,9 @@ on the same memory. As on a card,
   host wait is refused in it;
 - time (of events, profiles) is a count: `SECONDS` for each operator and kernel that runs.
 
-Generated kernels run in Triton's interpreter. Not handled: what only a card knows (compilers and drivers, streams that
-run side by side, values that a race would spoil, numerics), gradients, and code of Inductor's (see `__main__`).
+Generated kernels run in Triton's interpreter, with its own tiles; graphs of Inductor's operator by operator, each of
+which rounds. Not handled: what only a card knows (compilers and drivers, streams that run side by side, memory that is
+used after its end), gradients, several devices.
 """
 
 from __future__ import annotations
@@ -234,7 +235,10 @@ def _run(name: str, work: Callable[[], object]) -> None:
 
 
 def _operator(op: Any, *arguments: Any, **named: Any) -> Any:
-    """What every operator without a kernel for the card does: the CPU's, on the same memory."""
+    """What every operator without a kernel for the card does: the CPU's, on the same memory.
+
+    In a capture its results are memory of the right shapes, and a replay runs it.
+    """
     returns = op._schema.returns
     if any(r.alias_info is not None and not r.alias_info.is_write for r in returns):  # a view: no memory is touched
         return op.redispatch(_CPU, *arguments, **named)
@@ -275,22 +279,22 @@ def _operator(op: Any, *arguments: Any, **named: Any) -> Any:
     if any(str(r.type) not in ("Tensor", "List[Tensor]") for r in returns):
         _refuse(f"{op} returns a value to the host")
     metas = {key: _like(tensor, "meta") for key, (tensor, _) in seen.items()}
-    shapes = tree_map(
-        lambda value: metas.get(id(value), torch.device("meta") if isinstance(value, torch.device) else value),
-        (given, options),
-    )
-    found = run(*shapes[0], **shapes[1])
-    resized = [_resized(seen[key][1], meta) for key, meta in metas.items() if seen[key][0].shape != meta.shape]
-    if resized:
-        return _operator(op, *arguments, **named)
-    known = {id(meta): seen[key][1] for key, meta in metas.items()}
-    result = tree_map_only(Tensor, lambda t: known[id(t)] if id(t) in known else _like(t, "cuda"), found)
-    targets = [torch.ops.rehearsal.host(t) for t in tree_leaves(result) if not any(t is k for k in known.values())]
 
-    known_ids = set(seen)  # (a graph keeps no tensor of its caller's alive, only memory)
+    def on_meta(value: Any) -> Any:
+        return torch.device("meta") if isinstance(value, torch.device) else metas.get(id(value), value)
+
+    shaped, settings = tree_map(on_meta, (given, options))
+    found = run(*shaped, **settings)
+    resized = [_resized(seen[key][1], meta) for key, meta in metas.items() if seen[key][0].shape != meta.shape]
+    if resized:  # (which is all that happens at once)
+        return _operator(op, *arguments, **named)
+    own = {id(meta): seen[key][1] for key, meta in metas.items()}
+    result = tree_map_only(Tensor, lambda t: own[id(t)] if id(t) in own else _like(t, "cuda"), found)
+    targets = [torch.ops.rehearsal.host(t) for t in tree_leaves(result) if not any(t is o for o in own.values())]
+    inputs = set(seen)  # (a graph keeps no tensor of its caller's alive, only memory)
 
     def replay() -> None:
-        made = [t for t in tree_leaves(run(*given, **options)) if id(t) not in known_ids]
+        made = [t for t in tree_leaves(run(*given, **options)) if id(t) not in inputs]
         for target, tensor in zip(targets, made, strict=True):
             target.copy_(tensor)
 
