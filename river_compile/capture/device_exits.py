@@ -32,7 +32,7 @@ from torch import Tensor
 from river_compile.capture.capture_cache import CaptureCache
 from river_compile.capture.device import CaptureDevice
 from river_compile.capture.device_exit_state import DeviceExitState
-from river_compile.capture.runner import Ahead, CapturedRunner
+from river_compile.capture.runner import Ahead, CapturedRunner, OwnSlots
 from river_compile.capture.units import CaptureUnit, When, copy_into
 from river_compile.exits import ALWAYS, NEVER, ExitBars, ExitPolicy
 from river_compile.passes.program import RiverProgram, Segment
@@ -165,7 +165,7 @@ class DeviceExits(CapturedRunner):
     def _buffers(self) -> list[Tensor]:
         return [*super()._buffers(), self.verdicts.given, self.verdicts.outcome]
 
-    def whole(self, slots: Slots, rule: ExitBars) -> Outcome | None:
+    def whole(self, slots: OwnSlots, rule: ExitBars) -> Outcome | None:
         rules = self._follows(rule)
         if rules is None:
             return None
@@ -177,7 +177,7 @@ class DeviceExits(CapturedRunner):
         self._rule, self._sent = rule, self._outcomes.send()
         return self._sent
 
-    def finish(self, slots: Slots) -> tuple:
+    def finish(self, slots: OwnSlots) -> tuple:
         if self._is_first:
             self.launcher.note_run(self.step, slots)
         return super().finish(slots)

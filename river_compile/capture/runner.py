@@ -17,7 +17,7 @@ import functools
 import threading
 from collections.abc import Mapping, Sequence
 from types import TracebackType
-from typing import Protocol
+from typing import Any, Protocol, TypeAlias
 
 from torch import Tensor
 
@@ -28,6 +28,9 @@ from river_compile.passes.nodes import value_of
 from river_compile.passes.program import RiverProgram, Segment
 from river_compile.runtime.runner import Runner, Step
 from river_compile.runtime.slots import SCORE, Saved, Slots, size_of_pass
+
+# Slots, as `begin` returned them. (The interface of runners takes any list.)
+OwnSlots: TypeAlias = Any
 
 
 class Ahead(Protocol):
@@ -122,16 +125,16 @@ class CapturedRunner(Runner):
         """Returns the slots that a step leaves behind and the next one must not read."""
         return [buffer for _, buffer in self.launcher.buffers()]
 
-    def blocks(self, slots: Slots, start: int, end: int) -> None:
+    def blocks(self, slots: OwnSlots, start: int, end: int) -> None:
         for unit in self.units.spans(start, end):
             if self.ahead is None or not self.ahead.has(unit):
                 self.launcher.launch(unit, slots)
 
-    def through(self, slots: Slots, depth: int) -> None:
+    def through(self, slots: OwnSlots, depth: int) -> None:
         for unit in self.units.way(depth):
             self.launcher.launch(unit, slots)
 
-    def score(self, slots: Slots, start: int, end: int) -> float:
+    def score(self, slots: OwnSlots, start: int, end: int) -> float:
         *before, unit = self.units.spans(start, end)
         if before:
             self.blocks(slots, start, before[-1].end)
@@ -142,26 +145,26 @@ class CapturedRunner(Runner):
             self.device.wait(self.device.mark())
         return self.flags[end].item()
 
-    def tail(self, slots: Slots, depth: int) -> None:
+    def tail(self, slots: OwnSlots, depth: int) -> None:
         if self.ahead is not None:
             self.ahead.take_back(self, slots)
         for unit in self.units.tail(depth):
             self.launcher.launch(unit, slots)
 
-    def read_head(self, slots: Slots) -> float:
+    def read_head(self, slots: OwnSlots) -> float:
         self.device.wait(self.device.mark())
         return self.flags[-1].item()
 
-    def head_score(self, slots: Slots) -> Tensor:
+    def head_score(self, slots: OwnSlots) -> Tensor:
         return self.launcher.fresh([slots[SCORE]])[0]
 
-    def save(self, slots: Slots, depth: int) -> Saved:
+    def save(self, slots: OwnSlots, depth: int) -> Saved:
         self.device.settle()
         return super().save(slots, depth)
 
-    def rewind(self, slots: Slots, start: int, end: int, saved: Saved = ()) -> None:
+    def rewind(self, slots: OwnSlots, start: int, end: int, saved: Saved = ()) -> None:
         rewind = super().rewind
         self.device.run(lambda: rewind(slots, start, end, saved))
 
-    def finish(self, slots: Slots) -> tuple:
+    def finish(self, slots: OwnSlots) -> tuple:
         return self.launcher.fresh(slots[i] for i in self._returned)
