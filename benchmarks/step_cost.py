@@ -4,8 +4,8 @@
 
 A random Llama with that many small blocks generates, captured by the recorder, which then launches nothing and copies
 nothing of its own: what is left are the microseconds of the package between `generate`'s loop and the next launch, for
-a token that leaves at depth 0, one that never leaves, and one that is asked at each block and stays. "addresses" says
-how many comparisons of addresses a step makes.
+a token that leaves at depth 0, one that never leaves, and one that is asked at each block and stays. "comparisons"
+says how many units a step compares the addresses of.
 """
 
 from __future__ import annotations

@@ -3,7 +3,8 @@
 Routes, schemas, the parsing of answers and streaming are transformers'. Three of its names are replaced while it
 starts: the class that loads models, which accelerates them here, the one that keeps a manager of calls for each, and
 the function that builds the app. What a call needs to know of its client comes with the call: settings by its
-generation config, and a seed by the request's task: transformers sets torch's generator, which is the whole process's.
+generation config, and a seed by the request's task, where handlers put it. (By themselves they would seed torch's
+generator, which is the whole process's.)
 
 Not handled: `--continuous-batching`, transformers' own, whose scheduler does not call `generate`; audio, whose calls
 take turns.

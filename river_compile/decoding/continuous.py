@@ -41,6 +41,7 @@ from river_compile.decoding.loop import DecodeLoop
 from river_compile.decoding.mode import Call, Decode, ExactMode
 from river_compile.decoding.request import Request
 from river_compile.decoding.rewind import BY_SLOT
+from river_compile.decoding.sampling import random_state, set_random_state
 from river_compile.decoding.session import Session
 from river_compile.errors import OptionError
 from river_compile.kernels.checks import integer
@@ -156,14 +157,11 @@ class ContinuousBatch:
             RuntimeError: the batch was closed, or its thread has died.
         """
         device = self._model.device
-        if seed is not None:
-            state = torch.Generator(device).manual_seed(seed).get_state()
-        elif device.type == "cpu":
-            state = torch.get_rng_state()
-        else:
-            state = torch.get_device_module(device).get_rng_state(device)
         if seed is None:
+            state = random_state(device)
             torch.empty((), device=device).uniform_()
+        else:
+            state = torch.Generator(device).manual_seed(seed).get_state()
         waiting = _Waiting(generate, Future(), state)
         with self._changed:
             if self._closed or self._dead is not None:
@@ -324,11 +322,7 @@ class ContinuousBatch:
 
     def _start(self, waiting: _Waiting) -> None:
         """Makes a call up to where it joins; one that does not runs here."""
-        device = self._model.device
-        if device.type == "cpu":
-            torch.set_rng_state(waiting.random_state)
-        else:
-            torch.get_device_module(device).set_rng_state(waiting.random_state, device)
+        set_random_state(self._model.device, waiting.random_state)
         self._starting = waiting
         try:
             result = waiting.generate()

@@ -78,13 +78,13 @@ class Chooser:
         """Leaves PyTorch's generator in the state after plain sampling of this many steps."""
         if steps in self._steps and self._generator is None:
             state, noise = self._steps[steps]
-            _set_state(noise.device, state)
+            set_random_state(noise.device, state)
         self._steps.clear()
 
     def _noise(self, step: int, like_NV: Tensor) -> Tensor:
         """Returns the noise ``[B, V]`` that plain sampling would draw in a step."""
         while self._drawn <= step:
-            state = _state(like_NV.device)
+            state = random_state(like_NV.device)
             noise = torch.empty(self._rows, like_NV.shape[-1], device=like_NV.device)
             noise.exponential_(generator=self._generator)
             self._steps[self._drawn] = state, noise
@@ -92,11 +92,13 @@ class Chooser:
         return self._steps[step][1]
 
 
-def _state(device: torch.device) -> Tensor:
+def random_state(device: torch.device) -> Tensor:
+    """Returns the state of PyTorch's generator of a device."""
     return torch.get_rng_state() if device.type == "cpu" else torch.get_device_module(device).get_rng_state(device)
 
 
-def _set_state(device: torch.device, state: Tensor) -> None:
+def set_random_state(device: torch.device, state: Tensor) -> None:
+    """Sets it."""
     if device.type == "cpu":
         torch.set_rng_state(state)
     else:

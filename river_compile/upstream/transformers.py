@@ -50,9 +50,8 @@ _NAMES = ("cache", "past_key_values")
 
 def leave_compiled_models_alone() -> None:
     """Has `generate` compile no model by itself that is compiled already; a `compile_config` still asks for it."""
-    theirs: Any = GenerationMixin._valid_auto_compile_criteria
-    if getattr(theirs, "leaves_compiled", False):
-        return
+    mixin: Any = GenerationMixin
+    theirs = mixin._valid_auto_compile_criteria
 
     @functools.wraps(theirs)
     def criteria(model: Any, kwargs: dict[str, Any], config: GenerationConfig) -> bool:
@@ -60,8 +59,7 @@ def leave_compiled_models_alone() -> None:
             return False
         return bool(theirs(model, kwargs, config))
 
-    setattr(criteria, "leaves_compiled", True)  # noqa: B010 (a function's own attribute)
-    setattr(GenerationMixin, "_valid_auto_compile_criteria", criteria)  # noqa: B010
+    mixin._valid_auto_compile_criteria = criteria
 
 
 def cache_argument(model: nn.Module) -> str:
