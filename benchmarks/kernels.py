@@ -30,6 +30,7 @@ from benchmarks.int4_baseline import fits, packed_for_cuda
 from river_compile.kernels.quant.grid import QuantizedWeight
 from river_compile.kernels.triton.decode_attention import DecodeAttentionSpec
 from river_compile.kernels.triton.devices import device_name, known
+from river_compile.kernels.triton.heuristic import rows_of
 from river_compile.kernels.triton.heuristic import seconds as modelled
 from river_compile.kernels.triton.linear import LinearSpec
 from river_compile.kernels.triton.loader import load
@@ -62,7 +63,7 @@ def torch_linear_seconds(spec: LinearSpec) -> float | None:
     """Times `F.linear` in bfloat16 with all rows of the spec's weights, without norm and epilogue; None for experts."""
     if spec.experts:
         return None
-    x = torch.randn(spec.rows or 64, spec.in_features, device="cuda", dtype=torch.bfloat16)
+    x = torch.randn(rows_of(spec), spec.in_features, device="cuda", dtype=torch.bfloat16)
     shape = (spec.out_features * len(spec.streams), spec.in_features)
     copies = max(1, copies_beyond_cache(spec) // 3)
     weights = [torch.randn(shape, device="cuda", dtype=torch.bfloat16) for _ in range(copies)]
@@ -83,7 +84,7 @@ def gemlite_seconds(spec: LinearSpec) -> float | None:
         scale = torch.rand(n * k // group, 1, device="cuda", dtype=torch.float16)
         layer.pack(q, scale, scale * 8, None)
         layers.append(layer)
-    x = torch.randn(spec.rows or 64, k, device="cuda", dtype=torch.float16)
+    x = torch.randn(rows_of(spec), k, device="cuda", dtype=torch.float16)
     return time_calls([functools.partial(layer, x) for layer in layers])
 
 
@@ -99,7 +100,7 @@ def int4_seconds(spec: LinearSpec) -> float | None:
     )
     weight, table = packed_for_cuda(grid)
     copies = [(weight.clone(), table.clone()) for _ in range(copies_beyond_cache(spec))]
-    x = torch.randn(spec.rows or 64, k, device="cuda", dtype=torch.bfloat16)
+    x = torch.randn(rows_of(spec), k, device="cuda", dtype=torch.bfloat16)
     product = torch.ops.aten._weight_int4pack_mm
     return time_calls([functools.partial(product, x, w, group, t) for w, t in copies])
 
@@ -132,7 +133,7 @@ def timing(label: str, spec: KernelSpec) -> Timing | None:
     if not isinstance(spec, LinearSpec):
         return None
     shape = f"{spec.out_features * len(spec.streams)} x {spec.in_features}"
-    moved = spec.cost(spec.rows or 64).bytes
+    moved = spec.cost(rows_of(spec)).bytes
     return Timing(
         label,
         shape,

@@ -8,9 +8,19 @@ attention, because only Inductor on the GPU at hand knows how many more there ar
 
 from __future__ import annotations
 
+from river_compile.kernels.triton.decode_attention import DecodeAttentionSpec
 from river_compile.kernels.triton.devices import known
 from river_compile.kernels.triton.heuristic import LAUNCH_SECONDS, best_tile, untiled
-from tools.kernels.shapes import MODELS, ModelShape, TokenCost, backbone_kernels, cost_of, estimate_of, model_kernels
+from tools.kernels.shapes import (
+    MODELS,
+    ModelShape,
+    TokenCost,
+    backbone_kernels,
+    cost_of,
+    estimate_of,
+    model_kernels,
+    verifying_kernels,
+)
 
 BLOCK_LAUNCHES = 8  # q, k, v, attention, o, gate, up, down
 _DTYPE_BYTES = 2
@@ -46,7 +56,8 @@ class Roofline:
         self._twin = cost_of(*kernels.values())
         self._twin_seconds = sum(estimate_of(spec, self._device).total for spec in kernels.values())
         attention = kernels["rope + kv write + attention"]
-        self._attention_seconds, cache = estimate_of(attention, self._device).total, cost_of(attention)
+        assert isinstance(attention, DecodeAttentionSpec), "a twin's launches have one for its attention"
+        self._attention, cache = attention, cost_of(attention)
         self._group_size = group_size
         self._block = TokenCost(BLOCK_LAUNCHES, _DTYPE_BYTES * block_weights(self.shape) + cache.bytes)
 
@@ -64,15 +75,14 @@ class Roofline:
     def verification(self, positions: int, weights: str) -> float:
         """Returns the modelled seconds of a pass of the backbone over `positions` new tokens of one sequence.
 
-        Its matmuls are the generated kernels at so many rows, with "dense" weights or those in 12 bits ("bf12"). No
-        generated kernel attends from several positions: what stands for it reads the cache once, as that of one
-        position does, and writes its slots in a launch of its own. One token is verified as two: kernels of one row
-        sum in another order, and a row's bits are to be the same in every pass.
+        Its matmuls are the generated kernels, with "dense" weights or those in 12 bits ("bf12"), of which one token is
+        verified as two: their kernel of one row sums in another order, and a row's bits are to be the same.
         """
-        kernels = backbone_kernels(self.shape, weights, rows=max(2, positions), device=self._device.name)
-        head = estimate_of(kernels.pop("norm + head"), self._device).total
-        matmuls = sum(estimate_of(spec, self._device).total for spec in kernels.values())
-        return self.shape.layers * (matmuls + self._attention_seconds + LAUNCH_SECONDS) + head
+        rows = positions if weights == "dense" else max(2, positions)
+        kernels = backbone_kernels(self.shape, weights, rows=rows, device=self._device.name)
+        head = estimate_of(kernels.pop("norm + head"), self._device, rows=rows).total
+        kernels |= verifying_kernels(self._attention)
+        return self.shape.layers * sum(estimate_of(k, self._device, rows=rows).total for k in kernels.values()) + head
 
     def draft(self, head: str) -> float:
         """Returns the modelled seconds of a drafted token: all twins, a head in 16 bits ("dense") or 4 ("w4")."""

@@ -1,13 +1,13 @@
 """The operators ``torch.ops.river.*``. Importing this module registers them; it needs no Triton and no GPU.
 
     linear                x W^T with W in 4 or 16 bits; a norm before it, bias, activation, gate and residual after it
-    merged                the same for several matrices in 16 bits, one below the other, by the generated kernel
+    merged                the same for several matrices in 16 bits, one below the other, in layout "triton"
     norm                  a norm and the residual after it (sandwich norms); plain torch, or the C++ kernels
     rescore               the largest logits of a product in 4 bits computed anew; plain torch, or the C++ kernels
     experts               each row's product with the one that it chose of several stacked matrices in 4 bits
     kv_fill               q|k|v -> qk-norm, rotary embedding, cache slot; returns q and mutates the caches
     decode_attention      one query position over a static cache
-    attend                both in one launch, which counts the token too
+    attend                both, which counts the tokens too: of one position in one launch, or of any number of them
     shift                 a full window's entries one slot further up, which frees the last; mutates the caches
     attention             several; plain torch, or the C++ kernels
     exit_score            smallest cosine of two hidden states, plain torch on any device
@@ -15,8 +15,8 @@
     residual_verdict      both, and whether that leaves the backbone: compared with a bar in memory, and noted there
 
 Layout "triton" runs the generated kernel: compiled on a GPU, in Triton's interpreter on the CPU (slow, for tests).
-Every other layout is plain torch around the layout's own linear. An operator never falls from the one to the other by
-itself. All outputs are new tensors; the schema says what is mutated. The arguments of `kv_fill`, `decode_attention`,
+Every other layout is plain torch around the layout's own linear. Weights of 16 and 12 bits meet generated kernels in
+passes of up to `MAX_EXACT_ROWS` rows, which decode and verify; wider ones are prompts, and a library's. All outputs are new tensors; the schema says what is mutated. The arguments of `kv_fill`, `decode_attention`,
 `attend`, `shift`, `residual_score` and `residual_verdict` are those of their functions in `triton.calls`.
 """
 
@@ -30,11 +30,11 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from river_compile.kernels.checks import check_choice
-from river_compile.kernels.portable import fused_width, smallest_cosine
+from river_compile.kernels.portable import attention_of_several, fused_width, smallest_cosine
 from river_compile.kernels.quant import bf12, bits8, layouts
 from river_compile.kernels.triton.calls import cache, exits
 from river_compile.kernels.triton.calls import linear as products
-from river_compile.kernels.triton.linear import ACTIVATIONS, NORMS
+from river_compile.kernels.triton.linear import ACTIVATIONS, MAX_EXACT_ROWS, NORMS
 
 RESCORED = 256
 WANTED_BLOCK = 16
@@ -99,7 +99,11 @@ def linear(
     matrix = _matrix(weight, scale_zero, out_features, x.shape[-1], group_size, layout)
     if isinstance(matrix, layouts.PackedLinear) and (layout in (bf12.LAYOUT, bits8.LAYOUT) or matrix.unpacked):
         matrix = matrix.dequantize(torch.float32 if layout == bits8.LAYOUT else x.dtype)
-    if layout in ("triton", bf12.GENERATED):
+    many = layout == bf12.GENERATED or (layout == "triton" and scale_zero is None)
+    many = many and x.numel() > MAX_EXACT_ROWS * x.shape[-1]
+    if many and isinstance(matrix, layouts.PackedLinear):
+        matrix = matrix.dequantize(x.dtype)
+    elif layout in ("triton", bf12.GENERATED) and not many:
         y = products.linear(x, matrix, bias, residual, norm, norm_weight, norm_bias, eps, activation, gated)
         return y if wanted is None else _without_unwanted(y, wanted)
     h = x if norm_weight is None else _normalise(x, norm, norm_weight, norm_bias, eps)
@@ -107,14 +111,16 @@ def linear(
         y = layouts.layout(layout).linear(h, matrix, bias)
     else:
         y = F.linear(h.to(matrix.dtype), matrix, None if bias is None else bias.to(matrix.dtype)).to(x.dtype)
-    if gated:
-        gate, up = y.chunk(2, dim=-1)
-        y = _ACTIVATIONS[activation](gate) * up
-    else:
-        y = _ACTIVATIONS[activation](y)
+    y = _activated(y.chunk(2, dim=-1) if gated else (y,), activation)
     if wanted is not None:
         return _without_unwanted(y, wanted)
     return y if residual is None else y + residual
+
+
+def _activated(parts: Sequence[Tensor], activation: str) -> Tensor:
+    """Returns a product after its activation: of one part, or of a gate and what it is for."""
+    y = _ACTIVATIONS[activation](parts[0])
+    return y * parts[1] if len(parts) > 1 else y
 
 
 def _matrix(
@@ -143,19 +149,35 @@ Tensor? norm_weight=None, Tensor? norm_bias=None, float eps=1e-06, str activatio
 
 
 @torch.library.custom_op("river::merged", mutates_args=(), schema=_MERGED)
-def merged(x: Tensor, weights: Sequence[Tensor], biases: Sequence[Tensor], *fused: Any) -> Tensor:
+def merged(
+    x: Tensor,
+    weights: Sequence[Tensor],
+    biases: Sequence[Tensor],
+    residual: Tensor | None = None,
+    norm: str = "none",
+    norm_weight: Tensor | None = None,
+    norm_bias: Tensor | None = None,
+    eps: float = 1e-6,
+    activation: str = "none",
+    gated: bool = False,
+) -> Tensor:
     """Returns what `linear` does in layout "triton" for matrices that stand one below the other.
 
     Args:
         x: ``[..., K]``.
         weights: two matrices ``[N_i, K]`` or more in x.dtype; gated, the gate and the up projection.
         biases: ``[N_i]`` for each, or none at all.
-        fused: residual, norm, norm_weight, norm_bias, eps, activation, gated, as of `linear`.
+        residual, norm, norm_weight, norm_bias, eps, activation, gated: as of `linear`.
 
     Raises:
         ValueError: as of `linear`; matrices whose rows no tile divides.
     """
-    return products.linear(x, weights, biases, *fused)
+    if x.numel() <= MAX_EXACT_ROWS * x.shape[-1]:
+        return products.linear(x, weights, biases, residual, norm, norm_weight, norm_bias, eps, activation, gated)
+    h = x if norm_weight is None else _normalise(x, norm, norm_weight, norm_bias, eps)
+    parts = [F.linear(h, w, b) for w, b in zip(weights, biases or [None] * len(weights), strict=True)]
+    y = _activated(parts if gated else (torch.cat(parts, -1),), activation)
+    return y if residual is None else y + residual
 
 
 @merged.register_fake
@@ -283,7 +305,8 @@ residual_verdict = torch.library.custom_op("river::residual_verdict", exits.resi
 @kv_fill.register_fake
 def _(qkv: Tensor, q_norm: Any, k_norm: Any, cos: Any, sin: Any, slot: Any, k_cache: Tensor, *_others: Any) -> Tensor:
     b, kv_heads, _, d = k_cache.shape
-    return qkv.new_empty((b, qkv.shape[-1] // d - 2 * kv_heads, d))
+    positions = qkv.shape[1:2] if qkv.dim() == 3 and qkv.shape[1] > 1 else ()
+    return qkv.new_empty((b, *positions, qkv.shape[-1] // d - 2 * kv_heads, d))
 
 
 @decode_attention.register_fake
@@ -293,10 +316,12 @@ def _(q: Tensor, *_others: Any) -> Tensor:
 
 @attend.register_fake
 def _(
-    qkv: Tensor, q_norm: Any, k_norm: Any, cos: Any, sin: Any, slot: Any, counter: Any, k_cache: Tensor, *_others: Any
+    qkv: Tensor, q_norm: Any, k_norm: Any, cos: Any, sin: Any, slot: Any, counter: Any, k_cache: Tensor, *others: Any
 ) -> Tensor:
     b, kv_heads, _, d = k_cache.shape
-    return qkv.new_empty((b, qkv.shape[-1] // d - 2 * kv_heads, d))
+    several = len(others) > 7 and others[7]
+    positions = qkv.shape[1:2] if several else ()
+    return qkv.new_empty((b, *positions, qkv.shape[-1] // d - 2 * kv_heads, d))
 
 
 @shift.register_fake
@@ -321,16 +346,7 @@ def attention(
     Returns:
         ``[B, T, H, D]`` in q's dtype, zeros where a position reads no slot.
     """
-    k, v = (cache.float().repeat_interleave(q.shape[2] // cache.shape[1], 1) for cache in (k_cache, v_cache))
-    scores = q.transpose(1, 2).float() @ k.mT * scale
-    if softcap:
-        scores = softcap * torch.tanh(scores / softcap)
-    if causal:
-        mask = torch.ones(scores.shape[2:], dtype=torch.bool, device=q.device).tril()
-    if mask is not None:
-        scores = scores.masked_fill(~mask, -torch.inf) if mask.dtype == torch.bool else scores + mask
-    weights = torch.softmax(scores, -1).masked_fill(scores.amax(-1, keepdim=True) == -torch.inf, 0.0)
-    return (weights @ v).transpose(1, 2).contiguous().to(q.dtype)
+    return attention_of_several(q, k_cache, v_cache, mask, scale, softcap, causal)
 
 
 @attention.register_fake

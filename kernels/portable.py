@@ -47,6 +47,31 @@ def grouped_attention(q: Tensor, k: Tensor, v: Tensor, mask: Tensor | None, scal
     return out.reshape(batch, heads, 1, v.shape[-1]).to(q.dtype)
 
 
+def attention_of_several(
+    q: Tensor,
+    k_cache: Tensor,
+    v_cache: Tensor,
+    mask: Tensor | None,
+    scale: float,
+    softcap: float = 0.0,
+    causal: bool = False,
+) -> Tensor:
+    """Attends from several query positions, ``[B, T, H, D]``, with all scores at once, in float32.
+
+    Args and result as of the operator ``river::attention``.
+    """
+    k, v = (cache.float().repeat_interleave(q.shape[2] // cache.shape[1], 1) for cache in (k_cache, v_cache))
+    scores = q.transpose(1, 2).float() @ k.mT * scale
+    if softcap:
+        scores = softcap * torch.tanh(scores / softcap)
+    if causal:
+        mask = torch.ones(scores.shape[2:], dtype=torch.bool, device=q.device).tril()
+    if mask is not None:
+        scores = scores.masked_fill(~mask, -torch.inf) if mask.dtype == torch.bool else scores + mask
+    weights = torch.softmax(scores, -1).masked_fill(scores.amax(-1, keepdim=True) == -torch.inf, 0.0)
+    return (weights @ v).transpose(1, 2).contiguous().to(q.dtype)
+
+
 def one_row_linear(x: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
     """Returns ``x W^T + bias``, ``[..., N]`` in x's dtype, computed in float32 or wider.
 

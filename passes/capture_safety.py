@@ -15,6 +15,7 @@ import sympy
 import torch
 from torch import fx
 from torch.fx.experimental.symbolic_shapes import free_symbols, free_unbacked_symbols
+from torch.fx.node import Argument
 
 from river_compile.passes.nodes import (
     ancestors,
@@ -134,10 +135,10 @@ def _writes_slot(node: fx.Node) -> bool:
     return called(node, torch.Tensor.index_copy_) and node.args[0].op == "placeholder"
 
 
-def is_counter_step(node: fx.Node, written: fx.Node) -> bool:
-    """True if a node adds one, in place, to a counter of tokens: a number that the graph is given as a tensor."""
-    by_one = called(node, torch.Tensor.add_) and node.args[1:] == (1,) and isinstance(node.args[1], int)
-    return by_one and not node.kwargs and written.op == "placeholder" and rank(written) == 0
+def is_counter_step(node: fx.Node, written: fx.Node, by: Argument = 1) -> bool:
+    """True if a node adds a number, in place, to a counter of tokens: one that the graph is given as a tensor."""
+    adds = called(node, torch.Tensor.add_) and node.args[1:] == (by,) and isinstance(node.args[1], (int, fx.Node))
+    return adds and not node.kwargs and written.op == "placeholder" and rank(written) == 0
 
 
 def _may_change(node: fx.Node) -> bool:

@@ -72,7 +72,7 @@ def choose(program: RiverProgram, config: RiverConfig, lowering: Lowering, fill:
     if config.quantizer != "none":
         twinning = Twinning(config.group_size, lowering.layout, scale_inputs=config.quantizer == "awq")
     head = config.lm_head or ("w4" if lowering.native else "keep")
-    own_backbone = _uses_own_backbone(config, lowering, plan.is_decode)
+    own_backbone = _uses_own_backbone(config, lowering)
     return Choices(
         config=config,
         lowering=lowering,
@@ -146,8 +146,8 @@ def _backbone_weights(program: RiverProgram, config: RiverConfig, lowering: Lowe
     if asked == "auto":
         pays = lowering.native and own_backbone and _is_bfloat16(program) and bf12.gain() >= _LEAST_GAIN
         return "12bit" if pays else "model"
-    if asked == "12bit" and config.backbone == "river" and not lowering.native:
-        return asked if own_backbone else "model"  # (decode steps alone have one)
+    if asked == "12bit" and own_backbone and not lowering.native:
+        return asked
     if asked != "model" and not (own_backbone and lowering.native):
         on_gpu = ", and on a GPU for backbone='river'" if asked == "12bit" else ""
         raise OptionError(
@@ -163,11 +163,11 @@ def _is_bfloat16(program: RiverProgram) -> bool:
     return any(is_parameter(node) and value_of(node).dtype == torch.bfloat16 for node in program.blocks[0].inputs)
 
 
-def _uses_own_backbone(config: RiverConfig, lowering: Lowering, is_decode: bool) -> bool:
+def _uses_own_backbone(config: RiverConfig, lowering: Lowering) -> bool:
     """Says whether the backbone's blocks multiply by the package's own kernels.
 
     Those of a CPU do by default; the generated ones, whose sums are in another order than the model's, if it is asked
-    for, and in decode steps alone: wider passes are a library's.
+    for.
 
     Raises:
         OptionError: they are asked for, and there are none.
@@ -179,4 +179,4 @@ def _uses_own_backbone(config: RiverConfig, lowering: Lowering, is_decode: bool)
         )
     if config.offload is not None:
         return False
-    return config.backbone != "model" if lowering.native else config.backbone == "river" and is_decode
+    return config.backbone != "model" if lowering.native else config.backbone == "river"

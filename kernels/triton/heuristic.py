@@ -40,6 +40,8 @@ INSTRUCTIONS = {"w4": 4.8, "dense": 2.0, "bf12": 5.5, "x": 4.0}
 BF12_DOT, NORMALISE = 7.0, {"dense": 1.8, "bf12": 5.7}
 _BITS = {"w4": 4, "dense": 16, "bf12": 12}
 ATTENTION_BLOCK = 32  # slots of a step of attention
+#: For which the tile of a kernel for all widths is chosen.
+WIDTH = 4
 LAUNCH_SECONDS = 2e-6  # from the end of one kernel of a graph until the next one works
 
 #: Per weight of the form "groups", where a tile allows it: with up to 8 rows, and with more. (An H100 takes as long for
@@ -59,8 +61,8 @@ def registers(spec: LinearSpec) -> int:
         return math.ceil(60 + 3 * columns * tile.block_m * (tile.block_k // spec.group_size) / threads)
     if spec.weights == "bf12" and spec.form == "row":
         return math.ceil(16 + columns * tile.block_k / threads)
-    if spec.form == "row":  # a word (or two weights), two sums and an operand of each
-        return math.ceil(32 + 4 * columns * tile.block_k / (8 if spec.weights == "w4" else 2) / threads)
+    if spec.form == "row":  # a word, two sums and an operand of each
+        return math.ceil(32 + 4 * columns * tile.block_k / 8 / threads)
     length, operands = tile.block_k // 8, 3.0
     if spec.weights == "bf12":  # wide tiles unpack one of a unit's rows after another
         length, operands = tile.block_k // 4, 5.0 if tile.block_n == least_columns(spec.weights, spec.form) else 2.5
@@ -138,12 +140,12 @@ def _pipeline(spec: LinearSpec, device: Device, block_n: int, steps: int) -> int
 
 
 def _row_tiles(spec: LinearSpec) -> Iterator[LinearTile]:
-    # Lanes lie side by side along K, 16 bytes each (32 weights of 4 bits; two loads of 16 bits), so that a warp reads
-    # whole lines and a lane needs few activations; more rows of W then only repeat the pattern.
+    # Lanes lie side by side along K, 16 bytes each (32 weights of 4 bits), so that a warp reads whole lines and a lane
+    # needs few activations; more rows of W then only repeat the pattern.
     splits = (1,) if spec.norm != "none" else (1, 2, 4)
     per_warp = 1024 if spec.weights == "w4" else 512
     twelve, least = spec.weights == "bf12", least_columns(spec.weights, spec.form)
-    deepest = max(spec.group_size or (UNIT if twelve else 32), next_power_of_two(spec.in_features))
+    deepest = max(spec.group_size or UNIT, next_power_of_two(spec.in_features))
     depths = {min(per_warp * warps, deepest): warps for warps in (8, 4, 2, 1)}
     widths = (least,) if twelve else (1, 2, 4, 8, 16, 32)
     for (depth, warps), block_n, split_k in itertools.product(depths.items(), widths, splits):
@@ -163,8 +165,11 @@ def _dot_tiles(spec: LinearSpec, device: Device) -> Iterator[LinearTile]:
         cuts = [(width, depth, 4, 1 if heavy else 2) for width in widths for depth in depths]
     elif spec.weights == "dense":
         # Weights go to the dot as they are, so that copies of steps to come cost no registers but shared memory.
-        heights = (16,) if spec.rows or spec.norm != "none" or spec.gated else (16, 32, 64)
-        cuts = [(width, 128, 4, 4 if device.backend == "cuda" else 2) for width in (32, 64)]
+        heights = (16,)
+        stages = 4 if device.backend == "cuda" else 2
+        cuts = [(width, depth, 4, stages) for width, depth in ((32, 128), (64, 128), (16, 256))]
+        # Of few programs each waits for its own bytes, which deep steps have on their way.
+        cuts += [(16, 512, 4, min(3, stages))] if spec.out_features < 16 * device.processors else []
     else:
         # Every warp normalises all activations, so wide tiles of few warps do it for the most weights.
         heights, wide = (16,), 2 * least_columns(spec.weights, spec.form)
@@ -212,13 +217,13 @@ class Compiled:
 
 
 def seconds(spec: LinearSpec, device: Device, rows: int | None = None) -> float:
-    """Estimates the time of a kernel in seconds; `rows` (64 if None) counts where the spec leaves M open."""
+    """Estimates the time of a kernel in seconds; `rows` as in `rows_of`."""
     return estimate(spec, device, rows).total
 
 
 def estimate(spec: LinearSpec, device: Device, rows: int | None = None, compiled: Compiled | None = None) -> Estimate:
     """Estimates the parts of `seconds`, by what was compiled where that is given."""
-    tile, m = spec.tile, spec.rows or rows or 64
+    tile, m = spec.tile, rows_of(spec, rows)
     threads = 32 * tile.num_warps
     programs = math.ceil(spec.out_features / tile.block_n) * spec.blocks(m) * tile.split_k
     resident = min(32, 2048 // threads, 65536 // (registers(spec) * threads), device.shared // _shared(spec))
@@ -252,12 +257,17 @@ def estimate(spec: LinearSpec, device: Device, rows: int | None = None, compiled
     return Estimate(moved, memory - moved, memory * (idle - 1), cache, instructions, waits, per_processor / resident)
 
 
+def rows_of(spec: LinearSpec, rows: int | None = None) -> int:
+    """Returns the rows that a spec counts with; where it leaves them open and nobody says, 64, or `WIDTH`."""
+    return spec.rows or rows or (WIDTH if spec.any_width else 64)
+
+
 def shared_bytes(spec: LinearSpec, rows: int | None = None) -> int:
     """Returns the bytes of activations and of the norm's weight that all programs read, of which memory sends few.
 
     A norm in front of the form "dot" goes through the rows once more than the product.
     """
-    tile, m = spec.tile, spec.rows or rows or 64
+    tile, m = spec.tile, rows_of(spec, rows)
     programs = math.ceil(spec.out_features / tile.block_n) * spec.blocks(m)
     passes = 2 if spec.form == "dot" and spec.norm != "none" else 1
     lines = passes * min(m, tile.block_m) + (spec.norm != "none")
@@ -323,8 +333,9 @@ def best_tile(spec: LinearSpec, device: str = DEFAULT_DEVICE, rows: int | None =
     """Returns `spec` with the saved tile of the device and this Triton where there is one, else the cost model's.
 
     Its own is ignored. A device that only a tuning file names counts as the default one in the model; `rows` as in
-    `seconds`.
+    `seconds`, but that a kernel for all widths has one tile.
     """
+    rows = WIDTH if spec.any_width else rows
     saved = saved_tiles(tuning_file()).get(tuned_for(device), {})
     if tuning_key(spec) in saved:
         return dataclasses.replace(spec, tile=saved[tuning_key(spec)])
@@ -378,15 +389,17 @@ def attention_splits(heads: int, slots: int, device: Device, group: int, head_di
 
 
 def attention_estimate(
-    heads: int, slots: int, device: Device, group: int, head_dim: int, splits: int, resident: int = 6
+    heads: int, slots: int, device: Device, group: int, head_dim: int, splits: int, resident: int = 6, times: int = 1
 ) -> Estimate:
-    """Estimates attention of one position in 16 bits, split so often, with so many programs resident on a processor.
+    """Estimates attention in 16 bits, split so often, with so many programs resident on a processor.
+
+    Of several positions `times` programs read the same slots, all but the first from the cache that processors share.
 
     The loop over blocks is not pipelined: each waits for memory's 0.9 us and for 300 instructions that follow one
     another (counted for heads of 128, 190 for 64), while the other programs of a processor have their turns. The last
     program puts the parts together, 16 KB of them in 0.3 us.
     """
-    programs, block = heads * splits, 4 * ATTENTION_BLOCK * head_dim
+    programs, block = times * heads * splits, 4 * ATTENTION_BLOCK * head_dim
     per_processor = programs / device.processors
     waves = math.ceil(per_processor / resident)
     at_once = min(math.ceil(per_processor), resident)
@@ -395,13 +408,13 @@ def attention_estimate(
     issued = device.lanes * device.clock * 0.7
     turns, most = math.ceil(math.ceil(slots / ATTENTION_BLOCK) / splits), math.ceil(per_processor)
     chain = 0.9e-6 + instructions / 128 * 5 / device.clock
-    read, issued = block * device.processors / device.bandwidth, instructions / (device.lanes * device.clock * 0.7)
+    read, issued = block * device.processors / device.bandwidth / times, instructions / (device.lanes * device.clock * 0.7)
     parts = 1.5e-6 + 4 * splits * group * head_dim / (16384 / 0.3e-6) if splits > 1 else 0.0
     return Estimate(
         bytes=moved,
         in_flight=turns * waves * max(0.0, chain - at_once * max(read, issued)),
         tail=max(0.0, turns * most * read - moved),
-        cache=moved * device.bandwidth / device.cache,
+        cache=times * moved * device.bandwidth / device.cache,
         instructions=turns * most * issued,
         waits=parts + waves * 1e-6 + LAUNCH_SECONDS,  # (a program begins with its query)
         waves=per_processor / resident,
@@ -411,9 +424,9 @@ def attention_estimate(
 def untiled(rows: int, in_features: int, out_features: int, **fields: Any) -> LinearSpec:
     """Returns a spec for `rows` rows with a placeholder tile, the input of `best_tile`; many rows stay open."""
     step = max(128, fields.get("group_size", 64))
-    exact = rows if rows <= MAX_EXACT_ROWS else None
     fields = {"weights": "w4", "group_size": 64, "dtype": "bfloat16", **fields}
-    row_by_row = rows == 1 or bool(exact and fields.get("experts"))
+    exact = rows if rows <= {"w4": MAX_EXACT_ROWS, "bf12": 1, "dense": 0}[fields["weights"]] else None
+    row_by_row = exact == 1 or bool(exact and fields.get("experts"))
     form = form_of(fields["weights"], fields["group_size"], fields["dtype"], row_by_row)
     tile = LinearTile(least_columns(fields["weights"], form), step, 1 if form == "row" else 16)
     return LinearSpec(exact, in_features, out_features, tile, **fields)

@@ -1,12 +1,13 @@
-"""From a merged projection to the query and a filled cache slot, in one launch at one query position.
+"""From a merged projection to the query and filled cache slots, in one launch.
 
-Takes q|k|v of one token per sequence and applies, each where the spec asks for it: the RMSNorm of every query and key
-head (qk-norm) and the rotary embedding (Su et al. 2021) of a head's first features, half-split or interleaved. Of the
-caches exactly the slot changes whose index lies in a device tensor; an index outside writes nothing.
+Takes q|k|v of one token per sequence, or of several, and applies, each where the spec asks for it: the RMSNorm of every
+query and key head (qk-norm) and the rotary embedding (Su et al. 2021) of a head's first features, half-split or
+interleaved. Of the caches exactly the slots change whose indices lie in a device tensor, one for each position or the
+first one's alone; an index outside writes nothing.
 
-One program handles one head of one sequence. Not handled: more than one position, a norm over all heads together.
+One program handles one head of one token. Not handled: a norm over all heads together.
 
-Legend: B sequences, H query heads, J key-value heads, D features of a head, R rotated features, S slots.
+Legend: B sequences, T positions, H query heads, J key-value heads, D features of a head, R rotated features, S slots.
 """
 
 from __future__ import annotations
@@ -39,10 +40,11 @@ class KvFillSpec(CacheSpec):
     rotary_dim: int = 0  # R, an even number up to D; 0 for no rotary embedding
     rotary_dtype: str = "bfloat16"  # of cos and sin
     interleaved: bool = False  # whether rotated pairs are neighbours instead of R / 2 apart
-    rotary_rows: int = 1  # rows of cos and sin: B, or 1 where all sequences share a position
+    rotary_rows: int = 1  # sequences of cos and sin: B, or 1 where all share their positions
     head_norm: str = "none"  # "rms" or "rms_plus_one" for queries and keys
     eps: float = 1e-6  # as in torch
     index_dtype: str = "int64"  # of the slot index
+    counts: bool = False  # whether the slots follow one another, and only the first one's index is there
 
     def __post_init__(self) -> None:
         super().__post_init__()
@@ -67,23 +69,28 @@ class KvFillSpec(CacheSpec):
         return (*parts, Part(f"{head}_rest", self.rotary_dim, rest)) if rest else parts
 
     def buffers(self, rows: int | None = None) -> dict[str, Buffer]:
-        found = {"qkv": Buffer(self.dtype, (self.batch, self.all_heads, self.head_dim))}
+        lines, positions = self.lines(rows), self.at_once(rows)
+        found = {"qkv": Buffer(self.dtype, (lines, self.all_heads, self.head_dim))}
         if self.head_norm != "none":
             found["q_norm"] = found["k_norm"] = Buffer(self.dtype, (self.head_dim,))
         if self.rotary_dim:
-            found["cos"] = found["sin"] = Buffer(self.rotary_dtype, (self.rotary_rows, self.rotary_dim))
-        found["slot"] = Buffer(self.index_dtype, (1,))
+            tables = (self.rotary_rows * positions, self.rotary_dim)
+            found["cos"] = found["sin"] = Buffer(self.rotary_dtype, tables)
+        found["slot"] = Buffer(self.index_dtype, (1 if self.counts else positions,))
         found["k_cache"] = found["v_cache"] = self.cache
-        return {**found, "q": Buffer(self.dtype, (self.batch, self.heads, self.head_dim))}
+        return {**found, "q": Buffer(self.dtype, (lines, self.heads, self.head_dim))}
 
     def stages(self) -> tuple[Stage, ...]:
-        return (Stage(self.family, tuple(self.buffers()), lambda _rows: (self.all_heads, self.batch, 1), 1),)
+        def grid(rows: int) -> tuple[int, int, int]:
+            return self.lines(rows), self.all_heads, 1  # (a prompt may have more tokens than the second axis takes)
+
+        return (Stage(self.family, (*self.buffers(1), *self.scalars), grid, 1),)
 
     def flops(self, rows: int | None = None) -> int:
         per_head = 3 * self.rotary_dim + 4 * self.head_dim * (self.head_norm != "none")
-        return self.batch * (self.heads + self.kv_heads) * per_head
+        return self.lines(rows) * (self.heads + self.kv_heads) * per_head
 
     def cost(self, rows: int | None = None) -> Cost:
-        """Returns what a call costs: of the caches it writes one slot."""
-        untouched = 2 * self.cache.bytes // self.slots * (self.slots - 1)
-        return Cost(super().cost().bytes - untouched, self.flops())
+        """Returns what a call costs: of the caches it writes a slot for each position."""
+        untouched = 2 * self.cache.bytes // self.slots * (self.slots - self.at_once(rows))
+        return Cost(super().cost(rows).bytes - untouched, self.flops(rows))

@@ -1,9 +1,13 @@
 """Specs of the linear kernels: y = epilogue(norm(x) W^T), with W in 4 bits, in 16, or in 12 that stand for 16.
 
 Three forms (see the template): "groups" for 4-bit weights in groups of 64 or 128 and activations of 16 bits, whatever
-the number of rows: one `tl.dot` for each group, on the bits as they are. Other 4-bit weights, and those of 16 and 12
-bits, are a matrix-vector product on ordinary multiply-adds for one row ("row"), else `tl.dot` on weights made
-beforehand ("dot").
+the number of rows: one `tl.dot` for each group, on the bits as they are. Other 4-bit weights, and those of 12 bits, are
+a matrix-vector product on ordinary multiply-adds for one row ("row"), else `tl.dot` on weights made beforehand ("dot"),
+as those of 16 bits are for any number of rows.
+
+Weights of 16 and 12 bits are the backbone's, which verifies drafts in passes of several widths: one kernel serves them
+all and does not know how many rows there are, so a row has the same bits in each (with weights of 12 bits, from two
+rows on). Such passes have up to 16 rows; more are a library's.
 
 Split-K writes partial sums that a second launch adds in a fixed order: no atomics, so two runs are bit-identical. A
 norm in front needs the whole row and excludes split-K.
@@ -51,7 +55,7 @@ def form_of(weights: str, group_size: int, dtype: str, row_by_row: bool) -> str:
     """Returns the form of a product, by the fields of a spec: "groups", "row" or "dot"."""
     if weights == "w4" and group_size >= 64 and dtype != "float32":
         return "groups"
-    return "row" if row_by_row else "dot"
+    return "row" if row_by_row and weights != "dense" else "dot"
 
 
 def least_columns(weights: str, form: str) -> int:
@@ -90,7 +94,7 @@ class LinearSpec(KernelSpec):
     family: ClassVar[str] = "linear"
     reduce_block: ClassVar[int] = 256
 
-    rows: int | None  # M for 1 to 16 rows; None for any number, given at launch
+    rows: int | None  # M for 1 to 16 rows; None for any number, given at launch, as all of 16 and several of 12 bits are
     in_features: int
     out_features: int  # of the result; a gated kernel reads 2 N weight rows, the gate's first
     tile: LinearTile
@@ -113,6 +117,8 @@ class LinearSpec(KernelSpec):
         self._check_choices()
         if self.rows is not None and not 1 <= self.rows <= MAX_EXACT_ROWS:
             raise ValueError(f"rows={self.rows} is outside 1..{MAX_EXACT_ROWS}; use rows=None for more")
+        if self.rows not in (None, *{"w4": (self.rows,), "dense": (), "bf12": (1,)}[self.weights]):
+            raise ValueError(f"rows={self.rows}: one kernel serves all passes of weights={self.weights!r}; use rows=None")
         if self.weights == "w4" and self.tile.block_k % self.group_size:
             raise ValueError(f"block_k={self.tile.block_k} is not a multiple of group_size={self.group_size}")
         least = {"row": 1, "groups": 8, "dot": 16}[self.form]
@@ -173,6 +179,11 @@ class LinearSpec(KernelSpec):
     def row_by_row(self) -> bool:
         """Whether a program makes one row."""
         return self.rows == 1 or (self.experts > 0 and self.rows is not None)
+
+    @property
+    def any_width(self) -> bool:
+        """Whether passes of all widths run this kernel, so that a row has the same bits in each."""
+        return self.rows is None and self.weights != "w4"
 
     @property
     def form(self) -> str:

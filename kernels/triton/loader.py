@@ -198,7 +198,8 @@ def load_for(spec: KernelSpec, target: str) -> Kernel:
     interpret = target == "interpreter"
     if interpret:
         _prepare_for_interpreter(module)
-    wrap = InterpretedFunction if interpret else JITFunction
+    # One machine code whatever the number of rows: a kernel that leaves it open sums alike for all of them.
+    wrap = InterpretedFunction if interpret else functools.partial(JITFunction, do_not_specialize=["rows"])
     return Kernel(spec, stages, {name: wrap(function) for name, function in functions.items()}, interpret)
 
 

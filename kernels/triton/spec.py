@@ -113,7 +113,7 @@ class KernelSpec:
 
 @dataclass(frozen=True)
 class CacheSpec(KernelSpec):
-    """Base of the kernels of one query position over a static cache ``[B, J, S, D]``."""
+    """Base of the kernels around a static cache ``[B, J, S, D]``, for one position of each sequence or for several."""
 
     batch: int
     heads: int
@@ -123,6 +123,7 @@ class CacheSpec(KernelSpec):
     dtype: str = field(default="bfloat16", kw_only=True)  # of queries, keys, values and heads' norms
     # Elements from one sequence, head and slot to the next; empty for a contiguous cache.
     cache_strides: tuple[int, ...] = field(default=(), kw_only=True)
+    positions: int | None = field(default=1, kw_only=True)  # T: one, or None for any number, given at launch as rows
 
     def __post_init__(self) -> None:
         check_positive(batch=self.batch, heads=self.heads, kv_heads=self.kv_heads, head_dim=self.head_dim)
@@ -130,11 +131,31 @@ class CacheSpec(KernelSpec):
         check_choice("dtype", self.dtype, ACTIVATION_DTYPES)
         if len(self.cache_strides) not in (0, 3):
             raise ValueError(f"cache_strides={self.cache_strides} are not those of sequence, head and slot")
+        check_choice("positions", self.positions, (1, None))
 
     @property
     def strides(self) -> tuple[int, ...]:
         line = self.slots * self.head_dim
         return self.cache_strides or (self.kv_heads * line, line, self.head_dim)
+
+    def lines(self, rows: int | None) -> int:
+        """Returns the positions of all sequences, of each so many as `rows` says where the spec leaves them open."""
+        return self.batch * self.at_once(rows)
+
+    def at_once(self, rows: int | None) -> int:
+        """Returns the positions of a sequence: one, or `rows` where the spec leaves them open.
+
+        Raises:
+            ValueError: it does, and `rows` does not say.
+        """
+        if self.positions is None and rows is None:
+            raise ValueError(f"this {self.family} kernel takes any number of positions; say how many")
+        return self.positions or rows or 1
+
+    @property
+    def scalars(self) -> tuple[str, ...]:
+        """What a launch is given beside buffers."""
+        return () if self.positions else ("rows",)
 
     @property
     def cache(self) -> Buffer:

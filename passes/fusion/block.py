@@ -35,10 +35,14 @@ class CacheEntry:
 
 
 class BlockView:
-    """One segment under the rules: what enters each static cache, and the concatenations that grow a dynamic one."""
+    """One segment under the rules: what enters each static cache, and the concatenations that grow a dynamic one.
 
-    def __init__(self, graph: fx.Graph) -> None:
-        self.graph = graph
+    `any_width` says whether passes of all widths are to run the same generated kernels, which makes a token's bits the
+    same in each.
+    """
+
+    def __init__(self, graph: fx.Graph, any_width: bool = False) -> None:
+        self.graph, self._any_width = graph, any_width
         self.entries = {entry.cache: entry for entry in map(_entry, graph.nodes) if entry is not None}
         self.grown = tuple(node for node in graph.nodes if _grows_a_cache(node))
 
@@ -67,6 +71,11 @@ class BlockView:
     def native(self) -> bool:
         """Whether the segment's products are those of the C++ kernels."""
         return any(is_product(n) and n.args[6] in ("dense", NATIVE_LAYOUT) for n in self.graph.nodes)
+
+    @property
+    def several(self) -> bool:
+        """Whether the kernels around the cache take several positions."""
+        return self._any_width or self.native
 
     def attention(self) -> tuple[fx.Node, Attention]:
         """Returns the attention over the static cache, and its node; raises `Missed` where there is none."""

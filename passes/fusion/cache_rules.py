@@ -1,9 +1,9 @@
 """The fusion rules around the KV cache: the write of its slots, and attention over a static cache.
 
-Slots stay device tensors; the entries of a full window move up in place, which frees its last slot. One position of
-each row is for all kernels, several are for the C++ ones alone. On a GPU, where each operator is a launch, write and
-attention become one, which counts the token too; on a CPU they are phases of a tape, and stay apart. Not handled:
-caches that grow with every token.
+Slots stay device tensors; the entries of a full window move up in place, which frees its last slot. On a GPU, where each
+operator is a launch, write and attention become one operator, which counts the tokens too: one launch of a twin, whose
+tokens come one by one, and two of a backbone that runs passes of all widths with the same kernels. On a CPU they are
+phases of a tape, and stay apart. Not handled: caches that grow with every token.
 """
 
 from __future__ import annotations
@@ -93,7 +93,7 @@ def fuse_kv_fill(view: BlockView) -> fx.Node:
     entries = k_entry, v_entry = view.entries[attended.k], view.entries[attended.v]
     require(k_entry.slot == v_entry.slot, "keys and values go to different slots", v_entry.writer)
     slots = shape(k_entry.slot) if isinstance(k_entry.slot, fx.Node) else (1,)
-    require(slots == (1,) or view.native, "more than one slot is written", k_entry.writer)
+    require(slots == (1,) or view.several, "more than one slot is written", k_entry.writer)
     require(slots == (_positions(k_entry.value),), "its entries do not go to one slot each", k_entry.writer)
     k, v = (_heads(entry.value) for entry in entries)
     if k is None:
@@ -235,6 +235,8 @@ def fuse_attention(view: BlockView) -> fx.Node:
     _, heads, positions, features = shape(found.q)
     fixed = isinstance(heads, int) and isinstance(features, int)
     require(fixed, f"the query has shape {shape(found.q)}, whose heads are not fixed", node)
+    if view.several and not view.native:
+        return _from_any_width(view, node, found)
     if positions == 1 and not found.causal:
         with view.graph.inserting_before(node):
             mask = _mask(found, node)
@@ -255,39 +257,72 @@ def fuse_attention(view: BlockView) -> fx.Node:
 
 
 def with_write(attention: fx.Node) -> fx.Node:
-    """Fuses an attention and the write before it, if nothing comes between; returns the remaining ones."""
-    query, k_cache, v_cache, *how = attention.args
+    """Fuses an attention from one position and the write before it, if nothing comes between; returns what remains."""
+    query, *caches, mask, scale, softcap = attention.args
     write = before_views(query)
-    if not called(write, torch.ops.river.kv_fill.default) or not only_used_for(write, attention):
+    if not _stands_before(write, attention, caches):
         return attention
-    *made_of, slot, k_written, v_written, norm, eps, interleaved = write.args
-    between = [n for n in attention.graph.nodes if write < n < attention]
-    changed = {memory_of(m) for n in between for m in mutated_inputs(n)}
-    read = {n for between_node in between for n in between_node.all_input_nodes}
-    alone = not changed & {memory_of(n) for n in write.all_input_nodes} and not read & {k_cache, v_cache}
-    if (k_written, v_written) != (k_cache, v_cache) or not alone:
-        return attention
-    step = _step_of(slot, write)
-    counter = None if step is None else step.args[0]
-    where = (slot, None) if counter is None else (None, counter)
-    arguments = (*made_of, *where, k_cache, v_cache, norm, eps, interleaved, *how)
     with attention.graph.inserting_before(attention):
-        fused = call(torch.ops.river.attend.default, arguments, value_of(attention), attention)
+        fused, step = _attend(write, caches, (mask, scale, softcap), value_of(attention))
     attention.replace_all_uses_with(fused)
     for node in filter(None, (attention, write, step)):
         drop_unused(node)
     return fused
 
 
-def _step_of(slot: fx.Node, write: fx.Node) -> fx.Node | None:
-    """Returns the node that advances the counter which a slot is, None if the write cannot do that itself.
+def _from_any_width(view: BlockView, node: fx.Node, found: Attention) -> fx.Node:
+    """Fuses an attention, from however many positions, and the write before it."""
+    write, caches = _before_exchange(found.q, []), [found.k, found.v]
+    require(_stands_before(write, node, caches), "its query and slots are not made right before it", node)
+    product = write.args[0]
+    require(rank(product) == 3 and not found.causal, f"it reads {shape(product)} without a mask", node)
+    batch, positions = shape(found.q)[0], _positions(found.q)
+    require(shape(product)[:2] == (batch, positions), f"its product has shape {shape(product)}", node)
+    value = value_of(found.q)
+    with view.graph.inserting_before(node):
+        how = (_mask_of_several(found), found.scale, found.softcap, True)
+        fused, step = _attend(write, caches, how, torch.empty_like(value.transpose(1, 2).contiguous()))
+        result = _exchanged(fused)
+    node.replace_all_uses_with(result)
+    for old in filter(None, (node, write, step)):
+        drop_unused(old)
+    return fused
 
-    It can where the graph reads the counter for this slot alone, before it is advanced by one.
+
+def _stands_before(write: fx.Node, attention: fx.Node, caches: list[fx.Node]) -> bool:
+    """Whether a node writes the slots of an attention's caches and makes its query, and nothing comes between."""
+    if not called(write, torch.ops.river.kv_fill.default) or not only_used_for(write, attention):
+        return False
+    between = [n for n in attention.graph.nodes if write < n < attention and not only_used_for(n, attention)]
+    changed = {memory_of(m) for n in between for m in mutated_inputs(n)}
+    read = {n for between_node in between for n in between_node.all_input_nodes}
+    alone = not changed & {memory_of(n) for n in write.all_input_nodes} and not read & set(caches)
+    return alone and list(write.args[6:8]) == caches
+
+
+def _attend(
+    write: fx.Node, caches: list[fx.Node], how: tuple, value: Tensor
+) -> tuple[fx.Node, fx.Node | None]:
+    """Makes the operator of a write and an attention; returns it, and the node that counted the tokens before."""
+    *made_of, slot, _, _, norm, eps, interleaved = write.args
+    step = _step_of(slot, write)
+    where = (slot, None) if step is None else (None, step.args[0])
+    arguments = (*made_of, *where, *caches, norm, eps, interleaved, *how)
+    return call(torch.ops.river.attend.default, arguments, value, write), step
+
+
+def _step_of(slot: fx.Node, write: fx.Node) -> fx.Node | None:
+    """Returns the node that advances the counter which slots begin at, None if the write cannot do that itself.
+
+    It can where the graph reads the counter for these slots alone, before it is advanced by their number.
     """
     inner = before_views(slot)
     for zero, counter in either_way(inner, operator.add):
-        first = called(zero, torch.arange) and zero.args in ((1,), (0, 1), (0, 1, 1)) and shape(zero) == (1,)
-        steps = [n for n in counter.users if is_counter_step(n, counter)] if first and is_tensor(counter) else []
+        if not (called(zero, torch.arange) and is_tensor(counter) and shape(zero) == shape(inner)):
+            continue
+        count = zero.args[min(1, len(zero.args) - 1)]
+        first = zero.args in ((count,), (0, count), (0, count, 1))
+        steps = [n for n in counter.users if is_counter_step(n, counter, count)] if first else []
         if len(steps) == 1 and not steps[0].users and set(counter.users) == {inner, steps[0]} and inner < steps[0]:
             alone = only_used_for(inner, write) and value_of(slot).dtype == value_of(counter).dtype
             return steps[0] if alone else None

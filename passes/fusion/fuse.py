@@ -37,7 +37,7 @@ def fuse_backbone(dense_layout: str) -> Pass:
 
     def fuse_backbone(program: RiverProgram) -> RiverProgram:
         """Blocks and the head become operators of the kernels, if a fusion rule holds."""
-        blocks, fusions = _fused_blocks(program.blocks, RULES)
+        blocks, fusions = _fused_blocks(program.blocks, RULES, any_width=True)
         head = program.head.copy()
         fusions += _apply(head, [fuse_head(dense_layout)])
         return replace(program, blocks=blocks, head=head, fusions=(*program.fusions, *fusions))
@@ -92,11 +92,11 @@ def fuse_checks(decides: bool = False) -> Pass:
 
 
 def _fused_blocks(
-    segments: Sequence[Segment], rules: Sequence[Rule], twins: bool = False
+    segments: Sequence[Segment], rules: Sequence[Rule], twins: bool = False, any_width: bool = False
 ) -> tuple[tuple[Segment, ...], list[Fusion]]:
     """Fuses blocks; those that are the same function are fused once, and share the graph.
 
-    With `twins`, those without 4-bit products stay as they are.
+    With `twins`, those without 4-bit products stay as they are; `any_width` as of `BlockView`.
     """
     known: dict[object, tuple[Segment, list[Fusion]]] = {}
     made, fusions = [], []
@@ -106,23 +106,23 @@ def _fused_blocks(
             continue
         key = fingerprint(segment), *map(is_parameter, segment.inputs)
         if key not in known:
-            known[key] = _fused_block(segment, rules)
+            known[key] = _fused_block(segment, rules, any_width)
         fused, done = known[key]
         made.append(replace(segment, graph=fused.graph))
         fusions += [replace(fusion, segment=segment.name) for fusion in done]
     return tuple(made), fusions
 
 
-def _fused_block(segment: Segment, rules: Sequence[Rule]) -> tuple[Segment, list[Fusion]]:
+def _fused_block(segment: Segment, rules: Sequence[Rule], any_width: bool) -> tuple[Segment, list[Fusion]]:
     fused = segment.copy()
     for rewrite in (_absorb_bias, _regroup):
         for node in list(fused.graph.nodes):
             rewrite(node)
-    return fused, _apply(fused, rules)
+    return fused, _apply(fused, rules, any_width)
 
 
-def _apply(segment: Segment, rules: Sequence[Rule]) -> list[Fusion]:
-    view, origin = BlockView(segment.graph), segment.origins
+def _apply(segment: Segment, rules: Sequence[Rule], any_width: bool = False) -> list[Fusion]:
+    view, origin = BlockView(segment.graph, any_width), segment.origins
     fusions = []
     for rule in rules:
         try:

@@ -130,6 +130,31 @@ def test_a_step_in_one_launch_is_that_in_two():
 
 
 @pytest.mark.parametrize("softcap", [0.0, 2.0])
+@pytest.mark.parametrize("positions", [3, 10])
+def test_several_positions_are_written_and_attend_as_one_by_one(positions, softcap):
+    """Up to 16 of all sequences to the bit, of more up to rounding, which PyTorch attends from."""
+    shape = (2, 1, 14, 16)
+    before = random(*shape), random(*shape)
+    together, alone = ([cache.clone() for cache in before] for _ in range(2))
+    qkv, norms = random(2, positions, 4 * 16), (random(16), random(16))
+    cos, sin = random(1, positions, 16), random(1, positions, 16)
+    seen = torch.ones(2, 1, positions, 14, dtype=torch.bool).tril(2)
+    seen[1, ..., :2] = False
+    how, counters = ("rms", 1e-6, True), [torch.tensor(2), torch.tensor(2)]
+    out = river.attend(qkv, *norms, cos, sin, None, counters[0], *together, *how, seen, 0.25, softcap, True)
+    for t in range(positions):
+        part = slice(t, t + 1)
+        made = (qkv[:, part], *norms, cos[:, part], sin[:, part])
+        one = river.attend(*made, None, counters[1], *alone, *how, seen[:, :, part], 0.25, softcap, True)
+        if 2 * positions <= 16:
+            assert torch.equal(one, out[:, part])
+        torch.testing.assert_close(one, out[:, part], atol=1e-5, rtol=1e-5)
+    assert counters == [2 + positions] * 2
+    for a, b in zip(together, alone, strict=True):
+        assert torch.equal(a, b)
+
+
+@pytest.mark.parametrize("softcap", [0.0, 2.0])
 @pytest.mark.parametrize("kind", ["none", "causal", "bool", "added"])
 def test_attention_of_several_positions(kind, softcap):
     q, k, v = random(2, 5, 4, 16), random(2, 2, 7, 16), random(2, 2, 7, 16)
@@ -214,8 +239,10 @@ def test_what_the_cache_operators_refuse():
     mask = torch.ones(2, 5, dtype=torch.bool)
     with pytest.raises(ValueError, match=r"mask has shape \(2, 5\)"):
         river.decode_attention(random(2, 2, 16), k_cache, v_cache, mask, 1.0, 0.0)
-    with pytest.raises(ValueError, match="qkv has shape"):
+    with pytest.raises(ValueError, match=r"slot has shape \(1,\)"):
         river.kv_fill(random(2, 2, 64), None, None, None, None, slot, k_cache, v_cache, *fill)
+    with pytest.raises(ValueError, match="qkv has shape"):
+        river.kv_fill(random(3, 1, 64), None, None, None, None, slot, k_cache, v_cache, *fill)
     for places in ((None, None), (slot, torch.tensor(0))):
         with pytest.raises(ValueError, match="give a slot or a counter"):
             river.attend(qkv, None, None, None, None, *places, k_cache, v_cache, *fill, None, 1.0, 0.0)

@@ -38,7 +38,16 @@ from river_compile.kernels.triton.loader import compile_for, source_file
 from river_compile.kernels.triton.spec import KernelSpec
 
 from .machine_code import counted, counted_amd, cuobjdump, thread_weights
-from .shapes import MODELS, ModelShape, TokenCost, backbone_kernels, cost_of, estimate_of, model_kernels
+from .shapes import (
+    MODELS,
+    ModelShape,
+    TokenCost,
+    backbone_kernels,
+    cost_of,
+    estimate_of,
+    model_kernels,
+    verifying_kernels,
+)
 
 _MATRIX = re.compile(r"\b(mma\.sync|wgmma\.mma_async|tcgen05\.mma|v_mfma)")
 _PTX_LOAD = re.compile(
@@ -98,19 +107,23 @@ def usages(spec: KernelSpec, label: str, target: str) -> Iterator[Usage]:
         yield Usage(target, label, stage.function, registers, spills, shared, occupancy, load, matrix, *counts)
 
 
-def bounded(usage: Usage, spec: KernelSpec) -> Usage:
-    """Returns the usage of a kernel's first launch with what bounds it, by the cost model and what was compiled."""
+def bounded(usage: Usage, spec: KernelSpec, rows: int = 1) -> Usage:
+    """Returns the usage of a kernel's first launch with what bounds it, by the cost model and what was compiled.
+
+    `rows` is for a matmul that leaves their number open.
+    """
     device = DEVICES[usage.target]
     resident = max(1, round(usage.occupancy * device.warps / spec.stages()[0].num_warps))
     executed = None
     if usage.instructions is not None and isinstance(spec, LinearSpec):
         executed = usage.instructions * thread_weights(spec, device.warp)
-    estimate = estimate_of(spec, device, heuristic.Compiled(resident, executed))
+    rows = rows if isinstance(spec, LinearSpec) else 1
+    estimate = estimate_of(spec, device, heuristic.Compiled(resident, executed), rows)
     programs = min(estimate.waves, 1.0) * resident
     ahead = reads = None
     if isinstance(spec, LinearSpec):
         ahead = programs * heuristic.bytes_ahead(spec)
-        reads = heuristic.shared_bytes(spec) / sum(buffer.bytes for buffer in spec.weight_buffers.values())
+        reads = heuristic.shared_bytes(spec, rows) / sum(buffer.bytes for buffer in spec.weight_buffers.values())
     elif isinstance(spec, DecodeAttentionSpec):
         ahead = programs * 2 * spec.block * spec.cache.bytes / (spec.cache.shape[0] * spec.kv_heads * spec.slots)
     time = {"waves": estimate.waves, "seconds": estimate.total, "of_bytes": estimate.bytes / estimate.total}
@@ -156,10 +169,16 @@ def _occupancy(device: Device, registers: int, warps: int, shared: int) -> float
     return min(by_registers, by_shared, device.warps // warps) * warps / device.warps
 
 
-def token_cost(shape: ModelShape, kernels: dict[str, KernelSpec]) -> tuple[TokenCost, TokenCost]:
-    """Returns the costs of one block as a twin and of a whole token: every block as a twin, then the head."""
-    block = cost_of(*(spec for label, spec in kernels.items() if label not in ("exit score", "norm + head")))
-    return block, shape.layers * block + cost_of(kernels["norm + head"])
+def token_cost(
+    shape: ModelShape, kernels: dict[str, KernelSpec], rows: int = 1
+) -> tuple[TokenCost, TokenCost]:
+    """Returns the costs of one block and of a token that runs all of them so, and then the head; `rows` are sequences."""
+    matmuls = [label for label, spec in kernels.items() if isinstance(spec, LinearSpec)]
+    block = TokenCost(0, 0)
+    for label, spec in kernels.items():
+        if label not in ("exit score", "norm + head"):
+            block += cost_of(spec, rows=rows if label in matmuls else 1)
+    return block, shape.layers * block + cost_of(kernels["norm + head"], rows=rows)
 
 
 def token_floor(shape: ModelShape, kernels: dict[str, KernelSpec], context: int, rows: int = 1) -> int:
@@ -190,25 +209,26 @@ def main(arguments: list[str] | None = None) -> int:
         shape, sizes = MODELS[name], {"rows": rows, "context": context}
         twins = model_kernels(shape, device=target, group_size=options.group_size, **sizes)
         attention = twins["rope + kv write + attention"]
-        kernels = {**twins, "kv write alone": attention.fill}
+        verifying = verifying_kernels(attention) if options.backbone else {}
+        kernels = {**twins, "kv write alone": attention.fill, **verifying}
         groups = {"twins": [label for label in twins if label != "exit score"]}
         for weights in options.backbone:
             matmuls = backbone_kernels(shape, weights, rows=rows, device=target)
             found = {f"{weights} {label}": spec for label, spec in matmuls.items()}
             kernels |= found
-            groups[weights] = ["rope + kv write + attention", *found]
+            groups[weights] = [*verifying, *found]
         usage_of: dict[str, list[Usage]] = {}
         for label, spec in kernels.items():
             if (target, spec) not in compiled:
                 compiled[target, spec] = list(usages(spec, label, target))
             first, *rest = (replace(found, kernel=label, model=name, **sizes) for found in compiled[target, spec])
-            usage_of[label] = [bounded(first, spec), *rest]
+            usage_of[label] = [bounded(first, spec, rows), *rest]
         for group, labels in reversed(groups.items()):  # (attention's share is that of a token that leaves at once)
             part = {label: usage_of[label][0] for label in labels}
             seconds = {label: shape.layers ** (not _is_head(label)) * usage.seconds for label, usage in part.items()}
             for label, time in seconds.items():
                 usage_of[label][0] = part[label] = replace(part[label], share=time / sum(seconds.values()))
-            block, token = token_cost(shape, {label.removeprefix(f"{group} "): kernels[label] for label in labels})
+            block, token = token_cost(shape, {label.removeprefix(f"{group} "): kernels[label] for label in labels}, rows)
             floor = token_floor(shape, twins, context, rows) if group == "twins" else None
             bandwidth = options.bandwidth * 1e9 if options.bandwidth else DEVICES[target].bandwidth
             others = [(usage.kernel, usage.bound, usage.share) for usage in part.values() if usage.bound != "bytes"]

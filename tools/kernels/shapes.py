@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import math
 from dataclasses import dataclass
 from typing import Any
@@ -74,9 +75,9 @@ class TokenCost:
         return self.bytes / bandwidth
 
 
-def cost_of(*specs: KernelSpec) -> TokenCost:
-    """Adds up kernels, every buffer of every launch once."""
-    return TokenCost(sum(len(spec.stages()) for spec in specs), sum(spec.cost().bytes for spec in specs))
+def cost_of(*specs: KernelSpec, rows: int = 1) -> TokenCost:
+    """Adds up kernels, every buffer of every launch once; `rows` is for those that leave their number open."""
+    return TokenCost(sum(len(spec.stages()) for spec in specs), sum(spec.cost(rows).bytes for spec in specs))
 
 
 def model_kernels(
@@ -134,17 +135,30 @@ def model_kernels(
     }
 
 
-def estimate_of(spec: KernelSpec, device: Device, compiled: heuristic.Compiled | None = None) -> heuristic.Estimate:
-    """Returns where the time of a kernel goes by the cost model; of one that it does not know, bytes and launches."""
+def estimate_of(
+    spec: KernelSpec, device: Device, compiled: heuristic.Compiled | None = None, rows: int = 1
+) -> heuristic.Estimate:
+    """Returns where the time of a kernel goes by the cost model; of one that it does not know, bytes and launches.
+
+    `rows` is for those that leave their number open, positions for attention's.
+    """
     if isinstance(spec, LinearSpec):
-        return heuristic.estimate(spec, device, compiled=compiled)
+        return heuristic.estimate(spec, device, rows, compiled)
     if isinstance(spec, DecodeAttentionSpec):
         resident = {} if compiled is None else {"resident": compiled.resident}
         heads = (spec.batch * spec.kv_heads, spec.slots, device, spec.group, spec.head_dim, spec.splits)
-        return heuristic.attention_estimate(*heads, **resident)
-    cost, programs = cost_of(spec), math.prod(spec.stages()[0].grid(1))
+        times = spec.groups(rows) // (spec.batch * spec.kv_heads)
+        return heuristic.attention_estimate(*heads, **resident, times=times)
+    cost, programs = cost_of(spec, rows=rows), math.prod(spec.stages()[0].grid(rows))
     waits, waves = heuristic.LAUNCH_SECONDS * cost.launches, programs / device.processors
     return heuristic.Estimate(cost.bytes / device.bandwidth, 0.0, 0.0, 0.0, 0.0, waits, waves)
+
+
+def verifying_kernels(attention: DecodeAttentionSpec) -> dict[str, KernelSpec]:
+    """Returns what stands for a twin's attention where the number of positions is open: the write, and attention."""
+    assert attention.fill is not None, "a decode step's attention fills its slot"
+    fill = dataclasses.replace(attention.fill, positions=None, counts=True)
+    return {"rope + kv write": fill, "attention": dataclasses.replace(attention, fill=None, positions=None)}
 
 
 def backbone_kernels(

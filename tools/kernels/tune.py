@@ -22,7 +22,15 @@ import torch
 
 from river_compile.kernels.files import appearing
 from river_compile.kernels.triton.devices import device_name, known
-from river_compile.kernels.triton.heuristic import candidates, cost, saved_tiles, tuned_for, tuning_file, tuning_key
+from river_compile.kernels.triton.heuristic import (
+    candidates,
+    cost,
+    rows_of,
+    saved_tiles,
+    tuned_for,
+    tuning_file,
+    tuning_key,
+)
 from river_compile.kernels.triton.linear import LinearSpec, LinearTile
 from river_compile.kernels.triton.loader import load
 from river_compile.kernels.triton.spec import KernelSpec
@@ -97,7 +105,7 @@ def measure_on_gpu(spec: LinearSpec) -> float:
     """
     kernel = load(spec, interpret=False)
     copies = [random_buffers(spec) for _ in range(copies_beyond_cache(spec))]
-    return time_calls([functools.partial(kernel, rows=spec.rows or 64, **buffers) for buffers in copies])
+    return time_calls([functools.partial(kernel, rows=rows_of(spec), **buffers) for buffers in copies])
 
 
 def time_calls(calls: list[Callable[[], object]], repeats: int = 9) -> float:
@@ -133,9 +141,9 @@ def copies_beyond_cache(spec: KernelSpec) -> int:
 
 
 def random_buffers(spec: LinearSpec) -> dict[str, torch.Tensor]:
-    """Allocates every buffer of a linear spec on the GPU, for `spec.rows` or 64 rows."""
+    """Allocates every buffer of a linear spec on the GPU, for the rows that it counts with."""
     buffers = {}
-    for name, buffer in spec.buffers(64).items():
+    for name, buffer in spec.buffers(rows_of(spec)).items():
         dtype, shape = getattr(torch, buffer.dtype), buffer.shape
         if dtype.is_floating_point:
             buffers[name] = torch.randn(shape, device="cuda", dtype=dtype)

@@ -10,13 +10,16 @@ from collections.abc import Callable
 from typing import Any
 
 import torch
+import torch.nn.functional as F
 from torch import Tensor
 
+from river_compile.kernels.portable import attention_of_several
 from river_compile.kernels.triton import launch
 from river_compile.kernels.triton.decode_attention import DecodeAttentionSpec
 from river_compile.kernels.triton.devices import device_of, known
 from river_compile.kernels.triton.heuristic import attention_splits
 from river_compile.kernels.triton.kv_fill import KvFillSpec
+from river_compile.kernels.triton.linear import MAX_EXACT_ROWS
 from river_compile.kernels.triton.loader import dtype_name
 from river_compile.kernels.triton.shift import ShiftSpec
 
@@ -34,28 +37,36 @@ def kv_fill(
     eps: float,
     interleaved: bool,
 ) -> Tensor:
-    """Splits q|k|v of one position, transforms the heads, writes one slot of the caches and returns the query.
+    """Splits q|k|v, transforms the heads, writes a slot of the caches for each position and returns the query.
 
     Args:
-        qkv: ``[B, (H + 2 J) D]``, or any leading shape of B elements.
+        qkv: ``[B, (H + 2 J) D]``, or any leading shape of B elements; of several positions ``[B, T, (H + 2 J) D]``.
         q_norm, k_norm: ``[D]`` weights of the heads' norm, or None.
-        cos, sin: ``[..., R]`` with 1 or B rows, as Hugging Face models give them; None for no rotary embedding.
-        slot: int32 or int64, one element: the slot to write. Outside of 0..S - 1 nothing is written.
+        cos, sin: ``[..., R]`` with T or B T rows, as Hugging Face models give them; None for no rotary embedding.
+        slot: int32 or int64, one element for each position: the slot to write. Outside of 0..S - 1 nothing is written.
         k_cache, v_cache: ``[B, J, S, D]`` in qkv.dtype, features contiguous. Mutated.
         norm: "rms" or "rms_plus_one" where q_norm and k_norm are given, else "none".
         eps: of the norm.
         interleaved: whether rotated pairs are neighbours instead of R / 2 apart.
 
     Returns:
-        The query ``[B, H, D]`` in qkv.dtype.
+        The query ``[B, H, D]`` in qkv.dtype, of several positions ``[B, T, H, D]``.
 
     Raises:
         ValueError: tensors whose shapes, strides or dtypes do not fit together.
     """
-    how = (norm, eps, interleaved)
-    describe, given, q = _filling(qkv, q_norm, k_norm, cos, sin, slot, k_cache, v_cache, *how)
+    several = qkv.dim() == 3 and qkv.shape[1] > 1
+    made_of = (qkv, q_norm, k_norm, cos, sin, slot, k_cache, v_cache, norm, eps, interleaved)
+    q = _fill(*made_of, several=several)
+    return q.unflatten(0, qkv.shape[:2]) if several else q
+
+
+def _fill(*made_of: Any, several: bool, counts: bool = False) -> Tensor:
+    """Fills the slots and returns the query ``[B T, H, D]``."""
+    describe, given, q = _filling(*made_of, counts=counts, several=several)
     given["q"] = q
-    launch.chosen(("kv_fill", *how), given, 1, describe)(given)
+    positions = len(q) // len(given["k_cache"])
+    launch.chosen(("kv_fill", *made_of[-3:], counts, several), given, positions, describe)(given)
     return q
 
 
@@ -75,17 +86,26 @@ def attend(
     mask: Tensor | None,
     scale: float,
     softcap: float,
+    several: bool = False,
 ) -> Tensor:
-    """Does in one launch what `kv_fill` and then `decode_attention` do, and may count the token.
+    """Does what `kv_fill` and then attention do, and may count the tokens.
+
+    Of one position that is one launch. With `several` it is two, for any number of positions, and a position has the
+    same bits whichever others stand beside it, one alone too; in passes of more than `MAX_EXACT_ROWS` of all sequences
+    PyTorch attends.
 
     Args:
-        qkv, q_norm, k_norm, cos, sin, k_cache, v_cache, norm, eps, interleaved: as of `kv_fill`.
+        qkv, q_norm, k_norm, cos, sin, k_cache, v_cache, norm, eps, interleaved: as of `kv_fill`; with `several`
+            ``[B, T, (H + 2 J) D]``.
         slot: the slot to write, as of `kv_fill`; None where `counter` is given.
-        counter: int32 or int64, one element: the slot to write, to which one is added afterwards; or None. Mutated.
-        mask, scale, softcap: as of `decode_attention`; the mask says of the new slot too whether it takes part.
+        counter: int32 or int64, one element: the slot to write, or the first of them, to which T is added afterwards; or
+            None. Mutated.
+        mask, scale, softcap: as of `decode_attention`; the mask says of the new slots too whether they take part. With
+            `several` ``[B or 1, 1, T, S]``.
+        several: whether positions are a dimension of their own.
 
     Returns:
-        ``[B, H, D]`` in qkv.dtype.
+        ``[B, H, D]`` in qkv.dtype; with `several` ``[B, T, H, D]``.
 
     Raises:
         ValueError: tensors whose shapes, strides or dtypes do not fit together, or not one of slot and counter.
@@ -93,16 +113,54 @@ def attend(
     place = slot if counter is None else counter
     if place is None or (slot is not None and counter is not None):
         raise ValueError("give a slot or a counter, which is one that advances")
-    how = (norm, eps, interleaved)
+    how, advance = (norm, eps, interleaved), counter is not None
+    if several:
+        q = _fill(qkv, q_norm, k_norm, cos, sin, place, k_cache, v_cache, *how, several=True, counts=advance)
+        heads = q.unflatten(0, qkv.shape[:2])
+        return _attend_from_several(heads, k_cache, v_cache, mask, scale, softcap, counter)
     fill, given, out = _filling(qkv, q_norm, k_norm, cos, sin, place, k_cache, v_cache, *how)
-    advance = counter is not None
 
     def describe() -> DecodeAttentionSpec:
-        return _attention(out, k_cache, v_cache, mask, scale, softcap, fill(), advance)
+        return _attention(out, k_cache, v_cache, mask, scale, softcap, fill=fill(), advance=advance)
 
     given |= launch.present(mask=None if mask is None else mask.contiguous()) | {"out": out}
     launch.chosen(("attend", *how, scale, softcap, advance), given, 1, describe)(given)
     return out
+
+
+def _attend_from_several(
+    q: Tensor,
+    k_cache: Tensor,
+    v_cache: Tensor,
+    mask: Tensor | None,
+    scale: float,
+    softcap: float,
+    counter: Tensor | None,
+) -> Tensor:
+    """Attends from q ``[B, T, H, D]`` to filled slots, in a launch that counts the tokens."""
+    b, positions = q.shape[:2]
+    if b * positions > MAX_EXACT_ROWS:
+        if counter is not None:
+            counter.add_(positions)
+        if softcap:
+            return attention_of_several(q, k_cache, v_cache, mask, scale, softcap)
+        heads = q.transpose(1, 2)
+        attended = F.scaled_dot_product_attention(heads, k_cache, v_cache, mask, scale=scale, enable_gqa=True)
+        return attended.transpose(1, 2).contiguous()
+    out = q.new_empty((b * positions, *q.shape[2:]))
+    slot = None if counter is None else counter.reshape(-1)
+    rows = None if mask is None else mask.flatten(0, 1).contiguous()
+    given = {"q": q.flatten(0, 1), "k_cache": k_cache, "v_cache": v_cache, "out": out}
+    given |= launch.present(slot=slot, mask=rows)
+
+    def describe() -> DecodeAttentionSpec:
+        how: dict[str, Any] = {"positions": None, "mask_rows": 0 if rows is None else len(rows)}
+        if slot is not None:
+            how |= {"advance": True, "index_dtype": dtype_name(slot)}
+        return _attention(out, k_cache, v_cache, mask, scale, softcap, **how)
+
+    launch.chosen(("attend from several", scale, softcap), given, positions, describe)(given)
+    return out.view(q.shape)
 
 
 def _filling(
@@ -117,11 +175,14 @@ def _filling(
     norm: str,
     eps: float,
     interleaved: bool,
+    counts: bool = False,
+    several: bool = False,
 ) -> tuple[Callable[[], KvFillSpec], dict[str, Tensor], Tensor]:
-    """Returns what describes a call that fills a slot, its buffers but for the result, and an empty ``[B, H, D]``."""
+    """Returns what describes a call that fills slots, its buffers but for the result, and an empty ``[B T, H, D]``."""
     b, kv_heads, slots, d = k_cache.shape
     heads = qkv.shape[-1] // d - 2 * kv_heads
-    if qkv.numel() != b * (heads + 2 * kv_heads) * d or heads < 1:
+    positions = qkv.shape[1] if several else 1
+    if qkv.numel() != b * positions * (heads + 2 * kv_heads) * d or heads < 1:
         raise ValueError(
             f"qkv has shape {tuple(qkv.shape)}: not one position of q|k|v for caches of {(b, kv_heads, d)}"
         )
@@ -134,18 +195,21 @@ def _filling(
             "sin": sin.reshape(-1, sin.shape[-1]).contiguous(),
         }
     others = launch.present(q_norm=q_norm, k_norm=k_norm)
-    given = {"qkv": qkv.reshape(b, -1, d).contiguous(), "slot": slot.reshape(-1), **others, **tables}
+    given = {"qkv": qkv.reshape(b * positions, -1, d).contiguous(), "slot": slot.reshape(-1), **others, **tables}
     given |= {"k_cache": k_cache, "v_cache": v_cache}
 
     def describe() -> KvFillSpec:
         strides, index = _cache_strides(k_cache, v_cache), dtype_name(slot)
         how: dict[str, Any] = {"head_norm": norm, "eps": eps, "cache_strides": strides, "index_dtype": index}
         if tables:
-            rows, features = tables["cos"].shape
-            how |= {"rotary_dim": features, "rotary_dtype": dtype_name(tables["cos"]), "rotary_rows": rows}
+            lines, features = tables["cos"].shape
+            rows = {"rotary_rows": lines // positions}
+            how |= {"rotary_dim": features, "rotary_dtype": dtype_name(tables["cos"]), **rows}
+        if several:
+            how |= {"positions": None, "counts": counts}
         return KvFillSpec(b, heads, kv_heads, d, slots, dtype=dtype_name(qkv), interleaved=interleaved, **how)
 
-    return describe, given, qkv.new_empty((b, heads, d))
+    return describe, given, qkv.new_empty((b * positions, heads, d))
 
 
 def decode_attention(
@@ -194,10 +258,11 @@ def _attention(
     mask: Tensor | None,
     scale: float,
     softcap: float,
-    fill: KvFillSpec | None = None,
-    advance: bool = False,
+    **others: Any,
 ) -> DecodeAttentionSpec:
-    (b, heads, d), (kv_heads, slots) = out.shape, k_cache.shape[1:3]
+    (_, heads, d), (b, kv_heads, slots, _) = out.shape, k_cache.shape
+    # From open positions as if a sequence were alone, so that its bits do not depend on the others either.
+    sequences = b if others.get("positions", 1) else 1
     return DecodeAttentionSpec(
         b,
         heads,
@@ -209,10 +274,9 @@ def _attention(
         softcap=softcap,
         mask=mask is not None,
         mask_dtype="bool" if mask is None else dtype_name(mask),
-        splits=attention_splits(b * kv_heads, slots, known(device_of(out)), heads // kv_heads, d),
+        splits=attention_splits(sequences * kv_heads, slots, known(device_of(out)), heads // kv_heads, d),
         cache_strides=_cache_strides(k_cache, v_cache),
-        fill=fill,
-        advance=advance,
+        **others,
     )
 
 

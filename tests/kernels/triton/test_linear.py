@@ -3,6 +3,7 @@
 import contextlib
 
 import pytest
+import torch
 from hypothesis import given
 from hypothesis import strategies as st
 
@@ -11,6 +12,7 @@ from river_compile.kernels.triton.heuristic import candidates, untiled
 from river_compile.kernels.triton.linear import ACTIVATIONS, NORMS, LinearSpec, LinearTile, form_of
 from river_compile.kernels.triton.spec import render
 from tests.kernels.checks import VALUES, check_linear
+from tests.kernels.harness import poisoned, run_guarded
 from tests.support.examples import examples
 
 DTYPES = ("float32", "float16", "bfloat16")
@@ -39,7 +41,7 @@ def linear_cases(draw, rows, weights, norms):
     dtype = draw(st.sampled_from(DTYPES))
     form = form_of(weights, group, dtype, m == 1)
     if form == "row":
-        depth = draw(st.sampled_from((32, 64, 256))) if dense else group * draw(st.sampled_from((1, 2, 4)))
+        depth = group * draw(st.sampled_from((1, 2, 4)))
         tile = {"block_n": draw(st.sampled_from((1, 4, 16, 64))), "block_k": depth}
     elif form == "groups":
         depth = group * draw(st.sampled_from((1, 2, 4)))
@@ -59,7 +61,7 @@ def linear_cases(draw, rows, weights, norms):
     steps = -(-k // depth)
     split = draw(st.integers(1, min(3, steps))) if norm == "none" else 1
     spec = LinearSpec(
-        m if m <= 16 else None,
+        m if m <= 16 and not dense else None,
         k,
         n,
         LinearTile(**tile, split_k=split),
@@ -98,7 +100,7 @@ def cases_in_12_bits(draw, rows):
     norm = draw(st.sampled_from(NORMS))
     depth, others = 64 * draw(st.sampled_from((1, 2, 4))), around(draw, k, norm)
     spec = LinearSpec(
-        m if m <= 16 else None,
+        1 if m == 1 else None,
         k,
         4 * n if others["gated"] else n,
         LinearTile(
@@ -133,7 +135,8 @@ def test_rows_of_weights_in_12_bits(case):
         ({"tile": LinearTile(6 + 2, 96 + 32)}, None),
         ({"tile": LinearTile(2, 64)}, "block_n=2 .* at least 4"),
         ({"tile": LinearTile(4, 32)}, "whole units"),
-        ({"rows": 3, "tile": LinearTile(32, 64, 16)}, "block_n=32 .* at least 64"),
+        ({"rows": None, "tile": LinearTile(32, 64, 16)}, "block_n=32 .* at least 64"),
+        ({"rows": 3, "tile": LinearTile(64, 64, 16)}, "rows=3: one kernel serves all passes"),
         ({"dtype": "float16"}, "float16"),
         ({"gated": True, "out_features": 30}, "out_features=30"),
     ],
@@ -149,15 +152,15 @@ def test_what_weights_in_12_bits_do_not_have_is_refused(fields, message):
 def several_matrices(draw):
     """A dense spec of a gated pair, or of a few matrices whose rows a tile divides."""
     m, k = draw(st.sampled_from((1, 3, 16))), draw(st.integers(1, 300))
-    gated, block_n = draw(st.booleans()), 16 if m > 1 else draw(st.sampled_from((1, 4, 16)))
+    gated, block_n = draw(st.booleans()), 16
     parts = draw(st.lists(st.integers(1, 4), min_size=2, max_size=4)) if not gated else [draw(st.integers(1, 4))] * 2
     matrices = tuple(block_n * part for part in parts)
     bias, norm = draw(st.booleans()), draw(st.sampled_from(("none", "rms", "rms_plus_one", "layer")))
     spec = LinearSpec(
-        m,
+        None,
         k,
         matrices[0] if gated else sum(matrices),
-        LinearTile(block_n, 64, 1 if m == 1 else 16, 1 if bias or norm != "none" else min(2, -(-k // 64))),
+        LinearTile(block_n, 64, 16, 1 if bias or norm != "none" else min(2, -(-k // 64))),
         weights="dense",
         group_size=0,
         dtype=draw(st.sampled_from(DTYPES)),
@@ -191,13 +194,37 @@ def test_several_dense_matrices_are_one_product(case):
         ({"matrices": (24, 8)}, "block_n=16"),
         ({"matrices": (16, 16), "weights": "w4", "group_size": 64}, "several dense matrices"),
         ({"matrices": (48, 16), "gated": True}, "a gate and an up projection"),
-        ({"matrices": (16, 16), "bias": True, "tile": LinearTile(16, 64, 1, split_k=2)}, "split_k=2"),
+        ({"matrices": (16, 16), "bias": True, "tile": LinearTile(16, 64, 16, split_k=2)}, "split_k=2"),
     ],
 )
 def test_matrices_that_do_not_fit_together_are_refused(fields, message):
-    spec = {"in_features": 128, "out_features": 32, "tile": LinearTile(16, 64), "weights": "dense", "group_size": 0}
+    tile = LinearTile(16, 64, 16)
+    spec = {"in_features": 128, "out_features": 32, "tile": tile, "weights": "dense", "group_size": 0}
     with pytest.raises(ValueError, match=message):
-        LinearSpec(1, **{**spec, **fields})
+        LinearSpec(None, **{**spec, **fields})
+
+
+@given(linear_cases(st.integers(2, 16), "dense", NORMS), st.data())
+@examples(20)
+def test_a_row_has_the_same_bits_whichever_others_run_beside_it(case, data):
+    """Of weights in 16 bits, in passes of one row and more; the rows of a tile that are not there hold NaN."""
+    spec, rows, _, seed = case
+    first = data.draw(st.integers(0, rows - 1))
+    some = slice(first, first + data.draw(st.integers(1, rows - first)))
+    g = torch.Generator().manual_seed(seed)
+    dtype, k, n = getattr(torch, spec.dtype), spec.in_features, spec.out_features
+    shapes = {"norm_weight": k, "norm_bias": k, "bias": n * len(spec.streams)}
+    buffers = {name: torch.randn(shapes[name], generator=g).to(dtype) for name in shapes if name in spec.buffers(1)}
+    buffers["weight"] = torch.randn(n * len(spec.streams), k, generator=g).to(dtype)
+    rowwise = {"x": torch.randn(rows, spec.x_stride or k, generator=g).to(dtype)}
+    if spec.residual:
+        rowwise["residual"] = torch.randn(rows, n, generator=g).to(dtype)
+    found = [
+        run_guarded(spec, count, **buffers, **{name: t[part] for name, t in rowwise.items()}, y=poisoned((count, n), dtype))
+        for part, count in ((slice(None), rows), (some, len(range(rows)[some])))
+    ]
+    whole, few = (result["y"] for result in found)
+    assert torch.equal(few.view(torch.uint8), whole[some].contiguous().view(torch.uint8))
 
 
 @pytest.mark.parametrize("dtype", DTYPES)
