@@ -18,6 +18,7 @@ from river_compile.capture.choose import captured_runner
 from river_compile.choices import Choices, choose, passes_for
 from river_compile.distributed.runner import RankRunner
 from river_compile.errors import OptionError
+from river_compile.exits import CRITERIA
 from river_compile.lowering.choose import Lowering, choose_lowering, warn_of_slow_lowering
 from river_compile.lowering.compile import SegmentCompiler, inductor_settings
 from river_compile.model_record import GraphRecord, ModelRecord, adopt
@@ -92,7 +93,7 @@ def _choose(
             f"backbone_weights={config.backbone_weights!r} is not for ranks that share a model; use "
             "backbone_weights='model'"
         )
-    graph.own_backbone = choices.lowering.native and choices.own_backbone
+    graph.native = choices.lowering.native
     return choices
 
 
@@ -101,6 +102,7 @@ def _assembled(
 ) -> RiverExecutor:
     """Packs the twins of a rewritten program, compiles its segments, and puts them together."""
     config, plan, fill = choices.config, program.plan, choices.fill
+    graph.width_matters = _why_width_matters(program, choices)
     segments = choices.policy.reachable(program)
     packed = _packed(program, segments, [*values.values()], choices, model, graph)
     if plan.is_decode:
@@ -133,6 +135,23 @@ def _assembled(
     )
     graph.executor = weakref.ref(executor)
     return executor
+
+
+def _why_width_matters(program: RiverProgram, choices: Choices) -> str:
+    """Returns why a token's bits may depend on how many run with it through the backbone, empty where they do not."""
+    config, how = choices.config, choices.backbone_weights
+    if not choices.own_backbone:
+        return "its backbone's matmuls are not River's own, whose sums do not depend on the width of a pass"
+    if choices.lowering.native:
+        return ""
+    missed = next((f for f in program.fusions if f.missed and f.segment.startswith(("block", "head"))), None)
+    if missed is not None:
+        return f"not all of {missed.segment} is the generated kernels' ({missed.rule}: {missed.missed})"
+    if how != "model":
+        return f"one row of weights in {how} has a kernel of its own; use backbone_weights='model'"
+    if config.exit_depth is None and CRITERIA[config.criterion].reads == "block":
+        return f"exit checks by criterion={config.criterion!r} end blocks of decode steps otherwise; use criterion='doubt'"
+    return ""
 
 
 def _rewritten(found: RiverProgram, choices: Choices) -> RiverProgram:

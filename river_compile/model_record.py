@@ -63,7 +63,8 @@ class GraphRecord:
         lossless_bytes, given_back: of its backbone's weights that are packed without loss, and of their parameters
             that a file holds, which leave the process's memory until somebody reads them.
         fusions: what became of each fusion rule in each segment that it is for.
-        own_backbone: whether its passes multiply by the C++ kernels in the backbone's blocks.
+        native: whether its kernels are those in C++.
+        width_matters: why a token's bits may depend on how many run with it through the backbone; empty if they do not.
         block_paths: module paths of the blocks.
         executor: returns what runs the graph while Dynamo keeps it, None for a graph that was refused.
         entry: what Dynamo keeps of it.
@@ -91,7 +92,8 @@ class GraphRecord:
     lossless_bytes: int = 0
     given_back: int = 0
     fusions: tuple[Fusion, ...] = ()
-    own_backbone: bool = False
+    native: bool = False
+    width_matters: str = ""
     block_paths: tuple[str, ...] = ()
     executor: Callable[[], object | None] = field(default=lambda: None)
     entry: GraphEntry = field(default_factory=GraphEntry)

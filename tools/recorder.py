@@ -23,6 +23,7 @@ from torch import Tensor
 
 from river_compile.capture.device import CaptureDevice, captured_by
 from river_compile.capture.units import CaptureUnit
+from river_compile.kernels.triton.linear import MAX_EXACT_ROWS
 
 
 class StaleReplay(RuntimeError):
@@ -67,6 +68,9 @@ class Recorder(CaptureDevice):
     name: str = "recorder"
     _queue: list[Callable[[], object] | Mark] = field(default_factory=list)
     _latest: str = ""
+
+    def takes_pass(self, dtype: torch.dtype, sequences: int, positions: int) -> bool:
+        return sequences * positions <= MAX_EXACT_ROWS
 
     def flags(self, count: int) -> Tensor:
         with torch.inference_mode(False):

@@ -166,10 +166,11 @@ def _dot_tiles(spec: LinearSpec, device: Device) -> Iterator[LinearTile]:
     elif spec.weights == "dense":
         # Weights go to the dot as they are, so that copies of steps to come cost no registers but shared memory.
         heights = (16,)
-        stages = 4 if device.backend == "cuda" else 2
-        cuts = [(width, depth, 4, stages) for width, depth in ((32, 128), (64, 128), (16, 256))]
-        # Of few programs each waits for its own bytes, which deep steps have on their way.
-        cuts += [(16, 512, 4, min(3, stages))] if spec.out_features < 16 * device.processors else []
+        # A warp has 8 columns or more: others would repeat what it does. Deep steps spare instructions behind a norm, and
+        # of few programs each waits for its own bytes, which they hold.
+        cuts = [(32, 128, 4, 4), (64, 128, 4, 4), (32, 256, 4, 3)]
+        cuts += [(32, 512, 4, 3)] if spec.out_features < 16 * device.processors else []
+        cuts = cuts if device.backend == "cuda" else [(*cut[:3], 2) for cut in cuts]
     else:
         # Every warp normalises all activations, so wide tiles of few warps do it for the most weights.
         heights, wide = (16,), 2 * least_columns(spec.weights, spec.form)
@@ -265,11 +266,11 @@ def rows_of(spec: LinearSpec, rows: int | None = None) -> int:
 def shared_bytes(spec: LinearSpec, rows: int | None = None) -> int:
     """Returns the bytes of activations and of the norm's weight that all programs read, of which memory sends few.
 
-    A norm in front of the form "dot" goes through the rows once more than the product.
+    A norm in front of the form "dot" may go through the rows once more than the product.
     """
     tile, m = spec.tile, rows_of(spec, rows)
     programs = math.ceil(spec.out_features / tile.block_n) * spec.blocks(m)
-    passes = 2 if spec.form == "dot" and spec.norm != "none" else 1
+    passes = 2 if spec.form == "dot" and spec.norm != "none" and not spec.norm_at_the_end else 1
     lines = passes * min(m, tile.block_m) + (spec.norm != "none")
     return programs * lines * spec.in_features * DTYPES[spec.dtype][1]
 

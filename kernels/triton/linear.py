@@ -196,8 +196,8 @@ class LinearSpec(KernelSpec):
 
         Activations that are rounded before it must not overflow, which in float16 they might.
         """
-        exact = self.form == "row" or (self.form == "groups" and self.dtype == "bfloat16")
-        return exact and self.norm in ("rms", "rms_plus_one")
+        fits = self.form == "row" or self.dtype == "bfloat16" or (self.form == "dot" and self.dtype == "float32")
+        return fits and self.norm in ("rms", "rms_plus_one")
 
     @property
     def pair_base(self) -> int:

@@ -275,12 +275,11 @@ def _from_any_width(view: BlockView, node: fx.Node, found: Attention) -> fx.Node
     write, caches = _before_exchange(found.q, []), [found.k, found.v]
     require(_stands_before(write, node, caches), "its query and slots are not made right before it", node)
     product = write.args[0]
-    require(rank(product) == 3 and not found.causal, f"it reads {shape(product)} without a mask", node)
-    batch, positions = shape(found.q)[0], _positions(found.q)
-    require(shape(product)[:2] == (batch, positions), f"its product has shape {shape(product)}", node)
+    fits = rank(product) == 3 and shape(product)[:2] == (shape(found.q)[0], _positions(found.q))
+    require(fits, f"its product has shape {shape(product)}", node)
     value = value_of(found.q)
     with view.graph.inserting_before(node):
-        how = (_mask_of_several(found), found.scale, found.softcap, True)
+        how = (_mask_of_several(found), found.scale, found.softcap, True, found.causal)
         fused, step = _attend(write, caches, how, torch.empty_like(value.transpose(1, 2).contiguous()))
         result = _exchanged(fused)
     node.replace_all_uses_with(result)

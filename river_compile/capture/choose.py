@@ -53,7 +53,7 @@ def captures_expected(config: RiverConfig, device: torch.device, ranks: Ranks = 
 def choose_device(
     program: RiverProgram, config: RiverConfig, captures: CaptureLog, native: bool = False, ranks: Ranks = ALONE
 ) -> CaptureDevice | None:
-    """Returns the device that captures a program's decode steps; None if none does, and `captures` says why.
+    """Returns the device that captures a program's passes of a few tokens; None if none does, and `captures` says why.
 
     No pass needs to have run. `native` says whether twins become C++ calls, which a CPU captures; `ranks` are those
     that share the model.
@@ -75,20 +75,15 @@ def choose_device(
     elif config.cudagraphs is None and device.type != "cuda" and not native:
         captures.not_captured = f"the model lies on {device}; CUDA graphs need a GPU, tapes lowering='native'"
     else:
-        captures.not_captured = _unsupported(program, native and plugged_in is None)
+        captures.not_captured = _unsupported(program)
     if captures.not_captured:
         return None
     return plugged_in or (CudaGraphs(device) if device.type == "cuda" else Tapes())
 
 
-def _unsupported(program: RiverProgram, several: bool) -> str | None:
-    """Returns why no unit of a graph can be captured, with the node if there is one; None if some can.
-
-    `several` says whether the device captures passes of several tokens.
-    """
+def _unsupported(program: RiverProgram) -> str | None:
+    """Returns why no unit of a graph can be captured, with the node if there is one; None if some can."""
     plan = program.plan
-    if not plan.is_decode and not several:
-        return "a prompt's length differs from call to call; decode steps are captured"
     for block in plan.blocks:
         if block.kv.kind != "static":
             where = source_of(block.kv.writes[0])

@@ -17,6 +17,7 @@ from torch import Tensor
 
 from river_compile.capture.device import CaptureDevice, CaptureFailed
 from river_compile.capture.units import CaptureUnit
+from river_compile.kernels.triton.linear import MAX_EXACT_ROWS
 from river_compile.upstream.versions import numbers_of
 
 _TORCH, _CUDA = (2, 13), (12, 4)  # the first ones whose graphs hold decisions
@@ -40,6 +41,10 @@ class CudaGraphs(CaptureDevice):
         if self._last is not None:
             with contextlib.suppress(RuntimeError):  # (of a driver that is gone, or another process's)
                 self._last[1].synchronize()
+
+    def takes_pass(self, dtype: torch.dtype, sequences: int, positions: int) -> bool:
+        """Verifications are as narrow, and come again; the length of a prompt that is wider may not."""
+        return sequences * positions <= MAX_EXACT_ROWS
 
     def why_undecided(self) -> str | None:
         if torch.version.hip is not None or torch.version.cuda is None:

@@ -38,9 +38,9 @@ class CaptureDevice(ABC):
         """Returns why the device cannot capture a step of a capturable graph, None if it can."""
         return None
 
+    @abstractmethod
     def takes_pass(self, dtype: torch.dtype, sequences: int, positions: int) -> bool:
         """Whether a pass of several positions of each sequence is captured."""
-        return False
 
     def why_undecided(self) -> str | None:
         """Returns why captures cannot hold decisions, None if :meth:`when` puts them there."""

@@ -39,6 +39,7 @@ from river_compile.decoding.rewind import BY_SLOT, RewindableCache, joined_input
 from river_compile.errors import ExactModeError, RiverWarning
 from river_compile.exits import forced_depth
 from river_compile.kernels.native.load import few_rows
+from river_compile.kernels.triton.linear import MAX_EXACT_ROWS
 from river_compile.model_record import GraphRecord, record_of
 from river_compile.model_state import ModelLook
 from river_compile.progress import estimate
@@ -266,14 +267,14 @@ class Session:
         Raises:
             ExactModeError: there is none.
         """
-        reason = ""
-        if not graph.own_backbone:
-            reason = "its backbone's matmuls are not River's own, whose sums do not depend on the width of a pass"
-        elif self.entries.grows:
+        reason = graph.width_matters
+        if not reason and self.entries.grows:
             reason = 'its KV cache grows; leave cache_implementation out, or use cache_implementation="static"'
         if reason:
             raise ExactModeError(f"strict=True cannot be kept for this {type(self.model).__name__}: {reason}")
-        return tuple(width for width in widths if width == 1 or width * rows <= few_rows(self.model.dtype, width))
+        dtype = self.model.dtype
+        most = {width: few_rows(dtype, width) if graph.native else MAX_EXACT_ROWS for width in widths}
+        return tuple(width for width in widths if width == 1 or width * rows <= most[width])
 
     def _use(self, cache: Cache | None) -> None:
         """Goes on with a cache, of which no pass is known."""

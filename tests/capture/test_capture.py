@@ -464,14 +464,25 @@ class TestSizes:
         assert "tail 2" in [c.unit for c in log.captures]
         assert "attention_mask" in log.uncaptured_units["span 0-2"]
 
-    def test_dynamic_caches_and_prompts_are_not_captured(self):
+    def test_dynamic_caches_are_not_captured(self):
         model = make("llama", layers=2)
         model.compile(backend=river, options=capturing())
         decode(model, new_cache(model, "dynamic"), [None])
-        prefill, step = [g.captures.not_captured for g in report(model).graphs]
-        assert "a prompt's length differs" in prefill
-        assert "the cache grows with every token" in step
-        assert "cache_utils.py:" in step
+        for graph in report(model).graphs:
+            assert "the cache grows with every token" in graph.captures.not_captured
+            assert "cache_utils.py:" in graph.captures.not_captured
+
+    @pytest.mark.parametrize(("rows", "captured"), [(2, True), (9, False)])
+    def test_passes_of_up_to_16_tokens_are_captured(self, rows, captured):
+        """Two tokens of each row and more, which verify drafts."""
+        model = make("llama", layers=2)
+        model.compile(backend=river, options={**capturing(), "criterion": "doubt", "threshold": 0.0})
+        drafts = {"custom_generate": river_compile.exact, "max_draft": 7, "stop_below": 0.0, "adaptive": False}
+        model.generate(prompt(5, rows), max_new_tokens=24, do_sample=False, cache_implementation="static", **drafts)
+        logs = [graph.captures for graph in report(model).graphs]
+        units = {record.unit for log in logs for record in log.captures}
+        assert "tail 0" in units
+        assert ("last 0-2" in units) == captured
 
     def test_on_a_cpu_nothing_is_captured_by_default(self):
         model = make("llama", layers=2)

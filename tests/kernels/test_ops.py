@@ -155,6 +155,19 @@ def test_several_positions_are_written_and_attend_as_one_by_one(positions, softc
 
 
 @pytest.mark.parametrize("softcap", [0.0, 2.0])
+@pytest.mark.parametrize("positions", [3, 10])
+def test_causal_positions_see_the_slots_before_them(positions, softcap):
+    qkv, made, slots = random(2, positions, 4 * 16), (None,) * 4, torch.arange(positions)
+    seen = torch.ones(1, 1, positions, 14, dtype=torch.bool).tril()
+    outcomes = []
+    for mask, causal in ((seen, False), (None, True)):
+        cache = torch.zeros(2, 1, 14, 16), torch.zeros(2, 1, 14, 16)
+        how = ("none", 1e-6, False, mask, 0.25, softcap, True, causal)
+        outcomes.append(river.attend(qkv, *made, slots, None, *cache, *how))
+    torch.testing.assert_close(*outcomes, atol=1e-6, rtol=1e-5)
+
+
+@pytest.mark.parametrize("softcap", [0.0, 2.0])
 @pytest.mark.parametrize("kind", ["none", "causal", "bool", "added"])
 def test_attention_of_several_positions(kind, softcap):
     q, k, v = random(2, 5, 4, 16), random(2, 2, 7, 16), random(2, 2, 7, 16)

@@ -1,6 +1,7 @@
-"""``backbone="river"`` with the generated kernels: the 16-bit blocks of decode steps multiply by them.
+"""``backbone="river"`` with the generated kernels: the 16-bit blocks multiply and attend by them, in passes of all widths.
 
-Run in Triton's interpreter on CPU tensors, against the model as it is, in float32.
+Run in Triton's interpreter on CPU tensors, against the model as it is, and exact mode to the bit against decoding
+without drafts.
 """
 
 from __future__ import annotations
@@ -8,12 +9,15 @@ from __future__ import annotations
 import pytest
 import torch
 
-from river_compile import OptionError, report
+from river_compile import ExactModeError, OptionError, exact, report
+from river_compile.decoding.mode import decode as decode_loop
 from river_compile.kernels.triton.calls import linear as products
 from river_compile.lowering.choose import Lowering
-from tests.support.decoding import cache_state, decode, new_cache
-from tests.support.families import each, make
+from river_compile.upstream.transformers import cache_argument
+from tests.support.decoding import cache_state, decode, left_padded, new_cache
+from tests.support.families import each, make, prompt
 from tests.support.lowerings import BLOCK_RULES, FUSED, UNFUSED, lowered
+from tools.recorder import recording
 
 LAYERS = 2
 NEVER = [LAYERS] * 3
@@ -68,7 +72,7 @@ def test_every_product_of_a_block_is_one_launch_on_the_model_s_own_matrices(name
             several = isinstance(matrices, list)
             expected.append([m.weight.data_ptr() for m in matrices] if several else matrices.weight.data_ptr())
     assert read == [*expected, model.lm_head.weight.data_ptr()]
-    graph = next(g for g in report(model).to_dict()["graphs"] if g["fused"])
+    graph = next(g for g in report(model).to_dict()["graphs"] if g["kind"] == "decode")
     # Blocks and twins take the same rules, and so do the two heads; a check takes its block's last addition.
     assert graph["fused"] == {rule: 2 * LAYERS - (rule == "down + residual") for rule in BLOCK_RULES} | {
         "norm + head": 2,
@@ -78,14 +82,14 @@ def test_every_product_of_a_block_is_one_launch_on_the_model_s_own_matrices(name
 
 
 @pytest.mark.parametrize("name", each(["qwen2", "llama", "gemma3"]))
-def test_decode_steps_read_weights_in_12_bits(name):
-    """Blocks and the head, with their norms, biases, gates and residuals; prompts read the model's own tensors."""
+def test_weights_in_12_bits(name):
+    """Blocks and the head, with their norms, biases, gates and residuals; prompts unpack what they read."""
     outcomes = []
     for weights in ("model", "12bit"):
         model = compiled(name, dtype=torch.bfloat16, backbone_weights=weights)
         outcomes.append(decode(model, new_cache(model, "static"), NEVER))
         packed = {g["kind"]: g["lossless_bytes"] > 0 for g in report(model).to_dict()["graphs"]}
-        assert packed == {"prefill": False, "decode": weights == "12bit"}
+        assert packed == dict.fromkeys(("prefill", "decode"), weights == "12bit")
     torch.testing.assert_close(outcomes[1], outcomes[0], rtol=0.05, atol=0.05)
 
 
@@ -108,11 +112,67 @@ def test_the_products_go_through_inductor():
     torch.testing.assert_close(ours, theirs, rtol=1e-4, atol=1e-4)
 
 
-def test_prompts_run_the_model_s_own_products():
+@pytest.mark.parametrize(("tokens", "launches"), [(5, 4 * LAYERS + 1), (20, 0)])
+def test_wide_passes_are_a_library_s(tokens, launches, monkeypatch):
+    """A prompt of up to 16 tokens runs the kernels that verify drafts."""
+    made = []
+    linear = products.linear
+    monkeypatch.setattr(products, "linear", lambda x, *others: made.append(x.shape) or linear(x, *others))
     model = compiled("llama")
-    decode(model, new_cache(model, "static"), NEVER)
-    prompt = next(g for g in report(model).to_dict()["graphs"] if g["kind"] != "decode")
-    assert prompt["fused"] == {}
+    ids, caches = prompt(tokens, 1), [new_cache(model, "static") for _ in range(2)]
+    with torch.no_grad():
+        ours = model(ids, **{cache_argument(model): caches[0]}).logits
+        theirs = model.forward(ids, **{cache_argument(model): caches[1]}).logits
+    torch.testing.assert_close(ours, theirs, rtol=1e-4, atol=1e-4)
+    assert len(made) == launches
+    (graph,) = report(model).to_dict()["graphs"]
+    assert graph["fused"] == dict.fromkeys(BLOCK_RULES, LAYERS) | {"norm + head": 1}
+
+
+# Drafts of a fixed length, most of which do not hold.
+DRAFTS = {"custom_generate": exact, "max_draft": 3, "stop_below": 0.0, "adaptive": False}
+VERIFIES = {"criterion": "doubt", "threshold": 0.0}
+
+
+def generated(model, rows: int, **how):
+    """Generates and keeps the logits that tokens were chosen by."""
+    torch.manual_seed(0)
+    ids, mask = left_padded(rows, 5)
+    wanted = {"output_logits": True, "return_dict_in_generate": True, "cache_implementation": "static"}
+    return model.generate(ids, attention_mask=mask, max_new_tokens=9, do_sample=False, **wanted, **how)
+
+
+@pytest.mark.parametrize(
+    ("name", "rows", "dtype"), [("qwen2", 1, torch.float32), ("qwen3", 1, torch.bfloat16), ("llama", 3, torch.bfloat16)]
+)
+def test_verified_text_has_the_bits_of_decoding_without_drafts(name, rows, dtype):
+    """Every token's logits, in passes of one position and of several, captured as one launch a pass."""
+    with recording():
+        model = compiled(name, dtype=dtype, cudagraphs=True, **VERIFIES)
+        drafted = generated(model, rows, strict=True, **DRAFTS)
+        plain = generated(model, rows, custom_generate=decode_loop)
+    assert torch.equal(drafted.sequences, plain.sequences)
+    for ours, theirs in zip(drafted.logits, plain.logits, strict=True):
+        assert torch.equal(ours, theirs)
+    found = report(model).to_dict()
+    assert 0 < found["exact"]["accepted"] < found["exact"]["drafted"]
+    captured = {record["unit"] for graph in found["graphs"] for record in graph["captures"]["captures"]}
+    assert captured >= {"tail 0", f"last 0-{LAYERS}"}
+
+
+@pytest.mark.parametrize(
+    ("name", "options", "reason"),
+    [
+        ("gemma3", {}, "not all of block_1 is the generated kernels'"),
+        ("llama", {"backbone_weights": "12bit"}, "one row of weights in 12bit has a kernel of its own"),
+        ("llama", {"criterion": "similarity"}, "exit checks by criterion='similarity'"),
+        ("llama", {"backbone": "model"}, "matmuls are not River's own"),
+    ],
+)
+def test_what_strict_cannot_keep_is_an_error(name, options, reason):
+    model = compiled(name, dtype=torch.bfloat16, **{**VERIFIES, **options})
+    with pytest.raises(ExactModeError, match=f"strict=True cannot be kept for this {type(model).__name__}: .*{reason}"):
+        generated(model, 1, strict=True, **DRAFTS)
 
 
 def test_without_such_kernels_the_option_is_refused():

@@ -86,6 +86,7 @@ def counted(text: str, spec: LinearSpec) -> Code | None:
     made = weights / (_DENSE_AT_ONCE[spec.form] if dense else spec.weights_made_at_once)
     if dense and spec.form == "dot":
         made *= spec.tile.block_m // 16
+        made *= max(1, spec.tile.num_warps * 8 // spec.tile.block_n)  # (8 columns a warp; others repeat what it does)
     times = (made - len(makers) + inside[0]) / inside[0] if loops else 1.0
     if times != round(times) or times < 1 or (not loops and made != len(makers)):
         raise ValueError(f"{len(makers)} instructions, {inside} of them in a loop, do not make {made:g} weights")

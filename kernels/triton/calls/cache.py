@@ -87,6 +87,7 @@ def attend(
     scale: float,
     softcap: float,
     several: bool = False,
+    causal: bool = False,
 ) -> Tensor:
     """Does what `kv_fill` and then attention do, and may count the tokens.
 
@@ -103,6 +104,7 @@ def attend(
         mask, scale, softcap: as of `decode_attention`; the mask says of the new slots too whether they take part. With
             `several` ``[B or 1, 1, T, S]``.
         several: whether positions are a dimension of their own.
+        causal: with `several`, position t sees slots 0 to t, without a mask.
 
     Returns:
         ``[B, H, D]`` in qkv.dtype; with `several` ``[B, T, H, D]``.
@@ -117,7 +119,7 @@ def attend(
     if several:
         q = _fill(qkv, q_norm, k_norm, cos, sin, place, k_cache, v_cache, *how, several=True, counts=advance)
         heads = q.unflatten(0, qkv.shape[:2])
-        return _attend_from_several(heads, k_cache, v_cache, mask, scale, softcap, counter)
+        return _attend_from_several(heads, k_cache, v_cache, mask, scale, softcap, counter, causal)
     fill, given, out = _filling(qkv, q_norm, k_norm, cos, sin, place, k_cache, v_cache, *how)
 
     def describe() -> DecodeAttentionSpec:
@@ -136,6 +138,7 @@ def _attend_from_several(
     scale: float,
     softcap: float,
     counter: Tensor | None,
+    causal: bool,
 ) -> Tensor:
     """Attends from q ``[B, T, H, D]`` to filled slots, in a launch that counts the tokens."""
     b, positions = q.shape[:2]
@@ -143,13 +146,15 @@ def _attend_from_several(
         if counter is not None:
             counter.add_(positions)
         if softcap:
-            return attention_of_several(q, k_cache, v_cache, mask, scale, softcap)
-        heads = q.transpose(1, 2)
-        attended = F.scaled_dot_product_attention(heads, k_cache, v_cache, mask, scale=scale, enable_gqa=True)
+            return attention_of_several(q, k_cache, v_cache, mask, scale, softcap, causal)
+        heads, how = (q.transpose(1, 2), k_cache, v_cache, mask), {"is_causal": causal, "scale": scale}
+        attended = F.scaled_dot_product_attention(*heads, **how, enable_gqa=True)
         return attended.transpose(1, 2).contiguous()
     out = q.new_empty((b * positions, *q.shape[2:]))
     slot = None if counter is None else counter.reshape(-1)
     rows = None if mask is None else mask.flatten(0, 1).contiguous()
+    if causal:
+        rows = torch.ones(1, positions, k_cache.shape[2], dtype=torch.bool, device=q.device).tril()
     given = {"q": q.flatten(0, 1), "k_cache": k_cache, "v_cache": v_cache, "out": out}
     given |= launch.present(slot=slot, mask=rows)
 
@@ -157,7 +162,7 @@ def _attend_from_several(
         how: dict[str, Any] = {"positions": None, "mask_rows": 0 if rows is None else len(rows)}
         if slot is not None:
             how |= {"advance": True, "index_dtype": dtype_name(slot)}
-        return _attention(out, k_cache, v_cache, mask, scale, softcap, **how)
+        return _attention(out, k_cache, v_cache, rows, scale, softcap, **how)
 
     launch.chosen(("attend from several", scale, softcap), given, positions, describe)(given)
     return out.view(q.shape)

@@ -18,7 +18,7 @@ from tests.support.examples import slow, slow_but
 from tools.kernels import resources
 from tools.kernels.machine_code import counted, counted_amd, cuobjdump
 from tools.kernels.resources import bounded, token_cost, token_floor, usages, weight_load_bytes
-from tools.kernels.shapes import MODELS, model_kernels
+from tools.kernels.shapes import MODELS, model_kernels, verifying_kernels
 
 
 def triton_version() -> tuple[int, ...]:
@@ -32,7 +32,9 @@ LLAMAS = pytest.mark.parametrize("model", ["llama-3.2-1b", slow("llama-3.1-8b")]
 @pytest.mark.parametrize("target", slow_but(("sm_90", "gfx942"), DEVICES))
 @pytest.mark.parametrize("model", ["smollm2-135m", slow("llama-3.2-1b")])
 def test_kernels_of_a_model(model, target):
-    for label, spec in model_kernels(MODELS[model], device=target).items():
+    kernels = model_kernels(MODELS[model], device=target)
+    kernels |= verifying_kernels(kernels["rope + kv write + attention"])
+    for label, spec in kernels.items():
         found = list(usages(spec, label, target))
         assert len(found) == len(spec.stages())
         for usage in found:
@@ -42,7 +44,7 @@ def test_kernels_of_a_model(model, target):
             # Older compilers for AMD name the line that first uses a load instead of the load's own.
             unnamed = target == "gfx942" and usage.weight_load is None and triton_version() < (3, 9)
             assert usage.weight_load == (16 if reads_weights and not unnamed else None), usage
-            dots = usage.stage == "decode_attention" or (reads_weights and spec.form == "groups")
+            dots = usage.stage == "decode_attention" or (reads_weights and spec.form != "row")
             assert (usage.matrix_instructions > 0) == dots, usage
 
 
@@ -113,8 +115,8 @@ def test_weights_in_16_bits_are_counted_too(target, rows):
     spec = best_tile(untiled(rows, 2048, 1024, weights="dense", group_size=0, norm="rms"), target)
     (usage,) = usages(spec, "linear", target)
     assert 1 < usage.instructions < (60 if target == "gfx942" else 20)  # (which rounds to bfloat16 by hand)
-    found = bounded(usage, spec)
-    assert found.seconds > spec.cost().bytes / DEVICES[target].bandwidth
+    found = bounded(usage, spec, rows)
+    assert found.seconds > spec.cost(rows).bytes / DEVICES[target].bandwidth
     assert found.waves == spec.stages()[0].grid(rows)[0] / DEVICES[target].processors / round(
         usage.occupancy * DEVICES[target].warps / spec.tile.num_warps
     )
