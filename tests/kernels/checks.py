@@ -319,6 +319,80 @@ def check_attention(
     assert_close(result, expected, v.double().abs().amax((1, 2, 3))[:, None, None].clamp_min(1.0))
 
 
+def buffers_of_several(
+    spec: DecodeAttentionSpec, positions: int, seed: int, device: str = "cpu"
+) -> tuple[dict[str, torch.Tensor], torch.Tensor]:
+    """The buffers of attention from so many positions, and which slots each sees [B, T, S]; others hold NaN."""
+    g = torch.Generator(device).manual_seed(seed)
+    dtype, b = getattr(torch, spec.dtype), spec.batch
+
+    def rand(*shape: int) -> torch.Tensor:
+        return torch.rand(*shape, generator=g, device=device)
+
+    live = rand(spec.mask_rows or b, positions, spec.slots) < rand(1)
+    live &= rand(*live.shape[:2], 1) < 0.9  # (some position sees no slot)
+    seen = live.expand(b, -1, -1).any(1)
+    q = torch.randn(b * positions, spec.heads, spec.head_dim, generator=g, device=device).to(dtype)
+    shape = (b, spec.kv_heads, spec.slots, spec.head_dim)
+    caches = {name: torch.randn(shape, generator=g, device=device).to(dtype) for name in KV}
+    caches = {name: cache.masked_fill(~seen[:, None, :, None], float("nan")) for name, cache in caches.items()}
+    counter = torch.tensor([7], dtype=getattr(torch, spec.index_dtype), device=device)
+    counters = {"slot": counter} if spec.advance else {}
+    out = poisoned(q.shape, dtype, device)
+    return {"q": q, **caches, **mask_buffers(spec, live, g), **counters, "out": out}, live
+
+
+def check_attention_of_several(spec: DecodeAttentionSpec, positions: int, seed: int = 0, device: str = "cpu") -> None:
+    """Checks attention from so many positions, each of which sees slots of its own, and what counts the tokens."""
+    buffers, live = buffers_of_several(spec, positions, seed, device)
+    result = run_guarded(spec, positions, device, **buffers)
+    k, v = (buffers[name].nan_to_num() for name in KV)
+    seen = live.expand(spec.batch, -1, -1)
+    options = {"mask": seen, "added": added_by(buffers, live).expand(seen.shape)}
+    options |= {"scale": spec.scale, "softcap": spec.softcap}
+    q = buffers["q"].unflatten(0, (spec.batch, positions))
+    expected = reference.attention_of_several(q, k, v, **options)
+    assert_close(result["out"], expected.flatten(0, 1), v.double().abs().amax().clamp_min(1.0))
+    if spec.advance:
+        assert int(result["slot"]) == 7 + positions
+
+
+def check_bits_of_positions(
+    spec: DecodeAttentionSpec, positions: int, some: slice, seed: int = 0, device: str = "cpu"
+) -> None:
+    """Checks that some of the positions have the same bits alone; what the others see nobody may read then."""
+    buffers, _ = buffers_of_several(spec, positions, seed, device)
+    apart = (spec.batch, positions)
+    whole = run_guarded(spec, positions, device, **buffers)["out"].unflatten(0, apart)[:, some]
+    q, mask = buffers["q"].unflatten(0, apart)[:, some], buffers["mask"][:, some]
+    few = {**buffers, "q": q.flatten(0, 1), "mask": mask, "out": poisoned(q.flatten(0, 1).shape, q.dtype, device)}
+    seen = (mask if mask.dtype == torch.bool else mask > torch.finfo(mask.dtype).min / 4).any(1)
+    for name in KV:
+        few[name] = few[name].masked_fill(~seen.expand(spec.batch, -1)[:, None, :, None], float("nan"))
+    found = run_guarded(spec, q.shape[1], device, **few)["out"].unflatten(0, q.shape[:2])
+    assert torch.equal(found.view(torch.uint8), whole.contiguous().view(torch.uint8))
+
+
+def check_bits_of_rows(spec: LinearSpec, rows: int, some: slice, seed: int = 0, device: str = "cpu") -> None:
+    """Checks that some of the rows of a kernel for all widths, of weights in 16 bits, have the same bits alone."""
+    g = torch.Generator(device).manual_seed(seed)
+    dtype, k, n = getattr(torch, spec.dtype), spec.in_features, spec.out_features
+
+    def random(*shape: int) -> torch.Tensor:
+        return torch.randn(*shape, generator=g, device=device).to(dtype)
+
+    shapes = {name: buffer.shape for name, buffer in spec.buffers(1).items() if not buffer.workspace}
+    fixed = {name: random(*shape) for name, shape in shapes.items() if name not in ("x", "residual", "y")}
+    rowwise = {"x": random(rows, spec.x_stride or k)} | ({"residual": random(rows, n)} if spec.residual else {})
+    results = []
+    for part in (slice(None), some):
+        given = {name: tensor[part] for name, tensor in rowwise.items()}
+        count = len(given["x"])
+        results.append(run_guarded(spec, count, device, **fixed, **given, y=poisoned((count, n), dtype, device))["y"])
+    whole, few = results
+    assert torch.equal(few.view(torch.uint8), whole[some].contiguous().view(torch.uint8))
+
+
 def exit_buffers(update: torch.Tensor, residual: torch.Tensor, previous: torch.Tensor) -> dict[str, torch.Tensor]:
     """The buffers of an exit score, outputs poisoned."""
     device = str(update.device)
@@ -403,6 +477,13 @@ def check_kernel(spec: KernelSpec, rows: int, slots: int, device: str) -> None:
         check_experts(spec, [row % (spec.experts + 1) for row in range(spec.rows or rows)], device=device)
     elif isinstance(spec, LinearSpec):
         check_linear(spec, rows, device=device)
+        if spec.any_width:
+            check_bits_of_rows(spec, 16, slice(3, 3 + rows), device=device)
+    elif isinstance(spec, KvFillSpec):
+        check_kv_fill(dataclasses.replace(spec, positions=1), slots - 1, device=device)
+    elif isinstance(spec, DecodeAttentionSpec) and not spec.positions:
+        check_attention_of_several(spec, 5, device=device)
+        check_bits_of_positions(spec, 5, slice(2, 3), device=device)
     elif isinstance(spec, DecodeAttentionSpec):
         alone = dataclasses.replace(spec, fill=None, advance=False)
         check_attention(dataclasses.replace(alone, mask=False), device=device)

@@ -6,6 +6,7 @@ host wait for the device.
 """
 
 import dataclasses
+from typing import Any
 
 import pytest
 import torch
@@ -18,7 +19,7 @@ from river_compile.kernels.triton.devices import DEFAULT_DEVICE, device_name
 from river_compile.kernels.triton.spec import KernelSpec
 from tests.kernels.checks import check_kernel
 from tests.kernels.samples import sample_calls
-from tools.kernels.shapes import MODELS, ModelShape, model_kernels
+from tools.kernels.shapes import MODELS, ModelShape, backbone_kernels, model_kernels, verifying_kernels
 
 SHAPES = ("smollm2-135m", "llama-3.2-1b", "llama-3.1-8b", "qwen3-30b-a3b")
 TINY = ModelShape("tiny", 1, 64, 4, 2, 32, 96, 160, qkv_bias=True, qk_norm=True)
@@ -27,12 +28,22 @@ SLOTS = 1024
 LAYOUTS_OF_CPUS = ("plain", "aten_cpu")
 
 
+def kernels_of(shape: ModelShape, **how: Any) -> dict[str, KernelSpec]:
+    """Those of a token that leaves at once, and those of the backbone, whose passes have any width."""
+    kernels = model_kernels(shape, group_size=32, **how)
+    kernels |= verifying_kernels(kernels["rope + kv write + attention"])
+    if not shape.experts:
+        how = {name: value for name, value in how.items() if name != "context"}
+        kernels |= {f"backbone {name}": spec for name, spec in backbone_kernels(shape, "dense", **how).items()}
+    return kernels
+
+
 def names_of(shape: ModelShape) -> list[str]:
-    return list(model_kernels(shape))
+    return list(kernels_of(shape))
 
 
 def kernel_of(shape: ModelShape, name: str, rows: int, slots: int, device: str) -> KernelSpec:
-    return model_kernels(shape, rows=rows, context=slots, group_size=32, device=device)[name]
+    return kernels_of(shape, rows=rows, context=slots, device=device)[name]
 
 
 @pytest.mark.gpu

@@ -133,7 +133,7 @@ def test_what_all_programs_read_counted_by_hand():
     assert shared_bytes(spec) == 64 * 8 * 4096 * 2
     behind_norm = dataclasses.replace(untiled(8, 4096, 1024, norm="rms"), tile=tile)
     assert shared_bytes(behind_norm) == 64 * (8 + 1) * 4096 * 2
-    twice = untiled(8, 4096, 1024, norm="rms", weights="dense", group_size=0)
+    twice = untiled(8, 4096, 1024, norm="rms", weights="dense", group_size=0, dtype="float16")
     assert shared_bytes(best_tile(twice), 8) == 1024 // best_tile(twice).tile.block_n * (2 * 8 + 1) * 4096 * 2
 
 

@@ -3,7 +3,6 @@
 import contextlib
 
 import pytest
-import torch
 from hypothesis import given
 from hypothesis import strategies as st
 
@@ -11,8 +10,7 @@ from river_compile.kernels.triton.devices import known
 from river_compile.kernels.triton.heuristic import candidates, untiled
 from river_compile.kernels.triton.linear import ACTIVATIONS, NORMS, LinearSpec, LinearTile, form_of
 from river_compile.kernels.triton.spec import render
-from tests.kernels.checks import VALUES, check_linear
-from tests.kernels.harness import poisoned, run_guarded
+from tests.kernels.checks import VALUES, check_bits_of_rows, check_linear
 from tests.support.examples import examples
 
 DTYPES = ("float32", "float16", "bfloat16")
@@ -210,21 +208,7 @@ def test_a_row_has_the_same_bits_whichever_others_run_beside_it(case, data):
     """Of weights in 16 bits, in passes of one row and more; the rows of a tile that are not there hold NaN."""
     spec, rows, _, seed = case
     first = data.draw(st.integers(0, rows - 1))
-    some = slice(first, first + data.draw(st.integers(1, rows - first)))
-    g = torch.Generator().manual_seed(seed)
-    dtype, k, n = getattr(torch, spec.dtype), spec.in_features, spec.out_features
-    shapes = {"norm_weight": k, "norm_bias": k, "bias": n * len(spec.streams)}
-    buffers = {name: torch.randn(shapes[name], generator=g).to(dtype) for name in shapes if name in spec.buffers(1)}
-    buffers["weight"] = torch.randn(n * len(spec.streams), k, generator=g).to(dtype)
-    rowwise = {"x": torch.randn(rows, spec.x_stride or k, generator=g).to(dtype)}
-    if spec.residual:
-        rowwise["residual"] = torch.randn(rows, n, generator=g).to(dtype)
-    found = [
-        run_guarded(spec, count, **buffers, **{name: t[part] for name, t in rowwise.items()}, y=poisoned((count, n), dtype))
-        for part, count in ((slice(None), rows), (some, len(range(rows)[some])))
-    ]
-    whole, few = (result["y"] for result in found)
-    assert torch.equal(few.view(torch.uint8), whole[some].contiguous().view(torch.uint8))
+    check_bits_of_rows(spec, rows, slice(first, first + data.draw(st.integers(1, rows - first))), seed)
 
 
 @pytest.mark.parametrize("dtype", DTYPES)

@@ -12,10 +12,9 @@ from hypothesis import strategies as st
 
 from river_compile.kernels.triton.decode_attention import DecodeAttentionSpec
 from river_compile.kernels.triton.kv_fill import KvFillSpec
-from tests.kernels import reference
 from tests.kernels.cases import attention_cases, kv_cases
-from tests.kernels.checks import KV, filling, mask_buffers
-from tests.kernels.harness import assert_close, poisoned, run_guarded
+from tests.kernels.checks import KV, check_attention_of_several, check_bits_of_positions, filling
+from tests.kernels.harness import poisoned, run_guarded
 from tests.support.examples import examples
 
 
@@ -28,63 +27,19 @@ def several_cases(draw):
     return spec, draw(st.integers(1, 9)), seed
 
 
-def buffers_of(spec: DecodeAttentionSpec, positions: int, seed: int) -> tuple[dict[str, torch.Tensor], torch.Tensor]:
-    """The buffers of a pass of so many positions, and which slots each sees [B, T, S]; others' slots hold NaN."""
-    g = torch.Generator().manual_seed(seed)
-    dtype, b = getattr(torch, spec.dtype), spec.batch
-    live = torch.rand(spec.mask_rows or b, positions, spec.slots, generator=g) < torch.rand(1, generator=g)
-    live &= torch.rand(live.shape[:2], generator=g)[..., None] < 0.9  # (some position sees no slot)
-    seen = live.expand(b, -1, -1)
-    q = torch.randn(b * positions, spec.heads, spec.head_dim, generator=g).to(dtype)
-    shape = (b, spec.kv_heads, spec.slots, spec.head_dim)
-    k, v = (torch.randn(shape, generator=g).to(dtype) for _ in KV)
-    caches = {n: c.masked_fill(~seen.any(1)[:, None, :, None], float("nan")) for n, c in zip(KV, (k, v), strict=True)}
-    counter = {"slot": torch.tensor([7], dtype=getattr(torch, spec.index_dtype))} if spec.advance else {}
-    buffers = {"q": q, **caches, **mask_buffers(spec, live, g), **counter, "out": poisoned(q.shape, dtype)}
-    return buffers, live
-
-
 @given(several_cases())
 @examples(60)
 def test_each_position_attends_to_its_own_slots(case):
-    spec, positions, seed = case
-    buffers, live = buffers_of(spec, positions, seed)
-    result = run_guarded(spec, positions, **buffers)
-    k, v = (buffers[name].nan_to_num() for name in KV)
-    seen, mask = live.expand(spec.batch, -1, -1), buffers["mask"]
-    added = torch.zeros(()) if mask.dtype == torch.bool else mask.masked_fill(~live, 0.0)
-    expected = reference.attention_of_several(
-        buffers["q"].unflatten(0, (spec.batch, positions)),
-        k,
-        v,
-        mask=seen,
-        added=added.expand(seen.shape),
-        scale=spec.scale,
-        softcap=spec.softcap,
-    )
-    assert_close(result["out"], expected.flatten(0, 1), v.double().abs().amax().clamp_min(1.0))
-    if spec.advance:
-        assert int(result["slot"]) == 7 + positions
+    check_attention_of_several(*case)
 
 
 @given(several_cases(), st.data())
 @examples(40)
 def test_a_position_has_the_same_bits_whichever_others_run_beside_it(case, data):
     spec, positions, seed = case
-    buffers, _ = buffers_of(spec, positions, seed)
-    whole = run_guarded(spec, positions, **buffers)["out"].unflatten(0, (spec.batch, positions))
     first = data.draw(st.integers(0, positions - 1))
-    count = data.draw(st.integers(1, positions - first))
-    some = slice(first, first + count)
-    q, mask = (buffers[name] for name in ("q", "mask"))
-    few = {**buffers, "q": q.unflatten(0, (spec.batch, positions))[:, some].flatten(0, 1), "mask": mask[:, some]}
-    few["out"] = poisoned(few["q"].shape, q.dtype)
-    # (What the others alone see is data that is there, and here it is what nobody may read.)
-    seen = (few["mask"] if spec.mask_dtype == "bool" else few["mask"] > torch.finfo(q.dtype).min / 4).any(1)
-    for name in KV:
-        few[name] = few[name].masked_fill(~seen.expand(spec.batch, -1)[:, None, :, None], float("nan"))
-    found = run_guarded(spec, count, **few)["out"].unflatten(0, (spec.batch, count))
-    assert torch.equal(found.view(torch.uint8), whole[:, some].contiguous().view(torch.uint8))
+    some = slice(first, first + data.draw(st.integers(1, positions - first)))
+    check_bits_of_positions(spec, positions, some, seed)
 
 
 @given(kv_cases(), st.integers(1, 5), st.booleans())
