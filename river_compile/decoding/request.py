@@ -159,7 +159,7 @@ class Request:
             agreed: set[int] = set()
             for group in self._groups(going):
                 at = [places[row] for row in group]
-                logits = logits_NWV[:, i] if len(at) == len(places) else logits_NWV[at, i]
+                logits = logits_NWV[:, i] if at == [*range(len(places))] else logits_NWV[at, i]
                 tokens = self.choose(group, logits).tolist()
                 drafter.extend([(self, row) for row in group], tokens)
                 self.end(group, tokens)

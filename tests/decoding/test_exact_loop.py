@@ -158,6 +158,16 @@ def test_rows_that_have_ended_leave_the_batch():
         assert (len(runner.rows) == 4) == (together or least_tokens > 0)
 
 
+def test_the_row_that_takes_the_place_of_one_that_left_keeps_its_own_tokens():
+    """The first of three ends: the last one comes before the second, whose numbers are still the other way round."""
+    prompt = torch.tensor([[5, 10, 4, 1, 4], [10, 8, 4, 8, 4], [2, 7, 7, 10, 9]])
+    runner = ScriptedRunner(prompt, 0, 0, 1, capacity=9, memory=3)
+    expected = plain(runner, prompt, Recorder(6, 9)).tolist()
+    assert expected[0][6] == 6 and not any(6 in row[5:] for row in expected[1:])
+    assert run_on(runner, prompt, Recorder(6, 9), False, 0.0, together=False).tolist() == expected
+    assert runner.rows == [2, 1]
+
+
 def test_rows_that_part_are_streamed_without_padding():
     """Sequences end together, at their longest, so generate knows of no token that stands for padding."""
     prompt = torch.tensor([[1, 2, 3], [4, 5, 6]])
