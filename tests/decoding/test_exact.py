@@ -7,6 +7,7 @@ of the time, so models have two blocks, drafts at most three tokens, and tests t
 import copy
 import functools
 import itertools
+import re
 from collections import Counter
 
 import pytest
@@ -26,6 +27,7 @@ from river_compile.upstream.transformers import cache_argument, cache_of, crop
 from tests.support.decoding import Halved, new_cache
 from tests.support.families import REWRITTEN, each, prompt
 from tests.support.families import make as make_family
+from tests.support.layout import ROOT, run_python
 from tools.families.tiny import tiny_model
 
 NEW_TOKENS = 24
@@ -444,6 +446,93 @@ def test_a_model_that_reads_the_whole_text_in_every_pass_is_refused():
     model.compile(backend=river_compile.river, options={"lowering": "eager", "group_size": 32})
     with pytest.raises(ValueError, match="CpmAntForCausalLM takes the whole text in every pass"):
         exactly(model, prompt(), static=False)
+
+
+@pytest.fixture
+def order(monkeypatch):
+    """Passes are taken to return before they have run; returns what they are in order, and when the host reads."""
+    noted, calls = (
+        [],
+        ((Session, "draft_step", "draft"), (Session, "verify", "verify"), (torch.Tensor, "tolist", "read")),
+    )
+    for owner, name, what in calls:
+        real = getattr(owner, name)
+        monkeypatch.setattr(owner, name, lambda *a, _real=real, _what=what: noted.append(_what) or _real(*a))
+    monkeypatch.setattr(Session, "runs_late", True)
+    return noted
+
+
+@pytest.mark.parametrize("lookup", [False, True])
+@pytest.mark.parametrize(("batch", "sample"), [(1, False), (3, False), (3, True)])
+def test_a_late_cycle_reads_nothing_before_its_last_pass_is_queued(order, shared, batch, sample, lookup):
+    """And once behind it, where nobody looks at the text on the way; a text ends within a draft."""
+    model, (ids, mask) = shared(), padded(batch)
+    torch.manual_seed(5)
+    text = generate(make("llama"), ids, mask, do_sample=sample)[0, ids.shape[1] :].tolist()
+    options = {"do_sample": sample, "eos_token_id": max(text, key=text.index), "pad_token_id": 0}
+    torch.manual_seed(5)
+    expected = generate(make("llama"), ids, mask, **options)
+    torch.manual_seed(5)
+    order.clear()
+    with river_compile.trace() as trace:
+        assert torch.equal(exactly(model, ids, mask, prompt_lookup=lookup, stop_below=0.0, **options), expected)
+    assert sum(cycle.accepted for cycle in trace.cycles) > 0
+    cycles = "".join(what[0] for what in order[order.index("draft") :])
+    reads = "r+" if sample else "r"
+    assert re.fullmatch(f"(d*v{reads})+", cycles), cycles
+    assert cycles.count("v") == len(trace.cycles)
+
+
+#: What the host waits for in cycles whose passes all ran before, on a card that is not there.
+WAITS = """
+import contextlib
+from unittest import mock
+from tools.rehearsal import card
+card.install()
+import torch
+from torch.utils._python_dispatch import TorchDispatchMode
+import river_compile
+from river_compile.decoding.loop import DecodeLoop
+from tests.decoding.test_exact import OPTIONS, exactly, generate, make
+from tests.support.families import prompt
+
+class Waits(TorchDispatchMode):
+    count = 0
+
+    def __torch_dispatch__(self, op, types, args=(), kwargs=None):
+        kwargs = kwargs or {}
+        late = any(isinstance(value, torch.Tensor) and value.is_cuda for value in args)
+        moved = op.name() == "aten::_to_copy" and torch.device(kwargs.get("device") or args[0].device) != args[0].device
+        copied = op.name() == "aten::copy_" and args[0].device != args[1].device
+        waits = late and op.name() in ("aten::_local_scalar_dense", "aten::equal", "aten::nonzero")
+        self.count += waits or ((moved or copied) and not (kwargs.get("non_blocking") or True in args[2:]))
+        return op(*args, **kwargs)
+
+real, counts = DecodeLoop._cycle, []
+
+def cycle(*args):
+    with Waits() as waits:
+        real(*args)
+    counts.append(waits.count)
+
+ids = prompt(12, batch)
+model = make("llama").to("cuda")
+model.compile(backend=river_compile.river, options={**OPTIONS, "cudagraphs": False})
+options = {"stop_below": 0.0, "prompt_lookup": False, "max_new_tokens": 30}
+exactly(model, ids.cuda(), **options)
+with mock.patch.object(DecodeLoop, "_cycle", cycle):
+    text = exactly(model, ids.cuda(), **options)
+assert torch.equal(text.cpu(), generate(make("llama"), ids, max_new_tokens=30))
+# (The inputs of the first two passes of a width are transformers', which waits.)
+assert len(counts) > 5 and set(counts[2:-1]) == {1}, counts
+"""
+
+
+@pytest.mark.slow
+@pytest.mark.skipif(torch.backends.cuda.is_built(), reason="torch has a card of its own")
+@pytest.mark.parametrize("batch", [1, 3])
+def test_a_cycle_on_a_card_waits_once(batch):
+    run_python(f"batch = {batch}\n{WAITS}", ROOT, ROOT)
 
 
 def test_models_that_have_no_two_paths_are_refused():
