@@ -111,13 +111,18 @@ def largest_entropy(logits: Tensor) -> Tensor:
     Args:
         logits: ``[B, T, V]``, floating point.
     """
-    last = logits[:, -1].to(torch.float32)
-    shifted = last - last.amax(-1, keepdim=True)
+    return entropies(logits[:, -1]).amax()
+
+
+def entropies(logits: Tensor) -> Tensor:
+    """Returns the entropies ``[N]`` of rows of logits ``[N, V]`` as :func:`largest_entropy` has them."""
+    rows = logits.to(torch.float32)
+    shifted = rows - rows.amax(-1, keepdim=True)
     weights = shifted.exp()
     total = weights.sum(-1)
     # (0 * -inf would be NaN: a token that cannot come counts with a finite number times zero)
     spread = (weights * shifted.clamp(min=-1e4)).sum(-1)
-    return (total.log() - spread / total).amax()
+    return total.log() - spread / total
 
 
 def fused_width(out_features: int, fused: Sequence[object]) -> int:

@@ -38,10 +38,11 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from river_compile.kernels import portable
 from river_compile.kernels.native.build import find_compiler
 from river_compile.kernels.native.isa import Isa, chosen
 from river_compile.kernels.native.libraries import all_ready_made, kernels_for, operators, packing_for
-from river_compile.kernels.portable import fused_width, largest_entropy
+from river_compile.kernels.portable import fused_width
 
 _loading = threading.Lock()
 _tables: dict[str, int] = {}
@@ -122,12 +123,14 @@ def any_rows(dtype: torch.dtype) -> bool:
     return loaded() and few_rows(dtype) > few_rows(torch.float32)
 
 
-def entropy(logits_V: Tensor) -> float:
-    """Returns the entropy of softmax(logits), in nats: by the C++ kernels where they are loaded, else by torch."""
-    logits = logits_V[None, None]
-    if _tables and logits.is_cpu:
-        return float(torch.ops.river_native.largest_entropy(logits))
-    return float(largest_entropy(logits))
+def entropies(logits_NV: Tensor) -> Tensor:
+    """Returns the entropy of softmax(logits) of each row ``[N]``, in nats, on the logits' device.
+
+    It is the C++ kernels' where they are loaded and the logits on the CPU, else torch's.
+    """
+    if _tables and logits_NV.is_cpu:
+        return torch.stack([torch.ops.river_native.largest_entropy(logits_V[None, None]) for logits_V in logits_NV])
+    return portable.entropies(logits_NV)
 
 
 def _table(library: Path) -> int:

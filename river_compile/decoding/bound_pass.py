@@ -118,7 +118,8 @@ class BoundPass:
     def __call__(
         self, inputs: Mapping[str, Any], depth: int | None, tokens: DraftVocab | None, last_token: bool = False
     ) -> Tensor:
-        """Runs the graph with other inputs of the same shapes; returns the logits ``[B, W, V]``.
+        """Runs the graph with other inputs of the same shapes, whose tokens have room in the cache; returns the logits
+        ``[B, W, V]``.
 
         Args:
             inputs: as the model takes them, by name.
@@ -138,7 +139,7 @@ class BoundPass:
         if replay is not None:
             outputs = replay(args, tokens)
         else:
-            outputs = self.executor.step(args, depth, tokens, last_token)
+            outputs = self.executor.step(args, depth, tokens, last_token, has_room=True)
             if not last_token:
                 found = self.executor.replay(args, depth)
                 if found is not None:

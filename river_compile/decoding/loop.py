@@ -21,6 +21,13 @@ ended, the pass is taken back from the cache, and nobody sees more of it than th
     host     choose t | queue step t+1 | read token t, streamer | choose t+1 | queue step t+2 | ...
     device   ........ step t ......... | ................... step t+1 ................... | ...
 
+With drafts a cycle on a GPU is queued as a whole, and then waited for once:
+
+    host     queue draft c, d, e | queue verify | read c d e, their entropies, the backbone's choices | keep
+    device   ... c ... d ... e ... verify ......................................................... |
+
+What processors or random numbers choose is read after that, position by position.
+
 The rows may be those of one call of generate, or of several that come and go (:mod:`.continuous`). What becomes of a
 row's logits is its call's affair (:mod:`.request`).
 """
@@ -38,7 +45,9 @@ import torch
 from torch import Tensor
 from torch.nn.utils.rnn import pad_sequence
 
-from river_compile.decoding.drafter import Draft, Drafter, DraftStep
+from river_compile.decoding.draft_policy import Proposed
+from river_compile.decoding.drafter import Drafter, DraftStep
+from river_compile.decoding.late import at, mark, put_together, seconds_between
 from river_compile.decoding.request import Request
 from river_compile.decoding.session import Session
 from river_compile.distributed.ranks import ALONE, Ranks
@@ -89,7 +98,7 @@ class DecodeLoop:
             self._give(first_logits[:, -1], new)
             return
         self.drafter.admit(new, request.texts.of(numbers), request.end_tokens)
-        self._settle(request, _places(new)[request], first_logits, Draft({row: [] for row in new}))
+        self._settle(new, first_logits, {row: [] for row in new}, [])
 
     def advance(self) -> None:
         """Gives every row one token or more, and lets rows leave that have ended."""
@@ -118,7 +127,7 @@ class DecodeLoop:
         """Gives these rows a token each, by their logits."""
         chosen = []
         for request, places in _places(rows).items():
-            tokens = self._guarded(request, request.choose, [*places], _at(logits_NV, [*places.values()]))
+            tokens = self._guarded(request, request.choose, [*places], at(logits_NV, [*places.values()]))
             chosen.append((request, [*places], tokens))
         if not self.shared:
             self._queue_next(chosen[0][0])
@@ -143,35 +152,51 @@ class DecodeLoop:
             self._queued = session.step(self._aligned())
 
     def _cycle(self, drafter: Drafter) -> None:
-        start = self.clock()
         session, ids, running, longest = self.session, self._aligned(), self.running, self._longest
+        late, start, began = session.runs_late, self.clock(), mark(ids.device)
         before = {row: _length(row) for row in running}
-        draft = drafter.draft(ids, self._rooms(), DraftStep(self._draft_scores, self._choose_draft))
+        draft = drafter.draft(ids, self._rooms(), DraftStep(self._draft_scores, self._choose_draft), late=late)
         session.rewind(draft.steps)
-        drafted_at = self.clock()
-        width = session.width_for(draft.longest)
-        logits = session.verify(torch.cat([ids, draft.columns(ids[:, -1])], dim=-1), draft.longest)
-        verified_at = self.clock()
-        cycles: list[RowCycle] = []
-        for request, places in _places(self.rows).items():
-            cycles += self._settle(request, places, logits, draft)
+        drafted, drafted_at = draft.ids.shape[1], mark(ids.device)
+        width = session.width_for(drafted)
+        logits = session.verify(torch.cat([ids, draft.ids], dim=-1), drafted)
+        verified_at = mark(ids.device)
+        best = [self.ranks.first(logits.argmax(-1))] if late and any(r.takes_best for r, _ in self.rows) else []
+        chosen = [int(token) for tokens in drafter.read(draft, *best) for token in tokens]
+        cycles = self._settle(self.rows, logits, draft.rows, chosen)
         # (Of a row that has ended nothing is needed any more: it goes with the longest.)
         advance = max(map(_length, self.running or running)) - longest
         session.keep([_length(row) - before[row] if row in before else advance for row in self.rows], advance)
         end = self.clock()
-        took = (drafted_at - start, verified_at - drafted_at, end - verified_at)
-        drafting, verifying, keeping = self.ranks.agree(took)
+        took = seconds_between(began, drafted_at), seconds_between(drafted_at, verified_at)
+        drafting, verifying, keeping = self.ranks.agree([*took, max(end - start - sum(took), 0.0)])
         seconds = drafting, verifying, keeping
         kept = {row: _length(row) - length for row, length in before.items()}
-        drafter.note(kept, draft.steps, width, verifying + keeping)
+        drafter.note(kept, draft.steps, width, verifying + keeping, drafting if late else None)
         session.stats.count_cycle(
             CycleRecord(tuple(cycles), width, seconds, threading.get_ident(), session.stats.model_id)
         )
 
-    def _settle(self, request: Request, places: Mapping[int, int], logits_BWV: Tensor, draft: Draft) -> list[RowCycle]:
-        drafts = [draft.rows[request, row] for row in places]
-        logits = _at(logits_BWV, [*places.values()])
-        return self._guarded(request, request.settle, [*places], logits, drafts, self.drafter) or []
+    def _settle(
+        self, rows: Sequence[Row], logits_BWV: Tensor, drafts: Mapping[Any, Sequence[Proposed]], chosen: Sequence[int]
+    ) -> list[RowCycle]:
+        """Has rows keep what held of their drafts.
+
+        Args:
+            rows: those of the logits.
+            logits_BWV: of their last kept tokens, and of those drafted.
+            drafts: by row.
+            chosen: the best tokens, B times W; none where the host has not read them.
+        """
+        cycles: list[RowCycle] = []
+        width = logits_BWV.shape[1]
+        for request, places in _places(rows).items():
+            own = [drafts[request, row] for row in places]
+            logits = at(logits_BWV, [*places.values()])
+            best = [chosen[place * width : (place + 1) * width] for place in places.values()]
+            known = best if chosen and request.takes_best else None
+            cycles += self._guarded(request, request.settle, [*places], logits, own, self.drafter, known) or []
+        return cycles
 
     def let_leave(self) -> None:
         """Takes the rows that have ended out of the batch, if they are enough."""
@@ -221,19 +246,20 @@ class DecodeLoop:
 
     def _draft_scores(self, ids_BS: Tensor, rows: Sequence[Row], drafted: int) -> Tensor:
         """Runs the river over the batch's ids, `drafted` of them not in the texts yet; returns scores ``[N, V]``."""
-        at = {row: place for place, row in enumerate(self.rows)}
-        scores = _at(self.session.draft_step(ids_BS), [at[row] for row in rows]).float()
+        place_of = {row: place for place, row in enumerate(self.rows)}
+        scores = at(self.session.draft_step(ids_BS), [place_of[row] for row in rows]).float()
+        parts = []
         for request, places in _places(rows).items():
             inside = [*places.values()]
-            where = {number: at[request, number] for number in places}
-            scores[inside] = request.draft_scores(ids_BS, where, scores[inside], drafted)
-        return scores
+            where = {number: place_of[request, number] for number in places}
+            parts.append((inside, request.draft_scores(ids_BS, where, at(scores, inside), drafted)))
+        return put_together(parts) if parts else scores
 
     def _choose_draft(self, scores_NV: Tensor, rows: Sequence[Row], drafted: int) -> Tensor:
-        chosen = torch.empty(len(rows), dtype=torch.long, device=scores_NV.device)
-        for request, places in _places(rows).items():
-            chosen[[*places.values()]] = request.choose_draft([*places], _at(scores_NV, [*places.values()]), drafted)
-        return chosen
+        return put_together(
+            ([*places.values()], request.choose_draft([*places], at(scores_NV, [*places.values()]), drafted))
+            for request, places in _places(rows).items()
+        )
 
 
 def _length(row: Row) -> int:
@@ -247,8 +273,3 @@ def _places(rows: Sequence[Row]) -> Mapping[Request, dict[int, int]]:
     for place, (request, number) in enumerate(rows):
         places[request][number] = place
     return places
-
-
-def _at(values_B: Tensor, places: Sequence[int]) -> Tensor:
-    """Returns the values at some places, or all as they are."""
-    return values_B if len(places) == len(values_B) else values_B[places]

@@ -19,6 +19,7 @@ from torch import Tensor
 
 from river_compile.decoding.draft_policy import Proposed
 from river_compile.decoding.drafter import Drafter
+from river_compile.decoding.late import at, put_together, sent
 from river_compile.decoding.sampling import Chooser
 from river_compile.decoding.sequences import Sequences
 from river_compile.distributed.ranks import ALONE, Ranks
@@ -116,10 +117,15 @@ class Request:
         unseen = self.process is None and self.scores is None and self.logits is None
         return unseen and isinstance(self.stops, Ends)
 
+    @property
+    def takes_best(self) -> bool:
+        """Whether each position's token is the best by its logits, whatever stands before it."""
+        return self._simple and not self.chooser.do_sample
+
     def choose(self, rows: Sequence[int], logits_NV: Tensor) -> Tensor:
         """Chooses one more token for each of these rows, of one length, by its logits, and adds it to the text."""
         texts, raw = self.texts, logits_NV
-        if not self._simple or self.chooser.do_sample:  # (the best token is the same in the logits' own dtype)
+        if not self.takes_best:  # (the best token is the same in the logits' own dtype)
             raw = raw.to(copy=True, dtype=torch.float32, device=texts.device)
         scores = raw if self.process is None else self.process(texts.of(rows), raw, rows)
         step = texts.step_of(rows[0])
@@ -141,7 +147,12 @@ class Request:
             self.chooser.forget(min(map(self.texts.step_of, self.texts.running), default=0))
 
     def settle(
-        self, rows: Sequence[int], logits_NWV: Tensor, drafts: Sequence[Sequence[Proposed]], drafter: Drafter
+        self,
+        rows: Sequence[int],
+        logits_NWV: Tensor,
+        drafts: Sequence[Sequence[Proposed]],
+        drafter: Drafter,
+        best: Sequence[Sequence[int]] | None = None,
     ) -> list[RowCycle]:
         """Keeps each row's tokens up to its first disagreement or its end.
 
@@ -150,6 +161,7 @@ class Request:
             logits_NWV: of each row, at the last kept token and at those drafted.
             drafts: of each row.
             drafter: learns which of them held.
+            best: the best token of each row and position, if that is its choice and the host has read it.
         """
         places = {row: place for place, row in enumerate(rows)}
         going = running = self.texts.running
@@ -158,9 +170,14 @@ class Request:
         for i in range(logits_NWV.shape[1]):
             agreed: set[int] = set()
             for group in self._groups(going):
-                at = [places[row] for row in group]
-                logits = logits_NWV[:, i] if len(at) == len(places) else logits_NWV[at, i]
-                tokens = self.choose(group, logits).tolist()
+                if best is None:
+                    tokens = self.choose(group, at(logits_NWV[:, i], [places[row] for row in group])).tolist()
+                else:
+                    tokens = [best[places[row]][i] for row in group]
+                    if self.pad_token is not None:
+                        pairs = zip(group, tokens, strict=True)
+                        tokens = [token if self.texts.active[row] else self.pad_token for row, token in pairs]
+                    self.texts.append(group, sent(tokens, self.texts.device))
                 drafter.extend([(self, row) for row in group], tokens)
                 self.end(group, tokens)
                 pairs = zip(group, tokens, strict=True)
@@ -194,12 +211,12 @@ class Request:
         """
         if self.process_draft is None:
             return scores_NV
-        rows = list(places)
+        rows, parts = list(places), []
         for group, length in self._of_one_length(rows):
-            ids = ids_BS[[places[row] for row in group], -(length + drafted) :]
-            at = [rows.index(row) for row in group]
-            scores_NV[at] = self.process_draft(ids, scores_NV[at], group)
-        return scores_NV
+            ids = at(ids_BS, [places[row] for row in group])[:, -(length + drafted) :]
+            inside = [rows.index(row) for row in group]
+            parts.append((inside, self.process_draft(ids, at(scores_NV, inside), group)))
+        return put_together(parts)
 
     def choose_draft(self, rows: Sequence[int], scores_NV: Tensor, drafted: int) -> Tensor:
         """Chooses drafted tokens by their scores, so many behind each row's text."""

@@ -10,6 +10,8 @@ from collections.abc import Callable, Sequence
 import torch
 from torch import Tensor
 
+from river_compile.decoding.late import at, sent
+
 
 class Sequences:
     """The ids of each row.
@@ -63,12 +65,11 @@ class Sequences:
         longest, ids = self.longest, self._ids
         if len(ids) == 1:
             return ids[:, :longest]
-        if list(rows) != list(range(len(ids))):
-            ids = ids[list(rows)]
+        ids = at(ids, rows)
         shifts = [longest - self.lengths[row] for row in rows]
         if not any(shifts):
             return ids[:, :longest]
-        columns = torch.arange(longest, device=ids.device)[None] - ids.new_tensor(shifts)[:, None]
+        columns = torch.arange(longest, device=ids.device)[None] - sent(shifts, ids.device)[:, None]
         return ids.gather(1, columns.clamp(0, ids.shape[1] - 1))
 
     def append(self, rows: Sequence[int], tokens_N: Tensor) -> None:
@@ -80,7 +81,7 @@ class Sequences:
         if len(lengths) == 1 and len(rows) == len(self._ids):
             self._ids[:, lengths.pop()] = tokens_N
         else:
-            where = torch.tensor([[row, self.lengths[row]] for row in rows], device=self._ids.device)
+            where = sent([[row, self.lengths[row]] for row in rows], self._ids.device)
             self._ids[where[:, 0], where[:, 1]] = tokens_N
         for row in rows:
             self.lengths[row] += 1

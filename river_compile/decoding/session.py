@@ -35,6 +35,7 @@ from transformers.cache_utils import Cache
 from river_compile.config import RiverConfig
 from river_compile.decoding.bound_pass import BoundPass, graph_calls
 from river_compile.decoding.inputs import KNOWN, Inputs, PassInputs, with_all_logits, with_masks
+from river_compile.decoding.late import read
 from river_compile.decoding.rewind import BY_SLOT, RewindableCache, joined_inputs, moved_inputs, selected_inputs
 from river_compile.errors import ExactModeError, RiverWarning
 from river_compile.exits import forced_depth
@@ -227,7 +228,7 @@ class Session:
             ExactModeError: the cache cannot be rewound, the river backend did not rewrite the model, or rows of a pass
                 of several tokens have other bits than alone.
         """
-        self._note_prompt(ids_BS.shape[1] - self.lent.filled)
+        self._note_prompt(ids_BS.shape[1] - self.lent.filled, logits_B1V)
         graph = self._graph
         if graph is None:
             raise ExactModeError(f"exact mode needs a model that the river backend can rewrite: {self.record.why_not}")
@@ -250,12 +251,11 @@ class Session:
         self._tokens = DraftVocab(logits_B1V.shape[-1])
         self._tokens.add(ids_BS)
 
-    def _note_prompt(self, width: int) -> None:
+    def _note_prompt(self, width: int, logits_B1V: Tensor) -> None:
         """Takes in how long the prompt took, unless something was prepared for it: it bounds what wide passes take."""
         if self._began is None:
             return
-        if self.runs_late:
-            torch.cuda.synchronize(self.model.device)
+        read(logits_B1V[:, -1, 0])  # (it has run)
         began, prepared = self._began
         seconds, made = self.ranks.agree([time.perf_counter() - began, self.record.prepared - prepared])
         if not made:

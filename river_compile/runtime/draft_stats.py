@@ -122,15 +122,20 @@ class PassTimes:
 
     def note(self, kind: int | str, seconds: float) -> None:
         """Takes in the time of one pass: `DRAFT`, or the width of a verification."""
+        self.note_all([(kind, seconds)])
+
+    def note_all(self, passes: Sequence[tuple[int | str, float]]) -> None:
+        """Takes in the times of passes of which it is not known for which one something was prepared."""
         before, self._prepared = self._prepared, self._preparations()
         if self._prepared != before:
-            self.preparing += seconds
+            self.preparing += sum(seconds for _, seconds in passes)
             return
-        if self._passes - self._measured.get(kind, self._passes) > _LONG_AGO:
-            self._times.pop(kind, None)
-        self._times.setdefault(kind, deque(maxlen=_SAMPLES)).append(seconds)
-        self._passes += 1
-        self._measured[kind] = self._passes
+        for kind, seconds in passes:
+            if self._passes - self._measured.get(kind, self._passes) > _LONG_AGO:
+                self._times.pop(kind, None)
+            self._times.setdefault(kind, deque(maxlen=_SAMPLES)).append(seconds)
+            self._passes += 1
+            self._measured[kind] = self._passes
 
     def note_prompt(self, width: int, seconds: float) -> None:
         """Takes in the time of a prompt's pass in which nothing was compiled or captured."""

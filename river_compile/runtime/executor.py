@@ -90,6 +90,7 @@ class RiverExecutor:
         depth: int | None = None,
         tokens: DraftVocab | None = None,
         last_token: bool = False,
+        has_room: bool = False,
     ) -> tuple:
         """Runs a step and returns the graph's outputs.
 
@@ -98,6 +99,7 @@ class RiverExecutor:
             depth: blocks that a decode step executes, `WHOLE` for all; None leaves it to the thread and the policy.
             tokens: those whose logits the river's head computes, None for all.
             last_token: the caller reads no logits but those of the last token.
+            has_room: whether the caller saw to it that the tokens have room in the cache.
 
         Raises:
             ValueError: the program lacks the segments for that depth.
@@ -110,15 +112,17 @@ class RiverExecutor:
             runner = runner.for_last_token()
         if self._on_begin is not None and self.sequences.begins(self, self._cache(args)):
             self._on_begin(args)
+        if self.room is not None and has_room:
+            self.room.forget(args)
         with runner, self._logits_of(tokens), torch._C._DisableAutocast():
             slots = runner.begin(args)
-            filled = 0 if self.room is None else self.room.check(slots)
+            filled = None if self.room is None or has_room else self.room.check(slots)
             memory = self._recall(slots)
             taken = self._run(runner, slots, policy, memory)
             self._keep(runner, slots, memory)
             self.sequences.left(None if not self.decodes or self._cache_out is None else slots[self._cache_out])
             outputs = runner.finish(slots)
-        if self.room is not None:
+        if self.room is not None and filled is not None:
             self.room.took(slots, filled)
         self._record(args, taken, started)
         _calls(self, args, outputs)

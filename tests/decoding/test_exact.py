@@ -7,6 +7,7 @@ of the time, so models have two blocks, drafts at most three tokens, and tests t
 import copy
 import functools
 import itertools
+import re
 from collections import Counter
 
 import pytest
@@ -26,6 +27,7 @@ from river_compile.upstream.transformers import cache_argument, cache_of, crop
 from tests.support.decoding import Halved, new_cache
 from tests.support.families import REWRITTEN, each, prompt
 from tests.support.families import make as make_family
+from tests.support.layout import ROOT, run_python
 from tools.families.tiny import tiny_model
 
 NEW_TOKENS = 24
@@ -444,6 +446,91 @@ def test_a_model_that_reads_the_whole_text_in_every_pass_is_refused():
     model.compile(backend=river_compile.river, options={"lowering": "eager", "group_size": 32})
     with pytest.raises(ValueError, match="CpmAntForCausalLM takes the whole text in every pass"):
         exactly(model, prompt(), static=False)
+
+
+@pytest.fixture
+def order(monkeypatch):
+    """Passes are taken to return before they have run; returns what they are in order, and when the host reads."""
+    noted, calls = (
+        [],
+        ((Session, "draft_step", "draft"), (Session, "verify", "verify"), (torch.Tensor, "tolist", "read")),
+    )
+    for owner, name, what in calls:
+        real = getattr(owner, name)
+        monkeypatch.setattr(owner, name, lambda *a, _real=real, _what=what: noted.append(_what) or _real(*a))
+    monkeypatch.setattr(Session, "runs_late", True)
+    return noted
+
+
+@pytest.mark.parametrize("lookup", [False, True])
+@pytest.mark.parametrize(("batch", "sample"), [(1, False), (3, False), (3, True)])
+def test_a_late_cycle_reads_nothing_before_its_last_pass_is_queued(order, shared, batch, sample, lookup):
+    """And once behind it, where nobody looks at the text on the way; a text ends within a draft."""
+    model, (ids, mask) = shared(), padded(batch)
+    torch.manual_seed(5)
+    text = generate(make("llama"), ids, mask, do_sample=sample)[0, ids.shape[1] :].tolist()
+    options = {"do_sample": sample, "eos_token_id": max(text, key=text.index), "pad_token_id": 0}
+    torch.manual_seed(5)
+    expected = generate(make("llama"), ids, mask, **options)
+    torch.manual_seed(5)
+    order.clear()
+    with river_compile.trace() as trace:
+        assert torch.equal(exactly(model, ids, mask, prompt_lookup=lookup, stop_below=0.0, **options), expected)
+    assert sum(cycle.accepted for cycle in trace.cycles) > 0
+    cycles = "".join(what[0] for what in order[order.index("draft") :])
+    reads = "r+" if sample else "r"
+    assert re.fullmatch(f"(d*v{reads})+", cycles), cycles
+    assert cycles.count("v") == len(trace.cycles)
+
+
+#: Counts what the host waits for in cycles whose kinds of passes all ran before, on a card that is not there.
+WAITS = """
+from unittest import mock
+from tools.rehearsal import card
+card.install()
+import torch
+import river_compile
+from river_compile.decoding.loop import DecodeLoop
+from tests.decoding.test_exact import OPTIONS, exactly, generate, make
+from tests.support.families import prompt
+
+refuse, run, cycle, waits, counts = card._refuse, card.Clock.run, DecodeLoop._cycle, [], []
+
+def refusing(what):  # (it is asked by all that no capture allows; an event behind what was read is no wait)
+    waits.extend([what] if what.startswith("a copy") else [])
+    refuse(what)
+
+def running(name, work):
+    waits.extend([name] if name in ("aten::_local_scalar_dense", "aten::equal", "aten::nonzero") else [])
+    return run(name, work)
+
+def counting(*args):
+    waits.clear()
+    cycle(*args)
+    counts.append(len(waits))
+
+ids = prompt(12, batch)
+model = make("llama").to("cuda")
+model.compile(backend=river_compile.river, options={**OPTIONS, "cudagraphs": True})
+options = {"stop_below": 0.0, "prompt_lookup": False, "max_new_tokens": 30}
+exactly(model, ids.cuda(), **options)
+with mock.patch.multiple(card, _refuse=refusing), mock.patch.object(card.Clock, "run", running):
+    with mock.patch.object(DecodeLoop, "_cycle", counting):
+        with river_compile.trace() as trace:
+            text = exactly(model, ids.cuda(), **options)
+assert torch.equal(text.cpu(), generate(make("llama"), ids, max_new_tokens=30))
+assert 0 < sum(cycle.accepted for cycle in trace.cycles) < sum(len(cycle.drafted) for cycle in trace.cycles)
+assert any(graph.captures.made for graph in river_compile.report(model).graphs)
+# (The inputs of the first two passes of a width are transformers', which waits.)
+assert len(counts) > 5 and set(counts[2:-3]) == {1}, counts
+"""
+
+
+@pytest.mark.slow
+@pytest.mark.skipif(torch.backends.cuda.is_built(), reason="torch has a card of its own")
+@pytest.mark.parametrize("batch", [1, 3])
+def test_a_cycle_on_a_card_waits_once(batch):
+    run_python(f"batch = {batch}\n{WAITS}", ROOT, ROOT)
 
 
 def test_models_that_have_no_two_paths_are_refused():

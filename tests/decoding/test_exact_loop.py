@@ -22,7 +22,7 @@ from river_compile.decoding.loop import DecodeLoop
 from river_compile.decoding.request import Ends, Request
 from river_compile.decoding.sampling import Chooser, RowProcessors
 from river_compile.decoding.sequences import Sequences
-from river_compile.runtime.draft_stats import AcceptanceRate
+from river_compile.runtime.draft_stats import AcceptanceRate, DraftRates
 from tests.support.scripted import VOCABULARY, ScriptedRunner
 
 PAD = 0
@@ -100,9 +100,10 @@ def plain(runner, prompt, recorder):
     stop_below=st.sampled_from([0.0, 0.3, 0.9, 1.0, None]),
     together=st.booleans(),
     asked=st.booleans(),
+    late=st.booleans(),
 )
 def test_text_calls_and_cache_are_those_of_plain_generation(
-    seed, batch, river_right, max_draft, new_tokens, spare_slots, eos, memory, lookup, stop_below, together, asked
+    seed, batch, river_right, max_draft, new_tokens, spare_slots, eos, memory, lookup, stop_below, together, asked, late
 ):
     """Whatever agrees, wherever the texts end, however few slots are left: ids and streamer match.
 
@@ -113,6 +114,7 @@ def test_text_calls_and_cache_are_those_of_plain_generation(
     max_length = 5 + new_tokens
     expected_calls, calls = Recorder(eos, max_length), Recorder(eos, max_length)
     runner = ScriptedRunner(prompt, seed, river_right, max_draft, max_length + spare_slots, memory)
+    runner.runs_late = late
     expected = plain(runner, prompt, expected_calls)
     loop, request = loop_on(runner, prompt, calls, lookup, stop_below, together=together)
     if not asked:
@@ -158,6 +160,16 @@ def test_rows_that_have_ended_leave_the_batch():
         assert (len(runner.rows) == 4) == (together or least_tokens > 0)
 
 
+def test_the_row_that_takes_the_place_of_one_that_left_keeps_its_own_tokens():
+    """The first of three ends: the last one comes before the second, whose numbers are still the other way round."""
+    prompt = torch.tensor([[5, 10, 4, 1, 4], [10, 8, 4, 8, 4], [2, 7, 7, 10, 9]])
+    runner = ScriptedRunner(prompt, 0, 0, 1, capacity=9, memory=3)
+    expected = plain(runner, prompt, Recorder(6, 9)).tolist()
+    assert [6 in row[5:] for row in expected] == [True, False, False]
+    assert run_on(runner, prompt, Recorder(6, 9), False, 0.0, together=False).tolist() == expected
+    assert runner.rows == [2, 1]
+
+
 def test_rows_that_part_are_streamed_without_padding():
     """Sequences end together, at their longest, so generate knows of no token that stands for padding."""
     prompt = torch.tensor([[1, 2, 3], [4, 5, 6]])
@@ -167,6 +179,24 @@ def test_rows_that_part_are_streamed_without_padding():
     runner.ended = lambda: [not active for active in request.texts.active]
     assert loop.run(request, first_logits(runner, prompt)).tolist() == plain(runner, prompt, expected).tolist()
     assert ours.streamed == expected.streamed
+
+
+def test_late_drafts_are_as_long_as_the_rivers_average_says_and_teach_as_much():
+    """What the steps chose is read behind them: where drafts have one length both ways, so is all that is learned."""
+    prompt, learned, drafted = torch.tensor([[1, 2, 3], [4, 5, 6]]), [], []
+    for late, stop_below in ((False, 0.0), (True, 0.0), (True, 0.3)):
+        runner = ScriptedRunner(prompt, 5, 8, 7, capacity=100, memory=6)
+        runner.runs_late = late
+        loop, request = loop_on(runner, prompt, Recorder(-1, 40), False, stop_below, together=False)
+        rates = DraftRates()
+        loop.drafter = Drafter(False, loop.drafter.rule, runner.times, False, PAD, rates=rates)
+        with river_compile.trace() as trace:
+            ids = loop.run(request, first_logits(runner, prompt))
+        assert ids.tolist() == plain(runner, prompt, Recorder(-1, 40)).tolist()
+        learned.append((rates.to_json(), [cycle.rows for cycle in trace.cycles]))
+        drafted.append(len(trace.cycles[0].drafted))
+    assert learned[0] == learned[1]
+    assert drafted == [14, 14, 8]  # (0.7 ** 4 is less than 0.3)
 
 
 @pytest.mark.parametrize("free", range(1, 10))

@@ -74,6 +74,7 @@ class TestTheSameAnswers:
 
     def test_exact_text_is_the_plain_models(self, both):
         assert torch.equal(both[0]["exact"]["greedy"], both[0]["quantized"]["text"])
+        assert torch.equal(both[0]["exact"]["late"], both[0]["quantized"]["text"]), "on devices that run late"
         assert both[0]["exact"]["exact"].accepted > 0
 
     def test_no_prompt_length_recompiles(self, both):

@@ -22,6 +22,7 @@ from transformers.distributed import DistributedConfig
 
 import river_compile
 from river_compile.backend import river
+from river_compile.decoding.session import Session
 from river_compile.distributed.ranks import ALONE, Ranks
 from river_compile.exits import forced_depth, forced_threshold
 from river_compile.kernels import portable
@@ -191,7 +192,11 @@ def exact(folder: Path) -> dict[str, Any]:
         torch.manual_seed(dist.get_rank())
         how = {"max_new_tokens": 12, "do_sample": sample, "cache_implementation": "static"}
         texts[name] = model.generate(prompt(PROMPT), custom_generate=loop, **how)
-    return {**texts, "exact": river_compile.report(model).exact}
+    with mock.patch.object(Session, "runs_late", True):
+        late = model.generate(
+            prompt(PROMPT), custom_generate=mode, max_new_tokens=12, do_sample=False, cache_implementation="static"
+        )
+    return {**texts, "late": late, "exact": river_compile.report(model).exact}
 
 
 def wire(folder: Path) -> dict[str, Any]:

@@ -42,7 +42,10 @@ class ScriptedRunner:
         rows: which rows of the call are in the batch.
         ended: rows whose slots are not looked at any more; the test's loop sets it.
         least_tokens: for so many a smaller batch pays.
+        runs_late: whether passes are taken to return before they have run.
     """
+
+    runs_late = False
 
     def __init__(self, prompt: Tensor, seed: int, river_right: int, max_draft: int, capacity: int, memory: int) -> None:
         self.stats, self.times = ExitStats(), PassTimes()

@@ -1,0 +1,67 @@
+"""What is asked of a device that runs late (a GPU), so that the host waits for it in :func:`read` alone.
+
+A tensor that is made of the host's numbers there, and an index that is a list, are copies which the host waits for; so
+is every `tolist`, `item` and `bool`. On a CPU, where nothing runs late, the same functions are what they say and no
+more. Not handled: devices that run late and are not CUDA's.
+"""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Iterable, Sequence
+from itertools import islice
+from typing import Any
+
+import torch
+from torch import Tensor
+
+
+def read(*tensors: Tensor) -> list[list[float]]:
+    """Returns the elements of each tensor of numbers; the host waits once, for all that was asked before."""
+    if not tensors:
+        return []
+    values = iter(torch.cat([tensor.flatten().double() for tensor in tensors]).tolist())
+    return [[*islice(values, tensor.numel())] for tensor in tensors]
+
+
+def sent(values: Sequence[Any], device: torch.device) -> Tensor:
+    """Returns a tensor of integers of the host's on a device."""
+    late = device.type == "cuda"
+    return torch.tensor(values, dtype=torch.long, pin_memory=late).to(device, non_blocking=True)
+
+
+def at(values_B: Tensor, places: Sequence[int]) -> Tensor:
+    """Returns the values at some places, all as they are where these are all in order."""
+    if list(places) == [*range(len(values_B))]:
+        return values_B
+    return torch.cat([values_B[:0], *(values_B[place : place + 1] for place in places)])
+
+
+def put_together(parts: Iterable[tuple[Sequence[int], Tensor]]) -> Tensor:
+    """Returns values ``[N]`` in the order of their places, which are those from 0 to N - 1.
+
+    Args:
+        parts: places, each in order, and as many values.
+    """
+    parts = [part for part in parts if part[0]]
+    if len(parts) == 1:
+        return parts[0][1]
+    values = {place: value for places, values in parts for place, value in zip(places, values, strict=True)}
+    return torch.stack([values[place] for place in range(len(values))])
+
+
+def mark(device: torch.device) -> Any:
+    """Returns a mark after everything that a device was asked so far."""
+    if device.type != "cuda":
+        return time.perf_counter()
+    event = torch.cuda.Event(enable_timing=True)
+    event.record(torch.cuda.current_stream(device))
+    return event
+
+
+def seconds_between(first: Any, second: Any) -> float:
+    """Returns the device's time between two marks; waits until it has reached them."""
+    if isinstance(first, float):
+        return second - first
+    second.synchronize()
+    return first.elapsed_time(second) / 1e3
