@@ -16,13 +16,15 @@
 
 Layout "triton" runs the generated kernel: compiled on a GPU, in Triton's interpreter on the CPU (slow, for tests).
 Every other layout is plain torch around the layout's own linear. Weights of 16 and 12 bits meet generated kernels in
-passes of up to `MAX_EXACT_ROWS` rows, which decode and verify; wider ones are prompts, and a library's. All outputs are new tensors; the schema says what is mutated. The arguments of `kv_fill`, `decode_attention`,
-`attend`, `shift`, `residual_score` and `residual_verdict` are those of their functions in `triton.calls`.
+passes of up to `MAX_EXACT_ROWS` rows, which decode and verify; wider ones are prompts, and a library's. All outputs
+are new tensors; the schema says what is mutated. The arguments of `kv_fill`, `decode_attention`, `attend`, `shift`,
+`residual_score` and `residual_verdict` are those of their functions in `triton.calls`.
 """
 
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
+from itertools import repeat
 from typing import Any
 
 import torch
@@ -175,7 +177,7 @@ def merged(
     if x.numel() <= MAX_EXACT_ROWS * x.shape[-1]:
         return products.linear(x, weights, biases, residual, norm, norm_weight, norm_bias, eps, activation, gated)
     h = x if norm_weight is None else _normalise(x, norm, norm_weight, norm_bias, eps)
-    parts = [F.linear(h, w, b) for w, b in zip(weights, biases or [None] * len(weights), strict=True)]
+    parts = [F.linear(h, w, b) for w, b in zip(weights, biases or repeat(None), strict=False)]
     y = _activated(parts if gated else (torch.cat(parts, -1),), activation)
     return y if residual is None else y + residual
 

@@ -150,7 +150,9 @@ def _why_width_matters(program: RiverProgram, choices: Choices) -> str:
     if how != "model":
         return f"one row of weights in {how} has a kernel of its own; use backbone_weights='model'"
     if config.exit_depth is None and CRITERIA[config.criterion].reads == "block":
-        return f"exit checks by criterion={config.criterion!r} end blocks of decode steps otherwise; use criterion='doubt'"
+        return (
+            f"exit checks by criterion={config.criterion!r} end blocks of decode steps otherwise; use criterion='doubt'"
+        )
     return ""
 
 

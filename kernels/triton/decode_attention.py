@@ -1,4 +1,4 @@
-"""Attention of one query position or a few over a static cache, split over it and combined by log-sum-exp, in one launch.
+"""Attention of one query position or a few over a static cache, split over it and combined by log-sum-exp.
 
 A mask of slots, boolean or added to the scores, and a soft cap on the scores are optional. Grouped queries share one
 program: their heads are the rows of a `tl.dot`, filled up to 16, and keys and values are read once for all of them.

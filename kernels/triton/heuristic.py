@@ -166,8 +166,8 @@ def _dot_tiles(spec: LinearSpec, device: Device) -> Iterator[LinearTile]:
     elif spec.weights == "dense":
         # Weights go to the dot as they are, so that copies of steps to come cost no registers but shared memory.
         heights = (16,)
-        # A warp has 8 columns or more: others would repeat what it does. Deep steps spare instructions behind a norm, and
-        # of few programs each waits for its own bytes, which they hold.
+        # A warp has 8 columns or more: others would repeat what it does. Deep steps spare instructions behind a norm,
+        # and of few programs each waits for its own bytes, which they hold.
         cuts = [(32, 128, 4, 4), (64, 128, 4, 4), (32, 256, 4, 3)]
         cuts += [(32, 512, 4, 3)] if spec.out_features < 16 * device.processors else []
         cuts = cuts if device.backend == "cuda" else [(*cut[:3], 2) for cut in cuts]
@@ -409,7 +409,10 @@ def attention_estimate(
     issued = device.lanes * device.clock * 0.7
     turns, most = math.ceil(math.ceil(slots / ATTENTION_BLOCK) / splits), math.ceil(per_processor)
     chain = 0.9e-6 + instructions / 128 * 5 / device.clock
-    read, issued = block * device.processors / device.bandwidth / times, instructions / (device.lanes * device.clock * 0.7)
+    read, issued = (
+        block * device.processors / device.bandwidth / times,
+        instructions / (device.lanes * device.clock * 0.7),
+    )
     parts = 1.5e-6 + 4 * splits * group * head_dim / (16384 / 0.3e-6) if splits > 1 else 0.0
     return Estimate(
         bytes=moved,

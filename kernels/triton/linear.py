@@ -94,7 +94,9 @@ class LinearSpec(KernelSpec):
     family: ClassVar[str] = "linear"
     reduce_block: ClassVar[int] = 256
 
-    rows: int | None  # M for 1 to 16 rows; None for any number, given at launch, as all of 16 and several of 12 bits are
+    rows: (
+        int | None
+    )  # M for 1 to 16 rows; None for any number, given at launch, as all of 16 and several of 12 bits are
     in_features: int
     out_features: int  # of the result; a gated kernel reads 2 N weight rows, the gate's first
     tile: LinearTile
@@ -118,7 +120,9 @@ class LinearSpec(KernelSpec):
         if self.rows is not None and not 1 <= self.rows <= MAX_EXACT_ROWS:
             raise ValueError(f"rows={self.rows} is outside 1..{MAX_EXACT_ROWS}; use rows=None for more")
         if self.rows not in (None, *{"w4": (self.rows,), "dense": (), "bf12": (1,)}[self.weights]):
-            raise ValueError(f"rows={self.rows}: one kernel serves all passes of weights={self.weights!r}; use rows=None")
+            raise ValueError(
+                f"rows={self.rows}: one kernel serves all passes of weights={self.weights!r}; use rows=None"
+            )
         if self.weights == "w4" and self.tile.block_k % self.group_size:
             raise ValueError(f"block_k={self.tile.block_k} is not a multiple of group_size={self.group_size}")
         least = {"row": 1, "groups": 8, "dot": 16}[self.form]

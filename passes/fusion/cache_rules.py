@@ -1,9 +1,9 @@
 """The fusion rules around the KV cache: the write of its slots, and attention over a static cache.
 
-Slots stay device tensors; the entries of a full window move up in place, which frees its last slot. On a GPU, where each
-operator is a launch, write and attention become one operator, which counts the tokens too: one launch of a twin, whose
-tokens come one by one, and two of a backbone that runs passes of all widths with the same kernels. On a CPU they are
-phases of a tape, and stay apart. Not handled: caches that grow with every token.
+Slots stay device tensors; the entries of a full window move up in place, which frees its last slot. On a GPU, where
+each operator is a launch, write and attention become one operator, which counts the tokens too: one launch of a twin,
+whose tokens come one by one, and two of a backbone that runs passes of all widths with the same kernels. On a CPU they
+are phases of a tape, and stay apart. Not handled: caches that grow with every token.
 """
 
 from __future__ import annotations
@@ -299,9 +299,7 @@ def _stands_before(write: fx.Node, attention: fx.Node, caches: list[fx.Node]) ->
     return alone and list(write.args[6:8]) == caches
 
 
-def _attend(
-    write: fx.Node, caches: list[fx.Node], how: tuple, value: Tensor
-) -> tuple[fx.Node, fx.Node | None]:
+def _attend(write: fx.Node, caches: list[fx.Node], how: tuple, value: Tensor) -> tuple[fx.Node, fx.Node | None]:
     """Makes the operator of a write and an attention; returns it, and the node that counted the tokens before."""
     *made_of, slot, _, _, norm, eps, interleaved = write.args
     step = _step_of(slot, write)

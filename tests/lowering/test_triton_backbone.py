@@ -1,4 +1,4 @@
-"""``backbone="river"`` with the generated kernels: the 16-bit blocks multiply and attend by them, in passes of all widths.
+"""``backbone="river"`` with the generated kernels: 16-bit blocks multiply and attend by them, in passes of all widths.
 
 Run in Triton's interpreter on CPU tensors, against the model as it is, and exact mode to the bit against decoding
 without drafts.
@@ -9,7 +9,7 @@ from __future__ import annotations
 import pytest
 import torch
 
-from river_compile import ExactModeError, OptionError, exact, report
+from river_compile import ExactModeError, OptionError, exact, report, river
 from river_compile.decoding.mode import decode as decode_loop
 from river_compile.kernels.triton.calls import linear as products
 from river_compile.lowering.choose import Lowering
@@ -137,7 +137,7 @@ VERIFIES = {"criterion": "doubt", "threshold": 0.0}
 def generated(model, rows: int, **how):
     """Generates and keeps the logits that tokens were chosen by."""
     torch.manual_seed(0)
-    ids, mask = left_padded(rows, 5)
+    ids, mask = (given.to(model.device) for given in left_padded(rows, 5))
     wanted = {"output_logits": True, "return_dict_in_generate": True, "cache_implementation": "static"}
     return model.generate(ids, attention_mask=mask, max_new_tokens=9, do_sample=False, **wanted, **how)
 
@@ -148,9 +148,22 @@ def generated(model, rows: int, **how):
 def test_verified_text_has_the_bits_of_decoding_without_drafts(name, rows, dtype):
     """Every token's logits, in passes of one position and of several, captured as one launch a pass."""
     with recording():
-        model = compiled(name, dtype=dtype, cudagraphs=True, **VERIFIES)
-        drafted = generated(model, rows, strict=True, **DRAFTS)
-        plain = generated(model, rows, custom_generate=decode_loop)
+        check_verified_text(compiled(name, dtype=dtype, cudagraphs=True, **VERIFIES), rows)
+
+
+@pytest.mark.gpu
+@pytest.mark.parametrize("rows", [1, 3])
+@pytest.mark.parametrize("name", ["llama", "qwen3"])
+def test_on_a_gpu_too(name, rows):
+    torch._dynamo.reset()
+    model = make(name, layers=LAYERS, dtype=torch.bfloat16).cuda()
+    model.compile(backend=river, options={**OPTIONS, **VERIFIES})
+    check_verified_text(model, rows)
+
+
+def check_verified_text(model, rows: int) -> None:
+    drafted = generated(model, rows, strict=True, **DRAFTS)
+    plain = generated(model, rows, custom_generate=decode_loop)
     assert torch.equal(drafted.sequences, plain.sequences)
     for ours, theirs in zip(drafted.logits, plain.logits, strict=True):
         assert torch.equal(ours, theirs)

@@ -169,10 +169,8 @@ def _occupancy(device: Device, registers: int, warps: int, shared: int) -> float
     return min(by_registers, by_shared, device.warps // warps) * warps / device.warps
 
 
-def token_cost(
-    shape: ModelShape, kernels: dict[str, KernelSpec], rows: int = 1
-) -> tuple[TokenCost, TokenCost]:
-    """Returns the costs of one block and of a token that runs all of them so, and then the head; `rows` are sequences."""
+def token_cost(shape: ModelShape, kernels: dict[str, KernelSpec], rows: int = 1) -> tuple[TokenCost, TokenCost]:
+    """Returns the costs of one block, and of a token of so many sequences that runs all blocks so and then the head."""
     matmuls = [label for label, spec in kernels.items() if isinstance(spec, LinearSpec)]
     block = TokenCost(0, 0)
     for label, spec in kernels.items():
@@ -228,7 +226,9 @@ def main(arguments: list[str] | None = None) -> int:
             seconds = {label: shape.layers ** (not _is_head(label)) * usage.seconds for label, usage in part.items()}
             for label, time in seconds.items():
                 usage_of[label][0] = part[label] = replace(part[label], share=time / sum(seconds.values()))
-            block, token = token_cost(shape, {label.removeprefix(f"{group} "): kernels[label] for label in labels}, rows)
+            block, token = token_cost(
+                shape, {label.removeprefix(f"{group} "): kernels[label] for label in labels}, rows
+            )
             floor = token_floor(shape, twins, context, rows) if group == "twins" else None
             bandwidth = options.bandwidth * 1e9 if options.bandwidth else DEVICES[target].bandwidth
             others = [(usage.kernel, usage.bound, usage.share) for usage in part.values() if usage.bound != "bytes"]

@@ -7,7 +7,7 @@ caches are taken as they lie, and both must lie alike.
 from __future__ import annotations
 
 from collections.abc import Callable
-from typing import Any
+from typing import Any, TypeAlias
 
 import torch
 import torch.nn.functional as F
@@ -22,6 +22,10 @@ from river_compile.kernels.triton.kv_fill import KvFillSpec
 from river_compile.kernels.triton.linear import MAX_EXACT_ROWS
 from river_compile.kernels.triton.loader import dtype_name
 from river_compile.kernels.triton.shift import ShiftSpec
+
+
+# What describes a call that fills slots, its buffers but for the query, and the query, which is empty.
+_Filling: TypeAlias = tuple[Callable[[], KvFillSpec], dict[str, Tensor], Tensor]
 
 
 def kv_fill(
@@ -56,17 +60,18 @@ def kv_fill(
         ValueError: tensors whose shapes, strides or dtypes do not fit together.
     """
     several = qkv.dim() == 3 and qkv.shape[1] > 1
-    made_of = (qkv, q_norm, k_norm, cos, sin, slot, k_cache, v_cache, norm, eps, interleaved)
-    q = _fill(*made_of, several=several)
+    how = (norm, eps, interleaved)
+    made = _filling(qkv, q_norm, k_norm, cos, sin, slot, k_cache, v_cache, *how, several=several)
+    q = _fill(made, (*how, False, several))
     return q.unflatten(0, qkv.shape[:2]) if several else q
 
 
-def _fill(*made_of: Any, several: bool, counts: bool = False) -> Tensor:
-    """Fills the slots and returns the query ``[B T, H, D]``."""
-    describe, given, q = _filling(*made_of, counts=counts, several=several)
+def _fill(made: _Filling, how: tuple[object, ...]) -> Tensor:
+    """Fills the slots of a call, which depends on `how` beside its tensors, and returns the query ``[B T, H, D]``."""
+    describe, given, q = made
     given["q"] = q
     positions = len(q) // len(given["k_cache"])
-    launch.chosen(("kv_fill", *made_of[-3:], counts, several), given, positions, describe)(given)
+    launch.chosen(("kv_fill", *how), given, positions, describe)(given)
     return q
 
 
@@ -99,8 +104,8 @@ def attend(
         qkv, q_norm, k_norm, cos, sin, k_cache, v_cache, norm, eps, interleaved: as of `kv_fill`; with `several`
             ``[B, T, (H + 2 J) D]``.
         slot: the slot to write, as of `kv_fill`; None where `counter` is given.
-        counter: int32 or int64, one element: the slot to write, or the first of them, to which T is added afterwards; or
-            None. Mutated.
+        counter: int32 or int64, one element: the slot to write, or the first of them, to which T is added afterwards;
+            or None. Mutated.
         mask, scale, softcap: as of `decode_attention`; the mask says of the new slots too whether they take part. With
             `several` ``[B or 1, 1, T, S]``.
         several: whether positions are a dimension of their own.
@@ -117,7 +122,8 @@ def attend(
         raise ValueError("give a slot or a counter, which is one that advances")
     how, advance = (norm, eps, interleaved), counter is not None
     if several:
-        q = _fill(qkv, q_norm, k_norm, cos, sin, place, k_cache, v_cache, *how, several=True, counts=advance)
+        fills = (qkv, q_norm, k_norm, cos, sin, place, k_cache, v_cache)
+        q = _fill(_filling(*fills, *how, counts=advance, several=True), (*how, advance, True))
         heads = q.unflatten(0, qkv.shape[:2])
         return _attend_from_several(heads, k_cache, v_cache, mask, scale, softcap, counter, causal)
     fill, given, out = _filling(qkv, q_norm, k_norm, cos, sin, place, k_cache, v_cache, *how)
@@ -147,8 +153,8 @@ def _attend_from_several(
             counter.add_(positions)
         if softcap:
             return attention_of_several(q, k_cache, v_cache, mask, scale, softcap, causal)
-        heads, how = (q.transpose(1, 2), k_cache, v_cache, mask), {"is_causal": causal, "scale": scale}
-        attended = F.scaled_dot_product_attention(*heads, **how, enable_gqa=True)
+        heads = (q.transpose(1, 2), k_cache, v_cache, mask)
+        attended = F.scaled_dot_product_attention(*heads, is_causal=causal, scale=scale, enable_gqa=True)
         return attended.transpose(1, 2).contiguous()
     out = q.new_empty((b * positions, *q.shape[2:]))
     slot = None if counter is None else counter.reshape(-1)
@@ -182,7 +188,7 @@ def _filling(
     interleaved: bool,
     counts: bool = False,
     several: bool = False,
-) -> tuple[Callable[[], KvFillSpec], dict[str, Tensor], Tensor]:
+) -> _Filling:
     """Returns what describes a call that fills slots, its buffers but for the result, and an empty ``[B T, H, D]``."""
     b, kv_heads, slots, d = k_cache.shape
     heads = qkv.shape[-1] // d - 2 * kv_heads
