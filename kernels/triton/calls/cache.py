@@ -23,7 +23,6 @@ from river_compile.kernels.triton.linear import MAX_EXACT_ROWS
 from river_compile.kernels.triton.loader import dtype_name
 from river_compile.kernels.triton.shift import ShiftSpec
 
-
 # What describes a call that fills slots, its buffers but for the query, and the query, which is empty.
 _Filling: TypeAlias = tuple[Callable[[], KvFillSpec], dict[str, Tensor], Tensor]
 
