@@ -229,16 +229,12 @@ class Drafter:
         copying = [i for i in running if rows[i].open and rows[i].copies(river)]
         asking = [i for i in running if rows[i].open and i not in copying]
         scores_NV = step.scores(ids_BS, asking, steps)
-        known = {i: self._pad_token for i in rows if i not in asking}
         for i in copying:
             first, *rows[i].copy = rows[i].copy
             rows[i].add(first)
-            known[i] = first.token
-        places = {i: place for place, i in enumerate(rows)}
-        column = [([places[i] for i in known], sent([*known.values()], ids_BS.device))] if known else []
+        tokens_N = scores_NV.new_zeros(0)
         if asking:
             tokens_N = step.choose(scores_NV, asking, steps)
-            column.append(([places[i] for i in asking], tokens_N))
             values_2N = torch.stack([tokens_N.double(), self._ranks.first(entropies(scores_NV)).double()])
             if unread is None:
                 chosen = self._proposed(*read(values_2N))
@@ -251,7 +247,12 @@ class Drafter:
         for i in copying if unread is not None else (*copying, *asking):
             if rows[i].proposed[-1].token in self._ends[i]:
                 rows[i].room = len(rows[i].proposed)
-        return put_together(column)
+        if len(asking) == len(rows):
+            return tokens_N
+        known = {i: rows[i].proposed[-1].token if i in copying else self._pad_token for i in rows if i not in asking}
+        places = {i: place for place, i in enumerate(rows)}
+        parts = [([places[i] for i in known], sent([*known.values()], ids_BS.device))]
+        return put_together([*parts, ([places[i] for i in asking], tokens_N)] if asking else parts)
 
     def _proposed(self, values: Sequence[float]) -> list[Proposed]:
         """Returns the river's tokens, given N ids and N entropies."""

@@ -8,7 +8,7 @@ more. Not handled: devices that run late and are not CUDA's.
 from __future__ import annotations
 
 import time
-from collections.abc import Iterable, Sequence
+from collections.abc import Sequence
 from itertools import islice
 from typing import Any
 
@@ -18,8 +18,8 @@ from torch import Tensor
 
 def read(*tensors: Tensor) -> list[list[float]]:
     """Returns the elements of each tensor of numbers; the host waits once, for all that was asked before."""
-    if not tensors:
-        return []
+    if len(tensors) < 2:
+        return [tensors[0].flatten().tolist()] if tensors else []
     values = iter(torch.cat([tensor.flatten().double() for tensor in tensors]).tolist())
     return [[*islice(values, tensor.numel())] for tensor in tensors]
 
@@ -37,13 +37,12 @@ def at(values_B: Tensor, places: Sequence[int]) -> Tensor:
     return torch.cat([values_B[:0], *(values_B[place : place + 1] for place in places)])
 
 
-def put_together(parts: Iterable[tuple[Sequence[int], Tensor]]) -> Tensor:
+def put_together(parts: Sequence[tuple[Sequence[int], Tensor]]) -> Tensor:
     """Returns values ``[N]`` in the order of their places, which are those from 0 to N - 1.
 
     Args:
         parts: places, each in order, and as many values.
     """
-    parts = [part for part in parts if part[0]]
     if len(parts) == 1:
         return parts[0][1]
     values = {place: value for places, values in parts for place, value in zip(places, values, strict=True)}

@@ -162,7 +162,7 @@ class DecodeLoop:
         logits = session.verify(torch.cat([ids, draft.ids], dim=-1), drafted)
         verified_at = mark(ids.device)
         best = [self.ranks.first(logits.argmax(-1))] if late and any(r.takes_best for r, _ in self.rows) else []
-        chosen = [int(token) for tokens in drafter.read(draft, *best) for token in tokens]
+        chosen = [int(token) for tokens in drafter.read(draft, *best) for token in tokens] if late else []
         cycles = self._settle(self.rows, logits, draft.rows, chosen)
         # (Of a row that has ended nothing is needed any more: it goes with the longest.)
         advance = max(map(_length, self.running or running)) - longest
@@ -193,8 +193,9 @@ class DecodeLoop:
         for request, places in _places(rows).items():
             own = [drafts[request, row] for row in places]
             logits = at(logits_BWV, [*places.values()])
-            best = [chosen[place * width : (place + 1) * width] for place in places.values()]
-            known = best if chosen and request.takes_best else None
+            known = None
+            if chosen and request.takes_best:
+                known = [chosen[place * width : (place + 1) * width] for place in places.values()]
             cycles += self._guarded(request, request.settle, [*places], logits, own, self.drafter, known) or []
         return cycles
 
@@ -256,10 +257,11 @@ class DecodeLoop:
         return put_together(parts) if parts else scores
 
     def _choose_draft(self, scores_NV: Tensor, rows: Sequence[Row], drafted: int) -> Tensor:
-        return put_together(
-            ([*places.values()], request.choose_draft([*places], at(scores_NV, [*places.values()]), drafted))
-            for request, places in _places(rows).items()
-        )
+        parts = []
+        for request, places in _places(rows).items():
+            inside = [*places.values()]
+            parts.append((inside, request.choose_draft([*places], at(scores_NV, inside), drafted)))
+        return put_together(parts)
 
 
 def _length(row: Row) -> int:

@@ -167,11 +167,14 @@ class Request:
         going = running = self.texts.running
         sources: dict[int, list[str]] = {row: [] for row in running}
         held_back: set[int] = set()
+        order = list(rows)
         for i in range(logits_NWV.shape[1]):
             agreed: set[int] = set()
             for group in self._groups(going):
                 if best is None:
-                    tokens = self.choose(group, at(logits_NWV[:, i], [places[row] for row in group])).tolist()
+                    logits = logits_NWV[:, i]
+                    logits = logits if group == order else at(logits, [places[row] for row in group])
+                    tokens = self.choose(group, logits).tolist()
                 else:
                     tokens = [best[places[row]][i] for row in group]
                     if self.pad_token is not None:
