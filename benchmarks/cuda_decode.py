@@ -9,7 +9,8 @@ in the order in which they are measured (`--only` names some):
     river       never leaving, and leaving at each of `--depths`; static cache, captured
     asked       the same, with the check of every block on the way read: in order, launched ahead, and by the device
     inductor    torch.compile(mode="reduce-overhead"), static cache; an error where it leaves out its CUDA graphs
-    int4        the same with torch's own 4-bit products in the linear layers (`benchmarks.int4_baseline`)
+    exact       exact mode by generated kernels of all widths (backbone="river"), and the same without drafts; see below
+    int4        "inductor" with torch's own 4-bit products in the linear layers (`benchmarks.int4_baseline`)
     tuned       "inductor" with coordinate_descent_tuning and max_autotune
     eager       transformers as it is, a cache that grows
 
@@ -26,6 +27,17 @@ as it is there; one that fails is noted and the next one begins. Columns:
     kernels        per token, counted by the profiler; "graphs": launches of captured graphs, "waits": of the host
     captures       how many, their seconds and MB; "peak MB": device memory allocated at most
     argmax         share of tokens with plain transformers' choice; "cosine" of the logits, the least
+
+Exact mode has tables of its own, beside what the cost model says of an H100 (`benchmarks.estimate`). It is strict, the
+river drafts `--drafted` tokens in every cycle, and `model.generate` is timed from the end of the first cycle on. A text
+that is not the one that the same kernels write without drafts counts as a failure. How often drafts of random weights
+hold means nothing, so there are tokens/s at the shares of `--hold` too, by the cycle as measured. Of a cycle:
+
+    draft, verify  the device's microseconds for a drafted token, and for the pass over all; "rest": what else there is
+                   until the cycle ends; medians of cycles whose draft has its full length
+    plain          microseconds of a token without drafts, by the same kernels in the same loop
+    tokens         kept; "held": share of the drafted tokens
+    waits          of the host, after the first cycles
 """
 
 from __future__ import annotations
@@ -37,12 +49,12 @@ import sys
 import time
 from collections.abc import Iterator
 from contextlib import closing
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 
 from benchmarks import common
 
 NEVER = "never"
-GROUPS = ("river", "asked", "inductor", "int4", "tuned", "eager")
+GROUPS = ("river", "asked", "inductor", "exact", "int4", "tuned", "eager")
 _WAYS = {False: "in order", True: "ahead", "device": "on the device"}  # to read a check, by `launch_ahead`
 _WORKERS = {"river": "river", "asked": "river", "tuned": "inductor tuned"}  # others are called as their group
 
@@ -54,6 +66,7 @@ class Row:
     name: str
     backend: str
     job: dict = field(default_factory=dict)
+    command: str = "row"
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
@@ -67,6 +80,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     gpu.add_argument("--group-size", type=int, default=64, choices=(32, 64, 128), help="of the twins (%(default)s)")
     gpu.add_argument("--bandwidth", type=_positive, default=3350.0, help="GB/s of the estimate (%(default)s, an H100)")
     gpu.add_argument("--hold", nargs="+", type=_share, default=[0.7, 0.88], help="of exact mode's drafts (%(default)s)")
+    gpu.add_argument("--drafted", type=common.number(1), default=3, help="tokens of exact mode's drafts (%(default)s)")
     gpu.add_argument("--only", nargs="+", choices=GROUPS, default=list(GROUPS), metavar="ROWS", help=", ".join(GROUPS))
     gpu.add_argument("--no-generate", action="store_true", help="time the loop alone, not `model.generate`")
     gpu.add_argument("--minutes", type=_positive, default=math.inf, help="begin no row that would end after these")
@@ -98,6 +112,9 @@ def check(options: argparse.Namespace) -> None:
             raise ValueError(f"--depths {depth} lies after the last exit of {least} blocks; give never, or less")
     if options.estimate:
         return
+    if "exact" in options.only and options.new_tokens < options.drafted + 3:
+        least = options.drafted + 3  # (so that a cycle with a whole draft is not the last)
+        raise ValueError(f"--drafted {options.drafted} needs --new-tokens {least} or more")
     import torch
 
     if options.device != "cuda":
@@ -150,6 +167,9 @@ def rows_of(options: argparse.Namespace) -> list[Row]:
     rows = []
     for group in (group for group in GROUPS if group in options.only):
         backend = _WORKERS.get(group, group)
+        if group == "exact":
+            rows.append(Row(group, backend, {"drafted": options.drafted, "holds": options.hold}, "exact"))
+            continue
         if group not in ("river", "asked"):
             rows.append(Row(backend, backend, {"depth": None, "generates": group in ("inductor", "eager")}))
             continue
@@ -161,7 +181,7 @@ def rows_of(options: argparse.Namespace) -> list[Row]:
                     job = {"depth": depth, "asked": True, "ahead": ahead, "generates": False}
                     rows.append(Row(f"asked {depth_name(depth)}, {how}", backend, job))
     if options.no_generate:
-        rows = [Row(row.name, row.backend, row.job | {"generates": False}) for row in rows]
+        rows = [row if row.command == "exact" else replace(row, job=row.job | {"generates": False}) for row in rows]
     return rows
 
 
@@ -172,7 +192,8 @@ def measured(name: str, options: argparse.Namespace, until: float, found: dict) 
         name: of the model.
         options: the command line.
         until: by `time.monotonic`; a row that is expected to end later is not begun.
-        found: "rows", "missing" (names of rows, with the reason) and "check" (what an exit check costs) of the model.
+        found: "rows", "missing" (names of rows that failed, with the reason) and "check" (what an exit check costs) of
+            the model.
     """
     rows = rows_of(options)
     sizes = {"context": options.context, "group_size": options.group_size, "new_tokens": options.new_tokens}
@@ -185,16 +206,20 @@ def measured(name: str, options: argparse.Namespace, until: float, found: dict) 
                 reason = broken or (f"no time for it: {latest:.0f} s or more" if start + latest > until else None)
                 if reason is None:
                     reason = _failure(
-                        lambda w=worker, r=row: found["rows"].append({"name": r.name} | w.ask("row", **r.job))
+                        lambda w=worker, r=row: found["rows"].append({"name": r.name} | w.ask(r.command, **r.job))
                     )
                 if reason is not None:
                     print(f"{row.name}: {reason}", file=sys.stderr)
                     found["missing"][row.name] = reason
                     continue
-                latest = time.monotonic() - start
+                latest, made = time.monotonic() - start, found["rows"][-1]
+                if made.get("parts_at") is not None:  # (what was measured is kept)
+                    reason = f"not the text without drafts from token {made['parts_at']} on"
+                    print(f"{row.name}: {reason}", file=sys.stderr)
+                    found["missing"][row.name] = reason
                 found["check"] = check_cost(found["rows"], name) or found["check"]
-                print(f"{name} {row.name}: {found['rows'][-1]['tokens_per_s']:.1f} tokens/s", flush=True)
-                yield found["rows"][-1]
+                print(f"{name} {row.name}: {made['tokens_per_s']:.1f} tokens/s", flush=True)
+                yield made
 
 
 def _failure(work) -> str | None:
@@ -238,7 +263,8 @@ def show(name: str, found: dict, copy: float, bandwidth: float) -> None:
     print(f"\n{name}\n")
     headers = ["", "tokens/s", "+-", "by bytes", "target", "generate", "kept", "MB", "of copy", "busy"]
     lines = []
-    for row in found["rows"]:
+    rows = [row for row in found["rows"] if "cycle" not in row]
+    for row in rows:
         forced = row["backend"] == "river" and not row["asked"]
         spread = (1 / row["seconds"][0] - 1 / row["seconds"][-1]) / 2
         lines.append([row["name"], row["tokens_per_s"], spread, round(bandwidth / row["bytes"])])
@@ -249,11 +275,12 @@ def show(name: str, found: dict, copy: float, bandwidth: float) -> None:
     print()
     headers = ["", "kernels", "graphs", "waits", "captures", "s", "MB", "peak MB", "argmax", "cosine"]
     lines = []
-    for row in found["rows"]:
+    for row in rows:
         sizes = [None if row[key] is None else round(row[key] / 1e6) for key in ("capture_bytes", "peak_bytes")]
         lines.append([row[key] for key in ("name", "kernels", "graphs", "waits", "captures", "capture_s")])
         lines[-1] += [*sizes, _percent(row["argmax"]), "NaN" if row["nan"] else row["cosine"]]
     common.print_table(headers, lines)
+    show_exact([row for row in found["rows"] if "cycle" in row])
     for missing, reason in found["missing"].items():
         print(f"{missing}: {reason.splitlines()[0]}")
     speed = {row["name"]: row["tokens_per_s"] for row in found["rows"]}
@@ -266,6 +293,26 @@ def show(name: str, found: dict, copy: float, bandwidth: float) -> None:
     if "river depth 3" in speed and "inductor" in speed:
         ratio = speed["river depth 3"] / speed["inductor"]
         print(f"Depth 3 over Inductor's 16-bit model: {ratio:.2f} ({SPEEDUP_TARGET} to reach).")
+
+
+def show_exact(rows: list[dict]) -> None:
+    """Prints what was measured of exact mode, beside what is modelled."""
+    for row in rows:
+        text = "the same" if row["parts_at"] is None else f"parts at token {row['parts_at']}"
+        print(f"\n{row['name']}: {row['drafted']} tokens drafted, verified {row['width']} wide; text: {text}\n")
+        headers = ["us", "draft", "verify", "rest", "cycle", "plain", "tokens/s", "tokens", "held", "busy", "waits"]
+        lines = []
+        for name, of in (("measured", row["cycle"]), ("modelled", row["modelled"])):
+            lines.append([name, *(round(of[key] * 1e6) for key in ("draft", "verify", "rest", "seconds", "plain"))])
+        lines[0] += [row["tokens_per_s"], row["tokens_per_cycle"], _percent(row["held"])]
+        lines[0] += [_percent(row["busy"]), row["waits"]]
+        lines[1] += [None] * 5
+        common.print_table(headers, lines)
+        print()
+        headers = ["holds", "tokens/cycle", "tokens/s", "x plain", "modelled", "x plain"]
+        keys = ["hold", "tokens_per_cycle", "tokens_per_s", "over_plain"]
+        keys += ["modelled_tokens_per_s", "modelled_over_plain"]
+        common.print_table(headers, [[of[key] for key in keys] for of in row["holds"]])
 
 
 def _percent(share: float | None) -> str | None:

@@ -6,7 +6,7 @@ import contextlib
 import math
 import statistics
 import time
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import replace
 from typing import Any
 
@@ -17,11 +17,12 @@ from torch.profiler import ProfilerActivity, profile
 from transformers import DynamicCache, PreTrainedModel, StaticCache
 
 from benchmarks import common
+from benchmarks.estimate import exact_cycle
 from benchmarks.int4_baseline import use_int4
 from benchmarks.random_llama import random_llama
 from benchmarks.roofline import Roofline
 from benchmarks.schedule import leaving_at
-from river_compile import report
+from river_compile import decode, exact, report
 from river_compile.backend import executors_of
 from river_compile.capture.device import CaptureLog
 from river_compile.capture.device_exits import DeviceExits
@@ -29,12 +30,15 @@ from river_compile.capture.launch_ahead import LaunchAhead
 from river_compile.capture.runner import CapturedRunner
 from river_compile.cli.timing import generate
 from river_compile.exits import forced_depth
+from river_compile.runtime.executor import on_step
+from river_compile.runtime.stats import CycleRecord, cycles
 from river_compile.upstream.transformers import cache_argument, crop
 
 _WARM_UP = 4  # tokens: the first runs, the second is captured
 _ASKED_WARM_UP = 64  # until what decides about launching ahead has seen enough
 _REPEATS = 3
 _PROFILED = 4
+_UNPROFILED = 2  # cycles of exact mode: transformers makes the inputs of a width's first two passes
 _COMPARED = 16  # tokens whose logits are compared with those of plain transformers
 _WAITS = ("cudaStreamSynchronize", "cudaEventSynchronize", "cudaDeviceSynchronize")
 #: Inductor's settings of each baseline: what `mode="reduce-overhead"` is, and with tuned products.
@@ -42,6 +46,15 @@ INDUCTOR = {
     "inductor": {"triton.cudagraphs": True},
     "inductor tuned": {"triton.cudagraphs": True, "coordinate_descent_tuning": True, "max_autotune": True},
     "int4": {"triton.cudagraphs": True, "coordinate_descent_tuning": True},
+}
+#: River's options. "river" checks after every block and never lets a token leave: what is measured without checks
+#: forces its depth. (Rows set who decides as they need it.) "exact" is what `accelerate(quality="strict")` needs.
+RIVER: dict[str, dict[str, object]] = {
+    "river": {"threshold": 2.0, "first_exit": 1, "launch_ahead": "device"},
+    "exact": {
+        **{"criterion": "doubt", "threshold": 0.0, "first_exit": 1},
+        **{"backbone": "river", "backbone_weights": "model"},
+    },
 }
 
 
@@ -59,7 +72,7 @@ class Bench:
 
         Args:
             name: a Llama of ``tools.kernels.shapes.MODELS``.
-            backend: "eager", "river" or a key of `INDUCTOR`; "int4" has 4-bit products of torch's in its place.
+            backend: "eager" or a key of `RIVER` or `INDUCTOR`; "int4" has 4-bit products of torch's in its place.
             context: tokens of the prompt.
             group_size: of 4-bit weights.
             new_tokens: tokens that are timed at a time.
@@ -76,10 +89,8 @@ class Bench:
         if backend in INDUCTOR:
             torch._dynamo.utils.counters.clear()
             self.model.compile(options=INDUCTOR[backend])
-        elif backend == "river":
-            # Checks after every block that never let a token leave: what is measured without them forces its depth.
-            options = {"threshold": 2.0, "first_exit": 1, "quantizer": "rtn", "group_size": group_size}
-            options |= {"launch_ahead": "device"}  # (which rows set as they need it)
+        elif backend in RIVER:
+            options = {**RIVER[backend], "quantizer": "rtn", "group_size": group_size}
             self.model.compile(backend="river", options=options)
         return {"seconds": time.perf_counter() - start}
 
@@ -122,6 +133,78 @@ class Bench:
             "capture_s": after[0] - seconds if self.backend == "river" else None,
             "capture_bytes": after[1] - size if self.backend == "river" else None,
             "captures": after[2] - made if self.backend == "river" else None,
+            "peak_bytes": self._peak(),
+        }
+
+    def exact_row(self, drafted: int, holds: Sequence[float]) -> dict:
+        """Measures exact mode with drafts of one length, all of them the river's.
+
+        Args:
+            drafted: tokens of a draft; the loop's new tokens are at least three more.
+            holds: probabilities that a drafted token holds where those before it did, to say what they would give.
+
+        Raises:
+            ExactModeError: verified text might have other bits than plain decoding's.
+        """
+        self._reset_peak()
+        with forced_depth(self._roofline.shape.layers):
+            self.loop.text(custom_generate=decode)
+            plain, plain_seconds = self.loop.text_in_steps(custom_generate=decode)
+        how = {"custom_generate": exact, "max_draft": drafted, "strict": True}
+        how |= {"prompt_lookup": False, "adaptive": False, "stop_below": 0.0}
+        for _ in range(2):  # (the first one compiles each width's pass, the second one captures it)
+            self.loop.text(**how)
+        ran, times, texts = [], [], []
+        for _ in range(_REPEATS):
+            text, seen, seconds = self.loop.text_in_cycles(**how)
+            texts.append(text)
+            times.append(seconds)
+            ran += seen
+        parts = [i for text in texts for i, (a, b) in enumerate(zip(text, plain, strict=True)) if a != b]
+        whole = [cycle for cycle in ran if len(cycle.drafted) == drafted]
+        draft, verify, rest = (statistics.median(cycle.seconds[i] for cycle in whole) for i in range(3))
+        seconds = statistics.median(sum(cycle.seconds) for cycle in whole)
+        paper = [exact_cycle(self._roofline, hold, "dense", "dense", drafted) for hold in holds]
+        drafts = drafted * paper[0]["draft_seconds"]
+        found = self.loop.profiled_cycles(**how)
+        busy = found.pop("device_seconds")
+        return {
+            "backend": self.backend,
+            "drafted": drafted,
+            "width": whole[0].width,
+            "parts_at": min(parts, default=None),
+            "seconds": sorted(times),
+            "tokens_per_s": 1 / statistics.median(times),
+            "cycles": len(ran),
+            "tokens_per_cycle": sum(len(cycle.kept) for cycle in ran) / len(ran),
+            "held": sum(cycle.accepted for cycle in ran) / sum(len(cycle.drafted) for cycle in ran),
+            "cycle": {
+                "draft": draft / drafted,
+                "verify": verify,
+                "rest": rest,
+                "seconds": seconds,
+                "plain": plain_seconds,
+            },
+            "modelled": {
+                "draft": paper[0]["draft_seconds"],
+                "verify": paper[0]["verify_seconds"],
+                "rest": paper[0]["seconds"] - drafts - paper[0]["verify_seconds"],
+                "seconds": paper[0]["seconds"],
+                "plain": paper[0]["over_plain"] / paper[0]["tokens_per_s"],
+            },
+            "holds": [
+                {
+                    "hold": row["hold"],
+                    "tokens_per_cycle": row["tokens_per_cycle"],
+                    "tokens_per_s": row["tokens_per_cycle"] / seconds,
+                    "over_plain": row["tokens_per_cycle"] / seconds * plain_seconds,
+                    "modelled_tokens_per_s": row["tokens_per_s"],
+                    "modelled_over_plain": row["over_plain"],
+                }
+                for row in paper
+            ],
+            "busy": None if busy is None else busy / seconds,
+            **found,
             "peak_bytes": self._peak(),
         }
 
@@ -230,6 +313,53 @@ class Loop:
             self.round(tokens)
         return counted(found.events(), tokens)
 
+    def text(self, **how: Any) -> list[int]:
+        """Returns the new tokens of `model.generate`, into the loop's cache after the same prompt; takes them back."""
+        held = {cache_argument(self.model): self.cache, "attention_mask": torch.ones_like(self._prompt)}
+        self.cache.reset()
+        how |= {"max_new_tokens": self.new_tokens, "do_sample": False, "disable_compile": True}
+        ids = self.model.generate(self._prompt, **held, **how)
+        crop(self.cache, self.new_tokens - 1)
+        return ids[0, self._prompt.shape[1] :].tolist()
+
+    def text_in_steps(self, **how: Any) -> tuple[list[int], float]:
+        """Returns a text without drafts, and the seconds per token from its first decode step on."""
+        at: list[float] = []
+        with on_step(lambda executor, args, step: at.append(time.perf_counter())):
+            text = self.text(**how)
+        _, first, *_, last = at  # (before them the prompt's)
+        return text, (last - first) / (len(at) - 2)
+
+    def text_in_cycles(self, **how: Any) -> tuple[list[int], list[CycleRecord], float]:
+        """Returns a text, its cycles of exact mode, and the seconds per token from the end of the first one on."""
+        seen: list[tuple[CycleRecord, float]] = []
+        with cycles.added(lambda cycle: seen.append((cycle, time.perf_counter()))):
+            text = self.text(**how)
+        tokens = sum(len(cycle.kept) for cycle, _ in seen[1:])
+        return text, [cycle for cycle, _ in seen], (seen[-1][1] - seen[0][1]) / tokens
+
+    def profiled_cycles(self, **how: Any) -> dict:
+        """Returns what :meth:`profiled` does per cycle of exact mode, without waits for events that have passed."""
+        nothing = dict.fromkeys(("kernels", "graphs", "waits", "device_seconds"))
+        if not self.on_gpu:
+            return nothing
+        seen, found, kinds = 0, None, [ProfilerActivity.CPU, ProfilerActivity.CUDA]
+
+        def ended(cycle: CycleRecord) -> None:
+            nonlocal seen, found
+            seen += 1
+            if seen == _UNPROFILED:
+                found = profiling.enter_context(profile(activities=kinds))
+            elif seen == _UNPROFILED + _PROFILED:
+                profiling.close()
+
+        with contextlib.ExitStack() as profiling, cycles.added(ended):
+            self.text(**how)
+        if found is None or seen == _UNPROFILED:
+            return nothing
+        count = min(seen - _UNPROFILED, _PROFILED)
+        return counted(found.events(), count, own=2 * count)  # (two a cycle are for its times)
+
     def generate_rates(self, kept: bool) -> tuple[float, float | None]:
         """Returns the decode tokens/s of `model.generate` after the same prompt, the second time.
 
@@ -277,13 +407,16 @@ class Loop:
             torch.cuda.synchronize()
 
 
-def counted(events: Iterable[Any], tokens: int) -> dict:
-    """Returns what a profile of so many tokens says per token: kernels, graph launches, waits, the device's seconds."""
+def counted(events: Iterable[Any], tokens: int, own: int = 2) -> dict:
+    """Returns what a profile of so many tokens says per token: kernels, graph launches, waits, the device's seconds.
+
+    `own` waits are the measurement's, such as two of the loop.
+    """
     events = list(events)
     on_device = [event for event in events if event.device_type == DeviceType.CUDA]
     kernels = sum(not event.name.startswith(("Memcpy", "Memset")) for event in on_device)
     graphs = sum(event.name in ("cudaGraphLaunch", "hipGraphLaunch") for event in events)
-    waits = sum(event.name in _WAITS for event in events) - 2  # (two are the loop's own)
+    waits = sum(event.name in _WAITS for event in events) - own
     busy = covered((event.time_range.start, event.time_range.end) for event in on_device) / 1e6
     per_token = {"kernels": kernels, "graphs": graphs, "waits": max(waits, 0)}
     return {name: round(count / tokens) for name, count in per_token.items()} | {"device_seconds": busy / tokens}
@@ -301,7 +434,7 @@ def covered(intervals: Iterable[tuple[float, float]]) -> float:
 def main(arguments: list[str] | None = None) -> int:
     """Answers what `benchmarks.cuda_decode` asks; returns 0."""
     bench = Bench()
-    common.serve({"prepare": bench.prepare, "row": bench.row})
+    common.serve({"prepare": bench.prepare, "row": bench.row, "exact": bench.exact_row})
     return 0
 
 

@@ -13,13 +13,19 @@ from torch.autograd import DeviceType
 
 from benchmarks import common, cuda_decode, cuda_worker, decode, gpu_facts
 from benchmarks.cuda_worker import Bench, NotGraphed, counted, covered
+from benchmarks.estimate import exact_cycle
 from benchmarks.int4_baseline import Int4Linear, fits, packed_for_cuda, scales_and_zeros, use_int4
 from benchmarks.random_llama import random_llama
+from river_compile import exact
 from river_compile.kernels.quant.grid import quantize
+from river_compile.runtime.stats import CycleRecord, RowCycle
+from tests.support.lowerings import FUSED, lowered
 from tools.kernels.shapes import MODELS, ModelShape
 from tools.recorder import recording
 
 SIZES = {"context": 8, "group_size": 32, "new_tokens": 5}
+PARTS = {"draft": 2, "verify": 1, "rest": 1}  # of a cycle with two drafted tokens
+CYCLES = [CycleRecord((RowCycle(0, ("river",) * 2, ("river", "backbone"), False),), 3, (0.2, 0.3, 0.1), 0, 0)]
 
 
 @pytest.fixture
@@ -52,6 +58,19 @@ def answered(job, speed=80.0):
     )
 
 
+def exact_answer(holds, drafted=3, parts_at=None):
+    """A row of exact mode as a worker answers it: cycles of 10 ms, where 8 are modelled."""
+    at = {"tokens_per_cycle": 2.0, "tokens_per_s": 200.0, "over_plain": 1.25}
+    at |= {"modelled_tokens_per_s": 250.0, "modelled_over_plain": 1.5}
+    return {
+        **{"backend": "exact", "drafted": drafted, "width": 4, "parts_at": parts_at, "cycles": 5},
+        "holds": [{"hold": hold, **at} for hold in holds],
+        **{"tokens_per_s": 150.0, "tokens_per_cycle": 1.5, "held": 0.25, "busy": 0.75, "waits": 1},
+        "cycle": {"seconds": 0.01, "draft": 0.002, "verify": 0.003, "rest": 0.001, "plain": 0.00625},
+        "modelled": {"seconds": 0.008, "draft": 0.0015, "verify": 0.0034, "rest": 0.0001, "plain": 0.006},
+    }
+
+
 class FakeWorker:
     """Stands in for a process: notes what it is asked, and answers."""
 
@@ -66,6 +85,8 @@ class FakeWorker:
         self.log.append((self.backend, command, job.get("depth"), job.get("asked", False), job.get("ahead")))
         if command == "prepare":
             return {"seconds": 1.0}
+        if command == "exact":
+            return exact_answer(**job, parts_at=self.answers.get("parts_at"))
         answer = self.answers.get((self.backend, job["depth"], job.get("asked", False)), 80.0)
         if isinstance(answer, BaseException):
             raise answer
@@ -102,7 +123,8 @@ def test_a_process_for_each_backend_and_rivers_first(workers, card, tiny, capsys
     workers.answers = {("inductor", None, False): 100.0, ("river", 3, False): 250.0}
     assert cuda_decode.main(options(tiny, "--depths", "never", "0", "3")) == 0
     assert [entry for entry in workers.log if entry[1] == "prepare"] == [
-        (backend, "prepare", None, False, None) for backend in ("river", "inductor", "int4", "inductor tuned", "eager")
+        (backend, "prepare", None, False, None)
+        for backend in ("river", "inductor", "exact", "int4", "inductor tuned", "eager")
     ]
     river = [entry[2:] for entry in workers.log if entry[:2] == ("river", "row")]
     forced = [(None, False, None), (0, False, None), (3, False, None)]
@@ -139,6 +161,29 @@ def test_a_row_that_fails_is_noted_and_the_next_begins(workers, card, tiny, tmp_
     assert "inductor: NotGraphed" in capsys.readouterr().out
 
 
+@pytest.mark.parametrize("parts_at", [None, 17])
+def test_exact_mode_stands_beside_its_estimate(parts_at, workers, card, tiny, tmp_path, capsys):
+    """Measured first, modelled below; a text that parts is a failure whose times are kept."""
+    file = tmp_path / "gpu.json"
+    workers.answers = {"parts_at": parts_at}
+    only = ("--only", "exact", "--hold", "0.5", "--no-generate", "--json", str(file))
+    assert cuda_decode.main(options(tiny, *only)) == 0
+    assert [entry[:2] for entry in workers.log] == [("exact", command) for command in ("prepare", "exact")]
+    found = json.loads(file.read_text())["models"][tiny]
+    assert [row["name"] for row in found["rows"]] == ["exact"]
+    reason = "not the text without drafts from token 17 on"
+    assert found["missing"] == ({} if parts_at is None else {"exact": reason})
+    printed = [line.split() for line in capsys.readouterr().out.splitlines()]
+    assert ["measured", "2000", "3000", "1000", "10000", "6250", "150.00", "1.50", "25%", "75%", "1"] in printed
+    assert ["modelled", "1500", "3400", "100", "8000", "6000", *"-----"] in printed
+    assert ["0.50", "2.00", "200.00", "1.25", "250.00", "1.50"] in printed
+
+
+def test_a_whole_draft_must_fit(card, tiny):
+    with pytest.raises(ValueError, match="--drafted 6 needs --new-tokens 9 or more"):
+        cuda_decode.check(options(tiny, "--depths", "never", "--drafted", "6", "--new-tokens", "8"))
+
+
 def test_no_row_begins_that_would_end_too_late(workers, card, tiny, capsys, monkeypatch):
     clock = iter(range(0, 10**6, 50))  # every look takes 50 s
     monkeypatch.setattr("benchmarks.cuda_decode.time.monotonic", lambda: next(clock))
@@ -149,7 +194,8 @@ def test_no_row_begins_that_would_end_too_late(workers, card, tiny, capsys, monk
 
 
 def test_without_generate_only_the_loop_is_timed(tiny):
-    assert not any(row.job["generates"] for row in cuda_decode.rows_of(options(tiny, "--no-generate")))
+    rows = [row for row in cuda_decode.rows_of(options(tiny, "--no-generate")) if row.command == "row"]
+    assert not any(row.job["generates"] for row in rows)
 
 
 def test_the_cost_of_a_check_has_an_error(tiny):
@@ -206,6 +252,41 @@ def test_rivers_rows(tiny, monkeypatch, no_grad):
     assert never["captures"] > 0
     assert bench.row(None, generates=False)["captures"] == 0
     assert int(bench.loop.cache.get_seq_length()) == SIZES["context"]
+
+
+@pytest.mark.slow
+@recording()
+def test_exact_mode_s_rows(tiny, monkeypatch, no_grad):
+    """Generated kernels in Triton's interpreter: verified text is that without drafts."""
+    monkeypatch.setitem(MODELS, tiny, ModelShape(tiny, 2, 64, 4, 2, 16, 128, 96))
+    compile_model = torch.nn.Module.compile
+
+    def compiled(model, options, backend):
+        compile_model(model, backend=lowered(FUSED), options={**options, "cudagraphs": True})
+
+    monkeypatch.setattr(torch.nn.Module, "compile", compiled)
+    monkeypatch.setattr(cuda_worker, "_REPEATS", 1)
+    bench = Bench()
+    bench.prepare(tiny, "exact", **SIZES, device="cpu")
+    row = bench.exact_row(drafted=2, holds=[0.5, 1.0])
+    assert (row["parts_at"], row["drafted"], row["width"]) == (None, 2, 3)
+    assert row["cycle"]["seconds"] == pytest.approx(sum(f * row["cycle"][k] for k, f in PARTS.items()), rel=0.3)
+    assert [of["tokens_per_cycle"] for of in row["holds"]] == [1.75, 3.0]
+    assert [of["tokens_per_s"] * row["cycle"]["seconds"] for of in row["holds"]] == pytest.approx([1.75, 3.0])
+    assert all(of["over_plain"] == of["tokens_per_s"] * row["cycle"]["plain"] > 0 for of in row["holds"])
+    paper = exact_cycle(bench._roofline, 0.5, "dense", "dense", 2)
+    parts = {key: paper[f"{key}_seconds"] for key in ("draft", "verify")} | {"seconds": paper["seconds"]}
+    assert row["modelled"].items() >= parts.items()
+    assert row["modelled"]["seconds"] == pytest.approx(sum(f * row["modelled"][k] for k, f in PARTS.items()))
+    without = exact_cycle(bench._roofline, 0.5, "dense", "dense", 0)
+    assert row["modelled"]["plain"] == pytest.approx(without["seconds"])
+    assert row["tokens_per_cycle"] == (SIZES["new_tokens"] - 1) / row["cycles"]
+    assert int(bench.loop.cache.get_seq_length()) == SIZES["context"]
+    # Rounding other than the backbone's is noticed, and says where.
+    monkeypatch.setattr(bench.loop, "text", lambda custom_generate, **how: [1, 2, 3 + (custom_generate is exact)])
+    monkeypatch.setattr(bench.loop, "text_in_steps", lambda **how: (bench.loop.text(**how), 1.0))
+    monkeypatch.setattr(bench.loop, "text_in_cycles", lambda **how: (bench.loop.text(**how), CYCLES, 1.0))
+    assert bench.exact_row(drafted=2, holds=[0.5])["parts_at"] == 2
 
 
 @pytest.mark.core
@@ -293,6 +374,7 @@ def test_a_profile_is_counted():
         "waits": 3,
         "device_seconds": pytest.approx((6 + 4 + 4 + 2) / 2 * 1e-6),
     }
+    assert counted(events, tokens=2, own=6)["waits"] == 1
     assert covered([]) == 0
 
 

@@ -228,6 +228,12 @@ def test_tokens_are_those_of_the_whole_model():
     assert 1 < small < large / 3
 
 
+def test_tokens_of_exact_mode_count():
+    """None of the drafts is assumed to hold: longer ones take longer."""
+    command = ("-m", "benchmarks.decode", "--device", "cuda", "--random", "llama-3.2-1b", "--only", "exact")
+    assert 1 < rehearsal.token_seconds(command) < rehearsal.token_seconds((*command, "--drafted", "7"))
+
+
 @pytest.mark.slow
 @pytest.mark.timeout(3600)
 def test_every_step_of_a_card_runs_without_one(tmp_path, capfd):

@@ -21,6 +21,7 @@ from typing import TYPE_CHECKING
 
 from benchmarks import decode
 from benchmarks.cuda_decode import rows_of
+from benchmarks.estimate import exact_cycle
 from benchmarks.roofline import Roofline
 from tools.kernels.shapes import MODELS, model_kernels
 
@@ -34,7 +35,8 @@ SMALLER = {
     "benchmarks.kernels": ("--context", "64"),
     "tools.kernels.tune": ("--top", "2", "--budget", "1e6"),
     "benchmarks.decode": (
-        *("--new-tokens", "4", "--context", "8", "--depths", "never", "0", "3", "--threads", "1", "--minutes", "1e6"),
+        *("--new-tokens", "6", "--context", "20", "--depths", "never", "0", "3", "--threads", "1", "--minutes", "1e6"),
+        *("--drafted", "2"),
     ),
     "benchmarks.cuda_trace": ("--context", "8"),
     "benchmarks.conditional": ("--levels", "1", "3"),
@@ -135,6 +137,10 @@ def token_seconds(command: Sequence[str]) -> float:
     for name in options.random:
         roofline = Roofline(name, options.context, options.group_size)
         for row in rows_of(options):
+            if row.command == "exact":  # Two texts without drafts, six with; it is assumed that none holds.
+                plain, cycle = (exact_cycle(roofline, 0, "dense", "dense", n) for n in (0, row.job["drafted"]))
+                total += options.new_tokens * (2 * plain["seconds"] + 6 * cycle["seconds"]) / SHARE
+                continue
             # Warm up, three rounds, two passes over compared tokens; `generate` twice for each of two caches.
             tokens = 64 + 3 * options.new_tokens + 2 * 16
             tokens += 4 * options.new_tokens if row.job.get("generates", True) else 0
