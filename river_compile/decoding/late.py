@@ -1,4 +1,4 @@
-"""What is asked of a device that runs late (a GPU), so that the host waits for it in :func:`read` alone.
+"""What is asked of a device that runs late (a GPU), so that the host waits for it in :func:`read` or `coming` alone.
 
 A tensor that is made of the host's numbers there, and an index that is a list, are copies which the host waits for; so
 is every `tolist`, `item` and `bool`. On a CPU, where nothing runs late, the same functions are what they say and no
@@ -8,7 +8,7 @@ more. Not handled: devices that run late and are not CUDA's.
 from __future__ import annotations
 
 import time
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from itertools import islice
 from typing import Any
 
@@ -22,6 +22,25 @@ def read(*tensors: Tensor) -> list[list[float]]:
         return [tensors[0].flatten().tolist()] if tensors else []
     values = iter(torch.cat([tensor.flatten().double() for tensor in tensors]).tolist())
     return [[*islice(values, tensor.numel())] for tensor in tensors]
+
+
+def coming(tensor: Tensor) -> Callable[[], list]:
+    """Begins to bring a tensor to the host, and returns what waits for it and returns its elements.
+
+    Work that is asked for in between is not waited for.
+    """
+    if not tensor.is_cuda:
+        return tensor.tolist
+    here = torch.empty(tensor.shape, dtype=tensor.dtype, pin_memory=True).copy_(tensor, non_blocking=True)
+    there = torch.cuda.Event()
+    there.record(torch.cuda.current_stream(tensor.device))
+
+    def wait() -> list:
+        there.synchronize()
+        elements: list = here.tolist()
+        return elements
+
+    return wait
 
 
 def sent(values: Sequence[Any], device: torch.device) -> Tensor:

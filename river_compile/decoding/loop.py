@@ -47,7 +47,7 @@ from torch.nn.utils.rnn import pad_sequence
 
 from river_compile.decoding.draft_policy import Proposed
 from river_compile.decoding.drafter import Drafter, DraftStep
-from river_compile.decoding.late import at, mark, put_together, seconds_between
+from river_compile.decoding.late import at, coming, mark, put_together, seconds_between
 from river_compile.decoding.request import Request
 from river_compile.decoding.session import Session
 from river_compile.distributed.ranks import ALONE, Ranks
@@ -128,12 +128,12 @@ class DecodeLoop:
         chosen = []
         for request, places in _places(rows).items():
             tokens = self._guarded(request, request.choose, [*places], at(logits_NV, [*places.values()]))
-            chosen.append((request, [*places], tokens))
+            chosen.append((request, [*places], None if tokens is None else coming(tokens)))
         if not self.shared:
             self._queue_next(chosen[0][0])
         for request, numbers, tokens in chosen:
             if tokens is not None:
-                self._guarded(request, request.end, numbers, tokens.tolist())
+                self._guarded(request, request.end, numbers, tokens())
 
     def _guarded(self, request: Request, do: Callable[..., Any], *args: Any) -> Any:
         """Does a part of a call's work; an error in it ends that call alone where others share the batch."""
