@@ -141,7 +141,7 @@ def _why_width_matters(program: RiverProgram, choices: Choices) -> str:
     """Returns why a token's bits may depend on how many run with it through the backbone, empty where they do not."""
     config, how = choices.config, choices.backbone_weights
     if not choices.own_backbone:
-        return "its backbone's matmuls are not River's own, which sum alike in passes of every width; use backbone='river'"
+        return "its backbone's matmuls are not River's own, which sum alike in all passes; use backbone='river'"
     if choices.lowering.native:
         return ""
     missed = next((f for f in program.fusions if f.missed and f.segment.startswith(("block", "head"))), None)
