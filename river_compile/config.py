@@ -134,7 +134,7 @@ class RiverConfig:
     backbone: str | None = _option(
         None,
         one_of(None, "model", "river"),
-        'the matmuls of the 16-bit blocks in decode steps: the `"model"`\'s own operators, or `"river"`: the C++ '
+        'the matmuls of the 16-bit blocks: the `"model"`\'s own operators, or `"river"`: the C++ '
         "kernels, which give a row the same bits among any number of rows, or the generated ones; `None`: river if "
         "twins are C++ ([docs/lowering.md](docs/lowering.md))",
         EXPERT,
