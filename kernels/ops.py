@@ -99,13 +99,11 @@ def linear(
     if (norm == "none") != (norm_weight is None):
         raise ValueError(f"norm={norm!r} and norm_weight go together; give both or neither")
     matrix = _matrix(weight, scale_zero, out_features, x.shape[-1], group_size, layout)
-    if isinstance(matrix, layouts.PackedLinear) and (layout in (bf12.LAYOUT, bits8.LAYOUT) or matrix.unpacked):
+    generated = (layout in ("triton", bf12.GENERATED) and _is_few(x)) or (layout == "triton" and scale_zero is not None)
+    unpacks = layout in (bf12.LAYOUT, bits8.LAYOUT) or (layout == bf12.GENERATED and not generated)
+    if isinstance(matrix, layouts.PackedLinear) and (unpacks or matrix.unpacked):
         matrix = matrix.dequantize(torch.float32 if layout == bits8.LAYOUT else x.dtype)
-    many = layout == bf12.GENERATED or (layout == "triton" and scale_zero is None)
-    many = many and x.numel() > MAX_EXACT_ROWS * x.shape[-1]
-    if many and isinstance(matrix, layouts.PackedLinear):
-        matrix = matrix.dequantize(x.dtype)
-    elif layout in ("triton", bf12.GENERATED) and not many:
+    if generated:
         y = products.linear(x, matrix, bias, residual, norm, norm_weight, norm_bias, eps, activation, gated)
         return y if wanted is None else _without_unwanted(y, wanted)
     h = x if norm_weight is None else _normalise(x, norm, norm_weight, norm_bias, eps)
@@ -117,6 +115,11 @@ def linear(
     if wanted is not None:
         return _without_unwanted(y, wanted)
     return y if residual is None else y + residual
+
+
+def _is_few(x: Tensor) -> bool:
+    """Whether the backbone's generated kernels multiply by these rows, and not a library."""
+    return x.numel() <= MAX_EXACT_ROWS * x.shape[-1]
 
 
 def _activated(parts: Sequence[Tensor], activation: str) -> Tensor:
@@ -174,7 +177,7 @@ def merged(
     Raises:
         ValueError: as of `linear`; matrices whose rows no tile divides.
     """
-    if x.numel() <= MAX_EXACT_ROWS * x.shape[-1]:
+    if _is_few(x):
         return products.linear(x, weights, biases, residual, norm, norm_weight, norm_bias, eps, activation, gated)
     h = x if norm_weight is None else _normalise(x, norm, norm_weight, norm_bias, eps)
     parts = [F.linear(h, w, b) for w, b in zip(weights, biases or repeat(None), strict=False)]

@@ -159,7 +159,7 @@ class RiverConfig:
     cudagraphs: bool | None = _option(
         None,
         one_of(None, True, False),
-        "whether decode steps on a static cache are captured and replayed; `None`: on a GPU "
+        "whether passes of a few tokens on a static cache are captured and replayed; `None`: on a GPU "
         "([docs/cuda.md](docs/cuda.md))",
         EXPERT,
     )
