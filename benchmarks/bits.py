@@ -55,9 +55,10 @@ class Product:
 
     Attributes:
         names: of their weights.
-        weight: ``[N, K]``, one below the other, float32.
+        weight: ``[N, K]``, one below the other.
         inputs: second moments of what it reads, and over how many tokens.
-        found: what it stands for, by group size, the largest first: those of `GROUPS` that divide K.
+        found: what it stands for, in the weight's dtype, by group size: those of `GROUPS` that divide K, the largest
+            first.
         noise: energy of its output's error, by group size.
     """
 
@@ -149,13 +150,13 @@ def quantized(model: PreTrainedModel) -> list[Product]:
 
     def make(names: Sequence[str]) -> Product:
         weights = [model.get_parameter(name) for name in names]
-        inputs, weight = observed.moments_of(weights[0]), torch.cat([w.float() for w in weights])
+        inputs, weight = observed.moments_of(weights[0]), torch.cat(weights)
         assert isinstance(inputs, InputMoments), "every linear of a block was read by something"
-        moments, found, noise = inputs.matrix(), {}, {}
+        exact, moments, found, noise = weight.float(), inputs.matrix(), {}, {}
         for group in (group for group in GROUPS if weight.shape[1] % group == 0):
-            grid, _ = quantize_observed(weight, group, "gptq", moments, torch.bfloat16, tokens=inputs.tokens)
-            found[group] = grid.dequantize()
-            noise[group] = output_energy(weight - found[group], moments)
+            grid, _ = quantize_observed(exact, group, "gptq", moments, torch.bfloat16, tokens=inputs.tokens)
+            noise[group] = output_energy(exact - grid.dequantize(), moments)
+            found[group] = grid.dequantize().to(weight.dtype)
         return Product(tuple(names), weight, inputs, found, noise)
 
     with ThreadPoolExecutor(torch.get_num_threads()) as pool:
@@ -183,7 +184,7 @@ def correction(product: Product, matrix: Tensor, rank: int) -> Tensor:
     """Returns the matrix of this rank, in bfloat16 parts, that makes up for most of the output's error."""
     moments = damped_moments(product.inputs.matrix(), 0.2)
     root = torch.linalg.cholesky(moments)  # E |e x|^2 = |e root|^2
-    u, s, v = torch.svd_lowrank((product.weight - matrix) @ root, q=rank + 8, niter=2)
+    u, s, v = torch.svd_lowrank((product.weight.float() - matrix) @ root, q=rank + 8, niter=2)
     a = u[:, :rank] * s[:rank]
     b = torch.linalg.solve_triangular(root.T, v[:, :rank], upper=True).T
     return a.bfloat16().float() @ b.bfloat16().float()
