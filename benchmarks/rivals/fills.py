@@ -53,8 +53,9 @@ class Monotone(Holes):
 
 
 RIVALS: dict[str, type[Fill]] = {fill.name: fill for fill in (Propagate, Recompute, Mask, Monotone)}
-# What they do not have: they keep count of every token on the host, and need no twins.
-OPTIONS = {"cudagraphs": False}
+# What they do not have: they keep count of every token on the host, and their blocks are no longer those that the
+# package's kernels know.
+OPTIONS = {"cudagraphs": False, "backbone": "model"}
 
 
 def backend(name: str) -> Callable:

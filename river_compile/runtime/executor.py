@@ -42,7 +42,7 @@ class RiverExecutor:
 
     Args:
         program: the rewritten graph.
-        runner: runs its segments; may be replaced between two steps.
+        runner: runs its segments; may be replaced between two steps, of which replays know nothing.
         policy: when tokens leave; may be replaced between two steps.
         stats: counts exits.
         memories: what policy and fill remember of the model's sequences; shared by the model's graphs.

@@ -27,12 +27,16 @@ class Letters:
         return {"input_ids": torch.tensor([ids]) if return_tensors else ids}
 
 
+def measured(base, *more):
+    arguments = ["--texts", "2", "--tokens", "5", "--calibration-texts", "0", "--no-progress", "--thresholds", "0.5"]
+    options = run._parse([*arguments, "--quantizers", "rtn", *more])
+    found = run.measure(make("llama", layers=3), Letters(), options, base)
+    return json.loads(json.dumps(found)) | {"seconds": 0.0}
+
+
 @pytest.fixture(scope="module")
 def outcome():
-    arguments = ["--texts", "2", "--tokens", "5", "--calibration-texts", "0", "--no-progress", "--thresholds", "0.5"]
-    options = run._parse([*arguments, "--quantizers", "rtn", "--fills", *FILLS])
-    found = run.measure(make("llama", layers=3), Letters(), options, BASE)
-    return json.loads(json.dumps(found)) | {"seconds": 0.0}
+    return measured(BASE, "--fills", *FILLS)
 
 
 @pytest.mark.slow
@@ -58,6 +62,17 @@ def test_fills_have_the_parts_that_they_pay_for(outcome):
             assert (parts["repair"] > 0) or name == "river"
     assert list(outcome["fills"]) == ["river", *FILLS]
     assert set(outcome["frontier"]["kl"]) == {"river", *FILLS}
+
+
+@pytest.mark.slow
+def test_parts_are_timed_in_what_runs_by_default():
+    """Steps that are replayed from a tape otherwise run one by one for that, and attention takes a rival's mask."""
+    found = measured({"group_size": 32}, "--parts", "fills", "--fills", "mask")["fills"]
+    for name, fill in found.items():
+        for budget in fill["budgets"].values():
+            assert budget["ms"]["backbone"] > 0
+            assert (budget["ms"]["tail"] > 0) == (name == "river")
+    assert list(found) == ["river", "mask"]
 
 
 def test_entries_of_executed_blocks_are_the_backbones(outcome):
