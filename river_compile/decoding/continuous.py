@@ -36,6 +36,7 @@ import torch
 from torch import Tensor
 from transformers import PreTrainedModel
 
+from river_compile.decoding.batch_session import BatchSession
 from river_compile.decoding.kept_prefix import prompt_of
 from river_compile.decoding.loop import DecodeLoop
 from river_compile.decoding.mode import Call, Decode, ExactMode
@@ -118,6 +119,8 @@ class ContinuousBatch:
     Raises:
         OptionError: (a ``ValueError``) `rows` is no such number, or the model has a batch already.
     """
+
+    _batch: BatchSession  # of the loop
 
     def __init__(self, model: PreTrainedModel, rows: int = 8) -> None:
         self._model, self._limit = model, _rows("rows", rows, OptionError)
@@ -345,14 +348,14 @@ class ContinuousBatch:
         loop = self._loop
         try:
             if loop is None or self._mode != prompt.mode:
-                self._mode, batch = prompt.mode, Session.of_batch(session, self._limit)
-                batch.join(session, call.ids_BS)
-                drafter, _ = prompt.mode.drafting(call, batch, logits, shared=False, joins=True)
-                self._loop = loop = DecodeLoop(batch, drafter, shared=True)
+                self._mode, self._batch = prompt.mode, BatchSession(session, self._limit)
+                self._batch.join(session, call.ids_BS)
+                drafter, _ = prompt.mode.drafting(call, self._batch, logits, shared=False, joins=True)
+                self._loop = loop = DecodeLoop(self._batch, drafter, shared=True)
             else:
-                loop.session.join(session, call.ids_BS)
+                self._batch.join(session, call.ids_BS)
                 if loop.drafter is not None:
-                    loop.drafter.take(loop.session.times)
+                    loop.drafter.take(self._batch.times)
             generator = torch.Generator(self._model.device)
             generator.set_state(prompt.waiting.random_state)
             prompt.request = call.request(session.ranks, loop.drafter is not None, True, generator)

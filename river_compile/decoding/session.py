@@ -24,7 +24,7 @@ import functools
 import time
 import warnings
 from bisect import bisect_right
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Iterator, Sequence
 from typing import Any
 
 import torch
@@ -36,7 +36,7 @@ from river_compile.config import RiverConfig
 from river_compile.decoding.bound_pass import BoundPass, graph_calls
 from river_compile.decoding.inputs import KNOWN, Inputs, PassInputs, with_all_logits, with_masks
 from river_compile.decoding.late import read
-from river_compile.decoding.rewind import BY_SLOT, RewindableCache, joined_inputs, moved_inputs, selected_inputs
+from river_compile.decoding.rewind import BY_SLOT, RewindableCache, moved_inputs, selected_inputs
 from river_compile.errors import ExactModeError, RiverWarning
 from river_compile.exits import forced_depth
 from river_compile.kernels.native.load import few_rows
@@ -53,13 +53,8 @@ from river_compile.upstream.transformers import (
     bytes_of,
     cache_argument,
     cache_of,
-    front_rows,
     is_allocated,
     is_static,
-    put_rows,
-    set_length,
-    sizes_of,
-    static_cache,
     with_rows,
 )
 
@@ -107,7 +102,6 @@ class Session:
         self._window: int | None = None  # entries that a draft's attention sees; 0 for all, None by their bytes
         self._programs: Programs | None = None  # those stored; None where passes cannot be
         self._began: tuple[float, int] | None = None  # the prompt: at what time, and how many graphs there were
-        self._whole: Cache | None = None  # of a batch that rows join: the memory of all rows that there may be
         self._rows = 0
 
     def prefill(self, ids_BS: Tensor, config: GenerationConfig, all_logits: bool = False) -> Tensor:
@@ -334,9 +328,6 @@ class Session:
 
     def select(self, rows: Sequence[int]) -> None:
         """Goes on with these rows of the batch alone, between two cycles: passes and cache become smaller."""
-        if not rows:  # (of a batch that others may join)
-            self._rows = 0
-            return
         cache = with_rows(self.cache, rows)
         self._kwargs = {**selected_inputs(self._kwargs, rows), cache_argument(self.model): cache}
         if self.entries.stays:
@@ -345,82 +336,10 @@ class Session:
             self._use(cache)
         self._of_rows(len(rows))
 
-    @classmethod
-    def of_batch(cls, prompt: Session, rows: int) -> Session:
-        """Returns a batch for up to `rows` rows like that of a session whose prompt has run, in which there are none
-        yet."""
-        batch = cls(prompt.model, prompt.lent, prompt.depth)
-        batch._graph, batch._programs = prompt._graph, prompt._programs
-        batch.stats, batch.sequences, batch.ranks = prompt.stats, prompt.sequences, prompt.ranks
-        batch._allocate(max(sizes_of(prompt.cache)), rows, prompt.cache)
-        return batch
-
-    def _allocate(self, slots: int, rows: int, like: Cache) -> None:
-        """Makes the memory of a batch that rows join, of the heads that another cache has."""
-        whole = static_cache(self.model, slots)
-        assert whole is not None, "the rows' own caches have layers of the same kinds"
-        for layer, other in zip(whole.layers, like.layers, strict=True):
-            keys, values = ((t[:1, :, :0].expand(rows, -1, -1, -1)) for t in (other.keys, other.values))
-            layer.lazy_initialization(keys, values)
-        self._whole = whole
-        self._use(whole)
-
-    def join(self, prompt: Session, ids_BS: Tensor) -> None:
-        """Takes in the row of a session whose prompt has run, between two cycles: it becomes the last one.
-
-        Args:
-            prompt: the session.
-            ids_BS: its prompt.
-        """
-        rows, entries = self._rows, prompt.entries.filled
-        kwargs = prompt._lengthened(entries + 1)
-        if kwargs.get("attention_mask") is None:  # (of a text without padding, which rows beside it will have)
-            kwargs["attention_mask"] = ids_BS.new_ones(1, entries + 1)
-        filled = max(entries, self.entries.filled) if rows else entries
-        self._has_slots(filled + self.widths[-1])
-        assert self._whole is not None, "only batches are joined"
-        if rows:
-            if filled > self.entries.filled:
-                self.entries.part([0] * rows, filled)
-            kwargs = joined_inputs(self._lengthened(self._kept), kwargs)
-        put_rows(self._whole, rows, prompt.cache, filled)
-        self._show(kwargs, rows + 1, filled)
-        self._kept = self._kept_by_kwargs = filled + 1
-        if self._tokens is not None:
-            self._tokens = self._tokens if rows else DraftVocab(self._tokens.vocabulary)
-            self._tokens.add(ids_BS)
-
-    def _show(self, kwargs: Mapping[str, Any], rows: int, filled: int) -> None:
-        """Goes on with the first rows of a batch's memory, which hold so many tokens."""
-        assert self._whole is not None, "only batches are joined"
-        for layer in self._whole.layers:
-            set_length(layer, filled)
-        view = front_rows(self._whole, rows)
-        self._kwargs = {**kwargs, cache_argument(self.model): view}
-        self._see(view)
-        self._of_rows(rows)
-
-    def _has_slots(self, slots: int) -> None:
-        """Moves a batch to longer memory where it has fewer slots."""
-        before = self._whole
-        assert before is not None, "only batches are joined"
-        size = max(sizes_of(before))
-        if slots <= size:
-            return
-        rows, filled = self._rows, self.entries.filled
-        self._allocate(max(2 * size, slots), len(before.layers[0].keys), before)
-        if rows:
-            put_rows(self._whole, 0, front_rows(before, rows), filled)
-            self._show(self._kwargs, rows, filled)
-
     def make_room(self, tokens: int) -> None:
         """Moves to a longer cache, between two cycles, where the next `tokens` do not fit and a cache that grows was
         asked for; no cycle writes more than its widest pass."""
-        next_tokens = min(tokens, self.widths[-1])
-        if self._whole is not None:
-            self._has_slots(self.entries.filled + next_tokens)
-            return
-        longer = self.lent.longer(self.cache, self.entries.filled, next_tokens)
+        longer = self.lent.longer(self.cache, self.entries.filled, min(tokens, self.widths[-1]))
         if longer is not None:
             self._move_to(longer)
 
