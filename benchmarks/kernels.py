@@ -28,10 +28,10 @@ import torch.nn.functional as F
 from benchmarks import common, cpu_kernels, gpu_facts
 from benchmarks.int4_baseline import fits, packed_for_cuda
 from river_compile.kernels.quant.grid import QuantizedWeight
+from river_compile.kernels.triton.cost_model import rows_of
+from river_compile.kernels.triton.cost_model import seconds as modelled
 from river_compile.kernels.triton.decode_attention import DecodeAttentionSpec
 from river_compile.kernels.triton.devices import device_name, known
-from river_compile.kernels.triton.heuristic import rows_of
-from river_compile.kernels.triton.heuristic import seconds as modelled
 from river_compile.kernels.triton.linear import LinearSpec
 from river_compile.kernels.triton.loader import load
 from river_compile.kernels.triton.spec import Buffer, KernelSpec

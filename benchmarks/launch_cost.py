@@ -23,7 +23,7 @@ from benchmarks import common
 from river_compile.kernels import ops  # noqa: F401  (registers torch.ops.river)
 from river_compile.kernels.triton import launch, loader
 from river_compile.kernels.triton.calls import linear as products
-from river_compile.kernels.triton.heuristic import best_tile
+from river_compile.kernels.triton.tiles import best_tile
 from tools.kernels.shapes import MODELS, ModelShape
 
 _GROUP = 64

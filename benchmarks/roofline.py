@@ -1,5 +1,5 @@
 """What a token of a known model costs at an exit depth, from shapes alone: launches, bytes, the time of the bytes, and
-what the kernels' cost model says (`heuristic.estimate`), which knows instructions too.
+what the kernels' cost model says (`cost_model.estimate`), which knows instructions too.
 
 Twins, exit check and head are counted as the generated kernels' own reports count them (every buffer of every launch
 once). A backbone block counts its 16-bit weights and its KV cache; its launches are at least its seven products and its
@@ -8,9 +8,10 @@ attention, because only Inductor on the GPU at hand knows how many more there ar
 
 from __future__ import annotations
 
+from river_compile.kernels.triton.cost_model import LAUNCH_SECONDS
 from river_compile.kernels.triton.decode_attention import DecodeAttentionSpec
 from river_compile.kernels.triton.devices import known
-from river_compile.kernels.triton.heuristic import LAUNCH_SECONDS, best_tile, untiled
+from river_compile.kernels.triton.tiles import best_tile, untiled
 from tools.kernels.shapes import (
     MODELS,
     ModelShape,
@@ -43,7 +44,7 @@ class Roofline:
         model: a key of ``tools.kernels.shapes.MODELS``.
         context: valid slots of the KV cache.
         group_size: of the 4-bit weights.
-        device: whose tiles the kernels get, see ``river_compile.kernels.triton.heuristic``.
+        device: whose tiles the kernels get, see ``river_compile.kernels.triton.tiles``.
     """
 
     def __init__(self, model: str, context: int, group_size: int, device: str = "sm_90") -> None:

@@ -6,7 +6,7 @@ Importing this package imports neither torch nor Triton. The modules, from what 
     portable    plain torch: one query position, scores of logits
     quant       weights -> 4 bits -> the bytes that a kernel reads
     triton      launch: tensors -> the spec of a kernel -> its launch
-                heuristic: a spec without a tile -> the tile that the cost model (or a tuning file) prefers
+                tiles: a spec without a tile -> the cheapest by `cost_model`, or what a tuning file has (`tuned`)
                 linear, kv_fill, decode_attention, shift, exit_score: one family each, its spec and cost
                 templates: the Triton source of each family
                 loader: spec -> source file -> compiled or interpreted kernel

@@ -56,5 +56,5 @@ def device_name(index: int) -> str:
 
 
 def device_of(tensor: torch.Tensor) -> str:
-    """Names the device that the heuristic tiles for; a CPU tensor's attention is split as on the default GPU."""
+    """Names the device that tiles are chosen for; a CPU tensor's attention is split as on the default GPU."""
     return device_name(tensor.device.index or 0) if tensor.is_cuda else DEFAULT_DEVICE

@@ -87,13 +87,13 @@ class RowDraft:
 class DraftPolicy(Protocol):
     """Says after each draft step whether to go on."""
 
-    def verify_now(self, rows: Sequence[RowDraft], drafted: int, river: float | None) -> int | None:
+    def verify_now(self, rows: Sequence[RowDraft], drafted: int, river: float) -> int | None:
         """Returns how many tokens of each draft and its copy to verify, or None to draft another token first.
 
         Args:
             rows: those that are being generated.
             drafted: tokens of the longest draft.
-            river: how likely the river's next token is to hold; None where it drafts none.
+            river: how likely the river's next token is to hold.
         """
         ...
 
@@ -126,7 +126,7 @@ class ByGain:
         self._leads: dict[Hashable, float] = {}  # of the rows: tokens that drafts brought less passes that they took
         self._least = 0.0  # of them
 
-    def verify_now(self, rows: Sequence[RowDraft], drafted: int, river: float | None) -> int | None:
+    def verify_now(self, rows: Sequence[RowDraft], drafted: int, river: float) -> int | None:
         if self._times.at_most(1) == math.inf:
             return 0  # (a batch waits for what it takes without drafts)
         prices = functools.cache(self._prices)
@@ -144,8 +144,6 @@ class ByGain:
 
         copied = self._expected([row.reaches_with([token.chance for token in row.copy]) for row in rows])
         stop, count = max((gain(copied[n], 0, n), n) for n in self._ends(len(copied) - 1))
-        if river is None:
-            return count
         chances = [max(river, row.copy[0].chance if row.copy else 0.0) for row in rows]
         tokens = self._expected([row.reaches for row in rows])[-1]
         for steps, held in enumerate(self._held(rows, chances, drafted), 1):
@@ -215,10 +213,8 @@ class ByChance:
     def __init__(self, stop_below: float, width: Callable[[int], int]) -> None:
         self._stop_below, self._width = stop_below, width
 
-    def verify_now(self, rows: Sequence[RowDraft], drafted: int, river: float | None) -> int | None:
-        if river is not None and any(
-            row.open and row.reach >= self._stop_below and not row.copies(river) for row in rows
-        ):
+    def verify_now(self, rows: Sequence[RowDraft], drafted: int, river: float) -> int | None:
+        if any(row.open and row.reach >= self._stop_below and not row.copies(river) for row in rows):
             return None
         return self._width(drafted) - 1 if drafted else max(len(row.copy) for row in rows)
 

@@ -131,7 +131,6 @@ class Drafter:
         ids_BS: Tensor,
         rooms: Mapping[Any, int | None],
         step: DraftStep,
-        river: bool = True,
         late: bool = False,
     ) -> Draft:
         """Proposes tokens for each row of the batch.
@@ -140,7 +139,6 @@ class Drafter:
             ids_BS: the ids so far, aligned to their ends.
             rooms: by row, in the batch's order, as many as can be verified and used; None for rows that have ended.
             step: runs the river over the ids that it is given, one token further per call.
-            river: whether it drafts at all, or the context alone.
             late: whether the river's tokens are left on the device, for :meth:`read` to wait for.
         """
         rows = {i: RowDraft(room or 0) for i, room in rooms.items()}
@@ -150,8 +148,7 @@ class Drafter:
         while True:
             for i in running if self._lookup and not (late and steps) else ():
                 rows[i].copy = self._continuation(i, rows[i])
-            chance = self._rates.river.chance(0.0) if river else None
-            count = self.rule.verify_now([rows[i] for i in running], steps, chance)
+            count = self.rule.verify_now([rows[i] for i in running], steps, self._rates.river.chance(0.0))
             if count is not None:
                 break
             start = time.perf_counter()

@@ -6,7 +6,7 @@ what a token costs.
 
 Registers, spills and shared memory come from the compiled code, widths of loads and matrix instructions from its text.
 The machine code of products is counted: instructions that a thread executes for each of its weights (see
-`machine_code`). What bounds a launch says the kernels' cost model (`heuristic.Estimate`), with these registers and
+`machine_code`). What bounds a launch says the kernels' cost model (`cost_model.Estimate`), with these registers and
 instructions in the place of its own: nothing here has run. Columns of its part:
 
     KB ahead    bytes of weights (of keys and values) on their way to one processor before the first is used
@@ -30,7 +30,7 @@ from collections.abc import Iterator
 from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 
-from river_compile.kernels.triton import heuristic
+from river_compile.kernels.triton.cost_model import Compiled, bytes_ahead, shared_bytes
 from river_compile.kernels.triton.decode_attention import DecodeAttentionSpec
 from river_compile.kernels.triton.devices import DEVICES, Device
 from river_compile.kernels.triton.linear import LinearSpec
@@ -118,12 +118,12 @@ def bounded(usage: Usage, spec: KernelSpec, rows: int = 1) -> Usage:
     if usage.instructions is not None and isinstance(spec, LinearSpec):
         executed = usage.instructions * thread_weights(spec, device.warp)
     rows = rows if isinstance(spec, LinearSpec) else 1
-    estimate = estimate_of(spec, device, heuristic.Compiled(resident, executed), rows)
+    estimate = estimate_of(spec, device, Compiled(resident, executed), rows)
     programs = min(estimate.waves, 1.0) * resident
     ahead = reads = None
     if isinstance(spec, LinearSpec):
-        ahead = programs * heuristic.bytes_ahead(spec)
-        reads = heuristic.shared_bytes(spec, rows) / sum(buffer.bytes for buffer in spec.weight_buffers.values())
+        ahead = programs * bytes_ahead(spec)
+        reads = shared_bytes(spec, rows) / sum(buffer.bytes for buffer in spec.weight_buffers.values())
     elif isinstance(spec, DecodeAttentionSpec):
         ahead = programs * 2 * spec.block * spec.cache.bytes / (spec.cache.shape[0] * spec.kv_heads * spec.slots)
     time = {"waves": estimate.waves, "seconds": estimate.total, "of_bytes": estimate.bytes / estimate.total}

@@ -7,14 +7,14 @@ import math
 from dataclasses import dataclass
 from typing import Any
 
-from river_compile.kernels.triton import heuristic
+from river_compile.kernels.triton.cost_model import LAUNCH_SECONDS, Compiled, Estimate, attention_estimate, estimate
 from river_compile.kernels.triton.decode_attention import DecodeAttentionSpec
 from river_compile.kernels.triton.devices import DEFAULT_DEVICE, Device, known
 from river_compile.kernels.triton.exit_score import ExitScoreSpec
-from river_compile.kernels.triton.heuristic import attention_splits, best_tile, untiled
 from river_compile.kernels.triton.kv_fill import KvFillSpec
 from river_compile.kernels.triton.linear import LinearSpec
 from river_compile.kernels.triton.spec import KernelSpec
+from river_compile.kernels.triton.tiles import attention_splits, best_tile, untiled
 
 
 @dataclass(frozen=True)
@@ -135,23 +135,21 @@ def model_kernels(
     }
 
 
-def estimate_of(
-    spec: KernelSpec, device: Device, compiled: heuristic.Compiled | None = None, rows: int = 1
-) -> heuristic.Estimate:
+def estimate_of(spec: KernelSpec, device: Device, compiled: Compiled | None = None, rows: int = 1) -> Estimate:
     """Returns where the time of a kernel goes by the cost model; of one that it does not know, bytes and launches.
 
     `rows` is for those that leave their number open, positions for attention's.
     """
     if isinstance(spec, LinearSpec):
-        return heuristic.estimate(spec, device, rows, compiled)
+        return estimate(spec, device, rows, compiled)
     if isinstance(spec, DecodeAttentionSpec):
         resident = {} if compiled is None else {"resident": compiled.resident}
         heads = (spec.batch * spec.kv_heads, spec.slots, device, spec.group, spec.head_dim, spec.splits)
         times = spec.groups(rows) // (spec.batch * spec.kv_heads)
-        return heuristic.attention_estimate(*heads, **resident, times=times)
+        return attention_estimate(*heads, **resident, times=times)
     cost, programs = cost_of(spec, rows=rows), math.prod(spec.stages()[0].grid(rows))
-    waits, waves = heuristic.LAUNCH_SECONDS * cost.launches, programs / device.processors
-    return heuristic.Estimate(cost.bytes / device.bandwidth, 0.0, 0.0, 0.0, 0.0, waits, waves)
+    waits, waves = LAUNCH_SECONDS * cost.launches, programs / device.processors
+    return Estimate(cost.bytes / device.bandwidth, 0.0, 0.0, 0.0, 0.0, waits, waves)
 
 
 def verifying_kernels(attention: DecodeAttentionSpec) -> dict[str, KernelSpec]:

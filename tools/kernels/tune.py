@@ -1,4 +1,4 @@
-"""Measures tiles on the GPU at hand and saves the best ones, for the heuristic to look up first.
+"""Measures tiles on the GPU at hand and saves the best ones, which are looked up before any other.
 
     python -m tools.kernels.tune --model llama-3.1-8b [--rows 1] [--group-size 64] [--budget 60] [--top 8]
 
@@ -21,19 +21,13 @@ from pathlib import Path
 import torch
 
 from river_compile.kernels.files import appearing
+from river_compile.kernels.triton.cost_model import rows_of
 from river_compile.kernels.triton.devices import device_name, known
-from river_compile.kernels.triton.heuristic import (
-    candidates,
-    cost,
-    rows_of,
-    saved_tiles,
-    tuned_for,
-    tuning_file,
-    tuning_key,
-)
 from river_compile.kernels.triton.linear import LinearSpec, LinearTile
 from river_compile.kernels.triton.loader import load
 from river_compile.kernels.triton.spec import KernelSpec
+from river_compile.kernels.triton.tiles import candidates, cost
+from river_compile.kernels.triton.tuned import saved_tiles, tuned_for, tuning_file, tuning_key
 
 from .shapes import MODELS, model_kernels
 

@@ -42,9 +42,9 @@ from river_compile.kernels.files import appearing, in_cache
 from river_compile.kernels.native.build import find_compiler, torch_flags
 from river_compile.kernels.triton import loader
 from river_compile.kernels.triton.devices import DEFAULT_DEVICE, known
-from river_compile.kernels.triton.heuristic import interpreter_tile
 from river_compile.kernels.triton.linear import LinearSpec
 from river_compile.kernels.triton.spec import KernelSpec, Stage
+from river_compile.kernels.triton.tiles import interpreter_tile
 
 SECONDS = 5e-6  # of everything that runs, by this card's clock
 MEMORY = 80 * 10**9  # bytes

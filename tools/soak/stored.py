@@ -20,8 +20,11 @@ import torch
 import river_compile
 from river_compile.backend import executors_of
 from river_compile.calibration.result import Calibration, Candidate
-from river_compile.kernels.triton import heuristic, loader
+from river_compile.kernels.triton import loader
 from river_compile.kernels.triton.exit_score import ExitScoreSpec
+from river_compile.kernels.triton.linear import LinearTile
+from river_compile.kernels.triton.tiles import untiled
+from river_compile.kernels.triton.tuned import saved_tiles, tuned_for, tuning_key
 from river_compile.passes.program import RiverProgram
 from river_compile.passes.segments import fingerprint
 from river_compile.store import graphs
@@ -33,7 +36,7 @@ from tools.kernels import tune
 from tools.soak.cases import Failure
 
 SPEC = ExitScoreSpec(2, 48, "float32")
-LINEAR = heuristic.untiled(1, 256, 64, weights="w4")
+LINEAR = untiled(1, 256, 64, weights="w4")
 DEVICE = "device"
 
 
@@ -116,8 +119,8 @@ def _use_kernel(folder: Path) -> None:
         raise Failure("a damaged kernel computes something else")
 
 
-def _tuned() -> dict[str, heuristic.LinearTile]:
-    return {heuristic.tuning_key(LINEAR): heuristic.LinearTile(16, 256, 8)}
+def _tuned() -> dict[str, LinearTile]:
+    return {tuning_key(LINEAR): LinearTile(16, 256, 8)}
 
 
 def _write_tiles(folder: Path) -> None:
@@ -128,8 +131,8 @@ def _read_tiles(folder: Path) -> None:
     """A tile changes speed alone, so any that a kernel can have will do."""
     with warnings.catch_warnings():
         warnings.filterwarnings("ignore", message=".*cannot be read and is ignored")
-        tiles = heuristic.saved_tiles(folder / "tuning.json").get(heuristic.tuned_for(DEVICE), {})
-    tile = tiles.get(heuristic.tuning_key(LINEAR))
+        tiles = saved_tiles(folder / "tuning.json").get(tuned_for(DEVICE), {})
+    tile = tiles.get(tuning_key(LINEAR))
     if tile is not None:
         dataclasses.replace(LINEAR, tile=tile)
 

@@ -17,11 +17,11 @@ from river_compile.kernels.portable import attention_of_several
 from river_compile.kernels.triton import launch
 from river_compile.kernels.triton.decode_attention import DecodeAttentionSpec
 from river_compile.kernels.triton.devices import device_of, known
-from river_compile.kernels.triton.heuristic import attention_splits
 from river_compile.kernels.triton.kv_fill import KvFillSpec
 from river_compile.kernels.triton.linear import MAX_EXACT_ROWS
 from river_compile.kernels.triton.loader import dtype_name
 from river_compile.kernels.triton.shift import ShiftSpec
+from river_compile.kernels.triton.tiles import attention_splits
 
 # What describes a call that fills slots, its buffers but for the query, and the query, which is empty.
 _Filling: TypeAlias = tuple[Callable[[], KvFillSpec], dict[str, Tensor], Tensor]

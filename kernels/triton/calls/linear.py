@@ -16,9 +16,9 @@ from river_compile.kernels.quant import bf12
 from river_compile.kernels.quant.layouts import PackedLinear
 from river_compile.kernels.triton import launch
 from river_compile.kernels.triton.devices import device_of
-from river_compile.kernels.triton.heuristic import best_tile, interpreter_tile, untiled
 from river_compile.kernels.triton.linear import LinearSpec, part_name
 from river_compile.kernels.triton.loader import dtype_name, load
+from river_compile.kernels.triton.tiles import best_tile, interpreter_tile, untiled
 
 
 def linear(

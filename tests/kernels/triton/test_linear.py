@@ -7,9 +7,9 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from river_compile.kernels.triton.devices import known
-from river_compile.kernels.triton.heuristic import candidates, untiled
 from river_compile.kernels.triton.linear import ACTIVATIONS, NORMS, LinearSpec, LinearTile, form_of
 from river_compile.kernels.triton.spec import render
+from river_compile.kernels.triton.tiles import candidates, untiled
 from tests.kernels.checks import VALUES, check_bits_of_rows, check_linear
 from tests.support.examples import examples
 

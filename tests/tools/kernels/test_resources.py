@@ -9,11 +9,11 @@ import pytest
 from river_compile.kernels.triton.decode_attention import DecodeAttentionSpec
 from river_compile.kernels.triton.devices import DEVICES
 from river_compile.kernels.triton.exit_score import ExitScoreSpec
-from river_compile.kernels.triton.heuristic import MAX_REGISTERS, best_tile, untiled
 from river_compile.kernels.triton.kv_fill import KvFillSpec
 from river_compile.kernels.triton.linear import LinearSpec, LinearTile
 from river_compile.kernels.triton.loader import compile_for
 from river_compile.kernels.triton.shift import ShiftSpec
+from river_compile.kernels.triton.tiles import MAX_REGISTERS, best_tile, untiled
 from tests.support.examples import slow, slow_but
 from tools.kernels import resources
 from tools.kernels.machine_code import counted, counted_amd, cuobjdump

@@ -6,8 +6,9 @@ import pytest
 import torch
 
 from river_compile.kernels.triton.devices import DEVICES
-from river_compile.kernels.triton.heuristic import best_tile, cost, saved_tiles, tuned_for, tuning_key, untiled
 from river_compile.kernels.triton.linear import LinearTile
+from river_compile.kernels.triton.tiles import best_tile, cost, untiled
+from river_compile.kernels.triton.tuned import saved_tiles, tuned_for, tuning_key
 from tools.kernels import tune
 
 SPECS = [untiled(1, 2048, n) for n in (256, 512)]

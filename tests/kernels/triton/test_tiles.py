@@ -9,25 +9,27 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from river_compile.kernels.triton import heuristic
-from river_compile.kernels.triton.devices import DEVICES
-from river_compile.kernels.triton.heuristic import (
-    MAX_REGISTERS,
+from river_compile.kernels.triton.cost_model import (
     Compiled,
     attention_estimate,
+    estimate,
+    registers,
+    seconds,
+    shared_bytes,
+)
+from river_compile.kernels.triton.devices import DEVICES
+from river_compile.kernels.triton.linear import NORMS, LinearTile
+from river_compile.kernels.triton.spec import Cost, render
+from river_compile.kernels.triton.tiles import (
+    MAX_REGISTERS,
     attention_splits,
     best_tile,
     candidates,
     cost,
-    estimate,
     most_registers,
-    registers,
-    seconds,
-    shared_bytes,
     untiled,
 )
-from river_compile.kernels.triton.linear import NORMS, LinearTile
-from river_compile.kernels.triton.spec import Cost, render
+from river_compile.kernels.triton.tuned import tuned_for, tuning_key
 from tests.support.examples import examples
 from tools.kernels.shapes import MODELS, backbone_kernels, model_kernels
 
@@ -157,12 +159,10 @@ def test_a_saved_tile_goes_before_the_model(tmp_path, monkeypatch):
     monkeypatch.setenv("RIVER_COMPILE_TUNING", str(path))
     modelled = best_tile(problem).tile
     assert modelled != tile
-    path.write_text(
-        json.dumps({heuristic.tuned_for("sm_90"): {heuristic.tuning_key(problem): dataclasses.asdict(tile)}})
-    )
+    path.write_text(json.dumps({tuned_for("sm_90"): {tuning_key(problem): dataclasses.asdict(tile)}}))
     assert best_tile(problem).tile == tile
     assert best_tile(problem, "sm_80").tile != tile
-    other = {"sm_90, triton 2.0": {heuristic.tuning_key(problem): dataclasses.asdict(tile)}}
+    other = {"sm_90, triton 2.0": {tuning_key(problem): dataclasses.asdict(tile)}}
     path.write_text(json.dumps(other))
     os.utime(path, ns=(1, 1))
     assert best_tile(problem).tile == modelled
