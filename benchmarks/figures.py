@@ -1,19 +1,37 @@
-"""Figures without a display: a row of panels, plain axes, and the file."""
+"""Figures without a display: rows of panels, plain axes, and the file."""
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from pathlib import Path
 
 from matplotlib.axes import Axes
 from matplotlib.backends.backend_agg import FigureCanvasAgg
-from matplotlib.figure import Figure
+from matplotlib.figure import Figure, FigureBase
 
 
 def panels(size: tuple[float, float], count: int) -> tuple[Figure, list[Axes]]:
     """Returns a figure of some inches and its panels, side by side."""
-    figure = Figure(figsize=size, layout="constrained")
+    figure, ((_, axes),) = rows(size, count, [""])
+    return figure, axes
+
+
+def rows(
+    size: tuple[float, float], count: int, titles: Sequence[str]
+) -> tuple[Figure, list[tuple[FigureBase, list[Axes]]]]:
+    """Returns a figure whose rows are figures of some inches with panels side by side, each with its title.
+
+    A single row is the figure itself and has no title.
+    """
+    width, height = size
+    figure = Figure(figsize=(width, height * len(titles)), layout="constrained")
     FigureCanvasAgg(figure)
-    return figure, list(figure.subplots(1, count, squeeze=False)[0])
+    parts: list[FigureBase] = [figure]
+    if len(titles) > 1:
+        parts = list(figure.subfigures(len(titles), 1))
+        for part, title in zip(parts, titles, strict=True):
+            part.suptitle(title)
+    return figure, [(part, list(part.subplots(1, count, squeeze=False)[0])) for part in parts]
 
 
 def plain(panel: Axes) -> None:

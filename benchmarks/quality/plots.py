@@ -1,13 +1,13 @@
-"""Draws what `benchmarks.quality` measured: fills in parts, frontier, KV entries, exit score."""
+"""Draws what `benchmarks.quality` measured, a row for each model: fills in parts, frontier, KV entries, exit score."""
 
 from __future__ import annotations
 
 import math
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from pathlib import Path
 
 from matplotlib.axes import Axes
-from matplotlib.figure import Figure
+from matplotlib.figure import Figure, FigureBase
 
 from benchmarks import figures
 from benchmarks.quality.fills import BUDGETS, PARTS
@@ -23,12 +23,12 @@ FILL_COLORS = {
 GRAY = "#666666"
 
 
-def plot(outcome: dict, folder: str | Path) -> list[Path]:
-    """Writes the figures of the parts that were measured as PNGs; returns their paths."""
-    return [figures.save(f, Path(folder) / f"quality_{name}.png", dpi=100) for name, f in draw(outcome).items()]
+def plot(outcomes: Mapping[str, dict], folder: str | Path) -> list[Path]:
+    """Writes the figures of the parts that were measured, by model, as PNGs; returns their paths."""
+    return [figures.save(f, Path(folder) / f"quality_{name}.png", dpi=100) for name, f in draw(outcomes).items()]
 
 
-def draw(outcome: dict) -> dict[str, Figure]:
+def draw(outcomes: Mapping[str, dict]) -> dict[str, Figure]:
     """Returns the figures of the parts that were measured by their names."""
     drawings: dict[str, tuple[Callable, str, tuple[float, float], int]] = {
         "fills": (_fills, "fills", (9, 3.8), 2),
@@ -38,13 +38,14 @@ def draw(outcome: dict) -> dict[str, Figure]:
     }
     drawn = {}
     for name, (fill, part, size, count) in drawings.items():
-        if part in outcome:
-            drawn[name], axes = figures.panels(size, count)
-            fill(drawn[name], axes, outcome)
+        if all(part in outcome for outcome in outcomes.values()):
+            drawn[name], rows = figures.rows(size, count, list(outcomes))
+            for (figure, axes), outcome in zip(rows, outcomes.values(), strict=True):
+                fill(figure, axes, outcome)
     return drawn
 
 
-def _fills(figure: Figure, axes: list[Axes], outcome: dict) -> None:
+def _fills(figure: FigureBase, axes: list[Axes], outcome: dict) -> None:
     fills = outcome["fills"]
     tallest = max(sum(f["budgets"][b]["ms"].values()) for f in fills.values() for b in BUDGETS)
     for panel, budget in zip(axes, BUDGETS, strict=True):
@@ -66,7 +67,7 @@ def _fills(figure: Figure, axes: list[Axes], outcome: dict) -> None:
     figure.legend(frameon=False, fontsize=9, loc="outside lower center", ncols=len(PARTS))
 
 
-def _frontier(figure: Figure, axes: list[Axes], outcome: dict) -> None:
+def _frontier(figure: FigureBase, axes: list[Axes], outcome: dict) -> None:
     (panel,) = axes
     frontier, rate = outcome["frontier"], 1e3 / outcome["ms_never"]
     for name, kls in frontier["kl"].items():
@@ -86,7 +87,7 @@ def _frontier(figure: Figure, axes: list[Axes], outcome: dict) -> None:
     _plain(panel)
 
 
-def _entries(figure: Figure, axes: list[Axes], outcome: dict) -> None:
+def _entries(figure: FigureBase, axes: list[Axes], outcome: dict) -> None:
     entries = outcome["entries"]
     low = min(min(map(min, entries[kind])) for kind in ("keys", "values"))
     low = math.floor(low * 50) / 50
@@ -106,7 +107,7 @@ def _entries(figure: Figure, axes: list[Axes], outcome: dict) -> None:
     figure.colorbar(image, ax=list(axes), label="cosine, twin and backbone", shrink=0.9)
 
 
-def _similarity(figure: Figure, axes: list[Axes], outcome: dict) -> None:
+def _similarity(figure: FigureBase, axes: list[Axes], outcome: dict) -> None:
     entries = outcome["entries"]
     similarity, correlation = entries["similarity"], entries["correlation"]
     layers = range(1, len(similarity["mean"]) + 1)

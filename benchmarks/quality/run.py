@@ -1,7 +1,7 @@
 """What River does to quality, and what other answers to missing KV entries cost: the paper's tables and figures.
 
     python -m benchmarks.quality
-    python -m benchmarks.quality --json quality.json --plots docs/images
+    python -m benchmarks.quality --model smollm2 qwen-coder-1.5b --json quality.json --plots docs/images
     python -m benchmarks.quality --quick               # few tokens, for a look at the output
     python -m benchmarks.quality --parts fills         # one of: table, fills, entries
 
@@ -49,16 +49,18 @@ def main(arguments: list[str] | None = None) -> int:
     options = _parse(arguments)
     torch.set_num_threads(options.threads)
     models.quiet()
-    model, tokenizer = models.load_or_exit(options.model)
-    start = time.perf_counter()
-    outcome = measure(model, tokenizer, options)
-    outcome |= {"seconds": time.perf_counter() - start, **common.setting("quality", options)}
-    show(outcome)
-    common.write_outcome(outcome, options.json)
+    outcomes = {}
+    for name in options.model:
+        start = time.perf_counter()
+        outcomes[name] = outcome = measure(*models.load_or_exit(name), options)
+        outcome["seconds"] = time.perf_counter() - start
+        print(f"\n{name}")
+        show(outcome)
+    common.write_outcome({**common.setting("quality", options), "models": outcomes}, options.json)
     if options.plots:
         from benchmarks.quality.plots import plot
 
-        print("Drawn to " + ", ".join(str(path) for path in plot(outcome, options.plots)))
+        print("Drawn to " + ", ".join(str(path) for path in plot(outcomes, options.plots)))
     return 0
 
 
@@ -171,7 +173,7 @@ class _Run:
 
 def show(outcome: dict) -> None:
     """Prints a table for each part that was measured."""
-    print(f"\n{outcome['texts']} texts of {outcome['tokens']} tokens of each kind, {outcome['blocks']} blocks")
+    print(f"{outcome['texts']} texts of {outcome['tokens']} tokens of each kind, {outcome['blocks']} blocks")
     if "rows" in outcome:
         _show_rows(outcome)
     if "fills" in outcome:
@@ -236,7 +238,10 @@ def _number(value: float | None) -> str:
 
 def _parse(arguments: list[str] | None) -> argparse.Namespace:
     quantizers = [name for name in RiverConfig.choices("quantizer") if name != "none"]
-    parser = common.command_line(__doc__, "model", "threads", "no-progress", "json")
+    parser = common.command_line(__doc__, "threads", "no-progress", "json")
+    parser.add_argument(
+        "--model", nargs="+", default=["smollm2"], help="names or folders, a row of figures each (smollm2)"
+    )
     parser.add_argument("--parts", nargs="+", choices=PARTS, default=PARTS, help="what to measure (default all)")
     parser.add_argument("--texts", type=int, default=5, help="texts of each kind (default 5)")
     parser.add_argument("--tokens", type=int, default=24, help="tokens measured in each text (default 24)")

@@ -95,14 +95,14 @@ def test_each_part_has_its_pictures(outcome, tmp_path):
     names = {"fills": ("fills", "frontier"), "entries": ("entries", "similarity")}
     for part, expected in names.items():
         alone = {name: value for name, value in outcome.items() if name not in names or name == part}
-        assert [path.name for path in plot(alone, tmp_path)] == [f"quality_{name}.png" for name in expected]
+        assert [path.name for path in plot({"one": alone}, tmp_path)] == [f"quality_{name}.png" for name in expected]
     assert len(list(tmp_path.iterdir())) == 4
     assert all(path.read_bytes().startswith(b"\x89PNG") for path in tmp_path.iterdir())
 
 
 def test_the_pictures_hold_what_was_measured(outcome):
     """Bars are as high as the parts of a token, frontiers and similarities are as measured; run blocks are left out."""
-    drawn, found = draw(outcome), outcome["entries"]
+    drawn, found = draw({"one": outcome}), outcome["entries"]
     for panel, budget in zip(drawn["fills"].axes, fills.BUDGETS, strict=True):
         heights = [bar.get_height() for bar in panel.patches]
         expected = [fill["budgets"][budget]["ms"][part] for fill in outcome["fills"].values() for part in fills.PARTS]
@@ -119,6 +119,15 @@ def test_the_pictures_hold_what_was_measured(outcome):
             assert list(row[depth:]) == pytest.approx(cosines[depth:])
     means = drawn["similarity"].axes[0].get_lines()[0].get_ydata()
     assert list(means) == found["similarity"]["mean"]
+
+
+def test_models_are_drawn_one_below_the_other(outcome):
+    """Each with its name and with as many panels as it has alone."""
+    alone, both = draw({"one": outcome}), draw({"one": outcome, "two": outcome})
+    for name, figure in both.items():
+        assert len(figure.axes) == 2 * len(alone[name].axes)
+        assert [part.get_suptitle() for part in figure.subfigs] == ["one", "two"]
+        assert figure.get_figheight() == 2 * alone[name].get_figheight()
 
 
 def test_the_exact_match_ends_at_the_first_difference():
