@@ -126,7 +126,8 @@ def held(
     import river_compile
     from river_compile.runtime.stats import cycles
 
-    river_compile.accelerate(model, "exact", adaptive=False, max_draft=options.drafts, stop_below=0.0)
+    drafts = {"adaptive": False, "max_draft": options.drafts, "stop_below": 0.0}
+    river_compile.accelerate(model, "exact", group_size=options.group_size, **drafts)
     results: dict[str, dict[str, dict[str, list]]] = {}
     for group in options.groups:
         seen: list[CycleRecord] = []
@@ -149,7 +150,8 @@ def timed(model: PreTrainedModel, options: argparse.Namespace) -> dict[str, floa
     import river_compile
 
     torch._dynamo.reset()
-    model.compile(backend=river_compile.river, options={"quantizer": "rtn"})  # (the bytes are those of any other)
+    twins = {"quantizer": "rtn", "group_size": options.group_size}  # (the bytes are those of any quantizer)
+    model.compile(backend=river_compile.river, options=twins)
     return passes(model, 1, options.repeats)
 
 
@@ -199,6 +201,7 @@ def _parse(arguments: list[str] | None) -> argparse.Namespace:
     parser.add_argument("--groups", nargs="+", choices=GROUPS, default=groups, help="of prompts (chat code edit)")
     parser.add_argument("--prompts", type=common.number(1), default=4, help="of each group (%(default)s)")
     parser.add_argument("--new-tokens", type=common.number(2), default=96, help="of an answer (%(default)s)")
+    parser.add_argument("--group-size", type=int, default=64, choices=(32, 64, 128), help="of the twins (%(default)s)")
     parser.add_argument("--drafts", type=common.number(1), default=6, help="tokens of a draft (%(default)s)")
     return parser.parse_args(arguments)
 
