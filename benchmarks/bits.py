@@ -94,17 +94,17 @@ def main(arguments: list[str] | None = None) -> int:
     passages = (tokenizer(text)["input_ids"][: 2 * options.tokens] for text in topics()[::-1])
     docs = [torch.tensor([ids]) for ids, _ in zip(passages, range(options.texts), strict=False)]
     with torch.no_grad():
-        rows = measure(model, {"own": own, "docs": docs})
+        rows = measure(model, {"own": own, "docs": docs}, options.judged)
     common.print_table(HEADERS, [[_shown(name, row[name]) for name in HEADERS] for row in rows])
     common.write_outcome({**common.setting("bits", options), "rows": rows}, options.json)
     return 0
 
 
-def measure(model: PreTrainedModel, texts: Mapping[str, Sequence[Tensor]]) -> list[dict]:
-    """Returns a row for each mixture."""
+def measure(model: PreTrainedModel, texts: Mapping[str, Sequence[Tensor]], judged: int) -> list[dict]:
+    """Returns a row for each mixture; products are judged alone on so many sampled texts."""
     products = quantized(model)
     total = sum(product.weight.numel() for product in products)
-    judge = sample(model, 16, 32, seed=1)
+    judge = sample(model, judged, 32, seed=1)
     plain = _logits(model, {}, [judge])
     alone = [kl(model, product.parts(model, product.found[max(product.found)]), [judge], plain) for product in products]
     references = {kind: _logits(model, {}, ids) for kind, ids in texts.items()}
@@ -213,6 +213,7 @@ def _parse(arguments: list[str] | None) -> argparse.Namespace:
     parser = common.command_line(__doc__, "model", "threads", "json")
     parser.add_argument("--texts", type=int, default=12, help="texts of each kind to measure (default 12)")
     parser.add_argument("--tokens", type=int, default=48, help="tokens of an answer, half of a passage (default 48)")
+    parser.add_argument("--judged", type=common.number(1), default=16, help="sampled texts that judge a product (16)")
     return parser.parse_args(arguments)
 
 

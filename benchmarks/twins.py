@@ -49,6 +49,7 @@ PACKAGE, ANSWERS = "package's text", "answers"
 ROWS = ("rtn", "hqq", "awq", "gptq", *(f"{name}, {text}" for text in (PACKAGE, ANSWERS) for name in ("awq", "gptq")))
 KINDS = ("own", "docs", "code")
 EXIT_DEPTH = 2
+SQNR_ROWS = 256  # of a matrix, whose outputs' noise is measured
 HEADERS = (
     "quantizer", *(f"{what} {kind}" for kind in KINDS for what in ("KL", "same")), "prompt in 4 bits",
     "K mean", "K least", "V mean", "V least", "SQNR weights", "SQNR outputs", "packing s", "MB",
@@ -198,9 +199,10 @@ def packing(graphs: Sequence[GraphRecord], observation: Observation) -> dict:
     outputs = []
     for site in sites:
         weights = site.fresh_sources().weights
-        parts = [w.T if site.linear.transposed else w for w in weights]
+        weight = torch.cat([w.T if site.linear.transposed else w for w in weights])
+        some = slice(None, None, max(1, len(weight) // SQNR_ROWS))
         moments = observation.moments_of(weights[0]).matrix()
-        outputs.append(output_sqnr_db(torch.cat(parts), site.dequantize(), moments))
+        outputs.append(output_sqnr_db(weight[some], site.dequantize()[some], moments))
     return {
         "SQNR weights": statistics.fmean(site.sqnr for site in sites),
         "SQNR outputs": statistics.fmean(outputs),
