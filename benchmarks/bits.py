@@ -37,7 +37,7 @@ from benchmarks.texts import MEASURED, answers
 from river_compile.cli import models
 from river_compile.cli.texts import topics
 from river_compile.kernels.portable import token_kl
-from river_compile.kernels.quant.calibrated import damped_moments, output_energy, quantize_observed
+from river_compile.kernels.quant.calibrated import quantize_observed
 from river_compile.twins.calibration_stats import InputMoments
 from river_compile.twins.observe import record
 from river_compile.twins.sampling import sample
@@ -152,10 +152,10 @@ def quantized(model: PreTrainedModel) -> list[Product]:
         weights = [model.get_parameter(name) for name in names]
         inputs, weight = observed.moments_of(weights[0]), torch.cat(weights)
         assert isinstance(inputs, InputMoments), "every linear of a block was read by something"
-        exact, moments, found, noise = weight.float(), inputs.matrix(), {}, {}
+        exact, moments, found, noise = weight.float(), inputs.cheapest(weight.device), {}, {}
         for group in (group for group in GROUPS if weight.shape[1] % group == 0):
             grid, _ = quantize_observed(exact, group, "gptq", moments, torch.bfloat16, tokens=inputs.tokens)
-            noise[group] = output_energy(exact - grid.dequantize(), moments)
+            noise[group] = moments.energy(exact - grid.dequantize())
             found[group] = grid.dequantize().to(weight.dtype)
         return Product(tuple(names), weight, inputs, found, noise)
 
@@ -182,7 +182,8 @@ def allocate(products: Sequence[Product], alone: Sequence[float], budget: float)
 
 def correction(product: Product, matrix: Tensor, rank: int) -> Tensor:
     """Returns the matrix of this rank, in bfloat16 parts, that makes up for most of the output's error."""
-    moments = damped_moments(product.inputs.matrix(), 0.2)
+    moments = product.inputs.matrix()
+    moments.diagonal().add_(0.2 * moments.diagonal().mean())
     root = torch.linalg.cholesky(moments)  # E |e x|^2 = |e root|^2
     u, s, v = torch.svd_lowrank((product.weight.float() - matrix) @ root, q=rank + 8, niter=2)
     a = u[:, :rank] * s[:rank]

@@ -201,7 +201,7 @@ def packing(graphs: Sequence[GraphRecord], observation: Observation) -> dict:
         weights = site.fresh_sources().weights
         weight = torch.cat([w.T if site.linear.transposed else w for w in weights])
         some = slice(None, None, max(1, len(weight) // SQNR_ROWS))
-        moments = observation.moments_of(weights[0]).matrix()
+        moments = observation.moments_of(weights[0]).cheapest(weight.device)
         outputs.append(output_sqnr_db(weight[some], site.dequantize()[some], moments))
     return {
         "SQNR weights": statistics.fmean(site.sqnr for site in sites),

@@ -1,6 +1,6 @@
 """4-bit grids found with the help of what a matrix reads: activation-weighted fits, AWQ and GPTQ.
 
-All of them know the second moments of the matrix's inputs, ``H = E[x x^T]`` (``[K, K]``, from calibration text), and
+All of them know the second moments of the matrix's inputs, ``H = E[x x^T]`` (from calibration text; `moments.py`), and
 judge an approximation V of W by the error of its outputs, ``E |W x - V x|^2 = tr((W - V) H (W - V)^T)``.
 
     fit_grid   scale and zero of every group for weights that count by ``diag(H)``: the extremes are clipped by steps,
@@ -36,6 +36,7 @@ from river_compile.kernels.quant.grid import (
     spanning_grid,
     storable_grid,
 )
+from river_compile.kernels.quant.moments import BLOCK, Compensation, SecondMoments
 
 OBSERVING = ("gptq", "awq")
 ALPHAS = (0.0, 0.15, 0.3, 0.45, 0.6)
@@ -43,7 +44,6 @@ DAMPING = 0.05  # share of the mean squared input that is added to every column'
 FEW_TOKENS = 0.2  # the same, for each feature that one token stands for
 _SHRINKS = tuple(1 - 0.04 * i for i in range(1, 13))  # shares of a group's extent, down to about a half
 _REFITS = 2
-_BLOCK = 128
 _ELEMENTS_TOGETHER = 1 << 24  # of a matrix, whose copies GPTQ holds at a time
 
 
@@ -51,7 +51,7 @@ def quantize_observed(
     weight: Tensor,
     group_size: int,
     quantizer: str,
-    moments: Tensor,
+    moments: SecondMoments,
     dtype: torch.dtype = torch.float32,
     may_scale: bool = True,
     tokens: float = math.inf,
@@ -62,7 +62,7 @@ def quantize_observed(
         weight: floating-point ``[N, K]``; must be finite.
         group_size: a divisor of K.
         quantizer: ``"awq"`` or ``"gptq"``.
-        moments: ``[K, K]``, mean of x x^T over the calibration text.
+        moments: of K features, float32: the mean of x x^T over the calibration text.
         dtype: of scale and zero as the kernel stores them; integers are chosen for the rounded ones.
         may_scale: False leaves AWQ's inputs as they are: its grid is then an activation-weighted fit.
         tokens: over how many tokens the moments are a mean. GPTQ blends those of few with the identity.
@@ -72,27 +72,26 @@ def quantize_observed(
         ``W diag(s)``. None where they stay as they are.
 
     Raises:
-        ValueError: an unknown quantizer, a bad matrix or group size (see `quantize`), or moments of another shape or
+        ValueError: an unknown quantizer, a bad matrix or group size (see `quantize`), or moments of other features or
             that are not finite.
     """
     check_choice("quantizer", quantizer, OBSERVING)
     weight = check_matrix(weight, group_size)
     features = weight.shape[1]
-    if moments.shape != (features, features) or not torch.isfinite(moments).all():
+    if moments.features != features or not moments.finite:
         raise ValueError(
-            f"the moments of a matrix with {features} input features are a finite [{features}, {features}] matrix; "
-            f"these have shape {tuple(moments.shape)}"
+            f"the moments of a matrix with {features} input features are finite and of {features} features; these are "
+            f"of {moments.features}"
         )
-    moments = moments.to(weight.device, torch.float32)
     if quantizer == "gptq":
         return gptq(weight, group_size, moments, dtype, tokens), None
     return awq(weight, group_size, moments, dtype, may_scale)
 
 
-def output_sqnr_db(weight: Tensor, approximation: Tensor, moments: Tensor) -> float:
+def output_sqnr_db(weight: Tensor, approximation: Tensor, moments: SecondMoments) -> float:
     """Returns the signal-to-noise ratio of a matrix's outputs in dB: 10 log10(E |W x|^2 / E |W x - V x|^2)."""
-    weight, moments = weight.detach().float(), moments.float()
-    return decibels(output_energy(weight, moments), output_energy(weight - approximation.float(), moments))
+    weight = weight.detach().float()
+    return decibels(moments.energy(weight), moments.energy(weight - approximation.float()))
 
 
 def fit_grid(
@@ -117,31 +116,37 @@ def fit_grid(
 
 
 def gptq(
-    weight: Tensor, group_size: int, moments: Tensor, dtype: torch.dtype = torch.float32, tokens: float = math.inf
+    weight: Tensor,
+    group_size: int,
+    moments: SecondMoments,
+    dtype: torch.dtype = torch.float32,
+    tokens: float = math.inf,
 ) -> QuantizedWeight:
     """Rounds a float32 matrix column by column, each error made up for by the columns that are left.
 
     The grid is fitted once, before any column moves (`fit_grid`), so that the order of columns is free. What few
     tokens seem to have in common may be chance, and errors made up for by it are errors made.
     """
-    damped = damped_moments(moments, DAMPING + FEW_TOKENS * len(moments) / tokens)
-    scale, zero = fit_grid(weight, group_size, damped.diagonal(), dtype)
-    order = damped.diagonal().argsort(descending=True)
-    q = round_compensating(weight[:, order], scale, zero, order // group_size, inverse_factor(damped[order][:, order]))
+    damping = DAMPING + FEW_TOKENS * moments.features / tokens
+    squares = moments.diagonal + moments.added(damping)
+    scale, zero = fit_grid(weight, group_size, squares, dtype)
+    order = squares.argsort(descending=True)
+    compensation = moments.compensation(damping, order)
+    q = round_compensating(weight[:, order], scale, zero, order // group_size, compensation)
     return QuantizedWeight(q[:, order.argsort()], scale, zero, group_size)
 
 
 def awq(
-    weight: Tensor, group_size: int, moments: Tensor, dtype: torch.dtype = torch.float32, may_scale: bool = True
+    weight: Tensor, group_size: int, moments: SecondMoments, dtype: torch.dtype = torch.float32, may_scale: bool = True
 ) -> tuple[QuantizedWeight, Tensor | None]:
     """Scales the input features of a float32 matrix so that its outputs err least; see `quantize_observed`."""
     least = math.inf
     found: tuple[QuantizedWeight, Tensor | None] | None = None
-    squares = moments.diagonal()
+    squares = moments.diagonal
     for alpha in ALPHAS if may_scale else (0.0,):
         scale_K = _input_scale(squares, alpha) if alpha else torch.ones_like(squares)
         grid = round_to_grid(weight * scale_K, group_size, squares / scale_K.square(), dtype)
-        noise = output_energy(weight - grid.dequantize() / scale_K, moments)
+        noise = moments.energy(weight - grid.dequantize() / scale_K)
         if found is not None and noise >= least:
             break
         least, found = noise, (grid, scale_K if alpha else None)
@@ -156,34 +161,9 @@ def round_to_grid(
     return rounded_to(weight, *fit_grid(weight, group_size, importance, dtype), group_size)
 
 
-def damped_moments(moments: Tensor, damping: float) -> Tensor:
-    """Returns H + damping mean(diag(H)) I: positive definite; the identity where no input was ever non-zero."""
-    mean = moments.diagonal().mean()
-    eye = torch.eye(len(moments), dtype=moments.dtype, device=moments.device)
-    return moments + damping * mean * eye if mean > 0 else eye
-
-
-def inverse_factor(moments: Tensor) -> Tensor:
-    """Returns the upper triangular U with ``H^-1 = U^T U``."""
-    # H = R R^T with R upper triangular is the Cholesky factor of H read backwards; U is R's inverse.
-    return _upper_inverse(torch.linalg.cholesky(moments.flip(0, 1)).flip(0, 1))
-
-
-def _upper_inverse(upper: Tensor) -> Tensor:
-    """Returns the inverse of an upper triangular matrix by halves: a solver takes three times the operations."""
-    size = len(upper)
-    if size <= _BLOCK:
-        eye = torch.eye(size, dtype=upper.dtype, device=upper.device)
-        return torch.linalg.solve_triangular(upper, eye, upper=True)
-    half = size // 2
-    inverse = torch.zeros_like(upper)
-    inverse[:half, :half] = first = _upper_inverse(upper[:half, :half])
-    inverse[half:, half:] = last = _upper_inverse(upper[half:, half:])
-    inverse[:half, half:] = -(first @ upper[:half, half:] @ last)
-    return inverse
-
-
-def round_compensating(weight: Tensor, scale: Tensor, zero: Tensor, group_of: Tensor, factor: Tensor) -> Tensor:
+def round_compensating(
+    weight: Tensor, scale: Tensor, zero: Tensor, group_of: Tensor, compensation: Compensation
+) -> Tensor:
     """Rounds columns in order; what the remaining columns can make up for of an error, they do.
 
     After columns 0..j the others are moved to where the output error is least: column k by ``-e_j U_jk / U_jj``.
@@ -192,21 +172,22 @@ def round_compensating(weight: Tensor, scale: Tensor, zero: Tensor, group_of: Te
         weight: ``[N, K]``, columns in the order of rounding; the result, q uint8 ``[N, K]``, has the same order.
         scale, zero: ``[N, groups]``.
         group_of: ``[K]``, the group of each column.
-        factor: U ``[K, K]`` with ``H^-1 = U^T U``, rows and columns in the same order.
+        compensation: U with ``H^-1 = U^T U``, rows and columns in the same order.
     """
     round_block = packing.round_block if packing.usable(weight) else _round_block
-    factor, group_of = factor.contiguous(), group_of.contiguous()
+    group_of = group_of.contiguous()
     rows = max(1, _ELEMENTS_TOGETHER // weight.shape[1])
     found = []
     for some in zip(weight.split(rows), scale.split(rows), zero.split(rows), strict=True):
         left_KN, scale_GN, zero_GN = (tensor.T.contiguous() for tensor in some)  # a column is one run of memory
         q_KN = torch.empty_like(left_KN, dtype=torch.uint8)
-        for start in range(0, len(left_KN), _BLOCK):
-            block = slice(start, start + _BLOCK)
+        carry = compensation.carrier(left_KN)
+        for start in range(0, len(left_KN), BLOCK):
+            block = slice(start, start + BLOCK)
             errors_KN = torch.empty_like(left_KN[block])
-            inner = factor[block, block]
-            round_block(left_KN[block], scale_GN, zero_GN, group_of[block], inner, errors_KN, q_KN[block])
-            left_KN[start + _BLOCK :].addmm_(factor[block, start + _BLOCK :].T, errors_KN, alpha=-1)
+            inside = compensation.inside(block)
+            round_block(left_KN[block], scale_GN, zero_GN, group_of[block], inside, errors_KN, q_KN[block])
+            carry(block, errors_KN)
         found.append(q_KN.T)
     return torch.cat(found)
 
@@ -277,8 +258,3 @@ def _input_scale(squares: Tensor, alpha: float) -> Tensor:
     smallest = squares[squares > 0].min() if (squares > 0).any() else squares.new_ones(())
     scale = squares.clamp(min=smallest).pow(alpha / 2)
     return scale / (scale.max() * scale.min()).sqrt()
-
-
-def output_energy(matrix: Tensor, moments: Tensor) -> float:
-    """Returns tr(M H M^T): the mean squared length of M x."""
-    return torch.sum((matrix @ moments) * matrix, dtype=torch.float64).item()

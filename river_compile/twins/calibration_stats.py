@@ -3,7 +3,8 @@
 They are observed at the matmuls themselves: ``F.linear``, ``addmm``, ``matmul``, ``bmm``, the forms that twins replace.
 Matrices are recognised by their address: parameters of two dimensions and the matrices of three-dimensional stacks
 (experts), also transposed. Inputs are kept as they are while they take less room than their moments, ``4 K^2`` bytes
-for K features, and are summed up then: some 2 K tokens in 16 bits.
+for K features, and are summed up then: some 2 K tokens in 16 bits. Of a quarter as many tokens as features, quantizers
+are given the inputs themselves.
 
 Not handled: other ways to read a stack than one of its matrices, or all of them, at a time; other threads than the one
 that entered; which texts are observed (:mod:`river_compile.twins.observe`).
@@ -19,7 +20,10 @@ from torch import Tensor, nn
 from torch.overrides import TorchFunctionMode
 from torch.utils.weak import WeakTensorKeyDictionary
 
+from river_compile.kernels.quant.moments import RowMoments, SecondMoments, WholeMoments
 from river_compile.upstream.tensors import local_of
+
+_FEWER = 4  # times as many features as tokens, whatever the matrix's rows; nearer to each other, it depends on those
 
 
 class InputMoments:
@@ -47,6 +51,12 @@ class InputMoments:
     def matrix(self) -> Tensor:
         """Returns the moments, float32 ``[K, K]``."""
         return self._summed() / self.tokens
+
+    def cheapest(self, device: torch.device) -> SecondMoments:
+        """Returns the moments, on a device, in the form that takes a quantizer the fewest operations."""
+        if self._sum is None and _FEWER * self.tokens <= self.features:
+            return RowMoments(torch.cat(self._rows).to(device, torch.float32))
+        return WholeMoments(self.matrix().to(device))
 
     def _summed(self) -> Tensor:
         if not self._rows:

@@ -14,9 +14,10 @@ import torch
 from torch import Tensor
 
 from river_compile.errors import UnsupportedGraphError
-from river_compile.kernels.quant.calibrated import output_energy, output_sqnr_db, quantize_observed
+from river_compile.kernels.quant.calibrated import output_sqnr_db, quantize_observed
 from river_compile.kernels.quant.grid import QuantizedWeight, decibels, quantize, sqnr_db
 from river_compile.kernels.quant.layouts import PackedLinear
+from river_compile.kernels.quant.moments import WholeMoments
 from river_compile.passes.program import Matmul
 from river_compile.twins.calibration_stats import InputMoments
 from river_compile.twins.parameter_stamp import HeldSources, ParameterStamp, Sources
@@ -141,7 +142,7 @@ def quantize_site(
     if inputs is None:
         grid = quantize(weight, linear.group_size, quantizer).rounded(_STORED_AS)
         return Quantized(weight=grid, quantizer=quantizer, sqnr=sqnr_db(weight, grid.dequantize()))
-    moments = inputs.matrix()
+    moments = inputs.cheapest(weight.device)
     grid, scale = quantize_observed(
         weight, linear.group_size, quantizer, moments, _STORED_AS, linear.scales_inputs, inputs.tokens
     )
@@ -169,11 +170,12 @@ def quantize_stack(
         if moments is None:
             grid = quantize(matrix, linear.group_size, quantizer).rounded(_STORED_AS)
         else:
-            inputs, tokens = moments(expert)
+            of_inputs, tokens = moments(expert)
+            inputs = WholeMoments(of_inputs.to(matrix.device))
             few = tokens or math.inf  # (the moments of all experts are of many)
             grid, _ = quantize_observed(matrix, linear.group_size, quantizer, inputs, _STORED_AS, False, few)
-            signal[1] += tokens * output_energy(matrix, inputs)
-            noise[1] += tokens * output_energy(matrix - grid.dequantize(), inputs)
+            signal[1] += tokens * inputs.energy(matrix)
+            noise[1] += tokens * inputs.energy(matrix - grid.dequantize())
         signal[0] += matrix.square().sum(dtype=torch.float64).item()
         noise[0] += (matrix - grid.dequantize()).square().sum(dtype=torch.float64).item()
         grids.append(grid)

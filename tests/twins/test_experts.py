@@ -8,8 +8,8 @@ import pytest
 import torch
 
 from river_compile import block_errors, observe, report, save
-from river_compile.kernels.quant.calibrated import output_energy
 from river_compile.kernels.quant.grid import decibels
+from river_compile.kernels.quant.moments import WholeMoments
 from river_compile.passes.moe_router import ROUTER
 from river_compile.twins.calibration_stats import ExpertMoments
 from tests.support.families import prompt
@@ -106,8 +106,9 @@ def test_what_experts_read_makes_their_outputs_better(name, quantizer):
         signal = noise = 0.0
         for expert, near in enumerate(plain[site.name].dequantize().view(weight.shape)):
             inputs, count = moments.of(expert)
-            signal += count * output_energy(weight[expert], inputs)
-            noise += count * output_energy(weight[expert] - near, inputs)
+            energy = WholeMoments(inputs).energy
+            signal += count * energy(weight[expert])
+            noise += count * energy(weight[expert] - near)
         assert site.output_sqnr > decibels(signal, noise) + 0.3
 
 

@@ -9,8 +9,9 @@ from hypothesis import strategies as st
 
 from river_compile.kernels.native import build, packing
 from river_compile.kernels.quant import calibrated
+from river_compile.kernels.quant.moments import WholeCompensation, WholeMoments, inverse_factor
 from tests.kernels.native.running import EACH_ISA
-from tests.kernels.quant.observed import drawn
+from tests.kernels.quant.observed import damped, drawn
 
 seeds = st.integers(0, 2**31)
 DTYPES = st.sampled_from([torch.float32, torch.bfloat16])
@@ -30,13 +31,16 @@ def in_pytorch(function, *arguments):
 def test_each_column_is_rounded_to_nearest_after_all_before_it_were_made_up_for(seed, n, k):
     """The integers found are followed column by column in float64: none is further off than rounding explains."""
     weight, _, moments = drawn(seed, n=n, k=k)
-    moments = calibrated.damped_moments(moments, 0.05)
+    moments = damped(moments, 0.05)
     order = torch.randperm(k, generator=torch.Generator().manual_seed(seed))
     scale, zero = calibrated.fit_grid(weight.float(), 32, moments.diagonal().float())
     group_of = order // 32
-    factor = calibrated.inverse_factor(moments[order][:, order])
+    factor = inverse_factor(moments[order][:, order])
     left = weight[:, order]
-    found = calibrated.round_compensating(left.float(), scale, zero, group_of, factor.float()).double() - 8
+    found = (
+        calibrated.round_compensating(left.float(), scale, zero, group_of, WholeCompensation(factor.float())).double()
+        - 8
+    )
     scale, zero = scale.double()[:, group_of], zero.double()[:, group_of]
     for j in range(k):
         exact = ((left[:, j] - zero[:, j]) / scale[:, j]).clamp(-8, 7)
@@ -81,7 +85,7 @@ def test_gptq_takes_these_functions(monkeypatch):
         real = getattr(packing, name)
         monkeypatch.setattr(packing, name, lambda *a, name=name, real=real: called.append(name) or real(*a))
     weight, _, moments = drawn(0, n=4, dtype=torch.float32)
-    calibrated.gptq(weight, 32, moments)
+    calibrated.gptq(weight, 32, WholeMoments(moments))
     assert called == ["fit_grid", "round_block"]
 
 
@@ -103,6 +107,6 @@ def test_without_a_compiler_pytorch_does_it(monkeypatch):
     try:
         assert not packing.usable(torch.zeros(2, 64))
         weight, _, moments = drawn(0, n=4, dtype=torch.float32)
-        assert calibrated.gptq(weight, 32, moments).q.shape == (4, 64)
+        assert calibrated.gptq(weight, 32, WholeMoments(moments)).q.shape == (4, 64)
     finally:
         packing._library.cache_clear()

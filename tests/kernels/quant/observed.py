@@ -15,3 +15,8 @@ def drawn(
     sizes = torch.randn(k, generator=g, dtype=dtype).exp()
     x = torch.randn(tokens, k, generator=g, dtype=dtype) @ mixing * sizes
     return weight, x, x.T @ x / tokens
+
+
+def damped(moments: torch.Tensor, damping: float) -> torch.Tensor:
+    """Returns moments with a share of the mean square added to each feature's own."""
+    return moments + damping * moments.diagonal().mean() * torch.eye(len(moments), dtype=moments.dtype)

@@ -10,17 +10,16 @@ from hypothesis import strategies as st
 from river_compile.kernels.quant import calibrated
 from river_compile.kernels.quant.calibrated import (
     awq,
-    damped_moments,
     fit_grid,
     gptq,
-    inverse_factor,
     output_sqnr_db,
     quantize_observed,
     round_compensating,
     round_to_grid,
 )
 from river_compile.kernels.quant.grid import quantize
-from tests.kernels.quant.observed import drawn
+from river_compile.kernels.quant.moments import BLOCK, RowMoments, WholeCompensation, WholeMoments, inverse_factor
+from tests.kernels.quant.observed import damped, drawn
 from tests.support.examples import examples
 
 seeds = st.integers(0, 2**31)
@@ -44,22 +43,53 @@ def rounded_by_definition(weight, scale, zero, group_of, moments):
 def test_rounding_with_compensation_is_what_its_definition_says(k, seed):
     """Also where columns come in several blocks (more than 128), in float64."""
     weight, _, moments = drawn(seed, n=3, k=k)
-    moments = damped_moments(moments, 0.05)
+    moments = damped(moments, 0.05)
     scale, zero = fit_grid(weight.float(), 32, moments.diagonal().float())
     scale, zero = scale.double(), zero.double()
     order = torch.randperm(k, generator=torch.Generator().manual_seed(seed))
     weight, moments, group_of = weight[:, order], moments[order][:, order], order // 32
-    found = round_compensating(weight, scale, zero, group_of, inverse_factor(moments))
+    found = round_compensating(weight, scale, zero, group_of, WholeCompensation(inverse_factor(moments)))
     assert torch.equal(found, rounded_by_definition(weight, scale, zero, group_of, moments))
 
 
 @given(seeds)
 @examples(10)
 def test_the_factor_is_triangular_and_gives_the_inverse(seed):
-    moments = damped_moments(drawn(seed)[2], 0.01)
+    moments = damped(drawn(seed)[2], 0.01)
     factor = inverse_factor(moments)
     assert torch.equal(factor, factor.triu())
     torch.testing.assert_close(factor.T @ factor @ moments, torch.eye(64, dtype=torch.float64), rtol=0, atol=1e-8)
+
+
+@given(st.integers(1, 3 * BLOCK), st.integers(1, 40), st.floats(0.01, 2.0), seeds)
+@examples(20)
+def test_a_few_inputs_say_what_their_moments_say(features, tokens, damping, seed):
+    """The same U, block by block and in what later columns hear of errors, in float64; the same squares and energy."""
+    weight, x, moments = drawn(seed, n=3, k=features, tokens=tokens)
+    whole, rows = WholeMoments(moments), RowMoments(x)
+    order = torch.randperm(features, generator=torch.Generator().manual_seed(seed))
+    torch.testing.assert_close(rows.diagonal, whole.diagonal)
+    assert rows.energy(weight) == pytest.approx(whole.energy(weight))
+    assert rows.added(damping) == pytest.approx(whole.added(damping))
+    of_both = [of.compensation(damping, order) for of in (whole, rows)]
+    left = weight.T.contiguous()
+    carried = [left.clone(), left.clone()]
+    carries = [compensation.carrier(own) for compensation, own in zip(of_both, carried, strict=True)]
+    errors = torch.randn(left.shape, generator=torch.Generator().manual_seed(seed), dtype=torch.float64)
+    for start in range(0, features, BLOCK):
+        block = slice(start, start + BLOCK)
+        torch.testing.assert_close(of_both[1].inside(block), of_both[0].inside(block))
+        for carry in carries:
+            carry(block, errors[block])
+        torch.testing.assert_close(carried[1][block], carried[0][block])
+    torch.testing.assert_close(*carried[::-1])
+
+
+def test_gptq_by_a_few_inputs_rounds_as_by_their_moments():
+    """But for weights at the very middle of two points, in float32."""
+    weight, x, moments = drawn(7, n=16, k=256, tokens=48, dtype=torch.float32)
+    found, expected = (gptq(weight, 64, of, tokens=48).q for of in (RowMoments(x), WholeMoments(moments)))
+    assert (found == expected).float().mean() > 0.99
 
 
 @given(seeds)
@@ -86,7 +116,7 @@ def test_scale_and_zero_solve_the_weighted_least_squares(seed):
 def test_each_step_errs_less_on_the_outputs_than_the_one_before(seed):
     """Rounding to nearest, the weighted fit and AWQ in this order; GPTQ errs less than the fit it starts from."""
     weight, _, moments = drawn(seed, n=32, k=128, tokens=400, dtype=torch.float32)
-    fitted = round_to_grid(weight, 64, moments.diagonal()).dequantize()
+    fitted, moments = round_to_grid(weight, 64, moments.diagonal()).dequantize(), WholeMoments(moments)
     grid, scale = awq(weight, 64, moments)
     scaled = grid.dequantize() if scale is None else grid.dequantize() / scale
     compensated = gptq(weight, 64, moments).dequantize()
@@ -103,7 +133,7 @@ def test_awq_scales_where_few_inputs_are_large():
     weight = torch.randn(64, 128, generator=torch.Generator().manual_seed(1))
     squares = torch.ones(128)
     squares[::16] = 400.0
-    moments = squares.diag()
+    moments = WholeMoments(squares.diag())
     grid, scale = awq(weight, 64, moments)
     assert scale is not None
     assert (scale[::16] > scale[1]).all()
@@ -116,8 +146,8 @@ def test_gptq_of_independent_inputs_rounds_to_nearest():
     """Nothing can make up for an error where no other input knows of it."""
     weight = drawn(0, dtype=torch.float32)[0]
     squares = torch.linspace(0.5, 2, 64)
-    damped = squares + calibrated.DAMPING * squares.mean()
-    assert torch.equal(gptq(weight, 32, squares.diag()).q, round_to_grid(weight, 32, damped).q)
+    importance = squares + calibrated.DAMPING * squares.mean()
+    assert torch.equal(gptq(weight, 32, WholeMoments(squares.diag())).q, round_to_grid(weight, 32, importance).q)
 
 
 @pytest.mark.parametrize("quantizer", ["awq", "gptq"])
@@ -125,7 +155,7 @@ class TestAnyQuantizer:
     def test_the_grid_is_one_that_a_kernel_stores(self, quantizer):
         """Integers are chosen for the rounded scale and zero, so that storing them in bfloat16 changes nothing."""
         weight, _, moments = drawn(3, n=16, k=128, dtype=torch.float32)
-        grid, _ = quantize_observed(weight, 32, quantizer, moments, torch.bfloat16)
+        grid, _ = quantize_observed(weight, 32, quantizer, WholeMoments(moments), torch.bfloat16)
         assert torch.equal(grid.rounded(torch.bfloat16).dequantize(), grid.dequantize())
         assert (grid.q.dtype, grid.shape, grid.scale.shape) == (torch.uint8, weight.shape, (16, 4))
         assert 0 <= int(grid.q.min()) < int(grid.q.max()) <= 15
@@ -134,7 +164,8 @@ class TestAnyQuantizer:
     def test_a_constant_group_is_exact(self, quantizer, value):
         weight, _, moments = drawn(4, n=4, k=64, dtype=torch.float32)
         weight[1, :32] = value
-        grid, scale = quantize_observed(weight, 32, quantizer, moments.diagonal().diag(), may_scale=False)
+        alone = WholeMoments(moments.diagonal().diag())
+        grid, scale = quantize_observed(weight, 32, quantizer, alone, may_scale=False)
         assert scale is None
         assert torch.equal(grid.dequantize()[1, :32], weight[1, :32])
 
@@ -144,22 +175,23 @@ class TestAnyQuantizer:
         for dead in (slice(3, 4), slice(0, 32), slice(0, 64)):
             some = moments.clone()
             some[dead], some[:, dead] = 0, 0
-            grid, scale = quantize_observed(weight, 32, quantizer, some)
+            grid, scale = quantize_observed(weight, 32, quantizer, WholeMoments(some))
             stands_for = grid.dequantize() if scale is None else grid.dequantize() / scale
             assert (weight - stands_for).abs().max() < 1
 
     def test_moments_that_do_not_fit_are_refused(self, quantizer):
-        with pytest.raises(ValueError, match=r"finite \[64, 64\] matrix; these have shape \(32, 32\)"):
-            quantize_observed(torch.zeros(4, 64), 32, quantizer, torch.eye(32))
-        with pytest.raises(ValueError, match="finite"):
-            quantize_observed(torch.zeros(4, 64), 32, quantizer, torch.full((64, 64), math.nan))
+        with pytest.raises(ValueError, match="finite and of 64 features; these are of 32"):
+            quantize_observed(torch.zeros(4, 64), 32, quantizer, WholeMoments(torch.eye(32)))
+        for moments in (WholeMoments(torch.full((64, 64), math.nan)), RowMoments(torch.full((2, 64), math.inf))):
+            with pytest.raises(ValueError, match="finite"):
+                quantize_observed(torch.zeros(4, 64), 32, quantizer, moments)
         with pytest.raises(ValueError, match="group_size=48"):
-            quantize_observed(torch.zeros(4, 64), 48, quantizer, torch.eye(64))
+            quantize_observed(torch.zeros(4, 64), 48, quantizer, WholeMoments(torch.eye(64)))
 
 
 def test_an_unknown_quantizer_is_refused():
     with pytest.raises(ValueError, match="quantizer='hqq' is not allowed; choose one of 'gptq', 'awq'"):
-        quantize_observed(torch.zeros(4, 64), 32, "hqq", torch.eye(64))
+        quantize_observed(torch.zeros(4, 64), 32, "hqq", WholeMoments(torch.eye(64)))
 
 
 def test_the_ratio_of_outputs_is_that_of_the_outputs():
@@ -167,6 +199,7 @@ def test_the_ratio_of_outputs_is_that_of_the_outputs():
     approximation = quantize(weight, 32, "rtn").dequantize(torch.float64)
     outputs, wrong = x @ weight.T, x @ approximation.T
     expected = 10 * math.log10(outputs.square().sum() / (outputs - wrong).square().sum())
-    assert output_sqnr_db(weight, approximation, moments) == pytest.approx(expected, abs=1e-3)
-    assert output_sqnr_db(weight, weight, moments) == math.inf
-    assert output_sqnr_db(torch.zeros(2, 64), torch.ones(2, 64), moments) == -math.inf
+    for known in (WholeMoments(moments.float()), RowMoments(x.float())):
+        assert output_sqnr_db(weight, approximation, known) == pytest.approx(expected, abs=1e-3)
+        assert output_sqnr_db(weight, weight, known) == math.inf
+        assert output_sqnr_db(torch.zeros(2, 64), torch.ones(2, 64), known) == -math.inf
