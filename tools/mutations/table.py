@@ -130,10 +130,18 @@ _QUANT = (
     ),
     Mutation(
         "gptq-blocks",
-        "kernels/quant/calibrated.py",
-        ".addmm_(factor[block, start + _BLOCK :].T, errors_KN, alpha=-1)",
-        ".addmm_(factor[block, start + _BLOCK :].T, errors_KN, alpha=1)",
+        "kernels/quant/moments.py",
+        ".addmm_(self._factor[block, block.stop :].T, errors_KN, alpha=-1)",
+        ".addmm_(self._factor[block, block.stop :].T, errors_KN, alpha=1)",
         "GPTQ doubles the errors of earlier blocks instead of making up for them",
+        ("tests/kernels/quant/test_calibrated.py",),
+    ),
+    Mutation(
+        "gptq-inputs",
+        "kernels/quant/moments.py",
+        "inverse_TT.addmm_(through.T, through, alpha=-added)",
+        "inverse_TT.addmm_(through.T, through, alpha=added)",
+        "GPTQ by few inputs takes what a block of columns has in common with others for the opposite",
         ("tests/kernels/quant/test_calibrated.py",),
     ),
 )
