@@ -62,6 +62,10 @@ class SecondMoments(ABC):
         """Whether no element is infinite or NaN."""
 
     @abstractmethod
+    def matrix(self) -> Tensor:
+        """Returns H ``[K, K]``."""
+
+    @abstractmethod
     def energy(self, matrix: Tensor) -> float:
         """Returns tr(M H M^T): the mean squared length of M x, for M ``[N, K]``."""
 
@@ -93,6 +97,9 @@ class WholeMoments(SecondMoments):
     def finite(self) -> bool:
         return bool(torch.isfinite(self._matrix).all())
 
+    def matrix(self) -> Tensor:
+        return self._matrix
+
     def energy(self, matrix: Tensor) -> float:
         return torch.sum((matrix @ self._matrix) * matrix, dtype=torch.float64).item()
 
@@ -119,6 +126,9 @@ class RowMoments(SecondMoments):
     @property
     def finite(self) -> bool:
         return bool(torch.isfinite(self._inputs).all())
+
+    def matrix(self) -> Tensor:
+        return self._inputs.T @ self._inputs / len(self._inputs)
 
     def energy(self, matrix: Tensor) -> float:
         outputs = matrix @ self._inputs.T

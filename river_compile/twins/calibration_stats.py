@@ -52,8 +52,8 @@ class InputMoments:
         """Returns the moments, float32 ``[K, K]``."""
         return self._summed() / self.tokens
 
-    def cheapest(self, device: torch.device) -> SecondMoments:
-        """Returns the moments, on a device, in the form that takes a quantizer the fewest operations."""
+    def cheapest(self, device: torch.device | None = None) -> SecondMoments:
+        """Returns the moments in the form that takes a quantizer the fewest operations, on a device if one is given."""
         if self._sum is None and _FEWER * self.tokens <= self.features:
             return RowMoments(torch.cat(self._rows).to(device, torch.float32))
         return WholeMoments(self.matrix().to(device))
@@ -80,10 +80,10 @@ class ExpertMoments:
         """Adds inputs ``[..., K]`` of one of them."""
         self._each[expert].add(x)
 
-    def of(self, expert: int) -> tuple[Tensor, int]:
-        """Returns an expert's moments and tokens; one that no token reached has the moments of all."""
+    def of(self, expert: int, device: torch.device | None = None) -> tuple[SecondMoments, int]:
+        """Returns an expert's moments, as `InputMoments.cheapest`, and tokens; without tokens those of all experts."""
         own = self._each[expert]
-        return (own.matrix(), own.tokens) if own.tokens else (self._together, 0)
+        return (own.cheapest(device), own.tokens) if own.tokens else (WholeMoments(self._together.to(device)), 0)
 
     @functools.cached_property
     def _together(self) -> Tensor:

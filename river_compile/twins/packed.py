@@ -7,7 +7,7 @@ from __future__ import annotations
 
 import functools
 import math
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass
 
 import torch
@@ -17,9 +17,8 @@ from river_compile.errors import UnsupportedGraphError
 from river_compile.kernels.quant.calibrated import output_sqnr_db, quantize_observed
 from river_compile.kernels.quant.grid import QuantizedWeight, decibels, quantize, sqnr_db
 from river_compile.kernels.quant.layouts import PackedLinear
-from river_compile.kernels.quant.moments import WholeMoments
 from river_compile.passes.program import Matmul
-from river_compile.twins.calibration_stats import InputMoments
+from river_compile.twins.calibration_stats import ExpertMoments, InputMoments
 from river_compile.twins.parameter_stamp import HeldSources, ParameterStamp, Sources
 from river_compile.upstream.tensors import as_ordinary
 
@@ -157,21 +156,15 @@ def quantize_site(
     )
 
 
-def quantize_stack(
-    linear: Matmul, stack: Tensor, quantizer: str, moments: Callable[[int], tuple[Tensor, int]] | None = None
-) -> Quantized:
-    """Finds the grids of experts, one after another, so that only one of them is held in float32.
-
-    `moments` gives the second moments ``[K, K]`` of an expert's inputs and over how many tokens.
-    """
+def quantize_stack(linear: Matmul, stack: Tensor, quantizer: str, known: ExpertMoments | None = None) -> Quantized:
+    """Finds the grids of experts, one after another, so that only one of them is held in float32."""
     grids, signal, noise = [], [0.0, 0.0], [0.0, 0.0]  # of weights, of outputs
     for expert, of_expert in enumerate(stack.detach().mT if linear.transposed else stack.detach()):
         matrix = of_expert.float()
-        if moments is None:
+        if known is None:
             grid = quantize(matrix, linear.group_size, quantizer).rounded(_STORED_AS)
         else:
-            of_inputs, tokens = moments(expert)
-            inputs = WholeMoments(of_inputs.to(matrix.device))
+            inputs, tokens = known.of(expert, matrix.device)
             few = tokens or math.inf  # (the moments of all experts are of many)
             grid, _ = quantize_observed(matrix, linear.group_size, quantizer, inputs, _STORED_AS, False, few)
             signal[1] += tokens * inputs.energy(matrix)
@@ -180,7 +173,7 @@ def quantize_stack(
         noise[0] += (matrix - grid.dequantize()).square().sum(dtype=torch.float64).item()
         grids.append(grid)
     of_weights, of_outputs = map(decibels, signal, noise)
-    output_sqnr = None if moments is None else of_outputs
+    output_sqnr = None if known is None else of_outputs
     weight = QuantizedWeight.stacked(grids)
     return Quantized(weight=weight, quantizer=quantizer, sqnr=of_weights, output_sqnr=output_sqnr)
 

@@ -145,6 +145,7 @@ def _grid(linear: Matmul, sources: Sources, asked: str, known: Moments | None) -
         return Quantized(weight=pack_lossless(sources.weights, linear.layout), quantizer=asked, sqnr=math.inf)
     quantizer = UNOBSERVED if known is None and asked in OBSERVING else asked
     if linear.experts:
-        each = known.of if isinstance(known, ExpertMoments) else None
-        return quantize_stack(linear, sources.weights[0], quantizer, each)
+        return quantize_stack(
+            linear, sources.weights[0], quantizer, known if isinstance(known, ExpertMoments) else None
+        )
     return quantize_site(linear, sources.weights, quantizer, known if isinstance(known, InputMoments) else None)
