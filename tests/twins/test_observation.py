@@ -10,6 +10,7 @@ import torch
 from torch import nn
 
 from river_compile import OptionError, observe, river
+from river_compile.kernels.quant.moments import RowMoments, WholeMoments
 from river_compile.model_record import find_record
 from river_compile.twins.calibration_stats import InputMoments
 from river_compile.twins.observe import default_texts, record, visit
@@ -130,6 +131,18 @@ def test_inputs_are_summed_up_when_they_take_more_room_than_moments():
     few.add(x[0, 3:5])
     assert few.nbytes == 5 * 16 * 4
     torch.testing.assert_close(few.matrix(), rows[:5].T @ rows[:5] / 5)
+
+
+@pytest.mark.parametrize(("tokens", "form"), [(4, RowMoments), (5, WholeMoments), (40, WholeMoments)])
+def test_quantizers_are_given_inputs_themselves_where_they_are_few(tokens, form):
+    """A quarter of the features; and both forms are the moments of all that was added."""
+    moments, rows = InputMoments(16), torch.randn(tokens, 16, generator=torch.Generator().manual_seed(tokens))
+    for part in rows.split(3):
+        moments.add(part.bfloat16())
+    given, rows = moments.cheapest(), rows.bfloat16().float()
+    assert type(given) is form
+    torch.testing.assert_close(given.matrix(), rows.T @ rows / tokens)
+    assert given.diagonal.dtype == torch.float32
 
 
 def test_texts_run_through_a_tokenizer():
