@@ -4,20 +4,21 @@
     RowMoments     the T inputs that H is a mean over, ``[T, K]``: for a T far below K the same results with a part of
                    the operations, and nothing of K x K elements is made
 
-After rounding some columns GPTQ asks of the inverse of ``H + d I`` over the columns from these on. Its factor is
-``H + d I = R R^T``, R upper triangular and U its inverse: rows of U say what later columns make up for.
+GPTQ rounds columns block after block. What later columns make up for is said by U, upper triangular, with
+``(H + d I)^-1 = U^T U``: the inverse of R in ``H + d I = R R^T``. Without the columns that were rounded, U's other rows are
+still those of the inverse over the columns that are left.
 
 By inputs ``A = X^T / sqrt(T)``, of which a block has the rows A_B and later columns the rows A_F, with
 ``M = (d I + A_F^T A_F)^-1`` of T x T elements (the push-through identity, and Woodbury's for M of the block before):
 
-    (H + d I)^-1 over B and F   has the part (d S)^-1 over B, where S = I + A_B M A_B^T
+    the inverse over B and F    has the part (d S)^-1 over B, where S = I + A_B M A_B^T
     U_BB                        the inverse of the factor of d S
     U_BF = C A_F^T              where C = -U_BB A_B M
     M of the block before       M - d C^T C
 
 Errors of a block come to later columns through T numbers for each output feature, ``C^T e``, of which sums are kept.
 
-Not handled: how many columns a block has beyond `BLOCK`; other orders than the one that a caller has put columns in.
+Not handled: which order of columns is a good one.
 """
 
 from __future__ import annotations
@@ -35,7 +36,7 @@ Carry = Callable[[slice, Tensor], None]
 
 
 class Compensation(ABC):
-    """U, by blocks of columns."""
+    """U, as rounding asks for it: in blocks of `BLOCK` columns, from the first to the last."""
 
     @abstractmethod
     def inside(self, block: slice) -> Tensor:
