@@ -5,8 +5,8 @@
                    the operations, and nothing of K x K elements is made
 
 GPTQ rounds columns block after block. What later columns make up for is said by U, upper triangular, with
-``(H + d I)^-1 = U^T U``: the inverse of R in ``H + d I = R R^T``. Without the columns that were rounded, U's other rows are
-still those of the inverse over the columns that are left.
+``(H + d I)^-1 = U^T U``: the inverse of R in ``H + d I = R R^T``. Without the columns that were rounded, U's other rows
+are still those of the inverse over the columns that are left.
 
 By inputs ``A = X^T / sqrt(T)``, of which a block has the rows A_B and later columns the rows A_F, with
 ``M = (d I + A_F^T A_F)^-1`` of T x T elements (the push-through identity, and Woodbury's for M of the block before):
