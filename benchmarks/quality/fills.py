@@ -75,9 +75,7 @@ def measure(session: Session, thresholds: dict[float, float], never: float | Non
     budgets = {}
     for name, share in BUDGETS.items():
         with timed_parts(session.model) as parts:
-            meter.forget_prompts()
             measured = meter.measure((thresholds[share], FIRST_EXIT), texts, name)
-        meter.forget_prompts()
         pace = 1.0 if never is None else never / meter.seconds_never
         found = {part: ms * pace for part, ms in parts(len(measured.kinds)).items()}
         budgets[name] = _point(measured, meter) | {"threshold": thresholds[share], "ms": found}

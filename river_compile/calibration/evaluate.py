@@ -198,10 +198,6 @@ class Meter:
         shallow = statistics.median(self._seconds[Kind(least)]) / self.seconds_never
         return shallow + (1 - shallow) * (kind.depth - least) / (self.num_blocks - least)
 
-    def forget_prompts(self) -> None:
-        """Has prompts run once more, and their steps go by what the executors run now: passes that are known do not."""
-        self._prompts.clear()
-
     def _prompt(self, index: int, ids: Tensor) -> None:
         """Brings cache and memory to the end of a text's prompt."""
         if index in self._prompts:

@@ -42,7 +42,7 @@ class RiverExecutor:
 
     Args:
         program: the rewritten graph.
-        runner: runs its segments; may be replaced between two steps, of which replays know nothing.
+        runner: runs its segments; may be replaced between two steps.
         policy: when tokens leave; may be replaced between two steps.
         stats: counts exits.
         memories: what policy and fill remember of the model's sequences; shared by the model's graphs.
@@ -136,7 +136,8 @@ class RiverExecutor:
         with a sequence. What may differ in the inputs: tensors that are neither parameters nor the cache's, and
         numbers.
         """
-        runner = self.runner.for_pass(args)
+        whole = self.runner
+        runner = whole.for_pass(args)
         if not runner.binds:
             return None
         slots: Slots | None = None
@@ -147,6 +148,8 @@ class RiverExecutor:
 
         def again(args: Sequence, tokens: DraftVocab | None) -> tuple:
             nonlocal slots
+            if self.runner is not whole:  # (it was replaced)
+                return self.step(args, depth, tokens, has_room=True)
             started = time.perf_counter()
             if self.room is not None:
                 self.room.forget(args)
