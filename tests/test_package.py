@@ -166,9 +166,9 @@ def test_a_wheel_holds_every_module_below_river_compile(wheel):
     data = ("py.typed", "twins/default_texts.txt", "cli/explain.html.jinja", "api/custom_generate/requirements.txt")
     assert {f"river_compile/{name}" for name in data} <= names
     for folder in ("triton/templates", "native/sources"):
-        texts = {path.name for path in ROOT.glob(f"kernels/{folder}/*")}
+        texts = {path.relative_to(ROOT) for path in (ROOT / "kernels" / folder).rglob("*") if path.is_file()}
         assert texts
-        assert {f"river_compile/kernels/{folder}/{name}" for name in texts} <= names
+        assert {f"river_compile/{path.as_posix()}" for path in texts} <= names
     assert {name.split("/")[0] for name in names if ".dist-info/" not in name} == {"river_compile"}
 
 

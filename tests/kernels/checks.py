@@ -83,13 +83,23 @@ def check_linear(spec: LinearSpec, rows: int = 1, values: str = "normal", seed: 
 
 
 def _with_patches(weight: torch.Tensor, g: torch.Generator) -> torch.Tensor:
-    """Weights around 1, larger ones that fill the palette, and tiny ones, which are patches."""
-    weight = 1 + torch.rand(weight.shape, generator=g, device=g.device)
-    tiny = 2.0 ** -torch.randint(20, 120, weight.shape, generator=g, device=g.device)
-    weight = weight.where(torch.rand(weight.shape, generator=g, device=g.device) > 0.05, tiny)
-    larger = (4.0 ** torch.arange(1, 16, device=g.device)).repeat(8)[: weight.numel()]
-    weight.view(-1)[: len(larger)] = larger
-    return weight
+    """Two kinds of rows, in no order, whose patches both show: with 16 upper bytes that are frequent, a few are others.
+
+    Rows around 1 have tiny patches, so that what stands in their place shows; rows of powers of 4 have larger ones,
+    which show in whichever row they are added to.
+    """
+
+    def drawn(share: float, shape: torch.Size = weight.shape) -> torch.Tensor:
+        return torch.rand(shape, generator=g, device=g.device) < share
+
+    def whole(first: int, last: int) -> torch.Tensor:
+        return torch.randint(first, last + 1, weight.shape, generator=g, device=g.device)
+
+    level = 1 + torch.rand(weight.shape, generator=g, device=g.device)
+    level = torch.where(drawn(0.02), 2.0 ** whole(-120, -20), level)
+    steep = torch.where(drawn(0.02), 2.0**20, 4.0 ** whole(0, 7))
+    steep = torch.where(drawn(0.5), steep, -steep)
+    return torch.where(drawn(0.5, weight[:, :1].shape), level, steep)
 
 
 def _in_parts(name: str, whole: torch.Tensor, spec: LinearSpec) -> dict[str, torch.Tensor]:

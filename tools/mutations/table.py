@@ -264,7 +264,7 @@ _TWELVE_BITS = (
     ),
     Mutation(
         "bf12-generated",
-        f"{TEMPLATES}/linear.py.jinja",
+        f"{TEMPLATES}/linear/bf12.jinja",
         "(patch[None, :] >= ends[:, None])",
         "(patch[None, :] > ends[:, None])",
         "the generated kernel gives patches to the four before theirs",
@@ -274,7 +274,7 @@ _TWELVE_BITS = (
 _TRITON = (
     Mutation(
         "triton-midpoint",
-        f"{TEMPLATES}/linear.py.jinja",
+        f"{TEMPLATES}/linear/words.jinja",
         "BITS_{{ p }}) - {{ 2 ** 23 + 8 * 16 ** p }}.0)",
         "BITS_{{ p }}) - {{ 2 ** 23 + 7 * 16 ** p }}.0)",
         "generated products take q - 7 for q - 8",
