@@ -44,12 +44,16 @@ class ModelLook:
         return identity_of(self._model, self.config)
 
     @functools.cached_property
+    def whole(self) -> ModelState | None:
+        """Both parts, None without an identity."""
+        if self.identity is None:
+            return None
+        return ModelState(self.identity, ParameterStamp([*self._model.parameters(), *self._model.buffers()]))
+
+    @functools.cached_property
     def state(self) -> ModelState | None:
         """What entries depend on, None where they depend on more."""
-        model = self._model
-        if self.identity is None or any(map(_follows_length, model.modules())):
-            return None
-        return ModelState(self.identity, ParameterStamp([*model.parameters(), *model.buffers()]))
+        return None if any(map(_follows_length, self._model.modules())) else self.whole
 
 
 def _follows_length(module: nn.Module) -> bool:

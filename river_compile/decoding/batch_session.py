@@ -20,6 +20,7 @@ from transformers.cache_utils import Cache
 
 from river_compile.decoding.rewind import joined_inputs
 from river_compile.decoding.session import Session
+from river_compile.model_state import ModelState
 from river_compile.runtime.draft_vocab import DraftVocab
 from river_compile.upstream.transformers import (
     cache_argument,
@@ -43,9 +44,14 @@ class BatchSession(Session):
 
     def __init__(self, prompt: Session, rows: int) -> None:
         super().__init__(prompt.model, prompt.lent, prompt.depth)
+        self._model_state = _state_of(prompt)
         self._graph, self._programs = prompt._graph, prompt._programs
         self.stats, self.sequences, self.ranks = prompt.stats, prompt.sequences, prompt.ranks
         self._allocate(max(sizes_of(prompt.cache)), rows, prompt.cache)
+
+    def fits(self, prompt: Session) -> bool:
+        """Whether the model of a session is as it was when the passes became known; nobody changes it under rows."""
+        return bool(self._rows) or (self._model_state is not None and self._model_state == _state_of(prompt))
 
     def join(self, prompt: Session, ids_BS: Tensor) -> None:
         """Takes in the row of a session whose prompt has run, between two cycles: it becomes the last one.
@@ -112,3 +118,8 @@ class BatchSession(Session):
         if rows:
             put_rows(self._whole, 0, front_rows(before, rows), filled)
             self._show(self._kwargs, rows, filled)
+
+
+def _state_of(session: Session) -> ModelState | None:
+    """Returns what passes depend on beside their inputs, None where that is not known."""
+    return None if session._look is None else session._look.whole

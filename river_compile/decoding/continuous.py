@@ -183,10 +183,14 @@ class ContinuousBatch:
             raise
 
     def cancel(self, future: Future[Any]) -> None:
-        """Ends a call: at once where it waits, after the cycle that runs where it is a row; others go on."""
+        """Ends a call: at once where it waits, after the cycle that runs where it is or becomes a row; others go on.
+
+        A call that runs by itself goes on, too.
+        """
         with self._changed:
-            for waiting in (*self._queue, *(joined.waiting for joined in self._held_calls)):
-                if waiting.future is future:
+            held = (joined.waiting for joined in self._held_calls)
+            for waiting in (*self._queue, self._starting, *held):
+                if waiting is not None and waiting.future is future:
                     waiting.cancelled = True
             future.cancel()
             self._changed.notify()
@@ -347,7 +351,7 @@ class ContinuousBatch:
             self._held.enter_context(session.sequences.one())
         loop = self._loop
         try:
-            if loop is None or self._mode != prompt.mode:
+            if loop is None or self._mode != prompt.mode or not self._batch.fits(session):
                 self._mode, self._batch = prompt.mode, BatchSession(session, self._limit)
                 self._batch.join(session, call.ids_BS)
                 drafter, _ = prompt.mode.drafting(call, self._batch, logits, shared=False, joins=True)

@@ -215,6 +215,38 @@ def test_calls_are_cancelled_where_they_wait_and_where_they_run(exact):
         assert batch.submit(call_of(exact, 5, 3)).result(WAIT).shape[1] == 8
 
 
+def test_a_call_is_cancelled_on_its_way_into_the_batch(exact):
+    submitted = threading.Event()
+    with river_compile.ContinuousBatch(exact, rows=1) as batch:
+
+        def cancelled_before_it_joins():
+            assert submitted.wait(WAIT)
+            batch.cancel(future)
+            return call_of(exact, 5, 400)()
+
+        future = batch.submit(cancelled_before_it_joins)
+        submitted.set()
+        with pytest.raises(CancelledError):
+            future.result(WAIT)
+        assert batch.submit(call_of(exact, 5, 3)).result(WAIT).shape[1] == 8
+
+
+def test_a_change_of_the_model_takes_effect_when_the_batch_is_empty(exact):
+    """One that PyTorch does not count, of an attribute that passes have as a constant."""
+    call, norm = call_of(exact, 5, 12), exact.model.layers[1].input_layernorm
+    with river_compile.ContinuousBatch(exact, rows=ROWS) as batch:
+        texts = [batch.submit(call).result(WAIT).tolist()]
+        before, norm.variance_epsilon = norm.variance_epsilon, 50.0
+        try:
+            texts += [future.result(WAIT).tolist() for future in [batch.submit(call) for _ in range(2)]]
+            expected = call().tolist()
+        finally:
+            norm.variance_epsilon = before
+        texts.append(batch.submit(call).result(WAIT).tolist())
+    assert texts == [texts[0], expected, expected, texts[0]]
+    assert texts[0] != expected
+
+
 def test_calls_that_cannot_join_run_by_themselves(exact):
     pair = ids_of(6).expand(2, -1)
     calls = [
