@@ -20,7 +20,7 @@ from torch import fx
 from river_compile.kernels.quant import bits8
 from river_compile.passes.attention import simplify_attention
 from river_compile.passes.edits import call
-from river_compile.passes.linears import replace_linears, sharing_input
+from river_compile.passes.linears import input_of, replace_linears, sharing_input
 from river_compile.passes.nodes import Linear, called, is_ordinary, is_parameter, same_dtype, value_of
 from river_compile.passes.pipeline import Pass
 from river_compile.passes.program import RiverProgram, Segment
@@ -71,7 +71,7 @@ def _merge(graph: fx.Graph, linears: Sequence[Linear], layout: str) -> None:
     with graph.inserting_before(first.node):
         weight = _joined([linear.weight for linear in linears], first.node)
         bias = first.bias and _joined([linear.bias for linear in linears if linear.bias], first.node)
-    replace_linears(linears, first.x, weight, None, bias, 0, layout)
+    replace_linears(linears, input_of(linears), weight, None, bias, 0, layout)
 
 
 def parts_of(parameter: fx.Node | None) -> list[fx.Node]:

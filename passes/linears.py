@@ -28,12 +28,19 @@ def sharing_input(graph: fx.Graph, alike: Callable[[Linear], Hashable | None]) -
     return [*groups.values()]
 
 
+def input_of(linears: Sequence[Linear]) -> fx.Node:
+    """Returns what linear layers that share an input read by now: one that was replaced is another node since."""
+    current = as_linear(linears[0].node)
+    assert current is not None, "it was one when it was listed"
+    return current.x
+
+
 def replace_linears(linears: Sequence[Linear], x: fx.Node, *operands: object) -> None:
     """Puts one matmul in the place of linear layers that share an input, and splits its result.
 
     Args:
         linears: in the order of the merged rows.
-        x: what it reads.
+        x: what it reads: what :func:`input_of` returns, or that in another form.
         operands: of ``river::linear`` after x: weight, scale_zero, bias, group_size, layout.
     """
     first, sizes = linears[0].node, [linear.out_features for linear in linears]

@@ -21,11 +21,10 @@ from river_compile.passes.attention import simplify_attention, simplify_linears
 from river_compile.passes.edits import add_placeholders, in_dtype_of
 from river_compile.passes.experts import ExpertProduct, as_expert_product, replace_expert_product
 from river_compile.passes.input_scales import InputScale, find_input_scale, scale_inputs
-from river_compile.passes.linears import replace_linears, sharing_input
+from river_compile.passes.linears import input_of, replace_linears, sharing_input
 from river_compile.passes.moe_router import ROUTER, is_router
 from river_compile.passes.nodes import (
     Linear,
-    as_linear,
     called,
     input_name,
     is_parameter,
@@ -70,9 +69,8 @@ class _Linears:
         names = ["qweight", "scale_zero", *(["bias"] if linear.has_bias else [])]
         scaled = [f"scaled_{i}" for i in range(max(1, len(linear.folds)))] if scale else []
         new = add_placeholders(graph, [f"river_{index}_{name}" for name in (*names, *scaled)])
-        current = as_linear(first)
-        assert current is not None  # (the input may be another one than when it was listed)
-        x = scale_inputs(current.x, scale, new[len(names) :]) if scale else current.x
+        x = input_of(self.linears)
+        x = scale_inputs(x, scale, new[len(names) :]) if scale else x
         bias = next((each.bias for each in self.linears if each.bias), None)
         with graph.inserting_before(first):
             x = in_dtype_of(first, x)
