@@ -157,6 +157,7 @@ class ModelRecord:
     programs: Programs | None = None  # that are stored, of an accelerated model
     batch: Joinable | None = None  # that calls of generate may join
     told_of_batches: bool = False  # that another number of rows is compiled anew
+    told_of_gradients: bool = False  # that passes which need them run plainly
     progress: StartProgress = field(default_factory=StartProgress)
 
     def __post_init__(self) -> None:

@@ -138,9 +138,9 @@ def _check_heads(q: _Heads, k: _Heads, v: _Heads, entries: tuple[CacheEntry, Cac
     expected = (q.columns.start, *(q.columns.stop + n for n in (0, 0, width, width, 2 * width)))
     found = tuple(n for heads in (q, k, v) for n in (heads.columns.start, heads.columns.stop))
     adjacent = v.columns.product is product and found == expected and (found[1] - found[0]) % width == 0
-    sizes, held, given = shape(cache), value_of(cache).dtype, value_of(product).dtype
+    sizes, held, given = shape(cache), dict.fromkeys(value_of(e.cache).dtype for e in entries), value_of(product).dtype
     require(adjacent, f"q, k and v are not columns side by side of one product, heads of a cache {sizes}", product)
-    require(held == given, f"the cache holds {held}, the product {given}", cache)
+    require([*held] == [given], f"the cache holds {' and '.join(map(str, held))}, the product {given}", cache)
     rotations = [h.rotation and (h.rotation.cos, h.rotation.sin, h.rotation.interleaved) for h in (q, k)]
     require(rotations[0] == rotations[1], "q and k are rotated differently", q.node)
     norms = [h.norm and (h.norm.kind, h.norm.eps, shape(h.norm.weight)) for h in (q, k)]
@@ -229,9 +229,10 @@ def fuse_attention(view: BlockView) -> fx.Node:
     node, found = view.attention()
     late = any(n is not None and n > node for e in view.entries.values() for n in (e.writer, e.moved))
     require(not late, "the cache is read before it is written", node)
-    q, cache, sizes = value_of(found.q), value_of(found.k), [shape(found.k), shape(found.v)]
-    alike = q.dtype == cache.dtype and _same_sizes(cache, value_of(found.v))
-    require(alike, f"q is {q.dtype}, the caches are {cache.dtype} {sizes[0]} and {sizes[1]}", node)
+    q, keys, values = (value_of(n) for n in (found.q, found.k, found.v))
+    alike = q.dtype == keys.dtype == values.dtype and _same_sizes(keys, values)
+    caches = " and ".join(f"{cache.dtype} {shape(n)}" for cache, n in ((keys, found.k), (values, found.v)))
+    require(alike, f"q is {q.dtype}, the caches are {caches}", node)
     _, heads, positions, features = shape(found.q)
     fixed = isinstance(heads, int) and isinstance(features, int)
     require(fixed, f"the query has shape {shape(found.q)}, whose heads are not fixed", node)

@@ -41,19 +41,31 @@ def on_purpose() -> bool:
 class CompiledCall:
     """The compiled call of a model.
 
-    Attributes:
+    Args:
         compiled: what ``torch.compile`` returned.
+        plain: the model's call as it is without.
+        prompts: see :func:`install`.
+        stays_plain: whether a call is none of the compiled one's; None: all are.
+
+    Attributes:
+        compiled: as above.
         after: called after each call of it.
     """
 
     after: Callable[[], object] | None = None
 
-    def __init__(self, compiled: Callable[..., Any], plain: Callable[..., Any], prompts: bool) -> None:
-        self.compiled, self._plain, self._prompts = compiled, plain, prompts
+    def __init__(
+        self,
+        compiled: Callable[..., Any],
+        plain: Callable[..., Any],
+        prompts: bool,
+        stays_plain: Callable[[], bool] | None = None,
+    ) -> None:
+        self.compiled, self._plain, self._prompts, self._stays_plain = compiled, plain, prompts, stays_plain
         self._may_be_given_up = prompts  # before the first call: Dynamo, for the sake of another model's code
 
     def __call__(self, *args: Any, **kwargs: Any) -> Any:
-        if _thread.plain:
+        if _thread.plain or (self._stays_plain is not None and self._stays_plain()):
             return self._plain(*args, **kwargs)
         if self._may_be_given_up:
             self._may_be_given_up = False

@@ -431,6 +431,25 @@ def test_a_folder_brings_its_own_generate(folder):
 
 
 @pytest.mark.slow
+def test_training_between_texts_is_as_without(recwarn):
+    """What needs gradients is not compiled: no graph of it comes to Dynamo. It is said once."""
+    models = plain(), river_compile.accelerate(plain(), **EXACT)
+    found = []
+    for model in models:
+        texts = []
+        for _ in range(2):
+            loss = model.train()(prompt(), labels=prompt()).loss
+            loss.backward()
+            torch.optim.SGD(model.parameters(), lr=0.1).step()
+            texts.append((loss.item(), generate(model.eval()).tolist()))
+        found.append(texts)
+    expected, ours = found
+    assert ours[0][0] == expected[0][0], "the first step's loss has the plain model's bits"
+    assert [ids for _, ids in ours] == [ids for _, ids in expected]
+    assert sum("needs gradients and runs plainly" in str(w.message) for w in recwarn) == 1
+    assert not any("leaves a graph to Inductor" in str(w.message) for w in recwarn)
+
+
 def test_load_is_from_pretrained_and_accelerate(folder, tmp_path):
     """With an artifact nothing is packed, and the dtype is the folder's."""
     first = river_compile.load(folder, **EXACT)

@@ -143,6 +143,16 @@ def test_a_warning_once_then_the_log_and_the_report(caplog):
     assert report(step.model).to_dict()["packed_again"] == 3
 
 
+@pytest.mark.filterwarnings("ignore::river_compile.RiverWarning")
+def test_one_changed_element_that_is_counted_shows(step, executor):
+    step.call(executor)
+    weight = step.model.get_submodule(DOWN).weight
+    with torch.no_grad():
+        weight[0, 0] += 8
+    step.call(executor)
+    torch.testing.assert_close(site_of(step.model, DOWN).dequantize()[0, 0], weight.detach()[0, 0], rtol=0.1, atol=0)
+
+
 def test_one_changed_element_without_a_count_takes_refresh(step, executor):
     """No look shows it; `refresh` reads everything."""
     step.call(executor)

@@ -62,6 +62,14 @@ _PASSES = (
         ("tests/passes/fusion/test_rules.py", "tests/twins/test_twins.py"),
     ),
     Mutation(
+        "linears-stale",
+        "passes/linears.py",
+        "    return current.x\n",
+        "    return linears[0].x\n",
+        "a linear layer behind another one reads what is no longer there",
+        ("tests/end_to_end/test_adapters.py",),
+    ),
+    Mutation(
         "twins-narrow",
         "passes/twins.py",
         "if linear.group_size >= MIN_GROUP_SIZE:",
@@ -388,6 +396,14 @@ _EXACT = (
         "generator.set_state(prompt.waiting.random_state)",
         "generator.manual_seed(0)",
         "a call's seed does not reach the tokens that are drawn in a batch",
+        ("tests/decoding/test_continuous.py",),
+    ),
+    Mutation(
+        "joined-stale",
+        "river_compile/decoding/batch_session.py",
+        "return bool(self._rows) or (self._model_state is not None and self._model_state == _state_of(prompt))",
+        "return True",
+        "a batch runs the passes of before a change of the model",
         ("tests/decoding/test_continuous.py",),
     ),
     Mutation(
