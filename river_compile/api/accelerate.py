@@ -75,9 +75,9 @@ def accelerate(
     """Makes a model generate faster, by ``model.generate``, ``pipeline(model=model)`` and all other callers.
 
     The model is compiled in place, at its first calls. A call that exact mode does not handle (beams, assisted modes,
-    attention weights as outputs, ...) runs plainly; a warning names the reason, once for each. `deepcopy`, `pickle` and
-    `save_pretrained` give the plain model, and :func:`river_compile.restore` takes everything back. Another call with
-    other arguments replaces the first one's.
+    attention weights as outputs, ...) runs plainly; a warning names the reason, once for each. So do passes that need
+    gradients, those of training. `deepcopy`, `pickle` and `save_pretrained` give the plain model, and
+    :func:`river_compile.restore` takes everything back. Another call with other arguments replaces the first one's.
 
     Args:
         model: a causal language model of transformers.
@@ -155,7 +155,7 @@ def _needs_gradients(model: weakref.ref[PreTrainedModel]) -> bool:
             f"a forward pass of {type(owner).__name__} needs gradients and runs plainly, as all such passes do; where "
             "nobody needs them, call the model under torch.no_grad() or torch.inference_mode()",
             RiverWarning,
-            stacklevel=3,
+            stacklevel=4,
         )
     return True
 
