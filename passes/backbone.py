@@ -57,6 +57,8 @@ def _kind(linear: Linear, layout: str) -> tuple[object, ...] | None:
     parameters = [linear.weight] if linear.bias is None else [linear.weight, linear.bias]
     if linear.transposed or not all(is_parameter(p) and same_dtype(p, linear.x) for p in parameters):
         return None
+    if not same_dtype(linear.node, linear.x):  # (autocast multiplies in another dtype, by PyTorch)
+        return None
     values = [value_of(p) for p in parameters]
     held = bits8.held_by(values[0]) if layout == "dense" else None
     plain = values if held is None else values[1:]

@@ -157,6 +157,8 @@ def _put_linear(
     norm = {}
     if found is not None:
         x = found.x
+        given, made = value_of(x).dtype, value_of(old).dtype
+        require(given == made, f"the norm in front reads {given}, and the result is {made}", old)
         norm = {"norm": found.kind, "norm_weight": found.weight, "norm_bias": found.bias, "eps": found.eps}
     value = value_of(x).new_empty((*value_of(x).shape[:-1], weights[3] // 2 if gated else weights[3]))
     linear = torch.ops.river.linear.default
