@@ -6,7 +6,8 @@ whose weights stay where they are: its matrix is a ``torch.cat`` that the loweri
 fusion then see a block as they see a twin. Torchao's weight-only tensors of 8 bits are for the C++ kernels too, which
 read them packed (:mod:`river_compile.passes.packed_backbone`).
 
-Not handled: weights of another dtype than their input, transposed ones (GPT-2's Conv1D), experts; they stay so.
+Not handled: weights of another dtype than their input, products of another one (autocast's), transposed weights
+(GPT-2's Conv1D), experts; they stay so.
 """
 
 from __future__ import annotations
@@ -57,7 +58,7 @@ def _kind(linear: Linear, layout: str) -> tuple[object, ...] | None:
     parameters = [linear.weight] if linear.bias is None else [linear.weight, linear.bias]
     if linear.transposed or not all(is_parameter(p) and same_dtype(p, linear.x) for p in parameters):
         return None
-    if not same_dtype(linear.node, linear.x):  # (autocast multiplies in another dtype, by PyTorch)
+    if not same_dtype(linear.node, linear.x):
         return None
     values = [value_of(p) for p in parameters]
     held = bits8.held_by(values[0]) if layout == "dense" else None
