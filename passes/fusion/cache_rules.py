@@ -138,9 +138,10 @@ def _check_heads(q: _Heads, k: _Heads, v: _Heads, entries: tuple[CacheEntry, Cac
     expected = (q.columns.start, *(q.columns.stop + n for n in (0, 0, width, width, 2 * width)))
     found = tuple(n for heads in (q, k, v) for n in (heads.columns.start, heads.columns.stop))
     adjacent = v.columns.product is product and found == expected and (found[1] - found[0]) % width == 0
-    sizes, held, given = shape(cache), dict.fromkeys(value_of(e.cache).dtype for e in entries), value_of(product).dtype
+    sizes, given = shape(cache), value_of(product).dtype
+    held = [value_of(entry.cache).dtype for entry in entries]
     require(adjacent, f"q, k and v are not columns side by side of one product, heads of a cache {sizes}", product)
-    require([*held] == [given], f"the cache holds {' and '.join(map(str, held))}, the product {given}", cache)
+    require(held == [given, given], f"the caches hold {held[0]} and {held[1]}, the product {given}", cache)
     rotations = [h.rotation and (h.rotation.cos, h.rotation.sin, h.rotation.interleaved) for h in (q, k)]
     require(rotations[0] == rotations[1], "q and k are rotated differently", q.node)
     norms = [h.norm and (h.norm.kind, h.norm.eps, shape(h.norm.weight)) for h in (q, k)]

@@ -128,10 +128,14 @@ def _only(products: list[fx.Node], what: str) -> fx.Node:
 
 
 def _norm_before(product: fx.Node) -> tuple[Normed | None, fx.Node]:
-    """Returns the norm in front of a product (None: there is none, or others read it too), and where it was sought."""
+    """Returns the norm in front of a product, and where it was sought.
+
+    None where there is none, where others read it too, or where autocast made the product in another dtype.
+    """
     last = before_views(product.args[0])
     found = norm(last)
-    fits = found is not None and shape(last)[-1] == shape(product.args[0])[-1] and only_used_for(last, product)
+    fits = found is not None and same_dtype(found.x, product)
+    fits = fits and shape(last)[-1] == shape(product.args[0])[-1] and only_used_for(last, product)
     return (found if fits else None), last
 
 
@@ -142,7 +146,9 @@ def _norm_before_positions(product: fx.Node, last: fx.Node) -> Normed | None:
     source, index = last.args
     whole = len(index) < len(shape(source)) or index[-1] == WHOLE
     found = norm(source)
-    if found is None or not whole or shape(found.x) != shape(source) or not only_used_for(before_views(source), last):
+    if found is None or not whole or shape(found.x) != shape(source) or not same_dtype(found.x, product):
+        return None
+    if not only_used_for(before_views(source), last):
         return None
     with product.graph.inserting_before(last):
         x = call(operator.getitem, (found.x, index), value_of(found.x).new_empty(value_of(last).shape), last)
@@ -157,8 +163,6 @@ def _put_linear(
     norm = {}
     if found is not None:
         x = found.x
-        given, made = value_of(x).dtype, value_of(old).dtype
-        require(given == made, f"the norm in front reads {given}, and the result is {made}", old)
         norm = {"norm": found.kind, "norm_weight": found.weight, "norm_bias": found.bias, "eps": found.eps}
     value = value_of(x).new_empty((*value_of(x).shape[:-1], weights[3] // 2 if gated else weights[3]))
     linear = torch.ops.river.linear.default

@@ -124,7 +124,7 @@ def accelerate(
             Artifact(artifact)  # (says what is wrong)
     compiled = torch.compile(model._call_impl, backend=_OwnBackend(weakref.ref(model)), options=backend_options)
     call = CompiledCall(
-        compiled, model._call_impl, prompts=True, stays_plain=functools.partial(_needs_gradients, weakref.ref(model))
+        compiled, model._call_impl, prompts=True, stays_plain=functools.partial(_needs_gradients, model)
     )
     # (The model changes last, so that whatever fails leaves it as it was.)
     if has_generate_of_its_own(model):
@@ -143,16 +143,15 @@ def accelerate(
     return model
 
 
-def _needs_gradients(model: weakref.ref[PreTrainedModel]) -> bool:
+def _needs_gradients(model: PreTrainedModel) -> bool:
     """Whether a call of the model is one of training, which nobody asked to have compiled."""
-    owner = model() if torch.is_grad_enabled() else None
-    if owner is None or not any(parameter.requires_grad for parameter in owner.parameters()):
+    if not torch.is_grad_enabled() or not any(parameter.requires_grad for parameter in model.parameters()):
         return False
-    record = record_of(owner.parameters())
+    record = record_of(model.parameters())
     if not record.told_of_gradients:
         record.told_of_gradients = True
         warnings.warn(
-            f"a forward pass of {type(owner).__name__} needs gradients and runs plainly, as all such passes do; where "
+            f"a forward pass of {type(model).__name__} needs gradients and runs plainly, as all such passes do; where "
             "nobody needs them, call the model under torch.no_grad() or torch.inference_mode()",
             RiverWarning,
             stacklevel=4,

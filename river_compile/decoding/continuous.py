@@ -188,9 +188,8 @@ class ContinuousBatch:
         A call that runs by itself goes on, too.
         """
         with self._changed:
-            held = (joined.waiting for joined in self._held_calls)
-            for waiting in (*self._queue, self._starting, *held):
-                if waiting is not None and waiting.future is future:
+            for waiting in (*self._queue, *self._running):
+                if waiting.future is future:
                     waiting.cancelled = True
             future.cancel()
             self._changed.notify()
@@ -219,10 +218,9 @@ class ContinuousBatch:
         """What it has done so far."""
         exact = self._record.exit_stats.exact
         with self._changed:
-            running = {self._starting, *(joined.waiting for joined in self._held_calls)} - {None}
             return BatchCounters(
                 rows=self._limit,
-                rows_in_use=len(running),
+                rows_in_use=len(self._running),
                 queued=sum(not waiting.future.done() for waiting in self._queue),  # (a cancelled one stays in it)
                 calls=self._calls,
                 tokens=self._tokens,
@@ -278,6 +276,12 @@ class ContinuousBatch:
     @property
     def _held_calls(self) -> list[_Joined]:
         return [*self._joined, *([] if self._prompt is None else [self._prompt])]
+
+    @property
+    def _running(self) -> set[_Waiting]:
+        """The calls that the thread has begun, one that is on its way in included."""
+        begun = {joined.waiting for joined in self._held_calls}
+        return begun if self._starting is None else begun | {self._starting}
 
     def _run(self) -> None:
         try:
